@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error that is meant for a person.
+
+``str(error)`` is one line that says what was being done, what went wrong and, where there is one, the remedy; a command
+prints it and ends with a non-zero status. Anything that is *not* a `PostcopyError` is a mistake in this package and should
+be seen with its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+
+class PostcopyError(Exception):
+    """Something that a user can be told in one line."""
+
+
+class ConfigurationError(PostcopyError):
+    """What was asked for makes no sense: a bad option, an unusable file, a size that does not fit."""
+
+
+class ResourceError(PostcopyError):
+    """The host lacks something (a device, a right, memory). `remedy` says what to do about it; empty if unknown."""
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message, remedy)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message} (remedy: {self.remedy})" if self.remedy else self.message
+
+
+class ProtocolError(PostcopyError):
+    """The peer sent what it must not send."""
+
+
+class PeerError(PostcopyError):
+    """The peer refused, aborted or went away; the text is its reason where it gave one."""
+
+
+class MigrationError(PostcopyError):
+    """The migration as a whole cannot go on."""
+
+
+class BusyError(PostcopyError):
+    """Refused since somebody still depends on it, as on memory of which pages are still missing."""
+
+
+class CoreError(PostcopyError, OSError):
+    """A call into the C core failed. Also an `OSError`: `errno` is set, `what` was being done."""
+
+    def __init__(self, number: int, what: str, reason: str = "") -> None:
+        super().__init__(number, os.strerror(number))
+        self.what = what
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.reason or self.strerror}"
+
+
+def check(result: int, what: str, reason: str = "") -> int:
+    """Passes a C result on when it is not negative, else raises what ``-errno`` means.
+
+    `what` says what was being done ("registering memory"); `reason` is the line that the core wrote into its error
+    buffer, and replaces the system's words for the errno. EBUSY becomes `BusyError`, ENOMEM `ResourceError`, everything
+    else `CoreError`.
+    """
+    if result >= 0:
+        return result
+    number = -result
+    text = f"{what}: {reason or os.strerror(number)}"
+    if number == errno.EBUSY:
+        raise BusyError(text)
+    if number == errno.ENOMEM:
+        raise ResourceError(text, "ask for less memory, or use a host with more")
+    raise CoreError(number, what, reason)

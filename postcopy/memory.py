@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that can be missing, and image files that stand for memory.
+
+Python never touches the content: a page of it may be missing, the access would then sleep in the kernel with the GIL
+held, and no Python thread could run any more, among them the one that the page depends on. Content is moved, compared
+and written out by C functions, which run without the GIL. They block (on disk I/O, on large amounts of memory); in Trio call
+them as ``await trio.to_thread.run_sync(memory.digest)``.
+
+A `Memory` counts its users. `close()` refuses with `BusyError` while a pager, a page server or a machine works on it, or
+while a call is still running in another thread: what the core may still write to is never unmapped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import re
+import stat
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from ._error_line import ErrorLine
+from ._errors import BusyError, ConfigurationError, ResourceError, check
+from ._native import ffi, lib
+from .bitmap import Bitmap
+
+
+class MemoryKind(enum.StrEnum):
+    """What the memory is made of, and by that how a page gets there."""
+
+    MEMFD = "memfd"  # a second mapping is filled, then UFFDIO_CONTINUE
+    ANON = "anon"  # UFFDIO_COPY
+    HUGETLB = "hugetlb"  # whole huge pages from the host's pool
+    FILE = "file"  # an image file, read only; no mapping
+
+
+_CORE_KINDS = {
+    MemoryKind.MEMFD: lib.PC_MEMORY_MEMFD,
+    MemoryKind.ANON: lib.PC_MEMORY_ANON,
+    MemoryKind.HUGETLB: lib.PC_MEMORY_HUGETLB,
+    MemoryKind.FILE: 0,
+}
+
+
+class Memory:
+    """Made by `create` or `from_file`. A context manager; `close()` unmaps. Methods may run in any thread, and beside
+    each other as far as they only read."""
+
+    def __init__(self, struct: Any, kind: MemoryKind, file_bytes: int) -> None:
+        self._struct = struct
+        self._kind = kind
+        self._file_bytes = file_bytes
+        self._lock = threading.Lock()
+        self._users: dict[str, int] = {}
+        self._closed = False
+
+    @classmethod
+    def create(cls, kind: str, size_bytes: int) -> Memory:
+        """New memory, all zero, nothing populated.
+
+        `kind` is ``memfd``, ``anon`` or ``hugetlb``; `size_bytes` a multiple of its page size. Errors: `ConfigurationError`
+        for an unknown kind or an impossible size, `ResourceError` where the host cannot give it.
+        """
+        try:
+            memory_kind = MemoryKind(kind)
+        except ValueError:
+            memory_kind = MemoryKind.FILE
+        if memory_kind is MemoryKind.FILE:
+            raise ConfigurationError(f"unknown kind of memory {kind!r}; there are memfd, anon and hugetlb")
+        unit = page_bytes_of(memory_kind)
+        if size_bytes <= 0:
+            raise ConfigurationError("a memory size must be more than 0")
+        if size_bytes % unit:
+            raise ConfigurationError(
+                f"memory of {size_bytes} bytes is not a whole number of {format_size(unit)} pages ({memory_kind})"
+            )
+        struct = ffi.new("struct pc_memory *")
+        line = ErrorLine()
+        result = lib.pc_memory_create(_CORE_KINDS[memory_kind], size_bytes, struct, line.buffer, line.size)
+        if result < 0 and memory_kind is MemoryKind.HUGETLB:
+            reason = str(line) or os.strerror(-result)
+            raise ResourceError(
+                f"{format_size(size_bytes)} of huge pages: {reason}", _huge_page_remedy(size_bytes, unit)
+            )
+        line.check(result, f"making {format_size(size_bytes)} of memory")
+        return cls(struct, memory_kind, size_bytes)
+
+    @classmethod
+    def from_file(cls, file: int | str | os.PathLike[str], page_bytes: int | None = None) -> Memory:
+        """An image file as memory that is read with pread(2) and never mapped: a file that shrinks meanwhile gives a
+        named error, where a mapping would give SIGBUS.
+
+        `file` is a path, or a descriptor that is duplicated. `size_bytes` is rounded up to whole pages, the rest of the
+        last one reads as zeros; `file_bytes` is the true size. `ConfigurationError` for anything but a regular file with
+        something in it.
+        """
+        unit = page_bytes or int(lib.pc_page_bytes())
+        name = f"image (descriptor {file})" if isinstance(file, int) else f"image {os.fspath(file)}"
+        try:
+            if isinstance(file, int):
+                fd = os.dup(file)
+            else:
+                # O_NONBLOCK: opening a FIFO must not wait for a writer; for regular files it means nothing.
+                fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ConfigurationError(f"{name}: {reason}") from error
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise ConfigurationError(f"{name}: not a regular file")
+            if status.st_size == 0:
+                raise ConfigurationError(f"{name}: the file is empty")
+        except BaseException:
+            os.close(fd)
+            raise
+        struct = ffi.new("struct pc_memory *")
+        struct.base = ffi.NULL
+        struct.size_bytes = -(-status.st_size // unit) * unit
+        struct.page_bytes = unit
+        struct.kind = 0
+        struct.fd = fd
+        return cls(struct, MemoryKind.FILE, status.st_size)
+
+    # ---- what it is
+
+    @property
+    def struct(self) -> Any:
+        """The `struct pc_memory *`; hold `in_use` as long as the core has it."""
+        if self._closed:
+            raise ValueError("this memory is closed")
+        return self._struct
+
+    @property
+    def kind(self) -> MemoryKind:
+        return self._kind
+
+    @property
+    def size_bytes(self) -> int:
+        """A multiple of `page_bytes`."""
+        return int(self._struct.size_bytes)
+
+    @property
+    def file_bytes(self) -> int:
+        """Of an image file the size as it was when opened; else `size_bytes`."""
+        return self._file_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """What one fault brings: the system's page, or the huge page."""
+        return int(self._struct.page_bytes)
+
+    @property
+    def pages(self) -> int:
+        return self.size_bytes // self.page_bytes
+
+    @property
+    def fd(self) -> int:
+        """The memfd or the image file, -1 for anonymous memory. Stays this object's."""
+        return -1 if self._closed else int(self._struct.fd)
+
+    @property
+    def address(self) -> int:
+        """Where it is mapped in this process; 0 when it is not."""
+        return 0 if self._closed else int(ffi.cast("uintptr_t", self._struct.base))
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def __repr__(self) -> str:
+        return f"<Memory: {format_size(self.size_bytes)} {self._kind}{', closed' if self._closed else ''}>"
+
+    # ---- what is in it
+
+    def present(self, page_bytes: int | None = None) -> Bitmap:
+        """Which pages may hold something other than zeros, found without touching or populating any. In units of
+        `page_bytes`, by default the memory's own. Blocks on I/O."""
+        unit = page_bytes or self.page_bytes
+        with self.in_use("present"):
+            if self._kind is MemoryKind.FILE:
+                bitmap = Bitmap(-(-self._file_bytes // unit))
+                what = "looking for data in an image file"
+                check(lib.pc_file_present(self._struct.fd, self._file_bytes, unit, bitmap.words), what)
+                return bitmap
+            bitmap = Bitmap(self.pages)
+            check(lib.pc_memory_present(self._struct, bitmap.words), "looking for populated memory")
+        return bitmap.rescaled(self.page_bytes, unit)
+
+    def dump(self, fd: int, offset: int = 0) -> None:
+        """Writes the content to a file from byte `offset` on, leaving holes where it is zero; the file is made long enough.
+        No page may be missing: the thread would wait for it. Blocks on I/O."""
+        with self.in_use("dump"):
+            check(lib.pc_memory_dump(self._struct, fd, offset), "writing memory to a file")
+
+    def load(self, fd: int, offset: int = 0, size_bytes: int | None = None) -> None:
+        """Fills the memory, which must not be registered with a userfaultfd, from a file; holes stay holes. Blocks."""
+        size_bytes = self.size_bytes if size_bytes is None else size_bytes
+        if not 0 <= size_bytes <= self.size_bytes:
+            raise ValueError(f"{size_bytes} bytes do not fit into memory of {self.size_bytes}")
+        with self.in_use("load"):
+            check(lib.pc_memory_load(self._struct, fd, offset, size_bytes), "reading memory from a file")
+
+    def digest(self) -> int:
+        """A digest of the content, a page at a time: equal contents give equal digests whatever is populated, and
+        trailing zero pages do not count differently from absent ones. No page may be missing. Blocks."""
+        digest = ffi.new("uint64_t *")
+        with self.in_use("digest"):
+            if self._kind is MemoryKind.FILE:
+                unit = self.page_bytes
+                check(lib.pc_file_digest(self._struct.fd, self._file_bytes, unit, digest), "reading an image file")
+            else:
+                check(lib.pc_memory_digest(self._struct, digest), "computing a digest of memory")
+        return int(digest[0])
+
+    def resident_bytes(self) -> int:
+        """How much is populated, found without touching any of it; 0 for an image file."""
+        if self._kind is MemoryKind.FILE:
+            return 0
+        resident = ffi.new("uint64_t *")
+        with self.in_use("resident"):
+            check(lib.pc_memory_resident(self._struct, resident), "asking what memory is populated")
+        return int(resident[0])
+
+    # ---- its life
+
+    def acquire(self, user: str) -> None:
+        """Notes that `user` (a word for the error message) works on this memory until it calls `release`."""
+        with self._lock:
+            if self._closed:
+                raise ValueError("this memory is closed")
+            self._users[user] = self._users.get(user, 0) + 1
+
+    def release(self, user: str) -> None:
+        with self._lock:
+            self._users[user] -= 1
+            if not self._users[user]:
+                del self._users[user]
+
+    @contextlib.contextmanager
+    def in_use(self, user: str) -> Iterator[Memory]:
+        """Keeps the memory from being closed inside the block."""
+        self.acquire(user)
+        try:
+            yield self
+        finally:
+            self.release(user)
+
+    def close(self) -> None:
+        """Unmaps and closes. Twice does no harm. `BusyError` while somebody works on it."""
+        with self._lock:
+            if self._closed:
+                return
+            if self._users:
+                raise BusyError(f"memory cannot be closed, it is in use: {', '.join(sorted(self._users))}")
+            self._closed = True
+        if self._kind is MemoryKind.FILE:
+            os.close(self._struct.fd)
+            self._struct.fd = -1
+        else:
+            lib.pc_memory_destroy(self._struct)
+
+    def __enter__(self) -> Memory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Only what nobody uses: leaking memory is better than unmapping what a fault thread still writes to.
+        if not getattr(self, "_closed", True) and not self._users:
+            self.close()
+
+
+def page_bytes_of(kind: str) -> int:
+    """The page size of a kind of memory, asked of the system. `ResourceError` for hugetlb on a kernel without it."""
+    if kind != MemoryKind.HUGETLB:
+        return int(lib.pc_page_bytes())
+    size_bytes = int(lib.pc_huge_page_bytes())
+    if not size_bytes:
+        raise ResourceError("this kernel has no huge pages", "use --backing memfd")
+    return size_bytes
+
+
+def host_memory_bytes() -> int:
+    """The host's RAM and swap together: memory beyond that can never be filled."""
+    total = 0
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            name, _, rest = line.partition(":")
+            if name in ("MemTotal", "SwapTotal"):
+                total += int(rest.split()[0]) * 1024
+    return total
+
+
+def check_fits_host(size_bytes: int, what: str = "the machine") -> None:
+    """`ConfigurationError` for 0, `ResourceError` for more than the host has."""
+    if size_bytes <= 0:
+        raise ConfigurationError(f"{what} needs more than 0 bytes of memory")
+    host_bytes = host_memory_bytes()
+    if size_bytes > host_bytes:
+        raise ResourceError(
+            f"{what} needs {format_size(size_bytes)} of memory, this host has {format_size(host_bytes)}",
+            "ask for less memory, or use a host with more",
+        )
+
+
+def _huge_page_remedy(size_bytes: int, unit: int) -> str:
+    return f"reserve at least {size_bytes // unit} free huge pages: sysctl vm.nr_hugepages=NUMBER"
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?", re.IGNORECASE | re.ASCII)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``4096``, ``512MiB``, ``1.5GiB``; ``K M G T`` alone are binary, as QEMU reads them; ``kB MB GB TB`` decimal.
+
+    The result must be a whole number of bytes, not negative. `ConfigurationError` otherwise.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or len(text) > 40:
+        shown = text if len(text) <= 40 else text[:40] + "..."
+        raise ConfigurationError(f"{shown!r} is not a size; write for instance 4096, 512MiB or 1.5GiB")
+    number, prefix, suffix = match.groups()
+    power = " kmgt".index(prefix.lower()) if prefix else 0
+    unit = (1000 if suffix and suffix.lower() == "b" else 1024) ** power
+    whole, _, fraction = number.partition(".")
+    value, rest = divmod(int(whole + fraction) * unit, 10 ** len(fraction))
+    if rest:
+        raise ConfigurationError(f"{text!r} is not a whole number of bytes")
+    return value
+
+
+def format_size(size_bytes: int) -> str:
+    """The shortest exact form with a binary unit (``1536 MiB``), else rounded to one digit (``1.4 GiB``)."""
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
+    power = 0
+    while power + 1 < len(units) and size_bytes >= 1024 ** (power + 1):
+        power += 1
+    while (
+        power and size_bytes % 1024**power and size_bytes % 1024 ** (power - 1) == 0 and size_bytes < 10 * 1024**power
+    ):
+        power -= 1
+    if size_bytes % 1024**power == 0:
+        return f"{size_bytes // 1024**power} {units[power]}"
+    return f"{size_bytes / 1024**power:.1f} {units[power]}"
