@@ -1,0 +1,185 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * userfaultfd, one function for each thing the kernel can be asked. No policy: nothing is retried and nobody is woken here.
+ *
+ * Two properties of the interface shape this file. A descriptor takes one successful UFFDIO_API only, so that asking what a
+ * kernel has needs a descriptor to throw away. And the ioctls which fill pages report twice: by their return value and by a
+ * result field which holds bytes done, a negative errno, or (after EINVAL and ESRCH, and for -EAGAIN on older kernels) whatever
+ * it held before the call.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdbool.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "postcopy.h"
+#include "uffd_abi.h"
+
+_Static_assert((int)PC_UFFD_IOCTL_REGISTER == _UFFDIO_REGISTER && (int)PC_UFFD_IOCTL_UNREGISTER == _UFFDIO_UNREGISTER &&
+                   (int)PC_UFFD_IOCTL_WAKE == _UFFDIO_WAKE && (int)PC_UFFD_IOCTL_COPY == _UFFDIO_COPY &&
+                   (int)PC_UFFD_IOCTL_ZEROPAGE == _UFFDIO_ZEROPAGE && (int)PC_UFFD_IOCTL_MOVE == _UFFDIO_MOVE &&
+                   (int)PC_UFFD_IOCTL_WRITEPROTECT == _UFFDIO_WRITEPROTECT &&
+                   (int)PC_UFFD_IOCTL_CONTINUE == _UFFDIO_CONTINUE && (int)PC_UFFD_IOCTL_POISON == _UFFDIO_POISON,
+               "bits of pc_uffd_ioctl are the kernel's");
+_Static_assert(PC_UFFD_MISSING == UFFDIO_REGISTER_MODE_MISSING && PC_UFFD_WP == UFFDIO_REGISTER_MODE_WP &&
+                   PC_UFFD_MINOR == UFFDIO_REGISTER_MODE_MINOR,
+               "bits of pc_uffd_mode are the kernel's");
+
+static const char device_path[] = "/dev/userfaultfd";
+
+static int uffd_ioctl(int uffd, unsigned long request, void *argument)
+{
+    return ioctl(uffd, request, argument) < 0 ? -errno : 0;
+}
+
+/* A descriptor before its handshake. Non-blocking always: poll(2) on a blocking userfaultfd returns POLLERR. */
+static int open_raw(int how)
+{
+    const int flags = O_CLOEXEC | O_NONBLOCK;
+    int fd = -1;
+
+    switch (how) {
+    case PC_UFFD_DEVICE: {
+        int device = open(device_path, O_RDWR | O_CLOEXEC);
+        int error;
+
+        if (device < 0)
+            return -errno;
+        fd = ioctl(device, USERFAULTFD_IOC_NEW, flags);
+        error = errno;
+        close(device);
+        return fd < 0 ? -error : fd;
+    }
+    case PC_UFFD_SYSCALL:
+        fd = (int)syscall(SYS_userfaultfd, flags);
+        return fd < 0 ? -errno : fd;
+    case PC_UFFD_USER_ONLY:
+        fd = (int)syscall(SYS_userfaultfd, flags | UFFD_USER_MODE_ONLY);
+        return fd < 0 ? -errno : fd;
+    default:
+        return -EINVAL;
+    }
+}
+
+static int open_one(int how, uint64_t features, struct pc_uffd_api *api)
+{
+    /* The kernel answers with everything it has, whatever was asked for, and with EINVAL for a bit it does not know. */
+    struct uffdio_api handshake = {.api = UFFD_API, .features = features};
+    int fd = open_raw(how);
+    int result;
+
+    if (fd < 0)
+        return fd;
+    result = uffd_ioctl(fd, UFFDIO_API, &handshake);
+    if (result) {
+        close(fd);
+        return result;
+    }
+    if (api) {
+        api->how = how;
+        api->features = handshake.features;
+        api->ioctls = handshake.ioctls;
+    }
+    return fd;
+}
+
+int pc_uffd_open(int how, uint64_t features, struct pc_uffd_api *api)
+{
+    static const int order[] = {PC_UFFD_DEVICE, PC_UFFD_SYSCALL, PC_UFFD_USER_ONLY};
+    bool refused = false;
+    int result = -ENOSYS;
+
+    if (how != PC_UFFD_ANY)
+        return open_one(how, features, api);
+    for (size_t i = 0; i < sizeof(order) / sizeof(order[0]); i++) {
+        result = open_one(order[i], features, api);
+        if (result >= 0)
+            return result;
+        refused = refused || result == -EACCES || result == -EPERM;
+        /* No other way has other features, nor more descriptors or memory. */
+        if (result == -EMFILE || result == -ENFILE || result == -ENOMEM)
+            return result;
+        if (result == -EINVAL && order[i] != PC_UFFD_USER_ONLY)
+            return result;
+    }
+    /* "Not allowed" has a remedy and is therefore said rather than what the last attempt happened to meet: a kernel before
+     * 5.11, for one, calls UFFD_USER_MODE_ONLY invalid. */
+    return refused ? -EPERM : result;
+}
+
+int pc_uffd_probe(int how, struct pc_uffd_api *api)
+{
+    int fd = pc_uffd_open(how, 0, api);
+
+    if (fd < 0)
+        return fd;
+    close(fd);
+    return 0;
+}
+
+int pc_uffd_register(int uffd, uint64_t address, uint64_t bytes, uint64_t mode, uint64_t *ioctls)
+{
+    struct uffdio_register argument = {.range = {.start = address, .len = bytes}, .mode = mode};
+    int result = uffd_ioctl(uffd, UFFDIO_REGISTER, &argument);
+
+    if (ioctls)
+        *ioctls = result ? 0 : argument.ioctls;
+    return result;
+}
+
+int pc_uffd_unregister(int uffd, uint64_t address, uint64_t bytes)
+{
+    struct uffdio_range argument = {.start = address, .len = bytes};
+
+    return uffd_ioctl(uffd, UFFDIO_UNREGISTER, &argument);
+}
+
+int pc_uffd_wake(int uffd, uint64_t address, uint64_t bytes)
+{
+    struct uffdio_range argument = {.start = address, .len = bytes};
+
+    return uffd_ioctl(uffd, UFFDIO_WAKE, &argument);
+}
+
+/* Makes one answer of the two which the kernel gave. `field` was zero before the call. */
+static int filled(int result, int64_t field, uint64_t bytes, uint64_t *done_bytes)
+{
+    uint64_t done = field > 0 ? (uint64_t)field : 0;
+
+    if (done_bytes)
+        *done_bytes = done;
+    return result ? result : done == bytes ? 0 : -EAGAIN;
+}
+
+int pc_uffd_copy(int uffd, uint64_t address, const void *source, uint64_t bytes, uint64_t mode, uint64_t *done_bytes)
+{
+    struct uffdio_copy argument = {.dst = address, .src = (uint64_t)(uintptr_t)source, .len = bytes, .mode = mode};
+    int result = uffd_ioctl(uffd, UFFDIO_COPY, &argument);
+
+    return filled(result, argument.copy, bytes, done_bytes);
+}
+
+int pc_uffd_zeropage(int uffd, uint64_t address, uint64_t bytes, uint64_t mode, uint64_t *done_bytes)
+{
+    struct uffdio_zeropage argument = {.range = {.start = address, .len = bytes}, .mode = mode};
+    int result = uffd_ioctl(uffd, UFFDIO_ZEROPAGE, &argument);
+
+    return filled(result, argument.zeropage, bytes, done_bytes);
+}
+
+int pc_uffd_continue(int uffd, uint64_t address, uint64_t bytes, uint64_t mode, uint64_t *done_bytes)
+{
+    struct uffdio_continue argument = {.range = {.start = address, .len = bytes}, .mode = mode};
+    int result = uffd_ioctl(uffd, UFFDIO_CONTINUE, &argument);
+
+    return filled(result, argument.mapped, bytes, done_bytes);
+}
+
+int pc_uffd_poison(int uffd, uint64_t address, uint64_t bytes, uint64_t mode, uint64_t *done_bytes)
+{
+    struct uffdio_poison argument = {.range = {.start = address, .len = bytes}, .mode = mode};
+    int result = uffd_ioctl(uffd, UFFDIO_POISON, &argument);
+
+    return filled(result, argument.updated, bytes, done_bytes);
+}
