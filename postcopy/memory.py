@@ -55,6 +55,7 @@ class Memory:
         self._lock = threading.Lock()
         self._users: dict[str, int] = {}
         self._closed = False
+        self._dropped = False
 
     @classmethod
     def create(cls, kind: str, size_bytes: int) -> Memory:
@@ -99,11 +100,9 @@ class Memory:
         unit = page_bytes or int(lib.pc_page_bytes())
         name = f"image (descriptor {file})" if isinstance(file, int) else f"image {os.fspath(file)}"
         try:
-            if isinstance(file, int):
-                fd = os.dup(file)
-            else:
-                # O_NONBLOCK: opening a FIFO must not wait for a writer; for regular files it means nothing.
-                fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            # O_NONBLOCK: opening a FIFO must not wait for a writer; for regular files it means nothing.
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+            fd = os.dup(file) if isinstance(file, int) else os.open(file, flags)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigurationError(f"{name}: {reason}") from error
@@ -238,6 +237,9 @@ class Memory:
             self._users[user] -= 1
             if not self._users[user]:
                 del self._users[user]
+            last = self._dropped and not self._users
+        if last:
+            self.close()
 
     @contextlib.contextmanager
     def in_use(self, user: str) -> Iterator[Memory]:
@@ -261,6 +263,14 @@ class Memory:
             self._struct.fd = -1
         else:
             lib.pc_memory_destroy(self._struct)
+
+    def drop(self) -> None:
+        """Closes now, or as soon as the last user lets go. For an owner that ends before, say, the pager of its memory."""
+        with self._lock:
+            self._dropped = True
+            in_use = bool(self._users)
+        if not in_use:
+            self.close()
 
     def __enter__(self) -> Memory:
         return self

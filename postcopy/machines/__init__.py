@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kinds of machines that can be migrated, and how one is made on either side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .._errors import ConfigurationError, ProtocolError
+from ..memory import MemoryKind
+from .base import (
+    Activity,
+    BlockLayout,
+    Check,
+    Machine,
+    MachineEvent,
+    MachineEventType,
+    MachineState,
+    MachineStatistics,
+    RamBlock,
+    VcpuStatistics,
+)
+from .image import ImageMachine
+from .kvm import WORKLOADS, KvmMachine
+
+__all__ = [
+    "BACKINGS",
+    "KINDS",
+    "WORKLOADS",
+    "Activity",
+    "BlockLayout",
+    "Check",
+    "ImageMachine",
+    "KvmMachine",
+    "Machine",
+    "MachineEvent",
+    "MachineEventType",
+    "MachineOptions",
+    "MachineState",
+    "MachineStatistics",
+    "RamBlock",
+    "VcpuStatistics",
+    "create_destination",
+    "create_source",
+]
+
+BACKINGS = (MemoryKind.MEMFD.value, MemoryKind.ANON.value, MemoryKind.HUGETLB.value)
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """What a user may say about a machine at the source; None is "not said". A kind refuses what it has no use for."""
+
+    memory_bytes: int | None = None
+    vcpus: int | None = None
+    workload: str | None = None
+    backing: str | None = None
+    working_set_bytes: int | None = None
+    seed: int | None = None
+    disk: str | None = None  # path of the backing file
+    disk_bytes: int | None = None
+    image: str | None = None  # path
+
+
+def _kvm_source(options: MachineOptions) -> Machine:
+    _refuse("kvm", options, "image")
+    defaults = KvmMachine.Options()
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    return KvmMachine.create(KvmMachine.Options(**{**vars(defaults), **given}))
+
+
+def _image_source(options: MachineOptions) -> Machine:
+    _refuse("image", options, *(name for name in vars(options) if name != "image"))
+    if not options.image:
+        raise ConfigurationError("--machine image needs --image FILE")
+    return ImageMachine.from_file(options.image)
+
+
+def _image_destination(
+    config: Mapping[str, Any], layout: Sequence[BlockLayout], backing: str, disk: str | None
+) -> Machine:
+    return ImageMachine.for_destination(config, layout, backing)
+
+
+_SOURCES: dict[str, Callable[[MachineOptions], Machine]] = {"kvm": _kvm_source, "image": _image_source}
+_DESTINATIONS: dict[str, Callable[[Mapping[str, Any], Sequence[BlockLayout], str, str | None], Machine]] = {
+    "kvm": KvmMachine.for_destination,
+    "image": _image_destination,
+}
+
+KINDS = tuple(_SOURCES)
+
+
+def create_source(kind: str, options: MachineOptions) -> Machine:
+    """A machine as it is before it is booted. Takes milliseconds. `ConfigurationError` for options that make no sense,
+    `ResourceError` for what the host lacks."""
+    if kind not in _SOURCES:
+        raise ConfigurationError(f"unknown kind of machine {kind!r}; there are {', '.join(KINDS)}")
+    return _SOURCES[kind](options)
+
+
+def create_destination(
+    kind: str,
+    config: Mapping[str, Any],
+    block_layout: Sequence[BlockLayout],
+    backing: str = "memfd",
+    *,
+    disk: str | None = None,
+) -> Machine:
+    """The twin of the machine that a source offers, its memory empty. `backing` is this side's own choice; `disk` is where
+    the machine's disk is on this host, if not where it is on the source.
+
+    Takes milliseconds. What the peer says is checked: `ProtocolError` for an offer that makes no sense, `ResourceError` and
+    `ConfigurationError` for one that cannot be taken here.
+    """
+    if kind not in _DESTINATIONS:
+        raise ProtocolError(f"the source offers an unknown kind of machine {kind[:40]!r}")
+    return _DESTINATIONS[kind](config, block_layout, backing, disk)
+
+
+def _refuse(kind: str, options: MachineOptions, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) is not None:
+            flag = "--" + name.removesuffix("_bytes").replace("_", "-")
+            raise ConfigurationError(f"{flag} has no meaning for --machine {kind}")

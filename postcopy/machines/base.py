@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be migrated, seen from the engine: memory blocks, a state, and a way to stop and to go on.
+
+The engine never asks which machine it moves; all it may use is here. A machine belongs to one side of one migration (an
+image at the source, which nothing changes, may be shared by several). All methods run in the Trio thread.
+
+Order of the end: a machine whose memory is complete can be closed before or after its pager. One whose memory is still
+missing pages must be closed *before*: a vCPU blocked on a missing page is brought out by a signal, while a pager that
+ends first must poison what is missing and so kills the vCPU. Memory is unmapped when both have let go of it.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import enum
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import trio
+
+from .._errors import PostcopyError
+from ..memory import Memory
+
+
+@dataclass(frozen=True)
+class RamBlock:
+    """One piece of a machine's memory; its index in `Machine.blocks` is its number on the wire."""
+
+    name: str
+    memory: Memory
+    shard: int  # the userfaultfd that a destination registers it with
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """A block as the source offers it."""
+
+    name: str
+    size_bytes: int
+    page_bytes: int  # of the source's memory
+
+
+class MachineState(enum.StrEnum):
+    CREATED = "created"  # neither booted nor loaded
+    PAUSED = "paused"
+    RUNNING = "running"
+    FAILED = "failed"  # a vCPU stopped for good
+
+
+class Activity(enum.StrEnum):
+    """Where a vCPU is."""
+
+    PARKED = "parked"
+    GUEST = "guest"  # computing, or blocked on a missing page
+    DEVICE = "device"
+    HALTED = "halted"
+    DISK = "disk"
+    GONE = "gone"
+
+
+@dataclass(frozen=True)
+class VcpuStatistics:
+    tid: int  # kernel thread
+    activity: Activity
+    exits: int  # from the guest, on this host
+    marks: int  # this and the following move with the machine
+    operations: int
+    failures: int  # reported by the guest
+
+
+@dataclass(frozen=True)
+class MachineStatistics:
+    state: MachineState
+    vcpus: tuple[VcpuStatistics, ...] = ()
+    ready: bool = True  # the guest has built up its working set
+    nonce: int = 0  # made by the guest at boot and kept in its memory only; 0: not announced on this host
+    failures: int = 0  # reported by the guest
+    failure_text: str = ""  # the first of them, one line
+    first_run_ns: int = 0  # CLOCK_MONOTONIC of the first entry into the guest after the last resume; 0: not yet
+    paused_ns: int = 0  # CLOCK_MONOTONIC of the end of the last pause; 0: never
+    disk_reads: int = 0
+    disk_writes: int = 0
+    disk_bytes: int = 0
+    disk_errors: int = 0
+    serial_bytes: int = 0  # written by the guest to its serial port
+
+    @property
+    def operations(self) -> int:
+        return sum(vcpu.operations for vcpu in self.vcpus)
+
+    @property
+    def marks(self) -> int:
+        return sum(vcpu.marks for vcpu in self.vcpus)
+
+
+@dataclass(frozen=True)
+class Check:
+    """The verdict of `Machine.verify`."""
+
+    ok: bool
+    what: str  # what was verified, or what is wrong: one line
+    how: str  # by what means
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a report."""
+        return asdict(self)
+
+
+class MachineEventType(enum.StrEnum):
+    READY = "ready"
+    MARK = "mark"  # the guest made progress; many marks may be told as one
+    FAILURE = "failure"  # the guest reported something wrong
+    FAILED = "failed"  # a vCPU stopped for good
+
+
+@dataclass(frozen=True)
+class MachineEvent:
+    type: MachineEventType
+    text: str = ""
+
+
+class Machine(abc.ABC):
+    """A machine on one side. An asynchronous context manager: leaving it closes it."""
+
+    kind: ClassVar[str]
+    live: ClassVar[bool]
+    """Whether it has CPUs: runs, can touch memory on its own, and can fail."""
+
+    @property
+    @abc.abstractmethod
+    def blocks(self) -> Sequence[RamBlock]:
+        """The RAM blocks, in the order of their numbers."""
+
+    @property
+    def shards(self) -> int:
+        """How many userfaultfds a destination gives it."""
+        return 1 + max((block.shard for block in self.blocks), default=0)
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(block.memory.size_bytes for block in self.blocks)
+
+    @property
+    def layout(self) -> list[BlockLayout]:
+        """The blocks as they are offered to a destination."""
+        return [BlockLayout(block.name, block.memory.size_bytes, block.memory.page_bytes) for block in self.blocks]
+
+    @abc.abstractmethod
+    def config(self) -> dict[str, Any]:
+        """What a destination needs, beside the layout, to make this machine's twin: a msgpack map."""
+
+    @abc.abstractmethod
+    async def boot(self) -> None:
+        """Source only, once: from created to paused, ready to be resumed."""
+
+    @abc.abstractmethod
+    async def resume(self) -> None:
+        """Lets it run. Does nothing when it runs already."""
+
+    @abc.abstractmethod
+    async def pause(self, timeout_s: float = 10.0) -> None:
+        """Stops it; when this returns nothing changes its memory or state any more. `MigrationError` when it does not stop
+        in time: it then runs on. Seen through when cancelled: it may then be paused, `statistics` tells."""
+
+    @abc.abstractmethod
+    async def save_state(self) -> bytes:
+        """All state outside of memory of the paused machine."""
+
+    @abc.abstractmethod
+    async def load_state(self, state: bytes) -> None:
+        """Destination only, once: from created to paused, without touching memory. `state` comes from a peer and is
+        checked; errors are `PostcopyError`s, after one the machine can only be closed."""
+
+    @abc.abstractmethod
+    def vcpu_threads(self) -> list[int]:
+        """Kernel thread ids, by vCPU number; for `Pager.track_thread`."""
+
+    @abc.abstractmethod
+    def statistics(self) -> MachineStatistics:
+        """Counters as they are now. Does not block."""
+
+    @abc.abstractmethod
+    async def verify(self) -> Check:
+        """Checks the memory from outside, by what only this machine knows about it. Paused, all pages there."""
+
+    @abc.abstractmethod
+    async def wait_ready(self) -> None:
+        """Returns when it has built up its working set; raises `MigrationError` when it fails before. Cancellable."""
+
+    @abc.abstractmethod
+    def events(self) -> AsyncIterator[MachineEvent]:
+        """What happens from now on; never ends by itself. Any number of tasks may follow, each with its own iterator.
+        `trio.ClosedResourceError` when the machine is closed."""
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """Ends it and lets go of its memory (see the order above). Twice does no harm. Shielded from cancellation, bounded
+        in time; `MigrationError` when a thread of it does not end, whatever it may still touch is then kept."""
+
+    @property
+    def dump_bytes(self) -> int:
+        """How long a dump of its memory is."""
+        return self.memory_bytes
+
+    async def dump(self, path: str | os.PathLike[str]) -> None:
+        """Writes the memory to a file, block after block, sparse where it is zero. Paused, all pages there.
+
+        The file appears when it is complete: until then it is `path` with ``.part`` added. Cancellation leaves the worker
+        thread to finish and remove that. `PostcopyError` when the file cannot be written.
+        """
+        with contextlib.ExitStack() as users:
+            for block in self.blocks:
+                users.enter_context(block.memory.in_use("dump"))
+            held = users.pop_all()
+        # From here on the thread lets go of the memory, also when nobody waits for it any more.
+        started = False
+
+        def worker() -> None:
+            nonlocal started
+            started = True
+            with held:
+                _dump([block.memory for block in self.blocks], self.dump_bytes, os.fspath(path))
+
+        try:
+            await trio.to_thread.run_sync(worker, abandon_on_cancel=True)
+        finally:
+            if not started:
+                held.close()
+
+    async def __aenter__(self) -> Machine:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+def _dump(memories: Sequence[Memory], size_bytes: int, path: str) -> None:
+    part = path + ".part"
+    try:
+        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    except (OSError, ValueError) as error:
+        raise PostcopyError(f"dump to {path}: {_reason(error)}") from error
+    try:
+        try:
+            offset = 0
+            for memory in memories:
+                memory.dump(fd, offset)
+                offset += memory.size_bytes
+            os.ftruncate(fd, size_bytes)
+        finally:
+            os.close(fd)
+        os.replace(part, path)
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+        if isinstance(error, OSError):
+            raise PostcopyError(f"dump to {path}: {_reason(error)}") from error
+        raise
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A memory image: RAM without a CPU.
+
+The source reads a file (raw, sparse or not) that must not change meanwhile; the destination gathers it in memory. Since
+nothing runs, there is nothing to pause or resume. Several migrations may share one source.
+
+The source reads the file once at `boot` for a digest, which travels as the machine's state; the destination compares it
+with the digest of what has arrived. So an image that is overwritten while it is served is found out as well.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import msgpack
+import trio
+
+from .._errors import ConfigurationError, MigrationError, ProtocolError
+from ..memory import Memory, MemoryKind, format_size, host_memory_bytes, page_bytes_of
+from ..uffd import explain_unavailable
+from .base import BlockLayout, Check, Machine, MachineEvent, MachineState, MachineStatistics, RamBlock
+
+BLOCK_NAME = "image"
+
+# A sparse image may well be larger than the host's memory, but its bookkeeping must fit. One bit in 32768 of memory: this
+# leaves it at a few percent.
+LARGEST_TIMES_HOST_MEMORY = 64
+
+
+class ImageMachine(Machine):
+    """Made by `from_file` at the source, `for_destination` at the destination."""
+
+    kind: ClassVar[str] = "image"
+    live: ClassVar[bool] = False
+
+    def __init__(self, memory: Memory, file_bytes: int, verify: bool, path: str) -> None:
+        self._memory = memory
+        self._blocks = (RamBlock(BLOCK_NAME, memory, 0),)
+        self._file_bytes = file_bytes
+        self._path = path
+        self._verify = verify
+        self._digest: int | None = None
+        self._stamp = self._file_stamp()
+        self._booting = trio.Lock()
+        self._state = MachineState.CREATED
+        self._closed = trio.Event()
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], *, verify: bool = True) -> ImageMachine:
+        """The source. `verify`: read it once at `boot` for the digest. `ConfigurationError` for an unusable file."""
+        memory = Memory.from_file(path)
+        return cls(memory, memory.file_bytes, verify, os.fspath(path))
+
+    @classmethod
+    def for_destination(cls, config: Mapping[str, Any], layout: Sequence[BlockLayout], backing: str) -> ImageMachine:
+        """The twin of what a source offers. `ProtocolError` for an offer that makes no sense, `ResourceError` for one that
+        this host cannot take."""
+        unavailable = explain_unavailable(kernel_faults=False)
+        if unavailable is not None:
+            raise unavailable
+        file_bytes = config.get("file-bytes")
+        if type(file_bytes) is not int or len(layout) != 1 or layout[0].name != BLOCK_NAME:
+            raise ProtocolError("an offer of an image must have its file-bytes and one block")
+        if not 0 < file_bytes <= layout[0].size_bytes:
+            raise ProtocolError(f"an image of {file_bytes} bytes in a block of {layout[0].size_bytes}")
+        if layout[0].size_bytes - file_bytes >= max(layout[0].page_bytes, 1):
+            raise ProtocolError(f"an image of {file_bytes} bytes does not fill a block of {layout[0].size_bytes}")
+        if file_bytes > LARGEST_TIMES_HOST_MEMORY * host_memory_bytes():
+            raise ConfigurationError(f"an image of {format_size(file_bytes)} is too large for this host")
+        unit = page_bytes_of(backing)
+        memory = Memory.create(backing, -(-layout[0].size_bytes // unit) * unit)
+        return cls(memory, file_bytes, verify=True, path="")
+
+    @property
+    def blocks(self) -> Sequence[RamBlock]:
+        return self._blocks
+
+    @property
+    def file_bytes(self) -> int:
+        """The image's true size; its block is rounded up to whole pages."""
+        return self._file_bytes
+
+    @property
+    def dump_bytes(self) -> int:
+        return self._file_bytes
+
+    def config(self) -> dict[str, Any]:
+        return {"file-bytes": self._file_bytes}
+
+    async def boot(self) -> None:
+        """Reads the file for its digest, unless told not to; once, also when several migrations ask. Cancellable: the
+        worker thread then finishes for nobody."""
+        async with self._booting:
+            if self._state is not MachineState.CREATED:
+                return
+            if self._verify:
+                self._digest = await trio.to_thread.run_sync(self._memory.digest, abandon_on_cancel=True)
+            self._state = MachineState.PAUSED
+
+    async def resume(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def pause(self, timeout_s: float = 10.0) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def save_state(self) -> bytes:
+        """The digest. `MigrationError` when the file has changed since it was opened."""
+        await self.boot()
+        if self._file_stamp() != self._stamp:
+            raise MigrationError(f"image {self._path} has changed since it was opened")
+        packed: bytes = msgpack.packb({"digest": self._digest})
+        return packed
+
+    async def load_state(self, state: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        try:
+            fields = msgpack.unpackb(state)
+        except (ValueError, msgpack.UnpackException) as error:
+            raise ProtocolError("the image's state is damaged") from error
+        digest = fields.get("digest") if isinstance(fields, dict) else False
+        if digest is not None and (type(digest) is not int or not 0 <= digest < 1 << 64):
+            raise ProtocolError("the image's state is damaged: no digest in it")
+        self._digest = digest
+        self._state = MachineState.PAUSED
+
+    def vcpu_threads(self) -> list[int]:
+        return []
+
+    def statistics(self) -> MachineStatistics:
+        return MachineStatistics(self._state)
+
+    async def verify(self) -> Check:
+        how = "CRC32C of every page, folded into one digest: the source's file against the memory"
+        if self._digest is None:
+            return Check(False, "nothing: the source gave no digest", how)
+        found = await trio.to_thread.run_sync(self._memory.digest, abandon_on_cancel=True)
+        counts = {"bytes-checked": self._file_bytes}
+        if found != self._digest:
+            return Check(False, f"the digest is {found:#x} and should be {self._digest:#x}", how, counts)
+        return Check(True, f"all {self._file_bytes} bytes of the image", how, counts)
+
+    async def wait_ready(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def events(self) -> AsyncIterator[MachineEvent]:
+        return _NoEvents(self._closed)
+
+    async def close(self) -> None:
+        self._closed.set()
+        self._memory.drop()
+        await trio.lowlevel.checkpoint()
+
+    def _file_stamp(self) -> tuple[int, int]:
+        if self._memory.kind is not MemoryKind.FILE:
+            return 0, 0
+        status = os.fstat(self._memory.fd)
+        return status.st_size, status.st_mtime_ns
+
+
+class _NoEvents:
+    """Nothing ever happens to an image; a task that follows it waits."""
+
+    def __init__(self, closed: trio.Event) -> None:
+        self._closed = closed
+
+    def __aiter__(self) -> _NoEvents:
+        return self
+
+    async def __anext__(self) -> MachineEvent:
+        await self._closed.wait()
+        raise trio.ClosedResourceError("the machine was closed")
