@@ -1,0 +1,391 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * postcopy: the data plane's one public header.
+ *
+ * Everything between the two cffi markers is plain C that both a compiler and CFFI's cdef parser read; the Python
+ * extension is generated from it, so what Python sees cannot drift from what C offers.
+ *
+ * Conventions
+ *   - Functions return 0 (or a count) on success and -errno on failure; nothing sets errno for the caller, nothing is
+ *     global: any number of pagers, page servers and machines live side by side in one process.
+ *   - Numbers say what they are: *_bytes, *_pages, *_ns. An *address* is a pointer value in this process, an *offset*
+ *     counts bytes from the start of a RAM block, a *page* counts pages of that block; they never share a name.
+ *   - Functions that may block or take a lock are marked so. None of them needs Python's GIL, all are called without it.
+ *   - A file descriptor handed to an `attach` function belongs to the callee from then on, even when it fails.
+ *   - An `error` buffer receives one line for a person, without a newline, always terminated; it may be NULL.
+ */
+#ifndef POSTCOPY_H
+#define POSTCOPY_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ==== begin cffi ==== */
+
+#define PC_MAX_BLOCKS 64          /* RAM blocks of one machine */
+#define PC_MAX_SHARDS 64          /* userfaultfds of one pager */
+#define PC_MAX_BULK_CHANNELS 16
+#define PC_MAX_TRACKED_THREADS 64 /* threads whose blocktime a pager accounts (vCPUs) */
+#define PC_ERROR_BYTES 256        /* a good size for an `error` buffer */
+
+const char *pc_version(void);
+
+/* ==== begin crc32c ==== */
+/* CRC-32C (Castagnoli, reflected, as in RFC 3720); `crc` is 0 to begin and the last result to continue. */
+uint32_t pc_crc32c(uint32_t crc, const void *data, size_t bytes);
+/* 1 when every byte is zero. */
+int pc_is_zero(const void *data, size_t bytes);
+/* ==== end crc32c ==== */
+
+/* ==== begin bitmap ==== */
+/* A bitmap is an array of 64-bit words, bit i of the map = bit (i % 64) of word i / 64; bits past the end are zero.
+ * The functions below are not atomic: they work on private copies. */
+uint64_t pc_bitmap_words(uint64_t bits);
+uint64_t pc_bitmap_count(const uint64_t *words, uint64_t bits);
+/* First bit >= from that equals value (0 or 1); `bits` when there is none. */
+uint64_t pc_bitmap_next(const uint64_t *words, uint64_t bits, uint64_t from, int value);
+void pc_bitmap_set_range(uint64_t *words, uint64_t first, uint64_t count);
+void pc_bitmap_clear_range(uint64_t *words, uint64_t first, uint64_t count);
+/* Run-length form: LEB128 lengths of alternating runs, starting with a run of zeros (which may be empty), up to the last
+ * set bit. Encode returns the bytes needed (writes at most `cap`, so call it with cap 0 to measure); decode returns 0,
+ * or -EBADMSG for a malformed or overlong map, without ever writing past `bits`. */
+int64_t pc_bitmap_rle_encode(const uint64_t *words, uint64_t bits, uint8_t *out, size_t cap);
+int pc_bitmap_rle_decode(const uint8_t *data, size_t bytes, uint64_t *words, uint64_t bits);
+/* ==== end bitmap ==== */
+
+/* ==== begin histogram ==== */
+/* Log-linear histogram of nanoseconds: 32 steps in each power of two, so a value is off by 3 % at most. */
+#define PC_HISTOGRAM_BUCKETS 1920
+struct pc_histogram {
+    uint64_t count;
+    uint64_t sum_ns;
+    uint64_t max_ns;
+    uint64_t buckets[PC_HISTOGRAM_BUCKETS];
+};
+void pc_histogram_add(struct pc_histogram *h, uint64_t ns); /* one writer at a time; readers may run beside it */
+void pc_histogram_merge(struct pc_histogram *into, const struct pc_histogram *from);
+/* Value at a percentile in 0..100 (upper edge of its bucket, never above max_ns); 0 when empty. */
+uint64_t pc_histogram_percentile(const struct pc_histogram *h, double percentile);
+/* ==== end histogram ==== */
+
+/* ==== begin frame ==== */
+/* The data channels' frame: a fixed header of PC_FRAME_HEADER_BYTES, little endian, then payload_bytes of payload.
+ *   0 u32 magic   4 u8 type   5 u8 flags   6 u16 block   8 u64 first_page   16 u32 pages   20 u32 request_id
+ *   24 u32 payload_bytes   28 u32 payload_crc   32 u32 reserved (zero)   36 u32 header_crc (CRC32C of bytes 0..35)
+ * docs/protocol.md says what each type means. */
+#define PC_FRAME_HEADER_BYTES 40
+#define PC_FRAME_MAGIC 0x46504350 /* "PCPF" */
+#define PC_FRAME_MAX_PAYLOAD_BYTES 4194304
+enum pc_frame_type {
+    PC_FRAME_REQUEST = 1, /* destination -> source: send these pages */
+    PC_FRAME_PAGES = 2,   /* source -> destination: their content */
+    PC_FRAME_ZERO = 3,    /* source -> destination: these pages are all zero; no payload */
+    PC_FRAME_END = 4,     /* source -> destination, bulk: every page has been offered once */
+    PC_FRAME_ERROR = 5    /* source -> destination: these pages cannot be served; payload is the reason, UTF-8 */
+};
+enum pc_frame_flags {
+    PC_FRAME_DEMAND = 1 /* answers a request (as opposed to being pushed) */
+};
+struct pc_frame {
+    uint8_t type;
+    uint8_t flags;
+    uint16_t block;
+    uint32_t pages;
+    uint64_t first_page;
+    uint32_t request_id;
+    uint32_t payload_bytes;
+    uint32_t payload_crc;
+};
+void pc_frame_encode(const struct pc_frame *frame, uint8_t *header);
+/* 0, or -EBADMSG with the reason in `error`. Checks magic, type, flags, sizes and header CRC; not the payload. */
+int pc_frame_decode(const uint8_t *header, struct pc_frame *frame, char *error, size_t error_bytes);
+/* ==== end frame ==== */
+
+/* ==== begin uffd ==== */
+enum pc_uffd_how {
+    PC_UFFD_ANY = 0,      /* the first of the following that works */
+    PC_UFFD_DEVICE = 1,   /* /dev/userfaultfd */
+    PC_UFFD_SYSCALL = 2,  /* userfaultfd(2), all faults */
+    PC_UFFD_USER_ONLY = 3 /* userfaultfd(2) with UFFD_USER_MODE_ONLY: faults raised by the kernel get EFAULT */
+};
+enum pc_uffd_mode { PC_UFFD_MISSING = 1, PC_UFFD_WP = 2, PC_UFFD_MINOR = 4 };
+enum pc_uffd_ioctl {
+    PC_UFFD_IOCTL_REGISTER = 0,
+    PC_UFFD_IOCTL_UNREGISTER = 1,
+    PC_UFFD_IOCTL_WAKE = 2,
+    PC_UFFD_IOCTL_COPY = 3,
+    PC_UFFD_IOCTL_ZEROPAGE = 4,
+    PC_UFFD_IOCTL_MOVE = 5,
+    PC_UFFD_IOCTL_WRITEPROTECT = 6,
+    PC_UFFD_IOCTL_CONTINUE = 7,
+    PC_UFFD_IOCTL_POISON = 8
+};
+struct pc_uffd_api {
+    int how;           /* how it was opened: PC_UFFD_DEVICE, ... */
+    uint64_t features; /* bits this kernel has (all of them, whatever was asked) */
+    uint64_t ioctls;
+};
+/* What this kernel and this user may have, asked on a throw-away fd. 0 or -errno. */
+int pc_uffd_probe(int how, struct pc_uffd_api *api);
+/* A new userfaultfd, non-blocking and close-on-exec, with `features` enabled. The fd, or -errno:
+ * -EINVAL when the kernel lacks a feature, -EPERM/-EACCES when the user may not, -ENOSYS/-ENOENT when there is none. */
+int pc_uffd_open(int how, uint64_t features, struct pc_uffd_api *api);
+int pc_uffd_register(int uffd, uint64_t address, uint64_t bytes, uint64_t mode, uint64_t *ioctls);
+int pc_uffd_unregister(int uffd, uint64_t address, uint64_t bytes);
+int pc_uffd_wake(int uffd, uint64_t address, uint64_t bytes);
+/* Each of these returns 0 when all `bytes` were done, else -errno with *done_bytes telling how far it came (0 too when the
+ * kernel did not say). They neither retry nor wake: pc_place_* do. */
+int pc_uffd_copy(int uffd, uint64_t address, const void *source, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);
+int pc_uffd_zeropage(int uffd, uint64_t address, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);
+int pc_uffd_continue(int uffd, uint64_t address, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);
+int pc_uffd_poison(int uffd, uint64_t address, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);
+/* ==== end uffd ==== */
+
+/* ==== begin memory ==== */
+enum pc_memory_kind { PC_MEMORY_MEMFD = 1, PC_MEMORY_ANON = 2, PC_MEMORY_HUGETLB = 3 };
+struct pc_memory {
+    void *base;          /* mapping the machine uses; NULL when there is none */
+    uint64_t size_bytes; /* multiple of page_bytes */
+    uint64_t page_bytes; /* what one fault brings: the system's page, or the huge page */
+    int kind;            /* enum pc_memory_kind */
+    int fd;              /* memfd, or -1 */
+};
+uint64_t pc_page_bytes(void);
+uint64_t pc_huge_page_bytes(void); /* default huge page size, 0 when the kernel has none */
+/* Maps new zeroed memory, MADV_NOHUGEPAGE and MADV_DONTFORK, nothing populated. 0 or -errno with a line in `error`. */
+int pc_memory_create(int kind, uint64_t size_bytes, struct pc_memory *memory, char *error, size_t error_bytes);
+void pc_memory_destroy(struct pc_memory *memory);
+/* Sets the bit of every page that may hold something other than zeros, without touching a page: SEEK_DATA on a file or
+ * memfd, PAGEMAP_SCAN or /proc/self/pagemap on anonymous memory. The map must be zeroed. Blocks on I/O. */
+int pc_memory_present(const struct pc_memory *memory, uint64_t *present_words);
+int pc_file_present(int fd, uint64_t size_bytes, uint64_t page_bytes, uint64_t *present_words);
+/* Writes the memory to fd at file_offset, leaving a hole for every page that is all zero; reading never populates.
+ * Every page must be resident or absent for good: a missing page would block this thread. Blocks on I/O. */
+int pc_memory_dump(const struct pc_memory *memory, int fd, uint64_t file_offset);
+/* Fills memory (not registered with any userfaultfd) from a file range; holes stay holes. Blocks on I/O. */
+int pc_memory_load(struct pc_memory *memory, int fd, uint64_t file_offset, uint64_t bytes);
+/* CRC32C over pages as if each absent page were zeros, folded page by page so that absent pages cost almost nothing:
+ * equal contents give equal digests whatever is populated. Blocks on I/O. */
+int pc_memory_digest(const struct pc_memory *memory, uint64_t *digest);
+int pc_file_digest(int fd, uint64_t size_bytes, uint64_t page_bytes, uint64_t *digest);
+/* Bytes of the mapping that are populated, without touching any. */
+int pc_memory_resident(const struct pc_memory *memory, uint64_t *resident_bytes);
+/* ==== end memory ==== */
+
+/* ==== begin pager ==== */
+/* The destination's side: faults in, requests out, pages placed. See csrc/pager.c for how it works. */
+struct pc_pager;
+enum pc_stage { PC_STAGE_SENT = 0, PC_STAGE_RECEIVED = 1, PC_STAGE_PLACED = 2, PC_STAGE_TOTAL = 3 };
+#define PC_STAGES 4
+enum pc_channel_kind { PC_CHANNEL_URGENT = 1, PC_CHANNEL_BULK = 2 };
+enum pc_event_type {
+    PC_EVENT_CHANNEL_DOWN = 1, /* a data channel ended: `error` and `text` say why; 0 is an orderly end by the peer */
+    PC_EVENT_BULK_END = 2,     /* pager: the source says it has offered every page on this channel; page server: it has */
+    PC_EVENT_COMPLETE = 3,     /* pager: no page is missing any more */
+    PC_EVENT_FATAL = 4         /* this pager or page server cannot go on: `error`, `text` */
+};
+struct pc_event {
+    int type;
+    int channel_kind;
+    int channel; /* shard or bulk index */
+    int error;   /* positive errno, 0 when none */
+    char text[200];
+};
+struct pc_pager_stats {
+    uint64_t total_pages, total_bytes;       /* of all blocks; bytes because blocks may differ in page size */
+    uint64_t resident_pages, resident_bytes; /* received or known to be zero */
+    uint64_t demand_pages;                   /* placed in answer to a fault */
+    uint64_t background_pages;               /* placed by push, content not zero */
+    uint64_t zero_pages;                     /* known to be zero: never sent as content */
+    uint64_t duplicate_pages;                /* arrived again and dropped */
+    uint64_t requests;                       /* request frames: exactly one a page unless a channel was replaced */
+    uint64_t faults;                         /* fault events read */
+    uint64_t repeated_faults;                /* of them, on a page already requested or already there */
+    uint64_t event_reads;                    /* read(2) calls on userfaultfds that returned events */
+    uint64_t bytes_received;                 /* on data channels, headers included */
+    uint64_t bytes_sent;
+    uint64_t pending_faults;                 /* threads blocked now, as far as events were read */
+    uint64_t frames_refused;                 /* bad frames: each ended its channel */
+};
+int pc_pager_new(struct pc_pager **pager);
+/* Adds the next RAM block (index returned). The memory stays the caller's and must outlive the pager. */
+int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory);
+/* Pages of a block that are zero at the source: a fault on them is answered here. Before arming only. */
+int pc_pager_set_zero(struct pc_pager *pager, uint32_t block, const uint64_t *zero_words);
+/* Opens a userfaultfd with its fault thread (index returned). busy_poll_us: how long the thread spins after each
+ * event before it sleeps. The thread runs from now on, with or without a channel. */
+int pc_pager_add_shard(struct pc_pager *pager, int how, uint32_t busy_poll_us, char *error, size_t error_bytes);
+/* Registers pages of a block with a shard: from now on they fault. */
+int pc_pager_arm(struct pc_pager *pager, uint32_t shard, uint32_t block, uint64_t first_page, uint64_t pages, char *error,
+                 size_t error_bytes);
+/* Gives a shard its urgent channel (again, after the old one went down: everything pending is requested anew). */
+int pc_pager_attach_urgent(struct pc_pager *pager, uint32_t shard, int fd);
+/* Adds a bulk channel with its own thread. */
+int pc_pager_attach_bulk(struct pc_pager *pager, uint32_t channel, int fd);
+/* Accounts the faults of kernel thread `tid` to `slot` (a vCPU). */
+int pc_pager_track_thread(struct pc_pager *pager, uint32_t slot, int32_t tid);
+/* Requests, through the urgent channels, every page that is still missing and not requested, at most `limit`; how many. */
+int64_t pc_pager_request_missing(struct pc_pager *pager, uint64_t limit);
+int pc_pager_event_fd(struct pc_pager *pager); /* eventfd: readable when pc_pager_next_event has something */
+int pc_pager_next_event(struct pc_pager *pager, struct pc_event *event); /* 1, or 0 when there is none */
+int pc_pager_stats(struct pc_pager *pager, struct pc_pager_stats *stats);
+int pc_pager_latency(struct pc_pager *pager, int stage, struct pc_histogram *histogram); /* all shards merged */
+/* Blocked time of each tracked slot in ns, a fault still pending counted up to now; returns the number of slots. */
+int pc_pager_blocktime(struct pc_pager *pager, uint64_t *blocktime_ns, uint32_t slots);
+int pc_pager_received(struct pc_pager *pager, uint32_t block, uint64_t *words); /* copy of the resident bitmap */
+/* Closes every channel and waits for their threads; memory stays armed and faults stay blocked. */
+int pc_pager_disconnect(struct pc_pager *pager);
+/* Unregisters everything. -EBUSY while a page is missing: unregistering would show zeros. */
+int pc_pager_disarm(struct pc_pager *pager);
+/* Ends all threads and closes the userfaultfds. Where pages are still missing they are poisoned first (or, on kernels
+ * without POISON, the userfaultfd is deliberately left open: -EBUSY), since closing it would turn them into zeros. */
+int pc_pager_free(struct pc_pager *pager);
+/* ==== end pager ==== */
+
+/* ==== begin pageserver ==== */
+/* The source's side: answers requests, pushes the rest. See csrc/pageserver.c. */
+struct pc_pageserver;
+struct pc_pageserver_stats {
+    uint64_t total_pages;
+    uint64_t sent_pages;     /* offered at least once, zero pages included */
+    uint64_t demand_pages;   /* sent in answer to a request */
+    uint64_t background_pages;
+    uint64_t zero_pages;     /* told as a run of nothing */
+    uint64_t requests;
+    uint64_t repeated_requests; /* asked again after having been answered on demand */
+    uint64_t bytes_sent;     /* on data channels, headers included */
+    uint64_t bytes_received;
+};
+int pc_pageserver_new(uint64_t max_bandwidth_bytes_per_s, struct pc_pageserver **server); /* 0: no limit; bulk only */
+/* Adds the next RAM block (index returned): memory->base is read where it is not NULL, else memory->fd by pread.
+ * page_bytes is the unit of transfer; present_words (copied) has a bit for each page that may be non-zero. */
+int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory *memory, uint64_t page_bytes);
+int pc_pageserver_set_present(struct pc_pageserver *server, uint32_t block, const uint64_t *present_words);
+int pc_pageserver_attach_urgent(struct pc_pageserver *server, uint32_t shard, int fd, uint32_t busy_poll_us);
+int pc_pageserver_attach_bulk(struct pc_pageserver *server, uint32_t channel, int fd);
+/* Urgent requests are answered and bulk is pushed only from here on (until then the machine may still change). */
+int pc_pageserver_start(struct pc_pageserver *server);
+int pc_pageserver_set_bandwidth(struct pc_pageserver *server, uint64_t max_bandwidth_bytes_per_s);
+int pc_pageserver_event_fd(struct pc_pageserver *server);
+int pc_pageserver_next_event(struct pc_pageserver *server, struct pc_event *event);
+int pc_pageserver_stats(struct pc_pageserver *server, struct pc_pageserver_stats *stats);
+int pc_pageserver_disconnect(struct pc_pageserver *server);
+void pc_pageserver_free(struct pc_pageserver *server);
+/* ==== end pageserver ==== */
+
+/* ==== begin machine: kvm ==== */
+/* A small x86-64 machine on /dev/kvm whose guest programs check themselves. See docs/machines.md. Guest memory is the
+ * caller's, must outlive the machine, and is only touched from here by pc_kvm_boot, pc_kvm_verify and the disk's O_DIRECT
+ * transfers. Every function may be called from any thread; two that change the same machine at once: -EBUSY. */
+struct pc_kvm;
+#define PC_KVM_MAX_VCPUS 8
+enum pc_workload { PC_WORKLOAD_IDLE = 0, PC_WORKLOAD_DIRTY = 1, PC_WORKLOAD_RANDOM = 2, PC_WORKLOAD_DISK = 3 };
+struct pc_kvm_config {
+    uint32_t vcpus;                              /* 1..PC_KVM_MAX_VCPUS */
+    uint32_t workload;                           /* enum pc_workload */
+    struct pc_memory shared;                     /* RAM block "shared", at guest-physical 0 */
+    struct pc_memory private_[PC_KVM_MAX_VCPUS]; /* RAM block "vcpuN": touched by that vCPU only; size_bytes may be 0 */
+    uint64_t working_set_bytes;                  /* over all blocks; 0 or too much: all memory outside of the boot area */
+    uint64_t seed;                               /* both ends must have the same */
+    int disk_fd;                                 /* from pc_disk_open, stays the caller's; -1 when there is none */
+    uint64_t disk_bytes;                         /* shared out evenly between the vCPUs */
+};
+enum pc_machine_state {
+    PC_MACHINE_CREATED = 0, /* neither booted nor loaded */
+    PC_MACHINE_PAUSED = 1,
+    PC_MACHINE_RUNNING = 2,
+    PC_MACHINE_FAILED = 3   /* a vCPU stopped for good; failure_text says why */
+};
+enum pc_vcpu_activity {
+    PC_VCPU_PARKED = 0,  /* outside of the guest, waiting for pc_kvm_resume */
+    PC_VCPU_GUEST = 1,   /* in KVM_RUN: computing, or blocked on a missing page */
+    PC_VCPU_DEVICE = 2,  /* between two KVM_RUNs */
+    PC_VCPU_HALTED = 3,  /* executed HLT, sleeps until the next tick */
+    PC_VCPU_DISK = 4,    /* in the disk's pread or pwrite */
+    PC_VCPU_GONE = 5     /* thread ended */
+};
+struct pc_vcpu_stats {
+    int32_t tid;         /* kernel thread, for blocktime accounting; known as soon as pc_kvm_open returns */
+    int32_t activity;    /* enum pc_vcpu_activity */
+    uint64_t exits;      /* from KVM_RUN, on this host */
+    uint64_t marks;      /* the counters from here on move with the machine */
+    uint64_t operations; /* as last announced by the guest */
+    uint64_t failures;   /* reported by the guest */
+};
+struct pc_machine_stats {
+    int32_t state;         /* enum pc_machine_state */
+    uint32_t vcpus;
+    uint32_t ready;        /* 1: every vCPU has completed its initial pass */
+    uint32_t failures;     /* reported by the guest, all vCPUs */
+    uint64_t nonce;        /* as last announced by the guest on this host; 0: not yet */
+    uint64_t first_run_ns; /* CLOCK_MONOTONIC when the first vCPU entered the guest after the last resume; 0: not yet */
+    uint64_t paused_ns;    /* CLOCK_MONOTONIC when the last pause was complete; 0: never */
+    uint64_t disk_reads;
+    uint64_t disk_writes;
+    uint64_t disk_bytes;
+    uint64_t disk_errors;  /* requests refused or failed */
+    uint64_t serial_bytes; /* written by the guest */
+    uint32_t failure_vcpu; /* of the first failure, valid when failure_text is not empty */
+    uint32_t failure_code;
+    uint64_t failure_where; /* guest-virtual address, MSR index ... as failure_text says */
+    uint64_t failure_expected;
+    uint64_t failure_found;
+    char failure_text[192];
+    struct pc_vcpu_stats vcpu[PC_KVM_MAX_VCPUS];
+};
+struct pc_machine_check {
+    uint32_t ok;                /* 1: every invariant holds; else `text` says the first that does not */
+    uint32_t bad_pages;         /* how many pages are wrong */
+    uint64_t pages_checked;     /* working set, by content */
+    uint64_t pages_zero;        /* the rest, seen to be zero or never touched */
+    uint64_t operations;        /* accounted for, all vCPUs */
+    uint64_t disk_bytes_checked;
+    uint64_t nonce;             /* read from guest memory */
+    char text[192];             /* what was verified, or what is wrong */
+};
+/* Backing file for `disk`: created or extended to `bytes` (never shrunk), opened O_DIRECT. The fd or -errno. Blocks on I/O. */
+int pc_disk_open(const char *path, uint64_t bytes, char *error, size_t error_bytes);
+/* A split of a machine's memory that pc_kvm_open accepts: about half is shared. page_bytes: the memory kind's. */
+int pc_kvm_split_memory(uint64_t total_bytes, uint32_t vcpus, uint64_t page_bytes, uint64_t *shared_bytes,
+                        uint64_t *private_bytes, char *error, size_t error_bytes);
+/* Makes the machine with its vCPU threads, parked. -ENOENT/-EACCES/-EPERM: no /dev/kvm or no right to it, -ENOTSUP: a
+ * feature is missing or the architecture is another, -EINVAL: a bad configuration. Does not touch guest memory. */
+int pc_kvm_open(const struct pc_kvm_config *config, struct pc_kvm **machine, char *error, size_t error_bytes);
+/* Source only, once: writes boot area and start state. -EBUSY unless PC_MACHINE_CREATED. */
+int pc_kvm_boot(struct pc_kvm *machine);
+/* Lets the vCPUs run. -EINVAL when neither booted nor loaded, -EIO when failed; 0 when running already. */
+int pc_kvm_resume(struct pc_kvm *machine);
+/* Returns when every vCPU is outside of the guest and of device emulation. Blocks up to timeout_ms. -ETIMEDOUT: `error`
+ * names the vCPU that is stuck and where, and the machine runs on. 0 when paused already; -EIO when failed. */
+int pc_kvm_pause(struct pc_kvm *machine, uint32_t timeout_ms, char *error, size_t error_bytes);
+/* State of a paused machine, without guest memory. The bytes needed (call with cap 0 to measure), or -errno; nothing is
+ * written unless cap suffices. */
+int64_t pc_kvm_save_state(struct pc_kvm *machine, void *buf, size_t cap, char *error, size_t error_bytes);
+/* Into a machine fresh from pc_kvm_open with the same configuration. -EBADMSG: damaged, -EPROTO: another version or an
+ * unknown section, -EINVAL: another configuration, -ENOTSUP: this host's CPU or KVM lacks something. Validated in full before
+ * anything is set; after an error in setting, close the machine. Does not touch guest memory. */
+int pc_kvm_load_state(struct pc_kvm *machine, const void *buf, size_t bytes, char *error, size_t error_bytes);
+/* Takes no lock, never blocks. Each number is current, together they are not one instant unless paused. */
+int pc_kvm_stats(struct pc_kvm *machine, struct pc_machine_stats *stats);
+/* Checks all guest memory (and the disk) of a paused machine from outside. All memory must be resident: this thread would
+ * block on a missing page. 0 with the verdict in *check, or -errno when there is none. Blocks on I/O; takes seconds. */
+int pc_kvm_verify(struct pc_kvm *machine, struct pc_machine_check *check);
+/* eventfd: readable after ready, mark (at most 20/s), guest failure and vCPU failure. Belongs to the machine. */
+int pc_kvm_event_fd(struct pc_kvm *machine);
+/* Ends the vCPU threads and frees the machine. -ETIMEDOUT after timeout_ms: a vCPU is blocked where no signal reaches it (on
+ * a missing page in a disk transfer). The machine then frees itself when that thread comes back; until then its guest
+ * memory must stay mapped and the handle must not be used. */
+int pc_kvm_close(struct pc_kvm *machine, uint32_t timeout_ms);
+/* ==== end machine: kvm ==== */
+
+/* ==== end cffi ==== */
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

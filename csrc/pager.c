@@ -1,0 +1,1437 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The destination's pager.
+ *
+ * How a missing page comes
+ * ------------------------
+ * The machine touches a page that is not there; its thread goes to sleep on a userfaultfd. That userfaultfd belongs to a
+ * *shard*, whose fault thread reads the event, sends one request on the shard's urgent channel, receives the answer on
+ * the same channel, and places the page with UFFDIO_COPY, which wakes the machine's thread. One thread does all of it:
+ * a second one in the path would cost a wake-up, and a wake-up costs more than everything else together. Meanwhile each
+ * bulk channel has a thread that receives and places what the source pushes.
+ *
+ * The life of a page
+ * ------------------
+ * Four bitmaps for each RAM block, changed only by atomic or:
+ *
+ *   requested  a fault was seen; the request has been sent, or will be when the shard has a channel again
+ *   claimed    one thread has taken it on itself to place this page, or the page is zero: whoever comes second drops
+ *              what it has. Content reaches a page once, so a late duplicate can never overwrite what the machine wrote.
+ *   known      the content is there, or is known to be zero. Never cleared. `missing` counts the pages without it.
+ *   zero       known, and zero: nothing was placed. A fault on it is answered here with UFFDIO_ZEROPAGE.
+ *
+ * A fault sets `requested`, then looks at `known`; a placement sets `known`, then looks at `requested`. Both are
+ * sequentially consistent, so at least one of the two sees the other, and no thread is forgotten.
+ *
+ * Why UFFDIO_COPY, for memfd too
+ * ------------------------------
+ * Filling an alias mapping and then exposing the page with UFFDIO_CONTINUE saves no copy, since a frame is verified
+ * before any of it is placed, and costs a page fault in the alias. COPY takes half the time (docs/measurements.md) and is
+ * atomic: content and page appear together. CONTINUE is for pages that are in the page cache already although nobody
+ * here has mapped them: a hole which another process read through its own mapping fills with zeros.
+ *
+ * After a page is known, a *missing* fault on it means that somebody threw it away: zeros are right. ZEROPAGE is atomic
+ * against a placement that is being made visible, so that the answer to any fault on a known page is: CONTINUE for a minor
+ * fault, ZEROPAGE for a missing one, and WAKE when the kernel says EEXIST, since EEXIST wakes nobody.
+ *
+ * Locks
+ * -----
+ * shard->lock guards what other threads share with a fault thread: its ranges, the faults it waits for, its
+ * histograms, the channel that is handed to it. It is never held over a system call that can wait for the machine or the
+ * network. The registry of blocks and shards only grows, and is published with release stores.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "events.h"
+#include "postcopy.h"
+#include "runtime.h"
+#include "stream.h"
+#include "uffd_abi.h"
+#include "util.h"
+
+#define EVENTS_PER_READ 64
+#define RECEIVE_BYTES (PC_FRAME_HEADER_BYTES + PC_FRAME_MAX_PAYLOAD_BYTES)
+#define SMALL_RECEIVE_BYTES (64 * 1024)
+#define FILL_WINDOW 128 /* requests for missing pages that may be under way without a fault */
+#define MAX_SEGMENTS 64
+
+struct segment { /* part of a block guarded by one shard */
+    uint64_t first_page, pages;
+    uint32_t shard;
+};
+
+struct block {
+    struct pc_memory memory;
+    uint64_t pages, words;
+    uint64_t *requested, *claimed, *known, *zero;
+    struct segment segments[MAX_SEGMENTS];
+    uint32_t segment_count; /* published after the segment */
+};
+
+struct range { /* what one shard guards, found by address */
+    uint64_t address, bytes;
+    uint64_t first_page;
+    uint32_t block;
+};
+
+struct pending { /* a thread of the machine that waits */
+    uint64_t page;
+    uint64_t event_ns, sent_ns; /* sent_ns 0: its request has not been sent by this fault */
+    uint32_t block;
+    int32_t tid;
+    int slot; /* -1: not a tracked thread */
+};
+
+struct shard {
+    struct pc_pager *pager;
+    uint32_t index;
+    int uffd, control_fd;
+    uint64_t busy_poll_ns;
+    struct pc_uffd_api api;
+    pthread_t thread;
+    bool started;
+
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    struct range *ranges;
+    uint32_t range_count;
+    struct pending *pending;
+    size_t pending_count, pending_capacity;
+    struct pc_histogram stages[PC_STAGES];
+    struct pc_stream next; /* handed over by attach */
+    bool has_next, want_disconnect, stop;
+    bool connected;
+    uint64_t fill_limit;
+
+    /* The fault thread's own. */
+    struct pc_stream stream;
+    uint8_t *receive;
+    size_t receive_start, receive_end;
+    uint8_t *send;
+    size_t send_bytes, send_done, send_capacity;
+    uint32_t next_request;
+    uint32_t fill_range;
+    uint64_t fill_page, fill_under_way, fill_left;
+};
+
+struct bulk {
+    struct pc_pager *pager;
+    uint32_t index;
+    struct pc_stream stream;
+    uint8_t *buffer;
+    pthread_t thread;
+    bool started, running; /* under pager->lock; running ends with the thread */
+};
+
+struct pc_pager {
+    pthread_mutex_t lock; /* adding blocks, shards and channels */
+    struct pc_events events;
+    struct block *blocks[PC_MAX_BLOCKS];
+    uint32_t block_count;
+    struct shard *shards[PC_MAX_SHARDS];
+    uint32_t shard_count;
+    struct bulk bulks[PC_MAX_BULK_CHANNELS];
+    void *zero_page; /* as large as the largest page of a block that has no ZEROPAGE */
+    size_t zero_page_bytes;
+    int32_t tids[PC_MAX_TRACKED_THREADS];
+    uint64_t blocked_ns[PC_MAX_TRACKED_THREADS];
+    uint64_t missing; /* pages not known; COMPLETE is announced by who takes the last one */
+    uint32_t completed;
+    struct pc_pager_stats count; /* only its counters, each by atomic add */
+};
+
+#define ADD(pager, field, n) ((void)__atomic_fetch_add(&(pager)->count.field, (uint64_t)(n), __ATOMIC_RELAXED))
+
+/* ---- bitmaps ------------------------------------------------------------------------------------------------------ */
+
+static bool test_bit(const uint64_t *words, uint64_t bit)
+{
+    return __atomic_load_n(&words[bit / 64], __ATOMIC_SEQ_CST) >> (bit % 64) & 1;
+}
+
+static bool test_and_set_bit(uint64_t *words, uint64_t bit)
+{
+    uint64_t mask = UINT64_C(1) << (bit % 64);
+
+    return __atomic_fetch_or(&words[bit / 64], mask, __ATOMIC_SEQ_CST) & mask;
+}
+
+/* The bits of word `word` that belong to [first, first + count). */
+static uint64_t word_mask(uint64_t word, uint64_t first, uint64_t count)
+{
+    uint64_t low = word * 64, end = first + count, mask = ~UINT64_C(0);
+
+    if (first > low)
+        mask &= ~UINT64_C(0) << (first - low);
+    if (end < low + 64)
+        mask &= ~UINT64_C(0) >> (low + 64 - end);
+    return mask;
+}
+
+static bool any_set(const uint64_t *words, uint64_t first, uint64_t count)
+{
+    for (uint64_t word = first / 64; word * 64 < first + count; word++)
+        if (__atomic_load_n(&words[word], __ATOMIC_SEQ_CST) & word_mask(word, first, count))
+            return true;
+    return false;
+}
+
+static void set_range(uint64_t *words, uint64_t first, uint64_t count)
+{
+    for (uint64_t word = first / 64; word * 64 < first + count; word++)
+        (void)__atomic_fetch_or(&words[word], word_mask(word, first, count), __ATOMIC_SEQ_CST);
+}
+
+static void clear_range(uint64_t *words, uint64_t first, uint64_t count)
+{
+    for (uint64_t word = first / 64; word * 64 < first + count; word++)
+        (void)__atomic_fetch_and(&words[word], ~word_mask(word, first, count), __ATOMIC_SEQ_CST);
+}
+
+/* ---- placing ------------------------------------------------------------------------------------------------------ */
+
+static uint64_t page_address(const struct block *block, uint64_t page)
+{
+    return (uint64_t)(uintptr_t)block->memory.base + page * block->memory.page_bytes;
+}
+
+static void wake(const struct shard *shard, uint64_t address, uint64_t bytes)
+{
+    (void)pc_uffd_wake(shard->uffd, address, bytes);
+}
+
+/* The shard that guards `page`, and how many of the next `pages` it guards as well. */
+static struct shard *find_shard(struct pc_pager *pager, const struct block *block, uint64_t page, uint64_t *pages)
+{
+    uint32_t count = __atomic_load_n(&block->segment_count, __ATOMIC_ACQUIRE);
+
+    for (uint32_t i = 0; i < count; i++) {
+        const struct segment *segment = &block->segments[i];
+
+        if (page - segment->first_page < segment->pages) {
+            uint64_t rest = segment->pages - (page - segment->first_page);
+
+            if (*pages > rest)
+                *pages = rest;
+            return pager->shards[segment->shard];
+        }
+    }
+    return NULL;
+}
+
+static void no_longer_missing(struct pc_pager *pager, uint64_t pages)
+{
+    if (pages && __atomic_sub_fetch(&pager->missing, pages, __ATOMIC_SEQ_CST) == 0 &&
+        !__atomic_exchange_n(&pager->completed, 1, __ATOMIC_SEQ_CST))
+        pc_events_push(&pager->events, PC_EVENT_COMPLETE, 0, 0, 0, "every page is here");
+}
+
+/* Accounts the threads that waited for these pages; they have been woken. received_ns is 0 when the pages did not come
+ * in answer to a request. */
+static void settle_pending(struct shard *shard, uint32_t block, uint64_t first, uint64_t pages, uint64_t received_ns)
+{
+    uint64_t placed_ns = pc_now_ns();
+
+    pthread_mutex_lock(&shard->lock);
+    for (size_t i = 0; i < shard->pending_count;) {
+        struct pending *fault = &shard->pending[i];
+
+        if (fault->block != block || fault->page - first >= pages) {
+            i++;
+            continue;
+        }
+        pc_histogram_add(&shard->stages[PC_STAGE_TOTAL], placed_ns - fault->event_ns);
+        if (fault->sent_ns && received_ns > fault->sent_ns) {
+            pc_histogram_add(&shard->stages[PC_STAGE_SENT], fault->sent_ns - fault->event_ns);
+            pc_histogram_add(&shard->stages[PC_STAGE_RECEIVED], received_ns - fault->sent_ns);
+            pc_histogram_add(&shard->stages[PC_STAGE_PLACED], placed_ns - received_ns);
+        }
+        if (fault->slot >= 0)
+            (void)__atomic_fetch_add(&shard->pager->blocked_ns[fault->slot], placed_ns - fault->event_ns,
+                                     __ATOMIC_RELAXED);
+        *fault = shard->pending[--shard->pending_count];
+    }
+    pthread_mutex_unlock(&shard->lock);
+}
+
+/* Answers a fault on a page that is known: see the head of this file. */
+static int show_known(struct shard *shard, const struct block *block, uint64_t page, bool minor)
+{
+    uint64_t address = page_address(block, page), bytes = block->memory.page_bytes, done;
+    int error;
+
+    do {
+        if (minor)
+            error = pc_uffd_continue(shard->uffd, address, bytes, 0, &done);
+        else if (block->memory.kind == PC_MEMORY_HUGETLB)
+            error = pc_uffd_copy(shard->uffd, address, shard->pager->zero_page, bytes, 0, &done);
+        else
+            error = pc_uffd_zeropage(shard->uffd, address, bytes, 0, &done);
+    } while (error == -EAGAIN);
+    /* Whatever else the kernel says, let the thread look again: if the page still is not there, it faults anew. */
+    if (error)
+        wake(shard, address, bytes);
+    return error == -EEXIST ? 0 : error;
+}
+
+/* The page is in the page cache although this pager has not placed it: its content is not ours (zeros, most likely, see
+ * the head of this file), and nobody has it mapped through the userfaultfd. Overwrite it, then expose it. */
+static int place_over(struct shard *shard, const struct block *block, uint64_t page, const uint8_t *content)
+{
+    uint64_t address = page_address(block, page), bytes = block->memory.page_bytes, done;
+    int error = 0;
+
+    if (block->memory.fd >= 0) {
+        error = pc_pwrite_all(block->memory.fd, content, bytes, page * bytes);
+        if (!error) {
+            do
+                error = pc_uffd_continue(shard->uffd, address, bytes, 0, &done);
+            while (error == -EAGAIN);
+            if (error == -EEXIST)
+                error = 0;
+        }
+    } else {
+        error = -EEXIST; /* anonymous memory is nobody else's: a page there is a mistake worth stopping for */
+    }
+    wake(shard, address, bytes);
+    return error;
+}
+
+/* Places claimed pages that all belong to one shard. */
+static int place_run(struct shard *shard, struct block *block, uint64_t first, uint64_t pages, const uint8_t *content)
+{
+    uint64_t page_bytes = block->memory.page_bytes, bytes = pages * page_bytes, at = 0;
+
+    while (at < bytes) {
+        uint64_t done = 0;
+        int error = pc_uffd_copy(shard->uffd, page_address(block, first) + at, content + at, bytes - at, 0, &done);
+
+        at += done;
+        if (!error || at >= bytes)
+            break;
+        if (error == -EEXIST) {
+            error = place_over(shard, block, first + at / page_bytes, content + at);
+            if (error)
+                return error;
+            at += page_bytes;
+        } else if (error == -EAGAIN) {
+            /* The mapping is changing, or the kernel stopped half way: go on from where it stopped. */
+            if (!done)
+                (void)sched_yield();
+        } else {
+            return error;
+        }
+    }
+    return 0;
+}
+
+static int fatal(struct pc_pager *pager, int error, const char *what, uint32_t block, uint64_t page)
+{
+    pc_events_push(&pager->events, PC_EVENT_FATAL, 0, 0, -error, "%s page %llu of RAM block %u: %s", what,
+                   (unsigned long long)page, block, strerror(-error));
+    return error;
+}
+
+/* Takes what a frame brought: claims each page and places the ones that nobody had. */
+static int take_pages(struct pc_pager *pager, const struct pc_frame *frame, const uint8_t *content, uint64_t received_ns)
+{
+    struct block *block = pager->blocks[frame->block];
+    uint64_t page = frame->first_page, end = page + frame->pages, duplicates = 0;
+
+    while (page < end) {
+        uint64_t word = page / 64, mask = word_mask(word, page, end - page), mine, count, placed = 0;
+
+        mine = mask & ~__atomic_fetch_or(&block->claimed[word], mask, __ATOMIC_SEQ_CST);
+        duplicates += (uint64_t)__builtin_popcountll(mask & ~mine);
+        while (mine) {
+            uint64_t first = word * 64 + (uint64_t)__builtin_ctzll(mine), shifted = mine >> (first % 64);
+            struct shard *shard;
+            int error = -ENOENT;
+
+            count = ~shifted ? (uint64_t)__builtin_ctzll(~shifted) : 64;
+            shard = find_shard(pager, block, first, &count);
+            if (shard)
+                error = place_run(shard, block, first, count, content + (first - frame->first_page) * block->memory.page_bytes);
+            if (error) {
+                clear_range(block->claimed, first, count);
+                return fatal(pager, error, "cannot place", frame->block, first);
+            }
+            set_range(block->known, first, count);
+            if (any_set(block->requested, first, count))
+                settle_pending(shard, frame->block, first, count, frame->flags & PC_FRAME_DEMAND ? received_ns : 0);
+            placed += count;
+            mine &= ~word_mask(word, first, count);
+        }
+        if (frame->flags & PC_FRAME_DEMAND)
+            ADD(pager, demand_pages, placed);
+        else
+            ADD(pager, background_pages, placed);
+        no_longer_missing(pager, placed);
+        page = (word + 1) * 64;
+    }
+    if (duplicates)
+        ADD(pager, duplicate_pages, duplicates);
+    return 0;
+}
+
+/* The pages are zero: nothing is placed but for those that somebody waits for. */
+static int take_zeros(struct pc_pager *pager, uint32_t index, uint64_t page, uint64_t pages, uint64_t received_ns)
+{
+    struct block *block = pager->blocks[index];
+    uint64_t end = page + pages, news = 0, duplicates = 0;
+
+    while (page < end) {
+        uint64_t word = page / 64, mask = word_mask(word, page, end - page), mine, waiting;
+
+        mine = mask & ~__atomic_fetch_or(&block->claimed[word], mask, __ATOMIC_SEQ_CST);
+        duplicates += (uint64_t)__builtin_popcountll(mask & ~mine);
+        news += (uint64_t)__builtin_popcountll(mine);
+        (void)__atomic_fetch_or(&block->zero[word], mine, __ATOMIC_SEQ_CST);
+        (void)__atomic_fetch_or(&block->known[word], mine, __ATOMIC_SEQ_CST);
+        waiting = mine & __atomic_load_n(&block->requested[word], __ATOMIC_SEQ_CST);
+        for (; waiting; waiting &= waiting - 1) {
+            uint64_t first = word * 64 + (uint64_t)__builtin_ctzll(waiting), one = 1;
+            struct shard *shard = find_shard(pager, block, first, &one);
+
+            if (shard) {
+                int error = show_known(shard, block, first, false);
+
+                if (error)
+                    return fatal(pager, error, "cannot place zero", index, first);
+                settle_pending(shard, index, first, 1, received_ns);
+            }
+        }
+        page = (word + 1) * 64;
+    }
+    ADD(pager, zero_pages, news);
+    if (duplicates)
+        ADD(pager, duplicate_pages, duplicates);
+    no_longer_missing(pager, news);
+    return 0;
+}
+
+/* A verified header against what this pager knows; then the payload. 0, or -EBADMSG with the reason. */
+static int check_frame(struct pc_pager *pager, const struct pc_frame *frame, char *error, size_t error_bytes)
+{
+    const struct block *block;
+
+    if (frame->type == PC_FRAME_END)
+        return 0;
+    if (frame->type != PC_FRAME_PAGES && frame->type != PC_FRAME_ZERO && frame->type != PC_FRAME_ERROR)
+        return pc_fail(EBADMSG, error, error_bytes, "a frame of type %u does not belong here", frame->type);
+    if (frame->block >= __atomic_load_n(&pager->block_count, __ATOMIC_ACQUIRE))
+        return pc_fail(EBADMSG, error, error_bytes, "a frame names RAM block %u, which there is not", frame->block);
+    block = pager->blocks[frame->block];
+    if (frame->first_page >= block->pages || frame->pages > block->pages - frame->first_page)
+        return pc_fail(EBADMSG, error, error_bytes, "a frame names pages %llu+%u of RAM block %u, which has %llu",
+                        (unsigned long long)frame->first_page, frame->pages, frame->block,
+                        (unsigned long long)block->pages);
+    if (frame->type == PC_FRAME_PAGES && frame->payload_bytes != frame->pages * block->memory.page_bytes)
+        return pc_fail(EBADMSG, error, error_bytes, "a frame of %u pages carries %u bytes", frame->pages,
+                        frame->payload_bytes);
+    return 0;
+}
+
+static int take_frame(struct pc_pager *pager, const struct pc_frame *frame, const uint8_t *payload, int kind,
+                      uint32_t channel, char *error, size_t error_bytes)
+{
+    uint64_t received_ns = pc_now_ns();
+
+    if (frame->payload_bytes && pc_crc32c(0, payload, frame->payload_bytes) != frame->payload_crc)
+        return pc_fail(EBADMSG, error, error_bytes, "the content of a frame of %u pages is damaged (CRC32C differs)",
+                        frame->pages);
+    switch (frame->type) {
+    case PC_FRAME_PAGES:
+        return take_pages(pager, frame, payload, received_ns);
+    case PC_FRAME_ZERO:
+        return take_zeros(pager, frame->block, frame->first_page, frame->pages, received_ns);
+    case PC_FRAME_END:
+        if (kind != PC_CHANNEL_BULK)
+            return pc_fail(EBADMSG, error, error_bytes, "a frame of type %u does not belong here", frame->type);
+        pc_events_push(&pager->events, PC_EVENT_BULK_END, kind, (int)channel, 0, "every page has been offered");
+        return 0;
+    default: /* PC_FRAME_ERROR: the channel is fine, the page is not to be had */
+        pc_events_push(&pager->events, PC_EVENT_FATAL, kind, (int)channel, EIO,
+                       "the source cannot serve page %llu of RAM block %u: %.*s",
+                       (unsigned long long)frame->first_page, frame->block,
+                       (int)(frame->payload_bytes < 120 ? frame->payload_bytes : 120), (const char *)payload);
+        return 0;
+    }
+}
+
+/* ---- the fault thread --------------------------------------------------------------------------------------------- */
+
+static void queue_request(struct shard *shard, uint32_t block, uint64_t page, uint64_t pages)
+{
+    struct pc_frame frame = {.type = PC_FRAME_REQUEST,
+                             .block = (uint16_t)block,
+                             .first_page = page,
+                             .pages = (uint32_t)pages,
+                             .request_id = shard->next_request++};
+
+    if (shard->send_bytes + PC_FRAME_HEADER_BYTES > shard->send_capacity) {
+        size_t capacity = shard->send_capacity * 2;
+        uint8_t *larger = realloc(shard->send, capacity);
+
+        if (!larger) {
+            (void)fatal(shard->pager, -ENOMEM, "cannot request", block, page);
+            return;
+        }
+        shard->send = larger;
+        shard->send_capacity = capacity;
+    }
+    pc_frame_encode(&frame, shard->send + shard->send_bytes);
+    shard->send_bytes += PC_FRAME_HEADER_BYTES;
+    ADD(shard->pager, requests, 1);
+}
+
+static int thread_slot(struct pc_pager *pager, int32_t tid)
+{
+    if (tid > 0)
+        for (int slot = 0; slot < PC_MAX_TRACKED_THREADS; slot++)
+            if (__atomic_load_n(&pager->tids[slot], __ATOMIC_RELAXED) == tid)
+                return slot;
+    return -1;
+}
+
+/* True when the fault is new; false when the same thread waits for the same page already. Under the lock. */
+static bool add_pending(struct shard *shard, uint32_t block, uint64_t page, int32_t tid, uint64_t now_ns, bool sending)
+{
+    struct pending *fault;
+
+    for (size_t i = 0; i < shard->pending_count; i++)
+        if (shard->pending[i].page == page && shard->pending[i].block == block && shard->pending[i].tid == tid)
+            return false;
+    if (shard->pending_count == shard->pending_capacity) {
+        size_t capacity = shard->pending_capacity ? shard->pending_capacity * 2 : 64;
+        struct pending *larger = realloc(shard->pending, capacity * sizeof(*larger));
+
+        if (!larger)
+            return true; /* only the accounting of this fault is lost: the request is what matters */
+        shard->pending = larger;
+        shard->pending_capacity = capacity;
+    }
+    fault = &shard->pending[shard->pending_count++];
+    *fault = (struct pending){.page = page, .block = block, .tid = tid, .slot = thread_slot(shard->pager, tid)};
+    fault->event_ns = now_ns;
+    fault->sent_ns = sending ? now_ns : 0; /* corrected when the request has left */
+    return true;
+}
+
+static void take_fault(struct shard *shard, const struct uffd_msg *message, uint64_t now_ns)
+{
+    struct pc_pager *pager = shard->pager;
+    uint64_t address = message->arg.pagefault.address, page = 0;
+    bool minor = message->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_MINOR, known, fresh;
+    int32_t tid = (int32_t)message->arg.pagefault.feat.ptid;
+    struct block *block = NULL;
+    uint32_t index = 0;
+
+    ADD(pager, faults, 1);
+    pthread_mutex_lock(&shard->lock);
+    for (uint32_t i = 0; i < shard->range_count; i++) {
+        const struct range *range = &shard->ranges[i];
+
+        if (address - range->address < range->bytes) {
+            index = range->block;
+            block = pager->blocks[index];
+            page = range->first_page + (address - range->address) / block->memory.page_bytes;
+            break;
+        }
+    }
+    if (!block) {
+        /* Disarmed since: the kernel answers the fault by itself once the thread looks again. */
+        pthread_mutex_unlock(&shard->lock);
+        wake(shard, address & ~(pc_page_bytes() - 1), pc_page_bytes());
+        return;
+    }
+    fresh = !test_and_set_bit(block->requested, page);
+    known = test_bit(block->known, page);
+    if (!known) {
+        /* A page that a bulk thread has claimed is a moment from being known; asking for it would bring it twice. */
+        bool sending = fresh && shard->connected && !test_bit(block->claimed, page);
+
+        if (!add_pending(shard, index, page, tid, now_ns, sending) || !fresh)
+            ADD(pager, repeated_faults, 1);
+        if (sending)
+            queue_request(shard, index, page, 1);
+    }
+    pthread_mutex_unlock(&shard->lock);
+    if (known) {
+        int error = show_known(shard, block, page, minor);
+
+        if (!test_bit(block->zero, page))
+            ADD(pager, repeated_faults, 1);
+        if (error && error != -ENOENT && error != -ESRCH)
+            (void)fatal(pager, error, "cannot show", index, page);
+    }
+}
+
+/* Takes as many events as one read gives; the loop comes back for more. */
+static void drain_events(struct shard *shard)
+{
+    struct uffd_msg messages[EVENTS_PER_READ];
+    ssize_t got = read(shard->uffd, messages, sizeof(messages));
+    uint64_t now_ns;
+
+    if (got <= 0)
+        return; /* EAGAIN: the fault went away before it was read */
+    now_ns = pc_now_ns();
+    ADD(shard->pager, event_reads, 1);
+    for (size_t i = 0; i < (size_t)got / sizeof(*messages); i++)
+        if (messages[i].event == UFFD_EVENT_PAGEFAULT)
+            take_fault(shard, &messages[i], now_ns);
+}
+
+static void close_stream(struct shard *shard, int error, const char *text)
+{
+    struct pc_pager *pager = shard->pager;
+
+    pthread_mutex_lock(&shard->lock);
+    shard->connected = false;
+    for (size_t i = 0; i < shard->pending_count; i++)
+        shard->pending[i].sent_ns = 0;
+    pthread_mutex_unlock(&shard->lock);
+    pc_stream_close(&shard->stream);
+    shard->receive_start = shard->receive_end = 0;
+    shard->send_bytes = shard->send_done = 0;
+    if (text)
+        pc_events_push(&pager->events, PC_EVENT_CHANNEL_DOWN, PC_CHANNEL_URGENT, (int)shard->index, -error, "%s", text);
+}
+
+static void flush_requests(struct shard *shard)
+{
+    size_t queued = shard->send_bytes;
+
+    while (shard->stream.fd >= 0 && shard->send_done < shard->send_bytes) {
+        struct iovec part = {.iov_base = shard->send + shard->send_done, .iov_len = shard->send_bytes - shard->send_done};
+        ssize_t sent = shard->stream.write(&shard->stream, &part, 1, false);
+
+        if (sent == -EAGAIN)
+            return; /* poll tells when there is room */
+        if (sent < 0) {
+            close_stream(shard, (int)sent, strerror((int)-sent));
+            return;
+        }
+        ADD(shard->pager, bytes_sent, sent);
+        shard->send_done += (size_t)sent;
+    }
+    if (queued) {
+        uint64_t now_ns = pc_now_ns();
+
+        shard->send_bytes = shard->send_done = 0;
+        pthread_mutex_lock(&shard->lock);
+        for (size_t i = shard->pending_count; i-- > 0;) {
+            struct pending *fault = &shard->pending[i];
+
+            if (fault->sent_ns == fault->event_ns)
+                fault->sent_ns = now_ns;
+        }
+        pthread_mutex_unlock(&shard->lock);
+    }
+}
+
+static void receive_frames(struct shard *shard)
+{
+    char text[PC_ERROR_BYTES] = "";
+    size_t room;
+    ssize_t got;
+    int error = 0;
+
+    if (shard->receive_start == shard->receive_end)
+        shard->receive_start = shard->receive_end = 0;
+    room = RECEIVE_BYTES - shard->receive_end;
+    if (room < SMALL_RECEIVE_BYTES && shard->receive_start) {
+        memmove(shard->receive, shard->receive + shard->receive_start, shard->receive_end - shard->receive_start);
+        shard->receive_end -= shard->receive_start;
+        shard->receive_start = 0;
+        room = RECEIVE_BYTES - shard->receive_end;
+    }
+    /* Small reads first: untouched parts of the buffer cost nothing, and 4 KiB pages never need them. */
+    if (shard->receive_end - shard->receive_start < SMALL_RECEIVE_BYTES && room > SMALL_RECEIVE_BYTES)
+        room = SMALL_RECEIVE_BYTES;
+    got = shard->stream.read(&shard->stream, shard->receive + shard->receive_end, room, false);
+    if (got == -EAGAIN)
+        return;
+    if (got <= 0) {
+        close_stream(shard, (int)got, got ? strerror((int)-got) : "the source closed the connection");
+        return;
+    }
+    ADD(shard->pager, bytes_received, got);
+    shard->receive_end += (size_t)got;
+    while (!error && shard->receive_end - shard->receive_start >= PC_FRAME_HEADER_BYTES) {
+        const uint8_t *at = shard->receive + shard->receive_start;
+        struct pc_frame frame;
+
+        error = pc_frame_decode(at, &frame, text, sizeof(text));
+        if (!error)
+            error = check_frame(shard->pager, &frame, text, sizeof(text));
+        if (error || shard->receive_end - shard->receive_start < PC_FRAME_HEADER_BYTES + (size_t)frame.payload_bytes)
+            break;
+        error = take_frame(shard->pager, &frame, at + PC_FRAME_HEADER_BYTES, PC_CHANNEL_URGENT, shard->index, text,
+                           sizeof(text));
+        shard->receive_start += PC_FRAME_HEADER_BYTES + (size_t)frame.payload_bytes;
+        if (shard->fill_under_way)
+            shard->fill_under_way--;
+    }
+    if (error == -EBADMSG)
+        ADD(shard->pager, frames_refused, 1);
+    if (error)
+        close_stream(shard, error, text[0] ? text : strerror(-error));
+}
+
+/* Requests pages that nobody waits for, a window at a time, so that a fault never stands behind more than a window. */
+static void fill(struct shard *shard)
+{
+    struct pc_pager *pager = shard->pager;
+
+    while (shard->fill_left && shard->fill_under_way < FILL_WINDOW && shard->fill_range < shard->range_count) {
+        struct range range;
+        struct block *block;
+        uint64_t pages, page;
+
+        pthread_mutex_lock(&shard->lock);
+        range = shard->ranges[shard->fill_range];
+        pthread_mutex_unlock(&shard->lock);
+        block = pager->blocks[range.block];
+        pages = range.bytes / block->memory.page_bytes;
+        if (shard->fill_page >= pages) {
+            shard->fill_range++;
+            shard->fill_page = 0;
+            continue;
+        }
+        page = range.first_page + shard->fill_page++;
+        if (test_bit(block->claimed, page) || test_and_set_bit(block->requested, page))
+            continue;
+        queue_request(shard, range.block, page, 1);
+        shard->fill_under_way++;
+        shard->fill_left--;
+    }
+}
+
+static bool waited_for(const struct shard *shard, uint32_t block, uint64_t page)
+{
+    for (size_t i = 0; i < shard->pending_count; i++)
+        if (shard->pending[i].block == block && shard->pending[i].page == page)
+            return true;
+    return false;
+}
+
+/* Takes the mark `requested` from the pages of a range that no thread waits for. Under the lock. */
+static void forget_requests(struct shard *shard, const struct range *range)
+{
+    struct block *block = shard->pager->blocks[range->block];
+    uint64_t end = range->first_page + range->bytes / block->memory.page_bytes;
+
+    for (uint64_t word = range->first_page / 64; word * 64 < end; word++) {
+        uint64_t lost = __atomic_load_n(&block->requested[word], __ATOMIC_SEQ_CST) &
+                        ~__atomic_load_n(&block->claimed[word], __ATOMIC_SEQ_CST) &
+                        word_mask(word, range->first_page, end - range->first_page);
+
+        for (; lost; lost &= lost - 1) {
+            uint64_t page = word * 64 + (uint64_t)__builtin_ctzll(lost);
+
+            if (!waited_for(shard, range->block, page))
+                clear_range(block->requested, page, 1);
+        }
+    }
+}
+
+/* A new channel: everything that was asked for and did not come is asked for again, what threads wait for first. */
+static void adopt_stream(struct shard *shard)
+{
+    struct pc_pager *pager = shard->pager;
+
+    shard->stream = shard->next;
+    shard->has_next = false;
+    shard->connected = true;
+    for (size_t i = 0; i < shard->pending_count; i++) {
+        struct pending *fault = &shard->pending[i];
+        bool first = true;
+
+        for (size_t j = 0; j < i && first; j++)
+            first = shard->pending[j].block != fault->block || shard->pending[j].page != fault->page;
+        if (first && !test_bit(pager->blocks[fault->block]->known, fault->page)) {
+            queue_request(shard, fault->block, fault->page, 1);
+            fault->sent_ns = fault->event_ns;
+        }
+    }
+    /* Whatever else was asked for on the old channel nobody waits for: it is free to be asked for again. */
+    for (uint32_t i = 0; i < shard->range_count; i++)
+        forget_requests(shard, &shard->ranges[i]);
+    shard->fill_left += shard->fill_under_way;
+    shard->fill_under_way = 0;
+    shard->fill_range = 0;
+    shard->fill_page = 0;
+}
+
+/* What other threads asked of this one. False: stop. */
+static bool take_control(struct shard *shard)
+{
+    uint64_t drained;
+    bool go_on, drop;
+
+    (void)!read(shard->control_fd, &drained, sizeof(drained));
+    pthread_mutex_lock(&shard->lock);
+    drop = shard->want_disconnect || (shard->has_next && shard->stream.fd >= 0);
+    pthread_mutex_unlock(&shard->lock);
+    if (drop && shard->stream.fd >= 0)
+        close_stream(shard, 0, NULL);
+    pthread_mutex_lock(&shard->lock);
+    if (shard->want_disconnect && shard->has_next) {
+        pc_stream_close(&shard->next);
+        shard->has_next = false;
+    }
+    shard->want_disconnect = false;
+    if (shard->has_next)
+        adopt_stream(shard);
+    if (shard->fill_limit) {
+        shard->fill_left = shard->fill_limit;
+        shard->fill_limit = 0;
+        shard->fill_range = 0;
+        shard->fill_page = 0;
+    }
+    go_on = !shard->stop;
+    pthread_cond_broadcast(&shard->changed);
+    pthread_mutex_unlock(&shard->lock);
+    return go_on;
+}
+
+static void *fault_thread(void *argument)
+{
+    struct shard *shard = argument;
+    uint64_t spin_until_ns = 0;
+
+    pc_thread_name("pc-fault", shard->index);
+    for (;;) {
+        struct pollfd fds[3] = {
+            {.fd = shard->uffd, .events = POLLIN},
+            {.fd = shard->control_fd, .events = POLLIN},
+            {.fd = shard->stream.fd, .events = (short)(POLLIN | (shard->send_bytes ? POLLOUT : 0))},
+        };
+        bool spinning = spin_until_ns && pc_now_ns() < spin_until_ns;
+        int ready = poll(fds, 3, spinning ? 0 : -1);
+
+        if (ready <= 0)
+            continue;
+        if (fds[1].revents && !take_control(shard))
+            break;
+        if (fds[0].revents & POLLIN)
+            drain_events(shard);
+        /* take_control may have put another stream there: what was polled no longer counts then. */
+        if (fds[2].revents && fds[2].fd == shard->stream.fd && !fds[1].revents)
+            receive_frames(shard);
+        fill(shard);
+        flush_requests(shard);
+        if (shard->busy_poll_ns)
+            spin_until_ns = pc_now_ns() + shard->busy_poll_ns;
+    }
+    if (shard->stream.fd >= 0)
+        close_stream(shard, 0, NULL);
+    return NULL;
+}
+
+/* ---- the bulk threads --------------------------------------------------------------------------------------------- */
+
+static void *bulk_thread(void *argument)
+{
+    struct bulk *bulk = argument;
+    struct pc_pager *pager = bulk->pager;
+    char text[PC_ERROR_BYTES] = "";
+    int error;
+
+    pc_thread_name("pc-bulk-in", bulk->index);
+    pc_thread_background();
+    for (;;) {
+        uint8_t header[PC_FRAME_HEADER_BYTES];
+        struct pc_frame frame;
+
+        error = pc_stream_read_all(&bulk->stream, header, sizeof(header));
+        if (error)
+            break;
+        error = pc_frame_decode(header, &frame, text, sizeof(text));
+        if (!error)
+            error = check_frame(pager, &frame, text, sizeof(text));
+        if (!error && frame.payload_bytes)
+            error = pc_stream_read_all(&bulk->stream, bulk->buffer, frame.payload_bytes);
+        if (error)
+            break;
+        ADD(pager, bytes_received, sizeof(header) + frame.payload_bytes);
+        error = take_frame(pager, &frame, bulk->buffer, PC_CHANNEL_BULK, bulk->index, text, sizeof(text));
+        if (error)
+            break;
+    }
+    if (error == -EBADMSG)
+        ADD(pager, frames_refused, 1);
+    pc_stream_shutdown(&bulk->stream); /* the peer learns at once; the descriptor stays until the thread is joined */
+    pc_events_push(&pager->events, PC_EVENT_CHANNEL_DOWN, PC_CHANNEL_BULK, (int)bulk->index,
+                   error == -ENODATA ? 0 : -error, "%s",
+                   error == -ENODATA ? "the source closed the connection"
+                   : text[0]         ? text
+                                     : strerror(-error));
+    pthread_mutex_lock(&pager->lock);
+    bulk->running = false;
+    pthread_mutex_unlock(&pager->lock);
+    return NULL;
+}
+
+/* ---- the public face ---------------------------------------------------------------------------------------------- */
+
+int pc_pager_new(struct pc_pager **out)
+{
+    struct pc_pager *pager = calloc(1, sizeof(*pager));
+    int error;
+
+    if (!pager)
+        return -ENOMEM;
+    error = pc_events_init(&pager->events);
+    if (error) {
+        free(pager);
+        return error;
+    }
+    pthread_mutex_init(&pager->lock, NULL);
+    for (uint32_t i = 0; i < PC_MAX_BULK_CHANNELS; i++) {
+        pager->bulks[i].pager = pager;
+        pager->bulks[i].index = i;
+        pager->bulks[i].stream.fd = -1;
+    }
+    *out = pager;
+    return 0;
+}
+
+static uint64_t *new_bitmap(uint64_t words)
+{
+    return pc_buffer_new(words * sizeof(uint64_t));
+}
+
+static void free_block(struct block *block)
+{
+    size_t bytes = block->words * sizeof(uint64_t);
+
+    pc_buffer_free(block->requested, bytes);
+    pc_buffer_free(block->claimed, bytes);
+    pc_buffer_free(block->known, bytes);
+    pc_buffer_free(block->zero, bytes);
+    free(block);
+}
+
+int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory)
+{
+    struct block *block;
+    int index = -ENOSPC;
+
+    if (!memory->base || !memory->page_bytes || !memory->size_bytes || memory->size_bytes % memory->page_bytes)
+        return -EINVAL;
+    block = calloc(1, sizeof(*block));
+    if (!block)
+        return -ENOMEM;
+    block->memory = *memory;
+    block->pages = memory->size_bytes / memory->page_bytes;
+    block->words = pc_bitmap_words(block->pages);
+    block->requested = new_bitmap(block->words);
+    block->claimed = new_bitmap(block->words);
+    block->known = new_bitmap(block->words);
+    block->zero = new_bitmap(block->words);
+    if (!block->requested || !block->claimed || !block->known || !block->zero) {
+        free_block(block);
+        return -ENOMEM;
+    }
+    pthread_mutex_lock(&pager->lock);
+    if (memory->kind == PC_MEMORY_HUGETLB && memory->page_bytes > pager->zero_page_bytes) {
+        void *zero_page = pc_buffer_new(memory->page_bytes);
+
+        if (zero_page) {
+            pc_buffer_free(pager->zero_page, pager->zero_page_bytes);
+            pager->zero_page = zero_page;
+            pager->zero_page_bytes = memory->page_bytes;
+        } else {
+            index = -ENOMEM;
+        }
+    }
+    if (index == -ENOSPC && pager->block_count < PC_MAX_BLOCKS) {
+        index = (int)pager->block_count;
+        pager->blocks[index] = block;
+        (void)__atomic_fetch_add(&pager->missing, block->pages, __ATOMIC_SEQ_CST);
+        __atomic_store_n(&pager->block_count, pager->block_count + 1, __ATOMIC_RELEASE);
+    }
+    pthread_mutex_unlock(&pager->lock);
+    if (index < 0)
+        free_block(block);
+    return index;
+}
+
+int pc_pager_set_zero(struct pc_pager *pager, uint32_t block, const uint64_t *zero_words)
+{
+    uint64_t from = 0;
+
+    if (block >= __atomic_load_n(&pager->block_count, __ATOMIC_ACQUIRE))
+        return -EINVAL;
+    for (;;) {
+        uint64_t pages = pager->blocks[block]->pages, end;
+        int error;
+
+        from = pc_bitmap_next(zero_words, pages, from, 1);
+        if (from >= pages)
+            return 0;
+        end = pc_bitmap_next(zero_words, pages, from, 0);
+        error = take_zeros(pager, block, from, end - from, 0);
+        if (error)
+            return error;
+        from = end;
+    }
+}
+
+static uint64_t wanted_features(uint64_t available)
+{
+    return available & (UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_MISSING_HUGETLBFS |
+                        UFFD_FEATURE_MINOR_HUGETLBFS | UFFD_FEATURE_THREAD_ID);
+}
+
+static void free_shard(struct shard *shard)
+{
+    if (shard->uffd >= 0)
+        close(shard->uffd);
+    if (shard->control_fd >= 0)
+        close(shard->control_fd);
+    pc_buffer_free(shard->receive, RECEIVE_BYTES);
+    free(shard->send);
+    free(shard->pending);
+    free(shard->ranges);
+    pthread_cond_destroy(&shard->changed);
+    pthread_mutex_destroy(&shard->lock);
+    free(shard);
+}
+
+int pc_pager_add_shard(struct pc_pager *pager, int how, uint32_t busy_poll_us, char *error, size_t error_bytes)
+{
+    struct shard *shard = calloc(1, sizeof(*shard));
+    int result;
+
+    if (!shard)
+        return pc_fail(ENOMEM, error, error_bytes, "no memory for a shard");
+    pthread_mutex_init(&shard->lock, NULL);
+    pthread_cond_init(&shard->changed, NULL);
+    shard->pager = pager;
+    shard->uffd = shard->control_fd = shard->stream.fd = -1;
+    shard->busy_poll_ns = (uint64_t)busy_poll_us * 1000;
+    shard->send_capacity = EVENTS_PER_READ * PC_FRAME_HEADER_BYTES;
+    shard->send = malloc(shard->send_capacity);
+    shard->receive = pc_buffer_new(RECEIVE_BYTES);
+    if (!shard->send || !shard->receive) {
+        free_shard(shard);
+        return pc_fail(ENOMEM, error, error_bytes, "no memory for a shard");
+    }
+    result = pc_uffd_probe(how, &shard->api);
+    if (!result)
+        result = pc_uffd_open(shard->api.how, wanted_features(shard->api.features), &shard->api);
+    if (result < 0) {
+        free_shard(shard);
+        return pc_fail(-result, error, error_bytes, "cannot open a userfaultfd: %s", strerror(-result));
+    }
+    shard->uffd = result;
+    shard->control_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (shard->control_fd < 0) {
+        result = -errno;
+        free_shard(shard);
+        return pc_fail(-result, error, error_bytes, "cannot make an eventfd: %s", strerror(-result));
+    }
+    pthread_mutex_lock(&pager->lock);
+    if (pager->shard_count < PC_MAX_SHARDS) {
+        shard->index = pager->shard_count;
+        result = pc_thread_start(&shard->thread, fault_thread, shard);
+        if (!result) {
+            shard->started = true;
+            pager->shards[shard->index] = shard;
+            __atomic_store_n(&pager->shard_count, pager->shard_count + 1, __ATOMIC_RELEASE);
+        }
+    } else {
+        result = -ENOSPC;
+    }
+    pthread_mutex_unlock(&pager->lock);
+    if (result) {
+        free_shard(shard);
+        return pc_fail(-result, error, error_bytes, "cannot start a fault thread: %s", strerror(-result));
+    }
+    return (int)shard->index;
+}
+
+static struct shard *get_shard(struct pc_pager *pager, uint32_t index)
+{
+    return index < __atomic_load_n(&pager->shard_count, __ATOMIC_ACQUIRE) ? pager->shards[index] : NULL;
+}
+
+int pc_pager_arm(struct pc_pager *pager, uint32_t shard_index, uint32_t block_index, uint64_t first_page, uint64_t pages,
+                 char *error, size_t error_bytes)
+{
+    const uint64_t needed = UINT64_C(1) << PC_UFFD_IOCTL_COPY | UINT64_C(1) << PC_UFFD_IOCTL_WAKE;
+    struct shard *shard = get_shard(pager, shard_index);
+    struct block *block;
+    struct segment *segment;
+    struct range *ranges;
+    uint64_t mode = PC_UFFD_MISSING, ioctls = 0;
+    int result;
+
+    if (!shard || block_index >= __atomic_load_n(&pager->block_count, __ATOMIC_ACQUIRE))
+        return pc_fail(EINVAL, error, error_bytes, "there is no such shard or RAM block");
+    block = pager->blocks[block_index];
+    if (!pages || first_page >= block->pages || pages > block->pages - first_page)
+        return pc_fail(EINVAL, error, error_bytes, "RAM block %u has no pages %llu+%llu", block_index,
+                        (unsigned long long)first_page, (unsigned long long)pages);
+    if ((block->memory.kind == PC_MEMORY_MEMFD && shard->api.features & UFFD_FEATURE_MINOR_SHMEM) ||
+        (block->memory.kind == PC_MEMORY_HUGETLB && shard->api.features & UFFD_FEATURE_MINOR_HUGETLBFS))
+        mode |= PC_UFFD_MINOR;
+
+    pthread_mutex_lock(&pager->lock);
+    for (uint32_t i = 0; i < block->segment_count; i++)
+        if (first_page < block->segments[i].first_page + block->segments[i].pages &&
+            block->segments[i].first_page < first_page + pages) {
+            pthread_mutex_unlock(&pager->lock);
+            return pc_fail(EBUSY, error, error_bytes, "pages %llu+%llu of RAM block %u are armed already",
+                            (unsigned long long)first_page, (unsigned long long)pages, block_index);
+        }
+    if (block->segment_count == MAX_SEGMENTS) {
+        pthread_mutex_unlock(&pager->lock);
+        return pc_fail(ENOSPC, error, error_bytes, "RAM block %u is armed in too many parts", block_index);
+    }
+    segment = &block->segments[block->segment_count];
+    *segment = (struct segment){.first_page = first_page, .pages = pages, .shard = shard_index};
+    __atomic_store_n(&block->segment_count, block->segment_count + 1, __ATOMIC_RELEASE);
+    /* The range before the registration: the first fault may come before this thread is back from the kernel. */
+    pthread_mutex_lock(&shard->lock);
+    ranges = realloc(shard->ranges, (shard->range_count + 1) * sizeof(*ranges));
+    if (ranges) {
+        shard->ranges = ranges;
+        ranges[shard->range_count++] = (struct range){.address = page_address(block, first_page),
+                                                      .bytes = pages * block->memory.page_bytes,
+                                                      .first_page = first_page,
+                                                      .block = block_index};
+    }
+    pthread_mutex_unlock(&shard->lock);
+    result = ranges ? pc_uffd_register(shard->uffd, page_address(block, first_page), pages * block->memory.page_bytes,
+                                       mode, &ioctls)
+                    : -ENOMEM;
+    if (!result && (ioctls & needed) != needed) {
+        (void)pc_uffd_unregister(shard->uffd, page_address(block, first_page), pages * block->memory.page_bytes);
+        result = -EOPNOTSUPP;
+    }
+    if (result) {
+        pthread_mutex_lock(&shard->lock);
+        if (ranges)
+            shard->range_count--;
+        pthread_mutex_unlock(&shard->lock);
+        __atomic_store_n(&block->segment_count, block->segment_count - 1, __ATOMIC_RELEASE);
+    }
+    pthread_mutex_unlock(&pager->lock);
+    return result ? pc_fail(-result, error, error_bytes, "cannot register RAM block %u with a userfaultfd: %s", block_index,
+                             strerror(-result))
+                  : 0;
+}
+
+static void poke(struct shard *shard)
+{
+    uint64_t one = 1;
+
+    (void)!write(shard->control_fd, &one, sizeof(one));
+}
+
+int pc_pager_attach_urgent(struct pc_pager *pager, uint32_t shard_index, int fd)
+{
+    struct shard *shard = get_shard(pager, shard_index);
+    struct pc_stream stream;
+    int error = shard ? pc_stream_tcp(&stream, fd, true) : -EINVAL;
+
+    if (error) {
+        close(fd);
+        return error;
+    }
+    pthread_mutex_lock(&shard->lock);
+    if (shard->has_next)
+        pc_stream_close(&shard->next); /* attached twice in a row: the later one counts */
+    shard->next = stream;
+    shard->has_next = true;
+    pthread_mutex_unlock(&shard->lock);
+    poke(shard);
+    return 0;
+}
+
+/* Joins a bulk thread that has ended or been shut down, and frees what it had. */
+static void reap_bulk(struct bulk *bulk)
+{
+    if (bulk->started)
+        pthread_join(bulk->thread, NULL);
+    bulk->started = false;
+    pc_stream_close(&bulk->stream);
+    pc_buffer_free(bulk->buffer, PC_FRAME_MAX_PAYLOAD_BYTES);
+    bulk->buffer = NULL;
+}
+
+int pc_pager_attach_bulk(struct pc_pager *pager, uint32_t channel, int fd)
+{
+    struct pc_stream stream;
+    struct bulk *bulk;
+    int error = channel < PC_MAX_BULK_CHANNELS ? pc_stream_tcp(&stream, fd, false) : -EINVAL;
+
+    if (error) {
+        close(fd);
+        return error;
+    }
+    bulk = &pager->bulks[channel];
+    pthread_mutex_lock(&pager->lock);
+    if (bulk->running) {
+        error = -EBUSY;
+    } else {
+        reap_bulk(bulk);
+        bulk->buffer = pc_buffer_new(PC_FRAME_MAX_PAYLOAD_BYTES);
+        bulk->stream = stream;
+        error = bulk->buffer ? pc_thread_start(&bulk->thread, bulk_thread, bulk) : -ENOMEM;
+        if (error) {
+            bulk->stream.fd = -1;
+            pc_buffer_free(bulk->buffer, PC_FRAME_MAX_PAYLOAD_BYTES);
+            bulk->buffer = NULL;
+        } else {
+            bulk->started = bulk->running = true;
+        }
+    }
+    pthread_mutex_unlock(&pager->lock);
+    if (error)
+        close(fd);
+    return error;
+}
+
+int pc_pager_track_thread(struct pc_pager *pager, uint32_t slot, int32_t tid)
+{
+    if (slot >= PC_MAX_TRACKED_THREADS)
+        return -EINVAL;
+    __atomic_store_n(&pager->tids[slot], tid, __ATOMIC_RELAXED);
+    return 0;
+}
+
+int64_t pc_pager_request_missing(struct pc_pager *pager, uint64_t limit)
+{
+    uint64_t missing = __atomic_load_n(&pager->missing, __ATOMIC_SEQ_CST);
+    uint32_t shards = __atomic_load_n(&pager->shard_count, __ATOMIC_ACQUIRE);
+
+    for (uint32_t i = 0; i < shards && limit; i++) {
+        struct shard *shard = pager->shards[i];
+
+        pthread_mutex_lock(&shard->lock);
+        shard->fill_limit = limit;
+        pthread_mutex_unlock(&shard->lock);
+        poke(shard);
+    }
+    return (int64_t)(missing < limit ? missing : limit);
+}
+
+int pc_pager_event_fd(struct pc_pager *pager)
+{
+    return pager->events.fd;
+}
+
+int pc_pager_next_event(struct pc_pager *pager, struct pc_event *event)
+{
+    return pc_events_next(&pager->events, event);
+}
+
+int pc_pager_stats(struct pc_pager *pager, struct pc_pager_stats *stats)
+{
+    uint32_t blocks = __atomic_load_n(&pager->block_count, __ATOMIC_ACQUIRE);
+    uint32_t shards = __atomic_load_n(&pager->shard_count, __ATOMIC_ACQUIRE);
+
+    memset(stats, 0, sizeof(*stats));
+    for (uint32_t i = 0; i < blocks; i++) {
+        const struct block *block = pager->blocks[i];
+        uint64_t known = 0;
+
+        for (uint64_t word = 0; word < block->words; word++)
+            known += (uint64_t)__builtin_popcountll(__atomic_load_n(&block->known[word], __ATOMIC_RELAXED));
+        stats->total_pages += block->pages;
+        stats->total_bytes += block->memory.size_bytes;
+        stats->resident_pages += known;
+        stats->resident_bytes += known * block->memory.page_bytes;
+    }
+    for (uint32_t i = 0; i < shards; i++) {
+        struct shard *shard = pager->shards[i];
+
+        pthread_mutex_lock(&shard->lock);
+        stats->pending_faults += shard->pending_count;
+        pthread_mutex_unlock(&shard->lock);
+    }
+#define TAKE(field) stats->field = __atomic_load_n(&pager->count.field, __ATOMIC_RELAXED)
+    TAKE(demand_pages);
+    TAKE(background_pages);
+    TAKE(zero_pages);
+    TAKE(duplicate_pages);
+    TAKE(requests);
+    TAKE(faults);
+    TAKE(repeated_faults);
+    TAKE(event_reads);
+    TAKE(bytes_received);
+    TAKE(bytes_sent);
+    TAKE(frames_refused);
+#undef TAKE
+    return 0;
+}
+
+int pc_pager_latency(struct pc_pager *pager, int stage, struct pc_histogram *histogram)
+{
+    uint32_t shards = __atomic_load_n(&pager->shard_count, __ATOMIC_ACQUIRE);
+
+    if (stage < 0 || stage >= PC_STAGES)
+        return -EINVAL;
+    memset(histogram, 0, sizeof(*histogram));
+    for (uint32_t i = 0; i < shards; i++) {
+        struct shard *shard = pager->shards[i];
+
+        pthread_mutex_lock(&shard->lock);
+        pc_histogram_merge(histogram, &shard->stages[stage]);
+        pthread_mutex_unlock(&shard->lock);
+    }
+    return 0;
+}
+
+int pc_pager_blocktime(struct pc_pager *pager, uint64_t *blocktime_ns, uint32_t slots)
+{
+    uint32_t shards = __atomic_load_n(&pager->shard_count, __ATOMIC_ACQUIRE);
+    uint64_t now_ns = pc_now_ns();
+
+    if (slots > PC_MAX_TRACKED_THREADS)
+        slots = PC_MAX_TRACKED_THREADS;
+    for (uint32_t slot = 0; slot < slots; slot++)
+        blocktime_ns[slot] = __atomic_load_n(&pager->blocked_ns[slot], __ATOMIC_RELAXED);
+    for (uint32_t i = 0; i < shards; i++) {
+        struct shard *shard = pager->shards[i];
+
+        pthread_mutex_lock(&shard->lock);
+        for (size_t j = 0; j < shard->pending_count; j++) {
+            const struct pending *fault = &shard->pending[j];
+
+            if (fault->slot >= 0 && (uint32_t)fault->slot < slots && now_ns > fault->event_ns)
+                blocktime_ns[fault->slot] += now_ns - fault->event_ns;
+        }
+        pthread_mutex_unlock(&shard->lock);
+    }
+    return (int)slots;
+}
+
+int pc_pager_received(struct pc_pager *pager, uint32_t block, uint64_t *words)
+{
+    if (block >= __atomic_load_n(&pager->block_count, __ATOMIC_ACQUIRE))
+        return -EINVAL;
+    for (uint64_t word = 0; word < pager->blocks[block]->words; word++)
+        words[word] = __atomic_load_n(&pager->blocks[block]->known[word], __ATOMIC_SEQ_CST);
+    return 0;
+}
+
+int pc_pager_disconnect(struct pc_pager *pager)
+{
+    uint32_t shards = __atomic_load_n(&pager->shard_count, __ATOMIC_ACQUIRE);
+
+    for (uint32_t i = 0; i < PC_MAX_BULK_CHANNELS; i++)
+        pc_stream_shutdown(&pager->bulks[i].stream);
+    for (uint32_t i = 0; i < shards; i++) {
+        struct shard *shard = pager->shards[i];
+
+        pthread_mutex_lock(&shard->lock);
+        shard->want_disconnect = true;
+        poke(shard);
+        while (shard->want_disconnect)
+            pthread_cond_wait(&shard->changed, &shard->lock);
+        pthread_mutex_unlock(&shard->lock);
+    }
+    for (uint32_t i = 0; i < PC_MAX_BULK_CHANNELS; i++)
+        reap_bulk(&pager->bulks[i]);
+    return 0;
+}
+
+static void unregister_all(struct shard *shard)
+{
+    pthread_mutex_lock(&shard->lock);
+    for (uint32_t i = 0; i < shard->range_count; i++)
+        (void)pc_uffd_unregister(shard->uffd, shard->ranges[i].address, shard->ranges[i].bytes);
+    shard->range_count = 0;
+    pthread_mutex_unlock(&shard->lock);
+}
+
+int pc_pager_disarm(struct pc_pager *pager)
+{
+    uint32_t shards = __atomic_load_n(&pager->shard_count, __ATOMIC_ACQUIRE);
+
+    if (__atomic_load_n(&pager->missing, __ATOMIC_SEQ_CST))
+        return -EBUSY;
+    for (uint32_t i = 0; i < shards; i++)
+        unregister_all(pager->shards[i]);
+    return 0;
+}
+
+/* Makes every page that is missing a poisoned one: whoever touches it gets SIGBUS (or EFAULT), nobody gets zeros. */
+static int poison_missing(struct pc_pager *pager, struct shard *shard)
+{
+    for (uint32_t i = 0; i < shard->range_count; i++) {
+        const struct range *range = &shard->ranges[i];
+        const struct block *block = pager->blocks[range->block];
+        uint64_t page = range->first_page, end = page + range->bytes / block->memory.page_bytes;
+
+        while (page < end) {
+            uint64_t first = pc_bitmap_next(block->known, end, page, 0), bytes, at = 0;
+
+            if (first >= end)
+                break;
+            page = pc_bitmap_next(block->known, end, first, 1);
+            bytes = (page - first) * block->memory.page_bytes;
+            while (at < bytes) {
+                uint64_t done = 0;
+                int error = pc_uffd_poison(shard->uffd, page_address(block, first) + at, bytes - at, 0, &done);
+
+                at += done;
+                if (error == -EEXIST)
+                    at += block->memory.page_bytes;
+                else if (error && error != -EAGAIN)
+                    return error;
+            }
+        }
+        wake(shard, range->address, range->bytes);
+    }
+    return 0;
+}
+
+int pc_pager_free(struct pc_pager *pager)
+{
+    uint32_t shards = pager->shard_count;
+    bool missing = __atomic_load_n(&pager->missing, __ATOMIC_SEQ_CST) > 0;
+
+    (void)pc_pager_disconnect(pager);
+    for (uint32_t i = 0; i < shards && missing; i++)
+        if (poison_missing(pager, pager->shards[i]))
+            return -EBUSY; /* kept whole, on purpose: see the header */
+    for (uint32_t i = 0; i < shards; i++) {
+        struct shard *shard = pager->shards[i];
+
+        if (!missing)
+            unregister_all(shard);
+        pthread_mutex_lock(&shard->lock);
+        shard->stop = true;
+        pthread_mutex_unlock(&shard->lock);
+        poke(shard);
+        pthread_join(shard->thread, NULL);
+        if (shard->has_next)
+            pc_stream_close(&shard->next);
+        free_shard(shard);
+    }
+    for (uint32_t i = 0; i < pager->block_count; i++)
+        free_block(pager->blocks[i]);
+    pc_buffer_free(pager->zero_page, pager->zero_page_bytes);
+    pc_events_destroy(&pager->events);
+    pthread_mutex_destroy(&pager->lock);
+    free(pager);
+    return 0;
+}

@@ -1,0 +1,734 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The source's page server.
+ *
+ * An urgent channel has a thread that answers requests in the order they come, at once, even for a page that is on its
+ * way in bulk: the destination drops whichever comes second, and a fault never waits for what stands in a bulk
+ * connection. A bulk channel has a thread that claims runs of pages not yet sent, from a cursor that all bulk threads
+ * share and every request moves to the page after its own: what the machine touches next is most likely near.
+ *
+ * The machine is paused for good when the server is started, so that memory is read without a lock and sent straight
+ * from where it lies. Pages that are absent (never touched) are known to be zero without being read; those that turn out
+ * to be all zero are told as a run of nothing.
+ *
+ * `sent` is changed by atomic or, `unsent` counts the pages without it; the cursor and the bandwidth are under push_lock,
+ * which is held for the search of a run, never over a send.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "events.h"
+#include "postcopy.h"
+#include "runtime.h"
+#include "stream.h"
+#include "util.h"
+
+#define RUN_BYTES (256 * 1024)         /* what a bulk thread claims at a time, at least one page */
+#define REQUESTS_PER_TURN 64           /* answered with one write */
+#define REQUEST_BYTES (REQUESTS_PER_TURN * PC_FRAME_HEADER_BYTES)
+#define MAX_RUN_PAGES (RUN_BYTES / 1024)
+#define BURST_NS UINT64_C(20000000)    /* bandwidth not used for this long is lost */
+
+struct source_block {
+    struct pc_memory memory;
+    uint64_t page_bytes; /* the unit of transfer; may differ from the memory's own page */
+    uint64_t pages, words;
+    uint64_t *present, *sent, *demanded;
+};
+
+struct channel {
+    struct pc_pageserver *server;
+    uint32_t index;
+    int kind;
+    struct pc_stream stream;
+    uint64_t busy_poll_ns;
+    uint8_t *staging; /* where pages of a block without a mapping are read to */
+    size_t staging_bytes;
+    pthread_t thread;
+    bool started, running; /* under server->lock */
+};
+
+struct pc_pageserver {
+    pthread_mutex_t lock; /* adding blocks and channels */
+    struct pc_events events;
+    struct source_block *blocks[PC_MAX_BLOCKS];
+    uint32_t block_count;
+    struct channel urgent[PC_MAX_SHARDS];
+    struct channel bulk[PC_MAX_BULK_CHANNELS];
+
+    pthread_mutex_t push_lock;
+    pthread_cond_t push_changed; /* CLOCK_MONOTONIC */
+    bool serving, stopping;
+    uint32_t cursor_block;
+    uint64_t cursor_page;
+    uint64_t bandwidth, next_free_ns, bandwidth_changes;
+
+    uint64_t unsent;
+    struct pc_pageserver_stats count;
+};
+
+#define ADD(server, field, n) ((void)__atomic_fetch_add(&(server)->count.field, (uint64_t)(n), __ATOMIC_RELAXED))
+
+/* A batch of frames on its way out: headers, and parts that point at them and at pages. */
+struct batch {
+    uint8_t headers[MAX_RUN_PAGES + REQUESTS_PER_TURN][PC_FRAME_HEADER_BYTES];
+    struct iovec parts[2 * (MAX_RUN_PAGES + REQUESTS_PER_TURN)];
+    int frame_count, part_count;
+    uint64_t bytes;
+    size_t staged;
+};
+
+static void batch_add(struct batch *batch, const struct pc_frame *frame, const void *payload)
+{
+    uint8_t *header = batch->headers[batch->frame_count++];
+
+    pc_frame_encode(frame, header);
+    batch->parts[batch->part_count++] = (struct iovec){.iov_base = header, .iov_len = PC_FRAME_HEADER_BYTES};
+    if (frame->payload_bytes)
+        batch->parts[batch->part_count++] =
+            (struct iovec){.iov_base = (void *)(uintptr_t)payload, .iov_len = frame->payload_bytes};
+    batch->bytes += PC_FRAME_HEADER_BYTES + (uint64_t)frame->payload_bytes;
+}
+
+static int batch_send(struct batch *batch, struct channel *channel)
+{
+    int error = pc_stream_write_all(&channel->stream, batch->parts, batch->part_count);
+
+    if (!error)
+        ADD(channel->server, bytes_sent, batch->bytes);
+    batch->frame_count = batch->part_count = 0;
+    batch->bytes = 0;
+    batch->staged = 0;
+    return error;
+}
+
+static bool test_bit(const uint64_t *words, uint64_t bit)
+{
+    return __atomic_load_n(&words[bit / 64], __ATOMIC_RELAXED) >> (bit % 64) & 1;
+}
+
+/* pc_bitmap_next for a zero, in a bitmap that other threads change meanwhile. */
+static uint64_t next_clear(const uint64_t *words, uint64_t bits, uint64_t from)
+{
+    for (uint64_t word = from / 64; from < bits; from = ++word * 64) {
+        uint64_t clear = ~__atomic_load_n(&words[word], __ATOMIC_RELAXED) & ~UINT64_C(0) << (from % 64);
+
+        if (clear) {
+            uint64_t bit = word * 64 + (uint64_t)__builtin_ctzll(clear);
+
+            return bit < bits ? bit : bits;
+        }
+    }
+    return bits;
+}
+
+static bool test_and_set_bit(uint64_t *words, uint64_t bit)
+{
+    uint64_t mask = UINT64_C(1) << (bit % 64);
+
+    return __atomic_fetch_or(&words[bit / 64], mask, __ATOMIC_SEQ_CST) & mask;
+}
+
+/* Content of pages: where they lie, or read into the channel's staging buffer at batch->staged. NULL with -errno in
+ * *error when they cannot be read; the text says why. */
+static const uint8_t *page_content(struct channel *channel, struct batch *batch, const struct source_block *block,
+                                   uint64_t page, uint64_t pages, int *error, char *text, size_t text_bytes)
+{
+    uint64_t offset = page * block->page_bytes, bytes = pages * block->page_bytes, file_bytes;
+    uint8_t *staging;
+
+    *error = 0;
+    if (block->memory.base)
+        return (const uint8_t *)block->memory.base + offset;
+    if (batch->staged + bytes > channel->staging_bytes) {
+        *error = pc_fail(ENOBUFS, text, text_bytes, "pages of %llu bytes are too large to stage", (unsigned long long)bytes);
+        return NULL;
+    }
+    staging = channel->staging + batch->staged;
+    batch->staged += bytes;
+    /* The last page of a file may be a part of one: the rest of it is zeros. */
+    file_bytes = offset < block->memory.size_bytes ? block->memory.size_bytes - offset : 0;
+    if (file_bytes > bytes)
+        file_bytes = bytes;
+    memset(staging + file_bytes, 0, bytes - file_bytes);
+    *error = pc_pread_all(block->memory.fd, staging, file_bytes, offset);
+    if (*error == -ENODATA)
+        *error = pc_fail(EIO, text, text_bytes, "the image file has become shorter than %llu bytes",
+                         (unsigned long long)block->memory.size_bytes);
+    else if (*error)
+        (void)pc_fail(EIO, text, text_bytes, "the image file cannot be read: %s", strerror(-*error));
+    return *error ? NULL : staging;
+}
+
+static void frame_payload(struct pc_frame *frame, const void *payload, uint64_t bytes)
+{
+    frame->payload_bytes = (uint32_t)bytes;
+    frame->payload_crc = bytes ? pc_crc32c(0, payload, bytes) : 0;
+}
+
+/* ---- urgent ------------------------------------------------------------------------------------------------------- */
+
+static void mark_sent(struct pc_pageserver *server, struct source_block *block, uint64_t page)
+{
+    if (!test_and_set_bit(block->sent, page)) {
+        (void)__atomic_fetch_sub(&server->unsent, 1, __ATOMIC_SEQ_CST);
+        ADD(server, sent_pages, 1);
+    }
+}
+
+static int answer_page(struct channel *channel, struct batch *batch, const struct pc_frame *request, uint64_t page)
+{
+    struct pc_pageserver *server = channel->server;
+    struct source_block *block = server->blocks[request->block];
+    struct pc_frame frame = {.flags = PC_FRAME_DEMAND,
+                             .block = request->block,
+                             .first_page = page,
+                             .pages = 1,
+                             .request_id = request->request_id};
+    char text[PC_ERROR_BYTES];
+    const uint8_t *content = NULL;
+    int error = 0;
+
+    if (test_and_set_bit(block->demanded, page))
+        ADD(server, repeated_requests, 1);
+    if (test_bit(block->present, page)) {
+        if (!block->memory.base && batch->staged + block->page_bytes > channel->staging_bytes) {
+            error = batch_send(batch, channel);
+            if (error)
+                return error;
+        }
+        content = page_content(channel, batch, block, page, 1, &error, text, sizeof(text));
+        if (error) {
+            frame.type = PC_FRAME_ERROR;
+            frame_payload(&frame, text, strlen(text));
+            batch_add(batch, &frame, text);
+            pc_events_push(&server->events, PC_EVENT_FATAL, PC_CHANNEL_URGENT, (int)channel->index, -error, "%s", text);
+            return batch_send(batch, channel); /* now: `text` lives on this stack */
+        }
+    }
+    if (content && !pc_is_zero(content, block->page_bytes)) {
+        frame.type = PC_FRAME_PAGES;
+        frame_payload(&frame, content, block->page_bytes);
+        ADD(server, demand_pages, 1);
+    } else {
+        frame.type = PC_FRAME_ZERO;
+        content = NULL;
+        ADD(server, zero_pages, 1);
+    }
+    batch_add(batch, &frame, content);
+    mark_sent(server, block, page);
+    return 0;
+}
+
+static int answer_request(struct channel *channel, struct batch *batch, const uint8_t *header, char *text,
+                          size_t text_bytes)
+{
+    struct pc_pageserver *server = channel->server;
+    struct pc_frame request;
+    struct source_block *block;
+    int error = pc_frame_decode(header, &request, text, text_bytes);
+
+    if (error)
+        return error;
+    if (request.type != PC_FRAME_REQUEST)
+        return pc_fail(EBADMSG, text, text_bytes, "a frame of type %u does not belong here", request.type);
+    if (request.block >= server->block_count)
+        return pc_fail(EBADMSG, text, text_bytes, "a request names RAM block %u, which there is not", request.block);
+    block = server->blocks[request.block];
+    if (request.first_page >= block->pages || request.pages > block->pages - request.first_page)
+        return pc_fail(EBADMSG, text, text_bytes, "a request names pages %llu+%u of RAM block %u, which has %llu",
+                       (unsigned long long)request.first_page, request.pages, request.block,
+                       (unsigned long long)block->pages);
+    ADD(server, requests, 1);
+    for (uint64_t page = request.first_page; !error && page < request.first_page + request.pages; page++) {
+        error = answer_page(channel, batch, &request, page);
+        if (!error && batch->frame_count >= REQUESTS_PER_TURN)
+            error = batch_send(batch, channel);
+    }
+    pthread_mutex_lock(&server->push_lock);
+    server->cursor_block = request.block;
+    server->cursor_page = request.first_page + request.pages;
+    pthread_mutex_unlock(&server->push_lock);
+    return error;
+}
+
+/* Waits until the server is started: true, or false when it is being stopped. */
+static bool wait_serving(struct pc_pageserver *server)
+{
+    bool go_on;
+
+    pthread_mutex_lock(&server->push_lock);
+    while (!server->serving && !server->stopping)
+        pthread_cond_wait(&server->push_changed, &server->push_lock);
+    go_on = !server->stopping;
+    pthread_mutex_unlock(&server->push_lock);
+    return go_on;
+}
+
+/* read(2) that looks for busy_poll_ns before it sleeps. */
+static ssize_t read_busy(struct channel *channel, void *buffer, size_t bytes)
+{
+    uint64_t until_ns = channel->busy_poll_ns ? pc_now_ns() + channel->busy_poll_ns : 0;
+
+    while (until_ns && pc_now_ns() < until_ns) {
+        ssize_t got = channel->stream.read(&channel->stream, buffer, bytes, false);
+
+        if (got != -EAGAIN)
+            return got;
+    }
+    return channel->stream.read(&channel->stream, buffer, bytes, true);
+}
+
+static int serve_urgent(struct channel *channel, struct batch *batch, char *text, size_t text_bytes)
+{
+    uint8_t requests[REQUEST_BYTES];
+    size_t have = 0, at;
+    int error = 0;
+
+    for (;;) {
+        ssize_t got = read_busy(channel, requests + have, sizeof(requests) - have);
+
+        if (got <= 0)
+            return got < 0 ? (int)got : have ? -EPIPE : -ENODATA;
+        ADD(channel->server, bytes_received, got);
+        have += (size_t)got;
+        if (have >= PC_FRAME_HEADER_BYTES && !wait_serving(channel->server))
+            return -ECANCELED;
+        for (at = 0; !error && have - at >= PC_FRAME_HEADER_BYTES; at += PC_FRAME_HEADER_BYTES)
+            error = answer_request(channel, batch, requests + at, text, text_bytes);
+        if (!error && batch->frame_count)
+            error = batch_send(batch, channel);
+        if (error)
+            return error;
+        have -= at;
+        memmove(requests, requests + at, have);
+    }
+}
+
+/* ---- bulk --------------------------------------------------------------------------------------------------------- */
+
+struct run {
+    uint32_t block;
+    uint64_t first_page, pages;
+};
+
+/* The next run of pages that nobody has sent, marked as sent. False when there is none. Under push_lock. */
+static bool claim_run(struct pc_pageserver *server, struct run *run)
+{
+    /* From the cursor to the end of its block, the blocks behind it, and round to what lies before the cursor. */
+    for (uint32_t turn = 0; turn <= server->block_count; turn++) {
+        struct source_block *block;
+        uint64_t page;
+
+        if (server->cursor_block >= server->block_count)
+            server->cursor_block = 0;
+        block = server->blocks[server->cursor_block];
+        while ((page = next_clear(block->sent, block->pages, server->cursor_page)) < block->pages) {
+            uint64_t limit = RUN_BYTES / block->page_bytes ? RUN_BYTES / block->page_bytes : 1;
+
+            run->block = server->cursor_block;
+            run->first_page = page;
+            run->pages = 0;
+            /* An urgent thread may take a page in between: the run ends there. */
+            while (run->pages < limit && page < block->pages && !test_and_set_bit(block->sent, page)) {
+                run->pages++;
+                page++;
+            }
+            server->cursor_page = page;
+            if (run->pages) {
+                (void)__atomic_fetch_sub(&server->unsent, run->pages, __ATOMIC_SEQ_CST);
+                ADD(server, sent_pages, run->pages);
+                return true;
+            }
+        }
+        server->cursor_block++;
+        server->cursor_page = 0;
+    }
+    return false;
+}
+
+/* Waits until `bytes` may be sent. Under push_lock. */
+static void pace(struct pc_pageserver *server, uint64_t bytes)
+{
+    uint64_t now_ns = pc_now_ns(), changes = server->bandwidth_changes, start_ns;
+
+    if (!server->bandwidth)
+        return;
+    if (server->next_free_ns + BURST_NS < now_ns)
+        server->next_free_ns = now_ns - BURST_NS;
+    start_ns = server->next_free_ns;
+    server->next_free_ns += (uint64_t)((double)bytes * 1e9 / (double)server->bandwidth);
+    while (!server->stopping && changes == server->bandwidth_changes && pc_now_ns() < start_ns) {
+        struct timespec until = {.tv_sec = (time_t)(start_ns / 1000000000u), .tv_nsec = (long)(start_ns % 1000000000u)};
+
+        (void)pthread_cond_timedwait(&server->push_changed, &server->push_lock, &until);
+    }
+}
+
+/* Sends a run as frames of content and of nothing, alternating as the pages do. */
+static int push_run(struct channel *channel, struct batch *batch, const struct run *run, char *text, size_t text_bytes)
+{
+    struct pc_pageserver *server = channel->server;
+    const struct source_block *block = server->blocks[run->block];
+    const uint8_t *content;
+    uint64_t at = 0;
+    int error;
+
+    content = page_content(channel, batch, block, run->first_page, run->pages, &error, text, text_bytes);
+    if (!content)
+        return error;
+    while (at < run->pages) {
+        const uint8_t *begin = content + at * block->page_bytes;
+        bool zero = pc_is_zero(begin, block->page_bytes);
+        struct pc_frame frame = {.block = (uint16_t)run->block, .first_page = run->first_page + at};
+        uint64_t pages = 1;
+
+        while (at + pages < run->pages && pc_is_zero(begin + pages * block->page_bytes, block->page_bytes) == zero)
+            pages++;
+        frame.type = zero ? PC_FRAME_ZERO : PC_FRAME_PAGES;
+        frame.pages = (uint32_t)pages;
+        if (!zero)
+            frame_payload(&frame, begin, pages * block->page_bytes);
+        batch_add(batch, &frame, zero ? NULL : begin);
+        if (zero)
+            ADD(server, zero_pages, pages);
+        else
+            ADD(server, background_pages, pages);
+        at += pages;
+    }
+    return batch_send(batch, channel);
+}
+
+static int push(struct channel *channel, struct batch *batch, char *text, size_t text_bytes)
+{
+    struct pc_pageserver *server = channel->server;
+    struct pc_frame end = {.type = PC_FRAME_END};
+    uint8_t unexpected;
+    int error = 0;
+
+    if (!wait_serving(server))
+        return -ECANCELED;
+    for (;;) {
+        struct run run;
+        bool found, stopping;
+
+        pthread_mutex_lock(&server->push_lock);
+        found = !server->stopping && claim_run(server, &run);
+        if (found)
+            pace(server, run.pages * server->blocks[run.block]->page_bytes);
+        stopping = server->stopping;
+        pthread_mutex_unlock(&server->push_lock);
+        if (stopping)
+            return -ECANCELED;
+        if (!found)
+            break;
+        error = push_run(channel, batch, &run, text, text_bytes);
+        if (error)
+            return error;
+    }
+    batch_add(batch, &end, NULL);
+    error = batch_send(batch, channel);
+    if (error)
+        return error;
+    pc_events_push(&server->events, PC_EVENT_BULK_END, PC_CHANNEL_BULK, (int)channel->index, 0,
+                   "every page has been offered");
+    /* The destination says nothing here: this is the wait for its end. */
+    error = pc_stream_read_all(&channel->stream, &unexpected, 1);
+    return error ? error : pc_fail(EBADMSG, text, text_bytes, "the destination spoke on a bulk channel");
+}
+
+static void *channel_thread(void *argument)
+{
+    struct channel *channel = argument;
+    struct pc_pageserver *server = channel->server;
+    bool urgent = channel->kind == PC_CHANNEL_URGENT;
+    struct batch *batch = calloc(1, sizeof(*batch));
+    char text[PC_ERROR_BYTES] = "";
+    int error = -ENOMEM;
+
+    pc_thread_name(urgent ? "pc-serve" : "pc-bulk-out", channel->index);
+    if (!urgent)
+        pc_thread_background();
+    if (batch)
+        error = urgent ? serve_urgent(channel, batch, text, sizeof(text)) : push(channel, batch, text, sizeof(text));
+    free(batch);
+    pc_stream_shutdown(&channel->stream);
+    /* -EIO is the image's fault, not the connection's: no other connection would serve the page. */
+    pc_events_push(&server->events, error == -EIO ? PC_EVENT_FATAL : PC_EVENT_CHANNEL_DOWN, channel->kind,
+                   (int)channel->index, error == -ENODATA || error == -ECANCELED ? 0 : -error, "%s",
+                   error == -ENODATA     ? "the destination closed the connection"
+                   : error == -ECANCELED ? "stopped"
+                   : text[0]             ? text
+                                         : strerror(-error));
+    pthread_mutex_lock(&server->lock);
+    channel->running = false;
+    pthread_mutex_unlock(&server->lock);
+    return NULL;
+}
+
+/* ---- the public face ---------------------------------------------------------------------------------------------- */
+
+static void init_channel(struct pc_pageserver *server, struct channel *channel, int kind, uint32_t index)
+{
+    channel->server = server;
+    channel->kind = kind;
+    channel->index = index;
+    channel->stream.fd = -1;
+}
+
+int pc_pageserver_new(uint64_t max_bandwidth_bytes_per_s, struct pc_pageserver **out)
+{
+    struct pc_pageserver *server = calloc(1, sizeof(*server));
+    pthread_condattr_t clock;
+    int error;
+
+    if (!server)
+        return -ENOMEM;
+    error = pc_events_init(&server->events);
+    if (error) {
+        free(server);
+        return error;
+    }
+    pthread_mutex_init(&server->lock, NULL);
+    pthread_mutex_init(&server->push_lock, NULL);
+    pthread_condattr_init(&clock);
+    pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
+    pthread_cond_init(&server->push_changed, &clock);
+    pthread_condattr_destroy(&clock);
+    server->bandwidth = max_bandwidth_bytes_per_s;
+    for (uint32_t i = 0; i < PC_MAX_SHARDS; i++)
+        init_channel(server, &server->urgent[i], PC_CHANNEL_URGENT, i);
+    for (uint32_t i = 0; i < PC_MAX_BULK_CHANNELS; i++)
+        init_channel(server, &server->bulk[i], PC_CHANNEL_BULK, i);
+    *out = server;
+    return 0;
+}
+
+static void free_block(struct source_block *block)
+{
+    size_t bytes = block->words * sizeof(uint64_t);
+
+    pc_buffer_free(block->present, bytes);
+    pc_buffer_free(block->sent, bytes);
+    pc_buffer_free(block->demanded, bytes);
+    free(block);
+}
+
+int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory *memory, uint64_t page_bytes)
+{
+    struct source_block *block;
+    int index = -ENOSPC;
+
+    if ((!memory->base && memory->fd < 0) || !memory->size_bytes || page_bytes < 1024 ||
+        page_bytes > PC_FRAME_MAX_PAYLOAD_BYTES || page_bytes & (page_bytes - 1) ||
+        (memory->base && memory->size_bytes % page_bytes))
+        return -EINVAL;
+    block = calloc(1, sizeof(*block));
+    if (!block)
+        return -ENOMEM;
+    block->memory = *memory;
+    block->page_bytes = page_bytes;
+    block->pages = (memory->size_bytes + page_bytes - 1) / page_bytes;
+    block->words = pc_bitmap_words(block->pages);
+    block->present = pc_buffer_new(block->words * sizeof(uint64_t));
+    block->sent = pc_buffer_new(block->words * sizeof(uint64_t));
+    block->demanded = pc_buffer_new(block->words * sizeof(uint64_t));
+    if (!block->present || !block->sent || !block->demanded) {
+        free_block(block);
+        return -ENOMEM;
+    }
+    /* Until set_present says otherwise every page may have content. */
+    pc_bitmap_set_range(block->present, 0, block->pages);
+    pthread_mutex_lock(&server->lock);
+    pthread_mutex_lock(&server->push_lock);
+    if (server->block_count < PC_MAX_BLOCKS && !server->serving) {
+        index = (int)server->block_count;
+        server->blocks[server->block_count++] = block;
+        server->unsent += block->pages;
+        server->count.total_pages += block->pages;
+    } else if (server->serving) {
+        index = -EBUSY;
+    }
+    pthread_mutex_unlock(&server->push_lock);
+    pthread_mutex_unlock(&server->lock);
+    if (index < 0)
+        free_block(block);
+    return index;
+}
+
+int pc_pageserver_set_present(struct pc_pageserver *server, uint32_t index, const uint64_t *present_words)
+{
+    struct source_block *block;
+    uint64_t absent = 0;
+    int error = 0;
+
+    pthread_mutex_lock(&server->push_lock);
+    if (index >= server->block_count) {
+        error = -EINVAL;
+    } else if (server->serving) {
+        error = -EBUSY;
+    } else {
+        block = server->blocks[index];
+        server->unsent += pc_bitmap_count(block->sent, block->pages);
+        server->count.zero_pages -= pc_bitmap_count(block->sent, block->pages);
+        for (uint64_t word = 0; word < block->words; word++) {
+            uint64_t valid = word + 1 < block->words || block->pages % 64 == 0 ? ~UINT64_C(0)
+                                                                               : (UINT64_C(1) << (block->pages % 64)) - 1;
+
+            block->present[word] = present_words[word] & valid;
+            block->sent[word] = ~present_words[word] & valid; /* the page map has told these already */
+        }
+        absent = pc_bitmap_count(block->sent, block->pages);
+        server->unsent -= absent;
+        server->count.zero_pages += absent;
+    }
+    pthread_mutex_unlock(&server->push_lock);
+    return error;
+}
+
+/* Joins a thread that has ended or been shut down, and frees what its channel had. */
+static void reap(struct channel *channel)
+{
+    if (channel->started)
+        pthread_join(channel->thread, NULL);
+    channel->started = false;
+    pc_stream_close(&channel->stream);
+    pc_buffer_free(channel->staging, channel->staging_bytes);
+    channel->staging = NULL;
+    channel->staging_bytes = 0;
+}
+
+static int attach(struct channel *channel, int fd, uint64_t busy_poll_ns)
+{
+    struct pc_pageserver *server = channel->server;
+    struct pc_stream stream;
+    int error = pc_stream_tcp(&stream, fd, channel->kind == PC_CHANNEL_URGENT);
+
+    if (error) {
+        close(fd);
+        return error;
+    }
+    pthread_mutex_lock(&server->lock);
+    if (channel->running) {
+        error = -EBUSY;
+    } else {
+        reap(channel);
+        channel->staging_bytes = PC_FRAME_MAX_PAYLOAD_BYTES;
+        channel->staging = pc_buffer_new(channel->staging_bytes);
+        channel->stream = stream;
+        channel->busy_poll_ns = busy_poll_ns;
+        error = channel->staging ? pc_thread_start(&channel->thread, channel_thread, channel) : -ENOMEM;
+        if (error) {
+            channel->stream.fd = -1;
+            reap(channel);
+        } else {
+            channel->started = channel->running = true;
+        }
+    }
+    pthread_mutex_unlock(&server->lock);
+    if (error)
+        close(fd);
+    return error;
+}
+
+int pc_pageserver_attach_urgent(struct pc_pageserver *server, uint32_t shard, int fd, uint32_t busy_poll_us)
+{
+    if (shard >= PC_MAX_SHARDS) {
+        close(fd);
+        return -EINVAL;
+    }
+    return attach(&server->urgent[shard], fd, (uint64_t)busy_poll_us * 1000);
+}
+
+int pc_pageserver_attach_bulk(struct pc_pageserver *server, uint32_t channel, int fd)
+{
+    if (channel >= PC_MAX_BULK_CHANNELS) {
+        close(fd);
+        return -EINVAL;
+    }
+    return attach(&server->bulk[channel], fd, 0);
+}
+
+int pc_pageserver_start(struct pc_pageserver *server)
+{
+    pthread_mutex_lock(&server->push_lock);
+    server->serving = true;
+    pthread_cond_broadcast(&server->push_changed);
+    pthread_mutex_unlock(&server->push_lock);
+    return 0;
+}
+
+int pc_pageserver_set_bandwidth(struct pc_pageserver *server, uint64_t max_bandwidth_bytes_per_s)
+{
+    pthread_mutex_lock(&server->push_lock);
+    server->bandwidth = max_bandwidth_bytes_per_s;
+    server->next_free_ns = 0;
+    server->bandwidth_changes++; /* who waits for the old rate waits no longer */
+    pthread_cond_broadcast(&server->push_changed);
+    pthread_mutex_unlock(&server->push_lock);
+    return 0;
+}
+
+int pc_pageserver_event_fd(struct pc_pageserver *server)
+{
+    return server->events.fd;
+}
+
+int pc_pageserver_next_event(struct pc_pageserver *server, struct pc_event *event)
+{
+    return pc_events_next(&server->events, event);
+}
+
+int pc_pageserver_stats(struct pc_pageserver *server, struct pc_pageserver_stats *stats)
+{
+#define TAKE(field) stats->field = __atomic_load_n(&server->count.field, __ATOMIC_RELAXED)
+    TAKE(total_pages);
+    TAKE(sent_pages);
+    TAKE(demand_pages);
+    TAKE(background_pages);
+    TAKE(zero_pages);
+    TAKE(requests);
+    TAKE(repeated_requests);
+    TAKE(bytes_sent);
+    TAKE(bytes_received);
+#undef TAKE
+    return 0;
+}
+
+int pc_pageserver_disconnect(struct pc_pageserver *server)
+{
+    pthread_mutex_lock(&server->push_lock);
+    server->stopping = true;
+    pthread_cond_broadcast(&server->push_changed);
+    pthread_mutex_unlock(&server->push_lock);
+    for (uint32_t i = 0; i < PC_MAX_SHARDS; i++)
+        pc_stream_shutdown(&server->urgent[i].stream);
+    for (uint32_t i = 0; i < PC_MAX_BULK_CHANNELS; i++)
+        pc_stream_shutdown(&server->bulk[i].stream);
+    for (uint32_t i = 0; i < PC_MAX_SHARDS; i++)
+        reap(&server->urgent[i]);
+    for (uint32_t i = 0; i < PC_MAX_BULK_CHANNELS; i++)
+        reap(&server->bulk[i]);
+    pthread_mutex_lock(&server->push_lock);
+    server->stopping = false;
+    pthread_mutex_unlock(&server->push_lock);
+    return 0;
+}
+
+void pc_pageserver_free(struct pc_pageserver *server)
+{
+    (void)pc_pageserver_disconnect(server);
+    for (uint32_t i = 0; i < server->block_count; i++)
+        free_block(server->blocks[i]);
+    pc_events_destroy(&server->events);
+    pthread_cond_destroy(&server->push_changed);
+    pthread_mutex_destroy(&server->push_lock);
+    pthread_mutex_destroy(&server->lock);
+    free(server);
+}

@@ -1,0 +1,38 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The stream under a data channel: two functions, so that something else than a bare TCP socket (TLS, a test's pipe) can
+ * stand there without the pager or the page server knowing.
+ *
+ * `fd` is for poll(2) and shutdown(2) only. One thread reads and one thread writes at a time.
+ */
+#ifndef PC_STREAM_H
+#define PC_STREAM_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+
+struct pc_stream {
+    int fd;
+    /* Bytes read (at least 1), 0 at the orderly end, or -errno; -EAGAIN only when `wait` is false. */
+    ssize_t (*read)(struct pc_stream *stream, void *buffer, size_t bytes, bool wait);
+    /* Bytes written (at least 1), or -errno; -EAGAIN only when `wait` is false. */
+    ssize_t (*write)(struct pc_stream *stream, const struct iovec *parts, int count, bool wait);
+};
+
+/* Takes a connected stream socket; does not own it until it has returned 0. `urgent` sets what keeps a small message
+ * from waiting: no Nagle, and the interactive band of the host's queueing discipline; otherwise little unsent data is
+ * kept in the socket. */
+int pc_stream_tcp(struct pc_stream *stream, int fd, bool urgent);
+void pc_stream_shutdown(struct pc_stream *stream); /* any thread: a blocked read or write returns at once */
+void pc_stream_close(struct pc_stream *stream);
+
+/* Reads exactly `bytes`: 0, -ENODATA when the stream ended before the first byte, -EPIPE when it ended inside, -errno. */
+int pc_stream_read_all(struct pc_stream *stream, void *buffer, size_t bytes);
+/* Writes everything; `parts` is used up. 0 or -errno. */
+int pc_stream_write_all(struct pc_stream *stream, struct iovec *parts, int count);
+/* Drops the first `bytes` of the list *parts, *count. */
+void pc_iov_advance(struct iovec **parts, int *count, size_t bytes);
+
+#endif
