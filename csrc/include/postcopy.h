@@ -156,6 +156,9 @@ struct pc_memory {
 };
 uint64_t pc_page_bytes(void);
 uint64_t pc_huge_page_bytes(void); /* default huge page size, 0 when the kernel has none */
+/* Whether this host could hold so much memory of a kind (all blocks of a machine together) now: 0, or -EINVAL (0, not whole
+ * pages) or -ENOMEM with the reason and the remedy in `error`. Reserves nothing. */
+int pc_memory_check(int kind, uint64_t total_bytes, char *error, size_t error_bytes);
 /* Maps new zeroed memory, MADV_NOHUGEPAGE and MADV_DONTFORK, nothing populated. 0 or -errno with a line in `error`. */
 int pc_memory_create(int kind, uint64_t size_bytes, struct pc_memory *memory, char *error, size_t error_bytes);
 void pc_memory_destroy(struct pc_memory *memory);
@@ -166,10 +169,11 @@ int pc_file_present(int fd, uint64_t size_bytes, uint64_t page_bytes, uint64_t *
 /* Writes the memory to fd at file_offset, leaving a hole for every page that is all zero; reading never populates.
  * Every page must be resident or absent for good: a missing page would block this thread. Blocks on I/O. */
 int pc_memory_dump(const struct pc_memory *memory, int fd, uint64_t file_offset);
-/* Fills memory (not registered with any userfaultfd) from a file range; holes stay holes. Blocks on I/O. */
+/* Fills memory (not registered with any userfaultfd) from a file range; holes and zeros stay holes, what was there is
+ * gone. The file may end inside the last page; -ENODATA when it is shorter. Blocks on I/O. */
 int pc_memory_load(struct pc_memory *memory, int fd, uint64_t file_offset, uint64_t bytes);
-/* CRC32C over pages as if each absent page were zeros, folded page by page so that absent pages cost almost nothing:
- * equal contents give equal digests whatever is populated. Blocks on I/O. */
+/* 64-bit sum over CRC32Cs of 4 KiB blocks (csrc/memory.c has the construction): equal sizes and contents give equal
+ * digests whatever is populated and whatever the page size; absent memory costs almost nothing. Blocks on I/O. */
 int pc_memory_digest(const struct pc_memory *memory, uint64_t *digest);
 int pc_file_digest(int fd, uint64_t size_bytes, uint64_t page_bytes, uint64_t *digest);
 /* Bytes of the mapping that are populated, without touching any. */
@@ -276,6 +280,19 @@ int pc_pageserver_stats(struct pc_pageserver *server, struct pc_pageserver_stats
 int pc_pageserver_disconnect(struct pc_pageserver *server);
 void pc_pageserver_free(struct pc_pageserver *server);
 /* ==== end pageserver ==== */
+
+/* ==== begin bench ==== */
+/* What `postcopy bench` measures with; see csrc/bench.c. Each may block for as long as a page is missing. */
+/* Reads one byte of `count` different pages out of `pages`, scattered by `seed`, and adds to `faults` how long each read
+ * took that was not shorter than hit_ns (shorter: the page was there). Returns how many. */
+int64_t pc_bench_touch(const void *base, uint64_t page_bytes, uint64_t pages, uint64_t count, uint64_t seed,
+                       uint64_t hit_ns, struct pc_histogram *faults);
+void pc_bench_fill(void *base, uint64_t bytes, uint64_t seed); /* incompressible content */
+/* The floor: 8 byte page number in, page out, until the peer closes. */
+int pc_bench_floor_serve(int fd, const void *base, uint64_t page_bytes, uint64_t pages, int spin);
+/* The floor's other end: event in, request, reply, UFFDIO_COPY, `count` times. */
+int pc_bench_floor_fault(int uffd, int fd, void *base, uint64_t page_bytes, uint64_t count, int spin);
+/* ==== end bench ==== */
 
 /* ==== begin machine: kvm ==== */
 /* A small x86-64 machine on /dev/kvm whose guest programs check themselves. See docs/machines.md. Guest memory is the
