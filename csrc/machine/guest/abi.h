@@ -1,0 +1,227 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What the toy machine and its guest programs agree on: where things are in guest memory, what the ports mean,
+ * and the arithmetic of the check words. Compiled into both, so that they cannot drift apart.
+ *
+ * Guest-virtual addresses (gva) are linear: the shared RAM block from 0, the private block of vCPU n from
+ * PCG_PRIVATE_GVA + n * PCG_PRIVATE_STRIDE. Guest-physical addresses (gpa) have a hole from 3 to 4 GiB, as a PC
+ * does; only the page tables and the disk requests speak of those.
+ */
+#ifndef PC_GUEST_ABI_H
+#define PC_GUEST_ABI_H
+
+#ifdef __ASSEMBLER__
+#define PCG_U64(n) n
+#else
+#define PCG_U64(n) n##ull
+#endif
+
+#define PCG_PAGE_BYTES      0x1000
+#define PCG_VCPUS_MAX       8
+
+/* The boot area: the start of the shared block. */
+#define PCG_BOOT_INFO       0x1000 /* struct pcg_boot */
+#define PCG_GDT             0x2000
+#define PCG_IDT             0x3000
+#define PCG_VCPU_PAGES      0x4000 /* struct pcg_vcpu, one page each */
+#define PCG_STACKS          0x10000
+#define PCG_STACK_BYTES     0x2000
+#define PCG_IMAGE           0x20000 /* guest.ld and start.S repeat this number */
+#define PCG_IMAGE_END       0x80000
+#define PCG_PAGE_TABLES     0x80000
+
+#define PCG_PRIVATE_GVA     PCG_U64(0x400000000000)
+#define PCG_PRIVATE_STRIDE  PCG_U64(0x10000000000)
+#define PCG_HOLE_BEGIN      PCG_U64(0xc0000000)
+#define PCG_HOLE_END        PCG_U64(0x100000000)
+
+#define PCG_CODE_SELECTOR   0x08
+#define PCG_DATA_SELECTOR   0x10
+
+/* Ports. Arguments beyond EAX travel in RBX, RCX, RSI, RDI. */
+#define PCG_PORT_SERIAL      0x3f8
+#define PCG_PORT_REPORT      0x5f0 /* out 32: enum pcg_report */
+#define PCG_PORT_ENTROPY     0x5f4 /* in 32: random bits */
+#define PCG_PORT_DISK        0x5f8 /* out 32: enum pcg_disk_op; RBX slice offset, RCX gpa, RSI bytes */
+#define PCG_PORT_DISK_STATUS 0x5fc /* in 32: enum pcg_disk_status of this vCPU's last request */
+
+/* Numbers that start.S needs too. */
+#define PCG_REPORT_FAILURE    3
+#define PCG_FAILURE_EXCEPTION 1
+#define PCG_EXCEPTION_STUBS   0x20040 /* 32 of them, 16 bytes apart */
+
+#ifndef __ASSEMBLER__
+#include <stdint.h>
+
+#define PCG_MAGIC 0x746f6f6263706374u
+
+enum pcg_report {
+    PCG_READY = 1,   /* RBX nonce: this vCPU's initial pass is complete */
+    PCG_MARK = 2,    /* RBX operations so far, RCX nonce */
+    PCG_FAILURE = PCG_REPORT_FAILURE, /* RBX enum pcg_failure, RCX gva, RSI expected, RDI found */
+};
+
+enum pcg_failure {
+    PCG_FAIL_EXCEPTION = PCG_FAILURE_EXCEPTION, /* gva = RIP, expected = vector, found = error code or CR2; the vCPU stops */
+    PCG_FAIL_BOOT = 2,
+    PCG_FAIL_CHECK_WORD = 3,
+    PCG_FAIL_COUNT = 4,
+    PCG_FAIL_PASS = 5,
+    PCG_FAIL_XMM = 6,
+    PCG_FAIL_GS_BASE = 7,
+    PCG_FAIL_MSR = 8, /* gva = MSR index */
+    PCG_FAIL_DEBUGREG = 9,
+    PCG_FAIL_CR2 = 10,
+    PCG_FAIL_TSC = 11,
+    PCG_FAIL_NONCE = 12,
+    PCG_FAIL_DISK_STATUS = 13,
+    PCG_FAIL_DISK_DATA = 14,
+};
+
+enum pcg_disk_op {
+    PCG_DISK_READ = 1, /* backing file -> guest memory */
+    PCG_DISK_WRITE = 2,
+};
+
+enum pcg_disk_status {
+    PCG_DISK_OK = 0,
+    PCG_DISK_BAD_REQUEST = 1, /* refused unread: outside of RAM or slice, misaligned, too long, unknown op */
+    PCG_DISK_IO_ERROR = 2,
+};
+
+#define PCG_DISK_REQUEST_MAX 0x40000 /* bytes */
+
+/* Pages of one RAM block that belong to the working set. */
+struct pcg_range {
+    uint64_t gva;
+    uint64_t pages;
+};
+
+/* Written by the machine before the first instruction; only `nonce` and `arrived` change later. */
+struct pcg_boot {
+    uint64_t magic;
+    uint32_t vcpus;
+    uint32_t workload;
+    uint64_t seed;
+    struct pcg_range shared;
+    struct pcg_range private_[PCG_VCPUS_MAX];
+    uint64_t private_gpa[PCG_VCPUS_MAX];
+    uint64_t disk_slice_bytes;
+    uint64_t disk_buffer_skew; /* where disk slots begin within their page: nonzero, so that they cross pages */
+    uint32_t arrived; /* vCPUs that completed their initial pass */
+    uint64_t nonce;   /* made by vCPU 0 from the entropy port; nowhere but here */
+};
+
+enum pcg_phase {
+    PCG_PHASE_BOOT,
+    PCG_PHASE_INIT, /* `init_done` units of the initial pass are complete */
+    PCG_PHASE_WAIT, /* for the other vCPUs' initial pass */
+    PCG_PHASE_RUN,
+};
+
+enum pcg_flight {
+    PCG_FLIGHT_NONE,
+    PCG_FLIGHT_FILL,  /* slots get the tags tag, tag + 1, ... */
+    PCG_FLIGHT_READ,  /* slots get the tags of the chunks */
+    PCG_FLIGHT_WRITE, /* chunks get the tags of the slots */
+};
+
+/* One vCPU's own page, pointed to by its GS base. The verifier reads it while the machine is paused. */
+struct pcg_vcpu {
+    uint64_t self; /* at %gs:0 */
+    uint64_t id;
+    volatile uint64_t phase;
+    volatile uint64_t init_done;
+    volatile uint64_t operations; /* completed; raised as the last act of each */
+    volatile uint64_t rng;        /* copy of what lives in XMM7 */
+    volatile uint64_t failures;
+    uint64_t last_tsc;
+    /* disk: tables (in the working set) and the request in flight */
+    uint64_t slot_tags_gva, slots;
+    uint64_t chunk_tags_gva, chunks;
+    uint64_t slot_gva[2], range_slots[2];
+    volatile uint64_t flight, flight_slot, flight_chunk, flight_count, flight_tag;
+    uint64_t next_tag;
+};
+
+/* ---- arithmetic of the workloads, identical inside and outside ---- */
+
+static inline uint64_t pcg_mix(uint64_t x)
+{
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+
+/* Seeds of neighbouring vCPUs must not give shifted copies of one sequence: mix, do not add. Never zero. */
+static inline uint64_t pcg_rng_seed(uint64_t seed, uint64_t vcpu)
+{
+    return pcg_mix(seed ^ pcg_mix(vcpu + 1)) | 1;
+}
+
+static inline uint64_t pcg_rng_next(uint64_t x)
+{
+    x ^= x << 13;
+    x ^= x >> 7;
+    x ^= x << 17;
+    return x;
+}
+
+/* [0, n), n < 2^32, without a division. */
+static inline uint64_t pcg_rng_below(uint64_t x, uint64_t n)
+{
+    return ((x >> 32) * n) >> 32;
+}
+
+/* The slice of `total` pages or bytes that belongs to one vCPU. */
+static inline uint64_t pcg_slice_begin(uint64_t total, uint64_t vcpu, uint64_t vcpus)
+{
+    return total / vcpus * vcpu + (vcpu < total % vcpus ? vcpu : total % vcpus);
+}
+
+/*
+ * A page of the `random` workload: a count, per-vCPU counts, and check words spread over the page with its first and
+ * last word among them, so that a page torn at any boundary of 512 bytes or more, an older version of it, another page's
+ * content and zeros all look wrong. The words in between stay zero.
+ */
+#define PCG_WORD_LOCK    1
+#define PCG_WORD_COUNT   2
+#define PCG_WORD_COUNTS  8 /* + vCPU */
+#define PCG_CHECK_WORDS  9
+#define PCG_CHECK_OFFSETS { 0, 64, 128, 192, 256, 320, 384, 448, 511 }
+
+static inline uint64_t pcg_check_base(uint64_t seed, uint64_t gva, uint64_t count)
+{
+    uint64_t x = (gva ^ seed) * 0x9e3779b97f4a7c15u + (count + 1) * 0xd1342543de82ef95u;
+    return (x ^ (x >> 29)) | 1;
+}
+
+/* Odd times odd: never zero. */
+static inline uint64_t pcg_check_word(uint64_t base, uint64_t k)
+{
+    return base + (base << (2 * k + 1));
+}
+
+/* `disk`: memory is cut into slots, the vCPU's disk slice into chunks, both this long. Word i under a tag: */
+#define PCG_SLOT_BYTES  0x2000
+#define PCG_SLOT_WORDS  (PCG_SLOT_BYTES / 8)
+#define PCG_CHUNKS_MAX  2048
+#define PCG_FILL_SLOTS  32
+#define PCG_TAG_STEP    0x2545f4914f6cdd1du
+
+static inline uint64_t pcg_tag_first(uint64_t seed, uint64_t vcpu, uint64_t tag)
+{
+    return pcg_mix(seed ^ (vcpu << 56) ^ tag);
+}
+
+/* What the registers hold that nothing but migration could change. `which` tells them apart. */
+static inline uint64_t pcg_register_value(uint64_t nonce, uint64_t vcpu, uint64_t which)
+{
+    return pcg_mix(nonce + (vcpu << 8) + which);
+}
+
+#define PCG_PAT 0x0007010600070106u /* the reset value with entries 1 and 5 made write-through twice over: legal, unused */
+
+#endif /* __ASSEMBLER__ */
+#endif

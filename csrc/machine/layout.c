@@ -1,0 +1,271 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Where things are in guest memory, and what is there when the machine starts.
+ *
+ * guest-virtual                       guest-physical
+ * 0            shared block           0 .. 3 GiB, then from 4 GiB on
+ *   0x1000       boot info, GDT, IDT, vCPU pages, stacks, image, page tables: the boot area (guest/abi.h)
+ *   boot_bytes   working set, then memory that nobody uses
+ * 1 << 46      private block of vCPU 0, the next ones 1 TiB apart
+ *                                     each from the next multiple of 2 MiB
+ */
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "machine.h"
+
+#define LARGE_PAGE_BYTES 0x200000ull
+#define GIB              0x40000000ull
+#define TABLE_ENTRIES    512u
+#define MEMORY_MAX_BYTES (512 * GIB)
+
+/* Accessed and dirty are set from the start: a processor that set them itself would change the page tables (and dirty
+ * their pages) as the guest runs. */
+#define PTE_TABLE 0x23ull /* present, writable, accessed */
+#define PTE_LARGE 0xe3ull /* present, writable, accessed, dirty, 2 MiB */
+
+static uint64_t divide_up(uint64_t a, uint64_t b)
+{
+    return a / b + (a % b != 0);
+}
+
+/* Tables below the top one that map `bytes` from a 512 GiB boundary on. */
+static uint64_t tables_for(uint64_t bytes)
+{
+    return bytes ? divide_up(bytes, GIB) + divide_up(bytes, TABLE_ENTRIES * GIB) : 0;
+}
+
+static int check_block(const struct pc_memory *memory, const char *name, char *error, size_t error_bytes)
+{
+    uint64_t system_page = (uint64_t)sysconf(_SC_PAGESIZE);
+
+    if (memory->size_bytes == 0)
+        return 0;
+    if (!memory->base)
+        return pc_machine_error(error, error_bytes, -EINVAL, "RAM block \"%s\" is not mapped", name);
+    if ((uintptr_t)memory->base % system_page || memory->size_bytes % system_page ||
+        memory->size_bytes % PCG_PAGE_BYTES)
+        return pc_machine_error(error, error_bytes, -EINVAL, "RAM block \"%s\": address and size must be whole pages",
+                                name);
+    if (memory->size_bytes > MEMORY_MAX_BYTES)
+        return pc_machine_error(error, error_bytes, -EINVAL, "RAM block \"%s\" is larger than 512 GiB", name);
+    return 0;
+}
+
+static void add_slot(struct pc_layout *layout, uint64_t gpa, void *host, uint64_t bytes)
+{
+    layout->slots[layout->slot_count++] = (struct pc_slot){ .gpa = gpa, .bytes = bytes, .host = host };
+    layout->guest_end = gpa + bytes;
+}
+
+int pc_layout_make(const struct pc_kvm_config *config, struct pc_layout *layout, char *error, size_t error_bytes)
+{
+    uint64_t tables = 1, free_pages, want_pages, total_bytes, gpa;
+    uint64_t shared_bytes = config->shared.size_bytes;
+    int rc = check_block(&config->shared, "shared", error, error_bytes);
+
+    memset(layout, 0, sizeof *layout);
+    if (rc)
+        return rc;
+    if (config->vcpus < 1 || config->vcpus > PC_KVM_MAX_VCPUS)
+        return pc_machine_error(error, error_bytes, -EINVAL, "%u vCPUs: 1 to %d are possible", config->vcpus,
+                                PC_KVM_MAX_VCPUS);
+    total_bytes = shared_bytes;
+    tables += tables_for(shared_bytes);
+    for (uint32_t i = 0; i < config->vcpus; i++) {
+        char name[16];
+        snprintf(name, sizeof name, "vcpu%u", i);
+        rc = check_block(&config->private_[i], name, error, error_bytes);
+        if (rc)
+            return rc;
+        total_bytes += config->private_[i].size_bytes;
+        tables += tables_for(config->private_[i].size_bytes);
+    }
+    if (total_bytes > MEMORY_MAX_BYTES)
+        return pc_machine_error(error, error_bytes, -EINVAL, "more than 512 GiB of memory");
+    layout->boot_bytes = PCG_PAGE_TABLES + tables * PCG_PAGE_BYTES;
+    if (shared_bytes < layout->boot_bytes + 16 * PCG_PAGE_BYTES)
+        return pc_machine_error(error, error_bytes, -EINVAL, "RAM block \"shared\" is too small: %llu bytes, need %llu",
+                                (unsigned long long)shared_bytes,
+                                (unsigned long long)layout->boot_bytes + 16 * PCG_PAGE_BYTES);
+
+    if (shared_bytes <= PCG_HOLE_BEGIN) {
+        add_slot(layout, 0, config->shared.base, shared_bytes);
+        gpa = PCG_HOLE_END;
+    } else {
+        add_slot(layout, 0, config->shared.base, PCG_HOLE_BEGIN);
+        add_slot(layout, PCG_HOLE_END, (uint8_t *)config->shared.base + PCG_HOLE_BEGIN, shared_bytes - PCG_HOLE_BEGIN);
+        gpa = layout->guest_end;
+    }
+    for (uint32_t i = 0; i < config->vcpus; i++) {
+        gpa = divide_up(gpa, LARGE_PAGE_BYTES) * LARGE_PAGE_BYTES;
+        layout->private_gpa[i] = gpa;
+        if (config->private_[i].size_bytes) {
+            add_slot(layout, gpa, config->private_[i].base, config->private_[i].size_bytes);
+            gpa = layout->guest_end;
+        }
+    }
+
+    /* Every block gives the same share of itself, so that each keeps memory that is never touched. */
+    free_pages = (total_bytes - layout->boot_bytes) / PCG_PAGE_BYTES;
+    want_pages = config->working_set_bytes / PCG_PAGE_BYTES;
+    if (config->working_set_bytes == 0 || want_pages > free_pages)
+        want_pages = free_pages;
+    layout->shared.gva = layout->boot_bytes;
+    layout->shared.pages = (shared_bytes - layout->boot_bytes) / PCG_PAGE_BYTES * want_pages / free_pages;
+    for (uint32_t i = 0; i < config->vcpus; i++) {
+        layout->private_[i].gva = PCG_PRIVATE_GVA + i * PCG_PRIVATE_STRIDE;
+        layout->private_[i].pages = config->private_[i].size_bytes / PCG_PAGE_BYTES * want_pages / free_pages;
+    }
+    for (uint32_t i = 0; i < config->vcpus; i++) {
+        uint64_t own = layout->private_[i].pages + layout->shared.pages / config->vcpus;
+        uint64_t need = config->workload == PC_WORKLOAD_DISK ? 64 : 1;
+        if (config->workload != PC_WORKLOAD_IDLE && own < need)
+            return pc_machine_error(error, error_bytes, -EINVAL, "working set too small: %llu pages for vCPU %u, need %llu",
+                                    (unsigned long long)own, i, (unsigned long long)need);
+    }
+    /* pcg_rng_below() picks from fewer than 2^32 pages; 512 GiB has 2^27. */
+    layout->disk_slice_bytes = config->disk_bytes / config->vcpus / PCG_SLOT_BYTES * PCG_SLOT_BYTES;
+    return 0;
+}
+
+int pc_kvm_split_memory(uint64_t total_bytes, uint32_t vcpus, uint64_t page_bytes, uint64_t *shared_bytes,
+                        uint64_t *private_bytes, char *error, size_t error_bytes)
+{
+    uint64_t unit = page_bytes, share;
+
+    if (vcpus < 1 || vcpus > PC_KVM_MAX_VCPUS)
+        return pc_machine_error(error, error_bytes, -EINVAL, "%u vCPUs: 1 to %d are possible", vcpus, PC_KVM_MAX_VCPUS);
+    if (page_bytes < PCG_PAGE_BYTES || (page_bytes & (page_bytes - 1)) || total_bytes % page_bytes)
+        return pc_machine_error(error, error_bytes, -EINVAL, "memory size must be a multiple of %llu bytes",
+                                (unsigned long long)(page_bytes ? page_bytes : PCG_PAGE_BYTES));
+    if (total_bytes < 16 << 20)
+        return pc_machine_error(error, error_bytes, -EINVAL, "the machine needs at least 16 MiB of memory");
+    if (total_bytes > MEMORY_MAX_BYTES)
+        return pc_machine_error(error, error_bytes, -EINVAL, "the machine can have at most 512 GiB of memory");
+    /* Whole large pages for each, where that leaves everybody something. */
+    if (unit < LARGE_PAGE_BYTES && total_bytes / 2 / vcpus >= 2 * LARGE_PAGE_BYTES)
+        unit = LARGE_PAGE_BYTES;
+    share = total_bytes / 2 / vcpus / unit * unit;
+    if (share == 0)
+        return pc_machine_error(error, error_bytes, -EINVAL, "%llu bytes are too few for %u vCPUs in pages of %llu",
+                                (unsigned long long)total_bytes, vcpus, (unsigned long long)page_bytes);
+    *private_bytes = share;
+    *shared_bytes = total_bytes - share * vcpus;
+    return 0;
+}
+
+void *pc_layout_gpa(const struct pc_layout *layout, uint64_t gpa, uint64_t bytes)
+{
+    for (uint32_t i = 0; i < layout->slot_count; i++) {
+        const struct pc_slot *slot = &layout->slots[i];
+        /* Subtractions only: gpa + bytes may wrap, the guest chooses both. */
+        if (gpa >= slot->gpa && gpa - slot->gpa < slot->bytes && bytes <= slot->bytes - (gpa - slot->gpa))
+            return slot->host + (gpa - slot->gpa);
+    }
+    return NULL;
+}
+
+void *pc_layout_gva(const struct pc_kvm_config *config, uint64_t gva, uint64_t bytes)
+{
+    const struct pc_memory *memory = &config->shared;
+    uint64_t offset = gva;
+
+    if (gva >= PCG_PRIVATE_GVA) {
+        uint64_t index = (gva - PCG_PRIVATE_GVA) / PCG_PRIVATE_STRIDE;
+        if (index >= config->vcpus)
+            return NULL;
+        memory = &config->private_[index];
+        offset = (gva - PCG_PRIVATE_GVA) % PCG_PRIVATE_STRIDE;
+    }
+    if (offset >= memory->size_bytes || bytes > memory->size_bytes - offset)
+        return NULL;
+    return (uint8_t *)memory->base + offset;
+}
+
+#if defined(__x86_64__)
+
+#define IMAGE(name) \
+    extern const uint8_t pc_guest_##name[] __attribute__((visibility("hidden"))); \
+    extern const uint8_t pc_guest_##name##_end[] __attribute__((visibility("hidden")))
+IMAGE(idle);
+IMAGE(dirty);
+IMAGE(random);
+IMAGE(disk);
+
+static const struct {
+    const uint8_t *begin, *end;
+} images[] = {
+    [PC_WORKLOAD_IDLE] = { pc_guest_idle, pc_guest_idle_end },
+    [PC_WORKLOAD_DIRTY] = { pc_guest_dirty, pc_guest_dirty_end },
+    [PC_WORKLOAD_RANDOM] = { pc_guest_random, pc_guest_random_end },
+    [PC_WORKLOAD_DISK] = { pc_guest_disk, pc_guest_disk_end },
+};
+
+/* Maps [gva, gva + bytes) to gpa with large pages; gva begins where a top-level entry does. */
+static uint64_t map(uint8_t *ram, uint64_t next_table, uint64_t gva, uint64_t gpa, uint64_t bytes, bool has_hole)
+{
+    uint64_t *top = (uint64_t *)(ram + PCG_PAGE_TABLES), *middle = NULL, *low = NULL;
+
+    for (uint64_t at = 0; at < bytes; at += LARGE_PAGE_BYTES) {
+        uint64_t target = gpa + at;
+        if (has_hole && target >= PCG_HOLE_BEGIN)
+            target += PCG_HOLE_END - PCG_HOLE_BEGIN;
+        if (at % (TABLE_ENTRIES * GIB) == 0) {
+            top[(gva + at) / (TABLE_ENTRIES * GIB)] = next_table | PTE_TABLE;
+            middle = (uint64_t *)(ram + next_table);
+            next_table += PCG_PAGE_BYTES;
+        }
+        if (at % GIB == 0) {
+            middle[at / GIB % TABLE_ENTRIES] = next_table | PTE_TABLE;
+            low = (uint64_t *)(ram + next_table);
+            next_table += PCG_PAGE_BYTES;
+        }
+        low[at / LARGE_PAGE_BYTES % TABLE_ENTRIES] = target | PTE_LARGE;
+    }
+    return next_table;
+}
+
+int pc_layout_write_boot(const struct pc_kvm *machine, uint8_t *ram)
+{
+    const struct pc_kvm_config *config = &machine->config;
+    const struct pc_layout *layout = &machine->layout;
+    uint64_t *gdt = (uint64_t *)(ram + PCG_GDT), *idt = (uint64_t *)(ram + PCG_IDT), next_table;
+    struct pcg_boot *boot = (struct pcg_boot *)(ram + PCG_BOOT_INFO);
+    size_t image_bytes = (size_t)(images[config->workload].end - images[config->workload].begin);
+
+    if (image_bytes > PCG_IMAGE_END - PCG_IMAGE)
+        return -E2BIG;
+    memcpy(ram + PCG_IMAGE, images[config->workload].begin, image_bytes);
+    gdt[PCG_CODE_SELECTOR / 8] = 0x00af9b000000ffffull; /* 64-bit code, accessed */
+    gdt[PCG_DATA_SELECTOR / 8] = 0x00cf93000000ffffull; /* data, accessed */
+    for (uint64_t vector = 0; vector < 32; vector++) {
+        uint64_t stub = PCG_EXCEPTION_STUBS + 16 * vector;
+        /* 64-bit interrupt gate, present. The stubs are below 4 GiB, so the upper half stays zero. */
+        idt[2 * vector] = (stub & 0xffff) | (uint64_t)PCG_CODE_SELECTOR << 16 | 0x8e0000000000ull | (stub >> 16) << 48;
+    }
+
+    next_table = map(ram, PCG_PAGE_TABLES + PCG_PAGE_BYTES, 0, 0, config->shared.size_bytes, true);
+    for (uint32_t i = 0; i < config->vcpus; i++)
+        next_table = map(ram, next_table, PCG_PRIVATE_GVA + i * PCG_PRIVATE_STRIDE, layout->private_gpa[i],
+                         config->private_[i].size_bytes, false);
+    if (next_table != layout->boot_bytes)
+        return -EOVERFLOW; /* tables_for() and map() disagree */
+
+    boot->vcpus = config->vcpus;
+    boot->workload = config->workload;
+    boot->seed = config->seed;
+    boot->shared = layout->shared;
+    for (uint32_t i = 0; i < config->vcpus; i++) {
+        boot->private_[i] = layout->private_[i];
+        boot->private_gpa[i] = layout->private_gpa[i];
+    }
+    boot->disk_slice_bytes = layout->disk_slice_bytes;
+    boot->disk_buffer_skew = machine->disk_skew;
+    boot->magic = PCG_MAGIC;
+    return 0;
+}
+
+#endif

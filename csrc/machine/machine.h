@@ -1,0 +1,132 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Private to csrc/machine: the parts of the kvm machine.
+ *
+ *   kvm.c        open, vCPU threads, pause and resume, exits, close
+ *   layout.c     where things are in guest memory; boot
+ *   state.c      device state as a blob, and back
+ *   disk.c       the block device
+ *   verify.c     the invariants of each workload, seen from outside
+ *
+ * Locking. `lock` guards the run control (want_run, stop, transition, each vCPU's parked). Counters are atomics, since
+ * pc_kvm_stats takes no lock. Everything else of a vCPU belongs to its thread while it runs and to the caller that holds
+ * `transition` (or the only handle) while it is parked.
+ */
+#ifndef PC_MACHINE_H
+#define PC_MACHINE_H
+
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "guest/abi.h"
+#include "postcopy.h"
+
+_Static_assert(PC_KVM_MAX_VCPUS == PCG_VCPUS_MAX, "the guest's limit is the machine's");
+
+struct kvm_run;
+struct kvm_cpuid2;
+
+/* A piece of guest-physical memory. */
+struct pc_slot {
+    uint64_t gpa;
+    uint64_t bytes;
+    uint8_t *host;
+};
+#define PC_SLOTS_MAX (2 + PC_KVM_MAX_VCPUS)
+
+/* Everything that follows from the configuration alone, so it is the same on both hosts. */
+struct pc_layout {
+    uint64_t boot_bytes; /* boot area, page tables included */
+    uint64_t guest_end;  /* first guest-physical address above all memory */
+    struct pc_slot slots[PC_SLOTS_MAX];
+    uint32_t slot_count;
+    struct pcg_range shared; /* working set */
+    struct pcg_range private_[PC_KVM_MAX_VCPUS];
+    uint64_t private_gpa[PC_KVM_MAX_VCPUS];
+    uint64_t disk_slice_bytes;
+};
+
+struct pc_vcpu {
+    struct pc_kvm *machine;
+    uint32_t index;
+    int fd;
+    struct kvm_run *run;
+    pthread_t thread;
+    bool has_thread;
+    bool parked;           /* under machine->lock */
+    bool io_pending;       /* the last exit's instruction is not complete before the next KVM_RUN */
+    uint32_t disk_status;  /* enum pcg_disk_status, device state */
+    uint64_t mark_told_ns; /* when a mark last raised the eventfd */
+    _Atomic int32_t tid;
+    _Atomic int32_t activity;
+    _Atomic uint64_t exits;
+    _Atomic uint64_t marks;
+    _Atomic uint64_t operations;
+    _Atomic uint64_t failures;
+    _Atomic uint32_t ready;
+};
+
+struct pc_kvm {
+    struct pc_kvm_config config;
+    struct pc_layout layout;
+    int kvm_fd, vm_fd, event_fd;
+    size_t run_bytes;
+    uint32_t xsave_bytes;
+    bool has_sync_regs, has_xsave2, has_xcrs, has_debugregs, has_tsc_control;
+    struct kvm_cpuid2 *host_cpuid; /* what this host supports; given to vCPUs with their own APIC ids */
+    uint64_t disk_memory_align, disk_offset_align, disk_skew;
+
+    pthread_mutex_t lock;
+    pthread_cond_t changed; /* want_run, stop, parked, transition */
+    bool want_run;
+    bool stop;
+    bool transition;      /* a pause, save, load, boot or verify is under way */
+    _Atomic uint32_t references; /* the handle, and each thread: the last one to go frees */
+    _Atomic bool leave;   /* vCPU threads must come out: read without the lock on the hot path */
+    _Atomic int32_t state;
+
+    _Atomic uint64_t nonce, first_run_ns, paused_ns;
+    _Atomic uint64_t disk_reads, disk_writes, disk_bytes, disk_errors, serial_bytes;
+    _Atomic uint32_t failure_claimed, failure_published;
+    uint32_t failure_vcpu, failure_code;
+    uint64_t failure_where, failure_expected, failure_found;
+    char failure_text[192];
+
+    uint32_t vcpu_count; /* made so far */
+    struct pc_vcpu vcpu[PC_KVM_MAX_VCPUS];
+};
+
+uint64_t pc_machine_now_ns(void);
+/* Formats into an `error` buffer (which may be NULL) and returns `code`. */
+int pc_machine_error(char *error, size_t error_bytes, int code, const char *format, ...)
+    __attribute__((format(printf, 4, 5)));
+/* ioctl(2) again after EINTR; -errno. Not for KVM_RUN. */
+int pc_machine_ioctl(int fd, unsigned long request, void *argument);
+
+/* layout.c */
+int pc_layout_make(const struct pc_kvm_config *config, struct pc_layout *layout, char *error, size_t error_bytes);
+/* Host address of guest-physical memory, NULL unless all of it lies within one slot. */
+void *pc_layout_gpa(const struct pc_layout *layout, uint64_t gpa, uint64_t bytes);
+/* Host address of a guest-virtual address, NULL unless all of it lies within one block. */
+void *pc_layout_gva(const struct pc_kvm_config *config, uint64_t gva, uint64_t bytes);
+/* The boot area as it is before the first instruction, into `boot_bytes` zeroed bytes. */
+int pc_layout_write_boot(const struct pc_kvm *machine, uint8_t *ram);
+
+/* disk.c */
+int pc_disk_geometry(struct pc_kvm *machine, char *error, size_t error_bytes);
+/* One request of vCPU's guest, all of it untrusted. Blocks on I/O and on missing pages. */
+uint32_t pc_disk_request(struct pc_vcpu *vcpu, uint32_t op, uint64_t slice_offset, uint64_t gpa, uint64_t bytes);
+/* For the verifier: reads part of a vCPU's slice. */
+int pc_disk_inspect(const struct pc_kvm *machine, uint32_t vcpu, uint64_t slice_offset, void *into, uint64_t bytes);
+
+/* state.c */
+int64_t pc_state_save(struct pc_kvm *machine, void *buf, size_t cap, char *error, size_t error_bytes);
+int pc_state_load(struct pc_kvm *machine, const void *buf, size_t bytes, char *error, size_t error_bytes);
+
+/* verify.c */
+int pc_verify(struct pc_kvm *machine, struct pc_machine_check *check);
+
+#endif
