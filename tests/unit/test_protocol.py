@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control protocol, byte by byte."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from postcopy._errors import PeerError, ProtocolError
+from postcopy.migration import protocol as p
+from postcopy.migration.protocol import DestinationProtocol, SourceProtocol, State
+
+BLOCKS = (p.Block("shared", 1 << 20, 4096), p.Block("vcpu0", 1 << 21, 4096))
+OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {"vcpus": 1, "nested": {"list": [1, 2]}}, BLOCKS, 1)
+HELLO = p.Hello("control", "source", 0, b"", 0, b"")
+
+MESSAGES = [
+    HELLO,
+    p.Hello("urgent", "dest", 63, b"i" * 16, 7, b"t" * 16),
+    p.Welcome(),
+    p.Refused("busy"),
+    OFFER,
+    p.Accept((4096, 4096), 2, 1),
+    p.Reject("too large"),
+    p.Ready(),
+    p.PageMap(1, 0, 512, b"\x00\x80\x04"),
+    p.Switchover(b"\x00\xff" * 100, 2),
+    p.Prepared(),
+    p.Commit(),
+    p.Running(12345),
+    p.Complete({"demand-pages": 3}),
+    p.CompleteAck({"downtime-ns": 5}),
+    p.Abort("out of memory"),
+    p.Ping(1),
+    p.Pong(2**63 - 1),
+]
+
+
+def frame(body: object) -> bytes:
+    packed = msgpack.packb(body)
+    return len(packed).to_bytes(4, "big") + packed
+
+
+def drain(side: SourceProtocol | DestinationProtocol) -> list[p.Message]:
+    messages = []
+    while (message := side.next_message()) is not None:
+        messages.append(message)
+    return messages
+
+
+def conversation() -> list[tuple[str, bytes, SourceProtocol, DestinationProtocol]]:
+    """Every message of a migration that goes well, as (sender, bytes), with both sides as they are at the end."""
+    source, dest = SourceProtocol(), DestinationProtocol()
+    steps: list[tuple[str, Callable[[], bytes]]] = [
+        ("source", lambda: source.send_offer(OFFER)),
+        ("dest", lambda: dest.send_accept((4096, 4096), 2, 1)),
+        ("source", lambda: source.send_ping(9)),
+        ("dest", lambda: dest.send_ready()),
+        ("source", lambda: source.send_page_map(0, 0, 256, b"\x01")),
+        ("source", lambda: source.send_page_map(1, 0, 512, b"\x01")),
+        ("source", lambda: source.send_switchover(b"state", 2)),
+        ("dest", lambda: dest.send_prepared()),
+        ("source", lambda: source.send_commit()),
+        ("dest", lambda: dest.send_running(100)),
+        ("dest", lambda: dest.send_complete({})),
+        ("source", lambda: source.send_complete_ack({})),
+    ]
+    said = []
+    for sender, send in steps:
+        data = send()
+        receiver = dest if sender == "source" else source
+        receiver.receive_data(data)
+        assert len(drain(receiver)) == 1
+        said.append((sender, data, source, dest))
+    assert source.state is dest.state is State.COMPLETED
+    return said
+
+
+class TestMessages:
+    @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.TYPE)
+    def test_round_trip(self, message: p.Message) -> None:
+        data = p.encode(message)
+        assert int.from_bytes(data[:4], "big") == len(data) - 4
+        assert p.decode(data[4:]) == message
+
+    def test_every_message_is_tried_here(self) -> None:
+        assert {message.TYPE for message in MESSAGES} == set(p._MESSAGES)
+
+    @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.TYPE)
+    def test_each_field_is_needed_and_typed(self, message: p.Message) -> None:
+        whole = msgpack.unpackb(p.encode(message)[4:])
+        for name in whole:
+            if name == "type":
+                continue
+            without = {key: value for key, value in whole.items() if key != name}
+            with pytest.raises(ProtocolError, match=rf"{message.TYPE}: field {name} is missing"):
+                p.decode(msgpack.packb(without))
+            for wrong in (None, 1.5, True, -1, [[]], {"a": {1: 2}}, "x" * 9000, b"x" * (16 << 20)):
+                if isinstance(wrong, dict):
+                    wrong = "\n" if name in ("config", "stats") else {"a": 1}
+                if name == "runs" and isinstance(wrong, bytes):
+                    wrong = 1
+                with pytest.raises(ProtocolError, match=rf"{message.TYPE}: field {name} "):
+                    p.decode(msgpack.packb({**whole, name: wrong}))
+
+    @pytest.mark.parametrize(
+        ("body", "reason"),
+        [
+            ([], "not a map"),
+            ({}, "unknown message type None"),
+            ({"type": "explode"}, "unknown message type 'explode'"),
+            ({"type": ["ready"]}, "unknown message type"),
+            ({"type": "ready", "extra": 1}, "ready: unknown field 'extra'"),
+            ({"type": "ping", "nonce": 2**63}, "must be 0 to"),
+            ({"type": "accept", "page-bytes": [4095], "shards": 1, "bulk-channels": 1}, "power of two"),
+            ({"type": "accept", "page-bytes": [4096] * 65, "shards": 1, "bulk-channels": 1}, "1 to 64 entries"),
+            ({"type": "ready", 1: 2}, "not valid msgpack"),
+        ],
+    )
+    def test_refused(self, body: object, reason: str) -> None:
+        with pytest.raises(ProtocolError, match=reason):
+            p.decode(msgpack.packb(body))
+
+    def test_block_that_is_not_whole_pages(self) -> None:
+        whole = msgpack.unpackb(p.encode(OFFER)[4:])
+        whole["blocks"][0]["size-bytes"] += 512
+        with pytest.raises(ProtocolError, match=r"offer: field blocks .*not whole pages"):
+            p.decode(msgpack.packb(whole))
+
+    @pytest.mark.parametrize(
+        "packed",
+        [
+            b"\xdd\xff\xff\xff\xff",  # a list of 4 G entries
+            b"\xdf\xff\xff\xff\xff",  # a map of as many
+            b"\xc6\xff\xff\xff\xff",  # bytes of as many
+            b"\xc1",  # never used
+            b"\x81\xa4type\xa3\xff\xff\xff",  # not UTF-8
+            b"\x80\x80",  # something after the end
+            b"\x91" * 100_000,  # nested without end
+            b"\xd6\xff\x00\x00\x00\x00",  # an extension type
+        ],
+    )
+    def test_malformed_msgpack(self, packed: bytes) -> None:
+        with pytest.raises(ProtocolError, match="msgpack"):
+            p.decode(packed)
+
+    def test_a_reason_is_one_printable_line(self) -> None:
+        message = p.decode(p.encode(p.Abort("a\x1b[2J\nb\r\x00" + "c" * 1000))[4:])
+        assert isinstance(message, p.Abort)
+        assert message.reason.isprintable()
+        assert len(message.reason) <= p.MAX_REASON_CHARS
+
+    @given(st.binary(max_size=200))
+    def test_arbitrary_bytes(self, data: bytes) -> None:
+        with contextlib.suppress(ProtocolError):
+            p.decode(data)
+
+    @given(
+        st.recursive(
+            st.none()
+            | st.booleans()
+            | st.integers(-(2**63), 2**64 - 1)
+            | st.floats()
+            | st.text(max_size=9)
+            | st.binary(max_size=20),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+            max_leaves=8,
+        ),
+        st.sampled_from(MESSAGES),
+        st.data(),
+    )
+    def test_arbitrary_values(self, value: Any, message: p.Message, data: st.DataObject) -> None:
+        whole = msgpack.unpackb(p.encode(message)[4:])
+        whole[data.draw(st.sampled_from(sorted(whole)))] = value
+        with contextlib.suppress(ProtocolError):
+            p.decode(msgpack.packb(whole))
+
+    def test_largest_page_map_fits(self) -> None:
+        data = p.encode(p.PageMap(0, 0, p.PAGE_MAP_PAGES, b"\x01" * p.PAGE_MAP_PAGES))
+        assert len(data) < p.MAX_MESSAGE_BYTES
+
+    def test_too_much_to_send(self) -> None:
+        source = SourceProtocol()
+        with pytest.raises(ProtocolError, match="more than a message may have"):
+            source.send_offer(p.Offer(b"m" * 16, b"t" * 16, "kvm", {"x": b"x" * p.MAX_MESSAGE_BYTES}, BLOCKS, 1))
+        assert source.state is State.SETUP
+
+
+class TestHandshake:
+    def exchange(self, hello: p.Hello, size: int) -> tuple[p.ClientHandshake, p.ServerHandshake]:
+        client, server = p.ClientHandshake(hello), p.ServerHandshake()
+        to_server, to_client = client.send_hello(), server.send_preamble()
+        while server.wanted():
+            some = min(size, server.wanted())
+            server.receive_data(to_server[:some])
+            to_server = to_server[some:]
+        assert not to_server
+        to_client += server.send_welcome() + b"FRAME"
+        while client.wanted():
+            some = min(size, client.wanted())
+            client.receive_data(to_client[:some])
+            to_client = to_client[some:]
+        assert to_client == b"FRAME"  # what comes after the handshake was never asked for
+        return client, server
+
+    @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+    def test_welcome(self, size: int) -> None:
+        _, server = self.exchange(HELLO, size)
+        assert server.hello == HELLO
+
+    def test_refused(self) -> None:
+        client = p.ClientHandshake(HELLO)
+        with pytest.raises(PeerError, match="refused the connection: busy now"):
+            feed(client, p.PREAMBLE + p.encode(p.Refused("busy\nnow")))
+
+    @pytest.mark.parametrize(
+        ("data", "reason"),
+        [
+            (b"SSH-2.0-OpenSSH_9.2p1\r\n", "does not speak postcopy"),
+            (b"HTTP/1.1 400 Bad Request", "does not speak postcopy"),
+            (b"\x00", "does not speak postcopy"),
+            (b"postcpy\x02", "speaks version 2 of the postcopy protocol, this is version 1"),
+            (p.PREAMBLE + b"\x00\x01\x00\x01", "a message of 65537 bytes"),
+            (p.PREAMBLE + b"\x00\x00\x00\x00", "a message of 0 bytes"),
+            (p.PREAMBLE + b"\xff\xff\xff\xff", "a message of 4294967295 bytes"),
+            (p.PREAMBLE + frame({"type": "welcome"}), "began with welcome"),
+            (p.PREAMBLE + p.encode(p.Hello("bulk", "dest", 16, b"", 0, b"")), "field index must be 0 to 15"),
+            (p.PREAMBLE + p.encode(p.Hello("control", "dest", 1, b"", 0, b"")), "index must be 0"),
+        ],
+    )
+    def test_bad_client(self, data: bytes, reason: str) -> None:
+        with pytest.raises(ProtocolError, match=reason):
+            feed(p.ServerHandshake(), data)
+
+    def test_bad_server(self) -> None:
+        with pytest.raises(ProtocolError, match="answered hello with ready"):
+            feed(p.ClientHandshake(HELLO), p.PREAMBLE + p.encode(p.Ready()))
+
+    @pytest.mark.parametrize("before", [0, 3, 8, 10, 20])
+    def test_hung_up(self, before: int) -> None:
+        server = p.ServerHandshake()
+        feed(server, p.ClientHandshake(HELLO).send_hello()[:before])
+        with pytest.raises(PeerError, match="closed the connection"):
+            server.receive_data(b"")
+
+    @given(st.binary(max_size=100), st.booleans())
+    def test_arbitrary_bytes(self, data: bytes, well_begun: bool) -> None:
+        for handshake in (p.ServerHandshake(), p.ClientHandshake(HELLO)):
+            with contextlib.suppress(ProtocolError, PeerError):
+                feed(handshake, (p.PREAMBLE if well_begun else b"") + data)
+
+    def test_secrets(self) -> None:
+        assert p.same_secret(b"a" * 16, b"a" * 16)
+        assert not p.same_secret(b"a" * 16, b"b" * 16)
+        assert not p.same_secret(b"", b"")
+
+
+def feed(handshake: p.ClientHandshake | p.ServerHandshake, data: bytes) -> None:
+    while data and (wanted := handshake.wanted()):
+        handshake.receive_data(data[:wanted])
+        data = data[wanted:]
+
+
+class TestStates:
+    def test_conversation(self) -> None:
+        conversation()
+
+    def test_cut_at_every_byte(self) -> None:
+        """The stream to one side is cut after each byte, the other direction works: never two owners, and where the
+        receiver stands depends only on the whole messages that it got."""
+        said = [(sender, data) for sender, data, _, _ in conversation()]
+        for victim in ("source", "dest"):
+            stream = b"".join(data for sender, data in said if sender != victim)
+            for cut in range(len(stream) + 1):
+                source, dest = SourceProtocol(), DestinationProtocol()
+                replay(said, source, dest, {victim: cut})
+                assert not (source.may_run and dest.may_run)
+                assert source.ended
+                assert dest.ended
+                if victim == "dest" and dest.state is State.ABORTED and source.state is State.PAUSED:
+                    assert not dest.may_run  # commit on its way when the cable broke: nobody runs, and PAUSED says so
+                else:
+                    assert source.may_run or dest.may_run
+
+    @pytest.mark.parametrize("size", [1, 2, 5, 1000])
+    def test_pieces(self, size: int) -> None:
+        said = [(sender, data) for sender, data, _, _ in conversation()]
+        source, dest = SourceProtocol(), DestinationProtocol()
+        for sender, data in said:
+            me, other = (source, dest) if sender == "source" else (dest, source)
+            act(me, data)
+            for start in range(0, len(data), size):
+                other.receive_data(data[start : start + size])
+            assert len(drain(other)) == 1
+        assert source.state is dest.state is State.COMPLETED
+
+    @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.TYPE)
+    def test_every_message_in_every_state(self, message: p.Message) -> None:
+        """What the table does not allow is an error that names message and state, and never makes an owner."""
+        for side in (SourceProtocol, DestinationProtocol):
+            for state in State:
+                protocol = side()
+                protocol._state = state
+                before = protocol.may_run
+                protocol.receive_data(p.encode(message))
+                allowed = message.TYPE in side._RECEIVES.get(state, {}) or message.TYPE in ("ping", "pong")
+                if protocol.ended or allowed:
+                    protocol.next_message()
+                else:
+                    with pytest.raises(ProtocolError, match=f"{message.TYPE} must not be received .* {state.value}"):
+                        protocol.next_message()
+                    with pytest.raises(ProtocolError):  # for good
+                        protocol.next_message()
+                    assert protocol.state is state
+                gained = protocol.may_run and not before
+                assert gained == (side is DestinationProtocol and message == p.Commit() and state is State.PREPARED)
+
+    def test_tables_agree(self) -> None:
+        """What one side sends, the other one may receive in the same state, and both get to the same state."""
+        for state in State:
+            for sends, receives in (
+                (SourceProtocol._SENDS, DestinationProtocol._RECEIVES),
+                (DestinationProtocol._SENDS, SourceProtocol._RECEIVES),
+            ):
+                for kind, after in sends.get(state, {}).items():
+                    assert receives[state][kind] is after
+
+    def test_commit_gives_the_right_away_before_a_byte_left(self) -> None:
+        source = SourceProtocol()
+        source._state = State.PREPARED
+        assert source.may_run
+        source.send_commit()
+        assert not source.may_run
+        assert source.connection_lost("cable") is State.PAUSED
+        assert not source.may_run
+        assert source.reason == "cable"
+
+    def test_no_abort_after_the_promise(self) -> None:
+        dest = DestinationProtocol()
+        dest._state = State.PREPARED
+        assert not dest.may_abort
+        with pytest.raises(ProtocolError, match="abort must not be sent by the destination in state prepared"):
+            dest.send_abort("changed my mind")
+        assert dest.connection_lost("gone") is State.ABORTED
+        assert not dest.may_run
+
+    def test_messages_before_an_error_are_not_lost(self) -> None:
+        source = SourceProtocol()
+        source.send_offer(OFFER)
+        source.receive_data(p.encode(p.Accept((4096,), 1, 1)) + b"\x00\x00\x00\x01\xc1" + p.encode(p.Ready()))
+        source.receive_eof()
+        assert isinstance(source.next_message(), p.Accept)
+        with pytest.raises(ProtocolError, match="msgpack"):
+            source.next_message()
+        assert source.state is State.CHANNELS
+        assert source.may_abort
+
+    def test_end_of_stream_after_the_last_message(self) -> None:
+        dest = DestinationProtocol()
+        dest.receive_data(p.encode(p.Abort("changed its mind")))
+        dest.receive_eof()
+        assert drain(dest) == [p.Abort("changed its mind")]
+        assert dest.reason == "the source aborted: changed its mind"
+        dest.connection_lost("later")
+        assert dest.reason == "the source aborted: changed its mind"
+
+    def test_end_inside_a_message(self) -> None:
+        dest = DestinationProtocol()
+        dest.receive_data(b"\x00\x00")
+        dest.receive_eof()
+        assert dest.next_message() is None
+        assert dest.reason == "the source closed the control connection in the middle of a message"
+
+    def test_message_too_long(self) -> None:
+        dest = DestinationProtocol()
+        dest.receive_data((p.MAX_MESSAGE_BYTES + 1).to_bytes(4, "big"))
+        with pytest.raises(ProtocolError, match="a message of 16777217 bytes"):
+            dest.next_message()
+
+    @given(st.lists(st.binary(max_size=60), max_size=5), st.sampled_from(list(State)))
+    def test_arbitrary_bytes(self, pieces: list[bytes], state: State) -> None:
+        for side in (SourceProtocol(), DestinationProtocol()):
+            side._state = state
+            before = side.may_run
+            with contextlib.suppress(ProtocolError):
+                for piece in pieces:
+                    side.receive_data(piece)
+                    drain(side)
+            assert side.may_run <= before
+
+
+def act(side: SourceProtocol | DestinationProtocol, data: bytes) -> bytes:
+    """Makes `side` send the very message in `data`."""
+    return side._send(p.decode(data[4:]))
+
+
+def replay(
+    said: list[tuple[str, bytes]], source: SourceProtocol, dest: DestinationProtocol, cuts: dict[str, int]
+) -> None:
+    """Replays a conversation in which the stream *to* a side ends after so many bytes; both then see the end."""
+    left = {"source": cuts.get("source", 1 << 30), "dest": cuts.get("dest", 1 << 30)}
+    for sender, data in said:
+        me, other, victim = (source, dest, "dest") if sender == "source" else (dest, source, "source")
+        if me.ended or other.ended:
+            break
+        act(me, data)
+        other.receive_data(data[: left[victim]])
+        left[victim] = max(0, left[victim] - len(data))
+        drain(other)
+        if not left[victim]:
+            other.receive_eof()
+            drain(other)
+    for side in (source, dest):
+        side.receive_eof()
+        drain(side)

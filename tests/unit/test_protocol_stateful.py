@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two peers and a network that delays, cuts and drops: whatever happens, there are never two owners of the machine."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from postcopy._errors import ProtocolError
+from postcopy.migration import protocol as p
+from postcopy.migration.protocol import DestinationProtocol, SourceProtocol, State
+
+BLOCKS = (p.Block("ram", 1 << 20, 4096),)
+
+
+class TwoHosts(RuleBasedStateMachine):
+    """Each side does what its table allows, at any time. The network is two byte queues, delivered in pieces of any
+    size; a cut drops what is still on its way, in one direction or both, and the sides learn of it at different
+    times."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.source = SourceProtocol()
+        self.dest = DestinationProtocol()
+        self.wire = {"source": bytearray(), "dest": bytearray()}  # by receiver
+        self.cut = {"source": False, "dest": False}
+        self.ran_at_source = self.ran_at_dest = False
+        self.source_decided = False
+
+    # ---- helpers
+
+    def send(self, receiver: str, data: bytes) -> None:
+        if not self.cut[receiver]:
+            self.wire[receiver] += data
+
+    def side(self, name: str) -> SourceProtocol | DestinationProtocol:
+        return self.source if name == "source" else self.dest
+
+    def settle(self, name: str) -> None:
+        side = self.side(name)
+        try:
+            while side.next_message() is not None:
+                pass
+        except ProtocolError as error:
+            # Only a stranger's bytes get here (see `inject`); the engine then gives up, as below.
+            if side.may_abort:
+                self.send("dest" if name == "source" else "source", side.send_abort(str(error)))
+            side.connection_lost(str(error))
+
+    # ---- what the sides do
+
+    @precondition(lambda self: self.source.state is State.SETUP)
+    @rule()
+    def offer(self) -> None:
+        self.send("dest", self.source.send_offer(p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, BLOCKS, 1)))
+
+    @precondition(lambda self: self.dest.state is State.OFFERED)
+    @rule(yes=st.integers(0, 9))
+    def answer(self, yes: int) -> None:
+        self.send("source", self.dest.send_accept((4096,), 1, 1) if yes else self.dest.send_reject("no room"))
+
+    @precondition(lambda self: self.dest.state is State.CHANNELS)
+    @rule()
+    def ready(self) -> None:
+        self.send("source", self.dest.send_ready())
+
+    @precondition(lambda self: self.source.state in (State.READY, State.SWITCHOVER))
+    @rule()
+    def page_map(self) -> None:
+        self.send("dest", self.source.send_page_map(0, 0, 256, b"\x01"))
+
+    @precondition(lambda self: self.source.state is State.SWITCHOVER)
+    @rule()
+    def switchover(self) -> None:
+        self.send("dest", self.source.send_switchover(b"", 1))
+
+    @precondition(lambda self: self.dest.state is State.HANDED)
+    @rule()
+    def prepared(self) -> None:
+        self.send("source", self.dest.send_prepared())
+
+    @precondition(lambda self: self.source.state is State.PREPARED)
+    @rule()
+    def commit(self) -> None:
+        data = self.source.send_commit()
+        self.source_decided = True
+        self.send("dest", data)
+
+    @precondition(lambda self: self.dest.state is State.COMMITTED)
+    @rule()
+    def running(self) -> None:
+        self.send("source", self.dest.send_running(1))
+
+    @precondition(lambda self: self.dest.state is State.POSTCOPY)
+    @rule()
+    def complete(self) -> None:
+        self.send("source", self.dest.send_complete({}))
+
+    @precondition(lambda self: self.source.state is State.CLOSING)
+    @rule()
+    def acknowledge(self) -> None:
+        self.send("dest", self.source.send_complete_ack({}))
+
+    @rule(name=st.sampled_from(["source", "dest"]))
+    def abort(self, name: str) -> None:
+        side = self.side(name)
+        if side.may_abort:
+            self.send("dest" if name == "source" else "source", side.send_abort("interrupted"))
+
+    @rule(name=st.sampled_from(["source", "dest"]))
+    def ping(self, name: str) -> None:
+        side = self.side(name)
+        if not side.ended:
+            self.send("dest" if name == "source" else "source", side.send_ping(1))
+
+    @rule(name=st.sampled_from(["source", "dest"]))
+    def kill(self, name: str) -> None:
+        """The process dies: it never acts again, and the other one sees its end after what is still on its way."""
+        self.side(name).connection_lost("killed")
+        self.cut["source"] = self.cut["dest"] = True
+
+    # ---- what the network does
+
+    @rule(name=st.sampled_from(["source", "dest"]), share=st.floats(0, 1))
+    def deliver(self, name: str, share: float) -> None:
+        wire = self.wire[name]
+        some = int(len(wire) * share) + (share > 0)
+        self.side(name).receive_data(bytes(wire[:some]))
+        del wire[:some]
+        self.settle(name)
+
+    @rule(name=st.sampled_from(["source", "dest"]), keep=st.integers(0, 40))
+    def lose_tail(self, name: str, keep: int) -> None:
+        del self.wire[name][keep:]
+        self.cut[name] = True
+
+    @rule(name=st.sampled_from(["source", "dest"]))
+    def notice_end(self, name: str) -> None:
+        if self.cut[name] and not self.wire[name]:
+            self.side(name).receive_eof()
+            self.settle(name)
+
+    @rule(name=st.sampled_from(["source", "dest"]))
+    def heartbeat_missed(self, name: str) -> None:
+        self.side(name).connection_lost("no sign of life")
+
+    @rule(name=st.sampled_from(["source", "dest"]), again=st.booleans(), data=st.binary(max_size=30))
+    def inject(self, name: str, again: bool, data: bytes) -> None:
+        """Bytes that nobody sent, or the last ones twice. Only once the stream is cut: TCP does not do this by
+        itself."""
+        if self.cut[name]:
+            self.wire[name] += bytes(self.wire[name][-20:]) if again else data
+
+    # ---- what must hold
+
+    @invariant()
+    def never_two_owners(self) -> None:
+        if not hasattr(self, "source"):
+            return
+        assert not (self.source.may_run and self.dest.may_run)
+
+    @invariant()
+    def the_source_never_takes_back(self) -> None:
+        if hasattr(self, "source") and self.source_decided:
+            assert not self.source.may_run
+
+    @invariant()
+    def without_a_decision_the_source_keeps_it(self) -> None:
+        if hasattr(self, "source") and not self.source_decided:
+            assert self.source.may_run
+            assert not self.dest.may_run
+
+    @invariant()
+    def nobody_runs_it_only_when_a_state_says_so(self) -> None:
+        if hasattr(self, "source") and not self.source.may_run and not self.dest.may_run:
+            assert self.source.state in (State.COMMITTED, State.PAUSED)
+
+
+TwoHosts.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestTwoHosts = TwoHosts.TestCase
