@@ -102,8 +102,10 @@ __attribute__((unused)) static bool test_required_(const char *need)
 
 #define SKIP(need, ...)                                                                                                 \
     do {                                                                                                                \
-        if (test_required_(need))                                                                                       \
-            FAIL("POSTCOPY_REQUIRE has %s, but: " __VA_ARGS__, need);                                                   \
+        if (test_required_(need)) {                                                                                     \
+            (void)fprintf(stderr, "POSTCOPY_REQUIRE has \"%s\", but: ", need);                                          \
+            FAIL(__VA_ARGS__);                                                                                          \
+        }                                                                                                               \
         (void)printf("     " __VA_ARGS__);                                                                              \
         (void)putchar('\n');                                                                                            \
         test_exit_(TEST_SKIPPED);                                                                                       \
