@@ -10,8 +10,8 @@ import trio
 from ._errors import MigrationError
 
 END_TIMEOUT_S = 30.0
-"""How long ending C threads may take. They are woken through an eventfd and answer within milliseconds; a thread that is
-still there after this hangs in the kernel."""
+"""How long ending C threads may take. They are woken through an eventfd and answer within milliseconds; a thread that
+is still there after this hangs in the kernel."""
 
 
 async def run_to_end(call: Callable[[], int], what: str, timeout_s: float = END_TIMEOUT_S) -> int:

@@ -2,8 +2,8 @@
 """Every error that is meant for a person.
 
 ``str(error)`` is one line that says what was being done, what went wrong and, where there is one, the remedy; a command
-prints it and ends with a non-zero status. Anything that is *not* a `PostcopyError` is a mistake in this package and should
-be seen with its traceback.
+prints it and ends with a non-zero status. Anything that is *not* a `PostcopyError` is a mistake in this package and
+should be seen with its traceback.
 """
 
 from __future__ import annotations

@@ -3,17 +3,18 @@
 
 Python never touches the content: a page of it may be missing, the access would then sleep in the kernel with the GIL
 held, and no Python thread could run any more, among them the one that the page depends on. Content is moved, compared
-and written out by C functions, which run without the GIL. They block (on disk I/O, on large amounts of memory); in Trio call
-them as ``await trio.to_thread.run_sync(memory.digest)``.
+and written out by C functions, which run without the GIL. They block (on disk I/O, on large amounts of memory); in Trio
+call them as ``await trio.to_thread.run_sync(memory.digest)``.
 
-A `Memory` counts its users. `close()` refuses with `BusyError` while a pager, a page server or a machine works on it, or
-while a call is still running in another thread: what the core may still write to is never unmapped.
+A `Memory` counts its users. `close()` refuses with `BusyError` while a pager, a page server or a machine works on it,
+or while a call is still running in another thread: what the core may still write to is never unmapped.
 """
 
 from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import os
 import re
 import stat
@@ -22,7 +23,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ._error_line import ErrorLine
-from ._errors import BusyError, ConfigurationError, ResourceError, check
+from ._errors import BusyError, ConfigurationError, CoreError, PostcopyError, ResourceError, check
 from ._native import ffi, lib
 from .bitmap import Bitmap
 
@@ -35,6 +36,8 @@ class MemoryKind(enum.StrEnum):
     HUGETLB = "hugetlb"  # whole huge pages from the host's pool
     FILE = "file"  # an image file, read only; no mapping
 
+
+_DIGEST_BLOCK_BYTES = 4096
 
 _CORE_KINDS = {
     MemoryKind.MEMFD: lib.PC_MEMORY_MEMFD,
@@ -61,31 +64,16 @@ class Memory:
     def create(cls, kind: str, size_bytes: int) -> Memory:
         """New memory, all zero, nothing populated.
 
-        `kind` is ``memfd``, ``anon`` or ``hugetlb``; `size_bytes` a multiple of its page size. Errors: `ConfigurationError`
-        for an unknown kind or an impossible size, `ResourceError` where the host cannot give it.
+        `kind` is ``memfd``, ``anon`` or ``hugetlb``; `size_bytes` a multiple of its page size. Errors:
+        `ConfigurationError` for an unknown kind or an impossible size, `ResourceError` where the host cannot give it.
         """
-        try:
-            memory_kind = MemoryKind(kind)
-        except ValueError:
-            memory_kind = MemoryKind.FILE
-        if memory_kind is MemoryKind.FILE:
-            raise ConfigurationError(f"unknown kind of memory {kind!r}; there are memfd, anon and hugetlb")
-        unit = page_bytes_of(memory_kind)
-        if size_bytes <= 0:
-            raise ConfigurationError("a memory size must be more than 0")
-        if size_bytes % unit:
-            raise ConfigurationError(
-                f"memory of {size_bytes} bytes is not a whole number of {format_size(unit)} pages ({memory_kind})"
-            )
+        memory_kind = _mapped_kind(kind)
         struct = ffi.new("struct pc_memory *")
         line = ErrorLine()
+        size_bytes = _checked_size(size_bytes)
         result = lib.pc_memory_create(_CORE_KINDS[memory_kind], size_bytes, struct, line.buffer, line.size)
-        if result < 0 and memory_kind is MemoryKind.HUGETLB:
-            reason = str(line) or os.strerror(-result)
-            raise ResourceError(
-                f"{format_size(size_bytes)} of huge pages: {reason}", _huge_page_remedy(size_bytes, unit)
-            )
-        line.check(result, f"making {format_size(size_bytes)} of memory")
+        if result < 0:
+            raise _memory_error(result, line)
         return cls(struct, memory_kind, size_bytes)
 
     @classmethod
@@ -94,8 +82,8 @@ class Memory:
         named error, where a mapping would give SIGBUS.
 
         `file` is a path, or a descriptor that is duplicated. `size_bytes` is rounded up to whole pages, the rest of the
-        last one reads as zeros; `file_bytes` is the true size. `ConfigurationError` for anything but a regular file with
-        something in it.
+        last one reads as zeros; `file_bytes` is the true size. `ConfigurationError` for anything but a regular file
+        with something in it.
         """
         unit = page_bytes or int(lib.pc_page_bytes())
         name = f"image (descriptor {file})" if isinstance(file, int) else f"image {os.fspath(file)}"
@@ -117,7 +105,7 @@ class Memory:
             raise
         struct = ffi.new("struct pc_memory *")
         struct.base = ffi.NULL
-        struct.size_bytes = -(-status.st_size // unit) * unit
+        struct.size_bytes = status.st_size  # exact: the core tells a short last page from a file that has shrunk
         struct.page_bytes = unit
         struct.kind = 0
         struct.fd = fd
@@ -139,7 +127,7 @@ class Memory:
     @property
     def size_bytes(self) -> int:
         """A multiple of `page_bytes`."""
-        return int(self._struct.size_bytes)
+        return self.pages * self.page_bytes
 
     @property
     def file_bytes(self) -> int:
@@ -153,7 +141,7 @@ class Memory:
 
     @property
     def pages(self) -> int:
-        return self.size_bytes // self.page_bytes
+        return -(-int(self._struct.size_bytes) // self.page_bytes)
 
     @property
     def fd(self) -> int:
@@ -189,29 +177,43 @@ class Memory:
         return bitmap.rescaled(self.page_bytes, unit)
 
     def dump(self, fd: int, offset: int = 0) -> None:
-        """Writes the content to a file from byte `offset` on, leaving holes where it is zero; the file is made long enough.
-        No page may be missing: the thread would wait for it. Blocks on I/O."""
+        """Writes the content to a file from byte `offset` on, leaving holes where it is zero; the file is made long
+        enough. No page may be missing: the thread would wait for it. Blocks on I/O."""
         with self.in_use("dump"):
-            check(lib.pc_memory_dump(self._struct, fd, offset), "writing memory to a file")
+            check(lib.pc_memory_dump(self.struct, fd, offset), "writing memory to a file")
 
     def load(self, fd: int, offset: int = 0, size_bytes: int | None = None) -> None:
         """Fills the memory, which must not be registered with a userfaultfd, from a file; holes stay holes. Blocks."""
         size_bytes = self.size_bytes if size_bytes is None else size_bytes
         if not 0 <= size_bytes <= self.size_bytes:
             raise ValueError(f"{size_bytes} bytes do not fit into memory of {self.size_bytes}")
+        if self._kind is MemoryKind.FILE:
+            raise ValueError("an image file is read only")
         with self.in_use("load"):
             check(lib.pc_memory_load(self._struct, fd, offset, size_bytes), "reading memory from a file")
 
-    def digest(self) -> int:
-        """A digest of the content, a page at a time: equal contents give equal digests whatever is populated, and
-        trailing zero pages do not count differently from absent ones. No page may be missing. Blocks."""
+    def digest(self, size_bytes: int | None = None) -> int:
+        """A digest of the content, or of its first `size_bytes`, rounded up to blocks of 4 KiB: equal sizes and
+        contents give equal digests, whatever is populated and whatever the pages are. No page may be missing. Blocks on
+        I/O."""
+        size_bytes = self.size_bytes if size_bytes is None else size_bytes
+        if not 0 < size_bytes <= self.size_bytes:
+            raise ValueError(f"no digest of {size_bytes} bytes of {self.size_bytes}")
+        rounded = -(-size_bytes // _DIGEST_BLOCK_BYTES) * _DIGEST_BLOCK_BYTES
         digest = ffi.new("uint64_t *")
         with self.in_use("digest"):
             if self._kind is MemoryKind.FILE:
-                unit = self.page_bytes
-                check(lib.pc_file_digest(self._struct.fd, self._file_bytes, unit, digest), "reading an image file")
+                result = lib.pc_file_digest(self._struct.fd, rounded, self.page_bytes, digest)
+            elif rounded == self.size_bytes:
+                result = lib.pc_memory_digest(self._struct, digest)
             else:
-                check(lib.pc_memory_digest(self._struct, digest), "computing a digest of memory")
+                # A view of the first part, in the digest's own blocks; huge pages as the plain file they are, too.
+                part = ffi.new("struct pc_memory *", self._struct[0])
+                part.size_bytes = rounded
+                part.page_bytes = _DIGEST_BLOCK_BYTES
+                part.kind = lib.PC_MEMORY_ANON if self._kind is MemoryKind.ANON else lib.PC_MEMORY_MEMFD
+                result = lib.pc_memory_digest(part, digest)
+        check(result, "computing a digest")
         return int(digest[0])
 
     def resident_bytes(self) -> int:
@@ -265,7 +267,8 @@ class Memory:
             lib.pc_memory_destroy(self._struct)
 
     def drop(self) -> None:
-        """Closes now, or as soon as the last user lets go. For an owner that ends before, say, the pager of its memory."""
+        """Closes now, or as soon as the last user lets go. For an owner that ends before, say, the pager of its
+        memory."""
         with self._lock:
             self._dropped = True
             in_use = bool(self._users)
@@ -294,40 +297,44 @@ def page_bytes_of(kind: str) -> int:
     return size_bytes
 
 
-def host_memory_bytes() -> int:
-    """The host's RAM and swap together: memory beyond that can never be filled."""
-    total = 0
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        for line in lines:
-            name, _, rest = line.partition(":")
-            if name in ("MemTotal", "SwapTotal"):
-                total += int(rest.split()[0]) * 1024
-    return total
+def check_memory(kind: str, total_bytes: int) -> None:
+    """Whether this host could hold so much memory of a kind, all blocks of a machine together, as things are now.
+    Reserves nothing. `ConfigurationError` for a size that makes no sense, `ResourceError` where there is not enough."""
+    line = ErrorLine()
+    result = lib.pc_memory_check(_CORE_KINDS[_mapped_kind(kind)], _checked_size(total_bytes), line.buffer, line.size)
+    if result < 0:
+        raise _memory_error(result, line)
 
 
-def check_fits_host(size_bytes: int, what: str = "the machine") -> None:
-    """`ConfigurationError` for 0, `ResourceError` for more than the host has."""
-    if size_bytes <= 0:
-        raise ConfigurationError(f"{what} needs more than 0 bytes of memory")
-    host_bytes = host_memory_bytes()
-    if size_bytes > host_bytes:
-        raise ResourceError(
-            f"{what} needs {format_size(size_bytes)} of memory, this host has {format_size(host_bytes)}",
-            "ask for less memory, or use a host with more",
-        )
+def _mapped_kind(kind: str) -> MemoryKind:
+    if kind in (MemoryKind.MEMFD, MemoryKind.ANON, MemoryKind.HUGETLB):
+        return MemoryKind(kind)
+    raise ConfigurationError(f"unknown kind of memory {kind!r}; there are memfd, anon and hugetlb")
 
 
-def _huge_page_remedy(size_bytes: int, unit: int) -> str:
-    return f"reserve at least {size_bytes // unit} free huge pages: sysctl vm.nr_hugepages=NUMBER"
+def _checked_size(size_bytes: int) -> int:
+    if not 0 < size_bytes < 1 << 62:  # what the core cannot even be told
+        raise ConfigurationError(f"memory cannot have {size_bytes} bytes")
+    return size_bytes
+
+
+def _memory_error(result: int, line: ErrorLine) -> PostcopyError:
+    text, _, remedy = (str(line) or f"memory: {os.strerror(-result)}").partition("; remedy: ")
+    if result == -errno.EINVAL:
+        return ConfigurationError(text)
+    if result == -errno.ENOMEM:
+        return ResourceError(text, remedy or "ask for less memory, or free some")
+    if result == -errno.ENOTSUP:
+        return ResourceError(text, remedy or "use --backing memfd")
+    return CoreError(-result, "memory", text)
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``4096``, ``512MiB``, ``1.5GiB``; ``K M G T`` alone are binary, as QEMU reads them; ``kB MB GB TB`` decimal.
-
-    The result must be a whole number of bytes, not negative. `ConfigurationError` otherwise.
+    """Bytes of ``4096``, ``512MiB``, ``1.5GiB``; ``K M G T`` alone are binary, as QEMU reads them, ``kB MB GB TB``
+    decimal. The result must be a whole number of bytes. `ConfigurationError` otherwise.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None or len(text) > 40:
@@ -335,7 +342,7 @@ def parse_size(text: str) -> int:
         raise ConfigurationError(f"{shown!r} is not a size; write for instance 4096, 512MiB or 1.5GiB")
     number, prefix, suffix = match.groups()
     power = " kmgt".index(prefix.lower()) if prefix else 0
-    unit = (1000 if suffix and suffix.lower() == "b" else 1024) ** power
+    unit: int = (1000 if suffix and suffix.lower() == "b" else 1024) ** power
     whole, _, fraction = number.partition(".")
     value, rest = divmod(int(whole + fraction) * unit, 10 ** len(fraction))
     if rest:
@@ -349,9 +356,8 @@ def format_size(size_bytes: int) -> str:
     power = 0
     while power + 1 < len(units) and size_bytes >= 1024 ** (power + 1):
         power += 1
-    while (
-        power and size_bytes % 1024**power and size_bytes % 1024 ** (power - 1) == 0 and size_bytes < 10 * 1024**power
-    ):
+    below = 1024 ** (power - 1) if power else 1
+    if size_bytes % 1024**power and size_bytes % below == 0 and size_bytes < 10 * 1024**power:
         power -= 1
     if size_bytes % 1024**power == 0:
         return f"{size_bytes // 1024**power} {units[power]}"

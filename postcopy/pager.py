@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The destination's engine, as Python sees it.
 
-All that happens for each page happens in C (csrc/pager.c): this class opens, hands over connected sockets, reads counters
-and closes. No Python code is ever on the path of a fault, and no method here touches guest memory.
+All that happens for each page happens in C (csrc/pager.c): this class opens, hands over connected sockets, reads
+counters and closes. No Python code is ever on the path of a fault, and no method here touches guest memory.
 
-Resource handling: the pager keeps every `Memory` given to it in use until `close()` has ended its threads. Descriptors given
-to `attach_*` belong to the core from then on, whatever happens; take them from a Trio socket with ``socket.detach()``.
+Resource handling: the pager keeps every `Memory` given to it in use until `close()` has ended its threads. Descriptors
+given to `attach_*` belong to the core from then on, whatever happens; take them from a Trio socket with
+``socket.detach()``.
 
-Threads and cancellation: use a pager from the Trio thread only. The plain methods take microseconds and do not block. The
-asynchronous ones run the core's blocking call in a worker thread and see it through, shielded from cancellation but
-bounded in time (`_blocking.END_TIMEOUT_S`): a pager is never left half closed. When even that time passes, `MigrationError`
-is raised and everything the stuck thread may touch is kept for the rest of the process's life.
+Threads and cancellation: use a pager from the Trio thread only. The plain methods take microseconds and do not block.
+The asynchronous ones run the core's blocking call in a worker thread and see it through, shielded from cancellation but
+bounded in time (`_blocking.END_TIMEOUT_S`): a pager is never left half closed. When even that time passes,
+`MigrationError` is raised and everything the stuck thread may touch is kept for the rest of the process's life.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ class Pager:
         check(lib.pc_pager_set_zero(pager, block, zero.words), "marking zero pages")
 
     def add_shard(self, how: How | str = How.ANY, busy_poll_us: int = 0) -> int:
-        """Opens a userfaultfd and starts its fault thread; its index. `busy_poll_us`: how long the thread spins after each
-        event before it sleeps, which saves a wake-up on the path of a fault and costs a CPU meanwhile.
+        """Opens a userfaultfd and starts its fault thread; its index. `busy_poll_us`: how long the thread spins after
+        each event before it sleeps, which saves a wake-up on the path of a fault and costs a CPU meanwhile.
 
         `ResourceError` with the remedy where the user may not have a userfaultfd (see `uffd.explain_unavailable`).
         """
@@ -130,8 +131,8 @@ class Pager:
         line.check(result, "registering memory with a userfaultfd")
 
     def attach_urgent(self, shard: int, fd: int) -> None:
-        """Gives a shard its connected socket, the core's from now on. After the old one went down: all that is pending is
-        requested again."""
+        """Gives a shard its connected socket, the core's from now on. After the old one went down: all that is pending
+        is requested again."""
         self._attach(lib.pc_pager_attach_urgent, shard, fd, "urgent")
 
     def attach_bulk(self, channel: int, fd: int) -> None:
@@ -194,7 +195,8 @@ class Pager:
             await self._run(lib.pc_pager_disarm, self._alive(), "unregistering memory")
 
     async def close(self) -> None:
-        """Ends all threads, closes channels and userfaultfds, frees the pager, lets go of the memory. Twice does no harm.
+        """Ends all threads, closes channels and userfaultfds, frees the pager, lets go of the memory. Twice does no
+        harm.
 
         While pages are missing they are poisoned first: whoever touches one gets SIGBUS, never zeros. Where the kernel
         cannot poison, the userfaultfds stay open, the memory stays in use, and `BusyError` says so.

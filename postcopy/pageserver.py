@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The source's engine, as Python sees it: the twin of `pager`, with the same rules for resources, threads and cancellation.
+"""The source's engine, as Python sees it: the twin of `pager`, with the same rules for resources, threads and
+cancellation.
 
 Requests are answered, and pages pushed in the background, by C threads (csrc/pageserver.c). Until `start()` they send
 nothing, since the machine may still change its memory.
@@ -43,8 +44,8 @@ _STATISTICS_FIELDS = tuple(PageServerStatistics.__dataclass_fields__)
 
 
 class PageServer:
-    """Make it, `add_block` each RAM block in order, `attach_*` the connections; with the machine paused `set_present` each
-    block and `start`; follow `events()`; `close`. Memory of a block is in use until then.
+    """Make it, `add_block` each RAM block in order, `attach_*` the connections; with the machine paused `set_present`
+    each block and `start`; follow `events()`; `close`. Memory of a block is in use until then.
 
     Several page servers may serve the same memory, for several destinations. An asynchronous context manager.
     """
@@ -62,8 +63,8 @@ class PageServer:
     # ---- setting it up
 
     def add_block(self, memory: Memory, page_bytes: int | None = None) -> int:
-        """Adds the next RAM block; its index. `page_bytes` is the unit of transfer, by default the memory's page; a last
-        page that the memory fills in part is sent padded with zeros."""
+        """Adds the next RAM block; its index. `page_bytes` is the unit of transfer, by default the memory's page; a
+        last page that the memory fills in part is sent padded with zeros."""
         server = self._alive()
         unit = page_bytes or memory.page_bytes
         memory.acquire("page server")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What userfaultfd this kernel and this user have.
 
-There are three ways to a userfaultfd, and they differ in what they may stop (userfaultfd(2); Documentation/admin-guide/mm/
-userfaultfd.rst of the kernel):
+There are three ways to a userfaultfd, and they differ in what they may stop (userfaultfd(2);
+Documentation/admin-guide/mm/ userfaultfd.rst of the kernel):
 
 - ``/dev/userfaultfd`` (Linux 6.1): whoever may open the device; all faults.
 - the system call with CAP_SYS_PTRACE or with ``vm.unprivileged_userfaultfd=1``; all faults.

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .._errors import ConfigurationError, ProtocolError
-from ..memory import MemoryKind
+from postcopy._errors import ConfigurationError, ProtocolError
+from postcopy.memory import MemoryKind
+
 from .base import (
     Activity,
     BlockLayout,
@@ -108,11 +109,11 @@ def create_destination(
     *,
     disk: str | None = None,
 ) -> Machine:
-    """The twin of the machine that a source offers, its memory empty. `backing` is this side's own choice; `disk` is where
-    the machine's disk is on this host, if not where it is on the source.
+    """The twin of the machine that a source offers, its memory empty. `backing` is this side's own choice; `disk` is
+    where the machine's disk is on this host, if not where it is on the source.
 
-    Takes milliseconds. What the peer says is checked: `ProtocolError` for an offer that makes no sense, `ResourceError` and
-    `ConfigurationError` for one that cannot be taken here.
+    Takes milliseconds. What the peer says is checked: `ProtocolError` for an offer that makes no sense, `ResourceError`
+    and `ConfigurationError` for one that cannot be taken here.
     """
     if kind not in _DESTINATIONS:
         raise ProtocolError(f"the source offers an unknown kind of machine {kind[:40]!r}")

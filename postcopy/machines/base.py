@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 
 import trio
 
-from .._errors import PostcopyError
-from ..memory import Memory
+from postcopy._errors import PostcopyError
+from postcopy.memory import Memory
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ class Machine(abc.ABC):
 
     @abc.abstractmethod
     async def pause(self, timeout_s: float = 10.0) -> None:
-        """Stops it; when this returns nothing changes its memory or state any more. `MigrationError` when it does not stop
-        in time: it then runs on. Seen through when cancelled: it may then be paused, `statistics` tells."""
+        """Stops it; when this returns nothing changes its memory or state any more. `MigrationError` when it does not
+        stop in time: it then runs on. Seen through when cancelled: it may then be paused, `statistics` tells."""
 
     @abc.abstractmethod
     async def save_state(self) -> bytes:
@@ -198,8 +198,8 @@ class Machine(abc.ABC):
 
     @abc.abstractmethod
     async def close(self) -> None:
-        """Ends it and lets go of its memory (see the order above). Twice does no harm. Shielded from cancellation, bounded
-        in time; `MigrationError` when a thread of it does not end, whatever it may still touch is then kept."""
+        """Ends it and lets go of its memory (see the order above). Twice does no harm. Shielded from cancellation,
+        bounded in time; `MigrationError` when a thread of it does not end, whatever it may still touch is then kept."""
 
     @property
     def dump_bytes(self) -> int:
@@ -209,8 +209,8 @@ class Machine(abc.ABC):
     async def dump(self, path: str | os.PathLike[str]) -> None:
         """Writes the memory to a file, block after block, sparse where it is zero. Paused, all pages there.
 
-        The file appears when it is complete: until then it is `path` with ``.part`` added. Cancellation leaves the worker
-        thread to finish and remove that. `PostcopyError` when the file cannot be written.
+        The file appears when it is complete: until then it is `path` with ``.part`` added. Cancellation leaves the
+        worker thread to finish and remove that. `PostcopyError` when the file cannot be written.
         """
         with contextlib.ExitStack() as users:
             for block in self.blocks:

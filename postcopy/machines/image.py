@@ -17,16 +17,13 @@ from typing import Any, ClassVar
 import msgpack
 import trio
 
-from .._errors import ConfigurationError, MigrationError, ProtocolError
-from ..memory import Memory, MemoryKind, format_size, host_memory_bytes, page_bytes_of
-from ..uffd import explain_unavailable
+from postcopy._errors import MigrationError, ProtocolError
+from postcopy.memory import Memory, MemoryKind, page_bytes_of
+from postcopy.uffd import explain_unavailable
+
 from .base import BlockLayout, Check, Machine, MachineEvent, MachineState, MachineStatistics, RamBlock
 
 BLOCK_NAME = "image"
-
-# A sparse image may well be larger than the host's memory, but its bookkeeping must fit. One bit in 32768 of memory: this
-# leaves it at a few percent.
-LARGEST_TIMES_HOST_MEMORY = 64
 
 
 class ImageMachine(Machine):
@@ -55,8 +52,8 @@ class ImageMachine(Machine):
 
     @classmethod
     def for_destination(cls, config: Mapping[str, Any], layout: Sequence[BlockLayout], backing: str) -> ImageMachine:
-        """The twin of what a source offers. `ProtocolError` for an offer that makes no sense, `ResourceError` for one that
-        this host cannot take."""
+        """The twin of what a source offers. `ProtocolError` for an offer that makes no sense, `ResourceError` for one
+        that this host cannot take."""
         unavailable = explain_unavailable(kernel_faults=False)
         if unavailable is not None:
             raise unavailable
@@ -67,8 +64,6 @@ class ImageMachine(Machine):
             raise ProtocolError(f"an image of {file_bytes} bytes in a block of {layout[0].size_bytes}")
         if layout[0].size_bytes - file_bytes >= max(layout[0].page_bytes, 1):
             raise ProtocolError(f"an image of {file_bytes} bytes does not fill a block of {layout[0].size_bytes}")
-        if file_bytes > LARGEST_TIMES_HOST_MEMORY * host_memory_bytes():
-            raise ConfigurationError(f"an image of {format_size(file_bytes)} is too large for this host")
         unit = page_bytes_of(backing)
         memory = Memory.create(backing, -(-layout[0].size_bytes // unit) * unit)
         return cls(memory, file_bytes, verify=True, path="")
@@ -96,7 +91,9 @@ class ImageMachine(Machine):
             if self._state is not MachineState.CREATED:
                 return
             if self._verify:
-                self._digest = await trio.to_thread.run_sync(self._memory.digest, abandon_on_cancel=True)
+                self._digest = await trio.to_thread.run_sync(
+                    self._memory.digest, self._file_bytes, abandon_on_cancel=True
+                )
             self._state = MachineState.PAUSED
 
     async def resume(self) -> None:
@@ -132,10 +129,10 @@ class ImageMachine(Machine):
         return MachineStatistics(self._state)
 
     async def verify(self) -> Check:
-        how = "CRC32C of every page, folded into one digest: the source's file against the memory"
+        how = "one digest of the CRC32Cs of all blocks: the source's file, read before, against the memory"
         if self._digest is None:
             return Check(False, "nothing: the source gave no digest", how)
-        found = await trio.to_thread.run_sync(self._memory.digest, abandon_on_cancel=True)
+        found = await trio.to_thread.run_sync(self._memory.digest, self._file_bytes, abandon_on_cancel=True)
         counts = {"bytes-checked": self._file_bytes}
         if found != self._digest:
             return Check(False, f"the digest is {found:#x} and should be {self._digest:#x}", how, counts)

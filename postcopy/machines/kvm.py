@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kvm machine: a small x86-64 guest that computes, and checks itself (docs/machines.md, csrc/machine/).
 
-Memory is split into a block that all vCPUs share and one for each vCPU alone, so that a destination can give each its own
-userfaultfd: vCPUs then do not wait for each other's faults. Shard 0 is the shared block's, shard n + 1 that of vCPU n.
+Memory is split into a block that all vCPUs share and one for each vCPU alone, so that a destination can give each its
+own userfaultfd: vCPUs then do not wait for each other's faults. Shard 0 is the shared block's, shard n + 1 that of vCPU
+n.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import trio
+from postcopy._native import ffi, lib
 
-from .._blocking import run_to_end
-from .._error_line import ErrorLine, c_text
-from .._errors import (
+from postcopy._blocking import run_to_end
+from postcopy._error_line import ErrorLine, c_text
+from postcopy._errors import (
     BusyError,
     ConfigurationError,
     CoreError,
@@ -31,10 +33,10 @@ from .._errors import (
     ResourceError,
     check,
 )
-from .._fd import FdHolder
-from .._native import ffi, lib
-from ..memory import Memory, check_fits_host, format_size, page_bytes_of
-from ..uffd import explain_unavailable
+from postcopy._fd import FdHolder
+from postcopy.memory import Memory, check_memory, format_size, page_bytes_of
+from postcopy.uffd import explain_unavailable
+
 from .base import (
     Activity,
     BlockLayout,
@@ -126,8 +128,8 @@ class KvmMachine(Machine):
 
     @classmethod
     def create(cls, options: KvmOptions) -> KvmMachine:
-        """The source. Errors: `ConfigurationError` for numbers that make no sense, `ResourceError` for what the host lacks
-        (memory, /dev/kvm or the right to it)."""
+        """The source. Errors: `ConfigurationError` for numbers that make no sense, `ResourceError` for what the host
+        lacks (memory, /dev/kvm or the right to it)."""
         if options.workload not in WORKLOADS:
             raise ConfigurationError(f"unknown workload {options.workload!r}; there are {', '.join(WORKLOADS)}")
         check_vcpus(options.vcpus)
@@ -135,7 +137,7 @@ class KvmMachine(Machine):
             raise ConfigurationError("a working set cannot be less than 0 bytes")
         if options.seed is not None and not 0 <= options.seed < 1 << 64:
             raise ConfigurationError("a seed is a number from 0 to 2^64 - 1")
-        check_fits_host(options.memory_bytes)
+        check_memory(options.backing, options.memory_bytes)
         shared_bytes, private_bytes = split_memory(options.memory_bytes, options.vcpus, page_bytes_of(options.backing))
         blocks = [("shared", shared_bytes)] + [(f"vcpu{number}", private_bytes) for number in range(options.vcpus)]
         disk = None
@@ -162,16 +164,16 @@ class KvmMachine(Machine):
         names = ["shared"] + [f"vcpu{number}" for number in range(vcpus)]
         if [block.name for block in layout] != names:
             raise ProtocolError(f"a kvm machine of {vcpus} vcpus must have the blocks {', '.join(names)}")
-        if any(block.size_bytes < 0 for block in layout):
-            raise ProtocolError("a block of less than 0 bytes")
-        check_fits_host(sum(block.size_bytes for block in layout), "the offered machine")
+        if any(block.size_bytes <= 0 for block in layout):
+            raise ProtocolError("an offer of a block without a size")
         unit = page_bytes_of(backing)
         for block in layout:
             if block.size_bytes % unit:
                 raise ConfigurationError(
-                    f"block {block.name} of {format_size(block.size_bytes)} is not a whole number of {format_size(unit)}"
-                    f" pages: --backing {backing} cannot hold this machine"
+                    f"block {block.name} of {format_size(block.size_bytes)} is not a whole number of"
+                    f" {format_size(unit)} pages: --backing {backing} cannot hold this machine"
                 )
+        check_memory(backing, sum(block.size_bytes for block in layout))
         twin_disk = None
         if workload == "disk":
             path = disk if disk is not None else config.get("disk")
@@ -397,7 +399,7 @@ def split_memory(memory_bytes: int, vcpus: int, page_bytes: int) -> tuple[int, i
     line = ErrorLine()
     result = lib.pc_kvm_split_memory(memory_bytes, vcpus, page_bytes, shared, private, line.buffer, line.size)
     if result < 0:
-        raise ConfigurationError(f"{format_size(memory_bytes)} for {vcpus} vcpus: {line or os.strerror(-result)}")
+        raise ConfigurationError(f"{format_size(memory_bytes)} for {vcpus} vcpus: {str(line) or os.strerror(-result)}")
     return int(shared[0]), int(private[0])
 
 
@@ -446,7 +448,7 @@ class _Disk:
             raise ConfigurationError(f"disk {path!r}: {error}") from error
         if fd < 0:
             self._remove()
-            raise ConfigurationError(f"disk {self.path}: {line or os.strerror(-fd)}")
+            raise ConfigurationError(f"disk {self.path}: {str(line) or os.strerror(-fd)}")
         self._fd = FdHolder(fd)
 
     @property
