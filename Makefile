@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# What people do here; `make help` lists it. Everything is written below this directory: .venv/ and build/.
+
+PYTHON ?= python3
+CC := $(if $(filter default,$(origin CC)),gcc,$(CC))
+VENV := .venv
+BIN := $(VENV)/bin
+# cmake and ninja come from the environment where the system has none that is recent enough
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHON CC
+
+# Seconds that a step of `make test` may take before all of it is killed.
+STEP := $(BIN)/python tools/run_step.py --timeout
+FUZZ_SECONDS ?= 60
+PYTEST_ARGS ?=
+
+# What the installed package is built from. Python modules are not in this list: the install is an editable one.
+BUILT_FROM := pyproject.toml CMakeLists.txt tools/setup.sh \
+	$(shell find csrc -path csrc/tests -prune -o -type f \( -name '*.[chS]' -o -name '*.txt' -o -name '*.ld' -o -name '*.sh' -o -name cdef.py \) -print)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format stub check-c sanitize fuzz fuzz-replay check-python bench wheel clean
+
+help: ## list these targets
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-16s%s\n", $$1, $$2 }'
+	@echo
+	@echo "  PYTHON=python3.12 and CC=clang say what to build with; PYTEST_ARGS='-k pager' goes to pytest."
+
+setup: $(VENV)/.installed ## build postcopy and install it into .venv, with what its tests need
+	@echo "setup: postcopy is installed in $(VENV): $(BIN)/postcopy"
+
+$(VENV)/.installed: $(BUILT_FROM)
+	@tools/setup.sh install $(VENV)
+	@touch $@
+
+demo: setup ## migrate a running machine between two processes here, and verify it
+	$(BIN)/postcopy demo
+
+test: setup ## everything CI runs: lint, C tests plain and sanitized, fuzz corpus, pytest
+	@$(STEP) 600 "lint" $(MAKE) --no-print-directory lint
+	@$(STEP) 300 "C tests" $(MAKE) --no-print-directory check-c
+	@$(STEP) 600 "C tests, sanitized" $(MAKE) --no-print-directory sanitize
+	@$(STEP) 180 "fuzz targets: corpus and a short run" $(MAKE) --no-print-directory fuzz-replay
+	@$(STEP) 900 "pytest" $(MAKE) --no-print-directory check-python
+
+lint: setup build/c/.built ## ruff, mypy --strict, the C core with all warnings as errors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python csrc/cdef.py stub --header csrc/include/postcopy.h --check postcopy/_native.pyi
+
+format: setup ## let ruff sort imports and format the Python files
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+stub: setup ## write postcopy/_native.pyi again after a change of postcopy.h
+	$(BIN)/python csrc/cdef.py stub --header csrc/include/postcopy.h --output postcopy/_native.pyi
+
+# build/<kind>: the C core, its tests and fuzz targets, compiled in one way each. ninja knows what is out of date.
+CMAKE_c :=
+CMAKE_asan := -DPOSTCOPY_SANITIZE=address,undefined
+CMAKE_tsan := -DPOSTCOPY_SANITIZE=thread
+.PHONY: build/c/.built build/asan/.built build/tsan/.built
+build/c/.built build/asan/.built build/tsan/.built: build/%/.built: | setup
+	@[ -f build/$*/build.ninja ] || cmake -S . -B build/$* -G Ninja -DCMAKE_C_COMPILER=$(CC) -DPOSTCOPY_WERROR=ON \
+		-DPOSTCOPY_BUILD_TESTS=ON -DPOSTCOPY_FUZZ=ON $(CMAKE_$*) >build/$*.log || { cat build/$*.log; exit 1; }
+	@ninja -C build/$* --quiet
+
+check-c: setup build/c/.built ## C unit tests
+	ctest --test-dir build/c --output-on-failure -L unit
+
+sanitize: setup build/asan/.built build/tsan/.built ## C unit tests under ASan + UBSan and under TSan
+	ctest --test-dir build/asan --output-on-failure -L unit
+	ctest --test-dir build/tsan --output-on-failure -L unit
+
+fuzz-replay: setup build/asan/.built
+	ctest --test-dir build/asan --output-on-failure -L fuzz
+
+fuzz: setup build/asan/.built ## run the fuzz targets, FUZZ_SECONDS (60) each; clang's libFuzzer with CC=clang
+	@for target in build/asan/csrc/tests/fuzz_*; do \
+		[ -x $$target ] && [ -f $$target ] || continue; \
+		name=$${target##*/fuzz_}; mkdir -p build/fuzz/$$name; \
+		echo "==> fuzz $$name"; \
+		$$target -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/$$name- \
+			build/fuzz/$$name csrc/tests/corpus/$$name || exit 1; \
+	done
+
+check-python: setup ## pytest
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+bench: setup ## measure fault latency, throughput and memory against their floors, medians of five
+	$(BIN)/postcopy bench
+
+wheel: setup ## build the abi3 wheel into dist/
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+
+clean: ## remove everything that was built, .venv too
+	rm -rf build dist $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find postcopy tests tools csrc -name __pycache__ -type d -prune -exec rm -rf {} +
