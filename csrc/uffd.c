@@ -62,16 +62,13 @@ static int open_raw(int how)
     }
 }
 
-static int open_one(int how, uint64_t features, struct pc_uffd_api *api)
+/* Enables `features` on a new descriptor, which is closed where that fails. */
+static int shake_hands(int fd, int how, uint64_t features, struct pc_uffd_api *api)
 {
     /* The kernel answers with everything it has, whatever was asked for, and with EINVAL for a bit it does not know. */
     struct uffdio_api handshake = {.api = UFFD_API, .features = features};
-    int fd = open_raw(how);
-    int result;
+    int result = uffd_ioctl(fd, UFFDIO_API, &handshake);
 
-    if (fd < 0)
-        return fd;
-    result = uffd_ioctl(fd, UFFDIO_API, &handshake);
     if (result) {
         close(fd);
         return result;
@@ -88,24 +85,25 @@ int pc_uffd_open(int how, uint64_t features, struct pc_uffd_api *api)
 {
     static const int order[] = {PC_UFFD_DEVICE, PC_UFFD_SYSCALL, PC_UFFD_USER_ONLY};
     bool refused = false;
-    int result = -ENOSYS;
+    int fd;
 
-    if (how != PC_UFFD_ANY)
-        return open_one(how, features, api);
+    if (how != PC_UFFD_ANY) {
+        fd = open_raw(how);
+        return fd < 0 ? fd : shake_hands(fd, how, features, api);
+    }
     for (size_t i = 0; i < sizeof(order) / sizeof(order[0]); i++) {
-        result = open_one(order[i], features, api);
-        if (result >= 0)
-            return result;
-        refused = refused || result == -EACCES || result == -EPERM;
-        /* No other way has other features, nor more descriptors or memory. */
-        if (result == -EMFILE || result == -ENFILE || result == -ENOMEM)
-            return result;
-        if (result == -EINVAL && order[i] != PC_UFFD_USER_ONLY)
-            return result;
+        fd = open_raw(order[i]);
+        /* A handshake that fails is the answer: no other way has other features. */
+        if (fd >= 0)
+            return shake_hands(fd, order[i], features, api);
+        /* Nor has it more descriptors or memory. */
+        if (fd == -EMFILE || fd == -ENFILE || fd == -ENOMEM)
+            return fd;
+        refused = refused || fd == -EACCES || fd == -EPERM;
     }
     /* "Not allowed" has a remedy and is therefore said rather than what the last attempt happened to meet: a kernel before
      * 5.11, for one, calls UFFD_USER_MODE_ONLY invalid. */
-    return refused ? -EPERM : result;
+    return refused ? -EPERM : fd;
 }
 
 int pc_uffd_probe(int how, struct pc_uffd_api *api)
