@@ -58,7 +58,7 @@ from typing import Any, ClassVar, Final, TypeVar, cast
 
 import msgpack
 
-from .._errors import PeerError, ProtocolError
+from postcopy._errors import PeerError, ProtocolError
 
 PROTOCOL_VERSION: Final = 1
 MAGIC: Final = b"postcpy"

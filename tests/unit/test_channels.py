@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections over real loopback sockets: good peers, and all the others."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trio.testing import MockClock
+
+from postcopy._errors import ConfigurationError, PeerError, PostcopyError, ProtocolError, ResourceError
+from postcopy.migration import channels as c
+from postcopy.migration import protocol as p
+
+SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
+
+
+@asynccontextmanager
+async def reception(
+    side: str = "source", host: str = "127.0.0.1", reason: str = ""
+) -> AsyncIterator[tuple[c.Reception, c.Address]]:
+    there = await c.Reception.open(c.Address(host, 0), side, lambda waiting: reason)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(there.serve)
+            yield there, there.addresses[0]
+            nursery.cancel_scope.cancel()
+    finally:
+        await there.close()
+
+
+class TestAddresses:
+    @pytest.mark.parametrize(
+        ("text", "host", "port"),
+        [
+            ("127.0.0.1:7777", "127.0.0.1", 7777),
+            ("[::1]:7777", "::1", 7777),
+            ("[fe80::1%eth0]:1", "fe80::1%eth0", 1),
+            ("localhost:65535", "localhost", 65535),
+        ],
+    )
+    def test_good(self, text: str, host: str, port: int) -> None:
+        assert c.parse_address(text) == c.Address(host, port)
+        assert str(c.parse_address(text)) == text
+
+    @pytest.mark.parametrize("text", [":0", "*:7777", "0.0.0.0:0"])
+    def test_only_to_listen(self, text: str) -> None:
+        c.parse_address(text, listening=True)
+        with pytest.raises(ConfigurationError):
+            c.parse_address(text)
+
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [
+            ("localhost", "no port"),
+            ("", "no port"),
+            ("[::1]", "no port"),
+            ("::1:7777", "needs brackets"),
+            ("[::1:7777", "not closed"),
+            ("[localhost]:7777", "not an IPv6 address"),
+            ("host:http", "not a number"),
+            ("host:-1", "not a number"),
+            ("host:", "not a number"),
+            ("host:٣", "not a number"),
+            ("host:65536", "at most 65535"),
+            ("host:99999999999999", "at most 65535"),
+            ("a b:1", "characters"),
+            ("a\nb:1", "characters"),
+        ],
+    )
+    def test_bad(self, text: str, reason: str) -> None:
+        with pytest.raises(ConfigurationError, match=reason) as caught:
+            c.parse_address(text)
+        assert "\n" not in str(caught.value)
+
+    @given(st.text(max_size=30))
+    def test_anything(self, text: str) -> None:
+        for listening in (False, True):
+            with contextlib.suppress(ConfigurationError):
+                assert 0 <= c.parse_address(text, listening=listening).port <= 65535
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+async def test_all_channels(host: str) -> None:
+    try:
+        there = reception(host=host)
+        async with there as (desk, address):
+            link = await c.CallingLink.open(c.Address(host, address.port), "dest")
+            seen = await desk.next_link()
+            with link.door(SESSION) as mine, seen.door(SESSION) as theirs:
+                results: dict[str, dict[c.ChannelKey, c.FdHolder]] = {}
+
+                async def collect(name: str, door: c.Door) -> None:
+                    results[name] = await door.channels(2, 1)
+
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(collect, "theirs", theirs)
+                    nursery.start_soon(collect, "mine", mine)
+                assert set(results["mine"]) == set(results["theirs"]) == {("urgent", 0), ("urgent", 1), ("bulk", 0)}
+                for key, fd in results["mine"].items():
+                    other = results["theirs"][key]
+                    assert os.get_blocking(fd.fd)
+                    assert os.get_blocking(other.fd)
+                    os.write(fd.fd, repr(key).encode())  # the right one is at the other end, from the first byte on
+                    assert os.read(other.fd, 100) == repr(key).encode()
+                    fd.close()
+                    other.close()
+            await link.control.aclose()
+            await seen.control.aclose()
+    except* ResourceError as group:
+        if host == "::1":
+            pytest.skip(f"no IPv6 on this host: {group.exceptions[0]}")
+        raise
+
+
+async def test_frames_right_behind_the_welcome_belong_to_the_core() -> None:
+    """Whoever listens may send the moment it has welcomed, and its first frame may arrive in the same segment."""
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = listener.socket.getsockname()[1]
+
+    async def eager() -> None:
+        stream = await listener.accept()
+        await stream.send_all(p.PREAMBLE + p.encode(p.Welcome()) + b"FRAME")
+        await stream.aclose()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(eager)
+        hello = p.Hello("bulk", "source", 0, b"m" * 16, 0, b"t" * 16)
+        fd = c.detach(await c.connect(c.Address("127.0.0.1", port), hello))
+    assert os.read(fd.fd, 100) == b"FRAME"
+    fd.close()
+    await listener.aclose()
+
+
+@pytest.mark.parametrize(
+    ("hello", "reason"),
+    [
+        (p.Hello("control", "source", 0, b"", 0, b""), "both hosts are sources"),
+        (p.Hello("control", "dest", 0, b"x" * 16, 0, b""), "no such migration"),
+        (p.Hello("control", "dest", 0, b"", 1, b""), "no such migration"),
+        (p.Hello("urgent", "dest", 0, b"x" * 16, 0, b"t" * 16), "no such migration"),
+        (p.Hello("urgent", "dest", 0, b"", 0, b""), "no such migration"),
+        (p.Hello("urgent", "dest", 0, b"m" * 16, 0, b"u" * 16), "wrong token"),
+        (p.Hello("urgent", "dest", 0, b"m" * 16, 0, b""), "wrong token"),
+        (p.Hello("urgent", "dest", 0, b"m" * 16, 1, b"t" * 16), "stale epoch 1, this is 0"),
+        (p.Hello("urgent", "source", 0, b"m" * 16, 0, b"t" * 16), "both hosts are sources"),
+    ],
+)
+async def test_refused_by_name(hello: p.Hello, reason: str) -> None:
+    async with reception() as (desk, address):
+        link = await c.CallingLink.open(address, "dest")
+        seen = await desk.next_link()
+        with seen.door(SESSION), pytest.raises(PeerError, match=reason):
+            await c.connect(address, hello)
+        await link.control.aclose()
+        await seen.control.aclose()
+
+
+async def test_channel_twice() -> None:
+    async with reception() as (desk, address):
+        link = await c.CallingLink.open(address, "dest")
+        seen = await desk.next_link()
+        hello = p.Hello("urgent", "dest", 0, b"m" * 16, 0, b"t" * 16)
+        with seen.door(SESSION):
+            first = await c.connect(address, hello)
+            with pytest.raises(PeerError, match="urgent channel 0 is connected already"):
+                await c.connect(address, hello)
+        await first.aclose()
+        await link.control.aclose()
+        await seen.control.aclose()
+
+
+async def test_no_vacancy() -> None:
+    async with reception(reason="busy with another destination") as (desk, address):
+        with pytest.raises(PeerError, match="refused the connection: busy with another destination"):
+            await c.CallingLink.open(address, "dest")
+        assert desk.refused == 1
+
+
+async def test_refused_by_nobody() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        with pytest.raises(PeerError, match="connection refused; start the other side first"):
+            await c.CallingLink.open(c.Address("127.0.0.1", port), "dest")
+
+
+async def test_address_in_use() -> None:
+    async with reception() as (_, address):
+        with pytest.raises(ResourceError, match="choose another port"):
+            await c.Reception.open(address, "source", lambda waiting: "")
+
+
+async def test_address_of_another_host() -> None:
+    with pytest.raises(ResourceError, match="name an address of this host"):
+        await c.Reception.open(c.Address("192.0.2.1", 0), "source", lambda waiting: "")
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2p1\r\n", "does not speak postcopy"),
+        (b"postcpy\x09", "version 9"),
+        (b"", "closed the connection"),
+        (p.PREAMBLE + b"\xff\xff\xff\xff", "4294967295 bytes"),
+    ],
+)
+async def test_port_of_something_else(said: bytes, reason: str) -> None:
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+
+    async def other() -> None:
+        stream = await listener.accept()
+        if said:
+            await stream.send_all(said)
+        with contextlib.suppress(trio.BrokenResourceError):  # it hangs up on us
+            await stream.send_eof()
+            while await stream.receive_some():
+                pass
+        await stream.aclose()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        port = listener.socket.getsockname()[1]
+        with pytest.raises((ProtocolError, PeerError), match=reason) as caught:
+            await c.CallingLink.open(c.Address("127.0.0.1", port), "dest")
+        assert str(caught.value).startswith(f"127.0.0.1:{port}: ")
+    await listener.aclose()
+
+
+async def test_silent_port(autojump_clock: MockClock) -> None:
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    with pytest.raises(PeerError, match="no handshake within 10 s"):
+        await c.CallingLink.open(c.Address("127.0.0.1", listener.socket.getsockname()[1]), "dest")
+    await listener.aclose()
+
+
+async def test_random_bytes_do_not_stop_the_listener() -> None:
+    async with reception() as (desk, address):
+
+        async def throw(data: bytes) -> None:
+            stream = await trio.open_tcp_stream(address.host, address.port)
+            try:
+                await stream.send_all(data)
+                await stream.send_eof()
+                while await stream.receive_some():
+                    pass
+            except trio.BrokenResourceError:
+                pass
+            await trio.aclose_forcefully(stream)
+
+        seeds = [os.urandom(size) for size in (0, 1, 7, 8, 100, 5000)]
+        for data in seeds + [p.PREAMBLE + seed for seed in seeds]:
+            await throw(data)
+        link = await c.CallingLink.open(address, "dest")
+        assert desk.strangers == 12
+        await (await desk.next_link()).control.aclose()
+        await link.control.aclose()
+
+
+async def test_half_open_connections_cannot_keep_others_out() -> None:
+    async with reception() as (desk, address):
+        silent = [await trio.open_tcp_stream(address.host, address.port) for _ in range(c.MAX_HALF_OPEN + 10)]
+        link = await c.CallingLink.open(address, "dest")
+        await (await desk.next_link()).control.aclose()
+        await link.control.aclose()
+        for stream in silent:
+            await trio.aclose_forcefully(stream)
+
+
+async def test_half_open_connections_end(autojump_clock: MockClock) -> None:
+    async with reception() as (desk, address):
+        stream = await trio.open_tcp_stream(address.host, address.port)
+        await stream.send_all(p.PREAMBLE)
+        received = b""
+        with trio.fail_after(2 * c.HANDSHAKE_TIMEOUT_S):
+            while data := await stream.receive_some():
+                received += data
+        assert received == p.PREAMBLE
+        assert desk.strangers == 1
+        await stream.aclose()
+
+
+async def test_missing_channels(autojump_clock: MockClock) -> None:
+    async with reception() as (desk, address):
+        link = await c.CallingLink.open(address, "dest")
+        seen = await desk.next_link()
+        with seen.door(SESSION) as door, pytest.raises(PeerError, match=r"did not open .*: bulk 0, urgent 0"):
+            await door.channels(1, 1)
+        await link.control.aclose()
+        await seen.control.aclose()
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.binary(max_size=200), well_begun=st.booleans())
+def test_arbitrary_server(data: bytes, well_begun: bool) -> None:
+    async def main() -> None:
+        mine, theirs = socket.socketpair()
+        there = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
+        here = trio.SocketStream(trio.socket.from_stdlib_socket(mine))
+        await there.send_all((p.PREAMBLE if well_begun else b"") + data)
+        await there.send_eof()
+        try:
+            await c.client_handshake(here, p.Hello("control", "dest", 0, b"", 0, b""), 1)
+        except PostcopyError:
+            pass
+        else:
+            await here.aclose()
+        await there.aclose()
+
+    trio.run(main)
