@@ -446,6 +446,7 @@ static void destroy(struct pc_kvm *machine)
         if (machine->vcpu[i].run)
             munmap(machine->vcpu[i].run, machine->run_bytes);
         close(machine->vcpu[i].fd);
+        free(machine->vcpu[i].cpuid);
     }
     if (machine->vm_fd >= 0)
         close(machine->vm_fd);
@@ -866,8 +867,9 @@ static int set_start_state(struct pc_vcpu *vcpu)
             entry->edx = vcpu->index;
         }
     }
+    free(vcpu->cpuid); /* of a boot that failed half way */
+    vcpu->cpuid = cpuid;
     rc = pc_machine_ioctl(vcpu->fd, KVM_SET_CPUID2, cpuid);
-    free(cpuid);
     if (!rc)
         rc = pc_machine_ioctl(vcpu->fd, KVM_GET_SREGS, &sregs);
     if (rc)

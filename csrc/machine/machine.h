@@ -54,6 +54,7 @@ struct pc_vcpu {
     uint32_t index;
     int fd;
     struct kvm_run *run;
+    struct kvm_cpuid2 *cpuid; /* as given to KVM, which adds to it what it likes */
     pthread_t thread;
     bool has_thread;
     bool parked;           /* under machine->lock */
@@ -76,7 +77,7 @@ struct pc_kvm {
     size_t run_bytes;
     uint32_t xsave_bytes;
     bool has_sync_regs, has_xsave2, has_xcrs, has_debugregs, has_tsc_control;
-    struct kvm_cpuid2 *host_cpuid; /* what this host supports; given to vCPUs with their own APIC ids */
+    struct kvm_cpuid2 *host_cpuid; /* what this host supports */
     uint64_t disk_memory_align, disk_offset_align, disk_skew;
 
     pthread_mutex_t lock;

@@ -208,21 +208,6 @@ out:
     return rc;
 }
 
-static int save_cpuid(struct writer *w, const struct pc_vcpu *vcpu)
-{
-    struct kvm_cpuid2 *cpuid = calloc(1, sizeof *cpuid + CPUID_MAX * sizeof cpuid->entries[0]);
-    int rc;
-
-    if (!cpuid)
-        return -ENOMEM;
-    cpuid->nent = CPUID_MAX;
-    rc = pc_machine_ioctl(vcpu->fd, KVM_GET_CPUID2, cpuid);
-    if (!rc)
-        rc = put(w, CPUID, vcpu->index, cpuid->entries, cpuid->nent * sizeof cpuid->entries[0]);
-    free(cpuid);
-    return rc;
-}
-
 static int save_xsave(struct writer *w, const struct pc_kvm *machine, const struct pc_vcpu *vcpu)
 {
     void *xsave = calloc(1, machine->xsave_bytes);
@@ -283,7 +268,9 @@ static int save_vcpu(struct writer *w, const struct pc_kvm *machine, struct pc_v
         rc = put(w, plain[i].kind, vcpu->index, &u, plain[i].bytes);
     }
     if (!rc)
-        rc = save_cpuid(w, vcpu);
+        /* Not KVM_GET_CPUID2: KVM mixes in bits of its own choice (some that it does not even list as supported), which the
+         * next host would then be blamed for lacking. */
+        rc = put(w, CPUID, vcpu->index, vcpu->cpuid->entries, vcpu->cpuid->nent * sizeof vcpu->cpuid->entries[0]);
     if (!rc)
         rc = save_xsave(w, machine, vcpu);
     if (!rc)
@@ -638,7 +625,8 @@ static int load_vcpu(const struct pc_kvm *machine, struct pc_vcpu *vcpu, const s
         case CPUID:
             cpuid = copy_cpuid(section);
             rc = cpuid ? pc_machine_ioctl(vcpu->fd, KVM_SET_CPUID2, cpuid) : -ENOMEM;
-            free(cpuid);
+            free(vcpu->cpuid);
+            vcpu->cpuid = cpuid;
             break;
         case XSAVE:
             rc = load_xsave(machine, vcpu, section);
