@@ -26,6 +26,6 @@ class ErrorLine:
 def c_text(array: Any) -> str:
     """The text in a `char` array. Bytes that are not UTF-8 (a peer may have sent them) become U+FFFD, control
     characters spaces: what is printed is one line."""
-    raw: bytes = ffi.string(array)
-    text = raw.decode("utf-8", "replace")
+    raw: Any = ffi.string(array)
+    text = bytes(raw).decode("utf-8", "replace")
     return "".join(char if char.isprintable() else " " for char in text).strip()

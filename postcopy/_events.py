@@ -6,6 +6,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 
@@ -73,7 +74,7 @@ class EventQueue:
     def __init__(self, event_fd: int, next_event: Callable[[object], int]) -> None:
         self._event_fd = FdHolder.duplicate(event_fd)
         self._call = next_event
-        self._struct = ffi.new("struct pc_event *")
+        self._struct: Any = ffi.new("struct pc_event *")
 
     def stream(self) -> EventStream:
         return EventStream(self._event_fd, self.take)

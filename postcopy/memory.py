@@ -68,7 +68,7 @@ class Memory:
         `ConfigurationError` for an unknown kind or an impossible size, `ResourceError` where the host cannot give it.
         """
         memory_kind = _mapped_kind(kind)
-        struct = ffi.new("struct pc_memory *")
+        struct: Any = ffi.new("struct pc_memory *")
         line = ErrorLine()
         size_bytes = _checked_size(size_bytes)
         result = lib.pc_memory_create(_CORE_KINDS[memory_kind], size_bytes, struct, line.buffer, line.size)
@@ -103,7 +103,7 @@ class Memory:
         except BaseException:
             os.close(fd)
             raise
-        struct = ffi.new("struct pc_memory *")
+        struct: Any = ffi.new("struct pc_memory *")
         struct.base = ffi.NULL
         struct.size_bytes = status.st_size  # exact: the core tells a short last page from a file that has shrunk
         struct.page_bytes = unit
@@ -200,7 +200,7 @@ class Memory:
         if not 0 < size_bytes <= self.size_bytes:
             raise ValueError(f"no digest of {size_bytes} bytes of {self.size_bytes}")
         rounded = -(-size_bytes // _DIGEST_BLOCK_BYTES) * _DIGEST_BLOCK_BYTES
-        digest = ffi.new("uint64_t *")
+        digest: Any = ffi.new("uint64_t *")
         with self.in_use("digest"):
             if self._kind is MemoryKind.FILE:
                 result = lib.pc_file_digest(self._struct.fd, rounded, self.page_bytes, digest)
@@ -208,7 +208,7 @@ class Memory:
                 result = lib.pc_memory_digest(self._struct, digest)
             else:
                 # A view of the first part, in the digest's own blocks; huge pages as the plain file they are, too.
-                part = ffi.new("struct pc_memory *", self._struct[0])
+                part: Any = ffi.new("struct pc_memory *", self._struct[0])
                 part.size_bytes = rounded
                 part.page_bytes = _DIGEST_BLOCK_BYTES
                 part.kind = lib.PC_MEMORY_ANON if self._kind is MemoryKind.ANON else lib.PC_MEMORY_MEMFD
@@ -220,7 +220,7 @@ class Memory:
         """How much is populated, found without touching any of it; 0 for an image file."""
         if self._kind is MemoryKind.FILE:
             return 0
-        resident = ffi.new("uint64_t *")
+        resident: Any = ffi.new("uint64_t *")
         with self.in_use("resident"):
             check(lib.pc_memory_resident(self._struct, resident), "asking what memory is populated")
         return int(resident[0])
@@ -342,9 +342,9 @@ def parse_size(text: str) -> int:
         raise ConfigurationError(f"{shown!r} is not a size; write for instance 4096, 512MiB or 1.5GiB")
     number, prefix, suffix = match.groups()
     power = " kmgt".index(prefix.lower()) if prefix else 0
-    unit: int = (1000 if suffix and suffix.lower() == "b" else 1024) ** power
+    unit = int((1000 if suffix and suffix.lower() == "b" else 1024) ** power)
     whole, _, fraction = number.partition(".")
-    value, rest = divmod(int(whole + fraction) * unit, 10 ** len(fraction))
+    value, rest = divmod(int(whole + fraction) * unit, int(10 ** len(fraction)))
     if rest:
         raise ConfigurationError(f"{text!r} is not a whole number of bytes")
     return value

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import enum
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ class Pager:
     """
 
     def __init__(self) -> None:
-        pointer = ffi.new("struct pc_pager **")
+        pointer: Any = ffi.new("struct pc_pager **")
         check(lib.pc_pager_new(pointer), "making a pager")
         self._pager: Any = pointer[0]
         self._blocks: list[Memory] = []
@@ -152,7 +153,7 @@ class Pager:
 
     def statistics(self) -> PagerStatistics:
         """Counters, each exact, but not of one instant."""
-        stats = ffi.new("struct pc_pager_stats *")
+        stats: Any = ffi.new("struct pc_pager_stats *")
         check(lib.pc_pager_stats(self._alive(), stats), "reading the pager's counters")
         return PagerStatistics(**{name: int(getattr(stats, name)) for name in _STATISTICS_FIELDS})
 
@@ -165,7 +166,7 @@ class Pager:
     def blocktime_ns(self) -> list[int]:
         """How long each tracked slot has been blocked on missing pages, faults still pending counted up to now."""
         pager = self._alive()
-        times = ffi.new("uint64_t[]", max(1, self._slots))
+        times: Any = ffi.new("uint64_t[]", max(1, self._slots))
         slots = check(lib.pc_pager_blocktime(pager, times, self._slots), "reading blocktimes")
         return [int(times[slot]) for slot in range(min(slots, self._slots))]
 
@@ -218,6 +219,11 @@ class Pager:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_pager", None) is not None:
+            # Its threads run on, and its memory stays mapped: never free what may still be written to.
+            warnings.warn("a pager was never closed", ResourceWarning, stacklevel=2, source=self)
 
     # ---- private
 

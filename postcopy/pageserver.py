@@ -9,6 +9,7 @@ nothing, since the machine may still change its memory.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ class PageServer:
 
     def __init__(self, max_bandwidth_bytes_per_s: int = 0) -> None:
         """`max_bandwidth_bytes_per_s` limits what is pushed, 0 is no limit; requested pages are never held up."""
-        pointer = ffi.new("struct pc_pageserver **")
+        pointer: Any = ffi.new("struct pc_pageserver **")
         check(lib.pc_pageserver_new(max_bandwidth_bytes_per_s, pointer), "making a page server")
         self._server: Any = pointer[0]
         self._blocks: list[tuple[Memory, int]] = []
@@ -112,7 +113,7 @@ class PageServer:
 
     def statistics(self) -> PageServerStatistics:
         """Counters, each exact, but not of one instant."""
-        stats = ffi.new("struct pc_pageserver_stats *")
+        stats: Any = ffi.new("struct pc_pageserver_stats *")
         check(lib.pc_pageserver_stats(self._alive(), stats), "reading the page server's counters")
         return PageServerStatistics(**{name: int(getattr(stats, name)) for name in _STATISTICS_FIELDS})
 
@@ -147,6 +148,11 @@ class PageServer:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_server", None) is not None:
+            # Its threads run on, and its memory stays mapped: never free what may still be written to.
+            warnings.warn("a page server was never closed", ResourceWarning, stacklevel=2, source=self)
 
     # ---- private
 

@@ -16,6 +16,7 @@ import enum
 import errno
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from ._errors import CoreError, ResourceError
 from ._native import ffi, lib
@@ -72,7 +73,7 @@ def probe(how: How | str = How.ANY) -> UffdApi:
     `How.ANY` gives the first way that works, in the order of the list above.
     """
     wanted = parse_how(how)
-    api = ffi.new("struct pc_uffd_api *")
+    api: Any = ffi.new("struct pc_uffd_api *")
     result = lib.pc_uffd_probe(wanted, api)
     if result < 0:
         raise _unavailable(wanted, -result)

@@ -110,7 +110,7 @@ def create_destination(
     disk: str | None = None,
 ) -> Machine:
     """The twin of the machine that a source offers, its memory empty. `backing` is this side's own choice; `disk` is
-    where the machine's disk is on this host, if not where it is on the source.
+    where the machine's disk is on this host; without it only a temporary disk of this user on this same host is found.
 
     Takes milliseconds. What the peer says is checked: `ProtocolError` for an offer that makes no sense, `ResourceError`
     and `ConfigurationError` for one that cannot be taken here.

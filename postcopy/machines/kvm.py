@@ -12,14 +12,15 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 import tempfile
+import warnings
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import trio
-from postcopy._native import ffi, lib
 
 from postcopy._blocking import run_to_end
 from postcopy._error_line import ErrorLine, c_text
@@ -34,6 +35,7 @@ from postcopy._errors import (
     check,
 )
 from postcopy._fd import FdHolder
+from postcopy._native import ffi, lib
 from postcopy.memory import Memory, check_memory, format_size, page_bytes_of
 from postcopy.uffd import explain_unavailable
 
@@ -73,6 +75,7 @@ _ACTIVITIES = {
 _CLOSE_TIMEOUT_S = 10.0
 _MAX_STATE_BYTES = 16 << 20  # what one control message may carry
 DEFAULT_DISK_BYTES = 16 << 20
+DISK_PREFIX, DISK_SUFFIX = "postcopy-disk-", ".img"  # of temporary ones
 
 
 @dataclass(frozen=True)
@@ -176,12 +179,12 @@ class KvmMachine(Machine):
         check_memory(backing, sum(block.size_bytes for block in layout))
         twin_disk = None
         if workload == "disk":
-            path = disk if disk is not None else config.get("disk")
-            if not isinstance(path, str):
-                raise ProtocolError("an offer of a machine with a disk must say where it is")
-            if not os.path.exists(path):
-                raise ConfigurationError(f"the machine's disk {path} is not on this host; share it, or say --disk FILE")
-            twin_disk = _Disk(path, _natural(config, "disk-bytes"))
+            disk_bytes = _natural(config, "disk-bytes")
+            if disk is None:
+                disk = _offered_disk(config.get("disk"), disk_bytes)
+            elif not os.path.exists(disk):
+                raise ConfigurationError(f"disk {disk}: there is no such file; it must be the one the source uses")
+            twin_disk = _Disk(disk, disk_bytes)
         try:
             working_set_bytes, seed = _natural(config, "working-set-bytes"), _natural(config, "seed")
         except ProtocolError:
@@ -281,7 +284,7 @@ class KvmMachine(Machine):
         return [vcpu.tid for vcpu in self.statistics().vcpus]
 
     def statistics(self) -> MachineStatistics:
-        stats = ffi.new("struct pc_machine_stats *")
+        stats: Any = ffi.new("struct pc_machine_stats *")
         check(lib.pc_kvm_stats(self._alive(), stats), "reading the machine's counters")
         return MachineStatistics(
             state=_STATES[stats.state],
@@ -311,7 +314,7 @@ class KvmMachine(Machine):
 
     async def verify(self) -> Check:
         machine = self._alive()
-        struct = ffi.new("struct pc_machine_check *")
+        struct: Any = ffi.new("struct pc_machine_check *")
         check(await trio.to_thread.run_sync(lib.pc_kvm_verify, machine, struct), "verifying the machine")
         return Check(
             ok=bool(struct.ok),
@@ -361,6 +364,11 @@ class KvmMachine(Machine):
                 check(result, "ending the machine")
         await trio.lowlevel.checkpoint_if_cancelled()
 
+    def __del__(self) -> None:
+        if getattr(self, "_machine", None) is not None:
+            # Its vCPUs run on, and its memory stays mapped.
+            warnings.warn("a kvm machine was never closed", ResourceWarning, stacklevel=2, source=self)
+
     # ---- private
 
     def _alive(self) -> Any:
@@ -369,7 +377,7 @@ class KvmMachine(Machine):
         return self._machine
 
     def _open(self) -> Any:
-        config = ffi.new("struct pc_kvm_config *")
+        config: Any = ffi.new("struct pc_kvm_config *")
         config.vcpus = self.vcpus
         config.workload = WORKLOADS[self._workload]
         config.shared = self._blocks[0].memory.struct[0]
@@ -379,7 +387,7 @@ class KvmMachine(Machine):
         config.seed = self._seed
         config.disk_fd = -1 if self._disk is None else self._disk.fd
         config.disk_bytes = 0 if self._disk is None else self._disk.size_bytes
-        pointer = ffi.new("struct pc_kvm **")
+        pointer: Any = ffi.new("struct pc_kvm **")
         line = ErrorLine()
         result = lib.pc_kvm_open(config, pointer, line.buffer, line.size)
         if result < 0:
@@ -431,6 +439,26 @@ def _natural(config: Mapping[str, Any], name: str) -> int:
     return value
 
 
+def _offered_disk(path: object, size_bytes: int) -> str:
+    """The path that a source names, if it may be used unasked.
+
+    The guest writes to its disk whatever it likes, and guest and path both come from a peer: one that may name any file
+    could overwrite any file. Only a temporary disk, by name, owner and size, is what it says it is; for others the user
+    decides.
+    """
+    if not isinstance(path, str) or not path.isprintable():
+        raise ProtocolError("an offer of a machine with a disk must say where it is")
+    usable = os.path.isabs(path) and os.path.basename(path).startswith(DISK_PREFIX) and path.endswith(DISK_SUFFIX)
+    if usable:
+        with contextlib.suppress(OSError, ValueError):
+            status = os.lstat(path)
+            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_size == size_bytes:
+                return path
+    raise ConfigurationError(
+        f"the machine has a disk, which is {path} on the source; say --disk FILE where it is on this host"
+    )
+
+
 class _Disk:
     """The backing file of the machine's block device, opened for O_DIRECT."""
 
@@ -438,7 +466,7 @@ class _Disk:
         self.size_bytes = size_bytes
         self._temporary = path is None
         if path is None:
-            fd, path = tempfile.mkstemp(prefix="postcopy-disk-", suffix=".img")
+            fd, path = tempfile.mkstemp(prefix=DISK_PREFIX, suffix=DISK_SUFFIX)
             os.close(fd)
         self.path = os.path.abspath(path)
         line = ErrorLine()

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import os
+import random
+import threading
+from pathlib import Path
+
+import pytest
+
+from postcopy._errors import BusyError, ConfigurationError, CoreError, PostcopyError, ResourceError
+from postcopy.bitmap import Bitmap
+from postcopy.memory import Memory, MemoryKind, check_memory, format_size, page_bytes_of, parse_size
+
+PAGE = page_bytes_of("memfd")
+KINDS = ["memfd", "anon"]
+
+
+def write_image(path: Path, pages: dict[int, bytes], size_bytes: int) -> None:
+    """A sparse file with these pages."""
+    with path.open("wb") as file:
+        for page, content in pages.items():
+            file.seek(page * PAGE)
+            file.write(content)
+        file.truncate(size_bytes)
+
+
+def page(number: int) -> bytes:
+    return random.Random(number).randbytes(PAGE)
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("0", 0),
+        ("4096", 4096),
+        ("4096B", 4096),
+        ("1k", 1024),
+        ("512MiB", 512 << 20),
+        ("1.5GiB", 3 << 29),
+        ("2 TiB", 2 << 40),
+        ("1G", 1 << 30),
+        ("1gib", 1 << 30),
+        ("100MB", 100_000_000),
+        (" 16MiB ", 16 << 20),
+    ],
+)
+def test_parse_size(text: str, size_bytes: int) -> None:
+    assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1", "1.2.3", "1e9", "0x10", "1 2", "1PiB", "٣", "nan", "1" * 50, "0.3"])
+def test_parse_size_refuses(text: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse_size(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [
+        (0, "0 bytes"),
+        (1000, "1000 bytes"),
+        (4096, "4 KiB"),
+        (1536 << 20, "1536 MiB"),
+        (1 << 30, "1 GiB"),
+        (1_500_000, "1.4 MiB"),
+        (5 << 40, "5 TiB"),
+    ],
+)
+def test_format_size(size_bytes: int, text: str) -> None:
+    assert format_size(size_bytes) == text
+
+
+# ---- making it
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_memory_is_zero_and_absent(kind: str) -> None:
+    with Memory.create(kind, 64 * PAGE) as memory:
+        assert (memory.kind, memory.size_bytes, memory.page_bytes, memory.pages) == (kind, 64 * PAGE, PAGE, 64)
+        assert memory.address % PAGE == 0
+        assert (memory.fd >= 0) == (kind == "memfd")
+        assert memory.present() == Bitmap(64)
+        assert memory.resident_bytes() == 0
+    assert memory.closed
+    assert (memory.address, memory.fd) == (0, -1)
+
+
+@pytest.mark.parametrize("size_bytes", [0, -PAGE, PAGE + 1, 1 << 62, 1 << 80])
+def test_impossible_sizes(size_bytes: int) -> None:
+    for function in (Memory.create, check_memory):
+        with pytest.raises((ConfigurationError, ResourceError)) as caught:
+            function("memfd", size_bytes)
+        assert "\n" not in str(caught.value)
+
+
+def test_more_than_the_host_has() -> None:
+    with pytest.raises(ResourceError) as caught:
+        Memory.create("anon", 1 << 60)
+    assert caught.value.remedy
+    assert caught.value.remedy in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["file", "", "MEMFD", "disk"])
+def test_unknown_kinds(kind: str) -> None:
+    with pytest.raises(ConfigurationError, match="memfd, anon and hugetlb"):
+        Memory.create(kind, PAGE)
+
+
+def test_hugetlb_without_a_pool_says_how_to_get_one() -> None:
+    try:
+        unit = page_bytes_of("hugetlb")
+    except ResourceError as error:
+        assert error.remedy
+        return
+    with pytest.raises(ResourceError) as caught:
+        Memory.create("hugetlb", unit << 20)
+    assert "vm.nr_hugepages" in caught.value.remedy
+
+
+# ---- content
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_and_dump_give_the_same_file_and_the_same_holes(kind: str, tmp_path: Path) -> None:
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    write_image(source, {0: page(1), 7: page(2), 8: bytes(PAGE), 40: page(3)}, 256 * PAGE)
+    with Memory.create(kind, 256 * PAGE) as memory:
+        with source.open("rb") as file:
+            memory.load(file.fileno())
+        assert [first for first, _ in memory.present().runs()] == [0, 7, 40]
+        assert memory.resident_bytes() == 3 * PAGE
+        with copy.open("wb") as file:
+            memory.dump(file.fileno())
+        with Memory.from_file(source) as image:
+            assert image.digest() == memory.digest()
+    assert copy.read_bytes() == source.read_bytes()
+    assert copy.stat().st_blocks * 512 <= 3 * PAGE
+
+
+def test_digest_depends_on_content_place_and_size(tmp_path: Path) -> None:
+    digests = set()
+    cases = [({}, 64), ({0: page(1)}, 64), ({1: page(1)}, 64), ({0: page(2)}, 64), ({0: page(1)}, 65)]
+    for number, (pages, size) in enumerate(cases):
+        path = tmp_path / str(number)
+        write_image(path, pages, size * PAGE)
+        with Memory.from_file(path) as image:
+            digests.add(image.digest())
+    assert len(digests) == len(cases)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_digest_of_a_part_is_that_of_an_image_of_this_size(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    size_bytes = 5 * PAGE + 123
+    path.write_bytes(random.Random(9).randbytes(size_bytes))
+    with Memory.from_file(path) as image, Memory.create(kind, 512 * PAGE) as memory:
+        assert (image.file_bytes, image.size_bytes, image.pages) == (size_bytes, 6 * PAGE, 6)
+        with path.open("rb") as file:
+            memory.load(file.fileno(), 0, size_bytes)
+        assert memory.digest(size_bytes) == image.digest(size_bytes)
+        assert memory.digest() != image.digest()
+        with pytest.raises(ValueError, match="no digest"):
+            memory.digest(513 * PAGE)
+
+
+def test_load_refuses_more_than_fits_and_files_that_are_too_short(tmp_path: Path) -> None:
+    path = tmp_path / "short"
+    path.write_bytes(b"x" * PAGE)
+    with Memory.create("memfd", 4 * PAGE) as memory, path.open("rb") as file:
+        with pytest.raises(ValueError, match="do not fit"):
+            memory.load(file.fileno(), 0, 5 * PAGE)
+        with pytest.raises(CoreError):
+            memory.load(file.fileno(), 0, 4 * PAGE)
+
+
+# ---- image files
+
+
+def test_present_of_an_image_looks_at_holes(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    write_image(path, {3: page(1), 600: page(2)}, 1024 * PAGE)
+    with Memory.from_file(path) as image:
+        assert image.kind is MemoryKind.FILE
+        assert list(image.present().runs()) == [(3, 1), (600, 1)]
+        assert list(image.present(512 * PAGE).runs()) == [(0, 2)]
+        assert image.resident_bytes() == 0
+
+
+def test_from_file_takes_a_descriptor_and_leaves_it_open(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(b"x")
+    with path.open("rb") as file:
+        Memory.from_file(file.fileno()).close()
+        assert file.read() == b"x"
+
+
+def test_a_file_that_has_shrunk_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(os.urandom(8 * PAGE))
+    with Memory.from_file(path) as image:
+        os.truncate(path, 2 * PAGE)
+        for function in (image.digest, image.present):
+            with pytest.raises(CoreError):
+                function()
+
+
+def test_unusable_files(tmp_path: Path) -> None:
+    empty, fifo = tmp_path / "empty", tmp_path / "fifo"
+    empty.touch()
+    os.mkfifo(fifo)
+    cases = {
+        tmp_path / "nowhere": "No such file",
+        empty: "empty",
+        tmp_path: "not a regular file",
+        fifo: "not a regular file",
+        Path("/dev/null"): "not a regular file",
+        Path("a\0b"): "null",
+    }
+    for path, reason in cases.items():
+        with pytest.raises(ConfigurationError, match=reason) as caught:
+            Memory.from_file(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigurationError, match="Bad file descriptor"):
+        Memory.from_file(1 << 20)
+
+
+# ---- its life
+
+
+def test_close_is_refused_while_in_use() -> None:
+    memory = Memory.create("memfd", PAGE)
+    with memory.in_use("test"):
+        with pytest.raises(BusyError, match="test"):
+            memory.close()
+        assert memory.digest()
+    memory.close()
+    memory.close()
+    for function in (memory.present, memory.digest, memory.resident_bytes):
+        with pytest.raises(ValueError, match="closed"):
+            function()
+
+
+def test_drop_closes_with_the_last_user() -> None:
+    memory = Memory.create("memfd", PAGE)
+    memory.acquire("one")
+    memory.acquire("two")
+    memory.drop()
+    memory.release("one")
+    assert not memory.closed
+    memory.release("two")
+    assert memory.closed
+    memory.drop()
+
+
+def test_reading_in_many_threads() -> None:
+    digests: set[int] = set()
+    with Memory.create("memfd", 1024 * PAGE) as memory:
+        threads = [threading.Thread(target=lambda: digests.add(memory.digest())) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(digests) == 1
+
+
+def test_every_error_is_one_of_ours() -> None:
+    assert issubclass(CoreError, PostcopyError)
+    assert issubclass(CoreError, OSError)
+    error = CoreError(2, "opening x")
+    assert (error.errno, str(error)) == (2, "opening x: No such file or directory")
