@@ -19,6 +19,9 @@ PYTEST_ARGS ?=
 BUILT_FROM := pyproject.toml CMakeLists.txt tools/setup.sh \
 	$(shell find csrc -path csrc/tests -prune -o -type f \( -name '*.[chS]' -o -name '*.txt' -o -name '*.ld' -o -name '*.sh' -o -name cdef.py \) -print)
 
+# Where the C core is built for tests: one directory for each compiler and kind.
+B := build/$(notdir $(CC))
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format stub check-c sanitize fuzz fuzz-replay check-python bench wheel clean
 
@@ -44,7 +47,7 @@ test: setup ## everything CI runs: lint, C tests plain and sanitized, fuzz corpu
 	@$(STEP) 180 "fuzz targets: corpus and a short run" $(MAKE) --no-print-directory fuzz-replay
 	@$(STEP) 900 "pytest" $(MAKE) --no-print-directory check-python
 
-lint: setup build/c/.built ## ruff, mypy --strict, the C core with all warnings as errors
+lint: setup $(B)-plain ## ruff, mypy --strict, the C core with all warnings as errors
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -57,33 +60,33 @@ format: setup ## let ruff sort imports and format the Python files
 stub: setup ## write postcopy/_native.pyi again after a change of postcopy.h
 	$(BIN)/python csrc/cdef.py stub --header csrc/include/postcopy.h --output postcopy/_native.pyi
 
-# build/<kind>: the C core, its tests and fuzz targets, compiled in one way each. ninja knows what is out of date.
-CMAKE_c :=
+# The core with its tests and fuzz targets; ninja knows what is out of date.
+CMAKE_plain :=
 CMAKE_asan := -DPOSTCOPY_SANITIZE=address,undefined
 CMAKE_tsan := -DPOSTCOPY_SANITIZE=thread
-.PHONY: build/c/.built build/asan/.built build/tsan/.built
-build/c/.built build/asan/.built build/tsan/.built: build/%/.built: | setup
-	@[ -f build/$*/build.ninja ] || cmake -S . -B build/$* -G Ninja -DCMAKE_C_COMPILER=$(CC) -DPOSTCOPY_WERROR=ON \
-		-DPOSTCOPY_BUILD_TESTS=ON -DPOSTCOPY_FUZZ=ON $(CMAKE_$*) >build/$*.log || { cat build/$*.log; exit 1; }
-	@ninja -C build/$* --quiet
+C_BUILDS := $(B)-plain $(B)-asan $(B)-tsan
+.PHONY: $(C_BUILDS)
+$(C_BUILDS): $(B)-%: setup
+	@[ -f $@/build.ninja ] || cmake -S . -B $@ -G Ninja -DCMAKE_C_COMPILER=$(CC) -DPOSTCOPY_WERROR=ON \
+		-DPOSTCOPY_BUILD_TESTS=ON -DPOSTCOPY_FUZZ=ON $(CMAKE_$*) >$@.log || { cat $@.log; exit 1; }
+	ninja -C $@ --quiet
 
-check-c: setup build/c/.built ## C unit tests
-	ctest --test-dir build/c --output-on-failure -L unit
+check-c: $(B)-plain ## C unit tests
+	ctest --test-dir $< --output-on-failure -L unit
 
-sanitize: setup build/asan/.built build/tsan/.built ## C unit tests under ASan + UBSan and under TSan
-	ctest --test-dir build/asan --output-on-failure -L unit
-	ctest --test-dir build/tsan --output-on-failure -L unit
+sanitize: $(B)-asan $(B)-tsan ## C unit tests under ASan + UBSan and under TSan
+	ctest --test-dir $(B)-asan --output-on-failure -L unit
+	ctest --test-dir $(B)-tsan --output-on-failure -L unit
 
-fuzz-replay: setup build/asan/.built
-	ctest --test-dir build/asan --output-on-failure -L fuzz
+fuzz-replay: $(B)-asan
+	ctest --test-dir $< --output-on-failure -L fuzz
 
-fuzz: setup build/asan/.built ## run the fuzz targets, FUZZ_SECONDS (60) each; clang's libFuzzer with CC=clang
-	@for target in build/asan/csrc/tests/fuzz_*; do \
-		[ -x $$target ] && [ -f $$target ] || continue; \
-		name=$${target##*/fuzz_}; mkdir -p build/fuzz/$$name; \
-		echo "==> fuzz $$name"; \
-		$$target -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/$$name- \
-			build/fuzz/$$name csrc/tests/corpus/$$name || exit 1; \
+fuzz: $(B)-asan ## run the fuzz targets, FUZZ_SECONDS (60) each; with CC=clang under libFuzzer
+	@for target in $</csrc/tests/fuzz_*; do \
+		[ -f $$target ] && [ -x $$target ] || continue; \
+		name=$${target##*/fuzz_}; mkdir -p build/fuzz/$$name; echo "==> fuzz $$name"; \
+		corpus=csrc/tests/corpus/$$name; [ -d $$corpus ] || corpus=; \
+		$$target -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/$$name- build/fuzz/$$name $$corpus || exit 1; \
 	done
 
 check-python: setup ## pytest

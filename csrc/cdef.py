@@ -4,13 +4,16 @@
     cdef.py cdef --header postcopy.h                                      print the declarations, as CFFI gets them
     cdef.py glue --header postcopy.h --library libX.a --output _native.c  write the C source of postcopy._native
     cdef.py check _native.abi3.so                                         fail when a symbol of ours is undefined
+    cdef.py stub --header postcopy.h --output _native.pyi                 write the types that a type checker reads
+    cdef.py stub --header postcopy.h --check _native.pyi                  fail when that file is not up to date
 
-The build runs the last two (csrc/CMakeLists.txt); the tests import the functions.
+The build runs glue and check (csrc/CMakeLists.txt), `make stub` and `make lint` run stub; tests import the functions.
 """
 
 from __future__ import annotations
 
 import argparse
+import keyword
 import re
 import subprocess
 import sys
@@ -21,8 +24,11 @@ END = "==== end cffi ===="
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 _DEFINE = re.compile(r"^#define[ \t]+(\w+)[ \t]+(\S.*?)[ \t]*$", re.MULTILINE)
 _NUMBER = re.compile(r"-?(?:0x[0-9a-fA-F]+|[0-9]+)")
-_PROTOTYPE = re.compile(r"\b(pc_\w+)\s*\([^{};]*\)\s*;")
+_PROTOTYPE = re.compile(
+    r"^(?P<result>[A-Za-z_][^;{}#()]*?)\b(?P<name>pc_\w+)\s*\((?P<parameters>[^{};]*)\)\s*;", re.MULTILINE
+)
 _ENUM = re.compile(r"\benum\s+\w*\s*\{([^}]*)\}")
+STUB_LINE_LENGTH = 120
 _OUR_SYMBOL = re.compile(r"pc_[a-z]\w*")
 
 
@@ -49,7 +55,7 @@ def extract(header: str) -> str:
 
 def functions(cdef: str) -> list[str]:
     """Names of the functions that a cdef declares, in order."""
-    return [match[1] for match in _PROTOTYPE.finditer(cdef)]
+    return [match["name"] for match in _PROTOTYPE.finditer(cdef)]
 
 
 def constants(cdef: str) -> dict[str, int]:
@@ -67,9 +73,54 @@ def constants(cdef: str) -> dict[str, int]:
 
 def without(cdef: str, missing: set[str]) -> str:
     """The cdef less the prototypes of some functions."""
-    for name in missing:
-        cdef = re.sub(rf"^[A-Za-z_][^;{{}}#()]*\b{name}\s*\([^;{{}}]*\)\s*;", "", cdef, flags=re.MULTILINE)
-    return cdef
+    return _PROTOTYPE.sub(lambda match: "" if match["name"] in missing else match[0], cdef)
+
+
+def _python_type(c_type: str, *, parameter: bool) -> str:
+    """The Python type of a parameter or result. Structs go by pointer only, as everywhere in postcopy.h."""
+    words = c_type.replace("*", " * ").split()
+    if "*" in words:
+        readable = words[0] == "const" and words[1] in {"char", "void", "uint8_t"} and words.count("*") == 1
+        return "CData | bytes" if parameter and readable else "CData"
+    return {"void": "None", "double": "float"}.get(words[-1], "int")
+
+
+def _parameters(text: str) -> list[str]:
+    if text.strip() == "void":
+        return []
+    found = []
+    for parameter in text.split(","):
+        match = re.fullmatch(r"\s*(.*?)(\w+)\s*", parameter, re.DOTALL)
+        if match is None:
+            raise HeaderError(f"not a parameter: {parameter.strip()}")
+        name = match[2] + "_" if keyword.iskeyword(match[2]) else match[2]
+        found.append(f"{name}: {_python_type(match[1], parameter=True)}")
+    return [*found, "/"]
+
+
+def stub(cdef: str) -> str:
+    """The type stub of the extension module."""
+    lines = [
+        "# SPDX-License-Identifier: Apache-2.0",
+        "# Written by `make stub` from csrc/include/postcopy.h, which says what everything means; not to be edited.",
+        "from _cffi_backend import FFI",
+        "",
+        "CData = FFI.CData",
+        "",
+        "class _Lib:",
+    ]
+    lines += [f"    {name}: int" for name in constants(cdef)]
+    for match in _PROTOTYPE.finditer(cdef):
+        parameters = ["self", *_parameters(match["parameters"])]
+        result = _python_type(match["result"], parameter=False)
+        line = f"    def {match['name']}({', '.join(parameters)}) -> {result}: ..."
+        if len(line) > STUB_LINE_LENGTH:  # as `ruff format` would break it
+            inner = f"        {', '.join(parameters)}"
+            if len(inner) > STUB_LINE_LENGTH:
+                inner = "\n".join(f"        {parameter}," for parameter in parameters)
+            line = f"    def {match['name']}(\n{inner}\n    ) -> {result}: ..."
+        lines.append(line)
+    return "\n".join([*lines, "", "ffi: FFI", "lib: _Lib", ""])
 
 
 def symbols(nm: str, path: Path, *options: str) -> set[str]:
@@ -105,10 +156,17 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--library", type=Path, required=True, help="the static library that must define everything")
     command.add_argument("--output", type=Path, required=True)
     command.add_argument("--nm", default="nm")
-    command.add_argument("--allow-missing", action="store_true", help="leave undefined functions out instead of failing")
+    command.add_argument(
+        "--allow-missing", action="store_true", help="leave undefined functions out instead of failing"
+    )
     command = commands.add_parser("check", help="fail when a symbol of ours is undefined in the built extension")
     command.add_argument("module", type=Path)
     command.add_argument("--nm", default="nm")
+    command = commands.add_parser("stub", help="write or check the module's type stub")
+    command.add_argument("--header", type=Path, required=True)
+    where = command.add_mutually_exclusive_group(required=True)
+    where.add_argument("--output", type=Path)
+    where.add_argument("--check", type=Path)
     args = parser.parse_args(argv)
     try:
         if args.command == "cdef":
@@ -117,6 +175,12 @@ def main(argv: list[str] | None = None) -> int:
             missing = write_glue(args.header, args.library, args.nm, args.output, allow_missing=args.allow_missing)
             if missing:
                 print(f"left out of postcopy._native, no C file defines them: {', '.join(missing)}", file=sys.stderr)
+        elif args.command == "stub":
+            text = stub(extract(args.header.read_text(encoding="utf-8")))
+            if args.output:
+                args.output.write_text(text, encoding="utf-8")
+            elif args.check.read_text(encoding="utf-8") != text:
+                raise HeaderError(f"{args.check} does not agree with {args.header}: run `make stub`")
         elif undefined := symbols(args.nm, args.module, "--undefined-only", "--dynamic"):
             raise HeaderError(f"{args.module.name}: undefined: {', '.join(sorted(undefined))}")
     except (HeaderError, OSError, subprocess.CalledProcessError) as error:

@@ -3,8 +3,9 @@
 
     run_step.py [--timeout SECONDS] NAME COMMAND [ARGUMENT...]
 
-The step's processes are adopted when their parents die (child subreaper), so that all of them are found and killed at the
-end, whatever sessions and process groups they have made for themselves. A step that leaves processes behind has failed.
+The step's processes are adopted when their parents die (child subreaper), so that all of them are found and killed at
+the end, whatever sessions and process groups they have made for themselves. A step that leaves processes behind has
+failed.
 """
 
 from __future__ import annotations
@@ -124,7 +125,9 @@ def main() -> int:
         if left := left_behind():
             problems.append("left running: " + "; ".join(left))
     except subprocess.TimeoutExpired:
-        problems.append(f"not done after {args.timeout:g} s, killed while running: " + "; ".join(map(name_of, descendants())))
+        problems.append(
+            f"not done after {args.timeout:g} s, killed while running: " + "; ".join(map(name_of, descendants()))
+        )
     except Interrupted as reason:
         problems.append(f"interrupted by {reason}")
     except OSError as error:

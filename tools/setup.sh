@@ -63,9 +63,10 @@ at_least() { # command, major, minor: is there and at least that version
 
 install() {
 	venv=$1
-	if [ ! -x "$venv/bin/pip" ]; then
+	# Also when it was left half made, or the Python it was made with is gone.
+	if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
 		echo "setup: making $venv with $("$python" -V)"
-		"$python" -m venv "$venv"
+		"$python" -m venv --clear "$venv"
 	fi
 	# No build isolation: the C core is then compiled only where it changed. So what pip would have brought into an
 	# environment of its own for the build is installed here: the build backend and, where the system has none that is
@@ -100,7 +101,6 @@ install)
 		flock 9
 	fi
 	install "$2"
-	# 9>&- is implied: the lock ends with this process
 	;;
 *)
 	echo "usage: setup.sh check | install VENV" >&2
