@@ -2,6 +2,7 @@
 #include "stream.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <netinet/in.h>
 #include <netinet/ip.h>
@@ -42,12 +43,15 @@ int pc_stream_tcp(struct pc_stream *stream, int fd, bool urgent)
 {
     int type = 0;
     socklen_t length = sizeof(type);
-    int one = 1, lowat = BULK_NOTSENT_BYTES;
+    int one = 1, lowat = BULK_NOTSENT_BYTES, flags = fcntl(fd, F_GETFL);
 
     if (getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &length))
         return -errno;
     if (type != SOCK_STREAM)
         return -EPROTOTYPE;
+    /* A socket that comes from an event loop is non-blocking, and a read that is to wait would not. */
+    if (flags < 0 || (flags & O_NONBLOCK && fcntl(fd, F_SETFL, flags & ~O_NONBLOCK)))
+        return -errno;
     /* Every option is a wish: a Unix socket pair in a test has none of them, and works. */
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
     if (urgent) {
