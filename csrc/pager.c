@@ -664,7 +664,10 @@ static void receive_frames(struct shard *shard)
     if (got == -EAGAIN)
         return;
     if (got <= 0) {
-        close_stream(shard, (int)got, got ? strerror((int)-got) : "the source closed the connection");
+        if (!got && shard->receive_end > shard->receive_start)
+            close_stream(shard, -EPIPE, PC_STREAM_CUT_TEXT);
+        else
+            close_stream(shard, (int)got, got ? strerror((int)-got) : "the source closed the connection");
         return;
     }
     ADD(shard->pager, bytes_received, got);
@@ -857,13 +860,19 @@ static void *bulk_thread(void *argument)
         struct pc_frame frame;
 
         error = pc_stream_read_all(&bulk->stream, header, sizeof(header));
+        if (error == -EPIPE)
+            (void)pc_fail(EPIPE, text, sizeof(text), PC_STREAM_CUT_TEXT);
         if (error)
             break;
         error = pc_frame_decode(header, &frame, text, sizeof(text));
         if (!error)
             error = check_frame(pager, &frame, text, sizeof(text));
-        if (!error && frame.payload_bytes)
+        if (!error && frame.payload_bytes) {
             error = pc_stream_read_all(&bulk->stream, bulk->buffer, frame.payload_bytes);
+            /* An end between header and payload is no orderly one either. */
+            if (error == -EPIPE || error == -ENODATA)
+                error = pc_fail(EPIPE, text, sizeof(text), PC_STREAM_CUT_TEXT);
+        }
         if (error)
             break;
         ADD(pager, bytes_received, sizeof(header) + frame.payload_bytes);

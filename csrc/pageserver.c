@@ -294,8 +294,10 @@ static int serve_urgent(struct channel *channel, struct batch *batch, char *text
     for (;;) {
         ssize_t got = read_busy(channel, requests + have, sizeof(requests) - have);
 
+        if (got == 0 && have)
+            return pc_fail(EPIPE, text, text_bytes, PC_STREAM_CUT_TEXT);
         if (got <= 0)
-            return got < 0 ? (int)got : have ? -EPIPE : -ENODATA;
+            return got < 0 ? (int)got : -ENODATA;
         ADD(channel->server, bytes_received, got);
         have += (size_t)got;
         if (have >= PC_FRAME_HEADER_BYTES && !wait_serving(channel->server))

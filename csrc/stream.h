@@ -30,6 +30,7 @@ void pc_stream_close(struct pc_stream *stream);
 
 /* Reads exactly `bytes`: 0, -ENODATA when the stream ended before the first byte, -EPIPE when it ended inside, -errno. */
 int pc_stream_read_all(struct pc_stream *stream, void *buffer, size_t bytes);
+#define PC_STREAM_CUT_TEXT "the connection ended inside a frame" /* what -EPIPE of a read means to a person */
 /* Writes everything; `parts` is used up. 0 or -errno. */
 int pc_stream_write_all(struct pc_stream *stream, struct iovec *parts, int count);
 /* Drops the first `bytes` of the list *parts, *count. */
