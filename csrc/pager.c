@@ -883,14 +883,15 @@ static void *bulk_thread(void *argument)
     if (error == -EBADMSG)
         ADD(pager, frames_refused, 1);
     pc_stream_shutdown(&bulk->stream); /* the peer learns at once; the descriptor stays until the thread is joined */
+    /* Before the event: who hears it may attach the next connection at once, and must not be told that this one is busy. */
+    pthread_mutex_lock(&pager->lock);
+    bulk->running = false;
+    pthread_mutex_unlock(&pager->lock);
     pc_events_push(&pager->events, PC_EVENT_CHANNEL_DOWN, PC_CHANNEL_BULK, (int)bulk->index,
                    error == -ENODATA ? 0 : -error, "%s",
                    error == -ENODATA ? "the source closed the connection"
                    : text[0]         ? text
                                      : strerror(-error));
-    pthread_mutex_lock(&pager->lock);
-    bulk->running = false;
-    pthread_mutex_unlock(&pager->lock);
     return NULL;
 }
 

@@ -461,6 +461,10 @@ static void *channel_thread(void *argument)
         error = urgent ? serve_urgent(channel, batch, text, sizeof(text)) : push(channel, batch, text, sizeof(text));
     free(batch);
     pc_stream_shutdown(&channel->stream);
+    /* Before the event: who hears it may attach the next connection at once, and must not be told that this one is busy. */
+    pthread_mutex_lock(&server->lock);
+    channel->running = false;
+    pthread_mutex_unlock(&server->lock);
     /* -EIO is the image's fault, not the connection's: no other connection would serve the page. */
     pc_events_push(&server->events, error == -EIO ? PC_EVENT_FATAL : PC_EVENT_CHANNEL_DOWN, channel->kind,
                    (int)channel->index, error == -ENODATA || error == -ECANCELED ? 0 : -error, "%s",
@@ -468,9 +472,6 @@ static void *channel_thread(void *argument)
                    : error == -ECANCELED ? "stopped"
                    : text[0]             ? text
                                          : strerror(-error));
-    pthread_mutex_lock(&server->lock);
-    channel->running = false;
-    pthread_mutex_unlock(&server->lock);
     return NULL;
 }
 
