@@ -284,6 +284,22 @@ static int show_known(struct shard *shard, const struct block *block, uint64_t p
     return error == -EEXIST ? 0 : error;
 }
 
+/* Changes a page in the page cache without going through the machine's mapping. */
+static int overwrite_page(const struct block *block, uint64_t page, const uint8_t *content)
+{
+    uint64_t bytes = block->memory.page_bytes;
+    void *alias;
+
+    if (block->memory.kind != PC_MEMORY_HUGETLB)
+        return pc_pwrite_all(block->memory.fd, content, bytes, page * bytes);
+    /* hugetlbfs has no write(2). */
+    alias = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, block->memory.fd, (off_t)(page * bytes));
+    if (alias == MAP_FAILED)
+        return -errno;
+    memcpy(alias, content, bytes);
+    return munmap(alias, bytes) ? -errno : 0;
+}
+
 /* The page is in the page cache although this pager has not placed it: its content is not ours (zeros, most likely, see
  * the head of this file), and nobody has it mapped through the userfaultfd. Overwrite it, then expose it. */
 static int place_over(struct shard *shard, const struct block *block, uint64_t page, const uint8_t *content)
@@ -292,7 +308,7 @@ static int place_over(struct shard *shard, const struct block *block, uint64_t p
     int error = 0;
 
     if (block->memory.fd >= 0) {
-        error = pc_pwrite_all(block->memory.fd, content, bytes, page * bytes);
+        error = overwrite_page(block, page, content);
         if (!error) {
             do
                 error = pc_uffd_continue(shard->uffd, address, bytes, 0, &done);
