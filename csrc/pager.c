@@ -956,7 +956,8 @@ int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory)
     struct block *block;
     int index = -ENOSPC;
 
-    if (!memory->base || !memory->page_bytes || !memory->size_bytes || memory->size_bytes % memory->page_bytes)
+    if (!memory->base || !memory->page_bytes || !memory->size_bytes || memory->size_bytes % memory->page_bytes ||
+        memory->page_bytes > PC_FRAME_MAX_PAYLOAD_BYTES) /* no frame could ever bring such a page */
         return -EINVAL;
     block = calloc(1, sizeof(*block));
     if (!block)
@@ -988,6 +989,7 @@ int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory)
         index = (int)pager->block_count;
         pager->blocks[index] = block;
         (void)__atomic_fetch_add(&pager->missing, block->pages, __ATOMIC_SEQ_CST);
+        __atomic_store_n(&pager->completed, 0, __ATOMIC_SEQ_CST); /* said too early, or of fewer blocks: to be said again */
         __atomic_store_n(&pager->block_count, pager->block_count + 1, __ATOMIC_RELEASE);
     }
     pthread_mutex_unlock(&pager->lock);
