@@ -63,6 +63,7 @@
 #define RECEIVE_BYTES (PC_FRAME_HEADER_BYTES + PC_FRAME_MAX_PAYLOAD_BYTES)
 #define SMALL_RECEIVE_BYTES (64 * 1024)
 #define FILL_WINDOW 128 /* requests for missing pages that may be under way without a fault */
+#define FILL_REQUEST (UINT32_C(1) << 31) /* in a request id: nobody waits for it; the answer brings the bit back */
 #define MAX_SEGMENTS 64
 
 struct segment { /* part of a block guarded by one shard */
@@ -487,13 +488,13 @@ static int take_frame(struct pc_pager *pager, const struct pc_frame *frame, cons
 
 /* ---- the fault thread --------------------------------------------------------------------------------------------- */
 
-static void queue_request(struct shard *shard, uint32_t block, uint64_t page, uint64_t pages)
+static void queue_request(struct shard *shard, uint32_t block, uint64_t page, uint32_t id_bits)
 {
     struct pc_frame frame = {.type = PC_FRAME_REQUEST,
                              .block = (uint16_t)block,
                              .first_page = page,
-                             .pages = (uint32_t)pages,
-                             .request_id = shard->next_request++};
+                             .pages = 1,
+                             .request_id = (shard->next_request++ & ~FILL_REQUEST) | id_bits};
 
     if (shard->send_bytes + PC_FRAME_HEADER_BYTES > shard->send_capacity) {
         size_t capacity = shard->send_capacity * 2;
@@ -580,7 +581,7 @@ static void take_fault(struct shard *shard, const struct uffd_msg *message, uint
         if (!add_pending(shard, index, page, tid, now_ns, sending) || !fresh)
             ADD(pager, repeated_faults, 1);
         if (sending)
-            queue_request(shard, index, page, 1);
+            queue_request(shard, index, page, 0);
     }
     pthread_mutex_unlock(&shard->lock);
     if (known) {
@@ -700,7 +701,7 @@ static void receive_frames(struct shard *shard)
         error = take_frame(shard->pager, &frame, at + PC_FRAME_HEADER_BYTES, PC_CHANNEL_URGENT, shard->index, text,
                            sizeof(text));
         shard->receive_start += PC_FRAME_HEADER_BYTES + (size_t)frame.payload_bytes;
-        if (shard->fill_under_way)
+        if (frame.flags & PC_FRAME_DEMAND && frame.request_id & FILL_REQUEST && shard->fill_under_way)
             shard->fill_under_way--;
     }
     if (error == -EBADMSG)
@@ -714,14 +715,20 @@ static void fill(struct shard *shard)
 {
     struct pc_pager *pager = shard->pager;
 
-    while (shard->fill_left && shard->fill_under_way < FILL_WINDOW && shard->fill_range < shard->range_count) {
+    /* Without a channel nothing: what cannot be sent now must not be marked as requested. */
+    while (shard->stream.fd >= 0 && shard->fill_left && shard->fill_under_way < FILL_WINDOW) {
         struct range range;
         struct block *block;
         uint64_t pages, page;
+        bool more;
 
         pthread_mutex_lock(&shard->lock);
-        range = shard->ranges[shard->fill_range];
+        more = shard->fill_range < shard->range_count;
+        if (more)
+            range = shard->ranges[shard->fill_range];
         pthread_mutex_unlock(&shard->lock);
+        if (!more)
+            break;
         block = pager->blocks[range.block];
         pages = range.bytes / block->memory.page_bytes;
         if (shard->fill_page >= pages) {
@@ -732,7 +739,7 @@ static void fill(struct shard *shard)
         page = range.first_page + shard->fill_page++;
         if (test_bit(block->claimed, page) || test_and_set_bit(block->requested, page))
             continue;
-        queue_request(shard, range.block, page, 1);
+        queue_request(shard, range.block, page, FILL_REQUEST);
         shard->fill_under_way++;
         shard->fill_left--;
     }
@@ -781,7 +788,7 @@ static void adopt_stream(struct shard *shard)
         for (size_t j = 0; j < i && first; j++)
             first = shard->pending[j].block != fault->block || shard->pending[j].page != fault->page;
         if (first && !test_bit(pager->blocks[fault->block]->known, fault->page)) {
-            queue_request(shard, fault->block, fault->page, 1);
+            queue_request(shard, fault->block, fault->page, 0);
             fault->sent_ns = fault->event_ns;
         }
     }
