@@ -324,8 +324,10 @@ static int place_over(struct shard *shard, const struct block *block, uint64_t p
     return error;
 }
 
-/* Places claimed pages that all belong to one shard. */
-static int place_run(struct shard *shard, struct block *block, uint64_t first, uint64_t pages, const uint8_t *content)
+/* Places claimed pages that all belong to one shard. After an error *placed of them are there, and are not to be placed again:
+ * the machine may have written to them. */
+static int place_run(struct shard *shard, struct block *block, uint64_t first, uint64_t pages, const uint8_t *content,
+                     uint64_t *placed)
 {
     uint64_t page_bytes = block->memory.page_bytes, bytes = pages * page_bytes, at = 0;
 
@@ -338,17 +340,20 @@ static int place_run(struct shard *shard, struct block *block, uint64_t first, u
             break;
         if (error == -EEXIST) {
             error = place_over(shard, block, first + at / page_bytes, content + at);
-            if (error)
-                return error;
-            at += page_bytes;
+            if (!error)
+                at += page_bytes;
         } else if (error == -EAGAIN) {
             /* The mapping is changing, or the kernel stopped half way: go on from where it stopped. */
             if (!done)
                 (void)sched_yield();
-        } else {
+            error = 0;
+        }
+        if (error) {
+            *placed = at / page_bytes;
             return error;
         }
     }
+    *placed = pages;
     return 0;
 }
 
@@ -364,30 +369,36 @@ static int take_pages(struct pc_pager *pager, const struct pc_frame *frame, cons
 {
     struct block *block = pager->blocks[frame->block];
     uint64_t page = frame->first_page, end = page + frame->pages, duplicates = 0;
+    int error = 0;
 
-    while (page < end) {
+    while (page < end && !error) {
         uint64_t word = page / 64, mask = word_mask(word, page, end - page), mine, count, placed = 0;
 
         mine = mask & ~__atomic_fetch_or(&block->claimed[word], mask, __ATOMIC_SEQ_CST);
         duplicates += (uint64_t)__builtin_popcountll(mask & ~mine);
-        while (mine) {
-            uint64_t first = word * 64 + (uint64_t)__builtin_ctzll(mine), shifted = mine >> (first % 64);
+        while (mine && !error) {
+            uint64_t first = word * 64 + (uint64_t)__builtin_ctzll(mine), shifted = mine >> (first % 64), done = 0;
             struct shard *shard;
-            int error = -ENOENT;
 
             count = ~shifted ? (uint64_t)__builtin_ctzll(~shifted) : 64;
             shard = find_shard(pager, block, first, &count);
             if (shard)
-                error = place_run(shard, block, first, count, content + (first - frame->first_page) * block->memory.page_bytes);
-            if (error) {
-                clear_range(block->claimed, first, count);
-                return fatal(pager, error, "cannot place", frame->block, first);
+                error = place_run(shard, block, first, count,
+                                  content + (first - frame->first_page) * block->memory.page_bytes, &done);
+            else
+                error = -ENOENT;
+            if (done) {
+                set_range(block->known, first, done);
+                if (any_set(block->requested, first, done))
+                    settle_pending(shard, frame->block, first, done, frame->flags & PC_FRAME_DEMAND ? received_ns : 0);
+                placed += done;
+                mine &= ~word_mask(word, first, done);
             }
-            set_range(block->known, first, count);
-            if (any_set(block->requested, first, count))
-                settle_pending(shard, frame->block, first, count, frame->flags & PC_FRAME_DEMAND ? received_ns : 0);
-            placed += count;
-            mine &= ~word_mask(word, first, count);
+            if (error) {
+                /* Somebody else may bring what this frame could not. */
+                (void)__atomic_fetch_and(&block->claimed[word], ~mine, __ATOMIC_SEQ_CST);
+                (void)fatal(pager, error, "cannot place", frame->block, first + done);
+            }
         }
         if (frame->flags & PC_FRAME_DEMAND)
             ADD(pager, demand_pages, placed);
@@ -398,7 +409,7 @@ static int take_pages(struct pc_pager *pager, const struct pc_frame *frame, cons
     }
     if (duplicates)
         ADD(pager, duplicate_pages, duplicates);
-    return 0;
+    return error;
 }
 
 /* The pages are zero: nothing is placed but for those that somebody waits for. */
