@@ -417,6 +417,7 @@ static int take_zeros(struct pc_pager *pager, uint32_t index, uint64_t page, uin
 {
     struct block *block = pager->blocks[index];
     uint64_t end = page + pages, news = 0, duplicates = 0;
+    int error = 0;
 
     while (page < end) {
         uint64_t word = page / 64, mask = word_mask(word, page, end - page), mine, waiting;
@@ -432,10 +433,10 @@ static int take_zeros(struct pc_pager *pager, uint32_t index, uint64_t page, uin
             struct shard *shard = find_shard(pager, block, first, &one);
 
             if (shard) {
-                int error = show_known(shard, block, first, false);
+                int result = show_known(shard, block, first, false);
 
-                if (error)
-                    return fatal(pager, error, "cannot place zero", index, first);
+                if (result && !error)
+                    error = fatal(pager, result, "cannot show zero", index, first);
                 settle_pending(shard, index, first, 1, received_ns);
             }
         }
@@ -445,7 +446,7 @@ static int take_zeros(struct pc_pager *pager, uint32_t index, uint64_t page, uin
     if (duplicates)
         ADD(pager, duplicate_pages, duplicates);
     no_longer_missing(pager, news);
-    return 0;
+    return error;
 }
 
 /* A verified header against what this pager knows; then the payload. 0, or -EBADMSG with the reason. */
@@ -482,7 +483,8 @@ static int take_frame(struct pc_pager *pager, const struct pc_frame *frame, cons
     case PC_FRAME_PAGES:
         return take_pages(pager, frame, payload, received_ns);
     case PC_FRAME_ZERO:
-        return take_zeros(pager, frame->block, frame->first_page, frame->pages, received_ns);
+        return take_zeros(pager, frame->block, frame->first_page, frame->pages,
+                          frame->flags & PC_FRAME_DEMAND ? received_ns : 0);
     case PC_FRAME_END:
         if (kind != PC_CHANNEL_BULK)
             return pc_fail(EBADMSG, error, error_bytes, "a frame of type %u does not belong here", frame->type);
