@@ -282,7 +282,8 @@ static int show_known(struct shard *shard, const struct block *block, uint64_t p
     /* Whatever else the kernel says, let the thread look again: if the page still is not there, it faults anew. */
     if (error)
         wake(shard, address, bytes);
-    return error == -EEXIST ? 0 : error;
+    /* EFAULT from CONTINUE: thrown away again since the fault, which comes back as a missing one. */
+    return error == -EEXIST || (minor && error == -EFAULT) ? 0 : error;
 }
 
 /* Changes a page in the page cache without going through the machine's mapping. */
