@@ -237,6 +237,15 @@ static void no_longer_missing(struct pc_pager *pager, uint64_t pages)
         pc_events_push(&pager->events, PC_EVENT_COMPLETE, 0, 0, 0, "every page is here");
 }
 
+/* Under the lock. */
+static bool waited_for(const struct shard *shard, uint32_t block, uint64_t page)
+{
+    for (size_t i = 0; i < shard->pending_count; i++)
+        if (shard->pending[i].block == block && shard->pending[i].page == page)
+            return true;
+    return false;
+}
+
 /* Accounts the threads that waited for these pages; they have been woken. received_ns is 0 when the pages did not come
  * in answer to a request. */
 static void settle_pending(struct shard *shard, uint32_t block, uint64_t first, uint64_t pages, uint64_t received_ns)
@@ -433,13 +442,24 @@ static int take_zeros(struct pc_pager *pager, uint32_t index, uint64_t page, uin
             uint64_t first = word * 64 + (uint64_t)__builtin_ctzll(waiting), one = 1;
             struct shard *shard = find_shard(pager, block, first, &one);
 
-            if (shard) {
-                int result = show_known(shard, block, first, false);
+            bool waited;
+            int result;
 
-                if (result && !error)
-                    error = fatal(pager, result, "cannot show zero", index, first);
-                settle_pending(shard, index, first, 1, received_ns);
+            if (!shard)
+                continue;
+            pthread_mutex_lock(&shard->lock);
+            waited = waited_for(shard, index, first);
+            pthread_mutex_unlock(&shard->lock);
+            if (!waited) {
+                /* Requested, but by no thread: memory that is zero is to cost nothing. Should there be one that could not
+                 * be accounted, it faults anew and finds the page known. */
+                wake(shard, page_address(block, first), block->memory.page_bytes);
+                continue;
             }
+            result = show_known(shard, block, first, false);
+            if (result && !error)
+                error = fatal(pager, result, "cannot show zero", index, first);
+            settle_pending(shard, index, first, 1, received_ns);
         }
         page = (word + 1) * 64;
     }
@@ -757,14 +777,6 @@ static void fill(struct shard *shard)
         shard->fill_under_way++;
         shard->fill_left--;
     }
-}
-
-static bool waited_for(const struct shard *shard, uint32_t block, uint64_t page)
-{
-    for (size_t i = 0; i < shard->pending_count; i++)
-        if (shard->pending[i].block == block && shard->pending[i].page == page)
-            return true;
-    return false;
 }
 
 /* Takes the mark `requested` from the pages of a range that no thread waits for. Under the lock. */
