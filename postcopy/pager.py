@@ -27,7 +27,7 @@ import trio
 
 from ._blocking import run_to_end
 from ._error_line import ErrorLine
-from ._errors import MigrationError, check
+from ._errors import CoreError, MigrationError, check
 from ._events import ChannelKind, Event, EventQueue, EventStream, EventType
 from ._native import ffi, lib
 from .bitmap import Bitmap
@@ -82,12 +82,16 @@ class Pager:
     def __init__(self) -> None:
         pointer: Any = ffi.new("struct pc_pager **")
         check(lib.pc_pager_new(pointer), "making a pager")
+        try:
+            self._events = EventQueue(lib.pc_pager_event_fd(pointer[0]), self._next_event)
+        except OSError as error:
+            lib.pc_pager_free(pointer[0])
+            raise CoreError(error.errno or 0, "making a pager") from error
         self._pager: Any = pointer[0]
         self._blocks: list[Memory] = []
         self._slots = 0
         self._ending = trio.Lock()
         self._stuck = False
-        self._events = EventQueue(lib.pc_pager_event_fd(self._pager), self._next_event)
 
     # ---- setting it up
 
@@ -173,7 +177,7 @@ class Pager:
     def received(self, block: int) -> Bitmap:
         """A copy of the map of pages that are there (received or known to be zero)."""
         pager = self._alive()
-        bitmap = Bitmap(self._blocks[block].pages)
+        bitmap = Bitmap(self._block(block).pages)
         check(lib.pc_pager_received(pager, block, bitmap.words), "reading the received map")
         return bitmap
 
@@ -242,9 +246,14 @@ class Pager:
             raise ValueError(f"there is no {what} channel {index}")
         check(function(self._pager, index, fd), f"attaching {what} channel {index}")
 
+    def _block(self, block: int) -> Memory:
+        if not 0 <= block < len(self._blocks):
+            raise IndexError(f"there is no RAM block {block}")
+        return self._blocks[block]
+
     def _check_length(self, block: int, bitmap: Bitmap) -> None:
-        if len(bitmap) != self._blocks[block].pages:  # the core would read past its end
-            raise ValueError(f"a map of {len(bitmap)} pages for a block of {self._blocks[block].pages}")
+        if len(bitmap) != self._block(block).pages:  # the core would read past its end
+            raise ValueError(f"a map of {len(bitmap)} pages for a block of {self._block(block).pages}")
 
     async def _run(self, function: Callable[[Any], int], pager: Any, what: str) -> None:
         if self._stuck:

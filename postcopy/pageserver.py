@@ -17,7 +17,7 @@ from typing import Any
 import trio
 
 from ._blocking import run_to_end
-from ._errors import MigrationError, check
+from ._errors import CoreError, MigrationError, check
 from ._events import ChannelKind, Event, EventQueue, EventStream, EventType
 from ._native import ffi, lib
 from .bitmap import Bitmap
@@ -55,11 +55,15 @@ class PageServer:
         """`max_bandwidth_bytes_per_s` limits what is pushed, 0 is no limit; requested pages are never held up."""
         pointer: Any = ffi.new("struct pc_pageserver **")
         check(lib.pc_pageserver_new(max_bandwidth_bytes_per_s, pointer), "making a page server")
+        try:
+            self._events = EventQueue(lib.pc_pageserver_event_fd(pointer[0]), self._next_event)
+        except OSError as error:
+            lib.pc_pageserver_free(pointer[0])
+            raise CoreError(error.errno or 0, "making a page server") from error
         self._server: Any = pointer[0]
         self._blocks: list[tuple[Memory, int]] = []
         self._ending = trio.Lock()
         self._stuck = False
-        self._events = EventQueue(lib.pc_pageserver_event_fd(self._server), self._next_event)
 
     # ---- setting it up
 
@@ -82,6 +86,8 @@ class PageServer:
 
     def block_pages(self, block: int) -> int:
         """How many pages of transfer a block has."""
+        if not 0 <= block < len(self._blocks):
+            raise IndexError(f"there is no RAM block {block}")
         return self._blocks[block][1]
 
     def set_present(self, block: int, present: Bitmap) -> None:

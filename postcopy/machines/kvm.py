@@ -123,11 +123,13 @@ class KvmMachine(Machine):
                 memory = Memory.create(backing, size_bytes)
                 undo.callback(memory.drop)
                 self._blocks.append(RamBlock(name, memory, number))
-            self._machine = self._open()
-            for block in self._blocks:
-                block.memory.acquire("machine")
+            machine = self._open()
+            undo.callback(lib.pc_kvm_close, machine, round(_CLOSE_TIMEOUT_S * 1000))
+            self._bell = _Bell(lib.pc_kvm_event_fd(machine))
             undo.pop_all()
-        self._bell = _Bell(lib.pc_kvm_event_fd(self._machine))
+        for block in self._blocks:
+            block.memory.acquire("machine")
+        self._machine = machine
 
     @classmethod
     def create(cls, options: KvmOptions) -> KvmMachine:
@@ -463,6 +465,10 @@ class _Disk:
     """The backing file of the machine's block device, opened for O_DIRECT."""
 
     def __init__(self, path: str | None, size_bytes: int) -> None:
+        if path is not None and ("\0" in path or not path):
+            raise ConfigurationError(f"disk {path!r}: not the name of a file")  # C would take what is before the null
+        if not 0 < size_bytes < 1 << 62:
+            raise ConfigurationError(f"a disk cannot have {size_bytes} bytes")
         self.size_bytes = size_bytes
         self._temporary = path is None
         if path is None:
@@ -470,10 +476,7 @@ class _Disk:
             os.close(fd)
         self.path = os.path.abspath(path)
         line = ErrorLine()
-        try:
-            fd = lib.pc_disk_open(os.fsencode(self.path), size_bytes, line.buffer, line.size)
-        except ValueError as error:  # a path with a zero byte in it
-            raise ConfigurationError(f"disk {path!r}: {error}") from error
+        fd = lib.pc_disk_open(os.fsencode(self.path), size_bytes, line.buffer, line.size)
         if fd < 0:
             self._remove()
             raise ConfigurationError(f"disk {self.path}: {str(line) or os.strerror(-fd)}")

@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pager and page server, over loopback TCP in one process.
+
+What touches missing memory runs in a child process with a deadline: this file started with the name of a case.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from postcopy._errors import BusyError, CoreError
+from postcopy._native import ffi, lib
+from postcopy.bitmap import Bitmap
+from postcopy.memory import Memory, page_bytes_of
+from postcopy.pager import ChannelKind, Event, EventType, Pager, PagerStatistics, Stage
+from postcopy.pageserver import PageServer, PageServerStatistics
+from postcopy.uffd import UffdFeature, probe
+
+PAGE = page_bytes_of("memfd")
+DEADLINE_S = 60
+
+Case = Callable[[], Awaitable[None]]
+CASES: dict[str, Case] = {}
+
+
+def case(function: Case) -> Case:
+    CASES[function.__name__] = function
+    return function
+
+
+def run_child(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "dev", "-W", "error", __file__, name, *arguments]
+    return subprocess.run(command, timeout=DEADLINE_S, capture_output=True, text=True, check=False)
+
+
+def passes(name: str, *arguments: str) -> None:
+    result = run_child(name, *arguments)
+    assert result.returncode == 0, f"{result.returncode}\n{result.stdout}{result.stderr}"
+    assert "ResourceWarning" not in result.stderr
+
+
+def tcp_pair() -> tuple[int, int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        one = socket.create_connection(listener.getsockname())
+        two, _ = listener.accept()
+        return one.detach(), two.detach()
+
+
+def touch(memory: Memory, page: int) -> int:
+    """CRC32C of a page, read by C without the GIL: faults where it is missing, in the calling thread."""
+    address = ffi.cast("char *", memory.address + page * PAGE)
+    return int(lib.pc_crc32c(0, address, PAGE))
+
+
+async def touch_in_thread(memory: Memory, page: int) -> int:
+    return await trio.to_thread.run_sync(touch, memory, page, abandon_on_cancel=True)
+
+
+def fill(memory: Memory, pages: dict[int, bytes]) -> None:
+    with tempfile.TemporaryFile() as file:
+        file.truncate(memory.size_bytes)
+        for page, content in pages.items():
+            file.seek(page * PAGE)
+            file.write(content)
+        file.flush()
+        memory.load(file.fileno())
+
+
+def content(pages: int, seed: int = 1) -> dict[int, bytes]:
+    """Every third page has something in it."""
+    source = random.Random(seed)
+    return {page: source.randbytes(PAGE) for page in range(0, pages, 3)}
+
+
+@dataclasses.dataclass
+class Pair:
+    source: Memory
+    destination: Memory
+    server: PageServer
+    pager: Pager
+
+    def connect_urgent(self) -> None:
+        ours, theirs = tcp_pair()
+        self.pager.attach_urgent(0, ours)
+        self.server.attach_urgent(0, theirs)
+
+    def connect_bulk(self) -> None:
+        ours, theirs = tcp_pair()
+        self.pager.attach_bulk(0, ours)
+        self.server.attach_bulk(0, theirs)
+
+
+@asynccontextmanager
+async def pair(pages: int, *, kind: str = "memfd", present: bool = True) -> AsyncIterator[Pair]:
+    """Armed memory beside its source, no channel yet."""
+    source, destination = Memory.create("memfd", pages * PAGE), Memory.create(kind, pages * PAGE)
+    fill(source, content(pages))
+    async with PageServer() as server, Pager() as pager:
+        assert server.add_block(source) == pager.add_block(destination) == 0
+        if present:
+            server.set_present(0, source.present())
+            pager.set_zero(0, source.present().inverted())
+        assert pager.add_shard() == 0
+        pager.arm(0, 0, 0, pages)
+        yield Pair(source, destination, server, pager)
+    source.close()
+    destination.close()
+
+
+async def next_event(events: AsyncIterator[Event], wanted: EventType) -> Event:
+    async for event in events:
+        if event.type is wanted:
+            return event
+    raise AssertionError("the stream of events has ended")
+
+
+# ---- in the child
+
+
+@case
+async def everything_arrives() -> None:
+    kind, present = sys.argv[2], sys.argv[3] == "present"
+    pages = 3000
+    async with pair(pages, kind=kind, present=present) as both:
+        expected = [lib.pc_crc32c(0, bytes(page), PAGE) for page in (content(pages)[0], bytes(PAGE))]
+        both.pager.track_thread(0, 0)
+        both.connect_urgent()
+
+        def tracked() -> list[int]:
+            both.pager.track_thread(0, threading.get_native_id())
+            return [touch(both.destination, page) for page in (0, 1)]
+
+        # Requests wait until the source has been started.
+        async with trio.open_nursery() as nursery:
+
+            async def check_first() -> None:
+                assert await trio.to_thread.run_sync(tracked) == expected
+
+            nursery.start_soon(check_first)
+            both.server.start()
+        statistics = both.pager.statistics()
+        assert statistics.demand_pages >= 1
+        assert statistics.faults >= 2
+        assert statistics.pending_faults == 0
+        assert both.pager.received(0)[0]
+        assert both.pager.latency(Stage.TOTAL).count >= 1
+        assert 0 < both.pager.latency(Stage.RECEIVED).percentile(50) <= both.pager.latency().max_ns
+        assert both.pager.blocktime_ns()[0] > 0
+
+        both.connect_bulk()
+        await next_event(both.pager.events(), EventType.COMPLETE)
+        statistics = both.pager.statistics()
+        assert statistics.resident_pages == statistics.total_pages == pages
+        assert statistics.resident_bytes == statistics.total_bytes == pages * PAGE
+        assert statistics.demand_pages + statistics.background_pages == len(content(pages))
+        assert both.pager.received(0) == Bitmap.full(pages)
+        await both.pager.disarm()
+        assert both.destination.digest() == both.source.digest()
+        # What is zero costs no memory.
+        assert both.destination.resident_bytes() <= (len(content(pages)) + 1) * PAGE
+        assert both.server.statistics().bytes_sent >= statistics.bytes_received
+
+
+@case
+async def missing_pages_can_be_asked_for() -> None:
+    async with pair(600) as both:
+        both.connect_urgent()
+        both.server.start()
+        assert both.pager.request_missing(10_000) > 0
+        await next_event(both.pager.events(), EventType.COMPLETE)
+        await both.pager.disarm()
+        assert both.destination.digest() == both.source.digest()
+
+
+@case
+async def a_lost_channel_can_be_replaced() -> None:
+    async with pair(600) as both:
+        both.connect_urgent()
+        events = both.pager.events()
+        async with trio.open_nursery() as nursery:
+            found: list[int] = []
+
+            async def toucher() -> None:
+                found.append(await touch_in_thread(both.destination, 3))
+
+            nursery.start_soon(toucher)
+            # The server is not started, so the request is on its way when the channel ends.
+            while not both.pager.statistics().requests:
+                await trio.lowlevel.checkpoint()
+            await both.server.disconnect()
+            event = await next_event(events, EventType.CHANNEL_DOWN)
+            assert event.channel_kind is ChannelKind.URGENT
+            assert event.channel == 0
+            assert both.pager.statistics().pending_faults == 1
+            assert not found
+            both.connect_urgent()
+            both.server.start()
+        assert found == [lib.pc_crc32c(0, content(600)[3], PAGE)]
+
+
+@case
+async def unregistering_what_is_missing_is_refused() -> None:
+    async with pair(30) as both:
+        with pytest.raises(BusyError):
+            await both.pager.disarm()
+        with pytest.raises(BusyError):
+            both.destination.close()
+
+
+@case
+async def what_never_comes_is_poisoned() -> None:
+    async with pair(30) as both:
+        with pytest.raises(BusyError):
+            await both.pager.disarm()
+        both.destination.acquire("test")  # keep it mapped
+        await both.pager.close()
+        assert touch(both.destination, 1) == lib.pc_crc32c(0, bytes(PAGE), PAGE)  # known to be zero
+        touch(both.destination, 3)  # SIGBUS
+        os._exit(3)
+
+
+@case
+async def blocked_threads_are_released_by_close_with_an_error() -> None:
+    """A system call, that is, whose fault cannot be served any more: EFAULT, not zeros."""
+    async with pair(30) as both:
+        results: list[int] = []
+        pipe_out, pipe_in = os.pipe()
+
+        def write_missing() -> None:
+            try:
+                results.append(os.write(pipe_in, ffi.buffer(ffi.cast("char *", both.destination.address), PAGE)))
+            except OSError as error:
+                results.append(-(error.errno or 0))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, write_missing)
+            while not both.pager.statistics().pending_faults:
+                await trio.lowlevel.checkpoint()
+            await both.pager.close()
+        assert results == [-errno.EFAULT]
+        os.close(pipe_in)
+        os.close(pipe_out)
+
+
+@case
+async def a_cancelled_close_still_closes() -> None:
+    source = Memory.create("memfd", PAGE)
+    pager, server = Pager(), PageServer()
+    pager.add_block(source)
+    server.add_block(source)
+    pager.add_shard()
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        try:
+            await pager.close()
+        finally:
+            await server.close()
+    assert scope.cancelled_caught
+    source.close()
+    await pager.close()
+    await server.close()
+
+
+@case
+async def a_shrinking_image_is_a_named_error() -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(os.urandom(64 * PAGE + 5))
+        file.flush()
+        source = Memory.from_file(file.name)
+        destination = Memory.create("memfd", source.size_bytes)
+        async with PageServer() as server, Pager() as pager:
+            server.add_block(source, PAGE)
+            pager.add_block(destination)
+            pager.add_shard()
+            pager.arm(0, 0, 0, 65)
+            both = Pair(source, destination, server, pager)
+            both.connect_urgent()
+            server.start()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(touch_in_thread, destination, 64)  # the last page, which is 5 bytes long
+                while not pager.received(0)[64]:
+                    await trio.lowlevel.checkpoint()
+            os.truncate(file.name, PAGE)
+            both.connect_bulk()
+            event = await next_event(server.events(), EventType.FATAL)
+            assert "shorter" in event.text
+            assert event.error == errno.EIO
+        source.close()
+        destination.close()
+
+
+needs_userfaultfd = pytest.mark.needs("userfaultfd")
+
+
+@needs_userfaultfd
+@pytest.mark.parametrize("kind", ["memfd", "anon"])
+@pytest.mark.parametrize("present", ["present", "unknown"])
+def test_everything_arrives(kind: str, present: str) -> None:
+    passes("everything_arrives", kind, present)
+
+
+@needs_userfaultfd
+@pytest.mark.parametrize(
+    "name",
+    [
+        "missing_pages_can_be_asked_for",
+        "a_lost_channel_can_be_replaced",
+        "unregistering_what_is_missing_is_refused",
+        "a_cancelled_close_still_closes",
+        "a_shrinking_image_is_a_named_error",
+    ],
+)
+def test_case(name: str) -> None:
+    passes(name)
+
+
+def has_poison() -> bool:
+    return UffdFeature.POISON in probe().features
+
+
+@needs_userfaultfd
+def test_what_never_comes_is_never_zeros() -> None:
+    if not has_poison():
+        pytest.skip("this kernel has no UFFDIO_POISON (Linux 6.6)")
+    result = run_child("what_never_comes_is_poisoned")
+    assert result.returncode == -signal.SIGBUS, result.stderr
+    passes("blocked_threads_are_released_by_close_with_an_error")
+
+
+# ---- without faults
+
+
+@pytest.mark.parametrize(
+    ("struct", "mirror"),
+    [("struct pc_pager_stats", PagerStatistics), ("struct pc_pageserver_stats", PageServerStatistics)],
+)
+def test_statistics_mirror_the_struct(struct: str, mirror: type) -> None:
+    names = [name for name, _ in ffi.typeof(struct).fields]
+    assert names == [field.name for field in dataclasses.fields(mirror)]
+
+
+async def test_waiting_for_events_ends_with_the_pager(autojump_clock: trio.testing.MockClock) -> None:
+    pager, server = Pager(), PageServer()
+    ended: list[str] = []
+
+    async def follow(owner: Pager | PageServer) -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await owner.events().__anext__()
+        ended.append(type(owner).__name__)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(follow, pager)
+        nursery.start_soon(follow, server)
+        await trio.testing.wait_all_tasks_blocked()
+        await pager.close()
+        await server.close()
+    assert sorted(ended) == ["PageServer", "Pager"]
+    for owner in (pager, server):
+        with pytest.raises(trio.ClosedResourceError):
+            owner.events()
+        with pytest.raises(trio.ClosedResourceError):
+            owner.statistics()
+        with pytest.raises(trio.ClosedResourceError):
+            await owner.disconnect()
+
+
+async def test_a_descriptor_that_cannot_be_attached_is_closed() -> None:
+    async def is_closed(attach: Callable[[int], None], error: type[Exception]) -> None:
+        ours, theirs = tcp_pair()
+        with pytest.raises(error):
+            attach(ours)
+        with pytest.raises(OSError) as caught:
+            os.fstat(ours)
+        assert caught.value.errno == errno.EBADF
+        os.close(theirs)
+
+    async with Pager() as pager, PageServer() as server:
+        await is_closed(lambda fd: pager.attach_urgent(0, fd), CoreError)  # no such shard
+        await is_closed(lambda fd: pager.attach_urgent(-1, fd), ValueError)
+        await is_closed(lambda fd: pager.attach_bulk(10_000, fd), CoreError)
+        await is_closed(lambda fd: server.attach_urgent(10_000, fd), CoreError)
+        await is_closed(lambda fd: server.attach_bulk(-1, fd), ValueError)
+    await is_closed(lambda fd: pager.attach_bulk(0, fd), trio.ClosedResourceError)
+    await is_closed(lambda fd: server.attach_bulk(0, fd), trio.ClosedResourceError)
+
+
+async def test_maps_of_another_length_never_reach_the_core() -> None:
+    with Memory.create("memfd", 10 * PAGE) as memory:
+        async with Pager() as pager, PageServer(1 << 20) as server:
+            pager.add_block(memory)
+            server.add_block(memory)
+            server.set_bandwidth(0)
+            for length in (9, 11):
+                with pytest.raises(ValueError, match=f"{length} pages"):
+                    pager.set_zero(0, Bitmap(length))
+                with pytest.raises(ValueError, match=f"{length} pages"):
+                    server.set_present(0, Bitmap(length))
+            for block in (-1, 1):
+                for ask in (pager.received, server.block_pages):
+                    with pytest.raises(IndexError):
+                        ask(block)
+            with pytest.raises(CoreError):
+                server.add_block(memory, 3000)
+
+
+async def test_events_read_well() -> None:
+    event = Event(EventType.CHANNEL_DOWN, ChannelKind.BULK, 2, errno.EPIPE, "Broken pipe")
+    assert str(event) == "channel-down bulk 2: Broken pipe"
+    assert str(Event(EventType.COMPLETE)) == "complete"
+
+
+if __name__ == "__main__":
+
+    async def main() -> None:
+        with trio.fail_after(DEADLINE_S - 5):
+            await CASES[sys.argv[1]]()
+
+    trio.run(main)
