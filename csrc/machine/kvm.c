@@ -410,8 +410,11 @@ static void *vcpu_thread(void *argument)
 {
     struct pc_vcpu *vcpu = argument;
     struct pc_kvm *machine = vcpu->machine;
+    char name[16];
     sigset_t set;
 
+    snprintf(name, sizeof name, "pc-vcpu%u", vcpu->index);
+    pthread_setname_np(pthread_self(), name);
     sigfillset(&set);
     sigdelset(&set, kick_signal);
     sigdelset(&set, SIGBUS);
@@ -613,8 +616,6 @@ static int set_up(struct pc_kvm *machine, char *error, size_t error_bytes)
     rc = check_features(machine, error, error_bytes);
     if (!rc)
         rc = get_host_cpuid(machine, error, error_bytes);
-    if (!rc)
-        rc = pc_disk_geometry(machine, error, error_bytes);
     if (rc)
         return rc;
     /* Pages that older Intel processors need for real mode, inside the hole; before the first vCPU. AMD ignores them. */
@@ -672,7 +673,10 @@ int pc_kvm_open(const struct pc_kvm_config *config, struct pc_kvm **out, char *e
     pthread_cond_init(&machine->changed, &attributes);
     pthread_condattr_destroy(&attributes);
 
+    /* What is wrong with the configuration is said first, on hosts without KVM too. */
     rc = pc_layout_make(config, &machine->layout, error, error_bytes);
+    if (!rc)
+        rc = pc_disk_geometry(machine, error, error_bytes);
     if (!rc)
         rc = set_up(machine, error, error_bytes);
     if (rc) {
@@ -683,11 +687,12 @@ int pc_kvm_open(const struct pc_kvm_config *config, struct pc_kvm **out, char *e
     return 0;
 }
 
-/* Under the lock: true when nobody is left for whom `done` does not hold, false at the deadline. */
+/* Under the lock: true when every thread has ended (`gone`) or is at least parked; false at the deadline. */
 static bool wait_for_vcpus(struct pc_kvm *machine, uint32_t timeout_ms, bool gone)
 {
     uint64_t until_ns = pc_machine_now_ns() + timeout_ms * 1000000ull;
     struct timespec until = { .tv_sec = (time_t)(until_ns / 1000000000u), .tv_nsec = (long)(until_ns % 1000000000u) };
+    bool late = false;
 
     for (;;) {
         uint32_t waiting = 0;
@@ -696,10 +701,9 @@ static bool wait_for_vcpus(struct pc_kvm *machine, uint32_t timeout_ms, bool gon
             bool is_gone = !vcpu->has_thread || atomic_load(&vcpu->activity) == PC_VCPU_GONE;
             waiting += !(is_gone || (!gone && vcpu->parked));
         }
-        if (waiting == 0)
-            return true;
-        if (pthread_cond_timedwait(&machine->changed, &machine->lock, &until) == ETIMEDOUT && timeout_ms != UINT32_MAX)
-            return false;
+        if (waiting == 0 || late)
+            return waiting == 0;
+        late = pthread_cond_timedwait(&machine->changed, &machine->lock, &until) == ETIMEDOUT;
     }
 }
 

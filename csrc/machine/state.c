@@ -88,10 +88,12 @@ static const struct {
     [TSC_KHZ] = { "TSCK", true, false, sizeof(uint64_t), sizeof(uint64_t), 1 },
 };
 
+#define MSR_TSC 0x10u
+
 /* Moved or refused. The base registers of FS and GS, and EFER, are in SREG. The time stamp counter first, so that it
  * stands still between the hosts as briefly as can be. */
 static const uint32_t needed_msrs[] = {
-    0x10,       /* TSC */
+    MSR_TSC,
     0x174,      /* SYSENTER_CS */
     0x175,      /* SYSENTER_ESP */
     0x176,      /* SYSENTER_EIP */
@@ -565,8 +567,14 @@ static int load_msrs(const struct pc_vcpu *vcpu, const struct found *section, ch
         uint64_t now;
 
         memcpy(&msr, section->payload + at, sizeof msr);
-        if (set_msr(vcpu->fd, msr.index, msr.value) == 0 || !is_needed_msr(msr.index))
+        if (set_msr(vcpu->fd, msr.index, msr.value) == 0 || !is_needed_msr(msr.index)) {
+            /* A KVM that cannot offset the counter takes the value and forgets it. Ahead of the guest's time is well; behind it
+             * the guest would see time run backwards. */
+            if (msr.index == MSR_TSC && get_msr(vcpu->fd, MSR_TSC, &now) == 0 && now < msr.value)
+                return pc_machine_error(error, error_bytes, -ENOTSUP, "vCPU %u: this host's KVM cannot set the time stamp "
+                                        "counter, and it is behind the machine's", vcpu->index);
             continue;
+        }
         /* Read-only, but right already? */
         if (get_msr(vcpu->fd, msr.index, &now) || now != msr.value)
             return pc_machine_error(error, error_bytes, -ENOTSUP, "vCPU %u: this host refuses MSR 0x%x = 0x%llx", vcpu->index,

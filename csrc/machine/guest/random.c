@@ -4,7 +4,8 @@
  * from the shared ones, which all vCPUs change under a lock word in the page itself.
  *
  * The sequence is a function of seed and vCPU only, so the machine can replay it from outside and knows the exact
- * count that every page must have. The generator's state lives in XMM7 from one operation to the next.
+ * count that every page must have. The generator's state lives in XMM7 while a page is changed, which is most of the time,
+ * and therefore when the machine is moved.
  */
 #include "guest.h"
 
@@ -77,13 +78,13 @@ void workload(struct pcg_vcpu *v)
             state[1] = boot->nonce;
         }
         state[0] = pcg_rng_next(state[0]);
+        xmm_load(state);
+        v->rng = state[0];
         i = pcg_rng_below(state[0], private_pages + shared_pages);
         if (i < private_pages)
             change_page(v, private_gva + i * PCG_PAGE_BYTES, 0);
         else
             change_page(v, shared_gva + (i - private_pages) * PCG_PAGE_BYTES, 1);
-        xmm_load(state);
-        v->rng = state[0];
         v->operations++;
         if ((v->operations & 255) == 0)
             report_mark(v);
