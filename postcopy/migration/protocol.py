@@ -338,7 +338,7 @@ def encode(message: Message, limit: int = MAX_MESSAGE_BYTES) -> bytes:
     body: dict[str, Any] = {"type": message.TYPE}
     for item in fields(message):
         body[_wire_name(item)] = _plain(getattr(message, item.name))
-    packed = cast(bytes, msgpack.packb(body, use_bin_type=True))
+    packed: bytes = msgpack.packb(body, use_bin_type=True)
     if len(packed) > limit:
         raise ProtocolError(f"{message.TYPE}: {len(packed)} bytes are more than a message may have ({limit})")
     return len(packed).to_bytes(LENGTH_BYTES, "big") + packed

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `postcopy` command.
+
+Exit status: 0 when what was asked has happened, 1 when it has not, 2 when it was asked in a way that makes no
+sense. An error meant for a person is one line on stderr, ``postcopy: error: ...``; a traceback is a mistake in this
+package.
+
+Ctrl-C and SIGTERM mean: end in order, now. Where a command runs until it is interrupted (a destination without
+``--run-for``, a source that serves for ever), that is how it succeeds. A second signal does not wait for the order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import math
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NoReturn
+
+import trio
+
+from postcopy import __version__
+from postcopy._errors import ConfigurationError, PostcopyError
+from postcopy.bench import add_arguments as add_bench_arguments
+from postcopy.bench import run as run_bench
+from postcopy.commands import DestinationCommand, SourceCommand
+from postcopy.demo import DemoCommand
+from postcopy.machines import BACKINGS, KINDS, WORKLOADS, MachineOptions
+from postcopy.memory import parse_size
+from postcopy.migration.channels import parse_address
+from postcopy.migration.protocol import MAX_BULK_CHANNELS, one_line
+from postcopy.migration.source import SourceOptions
+from postcopy.progress import LogHandler, Output, make_output
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{one_line(message)} (see `{self.prog} --help`)")
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return value
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) < 21 and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _bandwidth(text: str) -> int:
+    value = _size(text.removesuffix("/s"))
+    if not 0 < value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a bandwidth; write for instance 100MiB/s")
+    return value
+
+
+def _serve(text: str) -> float:
+    return math.inf if text == "forever" else _whole(1, 1_000_000)(text)
+
+
+def _add_machine_arguments(parser: argparse.ArgumentParser, machine: str | None) -> None:
+    group = parser.add_argument_group("the machine")
+    group.add_argument("--machine", choices=KINDS, required=machine is None, default=machine, help="what to migrate")
+    group.add_argument("--memory", type=_size, metavar="SIZE", help="kvm: its memory, as 1GiB")
+    group.add_argument("--vcpus", type=_whole(0, 1000), metavar="N", help="kvm: its virtual CPUs")
+    group.add_argument("--workload", choices=tuple(WORKLOADS), help="kvm: what it computes")
+    group.add_argument("--working-set", type=_size, metavar="SIZE", help="kvm: how much memory it uses")
+    group.add_argument("--seed", type=_whole(0, 2**64 - 1), metavar="N", help="kvm: makes its pages reproducible")
+    group.add_argument("--disk", metavar="FILE", help="kvm, workload disk: backing file, which both hosts must have")
+    group.add_argument("--image", metavar="FILE", help="image: the file")
+
+
+def _add_engine_arguments(parser: argparse.ArgumentParser, *, source: bool, dest: bool) -> None:
+    group = parser.add_argument_group("the engine")
+    group.add_argument("--backing", choices=BACKINGS, default="memfd" if dest else None, help="what memory is made of")
+    group.add_argument(
+        "--busy-poll", type=_whole(0, 1_000_000), default=0, metavar="MICROSECONDS",
+        help="spin so long before sleeping on an urgent channel",
+    )  # fmt: skip
+    if source:
+        group.add_argument("--bulk-channels", type=_whole(1, MAX_BULK_CHANNELS), default=1, metavar="N")
+        group.add_argument(
+            "--max-bandwidth", type=_bandwidth, default=0, metavar="RATE",
+            help="of the background push, as 100MiB/s; requested pages are never held up",
+        )  # fmt: skip
+
+
+def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="one JSON object a line on stdout, the result last")
+    group.add_argument("-v", "--verbose", action="store_const", const="info", dest="log_level", help="--log-level info")
+    group.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
+
+
+def _add_peer_arguments(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--listen", metavar="HOST:PORT", help="wait for the other side here; port 0: any")
+    where.add_argument("--connect", metavar="HOST:PORT", help="the other side listens there")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="postcopy",
+        description="Moves the memory of a running machine after the machine has moved.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"postcopy {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    source = commands.add_parser(
+        "source", help="run a machine, or hold an image, and migrate it away", allow_abbrev=False
+    )
+    _add_peer_arguments(source)
+    _add_machine_arguments(source, None)
+    _add_engine_arguments(source, source=True, dest=False)
+    source.add_argument(
+        "--migrate-after", type=_seconds, default=0.0, metavar="SECONDS",
+        help="let the machine compute so long after it is ready (default 0)",
+    )  # fmt: skip
+    source.add_argument(
+        "--serve", type=_serve, default=1, metavar="N|forever",
+        help="image with --listen: how many destinations to serve, also at the same time (default 1)",
+    )  # fmt: skip
+    source.add_argument(
+        "--on-failure", choices=("keep", "exit"), default="keep",
+        help="when a migration under way fails and the machine is still here: keep running it (default), or end",
+    )  # fmt: skip
+    _add_output_arguments(source)
+
+    dest = commands.add_parser("dest", help="receive what a source offers", allow_abbrev=False)
+    _add_peer_arguments(dest)
+    _add_engine_arguments(dest, source=False, dest=True)
+    dest.add_argument(
+        "--disk", metavar="FILE", help="where the machine's disk is on this host, if not as on the source"
+    )
+    _add_after_arguments(dest, run_for=None)
+    _add_output_arguments(dest)
+
+    demo = commands.add_parser("demo", help="both sides on this host, verified", allow_abbrev=False)
+    _add_machine_arguments(demo, "kvm")
+    _add_engine_arguments(demo, source=True, dest=True)
+    demo.add_argument("--migrate-after", type=_seconds, default=1.0, metavar="SECONDS")
+    _add_after_arguments(demo, run_for=2.0)
+    demo.add_argument(
+        "--deadline", type=_seconds, default=300.0, metavar="SECONDS", help="give up after so long (default 300)"
+    )
+    _add_output_arguments(demo)
+
+    bench = commands.add_parser(
+        "bench", help="measure, each figure against its floor in the same run", allow_abbrev=False
+    )
+    add_bench_arguments(bench)
+    return parser
+
+
+def _add_after_arguments(parser: argparse.ArgumentParser, run_for: float | None) -> None:
+    parser.add_argument(
+        "--run-for", type=_seconds, default=run_for, metavar="SECONDS",
+        help="a live machine runs so long here, and until its last page has come, and is then paused and ended"
+        + (" (default: until interrupted)" if run_for is None else f" (default {run_for:g})"),
+    )  # fmt: skip
+    parser.add_argument("--dump", metavar="FILE", help="write the memory there at the end, sparse where it is zero")
+    parser.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=True,
+        help="check all memory at the end, by what is known of the machine (default: yes)",
+    )  # fmt: skip
+
+
+def machine_options(args: argparse.Namespace) -> MachineOptions:
+    return MachineOptions(
+        memory_bytes=args.memory,
+        vcpus=args.vcpus,
+        workload=args.workload,
+        backing=args.backing if args.machine != "image" else None,
+        working_set_bytes=args.working_set,
+        seed=args.seed,
+        disk=args.disk,
+        image=args.image,
+    )
+
+
+def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Event], Awaitable[bool]]:
+    if args.command == "demo":
+        return DemoCommand(args, output).run
+    listen = parse_address(args.listen, listening=True) if args.listen is not None else None
+    connect = parse_address(args.connect) if args.connect is not None else None
+    if args.command == "source":
+        if args.serve != 1 and (args.machine != "image" or listen is None):
+            raise ConfigurationError("--serve goes with --machine image and --listen only")
+        return SourceCommand(
+            args.machine,
+            machine_options(args),
+            SourceOptions(
+                bulk_channels=args.bulk_channels,
+                busy_poll_us=args.busy_poll,
+                max_bandwidth_bytes_per_s=args.max_bandwidth,
+            ),
+            output,
+            listen=listen,
+            connect=connect,
+            migrate_after_s=args.migrate_after,
+            serve=args.serve,
+            keep=args.on_failure == "keep",
+        ).run
+    return DestinationCommand(
+        output,
+        listen=listen,
+        connect=connect,
+        backing=args.backing,
+        disk=args.disk,
+        busy_poll_us=args.busy_poll,
+        run_for_s=args.run_for,
+        dump=args.dump,
+        verify=args.verify,
+    ).run
+
+
+async def _with_signals(command: Callable[[trio.Event], Awaitable[bool]]) -> bool:
+    """Runs a command; the first signal asks it to end, the second one ends it."""
+    stop = trio.Event()
+    done = False
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def listen() -> None:
+                async for number in signals:
+                    logging.getLogger(__name__).info("%s: ending in order", signal.Signals(number).name)
+                    if stop.is_set():
+                        nursery.cancel_scope.cancel()
+                    stop.set()
+
+            nursery.start_soon(listen)
+            done = await command(stop)
+            nursery.cancel_scope.cancel()
+    return done
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script: the exit status."""
+    try:
+        args = make_parser().parse_args(argv)
+        if args.command == "bench":
+            return run_bench(args)
+        output = make_output(args.json)
+        logging.basicConfig(level=args.log_level.upper(), handlers=[LogHandler(output)], force=True)
+        command = _make_command(args, output)
+        return EXIT_OK if trio.run(_with_signals, command, strict_exception_groups=True) else EXIT_FAILED
+    except ConfigurationError as error:
+        _complain(error)
+        return EXIT_USAGE
+    except PostcopyError as error:
+        _complain(error)
+        return EXIT_FAILED
+    except KeyboardInterrupt:  # before or after the signal receiver
+        return EXIT_FAILED
+    except BaseExceptionGroup as group:
+        known, unknown = group.split(PostcopyError)
+        if unknown is not None or known is None:
+            raise
+        first = _first(known)
+        _complain(first)
+        return EXIT_USAGE if isinstance(first, ConfigurationError) else EXIT_FAILED
+
+
+def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+    first: BaseException = group
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first
+
+
+def _complain(error: BaseException) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it; the status says it too
+        print(f"postcopy: error: {one_line(str(error), 2000)}", file=sys.stderr)

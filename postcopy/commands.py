@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`postcopy source` and `postcopy dest`: the engines, with a beginning and an end around them.
+
+A command's `run` takes the event that the first signal sets, and returns whether what was asked has happened.
+Errors that end it are `PostcopyError`s; the result has then been emitted already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+import trio
+
+from postcopy import report
+from postcopy._errors import MigrationError, PostcopyError
+from postcopy.machines import Check, Machine, MachineOptions, MachineStatistics, create_source
+from postcopy.migration._session import Interrupted, now_ns
+from postcopy.migration.channels import Address, CallingLink, Link, Reception
+from postcopy.migration.destination import DestinationMigration
+from postcopy.migration.protocol import State
+from postcopy.migration.source import SourceMigration, SourceOptions
+from postcopy.progress import Output
+
+log = logging.getLogger(__name__)
+
+MAX_SESSIONS = 16  # destinations served at the same time
+
+
+@contextlib.asynccontextmanager
+async def _reception(reception: Reception, output: Output, side: str) -> AsyncIterator[Reception]:
+    """A reception that serves as long as the block lasts."""
+    for address in reception.addresses:
+        output.emit("listening", {"side": side, "address": str(address)})
+        output.say(f"{side}: listening on {address}")
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reception.serve)
+            yield reception
+            nursery.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(shield=True):
+            await reception.close()
+
+
+class SourceCommand:
+    """Boots the machine, lets it compute, migrates it; and keeps running it when that fails."""
+
+    def __init__(
+        self,
+        kind: str,
+        machine_options: MachineOptions,
+        options: SourceOptions,
+        output: Output,
+        *,
+        listen: Address | None,
+        connect: Address | None,
+        migrate_after_s: float,
+        serve: float,
+        keep: bool,
+    ) -> None:
+        self._kind = kind
+        self._machine_options = machine_options
+        self._options = options
+        self._output = output
+        self._listen = listen
+        self._connect = connect
+        self._migrate_after_s = migrate_after_s
+        self._serve = serve
+        self._keep = keep
+        self._go = trio.Event()
+        self._shown: SourceMigration | None = None  # the latest migration
+        self._active = 0
+        self._completed = 0
+        self._failure: PostcopyError | None = None
+        self._overhead_bytes = 0
+
+    async def run(self, stop: trio.Event) -> bool:
+        machine: Machine | None = None
+        done = False
+        try:
+            machine = create_source(self._kind, self._machine_options)
+            async with contextlib.AsyncExitStack() as stack:
+                done = await self._run(machine, stop, stack)
+        except PostcopyError as error:
+            self._failure = self._failure or error
+        except BaseExceptionGroup as group:
+            known, unknown = group.split(PostcopyError)
+            if unknown is not None or known is None:
+                raise
+            self._failure = self._failure or _flatten(known)[0]
+        finally:
+            if machine is not None:
+                with trio.CancelScope(shield=True):
+                    statistics = machine.statistics()
+                    self._emit_result(machine, statistics, done)
+                    try:
+                        await machine.close()
+                    except PostcopyError as error:
+                        log.error("%s", error)
+            else:
+                self._output.emit("result", {"side": "source", "status": "failed", "error": str(self._failure)})
+        if not done and self._failure is not None:
+            raise self._failure
+        return done
+
+    async def _run(self, machine: Machine, stop: trio.Event, stack: contextlib.AsyncExitStack) -> bool:
+        # The connection first: an address that does not work should not cost a boot.
+        link: Link | None = None
+        reception: Reception | None = None
+        if self._connect is not None:
+            link = await CallingLink.open(self._connect, "source")
+            stack.push_async_callback(trio.aclose_forcefully, link.control)
+        else:
+            assert self._listen is not None
+            reception = await Reception.open(self._listen, "source", lambda waiting: self._vacancy(machine, waiting))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._output.follow, lambda: self._progress(machine))
+            nursery.start_soon(self._prepare, machine)
+            if link is not None:
+                done = await self._single(machine, link, stop)
+            else:
+                assert reception is not None
+                async with _reception(reception, self._output, "source"):
+                    done = await self._serve_all(machine, reception, stop)
+            self._overhead_bytes = max(self._overhead_bytes, report.overhead_bytes(machine))
+            nursery.cancel_scope.cancel()
+        return done
+
+    def _progress(self, machine: Machine) -> report.Json:
+        self._overhead_bytes = max(self._overhead_bytes, report.overhead_bytes(machine))
+        return report.source_progress(machine, self._shown)
+
+    def _emit_result(self, machine: Machine, statistics: MachineStatistics, done: bool) -> None:
+        result = report.source_result(machine, statistics, self._shown)
+        result["overhead-bytes"] = self._overhead_bytes
+        result["served"] = self._completed
+        if done and self._shown is None:
+            result["status"] = "completed"
+        if self._failure is not None and not done:
+            result["error"] = str(self._failure)
+            if result["status"] not in ("postcopy-paused", "cancelled"):
+                result["status"] = "failed"
+        self._output.emit("result", result)
+        if done:
+            self._output.say(f"source: {result['status']}, down for {result.get('downtime-ms', 0):g} ms")
+
+    async def _prepare(self, machine: Machine) -> None:
+        """From created to computing, ready to be migrated."""
+        await machine.boot()
+        await machine.resume()
+        await machine.wait_ready()
+        if machine.live:
+            await trio.sleep(self._migrate_after_s)
+        self._go.set()
+
+    def _vacancy(self, machine: Machine, waiting: int) -> str:
+        if self._active + waiting + self._completed >= self._serve:
+            return "busy with another destination" if self._active + waiting else "everything has been served"
+        return "too many destinations at the same time" if self._active + waiting >= MAX_SESSIONS else ""
+
+    # ---- connecting
+
+    async def _single(self, machine: Machine, link: Link, stop: trio.Event) -> bool:
+        migration = await self._migrate(machine, link, stop)
+        if migration.state is State.COMPLETED:
+            return True
+        assert migration.failure is not None
+        self._failure = migration.failure
+        if migration.may_run and machine.live and migration.was_ready and self._keep and not stop.is_set():
+            self._output.say(
+                f"source: migration failed: {migration.failure}; the machine goes on here until interrupted"
+            )
+            await stop.wait()
+        return False
+
+    async def _migrate(self, machine: Machine, link: Link, stop: trio.Event) -> SourceMigration:
+        migration = SourceMigration(machine, link, self._options, on_change=self._output.kick)
+        self._shown = migration
+        self._output.kick()
+        hold = machine.live or self._connect is not None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._announce, migration, stop)
+            await migration.run(self._go, stop, hold=hold)
+            nursery.cancel_scope.cancel()
+        if migration.failure is not None:
+            fields = {"side": "source", "status": migration.status, "error": str(migration.failure)}
+            self._output.emit("migration-failed", fields)
+        return migration
+
+    async def _announce(self, migration: SourceMigration, stop: trio.Event) -> None:
+        """Says aloud when nobody may run the machine any more here and nobody can say what became of it there."""
+        await migration.paused.wait()
+        self._output.say(
+            f"postcopy: PAUSED: {migration.failure}; the machine belongs to the destination, its missing pages are kept"
+            " here until this process is interrupted"
+        )
+
+    # ---- listening
+
+    async def _serve_all(self, machine: Machine, reception: Reception, stop: trio.Event) -> bool:
+        """Until as many destinations have been served as were asked for."""
+        enough = trio.Event()
+
+        async def session(link: Link) -> None:
+            try:
+                migration = await self._migrate(machine, link, stop)
+            finally:
+                self._active -= 1
+            if migration.state is State.COMPLETED:
+                self._completed += 1
+                if self._completed >= self._serve:
+                    enough.set()
+            elif not stop.is_set():
+                self._output.say(f"source: migration to {link.peer} failed: {migration.failure}")
+            if machine.live and migration.failure is not None and not (migration.may_run and self._keep):
+                self._failure = migration.failure
+                enough.set()
+
+        async def interruption() -> None:
+            await stop.wait()
+            enough.set()
+
+        async with trio.open_nursery() as sessions:  # each ends by itself, or by `stop`
+
+            async def take() -> None:
+                while True:
+                    link = await reception.next_link()
+                    self._active += 1
+                    sessions.start_soon(session, link)
+
+            async with trio.open_nursery() as desk:
+                desk.start_soon(take)
+                desk.start_soon(interruption)
+                await enough.wait()
+                desk.cancel_scope.cancel()
+        if self._serve == float("inf"):
+            return self._failure is None
+        done = self._completed >= self._serve
+        if not done and self._failure is None:
+            self._failure = Interrupted(f"interrupted after {self._completed} of {self._serve:g} destinations")
+        return done
+
+
+class DestinationCommand:
+    """Receives one machine and, when all of it is here, does with it what was asked."""
+
+    def __init__(
+        self,
+        output: Output,
+        *,
+        listen: Address | None,
+        connect: Address | None,
+        backing: str,
+        disk: str | None,
+        busy_poll_us: int,
+        run_for_s: float | None,
+        dump: str | None,
+        verify: bool,
+    ) -> None:
+        self._output = output
+        self._listen = listen
+        self._connect = connect
+        self._backing = backing
+        self._disk = disk
+        self._busy_poll_us = busy_poll_us
+        self._run_for_s = run_for_s
+        self._dump = dump
+        self._verify = verify
+        self._migration: DestinationMigration | None = None
+        self._taken = False
+        self._check: Check | None = None
+        self._dumped: str | None = None
+        self._failure: PostcopyError | None = None
+        self._overhead_bytes = 0
+
+    async def run(self, stop: trio.Event) -> bool:
+        done = False
+        statistics: MachineStatistics | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._output.follow, self._progress)
+                try:
+                    done = await self._run(stop)
+                except PostcopyError as error:
+                    self._failure = error
+                if self._migration is not None and self._migration.machine is not None:
+                    statistics = self._migration.machine.statistics()
+                nursery.cancel_scope.cancel()
+        finally:
+            if self._migration is not None:
+                await self._migration.close()
+            self._emit_result(statistics, done)
+        if not done and self._failure is not None:
+            raise self._failure
+        return done
+
+    def _progress(self) -> report.Json:
+        machine = self._migration.machine if self._migration else None
+        self._overhead_bytes = max(self._overhead_bytes, report.overhead_bytes(machine))
+        return report.destination_progress(self._migration)
+
+    def _emit_result(self, statistics: MachineStatistics | None, done: bool) -> None:
+        result = report.destination_result(self._migration, statistics, self._check, self._dumped)
+        result["overhead-bytes"] = self._overhead_bytes
+        if self._failure is not None and not done:
+            result["error"] = str(self._failure)
+            if result["status"] in ("setup", "active"):
+                result["status"] = "failed"
+        self._output.emit("result", result)
+        if done:
+            self._output.say(f"dest: {result['status']}, verified: {result['verified']}")
+
+    async def _run(self, stop: trio.Event) -> bool:
+        if self._connect is not None:
+            migration = await self._receive(await CallingLink.open(self._connect, "dest"), stop)
+        else:
+            assert self._listen is not None
+            reception = await Reception.open(self._listen, "dest", self._vacancy)
+            async with _reception(reception, self._output, "dest"):
+                link = await _first_link(reception, stop)
+                self._taken = True
+                migration = await self._receive(link, stop)
+        if migration.state is not State.COMPLETED:
+            assert migration.failure is not None
+            raise migration.failure
+        assert migration.machine is not None
+        return await self._afterwards(migration, migration.machine, stop)
+
+    def _vacancy(self, waiting: int) -> str:
+        return "busy with another source" if self._taken or waiting else ""
+
+    async def _receive(self, link: Link, stop: trio.Event) -> DestinationMigration:
+        migration = self._migration = DestinationMigration(
+            link,
+            backing=self._backing,
+            disk=self._disk,
+            busy_poll_us=self._busy_poll_us,
+            on_change=self._output.kick,
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._announce, migration)
+            await migration.run(stop)
+            nursery.cancel_scope.cancel()
+        return migration
+
+    async def _announce(self, migration: DestinationMigration) -> None:
+        await migration.paused.wait()
+        figures = migration.figures()
+        self._output.say(
+            f"postcopy: PAUSED: {migration.failure}; the machine is kept,"
+            f" {figures.total_bytes - figures.resident_bytes}"
+            " bytes of it are missing, and whatever touches them waits, until this process is interrupted"
+        )
+
+    async def _afterwards(self, migration: DestinationMigration, machine: Machine, stop: trio.Event) -> bool:
+        """The whole machine is here: let it run as long as was asked, look at it, write it out."""
+        in_time = True
+        if machine.live:
+            ran_s = (now_ns() - migration.running_ns) / 1e9
+            with trio.move_on_after(float("inf") if self._run_for_s is None else max(0.0, self._run_for_s - ran_s)):
+                await stop.wait()
+                # Until interrupted: that was what was asked for, unless a time had been set.
+                in_time = self._run_for_s is None
+        if not in_time:
+            raise Interrupted(f"interrupted before it had run here for {self._run_for_s:g} s")
+        await machine.pause()
+        if self._verify:
+            self._output.say("dest: checking all memory")
+            self._check = await machine.verify()
+        if self._dump is not None:
+            await machine.dump(self._dump)
+            self._dumped = self._dump
+        migration.check_machine()
+        if migration.machine_failure:
+            raise MigrationError(f"the machine reports a failure: {migration.machine_failure}")
+        if self._check is not None and not self._check.ok:
+            raise MigrationError(f"the memory is not as it must be: {self._check.what}")
+        return True
+
+
+async def _first_link(reception: Reception, stop: trio.Event) -> Link:
+    """The first control connection. `Interrupted` when `stop` comes before."""
+    result: list[Link] = []
+    async with trio.open_nursery() as nursery:
+
+        async def wait() -> None:
+            result.append(await reception.next_link())
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(wait)
+        await stop.wait()
+        nursery.cancel_scope.cancel()
+    if not result:
+        raise Interrupted("interrupted before a source came")
+    return result[0]
+
+
+def _flatten(group: BaseExceptionGroup[PostcopyError]) -> list[PostcopyError]:
+    errors: list[PostcopyError] = []
+    for error in group.exceptions:
+        errors += _flatten(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return errors

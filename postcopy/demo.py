@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`postcopy demo`: a source and a destination as two processes on this host, a machine between them, and a verdict.
+
+The two run exactly what a user would run, and are told apart from outside only: the demo reads their JSON lines.
+Its own checks are those that need both sides: the machine at the destination is the very one that was booted at the
+source (the nonce that it made for itself, kept in its memory only), and it went on where it had been (its
+counters).
+
+Whatever happens, no process is left: the children are ended by the demo's own end, in order first, then by force.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from subprocess import PIPE, SubprocessError
+from typing import Any
+
+import trio
+from rich.console import Console
+from rich.table import Table
+
+from postcopy._errors import ConfigurationError, MigrationError, PostcopyError
+from postcopy.memory import format_size
+from postcopy.progress import Output
+
+Json = dict[str, Any]
+END_S = 15.0  # for a child to end in order
+MAX_LINE_BYTES = 1 << 20
+
+
+class _Child:
+    """One side: its progress as it comes, its result, its last words."""
+
+    def __init__(self, name: str, arguments: list[str]) -> None:
+        self.name = name
+        self.arguments = arguments
+        self.listening: str | None = None
+        self.progress: Json = {"side": name, "status": "setup"}
+        self.result: Json | None = None
+        self.stderr: deque[str] = deque(maxlen=50)
+        self.process: trio.Process | None = None
+        self.address_known = trio.Event()
+
+    async def run(self, output: Output, done: trio.Event) -> None:
+        command = [sys.executable, "-m", "postcopy", *self.arguments]
+        try:
+            process = self.process = await trio.lowlevel.open_process(command, stdin=None, stdout=PIPE, stderr=PIPE)
+        except (OSError, SubprocessError) as error:
+            raise MigrationError(f"cannot start {self.name}: {error}") from error
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._read_errors, process.stderr)
+                async for line in _lines(process.stdout):
+                    self._take(line, output)
+            await process.wait()
+        finally:
+            if process.returncode is None:
+                with trio.CancelScope(shield=True):
+                    with contextlib.suppress(ProcessLookupError):
+                        process.terminate()
+                    with trio.move_on_after(END_S):
+                        await process.wait()
+                    if process.returncode is None:
+                        process.kill()
+                        await process.wait()
+            await process.stdout.aclose()
+            await process.stderr.aclose()
+            self.address_known.set()
+            done.set()
+
+    def _take(self, line: str, output: Output) -> None:
+        try:
+            message = json.loads(line)
+        except ValueError:
+            raise MigrationError(f"{self.name} said something that is not JSON: {line[:80]!r}") from None
+        event = message.pop("event", None)
+        message.pop("elapsed-ms", None)
+        if event == "result":
+            self.result = message
+        elif event == "listening":
+            self.listening = message["address"]
+            self.address_known.set()
+        elif event == "progress":
+            self.progress = message
+            output.emit("progress", message)
+        output.kick()
+
+    async def _read_errors(self, stream: trio.abc.ReceiveStream) -> None:
+        async for line in _lines(stream):
+            self.stderr.append(line)
+
+    @property
+    def last_error(self) -> str:
+        for line in reversed(self.stderr):
+            if line.startswith("postcopy: error: "):
+                return line.removeprefix("postcopy: error: ")
+        return str((self.result or {}).get("error") or (self.stderr[-1] if self.stderr else "it said nothing"))
+
+
+async def _lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[str]:
+    buffer = b""
+    async for data in stream:
+        *lines, buffer = (buffer + data).split(b"\n")
+        for line in lines:
+            yield line.decode("utf-8", "replace")
+        if len(buffer) > MAX_LINE_BYTES:
+            raise MigrationError("a child's line does not end")
+    if buffer:
+        yield buffer.decode("utf-8", "replace")
+
+
+class DemoCommand:
+    def __init__(self, args: argparse.Namespace, output: Output) -> None:
+        self._args = args
+        self._output = output
+        if args.machine == "kvm" and args.memory is None:
+            args.memory = 256 << 20
+        if args.machine == "kvm" and args.vcpus is None:
+            args.vcpus = 2
+        if args.machine == "kvm" and args.workload is None:
+            args.workload = "random"
+        if args.machine == "image" and args.image is None:
+            raise ConfigurationError("demo --machine image needs --image FILE")
+
+    async def run(self, stop: trio.Event) -> bool:
+        result: Json
+        try:
+            with trio.fail_after(self._args.deadline):
+                async with _temporary_directory() as directory:
+                    result = await self._both(directory, stop)
+        except trio.TooSlowError:
+            result = {"status": "failed", "error": f"not done after {self._args.deadline:g} s (--deadline)"}
+        except BaseExceptionGroup as group:
+            known, unknown = group.split(PostcopyError)
+            if unknown is not None or known is None:
+                raise
+            result = {"status": "failed", "error": str(_first(known))}
+        except PostcopyError as error:
+            result = {"status": "failed", "error": str(error)}
+        result.setdefault("verified", False)
+        self._show(result)
+        self._output.emit("result", {"side": "demo", **result})
+        if result.get("error"):
+            raise MigrationError(str(result["error"]))
+        return result["status"] == "completed" and result["verified"] is True
+
+    async def _both(self, directory: str, stop: trio.Event) -> Json:
+        dest = _Child("dest", self._dest_arguments())
+        dest_done, source_done = trio.Event(), trio.Event()
+        source = _Child("source", [])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._output.follow, lambda: self._progress(source, dest))
+            nursery.start_soon(dest.run, self._output, dest_done)
+
+            async def interruption() -> None:
+                await stop.wait()
+                raise MigrationError("interrupted")
+
+            nursery.start_soon(interruption)
+            await dest.address_known.wait()
+            if dest.listening is None:
+                raise MigrationError(f"the destination did not start: {dest.last_error}")
+            source.arguments = self._source_arguments(dest.listening, directory)
+            nursery.start_soon(source.run, self._output, source_done)
+            # Whichever ends first with an error ends it all; the other one would wait for it.
+            async with trio.open_nursery() as waiting:
+                for child, done in ((source, source_done), (dest, dest_done)):
+                    waiting.start_soon(_good_end, child, done)
+            nursery.cancel_scope.cancel()
+        assert source.result is not None
+        assert dest.result is not None
+        return merge(source.result, dest.result)
+
+    def _progress(self, source: _Child, dest: _Child) -> Json:
+        # What matters is at the source until the machine is not there any more.
+        return dest.progress if dest.progress["status"] not in ("setup", "active") else source.progress
+
+    def _dest_arguments(self) -> list[str]:
+        args = self._args
+        result = ["dest", "--json", "--listen", "127.0.0.1:0", "--run-for", f"{args.run_for:g}"]
+        result += ["--backing", args.backing, "--busy-poll", str(args.busy_poll)]
+        result += ["--log-level", args.log_level]
+        if args.dump is not None:
+            result += ["--dump", args.dump]
+        return [*result, "--verify" if args.verify else "--no-verify"]
+
+    def _source_arguments(self, address: str, directory: str) -> list[str]:
+        args = self._args
+        result = ["source", "--json", "--connect", address, "--machine", args.machine, "--on-failure", "exit"]
+        result += ["--migrate-after", f"{args.migrate_after:g}", "--bulk-channels", str(args.bulk_channels)]
+        result += ["--busy-poll", str(args.busy_poll), "--log-level", args.log_level]
+        if args.max_bandwidth:
+            result += ["--max-bandwidth", str(args.max_bandwidth)]
+        disk = args.disk
+        if args.machine == "kvm":
+            result += ["--backing", args.backing]
+            if disk is None and args.workload == "disk":
+                disk = os.path.join(directory, "disk.img")
+        for flag, value in (
+            ("--memory", args.memory),
+            ("--vcpus", args.vcpus),
+            ("--workload", args.workload),
+            ("--working-set", args.working_set),
+            ("--seed", args.seed),
+            ("--disk", disk),
+            ("--image", args.image),
+        ):
+            if value is not None:
+                result += [flag, str(value)]
+        return result
+
+    def _show(self, result: Json) -> None:
+        """The table at the end; on stderr when stdout carries JSON."""
+        console = Console(stderr=self._args.json, highlight=False)
+        table = Table(title="postcopy demo", show_header=False, title_justify="left")
+        ram, latency = result.get("ram") or {}, result.get("fault-latency-us") or {}
+        table.add_row("status", str(result["status"]))
+        if "downtime-ms" in result:
+            table.add_row("downtime", f"{result['downtime-ms']:g} ms")
+            table.add_row("total", f"{result['total-ms']:g} ms")
+        if ram:
+            table.add_row("memory", f"{format_size(ram['total'])}, {format_size(ram['transferred'])} transferred")
+            table.add_row("pages on demand", f"{ram['demand-pages']}")
+            table.add_row("pages in background", f"{ram['background-pages']} ({ram['duplicate-pages']} came twice)")
+            table.add_row("pages of zeros", f"{ram['zero-pages']}")
+        if latency.get("count"):
+            numbers = ", ".join(f"{name} {latency[name]:g} us" for name in ("p50", "p99", "max"))
+            table.add_row("demand fault", numbers)
+        if result.get("blocktime-ms"):
+            table.add_row("blocked, by vCPU", ", ".join(f"{ms:g} ms" for ms in result["blocktime-ms"]))
+        table.add_row("verified", {True: "yes", False: "NO"}.get(result["verified"], "was not asked for"))
+        for item in result.get("verification", []):
+            table.add_row("  " + ("✓" if item["ok"] else "✗"), item["what"])
+        with contextlib.suppress(OSError):
+            console.print(table)
+
+
+def merge(source: Json, dest: Json) -> Json:
+    """Both results as one, with the checks that need both."""
+    verification = list(dest.get("verification") or [])
+    here, there = dest.get("guest") or {}, source.get("guest-at-pause") or {}
+    if there.get("nonce"):
+        same = here.get("nonce") == there["nonce"]
+        verification.append(
+            {
+                "ok": same,
+                "what": f"the machine is the one that was booted at the source (nonce {there['nonce']})"
+                if same
+                else f"the nonce was {there['nonce']} at the source, and is {here.get('nonce')} at the destination",
+                "how": "made by the guest at boot, kept in its memory only, announced by the guest on both hosts",
+            }
+        )
+    if "operations" in there:
+        before, after = there["operations"], here.get("operations", 0)
+        verification.append(
+            {
+                "ok": after >= before,
+                "what": f"it went on where it was: {before} operations at the pause, {after} at the end",
+                "how": "counters of the guest, by vCPU, which move with it",
+            }
+        )
+    completed = source["status"] == dest["status"] == "completed"
+    status = "completed" if completed else next(s for s in (dest["status"], source["status"]) if s != "completed")
+    result: Json = {"status": status, "machine": dest.get("machine") or source.get("machine")}
+    for name in ("downtime-ms", "total-ms", "ram", "fault-latency-us", "blocktime-ms", "dump"):
+        result[name] = dest.get(name)
+    asked = dest.get("verified") is not None
+    good = all(item["ok"] for item in verification)
+    result["verified"] = (good if asked else None) if completed else False
+    result["verification"] = verification
+    result["error"] = dest.get("error") or source.get("error")
+    result["source"], result["dest"] = source, dest
+    return result
+
+
+async def _good_end(child: _Child, done: trio.Event) -> None:
+    await done.wait()
+    assert child.process is not None
+    if child.process.returncode or child.result is None:
+        raise MigrationError(f"{child.name}: {child.last_error}")
+
+
+@asynccontextmanager
+async def _temporary_directory() -> AsyncIterator[str]:
+    with tempfile.TemporaryDirectory(prefix="postcopy-demo-") as directory:
+        yield directory
+
+
+def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+    first: BaseException = group
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both engines stand on: the control connection as two tasks, and a scope that ends at the first failure.
+
+An engine is one main task that follows the plan, and beside it a few that watch: the control connection, the data
+plane, the machine, the user. Whatever goes wrong in any of them is a `PostcopyError`; the first one is kept as the
+reason, the others are stopped, and only when all of them have ended does the engine decide what that means. So
+there is one place where a migration fails, and it has the state of the protocol to decide by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+import trio
+
+from postcopy._errors import MigrationError, PeerError, PostcopyError, ProtocolError
+from postcopy.migration.protocol import DestinationProtocol, Message, Ping, Pong, SourceProtocol, State
+
+log = logging.getLogger(__name__)
+
+SILENCE_S = 10.0
+"""A peer of which nothing was heard for so long is lost."""
+PING_S = 2.0
+STEP_TIMEOUT_S = 30.0
+"""How long a peer may take for one step of the set-up."""
+LAST_WORDS_S = 0.5
+"""How long saying goodbye may take; a machine may be waiting to go on."""
+
+P = TypeVar("P", SourceProtocol, DestinationProtocol)
+M = TypeVar("M", bound=Message)
+
+
+class Interrupted(PostcopyError):
+    """The user ended it."""
+
+
+def now_ns() -> int:
+    """CLOCK_MONOTONIC, the clock that the core uses too."""
+    return time.monotonic_ns()
+
+
+class Control(Generic[P]):
+    """Carries the protocol's bytes. `run` must be running for anything to arrive.
+
+    `send` takes what a `send_*` of the protocol has just returned: call both in one expression, so that the order
+    on the wire is the order of the protocol's states.
+    """
+
+    def __init__(self, stream: trio.abc.HalfCloseableStream, protocol: P, silence_s: float = SILENCE_S) -> None:
+        self.protocol: P = protocol
+        self._stream = stream
+        self._silence_s = silence_s
+        self._sending = trio.Lock()
+        # A peer that sends more than we take has to wait: bounded, but enough for all that a good peer sends ahead.
+        self._arrived, self._messages = trio.open_memory_channel[Message](64)
+        self._pong_for: Ping | None = None
+        self._something_to_say = trio.Event()
+
+    async def send(self, data: bytes) -> None:
+        """`PeerError` when the connection is broken."""
+        async with self._sending:
+            try:
+                await self._stream.send_all(data)
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                raise PeerError(self._lost("the control connection broke", error)) from error
+
+    async def receive(self, kind: type[M], timeout_s: float = float("inf")) -> M:
+        """The next message, which must be of this kind. `PeerError` when it does not come in time."""
+        with trio.move_on_after(timeout_s):
+            message: Message = await self.receive_any()
+            if isinstance(message, kind):
+                return message
+            raise ProtocolError(f"{message.TYPE} came where {kind.TYPE} was due")
+        peer = "the destination" if isinstance(self.protocol, SourceProtocol) else "the source"
+        raise PeerError(f"{peer} did not say {kind.TYPE} within {timeout_s:g} s")
+
+    async def receive_any(self) -> Message:
+        """The next message, of any kind. `PeerError` when none will come any more."""
+        try:
+            return await self._messages.receive()
+        except trio.EndOfChannel:
+            raise PeerError("the control connection has ended") from None
+
+    async def run(self) -> None:
+        """Receives, and keeps the connection alive, until the migration has ended in order. Raises `PeerError` or
+        `ProtocolError` when it has not."""
+        async with self._arrived, trio.open_nursery() as nursery:
+            nursery.start_soon(self._heartbeat)
+            await self._receive()
+            nursery.cancel_scope.cancel()
+
+    async def _receive(self) -> None:
+        protocol = self.protocol
+        while True:
+            while (message := protocol.next_message()) is not None:
+                if isinstance(message, Ping):
+                    # Said by the other task: a receiver that waits to send can meet a sender that waits to be received.
+                    self._pong_for = message
+                    self._something_to_say.set()
+                elif not isinstance(message, Pong):
+                    await self._arrived.send(message)
+            if protocol.state in (State.ABORTED, State.PAUSED):
+                raise PeerError(protocol.reason)
+            if protocol.ended:
+                return
+            data: bytes | bytearray = b""
+            with trio.move_on_after(self._silence_s) as scope:
+                try:
+                    data = await self._stream.receive_some(64 * 1024)
+                except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                    protocol.connection_lost(self._lost("the control connection broke", error))
+                    continue
+            if scope.cancelled_caught:
+                protocol.connection_lost(f"no sign of life from the peer for {self._silence_s:g} s")
+            elif data:
+                protocol.receive_data(bytes(data))
+            else:
+                protocol.receive_eof()
+
+    async def _heartbeat(self) -> None:
+        nonce = 0
+        while not self.protocol.ended:
+            with trio.move_on_after(min(PING_S, self._silence_s / 4)):
+                await self._something_to_say.wait()
+            if self.protocol.ended:
+                return
+            ping, self._pong_for = self._pong_for, None
+            self._something_to_say = trio.Event()
+            nonce += 1
+            data = self.protocol.send_pong(ping) if ping else self.protocol.send_ping(nonce)
+            with contextlib.suppress(PeerError):  # the receiver sees it too, and after what was still to be read
+                await self.send(data)
+
+    async def say_goodbye(self, reason: str) -> None:
+        """Tells the peer why it ends, when the protocol still lets us, and closes. Bounded in time, never raises."""
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + LAST_WORDS_S):
+            try:
+                if self.protocol.may_abort:
+                    await self.send(self.protocol.send_abort(reason))
+            except PeerError:
+                pass  # it is gone; it will come to the same conclusion
+        self.protocol.connection_lost(reason)
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes so that the peer still gets what was sent last. Bounded in time. `run` must have ended."""
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + LAST_WORDS_S):
+            # A socket closed with unread bytes in it (a ping is enough) resets the connection, and a reset takes back
+            # what the peer has not read yet. So: say that no more comes, and read until the peer says so too.
+            try:
+                await self._stream.send_eof()
+                while await self._stream.receive_some(64 * 1024):
+                    pass
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass  # that has been said already, the hard way
+        await trio.aclose_forcefully(self._stream)
+
+    def _lost(self, what: str, error: BaseException) -> str:
+        cause = error.__cause__
+        return f"{what} ({cause.strerror})" if isinstance(cause, OSError) and cause.strerror else what
+
+
+class FirstFailure:
+    """Runs tasks until one says `done` or fails; `failure` is then the first error.
+
+    Errors that are not `PostcopyError`s are mistakes in this package and pass through, with their tracebacks.
+    """
+
+    def __init__(self) -> None:
+        self.failure: PostcopyError | None = None
+        self._scope = trio.CancelScope()
+
+    async def run(self, *tasks: Callable[[], Awaitable[None]]) -> None:
+        """The first of the tasks is the main one: when it returns, all is done."""
+        main, *watchers = tasks
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                for watcher in watchers:
+                    nursery.start_soon(self._guard, watcher)
+                await self._guard(main)
+                nursery.cancel_scope.cancel()
+
+    def fail(self, error: PostcopyError) -> None:
+        """Ends it all, unless it has ended already."""
+        if self.failure is None:
+            self.failure = error
+        self._scope.cancel()
+
+    async def _guard(self, task: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await task()
+        except PostcopyError as error:
+            self.fail(error)
+        except OSError as error:  # a system call that nobody expected to fail: no file, no memory
+            self.fail(MigrationError(f"{type(error).__name__}: {error}"))
+
+
+def status_of(state: State, *, interrupted: bool) -> str:
+    """QEMU's word (MigrationStatus) for a state."""
+    if state is State.ABORTED:
+        return "cancelled" if interrupted else "failed"
+    return {
+        State.SETUP: "setup",
+        State.OFFERED: "setup",
+        State.CHANNELS: "setup",
+        State.READY: "active",
+        State.SWITCHOVER: "active",
+        State.HANDED: "active",
+        State.PREPARED: "active",
+        State.COMMITTED: "postcopy-active",
+        State.POSTCOPY: "postcopy-active",
+        State.CLOSING: "postcopy-active",
+        State.COMPLETED: "completed",
+        State.PAUSED: "postcopy-paused",
+    }[state]

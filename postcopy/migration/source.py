@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The source's engine: one migration, from the offer to the last page, over one link.
+
+The plan: offer the machine, connect the data channels, wait until it is time; pause it, tell which pages there are,
+hand its state over; and when the destination says that it is prepared, decide. Up to that decision every failure ends
+the same way: the machine is resumed *first*, then the peer is told, then the rest is cleaned up. After it the machine
+never runs here again; a failure then leaves its memory as it is, in the state `PAUSED`, until the user ends it.
+
+Resource handling: the machine stays the caller's, and is paused when the migration has been committed, else as it
+was before. The link's control connection and the page server belong to the engine and are closed when `run`
+returns.
+
+Error handling: `run` raises nothing that is a matter of the migration; `state`, `failure` and `status` say how it
+ended. Cancelling `run` is an interruption by the user: before the decision the machine is resumed, after it the
+pages are lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from postcopy._errors import MigrationError, PostcopyError, ProtocolError
+from postcopy.bitmap import Bitmap
+from postcopy.machines import Machine, MachineEventType, MachineStatistics
+from postcopy.migration._session import (
+    STEP_TIMEOUT_S,
+    Control,
+    FirstFailure,
+    Interrupted,
+    now_ns,
+    status_of,
+)
+from postcopy.migration.channels import Link, Session
+from postcopy.migration.figures import Figures
+from postcopy.migration.protocol import (
+    ID_BYTES,
+    PAGE_MAP_PAGES,
+    Accept,
+    Block,
+    Complete,
+    Offer,
+    Prepared,
+    Ready,
+    Running,
+    SourceProtocol,
+    State,
+)
+from postcopy.pageserver import EventType, PageServer, PageServerStatistics
+
+PREPARE_TIMEOUT_S = 10.0
+"""How long a paused machine waits for the destination's `prepared` before it goes on here."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    bulk_channels: int = 1
+    busy_poll_us: int = 0
+    max_bandwidth_bytes_per_s: int = 0  # of the background push; 0: no limit
+    prepare_timeout_s: float = PREPARE_TIMEOUT_S
+
+
+class SourceMigration:
+    """One migration away from this host. Make it, `run` it once; everything else may be looked at meanwhile."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        link: Link,
+        options: SourceOptions,
+        *,
+        make_server: Callable[[int], PageServer] = PageServer,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_change` is called, in the Trio thread, whenever `status` may have changed."""
+        self.machine = machine
+        self.peer = link.peer
+        self.failure: PostcopyError | None = None
+        self.figures: Figures | None = None  # of the destination, when it has completed
+        self.paused = trio.Event()  # set when the destination was lost after `commit`
+        self.at_pause: MachineStatistics | None = None
+        self.ready_ns = self.paused_ns = self.running_ns = self.completed_ns = 0
+        self.started_ns = now_ns()
+        self.was_ready = False
+        self._link = link
+        self._options = options
+        self._make_server = make_server
+        self._on_change = on_change
+        self._server: PageServer | None = None
+        self._server_made = trio.Event()
+        self._last_statistics: PageServerStatistics | None = None
+        self._protocol = SourceProtocol()
+        self._session = Session(secrets.token_bytes(ID_BYTES), secrets.token_bytes(ID_BYTES), epoch=0)
+        self._units: tuple[int, ...] = ()
+
+    # ---- looking at it
+
+    @property
+    def migration_id(self) -> str:
+        return self._session.migration.hex()
+
+    @property
+    def state(self) -> State:
+        return self._protocol.state
+
+    @property
+    def status(self) -> str:
+        """QEMU's word for the state."""
+        return status_of(self.state, interrupted=isinstance(self.failure, Interrupted))
+
+    @property
+    def may_run(self) -> bool:
+        """Whether this side still owns the machine."""
+        return self._protocol.may_run
+
+    @property
+    def downtime_ns(self) -> int:
+        """From the request to pause until the destination said that it runs; 0 when it has not."""
+        return self.running_ns - self.paused_ns if self.running_ns else 0
+
+    @property
+    def total_ns(self) -> int:
+        """From the request to pause until every page had arrived."""
+        return self.completed_ns - self.paused_ns if self.completed_ns else 0
+
+    def statistics(self) -> PageServerStatistics | None:
+        """The page server's counters; those at its end afterwards; None before there is one."""
+        if self._server is not None:
+            self._last_statistics = self._server.statistics()
+        return self._last_statistics
+
+    # ---- doing it
+
+    async def run(self, go: trio.Event, stop: trio.Event, *, hold: bool = True) -> None:
+        """Migrates when `go` is set, and gives up when `stop` is.
+
+        Returns when the migration has completed or aborted. One that is `PAUSED` stays so until `stop`, unless `hold`
+        is false: then what it could serve is in a file, and nothing is lost by its end.
+        """
+        control = Control(self._link.control, self._protocol)
+        scope = FirstFailure()
+
+        async def main() -> None:
+            await self._migrate(control, go)
+
+        async def interruption() -> None:
+            await stop.wait()
+            raise Interrupted("interrupted at the source")
+
+        try:
+            await scope.run(main, control.run, self._watch_server, self._watch_machine, interruption)
+            if self._protocol.ended and self.state is State.COMPLETED:
+                return
+            self.failure = scope.failure or Interrupted("interrupted at the source")
+        except BaseException:
+            self.failure = Interrupted("ended at the source")  # cancelled, or a mistake of ours: never keep it stopped
+            raise
+        finally:
+            if self.state is not State.COMPLETED:
+                assert self.failure is not None
+                await self._fail(control, self.failure)
+            if self.state is State.COMPLETED:
+                self.failure = (
+                    None  # the destination has every page; that it did not hear our last word changes nothing
+                )
+            await control.close()
+            if self.state is not State.PAUSED:
+                await self._close_server()
+            self._on_change()
+        if self.state is State.PAUSED:
+            try:
+                if hold:
+                    await stop.wait()
+            finally:
+                await self._close_server()
+
+    async def _migrate(self, control: Control[SourceProtocol], go: trio.Event) -> None:
+        machine, protocol = self.machine, self._protocol
+        blocks = tuple(Block(block.name, block.size_bytes, block.page_bytes) for block in machine.layout)
+        with self._link.door(self._session) as door:
+            offer = Offer(
+                self._session.migration,
+                self._session.token,
+                machine.kind,
+                machine.config(),
+                blocks,
+                self._options.bulk_channels,
+            )
+            await control.send(protocol.send_offer(offer))
+            self._on_change()
+            accept = await control.receive(Accept, STEP_TIMEOUT_S)
+            self._check_accept(accept, blocks)
+            self._units = accept.page_bytes
+            self._server = self._make_server(self._options.max_bandwidth_bytes_per_s)
+            for block, unit in zip(machine.blocks, accept.page_bytes, strict=True):
+                self._server.add_block(block.memory, unit)
+            self._server_made.set()
+            channels = await door.channels(accept.shards, accept.bulk_channels)
+            try:
+                for (kind, index), fd in channels.items():
+                    if kind == "urgent":
+                        self._server.attach_urgent(index, fd.detach(), self._options.busy_poll_us)
+                    else:
+                        self._server.attach_bulk(index, fd.detach())
+            finally:
+                for fd in channels.values():
+                    fd.close()  # those that were not given away
+        await control.receive(Ready, STEP_TIMEOUT_S)
+        self.ready_ns = now_ns()
+        self.was_ready = True
+        self._on_change()
+        await go.wait()
+        await self._switch_over(control)
+        running = await control.receive(Running)
+        self.running_ns = now_ns()
+        log.info("the machine runs at the destination, %.3f ms after `commit`", running.resume_ns / 1e6)
+        self._on_change()
+        complete = await control.receive(Complete)
+        self.completed_ns = now_ns()
+        self.figures = Figures.from_wire(complete.stats)
+        self.statistics()
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + STEP_TIMEOUT_S):
+            stats = {"downtime_ns": self.downtime_ns, "total_ns": self.total_ns}
+            await control.send(protocol.send_complete_ack(stats))
+
+    async def _switch_over(self, control: Control[SourceProtocol]) -> None:
+        machine, protocol, server = self.machine, self._protocol, self._server
+        assert server is not None
+        self.paused_ns = now_ns()
+        await machine.pause()
+        self.at_pause = machine.statistics()
+        maps = 0
+        for number, (block, unit) in enumerate(zip(machine.blocks, self._units, strict=True)):
+            memory = block.memory
+            present: Bitmap = await trio.to_thread.run_sync(memory.present, unit)
+            server.set_present(number, present)
+            for first_page, part in present.parts(PAGE_MAP_PAGES):
+                await control.send(protocol.send_page_map(number, first_page, len(part), part.rle_encode()))
+                maps += 1
+        await control.send(protocol.send_switchover(await machine.save_state(), maps))
+        self._on_change()
+        await control.receive(Prepared, self._options.prepare_timeout_s)
+        # From the next line on the machine belongs to the destination, whether it hears of it or not. The page
+        # server is started before the bytes leave, so that the first fault finds it answering.
+        commit = protocol.send_commit()
+        server.start()
+        self._on_change()
+        await control.send(commit)
+
+    def _check_accept(self, accept: Accept, blocks: tuple[Block, ...]) -> None:
+        if len(accept.page_bytes) != len(blocks):
+            raise ProtocolError(f"accept: {len(accept.page_bytes)} page sizes for {len(blocks)} blocks")
+        if accept.shards != self.machine.shards:
+            raise ProtocolError(f"accept: {accept.shards} shards for a machine of {self.machine.shards}")
+        if accept.bulk_channels > self._options.bulk_channels:
+            raise ProtocolError(
+                f"accept: {accept.bulk_channels} bulk channels, {self._options.bulk_channels} were offered"
+            )
+
+    async def _watch_server(self) -> None:
+        await self._server_made.wait()
+        assert self._server is not None
+        async for event in self._server.events():
+            if event.type is EventType.CHANNEL_DOWN:
+                # In order, a destination closes its data channels only when it has our `complete-ack`.
+                raise MigrationError(
+                    f"data channel lost: {event.channel_kind.name.lower()} {event.channel} {_why(event.text)}"
+                )
+            if event.type is EventType.FATAL:
+                raise MigrationError(f"the page server cannot go on: {event.text}")
+
+    async def _watch_machine(self) -> None:
+        async for event in self.machine.events():
+            if event.type is MachineEventType.FAILED and not self._protocol.committed:
+                raise MigrationError(f"the machine has failed: {event.text}")
+
+    # ---- when it fails
+
+    async def _fail(self, control: Control[SourceProtocol], failure: PostcopyError) -> None:
+        """Before the decision: the machine goes on here. After it: everything is kept, and nothing runs."""
+        if self._protocol.may_run:
+            paused = self.paused_ns
+            try:
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + 10):
+                    if paused:
+                        await self.machine.resume()
+            except PostcopyError as error:
+                log.error("the machine cannot be resumed at the source: %s", error)
+            await control.say_goodbye(str(failure))
+            return
+        self._protocol.connection_lost(str(failure))
+        if self._server is not None and self.state is State.PAUSED:
+            self.statistics()
+            self.paused.set()
+            self._on_change()
+            with trio.CancelScope(shield=True):  # bounded by the page server
+                try:
+                    await self._server.disconnect()  # so that the destination hears of it on every channel
+                except PostcopyError as error:
+                    log.error("%s", error)
+
+    async def _close_server(self) -> None:
+        if self._server is None:
+            return
+        self.statistics()
+        server, self._server = self._server, None
+        try:
+            await server.close()
+        except PostcopyError as error:
+            log.error("%s", error)
+
+
+def _why(text: str) -> str:
+    return f"({text})" if text else "(closed by the destination)"
