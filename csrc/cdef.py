@@ -76,6 +76,55 @@ def without(cdef: str, missing: set[str]) -> str:
     return _PROTOTYPE.sub(lambda match: "" if match["name"] in missing else match[0], cdef)
 
 
+# What CFFI gives, as far as this package uses it. The stubs that exist for CFFI know neither the fields of a struct nor
+# that string() of a char pointer is bytes, so every use of them would need a cast.
+_STUB_HEAD = """\
+# SPDX-License-Identifier: Apache-2.0
+# Written by `make stub` from csrc/include/postcopy.h, which says what everything means; not to be edited.
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from typing_extensions import Buffer
+
+class CData:
+    def __getattr__(self, name: str, /) -> Any: ...
+    def __setattr__(self, name: str, value: Any, /) -> None: ...
+    def __getitem__(self, index: int | slice, /) -> Any: ...
+    def __setitem__(self, index: int | slice, value: Any, /) -> None: ...
+    def __add__(self, items: int, /) -> CData: ...
+    def __sub__(self, items: int, /) -> CData: ...
+    def __iter__(self) -> Iterator[Any]: ...
+    def __len__(self) -> int: ...
+    def __bool__(self) -> bool: ...
+    def __int__(self) -> int: ...
+
+class _Buffer(Buffer):
+    def __getitem__(self, index: int | slice, /) -> bytes: ...
+    def __setitem__(self, index: int | slice, value: bytes, /) -> None: ...
+    def __len__(self) -> int: ...
+
+class _CType:
+    cname: str
+    kind: str
+    fields: Any
+
+class _FFI:
+    NULL: CData
+    def new(self, cdecl: str, init: Any = ...) -> CData: ...
+    def cast(self, cdecl: str, value: CData | int) -> CData: ...
+    def addressof(self, cdata: CData, /, *fields_or_indexes: str | int) -> CData: ...
+    def string(self, cdata: CData, maxlen: int = ...) -> bytes: ...
+    def unpack(self, cdata: CData, length: int) -> Any: ...
+    def buffer(self, cdata: CData, size: int = ...) -> _Buffer: ...
+    def from_buffer(self, cdecl: str, python_buffer: Buffer, require_writable: bool = ...) -> CData: ...
+    def memmove(self, dest: CData | Buffer, src: CData | Buffer, n: int) -> None: ...
+    def gc(self, cdata: CData, destructor: Callable[[CData], Any], size: int = ...) -> CData: ...
+    def sizeof(self, cdecl: str | CData) -> int: ...
+    def typeof(self, cdecl: str | CData) -> _CType: ...
+
+class _Lib:"""
+
+
 def _python_type(c_type: str, *, parameter: bool) -> str:
     """The Python type of a parameter or result. Structs go by pointer only, as everywhere in postcopy.h."""
     words = c_type.replace("*", " * ").split()
@@ -100,15 +149,7 @@ def _parameters(text: str) -> list[str]:
 
 def stub(cdef: str) -> str:
     """The type stub of the extension module."""
-    lines = [
-        "# SPDX-License-Identifier: Apache-2.0",
-        "# Written by `make stub` from csrc/include/postcopy.h, which says what everything means; not to be edited.",
-        "from _cffi_backend import FFI",
-        "",
-        "CData = FFI.CData",
-        "",
-        "class _Lib:",
-    ]
+    lines = [_STUB_HEAD]
     lines += [f"    {name}: int" for name in constants(cdef)]
     for match in _PROTOTYPE.finditer(cdef):
         parameters = ["self", *_parameters(match["parameters"])]
@@ -120,7 +161,7 @@ def stub(cdef: str) -> str:
                 inner = "\n".join(f"        {parameter}," for parameter in parameters)
             line = f"    def {match['name']}(\n{inner}\n    ) -> {result}: ..."
         lines.append(line)
-    return "\n".join([*lines, "", "ffi: FFI", "lib: _Lib", ""])
+    return "\n".join([*lines, "", "ffi: _FFI", "lib: _Lib", ""])
 
 
 def symbols(nm: str, path: Path, *options: str) -> set[str]:

@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: capabilities that a machine may lack, and children that cannot outlive their test.
+
+*Capabilities.* ``@pytest.mark.needs("uffd", "kvm")`` skips a test where the machine lacks one of them, and says what is
+missing and what would help. Where the environment variable POSTCOPY_REQUIRE (comma-separated) names the capability,
+the test fails instead: CI runs on a machine that is known to have it, so there a skip would hide a defect. A test that
+finds out on its way calls the fixture ``require`` with names.
+
+*Children.* ``run_in_child`` and ``spawn_child`` run a module-level function of the test's file, or a command, in a
+process of its own, in a process group of its own, which is killed at the deadline and when the test ends. Whatever may
+block in a page fault for ever belongs there: no Python code can interrupt it, SIGKILL can.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import inspect
+import os
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import pytest
+
+KVM_GET_API_VERSION = 0xAE00
+CHILD = Path(__file__).with_name("_child.py")
+KILL_TIMEOUT_S = 20.0
+"""How long a killed process may take to go: one that does not answer SIGKILL hangs in the kernel."""
+
+
+# --- capabilities -----------------------------------------------------------------------------------------------------
+# Each returns None where the machine has it, else what is missing and the remedy.
+
+
+def _uffd() -> str | None:
+    from postcopy._native import ffi, lib
+
+    api = ffi.new("struct pc_uffd_api *")
+    reasons = []
+    for how, name in ((lib.PC_UFFD_DEVICE, "/dev/userfaultfd"), (lib.PC_UFFD_SYSCALL, "userfaultfd(2)")):
+        error = lib.pc_uffd_probe(how, api)
+        if error == 0:
+            return None
+        reasons.append(f"{name}: {os.strerror(-error)}")
+    return (
+        f"no userfaultfd that serves faults of the kernel ({'; '.join(reasons)}): run as root, or give this user "
+        "access to /dev/userfaultfd, or set vm.unprivileged_userfaultfd=1"
+    )
+
+
+def _uffd_feature(bit: int, name: str) -> str | None:
+    from postcopy._native import ffi, lib
+
+    api = ffi.new("struct pc_uffd_api *")
+    if lib.pc_uffd_probe(lib.PC_UFFD_ANY, api) == 0 and api.features >> bit & 1:
+        return None
+    return f"this kernel's userfaultfd has no {name}: use a newer kernel"
+
+
+def _uffd_user() -> str | None:
+    from postcopy._native import ffi, lib
+
+    if lib.pc_uffd_probe(lib.PC_UFFD_ANY, ffi.new("struct pc_uffd_api *")) == 0:
+        return None
+    return "no userfaultfd at all: needs CONFIG_USERFAULTFD and, in a container, a seccomp profile that allows it"
+
+
+def _kvm() -> str | None:
+    try:
+        with open("/dev/kvm", "r+b", buffering=0) as device:
+            fcntl.ioctl(device, KVM_GET_API_VERSION)
+    except OSError as error:
+        return f"/dev/kvm: {error.strerror}: load the kvm module, and join the group that owns the device"
+    return None
+
+
+def _root() -> str | None:
+    return None if os.geteuid() == 0 else "not root: run the tests as root"
+
+
+def _netns() -> str | None:
+    if shutil.which("ip") is None or shutil.which("unshare") is None:
+        return "no ip or unshare command: install iproute2 and util-linux"
+    made = subprocess.run(["unshare", "--net", "ip", "link", "set", "lo", "up"], capture_output=True, timeout=30)
+    if made.returncode == 0:
+        return None
+    return f"no network namespaces ({made.stderr.decode(errors='replace').strip()}): run as root, with CAP_SYS_ADMIN"
+
+
+def _hugetlb() -> str | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("HugePages_Free:") and int(line.split()[1]) > 0:
+                return None
+    return "no free huge pages: sysctl vm.nr_hugepages=64"
+
+
+def _ipv6() -> str | None:
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as listener:
+            listener.bind(("::1", 0))
+    except OSError as error:
+        return f"no IPv6 on the loopback interface ({error.strerror}): sysctl net.ipv6.conf.lo.disable_ipv6=0"
+    return None
+
+
+CAPABILITIES: dict[str, Callable[[], str | None]] = {
+    "uffd": _uffd,  # a userfaultfd that serves faults raised by the kernel too
+    "uffd-user": _uffd_user,  # at least one for faults of user code
+    "uffd-minor": lambda: _uffd_feature(10, "MINOR_SHMEM"),
+    "uffd-poison": lambda: _uffd_feature(14, "POISON"),
+    "kvm": _kvm,
+    "root": _root,
+    "netns": _netns,
+    "hugetlb": _hugetlb,
+    "ipv6": _ipv6,
+}
+
+
+@functools.cache
+def missing(capability: str) -> str | None:
+    return CAPABILITIES[capability]()
+
+
+def required() -> frozenset[str]:
+    """Capabilities that this machine is said to have."""
+    return frozenset(filter(None, (name.strip() for name in os.environ.get("POSTCOPY_REQUIRE", "").split(","))))
+
+
+def check(*capabilities: str) -> None:
+    """Skips the running test, or fails it, where a capability is missing."""
+    for capability in capabilities:
+        if reason := missing(capability):
+            if capability in required():
+                pytest.fail(f"POSTCOPY_REQUIRE names {capability}, but: {reason}", pytrace=False)
+            pytest.skip(f"needs {capability}: {reason}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if unknown := required() - CAPABILITIES.keys():
+        raise pytest.UsageError(
+            f"POSTCOPY_REQUIRE: unknown: {', '.join(sorted(unknown))}; known: {', '.join(CAPABILITIES)}"
+        )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for marker in item.iter_markers("needs"):
+            if unknown := set(marker.args) - CAPABILITIES.keys():
+                raise pytest.UsageError(f"{item.nodeid}: needs: unknown: {', '.join(sorted(unknown))}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("needs"):
+        check(*marker.args)
+
+
+def pytest_report_header() -> str:
+    states = (f"{name} {'no' if missing(name) else 'yes'}{'!' if name in required() else ''}" for name in CAPABILITIES)
+    return f"capabilities (! required): {', '.join(states)}"
+
+
+@pytest.fixture
+def require() -> Callable[..., None]:
+    """``require("kvm", ...)``: skips, or fails, the running test where a capability is missing."""
+    return check
+
+
+# --- children ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChildResult:
+    """How a child ended."""
+
+    returncode: int
+    """As `subprocess` has it: negative for a signal."""
+    stdout: str
+    stderr: str
+    value: Any = None
+    """What the function returned; None for a command, or when the function did not return."""
+
+
+class DeadlineExpired(AssertionError):
+    """A child was not done at its deadline and has been killed; the message has its output."""
+
+
+class Child:
+    """A running child in a process group of its own; leaving the ``with`` block kills the whole group.
+
+    Standard output and error go to files, so that the child never blocks on a pipe that nobody reads and whatever it
+    leaves behind holds nothing up.
+    """
+
+    def __init__(
+        self, what: Callable[..., Any] | Sequence[str | os.PathLike[str]], *args: Any, **keywords: Any
+    ) -> None:
+        self._files = contextlib.ExitStack()
+        self._stdout = self._open()
+        self._stderr = self._open()
+        self._result = self._open()
+        with tempfile.TemporaryFile() as stdin:
+            if callable(what):
+                path = inspect.getsourcefile(what)
+                if path is None or "." in what.__qualname__:
+                    raise TypeError(f"{what!r} is not a function at the top of a file: no other process could find it")
+                stdin.write(pickle.dumps((args, keywords)))
+                stdin.seek(0)
+                argv = ["call", path, what.__name__, str(self._result.fileno())]
+            else:
+                if args or keywords:
+                    raise TypeError("a command takes its arguments in its own list")
+                argv = ["exec", *(os.fspath(part) for part in what)]
+            self.process = subprocess.Popen(
+                [sys.executable, "-X", "faulthandler", str(CHILD), *argv],
+                stdin=stdin,
+                stdout=self._stdout,
+                stderr=self._stderr,
+                pass_fds=[self._result.fileno()] if callable(what) else [],
+                start_new_session=True,
+            )
+
+    def _open(self) -> IO[bytes]:
+        return self._files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # closed with the others
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def send_signal(self, signum: int) -> None:
+        self.process.send_signal(signum)
+
+    def output(self) -> str:
+        """What it has written to standard output so far."""
+        return self._read(self._stdout)
+
+    def errors(self) -> str:
+        """What it has written to standard error so far."""
+        return self._read(self._stderr)
+
+    def wait(self, deadline_s: float) -> ChildResult:
+        """Waits for the end; `DeadlineExpired`, with the child killed, when there is none. Blocks this thread."""
+        try:
+            returncode = self.process.wait(deadline_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise DeadlineExpired(
+                f"not done after {deadline_s:g} s\nstdout:\n{self.output()}\nstderr:\n{self.errors()}"
+            ) from None
+        size = os.fstat(self._result.fileno()).st_size
+        value = pickle.loads(os.pread(self._result.fileno(), size, 0)) if size else None
+        return ChildResult(returncode, self.output(), self.errors(), value)
+
+    def kill(self) -> None:
+        """Kills the whole group with SIGKILL and waits until it is gone. Harmless when it has ended."""
+        deadline = time.monotonic() + KILL_TIMEOUT_S
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(KILL_TIMEOUT_S)
+        # Members that the child has left behind: killed too, but nobody here can wait for them.
+        while time.monotonic() < deadline:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                return
+            time.sleep(0.005)
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._files:
+            self.kill()
+
+    @staticmethod
+    def _read(file: IO[bytes]) -> str:
+        # pread: the offset is the child's own
+        return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode(errors="replace")
+
+
+def _run_in_child(
+    what: Callable[..., Any] | Sequence[str | os.PathLike[str]], *args: Any, deadline_s: float = 30.0, **keywords: Any
+) -> ChildResult:
+    with Child(what, *args, **keywords) as child:
+        return child.wait(deadline_s)
+
+
+@pytest.fixture
+def run_in_child() -> Callable[..., ChildResult]:
+    """``run_in_child(what, *arguments, deadline_s=30.0)``: runs a function or a command to its `ChildResult`."""
+    return _run_in_child
+
+
+@pytest.fixture
+def spawn_child() -> Iterator[Callable[..., Child]]:
+    """``spawn_child(what, *arguments)``: starts a function or a command; the `Child` is killed when the test ends."""
+    with contextlib.ExitStack() as stack:
+
+        def spawn(what: Callable[..., Any] | Sequence[str | os.PathLike[str]], *args: Any, **keywords: Any) -> Child:
+            return stack.enter_context(Child(what, *args, **keywords))
+
+        yield spawn
