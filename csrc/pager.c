@@ -378,14 +378,16 @@ static int fatal(struct pc_pager *pager, int error, const char *what, uint32_t b
 static int take_pages(struct pc_pager *pager, const struct pc_frame *frame, const uint8_t *content, uint64_t received_ns)
 {
     struct block *block = pager->blocks[frame->block];
-    uint64_t page = frame->first_page, end = page + frame->pages, duplicates = 0;
+    uint64_t page = frame->first_page, end = page + frame->pages;
     int error = 0;
 
     while (page < end && !error) {
         uint64_t word = page / 64, mask = word_mask(word, page, end - page), mine, count, placed = 0;
 
+        /* All counting before no_longer_missing: who hears COMPLETE reads final figures. */
         mine = mask & ~__atomic_fetch_or(&block->claimed[word], mask, __ATOMIC_SEQ_CST);
-        duplicates += (uint64_t)__builtin_popcountll(mask & ~mine);
+        if (mask & ~mine)
+            ADD(pager, duplicate_pages, __builtin_popcountll(mask & ~mine));
         while (mine && !error) {
             uint64_t first = word * 64 + (uint64_t)__builtin_ctzll(mine), shifted = mine >> (first % 64), done = 0;
             struct shard *shard;
@@ -417,8 +419,6 @@ static int take_pages(struct pc_pager *pager, const struct pc_frame *frame, cons
         no_longer_missing(pager, placed);
         page = (word + 1) * 64;
     }
-    if (duplicates)
-        ADD(pager, duplicate_pages, duplicates);
     return error;
 }
 
