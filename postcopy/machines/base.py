@@ -5,8 +5,10 @@ The engine never asks which machine it moves; all it may use is here. A machine 
 image at the source, which nothing changes, may be shared by several). All methods run in the Trio thread.
 
 Order of the end: a machine whose memory is complete can be closed before or after its pager. One whose memory is still
-missing pages must be closed *before*: a vCPU blocked on a missing page is brought out by a signal, while a pager that
-ends first must poison what is missing and so kills the vCPU. Memory is unmapped when both have let go of it.
+missing pages must be closed *before*: a vCPU is brought out by a signal where the kernel lets it, while a pager that
+ends first must poison what is missing, and a vCPU that meets a poisoned page takes the whole process with it (SIGBUS).
+Where no signal reaches it (in O_DIRECT, on some hosts' KVM) `close` gives up after its time, the memory is kept, and
+the pager can be closed. Memory is unmapped when both have let go of it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ import trio
 
 from postcopy._errors import PostcopyError
 from postcopy.memory import Memory
+
+CLOSE_TIMEOUT_S = 5.0
+"""How long the end of a machine waits for its threads, by default."""
 
 
 @dataclass(frozen=True)
@@ -197,9 +202,10 @@ class Machine(abc.ABC):
         `trio.ClosedResourceError` when the machine is closed."""
 
     @abc.abstractmethod
-    async def close(self) -> None:
+    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Ends it and lets go of its memory (see the order above). Twice does no harm. Shielded from cancellation,
-        bounded in time; `MigrationError` when a thread of it does not end, whatever it may still touch is then kept."""
+        bounded in time; `MigrationError` when a thread of it does not end within `timeout_s`, whatever it may still
+        touch is then kept."""
 
     @property
     def dump_bytes(self) -> int:
@@ -212,24 +218,9 @@ class Machine(abc.ABC):
         The file appears when it is complete: until then it is `path` with ``.part`` added. Cancellation leaves the
         worker thread to finish and remove that. `PostcopyError` when the file cannot be written.
         """
-        with contextlib.ExitStack() as users:
-            for block in self.blocks:
-                users.enter_context(block.memory.in_use("dump"))
-            held = users.pop_all()
-        # From here on the thread lets go of the memory, also when nobody waits for it any more.
-        started = False
-
-        def worker() -> None:
-            nonlocal started
-            started = True
-            with held:
-                _dump([block.memory for block in self.blocks], self.dump_bytes, os.fspath(path))
-
-        try:
-            await trio.to_thread.run_sync(worker, abandon_on_cancel=True)
-        finally:
-            if not started:
-                held.close()
+        memories = [block.memory for block in self.blocks]
+        # When abandoned it finds, at the latest at the next block, that the memory is closed.
+        await trio.to_thread.run_sync(_dump, memories, self.dump_bytes, os.fspath(path), abandon_on_cancel=True)
 
     async def __aenter__(self) -> Machine:
         return self

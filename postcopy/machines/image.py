@@ -21,7 +21,7 @@ from postcopy._errors import MigrationError, ProtocolError
 from postcopy.memory import Memory, MemoryKind, page_bytes_of
 from postcopy.uffd import explain_unavailable
 
-from .base import BlockLayout, Check, Machine, MachineEvent, MachineState, MachineStatistics, RamBlock
+from .base import CLOSE_TIMEOUT_S, BlockLayout, Check, Machine, MachineEvent, MachineState, MachineStatistics, RamBlock
 
 BLOCK_NAME = "image"
 
@@ -144,7 +144,7 @@ class ImageMachine(Machine):
     def events(self) -> AsyncIterator[MachineEvent]:
         return _NoEvents(self._closed)
 
-    async def close(self) -> None:
+    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         self._closed.set()
         self._memory.drop()
         await trio.lowlevel.checkpoint()

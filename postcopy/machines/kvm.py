@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 import trio
 
-from postcopy._blocking import run_to_end
+from postcopy._blocking import END_TIMEOUT_S, run_to_end
 from postcopy._error_line import ErrorLine, c_text
 from postcopy._errors import (
     BusyError,
@@ -40,6 +40,7 @@ from postcopy.memory import Memory, check_memory, format_size, page_bytes_of
 from postcopy.uffd import explain_unavailable
 
 from .base import (
+    CLOSE_TIMEOUT_S,
     Activity,
     BlockLayout,
     Check,
@@ -72,7 +73,6 @@ _ACTIVITIES = {
     lib.PC_VCPU_DISK: Activity.DISK,
     lib.PC_VCPU_GONE: Activity.GONE,
 }
-_CLOSE_TIMEOUT_S = 10.0
 _MAX_STATE_BYTES = 16 << 20  # what one control message may carry
 DEFAULT_DISK_BYTES = 16 << 20
 DISK_PREFIX, DISK_SUFFIX = "postcopy-disk-", ".img"  # of temporary ones
@@ -124,7 +124,7 @@ class KvmMachine(Machine):
                 undo.callback(memory.drop)
                 self._blocks.append(RamBlock(name, memory, number))
             machine = self._open()
-            undo.callback(lib.pc_kvm_close, machine, round(_CLOSE_TIMEOUT_S * 1000))
+            undo.callback(lib.pc_kvm_close, machine, round(CLOSE_TIMEOUT_S * 1000))
             self._bell = _Bell(lib.pc_kvm_event_fd(machine))
             undo.pop_all()
         for block in self._blocks:
@@ -346,21 +346,27 @@ class KvmMachine(Machine):
 
     # ---- the end
 
-    async def close(self) -> None:
+    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         with trio.CancelScope(shield=True):  # bounded: pc_kvm_close is
             async with self._ending:
                 if self._machine is None:
                     return
                 machine, self._machine = self._machine, None
                 self._bell.close()
-                timeout_ms = round(_CLOSE_TIMEOUT_S * 1000)
-                result = await run_to_end(lambda: int(lib.pc_kvm_close(machine, timeout_ms)), "ending the machine")
+                timeout_ms = max(1, min(round(timeout_s * 1000), 3_600_000))
+
+                def call() -> int:
+                    return int(lib.pc_kvm_close(machine, timeout_ms))
+
+                result = await run_to_end(call, "ending the machine", timeout_s + END_TIMEOUT_S)
                 for block in self._blocks:
                     if result != -errno.ETIMEDOUT:
                         block.memory.release("machine")
                     block.memory.drop()
                 if result == -errno.ETIMEDOUT:
-                    raise MigrationError("a vCPU does not come back from a disk transfer; the machine's memory is kept")
+                    raise MigrationError(
+                        "a vCPU is blocked where no signal reaches it, on a missing page; the machine's memory is kept"
+                    )
                 if self._disk is not None:
                     self._disk.close()
                 check(result, "ending the machine")

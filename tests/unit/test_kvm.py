@@ -30,7 +30,7 @@ from postcopy.machines import (
 from postcopy.machines.base import Activity
 
 MIB = 1 << 20
-pytestmark = pytest.mark.needs("kvm", "userfaultfd")
+pytestmark = pytest.mark.needs("kvm", "uffd")
 
 
 @asynccontextmanager

@@ -48,7 +48,7 @@ def move(destination: Machine, path: Path) -> None:
 # ---- image
 
 
-@pytest.mark.needs("userfaultfd")
+@pytest.mark.needs("uffd")
 @pytest.mark.parametrize("backing", ["memfd", "anon"])
 async def test_an_image_moves_byte_by_byte_and_stays_sparse(image: Path, tmp_path: Path, backing: str) -> None:
     async with source_of(image) as source:
@@ -101,7 +101,7 @@ async def test_an_image_that_changes_is_noticed(image: Path) -> None:
             await source.save_state()
 
 
-@pytest.mark.needs("userfaultfd")
+@pytest.mark.needs("uffd")
 async def test_without_a_digest_nothing_is_verified(image: Path) -> None:
     async with (
         ImageMachine.from_file(image, verify=False) as source,
@@ -123,7 +123,7 @@ async def test_following_an_image_ends_with_it(image: Path, autojump_clock: trio
     await source.close()
 
 
-@pytest.mark.needs("userfaultfd")
+@pytest.mark.needs("uffd")
 @pytest.mark.parametrize(
     "state",
     [
@@ -143,7 +143,7 @@ async def test_damaged_image_states(state: bytes) -> None:
     await machine.close()
 
 
-@pytest.mark.needs("userfaultfd")
+@pytest.mark.needs("uffd")
 @pytest.mark.parametrize(
     ("config", "layout"),
     [
@@ -234,7 +234,7 @@ def kvm_layout(vcpus: int = 1) -> list[BlockLayout]:
 KVM_CONFIG = {"vcpus": 1, "workload": "idle", "working-set-bytes": 0, "seed": 1}
 
 
-@pytest.mark.needs("userfaultfd")
+@pytest.mark.needs("uffd")
 @pytest.mark.parametrize(
     ("config", "layout"),
     [
@@ -263,7 +263,7 @@ def test_kvm_offers_that_are_refused(config: dict[str, Any], layout: list[BlockL
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.needs("userfaultfd")
+@pytest.mark.needs("uffd")
 def test_a_peer_cannot_name_a_file_to_write_to(tmp_path: Path) -> None:
     victim, link = tmp_path / "victim", tmp_path / "postcopy-disk-link.img"
     victim.write_bytes(b"precious")

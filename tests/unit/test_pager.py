@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pager and page server, over loopback TCP in one process.
 
-What touches missing memory runs in a child process with a deadline: this file started with the name of a case.
+What touches missing memory runs in a child process with a deadline: `run_case`, with the name of a case.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 import pytest
 import trio
@@ -28,12 +28,11 @@ from postcopy.bitmap import Bitmap
 from postcopy.memory import Memory, page_bytes_of
 from postcopy.pager import ChannelKind, Event, EventType, Pager, PagerStatistics, Stage
 from postcopy.pageserver import PageServer, PageServerStatistics
-from postcopy.uffd import UffdFeature, probe
 
 PAGE = page_bytes_of("memfd")
 DEADLINE_S = 60
 
-Case = Callable[[], Awaitable[None]]
+Case = Callable[..., Awaitable[None]]
 CASES: dict[str, Case] = {}
 
 
@@ -42,13 +41,30 @@ def case(function: Case) -> Case:
     return function
 
 
-def run_child(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-X", "dev", "-W", "error", __file__, name, *arguments]
-    return subprocess.run(command, timeout=DEADLINE_S, capture_output=True, text=True, check=False)
+def run_case(name: str, *arguments: str) -> None:
+    """In the child: all of one case."""
+    warnings.simplefilter("error")
+
+    async def main() -> None:
+        with trio.fail_after(DEADLINE_S - 5):
+            await CASES[name](*arguments)
+
+    trio.run(main)
 
 
-def passes(name: str, *arguments: str) -> None:
-    result = run_child(name, *arguments)
+class Child(Protocol):
+    """What conftest's `run_in_child` returns."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+RunInChild = Callable[..., Child]
+
+
+def passes(run_in_child: RunInChild, name: str, *arguments: str) -> None:
+    result = run_in_child(run_case, name, *arguments, deadline_s=DEADLINE_S)
     assert result.returncode == 0, f"{result.returncode}\n{result.stdout}{result.stderr}"
     assert "ResourceWarning" not in result.stderr
 
@@ -132,10 +148,9 @@ async def next_event(events: AsyncIterator[Event], wanted: EventType) -> Event:
 
 
 @case
-async def everything_arrives() -> None:
-    kind, present = sys.argv[2], sys.argv[3] == "present"
+async def everything_arrives(kind: str, present: str) -> None:
     pages = 3000
-    async with pair(pages, kind=kind, present=present) as both:
+    async with pair(pages, kind=kind, present=present == "present") as both:
         expected = [lib.pc_crc32c(0, bytes(page), PAGE) for page in (content(pages)[0], bytes(PAGE))]
         both.pager.track_thread(0, 0)
         both.connect_urgent()
@@ -303,42 +318,33 @@ async def a_shrinking_image_is_a_named_error() -> None:
         destination.close()
 
 
-needs_userfaultfd = pytest.mark.needs("userfaultfd")
-
-
-@needs_userfaultfd
+@pytest.mark.needs("uffd")
 @pytest.mark.parametrize("kind", ["memfd", "anon"])
 @pytest.mark.parametrize("present", ["present", "unknown"])
-def test_everything_arrives(kind: str, present: str) -> None:
-    passes("everything_arrives", kind, present)
+def test_everything_arrives(run_in_child: RunInChild, kind: str, present: str) -> None:
+    passes(run_in_child, "everything_arrives", kind, present)
 
 
-@needs_userfaultfd
+@pytest.mark.needs("uffd")
 @pytest.mark.parametrize(
     "name",
     [
         "missing_pages_can_be_asked_for",
         "a_lost_channel_can_be_replaced",
-        "unregistering_what_is_missing_is_refused",
         "a_cancelled_close_still_closes",
         "a_shrinking_image_is_a_named_error",
     ],
 )
-def test_case(name: str) -> None:
-    passes(name)
+def test_case(run_in_child: RunInChild, name: str) -> None:
+    passes(run_in_child, name)
 
 
-def has_poison() -> bool:
-    return UffdFeature.POISON in probe().features
-
-
-@needs_userfaultfd
-def test_what_never_comes_is_never_zeros() -> None:
-    if not has_poison():
-        pytest.skip("this kernel has no UFFDIO_POISON (Linux 6.6)")
-    result = run_child("what_never_comes_is_poisoned")
+@pytest.mark.needs("uffd", "uffd-poison")
+def test_what_never_comes_is_never_zeros(run_in_child: RunInChild) -> None:
+    result = run_in_child(run_case, "what_never_comes_is_poisoned", deadline_s=DEADLINE_S)
     assert result.returncode == -signal.SIGBUS, result.stderr
-    passes("blocked_threads_are_released_by_close_with_an_error")
+    passes(run_in_child, "blocked_threads_are_released_by_close_with_an_error")
+    passes(run_in_child, "unregistering_what_is_missing_is_refused")
 
 
 # ---- without faults
@@ -421,12 +427,3 @@ async def test_events_read_well() -> None:
     event = Event(EventType.CHANNEL_DOWN, ChannelKind.BULK, 2, errno.EPIPE, "Broken pipe")
     assert str(event) == "channel-down bulk 2: Broken pipe"
     assert str(Event(EventType.COMPLETE)) == "complete"
-
-
-if __name__ == "__main__":
-
-    async def main() -> None:
-        with trio.fail_after(DEADLINE_S - 5):
-            await CASES[sys.argv[1]]()
-
-    trio.run(main)
