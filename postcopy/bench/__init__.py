@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`postcopy bench`: the figures that the documentation quotes, each a ratio of things measured side by side in one run.
+
+Every measurement is repeated in rounds, its parts one after the other within a round, in processes of their own; what is
+reported is the median over the rounds of the ratio within a round, so that a slow spell of the host hits both parts.
+
+- ``fault``: a demand fault over loopback TCP, nothing else under way, against the least a C program can do (read the
+  userfaultfd, 8 byte request, 4 KiB reply, UFFDIO_COPY), sleeping and spinning. Seen by the thread that touches.
+- ``bulk-delay``: p99 of such a fault while everything else is pushed at full speed, against the idle p99.
+- ``throughput``: incompressible memory pushed over loopback, both ends included, against one iperf3 stream.
+- ``sparse``: total time of a large kvm machine of which 256 MiB were touched, against a machine of 256 MiB.
+- ``overhead``: resident memory of source and destination beside the machine's own, against its allowance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from .._errors import MigrationError, ResourceError
+from ..memory import format_size, parse_size
+from ._worker import Job, encode
+
+__all__ = ["Figure", "add_arguments", "run"]
+
+DEADLINE_S = 120.0  # for one process of one measurement
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One ratio and what it was made of."""
+
+    name: str
+    ratio: float  # median over the rounds
+    target: float
+    at_most: bool  # the target is an upper bound, else a lower one
+    rounds: list[dict[str, float]]
+    note: str = ""
+    unit: str = field(default="us")
+
+    @property
+    def reached(self) -> bool:
+        """Whether the ratio keeps to its target."""
+        return self.ratio <= self.target if self.at_most else self.ratio >= self.target
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``; `rounds` hold the absolute values, in `unit`."""
+        return {
+            "name": self.name,
+            "ratio": round(self.ratio, 3),
+            "target": ("<= " if self.at_most else ">= ") + str(self.target),
+            "reached": self.reached,
+            "unit": self.unit,
+            "rounds": self.rounds,
+            "note": self.note,
+        }
+
+
+# ---- processes
+
+
+@contextmanager
+def _worker(job: Job, fds: list[int]) -> Iterator[subprocess.Popen[str]]:
+    """A worker that has said ``ready``; killed when left. `fds` are handed over."""
+    with subprocess.Popen(
+        [sys.executable, "-c", "import sys; from postcopy.bench._worker import main; main(sys.argv[1])", encode(job)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        pass_fds=fds,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            if process.stdout.readline().strip() != "ready":
+                raise MigrationError(f"the {job.role} of a measurement ended early (its error is above)")
+            yield process
+        finally:
+            process.kill()
+
+
+def _go(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+
+
+def _result(process: subprocess.Popen[str], deadline_s: float = DEADLINE_S) -> dict[str, Any]:
+    try:
+        output, _ = process.communicate(timeout=deadline_s)
+    except subprocess.TimeoutExpired:
+        raise MigrationError(f"a measurement did not end within {deadline_s:.0f} s") from None
+    if process.returncode or not output.strip():
+        raise MigrationError("a process of a measurement failed (its error is above)")
+    result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    return result
+
+
+def _connections(count: int) -> list[tuple[socket.socket, socket.socket]]:
+    pairs = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        for _ in range(count):
+            near = socket.create_connection(listener.getsockname())
+            far, _ = listener.accept()
+            for end in (near, far):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            pairs.append((near, far))
+    return pairs
+
+
+def _pair(
+    engine: bool,
+    size_bytes: int,
+    *,
+    touches: int = 0,
+    busy_poll_us: int = 0,
+    bulk_channels: int = 0,
+    pin: bool = False,
+) -> dict[str, Any]:
+    """Runs a source and a destination against each other; the destination's result.
+
+    `pin`: each has half of the processors to itself, as two hosts would. Without it, which threads happen to share a
+    processor decides more about a latency than what is measured.
+    """
+    cpus = sorted(os.sched_getaffinity(0))
+    halves = (cpus[: len(cpus) // 2], cpus[len(cpus) // 2 :]) if pin and len(cpus) > 1 else ([], [])
+    kind = "engine" if engine else "floor"
+    with ExitStack() as stack:
+        pairs = _connections(1 + bulk_channels)
+        for near, far in pairs:
+            stack.enter_context(near)
+            stack.enter_context(far)
+        fds = [[pair[side].fileno() for pair in pairs] for side in (0, 1)]
+
+        def job(role: str, side: int) -> Job:
+            return Job(
+                f"{kind}-{role}",
+                size_bytes,
+                fds[side][0],
+                fds[side][1:],
+                touches=touches,
+                busy_poll_us=busy_poll_us,
+                complete=bool(bulk_channels),
+                cpus=halves[side],
+            )
+
+        source = stack.enter_context(_worker(job("source", 0), fds[0]))
+        dest = stack.enter_context(_worker(job("dest", 1), fds[1]))
+        for near, far in pairs:
+            near.close()
+            far.close()
+        _go(source)
+        _go(dest)
+        return _result(dest)
+
+
+# ---- figures
+
+
+def _median_ratio(rounds: list[dict[str, float]], over: str, under: str) -> float:
+    return statistics.median(values[over] / values[under] for values in rounds)
+
+
+def measure_fault(rounds: int) -> list[Figure]:
+    """Demand fault p50 against the floor's, sleeping and spinning."""
+    size_bytes, touches = parse_size("64MiB"), 4000
+    figures = []
+    for how, busy_poll_us in (("sleeping", 0), ("spinning", 200)):
+        values = []
+        for _ in range(rounds):
+            floor, engine = (
+                _pair(engine, size_bytes, touches=touches, busy_poll_us=busy_poll_us, pin=True)["touch-us"]
+                for engine in (False, True)
+            )
+            values.append(
+                {"p50": engine["p50"], "floor-p50": floor["p50"], "p99": engine["p99"], "floor-p99": floor["p99"]}
+            )
+        ratio = _median_ratio(values, "p50", "floor-p50")
+        figures.append(Figure(f"fault p50, {how} / floor", ratio, 1.25, True, values))
+    return figures
+
+
+def measure_bulk_delay(rounds: int) -> list[Figure]:
+    """p99 of a demand fault while bulk runs at full speed, against the idle p99."""
+    values = []
+    for _ in range(rounds):
+        idle = _pair(True, parse_size("64MiB"), touches=8000, pin=True)["touch-us"]
+        # The touches end with the memory: as many as there are pages, so that faults happen until the last page is there.
+        size_bytes = parse_size("768MiB")
+        busy = _pair(True, size_bytes, touches=size_bytes // 4096, bulk_channels=1, pin=True)["touch-us"]
+        values.append({"p99": busy["p99"], "idle-p99": idle["p99"], "p50": busy["p50"], "idle-p50": idle["p50"]})
+    return [Figure("fault p99 under bulk / idle", _median_ratio(values, "p99", "idle-p99"), 4.0, True, values)]
+
+
+def _iperf3_bytes_per_s(size_bytes: int) -> float:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with subprocess.Popen(
+        ["iperf3", "-s", "-1", "-B", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL
+    ) as server:
+        try:
+            deadline_s = time.monotonic() + 10
+            while True:
+                client = subprocess.run(
+                    ["iperf3", "-c", "127.0.0.1", "-p", str(port), "-n", str(size_bytes), "-J"],
+                    capture_output=True,
+                    text=True,
+                    timeout=DEADLINE_S,
+                    check=False,
+                )
+                result = json.loads(client.stdout)
+                if "error" not in result:
+                    return float(result["end"]["sum_received"]["bits_per_second"]) / 8
+                if time.monotonic() > deadline_s:  # refused until the server listens
+                    raise MigrationError(f"iperf3 failed: {result['error']}")
+        finally:
+            server.kill()
+
+
+def measure_throughput(rounds: int) -> list[Figure]:
+    """Pushed memory against one iperf3 stream."""
+    if not shutil.which("iperf3"):
+        raise ResourceError("iperf3 is not installed", "apt-get install iperf3")
+    size_bytes = parse_size("1GiB")
+    figures = []
+    for channels in (1, 2):
+        values = []
+        for _ in range(rounds):
+            iperf = _iperf3_bytes_per_s(size_bytes) / 1e9
+            engine = _pair(True, size_bytes, bulk_channels=channels)["bytes-per-s"] / 1e9
+            values.append({"engine": engine, "iperf3": iperf})
+        name = f"background throughput, {channels} channel{'s' * (channels > 1)} / one iperf3 stream"
+        figures.append(Figure(name, _median_ratio(values, "engine", "iperf3"), 0.5, False, values, unit="GB/s"))
+    return figures
+
+
+def _demo(*arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "postcopy", "demo", "--json", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S * 2, check=False)
+    if done.returncode:
+        raise MigrationError(f"`{' '.join(command[2:])}` failed: {done.stderr.strip().splitlines()[-1:]}")
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def measure_sparse(rounds: int) -> list[Figure]:
+    """A large machine, little of it touched, against a small one, all of it touched."""
+    common = ("--machine", "kvm", "--workload", "random", "--vcpus", "1", "--working-set", "240MiB")
+    values = []
+    for _ in range(rounds):
+        small = float(_demo(*common, "--memory", "256MiB")["total-ms"])
+        large = float(_demo(*common, "--memory", "8GiB")["total-ms"])
+        values.append({"8GiB": large, "256MiB": small})
+    ratio = _median_ratio(values, "8GiB", "256MiB")
+    note = "240 MiB of each touched by the guest"
+    return [Figure("total time, 8 GiB sparse / 256 MiB", ratio, 1.3, True, values, note, unit="ms")]
+
+
+def measure_overhead(rounds: int) -> list[Figure]:
+    """Peak memory beside the machine's own, against 32 MiB + 1 % of the machine."""
+    memory = parse_size("1GiB")
+    allowance = parse_size("32MiB") + memory / 100
+    values = []
+    for _ in range(max(1, rounds // 2)):
+        result = _demo("--machine", "kvm", "--workload", "random", "--memory", "1GiB", "--working-set", "256MiB")
+        values.append(
+            {side: float(result[side]["overhead-bytes"]) / 2**20 for side in ("source", "dest")}
+            | {"allowance": allowance / 2**20}
+        )
+    return [
+        Figure(f"memory overhead of the {side} / allowance", _median_ratio(values, side, "allowance"), 1.0, True, values,
+               f"allowance: 32 MiB + 1 % of {format_size(memory)}", unit="MiB")
+        for side in ("source", "dest")
+    ]
+
+
+MEASUREMENTS: dict[str, Callable[[int], list[Figure]]] = {
+    "fault": measure_fault,
+    "bulk-delay": measure_bulk_delay,
+    "throughput": measure_throughput,
+    "sparse": measure_sparse,
+    "overhead": measure_overhead,
+}
+
+
+def _print(figure: Figure) -> None:
+    bound = "at most" if figure.at_most else "at least"
+    print(f"{figure.name}: {figure.ratio:.2f}  ({bound} {figure.target:g}: {'reached' if figure.reached else 'MISSED'})")
+    for name in figure.rounds[0]:
+        values = [values[name] for values in figure.rounds]
+        print(f"    {name:<12} median {statistics.median(values):9.2f} {figure.unit}"
+              f"   range {min(values):.2f} .. {max(values):.2f}")
+    if figure.note:
+        print(f"    {figure.note}")
+    sys.stdout.flush()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `postcopy bench`."""
+    parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"of {', '.join(MEASUREMENTS)}; all by default")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="repetitions, medians are shown (default 5)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a figure")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures; 0 when every figure kept to its target, 1 otherwise."""
+    names = args.figures or list(MEASUREMENTS)
+    if unknown := [name for name in names if name not in MEASUREMENTS]:
+        print(f"postcopy: error: no figure called {unknown[0]}; there are {', '.join(MEASUREMENTS)}", file=sys.stderr)
+        return 2
+    if args.rounds < 1:
+        print("postcopy: error: --rounds must be at least 1", file=sys.stderr)
+        return 2
+    reached = True
+    for name in names:
+        for figure in MEASUREMENTS[name](args.rounds):
+            reached &= figure.reached
+            if args.json:
+                print(json.dumps(figure.as_json()), flush=True)
+            else:
+                _print(figure)
+    return 0 if reached else 1
