@@ -1223,6 +1223,37 @@ static void above_the_hole(void)
     CHECK(pc_kvm_close(machine, PAUSE_MS) == 0);
 }
 
+/* Nothing to pass or fail: the figures in docs/machines.md. POSTCOPY_TEST_MIB sets the memory of the machine. */
+static void speed(void)
+{
+    static const char *const names[] = { "idle", "dirty", "random", "disk" };
+    const char *mib = getenv("POSTCOPY_TEST_MIB");
+    uint64_t bytes = (mib ? strtoull(mib, NULL, 0) : 16) * MIB;
+
+    for (uint32_t workload = PC_WORKLOAD_DIRTY; workload <= PC_WORKLOAD_DISK; workload++) {
+        struct pc_kvm_config config = make_config(workload, 2, bytes, PC_MEMORY_MEMFD);
+        uint64_t begin_ns = pc_machine_now_ns(), ready_ns, end_ns;
+        struct pc_kvm *machine = boot_and_run(&config, 0);
+        struct pc_machine_check before, after;
+
+        ready_ns = pc_machine_now_ns();
+        pause_machine(machine);
+        before = verify_ok(machine);
+        begin_ns = ready_ns - begin_ns;
+        CHECK(pc_kvm_resume(machine) == 0);
+        ready_ns = pc_machine_now_ns();
+        usleep(1000000);
+        pause_machine(machine);
+        end_ns = pc_machine_now_ns();
+        after = verify_ok(machine);
+        printf("  %-6s %llu MiB: ready after %.2f s, %.0f operations/s for each vCPU, verified in %.2f s\n", names[workload],
+               (unsigned long long)(bytes / MIB), (double)begin_ns / 1e9,
+               (double)(after.operations - before.operations) / 2 / ((double)(end_ns - ready_ns) / 1e9),
+               (double)(pc_machine_now_ns() - end_ns) / 1e9);
+        CHECK(pc_kvm_close(machine, PAUSE_MS) == 0);
+    }
+}
+
 /* ---- the runner ---- */
 
 static void c_pause_blocked_dirty(void) { pause_blocked(PC_WORKLOAD_DIRTY); }
@@ -1286,6 +1317,7 @@ static const struct {
     { "time-stamp-counter", time_stamp_counter },
     { "guest-crash", guest_crash },
     { "above-the-hole", above_the_hole },
+    { "speed", speed },
 };
 
 #define CASE_SECONDS 100
