@@ -71,11 +71,6 @@ def constants(cdef: str) -> dict[str, int]:
     return found
 
 
-def without(cdef: str, missing: set[str]) -> str:
-    """The cdef less the prototypes of some functions."""
-    return _PROTOTYPE.sub(lambda match: "" if match["name"] in missing else match[0], cdef)
-
-
 # What CFFI gives, as far as this package uses it. The stubs that exist for CFFI know neither the fields of a struct nor
 # that string() of a char pointer is bytes, so every use of them would need a cast.
 _STUB_HEAD = """\
@@ -171,20 +166,19 @@ def symbols(nm: str, path: Path, *options: str) -> set[str]:
     return {name for name in names if _OUR_SYMBOL.fullmatch(name)}
 
 
-def write_glue(header: Path, library: Path, nm: str, output: Path, *, allow_missing: bool) -> list[str]:
-    """Writes the extension's C source; returns the functions that no C file defines (and fails, unless allowed)."""
+def write_glue(header: Path, library: Path, nm: str, output: Path) -> None:
+    """Writes the extension's C source, for which every function of the header must be defined in a library."""
     import cffi
 
     cdef = extract(header.read_text(encoding="utf-8"))
     defined = symbols(nm, library, "--defined-only")
     missing = [name for name in functions(cdef) if name not in defined]
-    if missing and not allow_missing:
+    if missing:
         raise HeaderError("declared in postcopy.h, defined in no C file: " + ", ".join(missing))
     ffi = cffi.FFI()
-    ffi.cdef(without(cdef, set(missing)))
+    ffi.cdef(cdef)
     ffi.set_source("postcopy._native", '#include "postcopy.h"\n', py_limited_api=True)
     ffi.emit_c_code(str(output))
-    return missing
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -213,9 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "cdef":
             sys.stdout.write(extract(args.header.read_text(encoding="utf-8")))
         elif args.command == "glue":
-            missing = write_glue(args.header, args.library, args.nm, args.output, allow_missing=args.allow_missing)
-            if missing:
-                print(f"left out of postcopy._native, no C file defines them: {', '.join(missing)}", file=sys.stderr)
+            write_glue(args.header, args.library, args.nm, args.output)
         elif args.command == "stub":
             text = stub(extract(args.header.read_text(encoding="utf-8")))
             if args.output:

@@ -233,7 +233,7 @@ class Child:
             )
 
     def _open(self) -> IO[bytes]:
-        return self._files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # closed with the others
+        return self._files.enter_context(tempfile.TemporaryFile())  # closed with the others
 
     @property
     def pid(self) -> int:

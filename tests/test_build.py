@@ -130,8 +130,6 @@ def test_extraction_of_a_small_header(cdef: Any) -> None:
     assert "cffi" not in text
     assert cdef.functions(text) == ["pc_name", "pc_two", "pc_three"]
     assert cdef.constants(text) == {"PC_A": 3, "PC_X": 0, "PC_Y": 16, "PC_Z": 17}
-    assert cdef.functions(cdef.without(text, {"pc_two"})) == ["pc_name", "pc_three"]
-    assert cdef.constants(cdef.without(text, {"pc_two"})) == cdef.constants(text)
     stub = cdef.stub(text)
     assert "def pc_name(self) -> CData: ..." in stub
     assert "def pc_two(self, data: CData | bytes, bytes: int, from_: CData, /) -> int: ..." in stub
