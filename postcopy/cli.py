@@ -112,8 +112,8 @@ def _add_engine_arguments(parser: argparse.ArgumentParser, *, source: bool, dest
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object a line on stdout, the result last")
-    group.add_argument("-v", "--verbose", action="store_const", const="info", dest="log_level", help="--log-level info")
     group.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
+    group.add_argument("-v", "--verbose", action="store_const", const="info", dest="log_level", help="--log-level info")
 
 
 def _add_peer_arguments(parser: argparse.ArgumentParser) -> None:

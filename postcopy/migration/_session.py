@@ -83,7 +83,7 @@ class Control(Generic[P]):
         try:
             return await self._messages.receive()
         except trio.EndOfChannel:
-            raise PeerError("the control connection has ended") from None
+            raise PeerError(self.protocol.reason or "the control connection has ended") from None
 
     async def run(self) -> None:
         """Receives, and keeps the connection alive, until the migration has ended in order. Raises `PeerError` or

@@ -40,6 +40,8 @@ from postcopy.migration.protocol import ClientHandshake, Hello, ServerHandshake,
 HANDSHAKE_TIMEOUT_S = 10.0
 CHANNELS_TIMEOUT_S = 30.0
 MAX_HALF_OPEN = 64
+ACCEPT_PAUSE_S = 0.1
+_NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 log = logging.getLogger(__name__)
 
@@ -382,7 +384,8 @@ class Reception:
         """Accepts connections until cancelled, then closes the listeners."""
         try:
             async with trio.open_nursery() as nursery:
-                await trio.serve_listeners(self._greet, self._listeners, handler_nursery=nursery)
+                for listener in self._listeners:
+                    nursery.start_soon(self._accept, listener, nursery)
         finally:
             while True:  # control connections that nobody took
                 try:
@@ -395,6 +398,19 @@ class Reception:
         """Stops listening. `serve` must have ended."""
         for listener in self._listeners:
             await listener.aclose()
+
+    async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
+        # Not trio.serve_listeners: that closes a stream when its handler returns, and ours gives it away.
+        while True:
+            try:
+                stream = await listener.accept()
+            except OSError as error:
+                if error.errno not in _NO_ROOM:
+                    raise
+                log.error("cannot accept a connection: %s", error.strerror)
+                await trio.sleep(ACCEPT_PAUSE_S)  # descriptors may become free
+                continue
+            nursery.start_soon(self._greet, stream)
 
     async def _greet(self, stream: trio.SocketStream) -> None:
         """One connection from its first byte until somebody has it. Never raises, whatever the peer does."""

@@ -120,6 +120,18 @@ async def test_all_channels(host: str) -> None:
         raise
 
 
+async def test_the_control_connection_is_ours_and_theirs() -> None:
+    async with reception() as (desk, address):
+        link = await c.CallingLink.open(address, "dest")
+        seen = await desk.next_link()
+        await link.control.send_all(b"there")
+        assert await seen.control.receive_some(100) == b"there"
+        await seen.control.send_all(b"back")
+        assert await link.control.receive_some(100) == b"back"
+        await link.control.aclose()
+        await seen.control.aclose()
+
+
 async def test_frames_right_behind_the_welcome_belong_to_the_core() -> None:
     """Whoever listens may send the moment it has welcomed, and its first frame may arrive in the same segment."""
     [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
