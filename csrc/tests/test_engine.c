@@ -17,6 +17,7 @@
 #include <sched.h>
 #include <setjmp.h>
 #include <stdatomic.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -2548,37 +2549,31 @@ static void non_blocking_descriptors_work(void)
 
 /* ---- huge pages --------------------------------------------------------------------------------------------------- */
 
-static const char pool_path[] = "/proc/sys/vm/nr_hugepages";
-static long pool_before = -1;
+static bool pool_is_larger;
 
-static long pool_size(void)
+/* Makes the pool larger, or smaller again, by so many pages. Several tests may do so at once: each takes back what it has
+ * added and not what it once saw, and the lock keeps reading and writing together. */
+static void change_pool(long by)
 {
+    int fd = open("/proc/sys/vm/nr_hugepages", O_RDWR | O_CLOEXEC);
     char text[32] = "";
-    int fd = open(pool_path, O_RDONLY | O_CLOEXEC);
-
-    if (fd < 0)
-        return -1;
-    if (read(fd, text, sizeof(text) - 1) <= 0)
-        text[0] = 0;
-    close(fd);
-    return text[0] ? strtol(text, NULL, 10) : -1;
-}
-
-static void set_pool_size(long pages)
-{
-    char text[32];
-    int fd = open(pool_path, O_WRONLY | O_CLOEXEC);
+    long pages;
 
     if (fd < 0)
         return;
-    (void)!write(fd, text, (size_t)snprintf(text, sizeof(text), "%ld", pages));
+    (void)flock(fd, LOCK_EX);
+    if (pread(fd, text, sizeof(text) - 1, 0) > 0) {
+        pages = strtol(text, NULL, 10) + by;
+        (void)!pwrite(fd, text, (size_t)snprintf(text, sizeof(text), "%ld", pages > 0 ? pages : 0), 0);
+        pool_is_larger = by > 0;
+    }
     close(fd);
 }
 
 static void restore_pool(void)
 {
-    if (pool_before >= 0 && !test_.forked)
-        set_pool_size(pool_before);
+    if (pool_is_larger && !test_.forked)
+        change_pool(-HUGE_POOL_PAGES);
 }
 
 static void on_ending_signal(int number)
@@ -2591,15 +2586,12 @@ static void on_ending_signal(int number)
 /* Where root runs the test there is a pool of huge pages for as long as it takes. */
 static void borrow_huge_pages(void)
 {
-    long before = pool_size();
-
-    if (geteuid() || before < 0 || pc_huge_page_bytes() != 2 << 20)
+    if (geteuid() || pc_huge_page_bytes() != 2 << 20)
         return;
     (void)atexit(restore_pool);
     (void)signal(SIGINT, on_ending_signal);
     (void)signal(SIGTERM, on_ending_signal);
-    pool_before = before;
-    set_pool_size(before + HUGE_POOL_PAGES);
+    change_pool(HUGE_POOL_PAGES);
 }
 
 #define RUN_CASE(name) RUN_FOR(name, DEADLINE_S)
