@@ -191,9 +191,6 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--library", type=Path, required=True, help="the static library that must define everything")
     command.add_argument("--output", type=Path, required=True)
     command.add_argument("--nm", default="nm")
-    command.add_argument(
-        "--allow-missing", action="store_true", help="leave undefined functions out instead of failing"
-    )
     command = commands.add_parser("check", help="fail when a symbol of ours is undefined in the built extension")
     command.add_argument("module", type=Path)
     command.add_argument("--nm", default="nm")
