@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`postcopy bench`: the figures that the documentation quotes, each a ratio of things measured side by side in one run.
+"""`postcopy bench`: the figures that the documentation quotes, each a ratio of things measured side by side.
 
-Every measurement is repeated in rounds, its parts one after the other within a round, in processes of their own; what is
-reported is the median over the rounds of the ratio within a round, so that a slow spell of the host hits both parts.
+Every measurement is repeated in rounds, its parts one after the other within a round, in processes of their own; what
+is reported is the median over the rounds of the ratio within a round, so that a slow spell of the host hits both parts.
 
 - ``fault``: a demand fault over loopback TCP, nothing else under way, against the least a C program can do (read the
   userfaultfd, 8 byte request, 4 KiB reply, UFFDIO_COPY), sleeping and spinning. Seen by the thread that touches.
@@ -28,8 +28,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._errors import MigrationError, ResourceError
-from ..memory import format_size, parse_size
+from postcopy._errors import MigrationError, ResourceError
+from postcopy.memory import format_size, parse_size
+
 from ._worker import Job, encode
 
 __all__ = ["Figure", "add_arguments", "run"]
@@ -195,7 +196,7 @@ def measure_bulk_delay(rounds: int) -> list[Figure]:
     values = []
     for _ in range(rounds):
         idle = _pair(True, parse_size("64MiB"), touches=8000, pin=True)["touch-us"]
-        # The touches end with the memory: as many as there are pages, so that faults happen until the last page is there.
+        # As many touches as there are pages, so that faults happen until the last page is there.
         size_bytes = parse_size("768MiB")
         busy = _pair(True, size_bytes, touches=size_bytes // 4096, bulk_channels=1, pin=True)["touch-us"]
         values.append({"p99": busy["p99"], "idle-p99": idle["p99"], "p50": busy["p50"], "idle-p50": idle["p50"]})
@@ -278,8 +279,15 @@ def measure_overhead(rounds: int) -> list[Figure]:
             | {"allowance": allowance / 2**20}
         )
     return [
-        Figure(f"memory overhead of the {side} / allowance", _median_ratio(values, side, "allowance"), 1.0, True, values,
-               f"allowance: 32 MiB + 1 % of {format_size(memory)}", unit="MiB")
+        Figure(
+            f"memory overhead of the {side} / allowance",
+            _median_ratio(values, side, "allowance"),
+            1.0,
+            True,
+            values,
+            f"allowance: 32 MiB + 1 % of {format_size(memory)}",
+            unit="MiB",
+        )
         for side in ("source", "dest")
     ]
 
@@ -295,11 +303,15 @@ MEASUREMENTS: dict[str, Callable[[int], list[Figure]]] = {
 
 def _print(figure: Figure) -> None:
     bound = "at most" if figure.at_most else "at least"
-    print(f"{figure.name}: {figure.ratio:.2f}  ({bound} {figure.target:g}: {'reached' if figure.reached else 'MISSED'})")
+    print(
+        f"{figure.name}: {figure.ratio:.2f}  ({bound} {figure.target:g}: {'reached' if figure.reached else 'MISSED'})"
+    )
     for name in figure.rounds[0]:
         values = [values[name] for values in figure.rounds]
-        print(f"    {name:<12} median {statistics.median(values):9.2f} {figure.unit}"
-              f"   range {min(values):.2f} .. {max(values):.2f}")
+        print(
+            f"    {name:<12} median {statistics.median(values):9.2f} {figure.unit}"
+            f"   range {min(values):.2f} .. {max(values):.2f}"
+        )
     if figure.note:
         print(f"    {figure.note}")
     sys.stdout.flush()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process of a measurement: a source or a destination, of the engine or of the floor.
 
-Started by `postcopy.bench` with its connected sockets inherited; it prints ``ready``, waits for a line on its standard input,
-does its part, prints one JSON object. A source serves until its standard input ends.
+Started by `postcopy.bench` with its connected sockets inherited; it prints ``ready``, waits for a line on its standard
+input, does its part, prints one JSON object. A source serves until its standard input ends.
 
 Memory is made and filled here, in the process that uses it, and touched by C threads only.
 """
@@ -18,12 +18,12 @@ from typing import Any
 
 import trio
 
-from .._native import ffi, lib
-from ..histogram import Histogram
-from ..memory import Memory
-from ..pager import EventType, Pager, Stage
-from ..pageserver import PageServer
-from ..uffd import How
+from postcopy._native import ffi, lib
+from postcopy.histogram import Histogram
+from postcopy.memory import Memory
+from postcopy.pager import EventType, Pager, Stage
+from postcopy.pageserver import PageServer
+from postcopy.uffd import How
 
 SEED = 20141001
 # A read that took less found its page there: an order of magnitude below any fault, and above any cache miss.
