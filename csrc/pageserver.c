@@ -29,7 +29,7 @@
 #include "stream.h"
 #include "util.h"
 
-#define RUN_BYTES (256 * 1024)         /* what a bulk thread claims at a time, at least one page */
+#define RUN_BYTES (64 * 1024)         /* what a bulk thread claims at a time, at least one page */
 #define REQUESTS_PER_TURN 64           /* answered with one write */
 #define REQUEST_BYTES (REQUESTS_PER_TURN * PC_FRAME_HEADER_BYTES)
 #define MAX_RUN_PAGES (RUN_BYTES / 1024)
@@ -455,7 +455,9 @@ static void *channel_thread(void *argument)
     int error = -ENOMEM;
 
     pc_thread_name(urgent ? "pc-serve" : "pc-bulk-out", channel->index);
-    if (!urgent)
+    if (urgent)
+        pc_thread_prompt();
+    else
         pc_thread_background();
     if (batch)
         error = urgent ? serve_urgent(channel, batch, text, sizeof(text)) : push(channel, batch, text, sizeof(text));
