@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import AsyncIterator
 
 import trio
 
 from postcopy import report
-from postcopy._errors import MigrationError, PostcopyError
+from postcopy._errors import ConfigurationError, MigrationError, PostcopyError
 from postcopy.machines import Check, Machine, MachineOptions, MachineStatistics, create_source
 from postcopy.migration._session import Interrupted, now_ns
 from postcopy.migration.channels import Address, CallingLink, Link, Reception
@@ -278,6 +279,8 @@ class DestinationCommand:
     async def run(self, stop: trio.Event) -> bool:
         done = False
         statistics: MachineStatistics | None = None
+        if self._dump is not None:
+            _check_dump(self._dump)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._output.follow, self._progress)
@@ -378,6 +381,17 @@ class DestinationCommand:
         if self._check is not None and not self._check.ok:
             raise MigrationError(f"the memory is not as it must be: {self._check.what}")
         return True
+
+
+def _check_dump(path: str) -> None:
+    """Whether a dump can be written there: a mistyped path must not be found out when the machine is here already."""
+    directory = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        raise ConfigurationError(f"--dump {path}: that is a directory")
+    if not os.path.isdir(directory):
+        raise ConfigurationError(f"--dump {path}: there is no directory {directory}")
+    if not os.access(directory, os.W_OK):
+        raise ConfigurationError(f"--dump {path}: no right to write into {directory}")
 
 
 async def _first_link(reception: Reception, stop: trio.Event) -> Link:

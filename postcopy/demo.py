@@ -34,6 +34,7 @@ from postcopy.progress import Output
 Json = dict[str, Any]
 END_S = 15.0  # for a child to end in order
 MAX_LINE_BYTES = 1 << 20
+MIN_IMAGE_BYTES = 1 << 20
 
 
 class _Child:
@@ -130,7 +131,9 @@ class DemoCommand:
         if args.machine == "kvm" and args.workload is None:
             args.workload = "random"
         if args.machine == "image" and args.image is None:
-            raise ConfigurationError("demo --machine image needs --image FILE")
+            args.memory = args.memory or 256 << 20
+            if args.memory < MIN_IMAGE_BYTES:
+                raise ConfigurationError(f"an image for the demo needs at least {format_size(MIN_IMAGE_BYTES)}")
 
     async def run(self, stop: trio.Event) -> bool:
         result: Json
@@ -155,6 +158,12 @@ class DemoCommand:
         return result["status"] == "completed" and result["verified"] is True
 
     async def _both(self, directory: str, stop: trio.Event) -> Json:
+        if self._args.workload == "disk" and self._args.disk is None:
+            self._args.disk = os.path.join(directory, "disk.img")
+        if self._args.machine == "image" and self._args.image is None:
+            self._args.image = os.path.join(directory, "image.raw")
+            await trio.to_thread.run_sync(_make_image, self._args.image, self._args.memory)
+            self._args.memory = None  # the file says it now
         dest = _Child("dest", self._dest_arguments())
         dest_done, source_done = trio.Event(), trio.Event()
         source = _Child("source", [])
@@ -170,7 +179,7 @@ class DemoCommand:
             await dest.address_known.wait()
             if dest.listening is None:
                 raise MigrationError(f"the destination did not start: {dest.last_error}")
-            source.arguments = self._source_arguments(dest.listening, directory)
+            source.arguments = self._source_arguments(dest.listening)
             nursery.start_soon(source.run, self._output, source_done)
             # Whichever ends first with an error ends it all; the other one would wait for it.
             async with trio.open_nursery() as waiting:
@@ -190,29 +199,27 @@ class DemoCommand:
         result = ["dest", "--json", "--listen", "127.0.0.1:0", "--run-for", f"{args.run_for:g}"]
         result += ["--backing", args.backing, "--busy-poll", str(args.busy_poll)]
         result += ["--log-level", args.log_level]
-        if args.dump is not None:
-            result += ["--dump", args.dump]
+        for flag, value in (("--dump", args.dump), ("--disk", args.disk)):
+            if value is not None:
+                result += [flag, value]
         return [*result, "--verify" if args.verify else "--no-verify"]
 
-    def _source_arguments(self, address: str, directory: str) -> list[str]:
+    def _source_arguments(self, address: str) -> list[str]:
         args = self._args
         result = ["source", "--json", "--connect", address, "--machine", args.machine, "--on-failure", "exit"]
         result += ["--migrate-after", f"{args.migrate_after:g}", "--bulk-channels", str(args.bulk_channels)]
         result += ["--busy-poll", str(args.busy_poll), "--log-level", args.log_level]
         if args.max_bandwidth:
             result += ["--max-bandwidth", str(args.max_bandwidth)]
-        disk = args.disk
         if args.machine == "kvm":
             result += ["--backing", args.backing]
-            if disk is None and args.workload == "disk":
-                disk = os.path.join(directory, "disk.img")
         for flag, value in (
             ("--memory", args.memory),
             ("--vcpus", args.vcpus),
             ("--workload", args.workload),
             ("--working-set", args.working_set),
             ("--seed", args.seed),
-            ("--disk", disk),
+            ("--disk", args.disk),
             ("--image", args.image),
         ):
             if value is not None:
@@ -288,6 +295,17 @@ async def _good_end(child: _Child, done: trio.Event) -> None:
     assert child.process is not None
     if child.process.returncode or child.result is None:
         raise MigrationError(f"{child.name}: {child.last_error}")
+
+
+def _make_image(path: str, size_bytes: int) -> None:
+    """A sparse image: an eighth of it is random, in four pieces."""
+    piece_bytes = size_bytes // 32
+    with open(path, "wb") as image:
+        image.truncate(size_bytes)
+        for piece in range(4):
+            image.seek((2 * piece + 1) * size_bytes // 8)
+            for _ in range(0, piece_bytes, 1 << 16):
+                image.write(os.urandom(min(1 << 16, piece_bytes)))
 
 
 @asynccontextmanager

@@ -88,6 +88,8 @@ class Output:
             self._kick = trio.Event()
 
     def _plain(self, now: Json) -> None:
+        if now["status"] == "setup":
+            return  # nothing to tell yet
         line = summary(now, self._rate)
         if line != self._last_line:
             self._last_line = line
