@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from postcopy._errors import ConfigurationError, PeerError, PostcopyError, ProtocolError, ResourceError
+from postcopy._fd import FdHolder
 from postcopy.migration import channels as c
 from postcopy.migration import protocol as p
 
@@ -95,7 +96,7 @@ async def test_all_channels(host: str) -> None:
             link = await c.CallingLink.open(c.Address(host, address.port), "dest")
             seen = await desk.next_link()
             with link.door(SESSION) as mine, seen.door(SESSION) as theirs:
-                results: dict[str, dict[c.ChannelKey, c.FdHolder]] = {}
+                results: dict[str, dict[c.ChannelKey, FdHolder]] = {}
 
                 async def collect(name: str, door: c.Door) -> None:
                     results[name] = await door.channels(2, 1)

@@ -101,7 +101,8 @@ class TestMessages:
             without = {key: value for key, value in whole.items() if key != name}
             with pytest.raises(ProtocolError, match=rf"{message.TYPE}: field {name} is missing"):
                 p.decode(msgpack.packb(without))
-            for wrong in (None, 1.5, True, -1, [[]], {"a": {1: 2}}, "x" * 9000, b"x" * (16 << 20)):
+            wrongs: tuple[object, ...] = (None, 1.5, True, -1, [[]], {"a": {1: 2}}, "x" * 9000, b"x" * (16 << 20))
+            for wrong in wrongs:
                 if isinstance(wrong, dict):
                     wrong = "\n" if name in ("config", "stats") else {"a": 1}
                 if name == "runs" and isinstance(wrong, bytes):
