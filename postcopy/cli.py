@@ -18,7 +18,7 @@ import math
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import trio
 
@@ -30,9 +30,10 @@ from postcopy.commands import DestinationCommand, SourceCommand
 from postcopy.demo import DemoCommand
 from postcopy.machines import BACKINGS, KINDS, WORKLOADS, MachineOptions
 from postcopy.memory import parse_size
+from postcopy.migration._session import first_error
 from postcopy.migration.channels import parse_address
 from postcopy.migration.protocol import MAX_BULK_CHANNELS, one_line
-from postcopy.migration.source import SourceOptions
+from postcopy.migration.source import DEFAULT_BULK_CHANNELS, SourceOptions
 from postcopy.progress import LogHandler, Output, make_output
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -102,7 +103,10 @@ def _add_engine_arguments(parser: argparse.ArgumentParser, *, source: bool, dest
         help="spin so long before sleeping on an urgent channel",
     )  # fmt: skip
     if source:
-        group.add_argument("--bulk-channels", type=_whole(1, MAX_BULK_CHANNELS), default=1, metavar="N")
+        group.add_argument(
+            "--bulk-channels", type=_whole(1, MAX_BULK_CHANNELS), default=DEFAULT_BULK_CHANNELS, metavar="N",
+            help=f"connections of the background push (default {DEFAULT_BULK_CHANNELS})",
+        )  # fmt: skip
         group.add_argument(
             "--max-bandwidth", type=_bandwidth, default=0, metavar="RATE",
             help="of the background push, as 100MiB/s; requested pages are never held up",
@@ -281,16 +285,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         known, unknown = group.split(PostcopyError)
         if unknown is not None or known is None:
             raise
-        first = _first(known)
+        first = first_error(known)
         _complain(first)
         return EXIT_USAGE if isinstance(first, ConfigurationError) else EXIT_FAILED
-
-
-def _first(group: BaseExceptionGroup[Any]) -> BaseException:
-    first: BaseException = group
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    return first
 
 
 def _complain(error: BaseException) -> None:

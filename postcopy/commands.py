@@ -17,7 +17,7 @@ import trio
 from postcopy import report
 from postcopy._errors import ConfigurationError, MigrationError, PostcopyError
 from postcopy.machines import Check, Machine, MachineOptions, MachineStatistics, create_source
-from postcopy.migration._session import Interrupted, now_ns
+from postcopy.migration._session import Interrupted, first_error, now_ns
 from postcopy.migration.channels import Address, CallingLink, Link, Reception
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.protocol import State
@@ -90,7 +90,7 @@ class SourceCommand:
             known, unknown = group.split(PostcopyError)
             if unknown is not None or known is None:
                 raise
-            self._failure = self._failure or _flatten(known)[0]
+            self._failure = self._failure or first_error(known)
         finally:
             if machine is not None:
                 with trio.CancelScope(shield=True):
@@ -409,10 +409,3 @@ async def _first_link(reception: Reception, stop: trio.Event) -> Link:
     if not result:
         raise Interrupted("interrupted before a source came")
     return result[0]
-
-
-def _flatten(group: BaseExceptionGroup[PostcopyError]) -> list[PostcopyError]:
-    errors: list[PostcopyError] = []
-    for error in group.exceptions:
-        errors += _flatten(error) if isinstance(error, BaseExceptionGroup) else [error]
-    return errors

@@ -29,6 +29,7 @@ from rich.table import Table
 
 from postcopy._errors import ConfigurationError, MigrationError, PostcopyError
 from postcopy.memory import format_size
+from postcopy.migration._session import first_error
 from postcopy.progress import Output
 
 Json = dict[str, Any]
@@ -147,7 +148,7 @@ class DemoCommand:
             known, unknown = group.split(PostcopyError)
             if unknown is not None or known is None:
                 raise
-            result = {"status": "failed", "error": str(_first(known))}
+            result = {"status": "failed", "error": str(first_error(known))}
         except PostcopyError as error:
             result = {"status": "failed", "error": str(error)}
         result.setdefault("verified", False)
@@ -312,10 +313,3 @@ def _make_image(path: str, size_bytes: int) -> None:
 async def _temporary_directory() -> AsyncIterator[str]:
     with tempfile.TemporaryDirectory(prefix="postcopy-demo-") as directory:
         yield directory
-
-
-def _first(group: BaseExceptionGroup[Any]) -> BaseException:
-    first: BaseException = group
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    return first

@@ -18,7 +18,16 @@ from typing import Generic, TypeVar
 import trio
 
 from postcopy._errors import MigrationError, PeerError, PostcopyError, ProtocolError
-from postcopy.migration.protocol import DestinationProtocol, Message, Ping, Pong, SourceProtocol, State
+from postcopy.migration.protocol import (
+    Abort,
+    DestinationProtocol,
+    Message,
+    Ping,
+    Pong,
+    Reject,
+    SourceProtocol,
+    State,
+)
 
 log = logging.getLogger(__name__)
 
@@ -88,10 +97,17 @@ class Control(Generic[P]):
     async def run(self) -> None:
         """Receives, and keeps the connection alive, until the migration has ended in order. Raises `PeerError` or
         `ProtocolError` when it has not."""
-        async with self._arrived, trio.open_nursery() as nursery:
+        failure: PostcopyError | None = None
+        async with trio.open_nursery() as nursery:
             nursery.start_soon(self._heartbeat)
-            await self._receive()
+            try:
+                await self._receive()
+            except PostcopyError as error:
+                failure = error  # raised outside of the nursery, which would wrap it
             nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        await self._arrived.aclose()  # only now: a receiver must not be told of an end before its reason is
 
     async def _receive(self) -> None:
         protocol = self.protocol
@@ -101,7 +117,7 @@ class Control(Generic[P]):
                     # Said by the other task: a receiver that waits to send can meet a sender that waits to be received.
                     self._pong_for = message
                     self._something_to_say.set()
-                elif not isinstance(message, Pong):
+                elif not isinstance(message, Pong | Abort | Reject):  # those two are told by the state
                     await self._arrived.send(message)
             if protocol.state in (State.ABORTED, State.PAUSED):
                 raise PeerError(protocol.reason)
@@ -195,8 +211,19 @@ class FirstFailure:
             await task()
         except PostcopyError as error:
             self.fail(error)
+        except BaseExceptionGroup as group:  # of a nursery inside of the task
+            known, others = group.split(PostcopyError)
+            if known is None or others is not None:
+                raise
+            self.fail(first_error(known))
         except OSError as error:  # a system call that nobody expected to fail: no file, no memory
             self.fail(MigrationError(f"{type(error).__name__}: {error}"))
+
+
+def first_error(group: BaseExceptionGroup[PostcopyError]) -> PostcopyError:
+    """The first error in a group of nothing but such errors."""
+    first = group.exceptions[0]
+    return first_error(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 def status_of(state: State, *, interrupted: bool) -> str:

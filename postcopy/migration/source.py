@@ -52,6 +52,7 @@ from postcopy.migration.protocol import (
 )
 from postcopy.pageserver import EventType, PageServer, PageServerStatistics
 
+DEFAULT_BULK_CHANNELS = 2  # while one of its threads copies a page into place, the other receives
 PREPARE_TIMEOUT_S = 10.0
 """How long a paused machine waits for the destination's `prepared` before it goes on here."""
 
@@ -60,7 +61,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SourceOptions:
-    bulk_channels: int = 1
+    bulk_channels: int = DEFAULT_BULK_CHANNELS
     busy_poll_us: int = 0
     max_bandwidth_bytes_per_s: int = 0  # of the background push; 0: no limit
     prepare_timeout_s: float = PREPARE_TIMEOUT_S
@@ -235,6 +236,8 @@ class SourceMigration:
         self.paused_ns = now_ns()
         await machine.pause()
         self.at_pause = machine.statistics()
+        # Before the memory is looked at: a machine that cannot be moved (an image that has changed) says best why.
+        state = await machine.save_state()
         maps = 0
         for number, (block, unit) in enumerate(zip(machine.blocks, self._units, strict=True)):
             memory = block.memory
@@ -243,7 +246,7 @@ class SourceMigration:
             for first_page, part in present.parts(PAGE_MAP_PAGES):
                 await control.send(protocol.send_page_map(number, first_page, len(part), part.rle_encode()))
                 maps += 1
-        await control.send(protocol.send_switchover(await machine.save_state(), maps))
+        await control.send(protocol.send_switchover(state, maps))
         self._on_change()
         await control.receive(Prepared, self._options.prepare_timeout_s)
         # From the next line on the machine belongs to the destination, whether it hears of it or not. The page

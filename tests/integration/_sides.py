@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources and destinations as the real processes that a user starts, seen through their JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+Json = dict[str, Any]
+DEADLINE_S = 60.0
+
+
+class Side:
+    """One `postcopy` process; killed with its test by `spawn_child`."""
+
+    def __init__(self, spawn_child: Callable[..., Any], *arguments: str | os.PathLike[str]) -> None:
+        self._child = spawn_child([sys.executable, "-m", "postcopy", *arguments])
+
+    @property
+    def lines(self) -> list[Json]:
+        whole, _, _ = self._child.output().rpartition("\n")
+        return [json.loads(line) for line in whole.split("\n") if line]
+
+    def events(self, name: str) -> list[Json]:
+        return [line for line in self.lines if line["event"] == name]
+
+    def wait_for(self, what: str, found: Callable[[Json], bool], deadline_s: float = DEADLINE_S) -> Json:
+        """The first line of which `found` is true."""
+        deadline = time.monotonic() + deadline_s
+        while True:
+            ended = self._child.process.poll() is not None
+            for line in self.lines:
+                if found(line):
+                    return line
+            assert not ended, f"ended before {what}:\n{self._child.output()[-2000:]}\n{self._child.errors()}"
+            assert time.monotonic() < deadline, f"no {what}:\n{self._child.output()[-2000:]}\n{self._child.errors()}"
+            time.sleep(0.005)
+
+    def wait_status(self, status: str) -> Json:
+        return self.wait_for(f"status {status}", lambda line: line.get("status") == status)
+
+    @property
+    def address(self) -> str:
+        line = self.wait_for("address", lambda line: line["event"] == "listening")
+        return str(line["address"])
+
+    def operations_after(self, line: Json) -> int:
+        """The machine's counter in the first progress line that comes after `line`, when it is larger than there."""
+        before = line["guest"]["operations"]
+        later = self.wait_for(
+            f"more than {before} operations",
+            lambda other: (
+                other["event"] == "progress"
+                and other["elapsed-ms"] > line["elapsed-ms"]
+                and other.get("guest", {}).get("operations", 0) > before
+            ),
+        )
+        return int(later["guest"]["operations"])
+
+    def signal(self, number: int) -> None:
+        self._child.send_signal(number)
+
+    def end(self, deadline_s: float = DEADLINE_S) -> tuple[int, Json, str]:
+        """Exit status, result, standard error."""
+        done = self._child.wait(deadline_s)
+        assert "Traceback" not in done.stderr, done.stderr
+        results = self.events("result")
+        assert len(results) <= 1
+        return done.returncode, results[0] if results else {}, done.stderr

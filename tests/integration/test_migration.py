@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole path, as processes on this host."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MIB = 1 << 20
+Start = Callable[..., Any]
+KVM = ("source", "--json", "--machine", "kvm", "--memory", "32MiB", "--vcpus", "2")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """64 MiB of which 6 are there, the last page in part."""
+    path = tmp_path / "image.raw"
+    with path.open("wb") as file:
+        file.truncate(64 * MIB + 1234)
+        for megabyte in (0, 7, 8, 30, 31):
+            file.seek(megabyte * MIB)
+            file.write(os.urandom(MIB))
+        file.seek(64 * MIB)
+        file.write(b"x" * 1234)
+    return path
+
+
+def blocks(path: Path) -> int:
+    return path.stat().st_blocks
+
+
+@pytest.mark.needs("uffd-user")
+class TestImage:
+    @pytest.mark.parametrize("backing", ["memfd", "anon"])
+    def test_pull(self, side: Start, image: Path, tmp_path: Path, backing: str) -> None:
+        source = side("source", "--json", "--machine", "image", "--image", image, "--listen", "127.0.0.1:0")
+        copy = tmp_path / "copy.raw"
+        dest = side("dest", "--json", "--connect", source.address, "--dump", copy, "--backing", backing)
+        for one in (dest, source):
+            status, result, errors = one.end()
+            assert status == 0, errors
+            assert result["status"] == "completed"
+            assert result["ram"]["remaining"] == 0
+            assert 5 * MIB < result["ram"]["transferred"] < 7 * MIB
+        assert dest.end()[1]["verified"] is True
+        assert copy.read_bytes() == image.read_bytes()
+        assert blocks(copy) <= blocks(image) + 8
+        assert not list(tmp_path.glob("*.part"))
+
+    @pytest.mark.parametrize("host", ["[::1]", "localhost"])
+    def test_hosts_and_several_bulk_channels(
+        self, side: Start, image: Path, host: str, require: Callable[..., None]
+    ) -> None:
+        if host == "[::1]":
+            require("ipv6")
+        dest = side("dest", "--json", "--listen", f"{host}:0")
+        port = dest.address.rpartition(":")[2]
+        arguments = ("--machine", "image", "--image", image, "--bulk-channels", "3", "--busy-poll", "20")
+        source = side("source", "--json", *arguments, "--connect", f"{host}:{port}")
+        assert source.end()[0] == 0
+        assert dest.end()[0] == 0
+
+    def test_several_destinations_at_the_same_time(self, side: Start, image: Path, tmp_path: Path) -> None:
+        arguments = ("--machine", "image", "--image", image, "--listen", "127.0.0.1:0", "--serve", "3")
+        source = side("source", "--json", *arguments, "--max-bandwidth", "8MiB/s")
+        address = source.address
+        copies = [tmp_path / f"copy{number}" for number in range(3)]
+        dests = [side("dest", "--json", "--connect", address, "--dump", copy) for copy in copies]
+        for dest, copy in zip(dests, copies, strict=True):
+            assert dest.end()[0] == 0
+            assert copy.read_bytes() == image.read_bytes()
+        status, result, _ = source.end()
+        assert status == 0
+        assert result["served"] == 3
+
+    def test_image_that_shrinks(self, side: Start, image: Path) -> None:
+        source = side("source", "--json", "--machine", "image", "--image", image, "--listen", "127.0.0.1:0")
+        address = source.address
+        os.truncate(image, MIB)
+        dest = side("dest", "--json", "--connect", address)
+        status, result, errors = dest.end()
+        assert status == 1
+        assert "changed" in result["error"]
+        assert errors.count("postcopy: error:") == 1
+        source.signal(signal.SIGTERM)
+        assert source.end()[0] == 1
+
+    def test_source_lost_after_commit(self, side: Start, image: Path) -> None:
+        """The destination keeps everything, and says so, until it is told to end."""
+        arguments = ("--machine", "image", "--image", image, "--listen", "127.0.0.1:0", "--max-bandwidth", "256KiB/s")
+        source = side("source", "--json", *arguments)
+        dest = side("dest", "--json", "--connect", source.address)
+        dest.wait_for(
+            "pages", lambda line: line["event"] == "progress" and line.get("ram", {}).get("background-pages", 0) > 0
+        )
+        source.signal(signal.SIGKILL)
+        paused = dest.wait_status("postcopy-paused")
+        assert paused["ram"]["remaining"] > 0
+        dest.signal(signal.SIGINT)
+        status, result, errors = dest.end()
+        assert status == 1
+        assert result["status"] == "postcopy-paused"
+        assert "PAUSED" in errors
+
+
+@pytest.mark.needs("uffd", "kvm")
+class TestKvm:
+    @pytest.mark.parametrize("workload", ["idle", "dirty", "random", "disk"])
+    def test_demo(self, side: Start, workload: str) -> None:
+        arguments = ("--memory", "32MiB", "--vcpus", "2", "--workload", workload, "--migrate-after", "0.2")
+        status, result, errors = side("demo", "--json", *arguments, "--run-for", "0.5").end(100)
+        assert status == 0, errors
+        assert result["status"] == "completed"
+        assert result["verified"] is True
+        assert len(result["verification"]) == 4
+        if workload != "idle":  # which touches so little that the push may be faster
+            assert result["ram"]["demand-pages"] > 0
+            assert result["fault-latency-us"]["count"] > 0
+        assert result["ram"]["total"] == 32 * MIB
+        assert result["downtime-ms"] > 0
+        assert len(result["blocktime-ms"]) == 2
+        assert result["dest"]["guest"]["failures"] == 0
+
+    def test_dump_of_a_live_machine(self, side: Start, tmp_path: Path) -> None:
+        dump = tmp_path / "memory"
+        arguments = ("--memory", "32MiB", "--workload", "idle", "--migrate-after", "0", "--run-for", "0.1")
+        status, result, errors = side("demo", "--json", *arguments, "--dump", dump).end(100)
+        assert status == 0, errors
+        assert result["dump"] == str(dump)
+        assert dump.stat().st_size == 32 * MIB
+        assert blocks(dump) * 512 < 4 * MIB
+
+    @pytest.mark.parametrize("moment", ["setup", "ready", "switchover"])
+    def test_destination_killed_before_commit(self, side: Start, moment: str) -> None:
+        """SIGKILL at the destination, whenever: the machine goes on at the source."""
+        dest = side("dest", "--json", "--listen", "127.0.0.1:0")
+        after = {"setup": "60", "ready": "60", "switchover": "1.5"}[moment]
+        source = side(*KVM, "--workload", "dirty", "--connect", dest.address, "--migrate-after", after)
+        if moment == "setup":
+            dest.wait_for("source", lambda line: line.get("ram") is not None)
+        else:
+            source.wait_status("active")
+        if moment == "switchover":
+            # Stopped, it takes what the source sends and never answers: the machine is paused, and waits for it.
+            dest.signal(signal.SIGSTOP)
+            source.wait_for("pause", lambda line: line.get("guest", {}).get("state") == "paused")
+        dest.signal(signal.SIGKILL)
+        if moment == "setup":
+            # Which of the two it is depends on who was faster; either way it ends in order, or computes on.
+            failed = source.wait_for("failure", lambda line: line["event"] in ("migration-failed", "result"))
+            assert failed["status"] == "failed"
+            return
+        failed = source.wait_for("failure", lambda line: line["event"] == "migration-failed")
+        assert "destination" in failed["error"]
+        progress = source.wait_for(
+            "running",
+            lambda line: (
+                line["event"] == "progress"
+                and line["elapsed-ms"] >= failed["elapsed-ms"]
+                and line["guest"]["state"] == "running"
+            ),
+        )
+        assert progress["elapsed-ms"] - failed["elapsed-ms"] < 2000
+        source.operations_after(progress)
+        source.signal(signal.SIGTERM)
+        status, result, errors = source.end()
+        assert status == 1
+        assert result["status"] == "failed"
+        assert result["guest"]["failures"] == 0
+        assert errors.count("postcopy: error:") == 1
+
+    def test_interrupted_destination_then_another(self, side: Start) -> None:
+        """A destination that gives up says why; the source listens on, and the next one gets the machine."""
+        source = side(*KVM, "--workload", "random", "--listen", "127.0.0.1:0", "--migrate-after", "2")
+        address = source.address
+        first = side("dest", "--json", "--connect", address)
+        source.wait_status("active")
+        second = side("dest", "--json", "--connect", address)
+        status, result, _ = second.end()
+        assert status == 1
+        assert "busy with another destination" in result["error"]
+        first.signal(signal.SIGINT)
+        status, result, _ = first.end()
+        assert status == 1
+        assert result["status"] == "cancelled"
+        failed = source.wait_for("failure", lambda line: line["event"] == "migration-failed")
+        assert "the destination aborted: interrupted at the destination" in failed["error"]
+        third = side("dest", "--json", "--connect", address, "--run-for", "0.2")
+        status, result, errors = third.end()
+        assert status == 0, errors
+        assert result["verified"] is True
+        assert source.end()[0] == 0
+
+    def test_interrupted_source_before_commit(self, side: Start) -> None:
+        dest = side("dest", "--json", "--listen", "127.0.0.1:0")
+        source = side(*KVM, "--connect", dest.address, "--migrate-after", "60")
+        source.wait_status("active")
+        source.signal(signal.SIGINT)
+        status, result, errors = source.end()
+        assert status == 1
+        assert result["status"] == "cancelled"
+        status, result, errors = dest.end()
+        assert status == 1
+        assert "the source aborted: interrupted at the source" in result["error"]
+        assert errors.count("postcopy: error:") == 1
+
+    @pytest.mark.parametrize("victim", ["source", "dest"])
+    def test_peer_lost_after_commit(self, side: Start, victim: str) -> None:
+        """Each side says paused and keeps what it has; the machine never runs at the source again."""
+        dest = side("dest", "--json", "--listen", "127.0.0.1:0")
+        arguments = ("--workload", "idle", "--working-set", "8MiB", "--max-bandwidth", "16KiB/s")
+        source = side(*KVM, *arguments, "--connect", dest.address)
+        dest.wait_status("postcopy-active")
+        source.wait_status("postcopy-active")
+        lost, left = (source, dest) if victim == "source" else (dest, source)
+        lost.signal(signal.SIGKILL)
+        paused = left.wait_status("postcopy-paused")
+        if victim == "dest":
+            assert paused["guest"]["state"] == "paused"
+        left.signal(signal.SIGTERM)
+        status, result, errors = left.end()
+        assert status == 1
+        assert result["status"] == "postcopy-paused"
+        assert "PAUSED" in errors
+        if victim == "dest":
+            assert result["guest"]["operations"] == result["guest-at-pause"]["operations"]
+
+
+@pytest.mark.needs("uffd-user")
+@pytest.mark.parametrize("garbage", [b"", b"\x00" * 100, b"GET / HTTP/1.1\r\n\r\n", b"postcpy\x01\xff\xff\xff\xff"])
+def test_garbage_at_a_listening_port(side: Start, image: Path, garbage: bytes) -> None:
+    source = side("source", "--json", "--machine", "image", "--image", image, "--listen", "127.0.0.1:0")
+    host, _, port = source.address.rpartition(":")
+    for _ in range(3):
+        with socket.create_connection((host, int(port)), timeout=20) as stranger:
+            stranger.sendall(garbage)
+            stranger.shutdown(socket.SHUT_WR)
+            try:
+                while stranger.recv(1000):
+                    pass
+            except ConnectionResetError:
+                pass
+    assert side("dest", "--json", "--connect", source.address).end()[0] == 0
+    assert source.end()[0] == 0
+
+
+def test_random_bytes_from_a_listening_port(side: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        dest = side("dest", "--json", "--connect", f"127.0.0.1:{server.getsockname()[1]}")
+        peer, _ = server.accept()
+        with peer:
+            peer.sendall(os.urandom(4096))
+            status, result, errors = dest.end()
+    assert status == 1
+    assert result["status"] == "failed"
+    assert "does not speak postcopy" in errors

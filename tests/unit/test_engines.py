@@ -1,0 +1,616 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Source and destination against each other, with everything beneath them replaced: whatever fails, and whenever, there
+is one owner or a state that says why not."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from postcopy._errors import MigrationError, PeerError, ProtocolError, ResourceError
+from postcopy._fd import FdHolder
+from postcopy.bitmap import Bitmap
+from postcopy.histogram import Histogram
+from postcopy.machines import (
+    BlockLayout,
+    Check,
+    Machine,
+    MachineEvent,
+    MachineState,
+    MachineStatistics,
+    RamBlock,
+)
+from postcopy.memory import Memory
+from postcopy.migration import protocol as p
+from postcopy.migration.channels import Address, ChannelKey, Door, Link, Session
+from postcopy.migration.destination import DestinationMigration
+from postcopy.migration.protocol import State
+from postcopy.migration.source import PREPARE_TIMEOUT_S, SourceMigration, SourceOptions
+from postcopy.pager import ChannelKind, Event, EventType, Pager, PagerStatistics
+from postcopy.pageserver import PageServer, PageServerStatistics
+
+PAGES = 40
+UNIT = 4096
+
+
+class FakeMachine(Machine):
+    kind = "fake"
+    live = True
+
+    def __init__(self) -> None:
+        self.memories = [Memory.create("memfd", PAGES * UNIT), Memory.create("memfd", 2 * PAGES * UNIT)]
+        self.state = MachineState.CREATED
+        self.loaded: bytes | None = None
+        self.refuses: Exception | None = None
+        self.runs_again = trio.Event()
+        self.resumed = 0
+        self.closed = False
+        self.log: list[str] = []
+
+    @property
+    def blocks(self) -> Sequence[RamBlock]:
+        return [RamBlock(f"block{number}", memory, number) for number, memory in enumerate(self.memories)]
+
+    def config(self) -> dict[str, Any]:
+        return {"colour": "blue"}
+
+    async def boot(self) -> None:
+        self.state = MachineState.PAUSED
+
+    async def resume(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.state = MachineState.RUNNING
+        self.resumed += 1
+        self.runs_again.set()
+
+    async def pause(self, timeout_s: float = 10.0) -> None:
+        await trio.lowlevel.checkpoint()
+        self.state = MachineState.PAUSED
+
+    async def save_state(self) -> bytes:
+        await trio.lowlevel.checkpoint()
+        return b"registers"
+
+    async def load_state(self, state: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.refuses is not None:
+            raise self.refuses
+        self.loaded = state
+        self.state = MachineState.PAUSED
+
+    def vcpu_threads(self) -> list[int]:
+        return [1]
+
+    def statistics(self) -> MachineStatistics:
+        return MachineStatistics(self.state, first_run_ns=1 << 62 if self.state is MachineState.RUNNING else 0)
+
+    async def verify(self) -> Check:
+        return Check(True, "nothing", "not at all")
+
+    async def wait_ready(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def events(self) -> AsyncIterator[MachineEvent]:
+        await trio.sleep_forever()
+        yield MachineEvent(cast(Any, None))
+
+    async def close(self, timeout_s: float = 5.0) -> None:
+        self.log.append("machine closed")
+        self.closed = True
+        for memory in self.memories:
+            memory.close()
+
+
+class FakeEvents:
+    def __init__(self) -> None:
+        self.send, self.receive = trio.open_memory_channel[Event](100)
+
+    def tell(self, type_: EventType, kind: ChannelKind = ChannelKind.NONE, channel: int = 0, text: str = "") -> None:
+        self.send.send_nowait(Event(type_, kind, channel, 0, text))
+
+
+class FakeEngine:
+    """What pager and page server have in common."""
+
+    def __init__(self) -> None:
+        self.fds: dict[ChannelKey, FdHolder] = {}
+        self.channel = FakeEvents()
+        self.log: list[str] = []
+
+    def attach_urgent(self, shard: int, fd: int, busy_poll_us: int = 0) -> None:
+        self.fds["urgent", shard] = FdHolder(fd)
+
+    def attach_bulk(self, channel: int, fd: int) -> None:
+        self.fds["bulk", channel] = FdHolder(fd)
+
+    def events(self) -> AsyncIterator[Event]:
+        return self.channel.receive.__aiter__()
+
+    async def disconnect(self) -> None:
+        self.log.append("disconnected")
+        for fd in self.fds.values():
+            fd.close()
+        await trio.lowlevel.checkpoint()
+
+    async def close(self) -> None:
+        self.log.append("closed")
+        for fd in self.fds.values():
+            fd.close()
+
+
+class FakePager(FakeEngine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.zero: dict[int, Bitmap] = {}
+        self.armed: list[tuple[int, int, int, int]] = []
+        self.requested = 0
+
+    def add_block(self, memory: Memory) -> int:
+        return 0
+
+    def add_shard(self, how: object, busy_poll_us: int) -> int:
+        return 0
+
+    def set_zero(self, block: int, zero: Bitmap) -> None:
+        self.zero[block] = zero
+
+    def arm(self, shard: int, block: int, first_page: int, pages: int) -> None:
+        self.armed.append((shard, block, first_page, pages))
+
+    def track_thread(self, slot: int, tid: int) -> None:
+        self.log.append(f"thread {tid} is vcpu {slot}")
+
+    def request_missing(self, limit: int) -> int:
+        self.requested += 1
+        self.channel.tell(EventType.COMPLETE)
+        return 3
+
+    def statistics(self) -> PagerStatistics:
+        return PagerStatistics(*range(1, 17))
+
+    def latency(self) -> Histogram:
+        return Histogram()
+
+    def blocktime_ns(self) -> list[int]:
+        return [77]
+
+    async def disarm(self) -> None:
+        self.log.append("disarmed")
+        await trio.lowlevel.checkpoint()
+
+
+class FakeServer(FakeEngine):
+    def __init__(self, bandwidth: int) -> None:
+        super().__init__()
+        self.units: list[int] = []
+        self.present: dict[int, Bitmap] = {}
+        self.started = False
+
+    def add_block(self, memory: Memory, unit: int) -> int:
+        self.units.append(unit)
+        return len(self.units) - 1
+
+    def set_present(self, block: int, present: Bitmap) -> None:
+        self.present[block] = present
+
+    def start(self) -> None:
+        self.started = True
+
+    def statistics(self) -> PageServerStatistics:
+        return PageServerStatistics(*range(9))
+
+
+class FakeDoor(Door):
+    def __init__(self, take: Callable[[], dict[ChannelKey, FdHolder]]) -> None:
+        self._take = take
+
+    async def channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
+        await trio.lowlevel.checkpoint()
+        assert (shards, bulk_channels) == (2, 1)
+        return self._take()
+
+
+class FakeLink(Link):
+    """A real connection for control; data channels are sockets of which the other end is closed."""
+
+    def __init__(self, control: socket.socket) -> None:
+        super().__init__(trio.SocketStream(trio.socket.from_stdlib_socket(control)), Address("fake", 1))
+        self.session: Session | None = None
+
+    @contextlib.contextmanager
+    def door(self, session: Session) -> Iterator[Door]:
+        self.session = session
+
+        def take() -> dict[ChannelKey, FdHolder]:
+            result = {}
+            for key in (("urgent", 0), ("urgent", 1), ("bulk", 0)):
+                here, there = socket.socketpair()
+                there.close()
+                result[key] = FdHolder(here.detach())
+            return result
+
+        yield FakeDoor(take)
+
+
+@dataclass
+class Pair:
+    """Both sides on one machine's two halves, and what they ran on."""
+
+    source: SourceMigration
+    dest: DestinationMigration
+    machine: FakeMachine
+    twin: FakeMachine
+    pager: FakePager
+    servers: list[FakeServer]
+    go: trio.Event = field(default_factory=trio.Event)
+    stop_source: trio.Event = field(default_factory=trio.Event)
+    stop_dest: trio.Event = field(default_factory=trio.Event)
+    owners: list[tuple[bool, bool]] = field(default_factory=list)
+    changed: trio.Event = field(default_factory=trio.Event)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self.changed = trio.Event()
+            await self.changed.wait()
+
+    def look(self) -> None:
+        assert not (self.source.may_run and self.dest.may_run)
+        running = [side for side in (self.machine, self.twin) if side.state is MachineState.RUNNING]
+        assert len(running) <= 1
+        self.changed.set()
+
+
+def make_pair(make_machine: Callable[..., Machine] | None = None) -> Pair:
+    here, there = socket.socketpair()
+    machine, twin, pager = FakeMachine(), FakeMachine(), FakePager()
+    machine.state = MachineState.RUNNING
+    servers: list[FakeServer] = []
+
+    def make_server(bandwidth: int) -> PageServer:
+        servers.append(FakeServer(bandwidth))
+        return cast(PageServer, servers[-1])
+
+    def make_twin(
+        kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout], backing: str, *, disk: str | None
+    ) -> Machine:
+        assert (kind, config) == ("fake", {"colour": "blue"})
+        assert [block.size_bytes for block in layout] == [PAGES * UNIT, 2 * PAGES * UNIT]
+        return twin
+
+    pair: Pair
+
+    def look() -> None:
+        pair.look()
+
+    pair = Pair(
+        SourceMigration(machine, FakeLink(here), SourceOptions(), make_server=make_server, on_change=look),
+        DestinationMigration(
+            FakeLink(there),
+            make_machine=make_machine or make_twin,
+            make_pager=lambda: cast(Pager, pager),
+            on_change=look,
+        ),
+        machine,
+        twin,
+        pager,
+        servers,
+    )
+    return pair
+
+
+@contextlib.asynccontextmanager
+async def running(pair: Pair) -> AsyncIterator[Pair]:
+    """Both sides at work; at the end of the block both must have come to an end by themselves."""
+    try:
+        with trio.fail_after(120):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pair.source.run, pair.go, pair.stop_source)
+                nursery.start_soon(pair.dest.run, pair.stop_dest)
+                yield pair
+    finally:
+        await pair.dest.close()
+        await pair.machine.close()
+        if not pair.twin.closed:
+            await pair.twin.close()
+
+
+def assert_back_at_source(pair: Pair) -> None:
+    assert pair.source.state is State.ABORTED
+    assert pair.dest.state is State.ABORTED
+    assert pair.source.may_run
+    assert not pair.dest.may_run
+    assert pair.machine.state is MachineState.RUNNING
+    assert pair.twin.resumed == 0
+
+
+async def test_the_whole_way() -> None:
+    async with running(make_pair()) as pair:
+        await pair.until(lambda: pair.source.state is State.READY)
+        assert pair.machine.state is MachineState.RUNNING
+        pair.go.set()
+        await pair.until(lambda: pair.dest.state is State.POSTCOPY)
+        assert pair.servers[0].started
+        pair.pager.channel.tell(EventType.COMPLETE)
+    assert pair.source.state is State.COMPLETED
+    assert pair.dest.state is State.COMPLETED
+    assert pair.source.failure is None
+    assert pair.dest.failure is None
+    assert pair.machine.statistics().state is MachineState.PAUSED
+    assert pair.machine.resumed == 0
+    assert pair.twin.loaded == b"registers"
+    assert pair.twin.resumed == 1
+    assert pair.servers[0].units == [UNIT, UNIT]
+    assert set(pair.servers[0].fds) == {("urgent", 0), ("urgent", 1), ("bulk", 0)}
+    assert pair.pager.armed == [(0, 0, 0, PAGES), (1, 1, 0, 2 * PAGES)]
+    assert {block: zero.count() for block, zero in pair.pager.zero.items()} == {0: PAGES, 1: 2 * PAGES}
+    assert pair.pager.log == ["thread 1 is vcpu 0", "disarmed", "closed"]
+    assert pair.source.figures == replace(pair.dest.figures())
+    assert pair.source.downtime_ns == pair.dest.downtime_ns > 0
+    assert pair.dest.total_ns >= pair.dest.downtime_ns
+
+
+async def test_what_was_not_pushed_is_asked_for() -> None:
+    async with running(make_pair()) as pair:
+        pair.go.set()
+        await pair.until(lambda: pair.dest.state is State.POSTCOPY)
+        pair.pager.channel.tell(EventType.BULK_END, ChannelKind.BULK, 0)
+    assert pair.pager.requested == 1
+    assert pair.dest.state is State.COMPLETED
+
+
+async def test_destination_has_no_room() -> None:
+    def refuse(*_: object, **__: object) -> Machine:
+        raise ResourceError("no memory left", "buy some")
+
+    async with running(make_pair(refuse)) as pair:
+        pass
+    assert_back_at_source(pair)
+    assert str(pair.source.failure) == "the destination declined: no memory left (remedy: buy some)"
+    assert str(pair.dest.failure) == "no memory left (remedy: buy some)"
+
+
+@pytest.mark.parametrize("error", [ProtocolError("damaged"), ResourceError("no such CPU"), OSError(12, "no memory")])
+async def test_state_is_refused(error: Exception) -> None:
+    pair = make_pair()
+    pair.twin.refuses = error
+    async with running(pair):
+        pair.go.set()
+    assert_back_at_source(pair)
+    assert pair.machine.resumed == 1
+    assert str(pair.source.failure).startswith("the destination aborted: ")
+    assert str(error) in str(pair.source.failure)
+
+
+@pytest.mark.parametrize("who", ["source", "dest"])
+@pytest.mark.parametrize("when", [State.OFFERED, State.READY])
+async def test_interrupted_before_commit(who: str, when: State) -> None:
+    async with running(make_pair()) as pair:
+        await pair.until(lambda: pair.source.state is when)
+        (pair.stop_source if who == "source" else pair.stop_dest).set()
+    assert_back_at_source(pair)
+    other, me = (pair.dest, pair.source) if who == "source" else (pair.source, pair.dest)
+    assert me.status == "cancelled"
+    assert other.status == "failed"
+    assert "interrupted at the" in str(other.failure)
+
+
+@pytest.mark.parametrize("who", ["source", "dest"])
+async def test_data_channel_lost_before_commit(who: str) -> None:
+    async with running(make_pair()) as pair:
+        await pair.until(lambda: pair.source.state is State.READY)
+        engine: FakeEngine = pair.servers[0] if who == "source" else pair.pager
+        engine.channel.tell(EventType.CHANNEL_DOWN, ChannelKind.URGENT, 1, "reset by peer")
+    assert_back_at_source(pair)
+    for side in (pair.source, pair.dest):
+        assert "data channel lost: urgent 1 (reset by peer)" in str(side.failure)
+
+
+@pytest.mark.parametrize("who", ["source", "dest"])
+async def test_data_channel_lost_after_commit(who: str) -> None:
+    """Both pause, keep everything and wait; the machine stays at the destination."""
+    async with running(make_pair()) as pair:
+        pair.go.set()
+        await pair.until(lambda: pair.source.state is State.POSTCOPY)
+        engine: FakeEngine = pair.servers[0] if who == "source" else pair.pager
+        engine.channel.tell(EventType.CHANNEL_DOWN, ChannelKind.BULK, 0)
+        await pair.source.paused.wait()
+        await pair.dest.paused.wait()
+        assert (pair.twin.state, pair.machine.state) == (MachineState.RUNNING, MachineState.PAUSED)
+        assert pair.source.status == pair.dest.status == "postcopy-paused"
+        assert "closed" not in pair.pager.log + pair.servers[0].log
+        assert not pair.source.may_run
+        pair.stop_source.set()
+        pair.stop_dest.set()
+    assert pair.machine.resumed == 0
+    assert not pair.source.may_run
+
+
+async def test_machine_goes_before_a_pager_with_missing_pages() -> None:
+    pair = make_pair()
+    pair.twin.log = pair.pager.log
+    async with running(pair):
+        pair.go.set()
+        await pair.until(lambda: pair.source.state is State.POSTCOPY)
+        pair.stop_dest.set()
+        await pair.source.paused.wait()
+        pair.stop_source.set()
+    assert pair.pager.log[-2:] == ["machine closed", "closed"]
+
+
+class Peer:
+    """A hand-made other side."""
+
+    def __init__(self, side: socket.socket) -> None:
+        self.stream = trio.SocketStream(trio.socket.from_stdlib_socket(side))
+        self._buffer = b""
+
+    async def read(self, kind: type[p.Message]) -> p.Message:
+        while True:
+            size = 4 + int.from_bytes(self._buffer[:4], "big")
+            if len(self._buffer) >= max(size, 5):
+                message = p.decode(self._buffer[4:size])
+                self._buffer = self._buffer[size:]
+                if isinstance(message, kind):
+                    return message
+                assert isinstance(message, p.Ping | p.Pong | p.PageMap), message
+                continue
+            data = await self.stream.receive_some()
+            assert data
+            self._buffer += data
+
+    async def say(self, message: p.Message) -> None:
+        await self.stream.send_all(p.encode(message))
+
+
+@contextlib.asynccontextmanager
+async def lone_source() -> AsyncIterator[tuple[Peer, SourceMigration, FakeMachine]]:
+    here, there = socket.socketpair()
+    machine = FakeMachine()
+    machine.state = MachineState.RUNNING
+    source = SourceMigration(
+        machine, FakeLink(here), SourceOptions(), make_server=lambda bandwidth: cast(PageServer, FakeServer(bandwidth))
+    )
+    peer, stop, go = Peer(there), trio.Event(), trio.Event()
+    go.set()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(source.run, go, stop)
+        await peer.read(p.Offer)
+        await peer.say(p.Accept((UNIT, UNIT), 2, 1))
+        await peer.say(p.Ready())
+        await peer.read(p.Switchover)
+        assert machine.state is MachineState.PAUSED
+        yield peer, source, machine
+        stop.set()
+    await peer.stream.aclose()
+    await machine.close()
+
+
+async def test_destination_that_dies_in_the_switchover() -> None:
+    async with lone_source() as (peer, source, machine):
+        await trio.aclose_forcefully(peer.stream)
+        with trio.fail_after(1):
+            await machine.runs_again.wait()  # at once: its users are waiting
+    assert source.state is State.ABORTED
+    assert "destination closed the control connection" in str(source.failure)
+
+
+async def test_destination_that_never_answers(mock_clock: MockClock) -> None:
+    async with lone_source() as (peer, source, machine):
+        # Not before: time must not jump while a worker thread looks at the memory.
+        mock_clock.autojump_threshold = 0.1
+        began = trio.current_time()
+
+        async def keep_talking() -> None:  # it lives, it only never gets ready
+            while True:
+                with contextlib.suppress(trio.BrokenResourceError):
+                    await peer.say(p.Ping(1))
+                await trio.sleep(1)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keep_talking)
+            await machine.runs_again.wait()
+            nursery.cancel_scope.cancel()
+        assert trio.current_time() - began <= PREPARE_TIMEOUT_S + 1
+    assert str(source.failure) == f"the destination did not say prepared within {PREPARE_TIMEOUT_S:g} s"
+
+
+async def test_network_that_swallows_everything(mock_clock: MockClock) -> None:
+    async with lone_source() as (_, source, machine):
+        mock_clock.autojump_threshold = 0.1
+        await machine.runs_again.wait()
+    assert isinstance(source.failure, PeerError)
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (p.Running(1), "running must not be received by the source in state handed"),
+        (p.Complete({}), "complete must not be received"),
+        (p.Ready(), "ready must not be received"),
+    ],
+)
+async def test_destination_that_is_ahead_of_itself(message: p.Message, reason: str) -> None:
+    async with lone_source() as (peer, source, machine):
+        await peer.say(message)
+        told = await peer.read(p.Abort)
+        assert isinstance(told, p.Abort)
+        assert reason in told.reason
+        assert machine.state is MachineState.RUNNING
+    assert reason in str(source.failure)
+
+
+@contextlib.asynccontextmanager
+async def lone_destination(
+    on_end: Callable[[], None] = lambda: None,
+) -> AsyncIterator[tuple[Peer, DestinationMigration, FakeMachine]]:
+    here, there = socket.socketpair()
+    twin, pager = FakeMachine(), FakePager()
+    dest = DestinationMigration(
+        FakeLink(here), make_machine=lambda *_, **__: twin, make_pager=lambda: cast(Pager, pager)
+    )
+    peer, stop = Peer(there), trio.Event()
+    blocks = tuple(p.Block(block.name, block.size_bytes, block.page_bytes) for block in twin.layout)
+    async with trio.open_nursery() as nursery:
+
+        async def run() -> None:
+            await dest.run(stop)
+            on_end()
+
+        nursery.start_soon(run)
+        await peer.say(p.Offer(b"m" * 16, b"t" * 16, "fake", {}, blocks, 1))
+        await peer.read(p.Accept)
+        await peer.read(p.Ready)
+        yield peer, dest, twin
+        stop.set()
+    await peer.stream.aclose()
+    await dest.close()
+
+
+FULL = [p.PageMap(0, 0, PAGES, b""), p.PageMap(1, 0, 2 * PAGES, b"")]
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([p.PageMap(2, 0, 1, b"")], "there is no block 2"),
+        ([p.PageMap(0, 1, 1, b"")], "goes on at page 1, not at 0"),
+        ([p.PageMap(0, 0, 10, b""), p.PageMap(0, 0, 10, b"")], "goes on at page 0, not at 10"),
+        ([p.PageMap(0, 0, PAGES + 1, b"")], "has 40 pages only"),
+        ([p.PageMap(0, 0, PAGES, b"\xff\xff\xff")], "malformed page map"),
+        ([FULL[0], p.Switchover(b"", 1)], "the page map of block 1 ends at 0"),
+        ([*FULL, p.Switchover(b"", 3)], "speaks of 3 page maps, 2 came"),
+        ([p.Commit()], "commit must not be received by the destination in state ready"),
+        ([*FULL, p.Commit()], "commit must not be received by the destination in state switchover"),
+    ],
+)
+async def test_source_that_makes_no_sense(messages: list[p.Message], reason: str) -> None:
+    async with lone_destination() as (peer, dest, twin):
+        for message in messages:
+            await peer.say(message)
+        told = await peer.read(p.Abort)
+        assert isinstance(told, p.Abort)
+        assert reason in told.reason
+    assert reason in str(dest.failure)
+    assert twin.resumed == 0
+    assert not dest.may_run
+
+
+async def test_source_that_dies_before_it_decides() -> None:
+    ended = trio.Event()
+    async with lone_destination(ended.set) as (peer, dest, twin):
+        for message in [*FULL, p.Switchover(b"state", 2)]:
+            await peer.say(message)
+        await peer.read(p.Prepared)
+        await trio.aclose_forcefully(peer.stream)
+        with trio.fail_after(10):
+            await ended.wait()
+    assert dest.state is State.ABORTED
+    assert twin.resumed == 0
+    assert isinstance(dest.failure, PeerError | MigrationError)
