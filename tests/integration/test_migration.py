@@ -82,6 +82,7 @@ class TestImage:
     def test_image_that_shrinks(self, side: Start, image: Path) -> None:
         source = side("source", "--json", "--machine", "image", "--image", image, "--listen", "127.0.0.1:0")
         address = source.address
+        source.wait_for("digest", lambda line: line.get("guest", {}).get("state") == "paused")
         os.truncate(image, MIB)
         dest = side("dest", "--json", "--connect", address)
         status, result, errors = dest.end()
@@ -252,6 +253,7 @@ def test_garbage_at_a_listening_port(side: Start, image: Path, garbage: bytes) -
 
 def test_random_bytes_from_a_listening_port(side: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(30)
         dest = side("dest", "--json", "--connect", f"127.0.0.1:{server.getsockname()[1]}")
         peer, _ = server.accept()
         with peer:
