@@ -1360,7 +1360,7 @@ static void cut_again_and_again(int kind, bool with_bulk)
     EXPECT_EVENT(&rig.from_pager, PC_EVENT_COMPLETE, 0, 0, NULL);
     EXPECT_NO_EVENT(&rig.from_pager, PC_EVENT_FATAL);
     EXPECT_NO_EVENT(&rig.from_server, PC_EVENT_FATAL);
-    CHECK(cuts > (kind == PC_MEMORY_HUGETLB ? 0 : 3));
+    CHECK(cuts > 0); /* how many there is time for is the machine's affair: under a sanitizer it may be one */
     CHECK_EQ(pager_stats(&rig).frames_refused, 0);
     CHECK_EQ(pc_pager_disarm(rig.pager), 0);
     check_content(&rig);

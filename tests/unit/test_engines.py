@@ -290,7 +290,9 @@ def make_pair(make_machine: Callable[..., Machine] | None = None) -> Pair:
         pair.look()
 
     pair = Pair(
-        SourceMigration(machine, FakeLink(here), SourceOptions(), make_server=make_server, on_change=look),
+        SourceMigration(
+            machine, FakeLink(here), SourceOptions(bulk_channels=1), make_server=make_server, on_change=look
+        ),
         DestinationMigration(
             FakeLink(there),
             make_machine=make_machine or make_twin,
@@ -475,7 +477,10 @@ async def lone_source() -> AsyncIterator[tuple[Peer, SourceMigration, FakeMachin
     machine = FakeMachine()
     machine.state = MachineState.RUNNING
     source = SourceMigration(
-        machine, FakeLink(here), SourceOptions(), make_server=lambda bandwidth: cast(PageServer, FakeServer(bandwidth))
+        machine,
+        FakeLink(here),
+        SourceOptions(bulk_channels=1),
+        make_server=lambda bandwidth: cast(PageServer, FakeServer(bandwidth)),
     )
     peer, stop, go = Peer(there), trio.Event(), trio.Event()
     go.set()
