@@ -342,13 +342,12 @@ static int place_run(struct shard *shard, struct block *block, uint64_t first, u
     uint64_t page_bytes = block->memory.page_bytes, bytes = pages * page_bytes, at = 0;
 
     while (at < bytes) {
-        uint64_t most = page_bytes > PC_BULK_CALL_BYTES ? page_bytes : PC_BULK_CALL_BYTES;
-        uint64_t part = bytes - at < most ? bytes - at : most, done = 0;
-        int error = pc_uffd_copy(shard->uffd, page_address(block, first) + at, content + at, part, 0, &done);
+        uint64_t done = 0;
+        int error = pc_uffd_copy(shard->uffd, page_address(block, first) + at, content + at, bytes - at, 0, &done);
 
         at += done;
-        if (!error)
-            continue;
+        if (!error || at >= bytes)
+            break;
         if (error == -EEXIST) {
             error = place_over(shard, block, first + at / page_bytes, content + at);
             if (!error)

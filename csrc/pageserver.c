@@ -29,7 +29,7 @@
 #include "stream.h"
 #include "util.h"
 
-#define RUN_BYTES (128 * 1024)        /* what a bulk thread claims at a time, at least one page */
+#define RUN_BYTES (256 * 1024)        /* what a bulk thread claims at a time, at least one page */
 #define REQUESTS_PER_TURN 64           /* answered with one write */
 #define REQUEST_BYTES (REQUESTS_PER_TURN * PC_FRAME_HEADER_BYTES)
 #define MAX_RUN_PAGES (RUN_BYTES / 1024)

@@ -39,28 +39,6 @@ static ssize_t tcp_write(struct pc_stream *stream, const struct iovec *parts, in
     return sent < 0 ? -errno : sent;
 }
 
-#define BULK_PARTS 16
-
-static ssize_t tcp_write_bulk(struct pc_stream *stream, const struct iovec *parts, int count, bool wait)
-{
-    struct iovec some[BULK_PARTS];
-    size_t room = PC_BULK_CALL_BYTES;
-    int used = 0;
-
-    while (used < count && used < BULK_PARTS && room) {
-        some[used] = parts[used];
-        if (some[used].iov_len > room)
-            some[used].iov_len = room;
-        room -= some[used++].iov_len;
-    }
-    return tcp_write(stream, some, used, wait);
-}
-
-static ssize_t tcp_read_bulk(struct pc_stream *stream, void *buffer, size_t bytes, bool wait)
-{
-    return tcp_read(stream, buffer, bytes < PC_BULK_CALL_BYTES ? bytes : PC_BULK_CALL_BYTES, wait);
-}
-
 int pc_stream_tcp(struct pc_stream *stream, int fd, bool urgent)
 {
     int type = 0;
@@ -86,8 +64,8 @@ int pc_stream_tcp(struct pc_stream *stream, int fd, bool urgent)
         (void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat));
     }
     stream->fd = fd;
-    stream->read = urgent ? tcp_read : tcp_read_bulk;
-    stream->write = urgent ? tcp_write : tcp_write_bulk;
+    stream->read = tcp_read;
+    stream->write = tcp_write;
     return 0;
 }
 

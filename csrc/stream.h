@@ -13,10 +13,6 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
-/* The most that bulk moves in one system call, be it a write, a read or a placement. Many kernels do not preempt a thread
- * inside a system call, so that a fault thread that wakes up on the same processor waits for its end. */
-#define PC_BULK_CALL_BYTES ((size_t)64 * 1024)
-
 struct pc_stream {
     int fd;
     /* Bytes read (at least 1), 0 at the orderly end, or -errno; -EAGAIN only when `wait` is false. */
