@@ -25,6 +25,27 @@ _Static_assert((int)PC_UFFD_IOCTL_REGISTER == _UFFDIO_REGISTER && (int)PC_UFFD_I
 _Static_assert(PC_UFFD_MISSING == UFFDIO_REGISTER_MODE_MISSING && PC_UFFD_WP == UFFDIO_REGISTER_MODE_WP &&
                    PC_UFFD_MINOR == UFFDIO_REGISTER_MODE_MINOR,
                "bits of pc_uffd_mode are the kernel's");
+_Static_assert((uint64_t)PC_UFFD_DONTWAKE == UFFDIO_COPY_MODE_DONTWAKE &&
+                   (uint64_t)PC_UFFD_DONTWAKE == UFFDIO_ZEROPAGE_MODE_DONTWAKE &&
+                   (uint64_t)PC_UFFD_DONTWAKE == UFFDIO_CONTINUE_MODE_DONTWAKE &&
+                   (uint64_t)PC_UFFD_DONTWAKE == UFFDIO_POISON_MODE_DONTWAKE &&
+                   (uint64_t)PC_UFFD_DONTWAKE == UFFDIO_MOVE_MODE_DONTWAKE &&
+                   (uint64_t)PC_UFFD_FILL_WP == UFFDIO_COPY_MODE_WP && (uint64_t)PC_UFFD_FILL_WP == UFFDIO_CONTINUE_MODE_WP &&
+                   (uint64_t)PC_UFFD_ALLOW_SRC_HOLES == UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES,
+               "bits of pc_uffd_fill_mode are the kernel's");
+_Static_assert((uint64_t)PC_UFFD_PROTECT == UFFDIO_WRITEPROTECT_MODE_WP &&
+                   (uint64_t)PC_UFFD_PROTECT_DONTWAKE == UFFDIO_WRITEPROTECT_MODE_DONTWAKE,
+               "bits of pc_uffd_writeprotect_mode are the kernel's");
+_Static_assert((int)PC_UFFD_EVENT_PAGEFAULT == UFFD_EVENT_PAGEFAULT && (int)PC_UFFD_EVENT_FORK == UFFD_EVENT_FORK &&
+                   (int)PC_UFFD_EVENT_REMAP == UFFD_EVENT_REMAP && (int)PC_UFFD_EVENT_REMOVE == UFFD_EVENT_REMOVE &&
+                   (int)PC_UFFD_EVENT_UNMAP == UFFD_EVENT_UNMAP,
+               "values of pc_uffd_event_type are the kernel's");
+_Static_assert((uint64_t)PC_UFFD_FAULT_WRITE == UFFD_PAGEFAULT_FLAG_WRITE &&
+                   (uint64_t)PC_UFFD_FAULT_WP == UFFD_PAGEFAULT_FLAG_WP &&
+                   (uint64_t)PC_UFFD_FAULT_MINOR == UFFD_PAGEFAULT_FLAG_MINOR,
+               "bits of pc_uffd_fault_flags are the kernel's");
+
+#define EVENTS_PER_READ 64
 
 static const char device_path[] = "/dev/userfaultfd";
 
@@ -180,4 +201,68 @@ int pc_uffd_poison(int uffd, uint64_t address, uint64_t bytes, uint64_t mode, ui
     int result = uffd_ioctl(uffd, UFFDIO_POISON, &argument);
 
     return filled(result, argument.updated, bytes, done_bytes);
+}
+
+int pc_uffd_move(int uffd, uint64_t address, uint64_t source, uint64_t bytes, uint64_t mode, uint64_t *done_bytes)
+{
+    struct uffdio_move argument = {.dst = address, .src = source, .len = bytes, .mode = mode};
+    int result = uffd_ioctl(uffd, UFFDIO_MOVE, &argument);
+
+    return filled(result, argument.move, bytes, done_bytes);
+}
+
+int pc_uffd_writeprotect(int uffd, uint64_t address, uint64_t bytes, uint64_t mode)
+{
+    struct uffdio_writeprotect argument = {.range = {.start = address, .len = bytes}, .mode = mode};
+
+    return uffd_ioctl(uffd, UFFDIO_WRITEPROTECT, &argument);
+}
+
+static struct pc_uffd_event event_of(const struct uffd_msg *message)
+{
+    struct pc_uffd_event event = {.type = message->event, .uffd = -1};
+
+    switch (message->event) {
+    case UFFD_EVENT_PAGEFAULT:
+        event.address = message->arg.pagefault.address;
+        event.flags = message->arg.pagefault.flags;
+        event.tid = (int32_t)message->arg.pagefault.feat.ptid;
+        break;
+    case UFFD_EVENT_FORK:
+        event.uffd = (int32_t)message->arg.fork.ufd;
+        break;
+    case UFFD_EVENT_REMAP:
+        event.address = message->arg.remap.from;
+        event.end = message->arg.remap.to;
+        event.bytes = message->arg.remap.len;
+        break;
+    case UFFD_EVENT_REMOVE:
+    case UFFD_EVENT_UNMAP:
+        event.address = message->arg.remove.start;
+        event.end = message->arg.remove.end;
+        event.bytes = event.end - event.address;
+        break;
+    default: /* of a newer kernel: nothing but its number is known */
+        break;
+    }
+    return event;
+}
+
+int pc_uffd_read(int uffd, struct pc_uffd_event *events, uint32_t capacity)
+{
+    struct uffd_msg messages[EVENTS_PER_READ];
+    ssize_t got;
+
+    if (!capacity)
+        return -EINVAL;
+    if (capacity > EVENTS_PER_READ)
+        capacity = EVENTS_PER_READ;
+    do
+        got = read(uffd, messages, capacity * sizeof(*messages));
+    while (got < 0 && errno == EINTR);
+    if (got < 0)
+        return errno == EAGAIN ? 0 : -errno;
+    for (size_t i = 0; i < (size_t)got / sizeof(*messages); i++)
+        events[i] = event_of(&messages[i]);
+    return (int)((size_t)got / sizeof(*messages));
 }

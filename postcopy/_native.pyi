@@ -75,6 +75,19 @@ class _Lib:
     PC_UFFD_IOCTL_WRITEPROTECT: int
     PC_UFFD_IOCTL_CONTINUE: int
     PC_UFFD_IOCTL_POISON: int
+    PC_UFFD_DONTWAKE: int
+    PC_UFFD_FILL_WP: int
+    PC_UFFD_ALLOW_SRC_HOLES: int
+    PC_UFFD_PROTECT: int
+    PC_UFFD_PROTECT_DONTWAKE: int
+    PC_UFFD_EVENT_PAGEFAULT: int
+    PC_UFFD_EVENT_FORK: int
+    PC_UFFD_EVENT_REMAP: int
+    PC_UFFD_EVENT_REMOVE: int
+    PC_UFFD_EVENT_UNMAP: int
+    PC_UFFD_FAULT_WRITE: int
+    PC_UFFD_FAULT_WP: int
+    PC_UFFD_FAULT_MINOR: int
     PC_MEMORY_MEMFD: int
     PC_MEMORY_ANON: int
     PC_MEMORY_HUGETLB: int
@@ -128,6 +141,11 @@ class _Lib:
     def pc_uffd_zeropage(self, uffd: int, address: int, bytes: int, mode: int, done_bytes: CData, /) -> int: ...
     def pc_uffd_continue(self, uffd: int, address: int, bytes: int, mode: int, done_bytes: CData, /) -> int: ...
     def pc_uffd_poison(self, uffd: int, address: int, bytes: int, mode: int, done_bytes: CData, /) -> int: ...
+    def pc_uffd_move(
+        self, uffd: int, address: int, source: int, bytes: int, mode: int, done_bytes: CData, /
+    ) -> int: ...
+    def pc_uffd_writeprotect(self, uffd: int, address: int, bytes: int, mode: int, /) -> int: ...
+    def pc_uffd_read(self, uffd: int, events: CData, capacity: int, /) -> int: ...
     def pc_page_bytes(self) -> int: ...
     def pc_huge_page_bytes(self) -> int: ...
     def pc_memory_check(self, kind: int, total_bytes: int, error: CData, error_bytes: int, /) -> int: ...

@@ -124,6 +124,29 @@ enum pc_uffd_ioctl {
     PC_UFFD_IOCTL_CONTINUE = 7,
     PC_UFFD_IOCTL_POISON = 8
 };
+enum pc_uffd_fill_mode { /* `mode` of the functions that fill; which one takes which is in ioctl_userfaultfd(2) */
+    PC_UFFD_DONTWAKE = 1,
+    PC_UFFD_FILL_WP = 2,        /* copy, continue: the page comes write-protected */
+    PC_UFFD_ALLOW_SRC_HOLES = 2 /* move: a hole in the source is no error */
+};
+enum pc_uffd_writeprotect_mode { PC_UFFD_PROTECT = 1, PC_UFFD_PROTECT_DONTWAKE = 2 };
+enum pc_uffd_event_type {
+    PC_UFFD_EVENT_PAGEFAULT = 0x12,
+    PC_UFFD_EVENT_FORK = 0x13,
+    PC_UFFD_EVENT_REMAP = 0x14,
+    PC_UFFD_EVENT_REMOVE = 0x15,
+    PC_UFFD_EVENT_UNMAP = 0x16
+};
+enum pc_uffd_fault_flags { PC_UFFD_FAULT_WRITE = 1, PC_UFFD_FAULT_WP = 2, PC_UFFD_FAULT_MINOR = 4 };
+struct pc_uffd_event {
+    uint64_t address; /* pagefault: of the page, or exact with EXACT_ADDRESS; remap: from; remove, unmap: start */
+    uint64_t end;     /* remove, unmap: end; remap: the new address */
+    uint64_t bytes;   /* remap, remove, unmap: length */
+    uint64_t flags;   /* pagefault: enum pc_uffd_fault_flags */
+    int32_t type;     /* enum pc_uffd_event_type; a number without a name from a newer kernel is passed on */
+    int32_t tid;      /* pagefault with THREAD_ID: the thread that faulted; else 0 */
+    int32_t uffd;     /* fork: the child's userfaultfd; else -1 */
+};
 struct pc_uffd_api {
     int how;           /* how it was opened: PC_UFFD_DEVICE, ... */
     uint64_t features; /* bits this kernel has (all of them, whatever was asked) */
@@ -143,6 +166,13 @@ int pc_uffd_copy(int uffd, uint64_t address, const void *source, uint64_t bytes,
 int pc_uffd_zeropage(int uffd, uint64_t address, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);
 int pc_uffd_continue(int uffd, uint64_t address, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);
 int pc_uffd_poison(int uffd, uint64_t address, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);
+/* Anonymous pages from `source` to `address`, without a copy. Linux 6.8. */
+int pc_uffd_move(int uffd, uint64_t address, uint64_t source, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);
+/* All of it or nothing: the kernel tells no partial count. mode: PC_UFFD_PROTECT, or 0 to lift the protection. */
+int pc_uffd_writeprotect(int uffd, uint64_t address, uint64_t bytes, uint64_t mode);
+/* Reads as many events as are there, at most `capacity`, with one system call; never waits. How many (0: none now), or -errno.
+ * A fork event's descriptor becomes the caller's. */
+int pc_uffd_read(int uffd, struct pc_uffd_event *events, uint32_t capacity);
 /* ==== end uffd ==== */
 
 /* ==== begin memory ==== */
