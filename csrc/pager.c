@@ -865,7 +865,7 @@ static void *fault_thread(void *argument)
     uint64_t spin_until_ns = 0;
 
     pc_thread_name("pc-fault", shard->index);
-    pc_thread_prompt();
+    pc_thread_prompt(shard->busy_poll_ns != 0);
     for (;;) {
         struct pollfd fds[3] = {
             {.fd = shard->uffd, .events = POLLIN},

@@ -456,7 +456,7 @@ static void *channel_thread(void *argument)
 
     pc_thread_name(urgent ? "pc-serve" : "pc-bulk-out", channel->index);
     if (urgent)
-        pc_thread_prompt();
+        pc_thread_prompt(channel->busy_poll_ns != 0);
     else
         pc_thread_background();
     if (batch)
