@@ -8,11 +8,10 @@ machine as a whole.
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from ._native import ffi as _ffi
+from ._native import lib as _lib
 
-try:
-    __version__ = version("postcopy")
-except PackageNotFoundError:  # run from a source tree that was not installed
-    __version__ = "unknown"
+# From the core, which CMake tells it: reading the metadata of an installed package costs two megabytes.
+__version__ = _ffi.string(_lib.pc_version()).decode()
 
 __all__ = ["__version__"]
