@@ -292,8 +292,8 @@ def measure_sparse(rounds: int) -> list[Figure]:
 
 
 def measure_overhead(rounds: int) -> list[Figure]:
-    """Peak memory beside the machine's own, against 32 MiB + 1 % of the machine: a small one, where Python is nearly all
-    of it, and a larger one, where the engine's maps and buffers would show."""
+    """Peak memory beside the machine's own, against 32 MiB + 1 % of the machine: of a small one, where Python is nearly
+    all of it, and of a larger one, where the engine's maps and buffers would show."""
     figures = []
     for size, working_set in (("64MiB", "32MiB"), ("1GiB", "256MiB")):
         allowance_mib = 32 + parse_size(size) / 2**20 / 100

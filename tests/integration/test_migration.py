@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import os
+import random
+import secrets
 import signal
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,6 +178,66 @@ class TestKvm:
         assert result["status"] == "failed"
         assert result["guest"]["failures"] == 0
         assert errors.count("postcopy: error:") == 1
+
+    def test_destinations_killed_at_random_instants(self, side: Start) -> None:
+        """Whenever its destination dies, the machine is computing at the source, or belongs to the dead and says so."""
+        seed = int(os.environ.get("POSTCOPY_SEED", "0"), 0) or secrets.randbits(32)
+        print(f"POSTCOPY_SEED={seed}")
+        instants = random.Random(seed)
+        arguments = (
+            "--workload",
+            "random",
+            "--working-set",
+            "8MiB",
+            "--migrate-after",
+            "2",
+            "--max-bandwidth",
+            "1MiB/s",
+        )
+        source = side(*KVM, *arguments, "--listen", "127.0.0.1:0")
+        address = source.address
+        for attempt in range(8):
+            failures = len(source.events("migration-failed"))
+            began = source.lines[-1]["elapsed-ms"]
+            victim = side("dest", "--json", "--connect", address)
+            if attempt % 2:
+                # From here on everything happens within some ten milliseconds: aim at them.
+                source.wait_for(
+                    "it", lambda line, after=began: line["elapsed-ms"] > after and line["status"] == "active"
+                )
+                time.sleep(instants.uniform(0, 0.01))
+            else:
+                time.sleep(instants.uniform(0, 0.8))
+            victim.signal(signal.SIGKILL)
+            victim.end()
+            now = source.wait_for(
+                "what became of it",
+                lambda line, after=source.lines[-1]["elapsed-ms"]: (
+                    line["elapsed-ms"] > after and line["status"] in ("failed", "setup", "postcopy-paused", "completed")
+                ),
+            )
+            assert now["status"] != "completed"  # which takes eight seconds at this bandwidth
+            if now["status"] == "postcopy-paused":
+                assert now["guest"]["state"] == "paused"
+                source.signal(signal.SIGTERM)
+                status, result, errors = source.end()
+                assert (status, result["status"]) == (1, "postcopy-paused")
+                assert result["guest"]["operations"] == result["guest-at-pause"]["operations"]
+                return
+            # It was before the point of no return: the source says why, if it had met the destination, and goes on.
+            running = source.wait_for(
+                "running",
+                lambda line, after=now["elapsed-ms"]: (
+                    line["event"] == "progress" and line["elapsed-ms"] >= after and line["guest"]["state"] == "running"
+                ),
+            )
+            source.operations_after(running)
+            assert len(source.events("migration-failed")) <= failures + 1
+        last = side("dest", "--json", "--connect", address, "--run-for", "0.1")
+        status, result, errors = last.end()
+        assert status == 0, errors
+        assert result["verified"] is True
+        assert source.end()[0] == 0
 
     def test_interrupted_destination_then_another(self, side: Start) -> None:
         """A destination that gives up says why; the source listens on, and the next one gets the machine."""
