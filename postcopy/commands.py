@@ -195,7 +195,7 @@ class SourceCommand:
         await migration.paused.wait()
         self._output.say(
             f"postcopy: PAUSED: {migration.failure}; the machine belongs to the destination, its missing pages are kept"
-            " here until this process is interrupted"
+            " here until the destination is back, or this process is interrupted"
         )
 
     # ---- listening
@@ -256,6 +256,8 @@ class DestinationCommand:
         backing: str,
         disk: str | None,
         busy_poll_us: int,
+        heartbeat_s: float,
+        recover_for_s: float,
         run_for_s: float | None,
         dump: str | None,
         verify: bool,
@@ -266,6 +268,8 @@ class DestinationCommand:
         self._backing = backing
         self._disk = disk
         self._busy_poll_us = busy_poll_us
+        self._heartbeat_s = heartbeat_s
+        self._recover_for_s = recover_for_s
         self._run_for_s = run_for_s
         self._dump = dump
         self._verify = verify
@@ -340,6 +344,8 @@ class DestinationCommand:
             backing=self._backing,
             disk=self._disk,
             busy_poll_us=self._busy_poll_us,
+            heartbeat_s=self._heartbeat_s,
+            recover_for_s=self._recover_for_s,
             on_change=self._output.kick,
         )
         async with trio.open_nursery() as nursery:
@@ -354,7 +360,8 @@ class DestinationCommand:
         self._output.say(
             f"postcopy: PAUSED: {migration.failure}; the machine is kept,"
             f" {figures.total_bytes - figures.resident_bytes}"
-            " bytes of it are missing, and whatever touches them waits, until this process is interrupted"
+            " bytes of it are missing, and whatever touches them waits until the source is back, or this process is"
+            " interrupted"
         )
 
     async def _afterwards(self, migration: DestinationMigration, machine: Machine, stop: trio.Event) -> bool:
