@@ -36,6 +36,9 @@ MESSAGES = [
     p.Running(12345),
     p.Complete({"demand-pages": 3}),
     p.CompleteAck({"downtime-ns": 5}),
+    p.ReceivedMap(1, 0, 512, b"\x00\x80\x04"),
+    p.Recover(0, 2, 2**32 - 1),
+    p.Recovered(),
     p.Abort("out of memory"),
     p.Ping(1),
     p.Pong(2**63 - 1),
@@ -284,8 +287,10 @@ class TestStates:
                 assert not (source.may_run and dest.may_run)
                 assert source.ended
                 assert dest.ended
-                if victim == "dest" and dest.state is State.ABORTED and source.state is State.PAUSED:
-                    assert not dest.may_run  # commit on its way when the cable broke: nobody runs, and PAUSED says so
+                if dest.state is State.IN_DOUBT:
+                    # `prepared` or `commit` was on its way when the cable broke. The source knows which, and is asked.
+                    assert not dest.may_run
+                    assert source.may_run == (source.state is State.ABORTED)
                 else:
                     assert source.may_run or dest.may_run
 
@@ -348,8 +353,59 @@ class TestStates:
         assert not dest.may_abort
         with pytest.raises(ProtocolError, match="abort must not be sent by the destination in state prepared"):
             dest.send_abort("changed my mind")
-        assert dest.connection_lost("gone") is State.ABORTED
+        assert dest.connection_lost("gone") is State.IN_DOUBT
         assert not dest.may_run
+        assert dest.recoverable
+
+    @pytest.mark.parametrize("decided", [True, False])
+    def test_doubt_is_resolved_by_the_source(self, decided: bool) -> None:
+        dest = DestinationProtocol()
+        dest._state = State.PREPARED
+        for attempt in range(3):  # cut again, at whatever point
+            dest.connection_lost(f"cut {attempt}")
+            assert dest.state is State.IN_DOUBT
+            dest.reconnected()
+            dest.send_received_map(0, 0, 256, b"")
+            assert not dest.may_run
+            if attempt:
+                dest.send_recover(0, 1, 0)
+                assert not dest.may_run
+        if decided:
+            dest.receive_data(p.encode(p.Recovered()))
+            assert drain(dest) == [p.Recovered()]
+            assert dest.state is State.COMMITTED
+            assert dest.may_run
+            assert dest.connection_lost("again") is State.PAUSED  # no doubt any more
+            assert dest.may_run
+        else:
+            dest.connection_lost("cut")
+            assert dest.give_up("the source knows no such migration") is State.ABORTED
+            assert not dest.may_run
+            with pytest.raises(ProtocolError, match="nothing to recover in state aborted"):
+                dest.reconnected()
+
+    def test_recovery_of_a_machine_that_runs(self) -> None:
+        source, dest = SourceProtocol(), DestinationProtocol()
+        source._state = dest._state = State.COMMITTED
+        dest.send_running(7)  # which is lost
+        for side in (source, dest):
+            assert side.connection_lost("cut") is State.PAUSED
+            side.receive_data(b"what the old connection still held")
+            side.reconnected()
+        source.receive_data(dest.send_received_map(0, 0, 256, b"") + dest.send_recover(7, 1, 99))
+        assert drain(source) == [p.ReceivedMap(0, 0, 256, b""), p.Recover(7, 1, 99)]
+        dest.receive_data(source.send_recovered())
+        assert drain(dest) == [p.Recovered()]
+        assert source.state is dest.state is State.POSTCOPY
+        assert not source.may_run
+        assert dest.may_run
+
+    def test_complete_that_the_source_never_heard_of(self) -> None:
+        dest = DestinationProtocol()
+        dest._state = State.POSTCOPY
+        dest.send_complete({})
+        assert dest.connection_lost("cut") is State.PAUSED
+        assert dest.give_up("nobody there") is State.COMPLETED
 
     def test_messages_before_an_error_are_not_lost(self) -> None:
         source = SourceProtocol()
