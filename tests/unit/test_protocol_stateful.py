@@ -207,13 +207,15 @@ class TwoHosts(RuleBasedStateMachine):
     @rule()
     def connect_again(self) -> None:
         """A new connection comes about, perhaps while the source still believes in the old one."""
+        self.dest.reconnected()
+        self.never_two_owners()  # the source may not have decided, and learns only now that its connection is gone
         self.source.connection_lost("the destination has come back on another connection")
         if self.source.recoverable:
             self.wire = {"source": bytearray(), "dest": bytearray()}
             self.cut = {"source": False, "dest": False}
             self.source.reconnected()
-            self.dest.reconnected()
         else:  # it is refused: there is no such migration (any more)
+            self.dest.connection_lost("refused")
             self.dest.give_up("no such migration here")
 
     @rule(name=st.sampled_from(["source", "dest"]))
