@@ -1393,6 +1393,63 @@ static void cuts_with_bulk(int kind)
 }
 OF_EACH_KIND(cuts_with_bulk)
 
+/* Runs that were in flight when a connection broke are offered again, since the source hears what has arrived: nobody touches
+ * anything here, nothing is asked for, and everything comes. */
+static void push_again_what_was_lost(int kind)
+{
+    const uint64_t pages[] = {scaled(kind, 1000), scaled(kind, 400)};
+    uint64_t *received[2];
+    int knives[3], cuts = 0;
+    struct rig rig;
+
+    open_pager(&rig, kind, 2, pages);
+    open_server(&rig, 20000000);
+    for (uint32_t i = 0; i < 2; i++) {
+        CHECK_EQ(add_shard(&rig, 0), i);
+        arm(&rig, i, i, 0, pages[i]);
+        connect_urgent(&rig, i, &knives[i]);
+        received[i] = calloc(pc_bitmap_words(pages[i]), sizeof(uint64_t));
+        CHECK(received[i] != NULL);
+    }
+    connect_bulk(&rig, 0, &knives[2]);
+    CHECK_EQ(pc_pageserver_start(rig.server), 0);
+    CHECK_EQ(pc_pageserver_set_received(rig.server, 0, received[0]), -EBUSY);
+    while (cuts < 5) {
+        uint64_t resident = pager_stats(&rig).resident_pages, until = resident + 1 + test_below(all_pages(&rig) / 20 + 1);
+
+        if (until >= all_pages(&rig))
+            break;
+        while (pager_stats(&rig).resident_pages < until)
+            (void)sched_yield();
+        cuts++;
+        CHECK_EQ(pc_pager_disconnect(rig.pager), 0);
+        CHECK_EQ(pc_pageserver_disconnect(rig.server), 0);
+        while (find_event(&rig.from_pager, PC_EVENT_CHANNEL_DOWN, 0, 0, 0, NULL)) {
+        }
+        while (find_event(&rig.from_server, PC_EVENT_CHANNEL_DOWN, 0, 0, 0, NULL)) {
+        }
+        for (uint32_t i = 0; i < 2; i++) {
+            CHECK_EQ(pc_pager_received(rig.pager, i, received[i]), 0);
+            CHECK_EQ(pc_pageserver_set_received(rig.server, i, received[i]), 0);
+        }
+        CHECK_EQ(pc_pageserver_set_received(rig.server, 2, received[0]), -EINVAL);
+        for (int i = 0; i < 3; i++)
+            reconnect(&rig, i, &knives[i]);
+    }
+    CHECK(cuts > 0);
+    EXPECT_EVENT(&rig.from_pager, PC_EVENT_COMPLETE, 0, 0, NULL);
+    EXPECT_NO_EVENT(&rig.from_pager, PC_EVENT_FATAL);
+    CHECK_EQ(pager_stats(&rig).requests, 0);
+    CHECK_EQ(pc_pager_disarm(rig.pager), 0);
+    check_content(&rig);
+    for (int i = 0; i < 3; i++)
+        close(knives[i]);
+    for (int i = 0; i < 2; i++)
+        free(received[i]);
+    close_rig(&rig);
+}
+OF_EACH_KIND(push_again_what_was_lost)
+
 /* ---- holes that somebody else has filled -------------------------------------------------------------------------- */
 
 static void hole_filled_elsewhere(int kind)
@@ -2629,6 +2686,7 @@ int main(int argc, char **argv)
     RUN_CASE(frames_cut_by_tcp);
     RUN_KINDS(urgent_cuts);
     RUN_KINDS(cuts_with_bulk);
+    RUN_KINDS(push_again_what_was_lost);
     RUN_CASE(hole_filled_elsewhere_memfd);
     RUN_CASE(hole_filled_elsewhere_hugetlb);
     RUN_KINDS(thrown_away_pages_are_zero);
