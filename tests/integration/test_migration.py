@@ -95,6 +95,21 @@ class TestImage:
         source.signal(signal.SIGTERM)
         assert source.end()[0] == 1
 
+    def test_destination_lost_then_another(self, side: Start, image: Path, tmp_path: Path) -> None:
+        """One that died takes nobody's place, and its source does not wait for it when all has been served."""
+        arguments = ("--machine", "image", "--image", image, "--listen", "127.0.0.1:0", "--max-bandwidth", "1MiB/s")
+        source = side("source", "--json", *arguments)
+        first = side("dest", "--json", "--connect", source.address)
+        first.wait_for("pages", lambda line: line.get("ram", {}).get("background-pages", 0) > 0)
+        first.signal(signal.SIGKILL)
+        source.wait_status("postcopy-paused")
+        copy = tmp_path / "copy"
+        assert side("dest", "--json", "--connect", source.address, "--dump", copy).end()[0] == 0
+        assert copy.read_bytes() == image.read_bytes()
+        status, result, errors = source.end(20)
+        assert status == 0, errors
+        assert result["served"] == 1
+
     def test_source_lost_after_commit(self, side: Start, image: Path) -> None:
         """The destination keeps everything, and says so, until it is told to end."""
         arguments = ("--machine", "image", "--image", image, "--listen", "127.0.0.1:0", "--max-bandwidth", "256KiB/s")
