@@ -310,6 +310,42 @@ class TestKvm:
         if victim == "dest":
             assert result["guest"]["operations"] == result["guest-at-pause"]["operations"]
 
+    @pytest.mark.parametrize("victim", ["source", "dest"])
+    @pytest.mark.parametrize("listening", ["source", "dest"])
+    def test_frozen_peer(self, side: Start, victim: str, listening: str) -> None:
+        """One that gives no sign of life is lost, whoever it is; when it wakes up both go on, and nothing was lost."""
+        arguments = ("--workload", "random", "--working-set", "16MiB", "--max-bandwidth", "2MiB/s")
+        calls = {"source": (*KVM, *arguments), "dest": ("dest", "--json", "--run-for", "0.5")}
+        calling = "dest" if listening == "source" else "source"
+        sides = {listening: side(*calls[listening], "--heartbeat", "0.2", "--listen", "127.0.0.1:0")}
+        sides[calling] = side(*calls[calling], "--heartbeat", "0.2", "--connect", sides[listening].address)
+        other = "dest" if victim == "source" else "source"
+        for one in sides.values():
+            one.wait_status("postcopy-active")
+        sides[victim].signal(signal.SIGSTOP)
+        sides[other].wait_status("postcopy-paused")
+        sides[victim].signal(signal.SIGCONT)
+        for one in sides.values():
+            status, result, errors = one.end()
+            assert status == 0, errors
+            assert result["status"] == "completed"
+            assert result["recoveries"]["count"] >= 1
+            assert "PAUSED" in errors
+        assert sides["dest"].end()[1]["verified"] is True
+
+    def test_peer_that_never_comes_back(self, side: Start) -> None:
+        """Who has been given up is not waited for by a program either, and the machine's memory is kept."""
+        arguments = ("--workload", "idle", "--working-set", "8MiB", "--max-bandwidth", "16KiB/s")
+        dest = side("dest", "--json", "--listen", "127.0.0.1:0")
+        source = side(*KVM, *arguments, "--connect", dest.address, "--recover-for", "0.5")
+        source.wait_status("postcopy-active")
+        dest.signal(signal.SIGKILL)
+        source.wait_status("postcopy-paused")
+        source.signal(signal.SIGTERM)
+        status, result, _ = source.end()
+        assert (status, result["status"]) == (1, "postcopy-paused")
+        assert result["recoveries"]["count"] == 0
+
 
 @pytest.mark.needs("uffd-user")
 @pytest.mark.parametrize("garbage", [b"", b"\x00" * 100, b"GET / HTTP/1.1\r\n\r\n", b"postcpy\x01\xff\xff\xff\xff"])
