@@ -70,6 +70,7 @@ from typing import Any, ClassVar, Final, TypeVar, cast
 import msgpack
 
 from postcopy._errors import PeerError, ProtocolError
+from postcopy._native import lib
 
 PROTOCOL_VERSION: Final = 1
 MAGIC: Final = b"postcpy"
@@ -77,7 +78,7 @@ PREAMBLE: Final = MAGIC + bytes([PROTOCOL_VERSION])
 
 MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 MAX_HANDSHAKE_MESSAGE_BYTES: Final = 64 * 1024
-LENGTH_BYTES: Final = 4
+HEADER_BYTES: Final = 8  # of a message: its length, and the CRC32C of the length and of what follows
 
 ID_BYTES: Final = 16
 MAX_BLOCKS: Final = 64  # PC_MAX_BLOCKS and so on of the core, which has the last word when it is given the numbers
@@ -376,7 +377,13 @@ def encode(message: Message, limit: int = MAX_MESSAGE_BYTES) -> bytes:
     packed: bytes = msgpack.packb(body, use_bin_type=True)
     if len(packed) > limit:
         raise ProtocolError(f"{message.TYPE}: {len(packed)} bytes are more than a message may have ({limit})")
-    return len(packed).to_bytes(LENGTH_BYTES, "big") + packed
+    length = len(packed).to_bytes(4, "big")
+    return length + _crc(length, packed).to_bytes(4, "big") + packed
+
+
+def _crc(length: bytes, packed: bytes) -> int:
+    """TCP's checksum lets one damaged segment in some ten thousand pass, and a damaged page map would be believed."""
+    return int(lib.pc_crc32c(lib.pc_crc32c(0, length, len(length)), packed, len(packed)))
 
 
 def decode(packed: bytes) -> Message:
@@ -452,22 +459,25 @@ class _MessageBuffer:
 
     def missing(self) -> int:
         """How many bytes certainly belong to the message that is being received. At least 1, unless it is complete."""
-        if len(self._buffer) < LENGTH_BYTES:
-            return LENGTH_BYTES - len(self._buffer)
-        return max(0, LENGTH_BYTES + self._length() - len(self._buffer))
+        if len(self._buffer) < HEADER_BYTES:
+            return HEADER_BYTES - len(self._buffer)
+        return max(0, HEADER_BYTES + self._length() - len(self._buffer))
 
     def take(self) -> Message | None:
-        if len(self._buffer) < LENGTH_BYTES:
+        if len(self._buffer) < 4:
             return None
-        end = LENGTH_BYTES + self._length()
+        end = HEADER_BYTES + self._length()
         if len(self._buffer) < end:
             return None
-        body = bytes(self._buffer[LENGTH_BYTES:end])
+        length, crc = bytes(self._buffer[:4]), int.from_bytes(self._buffer[4:HEADER_BYTES], "big")
+        body = bytes(self._buffer[HEADER_BYTES:end])
         del self._buffer[:end]
+        if _crc(length, body) != crc:
+            raise ProtocolError("a message is damaged (CRC32C differs)")
         return decode(body)
 
     def _length(self) -> int:
-        length = int.from_bytes(self._buffer[:LENGTH_BYTES], "big")
+        length = int.from_bytes(self._buffer[:4], "big")
         if not 0 < length <= self.limit:
             raise ProtocolError(f"a message of {length} bytes; 1 to {self.limit} are allowed here")
         return length

@@ -598,9 +598,9 @@ class Peer:
 
     async def read(self, kind: type[p.Message]) -> p.Message:
         while True:
-            size = 4 + int.from_bytes(self._buffer[:4], "big")
-            if len(self._buffer) >= max(size, 5):
-                message = p.decode(self._buffer[4:size])
+            size = p.HEADER_BYTES + int.from_bytes(self._buffer[:4], "big")
+            if len(self._buffer) >= max(size, p.HEADER_BYTES + 1):
+                message = p.decode(self._buffer[p.HEADER_BYTES : size])
                 self._buffer = self._buffer[size:]
                 if isinstance(message, kind):
                     return message
