@@ -189,6 +189,11 @@ def make_parser() -> argparse.ArgumentParser:
     _add_engine_arguments(dest, source=False, dest=True)
     _add_network_arguments(dest)
     dest.add_argument(
+        "--on-lost", choices=("hold", "kill"), default="hold",
+        help="when the source is given up (--recover-for, or it knows nothing of us) and pages are missing: keep the"
+        " machine, blocked where it needs them (default), or end it",
+    )  # fmt: skip
+    dest.add_argument(
         "--disk", metavar="FILE", help="where the machine's disk is on this host, if not as on the source"
     )
     _add_after_arguments(dest, run_for=None)
@@ -295,6 +300,7 @@ def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Ev
         busy_poll_us=args.busy_poll,
         heartbeat_s=args.heartbeat,
         recover_for_s=args.recover_for,
+        kill_when_lost=args.on_lost == "kill",
         run_for_s=args.run_for,
         dump=args.dump,
         verify=args.verify,

@@ -275,6 +275,7 @@ class DestinationCommand:
         busy_poll_us: int,
         heartbeat_s: float,
         recover_for_s: float,
+        kill_when_lost: bool,
         run_for_s: float | None,
         dump: str | None,
         verify: bool,
@@ -287,6 +288,7 @@ class DestinationCommand:
         self._busy_poll_us = busy_poll_us
         self._heartbeat_s = heartbeat_s
         self._recover_for_s = recover_for_s
+        self._kill_when_lost = kill_when_lost
         self._run_for_s = run_for_s
         self._dump = dump
         self._verify = verify
@@ -363,6 +365,7 @@ class DestinationCommand:
             busy_poll_us=self._busy_poll_us,
             heartbeat_s=self._heartbeat_s,
             recover_for_s=self._recover_for_s,
+            kill_when_lost=self._kill_when_lost,
             on_change=self._output.kick,
         )
         async with trio.open_nursery() as nursery:

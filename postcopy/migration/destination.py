@@ -88,6 +88,7 @@ class DestinationMigration:
         how: How | str = How.ANY,
         heartbeat_s: float = HEARTBEAT_S,
         recover_for_s: float = math.inf,
+        kill_when_lost: bool = False,
         make_machine: Callable[..., Machine] = create_destination,
         make_pager: Callable[[], Pager] = Pager,
         on_change: Callable[[], None] = lambda: None,
@@ -109,6 +110,7 @@ class DestinationMigration:
         self._how = how
         self._heartbeat_s = heartbeat_s
         self._recover_for_s = recover_for_s
+        self._kill_when_lost = kill_when_lost
         self._make_machine = make_machine
         self._make_pager = make_pager
         self._on_change = on_change
@@ -161,7 +163,7 @@ class DestinationMigration:
 
     async def run(self, stop: trio.Event) -> None:
         """Returns when every page is here, or when it has failed; a migration that is `PAUSED` goes on when the source
-        is back, and otherwise stays so until `stop`.
+        is back. When nobody looks for it any more it stays so until `stop`, or ends at once (`kill_when_lost`).
 
         After it, `machine` runs when the state is COMPLETED. Always `close` afterwards.
         """
@@ -171,8 +173,17 @@ class DestinationMigration:
         if self._protocol.give_up(str(self.failure)) is State.COMPLETED:
             self.failure = None  # every page is here: whether the source has heard of it changes nothing
         self._on_change()
-        if self.state is State.PAUSED:
-            await stop.wait()
+        if self.state is not State.PAUSED or stop.is_set():
+            return
+        if self._kill_when_lost:
+            # Its missing pages are poisoned by `close`: nothing of it is ever filled with zeros.
+            self.failure = MigrationError(f"the source is lost for good ({self.failure}), and the machine with it")
+            log.error("%s", self.failure)
+            return
+        log.error(
+            "the source is lost for good (%s); the machine is kept until this process is interrupted", self.failure
+        )
+        await stop.wait()
 
     async def _connected(
         self,

@@ -333,6 +333,24 @@ class TestKvm:
             assert "PAUSED" in errors
         assert sides["dest"].end()[1]["verified"] is True
 
+    @pytest.mark.parametrize("policy", ["hold", "kill"])
+    def test_source_lost_for_good(self, side: Start, policy: str) -> None:
+        """A machine whose missing pages are nowhere any more is kept until somebody looks, or ended, as was said."""
+        arguments = ("--workload", "idle", "--working-set", "8MiB", "--max-bandwidth", "16KiB/s")
+        dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--recover-for", "0.3", "--on-lost", policy)
+        source = side(*KVM, *arguments, "--connect", dest.address)
+        source.wait_status("postcopy-active")
+        dest.wait_status("postcopy-active")
+        source.signal(signal.SIGKILL)
+        if policy == "hold":
+            lost = dest.wait_status("postcopy-paused")
+            dest.wait_for("later", lambda line: line["elapsed-ms"] > lost["elapsed-ms"] + 1000)
+            dest.signal(signal.SIGTERM)
+        status, result, errors = dest.end()
+        assert (status, result["status"]) == (1, "postcopy-paused")
+        assert result["ram"]["remaining"] > 0
+        assert "the source is lost for good" in errors
+
     def test_peer_that_never_comes_back(self, side: Start) -> None:
         """Who has been given up is not waited for by a program either, and the machine's memory is kept."""
         arguments = ("--workload", "idle", "--working-set", "8MiB", "--max-bandwidth", "16KiB/s")
