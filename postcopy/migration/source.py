@@ -146,6 +146,7 @@ class SourceMigration:
         """
         control = Control(self._link.control, self._protocol)
         scope = FirstFailure()
+        abandoned = False
 
         async def main() -> None:
             await self._migrate(control, go)
@@ -161,6 +162,7 @@ class SourceMigration:
             self.failure = scope.failure or Interrupted("interrupted at the source")
         except BaseException:
             self.failure = Interrupted("ended at the source")  # cancelled, or a mistake of ours: never keep it stopped
+            abandoned = True
             raise
         finally:
             if self.state is not State.COMPLETED:
@@ -170,9 +172,11 @@ class SourceMigration:
                 self.failure = (
                     None  # the destination has every page; that it did not hear our last word changes nothing
                 )
-            await control.close()
-            if self.state is not State.PAUSED:
-                await self._close_server()
+            try:
+                await control.close()
+            finally:  # also when cancelled
+                if abandoned or self.state is not State.PAUSED:
+                    await self._close_server()
             self._on_change()
         if self.state is State.PAUSED:
             try:
