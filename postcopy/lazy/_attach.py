@@ -3,8 +3,8 @@
 
 `attach` is a migration of a machine without a CPU, seen from its end: the same protocol, the same engine
 (`migration.destination`), the same pager in C on the path of a fault. Two things differ. Unless the caller wants it,
-the source's background push is *held*: its connections are made, since the protocol has them, but nobody reads from them,
-and TCP makes the source wait. And the memory outlives machine and engine for as long as somebody looks at it.
+the source's background push is *held*: its connections are made, since the protocol has them, but nobody reads from
+them, and TCP makes the source wait. And the memory outlives machine and engine for as long as somebody looks at it.
 
 `attach_source` has the same pager on one end of a socket pair and `_bridge.Bridge` on the other, where a Python
 coroutine answers instead of a page server.
@@ -15,8 +15,6 @@ no new views, tasks, engine, pager; the mapping itself goes with the last view o
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -41,8 +39,6 @@ from ._bridge import Bridge
 from ._memory import LazyMemory
 from ._source import PageSource, check_layout
 from ._tasks import background_tasks
-
-log = logging.getLogger(__name__)
 
 HELD_RECEIVE_BYTES = 4096
 """What the socket of a held channel may take in: what is pushed there in vain."""
@@ -211,6 +207,14 @@ async def attach_source(
                 f"block {block.name!r} has pages of {block.unit_bytes} bytes,"
                 f" {backing} memory of {page_bytes_of(backing)}"
             )
+    bridge = Bridge(
+        source,
+        layout,
+        max_fetches=max_fetches,
+        max_fetch_pages=max_fetch_pages,
+        fault_around_pages=fault_around_pages,
+        on_failure=lambda error: memory._fail(error),
+    )
     pager = Pager()
     try:
         parts = [
@@ -222,26 +226,14 @@ async def attach_source(
         for number, block in enumerate(layout):
             pager.arm(shard, number, 0, block.pages)
         ours, theirs = socket.socketpair()
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(ours)
-            pager.attach_urgent(shard, theirs.detach())
-            ours.setblocking(False)
-            stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-            stack.pop_all()
-        bridge = Bridge(
-            source,
-            layout,
-            stream,
-            max_fetches=max_fetches,
-            max_fetch_pages=max_fetch_pages,
-            fault_around_pages=fault_around_pages,
-        )
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        pager.attach_urgent(shard, theirs.detach())
         memory = LazyMemory(pager, parts)
         del parts, part
 
         async def run_bridge() -> None:
             try:
-                await bridge.run()
+                await bridge.run(stream)
             except PostcopyError as error:
                 memory._fail(error)
 

@@ -67,25 +67,28 @@ def plan_run(
 
 
 class Bridge:
-    """Between one pager and one page source. `run` it in a task; the stream is the caller's to close."""
+    """Between one pager and one page source. `run` it in a task, once; the stream is the caller's to close."""
+
+    _stream: trio.abc.Stream
 
     def __init__(
         self,
         source: PageSource,
         layout: Sequence[SourceBlock],
-        stream: trio.abc.Stream,
         *,
         max_fetches: int,
         max_fetch_pages: int,
         fault_around_pages: int,
+        on_failure: Callable[[PeerError], None],
     ) -> None:
+        """`on_failure` hears of a failed fetch before the pager does."""
         if max_fetches < 1 or max_fetch_pages < 1:
             raise ConfigurationError("at least one fetch, of at least one page, must be allowed at a time")
         if fault_around_pages < 1 or fault_around_pages & (fault_around_pages - 1):
             raise ConfigurationError(f"fault-around of {fault_around_pages} pages: it must be a power of two")
+        self._on_failure = on_failure
         self._source = source
         self._layout = layout
-        self._stream = stream
         self._max_fetches = max_fetches
         self._max_fetch_pages = max_fetch_pages
         self._around = fault_around_pages
@@ -98,8 +101,9 @@ class Bridge:
         self._sending = trio.Lock()
         self._failure: PeerError | None = None
 
-    async def run(self) -> None:
+    async def run(self, stream: trio.abc.Stream) -> None:
         """Until the pager closes its end, or something fails: then `PeerError` or `ProtocolError`."""
+        self._stream = stream
         async with trio.open_nursery() as nursery:
             failure: PeerError | ProtocolError | None = None
             try:
@@ -192,6 +196,7 @@ class Bridge:
             failure = PeerError(f"the page source gave {len(content)} bytes for {where}, which have {expected}")
         if self._failure is None:
             self._failure = failure
+            self._on_failure(failure)
         await self._refuse(block, first, count, str(failure))
         nursery.cancel_scope.cancel()
 

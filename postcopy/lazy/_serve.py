@@ -37,16 +37,11 @@ class Server:
         self.attached = 0  # attachers there are now
         self.served = 0  # attachers that have gone again
         self.completed = 0  # of them, with every page
-        self._reception = reception
-
-    @property
-    def addresses(self) -> list[str]:
-        """Where it listens, as `attach` takes it."""
-        return [str(address) for address in self._reception.addresses]
+        self.addresses = [str(address) for address in reception.addresses]  # as `attach` takes them
 
     @property
     def address(self) -> str:
-        """The first of them."""
+        """The first one."""
         return self.addresses[0]
 
 
