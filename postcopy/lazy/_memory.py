@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -120,6 +120,15 @@ class LazyMemory:
         assert self._failure is not None
         return self._failure
 
+    async def wait_complete(self) -> None:
+        """Waits until every page is resident; requests nothing. Errors as for `ensure`."""
+        if self.complete:
+            await trio.lowlevel.checkpoint()
+            return
+        self._check_open()
+        self._check_lost()
+        await self._wait(self._complete.wait)
+
     def statistics(self) -> PagerStatistics:
         """The pager's counters; once closed, the last ones."""
         if not self._closed:
@@ -156,19 +165,11 @@ class LazyMemory:
         self._check_lost()
         with FdHolder(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)) as told:
             ticket = self._pager.watch(number, first, pages, told.fd)
-            scope = trio.CancelScope()
-            self._waiting.add(scope)
             try:
-                with scope:
-                    if ticket:
-                        await told.wait_readable()
-                    return
+                if ticket:
+                    await self._wait(told.wait_readable)
             finally:
-                self._waiting.discard(scope)
                 self._pager.unwatch(ticket)
-        self._check_open()
-        self._check_lost()
-        raise AssertionError("a wait was called off for no reason")
 
     @asynccontextmanager
     async def resident(
@@ -214,6 +215,20 @@ class LazyMemory:
             self._call_off()
 
     # ---- private
+
+    async def _wait(self, wait: Callable[[], Awaitable[None]]) -> None:
+        """Waits, unless the source is lost or the memory closed meanwhile."""
+        scope = trio.CancelScope()
+        self._waiting.add(scope)
+        try:
+            with scope:
+                await wait()
+                return
+        finally:
+            self._waiting.discard(scope)
+        self._check_open()
+        self._check_lost()
+        raise AssertionError("a wait was called off for no reason")
 
     def _call_off(self) -> None:
         for scope in self._waiting:

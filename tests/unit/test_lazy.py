@@ -193,7 +193,7 @@ async def everything_can_be_pushed() -> None:
     async with trio.open_nursery() as nursery:
         server = await nursery.start(postcopy.serve, content)
         async with postcopy.attach(server.address, background=True) as memory:
-            await until(lambda: memory.complete)
+            await memory.wait_complete()
             assert memory.statistics().requests == 0
             assert await memory.read() == content
         nursery.cancel_scope.cancel()
@@ -268,6 +268,8 @@ async def a_lost_source_is_an_error_and_never_zeros() -> None:
             for _ in range(2):
                 with pytest.raises(PeerError, match="lost"):
                     await memory.ensure(50 * PAGE, PAGE)
+            with pytest.raises(PeerError, match="lost"):
+                await memory.wait_complete()
             assert await memory.read(0, 2 * PAGE) == content[: 2 * PAGE]
             # Whoever touches what is missing waits, and gets an error in the end, see below.
             with trio.move_on_after(0.05) as scope:
