@@ -92,6 +92,7 @@ class DestinationMigration:
         self._protocol = DestinationProtocol()
         self._pager: Pager | None = None
         self._offer: Offer | None = None
+        self._refusal: PostcopyError | None = None
         self._last_figures = Figures()
         self._machine_made = trio.Event()
         self._all_here = trio.Event()
@@ -149,7 +150,8 @@ class DestinationMigration:
         try:
             await scope.run(main, control.run, self._watch_pager, self._watch_machine, interruption)
             if self.state is not State.COMPLETED:
-                self.failure = scope.failure or Interrupted("interrupted at the destination")
+                # A refusal of ours first: the source may hang up, and be heard, before its sending has returned.
+                self.failure = self._refusal or scope.failure or Interrupted("interrupted at the destination")
         except BaseException:
             self.failure = Interrupted("ended at the destination")
             raise
@@ -169,6 +171,7 @@ class DestinationMigration:
         try:
             machine, pager = self._take_offer(offer)
         except PostcopyError as error:
+            self._refusal = error
             await control.send(protocol.send_reject(str(error)))
             raise
         units = tuple(block.memory.page_bytes for block in machine.blocks)
