@@ -382,6 +382,28 @@ async def a_full_house_says_so() -> None:
             pass
 
 
+@case
+async def huge_pages() -> None:
+    huge = page_bytes_of("hugetlb")
+    content = make_content(2 * huge)
+    async with trio.open_nursery() as nursery:
+        server = await nursery.start(postcopy.serve, content)
+        async with postcopy.attach(server.address, backing="hugetlb") as memory:
+            assert memory.blocks[0].page_bytes == huge
+            assert await memory.read(huge - 5, 10) == content[huge - 5 : huge + 5]
+        nursery.cancel_scope.cancel()
+
+    class Huge:
+        blocks = (SourceBlock("huge", huge + 1, huge),)
+
+        async def fetch(self, block: int, first_page: int, count: int) -> bytes:
+            start = first_page * huge
+            return content[start : start + self.blocks[0].bytes_of(first_page, count)]
+
+    async with postcopy.attach_source(Huge(), backing="hugetlb") as memory:
+        assert await memory.read() == content[: huge + 1]
+
+
 # ---- in the child: page sources
 
 
@@ -536,6 +558,11 @@ def test_what_is_served_arrives(run_in_child: RunInChild, kind: str, backing: st
 @pytest.mark.needs("uffd-user")
 def test_without_any_rights(run_in_child: RunInChild) -> None:
     passes(run_in_child, "what_is_served_arrives", "buffer", "memfd", "user-only")
+
+
+@pytest.mark.needs("uffd", "hugetlb")
+def test_huge_pages(run_in_child: RunInChild) -> None:
+    passes(run_in_child, "huge_pages")
 
 
 @pytest.mark.needs("uffd")
