@@ -38,7 +38,8 @@
  * -----
  * shard->lock guards what other threads share with a fault thread: its ranges, the faults it waits for, its
  * histograms, the channel that is handed to it. It is never held over a system call that can wait for the machine or the
- * network. The registry of blocks and shards only grows, and is published with release stores.
+ * network. The registry of blocks and shards only grows, and is published with release stores. watch_lock guards who waits
+ * for ranges of pages; no other lock is held with it.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -813,8 +814,9 @@ static bool add_wish(struct shard *shard, uint32_t block, uint64_t page, uint64_
     if (shard->wish_count) {
         struct wish *last = &shard->wishes[shard->wish_count - 1];
 
-        if (last->block == block && last->end == page) {
-            last->end = end;
+        if (last->block == block && last->page <= page && page <= last->end) {
+            if (last->end < end)
+                last->end = end;
             return true;
         }
     }

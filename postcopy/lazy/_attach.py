@@ -244,6 +244,8 @@ async def attach_source(
                     memory._completed()
                 elif event.type is EventType.FATAL:
                     memory._fail(PeerError(f"the pager cannot go on: {event.text}"))
+                elif event.type is EventType.CHANNEL_DOWN:
+                    memory._fail(PeerError(f"the pager has let go of the page source: {event.text}"))
 
         async with stream, background_tasks() as nursery:
             nursery.start_soon(watch_pager)

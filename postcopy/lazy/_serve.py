@@ -69,7 +69,7 @@ async def serve(
     """
     where = parse_address(listen, listening=True) if isinstance(listen, str) else listen
     with _served(memory) as (served, size_bytes):
-        machine = _ServedImage(served, size_bytes, verify=False, path="")
+        machine = _ServedImage(served, size_bytes, verify=False, path="(served memory)")
         options = SourceOptions(max_bandwidth_bytes_per_s=max_bandwidth_bytes_per_s)
         server: Server
 
