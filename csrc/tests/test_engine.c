@@ -1865,7 +1865,9 @@ static void ranges_leave_room_for_faults(void)
     CHECK_EQ(pc_pager_watch(rig.pager, 0, 1000, 0, told), 0);
     CHECK_EQ(pc_pager_request_range(rig.pager, 0, 950, 10), 10); /* not armed: not there, and not to be asked for */
     CHECK_EQ(pc_pager_request_range(rig.pager, 0, 100, 500), 500); /* no channel yet */
+    CHECK_EQ(pc_pager_request_range(rig.pager, 0, 650, 50), 50);
     CHECK_EQ(pc_pager_request_range(rig.pager, 0, 300, 400), 400);
+    CHECK_EQ(pc_pager_request_range(rig.pager, 0, 310, 20), 20);
     ticket = pc_pager_watch(rig.pager, 0, 698, 2, told);
     CHECK(ticket > 0);
     pc_pager_unwatch(rig.pager, ticket); /* nobody is told */
@@ -1880,13 +1882,13 @@ static void ranges_leave_room_for_faults(void)
         count++;
     }
     CHECK(count > 1 && count < 300);
-    CHECK(asked[100] && asked[300]); /* both ranges move */
+    CHECK(asked[100] && asked[300] && asked[650]); /* none of them waits for the others */
     /* A fault beside a full window goes at once. */
     touch_one(&toucher, &rig, 0, 850);
     CHECK(receive_frame(fd, &frame));
     CHECK_EQ(frame.first_page, 850);
     CHECK(!(frame.request_id & PC_PAGER_REQUEST_AHEAD));
-    /* The channel is lost: the fault first, then all of both ranges, each page once. */
+    /* The channel is lost: the fault first, then all of the ranges, each page once. */
     close(fd);
     EXPECT_EVENT(&rig.from_pager, PC_EVENT_CHANNEL_DOWN, PC_CHANNEL_URGENT, 0, NULL);
     memset(asked, 0, sizeof(asked));
