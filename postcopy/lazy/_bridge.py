@@ -214,16 +214,16 @@ class Bridge:
             if run_of_others:
                 start = (page - run_of_others - first) * unit
                 whole = self._part(content, start, run_of_others * unit)
-                _pack(out, lib.PC_FRAME_PAGES, block, page - run_of_others, run_of_others, None, whole)
+                pack_frame(out, lib.PC_FRAME_PAGES, block, page - run_of_others, run_of_others, None, whole)
                 run_of_others = 0
             if part is None:
                 break
             answers: list[int | None] = [*ids] or [None]
             for request_id in answers:
                 if zero:
-                    _pack(out, lib.PC_FRAME_ZERO, block, page, 1, request_id, b"")
+                    pack_frame(out, lib.PC_FRAME_ZERO, block, page, 1, request_id, b"")
                 else:
-                    _pack(out, lib.PC_FRAME_PAGES, block, page, 1, request_id, part)
+                    pack_frame(out, lib.PC_FRAME_PAGES, block, page, 1, request_id, part)
         self._sent[block].set_range(first, count)
         await self._send(out)
 
@@ -238,7 +238,7 @@ class Bridge:
         out = bytearray()
         for page in range(first, first + count):
             for request_id in self._under_way.pop((block, page), []):
-                _pack(out, lib.PC_FRAME_ERROR, block, page, 1, request_id, text)
+                pack_frame(out, lib.PC_FRAME_ERROR, block, page, 1, request_id, text)
         await self._send(out)
 
     async def _send(self, data: bytearray) -> None:
@@ -247,7 +247,7 @@ class Bridge:
                 await self._stream.send_all(data)  # the receiving task sees it too, and says so
 
 
-def _pack(
+def pack_frame(
     out: bytearray, kind: int, block: int, first: int, pages: int, request_id: int | None, payload: bytes | memoryview
 ) -> None:
     """Appends one frame; `request_id` None: it answers nobody."""

@@ -2,27 +2,34 @@
 """Memory of this process, served to whoever attaches: the other end of `attach`.
 
 For each attacher one migration of an image (`migration.source`), with a page server of its own, all of the same memory.
-C threads answer; Python is only needed when somebody comes or goes.
+C threads answer; Python is only needed when somebody comes or goes. A page source takes the place of the memory, and a
+`_bridge.Bridge` at the end of the attacher's own connection the place of the page server: the frames are the same.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import os
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import trio
 
-from postcopy._errors import ConfigurationError
+from postcopy._errors import ConfigurationError, PostcopyError
 from postcopy._native import ffi, lib
 from postcopy.bitmap import Bitmap
 from postcopy.machines.base import CLOSE_TIMEOUT_S
 from postcopy.machines.image import ImageMachine
 from postcopy.memory import Memory, MemoryKind
-from postcopy.migration.channels import Address, Link, Reception, parse_address
+from postcopy.migration.channels import Address, Reception, parse_address
 from postcopy.migration.protocol import State
 from postcopy.migration.source import SourceMigration, SourceOptions
+from postcopy.pageserver import PageServer
+
+from ._bridge import Bridge, pack_frame
+from ._source import PageSource, SourceBlock, check_layout
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +58,9 @@ async def serve(
     *,
     max_attachers: int = MAX_ATTACHERS,
     max_bandwidth_bytes_per_s: int = 0,
+    max_fetches: int = 8,
+    max_fetch_pages: int = 256,
+    fault_around_pages: int = 1,
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves `memory` to any number of attachers, one after the other and `max_attachers` at a time, until cancelled:
@@ -59,6 +69,9 @@ async def serve(
     `memory` is a `Memory`, or anything with a C-contiguous buffer: a numpy array, an mmap, bytes. A buffer of whole
     pages (4 KiB) is served in place, any other is copied first. **Its content must not change while it is served**:
     pages are read when they are asked for, and an attacher would see some from before and some from after.
+
+    It may also be a page source of one block, which then answers the attachers; the last three options are those of
+    `attach_source` and hold for each of them. When a fetch fails, that attacher's source is lost. Nothing is pushed.
 
     `listen` is HOST:PORT, port 0 lets the system choose; without it only this host can attach. Whoever can reach the
     port can read the memory, and pages travel in clear. `max_bandwidth_bytes_per_s` limits what is pushed to those who
@@ -73,6 +86,25 @@ async def serve(
         options = SourceOptions(max_bandwidth_bytes_per_s=max_bandwidth_bytes_per_s)
         server: Server
 
+        def make_bridge(on_failure: Callable[[PostcopyError], None]) -> Bridge:
+            assert isinstance(served, _SourceMemory)
+            return Bridge(
+                served.source,
+                [served.layout],
+                max_fetches=max_fetches,
+                max_fetch_pages=max_fetch_pages,
+                fault_around_pages=fault_around_pages,
+                on_failure=on_failure,
+            )
+
+        def make_server(bandwidth: int) -> PageServer:
+            if isinstance(served, _SourceMemory):
+                return _BridgeServer(served, make_bridge, nursery)
+            return PageServer(bandwidth)
+
+        if isinstance(served, _SourceMemory):
+            make_bridge(_ignore)  # for the errors in its arguments
+
         def vacancy(waiting: int) -> str:
             return "too many attachers at the same time" if server.attached + waiting >= max_attachers else ""
 
@@ -86,17 +118,18 @@ async def serve(
                 while True:
                     link = await reception.next_link()
                     server.attached += 1
-                    nursery.start_soon(_attacher, server, machine, link, options)
+                    nursery.start_soon(
+                        _attacher, server, SourceMigration(machine, link, options, make_server=make_server)
+                    )
         finally:
             with trio.CancelScope(shield=True):
                 await reception.close()
                 await machine.close()
 
 
-async def _attacher(server: Server, machine: ImageMachine, link: Link, options: SourceOptions) -> None:
+async def _attacher(server: Server, migration: SourceMigration) -> None:
     go = trio.Event()
     go.set()
-    migration = SourceMigration(machine, link, options)
     try:
         await migration.run(go, trio.Event(), hold=False)
     finally:
@@ -105,9 +138,9 @@ async def _attacher(server: Server, machine: ImageMachine, link: Link, options: 
     if migration.state is State.COMPLETED:
         server.completed += 1
     elif migration.state is State.PAUSED:
-        log.info("%s: detached: %s", link.peer, migration.failure)
+        log.info("%s: detached: %s", migration.peer, migration.failure)
     else:
-        log.warning("%s: could not attach: %s", link.peer, migration.failure)
+        log.warning("%s: could not attach: %s", migration.peer, migration.failure)
 
 
 class _ServedImage(ImageMachine):
@@ -124,6 +157,12 @@ def _served(memory: Any) -> Iterator[tuple[Memory, int]]:
     if isinstance(memory, Memory):
         with memory.in_use("serve"):
             yield memory, memory.file_bytes
+        return
+    if hasattr(memory, "fetch") and hasattr(memory, "blocks"):
+        layout = check_layout(memory.blocks)
+        if len(layout) != 1:
+            raise ConfigurationError(f"a page source of {len(layout)} blocks cannot be served: it must have one")
+        yield _SourceMemory(memory, layout[0]), layout[0].size_bytes
         return
     try:
         view = memoryview(memory).cast("B")
@@ -168,3 +207,103 @@ class _BufferMemory(Memory):
         if not self._users:
             self._closed = True
             self._buffer = None
+
+
+class _SourceMemory(Memory):
+    """Says how large the memory of a page source is. There is nothing behind it."""
+
+    def __init__(self, source: PageSource, layout: SourceBlock) -> None:
+        self.source = source
+        self.layout = layout
+        struct: Any = ffi.new("struct pc_memory *")
+        struct.size_bytes = layout.size_bytes
+        struct.page_bytes = layout.unit_bytes
+        struct.fd = -1
+        super().__init__(struct, MemoryKind.ANON, layout.size_bytes)
+
+    def present(self, page_bytes: int | None = None) -> Bitmap:
+        return Bitmap.full(self.pages)  # for all that is known
+
+    def close(self) -> None:
+        self._closed = True
+
+
+def _ignore(error: PostcopyError) -> None:
+    """What the destination is told by an error frame needs no second way."""
+
+
+class _BridgeServer(PageServer):
+    """In the place of a page server: one bridge for each urgent channel, and bulk channels that offer nothing.
+
+    The C page server below it stays without blocks and channels: it gives the events, of which there are none.
+    """
+
+    def __init__(
+        self,
+        memory: _SourceMemory,
+        make_bridge: Callable[[Callable[[PostcopyError], None]], Bridge],
+        nursery: trio.Nursery,
+    ) -> None:
+        super().__init__()
+        self._memory = memory
+        self._make_bridge = make_bridge
+        self._nursery = nursery
+        self._urgent: list[trio.SocketStream] = []
+        self._bulk: list[socket.socket] = []
+        self._running: set[trio.CancelScope] = set()
+        self._ended = trio.Event()
+
+    def add_block(self, memory: Memory, page_bytes: int | None = None) -> int:
+        if page_bytes not in (None, self._memory.page_bytes):
+            raise ConfigurationError(
+                f"the page source has pages of {self._memory.page_bytes} bytes, the attacher wants {page_bytes}"
+            )
+        return 0
+
+    def set_present(self, block: int, present: Bitmap) -> None:
+        pass  # it is the source that knows
+
+    def attach_urgent(self, shard: int, fd: int, busy_poll_us: int = 0) -> None:
+        self._urgent.append(trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd))))
+
+    def attach_bulk(self, channel: int, fd: int) -> None:
+        os.set_blocking(fd, False)
+        self._bulk.append(socket.socket(fileno=fd))
+
+    def start(self) -> None:
+        """Requests are answered from here on. What is not asked for is not offered: the destination may ask."""
+        end = bytearray()
+        pack_frame(end, lib.PC_FRAME_END, 0, 0, 0, None, b"")
+        for bulk in self._bulk:
+            bulk.send(end)  # the first bytes of a connection always fit; if it is gone, the control connection is too
+        for stream in self._urgent:
+            scope = trio.CancelScope()
+            self._running.add(scope)
+            self._nursery.start_soon(self._answer, stream, scope)
+
+    async def _answer(self, stream: trio.SocketStream, scope: trio.CancelScope) -> None:
+        try:
+            with scope:
+                async with stream:
+                    await self._make_bridge(_ignore).run(stream)
+        except PostcopyError as error:
+            log.warning("a page source is lost for one attacher: %s", error)
+        finally:
+            self._running.discard(scope)
+            if not self._running:
+                self._ended.set()
+
+    async def disconnect(self) -> None:
+        for scope in self._running:
+            scope.cancel()
+        with trio.CancelScope(shield=True):
+            if self._running:
+                await self._ended.wait()
+        for bulk in self._bulk:
+            bulk.close()
+        for stream in self._urgent:
+            stream.socket.close()  # those that were never started
+
+    async def close(self) -> None:
+        await self.disconnect()
+        await super().close()

@@ -530,6 +530,37 @@ async def a_source_that_fails_is_lost(how: str) -> None:
 
 
 @case
+async def a_source_is_served_over_the_network() -> None:
+    source = Content(make_content(300 * PAGE + 3))
+    async with trio.open_nursery() as nursery:
+        server: Server = await nursery.start(partial(postcopy.serve, source, fault_around_pages=4))
+        async with postcopy.attach(server.address) as memory, postcopy.attach(server.address) as other:
+            assert memory.size_bytes == len(source.content)
+            assert await memory.read(9 * PAGE, PAGE) == source.right(9, 1)
+            assert source.calls == [(8, 4)]
+            assert await touch(other, 20 * PAGE, PAGE) == crc(source.right(20, 1))
+            await memory.ensure()
+            await memory.wait_complete()
+            assert await memory.read() == source.content
+            assert not other.complete
+
+            def answer(first: int, count: int) -> bytes:
+                raise OSError(errno.EIO, "the disk is on fire")
+
+            source.answer = answer
+            with pytest.raises(PeerError, match="the disk is on fire"):
+                await other.ensure()
+            assert await other.read(20 * PAGE, PAGE) == source.right(20, 1)
+        source.answer = source.right
+        # With `background`: nothing is pushed, so the destination asks for all of it.
+        async with postcopy.attach(server.address, background=True) as memory:
+            await memory.wait_complete()
+            assert await memory.read() == source.content
+        nursery.cancel_scope.cancel()
+    assert source.under_way == 0
+
+
+@case
 async def what_the_block_raises_comes_out_as_it_is() -> None:
     source = Content(make_content(10 * PAGE))
     with pytest.raises(KeyError, match="mine"):
@@ -591,6 +622,7 @@ def test_a_source_that_fails_is_lost(run_in_child: RunInChild, how: str) -> None
         "what_a_thread_waits_for_comes_first",
         "a_cancelled_wait_takes_nothing_with_it",
         "what_the_block_raises_comes_out_as_it_is",
+        "a_source_is_served_over_the_network",
     ],
 )
 def test_case(run_in_child: RunInChild, name: str) -> None:
@@ -733,6 +765,12 @@ async def test_bad_arguments_are_named() -> None:
         await postcopy.serve(object())
     with pytest.raises(ConfigurationError, match="cannot be served"):
         await postcopy.serve(memoryview(bytes(64))[::2])
+    two = Content(make_content(PAGE))
+    two.blocks = (SourceBlock("a", 1), SourceBlock("b", 1))
+    with pytest.raises(ConfigurationError, match="it must have one"):
+        await postcopy.serve(two)
+    with pytest.raises(ConfigurationError, match="power of two"):
+        await postcopy.serve(Content(bytes(PAGE)), fault_around_pages=5)
     with pytest.raises(ConfigurationError, match="empty"):
         await postcopy.serve(b"")
     with pytest.raises(ConfigurationError, match="not an address"):
