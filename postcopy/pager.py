@@ -269,6 +269,7 @@ class Pager:
         return self._blocks[block]
 
     def _check_range(self, block: int, first_page: int, pages: int) -> None:
+        self._alive()
         if first_page < 0 or pages < 0 or first_page + pages > self._block(block).pages:
             raise IndexError(f"RAM block {block} has no pages {first_page} to {first_page + pages}")
 

@@ -15,6 +15,7 @@ no new views, tasks, engine, pager; the mapping itself goes with the last view o
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -40,15 +41,21 @@ from ._memory import LazyMemory
 from ._source import PageSource, check_layout
 from ._tasks import background_tasks
 
+log = logging.getLogger(__name__)
+
 HELD_RECEIVE_BYTES = 4096
 """What the socket of a held channel may take in: what is pushed there in vain."""
 
 
 class _AttachedImage(ImageMachine):
-    """Does not unmap the memory when it is closed: views may outlive it."""
+    """Does not unmap its memory when it is closed, but lets go of it: the memory goes with its last view."""
 
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        self._closed.set()
+        if not self._closed.is_set():
+            self._closed.set()
+            # Not left to the end of this object: cancelled tasks leave frames behind that hold it for a while.
+            self._blocks = ()  # type: ignore[assignment]
+            del self._memory
         await trio.lowlevel.checkpoint()
 
     @property
@@ -106,9 +113,7 @@ async def attach(
     cannot be reached or refuses. Afterwards: see `LazyMemory`. Cancellable; closing is shielded and bounded in time.
     """
     where = parse_address(address) if isinstance(address, str) else address
-    link = await CallingLink.open(where, "dest")
     machines: list[_AttachedImage] = []
-    pager = _HoldingPager(background)
 
     def make_machine(
         kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout], wanted: str, *, disk: str | None = None
@@ -132,16 +137,6 @@ async def attach(
         if memory is not None and migration.failure is not None:
             memory._fail(_lost(where, migration.failure))
 
-    migration = DestinationMigration(
-        link,
-        backing=backing,
-        busy_poll_us=busy_poll_us,
-        how=how,
-        make_machine=make_machine,
-        make_pager=lambda: pager,
-        on_change=changed,
-    )
-
     async def run() -> None:
         await migration.run(trio.Event())
         changed()
@@ -149,24 +144,37 @@ async def attach(
             memory._completed()
             pager.drop_held()
 
+    pager = _HoldingPager(background)
     try:
-        async with background_tasks() as nursery:
-            nursery.start_soon(run)
-            await settled.wait()
-            if migration.failure is not None:
-                raise migration.failure
-            (machine,) = machines
-            memory = LazyMemory(pager, [(machine.blocks[0].name, machine.memory, machine.file_bytes)])
-            changed()
-            if migration.state is State.COMPLETED:
-                memory._completed()
-            try:
-                yield memory
-            finally:
-                memory._close()
+        migration = DestinationMigration(
+            await CallingLink.open(where, "dest"),
+            backing=backing,
+            busy_poll_us=busy_poll_us,
+            how=how,
+            make_machine=make_machine,
+            make_pager=lambda: pager,
+            on_change=changed,
+        )
+        try:
+            async with background_tasks() as nursery:
+                nursery.start_soon(run)
+                await settled.wait()
+                if migration.failure is not None:
+                    raise migration.failure
+                machine = machines.pop()
+                memory = LazyMemory(pager, [(machine.blocks[0].name, machine.memory, machine.file_bytes)])
+                del machine
+                changed()
+                if migration.state is State.COMPLETED:
+                    memory._completed()
+                try:
+                    yield memory
+                finally:
+                    memory._close()
+        finally:
+            machines.clear()
+            await migration.close()
     finally:
-        machines.clear()
-        await migration.close()
         await pager.close()
 
 
@@ -240,8 +248,11 @@ async def attach_source(
         async def watch_pager() -> None:
             async for event in pager.events():
                 if event.type is EventType.COMPLETE:
-                    await pager.disarm()
                     memory._completed()
+                    try:
+                        await pager.disarm()
+                    except PostcopyError as error:  # costs a little on each first touch of a zero page, no more
+                        log.warning("%s", error)
                 elif event.type is EventType.FATAL:
                     memory._fail(PeerError(f"the pager cannot go on: {event.text}"))
                 elif event.type is EventType.CHANNEL_DOWN:

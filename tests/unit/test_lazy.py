@@ -27,12 +27,13 @@ from hypothesis import strategies as st
 
 import postcopy
 from postcopy import LazyMemory, SourceBlock
-from postcopy._errors import ConfigurationError, PeerError, ProtocolError, ResourceError
+from postcopy._errors import ConfigurationError, CoreError, PeerError, ProtocolError, ResourceError
 from postcopy._native import ffi, lib
 from postcopy.lazy import Server
 from postcopy.lazy._bridge import HEADER_BYTES, Bridge, plan_run
 from postcopy.lazy._memory import page_range
 from postcopy.memory import Memory, page_bytes_of
+from postcopy.pager import Pager
 
 PAGE = page_bytes_of("memfd")
 DEADLINE_S = 60
@@ -352,16 +353,29 @@ async def views_outlive_the_memory() -> None:
         async with postcopy.attach_source(Content(content)) as memory:
             address = memory.address
             await memory.ensure(0, None if complete else PAGE)
-        gc.collect()
         assert not mapped(address)
     async with trio.open_nursery() as nursery:
         server = await nursery.start(postcopy.serve, content)
-        async with postcopy.attach(server.address) as memory:
-            address = memory.address
-            await memory.ensure(0, PAGE)
-        gc.collect()
-        assert not mapped(address)
+        for complete in (False, True):
+            async with postcopy.attach(server.address) as memory:
+                address = memory.address
+                await memory.ensure(0, None if complete else PAGE)
+            assert not mapped(address)  # without waiting for a garbage collection
         nursery.cancel_scope.cancel()
+
+
+@case
+async def memory_of_zeros_costs_nothing() -> None:
+    with Memory.create("memfd", 1 << 30) as zeros:
+        async with trio.open_nursery() as nursery:
+            server = await nursery.start(postcopy.serve, zeros)
+            async with postcopy.attach(server.address) as memory:
+                await memory.wait_complete()
+                assert await memory.read(1 << 29, PAGE) == bytes(PAGE)
+                assert memory.statistics().requests == 0
+                assert memory.statistics().bytes_received < 1000
+            nursery.cancel_scope.cancel()
+        assert zeros.resident_bytes() == 0
 
 
 @case
@@ -617,6 +631,7 @@ def test_a_source_that_fails_is_lost(run_in_child: RunInChild, how: str) -> None
         "closing_releases_who_waits",
         "views_outlive_the_memory",
         "a_full_house_says_so",
+        "memory_of_zeros_costs_nothing",
         "pages_of_several_blocks",
         "neighbours_are_fetched_together",
         "what_a_thread_waits_for_comes_first",
@@ -781,6 +796,25 @@ async def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="unknown way"):
         async with postcopy.attach_source(Content(bytes(PAGE)), how="magic"):
             pass
+
+
+async def test_ranges_that_are_not_there_never_reach_the_core() -> None:
+    with Memory.create("memfd", 10 * PAGE) as memory:
+        async with Pager() as pager:
+            pager.add_block(memory)
+            for block, first, pages in ((1, 0, 1), (0, -1, 2), (0, 0, -1), (0, 5, 6), (0, 11, 0)):
+                with pytest.raises(IndexError):
+                    pager.request_range(block, first, pages)
+                with pytest.raises(IndexError):
+                    pager.watch(block, first, pages, 0)
+            # Nothing is armed: not there, and never to come.
+            assert pager.request_range(0, 2, 3) == 3
+            with pytest.raises(CoreError):
+                pager.watch(0, 0, 1, -1)
+            pager.unwatch(12345)
+        pager.unwatch(1)
+        with pytest.raises(trio.ClosedResourceError):
+            pager.request_range(0, 0, 1)
 
 
 def test_names_come_when_they_are_asked_for() -> None:
