@@ -214,7 +214,7 @@ static uint32_t crc32c_first_call(uint32_t crc, const void *data, size_t bytes)
     const struct pc_crc32c_path *path;
 
     (void)pc_crc32c_paths(&path);
-    while (!path->usable)
+    while (!__atomic_load_n(&path->usable, __ATOMIC_RELAXED))
         path++;
     __atomic_store_n(&crc32c_chosen, path->function, __ATOMIC_RELAXED);
     return path->function(crc, data, bytes);
@@ -225,7 +225,7 @@ static int is_zero_first_call(const void *data, size_t bytes)
     const struct pc_is_zero_path *path;
 
     (void)pc_is_zero_paths(&path);
-    while (!path->usable)
+    while (!__atomic_load_n(&path->usable, __ATOMIC_RELAXED))
         path++;
     __atomic_store_n(&is_zero_chosen, path->function, __ATOMIC_RELAXED);
     return path->function(data, bytes);

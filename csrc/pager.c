@@ -984,7 +984,7 @@ static void *fault_thread(void *argument)
     uint64_t spin_until_ns = 0;
 
     pc_thread_name("pc-fault", shard->index);
-    pc_thread_prompt();
+    pc_thread_prompt(shard->busy_poll_ns != 0);
     for (;;) {
         struct pollfd fds[3] = {
             {.fd = shard->uffd, .events = POLLIN},
@@ -1514,6 +1514,7 @@ int pc_pager_stats(struct pc_pager *pager, struct pc_pager_stats *stats)
 {
     uint32_t blocks = __atomic_load_n(&pager->block_count, __ATOMIC_ACQUIRE);
     uint32_t shards = __atomic_load_n(&pager->shard_count, __ATOMIC_ACQUIRE);
+    uint64_t now_ns = pc_now_ns();
 
     memset(stats, 0, sizeof(*stats));
     for (uint32_t i = 0; i < blocks; i++) {
@@ -1532,6 +1533,9 @@ int pc_pager_stats(struct pc_pager *pager, struct pc_pager_stats *stats)
 
         pthread_mutex_lock(&shard->lock);
         stats->pending_faults += shard->pending_count;
+        for (size_t j = 0; j < shard->pending_count; j++)
+            if (now_ns > shard->pending[j].event_ns && now_ns - shard->pending[j].event_ns > stats->oldest_pending_ns)
+                stats->oldest_pending_ns = now_ns - shard->pending[j].event_ns;
         pthread_mutex_unlock(&shard->lock);
     }
 #define TAKE(field) stats->field = __atomic_load_n(&pager->count.field, __ATOMIC_RELAXED)

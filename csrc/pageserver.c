@@ -456,7 +456,7 @@ static void *channel_thread(void *argument)
 
     pc_thread_name(urgent ? "pc-serve" : "pc-bulk-out", channel->index);
     if (urgent)
-        pc_thread_prompt();
+        pc_thread_prompt(channel->busy_poll_ns != 0);
     else
         pc_thread_background();
     if (batch)
@@ -594,6 +594,40 @@ int pc_pageserver_set_present(struct pc_pageserver *server, uint32_t index, cons
         server->count.zero_pages += absent;
     }
     pthread_mutex_unlock(&server->push_lock);
+    return error;
+}
+
+int pc_pageserver_set_received(struct pc_pageserver *server, uint32_t index, const uint64_t *received_words)
+{
+    int error = 0;
+
+    pthread_mutex_lock(&server->lock);
+    for (uint32_t i = 0; i < PC_MAX_SHARDS; i++)
+        if (server->urgent[i].running)
+            error = -EBUSY;
+    for (uint32_t i = 0; i < PC_MAX_BULK_CHANNELS; i++)
+        if (server->bulk[i].running)
+            error = -EBUSY;
+    pthread_mutex_lock(&server->push_lock);
+    if (!error && index >= server->block_count)
+        error = -EINVAL;
+    if (!error) {
+        struct source_block *block = server->blocks[index];
+
+        server->unsent += pc_bitmap_count(block->sent, block->pages);
+        for (uint64_t word = 0; word < block->words; word++) {
+            uint64_t valid = word + 1 < block->words || block->pages % 64 == 0 ? ~UINT64_C(0)
+                                                                               : (UINT64_C(1) << (block->pages % 64)) - 1;
+
+            /* What is absent is known to the destination from the page map, received or not. */
+            block->sent[word] = (received_words[word] | ~block->present[word]) & valid;
+            /* An answer that was lost on its way was none: asking again is no repetition. */
+            block->demanded[word] &= received_words[word];
+        }
+        server->unsent -= pc_bitmap_count(block->sent, block->pages);
+    }
+    pthread_mutex_unlock(&server->push_lock);
+    pthread_mutex_unlock(&server->lock);
     return error;
 }
 

@@ -6,6 +6,7 @@
 #define PC_RUNTIME_H
 
 #include <pthread.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -21,7 +22,8 @@ int pc_thread_start(pthread_t *thread, void *(*body)(void *), void *argument);
 void pc_thread_name(const char *name, unsigned index); /* of the calling thread, as top and gdb show it */
 /* The calling thread moves bulk: where both want a core, threads that serve a fault go first. */
 void pc_thread_background(void);
-void pc_thread_prompt(void); /* the calling thread serves faults: it runs for microseconds, but at once */
+/* The calling thread serves faults: it runs for microseconds, but at once. `spins`: it looks for a while before it sleeps. */
+void pc_thread_prompt(bool spins);
 
 int pc_pwrite_all(int fd, const void *data, size_t bytes, uint64_t offset); /* 0 or -errno */
 /* 0, -errno, or -ENODATA when the file ends before `bytes`. */

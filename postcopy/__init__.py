@@ -8,16 +8,16 @@ machine as a whole. `attach`, `serve` and `attach_source` (`postcopy.lazy`) are 
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from ._native import ffi as _ffi
+from ._native import lib as _lib
 
 if TYPE_CHECKING:
     from postcopy.lazy import LazyMemory, PageSource, SourceBlock, attach, attach_source, serve
 
-try:
-    __version__ = version("postcopy")
-except PackageNotFoundError:  # run from a source tree that was not installed
-    __version__ = "unknown"
+# From the core, which CMake tells it: reading the metadata of an installed package costs two megabytes.
+__version__ = _ffi.string(_lib.pc_version()).decode()
 
 __all__ = ["LazyMemory", "PageSource", "SourceBlock", "__version__", "attach", "attach_source", "serve"]
 

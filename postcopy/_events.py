@@ -87,5 +87,9 @@ class EventQueue:
         kind = ChannelKind(c.channel_kind)
         return Event(EventType(c.type), kind, int(c.channel), int(c.error), c_text(c.text))
 
+    def drain(self) -> list[Event]:
+        """All that has happened and was not told yet. Never blocks."""
+        return list(iter(self.take, None))
+
     def close(self) -> None:
         self._event_fd.close()

@@ -72,6 +72,10 @@ class Bitmap:
     def __len__(self) -> int:
         return self._bits
 
+    def crc32c(self, crc: int = 0) -> int:
+        """CRC32C of the words in memory order, continuing `crc`: tells two copies of a map apart."""
+        return int(lib.pc_crc32c(crc, self._words, 8 * self._word_count))
+
     def __bytes__(self) -> bytes:
         return bytes(ffi.buffer(self._words, 8 * self._word_count))
 

@@ -30,7 +30,7 @@ from postcopy.commands import DestinationCommand, SourceCommand
 from postcopy.demo import DemoCommand
 from postcopy.machines import BACKINGS, KINDS, WORKLOADS, MachineOptions
 from postcopy.memory import parse_size
-from postcopy.migration._session import first_error
+from postcopy.migration._session import HEARTBEAT_S, SILENCES, first_error
 from postcopy.migration.channels import parse_address
 from postcopy.migration.protocol import MAX_BULK_CHANNELS, one_line
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS, SourceOptions
@@ -113,6 +113,30 @@ def _add_engine_arguments(parser: argparse.ArgumentParser, *, source: bool, dest
         )  # fmt: skip
 
 
+def _heartbeat(text: str) -> float:
+    value = _seconds(text)
+    if not 0.05 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a heartbeat from 0.05 to 3600 seconds")
+    return value
+
+
+def _patience(text: str) -> float:
+    return math.inf if text == "forever" else _seconds(text)
+
+
+def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("when the network fails")
+    group.add_argument(
+        "--heartbeat", type=_heartbeat, default=HEARTBEAT_S, metavar="SECONDS",
+        help=f"how often to give a sign of life; a peer silent for {SILENCES} times as long is lost"
+        f" (default {HEARTBEAT_S:g})",
+    )  # fmt: skip
+    group.add_argument(
+        "--recover-for", type=_patience, default=math.inf, metavar="SECONDS|forever",
+        help="how long a peer that was lost after the point of no return is looked for (default forever)",
+    )  # fmt: skip
+
+
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object a line on stdout, the result last")
@@ -141,6 +165,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_peer_arguments(source)
     _add_machine_arguments(source, None)
     _add_engine_arguments(source, source=True, dest=False)
+    _add_network_arguments(source)
     source.add_argument(
         "--migrate-after", type=_seconds, default=0.0, metavar="SECONDS",
         help="let the machine compute so long after it is ready (default 0)",
@@ -158,6 +183,7 @@ def make_parser() -> argparse.ArgumentParser:
     dest = commands.add_parser("dest", help="receive what a source offers", allow_abbrev=False)
     _add_peer_arguments(dest)
     _add_engine_arguments(dest, source=False, dest=True)
+    _add_network_arguments(dest)
     dest.add_argument(
         "--disk", metavar="FILE", help="where the machine's disk is on this host, if not as on the source"
     )
@@ -222,6 +248,8 @@ def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Ev
                 bulk_channels=args.bulk_channels,
                 busy_poll_us=args.busy_poll,
                 max_bandwidth_bytes_per_s=args.max_bandwidth,
+                heartbeat_s=args.heartbeat,
+                recover_for_s=args.recover_for,
             ),
             output,
             listen=listen,
@@ -237,6 +265,8 @@ def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Ev
         backing=args.backing,
         disk=args.disk,
         busy_poll_us=args.busy_poll,
+        heartbeat_s=args.heartbeat,
+        recover_for_s=args.recover_for,
         run_for_s=args.run_for,
         dump=args.dump,
         verify=args.verify,

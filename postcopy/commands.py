@@ -73,6 +73,7 @@ class SourceCommand:
         self._go = trio.Event()
         self._shown: SourceMigration | None = None  # the latest migration
         self._active = 0
+        self._stops: dict[SourceMigration, trio.Event] = {}  # of the migrations that are going on
         self._completed = 0
         self._failure: PostcopyError | None = None
         self._overhead_bytes = 0
@@ -157,8 +158,11 @@ class SourceCommand:
         self._go.set()
 
     def _vacancy(self, machine: Machine, waiting: int) -> str:
-        if self._active + waiting + self._completed >= self._serve:
-            return "busy with another destination" if self._active + waiting else "everything has been served"
+        # A destination of an image that was lost takes nobody's place: it may come back, or has begun anew.
+        lost = 0 if machine.live else sum(migration.state is State.PAUSED for migration in self._stops)
+        busy = self._active - lost + waiting
+        if busy + self._completed >= self._serve:
+            return "busy with another destination" if busy else "everything has been served"
         return "too many destinations at the same time" if self._active + waiting >= MAX_SESSIONS else ""
 
     # ---- connecting
@@ -181,21 +185,31 @@ class SourceCommand:
         self._shown = migration
         self._output.kick()
         hold = machine.live or self._connect is not None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._announce, migration, stop)
-            await migration.run(self._go, stop, hold=hold)
-            nursery.cancel_scope.cancel()
+        own_stop = self._stops[migration] = trio.Event()
+        try:
+            async with trio.open_nursery() as nursery:
+
+                async def interruption() -> None:
+                    await stop.wait()
+                    own_stop.set()
+
+                nursery.start_soon(interruption)
+                nursery.start_soon(self._announce, migration)
+                await migration.run(self._go, own_stop, hold=hold)
+                nursery.cancel_scope.cancel()
+        finally:
+            del self._stops[migration]
         if migration.failure is not None:
             fields = {"side": "source", "status": migration.status, "error": str(migration.failure)}
             self._output.emit("migration-failed", fields)
         return migration
 
-    async def _announce(self, migration: SourceMigration, stop: trio.Event) -> None:
+    async def _announce(self, migration: SourceMigration) -> None:
         """Says aloud when nobody may run the machine any more here and nobody can say what became of it there."""
         await migration.paused.wait()
         self._output.say(
             f"postcopy: PAUSED: {migration.failure}; the machine belongs to the destination, its missing pages are kept"
-            " here until this process is interrupted"
+            " here until the destination is back, or this process is interrupted"
         )
 
     # ---- listening
@@ -236,6 +250,9 @@ class SourceCommand:
                 desk.start_soon(interruption)
                 await enough.wait()
                 desk.cancel_scope.cancel()
+            for migration, own_stop in self._stops.items():
+                if migration.state is State.PAUSED:
+                    own_stop.set()  # it was waited for while there was something else to do
         if self._serve == float("inf"):
             return self._failure is None
         done = self._completed >= self._serve
@@ -256,6 +273,8 @@ class DestinationCommand:
         backing: str,
         disk: str | None,
         busy_poll_us: int,
+        heartbeat_s: float,
+        recover_for_s: float,
         run_for_s: float | None,
         dump: str | None,
         verify: bool,
@@ -266,6 +285,8 @@ class DestinationCommand:
         self._backing = backing
         self._disk = disk
         self._busy_poll_us = busy_poll_us
+        self._heartbeat_s = heartbeat_s
+        self._recover_for_s = recover_for_s
         self._run_for_s = run_for_s
         self._dump = dump
         self._verify = verify
@@ -340,6 +361,8 @@ class DestinationCommand:
             backing=self._backing,
             disk=self._disk,
             busy_poll_us=self._busy_poll_us,
+            heartbeat_s=self._heartbeat_s,
+            recover_for_s=self._recover_for_s,
             on_change=self._output.kick,
         )
         async with trio.open_nursery() as nursery:
@@ -354,7 +377,8 @@ class DestinationCommand:
         self._output.say(
             f"postcopy: PAUSED: {migration.failure}; the machine is kept,"
             f" {figures.total_bytes - figures.resident_bytes}"
-            " bytes of it are missing, and whatever touches them waits, until this process is interrupted"
+            " bytes of it are missing, and whatever touches them waits until the source is back, or this process is"
+            " interrupted"
         )
 
     async def _afterwards(self, migration: DestinationMigration, machine: Machine, stop: trio.Event) -> bool:

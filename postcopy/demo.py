@@ -24,8 +24,6 @@ from subprocess import PIPE, SubprocessError
 from typing import Any
 
 import trio
-from rich.console import Console
-from rich.table import Table
 
 from postcopy._errors import ConfigurationError, MigrationError, PostcopyError
 from postcopy.memory import format_size
@@ -229,6 +227,9 @@ class DemoCommand:
 
     def _show(self, result: Json) -> None:
         """The table at the end; on stderr when stdout carries JSON."""
+        from rich.console import Console
+        from rich.table import Table
+
         console = Console(stderr=self._args.json, highlight=False)
         table = Table(title="postcopy demo", show_header=False, title_justify="left")
         ram, latency = result.get("ram") or {}, result.get("fault-latency-us") or {}

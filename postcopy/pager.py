@@ -66,6 +66,7 @@ class PagerStatistics:
     bytes_received: int  # on data channels, headers included
     bytes_sent: int
     pending_faults: int  # threads blocked now, as far as events were read
+    oldest_pending_ns: int  # for how long the first of them has been, 0 when there is none
     frames_refused: int  # bad frames, each of which ended its channel
 
 
@@ -202,6 +203,11 @@ class Pager:
         """What happens, as it happens: ``async for event in pager.events()``. One task at a time; see `EventStream`."""
         self._alive()
         return self._events.stream()
+
+    def drain_events(self) -> list[Event]:
+        """What `events()` has not told yet, as after `disconnect`: the end of a channel must not be taken for that of
+        the next one. Never blocks."""
+        return self._events.drain()
 
     # ---- the end
 

@@ -97,6 +97,14 @@ class PageServer:
             raise ValueError(f"a map of {len(present)} pages for a block of {self.block_pages(block)}")
         check(lib.pc_pageserver_set_present(server, block, present.words), "telling the page server what is present")
 
+    def set_received(self, block: int, received: Bitmap) -> None:
+        """Recovery: the destination has these pages (of transfer) and no others, all others are offered again.
+        `BusyError` while a channel is attached: `disconnect` first."""
+        server = self._alive()
+        if len(received) != self.block_pages(block):  # the core would read past its end
+            raise ValueError(f"a map of {len(received)} pages for a block of {self.block_pages(block)}")
+        check(lib.pc_pageserver_set_received(server, block, received.words), "telling the page server what has arrived")
+
     def attach_urgent(self, shard: int, fd: int, busy_poll_us: int = 0) -> None:
         """Gives the shard's connected socket to the core, which owns it from now on, also on failure."""
         self._attach(
@@ -127,6 +135,11 @@ class PageServer:
         """What happens, as it happens. One task at a time; see `EventStream`."""
         self._alive()
         return self._events.stream()
+
+    def drain_events(self) -> list[Event]:
+        """What `events()` has not told yet, as after `disconnect`: the end of a channel must not be taken for that of
+        the next one. Never blocks."""
+        return self._events.drain()
 
     # ---- the end
 

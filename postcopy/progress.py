@@ -11,14 +11,16 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import trio
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
 from postcopy.memory import format_size
+
+if TYPE_CHECKING:
+    # Loaded only where there is a terminal: a daemon's megabytes are counted.
+    from rich.console import Console
+    from rich.table import Table
 
 Json = dict[str, Any]
 PERIOD_S = 0.5
@@ -32,7 +34,8 @@ class Output:
     def __init__(self, as_json: bool, stdout: TextIO, stderr: TextIO) -> None:
         self._as_json = as_json
         self._stdout: TextIO | None = stdout
-        self._console = Console(file=stderr, highlight=False, soft_wrap=True)
+        self._stderr: TextIO | None = stderr
+        self._console = _console_on(stderr)
         self._began = time.monotonic()
         self._kick = trio.Event()
         self._last_line = ""
@@ -40,10 +43,16 @@ class Output:
 
     def say(self, text: str) -> None:
         """A line for a person."""
+        if self._stderr is None:
+            return
         try:
-            self._console.print(text, markup=False)
-        except OSError:
-            self._console.quiet = True
+            if self._console is not None:
+                self._console.print(text, markup=False)
+            else:
+                self._stderr.write(text + "\n")
+                self._stderr.flush()
+        except (OSError, ValueError):
+            self._stderr = None
 
     def emit(self, event: str, fields: Json) -> None:
         """A JSON line, where they were asked for."""
@@ -62,9 +71,11 @@ class Output:
 
     async def follow(self, status: Callable[[], Json]) -> None:
         """Shows progress until cancelled."""
-        if not self._console.is_terminal:
+        if self._console is None:
             await self._tell(status, self._plain)
             return
+        from rich.live import Live
+
         # Drawn from this thread (no auto_refresh): Rich's own would look at an engine that is being closed.
         with Live(console=self._console, auto_refresh=False, transient=True) as live:
             async with trio.open_nursery() as nursery:
@@ -96,10 +107,21 @@ class Output:
             self.say(line)
 
     def _table(self, now: Json) -> Table:
+        from rich.table import Table
+
         grid = Table.grid(padding=(0, 2))
         for name, value in rows(now, self._rate):
             grid.add_row(f"[bold]{name}[/bold]", value)
         return grid
+
+
+def _console_on(stream: TextIO) -> Console | None:
+    """A console where there is a terminal."""
+    if not stream.isatty():
+        return None
+    from rich.console import Console
+
+    return Console(file=stream, highlight=False, soft_wrap=True)
 
 
 class _Rate:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from postcopy.machines import Check, Machine, MachineStatistics
+from postcopy.migration._session import Recoveries
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.figures import Figures
 from postcopy.migration.source import SourceMigration
@@ -48,6 +49,15 @@ def fault_latency(figures: Figures) -> Json:
         "p99": microseconds(latency.p99_ns),
         "p99.9": microseconds(latency.p999_ns),
         "max": microseconds(latency.max_ns),
+    }
+
+
+def recoveries(counted: Recoveries) -> Json:
+    return {
+        "count": counted.count,
+        "last-ms": milliseconds(counted.last_ns),
+        "max-ms": milliseconds(counted.max_ns),
+        "total-ms": milliseconds(counted.total_ns),
     }
 
 
@@ -112,6 +122,7 @@ def source_result(machine: Machine, statistics: MachineStatistics, migration: So
         "ram": ram(figures) if figures else served(machine, migration.statistics()),
         "fault-latency-us": fault_latency(figures or Figures()),
         "blocktime-ms": [milliseconds(ns) for ns in figures.blocktime_ns] if figures else [],
+        "recoveries": recoveries(migration.recoveries),
         "verified": None,
         "verification": [],
         "error": str(migration.failure) if migration.failure else None,
@@ -129,6 +140,7 @@ def destination_progress(migration: DestinationMigration | None) -> Json:
     result["guest"] = guest(migration.machine, migration.machine.statistics())
     result["ram"] = ram(figures)
     result["pending-faults"] = figures.pending_faults
+    result["recoveries"] = migration.recoveries.count
     return result
 
 
@@ -164,6 +176,7 @@ def destination_result(
         "ram": ram(figures),
         "fault-latency-us": fault_latency(figures),
         "blocktime-ms": [milliseconds(ns) for ns in figures.blocktime_ns],
+        "recoveries": recoveries(migration.recoveries),
         "verified": all(item["ok"] for item in verification) if check is not None else None,
         "verification": verification,
         "dump": dump,

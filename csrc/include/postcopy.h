@@ -243,6 +243,7 @@ struct pc_pager_stats {
     uint64_t bytes_received;                 /* on data channels, headers included */
     uint64_t bytes_sent;
     uint64_t pending_faults;                 /* threads blocked now, as far as events were read */
+    uint64_t oldest_pending_ns;              /* for how long the first of them has been; 0 when there is none */
     uint64_t frames_refused;                 /* bad frames: each ended its channel */
 };
 int pc_pager_new(struct pc_pager **pager);
@@ -311,6 +312,8 @@ int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory
 int pc_pageserver_set_present(struct pc_pageserver *server, uint32_t block, const uint64_t *present_words);
 int pc_pageserver_attach_urgent(struct pc_pageserver *server, uint32_t shard, int fd, uint32_t busy_poll_us);
 int pc_pageserver_attach_bulk(struct pc_pageserver *server, uint32_t channel, int fd);
+/* Recovery: the destination has these pages and no others; all others are offered again. -EBUSY while a channel is attached. */
+int pc_pageserver_set_received(struct pc_pageserver *server, uint32_t block, const uint64_t *received_words);
 /* Urgent requests are answered and bulk is pushed only from here on (until then the machine may still change). */
 int pc_pageserver_start(struct pc_pageserver *server);
 int pc_pageserver_set_bandwidth(struct pc_pageserver *server, uint64_t max_bandwidth_bytes_per_s);

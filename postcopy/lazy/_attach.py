@@ -43,6 +43,7 @@ from ._tasks import background_tasks
 
 log = logging.getLogger(__name__)
 
+RECOVER_S = 30.0
 HELD_RECEIVE_BYTES = 4096
 """What the socket of a held channel may take in: what is pushed there in vain."""
 
@@ -79,8 +80,12 @@ class _HoldingPager(Pager):
         with socket.socket(fileno=os.dup(fd)) as held:
             held.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, HELD_RECEIVE_BYTES)
 
+    async def disconnect(self) -> None:
+        self.drop_held()
+        await super().disconnect()
+
     def drop_held(self) -> None:
-        """Nobody will want them any more."""
+        """Closes them."""
         for fd in self._held.values():
             fd.close()
         self._held.clear()
@@ -96,6 +101,7 @@ async def attach(
     *,
     backing: str = "memfd",
     background: bool = False,
+    recover_for_s: float = RECOVER_S,
     how: How | str = How.ANY,
     busy_poll_us: int = 0,
 ) -> AsyncIterator[LazyMemory]:
@@ -105,6 +111,9 @@ async def attach(
     The source is a ``postcopy source --machine image --image FILE --listen ...`` or a process that runs
     `postcopy.serve`. `background`: let the source push all of it meanwhile; requested pages overtake that. When every
     page has come the connection is closed in order and the memory stays.
+
+    `recover_for_s`: a source that cannot be reached any more is looked for so long, while whoever waits for a page goes
+    on waiting; then it is lost. One that says that it does not know us (it was started again) is lost at once.
 
     `backing` is the kind of memory here (``memfd``, ``anon``, ``hugetlb``), `how` the way to a userfaultfd: with
     `How.USER_ONLY`, which needs no rights, code may touch missing pages, but a system call that does gets EFAULT.
@@ -132,15 +141,13 @@ async def attach(
     settled = trio.Event()  # attached, or failed
 
     def changed() -> None:
-        if migration.failure is not None or migration.state in (State.POSTCOPY, State.CLOSING, State.COMPLETED):
+        if migration.over or migration.state in (State.POSTCOPY, State.CLOSING, State.COMPLETED):
             settled.set()
-        if memory is not None and migration.failure is not None:
+        if memory is None or not migration.over:
+            return
+        if migration.failure is not None:
             memory._fail(_lost(where, migration.failure))
-
-    async def run() -> None:
-        await migration.run(trio.Event())
-        changed()
-        if memory is not None and migration.state is State.COMPLETED:
+        elif migration.state is State.COMPLETED:
             memory._completed()
             pager.drop_held()
 
@@ -151,22 +158,21 @@ async def attach(
             backing=backing,
             busy_poll_us=busy_poll_us,
             how=how,
+            recover_for_s=recover_for_s,
             make_machine=make_machine,
             make_pager=lambda: pager,
             on_change=changed,
         )
         try:
             async with background_tasks() as nursery:
-                nursery.start_soon(run)
+                nursery.start_soon(migration.run, trio.Event())
                 await settled.wait()
-                if migration.failure is not None:
+                if migration.over and migration.failure is not None:
                     raise migration.failure
                 machine = machines.pop()
                 memory = LazyMemory(pager, [(machine.blocks[0].name, machine.memory, machine.file_bytes)])
                 del machine
                 changed()
-                if migration.state is State.COMPLETED:
-                    memory._completed()
                 try:
                     yield memory
                 finally:

@@ -8,6 +8,7 @@ C threads answer; Python is only needed when somebody comes or goes. A page sour
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -41,10 +42,15 @@ class Server:
     """What `serve` tells about itself. For the Trio thread."""
 
     def __init__(self, reception: Reception) -> None:
-        self.attached = 0  # attachers there are now
-        self.served = 0  # attachers that have gone again
+        self.served = 0  # attachers that have gone for good
         self.completed = 0  # of them, with every page
+        self._migrations: set[SourceMigration] = set()
         self.addresses = [str(address) for address in reception.addresses]  # as `attach` takes them
+
+    @property
+    def attached(self) -> int:
+        """Attachers there are now. One that went away before it had every page may come back for a minute."""
+        return sum(migration.state is not State.PAUSED for migration in self._migrations)
 
     @property
     def address(self) -> str:
@@ -117,10 +123,9 @@ async def serve(
                 task_status.started(server)
                 while True:
                     link = await reception.next_link()
-                    server.attached += 1
-                    nursery.start_soon(
-                        _attacher, server, SourceMigration(machine, link, options, make_server=make_server)
-                    )
+                    migration = SourceMigration(machine, link, options, make_server=make_server)
+                    server._migrations.add(migration)
+                    nursery.start_soon(_attacher, server, migration)
         finally:
             with trio.CancelScope(shield=True):
                 await reception.close()
@@ -133,7 +138,7 @@ async def _attacher(server: Server, migration: SourceMigration) -> None:
     try:
         await migration.run(go, trio.Event(), hold=False)
     finally:
-        server.attached -= 1
+        server._migrations.discard(migration)
         server.served += 1
     if migration.state is State.COMPLETED:
         server.completed += 1
@@ -251,6 +256,7 @@ class _BridgeServer(PageServer):
         self._urgent: list[trio.SocketStream] = []
         self._bulk: list[socket.socket] = []
         self._running: set[trio.CancelScope] = set()
+        self._started = False
         self._ended = trio.Event()
 
     def add_block(self, memory: Memory, page_bytes: int | None = None) -> int:
@@ -260,26 +266,48 @@ class _BridgeServer(PageServer):
             )
         return 0
 
+    def block_pages(self, block: int) -> int:
+        return self._memory.pages
+
     def set_present(self, block: int, present: Bitmap) -> None:
         pass  # it is the source that knows
 
+    def set_received(self, block: int, received: Bitmap) -> None:
+        pass  # nothing is pushed, and what is asked for is answered
+
     def attach_urgent(self, shard: int, fd: int, busy_poll_us: int = 0) -> None:
-        self._urgent.append(trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd))))
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
+        self._urgent.append(stream)
+        if self._started:
+            self._serve(stream)
 
     def attach_bulk(self, channel: int, fd: int) -> None:
         os.set_blocking(fd, False)
-        self._bulk.append(socket.socket(fileno=fd))
+        bulk = socket.socket(fileno=fd)
+        self._bulk.append(bulk)
+        if self._started:
+            self._offer_nothing(bulk)
 
     def start(self) -> None:
         """Requests are answered from here on. What is not asked for is not offered: the destination may ask."""
+        self._started = True
+        for bulk in self._bulk:
+            self._offer_nothing(bulk)
+        for stream in self._urgent:
+            self._serve(stream)
+
+    def _offer_nothing(self, bulk: socket.socket) -> None:
         end = bytearray()
         pack_frame(end, lib.PC_FRAME_END, 0, 0, 0, None, b"")
-        for bulk in self._bulk:
-            bulk.send(end)  # the first bytes of a connection always fit; if it is gone, the control connection is too
-        for stream in self._urgent:
-            scope = trio.CancelScope()
-            self._running.add(scope)
-            self._nursery.start_soon(self._answer, stream, scope)
+        with contextlib.suppress(OSError):  # gone already, which the control connection tells
+            bulk.send(end)  # the first bytes of a connection always fit
+
+    def _serve(self, stream: trio.SocketStream) -> None:
+        if not self._running:
+            self._ended = trio.Event()
+        scope = trio.CancelScope()
+        self._running.add(scope)
+        self._nursery.start_soon(self._answer, stream, scope)
 
     async def _answer(self, stream: trio.SocketStream, scope: trio.CancelScope) -> None:
         try:
@@ -303,6 +331,8 @@ class _BridgeServer(PageServer):
             bulk.close()
         for stream in self._urgent:
             stream.socket.close()  # those that were never started
+        self._bulk.clear()
+        self._urgent.clear()
 
     async def close(self) -> None:
         await self.disconnect()

@@ -12,18 +12,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import trio
 
 from postcopy._errors import MigrationError, PeerError, PostcopyError, ProtocolError
+from postcopy.bitmap import Bitmap
+from postcopy.migration.channels import Link, Membership, Session
 from postcopy.migration.protocol import (
     Abort,
     DestinationProtocol,
     Message,
+    PageMap,
     Ping,
     Pong,
+    ReceivedMap,
     Reject,
     SourceProtocol,
     State,
@@ -31,9 +36,11 @@ from postcopy.migration.protocol import (
 
 log = logging.getLogger(__name__)
 
-SILENCE_S = 10.0
-"""A peer of which nothing was heard for so long is lost."""
-PING_S = 2.0
+HEARTBEAT_S = 1.0
+"""How often each side gives a sign of life. A peer of which nothing was heard for three times as long is lost."""
+SILENCES = 3
+RECOVER_UNOWNED_S = 60.0
+"""How long somebody is waited for on whom nothing depends: the destination of an image, which can begin anew."""
 STEP_TIMEOUT_S = 30.0
 """How long a peer may take for one step of the set-up."""
 LAST_WORDS_S = 0.5
@@ -59,10 +66,11 @@ class Control(Generic[P]):
     on the wire is the order of the protocol's states.
     """
 
-    def __init__(self, stream: trio.abc.HalfCloseableStream, protocol: P, silence_s: float = SILENCE_S) -> None:
+    def __init__(self, stream: trio.abc.HalfCloseableStream, protocol: P, heartbeat_s: float = HEARTBEAT_S) -> None:
         self.protocol: P = protocol
         self._stream = stream
-        self._silence_s = silence_s
+        self._heartbeat_s = heartbeat_s
+        self._silence_s = SILENCES * heartbeat_s
         self._sending = trio.Lock()
         # A peer that sends more than we take has to wait: bounded, but enough for all that a good peer sends ahead.
         self._arrived, self._messages = trio.open_memory_channel[Message](64)
@@ -84,15 +92,17 @@ class Control(Generic[P]):
             if isinstance(message, kind):
                 return message
             raise ProtocolError(f"{message.TYPE} came where {kind.TYPE} was due")
-        peer = "the destination" if isinstance(self.protocol, SourceProtocol) else "the source"
-        raise PeerError(f"{peer} did not say {kind.TYPE} within {timeout_s:g} s")
+        raise PeerError(f"{self._peer} did not say {kind.TYPE} within {timeout_s:g} s")
 
-    async def receive_any(self) -> Message:
-        """The next message, of any kind. `PeerError` when none will come any more."""
+    async def receive_any(self, timeout_s: float = float("inf")) -> Message:
+        """The next message, of any kind. `PeerError` when none will come any more, or not in time."""
         try:
-            return await self._messages.receive()
+            with trio.fail_after(timeout_s):
+                return await self._messages.receive()
         except trio.EndOfChannel:
             raise PeerError(self.protocol.reason or "the control connection has ended") from None
+        except trio.TooSlowError:
+            raise PeerError(f"{self._peer} said nothing within {timeout_s:g} s") from None
 
     async def run(self) -> None:
         """Receives, and keeps the connection alive, until the migration has ended in order. Raises `PeerError` or
@@ -119,7 +129,7 @@ class Control(Generic[P]):
                     self._something_to_say.set()
                 elif not isinstance(message, Pong | Abort | Reject):  # those two are told by the state
                     await self._arrived.send(message)
-            if protocol.state in (State.ABORTED, State.PAUSED):
+            if protocol.state is State.ABORTED or protocol.recoverable:
                 raise PeerError(protocol.reason)
             if protocol.ended:
                 return
@@ -140,7 +150,7 @@ class Control(Generic[P]):
     async def _heartbeat(self) -> None:
         nonce = 0
         while not self.protocol.ended:
-            with trio.move_on_after(min(PING_S, self._silence_s / 4)):
+            with trio.move_on_after(self._heartbeat_s):
                 await self._something_to_say.wait()
             if self.protocol.ended:
                 return
@@ -150,6 +160,10 @@ class Control(Generic[P]):
             data = self.protocol.send_pong(ping) if ping else self.protocol.send_ping(nonce)
             with contextlib.suppress(PeerError):  # the receiver sees it too, and after what was still to be read
                 await self.send(data)
+
+    @property
+    def _peer(self) -> str:
+        return "the destination" if isinstance(self.protocol, SourceProtocol) else "the source"
 
     async def say_goodbye(self, reason: str) -> None:
         """Tells the peer why it ends, when the protocol still lets us, and closes. Bounded in time, never raises."""
@@ -178,6 +192,75 @@ class Control(Generic[P]):
     def _lost(self, what: str, error: BaseException) -> str:
         cause = error.__cause__
         return f"{what} ({cause.strerror})" if isinstance(cause, OSError) and cause.strerror else what
+
+
+class MapCollector:
+    """Bitmaps that come in parts: those of a block in order and without gaps. What the peer says is checked."""
+
+    def __init__(self, pages: Sequence[int]) -> None:
+        self.bitmaps = [Bitmap(count) for count in pages]
+        self.maps = 0
+        self._described = [0] * len(pages)  # pages
+
+    def add(self, message: PageMap | ReceivedMap) -> None:
+        """`ProtocolError` for a part that does not fit."""
+        self.maps += 1
+        if message.block >= len(self.bitmaps):
+            raise ProtocolError(f"{message.TYPE}: there is no block {message.block}")
+        whole, described = self.bitmaps[message.block], self._described[message.block]
+        if message.first_page != described:
+            raise ProtocolError(
+                f"{message.TYPE}: block {message.block} goes on at page {message.first_page}, not at {described}"
+            )
+        if message.pages > len(whole) - message.first_page:
+            raise ProtocolError(f"{message.TYPE}: block {message.block} has {len(whole)} pages only")
+        whole.paste(message.first_page, Bitmap.rle_decode(message.runs, message.pages))
+        self._described[message.block] += message.pages
+
+    def finish(self, told: str, maps: int) -> None:
+        """`told` names the message that speaks of `maps` parts. `ProtocolError` unless that is what came."""
+        if maps != self.maps:
+            raise ProtocolError(f"{told}: speaks of {maps} page maps, {self.maps} came")
+        for number, bitmap in enumerate(self.bitmaps):
+            if self._described[number] != len(bitmap):
+                raise ProtocolError(f"{told}: the page map of block {number} ends at {self._described[number]}")
+
+
+@dataclass
+class Recoveries:
+    """How often a migration was cut and went on, and how long that took: from the loss noticed to all channels anew."""
+
+    count: int = 0
+    last_ns: int = 0
+    max_ns: int = 0
+    total_ns: int = 0
+
+    def add(self, duration_ns: int) -> None:
+        self.count += 1
+        self.last_ns = duration_ns
+        self.max_ns = max(self.max_ns, duration_ns)
+        self.total_ns += duration_ns
+
+
+async def next_link(
+    membership: Membership, stop: trio.Event, recover_for_s: float
+) -> tuple[Link, Session] | PeerError | None:
+    """The connection to go on with; the peer's refusal; or None when `stop` was set or the time is over."""
+    found: tuple[Link, Session] | PeerError | None = None
+    with trio.move_on_after(recover_for_s):
+        async with trio.open_nursery() as nursery:
+
+            async def interruption() -> None:
+                await stop.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(interruption)
+            try:
+                found = await membership.next_link()
+            except PeerError as error:
+                found = error
+            nursery.cancel_scope.cancel()
+    return found
 
 
 class FirstFailure:
@@ -243,4 +326,7 @@ def status_of(state: State, *, interrupted: bool) -> str:
         State.CLOSING: "postcopy-active",
         State.COMPLETED: "completed",
         State.PAUSED: "postcopy-paused",
+        State.IN_DOUBT: "postcopy-paused",
+        State.RECOVER: "postcopy-recover",
+        State.RECOVERING: "postcopy-recover",
     }[state]

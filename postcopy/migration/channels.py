@@ -6,6 +6,10 @@ with the handshake of `protocol`. Then a control connection stays a Trio stream,
 Python's business: its descriptor is detached, made blocking and handed to the core. For that to work nothing behind the
 handshake may have been read, so the handshake is read with exactly as many bytes as it asks for.
 
+**Coming back.** A migration that has lost its connection is a *membership* that goes on: whoever knows its id and token
+and brings a higher epoch than anybody before gets its place, even while this side still believes in the old connection,
+which may be half open. The side that had called calls again, at first several times a second.
+
 **Strangers.** A listening port will be found by port scanners, browsers and the wrong version of ourselves. Until a
 peer has said a proper hello it gets `HANDSHAKE_TIMEOUT_S` and 64 KiB; at most `MAX_HALF_OPEN` may be in that state,
 and one more costs the *oldest* its place, since an honest peer needs one round trip only. Whatever it does, the
@@ -26,22 +30,41 @@ import contextlib
 import errno
 import ipaddress
 import logging
+import math
 import os
+import random
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
 from postcopy._errors import ConfigurationError, PeerError, ProtocolError, ResourceError
 from postcopy._fd import FdHolder
-from postcopy.migration.protocol import ClientHandshake, Hello, ServerHandshake, one_line, same_secret
+from postcopy.migration.protocol import (
+    NO_SUCH_MIGRATION,
+    ClientHandshake,
+    Hello,
+    RefusedError,
+    ServerHandshake,
+    one_line,
+    same_secret,
+)
 
 HANDSHAKE_TIMEOUT_S = 10.0
 CHANNELS_TIMEOUT_S = 30.0
 MAX_HALF_OPEN = 64
 ACCEPT_PAUSE_S = 0.1
+RECONNECT_FIRST_S, RECONNECT_CAP_S = 0.02, 0.2
+"""Pauses between attempts to come back: doubled from the first to the cap, each cut at random to half or more, so that
+the first page after a short cut comes within a fraction of a second."""
+RECONNECT_PATIENT_AFTER_S, RECONNECT_PATIENT_CAP_S = 60.0, 2.0
+"""A network that has been away for so long is asked less often."""
+RECONNECT_ATTEMPT_S = 1.0
+"""An attempt that is not answered is begun anew: the network may have come back just after the kernel asked."""
 _NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+
+WRONG_TOKEN = "wrong token"
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +147,8 @@ async def connect(address: Address, hello: Hello, timeout_s: float = HANDSHAKE_T
         raise PeerError(f"{address}: {_connect_reason(error)}") from error
     try:
         return await client_handshake(stream, hello, timeout_s)
+    except RefusedError as error:
+        raise RefusedError(f"{address}: {error}", error.reason) from error
     except (PeerError, ProtocolError) as error:
         raise type(error)(f"{address}: {error}") from error
 
@@ -183,6 +208,31 @@ class Session:
     epoch: int
 
 
+def keep_alive(fd: FdHolder, silence_s: float) -> FdHolder:
+    """Lets the kernel end a data connection that has been dead for `silence_s`, idle or not (tcp(7)); passes it on."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd.fd)) as handle:
+        seconds = max(1, math.ceil(silence_s / 3))
+        handle.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, seconds)
+        handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, seconds)
+        handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
+        handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(silence_s * 1000))
+    return fd
+
+
+class Membership(abc.ABC):
+    """A migration's place among the connections of this host, kept while it has none."""
+
+    @abc.abstractmethod
+    async def next_link(self) -> tuple[Link, Session]:
+        """The next connection with the same peer, and the session with its epoch. Waits as long as it takes;
+        cancellable. `RefusedError` when the peer is there and knows nothing of this migration (any more)."""
+
+    @abc.abstractmethod
+    async def superseded(self) -> None:
+        """Returns when `next_link` has something although the present connection has not ended."""
+
+
 class Door(abc.ABC):
     """Open it before the peer can know the session, since the peer may be faster than our next line."""
 
@@ -201,6 +251,10 @@ class Link(abc.ABC):
     @abc.abstractmethod
     def door(self, session: Session) -> contextlib.AbstractContextManager[Door]:
         """Lets data channels of `session` come in as long as the block lasts."""
+
+    @abc.abstractmethod
+    def membership(self, session: Session) -> contextlib.AbstractContextManager[Membership]:
+        """Keeps the way open for the peer, or to it, as long as the block lasts."""
 
 
 def _keys(shards: int, bulk_channels: int) -> list[ChannelKey]:
@@ -229,6 +283,45 @@ class CallingLink(Link):
     @contextlib.contextmanager
     def door(self, session: Session) -> Iterator[Door]:
         yield _CallingDoor(self.peer, self._side, session)
+
+    @contextlib.contextmanager
+    def membership(self, session: Session) -> Iterator[Membership]:
+        yield _CallingMembership(self.peer, self._side, session)
+
+
+class _CallingMembership(Membership):
+    def __init__(self, peer: Address, side: str, session: Session) -> None:
+        self._peer = peer
+        self._side = side
+        self._session = session
+
+    async def next_link(self) -> tuple[Link, Session]:
+        began_s = trio.current_time()
+        pause_s = RECONNECT_FIRST_S
+        said = ""
+        while True:
+            # Each attempt has an epoch of its own: one that was lost on its way must not be taken for the next one.
+            session = self._session = replace(self._session, epoch=self._session.epoch + 1)
+            hello = Hello("control", self._side, 0, session.migration, session.epoch, session.token)
+            try:
+                stream = await connect(self._peer, hello, RECONNECT_ATTEMPT_S)
+                try:
+                    return CallingLink(stream, self._peer, self._side), session
+                except BaseException:
+                    await trio.aclose_forcefully(stream)
+                    raise
+            except (PeerError, ProtocolError) as error:
+                if isinstance(error, RefusedError) and error.reason in (NO_SUCH_MIGRATION, WRONG_TOKEN):
+                    raise
+                if str(error) != said:
+                    said = str(error)
+                    log.info("not connected again yet: %s", said)
+            await trio.sleep(pause_s * random.uniform(0.5, 1))
+            patient = trio.current_time() - began_s > RECONNECT_PATIENT_AFTER_S
+            pause_s = min(2 * pause_s, RECONNECT_PATIENT_CAP_S if patient else RECONNECT_CAP_S)
+
+    async def superseded(self) -> None:
+        await trio.sleep_forever()  # nobody but this side connects
 
 
 class _CallingDoor(Door):
@@ -272,7 +365,7 @@ class _ListeningDoor(Door):
 
     def reserve(self, hello: Hello) -> ChannelKey:
         if not same_secret(self.session.token, hello.token):
-            raise Refusal("wrong token")
+            raise Refusal(WRONG_TOKEN)
         if hello.epoch != self.session.epoch:
             raise Refusal(f"stale epoch {hello.epoch}, this is {self.session.epoch}")
         key = (hello.channel, hello.index)
@@ -311,6 +404,40 @@ class _ListeningDoor(Door):
         self._arrived.clear()
 
 
+class _ListeningMembership(Membership):
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._links: list[tuple[Link, Session]] = []
+        self._arrived = trio.Event()
+
+    def reserve(self, hello: Hello) -> None:
+        """`Refusal` unless the peer may come back with this. From here on its epoch is used up."""
+        if not same_secret(self.session.token, hello.token):
+            raise Refusal(WRONG_TOKEN)
+        if hello.epoch <= self.session.epoch:
+            raise Refusal(f"stale epoch {hello.epoch}, this is {self.session.epoch}")
+        self.session = replace(self.session, epoch=hello.epoch)
+
+    def enter(self, link: Link, epoch: int) -> None:
+        for old, _ in self._links:
+            old.control.socket.close()
+        self._links = [(link, replace(self.session, epoch=epoch))]
+        self._arrived.set()
+
+    async def next_link(self) -> tuple[Link, Session]:
+        await self._arrived.wait()
+        self._arrived = trio.Event()
+        return self._links.pop()
+
+    async def superseded(self) -> None:
+        await self._arrived.wait()
+
+    def close(self) -> None:
+        for link, _ in self._links:
+            link.control.socket.close()
+        self._links.clear()
+
+
 class _ListeningLink(Link):
     def __init__(self, control: trio.SocketStream, reception: Reception) -> None:
         super().__init__(control, address_of(control))
@@ -327,6 +454,17 @@ class _ListeningLink(Link):
             del doors[session.migration]
             door.close()
 
+    @contextlib.contextmanager
+    def membership(self, session: Session) -> Iterator[Membership]:
+        membership = _ListeningMembership(session)
+        members = self._reception.members
+        members[session.migration] = membership
+        try:
+            yield membership
+        finally:
+            del members[session.migration]
+            membership.close()
+
 
 class Reception:
     """A listening side: welcomes control connections as long as somebody takes them, and sends data connections to the
@@ -339,6 +477,7 @@ class Reception:
         """`vacancy` is asked at each control connection, with the number of those that nobody has taken yet: empty
         to let it in, else the reason why not."""
         self.doors: dict[bytes, _ListeningDoor] = {}
+        self.members: dict[bytes, _ListeningMembership] = {}
         self.accepted = self.refused = self.strangers = 0
         self._side = side
         self._listeners = listeners
@@ -457,7 +596,7 @@ class Reception:
                 return await self._greet_control(stream, handshake, hello)
             door = self.doors.get(hello.migration)
             if door is None:
-                raise Refusal("no such migration here")
+                raise Refusal(NO_SUCH_MIGRATION)
             place = door.reserve(hello)
         except Refusal as refusal:
             self.refused += 1
@@ -477,7 +616,7 @@ class Reception:
 
     async def _greet_control(self, stream: trio.SocketStream, handshake: ServerHandshake, hello: Hello) -> bool:
         if hello.epoch or hello.migration:
-            raise Refusal("no such migration here")
+            return await self._greet_again(stream, handshake, hello)
         reason = self._vacancy(self._waiting)
         if reason:
             raise Refusal(reason)
@@ -490,5 +629,18 @@ class Reception:
             if isinstance(error, trio.WouldBlock):
                 raise PeerError("too many connections are waiting") from None
             raise
+        self.accepted += 1
+        return True
+
+    async def _greet_again(self, stream: trio.SocketStream, handshake: ServerHandshake, hello: Hello) -> bool:
+        member = self.members.get(hello.migration)
+        if member is None:
+            raise Refusal(NO_SUCH_MIGRATION)
+        member.reserve(hello)
+        await stream.send_all(handshake.send_welcome())
+        # Somebody with a higher epoch may have come while we said welcome, and the migration may have ended.
+        if self.members.get(hello.migration) is not member or member.session.epoch != hello.epoch:
+            return False
+        member.enter(_ListeningLink(stream, self), hello.epoch)
         self.accepted += 1
         return True

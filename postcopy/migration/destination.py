@@ -12,18 +12,22 @@ bring; a complete one can outlive its pager.
 
 Error handling: as for the source, `run` raises nothing that is a matter of the migration. When the source or the
 network is lost after `commit`, the machine is *kept*: it runs until it touches a page that is missing, that thread
-then waits, and nothing is ever filled with zeros. The state is `PAUSED` until the user ends it.
+then waits, and nothing is ever filled with zeros. The state is `PAUSED` until the two sides have found each other
+again (`protocol`, "Recovery"), or the user ends it. Lost between `prepared` and `commit` it is `IN_DOUBT`: the machine
+does not run, and the source is asked.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from functools import partial
 
 import trio
 
-from postcopy._errors import MigrationError, PostcopyError, ProtocolError
-from postcopy.bitmap import Bitmap
+from postcopy._errors import MigrationError, PeerError, PostcopyError, ProtocolError
 from postcopy.machines import (
     BlockLayout,
     Machine,
@@ -32,15 +36,29 @@ from postcopy.machines import (
     MachineStatistics,
     create_destination,
 )
-from postcopy.migration._session import STEP_TIMEOUT_S, Control, FirstFailure, Interrupted, now_ns, status_of
-from postcopy.migration.channels import Link, Session
+from postcopy.migration._session import (
+    HEARTBEAT_S,
+    SILENCES,
+    STEP_TIMEOUT_S,
+    Control,
+    FirstFailure,
+    Interrupted,
+    MapCollector,
+    Recoveries,
+    next_link,
+    now_ns,
+    status_of,
+)
+from postcopy.migration.channels import Door, Link, Membership, Session, keep_alive
 from postcopy.migration.figures import Figures, natural
 from postcopy.migration.protocol import (
+    PAGE_MAP_PAGES,
     Commit,
     CompleteAck,
     DestinationProtocol,
     Offer,
     PageMap,
+    Recovered,
     State,
     Switchover,
 )
@@ -68,6 +86,8 @@ class DestinationMigration:
         disk: str | None = None,
         busy_poll_us: int = 0,
         how: How | str = How.ANY,
+        heartbeat_s: float = HEARTBEAT_S,
+        recover_for_s: float = math.inf,
         make_machine: Callable[..., Machine] = create_destination,
         make_pager: Callable[[], Pager] = Pager,
         on_change: Callable[[], None] = lambda: None,
@@ -75,7 +95,9 @@ class DestinationMigration:
         self.machine: Machine | None = None
         self.peer = link.peer
         self.failure: PostcopyError | None = None
-        self.paused = trio.Event()  # set when the source was lost after `commit`
+        self.paused = trio.Event()  # set when the source was lost after `commit`, the first time
+        self.over = False  # there is no connection, and none is waited for
+        self.recoveries = Recoveries()
         self.machine_failure = ""  # what the guest, or its vCPUs, found wrong here
         self.at_switchover: MachineStatistics | None = None
         self.started_ns = now_ns()
@@ -86,6 +108,8 @@ class DestinationMigration:
         self._disk = disk
         self._busy_poll_us = busy_poll_us
         self._how = how
+        self._heartbeat_s = heartbeat_s
+        self._recover_for_s = recover_for_s
         self._make_machine = make_machine
         self._make_pager = make_pager
         self._on_change = on_change
@@ -98,6 +122,11 @@ class DestinationMigration:
         self._all_here = trio.Event()
         self._pushing: set[int] = set()  # bulk channels that have not said `end`
         self._pushed_all = trio.Event()
+        self._bulk_channels = 0
+        self._session: Session | None = None
+        self._membership: Membership | None = None
+        self._stack = ExitStack()  # of the membership
+        self._fatal = False  # the pager cannot go on: no other connection would help
         self._kept = False  # the memory is complete and nobody needs the pager
 
     # ---- looking at it
@@ -133,22 +162,47 @@ class DestinationMigration:
     # ---- doing it
 
     async def run(self, stop: trio.Event) -> None:
-        """Returns when every page is here, or when it has failed; a migration that is `PAUSED` stays so until `stop`.
+        """Returns when every page is here, or when it has failed; a migration that is `PAUSED` goes on when the source
+        is back, and otherwise stays so until `stop`.
 
         After it, `machine` runs when the state is COMPLETED. Always `close` afterwards.
         """
-        control = Control(self._link.control, self._protocol)
+        with self._stack:
+            await self._connected(self._link, self._receive, stop)
+            await self._recover(stop)
+        self._protocol.give_up(str(self.failure))
+        self.over = True
+        self._on_change()
+        if self.state is State.PAUSED:
+            await stop.wait()
+
+    async def _connected(
+        self,
+        link: Link,
+        plan: Callable[[Control[DestinationProtocol], Link], Awaitable[None]],
+        stop: trio.Event,
+    ) -> None:
+        """The life of one connection: follows the plan, and settles where its end has left the machine."""
+        control = Control(link.control, self._protocol, self._heartbeat_s)
         scope = FirstFailure()
+        self.failure = None
 
         async def main() -> None:
-            await self._receive(control)
+            await plan(control, link)
 
         async def interruption() -> None:
             await stop.wait()
             raise Interrupted("interrupted at the destination")
 
+        async def replacement() -> None:
+            await self._machine_made.wait()
+            assert self._membership is not None
+            await self._membership.superseded()
+            raise PeerError("the source has come back on another connection")
+
+        watchers = (self._watch_pager, self._watch_answers, self._watch_machine, interruption, replacement)
         try:
-            await scope.run(main, control.run, self._watch_pager, self._watch_machine, interruption)
+            await scope.run(main, control.run, *watchers)
             if self.state is not State.COMPLETED:
                 # A refusal of ours first: the source may hang up, and be heard, before its sending has returned.
                 self.failure = self._refusal or scope.failure or Interrupted("interrupted at the destination")
@@ -161,11 +215,79 @@ class DestinationMigration:
             if self.state is State.COMPLETED:
                 self.failure = None  # every page is here: whether the source has heard of it changes nothing
             await control.close()
+            if self._protocol.recoverable:
+                await self._pause()
             self._on_change()
-        if self.state is State.PAUSED:
-            await self._hold(stop)
 
-    async def _receive(self, control: Control[DestinationProtocol]) -> None:
+    async def _pause(self) -> None:
+        """Keeps everything as it is: faults stay blocked, memory stays armed."""
+        pager = self._pager
+        assert pager is not None
+        log.warning("paused: %s", self.failure)
+        with trio.CancelScope(shield=True):  # bounded by the pager
+            try:
+                await pager.disconnect()
+                for event in pager.drain_events():
+                    if event.type is EventType.COMPLETE:
+                        self._all_here.set()
+                    self._fatal |= event.type is EventType.FATAL
+            except PostcopyError as error:
+                self._fatal = True  # its threads hang: it can take no new connections
+                log.error("%s", error)
+        self.paused.set()
+
+    async def _recover(self, stop: trio.Event) -> None:
+        """Goes on with the source, as often as it takes."""
+        lost_ns = now_ns()
+        while self._protocol.recoverable and not self._fatal and not stop.is_set():
+            assert self._membership is not None
+            # One that has every page only wants to say so.
+            found = await next_link(self._membership, stop, ACK_TIMEOUT_S if self._kept else self._recover_for_s)
+            if found is None or isinstance(found, PeerError):
+                if found is not None and not self._kept:
+                    log.error("the source does not take us back: %s", found)
+                    self.failure = found
+                return
+            link, self._session = found
+            self._protocol.reconnected()
+            self._on_change()
+            recovered = self.recoveries.count
+            await self._connected(link, partial(self._go_on, lost_ns=lost_ns), stop)
+            if self.recoveries.count > recovered:
+                lost_ns = now_ns()
+
+    async def _go_on(self, control: Control[DestinationProtocol], link: Link, lost_ns: int) -> None:
+        """The source is back: tells it what is here, connects the data channels, and gathers the rest."""
+        protocol, machine, pager = self._protocol, self.machine, self._pager
+        assert machine is not None
+        assert pager is not None
+        assert self._session is not None
+        maps = digest = 0
+        for number, _ in enumerate(machine.blocks):
+            received = await trio.to_thread.run_sync(pager.received, number)
+            digest = received.crc32c(digest)
+            for first_page, part in received.parts(PAGE_MAP_PAGES):
+                runs = part.rle_encode()
+                await control.send(protocol.send_received_map(number, first_page, len(part), runs))
+                maps += 1
+        with link.door(self._session) as door:
+            await control.send(protocol.send_recover(self._resume_ns, maps, digest))
+            await control.receive(Recovered, STEP_TIMEOUT_S)
+            self._on_change()
+            await self._attach(door, machine, pager)
+        self.recoveries.add(now_ns() - lost_ns)
+        log.warning("recovered: the source is back after %.0f ms", self.recoveries.last_ns / 1e6)
+        self._on_change()
+        if protocol.state is State.COMMITTED:
+            await self._start(control, machine)
+        await self._finish(control, pager)
+
+    @property
+    def _resume_ns(self) -> int:
+        """From `commit` to the machine running; at least 1 when it runs."""
+        return max(1, self.running_ns - self.committed_ns) if self.running_ns else 0
+
+    async def _receive(self, control: Control[DestinationProtocol], link: Link) -> None:
         protocol = self._protocol
         offer = self._offer = await control.receive(Offer, STEP_TIMEOUT_S)
         try:
@@ -175,13 +297,29 @@ class DestinationMigration:
             await control.send(protocol.send_reject(str(error)))
             raise
         units = tuple(block.memory.page_bytes for block in machine.blocks)
-        with self._link.door(Session(offer.migration, offer.token, epoch=0)) as door:
+        self._bulk_channels = offer.bulk_channels
+        assert self._session is not None
+        with link.door(self._session) as door:
             await control.send(protocol.send_accept(units, machine.shards, offer.bulk_channels))
             self._on_change()
-            channels = await door.channels(machine.shards, offer.bulk_channels)
-        self._pushing = set(range(offer.bulk_channels))
+            await self._attach(door, machine, pager)
+        await control.send(protocol.send_ready())
+        self._on_change()
+
+        await self._take_machine(control, machine, pager)
+        await control.send(protocol.send_prepared())
+        await control.receive(Commit)
+        await self._start(control, machine)
+        await self._finish(control, pager)
+
+    async def _attach(self, door: Door, machine: Machine, pager: Pager) -> None:
+        """Gives the pager its connections: what is pending is requested (again) at once."""
+        self._pushing = set(range(self._bulk_channels))
+        self._pushed_all = trio.Event()
+        channels = await door.channels(machine.shards, self._bulk_channels)
         try:
             for (kind, index), fd in channels.items():
+                keep_alive(fd, SILENCES * self._heartbeat_s)
                 if kind == "urgent":
                     pager.attach_urgent(index, fd.detach())
                 else:
@@ -189,27 +327,27 @@ class DestinationMigration:
         finally:
             for fd in channels.values():
                 fd.close()  # those that were not given away
-        await control.send(protocol.send_ready())
-        self._on_change()
 
-        await self._take_machine(control, machine, pager)
-        await control.send(protocol.send_prepared())
-        await control.receive(Commit)
+    async def _start(self, control: Control[DestinationProtocol], machine: Machine) -> None:
+        """The machine has been committed to us."""
         self.committed_ns = now_ns()
         self._on_change()
         # Shielded: a machine that was committed to us runs, whatever else happens meanwhile.
         with trio.CancelScope(shield=True):
             await machine.resume()
             self.running_ns = await self._first_run(machine)
-        await control.send(protocol.send_running(max(0, self.running_ns - self.committed_ns)))
+        await control.send(self._protocol.send_running(self._resume_ns))
         self._on_change()
 
+    async def _finish(self, control: Control[DestinationProtocol], pager: Pager) -> None:
+        """Gathers what is missing, and says so when nothing is."""
         await self._gather(pager)
-        self.completed_ns = now_ns()
-        await pager.disarm()
-        self._kept = True
+        if not self._kept:
+            self.completed_ns = now_ns()
+            await pager.disarm()
+            self._kept = True
         figures = self.figures()
-        await control.send(protocol.send_complete(figures.to_wire()))
+        await control.send(self._protocol.send_complete(figures.to_wire()))
         acknowledgement = await control.receive(CompleteAck, ACK_TIMEOUT_S)
         self.downtime_ns = natural(acknowledgement.stats.get("downtime_ns"))
         self.total_ns = natural(acknowledgement.stats.get("total_ns"))
@@ -222,35 +360,20 @@ class DestinationMigration:
             pager.add_block(block.memory)
         for _ in range(machine.shards):
             pager.add_shard(self._how, self._busy_poll_us)
+        self._session = Session(offer.migration, offer.token, epoch=0)
+        self._membership = self._stack.enter_context(self._link.membership(self._session))
         self._machine_made.set()
         return machine, pager
 
     async def _take_machine(self, control: Control[DestinationProtocol], machine: Machine, pager: Pager) -> None:
         """Page maps and state; when it returns, the machine could run and every missing page would fault."""
-        present = [Bitmap(block.memory.pages) for block in machine.blocks]
-        described = [0] * len(present)  # pages; maps of a block come in order and without gaps
-        maps = 0
+        collector = MapCollector([block.memory.pages for block in machine.blocks])
         while isinstance(message := await control.receive_any(), PageMap):
-            maps += 1
-            if message.block >= len(present):
-                raise ProtocolError(f"page-map: there is no block {message.block}")
-            if message.first_page != described[message.block]:
-                raise ProtocolError(
-                    f"page-map: block {message.block} goes on at page {message.first_page},"
-                    f" not at {described[message.block]}"
-                )
-            whole = present[message.block]
-            if message.pages > len(whole) - message.first_page:
-                raise ProtocolError(f"page-map: block {message.block} has {len(whole)} pages only")
-            whole.paste(message.first_page, Bitmap.rle_decode(message.runs, message.pages))
-            described[message.block] += message.pages
+            collector.add(message)
         if not isinstance(message, Switchover):
             raise ProtocolError(f"{message.TYPE} came where switchover was due")
-        if message.maps != maps:
-            raise ProtocolError(f"switchover: speaks of {message.maps} page maps, {maps} came")
-        for number, bitmap in enumerate(present):
-            if described[number] != len(bitmap):
-                raise ProtocolError(f"switchover: the page map of block {number} ends at {described[number]}")
+        collector.finish(message.TYPE, message.maps)
+        for number, bitmap in enumerate(collector.bitmaps):
             pager.set_zero(number, bitmap.inverted())
         for number, block in enumerate(machine.blocks):
             pager.arm(block.shard, number, 0, block.memory.pages)
@@ -300,6 +423,7 @@ class DestinationMigration:
                 if not self._pushing:
                     self._pushed_all.set()
             elif event.type is EventType.FATAL:
+                self._fatal = True
                 raise MigrationError(f"the pager cannot go on: {event.text}")
             elif self._all_here.is_set():
                 pass  # a channel that nobody needs any more
@@ -307,6 +431,18 @@ class DestinationMigration:
                 # (a bulk channel that is closed in order after its `end` takes nothing with it)
                 why = f"({event.text})" if event.text else "(closed by the source)"
                 raise MigrationError(f"data channel lost: {event.channel_kind.name.lower()} {event.channel} {why}")
+
+    async def _watch_answers(self) -> None:
+        """A data connection can be dead while the control connection lives: nobody who waits for a page is to wait for
+        longer than a dead peer would take to be noticed."""
+        connected_ns = now_ns()
+        await self._machine_made.wait()
+        silence_s = SILENCES * self._heartbeat_s
+        while self._pager is not None:
+            waiting_ns = min(self._pager.statistics().oldest_pending_ns, now_ns() - connected_ns)
+            if waiting_ns > silence_s * 1e9 and self._protocol.state is State.POSTCOPY:
+                raise MigrationError(f"a page request has not been answered within {waiting_ns / 1e9:.1f} s")
+            await trio.sleep(self._heartbeat_s)
 
     async def _watch_machine(self) -> None:
         await self._machine_made.wait()
@@ -322,18 +458,6 @@ class DestinationMigration:
             log.error("the machine reports a failure: %s", self.machine_failure)
 
     # ---- after it
-
-    async def _hold(self, stop: trio.Event) -> None:
-        """Keeps everything as it is until the user ends it."""
-        pager = self._pager
-        assert pager is not None
-        try:
-            await pager.disconnect()  # faults stay blocked, memory stays armed
-        except PostcopyError as error:
-            log.error("%s", error)
-        self.paused.set()
-        self._on_change()
-        await stop.wait()
 
     async def close(self) -> None:
         """Ends machine and pager. Shielded, bounded in time; what does not end is logged and kept by its owner."""

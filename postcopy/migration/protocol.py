@@ -16,10 +16,17 @@ two-phase commit. The destination says `prepared` when nothing can go wrong any 
 - The destination may run it once it has *received* `commit`, and not a byte earlier.
 
 Those two events are ordered by causality, so `may_run` is never true at both ends, whatever the network cuts,
-delays or loses. What remains possible is that neither may: `commit` was sent and has not arrived. No protocol can
-exclude that (the two generals); it has a name here, `PAUSED`, and the source keeps the machine's memory and says so
-aloud. The destination, having said `prepared`, may no longer abort, except by falling silent: an `abort` could meet
-the `commit` on its way.
+delays or loses. What remains possible is that neither may, for a while: `commit` was sent and has not arrived. No
+protocol can exclude that (the two generals); it has names here. The source is `PAUSED`, keeps the machine's memory and
+says so aloud. The destination, having said `prepared`, may no longer abort by itself, since an `abort` could meet the
+`commit` on its way: it is `IN_DOUBT`, and asks. The source's answer is either `recovered`, which means that it had
+decided, or a refusal: it knows no such migration, so it had not.
+
+**Recovery.** A connection that is lost behind the point of no return ends nothing. The side that had connected connects
+again, with the migration's id and token and a higher *epoch*; `reconnected` puts the same protocol object onto the new
+connection. The destination tells what it has (`received-map`, a digest over all of them in `recover`), the source
+answers `recovered`, and both go on where they were. Whatever else comes on the way (another cut, at any byte) leads
+back to where it began, any number of times. An epoch is used once: who brings an old one is refused.
 
 States of the source (s: it sends, r: it receives)::
 
@@ -33,13 +40,17 @@ States of the source (s: it sends, r: it receives)::
       from here on never again here                                  | s commit      <- point of no return
                                                                  COMMITTED
       connection lost --> PAUSED                                     | r running
-                                                                 POSTCOPY
-                                                                     | r complete
-                                                                  CLOSING --s complete-ack--> COMPLETED
+                            |   ^                                POSTCOPY
+                reconnected |   | connection lost                    | r complete
+                            v   |                                 CLOSING --s complete-ack--> COMPLETED
+                          RECOVER  (r received-map, again and again)
+                            | r recover
+                       RECOVERING --s recovered--> COMMITTED, or POSTCOPY when `recover` said that the machine runs
 
 The destination's are the same with s and r exchanged, and the line that divides them lies at *r commit*. Its
-connection lost in PREPARED means ABORTED (`commit` did not come, so this side never ran and never will), in CLOSING
-it means COMPLETED (every page is here; only the acknowledgement is missing).
+connection lost in PREPARED means IN_DOUBT, from where *r recovered* is worth a *r commit*. Lost in CLOSING it is PAUSED
+too: every page is here, but the source does not know it yet; `give_up` makes COMPLETED of that, and ABORTED of
+IN_DOUBT.
 
 **Trust.** Whoever can connect can send anything. A message is length-prefixed, so its length is checked before its
 first byte is kept; unpacked with limits on every size; and turned into a frozen dataclass only when each field is
@@ -59,6 +70,7 @@ from typing import Any, ClassVar, Final, TypeVar, cast
 import msgpack
 
 from postcopy._errors import PeerError, ProtocolError
+from postcopy._native import lib
 
 PROTOCOL_VERSION: Final = 1
 MAGIC: Final = b"postcpy"
@@ -66,7 +78,7 @@ PREAMBLE: Final = MAGIC + bytes([PROTOCOL_VERSION])
 
 MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 MAX_HANDSHAKE_MESSAGE_BYTES: Final = 64 * 1024
-LENGTH_BYTES: Final = 4
+HEADER_BYTES: Final = 8  # of a message: its length, and the CRC32C of the length and of what follows
 
 ID_BYTES: Final = 16
 MAX_BLOCKS: Final = 64  # PC_MAX_BLOCKS and so on of the core, which has the last word when it is given the numbers
@@ -301,6 +313,30 @@ class CompleteAck(Message):
 
 
 @dataclass(frozen=True)
+class ReceivedMap(Message):
+    TYPE: ClassVar[str] = "received-map"
+    block: int = _wire(_number(0, MAX_BLOCKS - 1))
+    first_page: int = _wire(_number(0, U63))
+    pages: int = _wire(_number(1, PAGE_MAP_PAGES))
+    runs: bytes = _wire(_octets(0, MAX_STATE_BYTES))
+
+
+@dataclass(frozen=True)
+class Recover(Message):
+    """Everything the destination has to say after it is back."""
+
+    TYPE: ClassVar[str] = "recover"
+    resume_ns: int = _wire(_number(0, U63))  # as in `running`; 0: the machine has not run here yet
+    maps: int = _wire(_number(1, U32))
+    digest: int = _wire(_number(0, U32))  # CRC32C over the bitmaps of all blocks, in 64-bit little-endian words
+
+
+@dataclass(frozen=True)
+class Recovered(Message):
+    TYPE: ClassVar[str] = "recovered"
+
+
+@dataclass(frozen=True)
 class Abort(Message):
     TYPE: ClassVar[str] = "abort"
     reason: str = _wire(_line)
@@ -322,7 +358,7 @@ _MESSAGES: Final[Mapping[str, type[Message]]] = {
     cls.TYPE: cls
     for cls in (
         Hello, Welcome, Refused, Offer, Accept, Reject, Ready, PageMap, Switchover, Prepared, Commit, Running, Complete,
-        CompleteAck, Abort, Ping, Pong,
+        CompleteAck, ReceivedMap, Recover, Recovered, Abort, Ping, Pong,
     )
 }  # fmt: skip
 
@@ -341,7 +377,13 @@ def encode(message: Message, limit: int = MAX_MESSAGE_BYTES) -> bytes:
     packed: bytes = msgpack.packb(body, use_bin_type=True)
     if len(packed) > limit:
         raise ProtocolError(f"{message.TYPE}: {len(packed)} bytes are more than a message may have ({limit})")
-    return len(packed).to_bytes(LENGTH_BYTES, "big") + packed
+    length = len(packed).to_bytes(4, "big")
+    return length + _crc(length, packed).to_bytes(4, "big") + packed
+
+
+def _crc(length: bytes, packed: bytes) -> int:
+    """TCP's checksum lets one damaged segment in some ten thousand pass, and a damaged page map would be believed."""
+    return int(lib.pc_crc32c(lib.pc_crc32c(0, length, len(length)), packed, len(packed)))
 
 
 def decode(packed: bytes) -> Message:
@@ -417,28 +459,42 @@ class _MessageBuffer:
 
     def missing(self) -> int:
         """How many bytes certainly belong to the message that is being received. At least 1, unless it is complete."""
-        if len(self._buffer) < LENGTH_BYTES:
-            return LENGTH_BYTES - len(self._buffer)
-        return max(0, LENGTH_BYTES + self._length() - len(self._buffer))
+        if len(self._buffer) < HEADER_BYTES:
+            return HEADER_BYTES - len(self._buffer)
+        return max(0, HEADER_BYTES + self._length() - len(self._buffer))
 
     def take(self) -> Message | None:
-        if len(self._buffer) < LENGTH_BYTES:
+        if len(self._buffer) < 4:
             return None
-        end = LENGTH_BYTES + self._length()
+        end = HEADER_BYTES + self._length()
         if len(self._buffer) < end:
             return None
-        body = bytes(self._buffer[LENGTH_BYTES:end])
+        length, crc = bytes(self._buffer[:4]), int.from_bytes(self._buffer[4:HEADER_BYTES], "big")
+        body = bytes(self._buffer[HEADER_BYTES:end])
         del self._buffer[:end]
+        if _crc(length, body) != crc:
+            raise ProtocolError("a message is damaged (CRC32C differs)")
         return decode(body)
 
     def _length(self) -> int:
-        length = int.from_bytes(self._buffer[:LENGTH_BYTES], "big")
+        length = int.from_bytes(self._buffer[:4], "big")
         if not 0 < length <= self.limit:
             raise ProtocolError(f"a message of {length} bytes; 1 to {self.limit} are allowed here")
         return length
 
 
 # ---- Opening a connection
+
+NO_SUCH_MIGRATION: Final = "no such migration here"
+"""The reason of a refusal that is an answer: this host has never decided for that migration, or is done with it."""
+
+
+class RefusedError(PeerError):
+    """The peer answered hello with `refused`."""
+
+    def __init__(self, text: str, reason: str) -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 class _Handshake:
@@ -505,7 +561,7 @@ class ClientHandshake(_Handshake):
 
     def _check_message(self, message: Message) -> None:
         if isinstance(message, Refused):
-            raise PeerError(f"refused the connection: {message.reason}")
+            raise RefusedError(f"refused the connection: {message.reason}", message.reason)
         if not isinstance(message, Welcome):
             raise ProtocolError(f"answered hello with {message.TYPE}")
 
@@ -556,6 +612,9 @@ class State(enum.Enum):
     CLOSING = "closing"  # every page has come
     COMPLETED = "completed"
     PAUSED = "paused"  # connection lost after commit
+    IN_DOUBT = "in-doubt"  # destination: connection lost while it waited for commit
+    RECOVER = "recover"  # connected again; the received maps are on their way
+    RECOVERING = "recovering"  # the source has them and answers
     ABORTED = "aborted"
 
 
@@ -571,6 +630,7 @@ _SOURCE_SENDS: Final[Mapping[State, Moves]] = {
     S.HANDED: {"abort": S.ABORTED},
     S.PREPARED: {"commit": S.COMMITTED, "abort": S.ABORTED},
     S.CLOSING: {"complete-ack": S.COMPLETED},
+    S.RECOVERING: {"recovered": S.COMMITTED},  # or POSTCOPY, see _move
 }
 _DESTINATION_SENDS: Final[Mapping[State, Moves]] = {
     S.SETUP: {"abort": S.ABORTED},
@@ -581,6 +641,7 @@ _DESTINATION_SENDS: Final[Mapping[State, Moves]] = {
     S.HANDED: {"prepared": S.PREPARED, "abort": S.ABORTED},
     S.COMMITTED: {"running": S.POSTCOPY},
     S.POSTCOPY: {"complete": S.CLOSING},
+    S.RECOVER: {"received-map": S.RECOVER, "recover": S.RECOVERING},
 }
 # What a side may receive is what the other one could send *when it sent it*: an abort crosses messages of ours on its
 # way, so it is allowed as long as the peer could have believed that it had the right.
@@ -593,6 +654,7 @@ _SOURCE_RECEIVES: Final[Mapping[State, Moves]] = {
     S.HANDED: {"prepared": S.PREPARED, "abort": S.ABORTED},
     S.COMMITTED: {"running": S.POSTCOPY},
     S.POSTCOPY: {"complete": S.CLOSING},
+    S.RECOVER: {"received-map": S.RECOVER, "recover": S.RECOVERING},
 }
 _DESTINATION_RECEIVES: Final[Mapping[State, Moves]] = {
     S.SETUP: {"offer": S.OFFERED, "abort": S.ABORTED},
@@ -603,9 +665,13 @@ _DESTINATION_RECEIVES: Final[Mapping[State, Moves]] = {
     S.HANDED: {"abort": S.ABORTED},
     S.PREPARED: {"commit": S.COMMITTED, "abort": S.ABORTED},
     S.CLOSING: {"complete-ack": S.COMPLETED},
+    S.RECOVERING: {"recovered": S.COMMITTED},
 }
-_AFTER_COMMIT: Final = frozenset({S.COMMITTED, S.POSTCOPY, S.CLOSING, S.COMPLETED, S.PAUSED})
-_ENDED: Final = frozenset({S.COMPLETED, S.PAUSED, S.ABORTED})
+_AFTER_COMMIT: Final = frozenset(
+    {S.COMMITTED, S.POSTCOPY, S.CLOSING, S.COMPLETED, S.PAUSED, S.RECOVER, S.RECOVERING}
+)  # in the last two a destination may still be in doubt
+_LOST: Final = frozenset({S.PAUSED, S.IN_DOUBT})
+_ENDED: Final = frozenset({S.COMPLETED, S.ABORTED}) | _LOST
 
 M = TypeVar("M", bound=Message)
 
@@ -624,6 +690,9 @@ class _ControlProtocol:
         self._eof = False
         self._error: ProtocolError | None = None
         self._reason = ""
+        self._in_doubt = False  # destination: `commit` may have been sent, and has not come
+        self._complete_said = False  # destination: every page is here, and `complete` has been sent at least once
+        self._machine_runs = False  # at the destination: `running` has been said, or `recover` with it
 
     @property
     def state(self) -> State:
@@ -636,13 +705,18 @@ class _ControlProtocol:
 
     @property
     def reason(self) -> str:
-        """Why the state is ABORTED or PAUSED, as far as known; one line."""
+        """Why the state is ABORTED, PAUSED or IN_DOUBT, as far as known; one line."""
         return self._reason
 
     @property
     def committed(self) -> bool:
-        """Behind the point of no return, seen from this side."""
-        return self._state in _AFTER_COMMIT
+        """Behind the point of no return, as far as this side knows."""
+        return self._state in _AFTER_COMMIT and not self._in_doubt
+
+    @property
+    def recoverable(self) -> bool:
+        """The connection is lost, and a new one could go on: see `reconnected`."""
+        return self._state in _LOST
 
     @property
     def may_run(self) -> bool:
@@ -690,8 +764,28 @@ class _ControlProtocol:
     def connection_lost(self, reason: str) -> State:
         """The connection has ended, or is given up: where that leaves this side. Harmless in an ended state."""
         if not self.ended:
-            self._state = self._LOST.get(self._state, State.ABORTED)
+            self._state = State.IN_DOUBT if self._in_doubt else self._LOST.get(self._state, State.ABORTED)
+            self._in_doubt = self._state is State.IN_DOUBT
             self._reason = one_line(reason)
+        return self._state
+
+    def reconnected(self) -> None:
+        """A new connection with the same peer is there; only while `recoverable`. What the old one held is void."""
+        if not self.recoverable:
+            raise ProtocolError(f"nothing to recover in state {self._state.value}")
+        self._state = State.RECOVER
+        self._buffer = _MessageBuffer(MAX_MESSAGE_BYTES)
+        self._eof = False
+        self._error = None
+
+    def give_up(self, reason: str) -> State:
+        """Nobody will connect again: what IN_DOUBT comes to is ABORTED, and PAUSED where every page has come COMPLETED.
+        A machine that is PAUSED stays so. Also what a refusal of the source means to a destination IN_DOUBT."""
+        if self._state is State.IN_DOUBT:
+            self._state, self._in_doubt = State.ABORTED, False
+            self._reason = one_line(reason)
+        elif self._state is State.PAUSED and self._complete_said:
+            self._state = State.COMPLETED
         return self._state
 
     # ---- sending
@@ -725,6 +819,12 @@ class _ControlProtocol:
         after = table.get(self._state, {}).get(message.TYPE)
         if after is None:
             raise ProtocolError(f"{message.TYPE} must not be {verb} by the {self.SIDE} in state {self._state.value}")
+        if isinstance(message, Running) or (isinstance(message, Recover) and message.resume_ns):
+            self._machine_runs = True
+        elif isinstance(message, Recovered):
+            self._in_doubt = False
+            if self._machine_runs:
+                after = State.POSTCOPY
         self._state = after
 
     def _peer(self) -> str:
@@ -740,6 +840,8 @@ class SourceProtocol(_ControlProtocol):
     _LOST: ClassVar[Mapping[State, State]] = {
         S.COMMITTED: S.PAUSED,
         S.POSTCOPY: S.PAUSED,
+        S.RECOVER: S.PAUSED,
+        S.RECOVERING: S.PAUSED,
         S.CLOSING: S.COMPLETED,  # the destination has every page: that our acknowledgement is lost changes nothing
     }
 
@@ -763,6 +865,9 @@ class SourceProtocol(_ControlProtocol):
     def send_complete_ack(self, stats: Mapping[str, Any]) -> bytes:
         return self._send(CompleteAck(stats))
 
+    def send_recovered(self) -> bytes:
+        return self._send(Recovered())
+
 
 class DestinationProtocol(_ControlProtocol):
     """The control connection as the destination sees it."""
@@ -771,14 +876,17 @@ class DestinationProtocol(_ControlProtocol):
     _SENDS = _DESTINATION_SENDS
     _RECEIVES = _DESTINATION_RECEIVES
     _LOST: ClassVar[Mapping[State, State]] = {
+        S.PREPARED: S.IN_DOUBT,
         S.COMMITTED: S.PAUSED,
         S.POSTCOPY: S.PAUSED,
-        S.CLOSING: S.COMPLETED,  # every page is here
+        S.RECOVER: S.PAUSED,
+        S.RECOVERING: S.PAUSED,
+        S.CLOSING: S.PAUSED,  # every page is here, but the source keeps them until it knows that
     }
 
     @property
     def may_run(self) -> bool:
-        return self._state in _AFTER_COMMIT
+        return self.committed
 
     def send_accept(self, page_bytes: tuple[int, ...], shards: int, bulk_channels: int) -> bytes:
         return self._send(Accept(page_bytes, shards, bulk_channels))
@@ -798,4 +906,13 @@ class DestinationProtocol(_ControlProtocol):
         return self._send(Running(resume_ns))
 
     def send_complete(self, stats: Mapping[str, Any]) -> bytes:
-        return self._send(Complete(stats))
+        data = self._send(Complete(stats))
+        self._complete_said = True
+        return data
+
+    def send_received_map(self, block: int, first_page: int, pages: int, runs: bytes) -> bytes:
+        return self._send(ReceivedMap(block, first_page, pages, runs))
+
+    def send_recover(self, resume_ns: int, maps: int, digest: int) -> bytes:
+        """`resume_ns` as in `running`, at least 1 when the machine runs; see `Recover`."""
+        return self._send(Recover(resume_ns, maps, digest))

@@ -4,7 +4,8 @@
 The plan: offer the machine, connect the data channels, wait until it is time; pause it, tell which pages there are,
 hand its state over; and when the destination says that it is prepared, decide. Up to that decision every failure ends
 the same way: the machine is resumed *first*, then the peer is told, then the rest is cleaned up. After it the machine
-never runs here again; a failure then leaves its memory as it is, in the state `PAUSED`, until the user ends it.
+never runs here again; a connection that is lost then leaves its memory as it is, in the state `PAUSED`, and the two
+sides look for each other again (`protocol`, "Recovery"): the destination says what it has, the rest is offered anew.
 
 Resource handling: the machine stays the caller's, and is paused when the migration has been committed, else as it
 was before. The link's control connection and the page server belong to the engine and are closed when `run`
@@ -18,24 +19,32 @@ pages are lost.
 from __future__ import annotations
 
 import logging
+import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
-from postcopy._errors import MigrationError, PostcopyError, ProtocolError
+from postcopy._errors import MigrationError, PeerError, PostcopyError, ProtocolError
 from postcopy.bitmap import Bitmap
 from postcopy.machines import Machine, MachineEventType, MachineStatistics
 from postcopy.migration._session import (
+    HEARTBEAT_S,
+    RECOVER_UNOWNED_S,
+    SILENCES,
     STEP_TIMEOUT_S,
     Control,
     FirstFailure,
     Interrupted,
+    MapCollector,
+    Recoveries,
+    next_link,
     now_ns,
     status_of,
 )
-from postcopy.migration.channels import Link, Session
+from postcopy.migration.channels import Door, Link, Membership, Session, keep_alive
 from postcopy.migration.figures import Figures
 from postcopy.migration.protocol import (
     ID_BYTES,
@@ -46,6 +55,8 @@ from postcopy.migration.protocol import (
     Offer,
     Prepared,
     Ready,
+    ReceivedMap,
+    Recover,
     Running,
     SourceProtocol,
     State,
@@ -65,6 +76,8 @@ class SourceOptions:
     busy_poll_us: int = 0
     max_bandwidth_bytes_per_s: int = 0  # of the background push; 0: no limit
     prepare_timeout_s: float = PREPARE_TIMEOUT_S
+    heartbeat_s: float = HEARTBEAT_S
+    recover_for_s: float = math.inf  # how long a lost destination is waited for
 
 
 class SourceMigration:
@@ -89,6 +102,7 @@ class SourceMigration:
         self.ready_ns = self.paused_ns = self.running_ns = self.completed_ns = 0
         self.started_ns = now_ns()
         self.was_ready = False
+        self.recoveries = Recoveries()
         self._link = link
         self._options = options
         self._make_server = make_server
@@ -99,6 +113,9 @@ class SourceMigration:
         self._protocol = SourceProtocol()
         self._session = Session(secrets.token_bytes(ID_BYTES), secrets.token_bytes(ID_BYTES), epoch=0)
         self._units: tuple[int, ...] = ()
+        self._shards = self._bulk_channels = 0
+        self._committed_ns = 0
+        self._fatal = False  # the page server cannot go on: no other connection would help
 
     # ---- looking at it
 
@@ -141,28 +158,50 @@ class SourceMigration:
     async def run(self, go: trio.Event, stop: trio.Event, *, hold: bool = True) -> None:
         """Migrates when `go` is set, and gives up when `stop` is.
 
-        Returns when the migration has completed or aborted. One that is `PAUSED` stays so until `stop`, unless `hold`
-        is false: then what it could serve is in a file, and nothing is lost by its end.
+        Returns when the migration has completed or aborted. One that is `PAUSED` goes on when the destination is back,
+        and otherwise stays so until `stop`; unless `hold` is false: what it could serve is then in a file, nothing is
+        lost by its end, and a minute is enough to come back.
         """
-        control = Control(self._link.control, self._protocol)
+        try:
+            with self._link.membership(self._session) as membership:
+                await self._connected(self._link, partial(self._migrate, go=go), membership, stop)
+                if self._protocol.recoverable and not self._fatal:
+                    await self._recover(membership, stop, self._options.recover_for_s if hold else RECOVER_UNOWNED_S)
+            if self.state is State.PAUSED and hold:
+                await stop.wait()
+        finally:
+            await self._close_server()
+
+    async def _connected(
+        self,
+        link: Link,
+        plan: Callable[[Control[SourceProtocol], Link], Awaitable[None]],
+        membership: Membership,
+        stop: trio.Event,
+    ) -> None:
+        """The life of one connection: follows the plan, and settles where its end has left the machine."""
+        control = Control(link.control, self._protocol, self._options.heartbeat_s)
         scope = FirstFailure()
-        abandoned = False
+        self.failure = None
 
         async def main() -> None:
-            await self._migrate(control, go)
+            await plan(control, link)
 
         async def interruption() -> None:
             await stop.wait()
             raise Interrupted("interrupted at the source")
 
+        async def replacement() -> None:
+            await membership.superseded()
+            raise PeerError("the destination has come back on another connection")
+
         try:
-            await scope.run(main, control.run, self._watch_server, self._watch_machine, interruption)
+            await scope.run(main, control.run, self._watch_server, self._watch_machine, interruption, replacement)
             if self._protocol.ended and self.state is State.COMPLETED:
                 return
             self.failure = scope.failure or Interrupted("interrupted at the source")
         except BaseException:
             self.failure = Interrupted("ended at the source")  # cancelled, or a mistake of ours: never keep it stopped
-            abandoned = True
             raise
         finally:
             if self.state is not State.COMPLETED:
@@ -172,23 +211,58 @@ class SourceMigration:
                 self.failure = (
                     None  # the destination has every page; that it did not hear our last word changes nothing
                 )
-            try:
-                await control.close()
-            finally:  # also when cancelled
-                if abandoned or self.state is not State.PAUSED:
-                    await self._close_server()
+            await control.close()
             self._on_change()
-        if self.state is State.PAUSED:
-            try:
-                if hold:
-                    await stop.wait()
-            finally:
-                await self._close_server()
 
-    async def _migrate(self, control: Control[SourceProtocol], go: trio.Event) -> None:
+    async def _recover(self, membership: Membership, stop: trio.Event, recover_for_s: float) -> None:
+        """Goes on with the destination, as often as it takes."""
+        lost_ns = now_ns()
+        while self._protocol.recoverable and not self._fatal and not stop.is_set():
+            found = await next_link(membership, stop, recover_for_s)
+            if found is None or isinstance(found, PeerError):
+                if found is not None:
+                    log.error("the destination does not take us back: %s", found)
+                    self.failure = found
+                return
+            link, self._session = found
+            self._protocol.reconnected()
+            self._on_change()
+            recovered = self.recoveries.count
+            await self._connected(link, partial(self._go_on, lost_ns=lost_ns), membership, stop)
+            if self.recoveries.count > recovered:
+                lost_ns = now_ns()
+
+    async def _go_on(self, control: Control[SourceProtocol], link: Link, lost_ns: int) -> None:
+        """The destination is back: hears what it has, offers what it does not have, and follows it to its end."""
+        protocol, server = self._protocol, self._server
+        assert server is not None
+        collector = MapCollector([server.block_pages(number) for number in range(len(self._units))])
+        while isinstance(message := await control.receive_any(STEP_TIMEOUT_S), ReceivedMap):
+            collector.add(message)
+        if not isinstance(message, Recover):
+            raise ProtocolError(f"{message.TYPE} came where recover was due")
+        collector.finish(message.TYPE, message.maps)
+        digest = 0
+        for bitmap in collector.bitmaps:
+            digest = bitmap.crc32c(digest)
+        if digest != message.digest:
+            raise ProtocolError("recover: the received maps do not have the digest that was told")
+        for number, bitmap in enumerate(collector.bitmaps):
+            server.set_received(number, bitmap)
+        with link.door(self._session) as door:
+            await control.send(protocol.send_recovered())
+            await self._attach(door)
+        if message.resume_ns and not self.running_ns:
+            self.running_ns = self._committed_ns + message.resume_ns
+        self.recoveries.add(now_ns() - lost_ns)
+        log.warning("recovered: the destination is back after %.0f ms", self.recoveries.last_ns / 1e6)
+        self._on_change()
+        await self._follow(control)
+
+    async def _migrate(self, control: Control[SourceProtocol], link: Link, go: trio.Event) -> None:
         machine, protocol = self.machine, self._protocol
         blocks = tuple(Block(block.name, block.size_bytes, block.page_bytes) for block in machine.layout)
-        with self._link.door(self._session) as door:
+        with link.door(self._session) as door:
             offer = Offer(
                 self._session.migration,
                 self._session.token,
@@ -206,29 +280,45 @@ class SourceMigration:
             for block, unit in zip(machine.blocks, accept.page_bytes, strict=True):
                 self._server.add_block(block.memory, unit)
             self._server_made.set()
-            channels = await door.channels(accept.shards, accept.bulk_channels)
-            try:
-                for (kind, index), fd in channels.items():
-                    if kind == "urgent":
-                        self._server.attach_urgent(index, fd.detach(), self._options.busy_poll_us)
-                    else:
-                        self._server.attach_bulk(index, fd.detach())
-            finally:
-                for fd in channels.values():
-                    fd.close()  # those that were not given away
+            self._shards, self._bulk_channels = accept.shards, accept.bulk_channels
+            await self._attach(door)
         await control.receive(Ready, STEP_TIMEOUT_S)
         self.ready_ns = now_ns()
         self.was_ready = True
         self._on_change()
         await go.wait()
         await self._switch_over(control)
-        running = await control.receive(Running)
-        self.running_ns = now_ns()
-        log.info("the machine runs at the destination, %.3f ms after `commit`", running.resume_ns / 1e6)
-        self._on_change()
-        complete = await control.receive(Complete)
+        await self._follow(control)
+
+    async def _attach(self, door: Door) -> None:
+        """Gives the page server its connections."""
+        server = self._server
+        assert server is not None
+        channels = await door.channels(self._shards, self._bulk_channels)
+        try:
+            for (kind, index), fd in channels.items():
+                keep_alive(fd, SILENCES * self._options.heartbeat_s)
+                if kind == "urgent":
+                    server.attach_urgent(index, fd.detach(), self._options.busy_poll_us)
+                else:
+                    server.attach_bulk(index, fd.detach())
+        finally:
+            for fd in channels.values():
+                fd.close()  # those that were not given away
+
+    async def _follow(self, control: Control[SourceProtocol]) -> None:
+        """The machine is the destination's: hears of it until its last page has arrived."""
+        protocol = self._protocol
+        message = await control.receive_any()
+        if isinstance(message, Running):
+            self.running_ns = now_ns()
+            log.info("the machine runs at the destination, %.3f ms after `commit`", message.resume_ns / 1e6)
+            self._on_change()
+            message = await control.receive_any()
+        if not isinstance(message, Complete):
+            raise ProtocolError(f"{message.TYPE} came where complete was due")
         self.completed_ns = now_ns()
-        self.figures = Figures.from_wire(complete.stats)
+        self.figures = Figures.from_wire(message.stats)
         self.statistics()
         with trio.CancelScope(shield=True, deadline=trio.current_time() + STEP_TIMEOUT_S):
             stats = {"downtime_ns": self.downtime_ns, "total_ns": self.total_ns}
@@ -256,6 +346,7 @@ class SourceMigration:
         # From the next line on the machine belongs to the destination, whether it hears of it or not. The page
         # server is started before the bytes leave, so that the first fault finds it answering.
         commit = protocol.send_commit()
+        self._committed_ns = now_ns()
         server.start()
         self._on_change()
         await control.send(commit)
@@ -280,6 +371,7 @@ class SourceMigration:
                     f"data channel lost: {event.channel_kind.name.lower()} {event.channel} {_why(event.text)}"
                 )
             if event.type is EventType.FATAL:
+                self._fatal = True
                 raise MigrationError(f"the page server cannot go on: {event.text}")
 
     async def _watch_machine(self) -> None:
@@ -305,11 +397,14 @@ class SourceMigration:
         if self._server is not None and self.state is State.PAUSED:
             self.statistics()
             self.paused.set()
+            log.warning("paused: %s", failure)
             self._on_change()
             with trio.CancelScope(shield=True):  # bounded by the page server
                 try:
                     await self._server.disconnect()  # so that the destination hears of it on every channel
+                    self._fatal |= any(event.type is EventType.FATAL for event in self._server.drain_events())
                 except PostcopyError as error:
+                    self._fatal = True  # its threads hang: it can take no new connections
                     log.error("%s", error)
 
     async def _close_server(self) -> None:

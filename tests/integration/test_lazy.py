@@ -64,7 +64,7 @@ def attach_and_lose(address: str, pid: int) -> str:
     """In a child: the source is killed."""
     warnings.simplefilter("error")
     content = image_content(1000)
-    with blocking.attach(address) as memory:
+    with blocking.attach(address, recover_for_s=1) as memory:
         assert memory.read(5 * PAGE, 10) == content[5 * PAGE : 5 * PAGE + 10]
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(PeerError) as caught:

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import os
+import random
+import secrets
 import signal
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +95,21 @@ class TestImage:
         source.signal(signal.SIGTERM)
         assert source.end()[0] == 1
 
+    def test_destination_lost_then_another(self, side: Start, image: Path, tmp_path: Path) -> None:
+        """One that died takes nobody's place, and its source does not wait for it when all has been served."""
+        arguments = ("--machine", "image", "--image", image, "--listen", "127.0.0.1:0", "--max-bandwidth", "1MiB/s")
+        source = side("source", "--json", *arguments)
+        first = side("dest", "--json", "--connect", source.address)
+        first.wait_for("pages", lambda line: line.get("ram", {}).get("background-pages", 0) > 0)
+        first.signal(signal.SIGKILL)
+        source.wait_status("postcopy-paused")
+        copy = tmp_path / "copy"
+        assert side("dest", "--json", "--connect", source.address, "--dump", copy).end()[0] == 0
+        assert copy.read_bytes() == image.read_bytes()
+        status, result, errors = source.end(20)
+        assert status == 0, errors
+        assert result["served"] == 1
+
     def test_source_lost_after_commit(self, side: Start, image: Path) -> None:
         """The destination keeps everything, and says so, until it is told to end."""
         arguments = ("--machine", "image", "--image", image, "--listen", "127.0.0.1:0", "--max-bandwidth", "256KiB/s")
@@ -176,6 +194,66 @@ class TestKvm:
         assert result["guest"]["failures"] == 0
         assert errors.count("postcopy: error:") == 1
 
+    def test_destinations_killed_at_random_instants(self, side: Start) -> None:
+        """Whenever its destination dies, the machine is computing at the source, or belongs to the dead and says so."""
+        seed = int(os.environ.get("POSTCOPY_SEED", "0"), 0) or secrets.randbits(32)
+        print(f"POSTCOPY_SEED={seed}")
+        instants = random.Random(seed)
+        arguments = (
+            "--workload",
+            "random",
+            "--working-set",
+            "8MiB",
+            "--migrate-after",
+            "2",
+            "--max-bandwidth",
+            "1MiB/s",
+        )
+        source = side(*KVM, *arguments, "--listen", "127.0.0.1:0")
+        address = source.address
+        for attempt in range(8):
+            failures = len(source.events("migration-failed"))
+            began = source.lines[-1]["elapsed-ms"]
+            victim = side("dest", "--json", "--connect", address)
+            if attempt % 2:
+                # From here on everything happens within some ten milliseconds: aim at them.
+                source.wait_for(
+                    "it", lambda line, after=began: line["elapsed-ms"] > after and line["status"] == "active"
+                )
+                time.sleep(instants.uniform(0, 0.01))
+            else:
+                time.sleep(instants.uniform(0, 0.8))
+            victim.signal(signal.SIGKILL)
+            victim.end()
+            now = source.wait_for(
+                "what became of it",
+                lambda line, after=source.lines[-1]["elapsed-ms"]: (
+                    line["elapsed-ms"] > after and line["status"] in ("failed", "setup", "postcopy-paused", "completed")
+                ),
+            )
+            assert now["status"] != "completed"  # which takes eight seconds at this bandwidth
+            if now["status"] == "postcopy-paused":
+                assert now["guest"]["state"] == "paused"
+                source.signal(signal.SIGTERM)
+                status, result, errors = source.end()
+                assert (status, result["status"]) == (1, "postcopy-paused")
+                assert result["guest"]["operations"] == result["guest-at-pause"]["operations"]
+                return
+            # It was before the point of no return: the source says why, if it had met the destination, and goes on.
+            running = source.wait_for(
+                "running",
+                lambda line, after=now["elapsed-ms"]: (
+                    line["event"] == "progress" and line["elapsed-ms"] >= after and line["guest"]["state"] == "running"
+                ),
+            )
+            source.operations_after(running)
+            assert len(source.events("migration-failed")) <= failures + 1
+        last = side("dest", "--json", "--connect", address, "--run-for", "0.1")
+        status, result, errors = last.end()
+        assert status == 0, errors
+        assert result["verified"] is True
+        assert source.end()[0] == 0
+
     def test_interrupted_destination_then_another(self, side: Start) -> None:
         """A destination that gives up says why; the source listens on, and the next one gets the machine."""
         source = side(*KVM, "--workload", "random", "--listen", "127.0.0.1:0", "--migrate-after", "2")
@@ -231,6 +309,42 @@ class TestKvm:
         assert "PAUSED" in errors
         if victim == "dest":
             assert result["guest"]["operations"] == result["guest-at-pause"]["operations"]
+
+    @pytest.mark.parametrize("victim", ["source", "dest"])
+    @pytest.mark.parametrize("listening", ["source", "dest"])
+    def test_frozen_peer(self, side: Start, victim: str, listening: str) -> None:
+        """One that gives no sign of life is lost, whoever it is; when it wakes up both go on, and nothing was lost."""
+        arguments = ("--workload", "random", "--working-set", "16MiB", "--max-bandwidth", "2MiB/s")
+        calls = {"source": (*KVM, *arguments), "dest": ("dest", "--json", "--run-for", "0.5")}
+        calling = "dest" if listening == "source" else "source"
+        sides = {listening: side(*calls[listening], "--heartbeat", "0.2", "--listen", "127.0.0.1:0")}
+        sides[calling] = side(*calls[calling], "--heartbeat", "0.2", "--connect", sides[listening].address)
+        other = "dest" if victim == "source" else "source"
+        for one in sides.values():
+            one.wait_status("postcopy-active")
+        sides[victim].signal(signal.SIGSTOP)
+        sides[other].wait_status("postcopy-paused")
+        sides[victim].signal(signal.SIGCONT)
+        for one in sides.values():
+            status, result, errors = one.end()
+            assert status == 0, errors
+            assert result["status"] == "completed"
+            assert result["recoveries"]["count"] >= 1
+            assert "PAUSED" in errors
+        assert sides["dest"].end()[1]["verified"] is True
+
+    def test_peer_that_never_comes_back(self, side: Start) -> None:
+        """Who has been given up is not waited for by a program either, and the machine's memory is kept."""
+        arguments = ("--workload", "idle", "--working-set", "8MiB", "--max-bandwidth", "16KiB/s")
+        dest = side("dest", "--json", "--listen", "127.0.0.1:0")
+        source = side(*KVM, *arguments, "--connect", dest.address, "--recover-for", "0.5")
+        source.wait_status("postcopy-active")
+        dest.signal(signal.SIGKILL)
+        source.wait_status("postcopy-paused")
+        source.signal(signal.SIGTERM)
+        status, result, _ = source.end()
+        assert (status, result["status"]) == (1, "postcopy-paused")
+        assert result["recoveries"]["count"] == 0
 
 
 @pytest.mark.needs("uffd-user")

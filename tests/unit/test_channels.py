@@ -328,3 +328,79 @@ def test_arbitrary_server(data: bytes, well_begun: bool) -> None:
         await there.aclose()
 
     trio.run(main)
+
+
+async def test_coming_back() -> None:
+    """The calling side comes back with a higher epoch each time, past any doubt of the listening side."""
+    async with reception() as (desk, address):
+        link: c.Link = await c.CallingLink.open(address, "dest")
+        seen = await desk.next_link()
+        with link.membership(SESSION) as caller, seen.membership(SESSION) as called:
+            for epoch in (1, 2, 3):
+                await link.control.aclose()
+                link, session = await caller.next_link()
+                await called.superseded()  # although nobody has said that the old connection is gone
+                await seen.control.aclose()
+                seen, other = await called.next_link()
+                assert session == other == c.Session(SESSION.migration, SESSION.token, epoch)
+                await link.control.send_all(b"here again")
+                assert await seen.control.receive_some(100) == b"here again"
+        await link.control.aclose()
+        await seen.control.aclose()
+
+
+@pytest.mark.parametrize(
+    ("epoch", "token", "reason"),
+    [
+        (0, b"t" * 16, "stale epoch 0, this is 1"),
+        (1, b"t" * 16, "stale epoch 1, this is 1"),
+        (2, b"u" * 16, "wrong token"),
+        (2, b"", "wrong token"),
+    ],
+)
+async def test_who_may_not_come_back(epoch: int, token: bytes, reason: str) -> None:
+    """Whoever has not been there, or repeats what was said before, harms nothing: the real one is taken after it."""
+    async with reception() as (desk, address):
+        link = await c.CallingLink.open(address, "dest")
+        seen = await desk.next_link()
+        with link.membership(SESSION) as caller, seen.membership(SESSION) as called:
+            again, _ = await caller.next_link()
+            taken, _ = await called.next_link()
+            with pytest.raises(p.RefusedError, match=reason):
+                await c.connect(address, p.Hello("control", "dest", 0, SESSION.migration, epoch, token))
+            await taken.control.send_all(b"still ours")
+            assert await again.control.receive_some(100) == b"still ours"
+            third, session = await caller.next_link()
+            assert session.epoch == 2
+            fourth, other = await called.next_link()
+            assert other == session
+            for one in (again, taken, third, fourth):
+                await trio.aclose_forcefully(one.control)
+        await trio.aclose_forcefully(link.control)
+        await trio.aclose_forcefully(seen.control)
+
+
+async def test_coming_back_to_nobody() -> None:
+    """A listener that does not know the migration answers, and the answer is final; one that is not there is not."""
+    async with reception() as (desk, address):
+        link = await c.CallingLink.open(address, "dest")
+        seen = await desk.next_link()
+        with link.membership(SESSION) as caller, pytest.raises(p.RefusedError) as refused:
+            await caller.next_link()
+        assert refused.value.reason == p.NO_SUCH_MIGRATION
+        await trio.aclose_forcefully(link.control)
+        await trio.aclose_forcefully(seen.control)
+    with link.membership(SESSION) as caller, trio.move_on_after(0.5) as scope:
+        await caller.next_link()
+    assert scope.cancelled_caught
+
+
+async def test_dead_data_connections_are_ended_by_the_kernel() -> None:
+    here, there = socket.create_server(("127.0.0.1", 0)), socket.socket()
+    there.connect(here.getsockname())
+    c.keep_alive(FdHolder(os.dup(there.fileno())), 3.0).close()
+    for option, value in (("KEEPIDLE", 1), ("KEEPINTVL", 1), ("KEEPCNT", 2), ("USER_TIMEOUT", 3000)):
+        assert there.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{option}")) == value
+    assert there.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    there.close()
+    here.close()

@@ -8,13 +8,14 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from postcopy._errors import MigrationError, PeerError, ProtocolError, ResourceError
+from postcopy._errors import PeerError, ProtocolError, ResourceError
 from postcopy._fd import FdHolder
 from postcopy.bitmap import Bitmap
 from postcopy.histogram import Histogram
@@ -29,7 +30,7 @@ from postcopy.machines import (
 )
 from postcopy.memory import Memory
 from postcopy.migration import protocol as p
-from postcopy.migration.channels import Address, ChannelKey, Door, Link, Session
+from postcopy.migration.channels import Address, ChannelKey, Door, Link, Membership, Session
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.protocol import State
 from postcopy.migration.source import PREPARE_TIMEOUT_S, SourceMigration, SourceOptions
@@ -133,10 +134,18 @@ class FakeEngine:
     def events(self) -> AsyncIterator[Event]:
         return self.channel.receive.__aiter__()
 
+    def drain_events(self) -> list[Event]:
+        events = []
+        with contextlib.suppress(trio.WouldBlock):
+            while True:
+                events.append(self.channel.receive.receive_nowait())
+        return events
+
     async def disconnect(self) -> None:
         self.log.append("disconnected")
         for fd in self.fds.values():
             fd.close()
+        self.fds.clear()
         await trio.lowlevel.checkpoint()
 
     async def close(self) -> None:
@@ -151,6 +160,7 @@ class FakePager(FakeEngine):
         self.zero: dict[int, Bitmap] = {}
         self.armed: list[tuple[int, int, int, int]] = []
         self.requested = 0
+        self.oldest_pending_ns = 0
 
     def add_block(self, memory: Memory) -> int:
         return 0
@@ -173,7 +183,12 @@ class FakePager(FakeEngine):
         return 3
 
     def statistics(self) -> PagerStatistics:
-        return PagerStatistics(*range(1, 17))
+        return replace(PagerStatistics(*range(1, 18)), oldest_pending_ns=self.oldest_pending_ns)
+
+    def received(self, block: int) -> Bitmap:
+        bitmap = Bitmap((block + 1) * PAGES)
+        bitmap.set_range(block, 5)
+        return bitmap
 
     def latency(self) -> Histogram:
         return Histogram()
@@ -191,6 +206,7 @@ class FakeServer(FakeEngine):
         super().__init__()
         self.units: list[int] = []
         self.present: dict[int, Bitmap] = {}
+        self.received: dict[int, Bitmap] = {}
         self.started = False
 
     def add_block(self, memory: Memory, unit: int) -> int:
@@ -199,6 +215,13 @@ class FakeServer(FakeEngine):
 
     def set_present(self, block: int, present: Bitmap) -> None:
         self.present[block] = present
+
+    def block_pages(self, block: int) -> int:
+        return (block + 1) * PAGES
+
+    def set_received(self, block: int, received: Bitmap) -> None:
+        assert not self.fds  # the core says EBUSY
+        self.received[block] = received
 
     def start(self) -> None:
         self.started = True
@@ -217,12 +240,57 @@ class FakeDoor(Door):
         return self._take()
 
 
+class Meeting:
+    """Where two sides that have lost each other wait for each other; or one of them for a hand-made peer."""
+
+    def __init__(self) -> None:
+        self.open = trio.Event()
+        self.refusal: PeerError | None = None
+        self.epoch = 0
+        self._waiting: list[trio.MemorySendChannel[socket.socket]] = []
+
+    async def join(self) -> socket.socket:
+        await self.open.wait()
+        if self.refusal is not None:
+            raise self.refusal
+        if self._waiting:
+            here, there = socket.socketpair()
+            self.epoch += 1
+            self._waiting.pop().send_nowait(there)
+            return here
+        send, receive = trio.open_memory_channel[socket.socket](1)
+        self._waiting.append(send)
+        try:
+            return await receive.receive()
+        finally:
+            if send in self._waiting:
+                self._waiting.remove(send)
+
+
+class FakeMembership(Membership):
+    def __init__(self, meeting: Meeting, session: Session) -> None:
+        self._meeting = meeting
+        self._session = session
+
+    async def next_link(self) -> tuple[Link, Session]:
+        control = await self._meeting.join()
+        return FakeLink(control, self._meeting), replace(self._session, epoch=self._meeting.epoch)
+
+    async def superseded(self) -> None:
+        await trio.sleep_forever()
+
+
 class FakeLink(Link):
     """A real connection for control; data channels are sockets of which the other end is closed."""
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, meeting: Meeting | None = None) -> None:
         super().__init__(trio.SocketStream(trio.socket.from_stdlib_socket(control)), Address("fake", 1))
         self.session: Session | None = None
+        self.meeting = meeting or Meeting()
+
+    @contextlib.contextmanager
+    def membership(self, session: Session) -> Iterator[Membership]:
+        yield FakeMembership(self.meeting, session)
 
     @contextlib.contextmanager
     def door(self, session: Session) -> Iterator[Door]:
@@ -249,6 +317,7 @@ class Pair:
     twin: FakeMachine
     pager: FakePager
     servers: list[FakeServer]
+    meeting: Meeting
     go: trio.Event = field(default_factory=trio.Event)
     stop_source: trio.Event = field(default_factory=trio.Event)
     stop_dest: trio.Event = field(default_factory=trio.Event)
@@ -269,7 +338,7 @@ class Pair:
 
 def make_pair(make_machine: Callable[..., Machine] | None = None) -> Pair:
     here, there = socket.socketpair()
-    machine, twin, pager = FakeMachine(), FakeMachine(), FakePager()
+    machine, twin, pager, meeting = FakeMachine(), FakeMachine(), FakePager(), Meeting()
     machine.state = MachineState.RUNNING
     servers: list[FakeServer] = []
 
@@ -291,10 +360,10 @@ def make_pair(make_machine: Callable[..., Machine] | None = None) -> Pair:
 
     pair = Pair(
         SourceMigration(
-            machine, FakeLink(here), SourceOptions(bulk_channels=1), make_server=make_server, on_change=look
+            machine, FakeLink(here, meeting), SourceOptions(bulk_channels=1), make_server=make_server, on_change=look
         ),
         DestinationMigration(
-            FakeLink(there),
+            FakeLink(there, meeting),
             make_machine=make_machine or make_twin,
             make_pager=lambda: cast(Pager, pager),
             on_change=look,
@@ -303,6 +372,7 @@ def make_pair(make_machine: Callable[..., Machine] | None = None) -> Pair:
         twin,
         pager,
         servers,
+        meeting,
     )
     return pair
 
@@ -446,6 +516,79 @@ async def test_machine_goes_before_a_pager_with_missing_pages() -> None:
     assert pair.pager.log[-2:] == ["machine closed", "closed"]
 
 
+@pytest.mark.parametrize("times", [1, 5])
+async def test_lost_and_found(times: int) -> None:
+    """Both go on by themselves, as often as it takes; the source hears what has arrived."""
+
+    def recovered(count: int) -> bool:
+        return pair.source.recoveries.count == pair.dest.recoveries.count == count
+
+    async with running(make_pair()) as pair:
+        pair.go.set()
+        await pair.until(lambda: pair.source.state is State.POSTCOPY)
+        for number in range(times):
+            pair.servers[0].channel.tell(EventType.CHANNEL_DOWN, ChannelKind.URGENT, 0, "reset")
+            await pair.until(lambda: pair.source.status == pair.dest.status == "postcopy-paused")
+            assert not pair.source.may_run
+            assert pair.dest.may_run
+            pair.meeting.open.set()
+            await pair.until(partial(recovered, number + 1))
+            pair.meeting.open = trio.Event()
+            assert set(pair.pager.fds) == set(pair.servers[0].fds) == {("urgent", 0), ("urgent", 1), ("bulk", 0)}
+            assert pair.source.state is pair.dest.state is State.POSTCOPY
+        pair.pager.channel.tell(EventType.COMPLETE)
+    assert pair.source.state is pair.dest.state is State.COMPLETED
+    assert pair.source.failure is None
+    assert pair.dest.failure is None
+    assert {block: map_.count() for block, map_ in pair.servers[0].received.items()} == {0: 5, 1: 5}
+    assert pair.twin.resumed == 1
+    assert pair.machine.resumed == 0
+
+
+async def test_complete_while_the_network_is_away() -> None:
+    """The last page came with the cut: the destination has nothing to wait for but to say so."""
+    async with running(make_pair()) as pair:
+        pair.go.set()
+        await pair.until(lambda: pair.source.state is State.POSTCOPY)
+        pair.pager.channel.tell(EventType.CHANNEL_DOWN, ChannelKind.URGENT, 0, "reset")
+        pair.pager.channel.tell(EventType.COMPLETE)
+        pair.meeting.open.set()
+    assert pair.source.state is pair.dest.state is State.COMPLETED
+
+
+@pytest.mark.parametrize("who", ["source", "dest"])
+async def test_what_cannot_go_on_is_not_tried_again(who: str) -> None:
+    async with running(make_pair()) as pair:
+        pair.go.set()
+        await pair.until(lambda: pair.source.state is State.POSTCOPY)
+        engine: FakeEngine = pair.servers[0] if who == "source" else pair.pager
+        engine.channel.tell(EventType.FATAL, text="out of everything")
+        await pair.until(lambda: pair.source.status == pair.dest.status == "postcopy-paused")
+        pair.meeting.open.set()
+        lost = pair.source if who == "source" else pair.dest
+        assert "out of everything" in str(lost.failure)
+        assert lost.recoveries.count == 0
+        pair.stop_source.set()
+        pair.stop_dest.set()
+
+
+async def test_request_that_is_never_answered(mock_clock: MockClock) -> None:
+    """A data connection that is dead behind a control connection that lives."""
+    async with running(make_pair()) as pair:
+        pair.go.set()
+        await pair.until(lambda: pair.source.state is State.POSTCOPY)
+        pair.pager.oldest_pending_ns = 1 << 62
+        with trio.fail_after(50):
+            mock_clock.rate = 5
+            await pair.until(lambda: pair.dest.status == "postcopy-paused")
+        mock_clock.rate = 0
+        assert "has not been answered" in str(pair.dest.failure)
+        pair.pager.oldest_pending_ns = 0
+        pair.meeting.open.set()
+        await pair.until(lambda: pair.dest.recoveries.count == 1)
+        pair.pager.channel.tell(EventType.COMPLETE)
+
+
 class Peer:
     """A hand-made other side."""
 
@@ -455,13 +598,13 @@ class Peer:
 
     async def read(self, kind: type[p.Message]) -> p.Message:
         while True:
-            size = 4 + int.from_bytes(self._buffer[:4], "big")
-            if len(self._buffer) >= max(size, 5):
-                message = p.decode(self._buffer[4:size])
+            size = p.HEADER_BYTES + int.from_bytes(self._buffer[:4], "big")
+            if len(self._buffer) >= max(size, p.HEADER_BYTES + 1):
+                message = p.decode(self._buffer[p.HEADER_BYTES : size])
                 self._buffer = self._buffer[size:]
                 if isinstance(message, kind):
                     return message
-                assert isinstance(message, p.Ping | p.Pong | p.PageMap), message
+                assert isinstance(message, p.Ping | p.Pong | p.PageMap | p.ReceivedMap), message
                 continue
             data = await self.stream.receive_some()
             assert data
@@ -472,13 +615,13 @@ class Peer:
 
 
 @contextlib.asynccontextmanager
-async def lone_source() -> AsyncIterator[tuple[Peer, SourceMigration, FakeMachine]]:
+async def lone_source(meeting: Meeting | None = None) -> AsyncIterator[tuple[Peer, SourceMigration, FakeMachine]]:
     here, there = socket.socketpair()
     machine = FakeMachine()
     machine.state = MachineState.RUNNING
     source = SourceMigration(
         machine,
-        FakeLink(here),
+        FakeLink(here, meeting),
         SourceOptions(bulk_channels=1),
         make_server=lambda bandwidth: cast(PageServer, FakeServer(bandwidth)),
     )
@@ -554,11 +697,12 @@ async def test_destination_that_is_ahead_of_itself(message: p.Message, reason: s
 @contextlib.asynccontextmanager
 async def lone_destination(
     on_end: Callable[[], None] = lambda: None,
+    meeting: Meeting | None = None,
 ) -> AsyncIterator[tuple[Peer, DestinationMigration, FakeMachine]]:
     here, there = socket.socketpair()
     twin, pager = FakeMachine(), FakePager()
     dest = DestinationMigration(
-        FakeLink(here), make_machine=lambda *_, **__: twin, make_pager=lambda: cast(Pager, pager)
+        FakeLink(here, meeting), make_machine=lambda *_, **__: twin, make_pager=lambda: cast(Pager, pager)
     )
     peer, stop = Peer(there), trio.Event()
     blocks = tuple(p.Block(block.name, block.size_bytes, block.page_bytes) for block in twin.layout)
@@ -607,15 +751,128 @@ async def test_source_that_makes_no_sense(messages: list[p.Message], reason: str
     assert not dest.may_run
 
 
-async def test_source_that_dies_before_it_decides() -> None:
-    ended = trio.Event()
-    async with lone_destination(ended.set) as (peer, dest, twin):
-        for message in [*FULL, p.Switchover(b"state", 2)]:
-            await peer.say(message)
-        await peer.read(p.Prepared)
+async def prepared(peer: Peer) -> None:
+    for message in [*FULL, p.Switchover(b"state", 2)]:
+        await peer.say(message)
+    await peer.read(p.Prepared)
+
+
+async def test_source_that_never_decided() -> None:
+    """Lost between `prepared` and `commit`: the machine does not run until the source has been asked, and never when it
+    answers that it knows of nothing."""
+    ended, meeting = trio.Event(), Meeting()
+    async with lone_destination(ended.set, meeting) as (peer, dest, twin):
+        await prepared(peer)
         await trio.aclose_forcefully(peer.stream)
+        await dest.paused.wait()
+        assert dest.status == "postcopy-paused"
+        assert not dest.may_run
+        meeting.refusal = p.RefusedError("refused the connection", p.NO_SUCH_MIGRATION)
+        meeting.open.set()
         with trio.fail_after(10):
             await ended.wait()
     assert dest.state is State.ABORTED
     assert twin.resumed == 0
-    assert isinstance(dest.failure, PeerError | MigrationError)
+    assert isinstance(dest.failure, PeerError)
+
+
+async def test_interrupted_in_doubt() -> None:
+    async with lone_destination() as (peer, dest, twin):
+        await prepared(peer)
+        await trio.aclose_forcefully(peer.stream)
+        await dest.paused.wait()
+    assert dest.state is State.ABORTED
+    assert twin.resumed == 0
+
+
+async def test_commit_that_was_lost() -> None:
+    """The source had decided, and the destination hears of it on the next connection, or the one after."""
+    meeting = Meeting()
+    meeting.open.set()
+    async with lone_destination(meeting=meeting) as (peer, dest, twin):
+        await prepared(peer)
+        await trio.aclose_forcefully(peer.stream)
+        again = Peer(await meeting.join())
+        await again.read(p.Recover)
+        assert not dest.may_run
+        await trio.aclose_forcefully(again.stream)  # once more
+        again = Peer(await meeting.join())
+        told = await again.read(p.Recover)
+        assert isinstance(told, p.Recover)
+        assert (told.resume_ns, told.maps) == (0, 2)
+        assert twin.resumed == 0
+        await again.say(p.Recovered())
+        await again.read(p.Running)
+        assert twin.resumed == 1
+        await again.stream.aclose()
+
+
+def recover(resume_ns: int) -> list[p.Message]:
+    """What a destination says that has five pages of the first block."""
+    first = Bitmap(PAGES)
+    first.set_range(3, 5)
+    maps = [first, Bitmap(2 * PAGES)]
+    digest = maps[1].crc32c(maps[0].crc32c())
+    parts = [p.ReceivedMap(number, 0, len(map_), map_.rle_encode()) for number, map_ in enumerate(maps)]
+    return [*parts, p.Recover(resume_ns, 2, digest)]
+
+
+@pytest.mark.parametrize("ran", [False, True])
+async def test_destination_that_comes_back(ran: bool) -> None:
+    meeting = Meeting()
+    meeting.open.set()
+    async with lone_source(meeting) as (peer, source, machine):
+        await peer.say(p.Prepared())
+        await peer.read(p.Commit)
+        await trio.aclose_forcefully(peer.stream)  # whether it has heard `commit` the source cannot know
+        await source.paused.wait()
+        assert machine.state is MachineState.PAUSED
+        again = Peer(await meeting.join())
+        for message in recover(1234 if ran else 0):
+            await again.say(message)
+        await again.read(p.Recovered)
+        if not ran:
+            await again.say(p.Running(1234))
+        await again.say(p.Complete({}))
+        await again.read(p.CompleteAck)
+        await again.stream.aclose()
+    assert source.state is State.COMPLETED
+    assert source.recoveries.count == 1
+    assert source.downtime_ns > 0
+    assert machine.resumed == 0
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([p.ReceivedMap(2, 0, 1, b"")], "there is no block 2"),
+        (recover(0)[:1] + recover(0)[2:], "speaks of 2 page maps, 1 came"),
+        ([*recover(0)[:2], p.Recover(0, 2, 1)], "do not have the digest that was told"),
+        ([p.Running(1)], "running must not be received by the source in state recover"),
+        ([p.Commit()], "commit must not be received by the source in state recover"),
+    ],
+)
+async def test_destination_that_comes_back_with_nonsense(messages: list[p.Message], reason: str) -> None:
+    """It is shown out, the machine's memory is kept, and the next one that makes sense is served."""
+    meeting = Meeting()
+    meeting.open.set()
+    async with lone_source(meeting) as (peer, source, machine):
+        await peer.say(p.Prepared())
+        await peer.read(p.Commit)
+        await trio.aclose_forcefully(peer.stream)
+        for bad in (True, False):
+            again = Peer(await meeting.join())
+            for message in messages if bad else recover(5):
+                await again.say(message)
+            if bad:
+                while await again.stream.receive_some():
+                    pass
+                assert reason in str(source.failure)
+                assert source.state is State.PAUSED
+            else:
+                await again.read(p.Recovered)
+                await again.say(p.Complete({}))
+                await again.read(p.CompleteAck)
+            await again.stream.aclose()
+    assert source.state is State.COMPLETED
+    assert machine.resumed == 0

@@ -33,7 +33,9 @@ from postcopy.lazy import Server
 from postcopy.lazy._bridge import HEADER_BYTES, Bridge, plan_run
 from postcopy.lazy._memory import page_range
 from postcopy.memory import Memory, page_bytes_of
+from postcopy.migration.channels import parse_address
 from postcopy.pager import Pager
+from postcopy.testing.chaos import open_chaos_proxy
 
 PAGE = page_bytes_of("memfd")
 DEADLINE_S = 60
@@ -260,7 +262,7 @@ async def a_lost_source_is_an_error_and_never_zeros() -> None:
 
     async with trio.open_nursery() as nursery:
         server: Server = await nursery.start(serve)
-        async with postcopy.attach(server.address) as memory:
+        async with postcopy.attach(server.address, recover_for_s=0) as memory:
             assert await memory.read(0, 2 * PAGE) == content[: 2 * PAGE]
             serving.cancel()
             failure = await memory.wait_lost()
@@ -361,6 +363,35 @@ async def views_outlive_the_memory() -> None:
                 address = memory.address
                 await memory.ensure(0, None if complete else PAGE)
             assert not mapped(address)  # without waiting for a garbage collection
+        nursery.cancel_scope.cancel()
+
+
+@case
+async def a_cut_network_costs_nothing_but_time(kind: str) -> None:
+    """Cut again and again while threads touch and tasks wait: everything comes, whatever serves it."""
+    content = make_content(1500 * PAGE)
+    served = Content(content) if kind == "source" else content
+    async with trio.open_nursery() as nursery:
+        server: Server = await nursery.start(postcopy.serve, served)
+        async with (
+            open_chaos_proxy(parse_address(server.address)) as proxy,
+            postcopy.attach(str(proxy.address)) as memory,
+        ):
+            (migration,) = server._migrations
+            expected = crc(content)
+            for cut in range(4):
+                before = memory.statistics().resident_pages
+                async with trio.open_nursery() as waiting:
+                    waiting.start_soon(memory.ensure, 300 * cut * PAGE, 400 * PAGE)
+                    waiting.start_soon(touch, memory, (1499 - cut) * PAGE)
+                    await until(lambda before=before: memory.statistics().resident_pages > before)  # type: ignore[misc]
+                    proxy.cut()
+                    proxy.heal()
+            assert memory.failure is None
+            assert await touch(memory, 0, len(content)) == expected
+            await memory.wait_complete()
+            assert await memory.read() == content
+            assert migration.recoveries.count >= 1
         nursery.cancel_scope.cancel()
 
 
@@ -614,6 +645,12 @@ def test_huge_pages(run_in_child: RunInChild) -> None:
 @pytest.mark.parametrize("where", ["remote", "source"])
 def test_many_threads_and_tasks(run_in_child: RunInChild, where: str) -> None:
     passes(run_in_child, "many_threads_and_tasks", where)
+
+
+@pytest.mark.needs("uffd")
+@pytest.mark.parametrize("kind", ["memory", "source"])
+def test_a_cut_network_costs_nothing_but_time(run_in_child: RunInChild, kind: str) -> None:
+    passes(run_in_child, "a_cut_network_costs_nothing_but_time", kind)
 
 
 @pytest.mark.needs("uffd")

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postcopy._errors import PeerError, ProtocolError
+from postcopy._native import lib
 from postcopy.migration import protocol as p
 from postcopy.migration.protocol import DestinationProtocol, SourceProtocol, State
 
@@ -36,6 +37,9 @@ MESSAGES = [
     p.Running(12345),
     p.Complete({"demand-pages": 3}),
     p.CompleteAck({"downtime-ns": 5}),
+    p.ReceivedMap(1, 0, 512, b"\x00\x80\x04"),
+    p.Recover(0, 2, 2**32 - 1),
+    p.Recovered(),
     p.Abort("out of memory"),
     p.Ping(1),
     p.Pong(2**63 - 1),
@@ -43,8 +47,12 @@ MESSAGES = [
 
 
 def frame(body: object) -> bytes:
-    packed = msgpack.packb(body)
-    return len(packed).to_bytes(4, "big") + packed
+    return framed(msgpack.packb(body))
+
+
+def framed(packed: bytes) -> bytes:
+    length = len(packed).to_bytes(4, "big")
+    return length + lib.pc_crc32c(0, length + packed, 4 + len(packed)).to_bytes(4, "big") + packed
 
 
 def drain(side: SourceProtocol | DestinationProtocol) -> list[p.Message]:
@@ -86,15 +94,15 @@ class TestMessages:
     @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.TYPE)
     def test_round_trip(self, message: p.Message) -> None:
         data = p.encode(message)
-        assert int.from_bytes(data[:4], "big") == len(data) - 4
-        assert p.decode(data[4:]) == message
+        assert int.from_bytes(data[:4], "big") == len(data) - 8
+        assert p.decode(data[8:]) == message
 
     def test_every_message_is_tried_here(self) -> None:
         assert {message.TYPE for message in MESSAGES} == set(p._MESSAGES)
 
     @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.TYPE)
     def test_each_field_is_needed_and_typed(self, message: p.Message) -> None:
-        whole = msgpack.unpackb(p.encode(message)[4:])
+        whole = msgpack.unpackb(p.encode(message)[8:])
         for name in whole:
             if name == "type":
                 continue
@@ -129,7 +137,7 @@ class TestMessages:
             p.decode(msgpack.packb(body))
 
     def test_block_that_is_not_whole_pages(self) -> None:
-        whole = msgpack.unpackb(p.encode(OFFER)[4:])
+        whole = msgpack.unpackb(p.encode(OFFER)[8:])
         whole["blocks"][0]["size-bytes"] += 512
         with pytest.raises(ProtocolError, match=r"offer: field blocks .*not whole pages"):
             p.decode(msgpack.packb(whole))
@@ -152,7 +160,7 @@ class TestMessages:
             p.decode(packed)
 
     def test_a_reason_is_one_printable_line(self) -> None:
-        message = p.decode(p.encode(p.Abort("a\x1b[2J\nb\r\x00" + "c" * 1000))[4:])
+        message = p.decode(p.encode(p.Abort("a\x1b[2J\nb\r\x00" + "c" * 1000))[8:])
         assert isinstance(message, p.Abort)
         assert message.reason.isprintable()
         assert len(message.reason) <= p.MAX_REASON_CHARS
@@ -177,7 +185,7 @@ class TestMessages:
         st.data(),
     )
     def test_arbitrary_values(self, value: Any, message: p.Message, data: st.DataObject) -> None:
-        whole = msgpack.unpackb(p.encode(message)[4:])
+        whole = msgpack.unpackb(p.encode(message)[8:])
         whole[data.draw(st.sampled_from(sorted(whole)))] = value
         with contextlib.suppress(ProtocolError):
             p.decode(msgpack.packb(whole))
@@ -284,8 +292,10 @@ class TestStates:
                 assert not (source.may_run and dest.may_run)
                 assert source.ended
                 assert dest.ended
-                if victim == "dest" and dest.state is State.ABORTED and source.state is State.PAUSED:
-                    assert not dest.may_run  # commit on its way when the cable broke: nobody runs, and PAUSED says so
+                if dest.state is State.IN_DOUBT:
+                    # `prepared` or `commit` was on its way when the cable broke. The source knows which, and is asked.
+                    assert not dest.may_run
+                    assert source.may_run == (source.state is State.ABORTED)
                 else:
                     assert source.may_run or dest.may_run
 
@@ -348,13 +358,64 @@ class TestStates:
         assert not dest.may_abort
         with pytest.raises(ProtocolError, match="abort must not be sent by the destination in state prepared"):
             dest.send_abort("changed my mind")
-        assert dest.connection_lost("gone") is State.ABORTED
+        assert dest.connection_lost("gone") is State.IN_DOUBT
         assert not dest.may_run
+        assert dest.recoverable
+
+    @pytest.mark.parametrize("decided", [True, False])
+    def test_doubt_is_resolved_by_the_source(self, decided: bool) -> None:
+        dest = DestinationProtocol()
+        dest._state = State.PREPARED
+        for attempt in range(3):  # cut again, at whatever point
+            dest.connection_lost(f"cut {attempt}")
+            assert dest.state is State.IN_DOUBT
+            dest.reconnected()
+            dest.send_received_map(0, 0, 256, b"")
+            assert not dest.may_run
+            if attempt:
+                dest.send_recover(0, 1, 0)
+                assert not dest.may_run
+        if decided:
+            dest.receive_data(p.encode(p.Recovered()))
+            assert drain(dest) == [p.Recovered()]
+            assert dest.state is State.COMMITTED
+            assert dest.may_run
+            assert dest.connection_lost("again") is State.PAUSED  # no doubt any more
+            assert dest.may_run
+        else:
+            dest.connection_lost("cut")
+            assert dest.give_up("the source knows no such migration") is State.ABORTED
+            assert not dest.may_run
+            with pytest.raises(ProtocolError, match="nothing to recover in state aborted"):
+                dest.reconnected()
+
+    def test_recovery_of_a_machine_that_runs(self) -> None:
+        source, dest = SourceProtocol(), DestinationProtocol()
+        source._state = dest._state = State.COMMITTED
+        dest.send_running(7)  # which is lost
+        for side in (source, dest):
+            assert side.connection_lost("cut") is State.PAUSED
+            side.receive_data(b"what the old connection still held")
+            side.reconnected()
+        source.receive_data(dest.send_received_map(0, 0, 256, b"") + dest.send_recover(7, 1, 99))
+        assert drain(source) == [p.ReceivedMap(0, 0, 256, b""), p.Recover(7, 1, 99)]
+        dest.receive_data(source.send_recovered())
+        assert drain(dest) == [p.Recovered()]
+        assert source.state is dest.state is State.POSTCOPY
+        assert not source.may_run
+        assert dest.may_run
+
+    def test_complete_that_the_source_never_heard_of(self) -> None:
+        dest = DestinationProtocol()
+        dest._state = State.POSTCOPY
+        dest.send_complete({})
+        assert dest.connection_lost("cut") is State.PAUSED
+        assert dest.give_up("nobody there") is State.COMPLETED
 
     def test_messages_before_an_error_are_not_lost(self) -> None:
         source = SourceProtocol()
         source.send_offer(OFFER)
-        source.receive_data(p.encode(p.Accept((4096,), 1, 1)) + b"\x00\x00\x00\x01\xc1" + p.encode(p.Ready()))
+        source.receive_data(p.encode(p.Accept((4096,), 1, 1)) + framed(b"\xc1") + p.encode(p.Ready()))
         source.receive_eof()
         assert isinstance(source.next_message(), p.Accept)
         with pytest.raises(ProtocolError, match="msgpack"):
@@ -378,6 +439,23 @@ class TestStates:
         assert dest.next_message() is None
         assert dest.reason == "the source closed the control connection in the middle of a message"
 
+    def test_one_damaged_bit(self) -> None:
+        """Nothing of a damaged message is believed, wherever the damage is."""
+        whole = p.encode(p.PageMap(0, 0, 512, b"\x00\x80\x04"))
+        for bit in range(8 * len(whole)):
+            data = bytearray(whole)
+            data[bit // 8] ^= 1 << bit % 8
+            dest = DestinationProtocol()
+            dest._state = State.READY
+            dest.receive_data(bytes(data))
+            longer = len(data) < p.HEADER_BYTES + int.from_bytes(data[:4], "big") <= p.MAX_MESSAGE_BYTES
+            if longer:  # the rest of it never comes
+                assert dest.next_message() is None
+            else:
+                with pytest.raises(ProtocolError, match=r"damaged|a message of .* bytes"):
+                    dest.next_message()
+            assert dest.state is State.READY
+
     def test_message_too_long(self) -> None:
         dest = DestinationProtocol()
         dest.receive_data((p.MAX_MESSAGE_BYTES + 1).to_bytes(4, "big"))
@@ -398,7 +476,7 @@ class TestStates:
 
 def act(side: SourceProtocol | DestinationProtocol, data: bytes) -> bytes:
     """Makes `side` send the very message in `data`."""
-    return side._send(p.decode(data[4:]))
+    return side._send(p.decode(data[8:]))
 
 
 def replay(

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two peers and a network that delays, cuts and drops: whatever happens, there are never two owners of the machine."""
+"""Two peers and a network that delays, cuts and drops: whatever happens, there are never two owners of the machine, and
+once the network stays up, the migration comes to its end."""
 
 from __future__ import annotations
 
@@ -19,14 +20,21 @@ class TwoHosts(RuleBasedStateMachine):
     size; a cut drops what is still on its way, in one direction or both, and the sides learn of it at different
     times."""
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(first=st.one_of(st.integers(6, 9), st.integers(0, 14)), more=st.lists(st.integers(0, 4), max_size=5))
+    def begin(self, first: int, more: list[int]) -> None:
+        """Steps that go well, with a cut and a new connection between one run and the next: without them hardly any
+        example would get near the decision, or behind it."""
         self.source = SourceProtocol()
         self.dest = DestinationProtocol()
         self.wire = {"source": bytearray(), "dest": bytearray()}  # by receiver
         self.cut = {"source": False, "dest": False}
         self.ran_at_source = self.ran_at_dest = False
         self.source_decided = False
+        self.killed = False
+        self.proceed(first)
+        for steps in more:
+            self.cut_and_come_back()
+            self.proceed(steps)
 
     # ---- helpers
 
@@ -97,15 +105,27 @@ class TwoHosts(RuleBasedStateMachine):
     def complete(self) -> None:
         self.send("source", self.dest.send_complete({}))
 
+    @precondition(lambda self: self.dest.state is State.RECOVER)
+    @rule(last=st.booleans())
+    def tell_what_is_here(self, last: bool) -> None:
+        self.send("source", self.dest.send_received_map(0, 0, 256, b"\x01"))
+        if last:
+            self.send("source", self.dest.send_recover(1 if self.dest_runs() else 0, 1, 0))
+
+    @precondition(lambda self: self.source.state is State.RECOVERING)
+    @rule()
+    def take_it_back(self) -> None:
+        self.send("dest", self.source.send_recovered())
+
     @precondition(lambda self: self.source.state is State.CLOSING)
     @rule()
     def acknowledge(self) -> None:
         self.send("dest", self.source.send_complete_ack({}))
 
-    @rule(name=st.sampled_from(["source", "dest"]))
-    def abort(self, name: str) -> None:
+    @rule(name=st.sampled_from(["source", "dest"]), chance=st.integers(0, 4))
+    def abort(self, name: str, chance: int) -> None:
         side = self.side(name)
-        if side.may_abort:
+        if side.may_abort and not chance:
             self.send("dest" if name == "source" else "source", side.send_abort("interrupted"))
 
     @rule(name=st.sampled_from(["source", "dest"]))
@@ -114,11 +134,50 @@ class TwoHosts(RuleBasedStateMachine):
         if not side.ended:
             self.send("dest" if name == "source" else "source", side.send_ping(1))
 
-    @rule(name=st.sampled_from(["source", "dest"]))
-    def kill(self, name: str) -> None:
+    @rule(name=st.sampled_from(["source", "dest"]), chance=st.integers(0, 9))
+    def kill(self, name: str, chance: int) -> None:
         """The process dies: it never acts again, and the other one sees its end after what is still on its way."""
+        if chance:
+            return
         self.side(name).connection_lost("killed")
         self.cut["source"] = self.cut["dest"] = True
+        self.killed = True
+
+    @rule(times=st.integers(1, 12))
+    def proceed(self, times: int) -> None:
+        """As it should go, for a while."""
+        for _ in range(times):
+            self.go_well()
+            self.never_two_owners()
+
+    def cut_and_come_back(self) -> None:
+        for name in self.cut:
+            self.side(name).connection_lost("cut")
+            self.wire[name].clear()
+        if self.dest.recoverable:
+            self.connect_again()
+
+    def go_well(self) -> None:
+        """Everything arrives, then each side takes its next step."""
+        steps = {
+            (self.source, State.SETUP): self.offer,
+            (self.dest, State.OFFERED): lambda: self.answer(1),
+            (self.dest, State.CHANNELS): self.ready,
+            (self.source, State.READY): self.page_map,
+            (self.source, State.SWITCHOVER): self.switchover,
+            (self.dest, State.HANDED): self.prepared,
+            (self.source, State.PREPARED): self.commit,
+            (self.dest, State.COMMITTED): self.running,
+            (self.dest, State.POSTCOPY): self.complete,
+            (self.source, State.CLOSING): self.acknowledge,
+            (self.dest, State.RECOVER): lambda: self.tell_what_is_here(True),
+            (self.source, State.RECOVERING): self.take_it_back,
+        }
+        for name in self.wire:
+            self.deliver(name, 1)
+        for side in (self.dest, self.source):
+            if step := steps.get((side, side.state)):
+                step()
 
     # ---- what the network does
 
@@ -140,6 +199,24 @@ class TwoHosts(RuleBasedStateMachine):
         if self.cut[name] and not self.wire[name]:
             self.side(name).receive_eof()
             self.settle(name)
+
+    def dest_runs(self) -> bool:
+        return self.dest._machine_runs
+
+    @precondition(lambda self: not self.killed and self.dest.recoverable)
+    @rule()
+    def connect_again(self) -> None:
+        """A new connection comes about, perhaps while the source still believes in the old one."""
+        self.dest.reconnected()
+        self.never_two_owners()  # the source may not have decided, and learns only now that its connection is gone
+        self.source.connection_lost("the destination has come back on another connection")
+        if self.source.recoverable:
+            self.wire = {"source": bytearray(), "dest": bytearray()}
+            self.cut = {"source": False, "dest": False}
+            self.source.reconnected()
+        else:  # it is refused: there is no such migration (any more)
+            self.dest.connection_lost("refused")
+            self.dest.give_up("no such migration here")
 
     @rule(name=st.sampled_from(["source", "dest"]))
     def heartbeat_missed(self, name: str) -> None:
@@ -174,8 +251,22 @@ class TwoHosts(RuleBasedStateMachine):
     @invariant()
     def nobody_runs_it_only_when_a_state_says_so(self) -> None:
         if hasattr(self, "source") and not self.source.may_run and not self.dest.may_run:
-            assert self.source.state in (State.COMMITTED, State.PAUSED)
+            assert self.source.state in (State.COMMITTED, State.PAUSED, State.RECOVER, State.RECOVERING)
+
+    # ---- once the network stays up
+
+    def teardown(self) -> None:
+        if not hasattr(self, "source") or self.killed:
+            return
+        if True in self.cut.values() or self.source.ended or self.dest.ended:
+            self.cut_and_come_back()
+        for _ in range(40):
+            self.go_well()
+            self.never_two_owners()
+        assert self.dest.state in (State.COMPLETED, State.ABORTED)
+        assert self.source.state is self.dest.state
+        assert self.source.may_run == (self.source.state is State.ABORTED)
 
 
-TwoHosts.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TwoHosts.TestCase.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
 TestTwoHosts = TwoHosts.TestCase

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What coming back costs: the maps of a very large machine, through the protocol and into the page server.
+
+The machine is simulated: a sparse file stands for its memory, a bitmap for what has arrived. Everything else is the
+real code of both sides, from the pager's bitmap to the page server's, but for the network between them.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+
+from postcopy._errors import MigrationError
+from postcopy.bitmap import Bitmap
+from postcopy.memory import Memory
+from postcopy.migration._session import MapCollector
+from postcopy.migration.protocol import (
+    ID_BYTES,
+    PAGE_MAP_PAGES,
+    Block,
+    DestinationProtocol,
+    Offer,
+    ReceivedMap,
+    Recover,
+    SourceProtocol,
+)
+from postcopy.pageserver import PageServer
+
+RUN_PAGES = 64
+READ_BYTES = 64 * 1024  # as the control connection is read
+
+
+async def recovery_map(size_bytes: int, seed: int) -> dict[str, float]:
+    """Half of the pages have arrived, in random runs of 64: the size of all messages, and the time to make, take, check
+    and apply them."""
+    with tempfile.TemporaryFile() as file:
+        file.truncate(size_bytes)
+        with Memory.from_file(file.fileno()) as memory:
+            async with PageServer() as server:
+                server.add_block(memory)
+                received = _half(memory.pages, seed)
+                source, dest = _cut_off(size_bytes)
+                begin_s = time.perf_counter()
+                data = _told(dest, received)
+                told_s = time.perf_counter()
+                server.set_received(0, _heard(source, data, memory.pages))
+                applied_s = time.perf_counter()
+    return {"MB": len(data) / 1e6, "make-s": told_s - begin_s, "apply-s": applied_s - told_s, "s": applied_s - begin_s}
+
+
+def _half(pages: int, seed: int) -> Bitmap:
+    words = bytearray(8 * -(-pages // 64))
+    generator = random.Random(seed)
+    for run in range(pages // RUN_PAGES):
+        if generator.getrandbits(1):
+            words[run * 8 : run * 8 + 8] = b"\xff" * 8
+    return Bitmap.from_bytes(bytes(words), pages)
+
+
+def _told(dest: DestinationProtocol, received: Bitmap) -> bytes:
+    parts = [
+        dest.send_received_map(0, first_page, len(part), part.rle_encode())
+        for first_page, part in received.parts(PAGE_MAP_PAGES)
+    ]
+    return b"".join([*parts, dest.send_recover(1, len(parts), received.crc32c())])
+
+
+def _heard(source: SourceProtocol, data: bytes, pages: int) -> Bitmap:
+    collector = MapCollector([pages])
+    for start in range(0, len(data), READ_BYTES):
+        source.receive_data(data[start : start + READ_BYTES])
+        while (message := source.next_message()) is not None:
+            if isinstance(message, ReceivedMap):
+                collector.add(message)
+            elif isinstance(message, Recover):
+                collector.finish(message.TYPE, message.maps)
+                if collector.bitmaps[0].crc32c() != message.digest:
+                    raise MigrationError("the map that was taken is not the one that was told")
+    return collector.bitmaps[0]
+
+
+def _cut_off(size_bytes: int) -> tuple[SourceProtocol, DestinationProtocol]:
+    """Both sides of a migration that was cut when the machine ran at the destination, and that have met again."""
+    source, dest = SourceProtocol(), DestinationProtocol()
+    offer = Offer(bytes(ID_BYTES), bytes(ID_BYTES), "simulated", {}, (Block("memory", size_bytes, 4096),), 1)
+
+    def hear(side: SourceProtocol | DestinationProtocol, data: bytes) -> None:
+        side.receive_data(data)
+        while side.next_message() is not None:
+            pass
+
+    hear(dest, source.send_offer(offer))
+    hear(source, dest.send_accept((4096,), 1, 1))
+    hear(source, dest.send_ready())
+    hear(dest, source.send_page_map(0, 0, 1, b""))
+    hear(dest, source.send_switchover(b"", 1))
+    hear(source, dest.send_prepared())
+    hear(dest, source.send_commit())
+    hear(source, dest.send_running(1))
+    for side in (source, dest):
+        side.connection_lost("cut")
+        side.reconnected()
+    return source, dest
