@@ -212,7 +212,8 @@ async def attach_source(
     a missing page while it holds the GIL waits for ever.
 
     `ConfigurationError` for a layout or numbers that make no sense, `ResourceError` where the host lacks memory or the
-    right to a userfaultfd. Cancellable; closing cancels the fetches, and is shielded and bounded in time.
+    right to a userfaultfd. Cancellable. Closing cancels the fetches and waits until they have ended; the rest of it is
+    shielded and bounded in time.
     """
     layout = check_layout(source.blocks)
     for block in layout:

@@ -36,7 +36,8 @@ class PageSource(Protocol):
     """Where pages come from. Any object with these two members is one.
 
     `fetch` is called in a Trio task, several times at once (`attach_source` says how many), for pages that somebody
-    waits for. It must not look at the memory that it fills. It may be cancelled when that memory is closed.
+    waits for. It must not look at the memory that it fills. It is cancelled when that memory is closed, which waits for
+    it: a thread of `trio.to_thread.run_sync` that may take long wants ``abandon_on_cancel=True``.
     """
 
     @property
