@@ -23,7 +23,7 @@ BUILT_FROM := pyproject.toml CMakeLists.txt tools/setup.sh \
 B := build/$(notdir $(CC))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format stub check-c sanitize fuzz fuzz-replay check-python bench wheel clean
+.PHONY: help setup demo test lint format stub check-c sanitize fuzz fuzz-replay check-python bench soak wheel clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-16s%s\n", $$1, $$2 }'
@@ -94,6 +94,10 @@ check-python: setup ## pytest
 
 bench: setup ## measure fault latency, throughput and memory against their floors, medians of five
 	$(BIN)/postcopy bench
+
+SECONDS ?= 600
+soak: setup ## migrate over a network that is cut several times a second, for SECONDS (600); every page is verified
+	$(BIN)/python -m postcopy.testing.soak --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 wheel: setup ## build the abi3 wheel into dist/
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .

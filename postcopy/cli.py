@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import logging
 import math
+import secrets
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -35,6 +36,9 @@ from postcopy.migration.channels import parse_address
 from postcopy.migration.protocol import MAX_BULK_CHANNELS, one_line
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS, SourceOptions
 from postcopy.progress import LogHandler, Output, make_output
+from postcopy.testing import ChaosPlan
+from postcopy.testing.chaos import KINDS as CHAOS_KINDS
+from postcopy.testing.command import ChaosCommand
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
@@ -196,9 +200,25 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--migrate-after", type=_seconds, default=1.0, metavar="SECONDS")
     _add_after_arguments(demo, run_for=2.0)
     demo.add_argument(
+        "--chaos", metavar="PLAN",
+        help=f"a bad network between the two: {', '.join(CHAOS_KINDS)}; or more exactly, as cut:every=0.1..0.5,down=0.2"
+        " (docs/chaos.md); --seed repeats it",
+    )  # fmt: skip
+    demo.add_argument(
         "--deadline", type=_seconds, default=300.0, metavar="SECONDS", help="give up after so long (default 300)"
     )
     _add_output_arguments(demo)
+
+    chaos = commands.add_parser(
+        "chaos", help="a bad network between two programs, to try them with", allow_abbrev=False
+    )
+    chaos.add_argument("plan", metavar="PLAN", nargs="?", default="cut", help=f"{', '.join(CHAOS_KINDS)} (default cut)")
+    chaos.add_argument("--listen", metavar="HOST:PORT", required=True, help="where the one side connects; port 0: any")
+    chaos.add_argument("--to", metavar="HOST:PORT", required=True, help="where the other side listens")
+    chaos.add_argument(
+        "--seed", type=_whole(0, 2**64 - 1), metavar="N", help="repeats what was drawn (default: random)"
+    )
+    _add_output_arguments(chaos)
 
     bench = commands.add_parser(
         "bench", help="measure, each figure against its floor in the same run", allow_abbrev=False
@@ -236,6 +256,14 @@ def machine_options(args: argparse.Namespace) -> MachineOptions:
 def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Event], Awaitable[bool]]:
     if args.command == "demo":
         return DemoCommand(args, output).run
+    if args.command == "chaos":
+        seed = args.seed if args.seed is not None else secrets.randbits(32)
+        return ChaosCommand(
+            ChaosPlan.parse(args.plan, seed),
+            output,
+            listen=parse_address(args.listen, listening=True),
+            target=parse_address(args.to),
+        ).run
     listen = parse_address(args.listen, listening=True) if args.listen is not None else None
     connect = parse_address(args.connect) if args.connect is not None else None
     if args.command == "source":

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import secrets
 import sys
 import tempfile
 from collections import deque
@@ -29,11 +30,14 @@ from postcopy._errors import ConfigurationError, MigrationError, PostcopyError
 from postcopy.memory import format_size
 from postcopy.migration._session import first_error
 from postcopy.progress import Output
+from postcopy.testing import ChaosPlan, open_chaos_proxy
 
 Json = dict[str, Any]
 END_S = 15.0  # for a child to end in order
 MAX_LINE_BYTES = 1 << 20
 MIN_IMAGE_BYTES = 1 << 20
+CHAOS_SECONDS = 6  # that the push of all memory takes where connections are to be cut meanwhile
+MIN_CHAOS_BANDWIDTH = 2 << 20
 
 
 class _Child:
@@ -48,6 +52,7 @@ class _Child:
         self.stderr: deque[str] = deque(maxlen=50)
         self.process: trio.Process | None = None
         self.address_known = trio.Event()
+        self.committed = trio.Event()  # behind the point of no return, as far as it has said
 
     async def run(self, output: Output, done: trio.Event) -> None:
         command = [sys.executable, "-m", "postcopy", *self.arguments]
@@ -76,6 +81,7 @@ class _Child:
             await process.stdout.aclose()
             await process.stderr.aclose()
             self.address_known.set()
+            self.committed.set()
             done.set()
 
     def _take(self, line: str, output: Output) -> None:
@@ -92,6 +98,8 @@ class _Child:
             self.address_known.set()
         elif event == "progress":
             self.progress = message
+            if message["status"].startswith("postcopy"):
+                self.committed.set()
             output.emit("progress", message)
         output.kick()
 
@@ -129,6 +137,15 @@ class DemoCommand:
             args.vcpus = 2
         if args.machine == "kvm" and args.workload is None:
             args.workload = "random"
+        self._chaos: ChaosPlan | None = None
+        if args.chaos is not None:
+            seed = args.seed if args.seed is not None else secrets.randbits(32)
+            self._chaos = ChaosPlan.parse(args.chaos, seed)
+            if args.machine == "image":
+                args.seed = None  # an image has no use for one
+            if self._chaos.cut_every_s is not None and not args.max_bandwidth:
+                # Slow enough that there is something to cut.
+                args.max_bandwidth = max(MIN_CHAOS_BANDWIDTH, (args.memory or 0) // CHAOS_SECONDS)
         if args.machine == "image" and args.image is None:
             args.memory = args.memory or 256 << 20
             if args.memory < MIN_IMAGE_BYTES:
@@ -178,16 +195,30 @@ class DemoCommand:
             await dest.address_known.wait()
             if dest.listening is None:
                 raise MigrationError(f"the destination did not start: {dest.last_error}")
-            source.arguments = self._source_arguments(dest.listening)
-            nursery.start_soon(source.run, self._output, source_done)
-            # Whichever ends first with an error ends it all; the other one would wait for it.
-            async with trio.open_nursery() as waiting:
-                for child, done in ((source, source_done), (dest, dest_done)):
-                    waiting.start_soon(_good_end, child, done)
+            async with self._cable(dest.listening, source) as (address, chaos):
+                source.arguments = self._source_arguments(address)
+                nursery.start_soon(source.run, self._output, source_done)
+                # Whichever ends first with an error ends it all; the other one would wait for it.
+                async with trio.open_nursery() as waiting:
+                    for child, done in ((source, source_done), (dest, dest_done)):
+                        waiting.start_soon(_good_end, child, done)
             nursery.cancel_scope.cancel()
         assert source.result is not None
         assert dest.result is not None
-        return merge(source.result, dest.result)
+        return merge(source.result, dest.result) | chaos
+
+    @asynccontextmanager
+    async def _cable(self, address: str, source: _Child) -> AsyncIterator[tuple[str, Json]]:
+        """Where the source is to connect, and what there will be to say about the network afterwards."""
+        if self._chaos is None:
+            yield address, {}
+            return
+        said: Json = {"plan": self._args.chaos, "seed": self._chaos.seed}
+        # Nothing is cut before the point of no return: that would only keep the machine where it is.
+        async with open_chaos_proxy(address, self._chaos, begin=source.committed) as proxy:
+            yield str(proxy.address), {"chaos": said}
+            statistics = proxy.statistics
+            said |= {"connections": statistics.connections, "refused": statistics.refused, "cuts": statistics.by_way}
 
     def _progress(self, source: _Child, dest: _Child) -> Json:
         # What matters is at the source until the machine is not there any more.
@@ -245,6 +276,12 @@ class DemoCommand:
         if latency.get("count"):
             numbers = ", ".join(f"{name} {latency[name]:g} us" for name in ("p50", "p99", "max"))
             table.add_row("demand fault", numbers)
+        if result.get("recoveries", {}).get("count"):
+            told = result["recoveries"]
+            table.add_row("recoveries", f"{told['count']}, the longest took {told['max-ms']:g} ms")
+        if chaos := result.get("chaos"):
+            cuts = ", ".join(f"{count} by {way}" for way, count in chaos.get("cuts", {}).items())
+            table.add_row("network", f"{chaos['plan']}, seed {chaos['seed']}: {cuts or 'nothing was cut'}")
         if result.get("blocktime-ms"):
             table.add_row("blocked, by vCPU", ", ".join(f"{ms:g} ms" for ms in result["blocktime-ms"]))
         table.add_row("verified", {True: "yes", False: "NO"}.get(result["verified"], "was not asked for"))
@@ -281,7 +318,7 @@ def merge(source: Json, dest: Json) -> Json:
     completed = source["status"] == dest["status"] == "completed"
     status = "completed" if completed else next(s for s in (dest["status"], source["status"]) if s != "completed")
     result: Json = {"status": status, "machine": dest.get("machine") or source.get("machine")}
-    for name in ("downtime-ms", "total-ms", "ram", "fault-latency-us", "blocktime-ms", "dump"):
+    for name in ("downtime-ms", "total-ms", "ram", "fault-latency-us", "blocktime-ms", "recoveries", "dump"):
         result[name] = dest.get(name)
     asked = dest.get("verified") is not None
     good = all(item["ok"] for item in verification)

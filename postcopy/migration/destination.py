@@ -170,7 +170,8 @@ class DestinationMigration:
         with self._stack:
             await self._connected(self._link, self._receive, stop)
             await self._recover(stop)
-        self._protocol.give_up(str(self.failure))
+        if self._protocol.give_up(str(self.failure)) is State.COMPLETED:
+            self.failure = None  # every page is here: whether the source has heard of it changes nothing
         self.over = True
         self._on_change()
         if self.state is State.PAUSED:

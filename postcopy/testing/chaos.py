@@ -214,11 +214,14 @@ class _Connection:
 class ChaosProxy:
     """Made by `open_chaos_proxy`. `address` is where to connect. Used from the Trio thread that made it."""
 
-    def __init__(self, listeners: list[trio.SocketListener], target: Address, plan: ChaosPlan, log: Log) -> None:
+    def __init__(
+        self, listeners: list[trio.SocketListener], target: Address, plan: ChaosPlan, begin: trio.Event | None, log: Log
+    ) -> None:
         self.plan = plan
         self.statistics = Statistics()
         self._listeners = listeners
         self._target = target
+        self._begin = begin
         self._log = log
         self._connections: set[_Connection] = set()
         self._random = random.Random(plan.seed)
@@ -283,6 +286,8 @@ class ChaosProxy:
                 nursery.start_soon(self._cut_again_and_again, self.plan.cut_every_s)
 
     async def _cut_again_and_again(self, every_s: tuple[float, float]) -> None:
+        if self._begin is not None:
+            await self._begin.wait()
         while True:
             await trio.sleep(self._random.uniform(*every_s))
             way, down_s = self._random.choice(self.plan.ways), self._random.uniform(*self.plan.down_s)
@@ -362,16 +367,18 @@ async def open_chaos_proxy(
     plan: ChaosPlan | None = None,
     *,
     listen: Address | str = "127.0.0.1:0",
+    begin: trio.Event | None = None,
     log: Log = lambda event, fields: None,
 ) -> AsyncIterator[ChaosProxy]:
     """A proxy to `target` that serves as long as the block lasts; `OSError` when it cannot listen there.
 
-    `log` is called with what it does: a word, and fields.
+    It cuts nothing by itself before `begin` is set, where one is given. `log` is called with what it does: a word, and
+    fields.
     """
     where = parse_address(listen, listening=True) if isinstance(listen, str) else listen
     there = parse_address(target) if isinstance(target, str) else target
     listeners = await trio.open_tcp_listeners(where.port, host=where.host or None)
-    proxy = ChaosProxy(listeners, there, plan or ChaosPlan(), log)
+    proxy = ChaosProxy(listeners, there, plan or ChaosPlan(), begin, log)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(proxy.serve)

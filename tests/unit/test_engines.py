@@ -545,6 +545,32 @@ async def test_lost_and_found(times: int) -> None:
     assert pair.machine.resumed == 0
 
 
+async def test_complete_that_nobody_hears(autojump_clock: MockClock) -> None:
+    """A machine that has every page does not depend on its source any more, whatever that knows."""
+    autojump_clock.autojump_threshold = 0.05
+    async with running(make_pair()) as pair:
+        pair.go.set()
+        await pair.until(lambda: pair.source.state is State.POSTCOPY)
+        pair.pager.channel.tell(EventType.CHANNEL_DOWN, ChannelKind.URGENT, 0, "reset")
+        pair.pager.channel.tell(EventType.COMPLETE)
+        await pair.until(lambda: pair.source.status == pair.dest.status == "postcopy-paused")
+        pair.stop_source.set()
+        pair.meeting.open.set()  # and nobody there
+
+        async def complete() -> None:
+            peer = Peer(await pair.meeting.join())
+            await peer.read(p.Recover)
+            await peer.say(p.Recovered())
+            await peer.read(p.Complete)
+            pair.meeting.open = trio.Event()
+            await trio.aclose_forcefully(peer.stream)
+
+        await complete()
+    assert pair.dest.state is State.COMPLETED
+    assert pair.dest.failure is None
+    assert pair.twin.state is MachineState.RUNNING
+
+
 async def test_complete_while_the_network_is_away() -> None:
     """The last page came with the cut: the destination has nothing to wait for but to say so."""
     async with running(make_pair()) as pair:

@@ -4,6 +4,8 @@ once the network stays up, the migration comes to its end."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -159,7 +161,7 @@ class TwoHosts(RuleBasedStateMachine):
 
     def go_well(self) -> None:
         """Everything arrives, then each side takes its next step."""
-        steps = {
+        steps: dict[tuple[SourceProtocol | DestinationProtocol, State], Callable[[], None]] = {
             (self.source, State.SETUP): self.offer,
             (self.dest, State.OFFERED): lambda: self.answer(1),
             (self.dest, State.CHANNELS): self.ready,
