@@ -38,9 +38,11 @@
  * -----
  * shard->lock guards what other threads share with a fault thread: its ranges, the faults it waits for, its
  * histograms, the channel that is handed to it. It is never held over a system call that can wait for the machine or the
- * network. The registry of blocks and shards only grows, and is published with release stores.
+ * network. The registry of blocks and shards only grows, and is published with release stores. watch_lock guards who waits
+ * for ranges of pages; no other lock is held with it.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -63,7 +65,7 @@
 #define RECEIVE_BYTES (PC_FRAME_HEADER_BYTES + PC_FRAME_MAX_PAYLOAD_BYTES)
 #define SMALL_RECEIVE_BYTES (64 * 1024)
 #define FILL_WINDOW 128 /* requests for missing pages that may be under way without a fault */
-#define FILL_REQUEST (UINT32_C(1) << 31) /* in a request id: nobody waits for it; the answer brings the bit back */
+#define FILL_REQUEST ((uint32_t)PC_PAGER_REQUEST_AHEAD) /* nobody waits for it; the answer brings the bit back */
 #define MAX_SEGMENTS 64
 
 struct segment { /* part of a block guarded by one shard */
@@ -93,6 +95,18 @@ struct pending { /* a thread of the machine that waits */
     int slot; /* -1: not a tracked thread */
 };
 
+struct wish { /* pages of a block that are to be asked for ahead of any fault */
+    uint64_t page, end;
+    uint32_t block;
+};
+
+struct watch { /* somebody waits for all pages of a range; those below `page` are known */
+    uint64_t page, end;
+    int64_t ticket;
+    uint32_t block;
+    int fd;
+};
+
 struct shard {
     struct pc_pager *pager;
     uint32_t index;
@@ -113,6 +127,8 @@ struct shard {
     bool has_next, want_disconnect, stop;
     bool connected;
     uint64_t fill_limit;
+    struct wish *wishes;
+    size_t wish_count, wish_capacity;
 
     /* The fault thread's own. */
     struct pc_stream stream;
@@ -123,6 +139,7 @@ struct shard {
     uint32_t next_request;
     uint32_t fill_range;
     uint64_t fill_page, fill_under_way, fill_left;
+    size_t wish_turn;
 };
 
 struct bulk {
@@ -146,6 +163,10 @@ struct pc_pager {
     size_t zero_page_bytes;
     int32_t tids[PC_MAX_TRACKED_THREADS];
     uint64_t blocked_ns[PC_MAX_TRACKED_THREADS];
+    pthread_mutex_t watch_lock;
+    struct watch *watches;
+    size_t watch_count, watch_capacity; /* the count is read without the lock */
+    int64_t last_ticket;
     uint64_t missing; /* pages not known; COMPLETE is announced by who takes the last one */
     uint32_t completed;
     struct pc_pager_stats count; /* only its counters, each by atomic add */
@@ -199,6 +220,19 @@ static void clear_range(uint64_t *words, uint64_t first, uint64_t count)
         (void)__atomic_fetch_and(&words[word], ~word_mask(word, first, count), __ATOMIC_SEQ_CST);
 }
 
+/* The first page of [page, end) that is in neither map; `end` when there is none. */
+static uint64_t next_in_neither(const uint64_t *one, const uint64_t *other, uint64_t page, uint64_t end)
+{
+    for (uint64_t word = page / 64; page < end; page = ++word * 64) {
+        uint64_t taken = __atomic_load_n(&one[word], __ATOMIC_SEQ_CST) | __atomic_load_n(&other[word], __ATOMIC_SEQ_CST);
+        uint64_t left = ~taken & word_mask(word, page, end - page);
+
+        if (left)
+            return word * 64 + (uint64_t)__builtin_ctzll(left);
+    }
+    return end;
+}
+
 /* ---- placing ------------------------------------------------------------------------------------------------------ */
 
 static uint64_t page_address(const struct block *block, uint64_t page)
@@ -230,8 +264,38 @@ static struct shard *find_shard(struct pc_pager *pager, const struct block *bloc
     return NULL;
 }
 
+static void end_watch(struct pc_pager *pager, size_t index)
+{
+    close(pager->watches[index].fd);
+    pager->watches[index] = pager->watches[pager->watch_count - 1];
+    __atomic_store_n(&pager->watch_count, pager->watch_count - 1, __ATOMIC_SEQ_CST);
+}
+
+/* Pages have become known: tells those who waited for the last one of their range. Whoever begins to watch first counts
+ * itself, then looks at `known`; here it is the other way round, so that one of the two sees the other. */
+static void tell_watches(struct pc_pager *pager)
+{
+    if (!__atomic_load_n(&pager->watch_count, __ATOMIC_SEQ_CST))
+        return;
+    pthread_mutex_lock(&pager->watch_lock);
+    for (size_t i = pager->watch_count; i-- > 0;) {
+        struct watch *watch = &pager->watches[i];
+        const uint64_t *known = pager->blocks[watch->block]->known;
+        uint64_t one = 1;
+
+        watch->page = next_in_neither(known, known, watch->page, watch->end);
+        if (watch->page == watch->end) {
+            (void)!write(watch->fd, &one, sizeof(one));
+            end_watch(pager, i);
+        }
+    }
+    pthread_mutex_unlock(&pager->watch_lock);
+}
+
 static void no_longer_missing(struct pc_pager *pager, uint64_t pages)
 {
+    if (pages)
+        tell_watches(pager);
     if (pages && __atomic_sub_fetch(&pager->missing, pages, __ATOMIC_SEQ_CST) == 0 &&
         !__atomic_exchange_n(&pager->completed, 1, __ATOMIC_SEQ_CST))
         pc_events_push(&pager->events, PC_EVENT_COMPLETE, 0, 0, 0, "every page is here");
@@ -744,11 +808,64 @@ static void receive_frames(struct shard *shard)
         close_stream(shard, error, text[0] ? text : strerror(-error));
 }
 
+/* False: no memory. Under the lock. */
+static bool add_wish(struct shard *shard, uint32_t block, uint64_t page, uint64_t end)
+{
+    if (shard->wish_count) {
+        struct wish *last = &shard->wishes[shard->wish_count - 1];
+
+        if (last->block == block && last->page <= page && page <= last->end) {
+            if (last->end < end)
+                last->end = end;
+            return true;
+        }
+    }
+    if (shard->wish_count == shard->wish_capacity) {
+        size_t capacity = shard->wish_capacity ? shard->wish_capacity * 2 : 16;
+        struct wish *larger = realloc(shard->wishes, capacity * sizeof(*larger));
+
+        if (!larger)
+            return false;
+        shard->wishes = larger;
+        shard->wish_capacity = capacity;
+    }
+    shard->wishes[shard->wish_count++] = (struct wish){.page = page, .end = end, .block = block};
+    return true;
+}
+
+/* A page that somebody wished for and nobody has asked for. One page of each wish in turn: a small one must not wait for a
+ * large one that came before. False when there is none. */
+static bool take_wish(struct shard *shard, uint32_t *index, uint64_t *page)
+{
+    bool found = false;
+
+    pthread_mutex_lock(&shard->lock);
+    while (shard->wish_count && !found) {
+        struct wish *wish = &shard->wishes[++shard->wish_turn % shard->wish_count];
+        const struct block *block = shard->pager->blocks[wish->block];
+
+        *index = wish->block;
+        *page = next_in_neither(block->claimed, block->requested, wish->page, wish->end);
+        found = *page < wish->end && !test_and_set_bit(block->requested, *page);
+        wish->page = *page + 1;
+        if (wish->page >= wish->end)
+            *wish = shard->wishes[--shard->wish_count];
+    }
+    pthread_mutex_unlock(&shard->lock);
+    return found;
+}
+
 /* Requests pages that nobody waits for, a window at a time, so that a fault never stands behind more than a window. */
 static void fill(struct shard *shard)
 {
     struct pc_pager *pager = shard->pager;
+    uint32_t index;
+    uint64_t wished;
 
+    while (shard->stream.fd >= 0 && shard->fill_under_way < FILL_WINDOW && take_wish(shard, &index, &wished)) {
+        queue_request(shard, index, wished, FILL_REQUEST);
+        shard->fill_under_way++;
+    }
     /* Without a channel nothing: what cannot be sent now must not be marked as requested. */
     while (shard->stream.fd >= 0 && shard->fill_left && shard->fill_under_way < FILL_WINDOW) {
         struct range range;
@@ -779,7 +896,7 @@ static void fill(struct shard *shard)
     }
 }
 
-/* Takes the mark `requested` from the pages of a range that no thread waits for. Under the lock. */
+/* Takes the mark `requested` from the pages of a range that no thread waits for, and wishes for them. Under the lock. */
 static void forget_requests(struct shard *shard, const struct range *range)
 {
     struct block *block = shard->pager->blocks[range->block];
@@ -793,8 +910,11 @@ static void forget_requests(struct shard *shard, const struct range *range)
         for (; lost; lost &= lost - 1) {
             uint64_t page = word * 64 + (uint64_t)__builtin_ctzll(lost);
 
-            if (!waited_for(shard, range->block, page))
-                clear_range(block->requested, page, 1);
+            if (waited_for(shard, range->block, page))
+                continue;
+            clear_range(block->requested, page, 1);
+            if (!add_wish(shard, range->block, page, page + 1))
+                shard->fill_left++; /* without memory for the wish: any missing page instead of this one */
         }
     }
 }
@@ -818,10 +938,9 @@ static void adopt_stream(struct shard *shard)
             fault->sent_ns = fault->event_ns;
         }
     }
-    /* Whatever else was asked for on the old channel nobody waits for: it is free to be asked for again. */
+    /* Whatever else was asked for on the old channel nobody waits for: it is asked for again, but after those. */
     for (uint32_t i = 0; i < shard->range_count; i++)
         forget_requests(shard, &shard->ranges[i]);
-    shard->fill_left += shard->fill_under_way;
     shard->fill_under_way = 0;
     shard->fill_range = 0;
     shard->fill_page = 0;
@@ -960,6 +1079,7 @@ int pc_pager_new(struct pc_pager **out)
         return error;
     }
     pthread_mutex_init(&pager->lock, NULL);
+    pthread_mutex_init(&pager->watch_lock, NULL);
     for (uint32_t i = 0; i < PC_MAX_BULK_CHANNELS; i++) {
         pager->bulks[i].pager = pager;
         pager->bulks[i].index = i;
@@ -1068,6 +1188,7 @@ static void free_shard(struct shard *shard)
     pc_buffer_free(shard->receive, RECEIVE_BYTES);
     free(shard->send);
     free(shard->pending);
+    free(shard->wishes);
     free(shard->ranges);
     pthread_cond_destroy(&shard->changed);
     pthread_mutex_destroy(&shard->lock);
@@ -1294,6 +1415,91 @@ int64_t pc_pager_request_missing(struct pc_pager *pager, uint64_t limit)
     return (int64_t)(missing < limit ? missing : limit);
 }
 
+int64_t pc_pager_request_range(struct pc_pager *pager, uint32_t index, uint64_t first_page, uint64_t pages)
+{
+    struct block *block;
+    uint64_t page = first_page, end, missing = 0;
+    bool wished = true;
+
+    if (index >= __atomic_load_n(&pager->block_count, __ATOMIC_ACQUIRE))
+        return -EINVAL;
+    block = pager->blocks[index];
+    if (first_page > block->pages || pages > block->pages - first_page)
+        return -EINVAL;
+    end = first_page + pages;
+    for (uint64_t word = page / 64; word * 64 < end && pages; word++)
+        missing += (uint64_t)__builtin_popcountll(~__atomic_load_n(&block->known[word], __ATOMIC_SEQ_CST) &
+                                                  word_mask(word, first_page, pages));
+    while (missing && (page = next_in_neither(block->claimed, block->requested, page, end)) < end) {
+        uint64_t part = end - page;
+        struct shard *shard = find_shard(pager, block, page, &part);
+
+        if (!shard) { /* not armed */
+            page++;
+            continue;
+        }
+        pthread_mutex_lock(&shard->lock);
+        wished = add_wish(shard, index, page, page + part) && wished;
+        pthread_mutex_unlock(&shard->lock);
+        poke(shard);
+        page += part;
+    }
+    return wished ? (int64_t)missing : -ENOMEM;
+}
+
+int64_t pc_pager_watch(struct pc_pager *pager, uint32_t block, uint64_t first_page, uint64_t pages, int event_fd)
+{
+    const uint64_t *known;
+    struct watch *watch;
+    int64_t ticket = -ENOMEM;
+    int fd;
+
+    if (block >= __atomic_load_n(&pager->block_count, __ATOMIC_ACQUIRE) || first_page > pager->blocks[block]->pages ||
+        pages > pager->blocks[block]->pages - first_page)
+        return -EINVAL;
+    fd = fcntl(event_fd, F_DUPFD_CLOEXEC, 0);
+    if (fd < 0)
+        return -errno;
+    pthread_mutex_lock(&pager->watch_lock);
+    if (pager->watch_count == pager->watch_capacity) {
+        size_t capacity = pager->watch_capacity ? pager->watch_capacity * 2 : 16;
+        struct watch *larger = realloc(pager->watches, capacity * sizeof(*larger));
+
+        if (larger) {
+            pager->watches = larger;
+            pager->watch_capacity = capacity;
+        }
+    }
+    if (pager->watch_count < pager->watch_capacity) {
+        known = pager->blocks[block]->known;
+        watch = &pager->watches[pager->watch_count];
+        *watch = (struct watch){.page = first_page, .end = first_page + pages, .block = block, .fd = fd};
+        __atomic_store_n(&pager->watch_count, pager->watch_count + 1, __ATOMIC_SEQ_CST);
+        watch->page = next_in_neither(known, known, watch->page, watch->end);
+        if (watch->page == watch->end) {
+            ticket = 0;
+            end_watch(pager, pager->watch_count - 1);
+        } else {
+            ticket = watch->ticket = ++pager->last_ticket;
+        }
+    } else {
+        close(fd);
+    }
+    pthread_mutex_unlock(&pager->watch_lock);
+    return ticket;
+}
+
+void pc_pager_unwatch(struct pc_pager *pager, int64_t ticket)
+{
+    pthread_mutex_lock(&pager->watch_lock);
+    for (size_t i = 0; i < pager->watch_count; i++)
+        if (pager->watches[i].ticket == ticket) {
+            end_watch(pager, i);
+            break;
+        }
+    pthread_mutex_unlock(&pager->watch_lock);
+}
+
 int pc_pager_event_fd(struct pc_pager *pager)
 {
     return pager->events.fd;
@@ -1497,6 +1703,10 @@ int pc_pager_free(struct pc_pager *pager)
         free_block(pager->blocks[i]);
     pc_buffer_free(pager->zero_page, pager->zero_page_bytes);
     pc_events_destroy(&pager->events);
+    for (size_t i = pager->watch_count; i-- > 0;)
+        close(pager->watches[i].fd);
+    free(pager->watches);
+    pthread_mutex_destroy(&pager->watch_lock);
     pthread_mutex_destroy(&pager->lock);
     free(pager);
     return 0;

@@ -3,15 +3,29 @@
 
 The parts can be used alone: `postcopy.memory` and `postcopy.uffd` for memory that is filled on demand,
 `postcopy.pager` and `postcopy.pageserver` for an engine that brings it over a network, `postcopy.migration` for a
-machine as a whole.
+machine as a whole. `attach`, `serve` and `attach_source` (`postcopy.lazy`) are lazily mapped memory for Python.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from ._native import ffi as _ffi
 from ._native import lib as _lib
+
+if TYPE_CHECKING:
+    from postcopy.lazy import LazyMemory, PageSource, SourceBlock, attach, attach_source, serve
 
 # From the core, which CMake tells it: reading the metadata of an installed package costs two megabytes.
 __version__ = _ffi.string(_lib.pc_version()).decode()
 
-__all__ = ["__version__"]
+__all__ = ["LazyMemory", "PageSource", "SourceBlock", "__version__", "attach", "attach_source", "serve"]
+
+
+def __getattr__(name: str) -> Any:
+    # Only when asked for: a command that needs none of it should not pay for the import.
+    if name in __all__:
+        from postcopy import lazy
+
+        return getattr(lazy, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -156,6 +156,23 @@ class Pager:
         """Asks, on the urgent channels, for up to `limit` pages that are missing and were not asked for; how many."""
         return check(lib.pc_pager_request_missing(self._alive(), limit), "requesting missing pages")
 
+    def request_range(self, block: int, first_page: int, pages: int) -> int:
+        """Asks, on the urgent channels, for the pages of a range that are missing and were not asked for, a window at a
+        time beside what threads wait for; how many of the range are not there yet."""
+        self._check_range(block, first_page, pages)
+        return check(lib.pc_pager_request_range(self._alive(), block, first_page, pages), "requesting pages")
+
+    def watch(self, block: int, first_page: int, pages: int, event_fd: int) -> int:
+        """Has 1 added to an eventfd, once, when every page of a range is there; requests nothing. A ticket for
+        `unwatch`, or 0 when they are there already and nothing will be written. The descriptor stays the caller's."""
+        self._check_range(block, first_page, pages)
+        return check(lib.pc_pager_watch(self._alive(), block, first_page, pages, event_fd), "watching pages")
+
+    def unwatch(self, ticket: int) -> None:
+        """Nothing is written any more from here on. Harmless when it was written already, or the pager is closed."""
+        if self._pager is not None:
+            lib.pc_pager_unwatch(self._pager, ticket)
+
     def statistics(self) -> PagerStatistics:
         """Counters, each exact, but not of one instant."""
         stats: Any = ffi.new("struct pc_pager_stats *")
@@ -256,6 +273,11 @@ class Pager:
         if not 0 <= block < len(self._blocks):
             raise IndexError(f"there is no RAM block {block}")
         return self._blocks[block]
+
+    def _check_range(self, block: int, first_page: int, pages: int) -> None:
+        self._alive()
+        if first_page < 0 or pages < 0 or first_page + pages > self._block(block).pages:
+            raise IndexError(f"RAM block {block} has no pages {first_page} to {first_page + pages}")
 
     def _check_length(self, block: int, bitmap: Bitmap) -> None:
         if len(bitmap) != self._block(block).pages:  # the core would read past its end

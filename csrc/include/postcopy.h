@@ -265,6 +265,16 @@ int pc_pager_attach_bulk(struct pc_pager *pager, uint32_t channel, int fd);
 int pc_pager_track_thread(struct pc_pager *pager, uint32_t slot, int32_t tid);
 /* Requests, through the urgent channels, every page that is still missing and not requested, at most `limit`; how many. */
 int64_t pc_pager_request_missing(struct pc_pager *pager, uint64_t limit);
+/* A request with this bit in its id was made ahead of any fault, by one of these two functions. */
+#define PC_PAGER_REQUEST_AHEAD 0x80000000
+/* Requests those pages of a range that are armed, missing and not requested, a window at a time beside what threads wait for;
+ * sent when there is a channel, and again after a channel was lost. How many pages of the range are not there yet. */
+int64_t pc_pager_request_range(struct pc_pager *pager, uint32_t block, uint64_t first_page, uint64_t pages);
+/* Adds 1 to an eventfd, once, when every page of a range is there; requests nothing. The fd is duplicated and stays the
+ * caller's. A ticket for pc_pager_unwatch, 0 when they are there already (nothing will be written), or -errno. */
+int64_t pc_pager_watch(struct pc_pager *pager, uint32_t block, uint64_t first_page, uint64_t pages, int event_fd);
+/* From its return on nothing is written any more. Harmless for a ticket that is used up. */
+void pc_pager_unwatch(struct pc_pager *pager, int64_t ticket);
 int pc_pager_event_fd(struct pc_pager *pager); /* eventfd: readable when pc_pager_next_event has something */
 int pc_pager_next_event(struct pc_pager *pager, struct pc_event *event); /* 1, or 0 when there is none */
 int pc_pager_stats(struct pc_pager *pager, struct pc_pager_stats *stats);

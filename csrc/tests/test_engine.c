@@ -17,6 +17,7 @@
 #include <sched.h>
 #include <setjmp.h>
 #include <stdatomic.h>
+#include <sys/eventfd.h>
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -1820,6 +1821,178 @@ static void filling_leaves_room_for_faults(void)
     CHECK_EQ(pc_pager_free(rig.pager), 0);
 }
 
+/* ---- ranges ahead of the faults ------------------------------------------------------------------------------------ */
+
+static int new_eventfd(void)
+{
+    return CHECK_SYS(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
+}
+
+static void expect_told(int fd)
+{
+    uint64_t count = 0;
+
+    CHECK(speaks(fd, PATIENCE_MS));
+    CHECK_EQ(read(fd, &count, sizeof(count)), sizeof(count));
+    CHECK_EQ(count, 1);
+}
+
+/* Ranges that overlap, from several threads, beside faults: each page once, and everyone who waits is told. */
+struct ranger {
+    struct rig *rig;
+    uint32_t block;
+    uint64_t first, pages;
+    pthread_t thread;
+};
+
+static void *want_range(void *argument)
+{
+    struct ranger *ranger = argument;
+    struct pc_pager *pager = ranger->rig->pager;
+    uint64_t known[MAX_PAGES / 64];
+    int fd = new_eventfd();
+    int64_t ticket;
+
+    CHECK(pc_pager_request_range(pager, ranger->block, ranger->first, ranger->pages) >= 0);
+    ticket = pc_pager_watch(pager, ranger->block, ranger->first, ranger->pages, fd);
+    CHECK(ticket >= 0);
+    if (ticket)
+        expect_told(fd);
+    CHECK_EQ(pc_pager_received(pager, ranger->block, known), 0);
+    CHECK(pc_bitmap_next(known, ranger->first + ranger->pages, ranger->first, 0) >= ranger->first + ranger->pages);
+    CHECK_EQ(pc_pager_request_range(pager, ranger->block, ranger->first, ranger->pages), 0);
+    CHECK_EQ(pc_pager_watch(pager, ranger->block, ranger->first, ranger->pages, fd), 0);
+    CHECK(!speaks(fd, 0));
+    close(fd);
+    return NULL;
+}
+
+static void ranges(int kind)
+{
+    const uint64_t pages[] = {scaled(kind, 900), scaled(kind, 300)};
+    struct visit *visits = malloc((pages[0] + pages[1]) * sizeof(*visits));
+    struct ranger rangers[12];
+    struct toucher toucher;
+    struct rig rig;
+
+    CHECK(visits != NULL);
+    open_pager(&rig, kind, 2, pages);
+    open_server(&rig, 0);
+    CHECK_EQ(add_shard(&rig, 0), 0);
+    CHECK_EQ(add_shard(&rig, 0), 1);
+    /* A block of two shards: a range may lie on both sides of the border. */
+    arm(&rig, 0, 0, 0, pages[0] / 2);
+    arm(&rig, 1, 0, pages[0] / 2, pages[0] - pages[0] / 2);
+    arm(&rig, 1, 1, 0, pages[1]);
+    CHECK_EQ(pc_pageserver_start(rig.server), 0);
+    for (size_t i = 0; i < 12; i++) {
+        struct ranger *ranger = &rangers[i];
+
+        ranger->rig = &rig;
+        ranger->block = i % 3 == 2;
+        ranger->first = test_below(pages[ranger->block]);
+        ranger->pages = 1 + test_below(pages[ranger->block] - ranger->first);
+        CHECK_EQ(pthread_create(&ranger->thread, NULL, want_range, ranger), 0);
+    }
+    start_toucher(&toucher, &rig, -1, visits, shuffled(&rig, -1, visits));
+    free(visits);
+    connect_urgent(&rig, 0, NULL);
+    connect_urgent(&rig, 1, NULL);
+    for (size_t i = 0; i < 12; i++)
+        CHECK_EQ(pthread_join(rangers[i].thread, NULL), 0);
+    join_toucher(&toucher);
+    EXPECT_EVENT(&rig.from_pager, PC_EVENT_COMPLETE, 0, 0, NULL);
+    CHECK_EQ(pager_stats(&rig).requests, all_pages(&rig));
+    CHECK_EQ(pager_stats(&rig).duplicate_pages, 0);
+    check_content(&rig);
+    close_rig(&rig);
+}
+OF_EACH_KIND(ranges)
+
+/* With the test as the source: what is asked for, how much at a time, in what order, and again after a lost channel. */
+static void ranges_leave_room_for_faults(void)
+{
+    const uint64_t pages[] = {1000};
+    uint8_t asked[1000] = {0};
+    uint64_t count = 0, known = 0;
+    struct toucher toucher;
+    struct pc_frame frame;
+    struct rig rig;
+    int fd, told = new_eventfd();
+    int64_t ticket;
+
+    open_pager(&rig, PC_MEMORY_MEMFD, 1, pages);
+    (void)add_shard(&rig, 0);
+    arm(&rig, 0, 0, 0, 900);
+    CHECK_EQ(pc_pager_request_range(rig.pager, 1, 0, 1), -EINVAL);
+    CHECK_EQ(pc_pager_request_range(rig.pager, 0, 0, 1001), -EINVAL);
+    CHECK_EQ(pc_pager_request_range(rig.pager, 0, 1001, 0), -EINVAL);
+    CHECK_EQ(pc_pager_request_range(rig.pager, 0, UINT64_MAX, 2), -EINVAL);
+    CHECK_EQ(pc_pager_watch(rig.pager, 0, 999, 2, told), -EINVAL);
+    CHECK_EQ(pc_pager_watch(rig.pager, 0, 0, 1, -1), -EBADF);
+    CHECK_EQ(pc_pager_request_range(rig.pager, 0, 1000, 0), 0);
+    CHECK_EQ(pc_pager_watch(rig.pager, 0, 1000, 0, told), 0);
+    CHECK_EQ(pc_pager_request_range(rig.pager, 0, 950, 10), 10); /* not armed: not there, and not to be asked for */
+    CHECK_EQ(pc_pager_request_range(rig.pager, 0, 100, 500), 500); /* no channel yet */
+    CHECK_EQ(pc_pager_request_range(rig.pager, 0, 650, 50), 50);
+    CHECK_EQ(pc_pager_request_range(rig.pager, 0, 300, 400), 400);
+    CHECK_EQ(pc_pager_request_range(rig.pager, 0, 310, 20), 20);
+    ticket = pc_pager_watch(rig.pager, 0, 698, 2, told);
+    CHECK(ticket > 0);
+    pc_pager_unwatch(rig.pager, ticket); /* nobody is told */
+    pc_pager_unwatch(rig.pager, ticket);
+    fd = script_urgent(&rig, 0);
+    while (speaks(fd, SERVED_MS)) {
+        CHECK(receive_frame(fd, &frame));
+        CHECK(frame.request_id & PC_PAGER_REQUEST_AHEAD);
+        CHECK(frame.first_page >= 100 && frame.first_page < 700);
+        CHECK_EQ(frame.pages, 1);
+        CHECK(!asked[frame.first_page]++);
+        count++;
+    }
+    CHECK(count > 1 && count < 300);
+    CHECK(asked[100] && asked[300] && asked[650]); /* none of them waits for the others */
+    /* A fault beside a full window goes at once. */
+    touch_one(&toucher, &rig, 0, 850);
+    CHECK(receive_frame(fd, &frame));
+    CHECK_EQ(frame.first_page, 850);
+    CHECK(!(frame.request_id & PC_PAGER_REQUEST_AHEAD));
+    /* The channel is lost: the fault first, then all of the ranges, each page once. */
+    close(fd);
+    EXPECT_EVENT(&rig.from_pager, PC_EVENT_CHANNEL_DOWN, PC_CHANNEL_URGENT, 0, NULL);
+    memset(asked, 0, sizeof(asked));
+    fd = script_urgent(&rig, 0);
+    CHECK(receive_frame(fd, &frame));
+    CHECK_EQ(frame.first_page, 850);
+    serve_page(&rig, fd, 0, 850);
+    join_toucher(&toucher);
+    ticket = pc_pager_watch(rig.pager, 0, 100, 600, told);
+    CHECK(ticket > 0);
+    while (known < 600) {
+        uint8_t *content = malloc(rig.page_bytes);
+
+        CHECK(content != NULL);
+        CHECK(!speaks(told, 0));
+        CHECK(receive_frame(fd, &frame));
+        CHECK(frame.first_page >= 100 && frame.first_page < 700);
+        CHECK(!asked[frame.first_page]++);
+        frame.flags = PC_FRAME_DEMAND;
+        make_page(0, frame.first_page, rig.page_bytes, content);
+        frame.type = content_of(0, frame.first_page) == DATA ? PC_FRAME_PAGES : PC_FRAME_ZERO;
+        CHECK(send_frame(fd, frame, content, frame.type == PC_FRAME_PAGES ? rig.page_bytes : 0));
+        free(content);
+        known++;
+    }
+    expect_told(told);
+    CHECK(!speaks(fd, SERVED_MS));
+    ticket = pc_pager_watch(rig.pager, 0, 0, 1000, told); /* left behind */
+    CHECK(ticket > 0);
+    close(fd);
+    CHECK_EQ(pc_pager_free(rig.pager), 0);
+    CHECK(!speaks(told, 0));
+    close(told);
+}
+
 /* ---- an end with pages missing ------------------------------------------------------------------------------------ */
 
 static _Thread_local sigjmp_buf after_sigbus;
@@ -2694,6 +2867,8 @@ int main(int argc, char **argv)
     RUN_KINDS(kernel_paths);
     RUN_KINDS(request_missing);
     RUN_CASE(filling_leaves_room_for_faults);
+    RUN_KINDS(ranges);
+    RUN_CASE(ranges_leave_room_for_faults);
     RUN_KINDS(free_with_pages_missing);
     RUN_CASE(server_refuses_nonsense);
     RUN_CASE(ten_thousand_requests_at_once);

@@ -97,6 +97,7 @@ class DestinationMigration:
         self.peer = link.peer
         self.failure: PostcopyError | None = None
         self.paused = trio.Event()  # set when the source was lost after `commit`, the first time
+        self.over = False  # there is no connection, and none is waited for
         self.recoveries = Recoveries()
         self.machine_failure = ""  # what the guest, or its vCPUs, found wrong here
         self.at_switchover: MachineStatistics | None = None
@@ -117,6 +118,7 @@ class DestinationMigration:
         self._protocol = DestinationProtocol()
         self._pager: Pager | None = None
         self._offer: Offer | None = None
+        self._refusal: PostcopyError | None = None
         self._last_figures = Figures()
         self._machine_made = trio.Event()
         self._all_here = trio.Event()
@@ -172,6 +174,7 @@ class DestinationMigration:
             await self._recover(stop)
         if self._protocol.give_up(str(self.failure)) is State.COMPLETED:
             self.failure = None  # every page is here: whether the source has heard of it changes nothing
+        self.over = True
         self._on_change()
         if self.state is not State.PAUSED or stop.is_set():
             return
@@ -213,7 +216,8 @@ class DestinationMigration:
         try:
             await scope.run(main, control.run, *watchers)
             if self.state is not State.COMPLETED:
-                self.failure = scope.failure or Interrupted("interrupted at the destination")
+                # A refusal of ours first: the source may hang up, and be heard, before its sending has returned.
+                self.failure = self._refusal or scope.failure or Interrupted("interrupted at the destination")
         except BaseException:
             self.failure = Interrupted("ended at the destination")
             raise
@@ -301,6 +305,7 @@ class DestinationMigration:
         try:
             machine, pager = self._take_offer(offer)
         except PostcopyError as error:
+            self._refusal = error
             await control.send(protocol.send_reject(str(error)))
             raise
         units = tuple(block.memory.page_bytes for block in machine.blocks)

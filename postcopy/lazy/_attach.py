@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of another host, and of a page source, mapped here.
+
+`attach` is a migration of a machine without a CPU, seen from its end: the same protocol, the same engine
+(`migration.destination`), the same pager in C on the path of a fault. Two things differ. Unless the caller wants it,
+the source's background push is *held*: its connections are made, since the protocol has them, but nobody reads from
+them, and TCP makes the source wait. And the memory outlives machine and engine for as long as somebody looks at it.
+
+`attach_source` has the same pager on one end of a socket pair and `_bridge.Bridge` on the other, where a Python
+coroutine answers instead of a page server.
+
+Resource handling: everything belongs to the ``async with`` block and is closed with it, in the order that faults allow:
+no new views, tasks, engine, pager; the mapping itself goes with the last view of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import trio
+
+from postcopy._errors import ConfigurationError, PeerError, PostcopyError
+from postcopy._fd import FdHolder
+from postcopy.machines import BlockLayout, Machine
+from postcopy.machines.base import CLOSE_TIMEOUT_S
+from postcopy.machines.image import ImageMachine
+from postcopy.memory import Memory, page_bytes_of
+from postcopy.migration.channels import Address, CallingLink, parse_address
+from postcopy.migration.destination import DestinationMigration
+from postcopy.migration.protocol import State
+from postcopy.pager import EventType, Pager
+from postcopy.uffd import How
+
+from ._bridge import Bridge
+from ._memory import LazyMemory
+from ._source import PageSource, check_layout
+from ._tasks import background_tasks
+
+log = logging.getLogger(__name__)
+
+RECOVER_S = 30.0
+HELD_RECEIVE_BYTES = 4096
+"""What the socket of a held channel may take in: what is pushed there in vain."""
+
+
+class _AttachedImage(ImageMachine):
+    """Does not unmap its memory when it is closed, but lets go of it: the memory goes with its last view."""
+
+    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        if not self._closed.is_set():
+            self._closed.set()
+            # Not left to the end of this object: cancelled tasks leave frames behind that hold it for a while.
+            self._blocks = ()  # type: ignore[assignment]
+            del self._memory
+        await trio.lowlevel.checkpoint()
+
+    @property
+    def memory(self) -> Memory:
+        return self._memory
+
+
+class _HoldingPager(Pager):
+    """Keeps the background push waiting for ever, unless it is wanted."""
+
+    def __init__(self, background: bool) -> None:
+        super().__init__()
+        self._hold = not background
+        self._held: dict[int, FdHolder] = {}
+
+    def attach_bulk(self, channel: int, fd: int) -> None:
+        if not self._hold:
+            super().attach_bulk(channel, fd)
+            return
+        self._held[channel] = FdHolder(fd)
+        with socket.socket(fileno=os.dup(fd)) as held:
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, HELD_RECEIVE_BYTES)
+
+    async def disconnect(self) -> None:
+        self.drop_held()
+        await super().disconnect()
+
+    def drop_held(self) -> None:
+        """Closes them."""
+        for fd in self._held.values():
+            fd.close()
+        self._held.clear()
+
+    async def close(self) -> None:
+        self.drop_held()
+        await super().close()
+
+
+@asynccontextmanager
+async def attach(
+    address: str | Address,
+    *,
+    backing: str = "memfd",
+    background: bool = False,
+    recover_for_s: float = RECOVER_S,
+    how: How | str = How.ANY,
+    busy_poll_us: int = 0,
+) -> AsyncIterator[LazyMemory]:
+    """``async with postcopy.attach("host:7777") as memory``: memory that a remote source serves, mapped here; its pages
+    come when they are touched, prefetched or ensured.
+
+    The source is a ``postcopy source --machine image --image FILE --listen ...`` or a process that runs
+    `postcopy.serve`. `background`: let the source push all of it meanwhile; requested pages overtake that. When every
+    page has come the connection is closed in order and the memory stays.
+
+    `recover_for_s`: a source that cannot be reached any more is looked for so long, while whoever waits for a page goes
+    on waiting; then it is lost. One that says that it does not know us (it was started again) is lost at once.
+
+    `backing` is the kind of memory here (``memfd``, ``anon``, ``hugetlb``), `how` the way to a userfaultfd: with
+    `How.USER_ONLY`, which needs no rights, code may touch missing pages, but a system call that does gets EFAULT.
+
+    Errors on the way in: `ConfigurationError`, `ResourceError`, and `PeerError` or `ProtocolError` when the source
+    cannot be reached or refuses. Afterwards: see `LazyMemory`. Cancellable; closing is shielded and bounded in time.
+    """
+    where = parse_address(address) if isinstance(address, str) else address
+    machines: list[_AttachedImage] = []
+
+    def make_machine(
+        kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout], wanted: str, *, disk: str | None = None
+    ) -> Machine:
+        if kind != ImageMachine.kind:
+            raise ConfigurationError(
+                f"{where}: offers a machine of kind {kind[:40]!r}; only memory can be attached: start the source with"
+                " --machine image, or serve memory with postcopy.serve"
+            )
+        machine = _AttachedImage.for_destination(config, layout, wanted)
+        assert isinstance(machine, _AttachedImage)
+        machines.append(machine)
+        return machine
+
+    memory: LazyMemory | None = None
+    settled = trio.Event()  # attached, or failed
+
+    def changed() -> None:
+        if migration.over or migration.state in (State.POSTCOPY, State.CLOSING, State.COMPLETED):
+            settled.set()
+        if memory is None or not migration.over:
+            return
+        if migration.failure is not None:
+            memory._fail(_lost(where, migration.failure))
+        elif migration.state is State.COMPLETED:
+            memory._completed()
+            pager.drop_held()
+
+    pager = _HoldingPager(background)
+    try:
+        migration = DestinationMigration(
+            await CallingLink.open(where, "dest"),
+            backing=backing,
+            busy_poll_us=busy_poll_us,
+            how=how,
+            recover_for_s=recover_for_s,
+            make_machine=make_machine,
+            make_pager=lambda: pager,
+            on_change=changed,
+        )
+        try:
+            async with background_tasks() as nursery:
+                nursery.start_soon(migration.run, trio.Event())
+                await settled.wait()
+                if migration.over and migration.failure is not None:
+                    raise migration.failure
+                machine = machines.pop()
+                memory = LazyMemory(pager, [(machine.blocks[0].name, machine.memory, machine.file_bytes)])
+                del machine
+                changed()
+                try:
+                    yield memory
+                finally:
+                    memory._close()
+        finally:
+            machines.clear()
+            await migration.close()
+    finally:
+        await pager.close()
+
+
+def _lost(where: Address, reason: PostcopyError) -> PeerError:
+    error = PeerError(f"{where}: the source is lost: {reason}")
+    error.__cause__ = reason
+    return error
+
+
+@asynccontextmanager
+async def attach_source(
+    source: PageSource,
+    *,
+    max_fetches: int = 8,
+    max_fetch_pages: int = 256,
+    fault_around_pages: int = 1,
+    backing: str = "memfd",
+    how: How | str = How.ANY,
+    busy_poll_us: int = 0,
+) -> AsyncIterator[LazyMemory]:
+    """``async with postcopy.attach_source(source) as memory``: memory in this process that `source` fills on demand.
+
+    At most `max_fetches` calls of `PageSource.fetch` are under way at a time; while that is more than one, the last
+    place is kept for pages that a thread has touched. Neighbouring pages that are wanted at the same time are fetched
+    by one call, of `max_fetch_pages` at most. `fault_around_pages`, a power of two: what is fetched for one page is all
+    of the aligned group of so many pages around it that has not come yet.
+
+    A source that fails is lost, see `LazyMemory`. Python code is on the path of a fault here: a thread that touches
+    a missing page while it holds the GIL waits for ever.
+
+    `ConfigurationError` for a layout or numbers that make no sense, `ResourceError` where the host lacks memory or the
+    right to a userfaultfd. Cancellable. Closing cancels the fetches and waits until they have ended; the rest of it is
+    shielded and bounded in time.
+    """
+    layout = check_layout(source.blocks)
+    for block in layout:
+        if block.unit_bytes != page_bytes_of(backing):
+            raise ConfigurationError(
+                f"block {block.name!r} has pages of {block.unit_bytes} bytes,"
+                f" {backing} memory of {page_bytes_of(backing)}"
+            )
+    bridge = Bridge(
+        source,
+        layout,
+        max_fetches=max_fetches,
+        max_fetch_pages=max_fetch_pages,
+        fault_around_pages=fault_around_pages,
+        on_failure=lambda error: memory._fail(error),
+    )
+    pager = Pager()
+    try:
+        parts = [
+            (block.name, Memory.create(backing, block.pages * block.unit_bytes), block.size_bytes) for block in layout
+        ]
+        for _, part, _ in parts:
+            pager.add_block(part)
+        shard = pager.add_shard(how, busy_poll_us)
+        for number, block in enumerate(layout):
+            pager.arm(shard, number, 0, block.pages)
+        ours, theirs = socket.socketpair()
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        pager.attach_urgent(shard, theirs.detach())
+        memory = LazyMemory(pager, parts)
+        del parts, part
+
+        async def run_bridge() -> None:
+            try:
+                await bridge.run(stream)
+            except PostcopyError as error:
+                memory._fail(error)
+
+        async def watch_pager() -> None:
+            async for event in pager.events():
+                if event.type is EventType.COMPLETE:
+                    memory._completed()
+                    try:
+                        await pager.disarm()
+                    except PostcopyError as error:  # costs a little on each first touch of a zero page, no more
+                        log.warning("%s", error)
+                elif event.type is EventType.FATAL:
+                    memory._fail(PeerError(f"the pager cannot go on: {event.text}"))
+                elif event.type is EventType.CHANNEL_DOWN:
+                    memory._fail(PeerError(f"the pager has let go of the page source: {event.text}"))
+
+        async with stream, background_tasks() as nursery:
+            nursery.start_soon(watch_pager)
+            nursery.start_soon(run_bridge)
+            try:
+                yield memory
+            finally:
+                memory._close()
+    finally:
+        await pager.close()
