@@ -128,7 +128,7 @@ struct shard {
     bool connected;
     uint64_t fill_limit;
     struct wish *wishes;
-    size_t wish_count, wish_capacity;
+    size_t wish_count, wish_capacity; /* the count is read without the lock */
 
     /* The fault thread's own. */
     struct pc_stream stream;
@@ -829,7 +829,8 @@ static bool add_wish(struct shard *shard, uint32_t block, uint64_t page, uint64_
         shard->wishes = larger;
         shard->wish_capacity = capacity;
     }
-    shard->wishes[shard->wish_count++] = (struct wish){.page = page, .end = end, .block = block};
+    shard->wishes[shard->wish_count] = (struct wish){.page = page, .end = end, .block = block};
+    __atomic_store_n(&shard->wish_count, shard->wish_count + 1, __ATOMIC_RELAXED);
     return true;
 }
 
@@ -839,6 +840,9 @@ static bool take_wish(struct shard *shard, uint32_t *index, uint64_t *page)
 {
     bool found = false;
 
+    /* No lock on the path of a fault when there is nothing: whoever wishes pokes this thread afterwards. */
+    if (!__atomic_load_n(&shard->wish_count, __ATOMIC_RELAXED))
+        return false;
     pthread_mutex_lock(&shard->lock);
     while (shard->wish_count && !found) {
         struct wish *wish = &shard->wishes[++shard->wish_turn % shard->wish_count];
@@ -848,8 +852,10 @@ static bool take_wish(struct shard *shard, uint32_t *index, uint64_t *page)
         *page = next_in_neither(block->claimed, block->requested, wish->page, wish->end);
         found = *page < wish->end && !test_and_set_bit(block->requested, *page);
         wish->page = *page + 1;
-        if (wish->page >= wish->end)
-            *wish = shard->wishes[--shard->wish_count];
+        if (wish->page >= wish->end) {
+            *wish = shard->wishes[shard->wish_count - 1];
+            __atomic_store_n(&shard->wish_count, shard->wish_count - 1, __ATOMIC_RELAXED);
+        }
     }
     pthread_mutex_unlock(&shard->lock);
     return found;
