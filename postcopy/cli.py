@@ -27,7 +27,7 @@ from postcopy import __version__
 from postcopy._errors import ConfigurationError, PostcopyError
 from postcopy.bench import add_arguments as add_bench_arguments
 from postcopy.bench import run as run_bench
-from postcopy.commands import DestinationCommand, SourceCommand
+from postcopy.commands import DestinationCommand, MergeCommand, SourceCommand
 from postcopy.demo import DemoCommand
 from postcopy.machines import BACKINGS, KINDS, WORKLOADS, MachineOptions
 from postcopy.memory import parse_size
@@ -140,6 +140,12 @@ def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
         help="how long a peer that was lost after the point of no return is looked for (default forever)",
     )  # fmt: skip
 
+    group.add_argument(
+        "--salvage", metavar="DIR",
+        help="when it ends and the other side is lost for good: write what is here into this new directory,"
+        " for `postcopy merge`",
+    )  # fmt: skip
+
 
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
@@ -225,6 +231,17 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_output_arguments(chaos)
 
+    merge = commands.add_parser(
+        "merge", help="join what both sides of a lost migration have salvaged into an image", allow_abbrev=False
+    )
+    merge.add_argument(
+        "salvages", nargs="+", metavar="DIR", help="written by --salvage: of the source, the destination, or both"
+    )
+    merge.add_argument(
+        "--output", required=True, metavar="FILE", help="the image, sparse: one RAM block after the other"
+    )
+    _add_output_arguments(merge)
+
     bench = commands.add_parser(
         "bench", help="measure, each figure against its floor in the same run", allow_abbrev=False
     )
@@ -261,6 +278,8 @@ def machine_options(args: argparse.Namespace) -> MachineOptions:
 def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Event], Awaitable[bool]]:
     if args.command == "demo":
         return DemoCommand(args, output).run
+    if args.command == "merge":
+        return MergeCommand(args.salvages, args.output, output).run
     if args.command == "chaos":
         seed = args.seed if args.seed is not None else secrets.randbits(32)
         return ChaosCommand(
@@ -290,6 +309,7 @@ def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Ev
             migrate_after_s=args.migrate_after,
             serve=args.serve,
             keep=args.on_failure == "keep",
+            salvage_to=args.salvage,
         ).run
     return DestinationCommand(
         output,
@@ -304,6 +324,7 @@ def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Ev
         run_for_s=args.run_for,
         dump=args.dump,
         verify=args.verify,
+        salvage_to=args.salvage,
     ).run
 
 

@@ -14,8 +14,9 @@ from collections.abc import AsyncIterator
 
 import trio
 
-from postcopy import report
+from postcopy import report, salvage
 from postcopy._errors import ConfigurationError, MigrationError, PostcopyError
+from postcopy.bitmap import Bitmap
 from postcopy.machines import Check, Machine, MachineOptions, MachineStatistics, create_source
 from postcopy.migration._session import Interrupted, first_error, now_ns
 from postcopy.migration.channels import Address, CallingLink, Link, Reception
@@ -60,6 +61,7 @@ class SourceCommand:
         migrate_after_s: float,
         serve: float,
         keep: bool,
+        salvage_to: str | None = None,
     ) -> None:
         self._kind = kind
         self._machine_options = machine_options
@@ -70,6 +72,7 @@ class SourceCommand:
         self._migrate_after_s = migrate_after_s
         self._serve = serve
         self._keep = keep
+        self._salvage_to = salvage_to
         self._go = trio.Event()
         self._shown: SourceMigration | None = None  # the latest migration
         self._active = 0
@@ -81,6 +84,8 @@ class SourceCommand:
     async def run(self, stop: trio.Event) -> bool:
         machine: Machine | None = None
         done = False
+        if self._salvage_to is not None:
+            salvage.check_target(self._salvage_to)
         try:
             machine = create_source(self._kind, self._machine_options)
             async with contextlib.AsyncExitStack() as stack:
@@ -95,6 +100,12 @@ class SourceCommand:
         finally:
             if machine is not None:
                 with trio.CancelScope(shield=True):
+                    if self._shown is not None and self._shown.state is State.PAUSED:
+                        # It has been paused since it gave the right to run away: whole, and as old as that.
+                        maps = [Bitmap.full(block.memory.pages) for block in machine.blocks]
+                        await _salvage(
+                            self._salvage_to, machine, self._shown.migration_id, "source", maps, self._output
+                        )
                     statistics = machine.statistics()
                     self._emit_result(machine, statistics, done)
                     try:
@@ -279,6 +290,7 @@ class DestinationCommand:
         run_for_s: float | None,
         dump: str | None,
         verify: bool,
+        salvage_to: str | None = None,
     ) -> None:
         self._output = output
         self._listen = listen
@@ -292,6 +304,7 @@ class DestinationCommand:
         self._run_for_s = run_for_s
         self._dump = dump
         self._verify = verify
+        self._salvage_to = salvage_to
         self._migration: DestinationMigration | None = None
         self._taken = False
         self._check: Check | None = None
@@ -304,6 +317,8 @@ class DestinationCommand:
         statistics: MachineStatistics | None = None
         if self._dump is not None:
             _check_dump(self._dump)
+        if self._salvage_to is not None:
+            salvage.check_target(self._salvage_to)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._output.follow, self._progress)
@@ -316,6 +331,11 @@ class DestinationCommand:
                 nursery.cancel_scope.cancel()
         finally:
             if self._migration is not None:
+                if self._migration.state is State.PAUSED and self._migration.machine is not None:
+                    with trio.CancelScope(shield=True):
+                        maps = self._migration.received()
+                        machine, name = self._migration.machine, self._migration.migration_id
+                        await _salvage(self._salvage_to, machine, name, "dest", maps, self._output)
                 await self._migration.close()
             self._emit_result(statistics, done)
         if not done and self._failure is not None:
@@ -408,6 +428,59 @@ class DestinationCommand:
         if self._check is not None and not self._check.ok:
             raise MigrationError(f"the memory is not as it must be: {self._check.what}")
         return True
+
+
+class MergeCommand:
+    """Joins salvages, and says exactly what nobody can speak for."""
+
+    def __init__(self, paths: list[str], image: str, output: Output) -> None:
+        self._paths = paths
+        self._image = image
+        self._output = output
+
+    async def run(self, stop: trio.Event) -> bool:
+        """True when no page is in doubt. The image is there in either case. A signal does not interrupt it."""
+        merged = await trio.to_thread.run_sync(salvage.merge, self._paths, self._image)
+        self._output.emit(
+            "result",
+            {
+                "image": self._image,
+                "from-dest": merged.from_dest_bytes,
+                "from-source": merged.from_source_bytes,
+                "in-doubt": merged.doubtful_bytes,
+                "ranges-in-doubt": merged.doubtful,
+                "torn": merged.torn,
+            },
+        )
+        self._output.say(
+            f"merge: {self._image}: {merged.from_dest_bytes} bytes of the destination,"
+            f" {merged.from_source_bytes} of the source, {merged.doubtful_bytes} in doubt"
+        )
+        for item in merged.doubtful:
+            self._output.say(
+                f"merge: in doubt: block {item['block']}, pages {item['first-page']}"
+                f" to {item['first-page'] + item['pages'] - 1} of {item['page-bytes']} bytes"
+            )
+        if merged.torn:
+            self._output.say("merge: the destination's machine ran on while it was salvaged: its pages may be torn")
+        return not merged.doubtful_bytes and not merged.torn
+
+
+async def _salvage(
+    path: str | None, machine: Machine, migration: str, side: str, maps: list[Bitmap], output: Output
+) -> None:
+    """Writes what this side has, where that was asked for."""
+    if path is None:
+        return
+    try:
+        paused = await salvage.write(path, machine, migration, side, maps)
+    except PostcopyError as error:
+        log.error("%s", error)
+        return
+    output.say(
+        f"{side}: what is here is in {path}"
+        + ("" if paused else "; the machine could not be paused while it was written")
+    )
 
 
 def _check_dump(path: str) -> None:

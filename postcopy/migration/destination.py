@@ -28,6 +28,7 @@ from functools import partial
 import trio
 
 from postcopy._errors import MigrationError, PeerError, PostcopyError, ProtocolError
+from postcopy.bitmap import Bitmap
 from postcopy.machines import (
     BlockLayout,
     Machine,
@@ -470,6 +471,12 @@ class DestinationMigration:
             log.error("the machine reports a failure: %s", self.machine_failure)
 
     # ---- after it
+
+    def received(self) -> list[Bitmap]:
+        """What has arrived of each RAM block, in the memory's own pages. Until `close`."""
+        assert self.machine is not None
+        assert self._pager is not None
+        return [self._pager.received(number) for number in range(len(self.machine.blocks))]
 
     async def close(self) -> None:
         """Ends machine and pager. Shielded, bounded in time; what does not end is logged and kept by its owner."""
