@@ -35,6 +35,8 @@ from postcopy.migration._session import HEARTBEAT_S, SILENCES, first_error
 from postcopy.migration.channels import parse_address
 from postcopy.migration.protocol import MAX_BULK_CHANNELS, one_line
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS, SourceOptions
+from postcopy.probe import add_arguments as add_probe_arguments
+from postcopy.probe import run as run_probe
 from postcopy.progress import LogHandler, Output, make_output
 from postcopy.testing import ChaosPlan
 from postcopy.testing.chaos import KINDS as CHAOS_KINDS
@@ -246,6 +248,9 @@ def make_parser() -> argparse.ArgumentParser:
         "bench", help="measure, each figure against its floor in the same run", allow_abbrev=False
     )
     add_bench_arguments(bench)
+
+    probe = commands.add_parser("probe", help="what this host allows, and what would help", allow_abbrev=False)
+    add_probe_arguments(probe)
     return parser
 
 
@@ -354,6 +359,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = make_parser().parse_args(argv)
         if args.command == "bench":
             return run_bench(args)
+        if args.command == "probe":
+            return run_probe(args)
         output = make_output(args.json)
         logging.basicConfig(level=args.log_level.upper(), handlers=[LogHandler(output)], force=True)
         command = _make_command(args, output)

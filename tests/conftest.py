@@ -14,14 +14,12 @@ block in a page fault for ever belongs there: no Python code can interrupt it, S
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import inspect
 import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -34,98 +32,41 @@ from typing import IO, Any
 
 import pytest
 
-KVM_GET_API_VERSION = 0xAE00
 CHILD = Path(__file__).with_name("_child.py")
 KILL_TIMEOUT_S = 20.0
 """How long a killed process may take to go: one that does not answer SIGKILL hangs in the kernel."""
 
 
 # --- capabilities -----------------------------------------------------------------------------------------------------
-# Each returns None where the machine has it, else what is missing and the remedy.
+# Each returns None where the machine has it, else what is missing and the remedy; asked of `postcopy.probe`.
 
 
-def _uffd() -> str | None:
-    from postcopy._native import ffi, lib
+def _probed(name: str) -> Callable[[], str | None]:
+    def ask() -> str | None:
+        from postcopy import probe  # not before it is asked for: the set-up's own tests run without the extension
 
-    api = ffi.new("struct pc_uffd_api *")
-    reasons = []
-    for how, name in ((lib.PC_UFFD_DEVICE, "/dev/userfaultfd"), (lib.PC_UFFD_SYSCALL, "userfaultfd(2)")):
-        error = lib.pc_uffd_probe(how, api)
-        if error == 0:
-            return None
-        reasons.append(f"{name}: {os.strerror(-error)}")
-    return (
-        f"no userfaultfd that serves faults of the kernel ({'; '.join(reasons)}): run as root, or give this user "
-        "access to /dev/userfaultfd, or set vm.unprivileged_userfaultfd=1"
-    )
+        return probe.find(name).complaint()
 
-
-def _uffd_feature(bit: int, name: str) -> str | None:
-    from postcopy._native import ffi, lib
-
-    api = ffi.new("struct pc_uffd_api *")
-    if lib.pc_uffd_probe(lib.PC_UFFD_ANY, api) == 0 and api.features >> bit & 1:
-        return None
-    return f"this kernel's userfaultfd has no {name}: use a newer kernel"
-
-
-def _uffd_user() -> str | None:
-    from postcopy._native import ffi, lib
-
-    if lib.pc_uffd_probe(lib.PC_UFFD_ANY, ffi.new("struct pc_uffd_api *")) == 0:
-        return None
-    return "no userfaultfd at all: needs CONFIG_USERFAULTFD and, in a container, a seccomp profile that allows it"
-
-
-def _kvm() -> str | None:
-    try:
-        with open("/dev/kvm", "r+b", buffering=0) as device:
-            fcntl.ioctl(device, KVM_GET_API_VERSION)
-    except OSError as error:
-        return f"/dev/kvm: {error.strerror}: load the kvm module, and join the group that owns the device"
-    return None
-
-
-def _root() -> str | None:
-    return None if os.geteuid() == 0 else "not root: run the tests as root"
+    return ask
 
 
 def _netns() -> str | None:
+    # The tests use these commands; the probe needs neither.
     if shutil.which("ip") is None or shutil.which("unshare") is None:
         return "no ip or unshare command: install iproute2 and util-linux"
-    made = subprocess.run(["unshare", "--net", "ip", "link", "set", "lo", "up"], capture_output=True, timeout=30)
-    if made.returncode == 0:
-        return None
-    return f"no network namespaces ({made.stderr.decode(errors='replace').strip()}): run as root, with CAP_SYS_ADMIN"
-
-
-def _hugetlb() -> str | None:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("HugePages_Free:") and int(line.split()[1]) > 0:
-                return None
-    return "no free huge pages: sysctl vm.nr_hugepages=64"
-
-
-def _ipv6() -> str | None:
-    try:
-        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as listener:
-            listener.bind(("::1", 0))
-    except OSError as error:
-        return f"no IPv6 on the loopback interface ({error.strerror}): sysctl net.ipv6.conf.lo.disable_ipv6=0"
-    return None
+    return _probed("netns")()
 
 
 CAPABILITIES: dict[str, Callable[[], str | None]] = {
-    "uffd": _uffd,  # a userfaultfd that serves faults raised by the kernel too
-    "uffd-user": _uffd_user,  # at least one for faults of user code
-    "uffd-minor": lambda: _uffd_feature(10, "MINOR_SHMEM"),
-    "uffd-poison": lambda: _uffd_feature(14, "POISON"),
-    "kvm": _kvm,
-    "root": _root,
+    "uffd": _probed("uffd"),  # a userfaultfd that serves faults raised by the kernel too
+    "uffd-user": _probed("uffd-user"),  # at least one for faults of user code
+    "uffd-minor": _probed("uffd-minor"),
+    "uffd-poison": _probed("uffd-poison"),
+    "kvm": _probed("kvm"),
+    "root": _probed("root"),
     "netns": _netns,
-    "hugetlb": _hugetlb,
-    "ipv6": _ipv6,
+    "hugetlb": _probed("hugetlb"),
+    "ipv6": _probed("ipv6"),
 }
 
 

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The probe tells what it tried, survives what hangs, leaves nothing behind, and needs no rights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from postcopy import _probe_child, probe
+from postcopy._errors import ConfigurationError
+from postcopy.cli import main
+from postcopy.probe import Finding, feature_names, migrations
+
+NOBODY = 65534
+
+
+def everything(user: int | None = None) -> dict[str, Any]:
+    """All findings by name, and what is left of the search; as another user, in this process, if so."""
+    if user is not None:
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
+    fds = set(os.listdir("/proc/self/fd"))
+    namespaces = os.readlink("/proc/self/ns/net"), os.readlink("/proc/self/ns/user")
+    findings = probe.find_all()
+    try:
+        children = os.waitpid(-1, os.WNOHANG) and True
+    except ChildProcessError:
+        children = False
+    return {
+        "findings": {finding.name: finding for finding in findings},
+        "left-fds": len(set(os.listdir("/proc/self/fd")) - fds),
+        "left-children": children,
+        "left-threads": threading.active_count() - 1,
+        "moved": (os.readlink("/proc/self/ns/net"), os.readlink("/proc/self/ns/user")) != namespaces,
+    }
+
+
+def test_it_answers_everything_and_leaves_nothing(run_in_child: Callable[..., Any]) -> None:
+    seen = run_in_child(everything, deadline_s=90).value
+    findings: dict[str, Finding] = seen.pop("findings")
+    assert seen == {"left-fds": 0, "left-children": False, "left-threads": 0, "moved": False}
+    assert set(findings) == set(probe.names()) - probe.ALIASES.keys()
+    for finding in findings.values():
+        assert finding.state in ("yes", "no", "unknown")
+        assert finding.needed_for or finding.name == "root"
+        if finding:
+            assert not finding.remedy
+        else:
+            assert finding.remedy
+            assert finding.detail
+            assert "\n" not in (finding.complaint() or "")
+
+
+@pytest.mark.needs("uffd", "root")
+def test_a_root_that_may_have_a_userfaultfd_is_served(run_in_child: Callable[..., Any]) -> None:
+    findings = run_in_child(everything, deadline_s=90).value["findings"]
+    for name in ("uffd-user", "anon-missing", "memfd-missing", "kernel-faults", "anon-wp"):
+        assert findings[name], findings[name]
+    assert findings["anon-minor"].state == "no"
+    assert "COPY" in findings["anon-missing"].facts["ioctls"]
+
+
+@pytest.mark.needs("root")
+def test_without_rights_it_says_what_rights_would_help(run_in_child: Callable[..., Any]) -> None:
+    seen = run_in_child(everything, NOBODY, deadline_s=90).value
+    findings: dict[str, Finding] = seen.pop("findings")
+    assert seen == {"left-fds": 0, "left-children": False, "left-threads": 0, "moved": False}
+    assert findings["root"].state == "no"
+    assert findings["netns"].state == "no"
+    for name in ("root", "netns"):
+        assert findings[name].remedy.startswith("sudo ")
+    if not findings["uffd"]:
+        assert not findings["kernel-faults"]
+        assert "/dev/userfaultfd" in findings["uffd"].detail
+    if findings["uffd-user-only"] and not findings["uffd"]:
+        assert findings["uffd-user"].facts["how"] == "user-only"
+        assert findings["memfd-missing"], "faults of user code need no right"
+        assert migrations(findings.values()) == {"image": True, "kvm": False}
+
+
+def _sleep() -> dict[str, Any]:
+    time.sleep(3600)
+    return {}
+
+
+def _die() -> dict[str, Any]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def try_bad_ones() -> tuple[dict[str, Any], float]:
+    sys.executable = "/nonexistent"  # forked then, with the trials below
+    _probe_child.TRIALS.clear()
+    _probe_child.TRIALS.update({"first": lambda: {"a": 1}, "hangs": _sleep, "dies": _die, "last": lambda: {"b": 2}})
+    began = time.monotonic()
+    return probe.try_in_child(list(_probe_child.TRIALS), deadline_s=3), time.monotonic() - began
+
+
+def test_a_trial_that_hangs_or_dies_costs_its_own_answer_only(run_in_child: Callable[..., Any]) -> None:
+    answers, _ = run_in_child(try_bad_ones).value  # it returned at all: within the child's deadline
+    assert answers["first"]["facts"] == {"a": 1}
+    assert answers["hangs"] == {"state": "unknown", "reason": "no answer within 3 s"}
+    assert answers["dies"] == {"state": "unknown", "reason": "the trial died (SIGKILL)"}
+    assert answers["last"]["facts"] == {"b": 2}
+
+
+def test_a_child_that_cannot_begin_is_not_started_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[list[str]] = []
+
+    def run(names: list[str], deadline_s: float) -> tuple[dict[str, Any], str | None, str]:
+        starts.append(list(names))
+        return {}, None, "the trial died (status 1)"
+
+    monkeypatch.setattr(probe, "_run_child", run)
+    answers = probe.try_in_child(["netns", "ipv6"])
+    assert starts == [["netns", "ipv6"], ["ipv6"]]
+    assert {answer["state"] for answer in answers.values()} == {"unknown"}
+
+
+def test_bits_of_a_newer_kernel_keep_their_number() -> None:
+    assert feature_names(1 << 14 | 1 << 40) == ["POISON", "bit 40"]
+    assert _probe_child.ioctl_names(1 << 3 | 1 << 50 | 1 << 63) == ["COPY", "bit 50", "API"]
+
+
+@pytest.mark.parametrize(
+    ("there", "image", "kvm"),
+    [
+        ("uffd-user memfd-missing kernel-faults kvm", True, True),
+        ("uffd-user memfd-missing kernel-faults", True, False),
+        ("uffd-user anon-missing kvm", True, False),
+        ("uffd-user kvm kernel-faults", False, False),
+        ("memfd-missing anon-missing kvm kernel-faults", False, False),
+    ],
+)
+def test_what_a_migration_needs(there: str, image: bool, kvm: bool) -> None:
+    every = ("uffd-user", "memfd-missing", "anon-missing", "kernel-faults", "kvm")
+    findings = [Finding(name, "yes" if name in there.split() else "no") for name in every]
+    assert migrations(findings) == {"image": image, "kvm": kvm}
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, findings: dict[str, Finding]) -> None:
+    monkeypatch.setattr(probe, "find", lambda name: findings[name])
+    monkeypatch.setattr(probe, "find_all", lambda: list(findings.values()))
+
+
+NEEDED = ("uffd-user", "memfd-missing", "anon-missing", "kernel-faults", "kvm")
+
+
+@pytest.mark.parametrize(("state", "status"), [("yes", 0), ("no", 1), ("unknown", 1)])
+def test_the_status_tells_whether_any_migration_works(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], state: Any, status: int
+) -> None:
+    facts = {"features": ["MOVE"], "ioctls": ["API"]}
+    fake(monkeypatch, {name: Finding(name, state, "why [not]", "do [this]", "uses", facts) for name in NEEDED})
+    assert main(["probe"]) == status
+    text = capsys.readouterr().out
+    assert "memfd-missing" in text
+    assert "why [not]" in text
+    assert ("do [this]" in text) == (state != "yes")
+    assert main(["probe", "--json"]) == status
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["migrations"] == {"image": state == "yes", "kvm": state == "yes"}
+    assert answer["kernel"] == os.uname().release
+    assert [finding["name"] for finding in answer["findings"]] == list(NEEDED)
+
+
+def test_what_is_required_and_missing_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(monkeypatch, {"kvm": Finding("kvm", "no", "/dev/kvm: no", "modprobe kvm"), "root": Finding("root", "yes")})
+    assert main(["probe", "--require", "root"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["probe", "--require", "root,kvm"]) == 1
+    assert capsys.readouterr().err == "postcopy: error: kvm: /dev/kvm: no (remedy: modprobe kvm)\n"
+    assert main(["probe", "--require", "warp-drive"]) == 2
+    assert "'warp-drive'" in capsys.readouterr().err
+    assert main(["probe", "--require", " , "]) == 2
+
+
+def test_find_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(ConfigurationError, match="warp-drive"):
+        probe.find("warp-drive")
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({"/proc/self/cgroup": "0::/a/b", "/sys/fs/cgroup/a/b/memory.max": "max"}, None),
+        (
+            {
+                "/proc/self/cgroup": "0::/a/b",
+                "/sys/fs/cgroup/a/b/memory.max": "8192",
+                "/sys/fs/cgroup/a/memory.max": "4096",
+            },
+            4096,
+        ),
+        ({"/proc/self/cgroup": "0::/", "/sys/fs/cgroup/memory.max": "4096"}, 4096),
+        (
+            {
+                "/proc/self/cgroup": "5:cpu:/x\n4:memory:/x",
+                "/sys/fs/cgroup/memory/x/memory.limit_in_bytes": "9223372036854771712",
+                "/sys/fs/cgroup/memory/memory.limit_in_bytes": "65536",
+            },
+            65536,
+        ),
+        ({}, None),
+    ],
+)
+def test_the_smallest_limit_on_the_way_up(
+    monkeypatch: pytest.MonkeyPatch, files: dict[str, str], limit: int | None
+) -> None:
+    monkeypatch.setattr(probe, "_read", lambda path: files.get(path, ""))
+    assert probe._cgroup_limit_bytes() == limit
+
+
+def test_a_qdisc_that_nobody_could_try_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    answer = _probe_child._attempt(_probe_child.TRIALS["tbf"])
+    finding = probe._judge("tbf", answer)
+    assert finding.state == "unknown"
+    assert finding.remedy.endswith("apt-get install iproute2")
+
+
+def test_huge_pages_that_are_reserved_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "HugePages_Total: 4\nHugePages_Free: 2\nHugePages_Rsvd: 2\nHugepagesize: 2048 kB\n"
+    monkeypatch.setattr(probe, "_read", lambda path: text)
+    finding = probe._hugetlb()
+    assert finding.state == "no"
+    assert finding.facts == {"total-pages": 4, "free-pages": 0, "page-bytes": 2 << 20}
