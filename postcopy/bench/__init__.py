@@ -10,6 +10,7 @@ is reported is the median over the rounds of the ratio within a round, so that a
 - ``throughput``: incompressible memory pushed over loopback, both ends included, against one iperf3 stream.
 - ``sparse``: total time of a large kvm machine of which 256 MiB were touched, against a machine of 256 MiB.
 - ``overhead``: resident memory of source and destination beside the machine's own, against its allowance.
+- ``recovery-time``: from a cut network's return to the first page that comes over it, against 150 ms and 500 ms.
 - ``recovery-map``: what a destination of 1 TiB, half of it there, has to say when it comes back, against 10 MB and 1 s.
 """
 
@@ -320,6 +321,25 @@ def measure_overhead(rounds: int) -> list[Figure]:
     return figures
 
 
+def measure_recovery_time(rounds: int) -> list[Figure]:
+    """A running machine that is cut off again and again."""
+    import trio
+
+    from ._recovery import recovery_times_ms
+
+    times_ms = sorted(time_ms for number in range(rounds) for time_ms in trio.run(recovery_times_ms, 25, number))
+    p50, p99 = times_ms[len(times_ms) // 2], times_ms[min(len(times_ms) - 1, int(len(times_ms) * 0.99))]
+    note = f"{len(times_ms)} cuts of 0.1 to 1 s, all connections reset"
+    return [
+        Figure(
+            "first page after the network's return, p50 / 150 ms", p50 / 150, 1.0, True, [{"p50": p50}], note, unit="ms"
+        ),
+        Figure(
+            "first page after the network's return, p99 / 500 ms", p99 / 500, 1.0, True, [{"p99": p99}], note, unit="ms"
+        ),
+    ]
+
+
 def measure_recovery_map(rounds: int) -> list[Figure]:
     """The maps of a machine of 1 TiB, from one side's bitmap to the other's."""
     import trio
@@ -359,6 +379,7 @@ MEASUREMENTS: dict[str, Callable[[int], list[Figure]]] = {
     "throughput": measure_throughput,
     "sparse": measure_sparse,
     "overhead": measure_overhead,
+    "recovery-time": measure_recovery_time,
     "recovery-map": measure_recovery_map,
 }
 

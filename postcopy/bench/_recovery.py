@@ -1,15 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What coming back costs: the maps of a very large machine, through the protocol and into the page server.
+"""What coming back costs: the maps of a very large machine, through the protocol and into the page server; and the time
+from a network's return to the first page that comes over it.
 
-The machine is simulated: a sparse file stands for its memory, a bitmap for what has arrived. Everything else is the
-real code of both sides, from the pager's bitmap to the page server's, but for the network between them.
+The large machine is simulated: a sparse file stands for its memory, a bitmap for what has arrived. Everything else is
+the real code of both sides, from the pager's bitmap to the page server's, but for the network between them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import random
+import subprocess
+import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+
+import trio
 
 from postcopy._errors import MigrationError
 from postcopy.bitmap import Bitmap
@@ -26,9 +35,76 @@ from postcopy.migration.protocol import (
     SourceProtocol,
 )
 from postcopy.pageserver import PageServer
+from postcopy.testing import ChaosPlan, open_chaos_proxy
 
 RUN_PAGES = 64
 READ_BYTES = 64 * 1024  # as the control connection is read
+BEFORE_PAGES_BYTES = 4096  # more than the handshakes of a recovery take, less than the first page and they
+GIVE_UP_S = 30.0
+
+
+async def recovery_times_ms(cuts: int, seed: int) -> list[float]:
+    """From a cable that is whole again to the first page that came over it, for each of so many cuts of a running
+    machine. All connections are reset, and whoever connects is, for 0.1 to 1 s.
+
+    A page has come when more bytes have gone from the source to the destination than everything takes that is said
+    before pages: the clock of this measurement is the proxy's, as both sides live in other processes.
+    """
+    generator = random.Random(seed)
+    machine = [
+        "--machine",
+        "kvm",
+        "--memory",
+        "256MiB",
+        "--vcpus",
+        "1",
+        "--workload",
+        "dirty",
+        "--max-bandwidth",
+        "2MiB/s",
+    ]
+    times_ms = []
+    with _command("dest", "--listen", "127.0.0.1:0") as dest:
+        async with open_chaos_proxy(_said(dest, "listening", "address"), ChaosPlan(seed=seed)) as proxy:
+            with _command("source", *machine, "--connect", str(proxy.address)) as source:
+                await trio.to_thread.run_sync(_said, source, "progress", "status", "postcopy-active")
+                for _ in range(cuts):
+                    proxy.refuse()
+                    proxy.cut("reset")
+                    await trio.sleep(generator.uniform(0.1, 1.0))
+                    before = proxy.statistics.bytes_out
+                    proxy.heal()
+                    began_s = time.perf_counter()
+                    while proxy.statistics.bytes_out - before < BEFORE_PAGES_BYTES:
+                        await trio.sleep(0.001)
+                        if time.perf_counter() - began_s > GIVE_UP_S:
+                            raise MigrationError(f"no page came within {GIVE_UP_S:g} s of the network's return")
+                    times_ms.append((time.perf_counter() - began_s) * 1e3)
+                    await trio.sleep(generator.uniform(0.1, 0.3))
+    return times_ms
+
+
+@contextlib.contextmanager
+def _command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A side as a user starts it; killed in the end."""
+    command = [sys.executable, "-m", "postcopy", arguments[0], "--json", *arguments[1:]]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _said(process: subprocess.Popen[str], event: str, name: str, value: str | None = None) -> str:
+    """Reads its lines up to the one that says it. A thread reads on: a full pipe would stop the process."""
+    stdout = process.stdout
+    assert stdout is not None
+    for line in stdout:
+        message = json.loads(line)
+        if message["event"] == event and name in message and value in (None, message[name]):
+            threading.Thread(target=stdout.read, daemon=True).start()
+            return str(message[name])
+    raise MigrationError(f"a side ended before it said {name} {value or ''}")
 
 
 async def recovery_map(size_bytes: int, seed: int) -> dict[str, float]:
