@@ -1,0 +1,251 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * userfaultfd by kind of memory and feature: what the kernel that runs here does, a case for each pair. Cases are called
+ * kind_feature, so `test_uffd_cases hugetlb_` or `test_uffd_cases _wp` runs a row or a column of the table in
+ * docs/kernel-cases.md. Filling, and what goes wrong with it, is here; write protection and events are in
+ * test_uffd_cases_wp.c and test_uffd_cases_events.c, the ground rules in test_uffd.c.
+ */
+#include "uffd_kinds.h"
+
+#define BIT(name) ((uint64_t)1 << PC_UFFD_IOCTL_##name)
+#define PAGES 6
+
+/* ---- handshake ---- */
+
+static int raw_uffd(void)
+{
+    int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+
+    if (fd < 0)
+        SKIP("uffd-syscall", "userfaultfd(2): %s", strerror(errno));
+    return fd;
+}
+
+static void any_handshake_of_another_api(void)
+{
+    struct uffdio_api handshake = {.api = UFFD_API + 1, .features = 0, .ioctls = ~(uint64_t)0};
+    int fd = raw_uffd();
+
+    CHECK_EQ(ioctl(fd, UFFDIO_API, &handshake), -1);
+    CHECK_EQ(errno, EINVAL);
+    CHECK_EQ(handshake.api, 0); /* all of it is wiped */
+    CHECK_EQ(handshake.ioctls, 0);
+    handshake = (struct uffdio_api){.api = UFFD_API}; /* and it may be tried again */
+    CHECK_SYS(ioctl(fd, UFFDIO_API, &handshake));
+    CHECK(handshake.ioctls >> _UFFDIO_REGISTER & 1);
+    CHECK(handshake.ioctls >> _UFFDIO_UNREGISTER & 1);
+}
+
+static void any_handshake_of_an_unknown_feature(void)
+{
+    struct uffdio_api handshake = {.api = UFFD_API, .features = (uint64_t)1 << 63};
+    int fd = raw_uffd();
+
+    CHECK_EQ(ioctl(fd, UFFDIO_API, &handshake), -1);
+    CHECK_EQ(errno, EINVAL);
+    CHECK_EQ(handshake.features, 0);
+}
+
+static void any_nothing_before_the_handshake(void)
+{
+    struct area area = make_area(ANON, PAGES);
+    struct uffd_msg message;
+    uint64_t done = 99;
+
+    area.uffd = raw_uffd();
+    CHECK_EQ(pc_uffd_register(area.uffd, address_of(&area, 0), area.bytes, PC_UFFD_MISSING, &area.ioctls), -EINVAL);
+    CHECK_EQ(area.ioctls, 0);
+    CHECK_EQ(pc_uffd_unregister(area.uffd, address_of(&area, 0), area.bytes), -EINVAL);
+    CHECK_EQ(pc_uffd_wake(area.uffd, address_of(&area, 0), area.bytes), -EINVAL);
+    CHECK_EQ(copy(&area, 0, 1, 0), -EINVAL);
+    CHECK_EQ(pc_uffd_zeropage(area.uffd, address_of(&area, 0), area.unit, 0, &done), -EINVAL);
+    CHECK_EQ(done, 0);
+    CHECK_EQ(read(area.uffd, &message, sizeof(message)), -1);
+    CHECK_EQ(errno, EINVAL);
+    CHECK(!readable(area.uffd, 0)); /* poll says POLLERR */
+}
+
+/* ---- registering ---- */
+
+static void register_masks(enum kind kind)
+{
+    struct area area = make_area(kind, PAGES);
+    uint64_t all = features_of(kind, PC_UFFD_WP | (kind == ANON ? 0 : PC_UFFD_MINOR));
+
+    area.uffd = open_uffd(all | UFFD_FEATURE_POISON);
+    for (uint64_t mode = 1; mode < 8; mode++) {
+        int result = pc_uffd_register(area.uffd, address_of(&area, 0), area.bytes, mode, &area.ioctls);
+
+        if (kind == ANON && mode & PC_UFFD_MINOR) { /* there is nothing a page could be in before it is mapped */
+            CHECK_EQ(result, -EINVAL);
+            CHECK_EQ(area.ioctls, 0);
+            continue;
+        }
+        CHECK_EQ(result, 0);
+        CHECK(area.ioctls & BIT(WAKE));
+        CHECK(area.ioctls & BIT(COPY));
+        CHECK(area.ioctls & BIT(POISON));
+        CHECK_EQ(!(area.ioctls & BIT(ZEROPAGE)), kind == HUGETLB);
+        CHECK_EQ(!(area.ioctls & BIT(WRITEPROTECT)), !(mode & PC_UFFD_WP));
+        CHECK_EQ(!(area.ioctls & BIT(CONTINUE)), !(mode & PC_UFFD_MINOR));
+        if (kind == HUGETLB)
+            CHECK(!(area.ioctls & BIT(MOVE)));
+        CHECK_EQ(pc_uffd_unregister(area.uffd, address_of(&area, 0), area.bytes), 0);
+    }
+    CHECK_EQ(pc_uffd_register(area.uffd, address_of(&area, 0), area.bytes, 8, NULL), -EINVAL);
+    if (kind == HUGETLB) /* a part of a huge page is no range */
+        CHECK_EQ(pc_uffd_register(area.uffd, address_of(&area, 0), pc_page_bytes(), PC_UFFD_MISSING, NULL), -EINVAL);
+}
+
+/* ---- filling ---- */
+
+static void copy_answers_a_fault(enum kind kind)
+{
+    for (int write = 0; write < 2; write++) {
+        struct area area = arm(kind, PAGES, PC_UFFD_MISSING, 0);
+        struct worker worker = {.area = &area, .page = 2, .write = write, .value = 0xEE};
+        uint8_t byte = 0;
+
+        start(&worker, touch);
+        CHECK_FAULT(&area, 2, write ? PC_UFFD_FAULT_WRITE : 0);
+        CHECK_EQ(copy(&area, 2, 7, 0), 0);
+        CHECK_ENDS(&worker);
+        CHECK_EQ(worker.value, write ? 0xEE : 7);
+        CHECK_EQ(area.base[3 * area.unit - 1], 7);
+        if (area.alias) { /* of a private mapping nothing comes into the file, and what was copied is not from there */
+            if (kind != HUGETLB)
+                CHECK_EQ(pread(area.fd, &byte, 1, (off_t)(3 * area.unit - 1)), 1);
+            else
+                byte = area.alias[3 * area.unit - 1];
+            CHECK_EQ(byte, kind == PRIVATE ? 0 : 7);
+        }
+        CHECK_EQ(copy(&area, 2, 8, 0), -EEXIST);
+        CHECK_EQ(area.base[3 * area.unit - 1], 7);
+        CHECK_SYS(munmap(area.base, area.bytes));
+        if (area.alias) {
+            CHECK_SYS(munmap(area.alias, area.bytes));
+            close(area.fd);
+        }
+    }
+}
+
+static void zeropage_answers_a_fault(enum kind kind)
+{
+    struct area area = arm(kind, PAGES, PC_UFFD_MISSING, 0);
+    struct worker worker = {.area = &area, .page = 1, .value = 0xEE};
+    uint64_t done = 99;
+
+    start(&worker, touch);
+    CHECK_FAULT(&area, 1, 0);
+    if (kind == HUGETLB) {
+        CHECK_EQ(pc_uffd_zeropage(area.uffd, address_of(&area, 1), area.unit, 0, &done), -EINVAL);
+        CHECK_EQ(done, 0);
+        CHECK_BLOCKED(&worker);
+        CHECK_EQ(copy(&area, 1, 0, 0), 0); /* zeros can be copied */
+    } else {
+        CHECK_EQ(pc_uffd_zeropage(area.uffd, address_of(&area, 1), 2 * area.unit, 0, &done), 0);
+        CHECK_EQ(done, 2 * area.unit);
+        CHECK_PAGE(&area, 2, 0);
+    }
+    CHECK_ENDS(&worker);
+    CHECK_EQ(worker.value, 0);
+    CHECK_PAGE(&area, 1, 0);
+    area.base[area.unit] = 1; /* the zero page is not the machine's to write into: it gets its own */
+    CHECK_EQ(area.base[area.unit], 1);
+    CHECK_EQ(copy(&area, 1, 3, 0), -EEXIST);
+}
+
+static void dontwake_then_wake(enum kind kind)
+{
+    struct area area = arm(kind, PAGES, PC_UFFD_MISSING, 0);
+    struct worker near = {.area = &area, .page = 1}, far = {.area = &area, .page = 4};
+
+    start(&near, touch);
+    CHECK_FAULT(&area, 1, 0);
+    start(&far, touch);
+    CHECK_FAULT(&area, 4, 0);
+    CHECK_EQ(copy(&area, 1, 5, PC_UFFD_DONTWAKE), 0);
+    CHECK_EQ(copy(&area, 4, 6, PC_UFFD_DONTWAKE), 0);
+    CHECK_BLOCKED(&near);
+    CHECK_EQ(pc_uffd_wake(area.uffd, address_of(&area, 1), area.unit), 0);
+    CHECK_ENDS(&near);
+    CHECK_EQ(near.value, 5);
+    CHECK_BLOCKED(&far); /* a wake is for its range */
+    CHECK_EQ(pc_uffd_wake(area.uffd, address_of(&area, 0), area.bytes), 0);
+    CHECK_ENDS(&far);
+    CHECK_EQ(far.value, 6);
+}
+
+/* ---- minor faults ---- */
+
+static void minor(enum kind kind)
+{
+    struct area area = arm(kind, PAGES, PC_UFFD_MISSING | PC_UFFD_MINOR, 0);
+    struct worker worker = {.area = &area, .page = 1}, hole = {.area = &area, .page = 3};
+    uint64_t done = 99;
+
+    memset(area.alias + area.unit, 0x11, area.unit);
+    start(&worker, touch);
+    CHECK_FAULT(&area, 1, PC_UFFD_FAULT_MINOR);
+    area.alias[area.unit] = 0x22; /* what is in the file at the time of CONTINUE counts */
+    CHECK_EQ(pc_uffd_continue(area.uffd, address_of(&area, 1), area.unit, PC_UFFD_DONTWAKE, &done), 0);
+    CHECK_EQ(done, area.unit);
+    CHECK_BLOCKED(&worker);
+    CHECK_EQ(pc_uffd_continue(area.uffd, address_of(&area, 1), area.unit, 0, &done), -EEXIST); /* wakes nobody either */
+    CHECK_EQ(done, 0);
+    CHECK_BLOCKED(&worker);
+    CHECK_EQ(pc_uffd_wake(area.uffd, address_of(&area, 1), area.unit), 0);
+    CHECK_ENDS(&worker);
+    CHECK_EQ(worker.value, 0x22);
+    CHECK_EQ(area.base[2 * area.unit - 1], 0x11);
+    area.base[area.unit + 1] = 0x33;
+    CHECK_EQ(area.alias[area.unit + 1], kind == PRIVATE ? 0x11 : 0x33);
+    start(&hole, touch); /* registered for both: a hole is missing, not minor */
+    CHECK_FAULT(&area, 3, 0);
+    CHECK_EQ(copy(&area, 3, 0x44, 0), 0);
+    CHECK_ENDS(&hole);
+    CHECK_EQ(hole.value, 0x44);
+}
+
+/* ---- the table ---- */
+
+#define ON_KIND(feature, kind, value)                                                                                   \
+    static void kind##_##feature(void)                                                                                  \
+    {                                                                                                                   \
+        feature(value);                                                                                                 \
+    }
+#define ON_FILES(feature) ON_KIND(feature, memfd, MEMFD) ON_KIND(feature, private, PRIVATE) ON_KIND(feature, hugetlb, HUGETLB)
+#define ON_ALL(feature) ON_KIND(feature, anon, ANON) ON_FILES(feature)
+
+ON_ALL(register_masks)
+ON_ALL(copy_answers_a_fault)
+ON_ALL(zeropage_answers_a_fault)
+ON_ALL(dontwake_then_wake)
+ON_FILES(minor)
+
+#define RUN_FILES(feature)                                                                                              \
+    do {                                                                                                                \
+        RUN(memfd_##feature);                                                                                           \
+        RUN(private_##feature);                                                                                         \
+        RUN(hugetlb_##feature);                                                                                         \
+    } while (0)
+#define RUN_ALL(feature)                                                                                                \
+    do {                                                                                                                \
+        RUN(anon_##feature);                                                                                            \
+        RUN_FILES(feature);                                                                                             \
+    } while (0)
+
+int main(int argc, char **argv)
+{
+    test_begin(argc, argv);
+    borrow_huge_pages();
+    RUN(any_handshake_of_another_api);
+    RUN(any_handshake_of_an_unknown_feature);
+    RUN(any_nothing_before_the_handshake);
+    RUN_ALL(register_masks);
+    RUN_ALL(copy_answers_a_fault);
+    RUN_ALL(zeropage_answers_a_fault);
+    RUN_ALL(dontwake_then_wake);
+    RUN_FILES(minor);
+    return test_end();
+}
