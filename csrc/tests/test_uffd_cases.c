@@ -6,6 +6,7 @@
  * test_uffd_cases_wp.c and test_uffd_cases_events.c, the ground rules in test_uffd.c.
  */
 #include "uffd_kinds.h"
+#include "uffd_table.h"
 
 #define BIT(name) ((uint64_t)1 << PC_UFFD_IOCTL_##name)
 #define PAGES 6
@@ -209,31 +210,11 @@ static void minor(enum kind kind)
 
 /* ---- the table ---- */
 
-#define ON_KIND(feature, kind, value)                                                                                   \
-    static void kind##_##feature(void)                                                                                  \
-    {                                                                                                                   \
-        feature(value);                                                                                                 \
-    }
-#define ON_FILES(feature) ON_KIND(feature, memfd, MEMFD) ON_KIND(feature, private, PRIVATE) ON_KIND(feature, hugetlb, HUGETLB)
-#define ON_ALL(feature) ON_KIND(feature, anon, ANON) ON_FILES(feature)
-
 ON_ALL(register_masks)
 ON_ALL(copy_answers_a_fault)
 ON_ALL(zeropage_answers_a_fault)
 ON_ALL(dontwake_then_wake)
 ON_FILES(minor)
-
-#define RUN_FILES(feature)                                                                                              \
-    do {                                                                                                                \
-        RUN(memfd_##feature);                                                                                           \
-        RUN(private_##feature);                                                                                         \
-        RUN(hugetlb_##feature);                                                                                         \
-    } while (0)
-#define RUN_ALL(feature)                                                                                                \
-    do {                                                                                                                \
-        RUN(anon_##feature);                                                                                            \
-        RUN_FILES(feature);                                                                                             \
-    } while (0)
 
 int main(int argc, char **argv)
 {
