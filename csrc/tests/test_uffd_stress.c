@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Everything at once on one userfaultfd, until the time is up: threads that fault in random order, two handlers that race
- * for the events, a copier in the background that fills pages without waking anybody, and between rounds all memory thrown
- * away and filled with new content.
+ * for the events, a copier in the background that fills pages without waking anybody, a thread that throws away memory beside
+ * it and so makes every fill fail with EAGAIN until its event has been read, and between rounds all memory thrown away and
+ * filled with new content.
  *
  * A page is a pattern which no page of zeros and no page of another round or place matches, with a counter at a place of its
  * own and a copy of it in the last word. Who increments holds the page's lock and knows what the counter has to be: a page
@@ -20,6 +21,7 @@
 #define BATCH 8
 #define TOUCHES_PER_PAGE 4
 #define MOST_PAGES 512
+#define DISCARDS 32 /* a round, of the memory beside */
 #define SLACK_S 60 /* a last round on a busy machine, under a sanitizer */
 
 struct page_state {
@@ -28,7 +30,7 @@ struct page_state {
 };
 
 struct stress {
-    struct area area;
+    struct area area, beside; /* on one userfaultfd */
     struct page_state pages[MOST_PAGES];
     uint64_t words;  /* in a page */
     uint64_t round;
@@ -40,7 +42,7 @@ struct stress {
     bool over;       /* written before a barrier, read behind it */
     pthread_barrier_t begin, end;
     int stop;        /* eventfd: ends the handlers */
-    _Atomic uint64_t faults, copied, existed, again, stale, removed_bytes;
+    _Atomic uint64_t faults, copied, existed, again, stale, removed_bytes, discards;
 };
 
 struct actor {
@@ -116,7 +118,10 @@ static void read_events(struct actor *handler)
     CHECK(count >= 0);
     for (int i = 0; i < count; i++) {
         if (events[i].type == PC_UFFD_EVENT_REMOVE) {
-            atomic_fetch_add(&stress->removed_bytes, events[i].bytes);
+            if (events[i].address == address_of(&stress->beside, 0))
+                atomic_fetch_add(&stress->discards, 1);
+            else
+                atomic_fetch_add(&stress->removed_bytes, events[i].bytes);
             continue;
         }
         CHECK_EQ(events[i].type, PC_UFFD_EVENT_PAGEFAULT);
@@ -196,6 +201,21 @@ static void *copier_main(void *argument)
         for (uint64_t i = 0; i < pages; i++)
             while (fill(stress, order[i], next(&copier->random) % 2 ? PC_UFFD_DONTWAKE : 0) == TRY_AGAIN)
                 (void)sched_yield();
+        (void)pthread_barrier_wait(&stress->end);
+    }
+}
+
+static void *discarder_main(void *argument)
+{
+    struct actor *discarder = argument;
+    struct stress *stress = discarder->stress;
+
+    for (;;) {
+        (void)pthread_barrier_wait(&stress->begin);
+        if (stress->over)
+            return NULL;
+        for (int i = 0; i < DISCARDS; i++)
+            CHECK_SYS(madvise(stress->beside.base, stress->beside.bytes, MADV_DONTNEED));
         (void)pthread_barrier_wait(&stress->end);
     }
 }
@@ -282,10 +302,13 @@ static uint64_t seconds_wanted(void)
 static void stress_kind(enum kind kind)
 {
     static struct stress stress;
-    static struct actor handlers[HANDLERS], touchers[TOUCHERS], copier;
+    static struct actor handlers[HANDLERS], touchers[TOUCHERS], copier, discarder;
     uint64_t until_ns, rounds = 0;
 
     stress.area = arm(kind, kind == HUGETLB ? 8 : MOST_PAGES, PC_UFFD_MISSING, UFFD_FEATURE_EVENT_REMOVE);
+    stress.beside = make_area(ANON, 1);
+    stress.beside.uffd = stress.area.uffd;
+    register_area(&stress.beside, PC_UFFD_MISSING);
     until_ns = test_now_ns() + seconds_wanted() * 1000000000u;
     stress.words = stress.area.unit / sizeof(uint64_t);
     stress.image = CHECK_SYS(
@@ -294,13 +317,14 @@ static void stress_kind(enum kind kind)
     CHECK_EQ(pthread_rwlock_init(&stress.filling, NULL), 0);
     for (uint64_t page = 0; page < stress.area.pages; page++)
         CHECK_EQ(pthread_mutex_init(&stress.pages[page].lock, NULL), 0);
-    CHECK_EQ(pthread_barrier_init(&stress.begin, NULL, TOUCHERS + 2), 0);
-    CHECK_EQ(pthread_barrier_init(&stress.end, NULL, TOUCHERS + 2), 0);
+    CHECK_EQ(pthread_barrier_init(&stress.begin, NULL, TOUCHERS + 3), 0);
+    CHECK_EQ(pthread_barrier_init(&stress.end, NULL, TOUCHERS + 3), 0);
     for (int i = 0; i < HANDLERS; i++)
         start_actor(&handlers[i], &stress, handler_main);
     for (int i = 0; i < TOUCHERS; i++)
         start_actor(&touchers[i], &stress, toucher_main);
     start_actor(&copier, &stress, copier_main);
+    start_actor(&discarder, &stress, discarder_main);
 
     do {
         set_gap(&stress, false);
@@ -322,9 +346,11 @@ static void stress_kind(enum kind kind)
     for (int i = 0; i < TOUCHERS; i++)
         CHECK_EQ(pthread_join(touchers[i].thread, NULL), 0);
     CHECK_EQ(pthread_join(copier.thread, NULL), 0);
+    CHECK_EQ(pthread_join(discarder.thread, NULL), 0);
     CHECK_EQ(write(stress.stop, &(uint64_t){1}, sizeof(uint64_t)), sizeof(uint64_t));
     for (int i = 0; i < HANDLERS; i++)
         CHECK_EQ(pthread_join(handlers[i].thread, NULL), 0);
+    CHECK_EQ(atomic_load(&stress.discards), rounds * DISCARDS); /* each told once, not one twice */
     CHECK(atomic_load(&stress.copied) >= rounds * stress.area.pages);
     (void)printf("     %" PRIu64 " rounds, %" PRIu64 " faults, %" PRIu64 " pages copied, %" PRIu64 " were there, %" PRIu64
                  " EAGAIN, %" PRIu64 " too late\n",
