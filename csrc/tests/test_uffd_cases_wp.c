@@ -193,7 +193,7 @@ static void wp_fork_with_event(enum kind kind)
     CHECK(inherited.uffd >= 0);
     CHECK_FAULT(&inherited, 2, PC_UFFD_FAULT_WRITE | PC_UFFD_FAULT_WP);
     CHECK(!readable(area.uffd, 0)); /* each memory has its own */
-    CHECK_EQ(area.base[2 * area.unit], 3);
+    CHECK_PAGE(&area, 2, 3);
     CHECK_EQ(protect(&inherited, 2, 1, 0), 0);
     CHECK_ENDS(&worker);
     CHECK_EQ(WEXITSTATUS(worker.status), 0xEE);
