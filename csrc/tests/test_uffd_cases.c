@@ -208,6 +208,228 @@ static void minor(enum kind kind)
     CHECK_EQ(hole.value, 0x44);
 }
 
+/* ---- SIGBUS ---- */
+
+static _Thread_local sigjmp_buf on_sigbus;
+static _Thread_local siginfo_t sigbus;
+
+static void catch_sigbus(int number, siginfo_t *info, void *context)
+{
+    (void)number;
+    (void)context;
+    sigbus = *info;
+    siglongjmp(on_sigbus, 1);
+}
+
+/* Whether this access ends in SIGBUS; `sigbus` then tells about it. */
+static bool bus_error(const struct area *area, uint64_t page, bool write)
+{
+    const struct sigaction action = {.sa_sigaction = catch_sigbus, .sa_flags = SA_SIGINFO | SA_NODEFER};
+    volatile uint8_t *at = area->base + page * area->unit;
+
+    CHECK_SYS(sigaction(SIGBUS, &action, NULL));
+    if (sigsetjmp(on_sigbus, 1))
+        return true;
+    if (write)
+        *at = 0xEE;
+    else
+        (void)*at;
+    return false;
+}
+
+#define CHECK_SIGBUS(area, page, write, code)                                                                            \
+    do {                                                                                                                \
+        CHECK(bus_error(area, page, write));                                                                            \
+        CHECK_EQ(sigbus.si_code, code);                                                                                 \
+        CHECK_EQ((uintptr_t)sigbus.si_addr, address_of(area, page));                                                    \
+    } while (0)
+
+static void sigbus_instead_of_events(enum kind kind)
+{
+    struct area area = arm(kind, PAGES, PC_UFFD_MISSING, UFFD_FEATURE_SIGBUS);
+    int ends[2];
+
+    CHECK_SIGBUS(&area, 1, false, BUS_ADRERR);
+    CHECK_SIGBUS(&area, 2, true, BUS_ADRERR);
+    CHECK_SYS(pipe(ends));
+    CHECK_EQ(write(ends[1], area.base, 1), -1); /* system calls fail instead */
+    CHECK_EQ(errno, EFAULT);
+    CHECK(!readable(area.uffd, 0));
+    CHECK_EQ(copy(&area, 1, 7, 0), 0);
+    CHECK(!bus_error(&area, 1, true));
+    CHECK_EQ(area.base[area.unit], 0xEE);
+    CHECK_EQ(area.base[area.unit + 1], 7);
+}
+
+static void sigbus_wp(enum kind kind)
+{
+    struct area area = arm(kind, PAGES, PC_UFFD_MISSING | PC_UFFD_WP, UFFD_FEATURE_SIGBUS);
+
+    CHECK_EQ(copy(&area, 1, 7, PC_UFFD_FILL_WP), 0);
+    CHECK(!bus_error(&area, 1, false));
+    CHECK_SIGBUS(&area, 1, true, BUS_ADRERR);
+    CHECK_PAGE(&area, 1, 7);
+    CHECK_EQ(pc_uffd_writeprotect(area.uffd, address_of(&area, 1), area.unit, 0), 0);
+    CHECK(!bus_error(&area, 1, true));
+    CHECK_EQ(area.base[area.unit], 0xEE);
+    CHECK(!readable(area.uffd, 0));
+}
+
+/* A kernel built without CONFIG_MEMORY_FAILURE, whose /proc/meminfo then does not count it, has no code of its own for this. */
+static int code_of_poison(void)
+{
+    char line[128];
+    int code = BUS_ADRERR;
+    FILE *info = fopen("/proc/meminfo", "re");
+
+    CHECK(info);
+    while (fgets(line, sizeof(line), info))
+        if (!strncmp(line, "HardwareCorrupted:", 18))
+            code = BUS_MCEERR_AR;
+    (void)fclose(info);
+    return code;
+}
+
+static void poison(enum kind kind)
+{
+    struct area area = arm(kind, PAGES, PC_UFFD_MISSING, UFFD_FEATURE_POISON);
+    struct worker worker = {.area = &area, .page = 4};
+    uint64_t done = 99;
+
+    CHECK_EQ(pc_uffd_poison(area.uffd, address_of(&area, 1), 2 * area.unit, 0, &done), 0);
+    CHECK_EQ(done, 2 * area.unit);
+    CHECK_SIGBUS(&area, 1, false, code_of_poison()); /* as if the memory were broken: what handles that handles this */
+    CHECK_SIGBUS(&area, 2, true, code_of_poison());
+    CHECK_EQ(pc_uffd_poison(area.uffd, address_of(&area, 1), area.unit, 0, &done), -EEXIST);
+    CHECK_EQ(done, 0);
+    CHECK(!readable(area.uffd, 0));
+    CHECK_EQ(copy(&area, 3, 3, 0), 0);
+    CHECK_EQ(pc_uffd_poison(area.uffd, address_of(&area, 3), area.unit, 0, &done), -EEXIST); /* content is left alone */
+    CHECK_PAGE(&area, 3, 3);
+    start(&worker, touch);
+    CHECK_FAULT(&area, 4, 0);
+    CHECK_EQ(pc_uffd_poison(area.uffd, address_of(&area, 4), area.unit, PC_UFFD_DONTWAKE, &done), 0);
+    CHECK_BLOCKED(&worker);
+    if (kind == ANON || kind == PRIVATE) { /* thrown away, it is a hole again */
+        CHECK_SYS(madvise(area.base + 4 * area.unit, area.unit, MADV_DONTNEED));
+        CHECK_EQ(copy(&area, 4, 9, 0), 0);
+        CHECK_ENDS(&worker);
+        CHECK_EQ(worker.value, 9);
+    }
+}
+
+/* ---- moving ---- */
+
+#define HUGE ((uint64_t)2 << 20)
+
+/* Plain anonymous memory at a multiple of 2 MiB, and, unless it is to be empty, page i full of i + 1. */
+static uint8_t *move_source(uint64_t bytes, bool full)
+{
+    uint8_t *from = CHECK_SYS((uint8_t *)mmap(NULL, bytes + HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+
+    from += (HUGE - (uintptr_t)from % HUGE) % HUGE;
+    for (uint64_t at = 0; full && at < bytes; at += pc_page_bytes())
+        memset(from + at, (int)(at / pc_page_bytes() % 255) + 1, pc_page_bytes());
+    return from;
+}
+
+static int move(const struct area *area, uint64_t page, const uint8_t *from, uint64_t bytes, uint64_t mode, uint64_t *done)
+{
+    return pc_uffd_move(area->uffd, address_of(area, page), (uint64_t)(uintptr_t)from, bytes, mode, done);
+}
+
+static void anon_move(void)
+{
+    struct area area = arm(ANON, PAGES, PC_UFFD_MISSING, UFFD_FEATURE_MOVE);
+    struct worker worker = {.area = &area, .page = 1};
+    uint8_t *from = move_source(area.bytes, true);
+    uint64_t done = 99;
+
+    CHECK(area.ioctls & BIT(MOVE));
+    start(&worker, touch);
+    CHECK_FAULT(&area, 1, 0);
+    CHECK_EQ(move(&area, 1, from + area.unit, 2 * area.unit, 0, &done), 0);
+    CHECK_EQ(done, 2 * area.unit);
+    CHECK_ENDS(&worker);
+    CHECK_EQ(worker.value, 2);
+    CHECK_PAGE(&area, 1, 2);
+    CHECK_PAGE(&area, 2, 3);
+    CHECK(page_is(from, area.unit, 1));
+    CHECK(page_is(from + area.unit, area.unit, 0)); /* it is gone from there */
+    CHECK_EQ(move(&area, 1, from, area.unit, 0, &done), -EEXIST);
+    CHECK_EQ(done, 0);
+    CHECK(page_is(from, area.unit, 1)); /* a refused move takes nothing away */
+    CHECK_EQ(move(&area, 3, from + 1, area.unit, 0, &done), -EINVAL);
+}
+
+static void move_2_mib(int advice)
+{
+    struct area area = arm(ANON, 2 * HUGE / pc_page_bytes(), PC_UFFD_MISSING, UFFD_FEATURE_MOVE);
+    uint64_t first = (HUGE - (uintptr_t)area.base % HUGE) % HUGE / area.unit, done = 99;
+    uint8_t *from = move_source(HUGE, false);
+
+    CHECK(!madvise(from, HUGE, advice) || errno == EINVAL);
+    CHECK(!madvise(area.base, area.bytes, advice) || errno == EINVAL);
+    for (uint64_t page = 0; page < HUGE / area.unit; page++)
+        memset(from + page * area.unit, (int)(page % 255) + 1, area.unit);
+    CHECK_EQ(move(&area, first, from, HUGE, 0, &done), 0);
+    CHECK_EQ(done, HUGE);
+    for (uint64_t page = 0; page < HUGE / area.unit; page++)
+        CHECK_PAGE(&area, first + page, (int)(page % 255) + 1);
+    CHECK(page_is(from, HUGE, 0));
+    CHECK_EQ(copy(&area, first ? first - 1 : HUGE / area.unit, 1, 0), 0); /* no more than that */
+}
+
+static void anon_move_2_mib_of_small_pages(void)
+{
+    move_2_mib(MADV_NOHUGEPAGE);
+}
+
+static void anon_move_2_mib_of_a_huge_page(void)
+{
+    move_2_mib(MADV_HUGEPAGE);
+}
+
+static void anon_move_holes(void)
+{
+    struct area area = arm(ANON, PAGES, PC_UFFD_MISSING, UFFD_FEATURE_MOVE);
+    uint8_t *from = move_source(area.bytes, true);
+    struct worker worker = {.area = &area, .page = 1};
+    uint64_t done = 99;
+
+    CHECK_SYS(madvise(from + area.unit, area.unit, MADV_DONTNEED));
+    CHECK_EQ(move(&area, 1, from + area.unit, area.unit, 0, &done), -ENOENT);
+    CHECK_EQ(done, 0);
+    CHECK_EQ(move(&area, 0, from, 3 * area.unit, 0, &done), -EAGAIN); /* up to the hole */
+    CHECK_EQ(done, area.unit);
+    CHECK_PAGE(&area, 0, 1);
+    CHECK_EQ(move(&area, 1, from + area.unit, 3 * area.unit, PC_UFFD_ALLOW_SRC_HOLES, &done), 0);
+    CHECK_EQ(done, 3 * area.unit); /* the hole counts */
+    CHECK_PAGE(&area, 2, 3);
+    CHECK_PAGE(&area, 3, 4);
+    start(&worker, touch); /* but is none that was filled */
+    CHECK_FAULT(&area, 1, 0);
+    CHECK_EQ(copy(&area, 1, 9, 0), 0);
+    CHECK_ENDS(&worker);
+}
+
+static void move_is_refused(enum kind kind)
+{
+    struct area area = arm(kind, PAGES, PC_UFFD_MISSING, UFFD_FEATURE_MOVE), anon = make_area(ANON, PAGES);
+    uint64_t bytes = kind == HUGETLB ? area.unit : pc_page_bytes(), done = 99;
+    uint8_t *from = move_source(bytes, true);
+
+    CHECK_EQ(move(&area, 0, from, bytes, 0, &done), -EINVAL); /* into it */
+    CHECK_EQ(done, 0);
+    CHECK(page_is(from, pc_page_bytes(), 1));
+    anon.uffd = area.uffd;
+    register_area(&anon, PC_UFFD_MISSING);
+    CHECK_EQ(copy(&area, 1, 7, 0), 0);
+    CHECK_EQ(move(&anon, 1, area.base + area.unit, anon.unit, 0, &done), -EINVAL); /* and out of it */
+    CHECK_EQ(done, 0);
+    CHECK_PAGE(&area, 1, 7);
+}
+
 /* ---- the table ---- */
 
 ON_ALL(register_masks)
@@ -215,6 +437,10 @@ ON_ALL(copy_answers_a_fault)
 ON_ALL(zeropage_answers_a_fault)
 ON_ALL(dontwake_then_wake)
 ON_FILES(minor)
+ON_ALL(sigbus_instead_of_events)
+ON_ALL(sigbus_wp)
+ON_ALL(poison)
+ON_FILES(move_is_refused)
 
 int main(int argc, char **argv)
 {
@@ -228,5 +454,13 @@ int main(int argc, char **argv)
     RUN_ALL(zeropage_answers_a_fault);
     RUN_ALL(dontwake_then_wake);
     RUN_FILES(minor);
+    RUN_ALL(sigbus_instead_of_events);
+    RUN_ALL(sigbus_wp);
+    RUN_ALL(poison);
+    RUN(anon_move);
+    RUN(anon_move_2_mib_of_small_pages);
+    RUN(anon_move_2_mib_of_a_huge_page);
+    RUN(anon_move_holes);
+    RUN_FILES(move_is_refused);
     return test_end();
 }
