@@ -156,7 +156,7 @@ static void fork_and_write(struct worker *worker)
         volatile uint8_t *at = worker->area->base + worker->page * worker->area->unit;
 
         *at = worker->value;
-        _exit(*at);
+        (void)syscall(SYS_exit_group, *at); /* _exit(2) of TSan takes a second */
     }
     CHECK(child > 0);
     CHECK_EQ(waitpid(child, &worker->status, 0), child);
