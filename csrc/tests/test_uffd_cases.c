@@ -237,11 +237,11 @@ static bool bus_error(const struct area *area, uint64_t page, bool write)
     return false;
 }
 
-#define CHECK_SIGBUS(area, page, write, code)                                                                            \
-    do {                                                                                                                \
-        CHECK(bus_error(area, page, write));                                                                            \
-        CHECK_EQ(sigbus.si_code, code);                                                                                 \
-        CHECK_EQ((uintptr_t)sigbus.si_addr, address_of(area, page));                                                    \
+#define CHECK_SIGBUS(area, page, write, code)                                                                          \
+    do {                                                                                                               \
+        CHECK(bus_error(area, page, write));                                                                           \
+        CHECK_EQ(sigbus.si_code, code);                                                                                \
+        CHECK_EQ((uintptr_t)sigbus.si_addr, address_of(area, page));                                                   \
     } while (0)
 
 static void sigbus_instead_of_events(enum kind kind)

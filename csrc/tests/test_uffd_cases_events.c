@@ -19,13 +19,14 @@ static bool is_shared(enum kind kind)
 
 /* ---- fork ---- */
 
-/* The bare system call: fork(3) of TSan's runtime holds locks which the thread needs that reads the event. */
+/* The bare system calls: fork(3) of TSan's runtime holds locks which the thread needs that reads the event, and its _exit(2)
+ * waits for a second. */
 static void fork_and_read(struct worker *worker)
 {
     pid_t child = (pid_t)syscall(SYS_clone, SIGCHLD, NULL, NULL, NULL, NULL);
 
     if (!child)
-        (void)syscall(SYS_exit_group, *(volatile uint8_t *)(worker->area->base + worker->page * worker->area->unit)); /* _exit(2) of TSan takes a second */
+        (void)syscall(SYS_exit_group, *(volatile uint8_t *)(worker->area->base + worker->page * worker->area->unit));
     CHECK(child > 0);
     CHECK_EQ(waitpid(child, &worker->status, 0), child);
     CHECK(WIFEXITED(worker->status));
@@ -264,10 +265,10 @@ static void check_field(int64_t field)
         CHECK_EQ(field, -EAGAIN);
 }
 
-#define CHECK_AGAIN(request, argument)                                                                                   \
-    do {                                                                                                                \
-        CHECK_EQ(ioctl(area.uffd, request, argument), -1);                                                              \
-        CHECK_EQ(errno, EAGAIN);                                                                                        \
+#define CHECK_AGAIN(request, argument)                                                                                 \
+    do {                                                                                                               \
+        CHECK_EQ(ioctl(area.uffd, request, argument), -1);                                                             \
+        CHECK_EQ(errno, EAGAIN);                                                                                       \
     } while (0)
 
 static void eagain_while_an_event_is_unread(enum kind kind)

@@ -147,7 +147,8 @@ static void wp_unpopulated(enum kind kind)
 
 /* ---- fork ---- */
 
-/* The bare system call: fork(3) of TSan's runtime holds locks which the thread needs that reads the event. */
+/* The bare system calls: fork(3) of TSan's runtime holds locks which the thread needs that reads the event, and its _exit(2)
+ * waits for a second. */
 static void fork_and_write(struct worker *worker)
 {
     pid_t child = (pid_t)syscall(SYS_clone, SIGCHLD, NULL, NULL, NULL, NULL);
@@ -156,7 +157,7 @@ static void fork_and_write(struct worker *worker)
         volatile uint8_t *at = worker->area->base + worker->page * worker->area->unit;
 
         *at = worker->value;
-        (void)syscall(SYS_exit_group, *at); /* _exit(2) of TSan takes a second */
+        (void)syscall(SYS_exit_group, *at);
     }
     CHECK(child > 0);
     CHECK_EQ(waitpid(child, &worker->status, 0), child);

@@ -17,7 +17,6 @@
 
 #define TOUCHERS 4
 #define HANDLERS 2
-#define QUEUE 128 /* events a handler may have read but not answered; each toucher and the main thread have one at most */
 #define BATCH 8
 #define TOUCHES_PER_PAGE 4
 #define MOST_PAGES 512
@@ -49,7 +48,7 @@ struct actor {
     pthread_t thread;
     struct stress *stress;
     uint64_t random;
-    struct pc_uffd_event queue[QUEUE]; /* handlers */
+    uint64_t queue[MOST_PAGES]; /* handlers: pages asked for and not answered yet, each once */
     uint32_t queued;
 };
 
@@ -113,6 +112,8 @@ static void read_events(struct actor *handler)
 {
     struct stress *stress = handler->stress;
     struct pc_uffd_event events[BATCH];
+    uint64_t page;
+    uint32_t at;
     int count = pc_uffd_read(stress->area.uffd, events, BATCH);
 
     CHECK(count >= 0);
@@ -125,17 +126,20 @@ static void read_events(struct actor *handler)
             continue;
         }
         CHECK_EQ(events[i].type, PC_UFFD_EVENT_PAGEFAULT);
-        CHECK(handler->queued < QUEUE);
-        handler->queue[handler->queued++] = events[i];
         atomic_fetch_add(&stress->faults, 1);
+        page = (events[i].address - address_of(&stress->area, 0)) / stress->area.unit;
+        CHECK(page < stress->area.pages);
+        for (at = 0; at < handler->queued && handler->queue[at] != page; at++) {
+        }
+        handler->queue[at] = page; /* one answer wakes all who wait for it */
+        handler->queued += at == handler->queued;
     }
 }
 
-static void answer(struct actor *handler, uint64_t address)
+static void answer(struct actor *handler, uint64_t page)
 {
     struct stress *stress = handler->stress;
     const struct area *area = &stress->area;
-    uint64_t page = (address - address_of(area, 0)) / area->unit;
 
     for (;;) {
         switch (fill(stress, page, 0)) {
@@ -168,10 +172,10 @@ static void *handler_main(void *argument)
         read_events(handler);
         while (handler->queued) { /* any of them: order is nothing to rely on */
             uint32_t chosen = (uint32_t)(next(&handler->random) % handler->queued);
-            uint64_t address = handler->queue[chosen].address;
+            uint64_t page = handler->queue[chosen];
 
             handler->queue[chosen] = handler->queue[--handler->queued];
-            answer(handler, address);
+            answer(handler, page);
         }
     }
     return NULL;

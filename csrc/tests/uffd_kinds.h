@@ -229,11 +229,11 @@ MAYBE struct pc_uffd_event next_event(int uffd, int type)
 }
 
 /* The next one is a fault on this page with these flags. */
-#define CHECK_FAULT(area, page, flags_)                                                                                  \
-    do {                                                                                                                \
-        struct pc_uffd_event event_ = next_event((area)->uffd, PC_UFFD_EVENT_PAGEFAULT);                                \
-        CHECK_EQ(event_.address, address_of(area, page));                                                               \
-        CHECK_EQ(event_.flags, flags_);                                                                                 \
+#define CHECK_FAULT(area, page, flags_)                                                                                \
+    do {                                                                                                               \
+        struct pc_uffd_event event_ = next_event((area)->uffd, PC_UFFD_EVENT_PAGEFAULT);                               \
+        CHECK_EQ(event_.address, address_of(area, page));                                                              \
+        CHECK_EQ(event_.flags, flags_);                                                                                \
     } while (0)
 
 /* ---- threads which may block ---- */
