@@ -23,7 +23,7 @@ BUILT_FROM := pyproject.toml CMakeLists.txt tools/setup.sh \
 B := build/$(notdir $(CC))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format stub check-c sanitize fuzz fuzz-replay check-python bench soak wheel clean
+.PHONY: help setup demo test lint format stub check-c sanitize stress fuzz fuzz-replay check-python bench soak wheel clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-16s%s\n", $$1, $$2 }'
@@ -77,6 +77,9 @@ check-c: $(B)-plain ## C unit tests
 sanitize: $(B)-asan $(B)-tsan ## C unit tests under ASan + UBSan and under TSan
 	ctest --test-dir $(B)-asan --output-on-failure -L unit
 	ctest --test-dir $(B)-tsan --output-on-failure -L unit
+
+stress: $(B)-plain ## race faults, handlers and discards on one userfaultfd, SECONDS (60) for each kind of memory
+	POSTCOPY_STRESS_SECONDS=$(or $(SECONDS),60) $</csrc/tests/test_uffd_stress
 
 fuzz-replay: $(B)-asan
 	ctest --test-dir $< --output-on-failure -L fuzz
