@@ -34,7 +34,7 @@ static uint64_t to_gpa(const struct pcg_vcpu *v, uint64_t gva)
 {
     if (gva >= PCG_PRIVATE_GVA)
         return gva - (PCG_PRIVATE_GVA + v->id * PCG_PRIVATE_STRIDE) + boot->private_gpa[v->id];
-    return gva < PCG_HOLE_BEGIN ? gva : gva + (PCG_HOLE_END - PCG_HOLE_BEGIN);
+    return !HAS_HOLE || gva < PCG_HOLE_BEGIN ? gva : gva + (PCG_HOLE_END - PCG_HOLE_BEGIN);
 }
 
 /* How many slots from this one on, at most `count`, are one piece of guest-physical memory. */
