@@ -134,6 +134,9 @@ class Machine(abc.ABC):
     kind: ClassVar[str]
     live: ClassVar[bool]
     """Whether it has CPUs: runs, can touch memory on its own, and can fail."""
+    kernel_faults: ClassVar[bool]
+    """Whether the kernel touches missing memory on its behalf, as KVM does: a userfaultfd for user-mode faults only,
+    which everybody may have, is then not enough."""
 
     @property
     @abc.abstractmethod
