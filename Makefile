@@ -17,16 +17,16 @@ PYTEST_ARGS ?=
 
 # What the installed package is built from. Python modules are not in this list: the install is an editable one.
 BUILT_FROM := pyproject.toml CMakeLists.txt tools/setup.sh \
-	$(shell find csrc -path csrc/tests -prune -o -type f \( -name '*.[chS]' -o -name '*.txt' -o -name '*.ld' -o -name '*.sh' -o -name cdef.py \) -print)
+	$(shell find csrc -path csrc/tests -prune -o -type f \( -name '*.[chS]' -o -name '*.txt' -o -name '*.ld' -o -name '*.inc' -o -name '*.sh' -o -name cdef.py \) -print)
 
 # Where the C core is built for tests: one directory for each compiler and kind.
 B := build/$(notdir $(CC))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format stub check-c sanitize fuzz fuzz-replay check-python bench wheel clean
+.PHONY: help setup demo test lint format stub check-c sanitize fuzz fuzz-replay guests-rv64 check-python bench wheel clean
 
 help: ## list these targets
-	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-16s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)/  \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-16s%s\n", $$1, $$2 }'
 	@echo
 	@echo "  PYTHON=python3.12 and CC=clang say what to build with; PYTEST_ARGS='-k pager' goes to pytest."
 
@@ -88,6 +88,9 @@ fuzz: $(B)-asan ## run the fuzz targets, FUZZ_SECONDS (60) each; with CC=clang u
 		corpus=csrc/tests/corpus/$$name; [ -d $$corpus ] || corpus=; \
 		$$target -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/$$name- build/fuzz/$$name $$corpus || exit 1; \
 	done
+
+guests-rv64: ## build the guest programs of the rv64 machine again (needs Debian's gcc-riscv64-linux-gnu)
+	sh csrc/machine/guest/build_rv64.sh csrc/machine/guest/rv64
 
 check-python: setup ## pytest
 	$(BIN)/pytest $(PYTEST_ARGS)

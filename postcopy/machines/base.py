@@ -19,7 +19,7 @@ import enum
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import trio
 
@@ -225,7 +225,7 @@ class Machine(abc.ABC):
         # When abandoned it finds, at the latest at the next block, that the memory is closed.
         await trio.to_thread.run_sync(_dump, memories, self.dump_bytes, os.fspath(path), abandon_on_cancel=True)
 
-    async def __aenter__(self) -> Machine:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
