@@ -463,6 +463,19 @@ static bool branch_taken(int funct3, uint64_t a, uint64_t b)
     return taken != (funct3 & 1);
 }
 
+/* What a load makes of a device's 32 bits. */
+static uint64_t narrow(uint8_t code, uint64_t value)
+{
+    switch (code) {
+    case C_LB: return (uint64_t)(int64_t)(int8_t)value;
+    case C_LBU: return (uint8_t)value;
+    case C_LH: return (uint64_t)(int64_t)(int16_t)value;
+    case C_LHU: return (uint16_t)value;
+    case C_LW: return sext32(value);
+    default: return value;
+    }
+}
+
 /* ---- the interpreter ---- */
 
 enum outcome { LEAVE, AT_LIMIT, SLEEP, FAILED };
@@ -721,11 +734,9 @@ device_load:
     if (address - PCG_MMIO >= MMIO_BYTES)
         FAIL_WITH("load from 0x%llx, where no memory is", address);
     device_begins(h);
-    value = sext32(pc_device_in(h->vcpu, (uint16_t)(address - PCG_MMIO)));
+    value = pc_device_in(h->vcpu, (uint16_t)(address - PCG_MMIO));
     device_ends(h);
-    if (op->code == C_LBU || op->code == C_LB)
-        value &= 0xff;
-    SET(value);
+    SET(narrow(op->code, value));
 
 device_store:
     if (address - PCG_IMAGE < IMAGE_BYTES)

@@ -6,6 +6,7 @@
 #include "test.h"
 
 #include <sched.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 
 #include "machine/machine.h"
@@ -648,6 +649,58 @@ static void control_registers(void)
     close_bench(&b);
 }
 
+/* Registers of devices: an empty one reads as all ones, the serial line is counted, entropy follows from the seed. */
+static void devices(void)
+{
+    static const uint64_t expected[] = { ONES, ONES, ONES, 0xffffffff, 0xff, 0xffff, 0xffffffff };
+    uint32_t words[9];
+    struct pc_hart_state first;
+    struct bench b;
+
+    for (uint32_t funct3 = 0; funct3 < 7; funct3++)
+        words[funct3] = i_type(0x700, 5, funct3, 16 + funct3, 0x03);
+    words[7] = s_type(PCG_PORT_SERIAL, 6, 5, 0);
+    words[8] = i_type(PCG_PORT_ENTROPY, 5, 2, 7, 0x03);
+    for (int again = 0; again < 2; again++) {
+        b = make_bench(words, COUNT(words));
+        b.hart.x[5] = PCG_MMIO;
+        run_bench(&b, COUNT(words));
+        for (uint32_t i = 0; i < 7; i++)
+            CHECK_EQ(b.hart.x[16 + i], expected[i]);
+        CHECK_EQ(stats_of(b.machine).serial_bytes, 1);
+        CHECK_EQ(b.hart.entropy_draws, 1);
+        CHECK(!again || first.x[7] == b.hart.x[7]);
+        first = b.hart;
+        close_bench(&b);
+    }
+}
+
+/* Requests that no disk would do are refused, whatever memory they name. */
+static void refuses_disk_requests(void)
+{
+    static const uint64_t requests[][4] = {
+        /* what, offset, address, bytes */
+        { 1, 0, DATA, 4096 },             { 3, 0, DATA, 4096 },           { 1, 0, PCG_MMIO, 4096 },
+        { 1, 0, DATA, 0 },                { 1, 0, DATA, ONES },           { 2, ONES - 4095, DATA, 4096 },
+        { 2, 0, ONES - 4095, 4096 },      { 1, 0, DATA, PCG_DISK_REQUEST_MAX + 4096 },
+    };
+    const uint32_t words[] = { s_type(0, 6, 5, 2), i_type(4, 5, 2, 7, 0x03) };
+
+    for (size_t i = 0; i < COUNT(requests); i++) {
+        struct bench b = make_bench(words, COUNT(words)); /* which has no disk, so that even a good one is refused */
+
+        b.hart.x[5] = PCG_MMIO + PCG_PORT_DISK;
+        b.hart.x[6] = requests[i][0];
+        b.hart.x[11] = requests[i][1];
+        b.hart.x[12] = requests[i][2];
+        b.hart.x[13] = requests[i][3];
+        run_bench(&b, 2);
+        CHECK_EQ(b.hart.x[7], PCG_DISK_BAD_REQUEST);
+        CHECK_EQ(stats_of(b.machine).disk_errors, 1);
+        close_bench(&b);
+    }
+}
+
 static void impossible_programs_fail(void)
 {
     static const uint32_t illegal[] = {
@@ -824,6 +877,8 @@ static void moved_often(uint32_t kind)
 static void the_same_however_often_moved_dirty(void) { moved_often(PC_WORKLOAD_DIRTY); }
 static void the_same_however_often_moved_random(void) { moved_often(PC_WORKLOAD_RANDOM); }
 
+static void the_same_however_often_moved_disk(void) { moved_often(PC_WORKLOAD_DISK); }
+
 static void another_seed_is_another_machine(void)
 {
     struct pc_kvm_config config = make_config(PC_WORKLOAD_RANDOM, 1, 16 * MIB);
@@ -994,6 +1049,91 @@ static void moves_disk(void) { moves_live(PC_WORKLOAD_DISK, 2, 100); }
 #define SIGNALS_WAIT "TSan delivers a signal only when its thread makes a call, which a thread in a page fault does not"
 #endif
 
+/* Each kind of access waits for its page, is stopped there with its instruction not done, and is done once the page has
+ * come. Misaligned ones wait for their second page. */
+static void every_access_can_be_paused(void)
+{
+    static const struct {
+        const char *name;
+        uint64_t x5;      /* address */
+        uint64_t missing; /* the page that is */
+        uint32_t word;    /* index in `kinds` */
+    } cases[] = {
+        { "load", DATA + 8, DATA, 0 },
+        { "store", DATA + 8, DATA, 1 },
+        { "byte store", DATA + 4095, DATA, 2 },
+        { "load across pages", DATA - 4, DATA, 0 },
+        { "store across pages", DATA - 4, DATA, 1 },
+        { "add", DATA + 16, DATA, 3 },
+        { "load reserved", DATA + 16, DATA, 4 },
+        { "store in the low area", PCG_STACKS + 8, PCG_STACKS, 1 },
+        { "private store", PCG_PRIVATE_GVA + 8, PCG_PRIVATE_GVA, 1 },
+        { "disk write from its first page", PCG_MMIO + PCG_PORT_DISK, DATA, 5 },
+        { "disk write from its last page", PCG_MMIO + PCG_PORT_DISK, DATA + 8192, 5 },
+        { "fetch", PCG_IMAGE + 4096, PCG_IMAGE + 4096, 6 },
+    };
+    const uint32_t kinds[] = { i_type(0, 5, 3, 7, 0x03), s_type(0, 6, 5, 3), s_type(0, 6, 5, 0), amo(0, 6, 3),
+                               amo(2, 0, 3),             s_type(0, 6, 5, 2), i_type(0, 5, 0, 0, 0x67) };
+
+#ifdef SIGNALS_WAIT
+    SKIP("signals", SIGNALS_WAIT);
+#endif
+    user_uffd_or_skip();
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        const uint32_t words[1024] = { NOP, kinds[cases[i].word], NOP };
+        struct bench b = { .config = make_config(PC_WORKLOAD_IDLE, 1, 16 * MIB) };
+        struct pc_hart_state before, after;
+        struct pc_uffd_api api;
+        struct pc_uffd_event event;
+        uint8_t *page = pc_layout_gva(&b.config, cases[i].missing, 4096);
+        uint64_t ioctls, done, fetch = cases[i].word == 6;
+        int uffd = pc_uffd_open(PC_UFFD_USER_ONLY, 0, &api), n;
+        struct pollfd fault = { .fd = uffd, .events = POLLIN };
+
+        CHECK(uffd >= 0);
+        b.machine = open_machine(&b.config);
+        CHECK_EQ(pc_kvm_boot(b.machine), 0); /* writes low memory and the program, so that the rest comes after it */
+        memcpy((uint8_t *)b.config.shared.base + PCG_IMAGE, words, 3 * sizeof *words);
+        if (fetch)
+            CHECK_SYS(madvise(page, 4096, MADV_REMOVE));
+        CHECK_EQ(pc_uffd_register(uffd, (uint64_t)(uintptr_t)page, 4096, PC_UFFD_MISSING, &ioctls), 0);
+        before = (struct pc_hart_state){ .pc = PCG_IMAGE };
+        before.x[5] = cases[i].x5;
+        before.x[6] = 2;
+        before.x[7] = 77;
+        before.x[12] = DATA;
+        before.x[13] = 12288;
+        pc_rv64_set_state(&b.machine->vcpu[0], &before);
+        CHECK_EQ(pc_kvm_resume(b.machine), 0);
+        CHECK(poll(&fault, 1, RUN_MS) == 1);
+        while ((n = pc_uffd_read(uffd, &event, 1)) == 0)
+            ;
+        CHECK_EQ(n, 1);
+        CHECK_EQ(event.address & ~4095ull, (uintptr_t)page);
+        if (pc_kvm_pause(b.machine, RUN_MS, error, sizeof error))
+            FAIL("%s: %s", cases[i].name, error);
+        pc_rv64_get_state(&b.machine->vcpu[0], &after);
+        before.pc = fetch ? PCG_IMAGE + 4096 : PCG_IMAGE + 4;
+        before.instructions = 1 + fetch;
+        if (memcmp(&before, &after, sizeof after))
+            FAIL("%s: stopped at 0x%llx after %llu instructions", cases[i].name, (unsigned long long)after.pc,
+                 (unsigned long long)after.instructions);
+        if (fetch)
+            CHECK_EQ(pc_uffd_copy(uffd, (uint64_t)(uintptr_t)page, words, 4096, 0, &done), 0);
+        else
+            CHECK_EQ(pc_uffd_zeropage(uffd, (uint64_t)(uintptr_t)page, 4096, 0, &done), 0);
+        run_until(b.machine, 3);
+        pc_rv64_get_state(&b.machine->vcpu[0], &after);
+        CHECK_EQ(after.pc, fetch ? PCG_IMAGE + 4096 + 4 : PCG_IMAGE + 12);
+        if (cases[i].word == 1)
+            CHECK_EQ(*(uint8_t *)pc_layout_gva(&b.config, cases[i].x5, 1), 2);
+        if (cases[i].word == 0 || cases[i].word == 3)
+            CHECK_EQ(after.x[7], 0);
+        close(uffd);
+        close_bench(&b);
+    }
+}
+
 /* A hart that waits for a page is stopped with its instruction not done, its state moves on, and the twin does it. */
 static void pauses_on_a_missing_page(uint32_t kind)
 {
@@ -1158,6 +1298,8 @@ int main(int argc, char **argv)
     RUN(atomics);
     RUN(reservations);
     RUN(control_registers);
+    RUN(devices);
+    RUN(refuses_disk_requests);
     RUN(impossible_programs_fail);
     RUN(stops_exactly_in_a_straight_run);
     RUN(workload_idle);
@@ -1167,11 +1309,13 @@ int main(int argc, char **argv)
     RUN(workload_disk);
     RUN(the_same_however_often_moved_dirty);
     RUN(the_same_however_often_moved_random);
+    RUN(the_same_however_often_moved_disk);
     RUN(another_seed_is_another_machine);
     RUN(the_same_when_moved_by_postcopy);
     RUN(moves_dirty);
     RUN(moves_random);
     RUN(moves_disk);
+    RUN(every_access_can_be_paused);
     RUN(pauses_random_on_a_missing_page);
     RUN(pauses_disk_on_a_missing_page);
     RUN(survives_many_pauses_random);
