@@ -326,8 +326,9 @@ int pc_bench_floor_fault(int uffd, int fd, void *base, uint64_t page_bytes, uint
 
 /* ==== begin machine: kvm ==== */
 /* A small machine whose guest programs check themselves, see docs/machines.md. Its engine is KVM (x86-64, /dev/kvm), or an
- * interpreter of RISC-V (RV64IMA, any host, no rights), where a vCPU is a hart. Guest memory is the caller's, must outlive the machine, and is only touched from here by pc_kvm_boot, pc_kvm_verify and the disk's O_DIRECT
- * transfers. Every function may be called from any thread; two that change the same machine at once: -EBUSY. */
+ * interpreter of RISC-V (RV64IMA, any host, no rights), where a vCPU is a hart. Guest memory is the caller's, must outlive
+ * the machine, and is only touched from here by pc_kvm_boot, pc_kvm_verify, the disk's O_DIRECT transfers, and rv64's harts as
+ * they run. Every function may be called from any thread; two that change the same machine at once: -EBUSY. */
 struct pc_kvm;
 #define PC_KVM_MAX_VCPUS 8
 enum pc_engine_kind { PC_ENGINE_KVM = 0, PC_ENGINE_RV64 = 1 };
@@ -351,16 +352,16 @@ enum pc_machine_state {
 };
 enum pc_vcpu_activity {
     PC_VCPU_PARKED = 0,  /* outside of the guest, waiting for pc_kvm_resume */
-    PC_VCPU_GUEST = 1,   /* in KVM_RUN: computing, or blocked on a missing page */
-    PC_VCPU_DEVICE = 2,  /* between two KVM_RUNs */
-    PC_VCPU_HALTED = 3,  /* executed HLT, sleeps until the next tick */
+    PC_VCPU_GUEST = 1,   /* in the engine (KVM_RUN): computing, or blocked on a missing page */
+    PC_VCPU_DEVICE = 2,  /* outside of it */
+    PC_VCPU_HALTED = 3,  /* executed HLT or WFI, sleeps until the next tick; or stands where pc_rv64_run_until wants it */
     PC_VCPU_DISK = 4,    /* in the disk's pread or pwrite */
     PC_VCPU_GONE = 5     /* thread ended */
 };
 struct pc_vcpu_stats {
     int32_t tid;         /* kernel thread, for blocktime accounting; known as soon as pc_kvm_open returns */
     int32_t activity;    /* enum pc_vcpu_activity */
-    uint64_t exits;      /* from KVM_RUN, on this host */
+    uint64_t exits;      /* from KVM_RUN, or rv64: device accesses; on this host */
     uint64_t marks;      /* the counters from here on move with the machine */
     uint64_t operations; /* as last announced by the guest */
     uint64_t failures;   /* reported by the guest */

@@ -56,9 +56,9 @@ struct pc_engine;
 
 struct pc_vcpu {
     struct pc_kvm *machine;
-    struct pc_hart *hart; /* rv64 only; the next four: kvm only */
     uint32_t index;
-    int fd;
+    struct pc_hart *hart;     /* rv64 only */
+    int fd;                   /* this and the next two: kvm only */
     struct kvm_run *run;
     struct kvm_cpuid2 *cpuid; /* as given to KVM, which adds to it what it likes */
     pthread_t thread;

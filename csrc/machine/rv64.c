@@ -746,6 +746,7 @@ device_store:
     if (address - PCG_MMIO == PCG_PORT_DISK)
         touch_request(h, op);
     device_begins(h);
+    h->pc = PC; /* for the line of a failure */
     if (!pc_device_out(h->vcpu, (uint16_t)(address - PCG_MMIO), op->code == C_SB ? (uint8_t)B : (uint32_t)B, &x[11])) {
         h->failure[0] = '\0'; /* the device has said why */
         outcome = FAILED;

@@ -737,11 +737,13 @@ static int load_vcpu(const struct pc_kvm *machine, struct pc_vcpu *vcpu, const s
     if (machine->config.engine == PC_ENGINE_RV64) {
         memcpy(&hart, sections[HART].payload, sizeof hart);
         pc_rv64_set_state(vcpu, &hart);
-    }
+    } else {
 #if defined(__x86_64__)
-    else
         rc = load_kvm_vcpu(machine, vcpu, sections, error, error_bytes);
+#else
+        rc = pc_machine_error(error, error_bytes, -ENOTSUP, "no kvm on this architecture");
 #endif
+    }
     if (rc)
         return rc;
     memcpy(&own, sections[VCPU].payload, sizeof own);

@@ -75,7 +75,7 @@ def rights(command: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.needs("root", "uffd-user")
-@pytest.mark.parametrize("workload", ["random", "dirty", "disk"])
+@pytest.mark.parametrize("workload", ["random", "dirty", "disk", "idle"])
 def test_demo_without_any_right(package: list[str], spawn_child: Callable[..., Any], workload: str) -> None:
     found = rights(package)
     assert (found["uid"], found["groups"]) == (NOBODY, [])
@@ -90,6 +90,7 @@ def test_demo_without_any_right(package: list[str], spawn_child: Callable[..., A
     assert done.returncode == 0, done.stderr
     assert (result["status"], result["verified"]) == ("completed", True)
     assert result["machine"] == "rv64"
-    assert result["ram"]["demand-pages"] > 0
+    if workload != "idle":  # which touches so little that the push may be faster
+        assert result["ram"]["demand-pages"] > 0
     if found["how"] == "USER_ONLY":
         assert done.stderr.count("postcopy: --machine kvm cannot be used here") == 1
