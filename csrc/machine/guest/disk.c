@@ -126,6 +126,7 @@ static void lay_out(struct pcg_vcpu *v)
         v->range_slots[i] = pages[i] > skew_pages ? (pages[i] - skew_pages) / 2 : 0;
     }
     v->slots = v->range_slots[0] + v->range_slots[1];
+    release_barrier(); /* whoever looks from outside, at any instruction, takes this one for "all of the above is there" */
     v->next_tag = 1;
 }
 
