@@ -17,16 +17,16 @@ PYTEST_ARGS ?=
 
 # What the installed package is built from. Python modules are not in this list: the install is an editable one.
 BUILT_FROM := pyproject.toml CMakeLists.txt tools/setup.sh \
-	$(shell find csrc -path csrc/tests -prune -o -type f \( -name '*.[chS]' -o -name '*.txt' -o -name '*.ld' -o -name '*.sh' -o -name cdef.py \) -print)
+	$(shell find csrc -path csrc/tests -prune -o -type f \( -name '*.[chS]' -o -name '*.txt' -o -name '*.ld' -o -name '*.inc' -o -name '*.sh' -o -name cdef.py \) -print)
 
 # Where the C core is built for tests: one directory for each compiler and kind.
 B := build/$(notdir $(CC))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format stub check-c sanitize stress fuzz fuzz-replay check-python bench soak wheel clean
+.PHONY: help setup demo test lint format stub check-c sanitize stress fuzz fuzz-replay guests-rv64 check-python bench soak wheel clean
 
 help: ## list these targets
-	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-16s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)/  \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-16s%s\n", $$1, $$2 }'
 	@echo
 	@echo "  PYTHON=python3.12 and CC=clang say what to build with; PYTEST_ARGS='-k pager' goes to pytest."
 
@@ -92,15 +92,17 @@ fuzz: $(B)-asan ## run the fuzz targets, FUZZ_SECONDS (60) each; with CC=clang u
 		$$target -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/$$name- build/fuzz/$$name $$corpus || exit 1; \
 	done
 
+guests-rv64: ## build the guest programs of the rv64 machine again (needs Debian's gcc-riscv64-linux-gnu)
+	sh csrc/machine/guest/build_rv64.sh csrc/machine/guest/rv64
+
 check-python: setup ## pytest
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 bench: setup ## measure fault latency, throughput and memory against their floors, medians of five
 	$(BIN)/postcopy bench
 
-SECONDS ?= 600
 soak: setup ## migrate over a network that is cut several times a second, for SECONDS (600); every page is verified
-	$(BIN)/python -m postcopy.testing.soak --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m postcopy.testing.soak --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED))
 
 wheel: setup ## build the abi3 wheel into dist/
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .

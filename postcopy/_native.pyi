@@ -102,6 +102,8 @@ class _Lib:
     PC_EVENT_BULK_END: int
     PC_EVENT_COMPLETE: int
     PC_EVENT_FATAL: int
+    PC_ENGINE_KVM: int
+    PC_ENGINE_RV64: int
     PC_WORKLOAD_IDLE: int
     PC_WORKLOAD_DIRTY: int
     PC_WORKLOAD_RANDOM: int
@@ -229,6 +231,10 @@ class _Lib:
     def pc_kvm_verify(self, machine: CData, check: CData, /) -> int: ...
     def pc_kvm_event_fd(self, machine: CData, /) -> int: ...
     def pc_kvm_close(self, machine: CData, timeout_ms: int, /) -> int: ...
+    def pc_rv64_run_until(
+        self, machine: CData, instructions: int, timeout_ms: int, error: CData, error_bytes: int, /
+    ) -> int: ...
+    def pc_rv64_instructions(self, machine: CData, hart: int, instructions: CData, /) -> int: ...
 
 ffi: _FFI
 lib: _Lib

@@ -89,15 +89,16 @@ def _serve(text: str) -> float:
     return math.inf if text == "forever" else _whole(1, 1_000_000)(text)
 
 
-def _add_machine_arguments(parser: argparse.ArgumentParser, machine: str | None) -> None:
+def _add_machine_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
     group = parser.add_argument_group("the machine")
-    group.add_argument("--machine", choices=KINDS, required=machine is None, default=machine, help="what to migrate")
-    group.add_argument("--memory", type=_size, metavar="SIZE", help="kvm: its memory, as 1GiB")
-    group.add_argument("--vcpus", type=_whole(0, 1000), metavar="N", help="kvm: its virtual CPUs")
-    group.add_argument("--workload", choices=tuple(WORKLOADS), help="kvm: what it computes")
-    group.add_argument("--working-set", type=_size, metavar="SIZE", help="kvm: how much memory it uses")
-    group.add_argument("--seed", type=_whole(0, 2**64 - 1), metavar="N", help="kvm: makes its pages reproducible")
-    group.add_argument("--disk", metavar="FILE", help="kvm, workload disk: backing file, which both hosts must have")
+    default = "" if required else " (default: kvm, or rv64 where kvm cannot be used)"
+    group.add_argument("--machine", choices=KINDS, required=required, help="what to migrate" + default)
+    group.add_argument("--memory", type=_size, metavar="SIZE", help="kvm, rv64: its memory, as 1GiB")
+    group.add_argument("--vcpus", type=_whole(0, 1000), metavar="N", help="kvm, rv64: its virtual CPUs")
+    group.add_argument("--workload", choices=tuple(WORKLOADS), help="kvm, rv64: what it computes")
+    group.add_argument("--working-set", type=_size, metavar="SIZE", help="kvm, rv64: how much memory it uses")
+    group.add_argument("--seed", type=_whole(0, 2**64 - 1), metavar="N", help="kvm, rv64: makes its pages reproducible")
+    group.add_argument("--disk", metavar="FILE", help="workload disk: backing file, which both hosts must have")
     group.add_argument("--image", metavar="FILE", help="image: the file")
 
 
@@ -175,7 +176,7 @@ def make_parser() -> argparse.ArgumentParser:
         "source", help="run a machine, or hold an image, and migrate it away", allow_abbrev=False
     )
     _add_peer_arguments(source)
-    _add_machine_arguments(source, None)
+    _add_machine_arguments(source, required=True)
     _add_engine_arguments(source, source=True, dest=False)
     _add_network_arguments(source)
     source.add_argument(
@@ -208,7 +209,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_output_arguments(dest)
 
     demo = commands.add_parser("demo", help="both sides on this host, verified", allow_abbrev=False)
-    _add_machine_arguments(demo, "kvm")
+    _add_machine_arguments(demo, required=False)
     _add_engine_arguments(demo, source=True, dest=True)
     demo.add_argument("--migrate-after", type=_seconds, default=1.0, metavar="SECONDS")
     _add_after_arguments(demo, run_for=2.0)

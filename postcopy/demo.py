@@ -27,10 +27,12 @@ from typing import Any
 import trio
 
 from postcopy._errors import ConfigurationError, MigrationError, PostcopyError
+from postcopy.machines import explain_no_kvm
 from postcopy.memory import format_size
 from postcopy.migration._session import first_error
 from postcopy.progress import Output
 from postcopy.testing import ChaosPlan, open_chaos_proxy
+from postcopy.uffd import explain_unavailable
 
 Json = dict[str, Any]
 END_S = 15.0  # for a child to end in order
@@ -131,12 +133,12 @@ class DemoCommand:
     def __init__(self, args: argparse.Namespace, output: Output) -> None:
         self._args = args
         self._output = output
-        if args.machine == "kvm" and args.memory is None:
-            args.memory = 256 << 20
-        if args.machine == "kvm" and args.vcpus is None:
-            args.vcpus = 2
-        if args.machine == "kvm" and args.workload is None:
-            args.workload = "random"
+        if args.machine is None:
+            args.machine = _usable_machine()
+        if args.machine != "image":
+            args.memory = 256 << 20 if args.memory is None else args.memory
+            args.vcpus = 2 if args.vcpus is None else args.vcpus
+            args.workload = "random" if args.workload is None else args.workload
         self._chaos: ChaosPlan | None = None
         if args.chaos is not None:
             seed = args.seed if args.seed is not None else secrets.randbits(32)
@@ -241,7 +243,7 @@ class DemoCommand:
         result += ["--busy-poll", str(args.busy_poll), "--log-level", args.log_level]
         if args.max_bandwidth:
             result += ["--max-bandwidth", str(args.max_bandwidth)]
-        if args.machine == "kvm":
+        if args.machine != "image":
             result += ["--backing", args.backing]
         for flag, value in (
             ("--memory", args.memory),
@@ -327,6 +329,16 @@ def merge(source: Json, dest: Json) -> Json:
     result["error"] = dest.get("error") or source.get("error")
     result["source"], result["dest"] = source, dest
     return result
+
+
+def _usable_machine() -> str:
+    """kvm where this user can run and migrate one, else rv64, which needs no rights; says so."""
+    why = explain_no_kvm() or explain_unavailable(kernel_faults=True)
+    if why is None:
+        return "kvm"
+    with contextlib.suppress(OSError):
+        print(f"postcopy: --machine kvm cannot be used here ({why.message}): showing --machine rv64", file=sys.stderr)
+    return "rv64"
 
 
 async def _good_end(child: _Child, done: trio.Event) -> None:

@@ -338,11 +338,13 @@ int pc_bench_floor_fault(int uffd, int fd, void *base, uint64_t page_bytes, uint
 /* ==== end bench ==== */
 
 /* ==== begin machine: kvm ==== */
-/* A small x86-64 machine on /dev/kvm whose guest programs check themselves. See docs/machines.md. Guest memory is the
- * caller's, must outlive the machine, and is only touched from here by pc_kvm_boot, pc_kvm_verify and the disk's O_DIRECT
- * transfers. Every function may be called from any thread; two that change the same machine at once: -EBUSY. */
+/* A small machine whose guest programs check themselves, see docs/machines.md. Its engine is KVM (x86-64, /dev/kvm), or an
+ * interpreter of RISC-V (RV64IMA, any host, no rights), where a vCPU is a hart. Guest memory is the caller's, must outlive
+ * the machine, and is only touched from here by pc_kvm_boot, pc_kvm_verify, the disk's O_DIRECT transfers, and rv64's harts as
+ * they run. Every function may be called from any thread; two that change the same machine at once: -EBUSY. */
 struct pc_kvm;
 #define PC_KVM_MAX_VCPUS 8
+enum pc_engine_kind { PC_ENGINE_KVM = 0, PC_ENGINE_RV64 = 1 };
 enum pc_workload { PC_WORKLOAD_IDLE = 0, PC_WORKLOAD_DIRTY = 1, PC_WORKLOAD_RANDOM = 2, PC_WORKLOAD_DISK = 3 };
 struct pc_kvm_config {
     uint32_t vcpus;                              /* 1..PC_KVM_MAX_VCPUS */
@@ -353,6 +355,7 @@ struct pc_kvm_config {
     uint64_t seed;                               /* both ends must have the same */
     int disk_fd;                                 /* from pc_disk_open, stays the caller's; -1 when there is none */
     uint64_t disk_bytes;                         /* shared out evenly between the vCPUs */
+    uint32_t engine;                             /* enum pc_engine_kind: what executes the instructions */
 };
 enum pc_machine_state {
     PC_MACHINE_CREATED = 0, /* neither booted nor loaded */
@@ -362,16 +365,16 @@ enum pc_machine_state {
 };
 enum pc_vcpu_activity {
     PC_VCPU_PARKED = 0,  /* outside of the guest, waiting for pc_kvm_resume */
-    PC_VCPU_GUEST = 1,   /* in KVM_RUN: computing, or blocked on a missing page */
-    PC_VCPU_DEVICE = 2,  /* between two KVM_RUNs */
-    PC_VCPU_HALTED = 3,  /* executed HLT, sleeps until the next tick */
+    PC_VCPU_GUEST = 1,   /* in the engine (KVM_RUN): computing, or blocked on a missing page */
+    PC_VCPU_DEVICE = 2,  /* outside of it */
+    PC_VCPU_HALTED = 3,  /* executed HLT or WFI, sleeps until the next tick; or stands where pc_rv64_run_until wants it */
     PC_VCPU_DISK = 4,    /* in the disk's pread or pwrite */
     PC_VCPU_GONE = 5     /* thread ended */
 };
 struct pc_vcpu_stats {
     int32_t tid;         /* kernel thread, for blocktime accounting; known as soon as pc_kvm_open returns */
     int32_t activity;    /* enum pc_vcpu_activity */
-    uint64_t exits;      /* from KVM_RUN, on this host */
+    uint64_t exits;      /* from KVM_RUN, or rv64: device accesses; on this host */
     uint64_t marks;      /* the counters from here on move with the machine */
     uint64_t operations; /* as last announced by the guest */
     uint64_t failures;   /* reported by the guest */
@@ -440,6 +443,13 @@ int pc_kvm_event_fd(struct pc_kvm *machine);
  * a missing page in a disk transfer). The machine then frees itself when that thread comes back; until then its guest
  * memory must stay mapped and the handle must not be used. */
 int pc_kvm_close(struct pc_kvm *machine, uint32_t timeout_ms);
+/* rv64 only (else -ENOTSUP): lets a paused machine run until each hart has executed `instructions` since its boot, in all, and
+ * pauses it there exactly; a hart that has executed more already stands still. Blocks; -ETIMEDOUT after timeout_ms (paused,
+ * wherever it was), -EIO when the machine failed (`error`). */
+int pc_rv64_run_until(struct pc_kvm *machine, uint64_t instructions, uint32_t timeout_ms, char *error,
+                      size_t error_bytes);
+/* Instructions that a hart has executed since its boot: exact when paused; while it runs, as of its last exit. */
+int pc_rv64_instructions(struct pc_kvm *machine, uint32_t hart, uint64_t *instructions);
 /* ==== end machine: kvm ==== */
 
 /* ==== end cffi ==== */

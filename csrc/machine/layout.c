@@ -8,6 +8,8 @@
  *   boot_bytes   working set, then memory that nobody uses
  * 1 << 46      private block of vCPU 0, the next ones 1 TiB apart
  *                                     each from the next multiple of 2 MiB
+ *
+ * On rv64 the two are the same, and there are no descriptor and page tables: the boot area ends where they would begin.
  */
 #include <errno.h>
 #include <stdio.h>
@@ -62,6 +64,7 @@ static void add_slot(struct pc_layout *layout, uint64_t gpa, void *host, uint64_
 
 int pc_layout_make(const struct pc_kvm_config *config, struct pc_layout *layout, char *error, size_t error_bytes)
 {
+    bool is_rv64 = config->engine == PC_ENGINE_RV64; /* no page tables: guest-physical is what the program uses */
     uint64_t tables = 1, free_pages, want_pages, total_bytes, gpa;
     uint64_t shared_bytes = config->shared.size_bytes;
     int rc = check_block(&config->shared, "shared", error, error_bytes);
@@ -85,13 +88,16 @@ int pc_layout_make(const struct pc_kvm_config *config, struct pc_layout *layout,
     }
     if (total_bytes > MEMORY_MAX_BYTES)
         return pc_machine_error(error, error_bytes, -EINVAL, "more than 512 GiB of memory");
-    layout->boot_bytes = PCG_PAGE_TABLES + tables * PCG_PAGE_BYTES;
+    layout->boot_bytes = PCG_PAGE_TABLES + (is_rv64 ? 0 : tables * PCG_PAGE_BYTES);
     if (shared_bytes < layout->boot_bytes + 16 * PCG_PAGE_BYTES)
         return pc_machine_error(error, error_bytes, -EINVAL, "RAM block \"shared\" is too small: %llu bytes, need %llu",
                                 (unsigned long long)shared_bytes,
                                 (unsigned long long)layout->boot_bytes + 16 * PCG_PAGE_BYTES);
 
-    if (shared_bytes <= PCG_HOLE_BEGIN) {
+    if (is_rv64) {
+        add_slot(layout, 0, config->shared.base, shared_bytes);
+        gpa = 0;
+    } else if (shared_bytes <= PCG_HOLE_BEGIN) {
         add_slot(layout, 0, config->shared.base, shared_bytes);
         gpa = PCG_HOLE_END;
     } else {
@@ -100,7 +106,7 @@ int pc_layout_make(const struct pc_kvm_config *config, struct pc_layout *layout,
         gpa = layout->guest_end;
     }
     for (uint32_t i = 0; i < config->vcpus; i++) {
-        gpa = divide_up(gpa, LARGE_PAGE_BYTES) * LARGE_PAGE_BYTES;
+        gpa = is_rv64 ? PCG_PRIVATE_GVA + i * PCG_PRIVATE_STRIDE : divide_up(gpa, LARGE_PAGE_BYTES) * LARGE_PAGE_BYTES;
         layout->private_gpa[i] = gpa;
         if (config->private_[i].size_bytes) {
             add_slot(layout, gpa, config->private_[i].base, config->private_[i].size_bytes);
@@ -185,6 +191,10 @@ void *pc_layout_gva(const struct pc_kvm_config *config, uint64_t gva, uint64_t b
     return (uint8_t *)memory->base + offset;
 }
 
+struct image {
+    const uint8_t *begin, *end;
+};
+
 #if defined(__x86_64__)
 
 #define IMAGE(name) \
@@ -195,9 +205,7 @@ IMAGE(dirty);
 IMAGE(random);
 IMAGE(disk);
 
-static const struct {
-    const uint8_t *begin, *end;
-} images[] = {
+static const struct image kvm_images[] = {
     [PC_WORKLOAD_IDLE] = { pc_guest_idle, pc_guest_idle_end },
     [PC_WORKLOAD_DIRTY] = { pc_guest_dirty, pc_guest_dirty_end },
     [PC_WORKLOAD_RANDOM] = { pc_guest_random, pc_guest_random_end },
@@ -228,17 +236,13 @@ static uint64_t map(uint8_t *ram, uint64_t next_table, uint64_t gva, uint64_t gp
     return next_table;
 }
 
-int pc_layout_write_boot(const struct pc_kvm *machine, uint8_t *ram)
+/* Descriptor and page tables. */
+static int write_tables(const struct pc_kvm *machine, uint8_t *ram)
 {
     const struct pc_kvm_config *config = &machine->config;
     const struct pc_layout *layout = &machine->layout;
     uint64_t *gdt = (uint64_t *)(ram + PCG_GDT), *idt = (uint64_t *)(ram + PCG_IDT), next_table;
-    struct pcg_boot *boot = (struct pcg_boot *)(ram + PCG_BOOT_INFO);
-    size_t image_bytes = (size_t)(images[config->workload].end - images[config->workload].begin);
 
-    if (image_bytes > PCG_IMAGE_END - PCG_IMAGE)
-        return -E2BIG;
-    memcpy(ram + PCG_IMAGE, images[config->workload].begin, image_bytes);
     gdt[PCG_CODE_SELECTOR / 8] = 0x00af9b000000ffffull; /* 64-bit code, accessed */
     gdt[PCG_DATA_SELECTOR / 8] = 0x00cf93000000ffffull; /* data, accessed */
     for (uint64_t vector = 0; vector < 32; vector++) {
@@ -251,9 +255,52 @@ int pc_layout_write_boot(const struct pc_kvm *machine, uint8_t *ram)
     for (uint32_t i = 0; i < config->vcpus; i++)
         next_table = map(ram, next_table, PCG_PRIVATE_GVA + i * PCG_PRIVATE_STRIDE, layout->private_gpa[i],
                          config->private_[i].size_bytes, false);
-    if (next_table != layout->boot_bytes)
-        return -EOVERFLOW; /* tables_for() and map() disagree */
+    return next_table == layout->boot_bytes ? 0 : -EOVERFLOW; /* tables_for() and map() disagree */
+}
 
+#endif
+
+/* The text of guest/build_rv64.sh: little-endian RISC-V code, on any host. */
+static const uint8_t rv64_idle[] = {
+#include "guest/rv64/idle.inc"
+};
+static const uint8_t rv64_dirty[] = {
+#include "guest/rv64/dirty.inc"
+};
+static const uint8_t rv64_random[] = {
+#include "guest/rv64/random.inc"
+};
+static const uint8_t rv64_disk[] = {
+#include "guest/rv64/disk.inc"
+};
+
+static const struct image rv64_images[] = {
+    [PC_WORKLOAD_IDLE] = { rv64_idle, rv64_idle + sizeof rv64_idle },
+    [PC_WORKLOAD_DIRTY] = { rv64_dirty, rv64_dirty + sizeof rv64_dirty },
+    [PC_WORKLOAD_RANDOM] = { rv64_random, rv64_random + sizeof rv64_random },
+    [PC_WORKLOAD_DISK] = { rv64_disk, rv64_disk + sizeof rv64_disk },
+};
+
+int pc_layout_write_boot(const struct pc_kvm *machine, uint8_t *ram)
+{
+    const struct pc_kvm_config *config = &machine->config;
+    const struct pc_layout *layout = &machine->layout;
+    struct pcg_boot *boot = (struct pcg_boot *)(ram + PCG_BOOT_INFO);
+    struct image image = rv64_images[config->workload];
+    size_t image_bytes;
+
+#if defined(__x86_64__)
+    if (config->engine == PC_ENGINE_KVM) {
+        int rc = write_tables(machine, ram);
+        if (rc)
+            return rc;
+        image = kvm_images[config->workload];
+    }
+#endif
+    image_bytes = (size_t)(image.end - image.begin);
+    if (image_bytes > PCG_IMAGE_END - PCG_IMAGE)
+        return -E2BIG;
+    memcpy(ram + PCG_IMAGE, image.begin, image_bytes);
     boot->vcpus = config->vcpus;
     boot->workload = config->workload;
     boot->seed = config->seed;
@@ -267,5 +314,3 @@ int pc_layout_write_boot(const struct pc_kvm *machine, uint8_t *ram)
     boot->magic = PCG_MAGIC;
     return 0;
 }
-
-#endif

@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Private to csrc/machine: the parts of the kvm machine.
+ * Private to csrc/machine: the parts of a machine with vCPUs, whichever engine executes its instructions.
  *
- *   kvm.c        open, vCPU threads, pause and resume, exits, close
+ *   run.c        open, vCPU threads, pause and resume, devices, close: the same for every engine
+ *   kvm.c        engine: KVM
+ *   rv64.c       engine: an interpreter of RISC-V
  *   layout.c     where things are in guest memory; boot
  *   state.c      device state as a blob, and back
  *   disk.c       the block device
@@ -49,15 +51,19 @@ struct pc_layout {
     uint64_t disk_slice_bytes;
 };
 
+struct pc_hart; /* rv64.h */
+struct pc_engine;
+
 struct pc_vcpu {
     struct pc_kvm *machine;
     uint32_t index;
-    int fd;
+    struct pc_hart *hart;     /* rv64 only */
+    int fd;                   /* this and the next two: kvm only */
     struct kvm_run *run;
     struct kvm_cpuid2 *cpuid; /* as given to KVM, which adds to it what it likes */
     pthread_t thread;
     bool has_thread;
-    bool parked;           /* under machine->lock */
+    bool parked, standing; /* under machine->lock */
     bool io_pending;       /* the last exit's instruction is not complete before the next KVM_RUN */
     uint32_t disk_status;  /* enum pcg_disk_status, device state */
     uint64_t mark_told_ns; /* when a mark last raised the eventfd */
@@ -72,6 +78,7 @@ struct pc_vcpu {
 
 struct pc_kvm {
     struct pc_kvm_config config;
+    const struct pc_engine *engine;
     struct pc_layout layout;
     int kvm_fd, vm_fd, event_fd;
     size_t run_bytes;
@@ -100,12 +107,43 @@ struct pc_kvm {
     struct pc_vcpu vcpu[PC_KVM_MAX_VCPUS];
 };
 
+/* What executes instructions. Called by the vCPU's thread where nothing else is said; `error`: as everywhere. */
+struct pc_engine {
+    const char *program_counter; /* its name */
+    bool kick_again;             /* a kick's signal may be lost: repeat it until the vCPU is out */
+    int (*set_up)(struct pc_kvm *machine, char *error, size_t error_bytes); /* by pc_kvm_open, may be NULL */
+    int (*make_vcpu)(struct pc_vcpu *vcpu, char *error, size_t error_bytes); /* by pc_kvm_open */
+    int (*set_start_state)(struct pc_vcpu *vcpu);                            /* by pc_kvm_boot */
+    /* Executes until something is to be looked at, at the latest when kicked. False: the vCPU has failed. */
+    bool (*run)(struct pc_vcpu *vcpu);
+    void (*complete)(struct pc_vcpu *vcpu);       /* before it is parked; may be NULL */
+    void (*kick)(struct pc_vcpu *vcpu, bool on);  /* any thread, under the lock: `run` is to return; or may go on */
+    uint64_t (*where)(struct pc_vcpu *vcpu);      /* the program counter */
+    uint32_t (*entropy)(struct pc_vcpu *vcpu);    /* NULL: the host's */
+    void (*destroy_vcpu)(struct pc_vcpu *vcpu);   /* also one that is half made */
+    void (*destroy)(struct pc_kvm *machine);      /* may be NULL */
+};
+extern const struct pc_engine pc_engine_kvm, pc_engine_rv64;
+
 uint64_t pc_machine_now_ns(void);
 /* Formats into an `error` buffer (which may be NULL) and returns `code`. */
 int pc_machine_error(char *error, size_t error_bytes, int code, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
 /* ioctl(2) again after EINTR; -errno. Not for KVM_RUN. */
 int pc_machine_ioctl(int fd, unsigned long request, void *argument);
+
+/* run.c, for engines. This vCPU cannot go on: the whole machine stops. */
+void pc_vcpu_failed(struct pc_vcpu *vcpu, const char *what);
+/* Until the next tick, or until the vCPU must leave. */
+void pc_vcpu_halt(struct pc_vcpu *vcpu);
+/* Until the vCPU must leave; `standing` meanwhile. */
+void pc_vcpu_stand(struct pc_vcpu *vcpu);
+/* Device registers; `arguments` are those that travel in registers (guest/abi.h). False: the vCPU is to stop. */
+bool pc_device_out(struct pc_vcpu *vcpu, uint16_t port, uint32_t value, const uint64_t arguments[4]);
+uint32_t pc_device_in(struct pc_vcpu *vcpu, uint16_t port);
+
+/* rv64.c: in the kick's signal handler. Does not come back when the thread waits for a missing page. */
+void pc_rv64_kicked(void);
 
 /* layout.c */
 int pc_layout_make(const struct pc_kvm_config *config, struct pc_layout *layout, char *error, size_t error_bytes);

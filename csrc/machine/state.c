@@ -5,7 +5,8 @@
  *   header    magic[8]  u32 version  u32 CRC32C of all that follows the header  u64 bytes in all  u32 sections  u32 zero
  *   section   u32 tag (four letters)  u32 vCPU (or NO_VCPU)  u64 bytes, then the payload, zero padded to 8 bytes
  *
- * Little endian, as are KVM's own structures inside, whose layout is x86 ABI. The blob comes over the network: it is read
+ * Which sections there are is the engine's choice: the first one and VCPU are in all machines, HART is rv64's, the others are
+ * kvm's. Little endian, as are KVM's own structures inside, whose layout is x86 ABI. The blob comes over the network: it is read
  * in two passes. The first believes nothing and finds every section; only when all are there, once, with a possible
  * length, and this host can take them, does the second one set anything.
  *
@@ -15,16 +16,18 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include "machine.h"
-
-#if defined(__x86_64__)
-
 #include <errno.h>
-#include <linux/kvm.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "machine.h"
+#include "rv64.h"
+
+#if defined(__x86_64__)
+#include <linux/kvm.h>
+#endif
 
 #define STATE_VERSION   1u
 #define STATE_MAGIC     "PCKVMST"
@@ -65,7 +68,7 @@ struct state_msr {
     uint64_t value;
 };
 
-enum section { MACHINE, VCPU, CPUID, REGS, SREGS, XSAVE, XCRS, MSRS, EVENTS, DEBUGREGS, MP_STATE, TSC_KHZ, SECTIONS };
+enum section { MACHINE, VCPU, CPUID, REGS, SREGS, XSAVE, XCRS, MSRS, EVENTS, DEBUGREGS, MP_STATE, TSC_KHZ, HART, SECTIONS };
 
 static const struct {
     char tag[5];
@@ -74,6 +77,8 @@ static const struct {
 } kinds[SECTIONS] = {
     [MACHINE] = { "MACH", false, false, sizeof(struct state_machine), sizeof(struct state_machine), 1 },
     [VCPU] = { "VCPU", true, false, sizeof(struct state_vcpu), sizeof(struct state_vcpu), 1 },
+    [HART] = { "HART", true, false, sizeof(struct pc_hart_state), sizeof(struct pc_hart_state), 1 },
+#if defined(__x86_64__)
     [CPUID] = { "CPID", true, false, sizeof(struct kvm_cpuid_entry2), CPUID_MAX * sizeof(struct kvm_cpuid_entry2),
                 sizeof(struct kvm_cpuid_entry2) },
     [REGS] = { "REGS", true, false, sizeof(struct kvm_regs), sizeof(struct kvm_regs), 1 },
@@ -86,7 +91,17 @@ static const struct {
     [DEBUGREGS] = { "DREG", true, true, sizeof(struct kvm_debugregs), sizeof(struct kvm_debugregs), 1 },
     [MP_STATE] = { "MPST", true, false, sizeof(struct kvm_mp_state), sizeof(struct kvm_mp_state), 1 },
     [TSC_KHZ] = { "TSCK", true, false, sizeof(uint64_t), sizeof(uint64_t), 1 },
+#endif
 };
+
+static bool of_engine(const struct pc_kvm *machine, int kind)
+{
+    if (kind == MACHINE || kind == VCPU)
+        return true;
+    return (kind == HART) == (machine->config.engine == PC_ENGINE_RV64);
+}
+
+#if defined(__x86_64__)
 
 #define MSR_TSC 0x10u
 
@@ -117,6 +132,8 @@ static bool is_needed_msr(uint32_t index)
     return false;
 }
 
+#endif
+
 /* ---- save ---- */
 
 struct writer {
@@ -146,6 +163,8 @@ static int put(struct writer *w, enum section kind, uint32_t vcpu, const void *p
     w->sections++;
     return 0;
 }
+
+#if defined(__x86_64__)
 
 static int get_msr(int fd, uint32_t index, uint64_t *value)
 {
@@ -225,8 +244,8 @@ static int save_xsave(struct writer *w, const struct pc_kvm *machine, const stru
 }
 
 /* KVM allows these from any thread while the vCPU is not running, which it is not: its thread is parked. */
-static int save_vcpu(struct writer *w, const struct pc_kvm *machine, struct pc_vcpu *vcpu, char *error,
-                     size_t error_bytes)
+static int save_kvm_vcpu(struct writer *w, const struct pc_kvm *machine, struct pc_vcpu *vcpu, char *error,
+                         size_t error_bytes)
 {
     union {
         struct kvm_regs regs;
@@ -249,15 +268,8 @@ static int save_vcpu(struct writer *w, const struct pc_kvm *machine, struct pc_v
         { DEBUGREGS, machine->has_debugregs, KVM_GET_DEBUGREGS, sizeof u.debugregs },
         { MP_STATE, true, KVM_GET_MP_STATE, sizeof u.mp_state },
     };
-    struct state_vcpu own = {
-        .marks = atomic_load(&vcpu->marks),
-        .operations = atomic_load(&vcpu->operations),
-        .failures = atomic_load(&vcpu->failures),
-        .ready = atomic_load(&vcpu->ready),
-        .disk_status = vcpu->disk_status,
-    };
     uint64_t tsc_khz;
-    int rc = put(w, VCPU, vcpu->index, &own, sizeof own), khz;
+    int rc = 0, khz;
 
     for (size_t i = 0; !rc && i < sizeof plain / sizeof *plain; i++) {
         if (!plain[i].present)
@@ -282,6 +294,34 @@ static int save_vcpu(struct writer *w, const struct pc_kvm *machine, struct pc_v
     if (!rc)
         rc = put(w, TSC_KHZ, vcpu->index, &tsc_khz, sizeof tsc_khz);
     return rc;
+}
+
+#endif
+
+static int save_vcpu(struct writer *w, const struct pc_kvm *machine, struct pc_vcpu *vcpu, char *error,
+                     size_t error_bytes)
+{
+    struct pc_hart_state hart;
+    struct state_vcpu own = {
+        .marks = atomic_load(&vcpu->marks),
+        .operations = atomic_load(&vcpu->operations),
+        .failures = atomic_load(&vcpu->failures),
+        .ready = atomic_load(&vcpu->ready),
+        .disk_status = vcpu->disk_status,
+    };
+    int rc = put(w, VCPU, vcpu->index, &own, sizeof own);
+
+    if (rc)
+        return rc;
+    if (machine->config.engine == PC_ENGINE_RV64) {
+        pc_rv64_get_state(vcpu, &hart);
+        return put(w, HART, vcpu->index, &hart, sizeof hart);
+    }
+#if defined(__x86_64__)
+    return save_kvm_vcpu(w, machine, vcpu, error, error_bytes);
+#else
+    return pc_machine_error(error, error_bytes, -ENOTSUP, "no kvm on this architecture");
+#endif
 }
 
 static struct state_machine describe(struct pc_kvm *machine)
@@ -347,7 +387,8 @@ struct reader {
     struct found vcpu[PC_KVM_MAX_VCPUS][SECTIONS];
 };
 
-static int find_sections(const uint8_t *data, size_t bytes, struct reader *r, char *error, size_t error_bytes)
+static int find_sections(const struct pc_kvm *machine, const uint8_t *data, size_t bytes, struct reader *r, char *error,
+                         size_t error_bytes)
 {
     struct state_header header;
     size_t at = sizeof header;
@@ -358,7 +399,7 @@ static int find_sections(const uint8_t *data, size_t bytes, struct reader *r, ch
         return pc_machine_error(error, error_bytes, -EBADMSG, "device state is cut short: %zu bytes", bytes);
     memcpy(&header, data, sizeof header);
     if (memcmp(header.magic, STATE_MAGIC, sizeof header.magic))
-        return pc_machine_error(error, error_bytes, -EBADMSG, "this is not the device state of a kvm machine");
+        return pc_machine_error(error, error_bytes, -EBADMSG, "this is not the device state of a machine");
     if (header.version != STATE_VERSION)
         return pc_machine_error(error, error_bytes, -EPROTO, "device state has version %u, this program reads version %u",
                                 header.version, STATE_VERSION);
@@ -384,7 +425,7 @@ static int find_sections(const uint8_t *data, size_t bytes, struct reader *r, ch
         if (padded > bytes - at)
             return pc_machine_error(error, error_bytes, -EBADMSG, "section %.4s is cut short", section.tag);
         for (kind = 0; kind < SECTIONS; kind++)
-            if (memcmp(section.tag, kinds[kind].tag, sizeof section.tag) == 0)
+            if (of_engine(machine, kind) && memcmp(section.tag, kinds[kind].tag, sizeof section.tag) == 0)
                 break;
         if (kind == SECTIONS) {
             char tag[5] = { 0 };
@@ -413,14 +454,16 @@ static int find_sections(const uint8_t *data, size_t bytes, struct reader *r, ch
     return 0;
 }
 
-static int check_complete(const struct reader *r, uint32_t vcpus, char *error, size_t error_bytes)
+static int check_complete(const struct pc_kvm *machine, const struct reader *r, char *error, size_t error_bytes)
 {
+    uint32_t vcpus = machine->config.vcpus;
+
     for (int kind = 0; kind < SECTIONS; kind++) {
         for (uint32_t i = vcpus; i < PC_KVM_MAX_VCPUS; i++)
             if (r->vcpu[i][kind].payload)
                 return pc_machine_error(error, error_bytes, -EBADMSG, "section %s is for vCPU %u of %u", kinds[kind].tag, i,
                                         vcpus);
-        if (kinds[kind].optional)
+        if (kinds[kind].optional || !of_engine(machine, kind))
             continue;
         if (!kinds[kind].per_vcpu && !r->machine[kind].payload)
             return pc_machine_error(error, error_bytes, -EBADMSG, "section %s is missing", kinds[kind].tag);
@@ -463,6 +506,8 @@ static int check_same_machine(struct pc_kvm *machine, const struct state_machine
                                 "guest's are not", (unsigned long long)machine->disk_memory_align);
     return 0;
 }
+
+#if defined(__x86_64__)
 
 static const struct kvm_cpuid_entry2 *find_cpuid(const struct kvm_cpuid2 *cpuid, uint32_t function, uint32_t index)
 {
@@ -534,8 +579,8 @@ static struct kvm_cpuid2 *copy_cpuid(const struct found *section)
     return cpuid;
 }
 
-static int check_vcpu(const struct pc_kvm *machine, const struct found *sections, uint32_t index, char *error,
-                      size_t error_bytes)
+static int check_kvm_vcpu(const struct pc_kvm *machine, const struct found *sections, uint32_t index, char *error,
+                          size_t error_bytes)
 {
     struct kvm_cpuid2 *cpuid = copy_cpuid(&sections[CPUID]);
     int rc;
@@ -597,8 +642,8 @@ static int load_xsave(const struct pc_kvm *machine, const struct pc_vcpu *vcpu, 
     return rc;
 }
 
-static int load_vcpu(const struct pc_kvm *machine, struct pc_vcpu *vcpu, const struct found *sections, char *error,
-                     size_t error_bytes)
+static int load_kvm_vcpu(const struct pc_kvm *machine, struct pc_vcpu *vcpu, const struct found *sections, char *error,
+                         size_t error_bytes)
 {
     union {
         struct kvm_regs regs;
@@ -619,7 +664,6 @@ static int load_vcpu(const struct pc_kvm *machine, struct pc_vcpu *vcpu, const s
         { TSC_KHZ, 0 },            { MSRS, KVM_SET_MSRS },           { EVENTS, KVM_SET_VCPU_EVENTS },
         { MP_STATE, KVM_SET_MP_STATE },
     };
-    struct state_vcpu own;
 
     for (size_t i = 0; i < sizeof plain / sizeof *plain; i++) {
         const struct found *section = &sections[plain[i].kind];
@@ -662,6 +706,46 @@ static int load_vcpu(const struct pc_kvm *machine, struct pc_vcpu *vcpu, const s
             return pc_machine_error(error, error_bytes, rc, "vCPU %u: this host's KVM refuses section %s: %s", vcpu->index,
                                     kinds[plain[i].kind].tag, strerrordesc_np(-rc));
     }
+    return 0;
+}
+
+#endif
+
+static int check_vcpu(const struct pc_kvm *machine, const struct found *sections, uint32_t index, char *error,
+                      size_t error_bytes)
+{
+    struct pc_hart_state hart;
+
+    if (machine->config.engine == PC_ENGINE_RV64) {
+        memcpy(&hart, sections[HART].payload, sizeof hart);
+        return pc_rv64_check_state(&hart, index, error, error_bytes);
+    }
+#if defined(__x86_64__)
+    return check_kvm_vcpu(machine, sections, index, error, error_bytes);
+#else
+    return pc_machine_error(error, error_bytes, -ENOTSUP, "no kvm on this architecture");
+#endif
+}
+
+static int load_vcpu(const struct pc_kvm *machine, struct pc_vcpu *vcpu, const struct found *sections, char *error,
+                     size_t error_bytes)
+{
+    struct pc_hart_state hart;
+    struct state_vcpu own;
+    int rc = 0;
+
+    if (machine->config.engine == PC_ENGINE_RV64) {
+        memcpy(&hart, sections[HART].payload, sizeof hart);
+        pc_rv64_set_state(vcpu, &hart);
+    } else {
+#if defined(__x86_64__)
+        rc = load_kvm_vcpu(machine, vcpu, sections, error, error_bytes);
+#else
+        rc = pc_machine_error(error, error_bytes, -ENOTSUP, "no kvm on this architecture");
+#endif
+    }
+    if (rc)
+        return rc;
     memcpy(&own, sections[VCPU].payload, sizeof own);
     atomic_store(&vcpu->marks, own.marks);
     atomic_store(&vcpu->operations, own.operations);
@@ -679,7 +763,7 @@ int pc_state_load(struct pc_kvm *machine, const void *buf, size_t bytes, char *e
 
     if (!r)
         return pc_machine_error(error, error_bytes, -ENOMEM, "out of memory");
-    rc = find_sections(buf, bytes, r, error, error_bytes);
+    rc = find_sections(machine, buf, bytes, r, error, error_bytes);
     /* The machine section first: with another number of vCPUs everything else looks damaged. */
     if (!rc && !r->machine[MACHINE].payload)
         rc = pc_machine_error(error, error_bytes, -EBADMSG, "section MACH is missing");
@@ -688,7 +772,7 @@ int pc_state_load(struct pc_kvm *machine, const void *buf, size_t bytes, char *e
         rc = check_same_machine(machine, &own, error, error_bytes);
     }
     if (!rc)
-        rc = check_complete(r, machine->config.vcpus, error, error_bytes);
+        rc = check_complete(machine, r, error, error_bytes);
     for (uint32_t i = 0; !rc && i < machine->vcpu_count; i++)
         rc = check_vcpu(machine, r->vcpu[i], i, error, error_bytes);
     for (uint32_t i = 0; !rc && i < machine->vcpu_count; i++)
@@ -703,5 +787,3 @@ int pc_state_load(struct pc_kvm *machine, const void *buf, size_t bytes, char *e
     free(r);
     return rc;
 }
-
-#endif

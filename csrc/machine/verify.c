@@ -13,8 +13,6 @@
 #endif
 #include "machine.h"
 
-#if defined(__x86_64__)
-
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -422,5 +420,3 @@ int pc_verify(struct pc_kvm *machine, struct pc_machine_check *check)
         snprintf(check->text, sizeof check->text, "%s", names[machine->config.workload]);
     return 0;
 }
-
-#endif

@@ -23,7 +23,8 @@ from .base import (
     VcpuStatistics,
 )
 from .image import ImageMachine
-from .kvm import WORKLOADS, KvmMachine
+from .kvm import WORKLOADS, KvmMachine, explain_no_kvm
+from .rv64 import Rv64Machine
 
 __all__ = [
     "BACKINGS",
@@ -41,9 +42,11 @@ __all__ = [
     "MachineState",
     "MachineStatistics",
     "RamBlock",
+    "Rv64Machine",
     "VcpuStatistics",
     "create_destination",
     "create_source",
+    "explain_no_kvm",
 ]
 
 BACKINGS = (MemoryKind.MEMFD.value, MemoryKind.ANON.value, MemoryKind.HUGETLB.value)
@@ -64,11 +67,13 @@ class MachineOptions:
     image: str | None = None  # path
 
 
-def _kvm_source(options: MachineOptions) -> Machine:
-    _refuse("kvm", options, "image")
-    defaults = KvmMachine.Options()
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    return KvmMachine.create(KvmMachine.Options(**{**vars(defaults), **given}))
+def _with_vcpus(make: type[KvmMachine]) -> Callable[[MachineOptions], Machine]:
+    def source(options: MachineOptions) -> Machine:
+        _refuse(make.kind, options, "image")
+        given = {name: value for name, value in vars(options).items() if value is not None}
+        return make.create(make.Options(**{**vars(make.Options()), **given}))
+
+    return source
 
 
 def _image_source(options: MachineOptions) -> Machine:
@@ -84,9 +89,14 @@ def _image_destination(
     return ImageMachine.for_destination(config, layout, backing)
 
 
-_SOURCES: dict[str, Callable[[MachineOptions], Machine]] = {"kvm": _kvm_source, "image": _image_source}
+_SOURCES: dict[str, Callable[[MachineOptions], Machine]] = {
+    "kvm": _with_vcpus(KvmMachine),
+    "rv64": _with_vcpus(Rv64Machine),
+    "image": _image_source,
+}
 _DESTINATIONS: dict[str, Callable[[Mapping[str, Any], Sequence[BlockLayout], str, str | None], Machine]] = {
     "kvm": KvmMachine.for_destination,
+    "rv64": Rv64Machine.for_destination,
     "image": _image_destination,
 }
 

@@ -19,7 +19,7 @@ import enum
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import trio
 
@@ -134,6 +134,9 @@ class Machine(abc.ABC):
     kind: ClassVar[str]
     live: ClassVar[bool]
     """Whether it has CPUs: runs, can touch memory on its own, and can fail."""
+    kernel_faults: ClassVar[bool]
+    """Whether the kernel touches missing memory on its behalf, as KVM does: a userfaultfd for user-mode faults only,
+    which everybody may have, is then not enough."""
 
     @property
     @abc.abstractmethod
@@ -222,7 +225,7 @@ class Machine(abc.ABC):
         # When abandoned it finds, at the latest at the next block, that the memory is closed.
         await trio.to_thread.run_sync(_dump, memories, self.dump_bytes, os.fspath(path), abandon_on_cancel=True)
 
-    async def __aenter__(self) -> Machine:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:

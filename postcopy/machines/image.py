@@ -31,6 +31,7 @@ class ImageMachine(Machine):
 
     kind: ClassVar[str] = "image"
     live: ClassVar[bool] = False
+    kernel_faults: ClassVar[bool] = False
 
     def __init__(self, memory: Memory, file_bytes: int, verify: bool, path: str) -> None:
         self._memory = memory

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import platform
 import secrets
 import stat
 import tempfile
@@ -18,7 +19,7 @@ import warnings
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import trio
 
@@ -97,6 +98,8 @@ class KvmMachine(Machine):
 
     kind: ClassVar[str] = "kvm"
     live: ClassVar[bool] = True
+    kernel_faults: ClassVar[bool] = True
+    engine: ClassVar[int] = lib.PC_ENGINE_KVM
     Options = KvmOptions
 
     def __init__(
@@ -132,12 +135,12 @@ class KvmMachine(Machine):
         self._machine = machine
 
     @classmethod
-    def create(cls, options: KvmOptions) -> KvmMachine:
+    def create(cls, options: KvmOptions) -> Self:
         """The source. Errors: `ConfigurationError` for numbers that make no sense, `ResourceError` for what the host
         lacks (memory, /dev/kvm or the right to it)."""
         if options.workload not in WORKLOADS:
             raise ConfigurationError(f"unknown workload {options.workload!r}; there are {', '.join(WORKLOADS)}")
-        check_vcpus(options.vcpus)
+        check_vcpus(options.vcpus, cls.kind)
         if not 0 <= options.working_set_bytes < 1 << 64:
             raise ConfigurationError("a working set cannot be less than 0 bytes")
         if options.seed is not None and not 0 <= options.seed < 1 << 64:
@@ -156,19 +159,19 @@ class KvmMachine(Machine):
     @classmethod
     def for_destination(
         cls, config: Mapping[str, Any], layout: Sequence[BlockLayout], backing: str, disk: str | None = None
-    ) -> KvmMachine:
+    ) -> Self:
         """The twin of what a source offers; what the peer says is checked. `disk`: where its disk is on this host."""
-        unavailable = explain_unavailable(kernel_faults=True)
+        unavailable = explain_unavailable(kernel_faults=cls.kernel_faults)
         if unavailable is not None:
             raise unavailable
         vcpus, workload = config.get("vcpus"), config.get("workload")
         if type(vcpus) is not int or not 1 <= vcpus <= lib.PC_KVM_MAX_VCPUS:
-            raise ProtocolError("an offer of a kvm machine must have a number of vcpus")
+            raise ProtocolError(f"an offer of a {cls.kind} machine must have a number of vcpus")
         if not isinstance(workload, str) or workload not in WORKLOADS:
-            raise ProtocolError("an offer of a kvm machine must have a workload")
+            raise ProtocolError(f"an offer of a {cls.kind} machine must have a workload")
         names = ["shared"] + [f"vcpu{number}" for number in range(vcpus)]
         if [block.name for block in layout] != names:
-            raise ProtocolError(f"a kvm machine of {vcpus} vcpus must have the blocks {', '.join(names)}")
+            raise ProtocolError(f"a {cls.kind} machine of {vcpus} vcpus must have the blocks {', '.join(names)}")
         if any(block.size_bytes <= 0 for block in layout):
             raise ProtocolError("an offer of a block without a size")
         unit = page_bytes_of(backing)
@@ -375,7 +378,7 @@ class KvmMachine(Machine):
     def __del__(self) -> None:
         if getattr(self, "_machine", None) is not None:
             # Its vCPUs run on, and its memory stays mapped.
-            warnings.warn("a kvm machine was never closed", ResourceWarning, stacklevel=2, source=self)
+            warnings.warn(f"a {self.kind} machine was never closed", ResourceWarning, stacklevel=2, source=self)
 
     # ---- private
 
@@ -386,6 +389,7 @@ class KvmMachine(Machine):
 
     def _open(self) -> Any:
         config: Any = ffi.new("struct pc_kvm_config *")
+        config.engine = self.engine
         config.vcpus = self.vcpus
         config.workload = WORKLOADS[self._workload]
         config.shared = self._blocks[0].memory.struct[0]
@@ -403,9 +407,20 @@ class KvmMachine(Machine):
         return pointer[0]
 
 
-def check_vcpus(vcpus: int) -> None:
+def check_vcpus(vcpus: int, kind: str = "kvm") -> None:
     if not 1 <= vcpus <= lib.PC_KVM_MAX_VCPUS:
-        raise ConfigurationError(f"a kvm machine has 1 to {lib.PC_KVM_MAX_VCPUS} vcpus, not {vcpus}")
+        raise ConfigurationError(f"a {kind} machine has 1 to {lib.PC_KVM_MAX_VCPUS} vcpus, not {vcpus}")
+
+
+def explain_no_kvm() -> ResourceError | None:
+    """None when this user may use /dev/kvm on this host, else why not. Makes nothing, does not block."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ResourceError("the kvm machine is for x86-64 hosts", "use --machine rv64")
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return ResourceError(f"/dev/kvm: {error.strerror}", "use --machine rv64")
+    return None
 
 
 def split_memory(memory_bytes: int, vcpus: int, page_bytes: int) -> tuple[int, int]:
@@ -425,25 +440,27 @@ def _open_error(number: int, text: str) -> PostcopyError:
         return ResourceError(
             text,
             "enable virtualization (load kvm_intel or kvm_amd; in a virtual machine, nested virtualization), and in a"
-            " container pass the device in: --device /dev/kvm",
+            " container pass the device in: --device /dev/kvm; --machine rv64 needs no such device",
         )
     if number in (errno.EACCES, errno.EPERM):
-        return ResourceError(text, "add this user to the group that owns /dev/kvm (often kvm), or run as root")
+        return ResourceError(
+            text, "add this user to the group that owns /dev/kvm (often kvm), run as root, or --machine rv64"
+        )
     if number in (errno.ENOTSUP, errno.ENODEV, errno.ENXIO):
-        return ResourceError(text, "use an x86-64 host whose KVM offers it")
+        return ResourceError(text, "use an x86-64 host whose KVM offers it, or --machine rv64")
     if number == errno.EINVAL:
         return ConfigurationError(text)
     if number == errno.EBUSY:
         return BusyError(text)
     if number == errno.ENOMEM:
         return ResourceError(text, "ask for less memory, or use a host with more")
-    return CoreError(number, "making a kvm machine", text)
+    return CoreError(number, "making a machine", text)
 
 
 def _natural(config: Mapping[str, Any], name: str) -> int:
     value = config.get(name)
     if type(value) is not int or not 0 <= value < 1 << 64:
-        raise ProtocolError(f"an offer of a kvm machine must have a number as {name}")
+        raise ProtocolError(f"an offer of a machine must have a number as {name}")
     return value
 
 

@@ -372,6 +372,7 @@ class DestinationMigration:
         for block in machine.blocks:
             pager.add_block(block.memory)
         for _ in range(machine.shards):
+            # ANY prefers one that stops the kernel's faults too; a machine that needs that has refused a host without.
             pager.add_shard(self._how, self._busy_poll_us)
         self._session = Session(offer.migration, offer.token, epoch=0)
         self._membership = self._stack.enter_context(self._link.membership(self._session))

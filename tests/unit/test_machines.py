@@ -195,7 +195,7 @@ async def test_a_cancelled_dump_lets_go_of_the_memory(image: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        ("z80", MachineOptions(), "kvm, image"),
+        ("z80", MachineOptions(), "kvm, rv64, image"),
         ("image", MachineOptions(), "--image FILE"),
         ("image", MachineOptions(image="/nowhere/image"), "No such file"),
         ("image", MachineOptions(image="x", vcpus=2), "--vcpus has no meaning"),
@@ -282,7 +282,7 @@ def test_a_peer_cannot_name_a_file_to_write_to(tmp_path: Path) -> None:
 def test_unknown_kinds_of_machines_are_the_peers_mistake() -> None:
     with pytest.raises(ProtocolError):
         create_destination("z80", {}, [])
-    assert machines.KINDS == ("kvm", "image")
+    assert machines.KINDS == ("kvm", "rv64", "image")
 
 
 def test_a_failed_creation_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:

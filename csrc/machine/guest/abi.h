@@ -45,6 +45,9 @@
 #define PCG_PORT_DISK        0x5f8 /* out 32: enum pcg_disk_op; RBX slice offset, RCX gpa, RSI bytes */
 #define PCG_PORT_DISK_STATUS 0x5fc /* in 32: enum pcg_disk_status of this vCPU's last request */
 
+/* rv64 has no ports: the same numbers are offsets from here, and the arguments travel in a1, a2, a3, a4. */
+#define PCG_MMIO             PCG_U64(0x200000000000)
+
 /* Numbers that start.S needs too. */
 #define PCG_REPORT_FAILURE    3
 #define PCG_FAILURE_EXCEPTION 1

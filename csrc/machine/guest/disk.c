@@ -34,7 +34,7 @@ static uint64_t to_gpa(const struct pcg_vcpu *v, uint64_t gva)
 {
     if (gva >= PCG_PRIVATE_GVA)
         return gva - (PCG_PRIVATE_GVA + v->id * PCG_PRIVATE_STRIDE) + boot->private_gpa[v->id];
-    return gva < PCG_HOLE_BEGIN ? gva : gva + (PCG_HOLE_END - PCG_HOLE_BEGIN);
+    return !HAS_HOLE || gva < PCG_HOLE_BEGIN ? gva : gva + (PCG_HOLE_END - PCG_HOLE_BEGIN);
 }
 
 /* How many slots from this one on, at most `count`, are one piece of guest-physical memory. */
@@ -126,6 +126,7 @@ static void lay_out(struct pcg_vcpu *v)
         v->range_slots[i] = pages[i] > skew_pages ? (pages[i] - skew_pages) / 2 : 0;
     }
     v->slots = v->range_slots[0] + v->range_slots[1];
+    release_barrier(); /* whoever looks from outside, at any instruction, takes this one for "all of the above is there" */
     v->next_tag = 1;
 }
 

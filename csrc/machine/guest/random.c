@@ -4,7 +4,8 @@
  * from the shared ones, which all vCPUs change under a lock word in the page itself.
  *
  * The sequence is a function of seed and vCPU only, so the machine can replay it from outside and knows the exact
- * count that every page must have. The generator's state lives in XMM7 while a page is changed, which is most of the time,
+ * count that every page must have. The generator's state lives in registers that
+ * nothing else uses (x86: XMM7, rv64: s10 and s11) while a page is changed, which is most of the time,
  * and therefore when the machine is moved.
  */
 #include "guest.h"
@@ -46,9 +47,9 @@ static void change_page(struct pcg_vcpu *v, uint64_t gva, int shared)
     page[PCG_WORD_COUNTS + v->id]++;
     page[PCG_WORD_COUNT] = count + 1;
     write_checks(page, count + 1);
-    compiler_barrier();
+    release_barrier(); /* whoever sees the lock free sees the page */
     if (shared)
-        *lock = 0; /* x86 keeps stores in order: whoever sees this sees the page */
+        *lock = 0;
 }
 
 void workload(struct pcg_vcpu *v)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A migration by a user who has no rights at all: no capability, no group, no /dev/kvm, no /dev/userfaultfd.
+
+The user is nobody (65534), who can read little: the package is copied where anybody may, and run by an interpreter that
+anybody may run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import postcopy
+from postcopy import _native
+
+NOBODY = 65534
+AS_NOBODY = (
+    "setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all",
+    "--no-new-privs",
+)  # fmt: skip
+
+
+@pytest.fixture
+def package() -> Iterator[list[str]]:
+    """The start of a command that runs python with the package as nobody."""
+    if shutil.which("setpriv") is None:
+        pytest.skip("no setpriv: install util-linux")
+    with tempfile.TemporaryDirectory(prefix="postcopy-nobody-") as directory:
+        target = Path(directory, "lib", "postcopy")
+        shutil.copytree(Path(postcopy.__file__).parent, target, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(_native.__file__, target)
+        for name in ("lib", "tmp"):
+            Path(directory, name).mkdir(exist_ok=True)
+        os.chmod(directory, 0o755)
+        os.chmod(Path(directory, "tmp"), 0o777)
+        libraries = os.pathsep.join([str(target.parent), *(path for path in sys.path if path.endswith("-packages"))])
+        # env --chdir: from the checkout, python -m would take the package there.
+        environment = [
+            "--chdir=/",
+            f"PYTHONPATH={libraries}",
+            f"TMPDIR={directory}/tmp",
+            "PYTHONDONTWRITEBYTECODE=1",
+            "HOME=/",
+        ]
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        for python in (sys.executable, shutil.which(version, path="/usr/local/bin:/usr/bin")):
+            if python is None:
+                continue
+            command = [*AS_NOBODY, "env", *environment, python]
+            probe = subprocess.run([*command, "-c", "import postcopy.cli"], capture_output=True, cwd="/", timeout=60)
+            if probe.returncode == 0:
+                yield command
+                return
+        pytest.skip(f"nobody can run no {version} with this package: {probe.stderr.decode(errors='replace')[-200:]}")
+
+
+def rights(command: list[str]) -> dict[str, Any]:
+    code = (
+        "import json, os; from postcopy.uffd import probe; "
+        "print(json.dumps({'uid': os.getuid(), 'groups': os.getgroups(), 'how': probe().how.name,"
+        " 'caps': [l.split()[1] for l in open('/proc/self/status') if l.startswith('Cap')]}))"
+    )
+    done = subprocess.run([*command, "-c", code], capture_output=True, text=True, cwd="/", timeout=60, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.needs("root", "uffd-user")
+@pytest.mark.parametrize("workload", ["random", "dirty", "disk", "idle"])
+def test_demo_without_any_right(package: list[str], spawn_child: Callable[..., Any], workload: str) -> None:
+    found = rights(package)
+    assert (found["uid"], found["groups"]) == (NOBODY, [])
+    assert {int(capabilities, 16) for capabilities in found["caps"]} == {0}
+    arguments = ["demo", "--json", "--memory", "32MiB", "--workload", workload]
+    arguments += ["--migrate-after", "0.1", "--run-for", "0.2"]
+    if found["how"] != "USER_ONLY":  # a host where everybody has everything: still by hand
+        arguments += ["--machine", "rv64"]
+    child = spawn_child([*package, "-m", "postcopy", *arguments])
+    done = child.wait(100)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    assert (result["status"], result["verified"]) == ("completed", True)
+    assert result["machine"] == "rv64"
+    if workload != "idle":  # which touches so little that the push may be faster
+        assert result["ram"]["demand-pages"] > 0
+    if found["how"] == "USER_ONLY":
+        assert done.stderr.count("postcopy: --machine kvm cannot be used here") == 1
