@@ -640,12 +640,11 @@ class Cable:
 
     async def run(self) -> None:
         left, right = (trio.SocketStream(trio.socket.from_stdlib_socket(inner)) for _, inner in self.ends)
-        with self.scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._carry, left, right, "to-dest")
-                nursery.start_soon(self._carry, right, left, "to-source")
-        for end in (left, right):
-            await trio.aclose_forcefully(end)
+        async with left, right:
+            with self.scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._carry, left, right, "to-dest")
+                    nursery.start_soon(self._carry, right, left, "to-source")
 
     async def _carry(self, source: trio.SocketStream, sink: trio.SocketStream, direction: str) -> None:
         limit = self._limits.get(direction)
