@@ -2,12 +2,13 @@
 """`Userfaultfd`: one descriptor, its ioctls and its events.
 
 How it ends. When the last descriptor of a userfaultfd is closed, the kernel unregisters its ranges and releases every
-thread that waits in one, and each of them *reads zeros* where content was promised: silent corruption. `close` therefore
-refuses with `BusyError` as long as a range that was registered here is still registered, unless told ``abandon=True``.
+thread that waits in one, and each of them *reads zeros* where content was promised: silent corruption. `close`
+therefore refuses with `BusyError` as long as a range that was registered here is still registered, unless told
+``abandon=True``.
 
 Threads. Every method may be called in any thread, and beside each other. `close` in one thread makes the calls that
-others start later raise `trio.ClosedResourceError`; the descriptor itself is closed by the last who leaves, so nobody ever
-speaks to a stranger that has got the same number.
+others start later raise `trio.ClosedResourceError`; the descriptor itself is closed by the last who leaves, so nobody
+ever speaks to a stranger that has got the same number.
 
 Never from the memory itself: no buffer given to a method may lie in registered memory. The kernel would read it inside
 the ioctl and wait there for a page that only the same caller could bring.
@@ -285,7 +286,7 @@ class Userfaultfd:
                 raise ValueError("a source that is an address needs size_bytes")
             data: Any = ffi.cast("void *", source)
         else:
-            data = ffi.from_buffer(source)
+            data = ffi.from_buffer("char[]", source)
             if size_bytes is None:
                 size_bytes = len(data)
             elif not 0 <= size_bytes <= len(data):
@@ -352,7 +353,7 @@ class Userfaultfd:
         `bytes_done`. (To try again here would never end, if it is the caller who reads events.) `page_bytes`: of the
         memory, where it is not the system's page.
         """
-        view: Any = ffi.from_buffer(data)
+        view: Any = ffi.from_buffer("char[]", data)
         base = int(ffi.cast("uintptr_t", view))
         return self._fill(address, len(view), page_bytes, lambda at, size: self.copy(at, base + at - address, size))
 
@@ -417,8 +418,8 @@ class Userfaultfd:
         meanwhile. One task at a time in a Trio run (else `trio.BusyResourceError`)."""
         if max_events < 1:
             raise ValueError("at least one event")
-        # Before the read, not after: events that were read and not returned would be lost to a cancellation. And here it
-        # runs while the threads that were woken last come to their next fault.
+        # Before the read, not after: events that were read and not returned would be lost to a cancellation. And here
+        # it runs while the threads that were woken last come to their next fault.
         await trio.lowlevel.checkpoint()
         spin_ns = self._busy_poll_ns
         while True:
@@ -526,8 +527,8 @@ class Userfaultfd:
             if not abandon and left_ranges:
                 start, end = left_ranges[0]
                 raise BusyError(
-                    f"a userfaultfd with memory registered ({start:#x} to {end:#x}) cannot be closed: who waits for a page"
-                    " would read zeros; unregister it first, or close(abandon=True)"
+                    f"a userfaultfd with memory registered ({start:#x} to {end:#x}) cannot be closed: who waits for a"
+                    " page would read zeros; unregister it first, or close(abandon=True)"
                 )
             forks = [event.uffd for event in self._buffered if isinstance(event, Fork)]
             if not abandon and forks:

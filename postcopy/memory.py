@@ -55,8 +55,8 @@ _LAZY_USERS = frozenset({"pager"})  # who may make pages missing behind a buffer
 
 
 class Memory:
-    """Made by `create`, `from_fd`, `from_address` or `from_file`. A context manager; `close()` unmaps. Methods may run in any thread, and beside
-    each other as far as they only read."""
+    """Made by `create`, `from_fd`, `from_address` or `from_file`. A context manager; `close()` unmaps.
+    Methods may run in any thread, and beside each other as far as they only read."""
 
     def __init__(self, struct: Any, kind: MemoryKind, file_bytes: int, owner: object = None) -> None:
         self._struct = struct
@@ -299,7 +299,7 @@ class Memory:
 
         `data` must not be lazy memory itself. ValueError past the end and for an image file.
         """
-        source: Any = ffi.from_buffer(data)
+        source: Any = ffi.from_buffer("char[]", data)
         with self.in_use("write"):
             address = self._checked(offset, len(source))
             lib.pc_bytes_copy(address, int(ffi.cast("uintptr_t", source)), len(source))

@@ -121,6 +121,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "uffd-user": _uffd_user,  # at least one for faults of user code
     "uffd-minor": lambda: _uffd_feature(10, "MINOR_SHMEM"),
     "uffd-poison": lambda: _uffd_feature(14, "POISON"),
+    "uffd-move": lambda: _uffd_feature(16, "MOVE"),
     "kvm": _kvm,
     "root": _root,
     "netns": _netns,

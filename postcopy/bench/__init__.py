@@ -353,6 +353,28 @@ def measure_recovery_map(rounds: int) -> list[Figure]:
     ]
 
 
+def measure_userfaultfd(rounds: int) -> list[Figure]:
+    """The Python binding against the smallest C handler, and how many events one read brings."""
+
+    def part(what: str) -> float:
+        command = "import sys; from postcopy.bench._uffd import main; main(sys.argv[1])"
+        done = subprocess.run(
+            [sys.executable, "-c", command, what], stdout=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=False
+        )
+        if done.returncode:
+            raise MigrationError(f"the measurement of {what} failed (its error is above)")
+        return float(done.stdout)
+
+    reads = [{"reads": part("reads"), "wanted": 1.0} for _ in range(rounds)]
+    name = "system calls that read 64 pending events"
+    figures = [Figure(name, _median_ratio(reads, "reads", "wanted"), 1.0, True, reads, unit="")]
+    for how in ("sleeping", "busy polling"):
+        values = [{"c-us": part("c"), "trio-us": part(how)} for _ in range(rounds)]
+        name = f"fault, Trio handler {how} / C handler sleeping, p50"
+        figures.append(Figure(name, _median_ratio(values, "trio-us", "c-us"), 1.5, True, values))
+    return figures
+
+
 MEASUREMENTS: dict[str, Callable[[int], list[Figure]]] = {
     "fault": measure_fault,
     "bulk-delay": measure_bulk_delay,
@@ -360,6 +382,7 @@ MEASUREMENTS: dict[str, Callable[[int], list[Figure]]] = {
     "sparse": measure_sparse,
     "overhead": measure_overhead,
     "recovery-map": measure_recovery_map,
+    "userfaultfd": measure_userfaultfd,
 }
 
 
