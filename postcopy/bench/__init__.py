@@ -356,10 +356,14 @@ def measure_recovery_map(rounds: int) -> list[Figure]:
 def measure_userfaultfd(rounds: int) -> list[Figure]:
     """The Python binding against the smallest C handler, and how many events one read brings."""
 
-    def part(what: str) -> float:
-        command = "import sys; from postcopy.bench._uffd import main; main(sys.argv[1])"
+    def part(what: str, pause_s: float = 0.0) -> float:
+        command = "import sys; from postcopy.bench._uffd import main; main(sys.argv[1], float(sys.argv[2]))"
         done = subprocess.run(
-            [sys.executable, "-c", command, what], stdout=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=False
+            [sys.executable, "-c", command, what, str(pause_s)],
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
         )
         if done.returncode:
             raise MigrationError(f"the measurement of {what} failed (its error is above)")
@@ -368,10 +372,11 @@ def measure_userfaultfd(rounds: int) -> list[Figure]:
     reads = [{"reads": part("reads"), "wanted": 1.0} for _ in range(rounds)]
     name = "system calls that read 64 pending events"
     figures = [Figure(name, _median_ratio(reads, "reads", "wanted"), 1.0, True, reads, unit="")]
-    for how in ("sleeping", "busy polling"):
-        values = [{"c-us": part("c"), "trio-us": part(how)} for _ in range(rounds)]
-        name = f"fault, Trio handler {how} / C handler sleeping, p50"
-        figures.append(Figure(name, _median_ratio(values, "trio-us", "c-us"), 1.5, True, values))
+    for when, pause_s in (("0.5 ms apart", 0.0005), ("back to back", 0.0)):
+        for how in ("sleeping", "busy polling"):
+            values = [{"c-us": part("c", pause_s), "trio-us": part(how, pause_s)} for _ in range(rounds)]
+            name = f"faults {when}, Trio handler {how} / C handler sleeping, p50"
+            figures.append(Figure(name, _median_ratio(values, "trio-us", "c-us"), 1.5, True, values))
     return figures
 
 

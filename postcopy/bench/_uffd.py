@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,17 @@ from postcopy._native import ffi, lib
 from postcopy.memory import Memory
 from postcopy.uffd import PageFault, RegisterMode, Userfaultfd
 
-PAGES = 4000
+PAGES = 2000
 PENDING = 64
-BUSY_POLL_US = 200.0
+BUSY_POLL_US = 2000.0  # longer than the pause, so that it never sleeps
 
 
-def main(what: str) -> None:
-    """Prints one number: microseconds, or for ``reads`` system calls."""
+def main(what: str, pause_s: float = 0.0) -> None:
+    """Prints one number: microseconds, or for ``reads`` system calls.
+
+    `pause_s`: between two faults. Without one a Trio handler, still on its way back to sleep when the next fault comes,
+    is spared a wake-up that the C handler pays.
+    """
     if what == "reads":
         print(_reads_of_pending_events())
         return
@@ -28,9 +34,21 @@ def main(what: str) -> None:
         uffd.register(memory.address, memory.size_bytes, RegisterMode.MISSING)
         histogram: Any = ffi.new("struct pc_histogram *")
         base: Any = ffi.cast("void *", memory.address)
-        toucher = threading.Thread(
-            target=lambda: lib.pc_bench_touch(base, memory.page_bytes, PAGES, PAGES, 1, 0, histogram), daemon=True
-        )
+        # Each on a processor of its own: whether they happen to share one decides a sleeping handler's time.
+        cpus = sorted(os.sched_getaffinity(0))
+
+        def touch() -> None:
+            os.sched_setaffinity(0, cpus[:1])
+            if not pause_s:
+                lib.pc_bench_touch(base, memory.page_bytes, PAGES, PAGES, 1, 0, histogram)
+                return
+            for page in range(PAGES):
+                time.sleep(pause_s)  # until the handler sleeps; not in what is timed
+                at = ffi.cast("void *", memory.address + page * memory.page_bytes)
+                lib.pc_bench_touch(at, memory.page_bytes, 1, 1, 1, 0, histogram)
+
+        toucher = threading.Thread(target=touch, daemon=True)
+        os.sched_setaffinity(0, cpus[-1:])
         toucher.start()
         content = b"\x5a" * memory.page_bytes
         if what == "c":
