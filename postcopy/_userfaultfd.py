@@ -25,7 +25,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -479,7 +479,8 @@ class Userfaultfd:
 
     def _event(self, c: Any) -> UffdEvent:
         if c.type == lib.PC_UFFD_EVENT_PAGEFAULT:
-            return PageFault(int(c.address), FaultFlag(c.flags), int(c.tid))
+            flags = _FAULT_FLAGS.get(c.flags)
+            return PageFault(c.address, FaultFlag(c.flags) if flags is None else flags, c.tid)
         if c.type == lib.PC_UFFD_EVENT_FORK:
             child = Userfaultfd(int(c.uffd), self._features, foreign=True)
             child._foreign_ranges = RangeSet(self.registered)
@@ -577,17 +578,16 @@ class Userfaultfd:
             return
         warnings.warn(f"{self!r} was left open with memory registered", ResourceWarning, stacklevel=1)
 
-    @contextlib.contextmanager
-    def _use(self) -> Iterator[int]:
+    def _use(self) -> _Use:
         """The descriptor, which stays open inside the block whoever closes it."""
+        return _Use(self)
+
+    def _enter(self) -> int:
         with self._lock:
             if self._closed:
                 raise trio.ClosedResourceError("this userfaultfd is closed")
             self._users += 1
-        try:
-            yield self._fd
-        finally:
-            self._leave()
+            return self._fd
 
     def _leave(self) -> None:
         with self._lock:
@@ -622,6 +622,24 @@ class Userfaultfd:
                 self._foreign_ranges.remove(start, end)
         else:
             ADDRESSES.unregister(self, start, end)
+
+
+class _Use:
+    """By hand, since two of them are on the path of every fault and a generator would cost it a microsecond each."""
+
+    __slots__ = ("_owner",)
+
+    def __init__(self, owner: Userfaultfd) -> None:
+        self._owner = owner
+
+    def __enter__(self) -> int:
+        return self._owner._enter()
+
+    def __exit__(self, *_: object) -> None:
+        self._owner._leave()
+
+
+_FAULT_FLAGS = {value: FaultFlag(value) for value in range(8)}  # made once: an enum's constructor is slow
 
 
 def _end(address: int, size_bytes: int) -> int:
