@@ -5,6 +5,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -152,6 +153,32 @@ int pc_bench_floor_fault(int uffd, int fd, void *base, uint64_t page_bytes, uint
                                     .len = page_bytes};
         if (ioctl(uffd, UFFDIO_COPY, &copy))
             return -errno;
+    }
+    return 0;
+}
+
+int pc_bench_uffd_serve(int uffd, const void *page, uint64_t page_bytes, uint64_t count)
+{
+    struct pollfd waiting = {.fd = uffd, .events = POLLIN};
+
+    while (count) {
+        struct uffd_msg event;
+        struct uffdio_copy copy = {.src = (uint64_t)(uintptr_t)page, .len = page_bytes};
+
+        if (poll(&waiting, 1, -1) < 0) {
+            if (errno == EINTR)
+                continue;
+            return -errno;
+        }
+        if (read(uffd, &event, sizeof(event)) != sizeof(event)) {
+            if (errno == EAGAIN || errno == EINTR)
+                continue;
+            return -errno;
+        }
+        copy.dst = event.arg.pagefault.address & ~(page_bytes - 1);
+        if (ioctl(uffd, UFFDIO_COPY, &copy))
+            return -errno;
+        count--;
     }
     return 0;
 }

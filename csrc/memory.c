@@ -29,6 +29,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "pagemap_abi.h"
 #include "postcopy.h"
 #include "util.h"
 
@@ -40,37 +41,6 @@
 #define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
 #endif
 
-/* PAGEMAP_SCAN, Linux 6.7: Documentation/admin-guide/mm/pagemap.rst. */
-struct page_region {
-    uint64_t start;
-    uint64_t end;
-    uint64_t categories;
-};
-struct pm_scan_arg {
-    uint64_t size;
-    uint64_t flags;
-    uint64_t start;
-    uint64_t end;
-    uint64_t walk_end;
-    uint64_t vec;
-    uint64_t vec_len;
-    uint64_t max_pages;
-    uint64_t category_inverted;
-    uint64_t category_mask;
-    uint64_t category_anyof_mask;
-    uint64_t return_mask;
-};
-#ifndef PAGE_IS_PRESENT
-#define PAGE_IS_PRESENT (1u << 3)
-#define PAGE_IS_SWAPPED (1u << 4)
-#define PAGE_IS_PFNZERO (1u << 5)
-#define PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
-#endif
-_Static_assert(sizeof(struct page_region) == 24, "page_region");
-_Static_assert(sizeof(struct pm_scan_arg) == 96, "pm_scan_arg");
-#if _IOC_SIZEBITS == 14
-_Static_assert(PAGEMAP_SCAN == 0xC0606610, "PAGEMAP_SCAN");
-#endif
 #define PAGEMAP_PRESENT ((uint64_t)1 << 63)
 #define PAGEMAP_SWAPPED ((uint64_t)1 << 62)
 
@@ -323,6 +293,38 @@ void pc_memory_destroy(struct pc_memory *memory)
         close(memory->fd);
     memory->base = NULL;
     memory->fd = -1;
+}
+
+int pc_memory_map(int fd, uint64_t size_bytes, uint64_t page_bytes, int kind, struct pc_memory *memory)
+{
+    int error;
+
+    *memory = (struct pc_memory){.size_bytes = size_bytes, .page_bytes = page_bytes, .kind = kind};
+    memory->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    if (memory->fd < 0)
+        return -errno;
+    memory->base = mmap(NULL, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memory->fd, 0);
+    if (memory->base == MAP_FAILED) {
+        error = errno;
+        memory->base = NULL;
+    } else if ((!madvise(memory->base, size_bytes, MADV_NOHUGEPAGE) || errno == EINVAL) &&
+               !madvise(memory->base, size_bytes, MADV_DONTFORK)) {
+        return 0; /* why these: pc_memory_create */
+    } else {
+        error = errno;
+    }
+    pc_memory_destroy(memory);
+    return -error;
+}
+
+int pc_memory_discard(const struct pc_memory *memory, uint64_t address, uint64_t bytes)
+{
+    uint64_t offset = address - (uint64_t)(uintptr_t)memory->base;
+    int result = memory->fd < 0
+                     ? madvise((void *)(uintptr_t)address, bytes, MADV_DONTNEED)
+                     : fallocate(memory->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)bytes);
+
+    return result ? -errno : 0;
 }
 
 /* ---- reading and writing in full ---- */
@@ -855,4 +857,11 @@ int pc_memory_load(struct pc_memory *memory, int fd, uint64_t file_offset, uint6
     }
     free(chunk);
     return result;
+}
+
+/* ---- bytes ---- */
+
+void pc_bytes_copy(uint64_t to_address, uint64_t from_address, uint64_t bytes)
+{
+    memcpy((void *)(uintptr_t)to_address, (const void *)(uintptr_t)from_address, bytes);
 }

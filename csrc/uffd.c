@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "postcopy.h"
+#include "runtime.h"
 #include "uffd_abi.h"
 
 _Static_assert((int)PC_UFFD_IOCTL_REGISTER == _UFFDIO_REGISTER && (int)PC_UFFD_IOCTL_UNREGISTER == _UFFDIO_UNREGISTER &&
@@ -265,4 +266,15 @@ int pc_uffd_read(int uffd, struct pc_uffd_event *events, uint32_t capacity)
     for (size_t i = 0; i < (size_t)got / sizeof(*messages); i++)
         events[i] = event_of(&messages[i]);
     return (int)((size_t)got / sizeof(*messages));
+}
+
+int pc_uffd_read_spinning(int uffd, struct pc_uffd_event *events, uint32_t capacity, uint64_t spin_ns)
+{
+    uint64_t begin_ns = pc_now_ns();
+    int got;
+
+    do
+        got = pc_uffd_read(uffd, events, capacity);
+    while (!got && pc_now_ns() - begin_ns < spin_ns);
+    return got;
 }

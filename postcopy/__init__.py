@@ -14,18 +14,32 @@ from ._native import ffi as _ffi
 from ._native import lib as _lib
 
 if TYPE_CHECKING:
-    from postcopy.lazy import LazyMemory, PageSource, SourceBlock, attach, attach_source, serve
+    from .lazy import LazyMemory, PageSource, SourceBlock, attach, attach_source, serve
+    from .memory import Memory
+    from .uffd import Userfaultfd
 
 # From the core, which CMake tells it: reading the metadata of an installed package costs two megabytes.
 __version__ = _ffi.string(_lib.pc_version()).decode()
 
-__all__ = ["LazyMemory", "PageSource", "SourceBlock", "__version__", "attach", "attach_source", "serve"]
+__all__ = [
+    "LazyMemory",
+    "Memory",
+    "PageSource",
+    "SourceBlock",
+    "Userfaultfd",
+    "__version__",
+    "attach",
+    "attach_source",
+    "serve",
+]
+
+_WHERE = {"Memory": "memory", "Userfaultfd": "uffd"}  # everything else is in `lazy`
 
 
 def __getattr__(name: str) -> Any:
     # Only when asked for: a command that needs none of it should not pay for the import.
     if name in __all__:
-        from postcopy import lazy
+        from importlib import import_module
 
-        return getattr(lazy, name)
+        return getattr(import_module(f".{_WHERE.get(name, 'lazy')}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

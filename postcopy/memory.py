@@ -22,9 +22,12 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import trio
+
 from ._error_line import ErrorLine
 from ._errors import BusyError, ConfigurationError, CoreError, PostcopyError, ResourceError, check
 from ._native import ffi, lib
+from ._ranges import ADDRESSES
 from .bitmap import Bitmap
 
 
@@ -47,11 +50,15 @@ _CORE_KINDS = {
 }
 
 
-class Memory:
-    """Made by `create` or `from_file`. A context manager; `close()` unmaps. Methods may run in any thread, and beside
-    each other as far as they only read."""
+_BUFFER = "buffer"
+_LAZY_USERS = frozenset({"pager"})  # who may make pages missing behind a buffer
 
-    def __init__(self, struct: Any, kind: MemoryKind, file_bytes: int) -> None:
+
+class Memory:
+    """Made by `create`, `from_fd`, `from_address` or `from_file`. A context manager; `close()` unmaps.
+    Methods may run in any thread, and beside each other as far as they only read."""
+
+    def __init__(self, struct: Any, kind: MemoryKind, file_bytes: int, owner: object = None) -> None:
         self._struct = struct
         self._kind = kind
         self._file_bytes = file_bytes
@@ -59,6 +66,8 @@ class Memory:
         self._users: dict[str, int] = {}
         self._closed = False
         self._dropped = False
+        self._owner = owner  # of a mapping that is not ours
+        self._borrowed = False
 
     @classmethod
     def create(cls, kind: str, size_bytes: int) -> Memory:
@@ -110,6 +119,55 @@ class Memory:
         struct.kind = 0
         struct.fd = fd
         return cls(struct, MemoryKind.FILE, status.st_size)
+
+    @classmethod
+    def from_address(cls, address: int, size_bytes: int, owner: object = None, page_bytes: int | None = None) -> Memory:
+        """Memory that somebody else has mapped in this process; `close` leaves it mapped.
+
+        `owner`: kept until then, so that an ``mmap.mmap`` or a CFFI object outlives this. `page_bytes`: where the pages
+        are not the system's. Whoever maps it must see to MADV_NOHUGEPAGE. `ConfigurationError` for what is not whole
+        pages; whether anything is mapped there is not looked at.
+        """
+        unit = page_bytes or int(lib.pc_page_bytes())
+        if address <= 0 or address % unit or size_bytes % unit or _checked_size(size_bytes) + address > 1 << 63:
+            raise ConfigurationError(f"memory: {size_bytes} bytes at {address:#x} are not whole pages of {unit} bytes")
+        struct: Any = ffi.new("struct pc_memory *")
+        struct.base = ffi.cast("void *", address)
+        struct.size_bytes = size_bytes
+        struct.page_bytes = unit
+        struct.kind = lib.PC_MEMORY_ANON
+        struct.fd = -1
+        memory = cls(struct, MemoryKind.ANON, size_bytes, owner)
+        memory._borrowed = True
+        return memory
+
+    @classmethod
+    def from_fd(cls, fd: int, page_bytes: int | None = None) -> Memory:
+        """A memfd, as another process sends it, mapped shared as a whole. The descriptor is duplicated.
+
+        `page_bytes`: of a memfd of huge pages. `ConfigurationError` when it is no memory file of whole pages;
+        `CoreError` where it cannot be mapped. A peer that shrinks the file makes an access SIGBUS: ask for
+        F_SEAL_SHRINK, which `create` sets.
+        """
+        unit = page_bytes or int(lib.pc_page_bytes())
+        try:
+            status = os.fstat(fd)
+        except OSError as error:
+            raise ConfigurationError(f"memory (descriptor {fd}): {error.strerror}") from error
+        if not stat.S_ISREG(status.st_mode) or not status.st_size or status.st_size % unit:
+            raise ConfigurationError(f"memory (descriptor {fd}): not a memory file of whole pages of {unit} bytes")
+        struct: Any = ffi.new("struct pc_memory *")
+        kind = MemoryKind.MEMFD if unit == int(lib.pc_page_bytes()) else MemoryKind.HUGETLB
+        check(lib.pc_memory_map(fd, status.st_size, unit, _CORE_KINDS[kind], struct), "mapping a memory file")
+        return cls(struct, kind, status.st_size)
+
+    def alias(self) -> Memory:
+        """A second mapping of the same memory file: pages written there can be handed over here with UFFDIO_CONTINUE.
+        ValueError for memory without a file."""
+        if self.fd < 0 or self._kind is MemoryKind.FILE:
+            raise ValueError("only a memfd can be mapped twice")
+        with self.in_use("alias"):
+            return Memory.from_fd(self.fd, self.page_bytes)
 
     # ---- what it is
 
@@ -225,13 +283,95 @@ class Memory:
             check(lib.pc_memory_resident(self._struct, resident), "asking what memory is populated")
         return int(resident[0])
 
-    # ---- its life
+    # ---- bytes
 
-    def acquire(self, user: str) -> None:
-        """Notes that `user` (a word for the error message) works on this memory until it calls `release`."""
+    def read(self, offset: int, size_bytes: int) -> bytes:
+        """A copy of the content, made without the GIL; blocks for as long as a page of it is missing (in Trio:
+        `aread`)."""
+        with self.in_use("read"):
+            address = self._checked(offset, size_bytes)
+            buffer: Any = ffi.new("char[]", size_bytes)  # plain memory, which is never lazy
+            lib.pc_bytes_copy(int(ffi.cast("uintptr_t", buffer)), address, size_bytes)
+        return bytes(ffi.buffer(buffer, size_bytes))
+
+    def write(self, offset: int, data: Any) -> None:
+        """Writes bytes-like `data`, without the GIL; blocks for as long as a page is missing (in Trio: `awrite`).
+
+        `data` must not be lazy memory itself. ValueError past the end and for an image file.
+        """
+        source: Any = ffi.from_buffer("char[]", data)
+        with self.in_use("write"):
+            address = self._checked(offset, len(source))
+            lib.pc_bytes_copy(address, int(ffi.cast("uintptr_t", source)), len(source))
+
+    async def aread(self, offset: int, size_bytes: int) -> bytes:
+        """`read` in a worker thread. Cancelled, it raises at once; the thread is left behind until the page comes, and
+        the memory stays in use (`close` refuses) until then."""
+        return await trio.to_thread.run_sync(self.read, offset, size_bytes, abandon_on_cancel=True)
+
+    async def awrite(self, offset: int, data: Any) -> None:
+        """`write` in a worker thread. Cancelled, it raises at once; the thread is left behind, and may still write when
+        the page comes: `data` must not change until then, so bytes are best."""
+        await trio.to_thread.run_sync(self.write, offset, data, abandon_on_cancel=True)
+
+    def discard(self, offset: int, size_bytes: int) -> None:
+        """Gives whole pages back: they read as zeros, or are missing again where they are registered. For a memfd in
+        every mapping of it. Blocks until the event of it has been read, where UffdFeature.EVENT_REMOVE is enabled."""
+        if offset % self.page_bytes or size_bytes % self.page_bytes:
+            raise ValueError(f"not whole pages of {self.page_bytes} bytes")
+        with self.in_use("discard"):
+            address = self._checked(offset, size_bytes)
+            check(lib.pc_memory_discard(self._struct, address, size_bytes), "discarding memory")
+
+    @contextlib.contextmanager
+    def buffer(self) -> Iterator[memoryview]:
+        """The memory itself as a writable buffer, for numpy and the like, inside the block.
+
+        `BusyError` while it is registered with a `Userfaultfd` of this process or anything else works on it (a pager, a
+        machine): Python would touch a missing page with the GIL held, and no Python thread could run any more, among
+        them the one that serves the fault. Registering refuses for as long as the block lasts. At its end the view is
+        released; `BusyError` when something still has it, and then it stays noted. Userfaultfds that C code or another
+        process registered are not known here.
+        """
+        address, size_bytes = self._checked(0, self.size_bytes), self.size_bytes
         with self._lock:
             if self._closed:
                 raise ValueError("this memory is closed")
+            if others := sorted(set(self._users) - {_BUFFER}):
+                raise BusyError(f"Python cannot have a buffer of memory that is in use: {', '.join(others)}")
+            ADDRESSES.touch(address, address + size_bytes)
+            self._users[_BUFFER] = self._users.get(_BUFFER, 0) + 1
+        view = memoryview(ffi.buffer(self._struct.base, size_bytes)).cast("B")
+        try:
+            yield view
+        finally:
+            try:
+                view.release()
+            except BufferError:
+                raise BusyError("something still has the buffer of this memory, which stays in use") from None
+            ADDRESSES.untouch(address, address + size_bytes)
+            self.release(_BUFFER)
+
+    def _checked(self, offset: int, size_bytes: int) -> int:
+        """The address of a range of bytes inside."""
+        if self._closed:
+            raise ValueError("this memory is closed")
+        if self._kind is MemoryKind.FILE:
+            raise ValueError("an image file is not mapped")
+        if offset < 0 or size_bytes < 0 or offset + size_bytes > self.size_bytes:
+            raise ValueError(f"{size_bytes} bytes at {offset} are not inside memory of {self.size_bytes} bytes")
+        return self.address + offset
+
+    # ---- its life
+
+    def acquire(self, user: str) -> None:
+        """Notes that `user` (a word for the error message) works on this memory until it calls `release`. `BusyError`
+        for one that makes it lazy while Python has a buffer of it."""
+        with self._lock:
+            if self._closed:
+                raise ValueError("this memory is closed")
+            if user in _LAZY_USERS and _BUFFER in self._users:
+                raise BusyError(f"no {user} can have this memory while Python has a buffer of it")
             self._users[user] = self._users.get(user, 0) + 1
 
     def release(self, user: str) -> None:
@@ -263,6 +403,9 @@ class Memory:
         if self._kind is MemoryKind.FILE:
             os.close(self._struct.fd)
             self._struct.fd = -1
+        elif self._borrowed:
+            self._struct.base = ffi.NULL
+            self._owner = None
         else:
             lib.pc_memory_destroy(self._struct)
 

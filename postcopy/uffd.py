@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What userfaultfd this kernel and this user have.
+"""userfaultfd: what this kernel and this user have, and `Userfaultfd` itself.
 
 There are three ways to a userfaultfd, and they differ in what they may stop (userfaultfd(2);
 Documentation/admin-guide/mm/ userfaultfd.rst of the kernel):
@@ -20,6 +20,46 @@ from typing import Any
 
 from ._errors import CoreError, ResourceError
 from ._native import ffi, lib
+from ._userfaultfd import (
+    MAX_EVENTS,
+    FaultFlag,
+    Fork,
+    Outcome,
+    PageFault,
+    RegisterMode,
+    Remap,
+    Remove,
+    Result,
+    UffdEvent,
+    UffdIoctl,
+    UnknownEvent,
+    Unmap,
+    Userfaultfd,
+)
+
+__all__ = [
+    "MAX_EVENTS",
+    "FaultFlag",
+    "Fork",
+    "How",
+    "Outcome",
+    "PageFault",
+    "RegisterMode",
+    "Remap",
+    "Remove",
+    "Result",
+    "UffdApi",
+    "UffdEvent",
+    "UffdFeature",
+    "UffdIoctl",
+    "UnknownEvent",
+    "Unmap",
+    "Userfaultfd",
+    "explain_unavailable",
+    "open_userfaultfd",
+    "parse_how",
+    "probe",
+]
 
 
 class How(enum.IntEnum):
@@ -78,6 +118,23 @@ def probe(how: How | str = How.ANY) -> UffdApi:
     if result < 0:
         raise _unavailable(wanted, -result)
     return UffdApi(How(api.how), UffdFeature(api.features), int(api.ioctls))
+
+
+def open_userfaultfd(how: How | str = How.ANY, features: int = 0) -> Userfaultfd:
+    """A new userfaultfd for the memory of this process, with `features` enabled; `Userfaultfd.open` calls it.
+
+    `ResourceError`, with the remedy, when this user may not have it that way, or the kernel lacks a feature.
+    """
+    wanted = parse_how(how)
+    result = lib.pc_uffd_open(wanted, features, ffi.NULL)
+    if result == -errno.EINVAL:
+        lacking = UffdFeature(features) & ~probe(wanted).features
+        if lacking:
+            names = lacking.name or hex(lacking)
+            raise ResourceError(f"this kernel's userfaultfd has no {names}", "use a newer kernel")
+    if result < 0:
+        raise _unavailable(wanted, -result)
+    return Userfaultfd(result, UffdFeature(features))
 
 
 def parse_how(how: How | str) -> How:

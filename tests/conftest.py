@@ -62,6 +62,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "uffd-user": _probed("uffd-user"),  # at least one for faults of user code
     "uffd-minor": _probed("uffd-minor"),
     "uffd-poison": _probed("uffd-poison"),
+    "uffd-move": _probed("uffd-move"),
     "kvm": _probed("kvm"),
     "root": _probed("root"),
     "netns": _netns,

@@ -161,7 +161,7 @@ int pc_uffd_register(int uffd, uint64_t address, uint64_t bytes, uint64_t mode, 
 int pc_uffd_unregister(int uffd, uint64_t address, uint64_t bytes);
 int pc_uffd_wake(int uffd, uint64_t address, uint64_t bytes);
 /* Each of these returns 0 when all `bytes` were done, else -errno with *done_bytes telling how far it came (0 too when the
- * kernel did not say). They neither retry nor wake: pc_place_* do. */
+ * kernel did not say). They neither retry nor wake. */
 int pc_uffd_copy(int uffd, uint64_t address, const void *source, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);
 int pc_uffd_zeropage(int uffd, uint64_t address, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);
 int pc_uffd_continue(int uffd, uint64_t address, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);
@@ -173,6 +173,8 @@ int pc_uffd_writeprotect(int uffd, uint64_t address, uint64_t bytes, uint64_t mo
 /* Reads as many events as are there, at most `capacity`, with one system call; never waits. How many (0: none now), or -errno.
  * A fork event's descriptor becomes the caller's. */
 int pc_uffd_read(int uffd, struct pc_uffd_event *events, uint32_t capacity);
+/* The same again and again until there is one or spin_ns have passed: saves the sleep and the wake-up, costs a processor. */
+int pc_uffd_read_spinning(int uffd, struct pc_uffd_event *events, uint32_t capacity, uint64_t spin_ns);
 /* ==== end uffd ==== */
 
 /* ==== begin memory ==== */
@@ -192,6 +194,11 @@ int pc_memory_check(int kind, uint64_t total_bytes, char *error, size_t error_by
 /* Maps new zeroed memory, MADV_NOHUGEPAGE and MADV_DONTFORK, nothing populated. 0 or -errno with a line in `error`. */
 int pc_memory_create(int kind, uint64_t size_bytes, struct pc_memory *memory, char *error, size_t error_bytes);
 void pc_memory_destroy(struct pc_memory *memory);
+/* Maps a memfd, shared, as pc_memory_create does; the descriptor is duplicated. 0 or -errno. */
+int pc_memory_map(int fd, uint64_t size_bytes, uint64_t page_bytes, int kind, struct pc_memory *memory);
+/* Gives back pages from `address` on: punches holes in a file, MADV_DONTNEED where there is none. Blocks until a REMOVE event of
+ * it was read where such are enabled. */
+int pc_memory_discard(const struct pc_memory *memory, uint64_t address, uint64_t bytes);
 /* Sets the bit of every page that may hold something other than zeros, without touching a page: SEEK_DATA on a file or
  * memfd, PAGEMAP_SCAN or /proc/self/pagemap on anonymous memory. The map must be zeroed. Blocks on I/O. */
 int pc_memory_present(const struct pc_memory *memory, uint64_t *present_words);
@@ -208,7 +215,45 @@ int pc_memory_digest(const struct pc_memory *memory, uint64_t *digest);
 int pc_file_digest(int fd, uint64_t size_bytes, uint64_t page_bytes, uint64_t *digest);
 /* Bytes of the mapping that are populated, without touching any. */
 int pc_memory_resident(const struct pc_memory *memory, uint64_t *resident_bytes);
+/* memcpy for callers who may not touch memory themselves, since a page of it may be missing; blocks until it is there. */
+void pc_bytes_copy(uint64_t to_address, uint64_t from_address, uint64_t bytes);
 /* ==== end memory ==== */
+
+/* ==== begin pagemap ==== */
+enum pc_page_category { /* PAGE_IS_* */
+    PC_PAGE_WPALLOWED = 1,
+    PC_PAGE_WRITTEN = 2,
+    PC_PAGE_FILE = 4,
+    PC_PAGE_PRESENT = 8,
+    PC_PAGE_SWAPPED = 16,
+    PC_PAGE_PFNZERO = 32,
+    PC_PAGE_HUGE = 64,
+    PC_PAGE_SOFT_DIRTY = 128
+};
+enum pc_scan_flags {
+    PC_SCAN_WP_MATCHING = 1,  /* write-protect what matches, in the same step */
+    PC_SCAN_CHECK_WPASYNC = 2 /* -EPERM when a part is not registered for that with WP_ASYNC */
+};
+struct pc_pagemap_region {
+    uint64_t start;
+    uint64_t end;
+    uint64_t categories; /* of enum pc_page_category, as far as the query's `returned` has them */
+};
+struct pc_pagemap_query { /* addresses of the process that the pagemap is of */
+    uint64_t start;
+    uint64_t end;
+    uint64_t flags;     /* enum pc_scan_flags */
+    uint64_t inverted;  /* categories that count where they are absent, for both of the following */
+    uint64_t all_of;    /* a page matches when it has all of these */
+    uint64_t any_of;    /* and, unless 0, one of these */
+    uint64_t returned;  /* categories told in the answer; neighbours that agree in them are one region */
+    uint64_t max_pages; /* stop after so many; 0: no limit */
+};
+/* How many regions of matching pages, in order, or -errno (-ENOTTY before Linux 6.7). Where the array is full the walk ends
+ * early, *walk_end says where to go on. Neither populates nor touches. */
+int64_t pc_pagemap_scan(int pagemap_fd, const struct pc_pagemap_query *query, struct pc_pagemap_region *regions,
+                        uint32_t capacity, uint64_t *walk_end);
+/* ==== end pagemap ==== */
 
 /* ==== begin pager ==== */
 /* The destination's side: faults in, requests out, pages placed. See csrc/pager.c for how it works. */
@@ -335,6 +380,8 @@ void pc_bench_fill(void *base, uint64_t bytes, uint64_t seed); /* incompressible
 int pc_bench_floor_serve(int fd, const void *base, uint64_t page_bytes, uint64_t pages, int spin);
 /* The floor's other end: event in, request, reply, UFFDIO_COPY, `count` times. */
 int pc_bench_floor_fault(int uffd, int fd, void *base, uint64_t page_bytes, uint64_t count, int spin);
+/* The least a program can do that serves faults of its own process: poll, read one event, COPY, `count` times. */
+int pc_bench_uffd_serve(int uffd, const void *page, uint64_t page_bytes, uint64_t count);
 /* ==== end bench ==== */
 
 /* ==== begin machine: kvm ==== */

@@ -13,6 +13,7 @@ is reported is the median over the rounds of the ratio within a round, so that a
 - ``overhead``: resident memory of source and destination beside the machine's own, against its allowance.
 - ``recovery-time``: from a cut network's return to the first page that comes over it, against 150 ms and 500 ms.
 - ``recovery-map``: what a destination of 1 TiB, half of it there, has to say when it comes back, against 10 MB and 1 s.
+- ``userfaultfd``: a fault served by the Python binding under Trio against the smallest C handler; events per read.
 """
 
 from __future__ import annotations
@@ -397,6 +398,33 @@ def measure_rv64(rounds: int) -> list[Figure]:
     return [Figure("rv64 instructions, slower workload / 100 million a second", ratio, 1.0, False, values, unit="M/s")]
 
 
+def measure_userfaultfd(rounds: int) -> list[Figure]:
+    """The Python binding against the smallest C handler, and how many events one read brings."""
+
+    def part(what: str, pause_s: float = 0.0) -> float:
+        command = "import sys; from postcopy.bench._uffd import main; main(sys.argv[1], float(sys.argv[2]))"
+        done = subprocess.run(
+            [sys.executable, "-c", command, what, str(pause_s)],
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+        if done.returncode:
+            raise MigrationError(f"the measurement of {what} failed (its error is above)")
+        return float(done.stdout)
+
+    reads = [{"reads": part("reads"), "wanted": 1.0} for _ in range(rounds)]
+    name = "system calls that read 64 pending events"
+    figures = [Figure(name, _median_ratio(reads, "reads", "wanted"), 1.0, True, reads, unit="")]
+    for when, pause_s in (("0.5 ms apart", 0.0005), ("back to back", 0.0)):
+        for how in ("sleeping", "busy polling"):
+            values = [{"c-us": part("c", pause_s), "trio-us": part(how, pause_s)} for _ in range(rounds)]
+            name = f"faults {when}, Trio handler {how} / C handler sleeping, p50"
+            figures.append(Figure(name, _median_ratio(values, "trio-us", "c-us"), 1.5, True, values))
+    return figures
+
+
 MEASUREMENTS: dict[str, Callable[[int], list[Figure]]] = {
     "fault": measure_fault,
     "bulk-delay": measure_bulk_delay,
@@ -406,6 +434,7 @@ MEASUREMENTS: dict[str, Callable[[int], list[Figure]]] = {
     "recovery-time": measure_recovery_time,
     "recovery-map": measure_recovery_map,
     "rv64": measure_rv64,
+    "userfaultfd": measure_userfaultfd,
 }
 
 
