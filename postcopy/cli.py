@@ -25,22 +25,14 @@ import trio
 
 from postcopy import __version__
 from postcopy._errors import ConfigurationError, PostcopyError
-from postcopy.bench import add_arguments as add_bench_arguments
-from postcopy.bench import run as run_bench
 from postcopy.commands import DestinationCommand, MergeCommand, SourceCommand
-from postcopy.demo import DemoCommand
 from postcopy.machines import BACKINGS, KINDS, WORKLOADS, MachineOptions
 from postcopy.memory import parse_size
 from postcopy.migration._session import HEARTBEAT_S, SILENCES, first_error
 from postcopy.migration.channels import parse_address
 from postcopy.migration.protocol import MAX_BULK_CHANNELS, one_line
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS, SourceOptions
-from postcopy.probe import add_arguments as add_probe_arguments
-from postcopy.probe import run as run_probe
 from postcopy.progress import LogHandler, Output, make_output
-from postcopy.testing import ChaosPlan
-from postcopy.testing.chaos import KINDS as CHAOS_KINDS
-from postcopy.testing.command import ChaosCommand
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
@@ -163,7 +155,112 @@ def _add_peer_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--connect", metavar="HOST:PORT", help="the other side listens there")
 
 
-def make_parser() -> argparse.ArgumentParser:
+# Each command's arguments, and with them its modules, are made only when it is the one that was asked for: the two sides
+# of a migration run for long, and what `bench` and the others need would cost each of them megabytes.
+
+
+def _source_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_peer_arguments(parser)
+    _add_machine_arguments(parser, required=True)
+    _add_engine_arguments(parser, source=True, dest=False)
+    _add_network_arguments(parser)
+    parser.add_argument(
+        "--migrate-after", type=_seconds, default=0.0, metavar="SECONDS",
+        help="let the machine compute so long after it is ready (default 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--serve", type=_serve, default=1, metavar="N|forever",
+        help="image with --listen: how many destinations to serve, also at the same time (default 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--on-failure", choices=("keep", "exit"), default="keep",
+        help="when a migration under way fails and the machine is still here: keep running it (default), or end",
+    )  # fmt: skip
+    _add_output_arguments(parser)
+
+
+def _dest_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_peer_arguments(parser)
+    _add_engine_arguments(parser, source=False, dest=True)
+    _add_network_arguments(parser)
+    parser.add_argument(
+        "--on-lost", choices=("hold", "kill"), default="hold",
+        help="when the source is given up (--recover-for, or it knows nothing of us) and pages are missing: keep the"
+        " machine, blocked where it needs them (default), or end it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--disk", metavar="FILE", help="where the machine's disk is on this host, if not as on the source"
+    )
+    _add_after_arguments(parser, run_for=None)
+    _add_output_arguments(parser)
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    from postcopy.testing.chaos import KINDS as CHAOS_KINDS
+
+    _add_machine_arguments(parser, required=False)
+    _add_engine_arguments(parser, source=True, dest=True)
+    parser.add_argument("--migrate-after", type=_seconds, default=1.0, metavar="SECONDS")
+    _add_after_arguments(parser, run_for=2.0)
+    parser.add_argument(
+        "--chaos", metavar="PLAN",
+        help=f"a bad network between the two: {', '.join(CHAOS_KINDS)}; or more exactly, as cut:every=0.1..0.5,down=0.2"
+        " (docs/chaos.md); --seed repeats it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--deadline", type=_seconds, default=300.0, metavar="SECONDS", help="give up after so long (default 300)"
+    )
+    _add_output_arguments(parser)
+
+
+def _chaos_arguments(parser: argparse.ArgumentParser) -> None:
+    from postcopy.testing.chaos import KINDS as CHAOS_KINDS
+
+    kinds = ", ".join(CHAOS_KINDS)
+    parser.add_argument("plan", metavar="PLAN", nargs="?", default="cut", help=f"{kinds} (default cut)")
+    parser.add_argument("--listen", metavar="HOST:PORT", required=True, help="where the one side connects; port 0: any")
+    parser.add_argument("--to", metavar="HOST:PORT", required=True, help="where the other side listens")
+    parser.add_argument(
+        "--seed", type=_whole(0, 2**64 - 1), metavar="N", help="repeats what was drawn (default: random)"
+    )
+    _add_output_arguments(parser)
+
+
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "salvages", nargs="+", metavar="DIR", help="written by --salvage: of the source, the destination, or both"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="the image, sparse: one RAM block after the other"
+    )
+    _add_output_arguments(parser)
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    from postcopy.bench import add_arguments
+
+    add_arguments(parser)
+
+
+def _probe_arguments(parser: argparse.ArgumentParser) -> None:
+    from postcopy.probe import add_arguments
+
+    add_arguments(parser)
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "source": ("run a machine, or hold an image, and migrate it away", _source_arguments),
+    "dest": ("receive what a source offers", _dest_arguments),
+    "demo": ("both sides on this host, verified", _demo_arguments),
+    "merge": ("join what both sides of a lost migration have salvaged into an image", _merge_arguments),
+    "probe": ("what this host allows, and what would help", _probe_arguments),
+    "bench": ("measure, each figure against its floor in the same run", _bench_arguments),
+    "chaos": ("a bad network between two programs, to try them with", _chaos_arguments),
+}
+
+
+def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser for these arguments: of the commands that they do not name it knows the names only."""
     parser = _Parser(
         prog="postcopy",
         description="Moves the memory of a running machine after the machine has moved.",
@@ -171,87 +268,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"postcopy {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    source = commands.add_parser(
-        "source", help="run a machine, or hold an image, and migrate it away", allow_abbrev=False
-    )
-    _add_peer_arguments(source)
-    _add_machine_arguments(source, required=True)
-    _add_engine_arguments(source, source=True, dest=False)
-    _add_network_arguments(source)
-    source.add_argument(
-        "--migrate-after", type=_seconds, default=0.0, metavar="SECONDS",
-        help="let the machine compute so long after it is ready (default 0)",
-    )  # fmt: skip
-    source.add_argument(
-        "--serve", type=_serve, default=1, metavar="N|forever",
-        help="image with --listen: how many destinations to serve, also at the same time (default 1)",
-    )  # fmt: skip
-    source.add_argument(
-        "--on-failure", choices=("keep", "exit"), default="keep",
-        help="when a migration under way fails and the machine is still here: keep running it (default), or end",
-    )  # fmt: skip
-    _add_output_arguments(source)
-
-    dest = commands.add_parser("dest", help="receive what a source offers", allow_abbrev=False)
-    _add_peer_arguments(dest)
-    _add_engine_arguments(dest, source=False, dest=True)
-    _add_network_arguments(dest)
-    dest.add_argument(
-        "--on-lost", choices=("hold", "kill"), default="hold",
-        help="when the source is given up (--recover-for, or it knows nothing of us) and pages are missing: keep the"
-        " machine, blocked where it needs them (default), or end it",
-    )  # fmt: skip
-    dest.add_argument(
-        "--disk", metavar="FILE", help="where the machine's disk is on this host, if not as on the source"
-    )
-    _add_after_arguments(dest, run_for=None)
-    _add_output_arguments(dest)
-
-    demo = commands.add_parser("demo", help="both sides on this host, verified", allow_abbrev=False)
-    _add_machine_arguments(demo, required=False)
-    _add_engine_arguments(demo, source=True, dest=True)
-    demo.add_argument("--migrate-after", type=_seconds, default=1.0, metavar="SECONDS")
-    _add_after_arguments(demo, run_for=2.0)
-    demo.add_argument(
-        "--chaos", metavar="PLAN",
-        help=f"a bad network between the two: {', '.join(CHAOS_KINDS)}; or more exactly, as cut:every=0.1..0.5,down=0.2"
-        " (docs/chaos.md); --seed repeats it",
-    )  # fmt: skip
-    demo.add_argument(
-        "--deadline", type=_seconds, default=300.0, metavar="SECONDS", help="give up after so long (default 300)"
-    )
-    _add_output_arguments(demo)
-
-    chaos = commands.add_parser(
-        "chaos", help="a bad network between two programs, to try them with", allow_abbrev=False
-    )
-    chaos.add_argument("plan", metavar="PLAN", nargs="?", default="cut", help=f"{', '.join(CHAOS_KINDS)} (default cut)")
-    chaos.add_argument("--listen", metavar="HOST:PORT", required=True, help="where the one side connects; port 0: any")
-    chaos.add_argument("--to", metavar="HOST:PORT", required=True, help="where the other side listens")
-    chaos.add_argument(
-        "--seed", type=_whole(0, 2**64 - 1), metavar="N", help="repeats what was drawn (default: random)"
-    )
-    _add_output_arguments(chaos)
-
-    merge = commands.add_parser(
-        "merge", help="join what both sides of a lost migration have salvaged into an image", allow_abbrev=False
-    )
-    merge.add_argument(
-        "salvages", nargs="+", metavar="DIR", help="written by --salvage: of the source, the destination, or both"
-    )
-    merge.add_argument(
-        "--output", required=True, metavar="FILE", help="the image, sparse: one RAM block after the other"
-    )
-    _add_output_arguments(merge)
-
-    bench = commands.add_parser(
-        "bench", help="measure, each figure against its floor in the same run", allow_abbrev=False
-    )
-    add_bench_arguments(bench)
-
-    probe = commands.add_parser("probe", help="what this host allows, and what would help", allow_abbrev=False)
-    add_probe_arguments(probe)
+    asked = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, (text, add_arguments) in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        if name == asked:
+            add_arguments(command)
     return parser
 
 
@@ -283,10 +304,15 @@ def machine_options(args: argparse.Namespace) -> MachineOptions:
 
 def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Event], Awaitable[bool]]:
     if args.command == "demo":
+        from postcopy.demo import DemoCommand
+
         return DemoCommand(args, output).run
     if args.command == "merge":
         return MergeCommand(args.salvages, args.output, output).run
     if args.command == "chaos":
+        from postcopy.testing import ChaosPlan
+        from postcopy.testing.command import ChaosCommand
+
         seed = args.seed if args.seed is not None else secrets.randbits(32)
         return ChaosCommand(
             ChaosPlan.parse(args.plan, seed),
@@ -357,10 +383,15 @@ async def _with_signals(command: Callable[[trio.Event], Awaitable[bool]]) -> boo
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script: the exit status."""
     try:
-        args = make_parser().parse_args(argv)
+        arguments = sys.argv[1:] if argv is None else argv
+        args = make_parser(arguments).parse_args(arguments)
         if args.command == "bench":
+            from postcopy.bench import run as run_bench
+
             return run_bench(args)
         if args.command == "probe":
+            from postcopy.probe import run as run_probe
+
             return run_probe(args)
         output = make_output(args.json)
         logging.basicConfig(level=args.log_level.upper(), handlers=[LogHandler(output)], force=True)

@@ -320,6 +320,95 @@ static void sizes_are_checked(void)
 #undef REFUSED
 }
 
+/* ---- what a binding needs ------------------------------------------------------------------------------------------ */
+
+static void a_mapping_of_somebody_elses_fd_is_the_same_memory(void)
+{
+    struct pc_memory memory = make(PC_MEMORY_MEMFD, 4), other;
+
+    CHECK_EQ(pc_memory_map(memory.fd, memory.size_bytes, memory.page_bytes, memory.kind, &other), 0);
+    CHECK(other.fd != memory.fd && other.base != memory.base);
+    memset(page_at(&memory, 2), 7, memory.page_bytes);
+    CHECK_EQ(*page_at(&other, 2), 7);
+    pc_memory_destroy(&memory); /* the descriptor was duplicated */
+    CHECK_EQ(*page_at(&other, 2), 7);
+    pc_memory_destroy(&other);
+    CHECK_EQ(pc_memory_map(-1, 4096, 4096, PC_MEMORY_MEMFD, &other), -EBADF);
+}
+
+static void discarded_pages_are_zero(int kind)
+{
+    struct pc_memory memory = make(kind, 4);
+
+    memset(memory.base, 9, memory.size_bytes);
+    CHECK_EQ(pc_memory_discard(&memory, (uint64_t)(uintptr_t)page_at(&memory, 1), 2 * memory.page_bytes), 0);
+    CHECK_EQ(resident(&memory), 2 * memory.page_bytes);
+    CHECK_EQ(*page_at(&memory, 0), 9);
+    CHECK_EQ(*page_at(&memory, 3), 9);
+    CHECK(pc_is_zero(page_at(&memory, 1), 2 * memory.page_bytes));
+    pc_memory_destroy(&memory);
+}
+
+static void memfd_discarded_pages_are_zero(void)
+{
+    discarded_pages_are_zero(PC_MEMORY_MEMFD);
+}
+
+static void anon_discarded_pages_are_zero(void)
+{
+    discarded_pages_are_zero(PC_MEMORY_ANON);
+}
+
+static void bytes_are_copied(void)
+{
+    struct pc_memory memory = make(PC_MEMORY_ANON, 2);
+    uint8_t before[100], after[100] = {0};
+
+    for (size_t i = 0; i < sizeof(before); i++)
+        before[i] = (uint8_t)test_random();
+    pc_bytes_copy((uint64_t)(uintptr_t)page_at(&memory, 1) - 50, (uint64_t)(uintptr_t)before, sizeof(before));
+    pc_bytes_copy((uint64_t)(uintptr_t)after, (uint64_t)(uintptr_t)page_at(&memory, 1) - 50, sizeof(after));
+    CHECK(!memcmp(before, after, sizeof(before)));
+    pc_memory_destroy(&memory);
+}
+
+/* Regions of pages that are there, an array at a time. */
+static void pagemap_scan_tells_regions(void)
+{
+    struct pc_memory memory = make(PC_MEMORY_ANON, 64);
+    struct pc_pagemap_region regions[3];
+    uint64_t base = (uint64_t)(uintptr_t)memory.base, page = memory.page_bytes, walk_end = 0, found = 0;
+    struct pc_pagemap_query query = {.start = base,
+                                     .end = base + memory.size_bytes,
+                                     .all_of = PC_PAGE_PRESENT,
+                                     .returned = PC_PAGE_PRESENT | PC_PAGE_FILE};
+    int pagemap = CHECK_SYS(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
+
+    for (uint64_t i = 0; i < 64; i += 8) /* two pages, then six that are missing */
+        memset(page_at(&memory, i), 1, 2 * page);
+    while (query.start < query.end) {
+        int64_t got = pc_pagemap_scan(pagemap, &query, regions, 3, &walk_end);
+
+        if (got == -ENOTTY)
+            SKIP("pagemap-scan", "no PAGEMAP_SCAN: needs Linux 6.7");
+        CHECK(got >= 0);
+        for (int64_t i = 0; i < got; i++) {
+            CHECK_EQ(regions[i].start, base + found++ * 8 * page);
+            CHECK_EQ(regions[i].end, regions[i].start + 2 * page);
+            CHECK_EQ(regions[i].categories, PC_PAGE_PRESENT);
+        }
+        CHECK(walk_end > query.start);
+        query.start = walk_end;
+    }
+    CHECK_EQ(found, 8);
+    query = (struct pc_pagemap_query){.start = base + 1, .end = base + page};
+    CHECK_EQ(pc_pagemap_scan(pagemap, &query, regions, 3, &walk_end), -EINVAL);
+    CHECK_EQ(walk_end, base + 1);
+    CHECK_EQ(pc_pagemap_scan(-1, &query, regions, 3, NULL), -EBADF);
+    close(pagemap);
+    pc_memory_destroy(&memory);
+}
+
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
@@ -339,5 +428,10 @@ int main(int argc, char **argv)
     RUN(memfd_cannot_be_cut_off);
     RUN(is_not_inherited);
     RUN(sizes_are_checked);
+    RUN(a_mapping_of_somebody_elses_fd_is_the_same_memory);
+    RUN(memfd_discarded_pages_are_zero);
+    RUN(anon_discarded_pages_are_zero);
+    RUN(bytes_are_copied);
+    RUN(pagemap_scan_tells_regions);
     return test_end();
 }
