@@ -155,7 +155,7 @@ def _add_peer_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--connect", metavar="HOST:PORT", help="the other side listens there")
 
 
-# Each command's arguments, and with them its modules, are made only when it is the one that was asked for: the two sides
+# The arguments of a command, and with them its modules, are made only when it is the one asked for: the two sides
 # of a migration run for long, and what `bench` and the others need would cost each of them megabytes.
 
 
