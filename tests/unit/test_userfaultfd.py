@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -301,17 +303,23 @@ def fork_event() -> None:
     warnings.simplefilter("ignore")  # a fork with threads, which is what is tested
     # fork() returns when its event is read; the reader is a C call without the GIL ... which the forking thread keeps.
     event_box: list[Any] = []
-    ready = os.eventfd(0)
 
     def reader() -> None:
-        os.eventfd_write(ready, 1)
         structs: Any = ffi.new("struct pc_uffd_event[]", 1)
         assert lib.pc_uffd_read_spinning(uffd.fileno(), structs, 1, 20 * 10**9) == 1
         event_box.append(uffd._event(structs[0]))
 
     thread = threading.Thread(target=reader)
     thread.start()
-    os.eventfd_read(ready)
+    clock = time.pthread_getcpuclockid(cast(int, thread.ident))
+    sys.setswitchinterval(100)  # the GIL goes only when this thread waits
+    while True:
+        time.sleep(0.001)
+        before_ns, until_ns = time.clock_gettime_ns(clock), time.monotonic_ns() + 5_000_000
+        while time.monotonic_ns() < until_ns:
+            pass
+        if time.clock_gettime_ns(clock) - before_ns > 1_000_000:
+            break  # it runs, and not with the GIL: it is in the C call
     pid = fork()
     thread.join()
     (event,) = event_box
