@@ -397,7 +397,8 @@ class SourceMigration:
         if self._server is not None and self.state is State.PAUSED:
             self.statistics()
             self.paused.set()
-            log.warning("paused: %s", failure)
+            # Whoever pulls an image may leave when he has what he wanted.
+            log.log(logging.WARNING if self.machine.live else logging.INFO, "paused: %s", failure)
             self._on_change()
             with trio.CancelScope(shield=True):  # bounded by the page server
                 try:
