@@ -18,12 +18,12 @@
 #include <setjmp.h>
 #include <stdatomic.h>
 #include <sys/eventfd.h>
-#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 
 #include "postcopy.h"
+#include "huge_pool.h"
 #include "test.h"
 
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
@@ -2789,52 +2789,7 @@ static void non_blocking_descriptors_work(void)
     close_rig(&rig);
 }
 
-/* ---- huge pages --------------------------------------------------------------------------------------------------- */
-
-static bool pool_is_larger;
-
-/* Makes the pool larger, or smaller again, by so many pages. Several tests may do so at once: each takes back what it has
- * added and not what it once saw, and the lock keeps reading and writing together. */
-static void change_pool(long by)
-{
-    int fd = open("/proc/sys/vm/nr_hugepages", O_RDWR | O_CLOEXEC);
-    char text[32] = "";
-    long pages;
-
-    if (fd < 0)
-        return;
-    (void)flock(fd, LOCK_EX);
-    if (pread(fd, text, sizeof(text) - 1, 0) > 0) {
-        pages = strtol(text, NULL, 10) + by;
-        (void)!pwrite(fd, text, (size_t)snprintf(text, sizeof(text), "%ld", pages > 0 ? pages : 0), 0);
-        pool_is_larger = by > 0;
-    }
-    close(fd);
-}
-
-static void restore_pool(void)
-{
-    if (pool_is_larger && !test_.forked)
-        change_pool(-HUGE_POOL_PAGES);
-}
-
-static void on_ending_signal(int number)
-{
-    restore_pool();
-    (void)signal(number, SIG_DFL);
-    (void)raise(number);
-}
-
-/* Where root runs the test there is a pool of huge pages for as long as it takes. */
-static void borrow_huge_pages(void)
-{
-    if (geteuid() || pc_huge_page_bytes() != 2 << 20)
-        return;
-    (void)atexit(restore_pool);
-    (void)signal(SIGINT, on_ending_signal);
-    (void)signal(SIGTERM, on_ending_signal);
-    change_pool(HUGE_POOL_PAGES);
-}
+/* ---- all of them ------------------------------------------------------------------------------------------------- */
 
 #define RUN_CASE(name) RUN_FOR(name, DEADLINE_S)
 #define RUN_KINDS(name)                                                                                                 \
@@ -2847,7 +2802,7 @@ static void borrow_huge_pages(void)
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
-    borrow_huge_pages();
+    borrow_huge_pages(HUGE_POOL_PAGES);
     RUN_KINDS(demand);
     RUN_CASE(demand_with_busy_poll);
     RUN_KINDS(one_bulk_channel);

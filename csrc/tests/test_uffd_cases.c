@@ -5,6 +5,7 @@
  * docs/kernel-cases.md. Filling, and what goes wrong with it, is here; write protection and events are in
  * test_uffd_cases_wp.c and test_uffd_cases_events.c, the ground rules in test_uffd.c.
  */
+#include "huge_pool.h"
 #include "uffd_kinds.h"
 #include "uffd_table.h"
 
@@ -445,7 +446,7 @@ ON_FILES(move_is_refused)
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
-    borrow_huge_pages();
+    borrow_huge_pages(HUGE_POOL_PAGES);
     RUN(any_handshake_of_another_api);
     RUN(any_handshake_of_an_unknown_feature);
     RUN(any_nothing_before_the_handshake);

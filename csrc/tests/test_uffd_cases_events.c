@@ -6,6 +6,7 @@
 #include <sys/utsname.h>
 #include <sys/wait.h>
 
+#include "huge_pool.h"
 #include "uffd_kinds.h"
 #include "uffd_table.h"
 
@@ -399,7 +400,7 @@ ON_ALL(many_pending)
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
-    borrow_huge_pages();
+    borrow_huge_pages(HUGE_POOL_PAGES);
     RUN_ALL(event_fork);
     RUN_ALL(fork_without_event);
     RUN_ALL(event_remap);

@@ -5,6 +5,7 @@
 #include <sys/ioctl.h>
 #include <sys/wait.h>
 
+#include "huge_pool.h"
 #include "uffd_kinds.h"
 #include "uffd_table.h"
 
@@ -286,7 +287,7 @@ ON_ALL(wp_async)
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
-    borrow_huge_pages();
+    borrow_huge_pages(HUGE_POOL_PAGES);
     RUN_ALL(wp_traps_once);
     RUN_ALL(wp_dontwake);
     RUN_ALL(wp_needs_its_registration);

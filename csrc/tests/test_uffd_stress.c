@@ -13,6 +13,7 @@
  */
 #include <sys/eventfd.h>
 
+#include "huge_pool.h"
 #include "uffd_kinds.h"
 
 #define TOUCHERS 4
@@ -382,7 +383,7 @@ int main(int argc, char **argv)
     int deadline_s = (int)seconds_wanted() + SLACK_S;
 
     test_begin(argc, argv);
-    borrow_huge_pages();
+    borrow_huge_pages(HUGE_POOL_PAGES);
     RUN_FOR(anon_stress, deadline_s);
     RUN_FOR(memfd_stress, deadline_s);
     RUN_FOR(hugetlb_stress, deadline_s);

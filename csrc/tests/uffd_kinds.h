@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What the tests of userfaultfd by kind of memory share: the kinds, areas of them, threads which may block, the pool of huge
- * pages. Every helper ends the case when something of its own fails.
+ * What the tests of userfaultfd by kind of memory share: the kinds, areas of them, threads which may block. Every helper ends
+ * the case when something of its own fails.
  */
 #ifndef PC_UFFD_KINDS_H
 #define PC_UFFD_KINDS_H
@@ -12,7 +12,6 @@
 #include <sched.h>
 #include <setjmp.h>
 #include <stdatomic.h>
-#include <sys/file.h>
 #include <sys/mman.h>
 
 #include "../uffd_abi.h"
@@ -37,55 +36,7 @@ struct area {
     uint64_t ioctls; /* what the last registration has offered */
 };
 
-/* ---- huge pages ---- */
-
-#define HUGE_POOL_PAGES 12
-
-static bool pool_is_larger;
-
-/* By so many, not to so many: other tests may do the same meanwhile, and the lock keeps reading and writing together. */
-MAYBE void change_pool(long by)
-{
-    int fd = open("/proc/sys/vm/nr_hugepages", O_RDWR | O_CLOEXEC);
-    char text[32] = "";
-
-    if (fd < 0)
-        return;
-    (void)flock(fd, LOCK_EX);
-    if (pread(fd, text, sizeof(text) - 1, 0) > 0) {
-        long pages = strtol(text, NULL, 10) + by;
-
-        (void)!pwrite(fd, text, (size_t)snprintf(text, sizeof(text), "%ld", pages > 0 ? pages : 0), 0);
-        pool_is_larger = by > 0;
-    }
-    close(fd);
-}
-
-MAYBE void restore_pool(void)
-{
-    if (pool_is_larger && !test_.forked)
-        change_pool(-HUGE_POOL_PAGES);
-}
-
-MAYBE void on_ending_signal(int number)
-{
-    if (test_.forked) /* a case has inherited this handler, but not the loan */
-        _exit(1);
-    restore_pool();
-    (void)signal(number, SIG_DFL);
-    (void)raise(number);
-}
-
-/* Where root runs the test there is a pool of huge pages for as long as it takes. */
-MAYBE void borrow_huge_pages(void)
-{
-    if (geteuid() || pc_huge_page_bytes() != 2 << 20)
-        return;
-    (void)atexit(restore_pool);
-    (void)signal(SIGINT, on_ending_signal);
-    (void)signal(SIGTERM, on_ending_signal);
-    change_pool(HUGE_POOL_PAGES);
-}
+#define HUGE_POOL_PAGES 12 /* what the largest case takes */
 
 /* ---- areas ---- */
 
