@@ -10,6 +10,7 @@
 
 #include "../util.h"
 #include "postcopy.h"
+#include "huge_pool.h"
 #include "test.h"
 
 #define PAGES 256
@@ -412,6 +413,7 @@ static void pagemap_scan_tells_regions(void)
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
+    borrow_huge_pages(16);
     RUN(memfd_present_and_resident);
     RUN(anon_present_and_resident);
     RUN(hugetlb_present_and_resident);
