@@ -23,7 +23,6 @@ import select
 import shlex
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,8 +127,9 @@ def try_in_child(names: Iterable[str], deadline_s: float = TRIAL_DEADLINE_S) -> 
 
 def _run_child(names: list[str], deadline_s: float) -> tuple[dict[str, Json], str | None, str]:
     """What was answered; the trial in which the child ended before its time; how."""
-    with tempfile.TemporaryFile() as stdout:
-        # A file, no pipe: whatever a child that cannot be killed still holds open must not hold us up.
+    with open(os.memfd_create("postcopy-probe"), "rb") as stdout:
+        # A file, no pipe: whatever a child that cannot be killed still holds open must not hold us up. In memory: a
+        # container's file system may be read-only as a whole.
         pid = _start_child(names, stdout.fileno())
         # Trials have no deadlines of their own: healthy ones together stay far below that of a single one.
         status = _wait(pid, deadline_s)
