@@ -313,7 +313,7 @@ def _api_facts(api: UffdApi) -> Json:
 
 def _user_only_remedy() -> str:
     if container() is not None:
-        return "docker run --security-opt seccomp=unconfined ..."
+        return "docker run --security-opt seccomp=docker/seccomp-userfaultfd.json ..."
     return "a kernel from 5.11 with CONFIG_USERFAULTFD=y"
 
 

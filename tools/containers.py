@@ -174,7 +174,7 @@ def start(directory: Path) -> subprocess.Popen[bytes]:
     command = [
         *NAMESPACE, "--net", "sh", "-c", script, "sh", "dockerd", "--host", f"unix://{directory}/docker.sock",
         "--data-root", f"{directory}/data", "--exec-root", f"{directory}/exec", "--pidfile", f"{directory}/pid",
-        "--bridge", "none", "--iptables=false", "--ip-forward=false", "--ip-masq=false", "--cgroup-parent",
+        "--bridge", "none", "--iptables=false", "--ip-masq=false", "--cgroup-parent",
         f"/{directory.name}", "--log-level", "warn",
     ]  # fmt: skip
     log = directory / "dockerd.log"
