@@ -40,12 +40,13 @@ $(VENV)/.installed: $(BUILT_FROM)
 demo: setup ## migrate a running machine between two processes here, and verify it
 	$(BIN)/postcopy demo
 
-test: setup ## everything CI runs: lint, C tests plain and sanitized, fuzz corpus, pytest
+test: setup ## everything CI runs: lint, C tests plain and sanitized, fuzz corpus, pytest, containers
 	@$(STEP) 600 "lint" $(MAKE) --no-print-directory lint
 	@$(STEP) 300 "C tests" $(MAKE) --no-print-directory check-c
 	@$(STEP) 600 "C tests, sanitized" $(MAKE) --no-print-directory sanitize
 	@$(STEP) 180 "fuzz targets: corpus and a short run" $(MAKE) --no-print-directory fuzz-replay
 	@$(STEP) 900 "pytest" $(MAKE) --no-print-directory check-python
+	@$(STEP) 360 "containers" $(MAKE) --no-print-directory test-containers OR_SKIP=--or-skip PYTEST_ARGS=
 
 lint: setup $(B)-plain ## ruff, mypy --strict, the C core with all warnings as errors
 	$(BIN)/ruff check .

@@ -58,13 +58,13 @@ def test_holds_no_rights(stage: Any) -> None:
     assert status["Uid"].split() == status["Gid"].split() == ["65010"] * 4
     assert status["NoNewPrivs"] == "1"
     assert status["Seccomp"] == "2"  # a filter
-    assert status["Groups"].split() == (["65011"] if stage.file == "compose.yaml" else [])
+    assert status["Groups"].split() == ["65010", *(["65011"] if stage.file == "compose.yaml" else [])]
     stage.terminate("dest")
     dest.end()
 
 
 @both
-def test_root_is_read_only_and_the_network_private(stage: Any) -> None:
+def test_root_is_read_only(stage: Any) -> None:
     for path in ("/x", "/usr/x", "/tmp/x", "/opt/postcopy/x"):
         tried = stage.run("dest", "python", "-c", f"open({path!r}, 'w')")
         assert tried.returncode == 1
@@ -72,9 +72,6 @@ def test_root_is_read_only_and_the_network_private(stage: Any) -> None:
     mounts = stage.run("dest", "cat", "/proc/mounts").stdout.splitlines()
     root = next(line.split() for line in mounts if line.split()[1] == "/")
     assert "ro" in root[3].split(",")
-    routes = [line.split() for line in stage.run("dest", "cat", "/proc/net/route").stdout.splitlines()[1:]]
-    assert routes
-    assert not [route for route in routes if route[1] == "00000000"], "a default route"
 
 
 @both
