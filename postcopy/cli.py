@@ -142,6 +142,13 @@ def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _add_user_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--user", metavar="NAME[:GROUP]",
+        help="as root: open the devices, then give up every right but those of this user, before anything is received",
+    )  # fmt: skip
+
+
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object a line on stdout, the result last")
@@ -176,6 +183,7 @@ def _source_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-failure", choices=("keep", "exit"), default="keep",
         help="when a migration under way fails and the machine is still here: keep running it (default), or end",
     )  # fmt: skip
+    _add_user_argument(parser)
     _add_output_arguments(parser)
 
 
@@ -192,6 +200,7 @@ def _dest_arguments(parser: argparse.ArgumentParser) -> None:
         "--disk", metavar="FILE", help="where the machine's disk is on this host, if not as on the source"
     )
     _add_after_arguments(parser, run_for=None)
+    _add_user_argument(parser)
     _add_output_arguments(parser)
 
 
@@ -396,6 +405,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = make_output(args.json)
         logging.basicConfig(level=args.log_level.upper(), handlers=[LogHandler(output)], force=True)
         command = _make_command(args, output)
+        if getattr(args, "user", None) is not None:
+            from postcopy.privileges import become, find_user
+
+            become(find_user(args.user))
         return EXIT_OK if trio.run(_with_signals, command, strict_exception_groups=True) else EXIT_FAILED
     except ConfigurationError as error:
         _complain(error)
