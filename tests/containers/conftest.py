@@ -88,7 +88,6 @@ class Stage:
             "POSTCOPY_IMAGE": IMAGE,
             "POSTCOPY_SUBNET": self._subnet,
             "DEVICE_GID": str(DEVICE_GID),
-            "KVM_GID": str(DEVICE_GID),
         }
         self._compose = substitute(yaml.safe_load((DOCKER_DIR / file).read_text()), variables)
 
