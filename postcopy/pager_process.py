@@ -354,13 +354,14 @@ class ProcessPager:
             async with self._ending:
                 if self._closed:
                     return
+                self._deaths_in_a_row = 0  # whatever there was: for this it is worth trying again
                 try:
                     if self._disarmed or not self._armed:
                         with contextlib.suppress(PagerDied):
                             await self._call_to_end("ending the pager", "free")
                     else:
                         await self._call_reviving("ending the pager", "free")
-                except PagerDied as error:
+                except MigrationError as error:
                     raise BusyError(f"{error}; missing pages stay missing, their userfaultfds open") from error
                 finally:
                     self._closed = True
@@ -434,10 +435,12 @@ class ProcessPager:
 
     async def _call_reviving(self, what: str, name: str) -> None:
         for _ in range(DEATHS_IN_A_ROW):
-            with contextlib.suppress(PagerDied):
+            try:
                 await self._call_to_end(what, name)
+            except PagerDied:
+                self._replace()
+            else:
                 return
-            self._replace()
         raise PagerDied(f"{what}: no process of the pager stays alive")
 
     def _give_block(self, block: _Block) -> int:
@@ -452,6 +455,20 @@ class ProcessPager:
 
     def _replace(self) -> None:
         """The dead process's successor. What waits for a page has waited meanwhile, and faults anew."""
+        while True:
+            known = self._settle()
+            try:
+                self._process = _Process()
+                self._set_up_again()
+            except PagerDied:
+                continue  # counted when it is settled
+            break
+        self._told.clear()
+        if self._blocks and known == sum(block.memory.pages for block in self._blocks):
+            self._told.append(Event(EventType.COMPLETE, text="every page is here"))
+
+    def _settle(self) -> int:
+        """Ends a process for good, and with it every page that it had under way. How many pages are there."""
         process = self._process
         process.end()
         self.deaths += 1
@@ -467,7 +484,9 @@ class ProcessPager:
             )
         self._bury()
         process.close()
-        self._process = _Process()
+        return known
+
+    def _set_up_again(self) -> None:
         for block in self._blocks:
             self._give_block(block)
         for shard in self._shards:
@@ -477,9 +496,6 @@ class ProcessPager:
         if not self._disarmed:
             for armed in self._armed:
                 self._call("registering memory with a userfaultfd", "arm", *armed)
-        self._told.clear()
-        if self._blocks and known == sum(block.memory.pages for block in self._blocks):
-            self._told.append(Event(EventType.COMPLETE, text="every page is here"))
 
     def _bury(self) -> None:
         """Adds the dead one's counters, as far as they were read, to those of all before it."""

@@ -124,6 +124,7 @@ class DestinationMigration:
         self._on_change = on_change
         self._protocol = DestinationProtocol()
         self._pager: AnyPager | None = None
+        self._pager_process: tuple[int, int] | None = None
         self._offer: Offer | None = None
         self._refusal: PostcopyError | None = None
         self._last_figures = Figures()
@@ -156,6 +157,16 @@ class DestinationMigration:
     @property
     def may_run(self) -> bool:
         return self._protocol.may_run
+
+    @property
+    def pager_process(self) -> tuple[int, int] | None:
+        """Where the pager is a process of its own: its number, 0 when it has ended, and how many have died before."""
+        pager = self._pager
+        if pager is not None:
+            self._pager_process = None if isinstance(pager, Pager) else (pager.pid, pager.deaths)
+        elif self._pager_process is not None:
+            self._pager_process = (0, self._pager_process[1])
+        return self._pager_process
 
     def figures(self) -> Figures:
         """The counters as they are now; the last ones when the pager has ended."""
@@ -512,6 +523,7 @@ class DestinationMigration:
         with trio.CancelScope(shield=True):
             self.check_machine()
             self.figures()
+            _ = self.pager_process
             machine, pager = self.machine, self._pager
             for what in (pager, machine) if self._kept else (machine, pager):
                 if what is None:
