@@ -50,15 +50,14 @@ def fails(command: list[str], *arguments: str) -> str:
 
 
 @pytest.mark.needs("root", "uffd-device", "kvm")
-@pytest.mark.parametrize("backing", ["memfd", "anon"])
-def test_migration_between_ordinary_users(
-    side: Start, readable_package: list[str], tmp_path: Path, backing: str
-) -> None:
+@pytest.mark.parametrize(("backing", "pager"), [("memfd", "thread"), ("anon", "thread"), ("memfd", "process")])
+def test_migration_between_ordinary_users(side: Start, readable_package: list[str], backing: str, pager: str) -> None:
     """Several machines' worth of descriptors come from devices that the user could not open."""
     command = [*readable_package, "-m", "postcopy"]
     user = f"nobody:{GROUP}"
     arguments = ("--backing", backing, "--user", user)
-    dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--run-for", "0.3", *arguments, command=command)
+    received = ("--run-for", "0.3", "--pager", pager)
+    dest = side("dest", "--json", "--listen", "127.0.0.1:0", *received, *arguments, command=command)
     address = dest.address  # it listens: from now on anybody may send it bytes
     assert_nothing_left(dest.pid, NOBODY, GROUP, {GROUP})
     kvm = ("--machine", "kvm", "--memory", "32MiB", "--vcpus", "2", "--workload", "random", "--working-set", "16MiB")
