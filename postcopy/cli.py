@@ -110,6 +110,11 @@ def _add_engine_arguments(parser: argparse.ArgumentParser, *, source: bool, dest
             "--max-bandwidth", type=_bandwidth, default=0, metavar="RATE",
             help="of the background push, as 100MiB/s; requested pages are never held up",
         )  # fmt: skip
+        group.add_argument(
+            "--release-ram", action="store_true",
+            help="kvm, rv64: after the point of no return give memory back to this host as the destination acknowledges"
+            " its pages",
+        )  # fmt: skip
 
 
 def _heartbeat(text: str) -> float:
@@ -334,6 +339,7 @@ def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Ev
                 max_bandwidth_bytes_per_s=args.max_bandwidth,
                 heartbeat_s=args.heartbeat,
                 recover_for_s=args.recover_for,
+                release_ram=args.release_ram,
             ),
             output,
             listen=listen,

@@ -22,7 +22,7 @@ from postcopy.migration._session import Interrupted, first_error, now_ns
 from postcopy.migration.channels import Address, CallingLink, Link, Reception
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.protocol import State
-from postcopy.migration.source import SourceMigration, SourceOptions
+from postcopy.migration.source import SourceMigration, SourceOptions, check_releasable
 from postcopy.progress import Output
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,8 @@ class SourceCommand:
             salvage.check_target(self._salvage_to)
         try:
             machine = create_source(self._kind, self._machine_options)
+            if self._options.release_ram:
+                check_releasable(machine)
             async with contextlib.AsyncExitStack() as stack:
                 done = await self._run(machine, stop, stack)
         except PostcopyError as error:
@@ -101,11 +103,10 @@ class SourceCommand:
             if machine is not None:
                 with trio.CancelScope(shield=True):
                     if self._shown is not None and self._shown.state is State.PAUSED:
-                        # It has been paused since it gave the right to run away: whole, and as old as that.
-                        maps = [Bitmap.full(block.memory.pages) for block in machine.blocks]
-                        await _salvage(
-                            self._salvage_to, machine, self._shown.migration_id, "source", maps, self._output
-                        )
+                        # It has been paused since it gave the right to run away: as old as that, and whole, but for
+                        # what the destination had acknowledged.
+                        name, maps = self._shown.migration_id, self._shown.kept()
+                        await _salvage(self._salvage_to, machine, name, "source", maps, self._output)
                     statistics = machine.statistics()
                     self._emit_result(machine, statistics, done)
                     try:

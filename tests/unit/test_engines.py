@@ -227,7 +227,7 @@ class FakeServer(FakeEngine):
         self.started = True
 
     def statistics(self) -> PageServerStatistics:
-        return PageServerStatistics(*range(9))
+        return PageServerStatistics(*range(10))
 
 
 class FakeDoor(Door):
@@ -829,7 +829,7 @@ async def lone_destination(
             on_end()
 
         nursery.start_soon(run)
-        await peer.say(p.Offer(b"m" * 16, b"t" * 16, "fake", {}, blocks, 1))
+        await peer.say(p.Offer(b"m" * 16, b"t" * 16, "fake", {}, blocks, 1, 0))
         await peer.read(p.Accept)
         await peer.read(p.Ready)
         yield peer, dest, twin

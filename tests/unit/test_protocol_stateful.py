@@ -63,7 +63,7 @@ class TwoHosts(RuleBasedStateMachine):
     @precondition(lambda self: self.source.state is State.SETUP)
     @rule()
     def offer(self) -> None:
-        self.send("dest", self.source.send_offer(p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, BLOCKS, 1)))
+        self.send("dest", self.source.send_offer(p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, BLOCKS, 1, 0)))
 
     @precondition(lambda self: self.dest.state is State.OFFERED)
     @rule(yes=st.integers(0, 9))
