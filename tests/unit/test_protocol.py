@@ -421,10 +421,10 @@ class TestStates:
                 assert drain(source) == [p.Placed(0, 0, 256, b"\x01")]
                 assert source.state is dest.state is State.POSTCOPY
                 continue
-            with pytest.raises(ProtocolError, match="placed must not be sent .*the offer did not ask for it"):
+            with pytest.raises(ProtocolError, match=r"placed must not be sent .*the offer did not ask for it"):
                 dest.send_placed(0, 0, 256, b"\x01")
             source.receive_data(p.encode(p.Placed(0, 0, 256, b"\x01")))
-            with pytest.raises(ProtocolError, match="placed must not be received .*the offer did not ask for it"):
+            with pytest.raises(ProtocolError, match=r"placed must not be received .*the offer did not ask for it"):
                 drain(source)
 
     def test_largest_placed(self) -> None:
