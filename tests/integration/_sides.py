@@ -61,6 +61,10 @@ class Side:
         )
         return int(later["guest"]["operations"])
 
+    @property
+    def pid(self) -> int:
+        return int(self._child.pid)
+
     def signal(self, number: int) -> None:
         self._child.send_signal(number)
 
