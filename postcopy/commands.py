@@ -19,7 +19,7 @@ from postcopy._errors import ConfigurationError, MigrationError, PostcopyError
 from postcopy.bitmap import Bitmap
 from postcopy.machines import Check, Machine, MachineOptions, MachineStatistics, create_source
 from postcopy.migration._session import Interrupted, first_error, now_ns
-from postcopy.migration.channels import Address, CallingLink, Link, Reception
+from postcopy.migration.channels import Address, CallingLink, Link, Reception, Route
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.protocol import State
 from postcopy.migration.source import SourceMigration, SourceOptions, check_releasable
@@ -57,7 +57,7 @@ class SourceCommand:
         output: Output,
         *,
         listen: Address | None,
-        connect: Address | None,
+        connect: Address | Route | None,
         migrate_after_s: float,
         serve: float,
         keep: bool,
@@ -281,7 +281,7 @@ class DestinationCommand:
         output: Output,
         *,
         listen: Address | None,
-        connect: Address | None,
+        connect: Address | Route | None,
         backing: str,
         disk: str | None,
         busy_poll_us: int,

@@ -50,7 +50,7 @@ from postcopy.migration._session import (
     now_ns,
     status_of,
 )
-from postcopy.migration.channels import Door, Link, Membership, Session, keep_alive
+from postcopy.migration.channels import Address, Door, Link, Membership, Session, keep_alive
 from postcopy.migration.figures import Figures, natural
 from postcopy.migration.protocol import (
     PAGE_MAP_PAGES,
@@ -166,6 +166,10 @@ class DestinationMigration:
 
     # ---- doing it
 
+    def reconnect_to(self, address: Address) -> None:
+        """As `SourceMigration.reconnect_to`."""
+        self._link.reconnect_to(address)
+
     async def run(self, stop: trio.Event) -> None:
         """Returns when every page is here, or when it has failed; a migration that is `PAUSED` goes on when the source
         is back. When nobody looks for it any more it stays so until `stop`, or ends at once (`kill_when_lost`).
@@ -271,6 +275,7 @@ class DestinationMigration:
                     self.failure = found
                 return
             link, self._session = found
+            self.peer = link.peer
             self._protocol.reconnected()
             self._on_change()
             recovered = self.recoveries.count

@@ -45,7 +45,7 @@ from postcopy.migration._session import (
     now_ns,
     status_of,
 )
-from postcopy.migration.channels import Door, Link, Membership, Session, keep_alive
+from postcopy.migration.channels import Address, Door, Link, Membership, Session, keep_alive
 from postcopy.migration.figures import Figures
 from postcopy.migration.protocol import (
     ID_BYTES,
@@ -175,6 +175,11 @@ class SourceMigration:
 
     # ---- doing it
 
+    def reconnect_to(self, address: Address) -> None:
+        """The destination is looked for there when the connection is lost, or at once when it has been. A connection
+        that works is left alone. `ConfigurationError` on the side that listens."""
+        self._link.reconnect_to(address)
+
     async def run(self, go: trio.Event, stop: trio.Event, *, hold: bool = True) -> None:
         """Migrates when `go` is set, and gives up when `stop` is.
 
@@ -248,6 +253,7 @@ class SourceMigration:
                     self.failure = found
                 return
             link, self._session = found
+            self.peer = link.peer
             self._protocol.reconnected()
             self._on_change()
             recovered = self.recoveries.count
