@@ -14,7 +14,7 @@ connection. The source would have nothing to answer it with, so it keeps what wa
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import trio
@@ -23,7 +23,6 @@ from postcopy._errors import CoreError, ProtocolError
 from postcopy.bitmap import Bitmap
 from postcopy.migration._session import Control
 from postcopy.migration.protocol import PLACED_PAGES, DestinationProtocol, Placed, State
-from postcopy.pager import Pager
 from postcopy.pageserver import PageServer
 
 PLACED_EVERY_MS = 200
@@ -44,19 +43,21 @@ class PlacedReporter:
         """What the source knows from elsewhere, a map a RAM block: zero pages, or the received maps of a recovery."""
         self._told = list(maps)
 
-    async def run(self, control: Control[DestinationProtocol], pager: Pager, every_s: float) -> None:
-        """Tells, until cancelled. `PeerError` when the connection breaks."""
+    async def run(
+        self, control: Control[DestinationProtocol], received: Callable[[int], Bitmap], every_s: float
+    ) -> None:
+        """Tells, until cancelled. `received`: the pager's, called in a worker thread. `PeerError` when the connection
+        breaks."""
         pause_s = every_s
         while True:
             await trio.sleep(pause_s)
             began_s = trio.current_time()
             for number in range(len(self._told)):
-                await self._tell(control, pager, number)
+                await self._tell(control, await trio.to_thread.run_sync(received, number), number)
             pause_s = max(every_s, (trio.current_time() - began_s) / SHARE)
 
-    async def _tell(self, control: Control[DestinationProtocol], pager: Pager, number: int) -> None:
+    async def _tell(self, control: Control[DestinationProtocol], received: Bitmap, number: int) -> None:
         protocol, told = control.protocol, self._told[number]
-        received = await trio.to_thread.run_sync(pager.received, number)
         news = await trio.to_thread.run_sync(received.without, told)
         first_page = news.next(0)
         while first_page < len(news):
