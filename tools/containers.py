@@ -83,7 +83,7 @@ def run(command: Sequence[str | os.PathLike[str]], timeout_s: float, what: str, 
     except OSError as error:
         raise Failed(f"{what}: {error}") from None
     if done.returncode:
-        tail = (done.stderr.strip() or done.stdout.strip())[-1500:]
+        tail = f"{done.stdout.strip()[-1000:]}\n{done.stderr.strip()[-1000:]}".strip()
         raise Failed(f"{what}: exit status {done.returncode}: {tail}")
     return str(done.stdout)
 

@@ -137,12 +137,12 @@ class Stage:
     def name_of(self, service: str) -> str:
         return f"{self._name}-{service}"
 
-    def start(self, service: str, *more: str, seccomp: bool = True) -> Any:
-        """`service` as a `Side`: its command, and `more` arguments."""
+    def start(self, service: str, *more: str, seccomp: bool = True, options: tuple[str, ...] = ()) -> Any:
+        """`service` as a `Side`: its command, and `more` arguments; `options` are `docker run`'s."""
         name = self.name_of(service)
         self._containers.append(name)
         command = self._compose["services"][service]["command"]
-        run = ["docker", "run", "--name", name, *self.arguments(service, seccomp)]
+        run = ["docker", "run", "--name", name, *options, *self.arguments(service, seccomp)]
         return _sides.Side(self._spawn_child, *command, *more, command=run)
 
     def run(self, service: str, entrypoint: str, *arguments: str) -> subprocess.CompletedProcess[str]:

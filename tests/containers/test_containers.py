@@ -38,6 +38,11 @@ def assert_moved(source: Any, dest: Any) -> tuple[dict[str, Any], dict[str, Any]
     return sent, received
 
 
+def status_of_first_process(stage: Any, service: str) -> dict[str, str]:
+    looked = stage.exec(service, "cat", "/proc/1/status")
+    return dict(line.split(":\t", 1) for line in looked.splitlines() if ":\t" in line)
+
+
 @both
 def test_migrates(stage: Any) -> None:
     source, dest = begin(stage)
@@ -51,8 +56,7 @@ def test_holds_no_rights(stage: Any) -> None:
     """Seen from inside, in the process that migrates."""
     dest = stage.start("dest")
     assert dest.address
-    looked = stage.exec("dest", "cat", "/proc/1/status")
-    status = dict(line.split(":\t", 1) for line in looked.splitlines() if ":\t" in line)
+    status = status_of_first_process(stage, "dest")
     for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
         assert int(status[name], 16) == 0, name
     assert status["Uid"].split() == status["Gid"].split() == ["65010"] * 4
@@ -110,6 +114,20 @@ def test_the_profile_lets_no_other_userfaultfd_through(stage: Any) -> None:
     )
     root = stage.run("dest", "python", "-c", code)
     assert root.stdout.splitlines() == ["False 1", "False 1", "True 1"]
+
+
+@pytest.mark.parametrize("stage", ["compose.yaml"], indirect=True)
+def test_root_becomes_a_user_inside(stage: Any) -> None:
+    """Where the devices are root's: two capabilities for the start, and none when the first byte comes."""
+    options = ("--user", "0:0", "--cap-add", "SETUID", "--cap-add", "SETGID")
+    dest = stage.start("dest", *QUICK_DEST, "--user", "postcopy", options=options)
+    assert dest.address
+    status = status_of_first_process(stage, "dest")
+    assert status["Uid"].split() == status["Gid"].split() == ["65010"] * 4
+    assert status["Groups"].split() == ["65010"]
+    assert [int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")] == [0] * 4
+    source = stage.start("source", *QUICK_SOURCE, "--user", "postcopy", options=options)
+    assert_moved(source, dest)
 
 
 def test_destination_killed_before_commit(stage: Any) -> None:
