@@ -93,10 +93,12 @@ def run(command: Sequence[str | os.PathLike[str]], timeout_s: float, what: str, 
 
 def ensure_installed(commands: Sequence[str]) -> None:
     """Installs from Debian what is missing, as root and when POSTCOPY_INSTALL=1 allows it; `Failed` otherwise."""
-    packages = sorted({PACKAGES[command] for command in commands if shutil.which(command) is None})
+    packages = {PACKAGES[command] for command in commands if shutil.which(command) is None}
     if not packages:
         return
-    words = " ".join(packages)
+    if shutil.which("docker") is None and platform.freedesktop_os_release().get("VERSION_CODENAME") != "bookworm":
+        packages.add("docker-cli")  # which Debian 12 has in docker.io
+    words = " ".join(sorted(packages))
     install = f"apt-get install --no-install-recommends {words}"
     if os.geteuid() != 0 or os.environ.get("POSTCOPY_INSTALL") != "1":
         raise Failed(
