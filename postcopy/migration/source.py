@@ -5,7 +5,8 @@ The plan: offer the machine, connect the data channels, wait until it is time; p
 hand its state over; and when the destination says that it is prepared, decide. Up to that decision every failure ends
 the same way: the machine is resumed *first*, then the peer is told, then the rest is cleaned up. After it the machine
 never runs here again; a connection that is lost then leaves its memory as it is (but for pages that the destination has
-acknowledged, with `release_ram`: see `release`), in the state `PAUSED`, and the two sides look for each other again (`protocol`, "Recovery"): the destination says what it has, the rest is offered anew.
+acknowledged, with `release_ram`: see `release`), in the state `PAUSED`, and the two sides look for each other again
+(`protocol`, "Recovery"): the destination says what it has, the rest is offered anew.
 
 Resource handling: the machine stays the caller's, and is paused when the migration has been committed, else as it
 was before. The link's control connection and the page server belong to the engine and are closed when `run`
