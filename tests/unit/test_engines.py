@@ -156,6 +156,11 @@ class FakeEngine:
 
 
 class FakePager(FakeEngine):
+    pid = deaths = 0  # as a `ProcessPager` has them, and it watches over itself
+
+    async def watch_over(self) -> None:
+        await trio.sleep_forever()
+
     def __init__(self) -> None:
         super().__init__()
         self.zero: dict[int, Bitmap] = {}
