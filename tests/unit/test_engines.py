@@ -156,10 +156,7 @@ class FakeEngine:
 
 
 class FakePager(FakeEngine):
-    pid = deaths = 0  # as a `ProcessPager` has them, and it watches over itself
-
-    async def watch_over(self) -> None:
-        await trio.sleep_forever()
+    process = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,6 +164,9 @@ class FakePager(FakeEngine):
         self.armed: list[tuple[int, int, int, int]] = []
         self.requested = 0
         self.oldest_pending_ns = 0
+
+    async def watch_over(self) -> None:
+        await trio.sleep_forever()
 
     def add_block(self, memory: Memory) -> int:
         return 0
