@@ -279,6 +279,8 @@ class DemoCommand:
             table.add_row("pages on demand", f"{ram['demand-pages']}")
             table.add_row("pages in background", f"{ram['background-pages']} ({ram['duplicate-pages']} came twice)")
             table.add_row("pages of zeros", f"{ram['zero-pages']}")
+        if released := ((result.get("source") or {}).get("ram") or {}).get("released"):
+            table.add_row("given back at the source", format_size(released))
         if latency.get("count"):
             numbers = ", ".join(f"{name} {latency[name]:g} us" for name in ("p50", "p99", "max"))
             table.add_row("demand fault", numbers)
