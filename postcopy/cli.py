@@ -208,6 +208,11 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
         " (docs/chaos.md); --seed repeats it",
     )  # fmt: skip
     parser.add_argument(
+        "--lab", action="store_true",
+        help="each side in a host of a laboratory of its own (docs/lab.md); the cable between them is cut in the middle"
+        " of postcopy, and healed",
+    )  # fmt: skip
+    parser.add_argument(
         "--deadline", type=_seconds, default=300.0, metavar="SECONDS", help="give up after so long (default 300)"
     )
     _add_output_arguments(parser)

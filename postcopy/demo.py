@@ -6,6 +6,9 @@ Its own checks are those that need both sides: the machine at the destination is
 source (the nonce that it made for itself, kept in its memory only), and it went on where it had been (its
 counters).
 
+With ``--lab`` each side is in a host of a laboratory, with a real cable between them, which is pulled out in the
+middle of postcopy and put back when both sides have noticed.
+
 Whatever happens, no process is left: the children are ended by the demo's own end, in order first, then by force.
 """
 
@@ -19,10 +22,10 @@ import secrets
 import sys
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from subprocess import PIPE, SubprocessError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -34,20 +37,26 @@ from postcopy.progress import Output
 from postcopy.testing import ChaosPlan, open_chaos_proxy
 from postcopy.uffd import explain_unavailable
 
+if TYPE_CHECKING:
+    from postcopy.lab import Host
+
 Json = dict[str, Any]
 END_S = 15.0  # for a child to end in order
 MAX_LINE_BYTES = 1 << 20
 MIN_IMAGE_BYTES = 1 << 20
 CHAOS_SECONDS = 6  # that the push of all memory takes where connections are to be cut meanwhile
 MIN_CHAOS_BANDWIDTH = 2 << 20
+LAB_HEARTBEAT_S = 0.5  # a cable that is pulled out tells nobody: silence does
+LAB_CUT_AT = 1 / 3  # of the memory is at the destination when the cable is cut
 
 
 class _Child:
     """One side: its progress as it comes, its result, its last words."""
 
-    def __init__(self, name: str, arguments: list[str]) -> None:
+    def __init__(self, name: str, arguments: list[str], host: Host | None = None) -> None:
         self.name = name
         self.arguments = arguments
+        self.host = host  # where it runs, in a laboratory
         self.listening: str | None = None
         self.progress: Json = {"side": name, "status": "setup"}
         self.result: Json | None = None
@@ -55,9 +64,13 @@ class _Child:
         self.process: trio.Process | None = None
         self.address_known = trio.Event()
         self.committed = trio.Event()  # behind the point of no return, as far as it has said
+        self._news = trio.Event()  # replaced by each line
+        self._ended = False
 
     async def run(self, output: Output, done: trio.Event) -> None:
         command = [sys.executable, "-m", "postcopy", *self.arguments]
+        if self.host is not None:
+            command = self.host.command(*command)
         try:
             process = self.process = await trio.lowlevel.open_process(command, stdin=None, stdout=PIPE, stderr=PIPE)
         except (OSError, SubprocessError) as error:
@@ -84,6 +97,8 @@ class _Child:
             await process.stderr.aclose()
             self.address_known.set()
             self.committed.set()
+            self._ended = True
+            self._news.set()
             done.set()
 
     def _take(self, line: str, output: Output) -> None:
@@ -104,6 +119,15 @@ class _Child:
                 self.committed.set()
             output.emit("progress", message)
         output.kick()
+        self._news.set()
+
+    async def until(self, what: str, found: Callable[[Json], bool]) -> None:
+        """Waits for a progress of which `found` is true; `MigrationError` when its end comes first."""
+        while not found(self.progress):
+            if self._ended:
+                raise MigrationError(f"{self.name} was at its end before {what}")
+            self._news = trio.Event()
+            await self._news.wait()
 
     async def _read_errors(self, stream: trio.abc.ReceiveStream) -> None:
         async for line in _lines(stream):
@@ -145,9 +169,13 @@ class DemoCommand:
             self._chaos = ChaosPlan.parse(args.chaos, seed)
             if args.machine == "image":
                 args.seed = None  # an image has no use for one
-            if self._chaos.cut_every_s is not None and not args.max_bandwidth:
-                # Slow enough that there is something to cut.
-                args.max_bandwidth = max(MIN_CHAOS_BANDWIDTH, (args.memory or 0) // CHAOS_SECONDS)
+            if args.lab and self._chaos.cut_every_s is not None:
+                raise ConfigurationError(
+                    "--lab cuts the cable itself: --chaos may only be none, slow or split beside it"
+                )
+        if (args.lab or (self._chaos is not None and self._chaos.cut_every_s is not None)) and not args.max_bandwidth:
+            # Slow enough that there is something to cut.
+            args.max_bandwidth = max(MIN_CHAOS_BANDWIDTH, (args.memory or 0) // CHAOS_SECONDS)
         if args.machine == "image" and args.image is None:
             args.memory = args.memory or 256 << 20
             if args.memory < MIN_IMAGE_BYTES:
@@ -182,9 +210,18 @@ class DemoCommand:
             self._args.image = os.path.join(directory, "image.raw")
             await trio.to_thread.run_sync(_make_image, self._args.image, self._args.memory)
             self._args.memory = None  # the file says it now
-        dest = _Child("dest", self._dest_arguments())
+        if not self._args.lab:
+            return await self._run(_Child("source", []), _Child("dest", self._dest_arguments("127.0.0.1")), stop)
+        from postcopy.lab import LabPlan, open_lab
+
+        async with open_lab(LabPlan(f"demo-{os.getpid()}")) as lab:
+            here, there = lab.hosts.values()
+            source, dest = _Child("source", [], here), _Child("dest", self._dest_arguments(there.ipv4), there)
+            return await self._run(source, dest, stop)
+
+    async def _run(self, source: _Child, dest: _Child, stop: trio.Event) -> Json:
         dest_done, source_done = trio.Event(), trio.Event()
-        source = _Child("source", [])
+        lab: Json = {}
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._output.follow, lambda: self._progress(source, dest))
             nursery.start_soon(dest.run, self._output, dest_done)
@@ -200,6 +237,8 @@ class DemoCommand:
             async with self._cable(dest.listening, source) as (address, chaos):
                 source.arguments = self._source_arguments(address)
                 nursery.start_soon(source.run, self._output, source_done)
+                if dest.host is not None:
+                    lab["lab"] = await _pull_the_cable(source, dest, dest.host)
                 # Whichever ends first with an error ends it all; the other one would wait for it.
                 async with trio.open_nursery() as waiting:
                     for child, done in ((source, source_done), (dest, dest_done)):
@@ -207,7 +246,19 @@ class DemoCommand:
             nursery.cancel_scope.cancel()
         assert source.result is not None
         assert dest.result is not None
-        return merge(source.result, dest.result) | chaos
+        result = merge(source.result, dest.result) | chaos | lab
+        if lab:
+            count = (result["recoveries"] or {}).get("count", 0)
+            cut = lab["lab"]["cut"]
+            result["verification"].append(
+                {
+                    "ok": count > 0,
+                    "what": f"the cable was out for {cut['healed-ms']:g} ms; recoveries: {count}",
+                    "how": "the port of the destination's cable was down until both sides said that they were paused",
+                }
+            )
+            result["verified"] = result["verified"] and count > 0
+        return result
 
     @asynccontextmanager
     async def _cable(self, address: str, source: _Child) -> AsyncIterator[tuple[str, Json]]:
@@ -226,11 +277,13 @@ class DemoCommand:
         # What matters is at the source until the machine is not there any more.
         return dest.progress if dest.progress["status"] not in ("setup", "active") else source.progress
 
-    def _dest_arguments(self) -> list[str]:
+    def _dest_arguments(self, host: str) -> list[str]:
         args = self._args
-        result = ["dest", "--json", "--listen", "127.0.0.1:0", "--run-for", f"{args.run_for:g}"]
+        result = ["dest", "--json", "--listen", f"{host}:0", "--run-for", f"{args.run_for:g}"]
         result += ["--backing", args.backing, "--busy-poll", str(args.busy_poll)]
         result += ["--log-level", args.log_level]
+        if args.lab:
+            result += ["--heartbeat", str(LAB_HEARTBEAT_S)]
         for flag, value in (("--dump", args.dump), ("--disk", args.disk)):
             if value is not None:
                 result += [flag, value]
@@ -241,6 +294,8 @@ class DemoCommand:
         result = ["source", "--json", "--connect", address, "--machine", args.machine, "--on-failure", "exit"]
         result += ["--migrate-after", f"{args.migrate_after:g}", "--bulk-channels", str(args.bulk_channels)]
         result += ["--busy-poll", str(args.busy_poll), "--log-level", args.log_level]
+        if args.lab:
+            result += ["--heartbeat", str(LAB_HEARTBEAT_S)]
         if args.max_bandwidth:
             result += ["--max-bandwidth", str(args.max_bandwidth)]
         if args.machine != "image":
@@ -284,6 +339,10 @@ class DemoCommand:
         if chaos := result.get("chaos"):
             cuts = ", ".join(f"{count} by {way}" for way, count in chaos.get("cuts", {}).items())
             table.add_row("network", f"{chaos['plan']}, seed {chaos['seed']}: {cuts or 'nothing was cut'}")
+        if lab := result.get("lab"):
+            cut, hosts = lab["cut"], " to ".join(f"{host['name']} ({host['ipv4']})" for host in lab["hosts"].values())
+            table.add_row("laboratory", f"{hosts}, MTU {lab['mtu']}")
+            table.add_row("cable", f"cut at {cut['at-percent']:g} %, noticed after {cut['noticed-ms']:g} ms, healed")
         if result.get("blocktime-ms"):
             table.add_row("blocked, by vCPU", ", ".join(f"{ms:g} ms" for ms in result["blocktime-ms"]))
         table.add_row("verified", {True: "yes", False: "NO"}.get(result["verified"], "was not asked for"))
@@ -339,6 +398,42 @@ def _usable_machine() -> str:
     with contextlib.suppress(OSError):
         print(f"postcopy: --machine kvm cannot be used here ({why.message}): showing --machine rv64", file=sys.stderr)
     return "rv64"
+
+
+async def _pull_the_cable(source: _Child, dest: _Child, host: Host) -> Json:
+    """Cuts the destination's cable in the middle of postcopy, and heals it when both sides have noticed."""
+
+    def resident(progress: Json) -> float:
+        ram = progress.get("ram") or {}
+        return 1 - ram["remaining"] / ram["total"] if ram.get("total") and "remaining" in ram else 0.0
+
+    await dest.until(
+        "the cable was cut: give it more --memory or a lower --max-bandwidth",
+        lambda now: now["status"] == "postcopy-active" and resident(now) >= LAB_CUT_AT,
+    )
+    at_percent = round(100 * resident(dest.progress), 1)
+    await trio.to_thread.run_sync(host.cut)
+    cut_s = trio.current_time()
+    for side in (source, dest):
+        await side.until("it noticed the cut cable", lambda now: now["status"] == "postcopy-paused")
+    noticed_s = trio.current_time()
+    await trio.to_thread.run_sync(host.heal)
+    healed_s = trio.current_time()
+    return {
+        "name": host.lab.name,
+        "mtu": host.lab.mtu,
+        "hosts": {
+            side.name: {"name": side.host.name, "ipv4": side.host.ipv4, "ipv6": side.host.ipv6}
+            for side in (source, dest)
+            if side.host is not None
+        },
+        "cut": {
+            "host": host.name,
+            "at-percent": at_percent,
+            "noticed-ms": round(1000 * (noticed_s - cut_s), 1),
+            "healed-ms": round(1000 * (healed_s - cut_s), 1),
+        },
+    }
 
 
 async def _good_end(child: _Child, done: trio.Event) -> None:

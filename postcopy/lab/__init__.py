@@ -10,8 +10,22 @@ The network of the machine itself is not touched: nothing of the laboratory is e
 
 from __future__ import annotations
 
-from ._lab import Host, Lab, down, names
-from ._plan import HostPlan, LabPlan, format_rate, parse_rate
-from ._trio import open_lab
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._lab import Host, Lab, down, names
+    from ._plan import HostPlan, LabPlan, format_rate, parse_rate
+    from ._trio import open_lab
 
 __all__ = ["Host", "HostPlan", "Lab", "LabPlan", "down", "format_rate", "names", "open_lab", "parse_rate"]
+
+_WHERE = {"open_lab": "_trio"} | dict.fromkeys(("HostPlan", "LabPlan", "format_rate", "parse_rate"), "_plan")
+
+
+def __getattr__(name: str) -> Any:
+    # Only when asked for: the holder, which stays for long, is a module of this package and needs none of it.
+    if name in __all__:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_WHERE.get(name, '_lab')}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -34,7 +34,7 @@ def directory() -> Path:
     elif runtime and os.access(runtime, os.W_OK):
         path = Path(runtime, "postcopy-lab")
     else:
-        path = Path(tempfile.gettempdir(), f"postcopy-lab-{os.getuid()}")
+        path = Path(tempfile.gettempdir(), f"postcopy-lab-{_user()}")
     try:
         path.mkdir(mode=0o700, parents=bool(named), exist_ok=True)
         found = path.lstat()
@@ -50,6 +50,17 @@ def directory() -> Path:
             "remove it, or name another one in the environment variable POSTCOPY_LAB_DIR",
         )
     return path
+
+
+def _user() -> int:
+    """Who this user is outside of the user namespace, where all who are root inside of theirs share one /tmp."""
+    user = os.getuid()
+    with open("/proc/self/uid_map", encoding="ascii") as file:
+        for line in file:
+            inside, outside, count = map(int, line.split())
+            if inside <= user < inside + count:
+                return outside + user - inside
+    return user
 
 
 @contextlib.contextmanager
