@@ -47,6 +47,7 @@ MIN_IMAGE_BYTES = 1 << 20
 CHAOS_SECONDS = 6  # that the push of all memory takes where connections are to be cut meanwhile
 MIN_CHAOS_BANDWIDTH = 2 << 20
 LAB_HEARTBEAT_S = 0.5  # a cable that is pulled out tells nobody: silence does
+LAB_HEADROOM = 2
 LAB_CUT_AT = 1 / 3  # of the memory is at the destination when the cable is cut
 
 
@@ -212,9 +213,12 @@ class DemoCommand:
             self._args.memory = None  # the file says it now
         if not self._args.lab:
             return await self._run(_Child("source", []), _Child("dest", self._dest_arguments("127.0.0.1")), stop)
-        from postcopy.lab import LabPlan, open_lab
+        from postcopy.lab import MAX_RATE, LabPlan, open_lab
 
-        async with open_lab(LabPlan(f"demo-{os.getpid()}")) as lab:
+        # The cable is twice as fast as the push, so that requested pages find room, and yet slow enough to be cut in
+        # the middle, however many pages the machine asks for.
+        rate = min(LAB_HEADROOM * self._args.max_bandwidth, MAX_RATE)
+        async with open_lab(LabPlan(f"demo-{os.getpid()}", rate=rate)) as lab:
             here, there = lab.hosts.values()
             source, dest = _Child("source", [], here), _Child("dest", self._dest_arguments(there.ipv4), there)
             return await self._run(source, dest, stop)
@@ -341,7 +345,7 @@ class DemoCommand:
             table.add_row("network", f"{chaos['plan']}, seed {chaos['seed']}: {cuts or 'nothing was cut'}")
         if lab := result.get("lab"):
             cut, hosts = lab["cut"], " to ".join(f"{host['name']} ({host['ipv4']})" for host in lab["hosts"].values())
-            table.add_row("laboratory", f"{hosts}, MTU {lab['mtu']}")
+            table.add_row("laboratory", f"{hosts}, MTU {lab['mtu']}, {format_size(lab['rate-bytes-per-s'])}/s")
             table.add_row("cable", f"cut at {cut['at-percent']:g} %, noticed after {cut['noticed-ms']:g} ms, healed")
         if result.get("blocktime-ms"):
             table.add_row("blocked, by vCPU", ", ".join(f"{ms:g} ms" for ms in result["blocktime-ms"]))
@@ -422,6 +426,7 @@ async def _pull_the_cable(source: _Child, dest: _Child, host: Host) -> Json:
     return {
         "name": host.lab.name,
         "mtu": host.lab.mtu,
+        "rate-bytes-per-s": host.lab.rate_of(host.name),
         "hosts": {
             side.name: {"name": side.host.name, "ipv4": side.host.ipv4, "ipv6": side.host.ipv6}
             for side in (source, dest)

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._lab import Host, Lab, down, names
-    from ._plan import HostPlan, LabPlan, format_rate, parse_rate
+    from ._plan import MAX_RATE, HostPlan, LabPlan, format_rate, parse_rate
     from ._trio import open_lab
 
-__all__ = ["Host", "HostPlan", "Lab", "LabPlan", "down", "format_rate", "names", "open_lab", "parse_rate"]
+__all__ = ["MAX_RATE", "Host", "HostPlan", "Lab", "LabPlan", "down", "format_rate", "names", "open_lab", "parse_rate"]
 
-_WHERE = {"open_lab": "_trio"} | dict.fromkeys(("HostPlan", "LabPlan", "format_rate", "parse_rate"), "_plan")
+_WHERE = {"open_lab": "_trio"} | dict.fromkeys(
+    ("MAX_RATE", "HostPlan", "LabPlan", "format_rate", "parse_rate"), "_plan"
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 """A laboratory that is up, and its hosts. Blocking calls, of any thread: each starts a process and waits for it.
 
 The parts: the *holder* (`_holder`) keeps the namespaces alive, the *record* (`_state`) says who it is, and a
-*worker* (`_netlink`) for each batch of changes talks to the kernel. This process itself never leaves its namespaces.
+*worker* (`_netlink`) talks to the kernel. This process itself never leaves its namespaces.
 
 Error handling: whatever goes wrong while a laboratory is made ends its holder, and with it all that there was. A record
 whose holder is gone is what a crash has left; whoever meets it ends the processes that bear its mark, and removes it.
@@ -16,10 +16,12 @@ import importlib.util
 import json
 import os
 import secrets
+import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -103,12 +105,66 @@ class Host:
         self.lab.work(["remove-tap", self.network, name])
 
 
+class Worker:
+    """A process of `_netlink`. Threads take turns."""
+
+    def __init__(self) -> None:
+        _need_pyroute2()
+        self._lock = threading.Lock()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "postcopy.lab._netlink"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd="/",
+            start_new_session=True,  # Ctrl-C is for whoever asks, who may still have something to put right
+        )
+
+    def ask(self, request: Json) -> Json:
+        """`ResourceError` when no answer comes within `WORK_S`."""
+        with self._lock:
+            stdin, stdout = self._process.stdin, self._process.stdout
+            assert stdin is not None
+            assert stdout is not None
+            try:
+                stdin.write(json.dumps(request).encode() + b"\n")
+                stdin.flush()
+                if not select.select([stdout], [], [], WORK_S)[0]:
+                    raise ResourceError(f"the kernel did not answer within {WORK_S:g} s")
+                answer = json.loads(stdout.readline())
+            except (BrokenPipeError, ValueError):
+                raise ResourceError(
+                    "the process that sets up interfaces has ended", "see what it said on standard error"
+                ) from None
+        return dict(answer)
+
+    def close(self) -> None:
+        """Ends it. Harmless when it has ended."""
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+        try:
+            self._process.wait(namespaces.TERM_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
 class Lab:
     """A laboratory that is up. Made by `up` or found by `find`."""
 
     def __init__(self, record: Json, holder: subprocess.Popen[bytes] | None = None) -> None:
         self._record = record
         self._holder = holder  # while it ends with this process
+        self._worker = Worker() if holder is not None else None  # at hand, when a cable is to be cut now
         self.name: str = record["name"]
         self.mark: str = record["mark"]
         """What `_namespaces.MARK` is in the environment of what runs here, all of which ends with the laboratory."""
@@ -170,6 +226,7 @@ class Lab:
             cwd="/",
             start_new_session=True,  # Ctrl-C is for whoever makes the laboratory, who then ends it in order
         )
+        made: Lab | None = None
         try:
             assert holder.stdin is not None
             assert holder.stdout is not None
@@ -206,7 +263,7 @@ class Lab:
                     for host, fd in zip(hosts, fds, strict=True)
                 },
             }
-            lab = cls(record, None if keep else holder)
+            lab = made = cls(record, None if keep else holder)
             actions: list[list[Any]] = [["make-switch", lab.switch, plan.mtu]]
             for host in hosts:
                 there = lab.hosts[host.name]
@@ -228,6 +285,8 @@ class Lab:
                 # It is not ours any more: nobody here is to wait for it.
                 holder.returncode = 0
         except BaseException:
+            if made is not None and made._worker is not None:
+                made._worker.close()
             _release(holder)
             state.remove(directory, plan.name)
             raise
@@ -247,6 +306,9 @@ class Lab:
 
     def down(self) -> None:
         """Ends what runs in it, and it. Harmless when it has ended."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
         if self._holder is not None:
             _release(self._holder)
             self._holder = None
@@ -264,24 +326,12 @@ class Lab:
 
     def work(self, *actions: list[Any]) -> list[Any]:
         """Lets a worker do these (`_netlink.VERBS`), in order; what each returned. The first that fails is raised."""
-        _need_pyroute2()
-        request = json.dumps({"user": self.user, "actions": actions})
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "postcopy.lab._netlink"],
-                input=request.encode(),
-                capture_output=True,
-                timeout=WORK_S,
-                cwd="/",
-            )
-            answer = json.loads(done.stdout)
-        except subprocess.TimeoutExpired:
-            raise ResourceError(f"the kernel did not answer within {WORK_S:g} s") from None
-        except ValueError:
-            said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-            raise ResourceError(
-                f"the process that sets up interfaces failed: {said[-1] if said else done.returncode}"
-            ) from None
+        request: Json = {"user": self.user, "actions": actions}
+        if self._worker is not None:
+            answer = self._worker.ask(request)
+        else:
+            with Worker() as worker:
+                answer = worker.ask(request)
         if "error" in answer:
             raise self.explain(answer["doing"], answer["errno"], answer["error"])
         results: list[Any] = answer["results"]
@@ -305,6 +355,11 @@ class Lab:
             ["shape", self.switch, host.name, rate, delay_us, self.mtu],
             ["shape", host.network, "eth0", rate, delay_us, self.mtu],
         ]
+
+    def rate_of(self, name: str) -> int | None:
+        """Bytes a second, in each direction of a host's cable, as it was told last; None: no limit."""
+        rate: int | None = self._record["hosts"][name]["rate"]
+        return rate
 
     def has_netem(self) -> bool:
         return bool(self.work(["has-qdisc", self.switch, "netem"])[0])

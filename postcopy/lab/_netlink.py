@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that talks rtnetlink, through pyroute2: one for each batch of changes.
+"""The process that talks rtnetlink, through pyroute2, until its standard input ends.
 
-``python -m postcopy.lab._netlink``: a JSON object on standard input, ``{"user": FILE or null, "actions": [[VERB,
-ARGUMENT...], ...]}``, one on standard output: ``{"results": [...]}``, or ``{"doing", "errno", "error"}`` of the action
-that failed; what came before it has been done.
+``python -m postcopy.lab._netlink``: on each line of standard input a JSON object, ``{"user": FILE or null, "actions":
+[[VERB, ARGUMENT...], ...]}``, for which it writes one to standard output: ``{"results": [...]}``, or ``{"doing",
+"errno", "error"}`` of the action that failed; what came before it has been done.
 
 A process of its own, since pyroute2 runs an asyncio event loop in the thread that calls it, where Trio's would be;
 since its own way into a namespace is a fork of whoever calls it, which a process with threads and a userfaultfd must
@@ -205,8 +205,7 @@ VERBS: dict[str, Callable[..., Any]] = {
 }
 
 
-def main() -> int:
-    request = json.load(sys.stdin)
+def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     results: list[Any] = []
     doing = "entering the user namespace"
     try:
@@ -216,12 +215,15 @@ def main() -> int:
             doing = verb
             results.append(VERBS[verb](*arguments))
     except NetlinkError as error:
-        answer: dict[str, Any] = {"doing": doing, "errno": error.code, "error": str(error.args[1])}
+        return {"doing": doing, "errno": error.code, "error": str(error.args[1])}
     except OSError as error:
-        answer = {"doing": doing, "errno": error.errno, "error": error.strerror or str(error)}
-    else:
-        answer = {"results": results}
-    print(json.dumps(answer))
+        return {"doing": doing, "errno": error.errno, "error": error.strerror or str(error)}
+    return {"results": results}
+
+
+def main() -> int:
+    for line in sys.stdin:
+        print(json.dumps(answer_to(json.loads(line))), flush=True)
     return 0
 
 
