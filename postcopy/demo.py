@@ -65,10 +65,10 @@ class _Child:
         self.process: trio.Process | None = None
         self.address_known = trio.Event()
         self.committed = trio.Event()  # behind the point of no return, as far as it has said
+        self.done = trio.Event()
         self._news = trio.Event()  # replaced by each line
-        self._ended = False
 
-    async def run(self, output: Output, done: trio.Event) -> None:
+    async def run(self, output: Output) -> None:
         command = [sys.executable, "-m", "postcopy", *self.arguments]
         if self.host is not None:
             command = self.host.command(*command)
@@ -98,9 +98,15 @@ class _Child:
             await process.stderr.aclose()
             self.address_known.set()
             self.committed.set()
-            self._ended = True
+            self.done.set()
             self._news.set()
-            done.set()
+
+    async def end(self) -> None:
+        """Asks it to end, in order, and waits for it."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.terminate()
+        await self.done.wait()
 
     def _take(self, line: str, output: Output) -> None:
         try:
@@ -123,9 +129,10 @@ class _Child:
         self._news.set()
 
     async def until(self, what: str, found: Callable[[Json], bool]) -> None:
-        """Waits for a progress of which `found` is true; `MigrationError` when its end comes first."""
+        """Waits for a progress of which `found` is true; `MigrationError` when its end comes first. One waiter."""
         while not found(self.progress):
-            if self._ended:
+            if self.done.is_set():
+                await _good_end(self)  # what it has died of says more
                 raise MigrationError(f"{self.name} was at its end before {what}")
             self._news = trio.Event()
             await self._news.wait()
@@ -224,11 +231,10 @@ class DemoCommand:
             return await self._run(source, dest, stop)
 
     async def _run(self, source: _Child, dest: _Child, stop: trio.Event) -> Json:
-        dest_done, source_done = trio.Event(), trio.Event()
-        lab: Json = {}
+        cable: Json = {}
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._output.follow, lambda: self._progress(source, dest))
-            nursery.start_soon(dest.run, self._output, dest_done)
+            nursery.start_soon(dest.run, self._output)
 
             async def interruption() -> None:
                 await stop.wait()
@@ -240,20 +246,21 @@ class DemoCommand:
                 raise MigrationError(f"the destination did not start: {dest.last_error}")
             async with self._cable(dest.listening, source) as (address, chaos):
                 source.arguments = self._source_arguments(address)
-                nursery.start_soon(source.run, self._output, source_done)
-                if dest.host is not None:
-                    lab["lab"] = await _pull_the_cable(source, dest, dest.host)
+                nursery.start_soon(source.run, self._output)
                 # Whichever ends first with an error ends it all; the other one would wait for it.
                 async with trio.open_nursery() as waiting:
-                    for child, done in ((source, source_done), (dest, dest_done)):
-                        waiting.start_soon(_good_end, child, done)
+                    if dest.host is not None:
+                        waiting.start_soon(_pull_the_cable, source, dest, dest.host, cable)
+                    for child in (source, dest):
+                        waiting.start_soon(_good_end, child)
             nursery.cancel_scope.cancel()
         assert source.result is not None
         assert dest.result is not None
-        result = merge(source.result, dest.result) | chaos | lab
-        if lab:
+        result = merge(source.result, dest.result) | chaos
+        if dest.host is not None:
+            result["lab"] = cable
             count = (result["recoveries"] or {}).get("count", 0)
-            cut = lab["lab"]["cut"]
+            cut = cable["cut"]
             result["verification"].append(
                 {
                     "ok": count > 0,
@@ -271,11 +278,29 @@ class DemoCommand:
             yield address, {}
             return
         said: Json = {"plan": self._args.chaos, "seed": self._chaos.seed}
+        if source.host is not None:
+            # There the proxy has to be, too. Where the kernel has no netem, this is how the network becomes slow.
+            child = _Child("chaos", self._chaos_arguments(address), source.host)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(child.run, self._output)
+                await child.address_known.wait()
+                if child.listening is None:
+                    raise MigrationError(f"the proxy did not start: {child.last_error}")
+                yield child.listening, {"chaos": said}
+                await child.end()
+            told = child.result or {}
+            said |= {"connections": told.get("connections"), "refused": told.get("refused"), "cuts": told.get("by_way")}
+            return
         # Nothing is cut before the point of no return: that would only keep the machine where it is.
         async with open_chaos_proxy(address, self._chaos, begin=source.committed) as proxy:
             yield str(proxy.address), {"chaos": said}
             statistics = proxy.statistics
             said |= {"connections": statistics.connections, "refused": statistics.refused, "cuts": statistics.by_way}
+
+    def _chaos_arguments(self, address: str) -> list[str]:
+        assert self._chaos is not None
+        plan = ["chaos", self._args.chaos, "--seed", str(self._chaos.seed)]
+        return [*plan, "--json", "--listen", "127.0.0.1:0", "--to", address]
 
     def _progress(self, source: _Child, dest: _Child) -> Json:
         # What matters is at the source until the machine is not there any more.
@@ -404,8 +429,8 @@ def _usable_machine() -> str:
     return "rv64"
 
 
-async def _pull_the_cable(source: _Child, dest: _Child, host: Host) -> Json:
-    """Cuts the destination's cable in the middle of postcopy, and heals it when both sides have noticed."""
+async def _pull_the_cable(source: _Child, dest: _Child, host: Host, said: Json) -> None:
+    """Cuts the destination's cable in the middle of postcopy, heals it when both sides have noticed, and says so."""
 
     def resident(progress: Json) -> float:
         ram = progress.get("ram") or {}
@@ -423,7 +448,7 @@ async def _pull_the_cable(source: _Child, dest: _Child, host: Host) -> Json:
     noticed_s = trio.current_time()
     await trio.to_thread.run_sync(host.heal)
     healed_s = trio.current_time()
-    return {
+    said |= {
         "name": host.lab.name,
         "mtu": host.lab.mtu,
         "rate-bytes-per-s": host.lab.rate_of(host.name),
@@ -441,8 +466,8 @@ async def _pull_the_cable(source: _Child, dest: _Child, host: Host) -> Json:
     }
 
 
-async def _good_end(child: _Child, done: trio.Event) -> None:
-    await done.wait()
+async def _good_end(child: _Child) -> None:
+    await child.done.wait()
     assert child.process is not None
     if child.process.returncode or child.result is None:
         raise MigrationError(f"{child.name}: {child.last_error}")
