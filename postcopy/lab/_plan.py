@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 from postcopy._errors import ConfigurationError
 from postcopy.memory import parse_size
@@ -67,7 +68,7 @@ def parse_rate(text: str) -> int | None:
     if text == "off":
         return None
     if match := _RATE.fullmatch(text.lower()):
-        value = int(float(match[1]) * _BITS[match[2]] / 8)
+        value = int(Decimal(match[1]) * _BITS[match[2]] / 8)
     elif text.endswith("/s"):
         value = parse_size(text.removesuffix("/s"))
     else:
@@ -78,12 +79,12 @@ def parse_rate(text: str) -> int | None:
 
 
 def format_rate(rate: int | None) -> str:
-    """What `parse_rate` reads, of the same value but for its last digits."""
+    """What `parse_rate` reads, of the same value."""
     if rate is None:
         return "off"
     bits = rate * 8
     unit = next((unit for unit in ("t", "g", "m", "k") if bits >= _BITS[unit]), None)
-    return f"{bits / _BITS[unit]:.10g}{unit or ''}bit"
+    return f"{(Decimal(bits) / _BITS[unit]).normalize():f}{unit or ''}bit"
 
 
 def parse_delay_us(text: str) -> int:
