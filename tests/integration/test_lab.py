@@ -178,6 +178,25 @@ def test_by_hand() -> None:
     assert "was not up" in postcopy("lab", "down").stderr
 
 
+@pytest.mark.needs("user-netns")
+def test_in_a_user_namespace() -> None:
+    """All commands of one laboratory from one `unshare`; then it is left up by who has ended, and ended from outside."""
+    lab = f"{sys.executable} -m postcopy lab"
+    script = f"""set -e
+        {lab} up --rate 100mbit >/dev/null
+        {lab} exec h2 -- ip link add more type bridge
+        {lab} link h1 cut
+        {lab} link h2 rate 10mbit
+        {lab} status --json
+        """
+    told = json.loads(run("unshare", "-Urnm", "sh", "-c", script + f"{lab} down").stdout)["labs"][0]
+    assert told["user-namespace"] == "the caller's"
+    assert [host["cable"] for host in told["hosts"].values()] == ["cut", "whole"]
+    assert [host["rate"] for host in told["hosts"].values()] == ["100mbit", "10mbit"]
+    run("unshare", "-Urnm", "sh", "-c", script)
+    postcopy("lab", "down", "--all")
+
+
 def test_a_command_has_its_signals() -> None:
     with (
         Lab.up(LabPlan("signals"), keep=False) as lab,
@@ -348,15 +367,11 @@ def test_up_that_is_killed_half_way(directory: Path, moment: str) -> None:
         while not reached():
             assert process.poll() is None
         process.kill()
-    # Either it had been there, whole, or it is not.
-    if moment != "record":
-        deadline = time.monotonic() + DEADLINE_S
-        while processes(directory) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert processes(directory) == []
-    done = postcopy("lab", "exec", "--name", "half", "h1", "--", "true", check=None)
-    assert done.returncode in (0, 2)
-    postcopy("lab", "down", "--name", "half")
+    if (directory / "half.json").exists():
+        # It had all been there; the holder may be about to end all the same, which it then does alone.
+        assert postcopy("lab", "exec", "--name", "half", "h1", "--", "true", check=None).returncode in (0, 2)
+        postcopy("lab", "down", "--name", "half")
+    # Else it goes by itself: see `directory` above.
 
 
 # --- the demo
