@@ -81,11 +81,34 @@ class Host:
         if delay_us and not self.lab.has_netem():
             raise ResourceError(
                 "this kernel has no netem (CONFIG_NET_SCH_NETEM), which would delay packets",
-                f"delay a connection instead: `postcopy lab exec --name {self.lab.name} {self.name} -- postcopy chaos"
-                f" slow:delay={delay_us / 1000:g}ms,jitter=0 --listen 127.0.0.1:7000 --to HOST:PORT`, then connect"
-                " to 127.0.0.1:7000 there",
+                "delay the connections to one address instead:"
+                f" `postcopy lab link{_option(self.lab.name)} {self.name} delay {delay_us / 1000:g}ms --to HOST:PORT`",
             )
         self.lab.change(self.name, "delay-us", delay_us)
+
+    def delay_connections(self, delay_us: int, target: str) -> str:
+        """The same for a kernel without netem: where to connect in this host, instead of to `target`.
+
+        A proxy (`postcopy.testing`) in this host, which lives as long as the laboratory. What goes through it takes so
+        much longer one way; nothing else does.
+        """
+        plan = f"none:delay={delay_us / 1000:g}ms"
+        arguments = ("chaos", plan, "--json", "--seed", "0", "--listen", "127.0.0.1:0", "--to", target)
+        with subprocess.Popen(
+            self.command(sys.executable, "-m", "postcopy", *arguments),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # it stays when this process's terminal goes
+        ) as proxy:
+            assert proxy.stdout is not None
+            assert proxy.stderr is not None
+            line = proxy.stdout.readline()
+            if line:
+                proxy.returncode = 0  # it is the laboratory's from here on: nobody waits for it
+                return str(json.loads(line)["address"])
+            reason = proxy.stderr.read().decode("utf-8", "replace").strip().removeprefix("postcopy: error: ")
+        raise ResourceError(f"the proxy in {self.name} did not start: {reason}")
 
     def attach_tap(self, name: str) -> None:
         """Makes the TAP `name` in this host, where it is not there yet, and joins it with the laboratory's network.

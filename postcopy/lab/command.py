@@ -41,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     link.add_argument("change", choices=("cut", "heal", "rate", "delay"))
     link.add_argument("value", nargs="?", help="rate: as 100mbit, 10MiB/s or off; delay: as 5ms or off")
 
+    link.add_argument(
+        "--to",
+        metavar="HOST:PORT",
+        help="delay, in a kernel without netem: starts a proxy in HOST that delays the connections to there; says where to"
+        " connect instead",
+    )
+
     status = add("status", "what is up")
     status.add_argument("--json", action="store_true", help="as JSON")
 
@@ -86,6 +93,8 @@ def _link(args: argparse.Namespace) -> int:
     if (args.value is None) == (args.change in ("rate", "delay")):
         takes = "a value" if args.value is None else "no value"
         raise ConfigurationError(f"link {args.change} takes {takes}: cut, heal, rate RATE or delay TIME")
+    if args.to is not None and args.change != "delay":
+        raise ConfigurationError(f"link {args.change} takes no --to: delay does")
     host = Lab.find(args.name).host(args.host)
     if args.change == "cut":
         host.cut()
@@ -93,8 +102,10 @@ def _link(args: argparse.Namespace) -> int:
         host.heal()
     elif args.change == "rate":
         host.limit(parse_rate(args.value))
-    else:
+    elif args.to is None:
         host.delay(parse_delay_us(args.value))
+    else:
+        print(host.delay_connections(parse_delay_us(args.value), args.to))
     return 0
 
 

@@ -69,7 +69,7 @@ SEND = """
 import socket, sys, time
 host, size = sys.argv[1], int(sys.argv[2])
 began = time.monotonic()
-stream = socket.create_connection((host, 7), timeout=50)
+stream = socket.create_connection((host, sys.argv[3]), timeout=50)
 stream.sendall(bytes(size))
 stream.shutdown(socket.SHUT_WR)
 assert int(stream.recv(100)) == size
@@ -125,8 +125,8 @@ def ask(lab: Lab, source: str, address: str, tries: int = MANY, size: int = 64) 
     )
 
 
-def send(lab: Lab, source: str, address: str, size: int) -> float:
-    return float(run(*lab.host(source).command(sys.executable, "-c", SEND, address, str(size))).stdout)
+def send(lab: Lab, source: str, address: str, size: int, port: str = "7") -> float:
+    return float(run(*lab.host(source).command(sys.executable, "-c", SEND, address, str(size), port)).stdout)
 
 
 @contextlib.contextmanager
@@ -180,7 +180,7 @@ def test_by_hand() -> None:
 
 @pytest.mark.needs("user-netns")
 def test_in_a_user_namespace() -> None:
-    """All commands of one laboratory from one `unshare`; then it is left up by who has ended, and ended from outside."""
+    """All commands of one laboratory from one `unshare`; then one is left up by it, and ended from outside."""
     lab = f"{sys.executable} -m postcopy lab"
     script = f"""set -e
         {lab} up --rate 100mbit >/dev/null
@@ -263,9 +263,19 @@ def test_delay_or_why_not() -> None:
                 assert send(lab, "h1", h2.ipv4, 1) >= 0.08  # there and back twice, each with one cable's delay
             h1.delay(0)
         else:
-            with pytest.raises(ResourceError, match=r"no netem .* postcopy chaos slow:delay=20ms,jitter=0 "):
+            with pytest.raises(ResourceError, match=r"no netem .*`postcopy lab link --name delay h1 delay 20ms --to "):
                 h1.delay(20_000)
         assert lab.status()["hosts"]["h1"]["delay-us"] == 0
+
+
+def test_a_delayed_connection() -> None:
+    """By a proxy that outlives the command which has started it, and goes with the laboratory."""
+    with Lab.up(LabPlan("proxy"), keep=False) as lab, answering(lab, "h2"):
+        arguments = ("lab", "link", "--name", "proxy", "h1", "delay", "40ms", "--to", f"{lab.host('h2').ipv4}:7")
+        host, _, port = postcopy(*arguments).stdout.strip().partition(":")
+        assert send(lab, "h1", host, 100_000, port) >= 0.08  # what was sent, and the answer to it
+        assert send(lab, "h1", lab.host("h2").ipv4, 100_000) > 0
+        assert "is not an address" in postcopy(*arguments[:-1], "nowhere", check=1).stderr
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/net/tun"), reason="no /dev/net/tun: modprobe tun")
