@@ -44,8 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     link.add_argument(
         "--to",
         metavar="HOST:PORT",
-        help="delay, in a kernel without netem: starts a proxy in HOST that delays the connections to there; says where to"
-        " connect instead",
+        help="delay, where the kernel has no netem: a proxy in HOST delays connections to there; prints where it listens",
     )
 
     status = add("status", "what is up")

@@ -53,26 +53,26 @@ ASK = """
 import socket, sys
 host, port, tries, size = sys.argv[1], 7, int(sys.argv[2]), int(sys.argv[3])
 family = socket.AF_INET6 if ":" in host else socket.AF_INET
-udp = socket.socket(family, socket.SOCK_DGRAM)
-udp.settimeout(0.1)
-for number in range(tries):
-    try:
-        udp.sendto(bytes(size), (host, port))
-        udp.recv(65536)
-        sys.exit(0)
-    except OSError:
-        pass
-sys.exit(1)
+with socket.socket(family, socket.SOCK_DGRAM) as udp:
+    udp.settimeout(0.1)
+    for number in range(tries):
+        try:
+            udp.sendto(bytes(size), (host, port))
+            udp.recv(65536)
+            sys.exit(0)
+        except OSError:
+            pass
+    sys.exit(1)
 """
 # Seconds that so many bytes take, with the answer of who has counted them.
 SEND = """
 import socket, sys, time
 host, size = sys.argv[1], int(sys.argv[2])
 began = time.monotonic()
-stream = socket.create_connection((host, sys.argv[3]), timeout=50)
-stream.sendall(bytes(size))
-stream.shutdown(socket.SHUT_WR)
-assert int(stream.recv(100)) == size
+with socket.create_connection((host, sys.argv[3]), timeout=50) as stream:
+    stream.sendall(bytes(size))
+    stream.shutdown(socket.SHUT_WR)
+    assert int(stream.recv(100)) == size
 print(time.monotonic() - began)
 """
 MANY, FEW = 100, 5
@@ -82,6 +82,7 @@ MANY, FEW = 100, 5
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Records in a place of this test's own; afterwards nothing is left of it anywhere."""
     monkeypatch.setenv("POSTCOPY_LAB_DIR", str(tmp_path))
+    monkeypatch.setenv("PYTHONWARNINGS", "error")  # also in the processes that use pyroute2
     before = socket.if_nameindex()
     yield tmp_path
     deadline = time.monotonic() + DEADLINE_S
@@ -109,6 +110,7 @@ def processes(directory: Path) -> list[int]:
 def run(*command: str | os.PathLike[str], check: int | None = 0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
     assert "Traceback" not in done.stderr, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
     if check is not None:
         assert done.returncode == check, done.stderr
     return done
