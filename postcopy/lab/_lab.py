@@ -254,6 +254,8 @@ class Lab:
             assert holder.stdin is not None
             assert holder.stdout is not None
             try:
+                if not select.select([holder.stdout], [], [], START_S)[0]:
+                    raise ResourceError(f"the process that holds the laboratory did not answer within {START_S:g} s")
                 told = json.loads(holder.stdout.readline())
             except ValueError:
                 raise ResourceError(

@@ -21,7 +21,7 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pyroute2 import IPRoute
@@ -126,8 +126,10 @@ def has_qdisc(path: str, kind: str) -> bool:
         return True
 
 
-def shape(path: str, name: str, rate: int | None, delay_us: int, mtu: int) -> str:
-    """What leaves by this interface, from now on; the discipline that limits the rate."""
+def shape(
+    path: str, name: str, rate: int | None, delay_us: int, mtu: int, kinds: Sequence[str] = ("tbf", "htb")
+) -> str:
+    """What leaves by this interface, from now on; which discipline, the first that the kernel has, limits its rate."""
     with network(path) as route:
         index = _index(route, name)
         try:
@@ -143,19 +145,20 @@ def shape(path: str, name: str, rate: int | None, delay_us: int, mtu: int) -> st
             return ""
         # A burst of at least two packets, and of what may leave between two ticks of a slow clock (100 Hz).
         burst = max(2 * (mtu + 14), rate // 100)
-        try:
-            route.tc(
-                "add", "tbf", index, handle=0x100000, rate=f"{rate * 8}bit", burst=burst, latency=TBF_LATENCY, **parent
-            )
-        except NetlinkError as error:
-            if error.code != errno.ENOENT:
-                raise
-            route.tc("add", "htb", index, handle=0x100000, default=1, **parent)
-            route.tc(
-                "add-class", "htb", index, 0x100001, parent=0x100000, rate=f"{rate * 8}bit", burst=burst, mtu=mtu + 14
-            )
-            return "htb"
-        return "tbf"
+        limit: dict[str, Any] = {"rate": f"{rate * 8}bit", "burst": burst}
+        for kind in kinds:
+            try:
+                if kind == "tbf":
+                    route.tc("add", "tbf", index, handle=0x100000, latency=TBF_LATENCY, **limit, **parent)
+                else:
+                    route.tc("add", "htb", index, handle=0x100000, default=1, **parent)
+                    route.tc("add-class", "htb", index, 0x100001, parent=0x100000, mtu=mtu + 14, **limit)
+            except NetlinkError as error:
+                if error.code != errno.ENOENT:
+                    raise
+            else:
+                return kind
+        raise OSError(errno.ENOENT, f"this kernel has no {' and no '.join(kinds)}")
 
 
 def attach_tap(path: str, name: str) -> None:

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     link.add_argument(
         "--to",
         metavar="HOST:PORT",
-        help="delay, where the kernel has no netem: a proxy in HOST delays connections to there; prints where it listens",
+        help="delay, where the kernel has no netem: a proxy in HOST delays connections to there; says where it listens",
     )
 
     status = add("status", "what is up")

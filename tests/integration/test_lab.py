@@ -246,6 +246,16 @@ def test_rate() -> None:
             assert send(lab, "h1", h2.ipv4, 750_000) > 0
 
 
+def test_rate_by_htb() -> None:
+    """What takes the place of tbf where the kernel has none."""
+    with Lab.up(LabPlan("htb"), keep=False) as lab, answering(lab, "h2"):
+        h1, h2 = lab.hosts.values()
+        if not lab.work(["has-qdisc", h1.network, "htb"])[0]:
+            pytest.skip("this kernel has no htb")
+        assert lab.work(["shape", h1.network, "eth0", 1_000_000, 0, lab.mtu, ["htb"]]) == ["htb"]
+        assert send(lab, "h1", h2.ipv4, 1_500_000) > 1.4
+
+
 def test_mtu() -> None:
     with Lab.up(LabPlan("mtu", mtu=9000), keep=False) as lab:
         h2 = lab.host("h2")
