@@ -231,8 +231,8 @@ class Lab:
         directory = Path(where)
         mark = f"{plan.name}:{secrets.token_hex(8)}"
         hosts = plan.host_plans
-        # An ordinary user makes a user namespace of his own, in which he may make the others.
-        user = os.geteuid() != 0
+        # Who may not make the others makes a user namespace of his own first, in which he may.
+        user = not namespaces.may_make_networks()
         holder = subprocess.Popen(
             [
                 sys.executable,
@@ -262,7 +262,7 @@ class Lab:
                     "the process that holds the laboratory did not start", "see the lines above"
                 ) from None
             if "error" in told:
-                raise _no_namespaces(told["errno"], told["error"], user)
+                raise _no_namespaces(told["errno"], told["error"], root=os.geteuid() == 0)
             switch, *fds = told["fds"]
             ipv6 = _has_ipv6()
             record: Json = {
@@ -518,13 +518,13 @@ def _has_ipv6() -> bool:
         return False
 
 
-def _no_namespaces(number: int, text: str, user: bool) -> ResourceError:
+def _no_namespaces(number: int, text: str, *, root: bool) -> ResourceError:
     what = f"cannot make the namespaces of a laboratory: {text}"
     if number == errno.ENOSPC:
         return ResourceError(what, "as root, `sysctl -w user.max_net_namespaces=10000 user.max_user_namespaces=10000`")
     if number == errno.EINVAL:
         return ResourceError(what, "a kernel with CONFIG_NET_NS=y and CONFIG_USER_NS=y")
-    if user:
+    if not root:
         return ResourceError(
             what,
             "run it as root, or let users make user namespaces: `sysctl -w user.max_user_namespaces=10000`, on Debian"
@@ -532,8 +532,8 @@ def _no_namespaces(number: int, text: str, user: bool) -> ResourceError:
         )
     return ResourceError(
         what,
-        "as root with CAP_SYS_ADMIN and CAP_NET_ADMIN (`docker run --cap-add SYS_ADMIN --cap-add NET_ADMIN`), or"
-        " under `unshare -Urnm`",
+        "root needs CAP_SYS_ADMIN and CAP_NET_ADMIN (`docker run --cap-add SYS_ADMIN --cap-add NET_ADMIN`), or the"
+        " right to make user namespaces",
     )
 
 

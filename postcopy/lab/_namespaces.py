@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWNET = 0x40000000
+CAP_NET_ADMIN, CAP_SYS_ADMIN = 12, 21
 MARK = "POSTCOPY_LAB"
 """The environment variable that every process of a laboratory has: ``NAME:TOKEN``. An inode number says only as long as
 the namespace lives whose it is; this says it for ever."""
@@ -30,6 +31,13 @@ def _call(name: str, *arguments: int) -> None:
     if getattr(_libc, name)(*arguments):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def may_make_networks() -> bool:
+    """Whether this process has the capabilities for network namespaces and what is in them, in its user namespace."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        effective = next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
+    return all(effective >> capability & 1 for capability in (CAP_NET_ADMIN, CAP_SYS_ADMIN))
 
 
 def new_user() -> None:

@@ -165,16 +165,16 @@ def test_without_pyroute2_it_says_what_to_install(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("number", "user", "remedy"),
+    ("number", "root", "remedy"),
     [
-        (errno.EPERM, True, "as root"),
-        (errno.EPERM, False, "unshare -Urnm"),
-        (errno.ENOSPC, True, "max_net_namespaces"),
-        (errno.EINVAL, False, "CONFIG_NET_NS"),
+        (errno.EPERM, False, "as root"),
+        (errno.EPERM, True, "CAP_NET_ADMIN"),
+        (errno.ENOSPC, False, "max_net_namespaces"),
+        (errno.EINVAL, True, "CONFIG_NET_NS"),
     ],
 )
-def test_without_namespaces_it_says_what_would_help(number: int, user: bool, remedy: str) -> None:
-    error = _lab._no_namespaces(number, os.strerror(number), user)
+def test_without_namespaces_it_says_what_would_help(number: int, root: bool, remedy: str) -> None:
+    error = _lab._no_namespaces(number, os.strerror(number), root=root)
     assert remedy in error.remedy
     assert os.strerror(number) in error.message
 
