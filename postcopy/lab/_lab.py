@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A laboratory that is up, and its hosts. Blocking calls, of any thread: each starts a process and waits for it.
+"""A laboratory that is up, and its hosts. Blocking calls, of any thread: most start a process and wait for it.
 
 The parts: the *holder* (`_holder`) keeps the namespaces alive, the *record* (`_state`) says who it is, and a
 *worker* (`_netlink`) talks to the kernel. This process itself never leaves its namespaces.

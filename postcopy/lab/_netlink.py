@@ -121,8 +121,10 @@ def has_qdisc(path: str, kind: str) -> bool:
         except NetlinkError as error:
             if error.code == errno.ENOENT:
                 return False
-            raise
-        route.tc("del", index=index, parent=TC_H_ROOT)
+            if error.code != errno.EEXIST:  # somebody else is trying one at this moment
+                raise
+        with contextlib.suppress(NetlinkError):
+            route.tc("del", index=index, parent=TC_H_ROOT)
         return True
 
 
