@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run as titled tables of styled words; text, Markdown and HTML are three ways of writing these."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ._model import LOCK_CALLS, Backing, Judged, Mode, Operation, Outcome, Run, Verdict
+
+TITLES = {
+    "user": "User-mode code",
+    "copy": "Copies in system calls",
+    "pin": "get_user_pages and pins",
+    "futex": "Futexes",
+    "uring": "io_uring",
+    "kvm": "KVM",
+    "remote": "Another process's memory",
+    "net": "Networking",
+    "nofault": "Must not fault",
+    "device": "Devices",
+}
+MARKS = {Verdict.CHANGED: " !", Verdict.NOT_EXPECTED: " ?"}
+LEGEND = (
+    "blocked: waited for the page and went on with it; passed: went on without an event; spun: came back again and"
+    " again instead of waiting; ! changed: another outcome than expected; ? nothing is known of it; n/a not available"
+    " here; waits: state of the blocked thread (S interruptible, D killable only) and where it sleeps"
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Words and how they are meant: good, plain, muted, warn or bad."""
+
+    text: str
+    kind: str = "plain"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table under a title. Each cell is a few spans, written after each other."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[tuple[Span, ...], ...], ...]
+    note: str = ""
+    hints: tuple[str, ...] = field(default=())
+    """For each row, what a reader with a mouse may want beside."""
+
+
+def summary(run: Run) -> str:
+    """One line: how many of what."""
+    counts = Counter(item.verdict for item in run.judged)
+    operations = len({item.cell.operation for item in run.judged})
+    parts = [f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict]]
+    text = f"{operations} operations, {len(run.judged)} cells in {run.seconds:.1f} s: {', '.join(parts) or 'nothing'}"
+    return text + (f"; {len(run.left_out)} left out for want of time" if run.left_out else "")
+
+
+def sections(run: Run) -> list[Section]:
+    """All of them, those without rows left out."""
+    made = [*_groups(run), _changed(run), _not_expected(run), _uncovered(run), _unavailable(run), *_measures(run)]
+    return [section for section in made if section.rows]
+
+
+def kind_of(item: Judged) -> str:
+    """How a cell is meant."""
+    if item.verdict is Verdict.CHANGED:
+        return "bad"
+    if item.verdict is Verdict.NOT_EXPECTED:
+        return "warn"
+    if item.verdict is Verdict.NOT_AVAILABLE:
+        return "muted"
+    return "good" if item.result.outcome in (Outcome.BLOCKED, Outcome.PASSED) else "plain"
+
+
+def brief(item: Judged) -> str:
+    """The outcome, marked."""
+    return "n/a" if item.verdict is Verdict.NOT_AVAILABLE else item.result.brief + MARKS.get(item.verdict, "")
+
+
+def _groups(run: Run) -> Iterable[Section]:
+    modes = [mode for mode in Mode if any(item.cell.mode is mode for item in run.judged)]
+    by_operation: dict[str, list[Judged]] = {}
+    for item in run.judged:
+        by_operation.setdefault(item.cell.operation, []).append(item)
+    header = ("operation", *(_column(run, mode) for mode in modes), "waits", "fault of")
+    groups: dict[str, list[Operation]] = {}
+    for operation in run.operations:
+        if operation.name in by_operation:
+            groups.setdefault(operation.group, []).append(operation)
+    for group, operations in groups.items():
+        rows = []
+        for operation in operations:
+            items = by_operation[operation.name]
+            cells = [_mode_cell([item for item in items if item.cell.mode is mode]) for mode in modes]
+            rows.append(((Span(operation.name),), *cells, *_waits(items)))
+        yield Section(TITLES.get(group, group), header, tuple(rows), hints=tuple(item.what for item in operations))
+
+
+def _backings(items: Iterable[Judged]) -> str:
+    seen = {item.cell.backing for item in items}
+    return ", ".join(backing for backing in Backing if backing in seen)
+
+
+def _column(run: Run, mode: Mode) -> str:
+    return f"{mode} ({_backings(item for item in run.judged if item.cell.mode is mode)})"
+
+
+def _mode_cell(items: Sequence[Judged]) -> tuple[Span, ...]:
+    """One word where all backings agree, else which of them did what."""
+    same: dict[tuple[str, str], list[Judged]] = {}
+    for item in items:
+        same.setdefault((brief(item), kind_of(item)), []).append(item)
+    if len(same) == 1:
+        ((text, kind),) = same
+        return (Span(text, kind),)
+    spans: list[Span] = []
+    for (text, kind), those in same.items():
+        if spans:
+            spans.append(Span("; "))
+        spans += [Span(f"{_backings(those)} ", "muted"), Span(text, kind)]
+    return tuple(spans) or (Span("", "muted"),)
+
+
+def _waits(items: Sequence[Judged]) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+    """Of the first that was seen blocked."""
+    for item in items:
+        if item.result.state:
+            wait = f"{item.result.state} {item.result.wchan}".strip()
+            return (Span(wait),), (Span(item.result.event_thread),)
+    return (Span(""),), (Span(""),)
+
+
+def _reasons(items: Iterable[Judged], text: Callable[[Judged], str]) -> dict[str, list[Judged]]:
+    reasons: dict[str, list[Judged]] = {}
+    for item in items:
+        reasons.setdefault(text(item), []).append(item)
+    return reasons
+
+
+def _changed(run: Run) -> Section:
+    items = [item for item in run.judged if item.verdict is Verdict.CHANGED]
+    rows = tuple(
+        (
+            (Span(str(item.cell)),),
+            (Span(item.difference, "bad"),),
+            (Span(item.result.text, "muted"),),
+            (Span(item.reason),),
+        )
+        for item in items
+    )
+    return Section(
+        "Changed: another outcome than expected", ("cell", "outcome", "detail", "the expectation's reason"), rows
+    )
+
+
+def _not_expected(run: Run) -> Section:
+    items = [item for item in run.judged if item.verdict is Verdict.NOT_EXPECTED]
+    rows = tuple(
+        ((Span(str(item.cell)),), (Span(item.result.brief, "warn"),), (Span(item.result.text, "muted"),))
+        for item in items
+    )
+    return Section("Not expected: no expectation for this kernel", ("cell", "outcome", "detail"), rows)
+
+
+def _uncovered(run: Run) -> Section:
+    """Grouped by operation, mode and what happened, over backings."""
+    items = [item for item in run.judged if item.uncovered]
+    rows = []
+    for _, those in _reasons(
+        items, lambda item: f"{item.cell.operation} {item.cell.mode} {item.result.brief} {item.reason}"
+    ).items():
+        first = those[0]
+        rows.append(
+            (
+                (Span(first.cell.operation),),
+                (Span(f"{first.cell.mode} ({_backings(those)})"),),
+                (Span(first.result.brief, "warn"),),
+                (Span(first.reason or first.result.text),),
+            )
+        )
+    return Section(
+        "Few places that remain uncovered",
+        ("operation", "page", "instead of waiting", "why"),
+        tuple(rows),
+        "These cannot wait for a page; whoever hands them memory must have its pages there first.",
+    )
+
+
+def _unavailable(run: Run) -> Section:
+    items = [item for item in run.judged if item.verdict is Verdict.NOT_AVAILABLE]
+    rows = []
+    for reason, those in _reasons(items, lambda item: item.reason).items():
+        names = list(dict.fromkeys(item.cell.operation for item in those))
+        if len(names) > 6:
+            names = [*names[:5], f"and {len(names) - 5} more"]
+        modes = ", ".join(dict.fromkeys(item.cell.mode.value for item in those))
+        rows.append(((Span(reason),), (Span(", ".join(names)),), (Span(f"{modes} ({_backings(those)})", "muted"),)))
+    return Section("Not available here", ("reason", "operations", "cells"), tuple(rows))
+
+
+def _measures(run: Run) -> Iterable[Section]:
+    items = run.judged
+    yield Section(
+        "A signal is pending during the fault",
+        ("cell", "handler ran before the page", "events for the page", "CPU burned"),
+        tuple(
+            (
+                (Span(str(item.cell)),),
+                (Span("yes" if item.result.signal.handler_before_page else "no"),),
+                (Span(str(item.result.signal.events), "plain" if item.result.signal.events <= 1 else "warn"),),
+                (Span(f"{item.result.signal.cpu_ns / 1e6:.2f} ms"),),
+            )
+            for item in items
+            if item.result.signal is not None
+        ),
+        "More events than one: the copy is restarted for as long as the signal is pending, and faults each time.",
+    )
+    yield Section(
+        "SIGKILL during the fault",
+        ("cell", "killed", "reaped after"),
+        tuple(
+            (
+                (Span(str(item.cell)),),
+                (Span("yes", "good") if item.result.kill.killed else Span("NO", "bad"),),
+                (Span(f"{item.result.kill.ns / 1e6:.2f} ms" if item.result.kill.killed else ""),),
+            )
+            for item in items
+            if item.result.kill is not None
+        ),
+    )
+    rows = []
+    for item in items:
+        locks = item.result.locks
+        if locks is None:
+            continue
+        for where, values in (("elsewhere", locks.elsewhere_ns), ("same mapping", locks.same_ns)):
+            ratios = [f"{ratio:.2f}" if ratio is not None else "-" for ratio in locks.ratios(values)]
+            rows.append(((Span(str(item.cell)),), (Span(where),), *((Span(ratio),) for ratio in ratios)))
+    yield Section(
+        "Latency on another thread while the fault is pending, against none pending",
+        ("cell", "where", *LOCK_CALLS),
+        tuple(rows),
+        "Near 1: no lock is held. Medians; see --json for the nanoseconds.",
+    )
