@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
-from postcopy._errors import ConfigurationError
+from postcopy._errors import ConfigurationError, ResourceError
 from postcopy.cli import main
-from postcopy.faultpaths import _compare, _expect, _report, _runner, _select, _system
+from postcopy.faultpaths import _compare, _expect, _report, _runner, _select, _supervise, _system
 from postcopy.faultpaths._html import to_html
 from postcopy.faultpaths._model import (
     Backing,
@@ -416,3 +419,113 @@ def sweep_grandchildren() -> tuple[bool, list[int]]:
         os.read(ready, 1)
     assert len(_runner.children_of(os.getpid())) == 1
     return _runner.sweep(), _runner.children_of(os.getpid())
+
+
+FAKE_WORKER = """
+import json, os, signal, sys
+from postcopy.faultpaths import _runner
+from postcopy.faultpaths._model import Outcome, Result
+
+def work():
+    for line in sys.stdin:
+        order = json.loads(line)
+        if order["operation"] == "answers":
+            print(json.dumps(Result(Outcome.BLOCKED, str(os.getpid())).as_wire()), flush=True)
+            continue
+        if os.fork() == 0:  # what a cell leaves behind
+            os.setpgid(0, 0)
+            with open(sys.argv[1], "a") as file:
+                file.write(f"{os.getpid()}\\n")
+            signal.pause()
+        while not os.path.getsize(sys.argv[1]):
+            pass
+        if order["operation"] == "dies":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if order["operation"] == "raises":
+            raise RuntimeError("of the fake")
+        signal.pause()
+
+_runner._work = work
+sys.exit(_runner.main())
+"""
+
+
+def named(name: str) -> tuple[Operation, Cell]:
+    return Operation(name, "fake", ""), Cell(name, Mode.MISSING, Backing.ANON)
+
+
+@pytest.fixture
+def left_behind(tmp_path: Path) -> Path:
+    path = tmp_path / "pids"
+    path.touch()
+    return path
+
+
+def fake_runner(left_behind: Path) -> _supervise.Runner:
+    return _supervise.Runner(command=[sys.executable, "-c", FAKE_WORKER, str(left_behind)])
+
+
+def something_in(path: Path) -> bool:
+    return path.stat().st_size > 0
+
+
+def assert_gone(left_behind: Path) -> None:
+    pids = left_behind.read_text().split()
+    assert pids
+    for pid in pids:
+        assert not os.path.exists(f"/proc/{pid}")
+
+
+@pytest.mark.parametrize(
+    ("name", "outcome", "text"),
+    [
+        ("dies", Outcome.CRASHED, "the runner died: SIGSEGV"),
+        ("raises", Outcome.CRASHED, "the runner ended with status 1: RuntimeError: of the fake"),
+        ("hangs", Outcome.HUNG, "the runner gave no answer within"),
+    ],
+)
+async def test_a_runner_that_fails_is_replaced(
+    left_behind: Path, monkeypatch: pytest.MonkeyPatch, name: str, outcome: Outcome, text: str
+) -> None:
+    async with fake_runner(left_behind) as runner:
+        first = await runner.run(*named("answers"))
+        monkeypatch.setattr(_supervise, "SLACK_S", 1.0)
+        runner.timeout_s = 0.0
+        failed = await runner.run(*named(name))
+        assert (failed.outcome, failed.text.startswith(text)) == (outcome, True), failed
+        assert_gone(left_behind)
+        monkeypatch.undo()
+        second = await runner.run(*named("answers"))
+        assert second.outcome is Outcome.BLOCKED
+        assert second.text != first.text  # the pid: another process
+        assert runner.restarts == 1
+
+
+async def test_a_cancelled_run_leaves_nothing(left_behind: Path) -> None:
+    async with fake_runner(left_behind) as runner:
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(runner.run, *named("hangs"))
+                while not something_in(left_behind):
+                    await trio.lowlevel.checkpoint()
+                scope.cancel()
+        assert scope.cancelled_caught
+        assert_gone(left_behind)
+
+
+async def test_cells_without_time_are_left_out(left_behind: Path) -> None:
+    operation, cell = named("answers")
+    other = Cell("answers", Mode.WP, Backing.ANON)
+    async with fake_runner(left_behind) as runner:
+        results, left = await _supervise.run_cells(
+            [cell, other], {"answers": operation}, measures={}, runner=runner, budget_s=-1.0
+        )
+        assert (results, left) == ({}, [cell, other])
+        results, left = await _supervise.run_cells([cell, other], {"answers": operation}, measures={}, runner=runner)
+        assert (list(results), left) == ([cell, other], [])
+
+
+async def test_an_interpreter_that_is_not_there() -> None:
+    async with _supervise.Runner(command=["/nonexistent/python"]) as runner:
+        with pytest.raises(ResourceError, match="cannot start the runner process: No such file"):
+            await runner.run(*named("answers"))
