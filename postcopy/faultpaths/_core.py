@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from postcopy._error_line import c_text
 from postcopy._errors import CoreError, check
 from postcopy._native import ffi, lib
 
@@ -60,9 +61,9 @@ def operations() -> tuple[Operation, ...]:
                 flags |= flag
         found.append(
             Operation(
-                _text(struct.name),
-                _text(struct.group),
-                _text(struct.what),
+                c_text(struct.name),
+                c_text(struct.group),
+                c_text(struct.what),
                 tuple(mode for bit, mode in enumerate(MODES) if struct.modes >> bit & 1),
                 tuple(backing for bit, backing in enumerate(BACKINGS) if struct.backings >> bit & 1),
                 flags,
@@ -105,7 +106,7 @@ def run(
         return Result(Outcome.CRASHED, str(error), error.errno or 0)
     return Result(
         OUTCOMES[result.outcome],
-        _text(result.text),
+        c_text(result.text),
         result.error,
         result.signal_number,
         result.signal_code,
@@ -116,21 +117,25 @@ def run(
         result.event_flags,
         result.event_offset,
         EVENT_THREADS[result.event_thread],
+        bool(result.written),
         "" if result.state == b"\0" else result.state.decode(errors="replace"),
-        _text(result.wchan),
+        c_text(result.wchan),
         result.waited_ns,
-        SignalMeasure(bool(result.handler_before_page), result.signal_events, result.signal_cpu_ns)
+        SignalMeasure(
+            bool(result.handler_before_page), result.signal_events, result.signal_cpu_ns, result.signal_window_ns
+        )
         if result.signal_measured
         else None,
         KillMeasure(bool(result.killed), result.kill_ns) if result.kill_measured else None,
-        LockMeasure(tuple(result.lock_idle_ns), tuple(result.lock_elsewhere_ns), tuple(result.lock_same_ns))
+        LockMeasure(
+            tuple(result.lock_idle_ns),
+            tuple(result.lock_elsewhere_ns),
+            tuple(result.lock_idle_same_ns),
+            tuple(result.lock_same_ns),
+        )
         if result.locks_measured
         else None,
     )
-
-
-def _text(value: Any) -> str:
-    return ffi.string(value).decode(errors="replace")
 
 
 def cell_of(order: dict[str, Any]) -> Cell:

@@ -205,18 +205,19 @@ def _measures(run: Run) -> Iterable[Section]:
     items = run.judged
     yield Section(
         "A signal is pending during the fault",
-        ("cell", "handler ran before the page", "events for the page", "CPU burned"),
+        ("cell", "handler ran before the page", "more events", "CPU burned", "of"),
         tuple(
             (
                 (Span(str(item.cell)),),
                 (Span("yes" if item.result.signal.handler_before_page else "no"),),
-                (Span(str(item.result.signal.events), "plain" if item.result.signal.events <= 1 else "warn"),),
+                (Span(str(item.result.signal.events), "warn" if item.result.signal.events else "plain"),),
                 (Span(f"{item.result.signal.cpu_ns / 1e6:.2f} ms"),),
+                (Span(f"{item.result.signal.window_ns / 1e6:.2f} ms"),),
             )
             for item in items
             if item.result.signal is not None
         ),
-        "More events than one: the copy is restarted for as long as the signal is pending, and faults each time.",
+        "More events: the copy is restarted for as long as the signal is pending, and faults each time.",
     )
     yield Section(
         "SIGKILL during the fault",
@@ -236,9 +237,9 @@ def _measures(run: Run) -> Iterable[Section]:
         locks = item.result.locks
         if locks is None:
             continue
-        for where, values in (("elsewhere", locks.elsewhere_ns), ("same mapping", locks.same_ns)):
-            ratios = [f"{ratio:.2f}" if ratio is not None else "-" for ratio in locks.ratios(values)]
-            rows.append(((Span(str(item.cell)),), (Span(where),), *((Span(ratio),) for ratio in ratios)))
+        for where, ratios in zip(("elsewhere", "same mapping"), locks.ratios(), strict=True):
+            words = [f"{ratio:.2f}" if ratio is not None else "-" for ratio in ratios]
+            rows.append(((Span(str(item.cell)),), (Span(where),), *((Span(word),) for word in words)))
     yield Section(
         "Latency on another thread while the fault is pending, against none pending",
         ("cell", "where", *LOCK_CALLS),

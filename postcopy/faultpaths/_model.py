@@ -73,7 +73,8 @@ class Measure(StrEnum):
 LOCK_CALLS = ("mmap", "munmap", "mprotect", "fork", "register")
 """Whose latency is measured while the fault is pending; the order of the arrays in `struct pc_fp_result`."""
 
-EVENT_THREADS = ("none", "own", "other", "kernel")
+EVENT_THREADS = ("none", "own", "other", "kernel", "process")
+"""Whose fault it was: `enum pc_fp_thread`."""
 
 NO_FLAGS = Flag(0)
 MODES, BACKINGS, OUTCOMES = tuple(Mode), tuple(Backing), tuple(Outcome)
@@ -144,8 +145,11 @@ class SignalMeasure:
     handler_before_page: bool
     """The handler ran while the page was still withheld."""
     events: int
-    """Events read for the page meanwhile: 1 is right, more is a restarted copy."""
+    """Events read between signal and page: 0 is right, more are of a copy that is restarted."""
     cpu_ns: int
+    """Burned by the waiting thread between signal and page."""
+    window_ns: int
+    """How long that was."""
 
 
 @dataclass(frozen=True)
@@ -163,14 +167,20 @@ class LockMeasure:
 
     idle_ns: tuple[int, ...]
     elsewhere_ns: tuple[int, ...]
+    """A fault is pending, the call works on another mapping."""
+    idle_same_ns: tuple[int, ...]
+    """None is, the call works in the page's mapping."""
     same_ns: tuple[int, ...]
 
-    def ratios(self, where: tuple[int, ...]) -> list[float | None]:
-        """Against idle, in the order of `LOCK_CALLS`; None where one of the two was not measured."""
-        return [
-            round(pending / idle, 2) if pending and idle else None
-            for pending, idle in zip(where, self.idle_ns, strict=True)
-        ]
+    def ratios(self) -> tuple[list[float | None], list[float | None]]:
+        """Pending against idle, elsewhere and in the same mapping, in the order of `LOCK_CALLS`; None where one of the
+        two was not measured."""
+        pairs = ((self.elsewhere_ns, self.idle_ns), (self.same_ns, self.idle_same_ns))
+        first, second = (
+            [round(busy / idle, 2) if busy and idle else None for busy, idle in zip(*pair, strict=True)]
+            for pair in pairs
+        )
+        return first, second
 
 
 @dataclass(frozen=True)
@@ -193,7 +203,9 @@ class Result:
     event_offset: int = -1
     """From the page's start; -1: no event."""
     event_thread: str = "none"
-    """Whose fault it was: none, own, other (of the process), kernel."""
+    """Of `EVENT_THREADS`."""
+    written: bool = False
+    """Write-protected pages: afterwards the kernel counts it as written."""
     state: str = ""
     """Of the blocked thread, as in /proc/PID/stat: S waits interruptibly, D killably; empty: it never blocked."""
     wchan: str = ""
@@ -237,6 +249,7 @@ class Result:
             "event-flags": self.event_flags,
             "event-offset": None if self.event_offset < 0 else self.event_offset,
             "event-thread": self.event_thread,
+            "written": self.written,
             "state": self.state or None,
             "wchan": self.wchan or None,
             "waited-us": round(self.waited_ns / 1e3, 1),
@@ -247,15 +260,14 @@ class Result:
                 "handler-before-page": self.signal.handler_before_page,
                 "events": self.signal.events,
                 "cpu-us": round(self.signal.cpu_ns / 1e3, 1),
+                "window-us": round(self.signal.window_ns / 1e3, 1),
             }
         if self.kill is not None:
             answer["kill"] = {"killed": self.kill.killed, "reaped-us": round(self.kill.ns / 1e3, 1)}
         if self.locks is not None:
             answer["locks-ns"] = {
-                call: {"idle": idle, "elsewhere": elsewhere, "same-mapping": same}
-                for call, idle, elsewhere, same in zip(
-                    LOCK_CALLS, self.locks.idle_ns, self.locks.elsewhere_ns, self.locks.same_ns, strict=True
-                )
+                call: dict(zip(_LOCK_KEYS, values, strict=True))
+                for call, *values in zip(LOCK_CALLS, *vars(self.locks).values(), strict=True)
             }
         return answer
 
@@ -277,15 +289,19 @@ class Result:
             int(value["event-flags"]),
             -1 if offset is None else int(offset),
             str(value["event-thread"]),
+            bool(value["written"]),
             value["state"] or "",
             value["wchan"] or "",
             round(value["waited-us"] * 1e3),
-            storm and SignalMeasure(storm["handler-before-page"], storm["events"], round(storm["cpu-us"] * 1e3)),
-            kill and KillMeasure(kill["killed"], round(kill["reaped-us"] * 1e3)),
-            locks
-            and LockMeasure(
-                *(tuple(locks[call][key] for call in LOCK_CALLS) for key in ("idle", "elsewhere", "same-mapping"))
+            storm
+            and SignalMeasure(
+                storm["handler-before-page"],
+                storm["events"],
+                round(storm["cpu-us"] * 1e3),
+                round(storm["window-us"] * 1e3),
             ),
+            kill and KillMeasure(kill["killed"], round(kill["reaped-us"] * 1e3)),
+            locks and LockMeasure(*(tuple(locks[call][key] for call in LOCK_CALLS) for key in _LOCK_KEYS)),
         )
 
     def as_wire(self) -> Json:
@@ -305,6 +321,7 @@ class Result:
         return cls(**made)
 
 
+_LOCK_KEYS = ("idle", "elsewhere", "same-mapping-idle", "same-mapping")  # in the order of `LockMeasure`
 _NESTED: dict[str, type[Any]] = {"signal": SignalMeasure, "kill": KillMeasure, "locks": LockMeasure}
 
 

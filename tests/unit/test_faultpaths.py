@@ -245,9 +245,9 @@ def test_measures_go_to_one_operation_of_each_group_that_faults() -> None:
 
 
 FULL = Result(
-    Outcome.REFUSED, "a | text", 14, 0, 0, -1, 3, 2, 0x12, 5, 0, "kernel", "S", "", 123_400,
-    SignalMeasure(False, 40, 5_000_000), KillMeasure(True, 700_000),
-    LockMeasure((100, 200, 300, 0, 500), (110, 0, 300, 400, 1000), (100, 200, 900, 0, 500)),
+    Outcome.REFUSED, "a | text", 14, 0, 0, -1, 3, 2, 0x12, 5, 0, "kernel", True, "S", "", 123_400,
+    SignalMeasure(False, 40, 5_000_000, 6_000_000), KillMeasure(True, 700_000),
+    LockMeasure((100, 200, 300, 0, 500), (110, 0, 300, 400, 1000), (1, 2, 3, 4, 5), (2, 2, 9, 0, 50)),
 )  # fmt: skip
 
 
@@ -284,7 +284,7 @@ def test_the_runner_line_is_read_back_as_it_was() -> None:
 
 def test_lock_ratios() -> None:
     assert FULL.locks is not None
-    assert FULL.locks.ratios(FULL.locks.elsewhere_ns) == [1.1, None, 1.0, None, 2.0]
+    assert FULL.locks.ratios() == ([1.1, None, 1.0, None, 2.0], [2.0, 1.0, 3.0, None, 10.0])
 
 
 def written(found: Run) -> dict[str, str]:
