@@ -134,7 +134,12 @@ def _run_here(
             )
 
     with _progress(len(cells)) as progress:
-        results, left_out = trio.run(run_all, progress, strict_exception_groups=True)
+        try:
+            results, left_out = trio.run(run_all, progress, strict_exception_groups=True)
+        except BaseExceptionGroup as group:
+            if group.subgroup(KeyboardInterrupt) is None:
+                raise
+            raise KeyboardInterrupt from None
     judged = [expectations.judge(by_name[cell.operation], cell, result, system) for cell, result in results.items()]
     return Run(
         system.as_json() | {"direct-dir": direct_dir, "direct-file-system": _system.file_system_of(direct_dir)},

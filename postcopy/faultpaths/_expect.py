@@ -7,6 +7,7 @@ The file is TOML (expectations.toml in this package; `--expectations FILE` for a
 - ``kernel``: versions, as ``">=6.1, <6.6"``; ``kvm``: hardware, emulated or none, or a list;
   ``config``: a table of CONFIG_ names to y, m, n or a value, or a list. All may be left out. A kernel that does not
   tell its configuration satisfies no ``config``.
+- ``writes``: true or false: only operations that write the page, or only those that do not.
 - ``outcome``: one of `Outcome`, or a list of those that are right; ``error``, ``signal``, ``state``, ``thread``:
   what must be so beside, likewise, where it is given. ``error`` and ``signal`` count only where there is one.
 - ``reason``: one sentence, for a person.
@@ -35,7 +36,8 @@ SCHEMA = 1
 _COMPARISON = re.compile(r"(<=|>=|<|>|=)\s*(\d+(?:\.\d+)*)")
 _KVM = ("hardware", "emulated", "none")
 _KEYS = {
-    "operation", "mode", "backing", "kernel", "kvm", "config", "outcome", "error", "signal", "state", "thread", "reason"
+    "operation", "mode", "backing", "kernel", "kvm", "config", "outcome", "error", "signal", "state", "thread",
+    "reason", "writes",
 }  # fmt: skip
 
 
@@ -53,6 +55,7 @@ class Expectation:
     kernel: tuple[tuple[str, tuple[int, ...]], ...] = ()
     kvm: tuple[str, ...] = ()
     config: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    writes: bool | None = None
     error: tuple[str, ...] = ()
     signal: tuple[str, ...] = ()
     state: tuple[str, ...] = ()
@@ -74,10 +77,11 @@ class Expectation:
     def _more(self, outcome: Outcome) -> tuple[str, ...]:
         return {Outcome.REFUSED: self.error, Outcome.SIGNALLED: self.signal}.get(outcome, ())
 
-    def matches(self, cell: Cell, system: System) -> bool:
+    def matches(self, operation: Operation, cell: Cell, system: System) -> bool:
         """Whether it is about this cell on that kernel."""
         return (
-            any(fnmatchcase(cell.operation, pattern) for pattern in self.operation)
+            self.writes in (None, Flag.WRITES in operation.flags)
+            and any(fnmatchcase(cell.operation, pattern) for pattern in self.operation)
             and any(fnmatchcase(cell.mode, pattern) for pattern in self.mode)
             and any(fnmatchcase(cell.backing, pattern) for pattern in self.backing)
             and all(_compare(system.version, how, version) for how, version in self.kernel)
@@ -87,7 +91,7 @@ class Expectation:
 
     def specificity(self, cell: Cell) -> tuple[int, int, int, int, int]:
         """Orders expectations that match a cell, the one that holds last."""
-        conditions = len(self.kernel) + bool(self.kvm) + len(self.config)
+        conditions = len(self.kernel) + bool(self.kvm) + len(self.config) + (self.writes is not None)
         return (
             _literal(self.operation, cell.operation),
             _literal(self.mode, cell.mode),
@@ -137,14 +141,14 @@ class Expectations:
     """Where they are from, for a report."""
     rules: tuple[Expectation, ...]
 
-    def find(self, cell: Cell, system: System) -> Expectation | None:
+    def find(self, operation: Operation, cell: Cell, system: System) -> Expectation | None:
         """The one that holds."""
-        matching = [rule for rule in self.rules if rule.matches(cell, system)]
+        matching = [rule for rule in self.rules if rule.matches(operation, cell, system)]
         return max(matching, key=lambda rule: rule.specificity(cell), default=None)
 
     def judge(self, operation: Operation, cell: Cell, result: Result, system: System) -> Judged:
         """The verdict."""
-        rule = self.find(cell, system)
+        rule = self.find(operation, cell, system)
         expected, reason = (rule.words, rule.reason) if rule is not None else ("", "")
         if result.outcome is Outcome.UNAVAILABLE:
             return Judged(cell, result, Verdict.NOT_AVAILABLE, expected, result.text or "no reason was given")
@@ -215,6 +219,9 @@ def _rule(number: int, table: Any, name: str) -> Expectation:
         raise ConfigurationError(f"{where}: there is no key {unknown[0]!r}; there are {', '.join(sorted(_KEYS))}")
     if needed := [key for key in ("operation", "mode", "outcome", "reason") if not table.get(key)]:
         raise ConfigurationError(f"{where}: it needs {needed[0]!r}")
+    writes = table.get("writes")
+    if writes is not None and not isinstance(writes, bool):
+        raise ConfigurationError(f"{where}: writes must be true or false")
     config = table.get("config", {})
     if not isinstance(config, Mapping) or not all(option.startswith("CONFIG_") for option in config):
         raise ConfigurationError(f"{where}: config must be a table of CONFIG_ names")
@@ -232,6 +239,7 @@ def _rule(number: int, table: Any, name: str) -> Expectation:
         _versions(table.get("kernel", ""), where),
         _of(table["kvm"], where, "kvm", _KVM) if "kvm" in table else (),
         tuple((option, _words(value, where, option)) for option, value in config.items()),
+        writes,
         _words(table["error"], where, "error") if "error" in table else (),
         _words(table["signal"], where, "signal") if "signal" in table else (),
         _words(table["state"], where, "state") if "state" in table else (),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from html import escape
 
-from ._layout import LEGEND, Section, sections, summary
+from ._layout import LEGEND, Section, columns, sections, summary
 from ._model import Run
 from ._report import describe_system
 
@@ -35,6 +35,7 @@ def to_html(run: Run) -> str:
             f"<style>{_STYLE}</style></head><body>",
             f"<h1>{escape(title)}</h1>",
             f'<p class="{verdict}">{escape(summary(run))}</p>',
+            f'<p class="note">{escape(columns(run))}</p>',
             *(_section(section) for section in sections(run)),
             f'<p class="legend">{escape(LEGEND)}.</p>',
             "</body></html>",

@@ -85,7 +85,7 @@ def _groups(run: Run) -> Iterable[Section]:
     by_operation: dict[str, list[Judged]] = {}
     for item in run.judged:
         by_operation.setdefault(item.cell.operation, []).append(item)
-    header = ("operation", *(_column(run, mode) for mode in modes), "waits", "fault of")
+    header = ("operation", *modes, "waits", "fault of")
     groups: dict[str, list[Operation]] = {}
     for operation in run.operations:
         if operation.name in by_operation:
@@ -104,14 +104,21 @@ def _backings(items: Iterable[Judged]) -> str:
     return ", ".join(backing for backing in Backing if backing in seen)
 
 
-def _column(run: Run, mode: Mode) -> str:
-    return f"{mode} ({_backings(item for item in run.judged if item.cell.mode is mode)})"
+def columns(run: Run) -> str:
+    """Which backings each mode was tried on."""
+    parts = []
+    for mode in Mode:
+        items = [item for item in run.judged if item.cell.mode is mode]
+        there = [item for item in items if item.verdict is not Verdict.NOT_AVAILABLE]
+        if items:
+            parts.append(f"{mode} on {_backings(there) or 'nothing that is there'}")
+    return "pages: " + "; ".join(parts)
 
 
 def _mode_cell(items: Sequence[Judged]) -> tuple[Span, ...]:
-    """One word where all backings agree, else which of them did what."""
+    """One word where all backings that are there agree, else which of them did what."""
     same: dict[tuple[str, str], list[Judged]] = {}
-    for item in items:
+    for item in [item for item in items if item.verdict is not Verdict.NOT_AVAILABLE] or items:
         same.setdefault((brief(item), kind_of(item)), []).append(item)
     if len(same) == 1:
         ((text, kind),) = same
@@ -217,7 +224,8 @@ def _measures(run: Run) -> Iterable[Section]:
             for item in items
             if item.result.signal is not None
         ),
-        "More events: the copy is restarted for as long as the signal is pending, and faults each time.",
+        "User code faults once more after the handler has run. A copy within a system call is restarted, and faults"
+        " again, for as long as the signal is pending: it burns a processor.",
     )
     yield Section(
         "SIGKILL during the fault",

@@ -13,11 +13,12 @@ from rich.table import Table
 
 from postcopy._errors import ConfigurationError
 
-from ._layout import LEGEND, Section, Span, sections, summary
+from ._layout import LEGEND, Section, Span, columns, sections, summary
 from ._model import Backing, Cell, Json, Judged, Mode, Operation, Result, Run, Verdict
 
 SCHEMA = 1
 _STYLES = {"good": "green", "muted": "dim", "warn": "yellow", "bad": "bold red"}
+UNBROKEN_WIDTH = 40  # a column of short words is not broken: the long ones beside it give way
 PLAIN_WIDTH = 160  # of what goes to a file: a reason that is broken into lines cannot be searched for
 
 
@@ -120,6 +121,7 @@ def print_text(run: Run, file: IO[str]) -> None:
     """The readable table; colours where `file` is a terminal."""
     console = make_console(file)
     console.print(escape(describe_system(run.system)))
+    console.print(escape(columns(run)), style="dim")
     for section in sections(run):
         console.print()
         print_section(console, section)
@@ -137,8 +139,9 @@ def print_section(console: Console, section: Section) -> None:
     if section.note:
         console.print(escape(section.note), style="dim")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in section.header:
-        table.add_column(escape(name), overflow="fold")
+    for number, name in enumerate(section.header):
+        widest = max((sum(len(span.text) for span in row[number]) for row in section.rows), default=0)
+        table.add_column(escape(name), overflow="fold", no_wrap=widest <= UNBROKEN_WIDTH)
     for row in section.rows:
         table.add_row(*("".join(_markup(span) for span in cell) for cell in row))
     console.print(table)
@@ -154,7 +157,7 @@ def _markup(span: Span) -> str:
 
 def to_markdown(run: Run) -> str:
     """The same tables, for a document."""
-    lines = [f"{describe_system(run.system)}: {summary(run)}.", ""]
+    lines = [f"{describe_system(run.system)}: {summary(run)}.", "", f"{_plain(columns(run))}.".capitalize(), ""]
     for section in sections(run):
         lines += [f"**{section.title}**", ""]
         if section.note:

@@ -53,6 +53,16 @@ def _work() -> None:
 
 def children_of(pid: int) -> list[int]:
     """Processes whose parent is `pid`, zombies too."""
+    return _whose_stat(1, pid)
+
+
+def members_of(session: int) -> list[int]:
+    """Processes of a session, zombies too."""
+    return _whose_stat(3, session)
+
+
+def _whose_stat(word: int, value: int) -> list[int]:
+    """Processes with that value there in /proc/PID/stat; words are counted from the state, 0."""
     found = []
     for name in os.listdir("/proc"):
         if not name.isdigit():
@@ -60,9 +70,18 @@ def children_of(pid: int) -> list[int]:
         # It may go meanwhile.
         with contextlib.suppress(OSError, IndexError, ValueError), open(f"/proc/{name}/stat", "rb") as stat:
             # The command's name, in parentheses, may hold anything.
-            if int(stat.read().rpartition(b")")[2].split()[1]) == pid:
+            if int(stat.read().rpartition(b")")[2].split()[word]) == value:
                 found.append(int(name))
     return found
+
+
+def is_zombie(pid: int) -> bool:
+    """Whether it has ended, and only waits to be reaped; also when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return stat.read().rpartition(b")")[2].split()[0] == b"Z"
+    except (OSError, IndexError):
+        return True
 
 
 def sweep(deadline_s: float = SWEEP_S) -> bool:

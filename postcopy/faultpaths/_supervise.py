@@ -113,12 +113,22 @@ class Runner:
         with contextlib.suppress(trio.BrokenResourceError):  # it died; what it wrote before is still read
             await process.stdin.send_all(order)
         while b"\n" not in self._pending:
-            more = await process.stdout.receive_some()
+            more: bytes | bytearray = b""
+            async with trio.open_nursery() as nursery:
+                # Its end too: what a killed runner has left behind may hold its standard output open.
+                nursery.start_soon(self._cancel_at_end, process, nursery.cancel_scope)
+                more = await process.stdout.receive_some()
+                nursery.cancel_scope.cancel()
             if not more:
                 return b""
             self._pending += more
         line, _, self._pending = self._pending.partition(b"\n")
         return line
+
+    @staticmethod
+    async def _cancel_at_end(process: trio.Process, scope: trio.CancelScope) -> None:
+        await process.wait()
+        scope.cancel()
 
     async def _started(self) -> trio.Process:
         if self._process is None:
@@ -156,6 +166,18 @@ class Runner:
                     os.killpg(process.pid, signal.SIGKILL)  # a session's leader: of its group too
                 await process.wait()
             await process.stdout.aclose()
+            if process.returncode != 0:
+                await self._end_session(process.pid)
+
+    @staticmethod
+    async def _end_session(session: int) -> None:
+        """Kills what a guard that was itself killed has left behind. It goes to init, or to our subreaper, to reap."""
+        with trio.move_on_after(_runner.SWEEP_S):
+            while left := [pid for pid in _runner.members_of(session) if not _runner.is_zombie(pid)]:
+                for pid in left:
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.kill(pid, signal.SIGKILL)
+                await trio.sleep(0.002)
 
     def _how_it_died(self, process: trio.Process) -> str:
         status = process.returncode

@@ -103,7 +103,7 @@ def test_the_most_specific_holds_wherever_it_stands(reverse: bool) -> None:
     ]
     for known in range(7, 0, -1):  # without the most specific one, the next holds
         some = tables[:known] if not reverse else tables[:known][::-1]
-        found = rules(*some).find(LOAD_ANON, SYSTEM)
+        found = rules(*some).find(LOAD, LOAD_ANON, SYSTEM)
         assert found is not None
         assert found.reason == str(known - 1)
 
@@ -121,19 +121,21 @@ def test_the_most_specific_holds_wherever_it_stands(reverse: bool) -> None:
         ('kernel = ">=6.1, <6.6"', False),
         ('kvm = "emulated"', True),
         ('kvm = ["hardware", "none"]', False),
+        ("writes = false", True),
+        ("writes = true", False),
         ('config = { CONFIG_A = "y" }', True),
         ('config = { CONFIG_A = ["m", "y"], CONFIG_B = "n" }', True),
         ('config = { CONFIG_A = "y", CONFIG_B = "y" }', False),
     ],
 )
 def test_conditions(condition: str, matches: bool) -> None:
-    assert (rules(ALL_BLOCK + "\n" + condition).find(LOAD_ANON, SYSTEM) is not None) is matches
+    assert (rules(ALL_BLOCK + "\n" + condition).find(LOAD, LOAD_ANON, SYSTEM) is not None) is matches
 
 
 def test_a_kernel_that_hides_its_configuration_satisfies_no_condition_on_it() -> None:
     expectations = rules(ALL_BLOCK + '\nconfig = { CONFIG_B = "n" }')
-    assert expectations.find(LOAD_ANON, SYSTEM) is not None
-    assert expectations.find(LOAD_ANON, System("6.18.44")) is None
+    assert expectations.find(LOAD, LOAD_ANON, SYSTEM) is not None
+    assert expectations.find(LOAD, LOAD_ANON, System("6.18.44")) is None
 
 
 @pytest.mark.parametrize(
@@ -153,6 +155,7 @@ def test_a_kernel_that_hides_its_configuration_satisfies_no_condition_on_it() ->
         ("schema = 1\n[[expect]]\n" + ALL_BLOCK + "\nconfig = { KVM = 'y' }", "CONFIG_ names"),
         ("schema = 1\n[[expect]]\n" + ALL_BLOCK + "\nthread = 'mine'", "thread 'mine'"),
         ("schema = 1\n[[expect]]\n" + ALL_BLOCK + "\nerrno = 'EFAULT'", "no key 'errno'"),
+        ("schema = 1\n[[expect]]\n" + ALL_BLOCK + "\nwrites = 1", "writes must be true or false"),
         ("schema = 1\n[[expect]]\n" + ALL_BLOCK + "\nerror = 14", "error must be a string"),
     ],
 )

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`postcopy faultpaths` on this kernel: it says what happened, and leaves no process behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from postcopy._native import lib
+from postcopy.faultpaths import _runner
+from postcopy.faultpaths._core import operations
+from postcopy.faultpaths._model import Backing, Cell, Mode, Operation, Outcome, Verdict
+from postcopy.faultpaths._supervise import Runner
+
+FAULTPATHS = [sys.executable, "-m", "postcopy", "faultpaths"]
+SHORT = ["--only", "user.load,copy.write_pipe,copy.read_pipe", "--mode", "missing", "--backing", "anon,memfd"]
+GONE_S = 20.0
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for child in _runner.children_of(pid):
+        found += [child, *descendants(child)]
+    return found
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    """A pid that is used again in the meantime would fail it, which is not to be expected in these seconds."""
+    deadline_s = time.monotonic() + GONE_S
+    while left := [pid for pid in pids if os.path.exists(f"/proc/{pid}")]:
+        assert time.monotonic() < deadline_s, f"left behind: {left}"
+        time.sleep(0.01)
+
+
+@pytest.mark.needs("uffd")
+def test_a_short_run(run_in_child: Callable[..., Any], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    done = run_in_child([*FAULTPATHS, *SHORT, "--measure", "signal,kill", "--json", "--html", str(page)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["good"] is True
+    cells = {(cell["operation"], cell["backing"]): cell for cell in report["cells"]}
+    assert len(cells) == 6
+    for cell in cells.values():
+        assert (cell["outcome"], cell["verdict"], cell["event-thread"]) == ("blocked", "as expected", "own")
+        assert cell["events"] >= 1
+        assert cell["kill"]["killed"] is True
+        assert cell["reason"]
+    assert cells["user.load", "anon"]["pending-signal"]["handler-before-page"] is True
+    assert cells["copy.write_pipe", "anon"]["pending-signal"]["handler-before-page"] is False
+    assert "copy.read_pipe" in page.read_text()
+
+
+@pytest.mark.needs("uffd")
+def test_a_wrong_expectation_is_reported_as_changed(run_in_child: Callable[..., Any], tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text(
+        'schema = 1\n[[expect]]\noperation = "*"\nmode = "missing"\noutcome = "blocked"\nreason = "right"\n'
+        '[[expect]]\noperation = "copy.*"\nmode = "*"\noutcome = "refused"\nerror = "EFAULT"\n'
+        'reason = "wrong on purpose"\n'
+    )
+    done = run_in_child([*FAULTPATHS, *SHORT, "--expectations", str(wrong)])
+    assert done.returncode == 1, done.stderr
+    assert "Changed: another outcome than expected" in done.stdout
+    assert "blocked instead of refused EFAULT" in done.stdout
+    assert "wrong on purpose" in done.stdout
+    assert "2 as expected, 4 changed" in done.stdout
+
+
+@pytest.mark.needs("uffd")
+def test_every_operation_in_mode_missing_is_as_expected_or_has_a_reason(run_in_child: Callable[..., Any]) -> None:
+    done = run_in_child([*FAULTPATHS, "--mode", "missing", "--measure", "none", "--json"], deadline_s=110.0)
+    report = json.loads(done.stdout)
+    bad = [cell for cell in report["cells"] if cell["verdict"] in (Verdict.CHANGED, Verdict.NOT_EXPECTED)]
+    assert done.returncode == 0, bad
+    assert all(cell["reason"] for cell in report["cells"])
+
+
+def test_the_list(run_in_child: Callable[..., Any]) -> None:
+    done = run_in_child([*FAULTPATHS, "--list"])
+    assert done.returncode == 0, done.stderr
+    known = operations()
+    assert len({operation.name for operation in known}) == len(known)
+    for operation in known:
+        assert operation.name.startswith(operation.group + ".")
+        assert operation.name in done.stdout
+    done = run_in_child([*FAULTPATHS, "--list", "--json", "--only", "copy"])
+    listed = json.loads(done.stdout)["operations"]
+    assert [Operation.from_json(item).name for item in listed] == [
+        operation.name for operation in known if operation.group == "copy"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("--only tape", "no operation or group is called 'tape'; the groups are user,"),
+        ("--mode lost", "--mode: there is no 'lost'; there are missing, minor,"),
+        ("--backing tape", "--backing: there is no 'tape'; there are anon,"),
+        ("--measure all", "--measure: there is no 'all'; there are signal, kill, locks"),
+        ("--direct-dir /nonexistent", "--direct-dir: '/nonexistent' does not exist"),
+        ("--direct-dir /proc", "no file can be made in '/proc'"),
+        ("--json --markdown", "choose one"),
+        ("--html /nonexistent/page", "cannot write '/nonexistent/page': No such file"),
+        ("--expectations /nonexistent", "cannot read '/nonexistent': No such file"),
+        ("--timeout 0", "not between 0.1 and 600 seconds"),
+        ("compare a.json", "the following arguments are required: B.json"),
+        ("contrast", "invalid choice: 'contrast'"),
+    ],
+)
+def test_one_line_for_a_mistake(run_in_child: Callable[..., Any], line: str, reason: str) -> None:
+    done = run_in_child([*FAULTPATHS, *line.split()])
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert reason in done.stderr
+    assert done.stdout == ""
+
+
+# ---- what goes wrong
+
+TEST_OPERATIONS = {"hang": lib.PC_FP_TEST_HANG, "crash": lib.PC_FP_TEST_CRASH, "wrong": lib.PC_FP_TEST_WRONG}
+
+
+async def run_test_operation(name: str, timeout_s: float) -> str:
+    cell = Cell(f"test.{name}", Mode.MISSING, Backing.ANON)
+    async with Runner(timeout_s=timeout_s) as runner:
+        result = await runner.run(Operation(cell.operation, "test", "", index=TEST_OPERATIONS[name]), cell)
+        # The same process goes on: a cell that fails is the core's matter, not the end of the runner.
+        again = await runner.run(operations()[0], Cell(operations()[0].name, Mode.MISSING, Backing.ANON))
+    assert runner.restarts == 0
+    assert again.outcome is Outcome.BLOCKED
+    return result.outcome
+
+
+def in_trio(name: str, timeout_s: float) -> str:
+    return trio.run(run_test_operation, name, timeout_s)
+
+
+@pytest.mark.needs("uffd")
+@pytest.mark.parametrize(("name", "outcome"), [("hang", "hung"), ("crash", "crashed"), ("wrong", "wrong")])
+def test_a_cell_that_fails(run_in_child: Callable[..., Any], name: str, outcome: str) -> None:
+    done = run_in_child(in_trio, name, 1.0)
+    assert done.value == outcome, done.stderr
+
+
+def start_a_hang(spawn_child: Callable[..., Any], *command: str) -> tuple[Any, list[int]]:
+    """The child, and all processes below it once a cell's child is among them."""
+    child = spawn_child(list(command)) if command else spawn_child(in_trio, "hang", 600.0)
+    deadline_s = time.monotonic() + GONE_S
+    while len(below := descendants(child.pid)) < 3:  # guard, worker, and what a cell has started
+        assert time.monotonic() < deadline_s, child.errors()
+        time.sleep(0.005)
+    return child, below
+
+
+@pytest.mark.needs("uffd")
+@pytest.mark.parametrize("victim", ["supervisor", "guard", "worker", "cell"])
+def test_nothing_is_left_behind_when_one_is_killed(spawn_child: Callable[..., Any], victim: str) -> None:
+    child, below = start_a_hang(spawn_child)
+    guard = _runner.children_of(child.pid)[0]
+    worker = _runner.children_of(guard)[0]
+    killed = {"supervisor": child.pid, "guard": guard, "worker": worker, "cell": _runner.children_of(worker)[0]}
+    os.kill(killed[victim], signal.SIGKILL)
+    if victim != "supervisor":
+        # It reports and ends by itself: the cell is not what it waited for any more.
+        child.wait(GONE_S)
+    else:
+        child.process.wait(GONE_S)
+    wait_until_gone(below)
+
+
+@pytest.mark.needs("uffd")
+def test_an_interrupted_run_ends_in_order(spawn_child: Callable[..., Any]) -> None:
+    child, below = start_a_hang(spawn_child, *FAULTPATHS, "--all", "--measure", "locks")
+    with contextlib.suppress(ProcessLookupError):
+        child.send_signal(signal.SIGINT)
+    done = child.wait(GONE_S)
+    assert done.returncode == 1
+    assert done.stderr == ""
+    wait_until_gone(below)
