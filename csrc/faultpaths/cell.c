@@ -404,8 +404,14 @@ static void judge(struct pc_fp_shared *shared, bool late, int status, bool hande
     } else if (atomic_load(&shared->signalled))
         result->outcome = PC_FP_SIGNALLED;
     else if (!atomic_load(&shared->finished)) {
+        bool fault = WIFSIGNALED(status) && (WTERMSIG(status) == SIGSEGV || WTERMSIG(status) == SIGBUS);
+
         result->outcome = PC_FP_CRASHED;
-        if (WIFSIGNALED(status))
+        if (fault && atomic_load(&shared->began) && !atomic_load(&shared->ended)) {
+            result->outcome = PC_FP_SIGNALLED; /* the kernel lets no handler have it, as where the signal's frame failed */
+            result->signal_number = WTERMSIG(status);
+            (void)snprintf(result->text, sizeof(result->text), "the signal ended the process, no handler could run");
+        } else if (WIFSIGNALED(status))
             (void)snprintf(result->text, sizeof(result->text), "its process was ended by SIG%s",
                            sigabbrev_np(WTERMSIG(status)));
         else

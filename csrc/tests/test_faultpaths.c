@@ -74,10 +74,32 @@ static void missing_on_a_memfd(void)
     all_of(PC_FP_MISSING, PC_FP_MEMFD, 0);
 }
 
+#define CASE(mode, backing)                                                                                             \
+    static void mode##_on_##backing(void)                                                                               \
+    {                                                                                                                   \
+        all_of(PC_FP_##mode, PC_FP_##backing, 0);                                                                       \
+    }
+CASE(MINOR, MEMFD)
+CASE(WP, ANON)
+CASE(WP, MEMFD)
+CASE(WP_ASYNC, ANON)
+CASE(USER_ONLY, ANON)
+CASE(SIGBUS, ANON)
+CASE(POISON, ANON)
+CASE(MISSING, MEMFD_PRIVATE)
+
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
     RUN_FOR(missing_on_anonymous_memory, 100);
     RUN_FOR(missing_on_a_memfd, 100);
+    RUN_FOR(MINOR_on_MEMFD, 100);
+    RUN_FOR(WP_on_ANON, 100);
+    RUN_FOR(WP_on_MEMFD, 100);
+    RUN_FOR(WP_ASYNC_on_ANON, 100);
+    RUN_FOR(USER_ONLY_on_ANON, 100);
+    RUN_FOR(SIGBUS_on_ANON, 100);
+    RUN_FOR(POISON_on_ANON, 100);
+    RUN_FOR(MISSING_on_MEMFD_PRIVATE, 100);
     return test_end();
 }
