@@ -22,10 +22,12 @@ TITLES = {
     "device": "Devices",
 }
 MARKS = {Verdict.CHANGED: " !", Verdict.NOT_EXPECTED: " ?"}
+WAITS_IN = "handle_userfault"
 LEGEND = (
     "blocked: waited for the page and went on with it; passed: went on without an event; spun: came back again and"
     " again instead of waiting; ! changed: another outcome than expected; ? nothing is known of it; n/a not available"
-    " here; waits: state of the blocked thread (S interruptible, D killable only) and where it sleeps"
+    " here; waits: state of the blocked thread (S interruptible, D killable only), and where it sleeps if not in"
+    f" {WAITS_IN}; fault of: the thread that raised it"
 )
 
 
@@ -135,63 +137,76 @@ def _waits(items: Sequence[Judged]) -> tuple[tuple[Span, ...], tuple[Span, ...]]
     """Of the first that was seen blocked."""
     for item in items:
         if item.result.state:
-            wait = f"{item.result.state} {item.result.wchan}".strip()
+            where = "" if item.result.wchan == WAITS_IN else item.result.wchan
+            wait = f"{item.result.state} {where}".strip()
             return (Span(wait),), (Span(item.result.event_thread),)
     return (Span(""),), (Span(""),)
 
 
-def _reasons(items: Iterable[Judged], text: Callable[[Judged], str]) -> dict[str, list[Judged]]:
-    reasons: dict[str, list[Judged]] = {}
+def _grouped(items: Iterable[Judged], key: Callable[[Judged], object]) -> list[list[Judged]]:
+    """Those with an equal key together, in the order of the first."""
+    groups: dict[object, list[Judged]] = {}
     for item in items:
-        reasons.setdefault(text(item), []).append(item)
-    return reasons
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())
+
+
+def _page(items: Sequence[Judged]) -> tuple[Span, ...]:
+    """Modes and backings."""
+    parts = (f"{those[0].cell.mode} ({_backings(those)})" for those in _grouped(items, lambda item: item.cell.mode))
+    return (Span("; ".join(parts)),)
+
+
+def _alike(item: Judged) -> tuple[object, ...]:
+    """Cells that a list of findings tells in one row: they differ in the backing only."""
+    return item.cell.operation, item.cell.mode, item.result.brief, item.result.text, item.difference, item.reason
 
 
 def _changed(run: Run) -> Section:
-    items = [item for item in run.judged if item.verdict is Verdict.CHANGED]
     rows = tuple(
         (
-            (Span(str(item.cell)),),
-            (Span(item.difference, "bad"),),
-            (Span(item.result.text, "muted"),),
-            (Span(item.reason),),
+            (Span(those[0].cell.operation),),
+            _page(those),
+            (Span(those[0].difference, "bad"),),
+            (Span(those[0].result.text, "muted"),),
+            (Span(those[0].reason),),
         )
-        for item in items
+        for those in _grouped((item for item in run.judged if item.verdict is Verdict.CHANGED), _alike)
     )
-    return Section(
-        "Changed: another outcome than expected", ("cell", "outcome", "detail", "the expectation's reason"), rows
-    )
+    header = ("operation", "page", "outcome", "detail", "the expectation's reason")
+    return Section("Changed: another outcome than expected", header, rows)
 
 
 def _not_expected(run: Run) -> Section:
-    items = [item for item in run.judged if item.verdict is Verdict.NOT_EXPECTED]
     rows = tuple(
-        ((Span(str(item.cell)),), (Span(item.result.brief, "warn"),), (Span(item.result.text, "muted"),))
-        for item in items
+        (
+            (Span(those[0].cell.operation),),
+            _page(those),
+            (Span(those[0].result.brief, "warn"),),
+            (Span(those[0].result.text, "muted"),),
+        )
+        for those in _grouped((item for item in run.judged if item.verdict is Verdict.NOT_EXPECTED), _alike)
     )
-    return Section("Not expected: no expectation for this kernel", ("cell", "outcome", "detail"), rows)
+    return Section("Not expected: no expectation for this kernel", ("operation", "page", "outcome", "detail"), rows)
 
 
 def _uncovered(run: Run) -> Section:
-    """Grouped by operation, mode and what happened, over backings."""
-    items = [item for item in run.judged if item.uncovered]
-    rows = []
-    for _, those in _reasons(
-        items, lambda item: f"{item.cell.operation} {item.cell.mode} {item.result.brief} {item.reason}"
-    ).items():
-        first = those[0]
-        rows.append(
-            (
-                (Span(first.cell.operation),),
-                (Span(f"{first.cell.mode} ({_backings(those)})"),),
-                (Span(first.result.brief, "warn"),),
-                (Span(first.reason or first.result.text),),
-            )
+    rows = tuple(
+        (
+            (Span(those[0].cell.operation),),
+            _page(those),
+            (Span(those[0].result.brief, "warn"),),
+            # An expectation's reason speaks of the outcome that it expects.
+            (Span(those[0].result.text if those[0].difference else those[0].reason or those[0].result.text),),
         )
+        for those in _grouped(
+            (item for item in run.judged if item.uncovered), lambda item: (_alike(item)[0], *_alike(item)[2:])
+        )
+    )
     return Section(
         "Few places that remain uncovered",
         ("operation", "page", "instead of waiting", "why"),
-        tuple(rows),
+        rows,
         "These cannot wait for a page; whoever hands them memory must have its pages there first.",
     )
 
@@ -199,12 +214,14 @@ def _uncovered(run: Run) -> Section:
 def _unavailable(run: Run) -> Section:
     items = [item for item in run.judged if item.verdict is Verdict.NOT_AVAILABLE]
     rows = []
-    for reason, those in _reasons(items, lambda item: item.reason).items():
+    for those in _grouped(items, lambda item: item.reason):
         names = list(dict.fromkeys(item.cell.operation for item in those))
         if len(names) > 6:
             names = [*names[:5], f"and {len(names) - 5} more"]
         modes = ", ".join(dict.fromkeys(item.cell.mode.value for item in those))
-        rows.append(((Span(reason),), (Span(", ".join(names)),), (Span(f"{modes} ({_backings(those)})", "muted"),)))
+        rows.append(
+            ((Span(those[0].reason),), (Span(", ".join(names)),), (Span(f"{modes} ({_backings(those)})", "muted"),))
+        )
     return Section("Not available here", ("reason", "operations", "cells"), tuple(rows))
 
 
