@@ -152,7 +152,7 @@ void pc_fp_in_process(struct pc_fp_cell *cell, void (*act)(struct pc_fp_cell *ce
     }
 }
 
-int pc_fp_direct_file(struct pc_fp_cell *cell, int flags, uint64_t bytes)
+int pc_fp_direct_file(struct pc_fp_cell *cell, int flags, const uint8_t *data, uint32_t pages)
 {
     const char *dir = cell->spec->direct_dir[0] ? cell->spec->direct_dir : ".";
     char path[300];
@@ -165,8 +165,8 @@ int pc_fp_direct_file(struct pc_fp_cell *cell, int flags, uint64_t bytes)
         pc_fp_unavailable(cell, errno, "%s", path);
         return -1;
     }
-    for (uint64_t done = 0; done < bytes; done += PC_FP_BYTES)
-        if (write(plain, cell->content, PC_FP_BYTES) != PC_FP_BYTES) {
+    for (uint32_t i = 0; i < pages; i++)
+        if (write(plain, data, PC_FP_BYTES) != PC_FP_BYTES) {
             pc_fp_unavailable(cell, errno, "%s", path);
             (void)unlink(path);
             close(plain);

@@ -53,17 +53,17 @@ static void put(uint8_t *page, uint64_t limit, uint64_t offset, const void *data
 static void put_arguments(uint8_t *page, uint64_t limit)
 {
     static const uint8_t zeros[64];
-    struct iovec vector[2] = {{PC_FP_SCRATCH + PC_FP_IN_DATA, 48}, {PC_FP_SCRATCH + PC_FP_IN_DATA + 48, 16}};
+    static const struct iovec vector[2] = {{PC_FP_SCRATCH + PC_FP_IN_DATA, 48}, {PC_FP_SCRATCH + PC_FP_IN_DATA + 48, 16}};
     static const struct msghdr message = {.msg_iov = (struct iovec *)(PC_FP_SCRATCH + PC_FP_IN_IOVEC), .msg_iovlen = 1};
     int64_t millisecond[2] = {0, 1000000}, offset = 16, timer[4] = {0, 0, 0, 1000000}, times[4] = {1000, 0, 2000, 0};
     uint64_t limits[2] = {64, 64}, node = 1, usr2 = 1u << (SIGUSR2 - 1), ignore[4] = {1, 0, 0, 0};
     struct pollfd polled = {.fd = PC_FP_FD, .events = POLLIN};
-    struct epoll_event epoll = {.events = EPOLLIN, .data = {.u64 = PC_FP_EPOLL_DATA}};
+    static const struct epoll_event epoll = {.events = EPOLLIN, .data = {.u64 = PC_FP_EPOLL_DATA}};
     const uint8_t *argv[3] = {PC_FP_SCRATCH + PC_FP_IN_PROGRAM, PC_FP_SCRATCH + PC_FP_IN_STRING, NULL};
     struct sockaddr_in loopback = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
-    struct iocb iocb = {.aio_lio_opcode = IOCB_CMD_PREAD, .aio_fildes = PC_FP_FD, .aio_nbytes = 64,
+    static const struct iocb iocb = {.aio_lio_opcode = IOCB_CMD_PREAD, .aio_fildes = PC_FP_FD, .aio_nbytes = 64,
                         .aio_buf = (uintptr_t)(PC_FP_SCRATCH + PC_FP_IN_DATA)};
-    struct sock_fprog program = {.len = 1, .filter = (struct sock_filter *)(PC_FP_SCRATCH + PC_FP_IN_FILTER)};
+    static const struct sock_fprog program = {.len = 1, .filter = (struct sock_filter *)(PC_FP_SCRATCH + PC_FP_IN_FILTER)};
     static const struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
     uint8_t cpus[64];
     fd_set set;

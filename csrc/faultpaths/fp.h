@@ -135,9 +135,9 @@ void pc_fp_check_value(struct pc_fp_cell *cell, int64_t expected);
 /* Another process, which shares no memory with this one but that of the result, runs `act` (which calls pc_fp_begin and
  * pc_fp_end). Returns when it is done. */
 void pc_fp_in_process(struct pc_fp_cell *cell, void (*act)(struct pc_fp_cell *cell, void *argument), void *argument);
-/* Opens a new file in spec.direct_dir, without a name, with `bytes` of the page's content again and again. The descriptor or
+/* Opens a new file in spec.direct_dir that has no name any more, with PC_FP_BYTES of `data` so many times. The descriptor, or
  * -1, having said pc_fp_unavailable. */
-int pc_fp_direct_file(struct pc_fp_cell *cell, int flags, uint64_t bytes);
+int pc_fp_direct_file(struct pc_fp_cell *cell, int flags, const uint8_t *data, uint32_t pages);
 /* A descriptor of a file in memory (another memfd) with one page of content. -1 as above. */
 int pc_fp_plain_file(struct pc_fp_cell *cell);
 uint64_t pc_fp_now_ns(void);
@@ -147,7 +147,7 @@ struct pc_fp_class {
     const struct pc_fp_operation *operations;
     uint32_t count;
 };
-extern const struct pc_fp_class pc_fp_user, pc_fp_copy, pc_fp_arguments;
+extern const struct pc_fp_class pc_fp_user, pc_fp_copy, pc_fp_arguments, pc_fp_pin, pc_fp_futex;
 
 const struct pc_fp_operation *pc_fp_operation(uint32_t index);
 /* What is at fixed addresses: the scratch area's content. 0 or -errno. */

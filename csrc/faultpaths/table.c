@@ -10,7 +10,7 @@
 #include "faultpaths/fp.h"
 #include "util.h"
 
-static const struct pc_fp_class *const classes[] = {&pc_fp_user, &pc_fp_copy, &pc_fp_arguments};
+static const struct pc_fp_class *const classes[] = {&pc_fp_user, &pc_fp_copy, &pc_fp_arguments, &pc_fp_pin, &pc_fp_futex};
 
 static void hang(struct pc_fp_cell *cell)
 {
