@@ -155,7 +155,7 @@ class Expectations:
         uncovered = is_uncovered(operation, cell, result)
         if rule is None:
             return Judged(cell, result, Verdict.NOT_EXPECTED, uncovered=uncovered)
-        difference = rule.difference(result)
+        difference = rule.difference(result) or (result.remote.wrong(result.outcome) if result.remote else "")
         verdict = Verdict.CHANGED if difference else Verdict.AS_EXPECTED
         return Judged(cell, result, verdict, expected, reason, difference, uncovered)
 

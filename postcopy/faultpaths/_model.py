@@ -184,6 +184,28 @@ class LockMeasure:
 
 
 @dataclass(frozen=True)
+class RemoteMeasure:
+    """How a page of another host came."""
+
+    faults: int
+    """Events that the destination's engine read."""
+    requests: int
+    """That reached the source: one, whatever the faults."""
+    pages: int
+    """That the source sent in answer."""
+    cuts: int
+    """Of the connection, while the operation waited."""
+    reconnect_ns: int
+    """From the network's return until both sides had their new connection."""
+
+    def wrong(self, outcome: Outcome) -> str:
+        """Empty when an operation that waited led to exactly one request at the source."""
+        if outcome is not Outcome.BLOCKED or self.requests == 1:
+            return ""
+        return f"{self.requests} requests reached the source instead of one"
+
+
+@dataclass(frozen=True)
 class Result:
     """What a cell's child saw."""
 
@@ -214,6 +236,7 @@ class Result:
     signal: SignalMeasure | None = None
     kill: KillMeasure | None = None
     locks: LockMeasure | None = None
+    remote: RemoteMeasure | None = None
 
     @property
     def error_name(self) -> str:
@@ -269,12 +292,21 @@ class Result:
                 call: dict(zip(_LOCK_KEYS, values, strict=True))
                 for call, *values in zip(LOCK_CALLS, *vars(self.locks).values(), strict=True)
             }
+        if self.remote is not None:
+            answer["remote"] = {
+                "faults": self.remote.faults,
+                "requests": self.remote.requests,
+                "pages": self.remote.pages,
+                "cuts": self.remote.cuts,
+                "reconnect-us": round(self.remote.reconnect_ns / 1e3, 1),
+            }
         return answer
 
     @classmethod
     def from_json(cls, value: Json) -> Result:
         """What `as_json` wrote. KeyError, ValueError or TypeError when it did not."""
         storm, kill, locks = value.get("pending-signal"), value.get("kill"), value.get("locks-ns")
+        remote = value.get("remote")
         offset = value["event-offset"]
         return cls(
             Outcome(value["outcome"]),
@@ -302,6 +334,14 @@ class Result:
             ),
             kill and KillMeasure(kill["killed"], round(kill["reaped-us"] * 1e3)),
             locks and LockMeasure(*(tuple(locks[call][key] for call in LOCK_CALLS) for key in _LOCK_KEYS)),
+            remote
+            and RemoteMeasure(
+                remote["faults"],
+                remote["requests"],
+                remote["pages"],
+                remote["cuts"],
+                round(remote["reconnect-us"] * 1e3),
+            ),
         )
 
     def as_wire(self) -> Json:
@@ -322,7 +362,12 @@ class Result:
 
 
 _LOCK_KEYS = ("idle", "elsewhere", "same-mapping-idle", "same-mapping")  # in the order of `LockMeasure`
-_NESTED: dict[str, type[Any]] = {"signal": SignalMeasure, "kill": KillMeasure, "locks": LockMeasure}
+_NESTED: dict[str, type[Any]] = {
+    "signal": SignalMeasure,
+    "kill": KillMeasure,
+    "locks": LockMeasure,
+    "remote": RemoteMeasure,
+}
 
 
 def _number_of_error(name: str | None) -> int:
