@@ -10,7 +10,8 @@
 #include "faultpaths/fp.h"
 #include "util.h"
 
-static const struct pc_fp_class *const classes[] = {&pc_fp_user, &pc_fp_copy, &pc_fp_arguments, &pc_fp_pin, &pc_fp_futex};
+static const struct pc_fp_class *const classes[] = {&pc_fp_user,  &pc_fp_copy,   &pc_fp_arguments, &pc_fp_pin,
+                                                   &pc_fp_futex, &pc_fp_remote, &pc_fp_nofault};
 
 static void hang(struct pc_fp_cell *cell)
 {
