@@ -4,28 +4,34 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 import trio
 from rich.console import Console
 from rich.status import Status
 
 from postcopy._errors import ConfigurationError
+from postcopy.testing import ChaosPlan
 
 from . import _compare, _expect, _report, _select, _system
 from ._html import to_html
 from ._layout import TITLES, Section, Span
-from ._model import Backing, Cell, Measure, Mode, Operation, Run
+from ._model import Backing, Cell, Json, Measure, Mode, Operation, Result, Run
 from ._supervise import DEFAULT_TIMEOUT_S, Runner, run_cells
 
 DEFAULT_BUDGET_S = 165.0
 """Of a run without --all, so that it ends within three minutes whatever hangs."""
+
+_DEFAULT_PLAN = "slow:delay=0.002"
+"""Of `--remote`: what the network does beside the cuts."""
 
 T = TypeVar("T", Mode, Backing, Measure)
 
@@ -59,6 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--markdown", action="store_true", help="tables for a document")
     parser.add_argument("--html", default=None, metavar="FILE", help="also write one self-contained page there")
+    parser.add_argument(
+        "--remote", nargs="?", default=None, const=_DEFAULT_PLAN, metavar="PLAN",
+        help="the page is fetched by the engine over TCP, cut off and recovered while the operation waits; PLAN: what"
+        f" the network does beside, as in docs/chaos.md (default {_DEFAULT_PLAN})",
+    )  # fmt: skip
     actions = parser.add_subparsers(dest="action", metavar="compare", title="instead of a run")
     compare = actions.add_parser("compare", help="what differs between two reports of --json", allow_abbrev=False)
     compare.add_argument("before", metavar="A.json")
@@ -97,57 +108,101 @@ def run(args: argparse.Namespace) -> int:
     direct_dir = _select.check_direct_dir(args.direct_dir) if args.direct_dir else os.getcwd()
     if args.html is not None:
         _check_writable(args.html)
-    cells = _select.choose(operations, only, modes, backings, args.all)
-    system = _system.this_system()
-    found = _run_here(
-        operations,
-        cells,
-        measures=_select.measured(cells, operations, measure),
-        system=system,
-        expectations=expectations,
-        direct_dir=direct_dir,
-        timeout_s=args.timeout,
-        budget_s=None if args.all or args.only or modes or backings else DEFAULT_BUDGET_S,
-    )
+    if args.remote is not None:
+        plan = _plan(args.remote)
+        if measure or any(mode is not Mode.MISSING for mode in modes):
+            raise ConfigurationError(
+                "--remote: a page of another host is a missing one, and nothing is measured beside"
+            )
+        cells = _select.choose(operations, only, [Mode.MISSING], backings or [Backing.ANON, Backing.MEMFD])
+        work: Work = functools.partial(_remotely, plan)
+    else:
+        cells = _select.choose(operations, only, modes, backings, args.all)
+        chosen = bool(args.all or args.only or modes or backings)
+        work = functools.partial(_here, _select.measured(cells, operations, measure), chosen)
+    found = _run(work, operations, cells, expectations, direct_dir, args.timeout)
     _write(found, args)
     return 0 if found.good else 1
 
 
-def _run_here(
+@dataclass(frozen=True)
+class _Task:
+    """What there is to do, for a `Work`."""
+
+    cells: Sequence[Cell]
+    operations: Mapping[str, Operation]
+    direct_dir: str
+    timeout_s: float
+    progress: Callable[[int, Cell], None]
+
+
+@dataclass(frozen=True)
+class _Done:
+    results: Mapping[Cell, Result]
+    left_out: Sequence[Cell] = ()
+    remote: Json | None = None
+
+
+Work = Callable[[_Task], Awaitable[_Done]]
+
+
+async def _here(measures: Mapping[Cell, Collection[Measure]], chosen: bool, task: _Task) -> _Done:
+    """Each child serves its own page. `chosen`: the user asked for these cells, and gets them, whatever it takes."""
+    async with Runner(timeout_s=task.timeout_s, direct_dir=task.direct_dir) as runner:
+        results, left_out = await run_cells(
+            task.cells,
+            task.operations,
+            measures=measures,
+            runner=runner,
+            budget_s=None if chosen else DEFAULT_BUDGET_S,
+            progress=task.progress,
+        )
+    return _Done(results, left_out)
+
+
+async def _remotely(plan: ChaosPlan, task: _Task) -> _Done:
+    """The engine serves the pages, of a source behind a bad network."""
+    from . import _remote
+
+    results, network = await _remote.run_cells(
+        task.cells,
+        task.operations,
+        plan=plan,
+        timeout_s=task.timeout_s,
+        direct_dir=task.direct_dir,
+        progress=task.progress,
+    )
+    return _Done(results, remote={"plan": str(plan), **network})
+
+
+def _run(
+    work: Work,
     operations: Sequence[Operation],
     cells: Sequence[Cell],
-    *,
-    measures: dict[Cell, Any],
-    system: _system.System,
     expectations: _expect.Expectations,
     direct_dir: str,
     timeout_s: float,
-    budget_s: float | None,
 ) -> Run:
     by_name = {operation.name: operation for operation in operations}
+    system = _system.this_system()
     began_s = time.monotonic()
-
-    async def run_all(progress: Callable[[int, Cell], None]) -> Any:
-        async with Runner(timeout_s=timeout_s, direct_dir=direct_dir) as runner:
-            return await run_cells(
-                cells, by_name, measures=measures, runner=runner, budget_s=budget_s, progress=progress
-            )
-
     with _progress(len(cells)) as progress:
         try:
-            results, left_out = trio.run(run_all, progress, strict_exception_groups=True)
+            done = trio.run(work, _Task(cells, by_name, direct_dir, timeout_s, progress), strict_exception_groups=True)
         except BaseExceptionGroup as group:
             if group.subgroup(KeyboardInterrupt) is None:
                 raise
             raise KeyboardInterrupt from None
-    judged = [expectations.judge(by_name[cell.operation], cell, result, system) for cell, result in results.items()]
     return Run(
         system.as_json() | {"direct-dir": direct_dir, "direct-file-system": _system.file_system_of(direct_dir)},
         tuple(operation for operation in operations if any(cell.operation == operation.name for cell in cells)),
-        tuple(judged),
+        tuple(
+            expectations.judge(by_name[cell.operation], cell, result, system) for cell, result in done.results.items()
+        ),
         time.monotonic() - began_s,
-        tuple(left_out),
+        tuple(done.left_out),
         expectations.as_json(),
+        done.remote,
     )
 
 
@@ -162,6 +217,15 @@ def _progress(total: int) -> Iterator[Callable[[int, Cell], None]]:
 
 
 # ---- what was asked
+
+
+def _plan(text: str) -> ChaosPlan:
+    plan = ChaosPlan.parse(text)
+    if plan.cut_every_s is not None:
+        raise ConfigurationError(
+            f"--remote: {text!r} cuts by itself; each cell is cut off when its operation waits, so give delays only"
+        )
+    return plan
 
 
 def _split(text: str) -> list[str]:

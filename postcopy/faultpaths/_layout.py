@@ -62,7 +62,15 @@ def summary(run: Run) -> str:
 
 def sections(run: Run) -> list[Section]:
     """All of them, those without rows left out."""
-    made = [*_groups(run), _changed(run), _not_expected(run), _uncovered(run), _unavailable(run), *_measures(run)]
+    made = [
+        *_groups(run),
+        *_remote(run),
+        _changed(run),
+        _not_expected(run),
+        _uncovered(run),
+        _unavailable(run),
+        *_measures(run),
+    ]
     return [section for section in made if section.rows]
 
 
@@ -223,6 +231,27 @@ def _unavailable(run: Run) -> Section:
             ((Span(those[0].reason),), (Span(", ".join(names)),), (Span(f"{modes} ({_backings(those)})", "muted"),))
         )
     return Section("Not available here", ("reason", "operations", "cells"), tuple(rows))
+
+
+def _remote(run: Run) -> Iterable[Section]:
+    items = [(item, item.result.remote) for item in run.judged if item.result.remote is not None]
+    yield Section(
+        "The page came from another host",
+        ("cell", "outcome", "faults read", "requests at the source", "cuts", "waited"),
+        tuple(
+            (
+                (Span(str(item.cell)),),
+                (Span(brief(item), kind_of(item)),),
+                (Span(str(remote.faults)),),
+                (Span(str(remote.requests), "bad" if remote.wrong(item.result.outcome) else "plain"),),
+                (Span(str(remote.cuts)),),
+                (Span(f"{item.result.waited_ns / 1e6:.1f} ms"),),
+            )
+            for item, remote in items
+            if remote is not None
+        ),
+        "Over TCP and a proxy that resets every connection while the operation waits, until both sides meet again.",
+    )
 
 
 def _measures(run: Run) -> Iterable[Section]:

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """`--remote`: the page is on another host, and the engine fetches it while the network fails.
 
-Three parties. The *cell's child* (csrc/faultpaths) registers one page, hands its userfaultfd over a Unix socket, and runs
-the operation when it is told to. The *destination's engine*, a `Pager` here, serves that userfaultfd, with the page at an
-address of the child. The *source* is a `PageServer` behind a TCP port; between the two stands the chaos proxy of
+Three parties. The *cell's child* (csrc/faultpaths) registers one page, hands its userfaultfd over a Unix socket, and
+runs the operation when it is told to. The *destination's engine*, a `Pager` here, serves that userfaultfd, with the
+page at an address of the child. The *source* is a `PageServer` behind a TCP port; between the two stands the chaos proxy of
 `postcopy.testing`, with whatever delay its plan has.
 
 What happens to each cell, in order, whatever the plan:
 
 1. The proxy holds everything back; the operation begins, faults, and waits; the engine's request is on its way.
 2. All connections are reset. The request is lost with them.
-3. Both sides are told, as in a recovery: the source what the destination has, the engine its new connection, on which it
-   asks again for what is pending.
+3. Both sides are told, as in a recovery: the source what the destination has, the engine its new connection, on which
+   it asks again for what is pending.
 4. The page comes, delayed, is verified and placed; the operation goes on, and the child compares content.
 
-So one request must reach the source, whatever the child's thread did meanwhile. An operation that does not fault, or does
-not wait, ends before step 2 and has no cut.
+So one request must reach the source, whatever the child's thread did meanwhile. An operation that does not fault, or
+does not wait, ends before step 2 and has no cut.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ from . import _core
 from ._model import Cell, Operation, RemoteMeasure, Result
 from ._supervise import Runner
 
-DEFAULT_PLAN = "slow:delay=0.002"
 MIN_TIMEOUT_S = 10.0
 """For a cell's child: delays and a cut take their time."""
 STEP_S = 5.0
@@ -183,7 +182,7 @@ async def _serve(link: Link, handed: HandOver, over: trio.Event, while_pending: 
             pager.arm(shard, 0, 0, memory.pages)
             link.proxy.freeze()
             link.go()
-            while not over.is_set() and not pager.statistics().pending_faults:
+            while not over.is_set() and not pager.statistics().pending_faults:  # noqa: ASYNC110 - see LOOK_S
                 await trio.sleep(LOOK_S)
             if not over.is_set():
                 if while_pending is not None:
@@ -202,9 +201,7 @@ async def _serve(link: Link, handed: HandOver, over: trio.Event, while_pending: 
 
 
 @asynccontextmanager
-async def _engines(
-    memory: ForeignMemory, source: Memory, uffd: int
-) -> AsyncIterator[tuple[Pager, int, PageServer]]:
+async def _engines(memory: ForeignMemory, source: Memory, uffd: int) -> AsyncIterator[tuple[Pager, int, PageServer]]:
     """Destination and source with one block. The userfaultfd is the pager's from here on."""
     states = check(lib.pc_states_new(memory.pages), "making page states")
     try:
