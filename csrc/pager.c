@@ -1743,6 +1743,8 @@ static int poison_missing(struct pc_pager *pager, struct shard *shard)
                 int error = pc_uffd_poison(shard->uffd, page_address(block, first) + at, bytes - at, 0, &done);
 
                 at += done;
+                if (error == -ESRCH)
+                    return 0; /* of another process, which has ended: nobody is left to see zeros */
                 if (error == -EEXIST)
                     at += block->memory.page_bytes;
                 else if (error && error != -EAGAIN)

@@ -250,7 +250,8 @@ def _remote(run: Run) -> Iterable[Section]:
             for item, remote in items
             if remote is not None
         ),
-        "Over TCP and a proxy that resets every connection while the operation waits, until both sides meet again.",
+        "Over TCP and a proxy that resets every connection while the operation waits, until both sides meet again. A"
+        " fault beside an operation that passed is that of the check of the content afterwards.",
     )
 
 

@@ -77,6 +77,8 @@ EVENT_THREADS = ("none", "own", "other", "kernel", "process")
 """Whose fault it was: `enum pc_fp_thread`."""
 
 NO_FLAGS = Flag(0)
+_ERROR_NAMES = {133: "EHWPOISON"} | errno.errorcode  # Python does not know that one everywhere
+_ERROR_NUMBERS = {name: number for number, name in _ERROR_NAMES.items()}
 MODES, BACKINGS, OUTCOMES = tuple(Mode), tuple(Backing), tuple(Outcome)
 
 
@@ -195,6 +197,8 @@ class RemoteMeasure:
     """That the source sent in answer."""
     cuts: int
     """Of the connection, while the operation waited."""
+    held_ns: int
+    """How long the page was certainly not there: from the fault seen pending to the new connection. 0: no fault."""
     reconnect_ns: int
     """From the network's return until both sides had their new connection."""
 
@@ -241,7 +245,7 @@ class Result:
     @property
     def error_name(self) -> str:
         """Such as EFAULT; empty when there is none."""
-        return errno.errorcode.get(self.error, str(self.error)) if self.error else ""
+        return _ERROR_NAMES.get(self.error, str(self.error)) if self.error else ""
 
     @property
     def signal_name(self) -> str:
@@ -298,6 +302,7 @@ class Result:
                 "requests": self.remote.requests,
                 "pages": self.remote.pages,
                 "cuts": self.remote.cuts,
+                "held-us": round(self.remote.held_ns / 1e3, 1),
                 "reconnect-us": round(self.remote.reconnect_ns / 1e3, 1),
             }
         return answer
@@ -340,6 +345,7 @@ class Result:
                 remote["requests"],
                 remote["pages"],
                 remote["cuts"],
+                round(remote["held-us"] * 1e3),
                 round(remote["reconnect-us"] * 1e3),
             ),
         )
@@ -373,7 +379,7 @@ _NESTED: dict[str, type[Any]] = {
 def _number_of_error(name: str | None) -> int:
     if name is None:
         return 0
-    return int(name) if name.isdigit() else int(getattr(errno, name))
+    return int(name) if name.isdigit() else _ERROR_NUMBERS[name]
 
 
 def _number_of_signal(name: str | None) -> int:

@@ -3,8 +3,8 @@
 
 Three parties. The *cell's child* (csrc/faultpaths) registers one page, hands its userfaultfd over a Unix socket, and
 runs the operation when it is told to. The *destination's engine*, a `Pager` here, serves that userfaultfd, with the
-page at an address of the child. The *source* is a `PageServer` behind a TCP port; between the two stands the chaos proxy of
-`postcopy.testing`, with whatever delay its plan has.
+page at an address of the child. The *source* is a `PageServer` behind a TCP port; between the two stands the chaos
+proxy of `postcopy.testing`, with whatever delay its plan has.
 
 What happens to each cell, in order, whatever the plan:
 
@@ -32,7 +32,7 @@ from typing import Any
 
 import trio
 
-from postcopy._errors import MigrationError, ResourceError, check
+from postcopy._errors import MigrationError, PostcopyError, ResourceError, check
 from postcopy._events import EventType
 from postcopy._native import ffi, lib
 from postcopy.memory import Memory
@@ -43,13 +43,14 @@ from postcopy.testing.chaos import ChaosProxy
 from postcopy.uffd import UffdFeature
 
 from . import _core
-from ._model import Cell, Operation, RemoteMeasure, Result
+from ._model import Cell, Operation, Outcome, RemoteMeasure, Result
 from ._supervise import Runner
 
 MIN_TIMEOUT_S = 10.0
 """For a cell's child: delays and a cut take their time."""
 STEP_S = 5.0
 """For one step of a recovery."""
+CUT_AGAIN_S = 0.05
 LOOK_S = 0.0005
 """How often the engine is asked whether a fault is pending: it has no event for that, as nothing else needs one."""
 _FEATURES = UffdFeature.THREAD_ID | UffdFeature.EXACT_ADDRESS  # as the child opens it
@@ -141,6 +142,7 @@ async def run_cell(runner: Runner, link: Link, operation: Operation, cell: Cell,
     link.drain()
     results: list[Result] = []
     measures: list[RemoteMeasure] = []
+    failures: list[str] = []
     over = trio.Event()
 
     async with trio.open_nursery() as nursery:
@@ -154,20 +156,29 @@ async def run_cell(runner: Runner, link: Link, operation: Operation, cell: Cell,
         handed = await link.hand_over()
         # From here on the page's fate is ours. The child's end does not cancel what must be seen through.
         with trio.CancelScope(shield=True):
-            measures.append(await _serve(link, handed, over, while_pending))
-        await over.wait()
+            try:
+                measures.append(await _serve(link, handed, over, while_pending))
+            except (PostcopyError, trio.TooSlowError) as error:
+                failures.append(str(error) or "a step of the recovery did not end in time")
+            link.proxy.thaw()
+        await over.wait()  # at the latest when the child's watchdog ends it
     result = results[0]
+    if failures:
+        return replace(result, outcome=Outcome.CRASHED, text=f"the engine: {failures[0]}")
     if not measures:
         return result  # it was unavailable before it had a page
     measure = measures[0]
-    return replace(result, remote=measure, events=measure.faults, repeated=max(0, measure.faults - 1))
+    outcome = result.outcome
+    if outcome is Outcome.PASSED and measure.held_ns and result.waited_ns >= measure.held_ns:
+        # The child cannot see the thread of another process, or of the kernel, wait for its page.
+        outcome = Outcome.BLOCKED
+    return replace(result, outcome=outcome, remote=measure, events=measure.faults, repeated=max(0, measure.faults - 1))
 
 
 async def _serve(link: Link, handed: HandOver, over: trio.Event, while_pending: Hook | None) -> RemoteMeasure:
     """From the hand-over until the child has ended."""
     memory = handed.memory
-    cuts = 0
-    reconnect_ns = 0
+    cuts = held_ns = reconnect_ns = 0
     with contextlib.ExitStack() as stack:
         if memory.fd >= 0:
             stack.callback(os.close, memory.fd)
@@ -185,19 +196,19 @@ async def _serve(link: Link, handed: HandOver, over: trio.Event, while_pending: 
             while not over.is_set() and not pager.statistics().pending_faults:  # noqa: ASYNC110 - see LOOK_S
                 await trio.sleep(LOOK_S)
             if not over.is_set():
+                pending_ns = time.monotonic_ns()
                 if while_pending is not None:
                     await while_pending(pager)
                 cuts += 1
-                link.proxy.cut("reset")
-                await _down(pager, server)
+                await _cut(link.proxy, pager, server)
                 link.proxy.thaw()
                 began_ns = time.monotonic_ns()
                 await _recover(link, pager, shard, server)
-                reconnect_ns = time.monotonic_ns() - began_ns
+                held_ns, reconnect_ns = (time.monotonic_ns() - since_ns for since_ns in (pending_ns, began_ns))
             link.proxy.thaw()
             await over.wait()
             seen, told = pager.statistics(), server.statistics()
-            return RemoteMeasure(seen.faults, told.requests, told.demand_pages, cuts, reconnect_ns)
+            return RemoteMeasure(seen.faults, told.requests, told.demand_pages, cuts, held_ns, reconnect_ns)
 
 
 @asynccontextmanager
@@ -218,15 +229,25 @@ async def _engines(memory: ForeignMemory, source: Memory, uffd: int) -> AsyncIte
         os.close(states)
 
 
-async def _down(pager: Pager, server: PageServer) -> None:
-    """Until both sides have noticed."""
+async def _cut(proxy: ChaosProxy, pager: Pager, server: PageServer) -> None:
+    """Resets every connection, until both sides have noticed."""
     with trio.fail_after(STEP_S):
         for owner in (pager, server):
-            async for event in owner.events():
-                if event.type is EventType.FATAL:
-                    raise MigrationError(f"--remote: the engine cannot go on: {event.text}")
-                if event.type is EventType.CHANNEL_DOWN:
-                    break
+            noticed = False
+            while not noticed:
+                # Again and again: the proxy may be about to know a connection that both of its ends know already.
+                proxy.cut("reset")
+                with trio.move_on_after(CUT_AGAIN_S):
+                    noticed = await _channel_down(owner)
+
+
+async def _channel_down(owner: Pager | PageServer) -> bool:
+    async for event in owner.events():
+        if event.type is EventType.FATAL:
+            raise MigrationError(f"it cannot go on: {event.text}")
+        if event.type is EventType.CHANNEL_DOWN:
+            return True
+    return False
 
 
 async def _recover(link: Link, pager: Pager, shard: int, server: PageServer) -> None:
