@@ -77,7 +77,7 @@ EVENT_THREADS = ("none", "own", "other", "kernel", "process")
 """Whose fault it was: `enum pc_fp_thread`."""
 
 NO_FLAGS = Flag(0)
-_ERROR_NAMES = {133: "EHWPOISON"} | errno.errorcode  # Python does not know that one everywhere
+_ERROR_NAMES: dict[int, str] = {133: "EHWPOISON", **errno.errorcode}  # Python does not know that one everywhere
 _ERROR_NUMBERS = {name: number for number, name in _ERROR_NAMES.items()}
 MODES, BACKINGS, OUTCOMES = tuple(Mode), tuple(Backing), tuple(Outcome)
 
