@@ -281,14 +281,14 @@ static void register_buffers(struct pc_fp_cell *cell)
 }
 
 static const struct pc_fp_operation operations[] = {
-    {{"uring.direct_read", "uring", "IORING_OP_READ, O_DIRECT, in the submitter's call", EVERYWHERE,
+    {{"uring.direct_read", "uring", "IORING_OP_READ, O_DIRECT", EVERYWHERE,
       PC_FP_WRITES | PC_FP_NEEDS_DIR},
      direct_read},
-    {{"uring.direct_write", "uring", "IORING_OP_WRITE, O_DIRECT, in the submitter's call", EVERYWHERE, PC_FP_NEEDS_DIR},
+    {{"uring.direct_write", "uring", "IORING_OP_WRITE, O_DIRECT: by a worker where it might wait for the file", EVERYWHERE, PC_FP_NEEDS_DIR},
      direct_write},
-    {{"uring.buffered_read", "uring", "IORING_OP_READ, buffered, in the submitter's call", EVERYWHERE, PC_FP_WRITES},
+    {{"uring.buffered_read", "uring", "IORING_OP_READ, buffered: by a worker where the file has no way without waiting", EVERYWHERE, PC_FP_WRITES},
      buffered_read},
-    {{"uring.buffered_write", "uring", "IORING_OP_WRITE, buffered, in the submitter's call", EVERYWHERE, 0}, buffered_write},
+    {{"uring.buffered_write", "uring", "IORING_OP_WRITE, buffered: by a worker where the file has no way without waiting", EVERYWHERE, 0}, buffered_write},
     {{"uring.async_read", "uring", "IORING_OP_READ with IOSQE_ASYNC, buffered, by a worker", EVERYWHERE, PC_FP_WRITES},
      async_read},
     {{"uring.async_write", "uring", "IORING_OP_WRITE with IOSQE_ASYNC, buffered, by a worker", EVERYWHERE, 0}, async_write},
