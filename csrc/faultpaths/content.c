@@ -36,7 +36,7 @@ static const uint8_t code[] = {
 
 static const uint8_t guest_code[] = {0xb8, 0x43, 0x50, 0xf4};
 /* Present, writable, user, accessed, dirty, large: with nothing left for a processor to write. */
-static const uint8_t page_directory_entry[] = {0xe7, 0, 0, 0};
+static const uint8_t page_directory_entry[8] = {0xe7};
 
 /* Accepts every packet. */
 static const struct sock_filter accept_all[] = {{.code = BPF_RET | BPF_K, .k = 0xffff}};

@@ -57,7 +57,7 @@ enum { /* offsets in the page */
     PC_FP_AT_CPUS = 0x6C0,      /* 64 bytes of ones: a processor mask */
     PC_FP_AT_NODES = 0x700,     /* 8 bytes: node 0 */
     PC_FP_AT_GUEST = 0x740,     /* x86 code for a guest in real mode: mov $PC_FP_CODE_RETURNS, %ax; hlt */
-    PC_FP_AT_PDE = 0x760,       /* an entry of an x86 page directory: 4 MiB at physical 0 */
+    PC_FP_AT_PDE = 0x760,       /* an entry of an x86-64 page directory: 2 MiB at physical 0 */
     PC_FP_AT_OUT = 0x800        /* from here on for results */
 };
 enum { /* offsets in the scratch area */

@@ -164,12 +164,17 @@ static void fetch(struct pc_fp_cell *cell)
         pc_fp_wrong(cell, "the guest ran other code: AX is 0x%04x", accumulator(&guest));
 }
 
-/* 32-bit protected mode with the page as page directory: the program's own address is translated by it. */
+static void put_entry(struct guest *guest, uint32_t at, uint64_t entry)
+{
+    memcpy(guest->low + at, &entry, sizeof(entry));
+}
+
+/* 64-bit mode with the page as page directory: the program's own address is translated by it. */
 static void walk(struct pc_fp_cell *cell)
 {
     static const uint8_t code[] = {0xb8, 0x43, 0x50, 0x00, 0x00, /* mov $PC_FP_CODE_RETURNS, %eax */
                                    0xf4};
-    struct kvm_segment segment = {.limit = 0xffffffff, .selector = 8, .type = 11, .present = 1, .s = 1, .db = 1, .g = 1};
+    struct kvm_segment segment = {.limit = 0xffffffff, .selector = 8, .type = 11, .present = 1, .s = 1, .l = 1, .g = 1};
     struct guest guest;
 
     if (!guest_make(cell, &guest, code, sizeof(code)))
@@ -177,11 +182,16 @@ static void walk(struct pc_fp_cell *cell)
     guest.sregs.cs = segment;
     segment.type = 3;
     segment.selector = 16;
+    segment.l = 0;
+    segment.db = 1;
     guest.sregs.ds = guest.sregs.es = guest.sregs.ss = guest.sregs.fs = guest.sregs.gs = segment;
-    guest.sregs.cr3 = PAGE;
-    guest.sregs.cr4 |= 0x10;       /* PSE */
+    put_entry(&guest, 0x2000, 0x3000 | 0x27); /* present, writable, user, accessed */
+    put_entry(&guest, 0x3000, PAGE | 0x27);
+    guest.sregs.cr3 = 0x2000;
+    guest.sregs.cr4 |= 0x20;       /* PAE */
+    guest.sregs.efer |= 0x500;     /* LMA, LME */
     guest.sregs.cr0 |= 0x80000001; /* PG, PE */
-    guest.regs.rip = ((uint64_t)PC_FP_AT_PDE / 4 << 22) + CODE;
+    guest.regs.rip = ((uint64_t)PC_FP_AT_PDE / 8 << 21) + CODE;
     if (guest_run(cell, &guest, KVM_EXIT_HLT) && accumulator(&guest) != PC_FP_CODE_RETURNS)
         pc_fp_wrong(cell, "the guest ran other code: AX is 0x%04x", accumulator(&guest));
 }
