@@ -34,6 +34,10 @@ static const uint8_t code[] = {
 #endif
 };
 
+static const uint8_t guest_code[] = {0xb8, 0x43, 0x50, 0xf4};
+/* Present, writable, user, accessed, dirty, large: with nothing left for a processor to write. */
+static const uint8_t page_directory_entry[8] = {0xe7};
+
 /* Accepts every packet. */
 static const struct sock_filter accept_all[] = {{.code = BPF_RET | BPF_K, .k = 0xffff}};
 
@@ -93,6 +97,8 @@ static void put_arguments(uint8_t *page, uint64_t limit)
         {PC_FP_AT_FLOCK, &lock, sizeof(lock)},
         {PC_FP_AT_CPUS, cpus, sizeof(cpus)},
         {PC_FP_AT_NODES, &node, sizeof(node)},
+        {PC_FP_AT_GUEST, guest_code, sizeof(guest_code)},
+        {PC_FP_AT_PDE, page_directory_entry, sizeof(page_directory_entry)},
     };
 
     memset(cpus, 0xff, sizeof(cpus));

@@ -56,6 +56,8 @@ enum { /* offsets in the page */
     PC_FP_AT_FLOCK = 0x680,     /* struct flock64: F_WRLCK, all of the file */
     PC_FP_AT_CPUS = 0x6C0,      /* 64 bytes of ones: a processor mask */
     PC_FP_AT_NODES = 0x700,     /* 8 bytes: node 0 */
+    PC_FP_AT_GUEST = 0x740,     /* x86 code for a guest in real mode: mov $PC_FP_CODE_RETURNS, %ax; hlt */
+    PC_FP_AT_PDE = 0x760,       /* an entry of an x86-64 page directory: 2 MiB at physical 0 */
     PC_FP_AT_OUT = 0x800        /* from here on for results */
 };
 enum { /* offsets in the scratch area */
@@ -147,7 +149,8 @@ struct pc_fp_class {
     const struct pc_fp_operation *operations;
     uint32_t count;
 };
-extern const struct pc_fp_class pc_fp_user, pc_fp_copy, pc_fp_arguments, pc_fp_pin, pc_fp_futex, pc_fp_remote, pc_fp_nofault;
+extern const struct pc_fp_class pc_fp_user, pc_fp_copy, pc_fp_arguments, pc_fp_pin, pc_fp_futex, pc_fp_uring, pc_fp_kvm,
+    pc_fp_remote, pc_fp_net, pc_fp_nofault, pc_fp_device;
 
 const struct pc_fp_operation *pc_fp_operation(uint32_t index);
 /* What is at fixed addresses: the scratch area's content. 0 or -errno. */
