@@ -17,10 +17,12 @@ import pytest
 import trio
 
 from postcopy._native import lib
-from postcopy.faultpaths import _runner
+from postcopy.faultpaths import _remote, _runner
 from postcopy.faultpaths._core import operations
 from postcopy.faultpaths._model import Backing, Cell, Mode, Operation, Outcome, Verdict
 from postcopy.faultpaths._supervise import Runner
+from postcopy.pager import Pager
+from postcopy.testing import ChaosPlan
 
 FAULTPATHS = [sys.executable, "-m", "postcopy", "faultpaths"]
 SHORT = ["--only", "user.load,copy.write_pipe,copy.read_pipe", "--mode", "missing", "--backing", "anon,memfd"]
@@ -188,3 +190,82 @@ def test_an_interrupted_run_ends_in_order(spawn_child: Callable[..., Any]) -> No
     assert done.returncode == 1
     assert done.stderr == ""
     wait_until_gone(below)
+
+
+# ---- through the engine
+
+
+@pytest.mark.needs("uffd")
+def test_pages_of_another_host_through_a_cut(run_in_child: Callable[..., Any]) -> None:
+    only = (
+        "user.load,copy.write_pipe,copy.execve_argv,pin.odirect_read,futex.wake_private,nofault.munmap,remote.mem_read"
+    )
+    done = run_in_child([*FAULTPATHS, "--remote", "--only", only, "--json"], deadline_s=60.0)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert len(report["cells"]) == 2 * len(only.split(","))  # anonymous memory and memfd
+    waited = [cell for cell in report["cells"] if cell["outcome"] == "blocked"]
+    assert {cell["operation"] for cell in waited} == {
+        "user.load", "copy.write_pipe", "copy.execve_argv", "pin.odirect_read"
+    }  # fmt: skip
+    for cell in waited:
+        remote = cell["remote"]
+        assert (remote["requests"], remote["pages"], remote["cuts"]) == (1, 1, 1), cell
+        assert cell["waited-us"] >= remote["held-us"]
+    assert report["remote"]["connections"] > len(report["cells"])
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("--remote=quick", "no chaos called 'quick'"),
+        ("--remote=cut", "cuts by itself"),
+        ("--remote --mode wp", "a page of another host is a missing one"),
+        ("--remote --measure kill", "nothing is measured beside"),
+    ],
+)
+def test_one_line_for_a_mistake_with_remote(run_in_child: Callable[..., Any], line: str, reason: str) -> None:
+    test_one_line_for_a_mistake(run_in_child, line, reason)
+
+
+STORM_SIGNALS = 20
+STORM_EVENTS = 300
+"""As many as make the engine rest between its reads, and some that it reads then."""
+
+
+async def storm(name: str) -> tuple[str, int, int, int, float]:
+    """Sends signals to the thread that waits in a system call until the engine has read many events. The outcome,
+    faults, requests and pages at the source, and for how long the page was certainly not there, in seconds."""
+
+    async def send_signals(pager: Pager) -> None:
+        below = descendants(os.getpid())
+        cell = below[2]  # after guard and worker
+        for _ in range(STORM_SIGNALS):
+            os.kill(cell, signal.SIGUSR1)
+        while pager.statistics().faults < STORM_EVENTS:  # noqa: ASYNC110 - the pager has no event for it
+            await trio.sleep(0.01)
+
+    operation = next(operation for operation in operations() if operation.name == name)
+    cell = Cell(name, Mode.MISSING, Backing.MEMFD)
+    results, _ = await _remote.run_cells(
+        [cell], {name: operation}, plan=ChaosPlan(), timeout_s=60.0, direct_dir=os.getcwd(), while_pending=send_signals
+    )
+    remote = results[cell].remote
+    assert remote is not None, results[cell].text
+    return results[cell].outcome, remote.faults, remote.requests, remote.pages, remote.held_ns / 1e9
+
+
+def storm_in_trio(name: str) -> tuple[str, int, int, int, float]:
+    return trio.run(storm, name)
+
+
+@pytest.mark.needs("uffd")
+@pytest.mark.parametrize("name", ["copy.write_pipe", "futex.wait_private"])
+def test_a_signal_storm_leads_to_one_request_and_bounded_work(run_in_child: Callable[..., Any], name: str) -> None:
+    done = run_in_child(storm_in_trio, name, deadline_s=90.0)
+    assert done.value is not None, done.stderr
+    outcome, faults, requests, pages, held_s = done.value
+    assert (outcome, requests, pages) == ("blocked", 1, 1)
+    assert faults >= STORM_EVENTS
+    # The thread raises its fault a hundred thousand times a second; the engine rests between reads (csrc/pager.c).
+    assert faults <= STORM_EVENTS + 100 + held_s * 4000
