@@ -152,14 +152,18 @@ void pc_fp_in_process(struct pc_fp_cell *cell, void (*act)(struct pc_fp_cell *ce
     }
 }
 
+/* A name of its own for a child's file; not O_TMPFILE, which network file systems do not have. */
+static void name_direct_file(const struct pc_fp_spec *spec, pid_t child, char *path, size_t bytes)
+{
+    (void)snprintf(path, bytes, "%s/.postcopy-faultpath-%d", spec->direct_dir[0] ? spec->direct_dir : ".", (int)child);
+}
+
 int pc_fp_direct_file(struct pc_fp_cell *cell, int flags, const uint8_t *data, uint32_t pages)
 {
-    const char *dir = cell->spec->direct_dir[0] ? cell->spec->direct_dir : ".";
     char path[300];
     int plain, fd;
 
-    /* A name of its own in the directory for a moment; not O_TMPFILE, which network file systems do not have. */
-    (void)snprintf(path, sizeof(path), "%s/.postcopy-faultpath-%d", dir, (int)getpid());
+    name_direct_file(cell->spec, getpid(), path, sizeof(path));
     plain = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (plain < 0) {
         pc_fp_unavailable(cell, errno, "%s", path);
@@ -168,15 +172,13 @@ int pc_fp_direct_file(struct pc_fp_cell *cell, int flags, const uint8_t *data, u
     for (uint32_t i = 0; i < pages; i++)
         if (write(plain, data, PC_FP_BYTES) != PC_FP_BYTES) {
             pc_fp_unavailable(cell, errno, "%s", path);
-            (void)unlink(path);
             close(plain);
             return -1;
         }
     (void)fdatasync(plain);
     fd = open(path, O_RDWR | O_CLOEXEC | flags);
     if (fd < 0)
-        pc_fp_unavailable(cell, errno, "%s: O_DIRECT", dir);
-    (void)unlink(path);
+        pc_fp_unavailable(cell, errno, "%s: O_DIRECT", path);
     close(plain);
     return fd;
 }
@@ -443,6 +445,7 @@ static int run_child(const struct pc_fp_spec *spec, uint32_t measure, struct pc_
     pid_t parent = getpid(), child;
     int rc = 0, pidfd, status = 0;
     bool late, gone;
+    char path[300];
 
     if (shared == MAP_FAILED || !cell) {
         if (shared != MAP_FAILED)
@@ -473,6 +476,11 @@ static int run_child(const struct pc_fp_spec *spec, uint32_t measure, struct pc_
         measure_kill(pidfd, child, shared, timeout_ns);
     gone = end_group(child, &status);
     close(pidfd);
+    if (cell->operation->about.flags & PC_FP_NEEDS_DIR) {
+        /* Here, since the child may have been killed; and then the time of that is not the file system's. */
+        name_direct_file(spec, child, path, sizeof(path));
+        (void)unlink(path);
+    }
     judge(shared, late, status, spec->hand_over_fd >= 0);
     *result = shared->result;
     if (!gone)

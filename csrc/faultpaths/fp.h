@@ -137,7 +137,7 @@ void pc_fp_check_value(struct pc_fp_cell *cell, int64_t expected);
 /* Another process, which shares no memory with this one but that of the result, runs `act` (which calls pc_fp_begin and
  * pc_fp_end). Returns when it is done. */
 void pc_fp_in_process(struct pc_fp_cell *cell, void (*act)(struct pc_fp_cell *cell, void *argument), void *argument);
-/* Opens a new file in spec.direct_dir that has no name any more, with PC_FP_BYTES of `data` so many times. The descriptor, or
+/* Opens a new file in spec.direct_dir, which the parent removes, with PC_FP_BYTES of `data` so many times. The descriptor, or
  * -1, having said pc_fp_unavailable. */
 int pc_fp_direct_file(struct pc_fp_cell *cell, int flags, const uint8_t *data, uint32_t pages);
 /* A descriptor of a file in memory (another memfd) with one page of content. -1 as above. */
