@@ -36,7 +36,7 @@ static bool guest_make(struct pc_fp_cell *cell, struct guest *guest, const uint8
 {
     int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC), vm, run_bytes;
     struct kvm_userspace_memory_region low = {.slot = 0, .memory_size = LOW_BYTES};
-    struct kvm_userspace_memory_region page = {.slot = 1, .guest_phys_addr = PAGE, .memory_size = cell->page_bytes,
+    struct kvm_userspace_memory_region page = {.slot = 1, .guest_phys_addr = PAGE, .memory_size = PC_FP_BYTES,
                                                .userspace_addr = (uintptr_t)cell->page};
 
     if (kvm < 0) {
