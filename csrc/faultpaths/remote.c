@@ -350,8 +350,9 @@ static const struct pc_fp_operation operations[] = {
     {{"remote.mem_write", "remote", "another process writes /proc/PID/mem", EVERYWHERE, PC_FP_WRITES}, mem_write_other},
     {{"remote.ptrace_peek", "remote", "a debugger's PTRACE_PEEKDATA", EVERYWHERE, 0}, ptrace_peek},
     {{"remote.ptrace_poke", "remote", "a debugger's PTRACE_POKEDATA", EVERYWHERE, PC_FP_WRITES}, ptrace_poke},
-    {{"remote.cmdline", "remote", "another process (ps) reads /proc/PID/cmdline, the arguments being in the page", EVERYWHERE,
-      0},
+    /* Of anonymous memory only: what a file is behind is refused since a FUSE could stop every `ps` (FOLL_ANON, 4.17). */
+    {{"remote.cmdline", "remote", "another process (ps) reads /proc/PID/cmdline, the arguments being in the page",
+      PC_FP_ALL_MODES, 1u << PC_FP_ANON, 0},
      cmdline},
     {{"pin.process_vm_readv_remote", "pin", "process_vm_readv, the page is the remote end: get_user_pages_remote", EVERYWHERE,
       0},
