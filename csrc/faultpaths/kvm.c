@@ -264,10 +264,10 @@ static void mmio(struct pc_fp_cell *cell)
 static void clock_page(struct pc_fp_cell *cell)
 {
     static const uint8_t code[] = {0xf4};
-    struct {
-        struct kvm_msrs head;
+    struct { /* struct kvm_msrs with its array */
+        uint32_t count, padding;
         struct kvm_msr_entry entry;
-    } msrs = {.head = {.nmsrs = 1}, .entry = {.index = 0x4b564d01, .data = (PAGE + PC_FP_AT_OUT) | 1}};
+    } msrs = {.count = 1, .entry = {.index = 0x4b564d01, .data = (PAGE + PC_FP_AT_OUT) | 1}};
     struct guest guest;
 
     if (!guest_make(cell, &guest, code, sizeof(code)) || !guest_set(cell, &guest))
