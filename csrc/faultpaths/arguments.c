@@ -7,6 +7,7 @@
 #include <linux/keyctl.h>
 #include <netinet/in.h>
 #include <poll.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
@@ -777,6 +778,44 @@ static void uffdio_copy_source(struct pc_fp_cell *cell)
         pc_fp_verify(cell, target, 0, PC_FP_BYTES);
 }
 
+static void *touch(void *argument)
+{
+    (void)*(volatile uint8_t *)argument;
+    return NULL;
+}
+
+/* A handler that reads its events into memory of which a page is missing. (Of its own userfaultfd, it would wait for itself.) */
+static void uffd_read(struct pc_fp_cell *cell)
+{
+    int uffd = pc_uffd_open(PC_UFFD_ANY, 0, NULL);
+    uint64_t bytes = pc_page_bytes(), done, address = 0;
+    uint8_t *target = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    struct pollfd polled = {.fd = uffd, .events = POLLIN};
+    pthread_t thread;
+    int rc;
+
+    if (target == MAP_FAILED || uffd < 0) {
+        pc_fp_unavailable(cell, uffd < 0 ? -uffd : ENOMEM, "userfaultfd");
+        return;
+    }
+    rc = pc_uffd_register(uffd, (uintptr_t)target, bytes, PC_UFFD_MISSING, NULL);
+    if (!rc)
+        rc = -pthread_create(&thread, NULL, touch, target);
+    if (rc) {
+        pc_fp_unavailable(cell, -rc, "a fault to read");
+        return;
+    }
+    (void)poll(&polled, 1, -1);
+    PC_FP_ACT(cell, SYS(read, uffd, IN(cell, OUT), 32));
+    pc_fp_check_value(cell, 32);
+    if (pc_fp_succeeded(cell))
+        memcpy(&address, IN(cell, OUT) + 16, sizeof(address));
+    if (pc_fp_succeeded(cell) && address != (uintptr_t)target)
+        pc_fp_wrong(cell, "the event is of another address");
+    (void)pc_uffd_zeropage(uffd, (uintptr_t)target, bytes, 0, &done);
+    (void)pthread_join(thread, NULL);
+}
+
 static const struct pc_fp_operation operations[] = {
     {{"copy.sendmsg_msghdr", "copy", "sendmsg: its struct msghdr", EVERYWHERE, 0}, sendmsg_header},
     {{"copy.recvmsg_msghdr", "copy", "recvmsg: its struct msghdr, read and written", EVERYWHERE, PC_FP_WRITES},
@@ -841,6 +880,7 @@ static const struct pc_fp_operation operations[] = {
     {{"copy.fcntl_lock", "copy", "fcntl F_SETLK: struct flock", EVERYWHERE, 0}, lock_file},
     {{"copy.uffdio_copy_source", "copy", "UFFDIO_COPY on another userfaultfd: its source", EVERYWHERE, 0},
      uffdio_copy_source},
+    {{"copy.uffd_read", "copy", "read from another userfaultfd: the event", EVERYWHERE, PC_FP_WRITES}, uffd_read},
 };
 
 const struct pc_fp_class pc_fp_arguments = {operations, PC_ARRAY_LENGTH(operations)};

@@ -69,7 +69,8 @@ static bool open_uffd(struct pc_fp_cell *cell)
         return false;
     }
     if (how == PC_UFFD_ANY && api.how == PC_UFFD_USER_ONLY) {
-        pc_fp_unavailable(cell, 0, "this user may open a userfaultfd for faults of user mode only");
+        pc_fp_unavailable(cell, 0, "this user may open a userfaultfd for faults of user mode only; it takes access to "
+                                   "/dev/userfaultfd, CAP_SYS_PTRACE or vm.unprivileged_userfaultfd=1");
         return false;
     }
     if (need & ~api.features) {
