@@ -5,6 +5,7 @@
  */
 #include <fcntl.h>
 #include <linux/keyctl.h>
+#include <linux/mempolicy.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <pthread.h>
@@ -637,6 +638,13 @@ static void affinity_mask(struct pc_fp_cell *cell)
     PC_FP_ACT(cell, SYS(sched_setaffinity, 0, 64, IN(cell, CPUS)));
 }
 
+static void policy_nodes(struct pc_fp_cell *cell)
+{
+    PC_FP_ACT(cell, SYS(set_mempolicy, MPOL_BIND, IN(cell, NODES), 64));
+    if (cell->shared->result.error == ENOSYS || cell->shared->result.error == EPERM)
+        pc_fp_unavailable(cell, cell->shared->result.error, "set_mempolicy");
+}
+
 static void prlimit_new(struct pc_fp_cell *cell)
 {
     struct rlimit got;
@@ -866,6 +874,7 @@ static const struct pc_fp_operation operations[] = {
     {{"copy.timerfd_settime", "copy", "timerfd_settime: struct itimerspec", EVERYWHERE, 0}, timerfd_time},
     {{"copy.utimensat", "copy", "utimensat: the two times", EVERYWHERE, 0}, utimensat_times},
     {{"copy.sched_setaffinity", "copy", "sched_setaffinity: the mask", EVERYWHERE, 0}, affinity_mask},
+    {{"copy.set_mempolicy", "copy", "set_mempolicy: the mask of nodes", EVERYWHERE, 0}, policy_nodes},
     {{"copy.prlimit_new", "copy", "prlimit64: the new limit", EVERYWHERE, 0}, prlimit_new},
     {{"copy.prlimit_old", "copy", "prlimit64: the old limit", EVERYWHERE, PC_FP_WRITES}, prlimit_old},
     {{"copy.sigprocmask", "copy", "rt_sigprocmask: the set", EVERYWHERE, 0}, signal_mask},
