@@ -141,6 +141,8 @@ void pc_fp_in_process(struct pc_fp_cell *cell, void (*act)(struct pc_fp_cell *ce
 int pc_fp_direct_file(struct pc_fp_cell *cell, int flags, const uint8_t *data, uint32_t pages);
 /* A descriptor of a file in memory (another memfd) with one page of content. -1 as above. */
 int pc_fp_plain_file(struct pc_fp_cell *cell);
+/* A TCP connection over loopback. False: as above. */
+bool pc_fp_connected(struct pc_fp_cell *cell, int fds[2]);
 uint64_t pc_fp_now_ns(void);
 
 /* The table, a part in each file. */
