@@ -739,9 +739,11 @@ static void clear_child_tid(struct pc_fp_cell *cell)
 
     if (stack == MAP_FAILED)
         return;
-    /* A process of its own that shares the memory; a thread could not be waited for but by that word. */
+    /* A process of its own that shares the memory; a thread could not be waited for but by that word. It has this thread's
+     * TLS, which CLONE_VFORK leaves to it alone. */
     pc_fp_begin(cell);
-    pid = clone(end_thread, stack + 0x10000, CLONE_VM | CLONE_CHILD_CLEARTID | SIGCHLD, NULL, NULL, NULL, IN(cell, OUT));
+    pid = clone(end_thread, stack + 0x10000, CLONE_VM | CLONE_VFORK | CLONE_CHILD_CLEARTID | SIGCHLD, NULL, NULL, NULL,
+                IN(cell, OUT));
     while (pid > 0 && waitpid(pid, NULL, 0) < 0 && errno == EINTR) {
     }
     pc_fp_end(cell, pid < 0 ? -1 : 0);

@@ -43,6 +43,7 @@ static void print_result(const char *name, const struct pc_fp_spec *spec, const 
                  result->error, result->signal_number, result->signal_code, result->events,
                  (unsigned long long)result->event_flags, (long long)result->event_offset, result->event_thread,
                  result->state ? result->state : '-', result->wchan, result->text);
+    (void)fflush(stdout); /* before the next fork: a sanitizer flushes once more when the child ends */
 }
 
 /* Neither a child nor, since the test adopts them, a child of a child. */
