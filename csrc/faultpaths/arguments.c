@@ -252,13 +252,22 @@ struct program {
     const char *path;
     void *argv, *envp;
     int out;
+    pid_t parent;
 };
+
+/* For processes that share the memory of their parent: they would wait for its page for ever when nobody is left to give it. */
+static void end_with_parent(pid_t parent)
+{
+    if (SYS(prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) || SYS(getppid, 0) != parent)
+        (void)SYS(exit_group, 1);
+}
 
 /* In a process that shares this one's memory, as after vfork: its page is this page. */
 static int execute_program(void *argument)
 {
     const struct program *program = argument;
 
+    end_with_parent(program->parent);
     if (SYS(dup3, program->out, 1, 0) < 0)
         _exit(126);
     (void)SYS(execve, program->path, program->argv, program->envp);
@@ -268,7 +277,7 @@ static int execute_program(void *argument)
 static void run_program(struct pc_fp_cell *cell, const char *path, void *argv, void *envp, const char *says)
 {
     int fds[2], status = 0;
-    struct program program = {.path = path, .argv = argv, .envp = envp};
+    struct program program = {.path = path, .argv = argv, .envp = envp, .parent = getpid()};
     size_t length = strlen(says);
     char got[256] = "";
     uint8_t *stack = mmap(NULL, 0x10000, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -726,7 +735,7 @@ static void wait_status(struct pc_fp_cell *cell)
 
 static int end_thread(void *argument)
 {
-    (void)argument;
+    end_with_parent(*(const pid_t *)argument);
     (void)SYS(exit, 0);
     return 0;
 }
@@ -735,6 +744,7 @@ static int end_thread(void *argument)
 static void clear_child_tid(struct pc_fp_cell *cell)
 {
     uint8_t *stack = mmap(NULL, 0x10000, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    pid_t parent = getpid();
     int pid, word;
 
     if (stack == MAP_FAILED)
@@ -742,8 +752,8 @@ static void clear_child_tid(struct pc_fp_cell *cell)
     /* A process of its own that shares the memory; a thread could not be waited for but by that word. It has this thread's
      * TLS, which CLONE_VFORK leaves to it alone. */
     pc_fp_begin(cell);
-    pid = clone(end_thread, stack + 0x10000, CLONE_VM | CLONE_VFORK | CLONE_CHILD_CLEARTID | SIGCHLD, NULL, NULL, NULL,
-                IN(cell, OUT));
+    pid = clone(end_thread, stack + 0x10000, CLONE_VM | CLONE_VFORK | CLONE_CHILD_CLEARTID | SIGCHLD, &parent,
+                NULL, NULL, IN(cell, OUT));
     while (pid > 0 && waitpid(pid, NULL, 0) < 0 && errno == EINTR) {
     }
     pc_fp_end(cell, pid < 0 ? -1 : 0);

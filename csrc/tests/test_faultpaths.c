@@ -301,6 +301,36 @@ static void what_waits_too_long_is_ended_in_the_fault(void)
     }
 }
 
+/* Whoever runs the cells is killed while a page is withheld, by that page's own process among others: all of them go. */
+static void nothing_outlives_a_killed_runner(void)
+{
+    static const char *const names[] = {"user.load",       "copy.write_pipe",         "copy.execve_string",
+                                        "copy.execve_argv", "remote.process_vm_readv", "uring.async_write"};
+
+    adopt();
+    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
+        struct pc_fp_spec spec = spec_of(find(names[i]), PC_FP_MISSING, PC_FP_ANON);
+        struct pc_fp_result result;
+        uint64_t end;
+        pid_t runner;
+
+        spec.hold_us = 60000000;
+        spec.timeout_ms = 60000;
+        runner = CHECK_SYS(fork());
+        if (!runner)
+            _exit(pc_faultpath_run(&spec, &result) ? 1 : 0);
+        (void)poll(NULL, 0, 100); /* for the fault to be reached; were it not, nothing would be there to outlive */
+        CHECK_SYS(kill(runner, SIGKILL));
+        end = test_now_ns() + 10000000000;
+        while (waitpid(-1, NULL, WNOHANG | __WALL) >= 0) {
+            if (test_now_ns() > end)
+                FAIL("%s: a process lives on", names[i]);
+            (void)poll(NULL, 0, 1);
+        }
+        CHECK_EQ(errno, ECHILD);
+    }
+}
+
 static void what_crashes_is_told(void)
 {
     struct pc_fp_spec spec = spec_of(PC_FP_TEST_CRASH, PC_FP_MISSING, PC_FP_ANON);
@@ -566,6 +596,7 @@ int main(int argc, char **argv)
     RUN(a_spec_that_cannot_be_is_refused);
     RUN(what_hangs_is_ended_with_all_that_it_started);
     RUN(what_waits_too_long_is_ended_in_the_fault);
+    RUN_FOR(nothing_outlives_a_killed_runner, 70);
     RUN(what_crashes_is_told);
     RUN(other_content_is_told);
     RUN(a_directory_that_is_not_there_is_a_reason);
