@@ -5,8 +5,10 @@
  */
 #include <fcntl.h>
 #include <linux/keyctl.h>
+#include <linux/mempolicy.h>
 #include <netinet/in.h>
 #include <poll.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
@@ -250,13 +252,22 @@ struct program {
     const char *path;
     void *argv, *envp;
     int out;
+    pid_t parent;
 };
+
+/* For processes that share the memory of their parent: they would wait for its page for ever when nobody is left to give it. */
+static void end_with_parent(pid_t parent)
+{
+    if (SYS(prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) || SYS(getppid, 0) != parent)
+        (void)SYS(exit_group, 1);
+}
 
 /* In a process that shares this one's memory, as after vfork: its page is this page. */
 static int execute_program(void *argument)
 {
     const struct program *program = argument;
 
+    end_with_parent(program->parent);
     if (SYS(dup3, program->out, 1, 0) < 0)
         _exit(126);
     (void)SYS(execve, program->path, program->argv, program->envp);
@@ -266,7 +277,7 @@ static int execute_program(void *argument)
 static void run_program(struct pc_fp_cell *cell, const char *path, void *argv, void *envp, const char *says)
 {
     int fds[2], status = 0;
-    struct program program = {.path = path, .argv = argv, .envp = envp};
+    struct program program = {.path = path, .argv = argv, .envp = envp, .parent = getpid()};
     size_t length = strlen(says);
     char got[256] = "";
     uint8_t *stack = mmap(NULL, 0x10000, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -636,6 +647,13 @@ static void affinity_mask(struct pc_fp_cell *cell)
     PC_FP_ACT(cell, SYS(sched_setaffinity, 0, 64, IN(cell, CPUS)));
 }
 
+static void policy_nodes(struct pc_fp_cell *cell)
+{
+    PC_FP_ACT(cell, SYS(set_mempolicy, MPOL_BIND, IN(cell, NODES), 64));
+    if (cell->shared->result.error == ENOSYS || cell->shared->result.error == EPERM)
+        pc_fp_unavailable(cell, cell->shared->result.error, "set_mempolicy");
+}
+
 static void prlimit_new(struct pc_fp_cell *cell)
 {
     struct rlimit got;
@@ -717,7 +735,7 @@ static void wait_status(struct pc_fp_cell *cell)
 
 static int end_thread(void *argument)
 {
-    (void)argument;
+    end_with_parent(*(const pid_t *)argument);
     (void)SYS(exit, 0);
     return 0;
 }
@@ -726,13 +744,16 @@ static int end_thread(void *argument)
 static void clear_child_tid(struct pc_fp_cell *cell)
 {
     uint8_t *stack = mmap(NULL, 0x10000, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    pid_t parent = getpid();
     int pid, word;
 
     if (stack == MAP_FAILED)
         return;
-    /* A process of its own that shares the memory; a thread could not be waited for but by that word. */
+    /* A process of its own that shares the memory; a thread could not be waited for but by that word. It has this thread's
+     * TLS, which CLONE_VFORK leaves to it alone. */
     pc_fp_begin(cell);
-    pid = clone(end_thread, stack + 0x10000, CLONE_VM | CLONE_CHILD_CLEARTID | SIGCHLD, NULL, NULL, NULL, IN(cell, OUT));
+    pid = clone(end_thread, stack + 0x10000, CLONE_VM | CLONE_VFORK | CLONE_CHILD_CLEARTID | SIGCHLD, &parent,
+                NULL, NULL, IN(cell, OUT));
     while (pid > 0 && waitpid(pid, NULL, 0) < 0 && errno == EINTR) {
     }
     pc_fp_end(cell, pid < 0 ? -1 : 0);
@@ -775,6 +796,44 @@ static void uffdio_copy_source(struct pc_fp_cell *cell)
     pc_fp_end_code(cell, pc_uffd_copy(uffd, (uintptr_t)target, cell->page, PC_FP_BYTES, 0, &done));
     if (pc_fp_succeeded(cell))
         pc_fp_verify(cell, target, 0, PC_FP_BYTES);
+}
+
+static void *touch(void *argument)
+{
+    (void)*(volatile uint8_t *)argument;
+    return NULL;
+}
+
+/* A handler that reads its events into memory of which a page is missing. (Of its own userfaultfd, it would wait for itself.) */
+static void uffd_read(struct pc_fp_cell *cell)
+{
+    int uffd = pc_uffd_open(PC_UFFD_ANY, 0, NULL);
+    uint64_t bytes = pc_page_bytes(), done, address = 0;
+    uint8_t *target = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    struct pollfd polled = {.fd = uffd, .events = POLLIN};
+    pthread_t thread;
+    int rc;
+
+    if (target == MAP_FAILED || uffd < 0) {
+        pc_fp_unavailable(cell, uffd < 0 ? -uffd : ENOMEM, "userfaultfd");
+        return;
+    }
+    rc = pc_uffd_register(uffd, (uintptr_t)target, bytes, PC_UFFD_MISSING, NULL);
+    if (!rc)
+        rc = -pthread_create(&thread, NULL, touch, target);
+    if (rc) {
+        pc_fp_unavailable(cell, -rc, "a fault to read");
+        return;
+    }
+    (void)poll(&polled, 1, -1);
+    PC_FP_ACT(cell, SYS(read, uffd, IN(cell, OUT), 32));
+    pc_fp_check_value(cell, 32);
+    if (pc_fp_succeeded(cell))
+        memcpy(&address, IN(cell, OUT) + 16, sizeof(address));
+    if (pc_fp_succeeded(cell) && address != (uintptr_t)target)
+        pc_fp_wrong(cell, "the event is of another address");
+    (void)pc_uffd_zeropage(uffd, (uintptr_t)target, bytes, 0, &done);
+    (void)pthread_join(thread, NULL);
 }
 
 static const struct pc_fp_operation operations[] = {
@@ -827,6 +886,7 @@ static const struct pc_fp_operation operations[] = {
     {{"copy.timerfd_settime", "copy", "timerfd_settime: struct itimerspec", EVERYWHERE, 0}, timerfd_time},
     {{"copy.utimensat", "copy", "utimensat: the two times", EVERYWHERE, 0}, utimensat_times},
     {{"copy.sched_setaffinity", "copy", "sched_setaffinity: the mask", EVERYWHERE, 0}, affinity_mask},
+    {{"copy.set_mempolicy", "copy", "set_mempolicy: the mask of nodes", EVERYWHERE, 0}, policy_nodes},
     {{"copy.prlimit_new", "copy", "prlimit64: the new limit", EVERYWHERE, 0}, prlimit_new},
     {{"copy.prlimit_old", "copy", "prlimit64: the old limit", EVERYWHERE, PC_FP_WRITES}, prlimit_old},
     {{"copy.sigprocmask", "copy", "rt_sigprocmask: the set", EVERYWHERE, 0}, signal_mask},
@@ -841,6 +901,7 @@ static const struct pc_fp_operation operations[] = {
     {{"copy.fcntl_lock", "copy", "fcntl F_SETLK: struct flock", EVERYWHERE, 0}, lock_file},
     {{"copy.uffdio_copy_source", "copy", "UFFDIO_COPY on another userfaultfd: its source", EVERYWHERE, 0},
      uffdio_copy_source},
+    {{"copy.uffd_read", "copy", "read from another userfaultfd: the event", EVERYWHERE, PC_FP_WRITES}, uffd_read},
 };
 
 const struct pc_fp_class pc_fp_arguments = {operations, PC_ARRAY_LENGTH(operations)};

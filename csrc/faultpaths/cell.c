@@ -152,14 +152,19 @@ void pc_fp_in_process(struct pc_fp_cell *cell, void (*act)(struct pc_fp_cell *ce
     }
 }
 
+/* A name of its own for a child's file; not O_TMPFILE, which network file systems do not have. */
+static void name_direct_file(const struct pc_fp_spec *spec, pid_t child, char *path, size_t bytes)
+{
+    (void)snprintf(path, bytes, "%s/.postcopy-faultpath-%d", spec->direct_dir[0] ? spec->direct_dir : ".", (int)child);
+}
+
 int pc_fp_direct_file(struct pc_fp_cell *cell, int flags, const uint8_t *data, uint32_t pages)
 {
-    const char *dir = cell->spec->direct_dir[0] ? cell->spec->direct_dir : ".";
     char path[300];
     int plain, fd;
 
-    /* A name of its own in the directory for a moment; not O_TMPFILE, which network file systems do not have. */
-    (void)snprintf(path, sizeof(path), "%s/.postcopy-faultpath-%d", dir, (int)getpid());
+    name_direct_file(cell->spec, getpid(), path, sizeof(path));
+    (void)unlink(path); /* of an earlier process with this number */
     plain = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (plain < 0) {
         pc_fp_unavailable(cell, errno, "%s", path);
@@ -168,15 +173,16 @@ int pc_fp_direct_file(struct pc_fp_cell *cell, int flags, const uint8_t *data, u
     for (uint32_t i = 0; i < pages; i++)
         if (write(plain, data, PC_FP_BYTES) != PC_FP_BYTES) {
             pc_fp_unavailable(cell, errno, "%s", path);
-            (void)unlink(path);
             close(plain);
             return -1;
         }
     (void)fdatasync(plain);
     fd = open(path, O_RDWR | O_CLOEXEC | flags);
     if (fd < 0)
-        pc_fp_unavailable(cell, errno, "%s: O_DIRECT", dir);
-    (void)unlink(path);
+        pc_fp_unavailable(cell, errno, "%s: O_DIRECT", path);
+    /* Where the time of its death is measured, the parent does it: a file system takes long to remove the last of a file. */
+    if (cell->measure != PC_FP_MEASURE_KILL)
+        (void)unlink(path);
     close(plain);
     return fd;
 }
@@ -311,8 +317,8 @@ static _Noreturn void be_child(struct pc_fp_cell *cell, pid_t parent)
     (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (getppid() != parent)
         _exit(1);
-    if (spec.hand_over_fd >= 0 && spec.hand_over_fd != 3) /* out of the way of PC_FP_FD */
-        spec.hand_over_fd = dup2(spec.hand_over_fd, PC_FP_FD2 + 1);
+    if (spec.hand_over_fd >= 0) /* out of the way of PC_FP_FD, and not for programs */
+        spec.hand_over_fd = fcntl(spec.hand_over_fd, F_DUPFD_CLOEXEC, PC_FP_FD + 1);
     cell->spec = &spec;
     run_operation(cell);
     atomic_store(&cell->shared->finished, 1);
@@ -321,34 +327,25 @@ static _Noreturn void be_child(struct pc_fp_cell *cell, pid_t parent)
 
 /* ---- the parent ---- */
 
-static void sleep_ms(int ms)
-{
-    (void)poll(NULL, 0, ms);
-}
-
 /* Whether all of the group is gone and reaped. Its leader has ended or was killed and is not reaped yet, so that the number
  * still means this group. */
 static bool end_group(pid_t leader, int *status)
 {
     uint64_t end = pc_fp_now_ns() + REAP_MS * 1000000ull;
-    bool leader_gone = false;
 
-    (void)kill(-leader, SIGKILL);
+    (void)kill(-leader, SIGKILL); /* nothing of it can fork any more */
     for (;;) {
         int one;
         pid_t pid = waitpid(-leader, &one, WNOHANG | __WALL);
 
         if (pid == leader) {
             *status = one;
-            leader_gone = true;
         } else if (pid < 0 && errno == ECHILD) {
             return true;
         } else if (pid == 0) {
             if (pc_fp_now_ns() > end)
                 return false;
-            if (leader_gone) /* what was born while the signal was sent */
-                (void)kill(-leader, SIGKILL);
-            sleep_ms(1);
+            (void)usleep(100);
         }
     }
 }
@@ -368,19 +365,25 @@ static bool wait_ended(int pidfd, uint64_t end_ns, const _Atomic uint32_t *or_un
     }
 }
 
-static void measure_kill(int pidfd, pid_t child, struct pc_fp_shared *shared, uint64_t timeout_ns)
+/* Kills a child that waits on its page, and tells how long it takes until it and all of its group are reaped. In the meantime
+ * the userfaultfd is open here: else its last descriptor would be closed by the dying process, which lets every waiter go. */
+static bool measure_kill(int pidfd, pid_t child, struct pc_fp_shared *shared, uint64_t timeout_ns, int *status)
 {
     struct pc_fp_result *result = &shared->result;
     int uffd = (int)syscall(SYS_pidfd_getfd, pidfd, atomic_load(&shared->uffd), 0);
     uint64_t begin = pc_fp_now_ns();
+    bool gone;
 
-    if (uffd < 0)
-        return;
     (void)kill(-child, SIGKILL);
-    result->killed = wait_ended(pidfd, begin + timeout_ns, NULL);
-    result->kill_ns = pc_fp_now_ns() - begin;
-    result->kill_measured = 1;
-    close(uffd);
+    (void)wait_ended(pidfd, begin + timeout_ns, NULL);
+    gone = end_group(child, status);
+    if (uffd >= 0) {
+        result->kill_ns = pc_fp_now_ns() - begin;
+        result->killed = gone;
+        result->kill_measured = 1;
+        close(uffd);
+    }
+    return gone || end_group(child, status);
 }
 
 static void judge(struct pc_fp_shared *shared, bool late, int status, bool handed_over)
@@ -443,6 +446,7 @@ static int run_child(const struct pc_fp_spec *spec, uint32_t measure, struct pc_
     pid_t parent = getpid(), child;
     int rc = 0, pidfd, status = 0;
     bool late, gone;
+    char path[300];
 
     if (shared == MAP_FAILED || !cell) {
         if (shared != MAP_FAILED)
@@ -470,9 +474,15 @@ static int run_child(const struct pc_fp_spec *spec, uint32_t measure, struct pc_
     }
     late = !wait_ended(pidfd, pc_fp_now_ns() + timeout_ns, measure == PC_FP_MEASURE_KILL ? &shared->blocked : NULL);
     if (late && measure == PC_FP_MEASURE_KILL && atomic_load(&shared->blocked))
-        measure_kill(pidfd, child, shared, timeout_ns);
-    gone = end_group(child, &status);
+        gone = measure_kill(pidfd, child, shared, timeout_ns, &status);
+    else
+        gone = end_group(child, &status);
     close(pidfd);
+    if (cell->operation->about.flags & PC_FP_NEEDS_DIR) {
+        /* The child may have been killed before it did. */
+        name_direct_file(spec, child, path, sizeof(path));
+        (void)unlink(path);
+    }
     judge(shared, late, status, spec->hand_over_fd >= 0);
     *result = shared->result;
     if (!gone)
@@ -486,11 +496,10 @@ out:
 /* The runs that measure. The cell's own result stays, but for the fields that each is for. */
 static int measure_more(const struct pc_fp_spec *spec, struct pc_fp_result *result)
 {
-    struct pc_fp_result other;
+    struct pc_fp_result other = {0};
     int rc = 0;
 
-    if (!rc && spec->measure & PC_FP_MEASURE_SIGNAL) {
-        memset(&other, 0, sizeof(other));
+    if (spec->measure & PC_FP_MEASURE_SIGNAL) {
         rc = run_child(spec, PC_FP_MEASURE_SIGNAL, &other);
         result->signal_measured = other.signal_measured;
         result->handler_before_page = other.handler_before_page;
@@ -499,14 +508,12 @@ static int measure_more(const struct pc_fp_spec *spec, struct pc_fp_result *resu
         result->signal_window_ns = other.signal_window_ns;
     }
     if (!rc && spec->measure & PC_FP_MEASURE_KILL) {
-        memset(&other, 0, sizeof(other));
         rc = run_child(spec, PC_FP_MEASURE_KILL, &other);
         result->kill_measured = other.kill_measured;
         result->killed = other.killed;
         result->kill_ns = other.kill_ns;
     }
     if (!rc && spec->measure & PC_FP_MEASURE_LOCKS) {
-        memset(&other, 0, sizeof(other));
         rc = run_child(spec, PC_FP_MEASURE_LOCKS, &other);
         result->locks_measured = other.locks_measured;
         memcpy(result->lock_idle_ns, other.lock_idle_ns, sizeof(other.lock_idle_ns));

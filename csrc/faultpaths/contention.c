@@ -18,12 +18,14 @@
 #include "faultpaths/fp.h"
 #include "util.h"
 
-#define BULK_PAGES 64
+#define BULK_PAGES 64    /* of one UFFDIO_COPY */
+#define BULK_RUNS 64     /* as many of them until the memory is full, and is given back to begin again */
 #define START_MS 10000
 #define ROUND_MS 5 /* a bound for the whole, not an expectation */
 
 struct bench {
-    _Atomic uint32_t stop, failed;
+    _Atomic uint32_t placed; /* calls of the bulk thread */
+    _Atomic int failed;      /* errno of its last one */
     struct pc_histogram mmap_latency, munmap_latency;
     char error[PC_ERROR_BYTES];
 };
@@ -44,13 +46,28 @@ static void *place(void *argument)
 {
     struct placing *placing = argument;
     uint64_t done;
+    uint32_t run = 0;
 
-    while (!atomic_load(&placing->bench->stop)) {
-        if (pc_uffd_copy(placing->uffd, (uintptr_t)placing->target, placing->source, placing->bytes, 0, &done))
-            break;
-        (void)madvise(placing->target, placing->bytes, MADV_DONTNEED);
+    for (;;) { /* to the end of the process */
+        int rc = pc_uffd_copy(placing->uffd, (uintptr_t)placing->target + run * placing->bytes, placing->source,
+                              placing->bytes, 0, &done);
+
+        if (rc) {
+            atomic_store(&placing->bench->failed, -rc);
+            return NULL;
+        }
+        atomic_fetch_add(&placing->bench->placed, 1);
+        run = (run + 1) % BULK_RUNS;
+        if (!run)
+            (void)madvise(placing->target, BULK_RUNS * placing->bytes, MADV_DONTNEED);
     }
-    return NULL;
+}
+
+static void *sleep_for_ever(void *argument)
+{
+    for (;;)
+        pause();
+    return argument;
 }
 
 static bool start_thread(void *(*run)(void *), void *argument)
@@ -105,9 +122,13 @@ static int run_bench(struct bench *bench, uint32_t pending_faults, uint32_t bulk
     int uffd = pc_uffd_open(PC_UFFD_ANY, 0, NULL);
     struct placing placing = {.bench = bench, .uffd = uffd, .bytes = BULK_PAGES * page};
     uint8_t *withheld;
+    int rc;
 
     if (uffd < 0)
         return pc_fail(-uffd, bench->error, sizeof(bench->error), "no userfaultfd: %s", strerrordesc_np(-uffd));
+    /* Never a process of one thread, which the kernel serves faster: that would be no measure for the others. */
+    if (!start_thread(sleep_for_ever, NULL))
+        return pc_fail(EAGAIN, bench->error, sizeof(bench->error), "no thread can be had");
     if (pending_faults) {
         withheld = missing_memory(uffd, pending_faults * page);
         if (!withheld)
@@ -121,10 +142,12 @@ static int run_bench(struct bench *bench, uint32_t pending_faults, uint32_t bulk
                            pending_faults, START_MS / 1000);
     }
     if (bulk) {
-        placing.target = missing_memory(uffd, placing.bytes);
+        placing.target = missing_memory(uffd, BULK_RUNS * placing.bytes);
         placing.source = mmap(NULL, placing.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
         if (!placing.target || placing.source == MAP_FAILED || !start_thread(place, &placing))
             return pc_fail(ENOMEM, bench->error, sizeof(bench->error), "no memory to place pages in");
+        while (!atomic_load(&bench->placed) && !atomic_load(&bench->failed)) /* until it is at work */
+            (void)poll(NULL, 0, 1);
     }
     for (uint32_t i = 0; i < rounds; i++) {
         uint64_t begin = pc_fp_now_ns(), mapped;
@@ -138,6 +161,9 @@ static int run_bench(struct bench *bench, uint32_t pending_faults, uint32_t bulk
         (void)munmap(memory, page);
         pc_histogram_add(&bench->munmap_latency, pc_fp_now_ns() - begin);
     }
+    rc = atomic_load(&bench->failed);
+    if (rc)
+        return pc_fail(rc, bench->error, sizeof(bench->error), "UFFDIO_COPY: %s", strerrordesc_np(rc));
     return 0;
 }
 

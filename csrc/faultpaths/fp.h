@@ -25,7 +25,6 @@
 
 #define PC_FP_BYTES 4096 /* of the page that operations use, however large it is */
 #define PC_FP_FD 100     /* what descriptors in the page are */
-#define PC_FP_FD2 101
 
 /* Below 2 GiB, where neither ASan's nor TSan's shadow memory is. */
 #define PC_FP_SCRATCH ((uint8_t *)0x60000000)
@@ -55,7 +54,7 @@ enum { /* offsets in the page */
     PC_FP_AT_SIGACTION = 0x640, /* the kernel's struct sigaction with SIG_IGN (x86-64, arm64) */
     PC_FP_AT_FLOCK = 0x680,     /* struct flock64: F_WRLCK, all of the file */
     PC_FP_AT_CPUS = 0x6C0,      /* 64 bytes of ones: a processor mask */
-    PC_FP_AT_NODES = 0x700,     /* 8 bytes: node 0 */
+    PC_FP_AT_NODES = 0x700,     /* 64-bit mask: node 0 */
     PC_FP_AT_GUEST = 0x740,     /* x86 code for a guest in real mode: mov $PC_FP_CODE_RETURNS, %ax; hlt */
     PC_FP_AT_PDE = 0x760,       /* an entry of an x86-64 page directory: 2 MiB at physical 0 */
     PC_FP_AT_OUT = 0x800        /* from here on for results */
@@ -137,11 +136,13 @@ void pc_fp_check_value(struct pc_fp_cell *cell, int64_t expected);
 /* Another process, which shares no memory with this one but that of the result, runs `act` (which calls pc_fp_begin and
  * pc_fp_end). Returns when it is done. */
 void pc_fp_in_process(struct pc_fp_cell *cell, void (*act)(struct pc_fp_cell *cell, void *argument), void *argument);
-/* Opens a new file in spec.direct_dir that has no name any more, with PC_FP_BYTES of `data` so many times. The descriptor, or
+/* Opens a new file in spec.direct_dir, which has no name any more, with PC_FP_BYTES of `data` so many times. The descriptor, or
  * -1, having said pc_fp_unavailable. */
 int pc_fp_direct_file(struct pc_fp_cell *cell, int flags, const uint8_t *data, uint32_t pages);
 /* A descriptor of a file in memory (another memfd) with one page of content. -1 as above. */
 int pc_fp_plain_file(struct pc_fp_cell *cell);
+/* A TCP connection over loopback. False: as above. */
+bool pc_fp_connected(struct pc_fp_cell *cell, int fds[2]);
 uint64_t pc_fp_now_ns(void);
 
 /* The table, a part in each file. */

@@ -3,6 +3,7 @@
  * KVM: the page is guest memory, and a guest of a few bytes touches it. Its program lies in a page beside it.
  */
 #include <fcntl.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -35,7 +36,7 @@ static bool guest_make(struct pc_fp_cell *cell, struct guest *guest, const uint8
 {
     int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC), vm, run_bytes;
     struct kvm_userspace_memory_region low = {.slot = 0, .memory_size = LOW_BYTES};
-    struct kvm_userspace_memory_region page = {.slot = 1, .guest_phys_addr = PAGE, .memory_size = cell->page_bytes,
+    struct kvm_userspace_memory_region page = {.slot = 1, .guest_phys_addr = PAGE, .memory_size = PC_FP_BYTES,
                                                .userspace_addr = (uintptr_t)cell->page};
 
     if (kvm < 0) {
@@ -263,10 +264,10 @@ static void mmio(struct pc_fp_cell *cell)
 static void clock_page(struct pc_fp_cell *cell)
 {
     static const uint8_t code[] = {0xf4};
-    struct {
-        struct kvm_msrs head;
+    struct { /* struct kvm_msrs with its array */
+        uint32_t count, padding;
         struct kvm_msr_entry entry;
-    } msrs = {.head = {.nmsrs = 1}, .entry = {.index = 0x4b564d01, .data = (PAGE + PC_FP_AT_OUT) | 1}};
+    } msrs = {.count = 1, .entry = {.index = 0x4b564d01, .data = (PAGE + PC_FP_AT_OUT) | 1}};
     struct guest guest;
 
     if (!guest_make(cell, &guest, code, sizeof(code)) || !guest_set(cell, &guest))
@@ -277,7 +278,7 @@ static void clock_page(struct pc_fp_cell *cell)
         return;
     }
     pc_fp_end(cell, ioctl(guest.vcpu, KVM_RUN, 0));
-    if (!exited(cell, &guest, KVM_EXIT_HLT) || cell->spec->mode == PC_FP_POISON || cell->spec->mode == PC_FP_SIGBUS)
+    if (!exited(cell, &guest, KVM_EXIT_HLT))
         return;
     if (!memcmp(cell->page + PC_FP_AT_OUT, cell->content + PC_FP_AT_OUT, 32)) {
         cell->shared->result.error = EFAULT;
@@ -331,7 +332,8 @@ static const struct pc_fp_operation operations[] = {
     {{"kvm.emulator_mmio", "kvm", "KVM's emulator reads the source of a MOVS to a device: a copy", EVERYWHERE,
       PC_FP_NEEDS_KVM},
      mmio},
-    {{"kvm.clock", "kvm", "KVM writes the guest's clock into guest memory", EVERYWHERE, PC_FP_WRITES | PC_FP_NEEDS_KVM},
+    {{"kvm.clock", "kvm", "KVM writes the guest's clock into guest memory",
+      PC_FP_ALL_MODES & ~(1u << PC_FP_SIGBUS | 1u << PC_FP_POISON), PC_FP_ALL_BACKINGS, PC_FP_WRITES | PC_FP_NEEDS_KVM},
      clock_page},
     {{"kvm.pre_fault", "kvm", "KVM_PRE_FAULT_MEMORY brings the page before a vCPU needs it", EVERYWHERE, PC_FP_NEEDS_KVM},
      prefault},

@@ -28,7 +28,7 @@
 
 #define EVERYWHERE PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS
 
-static bool connected(struct pc_fp_cell *cell, int fds[2])
+bool pc_fp_connected(struct pc_fp_cell *cell, int fds[2])
 {
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
     socklen_t bytes = sizeof(address);
@@ -65,7 +65,7 @@ static void tcp_send(struct pc_fp_cell *cell)
 {
     int fds[2];
 
-    if (!connected(cell, fds))
+    if (!pc_fp_connected(cell, fds))
         return;
     PC_FP_ACT(cell, syscall(SYS_sendto, fds[1], cell->page, PC_FP_BYTES, 0, NULL, 0));
     verify_sent(cell, fds[0]);
@@ -78,7 +78,7 @@ static void tcp_recv(struct pc_fp_cell *cell)
     int fds[2];
 
     memset(data, 0x42, sizeof(data));
-    if (!connected(cell, fds) || send(fds[1], data, sizeof(data), MSG_NOSIGNAL) != sizeof(data))
+    if (!pc_fp_connected(cell, fds) || send(fds[1], data, sizeof(data), MSG_NOSIGNAL) != sizeof(data))
         return;
     polled = (struct pollfd){.fd = fds[0], .events = POLLIN};
     (void)poll(&polled, 1, -1);
@@ -92,7 +92,7 @@ static void zerocopy_send(struct pc_fp_cell *cell)
 {
     int fds[2], one = 1;
 
-    if (!connected(cell, fds))
+    if (!pc_fp_connected(cell, fds))
         return;
     if (setsockopt(fds[1], SOL_SOCKET, SO_ZEROCOPY, &one, sizeof(one))) {
         pc_fp_unavailable(cell, errno, "SO_ZEROCOPY");

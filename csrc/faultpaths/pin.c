@@ -281,7 +281,7 @@ static const struct pc_fp_operation operations[] = {
     {{"pin.odirect_write", "pin", "pwrite of the page to an O_DIRECT file", EVERYWHERE, PC_FP_NEEDS_DIR}, odirect_write},
     {{"pin.aio_read", "pin", "io_submit of a read by O_DIRECT", EVERYWHERE, PC_FP_WRITES | PC_FP_NEEDS_DIR}, aio_read},
     {{"pin.aio_write", "pin", "io_submit of a write by O_DIRECT", EVERYWHERE, PC_FP_NEEDS_DIR}, aio_write},
-    {{"copy.aio_iocb", "copy", "io_submit: struct iocb", EVERYWHERE, 0}, aio_iocb},
+    {{"copy.aio_iocb", "copy", "io_submit: struct iocb, read and written", EVERYWHERE, PC_FP_WRITES}, aio_iocb},
     {{"copy.aio_events", "copy", "io_getevents: the events", EVERYWHERE, PC_FP_WRITES}, aio_events},
     {{"pin.vmsplice_to_pipe", "pin", "vmsplice: the pipe refers to the page", EVERYWHERE, 0}, vmsplice_to_pipe},
     {{"pin.vmsplice_gift", "pin", "vmsplice with SPLICE_F_GIFT: the pipe gets the page", EVERYWHERE, 0}, vmsplice_gift},

@@ -20,9 +20,10 @@
 #define MFD_HUGETLB 4u
 #endif
 
-static uint64_t features_of(int mode, uint64_t has)
+static uint64_t features_of(int mode, uint64_t has, bool handed_over)
 {
-    uint64_t wanted = UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_EXACT_ADDRESS;
+    /* Who serves the fault elsewhere may know addresses of pages only. */
+    uint64_t wanted = UFFD_FEATURE_THREAD_ID | (handed_over ? 0 : UFFD_FEATURE_EXACT_ADDRESS);
 
     if (mode == PC_FP_SIGBUS)
         wanted |= UFFD_FEATURE_SIGBUS;
@@ -59,7 +60,7 @@ static uint64_t needed(int mode, int backing)
 static bool open_uffd(struct pc_fp_cell *cell)
 {
     int mode = cell->spec->mode, how = mode == PC_FP_USER_ONLY ? PC_UFFD_USER_ONLY : PC_UFFD_ANY;
-    uint64_t need = needed(mode, cell->spec->backing);
+    uint64_t need = needed(mode, cell->spec->backing), features;
     struct pc_uffd_api api = {0};
     int rc = pc_uffd_probe(how, &api);
 
@@ -68,7 +69,8 @@ static bool open_uffd(struct pc_fp_cell *cell)
         return false;
     }
     if (how == PC_UFFD_ANY && api.how == PC_UFFD_USER_ONLY) {
-        pc_fp_unavailable(cell, 0, "this user may open a userfaultfd for faults of user mode only");
+        pc_fp_unavailable(cell, 0, "this user may open a userfaultfd for faults of user mode only; it takes access to "
+                                   "/dev/userfaultfd, CAP_SYS_PTRACE or vm.unprivileged_userfaultfd=1");
         return false;
     }
     if (need & ~api.features) {
@@ -76,7 +78,8 @@ static bool open_uffd(struct pc_fp_cell *cell)
                           (unsigned long long)(need & ~api.features));
         return false;
     }
-    cell->uffd = pc_uffd_open(how, features_of(mode, api.features) & (api.features | need), NULL);
+    features = features_of(mode, api.features, cell->spec->hand_over_fd >= 0) & (api.features | need);
+    cell->uffd = pc_uffd_open(how, features, NULL);
     if (cell->uffd < 0) {
         pc_fp_unavailable(cell, -cell->uffd, "userfaultfd");
         return false;
@@ -173,8 +176,8 @@ bool pc_fp_region_open(struct pc_fp_cell *cell)
     uint64_t how = wp ? PC_UFFD_WP : mode == PC_FP_MINOR ? PC_UFFD_MINOR : PC_UFFD_MISSING;
     int rc;
 
-    if (mode == PC_FP_MINOR && (cell->spec->backing == PC_FP_ANON || cell->spec->backing == PC_FP_MEMFD_PRIVATE)) {
-        pc_fp_unavailable(cell, 0, "private memory has no minor faults");
+    if (mode == PC_FP_MINOR && cell->spec->backing == PC_FP_ANON) {
+        pc_fp_unavailable(cell, 0, "anonymous memory has no page cache, thus no minor faults");
         return false;
     }
     if (!open_uffd(cell) || !map_region(cell))

@@ -4,8 +4,10 @@
  * waits, while the event goes to the userfaultfd of the process that is asked.
  */
 #include <fcntl.h>
+#include <linux/prctl.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
@@ -264,7 +266,8 @@ static void read_cmdline(struct pc_fp_cell *cell, void *pid)
     }
     PC_FP_ACT(cell, read(fd, got, 14));
     if (pc_fp_succeeded(cell) && !cell->shared->result.value) {
-        cell->shared->result.error = EIO; /* which that file shows as an end of file */
+        cell->shared->result.error = EIO;
+        (void)snprintf(cell->shared->result.text, sizeof(cell->shared->result.text), "the file is empty, without an error");
         return;
     }
     pc_fp_check_value(cell, 14);
@@ -272,18 +275,69 @@ static void read_cmdline(struct pc_fp_cell *cell, void *pid)
         pc_fp_verify(cell, got, PC_FP_AT_STRING, 14);
 }
 
-/* What `ps` does to everybody, with the arguments moved into the page. */
+/* Moves this process's arguments to `at`, for which the kernel wants to hear about everything else too. 0 or -errno. */
+static int move_arguments(uintptr_t at, uintptr_t end)
+{
+    struct prctl_mm_map map = {.exe_fd = (uint32_t)-1, .brk = (uintptr_t)sbrk(0)};
+    char text[2048], *field, *rest = NULL;
+    int fd = open("/proc/self/stat", O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
+    int number = 2; /* of the name, which may have spaces in it */
+
+    if (fd >= 0)
+        close(fd);
+    if (n <= 0)
+        return -ENODATA;
+    text[n] = '\0';
+    field = strrchr(text, ')');
+    if (!field)
+        return -ENODATA;
+    for (field = strtok_r(field + 1, " \n", &rest); field; field = strtok_r(NULL, " \n", &rest)) {
+        uint64_t value = strtoull(field, NULL, 10);
+
+        switch (++number) { /* proc(5) */
+        case 26:
+            map.start_code = value;
+            break;
+        case 27:
+            map.end_code = value;
+            break;
+        case 28:
+            map.start_stack = value;
+            break;
+        case 45:
+            map.start_data = value;
+            break;
+        case 46:
+            map.end_data = value;
+            break;
+        case 47:
+            map.start_brk = value;
+            break;
+        case 50:
+            map.env_start = value;
+            break;
+        case 51:
+            map.env_end = value;
+            break;
+        default:
+            break;
+        }
+    }
+    map.arg_start = at;
+    map.arg_end = end;
+    return syscall(SYS_prctl, PR_SET_MM, PR_SET_MM_MAP, &map, sizeof(map), 0) ? -errno : 0;
+}
+
+/* What `ps` does to everybody. */
 static void cmdline(struct pc_fp_cell *cell)
 {
     pid_t pid = getpid();
     uintptr_t at = (uintptr_t)(cell->page + PC_FP_AT_STRING);
-    /* The end first where that moves up, else the start: at no time may the start be behind the end. */
-    bool failed = syscall(SYS_prctl, PR_SET_MM, PR_SET_MM_ARG_START, at, 0, 0) &&
-                  (syscall(SYS_prctl, PR_SET_MM, PR_SET_MM_ARG_END, at + 14, 0, 0) ||
-                   syscall(SYS_prctl, PR_SET_MM, PR_SET_MM_ARG_START, at, 0, 0));
+    int rc = move_arguments(at, at + 14);
 
-    if (failed || syscall(SYS_prctl, PR_SET_MM, PR_SET_MM_ARG_END, at + 14, 0, 0)) {
-        pc_fp_unavailable(cell, errno, "PR_SET_MM_ARG_START");
+    if (rc) {
+        pc_fp_unavailable(cell, -rc, "PR_SET_MM_MAP");
         return;
     }
     pc_fp_in_process(cell, read_cmdline, &pid);
@@ -296,8 +350,9 @@ static const struct pc_fp_operation operations[] = {
     {{"remote.mem_write", "remote", "another process writes /proc/PID/mem", EVERYWHERE, PC_FP_WRITES}, mem_write_other},
     {{"remote.ptrace_peek", "remote", "a debugger's PTRACE_PEEKDATA", EVERYWHERE, 0}, ptrace_peek},
     {{"remote.ptrace_poke", "remote", "a debugger's PTRACE_POKEDATA", EVERYWHERE, PC_FP_WRITES}, ptrace_poke},
-    {{"remote.cmdline", "remote", "another process (ps) reads /proc/PID/cmdline, the arguments being in the page", EVERYWHERE,
-      0},
+    /* Of anonymous memory only: what a file is behind is refused since a FUSE could stop every `ps` (FOLL_ANON, 4.17). */
+    {{"remote.cmdline", "remote", "another process (ps) reads /proc/PID/cmdline, the arguments being in the page",
+      PC_FP_ALL_MODES, 1u << PC_FP_ANON, 0},
      cmdline},
     {{"pin.process_vm_readv_remote", "pin", "process_vm_readv, the page is the remote end: get_user_pages_remote", EVERYWHERE,
       0},

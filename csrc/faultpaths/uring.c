@@ -18,6 +18,7 @@
 
 #define EVERYWHERE PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS
 #define ENTRIES 4
+#define IORING_OP_SEND_ZC_ 47 /* newer than some distributions' headers */
 
 struct ring {
     int fd;
@@ -247,6 +248,30 @@ static void receive_later(struct pc_fp_cell *cell)
         pc_fp_verify_page(cell, data, PC_FP_AT_OUT, 512);
 }
 
+/* Two completions: of the sending, and later of the page being let go. The first is the result. */
+static void send_zerocopy(struct pc_fp_cell *cell)
+{
+    struct io_uring_sqe sqe = {.opcode = IORING_OP_SEND_ZC_, .addr = (uintptr_t)cell->page, .len = PC_FP_BYTES};
+    uint8_t got[PC_FP_BYTES];
+    struct ring ring;
+    int fds[2];
+
+    if (!ring_open(cell, &ring, 0) || !pc_fp_connected(cell, fds))
+        return;
+    sqe.fd = fds[1];
+    pc_fp_begin(cell);
+    pc_fp_end_code(cell, ring_run(&ring, &sqe));
+    if (cell->shared->result.error == EINVAL || cell->shared->result.error == EOPNOTSUPP)
+        pc_fp_unavailable(cell, cell->shared->result.error, "IORING_OP_SEND_ZC (Linux 6.0)");
+    pc_fp_check_value(cell, PC_FP_BYTES);
+    if (!pc_fp_succeeded(cell))
+        return;
+    if (recv(fds[0], got, sizeof(got), MSG_WAITALL) != sizeof(got))
+        pc_fp_wrong(cell, "not all has arrived");
+    else
+        pc_fp_verify(cell, got, 0, sizeof(got));
+}
+
 /* ---- registered: pinned for as long as the ring lives ---- */
 
 static bool register_page(struct pc_fp_cell *cell, struct ring *ring)
@@ -314,6 +339,7 @@ static const struct pc_fp_operation operations[] = {
     {{"uring.recv_polled", "uring", "IORING_OP_RECV, done later by task work, when the data is there", EVERYWHERE,
       PC_FP_WRITES},
      receive_later},
+    {{"uring.send_zc", "uring", "IORING_OP_SEND_ZC: the socket's queue refers to the page", EVERYWHERE, 0}, send_zerocopy},
     {{"uring.register_buffers", "uring", "IORING_REGISTER_BUFFERS pins the page", EVERYWHERE, 0}, register_buffers},
 };
 
