@@ -120,10 +120,13 @@ static int run_bench(struct bench *bench, uint32_t pending_faults, uint32_t bulk
 {
     uint64_t page = pc_page_bytes();
     int uffd = pc_uffd_open(PC_UFFD_ANY, 0, NULL);
-    struct placing placing = {.bench = bench, .uffd = uffd, .bytes = BULK_PAGES * page};
+    struct placing *placing = calloc(1, sizeof(*placing)); /* outlives this function, as its thread does */
     uint8_t *withheld;
     int rc;
 
+    if (!placing)
+        return pc_fail(ENOMEM, bench->error, sizeof(bench->error), "no memory");
+    *placing = (struct placing){.bench = bench, .uffd = uffd, .bytes = BULK_PAGES * page};
     if (uffd < 0)
         return pc_fail(-uffd, bench->error, sizeof(bench->error), "no userfaultfd: %s", strerrordesc_np(-uffd));
     /* Never a process of one thread, which the kernel serves faster: that would be no measure for the others. */
@@ -142,9 +145,10 @@ static int run_bench(struct bench *bench, uint32_t pending_faults, uint32_t bulk
                            pending_faults, START_MS / 1000);
     }
     if (bulk) {
-        placing.target = missing_memory(uffd, BULK_RUNS * placing.bytes);
-        placing.source = mmap(NULL, placing.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-        if (!placing.target || placing.source == MAP_FAILED || !start_thread(place, &placing))
+        placing->target = missing_memory(uffd, BULK_RUNS * placing->bytes);
+        placing->source =
+            mmap(NULL, placing->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+        if (!placing->target || placing->source == MAP_FAILED || !start_thread(place, placing))
             return pc_fail(ENOMEM, bench->error, sizeof(bench->error), "no memory to place pages in");
         while (!atomic_load(&bench->placed) && !atomic_load(&bench->failed)) /* until it is at work */
             (void)poll(NULL, 0, 1);

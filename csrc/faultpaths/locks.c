@@ -163,6 +163,7 @@ int pc_fp_locks_start(struct pc_fp_cell *cell, struct pc_fp_locks **out)
         free(locks);
         return -rc;
     }
+    (void)pthread_detach(locks->thread);
     *out = locks; /* for the life of the child */
     return 0;
 }
