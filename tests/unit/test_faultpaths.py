@@ -9,13 +9,16 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import trio
 
 from postcopy._errors import ConfigurationError, ResourceError
+from postcopy.bench import _contention
 from postcopy.cli import main
 from postcopy.faultpaths import _compare, _expect, _report, _runner, _select, _supervise, _system
 from postcopy.faultpaths._html import to_html
@@ -30,6 +33,7 @@ from postcopy.faultpaths._model import (
     Mode,
     Operation,
     Outcome,
+    RemoteMeasure,
     Result,
     Run,
     SignalMeasure,
@@ -184,6 +188,15 @@ def test_what_counts_as_uncovered(operation: Operation, mode: Mode, outcome: Out
     assert _expect.is_uncovered(operation, cell, Result(outcome)) is uncovered
 
 
+def test_a_second_request_at_the_source_is_a_change() -> None:
+    for requests, verdict in ((1, Verdict.AS_EXPECTED), (2, Verdict.CHANGED), (0, Verdict.CHANGED)):
+        result = replace(BLOCKED, remote=RemoteMeasure(9, requests, 1, 1, 1, 1))
+        judged = rules(ALL_BLOCK).judge(LOAD, LOAD_ANON, result, SYSTEM)
+        assert judged.verdict is verdict
+        if requests != 1:
+            assert judged.difference == f"{requests} requests reached the source instead of one"
+
+
 # ---- the system
 
 
@@ -251,6 +264,7 @@ FULL = Result(
     Outcome.REFUSED, "a | text", 14, 0, 0, -1, 3, 2, 0x12, 5, 0, "kernel", True, "S", "", 123_400,
     SignalMeasure(False, 40, 5_000_000, 6_000_000), KillMeasure(True, 700_000),
     LockMeasure((100, 200, 300, 0, 500), (110, 0, 300, 400, 1000), (1, 2, 3, 4, 5), (2, 2, 9, 0, 50)),
+    RemoteMeasure(7, 2, 1, 1, 5_000_000, 1_000_000),
 )  # fmt: skip
 
 
@@ -531,3 +545,41 @@ async def test_an_interpreter_that_is_not_there() -> None:
     async with _supervise.Runner(command=["/nonexistent/python"]) as runner:
         with pytest.raises(ResourceError, match="cannot start the runner process: No such file"):
             await runner.run(*named("answers"))
+
+
+# ---- postcopy bench contention
+
+
+def contention_bars() -> list[_contention.Bar]:
+    idle = {"idle-p50": 1.0, "idle-p99": 2.0, "idle-max": 50.0}
+    rounds = [{"p50": p50, "p99": 20.0, "max": 4000.0} | idle for p50 in (1.5, 2.0, 30.0)]
+    return _contention.bars([("mmap", "1 fault pending", rounds), ("munmap", "bulk <placement>", rounds)])
+
+
+def test_bars_hold_medians_and_the_ratio_to_idle() -> None:
+    assert contention_bars()[:2] == [
+        _contention.Bar("mmap", "none pending", 1.0, 2.0, 50.0, 1.0),
+        _contention.Bar("mmap", "1 fault pending", 2.0, 20.0, 4000.0, 2.0),
+    ]
+
+
+def test_the_plot_as_text() -> None:
+    _, *lines = _contention.text_plot(contention_bars()).splitlines()
+    assert [line.split("  ")[0].split()[0] for line in lines] == ["mmap", "mmap", "munmap", "munmap"]
+    assert lines[1].count("█") < lines[1].count("▒") + lines[1].count("█") < 48
+    assert lines[1].count("·") > lines[0].count("·")
+    assert "2.00 / 20.00 / 4000" in lines[1]
+
+
+def test_the_plot_as_svg() -> None:
+    root = ElementTree.fromstring(_contention.svg_plot(contention_bars()))
+    texts = ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "munmap, bulk <placement>" in texts
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}rect"))) == 8
+
+
+def test_svg_is_for_contention_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "fault", "--svg", "/nonexistent/x"]) == 2
+    assert "not among those asked for" in capsys.readouterr().err
+    assert main(["bench", "contention", "--svg", "/nonexistent/x"]) == 2
+    assert "cannot write" in capsys.readouterr().err
