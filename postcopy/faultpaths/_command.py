@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     if args.measure is not None:
         measure = () if args.measure.strip() == "none" else _chosen(args.measure, Measure, "--measure")
     expectations = _expect.load(args.expectations)
-    direct_dir = _select.check_direct_dir(args.direct_dir) if args.direct_dir else os.getcwd()
+    direct_dir = _select.check_direct_dir(args.direct_dir) if args.direct_dir else ""
     if args.html is not None:
         _check_writable(args.html)
     if args.remote is not None:
@@ -193,8 +193,9 @@ def _run(
             if group.subgroup(KeyboardInterrupt) is None:
                 raise
             raise KeyboardInterrupt from None
+    where = direct_dir or os.getcwd()  # the core, too, takes the current directory then
     return Run(
-        system.as_json() | {"direct-dir": direct_dir, "direct-file-system": _system.file_system_of(direct_dir)},
+        system.as_json() | {"direct-dir": where, "direct-file-system": _system.file_system_of(where)},
         tuple(operation for operation in operations if any(cell.operation == operation.name for cell in cells)),
         tuple(
             expectations.judge(by_name[cell.operation], cell, result, system) for cell, result in done.results.items()

@@ -16,7 +16,7 @@ DEFAULT_CELLS: tuple[tuple[Mode, tuple[Backing, ...]], ...] = (
     (Mode.MISSING, (Backing.ANON, Backing.MEMFD)),  # first: what a run that runs out of time must have
     (Mode.MISSING, (Backing.HUGETLB, Backing.MEMFD_PRIVATE)),
     (Mode.MINOR, (Backing.MEMFD,)),
-    (Mode.WP, (Backing.ANON,)),
+    (Mode.WP, (Backing.ANON, Backing.MEMFD)),
     (Mode.USER_ONLY, (Backing.ANON,)),
     (Mode.SIGBUS, (Backing.ANON,)),
     (Mode.POISON, (Backing.ANON,)),
@@ -92,8 +92,13 @@ def measured(
     return dict.fromkeys(first.values(), tuple(Measure))
 
 
+DIR_BYTES = 255  # of its name, for the core
+
+
 def check_direct_dir(path: str) -> str:
     """The directory, absolute; `ConfigurationError` when no file can be made there."""
+    if len(os.fsencode(os.path.abspath(path))) > DIR_BYTES:
+        raise ConfigurationError(f"--direct-dir: a name of more than {DIR_BYTES} bytes; use a link to it")
     if not os.path.isdir(path):
         what = "is not a directory" if os.path.exists(path) else "does not exist"
         raise ConfigurationError(f"--direct-dir: {path!r} {what}; name one on the file system of interest")

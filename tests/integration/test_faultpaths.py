@@ -112,6 +112,7 @@ def test_the_list(run_in_child: Callable[..., Any]) -> None:
         ("--measure all", "--measure: there is no 'all'; there are signal, kill, locks"),
         ("--direct-dir /nonexistent", "--direct-dir: '/nonexistent' does not exist"),
         ("--direct-dir /proc", "no file can be made in '/proc'"),
+        ("--direct-dir " + 300 * "x", "more than 255 bytes"),
         ("--json --markdown", "choose one"),
         ("--html /nonexistent/page", "cannot write '/nonexistent/page': No such file"),
         ("--expectations /nonexistent", "cannot read '/nonexistent': No such file"),
