@@ -693,7 +693,7 @@ static void *touch(void *argument)
     return NULL;
 }
 
-/* A handler that reads its events into memory of which a page is missing. (Of its own userfaultfd, it would wait for itself.) */
+/* A handler that reads its events into memory of which a page is missing. (Of its own userfaultfd: it would wait for itself.) */
 static void uffd_read(struct pc_fp_cell *cell)
 {
     int uffd = pc_uffd_open(PC_UFFD_ANY, 0, NULL);

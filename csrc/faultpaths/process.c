@@ -41,14 +41,16 @@ static int begin_sharer(void *argument)
     return 0;
 }
 
-/* Waits for its end. The wait status, or -1 having said why there could be none. CLONE_VFORK, since it has this thread's TLS. */
+/* Waits for its end. The wait status, or -1 having said why there is none. CLONE_VFORK, since it has this thread's TLS. */
 static int run_sharer(struct pc_fp_cell *cell, int (*run)(void *argument), void *argument, void *clear_tid)
 {
     struct sharer sharer = {.run = run, .argument = argument, .parent = getpid()};
     int flags = CLONE_VM | CLONE_VFORK | SIGCHLD | (clear_tid ? CLONE_CHILD_CLEARTID : 0), status = 0;
     uint8_t *stack = mmap(NULL, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    pid_t child = stack == MAP_FAILED ? -1 : clone(begin_sharer, stack + STACK_BYTES, flags, &sharer, NULL, NULL, clear_tid);
+    pid_t child = -1;
 
+    if (stack != MAP_FAILED)
+        child = clone(begin_sharer, stack + STACK_BYTES, flags, &sharer, NULL, NULL, clear_tid);
     if (child < 0) {
         pc_fp_unavailable(cell, errno, "clone");
         return -1;
@@ -158,8 +160,8 @@ static void clear_child_tid(struct pc_fp_cell *cell)
         lost(cell, "the zero was not written");
 }
 
-/* A robust list of two locks, of which the first one's entry is in the page: it is the struct iovec there, whose pointer leads to
- * the second one, in the scratch area. That one is marked when the kernel has come past the first. */
+/* A robust list of two locks, of which the first one's entry is in the page: it is the struct iovec there, whose pointer leads
+ * to the second one, in the scratch area. That one is marked when the kernel has come past the first. */
 #define LOCK_OFFSET 512 /* from an entry to its futex; what is there for the first one is nobody's */
 
 static int hold_and_exit(void *argument)
