@@ -246,96 +246,6 @@ static void getdents_result(struct pc_fp_cell *cell)
         }
 }
 
-/* ---- execve ---- */
-
-struct program {
-    const char *path;
-    void *argv, *envp;
-    int out;
-    pid_t parent;
-};
-
-/* For processes that share the memory of their parent: they would wait for its page for ever when nobody is left to give it. */
-static void end_with_parent(pid_t parent)
-{
-    if (SYS(prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) || SYS(getppid, 0) != parent)
-        (void)SYS(exit_group, 1);
-}
-
-/* In a process that shares this one's memory, as after vfork: its page is this page. */
-static int execute_program(void *argument)
-{
-    const struct program *program = argument;
-
-    end_with_parent(program->parent);
-    if (SYS(dup3, program->out, 1, 0) < 0)
-        (void)SYS(exit_group, 126);
-    (void)SYS(execve, program->path, program->argv, program->envp);
-    (void)SYS(exit_group, errno == EFAULT ? 100 : 127); /* not _exit: a sanitizer would look for this stack's end */
-    return 0;
-}
-
-static void run_program(struct pc_fp_cell *cell, const char *path, void *argv, void *envp, const char *says)
-{
-    int fds[2], status = 0;
-    struct program program = {.path = path, .argv = argv, .envp = envp, .parent = getpid()};
-    size_t length = strlen(says);
-    char got[256] = "";
-    uint8_t *stack = mmap(NULL, 0x10000, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    pid_t child = -1;
-
-    if (access(path, X_OK)) {
-        pc_fp_unavailable(cell, errno, "%s", path);
-        return;
-    }
-    if (stack == MAP_FAILED || !made(cell, pipe2(fds, O_CLOEXEC), "pipe"))
-        return;
-    program.out = fds[1];
-    pc_fp_begin(cell);
-    child = clone(execute_program, stack + 0x10000, CLONE_VM | CLONE_VFORK | SIGCHLD, &program);
-    if (child < 0) {
-        pc_fp_unavailable(cell, errno, "clone");
-        return;
-    }
-    while (waitpid(child, &status, 0) < 0 && errno == EINTR) {
-    }
-    if (WIFEXITED(status) && WEXITSTATUS(status) == 100)
-        pc_fp_end_code(cell, -EFAULT);
-    else if (WIFEXITED(status) && WEXITSTATUS(status) >= 126)
-        pc_fp_end_code(cell, -ENOEXEC);
-    else
-        pc_fp_end_code(cell, 0);
-    close(fds[1]);
-    if (!pc_fp_succeeded(cell))
-        return;
-    if (WIFSIGNALED(status)) {
-        cell->shared->result.signal_number = WTERMSIG(status);
-        atomic_store(&cell->shared->signalled, 1);
-    } else if (read(fds[0], got, sizeof(got) - 1) < (ssize_t)length || strncmp(got, says, length) != 0)
-        pc_fp_wrong(cell, "the program got something else: %.60s", got);
-}
-
-static void execve_argv(struct pc_fp_cell *cell)
-{
-    char *envp[] = {NULL};
-
-    run_program(cell, "/bin/echo", IN(cell, ARGV), envp, "NAME=postcopy\n");
-}
-
-static void execve_string(struct pc_fp_cell *cell)
-{
-    char echo[] = "echo", *argv[] = {echo, (char *)IN(cell, STRING), NULL}, *envp[] = {NULL};
-
-    run_program(cell, "/bin/echo", argv, envp, "NAME=postcopy\n");
-}
-
-static void execve_envp(struct pc_fp_cell *cell)
-{
-    char env[] = "env", *argv[] = {env, NULL}, *envp[] = {(char *)IN(cell, STRING), NULL};
-
-    run_program(cell, "/usr/bin/env", argv, envp, "NAME=postcopy\n");
-}
-
 /* ---- single values ---- */
 
 static void ioctl_in(struct pc_fp_cell *cell)
@@ -504,6 +414,18 @@ static void getrandom_result(struct pc_fp_cell *cell)
         pc_fp_wrong(cell, "no random bytes have arrived");
     pc_fp_verify(cell, cell->page, 0, PC_FP_AT_OUT);
     pc_fp_verify(cell, IN(cell, OUT) + 256, PC_FP_AT_OUT + 256, PC_FP_BYTES - PC_FP_AT_OUT - 256);
+}
+
+/* There is nothing to mount on: that the kernel says so is how it tells to have got over its data. */
+static void mount_data(struct pc_fp_cell *cell)
+{
+    int64_t value;
+
+    pc_fp_begin(cell);
+    value = SYS(mount, "none", "/nonexistent/postcopy-faultpath", "tmpfs", 0, cell->page);
+    pc_fp_end_code(cell, value == -1 ? (errno == ENOENT ? 0 : -errno) : value);
+    if (cell->shared->result.error == EPERM)
+        pc_fp_unavailable(cell, EPERM, "mount");
 }
 
 static void add_key_payload(struct pc_fp_cell *cell)
@@ -734,40 +656,6 @@ static void wait_status(struct pc_fp_cell *cell)
     verify_out(cell, &expected, sizeof(expected));
 }
 
-static int end_thread(void *argument)
-{
-    end_with_parent(*(const pid_t *)argument);
-    (void)SYS(exit, 0);
-    return 0;
-}
-
-/* The kernel writes a zero for the thread that ends, with nobody to return an error to. */
-static void clear_child_tid(struct pc_fp_cell *cell)
-{
-    uint8_t *stack = mmap(NULL, 0x10000, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    pid_t parent = getpid();
-    int pid, word;
-
-    if (stack == MAP_FAILED)
-        return;
-    /* A process of its own that shares the memory; a thread could not be waited for but by that word. It has this thread's
-     * TLS, which CLONE_VFORK leaves to it alone. */
-    pc_fp_begin(cell);
-    pid = clone(end_thread, stack + 0x10000, CLONE_VM | CLONE_VFORK | CLONE_CHILD_CLEARTID | SIGCHLD, &parent,
-                NULL, NULL, IN(cell, OUT));
-    while (pid > 0 && waitpid(pid, NULL, 0) < 0 && errno == EINTR) {
-    }
-    pc_fp_end(cell, pid < 0 ? -1 : 0);
-    if (!pc_fp_succeeded(cell))
-        return;
-    memcpy(&word, IN(cell, OUT), sizeof(word));
-    if (word) { /* what would be the result, if there were somebody to have it */
-        cell->shared->result.error = EFAULT;
-        (void)snprintf(cell->shared->result.text, sizeof(cell->shared->result.text),
-                       "the zero was lost, without an error: a thread that exits does not wait");
-    }
-}
-
 static void lock_file(struct pc_fp_cell *cell)
 {
     int fd = pc_fp_plain_file(cell);
@@ -805,7 +693,7 @@ static void *touch(void *argument)
     return NULL;
 }
 
-/* A handler that reads its events into memory of which a page is missing. (Of its own userfaultfd, it would wait for itself.) */
+/* A handler that reads its events into memory of which a page is missing. (Of its own userfaultfd: it would wait for itself.) */
 static void uffd_read(struct pc_fp_cell *cell)
 {
     int uffd = pc_uffd_open(PC_UFFD_ANY, 0, NULL);
@@ -855,9 +743,6 @@ static const struct pc_fp_operation operations[] = {
     {{"copy.getdents_result", "copy", "getdents64: entries, in the middle of the walk of the directory", EVERYWHERE,
       PC_FP_WRITES},
      getdents_result},
-    {{"copy.execve_argv", "copy", "execve: the array of argument pointers", EVERYWHERE, 0}, execve_argv},
-    {{"copy.execve_string", "copy", "execve: an argument string, copied to the new stack", EVERYWHERE, 0}, execve_string},
-    {{"copy.execve_envp", "copy", "execve: an environment string", EVERYWHERE, 0}, execve_envp},
     {{"copy.ioctl_in", "copy", "ioctl FIONBIO: an int by get_user", EVERYWHERE, 0}, ioctl_in},
     {{"copy.ioctl_out", "copy", "ioctl FIONREAD: an int by put_user", EVERYWHERE, PC_FP_WRITES}, ioctl_out},
     {{"copy.setsockopt_value", "copy", "setsockopt: the option's value", EVERYWHERE, 0}, setsockopt_value},
@@ -872,6 +757,7 @@ static const struct pc_fp_operation operations[] = {
     {{"copy.procfs_write", "copy", "write to /proc/thread-self/comm", EVERYWHERE, 0}, procfs_write},
     {{"copy.prctl_name", "copy", "prctl PR_SET_NAME: a string", EVERYWHERE, 0}, set_name},
     {{"copy.getrandom", "copy", "getrandom: 256 bytes", EVERYWHERE, PC_FP_WRITES}, getrandom_result},
+    {{"copy.mount_data", "copy", "mount: its data, a page at once, which may be shorter", EVERYWHERE, 0}, mount_data},
     {{"copy.add_key", "copy", "add_key: 1 KiB of payload", EVERYWHERE, 0}, add_key_payload},
     {{"copy.mincore_vector", "copy", "mincore: its vector", EVERYWHERE, PC_FP_WRITES}, mincore_vector},
     {{"copy.uname_result", "copy", "uname: struct utsname", EVERYWHERE, PC_FP_WRITES}, uname_result},
@@ -896,9 +782,6 @@ static const struct pc_fp_operation operations[] = {
       PC_FP_WRITES},
      signal_frame},
     {{"copy.wait_status", "copy", "wait4: the status", EVERYWHERE, PC_FP_WRITES}, wait_status},
-    {{"copy.clear_child_tid", "copy", "exit: the zero at CLONE_CHILD_CLEARTID",
-      PC_FP_ALL_MODES & ~(1u << PC_FP_SIGBUS | 1u << PC_FP_POISON), PC_FP_ALL_BACKINGS, PC_FP_WRITES},
-     clear_child_tid},
     {{"copy.fcntl_lock", "copy", "fcntl F_SETLK: struct flock", EVERYWHERE, 0}, lock_file},
     {{"copy.uffdio_copy_source", "copy", "UFFDIO_COPY on another userfaultfd: its source", EVERYWHERE, 0},
      uffdio_copy_source},

@@ -150,8 +150,8 @@ struct pc_fp_class {
     const struct pc_fp_operation *operations;
     uint32_t count;
 };
-extern const struct pc_fp_class pc_fp_user, pc_fp_copy, pc_fp_arguments, pc_fp_pin, pc_fp_futex, pc_fp_uring, pc_fp_kvm,
-    pc_fp_remote, pc_fp_net, pc_fp_nofault, pc_fp_device;
+extern const struct pc_fp_class pc_fp_user, pc_fp_copy, pc_fp_arguments, pc_fp_process, pc_fp_pin, pc_fp_futex;
+extern const struct pc_fp_class pc_fp_uring, pc_fp_kvm, pc_fp_remote, pc_fp_net, pc_fp_nofault, pc_fp_device;
 
 const struct pc_fp_operation *pc_fp_operation(uint32_t index);
 /* What is at fixed addresses: the scratch area's content. 0 or -errno. */

@@ -10,9 +10,9 @@
 #include "faultpaths/fp.h"
 #include "util.h"
 
-static const struct pc_fp_class *const classes[] = {&pc_fp_user,  &pc_fp_copy,  &pc_fp_arguments, &pc_fp_pin,
-                                                   &pc_fp_futex, &pc_fp_uring, &pc_fp_kvm,       &pc_fp_remote,
-                                                   &pc_fp_net,   &pc_fp_nofault, &pc_fp_device};
+static const struct pc_fp_class *const classes[] = {&pc_fp_user,  &pc_fp_copy,   &pc_fp_arguments, &pc_fp_process,
+                                                   &pc_fp_pin,   &pc_fp_futex,  &pc_fp_uring,     &pc_fp_kvm,
+                                                   &pc_fp_remote, &pc_fp_net,   &pc_fp_nofault,   &pc_fp_device};
 
 static void hang(struct pc_fp_cell *cell)
 {
