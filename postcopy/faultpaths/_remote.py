@@ -148,8 +148,10 @@ async def run_cell(runner: Runner, link: Link, operation: Operation, cell: Cell,
     async with trio.open_nursery() as nursery:
 
         async def run() -> None:
-            results.append(await runner.run(operation, cell))
-            over.set()
+            try:
+                results.append(await runner.run(operation, cell))
+            finally:
+                over.set()  # also when cancelled: the child is gone then, and what is shielded below must end
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(run)
@@ -182,9 +184,8 @@ async def _serve(link: Link, handed: HandOver, over: trio.Event, while_pending: 
     with contextlib.ExitStack() as stack:
         if memory.fd >= 0:
             stack.callback(os.close, memory.fd)
-        # Ours stays open until the child is gone: closing the last copy would show zeros to who still waits.
-        uffd = os.dup(handed.uffd)
-        stack.callback(os.close, uffd)
+        # Stays open until the child is gone: closing the last copy would show zeros to who still waits.
+        stack.callback(os.close, handed.uffd)
         source = stack.enter_context(Memory.create("memfd", memory.size_bytes))
         source.write(0, _core.content(memory.size_bytes))
         async with _engines(memory, source, handed.uffd) as (pager, shard, server):
@@ -213,16 +214,12 @@ async def _serve(link: Link, handed: HandOver, over: trio.Event, while_pending: 
 
 @asynccontextmanager
 async def _engines(memory: ForeignMemory, source: Memory, uffd: int) -> AsyncIterator[tuple[Pager, int, PageServer]]:
-    """Destination and source with one block. The userfaultfd is the pager's from here on."""
+    """Destination, with a copy of the userfaultfd, and source, with one block."""
     states = check(lib.pc_states_new(memory.pages), "making page states")
     try:
         async with Pager() as pager, PageServer() as server:
-            try:
-                pager.add_block_with_states(memory, states)
-            except BaseException:
-                os.close(uffd)
-                raise
-            shard = pager.adopt_shard(uffd, int(_FEATURES))
+            pager.add_block_with_states(memory, states)
+            shard = pager.adopt_shard(os.dup(uffd), int(_FEATURES))
             server.add_block(source, memory.page_bytes)
             yield pager, shard, server
     finally:

@@ -183,8 +183,9 @@ def test_nothing_is_left_behind_when_one_is_killed(spawn_child: Callable[..., An
 
 
 @pytest.mark.needs("uffd")
-def test_an_interrupted_run_ends_in_order(spawn_child: Callable[..., Any]) -> None:
-    child, below = start_a_hang(spawn_child, *FAULTPATHS, "--all", "--measure", "locks")
+@pytest.mark.parametrize("line", ["--all --measure locks", "--remote=slow:delay=0.5"])
+def test_an_interrupted_run_ends_in_order(spawn_child: Callable[..., Any], line: str) -> None:
+    child, below = start_a_hang(spawn_child, *FAULTPATHS, *line.split())
     with contextlib.suppress(ProcessLookupError):
         child.send_signal(signal.SIGINT)
     done = child.wait(GONE_S)
