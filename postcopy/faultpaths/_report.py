@@ -141,7 +141,9 @@ def print_section(console: Console, section: Section) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for number, name in enumerate(section.header):
         widest = max((sum(len(span.text) for span in row[number]) for row in section.rows), default=0)
-        table.add_column(escape(name), overflow="fold", no_wrap=widest <= UNBROKEN_WIDTH <= console.width // 4)
+        # The first column is a name, to be found again; the others are broken where the console is narrow.
+        whole = widest <= UNBROKEN_WIDTH and (number == 0 or console.width // 4 >= UNBROKEN_WIDTH)
+        table.add_column(escape(name), overflow="fold", no_wrap=whole)
     for row in section.rows:
         table.add_row(*("".join(_markup(span) for span in cell) for cell in row))
     console.print(table)
