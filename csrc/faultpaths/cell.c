@@ -144,6 +144,7 @@ void pc_fp_in_process(struct pc_fp_cell *cell, void (*act)(struct pc_fp_cell *ce
     }
     if (!child) {
         (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
+        atomic_store(&cell->shared->other_pid, getpid());
         if (getppid() == parent)
             act(cell, argument);
         _exit(0);
@@ -253,7 +254,8 @@ static bool hand_over(struct pc_fp_cell *cell)
     static const int kinds[] = {[PC_FP_ANON] = PC_MEMORY_ANON, [PC_FP_MEMFD] = PC_MEMORY_MEMFD,
                                 [PC_FP_MEMFD_PRIVATE] = PC_MEMORY_ANON, [PC_FP_HUGETLB] = PC_MEMORY_HUGETLB};
     struct pc_fp_hand_over message = {.address = (uintptr_t)cell->page, .bytes = cell->page_bytes,
-                                      .page_bytes = cell->page_bytes, .kind = kinds[cell->spec->backing]};
+                                      .page_bytes = cell->page_bytes, .kind = kinds[cell->spec->backing],
+                                      .pid = getpid()};
     struct iovec vector = {&message, sizeof(message)};
     union {
         char bytes[CMSG_SPACE(2 * sizeof(int))];

@@ -89,6 +89,7 @@ struct pc_fp_shared {
     _Atomic uint32_t handler_ran;  /* of SIGUSR1, PC_FP_MEASURE_SIGNAL */
     _Atomic uint64_t first_event_ns, begin_ns, end_ns;
     _Atomic int32_t uffd;          /* its number in the child */
+    _Atomic int32_t other_pid;     /* the process that runs the operation, where that is not the child */
 };
 
 struct pc_fp_cell {

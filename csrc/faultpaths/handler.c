@@ -2,6 +2,7 @@
  *
  * The thread of a cell that reads the events, looks at the thread that waits, and gives the page.
  */
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -54,24 +55,54 @@ static uint8_t classify(const struct pc_fp_cell *cell, int tid, int *pid)
     return PC_FP_THREAD_PROCESS;
 }
 
-static void sample(struct pc_fp_handler *handler)
+/* Whether a thread is in handle_userfault. What is known of it goes to the result if so, or always. */
+static bool sample_thread(struct pc_fp_shared *shared, int pid, int tid, bool always)
 {
-    struct pc_fp_shared *shared = handler->cell->shared;
     char path[64], text[512];
     const char *tail;
+    bool waits = false, known;
 
-    if (!handler->watched_tid)
-        return;
-    snprintf(path, sizeof(path), "/proc/%d/task/%d/wchan", handler->watched_pid, handler->watched_tid);
-    if (read_file(path, text, sizeof(text)) > 0 && text[0] != '0') {
+    snprintf(path, sizeof(path), "/proc/%d/task/%d/wchan", pid, tid);
+    known = read_file(path, text, sizeof(text)) > 0 && text[0] != '0';
+    waits = known && !strncmp(text, "handle_userfault", 16);
+    if (known && (waits || always)) {
         text[sizeof(shared->result.wchan) - 1] = '\0';
         memcpy(shared->result.wchan, text, strlen(text) + 1);
-        if (!strncmp(text, "handle_userfault", 16))
-            atomic_store(&shared->saw_wait, 1);
     }
-    snprintf(path, sizeof(path), "/proc/%d/task/%d/stat", handler->watched_pid, handler->watched_tid);
-    if (read_file(path, text, sizeof(text)) > 0 && (tail = strrchr(text, ')')) && tail[1] == ' ')
+    snprintf(path, sizeof(path), "/proc/%d/task/%d/stat", pid, tid);
+    if ((waits || always) && read_file(path, text, sizeof(text)) > 0 && (tail = strrchr(text, ')')) && tail[1] == ' ')
         shared->result.state = tail[2];
+    return waits;
+}
+
+static void sample(struct pc_fp_handler *handler)
+{
+    if (handler->watched_tid)
+        (void)sample_thread(handler->cell->shared, handler->watched_pid, handler->watched_tid, true);
+}
+
+/* The thread that waits, whichever it is: the one that runs the operation, in a process of its own perhaps, or a thread that the
+ * kernel has made. There was no event to tell. */
+static bool find_waiting(struct pc_fp_handler *handler)
+{
+    struct pc_fp_shared *shared = handler->cell->shared;
+    int other = atomic_load(&shared->other_pid), own = (int)syscall(SYS_gettid), found = 0, pid;
+    DIR *tasks;
+
+    if (other && sample_thread(shared, other, other, false))
+        found = other;
+    tasks = found ? NULL : opendir("/proc/self/task");
+    for (struct dirent *entry; tasks && !found && (entry = readdir(tasks));) {
+        int tid = atoi(entry->d_name);
+
+        if (tid > 0 && tid != own && sample_thread(shared, getpid(), tid, false))
+            found = tid;
+    }
+    if (tasks)
+        (void)closedir(tasks);
+    if (found)
+        shared->result.event_thread = classify(handler->cell, found, &pid);
+    return found;
 }
 
 /* Processor time of the thread that waits. */
@@ -216,24 +247,26 @@ static void *watch(void *argument)
         struct pollfd polled = {.fd = handler->stop_fd, .events = POLLIN};
 
         (void)poll(&polled, 1, 1);
-        if (atomic_load(&shared->began) && !atomic_load(&shared->ended) && !atomic_load(&shared->saw_wait)) {
-            handler->watched_tid = handler->cell->tid;
-            handler->watched_pid = getpid();
-            sample(handler);
-        }
+        if (atomic_load(&shared->began) && !atomic_load(&shared->ended) && !atomic_load(&shared->saw_wait) &&
+            find_waiting(handler))
+            atomic_store(&shared->saw_wait, 1);
     }
     return NULL;
 }
 
 int pc_fp_handler_start(struct pc_fp_handler *handler, struct pc_fp_cell *cell)
 {
+    sigset_t all, before;
     int rc;
 
     *handler = (struct pc_fp_handler){.cell = cell};
     handler->stop_fd = eventfd(0, EFD_CLOEXEC);
     if (handler->stop_fd < 0)
         return -errno;
+    sigfillset(&all); /* signals are for the thread that runs the operation */
+    (void)pthread_sigmask(SIG_SETMASK, &all, &before);
     rc = pthread_create(&handler->thread, NULL, cell->spec->hand_over_fd < 0 ? serve : watch, handler);
+    (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
     return -rc;
 }
 

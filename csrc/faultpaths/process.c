@@ -24,6 +24,7 @@
 #define STACK_BYTES 0x10000
 
 struct sharer {
+    struct pc_fp_cell *cell;
     int (*run)(void *argument); /* returns the exit status */
     void *argument;
     pid_t parent;
@@ -36,6 +37,7 @@ static int begin_sharer(void *argument)
     /* It holds the userfaultfd open too: with nobody left to give the page it would wait for ever. */
     if (syscall(SYS_prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) || syscall(SYS_getppid) != sharer->parent)
         (void)syscall(SYS_exit_group, 1);
+    atomic_store(&sharer->cell->shared->other_pid, (int32_t)syscall(SYS_getpid));
     /* By system call: a sanitizer's _exit would look for this stack's end. */
     (void)syscall(SYS_exit_group, sharer->run(sharer->argument));
     return 0;
@@ -44,7 +46,7 @@ static int begin_sharer(void *argument)
 /* Waits for its end. The wait status, or -1 having said why there is none. CLONE_VFORK, since it has this thread's TLS. */
 static int run_sharer(struct pc_fp_cell *cell, int (*run)(void *argument), void *argument, void *clear_tid)
 {
-    struct sharer sharer = {.run = run, .argument = argument, .parent = getpid()};
+    struct sharer sharer = {.cell = cell, .run = run, .argument = argument, .parent = getpid()};
     int flags = CLONE_VM | CLONE_VFORK | SIGCHLD | (clear_tid ? CLONE_CHILD_CLEARTID : 0), status = 0;
     uint8_t *stack = mmap(NULL, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     pid_t child = -1;

@@ -599,7 +599,8 @@ struct pc_fp_spec {
     char direct_dir[256]; /* directory of files for O_DIRECT; empty: the current one */
     /* -1: the child serves its own fault. Else a connected Unix SOCK_SEQPACKET: it sends one struct pc_fp_hand_over with
      * SCM_RIGHTS {uffd, and the memfd where there is one}, waits for one byte, then runs the operation. PC_FP_MISSING only,
-     * without `measure`; in the result `events` stays 0, for they go elsewhere. Stays the caller's. */
+     * without `measure`; in the result `events` stays 0, for they go elsewhere, and who waits is found by looking at all threads
+     * once a millisecond. Stays the caller's. */
     int hand_over_fd;
 };
 struct pc_fp_hand_over {
@@ -607,7 +608,7 @@ struct pc_fp_hand_over {
     uint64_t bytes;
     uint64_t page_bytes;
     int32_t kind; /* enum pc_memory_kind */
-    uint32_t pad;
+    int32_t pid;  /* of the child, whose main thread runs the operation; it has a handler for SIGUSR1 */
 };
 /* What a page must hold: its first `bytes` bytes, the same everywhere and always. */
 void pc_fp_content(uint8_t *page, uint64_t bytes);
