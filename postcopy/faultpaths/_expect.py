@@ -9,7 +9,8 @@ The file is TOML (expectations.toml in this package; `--expectations FILE` for a
   tell its configuration satisfies no ``config``.
 - ``writes``: true or false: only operations that write the page, or only those that do not.
 - ``outcome``: one of `Outcome`, or a list of those that are right; ``error``, ``signal``, ``state``, ``thread``:
-  what must be so beside, likewise, where it is given. ``error`` and ``signal`` count only where there is one.
+  what must be so beside, likewise, where it is given. ``error`` and ``signal`` count only where there is one, ``state``
+  only where the thread was seen in userfaultfd's wait.
 - ``reason``: one sentence, for a person.
 
 The most specific of the tables that match is the one that holds: the longer name of the operation (patterns count by
@@ -29,7 +30,20 @@ from typing import Any
 
 from postcopy._errors import ConfigurationError
 
-from ._model import EVENT_THREADS, Backing, Cell, Flag, Json, Judged, Mode, Operation, Outcome, Result, Verdict
+from ._model import (
+    EVENT_THREADS,
+    WAITS_IN,
+    Backing,
+    Cell,
+    Flag,
+    Json,
+    Judged,
+    Mode,
+    Operation,
+    Outcome,
+    Result,
+    Verdict,
+)
 from ._system import System, version_of
 
 SCHEMA = 1
@@ -107,7 +121,7 @@ class Expectation:
         seen = {
             "error": result.error_name,
             "signal": result.signal_name,
-            "state": result.state,
+            "state": result.state if result.wchan == WAITS_IN else "",
             "thread": result.event_thread if result.events else "",
         }
         for name, value in seen.items():

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ._model import LOCK_CALLS, Backing, Judged, Mode, Operation, Outcome, Run, Verdict
+from ._model import LOCK_CALLS, WAITS_IN, Backing, Judged, Mode, Operation, Outcome, Run, Verdict
 
 TITLES = {
     "user": "User-mode code",
@@ -22,7 +22,6 @@ TITLES = {
     "device": "Devices",
 }
 MARKS = {Verdict.CHANGED: " !", Verdict.NOT_EXPECTED: " ?"}
-WAITS_IN = "handle_userfault"
 LEGEND = (
     "blocked: waited for the page and went on with it; passed: went on without an event; spun: came back again and"
     " again instead of waiting; ! changed: another outcome than expected; ? nothing is known of it; n/a not available"

@@ -73,6 +73,9 @@ class Measure(StrEnum):
 LOCK_CALLS = ("mmap", "munmap", "mprotect", "fork", "register")
 """Whose latency is measured while the fault is pending; the order of the arrays in `struct pc_fp_result`."""
 
+WAITS_IN = "handle_userfault"
+"""The function of the kernel in which a thread waits for its page."""
+
 EVENT_THREADS = ("none", "own", "other", "kernel", "process")
 """Whose fault it was: `enum pc_fp_thread`."""
 
