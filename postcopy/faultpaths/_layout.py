@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ._model import LOCK_CALLS, WAITS_IN, Backing, Judged, Mode, Operation, Outcome, Run, Verdict
+from ._model import EVENT_THREADS, LOCK_CALLS, WAITS_IN, Backing, Judged, Mode, Operation, Outcome, Run, Verdict
 
 TITLES = {
     "user": "User-mode code",
@@ -146,7 +146,8 @@ def _waits(items: Sequence[Judged]) -> tuple[tuple[Span, ...], tuple[Span, ...]]
         if item.result.state:
             where = "" if item.result.wchan == WAITS_IN else item.result.wchan
             wait = f"{item.result.state} {where}".strip()
-            return (Span(wait),), (Span(item.result.event_thread),)
+            raised_by = item.result.event_thread
+            return (Span(wait),), (Span(raised_by if raised_by != EVENT_THREADS[0] else ""),)
     return (Span(""),), (Span(""),)
 
 
@@ -247,7 +248,7 @@ def _remote(run: Run) -> Iterable[Section]:
                 (Span(f"{item.result.waited_ns / 1e6:.1f} ms"),),
             )
             for item, remote in items
-            if remote is not None
+            if remote is not None and item.verdict is not Verdict.NOT_AVAILABLE
         ),
         "Over TCP and a proxy that resets every connection while the operation waits, until both sides meet again. A"
         " fault beside an operation that passed is that of the check of the content afterwards.",
