@@ -94,3 +94,17 @@ def test_demo_without_any_right(package: list[str], spawn_child: Callable[..., A
         assert result["ram"]["demand-pages"] > 0
     if found["how"] == "USER_ONLY":
         assert done.stderr.count("postcopy: --machine kvm cannot be used here") == 1
+
+
+@pytest.mark.needs("root", "uffd-user")
+def test_faultpaths_without_any_right(package: list[str], spawn_child: Callable[..., Any]) -> None:
+    found = rights(package)
+    child = spawn_child([*package, "-m", "postcopy", "faultpaths", "--only", "user.load,copy.write_pipe", "--json"])
+    done = child.wait(100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = {(cell["operation"], cell["mode"]): cell for cell in json.loads(done.stdout)["cells"]}
+    assert cells["user.load", "user-only"]["outcome"] == "blocked"
+    assert cells["copy.write_pipe", "user-only"]["error"] == "EFAULT"
+    if found["how"] == "USER_ONLY":
+        assert cells["user.load", "missing"]["verdict"] == "not available here"
+        assert "CAP_SYS_PTRACE" in cells["user.load", "missing"]["reason"]
