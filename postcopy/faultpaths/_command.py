@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
     direct_dir = _select.check_direct_dir(args.direct_dir) if args.direct_dir else ""
     if args.html is not None:
         _check_writable(args.html)
+    system = _system.this_system()
     if args.remote is not None:
         plan = _plan(args.remote)
         if measure or any(mode is not Mode.MISSING for mode in modes):
@@ -119,8 +120,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         cells = _select.choose(operations, only, modes, backings, args.all)
         chosen = bool(args.all or args.only or modes or backings)
-        work = functools.partial(_here, _select.measured(cells, operations, measure), chosen)
-    found = _run(work, operations, cells, expectations, direct_dir, args.timeout)
+        measures = _select.measured(
+            cells, operations, measure, lambda operation, cell: expectations.waits(operation, cell, system)
+        )
+        work = functools.partial(_here, measures, chosen)
+    found = _run(work, operations, cells, system, expectations, direct_dir, args.timeout)
     _write(found, args)
     return 0 if found.good else 1
 
@@ -179,12 +183,12 @@ def _run(
     work: Work,
     operations: Sequence[Operation],
     cells: Sequence[Cell],
+    system: _system.System,
     expectations: _expect.Expectations,
     direct_dir: str,
     timeout_s: float,
 ) -> Run:
     by_name = {operation.name: operation for operation in operations}
-    system = _system.this_system()
     began_s = time.monotonic()
     with _progress(len(cells)) as progress:
         try:

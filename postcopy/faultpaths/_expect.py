@@ -160,6 +160,11 @@ class Expectations:
         matching = [rule for rule in self.rules if rule.matches(operation, cell, system)]
         return max(matching, key=lambda rule: rule.specificity(cell), default=None)
 
+    def waits(self, operation: Operation, cell: Cell, system: System) -> bool:
+        """Whether the operation may wait for its page, as far as is known."""
+        rule = self.find(operation, cell, system)
+        return Flag.NOFAULT not in operation.flags if rule is None else Outcome.BLOCKED in rule.outcome
+
     def judge(self, operation: Operation, cell: Cell, result: Result, system: System) -> Judged:
         """The verdict."""
         rule = self.find(operation, cell, system)

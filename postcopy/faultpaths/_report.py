@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from typing import IO
 
@@ -174,6 +175,5 @@ def to_markdown(run: Run) -> str:
 
 
 def _plain(text: str) -> str:
-    for special in "\\|*_`<[":
-        text = text.replace(special, "\\" + special)
-    return " ".join(text.split())
+    # An underscore within a word is one; at its edge it would begin emphasis.
+    return " ".join(re.sub(r"[\\|*`<\[]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text).split())

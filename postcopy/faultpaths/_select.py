@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from postcopy._errors import ConfigurationError
 
-from ._model import Backing, Cell, Flag, Measure, Mode, Operation
+from ._model import Backing, Cell, Measure, Mode, Operation
 
 DEFAULT_CELLS: tuple[tuple[Mode, tuple[Backing, ...]], ...] = (
     (Mode.MISSING, (Backing.ANON, Backing.MEMFD)),  # first: what a run that runs out of time must have
@@ -69,19 +69,22 @@ def choose(
 
 
 def measured(
-    cells: Sequence[Cell], operations: Iterable[Operation], measure: Collection[Measure] | None
+    cells: Sequence[Cell],
+    operations: Iterable[Operation],
+    measure: Collection[Measure] | None,
+    waits: Callable[[Operation, Cell], bool],
 ) -> dict[Cell, Collection[Measure]]:
-    """What to measure beside, for which cells.
+    """What to measure beside, for which cells; `waits`: whether it is to be expected that a cell's operation does.
 
-    None, the default: everything, for the first operation of each group that must fault, on the first missing page of
-    it that is among `cells`: enough to fill the columns. A choice of the user: that, for each cell in which the
-    operation can wait.
+    None, the default: everything, for the first operation of each group that waits, on the first missing page of it
+    that is among `cells`: enough to fill the columns. A choice of the user: that, for each cell in which the operation
+    waits.
     """
     by_name = {operation.name: operation for operation in operations}
     able = [
         cell
         for cell in cells
-        if Flag.NOFAULT not in by_name[cell.operation].flags and cell.mode in (Mode.MISSING, Mode.MINOR, Mode.WP)
+        if cell.mode in (Mode.MISSING, Mode.MINOR, Mode.WP) and waits(by_name[cell.operation], cell)
     ]
     if measure is not None:
         return dict.fromkeys(able, tuple(measure)) if measure else {}

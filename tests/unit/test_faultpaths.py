@@ -245,15 +245,27 @@ def test_a_mode_or_a_backing_means_all_of_it() -> None:
         _select.choose(OPERATIONS, ["nofault"], modes=[Mode.POISON])
 
 
-def test_measures_go_to_one_operation_of_each_group_that_faults() -> None:
-    cells = _select.choose(OPERATIONS)
-    measured = _select.measured(cells, OPERATIONS, None)
-    assert set(measured) == {LOAD_ANON, Cell("pin.odirect_read", Mode.MISSING, Backing.ANON)}
+def test_measures_go_to_one_operation_of_each_group_that_waits() -> None:
+    refused = Operation("pin.first", "pin", "")
+    operations = (LOAD, refused, READ, FORK)
+    expectations = rules(ALL_BLOCK, 'operation = "pin.first"\nmode = "*"\noutcome = "refused"\nreason = "cannot wait"')
+
+    def waits(operation: Operation, cell: Cell) -> bool:
+        return expectations.waits(operation, cell, SYSTEM)
+
+    no_rule = Cell("user.load", Mode.WP, Backing.ANON)
+    assert waits(LOAD, no_rule)
+    assert not waits(FORK, Cell("nofault.fork", Mode.WP, Backing.ANON))
+    cells = _select.choose(operations)
+    measured = _select.measured(cells, operations, None, waits)
+    read_anon = Cell("pin.odirect_read", Mode.MISSING, Backing.ANON)
+    assert {LOAD_ANON, read_anon} <= set(measured)
+    assert not any(cell.operation == "pin.first" for cell in measured)
     assert set(measured[LOAD_ANON]) == set(Measure)
-    chosen = _select.measured(cells, OPERATIONS, [Measure.KILL])
-    assert chosen[Cell("user.load", Mode.WP, Backing.ANON)] == (Measure.KILL,)
-    assert not any(cell.operation == "nofault.fork" or cell.mode is Mode.POISON for cell in chosen)
-    assert _select.measured(cells, OPERATIONS, []) == {}
+    chosen = _select.measured(cells, operations, [Measure.KILL], waits)
+    assert chosen[no_rule] == (Measure.KILL,)
+    assert not any(cell.operation == "pin.first" or cell.mode is Mode.POISON for cell in chosen)
+    assert _select.measured(cells, operations, [], waits) == {}
 
 
 # ---- reports
@@ -324,8 +336,7 @@ def test_every_form_names_what_matters(found: Run, form: str) -> None:
         "3 operations, 5 cells",
         "1 left out",
     ):
-        plain = text.replace("\\", "")
-        assert words in plain, plain
+        assert words in text.replace("\\", ""), text
     assert "\x1b" not in text  # no colour where no terminal is
 
 
