@@ -274,12 +274,19 @@ def _lab_arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
 
 
+def _faultpaths_arguments(parser: argparse.ArgumentParser) -> None:
+    from postcopy.faultpaths import add_arguments
+
+    add_arguments(parser)
+
+
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "source": ("run a machine, or hold an image, and migrate it away", _source_arguments),
     "dest": ("receive what a source offers", _dest_arguments),
     "demo": ("both sides on this host, verified", _demo_arguments),
     "merge": ("join what both sides of a lost migration have salvaged into an image", _merge_arguments),
     "probe": ("what this host allows, and what would help", _probe_arguments),
+    "faultpaths": ("which kernel paths wait for a missing page here, and which do not", _faultpaths_arguments),
     "bench": ("measure, each figure against its floor in the same run", _bench_arguments),
     "lab": ("hosts with cables and a switch between them, on this machine", _lab_arguments),
     "chaos": ("a bad network between two programs, to try them with", _chaos_arguments),
@@ -441,6 +448,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from postcopy.lab.command import run as run_lab
 
             return run_lab(args)
+        if args.command == "faultpaths":
+            from postcopy.faultpaths import run as run_faultpaths
+
+            return run_faultpaths(args)
         output = make_output(args.json)
         logging.basicConfig(level=args.log_level.upper(), handlers=[LogHandler(output)], force=True)
         route = _route(args)

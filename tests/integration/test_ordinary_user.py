@@ -120,3 +120,17 @@ def test_laboratory_without_any_right(package: list[str]) -> None:
     assert (result["status"], result["verified"]) == ("completed", True)
     assert result["recoveries"]["count"] > 0
     assert json.loads(run("lab", "status", "--json")) == {"labs": []}
+
+
+@pytest.mark.needs("root", "uffd-user")
+def test_faultpaths_without_any_right(package: list[str], spawn_child: Callable[..., Any]) -> None:
+    found = rights(package)
+    child = spawn_child([*package, "-m", "postcopy", "faultpaths", "--only", "user.load,copy.write_pipe", "--json"])
+    done = child.wait(100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = {(cell["operation"], cell["mode"]): cell for cell in json.loads(done.stdout)["cells"]}
+    assert cells["user.load", "user-only"]["outcome"] == "blocked"
+    assert cells["copy.write_pipe", "user-only"]["error"] == "EFAULT"
+    if found["how"] == "USER_ONLY":
+        assert cells["user.load", "missing"]["verdict"] == "not available here"
+        assert "CAP_SYS_PTRACE" in cells["user.load", "missing"]["reason"]
