@@ -50,8 +50,8 @@ USES = (
     Use("destination of kvm", f"read and write on /dev/kvm; and {_WHOLE_UFFD}", ("kvm", "kernel-faults")),
     Use("--backing hugetlb", "free huge pages (vm.nr_hugepages); no right", ("hugetlb",)),
     Use("--user", "start as user 0 with CAP_SETUID and CAP_SETGID; devices that user 0 may open", ("change-user",)),
-    Use("networks of tests, as root", "CAP_SYS_ADMIN and CAP_NET_ADMIN", ("netns",)),
-    Use("networks of tests, as a user", "user.max_user_namespaces above 0 and unshare(2)", ("user-netns",)),
+    Use("postcopy lab, as root", "CAP_SYS_ADMIN and CAP_NET_ADMIN", ("netns",)),
+    Use("postcopy lab, as a user", "user.max_user_namespaces above 0 and unshare(2)", ("user-netns",)),
     Use(
         "every side",
         f"RLIMIT_NOFILE {MANY_FILES}; RLIMIT_NPROC for 50 threads; RLIMIT_FSIZE of a RAM block (a memfd is a file)",
