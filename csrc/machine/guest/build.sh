@@ -15,7 +15,7 @@ flags="-std=gnu11 -O2 -ffreestanding -fno-builtin -nostdlib -static -fno-pic -no
  -mgeneral-regs-only -march=x86-64 -fcf-protection=none -fno-stack-protector -fno-asynchronous-unwind-tables
  -fno-tree-loop-distribute-patterns -fno-jump-tables -Wall -Wextra -Wshadow -Wstrict-prototypes -Werror
  -Wl,--build-id=none -Wl,-z,noexecstack -Wl,-z,max-page-size=4096 -Wl,--no-warn-rwx-segments"
-for name in idle dirty random disk; do
+for name in idle dirty random disk echo; do
 	# shellcheck disable=SC2086
 	${CC:-gcc} $flags -T "$src/guest.ld" -o "$out/$name.elf" "$src/start.S" "$src/common.c" "$src/arch_x86.c" "$src/$name.c"
 	${OBJCOPY:-objcopy} -O binary "$out/$name.elf" "$out/$name.bin"
