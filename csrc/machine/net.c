@@ -145,7 +145,7 @@ static void wait_for_frame(struct pc_vcpu *vcpu)
         rc = ppoll(&network, 1, &tick, &before);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     atomic_store(&vcpu->activity, PC_VCPU_DEVICE);
-    if (rc > 0 && !(network.revents & POLLIN))
+    if (rc > 0 && (network.revents & (POLLERR | POLLHUP | POLLNVAL)))
         pc_vcpu_halt(vcpu); /* no network at all: poll would come back at once for ever */
 }
 
