@@ -118,6 +118,7 @@ class _Lib:
     PC_WORKLOAD_DIRTY: int
     PC_WORKLOAD_RANDOM: int
     PC_WORKLOAD_DISK: int
+    PC_WORKLOAD_ECHO: int
     PC_MACHINE_CREATED: int
     PC_MACHINE_PAUSED: int
     PC_MACHINE_RUNNING: int
@@ -128,6 +129,7 @@ class _Lib:
     PC_VCPU_HALTED: int
     PC_VCPU_DISK: int
     PC_VCPU_GONE: int
+    PC_VCPU_NET: int
     def pc_version(self) -> CData: ...
     def pc_crc32c(self, crc: int, data: CData | bytes, bytes: int, /) -> int: ...
     def pc_is_zero(self, data: CData | bytes, bytes: int, /) -> int: ...

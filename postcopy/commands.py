@@ -283,6 +283,7 @@ class DestinationCommand:
         connect: Address | None,
         backing: str,
         disk: str | None,
+        net: str | None = None,
         busy_poll_us: int,
         heartbeat_s: float,
         recover_for_s: float,
@@ -297,6 +298,7 @@ class DestinationCommand:
         self._connect = connect
         self._backing = backing
         self._disk = disk
+        self._net = net
         self._busy_poll_us = busy_poll_us
         self._heartbeat_s = heartbeat_s
         self._recover_for_s = recover_for_s
@@ -382,6 +384,7 @@ class DestinationCommand:
             link,
             backing=self._backing,
             disk=self._disk,
+            net=self._net,
             busy_poll_us=self._busy_poll_us,
             heartbeat_s=self._heartbeat_s,
             recover_for_s=self._recover_for_s,

@@ -79,7 +79,7 @@ def guest(machine: Machine, statistics: MachineStatistics) -> Json:
     """What the machine says of itself."""
     if not machine.live:
         return {"state": statistics.state.value}
-    return {
+    result: Json = {
         "state": statistics.state.value,
         "nonce": f"{statistics.nonce:#018x}" if statistics.nonce else None,
         "operations": statistics.operations,
@@ -97,6 +97,14 @@ def guest(machine: Machine, statistics: MachineStatistics) -> Json:
             "errors": statistics.disk_errors,
         },
     }
+    if machine.network is not None:
+        result["network"] = machine.network | {
+            "received": statistics.net_received,
+            "sent": statistics.net_sent,
+            "dropped": statistics.net_dropped,
+            "errors": statistics.net_errors,
+        }
+    return result
 
 
 def source_progress(machine: Machine, migration: SourceMigration | None) -> Json:

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stream of UDP echoes to a machine, which shows for how long it did not answer.
+
+Each datagram has a number, and the guest program `echo` (docs/machines.md) answers it with one of its own, kept
+in its memory and raised with each answer, and with the nonce that it made when it booted. So the stream shows more than
+the gap: that the same machine answers in the end as in the beginning, and that it never went back.
+
+    python -m postcopy.testing.pinger ADDRESS [--interval SECONDS] [--seconds SECONDS]
+
+prints one JSON line when its time is over or when it gets SIGTERM or SIGINT, for use in another network namespace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import secrets
+import signal
+import struct
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import trio
+
+COUNT_PORT = 2007
+"""Where `echo` answers with a number and its nonce (csrc/machine/guest/abi.h: PCG_UDP_COUNT)."""
+INTERVAL_S = 0.005
+LINGER_S = 0.5  # after the last datagram, for answers under way
+_HEAD = struct.Struct("<QQQQ")  # our number; the machine's number and nonce; what only this stream can have sent
+
+
+@dataclass
+class PingStatistics:
+    """Of one stream. Times are by this host's monotonic clock."""
+
+    sent: int = 0
+    answered: int = 0
+    duplicates: int = 0  # answers to what was answered before
+    went_back: int = 0  # answers whose number was not above every one before
+    longest_gap_ms: float = 0.0  # between two answers that follow each other, or from the last one to the end
+    gap_after: int = 0  # how many had been answered when that gap began
+    unanswered_in_gap: int = 0  # datagrams sent in it and never answered
+    nonces: list[str] = field(default_factory=list)  # of the machines that answered: of one, if it is the same
+
+    @property
+    def same_machine(self) -> bool:
+        return len(self.nonces) == 1
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"same_machine": self.same_machine}
+
+
+async def ping_stream(
+    address: str,
+    *,
+    port: int = COUNT_PORT,
+    interval_s: float = INTERVAL_S,
+    stop: trio.Event | None = None,
+    seconds: float = math.inf,
+    on_answer: Callable[[PingStatistics], None] = lambda _: None,
+) -> PingStatistics:
+    """Sends a datagram every `interval_s` until `stop` is set or `seconds` are over, and tells what was answered.
+
+    `on_answer` is called, in the Trio thread, after each answer, with the figures so far (the gap not among them).
+    Errors of the network (no route, no neighbour) are what is measured: they count as datagrams that were not answered.
+    Cancellable.
+    """
+    if interval_s <= 0:
+        raise ValueError("an interval must be positive")
+    stop = trio.Event() if stop is None else stop
+    stream = _Stream()
+    with trio.socket.socket(trio.socket.AF_INET, trio.socket.SOCK_DGRAM) as sock:
+        await sock.bind(("", 0))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream.receive, sock, (address, port), on_answer)
+            with trio.move_on_after(seconds) as sending:
+
+                async def heed_stop() -> None:
+                    await stop.wait()
+                    sending.cancel()
+
+                nursery.start_soon(heed_stop)
+                await stream.send(sock, (address, port), interval_s)
+            await stream.linger()
+            nursery.cancel_scope.cancel()
+    return stream.figures()
+
+
+class _Stream:
+    def __init__(self) -> None:
+        self._statistics = PingStatistics()
+        self._mark = secrets.randbits(64)
+        self._sent_at: list[float] = []
+        self._answered: dict[int, float] = {}  # by number, in the order of arrival
+        self._highest = 0
+        self._all = trio.Event()
+        self._is_over = False
+
+    async def send(self, sock: trio.socket.SocketType, to: tuple[str, int], interval_s: float) -> None:
+        due = trio.current_time()
+        while True:
+            number = len(self._sent_at)
+            self._sent_at.append(trio.current_time())
+            with contextlib.suppress(OSError):  # no route, no room: counted as not answered
+                await sock.sendto(_HEAD.pack(number, 0, 0, self._mark), to)
+            # By a timetable, so that a late one does not delay the rest; what was missed is not made up for.
+            due = max(due + interval_s, trio.current_time() - interval_s)
+            await trio.sleep_until(due)
+
+    async def receive(
+        self, sock: trio.socket.SocketType, peer: tuple[str, int], on_answer: Callable[[PingStatistics], None]
+    ) -> None:
+        statistics = self._statistics
+        while True:
+            data, sender = await sock.recvfrom(65536)
+            now = trio.current_time()
+            if sender != peer or len(data) != _HEAD.size:
+                continue
+            number, count, nonce, mark = _HEAD.unpack(data)
+            if mark != self._mark or number >= len(self._sent_at):
+                continue
+            name = f"{nonce:#018x}"
+            if name not in statistics.nonces:
+                statistics.nonces.append(name)
+            statistics.went_back += count <= self._highest
+            self._highest = max(self._highest, count)
+            if number in self._answered:
+                statistics.duplicates += 1
+                continue
+            self._answered[number] = now
+            statistics.sent, statistics.answered = len(self._sent_at), len(self._answered)
+            on_answer(statistics)
+            if self._is_over and len(self._answered) == len(self._sent_at):
+                self._all.set()
+
+    async def linger(self) -> None:
+        self._is_over = True
+        if len(self._answered) < len(self._sent_at):
+            with trio.move_on_after(LINGER_S):
+                await self._all.wait()
+
+    def figures(self) -> PingStatistics:
+        statistics = self._statistics
+        statistics.sent, statistics.answered = len(self._sent_at), len(self._answered)
+        # The end of the stream ends the last gap: the last datagram was due an answer then.
+        arrivals = [*self._answered.values()]
+        if arrivals and self._sent_at[-1] > arrivals[-1]:
+            arrivals.append(self._sent_at[-1])
+        gaps = [(later - sooner, place) for place, (sooner, later) in enumerate(itertools.pairwise(arrivals))]
+        if gaps:
+            gap, place = max(gaps)
+            begin, end = arrivals[place], arrivals[place + 1]
+            statistics.longest_gap_ms = round(gap * 1e3, 3)
+            statistics.gap_after = place + 1
+            statistics.unanswered_in_gap = sum(
+                begin <= at <= end and number not in self._answered for number, at in enumerate(self._sent_at)
+            )
+        return statistics
+
+
+async def _main(arguments: argparse.Namespace) -> int:
+    stop = trio.Event()
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def heed() -> None:
+                async for _ in signals:
+                    stop.set()
+
+            nursery.start_soon(heed)
+
+            def tell(statistics: PingStatistics) -> None:
+                if arguments.verbose:
+                    print(json.dumps({"sent": statistics.sent, "answered": statistics.answered}), flush=True)
+
+            statistics = await ping_stream(
+                arguments.address,
+                port=arguments.port,
+                interval_s=arguments.interval,
+                seconds=arguments.seconds,
+                stop=stop,
+                on_answer=tell,
+            )
+            nursery.cancel_scope.cancel()
+    print(json.dumps(statistics.as_dict()), flush=True)
+    return 0 if statistics.answered else 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("address", help="IPv4 address of the machine")
+    parser.add_argument("--port", type=int, default=COUNT_PORT)
+    parser.add_argument("--interval", type=float, default=INTERVAL_S, metavar="SECONDS")
+    parser.add_argument("--seconds", type=float, default=math.inf)
+    parser.add_argument("--verbose", action="store_true", help="a line for each answer, too")
+    return trio.run(_main, parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
