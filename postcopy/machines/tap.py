@@ -2,9 +2,10 @@
 """Where a machine's network device is attached to this host: a TAP, a port of a bridge or of the host itself.
 
 The link is switched by the TAP's carrier, the state of the cable: whoever holds the descriptor may do that, also
-one who has given up his rights since (`TUNSETCARRIER`, Linux 5.0). A bridge takes a port without carrier out of
-forwarding, and forgets what it had learned there. The interface itself is set up once, when the TAP is opened, which
-needs CAP_NET_ADMIN unless somebody has done it before.
+without the rights he had (`TUNSETCARRIER`, Linux 5.0). A bridge takes a port without carrier out of forwarding, and
+forgets what it had learned there, though it may notice a second late. So a machine that leaves also takes the
+interface down, where the rights are there to do it; a bridge notices that at once. The interface is set up
+when the TAP is opened, which needs CAP_NET_ADMIN unless somebody has done it before.
 
 Everything here is a few system calls that take microseconds, and nothing blocks. This module is only imported when a
 machine has a network device. Sources: the kernel's Documentation/networking/tuntap.rst; RFC 5227 for announcements;
@@ -120,7 +121,7 @@ class Tap:
         try:
             tap._attach()
             tap.connect(connected)  # first: an interface that was up already is not to flicker
-            tap._set_up()
+            tap.set_up(True)
         except BaseException:
             tap.close()
             raise
@@ -145,17 +146,18 @@ class Tap:
                 ) from None
             raise ResourceError(f"{what}: {error.strerror}", by_admin) from None
 
-    def _set_up(self) -> None:
+    def set_up(self, up: bool) -> None:
+        """Sets the interface up or down, where it is not already. `ResourceError` without CAP_NET_ADMIN."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
             answer = fcntl.ioctl(control, _SIOCGIFFLAGS, _IFREQ.pack(self.name.encode(), 0))
             flags = _IFREQ.unpack(answer)[1]
-            if flags & _IFF_UP:
+            if bool(flags & _IFF_UP) == up:
                 return
             try:
-                fcntl.ioctl(control, _SIOCSIFFLAGS, _IFREQ.pack(self.name.encode(), flags | _IFF_UP))
+                fcntl.ioctl(control, _SIOCSIFFLAGS, _IFREQ.pack(self.name.encode(), flags ^ _IFF_UP))
             except OSError as error:
                 raise ResourceError(
-                    f"TAP {self.name} cannot be set up: {error.strerror}",
+                    f"TAP {self.name} cannot be set {'up' if up else 'down'}: {error.strerror}",
                     f"run with CAP_NET_ADMIN, or have root set it up once: ip link set {self.name} up",
                 ) from None
 
@@ -200,8 +202,9 @@ def announcement(mac: int, address: int) -> bytes:
     return b"\xff" * 6 + own + struct.pack("!HHHBBH", 0x0806, 1, 0x0800, 6, 4, 1) + own + ip + b"\0" * 6 + ip
 
 
-ANNOUNCE_AFTER_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
-"""Pauses between the announcements that follow the first one: each may be lost, and a switch may still be waking up."""
+ANNOUNCE_AFTER_S = (0.002, 0.01, 0.05, 0.2, 0.5, 1.0)
+"""Pauses between the announcements that follow the first one: each may be lost, and a bridge takes a moment to begin
+forwarding from a port that has come up."""
 
 
 class Network:
@@ -230,6 +233,7 @@ class Network:
         self._claims += 1
         self.tap.drain()
         self.tap.connect(True)
+        self.tap.set_up(True)
         self.tap.announce(self.mac, self.address)
         trio.lowlevel.spawn_system_task(self._announce_again, self._claims)
 
@@ -237,6 +241,8 @@ class Network:
         """The machine is another host's: no frame comes or goes here. `ResourceError`."""
         self._claims += 1
         self.tap.connect(False)
+        with contextlib.suppress(ResourceError):
+            self.tap.set_up(False)
 
     async def _announce_again(self, claim: int) -> None:
         for pause_s in ANNOUNCE_AFTER_S:
