@@ -139,6 +139,10 @@ class DemoCommand:
             args.memory = 256 << 20 if args.memory is None else args.memory
             args.vcpus = 2 if args.vcpus is None else args.vcpus
             args.workload = "random" if args.workload is None else args.workload
+            if args.workload == "echo":
+                raise ConfigurationError(
+                    "the demo has no network for --workload echo; docs/machines.md shows it with `source` and `dest`"
+                )
         self._chaos: ChaosPlan | None = None
         if args.chaos is not None:
             seed = args.seed if args.seed is not None else secrets.randbits(32)

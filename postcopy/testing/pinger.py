@@ -7,7 +7,8 @@ the gap: that the same machine answers in the end as in the beginning, and that 
 
     python -m postcopy.testing.pinger ADDRESS [--interval SECONDS] [--seconds SECONDS]
 
-prints one JSON line when its time is over or when it gets SIGTERM or SIGINT, for use in another network namespace.
+prints one JSON line when its time is over or when it gets SIGTERM or SIGINT, for use in another network namespace;
+`open_ping_process` does that.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ import secrets
 import signal
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
+from subprocess import DEVNULL, PIPE
 from typing import Any
 
 import trio
+
+from postcopy._errors import MigrationError
 
 COUNT_PORT = 2007
 """Where `echo` answers with a number and its nonce (csrc/machine/guest/abi.h: PCG_UDP_COUNT)."""
@@ -42,9 +47,10 @@ class PingStatistics:
     answered: int = 0
     duplicates: int = 0  # answers to what was answered before
     went_back: int = 0  # answers whose number was not above every one before
-    longest_gap_ms: float = 0.0  # between two answers that follow each other, or from the last one to the end
+    longest_gap_ms: float = 0.0  # between two answers that follow each other
     gap_after: int = 0  # how many had been answered when that gap began
     unanswered_in_gap: int = 0  # datagrams sent in it and never answered
+    silent_at_end_ms: float = 0.0  # from the last answer to the last datagram, when that was not answered
     nonces: list[str] = field(default_factory=list)  # of the machines that answered: of one, if it is the same
 
     @property
@@ -53,6 +59,11 @@ class PingStatistics:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"same_machine": self.same_machine}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PingStatistics:
+        """Of `as_dict`."""
+        return cls(**{name: value for name, value in values.items() if name != "same_machine"})
 
 
 async def ping_stream(
@@ -147,10 +158,9 @@ class _Stream:
     def figures(self) -> PingStatistics:
         statistics = self._statistics
         statistics.sent, statistics.answered = len(self._sent_at), len(self._answered)
-        # The end of the stream ends the last gap: the last datagram was due an answer then.
         arrivals = [*self._answered.values()]
-        if arrivals and self._sent_at[-1] > arrivals[-1]:
-            arrivals.append(self._sent_at[-1])
+        if arrivals and len(self._sent_at) - 1 not in self._answered:
+            statistics.silent_at_end_ms = round(max(0.0, self._sent_at[-1] - arrivals[-1]) * 1e3, 3)
         gaps = [(later - sooner, place) for place, (sooner, later) in enumerate(itertools.pairwise(arrivals))]
         if gaps:
             gap, place = max(gaps)
@@ -161,6 +171,78 @@ class _Stream:
                 begin <= at <= end and number not in self._answered for number, at in enumerate(self._sent_at)
             )
         return statistics
+
+
+class PingProcess:
+    """The stream in a process of its own, as another network namespace needs it. Made by `open_ping_process`."""
+
+    def __init__(self, process: trio.Process) -> None:
+        self._process = process
+        self._last = b""
+        self._ended = trio.Event()
+        self._news = trio.Event()  # replaced by each line
+
+    @property
+    def answered(self) -> int:
+        """So far."""
+        return int(json.loads(self._last)["answered"]) if self._last else 0
+
+    async def wait_answered(self, count: int) -> None:
+        """Returns when so many have been answered, in all; `MigrationError` when the stream ends before. Cancellable;
+        does not end by itself. One task at a time."""
+        while self.answered < count:
+            if self._ended.is_set():
+                raise MigrationError(f"the stream of echoes ended after {self.answered} answers")
+            self._news = trio.Event()
+            await self._news.wait()
+
+    async def stop(self) -> PingStatistics:
+        """Ends the stream, and what it has seen. `MigrationError` when it has seen nothing to its end."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+        await self._ended.wait()
+        found = json.loads(self._last) if self._last else {}
+        if "same_machine" not in found:
+            raise MigrationError("the stream of echoes ended without its figures")
+        return PingStatistics.from_dict(found)
+
+    async def _read(self) -> None:
+        stream = self._process.stdout
+        assert stream is not None
+        buffer = b""
+        async for data in stream:
+            *lines, buffer = (buffer + data).split(b"\n")
+            if lines:
+                self._last = lines[-1]
+                self._news.set()
+        self._ended.set()
+        self._news.set()
+
+
+@asynccontextmanager
+async def open_ping_process(
+    address: str, *, interval_s: float = INTERVAL_S, wrap: Callable[[list[str]], list[str]] = lambda command: command
+) -> AsyncIterator[PingProcess]:
+    """Starts a stream to `address`; `wrap` makes the command one that runs elsewhere, as in a host of a laboratory. No
+    process is left afterwards. `MigrationError` when it cannot be started."""
+    command = [sys.executable, "-m", "postcopy.testing.pinger", address, "--interval", f"{interval_s:g}", "--verbose"]
+    try:
+        process = await trio.lowlevel.open_process(wrap(command), stdin=DEVNULL, stdout=PIPE)
+    except OSError as error:
+        raise MigrationError(f"cannot start the stream of echoes: {error}") from error
+    pings = PingProcess(process)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pings._read)
+            yield pings
+            nursery.cancel_scope.cancel()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        with trio.CancelScope(shield=True):  # it has been killed
+            await process.wait()
+        assert process.stdout is not None
+        await process.stdout.aclose()
 
 
 async def _main(arguments: argparse.Namespace) -> int:

@@ -16,9 +16,10 @@ import pytest
 import trio
 import trio.testing
 
-from postcopy._errors import BusyError, ConfigurationError, ProtocolError, ResourceError
+from postcopy._errors import BusyError, ConfigurationError, MigrationError, ProtocolError, ResourceError
 from postcopy.machines import BlockLayout, MachineOptions, create_destination, create_source, tap
-from postcopy.testing.pinger import PingStatistics, ping_stream
+from postcopy.testing import pinger
+from postcopy.testing.pinger import PingStatistics, open_ping_process, ping_stream
 
 CLONE_NEWNET = 0x40000000
 MAC, ADDRESS = 0x02_00_00_00_00_05, 0x0A09_0002
@@ -312,9 +313,30 @@ async def test_a_gap() -> None:
     result = await watch(pause, 40)
     assert result.sent - result.answered == 20
     assert result.longest_gap_ms >= 10  # they are sent a millisecond apart, give or take the scheduler
-    assert result.gap_after >= 10
-    assert result.unanswered_in_gap == 20
     assert result.went_back == 0
+
+
+@pytest.mark.parametrize(
+    ("sent", "answered", "gap", "after", "unanswered", "silent"),
+    [
+        ([0, 1, 2], {0: 0.1, 1: 1.2, 2: 2.1}, 1100, 1, 0, 0),
+        ([0, 1, 2, 3, 4, 5], {0: 0.1, 1: 1.1, 5: 5.1}, 4000, 2, 3, 0),
+        ([0, 1, 2, 3, 4], {0: 0.1, 3: 3.1, 1: 3.2, 4: 4.1}, 3000, 1, 1, 0),  # one of the gap is answered late
+        ([0, 1, 2, 3, 4], {0: 0.1, 1: 1.1}, 1000, 1, 0, 2900),
+        ([0, 1], {1: 1.1}, 0, 0, 0, 0),
+        ([0, 1], {}, 0, 0, 0, 0),
+    ],
+)
+async def test_figures(
+    sent: list[float], answered: dict[int, float], gap: float, after: int, unanswered: int, silent: float
+) -> None:
+    stream = pinger._Stream()
+    stream._sent_at, stream._answered = sent, answered
+    result = stream.figures()
+    assert (result.sent, result.answered) == (len(sent), len(answered))
+    assert result.longest_gap_ms == pytest.approx(gap)
+    assert (result.gap_after, result.unanswered_in_gap) == (after, unanswered)
+    assert result.silent_at_end_ms == pytest.approx(silent)
 
 
 async def test_a_machine_that_went_back() -> None:
@@ -342,6 +364,64 @@ async def test_answers_that_come_twice() -> None:
     result = await watch(stutter, 20)
     assert result.duplicates > 0
     assert result.went_back == result.duplicates
+
+
+async def test_a_machine_that_falls_silent() -> None:
+    def fall_silent(echo: Echo, statistics: PingStatistics) -> None:
+        if statistics.answered == 10:
+            echo.deaf_to = 1000
+
+    with trio.socket.socket(trio.socket.AF_INET, trio.socket.SOCK_DGRAM) as sock:
+        await sock.bind(("127.0.0.1", 0))
+        echo = Echo(sock)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(echo.run)
+            result = await ping_stream(
+                "127.0.0.1",
+                port=echo.port,
+                interval_s=0.001,
+                seconds=0.1,
+                on_answer=lambda statistics: fall_silent(echo, statistics),
+            )
+            nursery.cancel_scope.cancel()
+    assert 10 <= result.answered < result.sent
+    assert result.silent_at_end_ms > 0
+
+
+async def test_a_stream_in_a_process_of_its_own() -> None:
+    wrapped: list[str] = []
+
+    def wrap(command: list[str]) -> list[str]:
+        wrapped.extend(command)
+        return ["env", *command, "--port", str(port)]
+
+    with trio.socket.socket(trio.socket.AF_INET, trio.socket.SOCK_DGRAM) as sock:
+        await sock.bind(("127.0.0.1", 0))
+        echo, port = Echo(sock), sock.getsockname()[1]
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(echo.run)
+                async with open_ping_process("127.0.0.1", interval_s=0.002, wrap=wrap) as pings:
+                    await pings.wait_answered(20)
+                    assert pings.answered >= 20
+                    result = await pings.stop()
+                nursery.cancel_scope.cancel()
+    assert "127.0.0.1" in wrapped
+    assert result.answered >= 20
+    assert result.same_machine
+    assert PingStatistics.from_dict(result.as_dict()) == result
+
+
+async def test_a_stream_that_cannot_be_had() -> None:
+    with pytest.raises(MigrationError, match="cannot start"):
+        async with open_ping_process("127.0.0.1", wrap=lambda command: ["/there/is/none"]):
+            pass
+    with trio.fail_after(30):
+        async with open_ping_process("127.0.0.1", wrap=lambda command: ["true"]) as pings:
+            with pytest.raises(MigrationError, match="ended after 0"):
+                await pings.wait_answered(1)
+            with pytest.raises(MigrationError, match="without its figures"):
+                await pings.stop()
 
 
 async def test_nobody() -> None:
