@@ -14,6 +14,7 @@ prints one JSON line when its time is over or when it gets SIGTERM or SIGINT, fo
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import itertools
 import json
@@ -48,7 +49,8 @@ class PingStatistics:
     duplicates: int = 0  # answers to what was answered before
     went_back: int = 0  # answers whose number was not above every one before
     longest_gap_ms: float = 0.0  # between two answers that follow each other
-    gap_after: int = 0  # how many had been answered when that gap began
+    longest_loss_ms: float = 0.0  # the longest of those gaps in which a datagram was lost, and not only late
+    gap_after: int = 0  # how many had been answered when the longest gap began
     unanswered_in_gap: int = 0  # datagrams sent in it and never answered
     silent_at_end_ms: float = 0.0  # from the last answer to the last datagram, when that was not answered
     nonces: list[str] = field(default_factory=list)  # of the machines that answered: of one, if it is the same
@@ -161,15 +163,16 @@ class _Stream:
         arrivals = [*self._answered.values()]
         if arrivals and len(self._sent_at) - 1 not in self._answered:
             statistics.silent_at_end_ms = round(max(0.0, self._sent_at[-1] - arrivals[-1]) * 1e3, 3)
-        gaps = [(later - sooner, place) for place, (sooner, later) in enumerate(itertools.pairwise(arrivals))]
-        if gaps:
-            gap, place = max(gaps)
-            begin, end = arrivals[place], arrivals[place + 1]
-            statistics.longest_gap_ms = round(gap * 1e3, 3)
-            statistics.gap_after = place + 1
-            statistics.unanswered_in_gap = sum(
-                begin <= at <= end and number not in self._answered for number, at in enumerate(self._sent_at)
-            )
+        lost = [at for number, at in enumerate(self._sent_at) if number not in self._answered]
+        longest = longest_loss = 0.0
+        for place, (sooner, later) in enumerate(itertools.pairwise(arrivals)):
+            unanswered = bisect.bisect_right(lost, later) - bisect.bisect_left(lost, sooner)
+            if later - sooner > longest:
+                longest = later - sooner
+                statistics.gap_after, statistics.unanswered_in_gap = place + 1, unanswered
+            if unanswered:
+                longest_loss = max(longest_loss, later - sooner)
+        statistics.longest_gap_ms, statistics.longest_loss_ms = round(longest * 1e3, 3), round(longest_loss * 1e3, 3)
         return statistics
 
 

@@ -317,24 +317,26 @@ async def test_a_gap() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "answered", "gap", "after", "unanswered", "silent"),
+    ("sent", "answered", "gap", "loss", "after", "unanswered", "silent"),
     [
-        ([0, 1, 2], {0: 0.1, 1: 1.2, 2: 2.1}, 1100, 1, 0, 0),
-        ([0, 1, 2, 3, 4, 5], {0: 0.1, 1: 1.1, 5: 5.1}, 4000, 2, 3, 0),
-        ([0, 1, 2, 3, 4], {0: 0.1, 3: 3.1, 1: 3.2, 4: 4.1}, 3000, 1, 1, 0),  # one of the gap is answered late
-        ([0, 1, 2, 3, 4], {0: 0.1, 1: 1.1}, 1000, 1, 0, 2900),
-        ([0, 1], {1: 1.1}, 0, 0, 0, 0),
-        ([0, 1], {}, 0, 0, 0, 0),
+        ([0, 1, 2], {0: 0.1, 1: 1.2, 2: 2.1}, 1100, 0, 1, 0, 0),
+        ([0, 1, 2, 3, 4, 5], {0: 0.1, 1: 1.1, 5: 5.1}, 4000, 4000, 2, 3, 0),
+        ([0, 1, 2, 3, 4], {0: 0.1, 3: 3.1, 1: 3.2, 4: 4.1}, 3000, 3000, 1, 1, 0),  # one of the gap is answered late
+        ([0, 1, 2, 3, 4], {0: 0.1, 1: 1.1}, 1000, 0, 1, 0, 2900),
+        ([0, 1, 2, 3, 9], {0: 0.1, 1: 1.1, 3: 3.1, 4: 9.1}, 6000, 2000, 3, 0, 0),  # late is not lost
+        ([0, 1], {1: 1.1}, 0, 0, 0, 0, 0),
+        ([0, 1], {}, 0, 0, 0, 0, 0),
     ],
 )
 async def test_figures(
-    sent: list[float], answered: dict[int, float], gap: float, after: int, unanswered: int, silent: float
+    sent: list[float], answered: dict[int, float], gap: float, loss: float, after: int, unanswered: int, silent: float
 ) -> None:
     stream = pinger._Stream()
     stream._sent_at, stream._answered = sent, answered
     result = stream.figures()
     assert (result.sent, result.answered) == (len(sent), len(answered))
     assert result.longest_gap_ms == pytest.approx(gap)
+    assert result.longest_loss_ms == pytest.approx(loss)
     assert (result.gap_after, result.unanswered_in_gap) == (after, unanswered)
     assert result.silent_at_end_ms == pytest.approx(silent)
 
