@@ -71,10 +71,10 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "uffd-minor": _probed("uffd-minor"),
     "uffd-poison": _probed("uffd-poison"),
     "uffd-move": _probed("uffd-move"),
+    "tun": _tun,  # TAPs can be opened
     "kvm": _probed("kvm"),
     "root": _probed("root"),
     "netns": _netns,
-    "tun": _tun,
     "hugetlb": _probed("hugetlb"),
     "ipv6": _probed("ipv6"),
 }
