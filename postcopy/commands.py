@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -19,11 +20,15 @@ from postcopy._errors import ConfigurationError, MigrationError, PostcopyError
 from postcopy.bitmap import Bitmap
 from postcopy.machines import Check, Machine, MachineOptions, MachineStatistics, create_source
 from postcopy.migration._session import Interrupted, first_error, now_ns
-from postcopy.migration.channels import Address, CallingLink, Link, Reception
+from postcopy.migration.channels import Address, CallingLink, Link, Reception, Route
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.protocol import State
-from postcopy.migration.source import SourceMigration, SourceOptions
+from postcopy.migration.source import SourceMigration, SourceOptions, check_releasable
+from postcopy.pager import Pager
 from postcopy.progress import Output
+
+if TYPE_CHECKING:
+    from postcopy.pager_process import ProcessPager
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +62,7 @@ class SourceCommand:
         output: Output,
         *,
         listen: Address | None,
-        connect: Address | None,
+        connect: Address | Route | None,
         migrate_after_s: float,
         serve: float,
         keep: bool,
@@ -88,6 +93,8 @@ class SourceCommand:
             salvage.check_target(self._salvage_to)
         try:
             machine = create_source(self._kind, self._machine_options)
+            if self._options.release_ram:
+                check_releasable(machine)
             async with contextlib.AsyncExitStack() as stack:
                 done = await self._run(machine, stop, stack)
         except PostcopyError as error:
@@ -101,11 +108,10 @@ class SourceCommand:
             if machine is not None:
                 with trio.CancelScope(shield=True):
                     if self._shown is not None and self._shown.state is State.PAUSED:
-                        # It has been paused since it gave the right to run away: whole, and as old as that.
-                        maps = [Bitmap.full(block.memory.pages) for block in machine.blocks]
-                        await _salvage(
-                            self._salvage_to, machine, self._shown.migration_id, "source", maps, self._output
-                        )
+                        # It has been paused since it gave the right to run away: as old as that, and whole, but for
+                        # what the destination had acknowledged.
+                        name, maps = self._shown.migration_id, self._shown.kept()
+                        await _salvage(self._salvage_to, machine, name, "source", maps, self._output)
                     statistics = machine.statistics()
                     self._emit_result(machine, statistics, done)
                     try:
@@ -272,6 +278,12 @@ class SourceCommand:
         return done
 
 
+def _process_pager() -> ProcessPager:
+    from postcopy.pager_process import ProcessPager  # by those who ask for it: see `cli`
+
+    return ProcessPager()
+
+
 class DestinationCommand:
     """Receives one machine and, when all of it is here, does with it what was asked."""
 
@@ -280,11 +292,12 @@ class DestinationCommand:
         output: Output,
         *,
         listen: Address | None,
-        connect: Address | None,
+        connect: Address | Route | None,
         backing: str,
         disk: str | None,
         net: str | None = None,
         busy_poll_us: int,
+        pager_process: bool,
         heartbeat_s: float,
         recover_for_s: float,
         kill_when_lost: bool,
@@ -300,6 +313,7 @@ class DestinationCommand:
         self._disk = disk
         self._net = net
         self._busy_poll_us = busy_poll_us
+        self._pager_process = pager_process
         self._heartbeat_s = heartbeat_s
         self._recover_for_s = recover_for_s
         self._kill_when_lost = kill_when_lost
@@ -389,6 +403,7 @@ class DestinationCommand:
             heartbeat_s=self._heartbeat_s,
             recover_for_s=self._recover_for_s,
             kill_when_lost=self._kill_when_lost,
+            make_pager=_process_pager if self._pager_process else Pager,
             on_change=self._output.kick,
         )
         async with trio.open_nursery() as nursery:

@@ -61,6 +61,13 @@ def recoveries(counted: Recoveries) -> Json:
     }
 
 
+def pager(process: tuple[int, int] | None) -> Json:
+    """Where the pager lives; see `DestinationMigration.pager_process`."""
+    if process is None:
+        return {"where": "thread"}
+    return {"where": "process", "pid": process[0] or None, "deaths": process[1]}
+
+
 def served(machine: Machine, statistics: PageServerStatistics | None) -> Json:
     """`ram` as the source alone can tell it, while the destination has not reported."""
     result: Json = {"total": machine.memory_bytes, "page-size": machine.blocks[0].memory.page_bytes}
@@ -71,6 +78,7 @@ def served(machine: Machine, statistics: PageServerStatistics | None) -> Json:
             "background-pages": statistics.background_pages,
             "zero-pages": statistics.zero_pages,
             "postcopy-requests": statistics.requests,
+            "released": statistics.released_bytes,
         }
     return result
 
@@ -135,6 +143,8 @@ def source_result(machine: Machine, statistics: MachineStatistics, migration: So
         "verification": [],
         "error": str(migration.failure) if migration.failure else None,
     }
+    if served_pages := migration.statistics():
+        result["ram"]["released"] = served_pages.released_bytes
     if migration.at_pause is not None:
         result["guest-at-pause"] = guest(machine, migration.at_pause)
     return result
@@ -149,6 +159,7 @@ def destination_progress(migration: DestinationMigration | None) -> Json:
     result["ram"] = ram(figures)
     result["pending-faults"] = figures.pending_faults
     result["recoveries"] = migration.recoveries.count
+    result["pager"] = pager(migration.pager_process)
     return result
 
 
@@ -185,6 +196,7 @@ def destination_result(
         "fault-latency-us": fault_latency(figures),
         "blocktime-ms": [milliseconds(ns) for ns in figures.blocktime_ns],
         "recoveries": recoveries(migration.recoveries),
+        "pager": pager(migration.pager_process),
         "verified": all(item["ok"] for item in verification) if check is not None else None,
         "verification": verification,
         "dump": dump,

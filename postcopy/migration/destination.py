@@ -24,6 +24,7 @@ import math
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
 
 import trio
 
@@ -50,7 +51,7 @@ from postcopy.migration._session import (
     now_ns,
     status_of,
 )
-from postcopy.migration.channels import Door, Link, Membership, Session, keep_alive
+from postcopy.migration.channels import Address, Door, Link, Membership, Session, keep_alive
 from postcopy.migration.figures import Figures, natural
 from postcopy.migration.protocol import (
     PAGE_MAP_PAGES,
@@ -63,8 +64,14 @@ from postcopy.migration.protocol import (
     State,
     Switchover,
 )
+from postcopy.migration.release import PlacedReporter
 from postcopy.pager import ChannelKind, EventType, Pager
 from postcopy.uffd import How
+
+if TYPE_CHECKING:
+    from postcopy.pager_process import ProcessPager
+
+AnyPager: TypeAlias = "Pager | ProcessPager"
 
 REQUEST_WINDOW_PAGES = 4096
 """Pages asked for at a time, when the background push has ended and pages are still missing."""
@@ -92,7 +99,7 @@ class DestinationMigration:
         recover_for_s: float = math.inf,
         kill_when_lost: bool = False,
         make_machine: Callable[..., Machine] = create_destination,
-        make_pager: Callable[[], Pager] = Pager,
+        make_pager: Callable[[], AnyPager] = Pager,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.machine: Machine | None = None
@@ -119,7 +126,8 @@ class DestinationMigration:
         self._make_pager = make_pager
         self._on_change = on_change
         self._protocol = DestinationProtocol()
-        self._pager: Pager | None = None
+        self._pager: AnyPager | None = None
+        self._pager_process: tuple[int, int] | None = None
         self._offer: Offer | None = None
         self._refusal: PostcopyError | None = None
         self._last_figures = Figures()
@@ -128,6 +136,7 @@ class DestinationMigration:
         self._pushing: set[int] = set()  # bulk channels that have not said `end`
         self._pushed_all = trio.Event()
         self._bulk_channels = 0
+        self._placed = PlacedReporter()
         self._session: Session | None = None
         self._membership: Membership | None = None
         self._stack = ExitStack()  # of the membership
@@ -153,6 +162,16 @@ class DestinationMigration:
     def may_run(self) -> bool:
         return self._protocol.may_run
 
+    @property
+    def pager_process(self) -> tuple[int, int] | None:
+        """Where the pager is a process of its own: its number, 0 when it has ended, and how many have died before."""
+        pager = self._pager
+        if pager is not None:
+            self._pager_process = pager.process
+        elif self._pager_process is not None:
+            self._pager_process = (0, self._pager_process[1])
+        return self._pager_process
+
     def figures(self) -> Figures:
         """The counters as they are now; the last ones when the pager has ended."""
         if self._pager is not None and self.machine is not None:
@@ -165,6 +184,10 @@ class DestinationMigration:
         return self._last_figures
 
     # ---- doing it
+
+    def reconnect_to(self, address: Address) -> None:
+        """As `SourceMigration.reconnect_to`."""
+        self._link.reconnect_to(address)
 
     async def run(self, stop: trio.Event) -> None:
         """Returns when every page is here, or when it has failed; a migration that is `PAUSED` goes on when the source
@@ -215,9 +238,16 @@ class DestinationMigration:
             await self._membership.superseded()
             raise PeerError("the source has come back on another connection")
 
+        async def acknowledgements() -> None:
+            await self._machine_made.wait()
+            assert self._offer is not None
+            assert self._pager is not None
+            if self._offer.placed_every_ms:
+                await self._placed.run(control, self._pager.received, self._offer.placed_every_ms / 1000)
+
         watchers = (self._watch_pager, self._watch_answers, self._watch_machine, interruption, replacement)
         try:
-            await scope.run(main, control.run, *watchers)
+            await scope.run(main, control.run, *watchers, acknowledgements)
             if self.state is not State.COMPLETED:
                 # A refusal of ours first: the source may hang up, and be heard, before its sending has returned.
                 self.failure = self._refusal or scope.failure or Interrupted("interrupted at the destination")
@@ -256,20 +286,41 @@ class DestinationMigration:
         lost_ns = now_ns()
         while self._protocol.recoverable and not self._fatal and not stop.is_set():
             assert self._membership is not None
-            # One that has every page only wants to say so.
-            found = await next_link(self._membership, stop, ACK_TIMEOUT_S if self._kept else self._recover_for_s)
+            found = await self._next_link(self._membership, stop)
             if found is None or isinstance(found, PeerError):
                 if found is not None and not self._kept:
                     log.error("the source does not take us back: %s", found)
                     self.failure = found
                 return
             link, self._session = found
+            self.peer = link.peer
             self._protocol.reconnected()
             self._on_change()
             recovered = self.recoveries.count
             await self._connected(link, partial(self._go_on, lost_ns=lost_ns), stop)
             if self.recoveries.count > recovered:
                 lost_ns = now_ns()
+
+    async def _next_link(self, membership: Membership, stop: trio.Event) -> tuple[Link, Session] | PeerError | None:
+        """The source, when it is back; meanwhile a pager that dies is replaced, for the pages that need no source."""
+        found: tuple[Link, Session] | PeerError | None = None
+
+        async def watch_over(pager: AnyPager) -> None:
+            try:
+                await pager.watch_over()
+            except PostcopyError as error:
+                log.error("%s", error)
+                self.failure = error
+                self._fatal = True
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            if self._pager is not None and not self._kept:
+                nursery.start_soon(watch_over, self._pager)
+            # One that has every page only wants to say so.
+            found = await next_link(membership, stop, ACK_TIMEOUT_S if self._kept else self._recover_for_s)
+            nursery.cancel_scope.cancel()
+        return found
 
     async def _go_on(self, control: Control[DestinationProtocol], link: Link, lost_ns: int) -> None:
         """The source is back: tells it what is here, connects the data channels, and gathers the rest."""
@@ -278,13 +329,16 @@ class DestinationMigration:
         assert pager is not None
         assert self._session is not None
         maps = digest = 0
+        told = []
         for number, _ in enumerate(machine.blocks):
             received = await trio.to_thread.run_sync(pager.received, number)
+            told.append(received)
             digest = received.crc32c(digest)
             for first_page, part in received.parts(PAGE_MAP_PAGES):
                 runs = part.rle_encode()
                 await control.send(protocol.send_received_map(number, first_page, len(part), runs))
                 maps += 1
+        self._placed.told(told)
         with link.door(self._session) as door:
             await control.send(protocol.send_recover(self._resume_ns, maps, digest))
             await control.receive(Recovered, STEP_TIMEOUT_S)
@@ -327,7 +381,7 @@ class DestinationMigration:
         await self._start(control, machine)
         await self._finish(control, pager)
 
-    async def _attach(self, door: Door, machine: Machine, pager: Pager) -> None:
+    async def _attach(self, door: Door, machine: Machine, pager: AnyPager) -> None:
         """Gives the pager its connections: what is pending is requested (again) at once."""
         self._pushing = set(range(self._bulk_channels))
         self._pushed_all = trio.Event()
@@ -355,7 +409,7 @@ class DestinationMigration:
         await control.send(self._protocol.send_running(self._resume_ns))
         self._on_change()
 
-    async def _finish(self, control: Control[DestinationProtocol], pager: Pager) -> None:
+    async def _finish(self, control: Control[DestinationProtocol], pager: AnyPager) -> None:
         """Gathers what is missing, and says so when nothing is."""
         await self._gather(pager)
         if not self._kept:
@@ -368,7 +422,7 @@ class DestinationMigration:
         self.downtime_ns = natural(acknowledgement.stats.get("downtime_ns"))
         self.total_ns = natural(acknowledgement.stats.get("total_ns"))
 
-    def _take_offer(self, offer: Offer) -> tuple[Machine, Pager]:
+    def _take_offer(self, offer: Offer) -> tuple[Machine, AnyPager]:
         layout = [BlockLayout(block.name, block.size_bytes, block.page_bytes) for block in offer.blocks]
         machine = self.machine = self._make_machine(
             offer.machine, offer.config, layout, self._backing, disk=self._disk, net=self._net
@@ -384,7 +438,7 @@ class DestinationMigration:
         self._machine_made.set()
         return machine, pager
 
-    async def _take_machine(self, control: Control[DestinationProtocol], machine: Machine, pager: Pager) -> None:
+    async def _take_machine(self, control: Control[DestinationProtocol], machine: Machine, pager: AnyPager) -> None:
         """Page maps and state; when it returns, the machine could run and every missing page would fault."""
         collector = MapCollector([block.memory.pages for block in machine.blocks])
         while isinstance(message := await control.receive_any(), PageMap):
@@ -392,8 +446,10 @@ class DestinationMigration:
         if not isinstance(message, Switchover):
             raise ProtocolError(f"{message.TYPE} came where switchover was due")
         collector.finish(message.TYPE, message.maps)
-        for number, bitmap in enumerate(collector.bitmaps):
-            pager.set_zero(number, bitmap.inverted())
+        zero = [bitmap.inverted() for bitmap in collector.bitmaps]
+        for number, bitmap in enumerate(zero):
+            pager.set_zero(number, bitmap)
+        self._placed.told(zero)
         for number, block in enumerate(machine.blocks):
             pager.arm(block.shard, number, 0, block.memory.pages)
         for vcpu, tid in enumerate(machine.vcpu_threads()):
@@ -413,7 +469,7 @@ class DestinationMigration:
                 await trio.sleep(0.0005)
         return resumed_ns
 
-    async def _gather(self, pager: Pager) -> None:
+    async def _gather(self, pager: AnyPager) -> None:
         """Until nothing is missing any more."""
         async with trio.open_nursery() as nursery:
 
@@ -444,6 +500,8 @@ class DestinationMigration:
             elif event.type is EventType.FATAL:
                 self._fatal = True
                 raise MigrationError(f"the pager cannot go on: {event.text}")
+            elif event.type is EventType.DIED:
+                raise MigrationError(event.text)
             elif self._all_here.is_set():
                 pass  # a channel that nobody needs any more
             elif event.channel_kind is not ChannelKind.BULK or event.channel in self._pushing or event.error:
@@ -489,6 +547,7 @@ class DestinationMigration:
         with trio.CancelScope(shield=True):
             self.check_machine()
             self.figures()
+            _ = self.pager_process
             machine, pager = self.machine, self._pager
             for what in (pager, machine) if self._kept else (machine, pager):
                 if what is None:
