@@ -133,6 +133,7 @@ def source_result(machine: Machine, statistics: MachineStatistics, migration: So
         "migration": migration.migration_id,
         "peer": str(migration.peer),
         "setup-ms": milliseconds(max(0, migration.ready_ns - migration.started_ns)),
+        "paused-at-ns": migration.paused_ns,
         "downtime-ms": milliseconds(migration.downtime_ns),
         "total-ms": milliseconds(migration.total_ns),
         "ram": ram(figures) if figures else served(machine, migration.statistics()),

@@ -23,6 +23,7 @@ import secrets
 import signal
 import struct
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
@@ -182,6 +183,7 @@ class PingProcess:
     def __init__(self, process: trio.Process) -> None:
         self._process = process
         self._last = b""
+        self._answers_ns: list[int] = []  # when each came
         self._ended = trio.Event()
         self._news = trio.Event()  # replaced by each line
 
@@ -199,6 +201,16 @@ class PingProcess:
             self._news = trio.Event()
             await self._news.wait()
 
+    def gap_ms(self, begin_ns: int, end_ns: int) -> float | None:
+        """The longest time between two answers that touches this stretch of CLOCK_MONOTONIC (the same in every network
+        namespace of a host); None when there is none, as the stream began later or ended sooner."""
+        gaps = [
+            later - sooner
+            for sooner, later in itertools.pairwise(self._answers_ns)
+            if sooner <= end_ns and later >= begin_ns
+        ]
+        return round(max(gaps) / 1e6, 3) if gaps else None
+
     async def stop(self) -> PingStatistics:
         """Ends the stream, and what it has seen. `MigrationError` when it has seen nothing to its end."""
         with contextlib.suppress(ProcessLookupError):
@@ -215,8 +227,11 @@ class PingProcess:
         buffer = b""
         async for data in stream:
             *lines, buffer = (buffer + data).split(b"\n")
+            for line in lines:
+                if at_ns := json.loads(line).get("at_ns"):
+                    self._answers_ns.append(at_ns)
+                self._last = line
             if lines:
-                self._last = lines[-1]
                 self._news.set()
         self._ended.set()
         self._news.set()
@@ -261,7 +276,8 @@ async def _main(arguments: argparse.Namespace) -> int:
 
             def tell(statistics: PingStatistics) -> None:
                 if arguments.verbose:
-                    print(json.dumps({"sent": statistics.sent, "answered": statistics.answered}), flush=True)
+                    line = {"sent": statistics.sent, "answered": statistics.answered, "at_ns": time.monotonic_ns()}
+                    print(json.dumps(line), flush=True)
 
             statistics = await ping_stream(
                 arguments.address,
