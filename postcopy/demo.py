@@ -257,8 +257,8 @@ class DemoCommand:
             result = await self._run(source, dest, stop)
             statistics = await pings.stop()
         told = result["source"]
-        begin_ns = told["paused-at-ns"]
-        gap_ms = pings.gap_ms(begin_ns, begin_ns + round(told["downtime-ms"] * 1e6))
+        begin_ns = told.get("paused-at-ns", 0)
+        gap_ms = pings.gap_ms(begin_ns, begin_ns + round(told.get("downtime-ms", 0) * 1e6))
         good = statistics.same_machine and statistics.went_back == 0 and gap_ms is not None
         result["pings"] = {
             "address": address,
@@ -417,7 +417,8 @@ class DemoCommand:
         if "downtime-ms" in result:
             table.add_row("downtime", f"{result['downtime-ms']:g} ms")
             if pings := result.get("pings"):
-                gap = f"{pings['switchover-gap-ms']:g} ms between two answers"
+                gap_ms = pings["switchover-gap-ms"]
+                gap = "no answers" if gap_ms is None else f"{gap_ms:g} ms between two answers"
                 table.add_row("network gap", f"{gap}; with the cut cable {pings['longest-gap-ms']:g} ms")
             table.add_row("total", f"{result['total-ms']:g} ms")
         if ram:

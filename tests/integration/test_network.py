@@ -139,6 +139,27 @@ def test_it_answers_on_at_the_destination(inner_side: Start, inside: Inside, kin
 
 
 @pytest.mark.needs("uffd-user")
+@pytest.mark.parametrize("kind", [pytest.param("kvm", marks=pytest.mark.needs("uffd", "kvm")), "rv64"])
+def test_the_demo_in_the_laboratory(side: Start, kind: str) -> None:
+    """Three hosts: the machine goes from one to the second, whose cable is then cut; the third asks it all the time."""
+    arguments = ("--machine", kind, "--memory", "32MiB", "--workload", "echo")
+    status, result, errors = side("demo", "--json", "--lab", *arguments).end(100)
+    assert status == 0, errors
+    assert result["verified"] is True
+    pings = result["pings"]
+    assert 0 < pings["switchover-gap-ms"] <= pings["longest-gap-ms"]
+    assert 0 < pings["answered"] < pings["sent"]  # it is asked before it is there, and while the cable is out
+    assert pings["went-back"] == pings["duplicates"] == 0
+    assert any("never went back" in item["what"] for item in result["verification"])
+
+
+def test_the_demo_needs_a_laboratory(side: Start) -> None:
+    status, _, errors = side("demo", "--json", "--machine", "rv64", "--workload", "echo").end()
+    assert status == 2
+    assert "say --lab" in errors
+
+
+@pytest.mark.needs("uffd-user")
 def test_a_failed_migration_leaves_the_network_as_it_was(inner_side: Start, inside: Inside) -> None:
     """The destination stops before it is prepared: the paused machine goes on at the source, and answers as before."""
     dest = inner_side("dest", "--json", "--listen", "127.0.0.1:0", "--net", "tap:tap-b")

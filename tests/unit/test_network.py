@@ -404,8 +404,14 @@ async def test_a_stream_in_a_process_of_its_own() -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(echo.run)
                 async with open_ping_process("127.0.0.1", interval_s=0.002, wrap=wrap) as pings:
+                    begin_ns = time.monotonic_ns()
+                    assert pings.gap_ms(0, begin_ns) is None
                     await pings.wait_answered(20)
                     assert pings.answered >= 20
+                    gap_ms = pings.gap_ms(begin_ns, time.monotonic_ns())
+                    assert gap_ms is not None
+                    assert gap_ms > 0
+                    assert pings.gap_ms(0, begin_ns) is None
                     result = await pings.stop()
                 nursery.cancel_scope.cancel()
     assert "127.0.0.1" in wrapped
