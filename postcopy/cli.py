@@ -223,6 +223,11 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
         " (docs/chaos.md); --seed repeats it",
     )  # fmt: skip
     parser.add_argument(
+        "--lab", action="store_true",
+        help="each side in a host of a laboratory of its own (docs/lab.md); the cable between them is cut in the middle"
+        " of postcopy, and healed",
+    )  # fmt: skip
+    parser.add_argument(
         "--deadline", type=_seconds, default=300.0, metavar="SECONDS", help="give up after so long (default 300)"
     )
     _add_output_arguments(parser)
@@ -263,6 +268,12 @@ def _probe_arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
 
 
+def _lab_arguments(parser: argparse.ArgumentParser) -> None:
+    from postcopy.lab.command import add_arguments
+
+    add_arguments(parser)
+
+
 def _faultpaths_arguments(parser: argparse.ArgumentParser) -> None:
     from postcopy.faultpaths import add_arguments
 
@@ -277,6 +288,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "probe": ("what this host allows, and what would help", _probe_arguments),
     "faultpaths": ("which kernel paths wait for a missing page here, and which do not", _faultpaths_arguments),
     "bench": ("measure, each figure against its floor in the same run", _bench_arguments),
+    "lab": ("hosts with cables and a switch between them, on this machine", _lab_arguments),
     "chaos": ("a bad network between two programs, to try them with", _chaos_arguments),
 }
 
@@ -432,6 +444,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from postcopy.probe import run as run_probe
 
             return run_probe(args)
+        if args.command == "lab":
+            from postcopy.lab.command import run as run_lab
+
+            return run_lab(args)
         if args.command == "faultpaths":
             from postcopy.faultpaths import run as run_faultpaths
 

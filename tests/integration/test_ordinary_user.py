@@ -96,6 +96,32 @@ def test_demo_without_any_right(package: list[str], spawn_child: Callable[..., A
         assert done.stderr.count("postcopy: --machine kvm cannot be used here") == 1
 
 
+@pytest.mark.needs("root", "uffd-user", "user-netns")
+def test_laboratory_without_any_right(package: list[str]) -> None:
+    """The user who makes a user namespace is root in it, and may cut cables there; by hand, and in the demo."""
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [*package, "-m", "postcopy", *arguments], capture_output=True, text=True, cwd="/", timeout=100
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("lab", "up", "--rate", "100mbit")
+    try:
+        assert run("lab", "exec", "h1", "--", "id", "-u") == "0\n"
+        run("lab", "link", "h1", "cut")
+        status = json.loads(run("lab", "status", "--json"))["labs"][0]
+        assert (status["user-namespace"], status["hosts"]["h1"]["cable"]) == ("own", "cut")
+    finally:
+        run("lab", "down")
+    assert json.loads(run("lab", "status", "--json")) == {"labs": []}
+    result = json.loads(run("demo", "--lab", "--json", "--machine", "rv64", "--memory", "32MiB").splitlines()[-1])
+    assert (result["status"], result["verified"]) == ("completed", True)
+    assert result["recoveries"]["count"] > 0
+    assert json.loads(run("lab", "status", "--json")) == {"labs": []}
+
+
 @pytest.mark.needs("root", "uffd-user")
 def test_faultpaths_without_any_right(package: list[str], spawn_child: Callable[..., Any]) -> None:
     found = rights(package)
