@@ -142,6 +142,13 @@ def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _add_control_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("operating it")
+    group.add_argument(
+        "--control", metavar="PATH", help="a control socket for `postcopy ctl`, this user's and root's only"
+    )
+
+
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object a line on stdout, the result last")
@@ -176,6 +183,7 @@ def _source_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-failure", choices=("keep", "exit"), default="keep",
         help="when a migration under way fails and the machine is still here: keep running it (default), or end",
     )  # fmt: skip
+    _add_control_arguments(parser)
     _add_output_arguments(parser)
 
 
@@ -192,6 +200,7 @@ def _dest_arguments(parser: argparse.ArgumentParser) -> None:
         "--disk", metavar="FILE", help="where the machine's disk is on this host, if not as on the source"
     )
     _add_after_arguments(parser, run_for=None)
+    _add_control_arguments(parser)
     _add_output_arguments(parser)
 
 
@@ -242,6 +251,12 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
 
 
+def _ctl_arguments(parser: argparse.ArgumentParser) -> None:
+    from postcopy.control.arguments import add_ctl_arguments
+
+    add_ctl_arguments(parser)
+
+
 def _probe_arguments(parser: argparse.ArgumentParser) -> None:
     from postcopy.probe import add_arguments
 
@@ -253,6 +268,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "dest": ("receive what a source offers", _dest_arguments),
     "demo": ("both sides on this host, verified", _demo_arguments),
     "merge": ("join what both sides of a lost migration have salvaged into an image", _merge_arguments),
+    "ctl": ("ask or tell a running process with --control", _ctl_arguments),
     "probe": ("what this host allows, and what would help", _probe_arguments),
     "bench": ("measure, each figure against its floor in the same run", _bench_arguments),
     "chaos": ("a bad network between two programs, to try them with", _chaos_arguments),
@@ -307,6 +323,10 @@ def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Ev
         from postcopy.demo import DemoCommand
 
         return DemoCommand(args, output).run
+    if args.command == "ctl":
+        from postcopy.control.ctl import CtlCommand
+
+        return CtlCommand(args, output).run
     if args.command == "merge":
         return MergeCommand(args.salvages, args.output, output).run
     if args.command == "chaos":
@@ -325,7 +345,7 @@ def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Ev
     if args.command == "source":
         if args.serve != 1 and (args.machine != "image" or listen is None):
             raise ConfigurationError("--serve goes with --machine image and --listen only")
-        return SourceCommand(
+        source = SourceCommand(
             args.machine,
             machine_options(args),
             SourceOptions(
@@ -342,8 +362,9 @@ def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Ev
             serve=args.serve,
             keep=args.on_failure == "keep",
             salvage_to=args.salvage,
-        ).run
-    return DestinationCommand(
+        )
+        return _operated(source, args, output)
+    dest = DestinationCommand(
         output,
         listen=listen,
         connect=connect,
@@ -357,7 +378,21 @@ def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Ev
         dump=args.dump,
         verify=args.verify,
         salvage_to=args.salvage,
-    ).run
+    )
+    return _operated(dest, args, output)
+
+
+def _operated(
+    command: SourceCommand | DestinationCommand, args: argparse.Namespace, output: Output
+) -> Callable[[trio.Event], Awaitable[bool]]:
+    """The command with its control socket around it, where one was asked for."""
+    if args.control is None:
+        return command.run
+    from postcopy.control.service import Service, ServiceOptions
+    from postcopy.control.sides import DestinationDesk, SourceDesk
+
+    desk = SourceDesk(command) if isinstance(command, SourceCommand) else DestinationDesk(command)
+    return Service(command.run, desk, output, ServiceOptions(control=args.control)).run
 
 
 async def _with_signals(command: Callable[[trio.Event], Awaitable[bool]]) -> bool:

@@ -74,6 +74,7 @@ class SourceCommand:
         self._keep = keep
         self._salvage_to = salvage_to
         self._go = trio.Event()
+        self.machine: Machine | None = None
         self._shown: SourceMigration | None = None  # the latest migration
         self._active = 0
         self._stops: dict[SourceMigration, trio.Event] = {}  # of the migrations that are going on
@@ -87,7 +88,7 @@ class SourceCommand:
         if self._salvage_to is not None:
             salvage.check_target(self._salvage_to)
         try:
-            machine = create_source(self._kind, self._machine_options)
+            machine = self.machine = create_source(self._kind, self._machine_options)
             async with contextlib.AsyncExitStack() as stack:
                 done = await self._run(machine, stop, stack)
         except PostcopyError as error:
@@ -108,6 +109,7 @@ class SourceCommand:
                         )
                     statistics = machine.statistics()
                     self._emit_result(machine, statistics, done)
+                    self.machine = None
                     try:
                         await machine.close()
                     except PostcopyError as error:
@@ -140,6 +142,26 @@ class SourceCommand:
             self._overhead_bytes = max(self._overhead_bytes, report.overhead_bytes(machine))
             nursery.cancel_scope.cancel()
         return done
+
+    # ---- for who operates it
+
+    def migrations(self) -> list[SourceMigration]:
+        """Those that are going on; else the latest one, if there was one."""
+        return list(self._stops) or ([self._shown] if self._shown is not None else [])
+
+    def cancel(self, migration: SourceMigration) -> None:
+        """Gives one up, as an interruption would; the machine stays."""
+        if migration in self._stops:
+            self._stops[migration].set()
+
+    @property
+    def options(self) -> SourceOptions:
+        """What the next migration will be made with."""
+        return self._options
+
+    @options.setter
+    def options(self, options: SourceOptions) -> None:
+        self._options = options
 
     def _progress(self, machine: Machine) -> report.Json:
         self._overhead_bytes = max(self._overhead_bytes, report.overhead_bytes(machine))
@@ -341,6 +363,10 @@ class DestinationCommand:
         if not done and self._failure is not None:
             raise self._failure
         return done
+
+    @property
+    def migration(self) -> DestinationMigration | None:
+        return self._migration
 
     def _progress(self) -> report.Json:
         machine = self._migration.machine if self._migration else None

@@ -40,6 +40,8 @@ class Output:
         self._kick = trio.Event()
         self._last_line = ""
         self._rate = _Rate()
+        self.listeners: list[Callable[[str, Json], None]] = []
+        """Called with every event, whether or not JSON was asked for; must not block."""
 
     def say(self, text: str) -> None:
         """A line for a person."""
@@ -56,6 +58,8 @@ class Output:
 
     def emit(self, event: str, fields: Json) -> None:
         """A JSON line, where they were asked for."""
+        for listener in self.listeners:
+            listener(event, fields)
         if not self._as_json or self._stdout is None:
             return
         elapsed_ms = round((time.monotonic() - self._began) * 1000, 1)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`postcopy ctl`: a person's way to the control socket."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import trio
+
+from postcopy._errors import ConfigurationError, PeerError
+from postcopy.progress import Output
+
+from .client import ControlClient
+from .schema import ControlError, Json
+from .status import render
+
+
+class CtlCommand:
+    """One request, its answer on stdout: for people, or with `--json` as it came."""
+
+    def __init__(self, args: argparse.Namespace, output: Output) -> None:
+        self._args = args
+        self._output = output
+
+    async def run(self, stop: trio.Event) -> bool:
+        """True when it was done. `ConfigurationError` for what the process does not understand."""
+        done = False
+        async with trio.open_nursery() as nursery:
+
+            async def interruption() -> None:
+                await stop.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(interruption)
+            try:
+                async with ControlClient.open(self._args.socket) as client:
+                    done = await self._do(client)
+            except ControlError as error:
+                if error.kind in ("BadArguments", "CommandNotFound"):
+                    raise ConfigurationError(str(error)) from error
+                raise
+            nursery.cancel_scope.cancel()
+        # Events are followed until interrupted: that is how it succeeds.
+        return done or (self._args.request == "events" and stop.is_set())
+
+    async def _do(self, client: ControlClient) -> bool:
+        args = self._args
+        arguments = {name.replace("_", "-"): getattr(args, name) for name in args.sent}
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        if args.request == "events":
+            return await self._follow(client)
+        answer = await client.execute(args.request, arguments)
+        self._print(render(answer) if args.request == "status" and not args.json else json.dumps(answer))
+        return True
+
+    async def _follow(self, client: ControlClient) -> bool:
+        """Until the process ends, which is an end in order, or this one is interrupted."""
+        await client.execute("events", {"enable": True})
+        while True:
+            try:
+                event = await client.next_event()
+            except PeerError:
+                return True
+            if self._args.json:
+                self._print(json.dumps(event))
+            elif event["event"] != "progress":
+                self._print(_event_line(event))
+
+    def _print(self, text: str) -> None:
+        try:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise PeerError("nobody reads the output any more") from None
+
+
+def _event_line(event: Json) -> str:
+    data = event.get("data", {})
+    shown = {key: value for key, value in data.items() if isinstance(value, str | int | float) and value != ""}
+    return f"{event['event']}: " + ", ".join(f"{key} {value}" for key, value in shown.items())
