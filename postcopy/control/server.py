@@ -23,6 +23,7 @@ import logging
 import os
 import socket
 import stat
+from collections import deque
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -46,6 +47,8 @@ MAX_CLIENTS = 32
 QUEUE_LINES = 256
 """What a client may leave unread: some minutes of progress."""
 WRITE_TIMEOUT_S = 30.0
+LAST_WORDS_S = 0.5
+"""How long a client may take for what it was told last: the answer to `quit`, the result."""
 LOCK_TIMEOUT_S = 5.0
 _MAX_PATH_BYTES = 107  # sun_path, and its null (unix(7))
 
@@ -93,7 +96,7 @@ class ControlServer:
                 client.put(line)
 
     async def serve(self) -> None:
-        """Serves clients until cancelled; what they were told last they still get, as far as they take it at once."""
+        """Serves clients until cancelled; what they were told last they still get, if they take it soon."""
         async with trio.open_nursery() as nursery:
             while True:
                 try:
@@ -152,20 +155,21 @@ class _Client:
     def __init__(self, stream: trio.SocketStream) -> None:
         self.wants_events = False
         self.dropped = False
-        self._within_line = False  # the client has got a part of a line
         self._stream = stream
-        self._send, self._lines = trio.open_memory_channel[bytes](QUEUE_LINES)
-        self._scope = trio.CancelScope()
+        self._lines: deque[bytes] = deque()
+        self._wake = trio.Event()
+        self._closing = False
+        self._reading = trio.CancelScope()
+        # Shielded: whatever ends the server, a line that was begun is finished, and the last words are said.
+        self._writing = trio.CancelScope(shield=True)
 
     def put(self, line: bytes) -> None:
         """Queues a line, or gives the client up."""
-        try:
-            self._send.send_nowait(line)
-        except trio.WouldBlock:
-            self.dropped = True
-            self._scope.cancel()
-        except (trio.ClosedResourceError, trio.BrokenResourceError):
-            pass  # it is leaving
+        if len(self._lines) >= QUEUE_LINES:
+            self._drop()
+            return
+        self._lines.append(line)
+        self._wake.set()
 
     def refuse(self, error: ControlError) -> None:
         with contextlib.suppress(OSError), self._stream.socket as connection:
@@ -175,14 +179,16 @@ class _Client:
     async def run(self, handle: Callable[[_Client, bytes], Awaitable[None]]) -> None:
         """Until the client leaves. Never raises for what the client does."""
         try:
-            with self._scope:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._write, nursery.cancel_scope)
-                    await self._read(handle)
-                    self._send.close()  # the writer ends when it has said the rest
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write)
+                try:
+                    with self._reading:
+                        await self._read(handle)
+                finally:
+                    self._closing = True
+                    self._wake.set()
+                    self._writing.deadline = trio.current_time() + LAST_WORDS_S
         finally:
-            self._send.close()
-            self._flush()
             self._stream.socket.close()
 
     async def _read(self, handle: Callable[[_Client, bytes], Awaitable[None]]) -> None:
@@ -202,31 +208,26 @@ class _Client:
             for line in lines:
                 await handle(self, line)
 
-    async def _write(self, scope: trio.CancelScope) -> None:
-        async for line in self._lines:
-            with trio.move_on_after(WRITE_TIMEOUT_S) as waiting:
-                try:
-                    self._within_line = True
-                    await self._stream.send_all(line)
-                    self._within_line = False
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    scope.cancel()
-                    return
-            if waiting.cancelled_caught:
-                self.dropped = True
-                scope.cancel()
-                return
-        scope.cancel()
+    async def _write(self) -> None:
+        with self._writing:
+            while self._lines or not self._closing:
+                if not self._lines:
+                    self._wake = trio.Event()
+                    await self._wake.wait()
+                    continue
+                with trio.move_on_after(WRITE_TIMEOUT_S) as waiting:
+                    try:
+                        await self._stream.send_all(self._lines.popleft())
+                    except (trio.BrokenResourceError, trio.ClosedResourceError):
+                        self._reading.cancel()
+                        return
+                if waiting.cancelled_caught:
+                    self._drop()
 
-    def _flush(self) -> None:
-        """The last words, as far as the socket takes them at once: the answer to `quit` is among them."""
-        if self.dropped or self._within_line:
-            return
-        with contextlib.suppress(OSError, trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
-            while True:
-                line = self._lines.receive_nowait()
-                if os.write(self._stream.socket.fileno(), line) < len(line):
-                    return
+    def _drop(self) -> None:
+        self.dropped = True
+        self._reading.cancel()
+        self._writing.cancel()
 
 
 def _directory(path: str) -> str:

@@ -37,7 +37,6 @@ from postcopy.control.schema import (
 )
 from postcopy.control.server import MAX_CLIENTS, QUEUE_LINES, ControlServer
 
-
 _ODD: list[Any] = [None, True, False, 0, 1, -1, 1 << 70, 0.0, 1.5, math.inf, "", "x", "1MiB", "none", "\0", [], {}]
 
 
