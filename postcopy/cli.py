@@ -18,6 +18,7 @@ import math
 import secrets
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NoReturn
 
@@ -25,6 +26,7 @@ import trio
 
 from postcopy import __version__
 from postcopy._errors import ConfigurationError, PostcopyError
+from postcopy._logs import json_line
 from postcopy.commands import DestinationCommand, MergeCommand, SourceCommand
 from postcopy.machines import BACKINGS, KINDS, WORKLOADS, MachineOptions
 from postcopy.memory import parse_size
@@ -153,6 +155,9 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object a line on stdout, the result last")
     group.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
+    group.add_argument(
+        "--log-json", action="store_true", help="one JSON object a line on stderr, with the migration's id"
+    )
     group.add_argument("-v", "--verbose", action="store_const", const="info", dest="log_level", help="--log-level info")
 
 
@@ -417,6 +422,7 @@ async def _with_signals(command: Callable[[trio.Event], Awaitable[bool]]) -> boo
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script: the exit status."""
+    complain = _complain
     try:
         arguments = sys.argv[1:] if argv is None else argv
         args = make_parser(arguments).parse_args(arguments)
@@ -428,15 +434,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             from postcopy.probe import run as run_probe
 
             return run_probe(args)
-        output = make_output(args.json)
+        output = make_output(args.json, getattr(args, "log_json", False))
+        complain = _complain_in_json if getattr(args, "log_json", False) else _complain
         logging.basicConfig(level=args.log_level.upper(), handlers=[LogHandler(output)], force=True)
         command = _make_command(args, output)
         return EXIT_OK if trio.run(_with_signals, command, strict_exception_groups=True) else EXIT_FAILED
     except ConfigurationError as error:
-        _complain(error)
+        complain(error)
         return EXIT_USAGE
     except PostcopyError as error:
-        _complain(error)
+        complain(error)
         return EXIT_FAILED
     except KeyboardInterrupt:  # before or after the signal receiver
         return EXIT_FAILED
@@ -445,10 +452,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unknown is not None or known is None:
             raise
         first = first_error(known)
-        _complain(first)
+        complain(first)
         return EXIT_USAGE if isinstance(first, ConfigurationError) else EXIT_FAILED
 
 
 def _complain(error: BaseException) -> None:
     with contextlib.suppress(OSError):  # nobody reads it; the status says it too
         print(f"postcopy: error: {one_line(str(error), 2000)}", file=sys.stderr)
+
+
+def _complain_in_json(error: BaseException) -> None:
+    with contextlib.suppress(OSError):
+        print(json_line("error", "postcopy", one_line(str(error), 2000), time.time()), file=sys.stderr)

@@ -28,6 +28,7 @@ from functools import partial
 import trio
 
 from postcopy._errors import MigrationError, PeerError, PostcopyError, ProtocolError
+from postcopy._logs import about
 from postcopy.bitmap import Bitmap
 from postcopy.machines import (
     BlockLayout,
@@ -170,6 +171,10 @@ class DestinationMigration:
 
         After it, `machine` runs when the state is COMPLETED. Always `close` afterwards.
         """
+        with about(self):
+            await self._run(stop)
+
+    async def _run(self, stop: trio.Event) -> None:
         with self._stack:
             await self._connected(self._link, self._receive, stop)
             await self._recover(stop)

@@ -28,6 +28,7 @@ from functools import partial
 import trio
 
 from postcopy._errors import MigrationError, PeerError, PostcopyError, ProtocolError
+from postcopy._logs import about
 from postcopy.bitmap import Bitmap
 from postcopy.machines import Machine, MachineEventType, MachineStatistics
 from postcopy.migration._session import (
@@ -162,6 +163,10 @@ class SourceMigration:
         and otherwise stays so until `stop`; unless `hold` is false: what it could serve is then in a file, nothing is
         lost by its end, and a minute is enough to come back.
         """
+        with about(self):
+            await self._run(go, stop, hold)
+
+    async def _run(self, go: trio.Event, stop: trio.Event, hold: bool) -> None:
         try:
             with self._link.membership(self._session) as membership:
                 await self._connected(self._link, partial(self._migrate, go=go), membership, stop)
