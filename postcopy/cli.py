@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import logging
 import math
+import os
 import secrets
 import signal
 import sys
@@ -149,6 +150,11 @@ def _add_control_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--control", metavar="PATH", help="a control socket for `postcopy ctl`, this user's and root's only"
     )
+    group.add_argument(
+        "--metrics", metavar="[HOST]:PORT",
+        help="Prometheus metrics at http://HOST:PORT/metrics; without HOST on the loopback interface only",
+    )  # fmt: skip
+    group.add_argument("--metrics-file", metavar="FILE.prom", help="write the metrics there when a migration has ended")
 
 
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -390,14 +396,20 @@ def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Ev
 def _operated(
     command: SourceCommand | DestinationCommand, args: argparse.Namespace, output: Output
 ) -> Callable[[trio.Event], Awaitable[bool]]:
-    """The command with its control socket around it, where one was asked for."""
-    if args.control is None:
+    """The command with all that around it by which it is operated, where that was asked for."""
+    if not (args.control or args.metrics or args.metrics_file or os.environ.get("NOTIFY_SOCKET")):
         return command.run
     from postcopy.control.service import Service, ServiceOptions
     from postcopy.control.sides import DestinationDesk, SourceDesk
 
     desk = SourceDesk(command) if isinstance(command, SourceCommand) else DestinationDesk(command)
-    return Service(command.run, desk, output, ServiceOptions(control=args.control)).run
+    options = ServiceOptions(
+        control=args.control,
+        metrics=args.metrics,
+        metrics_file=args.metrics_file,
+        ready_on="progress" if args.listen is None else "listening",
+    )
+    return Service(command.run, desk, output, options).run
 
 
 async def _with_signals(command: Callable[[trio.Event], Awaitable[bool]]) -> bool:

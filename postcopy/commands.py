@@ -235,6 +235,7 @@ class SourceCommand:
         if migration.failure is not None:
             fields = {"side": "source", "status": migration.status, "error": str(migration.failure)}
             self._output.emit("migration-failed", fields)
+        self._output.emit("migration-ended", report.ended("outgoing", migration))
         return migration
 
     async def _announce(self, migration: SourceMigration) -> None:
@@ -418,6 +419,7 @@ class DestinationCommand:
             nursery.start_soon(self._announce, migration)
             await migration.run(stop)
             nursery.cancel_scope.cancel()
+        self._output.emit("migration-ended", report.ended("incoming", migration))
         return migration
 
     async def _announce(self, migration: DestinationMigration) -> None:

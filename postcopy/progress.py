@@ -56,7 +56,7 @@ class Output:
             self._write(json_record(record))
             return
         name = getattr(record, "machine", "")
-        self._write(f"postcopy: {record.levelname.lower()}: {name and name + ": "}{record.getMessage()}")
+        self._write(f"postcopy: {record.levelname.lower()}: {name and name + ': '}{record.getMessage()}")
 
     def _write(self, text: str) -> None:
         if self._stderr is None:

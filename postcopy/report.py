@@ -61,6 +61,18 @@ def recoveries(counted: Recoveries) -> Json:
     }
 
 
+def ended(direction: str, migration: SourceMigration | DestinationMigration) -> Json:
+    """How one migration has ended, in short."""
+    return {
+        "side": "source" if direction == "outgoing" else "dest",
+        "direction": direction,
+        "migration": migration.migration_id,
+        "peer": str(migration.peer),
+        "status": migration.status,
+        "error": str(migration.failure) if migration.failure else None,
+    }
+
+
 def served(machine: Machine, statistics: PageServerStatistics | None) -> Json:
     """`ram` as the source alone can tell it, while the destination has not reported."""
     result: Json = {"total": machine.memory_bytes, "page-size": machine.blocks[0].memory.page_bytes}

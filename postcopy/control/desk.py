@@ -33,6 +33,10 @@ class Desk(abc.ABC):
     def machines(self) -> list[tuple[str, Machine | None, Migration | None]]:
         """What is here, by name."""
 
+    def all_machines(self) -> list[tuple[str, Machine | None, Migration | None]]:
+        """`machines`, and those that have left lately, for metrics."""
+        return self.machines()
+
     def settings(self) -> Json:
         return {}
 

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
+
+import trio
 
 from postcopy import report
 from postcopy.machines import Machine
@@ -22,9 +25,9 @@ def machine_status(name: str, machine: Machine | None, migration: Migration | No
     """One machine, and the migration that it is in, was in last, or null."""
     status: Json = {"name": name, "machine": machine.kind if machine else None, "memory": 0, "guest": None}
     if machine is not None:
-        statistics = machine.statistics()
         status["memory"] = machine.memory_bytes
-        status["guest"] = report.guest(machine, statistics)
+        with contextlib.suppress(trio.ClosedResourceError):  # it has ended, what it was in has not
+            status["guest"] = report.guest(machine, machine.statistics())
     status["migration"] = None if migration is None else _migration(machine, migration)
     return status
 

@@ -30,6 +30,7 @@ import trio
 from postcopy._errors import MigrationError, PeerError, PostcopyError, ProtocolError
 from postcopy._logs import about
 from postcopy.bitmap import Bitmap
+from postcopy.histogram import Histogram
 from postcopy.machines import (
     BlockLayout,
     Machine,
@@ -105,6 +106,7 @@ class DestinationMigration:
         self.at_switchover: MachineStatistics | None = None
         self.started_ns = now_ns()
         self.committed_ns = self.running_ns = self.completed_ns = 0
+        self.latency = Histogram()  # of demand faults, as `figures` has seen it last
         self.downtime_ns = self.total_ns = 0  # as the source has measured them
         self._link = link
         self._backing = backing
@@ -155,10 +157,11 @@ class DestinationMigration:
     def figures(self) -> Figures:
         """The counters as they are now; the last ones when the pager has ended."""
         if self._pager is not None and self.machine is not None:
+            self.latency = self._pager.latency()
             self._last_figures = Figures.of(
                 self.machine.blocks[0].memory.page_bytes,
                 self._pager.statistics(),
-                self._pager.latency(),
+                self.latency,
                 self._pager.blocktime_ns(),
             )
         return self._last_figures
