@@ -31,6 +31,7 @@
 
 #include "pagemap_abi.h"
 #include "postcopy.h"
+#include "states.h"
 #include "util.h"
 
 /* Newer than the C library's headers in use. */
@@ -219,13 +220,13 @@ int pc_memory_check(int kind, uint64_t total_bytes, char *error, size_t error_by
 /* ---- making and unmaking ---- */
 
 /* A memfd that stays as large as it is: every process that maps it may rely on not getting SIGBUS, whoever else holds it. */
-static int open_memfd(uint64_t size_bytes, unsigned int flags)
+int pc_memfd_new(const char *name, uint64_t size_bytes, unsigned int flags)
 {
-    int fd = memfd_create("postcopy", MFD_CLOEXEC | MFD_NOEXEC_SEAL | flags);
+    int fd = memfd_create(name, MFD_CLOEXEC | MFD_NOEXEC_SEAL | flags);
     int error;
 
     if (fd < 0 && errno == EINVAL) /* before 6.3 */
-        fd = memfd_create("postcopy", MFD_CLOEXEC | MFD_ALLOW_SEALING | flags);
+        fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING | flags);
     if (fd < 0)
         return -errno;
     if (!ftruncate(fd, (off_t)size_bytes) && !fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
@@ -249,7 +250,7 @@ int pc_memory_create(int kind, uint64_t size_bytes, struct pc_memory *memory, ch
         /* NORESERVE: the size was checked against what is there; the kernel's guess would refuse sparse machines. */
         memory->base = mmap(NULL, size_bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     } else {
-        memory->fd = open_memfd(size_bytes, kind == PC_MEMORY_HUGETLB ? MFD_HUGETLB : 0);
+        memory->fd = pc_memfd_new("postcopy", size_bytes, kind == PC_MEMORY_HUGETLB ? MFD_HUGETLB : 0);
         if (memory->fd < 0) {
             code = -memory->fd;
             memory->fd = -1;

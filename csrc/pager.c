@@ -57,6 +57,7 @@
 #include "events.h"
 #include "postcopy.h"
 #include "runtime.h"
+#include "states.h"
 #include "stream.h"
 #include "uffd_abi.h"
 #include "util.h"
@@ -77,6 +78,7 @@ struct block {
     struct pc_memory memory;
     uint64_t pages, words;
     uint64_t *requested, *claimed, *known, *zero;
+    struct pc_states states; /* where the last three are, when they are to outlive this pager */
     struct segment segments[MAX_SEGMENTS];
     uint32_t segment_count; /* published after the segment */
 };
@@ -1095,6 +1097,15 @@ int pc_pager_new(struct pc_pager **out)
     return 0;
 }
 
+static uint64_t count_known(const struct block *block)
+{
+    uint64_t known = 0;
+
+    for (uint64_t word = 0; word < block->words; word++)
+        known += (uint64_t)__builtin_popcountll(__atomic_load_n(&block->known[word], __ATOMIC_RELAXED));
+    return known;
+}
+
 static uint64_t *new_bitmap(uint64_t words)
 {
     return pc_buffer_new(words * sizeof(uint64_t));
@@ -1105,16 +1116,43 @@ static void free_block(struct block *block)
     size_t bytes = block->words * sizeof(uint64_t);
 
     pc_buffer_free(block->requested, bytes);
-    pc_buffer_free(block->claimed, bytes);
-    pc_buffer_free(block->known, bytes);
-    pc_buffer_free(block->zero, bytes);
+    if (block->states.base) {
+        pc_states_unmap(&block->states);
+    } else {
+        pc_buffer_free(block->claimed, bytes);
+        pc_buffer_free(block->known, bytes);
+        pc_buffer_free(block->zero, bytes);
+    }
     free(block);
 }
 
-int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory)
+static int make_states(struct block *block)
+{
+    block->claimed = new_bitmap(block->words);
+    block->known = new_bitmap(block->words);
+    block->zero = new_bitmap(block->words);
+    return block->claimed && block->known && block->zero ? 0 : -ENOMEM;
+}
+
+static int adopt_states(struct block *block, int fd)
+{
+    int error = pc_states_map(fd, block->pages, &block->states);
+
+    if (error)
+        return error;
+    block->claimed = block->states.claimed;
+    block->known = block->states.known;
+    block->zero = block->states.zero;
+    for (uint64_t word = 0; word < block->words; word++)
+        if (block->claimed[word] & ~block->known[word])
+            return -EUCLEAN; /* nobody has settled them */
+    return 0;
+}
+
+static int add_block(struct pc_pager *pager, const struct pc_memory *memory, int states_fd)
 {
     struct block *block;
-    int index = -ENOSPC;
+    int index = -ENOSPC, error;
 
     if (!memory->base || !memory->page_bytes || !memory->size_bytes || memory->size_bytes % memory->page_bytes ||
         memory->page_bytes > PC_FRAME_MAX_PAYLOAD_BYTES) /* no frame could ever bring such a page */
@@ -1126,12 +1164,10 @@ int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory)
     block->pages = memory->size_bytes / memory->page_bytes;
     block->words = pc_bitmap_words(block->pages);
     block->requested = new_bitmap(block->words);
-    block->claimed = new_bitmap(block->words);
-    block->known = new_bitmap(block->words);
-    block->zero = new_bitmap(block->words);
-    if (!block->requested || !block->claimed || !block->known || !block->zero) {
+    error = !block->requested ? -ENOMEM : states_fd < 0 ? make_states(block) : adopt_states(block, states_fd);
+    if (error) {
         free_block(block);
-        return -ENOMEM;
+        return error;
     }
     pthread_mutex_lock(&pager->lock);
     if (memory->kind == PC_MEMORY_HUGETLB && memory->page_bytes > pager->zero_page_bytes) {
@@ -1148,7 +1184,7 @@ int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory)
     if (index == -ENOSPC && pager->block_count < PC_MAX_BLOCKS) {
         index = (int)pager->block_count;
         pager->blocks[index] = block;
-        (void)__atomic_fetch_add(&pager->missing, block->pages, __ATOMIC_SEQ_CST);
+        (void)__atomic_fetch_add(&pager->missing, block->pages - count_known(block), __ATOMIC_SEQ_CST);
         __atomic_store_n(&pager->completed, 0, __ATOMIC_SEQ_CST); /* said too early, or of fewer blocks: to be said again */
         __atomic_store_n(&pager->block_count, pager->block_count + 1, __ATOMIC_RELEASE);
     }
@@ -1156,6 +1192,16 @@ int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory)
     if (index < 0)
         free_block(block);
     return index;
+}
+
+int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory)
+{
+    return add_block(pager, memory, -1);
+}
+
+int pc_pager_add_block_with_states(struct pc_pager *pager, const struct pc_memory *memory, int states_fd)
+{
+    return states_fd < 0 ? -EBADF : add_block(pager, memory, states_fd);
 }
 
 int pc_pager_set_zero(struct pc_pager *pager, uint32_t block, const uint64_t *zero_words)
@@ -1179,7 +1225,7 @@ int pc_pager_set_zero(struct pc_pager *pager, uint32_t block, const uint64_t *ze
     }
 }
 
-static uint64_t wanted_features(uint64_t available)
+uint64_t pc_pager_features(uint64_t available)
 {
     return available & (UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_MISSING_HUGETLBFS |
                         UFFD_FEATURE_MINOR_HUGETLBFS | UFFD_FEATURE_THREAD_ID);
@@ -1201,17 +1247,23 @@ static void free_shard(struct shard *shard)
     free(shard);
 }
 
-int pc_pager_add_shard(struct pc_pager *pager, int how, uint32_t busy_poll_us, char *error, size_t error_bytes)
+/* Starts the fault thread of a userfaultfd, which is the shard's from now on. Its index, or an error with its line. */
+static int start_shard(struct pc_pager *pager, int uffd, const struct pc_uffd_api *api, uint32_t busy_poll_us, char *error,
+                       size_t error_bytes)
 {
     struct shard *shard = calloc(1, sizeof(*shard));
-    int result;
+    int result = 0;
 
-    if (!shard)
+    if (!shard) {
+        close(uffd);
         return pc_fail(ENOMEM, error, error_bytes, "no memory for a shard");
+    }
     pthread_mutex_init(&shard->lock, NULL);
     pthread_cond_init(&shard->changed, NULL);
     shard->pager = pager;
-    shard->uffd = shard->control_fd = shard->stream.fd = -1;
+    shard->uffd = uffd;
+    shard->api = *api;
+    shard->control_fd = shard->stream.fd = -1;
     shard->busy_poll_ns = (uint64_t)busy_poll_us * 1000;
     shard->send_capacity = EVENTS_PER_READ * PC_FRAME_HEADER_BYTES;
     shard->send = malloc(shard->send_capacity);
@@ -1220,14 +1272,6 @@ int pc_pager_add_shard(struct pc_pager *pager, int how, uint32_t busy_poll_us, c
         free_shard(shard);
         return pc_fail(ENOMEM, error, error_bytes, "no memory for a shard");
     }
-    result = pc_uffd_probe(how, &shard->api);
-    if (!result)
-        result = pc_uffd_open(shard->api.how, wanted_features(shard->api.features), &shard->api);
-    if (result < 0) {
-        free_shard(shard);
-        return pc_fail(-result, error, error_bytes, "cannot open a userfaultfd: %s", strerror(-result));
-    }
-    shard->uffd = result;
     shard->control_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (shard->control_fd < 0) {
         result = -errno;
@@ -1252,6 +1296,33 @@ int pc_pager_add_shard(struct pc_pager *pager, int how, uint32_t busy_poll_us, c
         return pc_fail(-result, error, error_bytes, "cannot start a fault thread: %s", strerror(-result));
     }
     return (int)shard->index;
+}
+
+int pc_pager_add_shard(struct pc_pager *pager, int how, uint32_t busy_poll_us, char *error, size_t error_bytes)
+{
+    struct pc_uffd_api api;
+    int result = pc_uffd_probe(how, &api);
+
+    if (!result)
+        result = pc_uffd_open(api.how, pc_pager_features(api.features), &api);
+    if (result < 0)
+        return pc_fail(-result, error, error_bytes, "cannot open a userfaultfd: %s", strerror(-result));
+    return start_shard(pager, result, &api, busy_poll_us, error, error_bytes);
+}
+
+int pc_pager_adopt_shard(struct pc_pager *pager, int uffd, uint64_t features, uint32_t busy_poll_us, char *error,
+                         size_t error_bytes)
+{
+    const struct pc_uffd_api api = {.features = features};
+    int flags = fcntl(uffd, F_GETFL);
+
+    if (flags < 0)
+        return pc_fail(errno, error, error_bytes, "no userfaultfd: %s", strerror(errno));
+    if (!(flags & O_NONBLOCK)) { /* poll(2) says POLLERR of a blocking one, for ever */
+        close(uffd);
+        return pc_fail(EINVAL, error, error_bytes, "the userfaultfd is a blocking one: open it with O_NONBLOCK");
+    }
+    return start_shard(pager, uffd, &api, busy_poll_us, error, error_bytes);
 }
 
 static struct shard *get_shard(struct pc_pager *pager, uint32_t index)
@@ -1319,6 +1390,9 @@ int pc_pager_arm(struct pc_pager *pager, uint32_t shard_index, uint32_t block_in
             shard->range_count--;
         pthread_mutex_unlock(&shard->lock);
         __atomic_store_n(&block->segment_count, block->segment_count - 1, __ATOMIC_RELEASE);
+    } else if (block->states.base) {
+        /* Faults that an earlier pager has read, and those that it has not, happen again. */
+        wake(shard, page_address(block, first_page), pages * block->memory.page_bytes);
     }
     pthread_mutex_unlock(&pager->lock);
     return result ? pc_fail(-result, error, error_bytes, "cannot register RAM block %u with a userfaultfd: %s", block_index,
@@ -1525,10 +1599,8 @@ int pc_pager_stats(struct pc_pager *pager, struct pc_pager_stats *stats)
     memset(stats, 0, sizeof(*stats));
     for (uint32_t i = 0; i < blocks; i++) {
         const struct block *block = pager->blocks[i];
-        uint64_t known = 0;
+        uint64_t known = count_known(block);
 
-        for (uint64_t word = 0; word < block->words; word++)
-            known += (uint64_t)__builtin_popcountll(__atomic_load_n(&block->known[word], __ATOMIC_RELAXED));
         stats->total_pages += block->pages;
         stats->total_bytes += block->memory.size_bytes;
         stats->resident_pages += known;

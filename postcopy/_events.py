@@ -20,6 +20,7 @@ class EventType(enum.IntEnum):
     BULK_END = 2  # every page has been offered on this bulk channel
     COMPLETE = 3  # pager: no page is missing any more
     FATAL = 4  # this pager or page server cannot go on
+    DIED = 5  # pager in a process of its own: that process has ended; `disconnect` starts another one
 
 
 class ChannelKind(enum.IntEnum):

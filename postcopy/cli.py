@@ -104,6 +104,12 @@ def _add_engine_arguments(parser: argparse.ArgumentParser, *, source: bool, dest
         "--busy-poll", type=_whole(0, 1_000_000), default=0, metavar="MICROSECONDS",
         help="spin so long before sleeping on an urgent channel",
     )  # fmt: skip
+    if dest:
+        group.add_argument(
+            "--pager", choices=("thread", "process"), default="thread",
+            help="where missing pages are fetched: in threads of the machine's process (default), or in a process of"
+            " its own, which the machine survives",
+        )  # fmt: skip
     if source:
         group.add_argument(
             "--bulk-channels", type=_whole(1, MAX_BULK_CHANNELS), default=DEFAULT_BULK_CHANNELS, metavar="N",
@@ -382,6 +388,7 @@ def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Ev
         backing=args.backing,
         disk=args.disk,
         busy_poll_us=args.busy_poll,
+        pager_process=args.pager == "process",
         heartbeat_s=args.heartbeat,
         recover_for_s=args.recover_for,
         kill_when_lost=args.on_lost == "kill",

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -23,7 +24,11 @@ from postcopy.migration.channels import Address, CallingLink, Link, Reception
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.protocol import State
 from postcopy.migration.source import SourceMigration, SourceOptions
+from postcopy.pager import Pager
 from postcopy.progress import Output
+
+if TYPE_CHECKING:
+    from postcopy.pager_process import ProcessPager
 
 log = logging.getLogger(__name__)
 
@@ -295,6 +300,12 @@ class SourceCommand:
         return done
 
 
+def _process_pager() -> ProcessPager:
+    from postcopy.pager_process import ProcessPager  # by those who ask for it: see `cli`
+
+    return ProcessPager()
+
+
 class DestinationCommand:
     """Receives one machine and, when all of it is here, does with it what was asked."""
 
@@ -307,6 +318,7 @@ class DestinationCommand:
         backing: str,
         disk: str | None,
         busy_poll_us: int,
+        pager_process: bool,
         heartbeat_s: float,
         recover_for_s: float,
         kill_when_lost: bool,
@@ -321,6 +333,7 @@ class DestinationCommand:
         self._backing = backing
         self._disk = disk
         self._busy_poll_us = busy_poll_us
+        self._pager_process = pager_process
         self._heartbeat_s = heartbeat_s
         self._recover_for_s = recover_for_s
         self._kill_when_lost = kill_when_lost
@@ -413,6 +426,7 @@ class DestinationCommand:
             heartbeat_s=self._heartbeat_s,
             recover_for_s=self._recover_for_s,
             kill_when_lost=self._kill_when_lost,
+            make_pager=_process_pager if self._pager_process else Pager,
             on_change=self._output.kick,
         )
         async with trio.open_nursery() as nursery:

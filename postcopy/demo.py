@@ -230,7 +230,7 @@ class DemoCommand:
         args = self._args
         result = ["dest", "--json", "--listen", "127.0.0.1:0", "--run-for", f"{args.run_for:g}"]
         result += ["--backing", args.backing, "--busy-poll", str(args.busy_poll)]
-        result += ["--log-level", args.log_level]
+        result += ["--log-level", args.log_level, "--pager", args.pager]
         for flag, value in (("--dump", args.dump), ("--disk", args.disk)):
             if value is not None:
                 result += [flag, value]
@@ -281,6 +281,8 @@ class DemoCommand:
         if result.get("recoveries", {}).get("count"):
             told = result["recoveries"]
             table.add_row("recoveries", f"{told['count']}, the longest took {told['max-ms']:g} ms")
+        if deaths := (result.get("pager") or {}).get("deaths"):
+            table.add_row("pager", f"its process died {deaths} times, and another one took over")
         if chaos := result.get("chaos"):
             cuts = ", ".join(f"{count} by {way}" for way, count in chaos.get("cuts", {}).items())
             table.add_row("network", f"{chaos['plan']}, seed {chaos['seed']}: {cuts or 'nothing was cut'}")
@@ -320,7 +322,7 @@ def merge(source: Json, dest: Json) -> Json:
     completed = source["status"] == dest["status"] == "completed"
     status = "completed" if completed else next(s for s in (dest["status"], source["status"]) if s != "completed")
     result: Json = {"status": status, "machine": dest.get("machine") or source.get("machine")}
-    for name in ("downtime-ms", "total-ms", "ram", "fault-latency-us", "blocktime-ms", "recoveries", "dump"):
+    for name in ("downtime-ms", "total-ms", "ram", "fault-latency-us", "blocktime-ms", "recoveries", "pager", "dump"):
         result[name] = dest.get(name)
     asked = dest.get("verified") is not None
     good = all(item["ok"] for item in verification)

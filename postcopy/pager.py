@@ -73,6 +73,28 @@ class PagerStatistics:
 _STATISTICS_FIELDS = tuple(PagerStatistics.__dataclass_fields__)
 
 
+@dataclass(frozen=True)
+class ForeignMemory:
+    """Memory of another process: where it is there, and the memfd it is made of (-1: anonymous), which stays the
+    caller's."""
+
+    address: int
+    size_bytes: int
+    page_bytes: int
+    kind: int  # enum pc_memory_kind
+    fd: int = -1
+
+    @property
+    def pages(self) -> int:
+        return self.size_bytes // self.page_bytes
+
+    @property
+    def struct(self) -> Any:
+        """A `struct pc_memory`, through which nothing may be touched here."""
+        base = ffi.cast("void *", self.address)
+        return ffi.new("struct pc_memory *", [base, self.size_bytes, self.page_bytes, self.kind, self.fd])
+
+
 class Pager:
     """Make it, `add_block` each RAM block in order, `set_zero` what is known to be zero, `add_shard`, `attach_*` the
     connections, `arm`; then let the machine run and follow `events()` until `EventType.COMPLETE`; `disarm`, `close`.
@@ -89,7 +111,7 @@ class Pager:
             lib.pc_pager_free(pointer[0])
             raise CoreError(error.errno or 0, "making a pager") from error
         self._pager: Any = pointer[0]
-        self._blocks: list[Memory] = []
+        self._blocks: list[Memory | ForeignMemory] = []
         self._slots = 0
         self._ending = trio.Lock()
         self._stuck = False
@@ -106,6 +128,26 @@ class Pager:
             memory.release("pager")
             raise
         self._blocks.append(memory)
+        return index
+
+    def add_block_with_states(self, block: Memory | ForeignMemory, states_fd: int) -> int:
+        """Adds the next RAM block with page states that outlive this pager (csrc/states.c); its index. What
+        they say is there is not missing. The descriptor stays the caller's.
+
+        A `ForeignMemory` is that of another process, whose userfaultfd `adopt_shard` gets; it must exist for as
+        long."""
+        pager = self._alive()
+        if isinstance(block, Memory):
+            block.acquire("pager")
+        try:
+            index = check(
+                lib.pc_pager_add_block_with_states(pager, block.struct, states_fd), "giving memory to the pager"
+            )
+        except BaseException:
+            if isinstance(block, Memory):
+                block.release("pager")
+            raise
+        self._blocks.append(block)
         return index
 
     def set_zero(self, block: int, zero: Bitmap) -> None:
@@ -128,6 +170,14 @@ class Pager:
         if result < 0:
             probe(wanted)  # says more, where the reason is a right or a kernel without userfaultfd
         return line.check(result, "opening a userfaultfd")
+
+    def adopt_shard(self, uffd: int, features: int, busy_poll_us: int = 0) -> int:
+        """Starts the fault thread of a userfaultfd that exists, non-blocking and opened with `features`, of this or
+        another process; its index. The descriptor is the core's from now on: whoever made it keeps a copy, since
+        closing the last one would show zeros to all who wait."""
+        line = ErrorLine()
+        result = lib.pc_pager_adopt_shard(self._alive(), uffd, features, busy_poll_us, line.buffer, line.size)
+        return line.check(result, "taking over a userfaultfd")
 
     def arm(self, shard: int, block: int, first_page: int, pages: int) -> None:
         """Registers pages with a shard: from here on the first touch of a missing one waits for it."""
@@ -209,6 +259,10 @@ class Pager:
         the next one. Never blocks."""
         return self._events.drain()
 
+    async def watch_over(self) -> None:
+        """Never returns: this pager is part of the process that has the machine. (`ProcessPager` is not.)"""
+        await trio.sleep_forever()
+
     # ---- the end
 
     async def disconnect(self) -> None:
@@ -237,7 +291,8 @@ class Pager:
                 self._events.close()
                 await self._run(lib.pc_pager_free, pager, "ending the pager")
                 for memory in self._blocks:
-                    memory.release("pager")
+                    if isinstance(memory, Memory):
+                        memory.release("pager")
                 self._blocks.clear()
         await trio.lowlevel.checkpoint_if_cancelled()
 
@@ -269,7 +324,7 @@ class Pager:
             raise ValueError(f"there is no {what} channel {index}")
         check(function(self._pager, index, fd), f"attaching {what} channel {index}")
 
-    def _block(self, block: int) -> Memory:
+    def _block(self, block: int) -> Memory | ForeignMemory:
         if not 0 <= block < len(self._blocks):
             raise IndexError(f"there is no RAM block {block}")
         return self._blocks[block]

@@ -73,6 +73,13 @@ def ended(direction: str, migration: SourceMigration | DestinationMigration) -> 
     }
 
 
+def pager(process: tuple[int, int] | None) -> Json:
+    """Where the pager lives; see `DestinationMigration.pager_process`."""
+    if process is None:
+        return {"where": "thread"}
+    return {"where": "process", "pid": process[0] or None, "deaths": process[1]}
+
+
 def served(machine: Machine, statistics: PageServerStatistics | None) -> Json:
     """`ram` as the source alone can tell it, while the destination has not reported."""
     result: Json = {"total": machine.memory_bytes, "page-size": machine.blocks[0].memory.page_bytes}
@@ -153,6 +160,7 @@ def destination_progress(migration: DestinationMigration | None) -> Json:
     result["ram"] = ram(figures)
     result["pending-faults"] = figures.pending_faults
     result["recoveries"] = migration.recoveries.count
+    result["pager"] = pager(migration.pager_process)
     return result
 
 
@@ -189,6 +197,7 @@ def destination_result(
         "fault-latency-us": fault_latency(figures),
         "blocktime-ms": [milliseconds(ns) for ns in figures.blocktime_ns],
         "recoveries": recoveries(migration.recoveries),
+        "pager": pager(migration.pager_process),
         "verified": all(item["ok"] for item in verification) if check is not None else None,
         "verification": verification,
         "dump": dump,

@@ -255,6 +255,18 @@ int64_t pc_pagemap_scan(int pagemap_fd, const struct pc_pagemap_query *query, st
                         uint32_t capacity, uint64_t *walk_end);
 /* ==== end pagemap ==== */
 
+/* ==== begin states ==== */
+/* What has become of each page of a RAM block, in a sealed memfd that a pager writes and that outlives it: when the pager's process
+ * dies, the process that has the machine (and a copy of the userfaultfd) settles what was under way and gives both to the next
+ * pager. csrc/states.c says why no page is lost, placed twice or filled with zeros by that. */
+int pc_states_new(uint64_t pages); /* the descriptor, or -errno */
+/* Copies the map of pages that are there; -EINVAL when fd is not the states of as many pages. Any process, any time. */
+int pc_states_known(int fd, uint64_t pages, uint64_t *words);
+/* To be called after a pager has died (its process has been waited for), before the next one has the states, in the process
+ * that has the memory mapped at memory->base. How many pages were under way, or -errno; then nothing may go on. */
+int64_t pc_states_settle(int fd, const struct pc_memory *memory);
+/* ==== end states ==== */
+
 /* ==== begin pager ==== */
 /* The destination's side: faults in, requests out, pages placed. See csrc/pager.c for how it works. */
 struct pc_pager;
@@ -294,12 +306,22 @@ struct pc_pager_stats {
 int pc_pager_new(struct pc_pager **pager);
 /* Adds the next RAM block (index returned). The memory stays the caller's and must outlive the pager. */
 int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory);
+/* The same with states that outlive this pager: what they say is known is not missing. memory->base may be an address of
+ * another process then, of which this one has a userfaultfd (pc_pager_adopt_shard); this pager touches no memory through it. */
+int pc_pager_add_block_with_states(struct pc_pager *pager, const struct pc_memory *memory, int states_fd);
 /* Pages of a block that are zero at the source: a fault on them is answered here. Before arming only. */
 int pc_pager_set_zero(struct pc_pager *pager, uint32_t block, const uint64_t *zero_words);
 /* Opens a userfaultfd with its fault thread (index returned). busy_poll_us: how long the thread spins after each
  * event before it sleeps. The thread runs from now on, with or without a channel. */
 int pc_pager_add_shard(struct pc_pager *pager, int how, uint32_t busy_poll_us, char *error, size_t error_bytes);
-/* Registers pages of a block with a shard: from now on they fault. */
+/* The same around a userfaultfd that exists, of this or another process, with the features that it was opened with. The
+ * descriptor becomes the pager's, also on failure; who made it keeps a copy, or nothing stops zeros when this process dies. */
+int pc_pager_adopt_shard(struct pc_pager *pager, int uffd, uint64_t features, uint32_t busy_poll_us, char *error,
+                         size_t error_bytes);
+/* The features that pc_pager_add_shard asks for, of those `available`. */
+uint64_t pc_pager_features(uint64_t available);
+/* Registers pages of a block with a shard: from now on they fault. Pages that an earlier pager has registered on the same
+ * userfaultfd are taken over: what waits for them faults anew. */
 int pc_pager_arm(struct pc_pager *pager, uint32_t shard, uint32_t block, uint64_t first_page, uint64_t pages, char *error,
                  size_t error_bytes);
 /* Gives a shard its urgent channel (again, after the old one went down: everything pending is requested anew). */

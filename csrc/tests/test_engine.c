@@ -1451,6 +1451,107 @@ static void push_again_what_was_lost(int kind)
 }
 OF_EACH_KIND(push_again_what_was_lost)
 
+/* The next page with content, for a test that needs a missing one again and again. */
+static uint64_t next_data_page(const struct rig *rig, uint64_t *page)
+{
+    do
+        ++*page;
+    while (*page < rig->pages[0] && content_of(0, *page) != DATA);
+    CHECK(*page < rig->pages[0]);
+    return *page;
+}
+
+/* A data connection that ends after `cut` bytes of a frame: nothing of the frame is seen, what was asked for is asked for again,
+ * and a page that came whole is never asked for again. */
+#define CUT_BYTES (PC_FRAME_HEADER_BYTES + pc_page_bytes())
+
+static void answers_cut_everywhere(void)
+{
+    const uint64_t pages[] = {12000};
+    uint8_t *frame = malloc(CUT_BYTES);
+    uint64_t page = 0;
+    struct rig rig;
+
+    CHECK(frame != NULL);
+    open_pager(&rig, PC_MEMORY_MEMFD, 1, pages);
+    CHECK_EQ(add_shard(&rig, 0), 0);
+    arm(&rig, 0, 0, 0, pages[0]);
+    for (uint64_t cut = 0; cut <= CUT_BYTES; cut++) {
+        struct pc_frame header = {.type = PC_FRAME_PAGES, .flags = PC_FRAME_DEMAND, .pages = 1}, asked;
+        int fd = script_urgent(&rig, 0);
+        struct toucher toucher;
+        struct pc_event event;
+
+        page = next_data_page(&rig, &page);
+        touch_one(&toucher, &rig, 0, page);
+        CHECK(receive_frame(fd, &asked) && asked.first_page == page);
+        make_page(0, page, rig.page_bytes, frame + PC_FRAME_HEADER_BYTES);
+        header.first_page = page;
+        header.request_id = asked.request_id;
+        header.payload_bytes = (uint32_t)rig.page_bytes;
+        header.payload_crc = pc_crc32c(0, frame + PC_FRAME_HEADER_BYTES, rig.page_bytes);
+        pc_frame_encode(&header, frame);
+        CHECK(send_bytes(fd, frame, cut));
+        close(fd);
+        EXPECT_EVENT(&rig.from_pager, PC_EVENT_CHANNEL_DOWN, PC_CHANNEL_URGENT, 0, &event);
+        if (cut < CUT_BYTES) {
+            CHECK_EQ(atomic_load(&toucher.done), 0);
+            if (cut)
+                CHECK_EQ(event.error, EPIPE);
+            fd = script_urgent(&rig, 0);
+            CHECK(receive_frame(fd, &asked) && asked.first_page == page);
+            serve_page(&rig, fd, 0, page);
+            join_toucher(&toucher);
+            close(fd);
+            EXPECT_EVENT(&rig.from_pager, PC_EVENT_CHANNEL_DOWN, PC_CHANNEL_URGENT, 0, NULL);
+        } else {
+            join_toucher(&toucher);
+        }
+        CHECK_EQ(pager_stats(&rig).duplicate_pages, 0);
+    }
+    EXPECT_NO_EVENT(&rig.from_pager, PC_EVENT_FATAL);
+    CHECK_EQ(pager_stats(&rig).frames_refused, 0);
+    free(frame);
+    CHECK_EQ(pc_pager_free(rig.pager), 0);
+    pc_memory_destroy(&rig.dest[0]);
+}
+
+static void pushes_cut_everywhere(void)
+{
+    const uint64_t pages[] = {12000};
+    uint8_t *frame = malloc(CUT_BYTES);
+    uint64_t page = 0, whole = 0;
+    struct rig rig;
+
+    CHECK(frame != NULL);
+    open_pager(&rig, PC_MEMORY_MEMFD, 1, pages);
+    CHECK_EQ(add_shard(&rig, 0), 0);
+    arm(&rig, 0, 0, 0, pages[0]);
+    for (uint64_t cut = 0; cut <= CUT_BYTES; cut++) {
+        struct pc_frame header = {.type = PC_FRAME_PAGES, .pages = 1};
+        int fd = script_bulk(&rig, 0);
+        struct pc_event event;
+
+        page = next_data_page(&rig, &page);
+        make_page(0, page, rig.page_bytes, frame + PC_FRAME_HEADER_BYTES);
+        header.first_page = page;
+        header.payload_bytes = (uint32_t)rig.page_bytes;
+        header.payload_crc = pc_crc32c(0, frame + PC_FRAME_HEADER_BYTES, rig.page_bytes);
+        pc_frame_encode(&header, frame);
+        CHECK(send_bytes(fd, frame, cut));
+        close(fd);
+        EXPECT_EVENT(&rig.from_pager, PC_EVENT_CHANNEL_DOWN, PC_CHANNEL_BULK, 0, &event);
+        CHECK_EQ(event.error, cut && cut < CUT_BYTES ? EPIPE : 0);
+        whole += cut == CUT_BYTES;
+        CHECK_EQ(pager_stats(&rig).resident_pages, whole);
+    }
+    CHECK_EQ(whole, 1);
+    EXPECT_NO_EVENT(&rig.from_pager, PC_EVENT_FATAL);
+    free(frame);
+    CHECK_EQ(pc_pager_free(rig.pager), 0);
+    pc_memory_destroy(&rig.dest[0]);
+}
+
 /* ---- holes that somebody else has filled -------------------------------------------------------------------------- */
 
 static void hole_filled_elsewhere(int kind)
@@ -1627,16 +1728,6 @@ static int temporary_file(int flags)
     return fd;
 }
 
-/* Each path into a missing page of its own, the next page with content. */
-static uint64_t next_data_page(const struct rig *rig, uint64_t *page)
-{
-    do
-        ++*page;
-    while (*page < rig->pages[0] && content_of(0, *page) != DATA);
-    CHECK(*page < rig->pages[0]);
-    return *page;
-}
-
 /* Is page `page` the source's but for [at, at + bytes), which is 0xA5? */
 static void check_patched(const struct rig *rig, uint64_t page, uint64_t at, uint64_t bytes)
 {
@@ -1775,7 +1866,7 @@ OF_EACH_KIND(request_missing)
 /* No more than a window of requests is under way without a fault, however many faults are served meanwhile. */
 static void filling_leaves_room_for_faults(void)
 {
-    const uint64_t pages[] = {1000};
+    const uint64_t pages[] = {12000};
     uint64_t asked = 0, faulted = 0;
     struct toucher toucher;
     struct pc_frame frame;
@@ -1912,7 +2003,7 @@ OF_EACH_KIND(ranges)
 /* With the test as the source: what is asked for, how much at a time, in what order, and again after a lost channel. */
 static void ranges_leave_room_for_faults(void)
 {
-    const uint64_t pages[] = {1000};
+    const uint64_t pages[] = {12000};
     uint8_t asked[1000] = {0};
     uint64_t count = 0, known = 0;
     struct toucher toucher;
@@ -2214,6 +2305,31 @@ static void server_refuses_nonsense(void)
     CHECK_EQ(frame.flags, PC_FRAME_DEMAND);
     close(steady);
     EXPECT_NO_EVENT(&rig.from_server, PC_EVENT_FATAL);
+    close_server_alone(&rig);
+}
+
+/* A request of which the source gets a part is no request. */
+static void requests_cut_everywhere(void)
+{
+    uint8_t bytes[PC_FRAME_HEADER_BYTES], *content = malloc(PC_FRAME_MAX_PAYLOAD_BYTES);
+    struct pc_frame asks = {.type = PC_FRAME_REQUEST, .pages = 1}, answer;
+    struct rig rig;
+
+    CHECK(content != NULL);
+    open_server_alone(&rig, 10, 0);
+    CHECK_EQ(pc_pageserver_start(rig.server), 0);
+    pc_frame_encode(&asks, bytes);
+    for (size_t cut = 0; cut <= sizeof(bytes); cut++) {
+        int fd = client(&rig, PC_CHANNEL_URGENT, 0);
+
+        CHECK(send_bytes(fd, bytes, cut));
+        if (cut == sizeof(bytes))
+            expect_answer(fd, rig.page_bytes, &answer, content);
+        close(fd);
+        expect_server_down(&rig, PC_CHANNEL_URGENT, 0, cut && cut < sizeof(bytes) ? EPIPE : 0, "");
+        CHECK_EQ(server_stats(&rig).demand_pages, cut == sizeof(bytes));
+    }
+    free(content);
     close_server_alone(&rig);
 }
 
@@ -2815,6 +2931,9 @@ int main(int argc, char **argv)
     RUN_KINDS(urgent_cuts);
     RUN_KINDS(cuts_with_bulk);
     RUN_KINDS(push_again_what_was_lost);
+    RUN_CASE(answers_cut_everywhere);
+    RUN_CASE(pushes_cut_everywhere);
+    RUN_CASE(requests_cut_everywhere);
     RUN_CASE(hole_filled_elsewhere_memfd);
     RUN_CASE(hole_filled_elsewhere_hugetlb);
     RUN_KINDS(thrown_away_pages_are_zero);

@@ -6,6 +6,7 @@ is reported is the median over the rounds of the ratio within a round, so that a
 
 - ``fault``: a demand fault over loopback TCP, nothing else under way, against the least a C program can do (read the
   userfaultfd, 8 byte request, 4 KiB reply, UFFDIO_COPY), sleeping and spinning. Seen by the thread that touches.
+- ``pager-process``: the same fault with the pager in a process of its own, against one in threads.
 - ``bulk-delay``: p99 of such a fault while everything else is pushed at full speed, against the idle p99.
 - ``throughput``: incompressible memory pushed over loopback, both ends included, against one iperf3 stream.
 - ``sparse``: total time of a large kvm machine of which 256 MiB were touched, against a machine of 256 MiB.
@@ -134,6 +135,7 @@ def _pair(
     busy_poll_us: int = 0,
     bulk_channels: int = 0,
     pin: bool = False,
+    pager_process: bool = False,
 ) -> dict[str, Any]:
     """Runs a source and a destination against each other; the destination's result.
 
@@ -158,6 +160,7 @@ def _pair(
                 fds[side][1:],
                 touches=touches,
                 busy_poll_us=busy_poll_us,
+                pager_process=pager_process,
                 complete=bool(bulk_channels),
                 cpus=halves[side],
             )
@@ -212,6 +215,21 @@ def measure_fault(rounds: int) -> list[Figure]:
         ratio = _median_ratio(values, "p50", "floor-p50")
         figures.append(Figure(f"fault p50, {how} / floor", ratio, 1.25, True, values))
     return figures
+
+
+def measure_pager_process(rounds: int) -> list[Figure]:
+    """What it costs that the machine survives its pager: demand fault p50 through a pager in a process of its own."""
+    values = []
+    for _ in range(rounds):
+        apart, inside = (
+            _pair(True, parse_size("64MiB"), touches=4000, pin=True, pager_process=where)["touch-us"]
+            for where in (True, False)
+        )
+        values.append(
+            {"p50": apart["p50"], "thread-p50": inside["p50"], "p99": apart["p99"], "thread-p99": inside["p99"]}
+        )
+    ratio = _median_ratio(values, "p50", "thread-p50")
+    return [Figure("fault p50, pager process / pager threads", ratio, 1.25, True, values)]
 
 
 def measure_bulk_delay(rounds: int) -> list[Figure]:
@@ -427,6 +445,7 @@ def measure_userfaultfd(rounds: int) -> list[Figure]:
 
 MEASUREMENTS: dict[str, Callable[[int], list[Figure]]] = {
     "fault": measure_fault,
+    "pager-process": measure_pager_process,
     "bulk-delay": measure_bulk_delay,
     "throughput": measure_throughput,
     "sparse": measure_sparse,

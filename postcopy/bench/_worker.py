@@ -22,6 +22,7 @@ from postcopy._native import ffi, lib
 from postcopy.histogram import Histogram
 from postcopy.memory import Memory
 from postcopy.pager import EventType, Pager, Stage
+from postcopy.pager_process import ProcessPager
 from postcopy.pageserver import PageServer
 from postcopy.uffd import How
 
@@ -41,6 +42,7 @@ class Job:
     touches: int = 0
     busy_poll_us: int = 0  # the floor spins without end where this is not 0
     backing: str = "memfd"
+    pager_process: bool = False  # engine-dest: the pager apart from who touches
     complete: bool = False  # wait for the whole memory
     cpus: list[int] = field(default_factory=list)  # the host's processors; any where empty
 
@@ -127,7 +129,7 @@ async def _engine_source(job: Job) -> dict[str, Any]:
 
 async def _engine_dest(job: Job) -> dict[str, Any]:
     memory = Memory.create(job.backing, job.size_bytes)
-    async with Pager() as pager:
+    async with ProcessPager() if job.pager_process else Pager() as pager:
         pager.add_block(memory)
         pager.add_shard(How.ANY, job.busy_poll_us)
         pager.arm(0, 0, 0, memory.pages)

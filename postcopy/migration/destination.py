@@ -24,6 +24,7 @@ import math
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
 
 import trio
 
@@ -68,6 +69,11 @@ from postcopy.migration.protocol import (
 from postcopy.pager import ChannelKind, EventType, Pager
 from postcopy.uffd import How
 
+if TYPE_CHECKING:
+    from postcopy.pager_process import ProcessPager
+
+AnyPager: TypeAlias = "Pager | ProcessPager"
+
 REQUEST_WINDOW_PAGES = 4096
 """Pages asked for at a time, when the background push has ended and pages are still missing."""
 REQUEST_PERIOD_S = 0.05
@@ -93,7 +99,7 @@ class DestinationMigration:
         recover_for_s: float = math.inf,
         kill_when_lost: bool = False,
         make_machine: Callable[..., Machine] = create_destination,
-        make_pager: Callable[[], Pager] = Pager,
+        make_pager: Callable[[], AnyPager] = Pager,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.machine: Machine | None = None
@@ -120,7 +126,8 @@ class DestinationMigration:
         self._make_pager = make_pager
         self._on_change = on_change
         self._protocol = DestinationProtocol()
-        self._pager: Pager | None = None
+        self._pager: AnyPager | None = None
+        self._pager_process: tuple[int, int] | None = None
         self._offer: Offer | None = None
         self._refusal: PostcopyError | None = None
         self._last_figures = Figures()
@@ -153,6 +160,16 @@ class DestinationMigration:
     @property
     def may_run(self) -> bool:
         return self._protocol.may_run
+
+    @property
+    def pager_process(self) -> tuple[int, int] | None:
+        """Where the pager is a process of its own: its number, 0 when it has ended, and how many have died before."""
+        pager = self._pager
+        if pager is not None:
+            self._pager_process = None if isinstance(pager, Pager) else (pager.pid, pager.deaths)
+        elif self._pager_process is not None:
+            self._pager_process = (0, self._pager_process[1])
+        return self._pager_process
 
     def figures(self) -> Figures:
         """The counters as they are now; the last ones when the pager has ended."""
@@ -262,8 +279,7 @@ class DestinationMigration:
         lost_ns = now_ns()
         while self._protocol.recoverable and not self._fatal and not stop.is_set():
             assert self._membership is not None
-            # One that has every page only wants to say so.
-            found = await next_link(self._membership, stop, ACK_TIMEOUT_S if self._kept else self._recover_for_s)
+            found = await self._next_link(self._membership, stop)
             if found is None or isinstance(found, PeerError):
                 if found is not None and not self._kept:
                     log.error("the source does not take us back: %s", found)
@@ -276,6 +292,27 @@ class DestinationMigration:
             await self._connected(link, partial(self._go_on, lost_ns=lost_ns), stop)
             if self.recoveries.count > recovered:
                 lost_ns = now_ns()
+
+    async def _next_link(self, membership: Membership, stop: trio.Event) -> tuple[Link, Session] | PeerError | None:
+        """The source, when it is back; meanwhile a pager that dies is replaced, for the pages that need no source."""
+        found: tuple[Link, Session] | PeerError | None = None
+
+        async def watch_over(pager: AnyPager) -> None:
+            try:
+                await pager.watch_over()
+            except PostcopyError as error:
+                log.error("%s", error)
+                self.failure = error
+                self._fatal = True
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            if self._pager is not None and not self._kept:
+                nursery.start_soon(watch_over, self._pager)
+            # One that has every page only wants to say so.
+            found = await next_link(membership, stop, ACK_TIMEOUT_S if self._kept else self._recover_for_s)
+            nursery.cancel_scope.cancel()
+        return found
 
     async def _go_on(self, control: Control[DestinationProtocol], link: Link, lost_ns: int) -> None:
         """The source is back: tells it what is here, connects the data channels, and gathers the rest."""
@@ -333,7 +370,7 @@ class DestinationMigration:
         await self._start(control, machine)
         await self._finish(control, pager)
 
-    async def _attach(self, door: Door, machine: Machine, pager: Pager) -> None:
+    async def _attach(self, door: Door, machine: Machine, pager: AnyPager) -> None:
         """Gives the pager its connections: what is pending is requested (again) at once."""
         self._pushing = set(range(self._bulk_channels))
         self._pushed_all = trio.Event()
@@ -360,7 +397,7 @@ class DestinationMigration:
         await control.send(self._protocol.send_running(self._resume_ns))
         self._on_change()
 
-    async def _finish(self, control: Control[DestinationProtocol], pager: Pager) -> None:
+    async def _finish(self, control: Control[DestinationProtocol], pager: AnyPager) -> None:
         """Gathers what is missing, and says so when nothing is."""
         await self._gather(pager)
         if not self._kept:
@@ -373,7 +410,7 @@ class DestinationMigration:
         self.downtime_ns = natural(acknowledgement.stats.get("downtime_ns"))
         self.total_ns = natural(acknowledgement.stats.get("total_ns"))
 
-    def _take_offer(self, offer: Offer) -> tuple[Machine, Pager]:
+    def _take_offer(self, offer: Offer) -> tuple[Machine, AnyPager]:
         layout = [BlockLayout(block.name, block.size_bytes, block.page_bytes) for block in offer.blocks]
         machine = self.machine = self._make_machine(offer.machine, offer.config, layout, self._backing, disk=self._disk)
         pager = self._pager = self._make_pager()
@@ -387,7 +424,7 @@ class DestinationMigration:
         self._machine_made.set()
         return machine, pager
 
-    async def _take_machine(self, control: Control[DestinationProtocol], machine: Machine, pager: Pager) -> None:
+    async def _take_machine(self, control: Control[DestinationProtocol], machine: Machine, pager: AnyPager) -> None:
         """Page maps and state; when it returns, the machine could run and every missing page would fault."""
         collector = MapCollector([block.memory.pages for block in machine.blocks])
         while isinstance(message := await control.receive_any(), PageMap):
@@ -416,7 +453,7 @@ class DestinationMigration:
                 await trio.sleep(0.0005)
         return resumed_ns
 
-    async def _gather(self, pager: Pager) -> None:
+    async def _gather(self, pager: AnyPager) -> None:
         """Until nothing is missing any more."""
         async with trio.open_nursery() as nursery:
 
@@ -447,6 +484,8 @@ class DestinationMigration:
             elif event.type is EventType.FATAL:
                 self._fatal = True
                 raise MigrationError(f"the pager cannot go on: {event.text}")
+            elif event.type is EventType.DIED:
+                raise MigrationError(event.text)
             elif self._all_here.is_set():
                 pass  # a channel that nobody needs any more
             elif event.channel_kind is not ChannelKind.BULK or event.channel in self._pushing or event.error:
@@ -492,6 +531,7 @@ class DestinationMigration:
         with trio.CancelScope(shield=True):
             self.check_machine()
             self.figures()
+            _ = self.pager_process
             machine, pager = self.machine, self._pager
             for what in (pager, machine) if self._kept else (machine, pager):
                 if what is None:

@@ -22,11 +22,13 @@ from typing import Protocol
 import pytest
 import trio
 
-from postcopy._errors import BusyError, CoreError
+from postcopy._errors import BusyError, CoreError, MigrationError
 from postcopy._native import ffi, lib
 from postcopy.bitmap import Bitmap
 from postcopy.memory import Memory, page_bytes_of
+from postcopy.migration.destination import AnyPager
 from postcopy.pager import ChannelKind, Event, EventType, Pager, PagerStatistics, Stage
+from postcopy.pager_process import DEATHS_IN_A_ROW, ProcessPager
 from postcopy.pageserver import PageServer, PageServerStatistics
 
 PAGE = page_bytes_of("memfd")
@@ -41,8 +43,14 @@ def case(function: Case) -> Case:
     return function
 
 
-def run_case(name: str, *arguments: str) -> None:
-    """In the child: all of one case."""
+PAGERS: dict[str, Callable[[], AnyPager]] = {"thread": Pager, "process": ProcessPager}
+make_pager: Callable[[], AnyPager] = Pager  # in the child: as `run_case` was told
+
+
+def run_case(where: str, name: str, *arguments: str) -> None:
+    """In the child: all of one case, with a pager in threads of this process or in one of its own."""
+    global make_pager
+    make_pager = PAGERS[where]
     warnings.simplefilter("error")
 
     async def main() -> None:
@@ -63,8 +71,8 @@ class Child(Protocol):
 RunInChild = Callable[..., Child]
 
 
-def passes(run_in_child: RunInChild, name: str, *arguments: str) -> None:
-    result = run_in_child(run_case, name, *arguments, deadline_s=DEADLINE_S)
+def passes(run_in_child: RunInChild, where: str, name: str, *arguments: str) -> None:
+    result = run_in_child(run_case, where, name, *arguments, deadline_s=DEADLINE_S)
     assert result.returncode == 0, f"{result.returncode}\n{result.stdout}{result.stderr}"
     assert "ResourceWarning" not in result.stderr
 
@@ -107,7 +115,7 @@ class Pair:
     source: Memory
     destination: Memory
     server: PageServer
-    pager: Pager
+    pager: AnyPager
 
     def connect_urgent(self) -> None:
         ours, theirs = tcp_pair()
@@ -125,7 +133,7 @@ async def pair(pages: int, *, kind: str = "memfd", present: bool = True) -> Asyn
     """Armed memory beside its source, no channel yet."""
     source, destination = Memory.create("memfd", pages * PAGE), Memory.create(kind, pages * PAGE)
     fill(source, content(pages))
-    async with PageServer() as server, Pager() as pager:
+    async with PageServer() as server, make_pager() as pager:
         assert server.add_block(source) == pager.add_block(destination) == 0
         if present:
             server.set_present(0, source.present())
@@ -274,7 +282,7 @@ async def blocked_threads_are_released_by_close_with_an_error() -> None:
 @case
 async def a_cancelled_close_still_closes() -> None:
     source = Memory.create("memfd", PAGE)
-    pager, server = Pager(), PageServer()
+    pager, server = make_pager(), PageServer()
     pager.add_block(source)
     server.add_block(source)
     pager.add_shard()
@@ -297,7 +305,7 @@ async def a_shrinking_image_is_a_named_error() -> None:
         file.flush()
         source = Memory.from_file(file.name)
         destination = Memory.create("memfd", source.size_bytes)
-        async with PageServer() as server, Pager() as pager:
+        async with PageServer() as server, make_pager() as pager:
             server.add_block(source, PAGE)
             pager.add_block(destination)
             pager.add_shard()
@@ -318,14 +326,97 @@ async def a_shrinking_image_is_a_named_error() -> None:
         destination.close()
 
 
+@case
+async def a_pager_that_dies_is_replaced() -> None:
+    async with pair(3000) as both:
+        pager = both.pager
+        assert isinstance(pager, ProcessPager)
+        events = pager.events()
+        async with trio.open_nursery() as nursery:
+            found: list[int] = []
+
+            async def toucher(page: int) -> None:
+                found.append(await touch_in_thread(both.destination, page))
+
+            nursery.start_soon(toucher, 3)
+            while not pager.statistics().pending_faults:  # its event has been read, by one who will not live to tell
+                await trio.lowlevel.checkpoint()
+            os.kill(pager.pid, signal.SIGKILL)
+            event = await next_event(events, EventType.DIED)
+            assert "SIGKILL" in event.text
+            nursery.start_soon(toucher, 6)
+            with pytest.raises(MigrationError, match="has died"):
+                pager.request_missing(1)
+            before = pager.statistics()
+            assert pager.received(0).count() == 3000 - len(content(3000))
+            await pager.disconnect()
+            assert not found
+            both.connect_urgent()
+            both.server.start()
+        assert set(found) == {lib.pc_crc32c(0, content(3000)[page], PAGE) for page in (3, 6)}
+        assert pager.statistics().faults >= before.faults + 2
+        assert pager.latency().count >= 2
+        both.connect_bulk()
+        await next_event(events, EventType.COMPLETE)
+        assert pager.deaths == 1
+        os.kill(pager.pid, signal.SIGKILL)  # as a fault thread that crashes when all is done
+        await pager.disarm()
+        assert both.destination.digest() == both.source.digest()
+        assert pager.statistics().resident_pages == 3000
+
+
+@case
+async def a_pager_that_always_dies_is_given_up() -> None:
+    async with pair(30) as both:
+        pager = both.pager
+        assert isinstance(pager, ProcessPager)
+        for _ in range(DEATHS_IN_A_ROW):
+            os.kill(pager.pid, signal.SIGKILL)
+            await pager.disconnect()
+        os.kill(pager.pid, signal.SIGKILL)
+        with pytest.raises(MigrationError, match="as did those before it"):
+            await pager.disconnect()
+        assert pager.deaths == DEATHS_IN_A_ROW + 1
+
+
+@case
+async def it_is_watched_over_while_nobody_follows_its_events() -> None:
+    async with pair(30) as both:
+        pager = both.pager
+        assert isinstance(pager, ProcessPager)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pager.watch_over)
+            for death in range(3):
+                os.kill(pager.pid, signal.SIGKILL)
+                # Zero pages need nobody but the pager.
+                assert await touch_in_thread(both.destination, 4 + 3 * death) == lib.pc_crc32c(0, bytes(PAGE), PAGE)
+            nursery.cancel_scope.cancel()
+        assert 1 <= pager.deaths <= 3
+
+
 @pytest.mark.needs("uffd")
+@pytest.mark.parametrize("where", PAGERS)
 @pytest.mark.parametrize("kind", ["memfd", "anon"])
 @pytest.mark.parametrize("present", ["present", "unknown"])
-def test_everything_arrives(run_in_child: RunInChild, kind: str, present: str) -> None:
-    passes(run_in_child, "everything_arrives", kind, present)
+def test_everything_arrives(run_in_child: RunInChild, where: str, kind: str, present: str) -> None:
+    passes(run_in_child, where, "everything_arrives", kind, present)
 
 
 @pytest.mark.needs("uffd")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a_pager_that_dies_is_replaced",
+        "a_pager_that_always_dies_is_given_up",
+        "it_is_watched_over_while_nobody_follows_its_events",
+    ],
+)
+def test_pager_process(run_in_child: RunInChild, name: str) -> None:
+    passes(run_in_child, "process", name)
+
+
+@pytest.mark.needs("uffd")
+@pytest.mark.parametrize("where", PAGERS)
 @pytest.mark.parametrize(
     "name",
     [
@@ -335,16 +426,17 @@ def test_everything_arrives(run_in_child: RunInChild, kind: str, present: str) -
         "a_shrinking_image_is_a_named_error",
     ],
 )
-def test_case(run_in_child: RunInChild, name: str) -> None:
-    passes(run_in_child, name)
+def test_case(run_in_child: RunInChild, where: str, name: str) -> None:
+    passes(run_in_child, where, name)
 
 
 @pytest.mark.needs("uffd", "uffd-poison")
-def test_what_never_comes_is_never_zeros(run_in_child: RunInChild) -> None:
-    result = run_in_child(run_case, "what_never_comes_is_poisoned", deadline_s=DEADLINE_S)
+@pytest.mark.parametrize("where", PAGERS)
+def test_what_never_comes_is_never_zeros(run_in_child: RunInChild, where: str) -> None:
+    result = run_in_child(run_case, where, "what_never_comes_is_poisoned", deadline_s=DEADLINE_S)
     assert result.returncode == -signal.SIGBUS, result.stderr
-    passes(run_in_child, "blocked_threads_are_released_by_close_with_an_error")
-    passes(run_in_child, "unregistering_what_is_missing_is_refused")
+    passes(run_in_child, where, "blocked_threads_are_released_by_close_with_an_error")
+    passes(run_in_child, where, "unregistering_what_is_missing_is_refused")
 
 
 # ---- without faults
