@@ -167,6 +167,9 @@ class SourceCommand:
     @options.setter
     def options(self, options: SourceOptions) -> None:
         self._options = options
+        for migration in self._stops:
+            migration.set_bandwidth(options.max_bandwidth_bytes_per_s)
+            migration.set_recover_for(options.recover_for_s)
 
     def _progress(self, machine: Machine) -> report.Json:
         self._overhead_bytes = max(self._overhead_bytes, report.overhead_bytes(machine))
@@ -381,6 +384,16 @@ class DestinationCommand:
     @property
     def migration(self) -> DestinationMigration | None:
         return self._migration
+
+    @property
+    def recover_for_s(self) -> float:
+        return self._recover_for_s
+
+    @recover_for_s.setter
+    def recover_for_s(self, recover_for_s: float) -> None:
+        self._recover_for_s = recover_for_s
+        if self._migration is not None:
+            self._migration.set_recover_for(recover_for_s)
 
     def _progress(self) -> report.Json:
         machine = self._migration.machine if self._migration else None

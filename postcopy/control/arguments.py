@@ -8,6 +8,10 @@ import argparse
 from .schema import COMMANDS
 
 
+def _patience(text: str) -> float | str:
+    return text if text == "forever" else float(text)
+
+
 def add_ctl_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("socket", metavar="SOCKET", help="what the process was given as --control")
     requests = parser.add_subparsers(dest="request", required=True, metavar="REQUEST")
@@ -20,6 +24,15 @@ def add_ctl_arguments(parser: argparse.ArgumentParser) -> None:
 
     add("status").add_argument("machine", metavar="NAME", nargs="?", help="of one machine only")
     requests.choices["status"].set_defaults(sent=["machine"])
+    add("pause")
+    recover = add("recover")
+    recover.add_argument("to", metavar="HOST:PORT", nargs="?", help="where the other side is now")
+    recover.set_defaults(sent=["to"])
+    change = add("set")
+    change.add_argument("--max-bandwidth", metavar="RATE|none", help="of the background push, as 100MiB/s")
+    change.add_argument("--bulk-channels", type=int, metavar="N", help="of the next migration")
+    change.add_argument("--recover-for", type=_patience, metavar="SECONDS|forever", help="from the next loss on")
+    change.set_defaults(sent=["max_bandwidth", "bulk_channels", "recover_for"])
     add("cancel")
     quit = add("quit")
     quit.add_argument(

@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
+from dataclasses import replace
 
 import trio
 
+from postcopy._errors import MigrationError, PostcopyError
 from postcopy.commands import DestinationCommand, SourceCommand
 from postcopy.machines import Machine
+from postcopy.migration.channels import parse_address
 from postcopy.migration.protocol import State
+from postcopy.migration.source import SourceOptions
 
 from .desk import Desk, Handler
-from .schema import ControlError, Json
+from .schema import ControlError, Json, plain
 from .status import Migration
 
 UNDECIDED = frozenset(
@@ -22,9 +27,61 @@ UNDECIDED = frozenset(
 OVER = frozenset({State.COMPLETED, State.ABORTED})
 
 
+def changed(options: SourceOptions, settings: Json) -> SourceOptions:
+    """The options with what `set` was given."""
+    return replace(
+        options,
+        max_bandwidth_bytes_per_s=settings.get("max-bandwidth", options.max_bandwidth_bytes_per_s),
+        bulk_channels=settings.get("bulk-channels", options.bulk_channels),
+        recover_for_s=settings.get("recover-for", options.recover_for_s),
+    )
+
+
+def steer(migrations: list[Migration], pause: bool, to: str | None = None) -> Json:
+    """Cuts or reconnects all of these that can be. `ControlError` when none can."""
+    address = parse_address(to) if to is not None else None
+    done: list[str] = []
+    failure: PostcopyError | None = None
+    for migration in migrations:
+        try:
+            if pause:
+                migration.hold()
+            else:
+                migration.let_go(address)
+            done.append(migration.migration_id)
+        except MigrationError as error:
+            failure = error
+    if not done:
+        raise ControlError("NotNow", str(failure) if failure else "no migration is going on")
+    return {"migrations": done}
+
+
 class _SideDesk(Desk):
     def handlers(self) -> Mapping[str, Handler]:
-        return {"cancel": self._cancel, "quit": self._quit}
+        return {
+            "pause": self._pause,
+            "recover": self._recover,
+            "set": self._set,
+            "cancel": self._cancel,
+            "quit": self._quit,
+        }
+
+    async def _pause(self, arguments: Json) -> Json:
+        await trio.lowlevel.checkpoint()
+        return steer(self._going_on(), True)
+
+    async def _recover(self, arguments: Json) -> Json:
+        await trio.lowlevel.checkpoint()
+        return steer(self._going_on(), False, arguments.get("to"))
+
+    async def _set(self, arguments: Json) -> Json:
+        await trio.lowlevel.checkpoint()
+        self.change(arguments)
+        return self.settings()
+
+    @abc.abstractmethod
+    def change(self, settings: Json) -> None:
+        """Of those that `settings` names. `ControlError` for one that there is not."""
 
     def _going_on(self) -> list[Migration]:
         return [
@@ -67,6 +124,17 @@ class SourceDesk(_SideDesk):
         super().__init__()
         self._command = command
 
+    def settings(self) -> Json:
+        options = self._command.options
+        return {
+            "max-bandwidth": options.max_bandwidth_bytes_per_s,
+            "bulk-channels": options.bulk_channels,
+            "recover-for": plain(options.recover_for_s),
+        }
+
+    def change(self, settings: Json) -> None:
+        self._command.options = changed(self._command.options, settings)
+
     def machines(self) -> list[tuple[str, Machine | None, Migration | None]]:
         machine = self._command.machine
         if machine is None:
@@ -89,6 +157,15 @@ class DestinationDesk(_SideDesk):
     def __init__(self, command: DestinationCommand) -> None:
         super().__init__()
         self._command = command
+
+    def settings(self) -> Json:
+        return {"recover-for": plain(self._command.recover_for_s)}
+
+    def change(self, settings: Json) -> None:
+        if others := settings.keys() - {"recover-for"}:
+            raise ControlError("BadArguments", f"a destination has no {min(others)}: it is the source that pushes")
+        if "recover-for" in settings:
+            self._command.recover_for_s = settings["recover-for"]
 
     def machines(self) -> list[tuple[str, Machine | None, Migration | None]]:
         migration = self._command.migration

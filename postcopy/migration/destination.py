@@ -52,8 +52,9 @@ from postcopy.migration._session import (
     next_link,
     now_ns,
     status_of,
+    steered,
 )
-from postcopy.migration.channels import Door, Link, Membership, Session, keep_alive
+from postcopy.migration.channels import Address, Door, Link, Membership, Session, keep_alive
 from postcopy.migration.figures import Figures, natural
 from postcopy.migration.protocol import (
     PAGE_MAP_PAGES,
@@ -182,6 +183,21 @@ class DestinationMigration:
                 self._pager.blocktime_ns(),
             )
         return self._last_figures
+
+    # ---- steering it
+
+    def set_recover_for(self, recover_for_s: float) -> None:
+        """How long a source is looked for that is lost from now on."""
+        self._recover_for_s = recover_for_s
+
+    def hold(self) -> None:
+        """Gives the connection up, as a network that fails would, and takes no other one until `let_go`.
+        `MigrationError` where nothing could be gone on with."""
+        steered(self._membership, self.state).hold()
+
+    def let_go(self, address: Address | None = None) -> None:
+        """Looks for the source (again), at this address where one is given."""
+        steered(self._membership, self.state).let_go(address)
 
     # ---- doing it
 
@@ -525,6 +541,19 @@ class DestinationMigration:
         assert self.machine is not None
         assert self._pager is not None
         return [self._pager.received(number) for number in range(len(self.machine.blocks))]
+
+    async def release(self) -> Machine:
+        """Ends the pager of a migration that has completed, and hands over the machine, which runs on as the caller's.
+        `MigrationError` when the pager does not end, or not everything is here."""
+        machine, pager = self.machine, self._pager
+        if self.state is not State.COMPLETED or not self._kept or machine is None or pager is None:
+            raise MigrationError("the machine is not complete here")
+        self.check_machine()
+        self.figures()
+        await pager.close()
+        self._pager = None
+        self.machine = None
+        return machine
 
     async def close(self) -> None:
         """Ends machine and pager. Shielded, bounded in time; what does not end is logged and kept by its owner."""

@@ -22,7 +22,7 @@ import logging
 import math
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import trio
@@ -44,8 +44,9 @@ from postcopy.migration._session import (
     next_link,
     now_ns,
     status_of,
+    steered,
 )
-from postcopy.migration.channels import Door, Link, Membership, Session, keep_alive
+from postcopy.migration.channels import Address, Door, Link, Membership, Session, keep_alive
 from postcopy.migration.figures import Figures
 from postcopy.migration.protocol import (
     ID_BYTES,
@@ -79,6 +80,7 @@ class SourceOptions:
     prepare_timeout_s: float = PREPARE_TIMEOUT_S
     heartbeat_s: float = HEARTBEAT_S
     recover_for_s: float = math.inf  # how long a lost destination is waited for
+    name: str = ""  # of the machine, told to the destination with its configuration
 
 
 class SourceMigration:
@@ -117,6 +119,7 @@ class SourceMigration:
         self._shards = self._bulk_channels = 0
         self._committed_ns = 0
         self._fatal = False  # the page server cannot go on: no other connection would help
+        self._membership: Membership | None = None
 
     # ---- looking at it
 
@@ -154,6 +157,28 @@ class SourceMigration:
             self._last_statistics = self._server.statistics()
         return self._last_statistics
 
+    # ---- steering it
+
+    def set_bandwidth(self, max_bandwidth_bytes_per_s: int) -> None:
+        """Limits the background push from now on; 0: no limit."""
+        if max_bandwidth_bytes_per_s != self._options.max_bandwidth_bytes_per_s:
+            self._options = replace(self._options, max_bandwidth_bytes_per_s=max_bandwidth_bytes_per_s)
+            if self._server is not None:
+                self._server.set_bandwidth(max_bandwidth_bytes_per_s)
+
+    def set_recover_for(self, recover_for_s: float) -> None:
+        """How long a destination is waited for that is lost from now on."""
+        self._options = replace(self._options, recover_for_s=recover_for_s)
+
+    def hold(self) -> None:
+        """Gives the connection up, as a network that fails would, and takes no other one until `let_go`.
+        `MigrationError` where nothing could be gone on with."""
+        steered(self._membership, self.state).hold()
+
+    def let_go(self, address: Address | None = None) -> None:
+        """Looks for the destination (again), at this address where one is given."""
+        steered(self._membership, self.state).let_go(address)
+
     # ---- doing it
 
     async def run(self, go: trio.Event, stop: trio.Event, *, hold: bool = True) -> None:
@@ -169,6 +194,7 @@ class SourceMigration:
     async def _run(self, go: trio.Event, stop: trio.Event, hold: bool) -> None:
         try:
             with self._link.membership(self._session) as membership:
+                self._membership = membership
                 await self._connected(self._link, partial(self._migrate, go=go), membership, stop)
                 if self._protocol.recoverable and not self._fatal:
                     await self._recover(membership, stop, self._options.recover_for_s if hold else RECOVER_UNOWNED_S)
@@ -272,7 +298,7 @@ class SourceMigration:
                 self._session.migration,
                 self._session.token,
                 machine.kind,
-                machine.config(),
+                {**machine.config(), "name": self._options.name} if self._options.name else machine.config(),
                 blocks,
                 self._options.bulk_channels,
             )
