@@ -3,7 +3,7 @@
 
 One process may have many migrations, and the code that logs seldom knows whose it is. So the engine says it once, in a
 context variable, which every task and worker thread that it starts inherits; `add_migration`, a filter on a handler,
-writes it into each record as `migration` (and the machine's name, in a daemon, as `machine`; "" where there is none).
+writes it into each record as `migration`, and as `machine` the machine's name, where it has one; "" where not.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any, Protocol
 
 
 class _Migration(Protocol):
+    machine_name: str
+
     @property
     def migration_id(self) -> str: ...
 
 
 _current: ContextVar[_Migration | None] = ContextVar("migration", default=None)
-MACHINE: ContextVar[str] = ContextVar("machine", default="")
-"""The name that a daemon has for the machine."""
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def add_migration(record: logging.LogRecord) -> bool:
     """A filter for handlers."""
     migration = _current.get()
     record.migration = migration.migration_id if migration is not None else ""
-    record.machine = MACHINE.get()
+    record.machine = migration.machine_name if migration is not None else ""
     return True
 
 

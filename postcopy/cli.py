@@ -84,10 +84,12 @@ def _serve(text: str) -> float:
     return math.inf if text == "forever" else _whole(1, 1_000_000)(text)
 
 
-def _add_machine_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+def _add_machine_arguments(
+    parser: argparse.ArgumentParser, *, required: bool, default: str = "kvm, or rv64 where kvm cannot be used"
+) -> None:
     group = parser.add_argument_group("the machine")
-    default = "" if required else " (default: kvm, or rv64 where kvm cannot be used)"
-    group.add_argument("--machine", choices=KINDS, required=required, help="what to migrate" + default)
+    note = "" if required else f" (default: {default})"
+    group.add_argument("--machine", choices=KINDS, required=required, help="what to migrate" + note)
     group.add_argument("--memory", type=_size, metavar="SIZE", help="kvm, rv64: its memory, as 1GiB")
     group.add_argument("--vcpus", type=_whole(0, 1000), metavar="N", help="kvm, rv64: its virtual CPUs")
     group.add_argument("--workload", choices=tuple(WORKLOADS), help="kvm, rv64: what it computes")
@@ -132,7 +134,7 @@ def _patience(text: str) -> float:
     return math.inf if text == "forever" else _seconds(text)
 
 
-def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_network_arguments(parser: argparse.ArgumentParser, *, salvage: bool = True) -> None:
     group = parser.add_argument_group("when the network fails")
     group.add_argument(
         "--heartbeat", type=_heartbeat, default=HEARTBEAT_S, metavar="SECONDS",
@@ -143,12 +145,12 @@ def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
         "--recover-for", type=_patience, default=math.inf, metavar="SECONDS|forever",
         help="how long a peer that was lost after the point of no return is looked for (default forever)",
     )  # fmt: skip
-
-    group.add_argument(
-        "--salvage", metavar="DIR",
-        help="when it ends and the other side is lost for good: write what is here into this new directory,"
-        " for `postcopy merge`",
-    )  # fmt: skip
+    if salvage:
+        group.add_argument(
+            "--salvage", metavar="DIR",
+            help="when it ends and the other side is lost for good: write what is here into this new directory,"
+            " for `postcopy merge`",
+        )  # fmt: skip
 
 
 def _add_control_arguments(parser: argparse.ArgumentParser) -> None:
@@ -173,8 +175,14 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-v", "--verbose", action="store_const", const="info", dest="log_level", help="--log-level info")
 
 
-def _add_peer_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_peer_arguments(parser: argparse.ArgumentParser, *, hold: bool = False) -> None:
     where = parser.add_mutually_exclusive_group(required=True)
+    if hold:
+        where.add_argument(
+            "--hold",
+            action="store_true",
+            help="run the machine until `postcopy ctl` says where it is to go (--control)",
+        )
     where.add_argument("--listen", metavar="HOST:PORT", help="wait for the other side here; port 0: any")
     where.add_argument("--connect", metavar="HOST:PORT", help="the other side listens there")
 
@@ -184,7 +192,7 @@ def _add_peer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _source_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_peer_arguments(parser)
+    _add_peer_arguments(parser, hold=True)
     _add_machine_arguments(parser, required=True)
     _add_engine_arguments(parser, source=True, dest=False)
     _add_network_arguments(parser)
@@ -217,6 +225,16 @@ def _dest_arguments(parser: argparse.ArgumentParser) -> None:
         "--disk", metavar="FILE", help="where the machine's disk is on this host, if not as on the source"
     )
     _add_after_arguments(parser, run_for=None)
+    _add_control_arguments(parser)
+    _add_output_arguments(parser)
+
+
+def _daemon_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--listen", metavar="HOST:PORT", help="take machines that come here; port 0: any")
+    _add_machine_arguments(parser, required=False, default="none to begin with")
+    parser.add_argument("--name", metavar="NAME", help="of the machine that it begins with")
+    _add_engine_arguments(parser, source=True, dest=True)
+    _add_network_arguments(parser, salvage=False)
     _add_control_arguments(parser)
     _add_output_arguments(parser)
 
@@ -283,6 +301,7 @@ def _probe_arguments(parser: argparse.ArgumentParser) -> None:
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "source": ("run a machine, or hold an image, and migrate it away", _source_arguments),
     "dest": ("receive what a source offers", _dest_arguments),
+    "daemon": ("own machines, send them away when told to, take those that come", _daemon_arguments),
     "demo": ("both sides on this host, verified", _demo_arguments),
     "merge": ("join what both sides of a lost migration have salvaged into an image", _merge_arguments),
     "ctl": ("ask or tell a running process with --control", _ctl_arguments),
@@ -335,6 +354,16 @@ def machine_options(args: argparse.Namespace) -> MachineOptions:
     )
 
 
+def _source_options(args: argparse.Namespace) -> SourceOptions:
+    return SourceOptions(
+        bulk_channels=args.bulk_channels,
+        busy_poll_us=args.busy_poll,
+        max_bandwidth_bytes_per_s=args.max_bandwidth,
+        heartbeat_s=args.heartbeat,
+        recover_for_s=args.recover_for,
+    )
+
+
 def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Event], Awaitable[bool]]:
     if args.command == "demo":
         from postcopy.demo import DemoCommand
@@ -358,6 +387,11 @@ def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Ev
             target=parse_address(args.to),
         ).run
     listen = parse_address(args.listen, listening=True) if args.listen is not None else None
+    if args.command == "daemon" or (args.command == "source" and args.hold):
+        from postcopy.control.build import make_daemon
+
+        options = machine_options(args) if args.machine is not None else None
+        return make_daemon(args, output, _source_options(args), options, listen)
     connect = parse_address(args.connect) if args.connect is not None else None
     if args.command == "source":
         if args.serve != 1 and (args.machine != "image" or listen is None):
@@ -365,13 +399,7 @@ def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Ev
         source = SourceCommand(
             args.machine,
             machine_options(args),
-            SourceOptions(
-                bulk_channels=args.bulk_channels,
-                busy_poll_us=args.busy_poll,
-                max_bandwidth_bytes_per_s=args.max_bandwidth,
-                heartbeat_s=args.heartbeat,
-                recover_for_s=args.recover_for,
-            ),
+            _source_options(args),
             output,
             listen=listen,
             connect=connect,
@@ -406,17 +434,9 @@ def _operated(
     """The command with all that around it by which it is operated, where that was asked for."""
     if not (args.control or args.metrics or args.metrics_file or os.environ.get("NOTIFY_SOCKET")):
         return command.run
-    from postcopy.control.service import Service, ServiceOptions
-    from postcopy.control.sides import DestinationDesk, SourceDesk
+    from postcopy.control.build import operated
 
-    desk = SourceDesk(command) if isinstance(command, SourceCommand) else DestinationDesk(command)
-    options = ServiceOptions(
-        control=args.control,
-        metrics=args.metrics,
-        metrics_file=args.metrics_file,
-        ready_on="progress" if args.listen is None else "listening",
-    )
-    return Service(command.run, desk, output, options).run
+    return operated(command, args, output)
 
 
 async def _with_signals(command: Callable[[trio.Event], Awaitable[bool]]) -> bool:

@@ -12,6 +12,16 @@ def _patience(text: str) -> float | str:
     return text if text == "forever" else float(text)
 
 
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--machine", metavar="NAME", help="of a daemon that has several: which")
+
+
+def _add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--force", action="store_true", default=None, help="also when something is lost with it: a machine, its pages"
+    )
+
+
 def add_ctl_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("socket", metavar="SOCKET", help="what the process was given as --control")
     requests = parser.add_subparsers(dest="request", required=True, metavar="REQUEST")
@@ -24,20 +34,43 @@ def add_ctl_arguments(parser: argparse.ArgumentParser) -> None:
 
     add("status").add_argument("machine", metavar="NAME", nargs="?", help="of one machine only")
     requests.choices["status"].set_defaults(sent=["machine"])
-    add("pause")
+    start = add("start")
+    start.add_argument("machine", metavar="KIND", help="kvm or rv64")
+    start.add_argument("--name", metavar="NAME")
+    for option, metavar in (("memory", "SIZE"), ("working-set", "SIZE"), ("workload", "NAME"), ("backing", "NAME")):
+        start.add_argument("--" + option, metavar=metavar)
+    for option in ("vcpus", "seed"):
+        start.add_argument("--" + option, type=int, metavar="N")
+    start.add_argument("--disk", metavar="FILE")
+    start.set_defaults(
+        sent=["machine", "name", "memory", "working_set", "workload", "backing", "vcpus", "seed", "disk"]
+    )
+    end = add("end")
+    _add_machine(end)
+    _add_force(end)
+    end.set_defaults(sent=["machine", "force"])
+    migrate = add("migrate")
+    migrate.add_argument("to", metavar="HOST:PORT", help="a daemon or a destination that listens")
+    _add_machine(migrate)
+    migrate.add_argument("--detach", action="store_true", help="do not wait until it has moved")
+    migrate.set_defaults(sent=["machine", "to"])
+    pause = add("pause")
+    _add_machine(pause)
+    pause.set_defaults(sent=["machine"])
     recover = add("recover")
     recover.add_argument("to", metavar="HOST:PORT", nargs="?", help="where the other side is now")
-    recover.set_defaults(sent=["to"])
+    _add_machine(recover)
+    recover.set_defaults(sent=["to", "machine"])
     change = add("set")
     change.add_argument("--max-bandwidth", metavar="RATE|none", help="of the background push, as 100MiB/s")
     change.add_argument("--bulk-channels", type=int, metavar="N", help="of the next migration")
     change.add_argument("--recover-for", type=_patience, metavar="SECONDS|forever", help="from the next loss on")
     change.set_defaults(sent=["max_bandwidth", "bulk_channels", "recover_for"])
-    add("cancel")
+    cancel = add("cancel")
+    _add_machine(cancel)
+    cancel.set_defaults(sent=["machine"])
     quit = add("quit")
-    quit.add_argument(
-        "--force", action="store_true", default=None, help="also when pages are still needed, which are then lost"
-    )
+    _add_force(quit)
     quit.set_defaults(sent=["force"])
     add("events", "show what happens until it ends, or Ctrl-C")
     add("commands")

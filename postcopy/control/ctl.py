@@ -9,7 +9,7 @@ import sys
 
 import trio
 
-from postcopy._errors import ConfigurationError, PeerError
+from postcopy._errors import ConfigurationError, MigrationError, PeerError
 from postcopy.progress import Output
 
 from .client import ControlClient
@@ -51,9 +51,36 @@ class CtlCommand:
         arguments = {name: value for name, value in arguments.items() if value is not None}
         if args.request == "events":
             return await self._follow(client)
+        if args.request == "migrate" and not args.detach:
+            return await self._migrate(client, arguments)
         answer = await client.execute(args.request, arguments)
         self._print(render(answer) if args.request == "status" and not args.json else json.dumps(answer))
         return True
+
+    async def _migrate(self, client: ControlClient, arguments: Json) -> bool:
+        """Until it has ended, one way or the other."""
+        await client.execute("events", {"enable": True})
+        migration = (await client.execute("migrate", arguments))["migration"]
+        while True:
+            event = await client.next_event()
+            data = event["data"]
+            if data.get("migration") != migration:
+                continue
+            if event["event"] == "migration-status":
+                self._output.say(
+                    f"{data['machine']}: {data['status']}" + (f": {data['error']}" if data["error"] else "")
+                )
+            elif event["event"] == "migration-ended":
+                if self._args.json:
+                    self._print(json.dumps(data))
+                elif data["status"] == "completed":
+                    self._print(
+                        f"{data['machine']} has moved to {data['peer']}: down for {data['downtime-ms']:.1f} ms,"
+                        f" all of it there after {data['total-ms']:.1f} ms"
+                    )
+                if data["status"] != "completed":
+                    raise MigrationError(f"{data['machine']}: {data['status']}: {data['error']}")
+                return True
 
     async def _follow(self, client: ControlClient) -> bool:
         """Until the process ends, which is an end in order, or this one is interrupted."""

@@ -168,7 +168,7 @@ def _migrations(jobs: list[tuple[str, Migration]]) -> Iterator[Metric]:
             requests.add_metric(key, numbers.requests)
             for kind, count in numbers.pages.items():
                 pages.add_metric([*key, kind], count)
-        if isinstance(job, DestinationMigration) and job.machine is not None:
+        if isinstance(job, DestinationMigration):
             figures = job.figures()
             pending.add_metric(key, figures.pending_faults)
             for vcpu, blocked_ns in enumerate(figures.blocktime_ns):

@@ -150,7 +150,7 @@ COMMANDS: Mapping[str, Command] = {
             "image": Argument(text),
         },
     ),
-    "end": Command("end a machine that runs here", {"machine": _MACHINE}),
+    "end": Command("end a machine that is here", {"machine": _MACHINE, "force": Argument(boolean)}),
     "migrate": Command("send a machine away", {"machine": _MACHINE, "to": Argument(text, required=True)}),
     "pause": Command("cut the connection of a migration that is past the point of no return", {"machine": _MACHINE}),
     "recover": Command("connect it again, or to another address", {"machine": _MACHINE, "to": Argument(text)}),

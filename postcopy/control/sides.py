@@ -68,11 +68,11 @@ class _SideDesk(Desk):
 
     async def _pause(self, arguments: Json) -> Json:
         await trio.lowlevel.checkpoint()
-        return steer(self._going_on(), True)
+        return steer(self._going_on(arguments), True)
 
     async def _recover(self, arguments: Json) -> Json:
         await trio.lowlevel.checkpoint()
-        return steer(self._going_on(), False, arguments.get("to"))
+        return steer(self._going_on(arguments), False, arguments.get("to"))
 
     async def _set(self, arguments: Json) -> Json:
         await trio.lowlevel.checkpoint()
@@ -83,14 +83,16 @@ class _SideDesk(Desk):
     def change(self, settings: Json) -> None:
         """Of those that `settings` names. `ControlError` for one that there is not."""
 
-    def _going_on(self) -> list[Migration]:
-        return [
-            migration for _, _, migration in self.machines() if migration is not None and migration.state not in OVER
-        ]
+    def _going_on(self, arguments: Json) -> list[Migration]:
+        name = arguments.get("machine")
+        here = [item for item in self.machines() if name in (None, item[0])]
+        if name is not None and not here:
+            raise ControlError("BadArguments", f"there is no machine {name!r} here")
+        return [migration for _, _, migration in here if migration is not None and migration.state not in OVER]
 
     async def _cancel(self, arguments: Json) -> Json:
         await trio.lowlevel.checkpoint()
-        migrations = self._going_on()
+        migrations = self._going_on(arguments)
         if not migrations:
             raise ControlError("NotNow", "no migration is going on")
         undecided = [migration for migration in migrations if migration.state in UNDECIDED]
@@ -105,7 +107,7 @@ class _SideDesk(Desk):
 
     async def _quit(self, arguments: Json) -> Json:
         await trio.lowlevel.checkpoint()
-        needed = [migration for migration in self._going_on() if migration.state not in UNDECIDED]
+        needed = [migration for migration in self._going_on({}) if migration.state not in UNDECIDED]
         if needed and not arguments.get("force") and self._depended_on():
             raise ControlError(
                 "NotNow", f"pages are still on their way ({needed[0].status}): wait, or quit with force and lose them"

@@ -51,7 +51,7 @@ def _migration(machine: Machine | None, migration: Migration) -> Json:
         if machine is not None:
             figures = migration.figures
             status["ram"] = report.ram(figures) if figures else report.served(machine, migration.statistics())
-    elif migration.machine is not None:
+    else:
         figures = migration.figures()
         status["ram"] = report.ram(figures)
         status["pending-faults"] = figures.pending_faults

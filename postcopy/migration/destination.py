@@ -104,6 +104,7 @@ class DestinationMigration:
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.machine: Machine | None = None
+        self.machine_name = ""  # for logs; `make_machine` may set it
         self.peer = link.peer
         self.failure: PostcopyError | None = None
         self.paused = trio.Event()  # set when the source was lost after `commit`, the first time
@@ -550,8 +551,9 @@ class DestinationMigration:
             raise MigrationError("the machine is not complete here")
         self.check_machine()
         self.figures()
-        await pager.close()
-        self._pager = None
+        self._pager = None  # whoever looks meanwhile finds the last figures
+        with trio.CancelScope(shield=True):  # bounded by the pager
+            await pager.close()
         self.machine = None
         return machine
 
@@ -562,6 +564,7 @@ class DestinationMigration:
             self.figures()
             _ = self.pager_process
             machine, pager = self.machine, self._pager
+            self._pager = None  # whoever looks meanwhile finds the last figures
             for what in (pager, machine) if self._kept else (machine, pager):
                 if what is None:
                     continue
@@ -569,7 +572,6 @@ class DestinationMigration:
                     await what.close()
                 except PostcopyError as error:
                     log.error("%s", error)
-            self._pager = None
 
     def check_machine(self) -> None:
         """Looks once more whether the machine has found something wrong; sets `machine_failure`."""

@@ -97,6 +97,7 @@ class SourceMigration:
     ) -> None:
         """`on_change` is called, in the Trio thread, whenever `status` may have changed."""
         self.machine = machine
+        self.machine_name = options.name
         self.peer = link.peer
         self.failure: PostcopyError | None = None
         self.figures: Figures | None = None  # of the destination, when it has completed
