@@ -146,7 +146,8 @@ class ControlServer:
         except ControlError as error:
             client.put(refusal(error, request.id))
         except PostcopyError as error:
-            client.put(refusal(ControlError("Failed", str(error)), request.id))
+            kind = "BadArguments" if isinstance(error, ConfigurationError) else "Failed"
+            client.put(refusal(ControlError(kind, str(error)), request.id))
 
 
 class _Client:
