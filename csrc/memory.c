@@ -104,25 +104,19 @@ static bool number_after(const char *text, const char *key, uint64_t *value)
     return false;
 }
 
-/* What the control groups (version 2) that this process is in allow; UINT64_MAX without a limit. In a container
- * /proc/meminfo shows the host, and going past this limit is not an error but the end of the process. */
-static uint64_t cgroup_limit_bytes(void)
+/* The smallest limit of a control group (the path after the last ':' of a line of /proc/self/cgroup) and those above it. */
+static uint64_t group_limit_bytes(const char *line, const char *root, const char *file)
 {
-    char text[PATH_MAX], path[PATH_MAX + 64], value[64];
+    char group[PATH_MAX], path[PATH_MAX + 64], value[64];
+    const char *begin = strchr(line, '/');
     uint64_t limit = UINT64_MAX, one;
-    char *group, *end;
+    char *end;
 
-    if (read_text("/proc/self/cgroup", text, sizeof(text)) < 0)
+    if (!begin || strcspn(line, "\n") < (size_t)(begin - line))
         return limit;
-    group = !strncmp(text, "0::", 3) ? text : strstr(text, "\n0::");
-    if (!group)
-        return limit;
-    group = strchr(group, '/');
-    if (!group)
-        return limit;
-    group[strcspn(group, "\n")] = '\0';
+    (void)snprintf(group, sizeof(group), "%.*s", (int)strcspn(begin, "\n"), begin);
     for (;;) {
-        (void)snprintf(path, sizeof(path), "/sys/fs/cgroup%s/memory.max", group);
+        (void)snprintf(path, sizeof(path), "%s%s/%s", root, group, file);
         if (read_text(path, value, sizeof(value)) > 0 && number_after(value, "", &one))
             limit = least(limit, one); /* "max" is no number */
         end = strrchr(group, '/');
@@ -130,6 +124,25 @@ static uint64_t cgroup_limit_bytes(void)
             return limit;
         *end = '\0';
     }
+}
+
+/* What the control groups that this process is in allow, of either version; UINT64_MAX without a limit. In a container
+ * /proc/meminfo shows the host, and going past this limit is not an error but the end of the process. */
+static uint64_t cgroup_limit_bytes(void)
+{
+    uint64_t limit = UINT64_MAX;
+    char text[PATH_MAX];
+    const char *line;
+
+    if (read_text("/proc/self/cgroup", text, sizeof(text)) < 0)
+        return limit;
+    line = !strncmp(text, "0::", 3) ? text : strstr(text, "\n0::");
+    if (line)
+        limit = group_limit_bytes(line + 1, "/sys/fs/cgroup", "memory.max");
+    line = strstr(text, ":memory:"); /* version 1: alone in its hierarchy, as everywhere where it is still used */
+    if (line)
+        limit = least(limit, group_limit_bytes(line, "/sys/fs/cgroup/memory", "memory.limit_in_bytes"));
+    return limit;
 }
 
 static const char *human(uint64_t bytes, char *out, size_t cap)

@@ -13,6 +13,11 @@
  *
  * `sent` is changed by atomic or, `unsent` counts the pages without it; the cursor and the bandwidth are under push_lock,
  * which is held for the search of a run, never over a send.
+ *
+ * Giving memory back (pc_pageserver_release) takes three steps. A page that the destination has is marked `released`: nobody
+ * reads it any more. Then, unless a send still points at it, its memory goes, and it is `discarded`; else that is left to
+ * a later call. A sender *pins* what it is about to read and then looks at `released`; a release sets `released` and
+ * then looks at the pins, each under its channel's lock: so one of the two sees the other.
  */
 #include <errno.h>
 #include <poll.h>
@@ -40,6 +45,15 @@ struct source_block {
     uint64_t page_bytes; /* the unit of transfer; may differ from the memory's own page */
     uint64_t pages, words;
     uint64_t *present, *sent, *demanded;
+    uint64_t *released;             /* atomic: not read any more, since the destination has said that it is placed */
+    uint64_t *settled;              /* released before the present connections were made: no request for it crosses that */
+    uint64_t *discarded, *pinned;   /* under release_lock; `pinned` is scratch */
+    uint64_t late_first, late_end;  /* where released pages were pinned; under release_lock */
+};
+
+struct run {
+    uint32_t block;
+    uint64_t first_page, pages;
 };
 
 struct channel {
@@ -50,6 +64,9 @@ struct channel {
     uint64_t busy_poll_ns;
     uint8_t *staging; /* where pages of a block without a mapping are read to */
     size_t staging_bytes;
+    pthread_mutex_t pin_lock;
+    struct run pins[REQUESTS_PER_TURN]; /* what the batch on its way out points at; under pin_lock */
+    uint32_t pin_count;
     pthread_t thread;
     bool started, running; /* under server->lock */
 };
@@ -68,6 +85,9 @@ struct pc_pageserver {
     uint32_t cursor_block;
     uint64_t cursor_page;
     uint64_t bandwidth, next_free_ns, bandwidth_changes;
+
+    pthread_mutex_t release_lock;
+    struct run pins_seen[PC_MAX_SHARDS * REQUESTS_PER_TURN + PC_MAX_BULK_CHANNELS];
 
     uint64_t unsent;
     struct pc_pageserver_stats count;
@@ -96,10 +116,25 @@ static void batch_add(struct batch *batch, const struct pc_frame *frame, const v
     batch->bytes += PC_FRAME_HEADER_BYTES + (uint64_t)frame->payload_bytes;
 }
 
+static void pin(struct channel *channel, uint32_t block, uint64_t first_page, uint64_t pages)
+{
+    pthread_mutex_lock(&channel->pin_lock);
+    channel->pins[channel->pin_count++] = (struct run){.block = block, .first_page = first_page, .pages = pages};
+    pthread_mutex_unlock(&channel->pin_lock);
+}
+
+static void unpin_all(struct channel *channel)
+{
+    pthread_mutex_lock(&channel->pin_lock);
+    channel->pin_count = 0;
+    pthread_mutex_unlock(&channel->pin_lock);
+}
+
 static int batch_send(struct batch *batch, struct channel *channel)
 {
     int error = pc_stream_write_all(&channel->stream, batch->parts, batch->part_count);
 
+    unpin_all(channel); /* the kernel has copied what it took */
     if (!error)
         ADD(channel->server, bytes_sent, batch->bytes);
     batch->frame_count = batch->part_count = 0;
@@ -182,7 +217,25 @@ static void mark_sent(struct pc_pageserver *server, struct source_block *block, 
     }
 }
 
-static int answer_page(struct channel *channel, struct batch *batch, const struct pc_frame *request, uint64_t page)
+/* The page was given back, or is about to be. A request that was under way when the page came by push and was acknowledged
+ * is nobody's fault: this connection ends, and the next one begins with both sides knowing. A page that was released before
+ * this connection began cannot be asked for by a destination that keeps its word, and not be had by one that does not. */
+static int refuse_released(struct channel *channel, struct batch *batch, struct pc_frame *frame, char *text,
+                           size_t text_bytes)
+{
+    static const char reason[] = "it was acknowledged as placed, and its memory has been given back";
+
+    if (!test_bit(channel->server->blocks[frame->block]->settled, frame->first_page))
+        return pc_fail(ESTALE, text, text_bytes, "page %llu of RAM block %u was asked for and acknowledged at the same time",
+                       (unsigned long long)frame->first_page, frame->block);
+    frame->type = PC_FRAME_ERROR;
+    frame_payload(frame, reason, sizeof(reason) - 1);
+    batch_add(batch, frame, reason);
+    return 0;
+}
+
+static int answer_page(struct channel *channel, struct batch *batch, const struct pc_frame *request, uint64_t page,
+                       char *why, size_t why_bytes)
 {
     struct pc_pageserver *server = channel->server;
     struct source_block *block = server->blocks[request->block];
@@ -202,6 +255,11 @@ static int answer_page(struct channel *channel, struct batch *batch, const struc
             error = batch_send(batch, channel);
             if (error)
                 return error;
+        }
+        if (block->memory.base) {
+            pin(channel, request->block, page, 1);
+            if (test_bit(block->released, page))
+                return refuse_released(channel, batch, &frame, why, why_bytes);
         }
         content = page_content(channel, batch, block, page, 1, &error, text, sizeof(text));
         if (error) {
@@ -247,7 +305,7 @@ static int answer_request(struct channel *channel, struct batch *batch, const ui
                        (unsigned long long)block->pages);
     ADD(server, requests, 1);
     for (uint64_t page = request.first_page; !error && page < request.first_page + request.pages; page++) {
-        error = answer_page(channel, batch, &request, page);
+        error = answer_page(channel, batch, &request, page, text, text_bytes);
         if (!error && batch->frame_count >= REQUESTS_PER_TURN)
             error = batch_send(batch, channel);
     }
@@ -315,11 +373,6 @@ static int serve_urgent(struct channel *channel, struct batch *batch, char *text
 
 /* ---- bulk --------------------------------------------------------------------------------------------------------- */
 
-struct run {
-    uint32_t block;
-    uint64_t first_page, pages;
-};
-
 /* The next run of pages that nobody has sent, marked as sent. False when there is none. Under push_lock. */
 static bool claim_run(struct pc_pageserver *server, struct run *run)
 {
@@ -382,16 +435,24 @@ static int push_run(struct channel *channel, struct batch *batch, const struct r
     uint64_t at = 0;
     int error;
 
+    if (block->memory.base)
+        pin(channel, run->block, run->first_page, run->pages);
     content = page_content(channel, batch, block, run->first_page, run->pages, &error, text, text_bytes);
     if (!content)
         return error;
     while (at < run->pages) {
         const uint8_t *begin = content + at * block->page_bytes;
-        bool zero = pc_is_zero(begin, block->page_bytes);
         struct pc_frame frame = {.block = (uint16_t)run->block, .first_page = run->first_page + at};
         uint64_t pages = 1;
+        bool zero;
 
-        while (at + pages < run->pages && pc_is_zero(begin + pages * block->page_bytes, block->page_bytes) == zero)
+        if (test_bit(block->released, run->first_page + at)) {
+            at++; /* it was asked for while this run waited for its bandwidth, and is there */
+            continue;
+        }
+        zero = pc_is_zero(begin, block->page_bytes);
+        while (at + pages < run->pages && !test_bit(block->released, run->first_page + at + pages) &&
+               pc_is_zero(begin + pages * block->page_bytes, block->page_bytes) == zero)
             pages++;
         frame.type = zero ? PC_FRAME_ZERO : PC_FRAME_PAGES;
         frame.pages = (uint32_t)pages;
@@ -462,6 +523,7 @@ static void *channel_thread(void *argument)
     if (batch)
         error = urgent ? serve_urgent(channel, batch, text, sizeof(text)) : push(channel, batch, text, sizeof(text));
     free(batch);
+    unpin_all(channel);
     pc_stream_shutdown(&channel->stream);
     /* Before the event: who hears it may attach the next connection at once, and must not be told that this one is busy. */
     pthread_mutex_lock(&server->lock);
@@ -485,6 +547,7 @@ static void init_channel(struct pc_pageserver *server, struct channel *channel, 
     channel->kind = kind;
     channel->index = index;
     channel->stream.fd = -1;
+    pthread_mutex_init(&channel->pin_lock, NULL);
 }
 
 int pc_pageserver_new(uint64_t max_bandwidth_bytes_per_s, struct pc_pageserver **out)
@@ -502,6 +565,7 @@ int pc_pageserver_new(uint64_t max_bandwidth_bytes_per_s, struct pc_pageserver *
     }
     pthread_mutex_init(&server->lock, NULL);
     pthread_mutex_init(&server->push_lock, NULL);
+    pthread_mutex_init(&server->release_lock, NULL);
     pthread_condattr_init(&clock);
     pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
     pthread_cond_init(&server->push_changed, &clock);
@@ -522,6 +586,10 @@ static void free_block(struct source_block *block)
     pc_buffer_free(block->present, bytes);
     pc_buffer_free(block->sent, bytes);
     pc_buffer_free(block->demanded, bytes);
+    pc_buffer_free(block->released, bytes);
+    pc_buffer_free(block->settled, bytes);
+    pc_buffer_free(block->discarded, bytes);
+    pc_buffer_free(block->pinned, bytes);
     free(block);
 }
 
@@ -544,7 +612,12 @@ int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory
     block->present = pc_buffer_new(block->words * sizeof(uint64_t));
     block->sent = pc_buffer_new(block->words * sizeof(uint64_t));
     block->demanded = pc_buffer_new(block->words * sizeof(uint64_t));
-    if (!block->present || !block->sent || !block->demanded) {
+    block->released = pc_buffer_new(block->words * sizeof(uint64_t)); /* these cost nothing until they are written to */
+    block->settled = pc_buffer_new(block->words * sizeof(uint64_t));
+    block->discarded = pc_buffer_new(block->words * sizeof(uint64_t));
+    block->pinned = pc_buffer_new(block->words * sizeof(uint64_t));
+    if (!block->present || !block->sent || !block->demanded || !block->released || !block->settled || !block->discarded ||
+        !block->pinned) {
         free_block(block);
         return -ENOMEM;
     }
@@ -611,6 +684,9 @@ int pc_pageserver_set_received(struct pc_pageserver *server, uint32_t index, con
     pthread_mutex_lock(&server->push_lock);
     if (!error && index >= server->block_count)
         error = -EINVAL;
+    for (uint64_t word = 0; !error && word < server->blocks[index]->words; word++)
+        if (__atomic_load_n(&server->blocks[index]->released[word], __ATOMIC_SEQ_CST) & ~received_words[word])
+            error = -ENODATA;
     if (!error) {
         struct source_block *block = server->blocks[index];
 
@@ -623,12 +699,154 @@ int pc_pageserver_set_received(struct pc_pageserver *server, uint32_t index, con
             block->sent[word] = (received_words[word] | ~block->present[word]) & valid;
             /* An answer that was lost on its way was none: asking again is no repetition. */
             block->demanded[word] &= received_words[word];
+            block->settled[word] = __atomic_load_n(&block->released[word], __ATOMIC_SEQ_CST);
         }
         server->unsent -= pc_bitmap_count(block->sent, block->pages);
     }
     pthread_mutex_unlock(&server->push_lock);
     pthread_mutex_unlock(&server->lock);
     return error;
+}
+
+/* ---- giving memory back ------------------------------------------------------------------------------------------- */
+
+static uint64_t bits_of_word(uint64_t word, uint64_t first, uint64_t end)
+{
+    uint64_t from = first > word * 64 ? first - word * 64 : 0, to = end - word * 64;
+
+    return ~UINT64_C(0) << from & (to < 64 ? (UINT64_C(1) << to) - 1 : ~UINT64_C(0));
+}
+
+/* First page from `from` on, below `to`, that can (`ready`) or cannot be discarded now; `to` when there is none. */
+static uint64_t next_ready(const struct source_block *block, uint64_t from, uint64_t to, bool ready)
+{
+    for (uint64_t word = from / 64; from < to; from = ++word * 64) {
+        uint64_t found = __atomic_load_n(&block->released[word], __ATOMIC_SEQ_CST) & ~block->discarded[word] &
+                         ~block->pinned[word];
+
+        found = (ready ? found : ~found) & bits_of_word(word, from, to);
+        if (found)
+            return word * 64 + (uint64_t)__builtin_ctzll(found);
+    }
+    return to;
+}
+
+/* Sets `pinned` for what the channels send of a block; how many entries of pins_seen say where. */
+static size_t look_at_pins(struct pc_pageserver *server, uint32_t index)
+{
+    size_t seen = 0;
+
+    for (uint32_t i = 0; i < PC_MAX_SHARDS + PC_MAX_BULK_CHANNELS; i++) {
+        struct channel *channel = i < PC_MAX_SHARDS ? &server->urgent[i] : &server->bulk[i - PC_MAX_SHARDS];
+
+        pthread_mutex_lock(&channel->pin_lock);
+        for (uint32_t j = 0; j < channel->pin_count && seen < sizeof(server->pins_seen) / sizeof(server->pins_seen[0]); j++)
+            if (channel->pins[j].block == index)
+                server->pins_seen[seen++] = channel->pins[j];
+        pthread_mutex_unlock(&channel->pin_lock);
+    }
+    for (size_t i = 0; i < seen; i++)
+        pc_bitmap_set_range(server->blocks[index]->pinned, server->pins_seen[i].first_page, server->pins_seen[i].pages);
+    return seen;
+}
+
+/* Discards what is released in [from, to) and no longer pinned: whole pages of the memory, which may be larger than those of
+ * transfer. Under release_lock. */
+static int give_back(struct pc_pageserver *server, uint32_t index, uint64_t from, uint64_t to)
+{
+    struct source_block *block = server->blocks[index];
+    uint64_t group = block->memory.page_bytes > block->page_bytes ? block->memory.page_bytes / block->page_bytes : 1;
+    size_t seen = look_at_pins(server, index);
+    int error = 0;
+
+    if (block->late_first < block->late_end) {
+        from = block->late_first < from ? block->late_first : from;
+        to = block->late_end > to ? block->late_end : to;
+    }
+    block->late_first = block->pages;
+    block->late_end = 0;
+    for (size_t i = 0; i < seen; i++) {
+        uint64_t first = server->pins_seen[i].first_page, end = first + server->pins_seen[i].pages;
+
+        block->late_first = first < block->late_first ? first : block->late_first;
+        block->late_end = end > block->late_end ? end : block->late_end;
+    }
+    from -= from % group;
+    to = to + group - 1 - (to + group - 1) % group; /* the block is whole pages of memory */
+    for (uint64_t page = from, end; !error && (page = next_ready(block, page, to, true)) < to; page = end) {
+        uint64_t first = (page + group - 1) / group * group;
+
+        end = next_ready(block, page, to, false);
+        if (end / group * group <= first)
+            continue;
+        error = pc_memory_discard(&block->memory, (uint64_t)(uintptr_t)block->memory.base + first * block->page_bytes,
+                                  (end / group * group - first) * block->page_bytes);
+        for (uint64_t word = first / 64; !error && word * 64 < end / group * group; word++) {
+            uint64_t bits = bits_of_word(word, first, end / group * group);
+
+            block->discarded[word] |= bits;
+            ADD(server, released_bytes, (uint64_t)__builtin_popcountll(bits & block->present[word]) * block->page_bytes);
+        }
+    }
+    for (size_t i = 0; i < seen; i++)
+        pc_bitmap_clear_range(block->pinned, server->pins_seen[i].first_page, server->pins_seen[i].pages);
+    return error;
+}
+
+int pc_pageserver_release(struct pc_pageserver *server, uint32_t index, uint64_t first_page, uint64_t pages,
+                          const uint64_t *words)
+{
+    struct source_block *block;
+    int error = 0;
+
+    pthread_mutex_lock(&server->push_lock);
+    if (index >= server->block_count)
+        error = -EINVAL;
+    else if (!server->serving)
+        error = -EBUSY;
+    pthread_mutex_unlock(&server->push_lock);
+    if (error)
+        return error;
+    block = server->blocks[index];
+    if (first_page > block->pages || pages > block->pages - first_page)
+        return -EINVAL;
+    if (!block->memory.base || (block->memory.kind != PC_MEMORY_MEMFD && block->memory.kind != PC_MEMORY_ANON &&
+                                block->memory.kind != PC_MEMORY_HUGETLB))
+        return -ENOTSUP; /* somebody's file */
+    pthread_mutex_lock(&server->release_lock);
+    for (uint64_t at = 0, end; (at = pc_bitmap_next(words, pages, at, 1)) < pages; at = end) {
+        uint64_t from = first_page + at, to;
+
+        end = pc_bitmap_next(words, pages, at, 0);
+        to = first_page + end;
+        for (uint64_t word = from / 64; word * 64 < to; word++)
+            (void)__atomic_fetch_or(&block->released[word], bits_of_word(word, from, to), __ATOMIC_SEQ_CST);
+    }
+    error = give_back(server, index, first_page, first_page + pages);
+    pthread_mutex_unlock(&server->release_lock);
+    return error;
+}
+
+int pc_pageserver_released(struct pc_pageserver *server, uint32_t index, uint64_t *released_words, uint64_t *discarded_words)
+{
+    struct source_block *block;
+    bool known;
+
+    pthread_mutex_lock(&server->push_lock);
+    known = index < server->block_count;
+    pthread_mutex_unlock(&server->push_lock);
+    if (!known)
+        return -EINVAL;
+    block = server->blocks[index];
+    pthread_mutex_lock(&server->release_lock);
+    for (uint64_t word = 0; word < block->words; word++) {
+        if (released_words)
+            released_words[word] = __atomic_load_n(&block->released[word], __ATOMIC_SEQ_CST);
+        if (discarded_words)
+            discarded_words[word] = block->discarded[word];
+    }
+    pthread_mutex_unlock(&server->release_lock);
+    return 0;
 }
 
 /* Joins a thread that has ended or been shut down, and frees what its channel had. */
@@ -736,6 +954,7 @@ int pc_pageserver_stats(struct pc_pageserver *server, struct pc_pageserver_stats
     TAKE(repeated_requests);
     TAKE(bytes_sent);
     TAKE(bytes_received);
+    TAKE(released_bytes);
 #undef TAKE
     return 0;
 }
@@ -768,6 +987,11 @@ void pc_pageserver_free(struct pc_pageserver *server)
     pc_events_destroy(&server->events);
     pthread_cond_destroy(&server->push_changed);
     pthread_mutex_destroy(&server->push_lock);
+    pthread_mutex_destroy(&server->release_lock);
+    for (uint32_t i = 0; i < PC_MAX_SHARDS; i++)
+        pthread_mutex_destroy(&server->urgent[i].pin_lock);
+    for (uint32_t i = 0; i < PC_MAX_BULK_CHANNELS; i++)
+        pthread_mutex_destroy(&server->bulk[i].pin_lock);
     pthread_mutex_destroy(&server->lock);
     free(server);
 }

@@ -134,6 +134,12 @@ class Bitmap:
             raise ValueError(f"a map of {self._bits} pages and one of {len(other)}")
         return self._from_int(self._to_int() & other._to_int(), self._bits)
 
+    def without(self, other: Bitmap) -> Bitmap:
+        """The pages of this map that are not in the other one, which must be of the same length."""
+        if len(other) != self._bits:
+            raise ValueError(f"a map of {self._bits} pages and one of {len(other)}")
+        return self._from_int(self._to_int() & ~other._to_int(), self._bits)
+
     def inverted(self) -> Bitmap:
         """Every bit the other way round: the zero pages, of a map of those present."""
         return self._from_int((1 << self._bits) - 1 ^ self._to_int(), self._bits)

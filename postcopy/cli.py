@@ -32,7 +32,7 @@ from postcopy.commands import DestinationCommand, MergeCommand, SourceCommand
 from postcopy.machines import BACKINGS, KINDS, WORKLOADS, MachineOptions
 from postcopy.memory import parse_size
 from postcopy.migration._session import HEARTBEAT_S, SILENCES, first_error
-from postcopy.migration.channels import parse_address
+from postcopy.migration.channels import Route, parse_address, read_peer_file
 from postcopy.migration.protocol import MAX_BULK_CHANNELS, one_line
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS, SourceOptions
 from postcopy.progress import LogHandler, Output, make_output
@@ -121,6 +121,11 @@ def _add_engine_arguments(parser: argparse.ArgumentParser, *, source: bool, dest
             "--max-bandwidth", type=_bandwidth, default=0, metavar="RATE",
             help="of the background push, as 100MiB/s; requested pages are never held up",
         )  # fmt: skip
+        group.add_argument(
+            "--release-ram", action="store_true",
+            help="kvm, rv64: after the point of no return give memory back to this host as the destination acknowledges"
+            " its pages",
+        )  # fmt: skip
 
 
 def _heartbeat(text: str) -> float:
@@ -185,6 +190,10 @@ def _add_peer_arguments(parser: argparse.ArgumentParser, *, hold: bool = False) 
         )
     where.add_argument("--listen", metavar="HOST:PORT", help="wait for the other side here; port 0: any")
     where.add_argument("--connect", metavar="HOST:PORT", help="the other side listens there")
+    where.add_argument(
+        "--peer-file", metavar="FILE",
+        help="as --connect, with the HOST:PORT in a file, read again when the connection is lost and at SIGHUP",
+    )  # fmt: skip
 
 
 # The arguments of a command, and with them its modules, are made only when it is the one asked for: the two sides
@@ -361,10 +370,21 @@ def _source_options(args: argparse.Namespace) -> SourceOptions:
         max_bandwidth_bytes_per_s=args.max_bandwidth,
         heartbeat_s=args.heartbeat,
         recover_for_s=args.recover_for,
+        release_ram=args.release_ram,
     )
 
 
-def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Event], Awaitable[bool]]:
+def _route(args: argparse.Namespace) -> Route | None:
+    """Where the other side listens, for a side that connects."""
+    if getattr(args, "peer_file", None) is not None:
+        path: str = args.peer_file
+        return Route(read_peer_file(path), lambda: read_peer_file(path))
+    return Route(parse_address(args.connect)) if getattr(args, "connect", None) is not None else None
+
+
+def _make_command(
+    args: argparse.Namespace, output: Output, connect: Route | None
+) -> Callable[[trio.Event], Awaitable[bool]]:
     if args.command == "demo":
         from postcopy.demo import DemoCommand
 
@@ -392,7 +412,6 @@ def _make_command(args: argparse.Namespace, output: Output) -> Callable[[trio.Ev
 
         options = machine_options(args) if args.machine is not None else None
         return make_daemon(args, output, _source_options(args), options, listen)
-    connect = parse_address(args.connect) if args.connect is not None else None
     if args.command == "source":
         if args.serve != 1 and (args.machine != "image" or listen is None):
             raise ConfigurationError("--serve goes with --machine image and --listen only")
@@ -439,15 +458,21 @@ def _operated(
     return operated(command, args, output)
 
 
-async def _with_signals(command: Callable[[trio.Event], Awaitable[bool]]) -> bool:
-    """Runs a command; the first signal asks it to end, the second one ends it."""
+async def _with_signals(command: Callable[[trio.Event], Awaitable[bool]], route: Route | None) -> bool:
+    """Runs a command; the first signal asks it to end, the second one ends it. SIGHUP asks the `route` to look up where
+    it leads; without one it does what it always does."""
     stop = trio.Event()
     done = False
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    hangup = (signal.SIGHUP,) if route is not None else ()
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, *hangup) as signals:
         async with trio.open_nursery() as nursery:
 
             async def listen() -> None:
                 async for number in signals:
+                    if number == signal.SIGHUP:
+                        assert route is not None
+                        route.refresh(told=True)
+                        continue
                     logging.getLogger(__name__).info("%s: ending in order", signal.Signals(number).name)
                     if stop.is_set():
                         nursery.cancel_scope.cancel()
@@ -476,8 +501,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = make_output(args.json, getattr(args, "log_json", False))
         complain = _complain_in_json if getattr(args, "log_json", False) else _complain
         logging.basicConfig(level=args.log_level.upper(), handlers=[LogHandler(output)], force=True)
-        command = _make_command(args, output)
-        return EXIT_OK if trio.run(_with_signals, command, strict_exception_groups=True) else EXIT_FAILED
+        route = _route(args)
+        command = _make_command(args, output, route)
+        hears_hangup = route if args.command in ("source", "dest") and args.peer_file is not None else None
+        done = trio.run(_with_signals, command, hears_hangup, strict_exception_groups=True)
+        return EXIT_OK if done else EXIT_FAILED
     except ConfigurationError as error:
         complain(error)
         return EXIT_USAGE

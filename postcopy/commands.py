@@ -20,10 +20,10 @@ from postcopy._errors import ConfigurationError, MigrationError, PostcopyError
 from postcopy.bitmap import Bitmap
 from postcopy.machines import Check, Machine, MachineOptions, MachineStatistics, create_source
 from postcopy.migration._session import Interrupted, first_error, now_ns
-from postcopy.migration.channels import Address, CallingLink, Link, Reception
+from postcopy.migration.channels import Address, CallingLink, Link, Reception, Route
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.protocol import State
-from postcopy.migration.source import SourceMigration, SourceOptions
+from postcopy.migration.source import SourceMigration, SourceOptions, check_releasable
 from postcopy.pager import Pager
 from postcopy.progress import Output
 
@@ -62,7 +62,7 @@ class SourceCommand:
         output: Output,
         *,
         listen: Address | None,
-        connect: Address | None,
+        connect: Address | Route | None,
         migrate_after_s: float,
         serve: float,
         keep: bool,
@@ -94,6 +94,8 @@ class SourceCommand:
             salvage.check_target(self._salvage_to)
         try:
             machine = self.machine = create_source(self._kind, self._machine_options)
+            if self._options.release_ram:
+                check_releasable(machine)
             async with contextlib.AsyncExitStack() as stack:
                 done = await self._run(machine, stop, stack)
         except PostcopyError as error:
@@ -107,11 +109,10 @@ class SourceCommand:
             if machine is not None:
                 with trio.CancelScope(shield=True):
                     if self._shown is not None and self._shown.state is State.PAUSED:
-                        # It has been paused since it gave the right to run away: whole, and as old as that.
-                        maps = [Bitmap.full(block.memory.pages) for block in machine.blocks]
-                        await _salvage(
-                            self._salvage_to, machine, self._shown.migration_id, "source", maps, self._output
-                        )
+                        # It has been paused since it gave the right to run away: as old as that, and whole, but for
+                        # what the destination had acknowledged.
+                        name, maps = self._shown.migration_id, self._shown.kept()
+                        await _salvage(self._salvage_to, machine, name, "source", maps, self._output)
                     statistics = machine.statistics()
                     self._emit_result(machine, statistics, done)
                     self.machine = None
@@ -317,7 +318,7 @@ class DestinationCommand:
         output: Output,
         *,
         listen: Address | None,
-        connect: Address | None,
+        connect: Address | Route | None,
         backing: str,
         disk: str | None,
         busy_poll_us: int,

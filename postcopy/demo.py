@@ -135,6 +135,8 @@ class DemoCommand:
         self._output = output
         if args.machine is None:
             args.machine = _usable_machine()
+        if args.release_ram and args.machine == "image":
+            raise ConfigurationError("--release-ram: an image is a file, which stays as it is; leave the option out")
         if args.machine != "image":
             args.memory = 256 << 20 if args.memory is None else args.memory
             args.vcpus = 2 if args.vcpus is None else args.vcpus
@@ -241,6 +243,8 @@ class DemoCommand:
         result = ["source", "--json", "--connect", address, "--machine", args.machine, "--on-failure", "exit"]
         result += ["--migrate-after", f"{args.migrate_after:g}", "--bulk-channels", str(args.bulk_channels)]
         result += ["--busy-poll", str(args.busy_poll), "--log-level", args.log_level]
+        if args.release_ram:
+            result += ["--release-ram"]
         if args.max_bandwidth:
             result += ["--max-bandwidth", str(args.max_bandwidth)]
         if args.machine != "image":

@@ -39,6 +39,7 @@ class PageServerStatistics:
     repeated_requests: int  # asked again after having been answered on demand
     bytes_sent: int  # on data channels, headers included
     bytes_received: int
+    released_bytes: int  # content whose memory has been given back, see `PageServer.release`
 
 
 _STATISTICS_FIELDS = tuple(PageServerStatistics.__dataclass_fields__)
@@ -99,7 +100,8 @@ class PageServer:
 
     def set_received(self, block: int, received: Bitmap) -> None:
         """Recovery: the destination has these pages (of transfer) and no others, all others are offered again.
-        `BusyError` while a channel is attached: `disconnect` first."""
+        `BusyError` while a channel is attached: `disconnect` first. `CoreError` when a page that was released is not
+        among them: it is nowhere else, so nothing could be right any more."""
         server = self._alive()
         if len(received) != self.block_pages(block):  # the core would read past its end
             raise ValueError(f"a map of {len(received)} pages for a block of {self.block_pages(block)}")
@@ -120,6 +122,33 @@ class PageServer:
     def start(self) -> None:
         """From here on memory must not change: requests are answered, the rest is pushed."""
         check(lib.pc_pageserver_start(self._alive()), "starting the page server")
+
+    def release(self, block: int, first_page: int, placed: Bitmap) -> None:
+        """Gives back the memory of pages (of transfer, from `first_page` on) that the destination has for good.
+
+        None of them is read again, a request for one is never answered with content. What a channel is sending right
+        now, and what shares a larger page of memory with a page that is not released, stays until a later call. After
+        `start` only. Takes as long as the kernel needs, without the GIL: call it in a worker thread. `CoreError` for
+        memory that is a file (ENOTSUP) and where the kernel does not take it back: it is then kept.
+        """
+        server = self._alive()
+        if first_page < 0 or first_page + len(placed) > self.block_pages(block):
+            raise IndexError(f"RAM block {block} has no pages {first_page} to {first_page + len(placed)}")
+        check(lib.pc_pageserver_release(server, block, first_page, len(placed), placed.words), "giving memory back")
+
+    def released(self, block: int) -> Bitmap:
+        """The pages (of transfer) that were released: they can be had from the destination only."""
+        released = Bitmap(self.block_pages(block))
+        result = lib.pc_pageserver_released(self._alive(), block, released.words, ffi.NULL)
+        check(result, "reading the map of released pages")
+        return released
+
+    def discarded(self, block: int) -> Bitmap:
+        """Those of the released pages whose memory is gone: the content of the others is still here."""
+        discarded = Bitmap(self.block_pages(block))
+        result = lib.pc_pageserver_released(self._alive(), block, ffi.NULL, discarded.words)
+        check(result, "reading the map of released pages")
+        return discarded
 
     def set_bandwidth(self, max_bandwidth_bytes_per_s: int) -> None:
         """Changes the limit on what is pushed; 0 is none."""

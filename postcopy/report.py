@@ -90,6 +90,7 @@ def served(machine: Machine, statistics: PageServerStatistics | None) -> Json:
             "background-pages": statistics.background_pages,
             "zero-pages": statistics.zero_pages,
             "postcopy-requests": statistics.requests,
+            "released": statistics.released_bytes,
         }
     return result
 
@@ -146,6 +147,8 @@ def source_result(machine: Machine, statistics: MachineStatistics, migration: So
         "verification": [],
         "error": str(migration.failure) if migration.failure else None,
     }
+    if served_pages := migration.statistics():
+        result["ram"]["released"] = served_pages.released_bytes
     if migration.at_pause is not None:
         result["guest-at-pause"] = guest(machine, migration.at_pause)
     return result

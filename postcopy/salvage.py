@@ -13,6 +13,7 @@ before is overwritten.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -254,7 +255,18 @@ def _copy(source: int, begin: int, end: int, image: int, start: int) -> None:
         at = max(at, data)
         stop = min(end, os.lseek(source, at, os.SEEK_HOLE))
         while at < stop:
-            copied = os.copy_file_range(source, image, min(COPY_BYTES, stop - at), at, start + at)
+            copied = _copy_range(source, at, image, start + at, min(COPY_BYTES, stop - at))
             if not copied:
                 raise PostcopyError("a salvage became shorter while it was read")
             at += copied
+
+
+def _copy_range(source: int, at: int, image: int, to: int, size_bytes: int) -> int:
+    """How many bytes were copied; 0 at the end of the source."""
+    try:
+        return os.copy_file_range(source, image, size_bytes, at, to)
+    except OSError as error:
+        # Between two file systems: some kernels and file systems cannot, and say it in one of these ways.
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    return os.pwrite(image, os.pread(source, size_bytes, at), to)

@@ -371,6 +371,7 @@ struct pc_pageserver_stats {
     uint64_t repeated_requests; /* asked again after having been answered on demand */
     uint64_t bytes_sent;     /* on data channels, headers included */
     uint64_t bytes_received;
+    uint64_t released_bytes; /* content given back to the host, see pc_pageserver_release */
 };
 int pc_pageserver_new(uint64_t max_bandwidth_bytes_per_s, struct pc_pageserver **server); /* 0: no limit; bulk only */
 /* Adds the next RAM block (index returned): memory->base is read where it is not NULL, else memory->fd by pread.
@@ -379,10 +380,20 @@ int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory
 int pc_pageserver_set_present(struct pc_pageserver *server, uint32_t block, const uint64_t *present_words);
 int pc_pageserver_attach_urgent(struct pc_pageserver *server, uint32_t shard, int fd, uint32_t busy_poll_us);
 int pc_pageserver_attach_bulk(struct pc_pageserver *server, uint32_t channel, int fd);
-/* Recovery: the destination has these pages and no others; all others are offered again. -EBUSY while a channel is attached. */
+/* Recovery: the destination has these pages and no others; all others are offered again. -EBUSY while a channel is attached,
+ * -ENODATA when a page that was released is not among them. */
 int pc_pageserver_set_received(struct pc_pageserver *server, uint32_t block, const uint64_t *received_words);
 /* Urgent requests are answered and bulk is pushed only from here on (until then the machine may still change). */
 int pc_pageserver_start(struct pc_pageserver *server);
+/* The destination has these pages for good: bit i of `words` is page first_page + i. None of them is read again, and their
+ * memory is given back, except for those that a channel is sending right now and those that share a larger page of memory
+ * with one that is not released: later calls see to them. A request for a released page is never answered with content.
+ * -EBUSY before the start, -ENOTSUP for memory that is a file. Blocks for as long as the kernel takes. */
+int pc_pageserver_release(struct pc_pageserver *server, uint32_t block, uint64_t first_page, uint64_t pages,
+                          const uint64_t *words);
+/* Copies of two maps, either of which may be NULL: pages that are released, and those of them whose memory is gone. */
+int pc_pageserver_released(struct pc_pageserver *server, uint32_t block, uint64_t *released_words,
+                           uint64_t *discarded_words);
 int pc_pageserver_set_bandwidth(struct pc_pageserver *server, uint64_t max_bandwidth_bytes_per_s);
 int pc_pageserver_event_fd(struct pc_pageserver *server);
 int pc_pageserver_next_event(struct pc_pageserver *server, struct pc_event *event);

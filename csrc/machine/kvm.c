@@ -226,7 +226,7 @@ static int check_features(struct pc_kvm *machine, char *error, size_t error_byte
             return pc_machine_error(error, error_bytes, -ENOTSUP, "this KVM lacks KVM_CAP_%s", needed[i].name);
     if ((uint32_t)has(machine, KVM_CAP_NR_MEMSLOTS) < PC_SLOTS_MAX)
         return pc_machine_error(error, error_bytes, -ENOTSUP, "this KVM has too few memory slots");
-    machine->has_sync_regs = has(machine, KVM_CAP_SYNC_REGS) & KVM_SYNC_X86_REGS;
+    machine->has_sync_regs = (unsigned long)has(machine, KVM_CAP_SYNC_REGS) & KVM_SYNC_X86_REGS;
     machine->has_xcrs = has(machine, KVM_CAP_XCRS);
     machine->has_debugregs = has(machine, KVM_CAP_DEBUGREGS);
     machine->has_tsc_control = has(machine, KVM_CAP_TSC_CONTROL);

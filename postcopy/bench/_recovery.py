@@ -159,7 +159,7 @@ def _heard(source: SourceProtocol, data: bytes, pages: int) -> Bitmap:
 def _cut_off(size_bytes: int) -> tuple[SourceProtocol, DestinationProtocol]:
     """Both sides of a migration that was cut when the machine ran at the destination, and that have met again."""
     source, dest = SourceProtocol(), DestinationProtocol()
-    offer = Offer(bytes(ID_BYTES), bytes(ID_BYTES), "simulated", {}, (Block("memory", size_bytes, 4096),), 1)
+    offer = Offer(bytes(ID_BYTES), bytes(ID_BYTES), "simulated", {}, (Block("memory", size_bytes, 4096),), 1, 0)
 
     def hear(side: SourceProtocol | DestinationProtocol, data: bytes) -> None:
         side.receive_data(data)

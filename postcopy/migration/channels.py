@@ -8,7 +8,8 @@ handshake may have been read, so the handshake is read with exactly as many byte
 
 **Coming back.** A migration that has lost its connection is a *membership* that goes on: whoever knows its id and token
 and brings a higher epoch than anybody before gets its place, even while this side still believes in the old connection,
-which may be half open. The side that had called calls again, at first several times a second.
+which may be half open. The side that had called calls again, at first several times a second, and at another address
+when it is told one (`Route`); the side that listens does not look at where somebody calls from.
 
 **Strangers.** A listening port will be found by port scanners, browsers and the wrong version of ourselves. Until a
 peer has said a proper hello it gets `HANDSHAKE_TIMEOUT_S` and 64 KiB; at most `MAX_HALF_OPEN` may be in that state,
@@ -117,6 +118,83 @@ def parse_address(text: str, *, listening: bool = False) -> Address:
     if not host.isprintable() or " " in host:
         raise unusable("the host has characters that no host name has")
     return Address(host, port)
+
+
+MAX_PEER_FILE_BYTES = 4096
+
+
+def read_peer_file(path: str) -> Address:
+    """The HOST:PORT that is all a file holds. `ConfigurationError` when it cannot be read or says something else."""
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer, nor reading one.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            content = os.read(fd, MAX_PEER_FILE_BYTES + 1)
+        finally:
+            os.close(fd)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigurationError(f"--peer-file {path}: {reason}") from error
+    if len(content) > MAX_PEER_FILE_BYTES:
+        raise ConfigurationError(f"--peer-file {path}: more than {MAX_PEER_FILE_BYTES} bytes; write one HOST:PORT")
+    try:
+        return parse_address(content.decode("utf-8", "replace").strip())
+    except ConfigurationError as error:
+        raise ConfigurationError(f"--peer-file {path}: {error}") from error
+
+
+class Route:
+    """Where the peer listens, for a side that connects. It may change while a migration lasts: that disturbs no
+    connection, the next attempt to come back goes there. Trio thread only."""
+
+    def __init__(self, address: Address, look_up: Callable[[], Address] | None = None) -> None:
+        """`look_up` says where the peer is now, or raises `ConfigurationError`."""
+        self.address = address
+        self.proven = False  # somebody there has known the migration
+        self._named = address  # as the user has written it; `address` may be what that resolved to
+        self._look_up = look_up
+        self._changed = trio.Event()
+
+    def change(self, address: Address) -> None:
+        """From the next attempt on, which is made at once."""
+        self._named = address
+        if address != self.address:
+            log.warning("the peer is now looked for at %s", address)
+            self.address = address
+            self.proven = False
+        self.wake()
+
+    def wake(self) -> None:
+        """Has the next attempt made at once."""
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def refresh(self, *, told: bool = False) -> None:
+        """Looks up where the peer is. What cannot be understood is logged, and the old address stays. `told`: the user
+        has asked for it, so a name is resolved anew even if it is the same one."""
+        if self._look_up is None:
+            return
+        try:
+            address = self._look_up()
+        except ConfigurationError as error:
+            log.warning("%s; the peer is looked for at %s as before", error, self.address)
+            return
+        if told or address != self._named:
+            self.change(address)
+
+    def answered(self, asked: Address, address: Address) -> None:
+        """The peer is there: this very address from now on, not the name, which might mean another host next time.
+        Unless another one was named while it was asked."""
+        if asked == self.address:
+            self.address = address
+            self.proven = True
+
+    async def pause(self, seconds: float) -> bool:
+        """Sleeps, but not longer than the address stays the same. True when it has changed."""
+        with trio.move_on_after(seconds):
+            await self._changed.wait()
+            return True
+        return False
 
 
 def address_of(stream: trio.SocketStream) -> Address:
@@ -229,30 +307,25 @@ class Membership(abc.ABC):
     """
 
     def __init__(self) -> None:
-        self.held = False
+        self._held = False
         self._changed = trio.Event()
+
+    def is_held(self) -> bool:
+        return self._held
 
     def hold(self) -> None:
         """Gives the connection up and makes no other one until `let_go`."""
-        self.held = True
+        self._held = True
         self._notify()
 
-    def let_go(self, address: Address | None = None) -> None:
-        """Looks for the peer (again), now, and from now on at this address. `ConfigurationError` for an address on the
-        side that listens."""
-        if address is not None:
-            self._move(address)
-        self.held = False
+    def let_go(self) -> None:
+        """Looks for the peer (again), now."""
+        self._held = False
         self._notify()
 
     def _notify(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
-
-    def _move(self, address: Address) -> None:
-        raise ConfigurationError(
-            "this side listens, so the other one connects: it is the other one that must be told a new address"
-        )
 
     @abc.abstractmethod
     async def next_link(self) -> tuple[Link, Session]:
@@ -280,6 +353,11 @@ class Link(abc.ABC):
         self.control = control
         self.peer = peer
 
+    def reconnect_to(self, address: Address) -> None:
+        """When the connection is lost (or has been), the peer is looked for there. `ConfigurationError` on the side
+        that listens: it takes the peer from wherever it comes."""
+        raise ConfigurationError(f"this side listens; tell the other one to connect to {address} or wherever this is")
+
     @abc.abstractmethod
     def door(self, session: Session) -> contextlib.AbstractContextManager[Door]:
         """Lets data channels of `session` come in as long as the block lasts."""
@@ -296,21 +374,27 @@ def _keys(shards: int, bulk_channels: int) -> list[ChannelKey]:
 class CallingLink(Link):
     """We have connected, so we open the data channels too."""
 
-    def __init__(self, control: trio.SocketStream, address: Address, side: str) -> None:
-        # The very address that answered, not the name again: it might resolve to another host the next time.
+    def __init__(self, control: trio.SocketStream, route: Route, asked: Address, side: str) -> None:
+        """`asked`: the address of the route that has answered."""
         super().__init__(control, address_of(control))
-        self.name = address
+        self._route = route
         self._side = side
+        route.answered(asked, self.peer)
 
     @classmethod
-    async def open(cls, address: Address, side: str) -> CallingLink:
+    async def open(cls, where: Address | Route, side: str) -> CallingLink:
         """Connects to a listening peer. `side` is what we are: ``source`` or ``dest``."""
-        stream = await connect(address, Hello("control", side, 0, b"", 0, b""))
+        route = where if isinstance(where, Route) else Route(where)
+        asked = route.address
+        stream = await connect(asked, Hello("control", side, 0, b"", 0, b""))
         try:
-            return cls(stream, address, side)
+            return cls(stream, route, asked, side)
         except PeerError:
             await trio.aclose_forcefully(stream)
             raise
+
+    def reconnect_to(self, address: Address) -> None:
+        self._route.change(address)
 
     @contextlib.contextmanager
     def door(self, session: Session) -> Iterator[Door]:
@@ -318,55 +402,59 @@ class CallingLink(Link):
 
     @contextlib.contextmanager
     def membership(self, session: Session) -> Iterator[Membership]:
-        yield _CallingMembership(self.peer, self._side, session)
+        yield _CallingMembership(self._route, self._side, session)
 
 
 class _CallingMembership(Membership):
-    def __init__(self, peer: Address, side: str, session: Session) -> None:
+    def __init__(self, route: Route, side: str, session: Session) -> None:
         super().__init__()
-        self._peer = peer
+        self._route = route
         self._side = side
         self._session = session
 
-    def _move(self, address: Address) -> None:
-        self._peer = address
+    def let_go(self) -> None:
+        super().let_go()
+        self._route.wake()
 
     async def next_link(self) -> tuple[Link, Session]:
         began_s = trio.current_time()
         pause_s = RECONNECT_FIRST_S
         said = ""
+        self._route.refresh()
         while True:
-            while self.held:
+            while self.is_held():
                 await self._changed.wait()
-            changed, peer = self._changed, self._peer
             # Each attempt has an epoch of its own: one that was lost on its way must not be taken for the next one.
             session = self._session = replace(self._session, epoch=self._session.epoch + 1)
             hello = Hello("control", self._side, 0, session.migration, session.epoch, session.token)
             try:
-                stream = await connect(peer, hello, RECONNECT_ATTEMPT_S)
+                asked = self._route.address
+                stream = await connect(asked, hello, RECONNECT_ATTEMPT_S)
                 try:
-                    if not self.held and peer == self._peer:
-                        return CallingLink(stream, peer, self._side), session
+                    if not self.is_held():
+                        return CallingLink(stream, self._route, asked, self._side), session
                 except BaseException:
                     await trio.aclose_forcefully(stream)
                     raise
                 await trio.aclose_forcefully(stream)
             except (PeerError, ProtocolError) as error:
                 if isinstance(error, RefusedError) and error.reason in (NO_SUCH_MIGRATION, WRONG_TOKEN):
-                    raise
-                if str(error) != said:
-                    said = str(error)
-                    log.info("not connected again yet: %s", said)
-            with trio.move_on_after(pause_s * random.uniform(0.5, 1)) as waiting:
-                await changed.wait()
-            if not waiting.cancelled_caught:
-                began_s, pause_s = trio.current_time(), RECONNECT_FIRST_S  # somebody knows more than we do
+                    # Of the host that we had been with this is an answer. At a new address it may be anybody's.
+                    if self._route.proven:
+                        raise
+                    if str(error) != said:
+                        log.warning("%s; is that the right address?", error)
+                elif str(error) != said:
+                    log.info("not connected again yet: %s", error)
+                said = str(error)
+            if await self._route.pause(pause_s * random.uniform(0.5, 1)):
+                began_s, pause_s = trio.current_time(), RECONNECT_FIRST_S
                 continue
             patient = trio.current_time() - began_s > RECONNECT_PATIENT_AFTER_S
             pause_s = min(2 * pause_s, RECONNECT_PATIENT_CAP_S if patient else RECONNECT_CAP_S)
 
     async def superseded(self) -> None:
-        while not self.held:  # nobody but this side connects
+        while not self.is_held():  # nobody but this side connects
             await self._changed.wait()
         raise PeerError(HELD)
 
@@ -461,7 +549,7 @@ class _ListeningMembership(Membership):
         """`Refusal` unless the peer may come back with this. From here on its epoch is used up."""
         if not same_secret(self.session.token, hello.token):
             raise Refusal(WRONG_TOKEN)
-        if self.held:
+        if self.is_held():
             raise Refusal(HELD)
         if hello.epoch <= self.session.epoch:
             raise Refusal(f"stale epoch {hello.epoch}, this is {self.session.epoch}")
@@ -484,7 +572,7 @@ class _ListeningMembership(Membership):
 
     async def superseded(self) -> None:
         while not self._links:
-            if self.held:
+            if self.is_held():
                 raise PeerError(HELD)
             await self._changed.wait()
 
@@ -696,7 +784,7 @@ class Reception:
         member.reserve(hello)
         await stream.send_all(handshake.send_welcome())
         # Somebody with a higher epoch may have come while we said welcome, and the migration may have ended or be held.
-        if self.members.get(hello.migration) is not member or member.session.epoch != hello.epoch or member.held:
+        if self.members.get(hello.migration) is not member or member.session.epoch != hello.epoch or member.is_held():
             return False
         member.enter(_ListeningLink(stream, self), hello.epoch)
         self.accepted += 1

@@ -67,6 +67,7 @@ from postcopy.migration.protocol import (
     State,
     Switchover,
 )
+from postcopy.migration.release import PlacedReporter
 from postcopy.pager import ChannelKind, EventType, Pager
 from postcopy.uffd import How
 
@@ -138,6 +139,7 @@ class DestinationMigration:
         self._pushing: set[int] = set()  # bulk channels that have not said `end`
         self._pushed_all = trio.Event()
         self._bulk_channels = 0
+        self._placed = PlacedReporter()
         self._session: Session | None = None
         self._membership: Membership | None = None
         self._stack = ExitStack()  # of the membership
@@ -197,10 +199,17 @@ class DestinationMigration:
         steered(self._membership, self.state).hold()
 
     def let_go(self, address: Address | None = None) -> None:
-        """Looks for the source (again), at this address where one is given."""
-        steered(self._membership, self.state).let_go(address)
+        """Looks for the source (again), at this address where one is given; see `reconnect_to`."""
+        membership = steered(self._membership, self.state)
+        if address is not None:
+            self.reconnect_to(address)
+        membership.let_go()
 
     # ---- doing it
+
+    def reconnect_to(self, address: Address) -> None:
+        """As `SourceMigration.reconnect_to`."""
+        self._link.reconnect_to(address)
 
     async def run(self, stop: trio.Event) -> None:
         """Returns when every page is here, or when it has failed; a migration that is `PAUSED` goes on when the source
@@ -255,9 +264,16 @@ class DestinationMigration:
             await self._membership.superseded()
             raise PeerError("the source has come back on another connection")
 
+        async def acknowledgements() -> None:
+            await self._machine_made.wait()
+            assert self._offer is not None
+            assert self._pager is not None
+            if self._offer.placed_every_ms:
+                await self._placed.run(control, self._pager.received, self._offer.placed_every_ms / 1000)
+
         watchers = (self._watch_pager, self._watch_answers, self._watch_machine, interruption, replacement)
         try:
-            await scope.run(main, control.run, *watchers)
+            await scope.run(main, control.run, *watchers, acknowledgements)
             if self.state is not State.COMPLETED:
                 # A refusal of ours first: the source may hang up, and be heard, before its sending has returned.
                 self.failure = self._refusal or scope.failure or Interrupted("interrupted at the destination")
@@ -303,6 +319,7 @@ class DestinationMigration:
                     self.failure = found
                 return
             link, self._session = found
+            self.peer = link.peer
             self._protocol.reconnected()
             self._on_change()
             recovered = self.recoveries.count
@@ -338,13 +355,16 @@ class DestinationMigration:
         assert pager is not None
         assert self._session is not None
         maps = digest = 0
+        told = []
         for number, _ in enumerate(machine.blocks):
             received = await trio.to_thread.run_sync(pager.received, number)
+            told.append(received)
             digest = received.crc32c(digest)
             for first_page, part in received.parts(PAGE_MAP_PAGES):
                 runs = part.rle_encode()
                 await control.send(protocol.send_received_map(number, first_page, len(part), runs))
                 maps += 1
+        self._placed.told(told)
         with link.door(self._session) as door:
             await control.send(protocol.send_recover(self._resume_ns, maps, digest))
             await control.receive(Recovered, STEP_TIMEOUT_S)
@@ -449,8 +469,10 @@ class DestinationMigration:
         if not isinstance(message, Switchover):
             raise ProtocolError(f"{message.TYPE} came where switchover was due")
         collector.finish(message.TYPE, message.maps)
-        for number, bitmap in enumerate(collector.bitmaps):
-            pager.set_zero(number, bitmap.inverted())
+        zero = [bitmap.inverted() for bitmap in collector.bitmaps]
+        for number, bitmap in enumerate(zero):
+            pager.set_zero(number, bitmap)
+        self._placed.told(zero)
         for number, block in enumerate(machine.blocks):
             pager.arm(block.shard, number, 0, block.memory.pages)
         for vcpu, tid in enumerate(machine.vcpu_threads()):

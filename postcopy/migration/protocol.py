@@ -28,6 +28,11 @@ connection. The destination tells what it has (`received-map`, a digest over all
 answers `recovered`, and both go on where they were. Whatever else comes on the way (another cut, at any byte) leads
 back to where it began, any number of times. An epoch is used once: who brings an old one is refused.
 
+**Giving memory back.** A source that wants to free memory as it goes asks for it in the offer (`placed_every_ms`). The
+destination then says in `placed`, while the machine runs there, what has become known since it last said so. That is a
+promise: the source may free these pages, and a `received-map` that lacks one of them later is refused. A `placed` that
+is lost costs nothing but time, since a recovery tells everything anew; nothing is ever acknowledged twice as a duty.
+
 States of the source (s: it sends, r: it receives)::
 
     SETUP --s offer--> OFFERED --r accept--> CHANNELS --r ready--> READY
@@ -40,7 +45,7 @@ States of the source (s: it sends, r: it receives)::
       from here on never again here                                  | s commit      <- point of no return
                                                                  COMMITTED
       connection lost --> PAUSED                                     | r running
-                            |   ^                                POSTCOPY
+                            |   ^                                POSTCOPY    (r placed, again and again)
                 reconnected |   | connection lost                    | r complete
                             v   |                                 CLOSING --s complete-ack--> COMPLETED
                           RECOVER  (r received-map, again and again)
@@ -72,7 +77,7 @@ import msgpack
 from postcopy._errors import PeerError, ProtocolError
 from postcopy._native import lib
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 MAGIC: Final = b"postcpy"
 PREAMBLE: Final = MAGIC + bytes([PROTOCOL_VERSION])
 
@@ -90,6 +95,8 @@ MAX_PAGE_BYTES: Final = 4 * 1024 * 1024  # one page must fit into one data frame
 PAGE_MAP_PAGES: Final = 8 * 1024 * 1024
 """Pages a `page-map` describes at most. A run takes at least a page and, when it is short, one byte: so the worst
 map, every other page present, stays below MAX_MESSAGE_BYTES."""
+PLACED_PAGES: Final = 1024 * 1024
+"""Pages a `placed` describes at most: a megabyte at worst, since pings have to get past it."""
 
 # ---- Messages: each is a frozen dataclass, each field of which knows what the peer may put into it.
 
@@ -247,6 +254,7 @@ class Offer(Message):
     config: Mapping[str, Any] = _wire(_table)
     blocks: tuple[Block, ...] = _wire(_list_of(_block, 1, MAX_BLOCKS))
     bulk_channels: int = _wire(_number(1, MAX_BULK_CHANNELS))
+    placed_every_ms: int = _wire(_number(0, 60_000))  # how often `placed` is wanted, 0: never
 
 
 @dataclass(frozen=True)
@@ -298,6 +306,17 @@ class Commit(Message):
 class Running(Message):
     TYPE: ClassVar[str] = "running"
     resume_ns: int = _wire(_number(0, U63))
+
+
+@dataclass(frozen=True)
+class Placed(Message):
+    """Pages that are at the destination for good, and were not told before on this connection."""
+
+    TYPE: ClassVar[str] = "placed"
+    block: int = _wire(_number(0, MAX_BLOCKS - 1))
+    first_page: int = _wire(_number(0, U63))
+    pages: int = _wire(_number(1, PLACED_PAGES))
+    runs: bytes = _wire(_octets(0, PLACED_PAGES + 1))  # a byte a run, and one for an empty first run
 
 
 @dataclass(frozen=True)
@@ -357,8 +376,8 @@ class Pong(Message):
 _MESSAGES: Final[Mapping[str, type[Message]]] = {
     cls.TYPE: cls
     for cls in (
-        Hello, Welcome, Refused, Offer, Accept, Reject, Ready, PageMap, Switchover, Prepared, Commit, Running, Complete,
-        CompleteAck, ReceivedMap, Recover, Recovered, Abort, Ping, Pong,
+        Hello, Welcome, Refused, Offer, Accept, Reject, Ready, PageMap, Switchover, Prepared, Commit, Running, Placed,
+        Complete, CompleteAck, ReceivedMap, Recover, Recovered, Abort, Ping, Pong,
     )
 }  # fmt: skip
 
@@ -640,7 +659,7 @@ _DESTINATION_SENDS: Final[Mapping[State, Moves]] = {
     S.SWITCHOVER: {"abort": S.ABORTED},
     S.HANDED: {"prepared": S.PREPARED, "abort": S.ABORTED},
     S.COMMITTED: {"running": S.POSTCOPY},
-    S.POSTCOPY: {"complete": S.CLOSING},
+    S.POSTCOPY: {"placed": S.POSTCOPY, "complete": S.CLOSING},  # `placed` only where the offer asked for it
     S.RECOVER: {"received-map": S.RECOVER, "recover": S.RECOVERING},
 }
 # What a side may receive is what the other one could send *when it sent it*: an abort crosses messages of ours on its
@@ -653,7 +672,7 @@ _SOURCE_RECEIVES: Final[Mapping[State, Moves]] = {
     S.SWITCHOVER: {"abort": S.ABORTED},
     S.HANDED: {"prepared": S.PREPARED, "abort": S.ABORTED},
     S.COMMITTED: {"running": S.POSTCOPY},
-    S.POSTCOPY: {"complete": S.CLOSING},
+    S.POSTCOPY: {"placed": S.POSTCOPY, "complete": S.CLOSING},  # `placed` only where the offer asked for it
     S.RECOVER: {"received-map": S.RECOVER, "recover": S.RECOVERING},
 }
 _DESTINATION_RECEIVES: Final[Mapping[State, Moves]] = {
@@ -692,6 +711,7 @@ class _ControlProtocol:
         self._reason = ""
         self._in_doubt = False  # destination: `commit` may have been sent, and has not come
         self._complete_said = False  # destination: every page is here, and `complete` has been sent at least once
+        self._placed_wanted = False  # the offer asked for `placed`
         self._machine_runs = False  # at the destination: `running` has been said, or `recover` with it
 
     @property
@@ -819,6 +839,10 @@ class _ControlProtocol:
         after = table.get(self._state, {}).get(message.TYPE)
         if after is None:
             raise ProtocolError(f"{message.TYPE} must not be {verb} by the {self.SIDE} in state {self._state.value}")
+        if isinstance(message, Placed) and not self._placed_wanted:
+            raise ProtocolError(f"placed must not be {verb} by the {self.SIDE}: the offer did not ask for it")
+        if isinstance(message, Offer):
+            self._placed_wanted = bool(message.placed_every_ms)
         if isinstance(message, Running) or (isinstance(message, Recover) and message.resume_ns):
             self._machine_runs = True
         elif isinstance(message, Recovered):
@@ -904,6 +928,10 @@ class DestinationProtocol(_ControlProtocol):
 
     def send_running(self, resume_ns: int) -> bytes:
         return self._send(Running(resume_ns))
+
+    def send_placed(self, block: int, first_page: int, pages: int, runs: bytes) -> bytes:
+        """Only where the offer asked for it. From here on the source may free these pages."""
+        return self._send(Placed(block, first_page, pages, runs))
 
     def send_complete(self, stats: Mapping[str, Any]) -> bytes:
         data = self._send(Complete(stats))

@@ -27,10 +27,11 @@ from functools import partial
 
 import trio
 
-from postcopy._errors import MigrationError, PeerError, PostcopyError, ProtocolError
+from postcopy._errors import ConfigurationError, MigrationError, PeerError, PostcopyError, ProtocolError
 from postcopy._logs import about
 from postcopy.bitmap import Bitmap
 from postcopy.machines import Machine, MachineEventType, MachineStatistics
+from postcopy.memory import MemoryKind
 from postcopy.migration._session import (
     HEARTBEAT_S,
     RECOVER_UNOWNED_S,
@@ -55,6 +56,7 @@ from postcopy.migration.protocol import (
     Block,
     Complete,
     Offer,
+    Placed,
     Prepared,
     Ready,
     ReceivedMap,
@@ -63,6 +65,7 @@ from postcopy.migration.protocol import (
     SourceProtocol,
     State,
 )
+from postcopy.migration.release import PLACED_EVERY_MS, Releaser
 from postcopy.pageserver import EventType, PageServer, PageServerStatistics
 
 DEFAULT_BULK_CHANNELS = 2  # while one of its threads copies a page into place, the other receives
@@ -80,6 +83,7 @@ class SourceOptions:
     prepare_timeout_s: float = PREPARE_TIMEOUT_S
     heartbeat_s: float = HEARTBEAT_S
     recover_for_s: float = math.inf  # how long a lost destination is waited for
+    release_ram: bool = False  # give memory back as the destination acknowledges it, after `commit`
     name: str = ""  # of the machine, told to the destination with its configuration
 
 
@@ -95,7 +99,10 @@ class SourceMigration:
         make_server: Callable[[int], PageServer] = PageServer,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_change` is called, in the Trio thread, whenever `status` may have changed."""
+        """`on_change` is called, in the Trio thread, whenever `status` may have changed. `ConfigurationError` for
+        `release_ram` with a machine whose memory is somebody's file."""
+        if options.release_ram:
+            check_releasable(machine)
         self.machine = machine
         self.machine_name = options.name
         self.peer = link.peer
@@ -113,6 +120,8 @@ class SourceMigration:
         self._on_change = on_change
         self._server: PageServer | None = None
         self._server_made = trio.Event()
+        self._releaser: Releaser | None = None  # with `release_ram`
+        self._discarded: list[Bitmap] | None = None  # as it was when the server ended
         self._last_statistics: PageServerStatistics | None = None
         self._protocol = SourceProtocol()
         self._session = Session(secrets.token_bytes(ID_BYTES), secrets.token_bytes(ID_BYTES), epoch=0)
@@ -158,6 +167,17 @@ class SourceMigration:
             self._last_statistics = self._server.statistics()
         return self._last_statistics
 
+    def kept(self) -> list[Bitmap]:
+        """For each RAM block what is (still) here, in the memory's own pages: all of it, but for what `release_ram` has
+        given back. After `run`."""
+        maps = []
+        for number, block in enumerate(self.machine.blocks):
+            gone = self._discarded[number] if self._discarded else Bitmap(0)
+            unit = self._units[number] if self._discarded else 0
+            memory = block.memory
+            maps.append(gone.rescaled(unit, memory.page_bytes).inverted() if unit else Bitmap.full(memory.pages))
+        return maps
+
     # ---- steering it
 
     def set_bandwidth(self, max_bandwidth_bytes_per_s: int) -> None:
@@ -177,10 +197,18 @@ class SourceMigration:
         steered(self._membership, self.state).hold()
 
     def let_go(self, address: Address | None = None) -> None:
-        """Looks for the destination (again), at this address where one is given."""
-        steered(self._membership, self.state).let_go(address)
+        """Looks for the destination (again), at this address where one is given; see `reconnect_to`."""
+        membership = steered(self._membership, self.state)
+        if address is not None:
+            self.reconnect_to(address)
+        membership.let_go()
 
     # ---- doing it
+
+    def reconnect_to(self, address: Address) -> None:
+        """The destination is looked for there when the connection is lost, or at once when it has been. A connection
+        that works is left alone. `ConfigurationError` on the side that listens."""
+        self._link.reconnect_to(address)
 
     async def run(self, go: trio.Event, stop: trio.Event, *, hold: bool = True) -> None:
         """Migrates when `go` is set, and gives up when `stop` is.
@@ -199,6 +227,8 @@ class SourceMigration:
                 await self._connected(self._link, partial(self._migrate, go=go), membership, stop)
                 if self._protocol.recoverable and not self._fatal:
                     await self._recover(membership, stop, self._options.recover_for_s if hold else RECOVER_UNOWNED_S)
+            if self.state is State.COMPLETED and self._releaser is not None:
+                await self._release_rest(self._releaser)
             if self.state is State.PAUSED and hold:
                 await stop.wait()
         finally:
@@ -228,7 +258,8 @@ class SourceMigration:
             raise PeerError("the destination has come back on another connection")
 
         try:
-            await scope.run(main, control.run, self._watch_server, self._watch_machine, interruption, replacement)
+            watchers = (self._watch_server, self._watch_machine, interruption, replacement, self._release)
+            await scope.run(main, control.run, *watchers)
             if self._protocol.ended and self.state is State.COMPLETED:
                 return
             self.failure = scope.failure or Interrupted("interrupted at the source")
@@ -257,6 +288,7 @@ class SourceMigration:
                     self.failure = found
                 return
             link, self._session = found
+            self.peer = link.peer
             self._protocol.reconnected()
             self._on_change()
             recovered = self.recoveries.count
@@ -279,6 +311,9 @@ class SourceMigration:
             digest = bitmap.crc32c(digest)
         if digest != message.digest:
             raise ProtocolError("recover: the received maps do not have the digest that was told")
+        if self._releaser is not None:
+            self._releaser.check(collector.bitmaps)
+            self._releaser.take_maps(collector.bitmaps)
         for number, bitmap in enumerate(collector.bitmaps):
             server.set_received(number, bitmap)
         with link.door(self._session) as door:
@@ -302,6 +337,7 @@ class SourceMigration:
                 {**machine.config(), "name": self._options.name} if self._options.name else machine.config(),
                 blocks,
                 self._options.bulk_channels,
+                PLACED_EVERY_MS if self._options.release_ram else 0,
             )
             await control.send(protocol.send_offer(offer))
             self._on_change()
@@ -311,6 +347,8 @@ class SourceMigration:
             self._server = self._make_server(self._options.max_bandwidth_bytes_per_s)
             for block, unit in zip(machine.blocks, accept.page_bytes, strict=True):
                 self._server.add_block(block.memory, unit)
+            if self._options.release_ram:
+                self._releaser = Releaser(self._server, len(blocks))
             self._server_made.set()
             self._shards, self._bulk_channels = accept.shards, accept.bulk_channels
             await self._attach(door)
@@ -346,6 +384,9 @@ class SourceMigration:
             self.running_ns = now_ns()
             log.info("the machine runs at the destination, %.3f ms after `commit`", message.resume_ns / 1e6)
             self._on_change()
+            message = await control.receive_any()
+        while isinstance(message, Placed) and self._releaser is not None:
+            self._releaser.take(message)
             message = await control.receive_any()
         if not isinstance(message, Complete):
             raise ProtocolError(f"{message.TYPE} came where complete was due")
@@ -406,6 +447,20 @@ class SourceMigration:
                 self._fatal = True
                 raise MigrationError(f"the page server cannot go on: {event.text}")
 
+    async def _release(self) -> None:
+        await self._server_made.wait()
+        if self._releaser is not None:
+            await self._releaser.run()
+
+    async def _release_rest(self, releaser: Releaser) -> None:
+        """Every page has arrived: the machine that stays behind here is empty."""
+        assert self._server is not None
+        try:
+            await self._server.disconnect()  # so that nothing is under way
+            await releaser.release_all()
+        except PostcopyError as error:
+            log.error("%s", error)
+
     async def _watch_machine(self) -> None:
         async for event in self.machine.events():
             if event.type is MachineEventType.FAILED and not self._protocol.committed:
@@ -444,11 +499,22 @@ class SourceMigration:
         if self._server is None:
             return
         self.statistics()
+        if self._releaser is not None:
+            self._discarded = [self._server.discarded(number) for number in range(len(self._units))]
         server, self._server = self._server, None
         try:
             await server.close()
         except PostcopyError as error:
             log.error("%s", error)
+
+
+def check_releasable(machine: Machine) -> None:
+    """`ConfigurationError` unless the memory is the machine's own, to be thrown away when it is elsewhere."""
+    if any(block.memory.kind is MemoryKind.FILE for block in machine.blocks):
+        raise ConfigurationError(
+            f"--release-ram: the memory of a machine of kind {machine.kind} is a file of yours, which stays as it is;"
+            " leave the option out"
+        )
 
 
 def _why(text: str) -> str:

@@ -2,44 +2,81 @@
 """Migrations of running machines over a network that is cut several times a second, for as long as wanted.
 
 ``python -m postcopy.testing.soak --seconds 600`` runs one `postcopy demo` after the other, each with its own seed; each
-verifies every page of its machine. The first one that fails ends it, and is named so that it can be run again.
+verifies every page of its machine. Every other one has its pager in a process of its own, which is killed a few times.
+The first one that fails ends it, and is named so that it can be run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
+import os
+import random
 import secrets
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 WORKLOADS = ("random", "dirty")
+PAGERS = ("thread", "process")
 PLAN = "cut:every=0.05..0.25,down=0..0.05,ways=reset+reset+reset+close+truncate"
 DEADLINE_S = 300
+PAGER_LIVES_S = (0.2, 1.0)
 
 
-def command(workload: str, memory: str, seed: int, plan: str) -> list[str]:
+def command(workload: str, memory: str, seed: int, plan: str, pager: str) -> list[str]:
     machine = ["--machine", "kvm", "--memory", memory, "--vcpus", "2", "--workload", workload, "--run-for", "0.5"]
-    return ["demo", "--json", *machine, "--migrate-after", "0.2", "--chaos", plan, "--seed", str(seed)]
+    network = ["--migrate-after", "0.2", "--chaos", plan, "--seed", str(seed)]
+    return ["demo", "--json", *machine, *network, "--pager", pager]
 
 
-def run_one(arguments: list[str]) -> tuple[dict[str, Any] | None, str]:
-    """Its result, or None and what it said last."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "postcopy", *arguments],
-            capture_output=True, text=True, timeout=DEADLINE_S, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return None, f"not done within {DEADLINE_S} s"
-    lines = done.stdout.strip().splitlines()
-    result = json.loads(lines[-1]) if lines else {}
-    if done.returncode or result.get("status") != "completed" or result.get("verified") is not True:
-        return None, str(result.get("error") or done.stderr.strip()[-500:])
+def run_one(arguments: list[str], seed: int) -> tuple[dict[str, Any] | None, str]:
+    """Its result, or None and what it said last. A pager that is a process is killed again and again meanwhile."""
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            [sys.executable, "-m", "postcopy", *arguments], stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
+        late = threading.Timer(DEADLINE_S, process.kill)
+        late.start()
+        try:
+            assert process.stdout is not None
+            result = _follow(process.stdout, random.Random(seed))
+        finally:
+            late.cancel()
+            process.kill()
+        status = process.wait()
+        errors.seek(0)
+        if status or result.get("status") != "completed" or result.get("verified") is not True:
+            return None, str(result.get("error") or errors.read().strip()[-500:] or f"ended with status {status}")
     return result, ""
+
+
+def _follow(lines: Iterable[str], choose: random.Random) -> dict[str, Any]:
+    """The last line; on the way a pager dies whenever its time has come."""
+    message: dict[str, Any] = {}
+    spared: tuple[int, float] = (0, 0.0)  # a process, and until when it may live
+    for line in lines:
+        message = json.loads(line)
+        pid = (message.get("pager") or {}).get("pid")
+        if message.get("event") != "progress" or not pid or message.get("status") != "postcopy-active":
+            continue
+        if pid != spared[0]:
+            spared = (pid, time.monotonic() + choose.uniform(*PAGER_LIVES_S))
+        elif time.monotonic() > spared[1]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            spared = (pid, math.inf)
+    return message
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,12 +88,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     seed = args.seed if args.seed is not None else secrets.randbits(31)
     began_s = time.monotonic()
-    migrations = cuts = recoveries = pages = 0
+    migrations = cuts = recoveries = deaths = pages = 0
     longest_ms: list[float] = []
     mean_ms: list[float] = []
     while time.monotonic() - began_s < args.seconds:
-        arguments = command(WORKLOADS[migrations % len(WORKLOADS)], args.memory, seed + migrations, args.plan)
-        result, reason = run_one(arguments)
+        workload, pager = WORKLOADS[migrations % 2], PAGERS[migrations // 2 % 2]
+        arguments = command(workload, args.memory, seed + migrations, args.plan, pager)
+        result, reason = run_one(arguments, seed + migrations)
         if result is None:
             print(f"soak: FAILED: {reason}\nsoak: again with: postcopy {' '.join(arguments)}", file=sys.stderr)
             return 1
@@ -64,13 +102,14 @@ def main(argv: list[str] | None = None) -> int:
         migrations += 1
         cuts += sum(result["chaos"]["cuts"].values())
         recoveries += told["count"]
+        deaths += result["pager"].get("deaths", 0)
         pages += result["ram"]["total"] // result["ram"]["page-size"]
         if told["count"]:
             longest_ms.append(told["max-ms"])
             mean_ms.append(told["total-ms"] / told["count"])
         print(
             f"soak: {time.monotonic() - began_s:6.0f} s  {migrations} migrations, {cuts} cuts,"
-            f" {recoveries} recoveries, {pages} pages verified, 0 wrong",
+            f" {recoveries} recoveries, {deaths} pagers killed, {pages} pages verified, 0 wrong",
             flush=True,
         )
     if longest_ms:

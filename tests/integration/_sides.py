@@ -40,6 +40,13 @@ class Side:
             assert time.monotonic() < deadline, f"no {what}:\n{self._child.output()[-2000:]}\n{self._child.errors()}"
             time.sleep(0.005)
 
+    def wait_for_errors(self, text: str, deadline_s: float = DEADLINE_S) -> None:
+        """Until it has said `text` on standard error."""
+        deadline = time.monotonic() + deadline_s
+        while text not in self._child.errors():
+            assert time.monotonic() < deadline, f"no {text!r}:\n{self._child.errors()}"
+            time.sleep(0.005)
+
     def wait_status(self, status: str) -> Json:
         return self.wait_for(f"status {status}", lambda line: line.get("status") == status)
 
@@ -60,6 +67,10 @@ class Side:
             ),
         )
         return int(later["guest"]["operations"])
+
+    @property
+    def pid(self) -> int:
+        return int(self._child.pid)
 
     def signal(self, number: int) -> None:
         self._child.send_signal(number)

@@ -45,6 +45,16 @@ def test_says_what_was_set(bits: list[bool]) -> None:
     assert sum(count for _, count in bitmap.runs(False)) == len(bits) - sum(bits)
 
 
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=300))
+def test_two_maps(pairs: list[tuple[bool, bool]]) -> None:
+    one, other = bitmap_of([a for a, _ in pairs]), bitmap_of([b for _, b in pairs])
+    assert as_list(one & other) == [a and b for a, b in pairs]
+    assert as_list(one.without(other)) == [a and not b for a, b in pairs]
+    for combine in (one.without, one.__and__):
+        with pytest.raises(ValueError, match="pages and one of"):
+            combine(Bitmap(len(one) + 1))
+
+
 @given(bit_lists)
 def test_run_length_form_gives_it_back(bits: list[bool]) -> None:
     bitmap = bitmap_of(bits)

@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
@@ -404,3 +405,137 @@ async def test_dead_data_connections_are_ended_by_the_kernel() -> None:
     assert there.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     there.close()
     here.close()
+
+
+# ---- a peer that moves
+
+
+@asynccontextmanager
+async def members(*hosts: str) -> AsyncIterator[tuple[list[c.Address], list[c.Membership]]]:
+    """A listening side at each host, all of the same migration, with nobody connected."""
+    async with contextlib.AsyncExitStack() as stack:
+        addresses, memberships = [], []
+        for host in hosts:
+            desk, address = await stack.enter_async_context(reception(host=host))
+            first = await c.CallingLink.open(address, "dest")
+            seen = await desk.next_link()
+            memberships.append(stack.enter_context(seen.membership(SESSION)))
+            addresses.append(address)
+            for link in (first, seen):
+                await trio.aclose_forcefully(link.control)
+        yield addresses, memberships
+
+
+def calling(route: c.Route) -> c.Membership:
+    return c._CallingMembership(route, "dest", SESSION)
+
+
+async def test_looked_for_at_a_new_address() -> None:
+    """Also by one that is trying the old one in vain already; and what comes afterwards is looked for there too."""
+    async with members("127.0.0.1", "127.0.0.2") as (addresses, memberships):
+        [closed] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        dead = c.Address("127.0.0.1", closed.socket.getsockname()[1])
+        await closed.aclose()
+        route = c.Route(dead)
+        membership = calling(route)
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                found: list[tuple[c.Link, c.Session]] = []
+
+                async def look() -> None:
+                    found.append(await membership.next_link())
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(look)
+                await trio.testing.wait_all_tasks_blocked()
+                route.change(addresses[1])
+            for host in (1, 0):
+                link, session = found.pop() if found else await membership.next_link()
+                assert link.peer == addresses[host]
+                there, seen = await memberships[host].next_link()
+                assert seen.epoch == session.epoch
+                with link.door(session) as mine, there.door(seen) as theirs:  # data channels go there as well
+                    got: list[dict[c.ChannelKey, FdHolder]] = []
+
+                    async def collect(door: c.Door, got: list[dict[c.ChannelKey, FdHolder]] = got) -> None:
+                        got.append(await door.channels(1, 1))
+
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(collect, mine)
+                        nursery.start_soon(collect, theirs)
+                for fd in (*got[0].values(), *got[1].values()):
+                    fd.close()
+                for one in (link, there):
+                    await trio.aclose_forcefully(one.control)
+                link.reconnect_to(addresses[0])
+
+
+async def test_a_refusal_at_a_new_address_is_not_the_peers(caplog: pytest.LogCaptureFixture) -> None:
+    """Anybody's listener knows nothing of us. Only the one that has known us can say that it does not any more."""
+    async with members("127.0.0.1") as ([address], [there]), reception(host="127.0.0.2") as (_, stranger):
+        route = c.Route(stranger)
+        membership = calling(route)
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                found: list[c.Link] = []
+
+                async def look() -> None:
+                    found.append((await membership.next_link())[0])
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(look)
+                while "is that the right address?" not in caplog.text:
+                    await trio.testing.wait_all_tasks_blocked()
+                    await trio.lowlevel.checkpoint()
+                route.change(address)
+            seen, _ = await there.next_link()
+            for one in (*found, seen):
+                await trio.aclose_forcefully(one.control)
+            route.change(stranger)
+            route.proven = True
+            with pytest.raises(p.RefusedError, match="no such migration"):
+                await membership.next_link()
+
+
+def test_route(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What a file says, read again when asked to; nonsense changes nothing."""
+    file = tmp_path / "peer"
+    file.write_text("first:1\n")
+    route = c.Route(c.read_peer_file(str(file)), lambda: c.read_peer_file(str(file)))
+    assert route.address == c.Address("first", 1)
+    route.answered(c.Address("first", 1), c.Address("192.0.2.1", 1))
+    route.refresh()  # the same name: the address that had answered
+    assert (route.address, route.proven) == (c.Address("192.0.2.1", 1), True)
+    route.refresh(told=True)  # the same name, but the user knows why
+    assert (route.address, route.proven) == (c.Address("first", 1), False)
+    file.write_text("  [2001:db8::7]:7\n\n")
+    route.refresh()
+    assert (route.address, route.proven) == (c.Address("2001:db8::7", 7), False)
+    route.answered(c.Address("first", 1), c.Address("192.0.2.1", 1))  # asked before it was changed
+    assert (route.address, route.proven) == (c.Address("2001:db8::7", 7), False)
+    for nonsense in (b"", b"nowhere", b"a:1\nb:2", b"\xff\xfe:1\0", b"x" * 5000, b"*:1", b"host:0"):
+        file.write_bytes(nonsense)
+        caplog.clear()
+        route.refresh(told=True)
+        assert route.address == c.Address("2001:db8::7", 7)
+        assert "looked for at [2001:db8::7]:7 as before" in caplog.text
+        with pytest.raises(ConfigurationError, match="--peer-file") as caught:
+            c.read_peer_file(str(file))
+        assert "\n" not in str(caught.value)
+    for path in (tmp_path, tmp_path / "none", "a\0b"):
+        with pytest.raises(ConfigurationError, match="--peer-file"):
+            c.read_peer_file(str(path))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigurationError, match="has no port"):
+        c.read_peer_file(str(tmp_path / "pipe"))
+    c.Route(c.Address("first", 1)).refresh(told=True)  # where there is nothing to look up
+
+
+async def test_a_side_that_listens_is_told_so() -> None:
+    async with reception() as (desk, address):
+        link = await c.CallingLink.open(address, "dest")
+        seen = await desk.next_link()
+        with pytest.raises(ConfigurationError, match="this side listens"):
+            seen.reconnect_to(c.Address("elsewhere", 1))
+        for one in (link, seen):
+            await trio.aclose_forcefully(one.control)

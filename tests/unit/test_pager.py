@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Protocol
 
 import pytest
@@ -519,3 +520,39 @@ async def test_events_read_well() -> None:
     event = Event(EventType.CHANNEL_DOWN, ChannelKind.BULK, 2, errno.EPIPE, "Broken pipe")
     assert str(event) == "channel-down bulk 2: Broken pipe"
     assert str(Event(EventType.COMPLETE)) == "complete"
+
+
+async def test_memory_given_back(tmp_path: Path) -> None:
+    """What is released is neither resident nor to be had; the rest is there as it was."""
+    with Memory.create("memfd", 8 * PAGE) as memory:
+        memory.write(0, b"x" * 8 * PAGE)
+        some = Bitmap(2)
+        some.set_range(1, 1)
+        async with PageServer() as server:
+            server.add_block(memory)
+            with pytest.raises(BusyError):
+                server.release(0, 0, some)
+            server.start()
+            for first_page in (-1, 7, 1 << 62):
+                with pytest.raises(IndexError):
+                    server.release(0, first_page, some)
+            with pytest.raises(IndexError):
+                server.release(1, 0, some)
+            server.release(0, 3, some)
+            assert memory.resident_bytes() == 7 * PAGE
+            assert server.statistics().released_bytes == PAGE
+            assert [list(map_.runs()) for map_ in (server.released(0), server.discarded(0))] == [[(4, 1)]] * 2
+            with pytest.raises(CoreError):
+                server.set_received(0, Bitmap(8))
+            server.set_received(0, server.released(0))
+        assert memory.read(0, 8 * PAGE) == b"x" * 4 * PAGE + bytes(PAGE) + b"x" * 3 * PAGE
+    image = tmp_path / "image"
+    image.write_bytes(b"x" * PAGE)
+    with Memory.from_file(image) as memory:
+        async with PageServer() as server:
+            server.add_block(memory)
+            server.start()
+            with pytest.raises(CoreError) as raised:
+                server.release(0, 0, Bitmap.full(1))
+            assert raised.value.errno == errno.ENOTSUP
+    assert image.read_bytes() == b"x" * PAGE

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -14,11 +15,12 @@ from hypothesis import strategies as st
 
 from postcopy._errors import PeerError, ProtocolError
 from postcopy._native import lib
+from postcopy.bitmap import Bitmap
 from postcopy.migration import protocol as p
 from postcopy.migration.protocol import DestinationProtocol, SourceProtocol, State
 
 BLOCKS = (p.Block("shared", 1 << 20, 4096), p.Block("vcpu0", 1 << 21, 4096))
-OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {"vcpus": 1, "nested": {"list": [1, 2]}}, BLOCKS, 1)
+OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {"vcpus": 1, "nested": {"list": [1, 2]}}, BLOCKS, 1, 200)
 HELLO = p.Hello("control", "source", 0, b"", 0, b"")
 
 MESSAGES = [
@@ -35,6 +37,7 @@ MESSAGES = [
     p.Prepared(),
     p.Commit(),
     p.Running(12345),
+    p.Placed(1, 64, 512, b"\x00\x80\x04"),
     p.Complete({"demand-pages": 3}),
     p.CompleteAck({"downtime-ns": 5}),
     p.ReceivedMap(1, 0, 512, b"\x00\x80\x04"),
@@ -76,6 +79,7 @@ def conversation() -> list[tuple[str, bytes, SourceProtocol, DestinationProtocol
         ("dest", lambda: dest.send_prepared()),
         ("source", lambda: source.send_commit()),
         ("dest", lambda: dest.send_running(100)),
+        ("dest", lambda: dest.send_placed(1, 64, 100, b"\x01\x02")),
         ("dest", lambda: dest.send_complete({})),
         ("source", lambda: source.send_complete_ack({})),
     ]
@@ -197,7 +201,7 @@ class TestMessages:
     def test_too_much_to_send(self) -> None:
         source = SourceProtocol()
         with pytest.raises(ProtocolError, match="more than a message may have"):
-            source.send_offer(p.Offer(b"m" * 16, b"t" * 16, "kvm", {"x": b"x" * p.MAX_MESSAGE_BYTES}, BLOCKS, 1))
+            source.send_offer(p.Offer(b"m" * 16, b"t" * 16, "kvm", {"x": b"x" * p.MAX_MESSAGE_BYTES}, BLOCKS, 1, 0))
         assert source.state is State.SETUP
 
 
@@ -234,7 +238,7 @@ class TestHandshake:
             (b"SSH-2.0-OpenSSH_9.2p1\r\n", "does not speak postcopy"),
             (b"HTTP/1.1 400 Bad Request", "does not speak postcopy"),
             (b"\x00", "does not speak postcopy"),
-            (b"postcpy\x02", "speaks version 2 of the postcopy protocol, this is version 1"),
+            (b"postcpy\x01", "speaks version 1 of the postcopy protocol, this is version 2"),
             (p.PREAMBLE + b"\x00\x01\x00\x01", "a message of 65537 bytes"),
             (p.PREAMBLE + b"\x00\x00\x00\x00", "a message of 0 bytes"),
             (p.PREAMBLE + b"\xff\xff\xff\xff", "a message of 4294967295 bytes"),
@@ -318,6 +322,7 @@ class TestStates:
             for state in State:
                 protocol = side()
                 protocol._state = state
+                protocol._placed_wanted = True
                 before = protocol.may_run
                 protocol.receive_data(p.encode(message))
                 allowed = message.TYPE in side._RECEIVES.get(state, {}) or message.TYPE in ("ping", "pong")
@@ -404,6 +409,31 @@ class TestStates:
         assert source.state is dest.state is State.POSTCOPY
         assert not source.may_run
         assert dest.may_run
+
+    def test_placed_is_for_those_who_asked(self) -> None:
+        for wanted in (0, 200):
+            source, dest = SourceProtocol(), DestinationProtocol()
+            dest.receive_data(source.send_offer(replace(OFFER, placed_every_ms=wanted)))
+            drain(dest)
+            source._state = dest._state = State.POSTCOPY
+            if wanted:
+                source.receive_data(dest.send_placed(0, 0, 256, b"\x01"))
+                assert drain(source) == [p.Placed(0, 0, 256, b"\x01")]
+                assert source.state is dest.state is State.POSTCOPY
+                continue
+            with pytest.raises(ProtocolError, match=r"placed must not be sent .*the offer did not ask for it"):
+                dest.send_placed(0, 0, 256, b"\x01")
+            source.receive_data(p.encode(p.Placed(0, 0, 256, b"\x01")))
+            with pytest.raises(ProtocolError, match=r"placed must not be received .*the offer did not ask for it"):
+                drain(source)
+
+    def test_largest_placed(self) -> None:
+        """The worst map: every other page, from the first one on."""
+        placed = Bitmap(p.PLACED_PAGES)
+        for page in range(0, p.PLACED_PAGES, 2):
+            placed.set_range(page, 1)
+        message = p.Placed(0, 0, p.PLACED_PAGES, placed.rle_encode())
+        assert p.decode(p.encode(message)[p.HEADER_BYTES :]) == message
 
     def test_complete_that_the_source_never_heard_of(self) -> None:
         dest = DestinationProtocol()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two peers and a network that delays, cuts and drops: whatever happens, there are never two owners of the machine, and
-once the network stays up, the migration comes to its end."""
+"""Two peers and a network that delays, cuts and drops: whatever happens, there are never two owners of the machine, no
+page is at neither end, and once the network stays up, the migration comes to its end."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from postcopy._errors import ProtocolError
+from postcopy.bitmap import Bitmap
 from postcopy.migration import protocol as p
 from postcopy.migration.protocol import DestinationProtocol, SourceProtocol, State
 
 BLOCKS = (p.Block("ram", 1 << 20, 4096),)
+PAGES = 256
 
 
 class TwoHosts(RuleBasedStateMachine):
@@ -22,8 +24,12 @@ class TwoHosts(RuleBasedStateMachine):
     size; a cut drops what is still on its way, in one direction or both, and the sides learn of it at different
     times."""
 
-    @initialize(first=st.one_of(st.integers(6, 9), st.integers(0, 14)), more=st.lists(st.integers(0, 4), max_size=5))
-    def begin(self, first: int, more: list[int]) -> None:
+    @initialize(
+        first=st.one_of(st.integers(6, 9), st.integers(0, 14)),
+        more=st.lists(st.integers(0, 4), max_size=5),
+        frees=st.booleans(),
+    )
+    def begin(self, first: int, more: list[int], frees: bool) -> None:
         """Steps that go well, with a cut and a new connection between one run and the next: without them hardly any
         example would get near the decision, or behind it."""
         self.source = SourceProtocol()
@@ -32,6 +38,11 @@ class TwoHosts(RuleBasedStateMachine):
         self.cut = {"source": False, "dest": False}
         self.ran_at_source = self.ran_at_dest = False
         self.source_decided = False
+        self.frees = frees  # the source wants to give memory back as it goes
+        self.arrived = Bitmap(PAGES)  # at the destination
+        self.told = Bitmap(PAGES)  # of them: to the source, as the destination believes
+        self.released = Bitmap(PAGES)  # at the source: not there any more
+        self.heard: Bitmap | None = None  # the received map of a recovery that is under way
         self.killed = False
         self.proceed(first)
         for steps in more:
@@ -50,20 +61,36 @@ class TwoHosts(RuleBasedStateMachine):
     def settle(self, name: str) -> None:
         side = self.side(name)
         try:
-            while side.next_message() is not None:
-                pass
+            while (message := side.next_message()) is not None:
+                self.take(message)
         except ProtocolError as error:
             # Only a stranger's bytes get here (see `inject`); the engine then gives up, as below.
             if side.may_abort:
                 self.send("dest" if name == "source" else "source", side.send_abort(str(error)))
             side.connection_lost(str(error))
 
+    def take(self, message: p.Message) -> None:
+        """What the source does with what it hears of pages."""
+        if isinstance(message, p.Placed):
+            self.release(Bitmap.rle_decode(message.runs, PAGES))
+        elif isinstance(message, p.ReceivedMap):
+            self.heard = Bitmap.rle_decode(message.runs, PAGES)
+        elif isinstance(message, p.Recover):
+            assert self.heard is not None
+            assert not self.released.without(self.heard).count()  # for this it would be shown out
+            self.release(self.heard)
+
+    def release(self, pages: Bitmap) -> None:
+        if self.frees:
+            for first, count in pages.runs():
+                self.released.set_range(first, count)
+
     # ---- what the sides do
 
     @precondition(lambda self: self.source.state is State.SETUP)
     @rule()
     def offer(self) -> None:
-        self.send("dest", self.source.send_offer(p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, BLOCKS, 1)))
+        self.send("dest", self.source.send_offer(p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, BLOCKS, 1, 200 * self.frees)))
 
     @precondition(lambda self: self.dest.state is State.OFFERED)
     @rule(yes=st.integers(0, 9))
@@ -102,6 +129,27 @@ class TwoHosts(RuleBasedStateMachine):
     def running(self) -> None:
         self.send("source", self.dest.send_running(1))
 
+    @precondition(lambda self: self.dest.may_run)
+    @rule(page=st.integers(0, PAGES - 1), count=st.integers(1, 20))
+    def pages_arrive(self, page: int, count: int) -> None:
+        self.arrived.set_range(page, min(count, PAGES - page))
+
+    @precondition(lambda self: self.dest.state is State.POSTCOPY and self.frees)
+    @rule()
+    def placed(self) -> None:
+        news = self.arrived.without(self.told)
+        self.send("source", self.dest.send_placed(0, 0, PAGES, news.rle_encode()))
+        self.told = self.arrived.copy()
+
+    @precondition(lambda self: self.dest.state is State.POSTCOPY and not self.frees)
+    @rule()
+    def placed_that_nobody_wants(self) -> None:
+        try:
+            self.dest.send_placed(0, 0, PAGES, b"\x01")
+        except ProtocolError:
+            return
+        raise AssertionError("it must not be sent")
+
     @precondition(lambda self: self.dest.state is State.POSTCOPY)
     @rule()
     def complete(self) -> None:
@@ -110,7 +158,8 @@ class TwoHosts(RuleBasedStateMachine):
     @precondition(lambda self: self.dest.state is State.RECOVER)
     @rule(last=st.booleans())
     def tell_what_is_here(self, last: bool) -> None:
-        self.send("source", self.dest.send_received_map(0, 0, 256, b"\x01"))
+        self.send("source", self.dest.send_received_map(0, 0, PAGES, self.arrived.rle_encode()))
+        self.told = self.arrived.copy()
         if last:
             self.send("source", self.dest.send_recover(1 if self.dest_runs() else 0, 1, 0))
 
@@ -170,7 +219,7 @@ class TwoHosts(RuleBasedStateMachine):
             (self.dest, State.HANDED): self.prepared,
             (self.source, State.PREPARED): self.commit,
             (self.dest, State.COMMITTED): self.running,
-            (self.dest, State.POSTCOPY): self.complete,
+            (self.dest, State.POSTCOPY): self.come_and_complete,
             (self.source, State.CLOSING): self.acknowledge,
             (self.dest, State.RECOVER): lambda: self.tell_what_is_here(True),
             (self.source, State.RECOVERING): self.take_it_back,
@@ -180,6 +229,13 @@ class TwoHosts(RuleBasedStateMachine):
         for side in (self.dest, self.source):
             if step := steps.get((side, side.state)):
                 step()
+
+    def come_and_complete(self) -> None:
+        if self.frees and self.arrived.count() < PAGES:
+            self.pages_arrive(self.arrived.next(0, False), PAGES // 3)
+            self.placed()
+        else:
+            self.complete()
 
     # ---- what the network does
 
@@ -249,6 +305,11 @@ class TwoHosts(RuleBasedStateMachine):
         if hasattr(self, "source") and not self.source_decided:
             assert self.source.may_run
             assert not self.dest.may_run
+
+    @invariant()
+    def no_page_is_at_neither_end(self) -> None:
+        if hasattr(self, "source"):
+            assert not self.released.without(self.arrived).count()
 
     @invariant()
     def nobody_runs_it_only_when_a_state_says_so(self) -> None:

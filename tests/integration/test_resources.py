@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A host runs out of disk or memory under a migration: nothing is lost or half written, and both sides say why."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Start = Callable[..., Any]
+MIB = 1 << 20
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for 4 MiB."""
+    path = tmp_path / "small"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "postcopy-test", path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", path], check=True)
+
+
+class MemoryGroup:
+    """A control group of its own, of either version, for the processes of one test."""
+
+    def __init__(self, path: Path, limit: str) -> None:
+        self.path = path
+        self._limit = limit
+        path.mkdir()
+
+    def limit(self, size_bytes: int) -> None:
+        (self.path / self._limit).write_text(str(size_bytes))
+
+    def used_bytes(self) -> int:
+        return int(
+            (self.path / ("memory.current" if self._limit == "memory.max" else "memory.usage_in_bytes")).read_text()
+        )
+
+    def command(self, *arguments: str | os.PathLike[str]) -> list[str]:
+        """A `postcopy` command that is in the group before it begins."""
+        enter = 'echo $$ >"$0/cgroup.procs" && exec "$@"'
+        return ["sh", "-c", enter, str(self.path), sys.executable, "-m", "postcopy", *map(str, arguments)]
+
+    def remove(self) -> None:
+        deadline = time.monotonic() + 10
+        while self.path.exists() and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):  # a process of it is still ending
+                self.path.rmdir()
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def memory_group() -> Iterator[MemoryGroup]:
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            root, limit = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+            break
+    else:
+        root, limit, path = Path("/sys/fs/cgroup"), "memory.max", "/"
+    try:
+        group = MemoryGroup(Path(f"{root}{path}") / f"postcopy-test-{secrets.token_hex(4)}", limit)
+        group.limit(1 << 30)
+    except OSError as error:
+        pytest.skip(f"no control group with a limit of memory can be made here: {error}")
+    try:
+        yield group
+    finally:
+        group.remove()
+
+
+@pytest.mark.needs("root", "uffd-user")
+def test_disk_full_under_a_salvage(side: Start, tmp_path: Path, small_disk: Path) -> None:
+    """The side says so and ends with 1; what it had begun to write is gone, and the other side's salvage is whole."""
+    image = tmp_path / "image"
+    image.write_bytes(os.urandom(16 * MIB))
+    dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--salvage", tmp_path / "dest")
+    arguments = (
+        "--machine",
+        "image",
+        "--image",
+        image,
+        "--max-bandwidth",
+        "2MiB/s",
+        "--salvage",
+        small_disk / "source",
+    )
+    source = side("source", "--json", *arguments, "--connect", dest.address)
+    dest.wait_for("pages", lambda line: line.get("ram", {}).get("background-pages", 0) > 300)
+    dest.signal(signal.SIGTERM)
+    assert dest.end()[0] == 1
+    source.wait_status("postcopy-paused")
+    source.signal(signal.SIGTERM)
+    status, _, errors = source.end()
+    assert status == 1
+    assert f"salvage to {small_disk / 'source'}: No space left on device" in errors
+    assert list(small_disk.iterdir()) == []
+    assert (tmp_path / "dest" / "manifest.json").exists()
+
+
+@pytest.mark.needs("root", "uffd-user")
+def test_disk_full_under_a_dump(side: Start, tmp_path: Path, small_disk: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(os.urandom(8 * MIB))
+    source = side("source", "--json", "--machine", "image", "--image", image, "--listen", "127.0.0.1:0")
+    dest = side("dest", "--json", "--connect", source.address, "--dump", small_disk / "copy")
+    status, result, errors = dest.end()
+    assert status == 1
+    assert result["status"] == "completed"  # the migration has; the file has not
+    assert "No space left on device" in errors
+    assert list(small_disk.iterdir()) == []
+    assert source.end()[0] == 0
+
+
+@pytest.mark.needs("root", "uffd", "kvm")
+def test_no_memory_for_the_machine(side: Start, spawn_child: Callable[..., Any], memory_group: MemoryGroup) -> None:
+    """Found out before COMMIT: the machine computes on where it is."""
+    memory_group.limit(64 * MIB)
+    machine = ("--machine", "kvm", "--memory", "96MiB", "--workload", "random")
+    source = side("source", "--json", *machine, "--listen", "127.0.0.1:0")
+    dest = spawn_child(memory_group.command("dest", "--json", "--connect", source.address))
+    done = dest.wait(60)
+    assert done.returncode == 1
+    assert "the control group of this process allows" in done.stderr
+    assert "Traceback" not in done.stderr
+    running = source.wait_for("running", lambda line: line.get("guest", {}).get("state") == "running")
+    source.operations_after(running)
+
+
+@pytest.mark.needs("root", "uffd", "kvm")
+def test_killed_for_want_of_memory(side: Start, spawn_child: Callable[..., Any], memory_group: MemoryGroup) -> None:
+    """After COMMIT the out-of-memory killer is a SIGKILL: the machine runs nowhere, the source says so and keeps
+    what it has."""
+    machine = ("--machine", "kvm", "--memory", "64MiB", "--working-set", "48MiB", "--workload", "random")
+    source = side("source", "--json", *machine, "--max-bandwidth", "8MiB/s", "--listen", "127.0.0.1:0")
+    dest = spawn_child(memory_group.command("dest", "--json", "--connect", source.address))
+    source.wait_status("postcopy-active")
+    memory_group.limit(memory_group.used_bytes() + 8 * MIB)  # of which 30 are still to come
+    assert dest.wait(60).returncode == -signal.SIGKILL
+    paused = source.wait_status("postcopy-paused")
+    assert paused["guest"]["state"] == "paused"
+    source.signal(signal.SIGTERM)
+    status, result, errors = source.end()
+    assert status == 1, errors
+    assert result["guest"]["operations"] == result["guest-at-pause"]["operations"]
