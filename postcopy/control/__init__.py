@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from postcopy._logs import add_migration
+
 from .client import ControlClient
 from .schema import PROTOCOL, ControlError
 from .server import ControlServer
 
-__all__ = ["PROTOCOL", "ControlClient", "ControlError", "ControlServer"]
+__all__ = ["PROTOCOL", "ControlClient", "ControlError", "ControlServer", "add_migration"]
