@@ -413,19 +413,21 @@ class Daemon(Desk):
         self._not_ending()
         if owned.busy or owned.machine is None:
             raise ControlError("NotNow", f"{owned.name} is being moved already")
-        lost = isinstance(owned.migration, SourceMigration) and not owned.migration.may_run
-        if lost:
+        if isinstance(owned.migration, SourceMigration) and not owned.migration.may_run:
             raise ControlError("NotNow", f"{owned.name} belongs to the destination that it was sent to")
         owned.busy = True
         owned.stop = trio.Event()
+        link: CallingLink | None = None
         try:
             link = await CallingLink.open(address, "source")
+            options = replace(self._options, name=owned.name)
+            migration = owned.migration = SourceMigration(owned.machine, link, options, on_change=self._change)
         except BaseException:
+            if link is not None:
+                link.control.socket.close()
             owned.busy = False
             self._change()
             raise
-        options = replace(self._options, name=owned.name)
-        migration = owned.migration = SourceMigration(owned.machine, link, options, on_change=self._change)
         assert self._nursery is not None
         self._nursery.start_soon(self._send, owned, migration)
         return {"machine": owned.name, "migration": migration.migration_id}
