@@ -263,6 +263,11 @@ class Pager:
         """Never returns: this pager is part of the process that has the machine. (`ProcessPager` is not.)"""
         await trio.sleep_forever()
 
+    @property
+    def process(self) -> tuple[int, int] | None:
+        """None: the threads are this process's. (`ProcessPager`: its process, and how many have died before.)"""
+        return None
+
     # ---- the end
 
     async def disconnect(self) -> None:

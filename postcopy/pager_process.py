@@ -387,6 +387,11 @@ class ProcessPager:
         """Of the engine's process, as it is now."""
         return self._process.pid
 
+    @property
+    def process(self) -> tuple[int, int]:
+        """The engine's process as it is now, and how many have died before it."""
+        return self.pid, self.deaths
+
     def _alive(self) -> None:
         if self._closed:
             raise trio.ClosedResourceError("this pager was closed")

@@ -170,7 +170,7 @@ class DestinationMigration:
         """Where the pager is a process of its own: its number, 0 when it has ended, and how many have died before."""
         pager = self._pager
         if pager is not None:
-            self._pager_process = None if isinstance(pager, Pager) else (pager.pid, pager.deaths)
+            self._pager_process = pager.process
         elif self._pager_process is not None:
             self._pager_process = (0, self._pager_process[1])
         return self._pager_process

@@ -156,12 +156,17 @@ class FakeEngine:
 
 
 class FakePager(FakeEngine):
+    process = None
+
     def __init__(self) -> None:
         super().__init__()
         self.zero: dict[int, Bitmap] = {}
         self.armed: list[tuple[int, int, int, int]] = []
         self.requested = 0
         self.oldest_pending_ns = 0
+
+    async def watch_over(self) -> None:
+        await trio.sleep_forever()
 
     def add_block(self, memory: Memory) -> int:
         return 0
