@@ -135,6 +135,7 @@ def _migrations(jobs: list[tuple[str, Migration]]) -> Iterator[Metric]:
     status = gauge("status", "1 for the status that the migration has, 0 for the others.", "status")
     total = gauge("memory_bytes", "Memory that the migration moves.")
     remaining = gauge("remaining_bytes", "Memory that has not arrived; a source knows it only when all has.")
+    released = gauge("released_bytes", "Memory that --release-ram has given back to this host (outgoing).")
     transferred = counter("transferred_bytes", "On data channels, both ways, headers included.")
     pages = counter("pages", "Pages by how they came: demand, background, zero (never sent), duplicate.", "kind")
     requests = counter("page_requests", "Requests for pages.")
@@ -159,6 +160,8 @@ def _migrations(jobs: list[tuple[str, Migration]]) -> Iterator[Metric]:
         duration.add_metric(key, job.total_ns / 1e9)
         recoveries.add_metric(key, job.recoveries.count)
         recovering.add_metric(key, job.recoveries.total_ns / 1e9)
+        if isinstance(job, SourceMigration) and (served := job.statistics()) is not None:
+            released.add_metric(key, served.released_bytes)
         numbers = _numbers(job)
         if numbers is not None:
             total.add_metric(key, numbers.total_bytes)
@@ -180,7 +183,7 @@ def _migrations(jobs: list[tuple[str, Migration]]) -> Iterator[Metric]:
             # The count is that of the buckets: a value may have been added while they were read.
             everything = max(job.latency.count, int(buckets[-1][1]))
             latency.add_metric(key, [*buckets, ("+Inf", everything)], sum_value=job.latency.sum_ns / 1e9)
-    yield from (status, total, remaining, transferred, pages, requests, pending, blocked, latency)
+    yield from (status, total, remaining, released, transferred, pages, requests, pending, blocked, latency)
     yield from (downtime, duration, recoveries, recovering)
 
 

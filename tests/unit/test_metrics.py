@@ -51,7 +51,10 @@ def _source(machine: Mock) -> Mock:
     job.downtime_ns, job.total_ns = 12_000_000, 0
     job.recoveries = Recoveries()
     job.figures = None
-    job.statistics.return_value = PageServerStatistics(100, 60, 10, 50, 40, 11, 1, 4096, 96)
+    job.statistics.return_value = PageServerStatistics(
+        total_pages=100, sent_pages=60, demand_pages=10, background_pages=50, zero_pages=40, requests=11,
+        repeated_requests=1, bytes_sent=4096, bytes_received=96, released_bytes=8192,
+    )  # fmt: skip
     return job
 
 
@@ -112,6 +115,7 @@ class TestText:
             _key(prefix + "status", status="postcopy-active", **out): 1,
             _key(prefix + "status", status="completed", **out): 0,
             _key(prefix + "transferred_bytes_total", **out): 4192,
+            _key(prefix + "released_bytes", **out): 8192,
             _key(prefix + "pages_total", kind="background", **out): 50,
             _key(prefix + "pages_total", kind="duplicate", **into): 1,
             _key(prefix + "remaining_bytes", **into): MIB,
