@@ -14,7 +14,7 @@ from postcopy.progress import Output
 
 from .client import ControlClient
 from .schema import ControlError, Json
-from .status import render
+from .status import render_answer
 
 
 class CtlCommand:
@@ -54,7 +54,9 @@ class CtlCommand:
         if args.request == "migrate" and not args.detach:
             return await self._migrate(client, arguments)
         answer = await client.execute(args.request, arguments)
-        self._print(render(answer) if args.request == "status" and not args.json else json.dumps(answer))
+        text = json.dumps(answer) if args.json else render_answer(args.request, answer)
+        if text:
+            self._print(text)
         return True
 
     async def _migrate(self, client: ControlClient, arguments: Json) -> bool:

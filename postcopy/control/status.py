@@ -62,6 +62,19 @@ def _migration(machine: Machine | None, migration: Migration) -> Json:
 # ---- For people
 
 
+def render_answer(request: str, answer: Json) -> str:
+    """What a person wants to know of an answer; nothing where that it was done says it all."""
+    if request == "status":
+        return render(answer)
+    if request == "set":
+        return _rows(_setting_rows(answer))
+    if request == "commands":
+        return _rows([(command["name"], command["help"]) for command in answer["commands"]])
+    if request == "migrate":
+        return f"{answer['machine']} is on its way: migration {answer['migration']}"
+    return f"{answer['name']} runs" if request == "start" else ""
+
+
 def render(status: Json) -> str:
     """A process's status as lines; an empty line between machines."""
     parts = [_rows(_process_rows(status))]
@@ -76,7 +89,13 @@ def _rows(rows: list[tuple[str, str]]) -> str:
 def _process_rows(status: Json) -> list[tuple[str, str]]:
     rows = [("Side", str(status.get("side"))), ("Process", str(status.get("pid")))]
     rows += [("Listening on", str(address)) for address in status.get("listening", [])]
-    settings = status.get("settings", {})
+    rows += _setting_rows(status.get("settings", {}))
+    rows.append(("Machines", str(len(status.get("machines", [])))))
+    return rows
+
+
+def _setting_rows(settings: Json) -> list[tuple[str, str]]:
+    rows = []
     if "max-bandwidth" in settings:
         limit = settings["max-bandwidth"]
         rows.append(("Max bandwidth", f"{_size(limit)}/s" if limit else "unlimited"))
@@ -85,7 +104,6 @@ def _process_rows(status: Json) -> list[tuple[str, str]]:
     if "recover-for" in settings:
         patience = settings["recover-for"]
         rows.append(("Recover for", patience if isinstance(patience, str) else f"{patience:g} s"))
-    rows.append(("Machines", str(len(status.get("machines", [])))))
     return rows
 
 

@@ -36,6 +36,7 @@ from postcopy.control.schema import (
     parse_request,
 )
 from postcopy.control.server import MAX_CLIENTS, QUEUE_LINES, ControlServer
+from postcopy.control.status import render, render_answer
 
 _ODD: list[Any] = [None, True, False, 0, 1, -1, 1 << 70, 0.0, 1.5, math.inf, "", "x", "1MiB", "none", "\0", [], {}]
 
@@ -373,3 +374,47 @@ class TestServer:
             assert (await client.line())["event"] == "result"
             with pytest.raises(EOFError):
                 await client.line()
+
+
+# ---- What a person reads
+
+
+class TestRendering:
+    JOB: dict[str, Any] = {  # noqa: RUF012
+        "id": "ab" * 16, "direction": "incoming", "status": "postcopy-active", "peer": "192.0.2.7:7777",
+        "elapsed-ms": 1234.56, "downtime-ms": 12.5, "total-ms": 0, "recoveries": {"count": 2}, "error": "it broke",
+        "ram": {"total": 64 << 20, "remaining": 32 << 20, "transferred": 33 << 20, "demand-pages": 7},
+        "pending-faults": 3, "fault-latency-us": {"count": 7, "p50": 80.5, "p99": 200.0},
+    }  # fmt: skip
+
+    def test_status(self) -> None:
+        guest = {"state": "running", "operations": 99, "failures": 1, "failure": "a torn page"}
+        machine = {"name": "vm1", "machine": "kvm", "memory": 64 << 20, "guest": guest, "migration": self.JOB}
+        idle = {"name": "vm2", "machine": "rv64", "memory": 16 << 20, "guest": {"state": "paused"}, "migration": None}
+        settings = {"max-bandwidth": 10 << 20, "bulk-channels": 2, "recover-for": 60.0}
+        text = render(
+            {"side": "daemon", "pid": 7, "listening": ["*:1"], "settings": settings, "machines": [machine, idle]}
+        )
+        rows = dict(line.split(":", 1) for line in text.split("\n\n")[1].splitlines())
+        assert {key: value.strip() for key, value in rows.items()} == {
+            "Machine": "vm1", "Kind": "kvm, 64 MiB", "State": "running", "Operations": "99",
+            "Guest failures": "1: a torn page", "Job type": "Postcopy-active, incoming", "Migration": "ab" * 16,
+            "Peer": "192.0.2.7:7777", "Time elapsed": "1234.6 ms", "Downtime": "12.5 ms", "Data processed": "33 MiB",
+            "Data remaining": "32 MiB", "Data total": "64 MiB", "Demand pages": "7", "Blocked threads": "3",
+            "Fault latency": "80.5 µs median, 200.0 µs 99 %", "Recoveries": "2", "Error": "it broke",
+        }  # fmt: skip
+        assert "Max bandwidth:     10 MiB/s" in text
+        assert "Recover for:       60 s" in text
+        assert text.endswith("Job type:          None")
+        assert {len(line) - len(line.split(":", 1)[1].lstrip()) for line in text.splitlines() if line} == {19}
+
+    def test_nothing_known_yet(self) -> None:
+        job = {"id": "", "direction": "incoming", "status": "setup", "peer": "x", "ram": {}}
+        machine = {"name": "arriving-1", "machine": None, "memory": 0, "guest": None, "migration": job}
+        assert "Job type:          Setup, incoming" in render({"side": "daemon", "pid": 7, "machines": [machine]})
+
+    def test_other_answers(self) -> None:
+        assert render_answer("quit", {}) == ""
+        assert render_answer("migrate", {"machine": "a", "migration": "ff"}) == "a is on its way: migration ff"
+        assert "unlimited" in render_answer("set", {"max-bandwidth": 0})
+        assert "how it is" in render_answer("commands", {"commands": [{"name": "status", "help": "how it is"}]})
