@@ -231,11 +231,11 @@ class Daemon(Desk):
     def _find(self, name: str | None) -> _Owned:
         """The machine of this name, or without one the only one. `ControlError` when there is none."""
         here = [owned for owned in self._here if not owned.has_left]
-        found = [owned for owned in here if name is None or owned.name == name]
+        found = [owned for owned in here if (owned.name == name if name else _machine(owned) is not None)]
         if not found:
             raise ControlError("BadArguments", f"there is no machine {name!r} here" if name else "no machine is here")
         if len(found) > 1:
-            raise ControlError("BadArguments", f"which of them? {', '.join(owned.name for owned in here)}")
+            raise ControlError("BadArguments", f"which of them? {', '.join(owned.name for owned in found)}")
         return found[0]
 
     async def _close(self, owned: _Owned) -> None:
@@ -277,14 +277,14 @@ class Daemon(Desk):
                 nursery.start_soon(ready)
                 await migration.run(go, owned.stop)
                 nursery.cancel_scope.cancel()
+            if owned.has_left:
+                self._sent += 1
+                await self._close(owned)
+                self._output.emit("machine-left", {"machine": owned.name})
+            self._ended(owned, migration)
         finally:
             owned.busy = False
             self._change()
-        if owned.has_left:
-            self._sent += 1
-            await self._close(owned)
-            self._output.emit("machine-left", {"machine": owned.name})
-        self._ended(owned, migration)
 
     # ---- receiving
 
@@ -410,6 +410,9 @@ class Daemon(Desk):
     async def _do_migrate(self, arguments: Json) -> Json:
         address = parse_address(arguments["to"])
         owned = self._find(arguments.get("machine"))
+        # All of it is here, the source has said so to whoever sent it, and only the pager has not ended yet.
+        while owned.busy and isinstance(owned.migration, DestinationMigration) and owned.migration.completed_ns:
+            await self._changes.wait()
         self._not_ending()
         if owned.busy or owned.machine is None:
             raise ControlError("NotNow", f"{owned.name} is being moved already")

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from postcopy.control import ControlClient
+
 MIB = 1 << 20
 DEADLINE_S = 60.0
 Json = dict[str, Any]
@@ -249,6 +251,22 @@ class TestDaemon:
             status, result, errors = one.end()
             assert status == 0, errors
         assert "error" not in errors
+
+    async def test_back_at_once(self, daemon: Callable[..., Any], tmp_path: Path) -> None:
+        """Sent back in the moment in which the other side says that it has left: it may be told so first."""
+        first, second = daemon("a", *RV64, "--name", "x"), daemon("b")
+        addresses = {"a": first.address, "b": second.address}
+        here, there = "a", "b"
+        for _ in range(8):
+            async with ControlClient.open(str(tmp_path / here)) as client:
+                await client.execute("events")
+                moved = (await client.execute("migrate", {"to": addresses[there]}))["migration"]
+                while True:
+                    event = await client.next_event()
+                    if event["event"] == "migration-ended" and event["data"]["migration"] == moved:
+                        break
+                assert event["data"]["status"] == "completed"
+            here, there = there, here
 
     @pytest.mark.needs("kvm", "uffd")
     def test_two_machines_share_a_bandwidth(
