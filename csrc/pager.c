@@ -63,6 +63,11 @@
 #include "util.h"
 
 #define EVENTS_PER_READ 64
+/* A thread with a signal pending does not wait in a fault that a system call raised, but raises it again and again. After so
+ * many repetitions in a row the fault thread rests between two reads of the userfaultfd, or it would burn a processor for as
+ * long as the page takes; meanwhile a new fault waits so much longer. */
+#define REPEATS_BEFORE_REST 64
+#define REST_NS 500000
 #define RECEIVE_BYTES (PC_FRAME_HEADER_BYTES + PC_FRAME_MAX_PAYLOAD_BYTES)
 #define SMALL_RECEIVE_BYTES (64 * 1024)
 #define FILL_WINDOW 128 /* requests for missing pages that may be under way without a fault */
@@ -114,6 +119,7 @@ struct shard {
     uint32_t index;
     int uffd, control_fd;
     uint64_t busy_poll_ns;
+    uint32_t repeats; /* faults in a row that were known already; the fault thread's own */
     struct pc_uffd_api api;
     pthread_t thread;
     bool started;
@@ -678,8 +684,14 @@ static void take_fault(struct shard *shard, const struct uffd_msg *message, uint
         /* A page that a bulk thread has claimed is a moment from being known; asking for it would bring it twice. */
         bool sending = fresh && shard->connected && !test_bit(block->claimed, page);
 
-        if (!add_pending(shard, index, page, tid, now_ns, sending) || !fresh)
+        if (!add_pending(shard, index, page, tid, now_ns, sending)) {
             ADD(pager, repeated_faults, 1);
+            shard->repeats++;
+        } else {
+            shard->repeats = 0;
+            if (!fresh)
+                ADD(pager, repeated_faults, 1);
+        }
         if (sending)
             queue_request(shard, index, page, 0);
     }
@@ -1000,8 +1012,17 @@ static void *fault_thread(void *argument)
             {.fd = shard->stream.fd, .events = (short)(POLLIN | (shard->send_bytes ? POLLOUT : 0))},
         };
         bool spinning = spin_until_ns && pc_now_ns() < spin_until_ns;
-        int ready = poll(fds, 3, spinning ? 0 : -1);
+        int ready;
 
+        if (shard->repeats >= REPEATS_BEFORE_REST) {
+            const struct timespec rest = {.tv_nsec = REST_NS};
+
+            shard->repeats = REPEATS_BEFORE_REST - 1; /* one read, and if that brings another repetition, one more rest */
+            fds[0].fd = -1;
+            ready = ppoll(fds, 3, &rest, NULL);
+        } else {
+            ready = poll(fds, 3, spinning ? 0 : -1);
+        }
         if (ready <= 0)
             continue;
         if (fds[1].revents && !take_control(shard))
@@ -1743,6 +1764,8 @@ static int poison_missing(struct pc_pager *pager, struct shard *shard)
                 int error = pc_uffd_poison(shard->uffd, page_address(block, first) + at, bytes - at, 0, &done);
 
                 at += done;
+                if (error == -ESRCH)
+                    return 0; /* of another process, which has ended: nobody is left to see zeros */
                 if (error == -EEXIST)
                     at += block->memory.page_bytes;
                 else if (error && error != -EAGAIN)

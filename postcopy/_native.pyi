@@ -54,6 +54,10 @@ class _Lib:
     PC_STAGES: int
     PC_PAGER_REQUEST_AHEAD: int
     PC_KVM_MAX_VCPUS: int
+    PC_FP_LOCKS: int
+    PC_FP_TEST_HANG: int
+    PC_FP_TEST_CRASH: int
+    PC_FP_TEST_WRONG: int
     PC_FRAME_REQUEST: int
     PC_FRAME_PAGES: int
     PC_FRAME_ZERO: int
@@ -128,6 +132,45 @@ class _Lib:
     PC_VCPU_HALTED: int
     PC_VCPU_DISK: int
     PC_VCPU_GONE: int
+    PC_FP_MISSING: int
+    PC_FP_MINOR: int
+    PC_FP_WP: int
+    PC_FP_WP_ASYNC: int
+    PC_FP_USER_ONLY: int
+    PC_FP_SIGBUS: int
+    PC_FP_POISON: int
+    PC_FP_MODES: int
+    PC_FP_ANON: int
+    PC_FP_MEMFD: int
+    PC_FP_MEMFD_PRIVATE: int
+    PC_FP_HUGETLB: int
+    PC_FP_BACKINGS: int
+    PC_FP_UNAVAILABLE: int
+    PC_FP_BLOCKED: int
+    PC_FP_PASSED: int
+    PC_FP_REFUSED: int
+    PC_FP_SIGNALLED: int
+    PC_FP_SPUN: int
+    PC_FP_WRONG: int
+    PC_FP_HUNG: int
+    PC_FP_CRASHED: int
+    PC_FP_WRITES: int
+    PC_FP_NEEDS_DIR: int
+    PC_FP_NEEDS_KVM: int
+    PC_FP_NOFAULT: int
+    PC_FP_MEASURE_SIGNAL: int
+    PC_FP_MEASURE_KILL: int
+    PC_FP_MEASURE_LOCKS: int
+    PC_FP_THREAD_NONE: int
+    PC_FP_THREAD_OWN: int
+    PC_FP_THREAD_OTHER: int
+    PC_FP_THREAD_KERNEL: int
+    PC_FP_THREAD_PROCESS: int
+    PC_FP_LOCK_MMAP: int
+    PC_FP_LOCK_MUNMAP: int
+    PC_FP_LOCK_MPROTECT: int
+    PC_FP_LOCK_FORK: int
+    PC_FP_LOCK_REGISTER: int
     def pc_version(self) -> CData: ...
     def pc_crc32c(self, crc: int, data: CData | bytes, bytes: int, /) -> int: ...
     def pc_is_zero(self, data: CData | bytes, bytes: int, /) -> int: ...
@@ -265,6 +308,21 @@ class _Lib:
         self, machine: CData, instructions: int, timeout_ms: int, error: CData, error_bytes: int, /
     ) -> int: ...
     def pc_rv64_instructions(self, machine: CData, hart: int, instructions: CData, /) -> int: ...
+    def pc_faultpath_count(self) -> int: ...
+    def pc_faultpath_get(self, index: int, out: CData, /) -> int: ...
+    def pc_fp_content(self, page: CData, bytes: int, /) -> None: ...
+    def pc_faultpath_run(self, spec: CData, result: CData, /) -> int: ...
+    def pc_fp_contention(
+        self,
+        pending_faults: int,
+        bulk: int,
+        rounds: int,
+        mmap_latency: CData,
+        munmap_latency: CData,
+        error: CData,
+        error_bytes: int,
+        /,
+    ) -> int: ...
 
 ffi: _FFI
 lib: _Lib

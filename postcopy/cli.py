@@ -261,6 +261,11 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
         " (docs/chaos.md); --seed repeats it",
     )  # fmt: skip
     parser.add_argument(
+        "--lab", action="store_true",
+        help="each side in a host of a laboratory of its own (docs/lab.md); the cable between them is cut in the middle"
+        " of postcopy, and healed",
+    )  # fmt: skip
+    parser.add_argument(
         "--deadline", type=_seconds, default=300.0, metavar="SECONDS", help="give up after so long (default 300)"
     )
     _add_output_arguments(parser)
@@ -307,6 +312,18 @@ def _probe_arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
 
 
+def _lab_arguments(parser: argparse.ArgumentParser) -> None:
+    from postcopy.lab.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _faultpaths_arguments(parser: argparse.ArgumentParser) -> None:
+    from postcopy.faultpaths import add_arguments
+
+    add_arguments(parser)
+
+
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "source": ("run a machine, or hold an image, and migrate it away", _source_arguments),
     "dest": ("receive what a source offers", _dest_arguments),
@@ -315,7 +332,9 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "merge": ("join what both sides of a lost migration have salvaged into an image", _merge_arguments),
     "ctl": ("ask or tell a running process with --control", _ctl_arguments),
     "probe": ("what this host allows, and what would help", _probe_arguments),
+    "faultpaths": ("which kernel paths wait for a missing page here, and which do not", _faultpaths_arguments),
     "bench": ("measure, each figure against its floor in the same run", _bench_arguments),
+    "lab": ("hosts with cables and a switch between them, on this machine", _lab_arguments),
     "chaos": ("a bad network between two programs, to try them with", _chaos_arguments),
 }
 
@@ -498,6 +517,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from postcopy.probe import run as run_probe
 
             return run_probe(args)
+        if args.command == "lab":
+            from postcopy.lab.command import run as run_lab
+
+            return run_lab(args)
+        if args.command == "faultpaths":
+            from postcopy.faultpaths import run as run_faultpaths
+
+            return run_faultpaths(args)
         output = make_output(args.json, getattr(args, "log_json", False))
         complain = _complain_in_json if getattr(args, "log_json", False) else _complain
         logging.basicConfig(level=args.log_level.upper(), handlers=[LogHandler(output)], force=True)

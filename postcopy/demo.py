@@ -6,6 +6,9 @@ Its own checks are those that need both sides: the machine at the destination is
 source (the nonce that it made for itself, kept in its memory only), and it went on where it had been (its
 counters).
 
+With ``--lab`` each side is in a host of a laboratory, with a real cable between them, which is pulled out in the
+middle of postcopy and put back when both sides have noticed.
+
 Whatever happens, no process is left: the children are ended by the demo's own end, in order first, then by force.
 """
 
@@ -19,10 +22,10 @@ import secrets
 import sys
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from subprocess import PIPE, SubprocessError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -34,20 +37,27 @@ from postcopy.progress import Output
 from postcopy.testing import ChaosPlan, open_chaos_proxy
 from postcopy.uffd import explain_unavailable
 
+if TYPE_CHECKING:
+    from postcopy.lab import Host
+
 Json = dict[str, Any]
 END_S = 15.0  # for a child to end in order
 MAX_LINE_BYTES = 1 << 20
 MIN_IMAGE_BYTES = 1 << 20
 CHAOS_SECONDS = 6  # that the push of all memory takes where connections are to be cut meanwhile
 MIN_CHAOS_BANDWIDTH = 2 << 20
+LAB_HEARTBEAT_S = 0.5  # a cable that is pulled out tells nobody: silence does
+LAB_HEADROOM = 2
+LAB_CUT_AT = 1 / 3  # of the memory is at the destination when the cable is cut
 
 
 class _Child:
     """One side: its progress as it comes, its result, its last words."""
 
-    def __init__(self, name: str, arguments: list[str]) -> None:
+    def __init__(self, name: str, arguments: list[str], host: Host | None = None) -> None:
         self.name = name
         self.arguments = arguments
+        self.host = host  # where it runs, in a laboratory
         self.listening: str | None = None
         self.progress: Json = {"side": name, "status": "setup"}
         self.result: Json | None = None
@@ -55,9 +65,13 @@ class _Child:
         self.process: trio.Process | None = None
         self.address_known = trio.Event()
         self.committed = trio.Event()  # behind the point of no return, as far as it has said
+        self.done = trio.Event()
+        self._news = trio.Event()  # replaced by each line
 
-    async def run(self, output: Output, done: trio.Event) -> None:
+    async def run(self, output: Output) -> None:
         command = [sys.executable, "-m", "postcopy", *self.arguments]
+        if self.host is not None:
+            command = self.host.command(*command)
         try:
             process = self.process = await trio.lowlevel.open_process(command, stdin=None, stdout=PIPE, stderr=PIPE)
         except (OSError, SubprocessError) as error:
@@ -84,7 +98,15 @@ class _Child:
             await process.stderr.aclose()
             self.address_known.set()
             self.committed.set()
-            done.set()
+            self.done.set()
+            self._news.set()
+
+    async def end(self) -> None:
+        """Asks it to end, in order, and waits for it."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.terminate()
+        await self.done.wait()
 
     def _take(self, line: str, output: Output) -> None:
         try:
@@ -104,6 +126,16 @@ class _Child:
                 self.committed.set()
             output.emit("progress", message)
         output.kick()
+        self._news.set()
+
+    async def until(self, what: str, found: Callable[[Json], bool]) -> None:
+        """Waits for a progress of which `found` is true; `MigrationError` when its end comes first. One waiter."""
+        while not found(self.progress):
+            if self.done.is_set():
+                await _good_end(self)  # what it has died of says more
+                raise MigrationError(f"{self.name} was at its end before {what}")
+            self._news = trio.Event()
+            await self._news.wait()
 
     async def _read_errors(self, stream: trio.abc.ReceiveStream) -> None:
         async for line in _lines(stream):
@@ -147,9 +179,13 @@ class DemoCommand:
             self._chaos = ChaosPlan.parse(args.chaos, seed)
             if args.machine == "image":
                 args.seed = None  # an image has no use for one
-            if self._chaos.cut_every_s is not None and not args.max_bandwidth:
-                # Slow enough that there is something to cut.
-                args.max_bandwidth = max(MIN_CHAOS_BANDWIDTH, (args.memory or 0) // CHAOS_SECONDS)
+            if args.lab and self._chaos.cut_every_s is not None:
+                raise ConfigurationError(
+                    "--lab cuts the cable itself: --chaos may only be none, slow or split beside it"
+                )
+        if (args.lab or (self._chaos is not None and self._chaos.cut_every_s is not None)) and not args.max_bandwidth:
+            # Slow enough that there is something to cut.
+            args.max_bandwidth = max(MIN_CHAOS_BANDWIDTH, (args.memory or 0) // CHAOS_SECONDS)
         if args.machine == "image" and args.image is None:
             args.memory = args.memory or 256 << 20
             if args.memory < MIN_IMAGE_BYTES:
@@ -184,12 +220,23 @@ class DemoCommand:
             self._args.image = os.path.join(directory, "image.raw")
             await trio.to_thread.run_sync(_make_image, self._args.image, self._args.memory)
             self._args.memory = None  # the file says it now
-        dest = _Child("dest", self._dest_arguments())
-        dest_done, source_done = trio.Event(), trio.Event()
-        source = _Child("source", [])
+        if not self._args.lab:
+            return await self._run(_Child("source", []), _Child("dest", self._dest_arguments("127.0.0.1")), stop)
+        from postcopy.lab import MAX_RATE, LabPlan, open_lab
+
+        # The cable is twice as fast as the push, so that requested pages find room, and yet slow enough to be cut in
+        # the middle, however many pages the machine asks for.
+        rate = min(LAB_HEADROOM * self._args.max_bandwidth, MAX_RATE)
+        async with open_lab(LabPlan(f"demo-{os.getpid()}", rate=rate)) as lab:
+            here, there = lab.hosts.values()
+            source, dest = _Child("source", [], here), _Child("dest", self._dest_arguments(there.ipv4), there)
+            return await self._run(source, dest, stop)
+
+    async def _run(self, source: _Child, dest: _Child, stop: trio.Event) -> Json:
+        cable: Json = {}
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._output.follow, lambda: self._progress(source, dest))
-            nursery.start_soon(dest.run, self._output, dest_done)
+            nursery.start_soon(dest.run, self._output)
 
             async def interruption() -> None:
                 await stop.wait()
@@ -201,15 +248,30 @@ class DemoCommand:
                 raise MigrationError(f"the destination did not start: {dest.last_error}")
             async with self._cable(dest.listening, source) as (address, chaos):
                 source.arguments = self._source_arguments(address)
-                nursery.start_soon(source.run, self._output, source_done)
+                nursery.start_soon(source.run, self._output)
                 # Whichever ends first with an error ends it all; the other one would wait for it.
                 async with trio.open_nursery() as waiting:
-                    for child, done in ((source, source_done), (dest, dest_done)):
-                        waiting.start_soon(_good_end, child, done)
+                    if dest.host is not None:
+                        waiting.start_soon(_pull_the_cable, source, dest, dest.host, cable)
+                    for child in (source, dest):
+                        waiting.start_soon(_good_end, child)
             nursery.cancel_scope.cancel()
         assert source.result is not None
         assert dest.result is not None
-        return merge(source.result, dest.result) | chaos
+        result = merge(source.result, dest.result) | chaos
+        if dest.host is not None:
+            result["lab"] = cable
+            count = (result["recoveries"] or {}).get("count", 0)
+            cut = cable["cut"]
+            result["verification"].append(
+                {
+                    "ok": count > 0,
+                    "what": f"the cable was out for {cut['healed-ms']:g} ms; recoveries: {count}",
+                    "how": "the port of the destination's cable was down until both sides said that they were paused",
+                }
+            )
+            result["verified"] = result["verified"] and count > 0
+        return result
 
     @asynccontextmanager
     async def _cable(self, address: str, source: _Child) -> AsyncIterator[tuple[str, Json]]:
@@ -218,21 +280,41 @@ class DemoCommand:
             yield address, {}
             return
         said: Json = {"plan": self._args.chaos, "seed": self._chaos.seed}
+        if source.host is not None:
+            # There the proxy has to be, too. Where the kernel has no netem, this is how the network becomes slow.
+            child = _Child("chaos", self._chaos_arguments(address), source.host)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(child.run, self._output)
+                await child.address_known.wait()
+                if child.listening is None:
+                    raise MigrationError(f"the proxy did not start: {child.last_error}")
+                yield child.listening, {"chaos": said}
+                await child.end()
+            told = child.result or {}
+            said |= {"connections": told.get("connections"), "refused": told.get("refused"), "cuts": told.get("by_way")}
+            return
         # Nothing is cut before the point of no return: that would only keep the machine where it is.
         async with open_chaos_proxy(address, self._chaos, begin=source.committed) as proxy:
             yield str(proxy.address), {"chaos": said}
             statistics = proxy.statistics
             said |= {"connections": statistics.connections, "refused": statistics.refused, "cuts": statistics.by_way}
 
+    def _chaos_arguments(self, address: str) -> list[str]:
+        assert self._chaos is not None
+        plan = ["chaos", self._args.chaos, "--seed", str(self._chaos.seed)]
+        return [*plan, "--json", "--listen", "127.0.0.1:0", "--to", address]
+
     def _progress(self, source: _Child, dest: _Child) -> Json:
         # What matters is at the source until the machine is not there any more.
         return dest.progress if dest.progress["status"] not in ("setup", "active") else source.progress
 
-    def _dest_arguments(self) -> list[str]:
+    def _dest_arguments(self, host: str) -> list[str]:
         args = self._args
-        result = ["dest", "--json", "--listen", "127.0.0.1:0", "--run-for", f"{args.run_for:g}"]
+        result = ["dest", "--json", "--listen", f"{host}:0", "--run-for", f"{args.run_for:g}"]
         result += ["--backing", args.backing, "--busy-poll", str(args.busy_poll)]
         result += ["--log-level", args.log_level, "--pager", args.pager]
+        if args.lab:
+            result += ["--heartbeat", str(LAB_HEARTBEAT_S)]
         for flag, value in (("--dump", args.dump), ("--disk", args.disk)):
             if value is not None:
                 result += [flag, value]
@@ -243,6 +325,8 @@ class DemoCommand:
         result = ["source", "--json", "--connect", address, "--machine", args.machine, "--on-failure", "exit"]
         result += ["--migrate-after", f"{args.migrate_after:g}", "--bulk-channels", str(args.bulk_channels)]
         result += ["--busy-poll", str(args.busy_poll), "--log-level", args.log_level]
+        if args.lab:
+            result += ["--heartbeat", str(LAB_HEARTBEAT_S)]
         if args.release_ram:
             result += ["--release-ram"]
         if args.max_bandwidth:
@@ -279,6 +363,8 @@ class DemoCommand:
             table.add_row("pages on demand", f"{ram['demand-pages']}")
             table.add_row("pages in background", f"{ram['background-pages']} ({ram['duplicate-pages']} came twice)")
             table.add_row("pages of zeros", f"{ram['zero-pages']}")
+        if released := ((result.get("source") or {}).get("ram") or {}).get("released"):
+            table.add_row("given back at the source", format_size(released))
         if latency.get("count"):
             numbers = ", ".join(f"{name} {latency[name]:g} us" for name in ("p50", "p99", "max"))
             table.add_row("demand fault", numbers)
@@ -290,6 +376,10 @@ class DemoCommand:
         if chaos := result.get("chaos"):
             cuts = ", ".join(f"{count} by {way}" for way, count in chaos.get("cuts", {}).items())
             table.add_row("network", f"{chaos['plan']}, seed {chaos['seed']}: {cuts or 'nothing was cut'}")
+        if lab := result.get("lab"):
+            cut, hosts = lab["cut"], " to ".join(f"{host['name']} ({host['ipv4']})" for host in lab["hosts"].values())
+            table.add_row("laboratory", f"{hosts}, MTU {lab['mtu']}, {format_size(lab['rate-bytes-per-s'])}/s")
+            table.add_row("cable", f"cut at {cut['at-percent']:g} %, noticed after {cut['noticed-ms']:g} ms, healed")
         if result.get("blocktime-ms"):
             table.add_row("blocked, by vCPU", ", ".join(f"{ms:g} ms" for ms in result["blocktime-ms"]))
         table.add_row("verified", {True: "yes", False: "NO"}.get(result["verified"], "was not asked for"))
@@ -347,8 +437,45 @@ def _usable_machine() -> str:
     return "rv64"
 
 
-async def _good_end(child: _Child, done: trio.Event) -> None:
-    await done.wait()
+async def _pull_the_cable(source: _Child, dest: _Child, host: Host, said: Json) -> None:
+    """Cuts the destination's cable in the middle of postcopy, heals it when both sides have noticed, and says so."""
+
+    def resident(progress: Json) -> float:
+        ram = progress.get("ram") or {}
+        return 1 - ram["remaining"] / ram["total"] if ram.get("total") and "remaining" in ram else 0.0
+
+    await dest.until(
+        "the cable was cut: give it more --memory or a lower --max-bandwidth",
+        lambda now: now["status"] == "postcopy-active" and resident(now) >= LAB_CUT_AT,
+    )
+    at_percent = round(100 * resident(dest.progress), 1)
+    await trio.to_thread.run_sync(host.cut)
+    cut_s = trio.current_time()
+    for side in (source, dest):
+        await side.until("it noticed the cut cable", lambda now: now["status"] == "postcopy-paused")
+    noticed_s = trio.current_time()
+    await trio.to_thread.run_sync(host.heal)
+    healed_s = trio.current_time()
+    said |= {
+        "name": host.lab.name,
+        "mtu": host.lab.mtu,
+        "rate-bytes-per-s": host.lab.rate_of(host.name),
+        "hosts": {
+            side.name: {"name": side.host.name, "ipv4": side.host.ipv4, "ipv6": side.host.ipv6}
+            for side in (source, dest)
+            if side.host is not None
+        },
+        "cut": {
+            "host": host.name,
+            "at-percent": at_percent,
+            "noticed-ms": round(1000 * (noticed_s - cut_s), 1),
+            "healed-ms": round(1000 * (healed_s - cut_s), 1),
+        },
+    }
+
+
+async def _good_end(child: _Child) -> None:
+    await child.done.wait()
     assert child.process is not None
     if child.process.returncode or child.result is None:
         raise MigrationError(f"{child.name}: {child.last_error}")

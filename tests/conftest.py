@@ -66,6 +66,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "kvm": _probed("kvm"),
     "root": _probed("root"),
     "netns": _netns,
+    "user-netns": _probed("user-netns"),
     "hugetlb": _probed("hugetlb"),
     "ipv6": _probed("ipv6"),
 }

@@ -1866,7 +1866,7 @@ OF_EACH_KIND(request_missing)
 /* No more than a window of requests is under way without a fault, however many faults are served meanwhile. */
 static void filling_leaves_room_for_faults(void)
 {
-    const uint64_t pages[] = {12000};
+    const uint64_t pages[] = {1000};
     uint64_t asked = 0, faulted = 0;
     struct toucher toucher;
     struct pc_frame frame;
@@ -2003,7 +2003,7 @@ OF_EACH_KIND(ranges)
 /* With the test as the source: what is asked for, how much at a time, in what order, and again after a lost channel. */
 static void ranges_leave_room_for_faults(void)
 {
-    const uint64_t pages[] = {12000};
+    const uint64_t pages[] = {1000};
     uint8_t asked[1000] = {0};
     uint64_t count = 0, known = 0;
     struct toucher toucher;

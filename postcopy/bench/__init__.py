@@ -14,6 +14,7 @@ is reported is the median over the rounds of the ratio within a round, so that a
 - ``overhead``: resident memory of source and destination beside the machine's own, against its allowance.
 - ``recovery-time``: from a cut network's return to the first page that comes over it, against 150 ms and 500 ms.
 - ``recovery-map``: what a destination of 1 TiB, half of it there, has to say when it comes back, against 10 MB and 1 s.
+- ``contention``: mmap and munmap of one thread while others wait for a page, against none waiting: is a lock held?
 - ``userfaultfd``: a fault served by the Python binding under Trio against the smallest C handler; events per read.
 """
 
@@ -30,7 +31,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
 import trio
 
@@ -443,6 +444,31 @@ def measure_userfaultfd(rounds: int) -> list[Figure]:
     return figures
 
 
+def measure_contention(rounds: int) -> list[Figure]:
+    """mmap and munmap beside pending faults and bulk placement, against neither."""
+    from . import _contention as contention
+
+    measured = contention.measure(rounds)
+    idle = measured[contention.IDLE.name]
+    figures = []
+    for call in ("mmap", "munmap"):
+        for scene in contention.SCENES[1:]:
+            values = [
+                here[call] | {f"idle-{name}": us for name, us in before[call].items()}
+                for here, before in zip(measured[scene.name], idle, strict=True)
+            ]
+            ratio = _median_ratio(values, "p50", "idle-p50")
+            figures.append(Figure(f"{call} p50, {scene.name} / none", ratio, 1.5, True, values))
+    return figures
+
+
+def _contention_bars(figures: list[Figure]) -> list[Any]:
+    from . import _contention as contention
+
+    parts = (figure.name.removesuffix(" / none").split(" p50, ") for figure in figures)
+    return contention.bars([(call, scene, figure.rounds) for (call, scene), figure in zip(parts, figures, strict=True)])
+
+
 MEASUREMENTS: dict[str, Callable[[int], list[Figure]]] = {
     "fault": measure_fault,
     "pager-process": measure_pager_process,
@@ -454,6 +480,7 @@ MEASUREMENTS: dict[str, Callable[[int], list[Figure]]] = {
     "recovery-map": measure_recovery_map,
     "rv64": measure_rv64,
     "userfaultfd": measure_userfaultfd,
+    "contention": measure_contention,
 }
 
 
@@ -476,6 +503,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `postcopy bench`."""
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"of {', '.join(MEASUREMENTS)}; all by default")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="repetitions, medians are shown (default 5)")
+    parser.add_argument("--svg", default=None, metavar="FILE", help="draw the figures of contention there")
     parser.add_argument("--json", action="store_true", help="one JSON object a figure")
 
 
@@ -488,12 +516,40 @@ def run(args: argparse.Namespace) -> int:
     if args.rounds < 1:
         print("postcopy: error: --rounds must be at least 1", file=sys.stderr)
         return 2
+    if args.svg is not None and (complaint := _check_svg(args.svg, names)):
+        print(f"postcopy: error: --svg: {complaint}", file=sys.stderr)
+        return 2
     reached = True
     for name in names:
-        for figure in MEASUREMENTS[name](args.rounds):
+        figures = MEASUREMENTS[name](args.rounds)
+        for figure in figures:
             reached &= figure.reached
             if args.json:
                 print(json.dumps(figure.as_json()), flush=True)
             else:
                 _print(figure)
+        if name == "contention":
+            _plot(figures, None if args.json else sys.stdout, args.svg)
     return 0 if reached else 1
+
+
+def _check_svg(path: str, names: list[str]) -> str:
+    """Now, not after minutes of measuring; empty when all is well."""
+    if "contention" not in names:
+        return "it draws the figures of contention, which are not among those asked for"
+    try:
+        with open(path, "a", encoding="utf-8"):
+            return ""
+    except OSError as error:
+        return f"cannot write {path!r}: {error.strerror}"
+
+
+def _plot(figures: list[Figure], out: IO[str] | None, svg: str | None) -> None:
+    from . import _contention as contention
+
+    bars = _contention_bars(figures)
+    if out is not None:
+        print(contention.text_plot(bars), file=out, flush=True)
+    if svg is not None:
+        with open(svg, "w", encoding="utf-8") as file:
+            file.write(contention.svg_plot(bars))

@@ -4,8 +4,9 @@
 The plan: offer the machine, connect the data channels, wait until it is time; pause it, tell which pages there are,
 hand its state over; and when the destination says that it is prepared, decide. Up to that decision every failure ends
 the same way: the machine is resumed *first*, then the peer is told, then the rest is cleaned up. After it the machine
-never runs here again; a connection that is lost then leaves its memory as it is, in the state `PAUSED`, and the two
-sides look for each other again (`protocol`, "Recovery"): the destination says what it has, the rest is offered anew.
+never runs here again; a connection that is lost then leaves its memory as it is (but for pages that the destination has
+acknowledged, with `release_ram`: see `release`), in the state `PAUSED`, and the two sides look for each other again
+(`protocol`, "Recovery"): the destination says what it has, the rest is offered anew.
 
 Resource handling: the machine stays the caller's, and is paused when the migration has been committed, else as it
 was before. The link's control connection and the page server belong to the engine and are closed when `run`
@@ -170,13 +171,13 @@ class SourceMigration:
     def kept(self) -> list[Bitmap]:
         """For each RAM block what is (still) here, in the memory's own pages: all of it, but for what `release_ram` has
         given back. After `run`."""
-        maps = []
-        for number, block in enumerate(self.machine.blocks):
-            gone = self._discarded[number] if self._discarded else Bitmap(0)
-            unit = self._units[number] if self._discarded else 0
-            memory = block.memory
-            maps.append(gone.rescaled(unit, memory.page_bytes).inverted() if unit else Bitmap.full(memory.pages))
-        return maps
+        memories = [block.memory for block in self.machine.blocks]
+        if self._discarded is None:
+            return [Bitmap.full(memory.pages) for memory in memories]
+        return [
+            gone.rescaled(unit, memory.page_bytes).inverted()
+            for gone, unit, memory in zip(self._discarded, self._units, memories, strict=True)
+        ]
 
     # ---- steering it
 

@@ -2,8 +2,9 @@
 """Migrations of running machines over a network that is cut several times a second, for as long as wanted.
 
 ``python -m postcopy.testing.soak --seconds 600`` runs one `postcopy demo` after the other, each with its own seed; each
-verifies every page of its machine. Every other one has its pager in a process of its own, which is killed a few times.
-The first one that fails ends it, and is named so that it can be run again.
+verifies every page of its machine. Every other one has its pager in a process of its own, which is killed a few times;
+half of either kind have a source that gives its memory back as it goes. The first one that fails ends it, and is named
+so that it can be run again.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ DEADLINE_S = 300
 PAGER_LIVES_S = (0.2, 1.0)
 
 
-def command(workload: str, memory: str, seed: int, plan: str, pager: str) -> list[str]:
+def command(workload: str, memory: str, seed: int, plan: str, pager: str, release: bool) -> list[str]:
     machine = ["--machine", "kvm", "--memory", memory, "--vcpus", "2", "--workload", workload, "--run-for", "0.5"]
     network = ["--migrate-after", "0.2", "--chaos", plan, "--seed", str(seed)]
-    return ["demo", "--json", *machine, *network, "--pager", pager]
+    return ["demo", "--json", *machine, *network, "--pager", pager, *(["--release-ram"] if release else [])]
 
 
 def run_one(arguments: list[str], seed: int) -> tuple[dict[str, Any] | None, str]:
@@ -88,12 +89,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     seed = args.seed if args.seed is not None else secrets.randbits(31)
     began_s = time.monotonic()
-    migrations = cuts = recoveries = deaths = pages = 0
+    migrations = cuts = recoveries = deaths = pages = released = 0
     longest_ms: list[float] = []
     mean_ms: list[float] = []
     while time.monotonic() - began_s < args.seconds:
         workload, pager = WORKLOADS[migrations % 2], PAGERS[migrations // 2 % 2]
-        arguments = command(workload, args.memory, seed + migrations, args.plan, pager)
+        release = migrations // 4 % 2 == 1
+        arguments = command(workload, args.memory, seed + migrations, args.plan, pager, release)
         result, reason = run_one(arguments, seed + migrations)
         if result is None:
             print(f"soak: FAILED: {reason}\nsoak: again with: postcopy {' '.join(arguments)}", file=sys.stderr)
@@ -104,12 +106,14 @@ def main(argv: list[str] | None = None) -> int:
         recoveries += told["count"]
         deaths += result["pager"].get("deaths", 0)
         pages += result["ram"]["total"] // result["ram"]["page-size"]
+        released += result["source"]["ram"]["released"]
         if told["count"]:
             longest_ms.append(told["max-ms"])
             mean_ms.append(told["total-ms"] / told["count"])
         print(
             f"soak: {time.monotonic() - began_s:6.0f} s  {migrations} migrations, {cuts} cuts,"
-            f" {recoveries} recoveries, {deaths} pagers killed, {pages} pages verified, 0 wrong",
+            f" {recoveries} recoveries, {deaths} pagers killed, {released >> 20} MiB given back,"
+            f" {pages} pages verified, 0 wrong",
             flush=True,
         )
     if longest_ms:

@@ -15,7 +15,7 @@ CASES = [
     ("", 2, "COMMAND"),
     ("fly", 2, "invalid choice: 'fly'"),
     ("source", 2, "--machine"),
-    ("source --machine kvm", 2, "--listen --connect is required"),
+    ("source --machine kvm", 2, "--listen --connect --peer-file is required"),
     ("source --machine kvm --listen :0 --connect a:1", 2, "not allowed with"),
     ("source --machine kvm --connect localhost", 2, "it has no port"),
     ("source --machine kvm --connect ::1:7", 2, "needs brackets"),

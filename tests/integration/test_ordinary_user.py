@@ -94,3 +94,43 @@ def test_demo_without_any_right(package: list[str], spawn_child: Callable[..., A
         assert result["ram"]["demand-pages"] > 0
     if found["how"] == "USER_ONLY":
         assert done.stderr.count("postcopy: --machine kvm cannot be used here") == 1
+
+
+@pytest.mark.needs("root", "uffd-user", "user-netns")
+def test_laboratory_without_any_right(package: list[str]) -> None:
+    """The user who makes a user namespace is root in it, and may cut cables there; by hand, and in the demo."""
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [*package, "-m", "postcopy", *arguments], capture_output=True, text=True, cwd="/", timeout=100
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("lab", "up", "--rate", "100mbit")
+    try:
+        assert run("lab", "exec", "h1", "--", "id", "-u") == "0\n"
+        run("lab", "link", "h1", "cut")
+        status = json.loads(run("lab", "status", "--json"))["labs"][0]
+        assert (status["user-namespace"], status["hosts"]["h1"]["cable"]) == ("own", "cut")
+    finally:
+        run("lab", "down")
+    assert json.loads(run("lab", "status", "--json")) == {"labs": []}
+    result = json.loads(run("demo", "--lab", "--json", "--machine", "rv64", "--memory", "32MiB").splitlines()[-1])
+    assert (result["status"], result["verified"]) == ("completed", True)
+    assert result["recoveries"]["count"] > 0
+    assert json.loads(run("lab", "status", "--json")) == {"labs": []}
+
+
+@pytest.mark.needs("root", "uffd-user")
+def test_faultpaths_without_any_right(package: list[str], spawn_child: Callable[..., Any]) -> None:
+    found = rights(package)
+    child = spawn_child([*package, "-m", "postcopy", "faultpaths", "--only", "user.load,copy.write_pipe", "--json"])
+    done = child.wait(100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = {(cell["operation"], cell["mode"]): cell for cell in json.loads(done.stdout)["cells"]}
+    assert cells["user.load", "user-only"]["outcome"] == "blocked"
+    assert cells["copy.write_pipe", "user-only"]["error"] == "EFAULT"
+    if found["how"] == "USER_ONLY":
+        assert cells["user.load", "missing"]["verdict"] == "not available here"
+        assert "CAP_SYS_PTRACE" in cells["user.load", "missing"]["reason"]

@@ -35,10 +35,11 @@ def mapped_bytes(side: Any) -> int:
 
 
 @pytest.mark.needs("uffd", "kvm")
-@pytest.mark.parametrize("backing", ["memfd", "anon"])
-@pytest.mark.parametrize("plan", ["cut", "all"])
-def test_over_a_bad_network(side: Start, plan: str, backing: str) -> None:
-    arguments = (*MACHINE, "--backing", backing, "--migrate-after", "0.2")
+@pytest.mark.parametrize(
+    ("plan", "backing", "pager"), [("cut", "memfd", "process"), ("cut", "anon", "thread"), ("all", "memfd", "thread")]
+)
+def test_over_a_bad_network(side: Start, plan: str, backing: str, pager: str) -> None:
+    arguments = (*MACHINE, "--backing", backing, "--pager", pager, "--migrate-after", "0.2")
     status, result, errors = side("demo", "--json", *arguments, "--chaos", plan, "--seed", seed()).end(100)
     assert status == 0, errors
     assert (result["status"], result["verified"]) == ("completed", True)

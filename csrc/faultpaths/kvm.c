@@ -1,0 +1,342 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * KVM: the page is guest memory, and a guest of a few bytes touches it. Its program lies in a page beside it.
+ */
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "faultpaths/fp.h"
+#include "util.h"
+
+#define EVERYWHERE PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS
+
+#if defined(__x86_64__)
+#include <linux/kvm.h>
+
+#define LOW_BYTES 0x4000
+#define CODE 0x1000       /* guest-physical, of the program */
+#define PAGE 0x10000      /* of the page */
+#define NOWHERE 0x80000   /* where no memory is */
+#define PORT 0x10
+
+struct guest {
+    int vcpu;
+    uint8_t *low;
+    struct kvm_run *run;
+    struct kvm_sregs sregs;
+    struct kvm_regs regs;
+};
+
+/* In real mode, DS being the page, about to run `code`. The caller changes sregs and regs as it needs, then guest_enter. */
+static bool guest_make(struct pc_fp_cell *cell, struct guest *guest, const uint8_t *code, size_t bytes)
+{
+    int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC), vm, run_bytes;
+    struct kvm_userspace_memory_region low = {.slot = 0, .memory_size = LOW_BYTES};
+    struct kvm_userspace_memory_region page = {.slot = 1, .guest_phys_addr = PAGE, .memory_size = PC_FP_BYTES,
+                                               .userspace_addr = (uintptr_t)cell->page};
+
+    if (kvm < 0) {
+        pc_fp_unavailable(cell, errno, "/dev/kvm");
+        return false;
+    }
+    guest->low = mmap(NULL, LOW_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    vm = ioctl(kvm, KVM_CREATE_VM, 0);
+    run_bytes = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
+    if (guest->low == MAP_FAILED || vm < 0 || run_bytes < (int)sizeof(struct kvm_run)) {
+        pc_fp_unavailable(cell, errno, "KVM_CREATE_VM");
+        return false;
+    }
+    memcpy(guest->low + CODE, code, bytes);
+    low.userspace_addr = (uintptr_t)guest->low;
+    (void)ioctl(vm, KVM_SET_TSS_ADDR, 0xfffbd000ul); /* what real mode needs of older Intel processors */
+    if (ioctl(vm, KVM_SET_USER_MEMORY_REGION, &low) || ioctl(vm, KVM_SET_USER_MEMORY_REGION, &page)) {
+        pc_fp_unavailable(cell, errno, "KVM_SET_USER_MEMORY_REGION");
+        return false;
+    }
+    guest->vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
+    if (guest->vcpu < 0) {
+        pc_fp_unavailable(cell, errno, "KVM_CREATE_VCPU");
+        return false;
+    }
+    guest->run = mmap(NULL, (size_t)run_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, guest->vcpu, 0);
+    if (guest->run == MAP_FAILED || ioctl(guest->vcpu, KVM_GET_SREGS, &guest->sregs)) {
+        pc_fp_unavailable(cell, errno, "KVM_GET_SREGS");
+        return false;
+    }
+    guest->sregs.cs.base = guest->sregs.ss.base = guest->sregs.cs.selector = guest->sregs.ss.selector = 0;
+    guest->sregs.ds.base = guest->sregs.es.base = PAGE;
+    guest->sregs.ds.selector = guest->sregs.es.selector = PAGE >> 4;
+    guest->regs = (struct kvm_regs){.rip = CODE, .rsp = CODE + 0x1000, .rflags = 2};
+    return true;
+}
+
+static bool guest_set(struct pc_fp_cell *cell, struct guest *guest)
+{
+    if (!ioctl(guest->vcpu, KVM_SET_SREGS, &guest->sregs) && !ioctl(guest->vcpu, KVM_SET_REGS, &guest->regs))
+        return true;
+    pc_fp_unavailable(cell, errno, "KVM_SET_SREGS");
+    return false;
+}
+
+/* The exit that means success; any other one is how KVM tells that the access failed. */
+static bool exited(struct pc_fp_cell *cell, const struct guest *guest, uint32_t reason)
+{
+    struct pc_fp_result *result = &cell->shared->result;
+
+    if (!pc_fp_succeeded(cell))
+        return false;
+    if (guest->run->exit_reason == reason)
+        return true;
+    result->error = EFAULT;
+    (void)snprintf(result->text, sizeof(result->text), "KVM_RUN came back with exit reason %u, should be %u",
+                   guest->run->exit_reason, reason);
+    return false;
+}
+
+static bool guest_run(struct pc_fp_cell *cell, struct guest *guest, uint32_t reason)
+{
+    if (!guest_set(cell, guest))
+        return false;
+    PC_FP_ACT(cell, ioctl(guest->vcpu, KVM_RUN, 0));
+    return exited(cell, guest, reason);
+}
+
+static uint16_t accumulator(struct guest *guest)
+{
+    struct kvm_regs regs = {0};
+
+    (void)ioctl(guest->vcpu, KVM_GET_REGS, &regs);
+    return (uint16_t)regs.rax;
+}
+
+static void load(struct pc_fp_cell *cell)
+{
+    static const uint8_t code[] = {0xa1, 0x00, 0x08, /* mov PC_FP_AT_OUT, %ax */
+                                   0xf4};            /* hlt */
+    struct guest guest;
+    uint16_t got;
+
+    if (!guest_make(cell, &guest, code, sizeof(code)) || !guest_run(cell, &guest, KVM_EXIT_HLT))
+        return;
+    got = accumulator(&guest);
+    pc_fp_verify(cell, &got, PC_FP_AT_OUT, sizeof(got));
+}
+
+static void store(struct pc_fp_cell *cell)
+{
+    static const uint8_t code[] = {0xb8, 0x34, 0x12, /* mov $0x1234, %ax */
+                                   0xa3, 0x00, 0x08, /* mov %ax, PC_FP_AT_OUT */
+                                   0xf4};
+    const uint16_t data = 0x1234;
+    struct guest guest;
+
+    if (guest_make(cell, &guest, code, sizeof(code)) && guest_run(cell, &guest, KVM_EXIT_HLT))
+        pc_fp_verify_page(cell, &data, PC_FP_AT_OUT, sizeof(data));
+}
+
+static void locked_add(struct pc_fp_cell *cell)
+{
+    static const uint8_t code[] = {0xf0, 0x83, 0x06, 0x00, 0x08, 0x01, /* lock addw $1, PC_FP_AT_OUT */
+                                   0xf4};
+    struct guest guest;
+    uint16_t data;
+
+    memcpy(&data, cell->content + PC_FP_AT_OUT, sizeof(data));
+    data++;
+    if (guest_make(cell, &guest, code, sizeof(code)) && guest_run(cell, &guest, KVM_EXIT_HLT))
+        pc_fp_verify_page(cell, &data, PC_FP_AT_OUT, sizeof(data));
+}
+
+static void fetch(struct pc_fp_cell *cell)
+{
+    static const uint8_t none[1];
+    struct guest guest;
+
+    if (!guest_make(cell, &guest, none, sizeof(none)))
+        return;
+    guest.sregs.cs.base = PAGE;
+    guest.sregs.cs.selector = PAGE >> 4;
+    guest.regs.rip = PC_FP_AT_GUEST;
+    if (guest_run(cell, &guest, KVM_EXIT_HLT) && accumulator(&guest) != PC_FP_CODE_RETURNS)
+        pc_fp_wrong(cell, "the guest ran other code: AX is 0x%04x", accumulator(&guest));
+}
+
+static void put_entry(struct guest *guest, uint32_t at, uint64_t entry)
+{
+    memcpy(guest->low + at, &entry, sizeof(entry));
+}
+
+/* 64-bit mode with the page as page directory: the program's own address is translated by it. */
+static void walk(struct pc_fp_cell *cell)
+{
+    static const uint8_t code[] = {0xb8, 0x43, 0x50, 0x00, 0x00, /* mov $PC_FP_CODE_RETURNS, %eax */
+                                   0xf4};
+    struct kvm_segment segment = {.limit = 0xffffffff, .selector = 8, .type = 11, .present = 1, .s = 1, .l = 1, .g = 1};
+    struct guest guest;
+
+    if (!guest_make(cell, &guest, code, sizeof(code)))
+        return;
+    guest.sregs.cs = segment;
+    segment.type = 3;
+    segment.selector = 16;
+    segment.l = 0;
+    segment.db = 1;
+    guest.sregs.ds = guest.sregs.es = guest.sregs.ss = guest.sregs.fs = guest.sregs.gs = segment;
+    put_entry(&guest, 0x2000, 0x3000 | 0x27); /* present, writable, user, accessed */
+    put_entry(&guest, 0x3000, PAGE | 0x27);
+    guest.sregs.cr3 = 0x2000;
+    guest.sregs.cr4 |= 0x20;       /* PAE */
+    guest.sregs.efer |= 0x500;     /* LMA, LME */
+    guest.sregs.cr0 |= 0x80000001; /* PG, PE */
+    guest.regs.rip = ((uint64_t)PC_FP_AT_PDE / 8 << 21) + CODE;
+    if (guest_run(cell, &guest, KVM_EXIT_HLT) && accumulator(&guest) != PC_FP_CODE_RETURNS)
+        pc_fp_wrong(cell, "the guest ran other code: AX is 0x%04x", accumulator(&guest));
+}
+
+/* KVM itself has to read what a string instruction puts out. */
+static void outs(struct pc_fp_cell *cell)
+{
+    static const uint8_t code[] = {0x6e, /* outsb */
+                                   0xf4};
+    struct guest guest;
+
+    if (!guest_make(cell, &guest, code, sizeof(code)))
+        return;
+    guest.regs.rsi = PC_FP_AT_OUT;
+    guest.regs.rdx = PORT;
+    if (guest_run(cell, &guest, KVM_EXIT_IO))
+        pc_fp_verify(cell, (uint8_t *)guest.run + guest.run->io.data_offset, PC_FP_AT_OUT, 1);
+}
+
+/* The value that user space gives is stored by the KVM_RUN that follows. */
+static void ins(struct pc_fp_cell *cell)
+{
+    static const uint8_t code[] = {0x6c, /* insb */
+                                   0xf4};
+    const uint8_t data = 0x5A;
+    struct guest guest;
+
+    if (!guest_make(cell, &guest, code, sizeof(code)))
+        return;
+    guest.regs.rdi = PC_FP_AT_OUT;
+    guest.regs.rdx = PORT;
+    if (!guest_set(cell, &guest))
+        return;
+    if (ioctl(guest.vcpu, KVM_RUN, 0) || guest.run->exit_reason != KVM_EXIT_IO) {
+        pc_fp_unavailable(cell, errno, "the guest's input (exit reason %u)", guest.run->exit_reason);
+        return;
+    }
+    memcpy((uint8_t *)guest.run + guest.run->io.data_offset, &data, 1);
+    PC_FP_ACT(cell, ioctl(guest.vcpu, KVM_RUN, 0));
+    if (exited(cell, &guest, KVM_EXIT_HLT))
+        pc_fp_verify_page(cell, &data, PC_FP_AT_OUT, 1);
+}
+
+/* A copy to where no memory is: KVM reads the source to emulate it. */
+static void mmio(struct pc_fp_cell *cell)
+{
+    static const uint8_t code[] = {0xa4, /* movsb */
+                                   0xf4};
+    struct guest guest;
+
+    if (!guest_make(cell, &guest, code, sizeof(code)))
+        return;
+    guest.sregs.es.base = NOWHERE;
+    guest.sregs.es.selector = NOWHERE >> 4;
+    guest.regs.rsi = PC_FP_AT_OUT;
+    guest.regs.rdi = 0;
+    if (guest_run(cell, &guest, KVM_EXIT_MMIO)) {
+        if (!guest.run->mmio.is_write || guest.run->mmio.phys_addr != NOWHERE) {
+            cell->shared->result.error = EFAULT;
+            (void)snprintf(cell->shared->result.text, sizeof(cell->shared->result.text),
+                           "KVM took the page for a place without memory");
+            return;
+        }
+        pc_fp_verify(cell, guest.run->mmio.data, PC_FP_AT_OUT, 1);
+    }
+}
+
+/* The guest's clock lies in its memory, where KVM writes it. */
+static void clock_page(struct pc_fp_cell *cell)
+{
+    static const uint8_t code[] = {0xf4};
+    struct { /* struct kvm_msrs with its array */
+        uint32_t count, padding;
+        struct kvm_msr_entry entry;
+    } msrs = {.count = 1, .entry = {.index = 0x4b564d01, .data = (PAGE + PC_FP_AT_OUT) | 1}};
+    struct guest guest;
+
+    if (!guest_make(cell, &guest, code, sizeof(code)) || !guest_set(cell, &guest))
+        return;
+    pc_fp_begin(cell);
+    if (ioctl(guest.vcpu, KVM_SET_MSRS, &msrs) != 1) {
+        pc_fp_unavailable(cell, errno, "MSR_KVM_SYSTEM_TIME_NEW");
+        return;
+    }
+    pc_fp_end(cell, ioctl(guest.vcpu, KVM_RUN, 0));
+    if (!exited(cell, &guest, KVM_EXIT_HLT))
+        return;
+    if (!memcmp(cell->page + PC_FP_AT_OUT, cell->content + PC_FP_AT_OUT, 32)) {
+        cell->shared->result.error = EFAULT;
+        (void)snprintf(cell->shared->result.text, sizeof(cell->shared->result.text),
+                       "the clock was not written, and nobody was told");
+    }
+}
+
+static void prefault(struct pc_fp_cell *cell)
+{
+    static const uint8_t code[] = {0xf4};
+    struct { /* struct kvm_pre_fault_memory */
+        uint64_t address, bytes, flags, padding[5];
+    } range = {.address = PAGE, .bytes = PC_FP_BYTES};
+    struct guest guest;
+
+    if (!guest_make(cell, &guest, code, sizeof(code)) || !guest_set(cell, &guest))
+        return;
+    PC_FP_ACT(cell, ioctl(guest.vcpu, _IOWR(KVMIO, 0xd5, range), &range));
+    if (cell->shared->result.error == ENOTTY || cell->shared->result.error == EOPNOTSUPP ||
+        cell->shared->result.error == EINVAL)
+        pc_fp_unavailable(cell, cell->shared->result.error, "KVM_PRE_FAULT_MEMORY (Linux 6.11, with two-dimensional paging)");
+    if (pc_fp_succeeded(cell))
+        pc_fp_verify_page(cell, NULL, 0, 0);
+}
+
+#else
+static void load(struct pc_fp_cell *cell)
+{
+    pc_fp_unavailable(cell, 0, "no guest for this processor");
+}
+#define store load
+#define locked_add load
+#define fetch load
+#define walk load
+#define outs load
+#define ins load
+#define mmio load
+#define clock_page load
+#define prefault load
+#endif
+
+static const struct pc_fp_operation operations[] = {
+    {{"kvm.load", "kvm", "a vCPU reads guest memory: get_user_pages in KVM_RUN", EVERYWHERE, PC_FP_NEEDS_KVM}, load},
+    {{"kvm.store", "kvm", "a vCPU writes guest memory", EVERYWHERE, PC_FP_WRITES | PC_FP_NEEDS_KVM}, store},
+    {{"kvm.locked_add", "kvm", "a vCPU's atomic read-modify-write", EVERYWHERE, PC_FP_WRITES | PC_FP_NEEDS_KVM}, locked_add},
+    {{"kvm.fetch", "kvm", "a vCPU fetches an instruction", EVERYWHERE, PC_FP_NEEDS_KVM}, fetch},
+    {{"kvm.walk", "kvm", "a vCPU's page-table walk: the page is its page directory", EVERYWHERE, PC_FP_NEEDS_KVM}, walk},
+    {{"kvm.emulator_outs", "kvm", "KVM's emulator reads for OUTS: a copy", EVERYWHERE, PC_FP_NEEDS_KVM}, outs},
+    {{"kvm.emulator_ins", "kvm", "KVM's emulator writes for INS: a copy", EVERYWHERE, PC_FP_WRITES | PC_FP_NEEDS_KVM}, ins},
+    {{"kvm.emulator_mmio", "kvm", "KVM's emulator reads the source of a MOVS to a device: a copy", EVERYWHERE,
+      PC_FP_NEEDS_KVM},
+     mmio},
+    {{"kvm.clock", "kvm", "KVM writes the guest's clock into guest memory",
+      PC_FP_ALL_MODES & ~(1u << PC_FP_SIGBUS | 1u << PC_FP_POISON), PC_FP_ALL_BACKINGS, PC_FP_WRITES | PC_FP_NEEDS_KVM},
+     clock_page},
+    {{"kvm.pre_fault", "kvm", "KVM_PRE_FAULT_MEMORY brings the page before a vCPU needs it", EVERYWHERE, PC_FP_NEEDS_KVM},
+     prefault},
+};
+
+const struct pc_fp_class pc_fp_kvm = {operations, PC_ARRAY_LENGTH(operations)};

@@ -1,0 +1,371 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Access to a process's memory by way of its mm: by /proc/PID/mem, ptrace and process_vm_readv. Whoever asks is the one that
+ * waits, while the event goes to the userfaultfd of the process that is asked.
+ */
+#include <fcntl.h>
+#include <linux/prctl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "faultpaths/fp.h"
+#include "util.h"
+
+#ifndef PR_SET_PTRACER
+#define PR_SET_PTRACER 0x59616d61
+#endif
+
+#define EVERYWHERE PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS
+#define SMALL 512 /* bytes, at PC_FP_AT_OUT */
+
+static const uint8_t *other_bytes(void)
+{
+    static uint8_t data[SMALL];
+
+    for (uint32_t i = 0; i < SMALL; i++)
+        data[i] = (uint8_t)(i * 11 + 3);
+    return data;
+}
+
+/* A yama policy may allow ancestors only; here the child asks about its parent. */
+static void allow_others(void)
+{
+    (void)prctl(PR_SET_PTRACER, -1L);
+}
+
+static void not_allowed(struct pc_fp_cell *cell, const char *what)
+{
+    int error = cell->shared->result.error;
+
+    if (error == EPERM || error == EACCES || error == ENOSYS)
+        pc_fp_unavailable(cell, error, "%s", what);
+}
+
+/* ---- /proc/PID/mem ---- */
+
+static int open_mem(struct pc_fp_cell *cell, pid_t pid)
+{
+    char path[32];
+    int fd;
+
+    (void)snprintf(path, sizeof(path), "/proc/%d/mem", pid);
+    fd = open(path, O_RDWR | O_CLOEXEC);
+    if (fd < 0)
+        pc_fp_unavailable(cell, errno, "%s", path);
+    return fd;
+}
+
+/* The error of /proc/PID/mem for memory that cannot be had is EIO. */
+static void read_mem(struct pc_fp_cell *cell, void *pid)
+{
+    uint8_t got[SMALL];
+    int fd = open_mem(cell, *(pid_t *)pid);
+
+    if (fd < 0)
+        return;
+    PC_FP_ACT(cell, pread(fd, got, SMALL, (off_t)(uintptr_t)(cell->page + PC_FP_AT_OUT)));
+    pc_fp_check_value(cell, SMALL);
+    if (pc_fp_succeeded(cell))
+        pc_fp_verify(cell, got, PC_FP_AT_OUT, SMALL);
+}
+
+static void write_mem(struct pc_fp_cell *cell, void *pid)
+{
+    int fd = open_mem(cell, *(pid_t *)pid);
+
+    if (fd < 0)
+        return;
+    PC_FP_ACT(cell, pwrite(fd, other_bytes(), SMALL, (off_t)(uintptr_t)(cell->page + PC_FP_AT_OUT)));
+    pc_fp_check_value(cell, SMALL);
+}
+
+static void verify_written(struct pc_fp_cell *cell)
+{
+    if (pc_fp_succeeded(cell))
+        pc_fp_verify_page(cell, other_bytes(), PC_FP_AT_OUT, SMALL);
+}
+
+static void mem_read_own(struct pc_fp_cell *cell)
+{
+    pid_t pid = getpid();
+
+    read_mem(cell, &pid);
+}
+
+static void mem_write_own(struct pc_fp_cell *cell)
+{
+    pid_t pid = getpid();
+
+    write_mem(cell, &pid);
+    verify_written(cell);
+}
+
+static void mem_read_other(struct pc_fp_cell *cell)
+{
+    pid_t pid = getpid();
+
+    allow_others();
+    pc_fp_in_process(cell, read_mem, &pid);
+}
+
+static void mem_write_other(struct pc_fp_cell *cell)
+{
+    pid_t pid = getpid();
+
+    allow_others();
+    pc_fp_in_process(cell, write_mem, &pid);
+    verify_written(cell);
+}
+
+/* ---- ptrace: the thread that runs the operation is stopped by its own child, which it waits for ---- */
+
+struct traced {
+    pid_t tid;
+    bool write;
+};
+
+static void trace(struct pc_fp_cell *cell, void *argument)
+{
+    const struct traced *traced = argument;
+    uint64_t word = 0;
+    int status;
+
+    if (ptrace(PTRACE_SEIZE, traced->tid, NULL, NULL) || ptrace(PTRACE_INTERRUPT, traced->tid, NULL, NULL) ||
+        waitpid(traced->tid, &status, __WALL) != traced->tid) {
+        pc_fp_unavailable(cell, errno, "ptrace");
+        return;
+    }
+    if (traced->write) {
+        memcpy(&word, other_bytes(), sizeof(word));
+        PC_FP_ACT(cell, syscall(SYS_ptrace, PTRACE_POKEDATA, traced->tid, cell->page + PC_FP_AT_OUT, word));
+    } else {
+        PC_FP_ACT(cell, syscall(SYS_ptrace, PTRACE_PEEKDATA, traced->tid, cell->page + PC_FP_AT_OUT, &word));
+        if (pc_fp_succeeded(cell))
+            pc_fp_verify(cell, &word, PC_FP_AT_OUT, sizeof(word));
+    }
+    (void)ptrace(PTRACE_DETACH, traced->tid, NULL, NULL);
+}
+
+static void ptrace_peek(struct pc_fp_cell *cell)
+{
+    struct traced traced = {.tid = cell->tid};
+
+    allow_others();
+    pc_fp_in_process(cell, trace, &traced);
+}
+
+static void ptrace_poke(struct pc_fp_cell *cell)
+{
+    struct traced traced = {.tid = cell->tid, .write = true};
+
+    allow_others();
+    pc_fp_in_process(cell, trace, &traced);
+    if (pc_fp_succeeded(cell))
+        pc_fp_verify_page(cell, other_bytes(), PC_FP_AT_OUT, sizeof(uint64_t));
+}
+
+/* ---- process_vm_readv, process_vm_writev ---- */
+
+/* The page is the memory that is asked for. */
+static void vm_read_from(struct pc_fp_cell *cell, void *pid)
+{
+    uint8_t got[SMALL];
+    struct iovec local = {got, SMALL}, remote = {cell->page + PC_FP_AT_OUT, SMALL};
+
+    PC_FP_ACT(cell, syscall(SYS_process_vm_readv, *(pid_t *)pid, &local, 1, &remote, 1, 0));
+    not_allowed(cell, "process_vm_readv");
+    pc_fp_check_value(cell, SMALL);
+    if (pc_fp_succeeded(cell))
+        pc_fp_verify(cell, got, PC_FP_AT_OUT, SMALL);
+}
+
+static void vm_write_to(struct pc_fp_cell *cell, void *pid)
+{
+    struct iovec local = {(void *)(uintptr_t)other_bytes(), SMALL}, remote = {cell->page + PC_FP_AT_OUT, SMALL};
+
+    PC_FP_ACT(cell, syscall(SYS_process_vm_writev, *(pid_t *)pid, &local, 1, &remote, 1, 0));
+    not_allowed(cell, "process_vm_writev");
+    pc_fp_check_value(cell, SMALL);
+}
+
+static void vm_readv_remote(struct pc_fp_cell *cell)
+{
+    pid_t pid = getpid();
+
+    vm_read_from(cell, &pid);
+}
+
+static void vm_writev_remote(struct pc_fp_cell *cell)
+{
+    pid_t pid = getpid();
+
+    vm_write_to(cell, &pid);
+    verify_written(cell);
+}
+
+static void vm_readv_other(struct pc_fp_cell *cell)
+{
+    pid_t pid = getpid();
+
+    allow_others();
+    pc_fp_in_process(cell, vm_read_from, &pid);
+}
+
+static void vm_writev_other(struct pc_fp_cell *cell)
+{
+    pid_t pid = getpid();
+
+    allow_others();
+    pc_fp_in_process(cell, vm_write_to, &pid);
+    verify_written(cell);
+}
+
+/* The page is the caller's own end. */
+static void vm_readv_local(struct pc_fp_cell *cell)
+{
+    struct iovec local = {cell->page + PC_FP_AT_OUT, 64}, remote = {PC_FP_SCRATCH + PC_FP_IN_DATA, 64};
+
+    PC_FP_ACT(cell, syscall(SYS_process_vm_readv, getpid(), &local, 1, &remote, 1, 0));
+    not_allowed(cell, "process_vm_readv");
+    pc_fp_check_value(cell, 64);
+    if (pc_fp_succeeded(cell))
+        pc_fp_verify_page(cell, PC_FP_SCRATCH + PC_FP_IN_DATA, PC_FP_AT_OUT, 64);
+}
+
+static void vm_writev_local(struct pc_fp_cell *cell)
+{
+    struct iovec local = {cell->page + PC_FP_AT_OUT, SMALL}, remote = {PC_FP_SCRATCH + PC_FP_IN_FREE, SMALL};
+
+    PC_FP_ACT(cell, syscall(SYS_process_vm_writev, getpid(), &local, 1, &remote, 1, 0));
+    not_allowed(cell, "process_vm_writev");
+    pc_fp_check_value(cell, SMALL);
+    if (pc_fp_succeeded(cell))
+        pc_fp_verify(cell, PC_FP_SCRATCH + PC_FP_IN_FREE, PC_FP_AT_OUT, SMALL);
+}
+
+/* ---- /proc/PID/cmdline ---- */
+
+static void read_cmdline(struct pc_fp_cell *cell, void *pid)
+{
+    char path[32], got[64];
+    int fd;
+
+    (void)snprintf(path, sizeof(path), "/proc/%d/cmdline", *(pid_t *)pid);
+    fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) {
+        pc_fp_unavailable(cell, errno, "%s", path);
+        return;
+    }
+    PC_FP_ACT(cell, read(fd, got, 14));
+    if (pc_fp_succeeded(cell) && !cell->shared->result.value) {
+        cell->shared->result.error = EIO;
+        (void)snprintf(cell->shared->result.text, sizeof(cell->shared->result.text), "the file is empty, without an error");
+        return;
+    }
+    pc_fp_check_value(cell, 14);
+    if (pc_fp_succeeded(cell))
+        pc_fp_verify(cell, got, PC_FP_AT_STRING, 14);
+}
+
+/* Moves this process's arguments to `at`, for which the kernel wants to hear about everything else too. 0 or -errno. */
+static int move_arguments(uintptr_t at, uintptr_t end)
+{
+    struct prctl_mm_map map = {.exe_fd = (uint32_t)-1, .brk = (uintptr_t)sbrk(0)};
+    char text[2048], *field, *rest = NULL;
+    int fd = open("/proc/self/stat", O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
+    int number = 2; /* of the name, which may have spaces in it */
+
+    if (fd >= 0)
+        close(fd);
+    if (n <= 0)
+        return -ENODATA;
+    text[n] = '\0';
+    field = strrchr(text, ')');
+    if (!field)
+        return -ENODATA;
+    for (field = strtok_r(field + 1, " \n", &rest); field; field = strtok_r(NULL, " \n", &rest)) {
+        uint64_t value = strtoull(field, NULL, 10);
+
+        switch (++number) { /* proc(5) */
+        case 26:
+            map.start_code = value;
+            break;
+        case 27:
+            map.end_code = value;
+            break;
+        case 28:
+            map.start_stack = value;
+            break;
+        case 45:
+            map.start_data = value;
+            break;
+        case 46:
+            map.end_data = value;
+            break;
+        case 47:
+            map.start_brk = value;
+            break;
+        case 50:
+            map.env_start = value;
+            break;
+        case 51:
+            map.env_end = value;
+            break;
+        default:
+            break;
+        }
+    }
+    map.arg_start = at;
+    map.arg_end = end;
+    return syscall(SYS_prctl, PR_SET_MM, PR_SET_MM_MAP, &map, sizeof(map), 0) ? -errno : 0;
+}
+
+/* What `ps` does to everybody. */
+static void cmdline(struct pc_fp_cell *cell)
+{
+    pid_t pid = getpid();
+    uintptr_t at = (uintptr_t)(cell->page + PC_FP_AT_STRING);
+    int rc = move_arguments(at, at + 14);
+
+    if (rc) {
+        pc_fp_unavailable(cell, -rc, "PR_SET_MM_MAP");
+        return;
+    }
+    pc_fp_in_process(cell, read_cmdline, &pid);
+}
+
+static const struct pc_fp_operation operations[] = {
+    {{"remote.mem_read_own", "remote", "read of /proc/self/mem: access_remote_vm", EVERYWHERE, 0}, mem_read_own},
+    {{"remote.mem_write_own", "remote", "write to /proc/self/mem", EVERYWHERE, PC_FP_WRITES}, mem_write_own},
+    {{"remote.mem_read", "remote", "another process reads /proc/PID/mem", EVERYWHERE, 0}, mem_read_other},
+    {{"remote.mem_write", "remote", "another process writes /proc/PID/mem", EVERYWHERE, PC_FP_WRITES}, mem_write_other},
+    {{"remote.ptrace_peek", "remote", "a debugger's PTRACE_PEEKDATA", EVERYWHERE, 0}, ptrace_peek},
+    {{"remote.ptrace_poke", "remote", "a debugger's PTRACE_POKEDATA", EVERYWHERE, PC_FP_WRITES}, ptrace_poke},
+    /* Of anonymous memory only: what a file is behind is refused since a FUSE could stop every `ps` (FOLL_ANON, 4.17). */
+    {{"remote.cmdline", "remote", "another process (ps) reads /proc/PID/cmdline, the arguments being in the page",
+      PC_FP_ALL_MODES, 1u << PC_FP_ANON, 0},
+     cmdline},
+    {{"pin.process_vm_readv_remote", "pin", "process_vm_readv, the page is the remote end: get_user_pages_remote", EVERYWHERE,
+      0},
+     vm_readv_remote},
+    {{"pin.process_vm_writev_remote", "pin", "process_vm_writev, the page is the remote end", EVERYWHERE, PC_FP_WRITES},
+     vm_writev_remote},
+    {{"copy.process_vm_readv_local", "copy", "process_vm_readv, the page is the local end: a copy", EVERYWHERE, PC_FP_WRITES},
+     vm_readv_local},
+    {{"copy.process_vm_writev_local", "copy", "process_vm_writev, the page is the local end: a copy", EVERYWHERE, 0},
+     vm_writev_local},
+    {{"remote.process_vm_readv", "remote", "process_vm_readv by another process", EVERYWHERE, 0}, vm_readv_other},
+    {{"remote.process_vm_writev", "remote", "process_vm_writev by another process", EVERYWHERE, PC_FP_WRITES},
+     vm_writev_other},
+};
+
+const struct pc_fp_class pc_fp_remote = {operations, PC_ARRAY_LENGTH(operations)};

@@ -1,0 +1,80 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * All operations, class by class, and those that only tests ask for.
+ */
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "faultpaths/fp.h"
+#include "util.h"
+
+static const struct pc_fp_class *const classes[] = {&pc_fp_user,  &pc_fp_copy,   &pc_fp_arguments, &pc_fp_process,
+                                                   &pc_fp_pin,   &pc_fp_futex,  &pc_fp_uring,     &pc_fp_kvm,
+                                                   &pc_fp_remote, &pc_fp_net,   &pc_fp_nofault,   &pc_fp_device};
+
+static void hang(struct pc_fp_cell *cell)
+{
+    /* Two generations of processes that do not end by themselves, one of them not this one's child any more. */
+    if (!fork()) {
+        if (fork())
+            _exit(0);
+        for (;;)
+            pause();
+    }
+    pc_fp_begin(cell);
+    for (;;)
+        pause();
+}
+
+static void crash(struct pc_fp_cell *cell)
+{
+    pc_fp_begin(cell);
+    (void)raise(SIGKILL);
+}
+
+static void find_wrong(struct pc_fp_cell *cell)
+{
+    uint8_t other = (uint8_t)~cell->content[0];
+
+    PC_FP_ACT(cell, 0);
+    pc_fp_verify(cell, &other, 0, 1);
+}
+
+static const struct pc_fp_operation tests[] = {
+    {{"test.hang", "test", "never ends", PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS, 0}, hang},
+    {{"test.crash", "test", "ends its process", PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS, 0}, crash},
+    {{"test.wrong", "test", "finds other content", PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS, 0}, find_wrong},
+};
+
+const struct pc_fp_operation *pc_fp_operation(uint32_t index)
+{
+    if (index >= PC_FP_TEST_WRONG)
+        return &tests[PC_FP_TEST_HANG - index];
+    for (size_t i = 0; i < PC_ARRAY_LENGTH(classes); i++) {
+        if (index < classes[i]->count)
+            return &classes[i]->operations[index];
+        index -= classes[i]->count;
+    }
+    return NULL;
+}
+
+uint32_t pc_faultpath_count(void)
+{
+    uint32_t count = 0;
+
+    for (size_t i = 0; i < PC_ARRAY_LENGTH(classes); i++)
+        count += classes[i]->count;
+    return count;
+}
+
+int pc_faultpath_get(uint32_t index, struct pc_faultpath *out)
+{
+    const struct pc_fp_operation *operation = index < pc_faultpath_count() ? pc_fp_operation(index) : NULL;
+
+    if (!operation)
+        return -EINVAL;
+    *out = operation->about;
+    return 0;
+}

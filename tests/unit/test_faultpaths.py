@@ -1,0 +1,595 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosing, judging and reporting fault path cells, on recorded results: no kernel is asked."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import trio
+
+from postcopy._errors import ConfigurationError, ResourceError
+from postcopy.bench import _contention
+from postcopy.cli import main
+from postcopy.faultpaths import _compare, _expect, _report, _runner, _select, _supervise, _system
+from postcopy.faultpaths._html import to_html
+from postcopy.faultpaths._model import (
+    Backing,
+    Cell,
+    Flag,
+    Judged,
+    KillMeasure,
+    LockMeasure,
+    Measure,
+    Mode,
+    Operation,
+    Outcome,
+    RemoteMeasure,
+    Result,
+    Run,
+    SignalMeasure,
+    Verdict,
+)
+from postcopy.faultpaths._system import System
+
+LOAD = Operation("user.load", "user", "a load <in> user code")
+READ = Operation("pin.odirect_read", "pin", "read(2) of an O_DIRECT file", flags=Flag.WRITES | Flag.NEEDS_DIR)
+FORK = Operation("nofault.fork", "nofault", "fork", modes=(Mode.MISSING,), flags=Flag.NOFAULT)
+OPERATIONS = (LOAD, READ, FORK)
+BLOCKED = Result(Outcome.BLOCKED, events=1, event_offset=8, event_thread="own", state="D", wchan="handle_userfault")
+SYSTEM = System("6.18.44-x", "x86_64", kvm="emulated", config={"CONFIG_A": "y"}, config_known=True)
+LOAD_ANON = Cell("user.load", Mode.MISSING, Backing.ANON)
+
+
+def rules(*tables: str) -> _expect.Expectations:
+    return _expect.parse("schema = 1\n" + "\n".join("[[expect]]\n" + table for table in tables), "a test")
+
+
+ALL_BLOCK = 'operation = "*"\nmode = "missing"\noutcome = "blocked"\nreason = "since 5.0"'
+
+
+# ---- expectations
+
+
+def test_the_file_that_comes_with_postcopy_is_sound() -> None:
+    expectations = _expect.load()
+    assert expectations.rules
+    assert all(len(rule.reason) > 10 for rule in expectations.rules)
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict", "difference"),
+    [
+        ({}, Verdict.AS_EXPECTED, ""),
+        ({"outcome": Outcome.REFUSED, "error": 14}, Verdict.CHANGED, "refused EFAULT instead of blocked, state S/D"),
+        ({"outcome": Outcome.SIGNALLED, "signal_number": 7}, Verdict.CHANGED, "signalled SIGBUS instead of"),
+        ({"outcome": Outcome.UNAVAILABLE, "text": "no pool"}, Verdict.NOT_AVAILABLE, ""),
+        ({"state": "R"}, Verdict.CHANGED, "state R instead of S/D"),
+        ({"state": ""}, Verdict.AS_EXPECTED, ""),  # it went on before it was looked at
+        ({"state": "R", "wchan": "mutex_lock"}, Verdict.AS_EXPECTED, ""),  # it was looked at somewhere else
+    ],
+)
+def test_verdicts(changed: dict[str, Any], verdict: Verdict, difference: str) -> None:
+    expectations = rules('operation = "*"\nmode = "*"\noutcome = "blocked"\nstate = ["S", "D"]\nreason = "so it is"')
+    judged = expectations.judge(LOAD, LOAD_ANON, replace(BLOCKED, **changed), SYSTEM)
+    assert judged.verdict is verdict
+    assert judged.difference.startswith(difference)
+    assert bool(judged.difference) == bool(difference)
+    assert judged.reason == ("no pool" if verdict is Verdict.NOT_AVAILABLE else "so it is")
+
+
+def test_what_nothing_is_known_of() -> None:
+    judged = rules(ALL_BLOCK).judge(LOAD, Cell("user.load", Mode.WP, Backing.ANON), BLOCKED, SYSTEM)
+    assert judged.verdict is Verdict.NOT_EXPECTED
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_most_specific_holds_wherever_it_stands(reverse: bool) -> None:
+    tables = [
+        'operation = "*"\nmode = "*"\noutcome = "hung"\nreason = "0"',
+        'operation = "*"\nmode = "missing"\nbacking = "anon"\noutcome = "hung"\nreason = "1"',
+        'operation = "user.*"\nmode = "*"\noutcome = "hung"\nreason = "2"',
+        'operation = "user.load"\nmode = "*"\noutcome = "hung"\nreason = "3"',
+        'operation = ["copy.*", "user.load"]\nmode = "missing"\noutcome = "hung"\nreason = "4"',
+        'operation = "user.load"\nmode = "missing"\nkernel = ">=6.1"\noutcome = "hung"\nreason = "5"',
+        'operation = "user.load"\nmode = "missing"\nbacking = "anon"\noutcome = "blocked"\nreason = "6"',
+        'operation = "user.load"\nmode = "missing"\nbacking = "memfd"\noutcome = "hung"\nreason = "elsewhere"',
+    ]
+    for known in range(7, 0, -1):  # without the most specific one, the next holds
+        some = tables[:known] if not reverse else tables[:known][::-1]
+        found = rules(*some).find(LOAD, LOAD_ANON, SYSTEM)
+        assert found is not None
+        assert found.reason == str(known - 1)
+
+
+@pytest.mark.parametrize(
+    ("condition", "matches"),
+    [
+        ('kernel = ">=6.1"', True),
+        ('kernel = "<6.18"', False),
+        ('kernel = "=6.18"', True),
+        ('kernel = "=6.18.43"', False),
+        ('kernel = "<=6.18"', True),
+        ('kernel = ">6.18"', False),
+        ('kernel = ">=6.1, <7"', True),
+        ('kernel = ">=6.1, <6.6"', False),
+        ('kvm = "emulated"', True),
+        ('kvm = ["hardware", "none"]', False),
+        ("writes = false", True),
+        ("writes = true", False),
+        ('config = { CONFIG_A = "y" }', True),
+        ('config = { CONFIG_A = ["m", "y"], CONFIG_B = "n" }', True),
+        ('config = { CONFIG_A = "y", CONFIG_B = "y" }', False),
+    ],
+)
+def test_conditions(condition: str, matches: bool) -> None:
+    assert (rules(ALL_BLOCK + "\n" + condition).find(LOAD, LOAD_ANON, SYSTEM) is not None) is matches
+
+
+def test_a_kernel_that_hides_its_configuration_satisfies_no_condition_on_it() -> None:
+    expectations = rules(ALL_BLOCK + '\nconfig = { CONFIG_B = "n" }')
+    assert expectations.find(LOAD, LOAD_ANON, SYSTEM) is not None
+    assert expectations.find(LOAD, LOAD_ANON, System("6.18.44")) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("schema = 2", "schema = 1"),
+        ("schema = ", "a test: "),
+        ("schema = 1\nexpect = 3", "array of tables"),
+        ("schema = 1\nexpect = [3]", "it must be a table"),
+        ("schema = 1\n[[expect]]\nmode = 'missing'", "it needs 'operation'"),
+        ("schema = 1\n[[expect]]\n" + ALL_BLOCK.replace("since 5.0", ""), "it needs 'reason'"),
+        ("schema = 1\n[[expect]]\n" + ALL_BLOCK.replace('"blocked"', '"danced"'), "'danced' is none of unavailable"),
+        ("schema = 1\n[[expect]]\n" + ALL_BLOCK.replace('"missing"', '"mising"'), "mode 'mising' is none of"),
+        ("schema = 1\n[[expect]]\n" + ALL_BLOCK + '\nbacking = "disk"', "backing 'disk' is none of"),
+        ("schema = 1\n[[expect]]\n" + ALL_BLOCK + '\nkernel = "6.1"', "kernel '6.1'"),
+        ("schema = 1\n[[expect]]\n" + ALL_BLOCK + '\nkvm = "yes"', "kvm 'yes'"),
+        ("schema = 1\n[[expect]]\n" + ALL_BLOCK + "\nconfig = { KVM = 'y' }", "CONFIG_ names"),
+        ("schema = 1\n[[expect]]\n" + ALL_BLOCK + "\nthread = 'mine'", "thread 'mine'"),
+        ("schema = 1\n[[expect]]\n" + ALL_BLOCK + "\nerrno = 'EFAULT'", "no key 'errno'"),
+        ("schema = 1\n[[expect]]\n" + ALL_BLOCK + "\nwrites = 1", "writes must be true or false"),
+        ("schema = 1\n[[expect]]\n" + ALL_BLOCK + "\nerror = 14", "error must be a string"),
+    ],
+)
+def test_a_bad_file_is_told_with_its_place(text: str, complaint: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(complaint)):
+        _expect.parse(text, "a test")
+
+
+@pytest.mark.parametrize(
+    ("operation", "mode", "outcome", "uncovered"),
+    [
+        (LOAD, Mode.MISSING, Outcome.BLOCKED, False),
+        (LOAD, Mode.MISSING, Outcome.REFUSED, True),
+        (LOAD, Mode.MISSING, Outcome.SPUN, True),
+        (LOAD, Mode.MISSING, Outcome.PASSED, True),
+        (LOAD, Mode.MISSING, Outcome.UNAVAILABLE, False),
+        (LOAD, Mode.WP, Outcome.PASSED, False),
+        (LOAD, Mode.WP, Outcome.REFUSED, True),
+        (LOAD, Mode.POISON, Outcome.SIGNALLED, False),
+        (LOAD, Mode.USER_ONLY, Outcome.REFUSED, False),
+        (FORK, Mode.MISSING, Outcome.PASSED, False),
+    ],
+)
+def test_what_counts_as_uncovered(operation: Operation, mode: Mode, outcome: Outcome, uncovered: bool) -> None:
+    cell = Cell(operation.name, mode, Backing.ANON)
+    assert _expect.is_uncovered(operation, cell, Result(outcome)) is uncovered
+
+
+def test_a_second_request_at_the_source_is_a_change() -> None:
+    for requests, verdict in ((1, Verdict.AS_EXPECTED), (2, Verdict.CHANGED), (0, Verdict.CHANGED)):
+        result = replace(BLOCKED, remote=RemoteMeasure(9, requests, 1, 1, 1, 1))
+        judged = rules(ALL_BLOCK).judge(LOAD, LOAD_ANON, result, SYSTEM)
+        assert judged.verdict is verdict
+        if requests != 1:
+            assert judged.difference == f"{requests} requests reached the source instead of one"
+
+
+# ---- the system
+
+
+@pytest.mark.parametrize(
+    ("release", "version"), [("6.18.44-fc-v595", (6, 18, 44)), ("7.0-rc1", (7, 0)), ("unknown", ())]
+)
+def test_versions(release: str, version: tuple[int, ...]) -> None:
+    assert _system.version_of(release) == version
+
+
+def test_a_configuration_file() -> None:
+    text = '# CONFIG_A is not set\nCONFIG_B=y\nCONFIG_C="x=y"\n'
+    assert _system.parse_config(text) == {"CONFIG_B": "y", "CONFIG_C": "x=y"}
+
+
+def test_the_file_system_of_a_directory() -> None:
+    assert _system.file_system_of("/proc/self") == "proc"
+
+
+# ---- choosing
+
+
+def test_patterns_match_names_and_groups() -> None:
+    assert _select.chosen_operations(OPERATIONS, ["pin"]) == [READ]
+    assert _select.chosen_operations(OPERATIONS, ["*.load", "nofault.*"]) == [LOAD, FORK]
+    with pytest.raises(ConfigurationError, match=r"'tape'; the groups are user, pin, nofault \(names: --list\)"):
+        _select.chosen_operations(OPERATIONS, ["user", "tape"])
+
+
+def test_the_default_begins_with_missing_pages_of_every_operation() -> None:
+    cells = _select.choose(OPERATIONS)
+    first = {Cell(op.name, Mode.MISSING, backing) for op in OPERATIONS for backing in (Backing.ANON, Backing.MEMFD)}
+    assert set(cells[: len(first)]) == first
+    assert len(set(cells)) == len(cells)
+    assert {cell.mode for cell in cells if cell.operation == "user.load"} == set(Mode)
+    assert {cell.mode for cell in cells if cell.operation == "nofault.fork"} == {Mode.MISSING}
+
+
+def test_a_mode_or_a_backing_means_all_of_it() -> None:
+    cells = _select.choose(OPERATIONS, modes=[Mode.MINOR])
+    assert {(cell.operation, cell.backing) for cell in cells} == {
+        (operation.name, backing) for operation in (LOAD, READ) for backing in Backing
+    }
+    everything = _select.choose(OPERATIONS, everything=True)
+    assert len(everything) == 2 * len(Mode) * len(Backing) + len(Backing)
+    with pytest.raises(ConfigurationError, match="nothing to run"):
+        _select.choose(OPERATIONS, ["nofault"], modes=[Mode.POISON])
+
+
+def test_measures_go_to_one_operation_of_each_group_that_waits() -> None:
+    refused = Operation("pin.first", "pin", "")
+    operations = (LOAD, refused, READ, FORK)
+    expectations = rules(ALL_BLOCK, 'operation = "pin.first"\nmode = "*"\noutcome = "refused"\nreason = "cannot wait"')
+
+    def waits(operation: Operation, cell: Cell) -> bool:
+        return expectations.waits(operation, cell, SYSTEM)
+
+    no_rule = Cell("user.load", Mode.WP, Backing.ANON)
+    assert waits(LOAD, no_rule)
+    assert not waits(FORK, Cell("nofault.fork", Mode.WP, Backing.ANON))
+    cells = _select.choose(operations)
+    measured = _select.measured(cells, operations, None, waits)
+    read_anon = Cell("pin.odirect_read", Mode.MISSING, Backing.ANON)
+    assert {LOAD_ANON, read_anon} <= set(measured)
+    assert not any(cell.operation == "pin.first" for cell in measured)
+    assert set(measured[LOAD_ANON]) == set(Measure)
+    chosen = _select.measured(cells, operations, [Measure.KILL], waits)
+    assert chosen[no_rule] == (Measure.KILL,)
+    assert not any(cell.operation == "pin.first" or cell.mode is Mode.POISON for cell in chosen)
+    assert _select.measured(cells, operations, [], waits) == {}
+
+
+# ---- reports
+
+
+FULL = Result(
+    Outcome.REFUSED, "a | text", 14, 0, 0, -1, 3, 2, 0x12, 5, 0, "kernel", True, "S", "", 123_400,
+    SignalMeasure(False, 40, 5_000_000, 6_000_000), KillMeasure(True, 700_000),
+    LockMeasure((100, 200, 300, 0, 500), (110, 0, 300, 400, 1000), (1, 2, 3, 4, 5), (2, 2, 9, 0, 50)),
+    RemoteMeasure(7, 2, 1, 1, 5_000_000, 1_000_000),
+)  # fmt: skip
+
+
+@pytest.fixture
+def found() -> Run:
+    expectations = rules(
+        ALL_BLOCK, 'operation = "nofault.*"\nmode = "missing"\noutcome = "passed"\nreason = "no touch"'
+    )
+    cells = [
+        (LOAD, LOAD_ANON, BLOCKED),
+        (LOAD, Cell("user.load", Mode.MISSING, Backing.HUGETLB), Result(Outcome.UNAVAILABLE, "no huge pages")),
+        (READ, Cell("pin.odirect_read", Mode.MISSING, Backing.ANON), FULL),
+        (READ, Cell("pin.odirect_read", Mode.POISON, Backing.ANON), Result(Outcome.SIGNALLED, signal_number=7)),
+        (FORK, Cell("nofault.fork", Mode.MISSING, Backing.ANON), Result(Outcome.PASSED)),
+    ]
+    return Run(
+        SYSTEM.as_json(),
+        OPERATIONS,
+        tuple(expectations.judge(operation, cell, result, SYSTEM) for operation, cell, result in cells),
+        1.5,
+        (Cell("nofault.fork", Mode.MISSING, Backing.MEMFD),),
+        expectations.as_json(),
+    )
+
+
+def test_json_is_read_back_as_it_was(found: Run) -> None:
+    assert _report.from_json(json.loads(json.dumps(_report.to_json(found)))) == found
+
+
+def test_the_runner_line_is_read_back_as_it_was() -> None:
+    assert Result.from_wire(json.loads(json.dumps(FULL.as_wire()))) == FULL
+    assert Result.from_wire(json.loads(json.dumps(BLOCKED.as_wire()))) == BLOCKED
+
+
+def test_lock_ratios() -> None:
+    assert FULL.locks is not None
+    assert FULL.locks.ratios() == ([1.1, None, 1.0, None, 2.0], [2.0, 1.0, 3.0, None, 10.0])
+
+
+def written(found: Run) -> dict[str, str]:
+    text = io.StringIO()
+    _report.print_text(found, text)
+    return {"text": text.getvalue(), "markdown": _report.to_markdown(found), "html": to_html(found)}
+
+
+@pytest.mark.parametrize("form", ["text", "markdown", "html"])
+def test_every_form_names_what_matters(found: Run, form: str) -> None:
+    text = written(found)[form]
+    for words in (
+        "Linux 6.18.44-x",
+        "User-mode code",
+        "Must not fault",
+        "refused EFAULT !",
+        "signalled SIGBUS ?",
+        "refused EFAULT instead of blocked",
+        "Few places that remain uncovered",
+        "no huge pages",
+        "3 operations, 5 cells",
+        "1 left out",
+    ):
+        assert words in text.replace("\\", ""), text
+    assert "\x1b" not in text  # no colour where no terminal is
+
+
+def test_special_characters_stay_what_they_are(found: Run) -> None:
+    forms = written(found)
+    assert "a | text" in forms["text"]
+    assert "a \\| text" in forms["markdown"]
+    assert 'title="a load &lt;in&gt; user code"' in forms["html"]
+    assert "<script" not in forms["html"]
+    assert "http" not in forms["html"]  # one page, nothing beside it
+    rows = [line for line in forms["markdown"].splitlines() if "a \\| text" in line]
+    assert rows[0].replace("\\|", "").count("|") == 6  # five columns, as its header
+
+
+def test_a_run_is_good_when_nothing_is_changed_or_unknown(found: Run) -> None:
+    assert not found.good
+    fine = [item for item in found.judged if item.verdict in (Verdict.AS_EXPECTED, Verdict.NOT_AVAILABLE)]
+    assert Run({}, OPERATIONS, tuple(fine)).good
+    assert {item.verdict for item in found.judged} == set(Verdict)
+
+
+# ---- compare
+
+
+def with_result(found: Run, cell: Cell, result: Result | None) -> Run:
+    judged = [item for item in found.judged if item.cell != cell]
+    if result is not None:
+        judged.append(Judged(cell, result, Verdict.AS_EXPECTED))
+    return Run(found.system, found.operations, tuple(judged))
+
+
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        (BLOCKED, None),
+        (Result(Outcome.BLOCKED, events=1, event_thread="own", waited_ns=5), None),  # times and lost races do not count
+        (Result(Outcome.REFUSED, error=14, events=1), ("blocked", "refused EFAULT")),
+        (Result(Outcome.BLOCKED, events=9, repeated=8, event_thread="own"), ("one event", "events repeated")),
+        (Result(Outcome.BLOCKED, events=1, event_thread="own", state="S"), ("state D", "state S")),
+        (Result(Outcome.BLOCKED, events=1, event_thread="kernel"), ("fault of own thread", "fault of kernel thread")),
+        (None, ("blocked", "")),
+    ],
+)
+def test_compare(found: Run, after: Result | None, words: tuple[str, str] | None) -> None:
+    changes = _compare.compare(found, with_result(found, LOAD_ANON, after))
+    assert [(change.cell, change.before, change.after) for change in changes] == (
+        [(LOAD_ANON, *words)] if words else []
+    )
+
+
+def test_the_compare_command(found: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = tmp_path / "a.json", tmp_path / "b.json"
+    before.write_text(json.dumps(_report.to_json(found)))
+    after.write_text(
+        json.dumps(_report.to_json(with_result(found, LOAD_ANON, Result(Outcome.REFUSED, error=14, events=1))))
+    )
+    assert main(["faultpaths", "compare", str(before), str(before)]) == 0
+    assert "nothing changed in 5 cells" in capsys.readouterr().out
+    assert main(["faultpaths", "compare", str(before), str(after)]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"user.load missing anon +blocked +refused EFAULT", out)
+    assert "1 of 5 cells changed" in out
+    assert main(["faultpaths", "compare", str(before), str(after), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["changes"][0]["before"] == "blocked"
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(None, "No such file"), ("{", "is not JSON"), ("[]", "not a report"), ('{"schema": 9}', "schema is 9")],
+)
+def test_compare_with_something_else(
+    content: str | None, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "report.json"
+    if content is not None:
+        path.write_text(content)
+    assert main(["faultpaths", "compare", str(path), str(path)]) == 2
+    err = capsys.readouterr().err
+    assert complaint in err
+    assert len(err.splitlines()) == 1
+
+
+# ---- processes
+
+
+def test_a_sweep_leaves_no_child(run_in_child: Callable[..., Any]) -> None:
+    done = run_in_child(sweep_grandchildren)
+    assert done.value == (True, []), done.stderr
+
+
+def sweep_grandchildren() -> tuple[bool, list[int]]:
+    """In a child: makes a child that ignores SIGTERM, in a group of its own, with a child of its own; sweeps."""
+    import os
+    import signal
+
+    _runner._libc.prctl(_runner.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    ready, says = os.pipe()
+    if os.fork() == 0:
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.fork()
+        os.write(says, b"x")
+        while True:
+            signal.pause()
+    for _ in range(2):
+        os.read(ready, 1)
+    assert len(_runner.children_of(os.getpid())) == 1
+    return _runner.sweep(), _runner.children_of(os.getpid())
+
+
+FAKE_WORKER = """
+import json, os, signal, sys
+from postcopy.faultpaths import _runner
+from postcopy.faultpaths._model import Outcome, Result
+
+def work():
+    for line in sys.stdin:
+        order = json.loads(line)
+        if order["operation"] == "answers":
+            print(json.dumps(Result(Outcome.BLOCKED, str(os.getpid())).as_wire()), flush=True)
+            continue
+        if os.fork() == 0:  # what a cell leaves behind
+            os.setpgid(0, 0)
+            with open(sys.argv[1], "a") as file:
+                file.write(f"{os.getpid()}\\n")
+            signal.pause()
+        while not os.path.getsize(sys.argv[1]):
+            pass
+        if order["operation"] == "dies":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if order["operation"] == "raises":
+            raise RuntimeError("of the fake")
+        signal.pause()
+
+_runner._work = work
+sys.exit(_runner.main())
+"""
+
+
+def named(name: str) -> tuple[Operation, Cell]:
+    return Operation(name, "fake", ""), Cell(name, Mode.MISSING, Backing.ANON)
+
+
+@pytest.fixture
+def left_behind(tmp_path: Path) -> Path:
+    path = tmp_path / "pids"
+    path.touch()
+    return path
+
+
+def fake_runner(left_behind: Path) -> _supervise.Runner:
+    return _supervise.Runner(command=[sys.executable, "-c", FAKE_WORKER, str(left_behind)])
+
+
+def something_in(path: Path) -> bool:
+    return path.stat().st_size > 0
+
+
+def assert_gone(left_behind: Path) -> None:
+    pids = left_behind.read_text().split()
+    assert pids
+    for pid in pids:
+        assert not os.path.exists(f"/proc/{pid}")
+
+
+@pytest.mark.parametrize(
+    ("name", "outcome", "text"),
+    [
+        ("dies", Outcome.CRASHED, "the runner died: SIGSEGV"),
+        ("raises", Outcome.CRASHED, "the runner ended with status 1: RuntimeError: of the fake"),
+        ("hangs", Outcome.HUNG, "the runner gave no answer within"),
+    ],
+)
+async def test_a_runner_that_fails_is_replaced(
+    left_behind: Path, monkeypatch: pytest.MonkeyPatch, name: str, outcome: Outcome, text: str
+) -> None:
+    async with fake_runner(left_behind) as runner:
+        first = await runner.run(*named("answers"))
+        monkeypatch.setattr(_supervise, "SLACK_S", 1.0)
+        runner.timeout_s = 0.0
+        failed = await runner.run(*named(name))
+        assert (failed.outcome, failed.text.startswith(text)) == (outcome, True), failed
+        assert_gone(left_behind)
+        monkeypatch.undo()
+        second = await runner.run(*named("answers"))
+        assert second.outcome is Outcome.BLOCKED
+        assert second.text != first.text  # the pid: another process
+        assert runner.restarts == 1
+
+
+async def test_a_cancelled_run_leaves_nothing(left_behind: Path) -> None:
+    async with fake_runner(left_behind) as runner:
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(runner.run, *named("hangs"))
+                while not something_in(left_behind):
+                    await trio.lowlevel.checkpoint()
+                scope.cancel()
+        assert scope.cancelled_caught
+        assert_gone(left_behind)
+
+
+async def test_cells_without_time_are_left_out(left_behind: Path) -> None:
+    operation, cell = named("answers")
+    other = Cell("answers", Mode.WP, Backing.ANON)
+    async with fake_runner(left_behind) as runner:
+        results, left = await _supervise.run_cells(
+            [cell, other], {"answers": operation}, measures={}, runner=runner, budget_s=-1.0
+        )
+        assert (results, left) == ({}, [cell, other])
+        results, left = await _supervise.run_cells([cell, other], {"answers": operation}, measures={}, runner=runner)
+        assert (list(results), left) == ([cell, other], [])
+
+
+async def test_an_interpreter_that_is_not_there() -> None:
+    async with _supervise.Runner(command=["/nonexistent/python"]) as runner:
+        with pytest.raises(ResourceError, match="cannot start the runner process: No such file"):
+            await runner.run(*named("answers"))
+
+
+# ---- postcopy bench contention
+
+
+def contention_bars() -> list[_contention.Bar]:
+    idle = {"idle-p50": 1.0, "idle-p99": 2.0, "idle-max": 50.0}
+    rounds = [{"p50": p50, "p99": 20.0, "max": 4000.0} | idle for p50 in (1.5, 2.0, 30.0)]
+    return _contention.bars([("mmap", "1 fault pending", rounds), ("munmap", "bulk <placement>", rounds)])
+
+
+def test_bars_hold_medians_and_the_ratio_to_idle() -> None:
+    assert contention_bars()[:2] == [
+        _contention.Bar("mmap", "none pending", 1.0, 2.0, 50.0, 1.0),
+        _contention.Bar("mmap", "1 fault pending", 2.0, 20.0, 4000.0, 2.0),
+    ]
+
+
+def test_the_plot_as_text() -> None:
+    _, *lines = _contention.text_plot(contention_bars()).splitlines()
+    assert [line.split("  ")[0].split()[0] for line in lines] == ["mmap", "mmap", "munmap", "munmap"]
+    assert lines[1].count("█") < lines[1].count("▒") + lines[1].count("█") < 48
+    assert lines[1].count("·") > lines[0].count("·")
+    assert "2.00 / 20.00 / 4000" in lines[1]
+
+
+def test_the_plot_as_svg() -> None:
+    root = ElementTree.fromstring(_contention.svg_plot(contention_bars()))
+    texts = ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "munmap, bulk <placement>" in texts
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}rect"))) == 8
+
+
+def test_svg_is_for_contention_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "fault", "--svg", "/nonexistent/x"]) == 2
+    assert "not among those asked for" in capsys.readouterr().err
+    assert main(["bench", "contention", "--svg", "/nonexistent/x"]) == 2
+    assert "cannot write" in capsys.readouterr().err
