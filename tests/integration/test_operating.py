@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from postcopy.control import ControlClient
+from postcopy.control import ControlClient, ControlError
 
 MIB = 1 << 20
 DEADLINE_S = 60.0
@@ -258,15 +258,42 @@ class TestDaemon:
         addresses = {"a": first.address, "b": second.address}
         here, there = "a", "b"
         for _ in range(8):
-            async with ControlClient.open(str(tmp_path / here)) as client:
-                await client.execute("events")
-                moved = (await client.execute("migrate", {"to": addresses[there]}))["migration"]
-                while True:
-                    event = await client.next_event()
-                    if event["event"] == "migration-ended" and event["data"]["migration"] == moved:
-                        break
-                assert event["data"]["status"] == "completed"
+            assert await _try_to_move(tmp_path / here, addresses[there]) == "completed"
             here, there = there, here
+
+    @pytest.mark.needs("kvm", "uffd")
+    async def test_back_and_forth_over_a_network_that_is_cut(
+        self, daemon: Callable[..., Any], side: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        """What fails before the point of no return is tried again by the operator, what comes after it recovers."""
+        short = ("--heartbeat", "0.3", "--max-bandwidth", "8MiB/s")  # for the cuts to find it under way
+        first = daemon("a", *_machine("kvm", "--working-set", "16MiB"), *short, "--name", "x")
+        second = daemon("b", *short)
+        chaos = ("chaos", "cut", "--json", "--listen", "127.0.0.1:0", "--to")
+        paths = {"a": side(*chaos, second.address).address, "b": side(*chaos, first.address).address}
+        here, there = "a", "b"
+        operations = trips = recoveries = 0
+        deadline = time.monotonic() + DEADLINE_S
+        while trips < 4:
+            assert time.monotonic() < deadline
+            status = await _try_to_move(tmp_path / here, paths[here])
+            if status != "completed":
+                continue
+            async with ControlClient.open(str(tmp_path / there)) as client:
+                (machine,) = (await client.execute("status", {"machine": "x"}))["machines"]
+            assert machine["guest"]["failures"] == 0
+            assert machine["guest"]["operations"] >= operations
+            operations = machine["guest"]["operations"]
+            recoveries += machine["migration"]["recoveries"]["count"]
+            trips += 1
+            here, there = there, here
+        assert recoveries > 0
+        last = side("dest", "--json", "--listen", "127.0.0.1:0", "--run-for", "0")
+        assert await _try_to_move(tmp_path / here, last.address) == "completed"
+        status, result, errors = last.end()
+        assert status == 0, errors
+        assert result["verified"] is True
+        assert result["guest"]["operations"] >= operations
 
     @pytest.mark.needs("kvm", "uffd")
     def test_two_machines_share_a_bandwidth(
@@ -371,6 +398,20 @@ class TestDaemon:
         assert dest.end()[1]["verified"] is True
         at.ask("quit")
         assert source.end()[0] == 0
+
+
+async def _try_to_move(control: Path, to: str) -> str:
+    """The status in which the migration has ended; "refused" when it could not begin."""
+    async with ControlClient.open(str(control)) as client:
+        await client.execute("events")
+        try:
+            moved = (await client.execute("migrate", {"to": to}))["migration"]
+        except ControlError:
+            return "refused"
+        while True:
+            event = await client.next_event()
+            if event["event"] == "migration-ended" and event["data"]["migration"] == moved:
+                return str(event["data"]["status"])
 
 
 def _more_than(operations: int) -> Callable[[dict[str, Json]], bool]:
