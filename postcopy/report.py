@@ -61,6 +61,18 @@ def recoveries(counted: Recoveries) -> Json:
     }
 
 
+def ended(direction: str, migration: SourceMigration | DestinationMigration) -> Json:
+    """How one migration has ended, in short."""
+    return {
+        "side": "source" if direction == "outgoing" else "dest",
+        "direction": direction,
+        "migration": migration.migration_id,
+        "peer": str(migration.peer),
+        "status": migration.status,
+        "error": str(migration.failure) if migration.failure else None,
+    }
+
+
 def pager(process: tuple[int, int] | None) -> Json:
     """Where the pager lives; see `DestinationMigration.pager_process`."""
     if process is None:
