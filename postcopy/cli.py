@@ -15,9 +15,11 @@ import argparse
 import contextlib
 import logging
 import math
+import os
 import secrets
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NoReturn
 
@@ -25,6 +27,7 @@ import trio
 
 from postcopy import __version__
 from postcopy._errors import ConfigurationError, PostcopyError
+from postcopy._logs import json_line
 from postcopy.commands import DestinationCommand, MergeCommand, SourceCommand
 from postcopy.machines import BACKINGS, KINDS, WORKLOADS, MachineOptions
 from postcopy.memory import parse_size
@@ -70,6 +73,24 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _mac(text: str) -> int:
+    from postcopy.machines.tap import parse_mac
+
+    try:
+        return parse_mac(text)
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _ipv4(text: str) -> int:
+    from postcopy.machines.tap import parse_ipv4
+
+    try:
+        return parse_ipv4(text)
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _bandwidth(text: str) -> int:
     value = _size(text.removesuffix("/s"))
     if not 0 < value < 1 << 63:
@@ -81,10 +102,12 @@ def _serve(text: str) -> float:
     return math.inf if text == "forever" else _whole(1, 1_000_000)(text)
 
 
-def _add_machine_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+def _add_machine_arguments(
+    parser: argparse.ArgumentParser, *, required: bool, default: str = "kvm, or rv64 where kvm cannot be used"
+) -> None:
     group = parser.add_argument_group("the machine")
-    default = "" if required else " (default: kvm, or rv64 where kvm cannot be used)"
-    group.add_argument("--machine", choices=KINDS, required=required, help="what to migrate" + default)
+    note = "" if required else f" (default: {default})"
+    group.add_argument("--machine", choices=KINDS, required=required, help="what to migrate" + note)
     group.add_argument("--memory", type=_size, metavar="SIZE", help="kvm, rv64: its memory, as 1GiB")
     group.add_argument("--vcpus", type=_whole(0, 1000), metavar="N", help="kvm, rv64: its virtual CPUs")
     group.add_argument("--workload", choices=tuple(WORKLOADS), help="kvm, rv64: what it computes")
@@ -92,6 +115,9 @@ def _add_machine_arguments(parser: argparse.ArgumentParser, *, required: bool) -
     group.add_argument("--seed", type=_whole(0, 2**64 - 1), metavar="N", help="kvm, rv64: makes its pages reproducible")
     group.add_argument("--disk", metavar="FILE", help="workload disk: backing file, which both hosts must have")
     group.add_argument("--image", metavar="FILE", help="image: the file")
+    group.add_argument("--net", metavar="tap:NAME", help="workload echo: the TAP of its network device")
+    group.add_argument("--net-mac", type=_mac, metavar="MAC", help="its MAC address (default: from the seed)")
+    group.add_argument("--net-address", type=_ipv4, metavar="IPV4", help="its address (default: from the seed)")
 
 
 def _add_engine_arguments(parser: argparse.ArgumentParser, *, source: bool, dest: bool) -> None:
@@ -134,7 +160,7 @@ def _patience(text: str) -> float:
     return math.inf if text == "forever" else _seconds(text)
 
 
-def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_network_arguments(parser: argparse.ArgumentParser, *, salvage: bool = True) -> None:
     group = parser.add_argument_group("when the network fails")
     group.add_argument(
         "--heartbeat", type=_heartbeat, default=HEARTBEAT_S, metavar="SECONDS",
@@ -145,12 +171,24 @@ def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
         "--recover-for", type=_patience, default=math.inf, metavar="SECONDS|forever",
         help="how long a peer that was lost after the point of no return is looked for (default forever)",
     )  # fmt: skip
+    if salvage:
+        group.add_argument(
+            "--salvage", metavar="DIR",
+            help="when it ends and the other side is lost for good: write what is here into this new directory,"
+            " for `postcopy merge`",
+        )  # fmt: skip
 
+
+def _add_control_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("operating it")
     group.add_argument(
-        "--salvage", metavar="DIR",
-        help="when it ends and the other side is lost for good: write what is here into this new directory,"
-        " for `postcopy merge`",
+        "--control", metavar="PATH", help="a control socket for `postcopy ctl`, this user's and root's only"
+    )
+    group.add_argument(
+        "--metrics", metavar="[HOST]:PORT",
+        help="Prometheus metrics at http://HOST:PORT/metrics; without HOST on the loopback interface only",
     )  # fmt: skip
+    group.add_argument("--metrics-file", metavar="FILE.prom", help="write the metrics there when a migration has ended")
 
 
 def _add_user_argument(parser: argparse.ArgumentParser) -> None:
@@ -164,11 +202,20 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object a line on stdout, the result last")
     group.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
+    group.add_argument(
+        "--log-json", action="store_true", help="one JSON object a line on stderr, with the migration's id"
+    )
     group.add_argument("-v", "--verbose", action="store_const", const="info", dest="log_level", help="--log-level info")
 
 
-def _add_peer_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_peer_arguments(parser: argparse.ArgumentParser, *, hold: bool = False) -> None:
     where = parser.add_mutually_exclusive_group(required=True)
+    if hold:
+        where.add_argument(
+            "--hold",
+            action="store_true",
+            help="run the machine until `postcopy ctl` says where it is to go (--control)",
+        )
     where.add_argument("--listen", metavar="HOST:PORT", help="wait for the other side here; port 0: any")
     where.add_argument("--connect", metavar="HOST:PORT", help="the other side listens there")
     where.add_argument(
@@ -182,7 +229,7 @@ def _add_peer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _source_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_peer_arguments(parser)
+    _add_peer_arguments(parser, hold=True)
     _add_machine_arguments(parser, required=True)
     _add_engine_arguments(parser, source=True, dest=False)
     _add_network_arguments(parser)
@@ -199,6 +246,7 @@ def _source_arguments(parser: argparse.ArgumentParser) -> None:
         help="when a migration under way fails and the machine is still here: keep running it (default), or end",
     )  # fmt: skip
     _add_user_argument(parser)
+    _add_control_arguments(parser)
     _add_output_arguments(parser)
 
 
@@ -214,8 +262,21 @@ def _dest_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--disk", metavar="FILE", help="where the machine's disk is on this host, if not as on the source"
     )
+    parser.add_argument("--net", metavar="tap:NAME", help="where the machine's network device is attached on this host")
     _add_after_arguments(parser, run_for=None)
     _add_user_argument(parser)
+    _add_control_arguments(parser)
+    _add_output_arguments(parser)
+
+
+def _daemon_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--listen", metavar="HOST:PORT", help="take machines that come here; port 0: any")
+    _add_machine_arguments(parser, required=False, default="none to begin with")
+    parser.add_argument("--name", metavar="NAME", help="of the machine that it begins with")
+    _add_engine_arguments(parser, source=True, dest=True)
+    _add_network_arguments(parser, salvage=False)
+    _add_user_argument(parser)
+    _add_control_arguments(parser)
     _add_output_arguments(parser)
 
 
@@ -271,6 +332,12 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
 
 
+def _ctl_arguments(parser: argparse.ArgumentParser) -> None:
+    from postcopy.control.arguments import add_ctl_arguments
+
+    add_ctl_arguments(parser)
+
+
 def _probe_arguments(parser: argparse.ArgumentParser) -> None:
     from postcopy.probe import add_arguments
 
@@ -292,8 +359,10 @@ def _faultpaths_arguments(parser: argparse.ArgumentParser) -> None:
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "source": ("run a machine, or hold an image, and migrate it away", _source_arguments),
     "dest": ("receive what a source offers", _dest_arguments),
+    "daemon": ("own machines, send them away when told to, take those that come", _daemon_arguments),
     "demo": ("both sides on this host, verified", _demo_arguments),
     "merge": ("join what both sides of a lost migration have salvaged into an image", _merge_arguments),
+    "ctl": ("ask or tell a running process with --control", _ctl_arguments),
     "probe": ("what this host allows, and what would help", _probe_arguments),
     "faultpaths": ("which kernel paths wait for a missing page here, and which do not", _faultpaths_arguments),
     "bench": ("measure, each figure against its floor in the same run", _bench_arguments),
@@ -342,6 +411,20 @@ def machine_options(args: argparse.Namespace) -> MachineOptions:
         seed=args.seed,
         disk=args.disk,
         image=args.image,
+        net=args.net,
+        net_mac=args.net_mac,
+        net_address=args.net_address,
+    )
+
+
+def _source_options(args: argparse.Namespace) -> SourceOptions:
+    return SourceOptions(
+        bulk_channels=args.bulk_channels,
+        busy_poll_us=args.busy_poll,
+        max_bandwidth_bytes_per_s=args.max_bandwidth,
+        heartbeat_s=args.heartbeat,
+        recover_for_s=args.recover_for,
+        release_ram=args.release_ram,
     )
 
 
@@ -360,6 +443,10 @@ def _make_command(
         from postcopy.demo import DemoCommand
 
         return DemoCommand(args, output).run
+    if args.command == "ctl":
+        from postcopy.control.ctl import CtlCommand
+
+        return CtlCommand(args, output).run
     if args.command == "merge":
         return MergeCommand(args.salvages, args.output, output).run
     if args.command == "chaos":
@@ -374,20 +461,18 @@ def _make_command(
             target=parse_address(args.to),
         ).run
     listen = parse_address(args.listen, listening=True) if args.listen is not None else None
+    if args.command == "daemon" or (args.command == "source" and args.hold):
+        from postcopy.control.build import make_daemon
+
+        options = machine_options(args) if args.machine is not None else None
+        return make_daemon(args, output, _source_options(args), options, listen)
     if args.command == "source":
         if args.serve != 1 and (args.machine != "image" or listen is None):
             raise ConfigurationError("--serve goes with --machine image and --listen only")
-        return SourceCommand(
+        source = SourceCommand(
             args.machine,
             machine_options(args),
-            SourceOptions(
-                bulk_channels=args.bulk_channels,
-                busy_poll_us=args.busy_poll,
-                max_bandwidth_bytes_per_s=args.max_bandwidth,
-                heartbeat_s=args.heartbeat,
-                recover_for_s=args.recover_for,
-                release_ram=args.release_ram,
-            ),
+            _source_options(args),
             output,
             listen=listen,
             connect=connect,
@@ -395,13 +480,15 @@ def _make_command(
             serve=args.serve,
             keep=args.on_failure == "keep",
             salvage_to=args.salvage,
-        ).run
-    return DestinationCommand(
+        )
+        return _operated(source, args, output)
+    dest = DestinationCommand(
         output,
         listen=listen,
         connect=connect,
         backing=args.backing,
         disk=args.disk,
+        net=args.net,
         busy_poll_us=args.busy_poll,
         pager_process=args.pager == "process",
         heartbeat_s=args.heartbeat,
@@ -411,7 +498,19 @@ def _make_command(
         dump=args.dump,
         verify=args.verify,
         salvage_to=args.salvage,
-    ).run
+    )
+    return _operated(dest, args, output)
+
+
+def _operated(
+    command: SourceCommand | DestinationCommand, args: argparse.Namespace, output: Output
+) -> Callable[[trio.Event], Awaitable[bool]]:
+    """The command with all that around it by which it is operated, where that was asked for."""
+    if not (args.control or args.metrics or args.metrics_file or os.environ.get("NOTIFY_SOCKET")):
+        return command.run
+    from postcopy.control.build import operated
+
+    return operated(command, args, output)
 
 
 async def _with_signals(command: Callable[[trio.Event], Awaitable[bool]], route: Route | None) -> bool:
@@ -442,6 +541,7 @@ async def _with_signals(command: Callable[[trio.Event], Awaitable[bool]], route:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script: the exit status."""
+    complain = _complain
     try:
         arguments = sys.argv[1:] if argv is None else argv
         args = make_parser(arguments).parse_args(arguments)
@@ -461,7 +561,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from postcopy.faultpaths import run as run_faultpaths
 
             return run_faultpaths(args)
-        output = make_output(args.json)
+        output = make_output(args.json, getattr(args, "log_json", False))
+        complain = _complain_in_json if getattr(args, "log_json", False) else _complain
         logging.basicConfig(level=args.log_level.upper(), handlers=[LogHandler(output)], force=True)
         route = _route(args)
         command = _make_command(args, output, route)
@@ -473,10 +574,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         done = trio.run(_with_signals, command, hears_hangup, strict_exception_groups=True)
         return EXIT_OK if done else EXIT_FAILED
     except ConfigurationError as error:
-        _complain(error)
+        complain(error)
         return EXIT_USAGE
     except PostcopyError as error:
-        _complain(error)
+        complain(error)
         return EXIT_FAILED
     except KeyboardInterrupt:  # before or after the signal receiver
         return EXIT_FAILED
@@ -485,10 +586,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unknown is not None or known is None:
             raise
         first = first_error(known)
-        _complain(first)
+        complain(first)
         return EXIT_USAGE if isinstance(first, ConfigurationError) else EXIT_FAILED
 
 
 def _complain(error: BaseException) -> None:
     with contextlib.suppress(OSError):  # nobody reads it; the status says it too
         print(f"postcopy: error: {one_line(str(error), 2000)}", file=sys.stderr)
+
+
+def _complain_in_json(error: BaseException) -> None:
+    with contextlib.suppress(OSError):
+        print(json_line("error", "postcopy", one_line(str(error), 2000), time.time()), file=sys.stderr)

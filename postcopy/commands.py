@@ -79,6 +79,7 @@ class SourceCommand:
         self._keep = keep
         self._salvage_to = salvage_to
         self._go = trio.Event()
+        self.machine: Machine | None = None
         self._shown: SourceMigration | None = None  # the latest migration
         self._active = 0
         self._stops: dict[SourceMigration, trio.Event] = {}  # of the migrations that are going on
@@ -92,7 +93,7 @@ class SourceCommand:
         if self._salvage_to is not None:
             salvage.check_target(self._salvage_to)
         try:
-            machine = create_source(self._kind, self._machine_options)
+            machine = self.machine = create_source(self._kind, self._machine_options)
             if self._options.release_ram:
                 check_releasable(machine)
             async with contextlib.AsyncExitStack() as stack:
@@ -114,6 +115,7 @@ class SourceCommand:
                         await _salvage(self._salvage_to, machine, name, "source", maps, self._output)
                     statistics = machine.statistics()
                     self._emit_result(machine, statistics, done)
+                    self.machine = None
                     try:
                         await machine.close()
                     except PostcopyError as error:
@@ -146,6 +148,29 @@ class SourceCommand:
             self._overhead_bytes = max(self._overhead_bytes, report.overhead_bytes(machine))
             nursery.cancel_scope.cancel()
         return done
+
+    # ---- for who operates it
+
+    def migrations(self) -> list[SourceMigration]:
+        """Those that are going on; else the latest one, if there was one."""
+        return list(self._stops) or ([self._shown] if self._shown is not None else [])
+
+    def cancel(self, migration: SourceMigration) -> None:
+        """Gives one up, as an interruption would; the machine stays."""
+        if migration in self._stops:
+            self._stops[migration].set()
+
+    @property
+    def options(self) -> SourceOptions:
+        """What the next migration will be made with."""
+        return self._options
+
+    @options.setter
+    def options(self, options: SourceOptions) -> None:
+        self._options = options
+        for migration in self._stops:
+            migration.set_bandwidth(options.max_bandwidth_bytes_per_s)
+            migration.set_recover_for(options.recover_for_s)
 
     def _progress(self, machine: Machine) -> report.Json:
         self._overhead_bytes = max(self._overhead_bytes, report.overhead_bytes(machine))
@@ -219,6 +244,7 @@ class SourceCommand:
         if migration.failure is not None:
             fields = {"side": "source", "status": migration.status, "error": str(migration.failure)}
             self._output.emit("migration-failed", fields)
+        self._output.emit("migration-ended", report.ended("outgoing", migration))
         return migration
 
     async def _announce(self, migration: SourceMigration) -> None:
@@ -295,6 +321,7 @@ class DestinationCommand:
         connect: Address | Route | None,
         backing: str,
         disk: str | None,
+        net: str | None = None,
         busy_poll_us: int,
         pager_process: bool,
         heartbeat_s: float,
@@ -310,6 +337,7 @@ class DestinationCommand:
         self._connect = connect
         self._backing = backing
         self._disk = disk
+        self._net = net
         self._busy_poll_us = busy_poll_us
         self._pager_process = pager_process
         self._heartbeat_s = heartbeat_s
@@ -356,6 +384,20 @@ class DestinationCommand:
             raise self._failure
         return done
 
+    @property
+    def migration(self) -> DestinationMigration | None:
+        return self._migration
+
+    @property
+    def recover_for_s(self) -> float:
+        return self._recover_for_s
+
+    @recover_for_s.setter
+    def recover_for_s(self, recover_for_s: float) -> None:
+        self._recover_for_s = recover_for_s
+        if self._migration is not None:
+            self._migration.set_recover_for(recover_for_s)
+
     def _progress(self) -> report.Json:
         machine = self._migration.machine if self._migration else None
         self._overhead_bytes = max(self._overhead_bytes, report.overhead_bytes(machine))
@@ -396,6 +438,7 @@ class DestinationCommand:
             link,
             backing=self._backing,
             disk=self._disk,
+            net=self._net,
             busy_poll_us=self._busy_poll_us,
             heartbeat_s=self._heartbeat_s,
             recover_for_s=self._recover_for_s,
@@ -407,6 +450,7 @@ class DestinationCommand:
             nursery.start_soon(self._announce, migration)
             await migration.run(stop)
             nursery.cancel_scope.cancel()
+        self._output.emit("migration-ended", report.ended("incoming", migration))
         return migration
 
     async def _announce(self, migration: DestinationMigration) -> None:

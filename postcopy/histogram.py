@@ -48,5 +48,11 @@ class Histogram:
             raise ValueError(f"a percentile is between 0 and 100, not {percentile}")
         return int(lib.pc_histogram_percentile(self._struct, percentile))
 
+    def below(self, exponent: int) -> int:
+        """How many values are less than 2 to the power of `exponent` ns (5 to 63): exact, a bucket ends there."""
+        if not 5 <= exponent <= 63:
+            raise ValueError(f"no bucket ends at 2^{exponent}")
+        return sum(self._struct.buckets[0 : (exponent - 4) * 32])
+
     def __repr__(self) -> str:
         return f"<Histogram: {self.count} values, p50 {self.percentile(50)} ns, max {self.max_ns} ns>"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import trio
 
+from postcopy._logs import add_migration, json_line, json_record
 from postcopy.memory import format_size
 
 if TYPE_CHECKING:
@@ -31,18 +32,33 @@ PLAIN_PERIOD_S = 2.0
 class Output:
     """Where a command's words go. `statuses` is asked whenever there is something to show."""
 
-    def __init__(self, as_json: bool, stdout: TextIO, stderr: TextIO) -> None:
+    def __init__(self, as_json: bool, stdout: TextIO, stderr: TextIO, log_json: bool = False) -> None:
+        """`log_json`: every line on `stderr` is a JSON object too, and there is no live view."""
         self._as_json = as_json
+        self._log_json = log_json
         self._stdout: TextIO | None = stdout
         self._stderr: TextIO | None = stderr
-        self._console = _console_on(stderr)
+        self._console = None if log_json else _console_on(stderr)
         self._began = time.monotonic()
         self._kick = trio.Event()
         self._last_line = ""
         self._rate = _Rate()
+        self.listeners: list[Callable[[str, Json], None]] = []
+        """Called with every event, whether or not JSON was asked for; must not block."""
 
     def say(self, text: str) -> None:
         """A line for a person."""
+        self._write(json_line("info", "postcopy", text, time.time()) if self._log_json else text)
+
+    def log(self, record: logging.LogRecord) -> None:
+        """A log record that went through `add_migration`."""
+        if self._log_json:
+            self._write(json_record(record))
+            return
+        name = getattr(record, "machine", "")
+        self._write(f"postcopy: {record.levelname.lower()}: {name and name + ': '}{record.getMessage()}")
+
+    def _write(self, text: str) -> None:
         if self._stderr is None:
             return
         try:
@@ -56,6 +72,8 @@ class Output:
 
     def emit(self, event: str, fields: Json) -> None:
         """A JSON line, where they were asked for."""
+        for listener in self.listeners:
+            listener(event, fields)
         if not self._as_json or self._stdout is None:
             return
         elapsed_ms = round((time.monotonic() - self._began) * 1000, 1)
@@ -180,10 +198,11 @@ class LogHandler(logging.Handler):
     def __init__(self, output: Output) -> None:
         super().__init__()
         self._output = output
+        self.addFilter(add_migration)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._output.say(f"postcopy: {record.levelname.lower()}: {record.getMessage()}")
+        self._output.log(record)
 
 
-def make_output(as_json: bool) -> Output:
-    return Output(as_json, sys.stdout, sys.stderr)
+def make_output(as_json: bool, log_json: bool = False) -> Output:
+    return Output(as_json, sys.stdout, sys.stderr, log_json)

@@ -343,6 +343,7 @@ def build_image(docker: Docker, name: str) -> None:
     run([*pip, "--no-build-isolation", "."], 180, "pip wheel", cwd=ROOT)
     with tempfile.TemporaryDirectory(dir=CACHE) as context:
         shutil.copytree(wheels, f"{context}/wheels")
+        shutil.copytree(ROOT / "docker", f"{context}/docker")
         docker(
             "build", "--network", "none", "--force-rm", "--build-arg", f"BASE={base}", "--file",
             ROOT / "docker" / "Dockerfile", "--tag", name, context, timeout_s=180,

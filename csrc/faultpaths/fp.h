@@ -80,7 +80,6 @@ struct pc_fp_shared {
     _Atomic uint32_t blocked;      /* an event was read */
     _Atomic uint32_t given;        /* the page was given */
     _Atomic uint32_t given_in_time; /* before the operation ended */
-    _Atomic uint32_t events_before; /* events read before it was given */
     _Atomic uint32_t saw_wait;     /* a sample found the thread in handle_userfault */
     _Atomic uint32_t early;        /* the page was touched before the operation began */
     _Atomic uint32_t finished;     /* the child is through */

@@ -200,7 +200,6 @@ static void answer_first(struct pc_fp_handler *handler)
     struct pc_fp_shared *shared = cell->shared;
 
     wait_for(handler, (uint64_t)cell->spec->hold_us * 1000);
-    atomic_store(&shared->events_before, shared->result.events);
     if (shared->result.events >= SPIN_EVENTS)
         atomic_store(&shared->spun, 1);
     atomic_store(&shared->blocked, 1);

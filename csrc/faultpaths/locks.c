@@ -118,8 +118,10 @@ static void measure(struct pc_fp_locks *locks, bool same, uint64_t *medians)
             if (atomic_load(&locks->abandoned))
                 return;
         }
-        qsort(ns, ROUNDS, sizeof(ns[0]), by_size);
-        medians[kind] = worked ? ns[ROUNDS / 2] : 0;
+        if (worked) {
+            qsort(ns, ROUNDS, sizeof(ns[0]), by_size);
+            medians[kind] = ns[ROUNDS / 2];
+        }
     }
 }
 

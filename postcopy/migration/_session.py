@@ -263,6 +263,19 @@ async def next_link(
     return found
 
 
+STEERABLE = frozenset({State.COMMITTED, State.POSTCOPY, State.PAUSED, State.IN_DOUBT, State.RECOVER, State.RECOVERING})
+"""States in which a connection may be given up without giving up the migration."""
+
+
+def steered(membership: Membership | None, state: State) -> Membership:
+    """The membership of a migration that can be held and let go. `MigrationError` where it cannot be."""
+    if membership is None or state not in STEERABLE:
+        raise MigrationError(
+            "only a migration past its point of no return, and not at its end, can lose its connection"
+        )
+    return membership
+
+
 class FirstFailure:
     """Runs tasks until one says `done` or fails; `failure` is then the first error.
 

@@ -66,6 +66,7 @@ RECONNECT_ATTEMPT_S = 1.0
 _NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 WRONG_TOKEN = "wrong token"
+HELD = "paused by the operator"
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +162,10 @@ class Route:
             log.warning("the peer is now looked for at %s", address)
             self.address = address
             self.proven = False
+        self.wake()
+
+    def wake(self) -> None:
+        """Has the next attempt made at once."""
         self._changed.set()
         self._changed = trio.Event()
 
@@ -295,7 +300,32 @@ def keep_alive(fd: FdHolder, silence_s: float) -> FdHolder:
 
 
 class Membership(abc.ABC):
-    """A migration's place among the connections of this host, kept while it has none."""
+    """A migration's place among the connections of this host, kept while it has none.
+
+    It can be *held*, by whoever operates it: the connection is then given up and none is made or let in, until it is
+    let go again. The other side finds that somebody is there who does not take it back yet, and asks again.
+    """
+
+    def __init__(self) -> None:
+        self._held = False
+        self._changed = trio.Event()
+
+    def is_held(self) -> bool:
+        return self._held
+
+    def hold(self) -> None:
+        """Gives the connection up and makes no other one until `let_go`."""
+        self._held = True
+        self._notify()
+
+    def let_go(self) -> None:
+        """Looks for the peer (again), now."""
+        self._held = False
+        self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
 
     @abc.abstractmethod
     async def next_link(self) -> tuple[Link, Session]:
@@ -304,7 +334,8 @@ class Membership(abc.ABC):
 
     @abc.abstractmethod
     async def superseded(self) -> None:
-        """Returns when `next_link` has something although the present connection has not ended."""
+        """Returns when `next_link` has something although the present connection has not ended. `PeerError` when it is
+        to be given up since the membership is held."""
 
 
 class Door(abc.ABC):
@@ -376,9 +407,14 @@ class CallingLink(Link):
 
 class _CallingMembership(Membership):
     def __init__(self, route: Route, side: str, session: Session) -> None:
+        super().__init__()
         self._route = route
         self._side = side
         self._session = session
+
+    def let_go(self) -> None:
+        super().let_go()
+        self._route.wake()
 
     async def next_link(self) -> tuple[Link, Session]:
         began_s = trio.current_time()
@@ -386,6 +422,8 @@ class _CallingMembership(Membership):
         said = ""
         self._route.refresh()
         while True:
+            while self.is_held():
+                await self._changed.wait()
             # Each attempt has an epoch of its own: one that was lost on its way must not be taken for the next one.
             session = self._session = replace(self._session, epoch=self._session.epoch + 1)
             hello = Hello("control", self._side, 0, session.migration, session.epoch, session.token)
@@ -393,10 +431,12 @@ class _CallingMembership(Membership):
                 asked = self._route.address
                 stream = await connect(asked, hello, RECONNECT_ATTEMPT_S)
                 try:
-                    return CallingLink(stream, self._route, asked, self._side), session
+                    if not self.is_held():
+                        return CallingLink(stream, self._route, asked, self._side), session
                 except BaseException:
                     await trio.aclose_forcefully(stream)
                     raise
+                await trio.aclose_forcefully(stream)
             except (PeerError, ProtocolError) as error:
                 if isinstance(error, RefusedError) and error.reason in (NO_SUCH_MIGRATION, WRONG_TOKEN):
                     # Of the host that we had been with this is an answer. At a new address it may be anybody's.
@@ -414,7 +454,9 @@ class _CallingMembership(Membership):
             pause_s = min(2 * pause_s, RECONNECT_PATIENT_CAP_S if patient else RECONNECT_CAP_S)
 
     async def superseded(self) -> None:
-        await trio.sleep_forever()  # nobody but this side connects
+        while not self.is_held():  # nobody but this side connects
+            await self._changed.wait()
+        raise PeerError(HELD)
 
 
 class _CallingDoor(Door):
@@ -499,14 +541,16 @@ class _ListeningDoor(Door):
 
 class _ListeningMembership(Membership):
     def __init__(self, session: Session) -> None:
+        super().__init__()
         self.session = session
         self._links: list[tuple[Link, Session]] = []
-        self._arrived = trio.Event()
 
     def reserve(self, hello: Hello) -> None:
         """`Refusal` unless the peer may come back with this. From here on its epoch is used up."""
         if not same_secret(self.session.token, hello.token):
             raise Refusal(WRONG_TOKEN)
+        if self.is_held():
+            raise Refusal(HELD)
         if hello.epoch <= self.session.epoch:
             raise Refusal(f"stale epoch {hello.epoch}, this is {self.session.epoch}")
         self.session = replace(self.session, epoch=hello.epoch)
@@ -515,15 +559,22 @@ class _ListeningMembership(Membership):
         for old, _ in self._links:
             old.control.socket.close()
         self._links = [(link, replace(self.session, epoch=epoch))]
-        self._arrived.set()
+        self._notify()
+
+    def hold(self) -> None:
+        self.close()  # one that has just come may come again
+        super().hold()
 
     async def next_link(self) -> tuple[Link, Session]:
-        await self._arrived.wait()
-        self._arrived = trio.Event()
+        while not self._links:
+            await self._changed.wait()
         return self._links.pop()
 
     async def superseded(self) -> None:
-        await self._arrived.wait()
+        while not self._links:
+            if self.is_held():
+                raise PeerError(HELD)
+            await self._changed.wait()
 
     def close(self) -> None:
         for link, _ in self._links:
@@ -693,7 +744,8 @@ class Reception:
             place = door.reserve(hello)
         except Refusal as refusal:
             self.refused += 1
-            log.warning("%s: refused a %s connection: %s", peer, hello.channel, refusal)
+            level = logging.INFO if str(refusal) == HELD else logging.WARNING  # which is asked for again and again
+            log.log(level, "%s: refused a %s connection: %s", peer, hello.channel, refusal)
             await stream.send_all(handshake.send_refused(str(refusal)))
             return False
         try:
@@ -731,8 +783,8 @@ class Reception:
             raise Refusal(NO_SUCH_MIGRATION)
         member.reserve(hello)
         await stream.send_all(handshake.send_welcome())
-        # Somebody with a higher epoch may have come while we said welcome, and the migration may have ended.
-        if self.members.get(hello.migration) is not member or member.session.epoch != hello.epoch:
+        # Somebody with a higher epoch may have come while we said welcome, and the migration may have ended or be held.
+        if self.members.get(hello.migration) is not member or member.session.epoch != hello.epoch or member.is_held():
             return False
         member.enter(_ListeningLink(stream, self), hello.epoch)
         self.accepted += 1

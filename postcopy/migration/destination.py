@@ -29,7 +29,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import trio
 
 from postcopy._errors import MigrationError, PeerError, PostcopyError, ProtocolError
+from postcopy._logs import about
 from postcopy.bitmap import Bitmap
+from postcopy.histogram import Histogram
 from postcopy.machines import (
     BlockLayout,
     Machine,
@@ -50,6 +52,7 @@ from postcopy.migration._session import (
     next_link,
     now_ns,
     status_of,
+    steered,
 )
 from postcopy.migration.channels import Address, Door, Link, Membership, Session, keep_alive
 from postcopy.migration.figures import Figures, natural
@@ -92,6 +95,7 @@ class DestinationMigration:
         *,
         backing: str = "memfd",
         disk: str | None = None,
+        net: str | None = None,
         busy_poll_us: int = 0,
         how: How | str = How.ANY,
         heartbeat_s: float = HEARTBEAT_S,
@@ -102,6 +106,7 @@ class DestinationMigration:
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.machine: Machine | None = None
+        self.machine_name = ""  # for logs; `make_machine` may set it
         self.peer = link.peer
         self.failure: PostcopyError | None = None
         self.paused = trio.Event()  # set when the source was lost after `commit`, the first time
@@ -111,10 +116,12 @@ class DestinationMigration:
         self.at_switchover: MachineStatistics | None = None
         self.started_ns = now_ns()
         self.committed_ns = self.running_ns = self.completed_ns = 0
+        self.latency = Histogram()  # of demand faults, as `figures` has seen it last
         self.downtime_ns = self.total_ns = 0  # as the source has measured them
         self._link = link
         self._backing = backing
         self._disk = disk
+        self._net = net
         self._busy_poll_us = busy_poll_us
         self._how = how
         self._heartbeat_s = heartbeat_s
@@ -173,13 +180,32 @@ class DestinationMigration:
     def figures(self) -> Figures:
         """The counters as they are now; the last ones when the pager has ended."""
         if self._pager is not None and self.machine is not None:
+            self.latency = self._pager.latency()
             self._last_figures = Figures.of(
                 self.machine.blocks[0].memory.page_bytes,
                 self._pager.statistics(),
-                self._pager.latency(),
+                self.latency,
                 self._pager.blocktime_ns(),
             )
         return self._last_figures
+
+    # ---- steering it
+
+    def set_recover_for(self, recover_for_s: float) -> None:
+        """How long a source is looked for that is lost from now on."""
+        self._recover_for_s = recover_for_s
+
+    def hold(self) -> None:
+        """Gives the connection up, as a network that fails would, and takes no other one until `let_go`.
+        `MigrationError` where nothing could be gone on with."""
+        steered(self._membership, self.state).hold()
+
+    def let_go(self, address: Address | None = None) -> None:
+        """Looks for the source (again), at this address where one is given; see `reconnect_to`."""
+        membership = steered(self._membership, self.state)
+        if address is not None:
+            self.reconnect_to(address)
+        membership.let_go()
 
     # ---- doing it
 
@@ -193,6 +219,10 @@ class DestinationMigration:
 
         After it, `machine` runs when the state is COMPLETED. Always `close` afterwards.
         """
+        with about(self):
+            await self._run(stop)
+
+    async def _run(self, stop: trio.Event) -> None:
         with self._stack:
             await self._connected(self._link, self._receive, stop)
             await self._recover(stop)
@@ -402,6 +432,7 @@ class DestinationMigration:
         # Shielded: a machine that was committed to us runs, whatever else happens meanwhile.
         with trio.CancelScope(shield=True):
             await machine.resume()
+            await machine.claim_network()
             self.running_ns = await self._first_run(machine)
         await control.send(self._protocol.send_running(self._resume_ns))
         self._on_change()
@@ -421,7 +452,9 @@ class DestinationMigration:
 
     def _take_offer(self, offer: Offer) -> tuple[Machine, AnyPager]:
         layout = [BlockLayout(block.name, block.size_bytes, block.page_bytes) for block in offer.blocks]
-        machine = self.machine = self._make_machine(offer.machine, offer.config, layout, self._backing, disk=self._disk)
+        machine = self.machine = self._make_machine(
+            offer.machine, offer.config, layout, self._backing, disk=self._disk, net=self._net
+        )
         pager = self._pager = self._make_pager()
         for block in machine.blocks:
             pager.add_block(block.memory)
@@ -537,6 +570,20 @@ class DestinationMigration:
         assert self._pager is not None
         return [self._pager.received(number) for number in range(len(self.machine.blocks))]
 
+    async def release(self) -> Machine:
+        """Ends the pager of a migration that has completed, and hands over the machine, which runs on as the caller's.
+        `MigrationError` when the pager does not end, or not everything is here."""
+        machine, pager = self.machine, self._pager
+        if self.state is not State.COMPLETED or not self._kept or machine is None or pager is None:
+            raise MigrationError("the machine is not complete here")
+        self.check_machine()
+        self.figures()
+        self._pager = None  # whoever looks meanwhile finds the last figures
+        with trio.CancelScope(shield=True):  # bounded by the pager
+            await pager.close()
+        self.machine = None
+        return machine
+
     async def close(self) -> None:
         """Ends machine and pager. Shielded, bounded in time; what does not end is logged and kept by its owner."""
         with trio.CancelScope(shield=True):
@@ -544,6 +591,7 @@ class DestinationMigration:
             self.figures()
             _ = self.pager_process
             machine, pager = self.machine, self._pager
+            self._pager = None  # whoever looks meanwhile finds the last figures
             for what in (pager, machine) if self._kept else (machine, pager):
                 if what is None:
                     continue
@@ -551,7 +599,6 @@ class DestinationMigration:
                     await what.close()
                 except PostcopyError as error:
                     log.error("%s", error)
-            self._pager = None
 
     def check_machine(self) -> None:
         """Looks once more whether the machine has found something wrong; sets `machine_failure`."""

@@ -23,12 +23,13 @@ import logging
 import math
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import trio
 
 from postcopy._errors import ConfigurationError, MigrationError, PeerError, PostcopyError, ProtocolError
+from postcopy._logs import about
 from postcopy.bitmap import Bitmap
 from postcopy.machines import Machine, MachineEventType, MachineStatistics
 from postcopy.memory import MemoryKind
@@ -45,6 +46,7 @@ from postcopy.migration._session import (
     next_link,
     now_ns,
     status_of,
+    steered,
 )
 from postcopy.migration.channels import Address, Door, Link, Membership, Session, keep_alive
 from postcopy.migration.figures import Figures
@@ -83,6 +85,7 @@ class SourceOptions:
     heartbeat_s: float = HEARTBEAT_S
     recover_for_s: float = math.inf  # how long a lost destination is waited for
     release_ram: bool = False  # give memory back as the destination acknowledges it, after `commit`
+    name: str = ""  # of the machine, told to the destination with its configuration
 
 
 class SourceMigration:
@@ -102,6 +105,7 @@ class SourceMigration:
         if options.release_ram:
             check_releasable(machine)
         self.machine = machine
+        self.machine_name = options.name
         self.peer = link.peer
         self.failure: PostcopyError | None = None
         self.figures: Figures | None = None  # of the destination, when it has completed
@@ -126,6 +130,7 @@ class SourceMigration:
         self._shards = self._bulk_channels = 0
         self._committed_ns = 0
         self._fatal = False  # the page server cannot go on: no other connection would help
+        self._membership: Membership | None = None
 
     # ---- looking at it
 
@@ -174,6 +179,31 @@ class SourceMigration:
             for gone, unit, memory in zip(self._discarded, self._units, memories, strict=True)
         ]
 
+    # ---- steering it
+
+    def set_bandwidth(self, max_bandwidth_bytes_per_s: int) -> None:
+        """Limits the background push from now on; 0: no limit."""
+        if max_bandwidth_bytes_per_s != self._options.max_bandwidth_bytes_per_s:
+            self._options = replace(self._options, max_bandwidth_bytes_per_s=max_bandwidth_bytes_per_s)
+            if self._server is not None:
+                self._server.set_bandwidth(max_bandwidth_bytes_per_s)
+
+    def set_recover_for(self, recover_for_s: float) -> None:
+        """How long a destination is waited for that is lost from now on."""
+        self._options = replace(self._options, recover_for_s=recover_for_s)
+
+    def hold(self) -> None:
+        """Gives the connection up, as a network that fails would, and takes no other one until `let_go`.
+        `MigrationError` where nothing could be gone on with."""
+        steered(self._membership, self.state).hold()
+
+    def let_go(self, address: Address | None = None) -> None:
+        """Looks for the destination (again), at this address where one is given; see `reconnect_to`."""
+        membership = steered(self._membership, self.state)
+        if address is not None:
+            self.reconnect_to(address)
+        membership.let_go()
+
     # ---- doing it
 
     def reconnect_to(self, address: Address) -> None:
@@ -188,8 +218,13 @@ class SourceMigration:
         and otherwise stays so until `stop`; unless `hold` is false: what it could serve is then in a file, nothing is
         lost by its end, and a minute is enough to come back.
         """
+        with about(self):
+            await self._run(go, stop, hold)
+
+    async def _run(self, go: trio.Event, stop: trio.Event, hold: bool) -> None:
         try:
             with self._link.membership(self._session) as membership:
+                self._membership = membership
                 await self._connected(self._link, partial(self._migrate, go=go), membership, stop)
                 if self._protocol.recoverable and not self._fatal:
                     await self._recover(membership, stop, self._options.recover_for_s if hold else RECOVER_UNOWNED_S)
@@ -300,7 +335,7 @@ class SourceMigration:
                 self._session.migration,
                 self._session.token,
                 machine.kind,
-                machine.config(),
+                {**machine.config(), "name": self._options.name} if self._options.name else machine.config(),
                 blocks,
                 self._options.bulk_channels,
                 PLACED_EVERY_MS if self._options.release_ram else 0,
@@ -385,10 +420,14 @@ class SourceMigration:
         # From the next line on the machine belongs to the destination, whether it hears of it or not. The page
         # server is started before the bytes leave, so that the first fault finds it answering.
         commit = protocol.send_commit()
-        self._committed_ns = now_ns()
-        server.start()
-        self._on_change()
-        await control.send(commit)
+        try:
+            self._committed_ns = now_ns()
+            server.start()
+            self._on_change()
+            await control.send(commit)
+        finally:  # heard or not, it never answers here again
+            with trio.CancelScope(shield=True):
+                await machine.release_network()
 
     def _check_accept(self, accept: Accept, blocks: tuple[Block, ...]) -> None:
         if len(accept.page_bytes) != len(blocks):

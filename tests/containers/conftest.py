@@ -113,7 +113,13 @@ class Stage:
         image, networks = settings.pop("image"), settings.pop("networks")
         address = networks["migration"]["ipv4_address"] if isinstance(networks, dict) else None
         arguments = ["--network", self._name, "--network-alias", service, *(["--ip", address] if address else [])]
-        for key in ("build", "command", "depends_on", "healthcheck"):  # of no meaning for a single `docker run`
+        for key in (
+            "build",
+            "command",
+            "depends_on",
+            "healthcheck",
+            "entrypoint",
+        ):  # of no meaning for a single `docker run`
             settings.pop(key, None)
         assert settings.pop("restart") == "no"
         if settings.pop("read_only", False):
@@ -129,8 +135,6 @@ class Stage:
         for key, flag in (("cap_drop", "--cap-drop"), ("cap_add", "--cap-add"), ("group_add", "--group-add")):
             for value in settings.pop(key, []):
                 arguments += [flag, value]
-        if user := settings.pop("user", None):
-            arguments += ["--user", user]
         assert not settings, f"settings that this test does not know: {settings}"
         return [*arguments, image]
 
@@ -142,6 +146,9 @@ class Stage:
         name = self.name_of(service)
         self._containers.append(name)
         command = self._compose["services"][service]["command"]
+        entrypoint = self._compose["services"][service].get("entrypoint")
+        if entrypoint is not None:
+            options, command = (*options, "--entrypoint", entrypoint[0]), [*entrypoint[1:], *command]
         run = ["docker", "run", "--name", name, *options, *self.arguments(service, seccomp)]
         return _sides.Side(self._spawn_child, *command, *more, command=run)
 

@@ -52,6 +52,24 @@ def test_migrates(stage: Any) -> None:
 
 
 @both
+def test_observer_sees_both_sides(stage: Any) -> None:
+    """From a third container, over the network alone."""
+    dest = stage.start("dest", *QUICK_DEST, "--run-for", "3")
+    assert dest.address
+    observer = stage.start("observer")
+    source = stage.start("source", *QUICK_SOURCE, *SLOW_PUSH, "--migrate-after", "2")
+    for side in ("source", "dest"):
+        observer.wait_for(side, lambda line, side=side: line["of"] == side and line["event"] == "up")
+    source.wait_status("postcopy-active")
+    for side in ("source", "dest"):
+        observer.wait_for(side, lambda line, side=side: (line["of"], line.get("status")) == (side, "postcopy-active"))
+    assert_moved(source, dest)
+    status, _, errors = observer.end()
+    assert status == 0, errors
+    assert {line["of"] for line in observer.lines if line["event"] == "gone"} == {"source", "dest"}
+
+
+@both
 def test_holds_no_rights(stage: Any) -> None:
     """Seen from inside, in the process that migrates."""
     dest = stage.start("dest")

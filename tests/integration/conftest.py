@@ -27,10 +27,11 @@ _spec.loader.exec_module(_sides)
 
 @pytest.fixture
 def side(spawn_child: Callable[..., Any]) -> Callable[..., Any]:
-    """``side(*arguments)``: a `postcopy` process as a `_sides.Side`; ``command``: run it by another command."""
+    """``side(*arguments)``: a `postcopy` process as a `_sides.Side`; `spawn` starts it elsewhere than here, ``command``
+    by another command."""
 
-    def start(*arguments: Any, **keywords: Any) -> Any:
-        return _sides.Side(spawn_child, *(str(argument) for argument in arguments), **keywords)
+    def start(*arguments: Any, spawn: Callable[..., Any] = spawn_child, **keywords: Any) -> Any:
+        return _sides.Side(spawn, *(str(argument) for argument in arguments), **keywords)
 
     return start
 

@@ -9,12 +9,13 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from postcopy._errors import ConfigurationError, PeerError, PostcopyError, ProtocolError, ResourceError
 from postcopy._fd import FdHolder
@@ -447,7 +448,7 @@ async def test_looked_for_at_a_new_address() -> None:
                     nursery.cancel_scope.cancel()
 
                 nursery.start_soon(look)
-                await trio.testing.wait_all_tasks_blocked()
+                await wait_all_tasks_blocked()
                 route.change(addresses[1])
             for host in (1, 0):
                 link, session = found.pop() if found else await membership.next_link()
@@ -485,7 +486,7 @@ async def test_a_refusal_at_a_new_address_is_not_the_peers(caplog: pytest.LogCap
 
                 nursery.start_soon(look)
                 while "is that the right address?" not in caplog.text:
-                    await trio.testing.wait_all_tasks_blocked()
+                    await wait_all_tasks_blocked()
                     await trio.lowlevel.checkpoint()
                 route.change(address)
             seen, _ = await there.next_link()
@@ -539,3 +540,91 @@ async def test_a_side_that_listens_is_told_so() -> None:
             seen.reconnect_to(c.Address("elsewhere", 1))
         for one in (link, seen):
             await trio.aclose_forcefully(one.control)
+
+
+# ---- a connection that is held
+
+
+async def test_held_by_the_side_that_calls() -> None:
+    """It gives up what it has, makes no connection while it is held, and then does at once."""
+    async with reception() as (desk, address):
+        link = await c.CallingLink.open(address, "dest")
+        seen = await desk.next_link()
+        with link.membership(SESSION) as caller, seen.membership(SESSION) as called:
+            async with trio.open_nursery() as nursery:
+
+                async def let_go() -> None:
+                    await wait_all_tasks_blocked(0.05)
+                    assert desk.accepted == 1
+                    caller.let_go()
+
+                caller.hold()
+                with pytest.raises(PeerError, match=c.HELD):
+                    await caller.superseded()
+                nursery.start_soon(let_go)
+                again, session = await caller.next_link()
+            assert session.epoch == 1
+            taken, _ = await called.next_link()
+            for one in (link, seen, again, taken):
+                await trio.aclose_forcefully(one.control)
+
+
+async def test_held_by_the_side_that_listens() -> None:
+    """The other one is refused, asks again, and is let in when it is let go; one that had just come must come again."""
+    async with reception() as (desk, address):
+        link: c.Link = await c.CallingLink.open(address, "dest")
+        seen = await desk.next_link()
+        with link.membership(SESSION) as caller, seen.membership(SESSION) as called:
+            early, _ = await caller.next_link()
+            await called.superseded()
+            called.hold()
+            assert await early.control.receive_some(1) == b""
+            with pytest.raises(PeerError, match=c.HELD):
+                await called.superseded()
+            async with trio.open_nursery() as nursery:
+
+                async def let_go() -> None:
+                    while not desk.refused:  # noqa: ASYNC110  (a counter)
+                        await trio.sleep(0.001)
+                    called.let_go()
+
+                nursery.start_soon(let_go)
+                again, session = await caller.next_link()
+            taken, other = await called.next_link()
+            assert session == other
+            assert session.epoch > 2  # each attempt has its own
+            for one in (link, seen, early, again, taken):
+                await trio.aclose_forcefully(one.control)
+
+
+async def test_held_while_it_connects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that comes about although it was held meanwhile is not used."""
+    async with reception() as (desk, address):
+        link = await c.CallingLink.open(address, "dest")
+        seen = await desk.next_link()
+        with link.membership(SESSION) as caller, seen.membership(SESSION) as called:
+            connect = c.connect
+            streams: list[trio.SocketStream] = []
+            held = trio.Event()
+
+            async def slow(*arguments: Any) -> trio.SocketStream:
+                stream = await connect(*arguments)
+                if not streams:
+                    caller.hold()
+                    held.set()
+                streams.append(stream)
+                return stream
+
+            monkeypatch.setattr(c, "connect", slow)
+            async with trio.open_nursery() as nursery:
+
+                async def let_go() -> None:
+                    await held.wait()
+                    caller.let_go()
+
+                nursery.start_soon(let_go)
+                again, session = await caller.next_link()
+            assert session.epoch == len(streams) >= 2
+            for one in (link, seen, again):
+                await trio.aclose_forcefully(one.control)
+            called.hold()

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log records that say which migration they are about.
+
+One process may have many migrations, and the code that logs seldom knows whose it is. So the engine says it once, in a
+context variable, which every task and worker thread that it starts inherits; `add_migration`, a filter on a handler,
+writes it into each record as `migration`, and as `machine` the machine's name, where it has one; "" where not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+
+class _Migration(Protocol):
+    machine_name: str
+
+    @property
+    def migration_id(self) -> str: ...
+
+
+_current: ContextVar[_Migration | None] = ContextVar("migration", default=None)
+
+
+@contextmanager
+def about(migration: _Migration) -> Iterator[None]:
+    """What this task, and those that it starts, log inside the block is about `migration`, which may not know its id
+    yet."""
+    token = _current.set(migration)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def add_migration(record: logging.LogRecord) -> bool:
+    """A filter for handlers."""
+    migration = _current.get()
+    record.migration = migration.migration_id if migration is not None else ""
+    record.machine = migration.machine_name if migration is not None else ""
+    return True
+
+
+def json_line(level: str, logger: str, message: str, when_s: float, **more: Any) -> str:
+    """A log line as an object: time (RFC 3339, UTC), level, logger, message, and what else is known."""
+    time = datetime.fromtimestamp(when_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    known = {name: value for name, value in more.items() if value}
+    return json.dumps({"time": time, "level": level, "logger": logger, "message": message, **known})
+
+
+def json_record(record: logging.LogRecord) -> str:
+    """A record that went through `add_migration`."""
+    exception = None
+    if record.exc_info and record.exc_info[0] is not None:
+        exception = logging.Formatter().formatException(record.exc_info)
+    return json_line(
+        record.levelname.lower(),
+        record.name,
+        record.getMessage(),
+        record.created,
+        migration=getattr(record, "migration", ""),
+        machine=getattr(record, "machine", ""),
+        exception=exception,
+    )

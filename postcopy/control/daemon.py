@@ -1,0 +1,534 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`postcopy daemon`: a process that owns machines, sends them away when it is told to, and takes those that come.
+
+A source ends when its machine has left, a destination has one machine and waits for it: neither can have the machine
+that it sent away come back. So this is the union of both. A machine is *here* from its start or arrival until it has
+left or ended, whoever asks; each has at most one migration at a time, and that is an engine of its own
+(`SourceMigration`, `DestinationMigration`), which knows nothing of the others. What they share is the listening port,
+where the handshake sends each connection to its migration, and the bandwidth.
+
+**Bandwidth.** One limit for all that is pushed, divided in equal parts among the migrations that push, again whenever
+one begins or ends. Requested pages are never held up by it.
+
+**Names.** A machine keeps its name wherever it goes: the source tells it with the machine's configuration. A machine
+whose name is taken here is refused, and so goes on where it is.
+
+**The end.** `stop` gives up what is not decided: such a machine is still here, and ends with this process, as all
+others here do. What is past its point of no return is seen through, however long that takes, since its pages are
+nowhere else.
+
+Resource handling: `run` owns the machines and closes all of them, in the order that their state demands.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import trio
+
+from postcopy import report
+from postcopy._errors import ConfigurationError, PostcopyError
+from postcopy.machines import BlockLayout, Machine, MachineOptions, create_destination, create_source
+from postcopy.migration.channels import Address, CallingLink, Link, Reception, parse_address
+from postcopy.migration.destination import DestinationMigration
+from postcopy.migration.protocol import State, one_line
+from postcopy.migration.source import SourceMigration, SourceOptions
+from postcopy.progress import Output
+
+from .desk import Desk, Handler
+from .schema import ControlError, Json, is_name, plain
+from .sides import OVER, UNDECIDED, changed, steer
+from .status import Migration, machine_status
+
+MAX_INCOMING = 16
+MAX_MACHINES = 256
+MAX_LEFT = 16
+"""Machines that have left of which the last numbers are kept for metrics."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ArrivalOptions:
+    """How machines are received."""
+
+    make_pager: Callable[[], Any]
+    backing: str = "memfd"
+    disk: str | None = None
+    busy_poll_us: int = 0
+
+
+class _Owned:
+    """A machine that is here, on its way to here, or on its way from here."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.machine: Machine | None = None
+        self.migration: Migration | None = None  # the present one, or the last
+        self.busy = False  # a task works on it
+        self.stop = trio.Event()  # gives its migration up
+        self.told = ""  # the migration's status, as it was said last
+
+    @property
+    def has_left(self) -> bool:
+        return isinstance(self.migration, SourceMigration) and self.migration.state is State.COMPLETED
+
+    @property
+    def decided(self) -> bool:
+        """Whether ending it now would lose pages that are needed elsewhere."""
+        return self.busy and self.migration is not None and self.migration.state not in UNDECIDED | OVER
+
+
+class Daemon(Desk):
+    """Make it, `run` it; everything else is asked through the control socket."""
+
+    def __init__(
+        self,
+        output: Output,
+        options: SourceOptions,
+        arrival: ArrivalOptions,
+        *,
+        listen: Address | None = None,
+        first: tuple[str, MachineOptions] | None = None,
+        name: str | None = None,
+        side: str = "daemon",
+    ) -> None:
+        """`first`: a machine to begin with, its kind and options, called `name`."""
+        super().__init__()
+        self.side = side
+        self._output = output
+        self._options = options
+        self._arrival = arrival
+        self._listen = listen
+        self._first = first
+        self._name = name
+        self._reception: Reception | None = None
+        self._nursery: trio.Nursery | None = None
+        self._here: list[_Owned] = []
+        self._left: OrderedDict[str, _Owned] = OrderedDict()
+        self._forced = False
+        self._changes = trio.Event()
+        self._sent = self._received = 0
+
+    # ---- running
+
+    async def run(self, stop: trio.Event) -> bool:
+        """Until `stop`. True: that is how it succeeds."""
+        self.stop = stop
+        done = False
+        if self._listen is not None:
+            self._reception = await Reception.open(self._listen, "dest", self._vacancy)
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                if self._first is not None:
+                    await self._start(self._name or _new_name(self._first[0]), *self._first)
+                if self._reception is not None:
+                    nursery.start_soon(self._reception.serve)
+                    nursery.start_soon(self._receive_all, self._reception)
+                    for address in self._reception.addresses:
+                        self._output.emit("listening", {"side": self.side, "address": str(address)})
+                        self._output.say(f"{self.side}: listening on {address}")
+                nursery.start_soon(self._output.follow, self._progress)
+                await stop.wait()
+                await self._drain()
+                nursery.cancel_scope.cancel()
+            done = True
+        finally:
+            with trio.CancelScope(shield=True):  # each close is bounded
+                if self._reception is not None:
+                    await self._reception.close()
+                for owned in list(self._here):
+                    await self._close(owned)
+            counts = {"sent": self._sent, "received": self._received}
+            self._output.emit("result", {"side": self.side, "status": "completed" if done else "failed", **counts})
+        return done
+
+    async def _drain(self) -> None:
+        """Until no machine is on its way any more."""
+        said = False
+        while busy := [owned for owned in self._here if owned.busy]:
+            for owned in busy:
+                if self._forced or not owned.decided:
+                    owned.stop.set()
+                elif not said:
+                    said = True
+                    self._output.say(
+                        f"{self.side}: {owned.name} is past its point of no return: waiting until it has moved;"
+                        " a second signal, or quit --force, ends it and loses what is missing"
+                    )
+            await self._changes.wait()
+
+    def _progress(self) -> Json:
+        busy = sum(owned.busy for owned in self._here)
+        word = "machine" if len(self._here) == 1 else "machines"
+        return {**self.status(), "status": f"{len(self._here)} {word}, {busy} migrating"}
+
+    def _change(self) -> None:
+        """Something may have changed in a migration: shares the bandwidth anew, says what is new."""
+        self._share()
+        for owned in self._here:
+            job = owned.migration
+            if job is not None and job.status != owned.told:
+                fields = {**report.ended(_direction(job), job), "machine": owned.name, "from": owned.told}
+                owned.told = job.status
+                self._output.emit("migration-status", fields)
+        self._output.kick()
+        self._changes.set()
+        self._changes = trio.Event()
+
+    def _share(self) -> None:
+        """One limit for all that push."""
+        limit = self._options.max_bandwidth_bytes_per_s
+        outgoing = [
+            owned.migration for owned in self._here if owned.busy and isinstance(owned.migration, SourceMigration)
+        ]
+        pushing = [job for job in outgoing if job.state in (State.COMMITTED, State.POSTCOPY)]
+        for job in outgoing:
+            # One that does not push yet is given the part that it will have when it begins.
+            parts = len(pushing) + (job not in pushing)
+            job.set_bandwidth(max(1, limit // parts) if limit else 0)
+
+    # ---- machines here
+
+    async def _start(self, name: str, kind: str, options: MachineOptions) -> _Owned:
+        """`ConfigurationError` and `ResourceError` as `create_source`."""
+        if kind == "image":
+            raise ConfigurationError("a daemon has machines that run; `postcopy source` serves an image")
+        owned = self._claim(name)
+        owned.busy = True
+        try:
+            owned.machine = create_source(kind, options)
+            await owned.machine.boot()
+            await owned.machine.resume()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._close(owned)
+            raise
+        finally:
+            owned.busy = False
+            self._change()
+        self._output.emit("machine-started", {"machine": name, "kind": kind})
+        return owned
+
+    def _claim(self, name: str, owned: _Owned | None = None) -> _Owned:
+        """A place for a machine of this name; or gives this name to one that has a place."""
+        if any(other.name == name and other is not owned and not other.has_left for other in self._here):
+            raise ConfigurationError(f"there is a machine {name!r} here already")
+        if owned is None:
+            if len(self._here) >= MAX_MACHINES:
+                raise ConfigurationError(f"there are {MAX_MACHINES} machines here already")
+            owned = _Owned(name)
+            self._here.append(owned)
+        owned.name = name
+        return owned
+
+    def _find(self, name: str | None) -> _Owned:
+        """The machine of this name, or without one the only one. `ControlError` when there is none."""
+        here = [owned for owned in self._here if not owned.has_left]
+        found = [owned for owned in here if (owned.name == name if name else _machine(owned) is not None)]
+        if not found:
+            raise ControlError("BadArguments", f"there is no machine {name!r} here" if name else "no machine is here")
+        if len(found) > 1:
+            raise ControlError("BadArguments", f"which of them? {', '.join(owned.name for owned in found)}")
+        return found[0]
+
+    async def _close(self, owned: _Owned) -> None:
+        """Ends a machine, and with it its place here."""
+        if owned.machine is not None:
+            try:
+                await owned.machine.close()
+            except PostcopyError as error:
+                log.error("%s: %s", owned.name, error)
+        self._forget(owned)
+
+    def _forget(self, owned: _Owned) -> None:
+        if owned in self._here:
+            self._here.remove(owned)
+        if owned.migration is not None:
+            self._left[owned.name] = owned
+            self._left.move_to_end(owned.name)
+            while len(self._left) > MAX_LEFT:
+                self._left.popitem(last=False)
+        self._change()
+
+    # ---- sending
+
+    async def _send(self, owned: _Owned, migration: SourceMigration) -> None:
+        """One machine's way from here."""
+        machine = migration.machine
+        go = trio.Event()
+
+        async def ready() -> None:
+            try:
+                await machine.wait_ready()
+                go.set()
+            except PostcopyError as error:
+                log.error("%s", error)
+                owned.stop.set()
+
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ready)
+                await migration.run(go, owned.stop)
+                nursery.cancel_scope.cancel()
+            if owned.has_left:
+                self._sent += 1
+                await self._close(owned)
+                self._output.emit("machine-left", {"machine": owned.name})
+            self._ended(owned, migration)
+        finally:
+            owned.busy = False
+            self._change()
+
+    # ---- receiving
+
+    def _vacancy(self, waiting: int) -> str:
+        if self.stop.is_set():
+            return "this daemon is about to end"
+        incoming = sum(owned.busy and not isinstance(owned.migration, SourceMigration) for owned in self._here)
+        return "too many machines are on their way to here" if incoming + waiting >= MAX_INCOMING else ""
+
+    async def _receive_all(self, reception: Reception) -> None:
+        assert self._nursery is not None
+        while True:
+            link = await reception.next_link()
+            self._nursery.start_soon(self._receive, link)
+
+    async def _receive(self, link: Link) -> None:
+        """One machine's way to here."""
+        try:
+            owned = self._claim(_new_name("arriving"))
+        except ConfigurationError as error:
+            log.error("%s: %s", link.peer, error)
+            await trio.aclose_forcefully(link.control)
+            return
+        owned.busy = True
+        arrival = self._arrival
+        migration = DestinationMigration(
+            link,
+            backing=arrival.backing,
+            disk=arrival.disk,
+            busy_poll_us=arrival.busy_poll_us,
+            heartbeat_s=self._options.heartbeat_s,
+            recover_for_s=self._options.recover_for_s,
+            make_machine=_Maker(self._claim, owned),
+            make_pager=arrival.make_pager,
+            on_change=self._change,
+        )
+        owned.migration = migration
+        try:
+            await migration.run(owned.stop)
+            if migration.state is State.COMPLETED:
+                owned.machine = await migration.release()
+                self._received += 1
+        except PostcopyError as error:  # of the release: what is stuck is kept by its owner
+            log.error("%s: %s", owned.name, error)
+        finally:
+            owned.busy = False
+            if owned.machine is None:
+                await migration.close()  # shielded
+                self._forget(owned)
+            self._change()
+        if owned.machine is not None:
+            self._output.emit("machine-received", {"machine": owned.name, "kind": owned.machine.kind})
+        self._ended(owned, migration)
+
+    def _ended(self, owned: _Owned, migration: Migration) -> None:
+        fields = {**report.ended(_direction(migration), migration), "machine": owned.name}
+        fields["downtime-ms"] = report.milliseconds(migration.downtime_ns)
+        fields["total-ms"] = report.milliseconds(migration.total_ns)
+        self._output.emit("migration-ended", fields)
+        if migration.state is not State.COMPLETED:
+            self._output.say(f"{self.side}: {owned.name}: {migration.status}: {migration.failure}")
+
+    # ---- what may be asked
+
+    def machines(self) -> list[tuple[str, Machine | None, Migration | None]]:
+        return [(owned.name, _machine(owned), owned.migration) for owned in self._here]
+
+    def all_machines(self) -> list[tuple[str, Machine | None, Migration | None]]:
+        here = self.machines()
+        names = {name for name, _, _ in here}
+        return here + [(name, None, owned.migration) for name, owned in self._left.items() if name not in names]
+
+    def listening(self) -> list[str]:
+        return [str(address) for address in self._reception.addresses] if self._reception is not None else []
+
+    def settings(self) -> Json:
+        return {
+            "max-bandwidth": self._options.max_bandwidth_bytes_per_s,
+            "bulk-channels": self._options.bulk_channels,
+            "recover-for": plain(self._options.recover_for_s),
+        }
+
+    def handlers(self) -> Mapping[str, Handler]:
+        return {
+            "start": self._do_start,
+            "end": self._do_end,
+            "migrate": self._do_migrate,
+            "pause": self._do_pause,
+            "recover": self._do_recover,
+            "set": self._do_set,
+            "cancel": self._do_cancel,
+            "quit": self._do_quit,
+        }
+
+    async def _do_start(self, arguments: Json) -> Json:
+        kind = arguments["machine"]
+        options = MachineOptions(
+            memory_bytes=arguments.get("memory"),
+            vcpus=arguments.get("vcpus"),
+            workload=arguments.get("workload"),
+            backing=arguments.get("backing"),
+            working_set_bytes=arguments.get("working-set"),
+            seed=arguments.get("seed"),
+            disk=arguments.get("disk"),
+            image=arguments.get("image"),
+        )
+        self._not_ending()
+        owned = await self._start(arguments.get("name") or _new_name(kind), kind, options)
+        return machine_status(owned.name, owned.machine, None)
+
+    async def _do_end(self, arguments: Json) -> Json:
+        owned = self._find(arguments.get("machine"))
+        if owned.decided and not arguments.get("force"):
+            raise ControlError("NotNow", f"pages of {owned.name} are still on their way: wait, or end it with force")
+        while owned.busy:
+            owned.stop.set()
+            await self._changes.wait()
+        if owned in self._here:
+            await self._close(owned)
+            self._output.emit("machine-ended", {"machine": owned.name})
+        return {"machine": owned.name}
+
+    async def _do_migrate(self, arguments: Json) -> Json:
+        address = parse_address(arguments["to"])
+        owned = self._find(arguments.get("machine"))
+        # All of it is here, the source has said so to whoever sent it, and only the pager has not ended yet.
+        while owned.busy and isinstance(owned.migration, DestinationMigration) and owned.migration.completed_ns:
+            await self._changes.wait()
+        self._not_ending()
+        if owned.busy or owned.machine is None:
+            raise ControlError("NotNow", f"{owned.name} is being moved already")
+        if isinstance(owned.migration, SourceMigration) and not owned.migration.may_run:
+            raise ControlError("NotNow", f"{owned.name} belongs to the destination that it was sent to")
+        owned.busy = True
+        owned.stop = trio.Event()
+        link: CallingLink | None = None
+        try:
+            link = await CallingLink.open(address, "source")
+            options = replace(self._options, name=owned.name)
+            migration = owned.migration = SourceMigration(owned.machine, link, options, on_change=self._change)
+        except BaseException:
+            if link is not None:
+                link.control.socket.close()
+            owned.busy = False
+            self._change()
+            raise
+        assert self._nursery is not None
+        self._nursery.start_soon(self._send, owned, migration)
+        return {"machine": owned.name, "migration": migration.migration_id}
+
+    def _jobs(self, arguments: Json) -> list[Migration]:
+        """The migration of the machine that is named, or all that are going on."""
+        here = [self._find(arguments["machine"])] if "machine" in arguments else self._here
+        return [owned.migration for owned in here if owned.busy and owned.migration is not None]
+
+    async def _do_pause(self, arguments: Json) -> Json:
+        await trio.lowlevel.checkpoint()
+        return steer(self._jobs(arguments), True)
+
+    async def _do_recover(self, arguments: Json) -> Json:
+        await trio.lowlevel.checkpoint()
+        jobs = self._jobs(arguments)
+        if "to" in arguments and len(jobs) > 1:
+            raise ControlError("BadArguments", "say which machine's migration has a new address")
+        return steer(jobs, False, arguments.get("to"))
+
+    async def _do_set(self, arguments: Json) -> Json:
+        await trio.lowlevel.checkpoint()
+        self._options = changed(self._options, arguments)
+        for owned in self._here:
+            if owned.busy and owned.migration is not None:
+                owned.migration.set_recover_for(self._options.recover_for_s)
+        self._share()
+        return self.settings()
+
+    async def _do_cancel(self, arguments: Json) -> Json:
+        await trio.lowlevel.checkpoint()
+        here = [self._find(arguments["machine"])] if "machine" in arguments else self._here
+        busy = [owned for owned in here if owned.busy and owned.migration is not None]
+        if not busy:
+            raise ControlError("NotNow", "no migration is going on")
+        undecided = [owned for owned in busy if not owned.decided]
+        if not undecided:
+            raise ControlError("NotNow", "the machine belongs to the destination already: that cannot be taken back")
+        for owned in undecided:
+            owned.stop.set()
+        return {"cancelled": [owned.name for owned in undecided]}
+
+    async def _do_quit(self, arguments: Json) -> Json:
+        await trio.lowlevel.checkpoint()
+        if arguments.get("force"):
+            self._forced = True
+        elif here := [owned.name for owned in self._here if not owned.has_left]:
+            raise ControlError(
+                "NotNow", f"these end with this process: {', '.join(here)}: migrate or end them, or quit with force"
+            )
+        self.stop.set()
+        self._change()
+        return {}
+
+    def _not_ending(self) -> None:
+        if self.stop.is_set():
+            raise ControlError("NotNow", "this process is about to end")
+
+
+class _Maker:
+    """Makes the machine that a source offers, under the name that the source says."""
+
+    def __init__(self, claim: Callable[[str, _Owned], _Owned], owned: _Owned) -> None:
+        self._claim = claim
+        self._owned = owned
+
+    def __call__(
+        self,
+        kind: str,
+        config: Mapping[str, Any],
+        layout: Sequence[BlockLayout],
+        backing: str,
+        *,
+        disk: str | None = None,
+    ) -> Machine:
+        if kind == "image":
+            raise ConfigurationError("a daemon takes machines that run; `postcopy dest` takes an image")
+        name = config.get("name")
+        if name is None:
+            name = _new_name(kind)
+        elif not is_name(name):
+            raise ConfigurationError(f"{one_line(str(name), 80)!r} is no machine's name")
+        self._claim(str(name), self._owned)
+        assert self._owned.migration is not None
+        self._owned.migration.machine_name = self._owned.name
+        rest = {key: value for key, value in config.items() if key != "name"}
+        return create_destination(kind, rest, layout, backing, disk=disk)
+
+
+def _machine(owned: _Owned) -> Machine | None:
+    if owned.machine is None and isinstance(owned.migration, DestinationMigration):
+        return owned.migration.machine
+    return owned.machine
+
+
+def _direction(migration: Migration) -> str:
+    return "outgoing" if isinstance(migration, SourceMigration) else "incoming"
+
+
+def _new_name(kind: str) -> str:
+    return f"{kind if is_name(kind) else 'machine'}-{secrets.token_hex(3)}"

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The desks of `postcopy source` and `postcopy dest`, each of which has one machine and ends with its migration."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import replace
+
+import trio
+
+from postcopy._errors import MigrationError, PostcopyError
+from postcopy.commands import DestinationCommand, SourceCommand
+from postcopy.machines import Machine
+from postcopy.migration.channels import parse_address
+from postcopy.migration.protocol import State
+from postcopy.migration.source import SourceOptions
+
+from .desk import Desk, Handler
+from .schema import ControlError, Json, plain
+from .status import Migration
+
+UNDECIDED = frozenset(
+    {State.SETUP, State.OFFERED, State.CHANNELS, State.READY, State.SWITCHOVER, State.HANDED, State.PREPARED}
+)
+"""States in which a migration can be given up without loss."""
+OVER = frozenset({State.COMPLETED, State.ABORTED})
+
+
+def changed(options: SourceOptions, settings: Json) -> SourceOptions:
+    """The options with what `set` was given."""
+    return replace(
+        options,
+        max_bandwidth_bytes_per_s=settings.get("max-bandwidth", options.max_bandwidth_bytes_per_s),
+        bulk_channels=settings.get("bulk-channels", options.bulk_channels),
+        recover_for_s=settings.get("recover-for", options.recover_for_s),
+    )
+
+
+def steer(migrations: list[Migration], pause: bool, to: str | None = None) -> Json:
+    """Cuts or reconnects all of these that can be. `ControlError` when none can."""
+    address = parse_address(to) if to is not None else None
+    done: list[str] = []
+    failure: PostcopyError | None = None
+    for migration in migrations:
+        try:
+            if pause:
+                migration.hold()
+            else:
+                migration.let_go(address)
+            done.append(migration.migration_id)
+        except MigrationError as error:
+            failure = error
+    if not done:
+        raise ControlError("NotNow", str(failure) if failure else "no migration is going on")
+    return {"migrations": done}
+
+
+class _SideDesk(Desk):
+    def handlers(self) -> Mapping[str, Handler]:
+        return {
+            "pause": self._pause,
+            "recover": self._recover,
+            "set": self._set,
+            "cancel": self._cancel,
+            "quit": self._quit,
+        }
+
+    async def _pause(self, arguments: Json) -> Json:
+        await trio.lowlevel.checkpoint()
+        return steer(self._going_on(arguments), True)
+
+    async def _recover(self, arguments: Json) -> Json:
+        await trio.lowlevel.checkpoint()
+        return steer(self._going_on(arguments), False, arguments.get("to"))
+
+    async def _set(self, arguments: Json) -> Json:
+        await trio.lowlevel.checkpoint()
+        self.change(arguments)
+        return self.settings()
+
+    @abc.abstractmethod
+    def change(self, settings: Json) -> None:
+        """Of those that `settings` names. `ControlError` for one that there is not."""
+
+    def _going_on(self, arguments: Json) -> list[Migration]:
+        name = arguments.get("machine")
+        here = [item for item in self.machines() if name in (None, item[0])]
+        if name is not None and not here:
+            raise ControlError("BadArguments", f"there is no machine {name!r} here")
+        return [migration for _, _, migration in here if migration is not None and migration.state not in OVER]
+
+    async def _cancel(self, arguments: Json) -> Json:
+        await trio.lowlevel.checkpoint()
+        migrations = self._going_on(arguments)
+        if not migrations:
+            raise ControlError("NotNow", "no migration is going on")
+        undecided = [migration for migration in migrations if migration.state in UNDECIDED]
+        if not undecided:
+            raise ControlError("NotNow", "the machine belongs to the destination already: that cannot be taken back")
+        for migration in undecided:
+            self._give_up(migration)
+        return {"cancelled": [migration.migration_id for migration in undecided]}
+
+    def _give_up(self, migration: Migration) -> None:
+        self.stop.set()
+
+    async def _quit(self, arguments: Json) -> Json:
+        await trio.lowlevel.checkpoint()
+        needed = [migration for migration in self._going_on({}) if migration.state not in UNDECIDED]
+        if needed and not arguments.get("force") and self._depended_on():
+            raise ControlError(
+                "NotNow", f"pages are still on their way ({needed[0].status}): wait, or quit with force and lose them"
+            )
+        self.stop.set()
+        return {}
+
+    def _depended_on(self) -> bool:
+        return True
+
+
+class SourceDesk(_SideDesk):
+    side = "source"
+
+    def __init__(self, command: SourceCommand) -> None:
+        super().__init__()
+        self._command = command
+
+    def settings(self) -> Json:
+        options = self._command.options
+        return {
+            "max-bandwidth": options.max_bandwidth_bytes_per_s,
+            "bulk-channels": options.bulk_channels,
+            "recover-for": plain(options.recover_for_s),
+        }
+
+    def change(self, settings: Json) -> None:
+        self._command.options = changed(self._command.options, settings)
+
+    def machines(self) -> list[tuple[str, Machine | None, Migration | None]]:
+        machine = self._command.machine
+        if machine is None:
+            return []
+        migrations: list[Migration | None] = [*self._command.migrations()]
+        return [(machine.kind, machine, migration) for migration in migrations or [None]]
+
+    def _give_up(self, migration: Migration) -> None:
+        for own in self._command.migrations():
+            if own is migration:
+                self._command.cancel(own)
+
+    def _depended_on(self) -> bool:
+        return self._command.machine is not None and self._command.machine.live
+
+
+class DestinationDesk(_SideDesk):
+    side = "dest"
+
+    def __init__(self, command: DestinationCommand) -> None:
+        super().__init__()
+        self._command = command
+
+    def settings(self) -> Json:
+        return {"recover-for": plain(self._command.recover_for_s)}
+
+    def change(self, settings: Json) -> None:
+        if others := settings.keys() - {"recover-for"}:
+            raise ControlError("BadArguments", f"a destination has no {min(others)}: it is the source that pushes")
+        if "recover-for" in settings:
+            self._command.recover_for_s = settings["recover-for"]
+
+    def machines(self) -> list[tuple[str, Machine | None, Migration | None]]:
+        migration = self._command.migration
+        if migration is None:
+            return []
+        machine = migration.machine
+        return [(machine.kind if machine else "unknown", machine, migration)]

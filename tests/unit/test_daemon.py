@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon's own decisions, with migrations that are none; tests/integration/test_operating.py has the whole."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from postcopy._errors import ConfigurationError
+from postcopy.control.daemon import MAX_LEFT, MAX_MACHINES, ArrivalOptions, Daemon
+from postcopy.control.schema import ControlError, Request
+from postcopy.machines import BlockLayout, Machine
+from postcopy.migration.destination import DestinationMigration
+from postcopy.migration.protocol import State
+from postcopy.migration.source import SourceMigration, SourceOptions
+from postcopy.pager import Pager
+from postcopy.progress import Output
+
+
+def _daemon(limit: int = 0) -> Daemon:
+    output = Output(False, io.StringIO(), io.StringIO())
+    return Daemon(output, SourceOptions(max_bandwidth_bytes_per_s=limit), ArrivalOptions(make_pager=Pager))
+
+
+def _job(state: State, kind: Any = SourceMigration) -> Mock:
+    job = Mock(spec=kind)
+    job.state = state
+    job.status = "active"
+    return job
+
+
+def _move(daemon: Daemon, name: str, state: State, kind: Any = SourceMigration) -> Mock:
+    owned = daemon._claim(name)
+    owned.busy = True
+    owned.migration = job = _job(state, kind)
+    return job
+
+
+@pytest.mark.parametrize(
+    ("limit", "states", "expected"),
+    [
+        (0, [State.POSTCOPY, State.POSTCOPY], [0, 0]),
+        (900, [State.POSTCOPY], [900]),
+        (900, [State.POSTCOPY, State.COMMITTED, State.POSTCOPY], [300, 300, 300]),
+        # One that does not push takes nothing, and finds the part that it will have.
+        (900, [State.POSTCOPY, State.POSTCOPY, State.READY], [450, 450, 300]),
+        (900, [State.POSTCOPY, State.PAUSED, State.COMPLETED], [900, 450, 450]),
+        (1, [State.POSTCOPY, State.POSTCOPY], [1, 1]),  # 0 would be no limit
+    ],
+)
+def test_shares(limit: int, states: list[State], expected: list[int]) -> None:
+    daemon = _daemon(limit)
+    jobs = [_move(daemon, f"m{number}", state) for number, state in enumerate(states)]
+    _move(daemon, "arriving", State.POSTCOPY, DestinationMigration)
+    daemon._share()
+    assert [job.set_bandwidth.call_args.args[0] for job in jobs] == expected
+
+
+async def test_set_reaches_those_under_way() -> None:
+    daemon = _daemon()
+    out, into = _move(daemon, "a", State.POSTCOPY), _move(daemon, "b", State.POSTCOPY, DestinationMigration)
+    settings = {"max-bandwidth": 77, "recover-for": 5.0, "bulk-channels": 3}
+    assert await daemon.execute(Request("set", dict(settings))) == settings
+    out.set_bandwidth.assert_called_with(77)
+    for job in (out, into):
+        job.set_recover_for.assert_called_with(5.0)
+
+
+def test_names() -> None:
+    daemon = _daemon()
+    daemon._claim("a").machine = Mock(spec=Machine)
+    daemon._claim("arriving")  # nobody knows yet what it is: not meant by one who names none
+    with pytest.raises(ConfigurationError, match="already"):
+        daemon._claim("a")
+    with pytest.raises(ControlError, match="no machine 'b'"):
+        daemon._find("b")
+    assert daemon._find(None).name == "a"
+    daemon._claim("b").machine = Mock(spec=Machine)
+    with pytest.raises(ControlError, match=r"which of them\? a, b"):
+        daemon._find(None)
+    # Its migration has completed, its end here has not: the name is free, so that it may come back at once.
+    daemon._find("b").migration = _job(State.COMPLETED)
+    assert daemon._claim("b") is daemon._find("b")
+    for number in range(MAX_MACHINES - len(daemon._here)):
+        daemon._claim(f"m{number}")
+    with pytest.raises(ConfigurationError, match=str(MAX_MACHINES)):
+        daemon._claim("one more")
+
+
+@pytest.mark.parametrize("name", ["", "a b", "-", "x" * 64, "\n", 7, ["a"]])
+def test_names_that_a_peer_may_not_give(name: object) -> None:
+    from postcopy.control.daemon import _Maker
+
+    daemon = _daemon()
+    owned = daemon._claim("arriving")
+    with pytest.raises(ConfigurationError, match="name"):
+        _Maker(daemon._claim, owned)("rv64", {"name": name}, [BlockLayout("x", 4096, 4096)], "memfd")
+    assert owned.name == "arriving"
+
+
+@pytest.mark.parametrize(
+    ("state", "class_of_error"),
+    [(State.READY, None), (State.PREPARED, None), (State.POSTCOPY, "NotNow"), (State.PAUSED, "NotNow")],
+)
+async def test_cancel_before_the_point_of_no_return_only(state: State, class_of_error: str | None) -> None:
+    daemon = _daemon()
+    _move(daemon, "a", state)
+    if class_of_error is None:
+        assert await daemon.execute(Request("cancel", {})) == {"cancelled": ["a"]}
+    else:
+        with pytest.raises(ControlError) as caught:
+            await daemon.execute(Request("cancel", {}))
+        assert caught.value.kind == class_of_error
+    assert daemon._find("a").stop.is_set() == (class_of_error is None)
+
+
+async def test_quit_loses_no_machine_unasked() -> None:
+    daemon = _daemon()
+    daemon._claim("a")
+    with pytest.raises(ControlError, match="these end with this process: a"):
+        await daemon.execute(Request("quit", {}))
+    assert not daemon.stop.is_set()
+    await daemon.execute(Request("quit", {"force": True}))
+    assert daemon.stop.is_set()
+    with pytest.raises(ControlError, match="about to end"):
+        await daemon.execute(Request("start", {"machine": "rv64"}))
+    assert daemon._vacancy(0)
+
+
+def test_what_has_left_is_kept_for_metrics_and_bounded() -> None:
+    daemon = _daemon()
+    for number in range(MAX_LEFT + 5):
+        _move(daemon, f"m{number}", State.COMPLETED)
+        daemon._forget(daemon._here[-1])
+    assert daemon.machines() == []
+    assert [name for name, _, _ in daemon.all_machines()] == [f"m{number}" for number in range(5, MAX_LEFT + 5)]
+    daemon._claim("m20")
+    assert [name for name, _, _ in daemon.all_machines()].count("m20") == 1
