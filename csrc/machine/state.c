@@ -6,8 +6,8 @@
  *   section   u32 tag (four letters)  u32 vCPU (or NO_VCPU)  u64 bytes, then the payload, zero padded to 8 bytes
  *
  * Which sections there are is the engine's choice: the first one and VCPU are in all machines, NETD in those with a network
- * device, HART is rv64's, the others are kvm's. Little endian, as are KVM's own structures inside, whose layout is x86 ABI. The blob comes over the network: it is read
- * in two passes. The first believes nothing and finds every section; only when all are there, once, with a possible
+ * device, HART is rv64's, the others are kvm's. Little endian, as are KVM's own structures inside, whose layout
+ * is x86 ABI. The blob comes over the network: it is read in two passes. The first believes nothing and finds every section; only when all are there, once, with a possible
  * length, and this host can take them, does the second one set anything.
  *
  * What is absent on purpose: the guest's nonce (it lives in guest memory only, as proof that the memory moved) and exits,

@@ -149,18 +149,17 @@ class Tap:
 
     def set_up(self, up: bool) -> None:
         """Sets the interface up or down, where it is not already. `ResourceError` without CAP_NET_ADMIN."""
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-            answer = fcntl.ioctl(control, _SIOCGIFFLAGS, _IFREQ.pack(self.name.encode(), 0))
-            flags = _IFREQ.unpack(answer)[1]
-            if bool(flags & _IFF_UP) == up:
-                return
-            try:
-                fcntl.ioctl(control, _SIOCSIFFLAGS, _IFREQ.pack(self.name.encode(), flags ^ _IFF_UP))
-            except OSError as error:
-                raise ResourceError(
-                    f"TAP {self.name} cannot be set {'up' if up else 'down'}: {error.strerror}",
-                    f"run with CAP_NET_ADMIN, or have root set it up once: ip link set {self.name} up",
-                ) from None
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+                answer = fcntl.ioctl(control, _SIOCGIFFLAGS, _IFREQ.pack(self.name.encode(), 0))
+                flags = _IFREQ.unpack(answer)[1]
+                if bool(flags & _IFF_UP) != up:
+                    fcntl.ioctl(control, _SIOCSIFFLAGS, _IFREQ.pack(self.name.encode(), flags ^ _IFF_UP))
+        except OSError as error:
+            raise ResourceError(
+                f"TAP {self.name} cannot be set {'up' if up else 'down'}: {error.strerror}",
+                f"run with CAP_NET_ADMIN, or have root set it up once: ip link set {self.name} up",
+            ) from None
 
     @property
     def fd(self) -> int:

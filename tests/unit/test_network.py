@@ -233,6 +233,35 @@ def announce_while_it_is_ours() -> None:
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
+def lose_the_interface() -> None:
+    """Somebody deletes it under the machine: errors with a name, and the machine does not mind."""
+    a_namespace_of_its_own()
+
+    async def main() -> None:
+        options = MachineOptions(memory_bytes=16 << 20, workload="echo", net="tap:one", net_address=ADDRESS)
+        async with create_source("rv64", options) as machine:
+            await machine.boot()
+            await trio.run_process(["ip", "link", "del", "one"])
+            network = machine._network  # type: ignore[attr-defined]
+            for act in (network.claim, network.release):
+                with pytest.raises(ResourceError, match="one"):
+                    act()
+            await machine.release_network()
+            await machine.claim_network()
+            await machine.resume()
+            await machine.wait_ready()
+            await machine.pause()
+
+    trio.run(main)
+
+
+@pytest.mark.needs("root", "netns", "tun")
+def test_an_interface_that_is_gone(run_in_child: RunInChild) -> None:
+    done = run_in_child(lose_the_interface)
+    assert done.returncode == 0, done.stderr
+    assert "not on the network" in done.stderr
+
+
 @pytest.mark.needs("root", "netns", "tun")
 def test_announcements(run_in_child: RunInChild) -> None:
     done = run_in_child(announce_while_it_is_ours)
