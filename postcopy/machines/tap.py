@@ -96,6 +96,11 @@ def default_ipv4(seed: int) -> int:
     return 0xA9FE0100 + scattered % (254 * 256)
 
 
+def _open_device() -> int:
+    """A new descriptor of `DEVICE`, or the one that was opened before rights were given up; -errno."""
+    return int(lib.pc_device_open(lib.PC_DEVICE_TUN))
+
+
 class Tap:
     """An open TAP. One at a time may have it open. Closing it ends the link, and the interface as well when it was
     made by opening it."""
@@ -110,7 +115,7 @@ class Tap:
         """Opens the TAP of that name in this thread's network namespace, and makes it when there is none; sets it up,
         with its link on or off. `ResourceError` for what the host or the user's rights do not give, `BusyError` when it
         is in use, `ConfigurationError` when it is no TAP."""
-        fd = lib.pc_device_open(lib.PC_DEVICE_TUN)
+        fd = _open_device()
         if fd < 0:
             if -fd in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
                 remedy = "load the module tun, and in a container pass the device in: --device /dev/net/tun"
