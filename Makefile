@@ -23,7 +23,7 @@ BUILT_FROM := pyproject.toml CMakeLists.txt tools/setup.sh \
 B := build/$(notdir $(CC))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format stub check-c sanitize stress fuzz fuzz-replay guests-rv64 check-python bench soak wheel clean
+.PHONY: help setup demo test lint format stub check-c sanitize stress fuzz fuzz-replay guests-rv64 test-containers check-python bench soak wheel clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)/  \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-16s%s\n", $$1, $$2 }'
@@ -40,12 +40,13 @@ $(VENV)/.installed: $(BUILT_FROM)
 demo: setup ## migrate a running machine between two processes here, and verify it
 	$(BIN)/postcopy demo
 
-test: setup ## everything CI runs: lint, C tests plain and sanitized, fuzz corpus, pytest
+test: setup ## everything CI runs: lint, C tests plain and sanitized, fuzz corpus, pytest, containers
 	@$(STEP) 600 "lint" $(MAKE) --no-print-directory lint
 	@$(STEP) 300 "C tests" $(MAKE) --no-print-directory check-c
 	@$(STEP) 600 "C tests, sanitized" $(MAKE) --no-print-directory sanitize
 	@$(STEP) 180 "fuzz targets: corpus and a short run" $(MAKE) --no-print-directory fuzz-replay
 	@$(STEP) 900 "pytest" $(MAKE) --no-print-directory check-python
+	@$(STEP) 360 "containers" $(MAKE) --no-print-directory test-containers OR_SKIP=--or-skip PYTEST_ARGS=
 
 lint: setup $(B)-plain ## ruff, mypy --strict, the C core with all warnings as errors
 	$(BIN)/ruff check .
@@ -94,6 +95,10 @@ fuzz: $(B)-asan ## run the fuzz targets, FUZZ_SECONDS (60) each; with CC=clang u
 
 guests-rv64: ## build the guest programs of the rv64 machine again (needs Debian's gcc-riscv64-linux-gnu)
 	sh csrc/machine/guest/build_rv64.sh csrc/machine/guest/rv64
+
+# OR_SKIP=--or-skip: a machine that has no Docker says so and goes on (unless POSTCOPY_INSTALL=1 lets it be installed).
+test-containers: setup ## migrate between containers; as root it starts its own Docker daemon (POSTCOPY_INSTALL=1: installs it)
+	$(BIN)/python tools/containers.py test $(OR_SKIP) -- $(PYTEST_ARGS)
 
 check-python: setup ## pytest
 	$(BIN)/pytest $(PYTEST_ARGS)

@@ -48,8 +48,6 @@ _Static_assert((uint64_t)PC_UFFD_FAULT_WRITE == UFFD_PAGEFAULT_FLAG_WRITE &&
 
 #define EVENTS_PER_READ 64
 
-static const char device_path[] = "/dev/userfaultfd";
-
 static int uffd_ioctl(int uffd, unsigned long request, void *argument)
 {
     return ioctl(uffd, request, argument) < 0 ? -errno : 0;
@@ -63,11 +61,11 @@ static int open_raw(int how)
 
     switch (how) {
     case PC_UFFD_DEVICE: {
-        int device = open(device_path, O_RDWR | O_CLOEXEC);
+        int device = pc_device_open(PC_DEVICE_USERFAULTFD);
         int error;
 
         if (device < 0)
-            return -errno;
+            return device;
         fd = ioctl(device, USERFAULTFD_IOC_NEW, flags);
         error = errno;
         close(device);

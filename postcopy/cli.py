@@ -191,6 +191,13 @@ def _add_control_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--metrics-file", metavar="FILE.prom", help="write the metrics there when a migration has ended")
 
 
+def _add_user_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--user", metavar="NAME[:GROUP]",
+        help="as root: open the devices, then give up every right but those of this user, before anything is received",
+    )  # fmt: skip
+
+
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object a line on stdout, the result last")
@@ -238,6 +245,7 @@ def _source_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-failure", choices=("keep", "exit"), default="keep",
         help="when a migration under way fails and the machine is still here: keep running it (default), or end",
     )  # fmt: skip
+    _add_user_argument(parser)
     _add_control_arguments(parser)
     _add_output_arguments(parser)
 
@@ -256,6 +264,7 @@ def _dest_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--net", metavar="tap:NAME", help="where the machine's network device is attached on this host")
     _add_after_arguments(parser, run_for=None)
+    _add_user_argument(parser)
     _add_control_arguments(parser)
     _add_output_arguments(parser)
 
@@ -266,6 +275,7 @@ def _daemon_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", metavar="NAME", help="of the machine that it begins with")
     _add_engine_arguments(parser, source=True, dest=True)
     _add_network_arguments(parser, salvage=False)
+    _add_user_argument(parser)
     _add_control_arguments(parser)
     _add_output_arguments(parser)
 
@@ -557,6 +567,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         route = _route(args)
         command = _make_command(args, output, route)
         hears_hangup = route if args.command in ("source", "dest") and args.peer_file is not None else None
+        if getattr(args, "user", None) is not None:
+            from postcopy.privileges import become, find_user
+
+            become(find_user(args.user))
         done = trio.run(_with_signals, command, hears_hangup, strict_exception_groups=True)
         return EXIT_OK if done else EXIT_FAILED
     except ConfigurationError as error:

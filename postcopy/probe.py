@@ -23,7 +23,6 @@ import select
 import shlex
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import _probe_child
+from . import _needs, _probe_child
 from ._errors import ConfigurationError, ResourceError
 from ._native import ffi, lib
 from .memory import format_size
@@ -128,8 +127,9 @@ def try_in_child(names: Iterable[str], deadline_s: float = TRIAL_DEADLINE_S) -> 
 
 def _run_child(names: list[str], deadline_s: float) -> tuple[dict[str, Json], str | None, str]:
     """What was answered; the trial in which the child ended before its time; how."""
-    with tempfile.TemporaryFile() as stdout:
-        # A file, no pipe: whatever a child that cannot be killed still holds open must not hold us up.
+    with open(os.memfd_create("postcopy-probe"), "rb") as stdout:
+        # A file, no pipe: whatever a child that cannot be killed still holds open must not hold us up. In memory: a
+        # container's file system may be read-only as a whole.
         pid = _start_child(names, stdout.fileno())
         # Trials have no deadlines of their own: healthy ones together stay far below that of a single one.
         status = _wait(pid, deadline_s)
@@ -313,7 +313,7 @@ def _api_facts(api: UffdApi) -> Json:
 
 def _user_only_remedy() -> str:
     if container() is not None:
-        return "docker run --security-opt seccomp=unconfined ..."
+        return "docker run --security-opt seccomp=docker/seccomp-userfaultfd.json ..."
     return "a kernel from 5.11 with CONFIG_USERFAULTFD=y"
 
 
@@ -364,6 +364,23 @@ def _root() -> Finding:
     )
 
 
+def _change_user() -> Finding:
+    lacking = [name for bit, name in ((6, "CAP_SETGID"), (7, "CAP_SETUID")) if not _held_capabilities() >> bit & 1]
+    if os.geteuid() == 0 and not lacking:
+        return Finding("change-user", "yes", "user 0 with CAP_SETUID and CAP_SETGID", "", "--user")
+    if os.geteuid() != 0:
+        return Finding("change-user", "no", f"user {os.geteuid()}", f"sudo {shlex.join(sys.argv)}", "--user")
+    detail = f"user 0 without {' and '.join(lacking)}"
+    return Finding("change-user", "no", detail, "docker run --cap-add SETUID --cap-add SETGID ...", "--user")
+
+
+def _held_capabilities() -> int:
+    for line in _read("/proc/self/status").splitlines():
+        if line.startswith("CapEff:"):
+            return int(line.split()[1], 16)
+    return 0
+
+
 def _hugetlb() -> Finding:
     uses = "--backing hugetlb"
     pool = {}
@@ -387,6 +404,7 @@ CHEAP: dict[str, Callable[[], Finding]] = {
     "uffd-user": uffd_user,
     "uffd-minor": lambda: _feature("uffd-minor", UffdFeature.MINOR_SHMEM, "--backing memfd", "5.14"),
     "root": _root,
+    "change-user": _change_user,
     "hugetlb": _hugetlb,
 }
 ALIASES = {"uffd-kernel": "kernel-faults"}
@@ -439,8 +457,8 @@ def container() -> str | None:
     return None
 
 
-CAPABILITIES = {0: "CHOWN", 1: "DAC_OVERRIDE", 12: "NET_ADMIN", 14: "IPC_LOCK", 19: "SYS_PTRACE", 21: "SYS_ADMIN",
-                24: "SYS_RESOURCE", 38: "PERFMON", 39: "BPF"}  # fmt: skip
+CAPABILITIES = {0: "CHOWN", 1: "DAC_OVERRIDE", 6: "SETGID", 7: "SETUID", 12: "NET_ADMIN", 14: "IPC_LOCK",
+                19: "SYS_PTRACE", 21: "SYS_ADMIN", 24: "SYS_RESOURCE", 38: "PERFMON", 39: "BPF"}  # fmt: skip
 _SECCOMP = {"0": "off", "1": "strict", "2": "filter"}
 
 
@@ -468,7 +486,7 @@ def _cgroup_limit_bytes() -> int | None:
 def system() -> Json:
     """Kernel, user, limits and settings, as `--json` has them. Reads files, tries nothing."""
     status = dict(line.split(":", 1) for line in _read("/proc/self/status").splitlines() if ":" in line)
-    held = int(status.get("CapEff", "0").strip() or "0", 16)
+    held = _held_capabilities()
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
 
     def limit(value: int) -> int | None:
@@ -505,6 +523,12 @@ def _chosen(path: str) -> str | None:
     return rest.partition("]")[0] if bracket else None
 
 
+def uses(findings: Iterable[Finding]) -> list[Json]:
+    """What each use of postcopy needs, and whether that is here (`_needs.USES`)."""
+    seen = {finding.name: bool(finding) for finding in findings}
+    return [{"name": use.name, "needs": use.needs, "here": use.here(seen)} for use in _needs.USES]
+
+
 def migrations(findings: Iterable[Finding]) -> dict[str, bool]:
     """What can be a destination here: `image` needs pages served to user code, `kvm` those of the kernel as well."""
     seen = {finding.name: bool(finding) for finding in findings}
@@ -532,7 +556,14 @@ def run(args: argparse.Namespace) -> int:
     findings = find_all()
     ways = migrations(findings)
     if args.json:
-        _emit({**system(), "migrations": ways, "findings": [finding.as_json() for finding in findings]})
+        _emit(
+            {
+                **system(),
+                "migrations": ways,
+                "uses": uses(findings),
+                "findings": [finding.as_json() for finding in findings],
+            }
+        )
     else:
         _print(findings, ways)
     return 0 if any(ways.values()) else 1
@@ -580,11 +611,15 @@ def _print(findings: list[Finding], ways: dict[str, bool]) -> None:
     for finding in findings:
         if not finding:
             remedies.add_row(finding.name, escape(finding.remedy), escape(finding.needed_for))
+    needs = _grid()
+    for use in uses(findings):
+        needs.add_row(_MARKS["yes" if use["here"] else "no"], escape(use["name"]), escape(use["needs"]))
     works = ", ".join(name for name, works in ways.items() if works) or "none"
     try:
         console.print(about, "", table, sep="\n")
         if remedies.row_count:
             console.print("\nWhat is missing, what would give it, and what needs it:", remedies, sep="\n")
+        console.print("\nWhat each use needs, and whether it is here:", needs, sep="\n")
         console.print(f"\nmigrations that work here: {works}")
         sys.stdout.flush()
     except BrokenPipeError:

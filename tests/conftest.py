@@ -67,6 +67,7 @@ def _tun() -> str | None:
 
 CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "uffd": _probed("uffd"),  # a userfaultfd that serves faults raised by the kernel too
+    "uffd-device": _probed("uffd-device"),
     "uffd-user": _probed("uffd-user"),  # at least one for faults of user code
     "uffd-minor": _probed("uffd-minor"),
     "uffd-poison": _probed("uffd-poison"),

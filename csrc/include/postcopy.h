@@ -7,7 +7,7 @@
  *
  * Conventions
  *   - Functions return 0 (or a count) on success and -errno on failure; nothing sets errno for the caller, nothing is
- *     global: any number of pagers, page servers and machines live side by side in one process.
+ *     global (but pc_device_keep): any number of pagers, page servers and machines live side by side in one process.
  *   - Numbers say what they are: *_bytes, *_pages, *_ns. An *address* is a pointer value in this process, an *offset*
  *     counts bytes from the start of a RAM block, a *page* counts pages of that block; they never share a name.
  *   - Functions that may block or take a lock are marked so. None of them needs Python's GIL, all are called without it.
@@ -104,6 +104,16 @@ void pc_frame_encode(const struct pc_frame *frame, uint8_t *header);
 /* 0, or -EBADMSG with the reason in `error`. Checks magic, type, flags, sizes and header CRC; not the payload. */
 int pc_frame_decode(const uint8_t *header, struct pc_frame *frame, char *error, size_t error_bytes);
 /* ==== end frame ==== */
+
+/* ==== begin devices ==== */
+enum pc_device { PC_DEVICE_USERFAULTFD = 0, PC_DEVICE_KVM = 1, PC_DEVICE_TUN = 2 };
+/* Opens the device now and keeps it, for pc_device_open after this process has given up its rights. For the whole process and
+ * as long as it lives; not while another thread opens that device. 0 or -errno of open(2). */
+int pc_device_keep(int device);
+/* A descriptor of the device, close-on-exec, the caller's: of the one that is kept (PC_DEVICE_TUN: that very one, once), else
+ * by open(2). Or -errno. */
+int pc_device_open(int device);
+/* ==== end devices ==== */
 
 /* ==== begin uffd ==== */
 enum pc_uffd_how {

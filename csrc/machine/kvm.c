@@ -179,9 +179,9 @@ static int open_device(struct pc_kvm *machine, char *error, size_t error_bytes)
 {
     int rc;
 
-    machine->kvm_fd = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+    machine->kvm_fd = pc_device_open(PC_DEVICE_KVM);
     if (machine->kvm_fd < 0) {
-        rc = -errno;
+        rc = machine->kvm_fd;
         if (rc == -ENOENT || rc == -ENXIO || rc == -ENODEV)
             return pc_machine_error(error, error_bytes, -ENOENT,
                                     "no /dev/kvm: load kvm_intel or kvm_amd, enable virtualization in the firmware, or "

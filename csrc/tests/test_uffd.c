@@ -558,6 +558,51 @@ static void dontneed_waits_until_its_event_is_read(void)
     CHECK_EQ(flags_of_fault(&area, 2), 0); /* missing again */
 }
 
+/* What --user is for: a descriptor that was opened in time serves one who could not open it. */
+static void kept_device_serves_without_rights(void)
+{
+    struct pc_uffd_api api;
+    int first, second, kvm;
+
+    CHECK_EQ(pc_device_keep(-1), -EINVAL);
+    CHECK_EQ(pc_device_open(3), -EINVAL);
+    if (geteuid() != 0)
+        SKIP("root", "only root can lose the right to open a device");
+    if (pc_device_keep(PC_DEVICE_USERFAULTFD) != 0)
+        SKIP("uffd", "no /dev/userfaultfd");
+    CHECK_EQ(pc_device_keep(PC_DEVICE_USERFAULTFD), 0); /* in place of the first */
+    kvm = pc_device_keep(PC_DEVICE_KVM);
+    CHECK_SYS(setresgid(65534, 65534, 65534));
+    CHECK_SYS(setresuid(65534, 65534, 65534));
+    first = pc_uffd_open(PC_UFFD_ANY, 0, &api);
+    CHECK(first >= 0);
+    CHECK_EQ(api.how, PC_UFFD_DEVICE);
+    second = pc_uffd_open(PC_UFFD_DEVICE, 0, &api);
+    CHECK(second >= 0 && second != first);
+    if (kvm == 0) {
+        kvm = pc_device_open(PC_DEVICE_KVM);
+        CHECK(kvm >= 0);
+        CHECK_EQ(fcntl(kvm, F_GETFD), FD_CLOEXEC);
+    }
+    if (access("/dev/net/tun", R_OK | W_OK) != 0)
+        CHECK(pc_device_open(PC_DEVICE_TUN) < 0); /* it was not kept */
+}
+
+/* The descriptor of a TAP becomes the interface: the second one must be another. */
+static void kept_tun_serves_once(void)
+{
+    int kept, other;
+
+    if (pc_device_keep(PC_DEVICE_TUN) != 0)
+        SKIP("tun", "no /dev/net/tun");
+    kept = pc_device_open(PC_DEVICE_TUN);
+    other = pc_device_open(PC_DEVICE_TUN);
+    CHECK(kept >= 0 && other >= 0 && kept != other);
+    CHECK_EQ(fcntl(kept, F_GETFD), FD_CLOEXEC);
+    /* Zero says that both are one open file; -1, a kernel without kcmp(2). */
+    CHECK(syscall(SYS_kcmp, getpid(), getpid(), 0 /* KCMP_FILE */, (unsigned long)kept, (unsigned long)other) != 0);
+}
+
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
@@ -582,5 +627,7 @@ int main(int argc, char **argv)
     RUN(even_reading_a_hole_by_mapping_fills_it);
     RUN(nothing_is_filled_while_a_fork_is_unread);
     RUN(dontneed_waits_until_its_event_is_read);
+    RUN(kept_device_serves_without_rights);
+    RUN(kept_tun_serves_once);
     return test_end();
 }

@@ -480,10 +480,10 @@ def explain_no_kvm() -> ResourceError | None:
     """None when this user may use /dev/kvm on this host, else why not. Makes nothing, does not block."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return ResourceError("the kvm machine is for x86-64 hosts", "use --machine rv64")
-    try:
-        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        return ResourceError(f"/dev/kvm: {error.strerror}", "use --machine rv64")
+    fd = lib.pc_device_open(lib.PC_DEVICE_KVM)
+    if fd < 0:
+        return ResourceError(f"/dev/kvm: {os.strerror(-fd)}", "use --machine rv64")
+    os.close(fd)
     return None
 
 

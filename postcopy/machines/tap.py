@@ -28,6 +28,7 @@ import trio
 
 from postcopy._errors import BusyError, ConfigurationError, ResourceError
 from postcopy._fd import FdHolder
+from postcopy._native import lib
 
 DEVICE = "/dev/net/tun"
 # _IOW: its direction bits are others on these.
@@ -95,6 +96,11 @@ def default_ipv4(seed: int) -> int:
     return 0xA9FE0100 + scattered % (254 * 256)
 
 
+def _open_device() -> int:
+    """A new descriptor of `DEVICE`, or the one that was opened before rights were given up; -errno."""
+    return int(lib.pc_device_open(lib.PC_DEVICE_TUN))
+
+
 class Tap:
     """An open TAP. One at a time may have it open. Closing it ends the link, and the interface as well when it was
     made by opening it."""
@@ -109,14 +115,14 @@ class Tap:
         """Opens the TAP of that name in this thread's network namespace, and makes it when there is none; sets it up,
         with its link on or off. `ResourceError` for what the host or the user's rights do not give, `BusyError` when it
         is in use, `ConfigurationError` when it is no TAP."""
-        try:
-            fd = os.open(DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+        fd = _open_device()
+        if fd < 0:
+            if -fd in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
                 remedy = "load the module tun, and in a container pass the device in: --device /dev/net/tun"
             else:
                 remedy = "run as a user who may open it"
-            raise ResourceError(f"{DEVICE}: {error.strerror}", remedy) from None
+            raise ResourceError(f"{DEVICE}: {os.strerror(-fd)}", remedy)
+        os.set_blocking(fd, False)
         tap = cls(name, fd)
         try:
             tap._attach()

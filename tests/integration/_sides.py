@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Json = dict[str, Any]
@@ -17,8 +17,13 @@ DEADLINE_S = 60.0
 class Side:
     """One `postcopy` process; killed with its test by `spawn_child`."""
 
-    def __init__(self, spawn_child: Callable[..., Any], *arguments: str | os.PathLike[str]) -> None:
-        self._child = spawn_child([sys.executable, "-m", "postcopy", *arguments])
+    def __init__(
+        self,
+        spawn_child: Callable[..., Any],
+        *arguments: str | os.PathLike[str],
+        command: Sequence[str] = (sys.executable, "-m", "postcopy"),
+    ) -> None:
+        self._child = spawn_child([*command, *arguments])
 
     @property
     def lines(self) -> list[Json]:

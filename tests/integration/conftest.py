@@ -2,12 +2,19 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import postcopy
+from postcopy import _native
 
 # --import-mode=importlib makes no packages of test directories, so what they share is loaded by its path.
 _spec = importlib.util.spec_from_file_location("postcopy_sides", Path(__file__).with_name("_sides.py"))
@@ -20,9 +27,50 @@ _spec.loader.exec_module(_sides)
 
 @pytest.fixture
 def side(spawn_child: Callable[..., Any]) -> Callable[..., Any]:
-    """``side(*arguments)``: a `postcopy` process as a `_sides.Side`; `spawn` starts it elsewhere than here."""
+    """``side(*arguments)``: a `postcopy` process as a `_sides.Side`; `spawn` starts it elsewhere than here, ``command``
+    by another command."""
 
-    def start(*arguments: Any, spawn: Callable[..., Any] = spawn_child) -> Any:
-        return _sides.Side(spawn, *(str(argument) for argument in arguments))
+    def start(*arguments: Any, spawn: Callable[..., Any] = spawn_child, **keywords: Any) -> Any:
+        return _sides.Side(spawn, *(str(argument) for argument in arguments), **keywords)
 
     return start
+
+
+@pytest.fixture
+def readable_package() -> Iterator[list[str]]:
+    """The start of a command that runs python with the package, and that an ordinary user can run too.
+
+    The package is copied where anybody may read it, and run by an interpreter that anybody may run.
+    """
+    if shutil.which("setpriv") is None:
+        pytest.skip("no setpriv: install util-linux")
+    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    with tempfile.TemporaryDirectory(prefix="postcopy-nobody-") as directory:
+        target = Path(directory, "lib", "postcopy")
+        shutil.copytree(Path(postcopy.__file__).parent, target, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(_native.__file__, target)
+        for name in ("lib", "tmp"):
+            Path(directory, name).mkdir(exist_ok=True)
+        os.chmod(directory, 0o755)
+        os.chmod(Path(directory, "tmp"), 0o777)
+        libraries = os.pathsep.join([str(target.parent), *(path for path in sys.path if path.endswith("-packages"))])
+        # env --chdir: from the checkout, python -m would take the package there.
+        environment = [
+            "--chdir=/",
+            f"PYTHONPATH={libraries}",
+            f"TMPDIR={directory}/tmp",
+            "PYTHONDONTWRITEBYTECODE=1",
+            "HOME=/",
+        ]
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        for python in (sys.executable, shutil.which(version, path="/usr/local/bin:/usr/bin")):
+            if python is None:
+                continue
+            command = ["env", *environment, python]
+            probe = subprocess.run(
+                [*as_nobody, *command, "-c", "import postcopy.cli"], capture_output=True, cwd="/", timeout=60
+            )
+            if probe.returncode == 0:
+                yield command
+                return
+        pytest.skip(f"nobody can run no {version} with this package: {probe.stderr.decode(errors='replace')[-200:]}")

@@ -1,26 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A migration by a user who has no rights at all: no capability, no group, no /dev/kvm, no /dev/userfaultfd.
 
-The user is nobody (65534), who can read little: the package is copied where anybody may, and run by an interpreter that
-anybody may run.
+The user is nobody (65534), who can read little: see the fixture `readable_package`.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-
-import postcopy
-from postcopy import _native
 
 NOBODY = 65534
 AS_NOBODY = (
@@ -30,37 +21,9 @@ AS_NOBODY = (
 
 
 @pytest.fixture
-def package() -> Iterator[list[str]]:
+def package(readable_package: list[str]) -> list[str]:
     """The start of a command that runs python with the package as nobody."""
-    if shutil.which("setpriv") is None:
-        pytest.skip("no setpriv: install util-linux")
-    with tempfile.TemporaryDirectory(prefix="postcopy-nobody-") as directory:
-        target = Path(directory, "lib", "postcopy")
-        shutil.copytree(Path(postcopy.__file__).parent, target, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(_native.__file__, target)
-        for name in ("lib", "tmp"):
-            Path(directory, name).mkdir(exist_ok=True)
-        os.chmod(directory, 0o755)
-        os.chmod(Path(directory, "tmp"), 0o777)
-        libraries = os.pathsep.join([str(target.parent), *(path for path in sys.path if path.endswith("-packages"))])
-        # env --chdir: from the checkout, python -m would take the package there.
-        environment = [
-            "--chdir=/",
-            f"PYTHONPATH={libraries}",
-            f"TMPDIR={directory}/tmp",
-            "PYTHONDONTWRITEBYTECODE=1",
-            "HOME=/",
-        ]
-        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        for python in (sys.executable, shutil.which(version, path="/usr/local/bin:/usr/bin")):
-            if python is None:
-                continue
-            command = [*AS_NOBODY, "env", *environment, python]
-            probe = subprocess.run([*command, "-c", "import postcopy.cli"], capture_output=True, cwd="/", timeout=60)
-            if probe.returncode == 0:
-                yield command
-                return
-        pytest.skip(f"nobody can run no {version} with this package: {probe.stderr.decode(errors='replace')[-200:]}")
+    return [*AS_NOBODY, *readable_package]
 
 
 def rights(command: list[str]) -> dict[str, Any]:

@@ -269,7 +269,7 @@ def test_announcements(run_in_child: RunInChild) -> None:
 
 
 def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tap, "DEVICE", "/dev/there/is/none")
+    monkeypatch.setattr(tap, "_open_device", lambda: -errno.ENOENT)
     with pytest.raises(ResourceError, match="load the module tun"):
         tap.Tap.open("one", connected=True)
 

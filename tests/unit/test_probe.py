@@ -10,12 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from postcopy import _probe_child, probe
+from postcopy import _needs, _probe_child, probe
 from postcopy._errors import ConfigurationError
+from postcopy._needs import Use
 from postcopy.cli import main
 from postcopy.probe import Finding, feature_names, migrations
 
@@ -236,3 +238,37 @@ def test_huge_pages_that_are_reserved_are_not_free(monkeypatch: pytest.MonkeyPat
     finding = probe._hugetlb()
     assert finding.state == "no"
     assert finding.facts == {"total-pages": 4, "free-pages": 0, "page-bytes": 2 << 20}
+
+
+def test_what_is_needed_is_what_the_docs_say() -> None:
+    rows = [f"| {use.name} | {use.needs} |" for use in _needs.USES]
+    text = Path(__file__).parents[2].joinpath("docs", "privileges.md").read_text()
+    assert "\n".join(rows) in text
+    for use in _needs.USES:
+        assert set(use.findings) <= set(probe.names())
+
+
+def test_what_is_needed_is_here_when_each_finding_is() -> None:
+    use = Use("a", "b", ("kvm", "uffd"))
+    assert use.here({"kvm": True, "uffd": True, "root": False})
+    assert not use.here({"kvm": True, "uffd": False, "root": True})
+    assert not Use("a", "b", (), other=lambda: False).here({})
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize(
+    ("bounding", "state", "detail"),
+    [
+        ("+all", "yes", "user 0 with"),
+        ("-setuid", "no", "without CAP_SETUID"),
+        ("-all", "no", "CAP_SETGID and CAP_SETUID"),
+    ],
+)
+def test_changing_the_user_needs_two_capabilities(
+    run_in_child: Callable[..., Any], bounding: str, state: str, detail: str
+) -> None:
+    code = "from postcopy import probe; found = probe.find('change-user'); print(found.state, found.detail)"
+    command = ["setpriv", f"--bounding-set={bounding}", "--inh-caps=-all", sys.executable, "-P", "-c", code]
+    done = run_in_child(command)
+    assert done.stdout.startswith(state), done.stderr
+    assert detail in done.stdout
