@@ -122,6 +122,7 @@ class _Lib:
     PC_WORKLOAD_DIRTY: int
     PC_WORKLOAD_RANDOM: int
     PC_WORKLOAD_DISK: int
+    PC_WORKLOAD_ECHO: int
     PC_MACHINE_CREATED: int
     PC_MACHINE_PAUSED: int
     PC_MACHINE_RUNNING: int
@@ -132,6 +133,7 @@ class _Lib:
     PC_VCPU_HALTED: int
     PC_VCPU_DISK: int
     PC_VCPU_GONE: int
+    PC_VCPU_NET: int
     PC_FP_MISSING: int
     PC_FP_MINOR: int
     PC_FP_WP: int

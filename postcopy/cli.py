@@ -73,6 +73,24 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _mac(text: str) -> int:
+    from postcopy.machines.tap import parse_mac
+
+    try:
+        return parse_mac(text)
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _ipv4(text: str) -> int:
+    from postcopy.machines.tap import parse_ipv4
+
+    try:
+        return parse_ipv4(text)
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _bandwidth(text: str) -> int:
     value = _size(text.removesuffix("/s"))
     if not 0 < value < 1 << 63:
@@ -97,6 +115,9 @@ def _add_machine_arguments(
     group.add_argument("--seed", type=_whole(0, 2**64 - 1), metavar="N", help="kvm, rv64: makes its pages reproducible")
     group.add_argument("--disk", metavar="FILE", help="workload disk: backing file, which both hosts must have")
     group.add_argument("--image", metavar="FILE", help="image: the file")
+    group.add_argument("--net", metavar="tap:NAME", help="workload echo: the TAP of its network device")
+    group.add_argument("--net-mac", type=_mac, metavar="MAC", help="its MAC address (default: from the seed)")
+    group.add_argument("--net-address", type=_ipv4, metavar="IPV4", help="its address (default: from the seed)")
 
 
 def _add_engine_arguments(parser: argparse.ArgumentParser, *, source: bool, dest: bool) -> None:
@@ -233,6 +254,7 @@ def _dest_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--disk", metavar="FILE", help="where the machine's disk is on this host, if not as on the source"
     )
+    parser.add_argument("--net", metavar="tap:NAME", help="where the machine's network device is attached on this host")
     _add_after_arguments(parser, run_for=None)
     _add_control_arguments(parser)
     _add_output_arguments(parser)
@@ -379,6 +401,9 @@ def machine_options(args: argparse.Namespace) -> MachineOptions:
         seed=args.seed,
         disk=args.disk,
         image=args.image,
+        net=args.net,
+        net_mac=args.net_mac,
+        net_address=args.net_address,
     )
 
 
@@ -453,6 +478,7 @@ def _make_command(
         connect=connect,
         backing=args.backing,
         disk=args.disk,
+        net=args.net,
         busy_poll_us=args.busy_poll,
         pager_process=args.pager == "process",
         heartbeat_s=args.heartbeat,

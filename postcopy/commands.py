@@ -316,6 +316,7 @@ class DestinationCommand:
         connect: Address | Route | None,
         backing: str,
         disk: str | None,
+        net: str | None = None,
         busy_poll_us: int,
         pager_process: bool,
         heartbeat_s: float,
@@ -331,6 +332,7 @@ class DestinationCommand:
         self._connect = connect
         self._backing = backing
         self._disk = disk
+        self._net = net
         self._busy_poll_us = busy_poll_us
         self._pager_process = pager_process
         self._heartbeat_s = heartbeat_s
@@ -431,6 +433,7 @@ class DestinationCommand:
             link,
             backing=self._backing,
             disk=self._disk,
+            net=self._net,
             busy_poll_us=self._busy_poll_us,
             heartbeat_s=self._heartbeat_s,
             recover_for_s=self._recover_for_s,

@@ -48,6 +48,8 @@ CHAOS_SECONDS = 6  # that the push of all memory takes where connections are to 
 MIN_CHAOS_BANDWIDTH = 2 << 20
 LAB_HEARTBEAT_S = 0.5  # a cable that is pulled out tells nobody: silence does
 LAB_HEADROOM = 2
+LAB_NET = "tap:guest0"  # of both hosts
+LAB_ADDRESS = "10.77.0.200"  # of the machine, beyond all hosts
 LAB_CUT_AT = 1 / 3  # of the memory is at the destination when the cable is cut
 
 
@@ -173,6 +175,13 @@ class DemoCommand:
             args.memory = 256 << 20 if args.memory is None else args.memory
             args.vcpus = 2 if args.vcpus is None else args.vcpus
             args.workload = "random" if args.workload is None else args.workload
+            if args.workload == "echo" and not args.lab:
+                raise ConfigurationError(
+                    "--workload echo needs a network: say --lab, or see docs/machines.md for one of your own"
+                )
+            if args.workload == "echo":
+                args.net = LAB_NET if args.net is None else args.net
+                args.net_address = _lab_address() if args.net_address is None else args.net_address
         self._chaos: ChaosPlan | None = None
         if args.chaos is not None:
             seed = args.seed if args.seed is not None else secrets.randbits(32)
@@ -227,10 +236,52 @@ class DemoCommand:
         # The cable is twice as fast as the push, so that requested pages find room, and yet slow enough to be cut in
         # the middle, however many pages the machine asks for.
         rate = min(LAB_HEADROOM * self._args.max_bandwidth, MAX_RATE)
-        async with open_lab(LabPlan(f"demo-{os.getpid()}", rate=rate)) as lab:
-            here, there = lab.hosts.values()
+        has_network = self._args.workload == "echo"
+        async with open_lab(LabPlan(f"demo-{os.getpid()}", hosts=2 + has_network, rate=rate)) as lab:
+            here, there, *others = lab.hosts.values()
             source, dest = _Child("source", [], here), _Child("dest", self._dest_arguments(there.ipv4), there)
-            return await self._run(source, dest, stop)
+            if not has_network:
+                return await self._run(source, dest, stop)
+            return await self._watched(source, dest, others[0], stop)
+
+    async def _watched(self, source: _Child, dest: _Child, observer: Host, stop: trio.Event) -> Json:
+        """The machine is on the laboratory's network, and a third host asks it all the time."""
+        from postcopy.machines.tap import format_ipv4, parse_net
+        from postcopy.testing.pinger import open_ping_process
+
+        for side in (source, dest):
+            assert side.host is not None
+            await trio.to_thread.run_sync(side.host.attach_tap, parse_net(self._args.net))
+        address = format_ipv4(self._args.net_address)
+        async with open_ping_process(address, wrap=lambda command: observer.command(*command)) as pings:
+            result = await self._run(source, dest, stop)
+            statistics = await pings.stop()
+        told = result["source"]
+        begin_ns = told.get("paused-at-ns", 0)
+        gap_ms = pings.gap_ms(begin_ns, begin_ns + round(told.get("downtime-ms", 0) * 1e6))
+        good = statistics.same_machine and statistics.went_back == 0 and gap_ms is not None
+        result["pings"] = {
+            "address": address,
+            "observer": observer.name,
+            "switchover-gap-ms": gap_ms,
+            "sent": statistics.sent,
+            "answered": statistics.answered,
+            "duplicates": statistics.duplicates,
+            "went-back": statistics.went_back,
+            "longest-gap-ms": statistics.longest_gap_ms,
+        }
+        result["verification"].append(
+            {
+                "ok": good,
+                "what": f"{address} answered {statistics.answered} of {statistics.sent} echoes, before and after, with"
+                " numbers that never went back"
+                if good
+                else f"{address} was not one machine that counts its answers: {statistics.as_dict()}",
+                "how": f"numbered datagrams from {observer.name}, answered with the guest's own number and nonce",
+            }
+        )
+        result["verified"] = result["verified"] and good
+        return result
 
     async def _run(self, source: _Child, dest: _Child, stop: trio.Event) -> Json:
         cable: Json = {}
@@ -315,7 +366,7 @@ class DemoCommand:
         result += ["--log-level", args.log_level, "--pager", args.pager]
         if args.lab:
             result += ["--heartbeat", str(LAB_HEARTBEAT_S)]
-        for flag, value in (("--dump", args.dump), ("--disk", args.disk)):
+        for flag, value in (("--dump", args.dump), ("--disk", args.disk), ("--net", args.net)):
             if value is not None:
                 result += [flag, value]
         return [*result, "--verify" if args.verify else "--no-verify"]
@@ -344,6 +395,14 @@ class DemoCommand:
         ):
             if value is not None:
                 result += [flag, str(value)]
+        if args.net is not None:
+            from postcopy.machines.tap import format_ipv4, format_mac
+
+            result += ["--net", args.net]
+            if args.net_mac is not None:
+                result += ["--net-mac", format_mac(args.net_mac)]
+            if args.net_address is not None:
+                result += ["--net-address", format_ipv4(args.net_address)]
         return result
 
     def _show(self, result: Json) -> None:
@@ -357,6 +416,10 @@ class DemoCommand:
         table.add_row("status", str(result["status"]))
         if "downtime-ms" in result:
             table.add_row("downtime", f"{result['downtime-ms']:g} ms")
+            if pings := result.get("pings"):
+                gap_ms = pings["switchover-gap-ms"]
+                gap = "no answers" if gap_ms is None else f"{gap_ms:g} ms between two answers"
+                table.add_row("network gap", f"{gap}; with the cut cable {pings['longest-gap-ms']:g} ms")
             table.add_row("total", f"{result['total-ms']:g} ms")
         if ram:
             table.add_row("memory", f"{format_size(ram['total'])}, {format_size(ram['transferred'])} transferred")
@@ -435,6 +498,12 @@ def _usable_machine() -> str:
     with contextlib.suppress(OSError):
         print(f"postcopy: --machine kvm cannot be used here ({why.message}): showing --machine rv64", file=sys.stderr)
     return "rv64"
+
+
+def _lab_address() -> int:
+    from postcopy.machines.tap import parse_ipv4
+
+    return parse_ipv4(LAB_ADDRESS)
 
 
 async def _pull_the_cable(source: _Child, dest: _Child, host: Host, said: Json) -> None:

@@ -99,7 +99,7 @@ def guest(machine: Machine, statistics: MachineStatistics) -> Json:
     """What the machine says of itself."""
     if not machine.live:
         return {"state": statistics.state.value}
-    return {
+    result: Json = {
         "state": statistics.state.value,
         "nonce": f"{statistics.nonce:#018x}" if statistics.nonce else None,
         "operations": statistics.operations,
@@ -117,6 +117,14 @@ def guest(machine: Machine, statistics: MachineStatistics) -> Json:
             "errors": statistics.disk_errors,
         },
     }
+    if machine.network is not None:
+        result["network"] = machine.network | {
+            "received": statistics.net_received,
+            "sent": statistics.net_sent,
+            "dropped": statistics.net_dropped,
+            "errors": statistics.net_errors,
+        }
+    return result
 
 
 def source_progress(machine: Machine, migration: SourceMigration | None) -> Json:
@@ -137,6 +145,7 @@ def source_result(machine: Machine, statistics: MachineStatistics, migration: So
         "migration": migration.migration_id,
         "peer": str(migration.peer),
         "setup-ms": milliseconds(max(0, migration.ready_ns - migration.started_ns)),
+        "paused-at-ns": migration.paused_ns,
         "downtime-ms": milliseconds(migration.downtime_ns),
         "total-ms": milliseconds(migration.total_ns),
         "ram": ram(figures) if figures else served(machine, migration.statistics()),

@@ -420,12 +420,13 @@ int pc_bench_uffd_serve(int uffd, const void *page, uint64_t page_bytes, uint64_
 /* ==== begin machine: kvm ==== */
 /* A small machine whose guest programs check themselves, see docs/machines.md. Its engine is KVM (x86-64, /dev/kvm), or an
  * interpreter of RISC-V (RV64IMA, any host, no rights), where a vCPU is a hart. Guest memory is the caller's, must outlive
- * the machine, and is only touched from here by pc_kvm_boot, pc_kvm_verify, the disk's O_DIRECT transfers, and rv64's harts as
- * they run. Every function may be called from any thread; two that change the same machine at once: -EBUSY. */
+ * the machine, and is only touched from here by pc_kvm_boot, pc_kvm_verify, the disk's O_DIRECT transfers, the network device, and
+ * rv64's harts as they run. Every function may be called from any thread; two that change the same machine at once: -EBUSY. */
 struct pc_kvm;
 #define PC_KVM_MAX_VCPUS 8
 enum pc_engine_kind { PC_ENGINE_KVM = 0, PC_ENGINE_RV64 = 1 };
-enum pc_workload { PC_WORKLOAD_IDLE = 0, PC_WORKLOAD_DIRTY = 1, PC_WORKLOAD_RANDOM = 2, PC_WORKLOAD_DISK = 3 };
+enum pc_workload { PC_WORKLOAD_IDLE = 0, PC_WORKLOAD_DIRTY = 1, PC_WORKLOAD_RANDOM = 2, PC_WORKLOAD_DISK = 3,
+                   PC_WORKLOAD_ECHO = 4 };
 struct pc_kvm_config {
     uint32_t vcpus;                              /* 1..PC_KVM_MAX_VCPUS */
     uint32_t workload;                           /* enum pc_workload */
@@ -436,6 +437,11 @@ struct pc_kvm_config {
     int disk_fd;                                 /* from pc_disk_open, stays the caller's; -1 when there is none */
     uint64_t disk_bytes;                         /* shared out evenly between the vCPUs */
     uint32_t engine;                             /* enum pc_engine_kind: what executes the instructions */
+    uint32_t has_net;                            /* 0: no network device, and the next three are not looked at */
+    int net_fd;                                  /* stays the caller's: O_NONBLOCK; one read or write is one Ethernet frame (a TAP
+                                                  * with IFF_NO_PI, a SOCK_SEQPACKET socket) */
+    uint64_t net_mac;                            /* first octet in bits 40 to 47; both ends must have the same */
+    uint32_t net_address;                        /* IPv4, first octet in the highest bits; likewise */
 };
 enum pc_machine_state {
     PC_MACHINE_CREATED = 0, /* neither booted nor loaded */
@@ -449,7 +455,8 @@ enum pc_vcpu_activity {
     PC_VCPU_DEVICE = 2,  /* outside of it */
     PC_VCPU_HALTED = 3,  /* executed HLT or WFI, sleeps until the next tick; or stands where pc_rv64_run_until wants it */
     PC_VCPU_DISK = 4,    /* in the disk's pread or pwrite */
-    PC_VCPU_GONE = 5     /* thread ended */
+    PC_VCPU_GONE = 5,    /* thread ended */
+    PC_VCPU_NET = 6      /* in the network device; waiting for a frame counts as HALTED */
 };
 struct pc_vcpu_stats {
     int32_t tid;         /* kernel thread, for blocktime accounting; known as soon as pc_kvm_open returns */
@@ -472,6 +479,10 @@ struct pc_machine_stats {
     uint64_t disk_bytes;
     uint64_t disk_errors;  /* requests refused or failed */
     uint64_t serial_bytes; /* written by the guest */
+    uint64_t net_received; /* frames given to the guest */
+    uint64_t net_sent;     /* frames that left */
+    uint64_t net_dropped;  /* frames that were too long, or that the host did not take */
+    uint64_t net_errors;   /* requests refused */
     uint32_t failure_vcpu; /* of the first failure, valid when failure_text is not empty */
     uint32_t failure_code;
     uint64_t failure_where; /* guest-virtual address, MSR index ... as failure_text says */

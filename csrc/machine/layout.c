@@ -204,12 +204,14 @@ IMAGE(idle);
 IMAGE(dirty);
 IMAGE(random);
 IMAGE(disk);
+IMAGE(echo);
 
 static const struct image kvm_images[] = {
     [PC_WORKLOAD_IDLE] = { pc_guest_idle, pc_guest_idle_end },
     [PC_WORKLOAD_DIRTY] = { pc_guest_dirty, pc_guest_dirty_end },
     [PC_WORKLOAD_RANDOM] = { pc_guest_random, pc_guest_random_end },
     [PC_WORKLOAD_DISK] = { pc_guest_disk, pc_guest_disk_end },
+    [PC_WORKLOAD_ECHO] = { pc_guest_echo, pc_guest_echo_end },
 };
 
 /* Maps [gva, gva + bytes) to gpa with large pages; gva begins where a top-level entry does. */
@@ -273,12 +275,16 @@ static const uint8_t rv64_random[] = {
 static const uint8_t rv64_disk[] = {
 #include "guest/rv64/disk.inc"
 };
+static const uint8_t rv64_echo[] = {
+#include "guest/rv64/echo.inc"
+};
 
 static const struct image rv64_images[] = {
     [PC_WORKLOAD_IDLE] = { rv64_idle, rv64_idle + sizeof rv64_idle },
     [PC_WORKLOAD_DIRTY] = { rv64_dirty, rv64_dirty + sizeof rv64_dirty },
     [PC_WORKLOAD_RANDOM] = { rv64_random, rv64_random + sizeof rv64_random },
     [PC_WORKLOAD_DISK] = { rv64_disk, rv64_disk + sizeof rv64_disk },
+    [PC_WORKLOAD_ECHO] = { rv64_echo, rv64_echo + sizeof rv64_echo },
 };
 
 int pc_layout_write_boot(const struct pc_kvm *machine, uint8_t *ram)

@@ -8,6 +8,7 @@
  *   layout.c     where things are in guest memory; boot
  *   state.c      device state as a blob, and back
  *   disk.c       the block device
+ *   net.c        the network device
  *   verify.c     the invariants of each workload, seen from outside
  *
  * Locking. `lock` guards the run control (want_run, stop, transition, each vCPU's parked). Counters are atomics, since
@@ -66,6 +67,7 @@ struct pc_vcpu {
     bool parked, standing; /* under machine->lock */
     bool io_pending;       /* the last exit's instruction is not complete before the next KVM_RUN */
     uint32_t disk_status;  /* enum pcg_disk_status, device state */
+    uint32_t net_status;   /* enum pcg_net_status, device state */
     uint64_t mark_told_ns; /* when a mark last raised the eventfd */
     _Atomic int32_t tid;
     _Atomic int32_t activity;
@@ -98,6 +100,7 @@ struct pc_kvm {
 
     _Atomic uint64_t nonce, first_run_ns, paused_ns;
     _Atomic uint64_t disk_reads, disk_writes, disk_bytes, disk_errors, serial_bytes;
+    _Atomic uint64_t net_received, net_sent, net_dropped, net_errors;
     _Atomic uint32_t failure_claimed, failure_published;
     uint32_t failure_vcpu, failure_code;
     uint64_t failure_where, failure_expected, failure_found;
@@ -142,6 +145,9 @@ void pc_vcpu_stand(struct pc_vcpu *vcpu);
 bool pc_device_out(struct pc_vcpu *vcpu, uint16_t port, uint32_t value, const uint64_t arguments[4]);
 uint32_t pc_device_in(struct pc_vcpu *vcpu, uint16_t port);
 
+/* Blocked while the vCPU looks whether it must leave, the kick's signal cannot be lost before a wait: it is opened there. */
+int pc_kick_signal(void);
+
 /* rv64.c: in the kick's signal handler. Does not come back when the thread waits for a missing page. */
 void pc_rv64_kicked(void);
 
@@ -160,6 +166,14 @@ int pc_disk_geometry(struct pc_kvm *machine, char *error, size_t error_bytes);
 uint32_t pc_disk_request(struct pc_vcpu *vcpu, uint32_t op, uint64_t slice_offset, uint64_t gpa, uint64_t bytes);
 /* For the verifier: reads part of a vCPU's slice. */
 int pc_disk_inspect(const struct pc_kvm *machine, uint32_t vcpu, uint64_t slice_offset, void *into, uint64_t bytes);
+
+/* net.c */
+int pc_net_check(const struct pc_kvm *machine, char *error, size_t error_bytes);
+/* One request of vCPU's guest, all of it untrusted. Waits for frames and missing pages, and until the vCPU must leave. */
+uint32_t pc_net_request(struct pc_vcpu *vcpu, uint32_t op, uint64_t gpa, uint64_t bytes);
+uint32_t pc_net_register(const struct pc_vcpu *vcpu, uint16_t port);
+/* In the kick's signal handler. Does not come back when the thread waits for a missing page here. */
+void pc_net_kicked(void);
 
 /* state.c */
 int64_t pc_state_save(struct pc_kvm *machine, void *buf, size_t cap, char *error, size_t error_bytes);

@@ -64,6 +64,7 @@ static void on_kick(int signal_number)
 {
     (void)signal_number; /* under KVM its arrival is all: it makes KVM_RUN return */
     pc_rv64_kicked();
+    pc_net_kicked();
 }
 
 /* The one thing here that is the process's and not a machine's: a signal has a single handler. Takes the highest
@@ -80,6 +81,11 @@ static void choose_kick_signal(void)
             return;
         }
     }
+}
+
+int pc_kick_signal(void)
+{
+    return kick_signal;
 }
 
 /* Under the lock. Everybody out: see the top of this file for the order. */
@@ -121,6 +127,7 @@ static const char *failure_name(uint64_t code)
     case PCG_FAIL_TSC: return "time stamp (rv64: instruction) counter went back";
     case PCG_FAIL_DISK_STATUS: return "disk request failed";
     case PCG_FAIL_DISK_DATA: return "wrong data from the disk";
+    case PCG_FAIL_REQUESTS: return "number of answered requests in memory is not that in the register";
     default: return "unknown failure";
     }
 }
@@ -222,6 +229,9 @@ bool pc_device_out(struct pc_vcpu *vcpu, uint16_t port, uint32_t value, const ui
         vcpu->disk_status = pc_disk_request(vcpu, value, arguments[0], arguments[1], arguments[2]);
         atomic_store(&vcpu->activity, PC_VCPU_DEVICE);
         return true;
+    case PCG_PORT_NET:
+        vcpu->net_status = pc_net_request(vcpu, value, arguments[0], arguments[1]);
+        return true;
     default:
         return true;
     }
@@ -242,6 +252,11 @@ uint32_t pc_device_in(struct pc_vcpu *vcpu, uint16_t port)
         return value;
     case PCG_PORT_DISK_STATUS:
         return vcpu->disk_status;
+    case PCG_PORT_NET_STATUS:
+    case PCG_PORT_NET_MAC_LOW:
+    case PCG_PORT_NET_MAC_HIGH:
+    case PCG_PORT_NET_ADDRESS:
+        return pc_net_register(vcpu, port);
     default:
         return value;
     }
@@ -411,7 +426,7 @@ int pc_kvm_open(const struct pc_kvm_config *config, struct pc_kvm **out, char *e
     int rc;
 
     *out = NULL;
-    if (config->workload > PC_WORKLOAD_DISK)
+    if (config->workload > PC_WORKLOAD_ECHO)
         return pc_machine_error(error, error_bytes, -EINVAL, "unknown workload %u", config->workload);
     if (config->engine == PC_ENGINE_RV64)
         engine = &pc_engine_rv64;
@@ -445,6 +460,8 @@ int pc_kvm_open(const struct pc_kvm_config *config, struct pc_kvm **out, char *e
     rc = pc_layout_make(config, &machine->layout, error, error_bytes);
     if (!rc)
         rc = pc_disk_geometry(machine, error, error_bytes);
+    if (!rc)
+        rc = pc_net_check(machine, error, error_bytes);
     if (!rc)
         rc = set_up(machine, error, error_bytes);
     if (rc) {
@@ -570,6 +587,7 @@ static void name_the_stuck(const struct pc_kvm *machine, uint32_t timeout_ms, ch
                          atomic_load(&vcpu->tid), timeout_ms,
                          activity == PC_VCPU_DISK    ? "a disk transfer, probably waiting for a missing page"
                          : activity == PC_VCPU_GUEST ? "the guest, probably waiting for a missing page"
+                         : activity == PC_VCPU_NET   ? "the network device"
                                                      : "device emulation");
         return;
     }
@@ -682,6 +700,10 @@ int pc_kvm_stats(struct pc_kvm *machine, struct pc_machine_stats *stats)
     stats->disk_bytes = atomic_load(&machine->disk_bytes);
     stats->disk_errors = atomic_load(&machine->disk_errors);
     stats->serial_bytes = atomic_load(&machine->serial_bytes);
+    stats->net_received = atomic_load(&machine->net_received);
+    stats->net_sent = atomic_load(&machine->net_sent);
+    stats->net_dropped = atomic_load(&machine->net_dropped);
+    stats->net_errors = atomic_load(&machine->net_errors);
     for (uint32_t i = 0; i < machine->config.vcpus; i++) {
         struct pc_vcpu *vcpu = &machine->vcpu[i];
         struct pc_vcpu_stats *to = &stats->vcpu[i];

@@ -5,9 +5,9 @@
  *   header    magic[8]  u32 version  u32 CRC32C of all that follows the header  u64 bytes in all  u32 sections  u32 zero
  *   section   u32 tag (four letters)  u32 vCPU (or NO_VCPU)  u64 bytes, then the payload, zero padded to 8 bytes
  *
- * Which sections there are is the engine's choice: the first one and VCPU are in all machines, HART is rv64's, the others are
- * kvm's. Little endian, as are KVM's own structures inside, whose layout is x86 ABI. The blob comes over the network: it is read
- * in two passes. The first believes nothing and finds every section; only when all are there, once, with a possible
+ * Which sections there are is the engine's choice: the first one and VCPU are in all machines, NETD in those with a network
+ * device, HART is rv64's, the others are kvm's. Little endian, as are KVM's own structures inside, whose layout
+ * is x86 ABI. The blob comes over the network: it is read in two passes. The first believes nothing and finds every section; only when all are there, once, with a possible
  * length, and this host can take them, does the second one set anything.
  *
  * What is absent on purpose: the guest's nonce (it lives in guest memory only, as proof that the memory moved) and exits,
@@ -63,12 +63,20 @@ struct state_vcpu {
     uint32_t ready, disk_status;
 };
 
+/* The network device. Its frames do not move: it is Ethernet, which may lose them. */
+struct state_net {
+    uint64_t mac;
+    uint32_t address, zero;
+    uint64_t received, sent, dropped, errors;
+    uint32_t status[PC_KVM_MAX_VCPUS];
+};
+
 struct state_msr {
     uint32_t index, zero;
     uint64_t value;
 };
 
-enum section { MACHINE, VCPU, CPUID, REGS, SREGS, XSAVE, XCRS, MSRS, EVENTS, DEBUGREGS, MP_STATE, TSC_KHZ, HART, SECTIONS };
+enum section { MACHINE, VCPU, CPUID, REGS, SREGS, XSAVE, XCRS, MSRS, EVENTS, DEBUGREGS, MP_STATE, TSC_KHZ, HART, NET, SECTIONS };
 
 static const struct {
     char tag[5];
@@ -76,6 +84,7 @@ static const struct {
     uint64_t min_bytes, max_bytes, unit_bytes;
 } kinds[SECTIONS] = {
     [MACHINE] = { "MACH", false, false, sizeof(struct state_machine), sizeof(struct state_machine), 1 },
+    [NET] = { "NETD", false, false, sizeof(struct state_net), sizeof(struct state_net), 1 },
     [VCPU] = { "VCPU", true, false, sizeof(struct state_vcpu), sizeof(struct state_vcpu), 1 },
     [HART] = { "HART", true, false, sizeof(struct pc_hart_state), sizeof(struct pc_hart_state), 1 },
 #if defined(__x86_64__)
@@ -98,6 +107,8 @@ static bool of_engine(const struct pc_kvm *machine, int kind)
 {
     if (kind == MACHINE || kind == VCPU)
         return true;
+    if (kind == NET)
+        return machine->config.has_net;
     return (kind == HART) == (machine->config.engine == PC_ENGINE_RV64);
 }
 
@@ -347,6 +358,22 @@ static struct state_machine describe(struct pc_kvm *machine)
     return s;
 }
 
+static struct state_net describe_net(struct pc_kvm *machine)
+{
+    struct state_net s = {
+        .mac = machine->config.net_mac,
+        .address = machine->config.net_address,
+        .received = atomic_load(&machine->net_received),
+        .sent = atomic_load(&machine->net_sent),
+        .dropped = atomic_load(&machine->net_dropped),
+        .errors = atomic_load(&machine->net_errors),
+    };
+
+    for (uint32_t i = 0; i < machine->vcpu_count; i++)
+        s.status[i] = machine->vcpu[i].net_status;
+    return s;
+}
+
 int64_t pc_state_save(struct pc_kvm *machine, void *buf, size_t cap, char *error, size_t error_bytes)
 {
     struct state_header header = { .magic = STATE_MAGIC, .version = STATE_VERSION };
@@ -356,6 +383,10 @@ int64_t pc_state_save(struct pc_kvm *machine, void *buf, size_t cap, char *error
     int rc = w.data ? put(&w, MACHINE, NO_VCPU, &own, sizeof own) : -ENOMEM;
 
     pc_machine_error(error, error_bytes, 0, "%s", "");
+    if (!rc && machine->config.has_net) {
+        struct state_net net = describe_net(machine);
+        rc = put(&w, NET, NO_VCPU, &net, sizeof net);
+    }
     for (uint32_t i = 0; !rc && i < machine->vcpu_count; i++)
         rc = save_vcpu(&w, machine, &machine->vcpu[i], error, error_bytes);
     if (rc) {
@@ -504,6 +535,23 @@ static int check_same_machine(struct pc_kvm *machine, const struct state_machine
     if (there->disk_skew % machine->disk_memory_align)
         return pc_machine_error(error, error_bytes, -ENOTSUP, "the disk here needs O_DIRECT buffers aligned to %llu bytes, the "
                                 "guest's are not", (unsigned long long)machine->disk_memory_align);
+    return 0;
+}
+
+static int check_net(const struct pc_kvm *machine, const struct state_net *there, char *error, size_t error_bytes)
+{
+    const struct pc_kvm_config *here = &machine->config;
+
+    if (there->mac != here->net_mac || there->address != here->net_address)
+        return pc_machine_error(error, error_bytes, -EINVAL, "the machines differ in the addresses of their network devices: "
+                                "0x%llx, 0x%x there, 0x%llx, 0x%x here", (unsigned long long)there->mac, there->address,
+                                (unsigned long long)here->net_mac, here->net_address);
+    for (uint32_t i = 0; i < PC_KVM_MAX_VCPUS; i++) {
+        uint32_t status = there->status[i];
+        bool possible = status <= PCG_NET_FRAME_MAX || status == PCG_NET_AGAIN || status == PCG_NET_BAD_REQUEST;
+        if (!possible || (status && i >= here->vcpus) || there->zero)
+            return pc_machine_error(error, error_bytes, -EBADMSG, "section NETD is not a state a network device can be in");
+    }
     return 0;
 }
 
@@ -758,6 +806,7 @@ static int load_vcpu(const struct pc_kvm *machine, struct pc_vcpu *vcpu, const s
 int pc_state_load(struct pc_kvm *machine, const void *buf, size_t bytes, char *error, size_t error_bytes)
 {
     struct state_machine own;
+    struct state_net net;
     struct reader *r = malloc(sizeof *r);
     int rc;
 
@@ -773,6 +822,10 @@ int pc_state_load(struct pc_kvm *machine, const void *buf, size_t bytes, char *e
     }
     if (!rc)
         rc = check_complete(machine, r, error, error_bytes);
+    if (!rc && machine->config.has_net) {
+        memcpy(&net, r->machine[NET].payload, sizeof net);
+        rc = check_net(machine, &net, error, error_bytes);
+    }
     for (uint32_t i = 0; !rc && i < machine->vcpu_count; i++)
         rc = check_vcpu(machine, r->vcpu[i], i, error, error_bytes);
     for (uint32_t i = 0; !rc && i < machine->vcpu_count; i++)
@@ -783,6 +836,14 @@ int pc_state_load(struct pc_kvm *machine, const void *buf, size_t bytes, char *e
         atomic_store(&machine->disk_bytes, own.disk_transferred_bytes);
         atomic_store(&machine->disk_errors, own.disk_errors);
         atomic_store(&machine->serial_bytes, own.serial_bytes);
+    }
+    if (!rc && machine->config.has_net) {
+        atomic_store(&machine->net_received, net.received);
+        atomic_store(&machine->net_sent, net.sent);
+        atomic_store(&machine->net_dropped, net.dropped);
+        atomic_store(&machine->net_errors, net.errors);
+        for (uint32_t i = 0; i < machine->vcpu_count; i++)
+            machine->vcpu[i].net_status = net.status[i];
     }
     free(r);
     return rc;

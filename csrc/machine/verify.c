@@ -160,6 +160,22 @@ static void check_dirty(struct verify *v)
     }
 }
 
+/* ---- echo ---- */
+
+/* The visits to pages are those of `dirty`. So many are made after each answered request: the two account for each other. */
+static void check_echo(struct verify *v)
+{
+    const struct pc_layout *layout = &v->machine->layout;
+    uint64_t pages = layout->private_[0].pages + pcg_slice_begin(layout->shared.pages, 1, v->machine->config.vcpus);
+    const struct pcg_vcpu *guest = guest_vcpu(v, 0);
+    uint64_t visits = guest->operations > pages ? guest->operations - pages : 0;
+
+    check_dirty(v);
+    if (visits > guest->requests * PCG_ECHO_PAGES || visits + PCG_ECHO_PAGES < guest->requests * PCG_ECHO_PAGES)
+        bad(v, "%llu requests were answered and %llu pages visited, %d for each", (unsigned long long)guest->requests,
+            (unsigned long long)visits, PCG_ECHO_PAGES);
+}
+
 /* ---- random ---- */
 
 /* What a page must hold: how often each vCPU changed it for certain, and which vCPUs may be changing it right now. */
@@ -369,6 +385,7 @@ int pc_verify(struct pc_kvm *machine, struct pc_machine_check *check)
         "dirty: every page has its exact count",
         "random: every operation replayed, every count and check word right",
         "disk: every word in memory and on the disk right",
+        "echo: every page has its exact count, and requests were counted as they were answered",
     };
     struct verify v = {
         .machine = machine,
@@ -401,6 +418,9 @@ int pc_verify(struct pc_kvm *machine, struct pc_machine_check *check)
     switch (machine->config.workload) {
     case PC_WORKLOAD_DIRTY:
         check_dirty(&v);
+        break;
+    case PC_WORKLOAD_ECHO:
+        check_echo(&v);
         break;
     case PC_WORKLOAD_RANDOM:
         rc = check_random(&v);

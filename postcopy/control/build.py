@@ -53,6 +53,7 @@ def make_daemon(
         make_pager=Pager if holding else _pager(args.pager),
         backing=args.backing or "memfd",
         disk=args.disk,
+        net=args.net,
         busy_poll_us=args.busy_poll,
     )
     daemon = Daemon(

@@ -60,6 +60,7 @@ class ArrivalOptions:
     make_pager: Callable[[], Any]
     backing: str = "memfd"
     disk: str | None = None
+    net: str | None = None  # where the network device of one that has one is attached; for one at a time
     busy_poll_us: int = 0
 
 
@@ -322,6 +323,7 @@ class Daemon(Desk):
             link,
             backing=arrival.backing,
             disk=arrival.disk,
+            net=arrival.net,
             busy_poll_us=arrival.busy_poll_us,
             heartbeat_s=self._options.heartbeat_s,
             recover_for_s=self._options.recover_for_s,
@@ -518,6 +520,7 @@ class _Maker:
         backing: str,
         *,
         disk: str | None = None,
+        net: str | None = None,
     ) -> Machine:
         if kind == "image":
             raise ConfigurationError("a daemon takes machines that run; `postcopy dest` takes an image")
@@ -530,7 +533,7 @@ class _Maker:
         assert self._owned.migration is not None
         self._owned.migration.machine_name = self._owned.name
         rest = {key: value for key, value in config.items() if key != "name"}
-        return create_destination(kind, rest, layout, backing, disk=disk)
+        return create_destination(kind, rest, layout, backing, disk=disk, net=net)
 
 
 def _machine(owned: _Owned) -> Machine | None:

@@ -125,7 +125,7 @@ async def attach(
     machines: list[_AttachedImage] = []
 
     def make_machine(
-        kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout], wanted: str, *, disk: str | None = None
+        kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout], wanted: str, **_: object
     ) -> Machine:
         if kind != ImageMachine.kind:
             raise ConfigurationError(

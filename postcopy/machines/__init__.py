@@ -65,6 +65,9 @@ class MachineOptions:
     disk: str | None = None  # path of the backing file
     disk_bytes: int | None = None
     image: str | None = None  # path
+    net: str | None = None  # tap:NAME
+    net_mac: int | None = None
+    net_address: int | None = None  # IPv4
 
 
 def _with_vcpus(make: type[KvmMachine]) -> Callable[[MachineOptions], Machine]:
@@ -84,7 +87,7 @@ def _image_source(options: MachineOptions) -> Machine:
 
 
 def _image_destination(
-    config: Mapping[str, Any], layout: Sequence[BlockLayout], backing: str, disk: str | None
+    config: Mapping[str, Any], layout: Sequence[BlockLayout], backing: str, disk: str | None, net: str | None
 ) -> Machine:
     return ImageMachine.for_destination(config, layout, backing)
 
@@ -94,7 +97,7 @@ _SOURCES: dict[str, Callable[[MachineOptions], Machine]] = {
     "rv64": _with_vcpus(Rv64Machine),
     "image": _image_source,
 }
-_DESTINATIONS: dict[str, Callable[[Mapping[str, Any], Sequence[BlockLayout], str, str | None], Machine]] = {
+_DESTINATIONS: dict[str, Callable[[Mapping[str, Any], Sequence[BlockLayout], str, str | None, str | None], Machine]] = {
     "kvm": KvmMachine.for_destination,
     "rv64": Rv64Machine.for_destination,
     "image": _image_destination,
@@ -118,16 +121,18 @@ def create_destination(
     backing: str = "memfd",
     *,
     disk: str | None = None,
+    net: str | None = None,
 ) -> Machine:
     """The twin of the machine that a source offers, its memory empty. `backing` is this side's own choice; `disk` is
     where the machine's disk is on this host; without it only a temporary disk of this user on this same host is found.
+    `net` is where its network device is attached here, which a machine that has one needs.
 
     Takes milliseconds. What the peer says is checked: `ProtocolError` for an offer that makes no sense, `ResourceError`
     and `ConfigurationError` for one that cannot be taken here.
     """
     if kind not in _DESTINATIONS:
         raise ProtocolError(f"the source offers an unknown kind of machine {kind[:40]!r}")
-    return _DESTINATIONS[kind](config, block_layout, backing, disk)
+    return _DESTINATIONS[kind](config, block_layout, backing, disk, net)
 
 
 def _refuse(kind: str, options: MachineOptions, *names: str) -> None:

@@ -63,6 +63,7 @@ class Activity(enum.StrEnum):
     DEVICE = "device"
     HALTED = "halted"
     DISK = "disk"
+    NET = "net"
     GONE = "gone"
 
 
@@ -91,6 +92,10 @@ class MachineStatistics:
     disk_bytes: int = 0
     disk_errors: int = 0
     serial_bytes: int = 0  # written by the guest to its serial port
+    net_received: int = 0  # frames
+    net_sent: int = 0
+    net_dropped: int = 0  # too long, or not taken by the host
+    net_errors: int = 0  # requests refused
 
     @property
     def operations(self) -> int:
@@ -173,6 +178,18 @@ class Machine(abc.ABC):
     async def pause(self, timeout_s: float = 10.0) -> None:
         """Stops it; when this returns nothing changes its memory or state any more. `MigrationError` when it does not
         stop in time: it then runs on. Seen through when cancelled: it may then be paused, `statistics` tells."""
+
+    @property
+    def network(self) -> dict[str, str] | None:
+        """Where it can be reached, for a report: `net`, `mac`, `address`. None when it has no network."""
+        return None
+
+    async def claim_network(self) -> None:  # noqa: B027 -- most machines have none
+        """Destination, once it runs here: the link goes up, and the network is told where the machine now is. Raises
+        nothing that is a matter of the network: a machine without one runs on."""
+
+    async def release_network(self) -> None:  # noqa: B027
+        """Source, once it was committed to the destination: the link goes down. Raises as little."""
 
     @abc.abstractmethod
     async def save_state(self) -> bytes:

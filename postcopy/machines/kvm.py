@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import platform
 import secrets
@@ -19,7 +20,7 @@ import warnings
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import trio
 
@@ -54,11 +55,15 @@ from .base import (
     VcpuStatistics,
 )
 
+if TYPE_CHECKING:
+    from .tap import Network
+
 WORKLOADS: Mapping[str, int] = {
     "idle": lib.PC_WORKLOAD_IDLE,
     "dirty": lib.PC_WORKLOAD_DIRTY,
     "random": lib.PC_WORKLOAD_RANDOM,
     "disk": lib.PC_WORKLOAD_DISK,
+    "echo": lib.PC_WORKLOAD_ECHO,
 }
 _STATES = {
     lib.PC_MACHINE_CREATED: MachineState.CREATED,
@@ -72,11 +77,14 @@ _ACTIVITIES = {
     lib.PC_VCPU_DEVICE: Activity.DEVICE,
     lib.PC_VCPU_HALTED: Activity.HALTED,
     lib.PC_VCPU_DISK: Activity.DISK,
+    lib.PC_VCPU_NET: Activity.NET,
     lib.PC_VCPU_GONE: Activity.GONE,
 }
 _MAX_STATE_BYTES = 16 << 20  # what one control message may carry
 DEFAULT_DISK_BYTES = 16 << 20
 DISK_PREFIX, DISK_SUFFIX = "postcopy-disk-", ".img"  # of temporary ones
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,9 @@ class KvmOptions:
     seed: int | None = None  # of the workload's choices; None: a random one
     disk: str | None = None  # backing file for the workload `disk`; None: a temporary one, removed at close
     disk_bytes: int = DEFAULT_DISK_BYTES
+    net: str | None = None  # tap:NAME, for the workload `echo`, which needs it
+    net_mac: int | None = None  # None: follows from the seed, as the next one
+    net_address: int | None = None  # IPv4
 
 
 class KvmMachine(Machine):
@@ -110,17 +121,21 @@ class KvmMachine(Machine):
         working_set_bytes: int,
         seed: int,
         disk: _Disk | None,
+        network: Network | None = None,
     ) -> None:
-        """Takes over `disk`, also when it raises."""
+        """Takes over `disk` and `network`, also when it raises."""
         self._workload = workload
         self._working_set_bytes = working_set_bytes
         self._seed = seed
         self._disk = disk
+        self._network = network
         self._machine: Any = None
         self._ending = trio.Lock()
         with contextlib.ExitStack() as undo:
             if disk is not None:
                 undo.callback(disk.close)
+            if network is not None:
+                undo.callback(network.close)
             self._blocks: list[RamBlock] = []
             for number, (name, size_bytes) in enumerate(blocks):
                 memory = Memory.create(backing, size_bytes)
@@ -154,13 +169,24 @@ class KvmMachine(Machine):
         elif options.disk is not None:
             raise ConfigurationError(f"--disk has no meaning for --workload {options.workload}")
         seed = secrets.randbits(64) if options.seed is None else options.seed
-        return cls(blocks, options.backing, options.workload, options.working_set_bytes, seed, disk)
+        network = None
+        if options.workload == "echo":
+            network = _open_network(options, seed)
+        elif (options.net, options.net_mac, options.net_address) != (None, None, None):
+            raise ConfigurationError(f"--net has no meaning for --workload {options.workload}")
+        return cls(blocks, options.backing, options.workload, options.working_set_bytes, seed, disk, network)
 
     @classmethod
     def for_destination(
-        cls, config: Mapping[str, Any], layout: Sequence[BlockLayout], backing: str, disk: str | None = None
+        cls,
+        config: Mapping[str, Any],
+        layout: Sequence[BlockLayout],
+        backing: str,
+        disk: str | None = None,
+        net: str | None = None,
     ) -> Self:
-        """The twin of what a source offers; what the peer says is checked. `disk`: where its disk is on this host."""
+        """The twin of what a source offers; what the peer says is checked. `disk` and `net`: where its disk is on this
+        host, and where its network device is attached."""
         unavailable = explain_unavailable(kernel_faults=cls.kernel_faults)
         if unavailable is not None:
             raise unavailable
@@ -182,7 +208,8 @@ class KvmMachine(Machine):
                     f" {format_size(unit)} pages: --backing {backing} cannot hold this machine"
                 )
         check_memory(backing, sum(block.size_bytes for block in layout))
-        twin_disk = None
+        working_set_bytes, seed = _natural(config, "working-set-bytes"), _natural(config, "seed")
+        twin_disk = network = None
         if workload == "disk":
             disk_bytes = _natural(config, "disk-bytes")
             if disk is None:
@@ -190,14 +217,10 @@ class KvmMachine(Machine):
             elif not os.path.exists(disk):
                 raise ConfigurationError(f"disk {disk}: there is no such file; it must be the one the source uses")
             twin_disk = _Disk(disk, disk_bytes)
-        try:
-            working_set_bytes, seed = _natural(config, "working-set-bytes"), _natural(config, "seed")
-        except ProtocolError:
-            if twin_disk is not None:
-                twin_disk.close()
-            raise
+        elif workload == "echo":
+            network = _twin_network(config, net)
         blocks = [(block.name, block.size_bytes) for block in layout]
-        return cls(blocks, backing, workload, working_set_bytes, seed, twin_disk)
+        return cls(blocks, backing, workload, working_set_bytes, seed, twin_disk, network)
 
     # ---- what it is
 
@@ -223,13 +246,43 @@ class KvmMachine(Machine):
         if self._disk is not None:
             config["disk"] = self._disk.path
             config["disk-bytes"] = self._disk.size_bytes
+        if self._network is not None:
+            config["net-mac"] = self._network.mac
+            config["net-address"] = self._network.address
         return config
+
+    @property
+    def network(self) -> dict[str, str] | None:
+        if self._network is None:
+            return None
+        from .tap import format_ipv4, format_mac
+
+        network = self._network
+        return {"net": network.net, "mac": format_mac(network.mac), "address": format_ipv4(network.address)}
+
+    async def claim_network(self) -> None:
+        if self._network is not None:
+            try:
+                self._network.claim()
+            except (PostcopyError, trio.ClosedResourceError) as error:
+                log.error("the machine runs, but is not on the network: %s", error)
+        await trio.lowlevel.checkpoint()
+
+    async def release_network(self) -> None:
+        if self._network is not None:
+            try:
+                self._network.release()
+            except (PostcopyError, trio.ClosedResourceError) as error:
+                # It reads and answers nothing any more, and the destination's announcement moves its address.
+                log.warning("the machine has left, but its link stays up: %s", error)
+        await trio.lowlevel.checkpoint()
 
     # ---- running
 
     async def boot(self) -> None:
         machine = self._alive()
         check(await trio.to_thread.run_sync(lib.pc_kvm_boot, machine), "booting the machine")
+        await self.claim_network()
 
     async def resume(self) -> None:
         machine = self._alive()
@@ -315,6 +368,10 @@ class KvmMachine(Machine):
             disk_bytes=int(stats.disk_bytes),
             disk_errors=int(stats.disk_errors),
             serial_bytes=int(stats.serial_bytes),
+            net_received=int(stats.net_received),
+            net_sent=int(stats.net_sent),
+            net_dropped=int(stats.net_dropped),
+            net_errors=int(stats.net_errors),
         )
 
     async def verify(self) -> Check:
@@ -372,6 +429,8 @@ class KvmMachine(Machine):
                     )
                 if self._disk is not None:
                     self._disk.close()
+                if self._network is not None:
+                    self._network.close()
                 check(result, "ending the machine")
         await trio.lowlevel.checkpoint_if_cancelled()
 
@@ -399,6 +458,11 @@ class KvmMachine(Machine):
         config.seed = self._seed
         config.disk_fd = -1 if self._disk is None else self._disk.fd
         config.disk_bytes = 0 if self._disk is None else self._disk.size_bytes
+        if self._network is not None:
+            config.has_net = 1
+            config.net_fd = self._network.tap.fd
+            config.net_mac = self._network.mac
+            config.net_address = self._network.address
         pointer: Any = ffi.new("struct pc_kvm **")
         line = ErrorLine()
         result = lib.pc_kvm_open(config, pointer, line.buffer, line.size)
@@ -462,6 +526,29 @@ def _natural(config: Mapping[str, Any], name: str) -> int:
     if type(value) is not int or not 0 <= value < 1 << 64:
         raise ProtocolError(f"an offer of a machine must have a number as {name}")
     return value
+
+
+def _open_network(options: KvmOptions, seed: int) -> Network:
+    from .tap import Network, default_ipv4, default_mac
+
+    if options.net is None:
+        raise ConfigurationError("--workload echo needs --net tap:NAME, where its network device is attached")
+    mac = default_mac(seed) if options.net_mac is None else options.net_mac
+    address = default_ipv4(seed) if options.net_address is None else options.net_address
+    return Network.open(options.net, mac, address)
+
+
+def _twin_network(config: Mapping[str, Any], net: str | None) -> Network:
+    from .tap import Network
+
+    mac, address = _natural(config, "net-mac"), _natural(config, "net-address")
+    if mac >= 1 << 48 or address >= 1 << 32:
+        raise ProtocolError("an offer of a machine with addresses that cannot be")
+    if net is None:
+        raise ConfigurationError(
+            "the machine has a network device; say --net tap:NAME where it is attached on this host"
+        )
+    return Network.open(net, mac, address)
 
 
 def _offered_disk(path: object, size_bytes: int) -> str:

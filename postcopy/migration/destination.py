@@ -96,6 +96,7 @@ class DestinationMigration:
         *,
         backing: str = "memfd",
         disk: str | None = None,
+        net: str | None = None,
         busy_poll_us: int = 0,
         how: How | str = How.ANY,
         heartbeat_s: float = HEARTBEAT_S,
@@ -121,6 +122,7 @@ class DestinationMigration:
         self._link = link
         self._backing = backing
         self._disk = disk
+        self._net = net
         self._busy_poll_us = busy_poll_us
         self._how = how
         self._heartbeat_s = heartbeat_s
@@ -455,6 +457,7 @@ class DestinationMigration:
         # Shielded: a machine that was committed to us runs, whatever else happens meanwhile.
         with trio.CancelScope(shield=True):
             await machine.resume()
+            await machine.claim_network()
             self.running_ns = await self._first_run(machine)
         await control.send(self._protocol.send_running(self._resume_ns))
         self._on_change()
@@ -474,7 +477,9 @@ class DestinationMigration:
 
     def _take_offer(self, offer: Offer) -> tuple[Machine, AnyPager]:
         layout = [BlockLayout(block.name, block.size_bytes, block.page_bytes) for block in offer.blocks]
-        machine = self.machine = self._make_machine(offer.machine, offer.config, layout, self._backing, disk=self._disk)
+        machine = self.machine = self._make_machine(
+            offer.machine, offer.config, layout, self._backing, disk=self._disk, net=self._net
+        )
         pager = self._pager = self._make_pager()
         for block in machine.blocks:
             pager.add_block(block.memory)

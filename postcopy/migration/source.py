@@ -438,10 +438,14 @@ class SourceMigration:
         # From the next line on the machine belongs to the destination, whether it hears of it or not. The page
         # server is started before the bytes leave, so that the first fault finds it answering.
         commit = protocol.send_commit()
-        self._committed_ns = now_ns()
-        server.start()
-        self._on_change()
-        await control.send(commit)
+        try:
+            self._committed_ns = now_ns()
+            server.start()
+            self._on_change()
+            await control.send(commit)
+        finally:  # heard or not, it never answers here again
+            with trio.CancelScope(shield=True):
+                await machine.release_network()
 
     def _check_accept(self, accept: Accept, blocks: tuple[Block, ...]) -> None:
         if len(accept.page_bytes) != len(blocks):

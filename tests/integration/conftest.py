@@ -20,9 +20,9 @@ _spec.loader.exec_module(_sides)
 
 @pytest.fixture
 def side(spawn_child: Callable[..., Any]) -> Callable[..., Any]:
-    """``side(*arguments)``: a `postcopy` process as a `_sides.Side`."""
+    """``side(*arguments)``: a `postcopy` process as a `_sides.Side`; `spawn` starts it elsewhere than here."""
 
-    def start(*arguments: Any) -> Any:
-        return _sides.Side(spawn_child, *(str(argument) for argument in arguments))
+    def start(*arguments: Any, spawn: Callable[..., Any] = spawn_child) -> Any:
+        return _sides.Side(spawn, *(str(argument) for argument in arguments))
 
     return start

@@ -55,6 +55,7 @@ class FakeMachine(Machine):
         self.resumed = 0
         self.closed = False
         self.log: list[str] = []
+        self.network_log: list[str] = []
 
     @property
     def blocks(self) -> Sequence[RamBlock]:
@@ -75,6 +76,14 @@ class FakeMachine(Machine):
     async def pause(self, timeout_s: float = 10.0) -> None:
         await trio.lowlevel.checkpoint()
         self.state = MachineState.PAUSED
+
+    async def claim_network(self) -> None:
+        assert self.state is MachineState.RUNNING
+        self.network_log.append("claimed")
+
+    async def release_network(self) -> None:
+        assert self.state is MachineState.PAUSED
+        self.network_log.append("released")
 
     async def save_state(self) -> bytes:
         await trio.lowlevel.checkpoint()
@@ -372,6 +381,8 @@ class Pair:
         assert not (self.source.may_run and self.dest.may_run)
         running = [side for side in (self.machine, self.twin) if side.state is MachineState.RUNNING]
         assert len(running) <= 1
+        if self.machine.network_log or self.twin.network_log:
+            assert not self.source.may_run  # it answers there until it is another's
         self.changed.set()
         self.changed = trio.Event()
 
@@ -391,7 +402,7 @@ def make_pair(
         return cast(PageServer, servers[-1])
 
     def make_twin(
-        kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout], backing: str, *, disk: str | None
+        kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout], backing: str, **on_this_host: str | None
     ) -> Machine:
         assert (kind, config) == ("fake", {"colour": "blue"})
         assert [block.size_bytes for block in layout] == [PAGES * UNIT, 2 * PAGES * UNIT]
@@ -448,6 +459,7 @@ def assert_back_at_source(pair: Pair) -> None:
     assert not pair.dest.may_run
     assert pair.machine.state is MachineState.RUNNING
     assert pair.twin.resumed == 0
+    assert pair.machine.network_log == pair.twin.network_log == []
 
 
 async def test_the_whole_way() -> None:
@@ -466,6 +478,8 @@ async def test_the_whole_way() -> None:
     assert pair.machine.resumed == 0
     assert pair.twin.loaded == b"registers"
     assert pair.twin.resumed == 1
+    assert pair.machine.network_log == ["released"]
+    assert pair.twin.network_log == ["claimed"]
     assert pair.servers[0].units == [UNIT, UNIT]
     assert set(pair.servers[0].fds) == {("urgent", 0), ("urgent", 1), ("bulk", 0)}
     assert pair.pager.armed == [(0, 0, 0, PAGES), (1, 1, 0, 2 * PAGES)]
@@ -779,6 +793,8 @@ async def test_cut_everywhere(direction: str) -> None:
         here, there = pair.machine.state is MachineState.RUNNING, pair.twin.resumed == 1
         assert (here, there) == ((True, False) if pair.source.state is State.ABORTED else (False, True)), limit
         assert pair.source.may_run == here
+        assert pair.machine.network_log == ([] if here else ["released"]), limit
+        assert pair.twin.network_log == ([] if here else ["claimed"]), limit
         ends.append(pair.source.state)
     moment = ends.index(State.COMPLETED)
     assert moment > 10

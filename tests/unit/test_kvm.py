@@ -62,7 +62,7 @@ def copy_memory(source: Machine, destination: Machine) -> None:
             assert here.memory.digest() == there.memory.digest()
 
 
-@pytest.mark.parametrize("workload", list(WORKLOADS))
+@pytest.mark.parametrize("workload", [name for name in WORKLOADS if name != "echo"])  # that one: test_network.py
 async def test_a_machine_moves_and_goes_on(workload: str) -> None:
     options = MachineOptions(memory_bytes=16 * MIB, vcpus=2, workload=workload, seed=5)
     async with running(options) as source:

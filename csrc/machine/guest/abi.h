@@ -24,6 +24,7 @@
 #define PCG_GDT             0x2000
 #define PCG_IDT             0x3000
 #define PCG_VCPU_PAGES      0x4000 /* struct pcg_vcpu, one page each */
+#define PCG_NET_BUFFERS     0xc000 /* echo: PCG_NET_BUFFER_COUNT frames, one page each */
 #define PCG_STACKS          0x10000
 #define PCG_STACK_BYTES     0x2000
 #define PCG_IMAGE           0x20000 /* guest.ld and start.S repeat this number */
@@ -44,6 +45,11 @@
 #define PCG_PORT_ENTROPY     0x5f4 /* in 32: random bits */
 #define PCG_PORT_DISK        0x5f8 /* out 32: enum pcg_disk_op; RBX slice offset, RCX gpa, RSI bytes */
 #define PCG_PORT_DISK_STATUS 0x5fc /* in 32: enum pcg_disk_status of this vCPU's last request */
+#define PCG_PORT_NET         0x600 /* out 32: enum pcg_net_op; RBX gpa, RCX bytes */
+#define PCG_PORT_NET_STATUS  0x604 /* in 32: enum pcg_net_status of this vCPU's last request, or the bytes received */
+#define PCG_PORT_NET_MAC_LOW 0x608 /* in 32: the last four octets, the first of them in the highest bits */
+#define PCG_PORT_NET_MAC_HIGH 0x60c /* in 32: the first two octets */
+#define PCG_PORT_NET_ADDRESS 0x610 /* in 32: IPv4 address, its first octet in the highest bits */
 
 /* rv64 has no ports: the same numbers are offsets from here, and the arguments travel in a1, a2, a3, a4. */
 #define PCG_MMIO             PCG_U64(0x200000000000)
@@ -79,6 +85,7 @@ enum pcg_failure {
     PCG_FAIL_NONCE = 12,
     PCG_FAIL_DISK_STATUS = 13,
     PCG_FAIL_DISK_DATA = 14,
+    PCG_FAIL_REQUESTS = 15,
 };
 
 enum pcg_disk_op {
@@ -93,6 +100,22 @@ enum pcg_disk_status {
 };
 
 #define PCG_DISK_REQUEST_MAX 0x40000 /* bytes */
+
+enum pcg_net_op {
+    PCG_NET_RECEIVE = 1, /* the next frame, if there is one, into guest memory */
+    PCG_NET_SEND = 2,
+    PCG_NET_WAIT = 3,    /* as HLT, but at most until there is a frame */
+};
+
+enum pcg_net_status {
+    PCG_NET_OK = 0,    /* sent; or nothing to receive */
+    /* 1 .. PCG_NET_FRAME_MAX: so many bytes were received */
+    PCG_NET_AGAIN = 0x10000,       /* the machine was paused meanwhile: nothing was done, ask again */
+    PCG_NET_BAD_REQUEST = 0x10001, /* refused: no device, outside of RAM, too short or too long, unknown op */
+};
+
+#define PCG_NET_FRAME_MIN 14   /* bytes: an Ethernet header */
+#define PCG_NET_FRAME_MAX 1514 /* no VLAN tag, no checksum; a longer one that comes is dropped */
 
 /* Pages of one RAM block that belong to the working set. */
 struct pcg_range {
@@ -145,6 +168,10 @@ struct pcg_vcpu {
     uint64_t slot_gva[2], range_slots[2];
     volatile uint64_t flight, flight_slot, flight_chunk, flight_count, flight_tag;
     uint64_t next_tag;
+    /* echo */
+    volatile uint64_t requests; /* answered; raised before the answer leaves */
+    uint64_t net_mac;           /* as in a frame, in the six lower bytes */
+    uint32_t net_address;       /* as in a frame */
 };
 
 /* ---- arithmetic of the workloads, identical inside and outside ---- */
@@ -217,6 +244,15 @@ static inline uint64_t pcg_tag_first(uint64_t seed, uint64_t vcpu, uint64_t tag)
 {
     return pcg_mix(seed ^ (vcpu << 56) ^ tag);
 }
+
+/* `echo`: each request is followed by a visit to so many pages of the working set. */
+#define PCG_ECHO_PAGES       4
+#define PCG_NET_BUFFER_COUNT 4
+#define PCG_UDP_ECHO         7
+/* Echo too, but octets 8 to 15 of the datagram become the number of this answer since boot, 16 to 23 the nonce, both little
+ * endian: who asks sees that it is the same machine and that no answer is ever given twice. */
+#define PCG_UDP_COUNT        2007
+#define PCG_UDP_COUNT_BYTES  24 /* of payload that it needs */
 
 /* What the registers hold that nothing but migration could change. `which` tells them apart. */
 static inline uint64_t pcg_register_value(uint64_t nonce, uint64_t vcpu, uint64_t which)

@@ -17,7 +17,7 @@ flags="-std=gnu11 -O2 -ffreestanding -fno-builtin -nostdlib -static -fno-pic -no
  -Wl,--build-id=none -Wl,-z,noexecstack -Wl,-z,max-page-size=4096 -Wl,--no-warn-rwx-segments"
 # gcc's name for what clang's -fno-builtin keeps it from anyhow: turning a loop into a call of memset
 case $(${CC:-gcc} --version) in *clang*) flags="$flags -Wno-unused-command-line-argument" ;; *) flags="$flags -fno-tree-loop-distribute-patterns" ;; esac
-for name in idle dirty random disk; do
+for name in idle dirty random disk echo; do
 	# shellcheck disable=SC2086
 	${CC:-gcc} $flags -T "$src/guest.ld" -o "$out/$name.elf" "$src/start.S" "$src/common.c" "$src/arch_x86.c" "$src/$name.c"
 	${OBJCOPY:-objcopy} -O binary "$out/$name.elf" "$out/$name.bin"

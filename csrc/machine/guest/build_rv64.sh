@@ -17,7 +17,7 @@ flags="-std=gnu11 -O2 -ffreestanding -fno-builtin -nostdlib -static -fno-pic -no
  -Wstrict-prototypes -Werror -Wl,--build-id=none -Wl,-z,noexecstack -Wl,-z,max-page-size=4096"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-for name in idle dirty random disk; do
+for name in idle dirty random disk echo; do
 	# shellcheck disable=SC2086
 	"${cross}gcc" $flags -T "$src/guest_rv64.ld" -o "$work/$name.elf" "$src/start_rv64.S" "$src/common.c" \
 		"$src/arch_rv64.c" "$src/$name.c"

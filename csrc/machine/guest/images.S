@@ -18,4 +18,5 @@ pc_guest_\name\()_end:
 	image	dirty
 	image	random
 	image	disk
+	image	echo
 	.section .note.GNU-stack, "", @progbits
