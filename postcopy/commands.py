@@ -155,11 +155,6 @@ class SourceCommand:
         """Those that are going on; else the latest one, if there was one."""
         return list(self._stops) or ([self._shown] if self._shown is not None else [])
 
-    def cancel(self, migration: SourceMigration) -> None:
-        """Gives one up, as an interruption would; the machine stays."""
-        if migration in self._stops:
-            self._stops[migration].set()
-
     @property
     def options(self) -> SourceOptions:
         """What the next migration will be made with."""

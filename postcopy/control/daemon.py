@@ -42,7 +42,7 @@ from postcopy.progress import Output
 
 from .desk import Desk, Handler
 from .schema import ControlError, Json, is_name, plain
-from .sides import OVER, UNDECIDED, changed, steer
+from .sides import OVER, changed, steer
 from .status import Migration, machine_status
 
 MAX_INCOMING = 16
@@ -81,8 +81,14 @@ class _Owned:
 
     @property
     def decided(self) -> bool:
-        """Whether ending it now would lose pages that are needed elsewhere."""
-        return self.busy and self.migration is not None and self.migration.state not in UNDECIDED | OVER
+        """Whether ending it now would lose pages that are needed elsewhere, or here."""
+        job = self.migration
+        return self.busy and job is not None and not job.cancellable and job.state not in OVER
+
+    def cancel(self) -> None:
+        """Gives up what it is in, if that is still possible when it is done."""
+        if self.migration is not None:
+            self.migration.cancel()
 
 
 class Daemon(Desk):
@@ -155,8 +161,10 @@ class Daemon(Desk):
         said = False
         while busy := [owned for owned in self._here if owned.busy]:
             for owned in busy:
-                if self._forced or not owned.decided:
+                if self._forced:
                     owned.stop.set()
+                elif not owned.decided:
+                    owned.cancel()
                 elif not said:
                     said = True
                     self._output.say(
@@ -271,7 +279,7 @@ class Daemon(Desk):
                 go.set()
             except PostcopyError as error:
                 log.error("%s", error)
-                owned.stop.set()
+                owned.cancel()
 
         try:
             async with trio.open_nursery() as nursery:
@@ -399,10 +407,15 @@ class Daemon(Desk):
 
     async def _do_end(self, arguments: Json) -> Json:
         owned = self._find(arguments.get("machine"))
-        if owned.decided and not arguments.get("force"):
-            raise ControlError("NotNow", f"pages of {owned.name} are still on their way: wait, or end it with force")
         while owned.busy:
-            owned.stop.set()
+            if arguments.get("force"):
+                owned.stop.set()
+            elif owned.decided:
+                raise ControlError(
+                    "NotNow", f"pages of {owned.name} are still on their way: wait, or end it with force"
+                )
+            else:
+                owned.cancel()
             await self._changes.wait()
         if owned in self._here:
             await self._close(owned)
@@ -472,7 +485,7 @@ class Daemon(Desk):
         if not undecided:
             raise ControlError("NotNow", "the machine belongs to the destination already: that cannot be taken back")
         for owned in undecided:
-            owned.stop.set()
+            owned.cancel()
         return {"cancelled": [owned.name for owned in undecided]}
 
     async def _do_quit(self, arguments: Json) -> Json:

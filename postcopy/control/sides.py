@@ -20,11 +20,8 @@ from .desk import Desk, Handler
 from .schema import ControlError, Json, plain
 from .status import Migration
 
-UNDECIDED = frozenset(
-    {State.SETUP, State.OFFERED, State.CHANNELS, State.READY, State.SWITCHOVER, State.HANDED, State.PREPARED}
-)
-"""States in which a migration can be given up without loss."""
 OVER = frozenset({State.COMPLETED, State.ABORTED})
+CANCEL_POLL_S = 0.01
 
 
 def changed(options: SourceOptions, settings: Json) -> SourceOptions:
@@ -95,23 +92,30 @@ class _SideDesk(Desk):
         migrations = self._going_on(arguments)
         if not migrations:
             raise ControlError("NotNow", "no migration is going on")
-        undecided = [migration for migration in migrations if migration.state in UNDECIDED]
+        undecided = [migration for migration in migrations if migration.cancellable]
         if not undecided:
             raise ControlError("NotNow", "the machine belongs to the destination already: that cannot be taken back")
         for migration in undecided:
-            self._give_up(migration)
+            migration.cancel()
         return {"cancelled": [migration.migration_id for migration in undecided]}
-
-    def _give_up(self, migration: Migration) -> None:
-        self.stop.set()
 
     async def _quit(self, arguments: Json) -> Json:
         await trio.lowlevel.checkpoint()
-        needed = [migration for migration in self._going_on({}) if migration.state not in UNDECIDED]
-        if needed and not arguments.get("force") and self._depended_on():
-            raise ControlError(
-                "NotNow", f"pages are still on their way ({needed[0].status}): wait, or quit with force and lose them"
-            )
+        while not arguments.get("force"):
+            going_on = self._going_on({})
+            decided = [migration for migration in going_on if not migration.cancellable]
+            if decided and self._depended_on():
+                raise ControlError(
+                    "NotNow",
+                    f"pages are still on their way ({decided[0].status}): wait, or quit with force and lose them",
+                )
+            if len(decided) == len(going_on):
+                break
+            # Given up first, and only then ended: it might be decided in this very moment, and lost with this process.
+            for migration in going_on:
+                migration.cancel()
+            with trio.CancelScope(shield=True):  # it may be the last that this process does: the client is answered
+                await trio.sleep(CANCEL_POLL_S)
         self.stop.set()
         return {}
 
@@ -143,11 +147,6 @@ class SourceDesk(_SideDesk):
             return []
         migrations: list[Migration | None] = [*self._command.migrations()]
         return [(machine.kind, machine, migration) for migration in migrations or [None]]
-
-    def _give_up(self, migration: Migration) -> None:
-        for own in self._command.migrations():
-            if own is migration:
-                self._command.cancel(own)
 
     def _depended_on(self) -> bool:
         return self._command.machine is not None and self._command.machine.live

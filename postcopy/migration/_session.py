@@ -263,6 +263,9 @@ async def next_link(
     return found
 
 
+UNDECIDED = frozenset({State.SETUP, State.OFFERED, State.CHANNELS, State.READY, State.SWITCHOVER, State.HANDED})
+"""States in which either side can give a migration up without loss. The source still can in `PREPARED`; the destination
+does not know there whether it has been decided."""
 STEERABLE = frozenset({State.COMMITTED, State.POSTCOPY, State.PAUSED, State.IN_DOUBT, State.RECOVER, State.RECOVERING})
 """States in which a connection may be given up without giving up the migration."""
 

@@ -44,6 +44,7 @@ from postcopy.migration._session import (
     HEARTBEAT_S,
     SILENCES,
     STEP_TIMEOUT_S,
+    UNDECIDED,
     Control,
     FirstFailure,
     Interrupted,
@@ -144,6 +145,7 @@ class DestinationMigration:
         self._placed = PlacedReporter()
         self._session: Session | None = None
         self._membership: Membership | None = None
+        self._cancelled = trio.Event()
         self._stack = ExitStack()  # of the membership
         self._fatal = False  # the pager cannot go on: no other connection would help
         self._kept = False  # the memory is complete and nobody needs the pager
@@ -190,6 +192,16 @@ class DestinationMigration:
         return self._last_figures
 
     # ---- steering it
+
+    @property
+    def cancellable(self) -> bool:
+        """Whether giving it up now would lose nothing."""
+        return self.state in UNDECIDED
+
+    def cancel(self) -> None:
+        """Gives it up if it is still `cancellable` when that is done: unlike `stop`, which ends it in any case, it does
+        nothing to a migration that has been decided meanwhile."""
+        self._cancelled.set()
 
     def set_recover_for(self, recover_for_s: float) -> None:
         """How long a source is looked for that is lost from now on."""
@@ -260,6 +272,12 @@ class DestinationMigration:
             await stop.wait()
             raise Interrupted("interrupted at the destination")
 
+        async def cancellation() -> None:
+            await self._cancelled.wait()
+            if not self.cancellable:
+                await trio.sleep_forever()
+            raise Interrupted("cancelled at the destination")
+
         async def replacement() -> None:
             await self._machine_made.wait()
             assert self._membership is not None
@@ -273,7 +291,14 @@ class DestinationMigration:
             if self._offer.placed_every_ms:
                 await self._placed.run(control, self._pager.received, self._offer.placed_every_ms / 1000)
 
-        watchers = (self._watch_pager, self._watch_answers, self._watch_machine, interruption, replacement)
+        watchers = (
+            self._watch_pager,
+            self._watch_answers,
+            self._watch_machine,
+            interruption,
+            cancellation,
+            replacement,
+        )
         try:
             await scope.run(main, control.run, *watchers, acknowledgements)
             if self.state is not State.COMPLETED:

@@ -38,6 +38,7 @@ from postcopy.migration._session import (
     RECOVER_UNOWNED_S,
     SILENCES,
     STEP_TIMEOUT_S,
+    UNDECIDED,
     Control,
     FirstFailure,
     Interrupted,
@@ -131,6 +132,7 @@ class SourceMigration:
         self._committed_ns = 0
         self._fatal = False  # the page server cannot go on: no other connection would help
         self._membership: Membership | None = None
+        self._cancelled = trio.Event()
 
     # ---- looking at it
 
@@ -180,6 +182,16 @@ class SourceMigration:
         ]
 
     # ---- steering it
+
+    @property
+    def cancellable(self) -> bool:
+        """Whether giving it up now would lose nothing."""
+        return self.state in UNDECIDED or self.state is State.PREPARED
+
+    def cancel(self) -> None:
+        """Gives it up if it is still `cancellable` when that is done: unlike `stop`, which ends it in any case, it does
+        nothing to a migration that has been decided meanwhile."""
+        self._cancelled.set()
 
     def set_bandwidth(self, max_bandwidth_bytes_per_s: int) -> None:
         """Limits the background push from now on; 0: no limit."""
@@ -254,12 +266,18 @@ class SourceMigration:
             await stop.wait()
             raise Interrupted("interrupted at the source")
 
+        async def cancellation() -> None:
+            await self._cancelled.wait()
+            if not self.cancellable:
+                await trio.sleep_forever()
+            raise Interrupted("cancelled at the source")
+
         async def replacement() -> None:
             await membership.superseded()
             raise PeerError("the destination has come back on another connection")
 
         try:
-            watchers = (self._watch_server, self._watch_machine, interruption, replacement, self._release)
+            watchers = (self._watch_server, self._watch_machine, interruption, cancellation, replacement, self._release)
             await scope.run(main, control.run, *watchers)
             if self._protocol.ended and self.state is State.COMPLETED:
                 return

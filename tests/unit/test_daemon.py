@@ -13,6 +13,7 @@ from postcopy._errors import ConfigurationError
 from postcopy.control.daemon import MAX_LEFT, MAX_MACHINES, ArrivalOptions, Daemon
 from postcopy.control.schema import ControlError, Request
 from postcopy.machines import BlockLayout, Machine
+from postcopy.migration._session import UNDECIDED
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.protocol import State
 from postcopy.migration.source import SourceMigration, SourceOptions
@@ -29,6 +30,7 @@ def _job(state: State, kind: Any = SourceMigration) -> Mock:
     job = Mock(spec=kind)
     job.state = state
     job.status = "active"
+    job.cancellable = state in UNDECIDED
     return job
 
 
@@ -103,18 +105,19 @@ def test_names_that_a_peer_may_not_give(name: object) -> None:
 
 @pytest.mark.parametrize(
     ("state", "class_of_error"),
-    [(State.READY, None), (State.PREPARED, None), (State.POSTCOPY, "NotNow"), (State.PAUSED, "NotNow")],
+    [(State.READY, None), (State.HANDED, None), (State.POSTCOPY, "NotNow"), (State.PAUSED, "NotNow")],
 )
 async def test_cancel_before_the_point_of_no_return_only(state: State, class_of_error: str | None) -> None:
     daemon = _daemon()
-    _move(daemon, "a", state)
+    job = _move(daemon, "a", state)
     if class_of_error is None:
         assert await daemon.execute(Request("cancel", {})) == {"cancelled": ["a"]}
     else:
         with pytest.raises(ControlError) as caught:
             await daemon.execute(Request("cancel", {}))
         assert caught.value.kind == class_of_error
-    assert daemon._find("a").stop.is_set() == (class_of_error is None)
+    assert job.cancel.called == (class_of_error is None)
+    assert not daemon._here[0].stop.is_set()  # which would end it in any case
 
 
 async def test_quit_loses_no_machine_unasked() -> None:

@@ -524,15 +524,59 @@ async def test_state_is_refused(error: Exception) -> None:
 
 @pytest.mark.parametrize("who", ["source", "dest"])
 @pytest.mark.parametrize("when", [State.OFFERED, State.READY])
-async def test_interrupted_before_commit(who: str, when: State) -> None:
+@pytest.mark.parametrize("how", ["stop", "cancel"])
+async def test_interrupted_before_commit(who: str, when: State, how: str) -> None:
     async with running(make_pair()) as pair:
         await pair.until(lambda: pair.source.state is when)
-        (pair.stop_source if who == "source" else pair.stop_dest).set()
+        if how == "cancel":
+            assert (pair.source if who == "source" else pair.dest).cancellable
+            (pair.source if who == "source" else pair.dest).cancel()
+        else:
+            (pair.stop_source if who == "source" else pair.stop_dest).set()
     assert_back_at_source(pair)
     other, me = (pair.dest, pair.source) if who == "source" else (pair.source, pair.dest)
     assert me.status == "cancelled"
     assert other.status == "failed"
-    assert "interrupted at the" in str(other.failure)
+    assert f"{'interrupted' if how == 'stop' else 'cancelled'} at the" in str(other.failure)
+
+
+async def cancelled_after(who: str, moment: int) -> Pair:
+    """A migration that one side cancels so many steps of the scheduler after the machine may be paused, at its end."""
+    pair = make_pair()
+    pair.meeting.open.set()  # whoever is lost is found again
+
+    async def bring_all_pages() -> None:
+        await pair.until(lambda: pair.dest.state in (State.POSTCOPY, State.ABORTED))
+        pair.pager.channel.tell(EventType.COMPLETE)
+
+    async with running(pair), trio.open_nursery() as nursery:
+        nursery.start_soon(bring_all_pages)
+        await pair.until(lambda: pair.source.state is State.READY)
+        pair.go.set()
+        for _ in range(moment):
+            await trio.lowlevel.checkpoint()
+        (pair.source if who == "source" else pair.dest).cancel()
+        await pair.until(lambda: pair.source.state in (State.COMPLETED, State.ABORTED))
+        nursery.cancel_scope.cancel()
+        pair.meeting.refuse(p.RefusedError("refused", p.NO_SUCH_MIGRATION))  # to one that is in doubt and asks
+    return pair
+
+
+@pytest.mark.parametrize("who", ["source", "dest"])
+async def test_cancelled_at_any_moment(who: str) -> None:
+    """Also in the very moment of the decision: the machine is then at the one side or at the other one, with all its
+    pages. A `stop` would end this side in any case."""
+    ends = set()
+    for moment in range(0, 120, 2):
+        pair = await cancelled_after(who, moment)
+        assert pair.source.state is pair.dest.state
+        ends.add(pair.source.state)
+        if pair.source.state is State.ABORTED:
+            assert_back_at_source(pair)
+        else:
+            assert pair.twin.resumed == 1
+            assert pair.machine.resumed == 0
+    assert ends == {State.COMPLETED, State.ABORTED}  # the moments were on both sides of the decision
 
 
 @pytest.mark.parametrize("who", ["source", "dest"])
