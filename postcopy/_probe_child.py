@@ -420,6 +420,15 @@ def _io_uring() -> Facts:
     return {"features": struct.unpack_from("=I", parameters, 20)[0]}
 
 
+def _tun() -> Facts:
+    path = "/dev/net/tun"
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        raise Lacking(f"{path}: {_reason(error.errno or 0)}") from error
+    return {}
+
+
 def _ktls() -> Facts:
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
         listener.settimeout(EVENT_DEADLINE_S)
@@ -486,6 +495,7 @@ TRIALS: dict[str, Callable[[], Facts]] = {
     "netns": _netns,
     "user-netns": _user_netns,
     **{name: _qdisc_trial(name) for name in QDISCS},
+    "tun": _tun,
     "io-uring": _io_uring,
     "ktls": _ktls,
     "holes": _holes,

@@ -57,14 +57,6 @@ def _netns() -> str | None:
     return _probed("netns")()
 
 
-def _tun() -> str | None:
-    try:
-        os.close(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        return f"/dev/net/tun: {error.strerror}: load the module tun; in a container, pass the device in"
-    return None
-
-
 CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "uffd": _probed("uffd"),  # a userfaultfd that serves faults raised by the kernel too
     "uffd-device": _probed("uffd-device"),
@@ -72,7 +64,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "uffd-minor": _probed("uffd-minor"),
     "uffd-poison": _probed("uffd-poison"),
     "uffd-move": _probed("uffd-move"),
-    "tun": _tun,  # TAPs can be opened
+    "tun": _probed("tun"),  # TAPs can be opened
     "kvm": _probed("kvm"),
     "root": _probed("root"),
     "netns": _netns,

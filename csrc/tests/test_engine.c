@@ -8,11 +8,8 @@
  * in random order and compare. Where a case needs a source that misbehaves, it plays the source itself on the other end of
  * the pager's socket (a *script*). A toucher that is not served hangs for good; test.h ends such a case by SIGKILL.
  */
-#include <arpa/inet.h>
 #include <fcntl.h>
 #include <linux/futex.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <pthread.h>
 #include <sched.h>
 #include <setjmp.h>
@@ -24,6 +21,7 @@
 
 #include "postcopy.h"
 #include "huge_pool.h"
+#include "tcp_pair.h"
 #include "test.h"
 
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
@@ -98,23 +96,6 @@ static bool is_page(uint32_t block, uint64_t page, uint64_t page_bytes, const vo
 }
 
 /* ---- sockets ------------------------------------------------------------------------------------------------------ */
-
-static void tcp_pair(int pair[2])
-{
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    socklen_t length = sizeof(address);
-    int listener = CHECK_SYS(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
-
-    CHECK_SYS(bind(listener, (struct sockaddr *)&address, sizeof(address)));
-    CHECK_SYS(listen(listener, 1));
-    CHECK_SYS(getsockname(listener, (struct sockaddr *)&address, &length));
-    pair[0] = CHECK_SYS(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    CHECK_SYS(connect(pair[0], (struct sockaddr *)&address, sizeof(address)));
-    pair[1] = CHECK_SYS(accept4(listener, NULL, NULL, SOCK_CLOEXEC));
-    close(listener);
-    for (int i = 0; i < 2; i++) /* a script sends header and payload one after the other */
-        CHECK_SYS(setsockopt(pair[i], IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int)));
-}
 
 /* A read by the test never waits for ever. */
 static void be_patient(int fd)

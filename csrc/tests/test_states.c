@@ -5,16 +5,13 @@
  * The machine is this process: its threads write to missing memory. The pagers are processes of their own (this program again,
  * executed), killed at random instants. No write may be lost, no page may come twice, and none may ever be seen as zeros.
  */
-#include <arpa/inet.h>
 #include <fcntl.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <pthread.h>
 #include <sys/mman.h>
-#include <sys/socket.h>
 
 #include "huge_pool.h"
 #include "postcopy.h"
+#include "tcp_pair.h"
 #include "test.h"
 
 #define PAGES 8000
@@ -46,21 +43,6 @@ static void fill(const struct pc_memory *memory)
     for (uint64_t page = 0; page < memory->size_bytes / memory->page_bytes; page++)
         for (uint64_t word = 0; word < words && page % 4 != 1; word++)
             ((uint64_t *)memory->base)[page * words + word] = word_of(page, word);
-}
-
-static void tcp_pair(int pair[2])
-{
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    socklen_t length = sizeof(address);
-    int listener = CHECK_SYS(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
-
-    CHECK_SYS(bind(listener, (struct sockaddr *)&address, sizeof(address)));
-    CHECK_SYS(listen(listener, 1));
-    CHECK_SYS(getsockname(listener, (struct sockaddr *)&address, &length));
-    pair[0] = CHECK_SYS(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    CHECK_SYS(connect(pair[0], (struct sockaddr *)&address, sizeof(address)));
-    pair[1] = CHECK_SYS(accept4(listener, NULL, NULL, SOCK_CLOEXEC));
-    close(listener);
 }
 
 /* ---- the pager's process ---- */
