@@ -259,7 +259,8 @@ class DemoCommand:
         told = result["source"]
         begin_ns = told.get("paused-at-ns", 0)
         gap_ms = pings.gap_ms(begin_ns, begin_ns + round(told.get("downtime-ms", 0) * 1e6))
-        good = statistics.same_machine and statistics.went_back == 0 and gap_ms is not None
+        one_machine = statistics.same_machine and statistics.went_back == statistics.duplicates == 0
+        good = one_machine and gap_ms is not None
         result["pings"] = {
             "address": address,
             "observer": observer.name,
@@ -268,6 +269,7 @@ class DemoCommand:
             "answered": statistics.answered,
             "duplicates": statistics.duplicates,
             "went-back": statistics.went_back,
+            "reordered": statistics.reordered,
             "longest-gap-ms": statistics.longest_gap_ms,
         }
         result["verification"].append(

@@ -24,7 +24,7 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from subprocess import DEVNULL, PIPE
@@ -48,7 +48,8 @@ class PingStatistics:
     sent: int = 0
     answered: int = 0
     duplicates: int = 0  # answers to what was answered before
-    went_back: int = 0  # answers whose number was not above every one before
+    went_back: int = 0  # answers whose number was not above that of every datagram before
+    reordered: int = 0  # answers that a later one has overtaken, as when the switchover gave it a shorter way
     longest_gap_ms: float = 0.0  # between two answers that follow each other
     longest_loss_ms: float = 0.0  # the longest of those gaps in which a datagram was lost, and not only late
     gap_after: int = 0  # how many had been answered when the longest gap began
@@ -111,7 +112,7 @@ class _Stream:
         self._mark = secrets.randbits(64)
         self._sent_at: list[float] = []
         self._answered: dict[int, float] = {}  # by number, in the order of arrival
-        self._highest = 0
+        self._counts: dict[int, int] = {}  # the machine's number for each of ours
         self._all = trio.Event()
         self._is_over = False
 
@@ -141,12 +142,11 @@ class _Stream:
             name = f"{nonce:#018x}"
             if name not in statistics.nonces:
                 statistics.nonces.append(name)
-            statistics.went_back += count <= self._highest
-            self._highest = max(self._highest, count)
             if number in self._answered:
                 statistics.duplicates += 1
                 continue
             self._answered[number] = now
+            self._counts[number] = count
             statistics.sent, statistics.answered = len(self._sent_at), len(self._answered)
             on_answer(statistics)
             if self._is_over and len(self._answered) == len(self._sent_at):
@@ -161,6 +161,9 @@ class _Stream:
     def figures(self) -> PingStatistics:
         statistics = self._statistics
         statistics.sent, statistics.answered = len(self._sent_at), len(self._answered)
+        # The machine is judged by the order in which it was asked, the network by that in which the answers came.
+        statistics.went_back = _not_rising(count for _, count in sorted(self._counts.items()))
+        statistics.reordered = _not_rising(self._answered)
         arrivals = [*self._answered.values()]
         if arrivals and len(self._sent_at) - 1 not in self._answered:
             statistics.silent_at_end_ms = round(max(0.0, self._sent_at[-1] - arrivals[-1]) * 1e3, 3)
@@ -175,6 +178,15 @@ class _Stream:
                 longest_loss = max(longest_loss, later - sooner)
         statistics.longest_gap_ms, statistics.longest_loss_ms = round(longest * 1e3, 3), round(longest_loss * 1e3, 3)
         return statistics
+
+
+def _not_rising(values: Iterable[int]) -> int:
+    """How many are not above all before them."""
+    highest, found = -1, 0
+    for value in values:
+        found += value <= highest
+        highest = max(highest, value)
+    return found
 
 
 class PingProcess:

@@ -394,7 +394,26 @@ async def test_answers_that_come_twice() -> None:
 
     result = await watch(stutter, 20)
     assert result.duplicates > 0
-    assert result.went_back == result.duplicates
+    assert (result.went_back, result.reordered) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "went_back", "reordered"),
+    [
+        ({0: 1, 1: 2, 3: 3}, 0, 0),
+        ({0: 1, 2: 3, 1: 2, 3: 4}, 0, 1),  # one that was overtaken on its way
+        ({0: 1, 1: 2, 2: 2, 3: 3}, 1, 0),  # a number twice: two machines, or one that was reset
+        ({0: 5, 1: 3, 2: 4, 3: 6}, 2, 0),
+    ],
+)
+async def test_the_machine_and_not_the_network_is_judged(
+    counts: dict[int, int], went_back: int, reordered: int
+) -> None:
+    stream = pinger._Stream()
+    stream._sent_at, stream._counts = [0.0, 1.0, 2.0, 3.0], counts
+    stream._answered = {number: float(place) for place, number in enumerate(counts)}
+    result = stream.figures()
+    assert (result.went_back, result.reordered) == (went_back, reordered)
 
 
 async def test_a_machine_that_falls_silent() -> None:
