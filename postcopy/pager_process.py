@@ -288,8 +288,10 @@ class ProcessPager:
     def take_event(self) -> Event | None:
         """The next event, or None. Never blocks."""
         self._alive()
-        if self._told:
-            return self._told.popleft()
+        return self._told.popleft() if self._told else self._hear()
+
+    def _hear(self) -> Event | None:
+        """What the process has to say, or that it can say nothing any more."""
         if self._process.dead:
             return None
         try:
@@ -319,15 +321,16 @@ class ProcessPager:
         """Starts the next process whenever one dies, for a time in which nobody follows `events`. Never returns by
         itself; raises when no process stays alive."""
         while True:
-            await self.wait_event()
-            event = self.take_event()
+            event = self._hear()
             if event is not None and event.type is not EventType.DIED:
-                self._told.append(event)
-                await trio.sleep(0.05)
+                self._told.append(event)  # for who follows events, when it does again
             elif self._process.dead:
                 async with self._ending:
-                    log.error("%s; another one takes over", self._process.epitaph())
-                    self._replace()
+                    if self._process.dead:
+                        log.error("%s; another one takes over", self._process.epitaph())
+                        self._replace()
+            else:
+                await self.wait_event()
 
     # ---- the end
 

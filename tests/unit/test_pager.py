@@ -385,6 +385,9 @@ async def it_is_watched_over_while_nobody_follows_its_events() -> None:
     async with pair(30) as both:
         pager = both.pager
         assert isinstance(pager, ProcessPager)
+        both.connect_urgent()
+        await both.server.disconnect()
+        await pager.wait_event()  # one that is not about its end, and that nobody takes
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pager.watch_over)
             for death in range(3):
