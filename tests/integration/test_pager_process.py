@@ -63,10 +63,10 @@ def test_pager_dies_at_random_instants(side: Start, tmp_path: Path) -> None:
     source = side("source", "--json", "--machine", "image", *arguments)
     dest = side("dest", "--json", "--connect", source.address, "--pager", "process", "--dump", copy)
     deaths = 0
-    with contextlib.suppress(AssertionError):  # it has ended, in time
+    with contextlib.suppress(AssertionError, ProcessLookupError):  # it has ended, in time
         for deaths in range(8):
             pid = pager_of(dest, deaths)
-            limit = choose.randrange(2 * MIB)  # bytes that this one may bring
+            limit = choose.randrange(MIB)  # bytes that this one may bring
             until = dest.lines[-1]["ram"]["remaining"] - limit
             dest.wait_for(
                 "progress",
