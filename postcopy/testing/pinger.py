@@ -48,8 +48,8 @@ class PingStatistics:
     sent: int = 0
     answered: int = 0
     duplicates: int = 0  # answers to what was answered before
-    went_back: int = 0  # answers whose number was not above that of every datagram before
-    reordered: int = 0  # answers that a later one has overtaken, as when the switchover gave it a shorter way
+    went_back: int = 0  # answers whose number another one had, or one that was here before this was asked had passed
+    reordered: int = 0  # answers that one to a later datagram has overtaken, somewhere on its way or on theirs
     longest_gap_ms: float = 0.0  # between two answers that follow each other
     longest_loss_ms: float = 0.0  # the longest of those gaps in which a datagram was lost, and not only late
     gap_after: int = 0  # how many had been answered when the longest gap began
@@ -158,11 +158,21 @@ class _Stream:
             with trio.move_on_after(LINGER_S):
                 await self._all.wait()
 
+    def _went_back(self) -> int:
+        """A network may overtake itself, on the way there and back: what holds all the same is that no number is given
+        twice, and that who asks after an answer has come gets a higher number than was in it."""
+        came = [*self._answered.values()]
+        highest = list(itertools.accumulate((self._counts[number] for number in self._answered), max))
+        found = len(self._counts) - len(set(self._counts.values()))
+        for number, count in self._counts.items():
+            before = bisect.bisect_right(came, self._sent_at[number])
+            found += before > 0 and highest[before - 1] > count
+        return found
+
     def figures(self) -> PingStatistics:
         statistics = self._statistics
         statistics.sent, statistics.answered = len(self._sent_at), len(self._answered)
-        # The machine is judged by the order in which it was asked, the network by that in which the answers came.
-        statistics.went_back = _not_rising(count for _, count in sorted(self._counts.items()))
+        statistics.went_back = self._went_back()
         statistics.reordered = _not_rising(self._answered)
         arrivals = [*self._answered.values()]
         if arrivals and len(self._sent_at) - 1 not in self._answered:

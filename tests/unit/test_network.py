@@ -362,6 +362,7 @@ async def test_figures(
 ) -> None:
     stream = pinger._Stream()
     stream._sent_at, stream._answered = sent, answered
+    stream._counts = {number: number + 1 for number in answered}
     result = stream.figures()
     assert (result.sent, result.answered) == (len(sent), len(answered))
     assert result.longest_gap_ms == pytest.approx(gap)
@@ -398,20 +399,23 @@ async def test_answers_that_come_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("counts", "went_back", "reordered"),
+    ("answers", "went_back", "reordered"),
     [
-        ({0: 1, 1: 2, 3: 3}, 0, 0),
-        ({0: 1, 2: 3, 1: 2, 3: 4}, 0, 1),  # one that was overtaken on its way
-        ({0: 1, 1: 2, 2: 2, 3: 3}, 1, 0),  # a number twice: two machines, or one that was reset
-        ({0: 5, 1: 3, 2: 4, 3: 6}, 2, 0),
+        ({0: (1, 0.1), 1: (2, 1.1), 2: (3, 2.1)}, 0, 0),
+        ({0: (1, 0.1), 2: (3, 2.1), 1: (2, 2.2)}, 0, 1),  # overtaken on its way back
+        ({0: (1, 0.1), 2: (2, 2.1), 1: (3, 2.2)}, 0, 1),  # and on its way there
+        ({0: (1, 0.1), 1: (2, 1.1), 2: (2, 2.1)}, 1, 0),  # a number twice: two machines, or one that was reset
+        ({0: (5, 0.1), 1: (3, 1.1), 2: (4, 2.1)}, 2, 0),  # asked when five had been said already
+        ({0: (5, 1.1), 1: (3, 1.2), 2: (4, 2.1)}, 1, 0),  # the first two were under way at the same time
     ],
 )
 async def test_the_machine_and_not_the_network_is_judged(
-    counts: dict[int, int], went_back: int, reordered: int
+    answers: dict[int, tuple[int, float]], went_back: int, reordered: int
 ) -> None:
     stream = pinger._Stream()
-    stream._sent_at, stream._counts = [0.0, 1.0, 2.0, 3.0], counts
-    stream._answered = {number: float(place) for place, number in enumerate(counts)}
+    stream._sent_at = [0.0, 1.0, 2.0, 3.0]
+    stream._counts = {number: count for number, (count, _) in answers.items()}
+    stream._answered = {number: at for number, (_, at) in answers.items()}
     result = stream.figures()
     assert (result.went_back, result.reordered) == (went_back, reordered)
 
