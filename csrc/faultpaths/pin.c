@@ -47,6 +47,18 @@ static void verify_file(struct pc_fp_cell *cell, int fd)
 /* ---- O_DIRECT ---- */
 
 /* A file system that has the flag but refuses the transfer says EINVAL, which is no answer to a missing page. */
+static void judge_direct(struct pc_fp_cell *cell, int fd, bool to_page, const uint8_t *data)
+{
+    if (cell->shared->result.error == EINVAL)
+        pc_fp_unavailable(cell, EINVAL, "a page by O_DIRECT");
+    if (!to_page) {
+        verify_file(cell, fd);
+    } else if (pc_fp_succeeded(cell)) {
+        pc_fp_check_value(cell, PC_FP_BYTES);
+        pc_fp_verify_page(cell, data, 0, PC_FP_BYTES);
+    }
+}
+
 static void odirect(struct pc_fp_cell *cell, bool to_page)
 {
     static uint8_t data[PC_FP_BYTES];
@@ -60,14 +72,7 @@ static void odirect(struct pc_fp_cell *cell, bool to_page)
         PC_FP_ACT(cell, syscall(SYS_pread64, fd, cell->page, PC_FP_BYTES, 0));
     else
         PC_FP_ACT(cell, syscall(SYS_pwrite64, fd, cell->page, PC_FP_BYTES, 0));
-    if (cell->shared->result.error == EINVAL)
-        pc_fp_unavailable(cell, EINVAL, "a page by O_DIRECT");
-    if (!to_page) {
-        verify_file(cell, fd);
-    } else if (pc_fp_succeeded(cell)) {
-        pc_fp_check_value(cell, PC_FP_BYTES);
-        pc_fp_verify_page(cell, data, 0, PC_FP_BYTES);
-    }
+    judge_direct(cell, fd, to_page, data);
 }
 
 static void odirect_read(struct pc_fp_cell *cell)
@@ -107,14 +112,7 @@ static void aio(struct pc_fp_cell *cell, bool to_page)
         pc_fp_end_code(cell, event.res);
     else
         pc_fp_end(cell, -1);
-    if (cell->shared->result.error == EINVAL)
-        pc_fp_unavailable(cell, EINVAL, "a page by O_DIRECT");
-    if (!to_page) {
-        verify_file(cell, fd);
-    } else if (pc_fp_succeeded(cell)) {
-        pc_fp_check_value(cell, PC_FP_BYTES);
-        pc_fp_verify_page(cell, data, 0, PC_FP_BYTES);
-    }
+    judge_direct(cell, fd, to_page, data);
 }
 
 static void aio_read(struct pc_fp_cell *cell)
