@@ -14,6 +14,8 @@ export PYTHON CC
 STEP := $(BIN)/python tools/run_step.py --timeout
 FUZZ_SECONDS ?= 60
 PYTEST_ARGS ?=
+# Processes that share the tests: more than there are processors, since most of what the tests do is to wait.
+PYTEST_JOBS ?= 3
 
 # What the installed package is built from. Python modules are not in this list: the install is an editable one.
 BUILT_FROM := pyproject.toml CMakeLists.txt tools/setup.sh \
@@ -100,8 +102,8 @@ guests-rv64: ## build the guest programs of the rv64 machine again (needs Debian
 test-containers: setup ## migrate between containers; as root it starts its own Docker daemon (POSTCOPY_INSTALL=1: installs it)
 	$(BIN)/python tools/containers.py test $(OR_SKIP) -- $(PYTEST_ARGS)
 
-check-python: setup ## pytest
-	$(BIN)/pytest $(PYTEST_ARGS)
+check-python: setup ## pytest, PYTEST_JOBS (3) at a time
+	$(BIN)/pytest -n $(PYTEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 bench: setup ## measure fault latency, throughput and memory against their floors, medians of five
 	$(BIN)/postcopy bench
