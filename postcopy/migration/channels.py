@@ -489,18 +489,19 @@ class CallingLink(Link):
 
 
 class Sparing:
-    """For log lines that may come again and again: the first at once, then one a second, two, four, up to a minute."""
+    """For log lines that may come again and again: the first at once, then one after a second, two, four, up to a minute;
+    from the beginning after a minute without."""
 
     def __init__(self) -> None:
         self._next_s = -math.inf
-        self._pause_s = 1.0
+        self._pause_s = 0.0
 
     def due(self) -> bool:
         now_s = trio.current_time()
         if now_s < self._next_s:
             return False
+        self._pause_s = 1.0 if now_s > self._next_s + 60 else min(2 * self._pause_s, 60.0)
         self._next_s = now_s + self._pause_s
-        self._pause_s = min(2 * self._pause_s, 60.0)
         return True
 
 

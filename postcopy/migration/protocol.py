@@ -950,7 +950,7 @@ class _ControlProtocol:
 
     def receive_data(self, data: bytes) -> None:
         """Takes what has arrived. Afterwards call `next_message` until it returns None."""
-        if data and not self.ended:
+        if data and not self.ended and self._error is None:
             self._buffer.feed(data)
 
     def receive_eof(self) -> None:
@@ -991,6 +991,7 @@ class _ControlProtocol:
             self._state = State.IN_DOUBT if self._in_doubt else self._LOST.get(self._state, State.ABORTED)
             self._in_doubt = self._state is State.IN_DOUBT
             self._reason = one_line(reason)
+            self._buffer = _MessageBuffer()
         return self._state
 
     def reconnected(self) -> None:
@@ -998,7 +999,6 @@ class _ControlProtocol:
         if not self.recoverable:
             raise ProtocolError(f"nothing to recover in state {self._state.value}")
         self._state = State.RECOVER
-        self._buffer = _MessageBuffer()
         self._eof = False
         self._error = None
 
