@@ -388,9 +388,10 @@ class Engine(abc.ABC, Generic[P]):
             if found and not gone:
                 self.over = False
                 return found[0]
-            for link, _ in found:  # it is there, and cannot be gone on with
-                link.control.socket.close()
-            if found:
+            if found:  # it is there, and cannot be gone on with
+                membership.answered.set()
+                for link, _ in found:
+                    link.control.socket.close()
                 found.clear()
                 await trio.sleep(SHOWN_OUT_S)
             elif not (self.over or again.is_set() or gone or self._stop.is_set() or self._keep_on()):

@@ -353,11 +353,11 @@ class SourceMigration(Engine[SourceProtocol]):
         assert self._membership is not None
         membership = self._membership
         if self._gone_for is not Ended.LOST:
-            self._probing = True
+            self._probing, membership.answered = True, trio.Event()
             try:
                 self._again(membership)
                 with trio.move_on_after(max(SILENCES * self._heartbeat_s, RECLAIM_PROBE_S)):
-                    await self._until(lambda: self.state is not State.PAUSED)
+                    await first_of(lambda: self._until(lambda: self.state is not State.PAUSED), membership.answered.wait)
                     raise MigrationError(
                         f"the destination answers: the machine is there ({self.status}); it can be reclaimed when the"
                         " destination is dead"
