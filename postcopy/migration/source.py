@@ -357,7 +357,8 @@ class SourceMigration(Engine[SourceProtocol]):
             try:
                 self._again(membership)
                 with trio.move_on_after(max(SILENCES * self._heartbeat_s, RECLAIM_PROBE_S)):
-                    await first_of(lambda: self._until(lambda: self.state is not State.PAUSED), membership.answered.wait)
+                    back = partial(self._until, lambda: self.state is not State.PAUSED)
+                    await first_of(back, membership.answered.wait)
                     raise MigrationError(
                         f"the destination answers: the machine is there ({self.status}); it can be reclaimed when the"
                         " destination is dead"
