@@ -48,6 +48,7 @@ from postcopy.migration._session import (
     UNDECIDED,
     Control,
     MapCollector,
+    data_silence_s,
     explained,
     first_of,
     if_heavy,
@@ -456,7 +457,7 @@ class SourceMigration(Engine[SourceProtocol]):
         channels = await door.channels(self._shards, self._bulk_channels)
         try:
             for (kind, index), fd in channels.items():
-                keep_alive(fd, SILENCES * self._options.heartbeat_s)
+                keep_alive(fd, data_silence_s(kind, self._options.heartbeat_s))
                 if kind == "urgent":
                     server.attach_urgent(index, fd.detach(), self._options.busy_poll_us)
                 else:
