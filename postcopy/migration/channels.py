@@ -372,6 +372,7 @@ class Membership(abc.ABC):
     """
 
     def __init__(self) -> None:
+        self.answered = trio.Event()  # set when the peer is there, and only does not take us back now; may be replaced
         self._held = False
         self._changed = trio.Event()
 
@@ -576,6 +577,8 @@ class _CallingMembership(Membership):
             if isinstance(error, RefusedError) and error.ended is not None:
                 raise EndedElsewhere(error.ended, str(error)) from error
             # Anybody may answer there: whatever else is said decides nothing.
+            if isinstance(error, RefusedError) and error.code in (Code.HELD, Code.TOO_OFTEN, Code.STALE_EPOCH):
+                self.answered.set()
             if self._spare.due():
                 answered = isinstance(error, RefusedError) and error.reason != HELD
                 level = logging.WARNING if answered else logging.INFO

@@ -1219,6 +1219,10 @@ class DestinationProtocol(_ControlProtocol):
         self._complete_said = True
         return data
 
+    def every_page_is_here(self) -> None:
+        """Nothing is missing any more, though the source could not be told yet: `give_up` then means COMPLETED."""
+        self._complete_said = True
+
     def send_received_map(self, block: int, first_page: int, pages: int, runs: bytes) -> bytes:
         return self._send(ReceivedMap(block, first_page, pages, runs))
 
