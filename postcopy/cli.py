@@ -12,22 +12,20 @@ Ctrl-C and SIGTERM mean: end in order, now. Where a command runs until it is int
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import math
 import os
 import secrets
 import signal
 import sys
-import time
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NoReturn
 
 import trio
 
 from postcopy import __version__
-from postcopy._errors import ConfigurationError, PostcopyError
-from postcopy._logs import json_line
+from postcopy._errors import ConfigurationError, PostcopyError, ResourceError
 from postcopy.commands import DestinationCommand, MergeCommand, SourceCommand
 from postcopy.machines import BACKINGS, KINDS, WORKLOADS, MachineOptions
 from postcopy.memory import parse_size
@@ -541,29 +539,36 @@ async def _with_signals(command: Callable[[trio.Event], Awaitable[bool]], route:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script: the exit status."""
-    complain = _complain
+    arguments = sys.argv[1:] if argv is None else argv
+    _keep_standard_descriptors()
+    output = make_output(False)
     try:
-        arguments = sys.argv[1:] if argv is None else argv
         args = make_parser(arguments).parse_args(arguments)
-        if args.command == "bench":
-            from postcopy.bench import run as run_bench
-
-            return run_bench(args)
-        if args.command == "probe":
-            from postcopy.probe import run as run_probe
-
-            return run_probe(args)
-        if args.command == "lab":
-            from postcopy.lab.command import run as run_lab
-
-            return run_lab(args)
-        if args.command == "faultpaths":
-            from postcopy.faultpaths import run as run_faultpaths
-
-            return run_faultpaths(args)
+        run = _RUN_BY_THEMSELVES.get(args.command)
+        if run is not None:
+            return run(args)
         output = make_output(args.json, getattr(args, "log_json", False))
-        complain = _complain_in_json if getattr(args, "log_json", False) else _complain
+        with output.standard_streams():
+            return _run(args, output)
+    except KeyboardInterrupt:  # before or after the signal receiver
+        return EXIT_FAILED
+    except PostcopyError as error:
+        return _failed(error, output)
+    except Exception as error:  # noqa: BLE001 -- the end of everything
+        if _is_want_of_memory(error):
+            return _failed(_OUT_OF_MEMORY, output)
+        # A mistake in this package. Said like all else: the interpreter's own last words would wait for their reader.
+        output.say(traceback.format_exc().rstrip())
+        return EXIT_FAILED
+    finally:
+        output.close()
+
+
+def _run(args: argparse.Namespace, output: Output) -> int:
+    """A command whose words all go through `output`."""
+    try:
         logging.basicConfig(level=args.log_level.upper(), handlers=[LogHandler(output)], force=True)
+        logging.captureWarnings(True)
         route = _route(args)
         command = _make_command(args, output, route)
         hears_hangup = route if args.command in ("source", "dest") and args.peer_file is not None else None
@@ -571,30 +576,69 @@ def main(argv: Sequence[str] | None = None) -> int:
             from postcopy.privileges import become, find_user
 
             become(find_user(args.user))
+        output.start()
         done = trio.run(_with_signals, command, hears_hangup, strict_exception_groups=True)
         return EXIT_OK if done else EXIT_FAILED
-    except ConfigurationError as error:
-        complain(error)
-        return EXIT_USAGE
-    except PostcopyError as error:
-        complain(error)
-        return EXIT_FAILED
-    except KeyboardInterrupt:  # before or after the signal receiver
-        return EXIT_FAILED
     except BaseExceptionGroup as group:
         known, unknown = group.split(PostcopyError)
-        if unknown is not None or known is None:
+        if known is None or (unknown is not None and not _is_want_of_memory(unknown)):
             raise
-        first = first_error(known)
-        complain(first)
-        return EXIT_USAGE if isinstance(first, ConfigurationError) else EXIT_FAILED
+        return _failed(first_error(known), output)
 
 
-def _complain(error: BaseException) -> None:
-    with contextlib.suppress(OSError):  # nobody reads it; the status says it too
-        print(f"postcopy: error: {one_line(str(error), 2000)}", file=sys.stderr)
+def _is_want_of_memory(error: BaseException | None) -> bool:
+    """Also where it has become another error on its way, or several."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(_is_want_of_memory(one) for one in error.exceptions)
+    return error is not None and (isinstance(error, MemoryError) or _is_want_of_memory(error.__cause__))
 
 
-def _complain_in_json(error: BaseException) -> None:
-    with contextlib.suppress(OSError):
-        print(json_line("error", "postcopy", one_line(str(error), 2000), time.time()), file=sys.stderr)
+_OUT_OF_MEMORY = ResourceError(
+    "this process has run out of memory", "allow it more (ulimit -v, the control group), or use a host with more"
+)
+
+
+def _failed(error: PostcopyError, output: Output) -> int:
+    output.complain(one_line(str(error), 2000))
+    return EXIT_USAGE if isinstance(error, ConfigurationError) else EXIT_FAILED
+
+
+def _keep_standard_descriptors() -> None:
+    """A process may be started with its standard descriptors closed. What it opened first would get their numbers (a
+    machine's memory, say), and whoever believes that 2 is where errors go would write into it."""
+    fd = 0
+    while fd <= 2:
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+
+
+def _run_bench(args: argparse.Namespace) -> int:
+    from postcopy.bench import run
+
+    return run(args)
+
+
+def _run_probe(args: argparse.Namespace) -> int:
+    from postcopy.probe import run
+
+    return run(args)
+
+
+def _run_lab(args: argparse.Namespace) -> int:
+    from postcopy.lab.command import run
+
+    return run(args)
+
+
+def _run_faultpaths(args: argparse.Namespace) -> int:
+    from postcopy.faultpaths import run
+
+    return run(args)
+
+
+_RUN_BY_THEMSELVES: dict[str, Callable[[argparse.Namespace], int]] = {
+    "bench": _run_bench,
+    "probe": _run_probe,
+    "lab": _run_lab,
+    "faultpaths": _run_faultpaths,
+}
