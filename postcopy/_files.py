@@ -32,27 +32,25 @@ _WHAT = {
 }
 
 
-def check_name(what: str, path: str) -> str:
-    """Passes a path on that could be one. `what` is said in the error: the option. `ConfigurationError`."""
+def explain_bad_name(path: str) -> str:
+    """Why a path could be no file's, whatever there is; empty when it could."""
     if not path:
-        raise ConfigurationError(f"{what}: an empty name is no file's; leave the option out, or name a file")
+        return "an empty name is no file's; leave the option out, or name one"
     try:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:
         encoded = b"\0"
     if b"\0" in encoded:
-        raise ConfigurationError(f"{what}: a name with characters that no file name has")
-    longest = max(len(part) for part in encoded.split(b"/"))
-    if len(encoded) > _MAX_PATH_BYTES or longest > _MAX_NAME_BYTES:
-        raise ConfigurationError(
-            f"{what}: {path[:40]}...: a path has at most {_MAX_PATH_BYTES} bytes, and each name in it {_MAX_NAME_BYTES}"
-        )
-    return path
+        return "a name with characters that no file's has"
+    if len(encoded) > _MAX_PATH_BYTES or max(len(part) for part in encoded.split(b"/")) > _MAX_NAME_BYTES:
+        return f"{path[:40]}... is too long: a path has at most {_MAX_PATH_BYTES} bytes, a name in it {_MAX_NAME_BYTES}"
+    return ""
 
 
 def check_new_file(what: str, path: str) -> None:
     """Whether `replacing` could write there, tried with an empty file. `ConfigurationError` says why not."""
-    _refuse_irregular(what, check_name(what, path))
+    _check_name(what, path)
+    _refuse_irregular(what, path)
     directory, name = _split(path)
     try:
         at = _open_directory(directory)
@@ -68,7 +66,7 @@ def check_new_file(what: str, path: str) -> None:
 
 def check_new_directory(what: str, path: str) -> None:
     """Whether `new_directory` could make this one, tried with an empty one. `ConfigurationError` says why not."""
-    check_name(what, path)
+    _check_name(what, path)
     if os.path.lexists(path):
         raise ConfigurationError(f"{what} {path}: exists already; name a directory that does not")
     directory, name = _split(path)
@@ -168,6 +166,11 @@ def read_regular(path: str | Path, limit_bytes: int, *, follow: bool = True) -> 
 
 
 # ---- private
+
+
+def _check_name(what: str, path: str) -> None:
+    if reason := explain_bad_name(path):
+        raise ConfigurationError(f"{what}: {reason}")
 
 
 def _split(path: str) -> tuple[str, str]:
