@@ -223,7 +223,7 @@ def _refuse_irregular(what: str, path: str) -> None:
 
 
 def _explain(error: OSError, directory: str) -> str:
-    if error.errno == errno.ENOENT:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.isdir(directory):
         return f"there is no directory {directory}"
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"no right to write into {directory}"
