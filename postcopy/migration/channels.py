@@ -490,8 +490,8 @@ class CallingLink(Link):
 
 
 class Sparing:
-    """For log lines that may come again and again: the first at once, then one after a second, two, four, up to a minute;
-    from the beginning after a minute without."""
+    """For log lines that may come again and again: the first at once, then one after a second, two, four, up to a
+    minute; from the beginning after a minute without."""
 
     def __init__(self) -> None:
         self._next_s = -math.inf
@@ -966,8 +966,8 @@ class Reception:
             return False
 
     async def _see_off(self, stream: trio.SocketStream) -> bool:
-        """Somebody with a newer version, who will come again with ours: nothing of what it said may be lost unread, or
-        the kernel would reset the connection before our answer is seen."""
+        """Waits until the peer hangs up, for as long as a handshake may take. Closed with something unread in it the
+        connection would be reset, and our answer might be lost with it."""
         left = SEE_OFF_BYTES
         while left > 0 and (data := await stream.receive_some(SEE_OFF_BYTES)):
             left -= len(data)
@@ -1013,7 +1013,8 @@ class Reception:
             if reason := find_place():  # somebody was faster
                 self.refused += 1
                 await stream.send_all(encode(Reject(reason), handshake.version))
-                return False
+                await stream.send_eof()
+                return await self._see_off(stream)
             self._waiting += 1
         self._send_link.send_nowait(link)
         self.accepted += 1

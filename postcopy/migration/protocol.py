@@ -516,7 +516,7 @@ def _check_shape(packed: bytes | memoryview) -> None:
         else:
             raise ProtocolError(f"a message is not valid msgpack: unknown tag {tag:#x}")
         if count:
-            if len(due) >= MAX_DEPTH:
+            if len(due) > MAX_DEPTH:
                 raise ProtocolError(f"a message of more than {MAX_DEPTH} levels")
             due.append(count)
     if at != len(packed):
