@@ -76,3 +76,31 @@ def check(result: int, what: str, reason: str = "") -> int:
     if number == errno.ENOMEM:
         raise ResourceError(text, "ask for less memory, or use a host with more")
     raise CoreError(number, what, reason)
+
+
+def out_of_memory() -> ResourceError:
+    """What a MemoryError means to a person."""
+    return ResourceError(
+        "this process has run out of memory", "allow it more (ulimit -v, the control group), or use a host with more"
+    )
+
+
+def is_want_of_memory(error: BaseException | None) -> bool:
+    """Whether a MemoryError is all that it is about, also where that has become another error on its way."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(is_want_of_memory(one) for one in error.exceptions)
+    return error is not None and (isinstance(error, MemoryError) or is_want_of_memory(error.__cause__))
+
+
+def known_error(group: BaseExceptionGroup[BaseException]) -> PostcopyError:
+    """The first error for a person in a group that has no others; raises the group when it has."""
+    known, unknown = group.split(PostcopyError)
+    if unknown is not None and not is_want_of_memory(unknown):
+        raise group
+    if known is None:
+        return out_of_memory()
+    first: BaseException = known
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    assert isinstance(first, PostcopyError)
+    return first

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
 
 from postcopy import report, salvage
-from postcopy._errors import ConfigurationError, MigrationError, PostcopyError
+from postcopy._blocking import run_sync
+from postcopy._errors import ConfigurationError, MigrationError, PostcopyError, known_error, out_of_memory
+from postcopy._files import check_new_file
+from postcopy._writer import Kind
 from postcopy.bitmap import Bitmap
 from postcopy.machines import Check, Machine, MachineOptions, MachineStatistics, create_source
-from postcopy.migration._session import Interrupted, first_error, now_ns
+from postcopy.migration._session import Interrupted, now_ns
 from postcopy.migration.channels import Address, CallingLink, Link, Reception, Route
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.protocol import State
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_SESSIONS = 16  # destinations served at the same time
+MAX_LOST = 16  # destinations of an image that were lost, and that may still come back
 
 
 @contextlib.asynccontextmanager
@@ -51,6 +56,15 @@ async def _reception(reception: Reception, output: Output, side: str) -> AsyncIt
             await reception.close()
 
 
+@dataclass(frozen=True)
+class Origin:
+    """A salvage, or what `merge` has made, that a machine is to be started from; see `salvage.examine`."""
+
+    path: str
+    reclaim: bool = False
+    force: bool = False
+
+
 class SourceCommand:
     """Boots the machine, lets it compute, migrates it; and keeps running it when that fails."""
 
@@ -61,6 +75,7 @@ class SourceCommand:
         options: SourceOptions,
         output: Output,
         *,
+        origin: Origin | None = None,
         listen: Address | None,
         connect: Address | Route | None,
         migrate_after_s: float,
@@ -68,7 +83,9 @@ class SourceCommand:
         keep: bool,
         salvage_to: str | None = None,
     ) -> None:
+        """`origin`: where the machine comes from, in place of `kind` and most of `machine_options`."""
         self._kind = kind
+        self._origin = origin
         self._machine_options = machine_options
         self._options = options
         self._output = output
@@ -80,6 +97,7 @@ class SourceCommand:
         self._salvage_to = salvage_to
         self._go = trio.Event()
         self.machine: Machine | None = None
+        self._restored: salvage.Salvage | None = None
         self._shown: SourceMigration | None = None  # the latest migration
         self._active = 0
         self._stops: dict[SourceMigration, trio.Event] = {}  # of the migrations that are going on
@@ -93,18 +111,17 @@ class SourceCommand:
         if self._salvage_to is not None:
             salvage.check_target(self._salvage_to)
         try:
-            machine = self.machine = create_source(self._kind, self._machine_options)
+            machine = self.machine = await self._make_machine()
             if self._options.release_ram:
                 check_releasable(machine)
             async with contextlib.AsyncExitStack() as stack:
                 done = await self._run(machine, stop, stack)
         except PostcopyError as error:
             self._failure = self._failure or error
+        except MemoryError:
+            self._failure = self._failure or out_of_memory()
         except BaseExceptionGroup as group:
-            known, unknown = group.split(PostcopyError)
-            if unknown is not None or known is None:
-                raise
-            self._failure = self._failure or first_error(known)
+            self._failure = self._failure or known_error(group)
         finally:
             if machine is not None:
                 with trio.CancelScope(shield=True):
@@ -185,9 +202,31 @@ class SourceCommand:
         if done:
             self._output.say(f"source: {result['status']}, down for {result.get('downtime-ms', 0):g} ms")
 
+    async def _make_machine(self) -> Machine:
+        if self._origin is None:
+            return create_source(self._kind, self._machine_options)
+        origin = self._origin
+        found = await run_sync(partial(salvage.examine, origin.path, reclaim=origin.reclaim))
+        if found.doubts and not origin.force:
+            raise ConfigurationError(
+                f"--from {origin.path}: in doubt: {'; '.join(found.doubts)}; --force starts the machine all the same"
+            )
+        for doubt in found.doubts:
+            self._output.say(f"source: in doubt: {doubt}")
+        options = self._machine_options
+        machine = await salvage.restore(found, backing=options.backing or "memfd", disk=options.disk, net=options.net)
+        self._restored = found.salvage
+        return machine
+
     async def _prepare(self, machine: Machine) -> None:
         """From created to computing, ready to be migrated."""
-        await machine.boot()
+        if self._restored is None:
+            await machine.boot()
+        else:
+            await run_sync(salvage.note_start, self._restored)
+            await machine.claim_network()
+            since = " of the switchover" if self._restored.side == salvage.SOURCE else ""
+            self._output.say(f"source: the machine goes on from {self._restored.path}, in the state{since} it was in")
         await machine.resume()
         await machine.wait_ready()
         if machine.live:
@@ -196,11 +235,19 @@ class SourceCommand:
 
     def _vacancy(self, machine: Machine, waiting: int) -> str:
         # A destination of an image that was lost takes nobody's place: it may come back, or has begun anew.
-        lost = 0 if machine.live else sum(migration.state is State.PAUSED for migration in self._stops)
-        busy = self._active - lost + waiting
+        busy = self._active - len(self._lost(machine)) + waiting
         if busy + self._completed >= self._serve:
             return "busy with another destination" if busy else "everything has been served"
-        return "too many destinations at the same time" if self._active + waiting >= MAX_SESSIONS else ""
+        return "too many destinations at the same time" if busy >= MAX_SESSIONS else ""
+
+    def _lost(self, machine: Machine) -> list[SourceMigration]:
+        """Those that nothing depends on any more, and that are waited for all the same; the oldest first."""
+        return [] if machine.live else [one for one in self._stops if one.state is State.PAUSED]
+
+    def _make_room(self, machine: Machine) -> None:
+        """Each of those that were lost keeps a page server: a few are waited for."""
+        for migration in self._lost(machine)[:-MAX_LOST]:
+            self._stops[migration].set()
 
     # ---- connecting
 
@@ -281,6 +328,7 @@ class SourceCommand:
                 while True:
                     link = await reception.next_link()
                     self._active += 1
+                    self._make_room(machine)
                     sessions.start_soon(session, link)
 
             async with trio.open_nursery() as desk:
@@ -353,7 +401,7 @@ class DestinationCommand:
         done = False
         statistics: MachineStatistics | None = None
         if self._dump is not None:
-            _check_dump(self._dump)
+            check_new_file("--dump", self._dump)
         if self._salvage_to is not None:
             salvage.check_target(self._salvage_to)
         try:
@@ -363,6 +411,10 @@ class DestinationCommand:
                     done = await self._run(stop)
                 except PostcopyError as error:
                     self._failure = error
+                except MemoryError:
+                    self._failure = out_of_memory()
+                except BaseExceptionGroup as group:
+                    self._failure = known_error(group)
                 if self._migration is not None and self._migration.machine is not None:
                     statistics = self._migration.machine.statistics()
                 nursery.cancel_scope.cancel()
@@ -416,14 +468,41 @@ class DestinationCommand:
             assert self._listen is not None
             reception = await Reception.open(self._listen, "dest", self._vacancy)
             async with _reception(reception, self._output, "dest"):
-                link = await _first_link(reception, stop)
-                self._taken = True
-                migration = await self._receive(link, stop)
+                migration = await self._take(reception, stop)
         if migration.state is not State.COMPLETED:
-            assert migration.failure is not None
-            raise migration.failure
+            raise migration.failure or MigrationError(f"the migration has ended: {migration.status}")
         assert migration.machine is not None
         return await self._afterwards(migration, migration.machine, stop)
+
+    async def _take(self, reception: Reception, stop: trio.Event) -> DestinationMigration:
+        """The first migration that was decided: one that comes to nothing before is its source's affair, which may come
+        again, or another one. `Interrupted` when `stop` comes before."""
+        while True:
+            link = await self._next_link(reception, stop)
+            migration = await self._receive(link, stop)
+            if migration.state is not State.ABORTED or stop.is_set():
+                return migration
+            self._output.say(f"dest: nothing came of {migration.peer}: {migration.failure}; waiting for the next one")
+            self._migration = None
+            await migration.close()  # before somebody else may have the memory that it had
+            self._taken = False
+
+    async def _next_link(self, reception: Reception, stop: trio.Event) -> Link:
+        """The next control connection, which has the only place from then on."""
+        result: list[Link] = []
+        async with trio.open_nursery() as nursery:
+
+            async def wait() -> None:
+                result.append(await reception.next_link())
+                self._taken = True
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(wait)
+            await stop.wait()
+            nursery.cancel_scope.cancel()
+        if not result:
+            raise Interrupted("interrupted before a machine came")
+        return result[0]
 
     def _vacancy(self, waiting: int) -> str:
         return "busy with another source" if self._taken or waiting else ""
@@ -487,37 +566,56 @@ class DestinationCommand:
 class MergeCommand:
     """Joins salvages, and says exactly what nobody can speak for."""
 
-    def __init__(self, paths: list[str], image: str, output: Output) -> None:
+    def __init__(self, paths: list[str], image: str | None, directory: str | None, output: Output) -> None:
+        """Into an image, or into a directory that a machine can be started from."""
         self._paths = paths
         self._image = image
+        self._directory = directory
         self._output = output
 
     async def run(self, stop: trio.Event) -> bool:
-        """True when no page is in doubt. The image is there in either case. A signal does not interrupt it."""
-        merged = await trio.to_thread.run_sync(salvage.merge, self._paths, self._image)
+        """True when no page is in doubt, and a machine could be started from what was to be one. What was made is there
+        in either case, but not when it was interrupted."""
+        merged = await self._merge(stop)
+        target = self._image if self._image is not None else self._directory
         self._output.emit(
             "result",
             {
                 "image": self._image,
+                "directory": self._directory,
                 "from-dest": merged.from_dest_bytes,
                 "from-source": merged.from_source_bytes,
                 "in-doubt": merged.doubtful_bytes,
                 "ranges-in-doubt": merged.doubtful,
                 "torn": merged.torn,
+                "state": merged.has_state,
             },
         )
         self._output.say(
-            f"merge: {self._image}: {merged.from_dest_bytes} bytes of the destination,"
+            f"merge: {target}: {merged.from_dest_bytes} bytes of the destination,"
             f" {merged.from_source_bytes} of the source, {merged.doubtful_bytes} in doubt"
         )
         for item in merged.doubtful:
             self._output.say(
                 f"merge: in doubt: block {item['block']}, pages {item['first-page']}"
-                f" to {item['first-page'] + item['pages'] - 1} of {item['page-bytes']} bytes"
+                f" to {item['first-page'] + item['pages'] - 1} of {item['page-bytes']} bytes",
+                Kind.LOG,  # ten thousand of them, all in the result
             )
         if merged.torn:
             self._output.say("merge: the destination's machine ran on while it was salvaged: its pages may be torn")
-        return not merged.doubtful_bytes and not merged.torn
+        startable = merged.has_state or self._directory is None
+        if not startable:
+            self._output.say("merge: there is no state of the machine's devices: it cannot be started from there")
+        return not merged.doubtful_bytes and not merged.torn and startable
+
+    async def _merge(self, stop: trio.Event) -> salvage.Merged:
+        """`Interrupted` by `stop`: nothing is left of it then."""
+
+        def give_up() -> None:
+            if stop.is_set():
+                raise Interrupted("interrupted; nothing was written")
+
+        return await run_sync(partial(salvage.merge, self._paths, self._image, self._directory, give_up=give_up))
 
 
 async def _salvage(
@@ -531,35 +629,10 @@ async def _salvage(
     except PostcopyError as error:
         log.error("%s", error)
         return
+    except MemoryError:
+        log.error("salvage to %s: %s", path, out_of_memory())
+        return
     output.say(
         f"{side}: what is here is in {path}"
         + ("" if paused else "; the machine could not be paused while it was written")
     )
-
-
-def _check_dump(path: str) -> None:
-    """Whether a dump can be written there: a mistyped path must not be found out when the machine is here already."""
-    directory = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path):
-        raise ConfigurationError(f"--dump {path}: that is a directory")
-    if not os.path.isdir(directory):
-        raise ConfigurationError(f"--dump {path}: there is no directory {directory}")
-    if not os.access(directory, os.W_OK):
-        raise ConfigurationError(f"--dump {path}: no right to write into {directory}")
-
-
-async def _first_link(reception: Reception, stop: trio.Event) -> Link:
-    """The first control connection. `Interrupted` when `stop` comes before."""
-    result: list[Link] = []
-    async with trio.open_nursery() as nursery:
-
-        async def wait() -> None:
-            result.append(await reception.next_link())
-            nursery.cancel_scope.cancel()
-
-        nursery.start_soon(wait)
-        await stop.wait()
-        nursery.cancel_scope.cancel()
-    if not result:
-        raise Interrupted("interrupted before a source came")
-    return result[0]

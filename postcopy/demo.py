@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from postcopy._child import python
 from postcopy._errors import ConfigurationError, MigrationError, PostcopyError
 from postcopy.machines import explain_no_kvm
 from postcopy.memory import format_size
@@ -71,7 +72,7 @@ class _Child:
         self._news = trio.Event()  # replaced by each line
 
     async def run(self, output: Output) -> None:
-        command = [sys.executable, "-m", "postcopy", *self.arguments]
+        command = python("-m", "postcopy", *self.arguments)
         if self.host is not None:
             command = self.host.command(*command)
         try:
