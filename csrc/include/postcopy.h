@@ -314,6 +314,17 @@ struct pc_pager_stats {
     uint64_t frames_refused;                 /* bad frames: each ended its channel */
 };
 int pc_pager_new(struct pc_pager **pager);
+/* What a pager has counted, where it outlives the pager: made and read by one process, counted by the pagers of another one, one
+ * after the other. Reading takes no lock; pages and bytes of the blocks are 0 in these statistics. */
+struct pc_metrics;
+int pc_metrics_new(struct pc_metrics **metrics);
+void pc_metrics_free(struct pc_metrics *metrics);
+int pc_metrics_fd(struct pc_metrics *metrics); /* a memfd, for pc_pager_new_with_metrics; stays the metrics' */
+int pc_metrics_stats(struct pc_metrics *metrics, struct pc_pager_stats *stats);
+int pc_metrics_latency(struct pc_metrics *metrics, int stage, struct pc_histogram *histogram);
+int pc_metrics_blocktime(struct pc_metrics *metrics, uint64_t *blocktime_ns, uint32_t slots);
+/* A pager that counts there. The descriptor stays the caller's. */
+int pc_pager_new_with_metrics(int metrics_fd, struct pc_pager **pager);
 /* Adds the next RAM block (index returned). The memory stays the caller's and must outlive the pager. */
 int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory);
 /* The same with states that outlive this pager: what they say is known is not missing. memory->base may be an address of
