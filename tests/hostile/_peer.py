@@ -21,11 +21,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.hostile import _wire as wire
+from tests.hostile._program import Control, Program, verify
 from tests.hostile._wire import Fields, Frame
 
 Address = tuple[str, int]
 TIMEOUT_S = 30.0
 PAGE = 4096
+PUSH_BYTES = 1 << 20
 HEARTBEAT_S = 0.5
 
 
@@ -238,7 +240,7 @@ class Machine:
 
 
 class Source:
-    """A source that connects."""
+    """A source that connects, or that a destination has connected to (`Listener.source`)."""
 
     def __init__(
         self, address: Address, machine: Machine, version: int, *, bulk_channels: int = 1, placed_every_ms: int = 0
@@ -253,9 +255,12 @@ class Source:
         self.control: ControlLine
         self.urgent: list[Line] = []
         self.bulk: list[Line] = []
-        self.served = 0
+        self.delay_s = 0.0  # of each answer
+        self.listener: Listener | None = None
 
     def connect(self) -> Source:
+        if self.listener is not None:
+            return self  # it was connected to
         line = Line.open(self.address, self.version)
         line.greet("control", "source")
         self.control = ControlLine(line)
@@ -290,10 +295,10 @@ class Source:
         self.bulk = [self.channel("bulk", number) for number in range(self.bulk_channels)]
 
     def channel(self, kind: str, index: int) -> Line:
+        if self.listener is not None:
+            return self.listener.channel(kind, index)
         line = Line.open(self.address, self.version)
-        line.greet(
-            kind, "source", index=index, migration=self.migration, epoch=self.epoch, token=self.token
-        )
+        line.greet(kind, "source", index=index, migration=self.migration, epoch=self.epoch, token=self.token)
         return line
 
     def switch(self) -> Source:
@@ -332,23 +337,31 @@ class Source:
         with contextlib.suppress(Closed, OSError):
             while True:
                 asked = line.take_frame()
+                time.sleep(self.delay_s)
                 for page in range(asked.first_page, asked.first_page + asked.pages):
                     content = self.machine.page(asked.block, page)
                     line.send(Frame(
                         wire.PAGES, asked.block, page, 1, asked.request_id, content, wire.ANSWERS
                     ).pack())  # fmt: skip
-                    self.served += 1
 
     def push_all(self) -> None:
         """By the first bulk channel, then `end` by all of them."""
         for page_map in self.machine.maps:
-            block, first = page_map["block"], page_map["first-page"]
-            for number, present in enumerate(wire.decode_runs(page_map["runs"], page_map["pages"])):
-                if present:
-                    content = self.machine.page(block, first + number)
-                    self.bulk[0].send(Frame(wire.PAGES, block, first + number, 1, 0, content).pack())
+            self._push(page_map["block"], page_map["first-page"], page_map)
         for line in self.bulk:
             line.send(Frame(wire.END, 0, 0, 0).pack())
+
+    def _push(self, block: int, first: int, page_map: Fields) -> None:
+        most = PUSH_BYTES // self.machine.page_bytes[block]
+        run: list[int] = []
+        for number, present in enumerate([*wire.decode_runs(page_map["runs"], page_map["pages"]), False], first):
+            if present and len(run) < most:
+                run.append(number)
+                continue
+            if run:
+                content = b"".join(self.machine.page(block, page) for page in run)
+                self.bulk[0].send(Frame(wire.PAGES, block, run[0], len(run), 0, content).pack())
+            run = [number] if present else []
 
     def finish(self) -> Fields:
         """The rest of a migration that is past `running`."""
@@ -361,6 +374,9 @@ class Source:
 
     def come_back(self) -> Source:
         """A connection in a new epoch, instead of the old one, after which the destination tells what it has."""
+        if self.listener is not None:
+            self.control = ControlLine(self.listener.control())
+            return self
         self.epoch += 1
         line = Line.open(self.address, self.version)
         line.greet("control", "source", migration=self.migration, epoch=self.epoch, token=self.token)
@@ -473,6 +489,37 @@ class Destination:
         self.control.hear("complete-ack")
         return self.machine
 
+    def come_back(self, address: Address, version: int) -> Destination:
+        """A connection in a new epoch, to a source that listens."""
+        self.epoch += 1
+        line = Line.open(address, version)
+        line.greet("control", "dest", migration=self.migration, epoch=self.epoch, token=self.token)
+        self.control = ControlLine(line)
+        return self
+
+    def taken_back(self, line: Line) -> Destination:
+        """The source has connected again, by this line (`Listener.control`)."""
+        self.control = ControlLine(line)
+        return self
+
+    def say_what_is_here(self, *, resume_ns: int = 1, damage: int = 0) -> Destination:
+        """Nothing: every page is still to come. `damage`: to the digest."""
+        digest = 0
+        for number, block in enumerate(self.machine.blocks):
+            pages = block["size-bytes"] // self.machine.page_bytes[number]
+            digest = wire.crc32c(bytes(-(-pages // 64) * 8), digest)
+            self.control.say("received-map", block=number, first_page=0, pages=pages, runs=b"")
+        self.control.say(
+            "recover", resume_ns=resume_ns, maps=len(self.machine.blocks), digest=digest ^ damage
+        )
+        return self
+
+    def recovered(self) -> Destination:
+        self.control.hear("recovered")
+        self.urgent = [self._open("urgent", number) for number in range(self.shards)]
+        self.bulk = [self._open("bulk", number) for number in range(self.bulk_channels)]
+        return self
+
     def request(self, block: int, page: int, request_id: int = 1) -> Frame:
         self.urgent[0].send(Frame(wire.REQUEST, block, page, 1, request_id).pack())
         return self.urgent[0].take_frame()
@@ -526,18 +573,54 @@ class Listener:
         line.say("welcome")
         return line
 
-    def destination(self) -> Destination:
-        """Takes the next source in."""
+    def control(self) -> Line:
         line, fields = self.hello()
         assert fields["channel"] == "control", fields
         line.say("welcome")
-        return Destination(line, self.channel)
+        return line
+
+    def destination(self) -> Destination:
+        """Takes the next source in."""
+        return Destination(self.control(), self.channel)
+
+    def source(self, machine: Machine) -> Source:
+        """Takes the next destination in, to which it is this source."""
+        source = Source(self.address, machine, self.version)
+        source.control = ControlLine(self.control())
+        source.listener = self
+        return source
 
     def __enter__(self) -> Listener:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._socket.close()
+
+
+class Neighbour:
+    """A machine that moves to a daemon meanwhile, slowly, until it is let go. It has nothing to do with the attack, and
+    must not notice it."""
+
+    def __init__(self, daemon: Program, control: Control, machine: Machine, version: int) -> None:
+        self._control = control
+        before = control.machines().keys()
+        self.source = Source(daemon.address, machine, version).until("running")
+        self.source.delay_s = 0.2
+        self.source.serve()
+        (self.name,) = control.machines().keys() - before
+
+    def finish(self, start: Callable[..., Program] | None = None) -> None:
+        """Its connection has held, all of it comes now; `start`: and all of its memory is verified."""
+        self.source.delay_s = 0
+        self.source.push_all()
+        self.source.control.hear("complete")
+        self.source.control.say("complete-ack", stats={})
+        migration = self._control.wait_status(self.name, "completed")
+        assert migration["recoveries"]["count"] == 0, "the neighbour's connection was lost"
+        guest = self._control.machines()[self.name]["guest"]
+        assert (guest["state"], guest["failures"]) == ("running", 0), guest
+        if start is not None:
+            verify(start, self._control, self.name)
 
 
 def spoken_version(address: Address) -> int:

@@ -33,8 +33,6 @@ ADDRESS_SPACE_BYTES = 16 << 30
 """No process here may take the machine with it, whatever it is made to do."""
 
 RV64 = ("--machine", "rv64", "--memory", "16MiB", "--workload", "random", "--working-set", "4MiB")
-SLOW_RV64 = (*RV64, "--max-bandwidth", "64KiB/s")
-"""Past its point of no return for a minute, unless its bandwidth is set free."""
 
 
 def command() -> list[str]:
@@ -288,6 +286,9 @@ class Control:
         returned: Json = answer["return"]
         return returned
 
+    def begin(self, execute: str, **arguments: object) -> Asking:
+        return Asking(self, execute, arguments)
+
     def refused(self, execute: str, **arguments: object) -> str:
         """Why."""
         try:
@@ -313,6 +314,32 @@ class Control:
                 return migration
             assert time.monotonic() < deadline, f"{name} is not {' or '.join(statuses)}: {here}"
             time.sleep(0.02)
+
+
+class Asking(threading.Thread):
+    """A request whose answer is waited for meanwhile."""
+
+    def __init__(self, control: Control, execute: str, arguments: Mapping[str, object]) -> None:
+        super().__init__(daemon=True)
+        self._control = control
+        self._execute = execute
+        self._arguments = arguments
+        self._answer: Json | Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._answer = self._control.ask(self._execute, **self._arguments)  # type: ignore[arg-type]
+        except (OSError, ValueError, AssertionError, Refusal) as error:
+            self._answer = error
+
+    def answer(self, deadline_s: float = DEADLINE_S) -> Json:
+        """`Refusal` where it is an error."""
+        self.join(deadline_s)
+        assert self._answer is not None, f"{self._execute} is not answered in {deadline_s:g} s"
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer
 
 
 class Pulse(threading.Thread):
@@ -350,31 +377,6 @@ class Pulse(threading.Thread):
         assert self.failure is None, f"a client was not answered: {self.failure!r}"
         assert self.answers
         assert self.longest_s < at_most_s, f"a client waited {self.longest_s:.2f} s for its answer"
-
-
-class Neighbour:
-    """A machine that moves to a daemon meanwhile, slowly, until it is let go; then all of it is verified."""
-
-    def __init__(self, start: Callable[..., Program], directory: Path, daemon: Program, control: Control) -> None:
-        self._start = start
-        self._directory = directory
-        self._control = control
-        self._path = directory / "neighbour"
-        self.source = start("source", "--json", "--control", self._path, *SLOW_RV64, "--connect", daemon.where)
-        self.source.wait_status("postcopy-active")
-        self.id = self.source.events("progress")[-1].get("migration")
-        (self.name,) = [
-            name
-            for name, machine in control.machines().items()
-            if (machine.get("migration") or {}).get("status") == "postcopy-active"
-        ]
-
-    def finish(self) -> None:
-        Control(self._path).ask("set", max_bandwidth="none")
-        assert self.source.end() == 0, self.source.tail()
-        migration = self._control.wait_status(self.name, "completed")
-        assert migration["recoveries"]["count"] == 0, "the neighbour's connection was lost"
-        verify(self._start, self._control, self.name)
 
 
 def verify(start: Callable[..., Program], control: Control, name: str) -> None:

@@ -7,6 +7,7 @@ sockets are in `_peer`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import struct
@@ -150,13 +151,18 @@ class Frame:
     flags: int = 0
 
     def pack(self) -> bytes:
-        crc = crc32c(self.payload) if self.payload else 0
+        crc = _crc_of_payload(self.payload) if self.payload else 0
         header = struct.pack(
             "<IBBHQIIIII",
             FRAME_MAGIC, self.type, self.flags, self.block, self.first_page, self.pages, self.request_id,
             len(self.payload), crc, 0,
         )  # fmt: skip
         return header + struct.pack("<I", crc32c(header)) + self.payload
+
+
+@functools.lru_cache(maxsize=256)
+def _crc_of_payload(payload: bytes) -> int:
+    return crc32c(payload)
 
 
 def unpack_frame(header: bytes) -> tuple[Frame, int]:

@@ -16,7 +16,7 @@ import pytest
 
 # --import-mode=importlib makes no packages of test directories: what these share is loaded by its path, under the name by
 # which mypy knows it.
-for _name in ("_wire", "_peer", "_program", "_fuzz"):
+for _name in ("_wire", "_program", "_peer", "_fuzz"):
     _path = Path(__file__).with_name(f"{_name}.py")
     _spec = importlib.util.spec_from_file_location(f"tests.hostile.{_name}", _path)
     assert _spec is not None
@@ -73,6 +73,12 @@ def rv64(version: int) -> _peer.Machine:
         machine = _peer.Destination.connect(source.address, version).until("run").take_all()
         assert source.end() == 0
         return machine
+
+
+@pytest.fixture
+def neighbour(version: int, rv64: _peer.Machine) -> Callable[[_program.Program, _program.Control], _peer.Neighbour]:
+    """``neighbour(daemon, control)``: a machine that is on its way there."""
+    return lambda daemon, control: _peer.Neighbour(daemon, control, rv64, version)
 
 
 @pytest.fixture
