@@ -341,6 +341,7 @@ def status_of(state: State, *, interrupted: bool) -> str:
         State.POSTCOPY: "postcopy-active",
         State.CLOSING: "postcopy-active",
         State.COMPLETED: "completed",
+        State.RECLAIMED: "reclaimed",
         State.PAUSED: "postcopy-paused",
         State.IN_DOUBT: "postcopy-paused",
         State.RECOVER: "postcopy-recover",

@@ -9,13 +9,22 @@ handshake may have been read, so the handshake is read with exactly as many byte
 **Coming back.** A migration that has lost its connection is a *membership* that goes on: whoever knows its id and token
 and brings a higher epoch than anybody before gets its place, even while this side still believes in the old connection,
 which may be half open. The side that had called calls again, at first several times a second, and at another address
-when it is told one (`Route`); the side that listens does not look at where somebody calls from.
+when it is told one (`Route`); the side that listens does not look at where somebody calls from. What counts is not that
+a connection came about but that the migration *went on* over it: who connects and then fails waits longer each time,
+and is let in less often by the side that listens.
+
+**Who is believed.** Ids are no secret (they are in logs), tokens are. A hello proves that it knows the token of the
+migration that it names, and an id that is in use is nobody else's. A refusal proves it too, or decides nothing: whoever
+answers at the peer's address may be anybody. What the real peer proves is that the migration is over on its side, and
+how: each host remembers those that have ended with it (`Endings`) and tells those who come back later; the side that
+calls can call once more only to say that (`Membership.announce`).
 
 **Strangers.** A listening port will be found by port scanners, browsers and the wrong version of ourselves. Until a
-peer has said a proper hello it gets `HANDSHAKE_TIMEOUT_S` and 64 KiB; at most `MAX_HALF_OPEN` may be in that state,
+peer has said a proper hello it gets `HANDSHAKE_TIMEOUT_S` and 16 KiB; at most `MAX_HALF_OPEN` may be in that state,
 and one more costs the *oldest* its place, since an honest peer needs one round trip only. Whatever it does, the
-listener goes on. A data connection must name a migration that is going on and its token, which only went over that
-migration's control connection.
+listener goes on. A source that calls is in that state until its offer is there (`OFFER_TIMEOUT_S`): a hello alone is
+no migration, and takes nobody's place. A data connection must know the token of a migration that is going on, which
+only went over that migration's control connection.
 
 Resource handling: a stream belongs to whoever got it last; what a `Door` has collected when it closes unused, it
 closes.
@@ -28,6 +37,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import enum
 import errno
 import ipaddress
 import logging
@@ -35,6 +45,7 @@ import math
 import os
 import random
 import socket
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -43,28 +54,41 @@ import trio
 from postcopy._errors import ConfigurationError, PeerError, ProtocolError, ResourceError
 from postcopy._fd import FdHolder
 from postcopy.migration.protocol import (
+    HEADER_BYTES,
     NO_SUCH_MIGRATION,
+    PROTOCOL_VERSION,
     ClientHandshake,
+    Ended,
+    EndedElsewhere,
     Hello,
+    Offer,
+    OlderPeerError,
     RefusedError,
+    Reject,
     ServerHandshake,
+    encode,
     one_line,
-    same_secret,
 )
 
 HANDSHAKE_TIMEOUT_S = 10.0
 CHANNELS_TIMEOUT_S = 30.0
+OFFER_TIMEOUT_S = 10.0
 MAX_HALF_OPEN = 64
+MAX_WAITING = 16  # control connections that nobody has taken yet
 ACCEPT_PAUSE_S = 0.1
 RECONNECT_FIRST_S, RECONNECT_CAP_S = 0.02, 0.2
 """Pauses between attempts to come back: doubled from the first to the cap, each cut at random to half or more, so that
 the first page after a short cut comes within a fraction of a second."""
 RECONNECT_PATIENT_AFTER_S, RECONNECT_PATIENT_CAP_S = 60.0, 2.0
 """A network that has been away for so long is asked less often."""
+FREE_RETURNS = 8
+"""How often a peer may come back without going on before the side that listens lets it in less often."""
 RECONNECT_ATTEMPT_S = 1.0
 """An attempt that is not answered is begun anew: the network may have come back just after the kernel asked."""
+SEE_OFF_BYTES = 64 * 1024
 _NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
+MAX_ENDINGS = 1024
 WRONG_TOKEN = "wrong token"
 HELD = "paused by the operator"
 
@@ -150,7 +174,6 @@ class Route:
     def __init__(self, address: Address, look_up: Callable[[], Address] | None = None) -> None:
         """`look_up` says where the peer is now, or raises `ConfigurationError`."""
         self.address = address
-        self.proven = False  # somebody there has known the migration
         self._named = address  # as the user has written it; `address` may be what that resolved to
         self._look_up = look_up
         self._changed = trio.Event()
@@ -161,7 +184,6 @@ class Route:
         if address != self.address:
             log.warning("the peer is now looked for at %s", address)
             self.address = address
-            self.proven = False
         self.wake()
 
     def wake(self) -> None:
@@ -187,7 +209,6 @@ class Route:
         Unless another one was named while it was asked."""
         if asked == self.address:
             self.address = address
-            self.proven = True
 
     async def pause(self, seconds: float) -> bool:
         """Sleeps, but not longer than the address stays the same. True when it has changed."""
@@ -209,32 +230,51 @@ def address_of(stream: trio.SocketStream) -> Address:
 # ---- The connecting side
 
 
-async def connect(address: Address, hello: Hello, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> trio.SocketStream:
-    """A connection on which the peer has said welcome. Every address that a host name has is tried.
+async def connect(
+    address: Address,
+    hello: Hello,
+    timeout_s: float = HANDSHAKE_TIMEOUT_S,
+    *,
+    token: bytes = b"",
+    version: int = PROTOCOL_VERSION,
+) -> tuple[trio.SocketStream, int]:
+    """A connection on which the peer has said welcome, and the version that is spoken there: an older one than
+    `version` where the peer has no newer one. `token` is that of the migration that the hello names. Every address that
+    a host name has is tried.
 
     Bounded by `timeout_s` for the connection and again for the handshake. Cancellable. Errors: `PeerError`,
     `ProtocolError`.
     """
-    try:
-        with trio.fail_after(timeout_s):
-            stream = await trio.open_tcp_stream(address.host, address.port)
-    except trio.TooSlowError:
-        raise PeerError(f"{address}: no answer within {timeout_s:g} s") from None
-    except socket.gaierror as error:
-        raise PeerError(f"{address}: the name {address.host!r} cannot be resolved ({error.strerror})") from error
-    except (OSError, UnicodeError, ValueError) as error:  # ValueError: a name that IDNA cannot encode
-        raise PeerError(f"{address}: {_connect_reason(error)}") from error
-    try:
-        return await client_handshake(stream, hello, timeout_s)
-    except RefusedError as error:
-        raise RefusedError(f"{address}: {error}", error.reason) from error
-    except (PeerError, ProtocolError) as error:
-        raise type(error)(f"{address}: {error}") from error
+    while True:
+        try:
+            with trio.fail_after(timeout_s):
+                stream = await trio.open_tcp_stream(address.host, address.port)
+        except trio.TooSlowError:
+            raise PeerError(f"{address}: no answer within {timeout_s:g} s") from None
+        except socket.gaierror as error:
+            raise PeerError(f"{address}: the name {address.host!r} cannot be resolved ({error.strerror})") from error
+        except (OSError, UnicodeError, ValueError) as error:  # ValueError: a name that IDNA cannot encode
+            raise PeerError(f"{address}: {_connect_reason(error)}") from error
+        try:
+            return await client_handshake(stream, hello, timeout_s, token=token, version=version), version
+        except OlderPeerError as older:
+            version = older.version  # lower each time
+        except RefusedError as error:
+            raise RefusedError(f"{address}: {error}", error.reason, error.code, error.proven) from error
+        except (PeerError, ProtocolError) as error:
+            raise type(error)(f"{address}: {error}") from error
 
 
-async def client_handshake(stream: trio.SocketStream, hello: Hello, timeout_s: float) -> trio.SocketStream:
+async def client_handshake(
+    stream: trio.SocketStream,
+    hello: Hello,
+    timeout_s: float,
+    *,
+    token: bytes = b"",
+    version: int = PROTOCOL_VERSION,
+) -> trio.SocketStream:
     """Says hello and waits for the welcome. Closes the stream unless it succeeds."""
-    handshake = ClientHandshake(hello)
+    handshake = ClientHandshake(hello, token, version)
     try:
         with trio.fail_after(timeout_s):
             await stream.send_all(handshake.send_hello())
@@ -287,15 +327,40 @@ class Session:
     epoch: int
 
 
+class Endings:
+    """How the migrations have ended that were here: for peers that come back later and do not know it. The last
+    `MAX_ENDINGS` of them; one for a process. Trio thread only."""
+
+    def __init__(self, limit: int = MAX_ENDINGS) -> None:
+        self._limit = limit
+        self._ended: OrderedDict[bytes, tuple[bytes, Ended]] = OrderedDict()
+
+    def remember(self, session: Session, how: Ended) -> None:
+        self._ended[session.migration] = (session.token, how)
+        self._ended.move_to_end(session.migration)
+        while len(self._ended) > self._limit:
+            self._ended.popitem(last=False)
+
+    def find(self, migration: bytes) -> tuple[bytes, Ended] | None:
+        """Its token, and how it has ended; None for one that is not known."""
+        return self._ended.get(migration)
+
+
 def keep_alive(fd: FdHolder, silence_s: float) -> FdHolder:
     """Lets the kernel end a data connection that has been dead for `silence_s`, idle or not (tcp(7)); passes it on."""
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd.fd)) as handle:
+    handle = socket.socket(fileno=fd.fd)
+    try:
         seconds = max(1, math.ceil(silence_s / 3))
         handle.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, seconds)
         handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, seconds)
         handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
         handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(silence_s * 1000))
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOPROTOOPT):  # of a socket that is no TCP connection
+            raise
+    finally:
+        handle.detach()  # the descriptor stays its holder's
     return fd
 
 
@@ -309,6 +374,20 @@ class Membership(abc.ABC):
     def __init__(self) -> None:
         self._held = False
         self._changed = trio.Event()
+
+    def went_on(self) -> None:  # noqa: B027  (there may be nothing to do)
+        """The migration goes on over the connection that `next_link` gave: the next loss is a new one, and is not made
+        to wait for what failed before. To be said when a recovery has succeeded."""
+
+    def ended(self, how: Ended) -> None:  # noqa: B027  (only who is asked has to remember it)
+        """The migration is over here: whoever comes back for it, now or later, is told how. To be said before the
+        membership ends."""
+
+    async def announce(self, how: Ended) -> None:
+        """Tells the peer that it is over here, where it would not come and ask: on the side that calls. Tries as long
+        as it takes; returns when the peer has heard it or has ended it itself, and at once on the side that listens,
+        which is asked. After `ended`. Cancellable."""
+        await trio.lowlevel.checkpoint()
 
     def is_held(self) -> bool:
         return self._held
@@ -330,7 +409,8 @@ class Membership(abc.ABC):
     @abc.abstractmethod
     async def next_link(self) -> tuple[Link, Session]:
         """The next connection with the same peer, and the session with its epoch. Waits as long as it takes;
-        cancellable. `RefusedError` when the peer is there and knows nothing of this migration (any more)."""
+        cancellable. `EndedElsewhere` when the peer has proven to be there and to have ended it; a refusal that proves
+        nothing is no reason to end the wait."""
 
     @abc.abstractmethod
     async def superseded(self) -> None:
@@ -349,9 +429,11 @@ class Door(abc.ABC):
 class Link(abc.ABC):
     """A control connection that has been welcomed, and the way to more connections with the same peer."""
 
-    def __init__(self, control: trio.SocketStream, peer: Address) -> None:
+    def __init__(self, control: trio.SocketStream, peer: Address, version: int = PROTOCOL_VERSION) -> None:
+        """`version` of the protocol is what is spoken on it, and on all that belong to it."""
         self.control = control
         self.peer = peer
+        self.version = version
 
     def reconnect_to(self, address: Address) -> None:
         """When the connection is lost (or has been), the peer is looked for there. `ConfigurationError` on the side
@@ -360,11 +442,12 @@ class Link(abc.ABC):
 
     @abc.abstractmethod
     def door(self, session: Session) -> contextlib.AbstractContextManager[Door]:
-        """Lets data channels of `session` come in as long as the block lasts."""
+        """Lets data channels of `session` come in as long as the block lasts. `PeerError` for an id that is in use."""
 
     @abc.abstractmethod
     def membership(self, session: Session) -> contextlib.AbstractContextManager[Membership]:
-        """Keeps the way open for the peer, or to it, as long as the block lasts."""
+        """Keeps the way open for the peer, or to it, as long as the block lasts. `PeerError` for the id of a migration
+        that is going on here, or was."""
 
 
 def _keys(shards: int, bulk_channels: int) -> list[ChannelKey]:
@@ -374,9 +457,9 @@ def _keys(shards: int, bulk_channels: int) -> list[ChannelKey]:
 class CallingLink(Link):
     """We have connected, so we open the data channels too."""
 
-    def __init__(self, control: trio.SocketStream, route: Route, asked: Address, side: str) -> None:
+    def __init__(self, control: trio.SocketStream, route: Route, asked: Address, side: str, version: int) -> None:
         """`asked`: the address of the route that has answered."""
-        super().__init__(control, address_of(control))
+        super().__init__(control, address_of(control), version)
         self._route = route
         self._side = side
         route.answered(asked, self.peer)
@@ -386,9 +469,9 @@ class CallingLink(Link):
         """Connects to a listening peer. `side` is what we are: ``source`` or ``dest``."""
         route = where if isinstance(where, Route) else Route(where)
         asked = route.address
-        stream = await connect(asked, Hello("control", side, 0, b"", 0, b""))
+        stream, version = await connect(asked, Hello("control", side, 0, b"", 0))
         try:
-            return cls(stream, route, asked, side)
+            return cls(stream, route, asked, side, version)
         except PeerError:
             await trio.aclose_forcefully(stream)
             raise
@@ -398,60 +481,109 @@ class CallingLink(Link):
 
     @contextlib.contextmanager
     def door(self, session: Session) -> Iterator[Door]:
-        yield _CallingDoor(self.peer, self._side, session)
+        yield _CallingDoor(self.peer, self._side, session, self.version)
 
     @contextlib.contextmanager
     def membership(self, session: Session) -> Iterator[Membership]:
-        yield _CallingMembership(self._route, self._side, session)
+        yield _CallingMembership(self._route, self._side, session, self.version)
+
+
+class Sparing:
+    """For log lines that may come again and again: the first at once, then one after a second, two, four, up to a minute;
+    from the beginning after a minute without."""
+
+    def __init__(self) -> None:
+        self._next_s = -math.inf
+        self._pause_s = 0.0
+
+    def due(self) -> bool:
+        now_s = trio.current_time()
+        if now_s < self._next_s:
+            return False
+        self._pause_s = 1.0 if now_s > self._next_s + 60 else min(2 * self._pause_s, 60.0)
+        self._next_s = now_s + self._pause_s
+        return True
 
 
 class _CallingMembership(Membership):
-    def __init__(self, route: Route, side: str, session: Session) -> None:
+    def __init__(self, route: Route, side: str, session: Session, version: int) -> None:
         super().__init__()
         self._route = route
         self._side = side
         self._session = session
+        self._version = version
+        self.went_on()
+
+    def went_on(self) -> None:
+        self._pause_s = 0.0  # before the next attempt
+        self._lost_s = math.inf  # when the search began
+        self._spare = Sparing()
 
     def let_go(self) -> None:
         super().let_go()
         self._route.wake()
 
     async def next_link(self) -> tuple[Link, Session]:
-        began_s = trio.current_time()
-        pause_s = RECONNECT_FIRST_S
-        said = ""
         self._route.refresh()
         while True:
-            while self.is_held():
-                await self._changed.wait()
-            # Each attempt has an epoch of its own: one that was lost on its way must not be taken for the next one.
-            session = self._session = replace(self._session, epoch=self._session.epoch + 1)
-            hello = Hello("control", self._side, 0, session.migration, session.epoch, session.token)
-            try:
-                asked = self._route.address
-                stream = await connect(asked, hello, RECONNECT_ATTEMPT_S)
+            await self._pause()
+            found = await self._attempt()
+            if found is not None:
+                stream, asked, session = found
                 try:
-                    if not self.is_held():
-                        return CallingLink(stream, self._route, asked, self._side), session
-                except BaseException:
-                    await trio.aclose_forcefully(stream)
-                    raise
-                await trio.aclose_forcefully(stream)
-            except (PeerError, ProtocolError) as error:
-                if isinstance(error, RefusedError) and error.reason in (NO_SUCH_MIGRATION, WRONG_TOKEN):
-                    # Of the host that we had been with this is an answer. At a new address it may be anybody's.
-                    if self._route.proven:
-                        raise
-                    if str(error) != said:
-                        log.warning("%s; is that the right address?", error)
-                elif str(error) != said:
-                    log.info("not connected again yet: %s", error)
-                said = str(error)
-            if await self._route.pause(pause_s * random.uniform(0.5, 1)):
-                began_s, pause_s = trio.current_time(), RECONNECT_FIRST_S
-                continue
-            patient = trio.current_time() - began_s > RECONNECT_PATIENT_AFTER_S
-            pause_s = min(2 * pause_s, RECONNECT_PATIENT_CAP_S if patient else RECONNECT_CAP_S)
+                    link = CallingLink(stream, self._route, asked, self._side, self._version)
+                except PeerError:
+                    stream.socket.close()
+                    continue
+                # Whether that was a success is not known yet: see `went_on`.
+                self._pause_s = min(max(2 * self._pause_s, RECONNECT_FIRST_S), RECONNECT_PATIENT_CAP_S)
+                return link, session
+
+    async def announce(self, how: Ended) -> None:
+        if self._version < 3:
+            return  # it could not be understood
+        with contextlib.suppress(EndedElsewhere):
+            while True:
+                await self._pause()
+                if (found := await self._attempt(how)) is not None:
+                    found[0].socket.close()
+                    return
+
+    async def _pause(self) -> None:
+        """Until the next attempt is due."""
+        now_s = trio.current_time()
+        self._lost_s = min(self._lost_s, now_s)
+        if self._pause_s and await self._route.pause(self._pause_s * random.uniform(0.5, 1)):
+            self.went_on()
+            self._lost_s = trio.current_time()
+        while self.is_held():
+            await self._changed.wait()
+
+    async def _attempt(self, how: Ended | None = None) -> tuple[trio.SocketStream, Address, Session] | None:
+        """One call, and the pause that follows it when nobody has answered. `EndedElsewhere`."""
+        # Each attempt has an epoch of its own: one that was lost on its way must not be taken for the next one.
+        session = self._session = replace(self._session, epoch=self._session.epoch + 1)
+        hello = Hello("control", self._side, 0, session.migration, session.epoch, how or "")
+        asked = self._route.address
+        try:
+            stream, version = await connect(
+                asked, hello, RECONNECT_ATTEMPT_S, token=session.token, version=self._version
+            )
+            if version == self._version and (not self.is_held() or how is not None):
+                return stream, asked, session
+            stream.socket.close()
+        except (PeerError, ProtocolError) as error:
+            if isinstance(error, RefusedError) and error.ended is not None:
+                raise EndedElsewhere(error.ended, str(error)) from error
+            # Anybody may answer there: whatever else is said decides nothing.
+            if self._spare.due():
+                answered = isinstance(error, RefusedError) and error.reason != HELD
+                level = logging.WARNING if answered else logging.INFO
+                log.log(level, "not connected again yet: %s%s", error, "; is that the right address?" * answered)
+        patient = trio.current_time() - self._lost_s > RECONNECT_PATIENT_AFTER_S
+        cap_s = RECONNECT_PATIENT_CAP_S if patient else max(RECONNECT_CAP_S, self._pause_s)
+        self._pause_s = min(max(2 * self._pause_s, RECONNECT_FIRST_S), cap_s)
+        return None
 
     async def superseded(self) -> None:
         while not self.is_held():  # nobody but this side connects
@@ -460,10 +592,11 @@ class _CallingMembership(Membership):
 
 
 class _CallingDoor(Door):
-    def __init__(self, peer: Address, side: str, session: Session) -> None:
+    def __init__(self, peer: Address, side: str, session: Session, version: int) -> None:
         self._peer = peer
         self._side = side
         self._session = session
+        self._version = version
 
     async def channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
         opened: dict[ChannelKey, FdHolder] = {}
@@ -471,8 +604,11 @@ class _CallingDoor(Door):
         try:
             with trio.fail_after(CHANNELS_TIMEOUT_S):
                 for kind, index in _keys(shards, bulk_channels):
-                    hello = Hello(kind, self._side, index, session.migration, session.epoch, session.token)
-                    opened[kind, index] = detach(await connect(self._peer, hello))
+                    hello = Hello(kind, self._side, index, session.migration, session.epoch)
+                    stream, version = await connect(self._peer, hello, token=session.token, version=self._version)
+                    opened[kind, index] = detach(stream)
+                    if version != self._version:
+                        raise ProtocolError(f"{self._peer}: speaks version {version} on a data channel only")
         except BaseException as error:
             for fd in opened.values():
                 fd.close()
@@ -485,29 +621,48 @@ class _CallingDoor(Door):
 # ---- The listening side
 
 
+class Code(enum.StrEnum):
+    """What a refusal is about, for programs. Beside these there are those of `Ended`, when they are proven."""
+
+    SAME_SIDE = "same-side"
+    BUSY = "busy"
+    UNKNOWN = "unknown"
+    WRONG_TOKEN = "wrong-token"
+    STALE_EPOCH = "stale-epoch"
+    NO_CHANNEL = "no-channel"
+    HELD = "held"
+    TOO_OFTEN = "too-often"
+    MALFORMED = "malformed"
+
+
 class Refusal(Exception):
-    """Why a hello is not welcome; the peer is told."""
+    """Why a hello is not welcome; the peer is told. With `token` it is proven to come from the peer."""
+
+    def __init__(self, reason: str, code: Code | Ended, token: bytes = b"") -> None:
+        super().__init__(reason)
+        self.code = code
+        self.token = token
 
 
 class _ListeningDoor(Door):
-    def __init__(self, session: Session, peer: Address) -> None:
+    def __init__(self, session: Session, peer: Address, version: int) -> None:
         self.session = session
+        self._version = version
         self._peer = peer
         self._wanted: set[ChannelKey] | None = None  # unknown until the destination has said how many shards it has
         self._reserved: set[ChannelKey] = set()
         self._arrived: dict[ChannelKey, FdHolder] = {}
         self._changed = trio.Event()
 
-    def reserve(self, hello: Hello) -> ChannelKey:
-        if not same_secret(self.session.token, hello.token):
-            raise Refusal(WRONG_TOKEN)
+    def reserve(self, hello: Hello, version: int) -> ChannelKey:
+        _check_token(self.session, self._version, hello, version)
         if hello.epoch != self.session.epoch:
-            raise Refusal(f"stale epoch {hello.epoch}, this is {self.session.epoch}")
+            raise Refusal(f"stale epoch {hello.epoch}, this is {self.session.epoch}", Code.STALE_EPOCH)
         key = (hello.channel, hello.index)
         if self._wanted is not None and key not in self._wanted:
-            raise Refusal(f"this migration has no {hello.channel} channel {hello.index}")
+            raise Refusal(f"this migration has no {hello.channel} channel {hello.index}", Code.NO_CHANNEL)
         if key in self._reserved:
-            raise Refusal(f"{hello.channel} channel {hello.index} is connected already")
+            raise Refusal(f"{hello.channel} channel {hello.index} is connected already", Code.NO_CHANNEL)
         self._reserved.add(key)
         return key
 
@@ -539,26 +694,57 @@ class _ListeningDoor(Door):
         self._arrived.clear()
 
 
+def _check_token(session: Session, spoken: int, hello: Hello, version: int) -> None:
+    """`spoken`: the version of the migration, which its peer does not change."""
+    if version != spoken or not hello.is_signed(session.token, version):
+        raise Refusal(WRONG_TOKEN, Code.WRONG_TOKEN)
+
+
 class _ListeningMembership(Membership):
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, version: int, endings: Endings) -> None:
         super().__init__()
         self.session = session
+        self._version = version
+        self._endings = endings
         self._links: list[tuple[Link, Session]] = []
+        self._ended: Ended | None = None  # as the peer has come to say
+        self._returns = 0  # since it went on
+        self._next_s = -math.inf  # from when on it may come again
 
-    def reserve(self, hello: Hello) -> None:
+    def went_on(self) -> None:
+        self._returns, self._next_s = 0, -math.inf
+
+    def ended(self, how: Ended) -> None:
+        self._endings.remember(self.session, how)
+
+    def reserve(self, hello: Hello, version: int) -> None:
         """`Refusal` unless the peer may come back with this. From here on its epoch is used up."""
-        if not same_secret(self.session.token, hello.token):
-            raise Refusal(WRONG_TOKEN)
-        if self.is_held():
-            raise Refusal(HELD)
+        _check_token(self.session, self._version, hello, version)
         if hello.epoch <= self.session.epoch:
-            raise Refusal(f"stale epoch {hello.epoch}, this is {self.session.epoch}")
+            raise Refusal(f"stale epoch {hello.epoch}, this is {self.session.epoch}", Code.STALE_EPOCH)
+        if hello.ended:
+            self.session = replace(self.session, epoch=hello.epoch)
+            return
+        if self.is_held():
+            raise Refusal(HELD, Code.HELD)
+        now_s = trio.current_time()
+        if now_s < self._next_s:
+            raise Refusal("came back too often without going on", Code.TOO_OFTEN)
+        self._returns += 1
+        if self._returns > FREE_RETURNS:
+            pause_s = RECONNECT_FIRST_S * 2 ** min(self._returns - FREE_RETURNS, 20)
+            self._next_s = now_s + min(pause_s, RECONNECT_PATIENT_CAP_S) / 2  # as often as we would call ourselves
         self.session = replace(self.session, epoch=hello.epoch)
 
     def enter(self, link: Link, epoch: int) -> None:
-        for old, _ in self._links:
-            old.control.socket.close()
+        self.close()
         self._links = [(link, replace(self.session, epoch=epoch))]
+        self._notify()
+
+    def heard(self, how: Ended) -> None:
+        """The peer has come to say that it is over there."""
+        self.close()
+        self._ended = how
         self._notify()
 
     def hold(self) -> None:
@@ -567,11 +753,13 @@ class _ListeningMembership(Membership):
 
     async def next_link(self) -> tuple[Link, Session]:
         while not self._links:
+            if self._ended is not None:
+                raise EndedElsewhere(self._ended)
             await self._changed.wait()
         return self._links.pop()
 
     async def superseded(self) -> None:
-        while not self._links:
+        while not self._links and self._ended is None:
             if self.is_held():
                 raise PeerError(HELD)
             await self._changed.wait()
@@ -583,26 +771,28 @@ class _ListeningMembership(Membership):
 
 
 class _ListeningLink(Link):
-    def __init__(self, control: trio.SocketStream, reception: Reception) -> None:
-        super().__init__(control, address_of(control))
+    def __init__(self, control: trio.SocketStream, reception: Reception, version: int) -> None:
+        super().__init__(control, address_of(control), version)
         self._reception = reception
 
     @contextlib.contextmanager
     def door(self, session: Session) -> Iterator[Door]:
-        door = _ListeningDoor(session, self.peer)
         doors = self._reception.doors
-        doors[session.migration] = door
+        if session.migration in doors:
+            raise PeerError(f"{self.peer}: the migration {session.migration.hex()} is in use here")
+        door = doors[session.migration] = _ListeningDoor(session, self.peer, self.version)
         try:
             yield door
         finally:
-            del doors[session.migration]
+            del doors[session.migration]  # ours, since nobody else gets it meanwhile
             door.close()
 
     @contextlib.contextmanager
     def membership(self, session: Session) -> Iterator[Membership]:
-        membership = _ListeningMembership(session)
-        members = self._reception.members
-        members[session.migration] = membership
+        members, endings = self._reception.members, self._reception.endings
+        if session.migration in members or endings.find(session.migration) is not None:
+            raise PeerError(f"{self.peer}: the migration {session.migration.hex()} is in use here, or was")
+        membership = members[session.migration] = _ListeningMembership(session, self.version, endings)
         try:
             yield membership
         finally:
@@ -617,9 +807,19 @@ class Reception:
     Statistics: `accepted`, `refused`, `strangers` count connections by what became of them.
     """
 
-    def __init__(self, side: str, listeners: list[trio.SocketListener], vacancy: Callable[[int], str]) -> None:
-        """`vacancy` is asked at each control connection, with the number of those that nobody has taken yet: empty
-        to let it in, else the reason why not."""
+    def __init__(
+        self,
+        side: str,
+        listeners: list[trio.SocketListener],
+        vacancy: Callable[[int], str],
+        endings: Endings | None = None,
+    ) -> None:
+        """`vacancy` is asked for each control connection, at its hello and, where it has to offer something, when the
+        offer is there; with the number of those that nobody has taken yet. Empty to let it in, else the reason why not.
+        Who takes one (`next_link`) has to count it from then on, before anything else happens.
+
+        `endings` is what this process remembers."""
+        self.endings = endings if endings is not None else Endings()
         self.doors: dict[bytes, _ListeningDoor] = {}
         self.members: dict[bytes, _ListeningMembership] = {}
         self.accepted = self.refused = self.strangers = 0
@@ -628,10 +828,13 @@ class Reception:
         self._vacancy = vacancy
         self._waiting = 0
         self._half_open: dict[object, trio.CancelScope] = {}  # oldest first
-        self._send_link, self._links = trio.open_memory_channel[Link](16)
+        self._spare = Sparing()  # whoever can connect could fill the log
+        self._send_link, self._links = trio.open_memory_channel[Link](MAX_WAITING)
 
     @classmethod
-    async def open(cls, address: Address, side: str, vacancy: Callable[[int], str]) -> Reception:
+    async def open(
+        cls, address: Address, side: str, vacancy: Callable[[int], str], endings: Endings | None = None
+    ) -> Reception:
         """Listens on every address that the host name has. `ResourceError` when that is not possible."""
         try:
             listeners = await trio.open_tcp_listeners(address.port, host=address.host or None)
@@ -649,7 +852,7 @@ class Reception:
             }.get(number or 0, "")
             reason = os.strerror(number) if number else str(error)
             raise ResourceError(f"cannot listen on {address}: {one_line(reason, 200)}", remedy) from error
-        return cls(side, listeners, vacancy)
+        return cls(side, listeners, vacancy, endings)
 
     @property
     def addresses(self) -> list[Address]:
@@ -707,47 +910,71 @@ class Reception:
                 self._half_open.pop(oldest).cancel()
             with trio.move_on_after(HANDSHAKE_TIMEOUT_S) as scope:
                 self._half_open[key] = scope
-                taken = await self._handshake(stream, peer)
+                taken = await self._handshake(stream, peer, scope)
             if scope.cancelled_caught:
                 raise PeerError("no complete handshake in time")
         except (PeerError, ProtocolError) as error:
             self.strangers += 1
-            log.warning("%s: %s", peer, error)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            if self._spare.due():
+                log.warning("%s: %s", peer, error)
+        except trio.BrokenResourceError as error:
             self.strangers += 1
-            log.warning("%s: the connection broke during the handshake%s", peer, _cause(error))
+            if self._spare.due():
+                log.warning("%s: the connection broke during the handshake%s", peer, _cause(error))
+        except Exception:  # a mistake of ours: whoever is here already does not pay for it
+            log.exception("%s: cannot be greeted", peer)
         finally:
             self._half_open.pop(key, None)
             if not taken:
                 stream.socket.close()
 
-    async def _handshake(self, stream: trio.SocketStream, peer: str) -> bool:
+    async def _handshake(self, stream: trio.SocketStream, peer: str, scope: trio.CancelScope) -> bool:
         handshake = ServerHandshake()
-        await stream.send_all(handshake.send_preamble())
+        answered = False
         try:
             while wanted := handshake.wanted():
                 handshake.receive_data(await stream.receive_some(wanted))
+                if handshake.heard and not answered:
+                    answered = True
+                    await stream.send_all(handshake.send_preamble())
+                if handshake.newer:
+                    return await self._see_off(stream)
         except ProtocolError as error:
             with contextlib.suppress(trio.BrokenResourceError):
-                await stream.send_all(handshake.send_refused(str(error)))
+                preamble = b"" if answered else handshake.send_preamble()
+                await stream.send_all(preamble + handshake.send_refused(str(error), Code.MALFORMED))
             raise
         hello = handshake.hello
         assert hello is not None
         try:
             if hello.side == self._side:
-                raise Refusal(f"both hosts are {'sources' if hello.side == 'source' else 'destinations'}")
+                sides = "sources" if hello.side == "source" else "destinations"
+                raise Refusal(f"both hosts are {sides}", Code.SAME_SIDE)
             if hello.channel == "control":
-                return await self._greet_control(stream, handshake, hello)
-            door = self.doors.get(hello.migration)
-            if door is None:
-                raise Refusal(NO_SUCH_MIGRATION)
-            place = door.reserve(hello)
+                if hello.epoch or hello.migration:
+                    return await self._greet_again(stream, handshake, hello)
+                return await self._greet_first(stream, handshake, scope)
+            return await self._greet_data(stream, handshake, hello)
         except Refusal as refusal:
             self.refused += 1
-            level = logging.INFO if str(refusal) == HELD else logging.WARNING  # which is asked for again and again
-            log.log(level, "%s: refused a %s connection: %s", peer, hello.channel, refusal)
-            await stream.send_all(handshake.send_refused(str(refusal)))
+            if refusal.code not in (Code.HELD, Code.TOO_OFTEN) and self._spare.due():  # those ask again and again
+                log.warning("%s: refused a %s connection: %s", peer, hello.channel, refusal)
+            await stream.send_all(handshake.send_refused(str(refusal), refusal.code, refusal.token))
             return False
+
+    async def _see_off(self, stream: trio.SocketStream) -> bool:
+        """Somebody with a newer version, who will come again with ours: nothing of what it said may be lost unread, or
+        the kernel would reset the connection before our answer is seen."""
+        left = SEE_OFF_BYTES
+        while left > 0 and (data := await stream.receive_some(SEE_OFF_BYTES)):
+            left -= len(data)
+        return False
+
+    async def _greet_data(self, stream: trio.SocketStream, handshake: ServerHandshake, hello: Hello) -> bool:
+        door = self.doors.get(hello.migration)
+        if door is None:
+            raise self._unknown(handshake, hello)
+        place = door.reserve(hello, handshake.version)
         try:
             await stream.send_all(handshake.send_welcome())
         except BaseException:
@@ -759,33 +986,82 @@ class Reception:
         self.accepted += 1
         return True
 
-    async def _greet_control(self, stream: trio.SocketStream, handshake: ServerHandshake, hello: Hello) -> bool:
-        if hello.epoch or hello.migration:
-            return await self._greet_again(stream, handshake, hello)
-        reason = self._vacancy(self._waiting)
-        if reason:
-            raise Refusal(reason)
-        self._waiting += 1  # now: while we say welcome, the next one may ask for the same place
-        try:
+    async def _greet_first(
+        self, stream: trio.SocketStream, handshake: ServerHandshake, scope: trio.CancelScope
+    ) -> bool:
+        def find_place() -> str:
+            return self._vacancy(self._waiting) or ("too many are waiting" if self._waiting >= MAX_WAITING else "")
+
+        if reason := find_place():
+            raise Refusal(reason, Code.BUSY)
+        if self._side == "source":  # the destination waits for us now
+            self._waiting += 1  # now: while we say welcome, the next one may ask for the same place
+            try:
+                await stream.send_all(handshake.send_welcome())
+                link = _ListeningLink(stream, self, handshake.version)
+            except BaseException:
+                self._waiting -= 1
+                raise
+        else:
             await stream.send_all(handshake.send_welcome())
-            self._send_link.send_nowait(_ListeningLink(stream, self))
-        except BaseException as error:
-            self._waiting -= 1
-            if isinstance(error, trio.WouldBlock):
-                raise PeerError("too many connections are waiting") from None
-            raise
+            scope.deadline = trio.current_time() + OFFER_TIMEOUT_S
+            await _until_offered(stream)
+            link = _ListeningLink(stream, self, handshake.version)
+            if reason := find_place():  # somebody was faster
+                self.refused += 1
+                await stream.send_all(encode(Reject(reason), handshake.version))
+                return False
+            self._waiting += 1
+        self._send_link.send_nowait(link)
         self.accepted += 1
         return True
 
     async def _greet_again(self, stream: trio.SocketStream, handshake: ServerHandshake, hello: Hello) -> bool:
         member = self.members.get(hello.migration)
         if member is None:
-            raise Refusal(NO_SUCH_MIGRATION)
-        member.reserve(hello)
+            raise self._unknown(handshake, hello)
+        member.reserve(hello, handshake.version)
+        if hello.ended:
+            member.heard(Ended(hello.ended))
+            await stream.send_all(handshake.send_welcome())
+            return False
         await stream.send_all(handshake.send_welcome())
         # Somebody with a higher epoch may have come while we said welcome, and the migration may have ended or be held.
         if self.members.get(hello.migration) is not member or member.session.epoch != hello.epoch or member.is_held():
             return False
-        member.enter(_ListeningLink(stream, self), hello.epoch)
+        member.enter(_ListeningLink(stream, self, handshake.version), hello.epoch)
         self.accepted += 1
         return True
+
+    def _unknown(self, handshake: ServerHandshake, hello: Hello) -> Refusal:
+        """What is to be said to somebody who asks for a migration that is not going on here (any more)."""
+        known = self.endings.find(hello.migration)
+        if known is None or handshake.version < 3:
+            return Refusal(NO_SUCH_MIGRATION, Code.UNKNOWN)
+        token, how = known
+        if not hello.is_signed(token, handshake.version):
+            return Refusal(WRONG_TOKEN, Code.WRONG_TOKEN)
+        return Refusal(f"the migration has ended here: {how}", how, token)
+
+
+async def _until_offered(stream: trio.SocketStream) -> None:
+    """Until a source has said all of its first message, without taking a byte of it. `PeerError` when it hangs up."""
+    handle = stream.socket
+    due = HEADER_BYTES
+    try:
+        while True:
+            # The kernel calls it readable when so much is there, or when no more will come.
+            handle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, due)
+            await trio.lowlevel.wait_readable(handle)
+            try:
+                there = await handle.recv(due, socket.MSG_PEEK)
+            except OSError as error:
+                raise PeerError(f"the connection broke before anything was offered ({error.strerror})") from error
+            if len(there) < due:
+                raise PeerError("hung up before anything was offered")
+            length = int.from_bytes(there[:4], "big")
+            if length > Offer.MAX_BYTES or due == HEADER_BYTES + length:
+                return  # too long is the protocol's business
+            due = HEADER_BYTES + length
+    finally:
+        handle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)

@@ -62,6 +62,7 @@ from postcopy.migration.protocol import (
     Commit,
     CompleteAck,
     DestinationProtocol,
+    EndedElsewhere,
     Offer,
     PageMap,
     Recovered,
@@ -131,7 +132,7 @@ class DestinationMigration:
         self._make_machine = make_machine
         self._make_pager = make_pager
         self._on_change = on_change
-        self._protocol = DestinationProtocol()
+        self._protocol = DestinationProtocol(link.version)
         self._pager: AnyPager | None = None
         self._pager_process: tuple[int, int] | None = None
         self._offer: Offer | None = None
@@ -238,8 +239,10 @@ class DestinationMigration:
         with self._stack:
             await self._connected(self._link, self._receive, stop)
             await self._recover(stop)
-        if self._protocol.give_up(str(self.failure)) is State.COMPLETED:
-            self.failure = None  # every page is here: whether the source has heard of it changes nothing
+            if self._protocol.give_up(str(self.failure)) is State.COMPLETED:
+                self.failure = None  # every page is here: whether the source has heard of it changes nothing
+            if self._membership is not None and self.state is not State.PAUSED:
+                self._membership.ended(self._protocol.ending)
         self.over = True
         self._on_change()
         if self.state is not State.PAUSED or stop.is_set():
@@ -341,6 +344,8 @@ class DestinationMigration:
             assert self._membership is not None
             found = await self._next_link(self._membership, stop)
             if found is None or isinstance(found, PeerError):
+                if isinstance(found, EndedElsewhere):
+                    self._protocol.peer_ended(found.how)
                 if found is not None and not self._kept:
                     log.error("the source does not take us back: %s", found)
                     self.failure = found
@@ -398,6 +403,8 @@ class DestinationMigration:
             self._on_change()
             await self._attach(door, machine, pager)
         self.recoveries.add(now_ns() - lost_ns)
+        if self._membership is not None:
+            self._membership.went_on()
         log.warning("recovered: the source is back after %.0f ms", self.recoveries.last_ns / 1e6)
         self._on_change()
         if protocol.state is State.COMMITTED:

@@ -67,23 +67,28 @@ from __future__ import annotations
 
 import enum
 import hmac
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, TypeVar, cast
 
 import msgpack
 
 from postcopy._errors import PeerError, ProtocolError
-from postcopy._native import lib
+from postcopy._native import ffi, lib
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
+OLDEST_VERSION: Final = 2  # that is still spoken
 MAGIC: Final = b"postcpy"
 PREAMBLE: Final = MAGIC + bytes([PROTOCOL_VERSION])
 
-MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
-MAX_HANDSHAKE_MESSAGE_BYTES: Final = 64 * 1024
+MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024  # of any message; each type has a limit of its own below that
+SMALL_MESSAGE_BYTES: Final = 16 * 1024
 HEADER_BYTES: Final = 8  # of a message: its length, and the CRC32C of the length and of what follows
+MAX_ELEMENTS: Final = 4096  # of one message: whatever becomes a Python object
+MAX_DEPTH: Final = 8
+
+PROOF_BYTES: Final = 32
 
 ID_BYTES: Final = 16
 MAX_BLOCKS: Final = 64  # PC_MAX_BLOCKS and so on of the core, which has the last word when it is given the numbers
@@ -172,6 +177,11 @@ def _list_of(item: Callable[[object], Any], low: int, high: int) -> Callable[[ob
     return parse
 
 
+def _check_runs(runs: bytes, pages: int) -> None:
+    if len(runs) > pages + 1:  # at most a byte a page, and one for an empty first run
+        raise _Invalid(f"runs must have at most {pages + 1} bytes for {pages} pages, not {len(runs)}")
+
+
 def _page_size(value: object) -> int:
     size = _number(512, MAX_PAGE_BYTES)(value)
     if size & (size - 1):
@@ -185,8 +195,9 @@ def _kind_of(value: object) -> str:
     )
 
 
-def _wire(parse: Callable[[object], Any]) -> Any:
-    return field(metadata={"parse": parse})
+def _wire(parse: Callable[[object], Any], *, since: int = 0, until: int = 255, default: Any = MISSING) -> Any:
+    """A field, and the versions of the protocol that have it; in the others it is `default`."""
+    return field(default=default, metadata={"parse": parse, "since": since, "until": until})
 
 
 U32 = 2**32 - 1
@@ -198,6 +209,19 @@ class Message:
     """What a peer said. `TYPE` is the word on the wire; field `first_page` is `first-page` there."""
 
     TYPE: ClassVar[str] = ""
+    MAX_BYTES: ClassVar[int] = SMALL_MESSAGE_BYTES
+
+    def check(self) -> None:
+        """`_Invalid` for fields that do not fit together."""
+
+
+class Ended(enum.StrEnum):
+    """How a migration has ended on one side, as it tells the other one."""
+
+    COMPLETED = "completed"
+    ABORTED = "aborted"  # never committed: the machine is the source's
+    RECLAIMED = "reclaimed"  # by the operator of the source, who knew that the destination was dead
+    LOST = "lost"  # that side has given up what it had of a machine that was committed
 
 
 @dataclass(frozen=True)
@@ -208,7 +232,23 @@ class Hello(Message):
     index: int = _wire(_number(0, MAX_SHARDS - 1))
     migration: bytes = _wire(_octets(ID_BYTES, ID_BYTES, or_empty=True))
     epoch: int = _wire(_number(0, U32))
-    token: bytes = _wire(_octets(ID_BYTES, ID_BYTES, or_empty=True))
+    ended: str = _wire(_one_of("", *Ended), since=3, default="")  # it only comes to say that, and how
+    token: bytes = _wire(_octets(ID_BYTES, ID_BYTES, or_empty=True), until=2, default=b"")
+    proof: bytes = _wire(_octets(PROOF_BYTES, PROOF_BYTES, or_empty=True), since=3, default=b"")
+
+    def signed(self, token: bytes, version: int) -> Hello:
+        """With what shows that we know the token; as it is where there is none."""
+        if not token:
+            return self
+        return replace(self, token=token) if version < 3 else replace(self, proof=self._proof(token))
+
+    def is_signed(self, token: bytes, version: int) -> bool:
+        """Whether it comes from somebody who knows the token."""
+        return same_secret(token, self.token) if version < 3 else hmac.compare_digest(self._proof(token), self.proof)
+
+    def _proof(self, token: bytes) -> bytes:
+        words = (self.channel, self.side, str(self.index), self.migration.hex(), str(self.epoch), self.ended)
+        return _proof(token, "hello", *words)
 
 
 @dataclass(frozen=True)
@@ -220,6 +260,23 @@ class Welcome(Message):
 class Refused(Message):
     TYPE: ClassVar[str] = "refused"
     reason: str = _wire(_line)
+    code: str = _wire(_text(1, 32), since=3, default="other")
+    proof: bytes = _wire(_octets(PROOF_BYTES, PROOF_BYTES, or_empty=True), since=3, default=b"")
+
+    def signed(self, token: bytes, hello: Hello) -> Refused:
+        """As an answer to `hello` of somebody who knows the token, too."""
+        return replace(self, proof=self._proof(token, hello))
+
+    def is_signed(self, token: bytes, hello: Hello) -> bool:
+        return bool(token) and hmac.compare_digest(self._proof(token, hello), self.proof)
+
+    def _proof(self, token: bytes, hello: Hello) -> bytes:
+        return _proof(token, "refused", self.code, hello.migration.hex(), str(hello.epoch))
+
+
+def _proof(token: bytes, *words: str) -> bytes:
+    """No word has a blank in it, so that two different lists never are the same line."""
+    return hmac.digest(token, " ".join(words).encode(), "sha256")
 
 
 @dataclass(frozen=True)
@@ -248,12 +305,13 @@ def _block(value: object) -> Block:
 @dataclass(frozen=True)
 class Offer(Message):
     TYPE: ClassVar[str] = "offer"
+    MAX_BYTES: ClassVar[int] = 64 * 1024
     migration: bytes = _wire(_octets(ID_BYTES, ID_BYTES))
     token: bytes = _wire(_octets(ID_BYTES, ID_BYTES))
     machine: str = _wire(_text(1, 32))
     config: Mapping[str, Any] = _wire(_table)
     blocks: tuple[Block, ...] = _wire(_list_of(_block, 1, MAX_BLOCKS))
-    bulk_channels: int = _wire(_number(1, MAX_BULK_CHANNELS))
+    bulk_channels: int = _wire(_number(0, MAX_BULK_CHANNELS))
     placed_every_ms: int = _wire(_number(0, 60_000))  # how often `placed` is wanted, 0: never
 
 
@@ -262,7 +320,7 @@ class Accept(Message):
     TYPE: ClassVar[str] = "accept"
     page_bytes: tuple[int, ...] = _wire(_list_of(_page_size, 1, MAX_BLOCKS))
     shards: int = _wire(_number(1, MAX_SHARDS))
-    bulk_channels: int = _wire(_number(1, MAX_BULK_CHANNELS))
+    bulk_channels: int = _wire(_number(0, MAX_BULK_CHANNELS))
 
 
 @dataclass(frozen=True)
@@ -279,15 +337,20 @@ class Ready(Message):
 @dataclass(frozen=True)
 class PageMap(Message):
     TYPE: ClassVar[str] = "page-map"
+    MAX_BYTES: ClassVar[int] = PAGE_MAP_PAGES + SMALL_MESSAGE_BYTES
     block: int = _wire(_number(0, MAX_BLOCKS - 1))
     first_page: int = _wire(_number(0, U63))
     pages: int = _wire(_number(1, PAGE_MAP_PAGES))
-    runs: bytes = _wire(_octets(0, MAX_STATE_BYTES))
+    runs: bytes = _wire(_octets(0, PAGE_MAP_PAGES + 1))
+
+    def check(self) -> None:
+        _check_runs(self.runs, self.pages)
 
 
 @dataclass(frozen=True)
 class Switchover(Message):
     TYPE: ClassVar[str] = "switchover"
+    MAX_BYTES: ClassVar[int] = MAX_MESSAGE_BYTES
     state: bytes = _wire(_octets(0, MAX_STATE_BYTES))
     maps: int = _wire(_number(1, U32))
 
@@ -313,31 +376,41 @@ class Placed(Message):
     """Pages that are at the destination for good, and were not told before on this connection."""
 
     TYPE: ClassVar[str] = "placed"
+    MAX_BYTES: ClassVar[int] = PLACED_PAGES + SMALL_MESSAGE_BYTES
     block: int = _wire(_number(0, MAX_BLOCKS - 1))
     first_page: int = _wire(_number(0, U63))
     pages: int = _wire(_number(1, PLACED_PAGES))
-    runs: bytes = _wire(_octets(0, PLACED_PAGES + 1))  # a byte a run, and one for an empty first run
+    runs: bytes = _wire(_octets(0, PLACED_PAGES + 1))
+
+    def check(self) -> None:
+        _check_runs(self.runs, self.pages)
 
 
 @dataclass(frozen=True)
 class Complete(Message):
     TYPE: ClassVar[str] = "complete"
+    MAX_BYTES: ClassVar[int] = 64 * 1024
     stats: Mapping[str, Any] = _wire(_table)
 
 
 @dataclass(frozen=True)
 class CompleteAck(Message):
     TYPE: ClassVar[str] = "complete-ack"
+    MAX_BYTES: ClassVar[int] = 64 * 1024
     stats: Mapping[str, Any] = _wire(_table)
 
 
 @dataclass(frozen=True)
 class ReceivedMap(Message):
     TYPE: ClassVar[str] = "received-map"
+    MAX_BYTES: ClassVar[int] = PAGE_MAP_PAGES + SMALL_MESSAGE_BYTES
     block: int = _wire(_number(0, MAX_BLOCKS - 1))
     first_page: int = _wire(_number(0, U63))
     pages: int = _wire(_number(1, PAGE_MAP_PAGES))
-    runs: bytes = _wire(_octets(0, MAX_STATE_BYTES))
+    runs: bytes = _wire(_octets(0, PAGE_MAP_PAGES + 1))
+
+    def check(self) -> None:
+        _check_runs(self.runs, self.pages)
 
 
 @dataclass(frozen=True)
@@ -388,37 +461,77 @@ def one_line(text: str, limit: int = MAX_REASON_CHARS) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-def encode(message: Message, limit: int = MAX_MESSAGE_BYTES) -> bytes:
-    """The message as it goes over the wire. `ProtocolError` when it is longer than `limit`."""
-    body: dict[str, Any] = {"type": message.TYPE}
-    for item in fields(message):
+def encode(message: Message, version: int = PROTOCOL_VERSION) -> bytes:
+    """The message as it goes over the wire. `ProtocolError` when it is longer than its type may be."""
+    body: dict[str, Any] = {"type": message.TYPE}  # the first key: see `_type_of`
+    for item in _fields(message, version):
         body[_wire_name(item)] = _plain(getattr(message, item.name))
     packed: bytes = msgpack.packb(body, use_bin_type=True)
-    if len(packed) > limit:
-        raise ProtocolError(f"{message.TYPE}: {len(packed)} bytes are more than a message may have ({limit})")
+    if len(packed) > message.MAX_BYTES:
+        raise ProtocolError(f"{message.TYPE}: {len(packed)} bytes are more than it may have ({message.MAX_BYTES})")
     length = len(packed).to_bytes(4, "big")
     return length + _crc(length, packed).to_bytes(4, "big") + packed
 
 
-def _crc(length: bytes, packed: bytes) -> int:
+def _crc(length: bytes, packed: bytes | memoryview) -> int:
     """TCP's checksum lets one damaged segment in some ten thousand pass, and a damaged page map would be believed."""
-    return int(lib.pc_crc32c(lib.pc_crc32c(0, length, len(length)), packed, len(packed)))
+    return int(lib.pc_crc32c(lib.pc_crc32c(0, length, len(length)), ffi.from_buffer("char[]", packed), len(packed)))
 
 
-def decode(packed: bytes) -> Message:
+def _check_shape(packed: bytes | memoryview) -> None:
+    """`ProtocolError` for what would become too many objects, or too deep ones, *before* one of them is made: 16 MiB of
+    empty lists would be a gigabyte of memory and seconds of work. A step an element, at most `MAX_ELEMENTS`."""
+    due = [1]  # how many elements are still to come, at each depth
+    at = elements = 0
+    while due:
+        if not due[-1]:
+            due.pop()
+            continue
+        due[-1] -= 1
+        elements += 1
+        if elements > MAX_ELEMENTS:
+            raise ProtocolError(f"a message of more than {MAX_ELEMENTS} elements")
+        if at >= len(packed):
+            raise ProtocolError("a message is not valid msgpack: it ends too early")
+        tag = packed[at]
+        at += 1
+        count = 0
+        if tag < 0x80 or tag >= 0xE0 or tag in (0xC0, 0xC2, 0xC3):  # a small number, nothing, a truth value
+            continue
+        if tag < 0xA0:  # a short map, a short list
+            count = (tag & 0x0F) * (2 if tag < 0x90 else 1)
+        elif tag < 0xC0:  # short text
+            at += tag & 0x1F
+        elif tag in _NUMBER_BYTES:
+            at += _NUMBER_BYTES[tag]
+        elif tag in _LENGTH_BYTES:
+            number = int.from_bytes(packed[at : at + _LENGTH_BYTES[tag]], "big")
+            at += _LENGTH_BYTES[tag]
+            if tag in (0xDC, 0xDD):  # a list
+                count = number
+            elif tag in (0xDE, 0xDF):  # a map
+                count = 2 * number
+            else:  # bytes or text
+                at += number
+        else:
+            raise ProtocolError(f"a message is not valid msgpack: unknown tag {tag:#x}")
+        if count:
+            if len(due) >= MAX_DEPTH:
+                raise ProtocolError(f"a message of more than {MAX_DEPTH} levels")
+            due.append(count)
+    if at != len(packed):
+        raise ProtocolError("a message is not valid msgpack: its end is not where it should be")
+
+
+_NUMBER_BYTES: Final = {0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}
+_LENGTH_BYTES: Final = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDC: 2, 0xDD: 4, 0xDE: 2, 0xDF: 4}
+
+
+def decode(packed: bytes | memoryview, version: int = PROTOCOL_VERSION) -> Message:
     """The message in one length-delimited body. `ProtocolError` names what is wrong."""
+    _check_shape(packed)
     try:
-        body = msgpack.unpackb(
-            packed,
-            raw=False,
-            use_list=True,
-            strict_map_key=True,
-            max_str_len=16 * 1024,
-            max_bin_len=MAX_MESSAGE_BYTES,
-            max_array_len=4096,
-            max_map_len=1024,
-            max_ext_len=0,
-        )
+        body = msgpack.unpackb(packed, raw=False, use_list=True, strict_map_key=True)
     except (ValueError, msgpack.UnpackException) as error:  # UnicodeDecodeError is a ValueError too
         raise ProtocolError(
             f"a message is not valid msgpack: {one_line(str(error), 120) or type(error).__name__}"
@@ -429,8 +542,10 @@ def decode(packed: bytes) -> Message:
     cls = _MESSAGES.get(kind) if isinstance(kind, str) else None
     if cls is None:
         raise ProtocolError(f"unknown message type {_shown(kind)}")
+    if len(packed) > cls.MAX_BYTES:
+        raise ProtocolError(f"{kind}: {len(packed)} bytes are more than it may have ({cls.MAX_BYTES})")
     values: dict[str, Any] = {}
-    for item in fields(cls):
+    for item in _fields(cls, version):
         name = _wire_name(item)
         if name not in body:
             raise ProtocolError(f"{kind}: field {name} is missing")
@@ -438,14 +553,21 @@ def decode(packed: bytes) -> Message:
             values[item.name] = item.metadata["parse"](body.pop(name))
         except _Invalid as error:
             raise ProtocolError(f"{kind}: field {name} {error}") from error
-    if body:
-        # The version byte announces changes; a field nobody knows is a peer that means something else.
+    if body and version < 3:  # its peers mean something else then; later ones may say more than we know
         raise ProtocolError(f"{kind}: unknown field {_shown(next(iter(body)))}")
-    return cls(**values)
+    message = cls(**values)
+    try:
+        message.check()
+    except _Invalid as error:
+        raise ProtocolError(f"{kind}: field {error}") from error
+    return message
+
+
+def _fields(message: Message | type[Message], version: int) -> list[Field[Any]]:
+    return [item for item in fields(message) if item.metadata["since"] <= version <= item.metadata["until"]]
 
 
 def _wire_name(item: Field[Any]) -> str:
-    assert item.default is MISSING  # on the wire every field is there
     return item.name.replace("_", "-")
 
 
@@ -464,10 +586,10 @@ def _shown(value: object) -> str:
 
 
 class _MessageBuffer:
-    """Cuts a byte stream into messages. Never holds more than one message's limit beyond what one read brought."""
+    """Cuts a byte stream into messages. Keeps no byte of a message that is longer than what may come now."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self) -> None:
+        self.version = PROTOCOL_VERSION
         self._buffer = bytearray()
 
     def __len__(self) -> int:
@@ -476,54 +598,102 @@ class _MessageBuffer:
     def feed(self, data: bytes) -> None:
         self._buffer += data
 
-    def missing(self) -> int:
+    def missing(self, kinds: Collection[str]) -> int:
         """How many bytes certainly belong to the message that is being received. At least 1, unless it is complete."""
         if len(self._buffer) < HEADER_BYTES:
             return HEADER_BYTES - len(self._buffer)
-        return max(0, HEADER_BYTES + self._length() - len(self._buffer))
+        return max(0, HEADER_BYTES + self._length(kinds) - len(self._buffer))
 
-    def take(self) -> Message | None:
+    def take(self, kinds: Collection[str]) -> Message | None:
+        """The next message, when it is there. `kinds` are those that may come now: what is longer than any of them, or
+        long and of another kind, is refused with its first bytes."""
         if len(self._buffer) < 4:
             return None
-        end = HEADER_BYTES + self._length()
+        end = HEADER_BYTES + self._length(kinds)
         if len(self._buffer) < end:
             return None
-        length, crc = bytes(self._buffer[:4]), int.from_bytes(self._buffer[4:HEADER_BYTES], "big")
-        body = bytes(self._buffer[HEADER_BYTES:end])
+        with memoryview(self._buffer) as whole:
+            length, crc = bytes(whole[:4]), int.from_bytes(whole[4:HEADER_BYTES], "big")
+            with whole[HEADER_BYTES:end] as body:
+                if _crc(length, body) != crc:
+                    raise ProtocolError("a message is damaged (CRC32C differs)")
+                message = decode(body, self.version)
         del self._buffer[:end]
-        if _crc(length, body) != crc:
-            raise ProtocolError("a message is damaged (CRC32C differs)")
-        return decode(body)
+        return message
 
-    def _length(self) -> int:
+    def _length(self, kinds: Collection[str]) -> int:
         length = int.from_bytes(self._buffer[:4], "big")
-        if not 0 < length <= self.limit:
-            raise ProtocolError(f"a message of {length} bytes; 1 to {self.limit} are allowed here")
+        limit = max((_MESSAGES[kind].MAX_BYTES for kind in kinds), default=SMALL_MESSAGE_BYTES)
+        if not 0 < length <= limit:
+            raise ProtocolError(f"a message of {length} bytes; 1 to {limit} are allowed here")
+        if length > SMALL_MESSAGE_BYTES and len(self._buffer) >= HEADER_BYTES + _TYPE_WITHIN_BYTES:
+            kind = _type_of(bytes(self._buffer[HEADER_BYTES : HEADER_BYTES + _TYPE_WITHIN_BYTES]))
+            if kind not in kinds or length > _MESSAGES[kind].MAX_BYTES:
+                raise ProtocolError(f"a message of {length} bytes and of type {_shown(kind)}: too long for it, or now")
         return length
+
+
+_TYPE_WITHIN_BYTES: Final = 5 + 5 + 1 + 31  # the map, the key, the text's length, the text
+
+
+def _type_of(beginning: bytes) -> str:
+    """The type of a long message, whose first key that must be; empty where it is not."""
+    at = {0xDE: 3, 0xDF: 5}.get(beginning[0], 1)
+    key, tag = beginning[at : at + 5], beginning[at + 5]
+    return beginning[at + 6 : at + 6 + (tag & 0x1F)].decode("ascii", "replace") if key == b"\xa4type" else ""
 
 
 # ---- Opening a connection
 
 NO_SUCH_MIGRATION: Final = "no such migration here"
-"""The reason of a refusal that is an answer: this host has never decided for that migration, or is done with it."""
 
 
 class RefusedError(PeerError):
-    """The peer answered hello with `refused`."""
+    """The peer answered hello with `refused`. Who it was is not known, unless it is `proven`: it knows the token."""
 
-    def __init__(self, text: str, reason: str) -> None:
+    def __init__(self, text: str, reason: str, code: str = "other", proven: bool = False) -> None:
         super().__init__(text)
         self.reason = reason
+        self.code = code
+        self.proven = proven
+
+    @property
+    def ended(self) -> Ended | None:
+        """How the migration has ended there, when the real peer says so."""
+        return Ended(self.code) if self.proven and self.code in set(Ended) else None
+
+
+class EndedElsewhere(PeerError):
+    """The peer has proven to be the real one, and says that the migration is over there: see `peer_ended`."""
+
+    def __init__(self, how: Ended, text: str = "") -> None:
+        super().__init__(text or f"the peer says that the migration has ended there: {how}")
+        self.how = how
+
+
+class OlderPeerError(PeerError):
+    """The listening side speaks an older version that is spoken here too: connect again, with that one."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(f"speaks version {version} of the postcopy protocol")
+        self.version = version
 
 
 class _Handshake:
     """Preamble and one message each way. `wanted()` never asks for a byte that comes after the handshake: on a data
     channel that byte is a frame, and belongs to the core."""
 
+    _KINDS: ClassVar[Collection[str]]
+
     def __init__(self) -> None:
         self._preamble = bytearray()
-        self._messages = _MessageBuffer(MAX_HANDSHAKE_MESSAGE_BYTES)
+        self._messages = _MessageBuffer()
         self._message: Message | None = None
+
+    @property
+    def version(self) -> int:
+        """What is spoken on this connection; known when the peer's preamble is."""
+        return self._messages.version
 
     def wanted(self) -> int:
         """How many bytes may be read now; 0 when the handshake needs no more."""
@@ -531,7 +701,7 @@ class _Handshake:
             return 0
         if len(self._preamble) < len(PREAMBLE):
             return len(PREAMBLE) - len(self._preamble)
-        return self._messages.missing()
+        return self._messages.missing(self._KINDS)
 
     def receive_data(self, data: bytes) -> None:
         """Takes up to `wanted()` bytes; b"" is the end of the stream. `ProtocolError` as soon as something is wrong."""
@@ -548,8 +718,8 @@ class _Handshake:
             self._check_preamble()
             return
         self._messages.feed(data)
-        self._messages.missing()  # refuses a bad length before its bytes come
-        message = self._messages.take()
+        self._messages.missing(self._KINDS)  # refuses a bad length before its bytes come
+        message = self._messages.take(self._KINDS)
         if message is not None:
             self._check_message(message)
             self._message = message
@@ -558,48 +728,89 @@ class _Handshake:
         got = bytes(self._preamble)
         if not MAGIC.startswith(got[: len(MAGIC)]):
             raise ProtocolError(f"does not speak postcopy (it sent {_shown(got)})")
-        if len(got) == len(PREAMBLE) and got != PREAMBLE:
-            raise ProtocolError(
-                f"speaks version {got[-1]} of the postcopy protocol, this is version {PROTOCOL_VERSION};"
-                " use the same release of postcopy on both hosts"
-            )
+        if len(got) == len(PREAMBLE):
+            if got[-1] < OLDEST_VERSION:
+                self._wrong_version(got[-1])
+            self._check_version(got[-1])
+
+    def _wrong_version(self, version: int) -> None:
+        raise ProtocolError(
+            f"speaks version {version} of the postcopy protocol, this is version {PROTOCOL_VERSION}, which speaks"
+            f" {OLDEST_VERSION} too; use releases of postcopy on both hosts that are not that far apart"
+        )
+
+    def _check_version(self, version: int) -> None:
+        raise NotImplementedError
 
     def _check_message(self, message: Message) -> None:
         raise NotImplementedError
 
 
 class ClientHandshake(_Handshake):
-    """The connecting side's."""
+    """The connecting side's, which speaks first. `OlderPeerError` when it should have spoken another version."""
 
-    def __init__(self, hello: Hello) -> None:
+    _KINDS = frozenset({"welcome", "refused"})
+
+    def __init__(self, hello: Hello, token: bytes = b"", version: int = PROTOCOL_VERSION) -> None:
+        """`token` of the migration that `hello` names, if it names one."""
         super().__init__()
-        self._hello = hello
+        self._messages.version = version
+        self._hello = hello.signed(token, version)
+        self._token = token
 
     def send_hello(self) -> bytes:
-        return PREAMBLE + encode(self._hello, MAX_HANDSHAKE_MESSAGE_BYTES)
+        return MAGIC + bytes([self.version]) + encode(self._hello, self.version)
+
+    def _check_version(self, version: int) -> None:
+        if version > self.version:
+            self._wrong_version(version)  # it must not answer with more than it was asked for
+        if version < self.version:
+            raise OlderPeerError(version)
 
     def _check_message(self, message: Message) -> None:
         if isinstance(message, Refused):
-            raise RefusedError(f"refused the connection: {message.reason}", message.reason)
+            proven = self.version >= 3 and message.is_signed(self._token, self._hello)
+            text = f"refused the connection: {message.reason}"
+            raise RefusedError(text, message.reason, message.code, proven)
         if not isinstance(message, Welcome):
             raise ProtocolError(f"answered hello with {message.TYPE}")
 
 
 class ServerHandshake(_Handshake):
-    """The listening side's: when `hello` is there, somebody decides, then `send_welcome` or `send_refused`."""
+    """The listening side's, which answers: `send_preamble` when the client's is there, `send_welcome` or `send_refused`
+    when `hello` is there and somebody has decided."""
+
+    _KINDS = frozenset({"hello"})
+
+    @property
+    def newer(self) -> bool:
+        """The client speaks a newer version: it closes when it has seen our preamble, and comes again with ours."""
+        return len(self._preamble) == len(PREAMBLE) and self._preamble[-1] > self.version
+
+    @property
+    def heard(self) -> bool:
+        """The client's preamble is there."""
+        return len(self._preamble) == len(PREAMBLE)
 
     def send_preamble(self) -> bytes:
-        return PREAMBLE
+        return MAGIC + bytes([self.version])
 
     @property
     def hello(self) -> Hello | None:
         return cast("Hello | None", self._message)
 
     def send_welcome(self) -> bytes:
-        return encode(Welcome())
+        return encode(Welcome(), self.version)
 
-    def send_refused(self, reason: str) -> bytes:
-        return encode(Refused(one_line(reason)))
+    def send_refused(self, reason: str, code: str = "other", token: bytes = b"") -> bytes:
+        """With `token`, of the migration that the hello names, it is proven to come from the peer."""
+        refused = Refused(one_line(reason), code)
+        if token and self.hello is not None:
+            refused = refused.signed(token, self.hello)
+        return encode(refused, self.version)
+
+    def _check_version(self, version: int) -> None:
+        self._messages.version = min(version, PROTOCOL_VERSION)
 
     def _check_message(self, message: Message) -> None:
         if not isinstance(message, Hello):
@@ -608,6 +819,8 @@ class ServerHandshake(_Handshake):
             raise ProtocolError(f"hello: field index must be 0 to {MAX_BULK_CHANNELS - 1}, not {message.index}")
         if message.channel == "control" and message.index:
             raise ProtocolError("hello: field index must be 0 on a control connection")
+        if message.ended and (message.channel != "control" or not message.migration):
+            raise ProtocolError("hello: field ended must be empty but on the control connection of a migration")
 
 
 def same_secret(mine: bytes, theirs: bytes) -> bool:
@@ -635,6 +848,7 @@ class State(enum.Enum):
     RECOVER = "recover"  # connected again; the received maps are on their way
     RECOVERING = "recovering"  # the source has them and answers
     ABORTED = "aborted"
+    RECLAIMED = "reclaimed"  # source: taken back by its operator, who knows that the destination is dead
 
 
 Moves = Mapping[str, State]
@@ -662,35 +876,15 @@ _DESTINATION_SENDS: Final[Mapping[State, Moves]] = {
     S.POSTCOPY: {"placed": S.POSTCOPY, "complete": S.CLOSING},  # `placed` only where the offer asked for it
     S.RECOVER: {"received-map": S.RECOVER, "recover": S.RECOVERING},
 }
-# What a side may receive is what the other one could send *when it sent it*: an abort crosses messages of ours on its
-# way, so it is allowed as long as the peer could have believed that it had the right.
-_SOURCE_RECEIVES: Final[Mapping[State, Moves]] = {
-    S.SETUP: {"abort": S.ABORTED},
-    S.OFFERED: {"accept": S.CHANNELS, "reject": S.ABORTED, "abort": S.ABORTED},
-    S.CHANNELS: {"ready": S.READY, "abort": S.ABORTED},
-    S.READY: {"abort": S.ABORTED},
-    S.SWITCHOVER: {"abort": S.ABORTED},
-    S.HANDED: {"prepared": S.PREPARED, "abort": S.ABORTED},
-    S.COMMITTED: {"running": S.POSTCOPY},
-    S.POSTCOPY: {"placed": S.POSTCOPY, "complete": S.CLOSING},  # `placed` only where the offer asked for it
-    S.RECOVER: {"received-map": S.RECOVER, "recover": S.RECOVERING},
-}
-_DESTINATION_RECEIVES: Final[Mapping[State, Moves]] = {
-    S.SETUP: {"offer": S.OFFERED, "abort": S.ABORTED},
-    S.OFFERED: {"abort": S.ABORTED},
-    S.CHANNELS: {"abort": S.ABORTED},
-    S.READY: {"page-map": S.SWITCHOVER, "abort": S.ABORTED},
-    S.SWITCHOVER: {"page-map": S.SWITCHOVER, "switchover": S.HANDED, "abort": S.ABORTED},
-    S.HANDED: {"abort": S.ABORTED},
-    S.PREPARED: {"commit": S.COMMITTED, "abort": S.ABORTED},
-    S.CLOSING: {"complete-ack": S.COMPLETED},
-    S.RECOVERING: {"recovered": S.COMMITTED},
-}
+# What a side may receive is what the other one may send in the same state. That one may be further back when it sends:
+# an abort crosses messages of ours on its way. But each state in which it could not have sent an abort any more begins
+# with something that it has said.
 _AFTER_COMMIT: Final = frozenset(
     {S.COMMITTED, S.POSTCOPY, S.CLOSING, S.COMPLETED, S.PAUSED, S.RECOVER, S.RECOVERING}
 )  # in the last two a destination may still be in doubt
 _LOST: Final = frozenset({S.PAUSED, S.IN_DOUBT})
-_ENDED: Final = frozenset({S.COMPLETED, S.ABORTED}) | _LOST
+_ENDED: Final = frozenset({S.COMPLETED, S.ABORTED, S.RECLAIMED}) | _LOST
+_ANY_STATE: Final = frozenset({"ping", "pong"})
 
 M = TypeVar("M", bound=Message)
 
@@ -703,9 +897,10 @@ class _ControlProtocol:
     _RECEIVES: ClassVar[Mapping[State, Moves]]
     _LOST: ClassVar[Mapping[State, State]]  # where a lost connection leads, when it is not ABORTED
 
-    def __init__(self) -> None:
+    def __init__(self, version: int = PROTOCOL_VERSION) -> None:
+        self.version = version  # as it was spoken in the handshake; may be set until the first message
         self._state = State.SETUP
-        self._buffer = _MessageBuffer(MAX_MESSAGE_BYTES)
+        self._buffer = _MessageBuffer()
         self._eof = False
         self._error: ProtocolError | None = None
         self._reason = ""
@@ -713,6 +908,8 @@ class _ControlProtocol:
         self._complete_said = False  # destination: every page is here, and `complete` has been sent at least once
         self._placed_wanted = False  # the offer asked for `placed`
         self._machine_runs = False  # at the destination: `running` has been said, or `recover` with it
+        self._decided = False  # `commit` has been sent, or heard
+        self._no_way_back = False  # the peer has given up, or cannot be gone on with
 
     @property
     def state(self) -> State:
@@ -736,7 +933,13 @@ class _ControlProtocol:
     @property
     def recoverable(self) -> bool:
         """The connection is lost, and a new one could go on: see `reconnected`."""
-        return self._state in _LOST
+        return self._state in _LOST and not self._no_way_back
+
+    @property
+    def peer_gone(self) -> bool:
+        """PAUSED, and no connection will ever end that: the peer has said that it has given up what it had, or the two
+        cannot agree. What is left is up to an operator."""
+        return self._state in _LOST and self._no_way_back
 
     @property
     def may_run(self) -> bool:
@@ -747,7 +950,7 @@ class _ControlProtocol:
 
     def receive_data(self, data: bytes) -> None:
         """Takes what has arrived. Afterwards call `next_message` until it returns None."""
-        if data and not self.ended:
+        if data and not self.ended and self._error is None:
             self._buffer.feed(data)
 
     def receive_eof(self) -> None:
@@ -766,7 +969,8 @@ class _ControlProtocol:
         if self._error is not None:
             raise self._error
         try:
-            message = self._buffer.take()
+            self._buffer.version = self.version
+            message = self._buffer.take(self._RECEIVES.get(self._state, {}).keys() | _ANY_STATE)
             if message is not None:
                 self._move(message, self._RECEIVES, "received")
                 if isinstance(message, Abort | Reject):
@@ -787,6 +991,7 @@ class _ControlProtocol:
             self._state = State.IN_DOUBT if self._in_doubt else self._LOST.get(self._state, State.ABORTED)
             self._in_doubt = self._state is State.IN_DOUBT
             self._reason = one_line(reason)
+            self._buffer = _MessageBuffer()
         return self._state
 
     def reconnected(self) -> None:
@@ -794,19 +999,48 @@ class _ControlProtocol:
         if not self.recoverable:
             raise ProtocolError(f"nothing to recover in state {self._state.value}")
         self._state = State.RECOVER
-        self._buffer = _MessageBuffer(MAX_MESSAGE_BYTES)
         self._eof = False
         self._error = None
 
     def give_up(self, reason: str) -> State:
         """Nobody will connect again: what IN_DOUBT comes to is ABORTED, and PAUSED where every page has come COMPLETED.
-        A machine that is PAUSED stays so. Also what a refusal of the source means to a destination IN_DOUBT."""
+        A machine that is PAUSED stays so."""
         if self._state is State.IN_DOUBT:
             self._state, self._in_doubt = State.ABORTED, False
             self._reason = one_line(reason)
         elif self._state is State.PAUSED and self._complete_said:
             self._state = State.COMPLETED
         return self._state
+
+    def peer_ended(self, how: Ended) -> State:
+        """The peer has said and proven that the migration is over on its side: where that leaves this one. Only while
+        `recoverable`. A machine that is the destination's ends nowhere by that, unless the source has been told to run
+        it again."""
+        if not self.recoverable:
+            raise ProtocolError(f"nothing to end in state {self._state.value}")
+        self._state = self._after_peer(how)
+        self._in_doubt = False
+        self._no_way_back = True
+        self._reason = f"{self._peer()} says that the migration has ended there: {how}"
+        return self._state
+
+    def beyond_recovery(self, reason: str) -> State:
+        """The two sides do not agree about what there is, and no other connection would change that. Only while
+        `recoverable`; a destination IN_DOUBT is given up by it."""
+        if not self.recoverable:
+            raise ProtocolError(f"nothing to recover in state {self._state.value}")
+        self.give_up(reason)
+        self._no_way_back = True
+        self._reason = one_line(reason)
+        return self._state
+
+    @property
+    def ending(self) -> Ended:
+        """What the peer is to be told when it comes back later, if this side leaves the migration as it is now."""
+        raise NotImplementedError
+
+    def _after_peer(self, how: Ended) -> State:
+        raise NotImplementedError
 
     # ---- sending
 
@@ -829,7 +1063,7 @@ class _ControlProtocol:
     # ---- private
 
     def _send(self, message: Message) -> bytes:
-        data = encode(message)  # first: what cannot be encoded must not move the state
+        data = encode(message, self.version)  # first: what cannot be encoded must not move the state
         self._move(message, self._SENDS, "sent")
         return data
 
@@ -847,9 +1081,16 @@ class _ControlProtocol:
             self._machine_runs = True
         elif isinstance(message, Recovered):
             self._in_doubt = False
+            self._decided = True
             if self._machine_runs:
                 after = State.POSTCOPY
+        if isinstance(message, Commit):
+            self._decided = True
         self._state = after
+
+    def _check_bulk_channels(self, bulk_channels: int) -> None:
+        if not bulk_channels and self.version < 3:
+            raise ProtocolError(f"{self._peer()} speaks version {self.version}, which needs a bulk channel")
 
     def _peer(self) -> str:
         return "the destination" if self.SIDE == "source" else "the source"
@@ -860,7 +1101,7 @@ class SourceProtocol(_ControlProtocol):
 
     SIDE = "source"
     _SENDS = _SOURCE_SENDS
-    _RECEIVES = _SOURCE_RECEIVES
+    _RECEIVES = _DESTINATION_SENDS
     _LOST: ClassVar[Mapping[State, State]] = {
         S.COMMITTED: S.PAUSED,
         S.POSTCOPY: S.PAUSED,
@@ -873,7 +1114,34 @@ class SourceProtocol(_ControlProtocol):
     def may_run(self) -> bool:
         return self._state not in _AFTER_COMMIT
 
+    def reclaim(self) -> State:
+        """The operator, who knows that the destination is dead, lets the machine go on here from the switchover.
+        Only while PAUSED; final. Should the destination live, there are two machines until it hears of it: it must be
+        told, whenever it comes back (`ending`)."""
+        if self._state is not State.PAUSED:
+            raise ProtocolError(f"nothing to reclaim in state {self._state.value}")
+        self._state = State.RECLAIMED
+        self._reason = "taken back at the source"
+        return self._state
+
+    @property
+    def ending(self) -> Ended:
+        if self._state is State.RECLAIMED:
+            return Ended.RECLAIMED
+        if self._state is State.COMPLETED:
+            return Ended.COMPLETED
+        return Ended.ABORTED if self.may_run else Ended.LOST
+
+    def _after_peer(self, how: Ended) -> State:
+        if how is Ended.COMPLETED:
+            return State.COMPLETED
+        if how is Ended.ABORTED and not self._machine_runs:
+            return State.ABORTED  # `commit` was never heard, and never will be: the machine goes on here
+        return State.PAUSED
+
     def send_offer(self, offer: Offer) -> bytes:
+        """`ProtocolError` for one without bulk channels to a peer that needs one: see `version`."""
+        self._check_bulk_channels(offer.bulk_channels)
         return self._send(offer)
 
     def send_page_map(self, block: int, first_page: int, pages: int, runs: bytes) -> bytes:
@@ -898,7 +1166,7 @@ class DestinationProtocol(_ControlProtocol):
 
     SIDE = "destination"
     _SENDS = _DESTINATION_SENDS
-    _RECEIVES = _DESTINATION_RECEIVES
+    _RECEIVES = _SOURCE_SENDS
     _LOST: ClassVar[Mapping[State, State]] = {
         S.PREPARED: S.IN_DOUBT,
         S.COMMITTED: S.PAUSED,
@@ -912,7 +1180,20 @@ class DestinationProtocol(_ControlProtocol):
     def may_run(self) -> bool:
         return self.committed
 
+    @property
+    def ending(self) -> Ended:
+        if self._state is State.COMPLETED:
+            return Ended.COMPLETED
+        return Ended.LOST if self._decided else Ended.ABORTED
+
+    def _after_peer(self, how: Ended) -> State:
+        if self._state is State.IN_DOUBT or how is Ended.RECLAIMED:
+            return State.ABORTED  # it has not run here; or it runs at the source again, and must not run here any more
+        return State.COMPLETED if self._complete_said else State.PAUSED
+
     def send_accept(self, page_bytes: tuple[int, ...], shards: int, bulk_channels: int) -> bytes:
+        """`ProtocolError` for one without bulk channels to a peer that needs one: see `version`."""
+        self._check_bulk_channels(bulk_channels)
         return self._send(Accept(page_bytes, shards, bulk_channels))
 
     def send_reject(self, reason: str) -> bytes:

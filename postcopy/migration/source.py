@@ -57,6 +57,7 @@ from postcopy.migration.protocol import (
     Accept,
     Block,
     Complete,
+    EndedElsewhere,
     Offer,
     Placed,
     Prepared,
@@ -125,7 +126,7 @@ class SourceMigration:
         self._releaser: Releaser | None = None  # with `release_ram`
         self._discarded: list[Bitmap] | None = None  # as it was when the server ended
         self._last_statistics: PageServerStatistics | None = None
-        self._protocol = SourceProtocol()
+        self._protocol = SourceProtocol(link.version)
         self._session = Session(secrets.token_bytes(ID_BYTES), secrets.token_bytes(ID_BYTES), epoch=0)
         self._units: tuple[int, ...] = ()
         self._shards = self._bulk_channels = 0
@@ -240,6 +241,8 @@ class SourceMigration:
                 await self._connected(self._link, partial(self._migrate, go=go), membership, stop)
                 if self._protocol.recoverable and not self._fatal:
                     await self._recover(membership, stop, self._options.recover_for_s if hold else RECOVER_UNOWNED_S)
+                if self.state is not State.PAUSED:
+                    membership.ended(self._protocol.ending)
             if self.state is State.COMPLETED and self._releaser is not None:
                 await self._release_rest(self._releaser)
             if self.state is State.PAUSED and hold:
@@ -302,6 +305,8 @@ class SourceMigration:
         while self._protocol.recoverable and not self._fatal and not stop.is_set():
             found = await next_link(membership, stop, recover_for_s)
             if found is None or isinstance(found, PeerError):
+                if isinstance(found, EndedElsewhere):
+                    self._protocol.peer_ended(found.how)
                 if found is not None:
                     log.error("the destination does not take us back: %s", found)
                     self.failure = found
@@ -341,6 +346,8 @@ class SourceMigration:
         if message.resume_ns and not self.running_ns:
             self.running_ns = self._committed_ns + message.resume_ns
         self.recoveries.add(now_ns() - lost_ns)
+        if self._membership is not None:
+            self._membership.went_on()
         log.warning("recovered: the destination is back after %.0f ms", self.recoveries.last_ns / 1e6)
         self._on_change()
         await self._follow(control)

@@ -21,13 +21,15 @@ from postcopy.migration.protocol import DestinationProtocol, SourceProtocol, Sta
 
 BLOCKS = (p.Block("shared", 1 << 20, 4096), p.Block("vcpu0", 1 << 21, 4096))
 OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {"vcpus": 1, "nested": {"list": [1, 2]}}, BLOCKS, 1, 200)
-HELLO = p.Hello("control", "source", 0, b"", 0, b"")
+HELLO = p.Hello("control", "source", 0, b"", 0)
 
 MESSAGES = [
     HELLO,
-    p.Hello("urgent", "dest", 63, b"i" * 16, 7, b"t" * 16),
+    p.Hello("urgent", "dest", 63, b"i" * 16, 7).signed(b"t" * 16, 3),
+    p.Hello("control", "dest", 0, b"i" * 16, 7, "completed").signed(b"t" * 16, 3),
     p.Welcome(),
-    p.Refused("busy"),
+    p.Refused("busy", "busy"),
+    p.Refused("it has ended", "aborted").signed(b"t" * 16, HELLO),
     OFFER,
     p.Accept((4096, 4096), 2, 1),
     p.Reject("too large"),
@@ -113,8 +115,10 @@ class TestMessages:
             without = {key: value for key, value in whole.items() if key != name}
             with pytest.raises(ProtocolError, match=rf"{message.TYPE}: field {name} is missing"):
                 p.decode(msgpack.packb(without))
-            wrongs: tuple[object, ...] = (None, 1.5, True, -1, [[]], {"a": {1: 2}}, "x" * 9000, b"x" * (16 << 20))
+            wrongs: tuple[object, ...] = (None, 1.5, True, -1, [[]], {"a": {1: 2}}, "x" * 9000, b"x" * 9000)
             for wrong in wrongs:
+                if isinstance(wrong, bytes) and name == "state":
+                    continue
                 if isinstance(wrong, dict):
                     wrong = "\n" if name in ("config", "stats") else {"a": 1}
                 if name == "runs" and isinstance(wrong, bytes):
@@ -129,7 +133,6 @@ class TestMessages:
             ({}, "unknown message type None"),
             ({"type": "explode"}, "unknown message type 'explode'"),
             ({"type": ["ready"]}, "unknown message type"),
-            ({"type": "ready", "extra": 1}, "ready: unknown field 'extra'"),
             ({"type": "ping", "nonce": 2**63}, "must be 0 to"),
             ({"type": "accept", "page-bytes": [4095], "shards": 1, "bulk-channels": 1}, "power of two"),
             ({"type": "accept", "page-bytes": [4096] * 65, "shards": 1, "bulk-channels": 1}, "1 to 64 entries"),
@@ -155,7 +158,6 @@ class TestMessages:
             b"\xc1",  # never used
             b"\x81\xa4type\xa3\xff\xff\xff",  # not UTF-8
             b"\x80\x80",  # something after the end
-            b"\x91" * 100_000,  # nested without end
             b"\xd6\xff\x00\x00\x00\x00",  # an extension type
         ],
     )
@@ -200,21 +202,21 @@ class TestMessages:
 
     def test_too_much_to_send(self) -> None:
         source = SourceProtocol()
-        with pytest.raises(ProtocolError, match="more than a message may have"):
-            source.send_offer(p.Offer(b"m" * 16, b"t" * 16, "kvm", {"x": b"x" * p.MAX_MESSAGE_BYTES}, BLOCKS, 1, 0))
+        with pytest.raises(ProtocolError, match="more than it may have"):
+            source.send_offer(p.Offer(b"m" * 16, b"t" * 16, "kvm", {"x": b"x" * 65536}, BLOCKS, 1, 0))
         assert source.state is State.SETUP
 
 
 class TestHandshake:
     def exchange(self, hello: p.Hello, size: int) -> tuple[p.ClientHandshake, p.ServerHandshake]:
         client, server = p.ClientHandshake(hello), p.ServerHandshake()
-        to_server, to_client = client.send_hello(), server.send_preamble()
+        to_server, to_client = client.send_hello(), b""
         while server.wanted():
             some = min(size, server.wanted())
             server.receive_data(to_server[:some])
             to_server = to_server[some:]
         assert not to_server
-        to_client += server.send_welcome() + b"FRAME"
+        to_client = server.send_preamble() + server.send_welcome() + b"FRAME"
         while client.wanted():
             some = min(size, client.wanted())
             client.receive_data(to_client[:some])
@@ -238,13 +240,13 @@ class TestHandshake:
             (b"SSH-2.0-OpenSSH_9.2p1\r\n", "does not speak postcopy"),
             (b"HTTP/1.1 400 Bad Request", "does not speak postcopy"),
             (b"\x00", "does not speak postcopy"),
-            (b"postcpy\x01", "speaks version 1 of the postcopy protocol, this is version 2"),
-            (p.PREAMBLE + b"\x00\x01\x00\x01", "a message of 65537 bytes"),
+            (b"postcpy\x01", "speaks version 1 of the postcopy protocol, this is version 3, which speaks 2 too"),
+            (p.PREAMBLE + b"\x00\x00\x40\x01", "a message of 16385 bytes"),
             (p.PREAMBLE + b"\x00\x00\x00\x00", "a message of 0 bytes"),
             (p.PREAMBLE + b"\xff\xff\xff\xff", "a message of 4294967295 bytes"),
             (p.PREAMBLE + frame({"type": "welcome"}), "began with welcome"),
-            (p.PREAMBLE + p.encode(p.Hello("bulk", "dest", 16, b"", 0, b"")), "field index must be 0 to 15"),
-            (p.PREAMBLE + p.encode(p.Hello("control", "dest", 1, b"", 0, b"")), "index must be 0"),
+            (p.PREAMBLE + p.encode(p.Hello("bulk", "dest", 16, b"", 0)), "field index must be 0 to 15"),
+            (p.PREAMBLE + p.encode(p.Hello("control", "dest", 1, b"", 0)), "index must be 0"),
         ],
     )
     def test_bad_client(self, data: bytes, reason: str) -> None:
@@ -336,16 +338,6 @@ class TestStates:
                     assert protocol.state is state
                 gained = protocol.may_run and not before
                 assert gained == (side is DestinationProtocol and message == p.Commit() and state is State.PREPARED)
-
-    def test_tables_agree(self) -> None:
-        """What one side sends, the other one may receive in the same state, and both get to the same state."""
-        for state in State:
-            for sends, receives in (
-                (SourceProtocol._SENDS, DestinationProtocol._RECEIVES),
-                (DestinationProtocol._SENDS, SourceProtocol._RECEIVES),
-            ):
-                for kind, after in sends.get(state, {}).items():
-                    assert receives[state][kind] is after
 
     def test_commit_gives_the_right_away_before_a_byte_left(self) -> None:
         source = SourceProtocol()
@@ -478,7 +470,7 @@ class TestStates:
             dest = DestinationProtocol()
             dest._state = State.READY
             dest.receive_data(bytes(data))
-            longer = len(data) < p.HEADER_BYTES + int.from_bytes(data[:4], "big") <= p.MAX_MESSAGE_BYTES
+            longer = len(data) < p.HEADER_BYTES + int.from_bytes(data[:4], "big") <= p.PageMap.MAX_BYTES
             if longer:  # the rest of it never comes
                 assert dest.next_message() is None
             else:
@@ -488,6 +480,7 @@ class TestStates:
 
     def test_message_too_long(self) -> None:
         dest = DestinationProtocol()
+        dest._state = State.SWITCHOVER
         dest.receive_data((p.MAX_MESSAGE_BYTES + 1).to_bytes(4, "big"))
         with pytest.raises(ProtocolError, match="a message of 16777217 bytes"):
             dest.next_message()

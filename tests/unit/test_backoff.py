@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How often two sides look for each other: counted from the last time that it went on, not from the last connection."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import pairwise
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from postcopy.migration import channels as c
+from postcopy.migration import protocol as p
+
+SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
+
+
+@asynccontextmanager
+async def members() -> AsyncIterator[tuple[c.Reception, c.Membership, c.Membership]]:
+    """A calling and a listening membership of one migration, without a connection."""
+    desk = await c.Reception.open(c.Address("127.0.0.1", 0), "source", lambda waiting: "")
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(desk.serve)
+            here = await c.CallingLink.open(desk.addresses[0], "dest")
+            there = await desk.next_link()
+            with here.membership(SESSION) as caller, there.membership(SESSION) as called:
+                for link in (here, there):
+                    await trio.aclose_forcefully(link.control)
+                yield desk, caller, called
+            nursery.cancel_scope.cancel()
+    finally:
+        await desk.close()
+
+
+async def meet(caller: c.Membership, called: c.Membership) -> c.Session:
+    """They find each other, and the connection is lost again."""
+    link, session = await caller.next_link()
+    taken, _ = await called.next_link()
+    for one in (link, taken):
+        await trio.aclose_forcefully(one.control)
+    return session
+
+
+async def test_connecting_is_no_success(autojump_clock: MockClock) -> None:
+    """A recovery that connects and fails, again and again, is begun less and less often; one that succeeds begins
+    anew."""
+    async with members() as (_, caller, called):
+        for _ in range(2):
+            began_s = trio.current_time()
+            times_s = []
+            for _ in range(20):
+                await meet(caller, called)
+                times_s.append(trio.current_time() - began_s)
+            assert times_s[0] < 0.02  # the first one at once
+            assert times_s[-1] > 10 * c.RECONNECT_PATIENT_CAP_S / 2
+            pauses_s = [later - earlier for earlier, later in pairwise(times_s[9:])]
+            assert all(c.RECONNECT_PATIENT_CAP_S / 2 <= pause_s < 4 * c.RECONNECT_PATIENT_CAP_S for pause_s in pauses_s)
+            for member in (caller, called):
+                member.went_on()
+
+
+async def test_recoveries_that_succeed_are_at_once(autojump_clock: MockClock) -> None:
+    async with members() as (_, caller, called):
+        began_s = trio.current_time()
+        for _ in range(50):
+            await meet(caller, called)
+            for member in (caller, called):
+                member.went_on()
+        assert trio.current_time() - began_s < 0.1
+
+
+async def test_the_operator_does_not_wait(autojump_clock: MockClock) -> None:
+    """Whoever says `recover` has it tried at once, whatever failed before."""
+    async with members() as (_, caller, called):
+        for _ in range(12):
+            await meet(caller, called)
+        called.went_on()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(meet, caller, called)
+            await trio.testing.wait_all_tasks_blocked()
+            began_s = trio.current_time()
+            caller.let_go()
+        assert trio.current_time() - began_s < 0.1
+
+
+async def test_a_peer_that_comes_back_again_and_again(autojump_clock: MockClock) -> None:
+    """One that does not wait by itself, under rising epochs: it is let in less and less often."""
+    async with members() as (desk, _, called):
+        codes = set()
+        for epoch in range(1, 200):
+            hello = p.Hello("control", "dest", 0, SESSION.migration, epoch)
+            try:
+                stream, _ = await c.connect(desk.addresses[0], hello, token=SESSION.token)
+            except p.RefusedError as refused:
+                codes.add(refused.code)
+            else:
+                await trio.aclose_forcefully((await called.next_link())[0].control)
+                await trio.aclose_forcefully(stream)
+            await trio.sleep(0.01)
+        assert codes == {c.Code.TOO_OFTEN}
+        assert c.FREE_RETURNS < desk.accepted - 1 < c.FREE_RETURNS + 10
+        called.went_on()
+        hello = p.Hello("control", "dest", 0, SESSION.migration, 200)
+        stream, _ = await c.connect(desk.addresses[0], hello, token=SESSION.token)
+        await trio.aclose_forcefully((await called.next_link())[0].control)
+        await trio.aclose_forcefully(stream)
+
+
+async def test_what_is_logged_meanwhile(autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
+    """Calling in vain is a few lines, on either side."""
+    caplog.set_level(logging.INFO)
+    async with members() as (desk, caller, _):
+        desk.members = {}
+        with trio.move_on_after(120):
+            await caller.next_link()
+        assert 3 < sum("not connected again yet" in line for line in caplog.messages) < 12
+        assert sum("refused a control connection" in line for line in caplog.messages) < 12
+
+
+async def test_strangers_do_not_fill_the_log(autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
+    async with members() as (desk, _, _):
+        for _ in range(300):
+            stream = await trio.open_tcp_stream(desk.addresses[0].host, desk.addresses[0].port)
+            await stream.send_all(b"GET / HTTP/1.0\r\n\r\n")
+            await trio.aclose_forcefully(stream)
+            await trio.sleep(0.01)
+        while desk.strangers < 300:  # noqa: ASYNC110  (a counter)
+            await trio.sleep(0.01)
+        assert 1 <= sum("does not speak postcopy" in line for line in caplog.messages) < 10

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is believed: ids in use, proofs of the token, and what is told to those who come back too late."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from postcopy._errors import PeerError
+from postcopy.migration import channels as c
+from postcopy.migration import protocol as p
+from postcopy.migration.protocol import Ended, EndedElsewhere
+
+SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
+STRANGER = c.Session(b"m" * 16, b"u" * 16, 0)
+OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, (p.Block("ram", 4096, 4096),), 1, 0)
+
+
+class Met(NamedTuple):
+    desk: c.Reception
+    address: c.Address
+    here: c.Link  # of the side that calls
+    there: c.Link
+
+
+@asynccontextmanager
+async def met(side: str = "source", endings: c.Endings | None = None) -> AsyncIterator[Met]:
+    """A side that listens, and one that has called."""
+    desk = await c.Reception.open(c.Address("127.0.0.1", 0), side, lambda waiting: "", endings)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(desk.serve)
+            here, there = await call(desk)
+            yield Met(desk, desk.addresses[0], here, there)
+            nursery.cancel_scope.cancel()
+    finally:
+        await desk.close()
+
+
+async def call(desk: c.Reception) -> tuple[c.Link, c.Link]:
+    side = "source" if desk._side == "dest" else "dest"
+    here = await c.CallingLink.open(desk.addresses[0], side)
+    if side == "source":
+        await here.control.send_all(p.encode(OFFER))
+    return here, await desk.next_link()
+
+
+async def hang_up(*links: c.Link) -> None:
+    for link in links:
+        await trio.aclose_forcefully(link.control)
+
+
+async def test_two_offers_under_one_id() -> None:
+    """The second is told that the id is in use; when both have gone, nothing is left of either."""
+    async with met("dest") as (desk, _, here, there):
+        other, second = await call(desk)
+        with there.membership(SESSION), there.door(SESSION):
+            member, door = desk.members[SESSION.migration], desk.doors[SESSION.migration]
+            for session in (SESSION, STRANGER):
+                with pytest.raises(PeerError, match="is in use here"), second.membership(session):
+                    pass
+                with pytest.raises(PeerError, match="is in use here"), second.door(session):
+                    pass
+            await hang_up(other, second)
+            assert desk.members == {SESSION.migration: member}
+            assert desk.doors == {SESSION.migration: door}
+        assert not desk.members
+        assert not desk.doors
+        await hang_up(here, there)
+
+
+async def test_a_stranger_who_offers_a_known_id_changes_nothing() -> None:
+    """And leaves: the real peer comes back as if nobody had been there."""
+    async with met("dest") as (desk, _, here, there):
+        with here.membership(SESSION) as caller, there.membership(SESSION) as called:
+            stranger, seen = await call(desk)
+            with pytest.raises(PeerError, match="is in use here"), seen.membership(STRANGER):
+                pass
+            await hang_up(stranger, seen, here, there)
+            again, session = await caller.next_link()
+            taken, other = await called.next_link()
+            assert session == other
+            await hang_up(again, taken)
+
+
+async def test_an_id_that_has_been_here_is_not_taken_again() -> None:
+    """Or whoever knows it could take the place of what is remembered of it."""
+    async with met("dest") as (desk, _, here, there):
+        with there.membership(SESSION) as member:
+            member.ended(Ended.COMPLETED)
+        with pytest.raises(PeerError, match="is in use here, or was"), there.membership(STRANGER):
+            pass
+        assert desk.endings.find(SESSION.migration) == (SESSION.token, Ended.COMPLETED)
+        await hang_up(here, there)
+
+
+@pytest.mark.parametrize("token", [b"u" * 16, b""])
+@pytest.mark.parametrize("ended", ["", "aborted"])
+async def test_without_the_token_nobody_comes_back(token: bytes, ended: str) -> None:
+    """Nor ends anything, nor uses up an epoch."""
+    async with met() as (_, address, here, there):
+        with there.membership(SESSION) as member:
+            hello = p.Hello("control", "dest", 0, SESSION.migration, 9, ended)
+            with pytest.raises(p.RefusedError, match="wrong token") as refused:
+                await c.connect(address, hello, token=token)
+            assert not refused.value.proven
+            assert isinstance(member, c._ListeningMembership)
+            assert member.session == SESSION
+            with trio.move_on_after(0.05) as scope:
+                await member.next_link()
+            assert scope.cancelled_caught
+        await hang_up(here, there)
+
+
+async def test_a_proof_is_for_one_hello_only() -> None:
+    """Whoever has seen one cannot say anything else with it."""
+    hello = p.Hello("control", "dest", 0, SESSION.migration, 1).signed(SESSION.token, 3)
+    assert hello.is_signed(SESSION.token, 3)
+    for other in (
+        p.Hello("urgent", "dest", 0, SESSION.migration, 1, "", b"", hello.proof),
+        p.Hello("control", "source", 0, SESSION.migration, 1, "", b"", hello.proof),
+        p.Hello("control", "dest", 1, SESSION.migration, 1, "", b"", hello.proof),
+        p.Hello("control", "dest", 0, b"n" * 16, 1, "", b"", hello.proof),
+        p.Hello("control", "dest", 0, SESSION.migration, 2, "", b"", hello.proof),
+        p.Hello("control", "dest", 0, SESSION.migration, 1, "lost", b"", hello.proof),
+    ):
+        assert not other.is_signed(SESSION.token, 3)
+    refused = p.Refused("over", "aborted").signed(SESSION.token, hello)
+    assert refused.is_signed(SESSION.token, hello)
+    assert not refused.is_signed(SESSION.token, p.Hello("control", "dest", 0, SESSION.migration, 2))
+    assert not p.Refused("over", "completed", refused.proof).is_signed(SESSION.token, hello)
+    assert not p.Refused("over", "aborted").is_signed(SESSION.token, hello)
+    assert not refused.is_signed(b"", hello)  # where no migration is named there is no token
+
+
+@pytest.mark.parametrize("how", list(Ended))
+async def test_who_comes_back_too_late_is_told(how: Ended) -> None:
+    async with met() as (desk, _, here, there):
+        with here.membership(SESSION) as caller:
+            with there.membership(SESSION) as member:
+                member.ended(how)
+            with pytest.raises(EndedElsewhere, match=f"the migration has ended here: {how}") as told:
+                await caller.next_link()
+            assert told.value.how is how
+        # Somebody who only knows the id learns nothing.
+        with pytest.raises(p.RefusedError, match="wrong token"):
+            await c.connect(
+                desk.addresses[0], p.Hello("control", "dest", 0, SESSION.migration, 9), token=STRANGER.token
+            )
+        await hang_up(here, there)
+
+
+@pytest.mark.parametrize("code", ["aborted", "completed", "unknown", "wrong-token", "\x1b[2J"])
+async def test_a_refusal_without_proof_decides_nothing(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody may answer at the peer's address, while the peer is away: it is looked for as long as before."""
+    async with met() as (desk, _, here, there):
+        with here.membership(SESSION) as caller, there.membership(SESSION) as called:
+            await hang_up(here, there)
+            send_refused, lies = p.ServerHandshake.send_refused, 0
+
+            def lie(self: p.ServerHandshake, reason: str, code_: str = "", token: bytes = b"") -> bytes:
+                nonlocal lies
+                lies += 1
+                return send_refused(self, "gone", code, STRANGER.token)
+
+            with monkeypatch.context() as patch, trio.move_on_after(0.3) as scope:
+                patch.setattr(p.ServerHandshake, "send_refused", lie)
+                patch.setattr(desk, "members", {})
+                await caller.next_link()
+            assert scope.cancelled_caught
+            assert lies
+            again, _ = await caller.next_link()
+            taken, _ = await called.next_link()
+            await hang_up(again, taken)
+
+
+async def test_the_side_that_calls_can_say_that_it_has_ended() -> None:
+    """To one that still believes in the old connection, to one that waits, and to one that has ended it too."""
+    async with met() as (desk, _, here, there):
+        with here.membership(SESSION) as caller, there.membership(SESSION) as called:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(called.superseded)
+                await caller.announce(Ended.ABORTED)
+            await caller.announce(Ended.ABORTED)  # any number of times
+            with pytest.raises(EndedElsewhere) as told:
+                await called.next_link()
+            assert told.value.how is Ended.ABORTED
+            called.hold()
+            await caller.announce(Ended.LOST)  # it is no connection, so it is not held up
+            with pytest.raises(EndedElsewhere) as told:
+                await called.next_link()
+            assert told.value.how is Ended.LOST
+            called.ended(Ended.COMPLETED)
+        with here.membership(SESSION) as caller:
+            await caller.announce(Ended.ABORTED)
+        assert desk.endings.find(SESSION.migration) == (SESSION.token, Ended.COMPLETED)
+        await hang_up(here, there)
+
+
+async def test_it_is_said_as_often_as_it_takes(autojump_clock: MockClock) -> None:
+    """The other side may be away for long, and somebody else there meanwhile."""
+    async with met() as (desk, _, here, there):
+        with here.membership(SESSION) as caller, trio.move_on_after(300) as scope:
+            await caller.announce(Ended.COMPLETED)
+        assert scope.cancelled_caught
+        assert desk.refused > 100
+        with here.membership(SESSION) as caller, there.membership(SESSION) as called:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(caller.announce, Ended.COMPLETED)
+                with pytest.raises(EndedElsewhere):
+                    await called.next_link()
+        await hang_up(here, there)
+
+
+def test_endings_are_bounded() -> None:
+    endings = c.Endings(limit=3)
+    for number in range(5):
+        endings.remember(c.Session(bytes([number]) * 16, b"t" * 16, 0), Ended.COMPLETED)
+    assert [endings.find(bytes([number]) * 16) is not None for number in range(5)] == [False, False, True, True, True]
+    endings.remember(c.Session(bytes([2]) * 16, b"t" * 16, 0), Ended.LOST)
+    endings.remember(c.Session(bytes([9]) * 16, b"t" * 16, 0), Ended.LOST)
+    assert endings.find(bytes([2]) * 16) == (b"t" * 16, Ended.LOST)
+    assert endings.find(bytes([3]) * 16) is None
