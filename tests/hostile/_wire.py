@@ -8,7 +8,6 @@ sockets are in `_peer`.
 from __future__ import annotations
 
 import functools
-import hashlib
 import hmac
 import struct
 from collections.abc import Iterable
@@ -121,20 +120,27 @@ def hello(
     migration: bytes = b"",
     epoch: int = 0,
     token: bytes = b"",
+    ended: str = "",
     version: int = NEWEST,
 ) -> bytes:
-    """In version 3 the token itself never travels again after the offer, but a proof of knowing it."""
+    """From version 3 on the token itself never travels after the offer, but a proof of knowing it."""
     fields: Fields = {"channel": channel, "side": side, "index": index, "migration": migration, "epoch": epoch}
-    fields |= {"token": token} if version < 3 else {"proof": proof_of_hello(token, fields)}
+    if version < 3:
+        fields["token"] = token
+    else:
+        words = ("hello", channel, side, str(index), migration.hex(), str(epoch), ended)
+        fields |= {"ended": ended, "proof": proof(token, *words) if token else b""}
     return message("hello", fields)
 
 
-def proof_of_hello(token: bytes, fields: Fields) -> bytes:
-    """Replaced by what docs/protocol.md says of version 3."""
-    if not token:
-        return b""
-    said = "|".join(str(fields[key]) for key in ("channel", "side", "index", "epoch")).encode()
-    return hmac.new(token, said + bytes(fields["migration"]), hashlib.sha256).digest()
+def refused(code: str, *, migration: bytes = b"", epoch: int = 0, token: bytes = b"") -> Fields:
+    """The fields of a refusal of version 3, proven where the token is known."""
+    words = ("refused", code, migration.hex(), str(epoch))
+    return {"reason": f"refused: {code}", "code": code, "proof": proof(token, *words) if token else b""}
+
+
+def proof(token: bytes, *words: str) -> bytes:
+    return hmac.digest(token, " ".join(words).encode(), "sha256")
 
 
 # ---- Frames
