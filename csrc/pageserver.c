@@ -11,13 +11,18 @@
  * from where it lies. Pages that are absent (never touched) are known to be zero without being read; those that turn out
  * to be all zero are told as a run of nothing.
  *
- * `sent` is changed by atomic or, `unsent` counts the pages without it; the cursor and the bandwidth are under push_lock,
- * which is held for the search of a run, never over a send.
+ * Nothing of a lower priority stands in the way of an answer: an urgent thread takes no lock once the server serves. `sent`
+ * is changed by atomic or, a block's `unsent` follows it; what an urgent thread wants pushed next it leaves in `pivot`, for the
+ * next bulk thread to find; what it is sending it says in atomic words. Bulk threads share the cursor and the bandwidth under
+ * push_lock, which is held for the search of a run, never over a send.
  *
  * Giving memory back (pc_pageserver_release) takes three steps. A page that the destination has is marked `released`: nobody
  * reads it any more. Then, unless a send still points at it, its memory goes, and it is `discarded`; else that is left to
  * a later call. A sender *pins* what it is about to read and then looks at `released`; a release sets `released` and
- * then looks at the pins, each under its channel's lock: so one of the two sees the other.
+ * then looks at the pins, all of it sequentially consistent: so one of the two sees the other.
+ *
+ * `lock` is for what happens to blocks and channels as a whole: adding, attaching, disconnecting. A channel's thread takes it
+ * never, so that it can be joined under it.
  */
 #include <errno.h>
 #include <poll.h>
@@ -29,6 +34,7 @@
 #include <unistd.h>
 
 #include "events.h"
+#include "pageserver.h"
 #include "postcopy.h"
 #include "runtime.h"
 #include "stream.h"
@@ -39,16 +45,29 @@
 #define REQUEST_BYTES (REQUESTS_PER_TURN * PC_FRAME_HEADER_BYTES)
 #define MAX_RUN_PAGES (RUN_BYTES / 1024)
 #define BURST_NS UINT64_C(20000000)    /* bandwidth not used for this long is lost */
+#define REPETITIONS_MAX 4096           /* answered to one connection at real-time priority */
+#define NO_PIVOT UINT64_MAX
+
+/* Block and page in one word, so that they change together. */
+#define PLACE_PAGE_BITS 44
+#define PLACE_PAGES_MAX (UINT64_C(1) << PLACE_PAGE_BITS)
+#define PLACE(block, page) ((uint64_t)(block) << 52 | (page))
+#define PLACE_BLOCK(place) ((uint32_t)((place) >> 52))
+#define PLACE_PAGE(place) ((place) & (PLACE_PAGES_MAX - 1))
+#define PLACE_RUN(block, page, pages) (PLACE(block, page) | ((pages)-1) << PLACE_PAGE_BITS)
+#define PLACE_RUN_PAGES(place) (((place) >> PLACE_PAGE_BITS & 0xff) + 1)
+_Static_assert(MAX_RUN_PAGES <= 256 && PC_MAX_BLOCKS <= 4096, "a run is one word");
 
 struct source_block {
     struct pc_memory memory;
     uint64_t page_bytes; /* the unit of transfer; may differ from the memory's own page */
     uint64_t pages, words;
+    uint64_t unsent; /* atomic: pages that are not in `sent`, or more for a moment */
     uint64_t *present, *sent, *demanded;
     uint64_t *released;             /* atomic: not read any more, since the destination has said that it is placed */
     uint64_t *settled;              /* released before the present connections were made: no request for it crosses that */
     uint64_t *discarded, *pinned;   /* under release_lock; `pinned` is scratch */
-    uint64_t late_first, late_end;  /* where released pages were pinned; under release_lock */
+    uint64_t late_first, late_end;  /* where released pages were pinned, or kept by the kernel; under release_lock */
 };
 
 struct run {
@@ -64,24 +83,30 @@ struct channel {
     uint64_t busy_poll_ns;
     uint8_t *staging; /* where pages of a block without a mapping are read to */
     size_t staging_bytes;
-    pthread_mutex_t pin_lock;
-    struct run pins[REQUESTS_PER_TURN]; /* what the batch on its way out points at; under pin_lock */
-    uint32_t pin_count;
+    struct batch *batch;
+    uint64_t pins[REQUESTS_PER_TURN]; /* atomic: what the batch on its way out points at, as PLACE_RUN */
+    uint32_t pin_count;               /* atomic */
+    uint64_t repetitions;
+    bool has_told; /* why it ends */
     pthread_t thread;
-    bool started, running; /* under server->lock */
+    bool started; /* under server->lock */
+    bool running; /* atomic */
 };
 
 struct pc_pageserver {
-    pthread_mutex_t lock; /* adding blocks and channels */
+    pthread_mutex_t lock;
+    pthread_cond_t connectable; /* `disconnecting` has ended */
+    bool disconnecting;         /* under lock: its caller alone works on the channels */
     struct pc_events events;
     struct source_block *blocks[PC_MAX_BLOCKS];
-    uint32_t block_count;
+    uint32_t block_count; /* atomic */
     struct channel urgent[PC_MAX_SHARDS];
     struct channel bulk[PC_MAX_BULK_CHANNELS];
 
     pthread_mutex_t push_lock;
     pthread_cond_t push_changed; /* CLOCK_MONOTONIC */
-    bool serving, stopping;
+    bool serving, stopping; /* atomic, changed under push_lock */
+    uint64_t pivot;         /* atomic: where the push is to go on, as PLACE, or NO_PIVOT */
     uint32_t cursor_block;
     uint64_t cursor_page;
     uint64_t bandwidth, next_free_ns, bandwidth_changes;
@@ -89,7 +114,7 @@ struct pc_pageserver {
     pthread_mutex_t release_lock;
     struct run pins_seen[PC_MAX_SHARDS * REQUESTS_PER_TURN + PC_MAX_BULK_CHANNELS];
 
-    uint64_t unsent;
+    bool unreadable_told; /* atomic */
     struct pc_pageserver_stats count;
 };
 
@@ -116,18 +141,18 @@ static void batch_add(struct batch *batch, const struct pc_frame *frame, const v
     batch->bytes += PC_FRAME_HEADER_BYTES + (uint64_t)frame->payload_bytes;
 }
 
+/* By the channel's thread. Whoever looks at released pages after this sees those of a release that does not see the pin. */
 static void pin(struct channel *channel, uint32_t block, uint64_t first_page, uint64_t pages)
 {
-    pthread_mutex_lock(&channel->pin_lock);
-    channel->pins[channel->pin_count++] = (struct run){.block = block, .first_page = first_page, .pages = pages};
-    pthread_mutex_unlock(&channel->pin_lock);
+    uint32_t count = __atomic_load_n(&channel->pin_count, __ATOMIC_RELAXED);
+
+    __atomic_store_n(&channel->pins[count], PLACE_RUN(block, first_page, pages), __ATOMIC_SEQ_CST);
+    __atomic_store_n(&channel->pin_count, count + 1, __ATOMIC_SEQ_CST);
 }
 
 static void unpin_all(struct channel *channel)
 {
-    pthread_mutex_lock(&channel->pin_lock);
-    channel->pin_count = 0;
-    pthread_mutex_unlock(&channel->pin_lock);
+    __atomic_store_n(&channel->pin_count, 0, __ATOMIC_SEQ_CST);
 }
 
 static int batch_send(struct batch *batch, struct channel *channel)
@@ -146,6 +171,12 @@ static int batch_send(struct batch *batch, struct channel *channel)
 static bool test_bit(const uint64_t *words, uint64_t bit)
 {
     return __atomic_load_n(&words[bit / 64], __ATOMIC_RELAXED) >> (bit % 64) & 1;
+}
+
+/* After a pin. */
+static bool is_released(const struct source_block *block, uint64_t page)
+{
+    return __atomic_load_n(&block->released[page / 64], __ATOMIC_SEQ_CST) >> (page % 64) & 1;
 }
 
 /* pc_bitmap_next for a zero, in a bitmap that other threads change meanwhile. */
@@ -168,6 +199,12 @@ static bool test_and_set_bit(uint64_t *words, uint64_t bit)
     uint64_t mask = UINT64_C(1) << (bit % 64);
 
     return __atomic_fetch_or(&words[bit / 64], mask, __ATOMIC_SEQ_CST) & mask;
+}
+
+/* Blocks are only added, and each is whole before it counts. */
+static uint32_t block_count(const struct pc_pageserver *server)
+{
+    return __atomic_load_n(&server->block_count, __ATOMIC_ACQUIRE);
 }
 
 /* Content of pages: where they lie, or read into the channel's staging buffer at batch->staged. NULL with -errno in
@@ -212,7 +249,7 @@ static void frame_payload(struct pc_frame *frame, const void *payload, uint64_t 
 static void mark_sent(struct pc_pageserver *server, struct source_block *block, uint64_t page)
 {
     if (!test_and_set_bit(block->sent, page)) {
-        (void)__atomic_fetch_sub(&server->unsent, 1, __ATOMIC_SEQ_CST);
+        (void)__atomic_fetch_sub(&block->unsent, 1, __ATOMIC_RELAXED);
         ADD(server, sent_pages, 1);
     }
 }
@@ -234,6 +271,18 @@ static int refuse_released(struct channel *channel, struct batch *batch, struct 
     return 0;
 }
 
+/* No other connection would serve the page. Told once between two disconnections: events wait in memory for who takes them,
+ * and a peer may ask as often as it likes. */
+static bool tell_unreadable(struct channel *channel, int code, const char *text)
+{
+    struct pc_pageserver *server = channel->server;
+
+    if (__atomic_exchange_n(&server->unreadable_told, true, __ATOMIC_RELAXED))
+        return false;
+    pc_events_push(&server->events, PC_EVENT_FATAL, channel->kind, (int)channel->index, code, "%s", text);
+    return true;
+}
+
 static int answer_page(struct channel *channel, struct batch *batch, const struct pc_frame *request, uint64_t page,
                        char *why, size_t why_bytes)
 {
@@ -248,8 +297,13 @@ static int answer_page(struct channel *channel, struct batch *batch, const struc
     const uint8_t *content = NULL;
     int error = 0;
 
-    if (test_and_set_bit(block->demanded, page))
+    if (test_and_set_bit(block->demanded, page)) {
         ADD(server, repeated_requests, 1);
+        /* First requests end with the machine's pages, repetitions never: no peer may have a real-time thread for as
+         * long as it likes. */
+        if (++channel->repetitions == REPETITIONS_MAX)
+            pc_thread_prompt(true);
+    }
     if (test_bit(block->present, page)) {
         if (!block->memory.base && batch->staged + block->page_bytes > channel->staging_bytes) {
             error = batch_send(batch, channel);
@@ -258,7 +312,7 @@ static int answer_page(struct channel *channel, struct batch *batch, const struc
         }
         if (block->memory.base) {
             pin(channel, request->block, page, 1);
-            if (test_bit(block->released, page))
+            if (is_released(block, page))
                 return refuse_released(channel, batch, &frame, why, why_bytes);
         }
         content = page_content(channel, batch, block, page, 1, &error, text, sizeof(text));
@@ -266,7 +320,7 @@ static int answer_page(struct channel *channel, struct batch *batch, const struc
             frame.type = PC_FRAME_ERROR;
             frame_payload(&frame, text, strlen(text));
             batch_add(batch, &frame, text);
-            pc_events_push(&server->events, PC_EVENT_FATAL, PC_CHANNEL_URGENT, (int)channel->index, -error, "%s", text);
+            tell_unreadable(channel, -error, text);
             return batch_send(batch, channel); /* now: `text` lives on this stack */
         }
     }
@@ -296,7 +350,7 @@ static int answer_request(struct channel *channel, struct batch *batch, const ui
         return error;
     if (request.type != PC_FRAME_REQUEST)
         return pc_fail(EBADMSG, text, text_bytes, "a frame of type %u does not belong here", request.type);
-    if (request.block >= server->block_count)
+    if (request.block >= block_count(server))
         return pc_fail(EBADMSG, text, text_bytes, "a request names RAM block %u, which there is not", request.block);
     block = server->blocks[request.block];
     if (request.first_page >= block->pages || request.pages > block->pages - request.first_page)
@@ -309,24 +363,30 @@ static int answer_request(struct channel *channel, struct batch *batch, const ui
         if (!error && batch->frame_count >= REQUESTS_PER_TURN)
             error = batch_send(batch, channel);
     }
-    pthread_mutex_lock(&server->push_lock);
-    server->cursor_block = request.block;
-    server->cursor_page = request.first_page + request.pages;
-    pthread_mutex_unlock(&server->push_lock);
+    __atomic_store_n(&server->pivot, PLACE(request.block, request.first_page + request.pages), __ATOMIC_RELAXED);
     return error;
 }
 
-/* Waits until the server is started: true, or false when it is being stopped. */
+static bool is_serving(const struct pc_pageserver *server)
+{
+    return __atomic_load_n(&server->serving, __ATOMIC_ACQUIRE);
+}
+
+static bool is_stopping(const struct pc_pageserver *server)
+{
+    return __atomic_load_n(&server->stopping, __ATOMIC_ACQUIRE);
+}
+
+/* Waits until the server is started: true, or false when it is being stopped. Without a lock once it is. */
 static bool wait_serving(struct pc_pageserver *server)
 {
-    bool go_on;
-
-    pthread_mutex_lock(&server->push_lock);
-    while (!server->serving && !server->stopping)
-        pthread_cond_wait(&server->push_changed, &server->push_lock);
-    go_on = !server->stopping;
-    pthread_mutex_unlock(&server->push_lock);
-    return go_on;
+    if (!is_serving(server) && !is_stopping(server)) {
+        pthread_mutex_lock(&server->push_lock);
+        while (!is_serving(server) && !is_stopping(server))
+            pthread_cond_wait(&server->push_changed, &server->push_lock);
+        pthread_mutex_unlock(&server->push_lock);
+    }
+    return !is_stopping(server);
 }
 
 /* read(2) that looks for busy_poll_ns before it sleeps. */
@@ -343,8 +403,9 @@ static ssize_t read_busy(struct channel *channel, void *buffer, size_t bytes)
     return channel->stream.read(&channel->stream, buffer, bytes, true);
 }
 
-static int serve_urgent(struct channel *channel, struct batch *batch, char *text, size_t text_bytes)
+static int serve_urgent(struct channel *channel, char *text, size_t text_bytes)
 {
+    struct batch *batch = channel->batch;
     uint8_t requests[REQUEST_BYTES];
     size_t have = 0, at;
     int error = 0;
@@ -376,15 +437,22 @@ static int serve_urgent(struct channel *channel, struct batch *batch, char *text
 /* The next run of pages that nobody has sent, marked as sent. False when there is none. Under push_lock. */
 static bool claim_run(struct pc_pageserver *server, struct run *run)
 {
+    uint64_t pivot = __atomic_exchange_n(&server->pivot, NO_PIVOT, __ATOMIC_RELAXED);
+
+    if (pivot != NO_PIVOT) {
+        server->cursor_block = PLACE_BLOCK(pivot);
+        server->cursor_page = PLACE_PAGE(pivot);
+    }
     /* From the cursor to the end of its block, the blocks behind it, and round to what lies before the cursor. */
-    for (uint32_t turn = 0; turn <= server->block_count; turn++) {
+    for (uint32_t turn = 0; turn <= block_count(server); turn++) {
         struct source_block *block;
         uint64_t page;
 
-        if (server->cursor_block >= server->block_count)
+        if (server->cursor_block >= block_count(server))
             server->cursor_block = 0;
         block = server->blocks[server->cursor_block];
-        while ((page = next_clear(block->sent, block->pages, server->cursor_page)) < block->pages) {
+        while (__atomic_load_n(&block->unsent, __ATOMIC_RELAXED) &&
+               (page = next_clear(block->sent, block->pages, server->cursor_page)) < block->pages) {
             uint64_t limit = RUN_BYTES / block->page_bytes ? RUN_BYTES / block->page_bytes : 1;
 
             run->block = server->cursor_block;
@@ -397,7 +465,7 @@ static bool claim_run(struct pc_pageserver *server, struct run *run)
             }
             server->cursor_page = page;
             if (run->pages) {
-                (void)__atomic_fetch_sub(&server->unsent, run->pages, __ATOMIC_SEQ_CST);
+                (void)__atomic_fetch_sub(&block->unsent, run->pages, __ATOMIC_RELAXED);
                 ADD(server, sent_pages, run->pages);
                 return true;
             }
@@ -419,7 +487,7 @@ static void pace(struct pc_pageserver *server, uint64_t bytes)
         server->next_free_ns = now_ns - BURST_NS;
     start_ns = server->next_free_ns;
     server->next_free_ns += (uint64_t)((double)bytes * 1e9 / (double)server->bandwidth);
-    while (!server->stopping && changes == server->bandwidth_changes && pc_now_ns() < start_ns) {
+    while (!is_stopping(server) && changes == server->bandwidth_changes && pc_now_ns() < start_ns) {
         struct timespec until = {.tv_sec = (time_t)(start_ns / 1000000000u), .tv_nsec = (long)(start_ns % 1000000000u)};
 
         (void)pthread_cond_timedwait(&server->push_changed, &server->push_lock, &until);
@@ -438,20 +506,22 @@ static int push_run(struct channel *channel, struct batch *batch, const struct r
     if (block->memory.base)
         pin(channel, run->block, run->first_page, run->pages);
     content = page_content(channel, batch, block, run->first_page, run->pages, &error, text, text_bytes);
-    if (!content)
+    if (!content) {
+        channel->has_told = tell_unreadable(channel, -error, text);
         return error;
+    }
     while (at < run->pages) {
         const uint8_t *begin = content + at * block->page_bytes;
         struct pc_frame frame = {.block = (uint16_t)run->block, .first_page = run->first_page + at};
         uint64_t pages = 1;
         bool zero;
 
-        if (test_bit(block->released, run->first_page + at)) {
+        if (is_released(block, run->first_page + at)) {
             at++; /* it was asked for while this run waited for its bandwidth, and is there */
             continue;
         }
         zero = pc_is_zero(begin, block->page_bytes);
-        while (at + pages < run->pages && !test_bit(block->released, run->first_page + at + pages) &&
+        while (at + pages < run->pages && !is_released(block, run->first_page + at + pages) &&
                pc_is_zero(begin + pages * block->page_bytes, block->page_bytes) == zero)
             pages++;
         frame.type = zero ? PC_FRAME_ZERO : PC_FRAME_PAGES;
@@ -468,8 +538,9 @@ static int push_run(struct channel *channel, struct batch *batch, const struct r
     return batch_send(batch, channel);
 }
 
-static int push(struct channel *channel, struct batch *batch, char *text, size_t text_bytes)
+static int push(struct channel *channel, char *text, size_t text_bytes)
 {
+    struct batch *batch = channel->batch;
     struct pc_pageserver *server = channel->server;
     struct pc_frame end = {.type = PC_FRAME_END};
     uint8_t unexpected;
@@ -479,15 +550,14 @@ static int push(struct channel *channel, struct batch *batch, char *text, size_t
         return -ECANCELED;
     for (;;) {
         struct run run;
-        bool found, stopping;
+        bool found;
 
         pthread_mutex_lock(&server->push_lock);
-        found = !server->stopping && claim_run(server, &run);
+        found = !is_stopping(server) && claim_run(server, &run);
         if (found)
             pace(server, run.pages * server->blocks[run.block]->page_bytes);
-        stopping = server->stopping;
         pthread_mutex_unlock(&server->push_lock);
-        if (stopping)
+        if (is_stopping(server))
             return -ECANCELED;
         if (!found)
             break;
@@ -511,35 +581,42 @@ static void *channel_thread(void *argument)
     struct channel *channel = argument;
     struct pc_pageserver *server = channel->server;
     bool urgent = channel->kind == PC_CHANNEL_URGENT;
-    struct batch *batch = calloc(1, sizeof(*batch));
     char text[PC_ERROR_BYTES] = "";
-    int error = -ENOMEM;
+    int error;
 
     pc_thread_name(urgent ? "pc-serve" : "pc-bulk-out", channel->index);
     if (urgent)
         pc_thread_prompt(channel->busy_poll_ns != 0);
     else
         pc_thread_background();
-    if (batch)
-        error = urgent ? serve_urgent(channel, batch, text, sizeof(text)) : push(channel, batch, text, sizeof(text));
-    free(batch);
+    error = urgent ? serve_urgent(channel, text, sizeof(text)) : push(channel, text, sizeof(text));
     unpin_all(channel);
     pc_stream_shutdown(&channel->stream);
     /* Before the event: who hears it may attach the next connection at once, and must not be told that this one is busy. */
-    pthread_mutex_lock(&server->lock);
-    channel->running = false;
-    pthread_mutex_unlock(&server->lock);
-    /* -EIO is the image's fault, not the connection's: no other connection would serve the page. */
-    pc_events_push(&server->events, error == -EIO ? PC_EVENT_FATAL : PC_EVENT_CHANNEL_DOWN, channel->kind,
-                   (int)channel->index, error == -ENODATA || error == -ECANCELED ? 0 : -error, "%s",
-                   error == -ENODATA     ? "the destination closed the connection"
-                   : error == -ECANCELED ? "stopped"
-                   : text[0]             ? text
-                                         : strerror(-error));
+    __atomic_store_n(&channel->running, false, __ATOMIC_RELEASE);
+    if (!channel->has_told)
+        pc_events_push(&server->events, PC_EVENT_CHANNEL_DOWN, channel->kind, (int)channel->index,
+                       error == -ENODATA || error == -ECANCELED ? 0 : -error, "%s",
+                       error == -ENODATA     ? "the destination closed the connection"
+                       : error == -ECANCELED ? "stopped"
+                       : text[0]             ? text
+                                             : strerror(-error));
     return NULL;
 }
 
 /* ---- the public face ---------------------------------------------------------------------------------------------- */
+
+#define CHANNELS (PC_MAX_SHARDS + PC_MAX_BULK_CHANNELS)
+
+static struct channel *channel_number(struct pc_pageserver *server, uint32_t number)
+{
+    return number < PC_MAX_SHARDS ? &server->urgent[number] : &server->bulk[number - PC_MAX_SHARDS];
+}
+
+static bool is_running(const struct channel *channel)
+{
+    return __atomic_load_n(&channel->running, __ATOMIC_ACQUIRE);
+}
 
 static void init_channel(struct pc_pageserver *server, struct channel *channel, int kind, uint32_t index)
 {
@@ -547,7 +624,6 @@ static void init_channel(struct pc_pageserver *server, struct channel *channel, 
     channel->kind = kind;
     channel->index = index;
     channel->stream.fd = -1;
-    pthread_mutex_init(&channel->pin_lock, NULL);
 }
 
 int pc_pageserver_new(uint64_t max_bandwidth_bytes_per_s, struct pc_pageserver **out)
@@ -569,8 +645,10 @@ int pc_pageserver_new(uint64_t max_bandwidth_bytes_per_s, struct pc_pageserver *
     pthread_condattr_init(&clock);
     pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
     pthread_cond_init(&server->push_changed, &clock);
+    pthread_cond_init(&server->connectable, NULL);
     pthread_condattr_destroy(&clock);
     server->bandwidth = max_bandwidth_bytes_per_s;
+    server->pivot = NO_PIVOT;
     for (uint32_t i = 0; i < PC_MAX_SHARDS; i++)
         init_channel(server, &server->urgent[i], PC_CHANNEL_URGENT, i);
     for (uint32_t i = 0; i < PC_MAX_BULK_CHANNELS; i++)
@@ -600,7 +678,7 @@ int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory
 
     if ((!memory->base && memory->fd < 0) || !memory->size_bytes || page_bytes < 1024 ||
         page_bytes > PC_FRAME_MAX_PAYLOAD_BYTES || page_bytes & (page_bytes - 1) ||
-        (memory->base && memory->size_bytes % page_bytes))
+        (memory->base && memory->size_bytes % page_bytes) || memory->size_bytes / page_bytes >= PLACE_PAGES_MAX)
         return -EINVAL;
     block = calloc(1, sizeof(*block));
     if (!block)
@@ -623,15 +701,16 @@ int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory
     }
     /* Until set_present says otherwise every page may have content. */
     pc_bitmap_set_range(block->present, 0, block->pages);
+    block->unsent = block->pages;
     pthread_mutex_lock(&server->lock);
     pthread_mutex_lock(&server->push_lock);
-    if (server->block_count < PC_MAX_BLOCKS && !server->serving) {
-        index = (int)server->block_count;
-        server->blocks[server->block_count++] = block;
-        server->unsent += block->pages;
-        server->count.total_pages += block->pages;
-    } else if (server->serving) {
+    if (is_serving(server)) {
         index = -EBUSY;
+    } else if (block_count(server) < PC_MAX_BLOCKS) {
+        index = (int)block_count(server);
+        server->blocks[index] = block;
+        __atomic_store_n(&server->block_count, (uint32_t)index + 1, __ATOMIC_RELEASE);
+        ADD(server, total_pages, block->pages);
     }
     pthread_mutex_unlock(&server->push_lock);
     pthread_mutex_unlock(&server->lock);
@@ -647,14 +726,13 @@ int pc_pageserver_set_present(struct pc_pageserver *server, uint32_t index, cons
     int error = 0;
 
     pthread_mutex_lock(&server->push_lock);
-    if (index >= server->block_count) {
+    if (index >= block_count(server)) {
         error = -EINVAL;
-    } else if (server->serving) {
+    } else if (is_serving(server)) {
         error = -EBUSY;
     } else {
         block = server->blocks[index];
-        server->unsent += pc_bitmap_count(block->sent, block->pages);
-        server->count.zero_pages -= pc_bitmap_count(block->sent, block->pages);
+        ADD(server, zero_pages, -pc_bitmap_count(block->sent, block->pages));
         for (uint64_t word = 0; word < block->words; word++) {
             uint64_t valid = word + 1 < block->words || block->pages % 64 == 0 ? ~UINT64_C(0)
                                                                                : (UINT64_C(1) << (block->pages % 64)) - 1;
@@ -663,8 +741,8 @@ int pc_pageserver_set_present(struct pc_pageserver *server, uint32_t index, cons
             block->sent[word] = ~present_words[word] & valid; /* the page map has told these already */
         }
         absent = pc_bitmap_count(block->sent, block->pages);
-        server->unsent -= absent;
-        server->count.zero_pages += absent;
+        block->unsent = block->pages - absent;
+        ADD(server, zero_pages, absent);
     }
     pthread_mutex_unlock(&server->push_lock);
     return error;
@@ -675,14 +753,11 @@ int pc_pageserver_set_received(struct pc_pageserver *server, uint32_t index, con
     int error = 0;
 
     pthread_mutex_lock(&server->lock);
-    for (uint32_t i = 0; i < PC_MAX_SHARDS; i++)
-        if (server->urgent[i].running)
-            error = -EBUSY;
-    for (uint32_t i = 0; i < PC_MAX_BULK_CHANNELS; i++)
-        if (server->bulk[i].running)
+    for (uint32_t i = 0; i < CHANNELS; i++)
+        if (is_running(channel_number(server, i)))
             error = -EBUSY;
     pthread_mutex_lock(&server->push_lock);
-    if (!error && index >= server->block_count)
+    if (!error && index >= block_count(server))
         error = -EINVAL;
     for (uint64_t word = 0; !error && word < server->blocks[index]->words; word++)
         if (__atomic_load_n(&server->blocks[index]->released[word], __ATOMIC_SEQ_CST) & ~received_words[word])
@@ -690,7 +765,6 @@ int pc_pageserver_set_received(struct pc_pageserver *server, uint32_t index, con
     if (!error) {
         struct source_block *block = server->blocks[index];
 
-        server->unsent += pc_bitmap_count(block->sent, block->pages);
         for (uint64_t word = 0; word < block->words; word++) {
             uint64_t valid = word + 1 < block->words || block->pages % 64 == 0 ? ~UINT64_C(0)
                                                                                : (UINT64_C(1) << (block->pages % 64)) - 1;
@@ -701,7 +775,7 @@ int pc_pageserver_set_received(struct pc_pageserver *server, uint32_t index, con
             block->demanded[word] &= received_words[word];
             block->settled[word] = __atomic_load_n(&block->released[word], __ATOMIC_SEQ_CST);
         }
-        server->unsent -= pc_bitmap_count(block->sent, block->pages);
+        block->unsent = block->pages - pc_bitmap_count(block->sent, block->pages);
     }
     pthread_mutex_unlock(&server->push_lock);
     pthread_mutex_unlock(&server->lock);
@@ -736,14 +810,18 @@ static size_t look_at_pins(struct pc_pageserver *server, uint32_t index)
 {
     size_t seen = 0;
 
-    for (uint32_t i = 0; i < PC_MAX_SHARDS + PC_MAX_BULK_CHANNELS; i++) {
-        struct channel *channel = i < PC_MAX_SHARDS ? &server->urgent[i] : &server->bulk[i - PC_MAX_SHARDS];
+    for (uint32_t i = 0; i < CHANNELS; i++) {
+        const struct channel *channel = channel_number(server, i);
+        uint32_t count = __atomic_load_n(&channel->pin_count, __ATOMIC_SEQ_CST);
 
-        pthread_mutex_lock(&channel->pin_lock);
-        for (uint32_t j = 0; j < channel->pin_count && seen < sizeof(server->pins_seen) / sizeof(server->pins_seen[0]); j++)
-            if (channel->pins[j].block == index)
-                server->pins_seen[seen++] = channel->pins[j];
-        pthread_mutex_unlock(&channel->pin_lock);
+        /* One that is replaced meanwhile belongs to a batch that has looked at `released` since: nothing is missed. */
+        for (uint32_t j = 0; j < count && seen < PC_ARRAY_LENGTH(server->pins_seen); j++) {
+            uint64_t place = __atomic_load_n(&channel->pins[j], __ATOMIC_SEQ_CST);
+
+            if (PLACE_BLOCK(place) == index)
+                server->pins_seen[seen++] = (struct run){
+                    .block = index, .first_page = PLACE_PAGE(place), .pages = PLACE_RUN_PAGES(place)};
+        }
     }
     for (size_t i = 0; i < seen; i++)
         pc_bitmap_set_range(server->blocks[index]->pinned, server->pins_seen[i].first_page, server->pins_seen[i].pages);
@@ -773,15 +851,22 @@ static int give_back(struct pc_pageserver *server, uint32_t index, uint64_t from
     }
     from -= from % group;
     to = to + group - 1 - (to + group - 1) % group; /* the block is whole pages of memory */
-    for (uint64_t page = from, end; !error && (page = next_ready(block, page, to, true)) < to; page = end) {
+    for (uint64_t page = from, end; (page = next_ready(block, page, to, true)) < to; page = end) {
         uint64_t first = (page + group - 1) / group * group;
+        int refused;
 
         end = next_ready(block, page, to, false);
         if (end / group * group <= first)
             continue;
-        error = pc_memory_discard(&block->memory, (uint64_t)(uintptr_t)block->memory.base + first * block->page_bytes,
-                                  (end / group * group - first) * block->page_bytes);
-        for (uint64_t word = first / 64; !error && word * 64 < end / group * group; word++) {
+        refused = pc_memory_discard(&block->memory, (uint64_t)(uintptr_t)block->memory.base + first * block->page_bytes,
+                                    (end / group * group - first) * block->page_bytes);
+        if (refused) {
+            error = error ? error : refused;
+            block->late_first = page < block->late_first ? page : block->late_first;
+            block->late_end = end > block->late_end ? end : block->late_end;
+            continue;
+        }
+        for (uint64_t word = first / 64; word * 64 < end / group * group; word++) {
             uint64_t bits = bits_of_word(word, first, end / group * group);
 
             block->discarded[word] |= bits;
@@ -799,14 +884,10 @@ int pc_pageserver_release(struct pc_pageserver *server, uint32_t index, uint64_t
     struct source_block *block;
     int error = 0;
 
-    pthread_mutex_lock(&server->push_lock);
-    if (index >= server->block_count)
-        error = -EINVAL;
-    else if (!server->serving)
-        error = -EBUSY;
-    pthread_mutex_unlock(&server->push_lock);
-    if (error)
-        return error;
+    if (index >= block_count(server))
+        return -EINVAL;
+    if (!is_serving(server))
+        return -EBUSY;
     block = server->blocks[index];
     if (first_page > block->pages || pages > block->pages - first_page)
         return -EINVAL;
@@ -830,12 +911,8 @@ int pc_pageserver_release(struct pc_pageserver *server, uint32_t index, uint64_t
 int pc_pageserver_released(struct pc_pageserver *server, uint32_t index, uint64_t *released_words, uint64_t *discarded_words)
 {
     struct source_block *block;
-    bool known;
 
-    pthread_mutex_lock(&server->push_lock);
-    known = index < server->block_count;
-    pthread_mutex_unlock(&server->push_lock);
-    if (!known)
+    if (index >= block_count(server))
         return -EINVAL;
     block = server->blocks[index];
     pthread_mutex_lock(&server->release_lock);
@@ -849,7 +926,7 @@ int pc_pageserver_released(struct pc_pageserver *server, uint32_t index, uint64_
     return 0;
 }
 
-/* Joins a thread that has ended or been shut down, and frees what its channel had. */
+/* Joins a thread that has ended or been shut down, and frees what its channel had. By whoever has the lock, or `disconnecting`. */
 static void reap(struct channel *channel)
 {
     if (channel->started)
@@ -859,6 +936,28 @@ static void reap(struct channel *channel)
     pc_buffer_free(channel->staging, channel->staging_bytes);
     channel->staging = NULL;
     channel->staging_bytes = 0;
+    free(channel->batch);
+    channel->batch = NULL;
+}
+
+/* All that the channel will need, before it is one. */
+static int start(struct channel *channel)
+{
+    int error;
+
+    channel->staging_bytes = PC_FRAME_MAX_PAYLOAD_BYTES;
+    channel->staging = pc_buffer_new(channel->staging_bytes);
+    channel->batch = calloc(1, sizeof(*channel->batch));
+    if (!channel->staging || !channel->batch)
+        return -ENOMEM;
+    channel->repetitions = 0;
+    channel->has_told = false;
+    __atomic_store_n(&channel->running, true, __ATOMIC_RELAXED);
+    error = pc_thread_start(&channel->thread, channel_thread, channel);
+    channel->started = !error;
+    if (error)
+        __atomic_store_n(&channel->running, false, __ATOMIC_RELAXED);
+    return error;
 }
 
 static int attach(struct channel *channel, int fd, uint64_t busy_poll_ns)
@@ -872,20 +971,16 @@ static int attach(struct channel *channel, int fd, uint64_t busy_poll_ns)
         return error;
     }
     pthread_mutex_lock(&server->lock);
-    if (channel->running) {
+    if (server->disconnecting || is_running(channel)) {
         error = -EBUSY;
     } else {
         reap(channel);
-        channel->staging_bytes = PC_FRAME_MAX_PAYLOAD_BYTES;
-        channel->staging = pc_buffer_new(channel->staging_bytes);
         channel->stream = stream;
         channel->busy_poll_ns = busy_poll_ns;
-        error = channel->staging ? pc_thread_start(&channel->thread, channel_thread, channel) : -ENOMEM;
+        error = start(channel);
         if (error) {
             channel->stream.fd = -1;
             reap(channel);
-        } else {
-            channel->started = channel->running = true;
         }
     }
     pthread_mutex_unlock(&server->lock);
@@ -915,7 +1010,7 @@ int pc_pageserver_attach_bulk(struct pc_pageserver *server, uint32_t channel, in
 int pc_pageserver_start(struct pc_pageserver *server)
 {
     pthread_mutex_lock(&server->push_lock);
-    server->serving = true;
+    __atomic_store_n(&server->serving, true, __ATOMIC_RELEASE);
     pthread_cond_broadcast(&server->push_changed);
     pthread_mutex_unlock(&server->push_lock);
     return 0;
@@ -959,39 +1054,50 @@ int pc_pageserver_stats(struct pc_pageserver *server, struct pc_pageserver_stats
     return 0;
 }
 
-int pc_pageserver_disconnect(struct pc_pageserver *server)
+static void set_stopping(struct pc_pageserver *server, bool stopping)
 {
     pthread_mutex_lock(&server->push_lock);
-    server->stopping = true;
+    __atomic_store_n(&server->stopping, stopping, __ATOMIC_RELEASE);
     pthread_cond_broadcast(&server->push_changed);
     pthread_mutex_unlock(&server->push_lock);
-    for (uint32_t i = 0; i < PC_MAX_SHARDS; i++)
-        pc_stream_shutdown(&server->urgent[i].stream);
-    for (uint32_t i = 0; i < PC_MAX_BULK_CHANNELS; i++)
-        pc_stream_shutdown(&server->bulk[i].stream);
-    for (uint32_t i = 0; i < PC_MAX_SHARDS; i++)
-        reap(&server->urgent[i]);
-    for (uint32_t i = 0; i < PC_MAX_BULK_CHANNELS; i++)
-        reap(&server->bulk[i]);
-    pthread_mutex_lock(&server->push_lock);
-    server->stopping = false;
-    pthread_mutex_unlock(&server->push_lock);
+}
+
+int pc_pageserver_disconnect(struct pc_pageserver *server)
+{
+    pthread_mutex_lock(&server->lock);
+    while (server->disconnecting)
+        pthread_cond_wait(&server->connectable, &server->lock);
+    server->disconnecting = true; /* so that nobody waits for the lock while threads are joined */
+    pthread_mutex_unlock(&server->lock);
+    set_stopping(server, true);
+    for (uint32_t i = 0; i < CHANNELS; i++)
+        pc_stream_shutdown(&channel_number(server, i)->stream);
+    for (uint32_t i = 0; i < CHANNELS; i++)
+        reap(channel_number(server, i));
+    set_stopping(server, false);
+    __atomic_store_n(&server->unreadable_told, false, __ATOMIC_RELAXED);
+    pthread_mutex_lock(&server->lock);
+    server->disconnecting = false;
+    pthread_cond_broadcast(&server->connectable);
+    pthread_mutex_unlock(&server->lock);
     return 0;
 }
 
 void pc_pageserver_free(struct pc_pageserver *server)
 {
     (void)pc_pageserver_disconnect(server);
-    for (uint32_t i = 0; i < server->block_count; i++)
+    for (uint32_t i = 0; i < block_count(server); i++)
         free_block(server->blocks[i]);
     pc_events_destroy(&server->events);
     pthread_cond_destroy(&server->push_changed);
+    pthread_cond_destroy(&server->connectable);
     pthread_mutex_destroy(&server->push_lock);
     pthread_mutex_destroy(&server->release_lock);
-    for (uint32_t i = 0; i < PC_MAX_SHARDS; i++)
-        pthread_mutex_destroy(&server->urgent[i].pin_lock);
-    for (uint32_t i = 0; i < PC_MAX_BULK_CHANNELS; i++)
-        pthread_mutex_destroy(&server->bulk[i].pin_lock);
     pthread_mutex_destroy(&server->lock);
     free(server);
+}
+
+pthread_mutex_t *pc_pageserver_push_lock(struct pc_pageserver *server)
+{
+    return &server->push_lock;
 }

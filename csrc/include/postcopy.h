@@ -540,9 +540,9 @@ int pc_kvm_stats(struct pc_kvm *machine, struct pc_machine_stats *stats);
 int pc_kvm_verify(struct pc_kvm *machine, struct pc_machine_check *check);
 /* eventfd: readable after ready, mark (at most 20/s), guest failure and vCPU failure. Belongs to the machine. */
 int pc_kvm_event_fd(struct pc_kvm *machine);
-/* Ends the vCPU threads and frees the machine. -ETIMEDOUT after timeout_ms: a vCPU is blocked where no signal reaches it (on
- * a missing page in a disk transfer). The machine then frees itself when that thread comes back; until then its guest
- * memory must stay mapped and the handle must not be used. */
+/* Ends the vCPU threads, waits for calls under way in other threads (a verification is called off: -ECANCELED), and frees the
+ * machine. -ETIMEDOUT after timeout_ms: a vCPU, or a load, is blocked where no signal reaches it, on a missing page. Nothing is
+ * freed then and guest memory must stay mapped; call again once the page has come, or the userfaultfd is gone. */
 int pc_kvm_close(struct pc_kvm *machine, uint32_t timeout_ms);
 /* rv64 only (else -ENOTSUP): lets a paused machine run until each hart has executed `instructions` since its boot, in all, and
  * pauses it there exactly; a hart that has executed more already stands still. Blocks; -ETIMEDOUT after timeout_ms (paused,

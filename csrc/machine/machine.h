@@ -92,9 +92,9 @@ struct pc_kvm {
     pthread_mutex_t lock;
     pthread_cond_t changed; /* want_run, stop, parked, transition */
     bool want_run;
-    bool stop;
+    _Atomic bool stop;    /* written under the lock; read without by what takes long */
     bool transition;      /* a pause, save, load, boot or verify is under way */
-    _Atomic uint32_t references; /* the handle, and each thread: the last one to go frees */
+    _Atomic uint32_t references; /* the handle, each thread, and whoever has `transition`: the last one to go frees */
     _Atomic bool leave;   /* vCPU threads must come out: read without the lock on the hot path */
     _Atomic int32_t state;
 

@@ -465,14 +465,16 @@ int pc_kvm_open(const struct pc_kvm_config *config, struct pc_kvm **out, char *e
     if (!rc)
         rc = set_up(machine, error, error_bytes);
     if (rc) {
-        pc_kvm_close(machine, 1000); /* parked threads leave at once */
+        while (pc_kvm_close(machine, 1000)) /* parked threads leave at once, when they get a processor */
+            ;
         return rc;
     }
     *out = machine;
     return 0;
 }
 
-/* Under the lock: true when every thread has ended (`gone`) or is at least parked; false at the deadline. */
+/* Under the lock: true when every thread has ended, with whatever else was under way (`gone`), or is at least parked; false at
+ * the deadline. */
 static bool wait_for_vcpus(struct pc_kvm *machine, uint32_t timeout_ms, bool gone)
 {
     uint64_t until_ns = pc_machine_now_ns() + timeout_ms * 1000000ull, now_ns, step_ns;
@@ -480,7 +482,7 @@ static bool wait_for_vcpus(struct pc_kvm *machine, uint32_t timeout_ms, bool gon
     bool late = false;
 
     for (;;) {
-        uint32_t waiting = 0;
+        uint32_t waiting = gone && machine->transition;
         for (uint32_t i = 0; i < machine->vcpu_count; i++) {
             const struct pc_vcpu *vcpu = &machine->vcpu[i];
             bool is_gone = !vcpu->has_thread || atomic_load(&vcpu->activity) == PC_VCPU_GONE;
@@ -509,20 +511,30 @@ int pc_kvm_close(struct pc_kvm *machine, uint32_t timeout_ms)
     kick_all(machine);
     in_time = wait_for_vcpus(machine, timeout_ms, true);
     pthread_mutex_unlock(&machine->lock);
-    for (uint32_t i = 0; i < machine->vcpu_count; i++) {
-        struct pc_vcpu *vcpu = &machine->vcpu[i];
-        if (!vcpu->has_thread)
-            continue;
-        if (in_time)
-            pthread_join(vcpu->thread, NULL);
-        else
-            pthread_detach(vcpu->thread);
-    }
+    if (!in_time)
+        return -ETIMEDOUT;
+    for (uint32_t i = 0; i < machine->vcpu_count; i++)
+        if (machine->vcpu[i].has_thread)
+            pthread_join(machine->vcpu[i].thread, NULL);
     release(machine);
-    return in_time ? 0 : -ETIMEDOUT;
+    return 0;
 }
 
 /* ---- run control ---- */
+
+/* Under the lock. Until it is let go the machine is neither freed nor taken for anything else: pc_kvm_close waits for that. Who
+ * has let it go releases it, outside of the lock. */
+static void hold(struct pc_kvm *machine)
+{
+    machine->transition = true;
+    atomic_fetch_add(&machine->references, 1);
+}
+
+static void let_go(struct pc_kvm *machine)
+{
+    machine->transition = false;
+    pthread_cond_broadcast(&machine->changed);
+}
 
 /* Takes the machine for something that needs it at rest, in the given state. */
 static int begin(struct pc_kvm *machine, int32_t state)
@@ -537,7 +549,7 @@ static int begin(struct pc_kvm *machine, int32_t state)
     else if (now != state)
         rc = now == PC_MACHINE_FAILED ? -EIO : -EBUSY;
     else
-        machine->transition = true;
+        hold(machine);
     pthread_mutex_unlock(&machine->lock);
     return rc;
 }
@@ -546,8 +558,9 @@ static void end(struct pc_kvm *machine, int32_t state)
 {
     pthread_mutex_lock(&machine->lock);
     atomic_store(&machine->state, state);
-    machine->transition = false;
+    let_go(machine);
     pthread_mutex_unlock(&machine->lock);
+    release(machine);
 }
 
 int pc_kvm_resume(struct pc_kvm *machine)
@@ -595,6 +608,7 @@ static void name_the_stuck(const struct pc_kvm *machine, uint32_t timeout_ms, ch
 
 int pc_kvm_pause(struct pc_kvm *machine, uint32_t timeout_ms, char *error, size_t error_bytes)
 {
+    bool held = false;
     int32_t state;
     int rc = 0;
 
@@ -606,7 +620,8 @@ int pc_kvm_pause(struct pc_kvm *machine, uint32_t timeout_ms, char *error, size_
         rc = pc_machine_error(error, error_bytes, -EINVAL, "the machine has not been started");
     else if (state != PC_MACHINE_PAUSED) {
         bool want_run = machine->want_run; /* false when failed: its vCPUs are on their way out already */
-        machine->transition = true;
+        hold(machine);
+        held = true;
         machine->want_run = false;
         kick_all(machine);
         if (!wait_for_vcpus(machine, timeout_ms, false)) {
@@ -626,9 +641,11 @@ int pc_kvm_pause(struct pc_kvm *machine, uint32_t timeout_ms, char *error, size_
             atomic_store(&machine->state, PC_MACHINE_PAUSED);
             atomic_store(&machine->paused_ns, pc_machine_now_ns());
         }
-        machine->transition = false;
+        let_go(machine);
     }
     pthread_mutex_unlock(&machine->lock);
+    if (held)
+        release(machine);
     return rc;
 }
 

@@ -911,7 +911,8 @@ int pc_rv64_check_state(const struct pc_hart_state *state, uint32_t vcpu, char *
     /* The end of the area is where a hart stands that ran off it. */
     bool pc_possible = state->pc % 4 == 0 && state->pc - PCG_IMAGE <= IMAGE_BYTES;
 
-    if (!pc_possible || state->x[0] || state->zero ||
+    /* Nobody lives to see half of what 64 bits count; past it a hart would come to the end of its numbers, and stand still. */
+    if (!pc_possible || state->x[0] || state->zero || state->instructions > UINT64_MAX / 2 ||
         (state->reservation_bytes != 0 && state->reservation_bytes != 4 && state->reservation_bytes != 8))
         return pc_machine_error(error, error_bytes, -EBADMSG, "section HART of vCPU %u is not a state a hart can be in",
                                 vcpu);

@@ -116,8 +116,9 @@ static bool of_engine(const struct pc_kvm *machine, int kind)
 
 #define MSR_TSC 0x10u
 
-/* Moved or refused. The base registers of FS and GS, and EFER, are in SREG. The time stamp counter first, so that it
- * stands still between the hosts as briefly as can be. */
+/* What our guests use: moved or refused, and the only ones that are ever set. Of all others KVM knows a vCPU that has run our
+ * programs has the values that it began with. The base registers of FS and GS, and EFER, are in SREG. The time stamp counter
+ * first, so that it stands still between the hosts as briefly as can be. */
 static const uint32_t needed_msrs[] = {
     MSR_TSC,
     0x174,      /* SYSENTER_CS */
@@ -139,6 +140,29 @@ static bool is_needed_msr(uint32_t index)
 {
     for (size_t i = 0; i < NEEDED_MSRS; i++)
         if (needed_msrs[i] == index)
+            return true;
+    return false;
+}
+
+/* By these a guest tells KVM or Hyper-V where in its memory the host is to write. Some are written to within KVM_SET_MSRS,
+ * others when the vCPU is next entered or preempted. */
+static bool gives_memory_to_host(uint32_t index)
+{
+    static const uint32_t msrs[] = {
+        0x11, 0x4b564d00, /* wall clock */
+        0x12, 0x4b564d01, /* system time */
+        0x4b564d02,       /* asynchronous page faults */
+        0x4b564d03,       /* steal time */
+        0x4b564d04,       /* end of interrupt */
+        0x40000001,       /* Hyper-V: hypercall page */
+        0x40000021,       /* reference time page */
+        0x40000073,       /* virtual processor assist page */
+        0x40000082,       /* event flags page */
+        0x40000083,       /* message page */
+    };
+
+    for (size_t i = 0; i < sizeof msrs / sizeof *msrs; i++)
+        if (msrs[i] == index)
             return true;
     return false;
 }
@@ -202,42 +226,19 @@ static int set_msr(int fd, uint32_t index, uint64_t value)
     return rc == 1 ? 0 : rc < 0 ? rc : -EINVAL;
 }
 
-/* One by one: KVM stops a batch at the first MSR it does not let through, and which those are depends on processor and
- * kernel. Some hundred cheap calls. */
-static int save_msrs(struct writer *w, const struct pc_kvm *machine, const struct pc_vcpu *vcpu, char *error,
-                     size_t error_bytes)
+static int save_msrs(struct writer *w, const struct pc_vcpu *vcpu, char *error, size_t error_bytes)
 {
-    struct kvm_msr_list *list = calloc(1, sizeof *list + MSRS_MAX * sizeof list->indices[0]);
-    struct state_msr *msrs = calloc(MSRS_MAX + NEEDED_MSRS, sizeof *msrs);
-    uint32_t count = 0;
-    int rc = -ENOMEM;
+    struct state_msr msrs[NEEDED_MSRS];
+    int rc;
 
-    if (!list || !msrs)
-        goto out;
-    list->nmsrs = MSRS_MAX - NEEDED_MSRS;
-    rc = pc_machine_ioctl(machine->kvm_fd, KVM_GET_MSR_INDEX_LIST, list);
-    if (rc) {
-        pc_machine_error(error, error_bytes, rc, "KVM_GET_MSR_INDEX_LIST: %s", strerrordesc_np(-rc));
-        goto out;
-    }
+    memset(msrs, 0, sizeof msrs);
     for (size_t i = 0; i < NEEDED_MSRS; i++) {
-        msrs[count].index = needed_msrs[i];
-        rc = get_msr(vcpu->fd, needed_msrs[i], &msrs[count++].value);
-        if (rc) {
-            pc_machine_error(error, error_bytes, rc, "vCPU %u: MSR 0x%x cannot be read", vcpu->index, needed_msrs[i]);
-            goto out;
-        }
+        msrs[i].index = needed_msrs[i];
+        rc = get_msr(vcpu->fd, needed_msrs[i], &msrs[i].value);
+        if (rc)
+            return pc_machine_error(error, error_bytes, rc, "vCPU %u: MSR 0x%x cannot be read", vcpu->index, needed_msrs[i]);
     }
-    for (uint32_t i = 0; i < list->nmsrs; i++) {
-        msrs[count].index = list->indices[i];
-        if (!is_needed_msr(list->indices[i]) && get_msr(vcpu->fd, list->indices[i], &msrs[count].value) == 0)
-            count++;
-    }
-    rc = put(w, MSRS, vcpu->index, msrs, count * sizeof *msrs);
-out:
-    free(list);
-    free(msrs);
-    return rc;
+    return put(w, MSRS, vcpu->index, msrs, sizeof msrs);
 }
 
 static int save_xsave(struct writer *w, const struct pc_kvm *machine, const struct pc_vcpu *vcpu)
@@ -299,7 +300,7 @@ static int save_kvm_vcpu(struct writer *w, const struct pc_kvm *machine, struct 
     if (!rc)
         rc = save_xsave(w, machine, vcpu);
     if (!rc)
-        rc = save_msrs(w, machine, vcpu, error, error_bytes);
+        rc = save_msrs(w, vcpu, error, error_bytes);
     khz = pc_machine_ioctl(vcpu->fd, KVM_GET_TSC_KHZ, NULL);
     tsc_khz = khz > 0 ? (uint64_t)khz : 0;
     if (!rc)
@@ -627,6 +628,33 @@ static struct kvm_cpuid2 *copy_cpuid(const struct found *section)
     return cpuid;
 }
 
+/* Guest memory is missing while a state is loaded. KVM touches it there by the MSRs above, and by the page tables of 32-bit PAE,
+ * of which it reads four entries when the registers are set. Neither is a state that our guests can be in. */
+static int check_no_memory(const struct found *sections, uint32_t index, char *error, size_t error_bytes)
+{
+    const uint64_t long_mode = 0x500, paging = 0x80000001, pae = 0x20;
+    struct kvm_sregs sregs;
+    struct kvm_mp_state mp_state;
+
+    for (uint64_t at = 0; at < sections[MSRS].bytes; at += sizeof(struct state_msr)) {
+        struct state_msr msr;
+
+        memcpy(&msr, sections[MSRS].payload + at, sizeof msr);
+        if (gives_memory_to_host(msr.index) && msr.value)
+            return pc_machine_error(error, error_bytes, -EBADMSG, "vCPU %u: MSR 0x%x = 0x%llx would let the host write to guest "
+                                    "memory, which no guest of ours does", index, msr.index, (unsigned long long)msr.value);
+    }
+    memcpy(&sregs, sections[SREGS].payload, sizeof sregs);
+    if ((sregs.efer & long_mode) != long_mode || (sregs.cr0 & paging) != paging || !(sregs.cr4 & pae))
+        return pc_machine_error(error, error_bytes, -EBADMSG, "vCPU %u: section SREG is not of 64-bit mode with paging, which our "
+                                "guests never leave", index);
+    memcpy(&mp_state, sections[MP_STATE].payload, sizeof mp_state);
+    if (mp_state.mp_state != KVM_MP_STATE_RUNNABLE)
+        return pc_machine_error(error, error_bytes, -EBADMSG, "vCPU %u: section MPST says %u: it waits for what never comes", index,
+                                mp_state.mp_state);
+    return 0;
+}
+
 static int check_kvm_vcpu(const struct pc_kvm *machine, const struct found *sections, uint32_t index, char *error,
                           size_t error_bytes)
 {
@@ -634,9 +662,11 @@ static int check_kvm_vcpu(const struct pc_kvm *machine, const struct found *sect
     int rc;
 
     if (!cpuid)
-        return -ENOMEM;
+        return pc_machine_error(error, error_bytes, -ENOMEM, "out of memory");
     rc = check_cpuid(cpuid, machine->host_cpuid, error, error_bytes);
     free(cpuid);
+    if (!rc)
+        rc = check_no_memory(sections, index, error, error_bytes);
     if (rc)
         return rc;
     /* A larger area is one with components this host has not; empty, they do not matter. */
@@ -660,7 +690,9 @@ static int load_msrs(const struct pc_vcpu *vcpu, const struct found *section, ch
         uint64_t now;
 
         memcpy(&msr, section->payload + at, sizeof msr);
-        if (set_msr(vcpu->fd, msr.index, msr.value) == 0 || !is_needed_msr(msr.index)) {
+        if (!is_needed_msr(msr.index))
+            continue; /* older versions sent all that KVM lists */
+        if (set_msr(vcpu->fd, msr.index, msr.value) == 0) {
             /* A KVM that cannot offset the counter takes the value and forgets it. Ahead of the guest's time is well; behind it
              * the guest would see time run backwards. */
             if (msr.index == MSR_TSC && get_msr(vcpu->fd, MSR_TSC, &now) == 0 && now < msr.value)

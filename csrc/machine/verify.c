@@ -38,6 +38,12 @@ static void bad(struct verify *v, const char *format, ...)
     }
 }
 
+/* Whoever closes the machine is not to wait for what takes long, or never ends: how much there is to recount, guest memory says. */
+static bool called_off(const struct verify *v)
+{
+    return atomic_load_explicit(&v->machine->stop, memory_order_relaxed);
+}
+
 static const struct pcg_vcpu *guest_vcpu(const struct verify *v, uint32_t index)
 {
     return (const struct pcg_vcpu *)((const uint8_t *)v->machine->config.shared.base + PCG_VCPU_PAGES +
@@ -76,6 +82,8 @@ static int check_zero(struct verify *v, const struct pc_memory *memory, const ch
             continue;
         }
         v->check->pages_zero++;
+        if (called_off(v))
+            rc = -ECANCELED;
         if ((present[unit / 64] >> (unit % 64) & 1) && !pc_is_zero(base + page * PCG_PAGE_BYTES, PCG_PAGE_BYTES))
             bad(v, "page %llu of block \"%s\" is not zero although the guest never wrote it", (unsigned long long)page, name);
     }
@@ -255,6 +263,10 @@ static int check_random(struct verify *v)
         for (uint64_t n = 0; n < operations; n++) {
             x = pcg_rng_next(x);
             counts[i][pcg_rng_below(x, pages)]++;
+            if (n % 65536 == 0 && called_off(v)) {
+                rc = -ECANCELED;
+                goto out;
+            }
         }
         in_flight[i] = UINT64_MAX;
         if (guest->phase == PCG_PHASE_RUN) {
@@ -320,6 +332,10 @@ static int check_disk_vcpu(struct verify *v, uint32_t index, uint8_t *buffer)
         bad(v, "vCPU %u: its bookkeeping is damaged", index);
         return 0;
     }
+    if ((guest->slot_tags_gva | guest->chunk_tags_gva | guest->slot_gva[0] | guest->slot_gva[1]) % 8) {
+        bad(v, "vCPU %u: its tables are where no word can be", index);
+        return 0;
+    }
     slot_tags = pc_layout_gva(&v->machine->config, guest->slot_tags_gva, guest->slots * 8);
     chunk_tags = pc_layout_gva(&v->machine->config, guest->chunk_tags_gva, guest->chunks * 8);
     if (!slot_tags || !chunk_tags) {
@@ -350,6 +366,8 @@ static int check_disk_vcpu(struct verify *v, uint32_t index, uint8_t *buffer)
         if (guest->flight == PCG_FLIGHT_WRITE && offset < guest->flight_count &&
             guest->flight_slot + offset < guest->slots)
             new = slot_tags[guest->flight_slot + offset];
+        if (called_off(v))
+            return -ECANCELED;
         if (old == 0)
             continue; /* whatever an earlier machine left in the file */
         rc = pc_disk_inspect(v->machine, index, chunk * PCG_SLOT_BYTES, buffer, PCG_SLOT_BYTES);

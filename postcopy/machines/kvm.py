@@ -14,7 +14,6 @@ import logging
 import os
 import platform
 import secrets
-import stat
 import tempfile
 import warnings
 from collections import deque
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import trio
 
-from postcopy._blocking import END_TIMEOUT_S, run_to_end
+from postcopy._blocking import END_TIMEOUT_S, run_sync, run_to_end
 from postcopy._error_line import ErrorLine, c_text
 from postcopy._errors import (
     BusyError,
@@ -81,6 +80,8 @@ _ACTIVITIES = {
     lib.PC_VCPU_GONE: Activity.GONE,
 }
 _MAX_STATE_BYTES = 16 << 20  # what one control message may carry
+LOAD_TIMEOUT_S = 10.0
+"""How long KVM may take over a state: milliseconds, unless it waits for guest memory, which nobody can bring it yet."""
 DEFAULT_DISK_BYTES = 16 << 20
 DISK_PREFIX, DISK_SUFFIX = "postcopy-disk-", ".img"  # of temporary ones
 
@@ -130,6 +131,7 @@ class KvmMachine(Machine):
         self._disk = disk
         self._network = network
         self._machine: Any = None
+        self._closing = False
         self._ending = trio.Lock()
         with contextlib.ExitStack() as undo:
             if disk is not None:
@@ -213,9 +215,8 @@ class KvmMachine(Machine):
         if workload == "disk":
             disk_bytes = _natural(config, "disk-bytes")
             if disk is None:
-                disk = _offered_disk(config.get("disk"), disk_bytes)
-            elif not os.path.exists(disk):
-                raise ConfigurationError(f"disk {disk}: there is no such file; it must be the one the source uses")
+                raise _no_disk(config.get("disk"))
+            _check_twin_disk(disk, disk_bytes)
             twin_disk = _Disk(disk, disk_bytes)
         elif workload == "echo":
             network = _twin_network(config, net)
@@ -281,12 +282,12 @@ class KvmMachine(Machine):
 
     async def boot(self) -> None:
         machine = self._alive()
-        check(await trio.to_thread.run_sync(lib.pc_kvm_boot, machine), "booting the machine")
+        check(await run_sync(lib.pc_kvm_boot, machine), "booting the machine")
         await self.claim_network()
 
     async def resume(self) -> None:
         machine = self._alive()
-        result = await trio.to_thread.run_sync(lib.pc_kvm_resume, machine)
+        result = await run_sync(lib.pc_kvm_resume, machine)
         if result == -errno.EIO:
             raise MigrationError(f"the machine has failed: {self.statistics().failure_text}")
         check(result, "resuming the machine")
@@ -299,7 +300,7 @@ class KvmMachine(Machine):
         def call() -> int:
             return int(lib.pc_kvm_pause(machine, timeout_ms, line.buffer, line.size))
 
-        result = await trio.to_thread.run_sync(call)
+        result = await run_sync(call)
         if result in (-errno.ETIMEDOUT, -errno.EIO):
             raise MigrationError(f"pausing the machine: {line}")
         line.check(result, "pausing the machine")
@@ -317,7 +318,7 @@ class KvmMachine(Machine):
                 raise PostcopyError(f"{what}: it grew while it was saved")
             return bytes(ffi.buffer(buffer, used))
 
-        return await trio.to_thread.run_sync(call)
+        return await run_sync(call)
 
     async def load_state(self, state: bytes) -> None:
         machine = self._alive()
@@ -328,8 +329,13 @@ class KvmMachine(Machine):
         def call() -> int:
             return int(lib.pc_kvm_load_state(machine, state, len(state), line.buffer, line.size))
 
-        result = await trio.to_thread.run_sync(call)
+        # A load that hangs in the kernel is left there, when it is late or this is cancelled: `close` waits for it.
         what = "loading the machine's state"
+        result = None
+        with trio.move_on_after(LOAD_TIMEOUT_S):
+            result = await run_sync(call, abandon_on_cancel=True)
+        if result is None:
+            raise MigrationError(f"{what}: not done after {LOAD_TIMEOUT_S:g} s; it hangs in the kernel")
         if result in (-errno.EBADMSG, -errno.EPROTO, -errno.EINVAL):
             raise ProtocolError(f"{what}: {line}")
         if result == -errno.ENOTSUP:
@@ -377,7 +383,11 @@ class KvmMachine(Machine):
     async def verify(self) -> Check:
         machine = self._alive()
         struct: Any = ffi.new("struct pc_machine_check *")
-        check(await trio.to_thread.run_sync(lib.pc_kvm_verify, machine, struct), "verifying the machine")
+        # How much there is to check, guest memory says. Abandoned it goes on until `close` calls it off.
+        result = await run_sync(lib.pc_kvm_verify, machine, struct, abandon_on_cancel=True)
+        if result == -errno.ECANCELED:
+            raise trio.ClosedResourceError("this machine was closed")
+        check(result, "verifying the machine")
         return Check(
             ok=bool(struct.ok),
             what=c_text(struct.text),
@@ -411,7 +421,8 @@ class KvmMachine(Machine):
             async with self._ending:
                 if self._machine is None:
                     return
-                machine, self._machine = self._machine, None
+                machine, self._machine = self._machine, None  # whose end does not return can never be freed
+                self._closing = True
                 self._bell.close()
                 timeout_ms = max(1, min(round(timeout_s * 1000), 3_600_000))
 
@@ -419,14 +430,14 @@ class KvmMachine(Machine):
                     return int(lib.pc_kvm_close(machine, timeout_ms))
 
                 result = await run_to_end(call, "ending the machine", timeout_s + END_TIMEOUT_S)
-                for block in self._blocks:
-                    if result != -errno.ETIMEDOUT:
-                        block.memory.release("machine")
-                    block.memory.drop()
                 if result == -errno.ETIMEDOUT:
+                    self._machine = machine
                     raise MigrationError(
                         "a vCPU is blocked where no signal reaches it, on a missing page; the machine's memory is kept"
                     )
+                for block in self._blocks:
+                    block.memory.release("machine")
+                    block.memory.drop()
                 if self._disk is not None:
                     self._disk.close()
                 if self._network is not None:
@@ -442,7 +453,7 @@ class KvmMachine(Machine):
     # ---- private
 
     def _alive(self) -> Any:
-        if self._machine is None:
+        if self._machine is None or self._closing:
             raise trio.ClosedResourceError("this machine was closed")
         return self._machine
 
@@ -551,22 +562,26 @@ def _twin_network(config: Mapping[str, Any], net: str | None) -> Network:
     return Network.open(net, mac, address)
 
 
-def _offered_disk(path: object, size_bytes: int) -> str:
-    """The path that a source names, if it may be used unasked.
+def _check_twin_disk(path: str, size_bytes: int) -> None:
+    """It must be the one the source uses: neither made nor made longer here, however long a peer says that it is."""
+    try:
+        found_bytes = os.stat(path).st_size
+    except (OSError, ValueError):
+        raise ConfigurationError(f"disk {path}: there is no such file; it must be the one the source uses") from None
+    if found_bytes < size_bytes:
+        raise ConfigurationError(
+            f"disk {path} has {format_size(found_bytes)}, the machine's {format_size(size_bytes)}; it must be the one"
+            " the source uses"
+        )
 
-    The guest writes to its disk whatever it likes, and guest and path both come from a peer: one that may name any file
-    could overwrite any file. Only a temporary disk, by name, owner and size, is what it says it is; for others the user
-    decides.
-    """
+
+def _no_disk(path: object) -> PostcopyError:
+    """What there is to say of a machine whose disk has no file here. Never is it the file that the source names: the
+    guest writes to its disk whatever it likes, and guest and path both come from a peer, which could so overwrite any
+    file."""
     if not isinstance(path, str) or not path.isprintable():
-        raise ProtocolError("an offer of a machine with a disk must say where it is")
-    usable = os.path.isabs(path) and os.path.basename(path).startswith(DISK_PREFIX) and path.endswith(DISK_SUFFIX)
-    if usable:
-        with contextlib.suppress(OSError, ValueError):
-            status = os.lstat(path)
-            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_size == size_bytes:
-                return path
-    raise ConfigurationError(
+        return ProtocolError("an offer of a machine with a disk must say where it is")
+    return ConfigurationError(
         f"the machine has a disk, which is {path} on the source; say --disk FILE where it is on this host"
     )
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import errno
 from typing import ClassVar
 
-import trio
-
+from postcopy._blocking import run_sync
 from postcopy._error_line import ErrorLine
 from postcopy._errors import MigrationError, check
 from postcopy._native import ffi, lib
@@ -48,7 +47,7 @@ class Rv64Machine(KvmMachine):
         def call() -> int:
             return int(lib.pc_rv64_run_until(machine, instructions, timeout_ms, line.buffer, line.size))
 
-        result = await trio.to_thread.run_sync(call)
+        result = await run_sync(call)
         if result in (-errno.ETIMEDOUT, -errno.EIO):
             raise MigrationError(f"running the machine: {line}")
         line.check(result, "running the machine")

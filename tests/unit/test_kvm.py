@@ -76,7 +76,8 @@ async def test_a_machine_moves_and_goes_on(workload: str) -> None:
         assert check.ok, check.what
         config = msgpack.unpackb(msgpack.packb(source.config()))
         backing = "anon" if workload == "random" else "memfd"
-        async with create_destination("kvm", config, source.layout, backing) as twin:
+        disk = config.get("disk")  # by name: a destination takes no file that only the source names
+        async with create_destination("kvm", config, source.layout, backing, disk=disk) as twin:
             assert isinstance(twin, KvmMachine)
             assert twin.vcpus == 2
             assert twin.workload == workload

@@ -37,7 +37,8 @@ def source(**options: object) -> Rv64Machine:
 
 
 def twin_of(machine: Machine) -> Rv64Machine:
-    twin = create_destination("rv64", msgpack.unpackb(msgpack.packb(machine.config())), machine.layout)
+    config = msgpack.unpackb(msgpack.packb(machine.config()))
+    twin = create_destination("rv64", config, machine.layout, disk=config.get("disk"))
     assert isinstance(twin, Rv64Machine)
     return twin
 

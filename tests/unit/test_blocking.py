@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocking calls on threads that are there before they are needed."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Iterator
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from postcopy import _blocking
+from postcopy._blocking import Workers, run_sync, run_to_end
+from postcopy._errors import MigrationError, ResourceError
+
+DEADLINE_S = 20.0
+
+
+class Gate:
+    """A blocking call that ends when it is let."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.opened = threading.Event()
+        self.done = False
+
+    def __call__(self) -> str:
+        self.entered.set()
+        assert self.opened.wait(DEADLINE_S)
+        self.done = True
+        return threading.current_thread().name
+
+    async def wait_entered(self) -> None:
+        assert await trio.to_thread.run_sync(self.entered.wait, DEADLINE_S)
+
+
+@pytest.fixture
+def no_more_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """From the moment something is put into the list, no thread can be started."""
+    limit: list[str] = []
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if limit:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    yield limit
+    limit.clear()
+
+
+async def test_threads_exist_from_the_start(no_more_threads: list[str]) -> None:
+    workers = Workers.open(2, "test-workers")
+    no_more_threads.append("now")
+    assert sum(thread.name == "test-workers" for thread in threading.enumerate()) == 2
+    assert await workers.run(lambda a, b: a + b, 3, 4) == 7
+    with workers.serving():
+        assert await run_sync(lambda: threading.current_thread().name) == "test-workers"
+        assert await run_to_end(lambda: threading.current_thread().name, "it") == "test-workers"
+    assert await workers.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "test-workers"]
+
+
+async def test_no_thread_is_a_named_error(no_more_threads: list[str]) -> None:
+    before = set(threading.enumerate())
+    no_more_threads.append("now")
+    with pytest.raises(ResourceError, match=r"no thread can be started for migration 1 .*pids\.max"):
+        Workers.open(2, "migration 1")
+    assert set(threading.enumerate()) == before
+
+
+async def test_some_threads_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    _blocking._reserve.worker()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(ResourceError):
+        Workers.open(3, "few")
+    for thread in started:
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()
+
+
+async def test_errors_are_raised_as_they_are() -> None:
+    workers = Workers.open(1, "test-workers")
+    for error in (RuntimeError("can't start new thread"), KeyError("x"), SystemExit(3)):
+
+        def fail(error: BaseException = error) -> None:
+            raise error
+
+        with pytest.raises(type(error)) as caught:
+            await workers.run(fail)
+        assert caught.value is error
+        with pytest.raises(type(error)):
+            await run_to_end(fail, "it")
+        with pytest.raises(type(error)):
+            await run_sync(fail)
+    assert workers.idle == 1
+    await workers.close()
+
+
+async def test_cancelling_waits_for_the_call() -> None:
+    workers, gate = Workers.open(1, "test-workers"), Gate()
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+
+            async def release() -> None:
+                await gate.wait_entered()
+                scope.cancel()
+                with trio.CancelScope(shield=True):
+                    await wait_all_tasks_blocked(0.01)
+                assert not gate.done
+                gate.opened.set()
+
+            nursery.start_soon(release)
+            assert await workers.run(gate) == "test-workers"
+    assert gate.done
+    await workers.close()
+
+
+async def test_abandoned_call_keeps_its_thread() -> None:
+    workers, gate = Workers.open(1, "test-workers"), Gate()
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+
+            async def cancel() -> None:
+                await gate.wait_entered()
+                scope.cancel()
+
+            nursery.start_soon(cancel)
+            await workers.run(gate, abandon_on_cancel=True)
+    assert scope.cancelled_caught
+    assert workers.idle == 0
+    with trio.move_on_after(0.01) as waiting:
+        await workers.run(lambda: None)
+    assert waiting.cancelled_caught  # there is no free one
+    assert not await workers.close(0.01)
+    with pytest.raises(trio.ClosedResourceError):
+        await workers.run(lambda: None)
+    gate.opened.set()
+    assert await workers.close(DEADLINE_S)
+    assert gate.done
+
+
+async def test_close_tells_those_who_wait() -> None:
+    workers, gate = Workers.open(1, "test-workers"), Gate()
+    told = []
+
+    async def wait() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await workers.run(lambda: None)
+        told.append(True)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(workers.run, gate)
+        await gate.wait_entered()
+        nursery.start_soon(wait)
+        nursery.start_soon(wait)
+        await wait_all_tasks_blocked()
+        nursery.start_soon(workers.close, DEADLINE_S)
+        await wait_all_tasks_blocked()
+        gate.opened.set()
+    assert told == [True, True]
+
+
+async def test_an_end_never_waits_for_a_worker(no_more_threads: list[str]) -> None:
+    workers, gate = Workers.open(1, "test-workers"), Gate()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(workers.run, gate)
+        await gate.wait_entered()
+        with workers.serving():
+            assert await run_to_end(lambda: threading.current_thread().name, "it") == "pc-end"
+            no_more_threads.append("now")
+            assert await run_to_end(lambda: threading.current_thread().name, "it") == "pc-reserve"
+        gate.opened.set()
+    await workers.close()
+
+
+async def test_an_end_is_bounded_and_shielded() -> None:
+    gate = Gate()
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        with pytest.raises(MigrationError, match=r"ending it: not done after 0\.05 s; its memory is kept"):
+            await run_to_end(gate, "ending it", 0.05)
+    gate.opened.set()
+
+
+async def test_blocking_call_without_workers(no_more_threads: list[str]) -> None:
+    called: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        async def none_left(*_: object, **__: object) -> None:
+            raise RuntimeError("can't start new thread")
+
+        patch.setattr(trio.to_thread, "run_sync", none_left)
+        with pytest.raises(ResourceError, match="no thread can be started"):
+            await run_sync(called.append, 1)
+    assert not called
+    await run_sync(called.append, 1)
+    assert called == [1]
+
+
+async def test_context_and_closed_workers() -> None:
+    word = contextvars.ContextVar("word", default="")
+    workers = Workers.open(1, "test-workers")
+    word.set("here")
+    assert await workers.run(word.get) == "here"
+    with workers.serving():
+        await workers.close()
+        assert await run_sync(word.get) == "here"  # on one of Trio's
