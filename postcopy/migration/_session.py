@@ -2,25 +2,29 @@
 """What both engines stand on: the control connection as two tasks, and a scope that ends at the first failure.
 
 An engine is one main task that follows the plan, and beside it a few that watch: the control connection, the data
-plane, the machine, the user. Whatever goes wrong in any of them is a `PostcopyError`; the first one is kept as the
-reason, the others are stopped, and only when all of them have ended does the engine decide what that means. So
-there is one place where a migration fails, and it has the state of the protocol to decide by.
+plane, the machine, the user. The first thing that goes wrong in any of them is kept as the reason, the others are
+stopped, and only when all of them have ended does the engine decide what that means. So there is one place where a
+migration fails, and it has the state of the protocol to decide by. That holds for what nobody has thought of, too: an
+exception that is no `PostcopyError` is a mistake in this package; it is logged with its traceback, and fails the one
+migration that it happened in.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, TypeVarTuple
 
 import trio
 
+from postcopy._blocking import run_sync
 from postcopy._errors import MigrationError, PeerError, PostcopyError, ProtocolError
 from postcopy.bitmap import Bitmap
-from postcopy.migration.channels import Link, Membership, Session
+from postcopy.migration.channels import Membership
 from postcopy.migration.protocol import (
     Abort,
     DestinationProtocol,
@@ -45,9 +49,24 @@ STEP_TIMEOUT_S = 30.0
 """How long a peer may take for one step of the set-up."""
 LAST_WORDS_S = 0.5
 """How long saying goodbye may take; a machine may be waiting to go on."""
+IN_DOUBT_FOR_S = 60.0
+"""How long a destination that does not know whether it was given the machine looks for the one who does."""
+HEAVY_PAGES = 256 * 1024
+"""From so many on a page map is packed, unpacked and added up in a thread: a millisecond and more of the event loop."""
+_NETWORK = frozenset(
+    {
+        errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT, errno.ECONNABORTED, errno.ENETRESET, errno.ENETDOWN,
+        errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.ESHUTDOWN, errno.EPROTO,
+        errno.ENONET, errno.EACCES, errno.EPERM,  # the last two: of a firewall
+    }
+)  # fmt: skip
+"""What the system says of a connection that the peer, or something on the way to it, has ended. Anything else is
+trouble of this host."""
 
 P = TypeVar("P", SourceProtocol, DestinationProtocol)
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 class Interrupted(PostcopyError):
@@ -57,6 +76,11 @@ class Interrupted(PostcopyError):
 def now_ns() -> int:
     """CLOCK_MONOTONIC, the clock that the core uses too."""
     return time.monotonic_ns()
+
+
+async def if_heavy(pages: int, function: Callable[[*Ts], T], *args: *Ts) -> T:
+    """`function(*args)`, which looks at a map of so many pages: here, or in a thread where it would take long."""
+    return await run_sync(function, *args) if pages >= HEAVY_PAGES else function(*args)
 
 
 class Control(Generic[P]):
@@ -76,14 +100,21 @@ class Control(Generic[P]):
         self._arrived, self._messages = trio.open_memory_channel[Message](64)
         self._pong_for: Ping | None = None
         self._something_to_say = trio.Event()
+        self._torn = False  # a message was sent in part: nothing that follows would be understood
 
     async def send(self, data: bytes) -> None:
-        """`PeerError` when the connection is broken."""
+        """`PeerError` when the connection is broken. One that is cancelled may leave a part of the message behind: this
+        connection can then only be closed."""
         async with self._sending:
+            if self._torn:
+                raise PeerError("the control connection is broken: a message was sent in part")
+            await trio.lowlevel.checkpoint_if_cancelled()  # here, where nothing is torn by it
+            self._torn = True
             try:
                 await self._stream.send_all(data)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise PeerError(self._lost("the control connection broke", error)) from error
+                raise self._lost(error) from error
+            self._torn = False
 
     async def receive(self, kind: type[M], timeout_s: float = float("inf")) -> M:
         """The next message, which must be of this kind. `PeerError` when it does not come in time."""
@@ -138,8 +169,9 @@ class Control(Generic[P]):
                 try:
                     data = await self._stream.receive_some(64 * 1024)
                 except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                    protocol.connection_lost(self._lost("the control connection broke", error))
-                    continue
+                    lost = self._lost(error)
+                    protocol.connection_lost(str(lost))
+                    raise lost from error
             if scope.cancelled_caught:
                 protocol.connection_lost(f"no sign of life from the peer for {self._silence_s:g} s")
             elif data:
@@ -158,7 +190,8 @@ class Control(Generic[P]):
             self._something_to_say = trio.Event()
             nonce += 1
             data = self.protocol.send_pong(ping) if ping else self.protocol.send_ping(nonce)
-            with contextlib.suppress(PeerError):  # the receiver sees it too, and after what was still to be read
+            # The receiver sees it too, and after what was still to be read.
+            with contextlib.suppress(PeerError, MigrationError):
                 await self.send(data)
 
     @property
@@ -169,9 +202,9 @@ class Control(Generic[P]):
         """Tells the peer why it ends, when the protocol still lets us, and closes. Bounded in time, never raises."""
         with trio.CancelScope(shield=True, deadline=trio.current_time() + LAST_WORDS_S):
             try:
-                if self.protocol.may_abort:
+                if self.protocol.may_abort and not self._torn:
                     await self.send(self.protocol.send_abort(reason))
-            except PeerError:
+            except (PeerError, MigrationError):
                 pass  # it is gone; it will come to the same conclusion
         self.protocol.connection_lost(reason)
         await self.close()
@@ -189,9 +222,13 @@ class Control(Generic[P]):
                 pass  # that has been said already, the hard way
         await trio.aclose_forcefully(self._stream)
 
-    def _lost(self, what: str, error: BaseException) -> str:
+    def _lost(self, error: trio.BrokenResourceError | trio.ClosedResourceError) -> PeerError | MigrationError:
+        """Of the peer and the network, or of this host: a descriptor that somebody has closed, no memory."""
         cause = error.__cause__
-        return f"{what} ({cause.strerror})" if isinstance(cause, OSError) and cause.strerror else what
+        reason = cause.strerror if isinstance(cause, OSError) else None
+        if isinstance(error, trio.ClosedResourceError) or (isinstance(cause, OSError) and cause.errno not in _NETWORK):
+            return MigrationError(f"this host has lost its control connection: {reason or 'it was closed here'}")
+        return PeerError(f"the control connection broke{f' ({reason})' if reason else ''}")
 
 
 class MapCollector:
@@ -242,25 +279,63 @@ class Recoveries:
         self.total_ns += duration_ns
 
 
-async def next_link(
-    membership: Membership, stop: trio.Event, recover_for_s: float
-) -> tuple[Link, Session] | PeerError | None:
-    """The connection to go on with; the peer's refusal; or None when `stop` was set or the time is over."""
-    found: tuple[Link, Session] | PeerError | None = None
-    with trio.move_on_after(recover_for_s):
-        async with trio.open_nursery() as nursery:
+class Patience:
+    """How long something is waited for, counted from `begin`; may be changed meanwhile. Trio thread only."""
 
-            async def interruption() -> None:
-                await stop.wait()
-                nursery.cancel_scope.cancel()
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._since_s: float | None = None
+        self._changed = trio.Event()
 
-            nursery.start_soon(interruption)
+    @property
+    def begun(self) -> bool:
+        return self._since_s is not None
+
+    def begin(self) -> None:
+        """Counts from now on (again)."""
+        self._since_s = trio.current_time()
+        self._wake()
+
+    def end(self) -> None:
+        """There is nothing to be waited for any more."""
+        self._since_s = None
+
+    def set(self, seconds: float) -> None:
+        """Also for what is being waited for."""
+        self.seconds = seconds
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def run_out(self) -> None:
+        """Returns when it is over. `begin` must have been called."""
+        while self._since_s is not None:
+            left_s = self._since_s + self.seconds - trio.current_time()
+            if left_s <= 0:
+                return
+            with trio.move_on_after(left_s):
+                await self._changed.wait()
+        await trio.sleep_forever()
+
+
+async def first_of(*waits: Callable[[], Awaitable[object]]) -> None:
+    """Returns when one of them has returned; the others are cancelled. What one raises comes out as it is."""
+    failures: list[Exception] = []
+    async with trio.open_nursery() as nursery:
+
+        async def run(wait: Callable[[], Awaitable[object]]) -> None:
             try:
-                found = await membership.next_link()
-            except PeerError as error:
-                found = error
+                await wait()
+            except Exception as error:  # noqa: BLE001  # raised below, outside of the nursery, which would wrap it
+                failures.append(error)
             nursery.cancel_scope.cancel()
-    return found
+
+        for wait in waits:
+            nursery.start_soon(run, wait)
+    if failures:
+        raise failures[0]
 
 
 UNDECIDED = frozenset({State.SETUP, State.OFFERED, State.CHANNELS, State.READY, State.SWITCHOVER, State.HANDED})
@@ -280,17 +355,15 @@ def steered(membership: Membership | None, state: State) -> Membership:
 
 
 class FirstFailure:
-    """Runs tasks until one says `done` or fails; `failure` is then the first error.
-
-    Errors that are not `PostcopyError`s are mistakes in this package and pass through, with their tracebacks.
-    """
+    """Runs tasks until one says `done` or fails; `failure` is then the first error."""
 
     def __init__(self) -> None:
         self.failure: PostcopyError | None = None
         self._scope = trio.CancelScope()
 
     async def run(self, *tasks: Callable[[], Awaitable[None]]) -> None:
-        """The first of the tasks is the main one: when it returns, all is done."""
+        """The first of the tasks is the main one: when it returns, all is done. Raises nothing but what ends the caller
+        himself (`trio.Cancelled`, `KeyboardInterrupt`)."""
         main, *watchers = tasks
         with self._scope:
             async with trio.open_nursery() as nursery:
@@ -308,15 +381,35 @@ class FirstFailure:
     async def _guard(self, task: Callable[[], Awaitable[None]]) -> None:
         try:
             await task()
-        except PostcopyError as error:
-            self.fail(error)
-        except BaseExceptionGroup as group:  # of a nursery inside of the task
-            known, others = group.split(PostcopyError)
-            if known is None or others is not None:
-                raise
-            self.fail(first_error(known))
-        except OSError as error:  # a system call that nobody expected to fail: no file, no memory
-            self.fail(MigrationError(f"{type(error).__name__}: {error}"))
+        except Exception as error:  # noqa: BLE001  # contained: see the top
+            self.fail(explained(error))
+        except BaseExceptionGroup as group:  # of a nursery inside of the task, with what is not to be contained
+            known, _ = group.split(Exception)
+            if known is not None:
+                self.fail(explained(known))
+            raise
+
+
+def explained(error: Exception) -> PostcopyError:
+    """What a migration fails with. An exception that no part of this package should have let out is logged here, with
+    its traceback."""
+    errors = list(_leaves(error))
+    for each in errors:
+        if not isinstance(each, PostcopyError | OSError):
+            log.error("a mistake in postcopy: this migration fails of it", exc_info=error)
+            return MigrationError(f"a mistake in postcopy ({type(each).__name__}: {each}); the log has its traceback")
+    first = next((each for each in errors if isinstance(each, PostcopyError)), errors[0])
+    if isinstance(first, PostcopyError):
+        return first
+    return MigrationError(f"{type(first).__name__}: {first}")  # a system call that nobody expected to fail
+
+
+def _leaves(error: Exception) -> Iterator[Exception]:
+    if isinstance(error, ExceptionGroup):
+        for each in error.exceptions:
+            yield from _leaves(each)
+    else:
+        yield error
 
 
 def first_error(group: BaseExceptionGroup[PostcopyError]) -> PostcopyError:
@@ -325,10 +418,15 @@ def first_error(group: BaseExceptionGroup[PostcopyError]) -> PostcopyError:
     return first_error(first) if isinstance(first, BaseExceptionGroup) else first
 
 
-def status_of(state: State, *, interrupted: bool) -> str:
-    """QEMU's word (MigrationStatus) for a state."""
+def status_of(state: State, *, interrupted: bool = False, connecting: bool = False, hopeless: bool = False) -> str:
+    """QEMU's word (MigrationStatus) for a state. Ours are `connecting`, `in-doubt`, `reclaimed`, and `postcopy-failed`:
+    paused, and no connection would help."""
     if state is State.ABORTED:
         return "cancelled" if interrupted else "failed"
+    if state is State.SETUP and connecting:
+        return "connecting"
+    if state is State.PAUSED and hopeless:
+        return "postcopy-failed"
     return {
         State.SETUP: "setup",
         State.OFFERED: "setup",
@@ -341,9 +439,9 @@ def status_of(state: State, *, interrupted: bool) -> str:
         State.POSTCOPY: "postcopy-active",
         State.CLOSING: "postcopy-active",
         State.COMPLETED: "completed",
-        State.RECLAIMED: "reclaimed",
         State.PAUSED: "postcopy-paused",
-        State.IN_DOUBT: "postcopy-paused",
+        State.IN_DOUBT: "in-doubt",
+        State.RECLAIMED: "reclaimed",
         State.RECOVER: "postcopy-recover",
         State.RECOVERING: "postcopy-recover",
     }[state]

@@ -14,21 +14,23 @@ Error handling: as for the source, `run` raises nothing that is a matter of the 
 network is lost after `commit`, the machine is *kept*: it runs until it touches a page that is missing, that thread
 then waits, and nothing is ever filled with zeros. The state is `PAUSED` until the two sides have found each other
 again (`protocol`, "Recovery"), or the user ends it. Lost between `prepared` and `commit` it is `IN_DOUBT`: the machine
-does not run, and the source is asked.
+does not run, and the source is asked, for a time of its own: an arrival that nobody decides must not keep its place for
+ever. Lost when every page is here it is as good as completed: the machine is the caller's after a moment, and the
+source can be told later (`announce`).
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import trio
 
-from postcopy._errors import MigrationError, PeerError, PostcopyError, ProtocolError
+from postcopy._blocking import run_sync
+from postcopy._errors import MigrationError, PostcopyError, ProtocolError, ResourceError
 from postcopy._logs import about
 from postcopy.bitmap import Bitmap
 from postcopy.histogram import Histogram
@@ -40,22 +42,21 @@ from postcopy.machines import (
     MachineStatistics,
     create_destination,
 )
+from postcopy.migration._engine import Engine, Hopeless
 from postcopy.migration._session import (
     HEARTBEAT_S,
+    IN_DOUBT_FOR_S,
     SILENCES,
     STEP_TIMEOUT_S,
     UNDECIDED,
     Control,
-    FirstFailure,
-    Interrupted,
     MapCollector,
-    Recoveries,
-    next_link,
+    Patience,
+    explained,
+    if_heavy,
     now_ns,
-    status_of,
-    steered,
 )
-from postcopy.migration.channels import Address, Door, Link, Membership, Session, keep_alive
+from postcopy.migration.channels import Door, Link, Session, keep_alive
 from postcopy.migration.figures import Figures, natural
 from postcopy.migration.protocol import (
     PAGE_MAP_PAGES,
@@ -81,15 +82,23 @@ AnyPager: TypeAlias = "Pager | ProcessPager"
 REQUEST_WINDOW_PAGES = 4096
 """Pages asked for at a time, when the background push has ended and pages are still missing."""
 REQUEST_PERIOD_S = 0.05
+SLOWEST_BYTES_PER_S = 1 << 20
+"""What a connection must bring at least for a page, which is counted as a whole, not to look like silence."""
 FIRST_RUN_S = 0.05
 """How long `running` may be held back until a vCPU has really entered the machine; only a measurement depends on it."""
 ACK_TIMEOUT_S = 10.0
+LAST_WORD_S = 1.0
+"""How long a machine that has every page waits for a source that was lost and could still say what it has counted."""
+STOP_TIMEOUT_S = 2.0
 
 log = logging.getLogger(__name__)
 
 
-class DestinationMigration:
+class DestinationMigration(Engine[DestinationProtocol]):
     """One migration to this host. Make it, `run` it once, `close` it; everything else may be looked at meanwhile."""
+
+    SIDE = "destination"
+    PEER = "source"
 
     def __init__(
         self,
@@ -98,41 +107,44 @@ class DestinationMigration:
         backing: str = "memfd",
         disk: str | None = None,
         net: str | None = None,
+        background: bool = True,
         busy_poll_us: int = 0,
         how: How | str = How.ANY,
         heartbeat_s: float = HEARTBEAT_S,
         recover_for_s: float = math.inf,
+        doubt_for_s: float = IN_DOUBT_FOR_S,
         kill_when_lost: bool = False,
         make_machine: Callable[..., Machine] = create_destination,
         make_pager: Callable[[], AnyPager] = Pager,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
+        """`background`: whether pages are pushed, and asked for, that nobody has touched; without it there are no bulk
+        channels, unless the source is too old for that. `doubt_for_s`: how long a source is looked for that was lost
+        when this side had said `prepared`, and does not know what was decided."""
+        super().__init__(
+            DestinationProtocol(link.version),
+            link,
+            heartbeat_s=heartbeat_s,
+            recover_for_s=recover_for_s,
+            on_change=on_change,
+        )
         self.machine: Machine | None = None
-        self.machine_name = ""  # for logs; `make_machine` may set it
         self.peer = link.peer
-        self.failure: PostcopyError | None = None
-        self.paused = trio.Event()  # set when the source was lost after `commit`, the first time
-        self.over = False  # there is no connection, and none is waited for
-        self.recoveries = Recoveries()
         self.machine_failure = ""  # what the guest, or its vCPUs, found wrong here
         self.at_switchover: MachineStatistics | None = None
-        self.started_ns = now_ns()
         self.committed_ns = self.running_ns = self.completed_ns = 0
         self.latency = Histogram()  # of demand faults, as `figures` has seen it last
         self.downtime_ns = self.total_ns = 0  # as the source has measured them
-        self._link = link
+        self._first_link = link
         self._backing = backing
         self._disk = disk
         self._net = net
+        self._background = background
         self._busy_poll_us = busy_poll_us
         self._how = how
-        self._heartbeat_s = heartbeat_s
-        self._recover_for_s = recover_for_s
         self._kill_when_lost = kill_when_lost
         self._make_machine = make_machine
         self._make_pager = make_pager
-        self._on_change = on_change
-        self._protocol = DestinationProtocol(link.version)
         self._pager: AnyPager | None = None
         self._pager_process: tuple[int, int] | None = None
         self._offer: Offer | None = None
@@ -144,11 +156,9 @@ class DestinationMigration:
         self._pushed_all = trio.Event()
         self._bulk_channels = 0
         self._placed = PlacedReporter()
-        self._session: Session | None = None
-        self._membership: Membership | None = None
-        self._cancelled = trio.Event()
-        self._stack = ExitStack()  # of the membership
-        self._fatal = False  # the pager cannot go on: no other connection would help
+        self._stack = ExitStack()  # of the membership, while it is run
+        self._doubt = Patience(doubt_for_s)
+        self._last_word = Patience(LAST_WORD_S if link.version >= 3 else ACK_TIMEOUT_S)
         self._kept = False  # the memory is complete and nobody needs the pager
 
     # ---- looking at it
@@ -156,19 +166,6 @@ class DestinationMigration:
     @property
     def migration_id(self) -> str:
         return self._offer.migration.hex() if self._offer else ""
-
-    @property
-    def state(self) -> State:
-        return self._protocol.state
-
-    @property
-    def status(self) -> str:
-        """QEMU's word for the state."""
-        return status_of(self.state, interrupted=isinstance(self.failure, Interrupted))
-
-    @property
-    def may_run(self) -> bool:
-        return self._protocol.may_run
 
     @property
     def pager_process(self) -> tuple[int, int] | None:
@@ -196,35 +193,17 @@ class DestinationMigration:
 
     @property
     def cancellable(self) -> bool:
-        """Whether giving it up now would lose nothing."""
         return self.state in UNDECIDED
 
-    def cancel(self) -> None:
-        """Gives it up if it is still `cancellable` when that is done: unlike `stop`, which ends it in any case, it does
-        nothing to a migration that has been decided meanwhile."""
-        self._cancelled.set()
+    def _patiences(self) -> list[Patience]:
+        return [self._patience, self._doubt, self._last_word]
 
-    def set_recover_for(self, recover_for_s: float) -> None:
-        """How long a source is looked for that is lost from now on."""
-        self._recover_for_s = recover_for_s
-
-    def hold(self) -> None:
-        """Gives the connection up, as a network that fails would, and takes no other one until `let_go`.
-        `MigrationError` where nothing could be gone on with."""
-        steered(self._membership, self.state).hold()
-
-    def let_go(self, address: Address | None = None) -> None:
-        """Looks for the source (again), at this address where one is given; see `reconnect_to`."""
-        membership = steered(self._membership, self.state)
-        if address is not None:
-            self.reconnect_to(address)
-        membership.let_go()
+    def _patience_now(self) -> Patience:
+        if self._kept:
+            return self._last_word
+        return self._doubt if self.state is State.IN_DOUBT else self._patience
 
     # ---- doing it
-
-    def reconnect_to(self, address: Address) -> None:
-        """As `SourceMigration.reconnect_to`."""
-        self._link.reconnect_to(address)
 
     async def run(self, stop: trio.Event) -> None:
         """Returns when every page is here, or when it has failed; a migration that is `PAUSED` goes on when the source
@@ -232,61 +211,39 @@ class DestinationMigration:
 
         After it, `machine` runs when the state is COMPLETED. Always `close` afterwards.
         """
+        self._stop = stop
         with about(self):
-            await self._run(stop)
+            try:
+                await self._run()
+            except Exception as error:  # noqa: BLE001  # `explained` logs what it does not know
+                self.failure = self.failure or explained(error)
+                log.error("%s", self.failure)
+                self._protocol.connection_lost(str(self.failure))
+            finally:
+                self.over = True
+                self._change()
 
-    async def _run(self, stop: trio.Event) -> None:
-        with self._stack:
-            await self._connected(self._link, self._receive, stop)
-            await self._recover(stop)
-            if self._protocol.give_up(str(self.failure)) is State.COMPLETED:
-                self.failure = None  # every page is here: whether the source has heard of it changes nothing
-            if self._membership is not None and self.state is not State.PAUSED:
-                self._membership.ended(self._protocol.ending)
-        self.over = True
-        self._on_change()
-        if self.state is not State.PAUSED or stop.is_set():
+    async def _run(self) -> None:
+        try:
+            workers = self._open_workers()
+        except ResourceError as error:
+            self._refusal = error  # the source is told why
+            await self._connected(self._first_link, self._receive)
             return
-        if self._kill_when_lost:
-            # Its missing pages are poisoned by `close`: nothing of it is ever filled with zeros.
-            self.failure = MigrationError(f"the source is lost for good ({self.failure}), and the machine with it")
-            log.error("%s", self.failure)
-            return
-        log.error(
-            "the source is lost for good (%s); the machine is kept until this process is interrupted", self.failure
-        )
-        await stop.wait()
+        try:
+            with workers.serving(), ExitStack() as self._stack:
+                try:
+                    await self._connected(self._first_link, self._receive)
+                    await self._recover()
+                finally:
+                    if self._protocol.give_up(str(self.failure)) is State.COMPLETED:
+                        self.failure = None  # every page is here: whether the source has heard of it changes nothing
+                    if self._membership is not None:
+                        self._membership.ended(self._protocol.ending)
+        finally:
+            await workers.close()
 
-    async def _connected(
-        self,
-        link: Link,
-        plan: Callable[[Control[DestinationProtocol], Link], Awaitable[None]],
-        stop: trio.Event,
-    ) -> None:
-        """The life of one connection: follows the plan, and settles where its end has left the machine."""
-        control = Control(link.control, self._protocol, self._heartbeat_s)
-        scope = FirstFailure()
-        self.failure = None
-
-        async def main() -> None:
-            await plan(control, link)
-
-        async def interruption() -> None:
-            await stop.wait()
-            raise Interrupted("interrupted at the destination")
-
-        async def cancellation() -> None:
-            await self._cancelled.wait()
-            if not self.cancellable:
-                await trio.sleep_forever()
-            raise Interrupted("cancelled at the destination")
-
-        async def replacement() -> None:
-            await self._machine_made.wait()
-            assert self._membership is not None
-            await self._membership.superseded()
-            raise PeerError("the source has come back on another connection")
-
+    def _watchers(self, control: Control[DestinationProtocol]) -> Sequence[Callable[[], Awaitable[None]]]:
         async def acknowledgements() -> None:
             await self._machine_made.wait()
             assert self._offer is not None
@@ -294,93 +251,81 @@ class DestinationMigration:
             if self._offer.placed_every_ms:
                 await self._placed.run(control, self._pager.received, self._offer.placed_every_ms / 1000)
 
-        watchers = (
-            self._watch_pager,
-            self._watch_answers,
-            self._watch_machine,
-            interruption,
-            cancellation,
-            replacement,
-        )
-        try:
-            await scope.run(main, control.run, *watchers, acknowledgements)
-            if self.state is not State.COMPLETED:
-                # A refusal of ours first: the source may hang up, and be heard, before its sending has returned.
-                self.failure = self._refusal or scope.failure or Interrupted("interrupted at the destination")
-        except BaseException:
-            self.failure = Interrupted("ended at the destination")
-            raise
-        finally:
-            if self.failure is not None:
-                await control.say_goodbye(str(self.failure))
-            if self.state is State.COMPLETED:
-                self.failure = None  # every page is here: whether the source has heard of it changes nothing
-            await control.close()
-            if self._protocol.recoverable:
-                await self._pause()
-            self._on_change()
+        return self._watch_pager, self._watch_answers, self._watch_machine, acknowledgements
+
+    async def _settle(self, control: Control[DestinationProtocol]) -> None:
+        # A refusal of ours first: the source may hang up, and be heard, before its sending has returned.
+        self.failure = self._refusal or self.failure
+        if self.failure is None:
+            return
+        await control.say_goodbye(str(self.failure))
+        if self._protocol.recoverable:
+            await self._pause()
 
     async def _pause(self) -> None:
         """Keeps everything as it is: faults stay blocked, memory stays armed."""
         pager = self._pager
         assert pager is not None
-        log.warning("paused: %s", self.failure)
-        with trio.CancelScope(shield=True):  # bounded by the pager
+        log.warning("%s: %s", "in doubt" if self.state is State.IN_DOUBT else "paused", self.failure)
+        try:
+            await pager.disconnect()  # bounded by the pager
+            for event in pager.drain_events():
+                if event.type is EventType.COMPLETE:
+                    self._all_here.set()
+                elif event.type is EventType.FATAL:
+                    raise Hopeless(f"the pager cannot go on: {event.text}")
+            if self._all_here.is_set() and self.state is State.PAUSED:
+                await self._disarm(pager)
+        finally:
+            self.paused.set()
+
+    def _give_up(self) -> bool:
+        if self.state is State.IN_DOUBT:
+            self.failure = MigrationError(
+                f"the source is lost ({self.failure}), and did not say within {self._doubt.seconds:g} s whether the"
+                " machine was given to this host, which does not run it; if the source is postcopy-paused, the machine"
+                " can go on there: `postcopy ctl reclaim --force`"
+            )
+            log.error("%s", self.failure)
+            return False
+        if self._kept:
+            return False
+        if self._kill_when_lost:
+            # Its missing pages are poisoned by `close`: nothing of it is ever filled with zeros.
+            self.failure = MigrationError(f"the source is lost for good ({self.failure}), and the machine with it")
+            log.error("%s", self.failure)
+            return False
+        log.error(
+            "the source is lost for good (%s); the machine is kept until it is back, or this is ended", self.failure
+        )
+        return True
+
+    async def _ended_elsewhere(self, error: EndedElsewhere) -> None:
+        state = self._protocol.peer_ended(error.how)
+        log.error("%s", error)
+        if state is State.ABORTED and self.running_ns:
+            # It runs at the source again. Whatever becomes of it here, it must not be seen any more.
+            await self._contained(self._stop_machine)
+
+    async def _stop_machine(self) -> None:
+        """At once: what blocks on a missing page does not run either, and is ended by `close`."""
+        machine = self.machine
+        if machine is None:
+            return
+        with trio.CancelScope(shield=True):
             try:
-                await pager.disconnect()
-                for event in pager.drain_events():
-                    if event.type is EventType.COMPLETE:
-                        self._all_here.set()
-                    self._fatal |= event.type is EventType.FATAL
+                await machine.pause(STOP_TIMEOUT_S)
+                await machine.release_network()
             except PostcopyError as error:
-                self._fatal = True  # its threads hang: it can take no new connections
-                log.error("%s", error)
-        self.paused.set()
+                log.error("the machine is ended, since it does not stop: %s", error)
+                await machine.close()
 
-    async def _recover(self, stop: trio.Event) -> None:
-        """Goes on with the source, as often as it takes."""
-        lost_ns = now_ns()
-        while self._protocol.recoverable and not self._fatal and not stop.is_set():
-            assert self._membership is not None
-            found = await self._next_link(self._membership, stop)
-            if found is None or isinstance(found, PeerError):
-                if isinstance(found, EndedElsewhere):
-                    self._protocol.peer_ended(found.how)
-                if found is not None and not self._kept:
-                    log.error("the source does not take us back: %s", found)
-                    self.failure = found
-                return
-            link, self._session = found
-            self.peer = link.peer
-            self._protocol.reconnected()
-            self._on_change()
-            recovered = self.recoveries.count
-            await self._connected(link, partial(self._go_on, lost_ns=lost_ns), stop)
-            if self.recoveries.count > recovered:
-                lost_ns = now_ns()
+    def _while_lost(self) -> Sequence[Callable[[], Awaitable[None]]]:
+        """A pager that dies is replaced, for the pages that need no source."""
+        pager = self._pager
+        return () if pager is None or self._kept else (pager.watch_over,)
 
-    async def _next_link(self, membership: Membership, stop: trio.Event) -> tuple[Link, Session] | PeerError | None:
-        """The source, when it is back; meanwhile a pager that dies is replaced, for the pages that need no source."""
-        found: tuple[Link, Session] | PeerError | None = None
-
-        async def watch_over(pager: AnyPager) -> None:
-            try:
-                await pager.watch_over()
-            except PostcopyError as error:
-                log.error("%s", error)
-                self.failure = error
-                self._fatal = True
-                nursery.cancel_scope.cancel()
-
-        async with trio.open_nursery() as nursery:
-            if self._pager is not None and not self._kept:
-                nursery.start_soon(watch_over, self._pager)
-            # One that has every page only wants to say so.
-            found = await next_link(membership, stop, ACK_TIMEOUT_S if self._kept else self._recover_for_s)
-            nursery.cancel_scope.cancel()
-        return found
-
-    async def _go_on(self, control: Control[DestinationProtocol], link: Link, lost_ns: int) -> None:
+    async def _go_on(self, control: Control[DestinationProtocol], link: Link) -> None:
         """The source is back: tells it what is here, connects the data channels, and gathers the rest."""
         protocol, machine, pager = self._protocol, self.machine, self._pager
         assert machine is not None
@@ -389,24 +334,20 @@ class DestinationMigration:
         maps = digest = 0
         told = []
         for number, _ in enumerate(machine.blocks):
-            received = await trio.to_thread.run_sync(pager.received, number)
+            received = await run_sync(pager.received, number)
             told.append(received)
-            digest = received.crc32c(digest)
+            digest = await if_heavy(len(received), received.crc32c, digest)
             for first_page, part in received.parts(PAGE_MAP_PAGES):
-                runs = part.rle_encode()
+                runs = await if_heavy(len(part), part.rle_encode)
                 await control.send(protocol.send_received_map(number, first_page, len(part), runs))
                 maps += 1
         self._placed.told(told)
         with link.door(self._session) as door:
             await control.send(protocol.send_recover(self._resume_ns, maps, digest))
             await control.receive(Recovered, STEP_TIMEOUT_S)
-            self._on_change()
+            self._change()
             await self._attach(door, machine, pager)
-        self.recoveries.add(now_ns() - lost_ns)
-        if self._membership is not None:
-            self._membership.went_on()
-        log.warning("recovered: the source is back after %.0f ms", self.recoveries.last_ns / 1e6)
-        self._on_change()
+        self._recovered()
         if protocol.state is State.COMMITTED:
             await self._start(control, machine)
         await self._finish(control, pager)
@@ -420,24 +361,36 @@ class DestinationMigration:
         protocol = self._protocol
         offer = self._offer = await control.receive(Offer, STEP_TIMEOUT_S)
         try:
+            if self._refusal is not None:
+                raise self._refusal
             machine, pager = self._take_offer(offer)
-        except PostcopyError as error:
-            self._refusal = error
-            await control.send(protocol.send_reject(str(error)))
-            raise
+        except Exception as error:
+            self._refusal = explained(error)
+            await control.send(protocol.send_reject(str(self._refusal)))
+            raise self._refusal from error
         units = tuple(block.memory.page_bytes for block in machine.blocks)
         self._bulk_channels = offer.bulk_channels
+        if not self._background:
+            if link.version >= 3:
+                self._bulk_channels = 0
+            else:
+                log.warning(
+                    "the source speaks version %d of the protocol, which knows no migration without background: all"
+                    " pages are taken, as they are pushed",
+                    link.version,
+                )
         assert self._session is not None
         with link.door(self._session) as door:
-            await control.send(protocol.send_accept(units, machine.shards, offer.bulk_channels))
-            self._on_change()
+            await control.send(protocol.send_accept(units, machine.shards, self._bulk_channels))
+            self._change()
             await self._attach(door, machine, pager)
         await control.send(protocol.send_ready())
-        self._on_change()
+        self._change()
 
         await self._take_machine(control, machine, pager)
+        self._check_wanted()  # in one step: whoever was told that it is cancelled can rely on it
         await control.send(protocol.send_prepared())
-        await control.receive(Commit)
+        await control.receive(Commit, STEP_TIMEOUT_S)
         await self._start(control, machine)
         await self._finish(control, pager)
 
@@ -445,6 +398,8 @@ class DestinationMigration:
         """Gives the pager its connections: what is pending is requested (again) at once."""
         self._pushing = set(range(self._bulk_channels))
         self._pushed_all = trio.Event()
+        if not self._pushing and self._background:
+            self._pushed_all.set()  # nobody pushes: all is asked for
         channels = await door.channels(machine.shards, self._bulk_channels)
         try:
             for (kind, index), fd in channels.items():
@@ -460,27 +415,33 @@ class DestinationMigration:
     async def _start(self, control: Control[DestinationProtocol], machine: Machine) -> None:
         """The machine has been committed to us."""
         self.committed_ns = now_ns()
-        self._on_change()
+        self._change()
         # Shielded: a machine that was committed to us runs, whatever else happens meanwhile.
         with trio.CancelScope(shield=True):
             await machine.resume()
             await machine.claim_network()
             self.running_ns = await self._first_run(machine)
         await control.send(self._protocol.send_running(self._resume_ns))
-        self._on_change()
+        self._change()
 
     async def _finish(self, control: Control[DestinationProtocol], pager: AnyPager) -> None:
         """Gathers what is missing, and says so when nothing is."""
         await self._gather(pager)
-        if not self._kept:
-            self.completed_ns = now_ns()
-            await pager.disarm()
-            self._kept = True
+        await self._disarm(pager)
         figures = self.figures()
         await control.send(self._protocol.send_complete(figures.to_wire()))
         acknowledgement = await control.receive(CompleteAck, ACK_TIMEOUT_S)
         self.downtime_ns = natural(acknowledgement.stats.get("downtime_ns"))
         self.total_ns = natural(acknowledgement.stats.get("total_ns"))
+
+    async def _disarm(self, pager: AnyPager) -> None:
+        """Nothing is missing: the machine does not depend on the pager any more."""
+        if not self._kept:
+            self.completed_ns = self.completed_ns or now_ns()
+            await pager.disarm()
+            self._kept = True
+            if self._protocol.state is State.PAUSED:
+                self._protocol.every_page_is_here()
 
     def _take_offer(self, offer: Offer) -> tuple[Machine, AnyPager]:
         layout = [BlockLayout(block.name, block.size_bytes, block.page_bytes) for block in offer.blocks]
@@ -494,15 +455,17 @@ class DestinationMigration:
             # ANY prefers one that stops the kernel's faults too; a machine that needs that has refused a host without.
             pager.add_shard(self._how, self._busy_poll_us)
         self._session = Session(offer.migration, offer.token, epoch=0)
-        self._membership = self._stack.enter_context(self._link.membership(self._session))
+        self._membership = self._stack.enter_context(self._first_link.membership(self._session))
         self._machine_made.set()
         return machine, pager
 
     async def _take_machine(self, control: Control[DestinationProtocol], machine: Machine, pager: AnyPager) -> None:
         """Page maps and state; when it returns, the machine could run and every missing page would fault."""
         collector = MapCollector([block.memory.pages for block in machine.blocks])
-        while isinstance(message := await control.receive_any(), PageMap):
-            collector.add(message)
+        first = True  # until then the machine runs at the source, as long as that likes
+        while isinstance(message := await control.receive_any(math.inf if first else STEP_TIMEOUT_S), PageMap):
+            first = False
+            await if_heavy(message.pages, collector.add, message)
         if not isinstance(message, Switchover):
             raise ProtocolError(f"{message.TYPE} came where switchover was due")
         collector.finish(message.TYPE, message.maps)
@@ -516,6 +479,11 @@ class DestinationMigration:
             pager.track_thread(vcpu, tid)
         await machine.load_state(message.state)
         self.at_switchover = machine.statistics()
+
+    @property
+    def _unit_bytes(self) -> int:
+        """The largest unit of transfer."""
+        return max(block.memory.page_bytes for block in self.machine.blocks) if self.machine is not None else 0
 
     async def _first_run(self, machine: Machine) -> int:
         resumed_ns = now_ns()
@@ -535,11 +503,19 @@ class DestinationMigration:
 
             async def ask_for_the_rest() -> None:
                 await self._pushed_all.wait()
+                silence_s = SILENCES * self._heartbeat_s + self._unit_bytes / SLOWEST_BYTES_PER_S
+                here, since_s = (0, 0), trio.current_time()
                 while True:
                     # Refused frames, and whatever a source forgot: what was pushed in vain is asked for.
                     asked = pager.request_missing(REQUEST_WINDOW_PAGES)
                     if asked:
                         log.info("asked for %d pages that were not pushed", asked)
+                    before, statistics = here, pager.statistics()
+                    here = statistics.resident_pages, statistics.bytes_received
+                    if here != before:
+                        since_s = trio.current_time()
+                    elif trio.current_time() - since_s > silence_s:
+                        raise MigrationError(f"no page that was asked for has come within {silence_s:g} s")
                     await trio.sleep(REQUEST_PERIOD_S)
 
             nursery.start_soon(ask_for_the_rest)
@@ -558,14 +534,14 @@ class DestinationMigration:
                 if not self._pushing:
                     self._pushed_all.set()
             elif event.type is EventType.FATAL:
-                self._fatal = True
-                raise MigrationError(f"the pager cannot go on: {event.text}")
+                raise Hopeless(f"the pager cannot go on: {event.text}")
             elif event.type is EventType.DIED:
                 raise MigrationError(event.text)
             elif self._all_here.is_set():
                 pass  # a channel that nobody needs any more
             elif event.channel_kind is not ChannelKind.BULK or event.channel in self._pushing or event.error:
                 # (a bulk channel that is closed in order after its `end` takes nothing with it)
+                await self._let_peer_say_why()
                 why = f"({event.text})" if event.text else "(closed by the source)"
                 raise MigrationError(f"data channel lost: {event.channel_kind.name.lower()} {event.channel} {why}")
 

@@ -19,6 +19,7 @@ from functools import partial
 
 import trio
 
+from postcopy._blocking import run_sync
 from postcopy._errors import CoreError, ProtocolError
 from postcopy.bitmap import Bitmap
 from postcopy.migration._session import Control
@@ -53,12 +54,12 @@ class PlacedReporter:
             await trio.sleep(pause_s)
             began_s = trio.current_time()
             for number in range(len(self._told)):
-                await self._tell(control, await trio.to_thread.run_sync(received, number), number)
+                await self._tell(control, await run_sync(received, number), number)
             pause_s = max(every_s, (trio.current_time() - began_s) / SHARE)
 
     async def _tell(self, control: Control[DestinationProtocol], received: Bitmap, number: int) -> None:
         protocol, told = control.protocol, self._told[number]
-        news = await trio.to_thread.run_sync(received.without, told)
+        news = await run_sync(received.without, told)
         first_page = news.next(0)
         while first_page < len(news):
             part = news.part(first_page, min(PLACED_PAGES, len(news) - first_page))
@@ -125,7 +126,7 @@ class Releaser:
                 return
             try:
                 # (not abandoned when cancelled: the page server must not be closed meanwhile)
-                await trio.to_thread.run_sync(partial(self._server.release, block, first_page, placed))
+                await run_sync(partial(self._server.release, block, first_page, placed))
             except CoreError as error:
                 self._failed = True
                 log.warning("--release-ram: %s; the rest is kept until the end", error)

@@ -12,6 +12,11 @@ Resource handling: the machine stays the caller's, and is paused when the migrat
 was before. The link's control connection and the page server belong to the engine and are closed when `run`
 returns.
 
+**Taking it back.** A destination can die for good when the machine is its own. The operator, who knows that, has the
+machine go on here from the switchover (`reclaim`), unless a part of its memory has been given back. Should the
+destination live, there would be two machines: so it is looked for once more before, and told when it comes back after
+all.
+
 Error handling: `run` raises nothing that is a matter of the migration; `state`, `failure` and `status` say how it
 ended. Cancelling `run` is an interruption by the user: before the decision the machine is resumed, after it the
 pages are lost.
@@ -22,17 +27,19 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import trio
 
-from postcopy._errors import ConfigurationError, MigrationError, PeerError, PostcopyError, ProtocolError
+from postcopy._blocking import run_sync
+from postcopy._errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
 from postcopy._logs import about
 from postcopy.bitmap import Bitmap
 from postcopy.machines import Machine, MachineEventType, MachineStatistics
 from postcopy.memory import MemoryKind
+from postcopy.migration._engine import Engine, Hopeless, disagreeing
 from postcopy.migration._session import (
     HEARTBEAT_S,
     RECOVER_UNOWNED_S,
@@ -40,16 +47,13 @@ from postcopy.migration._session import (
     STEP_TIMEOUT_S,
     UNDECIDED,
     Control,
-    FirstFailure,
-    Interrupted,
     MapCollector,
-    Recoveries,
-    next_link,
+    explained,
+    first_of,
+    if_heavy,
     now_ns,
-    status_of,
-    steered,
 )
-from postcopy.migration.channels import Address, Door, Link, Membership, Session, keep_alive
+from postcopy.migration.channels import Address, Door, Link, Session, keep_alive
 from postcopy.migration.figures import Figures
 from postcopy.migration.protocol import (
     ID_BYTES,
@@ -57,6 +61,7 @@ from postcopy.migration.protocol import (
     Accept,
     Block,
     Complete,
+    Ended,
     EndedElsewhere,
     Offer,
     Placed,
@@ -75,6 +80,10 @@ DEFAULT_BULK_CHANNELS = 2  # while one of its threads copies a page into place, 
 PREPARE_TIMEOUT_S = 10.0
 """How long a paused machine waits for the destination's `prepared` before it goes on here."""
 
+RESUME_TIMEOUT_S = 10.0
+RECLAIM_PROBE_S = 4.0
+"""How long a destination is looked for before its machine is taken back. One that calls does so every 2 s."""
+
 log = logging.getLogger(__name__)
 
 
@@ -90,70 +99,62 @@ class SourceOptions:
     name: str = ""  # of the machine, told to the destination with its configuration
 
 
-class SourceMigration:
+class SourceMigration(Engine[SourceProtocol]):
     """One migration away from this host. Make it, `run` it once; everything else may be looked at meanwhile."""
+
+    SIDE = "source"
+    PEER = "destination"
 
     def __init__(
         self,
         machine: Machine,
-        link: Link,
+        link: Link | Callable[[], Awaitable[Link]],
         options: SourceOptions,
         *,
+        peer: Address | None = None,
         make_server: Callable[[int], PageServer] = PageServer,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_change` is called, in the Trio thread, whenever `status` may have changed. `ConfigurationError` for
-        `release_ram` with a machine whose memory is somebody's file."""
+        """`link`: the connection, or how to make it: `run` then begins with that, in the status ``connecting``, and
+        `peer` says where it goes. `on_change` is called, in the Trio thread, whenever `status` may have changed.
+        `ConfigurationError` for `release_ram` with a machine whose memory is somebody's file."""
         if options.release_ram:
             check_releasable(machine)
+        there = link if isinstance(link, Link) else None
+        super().__init__(
+            SourceProtocol(),
+            there,
+            heartbeat_s=options.heartbeat_s,
+            recover_for_s=options.recover_for_s,
+            on_change=on_change,
+        )
         self.machine = machine
         self.machine_name = options.name
-        self.peer = link.peer
-        self.failure: PostcopyError | None = None
+        self.peer = there.peer if there is not None else peer or Address("", 0)
+        self.connected = trio.Event()  # the connection is there, or will not be: see `failure`
         self.figures: Figures | None = None  # of the destination, when it has completed
-        self.paused = trio.Event()  # set when the destination was lost after `commit`
         self.at_pause: MachineStatistics | None = None
         self.ready_ns = self.paused_ns = self.running_ns = self.completed_ns = 0
-        self.started_ns = now_ns()
         self.was_ready = False
-        self.recoveries = Recoveries()
-        self._link = link
+        self._open_link = link if not isinstance(link, Link) else None
         self._options = options
         self._make_server = make_server
-        self._on_change = on_change
         self._server: PageServer | None = None
         self._server_made = trio.Event()
         self._releaser: Releaser | None = None  # with `release_ram`
         self._discarded: list[Bitmap] | None = None  # as it was when the server ended
         self._last_statistics: PageServerStatistics | None = None
-        self._protocol = SourceProtocol(link.version)
-        self._session = Session(secrets.token_bytes(ID_BYTES), secrets.token_bytes(ID_BYTES), epoch=0)
+        self._session: Session = Session(secrets.token_bytes(ID_BYTES), secrets.token_bytes(ID_BYTES), epoch=0)
         self._units: tuple[int, ...] = ()
         self._shards = self._bulk_channels = 0
         self._committed_ns = 0
-        self._fatal = False  # the page server cannot go on: no other connection would help
-        self._membership: Membership | None = None
-        self._cancelled = trio.Event()
+        self._hold = True
 
     # ---- looking at it
 
     @property
     def migration_id(self) -> str:
         return self._session.migration.hex()
-
-    @property
-    def state(self) -> State:
-        return self._protocol.state
-
-    @property
-    def status(self) -> str:
-        """QEMU's word for the state."""
-        return status_of(self.state, interrupted=isinstance(self.failure, Interrupted))
-
-    @property
-    def may_run(self) -> bool:
-        """Whether this side still owns the machine."""
-        return self._protocol.may_run
 
     @property
     def downtime_ns(self) -> int:
@@ -186,13 +187,7 @@ class SourceMigration:
 
     @property
     def cancellable(self) -> bool:
-        """Whether giving it up now would lose nothing."""
         return self.state in UNDECIDED or self.state is State.PREPARED
-
-    def cancel(self) -> None:
-        """Gives it up if it is still `cancellable` when that is done: unlike `stop`, which ends it in any case, it does
-        nothing to a migration that has been decided meanwhile."""
-        self._cancelled.set()
 
     def set_bandwidth(self, max_bandwidth_bytes_per_s: int) -> None:
         """Limits the background push from now on; 0: no limit."""
@@ -202,155 +197,224 @@ class SourceMigration:
                 self._server.set_bandwidth(max_bandwidth_bytes_per_s)
 
     def set_recover_for(self, recover_for_s: float) -> None:
-        """How long a destination is waited for that is lost from now on."""
-        self._options = replace(self._options, recover_for_s=recover_for_s)
-
-    def hold(self) -> None:
-        """Gives the connection up, as a network that fails would, and takes no other one until `let_go`.
-        `MigrationError` where nothing could be gone on with."""
-        steered(self._membership, self.state).hold()
-
-    def let_go(self, address: Address | None = None) -> None:
-        """Looks for the destination (again), at this address where one is given; see `reconnect_to`."""
-        membership = steered(self._membership, self.state)
-        if address is not None:
-            self.reconnect_to(address)
-        membership.let_go()
+        super().set_recover_for(recover_for_s if self._hold else min(recover_for_s, RECOVER_UNOWNED_S))
 
     # ---- doing it
-
-    def reconnect_to(self, address: Address) -> None:
-        """The destination is looked for there when the connection is lost, or at once when it has been. A connection
-        that works is left alone. `ConfigurationError` on the side that listens."""
-        self._link.reconnect_to(address)
 
     async def run(self, go: trio.Event, stop: trio.Event, *, hold: bool = True) -> None:
         """Migrates when `go` is set, and gives up when `stop` is.
 
-        Returns when the migration has completed or aborted. One that is `PAUSED` goes on when the destination is back,
-        and otherwise stays so until `stop`; unless `hold` is false: what it could serve is then in a file, nothing is
-        lost by its end, and a minute is enough to come back.
+        Returns when the migration has completed or aborted, or was reclaimed. One that is `PAUSED` goes on when the
+        destination is back, and otherwise stays so until `stop`; unless `hold` is false: what it could serve is then in
+        a file, nothing is lost by its end, and a minute is enough to come back.
         """
+        self._stop, self._hold = stop, hold
+        self.set_recover_for(self._patience.seconds)
         with about(self):
-            await self._run(go, stop, hold)
+            try:
+                await self._run(go)
+            except Exception as error:  # noqa: BLE001  # `explained` logs what it does not know
+                # Nothing below lets an error out that belongs to a connection: this is of the beginning or the end.
+                self.failure = self.failure or explained(error)
+                log.error("%s", self.failure)
+                self._protocol.connection_lost(str(self.failure))
+            finally:
+                self.connected.set()
+                self._change()
 
-    async def _run(self, go: trio.Event, stop: trio.Event, hold: bool) -> None:
+    async def _run(self, go: trio.Event) -> None:
         try:
-            with self._link.membership(self._session) as membership:
-                self._membership = membership
-                await self._connected(self._link, partial(self._migrate, go=go), membership, stop)
-                if self._protocol.recoverable and not self._fatal:
-                    await self._recover(membership, stop, self._options.recover_for_s if hold else RECOVER_UNOWNED_S)
-                if self.state is not State.PAUSED:
-                    membership.ended(self._protocol.ending)
-            if self.state is State.COMPLETED and self._releaser is not None:
-                await self._release_rest(self._releaser)
-            if self.state is State.PAUSED and hold:
-                await stop.wait()
-        finally:
-            await self._close_server()
-
-    async def _connected(
-        self,
-        link: Link,
-        plan: Callable[[Control[SourceProtocol], Link], Awaitable[None]],
-        membership: Membership,
-        stop: trio.Event,
-    ) -> None:
-        """The life of one connection: follows the plan, and settles where its end has left the machine."""
-        control = Control(link.control, self._protocol, self._options.heartbeat_s)
-        scope = FirstFailure()
-        self.failure = None
-
-        async def main() -> None:
-            await plan(control, link)
-
-        async def interruption() -> None:
-            await stop.wait()
-            raise Interrupted("interrupted at the source")
-
-        async def cancellation() -> None:
-            await self._cancelled.wait()
-            if not self.cancellable:
-                await trio.sleep_forever()
-            raise Interrupted("cancelled at the source")
-
-        async def replacement() -> None:
-            await membership.superseded()
-            raise PeerError("the destination has come back on another connection")
-
-        try:
-            watchers = (self._watch_server, self._watch_machine, interruption, cancellation, replacement, self._release)
-            await scope.run(main, control.run, *watchers)
-            if self._protocol.ended and self.state is State.COMPLETED:
-                return
-            self.failure = scope.failure or Interrupted("interrupted at the source")
-        except BaseException:
-            self.failure = Interrupted("ended at the source")  # cancelled, or a mistake of ours: never keep it stopped
+            workers = self._open_workers()
+        except ResourceError as error:
+            if self._link is not None:  # the destination is told why
+                await self._connected(self._link, partial(_refuse, error))
             raise
+        try:
+            with workers.serving():
+                link = await self._connect()
+                if link is None:
+                    return
+                try:
+                    await self._converse(link, go)
+                finally:
+                    await self._close_server()
         finally:
-            if self.state is not State.COMPLETED:
-                assert self.failure is not None
-                await self._fail(control, self.failure)
-            if self.state is State.COMPLETED:
-                self.failure = (
-                    None  # the destination has every page; that it did not hear our last word changes nothing
+            await workers.close()
+
+    async def _connect(self) -> Link | None:
+        """The first connection; None when there is none, and `failure` says why."""
+        if self._open_link is not None:
+            open_link, found = self._open_link, list[Link]()
+
+            async def connect() -> None:
+                found.append(await open_link())
+
+            self._change()
+            try:
+                await first_of(connect, self._stop.wait, self._cancelled.wait)
+                self._check_wanted()
+                self._link = found[0]
+            except PostcopyError as error:
+                for link in found:
+                    await trio.aclose_forcefully(link.control)
+                self.failure = error
+                self._protocol.connection_lost(str(error))
+                return None
+            finally:
+                self._open_link = None  # what it holds may be wanted free
+        assert self._link is not None
+        self.peer = self._link.peer
+        self._protocol.version = self._link.version
+        self.connected.set()
+        self._change()
+        return self._link
+
+    async def _converse(self, link: Link, go: trio.Event) -> None:
+        """One connection after the other."""
+        with link.membership(self._session) as membership:
+            self._membership = membership
+            try:
+                await self._connected(link, partial(self._migrate, go=go))
+                await self._recover()
+            finally:
+                membership.ended(self._protocol.ending)
+        if self.state is State.COMPLETED and self._releaser is not None:
+            await self._release_rest(self._releaser)
+
+    def _watchers(self, control: Control[SourceProtocol]) -> Sequence[Callable[[], Awaitable[None]]]:
+        return self._watch_server, self._watch_machine, self._release
+
+    def _give_up(self) -> bool:
+        log.warning(
+            "the destination is lost for good (%s); what it has not got is kept here%s",
+            self.failure,
+            " until it is back, or this is ended" if self._hold else "",
+        )
+        return self._hold
+
+    async def _ended_elsewhere(self, error: EndedElsewhere) -> None:
+        state = self._protocol.peer_ended(error.how)
+        self.failure = error
+        if state is State.ABORTED:
+            await self._contained(self._resume)
+        elif state is State.COMPLETED:
+            self.failure = None
+            log.warning("the destination has every page: %s", error)
+        else:
+            log.error("%s; the machine can go on here from the switchover: `postcopy ctl reclaim --force`", error)
+
+    async def _resume(self) -> None:
+        """The machine goes on here."""
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + RESUME_TIMEOUT_S) as scope:
+            await self.machine.resume()
+            if self._committed_ns:  # it had been taken from the network
+                await self.machine.claim_network()
+        if scope.cancelled_caught:
+            raise MigrationError(f"the machine could not be resumed at the source within {RESUME_TIMEOUT_S:g} s")
+
+    # ---- taking it back
+
+    def check_reclaimable(self) -> None:
+        """`MigrationError`, with the reason, where the machine cannot go on here. Whether the destination answers is
+        found out by `reclaim`."""
+        if not self.machine.live:
+            raise MigrationError("there is nothing to reclaim: an image does not run, and can be fetched again")
+        if self.state is not State.PAUSED or self._membership is None:
+            raise MigrationError(
+                f"a machine can be reclaimed when its destination was lost after the switchover (postcopy-paused or"
+                f" postcopy-failed); this migration is {self.status}"
+            )
+        if self._server is not None and self._releaser is not None:
+            gone = sum(self._server.discarded(number).count() for number in range(len(self._units)))
+            if gone:
+                raise MigrationError(
+                    f"the machine cannot go on here: {gone} pages of its memory have been given back (--release-ram),"
+                    " and are at the destination only"
                 )
-            await control.close()
-            self._on_change()
 
-    async def _recover(self, membership: Membership, stop: trio.Event, recover_for_s: float) -> None:
-        """Goes on with the destination, as often as it takes."""
-        lost_ns = now_ns()
-        while self._protocol.recoverable and not self._fatal and not stop.is_set():
-            found = await next_link(membership, stop, recover_for_s)
-            if found is None or isinstance(found, PeerError):
-                if isinstance(found, EndedElsewhere):
-                    self._protocol.peer_ended(found.how)
-                if found is not None:
-                    log.error("the destination does not take us back: %s", found)
-                    self.failure = found
-                return
-            link, self._session = found
-            self.peer = link.peer
-            self._protocol.reconnected()
-            self._on_change()
-            recovered = self.recoveries.count
-            await self._connected(link, partial(self._go_on, lost_ns=lost_ns), membership, stop)
-            if self.recoveries.count > recovered:
-                lost_ns = now_ns()
+    def reclaim_loses(self) -> str:
+        """What is lost when the machine is taken back now: one line."""
+        ago_s = (now_ns() - self.paused_ns) / 1e9
+        ran = "it was running there when it was last heard of" if self.running_ns else "it may have run there"
+        return (
+            f"the machine goes on as it was at the switchover, {ago_s:.1f} s ago; all that it has done at"
+            f" {self.peer} since is lost ({ran})"
+        )
 
-    async def _go_on(self, control: Control[SourceProtocol], link: Link, lost_ns: int) -> None:
+    async def reclaim(self) -> str:
+        """For an operator who knows that the destination is dead: the machine goes on here, as it was at the
+        switchover. Returns what is lost by that, one line.
+
+        The destination is looked for before, for some seconds: one that answers keeps its machine, and the migration
+        goes on where it can. One that comes back later is told, and stops. `MigrationError` where it cannot be done;
+        nothing has changed then. May be cancelled until that is decided.
+        """
+        self.check_reclaimable()
+        assert self._membership is not None
+        membership = self._membership
+        if self._gone_for is not Ended.LOST:
+            self._probing, membership.answered = True, trio.Event()
+            try:
+                self._again(membership)
+                with trio.move_on_after(max(SILENCES * self._heartbeat_s, RECLAIM_PROBE_S)):
+                    await first_of(
+                        lambda: self._until(lambda: self.state is not State.PAUSED), membership.answered.wait
+                    )
+                    raise MigrationError(
+                        f"the destination answers: the machine is there ({self.status}); it can be reclaimed when the"
+                        " destination is dead"
+                    )
+            finally:
+                self._probing = False
+        # From here to the protocol's word there is no step at which anything else could happen.
+        self.check_reclaimable()
+        lost = self.reclaim_loses()
+        self._protocol.reclaim()
+        self._untold = True
+        membership.ended(self._protocol.ending)
+        self.failure = None
+        log.warning("reclaimed: %s", lost)
+        self._change()
+        await self._resume()
+        return lost
+
+    async def _go_on(self, control: Control[SourceProtocol], link: Link) -> None:
         """The destination is back: hears what it has, offers what it does not have, and follows it to its end."""
         protocol, server = self._protocol, self._server
         assert server is not None
-        collector = MapCollector([server.block_pages(number) for number in range(len(self._units))])
-        while isinstance(message := await control.receive_any(STEP_TIMEOUT_S), ReceivedMap):
-            collector.add(message)
-        if not isinstance(message, Recover):
-            raise ProtocolError(f"{message.TYPE} came where recover was due")
-        collector.finish(message.TYPE, message.maps)
-        digest = 0
-        for bitmap in collector.bitmaps:
-            digest = bitmap.crc32c(digest)
-        if digest != message.digest:
-            raise ProtocolError("recover: the received maps do not have the digest that was told")
-        if self._releaser is not None:
-            self._releaser.check(collector.bitmaps)
-            self._releaser.take_maps(collector.bitmaps)
-        for number, bitmap in enumerate(collector.bitmaps):
-            server.set_received(number, bitmap)
+        resume_ns = await self._hear_maps(control, server)
         with link.door(self._session) as door:
             await control.send(protocol.send_recovered())
             await self._attach(door)
-        if message.resume_ns and not self.running_ns:
-            self.running_ns = self._committed_ns + message.resume_ns
-        self.recoveries.add(now_ns() - lost_ns)
-        if self._membership is not None:
-            self._membership.went_on()
-        log.warning("recovered: the destination is back after %.0f ms", self.recoveries.last_ns / 1e6)
-        self._on_change()
+        if resume_ns and not self.running_ns:
+            self.running_ns = self._committed_ns + resume_ns
+        self._recovered()
         await self._follow(control)
+
+    async def _hear_maps(self, control: Control[SourceProtocol], server: PageServer) -> int:
+        """What the destination has, to the page server; `resume_ns`. `Disagreement` where it cannot be."""
+        collector = MapCollector([server.block_pages(number) for number in range(len(self._units))])
+        while isinstance(message := await control.receive_any(STEP_TIMEOUT_S), ReceivedMap):
+            with disagreeing():
+                await if_heavy(message.pages, collector.add, message)
+        if not isinstance(message, Recover):
+            raise ProtocolError(f"{message.TYPE} came where recover was due")
+        digest = 0
+        with disagreeing():
+            collector.finish(message.TYPE, message.maps)
+            for bitmap in collector.bitmaps:
+                digest = await if_heavy(len(bitmap), bitmap.crc32c, digest)
+            if digest != message.digest:
+                raise ProtocolError("recover: the received maps do not have the digest that was told")
+        if self._releaser is not None:
+            try:
+                self._releaser.check(collector.bitmaps)
+            except ProtocolError as error:
+                raise Hopeless(str(error)) from error  # what was given back is nowhere
+            self._releaser.take_maps(collector.bitmaps)
+        for number, bitmap in enumerate(collector.bitmaps):
+            server.set_received(number, bitmap)
+        return message.resume_ns
 
     async def _migrate(self, control: Control[SourceProtocol], link: Link, go: trio.Event) -> None:
         machine, protocol = self.machine, self._protocol
@@ -366,7 +430,7 @@ class SourceMigration:
                 PLACED_EVERY_MS if self._options.release_ram else 0,
             )
             await control.send(protocol.send_offer(offer))
-            self._on_change()
+            self._change()
             accept = await control.receive(Accept, STEP_TIMEOUT_S)
             self._check_accept(accept, blocks)
             self._units = accept.page_bytes
@@ -381,7 +445,7 @@ class SourceMigration:
         await control.receive(Ready, STEP_TIMEOUT_S)
         self.ready_ns = now_ns()
         self.was_ready = True
-        self._on_change()
+        self._change()
         await go.wait()
         await self._switch_over(control)
         await self._follow(control)
@@ -409,7 +473,7 @@ class SourceMigration:
         if isinstance(message, Running):
             self.running_ns = now_ns()
             log.info("the machine runs at the destination, %.3f ms after `commit`", message.resume_ns / 1e6)
-            self._on_change()
+            self._change()
             message = await control.receive_any()
         while isinstance(message, Placed) and self._releaser is not None:
             self._releaser.take(message)
@@ -433,22 +497,24 @@ class SourceMigration:
         state = await machine.save_state()
         maps = 0
         for number, (block, unit) in enumerate(zip(machine.blocks, self._units, strict=True)):
-            memory = block.memory
-            present: Bitmap = await trio.to_thread.run_sync(memory.present, unit)
+            present: Bitmap = await run_sync(block.memory.present, unit)
             server.set_present(number, present)
             for first_page, part in present.parts(PAGE_MAP_PAGES):
-                await control.send(protocol.send_page_map(number, first_page, len(part), part.rle_encode()))
+                runs = await if_heavy(len(part), part.rle_encode)
+                await control.send(protocol.send_page_map(number, first_page, len(part), runs))
                 maps += 1
         await control.send(protocol.send_switchover(state, maps))
-        self._on_change()
+        self._change()
         await control.receive(Prepared, self._options.prepare_timeout_s)
-        # From the next line on the machine belongs to the destination, whether it hears of it or not. The page
-        # server is started before the bytes leave, so that the first fault finds it answering.
+        # Asked in one step with the decision: whoever was told that it is cancelled can rely on it. From `send_commit`
+        # on the machine belongs to the destination, whether it hears of it or not. The page server is started before
+        # the bytes leave, so that the first fault finds it answering.
+        self._check_wanted()
         commit = protocol.send_commit()
         try:
             self._committed_ns = now_ns()
             server.start()
-            self._on_change()
+            self._change()
             await control.send(commit)
         finally:  # heard or not, it never answers here again
             with trio.CancelScope(shield=True):
@@ -470,12 +536,12 @@ class SourceMigration:
         async for event in self._server.events():
             if event.type is EventType.CHANNEL_DOWN:
                 # In order, a destination closes its data channels only when it has our `complete-ack`.
+                await self._let_peer_say_why()
                 raise MigrationError(
                     f"data channel lost: {event.channel_kind.name.lower()} {event.channel} {_why(event.text)}"
                 )
             if event.type is EventType.FATAL:
-                self._fatal = True
-                raise MigrationError(f"the page server cannot go on: {event.text}")
+                raise Hopeless(f"the page server cannot go on: {event.text}")
 
     async def _release(self) -> None:
         await self._server_made.wait()
@@ -498,32 +564,28 @@ class SourceMigration:
 
     # ---- when it fails
 
-    async def _fail(self, control: Control[SourceProtocol], failure: PostcopyError) -> None:
+    async def _settle(self, control: Control[SourceProtocol]) -> None:
         """Before the decision: the machine goes on here. After it: everything is kept, and nothing runs."""
+        failure = self.failure
+        if failure is None:
+            return
         if self._protocol.may_run:
-            paused = self.paused_ns
-            try:
-                with trio.CancelScope(shield=True, deadline=trio.current_time() + 10):
-                    if paused:
-                        await self.machine.resume()
-            except PostcopyError as error:
-                log.error("the machine cannot be resumed at the source: %s", error)
+            if self.paused_ns:
+                await self._contained(self._resume)
             await control.say_goodbye(str(failure))
             return
         self._protocol.connection_lost(str(failure))
-        if self._server is not None and self.state is State.PAUSED:
-            self.statistics()
-            self.paused.set()
-            # Whoever pulls an image may leave when he has what he wanted.
-            log.log(logging.WARNING if self.machine.live else logging.INFO, "paused: %s", failure)
-            self._on_change()
-            with trio.CancelScope(shield=True):  # bounded by the page server
-                try:
-                    await self._server.disconnect()  # so that the destination hears of it on every channel
-                    self._fatal |= any(event.type is EventType.FATAL for event in self._server.drain_events())
-                except PostcopyError as error:
-                    self._fatal = True  # its threads hang: it can take no new connections
-                    log.error("%s", error)
+        if self._server is None or self.state is not State.PAUSED:
+            return
+        self.statistics()
+        self.paused.set()
+        # Whoever pulls an image may leave when he has what he wanted.
+        log.log(logging.WARNING if self.machine.live else logging.INFO, "paused: %s", failure)
+        self._change()
+        await self._server.disconnect()  # so that the destination hears of it on every channel
+        for event in self._server.drain_events():
+            if event.type is EventType.FATAL:
+                raise Hopeless(f"the page server cannot go on: {event.text}")
 
     async def _close_server(self) -> None:
         if self._server is None:
@@ -545,6 +607,10 @@ def check_releasable(machine: Machine) -> None:
             f"--release-ram: the memory of a machine of kind {machine.kind} is a file of yours, which stays as it is;"
             " leave the option out"
         )
+
+
+async def _refuse(error: PostcopyError, control: Control[SourceProtocol], link: Link) -> None:
+    raise error
 
 
 def _why(text: str) -> str:

@@ -226,6 +226,7 @@ class FakeServer(FakeEngine):
         self.changed = trio.Event()
         self.release_error: CoreError | None = None
         self.started = False
+        self.token = trio.lowlevel.current_trio_token()
 
     def add_block(self, memory: Memory, unit: int) -> int:
         self.units.append(unit)
@@ -249,7 +250,7 @@ class FakeServer(FakeEngine):
             raise self.release_error
         for first, count in placed.runs():
             self.gone.setdefault(block, Bitmap(self.block_pages(block))).set_range(first_page + first, count)
-        trio.from_thread.run_sync(self._changed)
+        trio.from_thread.run_sync(self._changed, trio_token=self.token)
 
     def _changed(self) -> None:
         self.changed.set()
@@ -318,6 +319,7 @@ class Meeting:
 
 class FakeMembership(Membership):
     def __init__(self, meeting: Meeting, session: Session) -> None:
+        super().__init__()
         self._meeting = meeting
         self._session = session
 
@@ -558,7 +560,7 @@ async def cancelled_after(who: str, moment: int) -> Pair:
         (pair.source if who == "source" else pair.dest).cancel()
         await pair.until(lambda: pair.source.state in (State.COMPLETED, State.ABORTED))
         nursery.cancel_scope.cancel()
-        pair.meeting.refuse(p.RefusedError("refused", p.NO_SUCH_MIGRATION))  # to one that is in doubt and asks
+        pair.meeting.refuse(p.EndedElsewhere(p.Ended.ABORTED))  # to one that is in doubt and asks
     return pair
 
 
@@ -695,9 +697,9 @@ async def test_what_cannot_go_on_is_not_tried_again(who: str) -> None:
         await pair.until(lambda: pair.source.state is State.POSTCOPY)
         engine: FakeEngine = pair.servers[0] if who == "source" else pair.pager
         engine.channel.tell(EventType.FATAL, text="out of everything")
-        await pair.until(lambda: pair.source.status == pair.dest.status == "postcopy-paused")
+        lost, other = (pair.source, pair.dest) if who == "source" else (pair.dest, pair.source)
+        await pair.until(lambda: lost.status == "postcopy-failed" and other.status == "postcopy-paused")
         pair.meeting.open.set()
-        lost = pair.source if who == "source" else pair.dest
         assert "out of everything" in str(lost.failure)
         assert lost.recoveries.count == 0
         pair.stop_source.set()
@@ -769,7 +771,7 @@ async def over_a_cable(direction: str, limit: int | None) -> tuple[Pair, Cable]:
 
     def over() -> bool:
         if pair.source.state in ENDS:
-            pair.meeting.refuse(p.RefusedError("refused the connection", p.NO_SUCH_MIGRATION))
+            pair.meeting.refuse(p.EndedElsewhere(p.Ended.ABORTED))
         return pair.source.state in ENDS and pair.dest.state in ENDS
 
     async with running(pair), trio.open_nursery() as nursery:
@@ -982,9 +984,9 @@ async def test_source_that_never_decided() -> None:
         await prepared(peer)
         await trio.aclose_forcefully(peer.stream)
         await dest.paused.wait()
-        assert dest.status == "postcopy-paused"
+        assert dest.status == "in-doubt"
         assert not dest.may_run
-        meeting.refusal = p.RefusedError("refused the connection", p.NO_SUCH_MIGRATION)
+        meeting.refusal = p.EndedElsewhere(p.Ended.ABORTED)
         meeting.open.set()
         with trio.fail_after(10):
             await ended.wait()
