@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The installed program, attacked from outside. `make hostile` runs all of it; without the tests marked `slow` it is a
+step of `make test`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# --import-mode=importlib makes no packages of test directories: what these share is loaded by its path, under the name by
+# which mypy knows it.
+for _name in ("_wire", "_program", "_peer", "_fuzz"):
+    _path = Path(__file__).with_name(f"{_name}.py")
+    _spec = importlib.util.spec_from_file_location(f"tests.hostile.{_name}", _path)
+    assert _spec is not None
+    assert _spec.loader is not None
+    _module = importlib.util.module_from_spec(_spec)
+    sys.modules[_spec.name] = _module
+    _spec.loader.exec_module(_module)
+
+from tests.hostile import _peer, _program  # noqa: E402
+
+Start = Callable[..., _program.Program]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """``start(*arguments)``: the program, as a `_program.Program` that is killed when the test ends."""
+    with _program.starter() as start:
+        yield start
+
+
+@pytest.fixture
+def daemon(start: Start, tmp_path: Path) -> Callable[..., tuple[_program.Program, _program.Control]]:
+    """``daemon("a", *arguments)``: one that listens, and its control socket."""
+
+    def run(name: str = "d", *arguments: object, **keywords: Any) -> tuple[_program.Program, _program.Control]:
+        path = tmp_path / name
+        program = start(
+            "daemon", "--json", "--control", path, "--listen", "127.0.0.1:0", *arguments, **keywords
+        )
+        assert program.where
+        return program, _program.Control(path)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _connections() -> Iterator[None]:
+    yield
+    _peer.close_all()
+
+
+@pytest.fixture(scope="session")
+def version() -> int:
+    """The newest version of the protocol that the program and the peer here speak."""
+    with _program.starter() as start:
+        return _peer.spoken_version(start("dest", "--json", "--listen", "127.0.0.1:0").address)
+
+
+@pytest.fixture(scope="session")
+def rv64(version: int) -> _peer.Machine:
+    """A machine that computes, taken from a real source with all its pages: any daemon would run it."""
+    with _program.starter() as start:
+        source = start("source", "--json", *_program.RV64, "--listen", "127.0.0.1:0")
+        machine = _peer.Destination.connect(source.address, version).until("run").take_all()
+        assert source.end() == 0
+        return machine
+
+
+@pytest.fixture
+def neighbour(version: int, rv64: _peer.Machine) -> Callable[[_program.Program, _program.Control], _peer.Neighbour]:
+    """``neighbour(daemon, control)``: a machine that is on its way there."""
+    return lambda daemon, control: _peer.Neighbour(daemon, control, rv64, version)
+
+
+@pytest.fixture
+def seeded(request: pytest.FixtureRequest) -> random.Random:
+    """Chance that can be had again: POSTCOPY_SEED."""
+    seed = int(os.environ.get("POSTCOPY_SEED") or random.SystemRandom().getrandbits(32))
+    print(f"{request.node.name}: POSTCOPY_SEED={seed}")
+    return random.Random(seed)

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whoever can reach the port can say anything: no migration but his own suffers from it, and no other machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.hostile import _wire as wire
+from tests.hostile._peer import Closed, Destination, Line, Listener, Machine, Neighbour, Refused, Source
+from tests.hostile._program import RV64, Control, Program, verify, wait_until
+from tests.hostile._wire import Fields
+
+Start = Callable[..., Program]
+Daemon = Callable[..., tuple[Program, Control]]
+Beside = Callable[[Program, Control], Neighbour]
+
+
+def test_two_offers_of_one_migration(
+    daemon: Daemon, neighbour: Beside, version: int, rv64: Machine
+) -> None:
+    program, control = daemon()
+    beside = neighbour(program, control)
+    for _ in range(3):
+        first = Source(program.address, rv64, version).until("accepted")
+        second = Source(program.address, rv64, version).connect()
+        second.migration = first.migration
+        second.token = first.token
+        second.offer()
+        with contextlib.suppress(Closed):
+            assert second.control.hear()["type"] != "accept", "two machines under one migration id"
+        for one in (first, second):
+            one.control.close()
+    beside.finish()
+    wait_until("end of what was offered", lambda: list(control.machines()) == [beside.name])
+    assert program.alive()
+
+
+@pytest.mark.parametrize("step", ["accepted", "ready", "prepared", "running"])
+def test_the_id_of_a_machine_that_is_here(
+    daemon: Daemon, start: Start, version: int, rv64: Machine, step: str
+) -> None:
+    """A stranger has read it in a log, offers under it, and leaves. The migration goes on where it was."""
+    program, control = daemon()
+    source = Source(program.address, rv64, version).until(step)
+    for _ in range(2):
+        stranger = Source(program.address, rv64, version).connect()
+        stranger.migration = source.migration
+        stranger.offer()
+        with contextlib.suppress(Closed):
+            assert stranger.control.hear()["type"] != "accept"
+        stranger.control.close()
+    if step == "accepted":
+        source.ready().switch().prepared().commit().running()
+    elif step == "ready":
+        source.switch().prepared().commit().running()
+    elif step == "prepared":
+        source.commit().running()
+    else:  # and when the source is away
+        source.lose()
+        source.come_back().recovered()
+    source.finish()
+    (name,) = control.machines()
+    control.wait_status(name, "completed")
+    verify(start, control, name)
+
+
+def test_the_id_of_a_machine_whose_source_is_away(
+    daemon: Daemon, start: Start, tmp_path: Path, version: int, rv64: Machine
+) -> None:
+    """As above, with a real source, which must not hear that there is no such migration."""
+    program, control = daemon()
+    source = start("source", "--json", "--control", tmp_path / "s", *RV64, "--max-bandwidth", "64KiB/s", "--connect",
+                   program.where)  # fmt: skip
+    source.wait_status("postcopy-active")
+    Control(tmp_path / "s").ask("pause")
+    (name,) = control.machines()
+    stranger = Source(program.address, rv64, version).connect()
+    stranger.migration = bytes.fromhex(control.wait_status(name, "postcopy-paused")["id"])
+    stranger.offer()
+    with contextlib.suppress(Closed):
+        assert stranger.control.hear()["type"] != "accept"
+    stranger.control.close()
+    Control(tmp_path / "s").ask("recover")
+    Control(tmp_path / "s").ask("set", max_bandwidth="none")
+    assert source.end() == 0, source.tail()
+    control.wait_status(name, "completed")
+    verify(start, control, name)
+
+
+def test_refused_by_an_impostor(start: Start, version: int) -> None:
+    """Somebody else listens where the destination was, and says that he knows nothing. He may not know the token."""
+    with Listener(version) as listener:
+        source = start("source", "--json", *RV64, "--connect", listener.where)
+        dest = listener.destination().until("run")
+        dest.lose()
+        for _ in range(5):
+            line, _ = listener.hello()
+            line.say("refused", **refusal(version))
+            line.close()
+        dest.taken_back(listener.control()).say_what_is_here().recovered().take_all()
+        assert source.end() == 0, source.tail()
+
+
+def test_refused_by_an_impostor_in_doubt(start: Start, version: int, tmp_path: Path) -> None:
+    """The same, to a destination that waits for COMMIT: the impostor does not make it give the machine up."""
+    with Listener(version) as listener:
+        dest = start("dest", "--json", "--no-verify", "--connect", listener.where, "--dump", tmp_path / "copy")
+        source = listener.source(Machine.image(1 << 20)).until("prepared")
+        source.lose()
+        for _ in range(3):
+            line, _ = listener.hello()
+            line.say("refused", **refusal(version))
+            line.close()
+        source.come_back().recovered().running().finish()
+        assert dest.end() == 0, dest.tail()
+
+
+def refusal(version: int) -> Fields:
+    return {"reason": "no such migration here"} if version < 3 else wire.refused("unknown")
+
+
+def test_dest_goes_on_listening(start: Start, version: int, tmp_path: Path) -> None:
+    """A hello and no more, an offer that makes no sense, and one that is silent: none of them is the source."""
+    dest = start("dest", "--json", "--listen", "127.0.0.1:0", "--run-for", "0")
+    address = dest.address
+    Line.open(address, version).reset()
+    line = Line.open(address, version)
+    line.greet("control", "source")
+    line.reset()
+    line = Line.open(address, version)
+    line.greet("control", "source")
+    line.say("offer", migration=os.urandom(16), token=os.urandom(16), machine="tape", config={},
+             blocks=[{"name": "x", "size-bytes": 4096, "page-bytes": 4096}], bulk_channels=1, placed_every_ms=0)  # fmt: skip
+    assert line.closed_within(20)
+    unfit = Machine.image(1 << 20)
+    unfit.config = {}
+    source = Source(address, unfit, version).connect().offer()
+    source.control.wait_closed(20)
+    silent = Line.open(address, version)
+    silent.greet("control", "source")
+    real = start("source", "--json", *RV64, "--connect", dest.where)
+    assert real.end(30) == 0, real.tail()
+    assert dest.end() == 0, dest.tail()
+    assert dest.result()["verified"] is True
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_sources_that_die_at_prepared(daemon: Daemon, start: Start, version: int, rv64: Machine) -> None:
+    """They have taken every place. An undecided machine has a limit of its own, after which there is room again."""
+    program, control = daemon()
+    for _ in range(16):
+        Source(program.address, rv64, version).until("prepared").lose()
+    words = {(machine.get("migration") or {}).get("status") for machine in control.machines().values()}
+    assert words == {"in-doubt"}
+
+    def moved() -> bool:
+        source = start("source", "--json", *RV64, "--connect", program.where, "--on-failure", "exit")
+        return source.end() == 0
+
+    wait_until("a place", moved, 150)
+
+
+def test_sources_that_fall_silent_before_commit(daemon: Daemon, version: int, rv64: Machine) -> None:
+    """They are connected, and say nothing any more: lost after three heartbeats, and their places are free."""
+    program, control = daemon("d", "--heartbeat", "0.2")
+    for step in ("connect", "offer", "accepted", "ready"):
+        Source(program.address, rv64, version).until(step).control.frozen.set()
+    wait_until("all gone", lambda: not control.machines(), 60)
+    assert program.alive()
+
+
+def test_lost_destinations_of_an_image(start: Start, version: int, tmp_path: Path) -> None:
+    """Each may come back; until then none of them takes the place of another."""
+    (tmp_path / "image").write_bytes(os.urandom(1 << 20))
+    image = ("--machine", "image", "--image", tmp_path / "image", "--serve", "forever")
+    source = start("source", "--json", *image, "--listen", "127.0.0.1:0")
+    for _ in range(17):
+        Destination.connect(source.address, version).until("run").lose()
+    copy = tmp_path / "copy"
+    dest = start("dest", "--json", "--connect", source.where, "--dump", copy)
+    assert dest.end() == 0, dest.tail()
+    assert copy.read_bytes() == (tmp_path / "image").read_bytes()
+
+
+def test_strangers_of_all_kinds(daemon: Daemon, neighbour: Beside, version: int) -> None:
+    """Garbage, other protocols, half a hello, hellos that ask for what there is not."""
+    program, control = daemon()
+    beside = neighbour(program, control)
+    for said in (b"", b"\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01" + os.urandom(200), b"postcpy", b"postcpy\xff",
+                 b"postcpy\x00", b"postcpy\x02\xff\xff\xff\xff", b"postcpy\x03\x00\x00\x00\x00", os.urandom(4096)):  # fmt: skip
+        line = Line.open(program.address, version)
+        with contextlib.suppress(Closed):
+            line.send(said)
+        line.reset()
+    for fields in (
+        {"index": 63, "migration": os.urandom(16), "token": os.urandom(16)},
+        {"epoch": 2**32 - 1, "migration": os.urandom(16), "token": os.urandom(16)},
+        {"epoch": 1},
+    ):
+        for channel in ("control", "urgent", "bulk"):
+            line = Line.open(program.address, version)
+            with contextlib.suppress(Refused, Closed):
+                line.greet(channel, "source", **fields)
+                raise AssertionError(f"welcome: {channel} {fields}")
+    half = [Line.open(program.address, version) for _ in range(200)]  # more than may be in that state
+    beside.finish()
+    for line in half:
+        line.close()
+
+
+def test_another_token(daemon: Daemon, neighbour: Beside, version: int) -> None:
+    """Wrong tokens, stale epochs and other sides, for a migration that there is."""
+    program, control = daemon()
+    beside = neighbour(program, control)
+    migration = bytes.fromhex(control.migration(beside.name)["id"])
+    for channel in ("control", "urgent", "bulk"):
+        for epoch in (0, 1, 7, 2**32 - 1):
+            for token in (b"", os.urandom(16)):
+                line = Line.open(program.address, version)
+                with pytest.raises((Refused, Closed)):
+                    line.greet(channel, "source", migration=migration, epoch=epoch, token=token)
+                line.close()
+    beside.finish()
+
+
