@@ -52,6 +52,7 @@ from postcopy.migration._session import (
     Control,
     MapCollector,
     Patience,
+    data_silence_s,
     explained,
     if_heavy,
     now_ns,
@@ -403,7 +404,7 @@ class DestinationMigration(Engine[DestinationProtocol]):
         channels = await door.channels(machine.shards, self._bulk_channels)
         try:
             for (kind, index), fd in channels.items():
-                keep_alive(fd, SILENCES * self._heartbeat_s)
+                keep_alive(fd, data_silence_s(kind, self._heartbeat_s))
                 if kind == "urgent":
                     pager.attach_urgent(index, fd.detach())
                 else:
