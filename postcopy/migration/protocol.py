@@ -516,7 +516,7 @@ def _check_shape(packed: bytes | memoryview) -> None:
         else:
             raise ProtocolError(f"a message is not valid msgpack: unknown tag {tag:#x}")
         if count:
-            if len(due) >= MAX_DEPTH:
+            if len(due) > MAX_DEPTH:
                 raise ProtocolError(f"a message of more than {MAX_DEPTH} levels")
             due.append(count)
     if at != len(packed):
@@ -1014,9 +1014,9 @@ class _ControlProtocol:
 
     def peer_ended(self, how: Ended) -> State:
         """The peer has said and proven that the migration is over on its side: where that leaves this one. Only while
-        `recoverable`. A machine that is the destination's ends nowhere by that, unless the source has been told to run
-        it again."""
-        if not self.recoverable:
+        the connection is lost (`recoverable` or `peer_gone`). A machine that is the destination's ends nowhere by that,
+        unless the source has been told to run it again."""
+        if self._state not in _LOST:
             raise ProtocolError(f"nothing to end in state {self._state.value}")
         self._state = self._after_peer(how)
         self._in_doubt = False
