@@ -357,7 +357,7 @@ async def test_descriptors_are_there_before_a_machine_is_let_in() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (used + 60, before[1]))
             with pytest.raises(PeerError, match="file descriptors"):
                 await offered(there.address, offer("two"))
-            resource.setrlimit(resource.RLIMIT_NOFILE, (used + 2, before[1]))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
             with pytest.raises(PostcopyError):
                 await there.ask("start", machine="rv64", memory=16 * MIB)
         finally:
