@@ -20,12 +20,13 @@ import trio.testing
 
 from postcopy import _admission
 from postcopy._admission import PROMISES, Room
+from postcopy._blocking import run_sync
 from postcopy._errors import MigrationError, PeerError, PostcopyError
 from postcopy.control import daemon as daemon_module
 from postcopy.control.contain import contained
 from postcopy.control.daemon import MAX_INCOMING, ArrivalOptions, Daemon
 from postcopy.control.schema import ControlError, Request, parse_arguments
-from postcopy.machines import Machine, MachineOptions
+from postcopy.machines import Machine, MachineOptions, Rv64Machine
 from postcopy.migration.channels import Address, CallingLink
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.protocol import Block, Offer, SourceProtocol, State
@@ -306,7 +307,9 @@ def test_places() -> None:
         arriving(state)
     assert "too many" in daemon._vacancy(0)  # an undecided one counts
     for owned in daemon._here[:4]:
-        owned.migration.state = State.PAUSED  # committed to this host, and lost: it waits and takes nothing
+        owned.migration = Mock(
+            spec=DestinationMigration, state=State.PAUSED
+        )  # committed to this host, and lost: it waits and takes nothing
     assert daemon._vacancy(0) == ""
     assert daemon._vacancy(3) == ""
     assert "too many" in daemon._vacancy(4)
@@ -474,6 +477,43 @@ async def test_stuck_pager_takes_no_machine_with_it(caplog: pytest.LogCaptureFix
         await there.computes("two")
         assert there.daemon._received == 1
         assert "hangs" in caplog.text
+
+
+# ---- a load that hangs
+
+
+@pytest.mark.parametrize("end", ["end", "signals"])
+async def test_load_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    """In the kernel, as far as Python can tell: its thread is left behind, its place is not."""
+    hung, released = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hung.set()
+        released.wait(DEADLINE_S)
+
+    async def load_state(self: Machine, state: bytes) -> None:
+        await run_sync(hang, abandon_on_cancel=True)
+
+    monkeypatch.setattr(Rv64Machine, "load_state", load_state)
+    try:
+        async with running() as there, running(first=None) as here:
+            await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+            await here.ask("migrate", to=str(there.address))
+            await there.until(hung.is_set)
+            assert (there.status("two") or {})["migration"]["status"] == "active"
+            if end == "end":
+                await there.ask("end", machine="two", force=True)
+                assert there.status("two") is None
+                assert not any(owned.has_place for owned in there.daemon._here)
+                await there.computes("one")
+            else:
+                there.stop.set()
+                await there.ask("quit", force=True)
+                await there.ended.wait()
+            await here.until(lambda: not any(owned.busy for owned in here.daemon._here))
+            await here.computes("two")
+    finally:
+        released.set()
 
 
 # ---- contained itself
