@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import trio
 from postcopy.migration.channels import CallingLink, parse_address
 
 Start = Callable[..., Any]
+Hello = Callable[[str], socket.socket]
 MIB = 1 << 20
 
 pytestmark = pytest.mark.needs("uffd-user")
@@ -28,31 +30,36 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-async def _say_hello(address: str) -> trio.SocketStream:
-    link = await CallingLink.open(parse_address(address), "source")
-    return link.control
+@pytest.fixture
+def hello() -> Iterator[Callable[[str], socket.socket]]:
+    """Says a good hello to an address, and returns the connection, which stays open as long as the test."""
+    with contextlib.ExitStack() as stack:
+
+        async def say(address: str) -> int:
+            link = await CallingLink.open(parse_address(address), "source")
+            fd = link.control.socket.detach()
+            os.set_blocking(fd, True)
+            return fd
+
+        yield lambda address: stack.enter_context(socket.socket(fileno=trio.run(say, address)))
 
 
 @pytest.mark.parametrize("stranger", ["hangs up", "says nothing", "talks nonsense"])
-def test_after_a_good_hello(side: Start, image: Path, stranger: str) -> None:
+def test_after_a_good_hello(side: Start, image: Path, hello: Hello, stranger: str) -> None:
     dest = side("dest", "--json", "--listen", "127.0.0.1:0")
 
-    async def visit() -> trio.SocketStream:
-        stream = await _say_hello(dest.address)
+    for _ in range(3):
+        connection = hello(dest.address)
         if stranger == "hangs up":
-            await stream.aclose()
+            connection.close()
         elif stranger == "talks nonsense":
-            await stream.send_all(b"\0\0\0\x05nonsense")
-        return stream
-
-    visitors = [trio.run(visit) for _ in range(3)]
+            connection.sendall(b"\0\0\0\x05nonsense")
     source = side("source", "--json", "--machine", "image", "--image", image, "--connect", dest.address)
     status, _, errors = source.end()
     assert status == 0, errors
     status, result, errors = dest.end()
     assert status == 0, errors
     assert result["verified"] is True
-    del visitors  # they held their connections until here
 
 
 def test_after_offers_that_came_to_nothing(side: Start, image: Path, tmp_path: Path) -> None:
@@ -81,17 +88,16 @@ def test_after_offers_that_came_to_nothing(side: Start, image: Path, tmp_path: P
     assert errors.count("waiting for the next one") == 2
 
 
-def test_a_signal_ends_it(side: Start) -> None:
+def test_a_signal_ends_it(side: Start, hello: Hello) -> None:
     """Also while somebody is there who says nothing."""
     dest = side("dest", "--json", "--listen", "127.0.0.1:0")
-    stream = trio.run(_say_hello, dest.address)
+    hello(dest.address)
     dest.signal(signal.SIGTERM)
     status, result, errors = dest.end()
     assert status == 1
     assert result["status"] == "failed"
     assert "interrupted before a machine came" in result["error"]
     assert errors.count("postcopy: error:") == 1
-    del stream
 
 
 @pytest.mark.parametrize("name", ["source", "dest"])
