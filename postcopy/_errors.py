@@ -85,20 +85,28 @@ def out_of_memory() -> ResourceError:
     )
 
 
-def is_want_of_memory(error: BaseException | None) -> bool:
-    """Whether a MemoryError is all that it is about, also where that has become another error on its way."""
+def want_of(error: BaseException | None) -> ResourceError | None:
+    """What an error is to a person that says nothing but that memory or threads are short; also where it has become
+    another one on its way. None for any other."""
     if isinstance(error, BaseExceptionGroup):
-        return all(is_want_of_memory(one) for one in error.exceptions)
-    return error is not None and (isinstance(error, MemoryError) or is_want_of_memory(error.__cause__))
+        found = [want_of(one) for one in error.exceptions]
+        return found[0] if all(found) else None
+    if isinstance(error, MemoryError):
+        return out_of_memory()
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):  # CPython has no class for it
+        return ResourceError("no thread can be started", "allow this user, or its control group, more processes")
+    return want_of(error.__cause__) if error is not None else None
 
 
 def known_error(group: BaseExceptionGroup[BaseException]) -> PostcopyError:
     """The first error for a person in a group that has no others; raises the group when it has."""
     known, unknown = group.split(PostcopyError)
-    if unknown is not None and not is_want_of_memory(unknown):
+    want = want_of(unknown)
+    if unknown is not None and want is None:
         raise group
     if known is None:
-        return out_of_memory()
+        assert want is not None
+        return want
     first: BaseException = known
     while isinstance(first, BaseExceptionGroup):
         first = first.exceptions[0]

@@ -25,7 +25,7 @@ from typing import NoReturn
 import trio
 
 from postcopy import __version__
-from postcopy._errors import ConfigurationError, PostcopyError, is_want_of_memory, known_error, out_of_memory
+from postcopy._errors import ConfigurationError, PostcopyError, known_error, want_of
 from postcopy._files import explain_bad_name
 from postcopy.commands import DestinationCommand, MergeCommand, Origin, SourceCommand
 from postcopy.machines import BACKINGS, KINDS, WORKLOADS, MachineOptions
@@ -625,8 +625,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PostcopyError as error:
         return _failed(error, output)
     except Exception as error:  # noqa: BLE001 -- the end of everything
-        if is_want_of_memory(error):
-            return _failed(out_of_memory(), output)
+        want = want_of(error)
+        if want is not None:
+            return _failed(want, output)
         # A mistake in this package. Said like all else: the interpreter's own last words would wait for their reader.
         output.say(traceback.format_exc().rstrip())
         return EXIT_FAILED

@@ -23,7 +23,7 @@ from postcopy._files import check_new_file
 from postcopy._writer import Kind
 from postcopy.bitmap import Bitmap
 from postcopy.machines import Check, Machine, MachineOptions, MachineStatistics, create_source
-from postcopy.migration._session import Interrupted, now_ns
+from postcopy.migration._session import Interrupted, first_of, now_ns
 from postcopy.migration.channels import Address, CallingLink, Link, Reception, Route
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.protocol import State
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+UNENDED = frozenset({"connecting", "setup", "active"})
+"""Statuses that cannot be the last one: what ends there has failed."""
 MAX_SESSIONS = 16  # destinations served at the same time
 MAX_LOST = 16  # destinations of an image that were lost, and that may still come back
 
@@ -96,6 +98,7 @@ class SourceCommand:
         self._keep = keep
         self._salvage_to = salvage_to
         self._go = trio.Event()
+        self._changed = trio.Event()
         self.machine: Machine | None = None
         self._restored: salvage.Salvage | None = None
         self._shown: SourceMigration | None = None  # the latest migration
@@ -114,8 +117,7 @@ class SourceCommand:
             machine = self.machine = await self._make_machine()
             if self._options.release_ram:
                 check_releasable(machine)
-            async with contextlib.AsyncExitStack() as stack:
-                done = await self._run(machine, stop, stack)
+            done = await self._run(machine, stop)
         except PostcopyError as error:
             self._failure = self._failure or error
         except MemoryError:
@@ -143,23 +145,17 @@ class SourceCommand:
             raise self._failure
         return done
 
-    async def _run(self, machine: Machine, stop: trio.Event, stack: contextlib.AsyncExitStack) -> bool:
-        # The connection first: an address that does not work should not cost a boot.
-        link: Link | None = None
+    async def _run(self, machine: Machine, stop: trio.Event) -> bool:
         reception: Reception | None = None
-        if self._connect is not None:
-            link = await CallingLink.open(self._connect, "source")
-            stack.push_async_callback(trio.aclose_forcefully, link.control)
-        else:
-            assert self._listen is not None
+        if self._listen is not None:
+            # Before the machine is booted: an address that does not work should not cost that.
             reception = await Reception.open(self._listen, "source", lambda waiting: self._vacancy(machine, waiting))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._output.follow, lambda: self._progress(machine))
-            nursery.start_soon(self._prepare, machine)
-            if link is not None:
-                done = await self._single(machine, link, stop)
+            if reception is None:
+                done = await self._single(machine, stop)
             else:
-                assert reception is not None
+                nursery.start_soon(self._prepare, machine)
                 async with _reception(reception, self._output, "source"):
                     done = await self._serve_all(machine, reception, stop)
             self._overhead_bytes = max(self._overhead_bytes, report.overhead_bytes(machine))
@@ -196,7 +192,7 @@ class SourceCommand:
             result["status"] = "completed"
         if self._failure is not None and not done:
             result["error"] = str(self._failure)
-            if result["status"] not in ("postcopy-paused", "cancelled"):
+            if result["status"] in UNENDED:
                 result["status"] = "failed"
         self._output.emit("result", result)
         if done:
@@ -235,7 +231,8 @@ class SourceCommand:
 
     def _vacancy(self, machine: Machine, waiting: int) -> str:
         # A destination of an image that was lost takes nobody's place: it may come back, or has begun anew.
-        busy = self._active - len(self._lost(machine)) + waiting
+        reclaimed = sum(one.state is State.RECLAIMED for one in self._stops)  # only says so to whom it may concern
+        busy = self._active - len(self._lost(machine)) - reclaimed + waiting
         if busy + self._completed >= self._serve:
             return "busy with another destination" if busy else "everything has been served"
         return "too many destinations at the same time" if busy >= MAX_SESSIONS else ""
@@ -251,21 +248,41 @@ class SourceCommand:
 
     # ---- connecting
 
-    async def _single(self, machine: Machine, link: Link, stop: trio.Event) -> bool:
-        migration = await self._migrate(machine, link, stop)
-        if migration.state is State.COMPLETED:
-            return True
-        assert migration.failure is not None
-        self._failure = migration.failure
-        if migration.may_run and machine.live and migration.was_ready and self._keep and not stop.is_set():
-            self._output.say(
-                f"source: migration failed: {migration.failure}; the machine goes on here until interrupted"
-            )
-            await stop.wait()
+    async def _single(self, machine: Machine, stop: trio.Event) -> bool:
+        assert self._connect is not None
+        route = self._connect if isinstance(self._connect, Route) else Route(self._connect)
+        migration = SourceMigration(
+            machine,
+            partial(CallingLink.open, route, "source"),
+            self._options,
+            peer=route.address,
+            on_change=self._change,
+        )
+        async with trio.open_nursery() as nursery:
+
+            async def prepare() -> None:
+                await migration.connected.wait()  # before that a machine need not be booted
+                if migration.failure is None:
+                    await self._prepare(machine)
+
+            nursery.start_soon(prepare)
+            await self._migrate(migration, stop)
+            if migration.state is State.COMPLETED:
+                return True
+            reclaimed = migration.state is State.RECLAIMED
+            self._failure = _why(migration)
+            keep = reclaimed or (migration.may_run and migration.was_ready and self._keep)
+            if keep and machine.live and not stop.is_set():
+                if not reclaimed:
+                    self._output.say(
+                        f"source: migration failed: {self._failure}; the machine goes on here until interrupted"
+                    )
+                await stop.wait()
+            nursery.cancel_scope.cancel()
         return False
 
-    async def _migrate(self, machine: Machine, link: Link, stop: trio.Event) -> SourceMigration:
-        migration = SourceMigration(machine, link, self._options, on_change=self._output.kick)
+    async def _migrate(self, migration: SourceMigration, stop: trio.Event) -> None:
+        machine = migration.machine
         self._shown = migration
         self._output.kick()
         hold = machine.live or self._connect is not None
@@ -287,15 +304,24 @@ class SourceCommand:
             fields = {"side": "source", "status": migration.status, "error": str(migration.failure)}
             self._output.emit("migration-failed", fields)
         self._output.emit("migration-ended", report.ended("outgoing", migration))
-        return migration
 
     async def _announce(self, migration: SourceMigration) -> None:
-        """Says aloud when nobody may run the machine any more here and nobody can say what became of it there."""
+        """Says aloud when nobody may run the machine any more here and nobody can say what became of it there; and when
+        it was taken back, which the destination is told for a while afterwards, should it be there after all."""
         await migration.paused.wait()
         self._output.say(
             f"postcopy: PAUSED: {migration.failure}; the machine belongs to the destination, its missing pages are kept"
             " here until the destination is back, or this process is interrupted"
         )
+        while migration.state is not State.RECLAIMED:
+            await self._changed.wait()
+        self._output.say("source: the machine was taken back; it goes on here until interrupted, or migrated again")
+
+    def _change(self) -> None:
+        """In a migration."""
+        self._output.kick()
+        self._changed.set()
+        self._changed = trio.Event()
 
     # ---- listening
 
@@ -304,18 +330,20 @@ class SourceCommand:
         enough = trio.Event()
 
         async def session(link: Link) -> None:
+            migration = SourceMigration(machine, link, self._options, on_change=self._change)
             try:
-                migration = await self._migrate(machine, link, stop)
+                await self._migrate(migration, stop)
             finally:
                 self._active -= 1
             if migration.state is State.COMPLETED:
                 self._completed += 1
                 if self._completed >= self._serve:
                     enough.set()
-            elif not stop.is_set():
+            elif migration.state is not State.RECLAIMED and not stop.is_set():
                 self._output.say(f"source: migration to {link.peer} failed: {migration.failure}")
-            if machine.live and migration.failure is not None and not (migration.may_run and self._keep):
-                self._failure = migration.failure
+            keep = migration.state is State.RECLAIMED or (migration.may_run and self._keep)
+            if machine.live and migration.state is not State.COMPLETED and not keep:
+                self._failure = _why(migration)
                 enough.set()
 
         async def interruption() -> None:
@@ -345,6 +373,15 @@ class SourceCommand:
         if not done and self._failure is None:
             self._failure = Interrupted(f"interrupted after {self._completed} of {self._serve:g} destinations")
         return done
+
+
+def _why(migration: SourceMigration | DestinationMigration) -> PostcopyError:
+    """Why it was not completed."""
+    if migration.failure is not None:
+        return migration.failure
+    if migration.state is State.RECLAIMED:
+        return MigrationError("the machine was taken back from its destination, and is here")
+    return MigrationError(f"the migration has ended: {migration.status}")
 
 
 def _process_pager() -> ProcessPager:
@@ -392,6 +429,7 @@ class DestinationCommand:
         self._salvage_to = salvage_to
         self._migration: DestinationMigration | None = None
         self._taken = False
+        self._came_to_nothing = ""  # why the last one did
         self._check: Check | None = None
         self._dumped: str | None = None
         self._failure: PostcopyError | None = None
@@ -455,7 +493,7 @@ class DestinationCommand:
         result["overhead-bytes"] = self._overhead_bytes
         if self._failure is not None and not done:
             result["error"] = str(self._failure)
-            if result["status"] in ("setup", "active"):
+            if result["status"] in UNENDED:
                 result["status"] = "failed"
         self._output.emit("result", result)
         if done:
@@ -463,16 +501,27 @@ class DestinationCommand:
 
     async def _run(self, stop: trio.Event) -> bool:
         if self._connect is not None:
-            migration = await self._receive(await CallingLink.open(self._connect, "dest"), stop)
+            migration = await self._receive(await self._call(self._connect, stop), stop)
         else:
             assert self._listen is not None
             reception = await Reception.open(self._listen, "dest", self._vacancy)
             async with _reception(reception, self._output, "dest"):
                 migration = await self._take(reception, stop)
         if migration.state is not State.COMPLETED:
-            raise migration.failure or MigrationError(f"the migration has ended: {migration.status}")
+            raise _why(migration)
         assert migration.machine is not None
         return await self._afterwards(migration, migration.machine, stop)
+
+    async def _call(self, where: Address | Route, stop: trio.Event) -> Link:
+        found: list[Link] = []
+
+        async def connect() -> None:
+            found.append(await CallingLink.open(where, "dest"))
+
+        await first_of(connect, stop.wait)
+        if not found:
+            raise Interrupted("interrupted before there was a connection")
+        return found[0]
 
     async def _take(self, reception: Reception, stop: trio.Event) -> DestinationMigration:
         """The first migration that was decided: one that comes to nothing before is its source's affair, which may come
@@ -480,29 +529,28 @@ class DestinationCommand:
         while True:
             link = await self._next_link(reception, stop)
             migration = await self._receive(link, stop)
-            if migration.state is not State.ABORTED or stop.is_set():
+            # (one that has run here, and was taken back by its source, is no reason to wait for another one)
+            if migration.state is not State.ABORTED or migration.committed_ns or stop.is_set():
                 return migration
             self._output.say(f"dest: nothing came of {migration.peer}: {migration.failure}; waiting for the next one")
+            self._came_to_nothing = str(migration.failure)
             self._migration = None
             await migration.close()  # before somebody else may have the memory that it had
             self._taken = False
 
     async def _next_link(self, reception: Reception, stop: trio.Event) -> Link:
         """The next control connection, which has the only place from then on."""
-        result: list[Link] = []
-        async with trio.open_nursery() as nursery:
+        found: list[Link] = []
 
-            async def wait() -> None:
-                result.append(await reception.next_link())
-                self._taken = True
-                nursery.cancel_scope.cancel()
+        async def wait() -> None:
+            found.append(await reception.next_link())
+            self._taken = True
 
-            nursery.start_soon(wait)
-            await stop.wait()
-            nursery.cancel_scope.cancel()
-        if not result:
-            raise Interrupted("interrupted before a machine came")
-        return result[0]
+        await first_of(wait, stop.wait)
+        if not found:
+            last = f" (the last one that was offered: {self._came_to_nothing})" if self._came_to_nothing else ""
+            raise Interrupted(f"interrupted before a machine came{last}")
+        return found[0]
 
     def _vacancy(self, waiting: int) -> str:
         return "busy with another source" if self._taken or waiting else ""
@@ -529,6 +577,12 @@ class DestinationCommand:
 
     async def _announce(self, migration: DestinationMigration) -> None:
         await migration.paused.wait()
+        if migration.state is State.IN_DOUBT:
+            self._output.say(
+                f"postcopy: IN DOUBT: {migration.failure}; the source is asked whether the machine belongs to this"
+                " host, which does not run it meanwhile"
+            )
+            return
         figures = migration.figures()
         self._output.say(
             f"postcopy: PAUSED: {migration.failure}; the machine is kept,"
