@@ -16,7 +16,6 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 
-#include "huge_pool.h"
 #include "postcopy.h"
 #include "tcp_pair.h"
 #include "test.h"

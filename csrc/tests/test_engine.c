@@ -11,6 +11,7 @@
 #include <linux/futex.h>
 #include <setjmp.h>
 
+#include "huge_pool.h"
 #include "rig.h"
 
 /* ---- demand alone ------------------------------------------------------------------------------------------------- */

@@ -6,6 +6,7 @@
  * Linked with --wrap: what the pager asks of the kernel goes through the functions below, by which a case holds a placement at the
  * instant in which it wants it, or answers in the kernel's place.
  */
+#include "huge_pool.h"
 #include "rig.h"
 
 int __real_pc_uffd_copy(int uffd, uint64_t address, const void *source, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);
@@ -101,6 +102,7 @@ static void discarded_while_it_is_placed(int kind)
     CHECK_EQ(pager_stats(&rig).requests, 1);
     close(fd);
     close(bulk_fd);
+    CHECK_EQ(pc_pager_free(rig.pager), 0);
 }
 OF_EACH_KIND(discarded_while_it_is_placed)
 
@@ -465,6 +467,7 @@ static void made_blocking_by_others(void)
     EXPECT_NO_EVENT(&rig.from_pager, PC_EVENT_FATAL);
     close(fd);
     close(shared);
+    CHECK_EQ(pc_pager_free(rig.pager), 0);
 }
 
 /* Without THREAD_ID nobody knows how many threads the events of one page are: many wait, all are woken. */
@@ -495,6 +498,7 @@ static void many_threads_without_names(int kind)
         join_toucher(&touchers[i]);
     CHECK_EQ(pager_stats(&rig).requests, 2);
     close(fd);
+    CHECK_EQ(pc_pager_free(rig.pager), 0);
 }
 OF_EACH_KIND(many_threads_without_names)
 
@@ -524,6 +528,7 @@ static void filled_before_without_minor_faults(int kind)
     serve_page(&rig, fd, 0, 0);
     join_toucher(&toucher);
     close(fd);
+    CHECK_EQ(pc_pager_free(rig.pager), 0);
 }
 
 static void filled_before_without_minor_faults_memfd(void)
