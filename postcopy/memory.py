@@ -22,8 +22,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import trio
-
+from ._admission import PROMISES
+from ._blocking import run_sync
 from ._error_line import ErrorLine
 from ._errors import BusyError, ConfigurationError, CoreError, PostcopyError, ResourceError, check
 from ._native import ffi, lib
@@ -234,6 +234,16 @@ class Memory:
             check(lib.pc_memory_present(self._struct, bitmap.words), "looking for populated memory")
         return bitmap.rescaled(self.page_bytes, unit)
 
+    def unpopulated_bytes(self) -> int:
+        """How much of it the kernel has not given yet, and will when it is touched. Of huge pages, which it reserves,
+        and of a file nothing."""
+        if self._kind is MemoryKind.MEMFD:
+            with self.in_use("statistics"):
+                return max(0, self.size_bytes - os.fstat(self._struct.fd).st_blocks * 512)  # swapped out ones included
+        if self._kind is MemoryKind.ANON and not self._borrowed:
+            return self.size_bytes - self.present().count() * self.page_bytes
+        return 0
+
     def dump(self, fd: int, offset: int = 0) -> None:
         """Writes the content to a file from byte `offset` on, leaving holes where it is zero; the file is made long
         enough. No page may be missing: the thread would wait for it. Blocks on I/O."""
@@ -307,12 +317,12 @@ class Memory:
     async def aread(self, offset: int, size_bytes: int) -> bytes:
         """`read` in a worker thread. Cancelled, it raises at once; the thread is left behind until the page comes, and
         the memory stays in use (`close` refuses) until then."""
-        return await trio.to_thread.run_sync(self.read, offset, size_bytes, abandon_on_cancel=True)
+        return await run_sync(self.read, offset, size_bytes, abandon_on_cancel=True)
 
     async def awrite(self, offset: int, data: Any) -> None:
         """`write` in a worker thread. Cancelled, it raises at once; the thread is left behind, and may still write when
         the page comes: `data` must not change until then, so bytes are best."""
-        await trio.to_thread.run_sync(self.write, offset, data, abandon_on_cancel=True)
+        await run_sync(self.write, offset, data, abandon_on_cancel=True)
 
     def discard(self, offset: int, size_bytes: int) -> None:
         """Gives whole pages back: they read as zeros, or are missing again where they are registered. For a memfd in
@@ -441,12 +451,14 @@ def page_bytes_of(kind: str) -> int:
 
 
 def check_memory(kind: str, total_bytes: int) -> None:
-    """Whether this host could hold so much memory of a kind, all blocks of a machine together, as things are now.
-    Reserves nothing. `ConfigurationError` for a size that makes no sense, `ResourceError` where there is not enough."""
+    """Whether this host could hold so much memory of a kind, all blocks of a machine together, as things are now, and
+    beside all that machines of this process have been promised (`_admission`). `ConfigurationError` for a size that
+    makes no sense, `ResourceError` where there is not enough."""
     line = ErrorLine()
     result = lib.pc_memory_check(_CORE_KINDS[_mapped_kind(kind)], _checked_size(total_bytes), line.buffer, line.size)
     if result < 0:
         raise _memory_error(result, line)
+    PROMISES.check(0 if kind == MemoryKind.HUGETLB else total_bytes)
 
 
 def _mapped_kind(kind: str) -> MemoryKind:

@@ -14,6 +14,7 @@ from postcopy._errors import PeerError
 from .schema import MAX_ANSWER_BYTES, PROTOCOL, ControlError, Json, LineSplitter, parse_json
 
 ANSWER_TIMEOUT_S = 60.0
+BUSY_POLL_S = 0.02
 
 
 class ControlClient:
@@ -34,7 +35,7 @@ class ControlClient:
         """`PeerError` when nobody answers there, or in another language."""
         try:
             with trio.fail_after(timeout_s):
-                stream = await trio.open_unix_socket(path)
+                stream = await _connect(path)
         except trio.TooSlowError:
             raise PeerError(f"{path}: no answer within {timeout_s:g} s") from None
         except (OSError, ValueError) as error:
@@ -111,3 +112,11 @@ class ControlClient:
         if not isinstance(value, dict):
             raise PeerError(f"{self._path}: an answer without a return value")
         return value
+
+
+async def _connect(path: str) -> trio.SocketStream:
+    while True:
+        try:
+            return await trio.open_unix_socket(path)
+        except BlockingIOError:  # unlike TCP, connect(2) does not wait for a place in the queue
+            await trio.sleep(BUSY_POLL_S)

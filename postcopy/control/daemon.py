@@ -13,20 +13,32 @@ one begins or ends. Requested pages are never held up by it.
 **Names.** A machine keeps its name wherever it goes: the source tells it with the machine's configuration. A machine
 whose name is taken here is refused, and so goes on where it is.
 
+**Places.** An arriving machine has one of `MAX_INCOMING` from its offer until it is here, as far as it is not lost:
+one whose source is gone after its commit waits for it and moves nothing. Memory is promised once (`_admission`), and
+some descriptors are there for each before it is let in: what PREPARED says must hold.
+
+**Failures.** Each migration, and each machine's end, is contained (`contain`): whatever goes wrong in one, also a
+mistake of ours, is logged and ends that one. A machine that is this host's is never ended by it: it stays as it is, to
+be looked at, until somebody ends it.
+
 **The end.** `stop` gives up what is not decided: such a machine is still here, and ends with this process, as all
 others here do. What is past its point of no return is seen through, however long that takes, since its pages are
-nowhere else.
+nowhere else; unless that is asked for twice.
 
-Resource handling: `run` owns the machines and closes all of them, in the order that their state demands.
+Resource handling: `run` owns the machines and closes all of them, beside each other, each in the order that its state
+demands, and bounded in time.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import resource
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import trio
@@ -34,21 +46,29 @@ import trio
 from postcopy import report
 from postcopy._errors import ConfigurationError, PostcopyError
 from postcopy.machines import BlockLayout, Machine, MachineOptions, create_destination, create_source
-from postcopy.migration.channels import Address, CallingLink, Link, Reception, parse_address
+from postcopy.migration.channels import Address, CallingLink, Endings, Link, Reception, parse_address
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.protocol import State, one_line
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.progress import Output
 
+from .contain import contained
 from .desk import Desk, Handler
 from .schema import ControlError, Json, is_name, plain
-from .sides import OVER, changed, steer
+from .sides import OVER, changed, reclaim, steer
 from .status import Migration, machine_status
 
 MAX_INCOMING = 16
 MAX_MACHINES = 256
 MAX_LEFT = 16
 """Machines that have left of which the last numbers are kept for metrics."""
+DESCRIPTORS = 96
+"""That must be free for each machine that is let in: the largest side has some 80 (`_needs`)."""
+MANY_DESCRIPTORS = 65536
+AGAIN_S = 1.0
+"""Pause before what should never end, and has, is begun again."""
+FORCED_END_S = 45.0
+"""How long a migration may take to end that was told to: its longest shielded step is `END_TIMEOUT_S`."""
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +92,7 @@ class _Owned:
         self.machine: Machine | None = None
         self.migration: Migration | None = None  # the present one, or the last
         self.busy = False  # a task works on it
+        self.arriving = False  # it is not here yet, as far as this host knows
         self.stop = trio.Event()  # gives its migration up
         self.told = ""  # the migration's status, as it was said last
 
@@ -85,10 +106,14 @@ class _Owned:
         job = self.migration
         return self.busy and job is not None and not job.cancellable and job.state not in OVER
 
-    def cancel(self) -> None:
-        """Gives up what it is in, if that is still possible when it is done."""
-        if self.migration is not None:
-            self.migration.cancel()
+    @property
+    def has_place(self) -> bool:
+        """Whether it takes one of the places of those on their way to here."""
+        return self.arriving and self.busy and (self.migration is None or self.migration.state is not State.PAUSED)
+
+    def cancel(self) -> bool:
+        """Gives up what it is in, and says whether that was still possible."""
+        return self.migration is not None and self.migration.cancel()
 
 
 class Daemon(Desk):
@@ -115,6 +140,7 @@ class Daemon(Desk):
         self._first = first
         self._name = name
         self._reception: Reception | None = None
+        self._endings = Endings()
         self._nursery: trio.Nursery | None = None
         self._here: list[_Owned] = []
         self._left: OrderedDict[str, _Owned] = OrderedDict()
@@ -128,20 +154,23 @@ class Daemon(Desk):
         """Until `stop`. True: that is how it succeeds."""
         self.stop = stop
         done = False
+        _raise_descriptor_limit()
         if self._listen is not None:
-            self._reception = await Reception.open(self._listen, "dest", self._vacancy)
+            self._reception = await Reception.open(self._listen, "dest", self._vacancy, self._endings)
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 if self._first is not None:
                     await self._start(self._name or _new_name(self._first[0]), *self._first)
                 if self._reception is not None:
-                    nursery.start_soon(self._reception.serve)
-                    nursery.start_soon(self._receive_all, self._reception)
+                    nursery.start_soon(_for_ever, "accepting connections", self._reception.serve)
+                    nursery.start_soon(
+                        _for_ever, "receiving machines", partial(self._receive_all, self._reception, nursery)
+                    )
                     for address in self._reception.addresses:
                         self._output.emit("listening", {"side": self.side, "address": str(address)})
                         self._output.say(f"{self.side}: listening on {address}")
-                nursery.start_soon(self._output.follow, self._progress)
+                nursery.start_soon(_for_ever, "showing progress", partial(self._output.follow, self._progress))
                 await stop.wait()
                 await self._drain()
                 nursery.cancel_scope.cancel()
@@ -149,9 +178,10 @@ class Daemon(Desk):
         finally:
             with trio.CancelScope(shield=True):  # each close is bounded
                 if self._reception is not None:
-                    await self._reception.close()
-                for owned in list(self._here):
-                    await self._close(owned)
+                    await contained("the end of listening", self._reception.close)
+                async with trio.open_nursery() as nursery:
+                    for owned in list(self._here):
+                        nursery.start_soon(self._close, owned)
             counts = {"sent": self._sent, "received": self._received}
             self._output.emit("result", {"side": self.side, "status": "completed" if done else "failed", **counts})
         return done
@@ -159,19 +189,25 @@ class Daemon(Desk):
     async def _drain(self) -> None:
         """Until no machine is on its way any more."""
         said = False
-        while busy := [owned for owned in self._here if owned.busy]:
-            for owned in busy:
+        deadline = trio.CancelScope()
+        with deadline:
+            while busy := [owned for owned in self._here if owned.busy]:
                 if self._forced:
-                    owned.stop.set()
-                elif not owned.decided:
-                    owned.cancel()
-                elif not said:
-                    said = True
-                    self._output.say(
-                        f"{self.side}: {owned.name} is past its point of no return: waiting until it has moved;"
-                        " a second signal, or quit --force, ends it and loses what is missing"
-                    )
-            await self._changes.wait()
+                    deadline.deadline = min(deadline.deadline, trio.current_time() + FORCED_END_S)
+                for owned in busy:
+                    if self._forced:
+                        owned.stop.set()
+                    elif not owned.decided:
+                        owned.cancel()
+                    elif not said:
+                        said = True
+                        self._output.say(
+                            f"{self.side}: {owned.name} is past its point of no return: waiting until it has moved;"
+                            " a second signal, or quit --force, ends it and loses what is missing"
+                        )
+                await self._changes.wait()
+        if deadline.cancelled_caught:
+            log.error("these do not end: %s", ", ".join(owned.name for owned in busy))
 
     def _progress(self) -> Json:
         busy = sum(owned.busy for owned in self._here)
@@ -248,13 +284,21 @@ class Daemon(Desk):
         return found[0]
 
     async def _close(self, owned: _Owned) -> None:
-        """Ends a machine, and with it its place here."""
-        if owned.machine is not None:
+        """Ends a machine, and with it its place here. Raises nothing that is a matter of the machine."""
+        machine = owned.machine
+
+        async def close() -> None:
+            assert machine is not None
             try:
-                await owned.machine.close()
+                await machine.close()
             except PostcopyError as error:
                 log.error("%s: %s", owned.name, error)
-        self._forget(owned)
+
+        try:
+            if machine is not None:
+                await contained(f"the end of {owned.name}", close)
+        finally:
+            self._forget(owned)
 
     def _forget(self, owned: _Owned) -> None:
         if owned in self._here:
@@ -269,23 +313,9 @@ class Daemon(Desk):
     # ---- sending
 
     async def _send(self, owned: _Owned, migration: SourceMigration) -> None:
-        """One machine's way from here."""
-        machine = migration.machine
-        go = trio.Event()
-
-        async def ready() -> None:
-            try:
-                await machine.wait_ready()
-                go.set()
-            except PostcopyError as error:
-                log.error("%s", error)
-                owned.cancel()
-
+        """One machine's way from here; contained."""
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(ready)
-                await migration.run(go, owned.stop)
-                nursery.cancel_scope.cancel()
+            await contained(f"sending {owned.name}", partial(self._migrate, owned, migration))
             if owned.has_left:
                 self._sent += 1
                 await self._close(owned)
@@ -294,32 +324,82 @@ class Daemon(Desk):
         finally:
             owned.busy = False
             self._change()
+        # Nobody waits for it: the machine has its place again, or another one has.
+        await contained(f"telling what became of {owned.name}", migration.announce)
+
+    async def _migrate(self, owned: _Owned, migration: SourceMigration) -> None:
+        go = trio.Event()
+
+        async def ready() -> None:
+            try:
+                await migration.machine.wait_ready()
+                go.set()
+            except PostcopyError as error:
+                log.error("%s", error)
+                owned.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ready)
+            await migration.run(go, owned.stop)
+            nursery.cancel_scope.cancel()
 
     # ---- receiving
 
     def _vacancy(self, waiting: int) -> str:
         if self.stop.is_set():
             return "this daemon is about to end"
-        incoming = sum(owned.busy and not isinstance(owned.migration, SourceMigration) for owned in self._here)
-        return "too many machines are on their way to here" if incoming + waiting >= MAX_INCOMING else ""
+        incoming = waiting + sum(owned.has_place for owned in self._here)
+        if incoming >= MAX_INCOMING:
+            return "too many machines are on their way to here"
+        if len(self._here) + waiting >= MAX_MACHINES:
+            return f"there are {MAX_MACHINES} machines here already"
+        undecided = waiting + sum(owned.arriving and owned.busy and not owned.decided for owned in self._here)
+        if _free_descriptors() < DESCRIPTORS * (undecided + 1):
+            return "this daemon has too few file descriptors left (ulimit -n, LimitNOFILE= of the unit)"
+        return ""
 
-    async def _receive_all(self, reception: Reception) -> None:
-        assert self._nursery is not None
+    async def _receive_all(self, reception: Reception, nursery: trio.Nursery) -> None:
         while True:
             link = await reception.next_link()
-            self._nursery.start_soon(self._receive, link)
+            # Counted in this very step: the next one may be let in before its task has begun.
+            try:
+                owned = self._claim(_new_name("arriving"))
+            except ConfigurationError as error:
+                log.error("%s: %s", link.peer, error)
+                link.control.socket.close()
+                continue
+            owned.busy = owned.arriving = True
+            nursery.start_soon(self._receive, owned, link)
 
-    async def _receive(self, link: Link) -> None:
-        """One machine's way to here."""
+    async def _receive(self, owned: _Owned, link: Link) -> None:
+        """One machine's way to here; contained."""
         try:
-            owned = self._claim(_new_name("arriving"))
-        except ConfigurationError as error:
-            log.error("%s: %s", link.peer, error)
-            await trio.aclose_forcefully(link.control)
-            return
-        owned.busy = True
+            await contained(f"receiving {owned.name}", partial(self._take, owned, link))
+            migration = owned.migration
+            ours = owned.machine is None and migration is not None and migration.may_run
+            if ours and not owned.stop.is_set():
+                log.error("%s: kept as it is, until it is ended with force", owned.name)
+                await owned.stop.wait()
+        finally:
+            with trio.CancelScope(shield=True):  # bounded
+                migration = owned.migration
+                if owned.machine is None:
+                    if isinstance(migration, DestinationMigration):
+                        await contained(f"the end of {owned.name}", migration.close)
+                    elif migration is None:
+                        link.control.socket.close()
+                owned.busy = owned.arriving = False
+                if owned.machine is None:
+                    self._forget(owned)
+                self._change()
+        if owned.machine is not None:
+            self._output.emit("machine-received", {"machine": owned.name, "kind": owned.machine.kind})
+        if migration is not None:
+            self._ended(owned, migration)
+
+    async def _take(self, owned: _Owned, link: Link) -> None:
         arrival = self._arrival
-        migration = DestinationMigration(
+        migration = owned.migration = DestinationMigration(
             link,
             backing=arrival.backing,
             disk=arrival.disk,
@@ -331,23 +411,17 @@ class Daemon(Desk):
             make_pager=arrival.make_pager,
             on_change=self._change,
         )
-        owned.migration = migration
+        await migration.run(owned.stop)
+        machine = migration.machine
+        if migration.state is not State.COMPLETED or machine is None:
+            return
+        # It is complete and runs: from here on it is this host's, whatever becomes of its pager.
+        owned.machine = machine
+        self._received += 1
         try:
-            await migration.run(owned.stop)
-            if migration.state is State.COMPLETED:
-                owned.machine = await migration.release()
-                self._received += 1
-        except PostcopyError as error:  # of the release: what is stuck is kept by its owner
-            log.error("%s: %s", owned.name, error)
-        finally:
-            owned.busy = False
-            if owned.machine is None:
-                await migration.close()  # shielded
-                self._forget(owned)
-            self._change()
-        if owned.machine is not None:
-            self._output.emit("machine-received", {"machine": owned.name, "kind": owned.machine.kind})
-        self._ended(owned, migration)
+            await migration.release()
+        except PostcopyError as error:
+            log.error("%s: the machine runs on, what is stuck of its pager is kept: %s", owned.name, error)
 
     def _ended(self, owned: _Owned, migration: Migration) -> None:
         fields = {**report.ended(_direction(migration), migration), "machine": owned.name}
@@ -386,6 +460,7 @@ class Daemon(Desk):
             "recover": self._do_recover,
             "set": self._do_set,
             "cancel": self._do_cancel,
+            "reclaim": self._do_reclaim,
             "quit": self._do_quit,
         }
 
@@ -433,21 +508,23 @@ class Daemon(Desk):
             raise ControlError("NotNow", f"{owned.name} is being moved already")
         if isinstance(owned.migration, SourceMigration) and not owned.migration.may_run:
             raise ControlError("NotNow", f"{owned.name} belongs to the destination that it was sent to")
-        owned.busy = True
         owned.stop = trio.Event()
-        link: CallingLink | None = None
-        try:
-            link = await CallingLink.open(address, "source")
-            options = replace(self._options, name=owned.name)
-            migration = owned.migration = SourceMigration(owned.machine, link, options, on_change=self._change)
-        except BaseException:
-            if link is not None:
-                link.control.socket.close()
-            owned.busy = False
-            self._change()
-            raise
+        migration = SourceMigration(
+            owned.machine,
+            partial(CallingLink.open, address, "source"),
+            replace(self._options, name=owned.name),
+            peer=address,
+            on_change=self._change,
+        )
+        owned.migration = migration
+        owned.busy = True
         assert self._nursery is not None
         self._nursery.start_soon(self._send, owned, migration)
+        self._change()
+        while owned.busy and migration.connecting:
+            await self._changes.wait()
+        if migration.connecting:  # and never will be
+            raise ControlError("Failed", f"{owned.name} is not on its way: {migration.status}: {migration.failure}")
         return {"machine": owned.name, "migration": migration.migration_id}
 
     def _jobs(self, arguments: Json) -> list[Migration]:
@@ -481,12 +558,17 @@ class Daemon(Desk):
         busy = [owned for owned in here if owned.busy and owned.migration is not None]
         if not busy:
             raise ControlError("NotNow", "no migration is going on")
-        undecided = [owned for owned in busy if not owned.decided]
-        if not undecided:
+        cancelled = [owned.name for owned in busy if owned.cancel()]
+        if not cancelled:
             raise ControlError("NotNow", "the machine belongs to the destination already: that cannot be taken back")
-        for owned in undecided:
-            owned.cancel()
-        return {"cancelled": [owned.name for owned in undecided]}
+        return {"cancelled": cancelled}
+
+    async def _do_reclaim(self, arguments: Json) -> Json:
+        await trio.lowlevel.checkpoint()
+        owned = self._find(arguments.get("machine"))
+        if not owned.busy or not isinstance(owned.migration, SourceMigration):
+            raise ControlError("NotNow", f"{owned.name} has not been sent away")
+        return await reclaim(owned.name, owned.migration, bool(arguments.get("force")))
 
     async def _do_quit(self, arguments: Json) -> Json:
         await trio.lowlevel.checkpoint()
@@ -503,6 +585,32 @@ class Daemon(Desk):
     def _not_ending(self) -> None:
         if self.stop.is_set():
             raise ControlError("NotNow", "this process is about to end")
+
+
+async def _for_ever(what: str, task: Callable[[], Awaitable[None]]) -> None:
+    """What must go on as long as the process does, also when it has failed: the machines are here."""
+    while True:
+        await contained(what, task)
+        await trio.sleep(AGAIN_S)
+
+
+def _raise_descriptor_limit() -> None:
+    """As far as it may: a machine of eight vCPUs takes some 80 descriptors, and the usual limit is 1024 for the sake of
+    select(2), which nothing here uses."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MANY_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MANY_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _free_descriptors() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return MANY_DESCRIPTORS
+    try:
+        return soft - len(os.listdir("/proc/self/fd"))
+    except OSError:  # not even for that
+        return 0
 
 
 class _Maker:

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """As much of an HTTP/1.1 server as a scrape needs: GET and HEAD of one path, over h11.
 
-Resource handling: a connection has `IDLE_TIMEOUT_S` for each request and is closed after that; at most
-`MAX_CONNECTIONS` are served at a time, further ones are closed at once. Whatever a client does, `serve` goes on.
+Resource handling: a connection has `IDLE_TIMEOUT_S` for each request with its answer and is closed after that; at most
+`MAX_CONNECTIONS` are open at a time. A further one takes the place of the one that has been at its request for longest:
+a scraper says all of its own at once, so it is never the one, however many there are that say it byte by byte. What is
+served is made anew at most every `FRESH_S`, however often it is asked for. Whatever a client does, and whatever goes
+wrong in making the page, `serve` goes on.
 """
 
 from __future__ import annotations
 
-import errno
+import logging
 from collections.abc import Callable
 
 import h11
@@ -16,9 +19,15 @@ import trio
 from postcopy._errors import ResourceError
 from postcopy.migration.channels import Address, parse_address
 
+from .contain import contained
+
 IDLE_TIMEOUT_S = 15.0
-MAX_CONNECTIONS = 16
+MAX_CONNECTIONS = 32
+FRESH_S = 0.1
+ACCEPT_PAUSE_S = 0.1
 LOOPBACK = "127.0.0.1"
+
+log = logging.getLogger(__name__)
 
 
 def parse_metrics_address(text: str) -> Address:
@@ -36,7 +45,9 @@ class HttpServer:
         self._path = path
         self._content_type = content_type
         self._body = body
-        self._connections = 0
+        self._waiting: dict[trio.SocketStream, trio.CancelScope] = {}  # those at their request for longest first
+        self._made: bytes | None = None
+        self._made_at = 0.0
 
     @classmethod
     async def open(cls, address: Address, path: str, content_type: str, body: Callable[[], bytes]) -> HttpServer:
@@ -64,35 +75,53 @@ class HttpServer:
                 listener.socket.close()
 
     async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
+        failing = False
         while True:
             try:
                 stream = await listener.accept()
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                    raise
-                await trio.sleep(0.1)
+            except OSError as error:  # no descriptors, no memory: there may be some later
+                if not failing:
+                    log.error("metrics: cannot accept a connection: %s", error.strerror)
+                failing = True
+                await trio.sleep(ACCEPT_PAUSE_S)
                 continue
-            if self._connections >= MAX_CONNECTIONS:
-                stream.socket.close()
-                continue
-            self._connections += 1
+            failing = False
+            if len(self._waiting) >= MAX_CONNECTIONS:
+                oldest = next(iter(self._waiting))
+                self._waiting.pop(oldest).cancel()
+            self._waiting[stream] = trio.CancelScope()
             nursery.start_soon(self._connection, stream)
 
     async def _connection(self, stream: trio.SocketStream) -> None:
         connection = h11.Connection(h11.SERVER)
+        go_on = True
+
+        async def serve() -> None:
+            nonlocal go_on
+            try:
+                go_on = await self._exchange(connection, stream)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                go_on = False  # it left
+
         try:
-            while True:
-                with trio.move_on_after(IDLE_TIMEOUT_S) as waiting:
-                    if not await self._exchange(connection, stream):
+            while (scope := self._waiting.get(stream)) is not None:
+                scope.deadline = trio.current_time() + IDLE_TIMEOUT_S
+                with scope:
+                    if await contained("a request for metrics", serve) is not None or not go_on:
                         return
-                if waiting.cancelled_caught:
+                if scope.cancelled_caught or stream not in self._waiting:
                     return
+                del self._waiting[stream]
+                self._waiting[stream] = trio.CancelScope()
                 connection.start_next_cycle()
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # it left
         finally:
-            self._connections -= 1
+            self._waiting.pop(stream, None)
             stream.socket.close()
+
+    def _page(self) -> bytes:
+        if self._made is None or trio.current_time() - self._made_at >= FRESH_S:
+            self._made, self._made_at = self._body(), trio.current_time()
+        return self._made
 
     async def _exchange(self, connection: h11.Connection, stream: trio.SocketStream) -> bool:
         """One request and its answer; whether there may be another one."""
@@ -117,7 +146,7 @@ class HttpServer:
         elif request.method not in (b"GET", b"HEAD"):
             await self._answer(connection, stream, 405, b"GET, please\n", [("Allow", "GET, HEAD")])
         else:
-            await self._answer(connection, stream, 200, self._body(), head=request.method == b"HEAD")
+            await self._answer(connection, stream, 200, self._page(), head=request.method == b"HEAD")
         return connection.our_state is h11.DONE and connection.their_state is h11.DONE
 
     async def _answer(

@@ -32,7 +32,8 @@ from .status import Migration
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STATUSES = (
-    "setup", "active", "postcopy-active", "postcopy-paused", "postcopy-recover", "completed", "failed", "cancelled",
+    "connecting", "setup", "active", "in-doubt", "postcopy-active", "postcopy-paused", "postcopy-recover",
+    "postcopy-failed", "completed", "failed", "cancelled", "reclaimed",
 )  # fmt: skip
 _FIRST_EXPONENT, _LAST_EXPONENT = 13, 34  # 8 µs to 17 s, doubling
 
@@ -93,7 +94,15 @@ class Metrics(Collector):
             "postcopy_migrations", "Migrations that have ended in this process.", labels=["direction", "status"]
         )
         for direction in ("incoming", "outgoing"):
-            for status in ("completed", "failed", "cancelled", "postcopy-paused"):
+            for status in (
+                "completed",
+                "failed",
+                "cancelled",
+                "reclaimed",
+                "in-doubt",
+                "postcopy-paused",
+                "postcopy-failed",
+            ):
                 ended.add_metric([direction, status], self._ended[direction, status])
         yield ended
         items = list(self._machines())

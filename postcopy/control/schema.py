@@ -163,6 +163,10 @@ COMMANDS: Mapping[str, Command] = {
         },
     ),
     "cancel": Command("give a migration up before its point of no return", {"machine": _MACHINE}),
+    "reclaim": Command(
+        "let a machine go on here that was sent to a destination which is dead for good",
+        {"machine": _MACHINE, "force": Argument(boolean)},
+    ),
     "quit": Command("end in order", {"force": Argument(boolean)}),
 }  # fmt: skip
 

@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control socket's server: many clients, none of which can hold the process up.
+"""The control socket's server: many clients, none of which can hold the process up, or keep another one out.
 
 Each client has two tasks. One reads requests and has them executed, one after the other; the other one writes from a
-bounded queue. Nothing ever waits for that queue: a client that does not read until it is full is hung up on, and so is
-one that takes none of it for `WRITE_TIMEOUT_S`.
+queue. What a client may leave unread is bounded twice. *Answers*: while `QUEUE_ANSWERS` of them wait to be taken,
+nothing more is read from it, so that one that asks a lot and reads what it is told is served at its own pace. *Events*
+come unasked and wait for nobody: a client that leaves `QUEUE_LINES` or `QUEUE_BYTES` unread is hung up on. So is one
+that takes a line in less than `WRITE_TIMEOUT_S`.
 
-**The socket.** Whoever may connect may do everything, so the socket is born with mode 0600: only this user, and root.
-One that a dead process left behind is replaced, one that answers is not, and nothing that is not a socket is ever
-removed. Looking and replacing happen under a lock on the directory, so that of two processes that start at the same
-time one gets the name and the other one the error. At the end the socket is removed, if it is still the same one.
+**Places.** There are `MAX_CLIENTS`. When all are taken, a newcomer gets that of the client which has given no sign of
+life for longest: asked nothing, and taken no event. Everybody may connect who may do everything, so this is not about
+rights, but about clients that hang: the operator must always get in. For the same reason one descriptor is kept for the
+moment when the process has no more.
+
+**The socket.** Whoever may connect may do everything, so the socket is born with mode 0600: only this user, and root;
+it listens only when that has been seen. One that a dead process left behind is replaced, one that answers is not, and
+nothing that is not a socket is ever removed. Looking and replacing happen under a lock on the directory, so that of two
+processes that start at the same time one gets the name and the other one the error. At the end the socket is removed,
+if it is still the same one.
 
 Resource handling: the server owns the listening socket; `close` removes it. Error handling: `ConfigurationError` for a
-path that cannot be one, `ResourceError` where it cannot be had.
+path that cannot be one, `ResourceError` where it cannot be had. Nothing that a client does, and no mistake in a
+command, ends `serve`.
 """
 
 from __future__ import annotations
@@ -30,6 +39,7 @@ import trio
 
 from postcopy._errors import ConfigurationError, PostcopyError, ResourceError
 
+from .contain import contained
 from .schema import (
     ControlError,
     Json,
@@ -44,12 +54,16 @@ from .schema import (
 )
 
 MAX_CLIENTS = 32
+BACKLOG = 128
+QUEUE_ANSWERS = 4
 QUEUE_LINES = 256
-"""What a client may leave unread: some minutes of progress."""
+"""What a client may leave unread of events: some minutes of progress."""
+QUEUE_BYTES = 4 << 20
 WRITE_TIMEOUT_S = 30.0
 LAST_WORDS_S = 0.5
 """How long a client may take for what it was told last: the answer to `quit`, the result."""
 LOCK_TIMEOUT_S = 5.0
+ACCEPT_PAUSE_S = 0.1
 _MAX_PATH_BYTES = 107  # sun_path, and its null (unix(7))
 
 log = logging.getLogger(__name__)
@@ -67,14 +81,14 @@ class ControlServer:
         self._side = side
         self._execute = execute
         self._clients: set[_Client] = set()
+        self._spare = _Spare()
         self.dropped = 0  # clients that did not read
 
     @classmethod
     async def open(cls, path: str, side: str, execute: Execute) -> ControlServer:
         """`side` is told to clients. `execute` does a request, its arguments checked, and returns the answer; what it
         raises, when it is a `PostcopyError`, the client is told."""
-        if not path or "\0" in path or len(os.fsencode(path)) > _MAX_PATH_BYTES:
-            raise ConfigurationError(f"--control {path!r}: a socket's path has 1 to {_MAX_PATH_BYTES} bytes")
+        check_control_path(path)
         directory = _directory(path)
         try:
             lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -93,61 +107,84 @@ class ControlServer:
         if listeners:
             line = event(what, data)
             for client in listeners:
-                client.put(line)
+                client.tell(line)
 
     async def serve(self) -> None:
         """Serves clients until cancelled; what they were told last they still get, if they take it soon."""
         async with trio.open_nursery() as nursery:
             while True:
-                try:
-                    connection, _ = await self._listener.accept()
-                except OSError as error:
-                    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                        raise
-                    log.error("control: cannot accept a connection: %s", error.strerror)
-                    await trio.sleep(0.1)
-                    continue
-                client = _Client(trio.SocketStream(connection))
+                client = _Client(trio.SocketStream(await self._accept()))
                 if len(self._clients) >= MAX_CLIENTS:
-                    client.refuse(ControlError("NotNow", f"this process has {MAX_CLIENTS} clients already"))
-                    continue
+                    self._make_room()
                 self._clients.add(client)
                 nursery.start_soon(self._serve_client, client)
+
+    async def _accept(self) -> trio.socket.SocketType:
+        failing = False
+        while True:
+            try:
+                connection, _ = await self._listener.accept()
+                return connection
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE) and self._spare.give():
+                    continue
+                if not failing:
+                    log.error("control: cannot accept a connection: %s", error.strerror)
+                failing = True
+                await trio.sleep(ACCEPT_PAUSE_S)
+                self._spare.take()
+
+    def _make_room(self) -> None:
+        victim = min(self._clients, key=lambda client: client.alive_at)
+        self._clients.discard(victim)
+        victim.hang_up(ControlError("NotNow", f"hung up on: {MAX_CLIENTS} clients, and this one silent for longest"))
+        log.warning("control: there are %d clients: hung up on the one that was silent for longest", MAX_CLIENTS)
 
     def close(self) -> None:
         """Removes the socket. `serve` must have ended."""
         self._listener.close()
+        self._spare.give()
         with contextlib.suppress(OSError):
             if _identity(self.path) == self._identity:
                 os.unlink(self.path)
 
     async def _serve_client(self, client: _Client) -> None:
         try:
-            client.put(greeting(self._side, os.getpid()))
-            await client.run(self._handle)
+            client.greet(greeting(self._side, os.getpid()))
+            await contained("a client of the control socket", lambda: client.run(self._handle))
         finally:
             self._clients.discard(client)
+            self._spare.take()
             if client.dropped:
                 self.dropped += 1
                 log.warning("control: a client that does not read was hung up on")
 
-    async def _handle(self, client: _Client, line: bytes) -> None:
+    async def _handle(self, client: _Client, line: bytes) -> bytes:
+        """The answer to a line."""
         try:
             request = parse_request(line)
         except RequestError as error:
-            client.put(refusal(error.error, error.id))
-            return
+            return refusal(error.error, error.id)
         if request.command == "events":
             client.wants_events = request.arguments.get("enable", True)
-            client.put(answer({"enabled": client.wants_events}, request.id))
-            return
-        try:
-            client.put(answer(await self._execute(request), request.id))
-        except ControlError as error:
-            client.put(refusal(error, request.id))
-        except PostcopyError as error:
-            kind = "BadArguments" if isinstance(error, ConfigurationError) else "Failed"
-            client.put(refusal(ControlError(kind, str(error)), request.id))
+            return answer({"enabled": client.wants_events}, request.id)
+        told = b""
+
+        async def execute() -> None:
+            nonlocal told
+            try:
+                told = answer(await self._execute(request), request.id)
+            except ControlError as error:
+                told = refusal(error, request.id)
+            except PostcopyError as error:
+                kind = "BadArguments" if isinstance(error, ConfigurationError) else "Failed"
+                told = refusal(ControlError(kind, str(error)), request.id)
+
+        mistake = await contained(f"control: {request.command}", execute)
+        if mistake is not None:
+            what = f"a mistake in postcopy, see its log: {type(mistake).__name__}: {mistake}"
+            told = refusal(ControlError("Failed", what), request.id)
+        return told
 
 
 class _Client:
@@ -156,28 +193,37 @@ class _Client:
     def __init__(self, stream: trio.SocketStream) -> None:
         self.wants_events = False
         self.dropped = False
+        self.alive_at = trio.current_time()  # of the last request, or line taken
+        self.queued_bytes = 0
         self._stream = stream
-        self._lines: deque[bytes] = deque()
+        self._lines: deque[tuple[bytes, bool]] = deque()  # and whether it is an answer
+        self._answers = 0
         self._wake = trio.Event()
+        self._taken = trio.Event()
         self._closing = False
         self._reading = trio.CancelScope()
         # Shielded: whatever ends the server, a line that was begun is finished, and the last words are said.
         self._writing = trio.CancelScope(shield=True)
 
-    def put(self, line: bytes) -> None:
-        """Queues a line, or gives the client up."""
-        if len(self._lines) >= QUEUE_LINES:
+    def greet(self, line: bytes) -> None:
+        self._put(line, True)
+
+    def tell(self, line: bytes) -> None:
+        """Queues an event, or gives the client up."""
+        if len(self._lines) >= QUEUE_LINES or self.queued_bytes >= QUEUE_BYTES:
             self._drop()
-            return
-        self._lines.append(line)
-        self._wake.set()
+        else:
+            self._put(line, False)
 
-    def refuse(self, error: ControlError) -> None:
-        with contextlib.suppress(OSError), self._stream.socket as connection:
-            connection.shutdown(socket.SHUT_RD)
-            os.write(connection.fileno(), refusal(error))  # a new socket has room for that
+    def hang_up(self, error: ControlError) -> None:
+        """Now, with a word of why if there is room for it."""
+        if not self._lines:
+            with contextlib.suppress(OSError):
+                os.write(self._stream.socket.fileno(), refusal(error))
+        self._reading.cancel()
+        self._writing.cancel()
 
-    async def run(self, handle: Callable[[_Client, bytes], Awaitable[None]]) -> None:
+    async def run(self, handle: Callable[[_Client, bytes], Awaitable[bytes]]) -> None:
         """Until the client leaves. Never raises for what the client does."""
         try:
             async with trio.open_nursery() as nursery:
@@ -192,7 +238,13 @@ class _Client:
         finally:
             self._stream.socket.close()
 
-    async def _read(self, handle: Callable[[_Client, bytes], Awaitable[None]]) -> None:
+    def _put(self, line: bytes, is_answer: bool) -> None:
+        self._lines.append((line, is_answer))
+        self.queued_bytes += len(line)
+        self._answers += is_answer
+        self._wake.set()
+
+    async def _read(self, handle: Callable[[_Client, bytes], Awaitable[bytes]]) -> None:
         splitter = LineSplitter()
         while True:
             try:
@@ -204,10 +256,15 @@ class _Client:
             try:
                 lines = splitter.feed(bytes(data))
             except ControlError as error:
-                self.put(refusal(error))
+                self._put(refusal(error), True)
                 return
             for line in lines:
-                await handle(self, line)
+                while self._answers >= QUEUE_ANSWERS:
+                    self._taken = trio.Event()
+                    await self._taken.wait()
+                self.alive_at = trio.current_time()
+                self._put(await handle(self, line), True)
+                await trio.lowlevel.checkpoint()  # thousands may have come in one piece
 
     async def _write(self) -> None:
         with self._writing:
@@ -216,19 +273,65 @@ class _Client:
                     self._wake = trio.Event()
                     await self._wake.wait()
                     continue
+                line, is_answer = self._lines.popleft()
                 with trio.move_on_after(WRITE_TIMEOUT_S) as waiting:
                     try:
-                        await self._stream.send_all(self._lines.popleft())
+                        await self._stream.send_all(line)
                     except (trio.BrokenResourceError, trio.ClosedResourceError):
                         self._reading.cancel()
                         return
                 if waiting.cancelled_caught:
                     self._drop()
+                self.alive_at = trio.current_time()
+                self.queued_bytes -= len(line)
+                self._answers -= is_answer
+                self._taken.set()
 
     def _drop(self) -> None:
         self.dropped = True
         self._reading.cancel()
         self._writing.cancel()
+
+
+class _Spare:
+    """A descriptor that is kept for the moment in which there are no more."""
+
+    def __init__(self) -> None:
+        self._fd = -1
+        self.take()
+
+    @property
+    def held(self) -> bool:
+        return self._fd >= 0
+
+    def take(self) -> None:
+        """Again, where there is one."""
+        if not self.held:
+            with contextlib.suppress(OSError):
+                self._fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+    def give(self) -> bool:
+        """Whether there was one to be given back."""
+        if not self.held:
+            return False
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+        return True
+
+
+def check_control_path(path: str) -> str:
+    """The path, when a socket can have it. `ConfigurationError` otherwise."""
+    size_bytes = len(os.fsencode(path))
+    shown = path if len(path) <= 120 else f"{path[:100]}..."
+    if not path:
+        raise ConfigurationError("--control: the path of the socket is empty; name a file in a directory of yours")
+    if "\0" in path:
+        raise ConfigurationError(f"--control {shown!r}: a path has no NUL in it")
+    if size_bytes > _MAX_PATH_BYTES:
+        raise ConfigurationError(
+            f"--control {shown}: the path of a socket has at most {_MAX_PATH_BYTES} bytes, this one has {size_bytes}"
+        )
+    return path
 
 
 def _directory(path: str) -> str:
@@ -270,14 +373,27 @@ def _listen(path: str) -> socket.socket:
             raise ResourceError(f"--control {path}: {error.strerror}") from error
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # Before bind: Linux makes the socket's file with the socket's mode, so there is no instant at which others may.
+        # Before bind: Linux makes the socket's file with the socket's mode, less the umask, which must not take the
+        # owner's part away. So there is no instant at which others may, and nothing is changed by a name that somebody
+        # could have put elsewhere meanwhile.
         os.fchmod(listener.fileno(), 0o600)
-        listener.bind(path)
-        os.chmod(path, 0o600)  # should the kernel or the file system see that otherwise
-        listener.listen(MAX_CLIENTS)
-    except OSError as error:
+        before = os.umask(0o177)
+        try:
+            listener.bind(path)
+        finally:
+            os.umask(before)
+        if stat.S_IMODE(os.lstat(path).st_mode) & 0o077:
+            os.unlink(path)
+            raise ResourceError(
+                f"--control {path}: other users could connect: this file system gives a socket no mode of its own",
+                "choose a directory on another one, such as /run",
+            )
+        listener.listen(BACKLOG)  # before which nobody can connect
+    except BaseException as error:
         listener.close()
-        raise ResourceError(f"--control {path}: {error.strerror}") from error
+        if isinstance(error, OSError):
+            raise ResourceError(f"--control {path}: {error.strerror}") from error
+        raise
     return listener
 
 

@@ -14,13 +14,13 @@ from postcopy.commands import DestinationCommand, SourceCommand
 from postcopy.machines import Machine
 from postcopy.migration.channels import parse_address
 from postcopy.migration.protocol import State
-from postcopy.migration.source import SourceOptions
+from postcopy.migration.source import SourceMigration, SourceOptions
 
 from .desk import Desk, Handler
 from .schema import ControlError, Json, plain
 from .status import Migration
 
-OVER = frozenset({State.COMPLETED, State.ABORTED})
+OVER = frozenset({State.COMPLETED, State.ABORTED, State.RECLAIMED})
 CANCEL_POLL_S = 0.01
 
 
@@ -51,6 +51,22 @@ def steer(migrations: list[Migration], pause: bool, to: str | None = None) -> Js
     if not done:
         raise ControlError("NotNow", str(failure) if failure else "no migration is going on")
     return {"migrations": done}
+
+
+async def reclaim(name: str, migration: SourceMigration, force: bool) -> Json:
+    """Takes a machine back, or says what would be lost by it. `ControlError` where that cannot be."""
+    try:
+        migration.check_reclaimable()
+        if not force:
+            raise ControlError(
+                "NotNow",
+                f"{migration.reclaim_loses()}; were the destination alive, there would be two of it: if it is dead for"
+                " good, say --force",
+            )
+        lost = await migration.reclaim()
+    except MigrationError as error:
+        raise ControlError("NotNow", f"{name}: {error}") from error
+    return {"machine": name, "migration": migration.migration_id, "lost": lost}
 
 
 class _SideDesk(Desk):
@@ -92,12 +108,10 @@ class _SideDesk(Desk):
         migrations = self._going_on(arguments)
         if not migrations:
             raise ControlError("NotNow", "no migration is going on")
-        undecided = [migration for migration in migrations if migration.cancellable]
-        if not undecided:
+        cancelled = [migration.migration_id for migration in migrations if migration.cancel()]
+        if not cancelled:
             raise ControlError("NotNow", "the machine belongs to the destination already: that cannot be taken back")
-        for migration in undecided:
-            migration.cancel()
-        return {"cancelled": [migration.migration_id for migration in undecided]}
+        return {"cancelled": cancelled}
 
     async def _quit(self, arguments: Json) -> Json:
         await trio.lowlevel.checkpoint()
@@ -140,6 +154,16 @@ class SourceDesk(_SideDesk):
 
     def change(self, settings: Json) -> None:
         self._command.options = changed(self._command.options, settings)
+
+    def handlers(self) -> Mapping[str, Handler]:
+        return {**super().handlers(), "reclaim": self._reclaim}
+
+    async def _reclaim(self, arguments: Json) -> Json:
+        await trio.lowlevel.checkpoint()
+        for migration in self._going_on(arguments):
+            if isinstance(migration, SourceMigration):
+                return await reclaim(migration.machine.kind, migration, bool(arguments.get("force")))
+        raise ControlError("NotNow", "no migration is going on")
 
     def machines(self) -> list[tuple[str, Machine | None, Migration | None]]:
         machine = self._command.machine

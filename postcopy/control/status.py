@@ -18,6 +18,7 @@ from postcopy.migration.source import SourceMigration
 from .schema import Json
 
 Migration = SourceMigration | DestinationMigration
+LOST = frozenset({"postcopy-paused", "in-doubt"})
 _LABEL_WIDTH = 18
 
 
@@ -40,6 +41,7 @@ def _migration(machine: Machine | None, migration: Migration) -> Json:
         "direction": "outgoing" if outgoing else "incoming",
         "status": migration.status,
         "peer": str(migration.peer),
+        "looking-for-peer": migration.status in LOST and not migration.over,
         "elapsed-ms": report.milliseconds(done_ns - migration.started_ns),
         "downtime-ms": report.milliseconds(migration.downtime_ns),
         "total-ms": report.milliseconds(migration.total_ns),
@@ -70,6 +72,8 @@ def render_answer(request: str, answer: Json) -> str:
         return _rows(_setting_rows(answer))
     if request == "commands":
         return _rows([(command["name"], command["help"]) for command in answer["commands"]])
+    if request == "reclaim":
+        return f"{answer['machine']} runs here again: {answer['lost']}"
     if request == "migrate":
         return f"{answer['machine']} is on its way: migration {answer['migration']}"
     return f"{answer['name']} runs" if request == "start" else ""
@@ -127,7 +131,7 @@ def _job_rows(job: Json) -> list[tuple[str, str]]:
     rows = [
         ("Job type", f"{str(job['status']).capitalize()}, {job['direction']}"),
         ("Migration", str(job.get("id") or "-")),
-        ("Peer", str(job.get("peer"))),
+        ("Peer", _peer(job)),
         ("Time elapsed", f"{_ms(job.get('elapsed-ms'))} ms"),
     ]
     if job.get("downtime-ms"):
@@ -158,6 +162,14 @@ def _job_rows(job: Json) -> list[tuple[str, str]]:
     if job.get("error"):
         rows.append(("Error", str(job["error"])))
     return rows
+
+
+def _peer(job: Json) -> str:
+    if job["status"] in LOST and job.get("looking-for-peer") is False:
+        return (
+            f"{job.get('peer')} (lost, and not looked for any more: `recover` does, and `recover HOST:PORT` elsewhere)"
+        )
+    return str(job.get("peer"))
 
 
 def _size(value: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from postcopy._admission import PROMISES
 from postcopy._errors import ConfigurationError, ProtocolError
 from postcopy.memory import MemoryKind
 
@@ -108,10 +109,10 @@ KINDS = tuple(_SOURCES)
 
 def create_source(kind: str, options: MachineOptions) -> Machine:
     """A machine as it is before it is booted. Takes milliseconds. `ConfigurationError` for options that make no sense,
-    `ResourceError` for what the host lacks."""
+    `ResourceError` for what the host lacks, or has promised to other machines of this process."""
     if kind not in _SOURCES:
         raise ConfigurationError(f"unknown kind of machine {kind!r}; there are {', '.join(KINDS)}")
-    return _SOURCES[kind](options)
+    return _promised(_SOURCES[kind](options))
 
 
 def create_destination(
@@ -128,11 +129,18 @@ def create_destination(
     `net` is where its network device is attached here, which a machine that has one needs.
 
     Takes milliseconds. What the peer says is checked: `ProtocolError` for an offer that makes no sense, `ResourceError`
-    and `ConfigurationError` for one that cannot be taken here.
+    and `ConfigurationError` for one that cannot be taken here. Its memory is this machine's from now on until it is
+    closed: nothing else that is made here counts on it.
     """
     if kind not in _DESTINATIONS:
         raise ProtocolError(f"the source offers an unknown kind of machine {kind[:40]!r}")
-    return _DESTINATIONS[kind](config, block_layout, backing, disk, net)
+    return _promised(_DESTINATIONS[kind](config, block_layout, backing, disk, net))
+
+
+def _promised(machine: Machine) -> Machine:
+    # In the same step as the check, without a checkpoint between them.
+    PROMISES.add(block.memory for block in machine.blocks)
+    return machine
 
 
 def _refuse(kind: str, options: MachineOptions, *names: str) -> None:

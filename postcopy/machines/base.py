@@ -21,8 +21,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Self
 
-import trio
-
+from postcopy._blocking import run_sync
 from postcopy._errors import PostcopyError
 from postcopy.memory import Memory
 
@@ -240,7 +239,7 @@ class Machine(abc.ABC):
         """
         memories = [block.memory for block in self.blocks]
         # When abandoned it finds, at the latest at the next block, that the memory is closed.
-        await trio.to_thread.run_sync(_dump, memories, self.dump_bytes, os.fspath(path), abandon_on_cancel=True)
+        await run_sync(_dump, memories, self.dump_bytes, os.fspath(path), abandon_on_cancel=True)
 
     async def __aenter__(self) -> Self:
         return self

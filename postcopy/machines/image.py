@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 import msgpack
 import trio
 
+from postcopy._blocking import run_sync
 from postcopy._errors import MigrationError, ProtocolError
-from postcopy.memory import Memory, MemoryKind, page_bytes_of
+from postcopy.memory import Memory, MemoryKind, check_memory, page_bytes_of
 from postcopy.uffd import explain_unavailable
 
 from .base import CLOSE_TIMEOUT_S, BlockLayout, Check, Machine, MachineEvent, MachineState, MachineStatistics, RamBlock
@@ -66,7 +67,9 @@ class ImageMachine(Machine):
         if layout[0].size_bytes - file_bytes >= max(layout[0].page_bytes, 1):
             raise ProtocolError(f"an image of {file_bytes} bytes does not fill a block of {layout[0].size_bytes}")
         unit = page_bytes_of(backing)
-        memory = Memory.create(backing, -(-layout[0].size_bytes // unit) * unit)
+        size_bytes = -(-layout[0].size_bytes // unit) * unit
+        check_memory(backing, size_bytes)
+        memory = Memory.create(backing, size_bytes)
         return cls(memory, file_bytes, verify=True, path="")
 
     @property
@@ -92,9 +95,7 @@ class ImageMachine(Machine):
             if self._state is not MachineState.CREATED:
                 return
             if self._verify:
-                self._digest = await trio.to_thread.run_sync(
-                    self._memory.digest, self._file_bytes, abandon_on_cancel=True
-                )
+                self._digest = await run_sync(self._memory.digest, self._file_bytes, abandon_on_cancel=True)
             self._state = MachineState.PAUSED
 
     async def resume(self) -> None:
@@ -133,7 +134,7 @@ class ImageMachine(Machine):
         how = "one digest of the CRC32Cs of all blocks: the source's file, read before, against the memory"
         if self._digest is None:
             return Check(False, "nothing: the source gave no digest", how)
-        found = await trio.to_thread.run_sync(self._memory.digest, self._file_bytes, abandon_on_cancel=True)
+        found = await run_sync(self._memory.digest, self._file_bytes, abandon_on_cancel=True)
         counts = {"bytes-checked": self._file_bytes}
         if found != self._digest:
             return Check(False, f"the digest is {found:#x} and should be {self._digest:#x}", how, counts)

@@ -314,5 +314,12 @@ def test_every_status_has_a_series() -> None:
     from postcopy.migration._session import status_of
     from postcopy.migration.protocol import State
 
-    words = {status_of(state, interrupted=flag) for state in State for flag in (False, True)}
+    flags = (False, True)
+    words = {
+        status_of(state, interrupted=one, connecting=two, hopeless=three)
+        for state in State
+        for one in flags
+        for two in flags
+        for three in flags
+    }
     assert words == set(STATUSES)

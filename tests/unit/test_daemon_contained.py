@@ -1,0 +1,494 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever goes wrong with one machine of a daemon, the others hear nothing of it: with engines that make every
+mistake there is, with peers that do what no peer should, and without threads, descriptors or memory."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import resource
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from postcopy import _admission
+from postcopy._admission import PROMISES, Room
+from postcopy._errors import MigrationError, PeerError, PostcopyError
+from postcopy.control import daemon as daemon_module
+from postcopy.control.contain import contained
+from postcopy.control.daemon import MAX_INCOMING, ArrivalOptions, Daemon
+from postcopy.control.schema import ControlError, Request, parse_arguments
+from postcopy.machines import Machine, MachineOptions
+from postcopy.migration.channels import Address, CallingLink
+from postcopy.migration.destination import DestinationMigration
+from postcopy.migration.protocol import Block, Offer, SourceProtocol, State
+from postcopy.migration.source import SourceMigration, SourceOptions
+from postcopy.pager import Pager
+from postcopy.progress import Output
+
+DEADLINE_S = 60.0
+MIB = 1 << 20
+SMALL = MachineOptions(memory_bytes=4 * MIB, vcpus=1, workload="seq")
+MISTAKES = [KeyError("a mistake"), RuntimeError("can't start new thread"), MemoryError(), OSError(errno.EMFILE, "none")]
+
+
+class Running:
+    """A daemon in a task."""
+
+    def __init__(self, daemon: Daemon, stop: trio.Event) -> None:
+        self.daemon = daemon
+        self.stop = stop
+        self.ended = trio.Event()
+
+    async def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        given = {name.replace("_", "-"): value for name, value in arguments.items()}
+        return await self.daemon.execute(Request(command, parse_arguments(command, given)))
+
+    @property
+    def address(self) -> Address:
+        host, _, port = self.daemon.listening()[0].rpartition(":")
+        return Address(host, int(port))
+
+    def status(self, name: str) -> dict[str, Any] | None:
+        for machine in self.daemon.status()["machines"]:
+            if machine["name"] == name:
+                return dict(machine)
+        return None
+
+    async def until(self, true: Callable[[], bool]) -> None:
+        while not true():
+            assert not self.ended.is_set()
+            await trio.sleep(0.005)
+
+    async def computes(self, name: str) -> None:
+        """The machine goes on."""
+
+        def operations() -> int:
+            machine = self.status(name)
+            assert machine is not None
+            return int(machine["guest"]["operations"])
+
+        before = operations()
+        await self.until(lambda: operations() > before)
+
+
+@asynccontextmanager
+async def running(**keywords: Any) -> AsyncIterator[Running]:
+    """A daemon with the machine `one`, which must survive everything."""
+    options = keywords.pop("options", SourceOptions(heartbeat_s=0.5))
+    arrival = ArrivalOptions(make_pager=keywords.pop("make_pager", Pager))
+    output = Output(False, io.StringIO(), io.StringIO())
+    first = keywords.pop("first", ("rv64", SMALL))
+    daemon = Daemon(output, options, arrival, listen=Address("127.0.0.1", 0), first=first, name="one", **keywords)
+    handle = Running(daemon, trio.Event())
+    with trio.fail_after(DEADLINE_S):
+        async with trio.open_nursery() as nursery:
+
+            async def run() -> None:
+                try:
+                    assert await daemon.run(handle.stop)
+                finally:
+                    handle.ended.set()
+
+            nursery.start_soon(run)
+            await handle.until(lambda: bool(daemon.listening()) and handle.status("one") is not None)
+            await handle.until(lambda: (handle.status("one") or {})["guest"] is not None)
+            yield handle
+            if not handle.ended.is_set():
+                if first is not None:
+                    await handle.computes("one")
+                daemon._forced = True
+                handle.stop.set()
+                await handle.ended.wait()
+
+
+def layout(size_bytes: int = 4 * MIB) -> tuple[Block, ...]:
+    return (Block("shared", size_bytes // 2, 4096), Block("vcpu0", size_bytes // 2, 4096))
+
+
+def offer(name: str, migration: bytes | None = None, token: bytes | None = None, size_bytes: int = 4 * MIB) -> Offer:
+    config = {"vcpus": 1, "workload": "seq", "working-set-bytes": 0, "seed": 1, "name": name}
+    return Offer(
+        migration or os.urandom(16), token or os.urandom(16), "rv64", config, layout(size_bytes), 1, 0
+    )  # fmt: skip
+
+
+async def offered(address: Address, what: Offer) -> CallingLink:
+    link = await CallingLink.open(address, "source")
+    await link.control.send_all(SourceProtocol(link.version).send_offer(what))
+    return link
+
+
+# ---- engines that make mistakes
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=repr)
+@pytest.mark.parametrize("where", ["__init__", "run", "close", "release"])
+async def test_mistake_of_an_arrivals_engine(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str, mistake: Exception
+) -> None:
+    made = []
+
+    class Mistaken(DestinationMigration):
+        def __init__(self, *args: Any, **keywords: Any) -> None:
+            if where == "__init__":
+                raise mistake
+            super().__init__(*args, **keywords)
+
+        async def run(self, stop: trio.Event) -> None:
+            made.append(self)
+            if where == "run":
+                raise mistake
+            await super().run(stop)
+
+        async def close(self) -> None:
+            await super().close()
+            if where == "close":
+                raise mistake
+
+        async def release(self) -> Machine:
+            machine = await super().release()
+            if where == "release":
+                raise mistake
+            return machine
+
+    monkeypatch.setattr(daemon_module, "DestinationMigration", Mistaken)
+    async with running() as there:
+        if where == "release":
+            async with running(first=None) as here:
+                await here.ask("start", name="two", machine="rv64", memory=4 * MIB, workload="seq")
+                await here.ask("migrate", to=str(there.address))
+                await there.until(lambda: (there.status("two") or {}).get("guest") is not None)
+                await there.until(lambda: not any(owned.busy for owned in there.daemon._here))
+                await there.computes("two")  # it is whole, and this daemon's
+        else:
+            link = await offered(there.address, offer("two"))
+            if where == "close":
+                await link.control.aclose()
+            with suppress(trio.BrokenResourceError):
+                while await link.control.receive_some(65536):
+                    pass
+            await there.until(lambda: len(there.daemon._here) == 1)
+        await there.computes("one")
+        assert "a mistake in postcopy" in caplog.text
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=repr)
+async def test_mistake_of_a_departures_engine(monkeypatch: pytest.MonkeyPatch, mistake: Exception) -> None:
+    class Mistaken(SourceMigration):
+        async def run(self, go: trio.Event, stop: trio.Event, *, hold: bool = True) -> None:
+            await trio.lowlevel.checkpoint()
+            raise mistake
+
+    monkeypatch.setattr(daemon_module, "SourceMigration", Mistaken)
+    async with running() as there:
+        with pytest.raises(ControlError):
+            await there.ask("migrate", to="127.0.0.1:1", machine="one")
+        await there.computes("one")
+        monkeypatch.undo()
+        with pytest.raises(ControlError, match="refused"):  # it can be tried again
+            await there.ask("migrate", to="127.0.0.1:1", machine="one")
+
+
+async def test_mistake_past_the_point_of_no_return_keeps_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is this host's, and its pages may come: nothing is ended but by who says so."""
+
+    class Mistaken(DestinationMigration):
+        async def run(self, stop: trio.Event) -> None:
+            await super().run(stop)
+            self._protocol._state = State.PAUSED
+            raise KeyError("a mistake")
+
+    monkeypatch.setattr(daemon_module, "DestinationMigration", Mistaken)
+    async with running() as there, running(first=None) as here:
+        await here.ask("start", name="two", machine="rv64", memory=4 * MIB, workload="seq")
+        await here.ask("migrate", to=str(there.address))
+        await here.until(lambda: here.status("two") is None)
+        await there.computes("two")
+        monkeypatch.undo()
+        with pytest.raises(ControlError, match="force"):
+            await there.ask("end", machine="two")
+        await there.ask("end", machine="two", force=True)
+        assert there.status("two") is None
+
+
+async def test_accepting_goes_on_after_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon_module, "AGAIN_S", 0.01)
+    async with running() as there:
+        reception = there.daemon._reception
+        assert reception is not None
+        accept, mistakes = reception._accept, [KeyError("a mistake")]
+
+        async def fail(*args: Any) -> None:
+            if mistakes:
+                raise mistakes.pop()
+            await accept(*args)
+
+        monkeypatch.setattr(reception, "_accept", fail)
+        there.daemon._reception = reception
+        # The present acceptor notices nothing; the next one begins with the mistake.
+        await there.computes("one")
+
+
+async def test_mistake_of_the_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon_module, "AGAIN_S", 0.01)
+    calls = []
+
+    async def follow(self: Output, status: Any) -> None:
+        calls.append(1)
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(Output, "follow", follow)
+    async with running() as there:
+        await there.until(lambda: len(calls) > 2)
+
+
+# ---- peers that do what no peer should
+
+
+async def test_two_connections_one_id() -> None:
+    """Both offer a machine under one id, then leave, in either order: the daemon and what it has go on."""
+    async with running() as there:
+        for first in (0, 1):
+            migration, token = os.urandom(16), os.urandom(16)
+            links = [await offered(there.address, offer(f"m{n}", migration, token)) for n in range(2)]
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            for link in (links[first], links[1 - first]):
+                await trio.aclose_forcefully(link.control)
+            await there.until(lambda: len(there.daemon._here) == 1)
+        await there.computes("one")
+
+
+async def test_many_offers_that_come_to_nothing() -> None:
+    async with running() as there:
+        for number in range(3 * MAX_INCOMING):
+            link = await offered(there.address, offer(f"m{number}"))
+            await trio.aclose_forcefully(link.control)
+        await there.until(lambda: len(there.daemon._here) == 1)
+
+
+# ---- places
+
+
+def test_places() -> None:
+    from unittest.mock import Mock
+
+    daemon = Daemon(Output(False, io.StringIO(), io.StringIO()), SourceOptions(), ArrivalOptions(make_pager=Pager))
+
+    def arriving(state: State) -> Any:
+        owned = daemon._claim(f"m{len(daemon._here)}")
+        owned.busy = owned.arriving = True
+        owned.migration = Mock(spec=DestinationMigration)
+        owned.migration.state = state
+        owned.migration.status = state.value
+        owned.migration.cancellable = state is State.READY
+        return owned
+
+    for state in (State.PREPARED, State.IN_DOUBT, State.POSTCOPY, State.RECOVERING) * 4:
+        arriving(state)
+    assert "too many" in daemon._vacancy(0)  # an undecided one counts
+    for owned in daemon._here[:4]:
+        owned.migration.state = State.PAUSED  # committed to this host, and lost: it waits and takes nothing
+    assert daemon._vacancy(0) == ""
+    assert daemon._vacancy(3) == ""
+    assert "too many" in daemon._vacancy(4)
+    starting = daemon._claim("local")
+    starting.busy = True
+    assert daemon._vacancy(3) == ""
+
+
+async def test_memory_is_promised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight machines of 64 MiB arrive together where there is room for three."""
+    monkeypatch.setattr(PROMISES, "_promises", [])
+    monkeypatch.setattr(_admission, "find_rooms", lambda: [Room("the control group", 255 * MIB, "or raise it")])
+    async with AsyncExitStack() as stack:
+        there = await stack.enter_async_context(running(first=None) if False else running())
+        links = []
+        for number in range(8):
+            links.append(await offered(there.address, offer(f"m{number}", size_bytes=64 * MIB)))
+        answers: list[str] = []
+        for link in links:
+            protocol = SourceProtocol(link.version)
+            protocol.send_offer(offer("x"))
+            while protocol.state is State.OFFERED:
+                data = await link.control.receive_some(65536)
+                if not data:
+                    break
+                protocol.receive_data(bytes(data))
+                while protocol.next_message() is not None:
+                    pass
+            answers.append("accept" if protocol.state is State.CHANNELS else protocol.reason)
+        assert answers.count("accept") == 3, answers
+        assert all("promised to machines here" in text for text in answers if text != "accept"), answers
+        with pytest.raises(PostcopyError, match="promised"):
+            await there.ask("start", machine="rv64", memory=64 * MIB)
+        for link in links:
+            await trio.aclose_forcefully(link.control)
+        await there.until(lambda: len(there.daemon._here) == 1)
+        await there.ask("start", name="local", machine="rv64", memory=128 * MIB)
+        await there.computes("local")
+        await there.ask("end", machine="local")
+        await there.ask("start", name="local", machine="rv64", memory=128 * MIB)
+
+
+async def test_descriptors_are_there_before_a_machine_is_let_in() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with running() as there:
+        used = len(os.listdir("/proc/self/fd"))
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + 60, before[1]))
+            with pytest.raises(PeerError, match="file descriptors"):
+                await offered(there.address, offer("two"))
+            with pytest.raises(PostcopyError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (used + 2, before[1]))
+                await there.ask("start", machine="rv64", memory=4 * MIB)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        await there.until(lambda: len(there.daemon._here) == 1)
+        await there.ask("start", machine="rv64", memory=4 * MIB)
+
+
+@pytest.fixture
+def no_more_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    limit: list[str] = []
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if limit:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    yield limit
+    limit.clear()
+
+
+async def test_no_threads_for_an_arrival(no_more_threads: list[str]) -> None:
+    """Refused before anything has begun; the machine computes on where it is."""
+    async with running() as there, running(first=None) as here:
+        await here.ask("start", name="two", machine="rv64", memory=4 * MIB, workload="seq")
+        no_more_threads.append("now")
+        with suppress(ControlError):
+            await here.ask("migrate", to=str(there.address))
+        await here.until(lambda: not any(owned.busy for owned in here.daemon._here))
+        await here.computes("two")
+        no_more_threads.clear()
+        await here.ask("migrate", to=str(there.address))
+        await there.until(lambda: (there.status("two") or {}).get("guest") is not None)
+        await there.until(lambda: not any(owned.busy for owned in there.daemon._here))
+        await there.computes("two")
+
+
+# ---- connecting
+
+
+@pytest.fixture
+def frozen_peer() -> Iterator[Address]:
+    """Connections are accepted by the kernel, and by nobody."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(16)
+        yield Address(*listener.getsockname())
+
+
+@pytest.mark.parametrize("end", ["cancel", "end", "quit", "stop"])
+async def test_connecting_is_shown_and_ends_at_once(frozen_peer: Address, end: str) -> None:
+    async with running() as there, trio.open_nursery() as nursery:
+        refused: list[ControlError] = []
+
+        async def migrate() -> None:
+            try:
+                await there.ask("migrate", to=str(frozen_peer))
+            except ControlError as error:
+                refused.append(error)
+
+        nursery.start_soon(migrate)
+        await there.until(lambda: ((there.status("one") or {})["migration"] or {}).get("status") == "connecting")
+        began = trio.current_time()
+        if end == "cancel":
+            assert await there.ask("cancel") == {"cancelled": ["one"]}
+            await there.until(lambda: bool(refused))
+            assert "cancelled" in str(refused[0])
+            await there.computes("one")
+        elif end == "end":
+            await there.ask("end", machine="one", force=True)
+            there.daemon._forced = True
+            there.stop.set()
+            await there.ended.wait()
+        elif end == "quit":
+            await there.ask("quit", force=True)
+            await there.ended.wait()
+        else:
+            there.stop.set()
+            await there.ended.wait()
+        assert trio.current_time() - began < 5
+
+
+async def test_previous_migration_is_not_the_one_that_is_cancelled(frozen_peer: Address) -> None:
+    async with running() as there, trio.open_nursery() as nursery:
+        with pytest.raises(ControlError, match="refused"):
+            await there.ask("migrate", to="127.0.0.1:1")
+        previous = there.daemon._here[0].migration
+
+        async def migrate() -> None:
+            with pytest.raises(ControlError, match="cancelled"):
+                await there.ask("migrate", to=str(frozen_peer))
+
+        nursery.start_soon(migrate)
+        await there.until(lambda: there.daemon._here[0].migration is not previous)
+        assert await there.ask("cancel") == {"cancelled": ["one"]}
+
+
+# ---- a pager that does not end
+
+
+async def test_stuck_pager_takes_no_machine_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    class Stuck(Pager):
+        async def close(self) -> None:
+            await super().close()
+            raise MigrationError("a thread of the pager hangs; its memory is kept")
+
+    async with running(make_pager=Stuck) as there, running(first=None) as here:
+        await here.ask("start", name="two", machine="rv64", memory=4 * MIB, workload="seq")
+        await here.ask("migrate", to=str(there.address))
+        await there.until(lambda: (there.status("two") or {}).get("guest") is not None)
+        await there.until(lambda: not any(owned.busy for owned in there.daemon._here))
+        await there.computes("two")
+        assert there.daemon._received == 1
+        assert "hangs" in caplog.text
+
+
+# ---- contained itself
+
+
+async def test_contained_lets_cancellation_pass(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail() -> None:
+        raise KeyError("x")
+
+    async def cancelled_with_a_mistake() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            try:
+                await trio.sleep_forever()
+            finally:
+                raise KeyError("x")
+
+    assert isinstance(await contained("it", fail), KeyError)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await contained("it", trio.sleep_forever)
+        pytest.fail("not reached")
+    assert scope.cancelled_caught
+    reached = False
+    with trio.move_on_after(0.01):
+        await contained("it", cancelled_with_a_mistake)
+        reached = True
+    assert caplog.text.count("KeyError: 'x'") >= 2
+    assert reached in (True, False)
