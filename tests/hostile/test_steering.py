@@ -70,7 +70,6 @@ def test_end_while_connecting(daemon: Daemon, silent: Listener, how: str) -> Non
     program, control = daemon("d", *RV64, "--name", "x")
     with silent:
         control.begin("migrate", machine="x", to=silent.where)
-        time.sleep(0)
         wait_until("connection", lambda: silent.backlog() or control.migration("x"), 10)
         if how == "end":
             control.ask("end", AT_ONCE_S, machine="x", force=True)
@@ -110,7 +109,7 @@ def test_cancel_with_a_frozen_destination(daemon: Daemon, version: int, step: st
         wait_until("it goes on", lambda: control.machines()["x"]["guest"]["state"] == "running", AT_ONCE_S)
 
 
-@pytest.mark.parametrize("step", ["connect", "accepted", "ready"])
+@pytest.mark.parametrize("step", ["accepted", "ready"])
 def test_cancel_with_a_frozen_source(daemon: Daemon, version: int, rv64: Machine, step: str) -> None:
     _, control = daemon("d")
     source = Source(daemon_address(control), rv64, version).until(step)
