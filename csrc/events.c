@@ -5,26 +5,19 @@
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include "runtime.h"
+
 int pc_events_init(struct pc_events *events)
 {
     memset(events, 0, sizeof(*events));
-    events->capacity = 64;
-    events->items = calloc(events->capacity, sizeof(*events->items));
-    if (!events->items)
-        return -ENOMEM;
     events->fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-    if (events->fd < 0) {
-        int error = errno;
-
-        free(events->items);
-        return -error;
-    }
-    pthread_mutex_init(&events->lock, NULL);
+    if (events->fd < 0)
+        return -errno;
+    pc_lock_init(&events->lock);
     return 0;
 }
 
@@ -32,45 +25,37 @@ void pc_events_destroy(struct pc_events *events)
 {
     close(events->fd);
     events->fd = -1;
-    free(events->items);
-    events->items = NULL;
     pthread_mutex_destroy(&events->lock);
+}
+
+static void remove_at(struct pc_events *events, size_t at)
+{
+    events->count--;
+    memmove(&events->items[at], &events->items[at + 1], (events->count - at) * sizeof(events->items[0]));
 }
 
 void pc_events_push(struct pc_events *events, int type, int channel_kind, int channel, int error, const char *format, ...)
 {
-    struct pc_event *event;
+    struct pc_event event = {.type = type, .channel_kind = channel_kind, .channel = channel, .error = error};
     uint64_t one = 1;
     va_list arguments;
+    size_t at = 0;
 
-    pthread_mutex_lock(&events->lock);
-    if (events->count == events->capacity) {
-        /* Nobody reads: double, unrolling the ring. Without memory the event is dropped; its cause is in the counters
-         * and in the channel's state too. */
-        struct pc_event *larger = calloc(events->capacity * 2, sizeof(*larger));
-
-        if (!larger) {
-            pthread_mutex_unlock(&events->lock);
-            return;
-        }
-        for (size_t i = 0; i < events->count; i++)
-            larger[i] = events->items[(events->first + i) % events->capacity];
-        free(events->items);
-        events->items = larger;
-        events->first = 0;
-        events->capacity *= 2;
-    }
-    event = &events->items[(events->first + events->count) % events->capacity];
-    memset(event, 0, sizeof(*event));
-    event->type = type;
-    event->channel_kind = channel_kind;
-    event->channel = channel;
-    event->error = error;
     va_start(arguments, format);
-    (void)vsnprintf(event->text, sizeof(event->text), format, arguments);
+    (void)vsnprintf(event.text, sizeof(event.text), format, arguments);
     va_end(arguments);
-    events->count++;
-    (void)!write(events->fd, &one, sizeof(one));
+    pthread_mutex_lock(&events->lock);
+    while (at < events->count && (events->items[at].type != type || events->items[at].channel_kind != channel_kind ||
+                                  events->items[at].channel != channel))
+        at++;
+    if (at < events->count && type == PC_EVENT_CHANNEL_DOWN) {
+        remove_at(events, at); /* what went down again since was up in between: the last state is told, where it belongs */
+        at = events->count;
+    }
+    if (at == events->count && at < PC_EVENTS_MAX) {
+        events->items[events->count++] = event;
+        (void)!write(events->fd, &one, sizeof(one));
+    }
     pthread_mutex_unlock(&events->lock);
 }
 
@@ -80,9 +65,8 @@ int pc_events_next(struct pc_events *events, struct pc_event *event)
 
     pthread_mutex_lock(&events->lock);
     if (events->count) {
-        *event = events->items[events->first];
-        events->first = (events->first + 1) % events->capacity;
-        events->count--;
+        *event = events->items[0];
+        remove_at(events, 0);
         found = 1;
     }
     if (!events->count) {

@@ -69,6 +69,18 @@ void pc_thread_name(const char *name, unsigned index)
     (void)pthread_setname_np(pthread_self(), text);
 }
 
+void pc_lock_init(pthread_mutex_t *lock)
+{
+    pthread_mutexattr_t attributes;
+
+    pthread_mutexattr_init(&attributes);
+    (void)pthread_mutexattr_setprotocol(&attributes, PTHREAD_PRIO_INHERIT);
+    /* A kernel without priority inheritance says so here. */
+    if (pthread_mutex_init(lock, &attributes))
+        pthread_mutex_init(lock, NULL);
+    pthread_mutexattr_destroy(&attributes);
+}
+
 static int set_scheduling(const struct sched_attributes *attributes)
 {
     return syscall(SYS_sched_setattr, 0, attributes, 0) ? -errno : 0;

@@ -25,6 +25,10 @@ void pc_thread_background(void);
 /* The calling thread serves faults: it runs for microseconds, but at once. `spins`: it looks for a while before it sleeps. */
 void pc_thread_prompt(bool spins);
 
+/* A lock that lends its holder the priority of who waits for it: for what a fault thread shares with threads of lower priority and
+ * holds for microseconds. */
+void pc_lock_init(pthread_mutex_t *lock);
+
 int pc_pwrite_all(int fd, const void *data, size_t bytes, uint64_t offset); /* 0 or -errno */
 /* 0, -errno, or -ENODATA when the file ends before `bytes`. */
 int pc_pread_all(int fd, void *data, size_t bytes, uint64_t offset);

@@ -9,10 +9,13 @@
  *
  * Those are settled by looking at the machine's page table. UFFDIO_COPY puts content and page table entry there together, in
  * one step that a SIGKILL does not interrupt, and only it (or CONTINUE, after the content) does so, as every access by anyone else
- * to a page that is not known waits. Hence: an entry is there, mapped or swapped out, and the page was placed; there is none, and
- * it was not, whatever the page cache has. The one gap: shared memory is taken out of a page table without a trace when it is
- * swapped out, so a page that was placed and then swapped within the moment between death and settlement counts as
- * missing and is fetched again. Settle at once.
+ * to a page that is not known waits. Hence: an entry is there, mapped or swapped out, and the page was placed.
+ *
+ * There is none: anonymous memory was not placed. Shared memory is taken out of a page table without a trace when it is swapped out,
+ * or when somebody zaps the mapping; what tells then is the page cache. Nothing in it either: not placed. Something in it: the page was
+ * placed and the machine may have written to it since, or somebody else has filled the hole. Nothing tells these apart, and
+ * the first would be overwritten by old content if it was fetched again. So that is refused: the page stays claimed, no pager takes such
+ * states, and whoever wants the page waits.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -116,11 +119,22 @@ static int in_page_table(int pagemap_fd, uint64_t address, bool *there)
     return error;
 }
 
+/* Whether a file has something at [offset, offset + bytes), in memory or swapped out. hugetlbfs, which is never swapped, says so of
+ * everything. */
+static int in_file(int fd, uint64_t offset, uint64_t bytes, bool *there)
+{
+    off_t data = lseek(fd, (off_t)offset, SEEK_DATA);
+
+    *there = data >= 0 && (uint64_t)data < offset + bytes;
+    return data < 0 && errno != ENXIO ? -errno : 0;
+}
+
 int64_t pc_states_settle(int fd, const struct pc_memory *memory)
 {
     uint64_t pages = memory->size_bytes / memory->page_bytes;
     struct pc_states states;
     int64_t in_doubt = 0;
+    bool lost = false;
     int pagemap_fd, error = pc_states_map(fd, pages, &states);
 
     if (error)
@@ -133,12 +147,17 @@ int64_t pc_states_settle(int fd, const struct pc_memory *memory)
 
         for (; doubtful && !error; doubtful &= doubtful - 1) {
             uint64_t page = word * 64 + (uint64_t)__builtin_ctzll(doubtful), bit = doubtful & -doubtful;
-            bool there = false;
+            bool there = false, unknown = false;
 
             error = in_page_table(pagemap_fd, (uint64_t)(uintptr_t)memory->base + page * memory->page_bytes, &there);
+            if (!error && !there && memory->kind == PC_MEMORY_MEMFD && memory->fd >= 0)
+                error = in_file(memory->fd, page * memory->page_bytes, memory->page_bytes, &unknown);
             if (error)
                 break;
             in_doubt++;
+            lost = lost || unknown;
+            if (unknown)
+                continue;
             if (there)
                 (void)__atomic_fetch_or(&states.known[word], bit, __ATOMIC_SEQ_CST);
             else
@@ -148,5 +167,5 @@ int64_t pc_states_settle(int fd, const struct pc_memory *memory)
     if (pagemap_fd >= 0)
         close(pagemap_fd);
     pc_states_unmap(&states);
-    return error ? error : in_doubt;
+    return error ? error : lost ? -ENOTRECOVERABLE : in_doubt;
 }

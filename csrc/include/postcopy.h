@@ -273,7 +273,8 @@ int pc_states_new(uint64_t pages); /* the descriptor, or -errno */
 /* Copies the map of pages that are there; -EINVAL when fd is not the states of as many pages. Any process, any time. */
 int pc_states_known(int fd, uint64_t pages, uint64_t *words);
 /* To be called after a pager has died (its process has been waited for), before the next one has the states, in the process
- * that has the memory mapped at memory->base. How many pages were under way, or -errno; then nothing may go on. */
+ * that has the memory mapped at memory->base. How many pages were under way, or -errno; then nothing may go on. -ENOTRECOVERABLE: a
+ * page of shared memory may have been placed and swapped out; fetching it again would undo what the machine has written to it. */
 int64_t pc_states_settle(int fd, const struct pc_memory *memory);
 /* ==== end states ==== */
 
@@ -289,6 +290,7 @@ enum pc_event_type {
     PC_EVENT_COMPLETE = 3,     /* pager: no page is missing any more */
     PC_EVENT_FATAL = 4         /* this pager or page server cannot go on: `error`, `text` */
 };
+/* Events are told in order; what happens again before it was read is told once (csrc/events.h). */
 struct pc_event {
     int type;
     int channel_kind;
@@ -314,6 +316,17 @@ struct pc_pager_stats {
     uint64_t frames_refused;                 /* bad frames: each ended its channel */
 };
 int pc_pager_new(struct pc_pager **pager);
+/* What a pager has counted, where it outlives the pager: made and read by one process, counted by the pagers of another one, one
+ * after the other. Reading takes no lock; pages and bytes of the blocks are 0 in these statistics. */
+struct pc_metrics;
+int pc_metrics_new(struct pc_metrics **metrics);
+void pc_metrics_free(struct pc_metrics *metrics);
+int pc_metrics_fd(struct pc_metrics *metrics); /* a memfd, for pc_pager_new_with_metrics; stays the metrics' */
+int pc_metrics_stats(struct pc_metrics *metrics, struct pc_pager_stats *stats);
+int pc_metrics_latency(struct pc_metrics *metrics, int stage, struct pc_histogram *histogram);
+int pc_metrics_blocktime(struct pc_metrics *metrics, uint64_t *blocktime_ns, uint32_t slots);
+/* A pager that counts there. The descriptor stays the caller's. */
+int pc_pager_new_with_metrics(int metrics_fd, struct pc_pager **pager);
 /* Adds the next RAM block (index returned). The memory stays the caller's and must outlive the pager. */
 int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory);
 /* The same with states that outlive this pager: what they say is known is not missing. memory->base may be an address of
@@ -325,7 +338,9 @@ int pc_pager_set_zero(struct pc_pager *pager, uint32_t block, const uint64_t *ze
  * event before it sleeps. The thread runs from now on, with or without a channel. */
 int pc_pager_add_shard(struct pc_pager *pager, int how, uint32_t busy_poll_us, char *error, size_t error_bytes);
 /* The same around a userfaultfd that exists, of this or another process, with the features that it was opened with. The
- * descriptor becomes the pager's, also on failure; who made it keeps a copy, or nothing stops zeros when this process dies. */
+ * descriptor becomes the pager's, also on failure; who made it keeps a copy, or nothing stops zeros when this process dies.
+ * With EVENT_REMOVE or EVENT_UNMAP what its process throws away is zero from then on. EVENT_FORK, EVENT_REMAP and SIGBUS are
+ * refused (-EOPNOTSUPP), as is what is blocking, is no userfaultfd, or has not had its UFFDIO_API (-EINVAL). */
 int pc_pager_adopt_shard(struct pc_pager *pager, int uffd, uint64_t features, uint32_t busy_poll_us, char *error,
                          size_t error_bytes);
 /* The features that pc_pager_add_shard asks for, of those `available`. */
@@ -334,13 +349,16 @@ uint64_t pc_pager_features(uint64_t available);
  * userfaultfd are taken over: what waits for them faults anew. */
 int pc_pager_arm(struct pc_pager *pager, uint32_t shard, uint32_t block, uint64_t first_page, uint64_t pages, char *error,
                  size_t error_bytes);
-/* Gives a shard its urgent channel (again, after the old one went down: everything pending is requested anew). */
+/* Gives a shard its urgent channel (again, after the old one went down: everything pending is requested anew). -EBUSY while
+ * pc_pager_disconnect runs, here and for bulk channels. A channel goes down, and no more than that, when a page cannot be placed for want
+ * of memory or of its address range (ENOMEM, ENOENT in the event): attach it again. */
 int pc_pager_attach_urgent(struct pc_pager *pager, uint32_t shard, int fd);
-/* Adds a bulk channel with its own thread. */
+/* Adds a bulk channel with its own thread. There may be none. */
 int pc_pager_attach_bulk(struct pc_pager *pager, uint32_t channel, int fd);
 /* Accounts the faults of kernel thread `tid` to `slot` (a vCPU). */
 int pc_pager_track_thread(struct pc_pager *pager, uint32_t slot, int32_t tid);
-/* Requests, through the urgent channels, every page that is still missing and not requested, at most `limit`; how many. */
+/* Requests, through the urgent channels, pages that are missing and not requested, at most `limit` of all shards together, in place
+ * of what is left of an earlier limit; how many there are, at most `limit`. */
 int64_t pc_pager_request_missing(struct pc_pager *pager, uint64_t limit);
 /* A request with this bit in its id was made ahead of any fault, by one of these two functions. */
 #define PC_PAGER_REQUEST_AHEAD 0x80000000
