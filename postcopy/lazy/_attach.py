@@ -2,9 +2,10 @@
 """Memory of another host, and of a page source, mapped here.
 
 `attach` is a migration of a machine without a CPU, seen from its end: the same protocol, the same engine
-(`migration.destination`), the same pager in C on the path of a fault. Two things differ. Unless the caller wants it,
-the source's background push is *held*: its connections are made, since the protocol has them, but nobody reads from
-them, and TCP makes the source wait. And the memory outlives machine and engine for as long as somebody looks at it.
+(`migration.destination`), the same pager in C on the path of a fault. Two things differ. Unless the caller wants it
+there is no background push: the attachment has no bulk channels, and costs nothing while nobody looks at it. (A source
+that speaks version 2 of the protocol must have one, and pushes.) And the memory outlives machine and engine for as long
+as somebody looks at it.
 
 `attach_source` has the same pager on one end of a socket pair and `_bridge.Bridge` on the other, where a Python
 coroutine answers instead of a page server.
@@ -16,7 +17,6 @@ no new views, tasks, engine, pager; the mapping itself goes with the last view o
 from __future__ import annotations
 
 import logging
-import os
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -25,11 +25,11 @@ from typing import Any
 import trio
 
 from postcopy._errors import ConfigurationError, PeerError, PostcopyError
-from postcopy._fd import FdHolder
 from postcopy.machines import BlockLayout, Machine
 from postcopy.machines.base import CLOSE_TIMEOUT_S
 from postcopy.machines.image import ImageMachine
 from postcopy.memory import Memory, page_bytes_of
+from postcopy.migration._session import HEARTBEAT_S
 from postcopy.migration.channels import Address, CallingLink, parse_address
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.protocol import State
@@ -44,8 +44,6 @@ from ._tasks import background_tasks
 log = logging.getLogger(__name__)
 
 RECOVER_S = 30.0
-HELD_RECEIVE_BYTES = 4096
-"""What the socket of a held channel may take in: what is pushed there in vain."""
 
 
 class _AttachedImage(ImageMachine):
@@ -64,37 +62,6 @@ class _AttachedImage(ImageMachine):
         return self._memory
 
 
-class _HoldingPager(Pager):
-    """Keeps the background push waiting for ever, unless it is wanted."""
-
-    def __init__(self, background: bool) -> None:
-        super().__init__()
-        self._hold = not background
-        self._held: dict[int, FdHolder] = {}
-
-    def attach_bulk(self, channel: int, fd: int) -> None:
-        if not self._hold:
-            super().attach_bulk(channel, fd)
-            return
-        self._held[channel] = FdHolder(fd)
-        with socket.socket(fileno=os.dup(fd)) as held:
-            held.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, HELD_RECEIVE_BYTES)
-
-    async def disconnect(self) -> None:
-        self.drop_held()
-        await super().disconnect()
-
-    def drop_held(self) -> None:
-        """Closes them."""
-        for fd in self._held.values():
-            fd.close()
-        self._held.clear()
-
-    async def close(self) -> None:
-        self.drop_held()
-        await super().close()
-
-
 @asynccontextmanager
 async def attach(
     address: str | Address,
@@ -102,6 +69,7 @@ async def attach(
     backing: str = "memfd",
     background: bool = False,
     recover_for_s: float = RECOVER_S,
+    heartbeat_s: float = HEARTBEAT_S,
     how: How | str = How.ANY,
     busy_poll_us: int = 0,
 ) -> AsyncIterator[LazyMemory]:
@@ -112,8 +80,10 @@ async def attach(
     `postcopy.serve`. `background`: let the source push all of it meanwhile; requested pages overtake that. When every
     page has come the connection is closed in order and the memory stays.
 
-    `recover_for_s`: a source that cannot be reached any more is looked for so long, while whoever waits for a page goes
-    on waiting; then it is lost. One that says that it does not know us (it was started again) is lost at once.
+    `heartbeat_s`: how often each side gives a sign of life; a source of which nothing was heard for three times as long
+    is lost, for the time being. `recover_for_s`: a source that cannot be reached any more is looked for so long, while
+    whoever waits for a page goes on waiting; then it is lost. One that proves that it has ended this attachment is lost
+    at once; any other refusal may be anybody's.
 
     `backing` is the kind of memory here (``memfd``, ``anon``, ``hugetlb``), `how` the way to a userfaultfd: with
     `How.USER_ONLY`, which needs no rights, code may touch missing pages, but a system call that does gets EFAULT.
@@ -149,15 +119,16 @@ async def attach(
             memory._fail(_lost(where, migration.failure))
         elif migration.state is State.COMPLETED:
             memory._completed()
-            pager.drop_held()
 
-    pager = _HoldingPager(background)
+    pager = Pager()
     try:
         migration = DestinationMigration(
             await CallingLink.open(where, "dest"),
             backing=backing,
+            background=background,
             busy_poll_us=busy_poll_us,
             how=how,
+            heartbeat_s=heartbeat_s,
             recover_for_s=recover_for_s,
             make_machine=make_machine,
             make_pager=lambda: pager,

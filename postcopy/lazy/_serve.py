@@ -24,6 +24,7 @@ from postcopy.bitmap import Bitmap
 from postcopy.machines.base import CLOSE_TIMEOUT_S
 from postcopy.machines.image import ImageMachine
 from postcopy.memory import Memory, MemoryKind
+from postcopy.migration._session import HEARTBEAT_S
 from postcopy.migration.channels import Address, Reception, parse_address
 from postcopy.migration.protocol import State
 from postcopy.migration.source import SourceMigration, SourceOptions
@@ -67,6 +68,7 @@ async def serve(
     max_fetches: int = 8,
     max_fetch_pages: int = 256,
     fault_around_pages: int = 1,
+    heartbeat_s: float = HEARTBEAT_S,
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves `memory` to any number of attachers, one after the other and `max_attachers` at a time, until cancelled:
@@ -81,7 +83,7 @@ async def serve(
 
     `listen` is HOST:PORT, port 0 lets the system choose; without it only this host can attach. Whoever can reach the
     port can read the memory, and pages travel in clear. `max_bandwidth_bytes_per_s` limits what is pushed to those who
-    attach with `background`, 0 is no limit; requested pages are never held up.
+    attach with `background`, 0 is no limit; requested pages are never held up. `heartbeat_s` as with `attach`.
 
     Errors: `ConfigurationError` for memory that cannot be served or an address that makes no sense, `ResourceError` for
     one that cannot be listened on. Trouble with one attacher is logged and ends only that one.
@@ -89,7 +91,7 @@ async def serve(
     where = parse_address(listen, listening=True) if isinstance(listen, str) else listen
     with _served(memory) as (served, size_bytes):
         machine = _ServedImage(served, size_bytes, verify=False, path="(served memory)")
-        options = SourceOptions(max_bandwidth_bytes_per_s=max_bandwidth_bytes_per_s)
+        options = SourceOptions(max_bandwidth_bytes_per_s=max_bandwidth_bytes_per_s, heartbeat_s=heartbeat_s)
         server: Server
 
         def make_bridge(on_failure: Callable[[PostcopyError], None]) -> Bridge:

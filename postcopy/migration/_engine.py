@@ -212,7 +212,10 @@ class Engine(abc.ABC, Generic[P]):
         """`status`, or what it depends on, may have changed."""
         self._changed.set()
         self._changed = trio.Event()
-        self._told_change()
+        try:
+            self._told_change()
+        except Exception:
+            log.exception("whoever follows this migration has made a mistake; it goes on")
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -261,7 +264,7 @@ class Engine(abc.ABC, Generic[P]):
                     self._hopeless = self.failure
             with trio.CancelScope(shield=True):  # each step of it is bounded
                 await self._contained(self._settle, control)
-                await self._contained(control.close)
+                await self._contained(control.close, fatal=False)
             if self._hopeless is not None and self._protocol.recoverable:
                 self.failure = self._hopeless
                 self._protocol.beyond_recovery(str(self._hopeless))
@@ -289,15 +292,16 @@ class Engine(abc.ABC, Generic[P]):
     async def _settle(self, control: Control[P]) -> None:
         """A connection has ended, of `failure` or because all is done. Shielded; bounded in time."""
 
-    async def _contained(self, function: Callable[..., Awaitable[None]], *args: object) -> None:
-        """What must be done whatever else fails. When it fails itself, there is no going on from there."""
+    async def _contained(self, function: Callable[..., Awaitable[None]], *args: object, fatal: bool = True) -> None:
+        """What must be done whatever else fails. `fatal`: when it fails itself, there is no going on from there."""
         try:
             await function(*args)
         except Exception as error:  # noqa: BLE001  # `explained` logs what it does not know
             what = explained(error)
             log.error("%s", what)
-            self._hopeless = self._hopeless or what
-            self.failure = self.failure or what
+            if fatal:
+                self._hopeless = self._hopeless or what
+                self.failure = self.failure or what
 
     # ---- the way to the next connection
 
@@ -362,14 +366,15 @@ class Engine(abc.ABC, Generic[P]):
             if gone and not self.over and not self._keep_on():
                 return None
             waits: list[Callable[[], Awaitable[object]]] = [self._stop.wait, settled, self._look_again.wait]
-            if self.over:
-                if not self._calls or self._probing:
-                    waits.append(come)
-            else:
+            if not gone:
+                waits += self._while_lost()
+            if self._gone_for is None and (not self.over or not self._calls or self._probing):
+                waits.append(come)
+            if not self.over:
                 patience = self._patience_now()
                 if not patience.begun:
                     patience.begin()
-                waits += [come, patience.run_out, *self._while_lost()]
+                waits.append(patience.run_out)
             again = self._look_again
             try:
                 await first_of(*waits)
@@ -381,18 +386,18 @@ class Engine(abc.ABC, Generic[P]):
                 self._change()
                 if self._protocol.state is not State.PAUSED:
                     return None
-            except PostcopyError as error:
-                self._doom(error)
-            if not self._protocol.recoverable and not self._protocol.peer_gone:
-                return None
-            if found and not gone:
+            except Exception as error:  # noqa: BLE001  # `explained` logs what it does not know
+                self._doom(explained(error))
+            if found and self._protocol.recoverable:
                 self.over = False
                 return found[0]
-            if found:  # it is there, and cannot be gone on with
-                membership.answered.set()
-                for link, _ in found:
-                    link.control.socket.close()
+            for link, _ in found:  # it is there, and cannot be gone on with
+                link.control.socket.close()
+            if not self._protocol.recoverable and not self._protocol.peer_gone:
+                return None
+            if found:
                 found.clear()
+                membership.answered.set()
                 await trio.sleep(SHOWN_OUT_S)
             elif not (self.over or again.is_set() or gone or self._stop.is_set() or self._keep_on()):
                 return None

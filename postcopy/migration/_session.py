@@ -51,6 +51,7 @@ LAST_WORDS_S = 0.5
 """How long saying goodbye may take; a machine may be waiting to go on."""
 IN_DOUBT_FOR_S = 60.0
 """How long a destination that does not know whether it was given the machine looks for the one who does."""
+BULK_SILENCE_S = 30.0
 HEAVY_PAGES = 256 * 1024
 """From so many on a page map is packed, unpacked and added up in a thread: a millisecond and more of the event loop."""
 _NETWORK = frozenset(
@@ -76,6 +77,16 @@ class Interrupted(PostcopyError):
 def now_ns() -> int:
     """CLOCK_MONOTONIC, the clock that the core uses too."""
     return time.monotonic_ns()
+
+
+def data_silence_s(kind: str, heartbeat_s: float) -> float:
+    """For how long nothing may be acknowledged on a data connection before the kernel gives it up.
+
+    The kernel counts the time for which the other end reads nothing, too (TCP_USER_TIMEOUT, in tcp(7)). Who reads an
+    urgent channel always reads. Pages that are pushed may have to wait where they come in: for memory, for a processor
+    that others use. That the other end is dead is heard on the control connection long before."""
+    silence_s = SILENCES * heartbeat_s
+    return silence_s if kind == "urgent" else max(silence_s, BULK_SILENCE_S)
 
 
 async def if_heavy(pages: int, function: Callable[[*Ts], T], *args: *Ts) -> T:

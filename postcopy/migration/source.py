@@ -48,6 +48,7 @@ from postcopy.migration._session import (
     UNDECIDED,
     Control,
     MapCollector,
+    data_silence_s,
     explained,
     first_of,
     if_heavy,
@@ -357,9 +358,8 @@ class SourceMigration(Engine[SourceProtocol]):
             try:
                 self._again(membership)
                 with trio.move_on_after(max(SILENCES * self._heartbeat_s, RECLAIM_PROBE_S)):
-                    await first_of(
-                        lambda: self._until(lambda: self.state is not State.PAUSED), membership.answered.wait
-                    )
+                    back = partial(self._until, lambda: self.state is not State.PAUSED)
+                    await first_of(back, membership.answered.wait)
                     raise MigrationError(
                         f"the destination answers: the machine is there ({self.status}); it can be reclaimed when the"
                         " destination is dead"
@@ -457,7 +457,7 @@ class SourceMigration(Engine[SourceProtocol]):
         channels = await door.channels(self._shards, self._bulk_channels)
         try:
             for (kind, index), fd in channels.items():
-                keep_alive(fd, SILENCES * self._options.heartbeat_s)
+                keep_alive(fd, data_silence_s(kind, self._options.heartbeat_s))
                 if kind == "urgent":
                     server.attach_urgent(index, fd.detach(), self._options.busy_poll_us)
                 else:

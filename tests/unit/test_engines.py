@@ -312,6 +312,10 @@ class Meeting:
         except trio.EndOfChannel:
             assert self.refusal is not None
             raise self.refusal from None
+        except trio.Cancelled:
+            with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
+                receive.receive_nowait().close()  # which came in this very moment
+            raise
         finally:
             if send in self._waiting:
                 self._waiting.remove(send)
