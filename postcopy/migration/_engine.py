@@ -256,7 +256,7 @@ class Engine(abc.ABC, Generic[P]):
             ended = True
         finally:
             self._decisive |= self._protocol.state not in UNDECIDED or self._protocol.state is State.HANDED
-            self._untold = self._decisive and not self._protocol.ended
+            self._untold = self._decisive and self._protocol.state is not State.COMPLETED
             if self._protocol.state is not State.COMPLETED:
                 where = "interrupted" if ended else "ended"
                 self.failure = scope.failure or Interrupted(f"{where} at the {self.SIDE}")
