@@ -23,7 +23,7 @@ BUILT_FROM := pyproject.toml CMakeLists.txt tools/setup.sh \
 B := build/$(notdir $(CC))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format stub check-c sanitize stress fuzz fuzz-replay guests-rv64 test-containers check-python bench soak wheel clean
+.PHONY: help setup demo test lint cross-aarch64 format stub check-c sanitize stress fuzz fuzz-replay guests-rv64 test-containers check-python bench soak wheel clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)/  \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-16s%s\n", $$1, $$2 }'
@@ -48,11 +48,14 @@ test: setup ## everything CI runs: lint, C tests plain and sanitized, fuzz corpu
 	@$(STEP) 1080 "pytest" $(MAKE) --no-print-directory check-python
 	@$(STEP) 360 "containers" $(MAKE) --no-print-directory test-containers OR_SKIP=--or-skip PYTEST_ARGS=
 
-lint: setup $(B)-plain ## ruff, mypy --strict, the C core with all warnings as errors
+lint: setup $(B)-plain cross-aarch64 ## ruff, mypy --strict, the C core with all warnings as errors
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python csrc/cdef.py stub --header csrc/include/postcopy.h --check postcopy/_native.pyi
+
+cross-aarch64: setup ## compile the C core for AArch64 (Debian's gcc-aarch64-linux-gnu; POSTCOPY_INSTALL=1: installs it)
+	@tools/cross_aarch64.sh build/cross-aarch64
 
 format: setup ## let ruff sort imports and format the Python files
 	$(BIN)/ruff check --select I --fix .

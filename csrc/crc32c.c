@@ -8,7 +8,7 @@
  * lanes behind it, which is a multiplication by a power of x modulo the polynomial: PCLMULQDQ multiplies, and the crc32
  * instruction that takes in the buffer's last word reduces the product on the way (J. Gopal et al., "Fast CRC Computation for
  * iSCSI Polynomial Using CRC32 Instruction", Intel 2011).
- * AArch64: the CRC32C instructions where the compiler was told that they are there.
+ * AArch64: the CRC32C instructions, where the kernel says that the processor has them (they are optional in ARMv8.0).
  * Elsewhere: eight tables, eight bytes a step (M. Kounavis and F. Berry, "Slicing-by-8", Intel 2005).
  */
 #include "crc32c.h"
@@ -22,8 +22,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-#if defined(__aarch64__) && defined(__ARM_FEATURE_CRC32)
-#include <arm_acle.h>
+#if defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 #define POLYNOMIAL 0x82F63B78u /* bit-reflected */
@@ -153,16 +154,27 @@ __attribute__((target("avx2"))) static int is_zero_avx2(const void *data, size_t
 }
 #endif
 
-#if defined(__aarch64__) && defined(__ARM_FEATURE_CRC32)
-static uint32_t crc32c_armv8(uint32_t crc, const void *data, size_t bytes)
+#if defined(__aarch64__)
+/* Whatever the whole file is compiled for: which of the two paths runs is decided when it does. */
+#if defined(__clang__)
+#define CRC_TARGET __attribute__((target("crc")))
+#define CRC_BYTE __builtin_arm_crc32cb
+#define CRC_DOUBLE __builtin_arm_crc32cd
+#else
+#define CRC_TARGET __attribute__((target("+crc")))
+#define CRC_BYTE __builtin_aarch64_crc32cb
+#define CRC_DOUBLE __builtin_aarch64_crc32cx
+#endif
+
+CRC_TARGET static uint32_t crc32c_armv8(uint32_t crc, const void *data, size_t bytes)
 {
     const uint8_t *at = data;
 
     crc = ~crc;
     for (; bytes >= 8; bytes -= 8, at += 8)
-        crc = __crc32cd(crc, pc_get_le64(at));
+        crc = CRC_DOUBLE(crc, pc_get_le64(at));
     for (; bytes; bytes--)
-        crc = __crc32cb(crc, *at++);
+        crc = CRC_BYTE(crc, *at++);
     return ~crc;
 }
 #endif
@@ -173,8 +185,8 @@ size_t pc_crc32c_paths(const struct pc_crc32c_path **paths)
 #if defined(__x86_64__)
         {"sse4.2", 0, crc32c_sse42},
 #endif
-#if defined(__aarch64__) && defined(__ARM_FEATURE_CRC32)
-        {"armv8", 1, crc32c_armv8},
+#if defined(__aarch64__)
+        {"armv8", 0, crc32c_armv8},
 #endif
         {"portable", 1, crc32c_portable},
     };
@@ -183,6 +195,8 @@ size_t pc_crc32c_paths(const struct pc_crc32c_path **paths)
     /* Threads that come here at once write the same value. */
     __atomic_store_n(&all[0].usable, __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul"),
                      __ATOMIC_RELAXED);
+#elif defined(__aarch64__)
+    __atomic_store_n(&all[0].usable, !!(getauxval(AT_HWCAP) & HWCAP_CRC32), __ATOMIC_RELAXED);
 #endif
     *paths = all;
     return PC_ARRAY_LENGTH(all);

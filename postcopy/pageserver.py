@@ -8,6 +8,7 @@ nothing, since the machine may still change its memory.
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 
 import trio
 
-from ._blocking import run_to_end
+from ._blocking import no_thread, run_to_end
 from ._errors import CoreError, MigrationError, check
 from ._events import ChannelKind, Event, EventQueue, EventStream, EventType
 from ._native import ffi, lib
@@ -108,7 +109,8 @@ class PageServer:
         check(lib.pc_pageserver_set_received(server, block, received.words), "telling the page server what has arrived")
 
     def attach_urgent(self, shard: int, fd: int, busy_poll_us: int = 0) -> None:
-        """Gives the shard's connected socket to the core, which owns it from now on, also on failure."""
+        """Gives the shard's connected socket to the core, which owns it from now on, also on failure. `ResourceError`
+        when there is no memory or no thread for it: it is then as if it had not been tried."""
         self._attach(
             lambda server: lib.pc_pageserver_attach_urgent(server, shard, fd, busy_poll_us), shard, fd, "urgent"
         )
@@ -217,7 +219,10 @@ class PageServer:
             os.close(fd)  # ours to close from the call on, also when it cannot reach the core
             self._alive()
             raise ValueError(f"there is no {what} channel {index}")
-        check(attach(self._server), f"attaching {what} channel {index}")
+        result = attach(self._server)
+        if result == -errno.EAGAIN:
+            raise no_thread(f"{what} channel {index} of the page server")
+        check(result, f"attaching {what} channel {index}")
 
     async def _run(self, function: Callable[[Any], int], server: Any, what: str) -> None:
         if self._stuck:

@@ -81,6 +81,7 @@ RACY static bool bring(struct pc_vcpu *vcpu, const uint8_t *memory, uint64_t byt
         return false;
     }
     way_out = &out;
+    atomic_signal_fence(memory_order_seq_cst);
     if (atomic_load(&vcpu->machine->leave)) {
         way_out = NULL;
         return false;
@@ -88,7 +89,9 @@ RACY static bool bring(struct pc_vcpu *vcpu, const uint8_t *memory, uint64_t byt
     for (uint64_t at = 0; at < bytes; at += PCG_PAGE_BYTES)
         (void)*(const volatile uint8_t *)(memory + at);
     (void)*(const volatile uint8_t *)(memory + bytes - 1);
+    atomic_signal_fence(memory_order_seq_cst);
     way_out = NULL;
+    atomic_signal_fence(memory_order_seq_cst); /* nothing that the caller does is done in between */
     return true;
 }
 

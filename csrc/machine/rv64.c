@@ -16,7 +16,9 @@
  * Missing pages. Loads and stores go straight to the mapped memory, so a missing page is a fault raised in user mode, which
  * a userfaultfd without any privilege can answer. A hart that waits for one is brought out by the kick's signal:
  * `accessing` says that the thread may be inside an access, and the handler leaves it with siglongjmp, its registers as before
- * the instruction. That must be harmless wherever the signal lands between setting and clearing `accessing`. A load may be
+ * the instruction. That must be harmless wherever the signal lands between setting and clearing `accessing`: what an instruction
+ * changes is stored before the window opens or after it has closed (window_opens, window_closes), whatever the compiler would
+ * rather do. A load may be
  * repeated. A store may not, since another hart could have written in between: it first reads its target, which
  * brings the page, and then happens outside of that window, where nothing is missing any more. Atomics likewise.
  * A signal that lands before the window opens is lost; whoever waits for the pause kicks again.
@@ -308,14 +310,30 @@ static inline uint8_t *store_address(const struct pc_hart *h, uint64_t address, 
     return pc_layout_gva(&h->vcpu->machine->config, address, bytes);
 }
 
+/* Between the two a signal may end the instruction as if it had not begun. The handler runs in this thread: the order of what
+ * the compiler emits is all that is needed, and costs nothing but its freedom. */
+static inline void window_opens(struct pc_hart *h, struct op *op)
+{
+    atomic_signal_fence(memory_order_seq_cst);
+    h->accessing = op;
+    atomic_signal_fence(memory_order_seq_cst);
+}
+
+static inline void window_closes(struct pc_hart *h)
+{
+    atomic_signal_fence(memory_order_seq_cst);
+    h->accessing = NULL;
+    atomic_signal_fence(memory_order_seq_cst);
+}
+
 /* Brings the pages of a store or an atomic; see the top of this file. */
 RACY static inline void touch(struct pc_hart *h, struct op *op, const uint8_t *memory, uint64_t bytes)
 {
-    h->accessing = op;
+    window_opens(h, op);
     (void)*(const volatile uint8_t *)memory;
     if (__builtin_expect(((uintptr_t)memory & (bytes - 1)) != 0, 0))
         (void)*(const volatile uint8_t *)(memory + bytes - 1);
-    h->accessing = NULL;
+    window_closes(h);
 }
 
 /* Brings the pages of a disk request, if it is one that the disk will do. */
@@ -326,11 +344,11 @@ RACY static void touch_request(struct pc_hart *h, struct op *op)
 
     if (!memory || bytes == 0 || bytes > PCG_DISK_REQUEST_MAX)
         return;
-    h->accessing = op;
+    window_opens(h, op);
     for (uint64_t at = 0; at < bytes; at += PCG_PAGE_BYTES)
         (void)*(const volatile uint8_t *)(memory + at);
     (void)*(const volatile uint8_t *)(memory + bytes - 1);
-    h->accessing = NULL;
+    window_closes(h);
 }
 
 RACY static uint64_t atomic_word(struct pc_hart *h, struct op *op, uint32_t *p, uint64_t address, uint32_t b)
@@ -555,9 +573,9 @@ RACY static enum outcome interpret(struct pc_hart *h)
         p = load_address(h, address, bytes); \
         if (__builtin_expect(!p, 0)) \
             goto device_load; \
-        h->accessing = op; \
+        window_opens(h, op); \
         value = (uint64_t)(read); \
-        h->accessing = NULL; \
+        window_closes(h); \
         SET(value); \
     } while (0)
 #define STORE(bytes, write) \
@@ -604,9 +622,9 @@ count:
     goto *labels[op->code];
 
 op_DECODE:
-    h->accessing = op;
+    window_opens(h, op);
     value = ((const volatile u32_any *)(h->shared + PC))->v;
-    h->accessing = NULL;
+    window_closes(h);
     *op = decode(INDEX, (uint32_t)value);
     goto *labels[op->code];
 

@@ -241,6 +241,7 @@ static void close_during_a_load(void)
 struct verification {
     struct pc_kvm *machine;
     int result;
+    _Atomic bool over;
 };
 
 static void *verify(void *argument)
@@ -249,6 +250,7 @@ static void *verify(void *argument)
     struct pc_machine_check check;
 
     v->result = pc_kvm_verify(v->machine, &check);
+    atomic_store(&v->over, true);
     return NULL;
 }
 
@@ -265,7 +267,7 @@ static void close_during_a_verification(void)
     CHECK_EQ(pc_kvm_boot(machine), 0);
     guest->operations = 1ull << 62;
     CHECK_EQ(pthread_create(&thread, NULL, verify, &v), 0);
-    while (!under_way) {
+    while (!under_way && !atomic_load(&v.over)) {
         pthread_mutex_lock(&machine->lock);
         under_way = machine->transition;
         pthread_mutex_unlock(&machine->lock);

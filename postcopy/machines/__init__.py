@@ -125,7 +125,7 @@ def create_destination(
     net: str | None = None,
 ) -> Machine:
     """The twin of the machine that a source offers, its memory empty. `backing` is this side's own choice; `disk` is
-    where the machine's disk is on this host; without it only a temporary disk of this user on this same host is found.
+    where the machine's disk is on this host, which one that has a disk needs; it is as long as the source says.
     `net` is where its network device is attached here, which a machine that has one needs.
 
     Takes milliseconds. What the peer says is checked: `ProtocolError` for an offer that makes no sense, `ResourceError`

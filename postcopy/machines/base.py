@@ -8,7 +8,8 @@ Order of the end: a machine whose memory is complete can be closed before or aft
 missing pages must be closed *before*: a vCPU is brought out by a signal where the kernel lets it, while a pager that
 ends first must poison what is missing, and a vCPU that meets a poisoned page takes the whole process with it (SIGBUS).
 Where no signal reaches it (in O_DIRECT, on some hosts' KVM) `close` gives up after its time, the memory is kept, and
-the pager can be closed. Memory is unmapped when both have let go of it.
+the pager can be closed, which lets go of what waits: then `close` again. Memory is unmapped when both have let go of
+it.
 """
 
 from __future__ import annotations
@@ -197,7 +198,8 @@ class Machine(abc.ABC):
     @abc.abstractmethod
     async def load_state(self, state: bytes) -> None:
         """Destination only, once: from created to paused, without touching memory. `state` comes from a peer and is
-        checked; errors are `PostcopyError`s, after one the machine can only be closed."""
+        checked; errors are `PostcopyError`s, after one the machine can only be closed. Bounded in time:
+        `MigrationError` when the kernel does not come back; cancellable at once, what hangs is left to `close`."""
 
     @abc.abstractmethod
     def vcpu_threads(self) -> list[int]:
@@ -224,7 +226,7 @@ class Machine(abc.ABC):
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Ends it and lets go of its memory (see the order above). Twice does no harm. Shielded from cancellation,
         bounded in time; `MigrationError` when a thread of it does not end within `timeout_s`, whatever it may still
-        touch is then kept."""
+        touch is then kept, and it can be called again."""
 
     @property
     def dump_bytes(self) -> int:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import trio
 
-from postcopy._blocking import END_TIMEOUT_S, run_sync, run_to_end
+from postcopy._blocking import END_TIMEOUT_S, no_thread, run_sync, run_to_end
 from postcopy._error_line import ErrorLine, c_text
 from postcopy._errors import (
     BusyError,
@@ -79,7 +79,7 @@ _ACTIVITIES = {
     lib.PC_VCPU_NET: Activity.NET,
     lib.PC_VCPU_GONE: Activity.GONE,
 }
-_MAX_STATE_BYTES = 16 << 20  # what one control message may carry
+_MAX_STATE_BYTES = 1 << 20  # eight vCPUs with as much of everything as the core takes
 LOAD_TIMEOUT_S = 10.0
 """How long KVM may take over a state: milliseconds, unless it waits for guest memory, which nobody can bring it yet."""
 DEFAULT_DISK_BYTES = 16 << 20
@@ -529,6 +529,8 @@ def _open_error(number: int, text: str) -> PostcopyError:
         return BusyError(text)
     if number == errno.ENOMEM:
         return ResourceError(text, "ask for less memory, or use a host with more")
+    if number == errno.EAGAIN:
+        return no_thread(f"a machine ({text})")
     return CoreError(number, "making a machine", text)
 
 

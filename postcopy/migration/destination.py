@@ -601,7 +601,8 @@ class DestinationMigration(Engine[DestinationProtocol]):
             _ = self.pager_process
             machine, pager = self.machine, self._pager
             self._pager = None  # whoever looks meanwhile finds the last figures
-            for what in (pager, machine) if self._kept else (machine, pager):
+            # Again after the pager, which has let go of whatever waited for a page; one that has ended does not mind.
+            for what in (pager, machine) if self._kept else (machine, pager, machine):
                 if what is None:
                     continue
                 try:

@@ -9,6 +9,7 @@ csrc/tests/test_state.c shows that the real one stays whole beneath it.
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 import pytest
 import trio
 
-from postcopy._errors import ConfigurationError, MigrationError
+from postcopy import pageserver
+from postcopy._errors import ConfigurationError, MigrationError, ResourceError
 from postcopy._native import ffi, lib
 from postcopy.machines import Machine, MachineOptions, create_destination, create_source, kvm
 
@@ -109,6 +111,28 @@ async def test_a_verification_without_end_is_called_off() -> None:
         assert scope.cancelled_caught
         await source.close()
     assert memory.closed
+
+
+def test_no_thread_is_a_matter_of_resources(monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_machine(config: Any, machine: Any, text: Any, size: int) -> int:
+        ffi.memmove(text, b"no thread for vCPU 0", 20)
+        return -errno.EAGAIN
+
+    monkeypatch.setattr(kvm, "lib", Core(pc_kvm_open=open_machine))
+    with pytest.raises(ResourceError, match="vCPU 0") as caught:
+        create_source("rv64", OPTIONS)
+    assert "pids.max" in caught.value.remedy
+
+
+async def test_no_thread_for_a_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attach(server: Any, channel: int, fd: int) -> int:
+        os.close(fd)
+        return -errno.EAGAIN
+
+    async with pageserver.PageServer() as server:
+        monkeypatch.setattr(pageserver, "lib", Core(pc_pageserver_attach_bulk=attach))
+        with pytest.raises(ResourceError, match="bulk channel 0"):
+            server.attach_bulk(0, os.open(os.devnull, os.O_RDWR))
 
 
 async def test_a_disk_is_neither_named_nor_lengthened_by_a_peer(tmp_path: Path) -> None:
