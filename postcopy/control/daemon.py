@@ -386,8 +386,7 @@ class Daemon(Desk):
                 if owned.machine is None:
                     if isinstance(migration, DestinationMigration):
                         await contained(f"the end of {owned.name}", migration.close)
-                    elif migration is None:
-                        link.control.socket.close()
+                    link.control.socket.close()  # should nobody have come to that
                 owned.busy = owned.arriving = False
                 if owned.machine is None:
                     self._forget(owned)
