@@ -76,3 +76,39 @@ def check(result: int, what: str, reason: str = "") -> int:
     if number == errno.ENOMEM:
         raise ResourceError(text, "ask for less memory, or use a host with more")
     raise CoreError(number, what, reason)
+
+
+def out_of_memory() -> ResourceError:
+    """What a MemoryError means to a person."""
+    return ResourceError(
+        "this process has run out of memory", "allow it more (ulimit -v, the control group), or use a host with more"
+    )
+
+
+def want_of(error: BaseException | None) -> ResourceError | None:
+    """What an error is to a person that says nothing but that memory or threads are short; also where it has become
+    another one on its way. None for any other."""
+    if isinstance(error, BaseExceptionGroup):
+        found = [want_of(one) for one in error.exceptions]
+        return found[0] if all(found) else None
+    if isinstance(error, MemoryError):
+        return out_of_memory()
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):  # CPython has no class for it
+        return ResourceError("no thread can be started", "allow this user, or its control group, more processes")
+    return want_of(error.__cause__) if error is not None else None
+
+
+def known_error(group: BaseExceptionGroup[BaseException]) -> PostcopyError:
+    """The first error for a person in a group that has no others; raises the group when it has."""
+    known, unknown = group.split(PostcopyError)
+    want = want_of(unknown)
+    if unknown is not None and want is None:
+        raise group
+    if known is None:
+        assert want is not None
+        return want
+    first: BaseException = known
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    assert isinstance(first, PostcopyError)
+    return first

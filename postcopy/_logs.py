@@ -53,11 +53,23 @@ def json_line(level: str, logger: str, message: str, when_s: float, **more: Any)
     return json.dumps({"time": time, "level": level, "logger": logger, "message": message, **known})
 
 
+def plain_record(record: logging.LogRecord) -> str:
+    """A record that went through `add_migration`, for a person; with its traceback where it has one."""
+    name = getattr(record, "machine", "")
+    line = f"postcopy: {record.levelname.lower()}: {name and name + ': '}{record.getMessage()}"
+    exception = _exception(record)
+    return f"{line}\n{exception}" if exception else line
+
+
+def _exception(record: logging.LogRecord) -> str | None:
+    if record.exc_info and record.exc_info[0] is not None:
+        return logging.Formatter().formatException(record.exc_info)
+    return None
+
+
 def json_record(record: logging.LogRecord) -> str:
     """A record that went through `add_migration`."""
-    exception = None
-    if record.exc_info and record.exc_info[0] is not None:
-        exception = logging.Formatter().formatException(record.exc_info)
+    exception = _exception(record)
     return json_line(
         record.levelname.lower(),
         record.name,

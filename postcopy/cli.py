@@ -12,26 +12,25 @@ Ctrl-C and SIGTERM mean: end in order, now. Where a command runs until it is int
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import math
 import os
 import secrets
 import signal
 import sys
-import time
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NoReturn
 
 import trio
 
 from postcopy import __version__
-from postcopy._errors import ConfigurationError, PostcopyError
-from postcopy._logs import json_line
-from postcopy.commands import DestinationCommand, MergeCommand, SourceCommand
+from postcopy._errors import ConfigurationError, PostcopyError, known_error, want_of
+from postcopy._files import explain_bad_name
+from postcopy.commands import DestinationCommand, MergeCommand, Origin, SourceCommand
 from postcopy.machines import BACKINGS, KINDS, WORKLOADS, MachineOptions
 from postcopy.memory import parse_size
-from postcopy.migration._session import HEARTBEAT_S, SILENCES, first_error
+from postcopy.migration._session import HEARTBEAT_S, SILENCES
 from postcopy.migration.channels import Route, parse_address, read_peer_file
 from postcopy.migration.protocol import MAX_BULK_CHANNELS, one_line
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS, SourceOptions
@@ -98,23 +97,39 @@ def _bandwidth(text: str) -> int:
     return value
 
 
+def _path(text: str) -> str:
+    """The name of a file or a directory; what else there is to say of it, its own command says."""
+    if reason := explain_bad_name(text):
+        raise argparse.ArgumentTypeError(reason)
+    return text
+
+
 def _serve(text: str) -> float:
     return math.inf if text == "forever" else _whole(1, 1_000_000)(text)
 
 
 def _add_machine_arguments(
-    parser: argparse.ArgumentParser, *, required: bool, default: str = "kvm, or rv64 where kvm cannot be used"
+    parser: argparse.ArgumentParser, *, origin: bool = False, default: str = "kvm, or rv64 where kvm cannot be used"
 ) -> None:
+    """`origin`: a machine is described, or comes from what is left of one."""
     group = parser.add_argument_group("the machine")
-    note = "" if required else f" (default: {default})"
-    group.add_argument("--machine", choices=KINDS, required=required, help="what to migrate" + note)
+    where = group.add_mutually_exclusive_group(required=origin)
+    note = "" if origin else f" (default: {default})"
+    where.add_argument("--machine", choices=KINDS, help="what to migrate" + note)
+    if origin:
+        where.add_argument(
+            "--from", type=_path, dest="origin", metavar="DIR",
+            help="one whose migration was lost, out of its salvage, or of what `postcopy merge --into` has made",
+        )  # fmt: skip
     group.add_argument("--memory", type=_size, metavar="SIZE", help="kvm, rv64: its memory, as 1GiB")
     group.add_argument("--vcpus", type=_whole(0, 1000), metavar="N", help="kvm, rv64: its virtual CPUs")
     group.add_argument("--workload", choices=tuple(WORKLOADS), help="kvm, rv64: what it computes")
     group.add_argument("--working-set", type=_size, metavar="SIZE", help="kvm, rv64: how much memory it uses")
     group.add_argument("--seed", type=_whole(0, 2**64 - 1), metavar="N", help="kvm, rv64: makes its pages reproducible")
-    group.add_argument("--disk", metavar="FILE", help="workload disk: backing file, which both hosts must have")
-    group.add_argument("--image", metavar="FILE", help="image: the file")
+    group.add_argument(
+        "--disk", type=_path, metavar="FILE", help="workload disk: backing file, which both hosts must have"
+    )
+    group.add_argument("--image", type=_path, metavar="FILE", help="image: the file")
     group.add_argument("--net", metavar="tap:NAME", help="workload echo: the TAP of its network device")
     group.add_argument("--net-mac", type=_mac, metavar="MAC", help="its MAC address (default: from the seed)")
     group.add_argument("--net-address", type=_ipv4, metavar="IPV4", help="its address (default: from the seed)")
@@ -173,7 +188,7 @@ def _add_network_arguments(parser: argparse.ArgumentParser, *, salvage: bool = T
     )  # fmt: skip
     if salvage:
         group.add_argument(
-            "--salvage", metavar="DIR",
+            "--salvage", type=_path, metavar="DIR",
             help="when it ends and the other side is lost for good: write what is here into this new directory,"
             " for `postcopy merge`",
         )  # fmt: skip
@@ -182,13 +197,21 @@ def _add_network_arguments(parser: argparse.ArgumentParser, *, salvage: bool = T
 def _add_control_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("operating it")
     group.add_argument(
-        "--control", metavar="PATH", help="a control socket for `postcopy ctl`, this user's and root's only"
+        "--control",
+        type=_path,
+        metavar="PATH",
+        help="a control socket for `postcopy ctl`, this user's and root's only",
     )
     group.add_argument(
         "--metrics", metavar="[HOST]:PORT",
         help="Prometheus metrics at http://HOST:PORT/metrics; without HOST on the loopback interface only",
     )  # fmt: skip
-    group.add_argument("--metrics-file", metavar="FILE.prom", help="write the metrics there when a migration has ended")
+    group.add_argument(
+        "--metrics-file",
+        type=_path,
+        metavar="FILE.prom",
+        help="write the metrics there when a migration has ended",
+    )
 
 
 def _add_user_argument(parser: argparse.ArgumentParser) -> None:
@@ -219,7 +242,7 @@ def _add_peer_arguments(parser: argparse.ArgumentParser, *, hold: bool = False) 
     where.add_argument("--listen", metavar="HOST:PORT", help="wait for the other side here; port 0: any")
     where.add_argument("--connect", metavar="HOST:PORT", help="the other side listens there")
     where.add_argument(
-        "--peer-file", metavar="FILE",
+        "--peer-file", type=_path, metavar="FILE",
         help="as --connect, with the HOST:PORT in a file, read again when the connection is lost and at SIGHUP",
     )  # fmt: skip
 
@@ -228,9 +251,22 @@ def _add_peer_arguments(parser: argparse.ArgumentParser, *, hold: bool = False) 
 # of a migration run for long, and what `bench` and the others need would cost each of them megabytes.
 
 
+def _add_origin_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("with --from")
+    group.add_argument(
+        "--reclaim", action="store_true",
+        help="DIR is of a source, and its destination is dead for good: go on from the switchover, without what the"
+        " machine has done since. If that host lives, the machine then runs twice",
+    )  # fmt: skip
+    group.add_argument(
+        "--force", action="store_true", help="also with pages that nobody has, which are then zeros, or a second time"
+    )
+
+
 def _source_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_machine_arguments(parser, origin=True)
+    _add_origin_arguments(parser)
     _add_peer_arguments(parser, hold=True)
-    _add_machine_arguments(parser, required=True)
     _add_engine_arguments(parser, source=True, dest=False)
     _add_network_arguments(parser)
     parser.add_argument(
@@ -260,7 +296,10 @@ def _dest_arguments(parser: argparse.ArgumentParser) -> None:
         " machine, blocked where it needs them (default), or end it",
     )  # fmt: skip
     parser.add_argument(
-        "--disk", metavar="FILE", help="where the machine's disk is on this host, if not as on the source"
+        "--disk",
+        type=_path,
+        metavar="FILE",
+        help="where the machine's disk is on this host, if not as on the source",
     )
     parser.add_argument("--net", metavar="tap:NAME", help="where the machine's network device is attached on this host")
     _add_after_arguments(parser, run_for=None)
@@ -271,7 +310,7 @@ def _dest_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _daemon_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--listen", metavar="HOST:PORT", help="take machines that come here; port 0: any")
-    _add_machine_arguments(parser, required=False, default="none to begin with")
+    _add_machine_arguments(parser, default="none to begin with")
     parser.add_argument("--name", metavar="NAME", help="of the machine that it begins with")
     _add_engine_arguments(parser, source=True, dest=True)
     _add_network_arguments(parser, salvage=False)
@@ -283,7 +322,7 @@ def _daemon_arguments(parser: argparse.ArgumentParser) -> None:
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     from postcopy.testing.chaos import KINDS as CHAOS_KINDS
 
-    _add_machine_arguments(parser, required=False)
+    _add_machine_arguments(parser)
     _add_engine_arguments(parser, source=True, dest=True)
     parser.add_argument("--migrate-after", type=_seconds, default=1.0, metavar="SECONDS")
     _add_after_arguments(parser, run_for=2.0)
@@ -318,11 +357,18 @@ def _chaos_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "salvages", nargs="+", metavar="DIR", help="written by --salvage: of the source, the destination, or both"
+        "salvages",
+        nargs="+",
+        type=_path,
+        metavar="DIR",
+        help="written by --salvage: of the source, the destination, or both",
     )
-    parser.add_argument(
-        "--output", required=True, metavar="FILE", help="the image, sparse: one RAM block after the other"
-    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--output", type=_path, metavar="FILE", help="the image, sparse: one RAM block after the other")
+    where.add_argument(
+        "--into", type=_path, metavar="DIR",
+        help="a new directory, with all that is there of the machine, for `postcopy source --from`",
+    )  # fmt: skip
     _add_output_arguments(parser)
 
 
@@ -394,7 +440,12 @@ def _add_after_arguments(parser: argparse.ArgumentParser, run_for: float | None)
         help="a live machine runs so long here, and until its last page has come, and is then paused and ended"
         + (" (default: until interrupted)" if run_for is None else f" (default {run_for:g})"),
     )  # fmt: skip
-    parser.add_argument("--dump", metavar="FILE", help="write the memory there at the end, sparse where it is zero")
+    parser.add_argument(
+        "--dump",
+        type=_path,
+        metavar="FILE",
+        help="write the memory there at the end, sparse where it is zero",
+    )
     parser.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, default=True,
         help="check all memory at the end, by what is known of the machine (default: yes)",
@@ -448,7 +499,7 @@ def _make_command(
 
         return CtlCommand(args, output).run
     if args.command == "merge":
-        return MergeCommand(args.salvages, args.output, output).run
+        return MergeCommand(args.salvages, args.output, args.into, output).run
     if args.command == "chaos":
         from postcopy.testing import ChaosPlan
         from postcopy.testing.command import ChaosCommand
@@ -461,6 +512,8 @@ def _make_command(
             target=parse_address(args.to),
         ).run
     listen = parse_address(args.listen, listening=True) if args.listen is not None else None
+    if args.command == "source":
+        _check_origin(args)
     if args.command == "daemon" or (args.command == "source" and args.hold):
         from postcopy.control.build import make_daemon
 
@@ -470,10 +523,11 @@ def _make_command(
         if args.serve != 1 and (args.machine != "image" or listen is None):
             raise ConfigurationError("--serve goes with --machine image and --listen only")
         source = SourceCommand(
-            args.machine,
+            args.machine or "",
             machine_options(args),
             _source_options(args),
             output,
+            origin=Origin(args.origin, args.reclaim, args.force) if args.origin is not None else None,
             listen=listen,
             connect=connect,
             migrate_after_s=args.migrate_after,
@@ -500,6 +554,20 @@ def _make_command(
         salvage_to=args.salvage,
     )
     return _operated(dest, args, output)
+
+
+def _check_origin(args: argparse.Namespace) -> None:
+    """A machine is described by --machine and its options, or by what is left of it."""
+    if args.origin is None:
+        if args.reclaim or args.force:
+            raise ConfigurationError("--reclaim and --force go with --from")
+        return
+    if args.hold:
+        raise ConfigurationError("--from does not go with --hold: say --listen or --connect")
+    described = ("memory", "vcpus", "workload", "working_set", "seed", "image", "net_mac", "net_address")
+    for name in described:
+        if getattr(args, name) is not None:
+            raise ConfigurationError(f"--{name.replace('_', '-')} does not go with --from: the machine is what it was")
 
 
 def _operated(
@@ -541,29 +609,37 @@ async def _with_signals(command: Callable[[trio.Event], Awaitable[bool]], route:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script: the exit status."""
-    complain = _complain
+    arguments = sys.argv[1:] if argv is None else argv
+    _keep_standard_descriptors()
+    output = make_output(False)
     try:
-        arguments = sys.argv[1:] if argv is None else argv
         args = make_parser(arguments).parse_args(arguments)
-        if args.command == "bench":
-            from postcopy.bench import run as run_bench
-
-            return run_bench(args)
-        if args.command == "probe":
-            from postcopy.probe import run as run_probe
-
-            return run_probe(args)
-        if args.command == "lab":
-            from postcopy.lab.command import run as run_lab
-
-            return run_lab(args)
-        if args.command == "faultpaths":
-            from postcopy.faultpaths import run as run_faultpaths
-
-            return run_faultpaths(args)
+        run = _RUN_BY_THEMSELVES.get(args.command)
+        if run is not None:
+            return run(args)
         output = make_output(args.json, getattr(args, "log_json", False))
-        complain = _complain_in_json if getattr(args, "log_json", False) else _complain
+        with output.standard_streams():
+            return _run(args, output)
+    except KeyboardInterrupt:  # before or after the signal receiver
+        return EXIT_FAILED
+    except PostcopyError as error:
+        return _failed(error, output)
+    except Exception as error:  # noqa: BLE001 -- the end of everything
+        want = want_of(error)
+        if want is not None:
+            return _failed(want, output)
+        # A mistake in this package. Said like all else: the interpreter's own last words would wait for their reader.
+        output.say(traceback.format_exc().rstrip())
+        return EXIT_FAILED
+    finally:
+        output.close()
+
+
+def _run(args: argparse.Namespace, output: Output) -> int:
+    """A command whose words all go through `output`."""
+    try:
         logging.basicConfig(level=args.log_level.upper(), handlers=[LogHandler(output)], force=True)
+        logging.captureWarnings(True)
         route = _route(args)
         command = _make_command(args, output, route)
         hears_hangup = route if args.command in ("source", "dest") and args.peer_file is not None else None
@@ -571,30 +647,54 @@ def main(argv: Sequence[str] | None = None) -> int:
             from postcopy.privileges import become, find_user
 
             become(find_user(args.user))
+        output.start()
         done = trio.run(_with_signals, command, hears_hangup, strict_exception_groups=True)
         return EXIT_OK if done else EXIT_FAILED
-    except ConfigurationError as error:
-        complain(error)
-        return EXIT_USAGE
-    except PostcopyError as error:
-        complain(error)
-        return EXIT_FAILED
-    except KeyboardInterrupt:  # before or after the signal receiver
-        return EXIT_FAILED
     except BaseExceptionGroup as group:
-        known, unknown = group.split(PostcopyError)
-        if unknown is not None or known is None:
-            raise
-        first = first_error(known)
-        complain(first)
-        return EXIT_USAGE if isinstance(first, ConfigurationError) else EXIT_FAILED
+        return _failed(known_error(group), output)
 
 
-def _complain(error: BaseException) -> None:
-    with contextlib.suppress(OSError):  # nobody reads it; the status says it too
-        print(f"postcopy: error: {one_line(str(error), 2000)}", file=sys.stderr)
+def _failed(error: PostcopyError, output: Output) -> int:
+    output.complain(one_line(str(error), 2000))
+    return EXIT_USAGE if isinstance(error, ConfigurationError) else EXIT_FAILED
 
 
-def _complain_in_json(error: BaseException) -> None:
-    with contextlib.suppress(OSError):
-        print(json_line("error", "postcopy", one_line(str(error), 2000), time.time()), file=sys.stderr)
+def _keep_standard_descriptors() -> None:
+    """A process may be started with its standard descriptors closed. What it opened first would get their numbers (a
+    machine's memory, say), and whoever believes that 2 is where errors go would write into it."""
+    fd = 0
+    while fd <= 2:
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+
+
+def _run_bench(args: argparse.Namespace) -> int:
+    from postcopy.bench import run
+
+    return run(args)
+
+
+def _run_probe(args: argparse.Namespace) -> int:
+    from postcopy.probe import run
+
+    return run(args)
+
+
+def _run_lab(args: argparse.Namespace) -> int:
+    from postcopy.lab.command import run
+
+    return run(args)
+
+
+def _run_faultpaths(args: argparse.Namespace) -> int:
+    from postcopy.faultpaths import run
+
+    return run(args)
+
+
+_RUN_BY_THEMSELVES: dict[str, Callable[[argparse.Namespace], int]] = {
+    "bench": _run_bench,
+    "probe": _run_probe,
+    "lab": _run_lab,
+    "faultpaths": _run_faultpaths,
+}

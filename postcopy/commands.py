@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
 
 from postcopy import report, salvage
-from postcopy._errors import ConfigurationError, MigrationError, PostcopyError
+from postcopy._blocking import run_sync
+from postcopy._errors import ConfigurationError, MigrationError, PostcopyError, known_error, out_of_memory
+from postcopy._files import check_new_file
+from postcopy._writer import Kind
 from postcopy.bitmap import Bitmap
 from postcopy.machines import Check, Machine, MachineOptions, MachineStatistics, create_source
-from postcopy.migration._session import Interrupted, first_error, now_ns
+from postcopy.migration._session import Interrupted, first_of, now_ns
 from postcopy.migration.channels import Address, CallingLink, Link, Reception, Route
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.protocol import State
@@ -32,7 +36,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+UNENDED = frozenset({"connecting", "setup", "active"})
+"""Statuses that cannot be the last one: what ends there has failed."""
 MAX_SESSIONS = 16  # destinations served at the same time
+MAX_LOST = 16  # destinations of an image that were lost, and that may still come back
 
 
 @contextlib.asynccontextmanager
@@ -51,6 +58,15 @@ async def _reception(reception: Reception, output: Output, side: str) -> AsyncIt
             await reception.close()
 
 
+@dataclass(frozen=True)
+class Origin:
+    """A salvage, or what `merge` has made, that a machine is to be started from; see `salvage.examine`."""
+
+    path: str
+    reclaim: bool = False
+    force: bool = False
+
+
 class SourceCommand:
     """Boots the machine, lets it compute, migrates it; and keeps running it when that fails."""
 
@@ -61,6 +77,7 @@ class SourceCommand:
         options: SourceOptions,
         output: Output,
         *,
+        origin: Origin | None = None,
         listen: Address | None,
         connect: Address | Route | None,
         migrate_after_s: float,
@@ -68,7 +85,9 @@ class SourceCommand:
         keep: bool,
         salvage_to: str | None = None,
     ) -> None:
+        """`origin`: where the machine comes from, in place of `kind` and most of `machine_options`."""
         self._kind = kind
+        self._origin = origin
         self._machine_options = machine_options
         self._options = options
         self._output = output
@@ -80,6 +99,7 @@ class SourceCommand:
         self._salvage_to = salvage_to
         self._go = trio.Event()
         self.machine: Machine | None = None
+        self._restored: salvage.Salvage | None = None
         self._shown: SourceMigration | None = None  # the latest migration
         self._active = 0
         self._stops: dict[SourceMigration, trio.Event] = {}  # of the migrations that are going on
@@ -93,18 +113,16 @@ class SourceCommand:
         if self._salvage_to is not None:
             salvage.check_target(self._salvage_to)
         try:
-            machine = self.machine = create_source(self._kind, self._machine_options)
+            machine = self.machine = await self._make_machine()
             if self._options.release_ram:
                 check_releasable(machine)
-            async with contextlib.AsyncExitStack() as stack:
-                done = await self._run(machine, stop, stack)
+            done = await self._run(machine, stop)
         except PostcopyError as error:
             self._failure = self._failure or error
+        except MemoryError:
+            self._failure = self._failure or out_of_memory()
         except BaseExceptionGroup as group:
-            known, unknown = group.split(PostcopyError)
-            if unknown is not None or known is None:
-                raise
-            self._failure = self._failure or first_error(known)
+            self._failure = self._failure or known_error(group)
         finally:
             if machine is not None:
                 with trio.CancelScope(shield=True):
@@ -126,23 +144,17 @@ class SourceCommand:
             raise self._failure
         return done
 
-    async def _run(self, machine: Machine, stop: trio.Event, stack: contextlib.AsyncExitStack) -> bool:
-        # The connection first: an address that does not work should not cost a boot.
-        link: Link | None = None
+    async def _run(self, machine: Machine, stop: trio.Event) -> bool:
         reception: Reception | None = None
-        if self._connect is not None:
-            link = await CallingLink.open(self._connect, "source")
-            stack.push_async_callback(trio.aclose_forcefully, link.control)
-        else:
-            assert self._listen is not None
+        if self._listen is not None:
+            # Before the machine is booted: an address that does not work should not cost that.
             reception = await Reception.open(self._listen, "source", lambda waiting: self._vacancy(machine, waiting))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._output.follow, lambda: self._progress(machine))
-            nursery.start_soon(self._prepare, machine)
-            if link is not None:
-                done = await self._single(machine, link, stop)
+            if reception is None:
+                done = await self._single(machine, stop)
             else:
-                assert reception is not None
+                nursery.start_soon(self._prepare, machine)
                 async with _reception(reception, self._output, "source"):
                     done = await self._serve_all(machine, reception, stop)
             self._overhead_bytes = max(self._overhead_bytes, report.overhead_bytes(machine))
@@ -179,15 +191,37 @@ class SourceCommand:
             result["status"] = "completed"
         if self._failure is not None and not done:
             result["error"] = str(self._failure)
-            if result["status"] not in ("postcopy-paused", "cancelled"):
+            if result["status"] in UNENDED:
                 result["status"] = "failed"
         self._output.emit("result", result)
         if done:
             self._output.say(f"source: {result['status']}, down for {result.get('downtime-ms', 0):g} ms")
 
+    async def _make_machine(self) -> Machine:
+        if self._origin is None:
+            return create_source(self._kind, self._machine_options)
+        origin = self._origin
+        found = await run_sync(partial(salvage.examine, origin.path, reclaim=origin.reclaim))
+        if found.doubts and not origin.force:
+            raise ConfigurationError(
+                f"--from {origin.path}: in doubt: {'; '.join(found.doubts)}; --force starts the machine all the same"
+            )
+        for doubt in found.doubts:
+            self._output.say(f"source: in doubt: {doubt}")
+        options = self._machine_options
+        machine = await salvage.restore(found, backing=options.backing or "memfd", disk=options.disk, net=options.net)
+        self._restored = found.salvage
+        return machine
+
     async def _prepare(self, machine: Machine) -> None:
         """From created to computing, ready to be migrated."""
-        await machine.boot()
+        if self._restored is None:
+            await machine.boot()
+        else:
+            await run_sync(salvage.note_start, self._restored)
+            await machine.claim_network()
+            since = " of the switchover" if self._restored.side == salvage.SOURCE else ""
+            self._output.say(f"source: the machine goes on from {self._restored.path}, in the state{since} it was in")
         await machine.resume()
         await machine.wait_ready()
         if machine.live:
@@ -196,29 +230,59 @@ class SourceCommand:
 
     def _vacancy(self, machine: Machine, waiting: int) -> str:
         # A destination of an image that was lost takes nobody's place: it may come back, or has begun anew.
-        lost = 0 if machine.live else sum(migration.state is State.PAUSED for migration in self._stops)
-        busy = self._active - lost + waiting
+        busy = self._active - len(self._lost(machine)) + waiting
         if busy + self._completed >= self._serve:
             return "busy with another destination" if busy else "everything has been served"
-        return "too many destinations at the same time" if self._active + waiting >= MAX_SESSIONS else ""
+        return "too many destinations at the same time" if busy >= MAX_SESSIONS else ""
+
+    def _lost(self, machine: Machine) -> list[SourceMigration]:
+        """Those that nothing depends on any more, and that are waited for all the same; the oldest first."""
+        return [] if machine.live else [one for one in self._stops if one.state is State.PAUSED]
+
+    def _make_room(self, machine: Machine) -> None:
+        """Each of those that were lost keeps a page server: a few are waited for."""
+        for migration in self._lost(machine)[:-MAX_LOST]:
+            self._stops[migration].set()
 
     # ---- connecting
 
-    async def _single(self, machine: Machine, link: Link, stop: trio.Event) -> bool:
-        migration = await self._migrate(machine, link, stop)
-        if migration.state is State.COMPLETED:
-            return True
-        assert migration.failure is not None
-        self._failure = migration.failure
-        if migration.may_run and machine.live and migration.was_ready and self._keep and not stop.is_set():
-            self._output.say(
-                f"source: migration failed: {migration.failure}; the machine goes on here until interrupted"
-            )
-            await stop.wait()
+    async def _single(self, machine: Machine, stop: trio.Event) -> bool:
+        assert self._connect is not None
+        route = self._connect if isinstance(self._connect, Route) else Route(self._connect)
+        migration = SourceMigration(
+            machine,
+            partial(CallingLink.open, route, "source"),
+            self._options,
+            peer=route.address,
+            on_change=self._output.kick,
+        )
+        async with trio.open_nursery() as nursery:
+
+            async def prepare() -> None:
+                await migration.connected.wait()  # before that a machine need not be booted
+                if migration.failure is None:
+                    await self._prepare(machine)
+
+            nursery.start_soon(prepare)
+            await self._migrate(migration, stop)
+            if migration.state is State.COMPLETED:
+                return True
+            reclaimed = migration.state is State.RECLAIMED
+            self._failure = _why(migration)
+            keep = reclaimed or (migration.may_run and migration.was_ready and self._keep)
+            if keep and machine.live and not stop.is_set():
+                what = (
+                    "the machine was taken back, and"
+                    if reclaimed
+                    else f"migration failed: {self._failure}; the machine"
+                )
+                self._output.say(f"source: {what} goes on here until interrupted")
+                await stop.wait()
+            nursery.cancel_scope.cancel()
         return False
 
-    async def _migrate(self, machine: Machine, link: Link, stop: trio.Event) -> SourceMigration:
-        migration = SourceMigration(machine, link, self._options, on_change=self._output.kick)
+    async def _migrate(self, migration: SourceMigration, stop: trio.Event) -> None:
+        machine = migration.machine
         self._shown = migration
         self._output.kick()
         hold = machine.live or self._connect is not None
@@ -240,7 +304,6 @@ class SourceCommand:
             fields = {"side": "source", "status": migration.status, "error": str(migration.failure)}
             self._output.emit("migration-failed", fields)
         self._output.emit("migration-ended", report.ended("outgoing", migration))
-        return migration
 
     async def _announce(self, migration: SourceMigration) -> None:
         """Says aloud when nobody may run the machine any more here and nobody can say what became of it there."""
@@ -257,18 +320,22 @@ class SourceCommand:
         enough = trio.Event()
 
         async def session(link: Link) -> None:
+            migration = SourceMigration(machine, link, self._options, on_change=self._output.kick)
             try:
-                migration = await self._migrate(machine, link, stop)
+                await self._migrate(migration, stop)
             finally:
                 self._active -= 1
             if migration.state is State.COMPLETED:
                 self._completed += 1
                 if self._completed >= self._serve:
                     enough.set()
+            elif migration.state is State.RECLAIMED:
+                self._output.say("source: the machine was taken back and goes on here; waiting for a destination")
             elif not stop.is_set():
                 self._output.say(f"source: migration to {link.peer} failed: {migration.failure}")
-            if machine.live and migration.failure is not None and not (migration.may_run and self._keep):
-                self._failure = migration.failure
+            keep = migration.state is State.RECLAIMED or (migration.may_run and self._keep)
+            if machine.live and migration.state is not State.COMPLETED and not keep:
+                self._failure = _why(migration)
                 enough.set()
 
         async def interruption() -> None:
@@ -281,6 +348,7 @@ class SourceCommand:
                 while True:
                     link = await reception.next_link()
                     self._active += 1
+                    self._make_room(machine)
                     sessions.start_soon(session, link)
 
             async with trio.open_nursery() as desk:
@@ -297,6 +365,15 @@ class SourceCommand:
         if not done and self._failure is None:
             self._failure = Interrupted(f"interrupted after {self._completed} of {self._serve:g} destinations")
         return done
+
+
+def _why(migration: SourceMigration | DestinationMigration) -> PostcopyError:
+    """Why it was not completed."""
+    if migration.failure is not None:
+        return migration.failure
+    if migration.state is State.RECLAIMED:
+        return MigrationError("the machine was taken back from its destination, and is here")
+    return MigrationError(f"the migration has ended: {migration.status}")
 
 
 def _process_pager() -> ProcessPager:
@@ -344,6 +421,7 @@ class DestinationCommand:
         self._salvage_to = salvage_to
         self._migration: DestinationMigration | None = None
         self._taken = False
+        self._came_to_nothing = ""  # why the last one did
         self._check: Check | None = None
         self._dumped: str | None = None
         self._failure: PostcopyError | None = None
@@ -353,7 +431,7 @@ class DestinationCommand:
         done = False
         statistics: MachineStatistics | None = None
         if self._dump is not None:
-            _check_dump(self._dump)
+            check_new_file("--dump", self._dump)
         if self._salvage_to is not None:
             salvage.check_target(self._salvage_to)
         try:
@@ -363,6 +441,10 @@ class DestinationCommand:
                     done = await self._run(stop)
                 except PostcopyError as error:
                     self._failure = error
+                except MemoryError:
+                    self._failure = out_of_memory()
+                except BaseExceptionGroup as group:
+                    self._failure = known_error(group)
                 if self._migration is not None and self._migration.machine is not None:
                     statistics = self._migration.machine.statistics()
                 nursery.cancel_scope.cancel()
@@ -403,7 +485,7 @@ class DestinationCommand:
         result["overhead-bytes"] = self._overhead_bytes
         if self._failure is not None and not done:
             result["error"] = str(self._failure)
-            if result["status"] in ("setup", "active"):
+            if result["status"] in UNENDED:
                 result["status"] = "failed"
         self._output.emit("result", result)
         if done:
@@ -411,19 +493,56 @@ class DestinationCommand:
 
     async def _run(self, stop: trio.Event) -> bool:
         if self._connect is not None:
-            migration = await self._receive(await CallingLink.open(self._connect, "dest"), stop)
+            migration = await self._receive(await self._call(self._connect, stop), stop)
         else:
             assert self._listen is not None
             reception = await Reception.open(self._listen, "dest", self._vacancy)
             async with _reception(reception, self._output, "dest"):
-                link = await _first_link(reception, stop)
-                self._taken = True
-                migration = await self._receive(link, stop)
+                migration = await self._take(reception, stop)
         if migration.state is not State.COMPLETED:
-            assert migration.failure is not None
-            raise migration.failure
+            raise _why(migration)
         assert migration.machine is not None
         return await self._afterwards(migration, migration.machine, stop)
+
+    async def _call(self, where: Address | Route, stop: trio.Event) -> Link:
+        found: list[Link] = []
+
+        async def connect() -> None:
+            found.append(await CallingLink.open(where, "dest"))
+
+        await first_of(connect, stop.wait)
+        if not found:
+            raise Interrupted("interrupted before there was a connection")
+        return found[0]
+
+    async def _take(self, reception: Reception, stop: trio.Event) -> DestinationMigration:
+        """The first migration that was decided: one that comes to nothing before is its source's affair, which may come
+        again, or another one. `Interrupted` when `stop` comes before."""
+        while True:
+            link = await self._next_link(reception, stop)
+            migration = await self._receive(link, stop)
+            # (one that has run here, and was taken back by its source, is no reason to wait for another one)
+            if migration.state is not State.ABORTED or migration.committed_ns or stop.is_set():
+                return migration
+            self._output.say(f"dest: nothing came of {migration.peer}: {migration.failure}; waiting for the next one")
+            self._came_to_nothing = str(migration.failure)
+            self._migration = None
+            await migration.close()  # before somebody else may have the memory that it had
+            self._taken = False
+
+    async def _next_link(self, reception: Reception, stop: trio.Event) -> Link:
+        """The next control connection, which has the only place from then on."""
+        found: list[Link] = []
+
+        async def wait() -> None:
+            found.append(await reception.next_link())
+            self._taken = True
+
+        await first_of(wait, stop.wait)
+        if not found:
+            last = f" (the last one that was offered: {self._came_to_nothing})" if self._came_to_nothing else ""
+            raise Interrupted(f"interrupted before a machine came{last}")
+        return found[0]
 
     def _vacancy(self, waiting: int) -> str:
         return "busy with another source" if self._taken or waiting else ""
@@ -450,6 +569,12 @@ class DestinationCommand:
 
     async def _announce(self, migration: DestinationMigration) -> None:
         await migration.paused.wait()
+        if migration.state is State.IN_DOUBT:
+            self._output.say(
+                f"postcopy: IN DOUBT: {migration.failure}; the source is asked whether the machine belongs to this"
+                " host, which does not run it meanwhile"
+            )
+            return
         figures = migration.figures()
         self._output.say(
             f"postcopy: PAUSED: {migration.failure}; the machine is kept,"
@@ -487,37 +612,56 @@ class DestinationCommand:
 class MergeCommand:
     """Joins salvages, and says exactly what nobody can speak for."""
 
-    def __init__(self, paths: list[str], image: str, output: Output) -> None:
+    def __init__(self, paths: list[str], image: str | None, directory: str | None, output: Output) -> None:
+        """Into an image, or into a directory that a machine can be started from."""
         self._paths = paths
         self._image = image
+        self._directory = directory
         self._output = output
 
     async def run(self, stop: trio.Event) -> bool:
-        """True when no page is in doubt. The image is there in either case. A signal does not interrupt it."""
-        merged = await trio.to_thread.run_sync(salvage.merge, self._paths, self._image)
+        """True when no page is in doubt, and a machine could be started from what was to be one. What was made is there
+        in either case, but not when it was interrupted."""
+        merged = await self._merge(stop)
+        target = self._image if self._image is not None else self._directory
         self._output.emit(
             "result",
             {
                 "image": self._image,
+                "directory": self._directory,
                 "from-dest": merged.from_dest_bytes,
                 "from-source": merged.from_source_bytes,
                 "in-doubt": merged.doubtful_bytes,
                 "ranges-in-doubt": merged.doubtful,
                 "torn": merged.torn,
+                "state": merged.has_state,
             },
         )
         self._output.say(
-            f"merge: {self._image}: {merged.from_dest_bytes} bytes of the destination,"
+            f"merge: {target}: {merged.from_dest_bytes} bytes of the destination,"
             f" {merged.from_source_bytes} of the source, {merged.doubtful_bytes} in doubt"
         )
         for item in merged.doubtful:
             self._output.say(
                 f"merge: in doubt: block {item['block']}, pages {item['first-page']}"
-                f" to {item['first-page'] + item['pages'] - 1} of {item['page-bytes']} bytes"
+                f" to {item['first-page'] + item['pages'] - 1} of {item['page-bytes']} bytes",
+                Kind.LOG,  # ten thousand of them, all in the result
             )
         if merged.torn:
             self._output.say("merge: the destination's machine ran on while it was salvaged: its pages may be torn")
-        return not merged.doubtful_bytes and not merged.torn
+        startable = merged.has_state or self._directory is None
+        if not startable:
+            self._output.say("merge: there is no state of the machine's devices: it cannot be started from there")
+        return not merged.doubtful_bytes and not merged.torn and startable
+
+    async def _merge(self, stop: trio.Event) -> salvage.Merged:
+        """`Interrupted` by `stop`: nothing is left of it then."""
+
+        def give_up() -> None:
+            if stop.is_set():
+                raise Interrupted("interrupted; nothing was written")
+
+        return await run_sync(partial(salvage.merge, self._paths, self._image, self._directory, give_up=give_up))
 
 
 async def _salvage(
@@ -531,35 +675,10 @@ async def _salvage(
     except PostcopyError as error:
         log.error("%s", error)
         return
+    except MemoryError:
+        log.error("salvage to %s: %s", path, out_of_memory())
+        return
     output.say(
         f"{side}: what is here is in {path}"
         + ("" if paused else "; the machine could not be paused while it was written")
     )
-
-
-def _check_dump(path: str) -> None:
-    """Whether a dump can be written there: a mistyped path must not be found out when the machine is here already."""
-    directory = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path):
-        raise ConfigurationError(f"--dump {path}: that is a directory")
-    if not os.path.isdir(directory):
-        raise ConfigurationError(f"--dump {path}: there is no directory {directory}")
-    if not os.access(directory, os.W_OK):
-        raise ConfigurationError(f"--dump {path}: no right to write into {directory}")
-
-
-async def _first_link(reception: Reception, stop: trio.Event) -> Link:
-    """The first control connection. `Interrupted` when `stop` comes before."""
-    result: list[Link] = []
-    async with trio.open_nursery() as nursery:
-
-        async def wait() -> None:
-            result.append(await reception.next_link())
-            nursery.cancel_scope.cancel()
-
-        nursery.start_soon(wait)
-        await stop.wait()
-        nursery.cancel_scope.cancel()
-    if not result:
-        raise Interrupted("interrupted before a source came")
-    return result[0]

@@ -29,10 +29,11 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from postcopy._errors import ConfigurationError, MigrationError, PostcopyError
+from postcopy._blocking import run_sync
+from postcopy._child import python
+from postcopy._errors import ConfigurationError, MigrationError, PostcopyError, known_error
 from postcopy.machines import explain_no_kvm
 from postcopy.memory import format_size
-from postcopy.migration._session import first_error
 from postcopy.progress import Output
 from postcopy.testing import ChaosPlan, open_chaos_proxy
 from postcopy.uffd import explain_unavailable
@@ -71,7 +72,7 @@ class _Child:
         self._news = trio.Event()  # replaced by each line
 
     async def run(self, output: Output) -> None:
-        command = [sys.executable, "-m", "postcopy", *self.arguments]
+        command = python("-m", "postcopy", *self.arguments)
         if self.host is not None:
             command = self.host.command(*command)
         try:
@@ -209,10 +210,7 @@ class DemoCommand:
         except trio.TooSlowError:
             result = {"status": "failed", "error": f"not done after {self._args.deadline:g} s (--deadline)"}
         except BaseExceptionGroup as group:
-            known, unknown = group.split(PostcopyError)
-            if unknown is not None or known is None:
-                raise
-            result = {"status": "failed", "error": str(first_error(known))}
+            result = {"status": "failed", "error": str(known_error(group))}
         except PostcopyError as error:
             result = {"status": "failed", "error": str(error)}
         result.setdefault("verified", False)
@@ -227,7 +225,7 @@ class DemoCommand:
             self._args.disk = os.path.join(directory, "disk.img")
         if self._args.machine == "image" and self._args.image is None:
             self._args.image = os.path.join(directory, "image.raw")
-            await trio.to_thread.run_sync(_make_image, self._args.image, self._args.memory)
+            await run_sync(_make_image, self._args.image, self._args.memory)
             self._args.memory = None  # the file says it now
         if not self._args.lab:
             return await self._run(_Child("source", []), _Child("dest", self._dest_arguments("127.0.0.1")), stop)

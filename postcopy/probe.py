@@ -33,6 +33,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import _needs, _probe_child
+from ._child import python
 from ._errors import ConfigurationError, ResourceError
 from ._native import ffi, lib
 from .memory import format_size
@@ -155,9 +156,8 @@ def _run_child(names: list[str], deadline_s: float) -> tuple[dict[str, Json], st
 
 def _start_child(names: list[str], stdout: int) -> int:
     """A child in a session of its own; its pid, still to be waited for."""
-    # -P: what lies in the working directory must not be imported.
     code = "import sys; from postcopy import _probe_child as c; c.run(sys.argv[2:], int(sys.argv[1]))"
-    argv = [sys.executable, "-P", "-c", code, str(os.getpid()), *names]
+    argv = python("-c", code, str(os.getpid()), *names)
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     redirections = [(os.POSIX_SPAWN_DUP2, null, 0), (os.POSIX_SPAWN_DUP2, stdout, 1), (os.POSIX_SPAWN_DUP2, null, 2)]
     try:

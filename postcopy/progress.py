@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a command shows while it works: JSON lines on stdout, and for people, on stderr, a live view or plain lines.
 
-Output is never a reason to lose a machine: when nobody reads it any more (a closed pipe), it is given up silently.
+Output is never a reason to lose a machine, or to hold one up: every line goes through a queue (`_writer`), and a thread
+that waits for the reader in everybody's place. Progress is dropped when nobody reads it; results, endings and errors
+are kept for as long as the process lives, and a few seconds of its end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import trio
 
-from postcopy._logs import add_migration, json_line, json_record
+from postcopy._errors import ResourceError
+from postcopy._logs import add_migration, json_line, json_record, plain_record
+from postcopy._writer import Kind, QueuedStream, Writer
 from postcopy.memory import format_size
 
 if TYPE_CHECKING:
@@ -30,58 +35,109 @@ PLAIN_PERIOD_S = 2.0
 
 
 class Output:
-    """Where a command's words go. `statuses` is asked whenever there is something to show."""
+    """Where a command's words go. `say`, `log`, `complain` and `emit` may be called from any thread, and never wait."""
 
-    def __init__(self, as_json: bool, stdout: TextIO, stderr: TextIO, log_json: bool = False) -> None:
+    def __init__(self, as_json: bool, stdout: TextIO | None, stderr: TextIO | None, log_json: bool = False) -> None:
         """`log_json`: every line on `stderr` is a JSON object too, and there is no live view."""
         self._as_json = as_json
         self._log_json = log_json
-        self._stdout: TextIO | None = stdout
-        self._stderr: TextIO | None = stderr
-        self._console = None if log_json else _console_on(stderr)
         self._began = time.monotonic()
+        self._stdout = Writer(stdout, self._dropped_events)
+        self._stderr = Writer(stderr, self._dropped_lines)
+        self._streams = QueuedStream(self._stdout, stdout), QueuedStream(self._stderr, stderr)
+        self._console = None if log_json else _console_on(self._streams[1])
+        self._stalled = False  # that stdout is not read has been said
         self._kick = trio.Event()
         self._last_line = ""
         self._rate = _Rate()
         self.listeners: list[Callable[[str, Json], None]] = []
         """Called with every event, whether or not JSON was asked for; must not block."""
 
-    def say(self, text: str) -> None:
+    # ---- its life
+
+    @contextlib.contextmanager
+    def standard_streams(self) -> Iterator[None]:
+        """Inside the block all that anybody prints in this process goes through the same queues, the interpreter's own
+        messages too."""
+        before = sys.stdout, sys.stderr
+        # (a reader that has gone is nobody's error: what is printed to nobody is dropped, as everything else is)
+        sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in self._streams)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+
+    def start(self) -> None:
+        """Begins to write what has been queued since it was made, with two threads. `ResourceError` without them."""
+        try:
+            self._stdout.start()
+            self._stderr.start()
+        except RuntimeError as error:
+            raise ResourceError(
+                f"no thread for the output: {error}", "allow this user, or its control group, more processes"
+            ) from error
+
+    def close(self) -> None:
+        """Waits, for a bounded time, until what is queued has been read."""
+        self._stdout.close()
+        self._stderr.close()
+
+    def _dropped_events(self, count: int) -> str:
+        self._stalled = False
+        if self._as_json:
+            return self._event_line("output-dropped", {"lines": count})
+        return f"postcopy: {count} lines are missing here: nobody read them\n"
+
+    def _dropped_lines(self, count: int) -> str:
+        text = f"{count} lines are missing here: nobody read them"
+        if self._log_json:
+            return json_line("warning", "postcopy", text, time.time(), dropped=count) + "\n"
+        return f"postcopy: warning: {text}\n"
+
+    # ---- words
+
+    def say(self, text: str, kind: Kind = Kind.LASTING) -> None:
         """A line for a person."""
-        self._write(json_line("info", "postcopy", text, time.time()) if self._log_json else text)
+        self._write(json_line("info", "postcopy", text, time.time()) if self._log_json else text, kind)
+
+    def complain(self, text: str) -> None:
+        """The error that a command ends with."""
+        if self._log_json:
+            self._write(json_line("error", "postcopy", text, time.time()), Kind.LASTING)
+        else:
+            self._write(f"postcopy: error: {text}", Kind.LASTING)
 
     def log(self, record: logging.LogRecord) -> None:
         """A log record that went through `add_migration`."""
-        if self._log_json:
-            self._write(json_record(record))
-            return
-        name = getattr(record, "machine", "")
-        self._write(f"postcopy: {record.levelname.lower()}: {name and name + ': '}{record.getMessage()}")
+        kind = Kind.LASTING if record.levelno >= logging.ERROR else Kind.LOG
+        self._write(json_record(record) if self._log_json else plain_record(record), kind)
 
-    def _write(self, text: str) -> None:
-        if self._stderr is None:
+    def _write(self, text: str, kind: Kind) -> None:
+        if self._console is None:
+            self._stderr.put(text + "\n", kind)
             return
-        try:
-            if self._console is not None:
-                self._console.print(text, markup=False)
-            else:
-                self._stderr.write(text + "\n")
-                self._stderr.flush()
-        except (OSError, ValueError):
-            self._stderr = None
+        stream = self._streams[1]
+        stream.as_kind(kind)
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            self._console.print(text, markup=False)
+        stream.as_kind(Kind.PROGRESS)
 
     def emit(self, event: str, fields: Json) -> None:
         """A JSON line, where they were asked for."""
         for listener in self.listeners:
             listener(event, fields)
-        if not self._as_json or self._stdout is None:
+        if not self._as_json or self._stdout.gone:
             return
+        taken = self._stdout.put(
+            self._event_line(event, fields), Kind.PROGRESS if event == "progress" else Kind.LASTING
+        )
+        if not taken and not self._stalled and not self._stdout.gone:
+            self._stalled = True
+            self.say("postcopy: nobody reads the standard output: progress is dropped until somebody does")
+
+    def _event_line(self, event: str, fields: Json) -> str:
         elapsed_ms = round((time.monotonic() - self._began) * 1000, 1)
-        try:
-            self._stdout.write(json.dumps({"event": event, "elapsed-ms": elapsed_ms, **fields}) + "\n")
-            self._stdout.flush()
-        except (OSError, ValueError):
-            self._stdout = None
+        return json.dumps({"event": event, "elapsed-ms": elapsed_ms, **fields}) + "\n"
 
     def kick(self) -> None:
         """Something changed: show it now."""
@@ -95,7 +151,10 @@ class Output:
         from rich.live import Live
 
         # Drawn from this thread (no auto_refresh): Rich's own would look at an engine that is being closed.
-        with Live(console=self._console, auto_refresh=False, transient=True) as live:
+        self._streams[1].as_kind(Kind.PROGRESS)
+        with Live(
+            console=self._console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
+        ) as live:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._tell, status, lambda now: None)
                 while True:
@@ -122,7 +181,7 @@ class Output:
         line = summary(now, self._rate)
         if line != self._last_line:
             self._last_line = line
-            self.say(line)
+            self.say(line, Kind.PROGRESS)
 
     def _table(self, now: Json) -> Table:
         from rich.table import Table
@@ -133,13 +192,13 @@ class Output:
         return grid
 
 
-def _console_on(stream: TextIO) -> Console | None:
+def _console_on(stream: QueuedStream) -> Console | None:
     """A console where there is a terminal."""
     if not stream.isatty():
         return None
     from rich.console import Console
 
-    return Console(file=stream, highlight=False, soft_wrap=True)
+    return Console(file=cast(TextIO, stream), highlight=False, soft_wrap=True)
 
 
 class _Rate:

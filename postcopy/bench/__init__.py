@@ -35,6 +35,7 @@ from typing import IO, Any
 
 import trio
 
+from postcopy._child import python
 from postcopy._errors import MigrationError, ResourceError
 from postcopy.machines import Rv64Machine
 from postcopy.memory import parse_size
@@ -84,7 +85,7 @@ class Figure:
 def _worker(job: Job, fds: list[int]) -> Iterator[subprocess.Popen[str]]:
     """A worker that has said ``ready``; killed when left. `fds` are handed over."""
     with subprocess.Popen(
-        [sys.executable, "-c", "import sys; from postcopy.bench._worker import main; main(sys.argv[1])", encode(job)],
+        python("-c", "import sys; from postcopy.bench._worker import main; main(sys.argv[1])", encode(job)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -296,10 +297,10 @@ def measure_throughput(rounds: int) -> list[Figure]:
 
 
 def _demo(*arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "postcopy", "demo", "--json", *arguments]
+    command = python("-m", "postcopy", "demo", "--json", *arguments)
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S * 2, check=False)
     if done.returncode:
-        raise MigrationError(f"`{' '.join(command[2:])}` failed: {done.stderr.strip().splitlines()[-1:]}")
+        raise MigrationError(f"`{' '.join(command[3:])}` failed: {done.stderr.strip().splitlines()[-1:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
@@ -423,7 +424,7 @@ def measure_userfaultfd(rounds: int) -> list[Figure]:
     def part(what: str, pause_s: float = 0.0) -> float:
         command = "import sys; from postcopy.bench._uffd import main; main(sys.argv[1], float(sys.argv[2]))"
         done = subprocess.run(
-            [sys.executable, "-c", command, what, str(pause_s)],
+            python("-c", command, what, str(pause_s)),
             stdout=subprocess.PIPE,
             text=True,
             timeout=DEADLINE_S,

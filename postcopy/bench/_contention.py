@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from postcopy._child import python
 from postcopy._error_line import ErrorLine
 from postcopy._errors import MigrationError
 from postcopy._native import lib
@@ -76,7 +76,7 @@ def measure(rounds: int) -> dict[str, list[Values]]:
 
 def _run(scene: Scene) -> Values:
     code = "import sys; from postcopy.bench._contention import main; main(int(sys.argv[1]), bool(int(sys.argv[2])))"
-    command = [sys.executable, "-P", "-c", code, str(scene.pending_faults), str(int(scene.bulk))]
+    command = python("-c", code, str(scene.pending_faults), str(int(scene.bulk)))
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=False)
     except subprocess.TimeoutExpired:

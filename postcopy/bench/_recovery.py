@@ -12,7 +12,6 @@ import contextlib
 import json
 import random
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -20,6 +19,7 @@ from collections.abc import Iterator
 
 import trio
 
+from postcopy._child import python
 from postcopy._errors import MigrationError
 from postcopy.bitmap import Bitmap
 from postcopy.memory import Memory
@@ -87,7 +87,7 @@ async def recovery_times_ms(cuts: int, seed: int) -> list[float]:
 @contextlib.contextmanager
 def _command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A side as a user starts it; killed in the end."""
-    command = [sys.executable, "-m", "postcopy", arguments[0], "--json", *arguments[1:]]
+    command = python("-m", "postcopy", arguments[0], "--json", *arguments[1:])
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             yield process

@@ -11,8 +11,6 @@ textfile collector of the node exporter.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from postcopy import __version__
 from postcopy._errors import ConfigurationError, ResourceError
+from postcopy._files import check_new_file, replacing, write_all
 from postcopy.machines import Machine
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration
@@ -72,16 +71,8 @@ class Metrics(Collector):
     def write(self, path: str) -> None:
         """Writes `text` to a file: the whole one appears or none. `ResourceError` when it cannot."""
         try:
-            directory = os.path.dirname(os.path.abspath(path))
-            fd, part = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=directory)
-            try:
-                with os.fdopen(fd, "wb") as file:
-                    file.write(self.text())
-                    os.fchmod(file.fileno(), 0o644)  # another user's node exporter reads it
-                os.replace(part, path)
-            except BaseException:
-                os.unlink(part)
-                raise
+            with replacing(path, 0o644, durable=False) as fd:  # another user's node exporter reads it
+                write_all(fd, self.text())
         except OSError as error:
             raise ResourceError(f"--metrics-file {path}: {error.strerror}") from error
 
@@ -230,8 +221,6 @@ def _numbers(job: Migration) -> _Numbers | None:
 
 def check_file(path: str) -> None:
     """`ConfigurationError` when no metrics could be written there: to be found out at the beginning."""
-    directory = os.path.dirname(os.path.abspath(path))
     if not path.endswith(".prom"):
         raise ConfigurationError(f"--metrics-file {path}: the textfile collector reads names that end in .prom")
-    if os.path.isdir(path) or not os.path.isdir(directory) or not os.access(directory, os.W_OK):
-        raise ConfigurationError(f"--metrics-file {path}: no right to write a file into {directory}")
+    check_new_file("--metrics-file", path)

@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,6 +20,7 @@ from types import TracebackType
 
 import trio
 
+from postcopy._child import python
 from postcopy._errors import ResourceError
 
 from . import _runner
@@ -35,7 +35,7 @@ RUNS_OF_A_MEASURE = 3
 """At most; the locks need an idle one, and one each with a fault elsewhere and in the same mapping."""
 STOP_S = _runner.SWEEP_S + 5.0
 
-COMMAND = [sys.executable, "-P", "-m", "postcopy.faultpaths._runner"]
+COMMAND = python("-m", "postcopy.faultpaths._runner")
 
 
 class Runner:

@@ -20,13 +20,13 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from postcopy._child import python
 from postcopy._errors import ConfigurationError, PostcopyError, ResourceError
 
 from . import _namespaces as namespaces
@@ -53,7 +53,7 @@ class Host:
     def command(self, *command: str) -> list[str]:
         """The command that runs a command here. It is the same process (execvp(3)): its status and its signals are
         the command's own."""
-        return [sys.executable, "-m", "postcopy", "lab", "exec", "--name", self.lab.name, self.name, "--", *command]
+        return python("-m", "postcopy", "lab", "exec", "--name", self.lab.name, self.name, "--", *command)
 
     def enter(self) -> None:
         """Moves this process, which must have one thread, into the host's namespaces: between fork(2) and execve(2)."""
@@ -95,7 +95,7 @@ class Host:
         plan = f"none:delay={delay_us / 1000:g}ms"
         arguments = ("chaos", plan, "--json", "--seed", "0", "--listen", "127.0.0.1:0", "--to", target)
         with subprocess.Popen(
-            self.command(sys.executable, "-m", "postcopy", *arguments),
+            self.command(*python("-m", "postcopy", *arguments)),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -135,7 +135,7 @@ class Worker:
         _need_pyroute2()
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "postcopy.lab._netlink"],
+            python("-m", "postcopy.lab._netlink"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd="/",
@@ -234,15 +234,14 @@ class Lab:
         # Who may not make the others makes a user namespace of his own first, in which he may.
         user = not namespaces.may_make_networks()
         holder = subprocess.Popen(
-            [
-                sys.executable,
+            python(
                 "-m",
                 "postcopy.lab._holder",
                 f"{HOLDER}:{mark}",
                 str(len(hosts) + 1),
                 "user" if user else "-",
                 str(state.path_of(directory, plan.name)),
-            ],
+            ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, namespaces.MARK: mark},

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from postcopy._errors import ConfigurationError, ResourceError
+from postcopy._files import replacing, write_all
 
 Json = dict[str, Any]
 _SUFFIX = ".json"
@@ -81,10 +82,8 @@ def path_of(where: Path, name: str) -> Path:
 
 def write(where: Path, name: str, record: Json) -> None:
     """Whole or not at all, whenever this process is killed."""
-    path = path_of(where, name)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    new.replace(path)
+    with replacing(str(path_of(where, name))) as fd:
+        write_all(fd, json.dumps(record, indent=1).encode())
 
 
 def read(where: Path, name: str) -> Json | None:
@@ -100,8 +99,7 @@ def read(where: Path, name: str) -> Json | None:
 
 
 def remove(where: Path, name: str) -> None:
-    for path in (path_of(where, name), path_of(where, name).with_suffix(".new")):
-        path.unlink(missing_ok=True)
+    path_of(where, name).unlink(missing_ok=True)
 
 
 def names(where: Path) -> list[str]:

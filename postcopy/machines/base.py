@@ -15,7 +15,6 @@ it.
 from __future__ import annotations
 
 import abc
-import contextlib
 import enum
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import Any, ClassVar, Self
 
 from postcopy._blocking import run_sync
 from postcopy._errors import PostcopyError
+from postcopy._files import replacing
 from postcopy.memory import Memory
 
 CLOSE_TIMEOUT_S = 5.0
@@ -236,8 +236,8 @@ class Machine(abc.ABC):
     async def dump(self, path: str | os.PathLike[str]) -> None:
         """Writes the memory to a file, block after block, sparse where it is zero. Paused, all pages there.
 
-        The file appears when it is complete: until then it is `path` with ``.part`` added. Cancellation leaves the
-        worker thread to finish and remove that. `PostcopyError` when the file cannot be written.
+        The file appears when it is complete and on the disk (`_files.replacing`). Cancellation leaves the worker thread
+        to finish. `PostcopyError` when the file cannot be written.
         """
         memories = [block.memory for block in self.blocks]
         # When abandoned it finds, at the latest at the next block, that the memory is closed.
@@ -251,28 +251,13 @@ class Machine(abc.ABC):
 
 
 def _dump(memories: Sequence[Memory], size_bytes: int, path: str) -> None:
-    part = path + ".part"
     try:
-        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    except (OSError, ValueError) as error:
-        raise PostcopyError(f"dump to {path}: {_reason(error)}") from error
-    try:
-        try:
+        with replacing(path) as fd:
             offset = 0
             for memory in memories:
                 memory.dump(fd, offset)
                 offset += memory.size_bytes
             os.ftruncate(fd, size_bytes)
-        finally:
-            os.close(fd)
-        os.replace(part, path)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
-        if isinstance(error, OSError):
-            raise PostcopyError(f"dump to {path}: {_reason(error)}") from error
-        raise
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise PostcopyError(f"dump to {path}: {reason or error}") from error

@@ -32,6 +32,7 @@ from typing import Any
 
 import trio
 
+from postcopy._child import python
 from postcopy._errors import MigrationError
 
 COUNT_PORT = 2007
@@ -265,7 +266,7 @@ async def open_ping_process(
 ) -> AsyncIterator[PingProcess]:
     """Starts a stream to `address`; `wrap` makes the command one that runs elsewhere, as in a host of a laboratory. No
     process is left afterwards. `MigrationError` when it cannot be started."""
-    command = [sys.executable, "-m", "postcopy.testing.pinger", address, "--interval", f"{interval_s:g}", "--verbose"]
+    command = python("-m", "postcopy.testing.pinger", address, "--interval", f"{interval_s:g}", "--verbose")
     try:
         process = await trio.lowlevel.open_process(wrap(command), stdin=DEVNULL, stdout=PIPE)
     except OSError as error:

@@ -26,6 +26,8 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from postcopy._child import python
+
 WORKLOADS = ("random", "dirty")
 PAGERS = ("thread", "process")
 PLAN = "cut:every=0.05..0.25,down=0..0.05,ways=reset+reset+reset+close+truncate"
@@ -44,7 +46,7 @@ def run_one(arguments: list[str], seed: int) -> tuple[dict[str, Any] | None, str
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
-            [sys.executable, "-m", "postcopy", *arguments], stdout=subprocess.PIPE, stderr=errors, text=True
+            python("-m", "postcopy", *arguments), stdout=subprocess.PIPE, stderr=errors, text=True
         ) as process,
     ):
         late = threading.Timer(DEADLINE_S, process.kill)

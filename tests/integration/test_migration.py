@@ -284,6 +284,8 @@ class TestKvm:
         status, result, errors = source.end()
         assert status == 1
         assert result["status"] == "cancelled"
+        dest.wait_for_errors("waiting for the next one")
+        dest.signal(signal.SIGTERM)
         status, result, errors = dest.end()
         assert status == 1
         assert "the source aborted: interrupted at the source" in result["error"]

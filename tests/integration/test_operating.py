@@ -119,6 +119,8 @@ class TestBothSides:
         at.ask("cancel")
         failed = source.wait_for("end", lambda line: line["event"] == "migration-failed")
         assert failed["status"] == "cancelled"
+        dest.wait_for_errors("waiting for the next one")
+        dest.signal(signal.SIGTERM)
         assert dest.end()[0] == 1
         here = at.wait("going on", lambda here: here["rv64"]["guest"]["state"] == "running")
         before = here["rv64"]["guest"]["operations"]

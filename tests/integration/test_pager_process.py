@@ -105,6 +105,8 @@ def test_pager_dies_before_commit(side: Start) -> None:
     source.wait_status("active")
     line = dest.wait_for("a pager", lambda line: bool((line.get("pager") or {}).get("pid")))
     os.kill(line["pager"]["pid"], signal.SIGKILL)
+    dest.wait_for_errors("waiting for the next one")
+    dest.signal(signal.SIGTERM)
     status, result, _ = dest.end()
     assert status == 1
     assert "the pager's process has died (SIGKILL)" in result["error"]

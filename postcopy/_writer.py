@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lines on their way to a descriptor that somebody else reads, or does not.
+
+A terminal that was stopped with Ctrl-S, a pager, a log collector that hangs, a pipe that nobody empties: a write to any
+of them can wait for ever, and whoever writes waits with it. So nobody writes but one thread for each descriptor, which
+has nothing else to do; all others, from whatever thread, put a line into its queue, and never wait.
+
+**What is dropped.** The queue has room for a little progress, for more log lines, and for very many lines of what must
+not be lost (results, endings, errors); a kind that has used up its room is dropped, and counted. When somebody reads
+again, the reader is told once how many lines are missing.
+
+**The end.** `close` waits for what is queued as long as somebody reads, for `STALLED_S` when nobody does, and for
+`CLOSE_S` in all. Then the thread is left behind in its write; it is a daemon, and holds up no process's end.
+
+A descriptor whose reader is gone is given up. One with no room (a full disk) is not: what must not be lost is tried
+again, other lines are dropped.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import io
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TextIO
+
+STALLED_S = 2.0
+CLOSE_S = 10.0
+RETRY_S = 1.0
+_READER_IS_GONE = frozenset({errno.EPIPE, errno.EBADF, errno.EIO, errno.ENXIO, errno.ECONNRESET})
+
+
+class Kind(enum.IntEnum):
+    """How much of a queue a line may use; the value is that room, in bytes."""
+
+    PROGRESS = 64 << 10  # the next one says the same, newer
+    LOG = 1 << 20
+    LASTING = 16 << 20  # results, endings, errors: tens of thousands of them
+
+
+class Writer:
+    """Takes lines for one stream. All methods from any thread."""
+
+    def __init__(self, stream: TextIO | None, dropped: Callable[[int], str]) -> None:
+        """`dropped` makes the line that says how many are missing.
+
+        A stream that has no descriptor (a `StringIO`) cannot make anybody wait: it is written to at once. None: nobody
+        is there, as where a process was started with the descriptor closed.
+        """
+        self._stream: TextIO | None = None
+        self._fd = -1
+        try:
+            self._fd = stream.fileno() if stream is not None else -1
+        except (OSError, ValueError, AttributeError):
+            self._stream = stream
+        self._encoding = getattr(stream, "encoding", None) or "utf-8"
+        self._dropped_line = dropped
+        self._changed = threading.Condition()
+        self._queue: deque[tuple[bytes, Kind]] = deque()
+        self._queued_bytes = 0
+        self._dropped = 0
+        self._failing = False  # the last write failed: no use in saying how many were dropped
+        self._torn = False  # the last line was written in part only
+        self._gone = self._fd < 0 and self._stream is None
+        self._busy = False  # the thread has a line that is not in the queue any more
+        self._progressed_s = time.monotonic()
+        self._thread: threading.Thread | None = None
+
+    def put(self, text: str, kind: Kind) -> bool:
+        """Queues `text` as it is. False when it was dropped: there was no room, or nobody is there to read it."""
+        if self._stream is not None:
+            return self._put_at_once(self._stream, text)
+        data = text.encode(self._encoding, "backslashreplace")
+        with self._changed:
+            if self._gone:
+                return False
+            if self._queued_bytes + len(data) > kind:
+                self._dropped += 1
+                return False
+            self._queue.append((data, kind))
+            self._queued_bytes += len(data)
+            self._changed.notify_all()
+        return True
+
+    def start(self) -> None:
+        """Begins to write; until then lines are queued. A process that is to change its user, which must have one
+        thread, starts it afterwards. Twice does no harm. RuntimeError when the system gives no thread."""
+        if not self._gone and self._stream is None and self._thread is None:
+            thread = threading.Thread(target=self._run, name="pc-output", daemon=True)
+            thread.start()
+            self._thread = thread
+
+    def close(self, deadline_s: float = CLOSE_S) -> bool:
+        """Waits for what is queued, as long as it says above; starts it where nobody has. False when something was
+        left."""
+        if not self._queue and self._thread is None:
+            return True
+        try:
+            self.start()
+        except RuntimeError:
+            return False
+        began_s = time.monotonic()
+        with self._changed:
+            while (self._queue or self._busy) and not self._gone:
+                give_up_s = min(max(began_s, self._progressed_s) + STALLED_S, began_s + deadline_s)
+                if give_up_s <= time.monotonic():
+                    return False
+                self._changed.wait(give_up_s - time.monotonic())
+        return True
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody will read any more."""
+        return self._gone
+
+    # ---- private
+
+    def _put_at_once(self, stream: TextIO, text: str) -> bool:
+        if self._gone:
+            return False
+        try:
+            stream.write(text)
+            stream.flush()
+        except (OSError, ValueError):
+            self._gone = True
+        return not self._gone
+
+    def _run(self) -> None:
+        while True:
+            data, kind, note = self._next()
+            try:
+                self._write(data)
+            except OSError as error:
+                if not self._failed(error, data, kind, note):
+                    return
+            else:
+                self._failing = self._torn = False
+
+    def _next(self) -> tuple[bytes, Kind, int]:
+        """A line, or the one that says how many were dropped, and how many that are."""
+        with self._changed:
+            while True:
+                if self._queue:
+                    data, kind = self._queue.popleft()
+                    self._queued_bytes -= len(data)
+                    self._busy = True
+                    return data, kind, 0
+                if self._dropped and not self._failing:
+                    # They came after what was queued, all of which is written.
+                    note, self._dropped = self._dropped, 0
+                    self._busy = True
+                    return self._dropped_line(note).encode(), Kind.LOG, note
+                self._busy = False
+                self._changed.notify_all()
+                self._changed.wait()
+
+    def _write(self, data: bytes) -> None:
+        rest = memoryview(b"\n" + data if self._torn else data)
+        while rest:
+            try:
+                rest = rest[os.write(self._fd, rest) :]
+            except BlockingIOError:  # whoever shares the descriptor has made it so
+                poll = select.poll()
+                poll.register(self._fd, select.POLLOUT)
+                poll.poll()
+                continue
+            self._torn = True  # until all of it is there
+            self._progressed_s = time.monotonic()
+
+    def _failed(self, error: OSError, data: bytes, kind: Kind, note: int) -> bool:
+        """False when nobody will read any more."""
+        with self._changed:
+            self._failing = True
+            if error.errno in _READER_IS_GONE:
+                self._gone = True
+                self._queue.clear()
+                self._busy = False
+                self._changed.notify_all()
+                return False
+            if kind is Kind.LASTING:
+                self._queue.appendleft((data, kind))
+                self._queued_bytes += len(data)
+                self._changed.wait(RETRY_S)
+            else:
+                self._dropped += note or 1
+        return True
+
+
+class QueuedStream(io.TextIOBase):
+    """What takes a standard stream's place where its lines go through a `Writer`, for whoever prints: Rich, the
+    interpreter's own messages. A line, or what was written before a `flush`, is queued in one piece."""
+
+    def __init__(self, writer: Writer, stream: TextIO | None) -> None:
+        self.writer = writer
+        self._stream = stream
+        self._local = threading.local()
+
+    def as_kind(self, kind: Kind) -> None:
+        """What this thread writes from now on is of this kind; of no importance but for what is dropped."""
+        self._local.kind = kind
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return self._stream is not None and self._stream.isatty()
+
+    def fileno(self) -> int:
+        if self._stream is None:
+            raise io.UnsupportedOperation("there is no such stream")
+        return self._stream.fileno()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        """BrokenPipeError when nobody will read any more."""
+        self._local.text = getattr(self._local, "text", "") + text
+        if text.endswith("\n"):
+            self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        text, self._local.text = getattr(self._local, "text", ""), ""
+        if text:
+            self.writer.put(text, getattr(self._local, "kind", Kind.LASTING))
+        if text and self.writer.gone:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))

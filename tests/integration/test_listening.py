@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A destination that listens takes a machine, whoever else has been there before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from postcopy.migration.channels import CallingLink, parse_address
+
+Start = Callable[..., Any]
+Hello = Callable[[str], socket.socket]
+MIB = 1 << 20
+
+pytestmark = pytest.mark.needs("uffd-user")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    path.write_bytes(os.urandom(MIB))
+    return path
+
+
+@pytest.fixture
+def hello() -> Iterator[Callable[[str], socket.socket]]:
+    """Says a good hello to an address, and returns the connection, which stays open as long as the test."""
+    with contextlib.ExitStack() as stack:
+
+        async def say(address: str) -> int:
+            link = await CallingLink.open(parse_address(address), "source")
+            fd = link.control.socket.detach()
+            os.set_blocking(fd, True)
+            return fd
+
+        yield lambda address: stack.enter_context(socket.socket(fileno=trio.run(say, address)))
+
+
+@pytest.mark.parametrize("stranger", ["hangs up", "says nothing", "talks nonsense"])
+def test_after_a_good_hello(side: Start, image: Path, hello: Hello, stranger: str) -> None:
+    dest = side("dest", "--json", "--listen", "127.0.0.1:0")
+
+    for _ in range(3):
+        connection = hello(dest.address)
+        if stranger == "hangs up":
+            connection.close()
+        elif stranger == "talks nonsense":
+            connection.sendall(b"\0\0\0\x05nonsense")
+    source = side("source", "--json", "--machine", "image", "--image", image, "--connect", dest.address)
+    status, _, errors = source.end()
+    assert status == 0, errors
+    status, result, errors = dest.end()
+    assert status == 0, errors
+    assert result["verified"] is True
+
+
+def test_after_offers_that_came_to_nothing(side: Start, image: Path, tmp_path: Path) -> None:
+    """One that was rejected, and one that was taken and given up before it was decided."""
+    dest = side("dest", "--json", "--listen", "127.0.0.1:0")
+    rejected = side(
+        "source", "--json", "--machine", "rv64", "--memory", "16MiB", "--workload", "disk", "--disk", tmp_path / "disk",
+        "--connect", dest.address,
+    )  # fmt: skip
+    status, result, errors = rejected.end()
+    assert status == 1
+    assert "--disk" in errors
+    given_up = side(
+        "source", "--json", "--machine", "rv64", "--memory", "16MiB", "--migrate-after", "60", "--connect", dest.address
+    )
+    given_up.wait_status("active")
+    given_up.signal(signal.SIGTERM)
+    assert given_up.end()[0] == 1
+    dest.wait_for("the end of it", lambda line: line["event"] == "migration-ended")
+    source = side("source", "--json", "--machine", "image", "--image", image, "--connect", dest.address)
+    status, _, errors = source.end()
+    assert status == 0, errors
+    status, result, errors = dest.end()
+    assert status == 0, errors
+    assert result["status"] == "completed"
+    assert errors.count("waiting for the next one") == 2
+
+
+def test_a_signal_ends_it(side: Start, hello: Hello) -> None:
+    """Also while somebody is there who says nothing."""
+    dest = side("dest", "--json", "--listen", "127.0.0.1:0")
+    hello(dest.address)
+    dest.signal(signal.SIGTERM)
+    status, result, errors = dest.end()
+    assert status == 1
+    assert result["status"] == "failed"
+    assert "interrupted before a machine came" in result["error"]
+    assert errors.count("postcopy: error:") == 1
+
+
+@pytest.mark.parametrize("name", ["source", "dest"])
+def test_a_signal_ends_connecting(side: Start, name: str) -> None:
+    """With a peer that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        machine = ("--machine", "rv64", "--memory", "16MiB") if name == "source" else ()
+        one = side(name, "--json", *machine, "--connect", f"127.0.0.1:{silent.getsockname()[1]}")
+        silent.settimeout(30)
+        peer, _ = silent.accept()
+        with peer:
+            one.signal(signal.SIGTERM)
+            status, result, errors = one.end(5)
+    assert status == 1
+    assert "interrupted" in result["error"]
+    assert errors.count("postcopy: error:") == 1
+
+
+def test_lost_destinations_take_nobodys_place(side: Start, tmp_path: Path) -> None:
+    """Those of an image may come back, and are waited for: more of them than are served at a time."""
+    image = tmp_path / "large"
+    image.write_bytes(os.urandom(4 * MIB))
+    source = side(
+        "source", "--json", "--machine", "image", "--image", image, "--listen", "127.0.0.1:0", "--serve", "forever",
+        "--max-bandwidth", "256KiB/s",
+    )  # fmt: skip
+    for _ in range(18):
+        dest = side("dest", "--json", "--connect", source.address)
+        dest.wait_status("postcopy-active")
+        dest.signal(signal.SIGKILL)
+    last = side("dest", "--json", "--connect", source.address)
+    last.wait_status("postcopy-active")
+    last.signal(signal.SIGTERM)
+    last.end()
+    source.signal(signal.SIGTERM)
+    source.end()

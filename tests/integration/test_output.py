@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nobody reads what a process says: its work, its orders and its end do not notice."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MIB = 1 << 20
+DEADLINE_S = 60.0
+POSTCOPY = (sys.executable, "-P", "-m", "postcopy")
+
+
+@pytest.fixture
+def full() -> Iterator[int]:
+    """A pipe without room, whose reader never reads."""
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    for size in (4096, 1):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(write_fd, b"." * size)
+    os.set_blocking(write_fd, True)
+    yield write_fd
+    os.close(read_fd)
+    os.close(write_fd)
+
+
+@pytest.fixture
+def deaf(full: int) -> Iterator[Callable[..., Any]]:
+    """``deaf(*arguments)``: a `postcopy` process that says much, to nobody."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments: object) -> subprocess.Popen[bytes]:
+            command = [*POSTCOPY, *(str(argument) for argument in arguments), "--json", "--log-level", "debug"]
+            process = stack.enter_context(subprocess.Popen(command, stdout=full, stderr=full, start_new_session=True))
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def _wait_listening(port: int) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _ctl(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    deadline = time.monotonic() + DEADLINE_S
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return subprocess.run(
+        [*POSTCOPY, "ctl", str(path), *arguments], capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+
+
+@pytest.mark.needs("uffd-user")
+def test_a_migration_completes(deaf: Callable[..., Any], tmp_path: Path) -> None:
+    image, dump = tmp_path / "image", tmp_path / "dump"
+    image.write_bytes(os.urandom(4 * MIB))
+    port = _free_port()
+    dest = deaf("dest", "--listen", f"127.0.0.1:{port}", "--dump", dump)
+    _wait_listening(port)
+    source = deaf(
+        "source", "--machine", "image", "--image", image, "--connect", f"127.0.0.1:{port}", "--max-bandwidth", "2MiB/s"
+    )
+    assert source.wait(DEADLINE_S) == 0
+    assert dest.wait(DEADLINE_S) == 0
+    assert dump.read_bytes() == image.read_bytes()
+
+
+@pytest.mark.needs("uffd-user")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_both_sides(deaf: Callable[..., Any], number: signal.Signals) -> None:
+    port = _free_port()
+    dest = deaf("dest", "--listen", f"127.0.0.1:{port}")
+    _wait_listening(port)
+    source = deaf("source", "--machine", "rv64", "--memory", "16MiB", "--listen", "127.0.0.1:0")
+    for one in (source, dest):
+        one.send_signal(number)
+    for one in (source, dest):
+        assert one.wait(DEADLINE_S) in (1, -number)  # the signal itself: it came before there was a receiver
+
+
+def test_a_daemon_takes_orders(deaf: Callable[..., Any], tmp_path: Path) -> None:
+    at = tmp_path / "control"
+    daemon = deaf("daemon", "--control", at, "--machine", "rv64", "--memory", "16MiB", "--name", "vm")
+    assert "vm" in _ctl(at, "status").stdout
+    assert _ctl(at, "start", "rv64", "--name", "other", "--memory", "16MiB").returncode == 0
+    assert _ctl(at, "end", "--machine", "other").returncode == 0
+    daemon.send_signal(signal.SIGTERM)
+    assert daemon.wait(DEADLINE_S) == 0
+
+
+def test_an_error_is_no_reason_to_stay(deaf: Callable[..., Any]) -> None:
+    for arguments in (("dest", "--listen", "nonsense"), ("source", "--nonsense")):
+        assert deaf(*arguments).wait(DEADLINE_S) == 2
+
+
+def test_descriptors_that_are_closed(tmp_path: Path) -> None:
+    """Nothing that the process opens gets their numbers."""
+    at = tmp_path / "control"
+    command = [*POSTCOPY, "daemon", "--control", str(at), "--machine", "rv64", "--memory", "16MiB"]
+    closed = subprocess.Popen(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command])
+    try:
+        assert _ctl(at, "status").returncode == 0
+        for fd in (0, 1, 2):
+            assert os.readlink(f"/proc/{closed.pid}/fd/{fd}") == os.devnull
+        closed.send_signal(signal.SIGTERM)
+        assert closed.wait(DEADLINE_S) == 0
+    finally:
+        closed.kill()
+        closed.wait()

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lines whose reader does not read, has gone, or has no room."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+import pytest
+
+from postcopy import _writer
+from postcopy._writer import Kind, QueuedStream, Writer
+from postcopy.progress import LogHandler, Output
+
+
+class _Stream(io.StringIO):
+    """A standard stream, as far as a writer cares."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+
+class Pipe:
+    """A pipe that has no room left, until somebody reads."""
+
+    def __init__(self) -> None:
+        self.read_fd, self.write_fd = os.pipe()
+        os.set_blocking(self.write_fd, False)
+        self.stuffing = 0
+        for size in (4096, 1):
+            try:
+                while True:
+                    self.stuffing += os.write(self.write_fd, b"." * size)
+            except BlockingIOError:
+                pass
+        os.set_blocking(self.write_fd, True)
+        self.stream = _Stream(self.write_fd)
+
+    def unstuff(self) -> None:
+        while self.stuffing:
+            self.stuffing -= len(os.read(self.read_fd, self.stuffing))
+
+    def read_until(self, found: Callable[[str], bool]) -> str:
+        """Everything, up to a text of which `found` is true."""
+        text = ""
+        deadline = time.monotonic() + 30
+        while not found(text):
+            assert time.monotonic() < deadline, text[-2000:]
+            text += os.read(self.read_fd, 65536).decode()
+        return text
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    pipe = Pipe()
+    yield pipe
+    pipe.unstuff()  # not closed: a writer's thread must not find another file under that number
+
+
+def _writer_on(stream: TextIO) -> Writer:
+    writer = Writer(stream, lambda count: f"{count} dropped\n")
+    writer.start()
+    return writer
+
+
+def test_nobody_waits_for_a_reader(pipe: Pipe) -> None:
+    """What there is no room for is dropped by its kind, and counted; the rest comes, in order, when somebody reads."""
+    writer = _writer_on(pipe.stream)
+    line = "p" * 999 + "\n"
+    taken = [writer.put(line, Kind.PROGRESS) for _ in range(100)]
+    assert taken[0]
+    assert not taken[-1]
+    logged = [writer.put("l" * 999 + "\n", Kind.LOG) for _ in range(2000)]
+    assert logged[0]
+    assert not logged[-1]
+    assert writer.put("the result\n", Kind.LASTING)
+    pipe.unstuff()
+    text = pipe.read_until(lambda text: text.endswith("dropped\n"))
+    lines = text.splitlines()
+    assert lines[-2:] == ["the result", f"{taken.count(False) + logged.count(False)} dropped"]
+    assert lines.count("p" * 999) == taken.count(True)
+    assert lines.count("l" * 999) == logged.count(True)
+    assert writer.close()
+
+
+def test_its_end_is_bounded(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_writer, "STALLED_S", 0.1)
+    writer = _writer_on(pipe.stream)
+    writer.put("the result\n", Kind.LASTING)
+    assert not writer.close()  # and returns
+
+
+def test_a_reader_that_is_slow_gets_all_of_it(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = _writer_on(pipe.stream)
+    for number in range(1000):
+        writer.put(f"{number:0999}\n", Kind.LASTING)
+    closed: list[bool] = []
+    end = threading.Thread(target=lambda: closed.append(writer.close()))
+    end.start()
+    pipe.unstuff()
+    text = pipe.read_until(lambda text: text.endswith(f"{999:0999}\n"))
+    end.join(30)
+    assert closed == [True]
+    assert [int(line) for line in text.splitlines()] == list(range(1000))
+
+
+def test_a_reader_that_has_gone() -> None:
+    read_fd, write_fd = os.pipe()
+    stream = _Stream(write_fd)
+    writer = _writer_on(stream)
+    os.close(read_fd)
+    writer.put("a line\n", Kind.LASTING)
+    assert writer.close()
+    assert writer.gone
+    assert not writer.put("another\n", Kind.LASTING)
+    with pytest.raises(BrokenPipeError):
+        QueuedStream(writer, stream).write("as a program would print it\n")
+
+
+def test_no_room_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tried again, whole, as long as there is time; progress is dropped."""
+    monkeypatch.setattr(_writer, "STALLED_S", 0.1)
+    writer = _writer_on(_Stream(os.open("/dev/full", os.O_WRONLY)))
+    writer.put("progress\n", Kind.PROGRESS)
+    writer.put("the result\n", Kind.LASTING)
+    assert not writer.close()
+    assert not writer.gone
+
+
+def test_a_descriptor_that_does_not_block(pipe: Pipe) -> None:
+    os.set_blocking(pipe.write_fd, False)
+    writer = _writer_on(pipe.stream)
+    writer.put("the result\n", Kind.LASTING)
+    pipe.unstuff()
+    assert pipe.read_until(lambda text: text.endswith("\n")) == "the result\n"
+
+
+def test_no_stream_at_all() -> None:
+    output = Output(True, None, None)
+    output.start()
+    output.emit("result", {})
+    output.say("a word")
+    output.close()
+
+
+def test_nothing_is_written_before_the_start(pipe: Pipe) -> None:
+    """By then there must be one thread only, where a user is to be changed."""
+    before = threading.active_count()
+    writer = Writer(pipe.stream, str)
+    writer.put("early\n", Kind.LASTING)
+    assert threading.active_count() == before
+    pipe.unstuff()
+    assert writer.close()
+    assert pipe.read_until(lambda text: text.endswith("\n")) == "early\n"
+
+
+def test_output_says_once_that_nobody_reads(pipe: Pipe) -> None:
+    """And logging, from any thread, and events do not wait either."""
+    stderr = io.StringIO()
+    output = Output(True, pipe.stream, stderr)
+    output.start()
+    for number in range(1000):
+        output.emit("progress", {"number": number, "padding": "x" * 200})
+    output.emit("result", {"status": "completed"})
+    assert stderr.getvalue().count("nobody reads") == 1
+    pipe.unstuff()
+    lines = pipe.read_until(lambda text: "output-dropped" in text and text.endswith("\n")).splitlines()
+    events = [json.loads(line) for line in lines]
+    assert [event["event"] for event in events[-2:]] == ["result", "output-dropped"]
+    assert events[-1]["lines"] + len(events) - 2 == 1000
+
+
+def test_logging_from_threads_does_not_wait(pipe: Pipe) -> None:
+    output = Output(False, io.StringIO(), pipe.stream)
+    output.start()
+    logger = logging.getLogger("postcopy.test_output")
+    logger.propagate = False
+    logger.addHandler(LogHandler(output))
+    try:
+
+        def say_much() -> None:
+            for _ in range(300):
+                logger.warning("x" * 5000)
+
+        threads = [threading.Thread(target=say_much) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        logger.error("the end")
+    finally:
+        logger.handlers.clear()
+    pipe.unstuff()
+    text = pipe.read_until(lambda text: "lines are missing" in text and text.endswith("\n"))
+    assert "postcopy: error: the end" in text
+
+
+def test_a_traceback_is_said_in_plain_text_too() -> None:
+    stderr = io.StringIO()
+    output = Output(False, io.StringIO(), stderr)
+    logger = logging.getLogger("postcopy.test_output")
+    logger.propagate = False
+    logger.addHandler(LogHandler(output))
+    try:
+        raise RuntimeError("on purpose")
+    except RuntimeError:
+        logger.exception("it failed")
+    finally:
+        logger.handlers.clear()
+    assert "RuntimeError: on purpose" in stderr.getvalue()
