@@ -243,13 +243,22 @@ class Source:
     """A source that connects, or that a destination has connected to (`Listener.source`)."""
 
     def __init__(
-        self, address: Address, machine: Machine, version: int, *, bulk_channels: int = 1, placed_every_ms: int = 0
+        self,
+        address: Address,
+        machine: Machine,
+        version: int,
+        *,
+        bulk_channels: int = 1,
+        placed_every_ms: int = 0,
+        more: Fields | None = None,
     ) -> None:
+        """`more`: fields of the offer that nobody knows."""
         self.address = address
         self.machine = machine
         self.version = version
         self.bulk_channels = bulk_channels
         self.placed_every_ms = placed_every_ms
+        self.more = more or {}
         self.migration, self.token = os.urandom(16), os.urandom(16)
         self.epoch = 0
         self.control: ControlLine
@@ -276,6 +285,7 @@ class Source:
             blocks=self.machine.blocks,
             bulk_channels=self.bulk_channels,
             placed_every_ms=self.placed_every_ms,
+            **self.more,
         )
         return self
 
@@ -537,8 +547,7 @@ class Listener:
     def __init__(self, version: int) -> None:
         self.version = version
         self._socket = socket.create_server(("127.0.0.1", 0))
-        self._socket.settimeout(TIMEOUT_S)
-        self.accepted = 0
+        self._silent: list[Line] = []
 
     @property
     def address(self) -> Address:
@@ -549,16 +558,36 @@ class Listener:
     def where(self) -> str:
         return "{}:{}".format(*self.address)
 
-    def accept(self) -> Line:
-        """The connection as it comes, nothing said."""
+    def accept(self, timeout_s: float = TIMEOUT_S) -> Line:
+        """The connection as it comes, nothing said. `TimeoutError` when there is none."""
+        self._socket.settimeout(timeout_s)
         sock, _ = self._socket.accept()
-        self.accepted += 1
         return Line(sock, self.version)
 
-    def hello(self) -> tuple[Line, Fields]:
+    def take_what_waits(self) -> None:
+        """Takes and closes all connections that have been made already."""
+        with contextlib.suppress(TimeoutError):
+            while True:
+                self.accept(0.3).close()
+
+    def keep_silent(self) -> None:
+        """Takes every connection from now on, and says nothing."""
+
+        def take() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    self._silent.append(self.accept(600))
+
+        threading.Thread(target=take, daemon=True).start()
+
+    def backlog(self) -> bool:
+        """Whether somebody has connected, and nobody has spoken to him yet."""
+        return bool(self._silent) or bool(select.select([self._socket], [], [], 0)[0])
+
+    def hello(self, timeout_s: float = TIMEOUT_S) -> tuple[Line, Fields]:
         """The next client that speaks our version, after its hello; one that calls with a newer one calls again."""
         while True:
-            line = self.accept()
+            line = self.accept(timeout_s)
             theirs = line.take(8)
             assert theirs[:7] == wire.MAGIC, theirs
             line.send(wire.preamble(min(theirs[7], self.version)))
@@ -573,8 +602,8 @@ class Listener:
         line.say("welcome")
         return line
 
-    def control(self) -> Line:
-        line, fields = self.hello()
+    def control(self, timeout_s: float = TIMEOUT_S) -> Line:
+        line, fields = self.hello(timeout_s)
         assert fields["channel"] == "control", fields
         line.say("welcome")
         return line

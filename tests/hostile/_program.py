@@ -88,7 +88,7 @@ class Program:
             env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
             start_new_session=True,
         )
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it may have a lower limit already
             resource.prlimit(self.pid, resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
             resource.prlimit(self.pid, resource.RLIMIT_CORE, (0, 0))
 
@@ -274,8 +274,8 @@ class Control:
         """`Refusal` where the answer is an error."""
         request = {"execute": execute, "arguments": {key.replace("_", "-"): value for key, value in arguments.items()}}
         with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(self.path))  # blocking: without, a full backlog is an error at once (unix(7))
             connection.settimeout(deadline_s)
-            connection.connect(str(self.path))
             with connection.makefile("rwb") as file:
                 assert b"postcopy" in file.readline()
                 file.write(json.dumps(request).encode() + b"\n")

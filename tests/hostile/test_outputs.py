@@ -170,6 +170,7 @@ def test_terminal_that_hangs_up(start: Start, tmp_path: Path) -> None:
     os.close(controlling)  # writing there is EIO from now on
     source = start("source", "--json", *RV64, "--connect", address)
     assert source.end() == 0, source.tail()
+    Control(tmp_path / "d").wait_status("rv64", "completed")
     Control(tmp_path / "d").ask("quit")
     assert dest.end() == 0
 

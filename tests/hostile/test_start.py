@@ -96,7 +96,7 @@ def test_dump_does_not_follow_a_link(start: Start, version: int, tmp_path: Path)
         (tmp_path / name).symlink_to(victim)
     dest = received(start, version, target)
     status = dest.end()
-    assert victim.read_text() == "precious"
+    assert victim.read_bytes() == b"precious"
     assert status in (0, 1, 2)
     if status == 0:
         assert not target.is_symlink()
@@ -142,6 +142,12 @@ def test_stale_salvage(start: Start, version: int, tmp_path: Path) -> None:
     dest.signal(15)
     assert dest.end() == 1
     assert (tmp_path / "s" / "manifest.json").exists()
+
+
+def test_salvage_where_nothing_can_be_made(start: Start) -> None:
+    """Found out at once, and not when the machine is lost."""
+    dest = start("dest", "--json", "--listen", "127.0.0.1:0", "--salvage", "/proc/postcopy-salvage")
+    assert dest.end(20) in (1, 2)
 
 
 LONG = "/tmp/" + "x" * 300

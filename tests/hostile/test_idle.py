@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An attachment that is left alone for many heartbeats costs nothing, and is never cut."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.hostile._program import MIB, Program, python
+
+Start = Callable[..., Program]
+
+SCRIPT = """
+import sys, trio, postcopy
+async def main():
+    async with postcopy.attach(sys.argv[1]) as memory:
+        first = await memory.read(0, 4096)
+        print("attached", flush=True)
+        await trio.to_thread.run_sync(sys.stdin.readline)
+        last = await memory.read(8 << 20, 4096)
+        sys.stdout.buffer.write(first + last)
+        print("lost" if memory.failure else "kept", file=sys.stderr)
+trio.run(main)
+"""
+HEARTBEATS = 15
+
+
+def test_attachment_that_is_left_alone(start: Start, tmp_path: Path) -> None:
+    content = os.urandom(16 * MIB)  # more than fits into the sockets of channels that nobody reads
+    (tmp_path / "image").write_bytes(content)
+    image = ("--machine", "image", "--image", tmp_path / "image", "--serve", "forever", "-v")
+    source = start("source", "--json", *image, "--listen", "127.0.0.1:0", "--heartbeat", "1")
+    reading, writing = os.pipe()
+    with open(writing, "wb", buffering=0) as say:
+        client = start("-P", "-c", SCRIPT, source.where, argv=[python()], stdin=reading)
+        os.close(reading)
+        source.wait_status("postcopy-active")
+        seen = len(source.lines())
+        # Progress comes twice a second.
+        source.wait_for("many heartbeats", lambda line: len(source.lines()) > seen + 2 * HEARTBEATS)
+        cpu_s = client.cpu_s() + source.cpu_s()
+        seen = len(source.lines())
+        source.wait_for("some more", lambda line: len(source.lines()) > seen + 8)
+        cpu_s = client.cpu_s() + source.cpu_s() - cpu_s
+        say.write(b"go on\n")
+    assert client.end() == 0, client.errors()
+    statuses = {line["status"] for line in source.lines() if "status" in line}
+    assert not statuses & {"postcopy-paused", "postcopy-recover"}, f"{statuses}\n{source.errors()[-2000:]}"
+    assert cpu_s < 2.0
+    assert client.errors().endswith("kept\n")
