@@ -110,8 +110,8 @@ class Control(Generic[P]):
         self._heartbeat_s = heartbeat_s
         self._silence_s = SILENCES * heartbeat_s
         self._sending = trio.Lock()
-        # A peer that sends more than we take has to wait. A message may be of many MiB, so few of them are kept.
-        self._arrived, self._messages = trio.open_memory_channel[Message](4)
+        # A peer that sends more than we take has to wait: each of these may be megabytes.
+        self._arrived, self._messages = trio.open_memory_channel[Message](8)
         self._pong_for: Ping | None = None
         self._something_to_say = trio.Event()
         self._heard = 0  # messages, since then

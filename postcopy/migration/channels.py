@@ -14,10 +14,10 @@ a connection came about but that the migration *went on* over it: who connects a
 and is let in less often by the side that listens.
 
 **Who is believed.** Ids are no secret (they are in logs), tokens are. A hello proves that it knows the token of the
-migration that it names, and an id that is in use is nobody else's. A refusal proves it too, or decides nothing: whoever
-answers at the peer's address may be anybody. What the real peer proves is that the migration is over on its side, and
-how: each host remembers those that have ended with it (`Endings`) and tells those who come back later; the side that
-calls can call once more only to say that (`Membership.announce`).
+migration that it names, and an id that is in use is nobody else's. Welcome and refusal prove it too, or decide nothing:
+whoever answers at the peer's address may be anybody. What the real peer proves is that the migration is over on its
+side, and how: each host remembers those that have ended with it (`Endings`) and tells those who come back later; the
+side that calls can call once more only to say that (`Membership.announce`).
 
 **Strangers.** A listening port will be found by port scanners, browsers and the wrong version of ourselves. Until a
 peer has said a proper hello it gets `HANDSHAKE_TIMEOUT_S` and 16 KiB; at most `MAX_HALF_OPEN` may be in that state,
@@ -585,10 +585,8 @@ class _CallingMembership(Membership):
         hello = Hello("control", self._side, 0, session.migration, session.epoch, how or "")
         asked = self._route.address
         try:
-            stream, version = await connect(
-                asked, hello, RECONNECT_ATTEMPT_S, token=session.token, version=self._version
-            )
-            if version == self._version and (not self.is_held() or how is not None):
+            stream, _ = await connect(asked, hello, RECONNECT_ATTEMPT_S, token=session.token, version=self._version)
+            if not self.is_held() or how is not None:
                 return stream, asked, session
             stream.socket.close()
         except (PeerError, ProtocolError, ResourceError) as error:
@@ -626,10 +624,8 @@ class _CallingDoor(Door):
             with trio.fail_after(CHANNELS_TIMEOUT_S):
                 for kind, index in _keys(shards, bulk_channels):
                     hello = Hello(kind, self._side, index, session.migration, session.epoch)
-                    stream, version = await connect(self._peer, hello, token=session.token, version=self._version)
+                    stream, _ = await connect(self._peer, hello, token=session.token, version=self._version)
                     opened[kind, index] = detach(stream)
-                    if version != self._version:
-                        raise ProtocolError(f"{self._peer}: speaks version {version} on a data channel only")
         except BaseException as error:
             for fd in opened.values():
                 fd.close()
@@ -1007,7 +1003,7 @@ class Reception:
             raise self.endings.refusal(hello, handshake.version)
         place = door.reserve(hello, handshake.version)
         try:
-            await stream.send_all(handshake.send_welcome())
+            await stream.send_all(handshake.send_welcome(door.session.token))
         except BaseException:
             door.release(place)
             raise
@@ -1055,9 +1051,9 @@ class Reception:
         member.reserve(hello, handshake.version)
         if hello.ended:
             member.heard(Ended(hello.ended))
-            await stream.send_all(handshake.send_welcome())
+            await stream.send_all(handshake.send_welcome(member.session.token))
             return False
-        await stream.send_all(handshake.send_welcome())
+        await stream.send_all(handshake.send_welcome(member.session.token))
         # Somebody with a higher epoch may have come while we said welcome, and the migration may have ended or be held.
         gone = self.members.get(hello.migration) is not member or member.is_over()
         if gone or member.session.epoch != hello.epoch or member.is_held():

@@ -265,6 +265,17 @@ class Hello(Message):
 @dataclass(frozen=True)
 class Welcome(Message):
     TYPE: ClassVar[str] = "welcome"
+    proof: bytes = _wire(_octets(PROOF_BYTES, PROOF_BYTES, or_empty=True), since=3, default=b"")
+
+    def signed(self, token: bytes, hello: Hello) -> Welcome:
+        """As an answer to `hello` of somebody who knows the token, too."""
+        return replace(self, proof=self._proof(token, hello))
+
+    def is_signed(self, token: bytes, hello: Hello) -> bool:
+        return hmac.compare_digest(self._proof(token, hello), self.proof)
+
+    def _proof(self, token: bytes, hello: Hello) -> bytes:
+        return _proof(token, "welcome", hello.channel, str(hello.index), hello.migration.hex(), str(hello.epoch))
 
 
 @dataclass(frozen=True)
@@ -758,7 +769,11 @@ class _Handshake:
 
 
 class ClientHandshake(_Handshake):
-    """The connecting side's, which speaks first. `OlderPeerError` when it should have spoken another version."""
+    """The connecting side's, which speaks first. `OlderPeerError` when it should have spoken another version.
+
+    A hello that names a migration is for its peer only, and whoever answers it may be anybody: what does not know the
+    token, or speaks an older version than that migration does (the oldest would have the token sent in clear), is not
+    that peer."""
 
     _KINDS = frozenset({"welcome", "refused"})
 
@@ -775,6 +790,8 @@ class ClientHandshake(_Handshake):
     def _check_version(self, version: int) -> None:
         if version > self.version:
             self._wrong_version(version)  # it must not answer with more than it was asked for
+        if version < self.version and self._token:
+            raise ProtocolError(f"speaks version {version} of the protocol, the migration is of version {self.version}")
         if version < self.version:
             raise OlderPeerError(version)
 
@@ -785,6 +802,8 @@ class ClientHandshake(_Handshake):
             raise RefusedError(text, message.reason, message.code, proven)
         if not isinstance(message, Welcome):
             raise ProtocolError(f"answered hello with {message.TYPE}")
+        if self._token and self.version >= 3 and not message.is_signed(self._token, self._hello):
+            raise ProtocolError("welcomed us without knowing the token of the migration")
 
 
 class ServerHandshake(_Handshake):
@@ -810,8 +829,12 @@ class ServerHandshake(_Handshake):
     def hello(self) -> Hello | None:
         return cast("Hello | None", self._message)
 
-    def send_welcome(self) -> bytes:
-        return encode(Welcome(), self.version)
+    def send_welcome(self, token: bytes = b"") -> bytes:
+        """With `token`, of the migration that the hello names, it is proven to come from the peer."""
+        welcome = Welcome()
+        if token and self.hello is not None:
+            welcome = welcome.signed(token, self.hello)
+        return encode(welcome, self.version)
 
     def send_refused(self, reason: str, code: str = "other", token: bytes = b"") -> bytes:
         """With `token`, of the migration that the hello names, it is proven to come from the peer."""

@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from postcopy._errors import PeerError
+from postcopy._errors import PeerError, ProtocolError
 from postcopy.migration import channels as c
 from postcopy.migration import protocol as p
 from postcopy.migration.protocol import Ended, EndedElsewhere
@@ -192,6 +192,41 @@ async def test_a_refusal_without_proof_decides_nothing(code: str, monkeypatch: p
             again, _ = await caller.next_link()
             taken, _ = await called.next_link()
             await hang_up(again, taken)
+
+
+@pytest.mark.parametrize("token", [b"", STRANGER.token])
+async def test_a_welcome_without_proof_is_nobodys(token: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is what a stranger says after it: at the peer's address, on a control connection and on a data connection."""
+    async with met() as (_, _, here, there):
+        with here.membership(SESSION) as caller, there.membership(SESSION) as called:
+            await hang_up(here, there)
+            send_welcome, lies = p.ServerHandshake.send_welcome, 0
+
+            def lie(self: p.ServerHandshake, token_: bytes = b"") -> bytes:
+                nonlocal lies
+                lies += 1
+                return send_welcome(self, token)
+
+            with monkeypatch.context() as patch, trio.move_on_after(0.3) as scope:
+                patch.setattr(p.ServerHandshake, "send_welcome", lie)
+                await caller.next_link()
+            assert scope.cancelled_caught
+            assert lies
+            again, session = await caller.next_link()
+            taken, _ = await called.next_link()
+            with taken.door(session), again.door(session) as door, monkeypatch.context() as patch:
+                patch.setattr(p.ServerHandshake, "send_welcome", lie)
+                with pytest.raises(ProtocolError, match="without knowing the token"):
+                    await door.channels(1, 0)
+            await hang_up(again, taken)
+
+
+def test_a_migration_is_never_gone_on_with_in_an_older_version() -> None:
+    """The oldest sends the token itself: whoever answers with it at the peer's address would be given it."""
+    client = p.ClientHandshake(p.Hello("control", "source", 0, SESSION.migration, 1), SESSION.token)
+    assert SESSION.token not in client.send_hello()
+    with pytest.raises(ProtocolError, match="version 2"):
+        client.receive_data(p.MAGIC + b"\x02")
 
 
 async def test_the_side_that_calls_can_say_that_it_has_ended() -> None:

@@ -244,7 +244,7 @@ class TestHandshake:
             (p.PREAMBLE + b"\x00\x00\x40\x01", "a message of 16385 bytes"),
             (p.PREAMBLE + b"\x00\x00\x00\x00", "a message of 0 bytes"),
             (p.PREAMBLE + b"\xff\xff\xff\xff", "a message of 4294967295 bytes"),
-            (p.PREAMBLE + frame({"type": "welcome"}), "began with welcome"),
+            (p.PREAMBLE + p.encode(p.Welcome()), "began with welcome"),
             (p.PREAMBLE + p.encode(p.Hello("bulk", "dest", 16, b"", 0)), "field index must be 0 to 15"),
             (p.PREAMBLE + p.encode(p.Hello("control", "dest", 1, b"", 0)), "index must be 0"),
         ],
