@@ -311,19 +311,17 @@ static inline uint8_t *store_address(const struct pc_hart *h, uint64_t address, 
 }
 
 /* Between the two a signal may end the instruction as if it had not begun. The handler runs in this thread: the order of what
- * the compiler emits is all that is needed, and costs nothing but its freedom. */
+ * the compiler emits is all that is needed. What stands between are volatile reads only, which keep their place by themselves. */
 static inline void window_opens(struct pc_hart *h, struct op *op)
 {
-    atomic_signal_fence(memory_order_seq_cst);
+    atomic_signal_fence(memory_order_release); /* what was stored before stays before */
     h->accessing = op;
-    atomic_signal_fence(memory_order_seq_cst);
 }
 
 static inline void window_closes(struct pc_hart *h)
 {
-    atomic_signal_fence(memory_order_seq_cst);
     h->accessing = NULL;
-    atomic_signal_fence(memory_order_seq_cst);
+    atomic_signal_fence(memory_order_acquire); /* what is stored after stays after: no store passes a volatile one up */
 }
 
 /* Brings the pages of a store or an atomic; see the top of this file. */
@@ -526,7 +524,7 @@ RACY static enum outcome interpret(struct pc_hart *h)
     const void *const *table;
     struct op *const ops = h->ops;
     struct op *op = ops + (h->pc - PCG_IMAGE) / 4, *to;
-    uint64_t *const x = h->x;
+    uint64_t *const x = h->x, *to_register;
     uint64_t executed = atomic_load_explicit(&h->instructions, memory_order_relaxed);
     uint64_t bias = executed - (uint64_t)(op - ops), address, value;
     const uint64_t limit = atomic_load(&h->limit);
@@ -573,10 +571,12 @@ RACY static enum outcome interpret(struct pc_hart *h)
         p = load_address(h, address, bytes); \
         if (__builtin_expect(!p, 0)) \
             goto device_load; \
+        to_register = &x[op->rd]; /* here, since nothing is read early past the window's end */ \
         window_opens(h, op); \
         value = (uint64_t)(read); \
         window_closes(h); \
-        SET(value); \
+        *to_register = value; \
+        NEXT; \
     } while (0)
 #define STORE(bytes, write) \
     do { \
@@ -584,6 +584,7 @@ RACY static enum outcome interpret(struct pc_hart *h)
         p = store_address(h, address, bytes); \
         if (__builtin_expect(!p, 0)) \
             goto device_store; \
+        value = B; \
         touch(h, op, p, bytes); \
         write; \
         NEXT; \
@@ -664,10 +665,10 @@ op_LD: LOAD(8, ((const volatile u64_any *)p)->v);
 op_LBU: LOAD(1, *(const volatile uint8_t *)p);
 op_LHU: LOAD(2, ((const volatile u16_any *)p)->v);
 op_LWU: LOAD(4, ((const volatile u32_any *)p)->v);
-op_SB: STORE(1, *(volatile uint8_t *)p = (uint8_t)B);
-op_SH: STORE(2, ((volatile u16_any *)p)->v = (uint16_t)B);
-op_SW: STORE(4, ((volatile u32_any *)p)->v = (uint32_t)B);
-op_SD: STORE(8, ((volatile u64_any *)p)->v = B);
+op_SB: STORE(1, *(volatile uint8_t *)p = (uint8_t)value);
+op_SH: STORE(2, ((volatile u16_any *)p)->v = (uint16_t)value);
+op_SW: STORE(4, ((volatile u32_any *)p)->v = (uint32_t)value);
+op_SD: STORE(8, ((volatile u64_any *)p)->v = value);
 
 op_ADDI: SET(A + IMM);
 op_SLTI: SET((int64_t)A < (int64_t)op->imm);
