@@ -664,10 +664,12 @@ def _failed(error: PostcopyError, output: Output) -> int:
 def _keep_standard_descriptors() -> None:
     """A process may be started with its standard descriptors closed. What it opened first would get their numbers (a
     machine's memory, say), and whoever believes that 2 is where errors go would write into it."""
-    fd = 0
-    while fd <= 2:
-        fd = os.open(os.devnull, os.O_RDWR)
-    os.close(fd)
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # The lowest number that is free; whatever cannot be read or written will do.
+            os.open("/", os.O_RDONLY | os.O_DIRECTORY)
 
 
 def _run_bench(args: argparse.Namespace) -> int:
