@@ -504,7 +504,8 @@ class Daemon(Desk):
             await self._changes.wait()
         self._not_ending()
         if owned.busy or owned.machine is None:
-            raise ControlError("NotNow", f"{owned.name} is being moved already")
+            doing = "moved" if owned.migration is not None else "started"
+            raise ControlError("NotNow", f"{owned.name} is being {doing} already")
         if isinstance(owned.migration, SourceMigration) and not owned.migration.may_run:
             raise ControlError("NotNow", f"{owned.name} belongs to the destination that it was sent to")
         owned.stop = trio.Event()

@@ -101,7 +101,7 @@ async def running(**keywords: Any) -> AsyncIterator[Running]:
             nursery.start_soon(run)
             await handle.until(lambda: bool(daemon.listening()))
             if first is not None:
-                await handle.until(lambda: (handle.status("one") or {}).get("guest") is not None)
+                await handle.until(lambda: handle.status("one") is not None and not daemon._here[0].busy)
             try:
                 yield handle
             finally:
