@@ -44,6 +44,7 @@ from typing import Any
 import trio
 
 from postcopy import report
+from postcopy._blocking import keep_reserve
 from postcopy._errors import ConfigurationError, PostcopyError
 from postcopy.machines import BlockLayout, Machine, MachineOptions, create_destination, create_source
 from postcopy.migration.channels import Address, CallingLink, Endings, Link, Reception, parse_address
@@ -155,6 +156,7 @@ class Daemon(Desk):
         self.stop = stop
         done = False
         _raise_descriptor_limit()
+        keep_reserve()
         if self._listen is not None:
             self._reception = await Reception.open(self._listen, "dest", self._vacancy, self._endings)
         try:
