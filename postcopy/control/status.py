@@ -41,7 +41,7 @@ def _migration(machine: Machine | None, migration: Migration) -> Json:
         "direction": "outgoing" if outgoing else "incoming",
         "status": migration.status,
         "peer": str(migration.peer),
-        "looking-for-peer": migration.status in LOST and not migration.over,
+        "looking-for-peer": not migration.over if migration.status in LOST else None,
         "elapsed-ms": report.milliseconds(done_ns - migration.started_ns),
         "downtime-ms": report.milliseconds(migration.downtime_ns),
         "total-ms": report.milliseconds(migration.total_ns),

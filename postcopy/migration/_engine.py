@@ -111,6 +111,7 @@ class Engine(abc.ABC, Generic[P]):
         self._stop = trio.Event()  # that of `run`
         self._scope = FirstFailure()
         self._hopeless: PostcopyError | None = None  # why no other connection would help
+        self._disagreed: Disagreement | None = None  # twice, and nobody has wanted it tried again
         self._gone_for: Ended | None = None  # how the migration has ended for the peer, as far as it has said so
         self._look_again = trio.Event()
         self._lost_ns = 0
@@ -141,8 +142,13 @@ class Engine(abc.ABC, Generic[P]):
             self.state,
             interrupted=isinstance(self.failure, Interrupted),
             connecting=self.connecting,
-            hopeless=self._protocol.peer_gone,
+            hopeless=self._gone,
         )
+
+    @property
+    def _gone(self) -> bool:
+        """No other connection would help, as far as is known."""
+        return self._protocol.peer_gone or self._disagreed is not None
 
     @property
     def may_run(self) -> bool:
@@ -192,7 +198,7 @@ class Engine(abc.ABC, Generic[P]):
         for patience in self._patiences():
             if patience.begun:
                 patience.begin()
-        self.over = False
+        self.over, self._disagreed = False, None
         self._look_again.set()
         self._look_again = trio.Event()
         membership.let_go()
@@ -212,7 +218,10 @@ class Engine(abc.ABC, Generic[P]):
         """`status`, or what it depends on, may have changed."""
         self._changed.set()
         self._changed = trio.Event()
-        self._told_change()
+        try:
+            self._told_change()
+        except Exception:
+            log.exception("whoever follows this migration has made a mistake; it goes on")
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -253,7 +262,7 @@ class Engine(abc.ABC, Generic[P]):
             ended = True
         finally:
             self._decisive |= self._protocol.state not in UNDECIDED or self._protocol.state is State.HANDED
-            self._untold = self._decisive and not self._protocol.ended
+            self._untold = self._decisive and self._protocol.state is not State.COMPLETED
             if self._protocol.state is not State.COMPLETED:
                 where = "interrupted" if ended else "ended"
                 self.failure = scope.failure or Interrupted(f"{where} at the {self.SIDE}")
@@ -261,7 +270,7 @@ class Engine(abc.ABC, Generic[P]):
                     self._hopeless = self.failure
             with trio.CancelScope(shield=True):  # each step of it is bounded
                 await self._contained(self._settle, control)
-                await self._contained(control.close)
+                await self._contained(control.close, fatal=False)
             if self._hopeless is not None and self._protocol.recoverable:
                 self.failure = self._hopeless
                 self._protocol.beyond_recovery(str(self._hopeless))
@@ -289,15 +298,16 @@ class Engine(abc.ABC, Generic[P]):
     async def _settle(self, control: Control[P]) -> None:
         """A connection has ended, of `failure` or because all is done. Shielded; bounded in time."""
 
-    async def _contained(self, function: Callable[..., Awaitable[None]], *args: object) -> None:
-        """What must be done whatever else fails. When it fails itself, there is no going on from there."""
+    async def _contained(self, function: Callable[..., Awaitable[None]], *args: object, fatal: bool = True) -> None:
+        """What must be done whatever else fails. `fatal`: when it fails itself, there is no going on from there."""
         try:
             await function(*args)
         except Exception as error:  # noqa: BLE001  # `explained` logs what it does not know
             what = explained(error)
             log.error("%s", what)
-            self._hopeless = self._hopeless or what
-            self.failure = self.failure or what
+            if fatal:
+                self._hopeless = self._hopeless or what
+                self.failure = self.failure or what
 
     # ---- the way to the next connection
 
@@ -333,7 +343,7 @@ class Engine(abc.ABC, Generic[P]):
                     patience.end()
             elif isinstance(self.failure, Disagreement):
                 if str(self.failure) == disagreed and self._protocol.recoverable:
-                    self._protocol.beyond_recovery(disagreed)
+                    self._disagreed = self.failure
                     log.error("this cannot be recovered: twice: %s", disagreed)
                 disagreed = str(self.failure)
 
@@ -358,18 +368,19 @@ class Engine(abc.ABC, Generic[P]):
             await self._until(lambda: self._protocol.state not in (State.PAUSED, State.IN_DOUBT))
 
         while not self._stop.is_set():
-            gone = self._protocol.peer_gone
+            gone = self._gone
             if gone and not self.over and not self._keep_on():
                 return None
             waits: list[Callable[[], Awaitable[object]]] = [self._stop.wait, settled, self._look_again.wait]
-            if self.over:
-                if not self._calls or self._probing:
-                    waits.append(come)
-            else:
+            if not gone:
+                waits += self._while_lost()
+            if self._gone_for is None and (not self.over or not self._calls or self._probing):
+                waits.append(come)
+            if not self.over:
                 patience = self._patience_now()
                 if not patience.begun:
                     patience.begin()
-                waits += [come, patience.run_out, *self._while_lost()]
+                waits.append(patience.run_out)
             again = self._look_again
             try:
                 await first_of(*waits)
@@ -381,20 +392,20 @@ class Engine(abc.ABC, Generic[P]):
                 self._change()
                 if self._protocol.state is not State.PAUSED:
                     return None
-            except PostcopyError as error:
-                self._doom(error)
-            if not self._protocol.recoverable and not self._protocol.peer_gone:
-                return None
-            if found and not gone:
+            except Exception as error:  # noqa: BLE001  # `explained` logs what it does not know
+                self._doom(explained(error))
+            if found and self._protocol.recoverable and not self._gone:
                 self.over = False
                 return found[0]
-            if found:  # it is there, and cannot be gone on with
-                membership.answered.set()
-                for link, _ in found:
-                    link.control.socket.close()
+            for link, _ in found:  # it is there, and cannot be gone on with
+                link.control.socket.close()
+            if not self._protocol.recoverable and not self._protocol.peer_gone:
+                return None
+            if found:
                 found.clear()
+                membership.answered.set()
                 await trio.sleep(SHOWN_OUT_S)
-            elif not (self.over or again.is_set() or gone or self._stop.is_set() or self._keep_on()):
+            elif not (self.over or again.is_set() or self._gone or self._stop.is_set() or self._keep_on()):
                 return None
         return None
 

@@ -107,8 +107,8 @@ class Control(Generic[P]):
         self._heartbeat_s = heartbeat_s
         self._silence_s = SILENCES * heartbeat_s
         self._sending = trio.Lock()
-        # A peer that sends more than we take has to wait: bounded, but enough for all that a good peer sends ahead.
-        self._arrived, self._messages = trio.open_memory_channel[Message](64)
+        # A peer that sends more than we take has to wait: each of these may be megabytes.
+        self._arrived, self._messages = trio.open_memory_channel[Message](8)
         self._pong_for: Ping | None = None
         self._something_to_say = trio.Event()
         self._torn = False  # a message was sent in part: nothing that follows would be understood

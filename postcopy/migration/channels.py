@@ -345,6 +345,16 @@ class Endings:
         """Its token, and how it has ended; None for one that is not known."""
         return self._ended.get(migration)
 
+    def refusal(self, hello: Hello, version: int) -> Refusal:
+        """What is to be said to somebody who asks for a migration that is not going on here (any more)."""
+        known = self.find(hello.migration)
+        if known is None or version < 3:
+            return Refusal(NO_SUCH_MIGRATION, Code.UNKNOWN)
+        token, how = known
+        if not hello.is_signed(token, version):
+            return Refusal(WRONG_TOKEN, Code.WRONG_TOKEN)
+        return Refusal(f"the migration has ended here: {how}", how, token)
+
 
 def keep_alive(fd: FdHolder, silence_s: float) -> FdHolder:
     """Lets the kernel end a data connection that has been dead for `silence_s`, idle or not (tcp(7)); passes it on."""
@@ -381,8 +391,8 @@ class Membership(abc.ABC):
         to wait for what failed before. To be said when a recovery has succeeded."""
 
     def ended(self, how: Ended) -> None:  # noqa: B027  (only who is asked has to remember it)
-        """The migration is over here: whoever comes back for it, now or later, is told how. To be said before the
-        membership ends."""
+        """The migration is over here: whoever comes back for it from now on is told how, and not let in. To be said
+        before the membership ends; the last word counts."""
 
     async def announce(self, how: Ended) -> None:
         """Tells the peer that it is over here, where it would not come and ask: on the side that calls. Tries as long
@@ -710,6 +720,7 @@ class _ListeningMembership(Membership):
         self._version = version
         self._endings = endings
         self._links: list[tuple[Link, Session]] = []
+        self._over = False  # for us: see `Endings`
         self._ended: Ended | None = None  # as the peer has come to say
         self._returns = 0  # since it went on
         self._next_s = -math.inf  # from when on it may come again
@@ -719,6 +730,11 @@ class _ListeningMembership(Membership):
 
     def ended(self, how: Ended) -> None:
         self._endings.remember(self.session, how)
+        self._over = True
+        self.close()
+
+    def is_over(self) -> bool:
+        return self._over
 
     def reserve(self, hello: Hello, version: int) -> None:
         """`Refusal` unless the peer may come back with this. From here on its epoch is used up."""
@@ -728,6 +744,8 @@ class _ListeningMembership(Membership):
         if hello.ended:
             self.session = replace(self.session, epoch=hello.epoch)
             return
+        if self._over:
+            raise self._endings.refusal(hello, version)
         if self.is_held():
             raise Refusal(HELD, Code.HELD)
         now_s = trio.current_time()
@@ -976,7 +994,7 @@ class Reception:
     async def _greet_data(self, stream: trio.SocketStream, handshake: ServerHandshake, hello: Hello) -> bool:
         door = self.doors.get(hello.migration)
         if door is None:
-            raise self._unknown(handshake, hello)
+            raise self.endings.refusal(hello, handshake.version)
         place = door.reserve(hello, handshake.version)
         try:
             await stream.send_all(handshake.send_welcome())
@@ -1023,7 +1041,7 @@ class Reception:
     async def _greet_again(self, stream: trio.SocketStream, handshake: ServerHandshake, hello: Hello) -> bool:
         member = self.members.get(hello.migration)
         if member is None:
-            raise self._unknown(handshake, hello)
+            raise self.endings.refusal(hello, handshake.version)
         member.reserve(hello, handshake.version)
         if hello.ended:
             member.heard(Ended(hello.ended))
@@ -1031,21 +1049,12 @@ class Reception:
             return False
         await stream.send_all(handshake.send_welcome())
         # Somebody with a higher epoch may have come while we said welcome, and the migration may have ended or be held.
-        if self.members.get(hello.migration) is not member or member.session.epoch != hello.epoch or member.is_held():
+        gone = self.members.get(hello.migration) is not member or member.is_over()
+        if gone or member.session.epoch != hello.epoch or member.is_held():
             return False
         member.enter(_ListeningLink(stream, self, handshake.version), hello.epoch)
         self.accepted += 1
         return True
-
-    def _unknown(self, handshake: ServerHandshake, hello: Hello) -> Refusal:
-        """What is to be said to somebody who asks for a migration that is not going on here (any more)."""
-        known = self.endings.find(hello.migration)
-        if known is None or handshake.version < 3:
-            return Refusal(NO_SUCH_MIGRATION, Code.UNKNOWN)
-        token, how = known
-        if not hello.is_signed(token, handshake.version):
-            return Refusal(WRONG_TOKEN, Code.WRONG_TOKEN)
-        return Refusal(f"the migration has ended here: {how}", how, token)
 
 
 async def _until_offered(stream: trio.SocketStream) -> None:

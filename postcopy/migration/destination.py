@@ -580,17 +580,17 @@ class DestinationMigration(Engine[DestinationProtocol]):
         return [self._pager.received(number) for number in range(len(self.machine.blocks))]
 
     async def release(self) -> Machine:
-        """Ends the pager of a migration that has completed, and hands over the machine, which runs on as the caller's.
-        `MigrationError` when the pager does not end, or not everything is here."""
+        """Ends the pager of a migration that has completed, and hands over the machine, the caller's from then on: also
+        when the pager does not end, on which nothing depends any more. `MigrationError` when not everything is here."""
         machine, pager = self.machine, self._pager
         if self.state is not State.COMPLETED or not self._kept or machine is None or pager is None:
             raise MigrationError("the machine is not complete here")
         self.check_machine()
         self.figures()
         self._pager = None  # whoever looks meanwhile finds the last figures
-        with trio.CancelScope(shield=True):  # bounded by the pager
-            await pager.close()
         self.machine = None
+        with trio.CancelScope(shield=True):  # bounded by the pager
+            await self._contained(pager.close, fatal=False)
         return machine
 
     async def close(self) -> None:

@@ -1014,9 +1014,9 @@ class _ControlProtocol:
 
     def peer_ended(self, how: Ended) -> State:
         """The peer has said and proven that the migration is over on its side: where that leaves this one. Only while
-        `recoverable`. A machine that is the destination's ends nowhere by that, unless the source has been told to run
-        it again."""
-        if not self.recoverable:
+        the connection is lost (`recoverable` or `peer_gone`). A machine that is the destination's ends nowhere by that,
+        unless the source has been told to run it again."""
+        if self._state not in _LOST:
             raise ProtocolError(f"nothing to end in state {self._state.value}")
         self._state = self._after_peer(how)
         self._in_doubt = False

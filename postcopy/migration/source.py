@@ -150,6 +150,7 @@ class SourceMigration(Engine[SourceProtocol]):
         self._shards = self._bulk_channels = 0
         self._committed_ns = 0
         self._hold = True
+        self._conversing = False  # the destination may come back
 
     # ---- looking at it
 
@@ -274,10 +275,12 @@ class SourceMigration(Engine[SourceProtocol]):
         """One connection after the other."""
         with link.membership(self._session) as membership:
             self._membership = membership
+            self._conversing = True
             try:
                 await self._connected(link, partial(self._migrate, go=go))
                 await self._recover()
             finally:
+                self._conversing = False
                 membership.ended(self._protocol.ending)
         if self.state is State.COMPLETED and self._releaser is not None:
             await self._release_rest(self._releaser)
@@ -320,7 +323,7 @@ class SourceMigration(Engine[SourceProtocol]):
         found out by `reclaim`."""
         if not self.machine.live:
             raise MigrationError("there is nothing to reclaim: an image does not run, and can be fetched again")
-        if self.state is not State.PAUSED or self._membership is None:
+        if self.state is not State.PAUSED or not self._conversing:
             raise MigrationError(
                 f"a machine can be reclaimed when its destination was lost after the switchover (postcopy-paused or"
                 f" postcopy-failed); this migration is {self.status}"

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 Json = dict[str, Any]
@@ -87,3 +89,42 @@ class Side:
         results = self.events("result")
         assert len(results) <= 1
         return done.returncode, results[0] if results else {}, done.stderr
+
+
+class Operator:
+    """`postcopy ctl` on one socket."""
+
+    def __init__(self, run: Callable[..., Any], path: Path) -> None:
+        self._run = run
+        self.path = path
+
+    def ask(self, *arguments: object, status: int = 0) -> tuple[str, str]:
+        """What it says on stdout and stderr."""
+        command = [sys.executable, "-m", "postcopy", "ctl", str(self.path), *(str(one) for one in arguments)]
+        done = self._run(command, deadline_s=DEADLINE_S)
+        assert done.returncode == status, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout, done.stderr
+
+    def tell(self, *arguments: object) -> Json:
+        answer: Json = json.loads(self.ask(*arguments, "--json")[0])
+        return answer
+
+    def machines(self) -> dict[str, Json]:
+        """Asked without a process in between, since it is asked often."""
+        with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rw") as file:
+            connection.settimeout(DEADLINE_S)
+            connection.connect(str(self.path))
+            file.write('{"execute": "status"}\n')
+            file.flush()
+            assert "postcopy" in json.loads(file.readline())
+            return {machine["name"]: machine for machine in json.loads(file.readline())["return"]["machines"]}
+
+    def wait(self, what: str, found: Callable[[dict[str, Json]], bool]) -> dict[str, Json]:
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            machines = self.machines()
+            if found(machines):
+                return machines
+            assert time.monotonic() < deadline, f"no {what}: {machines}"
+            time.sleep(0.01)

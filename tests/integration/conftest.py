@@ -37,6 +37,22 @@ def side(spawn_child: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture
+def operator(run_in_child: Callable[..., Any], tmp_path: Path) -> Callable[[str], Any]:
+    """``operator("a")``: of the process with ``--control`` `tmp_path`/a."""
+    return lambda name: _sides.Operator(run_in_child, tmp_path / name)
+
+
+@pytest.fixture
+def daemon(side: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """``daemon("a", *arguments)``: a daemon with a control socket of that name, that listens."""
+
+    def start(name: str, *arguments: object) -> Any:
+        return side("daemon", "--json", "--control", tmp_path / name, "--listen", "127.0.0.1:0", *arguments)
+
+    return start
+
+
+@pytest.fixture
 def readable_package() -> Iterator[list[str]]:
     """The start of a command that runs python with the package, and that an ordinary user can run too.
 

@@ -23,59 +23,7 @@ DEADLINE_S = 60.0
 Json = dict[str, Any]
 
 
-class Operator:
-    """`postcopy ctl` on one socket."""
-
-    def __init__(self, run: Callable[..., Any], path: Path) -> None:
-        self._run = run
-        self.path = path
-
-    def ask(self, *arguments: object, status: int = 0) -> tuple[str, str]:
-        """What it says on stdout and stderr."""
-        command = [sys.executable, "-m", "postcopy", "ctl", str(self.path), *(str(one) for one in arguments)]
-        done = self._run(command, deadline_s=DEADLINE_S)
-        assert done.returncode == status, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-        return done.stdout, done.stderr
-
-    def tell(self, *arguments: object) -> Json:
-        answer: Json = json.loads(self.ask(*arguments, "--json")[0])
-        return answer
-
-    def machines(self) -> dict[str, Json]:
-        """Asked without a process in between, since it is asked often."""
-        with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rw") as file:
-            connection.settimeout(DEADLINE_S)
-            connection.connect(str(self.path))
-            file.write('{"execute": "status"}\n')
-            file.flush()
-            assert "postcopy" in json.loads(file.readline())
-            return {machine["name"]: machine for machine in json.loads(file.readline())["return"]["machines"]}
-
-    def wait(self, what: str, found: Callable[[dict[str, Json]], bool]) -> dict[str, Json]:
-        deadline = time.monotonic() + DEADLINE_S
-        while True:
-            machines = self.machines()
-            if found(machines):
-                return machines
-            assert time.monotonic() < deadline, f"no {what}: {machines}"
-            time.sleep(0.01)
-
-
-@pytest.fixture
-def operator(run_in_child: Callable[..., Any], tmp_path: Path) -> Callable[[str], Operator]:
-    """``operator("a")``: of the process with ``--control`` `tmp_path`/a."""
-    return lambda name: Operator(run_in_child, tmp_path / name)
-
-
-@pytest.fixture
-def daemon(side: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
-    """``daemon("a", *arguments)``: a daemon with a control socket of that name, that listens."""
-
-    def start(name: str, *arguments: object) -> Any:
-        return side("daemon", "--json", "--control", tmp_path / name, "--listen", "127.0.0.1:0", *arguments)
-
-    return start
+Operator = Any  # tests/integration/_sides.py
 
 
 # Under KVM, whose guest asks for its pages one by one, a migration with a small bandwidth lasts for many seconds.

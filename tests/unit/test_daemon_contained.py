@@ -20,12 +20,13 @@ import trio.testing
 
 from postcopy import _admission
 from postcopy._admission import PROMISES, Room
+from postcopy._blocking import run_sync
 from postcopy._errors import MigrationError, PeerError, PostcopyError
 from postcopy.control import daemon as daemon_module
 from postcopy.control.contain import contained
 from postcopy.control.daemon import MAX_INCOMING, ArrivalOptions, Daemon
 from postcopy.control.schema import ControlError, Request, parse_arguments
-from postcopy.machines import Machine, MachineOptions
+from postcopy.machines import Machine, MachineOptions, Rv64Machine
 from postcopy.migration.channels import Address, CallingLink
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.protocol import Block, Offer, SourceProtocol, State
@@ -33,9 +34,9 @@ from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.pager import Pager
 from postcopy.progress import Output
 
-DEADLINE_S = 60.0
+DEADLINE_S = 40.0
 MIB = 1 << 20
-SMALL = MachineOptions(memory_bytes=4 * MIB, vcpus=1, workload="seq")
+SMALL = MachineOptions(memory_bytes=16 * MIB, vcpus=1, workload="random", working_set_bytes=1 * MIB)
 MISTAKES = [KeyError("a mistake"), RuntimeError("can't start new thread"), MemoryError(), OSError(errno.EMFILE, "none")]
 
 
@@ -98,9 +99,14 @@ async def running(**keywords: Any) -> AsyncIterator[Running]:
                     handle.ended.set()
 
             nursery.start_soon(run)
-            await handle.until(lambda: bool(daemon.listening()) and handle.status("one") is not None)
-            await handle.until(lambda: (handle.status("one") or {})["guest"] is not None)
-            yield handle
+            await handle.until(lambda: bool(daemon.listening()))
+            if first is not None:
+                await handle.until(lambda: handle.status("one") is not None and not daemon._here[0].busy)
+            try:
+                yield handle
+            finally:
+                while OPEN:
+                    OPEN.pop().control.socket.close()
             if not handle.ended.is_set():
                 if first is not None:
                     await handle.computes("one")
@@ -109,12 +115,12 @@ async def running(**keywords: Any) -> AsyncIterator[Running]:
                 await handle.ended.wait()
 
 
-def layout(size_bytes: int = 4 * MIB) -> tuple[Block, ...]:
+def layout(size_bytes: int = 16 * MIB) -> tuple[Block, ...]:
     return (Block("shared", size_bytes // 2, 4096), Block("vcpu0", size_bytes // 2, 4096))
 
 
-def offer(name: str, migration: bytes | None = None, token: bytes | None = None, size_bytes: int = 4 * MIB) -> Offer:
-    config = {"vcpus": 1, "workload": "seq", "working-set-bytes": 0, "seed": 1, "name": name}
+def offer(name: str, migration: bytes | None = None, token: bytes | None = None, size_bytes: int = 16 * MIB) -> Offer:
+    config = {"vcpus": 1, "workload": "random", "working-set-bytes": 0, "seed": 1, "name": name}
     return Offer(
         migration or os.urandom(16), token or os.urandom(16), "rv64", config, layout(size_bytes), 1, 0
     )  # fmt: skip
@@ -122,8 +128,12 @@ def offer(name: str, migration: bytes | None = None, token: bytes | None = None,
 
 async def offered(address: Address, what: Offer) -> CallingLink:
     link = await CallingLink.open(address, "source")
+    OPEN.append(link)
     await link.control.send_all(SourceProtocol(link.version).send_offer(what))
     return link
+
+
+OPEN: list[CallingLink] = []
 
 
 # ---- engines that make mistakes
@@ -163,7 +173,7 @@ async def test_mistake_of_an_arrivals_engine(
     async with running() as there:
         if where == "release":
             async with running(first=None) as here:
-                await here.ask("start", name="two", machine="rv64", memory=4 * MIB, workload="seq")
+                await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
                 await here.ask("migrate", to=str(there.address))
                 await there.until(lambda: (there.status("two") or {}).get("guest") is not None)
                 await there.until(lambda: not any(owned.busy for owned in there.daemon._here))
@@ -171,10 +181,12 @@ async def test_mistake_of_an_arrivals_engine(
         else:
             link = await offered(there.address, offer("two"))
             if where == "close":
+                await there.until(lambda: len(there.daemon._here) == 2)
                 await link.control.aclose()
-            with suppress(trio.BrokenResourceError):
-                while await link.control.receive_some(65536):
-                    pass
+            else:
+                with suppress(trio.BrokenResourceError):
+                    while await link.control.receive_some(65536):
+                        pass
             await there.until(lambda: len(there.daemon._here) == 1)
         await there.computes("one")
         assert "a mistake in postcopy" in caplog.text
@@ -208,7 +220,7 @@ async def test_mistake_past_the_point_of_no_return_keeps_the_machine(monkeypatch
 
     monkeypatch.setattr(daemon_module, "DestinationMigration", Mistaken)
     async with running() as there, running(first=None) as here:
-        await here.ask("start", name="two", machine="rv64", memory=4 * MIB, workload="seq")
+        await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
         await here.ask("migrate", to=str(there.address))
         await here.until(lambda: here.status("two") is None)
         await there.computes("two")
@@ -248,6 +260,25 @@ async def test_mistake_of_the_view(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Output, "follow", follow)
     async with running() as there:
         await there.until(lambda: len(calls) > 2)
+
+
+async def test_mistake_of_what_is_shown_or_heard(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Events are told from the middle of a migration, which goes on whatever a listener does."""
+
+    def fail(*_: Any) -> None:
+        raise KeyError("a mistake")
+
+    monkeypatch.setattr("postcopy.report.ended", fail)
+    async with running() as there, running(first=None) as here:
+        await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+        await here.ask("migrate", to=str(there.address))
+        await there.until(lambda: there.daemon._received == 1)
+        await there.until(lambda: not any(owned.busy for owned in there.daemon._here))
+        await there.computes("two")
+        await here.until(lambda: here.daemon._sent == 1)
+    assert "telling what has changed: a mistake" in caplog.text
 
 
 # ---- peers that do what no peer should
@@ -295,7 +326,9 @@ def test_places() -> None:
         arriving(state)
     assert "too many" in daemon._vacancy(0)  # an undecided one counts
     for owned in daemon._here[:4]:
-        owned.migration.state = State.PAUSED  # committed to this host, and lost: it waits and takes nothing
+        owned.migration = Mock(
+            spec=DestinationMigration, state=State.PAUSED
+        )  # committed to this host, and lost: it waits and takes nothing
     assert daemon._vacancy(0) == ""
     assert daemon._vacancy(3) == ""
     assert "too many" in daemon._vacancy(4)
@@ -309,7 +342,7 @@ async def test_memory_is_promised_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PROMISES, "_promises", [])
     monkeypatch.setattr(_admission, "find_rooms", lambda: [Room("the control group", 255 * MIB, "or raise it")])
     async with AsyncExitStack() as stack:
-        there = await stack.enter_async_context(running(first=None) if False else running())
+        there = await stack.enter_async_context(running())
         links = []
         for number in range(8):
             links.append(await offered(there.address, offer(f"m{number}", size_bytes=64 * MIB)))
@@ -346,13 +379,13 @@ async def test_descriptors_are_there_before_a_machine_is_let_in() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (used + 60, before[1]))
             with pytest.raises(PeerError, match="file descriptors"):
                 await offered(there.address, offer("two"))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
             with pytest.raises(PostcopyError):
-                resource.setrlimit(resource.RLIMIT_NOFILE, (used + 2, before[1]))
-                await there.ask("start", machine="rv64", memory=4 * MIB)
+                await there.ask("start", machine="rv64", memory=16 * MIB)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
         await there.until(lambda: len(there.daemon._here) == 1)
-        await there.ask("start", machine="rv64", memory=4 * MIB)
+        await there.ask("start", machine="rv64", memory=16 * MIB)
 
 
 @pytest.fixture
@@ -373,7 +406,7 @@ def no_more_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 async def test_no_threads_for_an_arrival(no_more_threads: list[str]) -> None:
     """Refused before anything has begun; the machine computes on where it is."""
     async with running() as there, running(first=None) as here:
-        await here.ask("start", name="two", machine="rv64", memory=4 * MIB, workload="seq")
+        await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
         no_more_threads.append("now")
         with suppress(ControlError):
             await here.ask("migrate", to=str(there.address))
@@ -456,13 +489,50 @@ async def test_stuck_pager_takes_no_machine_with_it(caplog: pytest.LogCaptureFix
             raise MigrationError("a thread of the pager hangs; its memory is kept")
 
     async with running(make_pager=Stuck) as there, running(first=None) as here:
-        await here.ask("start", name="two", machine="rv64", memory=4 * MIB, workload="seq")
+        await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
         await here.ask("migrate", to=str(there.address))
         await there.until(lambda: (there.status("two") or {}).get("guest") is not None)
         await there.until(lambda: not any(owned.busy for owned in there.daemon._here))
         await there.computes("two")
         assert there.daemon._received == 1
         assert "hangs" in caplog.text
+
+
+# ---- a load that hangs
+
+
+@pytest.mark.parametrize("end", ["end", "signals"])
+async def test_load_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    """In the kernel, as far as Python can tell: its thread is left behind, its place is not."""
+    hung, released = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hung.set()
+        released.wait(DEADLINE_S)
+
+    async def load_state(self: Machine, state: bytes) -> None:
+        await run_sync(hang, abandon_on_cancel=True)
+
+    monkeypatch.setattr(Rv64Machine, "load_state", load_state)
+    try:
+        async with running() as there, running(first=None) as here:
+            await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+            await here.ask("migrate", to=str(there.address))
+            await there.until(hung.is_set)
+            assert (there.status("two") or {})["migration"]["status"] == "active"
+            if end == "end":
+                await there.ask("end", machine="two", force=True)
+                assert there.status("two") is None
+                assert not any(owned.has_place for owned in there.daemon._here)
+                await there.computes("one")
+            else:
+                there.stop.set()
+                await there.ask("quit", force=True)
+                await there.ended.wait()
+            await here.until(lambda: not any(owned.busy for owned in here.daemon._here))
+            await here.computes("two")
+    finally:
+        released.set()
 
 
 # ---- contained itself

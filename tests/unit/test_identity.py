@@ -155,6 +155,21 @@ async def test_who_comes_back_too_late_is_told(how: Ended) -> None:
         await hang_up(here, there)
 
 
+async def test_who_comes_back_while_it_ends_is_told_too() -> None:
+    """From the word on, not only when the migration has been cleared away; and the last word counts."""
+    async with met() as (_, _, here, there):
+        with here.membership(SESSION) as caller, there.membership(SESSION) as called:
+            early, _ = await caller.next_link()
+            called.ended(Ended.LOST)
+            assert await early.control.receive_some() == b""  # welcome, and not let in any more
+            called.ended(Ended.RECLAIMED)
+            with pytest.raises(EndedElsewhere) as told:
+                await caller.next_link()
+            assert told.value.how is Ended.RECLAIMED
+            await hang_up(early)
+        await hang_up(here, there)
+
+
 @pytest.mark.parametrize("code", ["aborted", "completed", "unknown", "wrong-token", "\x1b[2J"])
 async def test_a_refusal_without_proof_decides_nothing(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Anybody may answer at the peer's address, while the peer is away: it is looked for as long as before."""

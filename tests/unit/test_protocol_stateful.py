@@ -44,6 +44,7 @@ class TwoHosts(RuleBasedStateMachine):
         self.released = Bitmap(PAGES)  # at the source: not there any more
         self.heard: Bitmap | None = None  # the received map of a recovery that is under way
         self.killed = False
+        self.returned = False  # the destination has proven that it never took it
         self.proceed(first)
         for steps in more:
             self.cut_and_come_back()
@@ -272,9 +273,23 @@ class TwoHosts(RuleBasedStateMachine):
             self.wire = {"source": bytearray(), "dest": bytearray()}
             self.cut = {"source": False, "dest": False}
             self.source.reconnected()
-        else:  # it is refused: there is no such migration (any more)
+        else:  # it is refused, with a proof: that has ended here
             self.dest.connection_lost("refused")
-            self.dest.give_up("no such migration here")
+            self.dest.peer_ended(self.source.ending)
+
+    @precondition(lambda self: not self.killed and self.dest.state in (State.PAUSED, State.IN_DOUBT))
+    @rule()
+    def patience_runs_out(self) -> None:
+        """In doubt, it will not run here, and the source hears that when it is back; complete, it is no matter."""
+        self.dest.give_up("nobody there")
+
+    @precondition(lambda self: not self.killed and self.dest.state in (State.COMPLETED, State.ABORTED))
+    @rule()
+    def told_by_one_that_has_ended(self) -> None:
+        """The destination, or its successor, answers whoever comes back, or says so by itself."""
+        self.source.connection_lost("the destination has come to say that it has ended")
+        if self.source.recoverable:
+            self.returned = self.source.peer_ended(self.dest.ending) is State.ABORTED
 
     @rule(name=st.sampled_from(["source", "dest"]))
     def heartbeat_missed(self, name: str) -> None:
@@ -297,8 +312,15 @@ class TwoHosts(RuleBasedStateMachine):
 
     @invariant()
     def the_source_never_takes_back(self) -> None:
-        if hasattr(self, "source") and self.source_decided:
+        if hasattr(self, "source") and self.source_decided and not self.returned:
             assert not self.source.may_run
+
+    @invariant()
+    def what_was_given_back_is_not_run_there(self) -> None:
+        if hasattr(self, "source") and self.returned:
+            assert self.source.may_run
+            assert not self.dest.may_run
+            assert not self.released.count()
 
     @invariant()
     def without_a_decision_the_source_keeps_it(self) -> None:
@@ -323,6 +345,8 @@ class TwoHosts(RuleBasedStateMachine):
             return
         if True in self.cut.values() or self.source.ended or self.dest.ended:
             self.cut_and_come_back()
+        if self.dest.state in (State.COMPLETED, State.ABORTED):
+            self.told_by_one_that_has_ended()
         for _ in range(40):
             self.go_well()
             self.never_two_owners()

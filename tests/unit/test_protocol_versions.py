@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Version 3 and version 2: what is said first, and a peer of version 2 that is played from its bytes.
+
+The bytes of version 2 below are written down by hand, as docs/protocol.md of that version has them, and not made by the
+package.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import msgpack
+import pytest
+import trio
+from trio.testing import MockClock
+
+from postcopy._errors import PeerError, ProtocolError
+from postcopy._native import lib
+from postcopy.migration import channels as c
+from postcopy.migration import protocol as p
+from postcopy.migration.protocol import DestinationProtocol, SourceProtocol, State
+
+SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
+OLD = b"postcpy\x02"
+HELLO_2 = {
+    "type": "hello", "channel": "control", "side": "dest", "index": 0, "migration": b"", "epoch": 0, "token": b"",
+}  # fmt: skip
+OFFER_2 = {
+    "type": "offer", "migration": b"m" * 16, "token": b"t" * 16, "machine": "kvm", "config": {"vcpus": 1},
+    "blocks": [{"name": "ram", "size-bytes": 8192, "page-bytes": 4096}], "bulk-channels": 1, "placed-every-ms": 0,
+}  # fmt: skip
+
+
+def said(body: dict[str, object]) -> bytes:
+    packed = msgpack.packb(body)
+    length = len(packed).to_bytes(4, "big")
+    return length + lib.pc_crc32c(0, length + packed, 4 + len(packed)).to_bytes(4, "big") + packed
+
+
+class OldPeer:
+    """The other end of a connection, in version 2."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.stream = stream
+        self.data = b""
+
+    async def bytes(self, count: int) -> bytes:
+        while len(self.data) < count:
+            data = await self.stream.receive_some()
+            if not data:
+                raise EOFError
+            self.data += data
+        taken, self.data = self.data[:count], self.data[count:]
+        return taken
+
+    async def hear(self) -> dict[str, object]:
+        length = int.from_bytes((await self.bytes(8))[:4], "big")
+        body: dict[str, object] = msgpack.unpackb(await self.bytes(length))
+        return body
+
+    async def say(self, **body: object) -> None:
+        await self.stream.send_all(said(body))
+
+
+@asynccontextmanager
+async def reception(side: str) -> AsyncIterator[c.Reception]:
+    desk = await c.Reception.open(c.Address("127.0.0.1", 0), side, lambda waiting: "")
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(desk.serve)
+            yield desk
+            nursery.cancel_scope.cancel()
+    finally:
+        await desk.close()
+
+
+async def dial(desk: c.Reception) -> trio.SocketStream:
+    return await trio.open_tcp_stream(desk.addresses[0].host, desk.addresses[0].port)
+
+
+# ---- one of version 2 calls
+
+
+async def call_2(desk: c.Reception, **hello: object) -> OldPeer:
+    peer = OldPeer(await dial(desk))
+    await peer.stream.send_all(OLD + said({**HELLO_2, **hello}))
+    assert await peer.bytes(8) == OLD
+    return peer
+
+
+async def test_an_old_destination_calls() -> None:
+    """From hello to the data channels of a recovery, in its own words and in nothing but them."""
+    async with reception("source") as desk:
+        peer = await call_2(desk)
+        assert await peer.hear() == {"type": "welcome"}
+        link = await desk.next_link()
+        assert link.version == 2
+        source = SourceProtocol(link.version)
+        offer = p.Offer(b"m" * 16, b"t" * 16, "kvm", {"vcpus": 1}, (p.Block("ram", 8192, 4096),), 1, 0)
+        await link.control.send_all(source.send_offer(offer))
+        assert await peer.hear() == OFFER_2
+        with link.membership(SESSION) as member, link.door(SESSION):
+            urgent = await call_2(desk, channel="urgent", migration=b"m" * 16, token=b"t" * 16)
+            assert await urgent.hear() == {"type": "welcome"}
+            wrong = await call_2(desk, channel="bulk", migration=b"m" * 16, token=b"u" * 16)
+            assert await wrong.hear() == {"type": "refused", "reason": "wrong token"}
+            again = await call_2(desk, migration=b"m" * 16, token=b"t" * 16, epoch=1)
+            assert await again.hear() == {"type": "welcome"}
+            back, session = await member.next_link()
+            assert (back.version, session.epoch) == (2, 1)
+            member.ended(p.Ended.ABORTED)
+            late = await call_2(desk, migration=b"m" * 16, token=b"t" * 16, epoch=2)
+            assert await late.hear() == {"type": "refused", "reason": "no such migration here"}
+        for stream in (peer.stream, urgent.stream, wrong.stream, again.stream, late.stream, link.control, back.control):
+            await trio.aclose_forcefully(stream)
+
+
+async def test_a_migration_does_not_change_its_version() -> None:
+    """Who knows the token of one of version 3 cannot go on in version 2, nor the other way round."""
+    async with reception("source") as desk:
+        new = await c.CallingLink.open(desk.addresses[0], "dest")
+        link = await desk.next_link()
+        with link.membership(SESSION), link.door(SESSION):
+            for channel, epoch in (("control", 1), ("urgent", 0)):
+                old = await call_2(desk, channel=channel, migration=b"m" * 16, token=b"t" * 16, epoch=epoch)
+                assert await old.hear() == {"type": "refused", "reason": "wrong token"}
+                await trio.aclose_forcefully(old.stream)
+        for stream in (new.control, link.control):
+            await trio.aclose_forcefully(stream)
+
+
+# ---- one of version 2 listens
+
+
+async def listen_2(listener: trio.SocketListener) -> tuple[OldPeer, bytes]:
+    """It says its preamble at once, then reads the other one."""
+    peer = OldPeer(await listener.accept())
+    await peer.stream.send_all(OLD)
+    return peer, await peer.bytes(8)
+
+
+async def refuse_newer(peer: OldPeer) -> None:
+    """As it does: with what it has not read still in the socket, so that the connection is reset."""
+    await peer.say(type="refused", reason="speaks version 3 of the postcopy protocol, this is version 2")
+    await trio.aclose_forcefully(peer.stream)
+
+
+async def test_an_old_source_listens() -> None:
+    """It is found out with the first connection, and every other one is made in its version at once."""
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    address = c.Address("127.0.0.1", listener.socket.getsockname()[1])
+    streams: list[trio.SocketStream] = []
+
+    async def expect(**hello: object) -> OldPeer:
+        peer, preamble = await listen_2(listener)
+        assert preamble == OLD
+        assert await peer.hear() == {**HELLO_2, **hello}
+        await peer.say(type="welcome")
+        streams.append(peer.stream)
+        return peer
+
+    async def old() -> None:
+        peer, preamble = await listen_2(listener)
+        assert preamble == p.PREAMBLE
+        await refuse_newer(peer)
+        peer = await expect()
+        await peer.stream.send_all(said(OFFER_2))
+        accepted = await peer.hear()
+        assert accepted == {"type": "accept", "page-bytes": [4096], "shards": 1, "bulk-channels": 1}
+        await expect(channel="urgent", migration=b"m" * 16, token=b"t" * 16)
+        await expect(channel="bulk", migration=b"m" * 16, token=b"t" * 16)
+        await expect(migration=b"m" * 16, token=b"t" * 16, epoch=1)
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(old)
+            link = await c.CallingLink.open(address, "dest")
+            assert link.version == 2
+            dest = DestinationProtocol(link.version)
+            while dest.state is State.SETUP:
+                dest.receive_data(await link.control.receive_some())
+                dest.next_message()
+            with pytest.raises(ProtocolError, match="the source speaks version 2, which needs a bulk channel"):
+                dest.send_accept((4096,), 1, 0)
+            await link.control.send_all(dest.send_accept((4096,), 1, 1))
+            with link.door(SESSION) as door, link.membership(SESSION) as member:
+                for fd in (await door.channels(1, 1)).values():
+                    fd.close()
+                back, _ = await member.next_link()
+            assert back.version == 2
+            await member.announce(p.Ended.COMPLETED)  # which could not be understood: it is not even tried
+    for stream in (*streams, link.control, back.control):
+        await trio.aclose_forcefully(stream)
+    await listener.aclose()
+
+
+# ---- other versions
+
+
+async def test_a_newer_caller_is_told_the_version() -> None:
+    """And no byte that it has said is in the way of that: it hangs up itself, and comes again. No place is taken."""
+    async with reception("dest") as desk:
+        stream = await dial(desk)
+        await stream.send_all(b"postcpy\x09" + b"whatever that version says" * 100)
+        peer = OldPeer(stream)
+        assert await peer.bytes(8) == p.PREAMBLE
+        with trio.move_on_after(0.05) as scope:
+            await peer.bytes(1)
+        assert scope.cancelled_caught
+        await stream.send_eof()
+        with pytest.raises(EOFError):
+            await peer.bytes(1)
+        assert not desk.strangers
+        assert not desk.refused
+        await stream.aclose()
+
+
+@pytest.mark.parametrize("version", [0, 1])
+async def test_a_version_that_is_too_old_is_refused_by_name(version: int) -> None:
+    async with reception("source") as desk:
+        peer = OldPeer(await dial(desk))
+        await peer.stream.send_all(b"postcpy" + bytes([version]))
+        assert await peer.bytes(8) == p.PREAMBLE
+        assert f"speaks version {version}" in str((await peer.hear())["reason"])
+        await peer.stream.aclose()
+
+
+@pytest.mark.parametrize("answer", [b"postcpy\x01", b"postcpy\x04", b"postcpy\xff"])
+def test_answers_that_make_no_sense(answer: bytes) -> None:
+    """A listening side may go down to what is spoken here, and never up: that would go round in circles."""
+    client = p.ClientHandshake(p.Hello("control", "dest", 0, b"", 0))
+    with pytest.raises(ProtocolError, match=f"speaks version {answer[-1]}"):
+        client.receive_data(answer)
+
+
+def test_down_and_not_further() -> None:
+    hello = p.Hello("control", "dest", 0, b"", 0)
+    with pytest.raises(p.OlderPeerError) as older:
+        p.ClientHandshake(hello).receive_data(OLD)
+    assert older.value.version == 2
+    client = p.ClientHandshake(hello, version=2)
+    client.receive_data(OLD)
+    with pytest.raises(ProtocolError):
+        p.ClientHandshake(hello, version=2).receive_data(p.PREAMBLE)
+
+
+async def test_a_host_that_goes_back_while_it_is_called(autojump_clock: MockClock) -> None:
+    """Each answer older than the last one: bounded, and an error that names it."""
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+
+    async def old() -> None:
+        while True:
+            peer, _ = await listen_2(listener)
+            await peer.stream.aclose()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(old)
+        with pytest.raises(PeerError, match=r"(closed the connection|broke) during the handshake"):
+            await c.CallingLink.open(c.Address("127.0.0.1", listener.socket.getsockname()[1]), "dest")
+        nursery.cancel_scope.cancel()
+    await listener.aclose()
+
+
+# ---- the timing
+
+
+async def test_equals_need_one_round_trip() -> None:
+    """The caller says all it has to say before it has heard anything, the other one nothing before that."""
+    async with reception("source") as desk:
+        stream = await dial(desk)
+        with trio.move_on_after(0.05) as scope:
+            await stream.receive_some()
+        assert scope.cancelled_caught
+        await stream.send_all(p.ClientHandshake(p.Hello("control", "dest", 0, b"", 0)).send_hello())
+        answer = b""
+        while len(answer) < len(p.PREAMBLE + p.encode(p.Welcome())):
+            answer += await stream.receive_some()
+        assert answer == p.PREAMBLE + p.encode(p.Welcome())
+        await trio.aclose_forcefully((await desk.next_link()).control)
+        await stream.aclose()
+
+
+async def test_the_caller_waits_for_nothing() -> None:
+    mine, theirs = socket.socketpair()
+    here = trio.SocketStream(trio.socket.from_stdlib_socket(mine))
+    there = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
+    handshake = p.ClientHandshake(p.Hello("control", "dest", 0, b"", 0))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(c.client_handshake, here, p.Hello("control", "dest", 0, b"", 0), 10)
+        assert await OldPeer(there).bytes(len(handshake.send_hello())) == handshake.send_hello()
+        await there.send_all(p.PREAMBLE + p.encode(p.Welcome()))
+    await here.aclose()
+    await there.aclose()
+
+
+# ---- fields
+
+
+def test_unknown_fields() -> None:
+    """Ignored from version 3 on, whatever is in them; an error in version 2."""
+    body = {"type": "ready", "more": {"and": [1, 2, None]}, "5": b"x"}
+    packed = msgpack.packb(body)
+    assert p.decode(packed, 3) == p.Ready()
+    with pytest.raises(ProtocolError, match="ready: unknown field 'more'"):
+        p.decode(packed, 2)
+
+
+def test_what_version_2_does_not_have() -> None:
+    hello = p.Hello("control", "dest", 0, b"m" * 16, 1, "aborted").signed(b"t" * 16, 3)
+    assert msgpack.unpackb(p.encode(hello, 2)[p.HEADER_BYTES :]) == {**HELLO_2, "migration": b"m" * 16, "epoch": 1}
+    refused = p.Refused("over", "aborted").signed(b"t" * 16, hello)
+    assert p.decode(p.encode(refused, 2)[p.HEADER_BYTES :], 2) == p.Refused("over")
+    assert set(msgpack.unpackb(p.encode(refused, 3)[p.HEADER_BYTES :])) == {"type", "reason", "code", "proof"}
+    assert b"t" * 16 not in p.encode(hello, 3)  # a token is never said there
+
+
+def test_no_bulk_channel_where_it_is_not_understood() -> None:
+    offer = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, (p.Block("ram", 8192, 4096),), 0, 0)
+    source = SourceProtocol(2)
+    with pytest.raises(ProtocolError, match="the destination speaks version 2, which needs a bulk channel"):
+        source.send_offer(offer)
+    assert source.state is State.SETUP
+    dest = DestinationProtocol()
+    dest.receive_data(SourceProtocol().send_offer(offer))
+    assert dest.next_message() == offer
+    source = SourceProtocol()
+    source.send_offer(offer)
+    source.receive_data(dest.send_accept((4096,), 1, 0))
+    assert source.next_message() == p.Accept((4096,), 1, 0)
