@@ -243,7 +243,7 @@ async def connect(
     a host name has is tried.
 
     Bounded by `timeout_s` for the connection and again for the handshake. Cancellable. Errors: `PeerError`,
-    `ProtocolError`.
+    `ProtocolError`, `ResourceError`.
     """
     while True:
         try:
@@ -254,7 +254,11 @@ async def connect(
         except socket.gaierror as error:
             raise PeerError(f"{address}: the name {address.host!r} cannot be resolved ({error.strerror})") from error
         except (OSError, UnicodeError, ValueError) as error:  # ValueError: a name that IDNA cannot encode
-            raise PeerError(f"{address}: {_connect_reason(error)}") from error
+            cause = _first_cause(error)
+            if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+                remedy = "let it have more of them: ulimit -n" if cause.errno in (errno.EMFILE, errno.ENFILE) else ""
+                raise ResourceError(f"cannot connect to {address}: {cause.strerror}", remedy) from error
+            raise PeerError(f"{address}: {_connect_reason(cause)}") from error
         try:
             return await client_handshake(stream, hello, timeout_s, token=token, version=version), version
         except OlderPeerError as older:
@@ -290,11 +294,15 @@ async def client_handshake(
     return stream
 
 
-def _connect_reason(error: Exception) -> str:
-    # open_tcp_stream wraps what each address said
-    cause: BaseException | None = error.__cause__ or error
+def _first_cause(error: Exception) -> BaseException:
+    """What the first address said: `open_tcp_stream` wraps what each of them did."""
+    cause: BaseException = error.__cause__ or error
     while isinstance(cause, BaseExceptionGroup):
         cause = cause.exceptions[0]
+    return cause
+
+
+def _connect_reason(cause: BaseException) -> str:
     if isinstance(cause, ConnectionRefusedError):
         return "connection refused; start the other side first, with --listen"
     text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
@@ -583,7 +591,7 @@ class _CallingMembership(Membership):
             if version == self._version and (not self.is_held() or how is not None):
                 return stream, asked, session
             stream.socket.close()
-        except (PeerError, ProtocolError) as error:
+        except (PeerError, ProtocolError, ResourceError) as error:
             if isinstance(error, RefusedError) and error.ended is not None:
                 raise EndedElsewhere(error.ended, str(error)) from error
             # Anybody may answer there: whatever else is said decides nothing.
@@ -908,13 +916,15 @@ class Reception:
 
     async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
         # Not trio.serve_listeners: that closes a stream when its handler returns, and ours gives it away.
+        spare = Sparing()
         while True:
             try:
                 stream = await listener.accept()
             except OSError as error:
                 if error.errno not in _NO_ROOM:
                     raise
-                log.error("cannot accept a connection: %s", error.strerror)
+                if spare.due():
+                    log.error("cannot accept a connection: %s", error.strerror)
                 await trio.sleep(ACCEPT_PAUSE_S)  # descriptors may become free
                 continue
             nursery.start_soon(self._greet, stream)

@@ -20,13 +20,20 @@ delays or loses. What remains possible is that neither may, for a while: `commit
 protocol can exclude that (the two generals); it has names here. The source is `PAUSED`, keeps the machine's memory and
 says so aloud. The destination, having said `prepared`, may no longer abort by itself, since an `abort` could meet the
 `commit` on its way: it is `IN_DOUBT`, and asks. The source's answer is either `recovered`, which means that it had
-decided, or a refusal: it knows no such migration, so it had not.
+decided, or that the migration has ended there, so it had not. One that nobody answers gives up, and never runs it.
 
 **Recovery.** A connection that is lost behind the point of no return ends nothing. The side that had connected connects
 again, with the migration's id and token and a higher *epoch*; `reconnected` puts the same protocol object onto the new
 connection. The destination tells what it has (`received-map`, a digest over all of them in `recover`), the source
 answers `recovered`, and both go on where they were. Whatever else comes on the way (another cut, at any byte) leads
 back to where it began, any number of times. An epoch is used once: who brings an old one is refused.
+
+**When it has ended on one side only.** The other one cannot know; so each side, while its connection is lost, can be
+told how it has ended over there (`peer_ended`): by somebody who has proven to be the peer, since it may end a machine
+here, or start one. What a side has to tell is its `ending`. There is one way to two machines, and it needs an operator:
+`reclaim` lets the source go on from the switchover, for which the destination has to be dead. One that is not stops
+when it hears of it. What else is left to operators is listed in docs/protocol.md, and an exploration of all states in
+the unit tests shows that there is nothing more.
 
 **Giving memory back.** A source that wants to free memory as it goes asks for it in the offer (`placed_every_ms`). The
 destination then says in `placed`, while the machine runs there, what has become known since it last said so. That is a
@@ -55,12 +62,16 @@ States of the source (s: it sends, r: it receives)::
 The destination's are the same with s and r exchanged, and the line that divides them lies at *r commit*. Its
 connection lost in PREPARED means IN_DOUBT, from where *r recovered* is worth a *r commit*. Lost in CLOSING it is PAUSED
 too: every page is here, but the source does not know it yet; `give_up` makes COMPLETED of that, and ABORTED of
-IN_DOUBT.
+IN_DOUBT. `reclaim` makes RECLAIMED of the source's PAUSED.
 
 **Trust.** Whoever can connect can send anything. A message is length-prefixed, so its length is checked before its
-first byte is kept; unpacked with limits on every size; and turned into a frozen dataclass only when each field is
-there, has its type and lies in its range. Whatever a peer sends, nothing but `ProtocolError` (or, when it refused
-or hung up, `PeerError`) leaves this module, and after that the connection takes no more.
+first byte is kept: against what may come in this state, and against its type as soon as that is there. How deep it is,
+and of how many parts, is measured before one of them is made; and it is turned into a frozen dataclass only when each
+field is there, has its type and lies in its range. Whatever a peer sends, nothing but `ProtocolError` (or, when it
+refused or hung up, `PeerError`) leaves this module, and after that the connection takes no more.
+
+**Versions.** Each field knows the versions that have it; the handshake finds out which one is spoken. From 3 on what a
+peer says beyond that is ignored.
 """
 
 from __future__ import annotations

@@ -398,17 +398,6 @@ async def test_coming_back_to_nobody() -> None:
     assert scope.cancelled_caught
 
 
-async def test_dead_data_connections_are_ended_by_the_kernel() -> None:
-    here, there = socket.create_server(("127.0.0.1", 0)), socket.socket()
-    there.connect(here.getsockname())
-    c.keep_alive(FdHolder(os.dup(there.fileno())), 3.0).close()
-    for option, value in (("KEEPIDLE", 1), ("KEEPINTVL", 1), ("KEEPCNT", 2), ("USER_TIMEOUT", 3000)):
-        assert there.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{option}")) == value
-    assert there.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-    there.close()
-    here.close()
-
-
 # ---- a peer that moves
 
 
