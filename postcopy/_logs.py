@@ -56,7 +56,8 @@ def json_line(level: str, logger: str, message: str, when_s: float, **more: Any)
 def plain_record(record: logging.LogRecord) -> str:
     """A record that went through `add_migration`, for a person; with its traceback where it has one."""
     name = getattr(record, "machine", "")
-    line = f"postcopy: {record.levelname.lower()}: {name and name + ': '}{record.getMessage()}"
+    message = "".join(char if char.isprintable() else " " for char in record.getMessage())  # some of it is a peer's
+    line = f"postcopy: {record.levelname.lower()}: {name and name + ': '}{message}"
     exception = _exception(record)
     return f"{line}\n{exception}" if exception else line
 

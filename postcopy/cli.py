@@ -5,8 +5,9 @@ Exit status: 0 when what was asked has happened, 1 when it has not, 2 when it wa
 sense. An error meant for a person is one line on stderr, ``postcopy: error: ...``; a traceback is a mistake in this
 package.
 
-Ctrl-C and SIGTERM mean: end in order, now. Where a command runs until it is interrupted (a destination without
-``--run-for``, a source that serves for ever), that is how it succeeds. A second signal does not wait for the order.
+Ctrl-C, SIGTERM and a closed terminal (SIGHUP) mean: end in order, now. Where a command runs until it is interrupted (a
+destination without ``--run-for``, a source that serves for ever), that is how it succeeds. A second signal does not
+wait for the order.
 """
 
 from __future__ import annotations
@@ -583,21 +584,22 @@ def _operated(
 
 async def _with_signals(command: Callable[[trio.Event], Awaitable[bool]], route: Route | None) -> bool:
     """Runs a command; the first signal asks it to end, the second one ends it. SIGHUP asks the `route` to look up where
-    it leads; without one it does what it always does."""
+    it leads; without one the terminal has been closed, which is the first signal, and never the second: shell and
+    kernel may both say it."""
     stop = trio.Event()
     done = False
-    hangup = (signal.SIGHUP,) if route is not None else ()
+    # (under nohup it is ignored, and stays so)
+    hangup = (signal.SIGHUP,) if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else ()
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, *hangup) as signals:
         async with trio.open_nursery() as nursery:
 
             async def listen() -> None:
                 async for number in signals:
-                    if number == signal.SIGHUP:
-                        assert route is not None
+                    if number == signal.SIGHUP and route is not None:
                         route.refresh(told=True)
                         continue
                     logging.getLogger(__name__).info("%s: ending in order", signal.Signals(number).name)
-                    if stop.is_set():
+                    if stop.is_set() and number != signal.SIGHUP:
                         nursery.cancel_scope.cancel()
                     stop.set()
 
@@ -662,10 +664,12 @@ def _failed(error: PostcopyError, output: Output) -> int:
 def _keep_standard_descriptors() -> None:
     """A process may be started with its standard descriptors closed. What it opened first would get their numbers (a
     machine's memory, say), and whoever believes that 2 is where errors go would write into it."""
-    fd = 0
-    while fd <= 2:
-        fd = os.open(os.devnull, os.O_RDWR)
-    os.close(fd)
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # The lowest number that is free; whatever cannot be read or written will do.
+            os.open("/", os.O_RDONLY | os.O_DIRECTORY)
 
 
 def _run_bench(args: argparse.Namespace) -> int:

@@ -33,7 +33,7 @@ from typing import Any
 import trio
 
 from ._blocking import run_sync
-from ._errors import ConfigurationError, PostcopyError, ResourceError
+from ._errors import ConfigurationError, PostcopyError, ProtocolError, ResourceError
 from ._files import (
     check_new_directory,
     check_new_file,
@@ -477,7 +477,10 @@ async def restore(found: Restorable, *, backing: str, disk: str | None, net: str
     state = salvage.state()
     assert state is not None
     layout = [BlockLayout(block.name, block.size_bytes, block.page_bytes) for block in salvage.blocks]
-    machine = create_destination(salvage.machine, salvage.config, layout, backing, disk=disk, net=net)
+    try:
+        machine = create_destination(salvage.machine, salvage.config, layout, backing, disk=disk, net=net)
+    except ProtocolError as error:  # as if a peer had offered it
+        raise PostcopyError(f"{salvage.path}: its manifest makes no sense: {error}") from error
     try:
         await run_sync(_load, salvage, machine)
         await machine.load_state(state)

@@ -2,7 +2,7 @@
 """The control socket's server: many clients, none of which can hold the process up, or keep another one out.
 
 Each client has two tasks. One reads requests and has them executed, one after the other; the other one writes from a
-queue. What a client may leave unread is bounded twice. *Answers*: while `QUEUE_ANSWERS` of them wait to be taken,
+queue. What a client may leave unread is bounded twice. *Answers*: while `QUEUE_ANSWERS` of them (or a long one) wait,
 nothing more is read from it, so that one that asks a lot and reads what it is told is served at its own pace. *Events*
 come unasked and wait for nobody: a client that leaves `QUEUE_LINES` or `QUEUE_BYTES` unread is hung up on. So is one
 that takes a line in less than `WRITE_TIMEOUT_S`.
@@ -56,6 +56,8 @@ from .schema import (
 MAX_CLIENTS = 32
 BACKLOG = 128
 QUEUE_ANSWERS = 4
+LONG_ANSWER_BYTES = 256 * 1024
+"""One that is longer is alone in the queue."""
 QUEUE_LINES = 256
 """What a client may leave unread of events: some minutes of progress."""
 QUEUE_BYTES = 4 << 20
@@ -259,7 +261,7 @@ class _Client:
                 self._put(refusal(error), True)
                 return
             for line in lines:
-                while self._answers >= QUEUE_ANSWERS:
+                while self._answers >= QUEUE_ANSWERS or (self._answers and self.queued_bytes >= LONG_ANSWER_BYTES):
                     self._taken = trio.Event()
                     await self._taken.wait()
                 self.alive_at = trio.current_time()

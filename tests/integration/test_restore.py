@@ -20,10 +20,10 @@ def _cut_for_good(side: Start, tmp_path: Path, kind: str) -> tuple[Path, Path]:
     """The salvages of source and destination, of a machine that was in the middle of its move."""
     dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--salvage", tmp_path / "dest")
     cable = side("chaos", "none", "--json", "--listen", "127.0.0.1:0", "--to", dest.address)
-    machine = ("--machine", kind, "--memory", "24MiB", "--vcpus", "2", "--workload", "random", "--max-bandwidth")
+    machine = ("--machine", kind, "--memory", "96MiB", "--vcpus", "2", "--workload", "random", "--max-bandwidth")
     where = ("--salvage", tmp_path / "source", "--connect", cable.address)
     source = side("source", "--json", *machine, "2MiB/s", *where)
-    dest.wait_for("pages", lambda line: line.get("ram", {}).get("background-pages", 0) > 300)
+    dest.wait_for("pages", lambda line: line.get("ram", {}).get("background-pages", 0) > 20)
     cable.signal(signal.SIGKILL)
     for one in (source, dest):
         one.wait_status("postcopy-paused")

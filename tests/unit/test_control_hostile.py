@@ -186,7 +186,7 @@ async def test_pipelined_commands_without_reading(path: Path, desk: Desk, monkey
                 highest = max(highest, queued_bytes(server))
         assert server.dropped == 1
         assert desk.asked < 20
-        assert highest <= 10 << 20
+        assert highest <= 2 << 20
 
 
 async def test_events_that_nobody_reads_are_bounded_in_bytes(path: Path, desk: Desk) -> None:
