@@ -394,6 +394,10 @@ class Engine(abc.ABC, Generic[P]):
                     return None
             except Exception as error:  # noqa: BLE001  # `explained` logs what it does not know
                 self._doom(explained(error))
+            except BaseException:  # cancelled in the moment in which somebody came
+                for link, _ in found:
+                    link.control.socket.close()
+                raise
             if found and self._protocol.recoverable and not self._gone:
                 self.over = False
                 return found[0]

@@ -289,7 +289,8 @@ class SourceMigration(Engine[SourceProtocol]):
         return self._watch_server, self._watch_machine, self._release
 
     def _give_up(self) -> bool:
-        log.warning(
+        log.log(
+            logging.WARNING if self.machine.live else logging.INFO,
             "the destination is lost for good (%s); what it has not got is kept here%s",
             self.failure,
             " until it is back, or this is ended" if self._hold else "",

@@ -124,21 +124,22 @@ async def test_a_connection_that_comes() -> None:
 # ---- the decision
 
 
-async def test_prepared_and_a_cancel_in_the_same_moment() -> None:
+async def test_prepared_and_a_cancel_in_the_same_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who was told that it is cancelled can rely on it, although `prepared` has come."""
+    receive = Control.receive
+    migrations: list[SourceMigration] = []
+
+    async def and_cancel(self: Any, kind: type[p.Message], timeout_s: float = float("inf")) -> p.Message:
+        message = await receive(self, kind, timeout_s)
+        if kind is p.Prepared:
+            assert migrations[0].cancel()
+        return message
+
+    monkeypatch.setattr(Control, "receive", and_cancel)
     async with h.lone_source() as (peer, source, machine):
-        receive = Control.receive
-
-        async def and_cancel(self: Any, kind: type[p.Message], timeout_s: float = float("inf")) -> p.Message:
-            message = await receive(self, kind, timeout_s)
-            if kind is p.Prepared:
-                assert source.cancel()
-            return message
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Control, "receive", and_cancel)
-            await peer.say(p.Prepared())
-            told = await peer.read(p.Abort)
+        migrations.append(source)
+        await peer.say(p.Prepared())
+        told = await peer.read(p.Abort)
         assert "cancelled at the source" in told.reason
         assert machine.state is MachineState.RUNNING
     assert source.status == "cancelled"
