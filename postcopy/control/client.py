@@ -12,6 +12,7 @@ import trio
 from postcopy._errors import PeerError
 
 from .schema import MAX_ANSWER_BYTES, PROTOCOL, ControlError, Json, LineSplitter, parse_json
+from .server import check_control_path
 
 ANSWER_TIMEOUT_S = 60.0
 BUSY_POLL_S = 0.02
@@ -32,7 +33,9 @@ class ControlClient:
     @classmethod
     @asynccontextmanager
     async def open(cls, path: str, timeout_s: float = 10.0) -> AsyncIterator[ControlClient]:
-        """`PeerError` when nobody answers there, or in another language."""
+        """`PeerError` when nobody answers there, or in another language; `ConfigurationError` for a path that no socket
+        can have."""
+        check_control_path(path, "the control socket")
         try:
             with trio.fail_after(timeout_s):
                 stream = await _connect(path)

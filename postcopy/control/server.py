@@ -321,17 +321,17 @@ class _Spare:
         return True
 
 
-def check_control_path(path: str) -> str:
-    """The path, when a socket can have it. `ConfigurationError` otherwise."""
+def check_control_path(path: str, what: str = "--control") -> str:
+    """The path, when a socket can have it. `ConfigurationError` otherwise; `what` is what the user calls it."""
     size_bytes = len(os.fsencode(path))
     shown = path if len(path) <= 120 else f"{path[:100]}..."
     if not path:
-        raise ConfigurationError("--control: the path of the socket is empty; name a file in a directory of yours")
+        raise ConfigurationError(f"{what}: the path is empty; name a socket in a directory of yours")
     if "\0" in path:
-        raise ConfigurationError(f"--control {shown!r}: a path has no NUL in it")
+        raise ConfigurationError(f"{what} {shown!r}: a path has no NUL in it")
     if size_bytes > _MAX_PATH_BYTES:
         raise ConfigurationError(
-            f"--control {shown}: the path of a socket has at most {_MAX_PATH_BYTES} bytes, this one has {size_bytes}"
+            f"{what} {shown}: the path of a socket has at most {_MAX_PATH_BYTES} bytes, this one has {size_bytes}"
         )
     return path
 

@@ -304,6 +304,12 @@ class TestPath:
         assert "--control" in str(caught.value)
         assert len(str(caught.value)) < 400
 
+    @pytest.mark.parametrize("given", ["", "a\0b", "/tmp/" + "x" * 103])
+    async def test_client_says_so_too(self, given: str) -> None:
+        with pytest.raises(ConfigurationError, match="the control socket"):
+            async with ControlClient.open(given):
+                pass
+
     def test_longest_path(self) -> None:
         assert check_control_path("/tmp/" + "x" * 102) == "/tmp/" + "x" * 102
 

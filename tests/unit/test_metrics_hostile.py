@@ -51,7 +51,8 @@ async def test_slow_clients_do_not_keep_a_scraper_out(says: bytes) -> None:
 
 
 async def test_client_that_does_not_read_a_long_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = b"x" * (32 << 20)
+    page = b"x" * (16 << 20)
+    monkeypatch.setattr(http_module, "IDLE_TIMEOUT_S", 60)
     async with AsyncExitStack() as stack, serving(lambda: page) as (address, _):
         for _ in range(MAX_CONNECTIONS):
             stream = await trio.open_tcp_stream(address.host, address.port)
