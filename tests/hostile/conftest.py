@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-# --import-mode=importlib makes no packages of test directories: what these share is loaded by its path, under the name by
-# which mypy knows it.
+# --import-mode=importlib makes no packages of test directories: what these share is loaded by its path, under the name
+# by which mypy knows it.
 for _name in ("_wire", "_program", "_peer", "_fuzz"):
     _path = Path(__file__).with_name(f"{_name}.py")
     _spec = importlib.util.spec_from_file_location(f"tests.hostile.{_name}", _path)
@@ -43,9 +43,7 @@ def daemon(start: Start, tmp_path: Path) -> Callable[..., tuple[_program.Program
 
     def run(name: str = "d", *arguments: object, **keywords: Any) -> tuple[_program.Program, _program.Control]:
         path = tmp_path / name
-        program = start(
-            "daemon", "--json", "--control", path, "--listen", "127.0.0.1:0", *arguments, **keywords
-        )
+        program = start("daemon", "--json", "--control", path, "--listen", "127.0.0.1:0", *arguments, **keywords)
         assert program.where
         return program, _program.Control(path)
 
