@@ -108,6 +108,20 @@ int pc_states_known(int fd, uint64_t pages, uint64_t *words)
     return 0;
 }
 
+int64_t pc_states_count(int fd, uint64_t pages)
+{
+    struct pc_states states;
+    int64_t known = 0;
+    int error = pc_states_map(fd, pages, &states);
+
+    if (error)
+        return error;
+    for (uint64_t word = 0; word < pc_bitmap_words(pages); word++)
+        known += __builtin_popcountll(__atomic_load_n(&states.known[word], __ATOMIC_RELAXED));
+    pc_states_unmap(&states);
+    return known;
+}
+
 /* Sets *there when the calling process's page table has something for [address, address + bytes). A huge page is there when
  * its first small one is. */
 static int in_page_table(int pagemap_fd, uint64_t address, bool *there)

@@ -6,18 +6,22 @@ connected sockets. Everything that happens for a page happens in the core's thre
 is told, one message an answer, and what the core tells, one message an event. It ends when the other end is gone.
 Nothing but the core and msgpack is imported: the machine may be waiting for this process to begin.
 
-Messages: ``[name, arguments]`` with descriptors beside it; the answer is ``[result, text, value]``, `result` as the
-core's functions return it. The names are those of the functions below.
+Messages: ``[name, arguments]`` with descriptors beside it; the answer is ``[0, result, text]``, `result` as the core's
+functions return it, in the order of the calls. ``[1, type, kind, channel, error, text]`` is an event. The names are
+those of the functions below. What the other end does not take yet waits here: one event, while the core coalesces the
+others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
 import select
 import socket
 import sys
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -27,14 +31,16 @@ from ._native import ffi, lib
 
 MESSAGE_BYTES = 128 * 1024
 DESCRIPTORS = 4
+OUTBOX = 64
+"""Answers and events that the other end has not taken: no more calls are answered then."""
 
 
 class PagerChild:
     """One `struct pc_pager`, by messages."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics_fd: int) -> None:
         pointer: Any = ffi.new("struct pc_pager **")
-        result = lib.pc_pager_new(pointer)
+        result = lib.pc_pager_new_with_metrics(metrics_fd, pointer)
         if result < 0:
             raise OSError(-result, os.strerror(-result))
         self._pager: Any = pointer[0]
@@ -53,9 +59,6 @@ class PagerChild:
             "request_range": lambda _, block, first, pages: lib.pc_pager_request_range(
                 self._pager, block, first, pages
             ),
-            "statistics": self._statistics,
-            "latency": self._latency,
-            "blocktime": self._blocktime,
             "disconnect": lambda _: lib.pc_pager_disconnect(self._pager),
             "disarm": lambda _: lib.pc_pager_disarm(self._pager),
             "free": lambda _: lib.pc_pager_free(self._pager),
@@ -63,16 +66,13 @@ class PagerChild:
 
     def answer(self, message: bytes, fds: list[int]) -> bytes:
         name, arguments = msgpack.unpackb(message)
-        value: Any = None
         self._error[0] = b"\0"
         try:
             result = self.calls[name](fds, *arguments)
         finally:
             for fd in fds:  # those that nobody has taken
                 os.close(fd)
-        if isinstance(result, tuple):
-            result, value = result
-        packed: bytes = msgpack.packb([result, ffi.string(self._error).decode("utf-8", "replace"), value])
+        packed: bytes = msgpack.packb([0, result, ffi.string(self._error).decode("utf-8", "replace")])
         return packed
 
     def next_event(self) -> bytes | None:
@@ -80,7 +80,7 @@ class PagerChild:
         if lib.pc_pager_next_event(self._pager, event) != 1:
             return None
         text = ffi.string(event.text)
-        packed: bytes = msgpack.packb([event.type, event.channel_kind, event.channel, event.error, text])
+        packed: bytes = msgpack.packb([1, event.type, event.channel_kind, event.channel, event.error, text])
         return packed
 
     # ---- calls that take more than numbers
@@ -113,39 +113,34 @@ class PagerChild:
         result: int = lib.pc_pager_arm(self._pager, shard, block, first_page, pages, self._error, len(self._error))
         return result
 
-    def _statistics(self, _: list[int]) -> tuple[int, dict[str, int]]:
-        stats: Any = ffi.new("struct pc_pager_stats *")
-        result = lib.pc_pager_stats(self._pager, stats)
-        return result, {name: int(getattr(stats, name)) for name, _ in ffi.typeof("struct pc_pager_stats").fields}
-
-    def _latency(self, _: list[int], stage: int) -> tuple[int, bytes]:
-        histogram: Any = ffi.new("struct pc_histogram *")
-        result = lib.pc_pager_latency(self._pager, stage, histogram)
-        return result, bytes(ffi.buffer(histogram))
-
-    def _blocktime(self, _: list[int], slots: int) -> tuple[int, list[int]]:
-        times: Any = ffi.new("uint64_t[]", max(1, slots))
-        result = lib.pc_pager_blocktime(self._pager, times, slots)
-        return result, [int(times[slot]) for slot in range(slots)]
-
 
 def main() -> None:
-    calls = socket.socket(fileno=int(sys.argv[1]))
-    events = socket.socket(fileno=int(sys.argv[2]))
-    child = PagerChild()
+    link = socket.socket(fileno=int(sys.argv[1]))
+    metrics_fd = int(sys.argv[2])
+    child = PagerChild(metrics_fd)
+    os.close(metrics_fd)
+    link.setblocking(False)
+    outbox: deque[bytes] = deque()
     poll = select.poll()
-    poll.register(calls, select.POLLIN)
+    poll.register(link, select.POLLIN)
     poll.register(child.event_fd, select.POLLIN)
     while True:
         ready = {fd for fd, _ in poll.poll()}
-        if child.event_fd in ready:
-            while (event := child.next_event()) is not None:
-                events.send(event)
-        if calls.fileno() in ready:
-            message, fds, _, _ = socket.recv_fds(calls, MESSAGE_BYTES, DESCRIPTORS)
-            if not message:
-                break  # the machine's process is gone, or has closed this pager
-            calls.send(child.answer(message, fds))
+        if not outbox and child.event_fd in ready and (event := child.next_event()) is not None:
+            outbox.append(event)
+        if link.fileno() in ready and len(outbox) < OUTBOX:
+            with contextlib.suppress(BlockingIOError):
+                message, fds, _, _ = socket.recv_fds(link, MESSAGE_BYTES, DESCRIPTORS)
+                if not message:
+                    break  # the machine's process is gone, or has closed this pager
+                outbox.append(child.answer(message, fds))
+        with contextlib.suppress(BlockingIOError):
+            while outbox:
+                link.send(outbox[0])
+                outbox.popleft()
+        wanted = (select.POLLOUT if outbox else 0) | (select.POLLIN if len(outbox) < OUTBOX else 0)
+        poll.modify(link, wanted)
+        poll.modify(child.event_fd, 0 if outbox else select.POLLIN)
     # No clean-up: the process that made the userfaultfds has them, and decides what becomes of who waits there.
     os._exit(0)
 

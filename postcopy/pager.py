@@ -200,6 +200,13 @@ class Pager:
         check(lib.pc_pager_track_thread(self._alive(), slot, tid), "tracking a thread")
         self._slots = max(self._slots, slot + 1)
 
+    async def confirm(self) -> None:
+        """Everything asked of the pager so far has been done, or what went wrong is raised. Here each method has said
+        so itself; those of `ProcessPager` do not wait. To be awaited before anything is promised: after `arm`, after
+        `attach_urgent` and `attach_bulk`."""
+        self._alive()
+        await trio.lowlevel.checkpoint()
+
     # ---- while it runs
 
     def request_missing(self, limit: int) -> int:

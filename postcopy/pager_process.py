@@ -3,18 +3,21 @@
 
 The same methods as `pager.Pager`. What must not die with the engine stays here, in the machine's process: the
 userfaultfds (the kernel fills memory with zeros when the last descriptor of one is closed), the memory, the page
-states (`csrc/states.c`), and the list of what was set up. The engine's process gets copies of the descriptors; a crash
-of one of its threads, SIGKILL, or a call that is not answered within `CALL_TIMEOUT_S` ends it, and nothing else:
+states (`csrc/states.c`), the counters (`csrc/metrics.c`), and the list of what was set up. The engine's process gets
+copies of the descriptors; a crash of one of its threads, SIGKILL, or a call that is not answered within
+`CALL_TIMEOUT_S` ends it, and nothing else:
 
 - `events()` tells `EventType.DIED`; the data connections died with it, so for a migration it is a lost connection;
 - `disconnect()`, or `watch_over()`, waits for the rest of the process to leave the kernel, settles the pages that
   were under way, starts the next one, gives it everything, and wakes all who wait: their faults are reported again.
 
-Counters go on across processes, except for what happened since they were last read here. What one costs: a Python
-process of some 12 MB, and 30 ms to start it; nothing on the path of a fault.
+What one costs: a Python process of some 12 MB, and 30 ms to start it; nothing on the path of a fault.
 
-Threads and cancellation: as for `Pager`. A plain method waits for the other process's answer, usually some 50 us, at
-most `CALL_TIMEOUT_S`.
+Threads and cancellation: as for `Pager`. No method waits for the other process unless it is asynchronous, so that a
+process which does not answer is in nobody's way but its own migration's. A plain method sends what is to be done, and
+returns; `confirm()` waits until all of it has been done, and raises what went wrong; where nobody confirms, `events()`
+tells it as `EventType.FATAL`. Statistics are read from memory that both processes share. The asynchronous methods are
+seen through, shielded from cancellation but bounded in time.
 """
 
 from __future__ import annotations
@@ -22,21 +25,22 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
-import threading
+import time
 from collections import deque
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import msgpack
 import trio
 
-from ._blocking import END_TIMEOUT_S, run_to_end
+from ._blocking import END_TIMEOUT_S
 from ._error_line import c_text
-from ._errors import BusyError, MigrationError, check
+from ._errors import BusyError, CoreError, MigrationError, PostcopyError, check
 from ._events import ChannelKind, Event, EventType
 from ._native import ffi, lib
 from ._pager_child import MESSAGE_BYTES
@@ -52,6 +56,8 @@ log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 3.0
 """An engine that does not answer for so long is killed. It works by messages that take microseconds."""
+START_TIMEOUT_S = 15.0
+"""The same for the first answer, before which an interpreter starts, perhaps on a busy host."""
 DEATHS_IN_A_ROW = 5
 """Without a page placed in between: then something kills whatever is started, and the pager gives up."""
 
@@ -73,71 +79,215 @@ class _Shard:
     busy_poll_us: int
 
 
-class _Process:
-    """One incarnation: the process and the two sockets. A failing call means that it is dead, and makes it so."""
+class _Call:
+    """Something the process is to do, and its answer once there is one."""
 
-    def __init__(self) -> None:
-        calls, its_calls = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        events, its_events = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with its_calls, its_events:
-            fds = (its_calls.fileno(), its_events.fileno())
-            command = [sys.executable, "-m", "postcopy._pager_child", *map(str, fds)]
+    def __init__(self, what: str, name: str, arguments: tuple[Any, ...], fds: tuple[int, ...]) -> None:
+        self.what = what
+        self.name = name
+        self.message = msgpack.packb([name, arguments])
+        self.fds = tuple(os.dup(fd) for fd in fds)  # this call's own until it is sent
+        self.timeout_s = CALL_TIMEOUT_S
+        self.awaited = False  # somebody takes the error
+        self.done = False
+        self.error: PostcopyError | None = None
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = ()
+
+
+class _Process:
+    """One incarnation: the process and the socket to it. Nothing here waits but what is asynchronous."""
+
+    def __init__(self, metrics_fd: int) -> None:
+        link, its_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with its_link:
+            fds = (its_link.fileno(), metrics_fd)
+            # -P: never import from where this process happens to be.
+            command = [sys.executable, "-P", "-m", "postcopy._pager_child", *map(str, fds)]
             try:
                 self._process = subprocess.Popen(
                     command, pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True
                 )
+                self._pidfd = os.pidfd_open(self._process.pid)
             except OSError as error:
-                calls.close()
-                events.close()
+                link.close()
                 raise MigrationError(f"cannot start a process for the pager: {error.strerror}") from error
-        calls.settimeout(CALL_TIMEOUT_S)
-        events.setblocking(False)
-        self.events = events
-        self._calls = calls
-        self.lock = threading.Lock()
-        self.dead = False
+        link.setblocking(False)
+        self._link = link
+        self._unsent: deque[_Call] = deque()
+        self._unanswered: deque[_Call] = deque()
+        self._since = time.monotonic()  # when the oldest of these became so
+        self._answers = 0
+        self._killed_for = ""
+        self._closed = False
+        self.events: deque[Event] = deque()
+        self.failure: PostcopyError | None = None  # of the first call that failed and was nobody's
+        self.dead = False  # it does nothing more; its threads may still be in the kernel
+        self.told = False
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def call(self, name: str, *arguments: Any, fds: tuple[int, ...] = (), timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        """(result, text, value). `PagerDied` when there is no answer."""
-        with self.lock:
-            if self.dead:
-                raise PagerDied(self.epitaph())
-            try:
-                self._calls.settimeout(timeout_s)
-                socket.send_fds(self._calls, [msgpack.packb([name, arguments])], fds)
-                answer = self._calls.recv(MESSAGE_BYTES)
-            except TimeoutError:
-                self.end()
-                raise PagerDied(f"the pager's process has not answered for {timeout_s:g} s and was killed") from None
-            except OSError:
-                answer = b""
-            if not answer:
-                self.end()
-                raise PagerDied(self.epitaph())
-            return msgpack.unpackb(answer)
+    # ---- calls
 
-    def end(self) -> None:
-        """Kills it and waits until its threads have left the kernel: from then on nothing of it places a page."""
-        self.dead = True
-        self._process.kill()
-        self._process.wait()
+    def post(self, call: _Call) -> _Call:
+        """Sends a call, now or as soon as the process takes it. `PagerDied` when it is known to be dead."""
+        if self.dead:
+            call.close()
+            raise PagerDied(self.epitaph())
+        self._unsent.append(call)
+        self.pump()
+        return call
+
+    def is_asked(self, name: str) -> bool:
+        """Whether such a call has not been answered yet."""
+        return any(call.name == name for call in (*self._unsent, *self._unanswered))
+
+    @property
+    def idle(self) -> bool:
+        return not self._unsent and not self._unanswered
+
+    def pump(self) -> None:
+        """Sends and receives what can be without waiting, and kills a process that takes too long."""
+        while not self.dead and self._send_one():
+            pass
+        while not self.dead and self._receive_one():
+            pass
+        if not self.dead and self._remaining_s() <= 0:
+            limit_s = self._limit_s()
+            self.kill(f"the pager's process has not answered for {limit_s:g} s and was killed")
+
+    def _send_one(self) -> bool:
+        if not self._unsent:
+            return False
+        call = self._unsent[0]
+        try:
+            socket.send_fds(self._link, [call.message], call.fds)
+        except BlockingIOError:
+            return False
+        except OSError:
+            self.kill()
+            return False
+        self._unsent.popleft()
+        call.close()
+        if not self._unanswered:
+            self._since = time.monotonic()
+        self._unanswered.append(call)
+        return True
+
+    def _receive_one(self) -> bool:
+        try:
+            message = self._link.recv(MESSAGE_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError:
+            message = b""
+        if not message:
+            self.kill()
+            return False
+        what, *rest = msgpack.unpackb(message)
+        if what:
+            kind, channel_kind, channel, error, text = rest
+            line = c_text(ffi.new("char[]", text))
+            self.events.append(Event(EventType(kind), ChannelKind(channel_kind), channel, error, line))
+        else:
+            self._answered(*rest)
+        return True
+
+    def _answered(self, result: int, text: str) -> None:
+        call = self._unanswered.popleft()
+        self._since = time.monotonic()
+        self._answers += 1
+        try:
+            check(result, call.what, text)
+        except PostcopyError as error:
+            call.error = error
+            if not call.awaited and self.failure is None:
+                self.failure = error
+                self.events.append(Event(EventType.FATAL, text=str(error)))
+        call.done = True
+
+    def _limit_s(self) -> float:
+        limit_s = self._unanswered[0].timeout_s if self._unanswered else CALL_TIMEOUT_S
+        return limit_s if self._answers else max(limit_s, START_TIMEOUT_S)
+
+    def _remaining_s(self) -> float:
+        return float("inf") if not self._unanswered else self._since + self._limit_s() - time.monotonic()
+
+    async def wait_message(self) -> None:
+        """Until the process has said something, has died, or has been killed since it said nothing."""
+        with self._link.dup() as link:  # a descriptor of its own: several tasks may wait
+            # (Real time counts, not that of Trio's clock: it is another process that is waited for.)
+            with trio.move_on_after(max(0.0, self._remaining_s())):
+                await trio.lowlevel.wait_readable(link)
+        self.pump()
+
+    async def finish(self, call: _Call) -> None:
+        """Until a posted call has been done; raises its error, or `PagerDied`."""
+        while not call.done and not self.dead:
+            await self.wait_message()
+        if not call.done:
+            await self.gone()
+            raise PagerDied(self.epitaph())
+        if call.error is not None:
+            raise call.error
+
+    # ---- its end
+
+    def kill(self, why: str = "") -> None:
+        """From now on it is dead; it may take until `gone` for its threads to have left the kernel. Never waits."""
+        if not self.dead:
+            self._killed_for = why
+            self.dead = True
+            for call in (*self._unsent, *self._unanswered):
+                call.close()
+            self._unsent.clear()
+            self._unanswered.clear()
+        self._process.kill()  # nothing happens to one that has been waited for
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing of it is left. Never waits."""
+        return self._process.poll() is not None
+
+    async def gone(self, timeout_s: float = END_TIMEOUT_S) -> bool:
+        """Waits until a killed process has ended: from then on nothing of it places a page. False when it has not in
+        time."""
+        ready = select.poll()
+        ready.register(self._pidfd, select.POLLIN)
+        deadline = time.monotonic() + timeout_s
+        while not self.ended and time.monotonic() < deadline:
+            if ready.poll(0):
+                continue
+            pidfd = os.dup(self._pidfd)
+            try:
+                with trio.move_on_after(deadline - time.monotonic()):
+                    await trio.lowlevel.wait_readable(pidfd)
+            finally:
+                os.close(pidfd)
+        return self.ended
 
     def epitaph(self) -> str:
-        status = self._process.returncode
-        if status is not None and status < 0:
+        if self._killed_for:
+            return self._killed_for
+        status = self._process.poll()
+        if status is None:
+            return "the pager's process was killed and has not ended yet"
+        if status < 0:
             with contextlib.suppress(ValueError):
                 return f"the pager's process has died ({signal.Signals(-status).name})"
         return f"the pager's process has died (status {status})"
 
     def close(self) -> None:
-        self.end()
-        self._calls.close()
-        trio.lowlevel.notify_closing(self.events)
-        self.events.close()
+        """Of one that was killed."""
+        if not self._closed:
+            self._closed = True
+            self._link.close()
+            os.close(self._pidfd)
 
 
 class _Events:
@@ -167,19 +317,21 @@ class ProcessPager:
         self._armed: list[tuple[int, int, int, int]] = []
         self._threads: dict[int, int] = {}
         self._told: deque[Event] = deque()
-        self._before = _no_statistics()  # of those that died
-        self._now = _no_statistics()  # of this one, when it was last asked
-        self._latency_before = {stage: Histogram() for stage in Stage}
-        self._latency_now = {stage: Histogram() for stage in Stage}
-        self._blocktime_before: list[int] = []
-        self._blocktime_now: list[int] = []
         self._ending = trio.Lock()
+        self._replaced = trio.Event()
         self._closed = False
         self._disarmed = False
         self._deaths_in_a_row = 0
         self._known_at_death = 0
         self.deaths = 0
-        self._process = _Process()
+        pointer: Any = ffi.new("struct pc_metrics **")
+        check(lib.pc_metrics_new(pointer), "making a pager's counters")
+        self._metrics: Any = pointer[0]
+        try:
+            self._process = self._start()
+        except BaseException:
+            lib.pc_metrics_free(self._metrics)
+            raise
 
     # ---- setting it up: as `Pager`, and remembered
 
@@ -187,17 +339,17 @@ class ProcessPager:
         self._alive()
         memory.acquire("pager")
         try:
-            states_fd = check(lib.pc_states_new(memory.pages), "making page states")
+            block = _Block(memory, check(lib.pc_states_new(memory.pages), "making page states"))
             try:
-                index = self._give_block(_Block(memory, states_fd))
+                self._give_block(block)
             except BaseException:
-                os.close(states_fd)
+                os.close(block.states_fd)
                 raise
         except BaseException:
             memory.release("pager")
             raise
-        self._blocks.append(_Block(memory, states_fd))
-        return index
+        self._blocks.append(block)
+        return len(self._blocks) - 1
 
     def set_zero(self, block: int, zero: Bitmap) -> None:
         if len(zero) != self._block(block).memory.pages:
@@ -206,7 +358,7 @@ class ProcessPager:
         with open(os.memfd_create("postcopy-zero", os.MFD_CLOEXEC), "w+b") as file:
             file.write(words)
             file.flush()
-            self._call("marking zero pages", "set_zero", block, len(words) // 8, fds=(file.fileno(),))
+            self._post("marking zero pages", "set_zero", block, len(words) // 8, fds=(file.fileno(),))
 
     def add_shard(self, how: How | str = How.ANY, busy_poll_us: int = 0) -> int:
         self._alive()
@@ -214,15 +366,15 @@ class ProcessPager:
         features = int(lib.pc_pager_features(int(api.features)))
         shard = _Shard(open_userfaultfd(api.how, features).detach(), features, busy_poll_us)
         try:
-            index = self._give_shard(shard)
+            self._give_shard(shard)
         except BaseException:
             os.close(shard.uffd)
             raise
         self._shards.append(shard)
-        return index
+        return len(self._shards) - 1
 
     def arm(self, shard: int, block: int, first_page: int, pages: int) -> None:
-        self._call("registering memory with a userfaultfd", "arm", shard, block, first_page, pages)
+        self._post("registering memory with a userfaultfd", "arm", shard, block, first_page, pages)
         self._armed.append((shard, block, first_page, pages))
 
     def attach_urgent(self, shard: int, fd: int) -> None:
@@ -232,43 +384,64 @@ class ProcessPager:
         self._attach("attach_bulk", channel, fd)
 
     def track_thread(self, slot: int, tid: int) -> None:
-        self._call("tracking a thread", "track_thread", slot, tid)
+        self._post("tracking a thread", "track_thread", slot, tid)
         self._threads[slot] = tid
+
+    async def confirm(self) -> None:
+        """As `Pager.confirm`: everything asked of the process so far has been done. `PagerDied` when it has died."""
+        self._alive()
+        process = self._process
+        while not process.idle and not process.dead:
+            await process.wait_message()
+        if process.dead:
+            await process.gone()
+            raise PagerDied(process.epitaph())
+        if process.failure is not None:
+            raise process.failure
+        await trio.lowlevel.checkpoint()
 
     # ---- while it runs
 
     def request_missing(self, limit: int) -> int:
-        return self._call("requesting missing pages", "request_missing", limit)
+        self._alive()
+        if self._process.dead or not self._process.is_asked(
+            "request_missing"
+        ):  # else it has not caught up with the last one
+            self._post("requesting missing pages", "request_missing", limit)
+        return min(limit, sum(block.memory.pages for block in self._blocks) - self._known())
 
     def request_range(self, block: int, first_page: int, pages: int) -> int:
         if first_page < 0 or pages < 0 or first_page + pages > self._block(block).memory.pages:
             raise IndexError(f"RAM block {block} has no pages {first_page} to {first_page + pages}")
-        return self._call("requesting pages", "request_range", block, first_page, pages)
+        self._post("requesting pages", "request_range", block, first_page, pages)
+        return pages - self.received(block).part(first_page, pages).count()
 
     def statistics(self) -> PagerStatistics:
-        """As `Pager.statistics`, over all processes there were; the last known ones while there is none."""
-        value = self._ask("statistics")
-        if value is not None:
-            self._now = PagerStatistics(**value)
-        return _added(self._before, self._now)
+        """As `Pager.statistics`, over all processes there were."""
+        self._alive()
+        counts: Any = ffi.new("struct pc_pager_stats *")
+        check(lib.pc_metrics_stats(self._metrics, counts), "reading the pager's counters")
+        values = {name: int(getattr(counts, name)) for name in PagerStatistics.__dataclass_fields__}
+        for block in self._blocks:
+            known = self._known_of(block)
+            values["total_pages"] += block.memory.pages
+            values["total_bytes"] += block.memory.size_bytes
+            values["resident_pages"] += known
+            values["resident_bytes"] += known * block.memory.page_bytes
+        return PagerStatistics(**values)
 
     def latency(self, stage: Stage = Stage.TOTAL) -> Histogram:
-        value = self._ask("latency", int(stage))
-        if value is not None:
-            histogram = Histogram()
-            ffi.memmove(histogram.struct, value, ffi.sizeof("struct pc_histogram"))
-            self._latency_now[stage] = histogram
-        total = Histogram()
-        total.merge(self._latency_before[stage])
-        total.merge(self._latency_now[stage])
-        return total
+        self._alive()
+        histogram = Histogram()
+        check(lib.pc_metrics_latency(self._metrics, stage, histogram.struct), "reading the pager's latencies")
+        return histogram
 
     def blocktime_ns(self) -> list[int]:
+        self._alive()
         slots = max(self._threads, default=-1) + 1
-        value = self._ask("blocktime", slots)
-        if value is not None:
-            self._blocktime_now = list(value)
-        return _sums(self._blocktime_before, self._blocktime_now)
+        times: Any = ffi.new("uint64_t[]", max(1, slots))
+        check(lib.pc_metrics_blocktime(self._metrics, times, slots), "reading blocktimes")
+        return [int(times[slot]) for slot in range(slots)]
 
     def received(self, block: int) -> Bitmap:
         """A copy of the map of pages that are there; also while no process is."""
@@ -292,30 +465,26 @@ class ProcessPager:
 
     def _hear(self) -> Event | None:
         """What the process has to say, or that it can say nothing any more."""
-        if self._process.dead:
+        process = self._process
+        process.pump()
+        if process.events:
+            return process.events.popleft()
+        if not process.dead or process.told or not process.ended:
             return None
-        try:
-            message = self._process.events.recv(MESSAGE_BYTES)
-        except BlockingIOError:
-            return None
-        except OSError:
-            message = b""
-        if message:
-            kind, channel_kind, channel, error, text = msgpack.unpackb(message)
-            return Event(EventType(kind), ChannelKind(channel_kind), channel, error, c_text(ffi.new("char[]", text)))
-        self._process.end()
-        return Event(EventType.DIED, text=self._process.epitaph())
+        process.told = True
+        return Event(EventType.DIED, text=process.epitaph())
 
     async def wait_event(self) -> None:
         """Until `take_event` may have something. `trio.ClosedResourceError` when closed meanwhile."""
         process = self._process
-        if process.dead:  # and DIED was told, or nobody had to be told: until the next one is there
-            await trio.sleep(0.01)
-            return
-        try:
-            await trio.lowlevel.wait_readable(process.events)
-        except trio.ClosedResourceError:
-            self._alive()  # or replaced meanwhile
+        if not process.dead:
+            await process.wait_message()
+        elif process.told:  # until the next one is there, or there is none any more
+            await self._replaced.wait()
+        elif not await process.gone():
+            process.told = True
+            self._told.append(Event(EventType.DIED, text=process.epitaph()))
+        self._alive()
 
     async def watch_over(self) -> None:
         """Starts the next process whenever one dies, for a time in which nobody follows `events`. Never returns by
@@ -327,8 +496,7 @@ class ProcessPager:
             elif self._process.dead:
                 async with self._ending:
                     if self._process.dead:
-                        log.error("%s; another one takes over", self._process.epitaph())
-                        self._replace()
+                        await self._replace()
             else:
                 await self.wait_event()
 
@@ -336,19 +504,20 @@ class ProcessPager:
 
     async def disconnect(self) -> None:
         """As `Pager.disconnect`; a process that has died is replaced by the next one."""
-        async with self._ending:
-            self._alive()
-            try:
-                await self._call_to_end("closing the pager's channels", "disconnect")
-            except PagerDied as error:
-                log.error("%s; another one takes over", error)
-                self._replace()
+        with trio.CancelScope(shield=True):
+            async with self._ending:
+                self._alive()
+                try:
+                    await self._do("closing the pager's channels", "disconnect")
+                except PagerDied:
+                    await self._replace()
 
     async def disarm(self) -> None:
-        async with self._ending:
-            self._alive()
-            await self._call_reviving("unregistering memory", "disarm")
-            self._disarmed = True
+        with trio.CancelScope(shield=True):
+            async with self._ending:
+                self._alive()
+                await self._do_reviving("unregistering memory", "disarm")
+                self._disarmed = True
 
     async def close(self) -> None:
         """As `Pager.close`. Where missing pages cannot be poisoned the userfaultfds stay open, and `BusyError` says
@@ -361,13 +530,17 @@ class ProcessPager:
                 try:
                     if self._disarmed or not self._armed:
                         with contextlib.suppress(PagerDied):
-                            await self._call_to_end("ending the pager", "free")
+                            await self._do("ending the pager", "free")
                     else:
-                        await self._call_reviving("ending the pager", "free")
-                except MigrationError as error:
+                        await self._do_reviving("ending the pager", "free")
+                except (MigrationError, CoreError) as error:
                     raise BusyError(f"{error}; missing pages stay missing, their userfaultfds open") from error
                 finally:
                     self._closed = True
+                    self._replaced.set()
+                    self._process.kill()
+                    if not await self._process.gone():
+                        log.error("%s; its memory is kept", self._process.epitaph())
                     self._process.close()
                 for shard in self._shards:
                     os.close(shard.uffd)
@@ -375,6 +548,7 @@ class ProcessPager:
                     os.close(block.states_fd)
                     block.memory.release("pager")
                 self._blocks.clear()
+                lib.pc_metrics_free(self._metrics)
         await trio.lowlevel.checkpoint_if_cancelled()
 
     async def __aenter__(self) -> ProcessPager:
@@ -399,99 +573,101 @@ class ProcessPager:
         if self._closed:
             raise trio.ClosedResourceError("this pager was closed")
 
+    def _start(self) -> _Process:
+        return _Process(lib.pc_metrics_fd(self._metrics))
+
     def _block(self, block: int) -> _Block:
         if not 0 <= block < len(self._blocks):
             raise IndexError(f"there is no RAM block {block}")
         return self._blocks[block]
 
-    def _call(self, what: str, name: str, *arguments: Any, fds: tuple[int, ...] = ()) -> int:
-        self._alive()
-        result, text, _ = self._process.call(name, *arguments, fds=fds)
-        return check(result, what, text)
+    def _known_of(self, block: _Block) -> int:
+        return check(int(lib.pc_states_count(block.states_fd, block.memory.pages)), "counting what is here")
 
-    def _ask(self, name: str, *arguments: Any) -> Any:
-        """A value, or None when nobody can tell it now: the process is dead, or ending."""
-        if self._closed or self._process.dead or self._process.lock.locked():
-            return None
-        try:
-            return self._process.call(name, *arguments)[2]
-        except PagerDied as error:
-            self._told.append(Event(EventType.DIED, text=str(error)))
-            return None
+    def _known(self) -> int:
+        return sum(map(self._known_of, self._blocks))
+
+    def _post(self, what: str, name: str, *arguments: Any, fds: tuple[int, ...] = ()) -> None:
+        self._alive()
+        self._process.post(_Call(what, name, arguments, fds))
 
     def _attach(self, name: str, index: int, fd: int) -> None:
         try:
-            self._call(name.replace("_", "ing ") + f" channel {index}", name, index, fds=(fd,))
+            self._post(name.replace("_", "ing ") + f" channel {index}", name, index, fds=(fd,))
         finally:
             os.close(fd)
 
-    async def _call_to_end(self, what: str, name: str) -> None:
+    async def _do(self, what: str, name: str) -> None:
+        call = _Call(what, name, (), ())
+        call.timeout_s = END_TIMEOUT_S
+        call.awaited = True
         process = self._process
-        answers: list[Any] = []
+        await process.finish(process.post(call))
 
-        def call() -> int:
-            try:
-                answers.append(process.call(name, timeout_s=END_TIMEOUT_S))
-            except PagerDied as error:
-                answers.append(error)
-            return 0
-
-        await run_to_end(call, what, END_TIMEOUT_S + 5)
-        if isinstance(answers[0], PagerDied):
-            raise answers[0]
-        check(answers[0][0], what, answers[0][1])
-
-    async def _call_reviving(self, what: str, name: str) -> None:
+    async def _do_reviving(self, what: str, name: str) -> None:
         for _ in range(DEATHS_IN_A_ROW):
             try:
-                await self._call_to_end(what, name)
+                await self._do(what, name)
             except PagerDied:
-                self._replace()
+                await self._replace()
             else:
                 return
         raise PagerDied(f"{what}: no process of the pager stays alive")
 
-    def _give_block(self, block: _Block) -> int:
+    def _give_block(self, block: _Block) -> None:
         memory = block.memory
         fds = (block.states_fd, memory.fd) if memory.fd >= 0 else (block.states_fd,)
         where = (memory.address, memory.size_bytes, memory.page_bytes, int(memory.struct.kind))
-        return self._call("giving memory to the pager", "add_block", *where, fds=fds)
+        self._post("giving memory to the pager", "add_block", *where, fds=fds)
 
-    def _give_shard(self, shard: _Shard) -> int:
+    def _give_shard(self, shard: _Shard) -> None:
         what = "giving a userfaultfd to the pager"
-        return self._call(what, "adopt_shard", shard.features, shard.busy_poll_us, fds=(shard.uffd,))
+        self._post(what, "adopt_shard", shard.features, shard.busy_poll_us, fds=(shard.uffd,))
 
-    def _replace(self) -> None:
+    async def _replace(self) -> None:
         """The dead process's successor. What waits for a page has waited meanwhile, and faults anew."""
         while True:
-            known = self._settle()
+            known = await self._settle()
+            self._process = self._start()
             try:
-                self._process = _Process()
                 self._set_up_again()
+                await self.confirm()
             except PagerDied:
                 continue  # counted when it is settled
             break
         self._told.clear()
         if self._blocks and known == sum(block.memory.pages for block in self._blocks):
             self._told.append(Event(EventType.COMPLETE, text="every page is here"))
+        replaced, self._replaced = self._replaced, trio.Event()
+        replaced.set()
 
-    def _settle(self) -> int:
+    async def _settle(self) -> int:
         """Ends a process for good, and with it every page that it had under way. How many pages are there."""
         process = self._process
-        process.end()
+        process.kill()
+        if not await process.gone():
+            raise MigrationError(f"{process.epitaph()}: it may still place pages; the machine waits where it needs one")
+        log.error("%s; another one takes over", process.epitaph())
+        process.close()
         self.deaths += 1
-        for block in self._blocks:
+        for number, block in enumerate(self._blocks):
             # An error here is the end: without knowing what was placed nothing may be placed.
-            check(int(lib.pc_states_settle(block.states_fd, block.memory.struct)), "settling what a dead pager left")
-        known = sum(self.received(number).count() for number in range(len(self._blocks)))
+            try:
+                check(
+                    int(lib.pc_states_settle(block.states_fd, block.memory.struct)), "settling what a dead pager left"
+                )
+            except CoreError as error:
+                raise MigrationError(
+                    f"RAM block {number}: cannot tell what the dead pager has placed ({error}); what is missing is not "
+                    "fetched again, since that might undo what the machine has written"
+                ) from error
+        known = self._known()
         self._deaths_in_a_row = self._deaths_in_a_row + 1 if known == self._known_at_death else 1
         self._known_at_death = known
         if self._deaths_in_a_row > DEATHS_IN_A_ROW:
             raise MigrationError(
                 f"{process.epitaph()}, as did those before it; the machine waits where it needs a page"
             )
-        self._bury()
-        process.close()
         return known
 
     def _set_up_again(self) -> None:
@@ -500,36 +676,7 @@ class ProcessPager:
         for shard in self._shards:
             self._give_shard(shard)
         for slot, tid in self._threads.items():
-            self._call("tracking a thread", "track_thread", slot, tid)
+            self._post("tracking a thread", "track_thread", slot, tid)
         if not self._disarmed:
             for armed in self._armed:
-                self._call("registering memory with a userfaultfd", "arm", *armed)
-
-    def _bury(self) -> None:
-        """Adds the dead one's counters, as far as they were read, to those of all before it."""
-        self._before = _added(self._before, self._now)
-        self._now = _no_statistics()
-        for stage in Stage:
-            self._latency_before[stage].merge(self._latency_now[stage])
-            self._latency_now[stage] = Histogram()
-        self._blocktime_before = _sums(self._blocktime_before, self._blocktime_now)
-        self._blocktime_now = []
-
-
-_STATES = {"total_pages", "total_bytes", "resident_pages", "resident_bytes", "pending_faults", "oldest_pending_ns"}
-"""What is not counted but is so: it is that of the process there is."""
-
-
-def _no_statistics() -> PagerStatistics:
-    return PagerStatistics(**{field.name: 0 for field in fields(PagerStatistics)})
-
-
-def _added(before: PagerStatistics, now: PagerStatistics) -> PagerStatistics:
-    counted = [field.name for field in fields(PagerStatistics) if field.name not in _STATES]
-    return replace(now, **{name: getattr(before, name) + getattr(now, name) for name in counted})
-
-
-def _sums(one: list[int], other: list[int]) -> list[int]:
-    length = max(len(one), len(other))
-    padded = [values + [0] * (length - len(values)) for values in (one, other)]
-    return [sum(pair) for pair in zip(*padded, strict=True)]
+                self._post("registering memory with a userfaultfd", "arm", *armed)

@@ -272,6 +272,8 @@ int64_t pc_pagemap_scan(int pagemap_fd, const struct pc_pagemap_query *query, st
 int pc_states_new(uint64_t pages); /* the descriptor, or -errno */
 /* Copies the map of pages that are there; -EINVAL when fd is not the states of as many pages. Any process, any time. */
 int pc_states_known(int fd, uint64_t pages, uint64_t *words);
+/* How many pages of the map are there; the same errors. */
+int64_t pc_states_count(int fd, uint64_t pages);
 /* To be called after a pager has died (its process has been waited for), before the next one has the states, in the process
  * that has the memory mapped at memory->base. How many pages were under way, or -errno; then nothing may go on. -ENOTRECOVERABLE: a
  * page of shared memory may have been placed and swapped out; fetching it again would undo what the machine has written to it. */

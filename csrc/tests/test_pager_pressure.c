@@ -355,6 +355,7 @@ static void no_memory_for_zeros(int error)
     CHECK_EQ(faults, 1);
     wait_pending(&rig, 0);
     EXPECT_NO_EVENT(&rig.from_pager, PC_EVENT_FATAL);
+    CHECK_EQ(pc_pager_free(rig.pager), 0);
 }
 
 static void no_memory_for_zeros_now(void)

@@ -102,6 +102,7 @@ static void discarded_while_it_is_placed(int kind)
     CHECK_EQ(pager_stats(&rig).requests, 1);
     close(fd);
     close(bulk_fd);
+    CHECK_EQ(pc_pager_free(rig.pager), 0);
 }
 OF_EACH_KIND(discarded_while_it_is_placed)
 
@@ -466,6 +467,7 @@ static void made_blocking_by_others(void)
     EXPECT_NO_EVENT(&rig.from_pager, PC_EVENT_FATAL);
     close(fd);
     close(shared);
+    CHECK_EQ(pc_pager_free(rig.pager), 0);
 }
 
 /* Without THREAD_ID nobody knows how many threads the events of one page are: many wait, all are woken. */
@@ -496,6 +498,7 @@ static void many_threads_without_names(int kind)
         join_toucher(&touchers[i]);
     CHECK_EQ(pager_stats(&rig).requests, 2);
     close(fd);
+    CHECK_EQ(pc_pager_free(rig.pager), 0);
 }
 OF_EACH_KIND(many_threads_without_names)
 
@@ -525,6 +528,7 @@ static void filled_before_without_minor_faults(int kind)
     serve_page(&rig, fd, 0, 0);
     join_toucher(&toucher);
     close(fd);
+    CHECK_EQ(pc_pager_free(rig.pager), 0);
 }
 
 static void filled_before_without_minor_faults_memfd(void)

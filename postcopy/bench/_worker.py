@@ -136,6 +136,7 @@ async def _engine_dest(job: Job) -> dict[str, Any]:
         pager.attach_urgent(0, job.urgent_fd)
         for index, fd in enumerate(job.bulk_fds):
             pager.attach_bulk(index, fd)
+        await pager.confirm()
         _ready()
         begin_s = time.perf_counter()
         result: dict[str, Any] = {}

@@ -478,6 +478,7 @@ class DestinationMigration(Engine[DestinationProtocol]):
             pager.arm(block.shard, number, 0, block.memory.pages)
         for vcpu, tid in enumerate(machine.vcpu_threads()):
             pager.track_thread(vcpu, tid)
+        await pager.confirm()  # before the first touch, and before anything is promised
         await machine.load_state(message.state)
         self.at_switchover = machine.statistics()
 

@@ -192,6 +192,9 @@ class FakePager(FakeEngine):
     def track_thread(self, slot: int, tid: int) -> None:
         self.log.append(f"thread {tid} is vcpu {slot}")
 
+    async def confirm(self) -> None:
+        await trio.lowlevel.checkpoint()
+
     def request_missing(self, limit: int) -> int:
         self.requested += 1
         self.channel.tell(EventType.COMPLETE)

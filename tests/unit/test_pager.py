@@ -141,6 +141,7 @@ async def pair(pages: int, *, kind: str = "memfd", present: bool = True) -> Asyn
             pager.set_zero(0, source.present().inverted())
         assert pager.add_shard() == 0
         pager.arm(0, 0, 0, pages)
+        await pager.confirm()
         yield Pair(source, destination, server, pager)
     source.close()
     destination.close()
@@ -311,6 +312,7 @@ async def a_shrinking_image_is_a_named_error() -> None:
             pager.add_block(destination)
             pager.add_shard()
             pager.arm(0, 0, 0, 65)
+            await pager.confirm()
             both = Pair(source, destination, server, pager)
             both.connect_urgent()
             server.start()
