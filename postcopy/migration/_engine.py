@@ -111,6 +111,9 @@ class Engine(abc.ABC, Generic[P]):
         self._stop = trio.Event()  # that of `run`
         self._scope = FirstFailure()
         self._hopeless: PostcopyError | None = None  # why no other connection would help
+        self._disagreed: Disagreement | None = (
+            None  # twice, and nobody has wanted it tried again
+        )
         self._gone_for: Ended | None = None  # how the migration has ended for the peer, as far as it has said so
         self._look_again = trio.Event()
         self._lost_ns = 0
@@ -141,8 +144,13 @@ class Engine(abc.ABC, Generic[P]):
             self.state,
             interrupted=isinstance(self.failure, Interrupted),
             connecting=self.connecting,
-            hopeless=self._protocol.peer_gone,
+            hopeless=self._gone,
         )
+
+    @property
+    def _gone(self) -> bool:
+        """No other connection would help, as far as is known."""
+        return self._protocol.peer_gone or self._disagreed is not None
 
     @property
     def may_run(self) -> bool:
@@ -192,7 +200,7 @@ class Engine(abc.ABC, Generic[P]):
         for patience in self._patiences():
             if patience.begun:
                 patience.begin()
-        self.over = False
+        self.over, self._disagreed = False, None
         self._look_again.set()
         self._look_again = trio.Event()
         membership.let_go()
@@ -337,7 +345,7 @@ class Engine(abc.ABC, Generic[P]):
                     patience.end()
             elif isinstance(self.failure, Disagreement):
                 if str(self.failure) == disagreed and self._protocol.recoverable:
-                    self._protocol.beyond_recovery(disagreed)
+                    self._disagreed = self.failure
                     log.error("this cannot be recovered: twice: %s", disagreed)
                 disagreed = str(self.failure)
 
@@ -362,7 +370,7 @@ class Engine(abc.ABC, Generic[P]):
             await self._until(lambda: self._protocol.state not in (State.PAUSED, State.IN_DOUBT))
 
         while not self._stop.is_set():
-            gone = self._protocol.peer_gone
+            gone = self._gone
             if gone and not self.over and not self._keep_on():
                 return None
             waits: list[Callable[[], Awaitable[object]]] = [self._stop.wait, settled, self._look_again.wait]
@@ -388,7 +396,7 @@ class Engine(abc.ABC, Generic[P]):
                     return None
             except Exception as error:  # noqa: BLE001  # `explained` logs what it does not know
                 self._doom(explained(error))
-            if found and self._protocol.recoverable:
+            if found and self._protocol.recoverable and not self._gone:
                 self.over = False
                 return found[0]
             for link, _ in found:  # it is there, and cannot be gone on with
@@ -399,7 +407,7 @@ class Engine(abc.ABC, Generic[P]):
                 found.clear()
                 membership.answered.set()
                 await trio.sleep(SHOWN_OUT_S)
-            elif not (self.over or again.is_set() or gone or self._stop.is_set() or self._keep_on()):
+            elif not (self.over or again.is_set() or self._gone or self._stop.is_set() or self._keep_on()):
                 return None
         return None
 
