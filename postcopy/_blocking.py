@@ -146,6 +146,11 @@ class _Reserve:
 _reserve = _Reserve()
 
 
+def keep_reserve() -> None:
+    """Makes the thread that the process keeps for ends, once. `ResourceError` when there is none."""
+    _reserve.worker()
+
+
 class Workers:
     """A few threads for the blocking calls of one owner, which exist from `open` to `close`."""
 
@@ -162,7 +167,7 @@ class Workers:
         be had. Takes some 50 µs each."""
         started: list[_Worker] = []
         try:
-            _reserve.worker()
+            keep_reserve()
             for _ in range(count):
                 started.append(_Worker(name))
         except BaseException:

@@ -36,6 +36,14 @@ async def contained(what: str, function: Callable[[], Awaitable[object]]) -> Exc
     return None
 
 
+def contained_call(what: str, function: Callable[[], object]) -> None:
+    """The same for what is called in the middle of something else, which goes on whatever becomes of it."""
+    try:
+        function()
+    except Exception as error:  # noqa: BLE001 -- as above
+        _log(what, error)
+
+
 def first(error: Exception) -> Exception:
     """Of a group the first error, else the error itself."""
     return first(error.exceptions[0]) if isinstance(error, ExceptionGroup) else error

@@ -44,6 +44,7 @@ from typing import Any
 import trio
 
 from postcopy import report
+from postcopy._blocking import keep_reserve
 from postcopy._errors import ConfigurationError, PostcopyError
 from postcopy.machines import BlockLayout, Machine, MachineOptions, create_destination, create_source
 from postcopy.migration.channels import Address, CallingLink, Endings, Link, Reception, parse_address
@@ -52,7 +53,7 @@ from postcopy.migration.protocol import State, one_line
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.progress import Output
 
-from .contain import contained
+from .contain import contained, contained_call
 from .desk import Desk, Handler
 from .schema import ControlError, Json, is_name, plain
 from .sides import OVER, changed, reclaim, steer
@@ -155,6 +156,7 @@ class Daemon(Desk):
         self.stop = stop
         done = False
         _raise_descriptor_limit()
+        keep_reserve()
         if self._listen is not None:
             self._reception = await Reception.open(self._listen, "dest", self._vacancy, self._endings)
         try:
@@ -216,7 +218,13 @@ class Daemon(Desk):
 
     def _change(self) -> None:
         """Something may have changed in a migration: shares the bandwidth anew, says what is new."""
-        self._share()
+        # Called from the middle of migrations, which are not to suffer from what is shown of them.
+        contained_call("sharing the bandwidth", self._share)
+        contained_call("telling what has changed", self._tell_changes)
+        self._changes.set()
+        self._changes = trio.Event()
+
+    def _tell_changes(self) -> None:
         for owned in self._here:
             job = owned.migration
             if job is not None and job.status != owned.told:
@@ -224,8 +232,6 @@ class Daemon(Desk):
                 owned.told = job.status
                 self._output.emit("migration-status", fields)
         self._output.kick()
-        self._changes.set()
-        self._changes = trio.Event()
 
     def _share(self) -> None:
         """One limit for all that push."""
@@ -319,8 +325,7 @@ class Daemon(Desk):
             if owned.has_left:
                 self._sent += 1
                 await self._close(owned)
-                self._output.emit("machine-left", {"machine": owned.name})
-            self._ended(owned, migration)
+            contained_call(f"telling of the end of sending {owned.name}", partial(self._ended, owned, migration))
         finally:
             owned.busy = False
             self._change()
@@ -391,10 +396,8 @@ class Daemon(Desk):
                 if owned.machine is None:
                     self._forget(owned)
                 self._change()
-        if owned.machine is not None:
-            self._output.emit("machine-received", {"machine": owned.name, "kind": owned.machine.kind})
         if migration is not None:
-            self._ended(owned, migration)
+            contained_call(f"telling of the end of receiving {owned.name}", partial(self._ended, owned, migration))
 
     async def _take(self, owned: _Owned, link: Link) -> None:
         arrival = self._arrival
@@ -423,6 +426,10 @@ class Daemon(Desk):
             log.error("%s: the machine runs on, what is stuck of its pager is kept: %s", owned.name, error)
 
     def _ended(self, owned: _Owned, migration: Migration) -> None:
+        if owned.has_left:
+            self._output.emit("machine-left", {"machine": owned.name})
+        elif isinstance(migration, DestinationMigration) and owned.machine is not None:
+            self._output.emit("machine-received", {"machine": owned.name, "kind": owned.machine.kind})
         fields = {**report.ended(_direction(migration), migration), "machine": owned.name}
         fields["downtime-ms"] = report.milliseconds(migration.downtime_ns)
         fields["total-ms"] = report.milliseconds(migration.total_ns)
@@ -504,7 +511,8 @@ class Daemon(Desk):
             await self._changes.wait()
         self._not_ending()
         if owned.busy or owned.machine is None:
-            raise ControlError("NotNow", f"{owned.name} is being moved already")
+            doing = "moved" if owned.migration is not None else "started"
+            raise ControlError("NotNow", f"{owned.name} is being {doing} already")
         if isinstance(owned.migration, SourceMigration) and not owned.migration.may_run:
             raise ControlError("NotNow", f"{owned.name} belongs to the destination that it was sent to")
         owned.stop = trio.Event()

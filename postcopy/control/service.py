@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -15,6 +16,7 @@ from postcopy._errors import PostcopyError
 from postcopy.progress import Output
 
 from . import notify
+from .contain import contained, contained_call
 from .desk import Desk
 from .schema import Json
 from .server import ControlServer
@@ -61,12 +63,13 @@ class Service:
                 tasks.append(self._server.serve)
             if options.metrics is not None or options.metrics_file is not None:
                 tasks += await self._open_metrics()
-            self._output.listeners.append(self._tell)
-            stack.callback(self._output.listeners.remove, self._tell)
+            self._output.listeners.append(self._hear)
+            stack.callback(self._output.listeners.remove, self._hear)
             stack.callback(self._notifier.close)
             async with trio.open_nursery() as nursery:
                 for task in tasks:
-                    nursery.start_soon(task)
+                    # Whoever only looks on takes nothing with him.
+                    nursery.start_soon(contained, "the service around the command", task)
                 done = await self._run(stop)
                 nursery.cancel_scope.cancel()
         return done
@@ -92,6 +95,10 @@ class Service:
     async def _say_stopping(self) -> None:
         await self._desk.stop.wait()
         self._notifier.stopping()
+
+    def _hear(self, event: str, fields: Json) -> None:
+        # Called from the middle of migrations.
+        contained_call(f"telling of {event}", partial(self._tell, event, fields))
 
     def _tell(self, event: str, fields: Json) -> None:
         status = str(fields.get("status", ""))

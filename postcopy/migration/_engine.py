@@ -111,9 +111,7 @@ class Engine(abc.ABC, Generic[P]):
         self._stop = trio.Event()  # that of `run`
         self._scope = FirstFailure()
         self._hopeless: PostcopyError | None = None  # why no other connection would help
-        self._disagreed: Disagreement | None = (
-            None  # twice, and nobody has wanted it tried again
-        )
+        self._disagreed: Disagreement | None = None  # twice, and nobody has wanted it tried again
         self._gone_for: Ended | None = None  # how the migration has ended for the peer, as far as it has said so
         self._look_again = trio.Event()
         self._lost_ns = 0

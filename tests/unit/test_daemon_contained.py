@@ -101,7 +101,7 @@ async def running(**keywords: Any) -> AsyncIterator[Running]:
             nursery.start_soon(run)
             await handle.until(lambda: bool(daemon.listening()))
             if first is not None:
-                await handle.until(lambda: (handle.status("one") or {}).get("guest") is not None)
+                await handle.until(lambda: handle.status("one") is not None and not daemon._here[0].busy)
             try:
                 yield handle
             finally:
@@ -260,6 +260,25 @@ async def test_mistake_of_the_view(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Output, "follow", follow)
     async with running() as there:
         await there.until(lambda: len(calls) > 2)
+
+
+async def test_mistake_of_what_is_shown_or_heard(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Events are told from the middle of a migration, which goes on whatever a listener does."""
+
+    def fail(*_: Any) -> None:
+        raise KeyError("a mistake")
+
+    monkeypatch.setattr("postcopy.report.ended", fail)
+    async with running() as there, running(first=None) as here:
+        await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+        await here.ask("migrate", to=str(there.address))
+        await there.until(lambda: there.daemon._received == 1)
+        await there.until(lambda: not any(owned.busy for owned in there.daemon._here))
+        await there.computes("two")
+        await here.until(lambda: here.daemon._sent == 1)
+    assert "telling what has changed: a mistake" in caplog.text
 
 
 # ---- peers that do what no peer should
