@@ -98,6 +98,7 @@ class SourceCommand:
         self._keep = keep
         self._salvage_to = salvage_to
         self._go = trio.Event()
+        self._changed = trio.Event()
         self.machine: Machine | None = None
         self._restored: salvage.Salvage | None = None
         self._shown: SourceMigration | None = None  # the latest migration
@@ -230,7 +231,8 @@ class SourceCommand:
 
     def _vacancy(self, machine: Machine, waiting: int) -> str:
         # A destination of an image that was lost takes nobody's place: it may come back, or has begun anew.
-        busy = self._active - len(self._lost(machine)) + waiting
+        reclaimed = sum(one.state is State.RECLAIMED for one in self._stops)  # only says so to whom it may concern
+        busy = self._active - len(self._lost(machine)) - reclaimed + waiting
         if busy + self._completed >= self._serve:
             return "busy with another destination" if busy else "everything has been served"
         return "too many destinations at the same time" if busy >= MAX_SESSIONS else ""
@@ -254,7 +256,7 @@ class SourceCommand:
             partial(CallingLink.open, route, "source"),
             self._options,
             peer=route.address,
-            on_change=self._output.kick,
+            on_change=self._change,
         )
         async with trio.open_nursery() as nursery:
 
@@ -271,12 +273,10 @@ class SourceCommand:
             self._failure = _why(migration)
             keep = reclaimed or (migration.may_run and migration.was_ready and self._keep)
             if keep and machine.live and not stop.is_set():
-                what = (
-                    "the machine was taken back, and"
-                    if reclaimed
-                    else f"migration failed: {self._failure}; the machine"
-                )
-                self._output.say(f"source: {what} goes on here until interrupted")
+                if not reclaimed:
+                    self._output.say(
+                        f"source: migration failed: {self._failure}; the machine goes on here until interrupted"
+                    )
                 await stop.wait()
             nursery.cancel_scope.cancel()
         return False
@@ -306,12 +306,22 @@ class SourceCommand:
         self._output.emit("migration-ended", report.ended("outgoing", migration))
 
     async def _announce(self, migration: SourceMigration) -> None:
-        """Says aloud when nobody may run the machine any more here and nobody can say what became of it there."""
+        """Says aloud when nobody may run the machine any more here and nobody can say what became of it there; and when
+        it was taken back, which the destination is told for a while afterwards, should it be there after all."""
         await migration.paused.wait()
         self._output.say(
             f"postcopy: PAUSED: {migration.failure}; the machine belongs to the destination, its missing pages are kept"
             " here until the destination is back, or this process is interrupted"
         )
+        while migration.state is not State.RECLAIMED:
+            await self._changed.wait()
+        self._output.say("source: the machine was taken back; it goes on here until interrupted, or migrated again")
+
+    def _change(self) -> None:
+        """In a migration."""
+        self._output.kick()
+        self._changed.set()
+        self._changed = trio.Event()
 
     # ---- listening
 
@@ -320,7 +330,7 @@ class SourceCommand:
         enough = trio.Event()
 
         async def session(link: Link) -> None:
-            migration = SourceMigration(machine, link, self._options, on_change=self._output.kick)
+            migration = SourceMigration(machine, link, self._options, on_change=self._change)
             try:
                 await self._migrate(migration, stop)
             finally:
@@ -329,9 +339,7 @@ class SourceCommand:
                 self._completed += 1
                 if self._completed >= self._serve:
                     enough.set()
-            elif migration.state is State.RECLAIMED:
-                self._output.say("source: the machine was taken back and goes on here; waiting for a destination")
-            elif not stop.is_set():
+            elif migration.state is not State.RECLAIMED and not stop.is_set():
                 self._output.say(f"source: migration to {link.peer} failed: {migration.failure}")
             keep = migration.state is State.RECLAIMED or (migration.may_run and self._keep)
             if machine.live and migration.state is not State.COMPLETED and not keep:
