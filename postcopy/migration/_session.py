@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ RECOVER_UNOWNED_S = 60.0
 """How long somebody is waited for on whom nothing depends: the destination of an image, which can begin anew."""
 STEP_TIMEOUT_S = 30.0
 """How long a peer may take for one step of the set-up."""
+MESSAGES_PER_S = 2000
+"""More than a peer has to say: who sends more has to wait."""
 LAST_WORDS_S = 0.5
 """How long saying goodbye may take; a machine may be waiting to go on."""
 IN_DOUBT_FOR_S = 60.0
@@ -111,6 +114,8 @@ class Control(Generic[P]):
         self._arrived, self._messages = trio.open_memory_channel[Message](8)
         self._pong_for: Ping | None = None
         self._something_to_say = trio.Event()
+        self._heard = 0  # messages, since then
+        self._second_s = -math.inf
         self._torn = False  # a message was sent in part: nothing that follows would be understood
 
     async def send(self, data: bytes) -> None:
@@ -165,6 +170,7 @@ class Control(Generic[P]):
         protocol = self.protocol
         while True:
             while (message := protocol.next_message()) is not None:
+                await self._take_turns()
                 if isinstance(message, Ping):
                     # Said by the other task: a receiver that waits to send can meet a sender that waits to be received.
                     self._pong_for = message
@@ -189,6 +195,18 @@ class Control(Generic[P]):
                 protocol.receive_data(bytes(data))
             else:
                 protocol.receive_eof()
+
+    async def _take_turns(self) -> None:
+        """At every message. One read may hold thousands that say nothing, and a peer may send nothing else: the others
+        here get their turn, and the peer no more than its share."""
+        now_s = trio.current_time()
+        if now_s >= self._second_s + 1:
+            self._second_s, self._heard = now_s, 0
+        self._heard += 1
+        if self._heard > MESSAGES_PER_S:
+            await trio.sleep_until(self._second_s + 1)
+        elif not self._heard % 64:
+            await trio.lowlevel.checkpoint()
 
     async def _heartbeat(self) -> None:
         nonce = 0

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A control connection on which a peer says much more than there is to say."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import trio
+from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
+
+from postcopy._errors import PeerError
+from postcopy.migration import protocol as p
+from postcopy.migration._session import MESSAGES_PER_S, Control
+from postcopy.migration.protocol import DestinationProtocol, State
+
+
+def control(state: State) -> tuple[Control[DestinationProtocol], trio.abc.SendStream]:
+    here, there = memory_stream_pair()
+    protocol = DestinationProtocol()
+    protocol._state = state
+    return Control(here, protocol), there
+
+
+async def run_until_lost(side: Control[DestinationProtocol]) -> None:
+    with pytest.raises(PeerError):
+        await side.run()
+
+
+async def test_pings_without_end(mock_clock: MockClock) -> None:
+    """Thousands arrive in one read: the others have their turn meanwhile, and a second's worth takes a second."""
+    side, peer = control(State.POSTCOPY)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run_until_lost, side)
+        nursery.start_soon(peer.send_all, p.encode(p.Ping(1)) * (2 * MESSAGES_PER_S + 2))
+        for _ in range(2):
+            turns = 0
+            while side._heard <= MESSAGES_PER_S:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+            assert turns >= MESSAGES_PER_S // 64
+            await wait_all_tasks_blocked()
+            assert side._heard == MESSAGES_PER_S + 1
+            side._heard -= 1  # told from the next second's
+            mock_clock.jump(1)
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+
+
+async def test_maps_that_nobody_takes() -> None:
+    """They are large: only a few of them are kept, and the peer has to wait."""
+    here, there = (trio.SocketStream(trio.socket.from_stdlib_socket(one)) for one in socket.socketpair())
+    protocol = DestinationProtocol()
+    protocol._state = State.READY
+    side = Control(here, protocol)
+    data = p.encode(p.PageMap(0, 0, 1 << 20, b"\x01" * (1 << 20)))
+    sent = 0
+
+    async def flood() -> None:
+        nonlocal sent
+        while True:
+            await there.send_all(data)
+            sent += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run_until_lost, side)
+        nursery.start_soon(side.receive, p.PageMap)
+        nursery.start_soon(flood)
+        while side._messages.statistics().tasks_waiting_send == 0:
+            await trio.lowlevel.checkpoint()
+        await wait_all_tasks_blocked(0.05)
+        assert sent <= 12
+        nursery.cancel_scope.cancel()
+    await here.aclose()
+    await there.aclose()
