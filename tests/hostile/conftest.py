@@ -30,6 +30,12 @@ from tests.hostile import _peer, _program  # noqa: E402
 Start = Callable[..., _program.Program]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.needs("uffd-user"))  # the machines here are rv64's, and images
+
+
 @pytest.fixture
 def start() -> Iterator[Start]:
     """``start(*arguments)``: the program, as a `_program.Program` that is killed when the test ends."""
