@@ -48,4 +48,4 @@ def test_attachment_that_is_left_alone(start: Start, tmp_path: Path) -> None:
     assert client.end() == 0, client.errors()
     assert not statuses & {"postcopy-paused", "postcopy-recover"}, f"{statuses}\n{source.errors()[-2000:]}"
     assert cpu_s < 2.0
-    assert client.errors().endswith("kept\n")
+    assert "kept\n" in client.errors()
