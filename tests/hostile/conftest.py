@@ -30,10 +30,17 @@ from tests.hostile import _peer, _program  # noqa: E402
 Start = Callable[..., _program.Program]
 
 
+QUICK = frozenset(Path(__file__).with_name("quick.txt").read_text().split("\n"))
+"""What of all this `make test` runs, too: one of each kind. The rest is marked `slow`."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.needs("uffd-user"))  # the machines here are rv64's, and images
+        if item.path.parent != Path(__file__).parent or item.path.name == "test_device_states.py":
+            continue
+        item.add_marker(pytest.mark.needs("uffd-user"))  # the machines here are rv64's, and images
+        if item.name not in QUICK:
+            item.add_marker("slow")
 
 
 @pytest.fixture

@@ -59,10 +59,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "what",
-    [what if what in ("empty lists", "deep maps") else pytest.param(what, marks=pytest.mark.slow) for what in BOMBS],
-)
+@pytest.mark.parametrize("what", BOMBS)
 def test_messages_that_unfold(daemon: Daemon, neighbour: Beside, version: int, what: str) -> None:
     program, control = daemon()
     beside = neighbour(program, control)
@@ -123,17 +120,8 @@ FRAMES: dict[str, Callable[[], wire.Frame]] = {
 }
 
 
-SHORT = {("end", "bulk"), ("error", "urgent"), ("a page again and again", "bulk")}
-
-
-@pytest.mark.parametrize(
-    ("what", "channel"),
-    [
-        (what, channel) if (what, channel) in SHORT else pytest.param(what, channel, marks=pytest.mark.slow)
-        for what in FRAMES
-        for channel in ("bulk", "urgent")
-    ],
-)
+@pytest.mark.parametrize("channel", ["bulk", "urgent"])
+@pytest.mark.parametrize("what", FRAMES)
 def test_frames_without_end(
     daemon: Daemon, neighbour: Beside, version: int, rv64: Machine, what: str, channel: str
 ) -> None:
@@ -171,7 +159,7 @@ def test_requests_without_end(start: Start, version: int, tmp_path: Path) -> Non
     assert (tmp_path / "copy").read_bytes() == (tmp_path / "image").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["ping", pytest.param("pong", marks=pytest.mark.slow), "placed"])
+@pytest.mark.parametrize("kind", ["ping", "pong", "placed"])
 def test_control_messages_without_end(start: Start, version: int, tmp_path: Path, kind: str) -> None:
     """To a source, by a destination that does not read: pongs must not pile up, nor delay anything."""
     (tmp_path / "image").write_bytes(os.urandom(4 * MIB))

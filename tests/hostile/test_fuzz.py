@@ -26,7 +26,7 @@ from tests.hostile._program import MIB, Control, Program, Refusal, wait_until
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]
 Beside = Callable[[Program, Control], Neighbour]
-SECONDS = float(os.environ.get("POSTCOPY_HOSTILE_SECONDS", "4"))
+SECONDS = float(os.environ.get("POSTCOPY_HOSTILE_SECONDS", "2.5"))
 GROWTH_BYTES = 128 * MIB
 ANSWER_S = 10.0
 

@@ -23,7 +23,7 @@ async def main():
         print("lost" if memory.failure else "kept", file=sys.stderr)
 trio.run(main)
 """
-HEARTBEATS = 15
+HEARTBEATS = 10
 
 
 def test_attachment_that_is_left_alone(start: Start, tmp_path: Path) -> None:
