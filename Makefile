@@ -46,7 +46,7 @@ test: setup ## everything CI runs: lint, C tests plain and sanitized, fuzz corpu
 	@$(STEP) 600 "C tests, sanitized" $(MAKE) --no-print-directory sanitize
 	@$(STEP) 180 "fuzz targets: corpus and a short run" $(MAKE) --no-print-directory fuzz-replay
 	@$(STEP) 1080 "pytest" $(MAKE) --no-print-directory check-python
-	@$(STEP) 240 "hostile peers" $(MAKE) --no-print-directory check-hostile PYTEST_ARGS=
+	@$(STEP) 400 "hostile peers" $(MAKE) --no-print-directory check-hostile PYTEST_ARGS=
 	@$(STEP) 360 "containers" $(MAKE) --no-print-directory test-containers OR_SKIP=--or-skip PYTEST_ARGS=
 
 lint: setup $(B)-plain cross-aarch64 ## ruff, mypy --strict, the C core with all warnings as errors
