@@ -25,7 +25,7 @@ BUILT_FROM := pyproject.toml CMakeLists.txt tools/setup.sh \
 B := build/$(notdir $(CC))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint cross-aarch64 format stub check-c sanitize stress fuzz fuzz-replay guests-rv64 test-containers check-python bench soak wheel clean
+.PHONY: help setup demo test lint cross-aarch64 format stub check-c sanitize stress fuzz fuzz-replay guests-rv64 test-containers check-python hostile check-hostile bench soak wheel clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)/  \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-16s%s\n", $$1, $$2 }'
@@ -42,12 +42,13 @@ $(VENV)/.installed: $(BUILT_FROM)
 demo: setup ## migrate a running machine between two processes here, and verify it
 	$(BIN)/postcopy demo
 
-test: setup ## everything CI runs: lint, C tests plain and sanitized, fuzz corpus, pytest, containers
+test: setup ## everything CI runs: lint, C tests plain and sanitized, fuzz corpus, pytest, hostile peers, containers
 	@$(STEP) 600 "lint" $(MAKE) --no-print-directory lint
 	@$(STEP) 300 "C tests" $(MAKE) --no-print-directory check-c
 	@$(STEP) 600 "C tests, sanitized" $(MAKE) --no-print-directory sanitize
 	@$(STEP) 180 "fuzz targets: corpus and a short run" $(MAKE) --no-print-directory fuzz-replay
 	@$(STEP) 1080 "pytest" $(MAKE) --no-print-directory check-python
+	@$(STEP) 400 "hostile peers" $(MAKE) --no-print-directory check-hostile PYTEST_ARGS=
 	@$(STEP) 360 "containers" $(MAKE) --no-print-directory test-containers OR_SKIP=--or-skip PYTEST_ARGS=
 
 lint: setup $(B)-plain cross-aarch64 ## ruff, mypy --strict, the C core with all warnings as errors
@@ -105,8 +106,15 @@ guests-rv64: ## build the guest programs of the rv64 machine again (needs Debian
 test-containers: setup ## migrate between containers; as root it starts its own Docker daemon (POSTCOPY_INSTALL=1: installs it)
 	$(BIN)/python tools/containers.py test $(OR_SKIP) -- $(PYTEST_ARGS)
 
-check-python: setup ## pytest, PYTEST_JOBS (3) at a time
-	$(BIN)/pytest -n $(PYTEST_JOBS) --dist worksteal $(PYTEST_ARGS)
+check-python: setup ## pytest, PYTEST_JOBS (3) at a time, without the containers and the hostile peers
+	$(BIN)/pytest -n $(PYTEST_JOBS) --dist worksteal --ignore=tests/hostile $(PYTEST_ARGS)
+
+# POSTCOPY_COMMAND: attack another installation than the one here. POSTCOPY_SEED=N: repeat a fuzz test.
+hostile: setup ## attack the installed program from outside, all of it; SECONDS (60) for each fuzz test
+	POSTCOPY_FUZZ_SECONDS=$(or $(SECONDS),60) $(BIN)/pytest tests/hostile $(PYTEST_ARGS)
+
+check-hostile: setup
+	$(BIN)/pytest -n $(PYTEST_JOBS) --dist worksteal tests/hostile -m "not slow" $(PYTEST_ARGS)
 
 bench: setup ## measure fault latency, throughput and memory against their floors, medians of five
 	$(BIN)/postcopy bench

@@ -16,8 +16,27 @@ from tests.hostile import _wire as wire
 from tests.hostile._peer import Closed, ControlLine, Line, Machine, Refused, Source
 from tests.hostile._wire import Fields, Frame
 
-EDGES = (0, 1, -1, 2, 63, 64, 255, 256, 4095, 4096, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1, -(2**63))
-TEXTS = ("", "x", "source", "dest", "\0", "\n", "‮", "a" * 70_000, "../../x", "%s%n", "vm1")
+EDGES = (
+    0,
+    1,
+    -1,
+    2,
+    63,
+    64,
+    255,
+    256,
+    4095,
+    4096,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**32,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+    -(2**63),
+)
+TEXTS = ("", "x", "source", "dest", "\0", "\n", "\u202e", "a" * 70_000, "../../x", "%s%n", "vm1")
 OUR_WAIT_S = 0.3
 """How long an answer is waited for that may never come."""
 
@@ -137,26 +156,47 @@ def changed_script(choose: Choice, script: Sequence[Say], others: Sequence[Say])
 
 
 OTHERS: list[Say] = [
-    ("abort", {"reason": "why not"}), ("reject", {"reason": ""}), ("ping", {"nonce": 1}), ("pong", {"nonce": 1}),
-    ("commit", {}), ("prepared", {}), ("ready", {}), ("recovered", {}), ("running", {"resume-ns": 0}), ("welcome", {}),
-    ("complete", {"stats": {}}), ("complete-ack", {"stats": {}}), ("refused", {"reason": "x"}), ("nonsense", {"a": [1]}),
+    ("abort", {"reason": "why not"}),
+    ("reject", {"reason": ""}),
+    ("ping", {"nonce": 1}),
+    ("pong", {"nonce": 1}),
+    ("commit", {}),
+    ("prepared", {}),
+    ("ready", {}),
+    ("recovered", {}),
+    ("running", {"resume-ns": 0}),
+    ("welcome", {}),
+    ("complete", {"stats": {}}),
+    ("complete-ack", {"stats": {}}),
+    ("refused", {"reason": "x"}),
+    ("nonsense", {"a": [1]}),
     ("hello", {"channel": "control", "side": "source", "index": 0, "migration": b"", "epoch": 0}),
-    ("recover", {"resume-ns": 1, "maps": 1, "digest": 0}), ("accept", {"page-bytes": [4096], "shards": 1, "bulk-channels": 1}),
+    ("recover", {"resume-ns": 1, "maps": 1, "digest": 0}),
+    ("accept", {"page-bytes": [4096], "shards": 1, "bulk-channels": 1}),
     ("received-map", {"block": 0, "first-page": 0, "pages": 256, "runs": b""}),
     ("placed", {"block": 0, "first-page": 0, "pages": 1, "runs": b"\0\1"}),
-]  # fmt: skip
+]
 
 
 def source_session(choose: Choice, address: tuple[str, int], machine: Machine, version: int) -> None:
     """A source that is wrong somewhere: in its hello, in an order, in a field, in a byte; then it goes."""
     source = Source(address, machine, choose.choice((version, version, wire.OLDEST)))
     offer: Fields = {
-        "migration": source.migration, "token": source.token, "machine": machine.kind, "config": machine.config,
-        "blocks": machine.blocks, "bulk-channels": 1, "placed-every-ms": choose.choice((0, 10)),
-    }  # fmt: skip
+        "migration": source.migration,
+        "token": source.token,
+        "machine": machine.kind,
+        "config": machine.config,
+        "blocks": machine.blocks,
+        "bulk-channels": 1,
+        "placed-every-ms": choose.choice((0, 10)),
+    }
     script: list[Say] = [("offer", offer)]
     script += [("page-map", page_map) for page_map in machine.maps]
-    script += [("switchover", {"state": machine.state, "maps": len(machine.maps)}), ("commit", {}), ("complete-ack", {"stats": {}})]
+    script += [
+        ("switchover", {"state": machine.state, "maps": len(machine.maps)}),
+        ("commit", {}),
+        ("complete-ack", {"stats": {}}),
+    ]
     script = changed_script(choose, script, OTHERS)
     line = Line.open(address, source.version)
     with contextlib.suppress(Closed, Refused, AssertionError, OSError, ValueError):
@@ -194,9 +234,12 @@ def destination_session(choose: Choice, address: tuple[str, int], version: int) 
         page_bytes = [block["page-bytes"] for block in offer["blocks"]]
         shards, bulk = len(page_bytes), min(1, offer["bulk-channels"])
         script: list[Say] = [
-            ("accept", {"page-bytes": page_bytes, "shards": shards, "bulk-channels": bulk}), ("ready", {}), ("prepared", {}),
-            ("running", {"resume-ns": 5}), ("complete", {"stats": {}}),
-        ]  # fmt: skip
+            ("accept", {"page-bytes": page_bytes, "shards": shards, "bulk-channels": bulk}),
+            ("ready", {}),
+            ("prepared", {}),
+            ("running", {"resume-ns": 5}),
+            ("complete", {"stats": {}}),
+        ]
         for kind, fields in changed_script(choose, script, OTHERS):
             line.send(packed(choose, (kind, fields)))
             if kind == "accept" and choose.random() < 0.9:
@@ -224,8 +267,13 @@ def frame(choose: Choice) -> bytes:
     size = {wire.PAGES: 4096 * min(pages, 16), wire.ERROR: choose.randrange(200)}.get(kind, 0)
     if choose.random() < 0.1:
         size = choose.randrange(10_000)
-    block, first = choose.choice((0, 0, 0, 1, 7, 65535)), choose.choice((0, 1, 200, 4096, choose.getrandbits(20), 2**63, 2**64 - 1))
-    data = Frame(kind, block, first, pages, choose.getrandbits(4), choose.randbytes(size), choose.choice((0, 1, 1, 255))).pack()
+    block, first = (
+        choose.choice((0, 0, 0, 1, 7, 65535)),
+        choose.choice((0, 1, 200, 4096, choose.getrandbits(20), 2**63, 2**64 - 1)),
+    )
+    data = Frame(
+        kind, block, first, pages, choose.getrandbits(4), choose.randbytes(size), choose.choice((0, 1, 1, 255))
+    ).pack()
     way = choose.random()
     if way < 0.1:
         return damaged(choose, data)
@@ -252,15 +300,79 @@ def leave(choose: Choice, source: Source, line: Line) -> None:
 
 # ---- The command line, and the control socket
 
-VALUES = ("", "0", "1", "-1", "1e999", "nan", "16MiB", "99999999999999999999", "127.0.0.1:1", "[::1]:0", ":0", "x", "/", "/dev/null",
-          "/nonexistent/x", "tap:x", "forever", "rv64", "kvm", "image", "random", "--", "\udcff", "x" * 300, "00:00:00:00:00:01")  # fmt: skip
+VALUES = (
+    "",
+    "0",
+    "1",
+    "-1",
+    "1e999",
+    "nan",
+    "16MiB",
+    "99999999999999999999",
+    "127.0.0.1:1",
+    "[::1]:0",
+    ":0",
+    "x",
+    "/",
+    "/dev/null",
+    "/nonexistent/x",
+    "tap:x",
+    "forever",
+    "rv64",
+    "kvm",
+    "image",
+    "random",
+    "--",
+    "\udcff",
+    "x" * 300,
+    "00:00:00:00:00:01",
+)
 OPTIONS = (
-    "--machine", "--memory", "--vcpus", "--workload", "--working-set", "--seed", "--disk", "--image", "--net", "--net-mac",
-    "--net-address", "--listen", "--connect", "--peer-file", "--backing", "--busy-poll", "--pager", "--bulk-channels",
-    "--max-bandwidth", "--release-ram", "--heartbeat", "--recover-for", "--salvage", "--migrate-after", "--serve", "--on-failure",
-    "--on-lost", "--run-for", "--dump", "--no-verify", "--user", "--control", "--metrics", "--metrics-file", "--json",
-    "--log-level", "--log-json", "-v", "--hold", "--output", "--from", "--reclaim", "--name", "--help",
-)  # fmt: skip
+    "--machine",
+    "--memory",
+    "--vcpus",
+    "--workload",
+    "--working-set",
+    "--seed",
+    "--disk",
+    "--image",
+    "--net",
+    "--net-mac",
+    "--net-address",
+    "--listen",
+    "--connect",
+    "--peer-file",
+    "--backing",
+    "--busy-poll",
+    "--pager",
+    "--bulk-channels",
+    "--max-bandwidth",
+    "--release-ram",
+    "--heartbeat",
+    "--recover-for",
+    "--salvage",
+    "--migrate-after",
+    "--serve",
+    "--on-failure",
+    "--on-lost",
+    "--run-for",
+    "--dump",
+    "--no-verify",
+    "--user",
+    "--control",
+    "--metrics",
+    "--metrics-file",
+    "--json",
+    "--log-level",
+    "--log-json",
+    "-v",
+    "--hold",
+    "--output",
+    "--from",
+    "--reclaim",
+    "--name",
+    "--help",
+)
 COMMANDS = ("source", "dest", "daemon", "merge", "ctl", "chaos", "")
 
 
@@ -282,13 +394,45 @@ def command_line(choose: Choice) -> list[str]:
 
 
 REQUESTS: dict[str, tuple[str, ...]] = {
-    "status": ("machine",), "events": ("enable",), "commands": (), "migrate": ("machine", "to"), "pause": ("machine",),
+    "status": ("machine",),
+    "events": ("enable",),
+    "commands": (),
+    "migrate": ("machine", "to"),
+    "pause": ("machine",),
     "start": ("name", "machine", "memory", "vcpus", "workload", "working-set", "seed", "backing", "disk", "image"),
-    "recover": ("machine", "to"), "set": ("max-bandwidth", "bulk-channels", "recover-for"), "cancel": ("machine",),
-    "end": ("machine",), "reclaim": ("machine",), "nonsense": ("x",),
-}  # fmt: skip
-JSON_VALUES: tuple[Any, ...] = (None, True, False, 0, 1, -1, 2**64, 1.5, 1e300, "", "x", "rv64", "image", "16MiB", "127.0.0.1:1", "forever",
-                                "none", "1MiB/s", [], {}, [[]], {"a": 1}, "\ud800", "y" * 2000)  # fmt: skip
+    "recover": ("machine", "to"),
+    "set": ("max-bandwidth", "bulk-channels", "recover-for"),
+    "cancel": ("machine",),
+    "end": ("machine",),
+    "reclaim": ("machine",),
+    "nonsense": ("x",),
+}
+JSON_VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2**64,
+    1.5,
+    1e300,
+    "",
+    "x",
+    "rv64",
+    "image",
+    "16MiB",
+    "127.0.0.1:1",
+    "forever",
+    "none",
+    "1MiB/s",
+    [],
+    {},
+    [[]],
+    {"a": 1},
+    "\ud800",
+    "y" * 2000,
+)
 
 
 NAMED = ("end", "cancel", "pause", "recover", "migrate", "reclaim")

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgpack
+
 from tests.hostile import _wire as wire
 from tests.hostile._program import Control, Program, verify
 from tests.hostile._wire import Fields, Frame
@@ -229,7 +231,7 @@ class Machine:
         pages = -(-size_bytes // PAGE)
         block = {"name": "image", "size-bytes": pages * PAGE, "page-bytes": PAGE}
         page_map = {"block": 0, "first-page": 0, "pages": pages, "runs": wire.all_pages(pages)}
-        state = wire.msgpack.packb({"digest": None})
+        state = msgpack.packb({"digest": None})
         return cls("image", {"file-bytes": size_bytes}, [block], [PAGE], state, [page_map])
 
     def page(self, block: int, number: int) -> bytes:
@@ -350,9 +352,7 @@ class Source:
                 time.sleep(self.delay_s)
                 for page in range(asked.first_page, asked.first_page + asked.pages):
                     content = self.machine.page(asked.block, page)
-                    line.send(Frame(
-                        wire.PAGES, asked.block, page, 1, asked.request_id, content, wire.ANSWERS
-                    ).pack())  # fmt: skip
+                    line.send(Frame(wire.PAGES, asked.block, page, 1, asked.request_id, content, wire.ANSWERS).pack())
 
     def push_all(self) -> None:
         """By the first bulk channel, then `end` by all of them."""
@@ -431,9 +431,7 @@ class Destination:
 
         def channel(kind: str, index: int) -> Line:
             data = Line.open(address, version)
-            data.greet(
-                kind, "dest", index=index, migration=dest.migration, epoch=dest.epoch, token=dest.token
-            )
+            data.greet(kind, "dest", index=index, migration=dest.migration, epoch=dest.epoch, token=dest.token)
             return data
 
         dest = cls(line, channel)
@@ -519,9 +517,7 @@ class Destination:
             pages = block["size-bytes"] // self.machine.page_bytes[number]
             digest = wire.crc32c(bytes(-(-pages // 64) * 8), digest)
             self.control.say("received-map", block=number, first_page=0, pages=pages, runs=b"")
-        self.control.say(
-            "recover", resume_ns=resume_ns, maps=len(self.machine.blocks), digest=digest ^ damage
-        )
+        self.control.say("recover", resume_ns=resume_ns, maps=len(self.machine.blocks), digest=digest ^ damage)
         return self
 
     def recovered(self) -> Destination:

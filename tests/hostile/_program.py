@@ -71,11 +71,11 @@ class Program:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
-        """``before``: a command that runs the rest; ``argv``: instead of `postcopy`; ``stdout``, ``stderr``: a descriptor
-        instead of a file that can be read here."""
+        """``before``: a command that runs the rest; ``argv``: instead of `postcopy`; ``stdout``, ``stderr``: a
+        descriptor instead of a file that can be read here."""
         self._files = contextlib.ExitStack()
-        self._stdout = self._files.enter_context(tempfile.TemporaryFile())
-        self._stderr = self._files.enter_context(tempfile.TemporaryFile())
+        self._stdout = self._files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # closed with the others
+        self._stderr = self._files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         self._parsed: list[Json] = []
         self._parsed_bytes = 0
         self.argv = [*before, *(command() if argv is None else argv), *map(str, arguments)]
@@ -238,7 +238,7 @@ class Program:
 
     def kill(self) -> None:
         """Harmless when it has ended."""
-        for pid in (self.children() if self.alive() else []):
+        for pid in self.children() if self.alive() else []:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
@@ -286,10 +286,10 @@ class Control:
         returned: Json = answer["return"]
         return returned
 
-    def begin(self, execute: str, **arguments: object) -> Asking:
+    def begin(self, execute: str, **arguments: Any) -> Asking:
         return Asking(self, execute, arguments)
 
-    def refused(self, execute: str, **arguments: object) -> str:
+    def refused(self, execute: str, **arguments: Any) -> str:
         """Why."""
         try:
             answer = self.ask(execute, **arguments)
@@ -319,7 +319,7 @@ class Control:
 class Asking(threading.Thread):
     """A request whose answer is waited for meanwhile."""
 
-    def __init__(self, control: Control, execute: str, arguments: Mapping[str, object]) -> None:
+    def __init__(self, control: Control, execute: str, arguments: Mapping[str, Any]) -> None:
         super().__init__(daemon=True)
         self._control = control
         self._execute = execute
@@ -329,7 +329,7 @@ class Asking(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._answer = self._control.ask(self._execute, **self._arguments)  # type: ignore[arg-type]
+            self._answer = self._control.ask(self._execute, DEADLINE_S, **self._arguments)
         except (OSError, ValueError, AssertionError, Refusal) as error:
             self._answer = error
 

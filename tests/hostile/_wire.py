@@ -160,9 +160,17 @@ class Frame:
         crc = _crc_of_payload(self.payload) if self.payload else 0
         header = struct.pack(
             "<IBBHQIIIII",
-            FRAME_MAGIC, self.type, self.flags, self.block, self.first_page, self.pages, self.request_id,
-            len(self.payload), crc, 0,
-        )  # fmt: skip
+            FRAME_MAGIC,
+            self.type,
+            self.flags,
+            self.block,
+            self.first_page,
+            self.pages,
+            self.request_id,
+            len(self.payload),
+            crc,
+            0,
+        )
         return header + struct.pack("<I", crc32c(header)) + self.payload
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-# --import-mode=importlib makes no packages of test directories: what these share is loaded by its path, under the name by
-# which mypy knows it.
+# --import-mode=importlib makes no packages of test directories: what these share is loaded by its path, under the name
+# by which mypy knows it.
 for _name in ("_wire", "_program", "_peer", "_fuzz"):
     _path = Path(__file__).with_name(f"{_name}.py")
     _spec = importlib.util.spec_from_file_location(f"tests.hostile.{_name}", _path)
@@ -28,6 +28,19 @@ for _name in ("_wire", "_program", "_peer", "_fuzz"):
 from tests.hostile import _peer, _program  # noqa: E402
 
 Start = Callable[..., _program.Program]
+
+
+QUICK = frozenset(Path(__file__).with_name("quick.txt").read_text().split("\n"))
+"""What of all this `make test` runs, too: one of each kind. The rest is marked `slow`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent != Path(__file__).parent or item.path.name == "test_device_states.py":
+            continue
+        item.add_marker(pytest.mark.needs("uffd-user"))  # the machines here are rv64's, and images
+        if item.name not in QUICK:
+            item.add_marker("slow")
 
 
 @pytest.fixture
@@ -43,9 +56,7 @@ def daemon(start: Start, tmp_path: Path) -> Callable[..., tuple[_program.Program
 
     def run(name: str = "d", *arguments: object, **keywords: Any) -> tuple[_program.Program, _program.Control]:
         path = tmp_path / name
-        program = start(
-            "daemon", "--json", "--control", path, "--listen", "127.0.0.1:0", *arguments, **keywords
-        )
+        program = start("daemon", "--json", "--control", path, "--listen", "127.0.0.1:0", *arguments, **keywords)
         assert program.where
         return program, _program.Control(path)
 

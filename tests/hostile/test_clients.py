@@ -89,14 +89,25 @@ def test_slow_clients_of_the_metrics(daemon: Daemon) -> None:
 def test_what_is_no_request(daemon: Daemon) -> None:
     program, control = daemon("d", *RV64)
     said: list[bytes] = [
-        b"\n" * 10_000, b"[" * 60_000 + b"\n", b"{}\n", b"null\n", b'{"execute": 1}\n', b'{"execute": "status", "x": 1}\n',
-        b'{"execute": "set", "arguments": {"recover-for": 1e999}}\n', b'{"execute": "set", "arguments": {"recover-for": -1}}\n',
-        b'{"execute": "start", "arguments": {"machine": "rv64", "memory": 1e300}}\n', b"\xff\xfe\n", os.urandom(3000) + b"\n",
-        b'{"execute": "start", "arguments": {"machine": "kvm", "memory": "900TiB"}}\n', b'{"execute": "migrate"}\n',
-        b'{"execute": "migrate", "arguments": {"to": "\\ud800:1"}}\n', b'{"execute": "status", "id": {"a": 1}}\n',
-        b'{"execute": "end", "arguments": {"machine": "' + b"x" * 5000 + b'"}}\n', b"x" * 100_000,
+        b"\n" * 10_000,
+        b"[" * 60_000 + b"\n",
+        b"{}\n",
+        b"null\n",
+        b'{"execute": 1}\n',
+        b'{"execute": "status", "x": 1}\n',
+        b'{"execute": "set", "arguments": {"recover-for": 1e999}}\n',
+        b'{"execute": "set", "arguments": {"recover-for": -1}}\n',
+        b'{"execute": "start", "arguments": {"machine": "rv64", "memory": 1e300}}\n',
+        b"\xff\xfe\n",
+        os.urandom(3000) + b"\n",
+        b'{"execute": "start", "arguments": {"machine": "kvm", "memory": "900TiB"}}\n',
+        b'{"execute": "migrate"}\n',
+        b'{"execute": "migrate", "arguments": {"to": "\\ud800:1"}}\n',
+        b'{"execute": "status", "id": {"a": 1}}\n',
+        b'{"execute": "end", "arguments": {"machine": "' + b"x" * 5000 + b'"}}\n',
+        b"x" * 100_000,
         b'{"execute": "start", "arguments": {"machine": "rv64", "memory": "16MiB", "vcpus": 999}}\n',
-    ]  # fmt: skip
+    ]
     for line in said:
         with socket.socket(socket.AF_UNIX) as client, client.makefile("rb") as file:
             client.settimeout(30)

@@ -179,9 +179,7 @@ def test_quit_of_a_daemon_that_receives(daemon: Daemon, version: int, rv64: Mach
 
 @pytest.mark.parametrize("step", BEFORE_AT_SOURCE)
 @pytest.mark.parametrize("side", ["source", "daemon"])
-def test_cancel_before_commit(
-    daemon: Daemon, start: Start, tmp_path: Path, version: int, step: str, side: str
-) -> None:
+def test_cancel_before_commit(daemon: Daemon, start: Start, tmp_path: Path, version: int, step: str, side: str) -> None:
     """In each state: the machine goes on at the source, and can be sent away again."""
     with Listener(version) as listener:
         if side == "daemon":
@@ -245,9 +243,7 @@ def test_cancel_after_commit(start: Start, tmp_path: Path, version: int, rv64: M
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("side", ["source", "dest"])
-def test_frozen_peer_and_a_signal(
-    start: Start, version: int, rv64: Machine, side: str, number: signal.Signals
-) -> None:
+def test_frozen_peer_and_a_signal(start: Start, version: int, rv64: Machine, side: str, number: signal.Signals) -> None:
     """Nobody waits for a peer that does not answer, before COMMIT or after it."""
     if side == "source":
         for step in ("ready", "run"):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.hostile import _wire as wire
-from tests.hostile._peer import Closed, Destination, Line, Listener, Neighbour, Source
+from tests.hostile._peer import Closed, Destination, Line, Listener, Machine, Neighbour, Source
 from tests.hostile._program import MIB, RV64, Control, Program, Pulse
 
 Start = Callable[..., Program]
@@ -50,19 +50,17 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "short texts": lambda: bomb("ping", "nonce", b"\xa3abc"),
     "deep lists": lambda: nested("offer", "config", b"\x91", 1_000_000),
     "deep maps": lambda: nested("offer", "config", b"\x81\xa1x", 500_000),
-    "a map of many": lambda: b"\xdf\x00\x40\x00\x00" + b"".join(b"\xa4" + struct.pack(">I", n) + b"\xc0" for n in range(10**6)),
+    "a map of many": lambda: (
+        b"\xdf\x00\x40\x00\x00" + b"".join(b"\xa4" + struct.pack(">I", n) + b"\xc0" for n in range(10**6))
+    ),
     "one text": lambda: b"\x81" + text("type") + b"\xdb" + struct.pack(">I", 15 << 20) + b"x" * (15 << 20),
     "an endless list": lambda: b"\xdd\xff\xff\xff\xff" + b"\xc0" * (8 << 20),
     "an extension": lambda: b"\xc9" + struct.pack(">I", 12 << 20) + b"\x05" * ((12 << 20) + 1),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("what", [
-    what if what in ("empty lists", "deep maps") else pytest.param(what, marks=pytest.mark.slow) for what in BOMBS
-])  # fmt: skip
-def test_messages_that_unfold(
-    daemon: Daemon, neighbour: Beside, version: int, what: str
-) -> None:
+@pytest.mark.parametrize("what", BOMBS)
+def test_messages_that_unfold(daemon: Daemon, neighbour: Beside, version: int, what: str) -> None:
     program, control = daemon()
     beside = neighbour(program, control)
     message = wire.frame_message(BOMBS[what]())
@@ -122,14 +120,8 @@ FRAMES: dict[str, Callable[[], wire.Frame]] = {
 }
 
 
-SHORT = {("end", "bulk"), ("error", "urgent"), ("a page again and again", "bulk")}
-
-
-@pytest.mark.parametrize(("what", "channel"), [
-    (what, channel) if (what, channel) in SHORT else pytest.param(what, channel, marks=pytest.mark.slow)
-    for what in FRAMES
-    for channel in ("bulk", "urgent")
-])  # fmt: skip
+@pytest.mark.parametrize("channel", ["bulk", "urgent"])
+@pytest.mark.parametrize("what", FRAMES)
 def test_frames_without_end(
     daemon: Daemon, neighbour: Beside, version: int, rv64: Machine, what: str, channel: str
 ) -> None:
@@ -167,10 +159,8 @@ def test_requests_without_end(start: Start, version: int, tmp_path: Path) -> Non
     assert (tmp_path / "copy").read_bytes() == (tmp_path / "image").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["ping", pytest.param("pong", marks=pytest.mark.slow), "placed"])
-def test_control_messages_without_end(
-    start: Start, version: int, tmp_path: Path, kind: str
-) -> None:
+@pytest.mark.parametrize("kind", ["ping", "pong", "placed"])
+def test_control_messages_without_end(start: Start, version: int, tmp_path: Path, kind: str) -> None:
     """To a source, by a destination that does not read: pongs must not pile up, nor delay anything."""
     (tmp_path / "image").write_bytes(os.urandom(4 * MIB))
     image = ("--machine", "image", "--image", tmp_path / "image", "--serve", "forever", "--control", tmp_path / "s")
@@ -228,4 +218,3 @@ def test_a_source_that_takes_no_answers(daemon: Daemon, neighbour: Beside, versi
             beside = neighbour(program, control)
             beside.finish()
         pulse.check(LATENCY_S)
-

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chance against real processes. Each test prints its seed: POSTCOPY_SEED=N repeats it, POSTCOPY_HOSTILE_SECONDS says how
-long each goes on.
+"""Chance against real processes. Each test prints its seed: POSTCOPY_SEED=N repeats it, POSTCOPY_FUZZ_SECONDS says
+how long each goes on.
 
 After every round the process lives and answers; at the end its memory is bounded, it has shown no traceback, and a
 machine that was on its way meanwhile has arrived whole.
@@ -9,7 +9,6 @@ machine that was on its way meanwhile has arrived whole.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import socket
@@ -27,7 +26,7 @@ from tests.hostile._program import MIB, Control, Program, Refusal, wait_until
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]
 Beside = Callable[[Program, Control], Neighbour]
-SECONDS = float(os.environ.get("POSTCOPY_HOSTILE_SECONDS", "4"))
+SECONDS = float(os.environ.get("POSTCOPY_FUZZ_SECONDS", "2.5"))
 GROWTH_BYTES = 128 * MIB
 ANSWER_S = 10.0
 
@@ -86,8 +85,10 @@ def test_sessions_of_a_destination_of_a_machine(
     daemon: Daemon, start: Start, version: int, seeded: random.Random
 ) -> None:
     """A daemon that sends: whatever the destination does before COMMIT, the machine is where it was, or goes there."""
-    program, control = daemon("d", "--heartbeat", "0.5", "--recover-for", "1", "--machine", "rv64", "--memory", "16MiB",
-                              "--name", "x")  # fmt: skip
+    program, control = daemon(
+        "d", "--heartbeat", "0.5", "--recover-for", "1", "--machine", "rv64", "--memory", "16MiB", "--name", "x"
+    )
+
     def one() -> None:
         with Listener(version) as listener:
             asked = control.begin("migrate", machine="x", to=listener.where)

@@ -23,7 +23,7 @@ async def main():
         print("lost" if memory.failure else "kept", file=sys.stderr)
 trio.run(main)
 """
-HEARTBEATS = 15
+HEARTBEATS = 10
 
 
 def test_attachment_that_is_left_alone(start: Start, tmp_path: Path) -> None:
@@ -43,9 +43,9 @@ def test_attachment_that_is_left_alone(start: Start, tmp_path: Path) -> None:
         seen = len(source.lines())
         source.wait_for("some more", lambda line: len(source.lines()) > seen + 8)
         cpu_s = client.cpu_s() + source.cpu_s() - cpu_s
+        statuses = {line["status"] for line in source.lines() if "status" in line}
         say.write(b"go on\n")
     assert client.end() == 0, client.errors()
-    statuses = {line["status"] for line in source.lines() if "status" in line}
     assert not statuses & {"postcopy-paused", "postcopy-recover"}, f"{statuses}\n{source.errors()[-2000:]}"
     assert cpu_s < 2.0
-    assert client.errors().endswith("kept\n")
+    assert "kept\n" in client.errors()

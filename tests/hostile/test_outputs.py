@@ -12,7 +12,6 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -72,17 +71,22 @@ def free_port() -> str:
 
 
 @pytest.mark.parametrize("log", ["-v", "--log-json"])
-def test_stalled_daemon(
-    start: Start, stalled: Callable[[], Stalled], tmp_path: Path, log: str
-) -> None:
+def test_stalled_daemon(start: Start, stalled: Callable[[], Stalled], tmp_path: Path, log: str) -> None:
     """It takes a machine, answers, sends it away, and ends at SIGTERM."""
     out, err, address = stalled(), stalled(), free_port()
     more = ("-v",) if log == "-v" else ("--log-json", "--log-level", "debug")
     path = tmp_path / "d"
     program = start(
-        "daemon", "--json", *more, "--control", path, "--listen", address,
-        stdout=out.writing, stderr=err.writing,
-    )  # fmt: skip
+        "daemon",
+        "--json",
+        *more,
+        "--control",
+        path,
+        "--listen",
+        address,
+        stdout=out.writing,
+        stderr=err.writing,
+    )
     control = Control(path)
     wait_until("control socket", path.exists)
     with Pulse(control) as pulse:
@@ -141,9 +145,18 @@ def test_closed_outputs(start: Start, tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     dest = start(
-        "dest", "--json", "-v", "--listen", address, "--control", tmp_path / "d", "--run-for", "0",
-        stdout=writing, stderr=writing,
-    )  # fmt: skip
+        "dest",
+        "--json",
+        "-v",
+        "--listen",
+        address,
+        "--control",
+        tmp_path / "d",
+        "--run-for",
+        "0",
+        stdout=writing,
+        stderr=writing,
+    )
     os.close(writing)
     wait_until("control socket", (tmp_path / "d").exists)
     source = start("source", "--json", *RV64, "--connect", address)
@@ -161,9 +174,15 @@ def test_terminal_that_hangs_up(start: Start, tmp_path: Path) -> None:
     controlling, terminal = pty.openpty()
     try:
         dest = start(
-            "dest", "--listen", address, "--control", tmp_path / "d",
-            stdin=terminal, stdout=terminal, stderr=terminal,
-        )  # fmt: skip
+            "dest",
+            "--listen",
+            address,
+            "--control",
+            tmp_path / "d",
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+        )
     finally:
         os.close(terminal)
     wait_until("control socket", (tmp_path / "d").exists)
@@ -180,9 +199,18 @@ def test_full_disk_under_the_outputs(start: Start, tmp_path: Path) -> None:
     address = free_port()
     with open("/dev/full", "wb") as full:
         dest = start(
-            "dest", "--json", "-v", "--listen", address, "--control", tmp_path / "d", "--run-for", "0",
-            stdout=full.fileno(), stderr=full.fileno(),
-        )  # fmt: skip
+            "dest",
+            "--json",
+            "-v",
+            "--listen",
+            address,
+            "--control",
+            tmp_path / "d",
+            "--run-for",
+            "0",
+            stdout=full.fileno(),
+            stderr=full.fileno(),
+        )
     wait_until("control socket", (tmp_path / "d").exists)
     source = start("source", "--json", *RV64, "--connect", address)
     assert source.end() == 0, source.tail()

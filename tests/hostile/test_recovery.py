@@ -45,7 +45,9 @@ def test_recovery_that_fails_again_and_again(start: Start, tmp_path: Path, versi
                         dest.control.wait_closed()
                 line.close()
         assert attempts < 20 * seconds, f"{attempts / seconds:.0f} attempts/s"
-        assert source.error_bytes() - said < 4096 * seconds, f"{(source.error_bytes() - said) / seconds:.0f} bytes/s of log"
+        assert source.error_bytes() - said < 4096 * seconds, (
+            f"{(source.error_bytes() - said) / seconds:.0f} bytes/s of log"
+        )
         assert source.cpu_s() - cpu_s < 0.7 * seconds
         status = [line["status"] for line in source.lines() if "status" in line][-1]
         if status == "postcopy-failed":

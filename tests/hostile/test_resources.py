@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import secrets
 import signal
@@ -17,7 +16,7 @@ import pytest
 
 from tests.hostile import _wire as wire
 from tests.hostile._peer import Closed, Destination, Line, Machine, Neighbour, Refused, Source
-from tests.hostile._program import MIB, RV64, Control, Program, Refusal, verify, wait_until
+from tests.hostile._program import MIB, RV64, Control, Program, Refusal, verify
 
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]

@@ -22,8 +22,24 @@ def hostile_directory(tmp_path: Path) -> Path:
     directory = tmp_path / "here"
     directory.mkdir()
     mark = f"open({str(tmp_path / 'mark')!r}, 'a').write(__name__ + '\\n')\nraise SystemExit(99)\n"
-    for name in ("select", "socket", "json", "logging", "selectors", "random", "trio", "msgpack", "cffi", "_cffi_backend",
-                 "sitecustomize", "usercustomize", "array", "multiprocessing", "postcopy/__init__", "postcopy/_pager_child"):  # fmt: skip
+    for name in (
+        "select",
+        "socket",
+        "json",
+        "logging",
+        "selectors",
+        "random",
+        "trio",
+        "msgpack",
+        "cffi",
+        "_cffi_backend",
+        "sitecustomize",
+        "usercustomize",
+        "array",
+        "multiprocessing",
+        "postcopy/__init__",
+        "postcopy/_pager_child",
+    ):
         path = directory / f"{name}.py"
         path.parent.mkdir(exist_ok=True)
         path.write_text(mark)
@@ -32,9 +48,7 @@ def hostile_directory(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("pager", ["thread", "process"])
 def test_a_directory_full_of_modules(start: Start, hostile_directory: Path, tmp_path: Path, pager: str) -> None:
-    dest = start(
-        "dest", "--json", "--listen", "127.0.0.1:0", "--pager", pager, "--run-for", "0", cwd=hostile_directory
-    )
+    dest = start("dest", "--json", "--listen", "127.0.0.1:0", "--pager", pager, "--run-for", "0", cwd=hostile_directory)
     source = start("source", "--json", *RV64, "--connect", dest.where, cwd=hostile_directory)
     assert dest.end() == 0, dest.tail()
     assert source.end() == 0, source.tail()
@@ -65,9 +79,7 @@ def test_pager_process_in_a_source_checkout(start: Start, tmp_path: Path) -> Non
     """There `postcopy` is a directory without the extension."""
     (tmp_path / "postcopy").mkdir()
     (tmp_path / "postcopy" / "__init__.py").touch()
-    dest = start(
-        "dest", "--json", "--listen", "127.0.0.1:0", "--pager", "process", "--run-for", "0", cwd=tmp_path
-    )
+    dest = start("dest", "--json", "--listen", "127.0.0.1:0", "--pager", "process", "--run-for", "0", cwd=tmp_path)
     source = start("source", "--json", *RV64, "--connect", dest.where, cwd=tmp_path)
     assert dest.end() == 0, dest.tail()
     assert source.end() == 0

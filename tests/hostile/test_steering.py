@@ -128,9 +128,7 @@ def daemon_address(control: Control) -> tuple[str, int]:
 # ---- Recovery, and how long it is tried
 
 
-def lost_source(
-    start: Start, listener: Listener, directory: Path, *arguments: object
-) -> tuple[Program, Control]:
+def lost_source(start: Start, listener: Listener, directory: Path, *arguments: object) -> tuple[Program, Control]:
     """A source past its point of no return, whose destination is gone."""
     path = directory / "s"
     source = start("source", "--json", *RV64, "--connect", listener.where, "--control", path, *arguments)
@@ -157,7 +155,15 @@ def test_recover_when_patience_has_run_out(start: Start, tmp_path: Path, version
 def test_recover_when_a_destination_has_no_patience_left(start: Start, tmp_path: Path, version: int) -> None:
     with Listener(version) as listener:
         dest = start(
-            "dest", "--json", "--no-verify", "--connect", listener.where, "--recover-for", "1", "--control", tmp_path / "d"
+            "dest",
+            "--json",
+            "--no-verify",
+            "--connect",
+            listener.where,
+            "--recover-for",
+            "1",
+            "--control",
+            tmp_path / "d",
         )
         listener.source(Machine.image(1 << 20)).until("running").lose()
         dest.wait_status("postcopy-paused")

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pager's process when it does not answer, and where it takes its modules from.
+
+Everything runs in a child with a deadline: what waits for a frozen process may wait for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from postcopy import pager_process
+from postcopy._errors import MigrationError, PostcopyError
+from postcopy._events import EventType
+from postcopy.bitmap import Bitmap
+from postcopy.memory import Memory, page_bytes_of
+from postcopy.pager_process import PagerDied, ProcessPager
+
+PAGE = page_bytes_of("memfd")
+DEADLINE_S = 60
+
+RunInChild = Callable[..., Any]
+
+
+async def armed(memory: Memory) -> ProcessPager:
+    pager = ProcessPager()
+    pager.add_block(memory)
+    pager.add_shard()
+    pager.arm(0, 0, 0, memory.pages)
+    await pager.confirm()
+    return pager
+
+
+async def died(pager: ProcessPager) -> str:
+    async for event in pager.events():
+        if event.type is EventType.DIED:
+            return event.text
+    raise AssertionError("the stream of events has ended")
+
+
+# ---- in the child
+
+
+async def _frozen() -> None:
+    pager_process.CALL_TIMEOUT_S = 0.5
+    with Memory.create("memfd", 300 * PAGE) as memory, Memory.create("memfd", 300 * PAGE) as other_memory:
+        pager, other = await armed(memory), await armed(other_memory)
+        turns = 0
+        os.kill(pager.pid, signal.SIGSTOP)
+        # None of these waits for it.
+        pager.track_thread(0, 1)
+        assert pager.request_missing(7) == pager.request_missing(7) == 7
+        assert pager.request_range(0, 10, 20) == 20
+        assert pager.statistics().total_pages == 300
+        assert pager.latency().count == 0
+        assert pager.blocktime_ns() == [0]
+        assert pager.received(0).count() == 0
+        assert pager.take_event() is None
+        async with trio.open_nursery() as nursery:
+
+            async def the_rest_of_the_daemon() -> None:
+                nonlocal turns
+                while True:
+                    other.track_thread(0, 1)
+                    await other.confirm()
+                    turns += 1
+
+            nursery.start_soon(the_rest_of_the_daemon)
+            with pytest.raises(PagerDied, match="has not answered"):
+                await pager.confirm()
+            assert turns > 20
+            assert "has not answered for 0.5 s" in await died(pager)
+            with pytest.raises(PagerDied):
+                pager.track_thread(1, 1)
+            await pager.disconnect()
+            nursery.cancel_scope.cancel()
+        assert pager.deaths == 1
+        assert other.deaths == 0
+        everything = Bitmap.full(300)
+        for each in (pager, other):
+            each.set_zero(0, everything)
+            await each.confirm()
+            assert each.statistics().resident_pages == 300
+            async for event in each.events():
+                assert event.type is EventType.COMPLETE
+                break
+            await each.disarm()
+            await each.close()
+
+
+def frozen() -> None:
+    trio.run(_frozen)
+
+
+async def _full() -> None:
+    """More is asked than the socket to a frozen process takes: it waits here."""
+    with Memory.create("memfd", 300 * PAGE) as memory:
+        pager = await armed(memory)
+        process = pager.pid
+        os.kill(process, signal.SIGSTOP)
+        for _ in range(3000):
+            pager.track_thread(0, 1)
+        everything = Bitmap.full(300)
+        pager.set_zero(0, everything)
+        os.kill(process, signal.SIGCONT)
+        await pager.confirm()
+        assert pager.statistics().resident_pages == 300
+        assert pager.deaths == 0
+        await pager.disarm()
+        await pager.close()
+
+
+def full() -> None:
+    trio.run(_full)
+
+
+async def _closed() -> None:
+    """An end is possible, and in time, with a process that does not answer."""
+    vars(pager_process)["END_TIMEOUT_S"] = 1.0
+    with Memory.create("memfd", 300 * PAGE) as memory:
+        pager = await armed(memory)
+        os.kill(pager.pid, signal.SIGSTOP)
+        await pager.close()  # the next one does what this one would not: it poisons what is missing
+        assert pager.deaths == 1
+
+
+def closed() -> None:
+    trio.run(_closed)
+
+
+async def _failing() -> None:
+    """What went wrong is raised by `confirm`, and told to who follows the events."""
+    with Memory.create("memfd", 300 * PAGE) as memory:
+        pager = await armed(memory)
+        pager.arm(0, 0, 0, 10)  # a second time
+        with pytest.raises(PostcopyError, match="armed already") as caught:
+            await pager.confirm()
+        assert not isinstance(caught.value, PagerDied)
+        event = pager.take_event()
+        assert event is not None
+        assert event.type is EventType.FATAL
+        assert "armed already" in event.text
+        await pager.close()
+
+
+def failing() -> None:
+    trio.run(_failing)
+
+
+async def _in_doubt() -> None:
+    """A page that may have been placed and swapped out is not fetched again."""
+    with Memory.create("memfd", 300 * PAGE) as memory:
+        pager = await armed(memory)
+        block = pager._blocks[0]
+        os.pwrite(memory.fd, b"x", 5 * PAGE)
+        os.pwrite(block.states_fd, bytes([1 << 5]), 4096)  # claimed, and not known
+        os.kill(pager.pid, signal.SIGKILL)
+        with pytest.raises(MigrationError, match="cannot tell what the dead pager has placed"):
+            await pager.disconnect()
+        os._exit(17)
+
+
+def in_doubt() -> None:
+    trio.run(_in_doubt)
+
+
+def elsewhere(where: str) -> None:
+    os.chdir(where)
+
+    async def main() -> None:
+        pager = ProcessPager()
+        try:
+            await pager.confirm()
+        finally:
+            with contextlib.suppress(MigrationError):
+                await pager.close()
+        assert pager.deaths == 0
+
+    trio.run(main)
+
+
+# ---- the tests
+
+
+@pytest.mark.needs("uffd")
+@pytest.mark.parametrize("function", [frozen, full, closed, failing])
+def test_it_is_in_nobodys_way(run_in_child: RunInChild, function: Callable[[], None]) -> None:
+    result = run_in_child(function, deadline_s=DEADLINE_S)
+    assert result.returncode == 0, f"{result.stdout}{result.stderr}"
+    assert "ResourceWarning" not in result.stderr
+
+
+@pytest.mark.needs("uffd")
+def test_a_page_in_doubt_is_not_fetched_again(run_in_child: RunInChild) -> None:
+    result = run_in_child(in_doubt, deadline_s=DEADLINE_S)
+    assert result.returncode == 17, f"{result.stdout}{result.stderr}"
+
+
+def test_it_imports_nothing_from_where_it_is_started(run_in_child: RunInChild, tmp_path: Path) -> None:
+    (tmp_path / "select.py").write_text("raise SystemExit('another select was imported')\n")
+    (tmp_path / "postcopy").mkdir()
+    (tmp_path / "postcopy" / "__init__.py").write_text("raise SystemExit('another postcopy was imported')\n")
+    result = run_in_child(elsewhere, str(tmp_path), deadline_s=DEADLINE_S)
+    assert result.returncode == 0, f"{result.stdout}{result.stderr}"
