@@ -59,6 +59,7 @@ class PagerChild:
             "request_range": lambda _, block, first, pages: lib.pc_pager_request_range(
                 self._pager, block, first, pages
             ),
+            "ping": lambda _: 0,
             "disconnect": lambda _: lib.pc_pager_disconnect(self._pager),
             "disarm": lambda _: lib.pc_pager_disarm(self._pager),
             "free": lambda _: lib.pc_pager_free(self._pager),
