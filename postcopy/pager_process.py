@@ -336,7 +336,7 @@ class ProcessPager:
         self._blocks: list[_Block] = []
         self._shards: list[_Shard] = []
         self._armed: list[tuple[int, int, int, int]] = []
-        self._threads: dict[int, int] = {}
+        self._slots = 0
         self._told: deque[Event] = deque()
         self._ending = trio.Lock()
         self._replaced = trio.Event()
@@ -405,8 +405,9 @@ class ProcessPager:
         self._attach("attach_bulk", ChannelKind.BULK, channel, fd)
 
     def track_thread(self, slot: int, tid: int) -> None:
-        self._post("tracking a thread", "track_thread", slot, tid)
-        self._threads[slot] = tid
+        self._alive()
+        check(lib.pc_metrics_track_thread(self._metrics, slot, tid), "tracking a thread")
+        self._slots = max(self._slots, slot + 1)
 
     async def confirm(self) -> None:
         """As `Pager.confirm`: everything asked of the process so far has been done. `PagerDied` when it has died."""
@@ -459,9 +460,8 @@ class ProcessPager:
 
     def blocktime_ns(self) -> list[int]:
         self._alive()
-        slots = max(self._threads, default=-1) + 1
-        times: Any = ffi.new("uint64_t[]", max(1, slots))
-        check(lib.pc_metrics_blocktime(self._metrics, times, slots), "reading blocktimes")
+        times: Any = ffi.new("uint64_t[]", max(1, self._slots))
+        slots = check(lib.pc_metrics_blocktime(self._metrics, times, self._slots), "reading blocktimes")
         return [int(times[slot]) for slot in range(slots)]
 
     def received(self, block: int) -> Bitmap:
@@ -699,8 +699,6 @@ class ProcessPager:
             self._give_block(block)
         for shard in self._shards:
             self._give_shard(shard)
-        for slot, tid in self._threads.items():
-            self._post("tracking a thread", "track_thread", slot, tid)
         if not self._disarmed:
             for armed in self._armed:
                 self._post("registering memory with a userfaultfd", "arm", *armed)

@@ -68,7 +68,7 @@ async def _frozen() -> None:
             async def the_rest_of_the_daemon() -> None:
                 nonlocal turns
                 while True:
-                    other.track_thread(0, 1)
+                    other.request_range(0, 10, 20)
                     await other.confirm()
                     turns += 1
 
@@ -78,7 +78,7 @@ async def _frozen() -> None:
             assert turns > 20
             assert "has not answered for 0.5 s" in await died(pager)
             with pytest.raises(PagerDied):
-                pager.track_thread(1, 1)
+                pager.request_missing(1)
             await pager.disconnect()
             nursery.cancel_scope.cancel()
         assert pager.deaths == 1
@@ -143,7 +143,7 @@ async def _full() -> None:
         process = pager.pid
         os.kill(process, signal.SIGSTOP)
         for _ in range(3000):
-            pager.track_thread(0, 1)
+            pager.request_range(0, 10, 20)
         everything = Bitmap.full(300)
         pager.set_zero(0, everything)
         os.kill(process, signal.SIGCONT)
