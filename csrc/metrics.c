@@ -86,6 +86,14 @@ void pc_metrics_read_stats(const struct pc_metrics_map *map, struct pc_pager_sta
     }
 }
 
+int pc_metrics_set_thread(struct pc_metrics_map *map, uint32_t slot, int32_t tid)
+{
+    if (slot >= PC_MAX_TRACKED_THREADS)
+        return -EINVAL;
+    __atomic_store_n(&map->tids[slot], tid, __ATOMIC_RELAXED);
+    return 0;
+}
+
 int pc_metrics_read_latency(const struct pc_metrics_map *map, int stage, struct pc_histogram *histogram)
 {
     if (stage < 0 || stage >= PC_STAGES)
@@ -144,6 +152,11 @@ void pc_metrics_free(struct pc_metrics *metrics)
 int pc_metrics_fd(struct pc_metrics *metrics)
 {
     return metrics->fd;
+}
+
+int pc_metrics_track_thread(struct pc_metrics *metrics, uint32_t slot, int32_t tid)
+{
+    return pc_metrics_set_thread(metrics->map, slot, tid);
 }
 
 int pc_metrics_stats(struct pc_metrics *metrics, struct pc_pager_stats *stats)

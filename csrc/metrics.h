@@ -16,6 +16,7 @@ struct pc_shard_metrics { /* written by the shard's fault thread */
 
 struct pc_metrics_map {
     struct pc_pager_stats count; /* only its counters, each by atomic add */
+    int32_t tids[PC_MAX_TRACKED_THREADS]; /* whose faults are accounted to a slot; 0: nobody's */
     uint64_t blocked_ns[PC_MAX_TRACKED_THREADS];
     uint64_t blocked_since_ns[PC_MAX_TRACKED_THREADS]; /* 0: not now */
     struct pc_shard_metrics shards[PC_MAX_SHARDS];
@@ -30,6 +31,7 @@ void pc_metrics_none_waits(struct pc_metrics_map *map);
 
 /* The counters, what waits, and zero for what only the blocks know. */
 void pc_metrics_read_stats(const struct pc_metrics_map *map, struct pc_pager_stats *stats);
+int pc_metrics_set_thread(struct pc_metrics_map *map, uint32_t slot, int32_t tid);
 int pc_metrics_read_latency(const struct pc_metrics_map *map, int stage, struct pc_histogram *histogram);
 int pc_metrics_read_blocktime(const struct pc_metrics_map *map, uint64_t *blocktime_ns, uint32_t slots);
 

@@ -252,7 +252,6 @@ struct pc_pager {
     struct bulk bulks[PC_MAX_BULK_CHANNELS];
     struct order *spent; /* orders that are done with, for others to free: a fault thread frees nothing */
     void *zero_page;     /* as large as any page, for memory that has no ZEROPAGE */
-    int32_t tids[PC_MAX_TRACKED_THREADS];
     pthread_mutex_t watch_lock;
     struct watch *watches;
     size_t watch_count, watch_capacity; /* the count is read without the lock */
@@ -803,7 +802,7 @@ static int thread_slot(struct pc_pager *pager, int32_t tid)
 {
     if (tid > 0)
         for (int slot = 0; slot < PC_MAX_TRACKED_THREADS; slot++)
-            if (__atomic_load_n(&pager->tids[slot], __ATOMIC_RELAXED) == tid)
+            if (__atomic_load_n(&pager->metrics->tids[slot], __ATOMIC_RELAXED) == tid)
                 return slot;
     return -1;
 }
@@ -2261,10 +2260,7 @@ int pc_pager_attach_bulk(struct pc_pager *pager, uint32_t channel, int fd)
 
 int pc_pager_track_thread(struct pc_pager *pager, uint32_t slot, int32_t tid)
 {
-    if (slot >= PC_MAX_TRACKED_THREADS)
-        return -EINVAL;
-    __atomic_store_n(&pager->tids[slot], tid, __ATOMIC_RELAXED);
-    return 0;
+    return pc_metrics_set_thread(pager->metrics, slot, tid);
 }
 
 int64_t pc_pager_request_missing(struct pc_pager *pager, uint64_t limit)

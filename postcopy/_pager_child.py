@@ -54,11 +54,11 @@ class PagerChild:
             "arm": self._arm,
             "attach_urgent": lambda fds, index: lib.pc_pager_attach_urgent(self._pager, index, fds.pop()),
             "attach_bulk": lambda fds, index: lib.pc_pager_attach_bulk(self._pager, index, fds.pop()),
-            "track_thread": lambda _, slot, tid: lib.pc_pager_track_thread(self._pager, slot, tid),
             "request_missing": lambda _, limit: lib.pc_pager_request_missing(self._pager, limit),
             "request_range": lambda _, block, first, pages: lib.pc_pager_request_range(
                 self._pager, block, first, pages
             ),
+            "ping": lambda _: 0,
             "disconnect": lambda _: lib.pc_pager_disconnect(self._pager),
             "disarm": lambda _: lib.pc_pager_disarm(self._pager),
             "free": lambda _: lib.pc_pager_free(self._pager),

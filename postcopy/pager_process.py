@@ -15,14 +15,16 @@ What one costs: a Python process of some 12 MB, and 30 ms to start it; nothing o
 
 Threads and cancellation: as for `Pager`. No method waits for the other process unless it is asynchronous, so that a
 process which does not answer is in nobody's way but its own migration's. A plain method sends what is to be done, and
-returns; `confirm()` waits until all of it has been done, and raises what went wrong; where nobody confirms, `events()`
-tells it as `EventType.FATAL`. Statistics are read from memory that both processes share. The asynchronous methods are
-seen through, shielded from cancellation but bounded in time.
+returns; `confirm()` waits until all of it has been done, and raises what went wrong in setting up; where nobody
+confirms, `events()` tells it as `EventType.FATAL`, and a channel that could not be attached as one that went down.
+Statistics are read from memory that both processes share. The asynchronous methods are seen through, shielded from
+cancellation but bounded in time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -58,6 +60,8 @@ CALL_TIMEOUT_S = 3.0
 """An engine that does not answer for so long is killed. It works by messages that take microseconds."""
 START_TIMEOUT_S = 15.0
 """The same for the first answer, before which an interpreter starts, perhaps on a busy host."""
+PING_PERIOD_S = 1.0
+"""One that has nothing to answer is asked whether it still does, so often, while somebody follows its events."""
 DEATHS_IN_A_ROW = 5
 """Without a page placed in between: then something kills whatever is started, and the pager gives up."""
 
@@ -79,6 +83,10 @@ class _Shard:
     busy_poll_us: int
 
 
+_SET_UP = ("add_block", "set_zero", "adopt_shard", "arm")
+"""Calls without which nothing may go on."""
+
+
 class _Call:
     """Something the process is to do, and its answer once there is one."""
 
@@ -89,6 +97,7 @@ class _Call:
         self.fds = tuple(os.dup(fd) for fd in fds)  # this call's own until it is sent
         self.timeout_s = CALL_TIMEOUT_S
         self.awaited = False  # somebody takes the error
+        self.channel: tuple[ChannelKind, int] | None = None  # it attaches
         self.done = False
         self.error: PostcopyError | None = None
 
@@ -206,10 +215,20 @@ class _Process:
             check(result, call.what, text)
         except PostcopyError as error:
             call.error = error
-            if not call.awaited and self.failure is None:
-                self.failure = error
-                self.events.append(Event(EventType.FATAL, text=str(error)))
+            if not call.awaited:
+                self._failed(call, error)
         call.done = True
+
+    def _failed(self, call: _Call, error: PostcopyError) -> None:
+        """A call failed whose error nobody takes."""
+        if call.channel is not None:  # no more than a channel that goes down at once
+            number = getattr(error, "errno", None) or errno.EIO
+            self.events.append(Event(EventType.CHANNEL_DOWN, *call.channel, number, str(error)))
+        elif call.name in _SET_UP and self.failure is None:
+            self.failure = error
+            self.events.append(Event(EventType.FATAL, text=str(error)))
+        else:
+            log.warning("%s", error)
 
     def _limit_s(self) -> float:
         limit_s = self._unanswered[0].timeout_s if self._unanswered else CALL_TIMEOUT_S
@@ -222,9 +241,11 @@ class _Process:
         """Until the process has said something, has died, or has been killed since it said nothing."""
         with self._link.dup() as link:  # a descriptor of its own: several tasks may wait
             # (Real time counts, not that of Trio's clock: it is another process that is waited for.)
-            with trio.move_on_after(max(0.0, self._remaining_s())):
+            with trio.move_on_after(PING_PERIOD_S if self.idle else max(0.0, self._remaining_s())) as scope:
                 await trio.lowlevel.wait_readable(link)
         self.pump()
+        if scope.cancelled_caught and self.idle and not self.dead:
+            self.post(_Call("asking the pager's process whether it lives", "ping", (), ()))
 
     async def finish(self, call: _Call) -> None:
         """Until a posted call has been done; raises its error, or `PagerDied`."""
@@ -315,7 +336,7 @@ class ProcessPager:
         self._blocks: list[_Block] = []
         self._shards: list[_Shard] = []
         self._armed: list[tuple[int, int, int, int]] = []
-        self._threads: dict[int, int] = {}
+        self._slots = 0
         self._told: deque[Event] = deque()
         self._ending = trio.Lock()
         self._replaced = trio.Event()
@@ -378,14 +399,15 @@ class ProcessPager:
         self._armed.append((shard, block, first_page, pages))
 
     def attach_urgent(self, shard: int, fd: int) -> None:
-        self._attach("attach_urgent", shard, fd)
+        self._attach("attach_urgent", ChannelKind.URGENT, shard, fd)
 
     def attach_bulk(self, channel: int, fd: int) -> None:
-        self._attach("attach_bulk", channel, fd)
+        self._attach("attach_bulk", ChannelKind.BULK, channel, fd)
 
     def track_thread(self, slot: int, tid: int) -> None:
-        self._post("tracking a thread", "track_thread", slot, tid)
-        self._threads[slot] = tid
+        self._alive()
+        check(lib.pc_metrics_track_thread(self._metrics, slot, tid), "tracking a thread")
+        self._slots = max(self._slots, slot + 1)
 
     async def confirm(self) -> None:
         """As `Pager.confirm`: everything asked of the process so far has been done. `PagerDied` when it has died."""
@@ -438,9 +460,8 @@ class ProcessPager:
 
     def blocktime_ns(self) -> list[int]:
         self._alive()
-        slots = max(self._threads, default=-1) + 1
-        times: Any = ffi.new("uint64_t[]", max(1, slots))
-        check(lib.pc_metrics_blocktime(self._metrics, times, slots), "reading blocktimes")
+        times: Any = ffi.new("uint64_t[]", max(1, self._slots))
+        slots = check(lib.pc_metrics_blocktime(self._metrics, times, self._slots), "reading blocktimes")
         return [int(times[slot]) for slot in range(slots)]
 
     def received(self, block: int) -> Bitmap:
@@ -591,9 +612,12 @@ class ProcessPager:
         self._alive()
         self._process.post(_Call(what, name, arguments, fds))
 
-    def _attach(self, name: str, index: int, fd: int) -> None:
+    def _attach(self, name: str, kind: ChannelKind, index: int, fd: int) -> None:
         try:
-            self._post(name.replace("_", "ing ") + f" channel {index}", name, index, fds=(fd,))
+            self._alive()
+            call = _Call(f"attaching {kind.name.lower()} channel {index}", name, (index,), (fd,))
+            call.channel = (kind, index)
+            self._process.post(call)
         finally:
             os.close(fd)
 
@@ -675,8 +699,6 @@ class ProcessPager:
             self._give_block(block)
         for shard in self._shards:
             self._give_shard(shard)
-        for slot, tid in self._threads.items():
-            self._post("tracking a thread", "track_thread", slot, tid)
         if not self._disarmed:
             for armed in self._armed:
                 self._post("registering memory with a userfaultfd", "arm", *armed)

@@ -324,6 +324,7 @@ struct pc_metrics;
 int pc_metrics_new(struct pc_metrics **metrics);
 void pc_metrics_free(struct pc_metrics *metrics);
 int pc_metrics_fd(struct pc_metrics *metrics); /* a memfd, for pc_pager_new_with_metrics; stays the metrics' */
+int pc_metrics_track_thread(struct pc_metrics *metrics, uint32_t slot, int32_t tid); /* see pc_pager_track_thread */
 int pc_metrics_stats(struct pc_metrics *metrics, struct pc_pager_stats *stats);
 int pc_metrics_latency(struct pc_metrics *metrics, int stage, struct pc_histogram *histogram);
 int pc_metrics_blocktime(struct pc_metrics *metrics, uint64_t *blocktime_ns, uint32_t slots);

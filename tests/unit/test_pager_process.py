@@ -18,7 +18,7 @@ import trio
 
 from postcopy import pager_process
 from postcopy._errors import MigrationError, PostcopyError
-from postcopy._events import EventType
+from postcopy._events import ChannelKind, EventType
 from postcopy.bitmap import Bitmap
 from postcopy.memory import Memory, page_bytes_of
 from postcopy.pager_process import PagerDied, ProcessPager
@@ -68,7 +68,7 @@ async def _frozen() -> None:
             async def the_rest_of_the_daemon() -> None:
                 nonlocal turns
                 while True:
-                    other.track_thread(0, 1)
+                    other.request_range(0, 10, 20)
                     await other.confirm()
                     turns += 1
 
@@ -78,7 +78,7 @@ async def _frozen() -> None:
             assert turns > 20
             assert "has not answered for 0.5 s" in await died(pager)
             with pytest.raises(PagerDied):
-                pager.track_thread(1, 1)
+                pager.request_missing(1)
             await pager.disconnect()
             nursery.cancel_scope.cancel()
         assert pager.deaths == 1
@@ -99,6 +99,43 @@ def frozen() -> None:
     trio.run(_frozen)
 
 
+async def _idle() -> None:
+    """Nobody asks anything of it: that it does not answer is noticed all the same."""
+    pager_process.CALL_TIMEOUT_S = 0.5
+    with Memory.create("memfd", 300 * PAGE) as memory:
+        pager = await armed(memory)
+        os.kill(pager.pid, signal.SIGSTOP)
+        assert "has not answered" in await died(pager)
+        await pager.close()
+
+
+def idle() -> None:
+    trio.run(_idle)
+
+
+async def _unattached() -> None:
+    """A channel that cannot be attached is one that has gone down."""
+    with Memory.create("memfd", 300 * PAGE) as memory:
+        pager = await armed(memory)
+        for attach, index, kind in (
+            (pager.attach_urgent, 5, ChannelKind.URGENT),
+            (pager.attach_bulk, 0, ChannelKind.BULK),
+        ):
+            ours, theirs = os.pipe()  # no socket
+            attach(index, ours)
+            os.close(theirs)
+            await pager.confirm()
+            event = pager.take_event()
+            assert event is not None
+            assert (event.type, event.channel_kind, event.channel) == (EventType.CHANNEL_DOWN, kind, index)
+            assert event.error
+        await pager.close()
+
+
+def unattached() -> None:
+    trio.run(_unattached)
+
+
 async def _full() -> None:
     """More is asked than the socket to a frozen process takes: it waits here."""
     with Memory.create("memfd", 300 * PAGE) as memory:
@@ -106,7 +143,7 @@ async def _full() -> None:
         process = pager.pid
         os.kill(process, signal.SIGSTOP)
         for _ in range(3000):
-            pager.track_thread(0, 1)
+            pager.request_range(0, 10, 20)
         everything = Bitmap.full(300)
         pager.set_zero(0, everything)
         os.kill(process, signal.SIGCONT)
@@ -190,7 +227,7 @@ def elsewhere(where: str) -> None:
 
 
 @pytest.mark.needs("uffd")
-@pytest.mark.parametrize("function", [frozen, full, closed, failing])
+@pytest.mark.parametrize("function", [frozen, idle, unattached, full, closed, failing])
 def test_it_is_in_nobodys_way(run_in_child: RunInChild, function: Callable[[], None]) -> None:
     result = run_in_child(function, deadline_s=DEADLINE_S)
     assert result.returncode == 0, f"{result.stdout}{result.stderr}"
