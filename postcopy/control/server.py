@@ -7,10 +7,11 @@ nothing more is read from it, so that one that asks a lot and reads what it is t
 come unasked and wait for nobody: a client that leaves `QUEUE_LINES` or `QUEUE_BYTES` unread is hung up on. So is one
 that takes a line in less than `WRITE_TIMEOUT_S`.
 
-**Places.** There are `MAX_CLIENTS`. When all are taken, a newcomer gets that of the client which has given no sign of
-life for longest: asked nothing, and taken no event. Everybody may connect who may do everything, so this is not about
-rights, but about clients that hang: the operator must always get in. For the same reason one descriptor is kept for the
-moment when the process has no more.
+**Places.** There are `MAX_CLIENTS`. When all are taken, a newcomer gets that of the client which has left something
+unread, or has asked nothing, for longest; only where there is no such one, that of the client which was alive longest
+ago. One that has been seen to read is given `BENEFIT_S` for what it has not read yet: it may just not have come to it.
+Everybody may connect who may do everything, so this is not about rights, but about clients that hang: the operator must
+always get in, and stay. For the same reason one descriptor is kept for the moment when the process has no more.
 
 **The socket.** Whoever may connect may do everything, so the socket is born with mode 0600: only this user, and root;
 it listens only when that has been seen. One that a dead process left behind is replaced, one that answers is not, and
@@ -32,6 +33,8 @@ import logging
 import os
 import socket
 import stat
+import sys
+import termios
 from collections import deque
 from collections.abc import Awaitable, Callable
 
@@ -64,6 +67,7 @@ QUEUE_BYTES = 4 << 20
 WRITE_TIMEOUT_S = 30.0
 LAST_WORDS_S = 0.5
 """How long a client may take for what it was told last: the answer to `quit`, the result."""
+BENEFIT_S = 5.0
 LOCK_TIMEOUT_S = 5.0
 ACCEPT_PAUSE_S = 0.1
 _MAX_PATH_BYTES = 107  # sun_path, and its null (unix(7))
@@ -137,7 +141,7 @@ class ControlServer:
                 self._spare.take()
 
     def _make_room(self) -> None:
-        victim = min(self._clients, key=lambda client: client.alive_at)
+        victim = min(self._clients, key=lambda client: client.merit())
         self._clients.discard(victim)
         victim.hang_up(ControlError("NotNow", f"hung up on: {MAX_CLIENTS} clients, and this one silent for longest"))
         log.warning("control: there are %d clients: hung up on the one that was silent for longest", MAX_CLIENTS)
@@ -195,8 +199,11 @@ class _Client:
     def __init__(self, stream: trio.SocketStream) -> None:
         self.wants_events = False
         self.dropped = False
-        self.alive_at = trio.current_time()  # of the last request, or line taken
         self.queued_bytes = 0
+        self._alive_at = trio.current_time()  # of the last request, or line taken
+        self._has_asked = self._was_told = False
+        self._has_read = False  # at some time everything that it had been told
+        self._behind_since = self._alive_at  # when it was told the first of what it may not have read
         self._stream = stream
         self._lines: deque[tuple[bytes, bool]] = deque()  # and whether it is an answer
         self._answers = 0
@@ -206,6 +213,27 @@ class _Client:
         self._reading = trio.CancelScope()
         # Shielded: whatever ends the server, a line that was begun is finished, and the last words are said.
         self._writing = trio.CancelScope(shield=True)
+
+    def merit(self) -> tuple[bool, float]:
+        """The client with the smallest one is the first to be hung up on."""
+        if not self._reads():
+            return False, self._behind_since + BENEFIT_S * self._has_read
+        return self._has_asked, self._alive_at if self._has_asked else self._behind_since
+
+    def _reads(self) -> bool:
+        """Whether it has read all that it was told."""
+        if self._lines or self._unread_bytes():
+            return False
+        self._has_read = self._was_told
+        return True
+
+    def _unread_bytes(self) -> int:
+        """In the connection's buffers, by the kernel's count."""
+        try:
+            answer = fcntl.ioctl(self._stream.socket.fileno(), termios.TIOCOUTQ, b"\0" * 4)
+        except (OSError, ValueError):  # closed
+            return 0
+        return int.from_bytes(answer, sys.byteorder)
 
     def greet(self, line: bytes) -> None:
         self._put(line, True)
@@ -241,6 +269,9 @@ class _Client:
             self._stream.socket.close()
 
     def _put(self, line: bytes, is_answer: bool) -> None:
+        if self._reads():
+            self._behind_since = trio.current_time()
+        self._was_told = True
         self._lines.append((line, is_answer))
         self.queued_bytes += len(line)
         self._answers += is_answer
@@ -264,7 +295,7 @@ class _Client:
                 while self._answers >= QUEUE_ANSWERS or (self._answers and self.queued_bytes >= LONG_ANSWER_BYTES):
                     self._taken = trio.Event()
                     await self._taken.wait()
-                self.alive_at = trio.current_time()
+                self._alive_at, self._has_asked = trio.current_time(), True
                 self._put(await handle(self, line), True)
                 await trio.lowlevel.checkpoint()  # thousands may have come in one piece
 
@@ -284,7 +315,7 @@ class _Client:
                         return
                 if waiting.cancelled_caught:
                     self._drop()
-                self.alive_at = trio.current_time()
+                self._alive_at = trio.current_time()
                 self.queued_bytes -= len(line)
                 self._answers -= is_answer
                 self._taken.set()

@@ -12,7 +12,7 @@ import os
 import socket
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from postcopy.control.client import ControlClient
 from postcopy.control.schema import ControlError, LineSplitter, Request
 from postcopy.control.server import MAX_CLIENTS, QUEUE_BYTES, ControlServer, check_control_path
 
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 PIPELINED = 100_000
 
 
@@ -128,6 +128,44 @@ async def test_subscriber_that_reads_outlives_idle_ones(path: Path, desk: Desk, 
             await deaf(10)
             server.publish("status", {"n": number})
             assert (await client.next_event())["data"] == {"n": number}
+
+
+async def test_one_that_has_read_everything_outlives_a_burst(path: Path, desk: Desk, deaf: Any) -> None:
+    """Whatever the deaf ones say, and although none of them has been silent for as long as the honest one."""
+    async with serving(path, desk) as server, ControlClient.open(str(path)) as client:
+        await client.execute("events")
+        await trio.sleep(0.01)
+        for says in (b"", b'{"execute": "status"}\n', b'{"execute": "events"}\n'):
+            await deaf(200, says)
+            server.publish("status", {"says": says.decode()})
+            assert (await client.next_event())["data"] == {"says": says.decode()}
+
+
+async def test_one_that_has_not_come_to_reading_outlives_a_burst(path: Path, desk: Desk, deaf: Any) -> None:
+    async with serving(path, desk) as server, ControlClient.open(str(path)) as client:
+        await client.execute("events")
+        server.publish("status", {"n": 1})
+        await deaf(200)
+        assert (await client.next_event())["data"] == {"n": 1}
+        await client.execute("status")
+
+
+async def test_who_has_stopped_reading_makes_room(path: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although it has read before; those that have asked and read keep their places."""
+    monkeypatch.setattr(server_module, "BENEFIT_S", 0.0)
+    async with serving(path, desk) as server, AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(ControlClient.open(str(path))) for _ in range(MAX_CLIENTS)]
+        for client in clients:
+            await client.execute("events")
+        server.publish("status", {"n": 1})
+        for client in clients[:5] + clients[6:]:
+            await client.next_event()
+        async with ControlClient.open(str(path)) as newcomer:
+            await newcomer.execute("status")
+            for client in clients[:5] + clients[6:]:
+                await client.execute("status")
+            with pytest.raises(PeerError):
+                await clients[5].execute("status")
 
 
 async def test_connecting_to_a_full_backlog_waits(path: Path, desk: Desk) -> None:
