@@ -10,7 +10,8 @@ not be lost (results, endings, errors); a kind that has used up its room is drop
 again, the reader is told once how many lines are missing.
 
 **The end.** `close` waits for what is queued as long as somebody reads, for `STALLED_S` when nobody does, and for
-`CLOSE_S` in all. Then the thread is left behind in its write; it is a daemon, and holds up no process's end.
+`CLOSE_S` in all. Then the thread is left behind in its write; it is a daemon, and holds up no process's end. Where the
+system gives no thread, whoever closes writes, with the same bounds.
 
 A descriptor whose reader is gone is given up. One with no room (a full disk) is not: what must not be lost is tried
 again, other lines are dropped.
@@ -32,6 +33,7 @@ from typing import TextIO
 STALLED_S = 2.0
 CLOSE_S = 10.0
 RETRY_S = 1.0
+_SURE_BYTES = 512  # _POSIX_PIPE_BUF: what can be written to whatever poll(2) says has room, without waiting
 _READER_IS_GONE = frozenset({errno.EPIPE, errno.EBADF, errno.EIO, errno.ENXIO, errno.ECONNRESET})
 
 
@@ -64,6 +66,7 @@ class Writer:
         self._queue: deque[tuple[bytes, Kind]] = deque()
         self._queued_bytes = 0
         self._dropped = 0
+        self._lost = 0  # of those dropped, what should have lasted
         self._failing = False  # the last write failed: no use in saying how many were dropped
         self._torn = False  # the last line was written in part only
         self._gone = self._fd < 0 and self._stream is None
@@ -81,6 +84,7 @@ class Writer:
                 return False
             if self._queued_bytes + len(data) > kind:
                 self._dropped += 1
+                self._lost += kind is Kind.LASTING
                 return False
             self._queue.append((data, kind))
             self._queued_bytes += len(data)
@@ -100,11 +104,11 @@ class Writer:
         left."""
         if not self._queue and self._thread is None:
             return True
+        began_s = time.monotonic()
         try:
             self.start()
         except RuntimeError:
-            return False
-        began_s = time.monotonic()
+            return self._write_here(began_s + min(STALLED_S, deadline_s))
         with self._changed:
             while (self._queue or self._busy) and not self._gone:
                 give_up_s = min(max(began_s, self._progressed_s) + STALLED_S, began_s + deadline_s)
@@ -118,6 +122,12 @@ class Writer:
         """Whether nobody will read any more."""
         return self._gone
 
+    @property
+    def lost(self) -> int:
+        """Of the lines that should have lasted, how many have not been written and, after `close`, never will be."""
+        with self._changed:
+            return self._lost + sum(kind is Kind.LASTING for _, kind in self._queue)
+
     # ---- private
 
     def _put_at_once(self, stream: TextIO, text: str) -> bool:
@@ -129,6 +139,25 @@ class Writer:
         except (OSError, ValueError):
             self._gone = True
         return not self._gone
+
+    def _write_here(self, deadline_s: float) -> bool:
+        """What is queued, by whoever calls, who must not wait for longer."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        while self._queue:
+            data, kind = self._queue[0]
+            while data:
+                if not poll.poll(max(0, round((deadline_s - time.monotonic()) * 1000))):
+                    return False
+                try:
+                    data = data[os.write(self._fd, data[:_SURE_BYTES]) :]
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    return False
+                self._queue[0] = data, kind
+            self._queue.popleft()
+        return True
 
     def _run(self) -> None:
         while True:
@@ -195,9 +224,12 @@ class QueuedStream(io.TextIOBase):
     """What takes a standard stream's place where its lines go through a `Writer`, for whoever prints: Rich, the
     interpreter's own messages. A line, or what was written before a `flush`, is queued in one piece."""
 
-    def __init__(self, writer: Writer, stream: TextIO | None) -> None:
+    def __init__(self, writer: Writer, stream: TextIO | None, *, loss_is_error: bool) -> None:
+        """`loss_is_error`: whether whoever prints is to hear (BrokenPipeError) that nobody will read any more; else it
+        goes nowhere, in silence."""
         self.writer = writer
         self._stream = stream
+        self._loss_is_error = loss_is_error
         self._local = threading.local()
 
     def as_kind(self, kind: Kind) -> None:
@@ -220,7 +252,6 @@ class QueuedStream(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        """BrokenPipeError when nobody will read any more."""
         self._local.text = getattr(self._local, "text", "") + text
         if text.endswith("\n"):
             self.flush()
@@ -230,5 +261,5 @@ class QueuedStream(io.TextIOBase):
         text, self._local.text = getattr(self._local, "text", ""), ""
         if text:
             self.writer.put(text, getattr(self._local, "kind", Kind.LASTING))
-        if text and self.writer.gone:
+        if text and self._loss_is_error and self.writer.gone:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))

@@ -13,6 +13,7 @@ wait for the order.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 import os
@@ -103,6 +104,16 @@ def _path(text: str) -> str:
     if reason := explain_bad_name(text):
         raise argparse.ArgumentTypeError(reason)
     return text
+
+
+def _control(text: str) -> str:
+    """A path that a control socket can have."""
+    from postcopy.control.server import check_control_path
+
+    try:
+        return check_control_path(text, "a control socket")
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _serve(text: str) -> float:
@@ -199,7 +210,7 @@ def _add_control_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("operating it")
     group.add_argument(
         "--control",
-        type=_path,
+        type=_control,
         metavar="PATH",
         help="a control socket for `postcopy ctl`, this user's and root's only",
     )
@@ -575,7 +586,8 @@ def _operated(
     command: SourceCommand | DestinationCommand, args: argparse.Namespace, output: Output
 ) -> Callable[[trio.Event], Awaitable[bool]]:
     """The command with all that around it by which it is operated, where that was asked for."""
-    if not (args.control or args.metrics or args.metrics_file or os.environ.get("NOTIFY_SOCKET")):
+    asked = (args.control, args.metrics, args.metrics_file)
+    if all(one is None for one in asked) and not os.environ.get("NOTIFY_SOCKET"):
         return command.run
     from postcopy.control.build import operated
 
@@ -634,7 +646,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.say(traceback.format_exc().rstrip())
         return EXIT_FAILED
     finally:
-        output.close()
+        with contextlib.suppress(KeyboardInterrupt):  # whoever is tired of waiting for a reader
+            output.close()
 
 
 def _run(args: argparse.Namespace, output: Output) -> int:

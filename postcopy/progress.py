@@ -44,7 +44,12 @@ class Output:
         self._began = time.monotonic()
         self._stdout = Writer(stdout, self._dropped_events)
         self._stderr = Writer(stderr, self._dropped_lines)
-        self._streams = QueuedStream(self._stdout, stdout), QueuedStream(self._stderr, stderr)
+        # Who prints results for nobody may end; what is said beside the work is never a reason to end it (Rich, for
+        # one, makes SystemExit of a terminal that has gone).
+        self._streams = (
+            QueuedStream(self._stdout, stdout, loss_is_error=True),
+            QueuedStream(self._stderr, stderr, loss_is_error=False),
+        )
         self._console = None if log_json else _console_on(self._streams[1])
         self._stalled = False  # that stdout is not read has been said
         self._kick = trio.Event()
@@ -78,8 +83,13 @@ class Output:
             ) from error
 
     def close(self) -> None:
-        """Waits, for a bounded time, until what is queued has been read."""
+        """Waits, for a bounded time, until what is queued has been read; says so when results have not been."""
         self._stdout.close()
+        if self._as_json and self._stdout.lost and not self._stdout.gone:
+            self.complain(
+                f"{self._stdout.lost} lines of the result could not be written to the standard output, which nobody"
+                " reads, or which has no room"
+            )
         self._stderr.close()
 
     def _dropped_events(self, count: int) -> str:
@@ -118,8 +128,7 @@ class Output:
             return
         stream = self._streams[1]
         stream.as_kind(kind)
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
-            self._console.print(text, markup=False)
+        self._console.print(text, markup=False)
         stream.as_kind(Kind.PROGRESS)
 
     def emit(self, event: str, fields: Json) -> None:
@@ -157,7 +166,7 @@ class Output:
         ) as live:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._tell, status, lambda now: None)
-                while True:
+                while not self._stderr.gone:
                     live.update(self._table(status()), refresh=True)
                     await trio.sleep(LIVE_PERIOD_S)
 

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 import pytest
+import trio
 
 from postcopy import _writer
+from postcopy._errors import ResourceError
 from postcopy._writer import Kind, QueuedStream, Writer
 from postcopy.progress import LogHandler, Output
 
@@ -124,7 +126,70 @@ def test_a_reader_that_has_gone() -> None:
     assert writer.gone
     assert not writer.put("another\n", Kind.LASTING)
     with pytest.raises(BrokenPipeError):
-        QueuedStream(writer, stream).write("as a program would print it\n")
+        QueuedStream(writer, stream, loss_is_error=True).write("as a program would print it\n")
+    QueuedStream(writer, stream, loss_is_error=False).write("said beside the work\n")
+
+
+async def test_a_terminal_that_hangs_up_ends_nothing() -> None:
+    """What is drawn there goes nowhere; what was going on goes on."""
+    controlling, terminal = os.openpty()
+    with os.fdopen(terminal, "w") as stream:
+        output = Output(False, None, stream)
+        output.start()
+        os.close(controlling)
+        output.say("a word")
+        shown = 0
+
+        def status() -> dict[str, object]:
+            nonlocal shown
+            shown += 1
+            return {"side": "dest", "status": f"{shown}"}
+
+        with trio.move_on_after(1.0) as scope:
+            await output.follow(status)
+        assert scope.cancelled_caught
+        output.say("another one")
+        output.close()
+
+
+def test_no_thread_for_the_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error that says so must come through all the same."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    read_fd, write_fd = os.pipe()
+    output = Output(False, None, _Stream(write_fd))
+    with pytest.raises(ResourceError):
+        output.start()
+    output.complain("no thread for the output")
+    output.complain("x" * 2000)
+    output.close()
+    os.close(write_fd)
+    with os.fdopen(read_fd) as file:
+        assert file.read() == f"postcopy: error: no thread for the output\npostcopy: error: {'x' * 2000}\n"
+
+
+def test_no_thread_and_no_reader(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("no thread")))
+    monkeypatch.setattr(_writer, "STALLED_S", 0.05)
+    writer = Writer(pipe.stream, lambda count: "")
+    writer.put("a line\n", Kind.LASTING)
+    assert not writer.close()
+    assert writer.lost == 1
+
+
+def test_results_that_could_not_be_written_are_named() -> None:
+    read_fd, write_fd = os.pipe()
+    with open("/dev/full", "w") as full:
+        output = Output(True, full, _Stream(write_fd))
+        output.start()
+        output.emit("result", {"status": "completed"})
+        output.close()
+    os.close(write_fd)
+    with os.fdopen(read_fd) as file:
+        assert "1 lines of the result could not be written" in file.readline()
 
 
 def test_no_room_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
