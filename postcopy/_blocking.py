@@ -8,7 +8,8 @@ many threads as will be wanted at a time, which exist when `open` returns, and s
 
 ::
 
-    workers = Workers.open(2, "migration 4f2a")      # ResourceError: refuse now, while that costs nothing
+    # ResourceError: refuse now, while that costs nothing
+    workers = Workers.open(2, "pc-migration", "a migration")
     with workers.serving():                          # this task, and all that it starts from now on
         state = await run_sync(machine_call)         # on one of the two; waits when both are busy
         await run_to_end(end_threads, "closing it")  # shielded, bounded; never waits for one of the two
@@ -90,14 +91,14 @@ class _Job:
 class _Worker:
     """A thread that does one job after the other. It exists when this returns; `ResourceError` when it cannot."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, what: str) -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         # A daemon: one that hangs in the kernel must not keep the interpreter from its end.
         self._thread = threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True)
         try:
             self._thread.start()
         except (RuntimeError, MemoryError) as error:
-            raise no_thread(name) from error
+            raise no_thread(what) from error
 
     def put(self, job: _Job) -> None:
         self._jobs.put(job)
@@ -139,7 +140,7 @@ class _Reserve:
     def worker(self) -> _Worker:
         with self._lock:
             if self._worker is None:
-                self._worker = _Worker("pc-reserve")
+                self._worker = _Worker("pc-reserve", "the ends of machines")
             return self._worker
 
 
@@ -162,14 +163,14 @@ class Workers:
         self._closed = False
 
     @classmethod
-    def open(cls, count: int, name: str) -> Workers:
-        """`count` threads, called `name` in errors and debuggers. `ResourceError`, and none of them, when not all can
-        be had. Takes some 50 µs each."""
+    def open(cls, count: int, name: str, what: str) -> Workers:
+        """`count` threads, called `name` in debuggers; `what` they are for, to a person. `ResourceError`, and none of
+        them, when not all can be had. Takes some 50 µs each."""
         started: list[_Worker] = []
         try:
             keep_reserve()
             for _ in range(count):
-                started.append(_Worker(name))
+                started.append(_Worker(name, what))
         except BaseException:
             for worker in started:
                 worker.end()
@@ -293,7 +294,7 @@ async def run_to_end(call: Callable[[], T], what: str, timeout_s: float = END_TI
         if job is None:
             job = _Job(call)
             try:
-                worker = _Worker("pc-end")
+                worker = _Worker("pc-end", what)
             except ResourceError:
                 _reserve.worker().put(job)
             else:

@@ -11,6 +11,7 @@ textfile collector of the node exporter.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from postcopy import __version__
-from postcopy._errors import ConfigurationError, ResourceError
+from postcopy._blocking import Workers
+from postcopy._errors import ConfigurationError, PostcopyError, ResourceError
 from postcopy._files import check_new_file, replacing, write_all
 from postcopy.machines import Machine
 from postcopy.migration.destination import DestinationMigration
@@ -35,6 +37,8 @@ STATUSES = (
     "postcopy-failed", "completed", "failed", "cancelled", "reclaimed",
 )  # fmt: skip
 _FIRST_EXPONENT, _LAST_EXPONENT = 13, 34  # 8 µs to 17 s, doubling
+
+log = logging.getLogger(__name__)
 
 Machines = Callable[[], Iterable[tuple[str, Machine | None, Migration | None]]]
 
@@ -67,14 +71,6 @@ class Metrics(Collector):
     def text(self) -> bytes:
         """All of it, in Prometheus' text format."""
         return generate_latest(self._registry)
-
-    def write(self, path: str) -> None:
-        """Writes `text` to a file: the whole one appears or none. `ResourceError` when it cannot."""
-        try:
-            with replacing(path, 0o644, durable=False) as fd:  # another user's node exporter reads it
-                write_all(fd, self.text())
-        except OSError as error:
-            raise ResourceError(f"--metrics-file {path}: {error.strerror}") from error
 
     def collect(self) -> Iterator[Metric]:
         """For the registry."""
@@ -224,3 +220,60 @@ def check_file(path: str) -> None:
     if not path.endswith(".prom"):
         raise ConfigurationError(f"--metrics-file {path}: the textfile collector reads names that end in .prom")
     check_new_file("--metrics-file", path)
+
+
+class MetricsFile:
+    """A file with the metrics as they were last. A file system may hang: nobody waits for it but one thread, which
+    writes what is the latest when it comes to it."""
+
+    END_S = 5.0
+    """How long the end waits for it."""
+
+    def __init__(self, path: str) -> None:
+        """`ConfigurationError` when nothing could be written there, `ResourceError` when there is no thread."""
+        check_file(path)
+        self._path = path
+        self._workers = Workers.open(1, "pc-metrics", "writing --metrics-file")
+        self._page: bytes | None = None
+        self._changed = trio.Event()
+
+    def put(self, page: bytes) -> None:
+        """Has it written, soon. Never blocks."""
+        self._page = page
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Writes, until cancelled."""
+        while True:
+            await self._changed.wait()
+            self._changed = trio.Event()
+            await self._write()
+
+    async def close(self) -> None:
+        """After `run`: what is not written yet, and the end of the thread. Shielded, bounded."""
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + self.END_S) as scope:
+            await self._write()
+        await self._workers.close(0 if scope.cancelled_caught else 1)
+        if scope.cancelled_caught:
+            log.error("--metrics-file %s: not written within %g s", self._path, self.END_S)
+
+    async def _write(self) -> None:
+        try:
+            await self._workers.run(self._write_latest, abandon_on_cancel=True)
+        except PostcopyError as error:
+            log.error("%s", error)
+
+    def _write_latest(self) -> None:
+        """In the thread."""
+        page, self._page = self._page, None
+        if page is not None:
+            write_file(self._path, page)
+
+
+def write_file(path: str, page: bytes) -> None:
+    """The whole file appears or none. Blocks on I/O. `ResourceError` when it cannot."""
+    try:
+        with replacing(path, 0o644, durable=False) as fd:  # another user's node exporter reads it
+            write_all(fd, page)
+    except OSError as error:
+        raise ResourceError(f"--metrics-file {path}: {error.strerror}") from error

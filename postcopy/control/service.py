@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from postcopy._errors import PostcopyError
 from postcopy.progress import Output
 
 from . import notify
@@ -22,9 +20,7 @@ from .schema import Json
 from .server import ControlServer
 
 if TYPE_CHECKING:
-    from .metrics import Metrics
-
-log = logging.getLogger(__name__)
+    from .metrics import Metrics, MetricsFile
 
 Run = Callable[[trio.Event], Awaitable[bool]]
 
@@ -47,6 +43,7 @@ class Service:
         self._options = options
         self._server: ControlServer | None = None
         self._metrics: Metrics | None = None
+        self._file: MetricsFile | None = None
         self._notifier = notify.Notifier()
         self._last_status = ""
 
@@ -66,6 +63,8 @@ class Service:
             self._output.listeners.append(self._hear)
             stack.callback(self._output.listeners.remove, self._hear)
             stack.callback(self._notifier.close)
+            if self._file is not None:
+                stack.push_async_callback(self._file.close)
             async with trio.open_nursery() as nursery:
                 for task in tasks:
                     # Whoever only looks on takes nothing with him.
@@ -77,20 +76,22 @@ class Service:
     async def _open_metrics(self) -> list[Callable[[], Awaitable[None]]]:
         # Loaded only where they are asked for: a daemon's megabytes are counted.
         from .http import HttpServer, parse_metrics_address
-        from .metrics import CONTENT_TYPE, Metrics, check_file
+        from .metrics import CONTENT_TYPE, Metrics, MetricsFile
 
         self._metrics = Metrics(self._desk.all_machines)
+        tasks: list[Callable[[], Awaitable[None]]] = []
         if self._options.metrics_file is not None:
-            check_file(self._options.metrics_file)
+            self._file = MetricsFile(self._options.metrics_file)
+            tasks.append(self._file.run)
         if self._options.metrics is None:
-            return []
+            return tasks
         server = await HttpServer.open(
             parse_metrics_address(self._options.metrics), "/metrics", CONTENT_TYPE, self._metrics.text
         )
         for address in server.addresses:
             self._output.emit("metrics", {"address": str(address)})
             self._output.say(f"{self._desk.side}: metrics at http://{address}/metrics")
-        return [server.serve]
+        return [*tasks, server.serve]
 
     async def _say_stopping(self) -> None:
         await self._desk.stop.wait()
@@ -114,11 +115,5 @@ class Service:
         if self._metrics is not None and event in ("migration-ended", "result"):
             if event == "migration-ended":
                 self._metrics.ended(str(fields["direction"]), status)
-            self._write_metrics(self._metrics)
-
-    def _write_metrics(self, metrics: Metrics) -> None:
-        if self._options.metrics_file is not None:
-            try:
-                metrics.write(self._options.metrics_file)
-            except PostcopyError as error:
-                log.error("%s", error)
+            if self._file is not None:
+                self._file.put(self._metrics.text())

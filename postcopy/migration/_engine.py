@@ -449,7 +449,7 @@ class Engine(abc.ABC, Generic[P]):
 
     def _open_workers(self) -> Workers:
         """`ResourceError` when this host has no threads left: before anything has begun, it costs nothing."""
-        return Workers.open(WORKERS, f"pc-migr-{self.SIDE[:4]}")
+        return Workers.open(WORKERS, f"pc-migr-{self.SIDE[:4]}", "a migration")
 
     async def announce(self) -> None:
         """Tells the peer how the migration has ended here, where that may not know it and would not come and ask: on

@@ -53,7 +53,7 @@ def no_more_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 async def test_threads_exist_from_the_start(no_more_threads: list[str]) -> None:
-    workers = Workers.open(2, "test-workers")
+    workers = Workers.open(2, "test-workers", "a test")
     no_more_threads.append("now")
     assert sum(thread.name == "test-workers" for thread in threading.enumerate()) == 2
     assert await workers.run(lambda a, b: a + b, 3, 4) == 7
@@ -67,8 +67,8 @@ async def test_threads_exist_from_the_start(no_more_threads: list[str]) -> None:
 async def test_no_thread_is_a_named_error(no_more_threads: list[str]) -> None:
     before = set(threading.enumerate())
     no_more_threads.append("now")
-    with pytest.raises(ResourceError, match=r"no thread can be started for migration 1 .*pids\.max"):
-        Workers.open(2, "migration 1")
+    with pytest.raises(ResourceError, match=r"no thread can be started for a migration .*pids\.max"):
+        Workers.open(2, "pc-test", "a migration")
     assert set(threading.enumerate()) == before
 
 
@@ -85,14 +85,14 @@ async def test_some_threads_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     _blocking._reserve.worker()
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with pytest.raises(ResourceError):
-        Workers.open(3, "few")
+        Workers.open(3, "pc-test", "a test")
     for thread in started:
         thread.join(DEADLINE_S)
         assert not thread.is_alive()
 
 
 async def test_errors_are_raised_as_they_are() -> None:
-    workers = Workers.open(1, "test-workers")
+    workers = Workers.open(1, "test-workers", "a test")
     for error in (RuntimeError("can't start new thread"), KeyError("x"), SystemExit(3)):
 
         def fail(error: BaseException = error) -> None:
@@ -110,7 +110,7 @@ async def test_errors_are_raised_as_they_are() -> None:
 
 
 async def test_cancelling_waits_for_the_call() -> None:
-    workers, gate = Workers.open(1, "test-workers"), Gate()
+    workers, gate = Workers.open(1, "test-workers", "a test"), Gate()
     with trio.CancelScope() as scope:
         async with trio.open_nursery() as nursery:
 
@@ -129,7 +129,7 @@ async def test_cancelling_waits_for_the_call() -> None:
 
 
 async def test_abandoned_call_keeps_its_thread() -> None:
-    workers, gate = Workers.open(1, "test-workers"), Gate()
+    workers, gate = Workers.open(1, "test-workers", "a test"), Gate()
     with trio.CancelScope() as scope:
         async with trio.open_nursery() as nursery:
 
@@ -153,7 +153,7 @@ async def test_abandoned_call_keeps_its_thread() -> None:
 
 
 async def test_close_tells_those_who_wait() -> None:
-    workers, gate = Workers.open(1, "test-workers"), Gate()
+    workers, gate = Workers.open(1, "test-workers", "a test"), Gate()
     told = []
 
     async def wait() -> None:
@@ -174,7 +174,7 @@ async def test_close_tells_those_who_wait() -> None:
 
 
 async def test_an_end_never_waits_for_a_worker(no_more_threads: list[str]) -> None:
-    workers, gate = Workers.open(1, "test-workers"), Gate()
+    workers, gate = Workers.open(1, "test-workers", "a test"), Gate()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(workers.run, gate)
         await gate.wait_entered()
@@ -212,7 +212,7 @@ async def test_blocking_call_without_workers(no_more_threads: list[str]) -> None
 
 async def test_context_and_closed_workers() -> None:
     word = contextvars.ContextVar("word", default="")
-    workers = Workers.open(1, "test-workers")
+    workers = Workers.open(1, "test-workers", "a test")
     word.set("here")
     assert await workers.run(word.get) == "here"
     with workers.serving():

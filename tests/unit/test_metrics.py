@@ -7,10 +7,10 @@ import os
 import re
 import socket
 import stat
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -20,8 +20,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from postcopy import __version__
 from postcopy._errors import ConfigurationError, ResourceError
 from postcopy.control import http as http_module
+from postcopy.control import metrics as metrics_module
 from postcopy.control.http import HttpServer, parse_metrics_address
-from postcopy.control.metrics import CONTENT_TYPE, STATUSES, Metrics, check_file
+from postcopy.control.metrics import CONTENT_TYPE, STATUSES, Metrics, MetricsFile, check_file, write_file
 from postcopy.control.notify import Notifier
 from postcopy.histogram import Histogram
 from postcopy.machines import Activity, Machine, MachineState, MachineStatistics, VcpuStatistics
@@ -160,23 +161,55 @@ class TestFile:
         path = tmp_path / "postcopy.prom"
         metrics = Metrics(list)
         check_file(str(path))
-        metrics.write(str(path))
-        metrics.write(str(path))
+        write_file(str(path), metrics.text())
+        write_file(str(path), metrics.text())
         assert _samples(path.read_bytes())
         assert stat.S_IMODE(path.stat().st_mode) == 0o644
         assert [file.name for file in tmp_path.iterdir()] == ["postcopy.prom"]
         with pytest.raises(ResourceError):
-            metrics.write(str(tmp_path / "no" / "x.prom"))
+            write_file(str(tmp_path / "no" / "x.prom"), metrics.text())
 
-    def test_failure_leaves_nothing(self, tmp_path: Path) -> None:
-        def broken() -> Any:
-            raise RuntimeError("on purpose")
+    async def test_a_file_system_that_hangs(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Nobody waits for it, and the end only for a time."""
+        written: list[bytes] = []
+        hanging, begun = threading.Semaphore(0), trio.Event()
+        token = trio.lowlevel.current_trio_token()
 
-        metrics = Metrics(list)
-        metrics._machines = broken
-        with pytest.raises(RuntimeError):
-            metrics.write(str(tmp_path / "x.prom"))
-        assert not list(tmp_path.iterdir())
+        def write(path: str, page: bytes) -> None:
+            token.run_sync_soon(begun.set)
+            assert hanging.acquire(timeout=30)
+            written.append(page)
+
+        monkeypatch.setattr(metrics_module, "write_file", write)
+        file = MetricsFile(str(tmp_path / "x.prom"))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(file.run)
+            file.put(b"1")
+            await begun.wait()
+            for page in (b"2", b"3"):
+                file.put(page)
+            nursery.cancel_scope.cancel()
+        monkeypatch.setattr(file, "END_S", 0.05)
+        await file.close()
+        assert "not written within" in caplog.text
+        assert not written
+        hanging.release()
+        hanging.release()
+
+    async def test_the_last_one_is_written_at_the_end(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        path = tmp_path / "x.prom"
+        file = MetricsFile(str(path))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(file.run)
+            for number in range(20):
+                file.put(b"%d" % number)
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        await file.close()
+        assert path.read_bytes() == b"19"
+        assert not caplog.text
 
     @pytest.mark.parametrize("name", ["x.txt", "no/x.prom", "d.prom"])
     def test_what_cannot_be_written(self, tmp_path: Path, name: str) -> None:
