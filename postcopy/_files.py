@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -124,6 +125,17 @@ def new_directory(path: str) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
         raise
     _sync_directory(Path(directory))
+
+
+@contextlib.contextmanager
+def locked_directory(path: Path) -> Iterator[None]:
+    """Inside, nobody else who asks for the same is inside. OSError: BlockingIOError when somebody is."""
+    fd = _open_directory(str(path))
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ class SourceCommand:
         self._go = trio.Event()
         self._changed = trio.Event()
         self.machine: Machine | None = None
-        self._restored: salvage.Salvage | None = None
+        self._restored: salvage.Restorable | None = None
         self._shown: SourceMigration | None = None  # the latest migration
         self._active = 0
         self._stops: dict[SourceMigration, trio.Event] = {}  # of the migrations that are going on
@@ -211,7 +211,7 @@ class SourceCommand:
             self._output.say(f"source: in doubt: {doubt}")
         options = self._machine_options
         machine = await salvage.restore(found, backing=options.backing or "memfd", disk=options.disk, net=options.net)
-        self._restored = found.salvage
+        self._restored = found
         return machine
 
     async def _prepare(self, machine: Machine) -> None:
@@ -221,8 +221,9 @@ class SourceCommand:
         else:
             await run_sync(salvage.note_start, self._restored)
             await machine.claim_network()
-            since = " of the switchover" if self._restored.side == salvage.SOURCE else ""
-            self._output.say(f"source: the machine goes on from {self._restored.path}, in the state{since} it was in")
+            origin = self._restored.salvage
+            since = " of the switchover" if origin.side == salvage.SOURCE else ""
+            self._output.say(f"source: the machine goes on from {origin.path}, in the state{since} it was in")
         await machine.resume()
         await machine.wait_ready()
         if machine.live:

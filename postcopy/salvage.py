@@ -37,6 +37,7 @@ from ._errors import ConfigurationError, PostcopyError, ProtocolError, ResourceE
 from ._files import (
     check_new_directory,
     check_new_file,
+    locked_directory,
     new_directory,
     open_regular,
     read_regular,
@@ -47,6 +48,7 @@ from ._files import (
 from .bitmap import Bitmap
 from .machines import BlockLayout, Machine, create_destination
 from .memory import MemoryKind, format_size
+from .migration.protocol import one_line
 
 FORMAT, VERSION = "postcopy-salvage", 1
 SOURCE, DEST, MERGED = "source", "dest", "merged"  # sides
@@ -59,6 +61,7 @@ MAX_BLOCK_BYTES = 1 << 44
 MAX_PAGE_BYTES = 1 << 30
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_STATE_BYTES = 16 << 20
+MAX_STARTED_BYTES = 1000
 
 
 def check_target(path: str) -> None:
@@ -376,6 +379,9 @@ def _merge_into(salvages: dict[str, Salvage], part: Path, give_up: Callable[[], 
     for number, (block, bitmap) in enumerate(zip(newest.blocks, known, strict=True)):
         _write_file(_map_of(part, number), bitmap.rle_encode())
         blocks.append(Block(block.name, block.size_bytes, _unit(salvages, number), bitmap.count()))
+    started = "; ".join(filter(None, map(_started, salvages.values())))
+    if started:
+        _write_file(part / STARTED, f"{started}\n".encode())
     _write_rest(part, _manifest(newest.migration, side, newest.machine, newest.config, state, blocks), state)
     return Merged(**{**vars(merged), "has_state": state is not None})
 
@@ -427,6 +433,7 @@ class Restorable:
 
     salvage: Salvage
     doubts: tuple[str, ...]  # what needs the user's `force`
+    started: str  # when and where it was started before; empty when it was not
 
 
 def examine(path: str, *, reclaim: bool) -> Restorable:
@@ -452,7 +459,8 @@ def examine(path: str, *, reclaim: bool) -> Restorable:
             " for good, --reclaim lets it go on from the switchover, without what it has done since"
         )
     if salvage.side != SOURCE and reclaim:
-        raise ConfigurationError(f"{path}: --reclaim is for the salvage of a source; this is of a destination")
+        what = "was merged of both sides" if salvage.side == MERGED else "is of a destination"
+        raise ConfigurationError(f"{path}: --reclaim is for the salvage of a source; this one {what}")
     doubts = []
     missing_bytes = 0
     for number, block in enumerate(salvage.blocks):
@@ -460,14 +468,21 @@ def examine(path: str, *, reclaim: bool) -> Restorable:
     if missing_bytes:
         what = "the source's salvage has them (`postcopy merge`)" if salvage.side == DEST else "nobody has them"
         doubts.append(f"{format_size(missing_bytes)} of its memory are not there, and would be zeros: {what}")
+    started = _started(salvage)
+    if started:
+        doubts.append(f"it has been started before ({started}), and may be running")
+    return Restorable(salvage, tuple(doubts), started)
+
+
+def _started(salvage: Salvage) -> str:
+    """When and where its machine was started from it; empty when it was not."""
     try:
-        before = read_regular(salvage.path / STARTED, 1000, follow=False).decode("utf-8", "replace").strip()
-        doubts.append(f"it has been started from here before ({before[:200]}), and may be running")
+        text = read_regular(salvage.path / STARTED, MAX_STARTED_BYTES, follow=False).decode("utf-8", "replace")
     except FileNotFoundError:
-        pass
+        return ""
     except OSError as error:
-        raise ConfigurationError(f"{path}: {STARTED}: {_reason(error)}") from error
-    return Restorable(salvage, tuple(doubts))
+        raise ConfigurationError(f"{salvage.path}: {STARTED}: {_reason(error)}") from error
+    return one_line(text, 200) or "nobody knows when"
 
 
 async def restore(found: Restorable, *, backing: str, disk: str | None, net: str | None) -> Machine:
@@ -503,16 +518,24 @@ def _load(salvage: Salvage, machine: Machine) -> None:
         raise PostcopyError(f"{salvage.path}: reading the machine's memory: {_reason(error)}") from error
 
 
-def note_start(salvage: Salvage) -> None:
+def note_start(found: Restorable) -> None:
     """Notes in a salvage that its machine has been started, so that this does not happen twice without anybody
-    noticing. Blocks on I/O. `PostcopyError` when it cannot be noted."""
-    text = f"{datetime.now(UTC).isoformat(timespec='seconds')} on {socket.gethostname()}\n"
+    noticing. Blocks on I/O. `ConfigurationError` when it has been since `examine` looked, `PostcopyError` when it
+    cannot be noted."""
+    path = found.salvage.path
+    text = f"{datetime.now(UTC).isoformat(timespec='microseconds')} on {socket.gethostname()}\n"
     try:
-        with replacing(str(salvage.path / STARTED)) as fd:
-            write_all(fd, text.encode())
+        with locked_directory(path):
+            started = _started(found.salvage)
+            if started != found.started:
+                raise ConfigurationError(f"{path}: the machine has been started from there meanwhile ({started})")
+            with replacing(str(path / STARTED)) as fd:
+                write_all(fd, text.encode())
+    except BlockingIOError as error:
+        raise ConfigurationError(f"{path}: another process starts the machine from there at this moment") from error
     except OSError as error:
         raise PostcopyError(
-            f"{salvage.path}: cannot note that the machine has been started from there ({_reason(error)}), and without"
+            f"{path}: cannot note that the machine has been started from there ({_reason(error)}), and without"
             " that it might be started twice; copy it to where this user may write"
         ) from error
 

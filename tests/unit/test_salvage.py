@@ -15,6 +15,7 @@ import trio
 
 from postcopy import salvage
 from postcopy._errors import ConfigurationError, PostcopyError
+from postcopy._files import locked_directory
 from postcopy.bitmap import Bitmap
 from postcopy.machines import Machine, MachineOptions, create_source
 
@@ -90,10 +91,27 @@ async def test_half_of_a_machine(kind: str, tmp_path: Path) -> None:
     found = salvage.examine(str(tmp_path / "dest"), reclaim=False)
     (doubt,) = found.doubts
     assert doubt.startswith("8 MiB of its memory are not there")
-    salvage.note_start(found.salvage)
-    assert len(salvage.examine(str(tmp_path / "dest"), reclaim=False).doubts) == 2
+    salvage.note_start(found)
+    _, before = salvage.examine(str(tmp_path / "dest"), reclaim=False).doubts
+    assert "has been started before" in before
+    # What was made of it would be a second one of the same machine.
     salvage.merge([str(tmp_path / "dest")], into=str(tmp_path / "merged"))
-    assert salvage.examine(str(tmp_path / "merged"), reclaim=False).doubts == (doubt,)
+    assert salvage.examine(str(tmp_path / "merged"), reclaim=False).doubts == (doubt, before)
+
+
+async def test_two_that_start_it_at_the_same_time(tmp_path: Path) -> None:
+    """Both have looked; one of them starts it, also where both were forced."""
+    async with await _computed("rv64") as machine:
+        whole = [Bitmap.full(block.memory.pages) for block in machine.blocks]
+        await salvage.write(str(tmp_path / "dest"), machine, "ab" * 16, "dest", whole)
+    for _ in range(2):
+        first, second = (salvage.examine(str(tmp_path / "dest"), reclaim=False) for _ in range(2))
+        salvage.note_start(first)
+        with pytest.raises(ConfigurationError, match="started from there meanwhile"):
+            salvage.note_start(second)
+    third = salvage.examine(str(tmp_path / "dest"), reclaim=False)
+    with locked_directory(tmp_path / "dest"), pytest.raises(ConfigurationError, match="at this moment"):
+        salvage.note_start(third)
 
 
 # ---- what is read is not believed
