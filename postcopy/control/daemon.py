@@ -93,6 +93,7 @@ class _Owned:
         self.machine: Machine | None = None
         self.migration: Migration | None = None  # the present one, or the last
         self.busy = False  # a task works on it
+        self.ending = False
         self.arriving = False  # it is not here yet, as far as this host knows
         self.stop = trio.Event()  # gives its migration up
         self.told = ""  # the migration's status, as it was said last
@@ -100,6 +101,11 @@ class _Owned:
     @property
     def has_left(self) -> bool:
         return isinstance(self.migration, SourceMigration) and self.migration.state is State.COMPLETED
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it was sent to a host that does not answer any more."""
+        return self.busy and isinstance(self.migration, SourceMigration) and self.migration.state is State.PAUSED
 
     @property
     def decided(self) -> bool:
@@ -491,7 +497,7 @@ class Daemon(Desk):
         while owned.busy:
             if arguments.get("force"):
                 owned.stop.set()
-            elif owned.decided:
+            elif owned.decided and not owned.ending:
                 raise ControlError(
                     "NotNow", f"pages of {owned.name} are still on their way: wait, or end it with force"
                 )
@@ -499,7 +505,11 @@ class Daemon(Desk):
                 owned.cancel()
             await self._changes.wait()
         if owned in self._here:
-            await self._close(owned)
+            owned.busy = owned.ending = True  # nobody sends it away, or ends it, meanwhile
+            try:
+                await self._close(owned)
+            finally:
+                owned.busy = False
             self._output.emit("machine-ended", {"machine": owned.name})
         return {"machine": owned.name}
 
@@ -511,7 +521,7 @@ class Daemon(Desk):
             await self._changes.wait()
         self._not_ending()
         if owned.busy or owned.machine is None:
-            doing = "moved" if owned.migration is not None else "started"
+            doing = "ended" if owned.ending else "moved" if owned.migration is not None else "started"
             raise ControlError("NotNow", f"{owned.name} is being {doing} already")
         if isinstance(owned.migration, SourceMigration) and not owned.migration.may_run:
             raise ControlError("NotNow", f"{owned.name} belongs to the destination that it was sent to")
@@ -572,7 +582,8 @@ class Daemon(Desk):
 
     async def _do_reclaim(self, arguments: Json) -> Json:
         await trio.lowlevel.checkpoint()
-        owned = self._find(arguments.get("machine"))
+        lost = [owned for owned in self._here if owned.is_lost]
+        owned = lost[0] if "machine" not in arguments and len(lost) == 1 else self._find(arguments.get("machine"))
         if not owned.busy or not isinstance(owned.migration, SourceMigration):
             raise ControlError("NotNow", f"{owned.name} has not been sent away")
         return await reclaim(owned.name, owned.migration, bool(arguments.get("force")))

@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -134,6 +135,54 @@ async def offered(address: Address, what: Offer) -> CallingLink:
 
 
 OPEN: list[CallingLink] = []
+
+
+# ---- who is meant, and who is not there any more
+
+
+async def test_the_only_machine_that_can_be_reclaimed_needs_no_name() -> None:
+    def is_in(*statuses: str) -> bool:
+        machine = there.status("two")
+        return machine is not None and machine["migration"]["status"] in statuses
+
+    options = SourceOptions(heartbeat_s=0.2, max_bandwidth_bytes_per_s=64 * 1024)
+    async with running(options=options) as there:
+        with pytest.raises(ControlError, match="one has not been sent away"):
+            await there.ask("reclaim", force=True)
+        await there.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+        with pytest.raises(ControlError, match="which of them"):
+            await there.ask("reclaim", force=True)
+        async with running(first=None) as here:
+            await there.ask("migrate", to=str(here.address), machine="two")
+            await there.until(partial(is_in, "postcopy-active"))
+        await there.until(partial(is_in, "postcopy-paused", "postcopy-failed"))
+        assert (await there.ask("reclaim", force=True))["machine"] == "two"
+        await there.computes("two")
+
+
+async def test_a_machine_that_is_being_ended_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    closing, closed, closes = trio.Event(), trio.Event(), 0
+    close = Rv64Machine.close
+
+    async def slowly(self: Rv64Machine, *arguments: Any) -> None:
+        nonlocal closes
+        closes += 1
+        closing.set()
+        await closed.wait()
+        await close(self, *arguments)
+
+    async with running() as there:
+        await there.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+        monkeypatch.setattr(Rv64Machine, "close", slowly)
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(partial(there.ask, "end", machine="two"))
+            await closing.wait()
+            with pytest.raises(ControlError, match="is being ended"):
+                await there.ask("migrate", to="127.0.0.1:1", machine="two")
+            closed.set()
+        assert closes == 1
+        assert there.status("two") is None
 
 
 # ---- engines that make mistakes
