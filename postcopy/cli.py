@@ -92,6 +92,17 @@ def _ipv4(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _net(text: str) -> str:
+    """Checked only: the machine looks the name up when it is made."""
+    from postcopy.machines.tap import parse_net
+
+    try:
+        parse_net(text)
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--net ")) from error
+    return text
+
+
 def _bandwidth(text: str) -> int:
     value = _size(text.removesuffix("/s"))
     if not 0 < value < 1 << 63:
@@ -142,7 +153,7 @@ def _add_machine_arguments(
         "--disk", type=_path, metavar="FILE", help="workload disk: backing file, which both hosts must have"
     )
     group.add_argument("--image", type=_path, metavar="FILE", help="image: the file")
-    group.add_argument("--net", metavar="tap:NAME", help="workload echo: the TAP of its network device")
+    group.add_argument("--net", type=_net, metavar="tap:NAME", help="workload echo: the TAP of its network device")
     group.add_argument("--net-mac", type=_mac, metavar="MAC", help="its MAC address (default: from the seed)")
     group.add_argument("--net-address", type=_ipv4, metavar="IPV4", help="its address (default: from the seed)")
 
@@ -313,7 +324,9 @@ def _dest_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="where the machine's disk is on this host, if not as on the source",
     )
-    parser.add_argument("--net", metavar="tap:NAME", help="where the machine's network device is attached on this host")
+    parser.add_argument(
+        "--net", type=_net, metavar="tap:NAME", help="where the machine's network device is attached on this host"
+    )
     _add_after_arguments(parser, run_for=None)
     _add_user_argument(parser)
     _add_control_arguments(parser)

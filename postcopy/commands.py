@@ -525,13 +525,14 @@ class DestinationCommand:
         return found[0]
 
     async def _take(self, reception: Reception, stop: trio.Event) -> DestinationMigration:
-        """The first migration that was decided: one that comes to nothing before is its source's affair, which may come
-        again, or another one. `Interrupted` when `stop` comes before."""
+        """The first migration that was decided, or was cancelled here: one that comes to nothing before is its source's
+        affair, which may come again, or another one. `Interrupted` when `stop` comes before."""
         while True:
             link = await self._next_link(reception, stop)
             migration = await self._receive(link, stop)
             # (one that has run here, and was taken back by its source, is no reason to wait for another one)
-            if migration.state is not State.ABORTED or migration.committed_ns or stop.is_set():
+            decided = migration.state is not State.ABORTED or migration.committed_ns
+            if decided or isinstance(migration.failure, Interrupted):
                 return migration
             self._output.say(f"dest: nothing came of {migration.peer}: {migration.failure}; waiting for the next one")
             self._came_to_nothing = str(migration.failure)

@@ -36,7 +36,8 @@ from typing import IO, Any
 import trio
 
 from postcopy._child import python
-from postcopy._errors import MigrationError, ResourceError
+from postcopy._errors import ConfigurationError, MigrationError, ResourceError
+from postcopy._files import check_new_file, replacing, write_all
 from postcopy.machines import Rv64Machine
 from postcopy.memory import parse_size
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS
@@ -518,7 +519,7 @@ def run(args: argparse.Namespace) -> int:
         print("postcopy: error: --rounds must be at least 1", file=sys.stderr)
         return 2
     if args.svg is not None and (complaint := _check_svg(args.svg, names)):
-        print(f"postcopy: error: --svg: {complaint}", file=sys.stderr)
+        print(f"postcopy: error: {complaint}", file=sys.stderr)
         return 2
     reached = True
     for name in names:
@@ -537,12 +538,12 @@ def run(args: argparse.Namespace) -> int:
 def _check_svg(path: str, names: list[str]) -> str:
     """Now, not after minutes of measuring; empty when all is well."""
     if "contention" not in names:
-        return "it draws the figures of contention, which are not among those asked for"
+        return "--svg: it draws the figures of contention, which are not among those asked for"
     try:
-        with open(path, "a", encoding="utf-8"):
-            return ""
-    except OSError as error:
-        return f"cannot write {path!r}: {error.strerror}"
+        check_new_file("--svg", path)
+    except ConfigurationError as error:
+        return str(error)
+    return ""
 
 
 def _plot(figures: list[Figure], out: IO[str] | None, svg: str | None) -> None:
@@ -552,5 +553,5 @@ def _plot(figures: list[Figure], out: IO[str] | None, svg: str | None) -> None:
     if out is not None:
         print(contention.text_plot(bars), file=out, flush=True)
     if svg is not None:
-        with open(svg, "w", encoding="utf-8") as file:
-            file.write(contention.svg_plot(bars))
+        with replacing(svg, 0o644) as fd:
+            write_all(fd, contention.svg_plot(bars).encode())

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.status import Status
 
 from postcopy._errors import ConfigurationError
+from postcopy._files import check_new_file, replacing, write_all
 from postcopy.testing import ChaosPlan
 
 from . import _compare, _expect, _report, _select, _system
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     expectations = _expect.load(args.expectations)
     direct_dir = _select.check_direct_dir(args.direct_dir) if args.direct_dir else ""
     if args.html is not None:
-        _check_writable(args.html)
+        check_new_file("--html", args.html)
     system = _system.this_system()
     if args.remote is not None:
         plan = _plan(args.remote)
@@ -247,23 +248,14 @@ def _chosen(text: str, kind: type[T], option: str) -> list[T]:
     return chosen
 
 
-def _check_writable(path: str) -> None:
-    """Now, not after minutes of measuring. Leaves what is there as it is."""
-    try:
-        with open(path, "a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise ConfigurationError(f"--html: cannot write {path!r}: {error.strerror}") from None
-
-
 # ---- what is said
 
 
 def _write(found: Run, args: argparse.Namespace) -> None:
     if args.html is not None:
         try:
-            with open(args.html, "w", encoding="utf-8") as file:
-                file.write(to_html(found))
+            with replacing(args.html, 0o644) as fd:
+                write_all(fd, to_html(found).encode())
         except OSError as error:
             raise ConfigurationError(f"--html: cannot write {args.html!r}: {error.strerror}") from None
     if args.json:

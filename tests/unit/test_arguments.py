@@ -37,6 +37,20 @@ def test_refused_by_name(command: tuple[str, ...], option: str, name: str) -> No
         make_parser(arguments).parse_args(arguments)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("--control", "x" * 108, "at most 107 bytes"),
+        ("--net", "", "write tap:NAME"),
+        ("--net", "tap0", "write tap:NAME"),
+    ],
+)
+@pytest.mark.parametrize("command", [("dest", *LISTEN), SOURCE, ("daemon",)])
+def test_refused_for_what_it_is(command: tuple[str, ...], option: str, value: str, reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"argument {option}: .*{reason}"):
+        make_parser(command).parse_args([*command, option, value])
+
+
 def test_one_of_each() -> None:
     for arguments in (["merge", "salvage"], ["merge", "salvage", "--output", "a", "--into", "b"], ["source", *LISTEN]):
         with pytest.raises(ConfigurationError):
