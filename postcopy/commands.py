@@ -336,6 +336,7 @@ class SourceCommand:
                 await self._migrate(migration, stop)
             finally:
                 self._active -= 1
+                self._change()
             if migration.state is State.COMPLETED:
                 self._completed += 1
                 if self._completed >= self._serve:
@@ -351,6 +352,14 @@ class SourceCommand:
             await stop.wait()
             enough.set()
 
+        async def give_up_lost() -> None:
+            """Those that were waited for while there was something else to do, also one that is lost now only."""
+            while self._active:
+                for migration, own_stop in self._stops.items():
+                    if migration.state is State.PAUSED:
+                        own_stop.set()
+                await self._changed.wait()
+
         async with trio.open_nursery() as sessions:  # each ends by itself, or by `stop`
 
             async def take() -> None:
@@ -365,9 +374,7 @@ class SourceCommand:
                 desk.start_soon(interruption)
                 await enough.wait()
                 desk.cancel_scope.cancel()
-            for migration, own_stop in self._stops.items():
-                if migration.state is State.PAUSED:
-                    own_stop.set()  # it was waited for while there was something else to do
+            sessions.start_soon(give_up_lost)
         if self._serve == float("inf"):
             return self._failure is None
         done = self._completed >= self._serve

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A source that listens ends when it has served as many as were asked for, whatever becomes of the others."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import trio
+import trio.testing
+
+from postcopy import commands
+from postcopy._errors import MigrationError
+from postcopy.commands import SourceCommand
+from postcopy.machines import Machine, MachineOptions
+from postcopy.migration.protocol import State
+from postcopy.migration.source import SourceOptions
+from postcopy.progress import Output
+
+
+class Engine:
+    """A migration to a destination that comes back, and is lost again when the other one has been served."""
+
+    lost = trio.Event()
+    migration_id = peer = ""
+
+    def __init__(self, machine: Machine, link: Any, options: Any, *, on_change: Callable[[], None]) -> None:
+        self.machine = machine
+        self.link = link
+        self.state = State.RECOVER
+        self.status = "postcopy-recover"
+        self.failure: MigrationError | None = None
+        self.may_run = False
+        self.paused = trio.Event()
+        self._on_change = on_change
+
+    async def run(self, go: trio.Event, stop: trio.Event, *, hold: bool) -> None:
+        if self.link.peer == "served":
+            self.state = State.COMPLETED
+            return
+        await self.lost.wait()
+        self.state, self.failure = State.PAUSED, MigrationError("lost")
+        self._on_change()
+        await stop.wait()
+
+
+async def test_one_that_is_lost_when_all_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "SourceMigration", Engine)
+    monkeypatch.setattr(Engine, "lost", trio.Event())
+    monkeypatch.setattr("postcopy.report.ended", lambda *_: {})
+    links = [Mock(peer="comes back"), Mock(peer="served")]
+
+    async def next_link() -> Any:
+        await trio.testing.wait_all_tasks_blocked()
+        if not links:
+            await trio.sleep_forever()
+        return links.pop(0)
+
+    command = SourceCommand(
+        "image", MachineOptions(), SourceOptions(), Output(False, None, io.StringIO()),
+        listen=None, connect=None, migrate_after_s=0, serve=1, keep=True,
+    )  # fmt: skip
+    done = False
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+
+            async def serve() -> None:
+                nonlocal done
+                done = await command._serve_all(
+                    Mock(spec=Machine, live=False), Mock(next_link=next_link), trio.Event()
+                )  # fmt: skip
+
+            nursery.start_soon(serve)
+            while links or command._completed < 1:
+                await trio.testing.wait_all_tasks_blocked()
+            await trio.testing.wait_all_tasks_blocked()
+            Engine.lost.set()
+    assert done
