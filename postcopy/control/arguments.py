@@ -9,7 +9,10 @@ from .schema import COMMANDS
 
 
 def _patience(text: str) -> float | str:
-    return text if text == "forever" else float(text)
+    try:
+        return text if text == "forever" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, nor 'forever'") from None
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:

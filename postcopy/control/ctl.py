@@ -66,7 +66,8 @@ class CtlCommand:
         while True:
             event = await client.next_event()
             data = event["data"]
-            if data.get("migration") != migration:
+            # (sent to where it is, it has one of each direction)
+            if data.get("migration") != migration or data.get("direction") != "outgoing":
                 continue
             if event["event"] == "migration-status":
                 self._output.say(

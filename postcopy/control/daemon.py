@@ -291,9 +291,7 @@ class Daemon(Desk):
         found = [owned for owned in here if (owned.name == name if name else _machine(owned) is not None)]
         if not found:
             raise ControlError("BadArguments", f"there is no machine {name!r} here" if name else "no machine is here")
-        if len(found) > 1:
-            raise ControlError("BadArguments", f"which of them? {', '.join(owned.name for owned in found)}")
-        return found[0]
+        return _only(found)
 
     async def _close(self, owned: _Owned) -> None:
         """Ends a machine, and with it its place here. Raises nothing that is a matter of the machine."""
@@ -582,8 +580,12 @@ class Daemon(Desk):
 
     async def _do_reclaim(self, arguments: Json) -> Json:
         await trio.lowlevel.checkpoint()
-        lost = [owned for owned in self._here if owned.is_lost]
-        owned = lost[0] if "machine" not in arguments and len(lost) == 1 else self._find(arguments.get("machine"))
+        if "machine" in arguments or len(self._here) == 1:
+            owned = self._find(arguments.get("machine"))
+        elif lost := [owned for owned in self._here if owned.is_lost]:
+            owned = _only(lost)
+        else:
+            raise ControlError("NotNow", "no machine is here whose destination was lost past its point of no return")
         if not owned.busy or not isinstance(owned.migration, SourceMigration):
             raise ControlError("NotNow", f"{owned.name} has not been sent away")
         return await reclaim(owned.name, owned.migration, bool(arguments.get("force")))
@@ -660,6 +662,12 @@ class _Maker:
         self._owned.migration.machine_name = self._owned.name
         rest = {key: value for key, value in config.items() if key != "name"}
         return create_destination(kind, rest, layout, backing, disk=disk, net=net)
+
+
+def _only(found: list[_Owned]) -> _Owned:
+    if len(found) > 1:
+        raise ControlError("BadArguments", f"which of them? {', '.join(owned.name for owned in found)}")
+    return found[0]
 
 
 def _machine(owned: _Owned) -> Machine | None:
