@@ -103,6 +103,14 @@ class _Owned:
         return isinstance(self.migration, SourceMigration) and self.migration.state is State.COMPLETED
 
     @property
+    def is_finishing(self) -> bool:
+        """Whether its migration is decided to the end, and some of it has not been closed yet."""
+        job = self.migration
+        if not self.busy or self.ending or job is None:
+            return False
+        return job.state in OVER or (isinstance(job, DestinationMigration) and job.completed_ns > 0)
+
+    @property
     def is_lost(self) -> bool:
         """Whether it was sent to a host that does not answer any more."""
         return self.busy and isinstance(self.migration, SourceMigration) and self.migration.state is State.PAUSED
@@ -147,6 +155,7 @@ class Daemon(Desk):
         self._first = first
         self._name = name
         self._reception: Reception | None = None
+        self._listening: list[str] = []  # also when that has been closed, at the end
         self._endings = Endings()
         self._nursery: trio.Nursery | None = None
         self._here: list[_Owned] = []
@@ -165,6 +174,7 @@ class Daemon(Desk):
         keep_reserve()
         if self._listen is not None:
             self._reception = await Reception.open(self._listen, "dest", self._vacancy, self._endings)
+            self._listening = [str(address) for address in self._reception.addresses]
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -175,8 +185,8 @@ class Daemon(Desk):
                     nursery.start_soon(
                         _for_ever, "receiving machines", partial(self._receive_all, self._reception, nursery)
                     )
-                    for address in self._reception.addresses:
-                        self._output.emit("listening", {"side": self.side, "address": str(address)})
+                    for address in self._listening:
+                        self._output.emit("listening", {"side": self.side, "address": address})
                         self._output.say(f"{self.side}: listening on {address}")
                 nursery.start_soon(_for_ever, "showing progress", partial(self._output.follow, self._progress))
                 await stop.wait()
@@ -452,7 +462,7 @@ class Daemon(Desk):
         return here + [(name, None, owned.migration) for name, owned in self._left.items() if name not in names]
 
     def listening(self) -> list[str]:
-        return [str(address) for address in self._reception.addresses] if self._reception is not None else []
+        return self._listening
 
     def settings(self) -> Json:
         return {
@@ -514,10 +524,12 @@ class Daemon(Desk):
     async def _do_migrate(self, arguments: Json) -> Json:
         address = parse_address(arguments["to"])
         owned = self._find(arguments.get("machine"))
-        # All of it is here, the source has said so to whoever sent it, and only the pager has not ended yet.
-        while owned.busy and isinstance(owned.migration, DestinationMigration) and owned.migration.completed_ns:
+        # The last one is over, as everybody can see, and only something of it has not ended yet.
+        while owned.is_finishing:
             await self._changes.wait()
         self._not_ending()
+        if owned not in self._here:
+            raise ControlError("BadArguments", f"there is no machine {owned.name!r} here")
         if owned.busy or owned.machine is None:
             doing = "ended" if owned.ending else "moved" if owned.migration is not None else "started"
             raise ControlError("NotNow", f"{owned.name} is being {doing} already")

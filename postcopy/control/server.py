@@ -68,6 +68,8 @@ WRITE_TIMEOUT_S = 30.0
 LAST_WORDS_S = 0.5
 """How long a client may take for what it was told last: the answer to `quit`, the result."""
 BENEFIT_S = 5.0
+STAY_S = 0.2
+"""Nobody is hung up on before, so that one who asks at once is answered in whatever crowd; others wait to connect."""
 LOCK_TIMEOUT_S = 5.0
 ACCEPT_PAUSE_S = 0.1
 _MAX_PATH_BYTES = 107  # sun_path, and its null (unix(7))
@@ -119,9 +121,14 @@ class ControlServer:
         """Serves clients until cancelled; what they were told last they still get, if they take it soon."""
         async with trio.open_nursery() as nursery:
             while True:
-                client = _Client(trio.SocketStream(await self._accept()))
-                if len(self._clients) >= MAX_CLIENTS:
-                    self._make_room()
+                connection = await self._accept()
+                try:
+                    while len(self._clients) >= MAX_CLIENTS:
+                        await self._make_room()
+                except BaseException:
+                    connection.close()
+                    raise
+                client = _Client(trio.SocketStream(connection))
                 self._clients.add(client)
                 nursery.start_soon(self._serve_client, client)
 
@@ -140,8 +147,12 @@ class ControlServer:
                 await trio.sleep(ACCEPT_PAUSE_S)
                 self._spare.take()
 
-    def _make_room(self) -> None:
+    async def _make_room(self) -> None:
         victim = min(self._clients, key=lambda client: client.merit())
+        stays_s = victim.connected_at + STAY_S - trio.current_time()
+        if stays_s > 0:
+            await trio.sleep(stays_s)  # and look again: it may have asked something, or somebody may have left
+            return
         self._clients.discard(victim)
         victim.hang_up(ControlError("NotNow", f"hung up on: {MAX_CLIENTS} clients, and this one silent for longest"))
         log.warning("control: there are %d clients: hung up on the one that was silent for longest", MAX_CLIENTS)
@@ -200,7 +211,8 @@ class _Client:
         self.wants_events = False
         self.dropped = False
         self.queued_bytes = 0
-        self._alive_at = trio.current_time()  # of the last request, or line taken
+        self.connected_at = trio.current_time()
+        self._alive_at = self.connected_at  # of the last request, or line taken
         self._has_asked = self._was_told = False
         self._has_read = False  # at some time everything that it had been told
         self._behind_since = self._alive_at  # when it was told the first of what it may not have read

@@ -141,6 +141,21 @@ async def test_one_that_has_read_everything_outlives_a_burst(path: Path, desk: D
             assert (await client.next_event())["data"] == {"says": says.decode()}
 
 
+async def test_one_that_asks_at_once_is_answered_in_a_crowd(path: Path, desk: Desk, deaf: Any) -> None:
+    """Deaf ones connect as fast as they can, before and after it, and before it has read its greeting."""
+    async with serving(path, desk):
+        for _ in range(3):
+            await deaf(MAX_CLIENTS)
+            async with await trio.open_unix_socket(str(path)) as stream:
+                await deaf(MAX_CLIENTS)
+                await stream.send_all(b'{"execute": "status", "id": 1}\n')
+                told = b""
+                while b'"id": 1' not in told:
+                    more = await stream.receive_some(65536)
+                    assert more
+                    told += more
+
+
 async def test_one_that_has_not_come_to_reading_outlives_a_burst(path: Path, desk: Desk, deaf: Any) -> None:
     async with serving(path, desk) as server, ControlClient.open(str(path)) as client:
         await client.execute("events")
