@@ -77,7 +77,7 @@ def test_from_both_sides(side: Start, tmp_path: Path, kind: str) -> None:
     _refused(side, "would be zeros", "--from", dest)
     _refused(side, "--reclaim is for the salvage of a source", "--from", whole, "--reclaim")
     _goes_on(side, "--from", whole)
-    _refused(side, "has been started from here before", "--from", whole)
+    _refused(side, "has been started before", "--from", whole)
     _goes_on(side, "--from", whole, "--force")
 
 
