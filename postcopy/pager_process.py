@@ -553,6 +553,8 @@ class ProcessPager:
                         with contextlib.suppress(PagerDied):
                             await self._do("ending the pager", "free")
                     else:
+                        # First, since less time passes until it is known not to answer to this.
+                        await self._do_reviving("asking the pager's process whether it lives", "ping")
                         await self._do_reviving("ending the pager", "free")
                 except (MigrationError, CoreError) as error:
                     raise BusyError(f"{error}; missing pages stay missing, their userfaultfds open") from error
@@ -623,7 +625,8 @@ class ProcessPager:
 
     async def _do(self, what: str, name: str) -> None:
         call = _Call(what, name, (), ())
-        call.timeout_s = END_TIMEOUT_S
+        if name == "free" and not self._disarmed:
+            call.timeout_s = END_TIMEOUT_S  # it may poison every missing page, one by one
         call.awaited = True
         process = self._process
         await process.finish(process.post(call))
@@ -653,17 +656,18 @@ class ProcessPager:
         while True:
             known = await self._settle()
             self._process = self._start()
+            # Before anything is waited for: who cancels that leaves a pager of which everything has been told.
+            self._told.clear()
+            if self._blocks and known == sum(block.memory.pages for block in self._blocks):
+                self._told.append(Event(EventType.COMPLETE, text="every page is here"))
+            replaced, self._replaced = self._replaced, trio.Event()
+            replaced.set()
             try:
                 self._set_up_again()
                 await self.confirm()
             except PagerDied:
                 continue  # counted when it is settled
             break
-        self._told.clear()
-        if self._blocks and known == sum(block.memory.pages for block in self._blocks):
-            self._told.append(Event(EventType.COMPLETE, text="every page is here"))
-        replaced, self._replaced = self._replaced, trio.Event()
-        replaced.set()
 
     async def _settle(self) -> int:
         """Ends a process for good, and with it every page that it had under way. How many pages are there."""
