@@ -107,6 +107,32 @@ class _Call:
         self.fds = ()
 
 
+class _Readable:
+    """A descriptor that several tasks wait for. Trio lets one do so, and a copy for each might be refused in the middle
+    of a migration, when there are no more descriptors."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._turn: trio.Event | None = None
+
+    async def wait(self) -> None:
+        """Until there may be something to read, or it was closed, or another task has given up waiting."""
+        if self._turn is not None:
+            await self._turn.wait()
+            return
+        turn = self._turn = trio.Event()
+        try:
+            with contextlib.suppress(trio.ClosedResourceError):
+                await trio.lowlevel.wait_readable(self._fd)
+        finally:
+            self._turn = None
+            turn.set()
+
+    def close(self) -> None:
+        """Before the descriptor is."""
+        trio.lowlevel.notify_closing(self._fd)
+
+
 class _Process:
     """One incarnation: the process and the socket to it. Nothing here waits but what is asynchronous."""
 
@@ -126,6 +152,8 @@ class _Process:
                 raise MigrationError(f"cannot start a process for the pager: {error.strerror}") from error
         link.setblocking(False)
         self._link = link
+        self._said = _Readable(link.fileno())
+        self._exited = _Readable(self._pidfd)
         self._unsent: deque[_Call] = deque()
         self._unanswered: deque[_Call] = deque()
         self._since = time.monotonic()  # when the oldest of these became so
@@ -239,10 +267,9 @@ class _Process:
 
     async def wait_message(self) -> None:
         """Until the process has said something, has died, or has been killed since it said nothing."""
-        with self._link.dup() as link:  # a descriptor of its own: several tasks may wait
-            # (Real time counts, not that of Trio's clock: it is another process that is waited for.)
-            with trio.move_on_after(PING_PERIOD_S if self.idle else max(0.0, self._remaining_s())) as scope:
-                await trio.lowlevel.wait_readable(link)
+        # (Real time counts, not that of Trio's clock: it is another process that is waited for.)
+        with trio.move_on_after(PING_PERIOD_S if self.idle else max(0.0, self._remaining_s())) as scope:
+            await self._said.wait()
         self.pump()
         if scope.cancelled_caught and self.idle and not self.dead:
             self.post(_Call("asking the pager's process whether it lives", "ping", (), ()))
@@ -284,12 +311,8 @@ class _Process:
         while not self.ended and time.monotonic() < deadline:
             if ready.poll(0):
                 continue
-            pidfd = os.dup(self._pidfd)
-            try:
-                with trio.move_on_after(deadline - time.monotonic()):
-                    await trio.lowlevel.wait_readable(pidfd)
-            finally:
-                os.close(pidfd)
+            with trio.move_on_after(deadline - time.monotonic()):
+                await self._exited.wait()
         return self.ended
 
     def epitaph(self) -> str:
@@ -307,7 +330,9 @@ class _Process:
         """Of one that was killed."""
         if not self._closed:
             self._closed = True
+            self._said.close()
             self._link.close()
+            self._exited.close()
             os.close(self._pidfd)
 
 

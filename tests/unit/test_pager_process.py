@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -162,6 +163,35 @@ def overtaken() -> None:
     trio.run(_overtaken)
 
 
+async def _no_descriptors() -> None:
+    """Once it is set up it needs no further descriptor: neither to be followed, nor to lose its channels."""
+    with Memory.create("memfd", 300 * PAGE) as memory:
+        pager = await armed(memory)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        unused = os.dup(0)
+        os.close(unused)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (unused, hard))
+        with pytest.raises(OSError, match="Too many open files"):
+            os.dup(0)
+        async with trio.open_nursery() as nursery:
+
+            async def follow() -> None:
+                async for event in pager.events():
+                    raise AssertionError(event)
+
+            nursery.start_soon(follow)
+            nursery.start_soon(pager.confirm)
+            await trio.sleep(pager_process.PING_PERIOD_S * 1.5)  # it is asked whether it lives
+            await pager.disconnect()
+            nursery.cancel_scope.cancel()
+        assert pager.deaths == 0
+        await pager.close()
+
+
+def no_descriptors() -> None:
+    trio.run(_no_descriptors)
+
+
 async def _unattached() -> None:
     """A channel that cannot be attached is one that has gone down."""
     with Memory.create("memfd", 300 * PAGE) as memory:
@@ -276,7 +306,9 @@ def elsewhere(where: str) -> None:
 
 
 @pytest.mark.needs("uffd")
-@pytest.mark.parametrize("function", [frozen, idle, disconnected, overtaken, unattached, full, closed, failing])
+@pytest.mark.parametrize(
+    "function", [frozen, idle, disconnected, overtaken, no_descriptors, unattached, full, closed, failing]
+)
 def test_it_is_in_nobodys_way(run_in_child: RunInChild, function: Callable[[], None]) -> None:
     result = run_in_child(function, deadline_s=DEADLINE_S)
     assert result.returncode == 0, f"{result.stdout}{result.stderr}"
