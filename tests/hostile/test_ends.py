@@ -104,8 +104,8 @@ def test_dest_after_commit(start: Start, version: int, rv64: Machine, tmp_path: 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_dest_when_all_is_there(start: Start, version: int, number: signal.Signals) -> None:
-    dest = start("dest", "--json", "--no-verify", "--listen", "127.0.0.1:0", "--dump", "/dev/null")
+def test_dest_when_all_is_there(start: Start, tmp_path: Path, version: int, number: signal.Signals) -> None:
+    dest = start("dest", "--json", "--no-verify", "--listen", "127.0.0.1:0", "--dump", tmp_path / "copy")
     Source(dest.address, Machine.image(1 << 20), version).until("running").finish()
     dest.signal(number)  # an image ends by itself; a signal meanwhile changes nothing of what has happened
     assert dest.end(END_S) in (0, 1)
