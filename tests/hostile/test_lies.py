@@ -497,3 +497,22 @@ def test_a_hello_that_is_said_again(start: Start, version: int) -> None:
     source.finish()
     assert dest.end() == 0, dest.tail()
     assert dest.result()["recoveries"]["count"] == 1
+
+
+@pytest.mark.xfail(reason="it is welcomed, and nothing more is said", strict=False)
+@pytest.mark.parametrize("ended", ["completed", "aborted", "lost"])
+def test_an_end_that_cannot_be(start: Start, version: int, ended: str) -> None:
+    """The source proves that the migration has ended there, while the machine runs here and lacks pages: it is kept,
+    that is said, and the source is let in when it has thought better of it."""
+    if version < 3:
+        pytest.skip("no such hello before version 3")
+    dest = start("dest", "--json", "--no-verify", "--listen", "127.0.0.1:0")
+    source = Source(dest.address, Machine.image(1 << 20), version).until("running")
+    line = Line.open(dest.address, version)
+    line.greet("control", "source", migration=source.migration, epoch=1, token=source.token, ended=ended)
+    source.epoch = 1
+    dest.wait_status("postcopy-failed")
+    source.lose()
+    wait_until("recovery", lambda: comes_back(source), 30)
+    source.finish()
+    assert dest.end() == 0, dest.tail()
