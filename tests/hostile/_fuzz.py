@@ -314,7 +314,7 @@ VALUES = (
     ":0",
     "x",
     "/",
-    "/dev/null",
+    "null",
     "/nonexistent/x",
     "tap:x",
     "forever",

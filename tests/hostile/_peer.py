@@ -117,6 +117,9 @@ class Line:
         if answer["type"] == "refused":
             raise Refused(answer)
         assert answer["type"] == "welcome", answer
+        if self.version >= 3 and fields.get("token"):
+            hello = {"channel": channel, "index": 0, "migration": b"", "epoch": 0} | fields
+            assert answer["proof"] == wire.welcome(hello, fields["token"])["proof"], "a welcome that is not proven"
         return answer
 
     def closed_within(self, deadline_s: float) -> bool:
@@ -414,8 +417,12 @@ STEPS = ("connect", "offer", "accepted", "ready", "switch", "prepared", "commit"
 class Destination:
     """A destination that connects, or that a source has connected to (`Listener.destination`)."""
 
-    def __init__(self, line: Line, open_channel: Callable[[str, int], Line]) -> None:
+    def __init__(
+        self, line: Line, open_channel: Callable[[str, int], Line], tokens: dict[bytes, bytes] | None = None
+    ) -> None:
+        """`tokens`: where the one of the offer is kept, for those who prove that they know it."""
         self.control = ControlLine(line)
+        self.tokens = {} if tokens is None else tokens
         self.shards = 1
         self.bulk_channels = 1
         self._open = open_channel
@@ -440,6 +447,7 @@ class Destination:
     def offered(self) -> Destination:
         fields = self.control.hear("offer")
         self.migration, self.token = fields["migration"], fields["token"]
+        self.tokens[self.migration] = self.token
         self.offer = fields
         self.machine = Machine(fields["machine"], fields["config"], fields["blocks"])
         self.shards = len(fields["blocks"])  # our own machines have one for each
@@ -542,6 +550,7 @@ class Listener:
 
     def __init__(self, version: int) -> None:
         self.version = version
+        self.tokens: dict[bytes, bytes] = {}
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._silent: list[Line] = []
 
@@ -595,22 +604,28 @@ class Listener:
     def channel(self, kind: str, index: int) -> Line:
         line, fields = self.hello()
         assert (fields["channel"], fields["index"]) == (kind, index), fields
-        line.say("welcome")
-        return line
+        return self.welcome(line, fields)
 
     def control(self, timeout_s: float = TIMEOUT_S) -> Line:
         line, fields = self.hello(timeout_s)
         assert fields["channel"] == "control", fields
-        line.say("welcome")
+        return self.welcome(line, fields)
+
+    def welcome(self, line: Line, hello: Fields) -> Line:
+        """As who knows the tokens of the migrations that have begun here."""
+        line.say(
+            "welcome", **({} if self.version < 3 else wire.welcome(hello, self.tokens.get(hello["migration"], b"")))
+        )
         return line
 
     def destination(self) -> Destination:
         """Takes the next source in."""
-        return Destination(self.control(), self.channel)
+        return Destination(self.control(), self.channel, self.tokens)
 
     def source(self, machine: Machine) -> Source:
         """Takes the next destination in, to which it is this source."""
         source = Source(self.address, machine, self.version)
+        self.tokens[source.migration] = source.token
         source.control = ControlLine(self.control())
         source.listener = self
         return source

@@ -139,6 +139,13 @@ def refused(code: str, *, migration: bytes = b"", epoch: int = 0, token: bytes =
     return {"reason": f"refused: {code}", "code": code, "proof": proof(token, *words) if token else b""}
 
 
+def welcome(hello: Fields, token: bytes) -> Fields:
+    """The fields of a welcome of version 3 to `hello`: proven, where that names a migration."""
+    migration = hello["migration"]
+    words = ("welcome", hello["channel"], str(hello["index"]), migration.hex(), str(hello["epoch"]))
+    return {"proof": proof(token, *words) if migration else b""}
+
+
 def proof(token: bytes, *words: str) -> bytes:
     return hmac.digest(token, " ".join(words).encode(), "sha256")
 

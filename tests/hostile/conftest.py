@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,11 +31,17 @@ from tests.hostile import _peer, _program  # noqa: E402
 Start = Callable[..., _program.Program]
 
 
-QUICK = frozenset(Path(__file__).with_name("quick.txt").read_text().split("\n"))
+QUICK = frozenset(Path(__file__).with_name("quick.txt").read_text().split("\n")) - {""}
 """What of all this `make test` runs, too: one of each kind. The rest is marked `slow`."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A name in `quick.txt` that is no test would be one test less, and nobody would see it."""
+    here = Path(__file__).parent
+    if any(Path(argument).resolve() == here for argument in config.args):  # all of them have been collected
+        missing = QUICK - {item.name for item in items if item.path.parent == here}
+        if missing:
+            raise pytest.UsageError(f"quick.txt names what is no test: {', '.join(sorted(missing))}")
     for item in items:
         if item.path.parent != Path(__file__).parent or item.path.name == "test_device_states.py":
             continue
@@ -61,6 +68,19 @@ def daemon(start: Start, tmp_path: Path) -> Callable[..., tuple[_program.Program
         return program, _program.Control(path)
 
     return run
+
+
+@pytest.fixture
+def node(tmp_path: Path, require: Callable[..., None]) -> Callable[[str, int], Path]:
+    """``node("null", 3)``: a device node of our own (1:3 is null, 1:7 full). The host's are left alone: a mistake
+    in the program would replace them."""
+
+    def make(name: str, minor: int) -> Path:
+        require("root")
+        os.mknod(tmp_path / name, stat.S_IFCHR | 0o666, os.makedev(1, minor))
+        return tmp_path / name
+
+    return make
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import contextlib
 import os
 import random
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable
@@ -166,8 +167,10 @@ def test_control_socket(daemon: Daemon, start: Start, neighbour: Beside, seeded:
     beside.finish(start)
 
 
-def test_command_line(start: Start, tmp_path: Path, seeded: random.Random) -> None:
-    """Every line ends, or waits for somebody and can be told to end; whatever is wrong is said in one line."""
+def test_command_line(start: Start, tmp_path: Path, node: Callable[[str, int], Path], seeded: random.Random) -> None:
+    """Every line ends, or waits for somebody and can be told to end; whatever is wrong is said in one line. What it
+    names and is no file (`null` in VALUES) is not replaced."""
+    null = node("null", 3)
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         line = fuzz.command_line(seeded)
@@ -181,3 +184,4 @@ def test_command_line(start: Start, tmp_path: Path, seeded: random.Random) -> No
         assert status in (0, 1, 2), f"{line}: {status}\n{said}"
         if status == 2:
             assert said.count("\n") == 1, f"{line}:\n{said}"
+        assert stat.S_ISCHR(os.lstat(null).st_mode), line

@@ -194,10 +194,10 @@ def test_terminal_that_hangs_up(start: Start, tmp_path: Path) -> None:
     assert dest.end() == 0
 
 
-def test_full_disk_under_the_outputs(start: Start, tmp_path: Path) -> None:
-    """/dev/full: every write is ENOSPC."""
+def test_full_disk_under_the_outputs(start: Start, tmp_path: Path, node: Callable[[str, int], Path]) -> None:
+    """Every write is ENOSPC, as at /dev/full."""
     address = free_port()
-    with open("/dev/full", "wb") as full:
+    with open(node("full", 7), "wb") as full:
         dest = start(
             "dest",
             "--json",

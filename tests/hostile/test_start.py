@@ -115,16 +115,16 @@ def test_dump_does_not_follow_a_link(start: Start, version: int, tmp_path: Path)
         assert target.stat().st_size == 1 << 20
 
 
-@pytest.mark.needs("root")
 @pytest.mark.parametrize("kind", ["fifo", "device", "link to a device"])
-def test_dump_to_what_is_no_file(start: Start, version: int, tmp_path: Path, kind: str) -> None:
-    """`--dump /dev/null`, and a FIFO: written to or refused, but there afterwards as before."""
+def test_dump_to_what_is_no_file(
+    start: Start, version: int, tmp_path: Path, node: Callable[[str, int], Path], kind: str
+) -> None:
+    """A node like /dev/null, and a FIFO: written to or refused, but there afterwards as before."""
     target = tmp_path / "target"
     if kind == "fifo":
         os.mkfifo(target)
     else:
-        place = target if kind == "device" else tmp_path / "null"
-        os.mknod(place, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        place = node("target" if kind == "device" else "null", 3)
         if kind != "device":
             target.symlink_to(place)
     before = os.lstat(target)

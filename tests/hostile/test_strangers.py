@@ -117,6 +117,66 @@ def test_refused_by_an_impostor_in_doubt(start: Start, version: int, tmp_path: P
         assert dest.end() == 0, dest.tail()
 
 
+def unproven(listener: Listener, way: str) -> Line:
+    """The next connection, welcomed by somebody who does not know the token."""
+    line = listener.accept()
+    line.take(8)
+    line.send(wire.preamble(2 if way == "older version" else 3))
+    if way == "older version":
+        line.say("welcome")  # to a hello that he has not understood
+        return line
+    hello = line.hear()
+    line.say("welcome", proof=b"" if way == "no proof" else wire.welcome(hello, os.urandom(16))["proof"])
+    return line
+
+
+UNPROVEN = ["no proof", "wrong proof", "older version"]
+
+
+@pytest.mark.parametrize("way", UNPROVEN)
+def test_welcomed_by_an_impostor(start: Start, version: int, way: str) -> None:
+    """He listens where the destination was, welcomes, and disagrees about everything, again and again. That ends
+    nothing: the destination is found when it is back."""
+    with Listener(version) as listener:
+        source = start("source", "--json", *RV64, "--connect", listener.where)
+        dest = listener.destination().until("run")
+        dest.lose()
+        for _ in range(5):
+            line = unproven(listener, way)
+            with contextlib.suppress(Closed):
+                for number, block in enumerate(dest.machine.blocks):
+                    line.say("received-map", block=number, first_page=0, pages=block["size-bytes"] // 4096, runs=b"")
+                line.say("recover", resume_ns=1, maps=len(dest.machine.blocks), digest=0xDEAD)
+                line.say("complete", stats={})
+            assert line.closed_within(10), "the source listens to somebody who has proven nothing"
+            line.close()
+        statuses = {line["status"] for line in source.lines() if "status" in line}
+        assert not statuses & {"postcopy-failed", "completed"}, statuses
+        dest.taken_back(listener.control()).say_what_is_here().recovered().take_all()
+        assert source.end() == 0, source.tail()
+
+
+@pytest.mark.parametrize("way", UNPROVEN)
+def test_welcomed_by_an_impostor_in_doubt(start: Start, version: int, tmp_path: Path, way: str) -> None:
+    """His `recovered` would be a COMMIT: a second owner, if the real source runs the machine."""
+    with Listener(version) as listener:
+        dest = start("dest", "--json", "--no-verify", "--connect", listener.where)
+        source = listener.source(Machine.image(1 << 20)).until("prepared")
+        source.lose()
+        for _ in range(4):
+            line = unproven(listener, way)
+            with contextlib.suppress(Closed):
+                line.say("recovered")
+                line.say("commit")
+            assert line.closed_within(10)
+            line.close()
+        assert dest.wait_status("in-doubt")
+        assert not dest.events("result")
+        assert not {"postcopy-active", "postcopy-recover"} & {line.get("status") for line in dest.lines()}
+        source.come_back().recovered().running().finish()
+        assert dest.end() == 0, dest.tail()
+
+
 def refusal(version: int) -> Fields:
     return {"reason": "no such migration here"} if version < 3 else wire.refused("unknown")
 
