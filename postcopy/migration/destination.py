@@ -604,12 +604,8 @@ class DestinationMigration(Engine[DestinationProtocol]):
             self._pager = None  # whoever looks meanwhile finds the last figures
             # Again after the pager, which has let go of whatever waited for a page; one that has ended does not mind.
             for what in (pager, machine) if self._kept else (machine, pager, machine):
-                if what is None:
-                    continue
-                try:
-                    await what.close()
-                except PostcopyError as error:
-                    log.error("%s", error)
+                if what is not None:
+                    await self._contained(what.close, fatal=False)
 
     def check_machine(self) -> None:
         """Looks once more whether the machine has found something wrong; sets `machine_failure`."""
