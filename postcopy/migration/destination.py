@@ -275,6 +275,9 @@ class DestinationMigration(Engine[DestinationProtocol]):
                     self._all_here.set()
                 elif event.type is EventType.FATAL:
                     raise Hopeless(f"the pager cannot go on: {event.text}")
+            if self.state is State.PAUSED and not self.running_ns:  # lost in the very moment in which it became ours
+                assert self.machine is not None
+                await self._run_machine(self.machine)
             if self._all_here.is_set() and self.state is State.PAUSED:
                 await self._disarm(pager)
         finally:
@@ -415,15 +418,19 @@ class DestinationMigration(Engine[DestinationProtocol]):
 
     async def _start(self, control: Control[DestinationProtocol], machine: Machine) -> None:
         """The machine has been committed to us."""
+        await self._run_machine(machine)
+        await control.send(self._protocol.send_running(self._resume_ns))
+        self._change()
+
+    async def _run_machine(self, machine: Machine) -> None:
+        """Shielded: a machine that was committed to us runs, whatever else happens meanwhile. Where it cannot, no
+        connection would help."""
         self.committed_ns = now_ns()
         self._change()
-        # Shielded: a machine that was committed to us runs, whatever else happens meanwhile.
         with trio.CancelScope(shield=True):
             await machine.resume()
             await machine.claim_network()
             self.running_ns = await self._first_run(machine)
-        await control.send(self._protocol.send_running(self._resume_ns))
-        self._change()
 
     async def _finish(self, control: Control[DestinationProtocol], pager: AnyPager) -> None:
         """Gathers what is missing, and says so when nothing is."""
@@ -441,8 +448,8 @@ class DestinationMigration(Engine[DestinationProtocol]):
             self.completed_ns = self.completed_ns or now_ns()
             await pager.disarm()
             self._kept = True
-            if self._protocol.state is State.PAUSED:
-                self._protocol.every_page_is_here()
+        if self._protocol.state is State.PAUSED:
+            self._protocol.every_page_is_here()
 
     def _take_offer(self, offer: Offer) -> tuple[Machine, AnyPager]:
         layout = [BlockLayout(block.name, block.size_bytes, block.page_bytes) for block in offer.blocks]

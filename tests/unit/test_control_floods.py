@@ -104,6 +104,6 @@ async def test_a_peer_that_lives_and_takes_nothing(autojump_clock: MockClock) ->
         with pytest.raises(PeerError, match="the destination has taken nothing of a message within 30 s"):
             await side.send(data)
         assert trio.current_time() - began_s < 2 * STEP_TIMEOUT_S + 1
-        while protocol.state is not State.ABORTED:
+        while protocol.state is not State.ABORTED:  # noqa: ASYNC110  (no event tells)
             await trio.sleep(0.1)
         nursery.cancel_scope.cancel()
