@@ -866,6 +866,10 @@ class Reception:
         self.doors: dict[bytes, _ListeningDoor] = {}
         self.members: dict[bytes, _ListeningMembership] = {}
         self.accepted = self.refused = self.strangers = 0
+        # Where it listens, or has: with port 0 the port that the system chose.
+        self.addresses = [
+            Address(str(name[0]), int(name[1])) for name in (one.socket.getsockname() for one in listeners)
+        ]
         self._side = side
         self._listeners = listeners
         self._vacancy = vacancy
@@ -896,12 +900,6 @@ class Reception:
             reason = os.strerror(number) if number else str(error)
             raise ResourceError(f"cannot listen on {address}: {one_line(reason, 200)}", remedy) from error
         return cls(side, listeners, vacancy, endings)
-
-    @property
-    def addresses(self) -> list[Address]:
-        """Where it listens; with port 0 the port that the system chose."""
-        names = [listener.socket.getsockname() for listener in self._listeners]
-        return [Address(str(name[0]), int(name[1])) for name in names]
 
     async def next_link(self) -> Link:
         """The next control connection, the caller's from then on."""

@@ -190,3 +190,11 @@ async def test_what_is_readable_too_early(monkeypatch: pytest.MonkeyPatch) -> No
         assert desk.strangers == 0
         for stream in (slow, link.control):
             await trio.aclose_forcefully(stream)
+
+
+async def test_where_it_listened_is_known_at_its_end() -> None:
+    """Whoever looks at a process that ends meets listeners that are closed already."""
+    async with destination() as desk:
+        before = list(desk.addresses)
+        assert before[0].port
+    assert desk.addresses == before
