@@ -221,6 +221,32 @@ async def test_a_welcome_without_proof_is_nobodys(token: bytes, monkeypatch: pyt
             await hang_up(again, taken)
 
 
+@pytest.mark.parametrize("proven", [True, False])
+async def test_only_the_peer_answers(proven: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is held is there, which `reclaim` asks; who cannot prove it may be anybody, and keeps no operator from
+    that."""
+    async with met() as (_, _, here, there):
+        with here.membership(SESSION) as caller, there.membership(SESSION) as called:
+            await hang_up(here, there)
+            called.hold()
+            send_refused, refusals = p.ServerHandshake.send_refused, 0
+
+            def refuse(self: p.ServerHandshake, reason: str, code: str = "other", token: bytes = b"") -> bytes:
+                nonlocal refusals
+                refusals += 1
+                assert code == "held"
+                return send_refused(self, reason, code, token if proven else STRANGER.token)
+
+            monkeypatch.setattr(p.ServerHandshake, "send_refused", refuse)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(caller.next_link)
+                with trio.fail_after(10):
+                    while refusals < 3:  # noqa: ASYNC110  (a counter)
+                        await trio.sleep(0.01)
+                assert caller.answered.is_set() is proven
+                nursery.cancel_scope.cancel()
+
+
 def test_a_migration_is_never_gone_on_with_in_an_older_version() -> None:
     """The oldest sends the token itself: whoever answers with it at the peer's address would be given it."""
     client = p.ClientHandshake(p.Hello("control", "source", 0, SESSION.migration, 1), SESSION.token)
