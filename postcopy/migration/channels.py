@@ -768,6 +768,8 @@ class _ListeningMembership(Membership):
             return
         if self._over:
             raise self._endings.refusal(hello, version)
+        if self._ended is not None:  # nobody waits for it any more
+            raise Refusal(f"you have said that the migration has ended there: {self._ended}", Code.UNKNOWN, token)
         if self.is_held():
             raise Refusal(HELD, Code.HELD, token)
         now_s = trio.current_time()

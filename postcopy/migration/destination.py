@@ -299,9 +299,8 @@ class DestinationMigration(Engine[DestinationProtocol]):
             self.failure = MigrationError(f"the source is lost for good ({self.failure}), and the machine with it")
             log.error("%s", self.failure)
             return False
-        log.error(
-            "the source is lost for good (%s); the machine is kept until it is back, or this is ended", self.failure
-        )
+        until = "until this is ended" if self._protocol.peer_gone else "until it is back, or this is ended"
+        log.error("the source is lost for good (%s); the machine is kept %s", self.failure, until)
         return True
 
     async def _ended_elsewhere(self, error: EndedElsewhere) -> None:

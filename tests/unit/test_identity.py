@@ -255,6 +255,42 @@ def test_a_migration_is_never_gone_on_with_in_an_older_version() -> None:
         client.receive_data(p.MAGIC + b"\x02")
 
 
+async def test_who_has_said_that_it_is_over_is_not_welcome_again() -> None:
+    """Nobody waits for it any more: it is told so, and does not wait for nothing."""
+    async with met() as (desk, _, here, there):
+        with here.membership(SESSION) as caller, there.membership(SESSION) as called:
+            await hang_up(here, there)
+            await caller.announce(Ended.LOST)
+            with pytest.raises(EndedElsewhere):
+                await called.next_link()
+            accepted = desk.accepted
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(caller.next_link)
+                with trio.fail_after(10):
+                    await caller.answered.wait()
+                nursery.cancel_scope.cancel()
+            assert desk.accepted == accepted
+
+
+@pytest.mark.parametrize("message", [p.Reject("no room"), p.Abort("no more"), None])
+@pytest.mark.parametrize("handed", [True, False])
+def test_who_has_to_be_told(message: p.Message | None, handed: bool) -> None:
+    """A destination that has said no knows it, and so does one that was handed nothing."""
+    source = p.SourceProtocol()
+    source._state = p.State.OFFERED
+    if handed:
+        source._state = p.State.SWITCHOVER
+        source.send_switchover(b"", 1)
+        if isinstance(message, p.Reject):
+            return  # not any more
+    if message is not None:
+        source.receive_data(p.encode(message))
+        source.next_message()
+    source.connection_lost("gone")
+    assert source.state is p.State.ABORTED
+    assert source.untold == (handed and message is None)
+
+
 async def test_the_side_that_calls_can_say_that_it_has_ended() -> None:
     """To one that still believes in the old connection, to one that waits, and to one that has ended it too."""
     async with met() as (desk, _, here, there):
