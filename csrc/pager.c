@@ -20,7 +20,8 @@
  *              Taken back where the page could not be placed.
  *   known      the content is there, or is known to be zero. Never cleared. `missing` counts the pages without it.
  *   zero       known, and zero: nothing was placed. A fault on it is answered here with UFFDIO_ZEROPAGE.
- *   again      asked for on a channel that was lost, while no thread waits for it: to be asked for ahead. The fault thread's own
+ *   again      asked for in vain (on a channel that was lost), while no thread waits for it: to be asked for ahead. The fault
+ *              thread's own
  *
  * A fault sets `requested`, then looks at `known`; a placement sets `known`, then looks at `requested`. Both are
  * sequentially consistent, so at least one of the two sees the other, and no thread is forgotten. Whoever places a page that was
@@ -199,6 +200,7 @@ struct shard {
     struct range *ranges; /* MAX_RANGES of them; never moved, never used again */
     uint32_t range_count; /* published after the range */
     bool settle;          /* pages that threads wait for have become known, or free to be asked for */
+    bool in_vain;         /* set before `settle`: answers to requests may have been dropped */
     bool fill_again;      /* more missing pages may be asked for */
 
     /* The fault thread's own. */
@@ -580,8 +582,9 @@ static int place_word(struct pc_pager *pager, const struct channel *channel, con
     return error;
 }
 
-/* Gives back a claim: somebody else may bring what this thread could not place. Who waits for it meanwhile has not asked for it. */
-static void unclaim(struct pc_pager *pager, uint32_t index, uint64_t word, uint64_t pages)
+/* Gives back a claim: somebody else may bring what this thread could not place. Who waits for it meanwhile has not asked for it; or
+ * asked before, and when the content is not kept for another try, the answer may have been dropped for it. */
+static void unclaim(struct pc_pager *pager, const struct channel *channel, uint32_t index, uint64_t word, uint64_t pages, bool kept)
 {
     struct block *block = pager->blocks[index];
 
@@ -590,8 +593,11 @@ static void unclaim(struct pc_pager *pager, uint32_t index, uint64_t word, uint6
         uint64_t one = 1;
         struct shard *shard = find_shard(pager, block, lowest(word, wanted), &one);
 
-        if (shard)
-            have_settled(shard);
+        if (!shard)
+            continue;
+        if (!kept && shard != channel->own) /* its own channel ends by this: all of it is asked for again on the next one */
+            __atomic_store_n(&shard->in_vain, true, __ATOMIC_SEQ_CST);
+        have_settled(shard);
     }
 }
 
@@ -619,7 +625,7 @@ static int take_pages(struct pc_pager *pager, const struct channel *channel, con
         if (error) {
             uint64_t failed = lowest(word, mine);
 
-            unclaim(pager, frame->block, word, mine);
+            unclaim(pager, channel, frame->block, word, mine, error == -EAGAIN);
             mask &= (UINT64_C(1) << (failed % 64)) - 1; /* what is dealt with */
             progress->done = failed - frame->first_page;
             if (error != -EAGAIN) {
@@ -996,6 +1002,8 @@ static void send_unsent(struct shard *shard)
     }
 }
 
+static void ask_again(struct shard *shard);
+
 /* Lets go of those whose pages have become known by other threads, or could not be shown before; asks for what may be asked
  * for again. */
 static void settle_known(struct shard *shard)
@@ -1031,7 +1039,9 @@ static void settle_known(struct shard *shard)
     }
     if (shard->pending_count != before)
         publish_pending(shard);
-    if (unsent)
+    if (__atomic_exchange_n(&shard->in_vain, false, __ATOMIC_SEQ_CST))
+        ask_again(shard);
+    else if (unsent)
         send_unsent(shard);
 }
 
@@ -1548,13 +1558,9 @@ static void forget_requests(struct shard *shard)
 
 /* ---- the fault thread: its loop ----------------------------------------------------------------------------------- */
 
-/* A new channel: everything that was asked for and did not come is asked for again, what threads wait for first. */
-static void adopt_stream(struct shard *shard, const struct pc_stream *stream)
+/* Everything that was asked for and did not come is asked for again, what threads wait for first. */
+static void ask_again(struct shard *shard)
 {
-    if (shard->stream.fd >= 0)
-        close_stream(shard, 0, NULL);
-    shard->stream = *stream;
-    shard->channel.error_told = false;
     forget_requests(shard);
     for (size_t i = 0; i < shard->pending_count; i++) {
         struct pending *fault = &shard->pending[i];
@@ -1563,6 +1569,15 @@ static void adopt_stream(struct shard *shard, const struct pc_stream *stream)
         fault->unsent = true;
     }
     send_unsent(shard);
+}
+
+static void adopt_stream(struct shard *shard, const struct pc_stream *stream)
+{
+    if (shard->stream.fd >= 0)
+        close_stream(shard, 0, NULL);
+    shard->stream = *stream;
+    shard->channel.error_told = false;
+    ask_again(shard);
     shard->fill_under_way = 0;
     fill_from_here(shard);
 }
@@ -1688,8 +1703,8 @@ static void *fault_thread(void *argument)
         }
         if (due || __atomic_load_n(&shard->settle, __ATOMIC_RELAXED))
             settle_known(shard);
-        /* take_orders may have put another stream there: what was polled no longer counts then. */
-        if (fds[2].revents && fds[2].events & POLLIN && fds[2].fd == shard->stream.fd && !fds[1].revents) {
+        /* take_orders may have put another stream there, even under the same number; then a read that finds nothing does no harm. */
+        if (fds[2].revents && fds[2].events & POLLIN && fds[2].fd == shard->stream.fd) {
             receive_bytes(shard);
             take_frames(shard);
         } else if ((shard->frames_left && !shard->read_at_ns) || (shard->stalled && due)) {

@@ -45,7 +45,7 @@ class PagerChild:
             raise OSError(-result, os.strerror(-result))
         self._pager: Any = pointer[0]
         self._error: Any = ffi.new("char[]", lib.PC_ERROR_BYTES)
-        self._keep: list[Any] = []
+        self.freed = False
         self.event_fd: int = lib.pc_pager_event_fd(self._pager)
         self.calls: dict[str, Callable[..., Any]] = {
             "add_block": self._add_block,
@@ -61,7 +61,7 @@ class PagerChild:
             "ping": lambda _: 0,
             "disconnect": lambda _: lib.pc_pager_disconnect(self._pager),
             "disarm": lambda _: lib.pc_pager_disarm(self._pager),
-            "free": lambda _: lib.pc_pager_free(self._pager),
+            "free": lambda _: self._free(),
         }
 
     def answer(self, message: bytes, fds: list[int]) -> bytes:
@@ -113,6 +113,11 @@ class PagerChild:
         result: int = lib.pc_pager_arm(self._pager, shard, block, first_page, pages, self._error, len(self._error))
         return result
 
+    def _free(self) -> int:
+        result: int = lib.pc_pager_free(self._pager)
+        self.freed = result >= 0
+        return result
+
 
 def main() -> None:
     link = socket.socket(fileno=int(sys.argv[1]))
@@ -138,6 +143,8 @@ def main() -> None:
             while outbox:
                 link.send(outbox[0])
                 outbox.popleft()
+        if child.freed:
+            break  # the answer is the last word; if it could not be sent, the end is the answer
         wanted = (select.POLLOUT if outbox else 0) | (select.POLLIN if len(outbox) < OUTBOX else 0)
         poll.modify(link, wanted)
         poll.modify(child.event_fd, 0 if outbox else select.POLLIN)

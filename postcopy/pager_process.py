@@ -107,6 +107,32 @@ class _Call:
         self.fds = ()
 
 
+class _Readable:
+    """A descriptor that several tasks wait for. Trio lets one do so, and a copy for each might be refused in the middle
+    of a migration, when there are no more descriptors."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._turn: trio.Event | None = None
+
+    async def wait(self) -> None:
+        """Until there may be something to read, or it was closed, or another task has given up waiting."""
+        if self._turn is not None:
+            await self._turn.wait()
+            return
+        turn = self._turn = trio.Event()
+        try:
+            with contextlib.suppress(trio.ClosedResourceError):
+                await trio.lowlevel.wait_readable(self._fd)
+        finally:
+            self._turn = None
+            turn.set()
+
+    def close(self) -> None:
+        """Before the descriptor is."""
+        trio.lowlevel.notify_closing(self._fd)
+
+
 class _Process:
     """One incarnation: the process and the socket to it. Nothing here waits but what is asynchronous."""
 
@@ -126,6 +152,8 @@ class _Process:
                 raise MigrationError(f"cannot start a process for the pager: {error.strerror}") from error
         link.setblocking(False)
         self._link = link
+        self._said = _Readable(link.fileno())
+        self._exited = _Readable(self._pidfd)
         self._unsent: deque[_Call] = deque()
         self._unanswered: deque[_Call] = deque()
         self._since = time.monotonic()  # when the oldest of these became so
@@ -239,10 +267,9 @@ class _Process:
 
     async def wait_message(self) -> None:
         """Until the process has said something, has died, or has been killed since it said nothing."""
-        with self._link.dup() as link:  # a descriptor of its own: several tasks may wait
-            # (Real time counts, not that of Trio's clock: it is another process that is waited for.)
-            with trio.move_on_after(PING_PERIOD_S if self.idle else max(0.0, self._remaining_s())) as scope:
-                await trio.lowlevel.wait_readable(link)
+        # (Real time counts, not that of Trio's clock: it is another process that is waited for.)
+        with trio.move_on_after(PING_PERIOD_S if self.idle else max(0.0, self._remaining_s())) as scope:
+            await self._said.wait()
         self.pump()
         if scope.cancelled_caught and self.idle and not self.dead:
             self.post(_Call("asking the pager's process whether it lives", "ping", (), ()))
@@ -284,12 +311,8 @@ class _Process:
         while not self.ended and time.monotonic() < deadline:
             if ready.poll(0):
                 continue
-            pidfd = os.dup(self._pidfd)
-            try:
-                with trio.move_on_after(deadline - time.monotonic()):
-                    await trio.lowlevel.wait_readable(pidfd)
-            finally:
-                os.close(pidfd)
+            with trio.move_on_after(deadline - time.monotonic()):
+                await self._exited.wait()
         return self.ended
 
     def epitaph(self) -> str:
@@ -307,7 +330,9 @@ class _Process:
         """Of one that was killed."""
         if not self._closed:
             self._closed = True
+            self._said.close()
             self._link.close()
+            self._exited.close()
             os.close(self._pidfd)
 
 
@@ -553,6 +578,8 @@ class ProcessPager:
                         with contextlib.suppress(PagerDied):
                             await self._do("ending the pager", "free")
                     else:
+                        # First, since less time passes until it is known not to answer to this.
+                        await self._do_reviving("asking the pager's process whether it lives", "ping")
                         await self._do_reviving("ending the pager", "free")
                 except (MigrationError, CoreError) as error:
                     raise BusyError(f"{error}; missing pages stay missing, their userfaultfds open") from error
@@ -623,7 +650,8 @@ class ProcessPager:
 
     async def _do(self, what: str, name: str) -> None:
         call = _Call(what, name, (), ())
-        call.timeout_s = END_TIMEOUT_S
+        if name == "free" and not self._disarmed:
+            call.timeout_s = END_TIMEOUT_S  # it may poison every missing page, one by one
         call.awaited = True
         process = self._process
         await process.finish(process.post(call))
@@ -653,17 +681,18 @@ class ProcessPager:
         while True:
             known = await self._settle()
             self._process = self._start()
+            # Before anything is waited for: who cancels that leaves a pager of which everything has been told.
+            self._told.clear()
+            if self._blocks and known == sum(block.memory.pages for block in self._blocks):
+                self._told.append(Event(EventType.COMPLETE, text="every page is here"))
+            replaced, self._replaced = self._replaced, trio.Event()
+            replaced.set()
             try:
                 self._set_up_again()
                 await self.confirm()
             except PagerDied:
                 continue  # counted when it is settled
             break
-        self._told.clear()
-        if self._blocks and known == sum(block.memory.pages for block in self._blocks):
-            self._told.append(Event(EventType.COMPLETE, text="every page is here"))
-        replaced, self._replaced = self._replaced, trio.Event()
-        replaced.set()
 
     async def _settle(self) -> int:
         """Ends a process for good, and with it every page that it had under way. How many pages are there."""

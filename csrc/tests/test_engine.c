@@ -39,7 +39,6 @@ static void demand_of(int kind, uint32_t busy_poll_us)
     open_server(&rig, 0);
     arm_all(&rig, busy_poll_us);
     connect_urgent(&rig, 0, NULL);
-    CHECK_EQ(pc_pageserver_start(rig.server), 0);
     for (int t = 0; t < 4; t++) {
         size_t count = shuffled(&rig, -1, visits) * 2 / 5;
 
@@ -47,6 +46,8 @@ static void demand_of(int kind, uint32_t busy_poll_us)
             pc_bitmap_set_range(words, visits[i].page, 1);
         start_toucher(&touchers[t], &rig, t, visits, count);
     }
+    wait_pending(&rig, 4); /* or one of them might begin when others have had all its pages brought, and never wait */
+    CHECK_EQ(pc_pageserver_start(rig.server), 0);
     for (uint64_t page = 0; page < rig.pages[0]; page++)
         if (words[page / 64] >> (page % 64) & 1) {
             distinct++;

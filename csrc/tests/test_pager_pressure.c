@@ -103,6 +103,7 @@ static void errors_are_told_once(void)
     fd = script_urgent(&rig, 0);
     bulk_fd = script_bulk(&rig, 0);
     serve_page(&rig, fd, 0, 0);
+    CHECK(is_page(0, 0, rig.page_bytes, dest_page(&rig, 0, 0)));
     for (int i = 0; i < 100; i++)
         CHECK(send_frame(fd, frame, "no", 2) && send_frame(bulk_fd, frame, "no", 2));
     serve_page(&rig, fd, 0, 1);
@@ -116,11 +117,11 @@ static void errors_are_told_once(void)
         if (i % 10 == 0)
             collect(&rig.from_pager); /* read at once or not: it is not told again */
     }
-    serve_all(&rig, fd);
     EXPECT_EVENT(&rig.from_pager, PC_EVENT_FATAL, PC_CHANNEL_URGENT, 0, &event);
     CHECK_EQ(event.error, EIO);
     CHECK(strstr(event.text, "cannot serve page") != NULL);
-    EXPECT_EVENT(&rig.from_pager, PC_EVENT_FATAL, PC_CHANNEL_BULK, 0, NULL);
+    EXPECT_EVENT(&rig.from_pager, PC_EVENT_FATAL, PC_CHANNEL_BULK, 0, NULL); /* before all pages are here */
+    serve_all(&rig, fd);
     EXPECT_NO_EVENT(&rig.from_pager, PC_EVENT_FATAL);
     close(fd);
     close(bulk_fd);
@@ -332,6 +333,45 @@ static void asked_for_when_a_push_fails(void)
     close_rig(&rig);
 }
 
+/* The answer came while a bulk thread had the page, and was dropped; then the page could not be placed. It is asked for again. */
+static void asked_for_again_when_the_answer_was_dropped(void)
+{
+    const uint64_t pages[] = {64};
+    struct toucher touchers[2];
+    struct pc_frame frame;
+    struct rig rig;
+    int fd, bulk_fd;
+
+    open_pager(&rig, PC_MEMORY_MEMFD, 1, pages);
+    arm_all(&rig, 0);
+    fd = script_urgent(&rig, 0);
+    bulk_fd = script_bulk(&rig, 0);
+    touch_one(&touchers[0], &rig, 0, 0);
+    touch_one(&touchers[1], &rig, 0, 0);
+    CHECK(receive_frame(fd, &frame));
+    wait_pending(&rig, 2);
+    atomic_store(&hold, true);
+    atomic_store(&copy_error, ENOMEM);
+    serve_page(&rig, bulk_fd, 0, 0);
+    until_at_least(&held, 1);
+    serve_page(&rig, fd, 0, 0);
+    while (pager_stats(&rig).duplicate_pages < 1)
+        (void)nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
+    CHECK(!speaks(fd, SERVED_MS));
+    atomic_store(&hold, false);
+    CHECK(receive_frame(fd, &frame));
+    CHECK_EQ(frame.first_page, 0);
+    CHECK(!speaks(fd, SERVED_MS)); /* once */
+    atomic_store(&copy_error, 0);
+    serve_page(&rig, fd, 0, 0);
+    join_toucher(&touchers[0]);
+    join_toucher(&touchers[1]);
+    serve_all(&rig, fd);
+    close(fd);
+    close(bulk_fd);
+    close_rig(&rig);
+}
+
 /* Zeros for which there is no memory are shown later; meanwhile the thread waits rather than faulting again and again. */
 static void no_memory_for_zeros(int error)
 {
@@ -513,6 +553,7 @@ int main(int argc, char **argv)
     RUN_CASE(no_memory_for_a_push);
     RUN_CASE(no_range_for_a_push);
     RUN_CASE(asked_for_when_a_push_fails);
+    RUN_CASE(asked_for_again_when_the_answer_was_dropped);
     RUN_CASE(no_memory_for_zeros_now);
     RUN_CASE(zeros_are_refused_for_now);
     RUN_CASE(what_cannot_heal_is_fatal);

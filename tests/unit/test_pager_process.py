@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 import trio
 
 from postcopy import pager_process
+from postcopy._blocking import END_TIMEOUT_S
 from postcopy._errors import MigrationError, PostcopyError
 from postcopy._events import ChannelKind, EventType
 from postcopy.bitmap import Bitmap
@@ -111,6 +114,82 @@ async def _idle() -> None:
 
 def idle() -> None:
     trio.run(_idle)
+
+
+async def _disconnected() -> None:
+    """One that freezes just before its channels are to be closed holds that up no longer than any other call."""
+    pager_process.CALL_TIMEOUT_S = 0.5
+    with Memory.create("memfd", 300 * PAGE) as memory:
+        for end in ("disconnect", "disarm", "close"):
+            pager = await armed(memory)
+            if end == "disarm":
+                pager.set_zero(0, Bitmap.full(300))
+                await pager.confirm()
+            os.kill(pager.pid, signal.SIGSTOP)
+            began = time.monotonic()
+            await getattr(pager, end)()
+            assert time.monotonic() - began < END_TIMEOUT_S / 2
+            assert pager.deaths == 1
+            await pager.close()
+
+
+def disconnected() -> None:
+    trio.run(_disconnected)
+
+
+async def _overtaken() -> None:
+    """Who watches over a pager is called off while the next process starts: what that one has to tell is told."""
+    with Memory.create("memfd", 300 * PAGE) as memory:
+        pager = await armed(memory)
+        known = bytes(Bitmap.full(300))
+        os.pwrite(pager._blocks[0].states_fd, known + known, 4096)  # claimed and known, and it dies before it says so
+        killed = pager.pid
+        os.kill(killed, signal.SIGKILL)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pager.watch_over)
+            for _ in range(DEADLINE_S * 1000):
+                if pager.pid != killed:
+                    break
+                await trio.sleep(0.001)
+            nursery.cancel_scope.cancel()
+        event = pager.take_event()
+        assert event is not None
+        assert event.type is EventType.COMPLETE
+        await pager.disarm()
+        await pager.close()
+
+
+def overtaken() -> None:
+    trio.run(_overtaken)
+
+
+async def _no_descriptors() -> None:
+    """Once it is set up it needs no further descriptor: neither to be followed, nor to lose its channels."""
+    with Memory.create("memfd", 300 * PAGE) as memory:
+        pager = await armed(memory)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        unused = os.dup(0)
+        os.close(unused)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (unused, hard))
+        with pytest.raises(OSError, match="Too many open files"):
+            os.dup(0)
+        async with trio.open_nursery() as nursery:
+
+            async def follow() -> None:
+                async for event in pager.events():
+                    raise AssertionError(event)
+
+            nursery.start_soon(follow)
+            nursery.start_soon(pager.confirm)
+            await trio.sleep(pager_process.PING_PERIOD_S * 1.5)  # it is asked whether it lives
+            await pager.disconnect()
+            nursery.cancel_scope.cancel()
+        assert pager.deaths == 0
+        await pager.close()
+
+
+def no_descriptors() -> None:
+    trio.run(_no_descriptors)
 
 
 async def _unattached() -> None:
@@ -227,7 +306,9 @@ def elsewhere(where: str) -> None:
 
 
 @pytest.mark.needs("uffd")
-@pytest.mark.parametrize("function", [frozen, idle, unattached, full, closed, failing])
+@pytest.mark.parametrize(
+    "function", [frozen, idle, disconnected, overtaken, no_descriptors, unattached, full, closed, failing]
+)
 def test_it_is_in_nobodys_way(run_in_child: RunInChild, function: Callable[[], None]) -> None:
     result = run_in_child(function, deadline_s=DEADLINE_S)
     assert result.returncode == 0, f"{result.stdout}{result.stderr}"
