@@ -31,7 +31,6 @@ from postcopy._errors import ConfigurationError, MigrationError, PeerError, Post
 from postcopy._logs import about
 from postcopy.migration._session import (
     STEERABLE,
-    UNDECIDED,
     Control,
     FirstFailure,
     Interrupted,
@@ -116,8 +115,6 @@ class Engine(abc.ABC, Generic[P]):
         self._look_again = trio.Event()
         self._lost_ns = 0
         self._probing = False  # source: the peer is looked for once more although nothing may come of it
-        self._decisive = False  # what the peer believes may depend on how it ends here
-        self._untold = False  # it may not have heard that
 
     # ---- looking at it
 
@@ -261,8 +258,6 @@ class Engine(abc.ABC, Generic[P]):
             await scope.run(main, control.run, interruption, cancellation, self._replaced, *self._watchers(control))
             ended = True
         finally:
-            self._decisive |= self._protocol.state not in UNDECIDED or self._protocol.state is State.HANDED
-            self._untold = self._decisive and self._protocol.state is not State.COMPLETED
             if self._protocol.state is not State.COMPLETED:
                 where = "interrupted" if ended else "ended"
                 self.failure = scope.failure or Interrupted(f"{where} at the {self.SIDE}")
@@ -386,7 +381,6 @@ class Engine(abc.ABC, Generic[P]):
                 await first_of(*waits)
             except EndedElsewhere as error:
                 self._gone_for = error.how
-                self._untold = False
                 self.failure = error
                 await self._ended_elsewhere(error)
                 self._change()
@@ -455,7 +449,7 @@ class Engine(abc.ABC, Generic[P]):
         """Tells the peer how the migration has ended here, where that may not know it and would not come and ask: on
         the side that connects. For a minute at most (less if less is the time that a lost peer is looked for), or until
         it has heard it. After `run`; the machine is not needed for it. Cancellable."""
-        if self._membership is None or not self._calls or not self._untold:
+        if self._membership is None or not self._calls or not self._protocol.untold:
             return
         with about(self), trio.move_on_after(min(ANNOUNCE_FOR_S, self._patience.seconds)):
             await self._membership.announce(self._protocol.ending)

@@ -25,7 +25,6 @@ import trio
 from postcopy._blocking import run_sync
 from postcopy._errors import MigrationError, PeerError, PostcopyError, ProtocolError
 from postcopy.bitmap import Bitmap
-from postcopy.migration.channels import Membership
 from postcopy.migration.protocol import (
     Abort,
     DestinationProtocol,
@@ -48,6 +47,8 @@ RECOVER_UNOWNED_S = 60.0
 """How long somebody is waited for on whom nothing depends: the destination of an image, which can begin anew."""
 STEP_TIMEOUT_S = 30.0
 """How long a peer may take for one step of the set-up."""
+SEND_BYTES = 256 * 1024
+"""The peer has `STEP_TIMEOUT_S` for so much of a message: a slow network is not taken for a peer that hangs."""
 MESSAGES_PER_S = 2000
 """More than a peer has to say: who sends more has to wait."""
 LAST_WORDS_S = 0.5
@@ -119,15 +120,22 @@ class Control(Generic[P]):
         self._torn = False  # a message was sent in part: nothing that follows would be understood
 
     async def send(self, data: bytes) -> None:
-        """`PeerError` when the connection is broken. One that is cancelled may leave a part of the message behind: this
-        connection can then only be closed."""
+        """`PeerError` when the connection is broken, or the peer takes nothing: signs of life are not enough while a
+        machine is paused for it. One that is cancelled may leave a part of the message behind: this connection can then
+        only be closed."""
         async with self._sending:
             if self._torn:
-                raise PeerError("the control connection is broken: a message was sent in part")
+                raise PeerError(self.protocol.reason or "the control connection is broken: a message was sent in part")
             await trio.lowlevel.checkpoint_if_cancelled()  # here, where nothing is torn by it
             self._torn = True
             try:
-                await self._stream.send_all(data)
+                for at in range(0, len(data), SEND_BYTES):
+                    with trio.fail_after(STEP_TIMEOUT_S):
+                        await self._stream.send_all(data[at : at + SEND_BYTES])
+            except trio.TooSlowError:
+                slow = PeerError(f"{self._peer} has taken nothing of a message within {STEP_TIMEOUT_S:g} s")
+                self.protocol.connection_lost(str(slow))  # so that the receiver ends too, at the next sign of life
+                raise slow from None
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise self._lost(error) from error
             self._torn = False
@@ -190,7 +198,7 @@ class Control(Generic[P]):
                     protocol.connection_lost(str(lost))
                     raise lost from error
             if scope.cancelled_caught:
-                protocol.connection_lost(f"no sign of life from the peer for {self._silence_s:g} s")
+                protocol.connection_lost(f"no sign of life from {self._peer} for {self._silence_s:g} s")
             elif data:
                 protocol.receive_data(bytes(data))
             else:
@@ -256,8 +264,9 @@ class Control(Generic[P]):
         cause = error.__cause__
         reason = cause.strerror if isinstance(cause, OSError) else None
         if isinstance(error, trio.ClosedResourceError) or (isinstance(cause, OSError) and cause.errno not in _NETWORK):
-            return MigrationError(f"this host has lost its control connection: {reason or 'it was closed here'}")
-        return PeerError(f"the control connection broke{f' ({reason})' if reason else ''}")
+            where = f"the control connection with {self._peer}"
+            return MigrationError(f"this host has lost {where}: {reason or 'it was closed here'}")
+        return PeerError(f"the control connection with {self._peer} broke{f' ({reason})' if reason else ''}")
 
 
 class MapCollector:
@@ -374,15 +383,6 @@ STEERABLE = frozenset({State.COMMITTED, State.POSTCOPY, State.PAUSED, State.IN_D
 """States in which a connection may be given up without giving up the migration."""
 
 
-def steered(membership: Membership | None, state: State) -> Membership:
-    """The membership of a migration that can be held and let go. `MigrationError` where it cannot be."""
-    if membership is None or state not in STEERABLE:
-        raise MigrationError(
-            "only a migration past its point of no return, and not at its end, can lose its connection"
-        )
-    return membership
-
-
 class FirstFailure:
     """Runs tasks until one says `done` or fails; `failure` is then the first error."""
 
@@ -439,12 +439,6 @@ def _leaves(error: Exception) -> Iterator[Exception]:
             yield from _leaves(each)
     else:
         yield error
-
-
-def first_error(group: BaseExceptionGroup[PostcopyError]) -> PostcopyError:
-    """The first error in a group of nothing but such errors."""
-    first = group.exceptions[0]
-    return first_error(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 def status_of(state: State, *, interrupted: bool = False, connecting: bool = False, hopeless: bool = False) -> str:

@@ -44,6 +44,7 @@ import logging
 import math
 import os
 import random
+import select
 import socket
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -66,6 +67,7 @@ from postcopy.migration.protocol import (
     RefusedError,
     Reject,
     ServerHandshake,
+    decode,
     encode,
     one_line,
 )
@@ -76,6 +78,7 @@ OFFER_TIMEOUT_S = 10.0
 MAX_HALF_OPEN = 64
 MAX_WAITING = 16  # control connections that nobody has taken yet
 ACCEPT_PAUSE_S = 0.1
+EARLY_PAUSE_S = 0.05
 RECONNECT_FIRST_S, RECONNECT_CAP_S = 0.02, 0.2
 """Pauses between attempts to come back: doubled from the first to the cap, each cut at random to half or more, so that
 the first page after a short cut comes within a fraction of a second."""
@@ -83,6 +86,9 @@ RECONNECT_PATIENT_AFTER_S, RECONNECT_PATIENT_CAP_S = 60.0, 2.0
 """A network that has been away for so long is asked less often."""
 FREE_RETURNS = 8
 """How often a peer may come back without going on before the side that listens lets it in less often."""
+LASTING_S = 1.0
+"""A migration that goes on for less than this before it is lost again is not looked for at once every time: some
+failures (a page that cannot be sent) come back as soon as everything is there."""
 RECONNECT_ATTEMPT_S = 1.0
 """An attempt that is not answered is begun anew: the network may have come back just after the kernel asked."""
 SEE_OFF_BYTES = 64 * 1024
@@ -393,10 +399,15 @@ class Membership(abc.ABC):
         self.answered = trio.Event()  # set when the peer is there, and only does not take us back now; may be replaced
         self._held = False
         self._changed = trio.Event()
+        self._went_on_s = -math.inf
+        self._lost_at_once = False  # the last connection over which it went on
 
-    def went_on(self) -> None:  # noqa: B027  (there may be nothing to do)
+    def went_on(self) -> None:
         """The migration goes on over the connection that `next_link` gave: the next loss is a new one, and is not made
-        to wait for what failed before. To be said when a recovery has succeeded."""
+        to wait for what failed before; but for a little, where what went on before this did not last either. To be said
+        when a recovery has succeeded."""
+        now_s = trio.current_time()
+        self._lost_at_once, self._went_on_s = now_s - self._went_on_s < LASTING_S, now_s
 
     def ended(self, how: Ended) -> None:  # noqa: B027  (only who is asked has to remember it)
         """The migration is over here: whoever comes back for it from now on is told how, and not let in. To be said
@@ -531,12 +542,16 @@ class _CallingMembership(Membership):
         self._side = side
         self._session = session
         self._version = version
-        self.went_on()
-
-    def went_on(self) -> None:
         self._pause_s = 0.0  # before the next attempt
         self._lost_s = math.inf  # when the search began
         self._spare = Sparing()
+
+    def went_on(self) -> None:
+        super().went_on()
+        self._pause_s = min(self._pause_s, RECONNECT_CAP_S) if self._lost_at_once else 0.0
+        self._lost_s = math.inf
+        if not self._lost_at_once:
+            self._spare = Sparing()
 
     def let_go(self) -> None:
         super().let_go()
@@ -573,8 +588,7 @@ class _CallingMembership(Membership):
         now_s = trio.current_time()
         self._lost_s = min(self._lost_s, now_s)
         if self._pause_s and await self._route.pause(self._pause_s * random.uniform(0.5, 1)):
-            self.went_on()
-            self._lost_s = trio.current_time()
+            self._pause_s, self._lost_s, self._spare = 0.0, trio.current_time(), Sparing()
         while self.is_held():
             await self._changed.wait()
 
@@ -593,7 +607,7 @@ class _CallingMembership(Membership):
             if isinstance(error, RefusedError) and error.ended is not None:
                 raise EndedElsewhere(error.ended, str(error)) from error
             # Anybody may answer there: whatever else is said decides nothing.
-            if isinstance(error, RefusedError) and error.code in (Code.HELD, Code.TOO_OFTEN, Code.STALE_EPOCH):
+            if isinstance(error, RefusedError) and error.proven:
                 self.answered.set()
             if self._spare.due():
                 answered = isinstance(error, RefusedError) and error.reason != HELD
@@ -730,7 +744,10 @@ class _ListeningMembership(Membership):
         self._next_s = -math.inf  # from when on it may come again
 
     def went_on(self) -> None:
-        self._returns, self._next_s = 0, -math.inf
+        super().went_on()
+        # (a little less patient than the side that calls, which has such a pause too)
+        self._returns = min(self._returns, FREE_RETURNS + 3) if self._lost_at_once else 0
+        self._next_s = -math.inf
 
     def ended(self, how: Ended) -> None:
         self._endings.remember(self.session, how)
@@ -743,18 +760,21 @@ class _ListeningMembership(Membership):
     def reserve(self, hello: Hello, version: int) -> None:
         """`Refusal` unless the peer may come back with this. From here on its epoch is used up."""
         _check_token(self.session, self._version, hello, version)
+        token = self.session.token  # which it knows, so that it is told with a proof who refuses
         if hello.epoch <= self.session.epoch:
-            raise Refusal(f"stale epoch {hello.epoch}, this is {self.session.epoch}", Code.STALE_EPOCH)
+            raise Refusal(f"stale epoch {hello.epoch}, this is {self.session.epoch}", Code.STALE_EPOCH, token)
         if hello.ended:
             self.session = replace(self.session, epoch=hello.epoch)
             return
         if self._over:
             raise self._endings.refusal(hello, version)
+        if self._ended is not None:  # nobody waits for it any more
+            raise Refusal(f"you have said that the migration has ended there: {self._ended}", Code.UNKNOWN, token)
         if self.is_held():
-            raise Refusal(HELD, Code.HELD)
+            raise Refusal(HELD, Code.HELD, token)
         now_s = trio.current_time()
         if now_s < self._next_s:
-            raise Refusal("came back too often without going on", Code.TOO_OFTEN)
+            raise Refusal("came back too often without going on", Code.TOO_OFTEN, token)
         self._returns += 1
         if self._returns > FREE_RETURNS:
             pause_s = RECONNECT_FIRST_S * 2 ** min(self._returns - FREE_RETURNS, 20)
@@ -848,6 +868,10 @@ class Reception:
         self.doors: dict[bytes, _ListeningDoor] = {}
         self.members: dict[bytes, _ListeningMembership] = {}
         self.accepted = self.refused = self.strangers = 0
+        # Where it listens, or has: with port 0 the port that the system chose.
+        self.addresses = [
+            Address(str(name[0]), int(name[1])) for name in (one.socket.getsockname() for one in listeners)
+        ]
         self._side = side
         self._listeners = listeners
         self._vacancy = vacancy
@@ -878,12 +902,6 @@ class Reception:
             reason = os.strerror(number) if number else str(error)
             raise ResourceError(f"cannot listen on {address}: {one_line(reason, 200)}", remedy) from error
         return cls(side, listeners, vacancy, endings)
-
-    @property
-    def addresses(self) -> list[Address]:
-        """Where it listens; with port 0 the port that the system chose."""
-        names = [listener.socket.getsockname() for listener in self._listeners]
-        return [Address(str(name[0]), int(name[1])) for name in names]
 
     async def next_link(self) -> Link:
         """The next control connection, the caller's from then on."""
@@ -1032,7 +1050,7 @@ class Reception:
         else:
             await stream.send_all(handshake.send_welcome())
             scope.deadline = trio.current_time() + OFFER_TIMEOUT_S
-            await _until_offered(stream)
+            await _until_offered(stream, handshake.version)
             link = _ListeningLink(stream, self, handshake.version)
             if reason := find_place():  # somebody was faster
                 self.refused += 1
@@ -1063,8 +1081,9 @@ class Reception:
         return True
 
 
-async def _until_offered(stream: trio.SocketStream) -> None:
-    """Until a source has said all of its first message, without taking a byte of it. `PeerError` when it hangs up."""
+async def _until_offered(stream: trio.SocketStream, version: int) -> None:
+    """Until a source has said all of its offer, without taking a byte of it. `PeerError` when it hangs up, or says
+    something else first: a sign of life takes no place either."""
     handle = stream.socket
     due = HEADER_BYTES
     try:
@@ -1077,10 +1096,25 @@ async def _until_offered(stream: trio.SocketStream) -> None:
             except OSError as error:
                 raise PeerError(f"the connection broke before anything was offered ({error.strerror})") from error
             if len(there) < due:
-                raise PeerError("hung up before anything was offered")
+                if _hung_up(handle):
+                    raise PeerError("hung up before anything was offered")
+                await trio.sleep(EARLY_PAUSE_S)  # the kernel is short of memory for sockets, and says so early
+                continue
             length = int.from_bytes(there[:4], "big")
-            if length > Offer.MAX_BYTES or due == HEADER_BYTES + length:
-                return  # too long is the protocol's business
+            if length > Offer.MAX_BYTES:
+                return  # which is the protocol's business
+            if due == HEADER_BYTES + length:
+                break
             due = HEADER_BYTES + length
     finally:
         handle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+    with contextlib.suppress(ProtocolError):  # as above
+        said = decode(there[HEADER_BYTES:], version)
+        if not isinstance(said, Offer):
+            raise PeerError(f"began with {said.TYPE}, not with an offer")
+
+
+def _hung_up(handle: trio.socket.SocketType) -> bool:
+    poll = select.poll()
+    poll.register(handle.fileno(), select.POLLRDHUP)
+    return bool(poll.poll(0))

@@ -275,6 +275,9 @@ class DestinationMigration(Engine[DestinationProtocol]):
                     self._all_here.set()
                 elif event.type is EventType.FATAL:
                     raise Hopeless(f"the pager cannot go on: {event.text}")
+            if self.state is State.PAUSED and not self.running_ns:  # lost in the very moment in which it became ours
+                assert self.machine is not None
+                await self._run_machine(self.machine)
             if self._all_here.is_set() and self.state is State.PAUSED:
                 await self._disarm(pager)
         finally:
@@ -296,9 +299,8 @@ class DestinationMigration(Engine[DestinationProtocol]):
             self.failure = MigrationError(f"the source is lost for good ({self.failure}), and the machine with it")
             log.error("%s", self.failure)
             return False
-        log.error(
-            "the source is lost for good (%s); the machine is kept until it is back, or this is ended", self.failure
-        )
+        until = "until this is ended" if self._protocol.peer_gone else "until it is back, or this is ended"
+        log.error("the source is lost for good (%s); the machine is kept %s", self.failure, until)
         return True
 
     async def _ended_elsewhere(self, error: EndedElsewhere) -> None:
@@ -415,15 +417,19 @@ class DestinationMigration(Engine[DestinationProtocol]):
 
     async def _start(self, control: Control[DestinationProtocol], machine: Machine) -> None:
         """The machine has been committed to us."""
+        await self._run_machine(machine)
+        await control.send(self._protocol.send_running(self._resume_ns))
+        self._change()
+
+    async def _run_machine(self, machine: Machine) -> None:
+        """Shielded: a machine that was committed to us runs, whatever else happens meanwhile. Where it cannot, no
+        connection would help."""
         self.committed_ns = now_ns()
         self._change()
-        # Shielded: a machine that was committed to us runs, whatever else happens meanwhile.
         with trio.CancelScope(shield=True):
             await machine.resume()
             await machine.claim_network()
             self.running_ns = await self._first_run(machine)
-        await control.send(self._protocol.send_running(self._resume_ns))
-        self._change()
 
     async def _finish(self, control: Control[DestinationProtocol], pager: AnyPager) -> None:
         """Gathers what is missing, and says so when nothing is."""
@@ -441,8 +447,8 @@ class DestinationMigration(Engine[DestinationProtocol]):
             self.completed_ns = self.completed_ns or now_ns()
             await pager.disarm()
             self._kept = True
-            if self._protocol.state is State.PAUSED:
-                self._protocol.every_page_is_here()
+        if self._protocol.state is State.PAUSED:
+            self._protocol.every_page_is_here()
 
     def _take_offer(self, offer: Offer) -> tuple[Machine, AnyPager]:
         layout = [BlockLayout(block.name, block.size_bytes, block.page_bytes) for block in offer.blocks]
@@ -604,12 +610,8 @@ class DestinationMigration(Engine[DestinationProtocol]):
             self._pager = None  # whoever looks meanwhile finds the last figures
             # Again after the pager, which has let go of whatever waited for a page; one that has ended does not mind.
             for what in (pager, machine) if self._kept else (machine, pager, machine):
-                if what is None:
-                    continue
-                try:
-                    await what.close()
-                except PostcopyError as error:
-                    log.error("%s", error)
+                if what is not None:
+                    await self._contained(what.close, fatal=False)
 
     def check_machine(self) -> None:
         """Looks once more whether the machine has found something wrong; sets `machine_failure`."""

@@ -944,6 +944,7 @@ class _ControlProtocol:
         self._machine_runs = False  # at the destination: `running` has been said, or `recover` with it
         self._decided = False  # `commit` has been sent, or heard
         self._no_way_back = False  # the peer has given up, or cannot be gone on with
+        self._untold = False
 
     @property
     def state(self) -> State:
@@ -1007,6 +1008,8 @@ class _ControlProtocol:
             message = self._buffer.take(self._RECEIVES.get(self._state, {}).keys() | _ANY_STATE)
             if message is not None:
                 self._move(message, self._RECEIVES, "received")
+                if isinstance(message, Abort | Reject | Complete | CompleteAck):
+                    self._untold = False
                 if isinstance(message, Abort | Reject):
                     self._reason = (
                         f"{self._peer()} {'aborted' if isinstance(message, Abort) else 'declined'}: {message.reason}"
@@ -1053,7 +1056,7 @@ class _ControlProtocol:
         if self._state not in _LOST:
             raise ProtocolError(f"nothing to end in state {self._state.value}")
         self._state = self._after_peer(how)
-        self._in_doubt = False
+        self._in_doubt = self._untold = False
         self._no_way_back = True
         self._reason = f"{self._peer()} says that the migration has ended there: {how}"
         return self._state
@@ -1067,6 +1070,11 @@ class _ControlProtocol:
         self._no_way_back = True
         self._reason = one_line(reason)
         return self._state
+
+    @property
+    def untold(self) -> bool:
+        """Whether the peer may believe something else than `ending`, and wait for it, unless it is told."""
+        return self._untold
 
     @property
     def ending(self) -> Ended:
@@ -1120,6 +1128,8 @@ class _ControlProtocol:
                 after = State.POSTCOPY
         if isinstance(message, Commit):
             self._decided = True
+        if isinstance(message, Switchover):
+            self._untold = True  # it has been handed over, and may be prepared
         self._state = after
 
     def _check_bulk_channels(self, bulk_channels: int) -> None:
@@ -1155,6 +1165,7 @@ class SourceProtocol(_ControlProtocol):
         if self._state is not State.PAUSED:
             raise ProtocolError(f"nothing to reclaim in state {self._state.value}")
         self._state = State.RECLAIMED
+        self._untold = True
         self._reason = "taken back at the source"
         return self._state
 

@@ -289,11 +289,12 @@ class SourceMigration(Engine[SourceProtocol]):
         return self._watch_server, self._watch_machine, self._release
 
     def _give_up(self) -> bool:
+        until = "until this is ended" if self._protocol.peer_gone else "until it is back, or this is ended"
         log.log(
             logging.WARNING if self.machine.live else logging.INFO,
             "the destination is lost for good (%s); what it has not got is kept here%s",
             self.failure,
-            " until it is back, or this is ended" if self._hold else "",
+            f" {until}" if self._hold else "",
         )
         return self._hold
 
@@ -374,7 +375,6 @@ class SourceMigration(Engine[SourceProtocol]):
         self.check_reclaimable()
         lost = self.reclaim_loses()
         self._protocol.reclaim()
-        self._untold = True
         membership.ended(self._protocol.ending)
         self.failure = None
         log.warning("reclaimed: %s", lost)

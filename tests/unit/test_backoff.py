@@ -65,12 +65,27 @@ async def test_connecting_is_no_success(autojump_clock: MockClock) -> None:
 
 async def test_recoveries_that_succeed_are_at_once(autojump_clock: MockClock) -> None:
     async with members() as (_, caller, called):
-        began_s = trio.current_time()
         for _ in range(50):
+            began_s = trio.current_time()
             await meet(caller, called)
+            assert trio.current_time() - began_s < 0.01
             for member in (caller, called):
                 member.went_on()
-        assert trio.current_time() - began_s < 0.1
+            await trio.sleep(c.LASTING_S)
+
+
+async def test_recoveries_that_do_not_last(autojump_clock: MockClock) -> None:
+    """All is there again, and lost again at once, every time: a few times a second, and within a fraction of one."""
+    async with members() as (_, caller, called):
+        times_s = []
+        for _ in range(50):
+            await meet(caller, called)
+            times_s.append(trio.current_time())
+            for member in (caller, called):
+                member.went_on()
+        pauses_s = [later - earlier for earlier, later in pairwise(times_s)]
+        assert pauses_s[0] < 0.05
+        assert all(c.RECONNECT_CAP_S / 2 <= pause_s < 2 * c.RECONNECT_CAP_S for pause_s in pauses_s[6:])
 
 
 async def test_the_operator_does_not_wait(autojump_clock: MockClock) -> None:

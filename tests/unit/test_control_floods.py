@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import pytest
 import trio
-from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
+from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wait_all_tasks_blocked
 
 from postcopy._errors import PeerError
 from postcopy.migration import protocol as p
-from postcopy.migration._session import MESSAGES_PER_S, Control
-from postcopy.migration.protocol import DestinationProtocol, State
+from postcopy.migration._session import MESSAGES_PER_S, SEND_BYTES, STEP_TIMEOUT_S, Control
+from postcopy.migration.protocol import DestinationProtocol, SourceProtocol, State
 
 
 def control(state: State) -> tuple[Control[DestinationProtocol], trio.abc.SendStream]:
@@ -22,7 +23,7 @@ def control(state: State) -> tuple[Control[DestinationProtocol], trio.abc.SendSt
     return Control(here, protocol), there
 
 
-async def run_until_lost(side: Control[DestinationProtocol]) -> None:
+async def run_until_lost(side: Control[Any]) -> None:
     with pytest.raises(PeerError):
         await side.run()
 
@@ -73,3 +74,37 @@ async def test_maps_that_nobody_takes() -> None:
         nursery.cancel_scope.cancel()
     await here.aclose()
     await there.aclose()
+
+
+async def test_a_peer_that_lives_and_takes_nothing(autojump_clock: MockClock) -> None:
+    """A machine may be paused while its state is sent: it does not wait for ever for a peer that only gives signs of
+    life. One that takes a little in time is waited for, however long all of it takes."""
+    here, there = lockstep_stream_pair()
+    protocol = SourceProtocol()
+    protocol._state = State.SWITCHOVER
+    side = Control(here, protocol)
+    data = bytes(4 * SEND_BYTES)
+
+    async def pings() -> None:
+        while True:
+            await trio.sleep(1)
+            await there.send_all(p.encode(p.Ping(1)))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run_until_lost, side)
+        nursery.start_soon(pings)
+        async with trio.open_nursery() as sending:
+            sending.start_soon(side.send, data)
+            taken = 0
+            while taken < len(data):
+                got = await there.receive_some(SEND_BYTES)
+                taken += len(got)
+                if len(got) > 100:  # (no ping)
+                    await trio.sleep(STEP_TIMEOUT_S * 0.8)
+        began_s = trio.current_time()
+        with pytest.raises(PeerError, match="the destination has taken nothing of a message within 30 s"):
+            await side.send(data)
+        assert trio.current_time() - began_s < 2 * STEP_TIMEOUT_S + 1
+        while protocol.state is not State.ABORTED:  # noqa: ASYNC110  (no event tells)
+            await trio.sleep(0.1)
+        nursery.cancel_scope.cancel()

@@ -31,7 +31,7 @@ h: Any = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = h
 _spec.loader.exec_module(h)
 
-HEARTBEAT_S = 0.1
+HEARTBEAT_S = 1.0  # three of them are silence, which a busy host must not be taken for
 
 
 class Hosts:

@@ -221,12 +221,74 @@ async def test_a_welcome_without_proof_is_nobodys(token: bytes, monkeypatch: pyt
             await hang_up(again, taken)
 
 
+@pytest.mark.parametrize("proven", [True, False])
+async def test_only_the_peer_answers(proven: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is held is there, which `reclaim` asks; who cannot prove it may be anybody, and keeps no operator from
+    that."""
+    async with met() as (_, _, here, there):
+        with here.membership(SESSION) as caller, there.membership(SESSION) as called:
+            await hang_up(here, there)
+            called.hold()
+            send_refused, refusals = p.ServerHandshake.send_refused, 0
+
+            def refuse(self: p.ServerHandshake, reason: str, code: str = "other", token: bytes = b"") -> bytes:
+                nonlocal refusals
+                refusals += 1
+                assert code == "held"
+                return send_refused(self, reason, code, token if proven else STRANGER.token)
+
+            monkeypatch.setattr(p.ServerHandshake, "send_refused", refuse)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(caller.next_link)
+                with trio.fail_after(10):
+                    while refusals < 3:  # noqa: ASYNC110  (a counter)
+                        await trio.sleep(0.01)
+                assert caller.answered.is_set() is proven
+                nursery.cancel_scope.cancel()
+
+
 def test_a_migration_is_never_gone_on_with_in_an_older_version() -> None:
     """The oldest sends the token itself: whoever answers with it at the peer's address would be given it."""
     client = p.ClientHandshake(p.Hello("control", "source", 0, SESSION.migration, 1), SESSION.token)
     assert SESSION.token not in client.send_hello()
     with pytest.raises(ProtocolError, match="version 2"):
         client.receive_data(p.MAGIC + b"\x02")
+
+
+async def test_who_has_said_that_it_is_over_is_not_welcome_again() -> None:
+    """Nobody waits for it any more: it is told so, and does not wait for nothing."""
+    async with met() as (desk, _, here, there):
+        with here.membership(SESSION) as caller, there.membership(SESSION) as called:
+            await hang_up(here, there)
+            await caller.announce(Ended.LOST)
+            with pytest.raises(EndedElsewhere):
+                await called.next_link()
+            accepted = desk.accepted
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(caller.next_link)
+                with trio.fail_after(10):
+                    await caller.answered.wait()
+                nursery.cancel_scope.cancel()
+            assert desk.accepted == accepted
+
+
+@pytest.mark.parametrize("message", [p.Reject("no room"), p.Abort("no more"), None])
+@pytest.mark.parametrize("handed", [True, False])
+def test_who_has_to_be_told(message: p.Message | None, handed: bool) -> None:
+    """A destination that has said no knows it, and so does one that was handed nothing."""
+    source = p.SourceProtocol()
+    source._state = p.State.OFFERED
+    if handed:
+        source._state = p.State.SWITCHOVER
+        source.send_switchover(b"", 1)
+        if isinstance(message, p.Reject):
+            return  # not any more
+    if message is not None:
+        source.receive_data(p.encode(message))
+        source.next_message()
+    source.connection_lost("gone")
+    assert source.state is p.State.ABORTED
+    assert source.untold == (handed and message is None)
 
 
 async def test_the_side_that_calls_can_say_that_it_has_ended() -> None:

@@ -158,3 +158,43 @@ async def test_a_mistake_of_ours_ends_one_greeting(caplog: pytest.LogCaptureFixt
         assert "KeyError: 'a mistake'" in caplog.text
         broken = False
         await trio.aclose_forcefully(await hello(desk))
+
+
+async def test_a_sign_of_life_is_no_offer() -> None:
+    """Whoever is welcome and only pings takes no place either."""
+    async with destination(one_place) as desk:
+        alive = await hello(desk)
+        await alive.send_all(p.encode(p.Ping(1)) + p.encode(OFFER))
+        with contextlib.suppress(trio.BrokenResourceError):
+            assert await alive.receive_some() == b""
+        await nobody_comes(desk)
+        assert desk.strangers == 1
+        await alive.aclose()
+
+
+async def test_what_is_readable_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that is short of memory for sockets calls one readable that has a part of the offer."""
+
+    async def at_once(handle: object) -> None:
+        await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(trio.lowlevel, "wait_readable", at_once)
+    async with destination(one_place) as desk:
+        slow = await hello(desk)
+        for part in (p.encode(OFFER)[:3], p.encode(OFFER)[3:20]):
+            await slow.send_all(part)
+            await nobody_comes(desk)
+        await slow.send_all(p.encode(OFFER)[20:])
+        link = await desk.next_link()
+        assert await link.control.receive_some() == p.encode(OFFER)
+        assert desk.strangers == 0
+        for stream in (slow, link.control):
+            await trio.aclose_forcefully(stream)
+
+
+async def test_where_it_listened_is_known_at_its_end() -> None:
+    """Whoever looks at a process that ends meets listeners that are closed already."""
+    async with destination() as desk:
+        before = list(desk.addresses)
+        assert before[0].port
+    assert desk.addresses == before
