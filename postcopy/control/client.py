@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -118,8 +120,14 @@ class ControlClient:
 
 
 async def _connect(path: str) -> trio.SocketStream:
+    """Waits for a place in the queue, which connect(2) of a Unix socket does not: it fails with EAGAIN, and is neither
+    connected nor connecting then, as `trio.open_unix_socket` would take it to be."""
     while True:
-        try:
-            return await trio.open_unix_socket(path)
-        except BlockingIOError:  # unlike TCP, connect(2) does not wait for a place in the queue
-            await trio.sleep(BUSY_POLL_S)
+        with contextlib.ExitStack() as undo:
+            handle = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            handle.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                handle.connect(path)
+                undo.pop_all()
+                return trio.SocketStream(trio.socket.from_stdlib_socket(handle))
+        await trio.sleep(BUSY_POLL_S)

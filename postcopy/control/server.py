@@ -8,10 +8,11 @@ come unasked and wait for nobody: a client that leaves `QUEUE_LINES` or `QUEUE_B
 that takes a line in less than `WRITE_TIMEOUT_S`.
 
 **Places.** There are `MAX_CLIENTS`. When all are taken, a newcomer gets that of the client which has left something
-unread, or has asked nothing, for longest; only where there is no such one, that of the client which was alive longest
-ago. One that has been seen to read is given `BENEFIT_S` for what it has not read yet: it may just not have come to it.
-Everybody may connect who may do everything, so this is not about rights, but about clients that hang: the operator must
-always get in, and stay. For the same reason one descriptor is kept for the moment when the process has no more.
+unread for longest; where there is no such one, that of the client which has asked nothing for longest; and else that
+of the client which was alive longest ago. One that has been seen to read is given `BENEFIT_S` for what it has not read
+yet: it may just not have come to it. Everybody may connect who may do everything, so this is not about rights, but
+about clients that hang: the operator must always get in, and stay. For the same reason one descriptor is kept for the
+moment when the process has no more.
 
 **The socket.** Whoever may connect may do everything, so the socket is born with mode 0600: only this user, and root;
 it listens only when that has been seen. One that a dead process left behind is replaced, one that answers is not, and
@@ -226,11 +227,12 @@ class _Client:
         # Shielded: whatever ends the server, a line that was begun is finished, and the last words are said.
         self._writing = trio.CancelScope(shield=True)
 
-    def merit(self) -> tuple[bool, float]:
-        """The client with the smallest one is the first to be hung up on."""
+    def merit(self) -> tuple[int, float]:
+        """The client with the smallest one is the first to be hung up on: one that leaves something unread, then one
+        that has read all and asked nothing, then one that has asked."""
         if not self._reads():
-            return False, self._behind_since + BENEFIT_S * self._has_read
-        return self._has_asked, self._alive_at if self._has_asked else self._behind_since
+            return 0, self._behind_since + BENEFIT_S * self._has_read
+        return (2, self._alive_at) if self._has_asked else (1, self._behind_since)
 
     def _reads(self) -> bool:
         """Whether it has read all that it was told."""

@@ -401,8 +401,8 @@ async def test_a_mistake_of_whoever_looks_on(caplog: pytest.LogCaptureFixture) -
 async def test_no_threads_is_told_before_anything_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     from postcopy._blocking import Workers, no_thread
 
-    def refuse(count: int, name: str) -> Workers:
-        raise no_thread(name)
+    def refuse(count: int, name: str, what: str) -> Workers:
+        raise no_thread(what)
 
     pair = h.make_pair()
     monkeypatch.setattr(Workers, "open", refuse)
