@@ -86,7 +86,7 @@ RECONNECT_PATIENT_AFTER_S, RECONNECT_PATIENT_CAP_S = 60.0, 2.0
 """A network that has been away for so long is asked less often."""
 FREE_RETURNS = 8
 """How often a peer may come back without going on before the side that listens lets it in less often."""
-LASTING_S = 1.0
+LASTING_S = 0.05
 """A migration that goes on for less than this before it is lost again is not looked for at once every time: some
 failures (a page that cannot be sent) come back as soon as everything is there."""
 RECONNECT_ATTEMPT_S = 1.0
@@ -399,15 +399,18 @@ class Membership(abc.ABC):
         self.answered = trio.Event()  # set when the peer is there, and only does not take us back now; may be replaced
         self._held = False
         self._changed = trio.Event()
-        self._went_on_s = -math.inf
-        self._lost_at_once = False  # the last connection over which it went on
+        self._went_on_s = math.inf
 
     def went_on(self) -> None:
         """The migration goes on over the connection that `next_link` gave: the next loss is a new one, and is not made
-        to wait for what failed before; but for a little, where what went on before this did not last either. To be said
-        when a recovery has succeeded."""
-        now_s = trio.current_time()
-        self._lost_at_once, self._went_on_s = now_s - self._went_on_s < LASTING_S, now_s
+        to wait for what failed before; but for a little, where this does not last. To be said when a recovery has
+        succeeded."""
+        self._went_on_s = trio.current_time()
+
+    def _has_lasted(self) -> bool:
+        """At a loss: whether it had gone on for a while since this was asked before."""
+        went_on_s, self._went_on_s = self._went_on_s, math.inf
+        return trio.current_time() - went_on_s >= LASTING_S
 
     def ended(self, how: Ended) -> None:  # noqa: B027  (only who is asked has to remember it)
         """The migration is over here: whoever comes back for it from now on is told how, and not let in. To be said
@@ -548,16 +551,16 @@ class _CallingMembership(Membership):
 
     def went_on(self) -> None:
         super().went_on()
-        self._pause_s = min(self._pause_s, RECONNECT_CAP_S) if self._lost_at_once else 0.0
+        self._pause_s = min(self._pause_s, RECONNECT_CAP_S)
         self._lost_s = math.inf
-        if not self._lost_at_once:
-            self._spare = Sparing()
 
     def let_go(self) -> None:
         super().let_go()
         self._route.wake()
 
     async def next_link(self) -> tuple[Link, Session]:
+        if self._has_lasted():
+            self._pause_s, self._spare = 0.0, Sparing()
         self._route.refresh()
         while True:
             await self._pause()
@@ -746,7 +749,7 @@ class _ListeningMembership(Membership):
     def went_on(self) -> None:
         super().went_on()
         # (a little less patient than the side that calls, which has such a pause too)
-        self._returns = min(self._returns, FREE_RETURNS + 3) if self._lost_at_once else 0
+        self._returns = min(self._returns, FREE_RETURNS + 3)
         self._next_s = -math.inf
 
     def ended(self, how: Ended) -> None:
@@ -772,6 +775,8 @@ class _ListeningMembership(Membership):
             raise Refusal(f"you have said that the migration has ended there: {self._ended}", Code.UNKNOWN, token)
         if self.is_held():
             raise Refusal(HELD, Code.HELD, token)
+        if self._has_lasted():
+            self._returns = 0
         now_s = trio.current_time()
         if now_s < self._next_s:
             raise Refusal("came back too often without going on", Code.TOO_OFTEN, token)

@@ -61,6 +61,7 @@ async def test_connecting_is_no_success(autojump_clock: MockClock) -> None:
             assert all(c.RECONNECT_PATIENT_CAP_S / 2 <= pause_s < 4 * c.RECONNECT_PATIENT_CAP_S for pause_s in pauses_s)
             for member in (caller, called):
                 member.went_on()
+            await trio.sleep(2 * c.LASTING_S)
 
 
 async def test_recoveries_that_succeed_are_at_once(autojump_clock: MockClock) -> None:
@@ -71,7 +72,7 @@ async def test_recoveries_that_succeed_are_at_once(autojump_clock: MockClock) ->
             assert trio.current_time() - began_s < 0.01
             for member in (caller, called):
                 member.went_on()
-            await trio.sleep(c.LASTING_S)
+            await trio.sleep(2 * c.LASTING_S)
 
 
 async def test_recoveries_that_do_not_last(autojump_clock: MockClock) -> None:
