@@ -117,6 +117,8 @@ def test_without_the_profile_nothing_can_be_received(stage: Any) -> None:
     dest = stage.start("dest", *QUICK_DEST, seccomp=False)
     assert dest.address
     source = stage.start("source", *QUICK_SOURCE, seccomp=False)
+    dest.wait_for_errors("waiting for the next one")
+    stage.terminate("dest")
     status, _, errors = dest.end()
     assert status == 1
     assert "userfaultfd" in errors
