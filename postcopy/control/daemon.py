@@ -449,7 +449,8 @@ class Daemon(Desk):
         fields["total-ms"] = report.milliseconds(migration.total_ns)
         self._output.emit("migration-ended", fields)
         if migration.state is not State.COMPLETED:
-            self._output.say(f"{self.side}: {owned.name}: {migration.status}: {migration.failure}")
+            why = f": {migration.failure}" if migration.failure is not None else ""  # none: it was taken back
+            self._output.say(f"{self.side}: {owned.name}: {migration.status}{why}")
 
     # ---- what may be asked
 
