@@ -120,7 +120,7 @@ bench: setup ## measure fault latency, throughput and memory against their floor
 	$(BIN)/postcopy bench
 
 soak: setup ## migrate over a network that is cut several times a second, for SECONDS (600); every page is verified
-	$(BIN)/python -m postcopy.testing.soak --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m postcopy.testbed.soak --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED))
 
 wheel: setup ## build the abi3 wheel into dist/
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .

@@ -38,5 +38,5 @@ done
 "$postcopy" source --connect 127.0.0.1:7777 --machine "$machine" --memory 64MiB --vcpus 1 --workload echo \
 	--net tap:tap-a --net-address 10.9.0.2 --migrate-after 2 2>"$work/source.log" &
 sides="$sides $!"
-"$python" -m postcopy.testing.pinger 10.9.0.2 --interval 0.002 --seconds 5
+"$python" -m postcopy.testbed.pinger 10.9.0.2 --interval 0.002 --seconds 5
 wait $dest

@@ -2,7 +2,7 @@
 """Moves the memory of a running machine after the machine has moved.
 
 The parts can be used alone: `postcopy.memory` and `postcopy.uffd` for memory that is filled on demand,
-`postcopy.pager` and `postcopy.pageserver` for an engine that brings it over a network, `postcopy.migration` for a
+`postcopy.dataplane.pager` and `postcopy.dataplane.pageserver` for an engine that brings it over a network, `postcopy.migration` for a
 machine as a whole. `attach`, `serve` and `attach_source` (`postcopy.lazy`) are lazily mapped memory for Python.
 """
 
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ._native import ffi as _ffi
-from ._native import lib as _lib
+from postcopy._native import ffi as _ffi
+from postcopy._native import lib as _lib
 
 if TYPE_CHECKING:
-    from .lazy import LazyMemory, PageSource, SourceBlock, attach, attach_source, serve
-    from .memory import Memory
-    from .uffd import Userfaultfd
+    from postcopy.lazy import LazyMemory, PageSource, SourceBlock, attach, attach_source, serve
+    from postcopy.memory import Memory
+    from postcopy.uffd import Userfaultfd
 
 # From the core, which CMake tells it: reading the metadata of an installed package costs two megabytes.
 __version__ = _ffi.string(_lib.pc_version()).decode()

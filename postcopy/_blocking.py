@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 import outcome
 import trio
 
-from ._errors import MigrationError, ResourceError
+from postcopy.errors import MigrationError, ResourceError
 
 END_TIMEOUT_S = 30.0
 """How long ending C threads may take. They are woken through an eventfd and answer within milliseconds; a thread that

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._errors import check
-from ._native import ffi, lib
+from postcopy._native import ffi, lib
+from postcopy.errors import check
 
 
 class ErrorLine:

@@ -20,7 +20,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from ._errors import ConfigurationError
+from postcopy.errors import ConfigurationError
 
 _MAX_PATH_BYTES, _MAX_NAME_BYTES = 4095, 255  # PATH_MAX with its null, NAME_MAX
 _WHAT = {

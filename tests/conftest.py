@@ -38,12 +38,14 @@ KILL_TIMEOUT_S = 20.0
 
 
 # --- capabilities -----------------------------------------------------------------------------------------------------
-# Each returns None where the machine has it, else what is missing and the remedy; asked of `postcopy.probe`.
+# Each returns None where the machine has it, else what is missing and the remedy; asked of `postcopy.testbed.probe`.
 
 
 def _probed(name: str) -> Callable[[], str | None]:
     def ask() -> str | None:
-        from postcopy import probe  # not before it is asked for: the set-up's own tests run without the extension
+        from postcopy.testbed import (
+            probe,  # not before it is asked for: the set-up's own tests run without the extension
+        )
 
         return probe.find(name).complaint()
 

@@ -6,9 +6,9 @@ docs/lazy-memory.md is the guide. The names here are those of `postcopy` itself,
 
 from __future__ import annotations
 
-from ._attach import attach, attach_source
-from ._memory import LazyBlock, LazyMemory
-from ._serve import Server, serve
-from ._source import PageSource, SourceBlock
+from postcopy.lazy._attach import attach, attach_source
+from postcopy.lazy._memory import LazyBlock, LazyMemory
+from postcopy.lazy._serve import Server, serve
+from postcopy.lazy._source import PageSource, SourceBlock
 
 __all__ = ["LazyBlock", "LazyMemory", "PageSource", "Server", "SourceBlock", "attach", "attach_source", "serve"]

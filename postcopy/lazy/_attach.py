@@ -24,22 +24,21 @@ from typing import Any
 
 import trio
 
-from postcopy._errors import ConfigurationError, PeerError, PostcopyError
+from postcopy.dataplane.pager import EventType, Pager
+from postcopy.errors import ConfigurationError, PeerError, PostcopyError
+from postcopy.lazy._bridge import Bridge
+from postcopy.lazy._memory import LazyMemory
+from postcopy.lazy._source import PageSource, check_layout
+from postcopy.lazy._tasks import background_tasks
 from postcopy.machines import BlockLayout, Machine
 from postcopy.machines.base import CLOSE_TIMEOUT_S
 from postcopy.machines.image import ImageMachine
 from postcopy.memory import Memory, page_bytes_of
 from postcopy.migration._session import HEARTBEAT_S
-from postcopy.migration.channels import Address, CallingLink, parse_address
 from postcopy.migration.destination import DestinationMigration
-from postcopy.migration.protocol import State
-from postcopy.pager import EventType, Pager
+from postcopy.net.channels import Address, CallingLink, parse_address
 from postcopy.uffd import How
-
-from ._bridge import Bridge
-from ._memory import LazyMemory
-from ._source import PageSource, check_layout
-from ._tasks import background_tasks
+from postcopy.wire.protocol import State
 
 log = logging.getLogger(__name__)
 

@@ -27,11 +27,10 @@ from collections.abc import Callable, Sequence
 import trio
 
 from postcopy._error_line import ErrorLine
-from postcopy._errors import ConfigurationError, PeerError, ProtocolError
 from postcopy._native import ffi, lib
-from postcopy.bitmap import Bitmap
-
-from ._source import PageSource, SourceBlock
+from postcopy.errors import ConfigurationError, PeerError, ProtocolError
+from postcopy.lazy._source import PageSource, SourceBlock
+from postcopy.memory.bitmap import Bitmap
 
 HEADER_BYTES: int = lib.PC_FRAME_HEADER_BYTES
 RECEIVE_BYTES = 1024 * HEADER_BYTES

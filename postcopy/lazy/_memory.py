@@ -26,12 +26,12 @@ from dataclasses import dataclass
 
 import trio
 
-from postcopy._errors import PostcopyError
 from postcopy._fd import FdHolder
 from postcopy._native import ffi
-from postcopy.histogram import Histogram
+from postcopy.dataplane.histogram import Histogram
+from postcopy.dataplane.pager import Pager, PagerStatistics, Stage
+from postcopy.errors import PostcopyError
 from postcopy.memory import Memory
-from postcopy.pager import Pager, PagerStatistics, Stage
 
 
 @dataclass(frozen=True)

@@ -18,20 +18,19 @@ from typing import Any
 
 import trio
 
-from postcopy._errors import ConfigurationError, PostcopyError
 from postcopy._native import ffi, lib
-from postcopy.bitmap import Bitmap
+from postcopy.dataplane.pageserver import PageServer
+from postcopy.errors import ConfigurationError, PostcopyError
+from postcopy.lazy._bridge import Bridge, pack_frame
+from postcopy.lazy._source import PageSource, SourceBlock, check_layout
 from postcopy.machines.base import CLOSE_TIMEOUT_S
 from postcopy.machines.image import ImageMachine
 from postcopy.memory import Memory, MemoryKind
+from postcopy.memory.bitmap import Bitmap
 from postcopy.migration._session import HEARTBEAT_S
-from postcopy.migration.channels import Address, Reception, parse_address
-from postcopy.migration.protocol import State
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.pageserver import PageServer
-
-from ._bridge import Bridge, pack_frame
-from ._source import PageSource, SourceBlock, check_layout
+from postcopy.net.channels import Address, Reception, parse_address
+from postcopy.wire.protocol import State
 
 log = logging.getLogger(__name__)
 

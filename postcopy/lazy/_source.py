@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from postcopy._errors import ConfigurationError
 from postcopy._native import lib
+from postcopy.errors import ConfigurationError
 
 
 @dataclass(frozen=True)

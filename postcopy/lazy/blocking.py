@@ -19,14 +19,13 @@ from typing import Any, Generic, TypeVar
 
 import trio
 
-from postcopy._errors import PostcopyError
-from postcopy.migration.channels import Address
-from postcopy.pager import PagerStatistics
-
-from . import _attach, _serve
-from ._memory import LazyBlock, LazyMemory
-from ._source import PageSource
-from ._tasks import background_tasks
+from postcopy.dataplane.pager import PagerStatistics
+from postcopy.errors import PostcopyError
+from postcopy.lazy import _attach, _serve
+from postcopy.lazy._memory import LazyBlock, LazyMemory
+from postcopy.lazy._source import PageSource
+from postcopy.lazy._tasks import background_tasks
+from postcopy.net.channels import Address
 
 __all__ = ["BlockingMemory", "attach", "attach_source", "serve"]
 

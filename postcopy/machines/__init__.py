@@ -7,11 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from postcopy._admission import PROMISES
-from postcopy._errors import ConfigurationError, ProtocolError
-from postcopy.memory import MemoryKind
-
-from .base import (
+from postcopy.errors import ConfigurationError, ProtocolError
+from postcopy.machines.base import (
     Activity,
     BlockLayout,
     Check,
@@ -23,9 +20,11 @@ from .base import (
     RamBlock,
     VcpuStatistics,
 )
-from .image import ImageMachine
-from .kvm import WORKLOADS, KvmMachine, explain_no_kvm
-from .rv64 import Rv64Machine
+from postcopy.machines.image import ImageMachine
+from postcopy.machines.toy.kvm import WORKLOADS, KvmMachine, explain_no_kvm
+from postcopy.machines.toy.rv64 import Rv64Machine
+from postcopy.memory import MemoryKind
+from postcopy.memory._admission import PROMISES
 
 __all__ = [
     "BACKINGS",

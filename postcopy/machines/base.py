@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Self
 
 from postcopy._blocking import run_sync
-from postcopy._errors import PostcopyError
 from postcopy._files import replacing
+from postcopy.errors import PostcopyError
 from postcopy.memory import Memory
 
 CLOSE_TIMEOUT_S = 5.0

@@ -18,11 +18,19 @@ import msgpack
 import trio
 
 from postcopy._blocking import run_sync
-from postcopy._errors import MigrationError, ProtocolError
+from postcopy.errors import MigrationError, ProtocolError
+from postcopy.machines.base import (
+    CLOSE_TIMEOUT_S,
+    BlockLayout,
+    Check,
+    Machine,
+    MachineEvent,
+    MachineState,
+    MachineStatistics,
+    RamBlock,
+)
 from postcopy.memory import Memory, MemoryKind, check_memory, page_bytes_of
 from postcopy.uffd import explain_unavailable
-
-from .base import CLOSE_TIMEOUT_S, BlockLayout, Check, Machine, MachineEvent, MachineState, MachineStatistics, RamBlock
 
 BLOCK_NAME = "image"
 

@@ -27,8 +27,8 @@ from typing import ClassVar, Generic
 import trio
 
 from postcopy._blocking import Workers
-from postcopy._errors import ConfigurationError, MigrationError, PeerError, PostcopyError, ProtocolError
-from postcopy._logs import about
+from postcopy._log import about
+from postcopy.errors import ConfigurationError, MigrationError, PeerError, PostcopyError, ProtocolError
 from postcopy.migration._session import (
     STEERABLE,
     Control,
@@ -42,8 +42,8 @@ from postcopy.migration._session import (
     now_ns,
     status_of,
 )
-from postcopy.migration.channels import Address, CallingLink, Link, Membership, Session
-from postcopy.migration.protocol import Ended, EndedElsewhere, State
+from postcopy.net.channels import Address, CallingLink, Link, Membership, Session
+from postcopy.wire.protocol import Ended, EndedElsewhere, State
 
 log = logging.getLogger(__name__)
 

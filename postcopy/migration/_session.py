@@ -23,9 +23,9 @@ from typing import Generic, TypeVar, TypeVarTuple
 import trio
 
 from postcopy._blocking import run_sync
-from postcopy._errors import MigrationError, PeerError, PostcopyError, ProtocolError
-from postcopy.bitmap import Bitmap
-from postcopy.migration.protocol import (
+from postcopy.errors import MigrationError, PeerError, PostcopyError, ProtocolError
+from postcopy.memory.bitmap import Bitmap
+from postcopy.wire.protocol import (
     Abort,
     DestinationProtocol,
     Message,

@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING, TypeAlias
 import trio
 
 from postcopy._blocking import run_sync
-from postcopy._errors import MigrationError, PostcopyError, ProtocolError, ResourceError
-from postcopy._logs import about
-from postcopy.bitmap import Bitmap
-from postcopy.histogram import Histogram
+from postcopy._log import about
+from postcopy.dataplane.histogram import Histogram
+from postcopy.dataplane.pager import ChannelKind, EventType, Pager
+from postcopy.errors import MigrationError, PostcopyError, ProtocolError, ResourceError
 from postcopy.machines import (
     BlockLayout,
     Machine,
@@ -42,6 +42,7 @@ from postcopy.machines import (
     MachineStatistics,
     create_destination,
 )
+from postcopy.memory.bitmap import Bitmap
 from postcopy.migration._engine import Engine, Hopeless
 from postcopy.migration._session import (
     HEARTBEAT_S,
@@ -57,9 +58,11 @@ from postcopy.migration._session import (
     if_heavy,
     now_ns,
 )
-from postcopy.migration.channels import Door, Link, Session, keep_alive
 from postcopy.migration.figures import Figures, natural
-from postcopy.migration.protocol import (
+from postcopy.migration.release import PlacedReporter
+from postcopy.net.channels import Door, Link, Session, keep_alive
+from postcopy.uffd import How
+from postcopy.wire.protocol import (
     PAGE_MAP_PAGES,
     Commit,
     CompleteAck,
@@ -71,12 +74,9 @@ from postcopy.migration.protocol import (
     State,
     Switchover,
 )
-from postcopy.migration.release import PlacedReporter
-from postcopy.pager import ChannelKind, EventType, Pager
-from postcopy.uffd import How
 
 if TYPE_CHECKING:
-    from postcopy.pager_process import ProcessPager
+    from postcopy.dataplane.pager_process import ProcessPager
 
 AnyPager: TypeAlias = "Pager | ProcessPager"
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from postcopy.histogram import Histogram
-from postcopy.pager import PagerStatistics
+from postcopy.dataplane.histogram import Histogram
+from postcopy.dataplane.pager import PagerStatistics
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from functools import partial
 import trio
 
 from postcopy._blocking import run_sync
-from postcopy._errors import CoreError, ProtocolError
-from postcopy.bitmap import Bitmap
+from postcopy.dataplane.pageserver import PageServer
+from postcopy.errors import CoreError, ProtocolError
+from postcopy.memory.bitmap import Bitmap
 from postcopy.migration._session import Control
-from postcopy.migration.protocol import PLACED_PAGES, DestinationProtocol, Placed, State
-from postcopy.pageserver import PageServer
+from postcopy.wire.protocol import PLACED_PAGES, DestinationProtocol, Placed, State
 
 PLACED_EVERY_MS = 200
 """How often a source asks to be told. Less often where looking takes long: at most a `SHARE` of the time goes to it."""

@@ -34,11 +34,12 @@ from functools import partial
 import trio
 
 from postcopy._blocking import run_sync
-from postcopy._errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
-from postcopy._logs import about
-from postcopy.bitmap import Bitmap
+from postcopy._log import about
+from postcopy.dataplane.pageserver import EventType, PageServer, PageServerStatistics
+from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
 from postcopy.machines import Machine, MachineEventType, MachineStatistics
 from postcopy.memory import MemoryKind
+from postcopy.memory.bitmap import Bitmap
 from postcopy.migration._engine import Engine, Hopeless, disagreeing
 from postcopy.migration._session import (
     HEARTBEAT_S,
@@ -54,9 +55,10 @@ from postcopy.migration._session import (
     if_heavy,
     now_ns,
 )
-from postcopy.migration.channels import Address, Door, Link, Session, keep_alive
 from postcopy.migration.figures import Figures
-from postcopy.migration.protocol import (
+from postcopy.migration.release import PLACED_EVERY_MS, Releaser
+from postcopy.net.channels import Address, Door, Link, Session, keep_alive
+from postcopy.wire.protocol import (
     ID_BYTES,
     PAGE_MAP_PAGES,
     Accept,
@@ -74,8 +76,6 @@ from postcopy.migration.protocol import (
     SourceProtocol,
     State,
 )
-from postcopy.migration.release import PLACED_EVERY_MS, Releaser
-from postcopy.pageserver import EventType, PageServer, PageServerStatistics
 
 DEFAULT_BULK_CHANNELS = 2  # while one of its threads copies a page into place, the other receives
 PREPARE_TIMEOUT_S = 10.0

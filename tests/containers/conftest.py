@@ -209,6 +209,6 @@ def stage(
 
 
 def has_devices() -> bool:
-    from postcopy import probe
+    from postcopy.testbed import probe
 
     return bool(os.geteuid() == 0 and probe.find("uffd-device") and probe.find("kvm"))

@@ -26,10 +26,10 @@ from typing import Any
 import pytest
 import trio
 
-from postcopy._errors import MigrationError, PostcopyError
 from postcopy._native import lib
+from postcopy.dataplane.pager import Pager
+from postcopy.errors import MigrationError, PostcopyError
 from postcopy.machines import Machine, MachineOptions, MachineState, create_destination, create_source
-from postcopy.pager import Pager
 
 MIB = 1 << 20
 HEADER = struct.Struct("<8sIIQII")  # magic, version, CRC32C, bytes, sections, zero

@@ -17,12 +17,12 @@ import pytest
 import trio
 
 from postcopy._native import lib
-from postcopy.faultpaths import _remote, _runner
-from postcopy.faultpaths._core import operations
-from postcopy.faultpaths._model import Backing, Cell, Mode, Operation, Outcome, Verdict
-from postcopy.faultpaths._supervise import Runner
-from postcopy.pager import Pager
-from postcopy.testing import ChaosPlan
+from postcopy.dataplane.pager import Pager
+from postcopy.testbed import ChaosPlan
+from postcopy.testbed.faultpaths import _remote, _runner
+from postcopy.testbed.faultpaths._core import operations
+from postcopy.testbed.faultpaths._model import Backing, Cell, Mode, Operation, Outcome, Verdict
+from postcopy.testbed.faultpaths._supervise import Runner
 
 FAULTPATHS = [sys.executable, "-m", "postcopy", "faultpaths"]
 SHORT = ["--only", "user.load,copy.write_pipe,copy.read_pipe", "--mode", "missing", "--backing", "anon,memfd"]

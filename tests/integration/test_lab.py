@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import trio
 
-from postcopy._errors import ConfigurationError, ResourceError
-from postcopy.lab import Lab, LabPlan, down, open_lab
-from postcopy.lab import _namespaces as namespaces
+from postcopy.errors import ConfigurationError, ResourceError
+from postcopy.testbed.lab import Lab, LabPlan, down, open_lab
+from postcopy.testbed.lab import _namespaces as namespaces
 
 pytestmark = pytest.mark.needs("netns")
 POSTCOPY = (sys.executable, "-m", "postcopy")
@@ -380,7 +380,7 @@ def test_up_that_is_killed_half_way(directory: Path, moment: str) -> None:
         if moment == "record":
             return (directory / "half.json").exists()
         commands = [Path(f"/proc/{pid}/cmdline") for pid in processes(directory)]
-        wanted = {"holder": b"postcopy.lab._holder", "worker": b"postcopy.lab._netlink"}[moment]
+        wanted = {"holder": b"postcopy.testbed.lab._holder", "worker": b"postcopy.testbed.lab._netlink"}[moment]
         with contextlib.suppress(OSError):
             return any(wanted in path.read_bytes() for path in commands)
         return False

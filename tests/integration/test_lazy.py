@@ -16,7 +16,7 @@ import pytest
 import trio
 
 import postcopy
-from postcopy._errors import ConfigurationError, PeerError
+from postcopy.errors import ConfigurationError, PeerError
 from postcopy.lazy import blocking
 from postcopy.memory import page_bytes_of
 

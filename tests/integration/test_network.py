@@ -56,7 +56,7 @@ def inner_side(side: Start, inside: Inside) -> Start:
 class Pings:
     def __init__(self, inside: Inside, interval_s: float = 0.004) -> None:
         self._child = inside(
-            [sys.executable, "-m", "postcopy.testing.pinger", ADDRESS, "--verbose", "--interval", str(interval_s)]
+            [sys.executable, "-m", "postcopy.testbed.pinger", ADDRESS, "--verbose", "--interval", str(interval_s)]
         )
 
     @property

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from postcopy.control import ControlClient, ControlError
+from postcopy.service import ControlClient, ControlError
 
 MIB = 1 << 20
 DEADLINE_S = 60.0

@@ -137,14 +137,14 @@ def test_who_may_not_change_the_user(readable_package: list[str]) -> None:
 
 
 _BECOME = """
-from postcopy.privileges import become, find_user
+from postcopy.service.privileges import become, find_user
 become(find_user("nobody"))
 print(open("/proc/self/status").read())
 """
 
 _DEATH = """
 import ctypes
-from postcopy.privileges import become, find_user
+from postcopy.service.privileges import become, find_user
 prctl = ctypes.CDLL(None).prctl
 prctl(1, 9, 0, 0, 0)
 become(find_user("nobody"))

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from postcopy import _admission
-from postcopy._admission import HEADROOM_BYTES, PROMISES, Promises, Room, find_rooms, overhead_bytes
-from postcopy._errors import ResourceError
+from postcopy.errors import ResourceError
 from postcopy.machines import BlockLayout, Machine, MachineOptions, create_destination, create_source
-from postcopy.memory import Memory, check_memory
+from postcopy.memory import Memory, _admission, check_memory
+from postcopy.memory._admission import HEADROOM_BYTES, PROMISES, Promises, Room, find_rooms, overhead_bytes
 
 MIB = 1 << 20
 

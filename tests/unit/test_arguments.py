@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from postcopy._errors import ConfigurationError
 from postcopy.cli import make_parser
+from postcopy.errors import ConfigurationError
 
 LISTEN = ("--listen", "127.0.0.1:0")
 SOURCE = ("source", "--machine", "rv64", *LISTEN)

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postcopy._errors import ProtocolError
-from postcopy.bitmap import Bitmap
+from postcopy.errors import ProtocolError
+from postcopy.memory.bitmap import Bitmap
 
 
 def bitmap_of(bits: list[bool]) -> Bitmap:

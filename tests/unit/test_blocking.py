@@ -13,7 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from postcopy import _blocking
 from postcopy._blocking import Workers, run_sync, run_to_end
-from postcopy._errors import MigrationError, ResourceError
+from postcopy.errors import MigrationError, ResourceError
 
 DEADLINE_S = 20.0
 

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from postcopy._errors import ConfigurationError, PeerError, PostcopyError, ProtocolError, ResourceError
 from postcopy._fd import FdHolder
-from postcopy.migration import channels as c
-from postcopy.migration import protocol as p
+from postcopy.errors import ConfigurationError, PeerError, PostcopyError, ProtocolError, ResourceError
+from postcopy.net import channels as c
+from postcopy.wire import protocol as p
 
 SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
 

@@ -13,9 +13,9 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from postcopy._errors import ConfigurationError
-from postcopy.migration.channels import Address
-from postcopy.testing import ChaosPlan, ChaosProxy, open_chaos_proxy
+from postcopy.errors import ConfigurationError
+from postcopy.net.channels import Address
+from postcopy.testbed import ChaosPlan, ChaosProxy, open_chaos_proxy
 
 
 @asynccontextmanager

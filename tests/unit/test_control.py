@@ -19,10 +19,10 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postcopy._errors import ConfigurationError, MigrationError, PeerError, ResourceError
-from postcopy.control import server as server_module
-from postcopy.control.client import ControlClient
-from postcopy.control.schema import (
+from postcopy.errors import ConfigurationError, MigrationError, PeerError, ResourceError
+from postcopy.service import server as server_module
+from postcopy.service.client import ControlClient
+from postcopy.service.schema import (
     COMMANDS,
     MAX_LINE_BYTES,
     PROTOCOL,
@@ -35,8 +35,8 @@ from postcopy.control.schema import (
     parse_arguments,
     parse_request,
 )
-from postcopy.control.server import MAX_CLIENTS, QUEUE_LINES, ControlServer
-from postcopy.control.status import render, render_answer
+from postcopy.service.server import MAX_CLIENTS, QUEUE_LINES, ControlServer
+from postcopy.service.status import render, render_answer
 
 _ODD: list[Any] = [None, True, False, 0, 1, -1, 1 << 70, 0.0, 1.5, math.inf, "", "x", "1MiB", "none", "\0", [], {}]
 

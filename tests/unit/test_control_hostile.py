@@ -20,11 +20,11 @@ import pytest
 import trio
 import trio.testing
 
-from postcopy._errors import ConfigurationError, PeerError, ResourceError
-from postcopy.control import server as server_module
-from postcopy.control.client import ControlClient, _connect
-from postcopy.control.schema import ControlError, LineSplitter, Request
-from postcopy.control.server import MAX_CLIENTS, QUEUE_BYTES, ControlServer, check_control_path
+from postcopy.errors import ConfigurationError, PeerError, ResourceError
+from postcopy.service import server as server_module
+from postcopy.service.client import ControlClient, _connect
+from postcopy.service.schema import ControlError, LineSplitter, Request
+from postcopy.service.server import MAX_CLIENTS, QUEUE_BYTES, ControlServer, check_control_path
 
 DEADLINE_S = 120.0
 PIPELINED = 100_000

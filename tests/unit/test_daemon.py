@@ -9,16 +9,16 @@ from unittest.mock import Mock
 
 import pytest
 
-from postcopy._errors import ConfigurationError
-from postcopy.control.daemon import MAX_LEFT, MAX_MACHINES, ArrivalOptions, Daemon
-from postcopy.control.schema import ControlError, Request
+from postcopy.dataplane.pager import Pager
+from postcopy.errors import ConfigurationError
 from postcopy.machines import BlockLayout, Machine
 from postcopy.migration._session import UNDECIDED
 from postcopy.migration.destination import DestinationMigration
-from postcopy.migration.protocol import State
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.pager import Pager
-from postcopy.progress import Output
+from postcopy.output import Output
+from postcopy.service.daemon import MAX_LEFT, MAX_MACHINES, ArrivalOptions, Daemon
+from postcopy.service.schema import ControlError, Request
+from postcopy.wire.protocol import State
 
 
 def _daemon(limit: int = 0) -> Daemon:
@@ -95,7 +95,7 @@ def test_names() -> None:
 
 @pytest.mark.parametrize("name", ["", "a b", "-", "x" * 64, "\n", 7, ["a"]])
 def test_names_that_a_peer_may_not_give(name: object) -> None:
-    from postcopy.control.daemon import _Maker
+    from postcopy.service.daemon import _Maker
 
     daemon = _daemon()
     owned = daemon._claim("arriving")

@@ -19,21 +19,21 @@ import pytest
 import trio
 import trio.testing
 
-from postcopy import _admission
-from postcopy._admission import PROMISES, Room
 from postcopy._blocking import run_sync
-from postcopy._errors import MigrationError, PeerError, PostcopyError
-from postcopy.control import daemon as daemon_module
-from postcopy.control.contain import contained
-from postcopy.control.daemon import MAX_INCOMING, ArrivalOptions, Daemon
-from postcopy.control.schema import ControlError, Request, parse_arguments
+from postcopy.dataplane.pager import Pager
+from postcopy.errors import MigrationError, PeerError, PostcopyError
 from postcopy.machines import Machine, MachineOptions, Rv64Machine
-from postcopy.migration.channels import Address, CallingLink
+from postcopy.memory import _admission
+from postcopy.memory._admission import PROMISES, Room
 from postcopy.migration.destination import DestinationMigration
-from postcopy.migration.protocol import Block, Offer, SourceProtocol, State
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.pager import Pager
-from postcopy.progress import Output
+from postcopy.net.channels import Address, CallingLink
+from postcopy.output import Output
+from postcopy.service import daemon as daemon_module
+from postcopy.service._contain import contained
+from postcopy.service.daemon import MAX_INCOMING, ArrivalOptions, Daemon
+from postcopy.service.schema import ControlError, Request, parse_arguments
+from postcopy.wire.protocol import Block, Offer, SourceProtocol, State
 
 DEADLINE_S = 40.0
 MIB = 1 << 20
@@ -319,7 +319,7 @@ async def test_mistake_of_what_is_shown_or_heard(
     def fail(*_: Any) -> None:
         raise KeyError("a mistake")
 
-    monkeypatch.setattr("postcopy.report.ended", fail)
+    monkeypatch.setattr("postcopy.service.report.ended", fail)
     async with running() as there, running(first=None) as here:
         await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
         await here.ask("migrate", to=str(there.address))

@@ -13,15 +13,15 @@ from typing import Any, cast
 import pytest
 import trio
 
-from postcopy._errors import MigrationError
+from postcopy.dataplane.pager import ChannelKind, EventType, Pager
+from postcopy.dataplane.pageserver import PageServer
+from postcopy.errors import MigrationError
 from postcopy.machines import MachineState
 from postcopy.migration import source as source_module
-from postcopy.migration.channels import Address, CallingLink, Reception
 from postcopy.migration.destination import DestinationMigration
-from postcopy.migration.protocol import State
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.pager import ChannelKind, EventType, Pager
-from postcopy.pageserver import PageServer
+from postcopy.net.channels import Address, CallingLink, Reception
+from postcopy.wire.protocol import State
 
 # --import-mode=importlib makes no packages of test directories, so what they share is loaded by its path.
 _spec = importlib.util.spec_from_file_location("postcopy_engines", Path(__file__).with_name("test_engines.py"))
@@ -161,7 +161,7 @@ async def test_reclaimed_and_told(calls: str, monkeypatch: pytest.MonkeyPatch) -
         pair.dest.hold()
         await pair.until(lambda: pair.source.status == pair.dest.status == "postcopy-paused")
         if calls == "source":  # nobody is there to answer
-            monkeypatch.setattr("postcopy.migration.channels.connect", _unreachable)
+            monkeypatch.setattr("postcopy.net.channels.connect", _unreachable)
         await pair.source.reclaim()
         assert pair.machine.state is MachineState.RUNNING
         monkeypatch.undo()
@@ -176,7 +176,7 @@ async def test_reclaimed_and_told(calls: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 async def _unreachable(*_: object, **__: object) -> Any:
-    from postcopy._errors import PeerError
+    from postcopy.errors import PeerError
 
     await trio.sleep(0.05)
     raise PeerError("no route to host")

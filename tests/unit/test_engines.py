@@ -16,27 +16,19 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from postcopy._errors import ConfigurationError, CoreError, PeerError, ProtocolError, ResourceError
 from postcopy._fd import FdHolder
-from postcopy.bitmap import Bitmap
-from postcopy.histogram import Histogram
-from postcopy.machines import (
-    BlockLayout,
-    Check,
-    Machine,
-    MachineEvent,
-    MachineState,
-    MachineStatistics,
-    RamBlock,
-)
+from postcopy.dataplane.histogram import Histogram
+from postcopy.dataplane.pager import ChannelKind, Event, EventType, Pager, PagerStatistics
+from postcopy.dataplane.pageserver import PageServer, PageServerStatistics
+from postcopy.errors import ConfigurationError, CoreError, PeerError, ProtocolError, ResourceError
+from postcopy.machines import BlockLayout, Check, Machine, MachineEvent, MachineState, MachineStatistics, RamBlock
 from postcopy.memory import Memory
-from postcopy.migration import protocol as p
-from postcopy.migration.channels import Address, ChannelKey, Door, Link, Membership, Session
+from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.destination import DestinationMigration
-from postcopy.migration.protocol import State
 from postcopy.migration.source import PREPARE_TIMEOUT_S, SourceMigration, SourceOptions
-from postcopy.pager import ChannelKind, Event, EventType, Pager, PagerStatistics
-from postcopy.pageserver import PageServer, PageServerStatistics
+from postcopy.net.channels import Address, ChannelKey, Door, Link, Membership, Session
+from postcopy.wire import protocol as p
+from postcopy.wire.protocol import State
 
 PAGES = 40
 UNIT = 4096

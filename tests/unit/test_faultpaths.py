@@ -17,12 +17,12 @@ from xml.etree import ElementTree
 import pytest
 import trio
 
-from postcopy._errors import ConfigurationError, ResourceError
-from postcopy.bench import _contention
 from postcopy.cli import main
-from postcopy.faultpaths import _compare, _expect, _report, _runner, _select, _supervise, _system
-from postcopy.faultpaths._html import to_html
-from postcopy.faultpaths._model import (
+from postcopy.errors import ConfigurationError, ResourceError
+from postcopy.testbed.bench import _contention
+from postcopy.testbed.faultpaths import _compare, _expect, _report, _runner, _select, _supervise, _system
+from postcopy.testbed.faultpaths._html import to_html
+from postcopy.testbed.faultpaths._model import (
     Backing,
     Cell,
     Flag,
@@ -39,7 +39,7 @@ from postcopy.faultpaths._model import (
     SignalMeasure,
     Verdict,
 )
-from postcopy.faultpaths._system import System
+from postcopy.testbed.faultpaths._system import System
 
 LOAD = Operation("user.load", "user", "a load <in> user code")
 READ = Operation("pin.odirect_read", "pin", "read(2) of an O_DIRECT file", flags=Flag.WRITES | Flag.NEEDS_DIR)
@@ -449,8 +449,8 @@ def sweep_grandchildren() -> tuple[bool, list[int]]:
 
 FAKE_WORKER = """
 import json, os, signal, sys
-from postcopy.faultpaths import _runner
-from postcopy.faultpaths._model import Outcome, Result
+from postcopy.testbed.faultpaths import _runner
+from postcopy.testbed.faultpaths._model import Outcome, Result
 
 def work():
     for line in sys.stdin:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from postcopy._errors import ConfigurationError
 from postcopy._files import (
     check_new_file,
     explain_bad_name,
@@ -21,6 +20,7 @@ from postcopy._files import (
     write_all,
     write_new,
 )
+from postcopy.errors import ConfigurationError
 
 
 def _write(path: Path, data: bytes = b"new") -> None:

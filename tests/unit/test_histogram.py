@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postcopy.histogram import Histogram
+from postcopy.dataplane.histogram import Histogram
 
 
 def test_empty() -> None:

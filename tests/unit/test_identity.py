@@ -11,10 +11,10 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from postcopy._errors import PeerError, ProtocolError
-from postcopy.migration import channels as c
-from postcopy.migration import protocol as p
-from postcopy.migration.protocol import Ended, EndedElsewhere
+from postcopy.errors import PeerError, ProtocolError
+from postcopy.net import channels as c
+from postcopy.wire import protocol as p
+from postcopy.wire.protocol import Ended, EndedElsewhere
 
 SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
 STRANGER = c.Session(b"m" * 16, b"u" * 16, 0)

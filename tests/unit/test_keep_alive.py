@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import pytest
 import trio
 
-from postcopy._errors import ResourceError
 from postcopy._fd import FdHolder
-from postcopy.migration import channels as c
-from postcopy.migration import protocol as p
+from postcopy.errors import ResourceError
+from postcopy.net import channels as c
+from postcopy.wire import protocol as p
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import msgpack
 import pytest
 import trio
 
-from postcopy._errors import ConfigurationError, ProtocolError, ResourceError
+from postcopy.errors import ConfigurationError, ProtocolError, ResourceError
 from postcopy.machines import (
     WORKLOADS,
     KvmMachine,
@@ -25,9 +25,9 @@ from postcopy.machines import (
     MachineState,
     create_destination,
     create_source,
-    kvm,
 )
 from postcopy.machines.base import Activity
+from postcopy.machines.toy import kvm
 
 MIB = 1 << 20
 pytestmark = pytest.mark.needs("kvm", "uffd")

@@ -18,12 +18,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postcopy import lab
-from postcopy._errors import ConfigurationError, ResourceError
-from postcopy.lab import LabPlan, _lab, command, format_rate, parse_rate
-from postcopy.lab import _namespaces as namespaces
-from postcopy.lab import _state as state
-from postcopy.lab._plan import MAX_HOSTS, MAX_RATE, MIN_RATE, PREFIX4, PREFIX6, parse_delay_us
+from postcopy.errors import ConfigurationError, ResourceError
+from postcopy.testbed import lab
+from postcopy.testbed.lab import LabPlan, _lab, command, format_rate, parse_rate
+from postcopy.testbed.lab import _namespaces as namespaces
+from postcopy.testbed.lab import _state as state
+from postcopy.testbed.lab._plan import MAX_HOSTS, MAX_RATE, MIN_RATE, PREFIX4, PREFIX6, parse_delay_us
 
 
 @pytest.fixture(autouse=True)

@@ -27,15 +27,15 @@ from hypothesis import strategies as st
 
 import postcopy
 from postcopy import LazyMemory, SourceBlock
-from postcopy._errors import ConfigurationError, CoreError, PeerError, ProtocolError, ResourceError
 from postcopy._native import ffi, lib
+from postcopy.dataplane.pager import Pager
+from postcopy.errors import ConfigurationError, CoreError, PeerError, ProtocolError, ResourceError
 from postcopy.lazy import Server
 from postcopy.lazy._bridge import HEADER_BYTES, Bridge, plan_run
 from postcopy.lazy._memory import page_range
 from postcopy.memory import Memory, page_bytes_of
-from postcopy.migration.channels import parse_address
-from postcopy.pager import Pager
-from postcopy.testing.chaos import open_chaos_proxy
+from postcopy.net.channels import parse_address
+from postcopy.testbed.chaos import open_chaos_proxy
 
 PAGE = page_bytes_of("memfd")
 DEADLINE_S = 60

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import pytest
 import trio
 
-from postcopy._logs import about
-from postcopy.progress import LogHandler, Output
+from postcopy._log import about
+from postcopy.output import LogHandler, Output
 
 
 class Job:

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 import trio
 
-from postcopy import pageserver
-from postcopy._errors import ConfigurationError, MigrationError, ResourceError
 from postcopy._native import ffi, lib
-from postcopy.machines import Machine, MachineOptions, create_destination, create_source, kvm
+from postcopy.dataplane import pageserver
+from postcopy.errors import ConfigurationError, MigrationError, ResourceError
+from postcopy.machines import Machine, MachineOptions, create_destination, create_source
+from postcopy.machines.toy import kvm
 
 MIB = 1 << 20
 OPTIONS = MachineOptions(memory_bytes=16 * MIB, workload="idle", seed=5)

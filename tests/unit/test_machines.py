@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from postcopy import machines
-from postcopy._errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
+from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
 from postcopy.machines import BlockLayout, ImageMachine, Machine, MachineOptions, create_destination, create_source
 from postcopy.memory import Memory, page_bytes_of
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from postcopy._errors import BusyError, ConfigurationError, CoreError, PostcopyError, ResourceError
 from postcopy._native import lib
-from postcopy.bitmap import Bitmap
+from postcopy.errors import BusyError, ConfigurationError, CoreError, PostcopyError, ResourceError
 from postcopy.memory import Memory, MemoryKind, check_memory, format_size, page_bytes_of, parse_size
+from postcopy.memory.bitmap import Bitmap
 
 PAGE = page_bytes_of("memfd")
 KINDS = ["memfd", "anon"]

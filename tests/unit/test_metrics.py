@@ -18,20 +18,20 @@ import trio
 from prometheus_client.parser import text_string_to_metric_families
 
 from postcopy import __version__
-from postcopy._errors import ConfigurationError, ResourceError
-from postcopy.control import http as http_module
-from postcopy.control import metrics as metrics_module
-from postcopy.control.http import HttpServer, parse_metrics_address
-from postcopy.control.metrics import CONTENT_TYPE, STATUSES, Metrics, MetricsFile, check_file, write_file
-from postcopy.control.notify import Notifier
-from postcopy.histogram import Histogram
+from postcopy.dataplane.histogram import Histogram
+from postcopy.dataplane.pageserver import PageServerStatistics
+from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.machines import Activity, Machine, MachineState, MachineStatistics, VcpuStatistics
 from postcopy.migration._session import Recoveries
-from postcopy.migration.channels import Address
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.figures import Figures
 from postcopy.migration.source import SourceMigration
-from postcopy.pageserver import PageServerStatistics
+from postcopy.net.channels import Address
+from postcopy.service import http as http_module
+from postcopy.service import metrics as metrics_module
+from postcopy.service.http import HttpServer, parse_metrics_address
+from postcopy.service.metrics import CONTENT_TYPE, STATUSES, Metrics, MetricsFile, check_file, write_file
+from postcopy.service.notify import Notifier
 
 MIB = 1 << 20
 
@@ -345,7 +345,7 @@ class TestNotify:
 
 def test_every_status_has_a_series() -> None:
     from postcopy.migration._session import status_of
-    from postcopy.migration.protocol import State
+    from postcopy.wire.protocol import State
 
     flags = (False, True)
     words = {

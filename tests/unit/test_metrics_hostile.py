@@ -9,9 +9,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 import trio
 
-from postcopy.control import http as http_module
-from postcopy.control.http import MAX_CONNECTIONS, HttpServer
-from postcopy.migration.channels import Address
+from postcopy.net.channels import Address
+from postcopy.service import http as http_module
+from postcopy.service.http import MAX_CONNECTIONS, HttpServer
 
 REQUEST = b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 

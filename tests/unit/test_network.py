@@ -16,10 +16,11 @@ import pytest
 import trio
 import trio.testing
 
-from postcopy._errors import BusyError, ConfigurationError, MigrationError, ProtocolError, ResourceError
-from postcopy.machines import BlockLayout, MachineOptions, create_destination, create_source, tap
-from postcopy.testing import pinger
-from postcopy.testing.pinger import PingStatistics, open_ping_process, ping_stream
+from postcopy.errors import BusyError, ConfigurationError, MigrationError, ProtocolError, ResourceError
+from postcopy.machines import BlockLayout, MachineOptions, create_destination, create_source
+from postcopy.machines.toy import tap
+from postcopy.testbed import pinger
+from postcopy.testbed.pinger import PingStatistics, open_ping_process, ping_stream
 
 CLONE_NEWNET = 0x40000000
 MAC, ADDRESS = 0x02_00_00_00_00_05, 0x0A09_0002

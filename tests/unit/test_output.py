@@ -16,9 +16,9 @@ import pytest
 import trio
 
 from postcopy import _writer
-from postcopy._errors import ResourceError
 from postcopy._writer import Kind, QueuedStream, Writer
-from postcopy.progress import LogHandler, Output
+from postcopy.errors import ResourceError
+from postcopy.output import LogHandler, Output
 
 
 class _Stream(io.StringIO):

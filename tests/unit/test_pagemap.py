@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from postcopy import Memory, Userfaultfd
-from postcopy._errors import CoreError, ResourceError
 from postcopy._native import lib
-from postcopy.pagemap import PageCategory, PageRegion, pagemap_scan
+from postcopy.errors import CoreError, ResourceError
 from postcopy.uffd import RegisterMode, UffdFeature
+from postcopy.uffd.pagemap import PageCategory, PageRegion, pagemap_scan
 
 PAGE = int(lib.pc_page_bytes())
 PRESENT, WRITTEN = PageCategory.PRESENT, PageCategory.WRITTEN

@@ -23,14 +23,14 @@ from typing import Protocol
 import pytest
 import trio
 
-from postcopy._errors import BusyError, CoreError, MigrationError
 from postcopy._native import ffi, lib
-from postcopy.bitmap import Bitmap
+from postcopy.dataplane.pager import ChannelKind, Event, EventType, Pager, PagerStatistics, Stage
+from postcopy.dataplane.pager_process import DEATHS_IN_A_ROW, ProcessPager
+from postcopy.dataplane.pageserver import PageServer, PageServerStatistics
+from postcopy.errors import BusyError, CoreError, MigrationError
 from postcopy.memory import Memory, page_bytes_of
+from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.destination import AnyPager
-from postcopy.pager import ChannelKind, Event, EventType, Pager, PagerStatistics, Stage
-from postcopy.pager_process import DEATHS_IN_A_ROW, ProcessPager
-from postcopy.pageserver import PageServer, PageServerStatistics
 
 PAGE = page_bytes_of("memfd")
 DEADLINE_S = 60

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 import trio
 
-from postcopy import pager_process
 from postcopy._blocking import END_TIMEOUT_S
-from postcopy._errors import MigrationError, PostcopyError
-from postcopy._events import ChannelKind, EventType
-from postcopy.bitmap import Bitmap
+from postcopy.dataplane import pager_process
+from postcopy.dataplane._events import ChannelKind, EventType
+from postcopy.dataplane.pager_process import PagerDied, ProcessPager
+from postcopy.errors import MigrationError, PostcopyError
 from postcopy.memory import Memory, page_bytes_of
-from postcopy.pager_process import PagerDied, ProcessPager
+from postcopy.memory.bitmap import Bitmap
 
 PAGE = page_bytes_of("memfd")
 DEADLINE_S = 60

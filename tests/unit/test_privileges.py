@@ -10,8 +10,8 @@ import threading
 
 import pytest
 
-from postcopy._errors import ConfigurationError
-from postcopy.privileges import User, become, find_user
+from postcopy.errors import ConfigurationError
+from postcopy.service.privileges import User, become, find_user
 
 ACCOUNT = next(account for account in pwd.getpwall() if account.pw_uid != 0)
 GROUP = next(group for group in grp.getgrall() if group.gr_gid not in (0, ACCOUNT.pw_gid))

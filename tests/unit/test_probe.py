@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from postcopy import _needs, _probe_child, probe
-from postcopy._errors import ConfigurationError
-from postcopy._needs import Use
 from postcopy.cli import main
-from postcopy.probe import Finding, feature_names, migrations
+from postcopy.errors import ConfigurationError
+from postcopy.testbed import _needs, _probe_child, probe
+from postcopy.testbed._needs import Use
+from postcopy.testbed.probe import Finding, feature_names, migrations
 
 NOBODY = 65534
 

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postcopy._errors import PeerError, ProtocolError
 from postcopy._native import lib
-from postcopy.bitmap import Bitmap
-from postcopy.migration import protocol as p
-from postcopy.migration.protocol import DestinationProtocol, SourceProtocol, State
+from postcopy.errors import PeerError, ProtocolError
+from postcopy.memory.bitmap import Bitmap
+from postcopy.wire import protocol as p
+from postcopy.wire.protocol import DestinationProtocol, SourceProtocol, State
 
 BLOCKS = (p.Block("shared", 1 << 20, 4096), p.Block("vcpu0", 1 << 21, 4096))
 OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {"vcpus": 1, "nested": {"list": [1, 2]}}, BLOCKS, 1, 200)

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from postcopy.migration import protocol as p
-from postcopy.migration.protocol import DestinationProtocol, Ended, SourceProtocol, State
+from postcopy.wire import protocol as p
+from postcopy.wire.protocol import DestinationProtocol, Ended, SourceProtocol, State
 
 OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, (p.Block("ram", 4096, 4096),), 0, 0)
 FINAL = frozenset({State.COMPLETED, State.ABORTED, State.RECLAIMED})

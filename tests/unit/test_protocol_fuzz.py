@@ -11,10 +11,10 @@ import msgpack
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from postcopy._errors import PeerError, ProtocolError
 from postcopy._native import lib
-from postcopy.migration import protocol as p
-from postcopy.migration.protocol import DestinationProtocol, SourceProtocol, State
+from postcopy.errors import PeerError, ProtocolError
+from postcopy.wire import protocol as p
+from postcopy.wire.protocol import DestinationProtocol, SourceProtocol, State
 
 HELLO = p.Hello("control", "dest", 0, b"m" * 16, 1)
 BLOCKS = (p.Block("shared", 1 << 20, 4096), p.Block("vcpu0", 1 << 21, 4096))

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import msgpack
 import pytest
 
-from postcopy._errors import ProtocolError
 from postcopy._native import lib
-from postcopy.migration import protocol as p
-from postcopy.migration.protocol import DestinationProtocol, SourceProtocol, State
+from postcopy.errors import ProtocolError
+from postcopy.wire import protocol as p
+from postcopy.wire.protocol import DestinationProtocol, SourceProtocol, State
 
 BLOCKS = (p.Block("ram", 1 << 20, 4096),)
 OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, BLOCKS, 1, 0)

@@ -10,10 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from postcopy._errors import ProtocolError
-from postcopy.bitmap import Bitmap
-from postcopy.migration import protocol as p
-from postcopy.migration.protocol import DestinationProtocol, SourceProtocol, State
+from postcopy.errors import ProtocolError
+from postcopy.memory.bitmap import Bitmap
+from postcopy.wire import protocol as p
+from postcopy.wire.protocol import DestinationProtocol, SourceProtocol, State
 
 BLOCKS = (p.Block("ram", 1 << 20, 4096),)
 PAGES = 256

@@ -16,11 +16,11 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from postcopy._errors import PeerError, ProtocolError
 from postcopy._native import lib
-from postcopy.migration import channels as c
-from postcopy.migration import protocol as p
-from postcopy.migration.protocol import DestinationProtocol, SourceProtocol, State
+from postcopy.errors import PeerError, ProtocolError
+from postcopy.net import channels as c
+from postcopy.wire import protocol as p
+from postcopy.wire.protocol import DestinationProtocol, SourceProtocol, State
 
 SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
 OLD = b"postcpy\x02"

@@ -12,7 +12,7 @@ import msgpack
 import pytest
 import trio
 
-from postcopy._errors import ConfigurationError, MigrationError, ProtocolError, ResourceError
+from postcopy.errors import ConfigurationError, MigrationError, ProtocolError, ResourceError
 from postcopy.machines import (
     WORKLOADS,
     Machine,
@@ -21,8 +21,8 @@ from postcopy.machines import (
     Rv64Machine,
     create_destination,
     create_source,
-    kvm,
 )
+from postcopy.machines.toy import kvm
 
 MIB = 1 << 20
 GUEST = Path(__file__).parents[2] / "csrc/machine/guest"

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import trio
 
-from postcopy import salvage
-from postcopy._errors import ConfigurationError, PostcopyError
 from postcopy._files import locked_directory
-from postcopy.bitmap import Bitmap
+from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.machines import Machine, MachineOptions, create_source
+from postcopy.memory.bitmap import Bitmap
+from postcopy.migration import salvage
 
 MIB = 1 << 20
 LIVE = [

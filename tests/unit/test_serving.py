@@ -12,13 +12,13 @@ import pytest
 import trio
 import trio.testing
 
-from postcopy import commands
-from postcopy._errors import MigrationError
-from postcopy.commands import SourceCommand
+from postcopy.errors import MigrationError
 from postcopy.machines import Machine, MachineOptions
-from postcopy.migration.protocol import State
 from postcopy.migration.source import SourceOptions
-from postcopy.progress import Output
+from postcopy.output import Output
+from postcopy.service import commands
+from postcopy.service.commands import SourceCommand
+from postcopy.wire.protocol import State
 
 
 class Engine:
@@ -50,7 +50,7 @@ class Engine:
 async def test_one_that_is_lost_when_all_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "SourceMigration", Engine)
     monkeypatch.setattr(Engine, "lost", trio.Event())
-    monkeypatch.setattr("postcopy.report.ended", lambda *_: {})
+    monkeypatch.setattr("postcopy.service.report.ended", lambda *_: {})
     links = [Mock(peer="comes back"), Mock(peer="served")]
 
     async def next_link() -> Any:

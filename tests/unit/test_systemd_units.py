@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from postcopy.cli import make_parser
-from postcopy.control.server import _MAX_PATH_BYTES
+from postcopy.service.server import _MAX_PATH_BYTES
 
 UNITS = sorted((Path(__file__).parents[2] / "examples" / "systemd").glob("*.service"))
 

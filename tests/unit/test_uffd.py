@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from postcopy import uffd
-from postcopy._errors import CoreError, ResourceError
+from postcopy.errors import CoreError, ResourceError
 from postcopy.uffd import How, UffdApi, UffdFeature, explain_unavailable, parse_how, probe
 
 

@@ -15,8 +15,8 @@ import pytest
 import trio
 
 from postcopy import Memory, Userfaultfd
-from postcopy._errors import BusyError, CoreError
 from postcopy._native import lib
+from postcopy.errors import BusyError, CoreError
 from postcopy.uffd import (
     FaultFlag,
     Fork,

@@ -12,9 +12,9 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from postcopy._errors import PeerError, ProtocolError
-from postcopy.migration import channels as c
-from postcopy.migration import protocol as p
+from postcopy.errors import PeerError, ProtocolError
+from postcopy.net import channels as c
+from postcopy.wire import protocol as p
 
 HELLO = p.Hello("control", "source", 0, b"", 0)
 OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, (p.Block("ram", 4096, 4096),), 1, 0)

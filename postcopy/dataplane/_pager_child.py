@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process of a pager that lives apart from its machine (`pager_process` has the other end).
+
+It has no page of the machine mapped: what it gets over a Unix socket are userfaultfds, memfds, page states and
+connected sockets. Everything that happens for a page happens in the core's threads; this loop only passes on what it
+is told, one message an answer, and what the core tells, one message an event. It ends when the other end is gone.
+Nothing but the core and msgpack is imported: the machine may be waiting for this process to begin.
+
+Messages: ``[name, arguments]`` with descriptors beside it; the answer is ``[0, result, text]``, `result` as the core's
+functions return it, in the order of the calls. ``[1, type, kind, channel, error, text]`` is an event. The names are
+those of the functions below. What the other end does not take yet waits here: one event, while the core coalesces the
+others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import select
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import msgpack
+
+from postcopy._native import ffi, lib
+
+MESSAGE_BYTES = 128 * 1024
+DESCRIPTORS = 4
+OUTBOX = 64
+"""Answers and events that the other end has not taken: no more calls are answered then."""
+
+
+class PagerChild:
+    """One `struct pc_pager`, by messages."""
+
+    def __init__(self, metrics_fd: int) -> None:
+        pointer: Any = ffi.new("struct pc_pager **")
+        result = lib.pc_pager_new_with_metrics(metrics_fd, pointer)
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+        self._pager: Any = pointer[0]
+        self._error: Any = ffi.new("char[]", lib.PC_ERROR_BYTES)
+        self.freed = False
+        self.event_fd: int = lib.pc_pager_event_fd(self._pager)
+        self.calls: dict[str, Callable[..., Any]] = {
+            "add_block": self._add_block,
+            "set_zero": self._set_zero,
+            "adopt_shard": self._adopt_shard,
+            "arm": self._arm,
+            "attach_urgent": lambda fds, index: lib.pc_pager_attach_urgent(self._pager, index, fds.pop()),
+            "attach_bulk": lambda fds, index: lib.pc_pager_attach_bulk(self._pager, index, fds.pop()),
+            "request_missing": lambda _, limit: lib.pc_pager_request_missing(self._pager, limit),
+            "request_range": lambda _, block, first, pages: lib.pc_pager_request_range(
+                self._pager, block, first, pages
+            ),
+            "ping": lambda _: 0,
+            "disconnect": lambda _: lib.pc_pager_disconnect(self._pager),
+            "disarm": lambda _: lib.pc_pager_disarm(self._pager),
+            "free": lambda _: self._free(),
+        }
+
+    def answer(self, message: bytes, fds: list[int]) -> bytes:
+        name, arguments = msgpack.unpackb(message)
+        self._error[0] = b"\0"
+        try:
+            result = self.calls[name](fds, *arguments)
+        finally:
+            for fd in fds:  # those that nobody has taken
+                os.close(fd)
+        packed: bytes = msgpack.packb([0, result, ffi.string(self._error).decode("utf-8", "replace")])
+        return packed
+
+    def next_event(self) -> bytes | None:
+        event: Any = ffi.new("struct pc_event *")
+        if lib.pc_pager_next_event(self._pager, event) != 1:
+            return None
+        text = ffi.string(event.text)
+        packed: bytes = msgpack.packb([1, event.type, event.channel_kind, event.channel, event.error, text])
+        return packed
+
+    # ---- calls that take more than numbers
+
+    def _add_block(self, fds: list[int], address: int, size_bytes: int, page_bytes: int, kind: int) -> int:
+        """Descriptors: the states, and the memory's where it has one."""
+        memory_fd = fds.pop() if len(fds) > 1 else -1
+        base = ffi.cast("void *", address)
+        memory: Any = ffi.new("struct pc_memory *", [base, size_bytes, page_bytes, kind, memory_fd])
+        result: int = lib.pc_pager_add_block_with_states(self._pager, memory, fds[0])
+        if result < 0 and memory_fd >= 0:
+            os.close(memory_fd)
+        return result
+
+    def _set_zero(self, fds: list[int], block: int, words: int) -> int:
+        """Descriptor: a memfd with the map."""
+        with mmap.mmap(fds[0], 8 * words, prot=mmap.PROT_READ) as view:
+            copy: Any = ffi.new("uint64_t[]", words)
+            ffi.memmove(copy, view, 8 * words)
+        result: int = lib.pc_pager_set_zero(self._pager, block, copy)
+        return result
+
+    def _adopt_shard(self, fds: list[int], features: int, busy_poll_us: int) -> int:
+        result: int = lib.pc_pager_adopt_shard(
+            self._pager, fds.pop(), features, busy_poll_us, self._error, len(self._error)
+        )
+        return result
+
+    def _arm(self, _: list[int], shard: int, block: int, first_page: int, pages: int) -> int:
+        result: int = lib.pc_pager_arm(self._pager, shard, block, first_page, pages, self._error, len(self._error))
+        return result
+
+    def _free(self) -> int:
+        result: int = lib.pc_pager_free(self._pager)
+        self.freed = result >= 0
+        return result
+
+
+def main() -> None:
+    link = socket.socket(fileno=int(sys.argv[1]))
+    metrics_fd = int(sys.argv[2])
+    child = PagerChild(metrics_fd)
+    os.close(metrics_fd)
+    link.setblocking(False)
+    outbox: deque[bytes] = deque()
+    poll = select.poll()
+    poll.register(link, select.POLLIN)
+    poll.register(child.event_fd, select.POLLIN)
+    while True:
+        ready = {fd for fd, _ in poll.poll()}
+        if not outbox and child.event_fd in ready and (event := child.next_event()) is not None:
+            outbox.append(event)
+        if link.fileno() in ready and len(outbox) < OUTBOX:
+            with contextlib.suppress(BlockingIOError):
+                message, fds, _, _ = socket.recv_fds(link, MESSAGE_BYTES, DESCRIPTORS)
+                if not message:
+                    break  # the machine's process is gone, or has closed this pager
+                outbox.append(child.answer(message, fds))
+        with contextlib.suppress(BlockingIOError):
+            while outbox:
+                link.send(outbox[0])
+                outbox.popleft()
+        if child.freed:
+            break  # the answer is the last word; if it could not be sent, the end is the answer
+        wanted = (select.POLLOUT if outbox else 0) | (select.POLLIN if len(outbox) < OUTBOX else 0)
+        poll.modify(link, wanted)
+        poll.modify(child.event_fd, 0 if outbox else select.POLLIN)
+    # No clean-up: the process that made the userfaultfds has them, and decides what becomes of who waits there.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # the other end went first
+            raise

@@ -1,0 +1,685 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kvm machine: a small x86-64 guest that computes, and checks itself (docs/machines.md, csrc/machine/).
+
+Memory is split into a block that all vCPUs share and one for each vCPU alone, so that a destination can give each its
+own userfaultfd: vCPUs then do not wait for each other's faults. Shard 0 is the shared block's, shard n + 1 that of vCPU
+n.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import platform
+import secrets
+import tempfile
+import warnings
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import trio
+
+from postcopy._blocking import END_TIMEOUT_S, no_thread, run_sync, run_to_end
+from postcopy._error_line import ErrorLine, c_text
+from postcopy._fd import FdHolder
+from postcopy._native import ffi, lib
+from postcopy.errors import (
+    BusyError,
+    ConfigurationError,
+    CoreError,
+    MigrationError,
+    PostcopyError,
+    ProtocolError,
+    ResourceError,
+    check,
+)
+from postcopy.machines.base import (
+    CLOSE_TIMEOUT_S,
+    Activity,
+    BlockLayout,
+    Check,
+    Machine,
+    MachineEvent,
+    MachineEventType,
+    MachineState,
+    MachineStatistics,
+    RamBlock,
+    VcpuStatistics,
+)
+from postcopy.memory import Memory, check_memory, format_size, page_bytes_of
+from postcopy.uffd import explain_unavailable
+
+if TYPE_CHECKING:
+    from postcopy.machines.toy.tap import Network
+
+WORKLOADS: Mapping[str, int] = {
+    "idle": lib.PC_WORKLOAD_IDLE,
+    "dirty": lib.PC_WORKLOAD_DIRTY,
+    "random": lib.PC_WORKLOAD_RANDOM,
+    "disk": lib.PC_WORKLOAD_DISK,
+    "echo": lib.PC_WORKLOAD_ECHO,
+}
+_STATES = {
+    lib.PC_MACHINE_CREATED: MachineState.CREATED,
+    lib.PC_MACHINE_PAUSED: MachineState.PAUSED,
+    lib.PC_MACHINE_RUNNING: MachineState.RUNNING,
+    lib.PC_MACHINE_FAILED: MachineState.FAILED,
+}
+_ACTIVITIES = {
+    lib.PC_VCPU_PARKED: Activity.PARKED,
+    lib.PC_VCPU_GUEST: Activity.GUEST,
+    lib.PC_VCPU_DEVICE: Activity.DEVICE,
+    lib.PC_VCPU_HALTED: Activity.HALTED,
+    lib.PC_VCPU_DISK: Activity.DISK,
+    lib.PC_VCPU_NET: Activity.NET,
+    lib.PC_VCPU_GONE: Activity.GONE,
+}
+_MAX_STATE_BYTES = 1 << 20  # eight vCPUs with as much of everything as the core takes
+LOAD_TIMEOUT_S = 10.0
+"""How long KVM may take over a state: milliseconds, unless it waits for guest memory, which nobody can bring it yet."""
+DEFAULT_DISK_BYTES = 16 << 20
+DISK_PREFIX, DISK_SUFFIX = "postcopy-disk-", ".img"  # of temporary ones
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KvmOptions:
+    """A machine as the user wants it."""
+
+    memory_bytes: int = 256 << 20
+    vcpus: int = 1
+    workload: str = "random"
+    backing: str = "memfd"
+    working_set_bytes: int = 0  # over all blocks; 0: all memory
+    seed: int | None = None  # of the workload's choices; None: a random one
+    disk: str | None = None  # backing file for the workload `disk`; None: a temporary one, removed at close
+    disk_bytes: int = DEFAULT_DISK_BYTES
+    net: str | None = None  # tap:NAME, for the workload `echo`, which needs it
+    net_mac: int | None = None  # None: follows from the seed, as the next one
+    net_address: int | None = None  # IPv4
+
+
+class KvmMachine(Machine):
+    """Made by `create` at the source, `for_destination` at the destination."""
+
+    kind: ClassVar[str] = "kvm"
+    live: ClassVar[bool] = True
+    kernel_faults: ClassVar[bool] = True
+    engine: ClassVar[int] = lib.PC_ENGINE_KVM
+    Options = KvmOptions
+
+    def __init__(
+        self,
+        blocks: Sequence[tuple[str, int]],
+        backing: str,
+        workload: str,
+        working_set_bytes: int,
+        seed: int,
+        disk: _Disk | None,
+        network: Network | None = None,
+    ) -> None:
+        """Takes over `disk` and `network`, also when it raises."""
+        self._workload = workload
+        self._working_set_bytes = working_set_bytes
+        self._seed = seed
+        self._disk = disk
+        self._network = network
+        self._machine: Any = None
+        self._closing = False
+        self._ending = trio.Lock()
+        with contextlib.ExitStack() as undo:
+            if disk is not None:
+                undo.callback(disk.close)
+            if network is not None:
+                undo.callback(network.close)
+            self._blocks: list[RamBlock] = []
+            for number, (name, size_bytes) in enumerate(blocks):
+                memory = Memory.create(backing, size_bytes)
+                undo.callback(memory.drop)
+                self._blocks.append(RamBlock(name, memory, number))
+            machine = self._open()
+            undo.callback(lib.pc_kvm_close, machine, round(CLOSE_TIMEOUT_S * 1000))
+            self._bell = _Bell(lib.pc_kvm_event_fd(machine))
+            undo.pop_all()
+        for block in self._blocks:
+            block.memory.acquire("machine")
+        self._machine = machine
+
+    @classmethod
+    def create(cls, options: KvmOptions) -> Self:
+        """The source. Errors: `ConfigurationError` for numbers that make no sense, `ResourceError` for what the host
+        lacks (memory, /dev/kvm or the right to it)."""
+        if options.workload not in WORKLOADS:
+            raise ConfigurationError(f"unknown workload {options.workload!r}; there are {', '.join(WORKLOADS)}")
+        check_vcpus(options.vcpus, cls.kind)
+        if not 0 <= options.working_set_bytes < 1 << 64:
+            raise ConfigurationError("a working set cannot be less than 0 bytes")
+        if options.seed is not None and not 0 <= options.seed < 1 << 64:
+            raise ConfigurationError("a seed is a number from 0 to 2^64 - 1")
+        check_memory(options.backing, options.memory_bytes)
+        shared_bytes, private_bytes = split_memory(options.memory_bytes, options.vcpus, page_bytes_of(options.backing))
+        blocks = [("shared", shared_bytes)] + [(f"vcpu{number}", private_bytes) for number in range(options.vcpus)]
+        disk = None
+        if options.workload == "disk":
+            disk = _Disk(options.disk, options.disk_bytes)
+        elif options.disk is not None:
+            raise ConfigurationError(f"--disk has no meaning for --workload {options.workload}")
+        seed = secrets.randbits(64) if options.seed is None else options.seed
+        network = None
+        if options.workload == "echo":
+            network = _open_network(options, seed)
+        elif (options.net, options.net_mac, options.net_address) != (None, None, None):
+            raise ConfigurationError(f"--net has no meaning for --workload {options.workload}")
+        return cls(blocks, options.backing, options.workload, options.working_set_bytes, seed, disk, network)
+
+    @classmethod
+    def for_destination(
+        cls,
+        config: Mapping[str, Any],
+        layout: Sequence[BlockLayout],
+        backing: str,
+        disk: str | None = None,
+        net: str | None = None,
+    ) -> Self:
+        """The twin of what a source offers; what the peer says is checked. `disk` and `net`: where its disk is on this
+        host, and where its network device is attached."""
+        unavailable = explain_unavailable(kernel_faults=cls.kernel_faults)
+        if unavailable is not None:
+            raise unavailable
+        vcpus, workload = config.get("vcpus"), config.get("workload")
+        if type(vcpus) is not int or not 1 <= vcpus <= lib.PC_KVM_MAX_VCPUS:
+            raise ProtocolError(f"an offer of a {cls.kind} machine must have a number of vcpus")
+        if not isinstance(workload, str) or workload not in WORKLOADS:
+            raise ProtocolError(f"an offer of a {cls.kind} machine must have a workload")
+        names = ["shared"] + [f"vcpu{number}" for number in range(vcpus)]
+        if [block.name for block in layout] != names:
+            raise ProtocolError(f"a {cls.kind} machine of {vcpus} vcpus must have the blocks {', '.join(names)}")
+        if any(block.size_bytes <= 0 for block in layout):
+            raise ProtocolError("an offer of a block without a size")
+        unit = page_bytes_of(backing)
+        for block in layout:
+            if block.size_bytes % unit:
+                raise ConfigurationError(
+                    f"block {block.name} of {format_size(block.size_bytes)} is not a whole number of"
+                    f" {format_size(unit)} pages: --backing {backing} cannot hold this machine"
+                )
+        check_memory(backing, sum(block.size_bytes for block in layout))
+        working_set_bytes, seed = _natural(config, "working-set-bytes"), _natural(config, "seed")
+        twin_disk = network = None
+        if workload == "disk":
+            disk_bytes = _natural(config, "disk-bytes")
+            if disk is None:
+                raise _no_disk(config.get("disk"))
+            _check_twin_disk(disk, disk_bytes)
+            twin_disk = _Disk(disk, disk_bytes)
+        elif workload == "echo":
+            network = _twin_network(config, net)
+        blocks = [(block.name, block.size_bytes) for block in layout]
+        return cls(blocks, backing, workload, working_set_bytes, seed, twin_disk, network)
+
+    # ---- what it is
+
+    @property
+    def blocks(self) -> Sequence[RamBlock]:
+        return self._blocks
+
+    @property
+    def vcpus(self) -> int:
+        return len(self._blocks) - 1
+
+    @property
+    def workload(self) -> str:
+        return self._workload
+
+    def config(self) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "vcpus": self.vcpus,
+            "workload": self._workload,
+            "working-set-bytes": self._working_set_bytes,
+            "seed": self._seed,
+        }
+        if self._disk is not None:
+            config["disk"] = self._disk.path
+            config["disk-bytes"] = self._disk.size_bytes
+        if self._network is not None:
+            config["net-mac"] = self._network.mac
+            config["net-address"] = self._network.address
+        return config
+
+    @property
+    def network(self) -> dict[str, str] | None:
+        if self._network is None:
+            return None
+        from postcopy.machines.toy.tap import format_ipv4, format_mac
+
+        network = self._network
+        return {"net": network.net, "mac": format_mac(network.mac), "address": format_ipv4(network.address)}
+
+    async def claim_network(self) -> None:
+        if self._network is not None:
+            try:
+                self._network.claim()
+            except (PostcopyError, trio.ClosedResourceError) as error:
+                log.error("the machine runs, but is not on the network: %s", error)
+        await trio.lowlevel.checkpoint()
+
+    async def release_network(self) -> None:
+        if self._network is not None:
+            try:
+                self._network.release()
+            except (PostcopyError, trio.ClosedResourceError) as error:
+                # It reads and answers nothing any more, and the destination's announcement moves its address.
+                log.warning("the machine has left, but its link stays up: %s", error)
+        await trio.lowlevel.checkpoint()
+
+    # ---- running
+
+    async def boot(self) -> None:
+        machine = self._alive()
+        check(await run_sync(lib.pc_kvm_boot, machine), "booting the machine")
+        await self.claim_network()
+
+    async def resume(self) -> None:
+        machine = self._alive()
+        result = await run_sync(lib.pc_kvm_resume, machine)
+        if result == -errno.EIO:
+            raise MigrationError(f"the machine has failed: {self.statistics().failure_text}")
+        check(result, "resuming the machine")
+
+    async def pause(self, timeout_s: float = 10.0) -> None:
+        machine = self._alive()
+        line = ErrorLine()
+        timeout_ms = max(0, min(round(timeout_s * 1000), 3_600_000))
+
+        def call() -> int:
+            return int(lib.pc_kvm_pause(machine, timeout_ms, line.buffer, line.size))
+
+        result = await run_sync(call)
+        if result in (-errno.ETIMEDOUT, -errno.EIO):
+            raise MigrationError(f"pausing the machine: {line}")
+        line.check(result, "pausing the machine")
+
+    async def save_state(self) -> bytes:
+        machine = self._alive()
+        line = ErrorLine()
+
+        def call() -> bytes:
+            what = "saving the machine's state"
+            needed = line.check(lib.pc_kvm_save_state(machine, ffi.NULL, 0, line.buffer, line.size), what)
+            buffer = ffi.new("uint8_t[]", max(1, needed))
+            used = line.check(lib.pc_kvm_save_state(machine, buffer, needed, line.buffer, line.size), what)
+            if used > needed:
+                raise PostcopyError(f"{what}: it grew while it was saved")
+            return bytes(ffi.buffer(buffer, used))
+
+        return await run_sync(call)
+
+    async def load_state(self, state: bytes) -> None:
+        machine = self._alive()
+        if len(state) > _MAX_STATE_BYTES:
+            raise ProtocolError(f"a machine state of {format_size(len(state))}")
+        line = ErrorLine()
+
+        def call() -> int:
+            return int(lib.pc_kvm_load_state(machine, state, len(state), line.buffer, line.size))
+
+        # A load that hangs in the kernel is left there, when it is late or this is cancelled: `close` waits for it.
+        what = "loading the machine's state"
+        result = None
+        with trio.move_on_after(LOAD_TIMEOUT_S):
+            result = await run_sync(call, abandon_on_cancel=True)
+        if result is None:
+            raise MigrationError(f"{what}: not done after {LOAD_TIMEOUT_S:g} s; it hangs in the kernel")
+        if result in (-errno.EBADMSG, -errno.EPROTO, -errno.EINVAL):
+            raise ProtocolError(f"{what}: {line}")
+        if result == -errno.ENOTSUP:
+            raise ResourceError(f"{what}: {line}", "use a host with the same or a newer CPU and kernel")
+        line.check(result, what)
+
+    # ---- looking at it
+
+    def vcpu_threads(self) -> list[int]:
+        return [vcpu.tid for vcpu in self.statistics().vcpus]
+
+    def statistics(self) -> MachineStatistics:
+        stats: Any = ffi.new("struct pc_machine_stats *")
+        check(lib.pc_kvm_stats(self._alive(), stats), "reading the machine's counters")
+        return MachineStatistics(
+            state=_STATES[stats.state],
+            vcpus=tuple(
+                VcpuStatistics(
+                    tid=int(vcpu.tid),
+                    activity=_ACTIVITIES[vcpu.activity],
+                    exits=int(vcpu.exits),
+                    marks=int(vcpu.marks),
+                    operations=int(vcpu.operations),
+                    failures=int(vcpu.failures),
+                )
+                for vcpu in (stats.vcpu[number] for number in range(stats.vcpus))
+            ),
+            ready=bool(stats.ready),
+            nonce=int(stats.nonce),
+            failures=int(stats.failures),
+            failure_text=c_text(stats.failure_text),
+            first_run_ns=int(stats.first_run_ns),
+            paused_ns=int(stats.paused_ns),
+            disk_reads=int(stats.disk_reads),
+            disk_writes=int(stats.disk_writes),
+            disk_bytes=int(stats.disk_bytes),
+            disk_errors=int(stats.disk_errors),
+            serial_bytes=int(stats.serial_bytes),
+            net_received=int(stats.net_received),
+            net_sent=int(stats.net_sent),
+            net_dropped=int(stats.net_dropped),
+            net_errors=int(stats.net_errors),
+        )
+
+    async def verify(self) -> Check:
+        machine = self._alive()
+        struct: Any = ffi.new("struct pc_machine_check *")
+        # How much there is to check, guest memory says. Abandoned it goes on until `close` calls it off.
+        result = await run_sync(lib.pc_kvm_verify, machine, struct, abandon_on_cancel=True)
+        if result == -errno.ECANCELED:
+            raise trio.ClosedResourceError("this machine was closed")
+        check(result, "verifying the machine")
+        return Check(
+            ok=bool(struct.ok),
+            what=c_text(struct.text),
+            how=f"every page of the paused machine, recomputed from seed and counters of the workload {self._workload}",
+            counts={
+                "pages-checked": int(struct.pages_checked),
+                "pages-zero": int(struct.pages_zero),
+                "bad-pages": int(struct.bad_pages),
+                "operations": int(struct.operations),
+                "disk-bytes-checked": int(struct.disk_bytes_checked),
+                "nonce": int(struct.nonce),
+            },
+        )
+
+    async def wait_ready(self) -> None:
+        while True:
+            statistics = self.statistics()
+            if statistics.state is MachineState.FAILED or statistics.failures:
+                raise MigrationError(f"the machine failed before it was ready: {statistics.failure_text}")
+            if statistics.ready:
+                return await trio.lowlevel.checkpoint()
+            await self._bell.wait()
+
+    def events(self) -> AsyncIterator[MachineEvent]:
+        return _Events(self.statistics, self._bell)
+
+    # ---- the end
+
+    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        with trio.CancelScope(shield=True):  # bounded: pc_kvm_close is
+            async with self._ending:
+                if self._machine is None:
+                    return
+                machine, self._machine = self._machine, None  # whose end does not return can never be freed
+                self._closing = True
+                self._bell.close()
+                timeout_ms = max(1, min(round(timeout_s * 1000), 3_600_000))
+
+                def call() -> int:
+                    return int(lib.pc_kvm_close(machine, timeout_ms))
+
+                result = await run_to_end(call, "ending the machine", timeout_s + END_TIMEOUT_S)
+                if result == -errno.ETIMEDOUT:
+                    self._machine = machine
+                    raise MigrationError(
+                        "a vCPU is blocked where no signal reaches it, on a missing page; the machine's memory is kept"
+                    )
+                for block in self._blocks:
+                    block.memory.release("machine")
+                    block.memory.drop()
+                if self._disk is not None:
+                    self._disk.close()
+                if self._network is not None:
+                    self._network.close()
+                check(result, "ending the machine")
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    def __del__(self) -> None:
+        if getattr(self, "_machine", None) is not None:
+            # Its vCPUs run on, and its memory stays mapped.
+            warnings.warn(f"a {self.kind} machine was never closed", ResourceWarning, stacklevel=2, source=self)
+
+    # ---- private
+
+    def _alive(self) -> Any:
+        if self._machine is None or self._closing:
+            raise trio.ClosedResourceError("this machine was closed")
+        return self._machine
+
+    def _open(self) -> Any:
+        config: Any = ffi.new("struct pc_kvm_config *")
+        config.engine = self.engine
+        config.vcpus = self.vcpus
+        config.workload = WORKLOADS[self._workload]
+        config.shared = self._blocks[0].memory.struct[0]
+        for number, block in enumerate(self._blocks[1:]):
+            config.private_[number] = block.memory.struct[0]
+        config.working_set_bytes = self._working_set_bytes
+        config.seed = self._seed
+        config.disk_fd = -1 if self._disk is None else self._disk.fd
+        config.disk_bytes = 0 if self._disk is None else self._disk.size_bytes
+        if self._network is not None:
+            config.has_net = 1
+            config.net_fd = self._network.tap.fd
+            config.net_mac = self._network.mac
+            config.net_address = self._network.address
+        pointer: Any = ffi.new("struct pc_kvm **")
+        line = ErrorLine()
+        result = lib.pc_kvm_open(config, pointer, line.buffer, line.size)
+        if result < 0:
+            raise _open_error(-result, str(line))
+        return pointer[0]
+
+
+def check_vcpus(vcpus: int, kind: str = "kvm") -> None:
+    if not 1 <= vcpus <= lib.PC_KVM_MAX_VCPUS:
+        raise ConfigurationError(f"a {kind} machine has 1 to {lib.PC_KVM_MAX_VCPUS} vcpus, not {vcpus}")
+
+
+def explain_no_kvm() -> ResourceError | None:
+    """None when this user may use /dev/kvm on this host, else why not. Makes nothing, does not block."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ResourceError("the kvm machine is for x86-64 hosts", "use --machine rv64")
+    fd = lib.pc_device_open(lib.PC_DEVICE_KVM)
+    if fd < 0:
+        return ResourceError(f"/dev/kvm: {os.strerror(-fd)}", "use --machine rv64")
+    os.close(fd)
+    return None
+
+
+def split_memory(memory_bytes: int, vcpus: int, page_bytes: int) -> tuple[int, int]:
+    """(shared, private of each vCPU): about half is shared, and together they are all of `memory_bytes`.
+    `ConfigurationError` when that is too small or not a whole number of pages."""
+    shared, private = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+    line = ErrorLine()
+    result = lib.pc_kvm_split_memory(memory_bytes, vcpus, page_bytes, shared, private, line.buffer, line.size)
+    if result < 0:
+        raise ConfigurationError(f"{format_size(memory_bytes)} for {vcpus} vcpus: {str(line) or os.strerror(-result)}")
+    return int(shared[0]), int(private[0])
+
+
+def _open_error(number: int, text: str) -> PostcopyError:
+    text = text or os.strerror(number)
+    if number == errno.ENOENT:
+        return ResourceError(
+            text,
+            "enable virtualization (load kvm_intel or kvm_amd; in a virtual machine, nested virtualization), and in a"
+            " container pass the device in: --device /dev/kvm; --machine rv64 needs no such device",
+        )
+    if number in (errno.EACCES, errno.EPERM):
+        return ResourceError(
+            text, "add this user to the group that owns /dev/kvm (often kvm), run as root, or --machine rv64"
+        )
+    if number in (errno.ENOTSUP, errno.ENODEV, errno.ENXIO):
+        return ResourceError(text, "use an x86-64 host whose KVM offers it, or --machine rv64")
+    if number == errno.EINVAL:
+        return ConfigurationError(text)
+    if number == errno.EBUSY:
+        return BusyError(text)
+    if number == errno.ENOMEM:
+        return ResourceError(text, "ask for less memory, or use a host with more")
+    if number == errno.EAGAIN:
+        return no_thread(f"a machine ({text})")
+    return CoreError(number, "making a machine", text)
+
+
+def _natural(config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name)
+    if type(value) is not int or not 0 <= value < 1 << 64:
+        raise ProtocolError(f"an offer of a machine must have a number as {name}")
+    return value
+
+
+def _open_network(options: KvmOptions, seed: int) -> Network:
+    from postcopy.machines.toy.tap import Network, default_ipv4, default_mac
+
+    if options.net is None:
+        raise ConfigurationError("--workload echo needs --net tap:NAME, where its network device is attached")
+    mac = default_mac(seed) if options.net_mac is None else options.net_mac
+    address = default_ipv4(seed) if options.net_address is None else options.net_address
+    return Network.open(options.net, mac, address)
+
+
+def _twin_network(config: Mapping[str, Any], net: str | None) -> Network:
+    from postcopy.machines.toy.tap import Network
+
+    mac, address = _natural(config, "net-mac"), _natural(config, "net-address")
+    if mac >= 1 << 48 or address >= 1 << 32:
+        raise ProtocolError("an offer of a machine with addresses that cannot be")
+    if net is None:
+        raise ConfigurationError(
+            "the machine has a network device; say --net tap:NAME where it is attached on this host"
+        )
+    return Network.open(net, mac, address)
+
+
+def _check_twin_disk(path: str, size_bytes: int) -> None:
+    """It must be the one the source uses: neither made nor made longer here, however long a peer says that it is."""
+    try:
+        found_bytes = os.stat(path).st_size
+    except (OSError, ValueError):
+        raise ConfigurationError(f"disk {path}: there is no such file; it must be the one the source uses") from None
+    if found_bytes < size_bytes:
+        raise ConfigurationError(
+            f"disk {path} has {format_size(found_bytes)}, the machine's {format_size(size_bytes)}; it must be the one"
+            " the source uses"
+        )
+
+
+def _no_disk(path: object) -> PostcopyError:
+    """What there is to say of a machine whose disk has no file here. Never is it the file that the source names: the
+    guest writes to its disk whatever it likes, and guest and path both come from a peer, which could so overwrite any
+    file."""
+    if not isinstance(path, str) or not path.isprintable():
+        return ProtocolError("an offer of a machine with a disk must say where it is")
+    return ConfigurationError(
+        f"the machine has a disk, which is {path} on the source; say --disk FILE where it is on this host"
+    )
+
+
+class _Disk:
+    """The backing file of the machine's block device, opened for O_DIRECT."""
+
+    def __init__(self, path: str | None, size_bytes: int) -> None:
+        if path is not None and ("\0" in path or not path):
+            raise ConfigurationError(f"disk {path!r}: not the name of a file")  # C would take what is before the null
+        if not 0 < size_bytes < 1 << 62:
+            raise ConfigurationError(f"a disk cannot have {size_bytes} bytes")
+        self.size_bytes = size_bytes
+        self._temporary = path is None
+        if path is None:
+            fd, path = tempfile.mkstemp(prefix=DISK_PREFIX, suffix=DISK_SUFFIX)
+            os.close(fd)
+        self.path = os.path.abspath(path)
+        line = ErrorLine()
+        fd = lib.pc_disk_open(os.fsencode(self.path), size_bytes, line.buffer, line.size)
+        if fd < 0:
+            self._remove()
+            raise ConfigurationError(f"disk {self.path}: {str(line) or os.strerror(-fd)}")
+        self._fd = FdHolder(fd)
+
+    @property
+    def fd(self) -> int:
+        return self._fd.fileno()
+
+    def close(self) -> None:
+        """A temporary file loses its name; a twin on this host that has it open keeps its content."""
+        self._fd.close()
+        self._remove()
+
+    def _remove(self) -> None:
+        if self._temporary:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+
+
+class _Bell:
+    """Lets any number of tasks wait for the machine's eventfd, which only one may read.
+
+    It says only that something may have changed: whoever is woken looks at the counters, before waiting and after.
+    """
+
+    def __init__(self, event_fd: int) -> None:
+        self._fd = FdHolder.duplicate(event_fd)
+        self._others = trio.lowlevel.ParkingLot()
+        self._has_leader = False
+
+    async def wait(self) -> None:
+        self._fd.fileno()
+        if self._has_leader:
+            await self._others.park()
+            self._fd.fileno()
+            return
+        self._has_leader = True
+        try:
+            await self._fd.wait_readable()
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._fd.fileno())
+        finally:
+            # Also when cancelled: one of the others must take over.
+            self._has_leader = False
+            self._others.unpark_all()
+
+    def close(self) -> None:
+        self._fd.close()
+        self._others.unpark_all()
+
+
+class _Events:
+    """Compares counters with those it saw last."""
+
+    def __init__(self, statistics: Callable[[], MachineStatistics], bell: _Bell) -> None:
+        self._statistics = statistics
+        self._bell = bell
+        self._seen = statistics()
+        self._pending: deque[MachineEvent] = deque()
+
+    def __aiter__(self) -> _Events:
+        return self
+
+    async def __anext__(self) -> MachineEvent:
+        await trio.lowlevel.checkpoint()
+        while not self._pending:
+            before, now = self._seen, self._statistics()
+            self._seen = now
+            if now.ready and not before.ready:
+                self._pending.append(MachineEvent(MachineEventType.READY))
+            if now.marks > before.marks:
+                self._pending.append(MachineEvent(MachineEventType.MARK, f"{now.operations} operations"))
+            if now.failures > before.failures:
+                self._pending.append(MachineEvent(MachineEventType.FAILURE, now.failure_text))
+            if now.state is MachineState.FAILED and before.state is not MachineState.FAILED:
+                self._pending.append(MachineEvent(MachineEventType.FAILED, now.failure_text))
+            if not self._pending:
+                await self._bell.wait()
+        return self._pending.popleft()

@@ -1,0 +1,573 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is left of a migration whose other side is lost for good: each side writes what it has, `merge` joins the two,
+and a machine can be started again from it (`restore`).
+
+When the network fails after the point of no return and one host never comes back, the machine's memory is in two
+places: what has arrived is at the destination, where the machine may have changed it; the rest is at the source, as it
+was at the pause. A *salvage* is a directory with the memory of one side and a map of the pages for which that side can
+speak. A page of the destination's map comes from there, every other one from the source. A page for which nobody can
+speak is *in doubt*, and named.
+
+Beside the memory is the state of the machine's devices, where the machine could be paused. State and memory must be of
+the same moment: that of the destination goes with what both sides have together, that of the source with the source's
+memory alone, which is the machine as it was at the switchover.
+
+A salvage is written beside its name and renamed when it is complete and on the disk: one that is there is whole.
+Nothing that was there before is overwritten. What is read from one is checked like what comes from a peer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from postcopy._blocking import run_sync
+from postcopy._files import (
+    check_new_directory,
+    check_new_file,
+    locked_directory,
+    new_directory,
+    open_regular,
+    read_regular,
+    replacing,
+    write_all,
+    write_new,
+)
+from postcopy.errors import ConfigurationError, PostcopyError, ProtocolError, ResourceError
+from postcopy.machines import BlockLayout, Machine, create_destination
+from postcopy.memory import MemoryKind, format_size
+from postcopy.memory.bitmap import Bitmap
+from postcopy.wire.protocol import one_line
+
+FORMAT, VERSION = "postcopy-salvage", 1
+SOURCE, DEST, MERGED = "source", "dest", "merged"  # sides
+STARTED = "started"  # a file in one that a machine has been started from
+PAUSE_TIMEOUT_S = 2.0
+COPY_BYTES = 4 << 20
+MAX_RANGES = 10_000  # of pages in doubt that are listed; the number of pages is always told
+MAX_BLOCKS = 64
+MAX_BLOCK_BYTES = 1 << 44
+MAX_PAGE_BYTES = 1 << 30
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_STATE_BYTES = 16 << 20
+MAX_STARTED_BYTES = 1000
+
+
+def check_target(path: str) -> None:
+    """`ConfigurationError` when no salvage could be written there: to be found out while nothing is lost yet."""
+    check_new_directory("--salvage", path)
+
+
+async def write(path: str, machine: Machine, migration: str, side: str, maps: Sequence[Bitmap]) -> bool:
+    """Writes what this side has: the memory's content as far as it is there, and `maps`, a bitmap a RAM block in the
+    memory's own pages, of what it can speak for. Touches no page that is missing.
+
+    The machine is paused if that is possible. True when it was, and its state is there too: a machine with a vCPU that
+    waits for a page which never comes cannot always be paused; what it still writes meanwhile may be torn. Blocks on
+    I/O in a worker thread, which sees it through when cancelled. `PostcopyError` when it cannot be written.
+    """
+    state: bytes | None = None
+    try:
+        await machine.pause(PAUSE_TIMEOUT_S)
+        state = await machine.save_state()
+    except PostcopyError:
+        pass  # said by the manifest
+    manifest = _manifest(
+        migration,
+        side,
+        machine.kind,
+        machine.config(),
+        state,
+        [
+            Block(block.name, block.memory.size_bytes, block.memory.page_bytes, known.count())
+            for block, known in zip(machine.blocks, maps, strict=True)
+        ],
+    )
+    call = partial(_write, path, machine, maps, manifest, state)
+    try:
+        await run_sync(call)
+    except ResourceError:  # no thread: whoever waits for this one waits for nothing else any more
+        call()
+    return state is not None
+
+
+def _write(path: str, machine: Machine, maps: Sequence[Bitmap], manifest: dict[str, Any], state: bytes | None) -> None:
+    try:
+        with new_directory(path) as part:
+            for number, (block, known) in enumerate(zip(machine.blocks, maps, strict=True)):
+                with write_new(_memory_of(part, number)) as file:
+                    if block.memory.kind is MemoryKind.FILE:
+                        _copy(block.memory.fd, 0, block.memory.file_bytes, file, 0)
+                    else:
+                        block.memory.dump(file)
+                    os.ftruncate(file, block.memory.size_bytes)
+                _write_file(_map_of(part, number), known.rle_encode())
+            _write_rest(part, manifest, state)
+    except OSError as error:
+        raise PostcopyError(f"salvage to {path}: {error.strerror or error}") from error
+    except MemoryError:
+        raise ResourceError(f"salvage to {path}: out of memory", "allow this process more") from None
+
+
+def _write_rest(part: Path, manifest: dict[str, Any], state: bytes | None) -> None:
+    if state is not None:
+        _write_file(part / "state", state)
+    _write_file(part / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    with write_new(path) as fd:
+        write_all(fd, data)
+
+
+def _manifest(
+    migration: str, side: str, kind: str, config: dict[str, Any], state: bytes | None, blocks: Sequence[Block]
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "migration": migration,
+        "side": side,
+        "machine": kind,
+        "config": config,
+        "paused": state is not None,
+        "blocks": [
+            {
+                "name": block.name,
+                "size-bytes": block.size_bytes,
+                "page-bytes": block.page_bytes,
+                "pages": block.known_pages,
+            }
+            for block in blocks
+        ],
+    }
+
+
+def _memory_of(path: Path, number: int) -> Path:
+    return path / f"{number:02}.memory"
+
+
+def _map_of(path: Path, number: int) -> Path:
+    return path / f"{number:02}.map"
+
+
+# ---- reading them, and joining two
+
+
+@dataclass(frozen=True)
+class Block:
+    name: str
+    size_bytes: int
+    page_bytes: int
+    known_pages: int = 0  # as told; the map has the last word
+
+    @property
+    def pages(self) -> int:
+        return -(-self.size_bytes // self.page_bytes)
+
+
+@dataclass(frozen=True)
+class Salvage:
+    """One that was read and checked; the memory stays in its files."""
+
+    path: Path
+    migration: str
+    side: str
+    machine: str
+    config: dict[str, Any]
+    paused: bool
+    blocks: tuple[Block, ...]
+
+    def known(self, number: int) -> Bitmap:
+        """The pages of a block for which it can speak."""
+        block = self.blocks[number]
+        try:
+            # Every other page is the worst case, of about two bytes a page.
+            runs = read_regular(_map_of(self.path, number), 4 * block.pages + 64, follow=False)
+            return Bitmap.rle_decode(runs, block.pages)
+        except (OSError, PostcopyError) as error:
+            raise ConfigurationError(f"{self.path}: the map of block {number} is unusable: {_reason(error)}") from error
+
+    def open_memory(self, number: int) -> int:
+        """A descriptor, the caller's, of a block's memory."""
+        try:
+            fd = open_regular(_memory_of(self.path, number), follow=False)
+        except OSError as error:
+            raise ConfigurationError(
+                f"{self.path}: the memory of block {number} is not there, or of another size: {_reason(error)}"
+            ) from error
+        found_bytes, told_bytes = os.fstat(fd).st_size, self.blocks[number].size_bytes
+        if found_bytes != told_bytes:
+            os.close(fd)
+            raise ConfigurationError(
+                f"{self.path}: the memory of block {number} is not there, or of another size:"
+                f" {found_bytes} bytes, not {told_bytes}"
+            )
+        return fd
+
+    def state(self) -> bytes | None:
+        """Of the machine's devices, where it could be paused."""
+        if not self.paused:
+            return None
+        try:
+            return read_regular(self.path / "state", MAX_STATE_BYTES, follow=False)
+        except OSError as error:
+            raise ConfigurationError(f"{self.path}: the machine's state is unusable: {_reason(error)}") from error
+
+
+def read(path: str) -> Salvage:
+    """`ConfigurationError` for anything that is not a whole salvage of this version. Does not wait, whatever is there
+    in place of its files."""
+    there = Path(path)
+    try:
+        manifest = json.loads(read_regular(there / "manifest.json", MAX_MANIFEST_BYTES, follow=False))
+    except OSError as error:
+        raise ConfigurationError(f"{path}: not a salvage: {_reason(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{path}: its manifest is damaged ({type(error).__name__}: {error})") from error
+    salvage = _salvage_of(there, manifest)
+    for number in range(len(salvage.blocks)):
+        os.close(salvage.open_memory(number))
+    return salvage
+
+
+def _salvage_of(path: Path, manifest: Any) -> Salvage:
+    """What a manifest says, checked."""
+
+    def damaged(what: str) -> ConfigurationError:
+        return ConfigurationError(f"{path}: its manifest is damaged: {what}")
+
+    def text(fields: dict[str, Any], name: str, limit: int) -> str:
+        value = fields.get(name)
+        if not isinstance(value, str) or not 0 < len(value) <= limit or not value.isprintable() or "/" in value:
+            raise damaged(f"{name} must be a name of at most {limit} characters")
+        return value
+
+    def number(fields: dict[str, Any], name: str, low: int, high: int) -> int:
+        value = fields.get(name)
+        if type(value) is not int or not low <= value <= high:
+            raise damaged(f"{name} must be a number from {low} to {high}")
+        return value
+
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise damaged(f"it is not that of a {FORMAT}")
+    if manifest.get("version") != VERSION:
+        raise ConfigurationError(f"{path}: a salvage of another version; use the postcopy that wrote it")
+    told, config, paused = manifest.get("blocks"), manifest.get("config"), manifest.get("paused")
+    if not isinstance(told, list) or not 1 <= len(told) <= MAX_BLOCKS or not all(isinstance(one, dict) for one in told):
+        raise damaged(f"blocks must be a list of 1 to {MAX_BLOCKS}")
+    if not isinstance(config, dict) or type(paused) is not bool:
+        raise damaged("config must be a map, and paused true or false")
+    blocks = []
+    for one in told:
+        page_bytes = number(one, "page-bytes", 512, MAX_PAGE_BYTES)
+        if page_bytes & (page_bytes - 1):
+            raise damaged(f"page-bytes cannot be {page_bytes}")
+        size_bytes = number(one, "size-bytes", 1, MAX_BLOCK_BYTES)
+        blocks.append(Block(text(one, "name", 40), size_bytes, page_bytes))
+    side = text(manifest, "side", 10)
+    if side not in (SOURCE, DEST, MERGED):
+        raise damaged(f"side cannot be {side}")
+    names = text(manifest, "migration", 64), text(manifest, "machine", 40)
+    return Salvage(path, names[0], side, names[1], config, paused, tuple(blocks))
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What became of two salvages. Pages are the smaller ones of the two sides."""
+
+    from_dest_bytes: int
+    from_source_bytes: int
+    doubtful_bytes: int
+    doubtful: list[dict[str, Any]]  # block, first-page, pages, page-bytes
+    torn: bool  # the destination's machine could not be paused
+    has_state: bool  # a machine can be started from it; always false for an image
+
+
+def check_merge_target(output: str | None, into: str | None) -> None:
+    """`ConfigurationError` when `merge` could not write there."""
+    if output is not None:
+        if os.path.lexists(output):
+            raise ConfigurationError(f"{output}: exists already; name a file that does not")
+        check_new_file("--output", output)
+    if into is not None:
+        check_new_directory("--into", into)
+
+
+def merge(
+    paths: Sequence[str],
+    output: str | None = None,
+    into: str | None = None,
+    *,
+    give_up: Callable[[], None] = lambda: None,
+) -> Merged:
+    """Joins the salvages of both sides, or takes what a single one has: into an image (`output`), the RAM blocks one
+    after the other, sparse; or into a directory (`into`) from which the machine can be started again. Blocks on I/O.
+    `ConfigurationError` when they do not belong together. `give_up` is called every few megabytes; what it raises ends
+    it, and nothing is left."""
+    check_merge_target(output, into)
+    salvages = {salvage.side: salvage for salvage in map(read, paths)}
+    if len(salvages) != len(paths):
+        raise ConfigurationError(
+            "both salvages are of the same side; name one of the source and one of the destination"
+        )
+    if MERGED in salvages and len(salvages) > 1:
+        raise ConfigurationError(f"{salvages[MERGED].path} has been merged already; name what it was made of")
+    first = next(iter(salvages.values()))
+    for other in salvages.values():
+        if other.migration != first.migration:
+            raise ConfigurationError("the salvages are of different migrations; only those of one belong together")
+        if [(b.name, b.size_bytes) for b in other.blocks] != [(b.name, b.size_bytes) for b in first.blocks]:
+            raise ConfigurationError("the salvages are of machines with different memory")
+        if (other.machine, other.config.keys()) != (first.machine, first.config.keys()):
+            raise ConfigurationError("the salvages are of different machines")
+    target = output if output is not None else into
+    try:
+        if output is not None:
+            with replacing(output) as image:
+                return _merge(salvages, partial(_into_image, image, first.blocks), give_up)
+        assert into is not None
+        with new_directory(into) as part:
+            return _merge_into(salvages, part, give_up)
+    except OSError as error:
+        raise PostcopyError(f"merge into {target}: {error.strerror or error}") from error
+    except MemoryError:
+        raise ResourceError(f"merge into {target}: out of memory", "allow this process more") from None
+
+
+Place = Callable[[int], "contextlib.AbstractContextManager[tuple[int, int]]"]
+"""Where a block's memory is to be written: descriptor and offset."""
+
+
+@contextlib.contextmanager
+def _into_image(image: int, blocks: Sequence[Block], number: int) -> Any:
+    yield image, sum(block.size_bytes for block in blocks[:number])
+    os.ftruncate(image, sum(block.size_bytes for block in blocks[: number + 1]))
+
+
+@contextlib.contextmanager
+def _into_directory(part: Path, blocks: Sequence[Block], number: int) -> Any:
+    with write_new(_memory_of(part, number)) as fd:
+        yield fd, 0
+        os.ftruncate(fd, blocks[number].size_bytes)
+
+
+def _merge_into(salvages: dict[str, Salvage], part: Path, give_up: Callable[[], None]) -> Merged:
+    """A directory like a salvage, of no side."""
+    # The newest state, and only if it is of the same moment as the memory that goes with it.
+    newest = salvages.get(DEST) or next(iter(salvages.values()))
+    side = newest.side if len(salvages) == 1 else MERGED
+    state = newest.state()
+    known: list[Bitmap] = []
+    merged = _merge(salvages, partial(_into_directory, part, newest.blocks), give_up, known)
+    blocks = []
+    for number, (block, bitmap) in enumerate(zip(newest.blocks, known, strict=True)):
+        _write_file(_map_of(part, number), bitmap.rle_encode())
+        blocks.append(Block(block.name, block.size_bytes, _unit(salvages, number), bitmap.count()))
+    started = "; ".join(filter(None, map(_started, salvages.values())))
+    if started:
+        _write_file(part / STARTED, f"{started}\n".encode())
+    _write_rest(part, _manifest(newest.migration, side, newest.machine, newest.config, state, blocks), state)
+    return Merged(**{**vars(merged), "has_state": state is not None})
+
+
+def _unit(salvages: dict[str, Salvage], number: int) -> int:
+    return min(salvage.blocks[number].page_bytes for salvage in salvages.values())
+
+
+def _merge(
+    salvages: dict[str, Salvage], place: Place, give_up: Callable[[], None], known: list[Bitmap] | None = None
+) -> Merged:
+    counts = dict.fromkeys((DEST, SOURCE, MERGED), 0)
+    doubtful: list[dict[str, Any]] = []
+    doubtful_bytes = 0
+    for number, block in enumerate(next(iter(salvages.values())).blocks):
+        unit = _unit(salvages, number)
+        left = Bitmap.full(-(-block.size_bytes // unit))
+        with place(number) as (image, start):
+            for side in (MERGED, DEST, SOURCE):  # what the destination has is newer
+                if side not in salvages:
+                    continue
+                salvage = salvages[side]
+                take = left & salvage.known(number).rescaled(salvage.blocks[number].page_bytes, unit)
+                memory = salvage.open_memory(number)
+                try:
+                    for first, pages in take.runs():
+                        end = min((first + pages) * unit, block.size_bytes)
+                        _copy(memory, first * unit, end, image, start, give_up)
+                finally:
+                    os.close(memory)
+                counts[side] += take.count() * unit
+                left = left & take.inverted()
+        for first, pages in left.runs():
+            doubtful_bytes += pages * unit
+            if len(doubtful) < MAX_RANGES:
+                doubtful.append({"block": block.name, "first-page": first, "pages": pages, "page-bytes": unit})
+        if known is not None:
+            known.append(left.inverted())
+    torn = DEST in salvages and not salvages[DEST].paused
+    return Merged(counts[DEST] + counts[MERGED], counts[SOURCE], doubtful_bytes, doubtful, torn, False)
+
+
+# ---- starting a machine from one
+
+
+@dataclass(frozen=True)
+class Restorable:
+    """A salvage from which a machine can be started, and what speaks against it."""
+
+    salvage: Salvage
+    doubts: tuple[str, ...]  # what needs the user's `force`
+    started: str  # when and where it was started before; empty when it was not
+
+
+def examine(path: str, *, reclaim: bool) -> Restorable:
+    """Reads a salvage, or what `merge` has made. Blocks on I/O.
+
+    `ConfigurationError` for one that no machine can be started from, and for a source's without `reclaim`: its machine
+    was committed to the destination, may be running there, and only the user can know that it is not.
+    """
+    salvage = read(path)
+    if salvage.machine == "image":
+        raise ConfigurationError(
+            f"{path}: an image is no machine that runs; `postcopy merge {path} --output FILE`, and serve that with"
+            " --machine image --image FILE"
+        )
+    if not salvage.paused:
+        raise ConfigurationError(
+            f"{path}: the machine could not be paused while it was salvaged: there is no state of its devices, and it"
+            " cannot be started; `postcopy merge --output` gives its memory"
+        )
+    if salvage.side == SOURCE and not reclaim:
+        raise ConfigurationError(
+            f"{path}: the machine was committed to its destination, and may be running there; when that host is dead"
+            " for good, --reclaim lets it go on from the switchover, without what it has done since"
+        )
+    if salvage.side != SOURCE and reclaim:
+        what = "was merged of both sides" if salvage.side == MERGED else "is of a destination"
+        raise ConfigurationError(f"{path}: --reclaim is for the salvage of a source; this one {what}")
+    doubts = []
+    missing_bytes = 0
+    for number, block in enumerate(salvage.blocks):
+        missing_bytes += (block.pages - salvage.known(number).count()) * block.page_bytes
+    if missing_bytes:
+        what = "the source's salvage has them (`postcopy merge`)" if salvage.side == DEST else "nobody has them"
+        doubts.append(f"{format_size(missing_bytes)} of its memory are not there, and would be zeros: {what}")
+    started = _started(salvage)
+    if started:
+        doubts.append(f"it has been started before ({started}), and may be running")
+    return Restorable(salvage, tuple(doubts), started)
+
+
+def _started(salvage: Salvage) -> str:
+    """When and where its machine was started from it; empty when it was not."""
+    try:
+        text = read_regular(salvage.path / STARTED, MAX_STARTED_BYTES, follow=False).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise ConfigurationError(f"{salvage.path}: {STARTED}: {_reason(error)}") from error
+    return one_line(text, 200) or "nobody knows when"
+
+
+async def restore(found: Restorable, *, backing: str, disk: str | None, net: str | None) -> Machine:
+    """The machine, paused where it was; `note_start` before it is resumed. Errors as for `create_destination` and
+    `Machine.load_state`; nothing is left of it then."""
+    salvage = found.salvage
+    state = salvage.state()
+    assert state is not None
+    layout = [BlockLayout(block.name, block.size_bytes, block.page_bytes) for block in salvage.blocks]
+    try:
+        machine = create_destination(salvage.machine, salvage.config, layout, backing, disk=disk, net=net)
+    except ProtocolError as error:  # as if a peer had offered it
+        raise PostcopyError(f"{salvage.path}: its manifest makes no sense: {error}") from error
+    try:
+        await run_sync(_load, salvage, machine)
+        await machine.load_state(state)
+    except BaseException:
+        with trio.CancelScope(shield=True):  # bounded
+            await machine.close()
+        raise
+    return machine
+
+
+def _load(salvage: Salvage, machine: Machine) -> None:
+    try:
+        for number, block in enumerate(machine.blocks):
+            fd = salvage.open_memory(number)
+            try:
+                block.memory.load(fd)
+            finally:
+                os.close(fd)
+    except OSError as error:
+        raise PostcopyError(f"{salvage.path}: reading the machine's memory: {_reason(error)}") from error
+
+
+def note_start(found: Restorable) -> None:
+    """Notes in a salvage that its machine has been started, so that this does not happen twice without anybody
+    noticing. Blocks on I/O. `ConfigurationError` when it has been since `examine` looked, `PostcopyError` when it
+    cannot be noted."""
+    path = found.salvage.path
+    text = f"{datetime.now(UTC).isoformat(timespec='microseconds')} on {socket.gethostname()}\n"
+    try:
+        with locked_directory(path):
+            started = _started(found.salvage)
+            if started != found.started:
+                raise ConfigurationError(f"{path}: the machine has been started from there meanwhile ({started})")
+            with replacing(str(path / STARTED)) as fd:
+                write_all(fd, text.encode())
+    except BlockingIOError as error:
+        raise ConfigurationError(f"{path}: another process starts the machine from there at this moment") from error
+    except OSError as error:
+        raise PostcopyError(
+            f"{path}: cannot note that the machine has been started from there ({_reason(error)}), and without"
+            " that it might be started twice; copy it to where this user may write"
+        ) from error
+
+
+def _copy(
+    source: int, begin: int, end: int, image: int, start: int, give_up: Callable[[], None] = lambda: None
+) -> None:
+    """[begin, end) of one file to `start` further on in the other; holes stay holes."""
+    at = begin
+    while at < end:
+        try:
+            data = os.lseek(source, at, os.SEEK_DATA)
+        except OSError:  # ENXIO: a hole to the end
+            return
+        if data >= end:
+            return
+        at = max(at, data)
+        stop = min(end, os.lseek(source, at, os.SEEK_HOLE))
+        while at < stop:
+            give_up()
+            copied = _copy_range(source, at, image, start + at, min(COPY_BYTES, stop - at))
+            if not copied:
+                raise PostcopyError("a salvage became shorter while it was read")
+            at += copied
+
+
+def _copy_range(source: int, at: int, image: int, to: int, size_bytes: int) -> int:
+    """How many bytes were copied; 0 at the end of the source."""
+    try:
+        return os.copy_file_range(source, image, size_bytes, at, to)
+    except OSError as error:
+        # Between two file systems: some kernels and file systems cannot, and say it in one of these ways.
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    return os.pwrite(image, os.pread(source, size_bytes, at), to)

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operating a postcopy process from outside: a control socket, metrics, and word to systemd (docs/operating.md)."""
+
+from __future__ import annotations
+
+from postcopy._log import add_migration
+from postcopy.service.client import ControlClient
+from postcopy.service.schema import PROTOCOL, ControlError
+from postcopy.service.server import ControlServer
+
+__all__ = ["PROTOCOL", "ControlClient", "ControlError", "ControlServer", "add_migration"]

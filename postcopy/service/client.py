@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The other end of a control socket, for `postcopy ctl` and for programs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from postcopy.errors import PeerError
+from postcopy.service.schema import MAX_ANSWER_BYTES, PROTOCOL, ControlError, Json, LineSplitter, parse_json
+from postcopy.service.server import check_control_path
+
+ANSWER_TIMEOUT_S = 60.0
+BUSY_POLL_S = 0.02
+
+
+class ControlClient:
+    """One conversation, used from one task at a time. `open` gives one that has been greeted."""
+
+    def __init__(self, stream: trio.SocketStream, path: str) -> None:
+        self.greeting: Json = {}
+        self._stream = stream
+        self._path = path
+        self._splitter = LineSplitter(MAX_ANSWER_BYTES)
+        self._lines: list[Json] = []
+        self._events: list[Json] = []
+        self._requests = 0
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, path: str, timeout_s: float = 10.0) -> AsyncIterator[ControlClient]:
+        """`PeerError` when nobody answers there, or in another language; `ConfigurationError` for a path that no socket
+        can have."""
+        check_control_path(path, "the control socket")
+        try:
+            with trio.fail_after(timeout_s):
+                stream = await _connect(path)
+        except trio.TooSlowError:
+            raise PeerError(f"{path}: no answer within {timeout_s:g} s") from None
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise PeerError(
+                f"{path}: {reason}; is there a process with --control {path}, and is it this user's?"
+            ) from error
+        async with stream:
+            client = cls(stream, path)
+            await client._greeted(timeout_s)
+            yield client
+
+    async def execute(self, command: str, arguments: Json | None = None, timeout_s: float = ANSWER_TIMEOUT_S) -> Json:
+        """The answer. `ControlError` when it was refused, `PeerError` when none came."""
+        self._requests += 1
+        request = {"execute": command, "arguments": arguments or {}, "id": self._requests}
+        try:
+            await self._stream.send_all(json.dumps(request).encode() + b"\n")
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise PeerError(f"{self._path}: the process is gone") from error
+        with trio.move_on_after(timeout_s):
+            while True:
+                line = await self._next()
+                if "event" in line:
+                    self._events.append(line)
+                elif line.get("id") in (self._requests, None):
+                    return self._value(line)
+        raise PeerError(f"{self._path}: {command} was not answered within {timeout_s:g} s")
+
+    async def next_event(self) -> Json:
+        """The next event; `events` must have been executed before. `PeerError` when no more comes."""
+        if self._events:
+            return self._events.pop(0)
+        while True:
+            line = await self._next()
+            if "event" in line:
+                return line
+
+    async def _greeted(self, timeout_s: float) -> None:
+        with trio.move_on_after(timeout_s):
+            line = await self._next()
+            self.greeting = line.get("postcopy", {})
+            if "error" in line:
+                self._value(line)
+            if not isinstance(self.greeting, dict) or "protocol" not in self.greeting:
+                raise PeerError(f"{self._path}: that is not a postcopy control socket")
+            if self.greeting["protocol"] != PROTOCOL:
+                raise PeerError(
+                    f"{self._path}: it speaks version {self.greeting['protocol']} of the control protocol, this is"
+                    f" {PROTOCOL}: use the postcopy that it is of"
+                )
+            return
+        raise PeerError(f"{self._path}: no greeting within {timeout_s:g} s")
+
+    async def _next(self) -> Json:
+        while not self._lines:
+            try:
+                data = await self._stream.receive_some(64 * 1024)
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                raise PeerError(f"{self._path}: the process is gone") from error
+            if not data:
+                raise PeerError(f"{self._path}: the process has hung up")
+            try:
+                self._lines += [parse_json(line) for line in self._splitter.feed(bytes(data))]
+            except ControlError as error:
+                raise PeerError(f"{self._path}: that is not a postcopy control socket ({error})") from None
+        return self._lines.pop(0)
+
+    def _value(self, line: Json) -> Json:
+        error = line.get("error")
+        if isinstance(error, dict):
+            raise ControlError(str(error.get("class")), str(error.get("desc")))
+        value = line.get("return")
+        if not isinstance(value, dict):
+            raise PeerError(f"{self._path}: an answer without a return value")
+        return value
+
+
+async def _connect(path: str) -> trio.SocketStream:
+    """Waits for a place in the queue, which connect(2) of a Unix socket does not: it fails with EAGAIN, and is neither
+    connected nor connecting then, as `trio.open_unix_socket` would take it to be."""
+    while True:
+        with contextlib.ExitStack() as undo:
+            handle = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            handle.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                handle.connect(path)
+                undo.pop_all()
+                return trio.SocketStream(trio.socket.from_stdlib_socket(handle))
+        await trio.sleep(BUSY_POLL_S)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""As much of an HTTP/1.1 server as a scrape needs: GET and HEAD of one path, over h11.
+
+Resource handling: a connection has `IDLE_TIMEOUT_S` for each request with its answer and is closed after that; at most
+`MAX_CONNECTIONS` are open at a time. A further one takes the place of the one that has been at its request for longest:
+a scraper says all of its own at once, so it is never the one, however many there are that say it byte by byte. What is
+served is made anew at most every `FRESH_S`, however often it is asked for. Whatever a client does, and whatever goes
+wrong in making the page, `serve` goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import h11
+import trio
+
+from postcopy.errors import ResourceError
+from postcopy.net.channels import Address, parse_address
+from postcopy.service._contain import contained
+
+IDLE_TIMEOUT_S = 15.0
+MAX_CONNECTIONS = 32
+FRESH_S = 0.1
+ACCEPT_PAUSE_S = 0.1
+LOOPBACK = "127.0.0.1"
+
+log = logging.getLogger(__name__)
+
+
+def parse_metrics_address(text: str) -> Address:
+    """``HOST:PORT``; without a host it is the loopback interface, ``*`` is every one."""
+    return parse_address(LOOPBACK + text if text.startswith(":") else text, listening=True)
+
+
+class HttpServer:
+    """`open`, `serve` in a task, cancel that."""
+
+    def __init__(
+        self, listeners: list[trio.SocketListener], path: str, content_type: str, body: Callable[[], bytes]
+    ) -> None:
+        self._listeners = listeners
+        self._path = path
+        self._content_type = content_type
+        self._body = body
+        self._waiting: dict[trio.SocketStream, trio.CancelScope] = {}  # those at their request for longest first
+        self._made: bytes | None = None
+        self._made_at = 0.0
+
+    @classmethod
+    async def open(cls, address: Address, path: str, content_type: str, body: Callable[[], bytes]) -> HttpServer:
+        """`body` makes what is at `path`, at each request. `ResourceError` where it cannot listen."""
+        try:
+            listeners = await trio.open_tcp_listeners(address.port, host=address.host or None)
+        except (OSError, UnicodeError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise ResourceError(f"--metrics {address}: {reason}", "choose another address or port") from error
+        return cls(listeners, path, content_type, body)
+
+    @property
+    def addresses(self) -> list[Address]:
+        names = [listener.socket.getsockname() for listener in self._listeners]
+        return [Address(str(name[0]), int(name[1])) for name in names]
+
+    async def serve(self) -> None:
+        """Until cancelled; closes the listeners then."""
+        try:
+            async with trio.open_nursery() as nursery:
+                for listener in self._listeners:
+                    nursery.start_soon(self._accept, listener, nursery)
+        finally:
+            for listener in self._listeners:
+                listener.socket.close()
+
+    async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
+        failing = False
+        while True:
+            try:
+                stream = await listener.accept()
+            except OSError as error:  # no descriptors, no memory: there may be some later
+                if not failing:
+                    log.error("metrics: cannot accept a connection: %s", error.strerror)
+                failing = True
+                await trio.sleep(ACCEPT_PAUSE_S)
+                continue
+            failing = False
+            if len(self._waiting) >= MAX_CONNECTIONS:
+                oldest = next(iter(self._waiting))
+                self._waiting.pop(oldest).cancel()
+            self._waiting[stream] = trio.CancelScope()
+            nursery.start_soon(self._connection, stream)
+
+    async def _connection(self, stream: trio.SocketStream) -> None:
+        connection = h11.Connection(h11.SERVER)
+        go_on = True
+
+        async def serve() -> None:
+            nonlocal go_on
+            try:
+                go_on = await self._exchange(connection, stream)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                go_on = False  # it left
+
+        try:
+            while (scope := self._waiting.get(stream)) is not None:
+                scope.deadline = trio.current_time() + IDLE_TIMEOUT_S
+                with scope:
+                    if await contained("a request for metrics", serve) is not None or not go_on:
+                        return
+                if scope.cancelled_caught or stream not in self._waiting:
+                    return
+                del self._waiting[stream]
+                self._waiting[stream] = trio.CancelScope()
+                connection.start_next_cycle()
+        finally:
+            self._waiting.pop(stream, None)
+            stream.socket.close()
+
+    def _page(self) -> bytes:
+        if self._made is None or trio.current_time() - self._made_at >= FRESH_S:
+            self._made, self._made_at = self._body(), trio.current_time()
+        return self._made
+
+    async def _exchange(self, connection: h11.Connection, stream: trio.SocketStream) -> bool:
+        """One request and its answer; whether there may be another one."""
+        request: h11.Request | None = None
+        try:
+            while True:
+                event = connection.next_event()
+                if event is h11.NEED_DATA:
+                    connection.receive_data(bytes(await stream.receive_some(16 * 1024)))
+                elif isinstance(event, h11.Request):
+                    request = event
+                elif isinstance(event, h11.EndOfMessage):
+                    break
+                elif isinstance(event, h11.ConnectionClosed) or event is h11.PAUSED:
+                    return False
+        except h11.RemoteProtocolError as error:
+            await self._answer(connection, stream, error.error_status_hint, b"what was that?\n")
+            return False
+        assert request is not None
+        if request.target.partition(b"?")[0] != self._path.encode():
+            await self._answer(connection, stream, 404, f"the metrics are at {self._path}\n".encode())
+        elif request.method not in (b"GET", b"HEAD"):
+            await self._answer(connection, stream, 405, b"GET, please\n", [("Allow", "GET, HEAD")])
+        else:
+            await self._answer(connection, stream, 200, self._page(), head=request.method == b"HEAD")
+        return connection.our_state is h11.DONE and connection.their_state is h11.DONE
+
+    async def _answer(
+        self,
+        connection: h11.Connection,
+        stream: trio.SocketStream,
+        status: int,
+        body: bytes,
+        headers: list[tuple[str, str]] | None = None,
+        head: bool = False,
+    ) -> None:
+        if connection.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            return
+        content_type = self._content_type if status == 200 else "text/plain; charset=utf-8"
+        response = h11.Response(
+            status_code=status,
+            headers=[("Content-Type", content_type), ("Content-Length", str(len(body))), *(headers or [])],
+        )
+        data = connection.send(response) or b""
+        data += (b"" if head else connection.send(h11.Data(data=body))) or b""
+        data += connection.send(h11.EndOfMessage()) or b""
+        await stream.send_all(data)

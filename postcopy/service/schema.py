@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language of the control socket, sans-IO: lines in, requests out, and the other way round.
+
+One JSON object a line, UTF-8, in both directions, after QEMU's QMP. The server greets, then answers each request in
+its order::
+
+    <- {"postcopy": {"version": "0.1.0", "protocol": 1, "side": "source", "pid": 4711}}
+    -> {"execute": "set", "arguments": {"max-bandwidth": 104857600}, "id": 7}
+    <- {"return": {"max-bandwidth": 104857600}, "id": 7}
+    -> {"execute": "sit"}
+    <- {"error": {"class": "CommandNotFound", "desc": "there is no command 'sit'; there are ..."}}
+    <- {"event": "status", "timestamp": {"seconds": 1700000000, "microseconds": 1}, "data": {...}}
+
+A client that sends nonsense is told so and may go on; one whose line is longer than `MAX_LINE_BYTES` is told so and
+hung up on, since nobody knows where its next line begins. `protocol` goes up when something that was right before
+becomes wrong; new commands, arguments and fields may come without that, so a client ignores what it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from postcopy import __version__
+from postcopy.errors import PostcopyError
+from postcopy.memory import parse_size
+from postcopy.wire.protocol import MAX_BULK_CHANNELS, one_line
+
+Json = dict[str, Any]
+
+PROTOCOL = 1
+MAX_LINE_BYTES = 64 * 1024
+"""Of a request. Answers may be longer: a daemon may have many machines."""
+MAX_ANSWER_BYTES = 16 << 20
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
+"""Of a machine: a word that needs no quoting in a shell, a metric's label or a log line."""
+
+
+class ControlError(PostcopyError):
+    """A request that was not done. `kind` is the error's class on the wire: ``BadRequest`` (no request at all),
+    ``CommandNotFound``, ``BadArguments``, ``NotNow`` (the state does not allow it), ``Failed`` (tried, and failed)."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+# ---- Values
+
+
+def _bad(text: str) -> NoReturn:
+    raise ControlError("BadArguments", text)
+
+
+def is_name(value: object) -> bool:
+    """Whether a machine may be called so."""
+    return isinstance(value, str) and NAME.match(value) is not None
+
+
+def name(value: object) -> str:
+    if not isinstance(value, str) or not is_name(value):
+        _bad("a machine's name is 1 to 63 letters, digits, '.', '_' or '-', and begins with a letter or digit")
+    return value
+
+
+def text(value: object) -> str:
+    if not isinstance(value, str) or not value or len(value) > 4096 or "\0" in value:
+        _bad("must be a text of 1 to 4096 characters")
+    return value
+
+
+def boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        _bad("must be true or false")
+    return value
+
+
+def whole(low: int, high: int) -> Callable[[object], int]:
+    def parse(value: object) -> int:
+        if type(value) is not int or not low <= value <= high:
+            _bad(f"must be a whole number from {low} to {high}")
+        return value
+
+    return parse
+
+
+def size(value: object) -> int:
+    """Bytes, as a number or as ``1GiB``."""
+    if isinstance(value, str):
+        try:
+            value = parse_size(value)
+        except PostcopyError as error:
+            _bad(str(error))
+    return whole(1, (1 << 62))(value)
+
+
+def bandwidth(value: object) -> int:
+    """Bytes a second, as a number or as ``100MiB/s``; 0 or "none" is no limit."""
+    if value in (0, "none") and not isinstance(value, bool):
+        return 0
+    return size(value.removesuffix("/s") if isinstance(value, str) else value)
+
+
+def patience(value: object) -> float:
+    """Seconds, or "forever"."""
+    if value == "forever":
+        return math.inf
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+        _bad('must be a number of seconds, or "forever"')
+    return float(value)
+
+
+# ---- Commands
+
+
+@dataclass(frozen=True)
+class Argument:
+    parse: Callable[[Any], Any]
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Command:
+    help: str
+    arguments: Mapping[str, Argument] = field(default_factory=dict)
+
+
+_MACHINE = Argument(name)
+COMMANDS: Mapping[str, Command] = {
+    "commands": Command("what may be asked of this process"),
+    "status": Command("how it is", {"machine": _MACHINE}),
+    "events": Command("from now on, tell this client what happens, or no more", {"enable": Argument(boolean)}),
+    "start": Command(
+        "make a machine and let it run",
+        {
+            "name": _MACHINE,
+            "machine": Argument(text, required=True),
+            "memory": Argument(size),
+            "vcpus": Argument(whole(1, 1000)),
+            "workload": Argument(text),
+            "working-set": Argument(size),
+            "seed": Argument(whole(0, 2**64 - 1)),
+            "backing": Argument(text),
+            "disk": Argument(text),
+            "image": Argument(text),
+        },
+    ),
+    "end": Command("end a machine that is here", {"machine": _MACHINE, "force": Argument(boolean)}),
+    "migrate": Command("send a machine away", {"machine": _MACHINE, "to": Argument(text, required=True)}),
+    "pause": Command("cut the connection of a migration that is past the point of no return", {"machine": _MACHINE}),
+    "recover": Command("connect it again, or to another address", {"machine": _MACHINE, "to": Argument(text)}),
+    "set": Command(
+        "change what may be changed while it runs",
+        {
+            "max-bandwidth": Argument(bandwidth),
+            "bulk-channels": Argument(whole(1, MAX_BULK_CHANNELS)),
+            "recover-for": Argument(patience),
+        },
+    ),
+    "cancel": Command("give a migration up before its point of no return", {"machine": _MACHINE}),
+    "reclaim": Command(
+        "let a machine go on here that was sent to a destination which is dead for good",
+        {"machine": _MACHINE, "force": Argument(boolean)},
+    ),
+    "quit": Command("end in order", {"force": Argument(boolean)}),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    command: str
+    arguments: Json
+    id: object = None  # whatever the client said; sent back
+
+
+class RequestError(Exception):
+    """What a line was not. `id` where it had one."""
+
+    def __init__(self, error: ControlError, id: object = None) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.id = id
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Json:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a key is there twice")
+    return table
+
+
+def _no_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def parse_json(line: bytes) -> Json:
+    """A line's object. `ControlError` for anything else."""
+    try:
+        value = json.loads(line.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ControlError("BadRequest", f"not a line of JSON: {one_line(str(error), 200)}") from None
+    if not isinstance(value, dict):
+        raise ControlError("BadRequest", "not a JSON object")
+    return value
+
+
+def parse_request(line: bytes) -> Request:
+    """`RequestError` unless it is a request that makes sense, with arguments that the command has."""
+    try:
+        table = parse_json(line)
+    except ControlError as error:
+        raise RequestError(error) from None
+    id = table.get("id")
+    unusable = isinstance(id, dict | list) or (isinstance(id, float) and not math.isfinite(id))  # as 1e999 is
+    if unusable or (isinstance(id, str) and len(id) > 1000):
+        raise RequestError(ControlError("BadRequest", "id must be a number or a short text"))
+    try:
+        command, arguments = table.get("execute"), table.get("arguments", {})
+        if unknown := sorted(table.keys() - {"execute", "arguments", "id"}):
+            raise ControlError("BadRequest", f"a request has no {one_line(unknown[0], 60)!r}")
+        if not isinstance(command, str):
+            raise ControlError("BadRequest", 'a request must have "execute", a command\'s name')
+        if command not in COMMANDS:
+            raise ControlError(
+                "CommandNotFound", f"there is no command {one_line(command, 60)!r}; there are {', '.join(COMMANDS)}"
+            )
+        if not isinstance(arguments, dict):
+            raise ControlError("BadArguments", "arguments must be an object")
+        return Request(command, parse_arguments(command, arguments), id)
+    except ControlError as error:
+        raise RequestError(error, id) from None
+
+
+def parse_arguments(command: str, given: Json) -> Json:
+    """The values that a command takes. `ControlError` for what it does not."""
+    known = COMMANDS[command].arguments
+    if unknown := sorted(given.keys() - known.keys()):
+        takes = f"it takes {', '.join(known)}" if known else "it takes none"
+        _bad(f"{command} has no argument {one_line(unknown[0], 60)!r}; {takes}")
+    values: Json = {}
+    for key, argument in known.items():
+        if key not in given or given[key] is None:
+            if argument.required:
+                _bad(f"{command} needs the argument {key!r}")
+            continue
+        try:
+            values[key] = argument.parse(given[key])
+        except ControlError as error:
+            _bad(f"{command}: {key}: {error}")
+    return values
+
+
+# ---- What the server says
+
+
+def _line(value: Json) -> bytes:
+    return json.dumps(value, allow_nan=False).encode() + b"\n"
+
+
+def _with_id(value: Json, id: object) -> Json:
+    return value if id is None else {**value, "id": id}
+
+
+def greeting(side: str, pid: int) -> bytes:
+    return _line({"postcopy": {"version": __version__, "protocol": PROTOCOL, "side": side, "pid": pid}})
+
+
+def answer(value: Json, id: object = None) -> bytes:
+    return _line(_with_id({"return": value}, id))
+
+
+def refusal(error: ControlError, id: object = None) -> bytes:
+    return _line(_with_id({"error": {"class": error.kind, "desc": one_line(str(error), 2000)}}, id))
+
+
+def event(what: str, data: Json) -> bytes:
+    now_us = time.time_ns() // 1000
+    timestamp = {"seconds": now_us // 1_000_000, "microseconds": now_us % 1_000_000}
+    return _line({"event": what, "timestamp": timestamp, "data": data})
+
+
+def plain(seconds: float) -> float | str:
+    """A number of seconds as JSON has it."""
+    return "forever" if math.isinf(seconds) else seconds
+
+
+class LineSplitter:
+    """Bytes in, whole lines out; never keeps more than one line. Empty lines are left out."""
+
+    def __init__(self, max_line_bytes: int = MAX_LINE_BYTES) -> None:
+        self._max_line_bytes = max_line_bytes
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The lines that this completes. `ControlError` for one that is too long: nothing after it can be read; the
+        lines before it are lost with it."""
+        self._rest += data
+        lines = []
+        while (end := self._rest.find(b"\n")) >= 0:
+            self._check(end)
+            line = bytes(self._rest[:end]).strip()
+            del self._rest[: end + 1]
+            if line:
+                lines.append(line)
+        self._check(len(self._rest))
+        return lines
+
+    def _check(self, length: int) -> None:
+        if length > self._max_line_bytes:
+            raise ControlError("BadRequest", f"a line has at most {self._max_line_bytes} bytes")

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `status` answers, and how it reads: the names of docs/results.md, aligned as `virsh domjobinfo` has them."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import trio
+
+from postcopy.machines import Machine
+from postcopy.memory import format_size
+from postcopy.migration._session import now_ns
+from postcopy.migration.destination import DestinationMigration
+from postcopy.migration.source import SourceMigration
+from postcopy.service import report
+from postcopy.service.schema import Json
+
+Migration = SourceMigration | DestinationMigration
+LOST = frozenset({"postcopy-paused", "in-doubt"})
+_LABEL_WIDTH = 18
+
+
+def machine_status(name: str, machine: Machine | None, migration: Migration | None) -> Json:
+    """One machine, and the migration that it is in, was in last, or null."""
+    status: Json = {"name": name, "machine": machine.kind if machine else None, "memory": 0, "guest": None}
+    if machine is not None:
+        status["memory"] = machine.memory_bytes
+        with contextlib.suppress(trio.ClosedResourceError):  # it has ended, what it was in has not
+            status["guest"] = report.guest(machine, machine.statistics())
+    status["migration"] = None if migration is None else _migration(machine, migration)
+    return status
+
+
+def _migration(machine: Machine | None, migration: Migration) -> Json:
+    outgoing = isinstance(migration, SourceMigration)
+    done_ns = migration.completed_ns or now_ns()
+    status: Json = {
+        "id": migration.migration_id,
+        "direction": "outgoing" if outgoing else "incoming",
+        "status": migration.status,
+        "peer": str(migration.peer),
+        "looking-for-peer": not migration.over if migration.status in LOST else None,
+        "elapsed-ms": report.milliseconds(done_ns - migration.started_ns),
+        "downtime-ms": report.milliseconds(migration.downtime_ns),
+        "total-ms": report.milliseconds(migration.total_ns),
+        "recoveries": report.recoveries(migration.recoveries),
+        "error": str(migration.failure) if migration.failure else None,
+        "ram": {},
+    }
+    if isinstance(migration, SourceMigration):
+        if machine is not None:
+            figures = migration.figures
+            status["ram"] = report.ram(figures) if figures else report.served(machine, migration.statistics())
+    else:
+        figures = migration.figures()
+        status["ram"] = report.ram(figures)
+        status["pending-faults"] = figures.pending_faults
+        status["fault-latency-us"] = report.fault_latency(figures)
+    return status
+
+
+# ---- For people
+
+
+def render_answer(request: str, answer: Json) -> str:
+    """What a person wants to know of an answer; nothing where that it was done says it all."""
+    if request == "status":
+        return render(answer)
+    if request == "set":
+        return _rows(_setting_rows(answer))
+    if request == "commands":
+        return _rows([(command["name"], command["help"]) for command in answer["commands"]])
+    if request == "reclaim":
+        return f"{answer['machine']} runs here again: {answer['lost']}"
+    if request == "migrate":
+        return f"{answer['machine']} is on its way: migration {answer['migration']}"
+    return f"{answer['name']} runs" if request == "start" else ""
+
+
+def render(status: Json) -> str:
+    """A process's status as lines; an empty line between machines."""
+    parts = [_rows(_process_rows(status))]
+    parts += [_rows(_machine_rows(machine)) for machine in status.get("machines", [])]
+    return "\n\n".join(parts)
+
+
+def _rows(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(f"{label + ':':<{_LABEL_WIDTH}} {value}" for label, value in rows)
+
+
+def _process_rows(status: Json) -> list[tuple[str, str]]:
+    rows = [("Side", str(status.get("side"))), ("Process", str(status.get("pid")))]
+    rows += [("Listening on", str(address)) for address in status.get("listening", [])]
+    rows += _setting_rows(status.get("settings", {}))
+    rows.append(("Machines", str(len(status.get("machines", [])))))
+    return rows
+
+
+def _setting_rows(settings: Json) -> list[tuple[str, str]]:
+    rows = []
+    if "max-bandwidth" in settings:
+        limit = settings["max-bandwidth"]
+        rows.append(("Max bandwidth", f"{_size(limit)}/s" if limit else "unlimited"))
+    if "bulk-channels" in settings:
+        rows.append(("Bulk channels", str(settings["bulk-channels"])))
+    if "recover-for" in settings:
+        patience = settings["recover-for"]
+        rows.append(("Recover for", patience if isinstance(patience, str) else f"{patience:g} s"))
+    return rows
+
+
+def _machine_rows(machine: Json) -> list[tuple[str, str]]:
+    rows = [("Machine", str(machine["name"]))]
+    if machine.get("machine"):
+        rows.append(("Kind", f"{machine['machine']}, {_size(machine.get('memory', 0))}"))
+    guest = machine.get("guest") or {}
+    if guest:
+        rows.append(("State", str(guest.get("state"))))
+    if "operations" in guest:
+        rows.append(("Operations", str(guest["operations"])))
+        if guest.get("failures"):
+            rows.append(("Guest failures", f"{guest['failures']}: {guest.get('failure')}"))
+    job = machine.get("migration")
+    return rows + (_job_rows(job) if job else [("Job type", "None")])
+
+
+def _job_rows(job: Json) -> list[tuple[str, str]]:
+    ram = job.get("ram") or {}
+    rows = [
+        ("Job type", f"{str(job['status']).capitalize()}, {job['direction']}"),
+        ("Migration", str(job.get("id") or "-")),
+        ("Peer", _peer(job)),
+        ("Time elapsed", f"{_ms(job.get('elapsed-ms'))} ms"),
+    ]
+    if job.get("downtime-ms"):
+        rows.append(("Downtime", f"{_ms(job['downtime-ms'])} ms"))
+    if job.get("total-ms"):
+        rows.append(("Total time", f"{_ms(job['total-ms'])} ms"))
+    if "transferred" in ram:
+        rows.append(("Data processed", _size(ram["transferred"])))
+    if "remaining" in ram:
+        rows.append(("Data remaining", _size(ram["remaining"])))
+    if "total" in ram:
+        rows.append(("Data total", _size(ram["total"])))
+    for label, key in (
+        ("Demand pages", "demand-pages"),
+        ("Background pages", "background-pages"),
+        ("Zero pages", "zero-pages"),
+        ("Page requests", "postcopy-requests"),
+    ):
+        if key in ram:
+            rows.append((label, str(ram[key])))
+    if job.get("pending-faults"):
+        rows.append(("Blocked threads", str(job["pending-faults"])))
+    if (job.get("fault-latency-us") or {}).get("count"):
+        latency = job["fault-latency-us"]
+        rows.append(("Fault latency", f"{latency['p50']} µs median, {latency['p99']} µs 99 %"))
+    if (job.get("recoveries") or {}).get("count"):
+        rows.append(("Recoveries", str(job["recoveries"]["count"])))
+    if job.get("error"):
+        rows.append(("Error", str(job["error"])))
+    return rows
+
+
+def _peer(job: Json) -> str:
+    if job["status"] in LOST and job.get("looking-for-peer") is False:
+        return (
+            f"{job.get('peer')} (lost, and not looked for any more: `recover` does, and `recover HOST:PORT` elsewhere)"
+        )
+    return str(job.get("peer"))
+
+
+def _size(value: Any) -> str:
+    return format_size(value) if isinstance(value, int) else str(value)
+
+
+def _ms(value: Any) -> str:
+    return f"{value:.1f}" if isinstance(value, int | float) else "-"

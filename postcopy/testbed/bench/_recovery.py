@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What coming back costs: the maps of a very large machine, through the protocol and into the page server; and the time
+from a network's return to the first page that comes over it.
+
+The large machine is simulated: a sparse file stands for its memory, a bitmap for what has arrived. Everything else is
+the real code of both sides, from the pager's bitmap to the page server's, but for the network between them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+
+import trio
+
+from postcopy._child import python
+from postcopy.dataplane.pageserver import PageServer
+from postcopy.errors import MigrationError
+from postcopy.memory import Memory
+from postcopy.memory.bitmap import Bitmap
+from postcopy.migration._session import MapCollector
+from postcopy.testbed import ChaosPlan, open_chaos_proxy
+from postcopy.wire.protocol import (
+    ID_BYTES,
+    PAGE_MAP_PAGES,
+    Block,
+    DestinationProtocol,
+    Offer,
+    ReceivedMap,
+    Recover,
+    SourceProtocol,
+)
+
+RUN_PAGES = 64
+READ_BYTES = 64 * 1024  # as the control connection is read
+BEFORE_PAGES_BYTES = 4096  # more than the handshakes of a recovery take, less than the first page and they
+GIVE_UP_S = 30.0
+
+
+async def recovery_times_ms(cuts: int, seed: int) -> list[float]:
+    """From a cable that is whole again to the first page that came over it, for each of so many cuts of a running
+    machine. All connections are reset, and whoever connects is, for 0.1 to 1 s.
+
+    A page has come when more bytes have gone from the source to the destination than everything takes that is said
+    before pages: the clock of this measurement is the proxy's, as both sides live in other processes.
+    """
+    generator = random.Random(seed)
+    machine = [
+        "--machine",
+        "kvm",
+        "--memory",
+        "256MiB",
+        "--vcpus",
+        "1",
+        "--workload",
+        "dirty",
+        "--max-bandwidth",
+        "2MiB/s",
+    ]
+    times_ms = []
+    with _command("dest", "--listen", "127.0.0.1:0") as dest:
+        async with open_chaos_proxy(_said(dest, "listening", "address"), ChaosPlan(seed=seed)) as proxy:
+            with _command("source", *machine, "--connect", str(proxy.address)) as source:
+                await trio.to_thread.run_sync(_said, source, "progress", "status", "postcopy-active")
+                for _ in range(cuts):
+                    proxy.refuse()
+                    proxy.cut("reset")
+                    await trio.sleep(generator.uniform(0.1, 1.0))
+                    before = proxy.statistics.bytes_out
+                    proxy.heal()
+                    began_s = time.perf_counter()
+                    while proxy.statistics.bytes_out - before < BEFORE_PAGES_BYTES:
+                        await trio.sleep(0.001)
+                        if time.perf_counter() - began_s > GIVE_UP_S:
+                            raise MigrationError(f"no page came within {GIVE_UP_S:g} s of the network's return")
+                    times_ms.append((time.perf_counter() - began_s) * 1e3)
+                    await trio.sleep(generator.uniform(0.1, 0.3))
+    return times_ms
+
+
+@contextlib.contextmanager
+def _command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A side as a user starts it; killed in the end."""
+    command = python("-m", "postcopy", arguments[0], "--json", *arguments[1:])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _said(process: subprocess.Popen[str], event: str, name: str, value: str | None = None) -> str:
+    """Reads its lines up to the one that says it. A thread reads on: a full pipe would stop the process."""
+    stdout = process.stdout
+    assert stdout is not None
+    for line in stdout:
+        message = json.loads(line)
+        if message["event"] == event and name in message and value in (None, message[name]):
+            threading.Thread(target=stdout.read, daemon=True).start()
+            return str(message[name])
+    raise MigrationError(f"a side ended before it said {name} {value or ''}")
+
+
+async def recovery_map(size_bytes: int, seed: int) -> dict[str, float]:
+    """Half of the pages have arrived, in random runs of 64: the size of all messages, and the time to make, take, check
+    and apply them."""
+    with tempfile.TemporaryFile() as file:
+        file.truncate(size_bytes)
+        with Memory.from_file(file.fileno()) as memory:
+            async with PageServer() as server:
+                server.add_block(memory)
+                received = _half(memory.pages, seed)
+                source, dest = _cut_off(size_bytes)
+                begin_s = time.perf_counter()
+                data = _told(dest, received)
+                told_s = time.perf_counter()
+                server.set_received(0, _heard(source, data, memory.pages))
+                applied_s = time.perf_counter()
+    return {"MB": len(data) / 1e6, "make-s": told_s - begin_s, "apply-s": applied_s - told_s, "s": applied_s - begin_s}
+
+
+def _half(pages: int, seed: int) -> Bitmap:
+    words = bytearray(8 * -(-pages // 64))
+    generator = random.Random(seed)
+    for run in range(pages // RUN_PAGES):
+        if generator.getrandbits(1):
+            words[run * 8 : run * 8 + 8] = b"\xff" * 8
+    return Bitmap.from_bytes(bytes(words), pages)
+
+
+def _told(dest: DestinationProtocol, received: Bitmap) -> bytes:
+    parts = [
+        dest.send_received_map(0, first_page, len(part), part.rle_encode())
+        for first_page, part in received.parts(PAGE_MAP_PAGES)
+    ]
+    return b"".join([*parts, dest.send_recover(1, len(parts), received.crc32c())])
+
+
+def _heard(source: SourceProtocol, data: bytes, pages: int) -> Bitmap:
+    collector = MapCollector([pages])
+    for start in range(0, len(data), READ_BYTES):
+        source.receive_data(data[start : start + READ_BYTES])
+        while (message := source.next_message()) is not None:
+            if isinstance(message, ReceivedMap):
+                collector.add(message)
+            elif isinstance(message, Recover):
+                collector.finish(message.TYPE, message.maps)
+                if collector.bitmaps[0].crc32c() != message.digest:
+                    raise MigrationError("the map that was taken is not the one that was told")
+    return collector.bitmaps[0]
+
+
+def _cut_off(size_bytes: int) -> tuple[SourceProtocol, DestinationProtocol]:
+    """Both sides of a migration that was cut when the machine ran at the destination, and that have met again."""
+    source, dest = SourceProtocol(), DestinationProtocol()
+    offer = Offer(bytes(ID_BYTES), bytes(ID_BYTES), "simulated", {}, (Block("memory", size_bytes, 4096),), 1, 0)
+
+    def hear(side: SourceProtocol | DestinationProtocol, data: bytes) -> None:
+        side.receive_data(data)
+        while side.next_message() is not None:
+            pass
+
+    hear(dest, source.send_offer(offer))
+    hear(source, dest.send_accept((4096,), 1, 1))
+    hear(source, dest.send_ready())
+    hear(dest, source.send_page_map(0, 0, 1, b""))
+    hear(dest, source.send_switchover(b"", 1))
+    hear(source, dest.send_prepared())
+    hear(dest, source.send_commit())
+    hear(source, dest.send_running(1))
+    for side in (source, dest):
+        side.connection_lost("cut")
+        side.reconnected()
+    return source, dest

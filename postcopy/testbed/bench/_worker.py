@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process of a measurement: a source or a destination, of the engine or of the floor.
+
+Started by `postcopy.testbed.bench` with its connected sockets inherited; it prints ``ready``, waits for a line on its standard
+input, does its part, prints one JSON object. A source serves until its standard input ends.
+
+Memory is made and filled here, in the process that uses it, and touched by C threads only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import trio
+
+from postcopy._native import ffi, lib
+from postcopy.dataplane.histogram import Histogram
+from postcopy.dataplane.pager import EventType, Pager, Stage
+from postcopy.dataplane.pager_process import ProcessPager
+from postcopy.dataplane.pageserver import PageServer
+from postcopy.memory import Memory
+from postcopy.uffd import How
+
+SEED = 20141001
+# A read that took less found its page there: an order of magnitude below any fault, and above any cache miss.
+HIT_NS = 5_000
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is to do."""
+
+    role: str  # "floor-source", "floor-dest", "engine-source", "engine-dest"
+    size_bytes: int
+    urgent_fd: int
+    bulk_fds: list[int] = field(default_factory=list)
+    touches: int = 0
+    busy_poll_us: int = 0  # the floor spins without end where this is not 0
+    backing: str = "memfd"
+    pager_process: bool = False  # engine-dest: the pager apart from who touches
+    complete: bool = False  # wait for the whole memory
+    cpus: list[int] = field(default_factory=list)  # the host's processors; any where empty
+
+
+def encode(job: Job) -> str:
+    """The command line argument that `main` understands."""
+    return json.dumps(asdict(job))
+
+
+def _ready() -> None:
+    print("ready", flush=True)
+    sys.stdin.readline()
+
+
+def _filled(job: Job) -> Memory:
+    memory = Memory.create(job.backing, job.size_bytes)
+    lib.pc_bench_fill(memory.struct.base, job.size_bytes, SEED)
+    return memory
+
+
+def _percentiles_us(histogram: Histogram) -> dict[str, float]:
+    names = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9}
+    values: dict[str, float] = {name: histogram.percentile(p) / 1e3 for name, p in names.items()}
+    return {"count": histogram.count, **values, "max": histogram.max_ns / 1e3}
+
+
+def _touch(memory: Memory, touches: int) -> Histogram:
+    histogram = Histogram()
+    result = lib.pc_bench_touch(
+        memory.struct.base, memory.page_bytes, memory.pages, touches, SEED, HIT_NS, histogram.struct
+    )
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    return histogram
+
+
+def _floor_source(job: Job) -> dict[str, Any]:
+    memory = _filled(job)
+    _ready()
+    result = lib.pc_bench_floor_serve(
+        job.urgent_fd, memory.struct.base, memory.page_bytes, memory.pages, bool(job.busy_poll_us)
+    )
+    return {"error": -result}
+
+
+async def _floor_dest(job: Job) -> dict[str, Any]:
+    memory = Memory.create(job.backing, job.size_bytes)
+    uffd = lib.pc_uffd_open(How.ANY, 0, ffi.NULL)
+    if uffd < 0:
+        raise OSError(-uffd, os.strerror(-uffd))
+    address = memory.address
+    if result := lib.pc_uffd_register(uffd, address, job.size_bytes, 1, ffi.NULL):
+        raise OSError(-result, os.strerror(-result))
+    _ready()
+    histogram = Histogram()
+
+    async def touch() -> None:
+        nonlocal histogram
+        histogram = await trio.to_thread.run_sync(_touch, memory, job.touches)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(touch)
+        result = await trio.to_thread.run_sync(
+            lambda: lib.pc_bench_floor_fault(
+                uffd, job.urgent_fd, memory.struct.base, memory.page_bytes, job.touches, bool(job.busy_poll_us)
+            )
+        )
+    os.close(job.urgent_fd)
+    return {"error": -result, "touch-us": _percentiles_us(histogram)}
+
+
+async def _engine_source(job: Job) -> dict[str, Any]:
+    memory = _filled(job)
+    async with PageServer() as server:
+        server.add_block(memory)
+        server.attach_urgent(0, job.urgent_fd, job.busy_poll_us)
+        for index, fd in enumerate(job.bulk_fds):
+            server.attach_bulk(index, fd)
+        _ready()
+        server.start()
+        await trio.to_thread.run_sync(sys.stdin.read)
+        return {}
+
+
+async def _engine_dest(job: Job) -> dict[str, Any]:
+    memory = Memory.create(job.backing, job.size_bytes)
+    async with ProcessPager() if job.pager_process else Pager() as pager:
+        pager.add_block(memory)
+        pager.add_shard(How.ANY, job.busy_poll_us)
+        pager.arm(0, 0, 0, memory.pages)
+        pager.attach_urgent(0, job.urgent_fd)
+        for index, fd in enumerate(job.bulk_fds):
+            pager.attach_bulk(index, fd)
+        await pager.confirm()
+        _ready()
+        begin_s = time.perf_counter()
+        result: dict[str, Any] = {}
+        if job.touches:
+            histogram = await trio.to_thread.run_sync(_touch, memory, job.touches)
+            result["touch-us"] = _percentiles_us(histogram)
+            result["stages-us"] = {stage.name.lower(): _percentiles_us(pager.latency(stage)) for stage in Stage}
+        if job.complete:
+            async for event in pager.events():
+                if event.type is EventType.COMPLETE:
+                    break
+                if event.type is EventType.FATAL:
+                    raise RuntimeError(event.text)
+            result["bytes-per-s"] = job.size_bytes / (time.perf_counter() - begin_s)
+        result["requests"] = pager.statistics().requests
+        if not job.complete:
+            # The page server goes first, and closing a pager poisons what is missing: nobody looks here any more.
+            print(json.dumps(result), flush=True)
+            os._exit(0)
+        return result
+
+
+def main(argument: str) -> None:
+    """Runs one job; see the head of this file."""
+    job = Job(**json.loads(argument))
+    if job.cpus:
+        os.sched_setaffinity(0, job.cpus)
+    result: dict[str, Any]
+    if job.role == "floor-source":
+        result = _floor_source(job)
+    elif job.role == "floor-dest":
+        result = trio.run(_floor_dest, job)
+    elif job.role == "engine-source":
+        result = trio.run(_engine_source, job)
+    else:
+        result = trio.run(_engine_dest, job)
+    print(json.dumps(result), flush=True)

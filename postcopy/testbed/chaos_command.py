@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`postcopy chaos`: the bad network by hand, between any two programs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+
+import trio
+
+from postcopy.errors import ResourceError
+from postcopy.net.channels import Address
+from postcopy.output import Output
+from postcopy.testbed.chaos import ChaosPlan, open_chaos_proxy
+
+
+class ChaosCommand:
+    """Carries connections from `listen` to `target`, as badly as the plan says, until it is interrupted."""
+
+    def __init__(self, plan: ChaosPlan, output: Output, *, listen: Address, target: Address) -> None:
+        self._plan = plan
+        self._output = output
+        self._listen = listen
+        self._target = target
+
+    async def run(self, stop: trio.Event) -> bool:
+        began_s = trio.current_time()
+
+        def log(event: str, fields: dict[str, object]) -> None:
+            self._output.emit(event, fields)
+            told = ", ".join(f"{name} {value}" for name, value in fields.items())
+            self._output.say(f"{trio.current_time() - began_s:9.3f} s  {event}: {told}")
+
+        try:
+            async with open_chaos_proxy(self._target, self._plan, listen=self._listen, log=log) as proxy:
+                log("listening", {"address": str(proxy.address), "to": str(self._target), "seed": self._plan.seed})
+                await stop.wait()
+                self._output.emit("result", {"seed": self._plan.seed, **asdict(proxy.statistics)})
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise ResourceError(
+                f"cannot listen on {self._listen}: {reason}", "choose another address or port"
+            ) from error
+        return True

@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`postcopy faultpaths`: choose cells, run them, judge them, say so."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import trio
+from rich.console import Console
+from rich.status import Status
+
+from postcopy._files import check_new_file, replacing, write_all
+from postcopy.errors import ConfigurationError
+from postcopy.testbed import ChaosPlan
+from postcopy.testbed.faultpaths import _compare, _expect, _report, _select, _system
+from postcopy.testbed.faultpaths._html import to_html
+from postcopy.testbed.faultpaths._layout import TITLES, Section, Span
+from postcopy.testbed.faultpaths._model import Backing, Cell, Json, Measure, Mode, Operation, Result, Run
+from postcopy.testbed.faultpaths._supervise import DEFAULT_TIMEOUT_S, Runner, run_cells
+
+DEFAULT_BUDGET_S = 165.0
+"""Of a run without --all, so that it ends within three minutes whatever hangs."""
+
+_DEFAULT_PLAN = "slow:delay=0.002"
+"""Of `--remote`: what the network does beside the cuts."""
+
+T = TypeVar("T", Mode, Backing, Measure)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `postcopy faultpaths`."""
+    parser.description = (
+        "Touches a page that is not there in every way the kernel has, and says which of them wait for it."
+    )
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="PATTERN,...", help="operations or groups, as 'copy.*' or pin"
+    )
+    parser.add_argument("--mode", default="", metavar="MODE,...", help=f"of {', '.join(Mode)}")
+    parser.add_argument("--backing", default="", metavar="BACKING,...", help=f"of {', '.join(Backing)}")
+    parser.add_argument(
+        "--all", action="store_true", help="all modes on all backings, however long it takes (default: a choice)"
+    )
+    parser.add_argument(
+        "--measure", default=None, metavar="WHAT,...",
+        help=f"of {', '.join(Measure)}, or none; for every cell that can wait (default: all, for one of each group)",
+    )  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="the operations, without running any")
+    parser.add_argument(
+        "--direct-dir", default="", metavar="DIR", help="where O_DIRECT files are made (default: the current directory)"
+    )
+    parser.add_argument("--expectations", default=None, metavar="FILE", help="instead of those that come with postcopy")
+    parser.add_argument(
+        "--timeout", type=_timeout, default=DEFAULT_TIMEOUT_S, metavar="SECONDS",
+        help=f"after which a child is killed and its cell called hung (default {DEFAULT_TIMEOUT_S:g})",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--markdown", action="store_true", help="tables for a document")
+    parser.add_argument("--html", default=None, metavar="FILE", help="also write one self-contained page there")
+    parser.add_argument(
+        "--remote", nargs="?", default=None, const=_DEFAULT_PLAN, metavar="PLAN",
+        help="the page is fetched by the engine over TCP, cut off and recovered while the operation waits; PLAN: what"
+        f" the network does beside, as in docs/chaos.md (default {_DEFAULT_PLAN})",
+    )  # fmt: skip
+    actions = parser.add_subparsers(dest="action", metavar="compare", title="instead of a run")
+    compare = actions.add_parser("compare", help="what differs between two reports of --json", allow_abbrev=False)
+    compare.add_argument("before", metavar="A.json")
+    compare.add_argument("after", metavar="B.json")
+    # No default: it would overwrite what stands before the word compare.
+    compare.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object")
+
+
+def _timeout(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.1 <= value <= 600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0.1 and 600 seconds")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when all is as expected or not available here, 1 otherwise. `ConfigurationError` for what was asked wrongly."""
+    if args.action == "compare":
+        return _run_compare(args.before, args.after, args.json)
+    if args.json and args.markdown:
+        raise ConfigurationError("--json and --markdown: choose one; --html goes with either")
+    from postcopy.testbed.faultpaths import _core  # not for compare: it works without the core
+
+    operations = _core.operations()
+    only = [pattern for text in args.only for pattern in _split(text)]
+    if args.list:
+        return _list(_select.chosen_operations(operations, only), args.json)
+    modes, backings = _chosen(args.mode, Mode, "--mode"), _chosen(args.backing, Backing, "--backing")
+    measure = None
+    if args.measure is not None:
+        measure = () if args.measure.strip() == "none" else _chosen(args.measure, Measure, "--measure")
+    expectations = _expect.load(args.expectations)
+    direct_dir = _select.check_direct_dir(args.direct_dir) if args.direct_dir else ""
+    if args.html is not None:
+        check_new_file("--html", args.html)
+    system = _system.this_system()
+    if args.remote is not None:
+        plan = _plan(args.remote)
+        if measure or any(mode is not Mode.MISSING for mode in modes):
+            raise ConfigurationError(
+                "--remote: a page of another host is a missing one, and nothing is measured beside"
+            )
+        cells = _select.choose(operations, only, [Mode.MISSING], backings or [Backing.ANON, Backing.MEMFD])
+        work: Work = functools.partial(_remotely, plan)
+    else:
+        cells = _select.choose(operations, only, modes, backings, args.all)
+        chosen = bool(args.all or args.only or modes or backings)
+        measures = _select.measured(
+            cells, operations, measure, lambda operation, cell: expectations.waits(operation, cell, system)
+        )
+        work = functools.partial(_here, measures, chosen)
+    found = _run(work, operations, cells, system, expectations, direct_dir, args.timeout)
+    _write(found, args)
+    return 0 if found.good else 1
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What there is to do, for a `Work`."""
+
+    cells: Sequence[Cell]
+    operations: Mapping[str, Operation]
+    direct_dir: str
+    timeout_s: float
+    progress: Callable[[int, Cell], None]
+
+
+@dataclass(frozen=True)
+class _Done:
+    results: Mapping[Cell, Result]
+    left_out: Sequence[Cell] = ()
+    remote: Json | None = None
+
+
+Work = Callable[[_Task], Awaitable[_Done]]
+
+
+async def _here(measures: Mapping[Cell, Collection[Measure]], chosen: bool, task: _Task) -> _Done:
+    """Each child serves its own page. `chosen`: the user asked for these cells, and gets them, whatever it takes."""
+    async with Runner(timeout_s=task.timeout_s, direct_dir=task.direct_dir) as runner:
+        results, left_out = await run_cells(
+            task.cells,
+            task.operations,
+            measures=measures,
+            runner=runner,
+            budget_s=None if chosen else DEFAULT_BUDGET_S,
+            progress=task.progress,
+        )
+    return _Done(results, left_out)
+
+
+async def _remotely(plan: ChaosPlan, task: _Task) -> _Done:
+    """The engine serves the pages, of a source behind a bad network."""
+    from postcopy.testbed.faultpaths import _remote
+
+    results, network = await _remote.run_cells(
+        task.cells,
+        task.operations,
+        plan=plan,
+        timeout_s=task.timeout_s,
+        direct_dir=task.direct_dir,
+        progress=task.progress,
+    )
+    return _Done(results, remote={"plan": str(plan), **network})
+
+
+def _run(
+    work: Work,
+    operations: Sequence[Operation],
+    cells: Sequence[Cell],
+    system: _system.System,
+    expectations: _expect.Expectations,
+    direct_dir: str,
+    timeout_s: float,
+) -> Run:
+    by_name = {operation.name: operation for operation in operations}
+    began_s = time.monotonic()
+    with _progress(len(cells)) as progress:
+        try:
+            done = trio.run(work, _Task(cells, by_name, direct_dir, timeout_s, progress), strict_exception_groups=True)
+        except BaseExceptionGroup as group:
+            if group.subgroup(KeyboardInterrupt) is None:
+                raise
+            raise KeyboardInterrupt from None
+    where = direct_dir or os.getcwd()  # the core, too, takes the current directory then
+    return Run(
+        system.as_json() | {"direct-dir": where, "direct-file-system": _system.file_system_of(where)},
+        tuple(operation for operation in operations if any(cell.operation == operation.name for cell in cells)),
+        tuple(
+            expectations.judge(by_name[cell.operation], cell, result, system) for cell, result in done.results.items()
+        ),
+        time.monotonic() - began_s,
+        tuple(done.left_out),
+        expectations.as_json(),
+        done.remote,
+    )
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int, Cell], None]]:
+    """A line on the terminal, where there is one, that says which cell runs."""
+    if not sys.stderr.isatty():
+        yield lambda number, cell: None
+        return
+    with Status("starting", console=Console(stderr=True)) as status:
+        yield lambda number, cell: status.update(f"{number + 1} of {total}: {cell}")
+
+
+# ---- what was asked
+
+
+def _plan(text: str) -> ChaosPlan:
+    plan = ChaosPlan.parse(text)
+    if plan.cut_every_s is not None:
+        raise ConfigurationError(
+            f"--remote: {text!r} cuts by itself; each cell is cut off when its operation waits, so give delays only"
+        )
+    return plan
+
+
+def _split(text: str) -> list[str]:
+    return text.replace(",", " ").split()
+
+
+def _chosen(text: str, kind: type[T], option: str) -> list[T]:
+    chosen = []
+    for word in _split(text):
+        try:
+            chosen.append(kind(word))
+        except ValueError:
+            raise ConfigurationError(f"{option}: there is no {word!r}; there are {', '.join(kind)}") from None
+    return chosen
+
+
+# ---- what is said
+
+
+def _write(found: Run, args: argparse.Namespace) -> None:
+    if args.html is not None:
+        try:
+            with replacing(args.html, 0o644) as fd:
+                write_all(fd, to_html(found).encode())
+        except OSError as error:
+            raise ConfigurationError(f"--html: cannot write {args.html!r}: {error.strerror}") from None
+    if args.json:
+        _emit(lambda: print(json.dumps(_report.to_json(found))))
+    elif args.markdown:
+        _emit(lambda: sys.stdout.write(_report.to_markdown(found)))
+    else:
+        _emit(lambda: _report.print_text(found, sys.stdout))
+
+
+def _emit(write: Callable[[], object]) -> None:
+    try:
+        write()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Nobody reads it; the status says it too. What is left in the buffer must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _list(operations: Sequence[Operation], as_json: bool) -> int:
+    if as_json:
+        _emit(lambda: print(json.dumps({"operations": [operation.as_json() for operation in operations]})))
+        return 0
+
+    def write() -> None:
+        console = _report.make_console(sys.stdout)
+        for group in dict.fromkeys(operation.group for operation in operations):
+            rows = tuple(
+                (
+                    (Span(operation.name),),
+                    (Span(operation.what),),
+                    (Span("all" if len(operation.modes) == len(Mode) else ", ".join(operation.modes), "muted"),),
+                    (Span(
+                        "all" if len(operation.backings) == len(Backing) else ", ".join(operation.backings), "muted"
+                    ),),
+                )
+                for operation in operations
+                if operation.group == group
+            )  # fmt: skip
+            title = f"{TITLES.get(group, group)} ({group})"
+            _report.print_section(
+                console, Section(title, ("operation", "what touches the page", "modes", "backings"), rows)
+            )
+            console.print()
+        console.print(f"{len(operations)} operations")
+
+    _emit(write)
+    return 0
+
+
+def _run_compare(before_path: str, after_path: str, as_json: bool) -> int:
+    """0 when nothing differs, 1 otherwise."""
+    before, after = _report.read_report(before_path), _report.read_report(after_path)
+    changes = _compare.compare(before, after)
+    if as_json:
+        answer = {
+            "before": before.system,
+            "after": after.system,
+            "changes": [change.as_json() for change in changes],
+        }
+        _emit(lambda: print(json.dumps(answer)))
+        return 1 if changes else 0
+
+    def write() -> None:
+        console = _report.make_console(sys.stdout)
+        console.print(f"A: {_report.describe_system(before.system)}", markup=False)
+        console.print(f"B: {_report.describe_system(after.system)}", markup=False)
+        if changes:
+            _report.print_section(console, _compare.section(changes, "A", "B"))
+        both = len({item.cell for item in before.judged} & {item.cell for item in after.judged})
+        console.print(f"{len(changes)} of {both} cells changed" if changes else f"nothing changed in {both} cells")
+
+    _emit(write)
+    return 1 if changes else 0

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What differs between two reports, of two kernels or of one before and after a change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from postcopy.testbed.faultpaths._layout import Section, Span
+from postcopy.testbed.faultpaths._model import Cell, Json, Judged, Outcome, Result, Run
+
+
+@dataclass(frozen=True)
+class Change:
+    """One cell that is not the same; an empty text where a report has no such cell."""
+
+    cell: Cell
+    before: str
+    after: str
+
+    def as_json(self) -> Json:
+        return {
+            "operation": self.cell.operation,
+            "mode": self.cell.mode.value,
+            "backing": self.cell.backing.value,
+            "before": self.before or None,
+            "after": self.after or None,
+        }
+
+
+def compare(before: Run, after: Run) -> list[Change]:
+    """In the order of the reports: what a kernel does otherwise, and the cells that only one of them has.
+
+    Compared are outcome, errno, signal, state of the blocked thread, whose fault it was, whether events were repeated,
+    and of what was measured on both sides whether a handler ran before the page and whether SIGKILL ended it; times
+    are not. A reason for which a cell is not available is a text for people, and not compared.
+    """
+    old, new = ({item.cell: item for item in run.judged} for run in (before, after))
+    changes = []
+    for cell in dict.fromkeys([*old, *new]):
+        if cell not in old or cell not in new:
+            changes.append(Change(cell, _words(old.get(cell)), _words(new.get(cell))))
+            continue
+        left, right = _aspects(old[cell].result, new[cell].result)
+        if left != right:
+            different = [name for name in left if left[name] != right[name]]
+            changes.append(Change(cell, _only(left, different), _only(right, different)))
+    return changes
+
+
+def _words(item: Judged | None) -> str:
+    return item.result.brief if item is not None else ""
+
+
+def _aspects(before: Result, after: Result) -> tuple[dict[str, str], dict[str, str]]:
+    both: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    for seen, result in zip(both, (before, after), strict=True):
+        seen["outcome"] = result.brief
+        if before.outcome is after.outcome is not Outcome.UNAVAILABLE:
+            seen["events"] = "no event" if not result.events else "events repeated" if result.repeated else "one event"
+            if before.state and after.state:  # a thread may wake before it was looked at
+                seen["state"] = f"state {result.state}"
+            if before.events and after.events:
+                seen["thread"] = f"fault of {result.event_thread} thread"
+            if before.signal is not None and after.signal is not None and result.signal is not None:
+                ran = result.signal.handler_before_page
+                seen["signal"] = "handler before the page" if ran else "handler after the page"
+            if before.kill is not None and after.kill is not None and result.kill is not None:
+                seen["kill"] = "SIGKILL ends it" if result.kill.killed else "SIGKILL does not end it"
+    return both
+
+
+def _only(aspects: dict[str, str], names: list[str]) -> str:
+    return ", ".join(aspects[name] for name in names)
+
+
+def section(changes: list[Change], before: str, after: str) -> Section:
+    """As a table."""
+    rows = tuple(
+        (
+            (Span(str(change.cell)),),
+            (Span(change.before or "not in it", "plain" if change.before else "muted"),),
+            (Span(change.after or "not in it", "bad" if change.after else "muted"),),
+        )
+        for change in changes
+    )
+    return Section("What changed", ("cell", before, after), rows)

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expectations: a file that says what becomes of an operation on which kernel, and why; and verdicts from it.
+
+The file is TOML (expectations.toml in this package; `--expectations FILE` for another one). A table ``[[expect]]`` has
+
+- ``operation``, ``mode``, ``backing``: a pattern of a shell, or a list of them; ``backing`` may be left out.
+- ``kernel``: versions, as ``">=6.1, <6.6"``; ``kvm``: hardware, emulated or none, or a list;
+  ``config``: a table of CONFIG_ names to y, m, n or a value, or a list. All may be left out. A kernel that does not
+  tell its configuration satisfies no ``config``.
+- ``writes``: true or false: only operations that write the page, or only those that do not.
+- ``outcome``: one of `Outcome`, or a list of those that are right; ``error``, ``signal``, ``state``, ``thread``:
+  what must be so beside, likewise, where it is given. ``error`` and ``signal`` count only where there is one, ``state``
+  only where the thread was seen in userfaultfd's wait.
+- ``reason``: one sentence, for a person.
+
+The most specific of the tables that match is the one that holds: the longer name of the operation (patterns count by
+their literal characters) before the mode, the mode before the backing, both before the conditions; of equals the last.
+What is not available here is judged by none of them.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib import resources
+from typing import Any
+
+from postcopy.errors import ConfigurationError
+from postcopy.testbed.faultpaths._model import (
+    EVENT_THREADS,
+    WAITS_IN,
+    Backing,
+    Cell,
+    Flag,
+    Json,
+    Judged,
+    Mode,
+    Operation,
+    Outcome,
+    Result,
+    Verdict,
+)
+from postcopy.testbed.faultpaths._system import System, version_of
+
+SCHEMA = 1
+_COMPARISON = re.compile(r"(<=|>=|<|>|=)\s*(\d+(?:\.\d+)*)")
+_KVM = ("hardware", "emulated", "none")
+_KEYS = {
+    "operation", "mode", "backing", "kernel", "kvm", "config", "outcome", "error", "signal", "state", "thread",
+    "reason", "writes",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """One table of the file."""
+
+    number: int
+    """Its place in the file, from 1."""
+    operation: tuple[str, ...]
+    mode: tuple[str, ...]
+    backing: tuple[str, ...]
+    outcome: tuple[Outcome, ...]
+    reason: str
+    kernel: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    kvm: tuple[str, ...] = ()
+    config: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    writes: bool | None = None
+    error: tuple[str, ...] = ()
+    signal: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
+    thread: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """What it says, short: ``blocked or refused EFAULT, state D``."""
+        parts = [
+            f"{outcome} {'/'.join(more)}" if (more := self._more(outcome)) else str(outcome) for outcome in self.outcome
+        ]
+        text = " or ".join(parts)
+        if self.state:
+            text += f", state {'/'.join(self.state)}"
+        if self.thread:
+            text += f", fault of {'/'.join(self.thread)} thread"
+        return text
+
+    def _more(self, outcome: Outcome) -> tuple[str, ...]:
+        return {Outcome.REFUSED: self.error, Outcome.SIGNALLED: self.signal}.get(outcome, ())
+
+    def matches(self, operation: Operation, cell: Cell, system: System) -> bool:
+        """Whether it is about this cell on that kernel."""
+        return (
+            self.writes in (None, Flag.WRITES in operation.flags)
+            and any(fnmatchcase(cell.operation, pattern) for pattern in self.operation)
+            and any(fnmatchcase(cell.mode, pattern) for pattern in self.mode)
+            and any(fnmatchcase(cell.backing, pattern) for pattern in self.backing)
+            and all(_compare(system.version, how, version) for how, version in self.kernel)
+            and (not self.kvm or system.kvm in self.kvm)
+            and all(system.option(name) in values for name, values in self.config)
+        )
+
+    def specificity(self, cell: Cell) -> tuple[int, int, int, int, int]:
+        """Orders expectations that match a cell, the one that holds last."""
+        conditions = len(self.kernel) + bool(self.kvm) + len(self.config) + (self.writes is not None)
+        return (
+            _literal(self.operation, cell.operation),
+            _literal(self.mode, cell.mode),
+            _literal(self.backing, cell.backing),
+            conditions,
+            self.number,
+        )
+
+    def difference(self, result: Result) -> str:
+        """What of the result is otherwise, in words; empty when nothing is."""
+        if result.outcome not in self.outcome:
+            return f"{result.brief} instead of {self.words}"
+        seen = {
+            "error": result.error_name,
+            "signal": result.signal_name,
+            "state": result.state if result.wchan == WAITS_IN else "",
+            "thread": result.event_thread if result.events else "",
+        }
+        for name, value in seen.items():
+            wanted: tuple[str, ...] = getattr(self, name)
+            if wanted and value and value not in wanted:
+                return f"{name} {value} instead of {'/'.join(wanted)}"
+        return ""
+
+
+def _literal(patterns: Sequence[str], value: str) -> int:
+    return max(len(pattern.replace("*", "").replace("?", "")) for pattern in patterns if fnmatchcase(value, pattern))
+
+
+def _compare(version: tuple[int, ...], how: str, other: tuple[int, ...]) -> bool:
+    # "=6.1" means 6.1 with any third number; "<6.6" excludes 6.6 with any.
+    version = version[: len(other)] + (0,) * (len(other) - len(version))
+    return {
+        "<": version < other,
+        "<=": version <= other,
+        "=": version == other,
+        ">=": version >= other,
+        ">": version > other,
+    }[how]
+
+
+@dataclass(frozen=True)
+class Expectations:
+    """A file of them."""
+
+    name: str
+    """Where they are from, for a report."""
+    rules: tuple[Expectation, ...]
+
+    def find(self, operation: Operation, cell: Cell, system: System) -> Expectation | None:
+        """The one that holds."""
+        matching = [rule for rule in self.rules if rule.matches(operation, cell, system)]
+        return max(matching, key=lambda rule: rule.specificity(cell), default=None)
+
+    def waits(self, operation: Operation, cell: Cell, system: System) -> bool:
+        """Whether the operation may wait for its page, as far as is known."""
+        rule = self.find(operation, cell, system)
+        return Flag.NOFAULT not in operation.flags if rule is None else Outcome.BLOCKED in rule.outcome
+
+    def judge(self, operation: Operation, cell: Cell, result: Result, system: System) -> Judged:
+        """The verdict."""
+        rule = self.find(operation, cell, system)
+        expected, reason = (rule.words, rule.reason) if rule is not None else ("", "")
+        if result.outcome is Outcome.UNAVAILABLE:
+            return Judged(cell, result, Verdict.NOT_AVAILABLE, expected, result.text or "no reason was given")
+        uncovered = is_uncovered(operation, cell, result)
+        if rule is None:
+            return Judged(cell, result, Verdict.NOT_EXPECTED, uncovered=uncovered)
+        difference = rule.difference(result) or (result.remote.wrong(result.outcome) if result.remote else "")
+        verdict = Verdict.CHANGED if difference else Verdict.AS_EXPECTED
+        return Judged(cell, result, verdict, expected, reason, difference, uncovered)
+
+    def as_json(self) -> Json:
+        return {"file": self.name, "rules": len(self.rules)}
+
+
+def is_uncovered(operation: Operation, cell: Cell, result: Result) -> bool:
+    """A place that should block on the page, and cannot: the series' "few places that remain uncovered".
+
+    The modes that ask for an error (user-only, sigbus, poison) and the one that never blocks (wp-async) have none, nor
+    have operations that must not fault. Going on without the page counts, since the content was not the source's; a
+    write-protected or present-but-unmapped page that is read without an event was there, and does not.
+    """
+    if Flag.NOFAULT in operation.flags or result.outcome in (Outcome.BLOCKED, Outcome.UNAVAILABLE):
+        return False
+    if result.outcome is Outcome.PASSED:
+        return cell.mode is Mode.MISSING
+    return cell.mode in (Mode.MISSING, Mode.MINOR, Mode.WP)
+
+
+# ---- the file
+
+
+def load(path: str | None = None) -> Expectations:
+    """Of a file, or the ones that come with postcopy. `ConfigurationError` with the place of what is wrong in it."""
+    try:
+        if path is None:
+            name = "built in"
+            text = resources.files(__package__).joinpath("expectations.toml").read_text("utf-8")
+        else:
+            name = path
+            with open(path, encoding="utf-8") as file:
+                text = file.read()
+        return parse(text, name)
+    except OSError as error:
+        raise ConfigurationError(f"--expectations: cannot read {path!r}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"--expectations: {path!r} is not UTF-8 text") from None
+
+
+def parse(text: str, name: str) -> Expectations:
+    """`ConfigurationError` with the place of what is wrong."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{name}: {error}") from None
+    if document.get("schema") != SCHEMA:
+        raise ConfigurationError(f"{name}: schema = {SCHEMA} is what this version reads")
+    tables = document.get("expect", [])
+    if not isinstance(tables, list):
+        raise ConfigurationError(f"{name}: expect must be an array of tables, [[expect]]")
+    return Expectations(name, tuple(_rule(number, table, name) for number, table in enumerate(tables, 1)))
+
+
+def _rule(number: int, table: Any, name: str) -> Expectation:
+    where = f"{name}: expectation {number}"
+    if not isinstance(table, Mapping):
+        raise ConfigurationError(f"{where}: it must be a table")
+    if unknown := sorted(table.keys() - _KEYS):
+        raise ConfigurationError(f"{where}: there is no key {unknown[0]!r}; there are {', '.join(sorted(_KEYS))}")
+    if needed := [key for key in ("operation", "mode", "outcome", "reason") if not table.get(key)]:
+        raise ConfigurationError(f"{where}: it needs {needed[0]!r}")
+    writes = table.get("writes")
+    if writes is not None and not isinstance(writes, bool):
+        raise ConfigurationError(f"{where}: writes must be true or false")
+    config = table.get("config", {})
+    if not isinstance(config, Mapping) or not all(option.startswith("CONFIG_") for option in config):
+        raise ConfigurationError(f"{where}: config must be a table of CONFIG_ names")
+    for key, known in (("mode", list(Mode)), ("backing", list(Backing))):
+        for pattern in _words(table.get(key, "*"), where, key):
+            if not any(fnmatchcase(item, pattern) for item in known):
+                raise ConfigurationError(f"{where}: {key} {pattern!r} is none of {', '.join(known)}")
+    return Expectation(
+        number,
+        _words(table["operation"], where, "operation"),
+        _words(table["mode"], where, "mode"),
+        _words(table.get("backing", "*"), where, "backing"),
+        tuple(Outcome(word) for word in _of(table["outcome"], where, "outcome", tuple(Outcome))),
+        " ".join(str(table["reason"]).split()),
+        _versions(table.get("kernel", ""), where),
+        _of(table["kvm"], where, "kvm", _KVM) if "kvm" in table else (),
+        tuple((option, _words(value, where, option)) for option, value in config.items()),
+        writes,
+        _words(table["error"], where, "error") if "error" in table else (),
+        _words(table["signal"], where, "signal") if "signal" in table else (),
+        _words(table["state"], where, "state") if "state" in table else (),
+        _of(table["thread"], where, "thread", EVENT_THREADS) if "thread" in table else (),
+    )
+
+
+def _words(value: Any, where: str, key: str) -> tuple[str, ...]:
+    words = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else ()
+    if not words or not all(isinstance(word, str) and word for word in words):
+        raise ConfigurationError(f"{where}: {key} must be a string or a list of strings")
+    return words
+
+
+def _of(value: Any, where: str, key: str, known: Sequence[str]) -> tuple[str, ...]:
+    words = _words(value, where, key)
+    if unknown := [word for word in words if word not in known]:
+        raise ConfigurationError(f"{where}: {key} {unknown[0]!r} is none of {', '.join(known)}")
+    return words
+
+
+def _versions(text: Any, where: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    if not isinstance(text, str):
+        raise ConfigurationError(f"{where}: kernel must be a string such as '>=6.1, <6.6'")
+    conditions = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = _COMPARISON.fullmatch(part)
+        if match is None:
+            raise ConfigurationError(f"{where}: kernel {part!r}: it is <, <=, =, >= or > and a version")
+        conditions.append((match[1], version_of(match[2])))
+    return tuple(conditions)

@@ -1,0 +1,544 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A laboratory that is up, and its hosts. Blocking calls, of any thread: most start a process and wait for it.
+
+The parts: the *holder* (`_holder`) keeps the namespaces alive, the *record* (`_state`) says who it is, and a
+*worker* (`_netlink`) talks to the kernel. This process itself never leaves its namespaces.
+
+Error handling: whatever goes wrong while a laboratory is made ends its holder, and with it all that there was. A record
+whose holder is gone is what a crash has left; whoever meets it ends the processes that bear its mark, and removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib.util
+import json
+import os
+import secrets
+import select
+import signal
+import socket
+import subprocess
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from postcopy._child import python
+from postcopy.errors import ConfigurationError, PostcopyError, ResourceError
+from postcopy.testbed.lab import _namespaces as namespaces
+from postcopy.testbed.lab import _state as state
+from postcopy.testbed.lab._plan import DEFAULT_NAME, LabPlan, format_rate
+
+Json = dict[str, Any]
+START_S = 20.0
+WORK_S = 30.0
+HOLDER = "postcopy-lab"  # begins the argument that says, in a list of processes, which laboratory it is
+
+
+@dataclass(frozen=True)
+class Host:
+    """One host of a laboratory that is up."""
+
+    lab: Lab
+    name: str
+    ipv4: str
+    ipv6: str | None
+    network: str
+    """Its network namespace, as a file: ``nsenter --net=FILE``."""
+
+    def command(self, *command: str) -> list[str]:
+        """The command that runs a command here. It is the same process (execvp(3)): its status and its signals are
+        the command's own."""
+        return python("-m", "postcopy", "lab", "exec", "--name", self.lab.name, self.name, "--", *command)
+
+    def enter(self) -> None:
+        """Moves this process, which must have one thread, into the host's namespaces: between fork(2) and execve(2)."""
+        try:
+            if self.lab.user is not None:
+                namespaces.enter_user(self.lab.user)
+            namespaces.enter_network(self.network)
+        except OSError as error:
+            raise self.lab.explain("entering a host", error.errno or 0, error.strerror or str(error)) from error
+
+    def cut(self) -> None:
+        """Pulls the cable out: the host's interface has no carrier, packets are lost, connections hear nothing."""
+        self.lab.work(["set-cable", self.lab.switch, self.name, False])
+
+    def heal(self) -> None:
+        """Puts the cable back, and waits until the host has a carrier."""
+        self.lab.work(["set-cable", self.lab.switch, self.name, True], ["wait-for-carrier", self.network])
+
+    def limit(self, rate: int | None) -> None:
+        """Limits the cable to so many bytes a second in each direction; None: no limit."""
+        self.lab.change(self.name, "rate", rate)
+
+    def delay(self, delay_us: int) -> None:
+        """Each packet takes so much longer one way, on this cable. `ResourceError` where the kernel has no netem."""
+        if delay_us and not self.lab.has_netem():
+            raise ResourceError(
+                "this kernel has no netem (CONFIG_NET_SCH_NETEM), which would delay packets",
+                "delay the connections to one address instead:"
+                f" `postcopy lab link{_option(self.lab.name)} {self.name} delay {delay_us / 1000:g}ms --to HOST:PORT`",
+            )
+        self.lab.change(self.name, "delay-us", delay_us)
+
+    def delay_connections(self, delay_us: int, target: str) -> str:
+        """The same for a kernel without netem: where to connect in this host, instead of to `target`.
+
+        A proxy (`postcopy.testbed`) in this host, which lives as long as the laboratory. What goes through it takes so
+        much longer one way; nothing else does.
+        """
+        plan = f"none:delay={delay_us / 1000:g}ms"
+        arguments = ("chaos", plan, "--json", "--seed", "0", "--listen", "127.0.0.1:0", "--to", target)
+        with subprocess.Popen(
+            self.command(*python("-m", "postcopy", *arguments)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # it stays when this process's terminal goes
+        ) as proxy:
+            assert proxy.stdout is not None
+            assert proxy.stderr is not None
+            line = proxy.stdout.readline()
+            if line:
+                proxy.returncode = 0  # it is the laboratory's from here on: nobody waits for it
+                return str(json.loads(line)["address"])
+            reason = proxy.stderr.read().decode("utf-8", "replace").strip().removeprefix("postcopy: error: ")
+        raise ResourceError(f"the proxy in {self.name} did not start: {reason}")
+
+    def attach_tap(self, name: str) -> None:
+        """Makes the TAP `name` in this host, where it is not there yet, and joins it with the laboratory's network.
+
+        A persistent one: it stays, up, whoever opens it (``/dev/net/tun``, in this host: `enter`) and closes it again;
+        while nobody has it open, its carrier is down. `remove_tap`, or the laboratory's end, ends it. Who makes a TAP
+        himself first, and holds it open, has it joined and taken up by this call too.
+        """
+        if not 0 < len(name.encode()) < 16 or "/" in name or name.split() != [name] or name in (".", "..", "all"):
+            raise ConfigurationError(f"{name!r} is no name for an interface")
+        self.lab.work(["attach-tap", self.network, name])
+
+    def set_tap(self, name: str, up: bool) -> None:
+        self.lab.work(["set-tap", self.network, name, up])
+
+    def remove_tap(self, name: str) -> None:
+        self.lab.work(["remove-tap", self.network, name])
+
+
+class Worker:
+    """A process of `_netlink`. Threads take turns."""
+
+    def __init__(self) -> None:
+        _need_pyroute2()
+        self._lock = threading.Lock()
+        self._process = subprocess.Popen(
+            python("-m", "postcopy.testbed.lab._netlink"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd="/",
+            start_new_session=True,  # Ctrl-C is for whoever asks, who may still have something to put right
+        )
+
+    def ask(self, request: Json) -> Json:
+        """`ResourceError` when no answer comes within `WORK_S`."""
+        with self._lock:
+            stdin, stdout = self._process.stdin, self._process.stdout
+            assert stdin is not None
+            assert stdout is not None
+            try:
+                stdin.write(json.dumps(request).encode() + b"\n")
+                stdin.flush()
+                if not select.select([stdout], [], [], WORK_S)[0]:
+                    raise ResourceError(f"the kernel did not answer within {WORK_S:g} s")
+                answer = json.loads(stdout.readline())
+            except (BrokenPipeError, ValueError):
+                raise ResourceError(
+                    "the process that sets up interfaces has ended", "see what it said on standard error"
+                ) from None
+        return dict(answer)
+
+    def close(self) -> None:
+        """Ends it. Harmless when it has ended."""
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+        try:
+            self._process.wait(namespaces.TERM_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Lab:
+    """A laboratory that is up. Made by `up` or found by `find`."""
+
+    def __init__(self, record: Json, holder: subprocess.Popen[bytes] | None = None) -> None:
+        self._record = record
+        self._holder = holder  # while it ends with this process
+        self._worker = Worker() if holder is not None else None  # at hand, when a cable is to be cut now
+        self.name: str = record["name"]
+        self.mark: str = record["mark"]
+        """What `_namespaces.MARK` is in the environment of what runs here, all of which ends with the laboratory."""
+        self.pid: int = record["pid"]
+        self.mtu: int = record["mtu"]
+        self.user: str | None = f"/proc/{self.pid}/ns/user" if record["user"] else None
+        """The user namespace in which the network ones are, as a file; None: the one that we are in."""
+        self.switch = f"/proc/{self.pid}/fd/{record['switch']}"
+        self.hosts = {
+            name: Host(self, name, host["ipv4"], host["ipv6"], f"/proc/{self.pid}/fd/{host['fd']}")
+            for name, host in record["hosts"].items()
+        }
+
+    def host(self, name: str) -> Host:
+        if name not in self.hosts:
+            raise ConfigurationError(f"laboratory {self.name} has no host {name!r}; it has {', '.join(self.hosts)}")
+        return self.hosts[name]
+
+    # ---- beginning and end
+
+    @classmethod
+    def up(cls, plan: LabPlan, *, keep: bool = True) -> Lab:
+        """Makes a laboratory. Without `keep` it ends with this process, however that ends; else with `down`.
+
+        `ConfigurationError` when there is one of this name already, `ResourceError` when this host or user cannot.
+        """
+        _need_pyroute2()
+        with state.locked() as where:
+            record = state.read(where, plan.name)
+            if record is not None:
+                if _alive(record):
+                    raise ConfigurationError(
+                        f"laboratory {plan.name} is up already: end it with `postcopy lab down{_option(plan.name)}`, or"
+                        " choose another --name"
+                    )
+                _clean(where, record)
+            return cls._make(plan, str(where), keep)
+
+    @classmethod
+    def _make(cls, plan: LabPlan, where: str, keep: bool) -> Lab:
+        directory = Path(where)
+        mark = f"{plan.name}:{secrets.token_hex(8)}"
+        hosts = plan.host_plans
+        # Who may not make the others makes a user namespace of his own first, in which he may.
+        user = not namespaces.may_make_networks()
+        holder = subprocess.Popen(
+            python(
+                "-m",
+                "postcopy.testbed.lab._holder",
+                f"{HOLDER}:{mark}",
+                str(len(hosts) + 1),
+                "user" if user else "-",
+                str(state.path_of(directory, plan.name)),
+            ),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, namespaces.MARK: mark},
+            cwd="/",
+            start_new_session=True,  # Ctrl-C is for whoever makes the laboratory, who then ends it in order
+        )
+        made: Lab | None = None
+        try:
+            assert holder.stdin is not None
+            assert holder.stdout is not None
+            try:
+                if not select.select([holder.stdout], [], [], START_S)[0]:
+                    raise ResourceError(f"the process that holds the laboratory did not answer within {START_S:g} s")
+                told = json.loads(holder.stdout.readline())
+            except ValueError:
+                raise ResourceError(
+                    "the process that holds the laboratory did not start", "see the lines above"
+                ) from None
+            if "error" in told:
+                raise _no_namespaces(told["errno"], told["error"], root=os.geteuid() == 0)
+            switch, *fds = told["fds"]
+            ipv6 = _has_ipv6()
+            record: Json = {
+                "version": 1,
+                "name": plan.name,
+                "mark": mark,
+                "pid": told["pid"],
+                "started": namespaces.start_time(told["pid"]),
+                "pid-namespace": namespaces.inode("/proc/self/ns/pid"),
+                "user": user,
+                "kept": keep,
+                "switch": switch,
+                "inodes": told["inodes"],
+                "mtu": plan.mtu,
+                "hosts": {
+                    host.name: {
+                        "fd": fd,
+                        "ipv4": host.ipv4,
+                        "ipv6": host.ipv6 if ipv6 else None,
+                        "rate": plan.rate,
+                        "delay-us": 0,
+                    }
+                    for host, fd in zip(hosts, fds, strict=True)
+                },
+            }
+            lab = made = cls(record, None if keep else holder)
+            actions: list[list[Any]] = [["make-switch", lab.switch, plan.mtu]]
+            for host in hosts:
+                there = lab.hosts[host.name]
+                actions.append(
+                    ["make-host", lab.switch, there.network, host.name, host.ipv4, there.ipv6, host.mac, plan.mtu]
+                )
+                if plan.rate is not None:
+                    actions += lab._shaping(there, plan.rate, 0)
+            actions += [["wait-for-carrier", host.network] for host in lab.hosts.values()]
+            lab.work(*actions)
+            state.write(directory, plan.name, record)
+            if keep:
+                holder.stdin.write(b"stay\n")
+                holder.stdin.flush()
+                if not holder.stdout.readline():
+                    raise ResourceError("the process that holds the laboratory has ended", "see the lines above")
+                holder.stdin.close()
+                holder.stdout.close()
+                # It is not ours any more: nobody here is to wait for it.
+                holder.returncode = 0
+        except BaseException:
+            if made is not None and made._worker is not None:
+                made._worker.close()
+            _release(holder)
+            state.remove(directory, plan.name)
+            raise
+        return lab
+
+    @classmethod
+    def find(cls, name: str = DEFAULT_NAME) -> Lab:
+        """The laboratory of this name; `ConfigurationError` when it is not up."""
+        LabPlan(name)  # the name may become a path
+        record = state.read(state.directory(), name)
+        if record is None or not _alive(record):
+            left = " (a crash has left its record)" if record is not None else ""
+            raise ConfigurationError(
+                f"laboratory {name} is not up{left}: make it with `postcopy lab up{_option(name)}`"
+            )
+        return cls(record)
+
+    def down(self) -> None:
+        """Ends what runs in it, and it. Harmless when it has ended."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+        if self._holder is not None:
+            _release(self._holder)
+            self._holder = None
+        down(self.name, self.mark)
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.down()
+
+    # ---- changes
+
+    def work(self, *actions: list[Any]) -> list[Any]:
+        """Lets a worker do these (`_netlink.VERBS`), in order; what each returned. The first that fails is raised."""
+        request: Json = {"user": self.user, "actions": actions}
+        if self._worker is not None:
+            answer = self._worker.ask(request)
+        else:
+            with Worker() as worker:
+                answer = worker.ask(request)
+        if "error" in answer:
+            raise self.explain(answer["doing"], answer["errno"], answer["error"])
+        results: list[Any] = answer["results"]
+        return results
+
+    def change(self, name: str, what: str, value: int | None) -> None:
+        """Shapes a host's cable anew, and records it."""
+        with state.locked() as where:
+            record = state.read(where, self.name)
+            if record is None or record["mark"] != self.mark:
+                raise ConfigurationError(f"laboratory {self.name} is not up any more")
+            host = record["hosts"][name]
+            host[what] = value
+            self.work(*self._shaping(self.hosts[name], host["rate"], host["delay-us"]))
+            state.write(where, self.name, record)
+            self._record = record
+
+    def _shaping(self, host: Host, rate: int | None, delay_us: int) -> list[list[Any]]:
+        # Both ends of the cable: what leaves the switch by this port, and what leaves the host.
+        return [
+            ["shape", self.switch, host.name, rate, delay_us, self.mtu],
+            ["shape", host.network, "eth0", rate, delay_us, self.mtu],
+        ]
+
+    def rate_of(self, name: str) -> int | None:
+        """Bytes a second, in each direction of a host's cable, as it was told last; None: no limit."""
+        rate: int | None = self._record["hosts"][name]["rate"]
+        return rate
+
+    def has_netem(self) -> bool:
+        return bool(self.work(["has-qdisc", self.switch, "netem"])[0])
+
+    def status(self) -> Json:
+        """What there is, for people and `--json`."""
+        whole, netem = self.work(["cables", self.switch], ["has-qdisc", self.switch, "netem"])
+        record = state.read(state.directory(), self.name) or self._record
+        return {
+            "name": self.name,
+            "state": "up",
+            "holder": self.pid,
+            "kept": self._record["kept"],
+            "user-namespace": "own" if self._record["user"] else "the caller's",
+            "mtu": self.mtu,
+            "netem": netem,
+            "hosts": {
+                name: {
+                    "ipv4": host.ipv4,
+                    "ipv6": host.ipv6,
+                    "network": host.network,
+                    "cable": "whole" if whole[name] else "cut",
+                    "rate": format_rate(record["hosts"][name]["rate"]),
+                    "rate-bytes-per-s": record["hosts"][name]["rate"],
+                    "delay-us": record["hosts"][name]["delay-us"],
+                }
+                for name, host in self.hosts.items()
+            },
+        }
+
+    def explain(self, doing: str, number: int, text: str) -> PostcopyError:
+        """An error of the kernel as one for people."""
+        if not _alive(self._record):
+            return ConfigurationError(f"laboratory {self.name} is not up any more")
+        what = f"laboratory {self.name}: {doing}: {text}"
+        if number == errno.EOPNOTSUPP and doing in ("make-switch", "make-host"):
+            return ResourceError(what, "a kernel with bridges and veth: as root, `modprobe -a bridge veth`")
+        if number == errno.ENOENT and doing == "shape":
+            return ResourceError(what, "a kernel with tbf or htb: as root, `modprobe sch_tbf`")
+        if doing == "attach-tap" and number in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+            return ResourceError(
+                what, "there is no /dev/net/tun: as root, `modprobe tun`; in a container, --device /dev/net/tun"
+            )
+        if doing == "attach-tap" and number in (errno.EACCES, errno.EPERM):
+            return ResourceError(what, "as root, `chmod o+rw /dev/net/tun`")
+        if number in (errno.EPERM, errno.EACCES):
+            return ResourceError(
+                what, "it belongs to another user or user namespace: call `postcopy lab` from where it was made"
+            )
+        return ResourceError(what)
+
+
+def down(name: str = DEFAULT_NAME, mark: str | None = None) -> bool:
+    """Ends a laboratory, or what a crash has left of it; whether there was one. With `mark`, only that very one."""
+    LabPlan(name)
+    with state.locked() as where:
+        record = state.read(where, name)
+        if record is None or (mark is not None and record["mark"] != mark):
+            return False
+        _clean(where, record)
+    return True
+
+
+def names() -> list[str]:
+    """Of the laboratories that there are records of."""
+    return state.names(state.directory())
+
+
+def _alive(record: Json) -> bool:
+    """Whether the holder is there: this very process, not another one that has got its number."""
+    _check_pid_namespace(record)
+    return record["started"] is not None and namespaces.start_time(record["pid"]) == record["started"]
+
+
+def _check_pid_namespace(record: Json) -> None:
+    if record["pid-namespace"] != namespaces.inode("/proc/self/ns/pid"):
+        raise ConfigurationError(
+            f"laboratory {record['name']} was made in another PID namespace (a container): call `postcopy lab` there,"
+            f" or remove {state.path_of(state.directory(), record['name'])}"
+        )
+
+
+def _clean(where: Path, record: Json) -> None:
+    """Ends everything that is this record's, and removes it."""
+    with contextlib.ExitStack() as stack:
+        holder: int | None = None
+        with contextlib.suppress(ProcessLookupError):
+            holder = os.pidfd_open(record["pid"])
+            stack.callback(os.close, holder)
+        alive = holder is not None and _alive(record)  # asked after the descriptor was there: it is of this process
+        # The inode numbers mean something only as long as the holder keeps the namespaces.
+        namespaces.end_processes(record["mark"], record["inodes"] if alive else (), spare=[record["pid"]])
+        if alive:
+            assert holder is not None
+            try:
+                signal.pidfd_send_signal(holder, signal.SIGTERM)
+                if not namespaces.wait_for([holder], namespaces.TERM_S):
+                    signal.pidfd_send_signal(holder, signal.SIGKILL)
+                    namespaces.wait_for([holder], namespaces.KILL_S)
+            except PermissionError as error:
+                raise ResourceError(
+                    f"laboratory {record['name']} belongs to another user: {error.strerror}", "end it as that user"
+                ) from error
+    state.remove(where, record["name"])
+
+
+def _release(holder: subprocess.Popen[bytes]) -> None:
+    """Ends a holder that is our child: its life line first, then by force."""
+    for stream in (holder.stdin, holder.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
+    try:
+        holder.wait(namespaces.TERM_S + namespaces.KILL_S)
+    except subprocess.TimeoutExpired:
+        holder.kill()
+        holder.wait()
+
+
+def _has_ipv6() -> bool:
+    if not socket.has_ipv6:
+        return False
+    try:
+        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
+    except OSError:
+        return False
+    try:
+        with open("/proc/sys/net/ipv6/conf/default/disable_ipv6", encoding="ascii") as file:
+            return file.read().strip() == "0"
+    except OSError:
+        return False
+
+
+def _no_namespaces(number: int, text: str, *, root: bool) -> ResourceError:
+    what = f"cannot make the namespaces of a laboratory: {text}"
+    if number == errno.ENOSPC:
+        return ResourceError(what, "as root, `sysctl -w user.max_net_namespaces=10000 user.max_user_namespaces=10000`")
+    if number == errno.EINVAL:
+        return ResourceError(what, "a kernel with CONFIG_NET_NS=y and CONFIG_USER_NS=y")
+    if not root:
+        return ResourceError(
+            what,
+            "run it as root, or let users make user namespaces: `sysctl -w user.max_user_namespaces=10000`, on Debian"
+            " and Ubuntu also kernel.unprivileged_userns_clone=1 and kernel.apparmor_restrict_unprivileged_userns=0",
+        )
+    return ResourceError(
+        what,
+        "root needs CAP_SYS_ADMIN and CAP_NET_ADMIN (`docker run --cap-add SYS_ADMIN --cap-add NET_ADMIN`), or the"
+        " right to make user namespaces",
+    )
+
+
+def _need_pyroute2() -> None:
+    if importlib.util.find_spec("pyroute2") is None:
+        raise ResourceError("the laboratory needs pyroute2, which is not installed", "pip install 'postcopy[lab]'")
+
+
+def _option(name: str) -> str:
+    return "" if name == DEFAULT_NAME else f" --name {name}"

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`postcopy lab`: up, exec, link, status, down. Without Trio: a user namespace is entered by one thread alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import Any
+
+from postcopy.errors import ConfigurationError, ResourceError
+from postcopy.testbed.lab import _namespaces as namespaces
+from postcopy.testbed.lab._lab import Lab, down, names
+from postcopy.testbed.lab._plan import DEFAULT_NAME, LabPlan, parse_delay_us, parse_rate
+
+Json = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="lab", required=True, metavar="up|exec|link|status|down")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.add_argument("--name", default=DEFAULT_NAME, help=f"of the laboratory (default {DEFAULT_NAME})")
+        return command
+
+    up = add("up", "make hosts, joined by cables and a switch")
+    up.add_argument("--hosts", type=_number, default=2, metavar="N", help="h1 to hN (default 2)")
+    up.add_argument("--mtu", type=_number, default=1500, metavar="BYTES", help="of all of it (default 1500)")
+    up.add_argument("--rate", default="off", help="of every cable and direction, as 100mbit or 10MiB/s")
+    up.add_argument("--json", action="store_true", help="say what there is as JSON")
+
+    execute = add("exec", "run a command in a host; the exit status is the command's")
+    execute.add_argument("host", metavar="HOST")
+    execute.add_argument("command_line", nargs=argparse.REMAINDER, metavar="-- COMMAND...")
+
+    link = add("link", "change a host's cable")
+    link.add_argument("host", metavar="HOST")
+    link.add_argument("change", choices=("cut", "heal", "rate", "delay"))
+    link.add_argument("value", nargs="?", help="rate: as 100mbit, 10MiB/s or off; delay: as 5ms or off")
+
+    link.add_argument(
+        "--to",
+        metavar="HOST:PORT",
+        help="delay, where the kernel has no netem: a proxy in HOST delays connections to there; says where it listens",
+    )
+
+    status = add("status", "what is up")
+    status.add_argument("--json", action="store_true", help="as JSON")
+
+    end = add("down", "end what runs in it, and it")
+    end.add_argument("--all", action="store_true", help="every laboratory of this user, whatever its name")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit status. Blocks; ``exec`` does not return."""
+    command = {"up": _up, "exec": _exec, "link": _link, "status": _status, "down": _down}[args.lab]
+    return command(args)
+
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _up(args: argparse.Namespace) -> int:
+    lab = Lab.up(LabPlan(args.name, args.hosts, args.mtu, parse_rate(args.rate)))
+    _tell([lab.status()], as_json=args.json)
+    return 0
+
+
+def _exec(args: argparse.Namespace) -> int:
+    command = args.command_line[1:] if args.command_line[:1] == ["--"] else args.command_line
+    if not command:
+        raise ConfigurationError("which command? `postcopy lab exec HOST -- COMMAND...`")
+    lab = Lab.find(args.name)
+    lab.host(args.host).enter()
+    environment = {**os.environ, namespaces.MARK: lab.mark, "POSTCOPY_LAB_HOST": args.host}
+    sys.stdout.flush()
+    try:
+        os.execvpe(command[0], command, environment)
+    except OSError as error:
+        # As a shell has it; apart from the statuses of this program.
+        print(f"postcopy: error: cannot run {command[0]}: {error.strerror}", file=sys.stderr)
+        return 127 if isinstance(error, FileNotFoundError) else 126
+
+
+def _link(args: argparse.Namespace) -> int:
+    if (args.value is None) == (args.change in ("rate", "delay")):
+        takes = "a value" if args.value is None else "no value"
+        raise ConfigurationError(f"link {args.change} takes {takes}: cut, heal, rate RATE or delay TIME")
+    if args.to is not None and args.change != "delay":
+        raise ConfigurationError(f"link {args.change} takes no --to: delay does")
+    host = Lab.find(args.name).host(args.host)
+    if args.change == "cut":
+        host.cut()
+    elif args.change == "heal":
+        host.heal()
+    elif args.change == "rate":
+        host.limit(parse_rate(args.value))
+    elif args.to is None:
+        host.delay(parse_delay_us(args.value))
+    else:
+        print(host.delay_connections(parse_delay_us(args.value), args.to))
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    told = []
+    for name in names():
+        try:
+            told.append(Lab.find(name).status())
+        except (ConfigurationError, ResourceError) as error:
+            told.append({"name": name, "state": "gone", "error": str(error), "hosts": {}})
+    _tell(told, as_json=args.json)
+    return 0
+
+
+def _down(args: argparse.Namespace) -> int:
+    for name in names() if args.all else [args.name]:
+        if not down(name) and not args.all:
+            print(f"postcopy: laboratory {name} was not up", file=sys.stderr)
+    return 0
+
+
+def _tell(labs: list[Json], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"labs": labs}))
+        return
+    if not labs:
+        print("no laboratory is up")
+    for lab in labs:
+        netem = "" if lab.get("netem", True) else ", no netem in this kernel"
+        more = f"MTU {lab['mtu']}{netem}, held by process {lab['holder']}" if lab["state"] == "up" else lab["error"]
+        print(f"{lab['name']}: {lab['state']}, {more}")
+        for name, host in lab["hosts"].items():
+            delay = f", delay {host['delay-us'] / 1000:g} ms" if host["delay-us"] else ""
+            rate = "" if host["rate"] == "off" else f", {host['rate']}"
+            print(f"  {name}  {host['ipv4']}  {host['ipv6'] or 'no IPv6'}  cable {host['cable']}{rate}{delay}")
