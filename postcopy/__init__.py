@@ -2,8 +2,8 @@
 """Moves the memory of a running machine after the machine has moved.
 
 The parts can be used alone: `postcopy.memory` and `postcopy.uffd` for memory that is filled on demand,
-`postcopy.dataplane.pager` and `postcopy.dataplane.pageserver` for an engine that brings it over a network, `postcopy.migration` for a
-machine as a whole. `attach`, `serve` and `attach_source` (`postcopy.lazy`) are lazily mapped memory for Python.
+`postcopy.dataplane` for an engine that brings it over a network, `postcopy.migration` for a machine as a whole.
+`attach`, `serve` and `attach_source` (`postcopy.lazy`) are lazily mapped memory for Python.
 """
 
 from __future__ import annotations

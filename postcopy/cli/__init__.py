@@ -31,7 +31,7 @@ from postcopy._files import explain_bad_name
 from postcopy.errors import ConfigurationError, PostcopyError, known_error, want_of
 from postcopy.machines import BACKINGS, KINDS, WORKLOADS, MachineOptions
 from postcopy.memory import parse_size
-from postcopy.migration._session import HEARTBEAT_S, SILENCES
+from postcopy.migration._session import HEARTBEAT_S, MISSED_HEARTBEATS
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS, SourceOptions
 from postcopy.net.channels import Route, parse_address, read_peer_file
 from postcopy.output import LogHandler, Output, make_output
@@ -202,7 +202,7 @@ def _add_network_arguments(parser: argparse.ArgumentParser, *, salvage: bool = T
     group = parser.add_argument_group("when the network fails")
     group.add_argument(
         "--heartbeat", type=_heartbeat, default=HEARTBEAT_S, metavar="SECONDS",
-        help=f"how often to give a sign of life; a peer silent for {SILENCES} times as long is lost"
+        help=f"how often to give a sign of life; a peer silent for {MISSED_HEARTBEATS} times as long is lost"
         f" (default {HEARTBEAT_S:g})",
     )  # fmt: skip
     group.add_argument(

@@ -15,9 +15,9 @@ from postcopy.migration.source import SourceOptions
 from postcopy.net.channels import Address
 from postcopy.output import Output
 from postcopy.service.commands import DestinationCommand, SourceCommand
-from postcopy.service.controllers import DestinationDesk, SourceDesk
+from postcopy.service.controllers import DestinationHandler, SourceHandler
 from postcopy.service.daemon import ArrivalOptions, Daemon
-from postcopy.service.handler import Desk
+from postcopy.service.handler import ControlHandler
 from postcopy.service.operation import Service, ServiceOptions
 from postcopy.service.schema import is_name
 
@@ -26,8 +26,8 @@ Run = Callable[[trio.Event], Awaitable[bool]]
 
 def operated(command: SourceCommand | DestinationCommand, args: argparse.Namespace, output: Output) -> Run:
     """A source or a destination that somebody operates."""
-    desk = SourceDesk(command) if isinstance(command, SourceCommand) else DestinationDesk(command)
-    return _service(command.run, desk, args, output, listens=args.listen is not None)
+    handler = SourceHandler(command) if isinstance(command, SourceCommand) else DestinationHandler(command)
+    return _service(command.run, handler, args, output, listens=args.listen is not None)
 
 
 def make_daemon(
@@ -75,11 +75,11 @@ def _pager(where: str) -> Callable[[], object]:
     return ProcessPager
 
 
-def _service(run: Run, desk: Desk, args: argparse.Namespace, output: Output, *, listens: bool) -> Run:
+def _service(run: Run, handler: ControlHandler, args: argparse.Namespace, output: Output, *, listens: bool) -> Run:
     options = ServiceOptions(
         control=args.control,
         metrics=args.metrics,
         metrics_file=args.metrics_file,
         ready_on="listening" if listens else "progress",
     )
-    return Service(run, desk, output, options).run
+    return Service(run, handler, output, options).run

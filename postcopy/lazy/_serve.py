@@ -29,7 +29,7 @@ from postcopy.memory import Memory, MemoryKind
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration._session import HEARTBEAT_S
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net.channels import Address, Reception, parse_address
+from postcopy.net.channels import Acceptor, Address, parse_address
 from postcopy.wire.protocol import State
 
 log = logging.getLogger(__name__)
@@ -41,11 +41,11 @@ MAX_ATTACHERS = 16
 class Server:
     """What `serve` tells about itself. For the Trio thread."""
 
-    def __init__(self, reception: Reception) -> None:
+    def __init__(self, acceptor: Acceptor) -> None:
         self.served = 0  # attachers that have gone for good
         self.completed = 0  # of them, with every page
         self._migrations: set[SourceMigration] = set()
-        self.addresses = [str(address) for address in reception.addresses]  # as `attach` takes them
+        self.addresses = [str(address) for address in acceptor.addresses]  # as `attach` takes them
 
     @property
     def attached(self) -> int:
@@ -112,24 +112,24 @@ async def serve(
         if isinstance(served, _SourceMemory):
             make_bridge(_ignore)  # for the errors in its arguments
 
-        def vacancy(waiting: int) -> str:
+        def why_refused(waiting: int) -> str:
             return "too many attachers at the same time" if server.attached + waiting >= max_attachers else ""
 
-        reception = await Reception.open(where, "source", vacancy)
-        server = Server(reception)
+        acceptor = await Acceptor.open(where, "source", why_refused)
+        server = Server(acceptor)
         try:
             await machine.boot()
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(reception.serve)
+                nursery.start_soon(acceptor.serve)
                 task_status.started(server)
                 while True:
-                    link = await reception.next_link()
+                    link = await acceptor.next_link()
                     migration = SourceMigration(machine, link, options, make_server=make_server)
                     server._migrations.add(migration)
                     nursery.start_soon(_attacher, server, migration)
         finally:
             with trio.CancelScope(shield=True):
-                await reception.close()
+                await acceptor.close()
                 await machine.close()
 
 

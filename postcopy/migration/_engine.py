@@ -6,9 +6,9 @@ has ended the engine of the side *settles* where that leaves the machine. If the
 peer is looked for:
 
 - for as long as the user's patience lasts (`Patience`; a destination in doubt has one of its own). What comes after it
-  is not the end: a machine that is `PAUSED` is kept, whoever comes to the side that listens is welcome, and `let_go`
+  is not the end: a machine that is `PAUSED` is kept, whoever comes to the side that listens is welcome, and `recover`
   has the peer looked for again.
-- A recovery that fails tells its membership nothing, whose pauses go on growing; only one that succeeds does.
+- A recovery that fails tells its reconnector nothing, whose pauses go on growing; only one that succeeds does.
 - What can never succeed is found out and ends the looking: a core that cannot go on, an answer that proves that the
   migration has ended over there, two sides that disagree about what was acknowledged. The status says so (`peer_gone`),
   the machine is kept.
@@ -42,7 +42,7 @@ from postcopy.migration._session import (
     now_ns,
     status_of,
 )
-from postcopy.net.channels import Address, CallingLink, Link, Membership, Session
+from postcopy.net.channels import Address, CallingLink, Link, Reconnector, Session
 from postcopy.wire.protocol import Ended, EndedElsewhere, State
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Engine(abc.ABC, Generic[P]):
         self._told_change = on_change
         self._changed = trio.Event()
         self._session: Session | None = None
-        self._membership: Membership | None = None
+        self._reconnector: Reconnector | None = None
         self._cancelled = trio.Event()
         self._stop = trio.Event()  # that of `run`
         self._scope = FirstFailure()
@@ -171,18 +171,18 @@ class Engine(abc.ABC, Generic[P]):
         """How long a peer is looked for that is lost, or has been."""
         self._patience.set(recover_for_s)
 
-    def hold(self) -> None:
-        """Gives the connection up, as a network that fails would, and takes no other one until `let_go`.
+    def pause(self) -> None:
+        """Gives the connection up, as a network that fails would, and takes no other one until `recover`.
         `MigrationError` where nothing could be gone on with."""
-        self._steered().hold()
+        self._steered().pause()
 
-    def let_go(self, address: Address | None = None) -> None:
+    def recover(self, address: Address | None = None) -> None:
         """Looks for the peer (again), at this address where one is given (see `reconnect_to`), also when it was given
         up: for as long as one that has just been lost. `MigrationError` where that would be in vain."""
-        membership = self._steered()
+        reconnector = self._steered()
         if address is not None:
             self.reconnect_to(address)
-        self._again(membership)
+        self._again(reconnector)
 
     def reconnect_to(self, address: Address) -> None:
         """The peer is looked for there when the connection is lost, or at once when it has been. A connection that
@@ -191,23 +191,23 @@ class Engine(abc.ABC, Generic[P]):
             raise ConfigurationError("there has been no connection yet: cancel it, and migrate to the other address")
         self._link.reconnect_to(address)
 
-    def _again(self, membership: Membership) -> None:
+    def _again(self, reconnector: Reconnector) -> None:
         for patience in self._patiences():
             if patience.begun:
                 patience.begin()
         self.over, self._disagreed = False, None
         self._look_again.set()
         self._look_again = trio.Event()
-        membership.let_go()
+        reconnector.recover()
 
-    def _steered(self) -> Membership:
+    def _steered(self) -> Reconnector:
         if self._protocol.peer_gone:
             raise MigrationError(f"no other connection would help this migration: {self.failure}")
-        if self._membership is None or self.state not in STEERABLE:
+        if self._reconnector is None or self.state not in STEERABLE:
             raise MigrationError(
                 "only a migration past its point of no return, and not at its end, can lose its connection"
             )
-        return self._membership
+        return self._reconnector
 
     # ---- the life of a connection
 
@@ -280,9 +280,9 @@ class Engine(abc.ABC, Generic[P]):
             await trio.sleep(PEER_SAYS_WHY_S)
 
     async def _replaced(self) -> None:
-        await self._until(lambda: self._membership is not None)
-        assert self._membership is not None
-        await self._membership.superseded()
+        await self._until(lambda: self._reconnector is not None)
+        assert self._reconnector is not None
+        await self._reconnector.superseded()
         raise PeerError(f"the {self.PEER} has come back on another connection")
 
     @abc.abstractmethod
@@ -344,20 +344,20 @@ class Engine(abc.ABC, Generic[P]):
 
     def _recovered(self) -> None:
         """All channels are there again."""
-        assert self._membership is not None
+        assert self._reconnector is not None
         self.recoveries.add(now_ns() - self._lost_ns)
-        self._membership.went_on()
+        self._reconnector.went_on()
         log.warning("recovered: the %s is back after %.0f ms", self.PEER, self.recoveries.last_ns / 1e6)
         self._change()
 
     async def _look(self) -> tuple[Link, Session] | None:
         """The next connection; None when there is nothing to be gone on with any more."""
-        membership = self._membership
-        assert membership is not None
+        reconnector = self._reconnector
+        assert reconnector is not None
         found: list[tuple[Link, Session]] = []
 
         async def come() -> None:
-            found.append(await membership.next_link())
+            found.append(await reconnector.next_link())
 
         async def settled() -> None:  # by somebody else: reclaimed
             await self._until(lambda: self._protocol.state not in (State.PAUSED, State.IN_DOUBT))
@@ -401,7 +401,7 @@ class Engine(abc.ABC, Generic[P]):
                 return None
             if found:
                 found.clear()
-                membership.answered.set()
+                reconnector.answered.set()
                 await trio.sleep(SHOWN_OUT_S)
             elif not (self.over or again.is_set() or self._gone or self._stop.is_set() or self._keep_on()):
                 return None
@@ -449,7 +449,7 @@ class Engine(abc.ABC, Generic[P]):
         """Tells the peer how the migration has ended here, where that may not know it and would not come and ask: on
         the side that connects. For a minute at most (less if less is the time that a lost peer is looked for), or until
         it has heard it. After `run`; the machine is not needed for it. Cancellable."""
-        if self._membership is None or not self._calls or not self._protocol.untold:
+        if self._reconnector is None or not self._calls or not self._protocol.untold:
             return
         with about(self), trio.move_on_after(min(ANNOUNCE_FOR_S, self._patience.seconds)):
-            await self._membership.announce(self._protocol.ending)
+            await self._reconnector.announce(self._protocol.ending)

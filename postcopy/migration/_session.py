@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 """How often each side gives a sign of life. A peer of which nothing was heard for three times as long is lost."""
-SILENCES = 3
+MISSED_HEARTBEATS = 3
 RECOVER_UNOWNED_S = 60.0
 """How long somebody is waited for on whom nothing depends: the destination of an image, which can begin anew."""
 STEP_TIMEOUT_S = 30.0
@@ -89,7 +89,7 @@ def data_silence_s(kind: str, heartbeat_s: float) -> float:
     The kernel counts the time for which the other end reads nothing, too (TCP_USER_TIMEOUT, in tcp(7)). Who reads an
     urgent channel always reads. Pages that are pushed may have to wait where they come in: for memory, for a processor
     that others use. That the other end is dead is heard on the control connection long before."""
-    silence_s = SILENCES * heartbeat_s
+    silence_s = MISSED_HEARTBEATS * heartbeat_s
     return silence_s if kind == "urgent" else max(silence_s, BULK_SILENCE_S)
 
 
@@ -109,7 +109,7 @@ class Control(Generic[P]):
         self.protocol: P = protocol
         self._stream = stream
         self._heartbeat_s = heartbeat_s
-        self._silence_s = SILENCES * heartbeat_s
+        self._silence_s = MISSED_HEARTBEATS * heartbeat_s
         self._sending = trio.Lock()
         # A peer that sends more than we take has to wait: each of these may be megabytes.
         self._arrived, self._messages = trio.open_memory_channel[Message](8)

@@ -47,7 +47,7 @@ from postcopy.migration._engine import Engine, Hopeless
 from postcopy.migration._session import (
     HEARTBEAT_S,
     IN_DOUBT_FOR_S,
-    SILENCES,
+    MISSED_HEARTBEATS,
     STEP_TIMEOUT_S,
     UNDECIDED,
     Control,
@@ -60,7 +60,7 @@ from postcopy.migration._session import (
 )
 from postcopy.migration.figures import Figures, natural
 from postcopy.migration.release import PlacedReporter
-from postcopy.net.channels import Door, Link, Session, keep_alive
+from postcopy.net.channels import ChannelSet, Link, Session, keep_alive
 from postcopy.uffd import How
 from postcopy.wire.protocol import (
     PAGE_MAP_PAGES,
@@ -157,7 +157,7 @@ class DestinationMigration(Engine[DestinationProtocol]):
         self._pushed_all = trio.Event()
         self._bulk_channels = 0
         self._placed = PlacedReporter()
-        self._stack = ExitStack()  # of the membership, while it is run
+        self._stack = ExitStack()  # of the reconnector, while it is run
         self._doubt = Patience(doubt_for_s)
         self._last_word = Patience(LAST_WORD_S if link.version >= 3 else ACK_TIMEOUT_S)
         self._kept = False  # the memory is complete and nobody needs the pager
@@ -239,8 +239,8 @@ class DestinationMigration(Engine[DestinationProtocol]):
                 finally:
                     if self._protocol.give_up(str(self.failure)) is State.COMPLETED:
                         self.failure = None  # every page is here: whether the source has heard of it changes nothing
-                    if self._membership is not None:
-                        self._membership.ended(self._protocol.ending)
+                    if self._reconnector is not None:
+                        self._reconnector.ended(self._protocol.ending)
         finally:
             await workers.close()
 
@@ -345,11 +345,11 @@ class DestinationMigration(Engine[DestinationProtocol]):
                 await control.send(protocol.send_received_map(number, first_page, len(part), runs))
                 maps += 1
         self._placed.told(told)
-        with link.door(self._session) as door:
+        with link.channel_set(self._session) as channel_set:
             await control.send(protocol.send_recover(self._resume_ns, maps, digest))
             await control.receive(Recovered, STEP_TIMEOUT_S)
             self._change()
-            await self._attach(door, machine, pager)
+            await self._attach(channel_set, machine, pager)
         self._recovered()
         if protocol.state is State.COMMITTED:
             await self._start(control, machine)
@@ -383,10 +383,10 @@ class DestinationMigration(Engine[DestinationProtocol]):
                     link.version,
                 )
         assert self._session is not None
-        with link.door(self._session) as door:
+        with link.channel_set(self._session) as channel_set:
             await control.send(protocol.send_accept(units, machine.shards, self._bulk_channels))
             self._change()
-            await self._attach(door, machine, pager)
+            await self._attach(channel_set, machine, pager)
         await control.send(protocol.send_ready())
         self._change()
 
@@ -397,13 +397,13 @@ class DestinationMigration(Engine[DestinationProtocol]):
         await self._start(control, machine)
         await self._finish(control, pager)
 
-    async def _attach(self, door: Door, machine: Machine, pager: AnyPager) -> None:
+    async def _attach(self, channel_set: ChannelSet, machine: Machine, pager: AnyPager) -> None:
         """Gives the pager its connections: what is pending is requested (again) at once."""
         self._pushing = set(range(self._bulk_channels))
         self._pushed_all = trio.Event()
         if not self._pushing and self._background:
             self._pushed_all.set()  # nobody pushes: all is asked for
-        channels = await door.channels(machine.shards, self._bulk_channels)
+        channels = await channel_set.channels(machine.shards, self._bulk_channels)
         try:
             for (kind, index), fd in channels.items():
                 keep_alive(fd, data_silence_s(kind, self._heartbeat_s))
@@ -462,7 +462,7 @@ class DestinationMigration(Engine[DestinationProtocol]):
             # ANY prefers one that stops the kernel's faults too; a machine that needs that has refused a host without.
             pager.add_shard(self._how, self._busy_poll_us)
         self._session = Session(offer.migration, offer.token, epoch=0)
-        self._membership = self._stack.enter_context(self._first_link.membership(self._session))
+        self._reconnector = self._stack.enter_context(self._first_link.reconnector(self._session))
         self._machine_made.set()
         return machine, pager
 
@@ -511,7 +511,7 @@ class DestinationMigration(Engine[DestinationProtocol]):
 
             async def ask_for_the_rest() -> None:
                 await self._pushed_all.wait()
-                silence_s = SILENCES * self._heartbeat_s + self._unit_bytes / SLOWEST_BYTES_PER_S
+                silence_s = MISSED_HEARTBEATS * self._heartbeat_s + self._unit_bytes / SLOWEST_BYTES_PER_S
                 here, since_s = (0, 0), trio.current_time()
                 while True:
                     # Refused frames, and whatever a source forgot: what was pushed in vain is asked for.
@@ -558,7 +558,7 @@ class DestinationMigration(Engine[DestinationProtocol]):
         longer than a dead peer would take to be noticed."""
         connected_ns = now_ns()
         await self._machine_made.wait()
-        silence_s = SILENCES * self._heartbeat_s
+        silence_s = MISSED_HEARTBEATS * self._heartbeat_s
         while self._pager is not None:
             waiting_ns = min(self._pager.statistics().oldest_pending_ns, now_ns() - connected_ns)
             if waiting_ns > silence_s * 1e9 and self._protocol.state is State.POSTCOPY:

@@ -43,8 +43,8 @@ from postcopy.memory.bitmap import Bitmap
 from postcopy.migration._engine import Engine, Hopeless, disagreeing
 from postcopy.migration._session import (
     HEARTBEAT_S,
+    MISSED_HEARTBEATS,
     RECOVER_UNOWNED_S,
-    SILENCES,
     STEP_TIMEOUT_S,
     UNDECIDED,
     Control,
@@ -57,7 +57,7 @@ from postcopy.migration._session import (
 )
 from postcopy.migration.figures import Figures
 from postcopy.migration.release import PLACED_EVERY_MS, Releaser
-from postcopy.net.channels import Address, Door, Link, Session, keep_alive
+from postcopy.net.channels import Address, ChannelSet, Link, Session, keep_alive
 from postcopy.wire.protocol import (
     ID_BYTES,
     PAGE_MAP_PAGES,
@@ -273,15 +273,15 @@ class SourceMigration(Engine[SourceProtocol]):
 
     async def _converse(self, link: Link, go: trio.Event) -> None:
         """One connection after the other."""
-        with link.membership(self._session) as membership:
-            self._membership = membership
+        with link.reconnector(self._session) as reconnector:
+            self._reconnector = reconnector
             self._conversing = True
             try:
                 await self._connected(link, partial(self._migrate, go=go))
                 await self._recover()
             finally:
                 self._conversing = False
-                membership.ended(self._protocol.ending)
+                reconnector.ended(self._protocol.ending)
         if self.state is State.COMPLETED and self._releaser is not None:
             await self._release_rest(self._releaser)
 
@@ -356,15 +356,15 @@ class SourceMigration(Engine[SourceProtocol]):
         nothing has changed then. May be cancelled until that is decided.
         """
         self.check_reclaimable()
-        assert self._membership is not None
-        membership = self._membership
+        assert self._reconnector is not None
+        reconnector = self._reconnector
         if self._gone_for is not Ended.LOST:
-            self._probing, membership.answered = True, trio.Event()
+            self._probing, reconnector.answered = True, trio.Event()
             try:
-                self._again(membership)
-                with trio.move_on_after(max(SILENCES * self._heartbeat_s, RECLAIM_PROBE_S)):
+                self._again(reconnector)
+                with trio.move_on_after(max(MISSED_HEARTBEATS * self._heartbeat_s, RECLAIM_PROBE_S)):
                     back = partial(self._until, lambda: self.state is not State.PAUSED)
-                    await first_of(back, membership.answered.wait)
+                    await first_of(back, reconnector.answered.wait)
                     raise MigrationError(
                         f"the destination answers: the machine is there ({self.status}); it can be reclaimed when the"
                         " destination is dead"
@@ -375,7 +375,7 @@ class SourceMigration(Engine[SourceProtocol]):
         self.check_reclaimable()
         lost = self.reclaim_loses()
         self._protocol.reclaim()
-        membership.ended(self._protocol.ending)
+        reconnector.ended(self._protocol.ending)
         self.failure = None
         log.warning("reclaimed: %s", lost)
         self._change()
@@ -387,9 +387,9 @@ class SourceMigration(Engine[SourceProtocol]):
         protocol, server = self._protocol, self._server
         assert server is not None
         resume_ns = await self._hear_maps(control, server)
-        with link.door(self._session) as door:
+        with link.channel_set(self._session) as channel_set:
             await control.send(protocol.send_recovered())
-            await self._attach(door)
+            await self._attach(channel_set)
         if resume_ns and not self.running_ns:
             self.running_ns = self._committed_ns + resume_ns
         self._recovered()
@@ -423,7 +423,7 @@ class SourceMigration(Engine[SourceProtocol]):
     async def _migrate(self, control: Control[SourceProtocol], link: Link, go: trio.Event) -> None:
         machine, protocol = self.machine, self._protocol
         blocks = tuple(Block(block.name, block.size_bytes, block.page_bytes) for block in machine.layout)
-        with link.door(self._session) as door:
+        with link.channel_set(self._session) as channel_set:
             offer = Offer(
                 self._session.migration,
                 self._session.token,
@@ -445,7 +445,7 @@ class SourceMigration(Engine[SourceProtocol]):
                 self._releaser = Releaser(self._server, len(blocks))
             self._server_made.set()
             self._shards, self._bulk_channels = accept.shards, accept.bulk_channels
-            await self._attach(door)
+            await self._attach(channel_set)
         await control.receive(Ready, STEP_TIMEOUT_S)
         self.ready_ns = now_ns()
         self.was_ready = True
@@ -454,11 +454,11 @@ class SourceMigration(Engine[SourceProtocol]):
         await self._switch_over(control)
         await self._follow(control)
 
-    async def _attach(self, door: Door) -> None:
+    async def _attach(self, channel_set: ChannelSet) -> None:
         """Gives the page server its connections."""
         server = self._server
         assert server is not None
-        channels = await door.channels(self._shards, self._bulk_channels)
+        channels = await channel_set.channels(self._shards, self._bulk_channels)
         try:
             for (kind, index), fd in channels.items():
                 keep_alive(fd, data_silence_s(kind, self._options.heartbeat_s))

@@ -6,7 +6,7 @@ with the handshake of `protocol`. Then a control connection stays a Trio stream,
 Python's business: its descriptor is detached, made blocking and handed to the core. For that to work nothing behind the
 handshake may have been read, so the handshake is read with exactly as many bytes as it asks for.
 
-**Coming back.** A migration that has lost its connection is a *membership* that goes on: whoever knows its id and token
+**Coming back.** A migration that has lost its connection goes on, by its *reconnector*: whoever knows its id and token
 and brings a higher epoch than anybody before gets its place, even while this side still believes in the old connection,
 which may be half open. The side that had called calls again, at first several times a second, and at another address
 when it is told one (`Route`); the side that listens does not look at where somebody calls from. What counts is not that
@@ -17,7 +17,7 @@ and is let in less often by the side that listens.
 migration that it names, and an id that is in use is nobody else's. Welcome and refusal prove it too, or decide nothing:
 whoever answers at the peer's address may be anybody. What the real peer proves is that the migration is over on its
 side, and how: each host remembers those that have ended with it (`Endings`) and tells those who come back later; the
-side that calls can call once more only to say that (`Membership.announce`).
+side that calls can call once more only to say that (`Reconnector.announce`).
 
 **Strangers.** A listening port will be found by port scanners, browsers and the wrong version of ourselves. Until a
 peer has said a proper hello it gets `HANDSHAKE_TIMEOUT_S` and 16 KiB; at most `MAX_HALF_OPEN` may be in that state,
@@ -26,7 +26,7 @@ listener goes on. A source that calls is in that state until its offer is there 
 no migration, and takes nobody's place. A data connection must know the token of a migration that is going on, which
 only went over that migration's control connection.
 
-Resource handling: a stream belongs to whoever got it last; what a `Door` has collected when it closes unused, it
+Resource handling: a stream belongs to whoever got it last; what a `ChannelSet` has collected when it closes unused, it
 closes.
 
 Error handling: `ConfigurationError` for an address that makes no sense, `ResourceError` for one that cannot be
@@ -327,7 +327,7 @@ def detach(stream: trio.SocketStream) -> FdHolder:
     return fd
 
 
-# ---- Doors: how the data channels of one migration come in, on either side
+# ---- Channel sets: how the data channels of one migration come in, on either side
 
 ChannelKey = tuple[str, int]  # ("urgent", 3)
 
@@ -388,7 +388,7 @@ def keep_alive(fd: FdHolder, silence_s: float) -> FdHolder:
     return fd
 
 
-class Membership(abc.ABC):
+class Reconnector(abc.ABC):
     """A migration's place among the connections of this host, kept while it has none.
 
     It can be *held*, by whoever operates it: the connection is then given up and none is made or let in, until it is
@@ -414,7 +414,7 @@ class Membership(abc.ABC):
 
     def ended(self, how: Ended) -> None:  # noqa: B027  (only who is asked has to remember it)
         """The migration is over here: whoever comes back for it from now on is told how, and not let in. To be said
-        before the membership ends; the last word counts."""
+        before the reconnector ends; the last word counts."""
 
     async def announce(self, how: Ended) -> None:
         """Tells the peer that it is over here, where it would not come and ask: on the side that calls. Tries as long
@@ -422,15 +422,15 @@ class Membership(abc.ABC):
         which is asked. After `ended`. Cancellable."""
         await trio.lowlevel.checkpoint()
 
-    def is_held(self) -> bool:
+    def is_paused(self) -> bool:
         return self._held
 
-    def hold(self) -> None:
-        """Gives the connection up and makes no other one until `let_go`."""
+    def pause(self) -> None:
+        """Gives the connection up and makes no other one until `recover`."""
         self._held = True
         self._notify()
 
-    def let_go(self) -> None:
+    def recover(self) -> None:
         """Looks for the peer (again), now."""
         self._held = False
         self._notify()
@@ -448,10 +448,10 @@ class Membership(abc.ABC):
     @abc.abstractmethod
     async def superseded(self) -> None:
         """Returns when `next_link` has something although the present connection has not ended. `PeerError` when it is
-        to be given up since the membership is held."""
+        to be given up since the reconnector is held."""
 
 
-class Door(abc.ABC):
+class ChannelSet(abc.ABC):
     """Open it before the peer can know the session, since the peer may be faster than our next line."""
 
     @abc.abstractmethod
@@ -474,11 +474,11 @@ class Link(abc.ABC):
         raise ConfigurationError(f"this side listens; tell the other one to connect to {address} or wherever this is")
 
     @abc.abstractmethod
-    def door(self, session: Session) -> contextlib.AbstractContextManager[Door]:
+    def channel_set(self, session: Session) -> contextlib.AbstractContextManager[ChannelSet]:
         """Lets data channels of `session` come in as long as the block lasts. `PeerError` for an id that is in use."""
 
     @abc.abstractmethod
-    def membership(self, session: Session) -> contextlib.AbstractContextManager[Membership]:
+    def reconnector(self, session: Session) -> contextlib.AbstractContextManager[Reconnector]:
         """Keeps the way open for the peer, or to it, as long as the block lasts. `PeerError` for the id of a migration
         that is going on here, or was."""
 
@@ -513,12 +513,12 @@ class CallingLink(Link):
         self._route.change(address)
 
     @contextlib.contextmanager
-    def door(self, session: Session) -> Iterator[Door]:
-        yield _CallingDoor(self.peer, self._side, session, self.version)
+    def channel_set(self, session: Session) -> Iterator[ChannelSet]:
+        yield _CallingChannelSet(self.peer, self._side, session, self.version)
 
     @contextlib.contextmanager
-    def membership(self, session: Session) -> Iterator[Membership]:
-        yield _CallingMembership(self._route, self._side, session, self.version)
+    def reconnector(self, session: Session) -> Iterator[Reconnector]:
+        yield _CallingReconnector(self._route, self._side, session, self.version)
 
 
 class Sparing:
@@ -538,7 +538,7 @@ class Sparing:
         return True
 
 
-class _CallingMembership(Membership):
+class _CallingReconnector(Reconnector):
     def __init__(self, route: Route, side: str, session: Session, version: int) -> None:
         super().__init__()
         self._route = route
@@ -554,8 +554,8 @@ class _CallingMembership(Membership):
         self._pause_s = min(self._pause_s, RECONNECT_CAP_S)
         self._lost_s = math.inf
 
-    def let_go(self) -> None:
-        super().let_go()
+    def recover(self) -> None:
+        super().recover()
         self._route.wake()
 
     async def next_link(self) -> tuple[Link, Session]:
@@ -592,7 +592,7 @@ class _CallingMembership(Membership):
         self._lost_s = min(self._lost_s, now_s)
         if self._pause_s and await self._route.pause(self._pause_s * random.uniform(0.5, 1)):
             self._pause_s, self._lost_s, self._spare = 0.0, trio.current_time(), Sparing()
-        while self.is_held():
+        while self.is_paused():
             await self._changed.wait()
 
     async def _attempt(self, how: Ended | None = None) -> tuple[trio.SocketStream, Address, Session] | None:
@@ -603,7 +603,7 @@ class _CallingMembership(Membership):
         asked = self._route.address
         try:
             stream, _ = await connect(asked, hello, RECONNECT_ATTEMPT_S, token=session.token, version=self._version)
-            if not self.is_held() or how is not None:
+            if not self.is_paused() or how is not None:
                 return stream, asked, session
             stream.socket.close()
         except (PeerError, ProtocolError, ResourceError) as error:
@@ -622,12 +622,12 @@ class _CallingMembership(Membership):
         return None
 
     async def superseded(self) -> None:
-        while not self.is_held():  # nobody but this side connects
+        while not self.is_paused():  # nobody but this side connects
             await self._changed.wait()
         raise PeerError(HELD)
 
 
-class _CallingDoor(Door):
+class _CallingChannelSet(ChannelSet):
     def __init__(self, peer: Address, side: str, session: Session, version: int) -> None:
         self._peer = peer
         self._side = side
@@ -678,7 +678,7 @@ class Refusal(Exception):
         self.token = token
 
 
-class _ListeningDoor(Door):
+class _ListeningChannelSet(ChannelSet):
     def __init__(self, session: Session, peer: Address, version: int) -> None:
         self.session = session
         self._version = version
@@ -734,7 +734,7 @@ def _check_token(session: Session, spoken: int, hello: Hello, version: int) -> N
         raise Refusal(WRONG_TOKEN, Code.WRONG_TOKEN)
 
 
-class _ListeningMembership(Membership):
+class _ListeningReconnector(Reconnector):
     def __init__(self, session: Session, version: int, endings: Endings) -> None:
         super().__init__()
         self.session = session
@@ -773,7 +773,7 @@ class _ListeningMembership(Membership):
             raise self._endings.refusal(hello, version)
         if self._ended is not None:  # nobody waits for it any more
             raise Refusal(f"you have said that the migration has ended there: {self._ended}", Code.UNKNOWN, token)
-        if self.is_held():
+        if self.is_paused():
             raise Refusal(HELD, Code.HELD, token)
         if self._has_lasted():
             self._returns = 0
@@ -797,9 +797,9 @@ class _ListeningMembership(Membership):
         self._ended = how
         self._notify()
 
-    def hold(self) -> None:
+    def pause(self) -> None:
         self.close()  # one that has just come may come again
-        super().hold()
+        super().pause()
 
     async def next_link(self) -> tuple[Link, Session]:
         while not self._links:
@@ -810,7 +810,7 @@ class _ListeningMembership(Membership):
 
     async def superseded(self) -> None:
         while not self._links and self._ended is None:
-            if self.is_held():
+            if self.is_paused():
                 raise PeerError(HELD)
             await self._changed.wait()
 
@@ -821,38 +821,38 @@ class _ListeningMembership(Membership):
 
 
 class _ListeningLink(Link):
-    def __init__(self, control: trio.SocketStream, reception: Reception, version: int) -> None:
+    def __init__(self, control: trio.SocketStream, acceptor: Acceptor, version: int) -> None:
         super().__init__(control, address_of(control), version)
-        self._reception = reception
+        self._acceptor = acceptor
 
     @contextlib.contextmanager
-    def door(self, session: Session) -> Iterator[Door]:
-        doors = self._reception.doors
-        if session.migration in doors:
+    def channel_set(self, session: Session) -> Iterator[ChannelSet]:
+        channel_sets = self._acceptor.channel_sets
+        if session.migration in channel_sets:
             raise PeerError(f"{self.peer}: the migration {session.migration.hex()} is in use here")
-        door = doors[session.migration] = _ListeningDoor(session, self.peer, self.version)
+        channel_set = channel_sets[session.migration] = _ListeningChannelSet(session, self.peer, self.version)
         try:
-            yield door
+            yield channel_set
         finally:
-            del doors[session.migration]  # ours, since nobody else gets it meanwhile
-            door.close()
+            del channel_sets[session.migration]  # ours, since nobody else gets it meanwhile
+            channel_set.close()
 
     @contextlib.contextmanager
-    def membership(self, session: Session) -> Iterator[Membership]:
-        members, endings = self._reception.members, self._reception.endings
+    def reconnector(self, session: Session) -> Iterator[Reconnector]:
+        members, endings = self._acceptor.reconnectors, self._acceptor.endings
         if session.migration in members or endings.find(session.migration) is not None:
             raise PeerError(f"{self.peer}: the migration {session.migration.hex()} is in use here, or was")
-        membership = members[session.migration] = _ListeningMembership(session, self.version, endings)
+        reconnector = members[session.migration] = _ListeningReconnector(session, self.version, endings)
         try:
-            yield membership
+            yield reconnector
         finally:
             del members[session.migration]
-            membership.close()
+            reconnector.close()
 
 
-class Reception:
+class Acceptor:
     """A listening side: welcomes control connections as long as somebody takes them, and sends data connections to the
-    door of their migration.
+    channel_set of their migration.
 
     Statistics: `accepted`, `refused`, `strangers` count connections by what became of them.
     """
@@ -861,25 +861,25 @@ class Reception:
         self,
         side: str,
         listeners: list[trio.SocketListener],
-        vacancy: Callable[[int], str],
+        why_refused: Callable[[int], str],
         endings: Endings | None = None,
     ) -> None:
-        """`vacancy` is asked for each control connection, at its hello and, where it has to offer something, when the
-        offer is there; with the number of those that nobody has taken yet. Empty to let it in, else the reason why not.
-        Who takes one (`next_link`) has to count it from then on, before anything else happens.
+        """`why_refused` is asked for each control connection, at its hello and, where it has to offer something, when
+        the offer is there; with the number of those that nobody has taken yet. Empty to let it in, else the reason why
+        not. Who takes one (`next_link`) has to count it from then on, before anything else happens.
 
         `endings` is what this process remembers."""
         self.endings = endings if endings is not None else Endings()
-        self.doors: dict[bytes, _ListeningDoor] = {}
-        self.members: dict[bytes, _ListeningMembership] = {}
-        self.accepted = self.refused = self.strangers = 0
+        self.channel_sets: dict[bytes, _ListeningChannelSet] = {}
+        self.reconnectors: dict[bytes, _ListeningReconnector] = {}
+        self.accepted = self.refused = self.bad_handshakes = 0
         # Where it listens, or has: with port 0 the port that the system chose.
         self.addresses = [
             Address(str(name[0]), int(name[1])) for name in (one.socket.getsockname() for one in listeners)
         ]
         self._side = side
         self._listeners = listeners
-        self._vacancy = vacancy
+        self._why_refused = why_refused
         self._waiting = 0
         self._half_open: dict[object, trio.CancelScope] = {}  # oldest first
         self._spare = Sparing()  # whoever can connect could fill the log
@@ -887,8 +887,8 @@ class Reception:
 
     @classmethod
     async def open(
-        cls, address: Address, side: str, vacancy: Callable[[int], str], endings: Endings | None = None
-    ) -> Reception:
+        cls, address: Address, side: str, why_refused: Callable[[int], str], endings: Endings | None = None
+    ) -> Acceptor:
         """Listens on every address that the host name has. `ResourceError` when that is not possible."""
         try:
             listeners = await trio.open_tcp_listeners(address.port, host=address.host or None)
@@ -906,7 +906,7 @@ class Reception:
             }.get(number or 0, "")
             reason = os.strerror(number) if number else str(error)
             raise ResourceError(f"cannot listen on {address}: {one_line(reason, 200)}", remedy) from error
-        return cls(side, listeners, vacancy, endings)
+        return cls(side, listeners, why_refused, endings)
 
     async def next_link(self) -> Link:
         """The next control connection, the caller's from then on."""
@@ -964,11 +964,11 @@ class Reception:
             if scope.cancelled_caught:
                 raise PeerError("no complete handshake in time")
         except (PeerError, ProtocolError) as error:
-            self.strangers += 1
+            self.bad_handshakes += 1
             if self._spare.due():
                 log.warning("%s: %s", peer, error)
         except trio.BrokenResourceError as error:
-            self.strangers += 1
+            self.bad_handshakes += 1
             if self._spare.due():
                 log.warning("%s: the connection broke during the handshake%s", peer, _cause(error))
         except Exception:  # a mistake of ours: whoever is here already does not pay for it
@@ -1021,18 +1021,18 @@ class Reception:
         return False
 
     async def _greet_data(self, stream: trio.SocketStream, handshake: ServerHandshake, hello: Hello) -> bool:
-        door = self.doors.get(hello.migration)
-        if door is None:
+        channel_set = self.channel_sets.get(hello.migration)
+        if channel_set is None:
             raise self.endings.refusal(hello, handshake.version)
-        place = door.reserve(hello, handshake.version)
+        place = channel_set.reserve(hello, handshake.version)
         try:
-            await stream.send_all(handshake.send_welcome(door.session.token))
+            await stream.send_all(handshake.send_welcome(channel_set.session.token))
         except BaseException:
-            door.release(place)
+            channel_set.release(place)
             raise
-        if self.doors.get(hello.migration) is not door:
+        if self.channel_sets.get(hello.migration) is not channel_set:
             return False  # closed while we said welcome
-        door.enter(place, stream)
+        channel_set.enter(place, stream)
         self.accepted += 1
         return True
 
@@ -1040,7 +1040,7 @@ class Reception:
         self, stream: trio.SocketStream, handshake: ServerHandshake, scope: trio.CancelScope
     ) -> bool:
         def find_place() -> str:
-            return self._vacancy(self._waiting) or ("too many are waiting" if self._waiting >= MAX_WAITING else "")
+            return self._why_refused(self._waiting) or ("too many are waiting" if self._waiting >= MAX_WAITING else "")
 
         if reason := find_place():
             raise Refusal(reason, Code.BUSY)
@@ -1068,7 +1068,7 @@ class Reception:
         return True
 
     async def _greet_again(self, stream: trio.SocketStream, handshake: ServerHandshake, hello: Hello) -> bool:
-        member = self.members.get(hello.migration)
+        member = self.reconnectors.get(hello.migration)
         if member is None:
             raise self.endings.refusal(hello, handshake.version)
         member.reserve(hello, handshake.version)
@@ -1078,8 +1078,8 @@ class Reception:
             return False
         await stream.send_all(handshake.send_welcome(member.session.token))
         # Somebody with a higher epoch may have come while we said welcome, and the migration may have ended or be held.
-        gone = self.members.get(hello.migration) is not member or member.is_over()
-        if gone or member.session.epoch != hello.epoch or member.is_held():
+        gone = self.reconnectors.get(hello.migration) is not member or member.is_over()
+        if gone or member.session.epoch != hello.epoch or member.is_paused():
             return False
         member.enter(_ListeningLink(stream, self, handshake.version), hello.epoch)
         self.accepted += 1

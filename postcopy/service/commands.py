@@ -27,7 +27,7 @@ from postcopy.migration import salvage
 from postcopy.migration._session import Interrupted, first_of, now_ns
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions, check_releasable
-from postcopy.net.channels import Address, CallingLink, Link, Reception, Route
+from postcopy.net.channels import Acceptor, Address, CallingLink, Link, Route
 from postcopy.output import Output
 from postcopy.service import report
 from postcopy.wire.protocol import State
@@ -44,19 +44,19 @@ MAX_LOST = 16  # destinations of an image that were lost, and that may still com
 
 
 @contextlib.asynccontextmanager
-async def _reception(reception: Reception, output: Output, side: str) -> AsyncIterator[Reception]:
-    """A reception that serves as long as the block lasts."""
-    for address in reception.addresses:
+async def _acceptor(acceptor: Acceptor, output: Output, side: str) -> AsyncIterator[Acceptor]:
+    """An acceptor that serves as long as the block lasts."""
+    for address in acceptor.addresses:
         output.emit("listening", {"side": side, "address": str(address)})
         output.say(f"{side}: listening on {address}")
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(reception.serve)
-            yield reception
+            nursery.start_soon(acceptor.serve)
+            yield acceptor
             nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):
-            await reception.close()
+            await acceptor.close()
 
 
 @dataclass(frozen=True)
@@ -147,18 +147,18 @@ class SourceCommand:
         return done
 
     async def _run(self, machine: Machine, stop: trio.Event) -> bool:
-        reception: Reception | None = None
+        acceptor: Acceptor | None = None
         if self._listen is not None:
             # Before the machine is booted: an address that does not work should not cost that.
-            reception = await Reception.open(self._listen, "source", lambda waiting: self._vacancy(machine, waiting))
+            acceptor = await Acceptor.open(self._listen, "source", lambda waiting: self._why_refused(machine, waiting))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._output.follow, lambda: self._progress(machine))
-            if reception is None:
+            if acceptor is None:
                 done = await self._single(machine, stop)
             else:
                 nursery.start_soon(self._prepare, machine)
-                async with _reception(reception, self._output, "source"):
-                    done = await self._serve_all(machine, reception, stop)
+                async with _acceptor(acceptor, self._output, "source"):
+                    done = await self._serve_all(machine, acceptor, stop)
             self._overhead_bytes = max(self._overhead_bytes, report.overhead_bytes(machine))
             nursery.cancel_scope.cancel()
         return done
@@ -231,7 +231,7 @@ class SourceCommand:
             await trio.sleep(self._migrate_after_s)
         self._go.set()
 
-    def _vacancy(self, machine: Machine, waiting: int) -> str:
+    def _why_refused(self, machine: Machine, waiting: int) -> str:
         # A destination of an image that was lost takes nobody's place: it may come back, or has begun anew.
         reclaimed = sum(one.state is State.RECLAIMED for one in self._stops)  # only says so to whom it may concern
         busy = self._active - len(self._lost(machine)) - reclaimed + waiting
@@ -327,7 +327,7 @@ class SourceCommand:
 
     # ---- listening
 
-    async def _serve_all(self, machine: Machine, reception: Reception, stop: trio.Event) -> bool:
+    async def _serve_all(self, machine: Machine, acceptor: Acceptor, stop: trio.Event) -> bool:
         """Until as many destinations have been served as were asked for."""
         enough = trio.Event()
 
@@ -365,16 +365,16 @@ class SourceCommand:
 
             async def take() -> None:
                 while True:
-                    link = await reception.next_link()
+                    link = await acceptor.next_link()
                     self._active += 1
                     self._make_room(machine)
                     sessions.start_soon(session, link)
 
-            async with trio.open_nursery() as desk:
-                desk.start_soon(take)
-                desk.start_soon(interruption)
+            async with trio.open_nursery() as handler:
+                handler.start_soon(take)
+                handler.start_soon(interruption)
                 await enough.wait()
-                desk.cancel_scope.cancel()
+                handler.cancel_scope.cancel()
             sessions.start_soon(give_up_lost)
         if self._serve == float("inf"):
             return self._failure is None
@@ -513,9 +513,9 @@ class DestinationCommand:
             migration = await self._receive(await self._call(self._connect, stop), stop)
         else:
             assert self._listen is not None
-            reception = await Reception.open(self._listen, "dest", self._vacancy)
-            async with _reception(reception, self._output, "dest"):
-                migration = await self._take(reception, stop)
+            acceptor = await Acceptor.open(self._listen, "dest", self._why_refused)
+            async with _acceptor(acceptor, self._output, "dest"):
+                migration = await self._take(acceptor, stop)
         if migration.state is not State.COMPLETED:
             raise _why(migration)
         assert migration.machine is not None
@@ -532,11 +532,11 @@ class DestinationCommand:
             raise Interrupted("interrupted before there was a connection")
         return found[0]
 
-    async def _take(self, reception: Reception, stop: trio.Event) -> DestinationMigration:
+    async def _take(self, acceptor: Acceptor, stop: trio.Event) -> DestinationMigration:
         """The first migration that was decided, or was cancelled here: one that comes to nothing before is its source's
         affair, which may come again, or another one. `Interrupted` when `stop` comes before."""
         while True:
-            link = await self._next_link(reception, stop)
+            link = await self._next_link(acceptor, stop)
             migration = await self._receive(link, stop)
             # (one that has run here, and was taken back by its source, is no reason to wait for another one)
             decided = migration.state is not State.ABORTED or migration.committed_ns
@@ -548,12 +548,12 @@ class DestinationCommand:
             await migration.close()  # before somebody else may have the memory that it had
             self._taken = False
 
-    async def _next_link(self, reception: Reception, stop: trio.Event) -> Link:
+    async def _next_link(self, acceptor: Acceptor, stop: trio.Event) -> Link:
         """The next control connection, which has the only place from then on."""
         found: list[Link] = []
 
         async def wait() -> None:
-            found.append(await reception.next_link())
+            found.append(await acceptor.next_link())
             self._taken = True
 
         await first_of(wait, stop.wait)
@@ -562,7 +562,7 @@ class DestinationCommand:
             raise Interrupted(f"interrupted before a machine came{last}")
         return found[0]
 
-    def _vacancy(self, waiting: int) -> str:
+    def _why_refused(self, waiting: int) -> str:
         return "busy with another source" if self._taken or waiting else ""
 
     async def _receive(self, link: Link, stop: trio.Event) -> DestinationMigration:

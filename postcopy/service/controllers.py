@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The desks of `postcopy source` and `postcopy dest`, each of which has one machine and ends with its migration."""
+"""The handlers of `postcopy source` and `postcopy dest`, each of which has one machine and ends with its migration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from postcopy.machines import Machine
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.net.channels import parse_address
 from postcopy.service.commands import DestinationCommand, SourceCommand
-from postcopy.service.handler import Desk, Handler
+from postcopy.service.handler import ControlHandler, Handler
 from postcopy.service.schema import ControlError, Json, plain
 from postcopy.service.status import Migration
 from postcopy.wire.protocol import State
@@ -41,9 +41,9 @@ def steer(migrations: list[Migration], pause: bool, to: str | None = None) -> Js
     for migration in migrations:
         try:
             if pause:
-                migration.hold()
+                migration.pause()
             else:
-                migration.let_go(address)
+                migration.recover(address)
             done.append(migration.migration_id)
         except MigrationError as error:
             failure = error
@@ -68,7 +68,7 @@ async def reclaim(name: str, migration: SourceMigration, force: bool) -> Json:
     return {"machine": name, "migration": migration.migration_id, "lost": lost}
 
 
-class _SideDesk(Desk):
+class _SideHandler(ControlHandler):
     def handlers(self) -> Mapping[str, Handler]:
         return {
             "pause": self._pause,
@@ -136,7 +136,7 @@ class _SideDesk(Desk):
         return True
 
 
-class SourceDesk(_SideDesk):
+class SourceHandler(_SideHandler):
     side = "source"
 
     def __init__(self, command: SourceCommand) -> None:
@@ -175,7 +175,7 @@ class SourceDesk(_SideDesk):
         return self._command.machine is not None and self._command.machine.live
 
 
-class DestinationDesk(_SideDesk):
+class DestinationHandler(_SideHandler):
     side = "dest"
 
     def __init__(self, command: DestinationCommand) -> None:

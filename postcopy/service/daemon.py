@@ -48,12 +48,12 @@ from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.machines import BlockLayout, Machine, MachineOptions, create_destination, create_source
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net.channels import Address, CallingLink, Endings, Link, Reception, parse_address
+from postcopy.net.channels import Acceptor, Address, CallingLink, Endings, Link, parse_address
 from postcopy.output import Output
 from postcopy.service import report
 from postcopy.service._contain import contained, contained_call
 from postcopy.service.controllers import OVER, changed, reclaim, steer
-from postcopy.service.handler import Desk, Handler
+from postcopy.service.handler import ControlHandler, Handler
 from postcopy.service.schema import ControlError, Json, is_name, plain
 from postcopy.service.status import Migration, machine_status
 from postcopy.wire.protocol import State, one_line
@@ -130,7 +130,7 @@ class _Owned:
         return self.migration is not None and self.migration.cancel()
 
 
-class Daemon(Desk):
+class Daemon(ControlHandler):
     """Make it, `run` it; everything else is asked through the control socket."""
 
     def __init__(
@@ -153,7 +153,7 @@ class Daemon(Desk):
         self._listen = listen
         self._first = first
         self._name = name
-        self._reception: Reception | None = None
+        self._acceptor: Acceptor | None = None
         self._listening: list[str] = []  # also when that has been closed, at the end
         self._endings = Endings()
         self._nursery: trio.Nursery | None = None
@@ -172,17 +172,17 @@ class Daemon(Desk):
         _raise_descriptor_limit()
         keep_reserve()
         if self._listen is not None:
-            self._reception = await Reception.open(self._listen, "dest", self._vacancy, self._endings)
-            self._listening = [str(address) for address in self._reception.addresses]
+            self._acceptor = await Acceptor.open(self._listen, "dest", self._why_refused, self._endings)
+            self._listening = [str(address) for address in self._acceptor.addresses]
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 if self._first is not None:
                     await self._start(self._name or _new_name(self._first[0]), *self._first)
-                if self._reception is not None:
-                    nursery.start_soon(_for_ever, "accepting connections", self._reception.serve)
+                if self._acceptor is not None:
+                    nursery.start_soon(_for_ever, "accepting connections", self._acceptor.serve)
                     nursery.start_soon(
-                        _for_ever, "receiving machines", partial(self._receive_all, self._reception, nursery)
+                        _for_ever, "receiving machines", partial(self._receive_all, self._acceptor, nursery)
                     )
                     for address in self._listening:
                         self._output.emit("listening", {"side": self.side, "address": address})
@@ -194,8 +194,8 @@ class Daemon(Desk):
             done = True
         finally:
             with trio.CancelScope(shield=True):  # each close is bounded
-                if self._reception is not None:
-                    await contained("the end of listening", self._reception.close)
+                if self._acceptor is not None:
+                    await contained("the end of listening", self._acceptor.close)
                 async with trio.open_nursery() as nursery:
                     for owned in list(self._here):
                         nursery.start_soon(self._close, owned)
@@ -363,7 +363,7 @@ class Daemon(Desk):
 
     # ---- receiving
 
-    def _vacancy(self, waiting: int) -> str:
+    def _why_refused(self, waiting: int) -> str:
         if self.stop.is_set():
             return "this daemon is about to end"
         incoming = waiting + sum(owned.has_place for owned in self._here)
@@ -376,9 +376,9 @@ class Daemon(Desk):
             return "this daemon has too few file descriptors left (ulimit -n, LimitNOFILE= of the unit)"
         return ""
 
-    async def _receive_all(self, reception: Reception, nursery: trio.Nursery) -> None:
+    async def _receive_all(self, acceptor: Acceptor, nursery: trio.Nursery) -> None:
         while True:
-            link = await reception.next_link()
+            link = await acceptor.next_link()
             # Counted in this very step: the next one may be let in before its task has begun.
             try:
                 owned = self._claim(_new_name("arriving"))

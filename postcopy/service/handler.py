@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who answers the control socket: a desk knows one process, what it does, and what may be asked of it."""
+"""Who answers the control socket: a handler knows one process, what it does, and what may be asked of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from postcopy.service.status import Migration, machine_status
 Handler = Callable[[Json], Awaitable[Json]]
 
 
-class Desk(abc.ABC):
+class ControlHandler(abc.ABC):
     """What one process can be asked. Commands that it has no handler for are refused by name."""
 
     side: str

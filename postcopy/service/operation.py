@@ -14,7 +14,7 @@ import trio
 from postcopy.output import Output
 from postcopy.service import notify
 from postcopy.service._contain import contained, contained_call
-from postcopy.service.handler import Desk
+from postcopy.service.handler import ControlHandler
 from postcopy.service.schema import Json
 from postcopy.service.server import ControlServer
 
@@ -35,9 +35,9 @@ class ServiceOptions:
 class Service:
     """Runs a command with all that around it. `run` is what the command line runs in place of the command's own."""
 
-    def __init__(self, run: Run, desk: Desk, output: Output, options: ServiceOptions) -> None:
+    def __init__(self, run: Run, handler: ControlHandler, output: Output, options: ServiceOptions) -> None:
         self._run = run
-        self._desk = desk
+        self._handler = handler
         self._output = output
         self._options = options
         self._server: ControlServer | None = None
@@ -48,13 +48,13 @@ class Service:
 
     async def run(self, stop: trio.Event) -> bool:
         """As the command's own `run`; what cannot be served is an error before anything else has begun."""
-        self._desk.stop = stop
+        self._handler.stop = stop
         options = self._options
         done = False
         async with contextlib.AsyncExitStack() as stack:
             tasks: list[Callable[[], Awaitable[None]]] = [self._say_stopping]
             if options.control is not None:
-                self._server = await ControlServer.open(options.control, self._desk.side, self._desk.execute)
+                self._server = await ControlServer.open(options.control, self._handler.side, self._handler.execute)
                 stack.callback(self._server.close)
                 tasks.append(self._server.serve)
             if options.metrics is not None or options.metrics_file is not None:
@@ -77,7 +77,7 @@ class Service:
         from postcopy.service.http import HttpServer, parse_metrics_address
         from postcopy.service.metrics import CONTENT_TYPE, Metrics, MetricsFile
 
-        self._metrics = Metrics(self._desk.all_machines)
+        self._metrics = Metrics(self._handler.all_machines)
         tasks: list[Callable[[], Awaitable[None]]] = []
         if self._options.metrics_file is not None:
             self._file = MetricsFile(self._options.metrics_file)
@@ -89,11 +89,11 @@ class Service:
         )
         for address in server.addresses:
             self._output.emit("metrics", {"address": str(address)})
-            self._output.say(f"{self._desk.side}: metrics at http://{address}/metrics")
+            self._output.say(f"{self._handler.side}: metrics at http://{address}/metrics")
         return [*tasks, server.serve]
 
     async def _say_stopping(self) -> None:
-        await self._desk.stop.wait()
+        await self._handler.stop.wait()
         self._notifier.stopping()
 
     def _hear(self, event: str, fields: Json) -> None:
@@ -106,7 +106,7 @@ class Service:
             self._notifier.ready()
         if event == "progress" and status != self._last_status:
             if self._server is not None:
-                self._server.publish("status", {"side": self._desk.side, "from": self._last_status, "to": status})
+                self._server.publish("status", {"side": self._handler.side, "from": self._last_status, "to": status})
             self._notifier.status(status)
             self._last_status = status
         if self._server is not None:

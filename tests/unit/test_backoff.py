@@ -19,24 +19,24 @@ SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
 
 
 @asynccontextmanager
-async def members() -> AsyncIterator[tuple[c.Reception, c.Membership, c.Membership]]:
-    """A calling and a listening membership of one migration, without a connection."""
-    desk = await c.Reception.open(c.Address("127.0.0.1", 0), "source", lambda waiting: "")
+async def members() -> AsyncIterator[tuple[c.Acceptor, c.Reconnector, c.Reconnector]]:
+    """A calling and a listening reconnector of one migration, without a connection."""
+    acceptor = await c.Acceptor.open(c.Address("127.0.0.1", 0), "source", lambda waiting: "")
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(desk.serve)
-            here = await c.CallingLink.open(desk.addresses[0], "dest")
-            there = await desk.next_link()
-            with here.membership(SESSION) as caller, there.membership(SESSION) as called:
+            nursery.start_soon(acceptor.serve)
+            here = await c.CallingLink.open(acceptor.addresses[0], "dest")
+            there = await acceptor.next_link()
+            with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
                 for link in (here, there):
                     await trio.aclose_forcefully(link.control)
-                yield desk, caller, called
+                yield acceptor, caller, called
             nursery.cancel_scope.cancel()
     finally:
-        await desk.close()
+        await acceptor.close()
 
 
-async def meet(caller: c.Membership, called: c.Membership) -> c.Session:
+async def meet(caller: c.Reconnector, called: c.Reconnector) -> c.Session:
     """They find each other, and the connection is lost again."""
     link, session = await caller.next_link()
     taken, _ = await called.next_link()
@@ -99,18 +99,18 @@ async def test_the_operator_does_not_wait(autojump_clock: MockClock) -> None:
             nursery.start_soon(meet, caller, called)
             await trio.testing.wait_all_tasks_blocked()
             began_s = trio.current_time()
-            caller.let_go()
+            caller.recover()
         assert trio.current_time() - began_s < 0.1
 
 
 async def test_a_peer_that_comes_back_again_and_again(autojump_clock: MockClock) -> None:
     """One that does not wait by itself, under rising epochs: it is let in less and less often."""
-    async with members() as (desk, _, called):
+    async with members() as (acceptor, _, called):
         codes = set()
         for epoch in range(1, 200):
             hello = p.Hello("control", "dest", 0, SESSION.migration, epoch)
             try:
-                stream, _ = await c.connect(desk.addresses[0], hello, token=SESSION.token)
+                stream, _ = await c.connect(acceptor.addresses[0], hello, token=SESSION.token)
             except p.RefusedError as refused:
                 codes.add(refused.code)
             else:
@@ -118,10 +118,10 @@ async def test_a_peer_that_comes_back_again_and_again(autojump_clock: MockClock)
                 await trio.aclose_forcefully(stream)
             await trio.sleep(0.01)
         assert codes == {c.Code.TOO_OFTEN}
-        assert c.FREE_RETURNS < desk.accepted - 1 < c.FREE_RETURNS + 10
+        assert c.FREE_RETURNS < acceptor.accepted - 1 < c.FREE_RETURNS + 10
         called.went_on()
         hello = p.Hello("control", "dest", 0, SESSION.migration, 200)
-        stream, _ = await c.connect(desk.addresses[0], hello, token=SESSION.token)
+        stream, _ = await c.connect(acceptor.addresses[0], hello, token=SESSION.token)
         await trio.aclose_forcefully((await called.next_link())[0].control)
         await trio.aclose_forcefully(stream)
 
@@ -129,8 +129,8 @@ async def test_a_peer_that_comes_back_again_and_again(autojump_clock: MockClock)
 async def test_what_is_logged_meanwhile(autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
     """Calling in vain is a few lines, on either side."""
     caplog.set_level(logging.INFO)
-    async with members() as (desk, caller, _):
-        desk.members = {}
+    async with members() as (acceptor, caller, _):
+        acceptor.reconnectors = {}
         with trio.move_on_after(120):
             await caller.next_link()
         assert 3 < sum("not connected again yet" in line for line in caplog.messages) < 12
@@ -138,12 +138,12 @@ async def test_what_is_logged_meanwhile(autojump_clock: MockClock, caplog: pytes
 
 
 async def test_strangers_do_not_fill_the_log(autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
-    async with members() as (desk, _, _):
+    async with members() as (acceptor, _, _):
         for _ in range(300):
-            stream = await trio.open_tcp_stream(desk.addresses[0].host, desk.addresses[0].port)
+            stream = await trio.open_tcp_stream(acceptor.addresses[0].host, acceptor.addresses[0].port)
             await stream.send_all(b"GET / HTTP/1.0\r\n\r\n")
             await trio.aclose_forcefully(stream)
             await trio.sleep(0.01)
-        while desk.strangers < 300:  # noqa: ASYNC110  (a counter)
+        while acceptor.bad_handshakes < 300:  # noqa: ASYNC110  (a counter)
             await trio.sleep(0.01)
         assert 1 <= sum("does not speak postcopy" in line for line in caplog.messages) < 10

@@ -26,10 +26,10 @@ SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
 
 
 @asynccontextmanager
-async def reception(
+async def open_acceptor(
     side: str = "source", host: str = "127.0.0.1", reason: str = ""
-) -> AsyncIterator[tuple[c.Reception, c.Address]]:
-    there = await c.Reception.open(c.Address(host, 0), side, lambda waiting: reason)
+) -> AsyncIterator[tuple[c.Acceptor, c.Address]]:
+    there = await c.Acceptor.open(c.Address(host, 0), side, lambda waiting: reason)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(there.serve)
@@ -93,15 +93,15 @@ class TestAddresses:
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
 async def test_all_channels(host: str) -> None:
     try:
-        there = reception(host=host)
-        async with there as (desk, address):
+        there = open_acceptor(host=host)
+        async with there as (acceptor, address):
             link = await c.CallingLink.open(c.Address(host, address.port), "dest")
-            seen = await desk.next_link()
-            with link.door(SESSION) as mine, seen.door(SESSION) as theirs:
+            seen = await acceptor.next_link()
+            with link.channel_set(SESSION) as mine, seen.channel_set(SESSION) as theirs:
                 results: dict[str, dict[c.ChannelKey, FdHolder]] = {}
 
-                async def collect(name: str, door: c.Door) -> None:
-                    results[name] = await door.channels(2, 1)
+                async def collect(name: str, channel_set: c.ChannelSet) -> None:
+                    results[name] = await channel_set.channels(2, 1)
 
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(collect, "theirs", theirs)
@@ -124,9 +124,9 @@ async def test_all_channels(host: str) -> None:
 
 
 async def test_the_control_connection_is_ours_and_theirs() -> None:
-    async with reception() as (desk, address):
+    async with open_acceptor() as (acceptor, address):
         link = await c.CallingLink.open(address, "dest")
-        seen = await desk.next_link()
+        seen = await acceptor.next_link()
         await link.control.send_all(b"there")
         assert await seen.control.receive_some(100) == b"there"
         await seen.control.send_all(b"back")
@@ -169,21 +169,21 @@ async def test_frames_right_behind_the_welcome_belong_to_the_core() -> None:
     ],
 )
 async def test_refused_by_name(hello: p.Hello, token: bytes, reason: str) -> None:
-    async with reception() as (desk, address):
+    async with open_acceptor() as (acceptor, address):
         link = await c.CallingLink.open(address, "dest")
-        seen = await desk.next_link()
-        with seen.door(SESSION), pytest.raises(PeerError, match=reason):
+        seen = await acceptor.next_link()
+        with seen.channel_set(SESSION), pytest.raises(PeerError, match=reason):
             await c.connect(address, hello, token=token)
         await link.control.aclose()
         await seen.control.aclose()
 
 
 async def test_channel_twice() -> None:
-    async with reception() as (desk, address):
+    async with open_acceptor() as (acceptor, address):
         link = await c.CallingLink.open(address, "dest")
-        seen = await desk.next_link()
+        seen = await acceptor.next_link()
         hello = p.Hello("urgent", "dest", 0, b"m" * 16, 0)
-        with seen.door(SESSION):
+        with seen.channel_set(SESSION):
             first, _ = await c.connect(address, hello, token=SESSION.token)
             with pytest.raises(PeerError, match="urgent channel 0 is connected already"):
                 await c.connect(address, hello, token=SESSION.token)
@@ -193,10 +193,10 @@ async def test_channel_twice() -> None:
 
 
 async def test_no_vacancy() -> None:
-    async with reception(reason="busy with another destination") as (desk, address):
+    async with open_acceptor(reason="busy with another destination") as (acceptor, address):
         with pytest.raises(PeerError, match="refused the connection: busy with another destination"):
             await c.CallingLink.open(address, "dest")
-        assert desk.refused == 1
+        assert acceptor.refused == 1
 
 
 async def test_refused_by_nobody() -> None:
@@ -208,14 +208,14 @@ async def test_refused_by_nobody() -> None:
 
 
 async def test_address_in_use() -> None:
-    async with reception() as (_, address):
+    async with open_acceptor() as (_, address):
         with pytest.raises(ResourceError, match="choose another port"):
-            await c.Reception.open(address, "source", lambda waiting: "")
+            await c.Acceptor.open(address, "source", lambda waiting: "")
 
 
 async def test_address_of_another_host() -> None:
     with pytest.raises(ResourceError, match="name an address of this host"):
-        await c.Reception.open(c.Address("192.0.2.1", 0), "source", lambda waiting: "")
+        await c.Acceptor.open(c.Address("192.0.2.1", 0), "source", lambda waiting: "")
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ async def test_silent_port(autojump_clock: MockClock) -> None:
 
 
 async def test_random_bytes_do_not_stop_the_listener() -> None:
-    async with reception() as (desk, address):
+    async with open_acceptor() as (acceptor, address):
 
         async def throw(data: bytes) -> None:
             stream = await trio.open_tcp_stream(address.host, address.port)
@@ -274,23 +274,23 @@ async def test_random_bytes_do_not_stop_the_listener() -> None:
         for data in seeds + [p.PREAMBLE + seed for seed in seeds]:
             await throw(data)
         link = await c.CallingLink.open(address, "dest")
-        assert desk.strangers == 12
-        await (await desk.next_link()).control.aclose()
+        assert acceptor.bad_handshakes == 12
+        await (await acceptor.next_link()).control.aclose()
         await link.control.aclose()
 
 
 async def test_half_open_connections_cannot_keep_others_out() -> None:
-    async with reception() as (desk, address):
+    async with open_acceptor() as (acceptor, address):
         silent = [await trio.open_tcp_stream(address.host, address.port) for _ in range(c.MAX_HALF_OPEN + 10)]
         link = await c.CallingLink.open(address, "dest")
-        await (await desk.next_link()).control.aclose()
+        await (await acceptor.next_link()).control.aclose()
         await link.control.aclose()
         for stream in silent:
             await trio.aclose_forcefully(stream)
 
 
 async def test_half_open_connections_end(autojump_clock: MockClock) -> None:
-    async with reception() as (desk, address):
+    async with open_acceptor() as (acceptor, address):
         stream = await trio.open_tcp_stream(address.host, address.port)
         await stream.send_all(p.PREAMBLE)
         received = b""
@@ -298,16 +298,19 @@ async def test_half_open_connections_end(autojump_clock: MockClock) -> None:
             while data := await stream.receive_some():
                 received += data
         assert received == p.PREAMBLE
-        assert desk.strangers == 1
+        assert acceptor.bad_handshakes == 1
         await stream.aclose()
 
 
 async def test_missing_channels(autojump_clock: MockClock) -> None:
-    async with reception() as (desk, address):
+    async with open_acceptor() as (acceptor, address):
         link = await c.CallingLink.open(address, "dest")
-        seen = await desk.next_link()
-        with seen.door(SESSION) as door, pytest.raises(PeerError, match=r"did not open .*: bulk 0, urgent 0"):
-            await door.channels(1, 1)
+        seen = await acceptor.next_link()
+        with (
+            seen.channel_set(SESSION) as channel_set,
+            pytest.raises(PeerError, match=r"did not open .*: bulk 0, urgent 0"),
+        ):
+            await channel_set.channels(1, 1)
         await link.control.aclose()
         await seen.control.aclose()
 
@@ -334,10 +337,10 @@ def test_arbitrary_server(data: bytes, well_begun: bool) -> None:
 
 async def test_coming_back() -> None:
     """The calling side comes back with a higher epoch each time, past any doubt of the listening side."""
-    async with reception() as (desk, address):
+    async with open_acceptor() as (acceptor, address):
         link: c.Link = await c.CallingLink.open(address, "dest")
-        seen = await desk.next_link()
-        with link.membership(SESSION) as caller, seen.membership(SESSION) as called:
+        seen = await acceptor.next_link()
+        with link.reconnector(SESSION) as caller, seen.reconnector(SESSION) as called:
             for epoch in (1, 2, 3):
                 await link.control.aclose()
                 link, session = await caller.next_link()
@@ -362,10 +365,10 @@ async def test_coming_back() -> None:
 )
 async def test_who_may_not_come_back(epoch: int, token: bytes, reason: str) -> None:
     """Whoever has not been there, or repeats what was said before, harms nothing: the real one is taken after it."""
-    async with reception() as (desk, address):
+    async with open_acceptor() as (acceptor, address):
         link = await c.CallingLink.open(address, "dest")
-        seen = await desk.next_link()
-        with link.membership(SESSION) as caller, seen.membership(SESSION) as called:
+        seen = await acceptor.next_link()
+        with link.reconnector(SESSION) as caller, seen.reconnector(SESSION) as called:
             again, _ = await caller.next_link()
             taken, _ = await called.next_link()
             with pytest.raises(p.RefusedError, match=reason):
@@ -384,16 +387,16 @@ async def test_who_may_not_come_back(epoch: int, token: bytes, reason: str) -> N
 
 async def test_coming_back_to_nobody() -> None:
     """A listener that does not know the migration may be anybody's: its answer decides no more than silence."""
-    async with reception() as (desk, address):
+    async with open_acceptor() as (acceptor, address):
         link = await c.CallingLink.open(address, "dest")
-        seen = await desk.next_link()
-        with link.membership(SESSION) as caller, trio.move_on_after(0.5) as scope:
+        seen = await acceptor.next_link()
+        with link.reconnector(SESSION) as caller, trio.move_on_after(0.5) as scope:
             await caller.next_link()
         assert scope.cancelled_caught
-        assert desk.refused
+        assert acceptor.refused
         await trio.aclose_forcefully(link.control)
         await trio.aclose_forcefully(seen.control)
-    with link.membership(SESSION) as caller, trio.move_on_after(0.5) as scope:
+    with link.reconnector(SESSION) as caller, trio.move_on_after(0.5) as scope:
         await caller.next_link()
     assert scope.cancelled_caught
 
@@ -402,54 +405,57 @@ async def test_coming_back_to_nobody() -> None:
 
 
 @asynccontextmanager
-async def members(*hosts: str) -> AsyncIterator[tuple[list[c.Address], list[c.Membership]]]:
+async def members(*hosts: str) -> AsyncIterator[tuple[list[c.Address], list[c.Reconnector]]]:
     """A listening side at each host, all of the same migration, with nobody connected."""
     async with contextlib.AsyncExitStack() as stack:
-        addresses, memberships = [], []
+        addresses, reconnectors = [], []
         for host in hosts:
-            desk, address = await stack.enter_async_context(reception(host=host))
+            acceptor, address = await stack.enter_async_context(open_acceptor(host=host))
             first = await c.CallingLink.open(address, "dest")
-            seen = await desk.next_link()
-            memberships.append(stack.enter_context(seen.membership(SESSION)))
+            seen = await acceptor.next_link()
+            reconnectors.append(stack.enter_context(seen.reconnector(SESSION)))
             addresses.append(address)
             for link in (first, seen):
                 await trio.aclose_forcefully(link.control)
-        yield addresses, memberships
+        yield addresses, reconnectors
 
 
-def calling(route: c.Route) -> c.Membership:
-    return c._CallingMembership(route, "dest", SESSION, p.PROTOCOL_VERSION)
+def calling(route: c.Route) -> c.Reconnector:
+    return c._CallingReconnector(route, "dest", SESSION, p.PROTOCOL_VERSION)
 
 
 async def test_looked_for_at_a_new_address() -> None:
     """Also by one that is trying the old one in vain already; and what comes afterwards is looked for there too."""
-    async with members("127.0.0.1", "127.0.0.2") as (addresses, memberships):
+    async with members("127.0.0.1", "127.0.0.2") as (addresses, reconnectors):
         [closed] = await trio.open_tcp_listeners(0, host="127.0.0.1")
         dead = c.Address("127.0.0.1", closed.socket.getsockname()[1])
         await closed.aclose()
         route = c.Route(dead)
-        membership = calling(route)
+        reconnector = calling(route)
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
                 found: list[tuple[c.Link, c.Session]] = []
 
                 async def look() -> None:
-                    found.append(await membership.next_link())
+                    found.append(await reconnector.next_link())
                     nursery.cancel_scope.cancel()
 
                 nursery.start_soon(look)
                 await wait_all_tasks_blocked()
                 route.change(addresses[1])
             for host in (1, 0):
-                link, session = found.pop() if found else await membership.next_link()
+                link, session = found.pop() if found else await reconnector.next_link()
                 assert link.peer == addresses[host]
-                there, seen = await memberships[host].next_link()
+                there, seen = await reconnectors[host].next_link()
                 assert seen.epoch == session.epoch
-                with link.door(session) as mine, there.door(seen) as theirs:  # data channels go there as well
+                with (
+                    link.channel_set(session) as mine,
+                    there.channel_set(seen) as theirs,
+                ):  # data channels go there as well
                     got: list[dict[c.ChannelKey, FdHolder]] = []
 
-                    async def collect(door: c.Door, got: list[dict[c.ChannelKey, FdHolder]] = got) -> None:
-                        got.append(await door.channels(1, 1))
+                    async def collect(channel_set: c.ChannelSet, got: list[dict[c.ChannelKey, FdHolder]] = got) -> None:
+                        got.append(await channel_set.channels(1, 1))
 
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(collect, mine)
@@ -463,15 +469,15 @@ async def test_looked_for_at_a_new_address() -> None:
 
 async def test_a_refusal_at_a_new_address_is_not_the_peers(caplog: pytest.LogCaptureFixture) -> None:
     """Anybody's listener knows nothing of us. Only the one that has known us can say that it does not any more."""
-    async with members("127.0.0.1") as ([address], [there]), reception(host="127.0.0.2") as (_, stranger):
+    async with members("127.0.0.1") as ([address], [there]), open_acceptor(host="127.0.0.2") as (_, stranger):
         route = c.Route(stranger)
-        membership = calling(route)
+        reconnector = calling(route)
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
                 found: list[c.Link] = []
 
                 async def look() -> None:
-                    found.append((await membership.next_link())[0])
+                    found.append((await reconnector.next_link())[0])
                     nursery.cancel_scope.cancel()
 
                 nursery.start_soon(look)
@@ -519,9 +525,9 @@ def test_route(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 
 async def test_a_side_that_listens_is_told_so() -> None:
-    async with reception() as (desk, address):
+    async with open_acceptor() as (acceptor, address):
         link = await c.CallingLink.open(address, "dest")
-        seen = await desk.next_link()
+        seen = await acceptor.next_link()
         with pytest.raises(ConfigurationError, match="this side listens"):
             seen.reconnect_to(c.Address("elsewhere", 1))
         for one in (link, seen):
@@ -533,21 +539,21 @@ async def test_a_side_that_listens_is_told_so() -> None:
 
 async def test_held_by_the_side_that_calls() -> None:
     """It gives up what it has, makes no connection while it is held, and then does at once."""
-    async with reception() as (desk, address):
+    async with open_acceptor() as (acceptor, address):
         link = await c.CallingLink.open(address, "dest")
-        seen = await desk.next_link()
-        with link.membership(SESSION) as caller, seen.membership(SESSION) as called:
+        seen = await acceptor.next_link()
+        with link.reconnector(SESSION) as caller, seen.reconnector(SESSION) as called:
             async with trio.open_nursery() as nursery:
 
-                async def let_go() -> None:
+                async def recover() -> None:
                     await wait_all_tasks_blocked(0.05)
-                    assert desk.accepted == 1
-                    caller.let_go()
+                    assert acceptor.accepted == 1
+                    caller.recover()
 
-                caller.hold()
+                caller.pause()
                 with pytest.raises(PeerError, match=c.HELD):
                     await caller.superseded()
-                nursery.start_soon(let_go)
+                nursery.start_soon(recover)
                 again, session = await caller.next_link()
             assert session.epoch == 1
             taken, _ = await called.next_link()
@@ -557,24 +563,24 @@ async def test_held_by_the_side_that_calls() -> None:
 
 async def test_held_by_the_side_that_listens() -> None:
     """The other one is refused, asks again, and is let in when it is let go; one that had just come must come again."""
-    async with reception() as (desk, address):
+    async with open_acceptor() as (acceptor, address):
         link: c.Link = await c.CallingLink.open(address, "dest")
-        seen = await desk.next_link()
-        with link.membership(SESSION) as caller, seen.membership(SESSION) as called:
+        seen = await acceptor.next_link()
+        with link.reconnector(SESSION) as caller, seen.reconnector(SESSION) as called:
             early, _ = await caller.next_link()
             await called.superseded()
-            called.hold()
+            called.pause()
             assert await early.control.receive_some(1) == b""
             with pytest.raises(PeerError, match=c.HELD):
                 await called.superseded()
             async with trio.open_nursery() as nursery:
 
-                async def let_go() -> None:
-                    while not desk.refused:  # noqa: ASYNC110  (a counter)
+                async def recover() -> None:
+                    while not acceptor.refused:  # noqa: ASYNC110  (a counter)
                         await trio.sleep(0.001)
-                    called.let_go()
+                    called.recover()
 
-                nursery.start_soon(let_go)
+                nursery.start_soon(recover)
                 again, session = await caller.next_link()
             taken, other = await called.next_link()
             assert session == other
@@ -585,10 +591,10 @@ async def test_held_by_the_side_that_listens() -> None:
 
 async def test_held_while_it_connects(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that comes about although it was held meanwhile is not used."""
-    async with reception() as (desk, address):
+    async with open_acceptor() as (acceptor, address):
         link = await c.CallingLink.open(address, "dest")
-        seen = await desk.next_link()
-        with link.membership(SESSION) as caller, seen.membership(SESSION) as called:
+        seen = await acceptor.next_link()
+        with link.reconnector(SESSION) as caller, seen.reconnector(SESSION) as called:
             connect = c.connect
             streams: list[trio.SocketStream] = []
             held = trio.Event()
@@ -596,7 +602,7 @@ async def test_held_while_it_connects(monkeypatch: pytest.MonkeyPatch) -> None:
             async def slow(*arguments: Any, **options: Any) -> tuple[trio.SocketStream, int]:
                 stream, version = await connect(*arguments, **options)
                 if not streams:
-                    caller.hold()
+                    caller.pause()
                     held.set()
                 streams.append(stream)
                 return stream, version
@@ -604,13 +610,13 @@ async def test_held_while_it_connects(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(c, "connect", slow)
             async with trio.open_nursery() as nursery:
 
-                async def let_go() -> None:
+                async def recover() -> None:
                     await held.wait()
-                    caller.let_go()
+                    caller.recover()
 
-                nursery.start_soon(let_go)
+                nursery.start_soon(recover)
                 again, session = await caller.next_link()
             assert session.epoch == len(streams) >= 2
             for one in (link, seen, again):
                 await trio.aclose_forcefully(one.control)
-            called.hold()
+            called.pause()

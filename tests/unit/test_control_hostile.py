@@ -30,7 +30,7 @@ DEADLINE_S = 120.0
 PIPELINED = 100_000
 
 
-class Desk:
+class ControlHandler:
     """What is asked."""
 
     def __init__(self) -> None:
@@ -48,8 +48,8 @@ class Desk:
 
 
 @pytest.fixture
-def desk() -> Desk:
-    return Desk()
+def handler() -> ControlHandler:
+    return ControlHandler()
 
 
 @pytest.fixture
@@ -58,8 +58,8 @@ def path(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def serving(path: Path, desk: Desk) -> AsyncIterator[ControlServer]:
-    server = await ControlServer.open(str(path), "test", desk.execute)
+async def serving(path: Path, handler: ControlHandler) -> AsyncIterator[ControlServer]:
+    server = await ControlServer.open(str(path), "test", handler.execute)
     try:
         with trio.fail_after(DEADLINE_S):
             async with trio.open_nursery() as nursery:
@@ -106,8 +106,8 @@ def deaf(path: Path) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("says", [b"", b'{"execute": "events"}\n', b'{"execute": "status"}\n', b'{"execute": "end"}\n'])
-async def test_honest_client_among_deaf_ones(path: Path, desk: Desk, deaf: Any, says: bytes) -> None:
-    async with serving(path, desk) as server:
+async def test_honest_client_among_deaf_ones(path: Path, handler: ControlHandler, deaf: Any, says: bytes) -> None:
+    async with serving(path, handler) as server:
         await deaf(MAX_CLIENTS, says)
         async with ControlClient.open(str(path)) as client:
             await deaf(MAX_CLIENTS - 1, says)
@@ -121,8 +121,8 @@ async def test_honest_client_among_deaf_ones(path: Path, desk: Desk, deaf: Any, 
         assert len(server._clients) <= MAX_CLIENTS
 
 
-async def test_subscriber_that_reads_outlives_idle_ones(path: Path, desk: Desk, deaf: Any) -> None:
-    async with serving(path, desk) as server, ControlClient.open(str(path)) as client:
+async def test_subscriber_that_reads_outlives_idle_ones(path: Path, handler: ControlHandler, deaf: Any) -> None:
+    async with serving(path, handler) as server, ControlClient.open(str(path)) as client:
         await client.execute("events")
         for number in range(20):
             await deaf(10)
@@ -130,9 +130,9 @@ async def test_subscriber_that_reads_outlives_idle_ones(path: Path, desk: Desk, 
             assert (await client.next_event())["data"] == {"n": number}
 
 
-async def test_one_that_has_read_everything_outlives_a_burst(path: Path, desk: Desk, deaf: Any) -> None:
+async def test_one_that_has_read_everything_outlives_a_burst(path: Path, handler: ControlHandler, deaf: Any) -> None:
     """Whatever the deaf ones say, and although none of them has been silent for as long as the honest one."""
-    async with serving(path, desk) as server, ControlClient.open(str(path)) as client:
+    async with serving(path, handler) as server, ControlClient.open(str(path)) as client:
         await client.execute("events")
         await trio.sleep(0.01)
         for says in (b"", b'{"execute": "status"}\n', b'{"execute": "events"}\n'):
@@ -141,9 +141,9 @@ async def test_one_that_has_read_everything_outlives_a_burst(path: Path, desk: D
             assert (await client.next_event())["data"] == {"says": says.decode()}
 
 
-async def test_one_that_asks_at_once_is_answered_in_a_crowd(path: Path, desk: Desk, deaf: Any) -> None:
+async def test_one_that_asks_at_once_is_answered_in_a_crowd(path: Path, handler: ControlHandler, deaf: Any) -> None:
     """Deaf ones connect as fast as they can, before and after it, and before it has read its greeting."""
-    async with serving(path, desk):
+    async with serving(path, handler):
         for _ in range(3):
             await deaf(MAX_CLIENTS)
             async with await _connect(str(path)) as stream:
@@ -156,8 +156,10 @@ async def test_one_that_asks_at_once_is_answered_in_a_crowd(path: Path, desk: De
                     told += more
 
 
-async def test_one_that_has_not_come_to_reading_outlives_a_burst(path: Path, desk: Desk, deaf: Any) -> None:
-    async with serving(path, desk) as server, ControlClient.open(str(path)) as client:
+async def test_one_that_has_not_come_to_reading_outlives_a_burst(
+    path: Path, handler: ControlHandler, deaf: Any
+) -> None:
+    async with serving(path, handler) as server, ControlClient.open(str(path)) as client:
         await client.execute("events")
         server.publish("status", {"n": 1})
         await deaf(200)
@@ -165,10 +167,12 @@ async def test_one_that_has_not_come_to_reading_outlives_a_burst(path: Path, des
         await client.execute("status")
 
 
-async def test_who_has_stopped_reading_makes_room(path: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_has_stopped_reading_makes_room(
+    path: Path, handler: ControlHandler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Although it has read before; those that have asked and read keep their places."""
     monkeypatch.setattr(server_module, "BENEFIT_S", 0.0)
-    async with serving(path, desk) as server, AsyncExitStack() as stack:
+    async with serving(path, handler) as server, AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(ControlClient.open(str(path))) for _ in range(MAX_CLIENTS)]
         for client in clients:
             await client.execute("events")
@@ -183,7 +187,7 @@ async def test_who_has_stopped_reading_makes_room(path: Path, desk: Desk, monkey
                 await clients[5].execute("status")
 
 
-async def test_connecting_to_a_full_backlog_waits(path: Path, desk: Desk) -> None:
+async def test_connecting_to_a_full_backlog_waits(path: Path, handler: ControlHandler) -> None:
     """connect(2) of a Unix socket whose backlog is full says EAGAIN: that is no answer yet."""
     with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
         listener.bind(str(path))
@@ -204,9 +208,9 @@ async def test_connecting_to_a_full_backlog_waits(path: Path, desk: Desk) -> Non
                     pass
 
 
-async def test_pipelined_commands_are_all_answered(path: Path, desk: Desk) -> None:
+async def test_pipelined_commands_are_all_answered(path: Path, handler: ControlHandler) -> None:
     """Also those that are none: one who reads what he is told is not hung up on, however fast he asks."""
-    async with serving(path, desk) as server, await trio.open_unix_socket(str(path)) as stream:
+    async with serving(path, handler) as server, await trio.open_unix_socket(str(path)) as stream:
         lines = [b'{"execute": "status"}\n', b"x\n", b'{"execute": "events", "arguments": {"enable": false}}\n']
         highest = 0
 
@@ -225,11 +229,13 @@ async def test_pipelined_commands_are_all_answered(path: Path, desk: Desk) -> No
         assert highest < 64 * 1024
 
 
-async def test_pipelined_commands_without_reading(path: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_pipelined_commands_without_reading(
+    path: Path, handler: ControlHandler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """He is not read from any more, and hung up on in the end; meanwhile he has a few answers only."""
     monkeypatch.setattr(server_module, "WRITE_TIMEOUT_S", 0.5)
-    desk.big = 1 << 20
-    async with serving(path, desk) as server, await trio.open_unix_socket(str(path)) as stream:
+    handler.big = 1 << 20
+    async with serving(path, handler) as server, await trio.open_unix_socket(str(path)) as stream:
         highest = 0
         with suppress(trio.BrokenResourceError):
             while True:
@@ -237,12 +243,12 @@ async def test_pipelined_commands_without_reading(path: Path, desk: Desk, monkey
                     await stream.send_all(b'{"execute": "status"}\n' * 1000)
                 highest = max(highest, queued_bytes(server))
         assert server.dropped == 1
-        assert desk.asked < 20
+        assert handler.asked < 20
         assert highest <= 2 << 20
 
 
-async def test_events_that_nobody_reads_are_bounded_in_bytes(path: Path, desk: Desk) -> None:
-    async with serving(path, desk) as server, await trio.open_unix_socket(str(path)) as stream:
+async def test_events_that_nobody_reads_are_bounded_in_bytes(path: Path, handler: ControlHandler) -> None:
+    async with serving(path, handler) as server, await trio.open_unix_socket(str(path)) as stream:
         await stream.send_all(b'{"execute": "events"}\n')
         await until(lambda: any(client.wants_events for client in server._clients))
         for _ in range(100):
@@ -253,8 +259,8 @@ async def test_events_that_nobody_reads_are_bounded_in_bytes(path: Path, desk: D
         assert server.dropped == 1
 
 
-async def test_half_closed_client_is_answered(path: Path, desk: Desk) -> None:
-    async with serving(path, desk) as server, await trio.open_unix_socket(str(path)) as stream:
+async def test_half_closed_client_is_answered(path: Path, handler: ControlHandler) -> None:
+    async with serving(path, handler) as server, await trio.open_unix_socket(str(path)) as stream:
         await stream.send_all(b'{"execute": "status", "id": 1}\n')
         await stream.send_eof()
         data = b""
@@ -284,9 +290,9 @@ async def test_half_closed_client_is_answered(path: Path, desk: Desk) -> None:
         b"\xff" * 60_000,
     ],
 )
-async def test_lines_that_no_one_in_his_right_mind_sends(path: Path, desk: Desk, line: bytes) -> None:
+async def test_lines_that_no_one_in_his_right_mind_sends(path: Path, handler: ControlHandler, line: bytes) -> None:
     """Answered in one line, and the next one is heard."""
-    async with serving(path, desk), await trio.open_unix_socket(str(path)) as stream:
+    async with serving(path, handler), await trio.open_unix_socket(str(path)) as stream:
         await stream.send_all(line + b'\n{"execute": "status", "id": "after"}\n')
         splitter = LineSplitter(1 << 24)
         lines: list[dict[str, Any]] = []
@@ -298,8 +304,10 @@ async def test_lines_that_no_one_in_his_right_mind_sends(path: Path, desk: Desk,
         assert lines[2]["id"] == "after"
 
 
-async def test_mistake_in_a_command_is_contained(path: Path, desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
-    async with serving(path, desk), ControlClient.open(str(path)) as client:
+async def test_mistake_in_a_command_is_contained(
+    path: Path, handler: ControlHandler, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(path, handler), ControlClient.open(str(path)) as client:
         with caplog.at_level(logging.ERROR), pytest.raises(ControlError, match="KeyError") as caught:
             await client.execute("quit")
         assert caught.value.kind == "Failed"
@@ -307,9 +315,9 @@ async def test_mistake_in_a_command_is_contained(path: Path, desk: Desk, caplog:
         await client.execute("status")
 
 
-async def test_no_descriptors_left(path: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_descriptors_left(path: Path, handler: ControlHandler, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operator still gets in: one descriptor is kept for him."""
-    async with serving(path, desk) as server:
+    async with serving(path, handler) as server:
         accept, failed = server._listener.accept, []
 
         async def none_left() -> Any:
@@ -329,9 +337,9 @@ async def test_no_descriptors_left(path: Path, desk: Desk, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("error", [errno.EMFILE, errno.ENOMEM, errno.EPERM, errno.EPROTO])
 async def test_no_error_of_accept_ends_the_server(
-    path: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch, error: int
+    path: Path, handler: ControlHandler, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
-    async with serving(path, desk) as server:
+    async with serving(path, handler) as server:
         accept, failures = server._listener.accept, [error] * 3
 
         async def fail() -> Any:
@@ -367,7 +375,7 @@ class TestPath:
 
     @pytest.mark.parametrize("mask", [0, 0o777, 0o022])
     async def test_nobody_else_can_connect_at_any_instant(
-        self, path: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch, mask: int
+        self, path: Path, handler: ControlHandler, monkeypatch: pytest.MonkeyPatch, mask: int
     ) -> None:
         """The file is looked at the moment that it exists, and when it begins to listen."""
         modes: list[int] = []
@@ -389,7 +397,7 @@ class TestPath:
         monkeypatch.setattr(socket, "socket", Watched)
         before = os.umask(mask)
         try:
-            async with serving(path, desk):
+            async with serving(path, handler):
                 assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
         finally:
             os.umask(before)
@@ -397,7 +405,7 @@ class TestPath:
         assert not any(mode & 0o077 for mode in modes)
 
     async def test_file_system_that_ignores_the_mode(
-        self, path: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch
+        self, path: Path, handler: ControlHandler, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(os, "fchmod", lambda fd, mode: None)
         before = os.umask(0)
@@ -405,7 +413,7 @@ class TestPath:
             patch.setattr(os, "umask", lambda mask: 0)
             try:
                 with pytest.raises(ResourceError, match="other users"):
-                    await ControlServer.open(str(path), "test", desk.execute)
+                    await ControlServer.open(str(path), "test", handler.execute)
             finally:
                 patch.undo()
                 os.umask(before)

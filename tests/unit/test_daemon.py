@@ -131,7 +131,7 @@ async def test_quit_loses_no_machine_unasked() -> None:
     assert daemon.stop.is_set()
     with pytest.raises(ControlError, match="about to end"):
         await daemon.execute(Request("start", {"machine": "rv64"}))
-    assert daemon._vacancy(0)
+    assert daemon._why_refused(0)
 
 
 def test_what_has_left_is_kept_for_metrics_and_bounded() -> None:

@@ -283,17 +283,17 @@ async def test_mistake_past_the_point_of_no_return_keeps_the_machine(monkeypatch
 async def test_accepting_goes_on_after_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon_module, "AGAIN_S", 0.01)
     async with running() as there:
-        reception = there.daemon._reception
-        assert reception is not None
-        accept, mistakes = reception._accept, [KeyError("a mistake")]
+        acceptor = there.daemon._acceptor
+        assert acceptor is not None
+        accept, mistakes = acceptor._accept, [KeyError("a mistake")]
 
         async def fail(*args: Any) -> None:
             if mistakes:
                 raise mistakes.pop()
             await accept(*args)
 
-        monkeypatch.setattr(reception, "_accept", fail)
-        there.daemon._reception = reception
+        monkeypatch.setattr(acceptor, "_accept", fail)
+        there.daemon._acceptor = acceptor
         # The present acceptor notices nothing; the next one begins with the mistake.
         await there.computes("one")
 
@@ -373,17 +373,17 @@ def test_places() -> None:
 
     for state in (State.PREPARED, State.IN_DOUBT, State.POSTCOPY, State.RECOVERING) * 4:
         arriving(state)
-    assert "too many" in daemon._vacancy(0)  # an undecided one counts
+    assert "too many" in daemon._why_refused(0)  # an undecided one counts
     for owned in daemon._here[:4]:
         owned.migration = Mock(
             spec=DestinationMigration, state=State.PAUSED
         )  # committed to this host, and lost: it waits and takes nothing
-    assert daemon._vacancy(0) == ""
-    assert daemon._vacancy(3) == ""
-    assert "too many" in daemon._vacancy(4)
+    assert daemon._why_refused(0) == ""
+    assert daemon._why_refused(3) == ""
+    assert "too many" in daemon._why_refused(4)
     starting = daemon._claim("local")
     starting.busy = True
-    assert daemon._vacancy(3) == ""
+    assert daemon._why_refused(3) == ""
 
 
 async def test_memory_is_promised_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ async def test_connecting_is_a_state_that_can_be_cancelled(autojump_clock: MockC
         assert source.cancellable
         assert not source.connected.is_set()
         with pytest.raises(MigrationError):
-            source.hold()
+            source.pause()
         assert source.cancel()
     assert source.status == "cancelled"
     assert source.may_run
@@ -212,8 +212,8 @@ async def test_recover_looks_again_when_patience_has_run_out(mock_clock: MockClo
         mock_clock.jump(31)
         await pair.until(lambda: pair.source.over and pair.dest.over)
         assert pair.source.status == pair.dest.status == "postcopy-paused"
-        pair.source.let_go()
-        pair.dest.let_go()
+        pair.source.recover()
+        pair.dest.recover()
         pair.meeting.open.set()
         await pair.until(lambda: pair.source.recoveries.count == pair.dest.recoveries.count == 1)
         assert not pair.source.over
@@ -326,7 +326,7 @@ async def test_twice_the_same_disagreement_is_the_end() -> None:
         again = h.Peer(await meeting.join())
         assert not await again.stream.receive_some()
         await again.stream.aclose()
-        source.let_go()
+        source.recover()
         assert source.status == "postcopy-paused"
         again = h.Peer(await meeting.join())
         for message in h.recover(5):
@@ -339,14 +339,14 @@ async def test_twice_the_same_disagreement_is_the_end() -> None:
     assert machine.resumed == 0
 
 
-async def test_a_recovery_that_succeeds_tells_its_membership() -> None:
+async def test_a_recovery_that_succeeds_tells_its_reconnector() -> None:
     """It is by that, and not by a connection, that pauses between attempts become short again."""
     told = []
     async with h.running(h.make_pair()) as pair:
         pair.go.set()
         await pair.until(lambda: pair.source.state is State.POSTCOPY)
         for side in (pair.source, pair.dest):
-            side._membership.went_on = lambda side=side: told.append(side)
+            side._reconnector.went_on = lambda side=side: told.append(side)
         await lose(pair)
         pair.meeting.open.set()
         await pair.until(lambda: pair.source.recoveries.count == pair.dest.recoveries.count == 1)
@@ -579,7 +579,7 @@ async def test_without_background_there_are_no_bulk_channels(
         await trio.sleep_forever()
         raise AssertionError
 
-    monkeypatch.setattr(h.FakeDoor, "channels", no_channels)
+    monkeypatch.setattr(h.FakeChannelSet, "channels", no_channels)
     accept, _ = await lone_offer(version, background)
     assert accept.bulk_channels == channels
     assert ("all pages are taken" in caplog.text) is (version == 2 and not background)

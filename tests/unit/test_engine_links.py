@@ -20,7 +20,7 @@ from postcopy.machines import MachineState
 from postcopy.migration import source as source_module
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net.channels import Address, CallingLink, Reception
+from postcopy.net.channels import Acceptor, Address, CallingLink
 from postcopy.wire.protocol import State
 
 # --import-mode=importlib makes no packages of test directories, so what they share is loaded by its path.
@@ -67,11 +67,11 @@ async def hosts(calls: str) -> AsyncIterator[Hosts]:
     pair = Hosts()
     listens = "dest" if calls == "source" else "source"
     with trio.fail_after(60):
-        reception = await Reception.open(Address("127.0.0.1", 0), listens, lambda waiting: "")
+        acceptor = await Acceptor.open(Address("127.0.0.1", 0), listens, lambda waiting: "")
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(reception.serve)
-                await _meet(pair, calls, reception, nursery)
+                nursery.start_soon(acceptor.serve)
+                await _meet(pair, calls, acceptor, nursery)
                 try:
                     yield pair
                 finally:
@@ -80,7 +80,7 @@ async def hosts(calls: str) -> AsyncIterator[Hosts]:
                     nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
-                await reception.close()
+                await acceptor.close()
                 await pair.dest.close()
                 await pair.server.close()
                 await pair.machine.close()
@@ -88,13 +88,13 @@ async def hosts(calls: str) -> AsyncIterator[Hosts]:
                     await pair.twin.close()
 
 
-async def _meet(pair: Hosts, calls: str, reception: Reception, nursery: trio.Nursery) -> None:
+async def _meet(pair: Hosts, calls: str, acceptor: Acceptor, nursery: trio.Nursery) -> None:
     async def source(link: Any) -> None:
         pair.source = SourceMigration(
             pair.machine,
             link,
             SourceOptions(bulk_channels=1, heartbeat_s=HEARTBEAT_S),
-            peer=reception.addresses[0],
+            peer=acceptor.addresses[0],
             make_server=lambda _: cast(PageServer, pair.server),
             on_change=pair.change,
         )
@@ -111,17 +111,17 @@ async def _meet(pair: Hosts, calls: str, reception: Reception, nursery: trio.Nur
         await pair.dest.run(pair.stop_dest)
 
     async def call() -> CallingLink:
-        return await CallingLink.open(reception.addresses[0], calls)
+        return await CallingLink.open(acceptor.addresses[0], calls)
 
     async def call_and_receive() -> None:
         await dest(await call())
 
     if calls == "source":
         nursery.start_soon(source, call)
-        nursery.start_soon(dest, await reception.next_link())
+        nursery.start_soon(dest, await acceptor.next_link())
     else:
         nursery.start_soon(call_and_receive)
-        nursery.start_soon(source, await reception.next_link())
+        nursery.start_soon(source, await acceptor.next_link())
     pair.go.set()
     await pair.until(lambda: hasattr(pair, "dest") and pair.dest.state is State.POSTCOPY)
     await pair.until(lambda: pair.source.state is State.POSTCOPY)
@@ -144,10 +144,10 @@ async def test_lost_and_found(calls: str) -> None:
 async def test_a_destination_that_answers_keeps_its_machine(calls: str) -> None:
     """Also one whose operator has cut the connection, as far as that can be seen: by a source that connects."""
     async with hosts(calls) as pair:
-        pair.source.hold()
+        pair.source.pause()
         await pair.until(lambda: pair.source.status == pair.dest.status == "postcopy-paused")
         if calls == "source":
-            pair.dest.hold()
+            pair.dest.pause()
         with pytest.raises(MigrationError, match="the destination answers"):
             await pair.source.reclaim()
         assert pair.machine.resumed == 0
@@ -158,7 +158,7 @@ async def test_reclaimed_and_told(calls: str, monkeypatch: pytest.MonkeyPatch) -
     """The destination was only cut off. It is told as soon as it can be reached, and stops its machine at once."""
     monkeypatch.setattr(source_module, "RECLAIM_PROBE_S", 0.5)
     async with hosts(calls) as pair:
-        pair.dest.hold()
+        pair.dest.pause()
         await pair.until(lambda: pair.source.status == pair.dest.status == "postcopy-paused")
         if calls == "source":  # nobody is there to answer
             monkeypatch.setattr("postcopy.net.channels.connect", _unreachable)
@@ -168,7 +168,7 @@ async def test_reclaimed_and_told(calls: str, monkeypatch: pytest.MonkeyPatch) -
         await pair.until(lambda: pair.source.state is State.RECLAIMED)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pair.source.announce)
-            pair.dest.let_go()
+            pair.dest.recover()
             await pair.until(lambda: pair.dest.state is State.ABORTED)
         await pair.until(lambda: pair.dest.over)
         assert pair.twin.state is MachineState.PAUSED
@@ -186,14 +186,14 @@ async def _unreachable(*_: object, **__: object) -> Any:
 async def test_a_source_hears_that_every_page_is_there(calls: str) -> None:
     """The last page came with the cut: the machine does not wait for the source, which is told later."""
     async with hosts(calls) as pair:
-        pair.source.hold()
+        pair.source.pause()
         pair.pager.channel.tell(EventType.COMPLETE)
         await pair.until(lambda: pair.source.status == "postcopy-paused")
         await pair.until(lambda: pair.dest.state is State.COMPLETED)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pair.dest.announce)
             assert await pair.dest.release() is pair.twin
-            pair.source.let_go()
+            pair.source.recover()
             await pair.until(lambda: pair.source.state is State.COMPLETED)
         assert pair.machine.resumed == 0
 
@@ -202,11 +202,11 @@ async def test_a_source_hears_that_every_page_is_there(calls: str) -> None:
 async def test_a_side_that_gives_up_says_so(calls: str) -> None:
     """The source knows then that it may take the machine back at once."""
     async with hosts(calls) as pair:
-        pair.dest.hold()
+        pair.dest.pause()
         await pair.until(lambda: pair.source.status == pair.dest.status == "postcopy-paused")
         pair.stop_dest.set()
         await pair.until(lambda: pair.dest.over)
-        pair.dest._membership.let_go()  # type: ignore[union-attr]
+        pair.dest._reconnector.recover()  # type: ignore[union-attr]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pair.dest.announce)
             await pair.until(lambda: pair.source.status == "postcopy-failed")

@@ -26,7 +26,7 @@ from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import PREPARE_TIMEOUT_S, SourceMigration, SourceOptions
-from postcopy.net.channels import Address, ChannelKey, Door, Link, Membership, Session
+from postcopy.net.channels import Address, ChannelKey, ChannelSet, Link, Reconnector, Session
 from postcopy.wire import protocol as p
 from postcopy.wire.protocol import State
 
@@ -266,7 +266,7 @@ class FakeServer(FakeEngine):
         return PageServerStatistics(*range(10))
 
 
-class FakeDoor(Door):
+class FakeChannelSet(ChannelSet):
     def __init__(self, take: Callable[[], dict[ChannelKey, FdHolder]]) -> None:
         self._take = take
 
@@ -316,7 +316,7 @@ class Meeting:
                 self._waiting.remove(send)
 
 
-class FakeMembership(Membership):
+class FakeReconnector(Reconnector):
     def __init__(self, meeting: Meeting, session: Session) -> None:
         super().__init__()
         self._meeting = meeting
@@ -339,11 +339,11 @@ class FakeLink(Link):
         self.meeting = meeting or Meeting()
 
     @contextlib.contextmanager
-    def membership(self, session: Session) -> Iterator[Membership]:
-        yield FakeMembership(self.meeting, session)
+    def reconnector(self, session: Session) -> Iterator[Reconnector]:
+        yield FakeReconnector(self.meeting, session)
 
     @contextlib.contextmanager
-    def door(self, session: Session) -> Iterator[Door]:
+    def channel_set(self, session: Session) -> Iterator[ChannelSet]:
         self.session = session
 
         def take() -> dict[ChannelKey, FdHolder]:
@@ -354,7 +354,7 @@ class FakeLink(Link):
                 result[key] = FdHolder(here.detach())
             return result
 
-        yield FakeDoor(take)
+        yield FakeChannelSet(take)
 
 
 @dataclass

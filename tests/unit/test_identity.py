@@ -22,7 +22,7 @@ OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, (p.Block("ram", 4096, 4096),), 
 
 
 class Met(NamedTuple):
-    desk: c.Reception
+    acceptor: c.Acceptor
     address: c.Address
     here: c.Link  # of the side that calls
     there: c.Link
@@ -31,23 +31,23 @@ class Met(NamedTuple):
 @asynccontextmanager
 async def met(side: str = "source", endings: c.Endings | None = None) -> AsyncIterator[Met]:
     """A side that listens, and one that has called."""
-    desk = await c.Reception.open(c.Address("127.0.0.1", 0), side, lambda waiting: "", endings)
+    acceptor = await c.Acceptor.open(c.Address("127.0.0.1", 0), side, lambda waiting: "", endings)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(desk.serve)
-            here, there = await call(desk)
-            yield Met(desk, desk.addresses[0], here, there)
+            nursery.start_soon(acceptor.serve)
+            here, there = await call(acceptor)
+            yield Met(acceptor, acceptor.addresses[0], here, there)
             nursery.cancel_scope.cancel()
     finally:
-        await desk.close()
+        await acceptor.close()
 
 
-async def call(desk: c.Reception) -> tuple[c.Link, c.Link]:
-    side = "source" if desk._side == "dest" else "dest"
-    here = await c.CallingLink.open(desk.addresses[0], side)
+async def call(acceptor: c.Acceptor) -> tuple[c.Link, c.Link]:
+    side = "source" if acceptor._side == "dest" else "dest"
+    here = await c.CallingLink.open(acceptor.addresses[0], side)
     if side == "source":
         await here.control.send_all(p.encode(OFFER))
-    return here, await desk.next_link()
+    return here, await acceptor.next_link()
 
 
 async def hang_up(*links: c.Link) -> None:
@@ -57,29 +57,29 @@ async def hang_up(*links: c.Link) -> None:
 
 async def test_two_offers_under_one_id() -> None:
     """The second is told that the id is in use; when both have gone, nothing is left of either."""
-    async with met("dest") as (desk, _, here, there):
-        other, second = await call(desk)
-        with there.membership(SESSION), there.door(SESSION):
-            member, door = desk.members[SESSION.migration], desk.doors[SESSION.migration]
+    async with met("dest") as (acceptor, _, here, there):
+        other, second = await call(acceptor)
+        with there.reconnector(SESSION), there.channel_set(SESSION):
+            member, channel_set = acceptor.reconnectors[SESSION.migration], acceptor.channel_sets[SESSION.migration]
             for session in (SESSION, STRANGER):
-                with pytest.raises(PeerError, match="is in use here"), second.membership(session):
+                with pytest.raises(PeerError, match="is in use here"), second.reconnector(session):
                     pass
-                with pytest.raises(PeerError, match="is in use here"), second.door(session):
+                with pytest.raises(PeerError, match="is in use here"), second.channel_set(session):
                     pass
             await hang_up(other, second)
-            assert desk.members == {SESSION.migration: member}
-            assert desk.doors == {SESSION.migration: door}
-        assert not desk.members
-        assert not desk.doors
+            assert acceptor.reconnectors == {SESSION.migration: member}
+            assert acceptor.channel_sets == {SESSION.migration: channel_set}
+        assert not acceptor.reconnectors
+        assert not acceptor.channel_sets
         await hang_up(here, there)
 
 
 async def test_a_stranger_who_offers_a_known_id_changes_nothing() -> None:
     """And leaves: the real peer comes back as if nobody had been there."""
-    async with met("dest") as (desk, _, here, there):
-        with here.membership(SESSION) as caller, there.membership(SESSION) as called:
-            stranger, seen = await call(desk)
-            with pytest.raises(PeerError, match="is in use here"), seen.membership(STRANGER):
+    async with met("dest") as (acceptor, _, here, there):
+        with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
+            stranger, seen = await call(acceptor)
+            with pytest.raises(PeerError, match="is in use here"), seen.reconnector(STRANGER):
                 pass
             await hang_up(stranger, seen, here, there)
             again, session = await caller.next_link()
@@ -90,12 +90,12 @@ async def test_a_stranger_who_offers_a_known_id_changes_nothing() -> None:
 
 async def test_an_id_that_has_been_here_is_not_taken_again() -> None:
     """Or whoever knows it could take the place of what is remembered of it."""
-    async with met("dest") as (desk, _, here, there):
-        with there.membership(SESSION) as member:
+    async with met("dest") as (acceptor, _, here, there):
+        with there.reconnector(SESSION) as member:
             member.ended(Ended.COMPLETED)
-        with pytest.raises(PeerError, match="is in use here, or was"), there.membership(STRANGER):
+        with pytest.raises(PeerError, match="is in use here, or was"), there.reconnector(STRANGER):
             pass
-        assert desk.endings.find(SESSION.migration) == (SESSION.token, Ended.COMPLETED)
+        assert acceptor.endings.find(SESSION.migration) == (SESSION.token, Ended.COMPLETED)
         await hang_up(here, there)
 
 
@@ -104,12 +104,12 @@ async def test_an_id_that_has_been_here_is_not_taken_again() -> None:
 async def test_without_the_token_nobody_comes_back(token: bytes, ended: str) -> None:
     """Nor ends anything, nor uses up an epoch."""
     async with met() as (_, address, here, there):
-        with there.membership(SESSION) as member:
+        with there.reconnector(SESSION) as member:
             hello = p.Hello("control", "dest", 0, SESSION.migration, 9, ended)
             with pytest.raises(p.RefusedError, match="wrong token") as refused:
                 await c.connect(address, hello, token=token)
             assert not refused.value.proven
-            assert isinstance(member, c._ListeningMembership)
+            assert isinstance(member, c._ListeningReconnector)
             assert member.session == SESSION
             with trio.move_on_after(0.05) as scope:
                 await member.next_link()
@@ -140,9 +140,9 @@ async def test_a_proof_is_for_one_hello_only() -> None:
 
 @pytest.mark.parametrize("how", list(Ended))
 async def test_who_comes_back_too_late_is_told(how: Ended) -> None:
-    async with met() as (desk, _, here, there):
-        with here.membership(SESSION) as caller:
-            with there.membership(SESSION) as member:
+    async with met() as (acceptor, _, here, there):
+        with here.reconnector(SESSION) as caller:
+            with there.reconnector(SESSION) as member:
                 member.ended(how)
             with pytest.raises(EndedElsewhere, match=f"the migration has ended here: {how}") as told:
                 await caller.next_link()
@@ -150,7 +150,7 @@ async def test_who_comes_back_too_late_is_told(how: Ended) -> None:
         # Somebody who only knows the id learns nothing.
         with pytest.raises(p.RefusedError, match="wrong token"):
             await c.connect(
-                desk.addresses[0], p.Hello("control", "dest", 0, SESSION.migration, 9), token=STRANGER.token
+                acceptor.addresses[0], p.Hello("control", "dest", 0, SESSION.migration, 9), token=STRANGER.token
             )
         await hang_up(here, there)
 
@@ -158,7 +158,7 @@ async def test_who_comes_back_too_late_is_told(how: Ended) -> None:
 async def test_who_comes_back_while_it_ends_is_told_too() -> None:
     """From the word on, not only when the migration has been cleared away; and the last word counts."""
     async with met() as (_, _, here, there):
-        with here.membership(SESSION) as caller, there.membership(SESSION) as called:
+        with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
             early, _ = await caller.next_link()
             called.ended(Ended.LOST)
             assert await early.control.receive_some() == b""  # welcome, and not let in any more
@@ -173,8 +173,8 @@ async def test_who_comes_back_while_it_ends_is_told_too() -> None:
 @pytest.mark.parametrize("code", ["aborted", "completed", "unknown", "wrong-token", "\x1b[2J"])
 async def test_a_refusal_without_proof_decides_nothing(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Anybody may answer at the peer's address, while the peer is away: it is looked for as long as before."""
-    async with met() as (desk, _, here, there):
-        with here.membership(SESSION) as caller, there.membership(SESSION) as called:
+    async with met() as (acceptor, _, here, there):
+        with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
             await hang_up(here, there)
             send_refused, lies = p.ServerHandshake.send_refused, 0
 
@@ -185,7 +185,7 @@ async def test_a_refusal_without_proof_decides_nothing(code: str, monkeypatch: p
 
             with monkeypatch.context() as patch, trio.move_on_after(0.3) as scope:
                 patch.setattr(p.ServerHandshake, "send_refused", lie)
-                patch.setattr(desk, "members", {})
+                patch.setattr(acceptor, "members", {})
                 await caller.next_link()
             assert scope.cancelled_caught
             assert lies
@@ -198,7 +198,7 @@ async def test_a_refusal_without_proof_decides_nothing(code: str, monkeypatch: p
 async def test_a_welcome_without_proof_is_nobodys(token: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is what a stranger says after it: at the peer's address, on a control connection and on a data connection."""
     async with met() as (_, _, here, there):
-        with here.membership(SESSION) as caller, there.membership(SESSION) as called:
+        with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
             await hang_up(here, there)
             send_welcome, lies = p.ServerHandshake.send_welcome, 0
 
@@ -214,10 +214,10 @@ async def test_a_welcome_without_proof_is_nobodys(token: bytes, monkeypatch: pyt
             assert lies
             again, session = await caller.next_link()
             taken, _ = await called.next_link()
-            with taken.door(session), again.door(session) as door, monkeypatch.context() as patch:
+            with taken.channel_set(session), again.channel_set(session) as channel_set, monkeypatch.context() as patch:
                 patch.setattr(p.ServerHandshake, "send_welcome", lie)
                 with pytest.raises(ProtocolError, match="without knowing the token"):
-                    await door.channels(1, 0)
+                    await channel_set.channels(1, 0)
             await hang_up(again, taken)
 
 
@@ -226,9 +226,9 @@ async def test_only_the_peer_answers(proven: bool, monkeypatch: pytest.MonkeyPat
     """One that is held is there, which `reclaim` asks; who cannot prove it may be anybody, and keeps no operator from
     that."""
     async with met() as (_, _, here, there):
-        with here.membership(SESSION) as caller, there.membership(SESSION) as called:
+        with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
             await hang_up(here, there)
-            called.hold()
+            called.pause()
             send_refused, refusals = p.ServerHandshake.send_refused, 0
 
             def refuse(self: p.ServerHandshake, reason: str, code: str = "other", token: bytes = b"") -> bytes:
@@ -257,19 +257,19 @@ def test_a_migration_is_never_gone_on_with_in_an_older_version() -> None:
 
 async def test_who_has_said_that_it_is_over_is_not_welcome_again() -> None:
     """Nobody waits for it any more: it is told so, and does not wait for nothing."""
-    async with met() as (desk, _, here, there):
-        with here.membership(SESSION) as caller, there.membership(SESSION) as called:
+    async with met() as (acceptor, _, here, there):
+        with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
             await hang_up(here, there)
             await caller.announce(Ended.LOST)
             with pytest.raises(EndedElsewhere):
                 await called.next_link()
-            accepted = desk.accepted
+            accepted = acceptor.accepted
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(caller.next_link)
                 with trio.fail_after(10):
                     await caller.answered.wait()
                 nursery.cancel_scope.cancel()
-            assert desk.accepted == accepted
+            assert acceptor.accepted == accepted
 
 
 @pytest.mark.parametrize("message", [p.Reject("no room"), p.Abort("no more"), None])
@@ -293,8 +293,8 @@ def test_who_has_to_be_told(message: p.Message | None, handed: bool) -> None:
 
 async def test_the_side_that_calls_can_say_that_it_has_ended() -> None:
     """To one that still believes in the old connection, to one that waits, and to one that has ended it too."""
-    async with met() as (desk, _, here, there):
-        with here.membership(SESSION) as caller, there.membership(SESSION) as called:
+    async with met() as (acceptor, _, here, there):
+        with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(called.superseded)
                 await caller.announce(Ended.ABORTED)
@@ -302,26 +302,26 @@ async def test_the_side_that_calls_can_say_that_it_has_ended() -> None:
             with pytest.raises(EndedElsewhere) as told:
                 await called.next_link()
             assert told.value.how is Ended.ABORTED
-            called.hold()
+            called.pause()
             await caller.announce(Ended.LOST)  # it is no connection, so it is not held up
             with pytest.raises(EndedElsewhere) as told:
                 await called.next_link()
             assert told.value.how is Ended.LOST
             called.ended(Ended.COMPLETED)
-        with here.membership(SESSION) as caller:
+        with here.reconnector(SESSION) as caller:
             await caller.announce(Ended.ABORTED)
-        assert desk.endings.find(SESSION.migration) == (SESSION.token, Ended.COMPLETED)
+        assert acceptor.endings.find(SESSION.migration) == (SESSION.token, Ended.COMPLETED)
         await hang_up(here, there)
 
 
 async def test_it_is_said_as_often_as_it_takes(autojump_clock: MockClock) -> None:
     """The other side may be away for long, and somebody else there meanwhile."""
-    async with met() as (desk, _, here, there):
-        with here.membership(SESSION) as caller, trio.move_on_after(300) as scope:
+    async with met() as (acceptor, _, here, there):
+        with here.reconnector(SESSION) as caller, trio.move_on_after(300) as scope:
             await caller.announce(Ended.COMPLETED)
         assert scope.cancelled_caught
-        assert desk.refused > 100
-        with here.membership(SESSION) as caller, there.membership(SESSION) as called:
+        assert acceptor.refused > 100
+        with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(caller.announce, Ended.COMPLETED)
                 with pytest.raises(EndedElsewhere):

@@ -55,7 +55,7 @@ async def test_no_descriptors_left() -> None:
     """It is this host that has none: the other one is not blamed for it, and one that is lost is looked for on."""
     [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
     address = c.Address("127.0.0.1", listener.socket.getsockname()[1])
-    member = c._CallingMembership(c.Route(address), "dest", c.Session(b"m" * 16, b"t" * 16, 0), p.PROTOCOL_VERSION)
+    member = c._CallingReconnector(c.Route(address), "dest", c.Session(b"m" * 16, b"t" * 16, 0), p.PROTOCOL_VERSION)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     held: list[int] = []
     try:

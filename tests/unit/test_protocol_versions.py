@@ -65,26 +65,26 @@ class OldPeer:
 
 
 @asynccontextmanager
-async def reception(side: str) -> AsyncIterator[c.Reception]:
-    desk = await c.Reception.open(c.Address("127.0.0.1", 0), side, lambda waiting: "")
+async def open_acceptor(side: str) -> AsyncIterator[c.Acceptor]:
+    acceptor = await c.Acceptor.open(c.Address("127.0.0.1", 0), side, lambda waiting: "")
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(desk.serve)
-            yield desk
+            nursery.start_soon(acceptor.serve)
+            yield acceptor
             nursery.cancel_scope.cancel()
     finally:
-        await desk.close()
+        await acceptor.close()
 
 
-async def dial(desk: c.Reception) -> trio.SocketStream:
-    return await trio.open_tcp_stream(desk.addresses[0].host, desk.addresses[0].port)
+async def dial(acceptor: c.Acceptor) -> trio.SocketStream:
+    return await trio.open_tcp_stream(acceptor.addresses[0].host, acceptor.addresses[0].port)
 
 
 # ---- one of version 2 calls
 
 
-async def call_2(desk: c.Reception, **hello: object) -> OldPeer:
-    peer = OldPeer(await dial(desk))
+async def call_2(acceptor: c.Acceptor, **hello: object) -> OldPeer:
+    peer = OldPeer(await dial(acceptor))
     await peer.stream.send_all(OLD + said({**HELLO_2, **hello}))
     assert await peer.bytes(8) == OLD
     return peer
@@ -92,26 +92,26 @@ async def call_2(desk: c.Reception, **hello: object) -> OldPeer:
 
 async def test_an_old_destination_calls() -> None:
     """From hello to the data channels of a recovery, in its own words and in nothing but them."""
-    async with reception("source") as desk:
-        peer = await call_2(desk)
+    async with open_acceptor("source") as acceptor:
+        peer = await call_2(acceptor)
         assert await peer.hear() == {"type": "welcome"}
-        link = await desk.next_link()
+        link = await acceptor.next_link()
         assert link.version == 2
         source = SourceProtocol(link.version)
         offer = p.Offer(b"m" * 16, b"t" * 16, "kvm", {"vcpus": 1}, (p.Block("ram", 8192, 4096),), 1, 0)
         await link.control.send_all(source.send_offer(offer))
         assert await peer.hear() == OFFER_2
-        with link.membership(SESSION) as member, link.door(SESSION):
-            urgent = await call_2(desk, channel="urgent", migration=b"m" * 16, token=b"t" * 16)
+        with link.reconnector(SESSION) as member, link.channel_set(SESSION):
+            urgent = await call_2(acceptor, channel="urgent", migration=b"m" * 16, token=b"t" * 16)
             assert await urgent.hear() == {"type": "welcome"}
-            wrong = await call_2(desk, channel="bulk", migration=b"m" * 16, token=b"u" * 16)
+            wrong = await call_2(acceptor, channel="bulk", migration=b"m" * 16, token=b"u" * 16)
             assert await wrong.hear() == {"type": "refused", "reason": "wrong token"}
-            again = await call_2(desk, migration=b"m" * 16, token=b"t" * 16, epoch=1)
+            again = await call_2(acceptor, migration=b"m" * 16, token=b"t" * 16, epoch=1)
             assert await again.hear() == {"type": "welcome"}
             back, session = await member.next_link()
             assert (back.version, session.epoch) == (2, 1)
             member.ended(p.Ended.ABORTED)
-            late = await call_2(desk, migration=b"m" * 16, token=b"t" * 16, epoch=2)
+            late = await call_2(acceptor, migration=b"m" * 16, token=b"t" * 16, epoch=2)
             assert await late.hear() == {"type": "refused", "reason": "no such migration here"}
         for stream in (peer.stream, urgent.stream, wrong.stream, again.stream, late.stream, link.control, back.control):
             await trio.aclose_forcefully(stream)
@@ -119,12 +119,12 @@ async def test_an_old_destination_calls() -> None:
 
 async def test_a_migration_does_not_change_its_version() -> None:
     """Who knows the token of one of version 3 cannot go on in version 2, nor the other way round."""
-    async with reception("source") as desk:
-        new = await c.CallingLink.open(desk.addresses[0], "dest")
-        link = await desk.next_link()
-        with link.membership(SESSION), link.door(SESSION):
+    async with open_acceptor("source") as acceptor:
+        new = await c.CallingLink.open(acceptor.addresses[0], "dest")
+        link = await acceptor.next_link()
+        with link.reconnector(SESSION), link.channel_set(SESSION):
             for channel, epoch in (("control", 1), ("urgent", 0)):
-                old = await call_2(desk, channel=channel, migration=b"m" * 16, token=b"t" * 16, epoch=epoch)
+                old = await call_2(acceptor, channel=channel, migration=b"m" * 16, token=b"t" * 16, epoch=epoch)
                 assert await old.hear() == {"type": "refused", "reason": "wrong token"}
                 await trio.aclose_forcefully(old.stream)
         for stream in (new.control, link.control):
@@ -185,8 +185,8 @@ async def test_an_old_source_listens() -> None:
             with pytest.raises(ProtocolError, match="the source speaks version 2, which needs a bulk channel"):
                 dest.send_accept((4096,), 1, 0)
             await link.control.send_all(dest.send_accept((4096,), 1, 1))
-            with link.door(SESSION) as door, link.membership(SESSION) as member:
-                for fd in (await door.channels(1, 1)).values():
+            with link.channel_set(SESSION) as channel_set, link.reconnector(SESSION) as member:
+                for fd in (await channel_set.channels(1, 1)).values():
                     fd.close()
                 back, _ = await member.next_link()
             assert back.version == 2
@@ -201,8 +201,8 @@ async def test_an_old_source_listens() -> None:
 
 async def test_a_newer_caller_is_told_the_version() -> None:
     """And no byte that it has said is in the way of that: it hangs up itself, and comes again. No place is taken."""
-    async with reception("dest") as desk:
-        stream = await dial(desk)
+    async with open_acceptor("dest") as acceptor:
+        stream = await dial(acceptor)
         await stream.send_all(b"postcpy\x09" + b"whatever that version says" * 100)
         peer = OldPeer(stream)
         assert await peer.bytes(8) == p.PREAMBLE
@@ -212,15 +212,15 @@ async def test_a_newer_caller_is_told_the_version() -> None:
         await stream.send_eof()
         with pytest.raises(EOFError):
             await peer.bytes(1)
-        assert not desk.strangers
-        assert not desk.refused
+        assert not acceptor.bad_handshakes
+        assert not acceptor.refused
         await stream.aclose()
 
 
 @pytest.mark.parametrize("version", [0, 1])
 async def test_a_version_that_is_too_old_is_refused_by_name(version: int) -> None:
-    async with reception("source") as desk:
-        peer = OldPeer(await dial(desk))
+    async with open_acceptor("source") as acceptor:
+        peer = OldPeer(await dial(acceptor))
         await peer.stream.send_all(b"postcpy" + bytes([version]))
         assert await peer.bytes(8) == p.PREAMBLE
         assert f"speaks version {version}" in str((await peer.hear())["reason"])
@@ -268,8 +268,8 @@ async def test_a_host_that_goes_back_while_it_is_called(autojump_clock: MockCloc
 
 async def test_equals_need_one_round_trip() -> None:
     """The caller says all it has to say before it has heard anything, the other one nothing before that."""
-    async with reception("source") as desk:
-        stream = await dial(desk)
+    async with open_acceptor("source") as acceptor:
+        stream = await dial(acceptor)
         with trio.move_on_after(0.05) as scope:
             await stream.receive_some()
         assert scope.cancelled_caught
@@ -278,7 +278,7 @@ async def test_equals_need_one_round_trip() -> None:
         while len(answer) < len(p.PREAMBLE + p.encode(p.Welcome())):
             answer += await stream.receive_some()
         assert answer == p.PREAMBLE + p.encode(p.Welcome())
-        await trio.aclose_forcefully((await desk.next_link()).control)
+        await trio.aclose_forcefully((await acceptor.next_link()).control)
         await stream.aclose()
 
 

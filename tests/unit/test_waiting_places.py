@@ -21,35 +21,35 @@ OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, (p.Block("ram", 4096, 4096),), 
 
 
 @asynccontextmanager
-async def destination(vacancy: Callable[[int], str] = lambda waiting: "") -> AsyncIterator[c.Reception]:
-    desk = await c.Reception.open(c.Address("127.0.0.1", 0), "dest", vacancy)
+async def destination(why_refused: Callable[[int], str] = lambda waiting: "") -> AsyncIterator[c.Acceptor]:
+    acceptor = await c.Acceptor.open(c.Address("127.0.0.1", 0), "dest", why_refused)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(desk.serve)
-            yield desk
+            nursery.start_soon(acceptor.serve)
+            yield acceptor
             nursery.cancel_scope.cancel()
     finally:
-        await desk.close()
+        await acceptor.close()
 
 
 def one_place(waiting: int) -> str:
     return "busy with another source" if waiting else ""
 
 
-async def hello(desk: c.Reception) -> trio.SocketStream:
-    return (await c.connect(desk.addresses[0], HELLO))[0]
+async def hello(acceptor: c.Acceptor) -> trio.SocketStream:
+    return (await c.connect(acceptor.addresses[0], HELLO))[0]
 
 
-async def nobody_comes(desk: c.Reception) -> None:
+async def nobody_comes(acceptor: c.Acceptor) -> None:
     with trio.move_on_after(0.05) as scope:
-        await desk.next_link()
+        await acceptor.next_link()
     assert scope.cancelled_caught
 
 
 async def test_a_hello_is_no_migration() -> None:
     """Neither one that is followed by nothing, nor by a part of an offer, nor by the end, takes the only place."""
-    async with destination(one_place) as desk:
-        silent, partial, gone, reset = [await hello(desk) for _ in range(4)]
+    async with destination(one_place) as acceptor:
+        silent, partial, gone, reset = [await hello(acceptor) for _ in range(4)]
         await partial.send_all(p.encode(OFFER)[:-1])
         await gone.send_all(p.encode(OFFER)[:20])
         await gone.send_eof()
@@ -57,21 +57,21 @@ async def test_a_hello_is_no_migration() -> None:
             assert await gone.receive_some() == b""
         reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         await trio.aclose_forcefully(reset)
-        await nobody_comes(desk)
-        honest = await hello(desk)
+        await nobody_comes(acceptor)
+        honest = await hello(acceptor)
         await honest.send_all(p.encode(OFFER) + b"and more")
-        link = await desk.next_link()
+        link = await acceptor.next_link()
         assert await link.control.receive_some() == p.encode(OFFER) + b"and more"  # not a byte of it was taken
         await partial.send_all(p.encode(OFFER)[-1:])
-        second = await desk.next_link()
+        second = await acceptor.next_link()
         for stream in (silent, partial, gone, honest, link.control, second.control):
             await trio.aclose_forcefully(stream)
 
 
 async def test_who_offers_second_is_told(autojump_clock: MockClock) -> None:
     """And does not wait for nothing: two were welcome, and one place is left."""
-    async with destination(one_place) as desk:
-        first, second = await hello(desk), await hello(desk)
+    async with destination(one_place) as acceptor:
+        first, second = await hello(acceptor), await hello(acceptor)
         await first.send_all(p.encode(OFFER))
         await wait_all_tasks_blocked()
         await second.send_all(p.encode(OFFER))
@@ -83,58 +83,58 @@ async def test_who_offers_second_is_told(autojump_clock: MockClock) -> None:
         assert source.state is p.State.ABORTED
         assert source.reason == "the destination declined: busy with another source"
         with pytest.raises(PeerError, match="busy with another source"):
-            await hello(desk)
+            await hello(acceptor)
         assert trio.current_time() < 1
-        link = await desk.next_link()
+        link = await acceptor.next_link()
         for stream in (first, second, link.control):
             await trio.aclose_forcefully(stream)
 
 
 async def test_silence_has_an_end(autojump_clock: MockClock) -> None:
-    async with destination() as desk:
-        stream = await hello(desk)
+    async with destination() as acceptor:
+        stream = await hello(acceptor)
         began_s = trio.current_time()
         assert await stream.receive_some() == b""
         assert trio.current_time() - began_s == pytest.approx(c.OFFER_TIMEOUT_S, abs=1)
-        assert desk.strangers == 1
+        assert acceptor.bad_handshakes == 1
         await stream.aclose()
 
 
 async def test_any_number_of_silent_ones() -> None:
     """They keep nobody out, and no more of them are kept than of those who say nothing at all."""
-    async with destination(one_place) as desk:
-        silent = [await hello(desk) for _ in range(c.MAX_HALF_OPEN + 20)]
-        honest = await hello(desk)
+    async with destination(one_place) as acceptor:
+        silent = [await hello(acceptor) for _ in range(c.MAX_HALF_OPEN + 20)]
+        honest = await hello(acceptor)
         await honest.send_all(p.encode(OFFER))
-        link = await desk.next_link()
-        assert len(desk._half_open) <= c.MAX_HALF_OPEN
+        link = await acceptor.next_link()
+        assert len(acceptor._half_open) <= c.MAX_HALF_OPEN
         for stream in (*silent, honest, link.control):
             await trio.aclose_forcefully(stream)
 
 
 async def test_more_than_anybody_takes() -> None:
     """Whoever comes when too many wait already is refused by name, before it is welcome."""
-    async with destination() as desk:
+    async with destination() as acceptor:
         streams = []
         for _ in range(c.MAX_WAITING):
-            streams.append(await hello(desk))
+            streams.append(await hello(acceptor))
             await streams[-1].send_all(p.encode(OFFER))
-        while desk._waiting < c.MAX_WAITING:  # noqa: ASYNC110  (a counter)
+        while acceptor._waiting < c.MAX_WAITING:  # noqa: ASYNC110  (a counter)
             await trio.sleep(0.001)
         with pytest.raises(PeerError, match="too many are waiting"):
-            await hello(desk)
-        streams.append((await desk.next_link()).control)
-        streams.append(await hello(desk))
+            await hello(acceptor)
+        streams.append((await acceptor.next_link()).control)
+        streams.append(await hello(acceptor))
         for stream in streams:
             await trio.aclose_forcefully(stream)
 
 
 async def test_an_offer_that_is_too_long_is_somebody_elses_business() -> None:
     """It is not waited for: the protocol refuses it with its first bytes."""
-    async with destination() as desk:
-        stream = await hello(desk)
+    async with destination() as acceptor:
+        stream = await hello(acceptor)
         await stream.send_all(b"\xff" * p.HEADER_BYTES)
-        link = await desk.next_link()
+        link = await acceptor.next_link()
         dest = p.DestinationProtocol(link.version)
         dest.receive_data(await link.control.receive_some())
         with pytest.raises(ProtocolError, match="4294967295 bytes"):
@@ -147,28 +147,28 @@ async def test_a_mistake_of_ours_ends_one_greeting(caplog: pytest.LogCaptureFixt
     """Logged with its traceback; the listener goes on."""
     broken = True
 
-    def vacancy(waiting: int) -> str:
+    def why_refused(waiting: int) -> str:
         if broken:
             raise KeyError("a mistake")
         return ""
 
-    async with destination(vacancy) as desk:
+    async with destination(why_refused) as acceptor:
         with pytest.raises(PeerError, match="closed the connection"):
-            await hello(desk)
+            await hello(acceptor)
         assert "KeyError: 'a mistake'" in caplog.text
         broken = False
-        await trio.aclose_forcefully(await hello(desk))
+        await trio.aclose_forcefully(await hello(acceptor))
 
 
 async def test_a_sign_of_life_is_no_offer() -> None:
     """Whoever is welcome and only pings takes no place either."""
-    async with destination(one_place) as desk:
-        alive = await hello(desk)
+    async with destination(one_place) as acceptor:
+        alive = await hello(acceptor)
         await alive.send_all(p.encode(p.Ping(1)) + p.encode(OFFER))
         with contextlib.suppress(trio.BrokenResourceError):
             assert await alive.receive_some() == b""
-        await nobody_comes(desk)
-        assert desk.strangers == 1
+        await nobody_comes(acceptor)
+        assert acceptor.bad_handshakes == 1
         await alive.aclose()
 
 
@@ -179,22 +179,22 @@ async def test_what_is_readable_too_early(monkeypatch: pytest.MonkeyPatch) -> No
         await trio.lowlevel.checkpoint()
 
     monkeypatch.setattr(trio.lowlevel, "wait_readable", at_once)
-    async with destination(one_place) as desk:
-        slow = await hello(desk)
+    async with destination(one_place) as acceptor:
+        slow = await hello(acceptor)
         for part in (p.encode(OFFER)[:3], p.encode(OFFER)[3:20]):
             await slow.send_all(part)
-            await nobody_comes(desk)
+            await nobody_comes(acceptor)
         await slow.send_all(p.encode(OFFER)[20:])
-        link = await desk.next_link()
+        link = await acceptor.next_link()
         assert await link.control.receive_some() == p.encode(OFFER)
-        assert desk.strangers == 0
+        assert acceptor.bad_handshakes == 0
         for stream in (slow, link.control):
             await trio.aclose_forcefully(stream)
 
 
 async def test_where_it_listened_is_known_at_its_end() -> None:
     """Whoever looks at a process that ends meets listeners that are closed already."""
-    async with destination() as desk:
-        before = list(desk.addresses)
+    async with destination() as acceptor:
+        before = list(acceptor.addresses)
         assert before[0].port
-    assert desk.addresses == before
+    assert acceptor.addresses == before
