@@ -10,7 +10,7 @@ import trio
 
 from postcopy.dataplane.pager import Pager
 from postcopy.errors import ConfigurationError
-from postcopy.machines import MachineOptions
+from postcopy.machines.kinds import MachineOptions
 from postcopy.migration.source import SourceOptions
 from postcopy.net.channels import Address
 from postcopy.output import Output

@@ -34,14 +34,8 @@ from postcopy._log import about
 from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import ChannelKind, EventType, Pager
 from postcopy.errors import MigrationError, PostcopyError, ProtocolError, ResourceError
-from postcopy.machines import (
-    BlockLayout,
-    Machine,
-    MachineEventType,
-    MachineState,
-    MachineStatistics,
-    create_destination,
-)
+from postcopy.machines import BlockLayout, Machine, MachineEventType, MachineState, MachineStatistics
+from postcopy.machines.kinds import create_destination
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration._engine import Engine, Hopeless
 from postcopy.migration._session import (

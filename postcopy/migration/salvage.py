@@ -45,7 +45,8 @@ from postcopy._files import (
     write_new,
 )
 from postcopy.errors import ConfigurationError, PostcopyError, ProtocolError, ResourceError
-from postcopy.machines import BlockLayout, Machine, create_destination
+from postcopy.machines import BlockLayout, Machine
+from postcopy.machines.kinds import create_destination
 from postcopy.memory import MemoryKind, format_size
 from postcopy.memory.bitmap import Bitmap
 from postcopy.wire.protocol import one_line

@@ -21,7 +21,8 @@ from postcopy._files import check_new_file
 from postcopy._writer import Kind
 from postcopy.dataplane.pager import Pager
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, known_error, out_of_memory
-from postcopy.machines import Check, Machine, MachineOptions, MachineStatistics, create_source
+from postcopy.machines import Check, Machine, MachineStatistics
+from postcopy.machines.kinds import MachineOptions, create_source
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration import salvage
 from postcopy.migration._session import Interrupted, first_of, now_ns

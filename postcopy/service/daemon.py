@@ -45,7 +45,8 @@ import trio
 
 from postcopy._blocking import keep_reserve
 from postcopy.errors import ConfigurationError, PostcopyError
-from postcopy.machines import BlockLayout, Machine, MachineOptions, create_destination, create_source
+from postcopy.machines import BlockLayout, Machine
+from postcopy.machines.kinds import MachineOptions, create_destination, create_source
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.net.channels import Acceptor, Address, CallingLink, Endings, Link, parse_address

@@ -156,7 +156,7 @@ def _run_child(names: list[str], deadline_s: float) -> tuple[dict[str, Json], st
 
 def _start_child(names: list[str], stdout: int) -> int:
     """A child in a session of its own; its pid, still to be waited for."""
-    code = "import sys; from postcopy import _probe_child as c; c.run(sys.argv[2:], int(sys.argv[1]))"
+    code = "import sys; from postcopy.testbed import _probe_child as c; c.run(sys.argv[2:], int(sys.argv[1]))"
     argv = python("-c", code, str(os.getpid()), *names)
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     redirections = [(os.POSIX_SPAWN_DUP2, null, 0), (os.POSIX_SPAWN_DUP2, stdout, 1), (os.POSIX_SPAWN_DUP2, null, 2)]

@@ -29,7 +29,8 @@ import trio
 from postcopy._native import lib
 from postcopy.dataplane.pager import Pager
 from postcopy.errors import MigrationError, PostcopyError
-from postcopy.machines import Machine, MachineOptions, MachineState, create_destination, create_source
+from postcopy.machines import Machine, MachineState
+from postcopy.machines.kinds import MachineOptions, create_destination, create_source
 
 MIB = 1 << 20
 HEADER = struct.Struct("<8sIIQII")  # magic, version, CRC32C, bytes, sections, zero

@@ -38,7 +38,7 @@ import trio
 from postcopy._child import python
 from postcopy._files import check_new_file, replacing, write_all
 from postcopy.errors import ConfigurationError, MigrationError, ResourceError
-from postcopy.machines import Rv64Machine
+from postcopy.machines.toy.rv64 import Rv64Machine
 from postcopy.memory import parse_size
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS
 from postcopy.testbed.bench._worker import Job, encode

@@ -532,6 +532,6 @@ def test_examples_run(run_in_child: Callable[..., Any], example: str) -> None:
     import sys
     from pathlib import Path
 
-    child = run_in_child([sys.executable, Path(__file__).parents[2] / "examples" / example])
+    child = run_in_child([sys.executable, Path(__file__).parents[3] / "examples" / example])
     assert child.returncode == 0, child.stderr
     assert child.stdout

@@ -13,19 +13,14 @@ import pytest
 import trio
 
 from postcopy.errors import ConfigurationError, MigrationError, ProtocolError, ResourceError
-from postcopy.machines import (
-    WORKLOADS,
-    Machine,
-    MachineOptions,
-    MachineState,
-    Rv64Machine,
-    create_destination,
-    create_source,
-)
+from postcopy.machines import Machine, MachineState
+from postcopy.machines.kinds import MachineOptions, create_destination, create_source
 from postcopy.machines.toy import kvm
+from postcopy.machines.toy.kvm import WORKLOADS
+from postcopy.machines.toy.rv64 import Rv64Machine
 
 MIB = 1 << 20
-GUEST = Path(__file__).parents[2] / "csrc/machine/guest"
+GUEST = Path(__file__).parents[3] / "csrc/machine/guest"
 CROSS = "riscv64-linux-gnu-gcc"
 
 

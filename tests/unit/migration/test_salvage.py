@@ -15,7 +15,8 @@ import trio
 
 from postcopy._files import locked_directory
 from postcopy.errors import ConfigurationError, PostcopyError
-from postcopy.machines import Machine, MachineOptions, create_source
+from postcopy.machines import Machine
+from postcopy.machines.kinds import MachineOptions, create_source
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration import salvage
 

@@ -13,7 +13,8 @@ import trio
 import trio.testing
 
 from postcopy.errors import MigrationError
-from postcopy.machines import Machine, MachineOptions
+from postcopy.machines import Machine
+from postcopy.machines.kinds import MachineOptions
 from postcopy.migration.source import SourceOptions
 from postcopy.output import Output
 from postcopy.service import commands

@@ -242,7 +242,7 @@ def test_huge_pages_that_are_reserved_are_not_free(monkeypatch: pytest.MonkeyPat
 
 def test_what_is_needed_is_what_the_docs_say() -> None:
     rows = [f"| {use.name} | {use.needs} |" for use in _needs.USES]
-    text = Path(__file__).parents[2].joinpath("docs", "privileges.md").read_text()
+    text = Path(__file__).parents[3].joinpath("docs", "privileges.md").read_text()
     assert "\n".join(rows) in text
     for use in _needs.USES:
         assert set(use.findings) <= set(probe.names())
@@ -267,7 +267,7 @@ def test_what_is_needed_is_here_when_each_finding_is() -> None:
 def test_changing_the_user_needs_two_capabilities(
     run_in_child: Callable[..., Any], bounding: str, state: str, detail: str
 ) -> None:
-    code = "from postcopy import probe; found = probe.find('change-user'); print(found.state, found.detail)"
+    code = "from postcopy.testbed import probe; found = probe.find('change-user'); print(found.state, found.detail)"
     command = ["setpriv", f"--bounding-set={bounding}", "--inh-caps=-all", sys.executable, "-P", "-c", code]
     done = run_in_child(command)
     assert done.stdout.startswith(state), done.stderr

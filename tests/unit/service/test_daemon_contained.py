@@ -22,7 +22,9 @@ import trio.testing
 from postcopy._blocking import run_sync
 from postcopy.dataplane.pager import Pager
 from postcopy.errors import MigrationError, PeerError, PostcopyError
-from postcopy.machines import Machine, MachineOptions, Rv64Machine
+from postcopy.machines import Machine
+from postcopy.machines.kinds import MachineOptions
+from postcopy.machines.toy.rv64 import Rv64Machine
 from postcopy.memory import _admission
 from postcopy.memory._admission import PROMISES, Room
 from postcopy.migration.destination import DestinationMigration

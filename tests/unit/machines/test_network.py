@@ -17,7 +17,8 @@ import trio
 import trio.testing
 
 from postcopy.errors import BusyError, ConfigurationError, MigrationError, ProtocolError, ResourceError
-from postcopy.machines import BlockLayout, MachineOptions, create_destination, create_source
+from postcopy.machines import BlockLayout
+from postcopy.machines.kinds import MachineOptions, create_destination, create_source
 from postcopy.machines.toy import tap
 from postcopy.testbed import pinger
 from postcopy.testbed.pinger import PingStatistics, open_ping_process, ping_stream

@@ -185,7 +185,7 @@ async def test_a_refusal_without_proof_decides_nothing(code: str, monkeypatch: p
 
             with monkeypatch.context() as patch, trio.move_on_after(0.3) as scope:
                 patch.setattr(p.ServerHandshake, "send_refused", lie)
-                patch.setattr(acceptor, "members", {})
+                patch.setattr(acceptor, "reconnectors", {})
                 await caller.next_link()
             assert scope.cancelled_caught
             assert lies

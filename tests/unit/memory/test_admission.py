@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from postcopy.errors import ResourceError
-from postcopy.machines import BlockLayout, Machine, MachineOptions, create_destination, create_source
+from postcopy.machines import BlockLayout, Machine
+from postcopy.machines.kinds import MachineOptions, create_destination, create_source
 from postcopy.memory import Memory, _admission, check_memory
 from postcopy.memory._admission import HEADROOM_BYTES, PROMISES, Promises, Room, find_rooms, overhead_bytes
 

@@ -16,18 +16,11 @@ import pytest
 import trio
 
 from postcopy.errors import ConfigurationError, ProtocolError, ResourceError
-from postcopy.machines import (
-    WORKLOADS,
-    KvmMachine,
-    Machine,
-    MachineEventType,
-    MachineOptions,
-    MachineState,
-    create_destination,
-    create_source,
-)
+from postcopy.machines import Machine, MachineEventType, MachineState
 from postcopy.machines.base import Activity
+from postcopy.machines.kinds import MachineOptions, create_destination, create_source
 from postcopy.machines.toy import kvm
+from postcopy.machines.toy.kvm import WORKLOADS, KvmMachine
 
 MIB = 1 << 20
 pytestmark = pytest.mark.needs("kvm", "uffd")

@@ -267,7 +267,7 @@ def at_rest(caller: str) -> set[tuple[str, str]]:
 
 def documented() -> dict[tuple[str, str], str]:
     """The table of states that are left to an operator: source, destination, and the command."""
-    text = (Path(__file__).parents[2] / "docs/protocol.md").read_text()
+    text = (Path(__file__).parents[3] / "docs/protocol.md").read_text()
     table = text.split("## What is left to an operator", 1)[1].split("\n## ", 1)[0]
     rows = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|.*\| ([^|]+) \|$", table, re.MULTILINE)
     assert all("`postcopy " in command for _, _, command in rows)

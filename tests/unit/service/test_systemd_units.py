@@ -12,7 +12,7 @@ import pytest
 from postcopy.cli import make_parser
 from postcopy.service.server import _MAX_PATH_BYTES
 
-UNITS = sorted((Path(__file__).parents[2] / "examples" / "systemd").glob("*.service"))
+UNITS = sorted((Path(__file__).parents[3] / "examples" / "systemd").glob("*.service"))
 
 
 def _settings(unit: Path) -> list[tuple[str, str]]:

@@ -12,9 +12,11 @@ import msgpack
 import pytest
 import trio
 
-from postcopy import machines
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
-from postcopy.machines import BlockLayout, ImageMachine, Machine, MachineOptions, create_destination, create_source
+from postcopy.machines import BlockLayout, Machine
+from postcopy.machines import kinds as machines
+from postcopy.machines.image import ImageMachine
+from postcopy.machines.kinds import MachineOptions, create_destination, create_source
 from postcopy.memory import Memory, page_bytes_of
 
 PAGE = page_bytes_of("memfd")

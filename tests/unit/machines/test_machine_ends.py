@@ -21,7 +21,8 @@ import trio
 from postcopy._native import ffi, lib
 from postcopy.dataplane import pageserver
 from postcopy.errors import ConfigurationError, MigrationError, ResourceError
-from postcopy.machines import Machine, MachineOptions, create_destination, create_source
+from postcopy.machines import Machine
+from postcopy.machines.kinds import MachineOptions, create_destination, create_source
 from postcopy.machines.toy import kvm
 
 MIB = 1 << 20

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kinds of machines that can be migrated, and how one is made on either side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from postcopy.errors import ConfigurationError, ProtocolError
+from postcopy.machines.base import BlockLayout, Machine
+from postcopy.machines.image import ImageMachine
+from postcopy.machines.toy.kvm import KvmMachine
+from postcopy.machines.toy.rv64 import Rv64Machine
+from postcopy.memory import MemoryKind
+from postcopy.memory._admission import PROMISES
+
+BACKINGS = (MemoryKind.MEMFD.value, MemoryKind.ANON.value, MemoryKind.HUGETLB.value)
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """What a user may say about a machine at the source; None is "not said". A kind refuses what it has no use for."""
+
+    memory_bytes: int | None = None
+    vcpus: int | None = None
+    workload: str | None = None
+    backing: str | None = None
+    working_set_bytes: int | None = None
+    seed: int | None = None
+    disk: str | None = None  # path of the backing file
+    disk_bytes: int | None = None
+    image: str | None = None  # path
+    net: str | None = None  # tap:NAME
+    net_mac: int | None = None
+    net_address: int | None = None  # IPv4
+
+
+def _with_vcpus(make: type[KvmMachine]) -> Callable[[MachineOptions], Machine]:
+    def source(options: MachineOptions) -> Machine:
+        _refuse(make.kind, options, "image")
+        given = {name: value for name, value in vars(options).items() if value is not None}
+        return make.create(make.Options(**{**vars(make.Options()), **given}))
+
+    return source
+
+
+def _image_source(options: MachineOptions) -> Machine:
+    _refuse("image", options, *(name for name in vars(options) if name != "image"))
+    if not options.image:
+        raise ConfigurationError("--machine image needs --image FILE")
+    return ImageMachine.from_file(options.image)
+
+
+def _image_destination(
+    config: Mapping[str, Any], layout: Sequence[BlockLayout], backing: str, disk: str | None, net: str | None
+) -> Machine:
+    return ImageMachine.for_destination(config, layout, backing)
+
+
+_SOURCES: dict[str, Callable[[MachineOptions], Machine]] = {
+    "kvm": _with_vcpus(KvmMachine),
+    "rv64": _with_vcpus(Rv64Machine),
+    "image": _image_source,
+}
+_DESTINATIONS: dict[str, Callable[[Mapping[str, Any], Sequence[BlockLayout], str, str | None, str | None], Machine]] = {
+    "kvm": KvmMachine.for_destination,
+    "rv64": Rv64Machine.for_destination,
+    "image": _image_destination,
+}
+
+KINDS = tuple(_SOURCES)
+
+
+def create_source(kind: str, options: MachineOptions) -> Machine:
+    """A machine as it is before it is booted. Takes milliseconds. `ConfigurationError` for options that make no sense,
+    `ResourceError` for what the host lacks, or has promised to other machines of this process."""
+    if kind not in _SOURCES:
+        raise ConfigurationError(f"unknown kind of machine {kind!r}; there are {', '.join(KINDS)}")
+    return _promised(_SOURCES[kind](options))
+
+
+def create_destination(
+    kind: str,
+    config: Mapping[str, Any],
+    block_layout: Sequence[BlockLayout],
+    backing: str = "memfd",
+    *,
+    disk: str | None = None,
+    net: str | None = None,
+) -> Machine:
+    """The twin of the machine that a source offers, its memory empty. `backing` is this side's own choice; `disk` is
+    where the machine's disk is on this host, which one that has a disk needs; it is as long as the source says.
+    `net` is where its network device is attached here, which a machine that has one needs.
+
+    Takes milliseconds. What the peer says is checked: `ProtocolError` for an offer that makes no sense, `ResourceError`
+    and `ConfigurationError` for one that cannot be taken here. Its memory is this machine's from now on until it is
+    closed: nothing else that is made here counts on it.
+    """
+    if kind not in _DESTINATIONS:
+        raise ProtocolError(f"the source offers an unknown kind of machine {kind[:40]!r}")
+    return _promised(_DESTINATIONS[kind](config, block_layout, backing, disk, net))
+
+
+def _promised(machine: Machine) -> Machine:
+    # In the same step as the check, without a checkpoint between them.
+    PROMISES.add(block.memory for block in machine.blocks)
+    return machine
+
+
+def _refuse(kind: str, options: MachineOptions, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) is not None:
+            flag = "--" + name.removesuffix("_bytes").replace("_", "-")
+            raise ConfigurationError(f"{flag} has no meaning for --machine {kind}")
