@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Written by `make stub` from csrc/include/postcopy.h, which says what everything means; not to be edited.
+# Written by `make stub` from csrc/include/postcopy/*.h, which say what everything means; not to be edited.
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,15 +42,15 @@ class _FFI:
     def typeof(self, cdecl: str | CData) -> _CType: ...
 
 class _Lib:
-    PC_MAX_BLOCKS: int
-    PC_MAX_SHARDS: int
-    PC_MAX_BULK_CHANNELS: int
-    PC_MAX_TRACKED_THREADS: int
     PC_ERROR_BYTES: int
     PC_HISTOGRAM_BUCKETS: int
     PC_FRAME_HEADER_BYTES: int
     PC_FRAME_MAGIC: int
     PC_FRAME_MAX_PAYLOAD_BYTES: int
+    PC_MAX_BLOCKS: int
+    PC_MAX_SHARDS: int
+    PC_MAX_BULK_CHANNELS: int
+    PC_MAX_TRACKED_THREADS: int
     PC_STAGES: int
     PC_PAGER_REQUEST_AHEAD: int
     PC_KVM_MAX_VCPUS: int
@@ -96,9 +96,6 @@ class _Lib:
     PC_UFFD_FAULT_WRITE: int
     PC_UFFD_FAULT_WP: int
     PC_UFFD_FAULT_MINOR: int
-    PC_MEMORY_MEMFD: int
-    PC_MEMORY_ANON: int
-    PC_MEMORY_HUGETLB: int
     PC_PAGE_WPALLOWED: int
     PC_PAGE_WRITTEN: int
     PC_PAGE_FILE: int
@@ -109,6 +106,9 @@ class _Lib:
     PC_PAGE_SOFT_DIRTY: int
     PC_SCAN_WP_MATCHING: int
     PC_SCAN_CHECK_WPASYNC: int
+    PC_MEMORY_MEMFD: int
+    PC_MEMORY_ANON: int
+    PC_MEMORY_HUGETLB: int
     PC_STAGE_SENT: int
     PC_STAGE_RECEIVED: int
     PC_STAGE_PLACED: int
@@ -210,6 +210,9 @@ class _Lib:
     def pc_uffd_writeprotect(self, uffd: int, address: int, bytes: int, mode: int, /) -> int: ...
     def pc_uffd_read(self, uffd: int, events: CData, capacity: int, /) -> int: ...
     def pc_uffd_read_spinning(self, uffd: int, events: CData, capacity: int, spin_ns: int, /) -> int: ...
+    def pc_pagemap_scan(
+        self, pagemap_fd: int, query: CData, regions: CData, capacity: int, walk_end: CData, /
+    ) -> int: ...
     def pc_page_bytes(self) -> int: ...
     def pc_huge_page_bytes(self) -> int: ...
     def pc_memory_check(self, kind: int, total_bytes: int, error: CData, error_bytes: int, /) -> int: ...
@@ -225,9 +228,6 @@ class _Lib:
     def pc_file_digest(self, fd: int, size_bytes: int, page_bytes: int, digest: CData, /) -> int: ...
     def pc_memory_resident(self, memory: CData, resident_bytes: CData, /) -> int: ...
     def pc_bytes_copy(self, to_address: int, from_address: int, bytes: int, /) -> None: ...
-    def pc_pagemap_scan(
-        self, pagemap_fd: int, query: CData, regions: CData, capacity: int, walk_end: CData, /
-    ) -> int: ...
     def pc_states_new(self, pages: int, /) -> int: ...
     def pc_states_known(self, fd: int, pages: int, words: CData, /) -> int: ...
     def pc_states_count(self, fd: int, pages: int, /) -> int: ...

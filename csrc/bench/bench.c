@@ -13,10 +13,10 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "postcopy.h"
-#include "runtime.h"
-#include "uffd_abi.h"
-#include "util.h"
+#include "core/runtime.h"
+#include "core/util.h"
+#include "postcopy/bench.h"
+#include "uffd/uffd_abi.h"
 
 #define MAX_FLOOR_PAGE_BYTES 65536
 

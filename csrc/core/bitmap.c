@@ -6,7 +6,7 @@
 #include <errno.h>
 #include <stdbool.h>
 
-#include "postcopy.h"
+#include "postcopy/core.h"
 
 uint64_t pc_bitmap_words(uint64_t bits)
 {

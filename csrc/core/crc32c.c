@@ -11,13 +11,13 @@
  * AArch64: the CRC32C instructions, where the kernel says that the processor has them (they are optional in ARMv8.0).
  * Elsewhere: eight tables, eight bytes a step (M. Kounavis and F. Berry, "Slicing-by-8", Intel 2005).
  */
-#include "crc32c.h"
+#include "core/crc32c.h"
 
 #include <pthread.h>
 #include <string.h>
 
-#include "postcopy.h"
-#include "util.h"
+#include "core/util.h"
+#include "postcopy/core.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -7,8 +7,8 @@
 #include <errno.h>
 #include <inttypes.h>
 
-#include "postcopy.h"
-#include "util.h"
+#include "core/util.h"
+#include "postcopy/core.h"
 
 enum {
     AT_MAGIC = 0,

@@ -4,7 +4,7 @@
  * stores (no locked instruction stands in the path of a fault); readers beside it use relaxed loads and take the sum of the
  * buckets they saw for the count, so that what they compute is consistent in itself.
  */
-#include "postcopy.h"
+#include "postcopy/core.h"
 
 #define STEP_BITS 5
 #define STEPS (1u << STEP_BITS)

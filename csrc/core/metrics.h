@@ -6,7 +6,7 @@
 #ifndef PC_METRICS_H
 #define PC_METRICS_H
 
-#include "postcopy.h"
+#include "postcopy/engine.h"
 
 struct pc_shard_metrics { /* written by the shard's fault thread */
     uint64_t pending;   /* threads that wait */

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "postcopy.h"
+#include "postcopy/core.h"
 
 #ifndef POSTCOPY_VERSION
 #error "POSTCOPY_VERSION comes from the build, which takes it from pyproject.toml"

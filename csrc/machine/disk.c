@@ -19,7 +19,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "machine.h"
+#include "machine/machine.h"
 
 #define SECTOR_BYTES 512u
 

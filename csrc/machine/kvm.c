@@ -10,7 +10,8 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include "machine.h"
+#include "machine/machine.h"
+#include "postcopy/uffd.h"
 
 #if defined(__x86_64__)
 

@@ -16,7 +16,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "machine.h"
+#include "machine/machine.h"
 
 #define LARGE_PAGE_BYTES 0x200000ull
 #define GIB              0x40000000ull
@@ -264,19 +264,19 @@ static int write_tables(const struct pc_kvm *machine, uint8_t *ram)
 
 /* The text of guest/build_rv64.sh: little-endian RISC-V code, on any host. */
 static const uint8_t rv64_idle[] = {
-#include "guest/rv64/idle.inc"
+#include "machine/guest/rv64/idle.inc"
 };
 static const uint8_t rv64_dirty[] = {
-#include "guest/rv64/dirty.inc"
+#include "machine/guest/rv64/dirty.inc"
 };
 static const uint8_t rv64_random[] = {
-#include "guest/rv64/random.inc"
+#include "machine/guest/rv64/random.inc"
 };
 static const uint8_t rv64_disk[] = {
-#include "guest/rv64/disk.inc"
+#include "machine/guest/rv64/disk.inc"
 };
 static const uint8_t rv64_echo[] = {
-#include "guest/rv64/echo.inc"
+#include "machine/guest/rv64/echo.inc"
 };
 
 static const struct image rv64_images[] = {

@@ -24,8 +24,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "guest/abi.h"
-#include "postcopy.h"
+#include "machine/guest/abi.h"
+#include "postcopy/machine.h"
 
 _Static_assert(PC_KVM_MAX_VCPUS == PCG_VCPUS_MAX, "the guest's limit is the machine's");
 

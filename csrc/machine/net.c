@@ -26,7 +26,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "machine.h"
+#include "machine/machine.h"
 
 #define TICK_NS 100000000l /* as HLT's */
 

@@ -28,7 +28,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "machine.h"
+#include "machine/machine.h"
 
 
 #define MARK_EVENT_INTERVAL_NS 50000000ull

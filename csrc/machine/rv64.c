@@ -32,7 +32,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include "rv64.h"
+#include "machine/rv64.h"
 
 #include <errno.h>
 #include <sched.h>

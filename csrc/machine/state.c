@@ -22,8 +22,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "machine.h"
-#include "rv64.h"
+#include "machine/machine.h"
+#include "machine/rv64.h"
+#include "postcopy/core.h"
 
 #if defined(__x86_64__)
 #include <linux/kvm.h>

@@ -11,7 +11,8 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include "machine.h"
+#include "machine/machine.h"
+#include "postcopy/core.h"
 
 #include <errno.h>
 #include <stdio.h>

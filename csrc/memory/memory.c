@@ -29,10 +29,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "pagemap_abi.h"
-#include "postcopy.h"
-#include "states.h"
-#include "util.h"
+#include "core/util.h"
+#include "memory/states.h"
+#include "postcopy/core.h"
+#include "postcopy/memory.h"
+#include "uffd/pagemap_abi.h"
 
 /* Newer than the C library's headers in use. */
 #ifndef MFD_NOEXEC_SEAL

@@ -25,10 +25,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "postcopy.h"
-#include "runtime.h"
-#include "states.h"
-#include "util.h"
+#include "core/runtime.h"
+#include "core/util.h"
+#include "memory/states.h"
+#include "postcopy/core.h"
+#include "postcopy/memory.h"
 
 #define MAGIC UINT64_C(0x3173657461747370) /* "pstates1", little endian */
 #define HEADER_BYTES 4096

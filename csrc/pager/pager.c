@@ -80,14 +80,15 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "events.h"
-#include "metrics.h"
-#include "postcopy.h"
-#include "runtime.h"
-#include "states.h"
-#include "stream.h"
-#include "uffd_abi.h"
-#include "util.h"
+#include "core/events.h"
+#include "core/metrics.h"
+#include "core/runtime.h"
+#include "core/stream.h"
+#include "core/util.h"
+#include "memory/states.h"
+#include "postcopy/engine.h"
+#include "postcopy/uffd.h"
+#include "uffd/uffd_abi.h"
 
 #define EVENTS_PER_READ 64
 /* A thread with a signal pending does not wait in a fault that a system call raised, but raises it again and again. After so

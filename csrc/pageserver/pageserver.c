@@ -33,12 +33,12 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "events.h"
-#include "pageserver.h"
-#include "postcopy.h"
-#include "runtime.h"
-#include "stream.h"
-#include "util.h"
+#include "core/events.h"
+#include "core/runtime.h"
+#include "core/stream.h"
+#include "core/util.h"
+#include "pageserver/pageserver.h"
+#include "postcopy/engine.h"
 
 #define RUN_BYTES (256 * 1024)        /* what a bulk thread claims at a time, at least one page */
 #define REQUESTS_PER_TURN 64           /* answered with one write */

@@ -6,7 +6,7 @@
 
 #include <pthread.h>
 
-#include "postcopy.h"
+#include "postcopy/engine.h"
 
 /* What a bulk thread holds while it looks for pages to send. */
 pthread_mutex_t *pc_pageserver_push_lock(struct pc_pageserver *server);

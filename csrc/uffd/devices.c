@@ -14,7 +14,7 @@
 #include <stdatomic.h>
 #include <unistd.h>
 
-#include "postcopy.h"
+#include "postcopy/uffd.h"
 
 static const char *const paths[] = {
     [PC_DEVICE_USERFAULTFD] = "/dev/userfaultfd",

@@ -7,8 +7,8 @@
 #include <stddef.h>
 #include <sys/ioctl.h>
 
-#include "pagemap_abi.h"
-#include "postcopy.h"
+#include "postcopy/uffd.h"
+#include "uffd/pagemap_abi.h"
 
 /* The caller's array goes to the kernel as it is. */
 _Static_assert(sizeof(struct pc_pagemap_region) == sizeof(struct page_region), "pc_pagemap_region");

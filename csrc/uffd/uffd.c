@@ -13,9 +13,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "postcopy.h"
-#include "runtime.h"
-#include "uffd_abi.h"
+#include "core/runtime.h"
+#include "postcopy/uffd.h"
+#include "uffd/uffd_abi.h"
 
 _Static_assert((int)PC_UFFD_IOCTL_REGISTER == _UFFDIO_REGISTER && (int)PC_UFFD_IOCTL_UNREGISTER == _UFFDIO_UNREGISTER &&
                    (int)PC_UFFD_IOCTL_WAKE == _UFFDIO_WAKE && (int)PC_UFFD_IOCTL_COPY == _UFFDIO_COPY &&

@@ -3,7 +3,7 @@
 can be tried again once the kernel has let go.
 
 The rv64 machine stands for both: the Python side is the same. What hangs is a core of which one function is replaced;
-csrc/tests/test_state.c shows that the real one stays whole beneath it.
+csrc/tests/machine/test_state.c shows that the real one stays whole beneath it.
 """
 
 from __future__ import annotations

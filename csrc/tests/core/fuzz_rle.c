@@ -8,8 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../util.h"
-#include "postcopy.h"
+#include "core/util.h"
+#include "postcopy/core.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
 

@@ -3,10 +3,10 @@
  * The leaves that need nothing of the system: checksums, bitmaps, histograms, frames. Mostly properties over random input,
  * against a slow and obvious version of the same thing.
  */
-#include "../crc32c.h"
-#include "../util.h"
-#include "postcopy.h"
-#include "test.h"
+#include "core/crc32c.h"
+#include "core/util.h"
+#include "postcopy/core.h"
+#include "tests/support/test.h"
 
 /* ---- crc32c ---- */
 

@@ -10,9 +10,11 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 
-#include "huge_pool.h"
-#include "postcopy.h"
-#include "test.h"
+#include "postcopy/faultpaths.h"
+#include "postcopy/memory.h"
+#include "postcopy/uffd.h"
+#include "tests/support/huge_pool.h"
+#include "tests/support/test.h"
 
 static void need_userfaultfd(void)
 {

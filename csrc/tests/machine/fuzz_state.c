@@ -14,8 +14,10 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "../machine/machine.h"
-#include "../machine/rv64.h"
+#include "machine/machine.h"
+#include "machine/rv64.h"
+#include "postcopy/core.h"
+#include "postcopy/uffd.h"
 
 #define HANG_S       30
 #define CLOSE_MS     10000

@@ -10,7 +10,8 @@
 #include <errno.h>
 #include <stdio.h>
 
-#include "postcopy.h"
+#include "postcopy/core.h"
+#include "postcopy/machine.h"
 
 /* Elsewhere there is one thing to show: the refusal says why. */
 int main(void)
@@ -42,6 +43,9 @@ int main(void)
 #include <unistd.h>
 
 #include "machine/machine.h"
+#include "postcopy/core.h"
+#include "postcopy/engine.h"
+#include "postcopy/uffd.h"
 
 #define PAGE     4096ull
 #define MIB      (1ull << 20)

@@ -4,12 +4,14 @@
  * answers on after it has moved, that it is paused where it waits for a page, and that neither a guest nor a saved state can
  * ask for what is not theirs. A socket pair takes the place of the TAP: one datagram is one frame.
  */
-#include "test.h"
+#include "tests/support/test.h"
 
 #include <fcntl.h>
 #include <sys/socket.h>
 
 #include "machine/machine.h"
+#include "postcopy/core.h"
+#include "postcopy/uffd.h"
 
 #define MIB     (1ull << 20)
 #define RUN_MS  15000

@@ -3,7 +3,7 @@
  * The rv64 machine: what each instruction does, that a machine is the same to the bit whether or not it was moved on the
  * way, that it moves by postcopy without any right, and that it is stopped where it waits for a page.
  */
-#include "test.h"
+#include "tests/support/test.h"
 
 #include <sched.h>
 #include <sys/mman.h>
@@ -11,6 +11,9 @@
 
 #include "machine/machine.h"
 #include "machine/rv64.h"
+#include "postcopy/core.h"
+#include "postcopy/engine.h"
+#include "postcopy/uffd.h"
 
 #define MIB    (1ull << 20)
 #define RUN_MS 15000

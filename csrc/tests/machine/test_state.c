@@ -4,12 +4,14 @@
  * may make the guest fail; it must not make a host thread touch guest memory, which is missing while a state is loaded, and
  * for which nobody may ever answer.
  */
-#include "test.h"
+#include "tests/support/test.h"
 
 #include <pthread.h>
 
 #include "machine/machine.h"
 #include "machine/rv64.h"
+#include "postcopy/core.h"
+#include "postcopy/uffd.h"
 
 #if defined(__x86_64__)
 #include <linux/kvm.h>

@@ -8,10 +8,12 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 
-#include "../util.h"
-#include "postcopy.h"
-#include "huge_pool.h"
-#include "test.h"
+#include "core/util.h"
+#include "postcopy/core.h"
+#include "postcopy/memory.h"
+#include "postcopy/uffd.h"
+#include "tests/support/huge_pool.h"
+#include "tests/support/test.h"
 
 #define PAGES 256
 

@@ -9,10 +9,11 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
-#include "huge_pool.h"
-#include "postcopy.h"
-#include "tcp_pair.h"
-#include "test.h"
+#include "postcopy/engine.h"
+#include "postcopy/uffd.h"
+#include "tests/support/huge_pool.h"
+#include "tests/support/tcp_pair.h"
+#include "tests/support/test.h"
 
 #define PAGES 8000
 #define HUGE_PAGES 12

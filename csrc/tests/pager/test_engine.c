@@ -11,8 +11,8 @@
 #include <linux/futex.h>
 #include <setjmp.h>
 
-#include "huge_pool.h"
-#include "rig.h"
+#include "tests/support/huge_pool.h"
+#include "tests/support/rig.h"
 
 /* ---- demand alone ------------------------------------------------------------------------------------------------- */
 

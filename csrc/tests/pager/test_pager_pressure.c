@@ -5,7 +5,7 @@
  *
  * Linked with --wrap, as test_pager_removed.c is.
  */
-#include "rig.h"
+#include "tests/support/rig.h"
 
 int __real_pc_uffd_copy(int uffd, uint64_t address, const void *source, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);
 int __wrap_pc_uffd_copy(int uffd, uint64_t address, const void *source, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);

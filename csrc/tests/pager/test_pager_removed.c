@@ -6,8 +6,8 @@
  * Linked with --wrap: what the pager asks of the kernel goes through the functions below, by which a case holds a placement at the
  * instant in which it wants it, or answers in the kernel's place.
  */
-#include "huge_pool.h"
-#include "rig.h"
+#include "tests/support/huge_pool.h"
+#include "tests/support/rig.h"
 
 int __real_pc_uffd_copy(int uffd, uint64_t address, const void *source, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);
 int __wrap_pc_uffd_copy(int uffd, uint64_t address, const void *source, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);

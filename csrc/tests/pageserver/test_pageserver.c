@@ -3,7 +3,7 @@
  * The page server alone, against a destination that is played here: what a fault must not wait for, what a peer must not be
  * able to take, and what is left when something fails on the way. test_engine.c has it work with a pager.
  */
-#include "test.h"
+#include "tests/support/test.h"
 
 #include <fcntl.h>
 #include <pthread.h>
@@ -11,8 +11,8 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 
-#include "pageserver.h"
-#include "postcopy.h"
+#include "pageserver/pageserver.h"
+#include "postcopy/engine.h"
 
 #define PAGE    4096u
 #define PAGES   64u

@@ -13,8 +13,8 @@
 #include <sys/file.h>
 #include <unistd.h>
 
-#include "postcopy.h"
-#include "test.h"
+#include "postcopy/memory.h"
+#include "tests/support/test.h"
 
 static long borrowed_;
 

@@ -16,9 +16,10 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 
-#include "postcopy.h"
-#include "tcp_pair.h"
-#include "test.h"
+#include "postcopy/engine.h"
+#include "postcopy/uffd.h"
+#include "tests/support/tcp_pair.h"
+#include "tests/support/test.h"
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-function" /* no test needs all of it */

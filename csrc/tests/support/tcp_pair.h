@@ -11,7 +11,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "test.h"
+#include "tests/support/test.h"
 
 static void tcp_pair(int pair[2])
 {

@@ -14,10 +14,11 @@
 #include <stdatomic.h>
 #include <sys/mman.h>
 
-#include "../uffd_abi.h"
-#include "../util.h"
-#include "postcopy.h"
-#include "test.h"
+#include "core/util.h"
+#include "postcopy/memory.h"
+#include "postcopy/uffd.h"
+#include "tests/support/test.h"
+#include "uffd/uffd_abi.h"
 
 #define STILL_BLOCKED_MS 50 /* waited for what must not happen */
 #define MAYBE static __attribute__((unused))

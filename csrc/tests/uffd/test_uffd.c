@@ -9,10 +9,12 @@
 #include <sys/mman.h>
 #include <sys/syscall.h>
 
-#include "../uffd_abi.h"
-#include "../util.h"
-#include "postcopy.h"
-#include "test.h"
+#include "core/util.h"
+#include "postcopy/core.h"
+#include "postcopy/memory.h"
+#include "postcopy/uffd.h"
+#include "tests/support/test.h"
+#include "uffd/uffd_abi.h"
 
 #define PAGES 16
 #define STILL_BLOCKED_MS 50 /* waited for what must not happen */

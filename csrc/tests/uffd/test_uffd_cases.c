@@ -5,9 +5,9 @@
  * docs/kernel-cases.md. Filling, and what goes wrong with it, is here; write protection and events are in
  * test_uffd_cases_wp.c and test_uffd_cases_events.c, the ground rules in test_uffd.c.
  */
-#include "huge_pool.h"
-#include "uffd_kinds.h"
-#include "uffd_table.h"
+#include "tests/support/huge_pool.h"
+#include "tests/support/uffd_kinds.h"
+#include "tests/support/uffd_table.h"
 
 #define BIT(name) ((uint64_t)1 << PC_UFFD_IOCTL_##name)
 #define PAGES 6

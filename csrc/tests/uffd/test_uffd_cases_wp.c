@@ -5,9 +5,9 @@
 #include <sys/ioctl.h>
 #include <sys/wait.h>
 
-#include "huge_pool.h"
-#include "uffd_kinds.h"
-#include "uffd_table.h"
+#include "tests/support/huge_pool.h"
+#include "tests/support/uffd_kinds.h"
+#include "tests/support/uffd_table.h"
 
 #define PAGES 6
 

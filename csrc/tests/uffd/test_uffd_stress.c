@@ -13,8 +13,8 @@
  */
 #include <sys/eventfd.h>
 
-#include "huge_pool.h"
-#include "uffd_kinds.h"
+#include "tests/support/huge_pool.h"
+#include "tests/support/uffd_kinds.h"
 
 #define TOUCHERS 4
 #define HANDLERS 2
