@@ -21,26 +21,26 @@ extern "C" {
 #endif
 
 /* ==== begin cffi ==== */
-struct pc_kvm;
-#define PC_KVM_MAX_VCPUS 8
+struct pc_machine;
+#define PC_MACHINE_MAX_VCPUS 8
 enum pc_engine_kind { PC_ENGINE_KVM = 0, PC_ENGINE_RV64 = 1 };
 enum pc_workload { PC_WORKLOAD_IDLE = 0, PC_WORKLOAD_DIRTY = 1, PC_WORKLOAD_RANDOM = 2, PC_WORKLOAD_DISK = 3,
                    PC_WORKLOAD_ECHO = 4 };
-struct pc_kvm_config {
-    uint32_t vcpus;                              /* 1..PC_KVM_MAX_VCPUS */
-    uint32_t workload;                           /* enum pc_workload */
-    struct pc_memory shared;                     /* RAM block "shared", at guest-physical 0 */
-    struct pc_memory private_[PC_KVM_MAX_VCPUS]; /* RAM block "vcpuN": touched by that vCPU only; size_bytes may be 0 */
-    uint64_t working_set_bytes;                  /* over all blocks; 0 or too much: all memory outside of the boot area */
-    uint64_t seed;                               /* both ends must have the same */
-    int disk_fd;                                 /* from pc_disk_open, stays the caller's; -1 when there is none */
-    uint64_t disk_bytes;                         /* shared out evenly between the vCPUs */
-    uint32_t engine;                             /* enum pc_engine_kind: what executes the instructions */
-    uint32_t has_net;                            /* 0: no network device, and the next three are not looked at */
-    int net_fd;                                  /* stays the caller's: O_NONBLOCK; one read or write is one Ethernet frame (a TAP
-                                                  * with IFF_NO_PI, a SOCK_SEQPACKET socket) */
-    uint64_t net_mac;                            /* first octet in bits 40 to 47; both ends must have the same */
-    uint32_t net_address;                        /* IPv4, first octet in the highest bits; likewise */
+struct pc_machine_config {
+    uint32_t vcpus;                                  /* 1..PC_MACHINE_MAX_VCPUS */
+    uint32_t workload;                               /* enum pc_workload */
+    struct pc_memory shared;                         /* RAM block "shared", at guest-physical 0 */
+    struct pc_memory private_[PC_MACHINE_MAX_VCPUS]; /* RAM block "vcpuN": touched by that vCPU only; size_bytes may be 0 */
+    uint64_t working_set_bytes;                      /* over all blocks; 0 or too much: all memory outside of the boot area */
+    uint64_t seed;                                   /* both ends must have the same */
+    int disk_fd;                                     /* from pc_disk_open, stays the caller's; -1 when there is none */
+    uint64_t disk_bytes;                             /* shared out evenly between the vCPUs */
+    uint32_t engine;                                 /* enum pc_engine_kind: what executes the instructions */
+    uint32_t has_net;                                /* 0: no network device, and the next three are not looked at */
+    int net_fd;                                      /* stays the caller's: O_NONBLOCK; one read or write is one Ethernet frame (a
+                                                      * TAP with IFF_NO_PI, a SOCK_SEQPACKET socket) */
+    uint64_t net_mac;                                /* first octet in bits 40 to 47; both ends must have the same */
+    uint32_t net_address;                            /* IPv4, first octet in the highest bits; likewise */
 };
 enum pc_machine_state {
     PC_MACHINE_CREATED = 0, /* neither booted nor loaded */
@@ -49,7 +49,7 @@ enum pc_machine_state {
     PC_MACHINE_FAILED = 3   /* a vCPU stopped for good; failure_text says why */
 };
 enum pc_vcpu_activity {
-    PC_VCPU_PARKED = 0,  /* outside of the guest, waiting for pc_kvm_resume */
+    PC_VCPU_PARKED = 0,  /* outside of the guest, waiting for pc_machine_resume */
     PC_VCPU_GUEST = 1,   /* in the engine (KVM_RUN): computing, or blocked on a missing page */
     PC_VCPU_DEVICE = 2,  /* outside of it */
     PC_VCPU_HALTED = 3,  /* executed HLT or WFI, sleeps until the next tick; or stands where pc_rv64_run_until wants it */
@@ -58,7 +58,7 @@ enum pc_vcpu_activity {
     PC_VCPU_NET = 6      /* in the network device; waiting for a frame counts as HALTED */
 };
 struct pc_vcpu_stats {
-    int32_t tid;         /* kernel thread, for blocktime accounting; known as soon as pc_kvm_open returns */
+    int32_t tid;         /* kernel thread, for blocktime accounting; known as soon as pc_machine_open returns */
     int32_t activity;    /* enum pc_vcpu_activity */
     uint64_t exits;      /* from KVM_RUN, or rv64: device accesses; on this host */
     uint64_t marks;      /* the counters from here on move with the machine */
@@ -88,7 +88,7 @@ struct pc_machine_stats {
     uint64_t failure_expected;
     uint64_t failure_found;
     char failure_text[192];
-    struct pc_vcpu_stats vcpu[PC_KVM_MAX_VCPUS];
+    struct pc_vcpu_stats vcpu[PC_MACHINE_MAX_VCPUS];
 };
 struct pc_machine_check {
     uint32_t ok;                /* 1: every invariant holds; else `text` says the first that does not */
@@ -102,44 +102,44 @@ struct pc_machine_check {
 };
 /* Backing file for `disk`: created or extended to `bytes` (never shrunk), opened O_DIRECT. The fd or -errno. Blocks on I/O. */
 int pc_disk_open(const char *path, uint64_t bytes, char *error, size_t error_bytes);
-/* A split of a machine's memory that pc_kvm_open accepts: about half is shared. page_bytes: the memory kind's. */
-int pc_kvm_split_memory(uint64_t total_bytes, uint32_t vcpus, uint64_t page_bytes, uint64_t *shared_bytes,
-                        uint64_t *private_bytes, char *error, size_t error_bytes);
+/* A split of a machine's memory that pc_machine_open accepts: about half is shared. page_bytes: the memory kind's. */
+int pc_machine_split_memory(uint64_t total_bytes, uint32_t vcpus, uint64_t page_bytes, uint64_t *shared_bytes,
+                            uint64_t *private_bytes, char *error, size_t error_bytes);
 /* Makes the machine with its vCPU threads, parked. -ENOENT/-EACCES/-EPERM: no /dev/kvm or no right to it, -ENOTSUP: a
  * feature is missing or the architecture is another, -EINVAL: a bad configuration. Does not touch guest memory. */
-int pc_kvm_open(const struct pc_kvm_config *config, struct pc_kvm **machine, char *error, size_t error_bytes);
+int pc_machine_open(const struct pc_machine_config *config, struct pc_machine **machine, char *error, size_t error_bytes);
 /* Source only, once: writes boot area and start state. -EBUSY unless PC_MACHINE_CREATED. */
-int pc_kvm_boot(struct pc_kvm *machine);
+int pc_machine_boot(struct pc_machine *machine);
 /* Lets the vCPUs run. -EINVAL when neither booted nor loaded, -EIO when failed; 0 when running already. */
-int pc_kvm_resume(struct pc_kvm *machine);
+int pc_machine_resume(struct pc_machine *machine);
 /* Returns when every vCPU is outside of the guest and of device emulation. Blocks up to timeout_ms. -ETIMEDOUT: `error`
  * names the vCPU that is stuck and where, and the machine runs on. 0 when paused already; -EIO when failed. */
-int pc_kvm_pause(struct pc_kvm *machine, uint32_t timeout_ms, char *error, size_t error_bytes);
+int pc_machine_pause(struct pc_machine *machine, uint32_t timeout_ms, char *error, size_t error_bytes);
 /* State of a paused machine, without guest memory. The bytes needed (call with cap 0 to measure), or -errno; nothing is
  * written unless cap suffices. */
-int64_t pc_kvm_save_state(struct pc_kvm *machine, void *buf, size_t cap, char *error, size_t error_bytes);
-/* Into a machine fresh from pc_kvm_open with the same configuration. -EBADMSG: damaged, -EPROTO: another version or an
+int64_t pc_machine_save_state(struct pc_machine *machine, void *buf, size_t cap, char *error, size_t error_bytes);
+/* Into a machine fresh from pc_machine_open with the same configuration. -EBADMSG: damaged, -EPROTO: another version or an
  * unknown section, -EINVAL: another configuration, -ENOTSUP: this host's CPU or KVM lacks something. Validated in full before
  * anything is set; after an error in setting, close the machine. Does not touch guest memory. */
-int pc_kvm_load_state(struct pc_kvm *machine, const void *buf, size_t bytes, char *error, size_t error_bytes);
+int pc_machine_load_state(struct pc_machine *machine, const void *buf, size_t bytes, char *error, size_t error_bytes);
 /* Takes no lock, never blocks. Each number is current, together they are not one instant unless paused. */
-int pc_kvm_stats(struct pc_kvm *machine, struct pc_machine_stats *stats);
+int pc_machine_stats(struct pc_machine *machine, struct pc_machine_stats *stats);
 /* Checks all guest memory (and the disk) of a paused machine from outside. All memory must be resident: this thread would
  * block on a missing page. 0 with the verdict in *check, or -errno when there is none. Blocks on I/O; takes seconds. */
-int pc_kvm_verify(struct pc_kvm *machine, struct pc_machine_check *check);
+int pc_machine_verify(struct pc_machine *machine, struct pc_machine_check *check);
 /* eventfd: readable after ready, mark (at most 20/s), guest failure and vCPU failure. Belongs to the machine. */
-int pc_kvm_event_fd(struct pc_kvm *machine);
+int pc_machine_event_fd(struct pc_machine *machine);
 /* Ends the vCPU threads, waits for calls under way in other threads (a verification is called off: -ECANCELED), and frees the
  * machine. -ETIMEDOUT after timeout_ms: a vCPU, or a load, is blocked where no signal reaches it, on a missing page. Nothing is
  * freed then and guest memory must stay mapped; call again once the page has come, or the userfaultfd is gone. */
-int pc_kvm_close(struct pc_kvm *machine, uint32_t timeout_ms);
+int pc_machine_close(struct pc_machine *machine, uint32_t timeout_ms);
 /* rv64 only (else -ENOTSUP): lets a paused machine run until each hart has executed `instructions` since its boot, in all, and
  * pauses it there exactly; a hart that has executed more already stands still. Blocks; -ETIMEDOUT after timeout_ms (paused,
  * wherever it was), -EIO when the machine failed (`error`). */
-int pc_rv64_run_until(struct pc_kvm *machine, uint64_t instructions, uint32_t timeout_ms, char *error,
+int pc_rv64_run_until(struct pc_machine *machine, uint64_t instructions, uint32_t timeout_ms, char *error,
                       size_t error_bytes);
 /* Instructions that a hart has executed since its boot: exact when paused; while it runs, as of its last exit. */
-int pc_rv64_instructions(struct pc_kvm *machine, uint32_t hart, uint64_t *instructions);
+int pc_rv64_instructions(struct pc_machine *machine, uint32_t hart, uint64_t *instructions);
 /* ==== end cffi ==== */
 
 #ifdef __cplusplus

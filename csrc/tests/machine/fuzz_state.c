@@ -32,9 +32,9 @@ int LLVMFuzzerInitialize(int *argc, char ***argv);
 
 struct subject {
     bool usable;
-    struct pc_kvm_config present; /* memory as the saved machine had it */
-    struct pc_kvm_config missing; /* the same for rv64, which a load could touch by its own code only */
-    struct pc_kvm *fresh;         /* over `missing`; a refused state sets nothing, so it serves again */
+    struct pc_machine_config present; /* memory as the saved machine had it */
+    struct pc_machine_config missing; /* the same for rv64, which a load could touch by its own code only */
+    struct pc_machine *fresh;         /* over `missing`; a refused state sets nothing, so it serves again */
     uint8_t state[STATE_MAX];
     size_t bytes;
 };
@@ -51,24 +51,24 @@ static void require_at(int line, bool condition, const char *what)
 }
 #define REQUIRE(condition) require_at(__LINE__, condition, #condition)
 
-static struct pc_kvm_config make_config(uint32_t engine)
+static struct pc_machine_config make_config(uint32_t engine)
 {
-    struct pc_kvm_config config = {.engine = engine, .vcpus = 2, .workload = PC_WORKLOAD_RANDOM, .seed = 11, .disk_fd = -1,
+    struct pc_machine_config config = {.engine = engine, .vcpus = 2, .workload = PC_WORKLOAD_RANDOM, .seed = 11, .disk_fd = -1,
                                    .working_set_bytes = 32 * 4096};
     uint64_t shared_bytes, private_bytes;
 
-    REQUIRE(pc_kvm_split_memory(16 << 20, 2, 4096, &shared_bytes, &private_bytes, error, sizeof error) == 0);
+    REQUIRE(pc_machine_split_memory(16 << 20, 2, 4096, &shared_bytes, &private_bytes, error, sizeof error) == 0);
     REQUIRE(pc_memory_create(PC_MEMORY_ANON, shared_bytes, &config.shared, error, sizeof error) == 0);
     for (uint32_t i = 0; i < 2; i++)
         REQUIRE(pc_memory_create(PC_MEMORY_ANON, private_bytes, &config.private_[i], error, sizeof error) == 0);
     return config;
 }
 
-static struct pc_kvm *open_machine(const struct pc_kvm_config *config)
+static struct pc_machine *open_machine(const struct pc_machine_config *config)
 {
-    struct pc_kvm *machine;
+    struct pc_machine *machine;
 
-    REQUIRE(pc_kvm_open(config, &machine, error, sizeof error) == 0);
+    REQUIRE(pc_machine_open(config, &machine, error, sizeof error) == 0);
     return machine;
 }
 
@@ -76,21 +76,21 @@ static struct pc_kvm *open_machine(const struct pc_kvm_config *config)
 static bool prepare(struct subject *subject, uint32_t engine)
 {
     struct timespec moment = {.tv_nsec = 50000000};
-    struct pc_kvm *machine;
+    struct pc_machine *machine;
     int64_t saved;
     int uffd;
 
     subject->present = make_config(engine);
-    if (pc_kvm_open(&subject->present, &machine, error, sizeof error))
+    if (pc_machine_open(&subject->present, &machine, error, sizeof error))
         return false;
-    REQUIRE(pc_kvm_boot(machine) == 0);
-    REQUIRE(pc_kvm_resume(machine) == 0);
+    REQUIRE(pc_machine_boot(machine) == 0);
+    REQUIRE(pc_machine_resume(machine) == 0);
     nanosleep(&moment, NULL);
-    REQUIRE(pc_kvm_pause(machine, CLOSE_MS, error, sizeof error) == 0);
-    saved = pc_kvm_save_state(machine, subject->state, sizeof subject->state, error, sizeof error);
+    REQUIRE(pc_machine_pause(machine, CLOSE_MS, error, sizeof error) == 0);
+    saved = pc_machine_save_state(machine, subject->state, sizeof subject->state, error, sizeof error);
     REQUIRE(saved > 0 && saved <= (int64_t)sizeof subject->state);
     subject->bytes = (size_t)saved;
-    REQUIRE(pc_kvm_close(machine, CLOSE_MS) == 0);
+    REQUIRE(pc_machine_close(machine, CLOSE_MS) == 0);
     subject->missing = make_config(engine);
     uffd = pc_uffd_open(PC_UFFD_ANY, 0, NULL); /* stays open, and nobody reads it */
     if (uffd >= 0) {
@@ -238,26 +238,26 @@ static void seal(uint8_t *state, size_t bytes)
 
 /* ---- what is accepted ---- */
 
-static void use(const struct pc_kvm_config *config, const uint8_t *state, size_t bytes)
+static void use(const struct pc_machine_config *config, const uint8_t *state, size_t bytes)
 {
     static uint8_t again[STATE_MAX];
     struct timespec moment = {.tv_nsec = 1000000};
-    struct pc_kvm *machine = open_machine(config);
+    struct pc_machine *machine = open_machine(config);
     struct pc_machine_stats stats;
-    int rc = pc_kvm_load_state(machine, state, bytes, error, sizeof error);
+    int rc = pc_machine_load_state(machine, state, bytes, error, sizeof error);
 
     REQUIRE(rc == 0 || error[0]); /* this time KVM may see it otherwise: the time stamp counter runs */
     if (!rc) {
-        REQUIRE(pc_kvm_save_state(machine, again, sizeof again, error, sizeof error) > 0);
-        REQUIRE(pc_kvm_resume(machine) == 0);
+        REQUIRE(pc_machine_save_state(machine, again, sizeof again, error, sizeof error) > 0);
+        REQUIRE(pc_machine_resume(machine) == 0);
         nanosleep(&moment, NULL);
-        rc = pc_kvm_pause(machine, CLOSE_MS, error, sizeof error);
+        rc = pc_machine_pause(machine, CLOSE_MS, error, sizeof error);
         REQUIRE(rc == 0 || (rc == -EIO && error[0]));
-        REQUIRE(pc_kvm_stats(machine, &stats) == 0);
+        REQUIRE(pc_machine_stats(machine, &stats) == 0);
         if (!rc)
-            REQUIRE(pc_kvm_save_state(machine, again, sizeof again, error, sizeof error) > 0);
+            REQUIRE(pc_machine_save_state(machine, again, sizeof again, error, sizeof error) > 0);
     }
-    REQUIRE(pc_kvm_close(machine, CLOSE_MS) == 0);
+    REQUIRE(pc_machine_close(machine, CLOSE_MS) == 0);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
@@ -280,11 +280,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     memcpy(copy, state, length);
     error[0] = '\0';
     alarm(HANG_S);
-    rc = pc_kvm_load_state(subject->fresh, copy, length, error, sizeof error);
+    rc = pc_machine_load_state(subject->fresh, copy, length, error, sizeof error);
     REQUIRE(rc == 0 || (rc < 0 && error[0] && memchr(error, '\0', sizeof error)));
     /* What KVM has refused half way may have been set in part, and such a machine can only be closed. */
     if (rc != -EBADMSG && rc != -EPROTO) {
-        REQUIRE(pc_kvm_close(subject->fresh, CLOSE_MS) == 0);
+        REQUIRE(pc_machine_close(subject->fresh, CLOSE_MS) == 0);
         if (!rc)
             use(&subject->present, copy, length);
         subject->fresh = open_machine(&subject->missing);

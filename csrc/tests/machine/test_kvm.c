@@ -17,10 +17,10 @@
 int main(void)
 {
     char error[PC_ERROR_BYTES] = "";
-    struct pc_kvm_config config = { .vcpus = 1, .disk_fd = -1 };
-    struct pc_kvm *machine;
+    struct pc_machine_config config = { .vcpus = 1, .disk_fd = -1 };
+    struct pc_machine *machine;
 
-    if (pc_kvm_open(&config, &machine, error, sizeof error) != -ENOTSUP || !error[0] || machine)
+    if (pc_machine_open(&config, &machine, error, sizeof error) != -ENOTSUP || !error[0] || machine)
         return 1;
     printf("skipped: %s\n", error);
     return 77;
@@ -89,12 +89,12 @@ static int open_disk(uint64_t bytes)
     return fd;
 }
 
-static struct pc_kvm_config make_config(uint32_t workload, uint32_t vcpus, uint64_t bytes, int kind)
+static struct pc_machine_config make_config(uint32_t workload, uint32_t vcpus, uint64_t bytes, int kind)
 {
-    struct pc_kvm_config config = { .vcpus = vcpus, .workload = workload, .seed = 0x5eed + vcpus, .disk_fd = -1 };
+    struct pc_machine_config config = { .vcpus = vcpus, .workload = workload, .seed = 0x5eed + vcpus, .disk_fd = -1 };
     uint64_t shared_bytes, private_bytes;
 
-    CHECK(pc_kvm_split_memory(bytes, vcpus, PAGE, &shared_bytes, &private_bytes, error, sizeof error) == 0, "%s", error);
+    CHECK(pc_machine_split_memory(bytes, vcpus, PAGE, &shared_bytes, &private_bytes, error, sizeof error) == 0, "%s", error);
     CHECK(shared_bytes + vcpus * private_bytes == bytes);
     CHECK(pc_memory_create(kind, shared_bytes, &config.shared, error, sizeof error) == 0, "%s", error);
     for (uint32_t i = 0; i < vcpus; i++)
@@ -107,9 +107,9 @@ static struct pc_kvm_config make_config(uint32_t workload, uint32_t vcpus, uint6
 }
 
 /* The same machine over memory of its own. */
-static struct pc_kvm_config make_twin(const struct pc_kvm_config *of, int kind)
+static struct pc_machine_config make_twin(const struct pc_machine_config *of, int kind)
 {
-    struct pc_kvm_config config = *of;
+    struct pc_machine_config config = *of;
 
     CHECK(pc_memory_create(kind, of->shared.size_bytes, &config.shared, error, sizeof error) == 0, "%s", error);
     for (uint32_t i = 0; i < of->vcpus; i++)
@@ -117,21 +117,21 @@ static struct pc_kvm_config make_twin(const struct pc_kvm_config *of, int kind)
     return config;
 }
 
-static struct pc_memory *block(struct pc_kvm_config *config, uint32_t index)
+static struct pc_memory *block(struct pc_machine_config *config, uint32_t index)
 {
     return index ? &config->private_[index - 1] : &config->shared;
 }
 
-static void copy_memory(struct pc_kvm_config *to, struct pc_kvm_config *from)
+static void copy_memory(struct pc_machine_config *to, struct pc_machine_config *from)
 {
     for (uint32_t i = 0; i <= from->vcpus; i++)
         memcpy(block(to, i)->base, block(from, i)->base, block(from, i)->size_bytes);
 }
 
-static struct pc_kvm *open_machine(const struct pc_kvm_config *config)
+static struct pc_machine *open_machine(const struct pc_machine_config *config)
 {
-    struct pc_kvm *machine;
-    int rc = pc_kvm_open(config, &machine, error, sizeof error);
+    struct pc_machine *machine;
+    int rc = pc_machine_open(config, &machine, error, sizeof error);
 
     if (rc == -ENOENT || rc == -EACCES || rc == -EPERM || rc == -ENOTSUP)
         skip(error);
@@ -139,19 +139,19 @@ static struct pc_kvm *open_machine(const struct pc_kvm_config *config)
     return machine;
 }
 
-static struct pc_machine_stats stats_of(struct pc_kvm *machine)
+static struct pc_machine_stats stats_of(struct pc_machine *machine)
 {
     struct pc_machine_stats stats;
 
-    CHECK(pc_kvm_stats(machine, &stats) == 0);
+    CHECK(pc_machine_stats(machine, &stats) == 0);
     return stats;
 }
 
 /* Until every vCPU is ready and has announced `more` operations beyond what `since` knows (NULL: beyond none). */
-static struct pc_machine_stats run_until(struct pc_kvm *machine, const struct pc_machine_stats *since, uint64_t more)
+static struct pc_machine_stats run_until(struct pc_machine *machine, const struct pc_machine_stats *since, uint64_t more)
 {
     uint64_t until_ns = pc_machine_now_ns() + RUN_MS * 1000000ull;
-    struct pollfd pfd = { .fd = pc_kvm_event_fd(machine), .events = POLLIN };
+    struct pollfd pfd = { .fd = pc_machine_event_fd(machine), .events = POLLIN };
 
     for (;;) {
         struct pc_machine_stats stats = stats_of(machine);
@@ -170,17 +170,17 @@ static struct pc_machine_stats run_until(struct pc_kvm *machine, const struct pc
     }
 }
 
-static void pause_machine(struct pc_kvm *machine)
+static void pause_machine(struct pc_machine *machine)
 {
-    int rc = pc_kvm_pause(machine, PAUSE_MS, error, sizeof error);
+    int rc = pc_machine_pause(machine, PAUSE_MS, error, sizeof error);
 
     CHECK(rc == 0, "%d %s", rc, error);
 }
 
-static struct pc_machine_check verify_ok(struct pc_kvm *machine)
+static struct pc_machine_check verify_ok(struct pc_machine *machine)
 {
     struct pc_machine_check check;
-    int rc = pc_kvm_verify(machine, &check);
+    int rc = pc_machine_verify(machine, &check);
 
     CHECK(rc == 0, "%d", rc);
     CHECK(check.ok, "%s (%u bad)", check.text, check.bad_pages);
@@ -192,33 +192,33 @@ struct blob {
     size_t bytes;
 };
 
-static struct blob save(struct pc_kvm *machine)
+static struct blob save(struct pc_machine *machine)
 {
-    int64_t need = pc_kvm_save_state(machine, NULL, 0, error, sizeof error), n;
+    int64_t need = pc_machine_save_state(machine, NULL, 0, error, sizeof error), n;
     struct blob blob;
 
     CHECK(need > 0, "%lld %s", (long long)need, error);
     blob.bytes = (size_t)need;
     blob.data = malloc(blob.bytes);
     CHECK(blob.data);
-    n = pc_kvm_save_state(machine, blob.data, blob.bytes, error, sizeof error);
+    n = pc_machine_save_state(machine, blob.data, blob.bytes, error, sizeof error);
     CHECK(n == need, "%lld, then %lld: %s", (long long)need, (long long)n, error);
     return blob;
 }
 
-static void load(struct pc_kvm *machine, struct blob blob)
+static void load(struct pc_machine *machine, struct blob blob)
 {
-    int rc = pc_kvm_load_state(machine, blob.data, blob.bytes, error, sizeof error);
+    int rc = pc_machine_load_state(machine, blob.data, blob.bytes, error, sizeof error);
 
     CHECK(rc == 0, "%d %s", rc, error);
 }
 
-static struct pc_kvm *boot_and_run(const struct pc_kvm_config *config, uint64_t operations)
+static struct pc_machine *boot_and_run(const struct pc_machine_config *config, uint64_t operations)
 {
-    struct pc_kvm *machine = open_machine(config);
+    struct pc_machine *machine = open_machine(config);
 
-    CHECK(pc_kvm_boot(machine) == 0);
-    CHECK(pc_kvm_resume(machine) == 0);
+    CHECK(pc_machine_boot(machine) == 0);
+    CHECK(pc_machine_resume(machine) == 0);
     run_until(machine, NULL, operations);
     return machine;
 }
@@ -242,8 +242,8 @@ static const uint64_t some_operations[] = {
 /* Boot, pause and resume many times, move to a second machine by copying, run on there, move back. */
 static void run_and_move(uint32_t workload, uint32_t vcpus)
 {
-    struct pc_kvm_config here = make_config(workload, vcpus, 16 * MIB, PC_MEMORY_MEMFD), there;
-    struct pc_kvm *a, *b;
+    struct pc_machine_config here = make_config(workload, vcpus, 16 * MIB, PC_MEMORY_MEMFD), there;
+    struct pc_machine *a, *b;
     struct pc_machine_stats before, after;
     struct blob blob;
     uint64_t nonce;
@@ -251,14 +251,14 @@ static void run_and_move(uint32_t workload, uint32_t vcpus)
     here.working_set_bytes = 3 * MIB;
     there = make_twin(&here, PC_MEMORY_ANON);
     a = open_machine(&here);
-    CHECK(pc_kvm_boot(a) == 0);
-    CHECK(pc_kvm_resume(a) == 0);
+    CHECK(pc_machine_boot(a) == 0);
+    CHECK(pc_machine_resume(a) == 0);
     /* The start too is a state to stop in: page by page, in the initial pass, at the barrier. */
     for (int i = 0; i < 20; i++) {
         usleep((useconds_t)(500 * i));
         pause_machine(a);
         verify_ok(a);
-        CHECK(pc_kvm_resume(a) == 0);
+        CHECK(pc_machine_resume(a) == 0);
     }
     run_until(a, NULL, some_operations[workload]);
     pause_machine(a);
@@ -268,9 +268,9 @@ static void run_and_move(uint32_t workload, uint32_t vcpus)
     CHECK(nonce && nonce == before.nonce);
 
     for (int hop = 0; hop < 2; hop++) {
-        struct pc_kvm_config *from = hop ? &there : &here, *to = hop ? &here : &there;
+        struct pc_machine_config *from = hop ? &there : &here, *to = hop ? &here : &there;
         blob = save(a);
-        CHECK(pc_kvm_close(a, PAUSE_MS) == 0);
+        CHECK(pc_machine_close(a, PAUSE_MS) == 0);
         copy_memory(to, from);
         b = open_machine(to);
         load(b, blob);
@@ -278,7 +278,7 @@ static void run_and_move(uint32_t workload, uint32_t vcpus)
         CHECK(stats_of(b).nonce == 0, "the nonce must not be device state");
         CHECK(stats_of(b).ready);
         verify_ok(b);
-        CHECK(pc_kvm_resume(b) == 0);
+        CHECK(pc_machine_resume(b) == 0);
         after = run_until(b, &before, some_operations[workload]);
         CHECK(after.nonce == nonce, "the machine has rebooted");
         CHECK(after.first_run_ns);
@@ -290,19 +290,19 @@ static void run_and_move(uint32_t workload, uint32_t vcpus)
     }
     CHECK(workload != PC_WORKLOAD_DIRTY || before.serial_bytes);
     CHECK(workload != PC_WORKLOAD_DISK || (before.disk_reads && before.disk_writes && !before.disk_errors));
-    CHECK(pc_kvm_close(a, PAUSE_MS) == 0);
+    CHECK(pc_machine_close(a, PAUSE_MS) == 0);
 }
 
 /* A page server and pager in one: copies a page of `from` to where a fault on `to` asks for it. */
 struct server {
     int uffd;
-    struct pc_kvm_config *from, *to;
+    struct pc_machine_config *from, *to;
     pthread_t thread;
     _Atomic bool stop, hold;
     _Atomic uint64_t served;
     _Atomic uint64_t events;
-    _Atomic(struct pc_kvm *) machine; /* whose vCPUs to look at when a fault comes */
-    _Atomic uint64_t in_disk;         /* faults that came while a vCPU was in a disk transfer */
+    _Atomic(struct pc_machine *) machine; /* whose vCPUs to look at when a fault comes */
+    _Atomic uint64_t in_disk;             /* faults that came while a vCPU was in a disk transfer */
 };
 
 static void serve_page(struct server *server, uint64_t address)
@@ -344,7 +344,7 @@ static void *serve(void *argument)
             continue;
         n = read(server->uffd, messages, sizeof messages);
         for (ssize_t i = 0; i < n / (ssize_t)sizeof *messages; i++) {
-            struct pc_kvm *machine = atomic_load(&server->machine);
+            struct pc_machine *machine = atomic_load(&server->machine);
             atomic_fetch_add(&server->events, 1);
             if (machine) {
                 struct pc_machine_stats stats = stats_of(machine);
@@ -357,7 +357,7 @@ static void *serve(void *argument)
     return NULL;
 }
 
-static void arm(struct server *server, struct pc_kvm_config *from, struct pc_kvm_config *to)
+static void arm(struct server *server, struct pc_machine_config *from, struct pc_machine_config *to)
 {
     *server = (struct server){ .from = from, .to = to };
     server->uffd = pc_uffd_open(PC_UFFD_ANY, 0, NULL);
@@ -397,10 +397,10 @@ static bool has_event(int fd)
 
 static void postcopy(uint32_t workload, uint32_t vcpus, int kind)
 {
-    struct pc_kvm_config here = make_config(workload, vcpus, 16 * MIB, PC_MEMORY_MEMFD), there = make_twin(&here, kind);
+    struct pc_machine_config here = make_config(workload, vcpus, 16 * MIB, PC_MEMORY_MEMFD), there = make_twin(&here, kind);
     struct pc_machine_stats before, after;
     struct server server;
-    struct pc_kvm *a, *b;
+    struct pc_machine *a, *b;
 
     here.working_set_bytes = there.working_set_bytes = 8 * MIB;
     a = boot_and_run(&here, some_operations[workload]);
@@ -415,7 +415,7 @@ static void postcopy(uint32_t workload, uint32_t vcpus, int kind)
     CHECK(!has_event(server.uffd), "opening or loading touched guest memory");
     atomic_store(&server.machine, b);
     start_serving(&server);
-    CHECK(pc_kvm_resume(b) == 0);
+    CHECK(pc_machine_resume(b) == 0);
     after = run_until(b, &before, some_operations[workload]);
     CHECK(after.nonce == before.nonce);
     not_backwards(&before, &after);
@@ -424,7 +424,7 @@ static void postcopy(uint32_t workload, uint32_t vcpus, int kind)
     for (int i = 0; i < 5; i++) {
         pause_machine(b);
         free(save(b).data);
-        CHECK(pc_kvm_resume(b) == 0);
+        CHECK(pc_machine_resume(b) == 0);
         usleep(20000);
     }
     printf("  %llu pages on demand, %llu fault events, %llu during disk transfers\n",
@@ -437,8 +437,8 @@ static void postcopy(uint32_t workload, uint32_t vcpus, int kind)
     CHECK(verify_ok(b).nonce == before.nonce);
     atomic_store(&server.stop, true); /* first of all, as it looks at the machine */
     pthread_join(server.thread, NULL);
-    CHECK(pc_kvm_close(b, PAUSE_MS) == 0);
-    CHECK(pc_kvm_close(a, PAUSE_MS) == 0);
+    CHECK(pc_machine_close(b, PAUSE_MS) == 0);
+    CHECK(pc_machine_close(a, PAUSE_MS) == 0);
     close(server.uffd);
 }
 
@@ -448,9 +448,9 @@ static void postcopy(uint32_t workload, uint32_t vcpus, int kind)
  * hardware the pause succeeds; a KVM that emulates the guest cannot be interrupted there and the pause says so. */
 static void pause_blocked(uint32_t workload)
 {
-    struct pc_kvm_config here = make_config(workload, 1, 16 * MIB, PC_MEMORY_MEMFD), there;
+    struct pc_machine_config here = make_config(workload, 1, 16 * MIB, PC_MEMORY_MEMFD), there;
     struct server server;
-    struct pc_kvm *a, *b;
+    struct pc_machine *a, *b;
     struct pc_machine_stats before;
     uint64_t begin_ns, took_ns;
     int rc;
@@ -465,19 +465,19 @@ static void pause_blocked(uint32_t workload)
     load(b, save(a));
     atomic_store(&server.hold, true);
     start_serving(&server);
-    CHECK(pc_kvm_resume(b) == 0);
+    CHECK(pc_machine_resume(b) == 0);
     while (!has_event(server.uffd))
         usleep(1000);
     for (int i = 0; i < 3; i++) {
         begin_ns = pc_machine_now_ns();
         error[0] = 0;
-        rc = pc_kvm_pause(b, 300, error, sizeof error);
+        rc = pc_machine_pause(b, 300, error, sizeof error);
         took_ns = pc_machine_now_ns() - begin_ns;
         CHECK(rc == 0 || rc == -ETIMEDOUT, "%d %s", rc, error);
         CHECK(rc == 0 || strstr(error, "vCPU 0"), "%s", error);
         CHECK(took_ns < 2000000000ull, "%llu ns", (unsigned long long)took_ns);
         CHECK(stats_of(b).state == (rc ? PC_MACHINE_RUNNING : PC_MACHINE_PAUSED));
-        CHECK(pc_kvm_resume(b) == 0);
+        CHECK(pc_machine_resume(b) == 0);
     }
     printf("  pause while blocked: %s\n", rc ? error : "done");
     atomic_store(&server.hold, false);
@@ -485,17 +485,17 @@ static void pause_blocked(uint32_t workload)
     pause_machine(b);
     serve_the_rest(&server);
     verify_ok(b);
-    CHECK(pc_kvm_close(b, PAUSE_MS) == 0);
-    CHECK(pc_kvm_close(a, PAUSE_MS) == 0);
+    CHECK(pc_machine_close(b, PAUSE_MS) == 0);
+    CHECK(pc_machine_close(a, PAUSE_MS) == 0);
     stop_serving(&server);
 }
 
 /* Close returns even so; where it could not end a thread, it can once that thread's page has come. */
 static void close_blocked(void)
 {
-    struct pc_kvm_config here = make_config(PC_WORKLOAD_RANDOM, 2, 16 * MIB, PC_MEMORY_MEMFD), there;
+    struct pc_machine_config here = make_config(PC_WORKLOAD_RANDOM, 2, 16 * MIB, PC_MEMORY_MEMFD), there;
     struct server server;
-    struct pc_kvm *a, *b;
+    struct pc_machine *a, *b;
     struct pc_machine_stats stats;
     uint64_t begin_ns;
     int rc;
@@ -507,50 +507,50 @@ static void close_blocked(void)
     arm(&server, &here, &there);
     b = open_machine(&there);
     load(b, save(a));
-    CHECK(pc_kvm_resume(b) == 0);
+    CHECK(pc_machine_resume(b) == 0);
     while (!has_event(server.uffd))
         usleep(1000);
     stats = stats_of(b);
     begin_ns = pc_machine_now_ns();
-    rc = pc_kvm_close(b, 300);
+    rc = pc_machine_close(b, 300);
     CHECK(rc == 0 || rc == -ETIMEDOUT, "%d", rc);
     CHECK(pc_machine_now_ns() - begin_ns < 2000000000ull);
     printf("  close while blocked: %s\n", rc ? "a thread does not end" : "done");
     start_serving(&server);
-    CHECK(rc == 0 || pc_kvm_close(b, RUN_MS) == 0);
+    CHECK(rc == 0 || pc_machine_close(b, RUN_MS) == 0);
     for (uint32_t i = 0; i < stats.vcpus; i++) {
         char path[64];
         snprintf(path, sizeof path, "/proc/self/task/%d", stats.vcpu[i].tid);
         while (access(path, F_OK) == 0)
             usleep(1000);
     }
-    CHECK(pc_kvm_close(a, PAUSE_MS) == 0);
+    CHECK(pc_machine_close(a, PAUSE_MS) == 0);
     stop_serving(&server);
 }
 
 /* Pause and resume as fast as they go, against vCPUs that exit often: a lost kick would end in the deadline. */
 static void pause_storm(void)
 {
-    struct pc_kvm_config config = make_config(PC_WORKLOAD_DIRTY, 2, 16 * MIB, PC_MEMORY_ANON);
-    struct pc_kvm *machine;
+    struct pc_machine_config config = make_config(PC_WORKLOAD_DIRTY, 2, 16 * MIB, PC_MEMORY_ANON);
+    struct pc_machine *machine;
 
     config.working_set_bytes = 8 * PAGE; /* short passes: mostly exits */
     machine = boot_and_run(&config, 100);
     for (int i = 0; i < 2000; i++) {
         pause_machine(machine);
-        CHECK(pc_kvm_resume(machine) == 0);
+        CHECK(pc_machine_resume(machine) == 0);
     }
     pause_machine(machine);
     verify_ok(machine);
-    CHECK(pc_kvm_close(machine, PAUSE_MS) == 0);
+    CHECK(pc_machine_close(machine, PAUSE_MS) == 0);
 }
 
 static void *storm_thread(void *argument)
 {
-    struct pc_kvm *machine = argument;
+    struct pc_machine *machine = argument;
 
     for (int i = 0; i < 300; i++) {
-        int rc = i & 1 ? pc_kvm_pause(machine, PAUSE_MS, NULL, 0) : pc_kvm_resume(machine);
+        int rc = i & 1 ? pc_machine_pause(machine, PAUSE_MS, NULL, 0) : pc_machine_resume(machine);
         CHECK(rc == 0 || rc == -EBUSY, "%d", rc);
         stats_of(machine);
     }
@@ -560,8 +560,8 @@ static void *storm_thread(void *argument)
 /* Several machines at once, several callers on each. */
 static void side_by_side(void)
 {
-    struct pc_kvm_config configs[3];
-    struct pc_kvm *machines[3];
+    struct pc_machine_config configs[3];
+    struct pc_machine *machines[3];
     pthread_t threads[3][2];
 
     for (int i = 0; i < 3; i++) {
@@ -581,22 +581,22 @@ static void side_by_side(void)
     }
     CHECK(stats_of(machines[0]).nonce != stats_of(machines[1]).nonce);
     for (int i = 0; i < 3; i++) {
-        CHECK(pc_kvm_resume(machines[i]) == 0);
-        CHECK(pc_kvm_close(machines[i], PAUSE_MS) == 0, "running machines close too");
+        CHECK(pc_machine_resume(machines[i]) == 0);
+        CHECK(pc_machine_close(machines[i], PAUSE_MS) == 0, "running machines close too");
     }
 }
 
 /* ---- cases: state ---- */
 
-static int try_load(const struct pc_kvm_config *config, const uint8_t *data, size_t bytes)
+static int try_load(const struct pc_machine_config *config, const uint8_t *data, size_t bytes)
 {
-    struct pc_kvm *machine = open_machine(config);
+    struct pc_machine *machine = open_machine(config);
     int rc;
 
     error[0] = 0;
-    rc = pc_kvm_load_state(machine, data, bytes, error, sizeof error);
+    rc = pc_machine_load_state(machine, data, bytes, error, sizeof error);
     CHECK(rc == 0 || error[0], "a refusal without a reason");
-    CHECK(pc_kvm_close(machine, PAUSE_MS) == 0);
+    CHECK(pc_machine_close(machine, PAUSE_MS) == 0);
     return rc;
 }
 
@@ -609,8 +609,8 @@ static void refresh_crc(uint8_t *data, size_t bytes)
 
 static void damaged_state(void)
 {
-    struct pc_kvm_config config = make_config(PC_WORKLOAD_RANDOM, 2, 16 * MIB, PC_MEMORY_ANON), other;
-    struct pc_kvm *machine, *fresh;
+    struct pc_machine_config config = make_config(PC_WORKLOAD_RANDOM, 2, 16 * MIB, PC_MEMORY_ANON), other;
+    struct pc_machine *machine, *fresh;
     struct blob blob;
     uint8_t *copy;
     uint64_t x = 1;
@@ -618,7 +618,7 @@ static void damaged_state(void)
 
     config.working_set_bytes = 64 * PAGE;
     machine = boot_and_run(&config, 256);
-    CHECK(pc_kvm_save_state(machine, NULL, 0, error, sizeof error) == -EBUSY, "saving a running machine");
+    CHECK(pc_machine_save_state(machine, NULL, 0, error, sizeof error) == -EBUSY, "saving a running machine");
     pause_machine(machine);
     blob = save(machine);
     copy = malloc(blob.bytes);
@@ -629,13 +629,13 @@ static void damaged_state(void)
     for (size_t bytes = 0; bytes < blob.bytes; bytes++) {
         memcpy(copy, blob.data, blob.bytes);
         error[0] = 0;
-        int rc = pc_kvm_load_state(fresh, copy, bytes, error, sizeof error);
+        int rc = pc_machine_load_state(fresh, copy, bytes, error, sizeof error);
         CHECK(rc == -EBADMSG && error[0], "cut to %zu bytes: %d", bytes, rc);
     }
     for (size_t at = 0; at < blob.bytes; at++) {
         memcpy(copy, blob.data, blob.bytes);
         copy[at] ^= (uint8_t)(1u << at % 8);
-        int rc = pc_kvm_load_state(fresh, copy, blob.bytes, error, sizeof error);
+        int rc = pc_machine_load_state(fresh, copy, blob.bytes, error, sizeof error);
         CHECK(rc == -EBADMSG || (rc == -EPROTO && at >= 8 && at < 12), "byte %zu: %d", at, rc);
     }
     /* With a checksum that fits, the parser stands alone. Truncated at every byte, and every section header damaged. */
@@ -644,7 +644,7 @@ static void damaged_state(void)
         memcpy(copy, blob.data, blob.bytes);
         memcpy(copy + 16, &length, sizeof length);
         refresh_crc(copy, bytes);
-        int rc = pc_kvm_load_state(fresh, copy, bytes, error, sizeof error);
+        int rc = pc_machine_load_state(fresh, copy, bytes, error, sizeof error);
         CHECK(rc == -EBADMSG, "cut to %zu bytes: %d", bytes, rc);
     }
     for (size_t at = 32; at < blob.bytes;) {
@@ -654,12 +654,12 @@ static void damaged_state(void)
             memcpy(copy, blob.data, blob.bytes);
             copy[at + i] ^= 0xff;
             refresh_crc(copy, blob.bytes);
-            int rc = pc_kvm_load_state(fresh, copy, blob.bytes, error, sizeof error);
+            int rc = pc_machine_load_state(fresh, copy, blob.bytes, error, sizeof error);
             CHECK(rc == -EBADMSG || (i < 4 && rc == -EPROTO && strstr(error, "section")), "header at %zu: %d %s", at, rc, error);
         }
         at += 16 + ((length + 7) & ~7ull);
     }
-    CHECK(pc_kvm_close(fresh, PAUSE_MS) == 0);
+    CHECK(pc_machine_close(fresh, PAUSE_MS) == 0);
     /* Anything at all inside of the sections: KVM and we may take or refuse it, nothing else. */
     for (int i = 0; i < 150; i++) {
         memcpy(copy, blob.data, blob.bytes);
@@ -681,10 +681,10 @@ static void damaged_state(void)
     other = config;
     other.vcpus = 1;
     CHECK(try_load(&other, blob.data, blob.bytes) == -EINVAL && strstr(error, "vCPUs"), "%s", error);
-    CHECK(pc_kvm_load_state(machine, blob.data, blob.bytes, error, sizeof error) == -EBUSY, "loading over a live machine");
-    CHECK(pc_kvm_resume(machine) == 0);
+    CHECK(pc_machine_load_state(machine, blob.data, blob.bytes, error, sizeof error) == -EBUSY, "loading over a live machine");
+    CHECK(pc_machine_resume(machine) == 0);
     run_until(machine, NULL, 512);
-    CHECK(pc_kvm_close(machine, PAUSE_MS) == 0);
+    CHECK(pc_machine_close(machine, PAUSE_MS) == 0);
     free(copy);
     free(blob.data);
 }
@@ -692,8 +692,8 @@ static void damaged_state(void)
 /* Saved, loaded, saved again: the same bytes, except for the time stamp counter, which runs. */
 static void state_round_trip(void)
 {
-    struct pc_kvm_config config = make_config(PC_WORKLOAD_RANDOM, 2, 16 * MIB, PC_MEMORY_ANON);
-    struct pc_kvm *a, *b;
+    struct pc_machine_config config = make_config(PC_WORKLOAD_RANDOM, 2, 16 * MIB, PC_MEMORY_ANON);
+    struct pc_machine *a, *b;
     struct blob one, two;
     unsigned different = 0;
 
@@ -701,7 +701,7 @@ static void state_round_trip(void)
     a = boot_and_run(&config, 256);
     pause_machine(a);
     one = save(a);
-    CHECK(pc_kvm_close(a, PAUSE_MS) == 0);
+    CHECK(pc_machine_close(a, PAUSE_MS) == 0);
     b = open_machine(&config);
     load(b, one);
     two = save(b);
@@ -734,7 +734,7 @@ static void state_round_trip(void)
         at += (length + 7) & ~7ull;
     }
     CHECK(different == 0, "%u words of state did not survive the move", different);
-    CHECK(pc_kvm_close(b, PAUSE_MS) == 0);
+    CHECK(pc_machine_close(b, PAUSE_MS) == 0);
     free(one.data);
     free(two.data);
 }
@@ -744,10 +744,10 @@ static void state_round_trip(void)
 /* Moves a machine with one page damaged; whether from outside (verify) and by the guest (code) it is seen. */
 static void find_damage(uint32_t workload, const char *how, uint32_t code)
 {
-    struct pc_kvm_config here = make_config(workload, 1, 16 * MIB, PC_MEMORY_ANON), old, there;
+    struct pc_machine_config here = make_config(workload, 1, 16 * MIB, PC_MEMORY_ANON), old, there;
     struct pc_machine_check check;
     struct pc_machine_stats before, after;
-    struct pc_kvm *a, *b;
+    struct pc_machine *a, *b;
     struct blob blob;
     uint8_t *page, *stale;
     uint64_t until_ns;
@@ -759,7 +759,7 @@ static void find_damage(uint32_t workload, const char *how, uint32_t code)
     pause_machine(a);
     before = stats_of(a);
     copy_memory(&old, &here);
-    CHECK(pc_kvm_resume(a) == 0);
+    CHECK(pc_machine_resume(a) == 0);
     run_until(a, &before, 4 * some_operations[workload]);
     pause_machine(a);
     before = stats_of(a);
@@ -784,11 +784,11 @@ static void find_damage(uint32_t workload, const char *how, uint32_t code)
         ((uint8_t *)there.shared.base)[there.shared.size_bytes - 1] = 1; /* where nobody writes */
     b = open_machine(&there);
     load(b, blob);
-    CHECK(pc_kvm_verify(b, &check) == 0);
+    CHECK(pc_machine_verify(b, &check) == 0);
     CHECK(!check.ok && check.bad_pages >= 1 && check.text[0]);
     printf("  verify: %s\n", check.text);
     if (code) {
-        CHECK(pc_kvm_resume(b) == 0);
+        CHECK(pc_machine_resume(b) == 0);
         until_ns = pc_machine_now_ns() + RUN_MS * 1000000ull;
         do {
             usleep(1000);
@@ -799,10 +799,10 @@ static void find_damage(uint32_t workload, const char *how, uint32_t code)
         CHECK(after.failure_code == code, "%s", after.failure_text);
         printf("  guest:  %s\n", after.failure_text);
         pause_machine(b);
-        CHECK(pc_kvm_verify(b, &check) == 0 && !check.ok && strstr(check.text, "reported"), "%s", check.text);
+        CHECK(pc_machine_verify(b, &check) == 0 && !check.ok && strstr(check.text, "reported"), "%s", check.text);
     }
-    CHECK(pc_kvm_close(b, PAUSE_MS) == 0);
-    CHECK(pc_kvm_close(a, PAUSE_MS) == 0);
+    CHECK(pc_machine_close(b, PAUSE_MS) == 0);
+    CHECK(pc_machine_close(a, PAUSE_MS) == 0);
 }
 
 /* Sets 8 bytes in every section of that tag: at an offset, or the value of an MSR. Returns what was there last. */
@@ -861,9 +861,9 @@ static void find_lost_registers(void)
         { "MSRS", 0, 0xc0000101, PCG_FAIL_GS_BASE },
         { "MSRS", 0, 0xc0000102, PCG_FAIL_MSR },
     };
-    struct pc_kvm_config config = make_config(PC_WORKLOAD_RANDOM, 1, 16 * MIB, PC_MEMORY_ANON);
-    struct pc_kvm_config frozen = make_twin(&config, PC_MEMORY_ANON);
-    struct pc_kvm *machine;
+    struct pc_machine_config config = make_config(PC_WORKLOAD_RANDOM, 1, 16 * MIB, PC_MEMORY_ANON);
+    struct pc_machine_config frozen = make_twin(&config, PC_MEMORY_ANON);
+    struct pc_machine *machine;
 
     config.working_set_bytes = 64 * PAGE;
     machine = boot_and_run(&config, 256);
@@ -880,22 +880,22 @@ static void find_lost_registers(void)
             good = save(machine);
             bad = save(machine);
             copy_memory(&frozen, &config);
-            CHECK(pc_kvm_close(machine, PAUSE_MS) == 0);
+            CHECK(pc_machine_close(machine, PAUSE_MS) == 0);
             put_word(bad, losses[i].tag, losses[i].offset, losses[i].msr, 0);
             machine = open_machine(&config);
             load(machine, bad);
-            CHECK(pc_kvm_resume(machine) == 0);
+            CHECK(pc_machine_resume(machine) == 0);
             until_ns = pc_machine_now_ns() + 3000000000ull;
             do {
                 usleep(1000);
                 stats = stats_of(machine);
             } while (stats.state == PC_MACHINE_RUNNING && !stats.failure_text[0] && pc_machine_now_ns() < until_ns);
-            CHECK(pc_kvm_close(machine, PAUSE_MS) == 0);
+            CHECK(pc_machine_close(machine, PAUSE_MS) == 0);
             /* Back to the last good moment. */
             copy_memory(&config, &frozen);
             machine = open_machine(&config);
             load(machine, good);
-            CHECK(pc_kvm_resume(machine) == 0);
+            CHECK(pc_machine_resume(machine) == 0);
             free(good.data);
             free(bad.data);
             if (stats.failure_text[0])
@@ -907,22 +907,22 @@ static void find_lost_registers(void)
         printf("  %s\n", stats.failure_text);
     }
     run_until(machine, NULL, 0);
-    CHECK(pc_kvm_close(machine, PAUSE_MS) == 0);
+    CHECK(pc_machine_close(machine, PAUSE_MS) == 0);
 }
 
 /* The time stamp counter never goes back: a KVM that sets it is believed, one that cannot must be behind nothing. */
 static void time_stamp_counter(void)
 {
     static const uint64_t tscs[] = { 1ull << 20, 1ull << 60 };
-    struct pc_kvm_config config = make_config(PC_WORKLOAD_RANDOM, 1, 16 * MIB, PC_MEMORY_ANON);
-    struct pc_kvm *machine;
+    struct pc_machine_config config = make_config(PC_WORKLOAD_RANDOM, 1, 16 * MIB, PC_MEMORY_ANON);
+    struct pc_machine *machine;
     struct blob blob;
 
     config.working_set_bytes = 64 * PAGE;
     machine = boot_and_run(&config, 256);
     pause_machine(machine);
     blob = save(machine);
-    CHECK(pc_kvm_close(machine, PAUSE_MS) == 0);
+    CHECK(pc_machine_close(machine, PAUSE_MS) == 0);
     for (size_t i = 0; i < 2; i++) {
         const struct pcg_vcpu *guest = (struct pcg_vcpu *)((uint8_t *)config.shared.base + PCG_VCPU_PAGES);
         uint64_t now, saw = guest->last_tsc;
@@ -931,7 +931,7 @@ static void time_stamp_counter(void)
 
         machine = open_machine(&config);
         put_msr(blob, 0x10, tscs[i]);
-        rc = pc_kvm_load_state(machine, blob.data, blob.bytes, error, sizeof error);
+        rc = pc_machine_load_state(machine, blob.data, blob.bytes, error, sizeof error);
         CHECK(rc == 0 || (rc == -ENOTSUP && strstr(error, "time stamp")), "%d %s", rc, error);
         if (rc) {
             printf("  %s\n", error);
@@ -941,7 +941,7 @@ static void time_stamp_counter(void)
             now = put_msr(again, 0x10, 0);
             CHECK(now >= tscs[i]);
             if (now < saw) { /* it was set: back in time, so the guest must complain */
-                CHECK(pc_kvm_resume(machine) == 0);
+                CHECK(pc_machine_resume(machine) == 0);
                 do {
                     usleep(1000);
                     stats = stats_of(machine);
@@ -950,7 +950,7 @@ static void time_stamp_counter(void)
             }
             free(again.data);
         }
-        CHECK(pc_kvm_close(machine, PAUSE_MS) == 0);
+        CHECK(pc_machine_close(machine, PAUSE_MS) == 0);
     }
     free(blob.data);
 }
@@ -958,8 +958,8 @@ static void time_stamp_counter(void)
 /* The guest reads every word that comes from its disk. */
 static void find_bad_disk(void)
 {
-    struct pc_kvm_config config = make_config(PC_WORKLOAD_DISK, 1, 16 * MIB, PC_MEMORY_ANON);
-    struct pc_kvm *machine;
+    struct pc_machine_config config = make_config(PC_WORKLOAD_DISK, 1, 16 * MIB, PC_MEMORY_ANON);
+    struct pc_machine *machine;
     struct pc_machine_stats stats;
     struct pc_machine_check check;
     uint64_t until_ns;
@@ -972,8 +972,8 @@ static void find_bad_disk(void)
     memset(zeros, 0, MIB);
     CHECK(pwrite(config.disk_fd, zeros, MIB, MIB / 2) == (ssize_t)MIB);
     free(zeros);
-    CHECK(pc_kvm_verify(machine, &check) == 0 && !check.ok && strstr(check.text, "disk"), "%s", check.text);
-    CHECK(pc_kvm_resume(machine) == 0);
+    CHECK(pc_machine_verify(machine, &check) == 0 && !check.ok && strstr(check.text, "disk"), "%s", check.text);
+    CHECK(pc_machine_resume(machine) == 0);
     until_ns = pc_machine_now_ns() + RUN_MS * 1000000ull;
     do {
         usleep(1000);
@@ -982,7 +982,7 @@ static void find_bad_disk(void)
     } while (!stats.failure_text[0]);
     CHECK(stats.failure_code == PCG_FAIL_DISK_DATA, "%s", stats.failure_text);
     printf("  %s\n", stats.failure_text);
-    CHECK(pc_kvm_close(machine, PAUSE_MS) == 0);
+    CHECK(pc_machine_close(machine, PAUSE_MS) == 0);
 }
 
 /* An exception, an MMIO access: the machine fails with a sentence, and stays failed. */
@@ -998,17 +998,17 @@ static void guest_crash(void)
     };
 
     for (size_t i = 0; i < sizeof crashes / sizeof *crashes; i++) {
-        struct pc_kvm_config config = make_config(PC_WORKLOAD_IDLE, 2, 16 * MIB, PC_MEMORY_ANON);
-        struct pc_kvm *machine = open_machine(&config);
+        struct pc_machine_config config = make_config(PC_WORKLOAD_IDLE, 2, 16 * MIB, PC_MEMORY_ANON);
+        struct pc_machine *machine = open_machine(&config);
         struct pc_machine_stats stats;
         struct pc_machine_check check;
 
-        CHECK(pc_kvm_boot(machine) == 0);
+        CHECK(pc_machine_boot(machine) == 0);
         memcpy((uint8_t *)config.shared.base + PCG_IMAGE, crashes[i].code, sizeof crashes[i].code);
         /* The second access needs a page table entry that leads to the hole between the slots. */
         ((uint64_t *)((uint8_t *)config.shared.base + PCG_PAGE_TABLES))[512 + 3] = PCG_PAGE_TABLES + 2 * PAGE + 0x23;
         ((uint64_t *)((uint8_t *)config.shared.base + PCG_PAGE_TABLES))[1024 + (0xd0000000 >> 21) % 512] = 0xd00000e3;
-        CHECK(pc_kvm_resume(machine) == 0);
+        CHECK(pc_machine_resume(machine) == 0);
         do {
             usleep(1000);
             stats = stats_of(machine);
@@ -1016,12 +1016,12 @@ static void guest_crash(void)
         CHECK(stats.state == PC_MACHINE_FAILED);
         printf("  %s\n", stats.failure_text);
         CHECK(strstr(stats.failure_text, crashes[i].says), "%s", stats.failure_text);
-        CHECK(pc_kvm_resume(machine) == -EIO);
-        CHECK(pc_kvm_pause(machine, PAUSE_MS, error, sizeof error) == -EIO && error[0]);
-        CHECK(pc_kvm_save_state(machine, NULL, 0, error, sizeof error) == -EIO);
-        CHECK(pc_kvm_verify(machine, &check) == -EIO);
-        CHECK(has_event(pc_kvm_event_fd(machine)));
-        CHECK(pc_kvm_close(machine, PAUSE_MS) == 0);
+        CHECK(pc_machine_resume(machine) == -EIO);
+        CHECK(pc_machine_pause(machine, PAUSE_MS, error, sizeof error) == -EIO && error[0]);
+        CHECK(pc_machine_save_state(machine, NULL, 0, error, sizeof error) == -EIO);
+        CHECK(pc_machine_verify(machine, &check) == -EIO);
+        CHECK(has_event(pc_machine_event_fd(machine)));
+        CHECK(pc_machine_close(machine, PAUSE_MS) == 0);
     }
 }
 
@@ -1029,8 +1029,8 @@ static void guest_crash(void)
 
 static void hostile_disk(void)
 {
-    struct pc_kvm_config config = make_config(PC_WORKLOAD_DISK, 2, 16 * MIB, PC_MEMORY_ANON);
-    struct pc_kvm *machine = open_machine(&config);
+    struct pc_machine_config config = make_config(PC_WORKLOAD_DISK, 2, 16 * MIB, PC_MEMORY_ANON);
+    struct pc_machine *machine = open_machine(&config);
     uint64_t slice = config.disk_bytes / 2, ram = config.shared.size_bytes, private_gpa = machine->layout.private_gpa[1];
     const struct {
         uint32_t op;
@@ -1072,14 +1072,14 @@ static void hostile_disk(void)
     /* A file that was cut behind our back is an I/O error, not a hang. */
     CHECK(ftruncate(config.disk_fd, 4096) == 0);
     CHECK(pc_disk_request(vcpu, PCG_DISK_READ, slice - 4096, ram - 4096, 4096) == PCG_DISK_IO_ERROR);
-    CHECK(pc_kvm_close(machine, PAUSE_MS) == 0);
+    CHECK(pc_machine_close(machine, PAUSE_MS) == 0);
 }
 
 static void bad_configuration(void)
 {
-    struct pc_kvm_config good = make_config(PC_WORKLOAD_RANDOM, 2, 16 * MIB, PC_MEMORY_ANON), config;
+    struct pc_machine_config good = make_config(PC_WORKLOAD_RANDOM, 2, 16 * MIB, PC_MEMORY_ANON), config;
     struct pc_machine_check check;
-    struct pc_kvm *machine;
+    struct pc_machine *machine;
     uint64_t a, b;
 
 #define REFUSED(change) \
@@ -1087,8 +1087,8 @@ static void bad_configuration(void)
         config = good; \
         change; \
         error[0] = 0; \
-        machine = (struct pc_kvm *)1; \
-        CHECK(pc_kvm_open(&config, &machine, error, sizeof error) == -EINVAL, "%s", #change); \
+        machine = (struct pc_machine *)1; \
+        CHECK(pc_machine_open(&config, &machine, error, sizeof error) == -EINVAL, "%s", #change); \
         CHECK(error[0] && !machine); \
     } while (0)
     REFUSED(config.vcpus = 0);
@@ -1104,26 +1104,26 @@ static void bad_configuration(void)
     REFUSED((config.workload = PC_WORKLOAD_DISK, config.disk_fd = 0, config.disk_bytes = MIB));
     REFUSED(config.working_set_bytes = 1);
 #undef REFUSED
-    CHECK(pc_kvm_open(&(struct pc_kvm_config){ 0 }, &machine, NULL, 0) == -EINVAL, "an error buffer may be absent");
-    CHECK(pc_kvm_split_memory(15 * MIB, 1, PAGE, &a, &b, error, sizeof error) == -EINVAL);
-    CHECK(pc_kvm_split_memory(1ull << 60, 1, PAGE, &a, &b, error, sizeof error) == -EINVAL);
-    CHECK(pc_kvm_split_memory(16 * MIB + 1, 1, PAGE, &a, &b, error, sizeof error) == -EINVAL);
-    CHECK(pc_kvm_split_memory(16 * MIB, 9, PAGE, &a, &b, error, sizeof error) == -EINVAL);
-    CHECK(pc_kvm_split_memory(16 * MIB, 8, 2 * MIB, &a, &b, error, sizeof error) == -EINVAL);
-    CHECK(pc_kvm_split_memory(16 * MIB, 1, 0, &a, &b, error, sizeof error) == -EINVAL);
+    CHECK(pc_machine_open(&(struct pc_machine_config){ 0 }, &machine, NULL, 0) == -EINVAL, "an error buffer may be absent");
+    CHECK(pc_machine_split_memory(15 * MIB, 1, PAGE, &a, &b, error, sizeof error) == -EINVAL);
+    CHECK(pc_machine_split_memory(1ull << 60, 1, PAGE, &a, &b, error, sizeof error) == -EINVAL);
+    CHECK(pc_machine_split_memory(16 * MIB + 1, 1, PAGE, &a, &b, error, sizeof error) == -EINVAL);
+    CHECK(pc_machine_split_memory(16 * MIB, 9, PAGE, &a, &b, error, sizeof error) == -EINVAL);
+    CHECK(pc_machine_split_memory(16 * MIB, 8, 2 * MIB, &a, &b, error, sizeof error) == -EINVAL);
+    CHECK(pc_machine_split_memory(16 * MIB, 1, 0, &a, &b, error, sizeof error) == -EINVAL);
     CHECK(pc_disk_open("/nowhere/at/all", MIB, error, sizeof error) == -ENOENT && error[0]);
     CHECK(pc_disk_open("/dev/null", MIB, error, sizeof error) < 0 && error[0]);
 
     machine = open_machine(&good);
-    CHECK(pc_kvm_resume(machine) == -EINVAL);
-    CHECK(pc_kvm_pause(machine, PAUSE_MS, error, sizeof error) == -EINVAL);
-    CHECK(pc_kvm_save_state(machine, NULL, 0, error, sizeof error) == -EBUSY);
-    CHECK(pc_kvm_verify(machine, &check) == -EBUSY);
-    CHECK(pc_kvm_boot(machine) == 0);
-    CHECK(pc_kvm_boot(machine) == -EBUSY);
-    CHECK(pc_kvm_pause(machine, PAUSE_MS, error, sizeof error) == 0, "paused already");
-    CHECK(pc_kvm_close(machine, PAUSE_MS) == 0);
-    CHECK(pc_kvm_close(NULL, PAUSE_MS) == 0);
+    CHECK(pc_machine_resume(machine) == -EINVAL);
+    CHECK(pc_machine_pause(machine, PAUSE_MS, error, sizeof error) == -EINVAL);
+    CHECK(pc_machine_save_state(machine, NULL, 0, error, sizeof error) == -EBUSY);
+    CHECK(pc_machine_verify(machine, &check) == -EBUSY);
+    CHECK(pc_machine_boot(machine) == 0);
+    CHECK(pc_machine_boot(machine) == -EBUSY);
+    CHECK(pc_machine_pause(machine, PAUSE_MS, error, sizeof error) == 0, "paused already");
+    CHECK(pc_machine_close(machine, PAUSE_MS) == 0);
+    CHECK(pc_machine_close(NULL, PAUSE_MS) == 0);
 }
 
 /* ---- cases without /dev/kvm ---- */
@@ -1158,13 +1158,13 @@ static void large_layouts(void)
     };
 
     for (size_t n = 0; n < sizeof sizes / sizeof *sizes; n++) {
-        struct pc_kvm *machine = calloc(1, sizeof *machine);
-        struct pc_kvm_config *config;
+        struct pc_machine *machine = calloc(1, sizeof *machine);
+        struct pc_machine_config *config;
         uint8_t *ram;
 
         CHECK(machine);
         config = &machine->config;
-        *config = (struct pc_kvm_config){ .vcpus = sizes[n].vcpus, .workload = PC_WORKLOAD_RANDOM, .disk_fd = -1 };
+        *config = (struct pc_machine_config){ .vcpus = sizes[n].vcpus, .workload = PC_WORKLOAD_RANDOM, .disk_fd = -1 };
         for (uint32_t i = 0; i <= config->vcpus; i++) {
             struct pc_memory *memory = block(config, i);
             memory->size_bytes = i ? sizes[n].private_bytes : sizes[n].shared_bytes;
@@ -1203,29 +1203,29 @@ static void large_layouts(void)
 /* A guest with memory on both sides of the hole, which runs there: the working set ends above 4 GiB. */
 static void above_the_hole(void)
 {
-    struct pc_kvm_config config = { .vcpus = 1, .workload = PC_WORKLOAD_DISK, .disk_fd = -1, .seed = 9 };
-    struct pc_kvm *machine;
+    struct pc_machine_config config = { .vcpus = 1, .workload = PC_WORKLOAD_DISK, .disk_fd = -1, .seed = 9 };
+    struct pc_machine *machine;
     struct pcg_boot *boot;
 
     CHECK(pc_memory_create(PC_MEMORY_MEMFD, 3074 * MIB, &config.shared, error, sizeof error) == 0, "%s", error);
     config.disk_bytes = 2 * MIB;
     config.disk_fd = open_disk(config.disk_bytes);
     machine = open_machine(&config);
-    CHECK(pc_kvm_boot(machine) == 0);
+    CHECK(pc_machine_boot(machine) == 0);
     /* The whole block would take the guest minutes: only its last 4 MiB, which lie across the hole. The verifier goes by
      * the layout, so that changes with it. */
     boot = (struct pcg_boot *)((uint8_t *)config.shared.base + PCG_BOOT_INFO);
     boot->shared.gva = machine->layout.shared.gva = 3070 * MIB;
     boot->shared.pages = machine->layout.shared.pages = 4 * MIB / PAGE;
-    CHECK(pc_kvm_resume(machine) == 0);
+    CHECK(pc_machine_resume(machine) == 0);
     run_until(machine, NULL, 128);
-    CHECK(pc_kvm_pause(machine, PAUSE_MS, error, sizeof error) == 0, "%s", error);
+    CHECK(pc_machine_pause(machine, PAUSE_MS, error, sizeof error) == 0, "%s", error);
     CHECK(stats_of(machine).disk_errors == 0);
     CHECK(!pc_is_zero((uint8_t *)config.shared.base + 3073 * MIB, 64 * PAGE));
     machine->layout.shared.gva = machine->layout.boot_bytes; /* what verify takes as the start of the zero pages */
     machine->layout.shared.pages = (3074 * MIB - machine->layout.boot_bytes) / PAGE;
     verify_ok(machine);
-    CHECK(pc_kvm_close(machine, PAUSE_MS) == 0);
+    CHECK(pc_machine_close(machine, PAUSE_MS) == 0);
 }
 
 /* Nothing to pass or fail: the figures in docs/machines.md. POSTCOPY_TEST_MIB sets the memory of the machine. */
@@ -1236,16 +1236,16 @@ static void speed(void)
     uint64_t bytes = (mib ? strtoull(mib, NULL, 0) : 16) * MIB;
 
     for (uint32_t workload = PC_WORKLOAD_DIRTY; workload <= PC_WORKLOAD_DISK; workload++) {
-        struct pc_kvm_config config = make_config(workload, 2, bytes, PC_MEMORY_MEMFD);
+        struct pc_machine_config config = make_config(workload, 2, bytes, PC_MEMORY_MEMFD);
         uint64_t begin_ns = pc_machine_now_ns(), ready_ns, end_ns;
-        struct pc_kvm *machine = boot_and_run(&config, 0);
+        struct pc_machine *machine = boot_and_run(&config, 0);
         struct pc_machine_check before, after;
 
         ready_ns = pc_machine_now_ns();
         pause_machine(machine);
         before = verify_ok(machine);
         begin_ns = ready_ns - begin_ns;
-        CHECK(pc_kvm_resume(machine) == 0);
+        CHECK(pc_machine_resume(machine) == 0);
         ready_ns = pc_machine_now_ns();
         usleep(1000000);
         pause_machine(machine);
@@ -1255,7 +1255,7 @@ static void speed(void)
                (unsigned long long)(bytes / MIB), (double)begin_ns / 1e9,
                (double)(after.operations - before.operations) / 2 / ((double)(end_ns - ready_ns) / 1e9),
                (double)(pc_machine_now_ns() - end_ns) / 1e9);
-        CHECK(pc_kvm_close(machine, PAUSE_MS) == 0);
+        CHECK(pc_machine_close(machine, PAUSE_MS) == 0);
     }
 }
 

@@ -24,7 +24,7 @@ static uint32_t engine; /* of the case */
 
 /* ---- machines ---- */
 
-static void attach(struct pc_kvm_config *config, int *outside)
+static void attach(struct pc_machine_config *config, int *outside)
 {
     int pair[2];
 
@@ -33,13 +33,13 @@ static void attach(struct pc_kvm_config *config, int *outside)
     *outside = pair[1];
 }
 
-static struct pc_kvm_config make_config(uint32_t vcpus, int *outside)
+static struct pc_machine_config make_config(uint32_t vcpus, int *outside)
 {
-    struct pc_kvm_config config = { .engine = engine, .vcpus = vcpus, .workload = PC_WORKLOAD_ECHO, .seed = 7, .disk_fd = -1,
+    struct pc_machine_config config = { .engine = engine, .vcpus = vcpus, .workload = PC_WORKLOAD_ECHO, .seed = 7, .disk_fd = -1,
                                     .working_set_bytes = MIB, .has_net = 1, .net_mac = MAC, .net_address = ADDRESS };
     uint64_t shared_bytes, private_bytes;
 
-    CHECK_EQ(pc_kvm_split_memory(16 * MIB, vcpus, 4096, &shared_bytes, &private_bytes, error, sizeof error), 0);
+    CHECK_EQ(pc_machine_split_memory(16 * MIB, vcpus, 4096, &shared_bytes, &private_bytes, error, sizeof error), 0);
     CHECK_EQ(pc_memory_create(PC_MEMORY_MEMFD, shared_bytes, &config.shared, error, sizeof error), 0);
     for (uint32_t i = 0; i < vcpus; i++)
         CHECK_EQ(pc_memory_create(PC_MEMORY_MEMFD, private_bytes, &config.private_[i], error, sizeof error), 0);
@@ -47,15 +47,15 @@ static struct pc_kvm_config make_config(uint32_t vcpus, int *outside)
     return config;
 }
 
-static struct pc_memory *block(struct pc_kvm_config *config, uint32_t index)
+static struct pc_memory *block(struct pc_machine_config *config, uint32_t index)
 {
     return index ? &config->private_[index - 1] : &config->shared;
 }
 
 /* The same machine on a network, and over memory, of its own. */
-static struct pc_kvm_config make_twin(struct pc_kvm_config *of, int *outside)
+static struct pc_machine_config make_twin(struct pc_machine_config *of, int *outside)
 {
-    struct pc_kvm_config config = *of;
+    struct pc_machine_config config = *of;
 
     for (uint32_t i = 0; i <= of->vcpus; i++)
         CHECK_EQ(pc_memory_create(PC_MEMORY_MEMFD, block(of, i)->size_bytes, block(&config, i), error, sizeof error), 0);
@@ -63,10 +63,10 @@ static struct pc_kvm_config make_twin(struct pc_kvm_config *of, int *outside)
     return config;
 }
 
-static struct pc_kvm *open_machine(const struct pc_kvm_config *config)
+static struct pc_machine *open_machine(const struct pc_machine_config *config)
 {
-    struct pc_kvm *machine;
-    int rc = pc_kvm_open(config, &machine, error, sizeof error);
+    struct pc_machine *machine;
+    int rc = pc_machine_open(config, &machine, error, sizeof error);
 
     if (engine == PC_ENGINE_KVM && (rc == -ENOENT || rc == -EACCES || rc == -EPERM || rc == -ENOTSUP))
         SKIP("kvm", "%s", error);
@@ -75,47 +75,47 @@ static struct pc_kvm *open_machine(const struct pc_kvm_config *config)
     return machine;
 }
 
-static struct pc_machine_stats stats_of(struct pc_kvm *machine)
+static struct pc_machine_stats stats_of(struct pc_machine *machine)
 {
     struct pc_machine_stats stats;
 
-    CHECK_EQ(pc_kvm_stats(machine, &stats), 0);
+    CHECK_EQ(pc_machine_stats(machine, &stats), 0);
     if (stats.state == PC_MACHINE_FAILED || stats.failures)
         FAIL("%s", stats.failure_text);
     return stats;
 }
 
-static void wait_event(struct pc_kvm *machine)
+static void wait_event(struct pc_machine *machine)
 {
-    struct pollfd ring = { .fd = pc_kvm_event_fd(machine), .events = POLLIN };
+    struct pollfd ring = { .fd = pc_machine_event_fd(machine), .events = POLLIN };
     uint64_t count;
 
     CHECK(poll(&ring, 1, RUN_MS) == 1);
     CHECK_SYS(read(ring.fd, &count, sizeof count));
 }
 
-static struct pc_kvm *boot_and_run(const struct pc_kvm_config *config)
+static struct pc_machine *boot_and_run(const struct pc_machine_config *config)
 {
-    struct pc_kvm *machine = open_machine(config);
+    struct pc_machine *machine = open_machine(config);
 
-    CHECK_EQ(pc_kvm_boot(machine), 0);
-    CHECK_EQ(pc_kvm_resume(machine), 0);
+    CHECK_EQ(pc_machine_boot(machine), 0);
+    CHECK_EQ(pc_machine_resume(machine), 0);
     while (!stats_of(machine).ready)
         wait_event(machine);
     return machine;
 }
 
-static void pause_machine(struct pc_kvm *machine)
+static void pause_machine(struct pc_machine *machine)
 {
-    if (pc_kvm_pause(machine, RUN_MS, error, sizeof error))
+    if (pc_machine_pause(machine, RUN_MS, error, sizeof error))
         FAIL("%s", error);
 }
 
-static uint64_t verify(struct pc_kvm *machine)
+static uint64_t verify(struct pc_machine *machine)
 {
     struct pc_machine_check check;
 
-    CHECK_EQ(pc_kvm_verify(machine, &check), 0);
+    CHECK_EQ(pc_machine_verify(machine, &check), 0);
     if (!check.ok)
         FAIL("%s", check.text);
     return check.nonce;
@@ -126,17 +126,17 @@ struct saved {
     int64_t count;
 };
 
-static void save(struct pc_kvm *machine, struct saved *to)
+static void save(struct pc_machine *machine, struct saved *to)
 {
-    to->count = pc_kvm_save_state(machine, to->bytes, sizeof to->bytes, error, sizeof error);
+    to->count = pc_machine_save_state(machine, to->bytes, sizeof to->bytes, error, sizeof error);
     if (to->count <= 0)
         FAIL("%s", error);
     CHECK((size_t)to->count <= sizeof to->bytes);
 }
 
-static void load(struct pc_kvm *machine, const struct saved *from)
+static void load(struct pc_machine *machine, const struct saved *from)
 {
-    if (pc_kvm_load_state(machine, from->bytes, (size_t)from->count, error, sizeof error))
+    if (pc_machine_load_state(machine, from->bytes, (size_t)from->count, error, sizeof error))
         FAIL("%s", error);
 }
 
@@ -306,8 +306,8 @@ static uint64_t count_answer(int outside, uint64_t *nonce)
 static void answers(void)
 {
     int outside;
-    struct pc_kvm_config config = make_config(1, &outside);
-    struct pc_kvm *machine = boot_and_run(&config);
+    struct pc_machine_config config = make_config(1, &outside);
+    struct pc_machine *machine = boot_and_run(&config);
     struct pc_machine_stats stats;
     struct frame request, answer;
     uint64_t nonce, asked = 0;
@@ -352,15 +352,15 @@ static void answers(void)
     CHECK_EQ(stats.net_received, asked + 4);
     CHECK_EQ(stats.net_sent, asked + 4);
     CHECK_EQ(stats.net_dropped + stats.net_errors, 0);
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
 }
 
 /* None of these is answered; an echo after each shows that it was looked at, and did no harm. */
 static void does_not_answer(void)
 {
     int outside;
-    struct pc_kvm_config config = make_config(1, &outside);
-    struct pc_kvm *machine = boot_and_run(&config);
+    struct pc_machine_config config = make_config(1, &outside);
+    struct pc_machine *machine = boot_and_run(&config);
     struct frame f[24], answer;
     size_t n = 0, dropped = 0;
     uint64_t nonce;
@@ -413,15 +413,15 @@ static void does_not_answer(void)
     CHECK_EQ(stats_of(machine).net_dropped, dropped);
     CHECK_EQ(stats_of(machine).net_received, 2 * n - dropped);
     CHECK_EQ(stats_of(machine).net_sent, n);
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
 }
 
 /* Random bytes, some of them behind a header that lets them in. */
 static void survives_noise(void)
 {
     int outside;
-    struct pc_kvm_config config = make_config(1, &outside);
-    struct pc_kvm *machine = boot_and_run(&config);
+    struct pc_machine_config config = make_config(1, &outside);
+    struct pc_machine *machine = boot_and_run(&config);
     struct frame f, end, answer;
 
     end = arp_for(ADDRESS);
@@ -440,7 +440,7 @@ static void survives_noise(void)
     }
     pause_machine(machine);
     (void)verify(machine);
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
 }
 
 /* ---- moving ---- */
@@ -449,8 +449,8 @@ static void survives_noise(void)
 static void moves(void)
 {
     int outside, next_outside;
-    struct pc_kvm_config config = make_config(2, &outside), twin;
-    struct pc_kvm *machine = boot_and_run(&config), *next;
+    struct pc_machine_config config = make_config(2, &outside), twin;
+    struct pc_machine *machine = boot_and_run(&config), *next;
     struct pc_machine_stats before;
     static struct saved state;
     uint64_t nonce, first_nonce, number = count_answer(outside, &first_nonce);
@@ -468,11 +468,11 @@ static void moves(void)
         load(next, &state);
         CHECK_EQ(stats_of(next).net_received, before.net_received);
         CHECK_EQ(stats_of(next).net_sent, before.net_sent);
-        CHECK_EQ(pc_kvm_resume(next), 0);
+        CHECK_EQ(pc_machine_resume(next), 0);
         CHECK_EQ(count_answer(next_outside, &nonce), ++number);
         CHECK_EQ(nonce, first_nonce);
         CHECK(!answered_within(outside, &answer, 0));
-        CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+        CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
         for (uint32_t i = 0; i <= config.vcpus; i++)
             pc_memory_destroy(block(&config, i));
         close(config.net_fd);
@@ -483,15 +483,15 @@ static void moves(void)
     }
     pause_machine(machine);
     CHECK_EQ(verify(machine), first_nonce);
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
 }
 
 /* The machine goes on where it was when a migration has failed: what came while it was paused is answered late. */
 static void goes_on_where_it_was(void)
 {
     int outside;
-    struct pc_kvm_config config = make_config(1, &outside);
-    struct pc_kvm *machine = boot_and_run(&config);
+    struct pc_machine_config config = make_config(1, &outside);
+    struct pc_machine *machine = boot_and_run(&config);
     static struct saved state;
     struct frame f = ping(1, 64), answer;
     uint64_t nonce;
@@ -499,10 +499,10 @@ static void goes_on_where_it_was(void)
     pause_machine(machine);
     save(machine, &state);
     throw_frame(outside, &f);
-    CHECK_EQ(pc_kvm_resume(machine), 0);
+    CHECK_EQ(pc_machine_resume(machine), 0);
     CHECK(answered_within(outside, &answer, RUN_MS));
     CHECK_EQ(count_answer(outside, &nonce), 2);
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
 }
 
 #if defined(__SANITIZE_THREAD__)
@@ -514,8 +514,8 @@ static void goes_on_where_it_was(void)
 static void pauses_on_a_missing_buffer(void)
 {
     int outside, next_outside;
-    struct pc_kvm_config config = make_config(1, &outside), twin = make_twin(&config, &next_outside);
-    struct pc_kvm *machine, *next;
+    struct pc_machine_config config = make_config(1, &outside), twin = make_twin(&config, &next_outside);
+    struct pc_machine *machine, *next;
     static struct saved state;
     struct frame f = datagram(40000, PCG_UDP_COUNT, 40), answer;
     uint64_t ioctls, done, nonce, buffers_bytes = PCG_NET_BUFFER_COUNT * PCG_PAGE_BYTES;
@@ -545,7 +545,7 @@ static void pauses_on_a_missing_buffer(void)
     load(next, &state);
     throw_frame(next_outside, &f);
     for (int i = 0; i < 3; i++) {
-        CHECK_EQ(pc_kvm_resume(next), 0);
+        CHECK_EQ(pc_machine_resume(next), 0);
         CHECK(poll(&fault, 1, RUN_MS) == 1);
         while ((n = pc_uffd_read(fault.fd, &event, 1)) == 0)
             ;
@@ -556,7 +556,7 @@ static void pauses_on_a_missing_buffer(void)
         CHECK_EQ(next->vcpu[0].net_status, PCG_NET_AGAIN);
         CHECK_EQ(stats_of(next).net_received, stats_of(machine).net_received);
     }
-    CHECK_EQ(pc_kvm_resume(next), 0);
+    CHECK_EQ(pc_machine_resume(next), 0);
     for (uint64_t i = 0; i < PCG_NET_BUFFER_COUNT; i++)
         CHECK_EQ(pc_uffd_zeropage(fault.fd, (uint64_t)(uintptr_t)buffers + i * PCG_PAGE_BYTES, PCG_PAGE_BYTES, 0, &done), 0);
     CHECK(answered_within(next_outside, &answer, RUN_MS));
@@ -566,16 +566,16 @@ static void pauses_on_a_missing_buffer(void)
         CHECK_EQ(count_answer(next_outside, &nonce), i);
     pause_machine(next);
     CHECK_EQ(verify(next), nonce);
-    CHECK_EQ(pc_kvm_close(next, RUN_MS), 0);
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(next, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
 }
 
 /* Paused wherever it is (asleep, receiving, answering): no frame is lost by it, none answered twice. */
 static void survives_many_pauses(void)
 {
     int outside;
-    struct pc_kvm_config config = make_config(1, &outside);
-    struct pc_kvm *machine = boot_and_run(&config);
+    struct pc_machine_config config = make_config(1, &outside);
+    struct pc_machine *machine = boot_and_run(&config);
     struct frame f, answer;
     uint64_t nonce, expected = 0;
 
@@ -590,7 +590,7 @@ static void survives_many_pauses(void)
         while (test_now_ns() < until_ns)
             ;
         pause_machine(machine);
-        CHECK_EQ(pc_kvm_resume(machine), 0);
+        CHECK_EQ(pc_machine_resume(machine), 0);
         for (int k = 0; k < thrown; k++) {
             CHECK(answered_within(outside, &answer, RUN_MS));
             CHECK_EQ(get_little(&answer, 50), ++expected);
@@ -599,15 +599,15 @@ static void survives_many_pauses(void)
     CHECK_EQ(count_answer(outside, &nonce), expected + 1);
     pause_machine(machine);
     CHECK_EQ(verify(machine), nonce);
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
 }
 
 /* The other end is gone: the guest sleeps instead of asking for ever, and can be paused and ended. */
 static void a_dead_network_costs_nothing(void)
 {
     int outside;
-    struct pc_kvm_config config = make_config(1, &outside);
-    struct pc_kvm *machine = boot_and_run(&config);
+    struct pc_machine_config config = make_config(1, &outside);
+    struct pc_machine *machine = boot_and_run(&config);
     uint64_t marks;
 
     close(outside);
@@ -617,7 +617,7 @@ static void a_dead_network_costs_nothing(void)
     CHECK(stats_of(machine).vcpu[0].marks < marks + 50); /* one for each tick: asking on and on it makes thousands */
     pause_machine(machine);
     (void)verify(machine);
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
 }
 
 /* ---- what is refused ---- */
@@ -625,8 +625,8 @@ static void a_dead_network_costs_nothing(void)
 static void refuses_requests(void)
 {
     int outside;
-    struct pc_kvm_config config = make_config(1, &outside);
-    struct pc_kvm *machine = open_machine(&config);
+    struct pc_machine_config config = make_config(1, &outside);
+    struct pc_machine *machine = open_machine(&config);
     struct pc_vcpu *vcpu = &machine->vcpu[0];
     uint64_t end = config.shared.size_bytes;
     struct frame answer, f = ping(1, 64);
@@ -677,14 +677,14 @@ static void refuses_requests(void)
     CHECK(!answered_within(outside, &answer, 0));
     atomic_store(&machine->leave, false);
     CHECK_EQ(pc_net_request(vcpu, PCG_NET_RECEIVE, 0xc000, 1514), f.count);
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
 }
 
-static void refuse(struct pc_kvm_config config, const char *text)
+static void refuse(struct pc_machine_config config, const char *text)
 {
-    struct pc_kvm *machine;
+    struct pc_machine *machine;
 
-    CHECK_EQ(pc_kvm_open(&config, &machine, error, sizeof error), config.net_fd < 0 ? -EBADF : -EINVAL);
+    CHECK_EQ(pc_machine_open(&config, &machine, error, sizeof error), config.net_fd < 0 ? -EBADF : -EINVAL);
     if (!strstr(error, text))
         FAIL("\"%s\" is not about %s", error, text);
 }
@@ -692,7 +692,7 @@ static void refuse(struct pc_kvm_config config, const char *text)
 static void refuses_configurations(void)
 {
     int outside, blocking[2];
-    struct pc_kvm_config config = make_config(1, &outside), bad;
+    struct pc_machine_config config = make_config(1, &outside), bad;
 
     CHECK_SYS(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, blocking));
     bad = config, bad.has_net = 0;
@@ -715,12 +715,12 @@ static void refuses_configurations(void)
     refuse(bad, "IPv4");
 }
 
-static int try_load(const struct pc_kvm_config *config, const struct saved *state)
+static int try_load(const struct pc_machine_config *config, const struct saved *state)
 {
-    struct pc_kvm *machine = open_machine(config);
-    int rc = pc_kvm_load_state(machine, state->bytes, (size_t)state->count, error, sizeof error);
+    struct pc_machine *machine = open_machine(config);
+    int rc = pc_machine_load_state(machine, state->bytes, (size_t)state->count, error, sizeof error);
 
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
     return rc;
 }
 
@@ -733,7 +733,7 @@ static size_t find_section(const struct saved *state)
     FAIL("no section NETD");
 }
 
-static int load_changed(const struct pc_kvm_config *config, const struct saved *good, size_t offset, uint32_t value)
+static int load_changed(const struct pc_machine_config *config, const struct saved *good, size_t offset, uint32_t value)
 {
     static struct saved bad;
     uint32_t crc;
@@ -748,14 +748,14 @@ static int load_changed(const struct pc_kvm_config *config, const struct saved *
 static void refuses_states(void)
 {
     int outside;
-    struct pc_kvm_config config = make_config(1, &outside), other;
-    struct pc_kvm *machine = boot_and_run(&config);
+    struct pc_machine_config config = make_config(1, &outside), other;
+    struct pc_machine *machine = boot_and_run(&config);
     static struct saved good, without;
-    struct pc_kvm *idle;
+    struct pc_machine *idle;
 
     pause_machine(machine);
     save(machine, &good);
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
     CHECK_EQ(try_load(&config, &good), 0);
     other = config, other.net_mac++;
     CHECK_EQ(try_load(&other, &good), -EINVAL);
@@ -772,17 +772,17 @@ static void refuses_states(void)
     /* One has a network device and the other has not. */
     other = config, other.workload = PC_WORKLOAD_IDLE, other.has_net = 0;
     idle = open_machine(&other);
-    CHECK_EQ(pc_kvm_boot(idle), 0);
+    CHECK_EQ(pc_machine_boot(idle), 0);
     save(idle, &without);
-    CHECK_EQ(pc_kvm_close(idle, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(idle, RUN_MS), 0);
     other.has_net = 1;
     CHECK_EQ(try_load(&other, &without), -EBADMSG);
     CHECK(strstr(error, "NETD is missing"));
     idle = open_machine(&other);
     memset(other.shared.base, 0, PCG_IMAGE_END);
-    CHECK_EQ(pc_kvm_boot(idle), 0);
+    CHECK_EQ(pc_machine_boot(idle), 0);
     save(idle, &without);
-    CHECK_EQ(pc_kvm_close(idle, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(idle, RUN_MS), 0);
     other.has_net = 0;
     CHECK_EQ(try_load(&other, &without), -EPROTO);
     CHECK(strstr(error, "NETD"));

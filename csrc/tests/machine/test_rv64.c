@@ -23,12 +23,12 @@ static char error[PC_ERROR_BYTES];
 
 /* ---- machines ---- */
 
-static struct pc_kvm_config make_config(uint32_t workload, uint32_t harts, uint64_t bytes)
+static struct pc_machine_config make_config(uint32_t workload, uint32_t harts, uint64_t bytes)
 {
-    struct pc_kvm_config config = { .engine = PC_ENGINE_RV64, .vcpus = harts, .workload = workload, .seed = 99, .disk_fd = -1 };
+    struct pc_machine_config config = { .engine = PC_ENGINE_RV64, .vcpus = harts, .workload = workload, .seed = 99, .disk_fd = -1 };
     uint64_t shared_bytes, private_bytes;
 
-    CHECK_EQ(pc_kvm_split_memory(bytes, harts, 4096, &shared_bytes, &private_bytes, error, sizeof error), 0);
+    CHECK_EQ(pc_machine_split_memory(bytes, harts, 4096, &shared_bytes, &private_bytes, error, sizeof error), 0);
     CHECK_EQ(pc_memory_create(PC_MEMORY_MEMFD, shared_bytes, &config.shared, error, sizeof error), 0);
     for (uint32_t i = 0; i < harts; i++)
         CHECK_EQ(pc_memory_create(PC_MEMORY_MEMFD, private_bytes, &config.private_[i], error, sizeof error), 0);
@@ -48,9 +48,9 @@ static struct pc_kvm_config make_config(uint32_t workload, uint32_t harts, uint6
     return config;
 }
 
-static struct pc_kvm_config make_twin(const struct pc_kvm_config *of)
+static struct pc_machine_config make_twin(const struct pc_machine_config *of)
 {
-    struct pc_kvm_config config = *of;
+    struct pc_machine_config config = *of;
 
     CHECK_EQ(pc_memory_create(PC_MEMORY_MEMFD, of->shared.size_bytes, &config.shared, error, sizeof error), 0);
     for (uint32_t i = 0; i < of->vcpus; i++)
@@ -58,35 +58,35 @@ static struct pc_kvm_config make_twin(const struct pc_kvm_config *of)
     return config;
 }
 
-static struct pc_memory *block(struct pc_kvm_config *config, uint32_t index)
+static struct pc_memory *block(struct pc_machine_config *config, uint32_t index)
 {
     return index ? &config->private_[index - 1] : &config->shared;
 }
 
-static void drop(struct pc_kvm_config *config)
+static void drop(struct pc_machine_config *config)
 {
     for (uint32_t i = 0; i <= config->vcpus; i++)
         pc_memory_destroy(block(config, i));
 }
 
-static struct pc_kvm *open_machine(const struct pc_kvm_config *config)
+static struct pc_machine *open_machine(const struct pc_machine_config *config)
 {
-    struct pc_kvm *machine;
+    struct pc_machine *machine;
 
-    if (pc_kvm_open(config, &machine, error, sizeof error))
+    if (pc_machine_open(config, &machine, error, sizeof error))
         FAIL("%s", error);
     return machine;
 }
 
-static struct pc_kvm *boot_machine(const struct pc_kvm_config *config)
+static struct pc_machine *boot_machine(const struct pc_machine_config *config)
 {
-    struct pc_kvm *machine = open_machine(config);
+    struct pc_machine *machine = open_machine(config);
 
-    CHECK_EQ(pc_kvm_boot(machine), 0);
+    CHECK_EQ(pc_machine_boot(machine), 0);
     return machine;
 }
 
-static void run_until(struct pc_kvm *machine, uint64_t instructions)
+static void run_until(struct pc_machine *machine, uint64_t instructions)
 {
     uint64_t now;
 
@@ -98,11 +98,11 @@ static void run_until(struct pc_kvm *machine, uint64_t instructions)
     }
 }
 
-static void verify(struct pc_kvm *machine)
+static void verify(struct pc_machine *machine)
 {
     struct pc_machine_check check;
 
-    CHECK_EQ(pc_kvm_verify(machine, &check), 0);
+    CHECK_EQ(pc_machine_verify(machine, &check), 0);
     if (!check.ok)
         FAIL("%s", check.text);
     CHECK(check.operations > 0 && check.nonce != 0);
@@ -113,34 +113,34 @@ struct saved {
     int64_t count;
 };
 
-static void save(struct pc_kvm *machine, struct saved *to)
+static void save(struct pc_machine *machine, struct saved *to)
 {
-    to->count = pc_kvm_save_state(machine, to->bytes, sizeof to->bytes, error, sizeof error);
+    to->count = pc_machine_save_state(machine, to->bytes, sizeof to->bytes, error, sizeof error);
     if (to->count <= 0)
         FAIL("%s", error);
 }
 
-static void load(struct pc_kvm *machine, const struct saved *from)
+static void load(struct pc_machine *machine, const struct saved *from)
 {
-    if (pc_kvm_load_state(machine, from->bytes, (size_t)from->count, error, sizeof error))
+    if (pc_machine_load_state(machine, from->bytes, (size_t)from->count, error, sizeof error))
         FAIL("%s", error);
 }
 
-static struct pc_machine_stats stats_of(struct pc_kvm *machine)
+static struct pc_machine_stats stats_of(struct pc_machine *machine)
 {
     struct pc_machine_stats stats;
 
-    CHECK_EQ(pc_kvm_stats(machine, &stats), 0);
+    CHECK_EQ(pc_machine_stats(machine, &stats), 0);
     return stats;
 }
 
 /* Runs freely until every hart is ready and has done some more. */
-static void run_past_ready(struct pc_kvm *machine, uint64_t more)
+static void run_past_ready(struct pc_machine *machine, uint64_t more)
 {
-    struct pollfd ring = { .fd = pc_kvm_event_fd(machine), .events = POLLIN };
+    struct pollfd ring = { .fd = pc_machine_event_fd(machine), .events = POLLIN };
     uint64_t count;
 
-    CHECK_EQ(pc_kvm_resume(machine), 0);
+    CHECK_EQ(pc_machine_resume(machine), 0);
     for (;;) {
         struct pc_machine_stats stats = stats_of(machine);
         bool enough = stats.ready;
@@ -154,7 +154,7 @@ static void run_past_ready(struct pc_kvm *machine, uint64_t more)
         CHECK(poll(&ring, 1, RUN_MS) == 1);
         CHECK_SYS(read(ring.fd, &count, sizeof count));
     }
-    CHECK_EQ(pc_kvm_pause(machine, RUN_MS, error, sizeof error), 0);
+    CHECK_EQ(pc_machine_pause(machine, RUN_MS, error, sizeof error), 0);
 }
 
 /* ---- an assembler ---- */
@@ -203,8 +203,8 @@ static uint32_t addi(uint32_t rd, uint32_t rs1, int32_t imm)
 
 /* One hart, stopped before its first instruction, with `words` as its program. */
 struct bench {
-    struct pc_kvm_config config;
-    struct pc_kvm *machine;
+    struct pc_machine_config config;
+    struct pc_machine *machine;
     struct pc_hart_state hart;
 };
 
@@ -229,7 +229,7 @@ static void run_bench(struct bench *b, uint64_t instructions)
 
 static void close_bench(struct bench *b)
 {
-    CHECK_EQ(pc_kvm_close(b->machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(b->machine, RUN_MS), 0);
     drop(&b->config);
 }
 
@@ -792,14 +792,14 @@ static void stops_exactly_in_a_straight_run(void)
 
 static void workload(uint32_t kind, uint32_t harts, uint64_t more)
 {
-    struct pc_kvm_config config = make_config(kind, harts, 16 * MIB);
-    struct pc_kvm *machine = boot_machine(&config);
+    struct pc_machine_config config = make_config(kind, harts, 16 * MIB);
+    struct pc_machine *machine = boot_machine(&config);
 
     run_past_ready(machine, more);
     verify(machine);
     run_past_ready(machine, more * 2);
     verify(machine);
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
     drop(&config);
 }
 
@@ -816,7 +816,7 @@ struct fingerprint {
     struct saved state;
 };
 
-static void take(struct pc_kvm *machine, struct pc_kvm_config *config, struct fingerprint *to)
+static void take(struct pc_machine *machine, struct pc_machine_config *config, struct fingerprint *to)
 {
     for (uint32_t i = 0; i < 2; i++)
         CHECK_EQ(pc_memory_digest(block(config, i), &to->digest[i]), 0);
@@ -833,30 +833,30 @@ static void check_same(const struct fingerprint *a, const struct fingerprint *b)
 
 #define TOTAL 4000000
 
-static void reference(const struct pc_kvm_config *config, struct fingerprint *to)
+static void reference(const struct pc_machine_config *config, struct fingerprint *to)
 {
-    struct pc_kvm_config twin = make_twin(config);
-    struct pc_kvm *machine = boot_machine(&twin);
+    struct pc_machine_config twin = make_twin(config);
+    struct pc_machine *machine = boot_machine(&twin);
 
     run_until(machine, TOTAL);
     take(machine, &twin, to);
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
     drop(&twin);
 }
 
 /* The same after so many instructions, however often it was moved on the way, and at whatever instruction. */
 static void moved_often(uint32_t kind)
 {
-    struct pc_kvm_config config = make_config(kind, 1, 16 * MIB);
+    struct pc_machine_config config = make_config(kind, 1, 16 * MIB);
     static struct fingerprint expected, found;
     static struct saved state;
-    struct pc_kvm *machine = boot_machine(&config);
+    struct pc_machine *machine = boot_machine(&config);
     uint64_t at = 0;
 
     reference(&config, &expected);
     for (int moves = 0; moves < 12; moves++) {
-        struct pc_kvm_config twin = make_twin(&config);
-        struct pc_kvm *next = open_machine(&twin);
+        struct pc_machine_config twin = make_twin(&config);
+        struct pc_machine *next = open_machine(&twin);
 
         at += 1 + test_below(TOTAL / 13);
         run_until(machine, at);
@@ -864,7 +864,7 @@ static void moved_often(uint32_t kind)
         for (uint32_t i = 0; i < 2; i++)
             memcpy(block(&twin, i)->base, block(&config, i)->base, block(&config, i)->size_bytes);
         load(next, &state);
-        CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+        CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
         drop(&config);
         config = twin;
         machine = next;
@@ -873,7 +873,7 @@ static void moved_often(uint32_t kind)
     take(machine, &config, &found);
     check_same(&found, &expected);
     verify(machine);
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
     drop(&config);
 }
 
@@ -884,7 +884,7 @@ static void the_same_however_often_moved_disk(void) { moved_often(PC_WORKLOAD_DI
 
 static void another_seed_is_another_machine(void)
 {
-    struct pc_kvm_config config = make_config(PC_WORKLOAD_RANDOM, 1, 16 * MIB);
+    struct pc_machine_config config = make_config(PC_WORKLOAD_RANDOM, 1, 16 * MIB);
     static struct fingerprint one, other;
 
     reference(&config, &one);
@@ -911,7 +911,7 @@ struct move {
     struct pc_pageserver *server;
 };
 
-static struct move begin_move(struct pc_kvm_config *from, struct pc_kvm_config *to, bool bulk)
+static struct move begin_move(struct pc_machine_config *from, struct pc_machine_config *to, bool bulk)
 {
     struct move m;
     uint32_t shards = from->vcpus + 1;
@@ -979,10 +979,10 @@ static void end_move(struct move *m)
  * then the rest on request. */
 static void the_same_when_moved_by_postcopy(void)
 {
-    struct pc_kvm_config config = make_config(PC_WORKLOAD_RANDOM, 1, 16 * MIB), twin = make_twin(&config);
+    struct pc_machine_config config = make_config(PC_WORKLOAD_RANDOM, 1, 16 * MIB), twin = make_twin(&config);
     static struct fingerprint expected, found;
     static struct saved state;
-    struct pc_kvm *source, *dest;
+    struct pc_machine *source, *dest;
     struct pc_pager_stats stats;
     struct move m;
 
@@ -1008,17 +1008,17 @@ static void the_same_when_moved_by_postcopy(void)
     take(dest, &twin, &found);
     check_same(&found, &expected);
     verify(dest);
-    CHECK_EQ(pc_kvm_close(dest, RUN_MS), 0);
-    CHECK_EQ(pc_kvm_close(source, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(dest, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(source, RUN_MS), 0);
     drop(&config);
     drop(&twin);
 }
 
 static void moves_live(uint32_t kind, uint32_t harts, uint64_t more)
 {
-    struct pc_kvm_config config = make_config(kind, harts, 16 * MIB), twin = make_twin(&config);
+    struct pc_machine_config config = make_config(kind, harts, 16 * MIB), twin = make_twin(&config);
     static struct saved state;
-    struct pc_kvm *source, *dest;
+    struct pc_machine *source, *dest;
     struct pc_machine_stats before;
     struct move m;
 
@@ -1030,7 +1030,7 @@ static void moves_live(uint32_t kind, uint32_t harts, uint64_t more)
     m = begin_move(&config, &twin, true);
     dest = open_machine(&twin);
     load(dest, &state);
-    CHECK_EQ(pc_kvm_resume(dest), 0);
+    CHECK_EQ(pc_machine_resume(dest), 0);
     CHECK_EQ(pc_pageserver_start(m.server), 0); /* only now: everything the guest touches first is missing */
     wait_complete(m.pager);
     run_past_ready(dest, before.vcpu[0].operations + more);
@@ -1038,8 +1038,8 @@ static void moves_live(uint32_t kind, uint32_t harts, uint64_t more)
     verify(dest);
     CHECK_EQ(stats_of(dest).nonce, before.nonce);
     CHECK_EQ(stats_of(dest).disk_errors, 0);
-    CHECK_EQ(pc_kvm_close(dest, RUN_MS), 0);
-    CHECK_EQ(pc_kvm_close(source, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(dest, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(source, RUN_MS), 0);
     drop(&config);
     drop(&twin);
 }
@@ -1095,7 +1095,7 @@ static void every_access_can_be_paused(void)
 
         CHECK(uffd >= 0);
         b.machine = open_machine(&b.config);
-        CHECK_EQ(pc_kvm_boot(b.machine), 0); /* writes low memory and the program, so that the rest comes after it */
+        CHECK_EQ(pc_machine_boot(b.machine), 0); /* writes low memory and the program, so that the rest comes after it */
         memcpy((uint8_t *)b.config.shared.base + PCG_IMAGE, words, 3 * sizeof *words);
         if (fetch)
             CHECK_SYS(madvise(page, 4096, MADV_REMOVE));
@@ -1107,13 +1107,13 @@ static void every_access_can_be_paused(void)
         before.x[12] = DATA;
         before.x[13] = 12288;
         pc_rv64_set_state(&b.machine->vcpu[0], &before);
-        CHECK_EQ(pc_kvm_resume(b.machine), 0);
+        CHECK_EQ(pc_machine_resume(b.machine), 0);
         CHECK(poll(&fault, 1, RUN_MS) == 1);
         while ((n = pc_uffd_read(uffd, &event, 1)) == 0)
             ;
         CHECK_EQ(n, 1);
         CHECK_EQ(event.address & ~4095ull, (uintptr_t)page);
-        if (pc_kvm_pause(b.machine, RUN_MS, error, sizeof error))
+        if (pc_machine_pause(b.machine, RUN_MS, error, sizeof error))
             FAIL("%s: %s", cases[i].name, error);
         pc_rv64_get_state(&b.machine->vcpu[0], &after);
         before.pc = fetch ? PCG_IMAGE + 4096 : PCG_IMAGE + 4;
@@ -1140,10 +1140,10 @@ static void every_access_can_be_paused(void)
 /* A hart that waits for a page is stopped with its instruction not done, its state moves on, and the twin does it. */
 static void pauses_on_a_missing_page(uint32_t kind)
 {
-    struct pc_kvm_config config = make_config(kind, 1, 16 * MIB), twin = make_twin(&config), third = make_twin(&config);
+    struct pc_machine_config config = make_config(kind, 1, 16 * MIB), twin = make_twin(&config), third = make_twin(&config);
     static struct fingerprint expected, found;
     static struct saved state, again;
-    struct pc_kvm *source, *dest, *last;
+    struct pc_machine *source, *dest, *last;
     struct pc_pager_stats stats;
     struct move m;
 
@@ -1162,20 +1162,20 @@ static void pauses_on_a_missing_page(uint32_t kind)
     m = begin_move(&config, &twin, true); /* not started: no page comes */
     dest = open_machine(&twin);
     load(dest, &state);
-    CHECK_EQ(pc_kvm_resume(dest), 0);
+    CHECK_EQ(pc_machine_resume(dest), 0);
     do {
         CHECK_EQ(pc_pager_stats(m.pager, &stats), 0);
         (void)sched_yield();
     } while (stats.faults == 0);
-    if (pc_kvm_pause(dest, RUN_MS, error, sizeof error))
+    if (pc_machine_pause(dest, RUN_MS, error, sizeof error))
         FAIL("%s", error);
     save(dest, &again);
     /* It had not even its first instruction. */
     CHECK_EQ(again.count, state.count);
     CHECK_EQ(memcmp(again.bytes, state.bytes, (size_t)state.count), 0);
-    CHECK_EQ(pc_kvm_resume(dest), 0);
-    CHECK_EQ(pc_kvm_pause(dest, RUN_MS, error, sizeof error), 0);
-    CHECK_EQ(pc_kvm_close(dest, RUN_MS), 0);
+    CHECK_EQ(pc_machine_resume(dest), 0);
+    CHECK_EQ(pc_machine_pause(dest, RUN_MS, error, sizeof error), 0);
+    CHECK_EQ(pc_machine_close(dest, RUN_MS), 0);
     CHECK_EQ(pc_pageserver_start(m.server), 0);
     wait_complete(m.pager);
     end_move(&m);
@@ -1191,8 +1191,8 @@ static void pauses_on_a_missing_page(uint32_t kind)
         check_same(&found, &expected);
     }
     verify(last);
-    CHECK_EQ(pc_kvm_close(last, RUN_MS), 0);
-    CHECK_EQ(pc_kvm_close(source, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(last, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(source, RUN_MS), 0);
 }
 
 static void pauses_random_on_a_missing_page(void) { pauses_on_a_missing_page(PC_WORKLOAD_RANDOM); }
@@ -1201,9 +1201,9 @@ static void pauses_disk_on_a_missing_page(void) { pauses_on_a_missing_page(PC_WO
 /* Stopped again and again while pages trickle in, each at another kind of access: loads, stores, atomics, requests. */
 static void survives_many_pauses(uint32_t kind)
 {
-    struct pc_kvm_config config = make_config(kind, 2, 16 * MIB), twin = make_twin(&config);
+    struct pc_machine_config config = make_config(kind, 2, 16 * MIB), twin = make_twin(&config);
     static struct saved state;
-    struct pc_kvm *source, *dest;
+    struct pc_machine *source, *dest;
     struct pc_pager_stats stats;
     struct move m;
 
@@ -1219,8 +1219,8 @@ static void survives_many_pauses(uint32_t kind)
     dest = open_machine(&twin);
     load(dest, &state);
     for (int i = 0; i < 200; i++) {
-        CHECK_EQ(pc_kvm_resume(dest), 0);
-        if (pc_kvm_pause(dest, RUN_MS, error, sizeof error))
+        CHECK_EQ(pc_machine_resume(dest), 0);
+        if (pc_machine_pause(dest, RUN_MS, error, sizeof error))
             FAIL("%s", error);
     }
     run_past_ready(dest, 3000);
@@ -1231,8 +1231,8 @@ static void survives_many_pauses(uint32_t kind)
     wait_complete(m.pager);
     end_move(&m);
     verify(dest);
-    CHECK_EQ(pc_kvm_close(dest, RUN_MS), 0);
-    CHECK_EQ(pc_kvm_close(source, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(dest, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(source, RUN_MS), 0);
 }
 
 static void survives_many_pauses_random(void) { survives_many_pauses(PC_WORKLOAD_RANDOM); }
@@ -1242,9 +1242,9 @@ static void survives_many_pauses_disk(void) { survives_many_pauses(PC_WORKLOAD_D
 
 static void refuses_a_damaged_state(void)
 {
-    struct pc_kvm_config config = make_config(PC_WORKLOAD_RANDOM, 1, 16 * MIB), twin = make_twin(&config);
+    struct pc_machine_config config = make_config(PC_WORKLOAD_RANDOM, 1, 16 * MIB), twin = make_twin(&config);
     static struct saved good, bad;
-    struct pc_kvm *machine = boot_machine(&config), *other;
+    struct pc_machine *machine = boot_machine(&config), *other;
     struct pc_hart_state hart;
 
     run_until(machine, 1000);
@@ -1253,39 +1253,39 @@ static void refuses_a_damaged_state(void)
     for (int64_t at = 0; at < good.count; at += 1 + (int64_t)test_below(7)) {
         bad = good;
         bad.bytes[at] ^= (uint8_t)(1 + test_below(255));
-        CHECK(pc_kvm_load_state(other, bad.bytes, (size_t)bad.count, error, sizeof error) < 0);
+        CHECK(pc_machine_load_state(other, bad.bytes, (size_t)bad.count, error, sizeof error) < 0);
     }
     for (int64_t cut = 0; cut < good.count; cut += 5)
-        CHECK(pc_kvm_load_state(other, good.bytes, (size_t)cut, error, sizeof error) < 0);
+        CHECK(pc_machine_load_state(other, good.bytes, (size_t)cut, error, sizeof error) < 0);
     /* A whole blob that says something impossible. */
     pc_rv64_get_state(&machine->vcpu[0], &hart);
     hart.pc = DATA;
     pc_rv64_set_state(&machine->vcpu[0], &hart);
     save(machine, &bad);
-    CHECK_EQ(pc_kvm_load_state(other, bad.bytes, (size_t)bad.count, error, sizeof error), -EBADMSG);
+    CHECK_EQ(pc_machine_load_state(other, bad.bytes, (size_t)bad.count, error, sizeof error), -EBADMSG);
     CHECK(strstr(error, "HART"));
     load(other, &good);
     run_until(other, 1000);
-    CHECK_EQ(pc_kvm_close(other, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(other, RUN_MS), 0);
     twin.seed++;
     other = open_machine(&twin);
-    CHECK_EQ(pc_kvm_load_state(other, good.bytes, (size_t)good.count, error, sizeof error), -EINVAL);
+    CHECK_EQ(pc_machine_load_state(other, good.bytes, (size_t)good.count, error, sizeof error), -EINVAL);
     CHECK(strstr(error, "seed"));
-    CHECK_EQ(pc_kvm_close(other, RUN_MS), 0);
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(other, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
 }
 
 /* Prints; `postcopy bench rv64` judges. */
 static void speed(void)
 {
-    struct pc_kvm_config config = make_config(PC_WORKLOAD_RANDOM, 1, 16 * MIB);
-    struct pc_kvm *machine = boot_machine(&config);
+    struct pc_machine_config config = make_config(PC_WORKLOAD_RANDOM, 1, 16 * MIB);
+    struct pc_machine *machine = boot_machine(&config);
     uint64_t begin_ns = test_now_ns(), took_ns;
 
     run_until(machine, 100000000);
     took_ns = test_now_ns() - begin_ns;
     (void)printf("     random: %llu million instructions a second\n", 100000000000ull / took_ns);
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
     drop(&config);
 }
 

@@ -28,23 +28,23 @@ struct blob {
     size_t bytes;
 };
 
-static struct pc_kvm_config make_config(uint32_t engine, uint32_t workload)
+static struct pc_machine_config make_config(uint32_t engine, uint32_t workload)
 {
-    struct pc_kvm_config config = {
+    struct pc_machine_config config = {
         .engine = engine, .vcpus = 1, .workload = workload, .seed = 7, .disk_fd = -1, .working_set_bytes = 16 * 4096
     };
     uint64_t shared_bytes, private_bytes;
 
-    CHECK_EQ(pc_kvm_split_memory(16 * MIB, 1, 4096, &shared_bytes, &private_bytes, error, sizeof error), 0);
+    CHECK_EQ(pc_machine_split_memory(16 * MIB, 1, 4096, &shared_bytes, &private_bytes, error, sizeof error), 0);
     CHECK_EQ(pc_memory_create(PC_MEMORY_ANON, shared_bytes, &config.shared, error, sizeof error), 0);
     CHECK_EQ(pc_memory_create(PC_MEMORY_ANON, private_bytes, &config.private_[0], error, sizeof error), 0);
     return config;
 }
 
-static struct pc_kvm *open_machine(const struct pc_kvm_config *config)
+static struct pc_machine *open_machine(const struct pc_machine_config *config)
 {
-    struct pc_kvm *machine;
-    int rc = pc_kvm_open(config, &machine, error, sizeof error);
+    struct pc_machine *machine;
+    int rc = pc_machine_open(config, &machine, error, sizeof error);
 
     if (config->engine == PC_ENGINE_KVM && (rc == -ENOENT || rc == -EACCES || rc == -EPERM || rc == -ENOTSUP))
         SKIP("kvm", "%s", error);
@@ -53,19 +53,19 @@ static struct pc_kvm *open_machine(const struct pc_kvm_config *config)
 }
 
 /* The state of a machine that has booted and done nothing yet. */
-static struct blob saved_state(const struct pc_kvm_config *config)
+static struct blob saved_state(const struct pc_machine_config *config)
 {
-    struct pc_kvm *machine = open_machine(config);
+    struct pc_machine *machine = open_machine(config);
     struct blob blob = {.bytes = 65536};
     int64_t bytes;
 
-    CHECK_EQ(pc_kvm_boot(machine), 0);
+    CHECK_EQ(pc_machine_boot(machine), 0);
     blob.data = malloc(blob.bytes);
     CHECK(blob.data);
-    bytes = pc_kvm_save_state(machine, blob.data, blob.bytes, error, sizeof error);
+    bytes = pc_machine_save_state(machine, blob.data, blob.bytes, error, sizeof error);
     CHECK(bytes > HEADER_BYTES && (size_t)bytes <= blob.bytes);
     blob.bytes = (size_t)bytes;
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
     return blob;
 }
 
@@ -116,7 +116,7 @@ static struct blob with_msr(const struct blob *of, uint32_t index, uint64_t valu
 }
 
 /* A machine over memory that is missing, and that nobody brings. */
-static struct pc_kvm *open_missing(struct pc_kvm_config *config, int *uffd)
+static struct pc_machine *open_missing(struct pc_machine_config *config, int *uffd)
 {
 
     *uffd = pc_uffd_open(PC_UFFD_ANY, 0, NULL);
@@ -149,24 +149,24 @@ static void msrs_that_write_memory(void)
         {0x40000082, 0x100001},       /* HV_X64_MSR_SIEFP */
         {0x40000083, 0x100001},       /* HV_X64_MSR_SIMP */
     };
-    struct pc_kvm_config here = make_config(PC_ENGINE_KVM, PC_WORKLOAD_IDLE);
+    struct pc_machine_config here = make_config(PC_ENGINE_KVM, PC_WORKLOAD_IDLE);
     struct blob good = saved_state(&here);
 
     for (size_t i = 0; i < sizeof msrs / sizeof *msrs; i++) {
-        struct pc_kvm_config there = make_config(PC_ENGINE_KVM, PC_WORKLOAD_IDLE);
+        struct pc_machine_config there = make_config(PC_ENGINE_KVM, PC_WORKLOAD_IDLE);
         struct blob bad = with_msr(&good, msrs[i].index, msrs[i].value);
         char name[32];
         int uffd;
-        struct pc_kvm *machine = open_missing(&there, &uffd);
+        struct pc_machine *machine = open_missing(&there, &uffd);
 
-        CHECK_EQ(pc_kvm_load_state(machine, bad.data, bad.bytes, error, sizeof error), -EBADMSG);
+        CHECK_EQ(pc_machine_load_state(machine, bad.data, bad.bytes, error, sizeof error), -EBADMSG);
         (void)snprintf(name, sizeof name, "MSR 0x%x", msrs[i].index);
         if (!strstr(error, name))
             FAIL("%s is not in: %s", name, error);
         free(bad.data);
         bad = with_msr(&good, msrs[i].index, 0); /* as older versions send those that KVM lists */
-        CHECK_EQ(pc_kvm_load_state(machine, bad.data, bad.bytes, error, sizeof error), 0);
-        CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+        CHECK_EQ(pc_machine_load_state(machine, bad.data, bad.bytes, error, sizeof error), 0);
+        CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
         free(bad.data);
         close(uffd);
     }
@@ -176,12 +176,13 @@ static void msrs_that_write_memory(void)
 /* With page tables of 32-bit PAE KVM reads four of their entries when the registers are set. */
 static void registers_that_read_memory(void)
 {
-    struct pc_kvm_config here = make_config(PC_ENGINE_KVM, PC_WORKLOAD_IDLE), there = make_config(PC_ENGINE_KVM, PC_WORKLOAD_IDLE);
+    struct pc_machine_config here = make_config(PC_ENGINE_KVM, PC_WORKLOAD_IDLE);
+    struct pc_machine_config there = make_config(PC_ENGINE_KVM, PC_WORKLOAD_IDLE);
     struct blob state = saved_state(&here);
     struct kvm_sregs sregs;
     uint8_t *payload = state.data + find(&state, "SREG") + 16;
     int uffd;
-    struct pc_kvm *machine = open_missing(&there, &uffd);
+    struct pc_machine *machine = open_missing(&there, &uffd);
 
     memcpy(&sregs, payload, sizeof sregs);
     sregs.efer = 0;
@@ -190,9 +191,9 @@ static void registers_that_read_memory(void)
     sregs.cr3 = 0x100000;
     memcpy(payload, &sregs, sizeof sregs);
     seal(&state);
-    CHECK_EQ(pc_kvm_load_state(machine, state.data, state.bytes, error, sizeof error), -EBADMSG);
+    CHECK_EQ(pc_machine_load_state(machine, state.data, state.bytes, error, sizeof error), -EBADMSG);
     CHECK(strstr(error, "SREG") && strstr(error, "64-bit"));
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
     close(uffd);
     free(state.data);
 }
@@ -202,19 +203,19 @@ static void registers_that_read_memory(void)
 /* What would never end by itself: a hart that has executed nearly all instructions that can be counted stands for ever. */
 static void counter_at_its_end(void)
 {
-    struct pc_kvm_config config = make_config(PC_ENGINE_RV64, PC_WORKLOAD_IDLE);
+    struct pc_machine_config config = make_config(PC_ENGINE_RV64, PC_WORKLOAD_IDLE);
     struct blob state = saved_state(&config);
     struct pc_hart_state hart;
     uint8_t *payload = state.data + find(&state, "HART") + 16;
-    struct pc_kvm *machine = open_machine(&config);
+    struct pc_machine *machine = open_machine(&config);
 
     memcpy(&hart, payload, sizeof hart);
     hart.instructions = UINT64_MAX;
     memcpy(payload, &hart, sizeof hart);
     seal(&state);
-    CHECK_EQ(pc_kvm_load_state(machine, state.data, state.bytes, error, sizeof error), -EBADMSG);
+    CHECK_EQ(pc_machine_load_state(machine, state.data, state.bytes, error, sizeof error), -EBADMSG);
     CHECK(strstr(error, "HART"));
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
     free(state.data);
 }
 
@@ -223,25 +224,25 @@ static void counter_at_its_end(void)
 /* A load that hangs: the machine stays whole until it has come back, and can then be closed. */
 static void close_during_a_load(void)
 {
-    struct pc_kvm_config config = make_config(PC_ENGINE_RV64, PC_WORKLOAD_IDLE);
-    struct pc_kvm *machine = open_machine(&config);
+    struct pc_machine_config config = make_config(PC_ENGINE_RV64, PC_WORKLOAD_IDLE);
+    struct pc_machine *machine = open_machine(&config);
     struct pc_machine_stats stats;
 
     pthread_mutex_lock(&machine->lock);
     machine->transition = true; /* as while a load is in the kernel */
     pthread_mutex_unlock(&machine->lock);
-    CHECK_EQ(pc_kvm_close(machine, 50), -ETIMEDOUT);
-    CHECK_EQ(pc_kvm_stats(machine, &stats), 0);
-    CHECK_EQ(pc_kvm_close(machine, 50), -ETIMEDOUT); /* as often as one likes */
+    CHECK_EQ(pc_machine_close(machine, 50), -ETIMEDOUT);
+    CHECK_EQ(pc_machine_stats(machine, &stats), 0);
+    CHECK_EQ(pc_machine_close(machine, 50), -ETIMEDOUT); /* as often as one likes */
     pthread_mutex_lock(&machine->lock);
     machine->transition = false;
     pthread_cond_broadcast(&machine->changed);
     pthread_mutex_unlock(&machine->lock);
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
 }
 
 struct verification {
-    struct pc_kvm *machine;
+    struct pc_machine *machine;
     int result;
     _Atomic bool over;
 };
@@ -251,7 +252,7 @@ static void *verify(void *argument)
     struct verification *v = argument;
     struct pc_machine_check check;
 
-    v->result = pc_kvm_verify(v->machine, &check);
+    v->result = pc_machine_verify(v->machine, &check);
     atomic_store(&v->over, true);
     return NULL;
 }
@@ -259,14 +260,14 @@ static void *verify(void *argument)
 /* Guest memory says that 2^62 operations were done: whoever recounts them can be called off. */
 static void close_during_a_verification(void)
 {
-    struct pc_kvm_config config = make_config(PC_ENGINE_RV64, PC_WORKLOAD_RANDOM);
-    struct pc_kvm *machine = open_machine(&config);
+    struct pc_machine_config config = make_config(PC_ENGINE_RV64, PC_WORKLOAD_RANDOM);
+    struct pc_machine *machine = open_machine(&config);
     struct verification v = {.machine = machine};
     struct pcg_vcpu *guest = (struct pcg_vcpu *)(void *)((uint8_t *)config.shared.base + PCG_VCPU_PAGES);
     pthread_t thread;
     bool under_way = false;
 
-    CHECK_EQ(pc_kvm_boot(machine), 0);
+    CHECK_EQ(pc_machine_boot(machine), 0);
     guest->operations = 1ull << 62;
     CHECK_EQ(pthread_create(&thread, NULL, verify, &v), 0);
     while (!under_way && !atomic_load(&v.over)) {
@@ -274,7 +275,7 @@ static void close_during_a_verification(void)
         under_way = machine->transition;
         pthread_mutex_unlock(&machine->lock);
     }
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
     CHECK_EQ(pthread_join(thread, NULL), 0);
     CHECK_EQ(v.result, -ECANCELED);
 }
@@ -282,12 +283,12 @@ static void close_during_a_verification(void)
 /* The verifier reads tables whose place the guest says: any number, also one that no word can be at. */
 static void tables_at_odd_addresses(void)
 {
-    struct pc_kvm_config config = make_config(PC_ENGINE_RV64, PC_WORKLOAD_IDLE);
-    struct pc_kvm *machine = open_machine(&config);
+    struct pc_machine_config config = make_config(PC_ENGINE_RV64, PC_WORKLOAD_IDLE);
+    struct pc_machine *machine = open_machine(&config);
     struct pcg_vcpu *guest = (struct pcg_vcpu *)(void *)((uint8_t *)config.shared.base + PCG_VCPU_PAGES);
     struct pc_machine_check check;
 
-    CHECK_EQ(pc_kvm_boot(machine), 0);
+    CHECK_EQ(pc_machine_boot(machine), 0);
     machine->config.workload = PC_WORKLOAD_DISK; /* a disk is not needed to read the tables */
     guest->next_tag = 1;
     guest->slots = guest->range_slots[0] = 2;
@@ -295,9 +296,9 @@ static void tables_at_odd_addresses(void)
     guest->slot_tags_gva = PCG_IMAGE + 3;
     guest->chunk_tags_gva = PCG_IMAGE + 5;
     guest->slot_gva[0] = PCG_IMAGE + 1;
-    CHECK_EQ(pc_kvm_verify(machine, &check), 0);
+    CHECK_EQ(pc_machine_verify(machine, &check), 0);
     CHECK(!check.ok);
-    CHECK_EQ(pc_kvm_close(machine, RUN_MS), 0);
+    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
 }
 
 int main(int argc, char **argv)
