@@ -64,7 +64,7 @@ format: setup ## let ruff sort imports and format the Python files
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
 
-stub: setup ## write postcopy/_native.pyi again after a change of postcopy.h
+stub: setup ## write postcopy/_native.pyi again after a change of a public header
 	$(BIN)/python csrc/cdef.py stub --header csrc/include/postcopy.h --output postcopy/_native.pyi
 
 # The core with its tests and fuzz targets; ninja knows what is out of date.

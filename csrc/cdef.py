@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Derives the Python extension from postcopy.h, so that what Python sees cannot drift from what C offers.
 
+postcopy.h is the list of the headers: their declarations are taken in the order in which it includes them.
+
     cdef.py cdef --header postcopy.h                                      print the declarations, as CFFI gets them
-    cdef.py glue --header postcopy.h --library libX.a --output _native.c  write the C source of postcopy._native
+    cdef.py glue --header postcopy.h --library libX.a ... --output _native.c  write the C source of postcopy._native
     cdef.py check _native.abi3.so                                         fail when a symbol of ours is undefined
     cdef.py stub --header postcopy.h --output _native.pyi                 write the types that a type checker reads
     cdef.py stub --header postcopy.h --check _native.pyi                  fail when that file is not up to date
@@ -23,6 +25,7 @@ BEGIN = "==== begin cffi ===="
 END = "==== end cffi ===="
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 _DEFINE = re.compile(r"^#define[ \t]+(\w+)[ \t]+(\S.*?)[ \t]*$", re.MULTILINE)
+_INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 _NUMBER = re.compile(r"-?(?:0x[0-9a-fA-F]+|[0-9]+)")
 _PROTOTYPE = re.compile(
     r"^(?P<result>[A-Za-z_][^;{}#()]*?)\b(?P<name>pc_\w+)\s*\((?P<parameters>[^{};]*)\)\s*;", re.MULTILINE
@@ -53,6 +56,15 @@ def extract(header: str) -> str:
     return "\n".join(line.rstrip() for line in text.splitlines() if line.strip()) + "\n"
 
 
+def declarations(header: Path) -> str:
+    """What a header declares: between its own markers or, where it has none, in the headers that it includes."""
+    text = header.read_text(encoding="utf-8")
+    included = [] if BEGIN in text else _INCLUDE.findall(text)
+    if not included:
+        return extract(text)
+    return "".join(extract((header.parent / name).read_text(encoding="utf-8")) for name in included)
+
+
 def functions(cdef: str) -> list[str]:
     """Names of the functions that a cdef declares, in order."""
     return [match["name"] for match in _PROTOTYPE.finditer(cdef)]
@@ -75,7 +87,7 @@ def constants(cdef: str) -> dict[str, int]:
 # that string() of a char pointer is bytes, so every use of them would need a cast.
 _STUB_HEAD = """\
 # SPDX-License-Identifier: Apache-2.0
-# Written by `make stub` from csrc/include/postcopy.h, which says what everything means; not to be edited.
+# Written by `make stub` from csrc/include/postcopy/*.h, which say what everything means; not to be edited.
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -121,7 +133,7 @@ class _Lib:"""
 
 
 def _python_type(c_type: str, *, parameter: bool) -> str:
-    """The Python type of a parameter or result. Structs go by pointer only, as everywhere in postcopy.h."""
+    """The Python type of a parameter or result. Structs go by pointer only, as everywhere in the headers."""
     words = c_type.replace("*", " * ").split()
     if "*" in words:
         readable = words[0] == "const" and words[1] in {"char", "void", "uint8_t"} and words.count("*") == 1
@@ -166,12 +178,12 @@ def symbols(nm: str, path: Path, *options: str) -> set[str]:
     return {name for name in names if _OUR_SYMBOL.fullmatch(name)}
 
 
-def write_glue(header: Path, library: Path, nm: str, output: Path) -> None:
-    """Writes the extension's C source, for which every function of the header must be defined in a library."""
+def write_glue(header: Path, libraries: list[Path], nm: str, output: Path) -> None:
+    """Writes the extension's C source, for which every function must be defined in one of the libraries."""
     import cffi
 
-    cdef = extract(header.read_text(encoding="utf-8"))
-    defined = symbols(nm, library, "--defined-only")
+    cdef = declarations(header)
+    defined = {name for library in libraries for name in symbols(nm, library, "--defined-only")}
     missing = [name for name in functions(cdef) if name not in defined]
     if missing:
         raise HeaderError("declared in postcopy.h, defined in no C file: " + ", ".join(missing))
@@ -188,7 +200,9 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--header", type=Path, required=True)
     command = commands.add_parser("glue", help="write the extension's C source")
     command.add_argument("--header", type=Path, required=True)
-    command.add_argument("--library", type=Path, required=True, help="the static library that must define everything")
+    command.add_argument(
+        "--library", type=Path, nargs="+", required=True, help="static libraries that must define everything"
+    )
     command.add_argument("--output", type=Path, required=True)
     command.add_argument("--nm", default="nm")
     command = commands.add_parser("check", help="fail when a symbol of ours is undefined in the built extension")
@@ -202,11 +216,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.command == "cdef":
-            sys.stdout.write(extract(args.header.read_text(encoding="utf-8")))
+            sys.stdout.write(declarations(args.header))
         elif args.command == "glue":
             write_glue(args.header, args.library, args.nm, args.output)
         elif args.command == "stub":
-            text = stub(extract(args.header.read_text(encoding="utf-8")))
+            text = stub(declarations(args.header))
             if args.output:
                 args.output.write_text(text, encoding="utf-8")
             elif args.check.read_text(encoding="utf-8") != text:

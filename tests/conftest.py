@@ -76,7 +76,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
 }
 
 
-# What only the C tests can lack (csrc/tests/test.h reads the same variable), and the name of everything at once.
+# What only the C tests can lack (csrc/tests/support/test.h reads the same variable), and the name of all at once.
 C_CAPABILITIES = frozenset({"uffd-kernel", "uffd-features", "uffd-syscall", "holes"})
 ALL = "all"
 

@@ -24,6 +24,7 @@ from postcopy._native import ffi, lib
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = ROOT / "csrc" / "include" / "postcopy.h"
+HEADERS = sorted(HEADER.with_suffix("").glob("*.h"))
 STUB = ROOT / "postcopy" / "_native.pyi"
 
 
@@ -43,7 +44,7 @@ def cdef() -> Any:
 
 @pytest.fixture(scope="module")
 def declared(cdef: Any) -> str:
-    return str(cdef.extract(HEADER.read_text()))
+    return str(cdef.declarations(HEADER))
 
 
 # --- header, extension, stub ------------------------------------------------------------------------------------------
@@ -84,6 +85,19 @@ def test_the_stub_names_what_the_extension_has() -> None:
 
 def test_the_stub_is_what_make_stub_writes(cdef: Any, declared: str) -> None:
     assert STUB.read_text() == cdef.stub(declared)
+
+
+@pytest.mark.parametrize("header", ["postcopy.h", *(f"postcopy/{file.name}" for file in HEADERS)])
+def test_every_header_can_be_used_alone(tmp_path: Path, header: str) -> None:
+    (tmp_path / "a.c").write_text(f'#include "{header}"\n#include "{header}"\n')
+    flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    subprocess.run(["gcc", *flags, "-I", HEADER.parent, tmp_path / "a.c"], check=True)
+
+
+def test_the_umbrella_names_every_header(cdef: Any, declared: str) -> None:
+    assert sorted(cdef.functions(declared)) == sorted(
+        name for file in HEADERS for name in cdef.functions(cdef.declarations(file))
+    )
 
 
 def test_versions_agree() -> None:

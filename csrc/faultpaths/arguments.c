@@ -31,8 +31,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "core/util.h"
 #include "faultpaths/fp.h"
-#include "util.h"
 
 #ifndef SO_ATTACH_FILTER
 #define SO_ATTACH_FILTER 26

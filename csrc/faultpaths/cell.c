@@ -23,8 +23,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "core/util.h"
 #include "faultpaths/cell.h"
-#include "util.h"
 
 #ifndef SYS_pidfd_getfd
 #define SYS_pidfd_getfd 438

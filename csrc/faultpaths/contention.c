@@ -15,8 +15,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "core/util.h"
 #include "faultpaths/fp.h"
-#include "util.h"
 
 #define BULK_PAGES 64    /* of one UFFDIO_COPY */
 #define BULK_RUNS 64     /* as many of them until the memory is full, and is given back to begin again */

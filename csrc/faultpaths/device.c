@@ -5,8 +5,8 @@
  */
 #include <unistd.h>
 
+#include "core/util.h"
 #include "faultpaths/fp.h"
-#include "util.h"
 
 static void look(struct pc_fp_cell *cell, const char *path, const char *what)
 {

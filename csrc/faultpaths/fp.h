@@ -21,7 +21,10 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-#include "postcopy.h"
+#include "postcopy/core.h"
+#include "postcopy/faultpaths.h"
+#include "postcopy/memory.h"
+#include "postcopy/uffd.h"
 
 #define PC_FP_BYTES 4096 /* of the page that operations use, however large it is */
 #define PC_FP_FD 100     /* what descriptors in the page are */

@@ -15,8 +15,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "core/util.h"
 #include "faultpaths/cell.h"
-#include "util.h"
 
 #define SIGNAL_WINDOW_NS 20000000u
 #define SPIN_EVENTS 16 /* so many before the page is given, and no signal pending: that is no waiting */

@@ -9,8 +9,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "core/util.h"
 #include "faultpaths/fp.h"
-#include "util.h"
 
 #define EVERYWHERE PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS
 

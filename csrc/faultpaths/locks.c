@@ -10,8 +10,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "core/util.h"
 #include "faultpaths/cell.h"
-#include "util.h"
 
 #define ROUNDS 15
 

@@ -11,8 +11,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "core/util.h"
 #include "faultpaths/fp.h"
-#include "util.h"
 
 #ifndef MADV_COLD
 #define MADV_COLD 20

@@ -15,8 +15,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "core/util.h"
 #include "faultpaths/fp.h"
-#include "util.h"
 
 #define EVERYWHERE PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS
 /* Of what nobody is told, only the page tells; there it must be possible to look at it. */

@@ -11,10 +11,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "core/util.h"
 #include "faultpaths/cell.h"
-#include "util.h"
 
-#include "uffd_abi.h"
+#include "uffd/uffd_abi.h"
 
 #ifndef MFD_HUGETLB
 #define MFD_HUGETLB 4u

@@ -7,8 +7,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "core/util.h"
 #include "faultpaths/fp.h"
-#include "util.h"
 
 static const struct pc_fp_class *const classes[] = {&pc_fp_user,  &pc_fp_copy,   &pc_fp_arguments, &pc_fp_process,
                                                    &pc_fp_pin,   &pc_fp_futex,  &pc_fp_uring,     &pc_fp_kvm,

@@ -13,8 +13,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "core/util.h"
 #include "faultpaths/fp.h"
-#include "util.h"
 
 #define EVERYWHERE PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS
 #define ENTRIES 4

@@ -4,8 +4,8 @@
  */
 #include <string.h>
 
+#include "core/util.h"
 #include "faultpaths/fp.h"
-#include "util.h"
 
 #define EVERYWHERE PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS
 

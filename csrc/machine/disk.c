@@ -19,7 +19,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "machine.h"
+#include "machine/machine.h"
 
 #define SECTOR_BYTES 512u
 
@@ -53,9 +53,9 @@ int pc_disk_open(const char *path, uint64_t bytes, char *error, size_t error_byt
                             (unsigned long long)bytes, strerror(-rc));
 }
 
-int pc_disk_geometry(struct pc_kvm *machine, char *error, size_t error_bytes)
+int pc_disk_geometry(struct pc_machine *machine, char *error, size_t error_bytes)
 {
-    const struct pc_kvm_config *config = &machine->config;
+    const struct pc_machine_config *config = &machine->config;
     struct stat st;
     int flags;
 
@@ -113,7 +113,7 @@ static int transfer(int fd, bool write, uint8_t *memory, uint64_t bytes, uint64_
 
 uint32_t pc_disk_request(struct pc_vcpu *vcpu, uint32_t op, uint64_t slice_offset, uint64_t gpa, uint64_t bytes)
 {
-    struct pc_kvm *machine = vcpu->machine;
+    struct pc_machine *machine = vcpu->machine;
     uint64_t slice_bytes = machine->layout.disk_slice_bytes;
     uint8_t *memory = pc_layout_gpa(&machine->layout, gpa, bytes);
     uint64_t offset;
@@ -134,7 +134,7 @@ uint32_t pc_disk_request(struct pc_vcpu *vcpu, uint32_t op, uint64_t slice_offse
     return PCG_DISK_OK;
 }
 
-int pc_disk_inspect(const struct pc_kvm *machine, uint32_t vcpu, uint64_t slice_offset, void *into, uint64_t bytes)
+int pc_disk_inspect(const struct pc_machine *machine, uint32_t vcpu, uint64_t slice_offset, void *into, uint64_t bytes)
 {
     uint64_t slice_bytes = machine->layout.disk_slice_bytes;
 

@@ -10,7 +10,8 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include "machine.h"
+#include "machine/machine.h"
+#include "postcopy/uffd.h"
 
 #if defined(__x86_64__)
 
@@ -166,7 +167,7 @@ static void destroy_vcpu(struct pc_vcpu *vcpu)
     free(vcpu->cpuid);
 }
 
-static void destroy(struct pc_kvm *machine)
+static void destroy(struct pc_machine *machine)
 {
     if (machine->vm_fd >= 0)
         close(machine->vm_fd);
@@ -175,7 +176,7 @@ static void destroy(struct pc_kvm *machine)
     free(machine->host_cpuid);
 }
 
-static int open_device(struct pc_kvm *machine, char *error, size_t error_bytes)
+static int open_device(struct pc_machine *machine, char *error, size_t error_bytes)
 {
     int rc;
 
@@ -198,14 +199,14 @@ static int open_device(struct pc_kvm *machine, char *error, size_t error_bytes)
     return 0;
 }
 
-static int has(const struct pc_kvm *machine, long capability)
+static int has(const struct pc_machine *machine, long capability)
 {
     int rc = ioctl(machine->vm_fd, KVM_CHECK_EXTENSION, capability);
 
     return rc < 0 ? 0 : rc;
 }
 
-static int check_features(struct pc_kvm *machine, char *error, size_t error_bytes)
+static int check_features(struct pc_machine *machine, char *error, size_t error_bytes)
 {
     static const struct {
         long capability;
@@ -236,7 +237,7 @@ static int check_features(struct pc_kvm *machine, char *error, size_t error_byte
     return 0;
 }
 
-static int get_host_cpuid(struct pc_kvm *machine, char *error, size_t error_bytes)
+static int get_host_cpuid(struct pc_machine *machine, char *error, size_t error_bytes)
 {
     uint32_t physical_bits = 36;
     int rc;
@@ -267,7 +268,7 @@ static int get_host_cpuid(struct pc_kvm *machine, char *error, size_t error_byte
 
 static int make_vcpu(struct pc_vcpu *vcpu, char *error, size_t error_bytes)
 {
-    const struct pc_kvm *machine = vcpu->machine;
+    const struct pc_machine *machine = vcpu->machine;
     void *run;
     int rc = ioctl(machine->vm_fd, KVM_CREATE_VCPU, (unsigned long)vcpu->index);
 
@@ -285,7 +286,7 @@ static int make_vcpu(struct pc_vcpu *vcpu, char *error, size_t error_bytes)
     return 0;
 }
 
-static int set_up(struct pc_kvm *machine, char *error, size_t error_bytes)
+static int set_up(struct pc_machine *machine, char *error, size_t error_bytes)
 {
     uint64_t identity_map = 0xfffbc000;
     int rc;
@@ -331,7 +332,7 @@ static int set_up(struct pc_kvm *machine, char *error, size_t error_bytes)
 /* 64-bit mode with paging on, as a loader would leave it; the vCPU's number in RDI. */
 static int set_start_state(struct pc_vcpu *vcpu)
 {
-    const struct pc_kvm *machine = vcpu->machine;
+    const struct pc_machine *machine = vcpu->machine;
     struct kvm_segment code = { .limit = 0xffffffff, .selector = PCG_CODE_SELECTOR, .type = 11, .present = 1, .s = 1,
                                 .l = 1, .g = 1 };
     struct kvm_segment data = { .limit = 0xffffffff, .selector = PCG_DATA_SELECTOR, .type = 3, .present = 1, .s = 1,

@@ -16,7 +16,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "machine.h"
+#include "machine/machine.h"
 
 #define LARGE_PAGE_BYTES 0x200000ull
 #define GIB              0x40000000ull
@@ -62,7 +62,7 @@ static void add_slot(struct pc_layout *layout, uint64_t gpa, void *host, uint64_
     layout->guest_end = gpa + bytes;
 }
 
-int pc_layout_make(const struct pc_kvm_config *config, struct pc_layout *layout, char *error, size_t error_bytes)
+int pc_layout_make(const struct pc_machine_config *config, struct pc_layout *layout, char *error, size_t error_bytes)
 {
     bool is_rv64 = config->engine == PC_ENGINE_RV64; /* no page tables: guest-physical is what the program uses */
     uint64_t tables = 1, free_pages, want_pages, total_bytes, gpa;
@@ -72,9 +72,9 @@ int pc_layout_make(const struct pc_kvm_config *config, struct pc_layout *layout,
     memset(layout, 0, sizeof *layout);
     if (rc)
         return rc;
-    if (config->vcpus < 1 || config->vcpus > PC_KVM_MAX_VCPUS)
+    if (config->vcpus < 1 || config->vcpus > PC_MACHINE_MAX_VCPUS)
         return pc_machine_error(error, error_bytes, -EINVAL, "%u vCPUs: 1 to %d are possible", config->vcpus,
-                                PC_KVM_MAX_VCPUS);
+                                PC_MACHINE_MAX_VCPUS);
     total_bytes = shared_bytes;
     tables += tables_for(shared_bytes);
     for (uint32_t i = 0; i < config->vcpus; i++) {
@@ -137,13 +137,13 @@ int pc_layout_make(const struct pc_kvm_config *config, struct pc_layout *layout,
     return 0;
 }
 
-int pc_kvm_split_memory(uint64_t total_bytes, uint32_t vcpus, uint64_t page_bytes, uint64_t *shared_bytes,
-                        uint64_t *private_bytes, char *error, size_t error_bytes)
+int pc_machine_split_memory(uint64_t total_bytes, uint32_t vcpus, uint64_t page_bytes, uint64_t *shared_bytes,
+                            uint64_t *private_bytes, char *error, size_t error_bytes)
 {
     uint64_t unit = page_bytes, share;
 
-    if (vcpus < 1 || vcpus > PC_KVM_MAX_VCPUS)
-        return pc_machine_error(error, error_bytes, -EINVAL, "%u vCPUs: 1 to %d are possible", vcpus, PC_KVM_MAX_VCPUS);
+    if (vcpus < 1 || vcpus > PC_MACHINE_MAX_VCPUS)
+        return pc_machine_error(error, error_bytes, -EINVAL, "%u vCPUs: 1 to %d are possible", vcpus, PC_MACHINE_MAX_VCPUS);
     if (page_bytes < PCG_PAGE_BYTES || (page_bytes & (page_bytes - 1)) || total_bytes % page_bytes)
         return pc_machine_error(error, error_bytes, -EINVAL, "memory size must be a multiple of %llu bytes",
                                 (unsigned long long)(page_bytes ? page_bytes : PCG_PAGE_BYTES));
@@ -174,7 +174,7 @@ void *pc_layout_gpa(const struct pc_layout *layout, uint64_t gpa, uint64_t bytes
     return NULL;
 }
 
-void *pc_layout_gva(const struct pc_kvm_config *config, uint64_t gva, uint64_t bytes)
+void *pc_layout_gva(const struct pc_machine_config *config, uint64_t gva, uint64_t bytes)
 {
     const struct pc_memory *memory = &config->shared;
     uint64_t offset = gva;
@@ -239,9 +239,9 @@ static uint64_t map(uint8_t *ram, uint64_t next_table, uint64_t gva, uint64_t gp
 }
 
 /* Descriptor and page tables. */
-static int write_tables(const struct pc_kvm *machine, uint8_t *ram)
+static int write_tables(const struct pc_machine *machine, uint8_t *ram)
 {
-    const struct pc_kvm_config *config = &machine->config;
+    const struct pc_machine_config *config = &machine->config;
     const struct pc_layout *layout = &machine->layout;
     uint64_t *gdt = (uint64_t *)(ram + PCG_GDT), *idt = (uint64_t *)(ram + PCG_IDT), next_table;
 
@@ -264,19 +264,19 @@ static int write_tables(const struct pc_kvm *machine, uint8_t *ram)
 
 /* The text of guest/build_rv64.sh: little-endian RISC-V code, on any host. */
 static const uint8_t rv64_idle[] = {
-#include "guest/rv64/idle.inc"
+#include "machine/guest/rv64/idle.inc"
 };
 static const uint8_t rv64_dirty[] = {
-#include "guest/rv64/dirty.inc"
+#include "machine/guest/rv64/dirty.inc"
 };
 static const uint8_t rv64_random[] = {
-#include "guest/rv64/random.inc"
+#include "machine/guest/rv64/random.inc"
 };
 static const uint8_t rv64_disk[] = {
-#include "guest/rv64/disk.inc"
+#include "machine/guest/rv64/disk.inc"
 };
 static const uint8_t rv64_echo[] = {
-#include "guest/rv64/echo.inc"
+#include "machine/guest/rv64/echo.inc"
 };
 
 static const struct image rv64_images[] = {
@@ -287,9 +287,9 @@ static const struct image rv64_images[] = {
     [PC_WORKLOAD_ECHO] = { rv64_echo, rv64_echo + sizeof rv64_echo },
 };
 
-int pc_layout_write_boot(const struct pc_kvm *machine, uint8_t *ram)
+int pc_layout_write_boot(const struct pc_machine *machine, uint8_t *ram)
 {
-    const struct pc_kvm_config *config = &machine->config;
+    const struct pc_machine_config *config = &machine->config;
     const struct pc_layout *layout = &machine->layout;
     struct pcg_boot *boot = (struct pcg_boot *)(ram + PCG_BOOT_INFO);
     struct image image = rv64_images[config->workload];

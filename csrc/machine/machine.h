@@ -12,7 +12,7 @@
  *   verify.c     the invariants of each workload, seen from outside
  *
  * Locking. `lock` guards the run control (want_run, stop, transition, each vCPU's parked). Counters are atomics, since
- * pc_kvm_stats takes no lock. Everything else of a vCPU belongs to its thread while it runs and to the caller that holds
+ * pc_machine_stats takes no lock. Everything else of a vCPU belongs to its thread while it runs and to the caller that holds
  * `transition` (or the only handle) while it is parked.
  */
 #ifndef PC_MACHINE_H
@@ -24,10 +24,10 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "guest/abi.h"
-#include "postcopy.h"
+#include "machine/guest/abi.h"
+#include "postcopy/machine.h"
 
-_Static_assert(PC_KVM_MAX_VCPUS == PCG_VCPUS_MAX, "the guest's limit is the machine's");
+_Static_assert(PC_MACHINE_MAX_VCPUS == PCG_VCPUS_MAX, "the guest's limit is the machine's");
 
 struct kvm_run;
 struct kvm_cpuid2;
@@ -38,7 +38,7 @@ struct pc_slot {
     uint64_t bytes;
     uint8_t *host;
 };
-#define PC_SLOTS_MAX (2 + PC_KVM_MAX_VCPUS)
+#define PC_SLOTS_MAX (2 + PC_MACHINE_MAX_VCPUS)
 
 /* Everything that follows from the configuration alone, so it is the same on both hosts. */
 struct pc_layout {
@@ -47,8 +47,8 @@ struct pc_layout {
     struct pc_slot slots[PC_SLOTS_MAX];
     uint32_t slot_count;
     struct pcg_range shared; /* working set */
-    struct pcg_range private_[PC_KVM_MAX_VCPUS];
-    uint64_t private_gpa[PC_KVM_MAX_VCPUS];
+    struct pcg_range private_[PC_MACHINE_MAX_VCPUS];
+    uint64_t private_gpa[PC_MACHINE_MAX_VCPUS];
     uint64_t disk_slice_bytes;
 };
 
@@ -56,7 +56,7 @@ struct pc_hart; /* rv64.h */
 struct pc_engine;
 
 struct pc_vcpu {
-    struct pc_kvm *machine;
+    struct pc_machine *machine;
     uint32_t index;
     struct pc_hart *hart;     /* rv64 only */
     int fd;                   /* this and the next two: kvm only */
@@ -78,8 +78,8 @@ struct pc_vcpu {
     _Atomic uint32_t ready;
 };
 
-struct pc_kvm {
-    struct pc_kvm_config config;
+struct pc_machine {
+    struct pc_machine_config config;
     const struct pc_engine *engine;
     struct pc_layout layout;
     int kvm_fd, vm_fd, event_fd;
@@ -107,16 +107,16 @@ struct pc_kvm {
     char failure_text[192];
 
     uint32_t vcpu_count; /* made so far */
-    struct pc_vcpu vcpu[PC_KVM_MAX_VCPUS];
+    struct pc_vcpu vcpu[PC_MACHINE_MAX_VCPUS];
 };
 
 /* What executes instructions. Called by the vCPU's thread where nothing else is said; `error`: as everywhere. */
 struct pc_engine {
     const char *program_counter; /* its name */
     bool kick_again;             /* a kick's signal may be lost: repeat it until the vCPU is out */
-    int (*set_up)(struct pc_kvm *machine, char *error, size_t error_bytes); /* by pc_kvm_open, may be NULL */
-    int (*make_vcpu)(struct pc_vcpu *vcpu, char *error, size_t error_bytes); /* by pc_kvm_open */
-    int (*set_start_state)(struct pc_vcpu *vcpu);                            /* by pc_kvm_boot */
+    int (*set_up)(struct pc_machine *machine, char *error, size_t error_bytes); /* by pc_machine_open, may be NULL */
+    int (*make_vcpu)(struct pc_vcpu *vcpu, char *error, size_t error_bytes); /* by pc_machine_open */
+    int (*set_start_state)(struct pc_vcpu *vcpu);                            /* by pc_machine_boot */
     /* Executes until something is to be looked at, at the latest when kicked. False: the vCPU has failed. */
     bool (*run)(struct pc_vcpu *vcpu);
     void (*complete)(struct pc_vcpu *vcpu);       /* before it is parked; may be NULL */
@@ -124,7 +124,7 @@ struct pc_engine {
     uint64_t (*where)(struct pc_vcpu *vcpu);      /* the program counter */
     uint32_t (*entropy)(struct pc_vcpu *vcpu);    /* NULL: the host's */
     void (*destroy_vcpu)(struct pc_vcpu *vcpu);   /* also one that is half made */
-    void (*destroy)(struct pc_kvm *machine);      /* may be NULL */
+    void (*destroy)(struct pc_machine *machine);  /* may be NULL */
 };
 extern const struct pc_engine pc_engine_kvm, pc_engine_rv64;
 
@@ -152,23 +152,23 @@ int pc_kick_signal(void);
 void pc_rv64_kicked(void);
 
 /* layout.c */
-int pc_layout_make(const struct pc_kvm_config *config, struct pc_layout *layout, char *error, size_t error_bytes);
+int pc_layout_make(const struct pc_machine_config *config, struct pc_layout *layout, char *error, size_t error_bytes);
 /* Host address of guest-physical memory, NULL unless all of it lies within one slot. */
 void *pc_layout_gpa(const struct pc_layout *layout, uint64_t gpa, uint64_t bytes);
 /* Host address of a guest-virtual address, NULL unless all of it lies within one block. */
-void *pc_layout_gva(const struct pc_kvm_config *config, uint64_t gva, uint64_t bytes);
+void *pc_layout_gva(const struct pc_machine_config *config, uint64_t gva, uint64_t bytes);
 /* The boot area as it is before the first instruction, into `boot_bytes` zeroed bytes. */
-int pc_layout_write_boot(const struct pc_kvm *machine, uint8_t *ram);
+int pc_layout_write_boot(const struct pc_machine *machine, uint8_t *ram);
 
 /* disk.c */
-int pc_disk_geometry(struct pc_kvm *machine, char *error, size_t error_bytes);
+int pc_disk_geometry(struct pc_machine *machine, char *error, size_t error_bytes);
 /* One request of vCPU's guest, all of it untrusted. Blocks on I/O and on missing pages. */
 uint32_t pc_disk_request(struct pc_vcpu *vcpu, uint32_t op, uint64_t slice_offset, uint64_t gpa, uint64_t bytes);
 /* For the verifier: reads part of a vCPU's slice. */
-int pc_disk_inspect(const struct pc_kvm *machine, uint32_t vcpu, uint64_t slice_offset, void *into, uint64_t bytes);
+int pc_disk_inspect(const struct pc_machine *machine, uint32_t vcpu, uint64_t slice_offset, void *into, uint64_t bytes);
 
 /* net.c */
-int pc_net_check(const struct pc_kvm *machine, char *error, size_t error_bytes);
+int pc_net_check(const struct pc_machine *machine, char *error, size_t error_bytes);
 /* One request of vCPU's guest, all of it untrusted. Waits for frames and missing pages, and until the vCPU must leave. */
 uint32_t pc_net_request(struct pc_vcpu *vcpu, uint32_t op, uint64_t gpa, uint64_t bytes);
 uint32_t pc_net_register(const struct pc_vcpu *vcpu, uint16_t port);
@@ -176,10 +176,10 @@ uint32_t pc_net_register(const struct pc_vcpu *vcpu, uint16_t port);
 void pc_net_kicked(void);
 
 /* state.c */
-int64_t pc_state_save(struct pc_kvm *machine, void *buf, size_t cap, char *error, size_t error_bytes);
-int pc_state_load(struct pc_kvm *machine, const void *buf, size_t bytes, char *error, size_t error_bytes);
+int64_t pc_state_save(struct pc_machine *machine, void *buf, size_t cap, char *error, size_t error_bytes);
+int pc_state_load(struct pc_machine *machine, const void *buf, size_t bytes, char *error, size_t error_bytes);
 
 /* verify.c */
-int pc_verify(struct pc_kvm *machine, struct pc_machine_check *check);
+int pc_verify(struct pc_machine *machine, struct pc_machine_check *check);
 
 #endif

@@ -26,7 +26,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "machine.h"
+#include "machine/machine.h"
 
 #define TICK_NS 100000000l /* as HLT's */
 
@@ -48,9 +48,9 @@ void pc_net_kicked(void)
         siglongjmp(*to, 1);
 }
 
-int pc_net_check(const struct pc_kvm *machine, char *error, size_t error_bytes)
+int pc_net_check(const struct pc_machine *machine, char *error, size_t error_bytes)
 {
-    const struct pc_kvm_config *config = &machine->config;
+    const struct pc_machine_config *config = &machine->config;
     int flags;
 
     if (!config->has_net) {
@@ -97,7 +97,7 @@ RACY static bool bring(struct pc_vcpu *vcpu, const uint8_t *memory, uint64_t byt
 
 static uint32_t receive(struct pc_vcpu *vcpu, uint8_t *memory, uint64_t bytes)
 {
-    struct pc_kvm *machine = vcpu->machine;
+    struct pc_machine *machine = vcpu->machine;
     uint8_t frame[PCG_NET_FRAME_MAX + 1]; /* one byte more: a longer frame shows */
     ssize_t n;
 
@@ -119,7 +119,7 @@ static uint32_t receive(struct pc_vcpu *vcpu, uint8_t *memory, uint64_t bytes)
 
 static uint32_t transmit(struct pc_vcpu *vcpu, const uint8_t *memory, uint64_t bytes)
 {
-    struct pc_kvm *machine = vcpu->machine;
+    struct pc_machine *machine = vcpu->machine;
     uint8_t frame[PCG_NET_FRAME_MAX];
     ssize_t n;
 
@@ -154,7 +154,7 @@ static void wait_for_frame(struct pc_vcpu *vcpu)
 
 uint32_t pc_net_request(struct pc_vcpu *vcpu, uint32_t op, uint64_t gpa, uint64_t bytes)
 {
-    struct pc_kvm *machine = vcpu->machine;
+    struct pc_machine *machine = vcpu->machine;
     uint8_t *memory = NULL;
     uint32_t status;
 
@@ -176,7 +176,7 @@ uint32_t pc_net_request(struct pc_vcpu *vcpu, uint32_t op, uint64_t gpa, uint64_
 
 uint32_t pc_net_register(const struct pc_vcpu *vcpu, uint16_t port)
 {
-    const struct pc_kvm_config *config = &vcpu->machine->config;
+    const struct pc_machine_config *config = &vcpu->machine->config;
 
     if (port == PCG_PORT_NET_STATUS)
         return vcpu->net_status;

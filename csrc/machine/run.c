@@ -28,7 +28,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "machine.h"
+#include "machine/machine.h"
 
 
 #define MARK_EVENT_INTERVAL_NS 50000000ull
@@ -89,7 +89,7 @@ int pc_kick_signal(void)
 }
 
 /* Under the lock. Everybody out: see the top of this file for the order. */
-static void kick_all(struct pc_kvm *machine)
+static void kick_all(struct pc_machine *machine)
 {
     atomic_store(&machine->leave, true);
     for (uint32_t i = 0; i < machine->vcpu_count; i++) {
@@ -104,7 +104,7 @@ static void kick_all(struct pc_kvm *machine)
 
 /* ---- reports and failures ---- */
 
-static void tell(struct pc_kvm *machine)
+static void tell(struct pc_machine *machine)
 {
     uint64_t one = 1;
     /* EAGAIN means 2^64 - 2 unread events: readable anyway. */
@@ -136,7 +136,7 @@ static const char *failure_name(uint64_t code)
 static void keep_failure(struct pc_vcpu *vcpu, uint64_t code, uint64_t where, uint64_t expected, uint64_t found,
                          const char *text)
 {
-    struct pc_kvm *machine = vcpu->machine;
+    struct pc_machine *machine = vcpu->machine;
 
     if (atomic_exchange(&machine->failure_claimed, 1))
         return;
@@ -161,7 +161,7 @@ static void guest_failure(struct pc_vcpu *vcpu, uint64_t code, uint64_t where, u
 
 void pc_vcpu_failed(struct pc_vcpu *vcpu, const char *what)
 {
-    struct pc_kvm *machine = vcpu->machine;
+    struct pc_machine *machine = vcpu->machine;
     char text[sizeof machine->failure_text];
     uint64_t where = machine->engine->where(vcpu);
 
@@ -181,7 +181,7 @@ void pc_vcpu_failed(struct pc_vcpu *vcpu, const char *what)
 /* False: the vCPU is to stop. */
 static bool report(struct pc_vcpu *vcpu, uint32_t what, const uint64_t arguments[4])
 {
-    struct pc_kvm *machine = vcpu->machine;
+    struct pc_machine *machine = vcpu->machine;
     uint64_t now_ns;
 
     switch (what) {
@@ -216,7 +216,7 @@ static bool report(struct pc_vcpu *vcpu, uint32_t what, const uint64_t arguments
 
 bool pc_device_out(struct pc_vcpu *vcpu, uint16_t port, uint32_t value, const uint64_t arguments[4])
 {
-    struct pc_kvm *machine = vcpu->machine;
+    struct pc_machine *machine = vcpu->machine;
 
     switch (port) {
     case PCG_PORT_SERIAL:
@@ -264,7 +264,7 @@ uint32_t pc_device_in(struct pc_vcpu *vcpu, uint16_t port)
 
 void pc_vcpu_halt(struct pc_vcpu *vcpu)
 {
-    struct pc_kvm *machine = vcpu->machine;
+    struct pc_machine *machine = vcpu->machine;
     uint64_t until_ns = pc_machine_now_ns() + HALT_NS;
     struct timespec until = { .tv_sec = (time_t)(until_ns / 1000000000u), .tv_nsec = (long)(until_ns % 1000000000u) };
 
@@ -278,7 +278,7 @@ void pc_vcpu_halt(struct pc_vcpu *vcpu)
 
 void pc_vcpu_stand(struct pc_vcpu *vcpu)
 {
-    struct pc_kvm *machine = vcpu->machine;
+    struct pc_machine *machine = vcpu->machine;
 
     atomic_store(&vcpu->activity, PC_VCPU_HALTED);
     pthread_mutex_lock(&machine->lock);
@@ -296,7 +296,7 @@ void pc_vcpu_stand(struct pc_vcpu *vcpu)
 /* Waits for leave to run; false when the thread is to end. */
 static bool park(struct pc_vcpu *vcpu)
 {
-    struct pc_kvm *machine = vcpu->machine;
+    struct pc_machine *machine = vcpu->machine;
     bool go;
 
     pthread_mutex_lock(&machine->lock);
@@ -312,12 +312,12 @@ static bool park(struct pc_vcpu *vcpu)
     return go;
 }
 
-static void release(struct pc_kvm *machine);
+static void release(struct pc_machine *machine);
 
 static void *vcpu_thread(void *argument)
 {
     struct pc_vcpu *vcpu = argument;
-    struct pc_kvm *machine = vcpu->machine;
+    struct pc_machine *machine = vcpu->machine;
     char name[16];
     sigset_t set;
 
@@ -352,7 +352,7 @@ static void *vcpu_thread(void *argument)
 
 /* ---- open and close ---- */
 
-static void destroy(struct pc_kvm *machine)
+static void destroy(struct pc_machine *machine)
 {
     for (uint32_t i = 0; i < machine->vcpu_count; i++)
         machine->engine->destroy_vcpu(&machine->vcpu[i]);
@@ -366,13 +366,13 @@ static void destroy(struct pc_kvm *machine)
 }
 
 /* Outside of the lock: a thread that still is inside pthread_mutex_unlock must hold its reference. */
-static void release(struct pc_kvm *machine)
+static void release(struct pc_machine *machine)
 {
     if (atomic_fetch_sub(&machine->references, 1) == 1)
         destroy(machine);
 }
 
-static int make_vcpu(struct pc_kvm *machine, uint32_t index, char *error, size_t error_bytes)
+static int make_vcpu(struct pc_machine *machine, uint32_t index, char *error, size_t error_bytes)
 {
     struct pc_vcpu *vcpu = &machine->vcpu[index];
     sigset_t all, old;
@@ -404,7 +404,7 @@ static int make_vcpu(struct pc_kvm *machine, uint32_t index, char *error, size_t
     return 0;
 }
 
-static int set_up(struct pc_kvm *machine, char *error, size_t error_bytes)
+static int set_up(struct pc_machine *machine, char *error, size_t error_bytes)
 {
     int rc = 0;
 
@@ -418,10 +418,10 @@ static int set_up(struct pc_kvm *machine, char *error, size_t error_bytes)
     return rc;
 }
 
-int pc_kvm_open(const struct pc_kvm_config *config, struct pc_kvm **out, char *error, size_t error_bytes)
+int pc_machine_open(const struct pc_machine_config *config, struct pc_machine **out, char *error, size_t error_bytes)
 {
     const struct pc_engine *engine;
-    struct pc_kvm *machine;
+    struct pc_machine *machine;
     pthread_condattr_t attributes;
     int rc;
 
@@ -465,7 +465,7 @@ int pc_kvm_open(const struct pc_kvm_config *config, struct pc_kvm **out, char *e
     if (!rc)
         rc = set_up(machine, error, error_bytes);
     if (rc) {
-        while (pc_kvm_close(machine, 1000)) /* parked threads leave at once, when they get a processor */
+        while (pc_machine_close(machine, 1000)) /* parked threads leave at once, when they get a processor */
             ;
         return rc;
     }
@@ -475,7 +475,7 @@ int pc_kvm_open(const struct pc_kvm_config *config, struct pc_kvm **out, char *e
 
 /* Under the lock: true when every thread has ended, with whatever else was under way (`gone`), or is at least parked; false at
  * the deadline. */
-static bool wait_for_vcpus(struct pc_kvm *machine, uint32_t timeout_ms, bool gone)
+static bool wait_for_vcpus(struct pc_machine *machine, uint32_t timeout_ms, bool gone)
 {
     uint64_t until_ns = pc_machine_now_ns() + timeout_ms * 1000000ull, now_ns, step_ns;
     struct timespec step;
@@ -499,7 +499,7 @@ static bool wait_for_vcpus(struct pc_kvm *machine, uint32_t timeout_ms, bool gon
     }
 }
 
-int pc_kvm_close(struct pc_kvm *machine, uint32_t timeout_ms)
+int pc_machine_close(struct pc_machine *machine, uint32_t timeout_ms)
 {
     bool in_time;
 
@@ -522,22 +522,22 @@ int pc_kvm_close(struct pc_kvm *machine, uint32_t timeout_ms)
 
 /* ---- run control ---- */
 
-/* Under the lock. Until it is let go the machine is neither freed nor taken for anything else: pc_kvm_close waits for that. Who
+/* Under the lock. Until it is let go the machine is neither freed nor taken for anything else: pc_machine_close waits for that. Who
  * has let it go releases it, outside of the lock. */
-static void hold(struct pc_kvm *machine)
+static void hold(struct pc_machine *machine)
 {
     machine->transition = true;
     atomic_fetch_add(&machine->references, 1);
 }
 
-static void let_go(struct pc_kvm *machine)
+static void let_go(struct pc_machine *machine)
 {
     machine->transition = false;
     pthread_cond_broadcast(&machine->changed);
 }
 
 /* Takes the machine for something that needs it at rest, in the given state. */
-static int begin(struct pc_kvm *machine, int32_t state)
+static int begin(struct pc_machine *machine, int32_t state)
 {
     int32_t now;
     int rc = 0;
@@ -554,7 +554,7 @@ static int begin(struct pc_kvm *machine, int32_t state)
     return rc;
 }
 
-static void end(struct pc_kvm *machine, int32_t state)
+static void end(struct pc_machine *machine, int32_t state)
 {
     pthread_mutex_lock(&machine->lock);
     atomic_store(&machine->state, state);
@@ -563,7 +563,7 @@ static void end(struct pc_kvm *machine, int32_t state)
     release(machine);
 }
 
-int pc_kvm_resume(struct pc_kvm *machine)
+int pc_machine_resume(struct pc_machine *machine)
 {
     int32_t state;
     int rc = 0;
@@ -589,7 +589,7 @@ int pc_kvm_resume(struct pc_kvm *machine)
     return rc;
 }
 
-static void name_the_stuck(const struct pc_kvm *machine, uint32_t timeout_ms, char *error, size_t error_bytes)
+static void name_the_stuck(const struct pc_machine *machine, uint32_t timeout_ms, char *error, size_t error_bytes)
 {
     for (uint32_t i = 0; i < machine->vcpu_count; i++) {
         const struct pc_vcpu *vcpu = &machine->vcpu[i];
@@ -606,7 +606,7 @@ static void name_the_stuck(const struct pc_kvm *machine, uint32_t timeout_ms, ch
     }
 }
 
-int pc_kvm_pause(struct pc_kvm *machine, uint32_t timeout_ms, char *error, size_t error_bytes)
+int pc_machine_pause(struct pc_machine *machine, uint32_t timeout_ms, char *error, size_t error_bytes)
 {
     bool held = false;
     int32_t state;
@@ -649,7 +649,7 @@ int pc_kvm_pause(struct pc_kvm *machine, uint32_t timeout_ms, char *error, size_
     return rc;
 }
 
-int pc_kvm_boot(struct pc_kvm *machine)
+int pc_machine_boot(struct pc_machine *machine)
 {
     int rc = begin(machine, PC_MACHINE_CREATED);
 
@@ -662,7 +662,7 @@ int pc_kvm_boot(struct pc_kvm *machine)
     return rc;
 }
 
-int64_t pc_kvm_save_state(struct pc_kvm *machine, void *buf, size_t cap, char *error, size_t error_bytes)
+int64_t pc_machine_save_state(struct pc_machine *machine, void *buf, size_t cap, char *error, size_t error_bytes)
 {
     int64_t n = begin(machine, PC_MACHINE_PAUSED);
 
@@ -673,7 +673,7 @@ int64_t pc_kvm_save_state(struct pc_kvm *machine, void *buf, size_t cap, char *e
     return n;
 }
 
-int pc_kvm_load_state(struct pc_kvm *machine, const void *buf, size_t bytes, char *error, size_t error_bytes)
+int pc_machine_load_state(struct pc_machine *machine, const void *buf, size_t bytes, char *error, size_t error_bytes)
 {
     int rc = begin(machine, PC_MACHINE_CREATED);
 
@@ -684,7 +684,7 @@ int pc_kvm_load_state(struct pc_kvm *machine, const void *buf, size_t bytes, cha
     return rc;
 }
 
-int pc_kvm_verify(struct pc_kvm *machine, struct pc_machine_check *check)
+int pc_machine_verify(struct pc_machine *machine, struct pc_machine_check *check)
 {
     int rc = begin(machine, PC_MACHINE_PAUSED);
 
@@ -696,12 +696,12 @@ int pc_kvm_verify(struct pc_kvm *machine, struct pc_machine_check *check)
     return rc;
 }
 
-int pc_kvm_event_fd(struct pc_kvm *machine)
+int pc_machine_event_fd(struct pc_machine *machine)
 {
     return machine->event_fd;
 }
 
-int pc_kvm_stats(struct pc_kvm *machine, struct pc_machine_stats *stats)
+int pc_machine_stats(struct pc_machine *machine, struct pc_machine_stats *stats)
 {
     uint64_t failures = 0;
 

@@ -32,7 +32,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include "rv64.h"
+#include "machine/rv64.h"
 
 #include <errno.h>
 #include <sched.h>
@@ -840,7 +840,7 @@ static uint32_t entropy(struct pc_vcpu *vcpu)
 
 static int make_vcpu(struct pc_vcpu *vcpu, char *error, size_t error_bytes)
 {
-    const struct pc_kvm_config *config = &vcpu->machine->config;
+    const struct pc_machine_config *config = &vcpu->machine->config;
     const struct pc_memory *own = &config->private_[vcpu->index];
     struct pc_hart *h = calloc(1, sizeof *h);
 
@@ -940,7 +940,7 @@ int pc_rv64_check_state(const struct pc_hart_state *state, uint32_t vcpu, char *
 
 /* ---- run until ---- */
 
-int pc_rv64_instructions(struct pc_kvm *machine, uint32_t hart, uint64_t *instructions)
+int pc_rv64_instructions(struct pc_machine *machine, uint32_t hart, uint64_t *instructions)
 {
     if (machine->config.engine != PC_ENGINE_RV64)
         return -ENOTSUP;
@@ -951,13 +951,13 @@ int pc_rv64_instructions(struct pc_kvm *machine, uint32_t hart, uint64_t *instru
 }
 
 /* Heeded from the next resume on. */
-static void set_limit(struct pc_kvm *machine, uint64_t limit)
+static void set_limit(struct pc_machine *machine, uint64_t limit)
 {
     for (uint32_t i = 0; i < machine->vcpu_count; i++)
         atomic_store(&machine->vcpu[i].hart->limit, limit);
 }
 
-int pc_rv64_run_until(struct pc_kvm *machine, uint64_t instructions, uint32_t timeout_ms, char *error,
+int pc_rv64_run_until(struct pc_machine *machine, uint64_t instructions, uint32_t timeout_ms, char *error,
                       size_t error_bytes)
 {
     uint64_t until_ns = pc_machine_now_ns() + timeout_ms * 1000000ull;
@@ -970,7 +970,7 @@ int pc_rv64_run_until(struct pc_kvm *machine, uint64_t instructions, uint32_t ti
     if (atomic_load(&machine->state) != PC_MACHINE_PAUSED)
         return pc_machine_error(error, error_bytes, -EBUSY, "the machine is not paused");
     set_limit(machine, instructions);
-    rc = pc_kvm_resume(machine);
+    rc = pc_machine_resume(machine);
     if (rc) {
         set_limit(machine, NO_LIMIT);
         return pc_machine_error(error, error_bytes, rc, "the machine cannot be resumed: %s", strerrordesc_np(-rc));
@@ -985,7 +985,7 @@ int pc_rv64_run_until(struct pc_kvm *machine, uint64_t instructions, uint32_t ti
         late = pthread_cond_timedwait(&machine->changed, &machine->lock, &until) == ETIMEDOUT;
     }
     pthread_mutex_unlock(&machine->lock);
-    rc = pc_kvm_pause(machine, timeout_ms, error, error_bytes);
+    rc = pc_machine_pause(machine, timeout_ms, error, error_bytes);
     set_limit(machine, NO_LIMIT);
     if (rc == 0 && !there)
         rc = pc_machine_error(error, error_bytes, -ETIMEDOUT, "not every hart came to %llu instructions in %u ms",

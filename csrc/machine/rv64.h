@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#include "machine.h"
+#include "machine/machine.h"
 
 /* A hart as it travels: little endian, no padding. */
 struct pc_hart_state {

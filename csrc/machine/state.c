@@ -22,8 +22,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "machine.h"
-#include "rv64.h"
+#include "machine/machine.h"
+#include "machine/rv64.h"
+#include "postcopy/core.h"
 
 #if defined(__x86_64__)
 #include <linux/kvm.h>
@@ -53,7 +54,7 @@ struct section_header {
 
 struct state_machine {
     uint32_t vcpus, workload;
-    uint64_t shared_bytes, private_bytes[PC_KVM_MAX_VCPUS];
+    uint64_t shared_bytes, private_bytes[PC_MACHINE_MAX_VCPUS];
     uint64_t working_set_bytes, seed, disk_bytes, disk_skew;
     uint64_t disk_reads, disk_writes, disk_transferred_bytes, disk_errors, serial_bytes;
 };
@@ -68,7 +69,7 @@ struct state_net {
     uint64_t mac;
     uint32_t address, zero;
     uint64_t received, sent, dropped, errors;
-    uint32_t status[PC_KVM_MAX_VCPUS];
+    uint32_t status[PC_MACHINE_MAX_VCPUS];
 };
 
 struct state_msr {
@@ -103,7 +104,7 @@ static const struct {
 #endif
 };
 
-static bool of_engine(const struct pc_kvm *machine, int kind)
+static bool of_engine(const struct pc_machine *machine, int kind)
 {
     if (kind == MACHINE || kind == VCPU)
         return true;
@@ -241,7 +242,7 @@ static int save_msrs(struct writer *w, const struct pc_vcpu *vcpu, char *error, 
     return put(w, MSRS, vcpu->index, msrs, sizeof msrs);
 }
 
-static int save_xsave(struct writer *w, const struct pc_kvm *machine, const struct pc_vcpu *vcpu)
+static int save_xsave(struct writer *w, const struct pc_machine *machine, const struct pc_vcpu *vcpu)
 {
     void *xsave = calloc(1, machine->xsave_bytes);
     int rc;
@@ -256,7 +257,7 @@ static int save_xsave(struct writer *w, const struct pc_kvm *machine, const stru
 }
 
 /* KVM allows these from any thread while the vCPU is not running, which it is not: its thread is parked. */
-static int save_kvm_vcpu(struct writer *w, const struct pc_kvm *machine, struct pc_vcpu *vcpu, char *error,
+static int save_kvm_vcpu(struct writer *w, const struct pc_machine *machine, struct pc_vcpu *vcpu, char *error,
                          size_t error_bytes)
 {
     union {
@@ -310,7 +311,7 @@ static int save_kvm_vcpu(struct writer *w, const struct pc_kvm *machine, struct 
 
 #endif
 
-static int save_vcpu(struct writer *w, const struct pc_kvm *machine, struct pc_vcpu *vcpu, char *error,
+static int save_vcpu(struct writer *w, const struct pc_machine *machine, struct pc_vcpu *vcpu, char *error,
                      size_t error_bytes)
 {
     struct pc_hart_state hart;
@@ -336,9 +337,9 @@ static int save_vcpu(struct writer *w, const struct pc_kvm *machine, struct pc_v
 #endif
 }
 
-static struct state_machine describe(struct pc_kvm *machine)
+static struct state_machine describe(struct pc_machine *machine)
 {
-    const struct pc_kvm_config *config = &machine->config;
+    const struct pc_machine_config *config = &machine->config;
     struct state_machine s = {
         .vcpus = config->vcpus,
         .workload = config->workload,
@@ -359,7 +360,7 @@ static struct state_machine describe(struct pc_kvm *machine)
     return s;
 }
 
-static struct state_net describe_net(struct pc_kvm *machine)
+static struct state_net describe_net(struct pc_machine *machine)
 {
     struct state_net s = {
         .mac = machine->config.net_mac,
@@ -375,7 +376,7 @@ static struct state_net describe_net(struct pc_kvm *machine)
     return s;
 }
 
-int64_t pc_state_save(struct pc_kvm *machine, void *buf, size_t cap, char *error, size_t error_bytes)
+int64_t pc_state_save(struct pc_machine *machine, void *buf, size_t cap, char *error, size_t error_bytes)
 {
     struct state_header header = { .magic = STATE_MAGIC, .version = STATE_VERSION };
     struct state_machine own = describe(machine);
@@ -416,10 +417,10 @@ struct found {
 
 struct reader {
     struct found machine[SECTIONS];
-    struct found vcpu[PC_KVM_MAX_VCPUS][SECTIONS];
+    struct found vcpu[PC_MACHINE_MAX_VCPUS][SECTIONS];
 };
 
-static int find_sections(const struct pc_kvm *machine, const uint8_t *data, size_t bytes, struct reader *r, char *error,
+static int find_sections(const struct pc_machine *machine, const uint8_t *data, size_t bytes, struct reader *r, char *error,
                          size_t error_bytes)
 {
     struct state_header header;
@@ -466,7 +467,7 @@ static int find_sections(const struct pc_kvm *machine, const uint8_t *data, size
             return pc_machine_error(error, error_bytes, -EPROTO, "device state has a section \"%s\" that this program does "
                                     "not know", tag);
         }
-        if (kinds[kind].per_vcpu ? section.vcpu >= PC_KVM_MAX_VCPUS : section.vcpu != NO_VCPU)
+        if (kinds[kind].per_vcpu ? section.vcpu >= PC_MACHINE_MAX_VCPUS : section.vcpu != NO_VCPU)
             return pc_machine_error(error, error_bytes, -EBADMSG, "section %s is for vCPU %u, which cannot be",
                                     kinds[kind].tag, section.vcpu);
         if (section.bytes < kinds[kind].min_bytes || section.bytes > kinds[kind].max_bytes ||
@@ -486,12 +487,12 @@ static int find_sections(const struct pc_kvm *machine, const uint8_t *data, size
     return 0;
 }
 
-static int check_complete(const struct pc_kvm *machine, const struct reader *r, char *error, size_t error_bytes)
+static int check_complete(const struct pc_machine *machine, const struct reader *r, char *error, size_t error_bytes)
 {
     uint32_t vcpus = machine->config.vcpus;
 
     for (int kind = 0; kind < SECTIONS; kind++) {
-        for (uint32_t i = vcpus; i < PC_KVM_MAX_VCPUS; i++)
+        for (uint32_t i = vcpus; i < PC_MACHINE_MAX_VCPUS; i++)
             if (r->vcpu[i][kind].payload)
                 return pc_machine_error(error, error_bytes, -EBADMSG, "section %s is for vCPU %u of %u", kinds[kind].tag, i,
                                         vcpus);
@@ -509,7 +510,7 @@ static int check_complete(const struct pc_kvm *machine, const struct reader *r, 
 
 /* ---- load, still first pass: can this host take it? ---- */
 
-static int check_same_machine(struct pc_kvm *machine, const struct state_machine *there, char *error, size_t error_bytes)
+static int check_same_machine(struct pc_machine *machine, const struct state_machine *there, char *error, size_t error_bytes)
 {
     const struct state_machine here = describe(machine);
     const struct {
@@ -539,15 +540,15 @@ static int check_same_machine(struct pc_kvm *machine, const struct state_machine
     return 0;
 }
 
-static int check_net(const struct pc_kvm *machine, const struct state_net *there, char *error, size_t error_bytes)
+static int check_net(const struct pc_machine *machine, const struct state_net *there, char *error, size_t error_bytes)
 {
-    const struct pc_kvm_config *here = &machine->config;
+    const struct pc_machine_config *here = &machine->config;
 
     if (there->mac != here->net_mac || there->address != here->net_address)
         return pc_machine_error(error, error_bytes, -EINVAL, "the machines differ in the addresses of their network devices: "
                                 "0x%llx, 0x%x there, 0x%llx, 0x%x here", (unsigned long long)there->mac, there->address,
                                 (unsigned long long)here->net_mac, here->net_address);
-    for (uint32_t i = 0; i < PC_KVM_MAX_VCPUS; i++) {
+    for (uint32_t i = 0; i < PC_MACHINE_MAX_VCPUS; i++) {
         uint32_t status = there->status[i];
         bool possible = status <= PCG_NET_FRAME_MAX || status == PCG_NET_AGAIN || status == PCG_NET_BAD_REQUEST;
         if (!possible || (status && i >= here->vcpus) || there->zero)
@@ -655,7 +656,7 @@ static int check_no_memory(const struct found *sections, uint32_t index, char *e
     return 0;
 }
 
-static int check_kvm_vcpu(const struct pc_kvm *machine, const struct found *sections, uint32_t index, char *error,
+static int check_kvm_vcpu(const struct pc_machine *machine, const struct found *sections, uint32_t index, char *error,
                           size_t error_bytes)
 {
     struct kvm_cpuid2 *cpuid = copy_cpuid(&sections[CPUID]);
@@ -708,7 +709,7 @@ static int load_msrs(const struct pc_vcpu *vcpu, const struct found *section, ch
     return 0;
 }
 
-static int load_xsave(const struct pc_kvm *machine, const struct pc_vcpu *vcpu, const struct found *section)
+static int load_xsave(const struct pc_machine *machine, const struct pc_vcpu *vcpu, const struct found *section)
 {
     size_t bytes = machine->xsave_bytes > section->bytes ? machine->xsave_bytes : (size_t)section->bytes;
     void *xsave = calloc(1, bytes);
@@ -722,7 +723,7 @@ static int load_xsave(const struct pc_kvm *machine, const struct pc_vcpu *vcpu, 
     return rc;
 }
 
-static int load_kvm_vcpu(const struct pc_kvm *machine, struct pc_vcpu *vcpu, const struct found *sections, char *error,
+static int load_kvm_vcpu(const struct pc_machine *machine, struct pc_vcpu *vcpu, const struct found *sections, char *error,
                          size_t error_bytes)
 {
     union {
@@ -791,7 +792,7 @@ static int load_kvm_vcpu(const struct pc_kvm *machine, struct pc_vcpu *vcpu, con
 
 #endif
 
-static int check_vcpu(const struct pc_kvm *machine, const struct found *sections, uint32_t index, char *error,
+static int check_vcpu(const struct pc_machine *machine, const struct found *sections, uint32_t index, char *error,
                       size_t error_bytes)
 {
     struct pc_hart_state hart;
@@ -807,7 +808,7 @@ static int check_vcpu(const struct pc_kvm *machine, const struct found *sections
 #endif
 }
 
-static int load_vcpu(const struct pc_kvm *machine, struct pc_vcpu *vcpu, const struct found *sections, char *error,
+static int load_vcpu(const struct pc_machine *machine, struct pc_vcpu *vcpu, const struct found *sections, char *error,
                      size_t error_bytes)
 {
     struct pc_hart_state hart;
@@ -835,7 +836,7 @@ static int load_vcpu(const struct pc_kvm *machine, struct pc_vcpu *vcpu, const s
     return 0;
 }
 
-int pc_state_load(struct pc_kvm *machine, const void *buf, size_t bytes, char *error, size_t error_bytes)
+int pc_state_load(struct pc_machine *machine, const void *buf, size_t bytes, char *error, size_t error_bytes)
 {
     struct state_machine own;
     struct state_net net;

@@ -11,7 +11,8 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include "machine.h"
+#include "machine/machine.h"
+#include "postcopy/core.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -21,7 +22,7 @@
 #define PAGE_WORDS (PCG_PAGE_BYTES / 8)
 
 struct verify {
-    struct pc_kvm *machine;
+    struct pc_machine *machine;
     struct pc_machine_check *check;
     const struct pcg_boot *boot;
 };
@@ -93,7 +94,7 @@ static int check_zero(struct verify *v, const struct pc_memory *memory, const ch
 
 static int check_all_zero(struct verify *v)
 {
-    const struct pc_kvm_config *config = &v->machine->config;
+    const struct pc_machine_config *config = &v->machine->config;
     const struct pc_layout *layout = &v->machine->layout;
     bool idle = config->workload == PC_WORKLOAD_IDLE;
     uint64_t boot_pages = layout->boot_bytes / PCG_PAGE_BYTES;
@@ -188,7 +189,7 @@ static void check_echo(struct verify *v)
 
 /* What a page must hold: how often each vCPU changed it for certain, and which vCPUs may be changing it right now. */
 struct expected {
-    uint32_t count[PC_KVM_MAX_VCPUS];
+    uint32_t count[PC_MACHINE_MAX_VCPUS];
     uint32_t in_flight; /* bit for each vCPU */
     bool initialised, being_initialised;
 };
@@ -217,7 +218,7 @@ static void check_random_page(struct verify *v, uint64_t gva, const struct expec
             (unsigned long long)page[PCG_WORD_COUNT], (unsigned long long)low);
         return;
     }
-    if (page[PCG_WORD_LOCK] && (page[PCG_WORD_LOCK] > PC_KVM_MAX_VCPUS || !(e->in_flight >> (page[PCG_WORD_LOCK] - 1) & 1))) {
+    if (page[PCG_WORD_LOCK] && (page[PCG_WORD_LOCK] > PC_MACHINE_MAX_VCPUS || !(e->in_flight >> (page[PCG_WORD_LOCK] - 1) & 1))) {
         bad(v, "page at 0x%llx is locked by a vCPU that is elsewhere", (unsigned long long)gva);
         return;
     }
@@ -244,8 +245,8 @@ static void check_random_page(struct verify *v, uint64_t gva, const struct expec
 static int check_random(struct verify *v)
 {
     const struct pc_layout *layout = &v->machine->layout;
-    uint32_t vcpus = v->machine->config.vcpus, *counts[PC_KVM_MAX_VCPUS] = { NULL };
-    uint64_t in_flight[PC_KVM_MAX_VCPUS], shared_pages = layout->shared.pages;
+    uint32_t vcpus = v->machine->config.vcpus, *counts[PC_MACHINE_MAX_VCPUS] = { NULL };
+    uint64_t in_flight[PC_MACHINE_MAX_VCPUS], shared_pages = layout->shared.pages;
     int rc = 0;
 
     /* Each vCPU's sequence again: how often it came to each page, its private ones first. */
@@ -396,7 +397,7 @@ static int check_disk(struct verify *v)
 
 /* ---- all together ---- */
 
-int pc_verify(struct pc_kvm *machine, struct pc_machine_check *check)
+int pc_verify(struct pc_machine *machine, struct pc_machine_check *check)
 {
     static const char *const names[] = {
         "idle: every page outside of the boot area is zero",
@@ -413,7 +414,7 @@ int pc_verify(struct pc_kvm *machine, struct pc_machine_check *check)
     struct pc_machine_stats stats;
     int rc;
 
-    pc_kvm_stats(machine, &stats);
+    pc_machine_stats(machine, &stats);
     check->nonce = v.boot->nonce;
     /* What the guest itself saw is the better explanation, so it comes first. */
     if (stats.failures)

@@ -7,8 +7,8 @@ whose memory is missing and is brought by nobody. What is refused is refused by 
 over the memory of the machine that was saved, where it may do whatever it likes but to end or to hang the process. The
 parent is the supervisor: a child that is late is killed, and what it was at is in its output.
 
-POSTCOPY_SEED says which states, POSTCOPY_FUZZ_SECONDS for how long. csrc/tests/fuzz_state.c does the same to the core
-alone, many times as fast and under sanitizers.
+POSTCOPY_SEED says which states, POSTCOPY_FUZZ_SECONDS for how long. csrc/tests/machine/fuzz_state.c does the same to
+the core alone, many times as fast and under sanitizers.
 """
 
 from __future__ import annotations

@@ -271,5 +271,5 @@ def test_a_signal_storm_leads_to_one_request_and_bounded_work(run_in_child: Call
     outcome, faults, requests, pages, held_s = done.value
     assert (outcome, requests, pages) == ("blocked", 1, 1)
     assert faults >= STORM_EVENTS
-    # The thread raises its fault a hundred thousand times a second; the engine rests between reads (csrc/pager.c).
+    # The thread raises its fault 100,000 times a second; the engine rests between reads (csrc/pager/pager.c).
     assert faults <= STORM_EVENTS + 100 + held_s * 4000

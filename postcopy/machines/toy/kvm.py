@@ -143,8 +143,8 @@ class KvmMachine(Machine):
                 undo.callback(memory.drop)
                 self._blocks.append(RamBlock(name, memory, number))
             machine = self._open()
-            undo.callback(lib.pc_kvm_close, machine, round(CLOSE_TIMEOUT_S * 1000))
-            self._bell = _Bell(lib.pc_kvm_event_fd(machine))
+            undo.callback(lib.pc_machine_close, machine, round(CLOSE_TIMEOUT_S * 1000))
+            self._bell = _Bell(lib.pc_machine_event_fd(machine))
             undo.pop_all()
         for block in self._blocks:
             block.memory.acquire("machine")
@@ -192,7 +192,7 @@ class KvmMachine(Machine):
         if unavailable is not None:
             raise unavailable
         vcpus, workload = config.get("vcpus"), config.get("workload")
-        if type(vcpus) is not int or not 1 <= vcpus <= lib.PC_KVM_MAX_VCPUS:
+        if type(vcpus) is not int or not 1 <= vcpus <= lib.PC_MACHINE_MAX_VCPUS:
             raise ProtocolError(f"an offer of a {cls.kind} machine must have a number of vcpus")
         if not isinstance(workload, str) or workload not in WORKLOADS:
             raise ProtocolError(f"an offer of a {cls.kind} machine must have a workload")
@@ -281,12 +281,12 @@ class KvmMachine(Machine):
 
     async def boot(self) -> None:
         machine = self._alive()
-        check(await run_sync(lib.pc_kvm_boot, machine), "booting the machine")
+        check(await run_sync(lib.pc_machine_boot, machine), "booting the machine")
         await self.claim_network()
 
     async def resume(self) -> None:
         machine = self._alive()
-        result = await run_sync(lib.pc_kvm_resume, machine)
+        result = await run_sync(lib.pc_machine_resume, machine)
         if result == -errno.EIO:
             raise MigrationError(f"the machine has failed: {self.statistics().failure_text}")
         check(result, "resuming the machine")
@@ -297,7 +297,7 @@ class KvmMachine(Machine):
         timeout_ms = max(0, min(round(timeout_s * 1000), 3_600_000))
 
         def call() -> int:
-            return int(lib.pc_kvm_pause(machine, timeout_ms, line.buffer, line.size))
+            return int(lib.pc_machine_pause(machine, timeout_ms, line.buffer, line.size))
 
         result = await run_sync(call)
         if result in (-errno.ETIMEDOUT, -errno.EIO):
@@ -310,9 +310,9 @@ class KvmMachine(Machine):
 
         def call() -> bytes:
             what = "saving the machine's state"
-            needed = line.check(lib.pc_kvm_save_state(machine, ffi.NULL, 0, line.buffer, line.size), what)
+            needed = line.check(lib.pc_machine_save_state(machine, ffi.NULL, 0, line.buffer, line.size), what)
             buffer = ffi.new("uint8_t[]", max(1, needed))
-            used = line.check(lib.pc_kvm_save_state(machine, buffer, needed, line.buffer, line.size), what)
+            used = line.check(lib.pc_machine_save_state(machine, buffer, needed, line.buffer, line.size), what)
             if used > needed:
                 raise PostcopyError(f"{what}: it grew while it was saved")
             return bytes(ffi.buffer(buffer, used))
@@ -326,7 +326,7 @@ class KvmMachine(Machine):
         line = ErrorLine()
 
         def call() -> int:
-            return int(lib.pc_kvm_load_state(machine, state, len(state), line.buffer, line.size))
+            return int(lib.pc_machine_load_state(machine, state, len(state), line.buffer, line.size))
 
         # A load that hangs in the kernel is left there, when it is late or this is cancelled: `close` waits for it.
         what = "loading the machine's state"
@@ -348,7 +348,7 @@ class KvmMachine(Machine):
 
     def statistics(self) -> MachineStatistics:
         stats: Any = ffi.new("struct pc_machine_stats *")
-        check(lib.pc_kvm_stats(self._alive(), stats), "reading the machine's counters")
+        check(lib.pc_machine_stats(self._alive(), stats), "reading the machine's counters")
         return MachineStatistics(
             state=_STATES[stats.state],
             vcpus=tuple(
@@ -383,7 +383,7 @@ class KvmMachine(Machine):
         machine = self._alive()
         struct: Any = ffi.new("struct pc_machine_check *")
         # How much there is to check, guest memory says. Abandoned it goes on until `close` calls it off.
-        result = await run_sync(lib.pc_kvm_verify, machine, struct, abandon_on_cancel=True)
+        result = await run_sync(lib.pc_machine_verify, machine, struct, abandon_on_cancel=True)
         if result == -errno.ECANCELED:
             raise trio.ClosedResourceError("this machine was closed")
         check(result, "verifying the machine")
@@ -416,7 +416,7 @@ class KvmMachine(Machine):
     # ---- the end
 
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        with trio.CancelScope(shield=True):  # bounded: pc_kvm_close is
+        with trio.CancelScope(shield=True):  # bounded: pc_machine_close is
             async with self._ending:
                 if self._machine is None:
                     return
@@ -426,7 +426,7 @@ class KvmMachine(Machine):
                 timeout_ms = max(1, min(round(timeout_s * 1000), 3_600_000))
 
                 def call() -> int:
-                    return int(lib.pc_kvm_close(machine, timeout_ms))
+                    return int(lib.pc_machine_close(machine, timeout_ms))
 
                 result = await run_to_end(call, "ending the machine", timeout_s + END_TIMEOUT_S)
                 if result == -errno.ETIMEDOUT:
@@ -457,7 +457,7 @@ class KvmMachine(Machine):
         return self._machine
 
     def _open(self) -> Any:
-        config: Any = ffi.new("struct pc_kvm_config *")
+        config: Any = ffi.new("struct pc_machine_config *")
         config.engine = self.engine
         config.vcpus = self.vcpus
         config.workload = WORKLOADS[self._workload]
@@ -473,17 +473,17 @@ class KvmMachine(Machine):
             config.net_fd = self._network.tap.fd
             config.net_mac = self._network.mac
             config.net_address = self._network.address
-        pointer: Any = ffi.new("struct pc_kvm **")
+        pointer: Any = ffi.new("struct pc_machine **")
         line = ErrorLine()
-        result = lib.pc_kvm_open(config, pointer, line.buffer, line.size)
+        result = lib.pc_machine_open(config, pointer, line.buffer, line.size)
         if result < 0:
             raise _open_error(-result, str(line))
         return pointer[0]
 
 
 def check_vcpus(vcpus: int, kind: str = "kvm") -> None:
-    if not 1 <= vcpus <= lib.PC_KVM_MAX_VCPUS:
-        raise ConfigurationError(f"a {kind} machine has 1 to {lib.PC_KVM_MAX_VCPUS} vcpus, not {vcpus}")
+    if not 1 <= vcpus <= lib.PC_MACHINE_MAX_VCPUS:
+        raise ConfigurationError(f"a {kind} machine has 1 to {lib.PC_MACHINE_MAX_VCPUS} vcpus, not {vcpus}")
 
 
 def explain_no_kvm() -> ResourceError | None:
@@ -502,7 +502,7 @@ def split_memory(memory_bytes: int, vcpus: int, page_bytes: int) -> tuple[int, i
     `ConfigurationError` when that is too small or not a whole number of pages."""
     shared, private = ffi.new("uint64_t *"), ffi.new("uint64_t *")
     line = ErrorLine()
-    result = lib.pc_kvm_split_memory(memory_bytes, vcpus, page_bytes, shared, private, line.buffer, line.size)
+    result = lib.pc_machine_split_memory(memory_bytes, vcpus, page_bytes, shared, private, line.buffer, line.size)
     if result < 0:
         raise ConfigurationError(f"{format_size(memory_bytes)} for {vcpus} vcpus: {str(line) or os.strerror(-result)}")
     return int(shared[0]), int(private[0])

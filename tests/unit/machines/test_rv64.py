@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rv64 machine through its Python face, and its guest programs as shipped. Instructions: csrc/tests/test_rv64.c."""
+"""The rv64 machine in Python, and its guest programs as shipped. Instructions: csrc/tests/machine/test_rv64.c."""
 
 from __future__ import annotations
 

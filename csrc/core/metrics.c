@@ -1,0 +1,176 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "core/metrics.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "core/runtime.h"
+#include "memory/states.h"
+
+struct pc_metrics {
+    int fd;
+    struct pc_metrics_map *map;
+};
+
+static uint64_t load(const uint64_t *where)
+{
+    return __atomic_load_n(where, __ATOMIC_RELAXED);
+}
+
+int pc_metrics_map(int fd, struct pc_metrics_map **map)
+{
+    const int seals = F_SEAL_SHRINK | F_SEAL_GROW;
+    struct stat status;
+    void *base;
+
+    /* Sealed, or whoever else has it could take the memory away under a fault thread. */
+    if (fstat(fd, &status) || status.st_size != sizeof(**map) || (fcntl(fd, F_GET_SEALS) & seals) != seals)
+        return -EINVAL;
+    base = mmap(NULL, sizeof(**map), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (base == MAP_FAILED)
+        return -errno;
+    (void)madvise(base, sizeof(**map), MADV_DONTFORK);
+    *map = base;
+    return 0;
+}
+
+struct pc_metrics_map *pc_metrics_private(void)
+{
+    return pc_buffer_new(sizeof(struct pc_metrics_map));
+}
+
+void pc_metrics_unmap(struct pc_metrics_map *map)
+{
+    pc_buffer_free(map, sizeof(*map));
+}
+
+void pc_metrics_none_waits(struct pc_metrics_map *map)
+{
+    for (int i = 0; i < PC_MAX_SHARDS; i++) {
+        __atomic_store_n(&map->shards[i].pending, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&map->shards[i].oldest_ns, 0, __ATOMIC_RELAXED);
+    }
+    for (int i = 0; i < PC_MAX_TRACKED_THREADS; i++)
+        __atomic_store_n(&map->blocked_since_ns[i], 0, __ATOMIC_RELAXED);
+}
+
+void pc_metrics_read_stats(const struct pc_metrics_map *map, struct pc_pager_stats *stats)
+{
+    uint64_t now_ns = pc_now_ns();
+
+    memset(stats, 0, sizeof(*stats));
+#define TAKE(field) stats->field = load(&map->count.field)
+    TAKE(demand_pages);
+    TAKE(background_pages);
+    TAKE(zero_pages);
+    TAKE(duplicate_pages);
+    TAKE(requests);
+    TAKE(faults);
+    TAKE(repeated_faults);
+    TAKE(event_reads);
+    TAKE(bytes_received);
+    TAKE(bytes_sent);
+    TAKE(frames_refused);
+#undef TAKE
+    for (int i = 0; i < PC_MAX_SHARDS; i++) {
+        uint64_t oldest_ns = load(&map->shards[i].oldest_ns);
+
+        stats->pending_faults += __atomic_load_n(&map->shards[i].pending, __ATOMIC_ACQUIRE);
+        if (oldest_ns && now_ns > oldest_ns && now_ns - oldest_ns > stats->oldest_pending_ns)
+            stats->oldest_pending_ns = now_ns - oldest_ns;
+    }
+}
+
+int pc_metrics_set_thread(struct pc_metrics_map *map, uint32_t slot, int32_t tid)
+{
+    if (slot >= PC_MAX_TRACKED_THREADS)
+        return -EINVAL;
+    __atomic_store_n(&map->tids[slot], tid, __ATOMIC_RELAXED);
+    return 0;
+}
+
+int pc_metrics_read_latency(const struct pc_metrics_map *map, int stage, struct pc_histogram *histogram)
+{
+    if (stage < 0 || stage >= PC_STAGES)
+        return -EINVAL;
+    memset(histogram, 0, sizeof(*histogram));
+    for (int i = 0; i < PC_MAX_SHARDS; i++)
+        if (load(&map->shards[i].stages[stage].count))
+            pc_histogram_merge(histogram, &map->shards[i].stages[stage]);
+    return 0;
+}
+
+int pc_metrics_read_blocktime(const struct pc_metrics_map *map, uint64_t *blocktime_ns, uint32_t slots)
+{
+    uint64_t now_ns = pc_now_ns();
+
+    if (slots > PC_MAX_TRACKED_THREADS)
+        slots = PC_MAX_TRACKED_THREADS;
+    for (uint32_t slot = 0; slot < slots; slot++) {
+        uint64_t since_ns = load(&map->blocked_since_ns[slot]);
+
+        blocktime_ns[slot] = load(&map->blocked_ns[slot]);
+        if (since_ns && now_ns > since_ns)
+            blocktime_ns[slot] += now_ns - since_ns;
+    }
+    return (int)slots;
+}
+
+/* ---- for the process that outlives the pager ---- */
+
+int pc_metrics_new(struct pc_metrics **out)
+{
+    struct pc_metrics *metrics = calloc(1, sizeof(*metrics));
+    int error;
+
+    if (!metrics)
+        return -ENOMEM;
+    metrics->fd = pc_memfd_new("postcopy-metrics", sizeof(*metrics->map), 0);
+    error = metrics->fd < 0 ? metrics->fd : pc_metrics_map(metrics->fd, &metrics->map);
+    if (error) {
+        if (metrics->fd >= 0)
+            close(metrics->fd);
+        free(metrics);
+        return error;
+    }
+    *out = metrics;
+    return 0;
+}
+
+void pc_metrics_free(struct pc_metrics *metrics)
+{
+    pc_metrics_unmap(metrics->map);
+    close(metrics->fd);
+    free(metrics);
+}
+
+int pc_metrics_fd(struct pc_metrics *metrics)
+{
+    return metrics->fd;
+}
+
+int pc_metrics_track_thread(struct pc_metrics *metrics, uint32_t slot, int32_t tid)
+{
+    return pc_metrics_set_thread(metrics->map, slot, tid);
+}
+
+int pc_metrics_stats(struct pc_metrics *metrics, struct pc_pager_stats *stats)
+{
+    pc_metrics_read_stats(metrics->map, stats);
+    return 0;
+}
+
+int pc_metrics_latency(struct pc_metrics *metrics, int stage, struct pc_histogram *histogram)
+{
+    return pc_metrics_read_latency(metrics->map, stage, histogram);
+}
+
+int pc_metrics_blocktime(struct pc_metrics *metrics, uint64_t *blocktime_ns, uint32_t slots)
+{
+    return pc_metrics_read_blocktime(metrics->map, blocktime_ns, slots);
+}

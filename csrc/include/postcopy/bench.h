@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What `postcopy bench` measures with; nothing of the engine is used. See csrc/bench/bench.c.
+ *
+ * Threads: no locks, no state. Each function may block for as long as a page is missing.
+ */
+#ifndef POSTCOPY_BENCH_H
+#define POSTCOPY_BENCH_H
+
+#include <stdint.h>
+
+#include "postcopy/core.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ==== begin cffi ==== */
+/* Reads one byte of `count` different pages out of `pages`, scattered by `seed`, and adds to `faults` how long each read
+ * took that was not shorter than hit_ns (shorter: the page was there). Returns how many. */
+int64_t pc_bench_touch(const void *base, uint64_t page_bytes, uint64_t pages, uint64_t count, uint64_t seed,
+                       uint64_t hit_ns, struct pc_histogram *faults);
+void pc_bench_fill(void *base, uint64_t bytes, uint64_t seed); /* incompressible content */
+/* The floor: 8 byte page number in, page out, until the peer closes. */
+int pc_bench_floor_serve(int fd, const void *base, uint64_t page_bytes, uint64_t pages, int spin);
+/* The floor's other end: event in, request, reply, UFFDIO_COPY, `count` times. */
+int pc_bench_floor_fault(int uffd, int fd, void *base, uint64_t page_bytes, uint64_t count, int spin);
+/* The least a program can do that serves faults of its own process: poll, read one event, COPY, `count` times. */
+int pc_bench_uffd_serve(int uffd, const void *page, uint64_t page_bytes, uint64_t count);
+/* ==== end cffi ==== */
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The leaves that the other rooms build on: error lines, CRC-32C, bitmaps, histograms, and the frame of the data channels.
+ *
+ * Threads: nothing here keeps state, takes a lock or blocks; any thread may call anything. What a call works on is the
+ * caller's, who lets one thread at a time change it (a histogram may be read meanwhile).
+ */
+#ifndef POSTCOPY_CORE_H
+#define POSTCOPY_CORE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ==== begin cffi ==== */
+#define PC_ERROR_BYTES 256 /* a good size for an `error` buffer */
+
+const char *pc_version(void);
+
+/* ---- crc32c ---- */
+/* CRC-32C (Castagnoli, reflected, as in RFC 3720); `crc` is 0 to begin and the last result to continue. */
+uint32_t pc_crc32c(uint32_t crc, const void *data, size_t bytes);
+/* 1 when every byte is zero. */
+int pc_is_zero(const void *data, size_t bytes);
+
+/* ---- bitmap ---- */
+/* A bitmap is an array of 64-bit words, bit i of the map = bit (i % 64) of word i / 64; bits past the end are zero.
+ * The functions below are not atomic: they work on private copies. */
+uint64_t pc_bitmap_words(uint64_t bits);
+uint64_t pc_bitmap_count(const uint64_t *words, uint64_t bits);
+/* First bit >= from that equals value (0 or 1); `bits` when there is none. */
+uint64_t pc_bitmap_next(const uint64_t *words, uint64_t bits, uint64_t from, int value);
+void pc_bitmap_set_range(uint64_t *words, uint64_t first, uint64_t count);
+void pc_bitmap_clear_range(uint64_t *words, uint64_t first, uint64_t count);
+/* Run-length form: LEB128 lengths of alternating runs, starting with a run of zeros (which may be empty), up to the last
+ * set bit. Encode returns the bytes needed (writes at most `cap`, so call it with cap 0 to measure); decode returns 0,
+ * or -EBADMSG for a malformed or overlong map, without ever writing past `bits`. */
+int64_t pc_bitmap_rle_encode(const uint64_t *words, uint64_t bits, uint8_t *out, size_t cap);
+int pc_bitmap_rle_decode(const uint8_t *data, size_t bytes, uint64_t *words, uint64_t bits);
+
+/* ---- histogram ---- */
+/* Log-linear histogram of nanoseconds: 32 steps in each power of two, so a value is off by 3 % at most. */
+#define PC_HISTOGRAM_BUCKETS 1920
+struct pc_histogram {
+    uint64_t count;
+    uint64_t sum_ns;
+    uint64_t max_ns;
+    uint64_t buckets[PC_HISTOGRAM_BUCKETS];
+};
+void pc_histogram_add(struct pc_histogram *h, uint64_t ns); /* one writer at a time; readers may run beside it */
+void pc_histogram_merge(struct pc_histogram *into, const struct pc_histogram *from);
+/* Value at a percentile in 0..100 (upper edge of its bucket, never above max_ns); 0 when empty. */
+uint64_t pc_histogram_percentile(const struct pc_histogram *h, double percentile);
+
+/* ---- frame ---- */
+/* The data channels' frame: a fixed header of PC_FRAME_HEADER_BYTES, little endian, then payload_bytes of payload.
+ *   0 u32 magic   4 u8 type   5 u8 flags   6 u16 block   8 u64 first_page   16 u32 pages   20 u32 request_id
+ *   24 u32 payload_bytes   28 u32 payload_crc   32 u32 reserved (zero)   36 u32 header_crc (CRC32C of bytes 0..35)
+ * docs/protocol.md says what each type means. */
+#define PC_FRAME_HEADER_BYTES 40
+#define PC_FRAME_MAGIC 0x46504350 /* "PCPF" */
+#define PC_FRAME_MAX_PAYLOAD_BYTES 4194304
+enum pc_frame_type {
+    PC_FRAME_REQUEST = 1, /* destination -> source: send these pages */
+    PC_FRAME_PAGES = 2,   /* source -> destination: their content */
+    PC_FRAME_ZERO = 3,    /* source -> destination: these pages are all zero; no payload */
+    PC_FRAME_END = 4,     /* source -> destination, bulk: every page has been offered once */
+    PC_FRAME_ERROR = 5    /* source -> destination: these pages cannot be served; payload is the reason, UTF-8 */
+};
+enum pc_frame_flags {
+    PC_FRAME_DEMAND = 1 /* answers a request (as opposed to being pushed) */
+};
+struct pc_frame {
+    uint8_t type;
+    uint8_t flags;
+    uint16_t block;
+    uint32_t pages;
+    uint64_t first_page;
+    uint32_t request_id;
+    uint32_t payload_bytes;
+    uint32_t payload_crc;
+};
+void pc_frame_encode(const struct pc_frame *frame, uint8_t *header);
+/* 0, or -EBADMSG with the reason in `error`. Checks magic, type, flags, sizes and header CRC; not the payload. */
+int pc_frame_decode(const uint8_t *header, struct pc_frame *frame, char *error, size_t error_bytes);
+/* ==== end cffi ==== */
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

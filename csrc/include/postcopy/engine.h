@@ -1,0 +1,185 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The engine: the pager at the destination, the page server at the source, and the events that both tell.
+ *
+ * Threads: both have threads of their own for faults and channels. Any thread may call the functions of one pager or page
+ * server, several at once, but pc_pager_set_zero and pc_pager_disarm come alone, and `free` alone and last. Calls that add, arm
+ * or attach take turns by a lock. `disconnect` blocks until the channels' threads have ended; what else blocks says so. Reading
+ * statistics takes no lock.
+ */
+#ifndef POSTCOPY_ENGINE_H
+#define POSTCOPY_ENGINE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "postcopy/core.h"
+#include "postcopy/memory.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ==== begin cffi ==== */
+#define PC_MAX_BLOCKS 64          /* RAM blocks of one machine */
+#define PC_MAX_SHARDS 64          /* userfaultfds of one pager */
+#define PC_MAX_BULK_CHANNELS 16
+#define PC_MAX_TRACKED_THREADS 64 /* threads whose blocktime a pager accounts (vCPUs) */
+
+/* ---- pager ---- */
+/* The destination's side: faults in, requests out, pages placed. See csrc/pager/pager.c for how it works. */
+struct pc_pager;
+enum pc_stage { PC_STAGE_SENT = 0, PC_STAGE_RECEIVED = 1, PC_STAGE_PLACED = 2, PC_STAGE_TOTAL = 3 };
+#define PC_STAGES 4
+enum pc_channel_kind { PC_CHANNEL_URGENT = 1, PC_CHANNEL_BULK = 2 };
+enum pc_event_type {
+    PC_EVENT_CHANNEL_DOWN = 1, /* a data channel ended: `error` and `text` say why; 0 is an orderly end by the peer */
+    PC_EVENT_BULK_END = 2,     /* pager: the source says it has offered every page on this channel; page server: it has */
+    PC_EVENT_COMPLETE = 3,     /* pager: no page is missing any more */
+    PC_EVENT_FATAL = 4         /* this pager or page server cannot go on: `error`, `text` */
+};
+/* Events are told in order; what happens again before it was read is told once (csrc/core/events.h). */
+struct pc_event {
+    int type;
+    int channel_kind;
+    int channel; /* shard or bulk index */
+    int error;   /* positive errno, 0 when none */
+    char text[200];
+};
+struct pc_pager_stats {
+    uint64_t total_pages, total_bytes;       /* of all blocks; bytes because blocks may differ in page size */
+    uint64_t resident_pages, resident_bytes; /* received or known to be zero */
+    uint64_t demand_pages;                   /* placed in answer to a fault */
+    uint64_t background_pages;               /* placed by push, content not zero */
+    uint64_t zero_pages;                     /* known to be zero: never sent as content */
+    uint64_t duplicate_pages;                /* arrived again and dropped */
+    uint64_t requests;                       /* request frames: exactly one a page unless a channel was replaced */
+    uint64_t faults;                         /* fault events read */
+    uint64_t repeated_faults;                /* of them, on a page already requested or already there */
+    uint64_t event_reads;                    /* read(2) calls on userfaultfds that returned events */
+    uint64_t bytes_received;                 /* on data channels, headers included */
+    uint64_t bytes_sent;
+    uint64_t pending_faults;                 /* threads blocked now, as far as events were read */
+    uint64_t oldest_pending_ns;              /* for how long the first of them has been; 0 when there is none */
+    uint64_t frames_refused;                 /* bad frames: each ended its channel */
+};
+int pc_pager_new(struct pc_pager **pager);
+/* What a pager has counted, where it outlives the pager: made and read by one process, counted by the pagers of another one, one
+ * after the other. Reading takes no lock; pages and bytes of the blocks are 0 in these statistics. */
+struct pc_metrics;
+int pc_metrics_new(struct pc_metrics **metrics);
+void pc_metrics_free(struct pc_metrics *metrics);
+int pc_metrics_fd(struct pc_metrics *metrics); /* a memfd, for pc_pager_new_with_metrics; stays the metrics' */
+int pc_metrics_track_thread(struct pc_metrics *metrics, uint32_t slot, int32_t tid); /* see pc_pager_track_thread */
+int pc_metrics_stats(struct pc_metrics *metrics, struct pc_pager_stats *stats);
+int pc_metrics_latency(struct pc_metrics *metrics, int stage, struct pc_histogram *histogram);
+int pc_metrics_blocktime(struct pc_metrics *metrics, uint64_t *blocktime_ns, uint32_t slots);
+/* A pager that counts there. The descriptor stays the caller's. */
+int pc_pager_new_with_metrics(int metrics_fd, struct pc_pager **pager);
+/* Adds the next RAM block (index returned). The memory stays the caller's and must outlive the pager. */
+int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory);
+/* The same with states that outlive this pager: what they say is known is not missing. memory->base may be an address of
+ * another process then, of which this one has a userfaultfd (pc_pager_adopt_shard); this pager touches no memory through it. */
+int pc_pager_add_block_with_states(struct pc_pager *pager, const struct pc_memory *memory, int states_fd);
+/* Pages of a block that are zero at the source: a fault on them is answered here. Before arming only. */
+int pc_pager_set_zero(struct pc_pager *pager, uint32_t block, const uint64_t *zero_words);
+/* Opens a userfaultfd with its fault thread (index returned). busy_poll_us: how long the thread spins after each
+ * event before it sleeps. The thread runs from now on, with or without a channel. */
+int pc_pager_add_shard(struct pc_pager *pager, int how, uint32_t busy_poll_us, char *error, size_t error_bytes);
+/* The same around a userfaultfd that exists, of this or another process, with the features that it was opened with. The
+ * descriptor becomes the pager's, also on failure; who made it keeps a copy, or nothing stops zeros when this process dies.
+ * With EVENT_REMOVE or EVENT_UNMAP what its process throws away is zero from then on. EVENT_FORK, EVENT_REMAP and SIGBUS are
+ * refused (-EOPNOTSUPP), as is what is blocking, is no userfaultfd, or has not had its UFFDIO_API (-EINVAL). */
+int pc_pager_adopt_shard(struct pc_pager *pager, int uffd, uint64_t features, uint32_t busy_poll_us, char *error,
+                         size_t error_bytes);
+/* The features that pc_pager_add_shard asks for, of those `available`. */
+uint64_t pc_pager_features(uint64_t available);
+/* Registers pages of a block with a shard: from now on they fault. Pages that an earlier pager has registered on the same
+ * userfaultfd are taken over: what waits for them faults anew. */
+int pc_pager_arm(struct pc_pager *pager, uint32_t shard, uint32_t block, uint64_t first_page, uint64_t pages, char *error,
+                 size_t error_bytes);
+/* Gives a shard its urgent channel (again, after the old one went down: everything pending is requested anew). -EBUSY while
+ * pc_pager_disconnect runs, here and for bulk channels. A channel goes down, and no more than that, when a page cannot be placed
+ * for want of memory or of its address range (ENOMEM, ENOENT in the event): attach it again. */
+int pc_pager_attach_urgent(struct pc_pager *pager, uint32_t shard, int fd);
+/* Adds a bulk channel with its own thread. There may be none. */
+int pc_pager_attach_bulk(struct pc_pager *pager, uint32_t channel, int fd);
+/* Accounts the faults of kernel thread `tid` to `slot` (a vCPU). */
+int pc_pager_track_thread(struct pc_pager *pager, uint32_t slot, int32_t tid);
+/* Requests, through the urgent channels, pages that are missing and not requested, at most `limit` of all shards together, in place
+ * of what is left of an earlier limit; how many there are, at most `limit`. */
+int64_t pc_pager_request_missing(struct pc_pager *pager, uint64_t limit);
+/* A request with this bit in its id was made ahead of any fault, by one of these two functions. */
+#define PC_PAGER_REQUEST_AHEAD 0x80000000
+/* Requests those pages of a range that are armed, missing and not requested, a window at a time beside what threads wait for;
+ * sent when there is a channel, and again after a channel was lost. How many pages of the range are not there yet. */
+int64_t pc_pager_request_range(struct pc_pager *pager, uint32_t block, uint64_t first_page, uint64_t pages);
+/* Adds 1 to an eventfd, once, when every page of a range is there; requests nothing. The fd is duplicated and stays the
+ * caller's. A ticket for pc_pager_unwatch, 0 when they are there already (nothing will be written), or -errno. */
+int64_t pc_pager_watch(struct pc_pager *pager, uint32_t block, uint64_t first_page, uint64_t pages, int event_fd);
+/* From its return on nothing is written any more. Harmless for a ticket that is used up. */
+void pc_pager_unwatch(struct pc_pager *pager, int64_t ticket);
+int pc_pager_event_fd(struct pc_pager *pager); /* eventfd: readable when pc_pager_next_event has something */
+int pc_pager_next_event(struct pc_pager *pager, struct pc_event *event); /* 1, or 0 when there is none */
+int pc_pager_stats(struct pc_pager *pager, struct pc_pager_stats *stats);
+int pc_pager_latency(struct pc_pager *pager, int stage, struct pc_histogram *histogram); /* all shards merged */
+/* Blocked time of each tracked slot in ns, a fault still pending counted up to now; returns the number of slots. */
+int pc_pager_blocktime(struct pc_pager *pager, uint64_t *blocktime_ns, uint32_t slots);
+int pc_pager_received(struct pc_pager *pager, uint32_t block, uint64_t *words); /* copy of the resident bitmap */
+/* Closes every channel and waits for their threads; memory stays armed and faults stay blocked. */
+int pc_pager_disconnect(struct pc_pager *pager);
+/* Unregisters everything. -EBUSY while a page is missing: unregistering would show zeros. */
+int pc_pager_disarm(struct pc_pager *pager);
+/* Ends all threads and closes the userfaultfds. Where pages are still missing they are poisoned first (or, on kernels
+ * without POISON, the userfaultfd is deliberately left open: -EBUSY), since closing it would turn them into zeros. */
+int pc_pager_free(struct pc_pager *pager);
+
+/* ---- page server ---- */
+/* The source's side: answers requests, pushes the rest. See csrc/pageserver/pageserver.c. */
+struct pc_pageserver;
+struct pc_pageserver_stats {
+    uint64_t total_pages;
+    uint64_t sent_pages;     /* offered at least once, zero pages included */
+    uint64_t demand_pages;   /* sent in answer to a request */
+    uint64_t background_pages;
+    uint64_t zero_pages;     /* told as a run of nothing */
+    uint64_t requests;
+    uint64_t repeated_requests; /* asked again after having been answered on demand */
+    uint64_t bytes_sent;     /* on data channels, headers included */
+    uint64_t bytes_received;
+    uint64_t released_bytes; /* content given back to the host, see pc_pageserver_release */
+};
+int pc_pageserver_new(uint64_t max_bandwidth_bytes_per_s, struct pc_pageserver **server); /* 0: no limit; bulk only */
+/* Adds the next RAM block (index returned): memory->base is read where it is not NULL, else memory->fd by pread.
+ * page_bytes is the unit of transfer; present_words (copied) has a bit for each page that may be non-zero. */
+int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory *memory, uint64_t page_bytes);
+int pc_pageserver_set_present(struct pc_pageserver *server, uint32_t block, const uint64_t *present_words);
+int pc_pageserver_attach_urgent(struct pc_pageserver *server, uint32_t shard, int fd, uint32_t busy_poll_us);
+int pc_pageserver_attach_bulk(struct pc_pageserver *server, uint32_t channel, int fd);
+/* Recovery: the destination has these pages and no others; all others are offered again. -EBUSY while a channel is attached,
+ * -ENODATA when a page that was released is not among them. */
+int pc_pageserver_set_received(struct pc_pageserver *server, uint32_t block, const uint64_t *received_words);
+/* Urgent requests are answered and bulk is pushed only from here on (until then the machine may still change). */
+int pc_pageserver_start(struct pc_pageserver *server);
+/* The destination has these pages for good: bit i of `words` is page first_page + i. None of them is read again, and their
+ * memory is given back, except for those that a channel is sending right now and those that share a larger page of memory
+ * with one that is not released: later calls see to them. A request for a released page is never answered with content.
+ * -EBUSY before the start, -ENOTSUP for memory that is a file. Blocks for as long as the kernel takes. */
+int pc_pageserver_release(struct pc_pageserver *server, uint32_t block, uint64_t first_page, uint64_t pages,
+                          const uint64_t *words);
+/* Copies of two maps, either of which may be NULL: pages that are released, and those of them whose memory is gone. */
+int pc_pageserver_released(struct pc_pageserver *server, uint32_t block, uint64_t *released_words,
+                           uint64_t *discarded_words);
+int pc_pageserver_set_bandwidth(struct pc_pageserver *server, uint64_t max_bandwidth_bytes_per_s);
+int pc_pageserver_event_fd(struct pc_pageserver *server);
+int pc_pageserver_next_event(struct pc_pageserver *server, struct pc_event *event);
+int pc_pageserver_stats(struct pc_pageserver *server, struct pc_pageserver_stats *stats);
+int pc_pageserver_disconnect(struct pc_pageserver *server);
+void pc_pageserver_free(struct pc_pageserver *server);
+/* ==== end cffi ==== */
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,80 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The memory of a machine (made, asked what is in it, written to files, read from files), and the states of its pages.
+ *
+ * Threads: no function takes a lock; those that block say so. Any thread may call them, several at once; struct pc_memory is the
+ * caller's, who calls pc_memory_destroy when nothing else uses it any more. The thread that reads the memory's userfaultfd must
+ * not touch or discard pages of it: that would wait for this very thread.
+ */
+#ifndef POSTCOPY_MEMORY_H
+#define POSTCOPY_MEMORY_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ==== begin cffi ==== */
+/* ---- memory ---- */
+enum pc_memory_kind { PC_MEMORY_MEMFD = 1, PC_MEMORY_ANON = 2, PC_MEMORY_HUGETLB = 3 };
+struct pc_memory {
+    void *base;          /* mapping the machine uses; NULL when there is none */
+    uint64_t size_bytes; /* multiple of page_bytes */
+    uint64_t page_bytes; /* what one fault brings: the system's page, or the huge page */
+    int kind;            /* enum pc_memory_kind */
+    int fd;              /* memfd, or -1 */
+};
+uint64_t pc_page_bytes(void);
+uint64_t pc_huge_page_bytes(void); /* default huge page size, 0 when the kernel has none */
+/* Whether this host could hold so much memory of a kind (all blocks of a machine together) now: 0, or -EINVAL (0, not whole
+ * pages) or -ENOMEM with the reason and the remedy in `error`. Reserves nothing. */
+int pc_memory_check(int kind, uint64_t total_bytes, char *error, size_t error_bytes);
+/* Maps new zeroed memory, MADV_NOHUGEPAGE and MADV_DONTFORK, nothing populated. 0 or -errno with a line in `error`. */
+int pc_memory_create(int kind, uint64_t size_bytes, struct pc_memory *memory, char *error, size_t error_bytes);
+void pc_memory_destroy(struct pc_memory *memory);
+/* Maps a memfd, shared, as pc_memory_create does; the descriptor is duplicated. 0 or -errno. */
+int pc_memory_map(int fd, uint64_t size_bytes, uint64_t page_bytes, int kind, struct pc_memory *memory);
+/* Gives back pages from `address` on: punches holes in a file, MADV_DONTNEED where there is none. Blocks until a REMOVE event of
+ * it was read where such are enabled. */
+int pc_memory_discard(const struct pc_memory *memory, uint64_t address, uint64_t bytes);
+/* Sets the bit of every page that may hold something other than zeros, without touching a page: SEEK_DATA on a file or
+ * memfd, PAGEMAP_SCAN or /proc/self/pagemap on anonymous memory. The map must be zeroed. Blocks on I/O. */
+int pc_memory_present(const struct pc_memory *memory, uint64_t *present_words);
+int pc_file_present(int fd, uint64_t size_bytes, uint64_t page_bytes, uint64_t *present_words);
+/* Writes the memory to fd at file_offset, leaving a hole for every page that is all zero; reading never populates.
+ * Every page must be resident or absent for good: a missing page would block this thread. Blocks on I/O. */
+int pc_memory_dump(const struct pc_memory *memory, int fd, uint64_t file_offset);
+/* Fills memory (not registered with any userfaultfd) from a file range; holes and zeros stay holes, what was there is
+ * gone. The file may end inside the last page; -ENODATA when it is shorter. Blocks on I/O. */
+int pc_memory_load(struct pc_memory *memory, int fd, uint64_t file_offset, uint64_t bytes);
+/* 64-bit sum over CRC32Cs of 4 KiB blocks (csrc/memory/memory.c has the construction): equal sizes and contents give equal
+ * digests whatever is populated and whatever the page size; absent memory costs almost nothing. Blocks on I/O. */
+int pc_memory_digest(const struct pc_memory *memory, uint64_t *digest);
+int pc_file_digest(int fd, uint64_t size_bytes, uint64_t page_bytes, uint64_t *digest);
+/* Bytes of the mapping that are populated, without touching any. */
+int pc_memory_resident(const struct pc_memory *memory, uint64_t *resident_bytes);
+/* memcpy for callers who may not touch memory themselves, since a page of it may be missing; blocks until it is there. */
+void pc_bytes_copy(uint64_t to_address, uint64_t from_address, uint64_t bytes);
+
+/* ---- page states ---- */
+/* What has become of each page of a RAM block, in a sealed memfd that a pager writes and that outlives it: when the pager's process
+ * dies, the process that has the machine (and a copy of the userfaultfd) settles what was under way and gives both to the next
+ * pager. csrc/memory/states.c says why no page is lost, placed twice or filled with zeros by that. */
+int pc_states_new(uint64_t pages); /* the descriptor, or -errno */
+/* Copies the map of pages that are there; -EINVAL when fd is not the states of as many pages. Any process, any time. */
+int pc_states_known(int fd, uint64_t pages, uint64_t *words);
+/* How many pages of the map are there; the same errors. */
+int64_t pc_states_count(int fd, uint64_t pages);
+/* To be called after a pager has died (its process has been waited for), before the next one has the states, in the process
+ * that has the memory mapped at memory->base. How many pages were under way, or -errno; then nothing may go on. -ENOTRECOVERABLE: a
+ * page of shared memory may have been placed and swapped out; fetching it again would undo what the machine has written to it. */
+int64_t pc_states_settle(int fd, const struct pc_memory *memory);
+/* ==== end cffi ==== */
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,186 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What has become of each page, where it outlives the pager that wrote it.
+ *
+ * A pager may be killed at any instruction. What the next one must know is in a sealed memfd: for each page whether it was
+ * claimed, is known, is zero (pager.c says what the words mean). Bits are only ever set, one atomic or each, so there is no
+ * half-written state; but between `claimed` and `known` lies the placement itself, and a pager that died there leaves
+ * pages of which the map alone does not tell whether they were placed.
+ *
+ * Those are settled by looking at the machine's page table. UFFDIO_COPY puts content and page table entry there together, in
+ * one step that a SIGKILL does not interrupt, and only it (or CONTINUE, after the content) does so, as every access by anyone else
+ * to a page that is not known waits. Hence: an entry is there, mapped or swapped out, and the page was placed.
+ *
+ * There is none: anonymous memory was not placed. Shared memory is taken out of a page table without a trace when it is swapped out,
+ * or when somebody zaps the mapping; what tells then is the page cache. Nothing in it either: not placed. Something in it: the page was
+ * placed and the machine may have written to it since, or somebody else has filled the hole. Nothing tells these apart, and
+ * the first would be overwritten by old content if it was fetched again. So that is refused: the page stays claimed, no pager takes such
+ * states, and whoever wants the page waits.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdbool.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "core/runtime.h"
+#include "core/util.h"
+#include "memory/states.h"
+#include "postcopy/core.h"
+#include "postcopy/memory.h"
+
+#define MAGIC UINT64_C(0x3173657461747370) /* "pstates1", little endian */
+#define HEADER_BYTES 4096
+#define PAGEMAP_THERE (UINT64_C(3) << 62) /* present, or swapped out */
+
+struct header {
+    uint64_t magic;
+    uint64_t pages;
+};
+
+static uint64_t file_bytes(uint64_t pages)
+{
+    return HEADER_BYTES + 3 * pc_bitmap_words(pages) * sizeof(uint64_t);
+}
+
+int pc_states_new(uint64_t pages)
+{
+    struct header header = {.magic = MAGIC, .pages = pages};
+    int fd, error;
+
+    if (!pages || pages > UINT64_MAX / 64)
+        return -EINVAL;
+    fd = pc_memfd_new("postcopy-states", file_bytes(pages), 0);
+    if (fd < 0)
+        return fd;
+    error = pc_pwrite_all(fd, &header, sizeof(header), 0);
+    if (!error)
+        return fd;
+    close(fd);
+    return error;
+}
+
+int pc_states_map(int fd, uint64_t pages, struct pc_states *states)
+{
+    const int seals = F_SEAL_SHRINK | F_SEAL_GROW;
+    uint64_t words = pc_bitmap_words(pages);
+    struct header header;
+    struct stat status;
+    int error = pc_pread_all(fd, &header, sizeof(header), 0);
+    uint8_t *base;
+
+    if (error)
+        return error == -ENODATA ? -EINVAL : error;
+    /* Sealed, or whoever else has it could take the memory away under a fault thread. */
+    if (fstat(fd, &status) || header.magic != MAGIC || header.pages != pages ||
+        (uint64_t)status.st_size != file_bytes(pages) || (fcntl(fd, F_GET_SEALS) & seals) != seals)
+        return -EINVAL;
+    base = mmap(NULL, file_bytes(pages), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (base == MAP_FAILED)
+        return -errno;
+    (void)madvise(base, file_bytes(pages), MADV_DONTFORK);
+    states->base = base;
+    states->bytes = file_bytes(pages);
+    states->claimed = (uint64_t *)(void *)(base + HEADER_BYTES);
+    states->known = states->claimed + words;
+    states->zero = states->known + words;
+    return 0;
+}
+
+void pc_states_unmap(struct pc_states *states)
+{
+    if (states->base)
+        munmap(states->base, states->bytes);
+    states->base = NULL;
+}
+
+int pc_states_known(int fd, uint64_t pages, uint64_t *words)
+{
+    struct pc_states states;
+    int error = pc_states_map(fd, pages, &states);
+
+    if (error)
+        return error;
+    for (uint64_t word = 0; word < pc_bitmap_words(pages); word++)
+        words[word] = __atomic_load_n(&states.known[word], __ATOMIC_SEQ_CST);
+    pc_states_unmap(&states);
+    return 0;
+}
+
+int64_t pc_states_count(int fd, uint64_t pages)
+{
+    struct pc_states states;
+    int64_t known = 0;
+    int error = pc_states_map(fd, pages, &states);
+
+    if (error)
+        return error;
+    for (uint64_t word = 0; word < pc_bitmap_words(pages); word++)
+        known += __builtin_popcountll(__atomic_load_n(&states.known[word], __ATOMIC_RELAXED));
+    pc_states_unmap(&states);
+    return known;
+}
+
+/* Sets *there when the calling process's page table has something for [address, address + bytes). A huge page is there when
+ * its first small one is. */
+static int in_page_table(int pagemap_fd, uint64_t address, bool *there)
+{
+    uint64_t entry;
+    int error = pc_pread_all(pagemap_fd, &entry, sizeof(entry), address / pc_page_bytes() * sizeof(entry));
+
+    *there = !error && (entry & PAGEMAP_THERE);
+    return error;
+}
+
+/* Whether a file has something at [offset, offset + bytes), in memory or swapped out. hugetlbfs, which is never swapped, says so of
+ * everything. */
+static int in_file(int fd, uint64_t offset, uint64_t bytes, bool *there)
+{
+    off_t data = lseek(fd, (off_t)offset, SEEK_DATA);
+
+    *there = data >= 0 && (uint64_t)data < offset + bytes;
+    return data < 0 && errno != ENXIO ? -errno : 0;
+}
+
+int64_t pc_states_settle(int fd, const struct pc_memory *memory)
+{
+    uint64_t pages = memory->size_bytes / memory->page_bytes;
+    struct pc_states states;
+    int64_t in_doubt = 0;
+    bool lost = false;
+    int pagemap_fd, error = pc_states_map(fd, pages, &states);
+
+    if (error)
+        return error;
+    pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    if (pagemap_fd < 0)
+        error = -errno;
+    for (uint64_t word = 0; word < pc_bitmap_words(pages) && !error; word++) {
+        uint64_t doubtful = states.claimed[word] & ~states.known[word];
+
+        for (; doubtful && !error; doubtful &= doubtful - 1) {
+            uint64_t page = word * 64 + (uint64_t)__builtin_ctzll(doubtful), bit = doubtful & -doubtful;
+            bool there = false, unknown = false;
+
+            error = in_page_table(pagemap_fd, (uint64_t)(uintptr_t)memory->base + page * memory->page_bytes, &there);
+            if (!error && !there && memory->kind == PC_MEMORY_MEMFD && memory->fd >= 0)
+                error = in_file(memory->fd, page * memory->page_bytes, memory->page_bytes, &unknown);
+            if (error)
+                break;
+            in_doubt++;
+            lost = lost || unknown;
+            if (unknown)
+                continue;
+            if (there)
+                (void)__atomic_fetch_or(&states.known[word], bit, __ATOMIC_SEQ_CST);
+            else
+                (void)__atomic_fetch_and(&states.claimed[word], ~bit, __ATOMIC_SEQ_CST);
+        }
+    }
+    if (pagemap_fd >= 0)
+        close(pagemap_fd);
+    pc_states_unmap(&states);
+    return error ? error : lost ? -ENOTRECOVERABLE : in_doubt;
+}
