@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The destination's engine, as Python sees it.
 
-All that happens for each page happens in C (csrc/pager.c): this class opens, hands over connected sockets, reads
+All that happens for each page happens in C (csrc/pager/pager.c): this class opens, hands over connected sockets, reads
 counters and closes. No Python code is ever on the path of a fault, and no method here touches guest memory.
 
 Resource handling: the pager keeps every `Memory` given to it in use until `close()` has ended its threads. Descriptors
@@ -131,7 +131,7 @@ class Pager:
         return index
 
     def add_block_with_states(self, block: Memory | ForeignMemory, states_fd: int) -> int:
-        """Adds the next RAM block with page states that outlive this pager (csrc/states.c); its index. What
+        """Adds the next RAM block with page states that outlive this pager (csrc/memory/states.c); its index. What
         they say is there is not missing. The descriptor stays the caller's.
 
         A `ForeignMemory` is that of another process, whose userfaultfd `adopt_shard` gets; it must exist for as

@@ -3,7 +3,7 @@
 
 The same methods as `pager.Pager`. What must not die with the engine stays here, in the machine's process: the
 userfaultfds (the kernel fills memory with zeros when the last descriptor of one is closed), the memory, the page
-states (`csrc/states.c`), the counters (`csrc/metrics.c`), and the list of what was set up. The engine's process gets
+states (`csrc/memory/states.c`), the counters (`csrc/core/metrics.c`), and the list of what was set up. The engine's process gets
 copies of the descriptors; a crash of one of its threads, SIGKILL, or a call that is not answered within
 `CALL_TIMEOUT_S` ends it, and nothing else:
 
