@@ -2,7 +2,7 @@
 """What the core knows (operations), what is asked of it (cells) and what came out (results), as plain values.
 
 Everything here can be made from JSON as well, so that reports, expectations and comparisons work on recorded runs. The
-words are those of `--json`; their order is that of the enums in postcopy.h.
+words are those of `--json`; their order is that of the enums in postcopy/faultpaths.h.
 """
 
 from __future__ import annotations
