@@ -10,9 +10,9 @@ from typing import Any
 
 import trio
 
-from postcopy._error_line import c_text
 from postcopy._fd import FdHolder
 from postcopy._native import ffi
+from postcopy.errors import c_text
 
 
 class EventType(enum.IntEnum):

@@ -26,11 +26,10 @@ from typing import Any
 import trio
 
 from postcopy._blocking import run_to_end
-from postcopy._error_line import ErrorLine
 from postcopy._native import ffi, lib
 from postcopy.dataplane._events import ChannelKind, Event, EventQueue, EventStream, EventType
 from postcopy.dataplane.histogram import Histogram
-from postcopy.errors import CoreError, MigrationError, check
+from postcopy.errors import CoreError, ErrorLine, MigrationError, check
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.uffd import How, parse_how, probe

@@ -41,13 +41,12 @@ import msgpack
 import trio
 
 from postcopy._blocking import END_TIMEOUT_S
-from postcopy._error_line import c_text
 from postcopy._native import ffi, lib
 from postcopy.dataplane._events import ChannelKind, Event, EventType
 from postcopy.dataplane._pager_child import MESSAGE_BYTES
 from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import PagerStatistics, Stage
-from postcopy.errors import BusyError, CoreError, MigrationError, PostcopyError, check
+from postcopy.errors import BusyError, CoreError, MigrationError, PostcopyError, c_text, check
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.uffd import How, open_userfaultfd, parse_how, probe

@@ -23,9 +23,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from postcopy._blocking import run_sync
-from postcopy._error_line import ErrorLine
 from postcopy._native import ffi, lib
-from postcopy.errors import BusyError, ConfigurationError, CoreError, PostcopyError, ResourceError, check
+from postcopy.errors import BusyError, ConfigurationError, CoreError, ErrorLine, PostcopyError, ResourceError, check
 from postcopy.memory._admission import PROMISES
 from postcopy.memory.bitmap import Bitmap
 from postcopy.uffd._ranges import ADDRESSES
