@@ -30,8 +30,6 @@ class ArrivalOptions:
     net: str | None = None  # tap:NAME, where the network device of a machine that has one is attached
     busy_poll_us: int = 0
     pager_process: bool = False  # the pager in a process of its own
-    heartbeat_s: float = HEARTBEAT_S
-    recover_for_s: float = math.inf
     kill_when_lost: bool = False
 
 
@@ -58,6 +56,8 @@ class DestinationConfig:
     arrival: ArrivalOptions
     listen: Address | None = None
     connect: Address | Route | None = None
+    heartbeat_s: float = HEARTBEAT_S
+    recover_for_s: float = math.inf
     run_for_s: float | None = None  # None: until interrupted
     dump: str | None = None
     verify: bool = True
@@ -66,8 +66,7 @@ class DestinationConfig:
 
 @dataclass(frozen=True)
 class DaemonConfig:
-    """A process that owns any number of machines. `heartbeat_s` and `recover_for_s` of what arrives are those of
-    `migration`."""
+    """A process that owns any number of machines. `migration` is for both directions as far as it has a meaning."""
 
     migration: SourceOptions
     arrival: ArrivalOptions
