@@ -49,7 +49,7 @@ from postcopy.dataplane.pager import PagerCounters, PagerStatistics
 from postcopy.errors import BusyError, CoreError, MigrationError, PostcopyError, c_text, check
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
-from postcopy.uffd import How, open_userfaultfd, parse_how, probe
+from postcopy.uffd import How, Userfaultfd, parse_how, probe
 
 __all__ = ["CALL_TIMEOUT_S", "PagerDied", "ProcessPager"]
 
@@ -379,7 +379,7 @@ class ProcessPager(PagerCounters):
         self._check_open()
         api = probe(parse_how(how))
         features = int(lib.pc_pager_features(int(api.features)))
-        shard = _Shard(open_userfaultfd(api.how, features).detach(), features, busy_poll_us)
+        shard = _Shard(Userfaultfd.open(api.how, features).detach(), features, busy_poll_us)
         try:
             self._give_shard(shard)
         except BaseException:
