@@ -3,15 +3,15 @@
 
 `attach` is a migration of a machine without a CPU, seen from its end: the same protocol, the same engine
 (`migration.destination`), the same pager in C on the path of a fault. Two things differ. Unless the caller wants it
-there is no background push: the attachment has no bulk channels, and costs nothing while nobody looks at it. (A source
+there is no background push: the attachment has no bulk channels, and costs nothing while no page is touched. (A source
 that speaks version 2 of the protocol must have one, and pushes.) And the memory outlives machine and engine for as long
-as somebody looks at it.
+as there are views of it.
 
 `attach_source` has the same pager on one end of a socket pair and `_bridge.Bridge` on the other, where a Python
 coroutine answers instead of a page server.
 
 Resource handling: everything belongs to the ``async with`` block and is closed with it, in the order that faults allow:
-no new views, tasks, engine, pager; the mapping itself goes with the last view of it.
+no new views, tasks, engine, pager. The mapping itself is removed with the last view of it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from postcopy.lazy._memory import LazyMemory
 from postcopy.lazy._source import PageSource, check_layout
 from postcopy.lazy._tasks import background_tasks
 from postcopy.machines import BlockLayout, Machine
-from postcopy.machines.base import CLOSE_TIMEOUT_S
 from postcopy.machines.image import ImageMachine
 from postcopy.memory import Memory, page_bytes_of
 from postcopy.migration._session import HEARTBEAT_S
@@ -43,22 +42,6 @@ from postcopy.wire.protocol import State
 log = logging.getLogger(__name__)
 
 RECOVER_S = 30.0
-
-
-class _AttachedImage(ImageMachine):
-    """Does not unmap its memory when it is closed, but lets go of it: the memory goes with its last view."""
-
-    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        if not self._closed.is_set():
-            self._closed.set()
-            # Not left to the end of this object: cancelled tasks leave frames behind that hold it for a while.
-            self._blocks = ()  # type: ignore[assignment]
-            del self._memory
-        await trio.lowlevel.checkpoint()
-
-    @property
-    def memory(self) -> Memory:
-        return self._memory
 
 
 @asynccontextmanager
@@ -91,7 +74,6 @@ async def attach(
     cannot be reached or refuses. Afterwards: see `LazyMemory`. Cancellable; closing is shielded and bounded in time.
     """
     where = parse_address(address) if isinstance(address, str) else address
-    machines: list[_AttachedImage] = []
 
     def make_machine(
         kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout], wanted: str, **_: object
@@ -101,17 +83,14 @@ async def attach(
                 f"{where}: offers a machine of kind {kind[:40]!r}; only memory can be attached: start the source with"
                 " --machine image, or serve memory with postcopy.serve"
             )
-        machine = _AttachedImage.for_destination(config, layout, wanted)
-        assert isinstance(machine, _AttachedImage)
-        machines.append(machine)
-        return machine
+        return ImageMachine.for_destination(config, layout, wanted)
 
     memory: LazyMemory | None = None
-    settled = trio.Event()  # attached, or failed
+    attached = trio.Event()  # or failed
 
     def changed() -> None:
         if migration.over or migration.state in (State.POSTCOPY, State.CLOSING, State.COMPLETED):
-            settled.set()
+            attached.set()
         if memory is None or not migration.over:
             return
         if migration.failure is not None:
@@ -119,8 +98,7 @@ async def attach(
         elif migration.state is State.COMPLETED:
             memory._completed()
 
-    pager = Pager()
-    try:
+    async with Pager() as pager:
         migration = DestinationMigration(
             await CallingLink.open(where, "dest"),
             backing=backing,
@@ -136,22 +114,19 @@ async def attach(
         try:
             async with background_tasks() as nursery:
                 nursery.start_soon(migration.run, trio.Event())
-                await settled.wait()
+                await attached.wait()
                 if migration.over and migration.failure is not None:
                     raise migration.failure
-                machine = machines.pop()
-                memory = LazyMemory(pager, [(machine.blocks[0].name, machine.memory, machine.file_bytes)])
-                del machine
+                machine = migration.machine
+                assert isinstance(machine, ImageMachine)
+                memory = LazyMemory(pager, [(machine.blocks[0].name, machine.detach_memory(), machine.file_bytes)])
                 changed()
                 try:
                     yield memory
                 finally:
                     memory._close()
         finally:
-            machines.clear()
             await migration.close()
-    finally:
-        await pager.close()
 
 
 def _lost(where: Address, reason: PostcopyError) -> PeerError:
@@ -200,8 +175,7 @@ async def attach_source(
         fault_around_pages=fault_around_pages,
         on_failure=lambda error: memory._fail(error),
     )
-    pager = Pager()
-    try:
+    async with Pager() as pager:
         parts = [
             (block.name, Memory.create(backing, block.pages * block.unit_bytes), block.size_bytes) for block in layout
         ]
@@ -233,7 +207,7 @@ async def attach_source(
                 elif event.type is EventType.FATAL:
                     memory._fail(PeerError(f"the pager cannot go on: {event.text}"))
                 elif event.type is EventType.CHANNEL_DOWN:
-                    memory._fail(PeerError(f"the pager has let go of the page source: {event.text}"))
+                    memory._fail(PeerError(f"the pager has lost the page source: {event.text}"))
 
         async with stream, background_tasks() as nursery:
             nursery.start_soon(watch_pager)
@@ -242,5 +216,3 @@ async def attach_source(
                 yield memory
             finally:
                 memory._close()
-    finally:
-        await pager.close()

@@ -22,14 +22,23 @@ is ever sent in place of a page.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import fields
 
 import trio
 
 from postcopy._native import ffi, lib
-from postcopy.errors import ConfigurationError, ErrorLine, PeerError, ProtocolError
+from postcopy.dataplane._base import DataPlane
+from postcopy.dataplane._events import Event
+from postcopy.dataplane.pageserver import PageServerStatistics
+from postcopy.errors import ConfigurationError, ErrorLine, PeerError, PostcopyError, ProtocolError
 from postcopy.lazy._source import PageSource, SourceBlock
+from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
+
+log = logging.getLogger(__name__)
 
 HEADER_BYTES: int = lib.PC_FRAME_HEADER_BYTES
 RECEIVE_BYTES = 1024 * HEADER_BYTES
@@ -77,7 +86,7 @@ class Bridge:
         max_fetches: int,
         max_fetch_pages: int,
         fault_around_pages: int,
-        on_failure: Callable[[PeerError], None],
+        on_failure: Callable[[PeerError], None] = lambda error: None,
     ) -> None:
         """`on_failure` hears of a failed fetch before the pager does."""
         if max_fetches < 1 or max_fetch_pages < 1:
@@ -243,6 +252,107 @@ class Bridge:
         async with self._sending:
             with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                 await self._stream.send_all(data)  # the receiving task sees it too, and says so
+
+
+class BridgeServer(DataPlane):
+    """In the place of a page server, for one attacher: a `Bridge` for each urgent channel; bulk channels offer nothing.
+
+    It has what a migration uses of `PageServer`. Its channels are tasks in the nursery that it is given.
+    """
+
+    NAME = "page source"
+
+    def __init__(self, make_bridge: Callable[[], Bridge], nursery: trio.Nursery) -> None:
+        super().__init__()
+        self._make_bridge = make_bridge
+        self._nursery = nursery
+        self._started = trio.Event()
+        self._closing = trio.Event()
+        self._channels: dict[trio.CancelScope, trio.Event] = {}  # the event: it has ended
+
+    def add_block(self, memory: Memory, page_bytes: int | None = None) -> int:
+        if page_bytes not in (None, memory.page_bytes):
+            raise ConfigurationError(
+                f"the page source has pages of {memory.page_bytes} bytes, the attacher wants {page_bytes}"
+            )
+        self._blocks.append(self._keep(memory, memory.pages))
+        return len(self._blocks) - 1
+
+    def block_pages(self, block: int) -> int:
+        return self._block(block).pages
+
+    def set_present(self, block: int, present: Bitmap) -> None:
+        """Only the source knows."""
+
+    def set_received(self, block: int, received: Bitmap) -> None:
+        """Nothing is pushed, and every request is answered."""
+
+    def attach_urgent(self, shard: int, fd: int, busy_poll_us: int = 0) -> None:
+        self._attach(fd, self._answer)
+
+    def attach_bulk(self, channel: int, fd: int) -> None:
+        self._attach(fd, self._offer_nothing)
+
+    def start(self) -> None:
+        """Requests are answered from here on. What is not asked for is not offered: the destination may ask."""
+        self._started.set()
+
+    def statistics(self) -> PageServerStatistics:
+        """Nothing is counted here: the source of the pages is somebody else's."""
+        return PageServerStatistics(*(0 for _ in fields(PageServerStatistics)))
+
+    def take_event(self) -> Event | None:
+        """There are none: that a channel has ended, the control connection tells."""
+        self._check_open()
+        return None
+
+    async def wait_event(self) -> None:
+        await self._closing.wait()
+        self._check_open()
+
+    async def disconnect(self) -> None:
+        channels = dict(self._channels)
+        for scope in channels:
+            scope.cancel()
+        with trio.CancelScope(shield=True):
+            for ended in channels.values():
+                await ended.wait()
+
+    async def _end(self) -> None:
+        await self.disconnect()
+        self._closing.set()
+
+    def _attach(self, fd: int, serve: Callable[[trio.SocketStream], Awaitable[None]]) -> None:
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
+        scope = trio.CancelScope()
+        self._channels[scope] = trio.Event()
+        self._nursery.start_soon(self._channel, scope, stream, serve)
+
+    async def _channel(
+        self,
+        scope: trio.CancelScope,
+        stream: trio.SocketStream,
+        serve: Callable[[trio.SocketStream], Awaitable[None]],
+    ) -> None:
+        try:
+            with scope:
+                async with stream:
+                    await self._started.wait()
+                    await serve(stream)
+        except PostcopyError as error:
+            log.warning("a page source is lost for one attacher: %s", error)
+        finally:
+            self._channels.pop(scope).set()
+
+    async def _answer(self, stream: trio.SocketStream) -> None:
+        await self._make_bridge().run(stream)
+
+    async def _offer_nothing(self, stream: trio.SocketStream) -> None:
+        end = bytearray()
+        pack_frame(end, lib.PC_FRAME_END, 0, 0, 0, None, b"")
+        with contextlib.suppress(trio.BrokenResourceError):  # which the control connection tells
+            await stream.send_all(end)
+        await trio.sleep_forever()
 
 
 def pack_frame(

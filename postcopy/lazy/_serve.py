@@ -8,25 +8,21 @@ C threads answer; Python is only needed when somebody comes or goes. A page sour
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import trio
 
 from postcopy._native import ffi, lib
 from postcopy.dataplane.pageserver import PageServer
-from postcopy.errors import ConfigurationError, PostcopyError
-from postcopy.lazy._bridge import Bridge, pack_frame
-from postcopy.lazy._source import PageSource, SourceBlock, check_layout
-from postcopy.machines.base import CLOSE_TIMEOUT_S
+from postcopy.errors import ConfigurationError
+from postcopy.lazy._bridge import Bridge, BridgeServer
+from postcopy.lazy._source import check_layout
 from postcopy.machines.image import ImageMachine
-from postcopy.memory import Memory, MemoryKind
-from postcopy.memory.bitmap import Bitmap
+from postcopy.memory import Memory
 from postcopy.migration._session import HEARTBEAT_S
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.net.channels import Acceptor, Address, parse_address
@@ -89,28 +85,24 @@ async def serve(
     """
     where = parse_address(listen, listening=True) if isinstance(listen, str) else listen
     with _served(memory) as (served, size_bytes):
-        machine = _ServedImage(served, size_bytes, verify=False, path="(served memory)")
+        machine = ImageMachine(served, size_bytes, verify=False, path="(served memory)")
+        machine.detach_memory()  # `_served` has it
         options = SourceOptions(max_bandwidth_bytes_per_s=max_bandwidth_bytes_per_s, heartbeat_s=heartbeat_s)
         server: Server
-
-        def make_bridge(on_failure: Callable[[PostcopyError], None]) -> Bridge:
-            assert isinstance(served, _SourceMemory)
-            return Bridge(
-                served.source,
-                [served.layout],
+        make_server: Callable[[int], PageServer] = PageServer
+        if _is_source(memory):
+            make_bridge = partial(
+                Bridge,
+                memory,
+                check_layout(memory.blocks),
                 max_fetches=max_fetches,
                 max_fetch_pages=max_fetch_pages,
                 fault_around_pages=fault_around_pages,
-                on_failure=on_failure,
             )
+            make_bridge()  # for the errors in its arguments
 
-        def make_server(bandwidth: int) -> PageServer:
-            if isinstance(served, _SourceMemory):
-                return _BridgeServer(served, make_bridge, nursery)
-            return PageServer(bandwidth)
-
-        if isinstance(served, _SourceMemory):
-            make_bridge(_ignore)  # for the errors in its arguments
+            def make_server(_: int) -> PageServer:
+                return cast(PageServer, BridgeServer(make_bridge, nursery))  # which has what a migration uses
 
         def why_refused(waiting: int) -> str:
             return "too many attachers at the same time" if server.attached + waiting >= max_attachers else ""
@@ -149,12 +141,8 @@ async def _attacher(server: Server, migration: SourceMigration) -> None:
         log.warning("%s: could not attach: %s", migration.peer, migration.failure)
 
 
-class _ServedImage(ImageMachine):
-    """Of memory that is somebody else's."""
-
-    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        self._closed.set()
-        await trio.lowlevel.checkpoint()
+def _is_source(memory: Any) -> bool:
+    return hasattr(memory, "fetch") and hasattr(memory, "blocks")
 
 
 @contextmanager
@@ -164,11 +152,12 @@ def _served(memory: Any) -> Iterator[tuple[Memory, int]]:
         with memory.in_use("serve"):
             yield memory, memory.file_bytes
         return
-    if hasattr(memory, "fetch") and hasattr(memory, "blocks"):
+    if _is_source(memory):
         layout = check_layout(memory.blocks)
         if len(layout) != 1:
             raise ConfigurationError(f"a page source of {len(layout)} blocks cannot be served: it must have one")
-        yield _SourceMemory(memory, layout[0]), layout[0].size_bytes
+        with Memory.without_content(layout[0].size_bytes, layout[0].unit_bytes) as nothing:
+            yield nothing, layout[0].size_bytes
         return
     try:
         view = memoryview(memory).cast("B")
@@ -181,7 +170,7 @@ def _served(memory: Any) -> Iterator[tuple[Memory, int]]:
         raise ConfigurationError("there is nothing to serve: the buffer is empty")
     page_bytes = int(lib.pc_page_bytes())
     if len(view) % page_bytes == 0:
-        served: Memory = _BufferMemory(view)
+        served = Memory.from_buffer(view)
     else:
         served = Memory.create("memfd", -(-len(view) // page_bytes) * page_bytes)
         ffi.memmove(ffi.cast("char *", served.address), view, len(view))
@@ -189,152 +178,3 @@ def _served(memory: Any) -> Iterator[tuple[Memory, int]]:
         yield served, len(view)
     finally:
         served.drop()  # a page server that did not end keeps it
-
-
-class _BufferMemory(Memory):
-    """A buffer that belongs to somebody else, at any address: read in place, never unmapped."""
-
-    def __init__(self, view: memoryview) -> None:
-        self._buffer: Any = ffi.from_buffer("char[]", view)  # holds the export
-        struct: Any = ffi.new("struct pc_memory *")
-        struct.base = self._buffer
-        struct.size_bytes = len(view)
-        struct.page_bytes = lib.pc_page_bytes()
-        struct.kind = lib.PC_MEMORY_ANON
-        struct.fd = -1
-        super().__init__(struct, MemoryKind.ANON, len(view))
-
-    def present(self, page_bytes: int | None = None) -> Bitmap:
-        """Every page: looking for holes would mean reading it all."""
-        unit = page_bytes or self.page_bytes
-        return Bitmap.full(-(-self.size_bytes // unit))
-
-    def close(self) -> None:
-        if not self._users:
-            self._closed = True
-            self._buffer = None
-
-
-class _SourceMemory(Memory):
-    """Says how large the memory of a page source is. There is nothing behind it."""
-
-    def __init__(self, source: PageSource, layout: SourceBlock) -> None:
-        self.source = source
-        self.layout = layout
-        struct: Any = ffi.new("struct pc_memory *")
-        struct.size_bytes = layout.size_bytes
-        struct.page_bytes = layout.unit_bytes
-        struct.fd = -1
-        super().__init__(struct, MemoryKind.ANON, layout.size_bytes)
-
-    def present(self, page_bytes: int | None = None) -> Bitmap:
-        return Bitmap.full(self.pages)  # for all that is known
-
-    def close(self) -> None:
-        self._closed = True
-
-
-def _ignore(error: PostcopyError) -> None:
-    """What the destination is told by an error frame needs no second way."""
-
-
-class _BridgeServer(PageServer):
-    """In the place of a page server: one bridge for each urgent channel, and bulk channels that offer nothing.
-
-    The C page server below it stays without blocks and channels: it gives the events, of which there are none.
-    """
-
-    def __init__(
-        self,
-        memory: _SourceMemory,
-        make_bridge: Callable[[Callable[[PostcopyError], None]], Bridge],
-        nursery: trio.Nursery,
-    ) -> None:
-        super().__init__()
-        self._memory = memory
-        self._make_bridge = make_bridge
-        self._nursery = nursery
-        self._urgent: list[trio.SocketStream] = []
-        self._bulk: list[socket.socket] = []
-        self._running: set[trio.CancelScope] = set()
-        self._started = False
-        self._ended = trio.Event()
-
-    def add_block(self, memory: Memory, page_bytes: int | None = None) -> int:
-        if page_bytes not in (None, self._memory.page_bytes):
-            raise ConfigurationError(
-                f"the page source has pages of {self._memory.page_bytes} bytes, the attacher wants {page_bytes}"
-            )
-        return 0
-
-    def block_pages(self, block: int) -> int:
-        return self._memory.pages
-
-    def set_present(self, block: int, present: Bitmap) -> None:
-        pass  # it is the source that knows
-
-    def set_received(self, block: int, received: Bitmap) -> None:
-        pass  # nothing is pushed, and what is asked for is answered
-
-    def attach_urgent(self, shard: int, fd: int, busy_poll_us: int = 0) -> None:
-        stream = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
-        self._urgent.append(stream)
-        if self._started:
-            self._serve(stream)
-
-    def attach_bulk(self, channel: int, fd: int) -> None:
-        os.set_blocking(fd, False)
-        bulk = socket.socket(fileno=fd)
-        self._bulk.append(bulk)
-        if self._started:
-            self._offer_nothing(bulk)
-
-    def start(self) -> None:
-        """Requests are answered from here on. What is not asked for is not offered: the destination may ask."""
-        self._started = True
-        for bulk in self._bulk:
-            self._offer_nothing(bulk)
-        for stream in self._urgent:
-            self._serve(stream)
-
-    def _offer_nothing(self, bulk: socket.socket) -> None:
-        end = bytearray()
-        pack_frame(end, lib.PC_FRAME_END, 0, 0, 0, None, b"")
-        with contextlib.suppress(OSError):  # gone already, which the control connection tells
-            bulk.send(end)  # the first bytes of a connection always fit
-
-    def _serve(self, stream: trio.SocketStream) -> None:
-        if not self._running:
-            self._ended = trio.Event()
-        scope = trio.CancelScope()
-        self._running.add(scope)
-        self._nursery.start_soon(self._answer, stream, scope)
-
-    async def _answer(self, stream: trio.SocketStream, scope: trio.CancelScope) -> None:
-        try:
-            with scope:
-                async with stream:
-                    await self._make_bridge(_ignore).run(stream)
-        except PostcopyError as error:
-            log.warning("a page source is lost for one attacher: %s", error)
-        finally:
-            self._running.discard(scope)
-            if not self._running:
-                self._ended.set()
-
-    async def disconnect(self) -> None:
-        for scope in self._running:
-            scope.cancel()
-        with trio.CancelScope(shield=True):
-            if self._running:
-                await self._ended.wait()
-        for bulk in self._bulk:
-            bulk.close()
-        for stream in self._urgent:
-            stream.socket.close()  # those that were never started
-        self._bulk.clear()
-        self._urgent.clear()
-
-    async def close(self) -> None:
-        await self.disconnect()
-        await super().close()

@@ -44,7 +44,7 @@ class ImageMachine(Machine):
 
     def __init__(self, memory: Memory, file_bytes: int, verify: bool, path: str) -> None:
         self._memory = memory
-        self._blocks = (RamBlock(BLOCK_NAME, memory, 0),)
+        self._blocks: Sequence[RamBlock] = (RamBlock(BLOCK_NAME, memory, 0),)
         self._file_bytes = file_bytes
         self._path = path
         self._verify = verify
@@ -53,6 +53,7 @@ class ImageMachine(Machine):
         self._booting = trio.Lock()
         self._state = MachineState.CREATED
         self._closed = trio.Event()
+        self._owns_memory = True
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], *, verify: bool = True) -> ImageMachine:
@@ -154,9 +155,19 @@ class ImageMachine(Machine):
     def events(self) -> AsyncIterator[MachineEvent]:
         return _NoEvents(self._closed)
 
+    def detach_memory(self) -> Memory:
+        """The memory, the caller's from now on: `close` does not unmap it."""
+        self._owns_memory = False
+        return self._memory
+
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        self._closed.set()
-        self._memory.drop()
+        if not self._closed.is_set():
+            self._closed.set()
+            if self._owns_memory:
+                self._memory.drop()
+            else:  # not left to the end of this object, which the frames of cancelled tasks may hold for a while
+                self._blocks = ()
+                del self._memory
         await trio.lowlevel.checkpoint()
 
     def _file_stamp(self) -> tuple[int, int]:
