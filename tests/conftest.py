@@ -33,7 +33,7 @@ from typing import IO, Any
 
 import pytest
 
-CHILD = Path(__file__).with_name("_child.py")
+CHILD = Path(__file__).with_name("support") / "child.py"
 KILL_TIMEOUT_S = 20.0
 """How long a killed process may take to go: one that does not answer SIGKILL hangs in the kernel."""
 
