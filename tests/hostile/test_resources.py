@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile import _wire as wire
-from tests.hostile._peer import Closed, Destination, Line, Machine, Neighbour, Refused, Source
-from tests.hostile._program import MIB, RV64, Control, Program, Refusal, verify
+from hostile import _wire as wire
+from hostile._peer import Closed, Destination, Line, Machine, Neighbour, Refused, Source
+from hostile._program import MIB, RV64, Control, Program, Refusal, verify
 
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]
@@ -86,7 +86,7 @@ def pids() -> Iterator[Group]:
 @pytest.fixture(scope="module")
 def large(version: int) -> Machine:
     """64 MiB of which nearly all has content."""
-    from tests.hostile import _program
+    from hostile import _program
 
     with _program.starter() as start:
         machine = ("--machine", "rv64", "--memory", "64MiB", "--workload", "random", "--working-set", "56MiB")
