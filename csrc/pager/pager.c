@@ -80,8 +80,9 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "core/events.h"
 #include "core/metrics.h"
+#include "core/clock.h"
+#include "core/events.h"
 #include "core/runtime.h"
 #include "core/stream.h"
 #include "core/util.h"
