@@ -80,7 +80,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "core/metrics.h"
+#include "pager/metrics.h"
 #include "core/clock.h"
 #include "core/events.h"
 #include "core/runtime.h"
