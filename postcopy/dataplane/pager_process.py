@@ -164,7 +164,7 @@ class _Process:
     # ---- calls
 
     def post(self, call: _Call) -> _Call:
-        """Sends a call, now or as soon as the process takes it. `PagerDied` when it is known to be dead."""
+        """Sends a call, now or as soon as the process takes it. `PagerDied` when it is received to be dead."""
         if self.dead:
             call.close()
             raise PagerDied(self.exit_reason())
@@ -340,7 +340,7 @@ class ProcessPager(PagerCounters):
         self._replaced = trio.Event()
         self._disarmed = False
         self._deaths_in_a_row = 0
-        self._known_at_death = 0
+        self._received_at_death = 0
         self.deaths = 0
         pointer: Any = ffi.new("struct pc_metrics **")
         check(lib.pc_metrics_new(pointer), "making a pager's counters")
@@ -418,7 +418,7 @@ class ProcessPager(PagerCounters):
         # While one is unanswered, a second request would only add to what the process is behind with.
         if self._process.dead or not self._process.is_asked("request_missing"):
             self._post("requesting missing pages", "request_missing", limit)
-        return min(limit, sum(block.pages for block in self._blocks) - self._known())
+        return min(limit, sum(block.pages for block in self._blocks) - self._received_pages())
 
     def request_range(self, block: int, first_page: int, pages: int) -> int:
         self._check_range(block, first_page, pages)
@@ -427,20 +427,20 @@ class ProcessPager(PagerCounters):
 
     def statistics(self) -> PagerStatistics:
         """As `Pager.statistics`, over all processes there were."""
-        pages = [(block.memory.page_bytes, block.pages, self._known_of(block)) for block in self._blocks]
+        pages = [(block.memory.page_bytes, block.pages, self._received_of(block)) for block in self._blocks]
         return replace(
             super().statistics(),
             total_pages=sum(total for _, total, _ in pages),
             total_bytes=sum(unit * total for unit, total, _ in pages),
-            resident_pages=sum(known for _, _, known in pages),
-            resident_bytes=sum(unit * known for unit, _, known in pages),
+            resident_pages=sum(received for _, _, received in pages),
+            resident_bytes=sum(unit * received for unit, _, received in pages),
         )
 
     def received(self, block: int) -> Bitmap:
         """A copy of the map of pages that are there; also while there is no process."""
         entry = self._block(block)
         bitmap = Bitmap(entry.pages)
-        check(lib.pc_states_known(entry.states_fd, len(bitmap), bitmap.words), "reading the received map")
+        check(lib.pc_states_received(entry.states_fd, len(bitmap), bitmap.words), "reading the received map")
         return bitmap
 
     def take_event(self) -> Event | None:
@@ -542,11 +542,11 @@ class ProcessPager(PagerCounters):
     def _start(self) -> _Process:
         return _Process(lib.pc_metrics_fd(self._counters))
 
-    def _known_of(self, block: BlockInUse) -> int:
+    def _received_of(self, block: BlockInUse) -> int:
         return check(int(lib.pc_states_count(block.states_fd, block.pages)), "counting the pages that are here")
 
-    def _known(self) -> int:
-        return sum(map(self._known_of, self._blocks))
+    def _received_pages(self) -> int:
+        return sum(map(self._received_of, self._blocks))
 
     def _post(self, what: str, name: str, *arguments: Any, fds: tuple[int, ...] = ()) -> None:
         self._check_open()
@@ -600,11 +600,11 @@ class ProcessPager(PagerCounters):
         """Starts the dead process's successor. Threads that wait for a page go on waiting; their faults are reported
         again."""
         while True:
-            known = await self._end_process()
+            received = await self._end_process()
             self._process = self._start()
             # Before the first wait: a task that is cancelled there leaves a pager that has been given everything.
             self._pending.clear()
-            if self._blocks and known == sum(block.pages for block in self._blocks):
+            if self._blocks and received == sum(block.pages for block in self._blocks):
                 self._pending.append(Event(EventType.COMPLETE, text="every page is here"))
             replaced, self._replaced = self._replaced, trio.Event()
             replaced.set()
@@ -642,11 +642,11 @@ class ProcessPager(PagerCounters):
                     f"RAM block {number}: cannot tell what the dead pager has placed ({error}); what is missing is not "
                     "fetched again, since that might undo what the machine has written"
                 ) from error
-        known = self._known()
-        self._deaths_in_a_row = self._deaths_in_a_row + 1 if known == self._known_at_death else 1
-        self._known_at_death = known
+        received = self._received_pages()
+        self._deaths_in_a_row = self._deaths_in_a_row + 1 if received == self._received_at_death else 1
+        self._received_at_death = received
         if self._deaths_in_a_row > DEATHS_IN_A_ROW:
             raise MigrationError(
                 f"{process.exit_reason()}, as did those before it; the machine waits where it needs a page"
             )
-        return known
+        return received
