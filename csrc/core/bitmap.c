@@ -36,6 +36,36 @@ void pc_bitmap_clear_range(uint64_t *words, uint64_t first, uint64_t count)
         words[word] &= ~pc_bits_mask(word, first, count);
 }
 
+void pc_bitmap_clear_those(uint64_t *words, const uint64_t *others, uint64_t bits)
+{
+    for (uint64_t word = 0; word < pc_bitmap_words(bits); word++)
+        words[word] &= ~others[word];
+}
+
+void pc_bitmap_copy(uint64_t *to, uint64_t to_first, const uint64_t *from, uint64_t from_first, uint64_t count)
+{
+    const uint64_t end = from_first + count;
+    uint64_t stop;
+
+    pc_bitmap_clear_range(to, to_first, count);
+    for (uint64_t at = from_first; (at = pc_bits_next(from, end, at, true)) < end; at = stop) {
+        stop = pc_bits_next(from, end, at, false);
+        pc_bitmap_set_range(to, to_first + at - from_first, stop - at);
+    }
+}
+
+void pc_bitmap_rescale(uint64_t *to, uint64_t to_bytes, const uint64_t *from, uint64_t from_bytes, uint64_t bits)
+{
+    uint64_t stop;
+
+    for (uint64_t at = 0; (at = pc_bits_next(from, bits, at, true)) < bits; at = stop) {
+        uint64_t first = at * from_bytes / to_bytes;
+
+        stop = pc_bits_next(from, bits, at, false);
+        pc_bitmap_set_range(to, first, (stop * from_bytes - 1) / to_bytes - first + 1);
+    }
+}
+
 struct writer {
     uint8_t *out;
     size_t cap;

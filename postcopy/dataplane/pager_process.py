@@ -164,7 +164,7 @@ class _Process:
     # ---- calls
 
     def post(self, call: _Call) -> _Call:
-        """Sends a call, now or as soon as the process takes it. `PagerDied` when it is received to be dead."""
+        """Sends a call, now or as soon as the process takes it. `PagerDied` when it is known to be dead."""
         if self.dead:
             call.close()
             raise PagerDied(self.exit_reason())

@@ -37,7 +37,8 @@ class Bitmap:
         if len(words) != 8 * bitmap._word_count:
             raise ValueError(f"{len(words)} bytes for a bitmap of {bits} bits")
         ffi.memmove(bitmap._words, words, len(words))
-        bitmap._trim()
+        past_end = 8 * len(words) - bits
+        lib.pc_bitmap_clear_range(bitmap._words, bits, past_end)
         return bitmap
 
     @classmethod
@@ -58,9 +59,7 @@ class Bitmap:
         return bitmap
 
     def copy(self) -> Bitmap:
-        other = Bitmap(self._bits)
-        ffi.memmove(other._words, self._words, 8 * self._word_count)
-        return other
+        return self.part(0, self._bits)
 
     # ---- looking at it
 
@@ -120,37 +119,34 @@ class Bitmap:
 
     def set_range(self, first: int, count: int) -> None:
         self._check_range(first, count)
-        if count:
-            lib.pc_bitmap_set_range(self._words, first, count)
+        lib.pc_bitmap_set_range(self._words, first, count)
 
     def clear_range(self, first: int, count: int) -> None:
         self._check_range(first, count)
-        if count:
-            lib.pc_bitmap_clear_range(self._words, first, count)
+        lib.pc_bitmap_clear_range(self._words, first, count)
 
     def __and__(self, other: Bitmap) -> Bitmap:
         """The pages that are in both maps, which must be of the same length."""
-        if len(other) != self._bits:
-            raise ValueError(f"a map of {self._bits} pages and one of {len(other)}")
-        return self._from_int(self._to_int() & other._to_int(), self._bits)
+        return self.without(other.inverted())
 
     def without(self, other: Bitmap) -> Bitmap:
         """The pages of this map that are not in the other one, which must be of the same length."""
         if len(other) != self._bits:
             raise ValueError(f"a map of {self._bits} pages and one of {len(other)}")
-        return self._from_int(self._to_int() & ~other._to_int(), self._bits)
+        rest = self.copy()
+        lib.pc_bitmap_clear_those(rest._words, other._words, self._bits)
+        return rest
 
     def inverted(self) -> Bitmap:
         """Every bit the other way round: the zero pages, of a map of those present."""
-        return self._from_int((1 << self._bits) - 1 ^ self._to_int(), self._bits)
+        return Bitmap.full(self._bits).without(self)
 
     def part(self, first: int, count: int) -> Bitmap:
         """A copy of `count` bits from `first` on, renumbered from 0."""
         self._check_range(first, count)
-        low = first // 64 * 64  # only the words that matter: a slice of a large map should cost what the slice costs
-        length = (first - low + count + 63) // 64 * 8
-        value = int.from_bytes(ffi.buffer(self._words + low // 64, length), "little") if length else 0
-        return self._from_int(value >> (first - low) & ((1 << count) - 1), count)
+        part = Bitmap(count)
+        lib.pc_bitmap_copy(part._words, 0, self._words, first, count)
+        return part
 
     def parts(self, bits: int) -> Iterator[tuple[int, Bitmap]]:
         """(first, part) pieces of at most `bits` bits that together are the whole, as `page-map` messages carry it."""
@@ -162,35 +158,15 @@ class Bitmap:
     def paste(self, first: int, part: Bitmap) -> None:
         """Replaces the bits from `first` on by `part`; beyond the end is an `IndexError`."""
         self._check_range(first, len(part))
-        if not len(part):
-            return
-        if first % 64 == 0 and len(part) % 64 == 0:
-            ffi.memmove(self._words + first // 64, part._words, len(part) // 8)
-            return
-        self.clear_range(first, len(part))
-        for start, count in part.runs():
-            lib.pc_bitmap_set_range(self._words, first + start, count)
+        lib.pc_bitmap_copy(self._words, first, part._words, 0, len(part))
 
     def rescaled(self, from_page_bytes: int, to_page_bytes: int) -> Bitmap:
         """The same map for another page size, one a multiple of the other. A large page is set when any of its small
         ones is (right for "may hold something"; do not use it for "has arrived")."""
-        if from_page_bytes == to_page_bytes:
-            return self.copy()
-        if to_page_bytes > from_page_bytes:
-            factor, rest = divmod(to_page_bytes, from_page_bytes)
-            other = Bitmap((self._bits + factor - 1) // factor)
-            bit = self.next(0)
-            while bit < self._bits:  # one step for each large page, however fragmented the small ones are
-                large = bit // factor
-                other.set_range(large, 1)
-                bit = self.next((large + 1) * factor)
-        else:
-            factor, rest = divmod(from_page_bytes, to_page_bytes)
-            other = Bitmap(self._bits * factor)
-            for first, count in self.runs():
-                other.set_range(first * factor, count * factor)
-        if rest:
+        if max(from_page_bytes, to_page_bytes) % min(from_page_bytes, to_page_bytes):
             raise ValueError(f"page sizes {from_page_bytes} and {to_page_bytes} do not divide each other")
+        other = Bitmap(-(-self._bits * from_page_bytes // to_page_bytes))
+        lib.pc_bitmap_rescale(other._words, to_page_bytes, self._words, from_page_bytes, self._bits)
         return other
 
     # ---- private
@@ -199,18 +175,3 @@ class Bitmap:
         # In C this would be a write past the end.
         if first < 0 or count < 0 or first + count > self._bits:
             raise IndexError(f"bits {first} to {first + count} of {self._bits}")
-
-    def _trim(self) -> None:
-        if self._bits % 64:
-            self._words[self._word_count - 1] &= (1 << self._bits % 64) - 1
-
-    def _to_int(self) -> int:
-        return int.from_bytes(ffi.buffer(self._words, 8 * self._word_count), "little")
-
-    @classmethod
-    def _from_int(cls, value: int, bits: int) -> Bitmap:
-        bitmap = cls(bits)
-        if bits:
-            raw = value.to_bytes(8 * bitmap._word_count, "little")
-            ffi.memmove(bitmap._words, raw, len(raw))
-        return bitmap

@@ -36,6 +36,12 @@ uint64_t pc_bitmap_count(const uint64_t *words, uint64_t bits);
 uint64_t pc_bitmap_next(const uint64_t *words, uint64_t bits, uint64_t from, int value);
 void pc_bitmap_set_range(uint64_t *words, uint64_t first, uint64_t count);
 void pc_bitmap_clear_range(uint64_t *words, uint64_t first, uint64_t count);
+/* Clears the bits that are set in `others`. */
+void pc_bitmap_clear_those(uint64_t *words, const uint64_t *others, uint64_t bits);
+/* Replaces `count` bits of `to` by those of another map. */
+void pc_bitmap_copy(uint64_t *to, uint64_t to_first, const uint64_t *from, uint64_t from_first, uint64_t count);
+/* Sets the bit of every page of `to_bytes` that overlaps with a page of `from_bytes` whose bit is set. */
+void pc_bitmap_rescale(uint64_t *to, uint64_t to_bytes, const uint64_t *from, uint64_t from_bytes, uint64_t bits);
 /* Run-length form: LEB128 lengths of alternating runs, starting with a run of zeros (which may be empty), up to the last
  * set bit. Encode returns the bytes needed (writes at most `cap`, so call it with cap 0 to measure); decode returns 0,
  * or -EBADMSG for a malformed or overlong map, without ever writing past `bits`. */

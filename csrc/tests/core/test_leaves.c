@@ -207,6 +207,36 @@ static void bitmap_ranges_change_what_they_name_only(void)
     }
 }
 
+static void bitmaps_of_bitmaps_agree_with_single_bits(void)
+{
+    uint64_t from[MAP_WORDS], to[MAP_WORDS], before[MAP_WORDS], scaled[MAP_WORDS];
+
+    for (int round = 0; round < 300; round++) {
+        uint64_t first = test_below(MAP_BITS), to_first = test_below(MAP_BITS);
+        uint64_t count = test_below(MAP_BITS + 1 - (first > to_first ? first : to_first));
+        uint64_t small = 1 + test_below(5), large = small * (1 + test_below(20));
+
+        random_map(from, MAP_BITS);
+        random_map(to, MAP_BITS);
+        memcpy(before, to, sizeof(to));
+        pc_bitmap_copy(to, to_first, from, first, count);
+        for (uint64_t bit = 0; bit < MAP_BITS; bit++)
+            CHECK_EQ(bit_at(to, bit),
+                     bit >= to_first && bit < to_first + count ? bit_at(from, bit - to_first + first) : bit_at(before, bit));
+        memcpy(before, to, sizeof(to));
+        pc_bitmap_clear_those(to, from, MAP_BITS);
+        for (uint64_t bit = 0; bit < MAP_BITS; bit++)
+            CHECK_EQ(bit_at(to, bit), bit_at(before, bit) && !bit_at(from, bit));
+        memset(scaled, 0, sizeof(scaled));
+        memset(before, 0, sizeof(before));
+        pc_bitmap_rescale(scaled, large, from, small, MAP_BITS);
+        for (uint64_t bit = 0; bit < MAP_BITS; bit++)
+            if (bit_at(from, bit))
+                pc_bitmap_set_range(before, bit * small / large, 1);
+        CHECK(!memcmp(scaled, before, sizeof(before)));
+    }
+}
+
 static void rle_round_trip(void)
 {
     uint64_t words[MAP_WORDS], back[MAP_WORDS + 1];
@@ -487,6 +517,7 @@ int main(int argc, char **argv)
     RUN(bitmap_words_does_not_overflow);
     RUN(bitmap_next_and_count_agree_with_single_bits);
     RUN(bitmap_ranges_change_what_they_name_only);
+    RUN(bitmaps_of_bitmaps_agree_with_single_bits);
     RUN(rle_round_trip);
     RUN(rle_has_the_documented_form);
     RUN(rle_refuses_what_is_malformed);
