@@ -42,8 +42,8 @@ from postcopy.migration._session import (
     now_ns,
     status_of,
 )
-from postcopy.net.channels import Address, CallingLink, Link, Reconnector, Session
-from postcopy.wire.protocol import Ended, EndedElsewhere, State
+from postcopy.net import Address, CallingLink, Link, Reconnector, Session
+from postcopy.wire import Ended, EndedElsewhere, State
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ import trio
 from postcopy._blocking import run_sync
 from postcopy.errors import MigrationError, PeerError, PostcopyError, ProtocolError
 from postcopy.memory.bitmap import Bitmap
-from postcopy.wire.protocol import (
+from postcopy.wire import (
     Abort,
     DestinationProtocol,
     Message,
@@ -226,7 +226,7 @@ class Control(Generic[P]):
             ping, self._pong_for = self._pong_for, None
             self._something_to_say = trio.Event()
             nonce += 1
-            data = self.protocol.send_pong(ping) if ping else self.protocol.send_ping(nonce)
+            data = self.protocol.send(Pong(ping.nonce)) if ping else self.protocol.send(Ping(nonce))
             # The receiver sees it too, and after what was still to be read.
             with contextlib.suppress(PeerError, MigrationError):
                 await self.send(data)
@@ -240,7 +240,7 @@ class Control(Generic[P]):
         with trio.CancelScope(shield=True, deadline=trio.current_time() + LAST_WORDS_S):
             try:
                 if self.protocol.may_abort and not self._torn:
-                    await self.send(self.protocol.send_abort(reason))
+                    await self.send(self.protocol.send(Abort(reason)))
             except (PeerError, MigrationError):
                 pass  # it is gone; it will come to the same conclusion
         self.protocol.connection_lost(reason)

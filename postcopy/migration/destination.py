@@ -54,17 +54,25 @@ from postcopy.migration._session import (
 )
 from postcopy.migration.figures import Figures, natural
 from postcopy.migration.release import PlacedReporter
-from postcopy.net.channels import ChannelSet, Link, Session, keep_alive
+from postcopy.net import ChannelSet, Link, Session, keep_alive
 from postcopy.uffd import How
-from postcopy.wire.protocol import (
+from postcopy.wire import (
     PAGE_MAP_PAGES,
+    Accept,
     Commit,
+    Complete,
     CompleteAck,
     DestinationProtocol,
     EndedElsewhere,
     Offer,
     PageMap,
+    Prepared,
+    Ready,
+    ReceivedMap,
+    Recover,
     Recovered,
+    Reject,
+    Running,
     State,
     Switchover,
 )
@@ -336,11 +344,11 @@ class DestinationMigration(Engine[DestinationProtocol]):
             digest = await if_heavy(len(received), received.crc32c, digest)
             for first_page, part in received.parts(PAGE_MAP_PAGES):
                 runs = await if_heavy(len(part), part.rle_encode)
-                await control.send(protocol.send_received_map(number, first_page, len(part), runs))
+                await control.send(protocol.send(ReceivedMap(number, first_page, len(part), runs)))
                 maps += 1
         self._placed.told(told)
         with link.channel_set(self._session) as channel_set:
-            await control.send(protocol.send_recover(self._resume_ns, maps, digest))
+            await control.send(protocol.send(Recover(self._resume_ns, maps, digest)))
             await control.receive(Recovered, STEP_TIMEOUT_S)
             self._change()
             await self._attach(channel_set, machine, pager)
@@ -363,7 +371,7 @@ class DestinationMigration(Engine[DestinationProtocol]):
             machine, pager = self._take_offer(offer)
         except Exception as error:
             self._refusal = explained(error)
-            await control.send(protocol.send_reject(str(self._refusal)))
+            await control.send(protocol.send(Reject(str(self._refusal))))
             raise self._refusal from error
         units = tuple(block.memory.page_bytes for block in machine.blocks)
         self._bulk_channels = offer.bulk_channels
@@ -378,15 +386,15 @@ class DestinationMigration(Engine[DestinationProtocol]):
                 )
         assert self._session is not None
         with link.channel_set(self._session) as channel_set:
-            await control.send(protocol.send_accept(units, machine.shards, self._bulk_channels))
+            await control.send(protocol.send(Accept(units, machine.shards, self._bulk_channels)))
             self._change()
             await self._attach(channel_set, machine, pager)
-        await control.send(protocol.send_ready())
+        await control.send(protocol.send(Ready()))
         self._change()
 
         await self._take_machine(control, machine, pager)
         self._check_wanted()  # in one step: whoever was told that it is cancelled can rely on it
-        await control.send(protocol.send_prepared())
+        await control.send(protocol.send(Prepared()))
         await control.receive(Commit, STEP_TIMEOUT_S)
         await self._start(control, machine)
         await self._finish(control, pager)
@@ -412,7 +420,7 @@ class DestinationMigration(Engine[DestinationProtocol]):
     async def _start(self, control: Control[DestinationProtocol], machine: Machine) -> None:
         """The machine has been committed to us."""
         await self._run_machine(machine)
-        await control.send(self._protocol.send_running(self._resume_ns))
+        await control.send(self._protocol.send(Running(self._resume_ns)))
         self._change()
 
     async def _run_machine(self, machine: Machine) -> None:
@@ -430,7 +438,7 @@ class DestinationMigration(Engine[DestinationProtocol]):
         await self._gather(pager)
         await self._disarm(pager)
         figures = self.figures()
-        await control.send(self._protocol.send_complete(figures.to_wire()))
+        await control.send(self._protocol.send(Complete(figures.to_wire())))
         acknowledgement = await control.receive(CompleteAck, ACK_TIMEOUT_S)
         self.downtime_ns = natural(acknowledgement.stats.get("downtime_ns"))
         self.total_ns = natural(acknowledgement.stats.get("total_ns"))

@@ -24,7 +24,7 @@ from postcopy.dataplane.pageserver import PageServer
 from postcopy.errors import CoreError, ProtocolError
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration._session import Control
-from postcopy.wire.protocol import PLACED_PAGES, DestinationProtocol, Placed, State
+from postcopy.wire import PLACED_PAGES, DestinationProtocol, Placed, State
 
 PLACED_EVERY_MS = 200
 """How often a source asks to be told. Less often where looking takes long: at most a `SHARE` of the time goes to it."""
@@ -67,7 +67,7 @@ class PlacedReporter:
             # Looked at for each message: the connection may end, and `complete` says all the rest.
             if protocol.state is not State.POSTCOPY:
                 return
-            await control.send(protocol.send_placed(number, first_page, len(part), runs))
+            await control.send(protocol.send(Placed(number, first_page, len(part), runs)))
             first_page = news.next(first_page + len(part))
         if self._told[number] is told:
             self._told[number] = received

@@ -57,24 +57,29 @@ from postcopy.migration._session import (
 )
 from postcopy.migration.figures import Figures
 from postcopy.migration.release import PLACED_EVERY_MS, Releaser
-from postcopy.net.channels import Address, ChannelSet, Link, Session, keep_alive
-from postcopy.wire.protocol import (
+from postcopy.net import Address, ChannelSet, Link, Session, keep_alive
+from postcopy.wire import (
     ID_BYTES,
     PAGE_MAP_PAGES,
     Accept,
     Block,
+    Commit,
     Complete,
+    CompleteAck,
     Ended,
     EndedElsewhere,
     Offer,
+    PageMap,
     Placed,
     Prepared,
     Ready,
     ReceivedMap,
     Recover,
+    Recovered,
     Running,
     SourceProtocol,
     State,
+    Switchover,
 )
 
 DEFAULT_BULK_CHANNELS = 2  # while one of its threads copies a page into place, the other receives
@@ -388,7 +393,7 @@ class SourceMigration(Engine[SourceProtocol]):
         assert server is not None
         resume_ns = await self._hear_maps(control, server)
         with link.channel_set(self._session) as channel_set:
-            await control.send(protocol.send_recovered())
+            await control.send(protocol.send(Recovered()))
             await self._attach(channel_set)
         if resume_ns and not self.running_ns:
             self.running_ns = self._committed_ns + resume_ns
@@ -433,7 +438,7 @@ class SourceMigration(Engine[SourceProtocol]):
                 self._options.bulk_channels,
                 PLACED_EVERY_MS if self._options.release_ram else 0,
             )
-            await control.send(protocol.send_offer(offer))
+            await control.send(protocol.send(offer))
             self._change()
             accept = await control.receive(Accept, STEP_TIMEOUT_S)
             self._check_accept(accept, blocks)
@@ -489,7 +494,7 @@ class SourceMigration(Engine[SourceProtocol]):
         self.statistics()
         with trio.CancelScope(shield=True, deadline=trio.current_time() + STEP_TIMEOUT_S):
             stats = {"downtime_ns": self.downtime_ns, "total_ns": self.total_ns}
-            await control.send(protocol.send_complete_ack(stats))
+            await control.send(protocol.send(CompleteAck(stats)))
 
     async def _switch_over(self, control: Control[SourceProtocol]) -> None:
         machine, protocol, server = self.machine, self._protocol, self._server
@@ -505,16 +510,16 @@ class SourceMigration(Engine[SourceProtocol]):
             server.set_present(number, present)
             for first_page, part in present.parts(PAGE_MAP_PAGES):
                 runs = await if_heavy(len(part), part.rle_encode)
-                await control.send(protocol.send_page_map(number, first_page, len(part), runs))
+                await control.send(protocol.send(PageMap(number, first_page, len(part), runs)))
                 maps += 1
-        await control.send(protocol.send_switchover(state, maps))
+        await control.send(protocol.send(Switchover(state, maps)))
         self._change()
         await control.receive(Prepared, self._options.prepare_timeout_s)
-        # Asked in one step with the decision: whoever was told that it is cancelled can rely on it. From `send_commit`
+        # Asked in one step with the decision: whoever was told that it is cancelled can rely on it. From `Commit`
         # on the machine belongs to the destination, whether it hears of it or not. The page server is started before
         # the bytes leave, so that the first fault finds it answering.
         self._check_wanted()
-        commit = protocol.send_commit()
+        commit = protocol.send(Commit())
         try:
             self._committed_ns = now_ns()
             server.start()

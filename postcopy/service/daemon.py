@@ -49,7 +49,7 @@ from postcopy.machines import BlockLayout, Machine
 from postcopy.machines.kinds import MachineOptions, create_destination, create_source
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net.channels import Acceptor, Address, CallingLink, Endings, Link, parse_address
+from postcopy.net import Acceptor, Address, CallingLink, Endings, Link, parse_address
 from postcopy.output import Output
 from postcopy.service import report
 from postcopy.service._contain import contained, contained_call
@@ -57,7 +57,7 @@ from postcopy.service.controllers import OVER, changed, reclaim, steer
 from postcopy.service.handler import ControlHandler, Handler
 from postcopy.service.schema import ControlError, Json, is_name, plain
 from postcopy.service.status import Migration, machine_status
-from postcopy.wire.protocol import State, one_line
+from postcopy.wire import State, one_line
 
 MAX_INCOMING = 16
 MAX_MACHINES = 256

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import trio
 
+from postcopy import wire as p
 from postcopy.dataplane.pager import EventType
 from postcopy.errors import CoreError, MigrationError
 from postcopy.machines import MachineState
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 
 # --import-mode=importlib makes no packages of test directories, so what they share is loaded by its path.
 _spec = importlib.util.spec_from_file_location("postcopy_engines_3", Path(__file__).with_name("test_engines.py"))

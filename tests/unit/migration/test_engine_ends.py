@@ -18,15 +18,15 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
+from postcopy import wire as p
 from postcopy.dataplane.pager import ChannelKind, EventType, Pager
 from postcopy.errors import MigrationError, PeerError
 from postcopy.machines import MachineState
 from postcopy.migration._session import Control
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net.channels import Address, Link
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import Ended, EndedElsewhere, State
+from postcopy.net import Address, Link
+from postcopy.wire import Ended, EndedElsewhere, State
 
 # --import-mode=importlib makes no packages of test directories, so what they share is loaded by its path.
 _spec = importlib.util.spec_from_file_location("postcopy_engines", Path(__file__).with_name("test_engines.py"))

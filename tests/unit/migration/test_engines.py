@@ -16,6 +16,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from postcopy import wire as p
 from postcopy._fd import FdHolder
 from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import ChannelKind, Event, EventType, Pager, PagerStatistics
@@ -26,9 +27,8 @@ from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import PREPARE_TIMEOUT_S, SourceMigration, SourceOptions
-from postcopy.net.channels import Address, ChannelKey, ChannelSet, Link, Reconnector, Session
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import State
+from postcopy.net import Address, ChannelKey, ChannelSet, Link, Reconnector, Session
+from postcopy.wire import State
 
 PAGES = 40
 UNIT = 4096

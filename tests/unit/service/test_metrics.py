@@ -26,7 +26,7 @@ from postcopy.migration._session import Recoveries
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.figures import Figures
 from postcopy.migration.source import SourceMigration
-from postcopy.net.channels import Address
+from postcopy.net import Address
 from postcopy.service import http as http_module
 from postcopy.service import metrics as metrics_module
 from postcopy.service.http import HttpServer, parse_metrics_address
@@ -345,7 +345,7 @@ class TestNotify:
 
 def test_every_status_has_a_series() -> None:
     from postcopy.migration._session import status_of
-    from postcopy.wire.protocol import State
+    from postcopy.wire import State
 
     flags = (False, True)
     words = {
