@@ -449,7 +449,7 @@ class Engine(abc.ABC, Generic[P]):
         """Tells the peer how the migration has ended here, where that may not know it and would not come and ask: on
         the side that connects. For a minute at most (less if less is the time that a lost peer is looked for), or until
         it has heard it. After `run`; the machine is not needed for it. Cancellable."""
-        if self._reconnector is None or not self._calls or not self._protocol.untold:
+        if self._reconnector is None or not self._calls or not self._protocol.must_announce:
             return
         with about(self), trio.move_on_after(min(ANNOUNCE_FOR_S, self._patience.seconds)):
             await self._reconnector.announce(self._protocol.ending)

@@ -16,6 +16,7 @@ from postcopy import wire as p
 from postcopy.errors import PeerError, ProtocolError
 from postcopy.net import listening
 from postcopy.wire import Ended, EndedElsewhere
+from tests.unit.wire.support import source_in
 
 SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
 STRANGER = c.Session(b"m" * 16, b"u" * 16, 0)
@@ -134,7 +135,7 @@ async def test_a_proof_is_for_one_hello_only() -> None:
     refused = p.Refused("over", "aborted").signed(SESSION.token, hello)
     assert refused.is_signed(SESSION.token, hello)
     assert not refused.is_signed(SESSION.token, p.Hello("control", "dest", 0, SESSION.migration, 2))
-    assert not p.Refused("over", "completed", refused.proof).is_signed(SESSION.token, hello)
+    assert not p.Refused("over", "completed", proof=refused.proof).is_signed(SESSION.token, hello)
     assert not p.Refused("over", "aborted").is_signed(SESSION.token, hello)
     assert not refused.is_signed(b"", hello)  # where no migration is named there is no token
 
@@ -277,10 +278,8 @@ async def test_who_has_said_that_it_is_over_is_not_welcome_again() -> None:
 @pytest.mark.parametrize("handed", [True, False])
 def test_who_has_to_be_told(message: p.Message | None, handed: bool) -> None:
     """A destination that has said no knows it, and so does one that was handed nothing."""
-    source = p.SourceProtocol()
-    source._state = p.State.OFFERED
+    source = source_in(p.State.SWITCHOVER if handed else p.State.OFFERED)
     if handed:
-        source._state = p.State.SWITCHOVER
         source.send(p.Switchover(b"", 1))
         if isinstance(message, p.Reject):
             return  # not any more
@@ -289,7 +288,7 @@ def test_who_has_to_be_told(message: p.Message | None, handed: bool) -> None:
         source.next_message()
     source.connection_lost("gone")
     assert source.state is p.State.ABORTED
-    assert source.untold == (handed and message is None)
+    assert source.must_announce == (handed and message is None)
 
 
 async def test_the_side_that_calls_can_say_that_it_has_ended() -> None:

@@ -18,9 +18,9 @@ from trio.testing import MockClock
 
 from postcopy import net as c
 from postcopy import wire as p
-from postcopy._native import lib
 from postcopy.errors import PeerError, ProtocolError
 from postcopy.wire import DestinationProtocol, SourceProtocol, State
+from tests.unit.wire.support import framed
 
 SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
 OLD = b"postcpy\x02"
@@ -34,9 +34,7 @@ OFFER_2 = {
 
 
 def said(body: dict[str, object]) -> bytes:
-    packed = msgpack.packb(body)
-    length = len(packed).to_bytes(4, "big")
-    return length + lib.pc_crc32c(0, length + packed, 4 + len(packed)).to_bytes(4, "big") + packed
+    return framed(msgpack.packb(body))
 
 
 class OldPeer:
