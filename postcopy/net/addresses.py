@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""addresses."""
+"""Where hosts are: addresses, the file that names a peer, and the route to a peer that may move."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""backoff."""
+"""How often something is tried, or said, that may fail again and again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LASTING_S = 0.05
 failures (a page that cannot be sent) come back as soon as everything is there."""
 
 
-class Sparing:
+class LogLimit:
     """For log lines that may come again and again: the first at once, then one after a second, two, four, up to a
     minute; from the beginning after a minute without."""
 

@@ -552,7 +552,7 @@ async def test_held_by_the_side_that_calls() -> None:
                     caller.recover()
 
                 caller.pause()
-                with pytest.raises(PeerError, match=c.HELD):
+                with pytest.raises(PeerError, match=c.PAUSED_BY_OPERATOR):
                     await caller.superseded()
                 nursery.start_soon(recover)
                 again, session = await caller.next_link()
@@ -572,7 +572,7 @@ async def test_held_by_the_side_that_listens() -> None:
             await called.superseded()
             called.pause()
             assert await early.control.receive_some(1) == b""
-            with pytest.raises(PeerError, match=c.HELD):
+            with pytest.raises(PeerError, match=c.PAUSED_BY_OPERATOR):
                 await called.superseded()
             async with trio.open_nursery() as nursery:
 
