@@ -32,7 +32,7 @@ from postcopy.errors import ConfigurationError, PostcopyError, known_error, want
 from postcopy.machines.kinds import BACKINGS, KINDS, MachineOptions
 from postcopy.machines.toy.kvm import WORKLOADS
 from postcopy.memory import parse_size
-from postcopy.migration._session import HEARTBEAT_S, MISSED_HEARTBEATS
+from postcopy.migration.connection import HEARTBEAT_S, MISSED_HEARTBEATS
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS, SourceOptions
 from postcopy.net.channels import Route, parse_address, read_peer_file
 from postcopy.output import LogHandler, Output, make_output
