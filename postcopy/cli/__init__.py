@@ -34,10 +34,10 @@ from postcopy.machines.toy.kvm import WORKLOADS
 from postcopy.memory import parse_size
 from postcopy.migration.connection import HEARTBEAT_S, MISSED_HEARTBEATS
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS, SourceOptions
-from postcopy.net.channels import Route, parse_address, read_peer_file
+from postcopy.net import Route, parse_address, read_peer_file
 from postcopy.output import LogHandler, Output, make_output
 from postcopy.service.commands import DestinationCommand, MergeCommand, Origin, SourceCommand
-from postcopy.wire.protocol import MAX_BULK_CHANNELS, one_line
+from postcopy.wire import MAX_BULK_CHANNELS, one_line
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 

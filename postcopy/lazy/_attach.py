@@ -36,9 +36,9 @@ from postcopy.machines.image import ImageMachine
 from postcopy.memory import Memory, page_bytes_of
 from postcopy.migration.connection import HEARTBEAT_S
 from postcopy.migration.destination import DestinationMigration
-from postcopy.net.channels import Address, CallingLink, parse_address
+from postcopy.net import Address, CallingLink, parse_address
 from postcopy.uffd import How
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 
 log = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from postcopy.memory import Memory, MemoryKind
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.connection import HEARTBEAT_S
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net.channels import Acceptor, Address, parse_address
-from postcopy.wire.protocol import State
+from postcopy.net import Acceptor, Address, parse_address
+from postcopy.wire import State
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from postcopy.dataplane.pageserver import PageServer
 from postcopy.errors import CoreError, ProtocolError
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.connection import Control
-from postcopy.wire.protocol import PLACED_PAGES, DestinationProtocol, Placed, State
+from postcopy.wire import PLACED_PAGES, DestinationProtocol, Placed, State
 
 PLACED_EVERY_MS = 200
 """How often a source asks for acknowledgements. They come less often where that would take more than `SHARE` of the
@@ -67,7 +67,7 @@ class PlacedReporter:
             # Checked for each message: the connection may end, and `complete` says all the rest.
             if protocol.state is not State.POSTCOPY:
                 return
-            await control.send(protocol.send_placed(number, first_page, len(part), runs))
+            await control.send(protocol.send(Placed(number, first_page, len(part), runs)))
             first_page = news.next(first_page + len(part))
         if self._acknowledged[number] is before:
             self._acknowledged[number] = received

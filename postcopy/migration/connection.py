@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import trio
 
 from postcopy.errors import MigrationError, PeerError, PostcopyError, ProtocolError
-from postcopy.wire.protocol import (
+from postcopy.wire import (
     Abort,
     DestinationProtocol,
     Message,
@@ -64,7 +64,7 @@ def data_silence_s(kind: str, heartbeat_s: float) -> float:
 class Control(Generic[P]):
     """Carries the protocol's bytes. `run` must be running for anything to arrive.
 
-    `send` takes what a `send_*` of the protocol has just returned: call both in one expression, so that the order
+    `send` takes what the protocol's `send` has just returned: call both in one expression, so that the order
     on the wire is the order of the protocol's states.
     """
 
@@ -189,7 +189,7 @@ class Control(Generic[P]):
             ping, self._unanswered = self._unanswered, None
             self._pinged = trio.Event()
             nonce += 1
-            data = self.protocol.send_pong(ping) if ping else self.protocol.send_ping(nonce)
+            data = self.protocol.send(Pong(ping.nonce) if ping else Ping(nonce))
             # The receiver sees it too, and after what was still to be read.
             with contextlib.suppress(PeerError, MigrationError):
                 await self.send(data)
@@ -204,7 +204,7 @@ class Control(Generic[P]):
         # (What is suppressed: the peer is gone, and will conclude the same.)
         with trio.CancelScope(shield=True, deadline=deadline), contextlib.suppress(PeerError, MigrationError):
             if self.protocol.may_abort and not self._torn:
-                await self.send(self.protocol.send_abort(reason))
+                await self.send(self.protocol.send(Abort(reason)))
         self.protocol.connection_lost(reason)
 
     async def close(self) -> None:

@@ -39,16 +39,24 @@ from postcopy.migration.engine import Engine
 from postcopy.migration.maps import digest_of, receive_maps, send_map
 from postcopy.migration.statistics import Latency, Statistics, natural
 from postcopy.migration.tasks import Patience, explained, now_ns
-from postcopy.net.channels import ChannelSet, Link, Session
+from postcopy.net import ChannelSet, Link, Session
 from postcopy.uffd import How
-from postcopy.wire.protocol import (
+from postcopy.wire import (
+    Accept,
     Commit,
+    Complete,
     CompleteAck,
     DestinationProtocol,
     EndedElsewhere,
     Offer,
     PageMap,
+    Prepared,
+    Ready,
+    ReceivedMap,
+    Recover,
     Recovered,
+    Reject,
+    Running,
     State,
     Switchover,
 )
@@ -257,10 +265,10 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         maps = 0
         here = [await run_sync(pager.received, number) for number in range(len(machine.blocks))]
         for number, received in enumerate(here):
-            maps += await send_map(control, protocol.send_received_map, number, received)
+            maps += await send_map(control, ReceivedMap, number, received)
         self._placed.acknowledged(here)
         with link.channel_set(self._session) as channel_set:
-            await control.send(protocol.send_recover(self._resume_ns, maps, await digest_of(here)))
+            await control.send(protocol.send(Recover(self._resume_ns, maps, await digest_of(here))))
             await control.receive(Recovered, STEP_TIMEOUT_S)
             self._change()
             await self._attach_all(channel_set, machine, pager)
@@ -282,7 +290,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         except Exception as error:
             # Kept as the reason first: the source may hang up, and that be noticed, before the sending has returned.
             refusal = self._scope.failure = explained(error)
-            await control.send(protocol.send_reject(str(refusal)))
+            await control.send(protocol.send(Reject(str(refusal))))
             raise refusal from error
         units = tuple(block.memory.page_bytes for block in machine.blocks)
         self._bulk_channels = offer.bulk_channels
@@ -297,15 +305,15 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
                 )
         assert self._session is not None
         with link.channel_set(self._session) as channel_set:
-            await control.send(protocol.send_accept(units, machine.shards, self._bulk_channels))
+            await control.send(protocol.send(Accept(units, machine.shards, self._bulk_channels)))
             self._change()
             await self._attach_all(channel_set, machine, pager)
-        await control.send(protocol.send_ready())
+        await control.send(protocol.send(Ready()))
         self._change()
 
         await self._take_machine(control, machine, pager)
         self._check_wanted()  # in one step: whoever was told that it is cancelled can rely on it
-        await control.send(protocol.send_prepared())
+        await control.send(protocol.send(Prepared()))
         await control.receive(Commit, STEP_TIMEOUT_S)
         await self._start(control, machine)
         await self._finish(control, pager)
@@ -318,7 +326,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
     async def _start(self, control: Control[DestinationProtocol], machine: Machine) -> None:
         """The machine has been committed to us."""
         await self._run_machine(machine)
-        await control.send(self._protocol.send_running(self._resume_ns))
+        await control.send(self._protocol.send(Running(self._resume_ns)))
         self._change()
 
     async def _run_machine(self, machine: Machine) -> None:
@@ -335,7 +343,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         """Gathers what is missing, and says so when nothing is."""
         await self._gather(pager)
         await self._disarm(pager)
-        await control.send(self._protocol.send_complete(self.statistics().to_wire()))
+        await control.send(self._protocol.send(Complete(self.statistics().to_wire())))
         acknowledgement = await control.receive(CompleteAck, ACK_TIMEOUT_S)
         self.downtime_ns = natural(acknowledgement.stats.get("downtime_ns"))
         self.total_ns = natural(acknowledgement.stats.get("total_ns"))

@@ -38,8 +38,8 @@ from postcopy.migration.connection import Control, P, data_silence_s
 from postcopy.migration.maps import Disagreement
 from postcopy.migration.statistics import Recoveries, Statistics
 from postcopy.migration.tasks import FirstFailure, Interrupted, Patience, explained, first_of, now_ns
-from postcopy.net.channels import Address, CallingLink, ChannelSet, Link, Reconnector, Session, keep_alive
-from postcopy.wire.protocol import EndedElsewhere, State
+from postcopy.net import Address, CallingLink, ChannelSet, Link, Reconnector, Session, keep_alive
+from postcopy.wire import EndedElsewhere, State
 
 log = logging.getLogger(__name__)
 

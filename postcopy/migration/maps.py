@@ -12,7 +12,7 @@ from postcopy._blocking import run_sync
 from postcopy.errors import ProtocolError
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.connection import STEP_TIMEOUT_S, Control, P
-from postcopy.wire.protocol import PAGE_MAP_PAGES, PageMap, ReceivedMap, Recover, Switchover
+from postcopy.wire import PAGE_MAP_PAGES, PageMap, ReceivedMap, Recover, Switchover
 
 HEAVY_PAGES = 256 * 1024
 """From so many pages on a map is packed, unpacked and added up in a thread: that takes a millisecond and more."""
@@ -73,14 +73,12 @@ class MapCollector:
                 raise ProtocolError(f"{message}: the page map of block {number} ends at {self._described[number]}")
 
 
-async def send_map(
-    control: Control[P], encode: Callable[[int, int, int, bytes], bytes], block: int, bitmap: Bitmap
-) -> int:
-    """Sends the map of a block with `encode`, a `send_*` of the protocol. Returns in how many parts."""
+async def send_map(control: Control[P], message: type[PageMap] | type[ReceivedMap], block: int, bitmap: Bitmap) -> int:
+    """Sends the map of a block. Returns in how many parts."""
     maps = 0
     for first_page, part in bitmap.parts(PAGE_MAP_PAGES):
         runs = await if_heavy(len(part), part.rle_encode)
-        await control.send(encode(block, first_page, len(part), runs))
+        await control.send(control.protocol.send(message(block, first_page, len(part), runs)))
         maps += 1
     return maps
 

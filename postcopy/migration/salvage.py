@@ -49,7 +49,7 @@ from postcopy.machines import BlockLayout, Machine
 from postcopy.machines.kinds import create_destination
 from postcopy.memory import MemoryKind, format_size
 from postcopy.memory.bitmap import Bitmap
-from postcopy.wire.protocol import one_line
+from postcopy.wire import one_line
 
 FORMAT, VERSION = "postcopy-salvage", 1
 SOURCE, DEST, MERGED = "source", "dest", "merged"  # sides

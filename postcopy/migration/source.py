@@ -42,23 +42,28 @@ from postcopy.migration.engine import Engine, Unrecoverable
 from postcopy.migration.maps import Disagreement, digest_of, receive_maps, send_map
 from postcopy.migration.statistics import Statistics
 from postcopy.migration.tasks import first_of, now_ns
-from postcopy.net.channels import Address, ChannelSet, Link, Session
-from postcopy.wire.protocol import (
+from postcopy.net import Address, ChannelSet, Link, Session
+from postcopy.wire import (
     ID_BYTES,
     Accept,
     Block,
+    Commit,
     Complete,
+    CompleteAck,
     Ended,
     EndedElsewhere,
     Offer,
+    PageMap,
     Placed,
     Prepared,
     Ready,
     ReceivedMap,
     Recover,
+    Recovered,
     Running,
     SourceProtocol,
     State,
+    Switchover,
 )
 
 DEFAULT_BULK_CHANNELS = 2  # while one of its threads copies a page into place, the other receives
@@ -321,7 +326,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         assert self._session is not None
         resume_ns = await self._receive_what_arrived(control, self._data)
         with link.channel_set(self._session) as channel_set:
-            await control.send(self._protocol.send_recovered())
+            await control.send(self._protocol.send(Recovered()))
             await self._attach_all(channel_set)
         if resume_ns and not self.running_ns:
             self._runs_there(self.committed_ns + resume_ns)
@@ -359,7 +364,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
                 self._options.bulk_channels,
                 PLACED_EVERY_MS if self._options.release_ram else 0,
             )
-            await control.send(protocol.send_offer(offer))
+            await control.send(protocol.send(offer))
             self._change()
             accept = self._accepted = await control.receive(Accept, STEP_TIMEOUT_S)
             self._check_accept(accept, blocks)
@@ -406,7 +411,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self._reported = replace(Statistics.from_wire(message.stats), pending_faults=None)
         with trio.CancelScope(shield=True, deadline=trio.current_time() + STEP_TIMEOUT_S):
             stats = {"downtime_ns": self.downtime_ns, "total_ns": self.total_ns}
-            await control.send(self._protocol.send_complete_ack(stats))
+            await control.send(self._protocol.send(CompleteAck(stats)))
 
     async def _switch_over(self, control: Control[SourceProtocol], server: PageServer) -> None:
         machine, protocol = self.machine, self._protocol
@@ -420,15 +425,15 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         for number, (block, unit) in enumerate(zip(machine.blocks, self._accepted.page_bytes, strict=True)):
             present: Bitmap = await run_sync(block.memory.present, unit)
             server.set_present(number, present)
-            maps += await send_map(control, protocol.send_page_map, number, present)
-        await control.send(protocol.send_switchover(state, maps))
+            maps += await send_map(control, PageMap, number, present)
+        await control.send(protocol.send(Switchover(state, maps)))
         self._change()
         await control.receive(Prepared, self._options.prepare_timeout_s)
         # Checked in one step with the decision: whoever was told that it is cancelled can rely on it. From
-        # `send_commit` on the machine belongs to the destination, whether `commit` arrives or not. The page server is
+        # `Commit` on the machine belongs to the destination, whether `commit` arrives or not. The page server is
         # started before the bytes leave, so that it can answer the first fault.
         self._check_wanted()
-        commit = protocol.send_commit()
+        commit = protocol.send(Commit())
         try:
             self.committed_ns = now_ns()
             server.start()

@@ -28,10 +28,10 @@ from postcopy.migration import salvage
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions, check_releasable
 from postcopy.migration.tasks import Interrupted, first_of, now_ns
-from postcopy.net.channels import Acceptor, Address, CallingLink, Link, Route
+from postcopy.net import Acceptor, Address, CallingLink, Link, Route
 from postcopy.output import Output
 from postcopy.service import report
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 
 if TYPE_CHECKING:
     from postcopy.dataplane.pager_process import ProcessPager

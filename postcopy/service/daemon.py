@@ -50,7 +50,7 @@ from postcopy.machines.kinds import MachineOptions, create_destination, create_s
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.migration.statistics import milliseconds
-from postcopy.net.channels import Acceptor, Address, CallingLink, Endings, Link, parse_address
+from postcopy.net import Acceptor, Address, CallingLink, Endings, Link, parse_address
 from postcopy.output import Output
 from postcopy.service import report
 from postcopy.service._contain import contained, contained_call
@@ -59,7 +59,7 @@ from postcopy.service.handler import ControlHandler, Handler
 from postcopy.service.report import Migration
 from postcopy.service.schema import ControlError, Json, is_name, plain
 from postcopy.service.status import machine_status
-from postcopy.wire.protocol import State, one_line
+from postcopy.wire import State, one_line
 
 MAX_INCOMING = 16
 MAX_MACHINES = 256

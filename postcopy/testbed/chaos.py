@@ -28,7 +28,7 @@ import trio
 
 from postcopy.errors import ConfigurationError
 from postcopy.memory import parse_size
-from postcopy.net.channels import Address, parse_address
+from postcopy.net import Address, parse_address
 
 CHUNK_BYTES = 64 * 1024
 QUEUED_CHUNKS = 16

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import trio
 import trio.testing
 
+from postcopy import wire as p
 from postcopy._fd import FdHolder
 from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import ChannelKind, Event, EventType, Pager, PagerStatistics
@@ -23,9 +24,8 @@ from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net.channels import Address, ChannelKey, ChannelSet, Link, Reconnector, Session
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import State
+from postcopy.net import Address, ChannelKey, ChannelSet, Link, Reconnector, Session
+from postcopy.wire import State
 
 M = TypeVar("M", bound=p.Message)
 

@@ -12,14 +12,14 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
+from postcopy import wire as p
 from postcopy.dataplane.pager import EventType
 from postcopy.errors import MigrationError, PeerError
 from postcopy.machines import MachineState
 from postcopy.migration.connection import Control
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net.channels import Address, Link
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import State
+from postcopy.net import Address, Link
+from postcopy.wire import State
 from tests.unit.migration._engines import (
     FakeMachine,
     lone_source,

@@ -9,10 +9,10 @@ import pytest
 import trio
 import trio.testing
 
+from postcopy import wire as p
 from postcopy.dataplane.pager import EventType
 from postcopy.machines import MachineState
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 from tests.unit.migration._engines import (
     Pair,
     make_pair,

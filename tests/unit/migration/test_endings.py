@@ -12,11 +12,11 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
+from postcopy import wire as p
 from postcopy.dataplane.pager import ChannelKind, EventType
 from postcopy.errors import MigrationError
 from postcopy.machines import MachineState
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import Ended, EndedElsewhere, State
+from postcopy.wire import Ended, EndedElsewhere, State
 from tests.unit.migration._engines import (
     PAGES,
     UNIT,

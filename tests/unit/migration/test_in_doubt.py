@@ -11,11 +11,11 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
+from postcopy import wire as p
 from postcopy.dataplane.pager import EventType
 from postcopy.errors import CoreError, MigrationError, PeerError
 from postcopy.machines import MachineState
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import Ended, State
+from postcopy.wire import Ended, State
 from tests.unit.migration._engines import (
     Meeting,
     Peer,

@@ -18,8 +18,8 @@ from postcopy.machines import MachineState
 from postcopy.migration import source as source_module
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net.channels import Acceptor, Address, CallingLink
-from postcopy.wire.protocol import State
+from postcopy.net import Acceptor, Address, CallingLink
+from postcopy.wire import State
 from tests.unit.migration._engines import (
     FakeMachine,
     FakePager,
@@ -156,7 +156,7 @@ async def test_reclaimed_and_told(calls: str, monkeypatch: pytest.MonkeyPatch) -
         pair.dest.pause()
         await pair.until(lambda: pair.source.status == pair.dest.status == "postcopy-paused")
         if calls == "source":  # nobody is there to answer
-            monkeypatch.setattr("postcopy.net.channels.connect", _unreachable)
+            monkeypatch.setattr("postcopy.net.calling.connect", _unreachable)
         await pair.source.reclaim()
         assert pair.machine.state is MachineState.RUNNING
         monkeypatch.undo()

@@ -11,10 +11,10 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
+from postcopy import wire as p
 from postcopy.dataplane.pager import ChannelKind, EventType
 from postcopy.machines import MachineState
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 from tests.unit.migration._engines import (
     FakeEngine,
     Meeting,

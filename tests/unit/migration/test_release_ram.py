@@ -10,13 +10,13 @@ import pytest
 import trio
 import trio.testing
 
+from postcopy import wire as p
 from postcopy.dataplane.pager import ChannelKind, EventType
 from postcopy.errors import ConfigurationError, CoreError
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 from tests.unit.migration._engines import (
     PAGES,
     UNIT,

@@ -13,14 +13,14 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
+from postcopy import wire as p
 from postcopy.dataplane.pager import ChannelKind, EventType, Pager
 from postcopy.errors import PeerError, ProtocolError, ResourceError
 from postcopy.machines import Machine, MachineState
 from postcopy.migration.connection import Control
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import PREPARE_TIMEOUT_S, SourceMigration
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 from tests.unit.migration._engines import (
     FULL,
     PAGES,

@@ -10,10 +10,10 @@ import pytest
 import trio
 from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wait_all_tasks_blocked
 
+from postcopy import wire as p
 from postcopy.errors import PeerError
 from postcopy.migration.connection import MESSAGES_PER_S, SEND_BYTES, STEP_TIMEOUT_S, Control
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import DestinationProtocol, SourceProtocol, State
+from postcopy.wire import DestinationProtocol, SourceProtocol, State
 
 
 def control(state: State) -> tuple[Control[DestinationProtocol], trio.abc.SendStream]:

@@ -18,7 +18,7 @@ from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.output import Output
 from postcopy.service.daemon import MAX_LEFT, MAX_MACHINES, ArrivalOptions, Daemon
 from postcopy.service.schema import ControlError, Request
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 
 
 def _daemon(limit: int = 0) -> Daemon:

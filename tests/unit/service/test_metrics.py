@@ -25,13 +25,13 @@ from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.engine import STATUS
 from postcopy.migration.source import SourceMigration
 from postcopy.migration.statistics import Recoveries, Statistics, figures
-from postcopy.net.channels import Address
+from postcopy.net import Address
 from postcopy.service import http as http_module
 from postcopy.service import metrics as metrics_module
 from postcopy.service.http import HttpServer, parse_metrics_address
 from postcopy.service.metrics import CONTENT_TYPE, STATUSES, Metrics, MetricsFile, check_file, write_file
 from postcopy.service.notify import Notifier
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 
 MIB = 1 << 20
 
