@@ -91,7 +91,6 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
 
     SIDE = "destination"
     PEER = "source"
-    DATA_PLANE = "pager"
 
     def __init__(
         self,

@@ -23,16 +23,17 @@ from __future__ import annotations
 import abc
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import trio
 
 from postcopy._blocking import Workers
 from postcopy._log import about
-from postcopy.dataplane.pager import Event, EventType
+from postcopy.dataplane._base import DataPlane
+from postcopy.dataplane._events import Event, EventType
 from postcopy.errors import ConfigurationError, MigrationError, PeerError, PostcopyError, ResourceError
 from postcopy.migration.connection import Control, P, data_silence_s
 from postcopy.migration.maps import Disagreement
@@ -59,15 +60,6 @@ STEERABLE = frozenset({State.COMMITTED, State.POSTCOPY, State.PAUSED, State.IN_D
 LOST = frozenset({State.PAUSED, State.IN_DOUBT})
 
 
-class DataPlane(Protocol):
-    """What an engine needs of `Pager` and `PageServer` alike."""
-
-    def events(self) -> AsyncIterator[Event]: ...
-    def drain_events(self) -> list[Event]: ...
-    async def disconnect(self) -> None: ...
-    async def close(self) -> None: ...
-
-
 D = TypeVar("D", bound=DataPlane)
 Plan = Callable[[Control[P], Link], Awaitable[None]]
 
@@ -81,7 +73,6 @@ class Engine(abc.ABC, Generic[P, D]):
 
     SIDE: ClassVar[str]
     PEER: ClassVar[str]
-    DATA_PLANE: ClassVar[str]  # to a person
 
     def __init__(
         self,
@@ -417,7 +408,7 @@ class Engine(abc.ABC, Generic[P, D]):
     def _note(self, event: Event) -> None:
         """Takes note of what the data plane reports; raises what ends the connection."""
         if event.type is EventType.FATAL:
-            raise Unrecoverable(f"the {self.DATA_PLANE} cannot go on: {event.text}")
+            raise Unrecoverable(f"the {self._data.NAME if self._data else 'core'} cannot go on: {event.text}")
 
     async def _attach(
         self,

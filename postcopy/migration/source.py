@@ -96,7 +96,6 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
 
     SIDE = "source"
     PEER = "destination"
-    DATA_PLANE = "page server"
 
     def __init__(
         self,

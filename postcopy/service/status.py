@@ -9,12 +9,12 @@ from typing import Any
 import trio
 
 from postcopy.machines import Machine
-from postcopy.memory import format_size
 from postcopy.migration.statistics import Statistics, figures, milliseconds
 from postcopy.migration.tasks import now_ns
 from postcopy.service import report
 from postcopy.service.report import Migration
 from postcopy.service.schema import Json
+from postcopy.units import format_size
 
 LOST = frozenset({"postcopy-paused", "in-doubt"})
 _LABEL_WIDTH = 18
