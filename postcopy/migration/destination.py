@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import trio
 
+from postcopy import wire
 from postcopy._blocking import run_sync
 from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import ChannelKind, Event, EventType
@@ -38,28 +39,10 @@ from postcopy.migration.connection import HEARTBEAT_S, MISSED_HEARTBEATS, STEP_T
 from postcopy.migration.engine import Engine
 from postcopy.migration.maps import digest_of, receive_maps, send_map
 from postcopy.migration.statistics import Latency, Statistics, natural
-from postcopy.migration.tasks import Patience, explained, now_ns
+from postcopy.migration.tasks import explained, now_ns
 from postcopy.net import ChannelSet, Link, Session
 from postcopy.uffd import How
-from postcopy.wire import (
-    Accept,
-    Commit,
-    Complete,
-    CompleteAck,
-    DestinationProtocol,
-    EndedElsewhere,
-    Offer,
-    PageMap,
-    Prepared,
-    Ready,
-    ReceivedMap,
-    Recover,
-    Recovered,
-    Reject,
-    Running,
-    State,
-    Switchover,
-)
+from postcopy.wire import DestinationProtocol, EndedElsewhere, State
 
 if TYPE_CHECKING:
     from postcopy.dataplane.pager import Pager
@@ -135,8 +118,8 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         self._all_here = trio.Event()
         self._bulk_channels = 0
         self._pushing: set[int] = set()  # bulk channels that have not sent their `end`
-        self._doubt = Patience(doubt_for_s)
-        self._last_word = Patience(LAST_WORD_S if link.version >= 3 else ACK_TIMEOUT_S)
+        self._doubt_for_s = doubt_for_s
+        self._last_word_s = LAST_WORD_S if link.version >= 3 else ACK_TIMEOUT_S
 
     # ---- looking at it
 
@@ -156,30 +139,19 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
 
     def _count(self, data: AnyPager) -> Statistics:
         counted, self.latency = data.statistics(), data.latency()
-        return Statistics(
-            total_bytes=counted.total_bytes,
-            resident_bytes=counted.resident_bytes,
-            transferred_bytes=counted.bytes_received + counted.bytes_sent,
+        return Statistics.of(
+            counted,
             page_bytes=self.machine.blocks[0].memory.page_bytes if self.machine is not None else 0,
-            demand_pages=counted.demand_pages,
-            background_pages=counted.background_pages,
-            zero_pages=counted.zero_pages,
-            duplicate_pages=counted.duplicate_pages,
-            requests=counted.requests,
-            pending_faults=counted.pending_faults,
             latency=Latency.of(self.latency),
             blocktime_ns=tuple(data.blocktime_ns()),
         )
 
     # ---- steering it
 
-    def _patiences(self) -> list[Patience]:
-        return [self._patience, self._doubt, self._last_word]
-
-    def _patience_now(self) -> Patience:
+    def _search_for_s(self) -> float:
         if self.complete:
-            return self._last_word
-        return self._doubt if self.state is State.IN_DOUBT else self._patience
+            return self._last_word_s
+        return self._doubt_for_s if self.state is State.IN_DOUBT else self._recover_for_s
 
     # ---- doing it
 
@@ -219,7 +191,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             log.error("the source is lost for good (%s); the machine is kept %s", self.failure, until)
         elif self.state is State.IN_DOUBT:
             self.failure = MigrationError(
-                f"the source is lost ({self.failure}), and did not say within {self._doubt.seconds:g} s whether the"
+                f"the source is lost ({self.failure}), and did not say within {self._doubt_for_s:g} s whether the"
                 " machine was given to this host, which does not run it; if the source is postcopy-paused, the machine"
                 " can go on there: `postcopy ctl reclaim --force`"
             )
@@ -264,11 +236,11 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         maps = 0
         here = [await run_sync(pager.received, number) for number in range(len(machine.blocks))]
         for number, received in enumerate(here):
-            maps += await send_map(control, ReceivedMap, number, received)
+            maps += await send_map(control, wire.ReceivedMap, number, received)
         self._placed.acknowledged(here)
         with link.channel_set(self._session) as channel_set:
-            await control.send(protocol.send(Recover(self._resume_ns, maps, await digest_of(here))))
-            await control.receive(Recovered, STEP_TIMEOUT_S)
+            await control.send(protocol.send(wire.Recover(self._resume_ns, maps, await digest_of(here))))
+            await control.receive(wire.Recovered, STEP_TIMEOUT_S)
             self._change()
             await self._attach_all(channel_set, machine, pager)
         self._recovered()
@@ -283,13 +255,13 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
 
     async def _receive(self, control: Control[DestinationProtocol], link: Link) -> None:
         protocol = self._protocol
-        offer = await control.receive(Offer, STEP_TIMEOUT_S)
+        offer = await control.receive(wire.Offer, STEP_TIMEOUT_S)
         try:
             machine, pager = self._take_offer(link, offer)
         except Exception as error:
             # Kept as the reason first: the source may hang up, and that be noticed, before the sending has returned.
             refusal = self._scope.failure = explained(error)
-            await control.send(protocol.send(Reject(str(refusal))))
+            await control.send(protocol.send(wire.Reject(str(refusal))))
             raise refusal from error
         units = tuple(block.memory.page_bytes for block in machine.blocks)
         self._bulk_channels = offer.bulk_channels
@@ -304,16 +276,16 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
                 )
         assert self._session is not None
         with link.channel_set(self._session) as channel_set:
-            await control.send(protocol.send(Accept(units, machine.shards, self._bulk_channels)))
+            await control.send(protocol.send(wire.Accept(units, machine.shards, self._bulk_channels)))
             self._change()
             await self._attach_all(channel_set, machine, pager)
-        await control.send(protocol.send(Ready()))
+        await control.send(protocol.send(wire.Ready()))
         self._change()
 
         await self._take_machine(control, machine, pager)
         self._check_wanted()  # in one step: whoever was told that it is cancelled can rely on it
-        await control.send(protocol.send(Prepared()))
-        await control.receive(Commit, STEP_TIMEOUT_S)
+        await control.send(protocol.send(wire.Prepared()))
+        await control.receive(wire.Commit, STEP_TIMEOUT_S)
         await self._start(control, machine)
         await self._finish(control, pager)
 
@@ -325,13 +297,14 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
     async def _start(self, control: Control[DestinationProtocol], machine: Machine) -> None:
         """The machine has been committed to us."""
         await self._run_machine(machine)
-        await control.send(self._protocol.send(Running(self._resume_ns)))
+        await control.send(self._protocol.send(wire.Running(self._resume_ns)))
         self._change()
 
     async def _run_machine(self, machine: Machine) -> None:
         """Shielded: a machine that was committed to us runs, whatever else happens meanwhile. Where it cannot, no
         connection would help."""
         self.committed_ns = now_ns()
+        self._searching_since_s = None  # it is in doubt no more
         self._change()
         with trio.CancelScope(shield=True):
             await machine.resume()
@@ -342,8 +315,8 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         """Gathers what is missing, and says so when nothing is."""
         await self._gather(pager)
         await self._disarm(pager)
-        await control.send(self._protocol.send(Complete(self.statistics().to_wire())))
-        acknowledgement = await control.receive(CompleteAck, ACK_TIMEOUT_S)
+        await control.send(self._protocol.send(wire.Complete(self.statistics().to_wire())))
+        acknowledgement = await control.receive(wire.CompleteAck, ACK_TIMEOUT_S)
         self.downtime_ns = natural(acknowledgement.stats.get("downtime_ns"))
         self.total_ns = natural(acknowledgement.stats.get("total_ns"))
 
@@ -353,10 +326,11 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             now = now_ns()
             await pager.disarm()
             self.completed_ns = now
+            self._searching_since_s = None  # the source is looked for anew, for `_last_word_s`
         if self._protocol.state is State.PAUSED:
             self._protocol.every_page_is_here()
 
-    def _take_offer(self, link: Link, offer: Offer) -> tuple[Machine, AnyPager]:
+    def _take_offer(self, link: Link, offer: wire.Offer) -> tuple[Machine, AnyPager]:
         layout = [BlockLayout(block.name, block.size_bytes, block.page_bytes) for block in offer.blocks]
         machine = self.machine = self._make_machine(offer.machine, offer.config, layout)
         pager = self._data = self._make_pager()
@@ -373,7 +347,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         """Page maps and state; when it returns, the machine could run and every missing page would fault."""
         pages = [block.memory.pages for block in machine.blocks]
         # For the first part there is no limit: until then the machine runs at the source, as long as that likes.
-        bitmaps, message = await receive_maps(control, PageMap, Switchover, pages, math.inf)
+        bitmaps, message = await receive_maps(control, wire.PageMap, wire.Switchover, pages, math.inf)
         zero = [bitmap.inverted() for bitmap in bitmaps]
         for number, bitmap in enumerate(zero):
             pager.set_zero(number, bitmap)

@@ -38,7 +38,7 @@ from postcopy.errors import ConfigurationError, MigrationError, PeerError, Postc
 from postcopy.migration.connection import Control, P, data_silence_s
 from postcopy.migration.maps import Disagreement
 from postcopy.migration.statistics import Recoveries, Statistics
-from postcopy.migration.tasks import FirstFailure, Interrupted, Patience, explained, first_of, now_ns
+from postcopy.migration.tasks import FirstFailure, Interrupted, explained, first_of, now_ns
 from postcopy.net import Address, CallingLink, ChannelSet, Link, Reconnector, Session, keep_alive
 from postcopy.wire import EndedElsewhere, State
 
@@ -96,7 +96,8 @@ class Engine(abc.ABC, Generic[P, D]):
         self._protocol: P = protocol
         self._link = link
         self._heartbeat_s = heartbeat_s
-        self._patience = Patience(recover_for_s)
+        self._recover_for_s = recover_for_s
+        self._searching_since_s: float | None = None
         self._on_change = on_change
         self._changed = trio.Event()
         self._data: D | None = None  # from the offer accepted to the end
@@ -178,7 +179,8 @@ class Engine(abc.ABC, Generic[P, D]):
 
     def set_recover_for(self, recover_for_s: float) -> None:
         """How long a peer is looked for that is lost, or has been."""
-        self._patience.set(recover_for_s)
+        self._recover_for_s = recover_for_s
+        self._change()
 
     def pause(self) -> None:
         """Gives the connection up, as a network that fails would, and takes no other one until `recover`.
@@ -201,9 +203,7 @@ class Engine(abc.ABC, Generic[P, D]):
         self._link.reconnect_to(address)
 
     def _search_again(self, reconnector: Reconnector) -> None:
-        for patience in self._patiences():
-            if patience.begun:
-                patience.begin()
+        self._searching_since_s = None
         self.over = self._disagreed = False
         self._look_again.set()
         self._look_again = trio.Event()
@@ -284,7 +284,7 @@ class Engine(abc.ABC, Generic[P, D]):
         the peer knows. After `run`; the machine is not needed for it. Cancellable."""
         if self._reconnector is None or not self._calls or not self._protocol.untold:
             return
-        with about(self), trio.move_on_after(min(ANNOUNCE_FOR_S, self._patience.seconds)):
+        with about(self), trio.move_on_after(min(ANNOUNCE_FOR_S, self._recover_for_s)):
             await self._reconnector.announce(self._protocol.ending)
 
     @property
@@ -437,12 +437,16 @@ class Engine(abc.ABC, Generic[P, D]):
 
     # ---- the way to the next connection
 
-    def _patiences(self) -> list[Patience]:
-        return [self._patience]
+    def _search_for_s(self) -> float:
+        """How long the peer is looked for in the present state."""
+        return self._recover_for_s
 
-    def _patience_now(self) -> Patience:
-        """The one that counts in the present state."""
-        return self._patience
+    async def _search_ends(self) -> None:
+        if self._searching_since_s is None:
+            self._searching_since_s = trio.current_time()
+        while (left_s := self._searching_since_s + self._search_for_s() - trio.current_time()) > 0:
+            with trio.move_on_after(left_s):
+                await self._changed.wait()
 
     @abc.abstractmethod
     async def _go_on(self, control: Control[P], link: Link) -> None:
@@ -465,8 +469,7 @@ class Engine(abc.ABC, Generic[P, D]):
             if self.recoveries.count > recovered:
                 self._lost_ns = now_ns()
                 disagreed = ""
-                for patience in self._patiences():
-                    patience.end()
+                self._searching_since_s = None
             elif isinstance(self.failure, Disagreement):
                 if str(self.failure) == disagreed and self._protocol.recoverable:
                     self._disagreed = True
@@ -503,10 +506,7 @@ class Engine(abc.ABC, Generic[P, D]):
             if not has_ended and (not self.over or not self._calls or self._probing):
                 waits.append(come)
             if not self.over:
-                patience = self._patience_now()
-                if not patience.begun:
-                    patience.begin()
-                waits.append(patience.run_out)
+                waits.append(self._search_ends)
             again = self._look_again
             try:
                 await first_of(*waits)

@@ -30,47 +30,6 @@ def now_ns() -> int:
     return time.monotonic_ns()
 
 
-class Patience:
-    """How long something is waited for, counted from `begin`; may be changed meanwhile. Trio thread only."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._since_s: float | None = None
-        self._changed = trio.Event()
-
-    @property
-    def begun(self) -> bool:
-        return self._since_s is not None
-
-    def begin(self) -> None:
-        """Counts from now on (again)."""
-        self._since_s = trio.current_time()
-        self._wake()
-
-    def end(self) -> None:
-        """There is nothing to be waited for any more."""
-        self._since_s = None
-
-    def set(self, seconds: float) -> None:
-        """Also for what is being waited for."""
-        self.seconds = seconds
-        self._wake()
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
-
-    async def run_out(self) -> None:
-        """Returns when it is over. `begin` must have been called."""
-        while self._since_s is not None:
-            left_s = self._since_s + self.seconds - trio.current_time()
-            if left_s <= 0:
-                return
-            with trio.move_on_after(left_s):
-                await self._changed.wait()
-        await trio.sleep_forever()
-
-
 async def first_of(*waits: Callable[[], Awaitable[object]]) -> None:
     """Returns when one of them has returned; the others are cancelled. What one raises comes out as it is."""
     failures: list[Exception] = []

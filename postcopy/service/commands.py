@@ -212,7 +212,8 @@ class SourceCommand:
         for doubt in found.doubts:
             self._output.say(f"source: in doubt: {doubt}")
         options = self._machine_options
-        machine = await salvage.restore(found, backing=options.backing or "memfd", disk=options.disk, net=options.net)
+        make = partial(create_destination, backing=options.backing or "memfd", disk=options.disk, net=options.net)
+        machine = await salvage.restore(found, make)
         self._restored = found
         return machine
 
