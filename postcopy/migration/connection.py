@@ -135,7 +135,7 @@ class Control(Generic[P]):
             nursery.cancel_scope.cancel()
         if failure is not None:
             raise failure
-        await self._arrived.aclose()  # only now: whoever receives must not learn of the end before its reason
+        await self._arrived.aclose()  # only now: a receiver must not learn of the end before its reason
 
     async def _receive(self) -> None:
         protocol = self.protocol

@@ -3,8 +3,8 @@
 
 The plan: make the machine that is offered, or say why not; connect the data channels; take the page maps and the
 state; register all memory with userfaultfds; say `prepared`. From then on this side waits for a decision that is
-not its own. On `commit` the machine runs, and every page comes: because somebody touched it, because the source
-pushed it, or because we asked for what was left when the source had nothing more to push.
+not its own. On `commit` the machine runs, and every page comes: because it was touched, because the source pushed
+it, or because this side asked for what was left when the source had nothing more to push.
 
 Resource handling: machine and pager belong to the engine. `close` ends them in the order that the state demands: a
 machine whose memory is not complete is closed first, since its vCPUs may be blocked on pages that only the pager can
@@ -13,7 +13,7 @@ bring; a complete one can outlive its pager, and its owner's (`hand_over`).
 When the source or the network is lost after `commit`, the machine is *kept*: it runs until it touches a page that is
 missing, that thread then waits, and nothing is ever filled with zeros. The state is `PAUSED` until the two sides have
 found each other again, or the user ends it. Lost between `prepared` and `commit` it is `IN_DOUBT`: the machine does not
-run, and the source is asked, for a limited time: an arrival that nobody decides must not keep its place for ever. Lost
+run, and the source is asked, for a limited time: an arrival that is never decided must not keep its place. Lost
 when every page is here it is as good as completed: the machine is the caller's after a moment, and the source can be
 told later (`announce`).
 """
@@ -90,7 +90,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         kill_when_lost: bool = False,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`background`: whether pages are pushed, and asked for, that nobody has touched; without it there are no bulk
+        """`background`: whether pages are pushed, and asked for, that were not touched; without it there are no bulk
         channels, unless the source is too old for that. `doubt_for_s`: how long a source is looked for that was lost
         when this side had said `prepared`, and does not know what was decided."""
         super().__init__(
@@ -157,7 +157,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
 
     async def run(self, stop: trio.Event) -> None:
         """Returns when every page is here, or when it has failed; a migration that is `PAUSED` goes on when the source
-        is back. When nobody looks for it any more it stays so until `stop`, or ends at once (`kill_when_lost`).
+        is back. When that is looked for no more it stays so until `stop`, or ends at once (`kill_when_lost`).
 
         After it, `machine` runs when the state is COMPLETED. Always `close` afterwards.
         """
@@ -283,7 +283,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         self._change()
 
         await self._take_machine(control, machine, pager)
-        self._check_wanted()  # in one step: whoever was told that it is cancelled can rely on it
+        self._check_wanted()  # in one step with `prepared`: `cancel` promises that it will not be decided
         await control.send(protocol.send(wire.Prepared()))
         await control.receive(wire.Commit, STEP_TIMEOUT_S)
         await self._start(control, machine)
@@ -380,7 +380,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             nursery.cancel_scope.cancel()
 
     async def _request_the_rest(self, pager: AnyPager) -> None:
-        """When nobody pushes any more: refused frames, and whatever a source forgot."""
+        """When the push has ended: pages whose frames were refused, and those that a source left out."""
         await self._until(lambda: self._background and not self._pushing)
         assert self.machine is not None
         unit_bytes = max(block.memory.page_bytes for block in self.machine.blocks)
@@ -433,7 +433,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
                 self._machine_failed(event.text)
 
     def _machine_failed(self, text: str) -> None:
-        # The migration goes on: whoever wants to know why it failed needs its memory.
+        # The migration goes on: to find out why the machine failed one needs its memory.
         if not self.machine_failure:
             self.machine_failure = text or "a vCPU stopped"
             log.error("the machine reports a failure: %s", self.machine_failure)
@@ -454,7 +454,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             raise MigrationError("the machine is not complete here")
         self.check_machine()
         self.statistics()
-        self.machine = self._data = None  # whoever looks meanwhile finds the last numbers
+        self.machine = self._data = None  # `statistics` has the last numbers meanwhile
         with trio.CancelScope(shield=True):  # bounded by the pager
             await self._contained(pager.close)
         return machine
@@ -466,7 +466,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             self.statistics()
             _ = self.pager_process
             machine, pager = self.machine, self._data
-            self._data = None  # whoever looks meanwhile finds the last numbers
+            self._data = None  # `statistics` has the last numbers meanwhile
             # Again after the pager, which has freed whatever waited for a page; closing twice does no harm.
             for what in (pager, machine) if self.complete else (machine, pager, machine):
                 if what is not None:

@@ -5,7 +5,7 @@ A migration is one connection after the other. Each has a plan (the main task of
 watch beside it; when it has ended the engine settles where that leaves the machine. If the protocol can go on from
 there, the peer is looked for:
 
-- for `recover_for_s` (a destination in doubt has a time of its own). After that nobody is called any more, but a
+- for `recover_for_s` (a destination in doubt has a time of its own). After that it is called no more, but a
   machine that is `PAUSED` is kept, the side that listens still lets its peer in, and `recover` searches again;
 - a recovery that fails does not reset the growing pauses between attempts (`Reconnector.went_on`);
 - a failure that no other connection would mend ends the search, and the machine is kept: a data plane that cannot go
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 ANNOUNCE_FOR_S = 60.0
 REFUSED_PAUSE_S = 1.0
-"""Pause after a peer that is back and cannot be gone on with, before the next one is let in."""
+"""Pause after a connection with which the migration cannot continue, before the next one is let in."""
 WORKERS = 3
 """Threads that each migration has for its blocking calls: the plan, what runs beside it, and one more."""
 PEER_SAYS_WHY_S = 0.2
@@ -109,7 +109,7 @@ class Engine(abc.ABC, Generic[P, D]):
         self._cancelled = trio.Event()
         self._stop = trio.Event()  # that of `run`
         self._scope = FirstFailure()  # of the present connection
-        self._disagreed = False  # twice in the same way, and nobody has wanted it tried again
+        self._disagreed = False  # twice in the same way, and `recover` was not called since
         self._probing = False  # source: the peer is looked for once more although nothing may come of it
         self._look_again = trio.Event()
         self._lost_ns = 0
@@ -184,7 +184,7 @@ class Engine(abc.ABC, Generic[P, D]):
 
     def pause(self) -> None:
         """Gives the connection up, as a network that fails would, and takes no other one until `recover`.
-        `MigrationError` where nothing could be gone on with."""
+        `MigrationError` where the migration could not continue later."""
         self._steered().pause()
 
     def recover(self, address: Address | None = None) -> None:
@@ -259,7 +259,7 @@ class Engine(abc.ABC, Generic[P, D]):
                 finally:
                     self._reachable = False
                     if self._protocol.give_up(str(self.failure)) is State.COMPLETED:
-                        self.failure = None  # every page is here: whether the peer has heard of it changes nothing
+                        self.failure = None  # every page is here: whether the peer knows changes nothing
                     if self._reconnector is not None:
                         self._reconnector.ended(self._protocol.ending)
         finally:
@@ -453,7 +453,7 @@ class Engine(abc.ABC, Generic[P, D]):
         """The plan of a connection after the first one."""
 
     async def _recover(self) -> None:
-        """Goes on with the peer, as often as it takes; returns when nothing is to be gone on with."""
+        """Continues with the peer, as often as it takes; returns when the migration cannot continue."""
         self._lost_ns = now_ns()
         disagreed = ""
         while self._protocol.recoverable or self._protocol.peer_gone:
@@ -485,7 +485,7 @@ class Engine(abc.ABC, Generic[P, D]):
         self._change()
 
     async def _look(self) -> tuple[Link, Session] | None:
-        """The next connection; None when there is nothing to be gone on with any more."""
+        """The next connection; None when the migration cannot continue."""
         reconnector = self._reconnector
         assert reconnector is not None
         found: list[tuple[Link, Session]] = []
@@ -518,14 +518,14 @@ class Engine(abc.ABC, Generic[P, D]):
                     return None
             except Exception as error:  # noqa: BLE001  # `explained` logs what it does not know
                 self._fail_for_good(explained(error))
-            except BaseException:  # cancelled in the moment in which somebody came
+            except BaseException:  # cancelled in the moment in which the peer came
                 for link, _ in found:
                     link.control.socket.close()
                 raise
             if found and self._protocol.recoverable and not self._unrecoverable:
                 self.over = False
                 return found[0]
-            for link, _ in found:  # it is there, and cannot be gone on with
+            for link, _ in found:  # the peer is there, and the migration cannot continue
                 link.control.socket.close()
             if self.state not in LOST:
                 return None

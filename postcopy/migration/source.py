@@ -13,8 +13,8 @@ was before. The link's control connection and the page server are closed when `r
 
 **Taking it back.** A destination can die for good when the machine is its own. The operator, who knows that, has the
 machine go on here from the switchover (`reclaim`), unless a part of its memory has been given back. Should the
-destination live, there would be two machines: so it is looked for once more before, and told when it comes back after
-all.
+destination live, there would be two machines: so it is looked for once more before, and is told when it comes back
+later.
 
 Cancelling `run` before the decision resumes the machine; after it the pages are lost.
 """
@@ -68,7 +68,7 @@ class SourceOptions:
     heartbeat_s: float = HEARTBEAT_S
     recover_for_s: float = math.inf  # how long a lost destination is waited for
     release_ram: bool = False  # give memory back as the destination acknowledges it, after `commit`
-    name: str = ""  # of the machine, told to the destination with its configuration
+    name: str = ""  # of the machine, sent with its configuration
 
 
 class SourceMigration(Engine[SourceProtocol, PageServer]):
@@ -89,7 +89,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
     ) -> None:
         """`link`: the connection, or how to make it: `run` then begins with that, in the status ``connecting``, and
         `peer` says where it goes. `on_change` is called, in the Trio thread, whenever `status` may have changed.
-        `ConfigurationError` for `release_ram` with a machine whose memory is somebody's file."""
+        `ConfigurationError` for `release_ram` with a machine whose memory is a file of the user."""
         if options.release_ram:
             check_releasable(machine)
         given = link if isinstance(link, Link) else None
@@ -401,7 +401,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         await control.send(protocol.send(wire.Switchover(state, maps)))
         self._change()
         await control.receive(wire.Prepared, self._options.prepare_timeout_s)
-        # Checked in one step with the decision: whoever was told that it is cancelled can rely on it. From
+        # Checked in one step with the decision: `cancel` promises that it will not be decided. From
         # `Commit` on the machine belongs to the destination, whether `commit` arrives or not. The page server is
         # started before the bytes leave, so that it can answer the first fault.
         self._check_wanted()

@@ -158,6 +158,7 @@ class FakeEngine:
 
 
 class FakePager(FakeEngine):
+    NAME = "pager"
     process = None
 
     def __init__(self) -> None:
@@ -213,6 +214,8 @@ class FakePager(FakeEngine):
 
 
 class FakeServer(FakeEngine):
+    NAME = "page server"
+
     def __init__(self, bandwidth: int) -> None:
         super().__init__()
         self.units: list[int] = []
