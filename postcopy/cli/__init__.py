@@ -28,15 +28,15 @@ import trio
 
 from postcopy import __version__
 from postcopy._files import explain_bad_name
-from postcopy.errors import ConfigurationError, PostcopyError, known_error, want_of
+from postcopy.errors import ConfigurationError, PostcopyError, known_error, shortage
 from postcopy.machines.kinds import BACKINGS, KINDS, MachineOptions
 from postcopy.machines.toy.kvm import WORKLOADS
-from postcopy.memory import parse_size
-from postcopy.migration._session import HEARTBEAT_S, MISSED_HEARTBEATS
+from postcopy.migration.connection import HEARTBEAT_S, MISSED_HEARTBEATS
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS, SourceOptions
 from postcopy.net import Route, parse_address, read_peer_file
 from postcopy.output import LogHandler, Output, make_output
 from postcopy.service.commands import DestinationCommand, MergeCommand, Origin, SourceCommand
+from postcopy.units import parse_size
 from postcopy.wire import MAX_BULK_CHANNELS, one_line
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -653,9 +653,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PostcopyError as error:
         return _failed(error, output)
     except Exception as error:  # noqa: BLE001 -- the end of everything
-        want = want_of(error)
-        if want is not None:
-            return _failed(want, output)
+        lacking = shortage(error)
+        if lacking is not None:
+            return _failed(lacking, output)
         # A mistake in this package. Said like all else: the interpreter's own last words would wait for their reader.
         output.say(traceback.format_exc().rstrip())
         return EXIT_FAILED

@@ -24,17 +24,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import trio
 
 from postcopy._blocking import END_TIMEOUT_S, no_thread, run_sync, run_to_end
-from postcopy._error_line import ErrorLine, c_text
 from postcopy._fd import FdHolder
 from postcopy._native import ffi, lib
 from postcopy.errors import (
     BusyError,
     ConfigurationError,
     CoreError,
+    ErrorLine,
     MigrationError,
     PostcopyError,
     ProtocolError,
     ResourceError,
+    c_text,
     check,
 )
 from postcopy.machines.base import (
@@ -50,8 +51,9 @@ from postcopy.machines.base import (
     RamBlock,
     VcpuStatistics,
 )
-from postcopy.memory import Memory, check_memory, format_size, page_bytes_of
+from postcopy.memory import Memory, check_memory, page_bytes_of
 from postcopy.uffd import explain_unavailable
+from postcopy.units import format_size
 
 if TYPE_CHECKING:
     from postcopy.machines.toy.tap import Network

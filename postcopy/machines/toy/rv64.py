@@ -12,9 +12,8 @@ import errno
 from typing import ClassVar
 
 from postcopy._blocking import run_sync
-from postcopy._error_line import ErrorLine
 from postcopy._native import ffi, lib
-from postcopy.errors import MigrationError, check
+from postcopy.errors import ErrorLine, MigrationError, check
 from postcopy.machines.toy.kvm import KvmMachine
 
 

@@ -24,7 +24,7 @@ from postcopy.dataplane.pageserver import PageServer
 from postcopy.errors import MigrationError
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
-from postcopy.migration._session import MapCollector
+from postcopy.migration.maps import MapCollector
 from postcopy.testbed import ChaosPlan, open_chaos_proxy
 from postcopy.wire import (
     ID_BYTES,

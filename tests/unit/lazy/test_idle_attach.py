@@ -13,7 +13,7 @@ import trio
 import postcopy
 from postcopy._fd import FdHolder
 from postcopy.lazy import Server
-from postcopy.migration._session import data_silence_s
+from postcopy.migration.connection import data_silence_s
 from postcopy.net import keep_alive
 
 HEARTBEAT_S = 0.5  # a busy host must not be taken for one that is silent, which is three of them

@@ -214,8 +214,8 @@ async def test_mistake_of_an_arrivals_engine(
             if where == "close":
                 raise mistake
 
-        async def release(self) -> Machine:
-            machine = await super().release()
+        async def hand_over(self) -> Machine:
+            machine = await super().hand_over()
             if where == "release":
                 raise mistake
             return machine
