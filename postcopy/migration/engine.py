@@ -320,6 +320,7 @@ class Engine(abc.ABC, Generic[P, D]):
     async def _connected(self, link: Link, plan: Plan[P]) -> None:
         """The life of one connection: follows the plan, and settles where its end has left the machine."""
         control: Control[P] = Control(link.control, self._protocol, self._heartbeat_s)
+        self._protocol.receive_data(link.received)
         scope = self._scope = FirstFailure()
         self.failure = None
         ended = False

@@ -19,7 +19,6 @@ import contextlib
 import errno
 import logging
 import os
-import select
 import socket
 from collections.abc import Callable, Iterator
 
@@ -40,13 +39,12 @@ OFFER_TIMEOUT_S = 10.0
 MAX_HALF_OPEN = 64
 MAX_WAITING = 16  # control connections that nobody has taken yet
 ACCEPT_PAUSE_S = 0.1
-EARLY_PAUSE_S = 0.05
 UNREAD_BYTES = 64 * 1024
 
 
 class ListeningLink(Link):
-    def __init__(self, control: trio.SocketStream, acceptor: Acceptor, version: int) -> None:
-        super().__init__(control, address_of(control), version)
+    def __init__(self, control: trio.SocketStream, acceptor: Acceptor, version: int, received: bytes = b"") -> None:
+        super().__init__(control, address_of(control), version, received)
         self._acceptor = acceptor
 
     @contextlib.contextmanager
@@ -276,8 +274,8 @@ class Acceptor:
         else:
             await stream.send_all(handshake.send_welcome())
             scope.deadline = trio.current_time() + OFFER_TIMEOUT_S
-            await _until_offered(stream, handshake.version)
-            link = ListeningLink(stream, self, handshake.version)
+            offer = await _receive_offer(stream, handshake.version)
+            link = ListeningLink(stream, self, handshake.version, offer)
             if reason := why_refused():  # somebody was faster
                 self.refused += 1
                 await stream.send_all(encode(Reject(reason), handshake.version))
@@ -305,40 +303,22 @@ class Acceptor:
         return True
 
 
-async def _until_offered(stream: trio.SocketStream, version: int) -> None:
-    """Until a source has said all of its offer, without taking a byte of it. `PeerError` when it hangs up, or says
-    something else first: a sign of life takes no place either."""
-    handle = stream.socket
+async def _receive_offer(stream: trio.SocketStream, version: int) -> bytes:
+    """What a source says first, and not a byte more: all of its offer. `PeerError` when it hangs up, or says something
+    else first: a sign of life takes no place either."""
+    said = bytearray()
     due = HEADER_BYTES
-    try:
-        while True:
-            # The kernel calls it readable when so much is there, or when no more will come.
-            handle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, due)
-            await trio.lowlevel.wait_readable(handle)
-            try:
-                there = await handle.recv(due, socket.MSG_PEEK)
-            except OSError as error:
-                raise PeerError(f"the connection broke before anything was offered ({error.strerror})") from error
-            if len(there) < due:
-                if _hung_up(handle):
-                    raise PeerError("hung up before anything was offered")
-                await trio.sleep(EARLY_PAUSE_S)  # the kernel is short of memory for sockets, and says so early
-                continue
-            length = int.from_bytes(there[:4], "big")
-            if length > Offer.MAX_BYTES:
-                return  # which is the protocol's business
-            if due == HEADER_BYTES + length:
-                break
-            due = HEADER_BYTES + length
-    finally:
-        handle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+    while len(said) < due:
+        data = await stream.receive_some(due - len(said))
+        if not data:
+            raise PeerError("hung up before anything was offered")
+        said += data
+        if len(said) == HEADER_BYTES:
+            due += int.from_bytes(said[:4], "big")
+            if due > HEADER_BYTES + Offer.MAX_BYTES:
+                return bytes(said)  # the protocol refuses it
     with contextlib.suppress(ProtocolError):  # as above
-        said = decode(there[HEADER_BYTES:], version)
-        if not isinstance(said, Offer):
-            raise PeerError(f"began with {said.TYPE}, not with an offer")
-
-
-def _hung_up(handle: trio.socket.SocketType) -> bool:
-    poll = select.poll()
-    poll.register(handle.fileno(), select.POLLRDHUP)
-    return bool(poll.poll(0))
+        message = decode(bytes(said[HEADER_BYTES:]), version)
+        if not isinstance(message, Offer):
+            raise PeerError(f"began with {message.TYPE}, not with an offer")
+    return bytes(said)

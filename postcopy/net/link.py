@@ -103,9 +103,13 @@ class Reconnector(abc.ABC):
 class Link(abc.ABC):
     """A control connection that has been welcomed, and the way to more connections with the same peer."""
 
-    def __init__(self, control: trio.SocketStream, peer: Address, version: int = PROTOCOL_VERSION) -> None:
-        """`version` of the protocol is what is spoken on it, and on all that belong to it."""
+    def __init__(
+        self, control: trio.SocketStream, peer: Address, version: int = PROTOCOL_VERSION, received: bytes = b""
+    ) -> None:
+        """`version` of the protocol is what is spoken on it, and on all that belong to it. `received`: what the peer
+        has said on it already, for the protocol object."""
         self.control = control
+        self.received = received
         self.peer = peer
         self.version = version
 

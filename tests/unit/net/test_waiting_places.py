@@ -61,7 +61,8 @@ async def test_a_hello_is_no_migration() -> None:
         honest = await hello(acceptor)
         await honest.send_all(p.encode(OFFER) + b"and more")
         link = await acceptor.next_link()
-        assert await link.control.receive_some() == p.encode(OFFER) + b"and more"  # not a byte of it was taken
+        assert link.received == p.encode(OFFER)
+        assert await link.control.receive_some() == b"and more"  # not a byte of it was taken
         await partial.send_all(p.encode(OFFER)[-1:])
         second = await acceptor.next_link()
         for stream in (silent, partial, gone, honest, link.control, second.control):
@@ -136,7 +137,7 @@ async def test_an_offer_that_is_too_long_is_somebody_elses_business() -> None:
         await stream.send_all(b"\xff" * p.HEADER_BYTES)
         link = await acceptor.next_link()
         dest = p.DestinationProtocol(link.version)
-        dest.receive_data(await link.control.receive_some())
+        dest.receive_data(link.received)
         with pytest.raises(ProtocolError, match="4294967295 bytes"):
             dest.next_message()
         await trio.aclose_forcefully(stream)
@@ -186,7 +187,7 @@ async def test_what_is_readable_too_early(monkeypatch: pytest.MonkeyPatch) -> No
             await nobody_comes(acceptor)
         await slow.send_all(p.encode(OFFER)[20:])
         link = await acceptor.next_link()
-        assert await link.control.receive_some() == p.encode(OFFER)
+        assert link.received == p.encode(OFFER)
         assert acceptor.bad_handshakes == 0
         for stream in (slow, link.control):
             await trio.aclose_forcefully(stream)
