@@ -29,27 +29,8 @@ calls `reclaim` at the source although the destination lives; that one stops whe
 **Giving memory back.** A source that frees memory as it goes asks for `placed` in its offer. With `placed` the
 destination promises to have these pages: the source may free them, and refuses a later `received-map` that lacks one.
 
-Source (s: it sends, r: it receives; the destination is the same with s and r exchanged)::
-
-    SETUP --s offer--> OFFERED --r accept--> CHANNELS --r ready--> READY
-                                                                     | s page-map
-      before COMMITTED: s abort, r abort or reject,              SWITCHOVER  (s page-map, again and again)
-      or the connection lost --> ABORTED                             | s switchover
-      (the machine runs on at the source)                         HANDED
-                                                                     | r prepared
-                                                                  PREPARED  (destination lost here: IN_DOUBT)
-                                                                     | s commit      <- point of no return
-                                                                 COMMITTED
-      connection lost --> PAUSED (IN_DOUBT)                          | r running
-                            |   ^                                POSTCOPY    (r placed, again and again)
-                reconnected |   | connection lost                    | r complete
-                            v   |                                 CLOSING --s complete-ack--> COMPLETED
-                          RECOVER  (r received-map, again and again)
-                            | r recover
-                       RECOVERING --s recovered--> COMMITTED, or POSTCOPY when the machine runs at the destination
-
-`SOURCE` and `DESTINATION` are the tables; what may be received, how long it may be, and the tables in docs/protocol.md
-follow from them.
+`SOURCE` and `DESTINATION` are the tables of states. What may be received, how long it may be, and the tables in
+docs/protocol.md, which has a diagram too, follow from them.
 """
 
 from __future__ import annotations
@@ -138,12 +119,6 @@ _SAID_BY_DESTINATION: Final[Table] = {
 }
 
 # Events that are no messages. They depend on how far the migration had come before the connection was lost.
-_GO_ON: Final[Table] = {
-    (S.PREPARED, "go on"): S.COMMITTED,  # for a destination in doubt, `recovered` is the commit
-    (S.COMMITTED, "go on"): S.COMMITTED,
-    (S.POSTCOPY, "go on"): S.POSTCOPY,
-    (S.CLOSING, "go on"): S.POSTCOPY,  # `complete` has to be said again
-}
 _SOURCE_EVENTS: Final[Table] = {
     **{(state, "lost"): S.ABORTED for state in _BEFORE_COMMIT},
     (S.COMMITTED, "lost"): S.PAUSED,
@@ -153,7 +128,8 @@ _SOURCE_EVENTS: Final[Table] = {
     (S.COMMITTED, "peer completed"): S.COMPLETED,
     (S.POSTCOPY, "peer completed"): S.COMPLETED,
     (S.COMMITTED, "peer aborted"): S.ABORTED,  # `commit` was never heard, and never will be: the machine goes on here
-    **_GO_ON,
+    (S.COMMITTED, "go on"): S.COMMITTED,
+    (S.POSTCOPY, "go on"): S.POSTCOPY,
 }
 _DESTINATION_EVENTS: Final[Table] = {
     **{(state, "lost"): S.ABORTED for state in _BEFORE_PREPARED},
@@ -168,7 +144,10 @@ _DESTINATION_EVENTS: Final[Table] = {
     **{(S.CLOSING, f"peer {how}"): S.COMPLETED for how in Ended},
     # It runs at the source again, and must not run here any more.
     **{(state, "peer reclaimed"): S.ABORTED for state in (S.COMMITTED, S.POSTCOPY, S.CLOSING)},
-    **_GO_ON,
+    (S.PREPARED, "go on"): S.COMMITTED,  # for a destination in doubt, `recovered` is the commit
+    (S.COMMITTED, "go on"): S.COMMITTED,
+    (S.POSTCOPY, "go on"): S.POSTCOPY,
+    (S.CLOSING, "go on"): S.POSTCOPY,  # `complete` has to be said again
 }
 
 

@@ -14,26 +14,18 @@ from trio.testing import MockClock
 
 from postcopy import net as c
 from postcopy import wire as p
-
-SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
+from tests.unit.net.support import SESSION, hang_up, open_acceptor
 
 
 @asynccontextmanager
 async def members() -> AsyncIterator[tuple[c.Acceptor, c.Reconnector, c.Reconnector]]:
     """A calling and a listening reconnector of one migration, without a connection."""
-    acceptor = await c.Acceptor.open(c.Address("127.0.0.1", 0), "source", lambda waiting: "")
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(acceptor.serve)
-            here = await c.CallingLink.open(acceptor.addresses[0], "dest")
-            there = await acceptor.next_link()
-            with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
-                for link in (here, there):
-                    await trio.aclose_forcefully(link.control)
-                yield acceptor, caller, called
-            nursery.cancel_scope.cancel()
-    finally:
-        await acceptor.close()
+    async with open_acceptor() as acceptor:
+        here = await c.CallingLink.open(acceptor.addresses[0], "dest")
+        there = await acceptor.next_link()
+        with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
+            await hang_up(here, there)
+            yield acceptor, caller, called
 
 
 async def meet(caller: c.Reconnector, called: c.Reconnector) -> c.Session:

@@ -22,22 +22,16 @@ from postcopy import wire as p
 from postcopy._fd import FdHolder
 from postcopy.errors import ConfigurationError, PeerError, PostcopyError, ProtocolError, ResourceError
 from postcopy.net import calling, connecting
-
-SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
+from tests.unit.net import support
+from tests.unit.net.support import SESSION
 
 
 @asynccontextmanager
 async def open_acceptor(
     side: str = "source", host: str = "127.0.0.1", reason: str = ""
 ) -> AsyncIterator[tuple[c.Acceptor, c.Address]]:
-    there = await c.Acceptor.open(c.Address(host, 0), side, lambda waiting: reason)
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(there.serve)
-            yield there, there.addresses[0]
-            nursery.cancel_scope.cancel()
-    finally:
-        await there.close()
+    async with support.open_acceptor(side, lambda waiting: reason, host=host) as acceptor:
+        yield acceptor, acceptor.addresses[0]
 
 
 class TestAddresses:

@@ -16,11 +16,10 @@ from postcopy import wire as p
 from postcopy.errors import PeerError, ProtocolError
 from postcopy.net import listening
 from postcopy.wire import Ended, EndedElsewhere
+from tests.unit.net.support import OFFER, SESSION, hang_up, open_acceptor
 from tests.unit.wire.support import source_in
 
-SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
 STRANGER = c.Session(b"m" * 16, b"u" * 16, 0)
-OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, (p.Block("ram", 4096, 4096),), 1, 0)
 
 
 class Met(NamedTuple):
@@ -33,15 +32,9 @@ class Met(NamedTuple):
 @asynccontextmanager
 async def met(side: str = "source", endings: c.Endings | None = None) -> AsyncIterator[Met]:
     """A side that listens, and one that has called."""
-    acceptor = await c.Acceptor.open(c.Address("127.0.0.1", 0), side, lambda waiting: "", endings)
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(acceptor.serve)
-            here, there = await call(acceptor)
-            yield Met(acceptor, acceptor.addresses[0], here, there)
-            nursery.cancel_scope.cancel()
-    finally:
-        await acceptor.close()
+    async with open_acceptor(side, endings=endings) as acceptor:
+        here, there = await call(acceptor)
+        yield Met(acceptor, acceptor.addresses[0], here, there)
 
 
 async def call(acceptor: c.Acceptor) -> tuple[c.Link, c.Link]:
@@ -50,11 +43,6 @@ async def call(acceptor: c.Acceptor) -> tuple[c.Link, c.Link]:
     if side == "source":
         await here.control.send_all(p.encode(OFFER))
     return here, await acceptor.next_link()
-
-
-async def hang_up(*links: c.Link) -> None:
-    for link in links:
-        await trio.aclose_forcefully(link.control)
 
 
 async def test_two_offers_under_one_id() -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
@@ -15,21 +14,12 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from postcopy import net as c
 from postcopy import wire as p
 from postcopy.errors import PeerError, ProtocolError
+from tests.unit.net.support import OFFER, open_acceptor
 
 HELLO = p.Hello("control", "source", 0, b"", 0)
-OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, (p.Block("ram", 4096, 4096),), 1, 0)
 
 
-@asynccontextmanager
-async def destination(why_refused: Callable[[int], str] = lambda waiting: "") -> AsyncIterator[c.Acceptor]:
-    acceptor = await c.Acceptor.open(c.Address("127.0.0.1", 0), "dest", why_refused)
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(acceptor.serve)
-            yield acceptor
-            nursery.cancel_scope.cancel()
-    finally:
-        await acceptor.close()
+destination = partial(open_acceptor, "dest")
 
 
 def one_place(waiting: int) -> str:

@@ -8,8 +8,6 @@ package.
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import msgpack
 import pytest
@@ -20,9 +18,9 @@ from postcopy import net as c
 from postcopy import wire as p
 from postcopy.errors import PeerError, ProtocolError
 from postcopy.wire import DestinationProtocol, SourceProtocol, State
+from tests.unit.net.support import SESSION, open_acceptor
 from tests.unit.wire.support import framed
 
-SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
 OLD = b"postcpy\x02"
 HELLO_2 = {
     "type": "hello", "channel": "control", "side": "dest", "index": 0, "migration": b"", "epoch": 0, "token": b"",
@@ -60,18 +58,6 @@ class OldPeer:
 
     async def say(self, **body: object) -> None:
         await self.stream.send_all(said(body))
-
-
-@asynccontextmanager
-async def open_acceptor(side: str) -> AsyncIterator[c.Acceptor]:
-    acceptor = await c.Acceptor.open(c.Address("127.0.0.1", 0), side, lambda waiting: "")
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(acceptor.serve)
-            yield acceptor
-            nursery.cancel_scope.cancel()
-    finally:
-        await acceptor.close()
 
 
 async def dial(acceptor: c.Acceptor) -> trio.SocketStream:
