@@ -15,18 +15,13 @@ from __future__ import annotations
 
 from postcopy.net.acceptor import Acceptor, MAX_HALF_OPEN, MAX_WAITING, OFFER_TIMEOUT_S
 from postcopy.net.addresses import Address, Route, parse_address, read_peer_file
-from postcopy.net.backoff import (
-    FREE_RETURNS, LASTING_S, RECONNECT_CAP_S, RECONNECT_FIRST_S, RECONNECT_PATIENT_AFTER_S, RECONNECT_PATIENT_CAP_S,
-)
 from postcopy.net.calling import CallingLink
 from postcopy.net.connecting import HANDSHAKE_TIMEOUT_S, client_handshake, connect, keep_alive
 from postcopy.net.endings import Code, Endings, Session
 from postcopy.net.link import ChannelKey, ChannelSet, Link, PAUSED_BY_OPERATOR, Reconnector
 
 __all__ = [
-    "FREE_RETURNS", "HANDSHAKE_TIMEOUT_S", "LASTING_S", "MAX_HALF_OPEN", "MAX_WAITING", "OFFER_TIMEOUT_S",
-    "PAUSED_BY_OPERATOR", "RECONNECT_CAP_S", "RECONNECT_FIRST_S", "RECONNECT_PATIENT_AFTER_S",
-    "RECONNECT_PATIENT_CAP_S", "Acceptor", "Address", "CallingLink", "ChannelKey", "ChannelSet", "Code", "Endings",
-    "Link", "Reconnector", "Route", "Session", "client_handshake", "connect", "keep_alive", "parse_address",
-    "read_peer_file",
+    "HANDSHAKE_TIMEOUT_S", "MAX_HALF_OPEN", "MAX_WAITING", "OFFER_TIMEOUT_S", "PAUSED_BY_OPERATOR", "Acceptor",
+    "Address", "CallingLink", "ChannelKey", "ChannelSet", "Code", "Endings", "Link", "Reconnector", "Route",
+    "Session", "client_handshake", "connect", "keep_alive", "parse_address", "read_peer_file",
 ]

@@ -111,9 +111,9 @@ class Route:
         self._changed.set()
         self._changed = trio.Event()
 
-    def refresh(self, *, told: bool = False) -> None:
-        """Looks up where the peer is. What cannot be understood is logged, and the old address stays. `told`: the user
-        has asked for it, so a name is resolved anew even if it is the same one."""
+    def refresh(self, *, by_user: bool = False) -> None:
+        """Looks up where the peer is. What cannot be understood is logged, and the old address stays. `by_user`: the
+        user has asked for it, so a name is resolved anew even if it is the same one."""
         if self._look_up is None:
             return
         try:
@@ -121,7 +121,7 @@ class Route:
         except ConfigurationError as error:
             log.warning("%s; the peer is looked for at %s as before", error, self.address)
             return
-        if told or address != self._named:
+        if by_user or address != self._named:
             self.change(address)
 
     def answered(self, asked: Address, address: Address) -> None:

@@ -13,20 +13,14 @@ import logging
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import trio
 
 from postcopy._fd import FdHolder
 from postcopy.errors import PeerError, PostcopyError, ProtocolError, ResourceError
+from postcopy.net import backoff
 from postcopy.net.addresses import Address, Route, address_of
-from postcopy.net.backoff import (
-    RECONNECT_CAP_S,
-    RECONNECT_FIRST_S,
-    RECONNECT_PATIENT_AFTER_S,
-    RECONNECT_PATIENT_CAP_S,
-    LogLimit,
-)
 from postcopy.net.connecting import connect, detach
 from postcopy.net.endings import Session
 from postcopy.net.link import (
@@ -79,27 +73,27 @@ class CallingLink(Link):
         yield CallingReconnector(self._route, self._side, session, self.version)
 
 
+@dataclass
 class CallingChannelSet(ChannelSet):
-    def __init__(self, peer: Address, side: str, session: Session, version: int) -> None:
-        self._peer = peer
-        self._side = side
-        self._session = session
-        self._version = version
+    peer: Address
+    side: str
+    session: Session
+    version: int
 
     async def channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
         opened: dict[ChannelKey, FdHolder] = {}
-        session = self._session
+        session = self.session
         try:
             with trio.fail_after(CHANNELS_TIMEOUT_S):
                 for kind, index in channel_keys(shards, bulk_channels):
-                    hello = Hello(kind, self._side, index, session.migration, session.epoch)
-                    stream, _ = await connect(self._peer, hello, token=session.token, version=self._version)
+                    hello = Hello(kind, self.side, index, session.migration, session.epoch)
+                    stream, _ = await connect(self.peer, hello, token=session.token, version=self.version)
                     opened[kind, index] = detach(stream)
         except BaseException as error:
             for fd in opened.values():
                 fd.close()
             if isinstance(error, trio.TooSlowError):
-                raise PeerError(f"{self._peer}: the data channels took more than {CHANNELS_TIMEOUT_S:g} s") from None
+                raise PeerError(f"{self.peer}: the data channels took more than {CHANNELS_TIMEOUT_S:g} s") from None
             raise
         return opened
 
@@ -113,11 +107,11 @@ class CallingReconnector(Reconnector):
         self._version = version
         self._pause_s = 0.0  # before the next attempt
         self._lost_s = math.inf  # when the search began
-        self._log_limit = LogLimit()
+        self._log_limit = backoff.LogLimit()
 
     def went_on(self) -> None:
         super().went_on()
-        self._pause_s = min(self._pause_s, RECONNECT_CAP_S)
+        self._pause_s = min(self._pause_s, backoff.CAP_S)
         self._lost_s = math.inf
 
     def recover(self) -> None:
@@ -126,7 +120,7 @@ class CallingReconnector(Reconnector):
 
     async def next_link(self) -> tuple[Link, Session]:
         if self._has_lasted():
-            self._pause_s, self._log_limit = 0.0, LogLimit()
+            self._pause_s, self._log_limit = 0.0, backoff.LogLimit()
         self._route.refresh()
         while True:
             asked, stream = await self._attempt()
@@ -134,7 +128,7 @@ class CallingReconnector(Reconnector):
                 continue
             with contextlib.suppress(PeerError):
                 link = CallingLink(stream, self._route, asked, self._side, self._version)
-                self._lengthen_pause(RECONNECT_PATIENT_CAP_S)  # no success yet: see `went_on`
+                self._lengthen_pause(backoff.PATIENT_CAP_S)  # no success yet: see `went_on`
                 return link, self._session
 
     async def announce(self, how: Ended) -> None:
@@ -157,7 +151,7 @@ class CallingReconnector(Reconnector):
         now_s = trio.current_time()
         self._lost_s = min(self._lost_s, now_s)
         if self._pause_s and await self._route.pause(self._pause_s * random.uniform(0.5, 1)):
-            self._pause_s, self._lost_s, self._log_limit = 0.0, trio.current_time(), LogLimit()
+            self._pause_s, self._lost_s, self._log_limit = 0.0, trio.current_time(), backoff.LogLimit()
         while self.is_paused():
             await self._changed.wait()
         # Each attempt has an epoch of its own: one that was lost on its way must not be taken for the next one.
@@ -171,8 +165,8 @@ class CallingReconnector(Reconnector):
             stream.socket.close()
         except (PeerError, ProtocolError, ResourceError) as error:
             self._explain(error)
-        patient = trio.current_time() - self._lost_s > RECONNECT_PATIENT_AFTER_S
-        self._lengthen_pause(RECONNECT_PATIENT_CAP_S if patient else max(RECONNECT_CAP_S, self._pause_s))
+        patient = trio.current_time() - self._lost_s > backoff.PATIENT_AFTER_S
+        self._lengthen_pause(backoff.PATIENT_CAP_S if patient else max(backoff.CAP_S, self._pause_s))
         return asked, None
 
     def _explain(self, error: PostcopyError) -> None:
@@ -188,4 +182,4 @@ class CallingReconnector(Reconnector):
             log.log(level, "not connected again yet: %s%s", error, "; is that the right address?" * wrong)
 
     def _lengthen_pause(self, cap_s: float) -> None:
-        self._pause_s = min(max(2 * self._pause_s, RECONNECT_FIRST_S), cap_s)
+        self._pause_s = min(max(2 * self._pause_s, backoff.FIRST_S), cap_s)

@@ -15,8 +15,8 @@ import trio
 
 from postcopy._fd import FdHolder
 from postcopy.errors import PeerError, ProtocolError
+from postcopy.net import backoff
 from postcopy.net.addresses import Address
-from postcopy.net.backoff import FREE_RETURNS, RECONNECT_FIRST_S, RECONNECT_PATIENT_CAP_S
 from postcopy.net.connecting import detach
 from postcopy.net.endings import Code, Endings, Refusal, Session, check_token, stale
 from postcopy.net.link import (
@@ -99,7 +99,7 @@ class ListeningReconnector(Reconnector):
     def went_on(self) -> None:
         super().went_on()
         # (a little less patient than the side that calls, which has such a pause too)
-        self._returns = min(self._returns, FREE_RETURNS + 3)
+        self._returns = min(self._returns, backoff.FREE_RETURNS + 3)
         self._next_s = -math.inf
 
     def ended(self, how: Ended) -> None:
@@ -130,9 +130,9 @@ class ListeningReconnector(Reconnector):
         if now_s < self._next_s:
             raise Refusal("came back too often without going on", Code.TOO_OFTEN, token)
         self._returns += 1
-        if self._returns > FREE_RETURNS:
-            pause_s = RECONNECT_FIRST_S * 2 ** min(self._returns - FREE_RETURNS, 20)
-            self._next_s = now_s + min(pause_s, RECONNECT_PATIENT_CAP_S) / 2  # as often as we would call ourselves
+        if self._returns > backoff.FREE_RETURNS:
+            pause_s = backoff.FIRST_S * 2 ** min(self._returns - backoff.FREE_RETURNS, 20)
+            self._next_s = now_s + min(pause_s, backoff.PATIENT_CAP_S) / 2  # as often as we would call ourselves
 
     def enter(self, link: Link) -> None:
         self.close()

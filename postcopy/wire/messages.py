@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import hmac
+import re
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Final, Self
 
@@ -51,12 +52,21 @@ Reason = Annotated[str, Meta(max_length=4 * MAX_REASON_CHARS)]  # made one line:
 Text32 = Annotated[str, Meta(min_length=1, max_length=32)]
 
 
+MESSAGES: Final[dict[str, type[Message]]] = {}  # by type
+
+
 class Message(Struct, frozen=True, rename="kebab"):
-    """What a peer said. `TYPE` is the word on the wire; field `first_page` is `first-page` there."""
+    """What a peer said. Class `PageMap` is of type `page-map` on the wire, field `first_page` is `first-page` there."""
 
     TYPE: ClassVar[str] = ""
     MAX_BYTES: ClassVar[int] = SMALL_MESSAGE_BYTES
     NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {}  # the fields that a version of the protocol does not have
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if not cls.__name__.startswith("_"):
+            cls.TYPE = re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+            MESSAGES[cls.TYPE] = cls
 
     def check(self) -> None:
         """`ValueError`, which begins with the name of a field, for one that no peer may say."""
@@ -72,7 +82,6 @@ class Ended(enum.StrEnum):
 
 
 class Hello(Message, frozen=True):
-    TYPE: ClassVar[str] = "hello"
     NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {2: ("ended", "proof"), 3: ("token",)}
     channel: Annotated[str, Meta(pattern=r"\A(control|urgent|bulk)\Z")]
     side: Annotated[str, Meta(pattern=r"\A(source|dest)\Z")]  # what the connecting host is
@@ -128,14 +137,11 @@ class _Answer(Message, frozen=True, kw_only=True):
 
 
 class Welcome(_Answer, frozen=True):
-    TYPE: ClassVar[str] = "welcome"
-
     def _proof(self, token: bytes, hello: Hello) -> bytes:
         return _proof(token, "welcome", hello.channel, str(hello.index), hello.migration.hex(), str(hello.epoch))
 
 
 class Refused(_Answer, frozen=True):
-    TYPE: ClassVar[str] = "refused"
     reason: Reason
     code: Text32 = "other"
 
@@ -166,7 +172,6 @@ class Block(Struct, frozen=True, rename="kebab", forbid_unknown_fields=True):
 
 
 class Offer(Message, frozen=True):
-    TYPE: ClassVar[str] = "offer"
     MAX_BYTES: ClassVar[int] = 64 * 1024
     migration: Id
     token: Id
@@ -184,7 +189,6 @@ class Offer(Message, frozen=True):
 
 
 class Accept(Message, frozen=True):
-    TYPE: ClassVar[str] = "accept"
     page_bytes: Annotated[tuple[PageBytes, ...], Meta(min_length=1, max_length=MAX_BLOCKS)]
     shards: Annotated[int, Meta(ge=1, le=MAX_SHARDS)]
     bulk_channels: BulkChannels
@@ -195,11 +199,11 @@ class Accept(Message, frozen=True):
 
 
 class Reject(_Ending, frozen=True):
-    TYPE: ClassVar[str] = "reject"
+    pass
 
 
 class Ready(Message, frozen=True):
-    TYPE: ClassVar[str] = "ready"
+    pass
 
 
 class _Map(Message, frozen=True):
@@ -223,45 +227,38 @@ class _Map(Message, frozen=True):
 class PageMap(_Map, frozen=True):
     """What the source has; all else is zeros."""
 
-    TYPE: ClassVar[str] = "page-map"
-
 
 class Switchover(Message, frozen=True):
-    TYPE: ClassVar[str] = "switchover"
     MAX_BYTES: ClassVar[int] = MAX_MESSAGE_BYTES
     state: Annotated[bytes, Meta(max_length=MAX_STATE_BYTES)]
     maps: Positive
 
 
 class Prepared(Message, frozen=True):
-    TYPE: ClassVar[str] = "prepared"
+    pass
 
 
 class Commit(Message, frozen=True):
-    TYPE: ClassVar[str] = "commit"
+    pass
 
 
 class Running(Message, frozen=True):
-    TYPE: ClassVar[str] = "running"
     resume_ns: U63
 
 
 class Placed(_Map, frozen=True):
     """Pages that are at the destination for good, and were not acknowledged before on this connection."""
 
-    TYPE: ClassVar[str] = "placed"
     MAX_BYTES: ClassVar[int] = PLACED_PAGES + SMALL_MESSAGE_BYTES
     MAX_PAGES: ClassVar[int] = PLACED_PAGES
 
 
 class Complete(Message, frozen=True):
-    TYPE: ClassVar[str] = "complete"
     MAX_BYTES: ClassVar[int] = 64 * 1024
     stats: Mapping[str, Any]
 
 
 class CompleteAck(Message, frozen=True):
-    TYPE: ClassVar[str] = "complete-ack"
     MAX_BYTES: ClassVar[int] = 64 * 1024
     stats: Mapping[str, Any]
 
@@ -269,43 +266,29 @@ class CompleteAck(Message, frozen=True):
 class ReceivedMap(_Map, frozen=True):
     """What the destination has, after it was lost."""
 
-    TYPE: ClassVar[str] = "received-map"
-
 
 class Recover(Message, frozen=True):
     """Ends what the destination says after it was lost."""
 
-    TYPE: ClassVar[str] = "recover"
     resume_ns: U63  # as in `running`; 0: the machine has not run there yet
     maps: Positive
     digest: U32  # CRC32C over the bitmaps of all blocks, in 64-bit little-endian words
 
 
 class Recovered(Message, frozen=True):
-    TYPE: ClassVar[str] = "recovered"
+    pass
 
 
 class Abort(_Ending, frozen=True):
-    TYPE: ClassVar[str] = "abort"
+    pass
 
 
 class Ping(Message, frozen=True):
-    TYPE: ClassVar[str] = "ping"
     nonce: U63
 
 
 class Pong(Message, frozen=True):
-    TYPE: ClassVar[str] = "pong"
     nonce: U63
-
-
-MESSAGES: Final[Mapping[str, type[Message]]] = {
-    cls.TYPE: cls
-    for cls in (
-        Hello, Welcome, Refused, Offer, Accept, Reject, Ready, PageMap, Switchover, Prepared, Commit, Running, Placed,
-        Complete, CompleteAck, ReceivedMap, Recover, Recovered, Abort, Ping, Pong,
-    )
-}  # fmt: skip
 
 
 def one_line(text: str, limit: int = MAX_REASON_CHARS) -> str:

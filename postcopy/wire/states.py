@@ -229,17 +229,19 @@ class _ControlProtocol:
     @property
     def may_run(self) -> bool:
         """Whether the machine may run on this side *now*. Never true at both ends."""
-        raise NotImplementedError
+        return self.committed is (self.SIDE == "destination")
 
     @property
     def must_announce(self) -> bool:
-        """Whether the peer may believe something else than `ending`, and wait for it, unless it is told."""
+        """Whether the peer may wait for this side in vain, unless it hears of `ending`."""
         return self._must_announce
 
     @property
     def ending(self) -> Ended:
-        """What the peer is to be told when it comes back later, if this side leaves the migration as it is now."""
-        raise NotImplementedError
+        """The answer to a peer that comes back later, if this side leaves the migration as it is now."""
+        if self._state in (State.COMPLETED, State.RECLAIMED):
+            return Ended(self._state.value)
+        return Ended.LOST if self.committed else Ended.ABORTED
 
     # ---- receiving
 
@@ -383,22 +385,10 @@ class SourceProtocol(_ControlProtocol):
     TABLE = SOURCE
     RECEIVES = receivable(SOURCE)
 
-    @property
-    def may_run(self) -> bool:
-        return not self.committed
-
-    @property
-    def ending(self) -> Ended:
-        if self._state is State.RECLAIMED:
-            return Ended.RECLAIMED
-        if self._state is State.COMPLETED:
-            return Ended.COMPLETED
-        return Ended.ABORTED if self.may_run else Ended.LOST
-
     def reclaim(self) -> State:
         """The operator, who knows that the destination is dead, lets the machine go on here from the switchover.
-        Only while PAUSED; final. Should the destination live, there are two machines until it hears of it: it must be
-        told, whenever it comes back (`ending`)."""
+        Only while PAUSED; final. Should the destination live, there are two machines until it hears of it: whenever
+        it comes back, it is answered so (`ending`)."""
         if self._state is not State.PAUSED:
             raise ProtocolError(f"nothing to reclaim in state {self._state.value}")
         self._state = State.RECLAIMED
@@ -415,17 +405,7 @@ class DestinationProtocol(_ControlProtocol):
     TABLE = DESTINATION
     RECEIVES = receivable(DESTINATION)
 
-    @property
-    def may_run(self) -> bool:
-        return self.committed
-
-    @property
-    def ending(self) -> Ended:
-        if self._state is State.COMPLETED:
-            return Ended.COMPLETED
-        return Ended.LOST if self._has_reached(State.COMMITTED) else Ended.ABORTED
-
     def every_page_is_here(self) -> None:
-        """Nothing is missing any more, though the source could not be told yet: `give_up` then means COMPLETED. Only of
+        """Nothing is missing any more, though the source has not heard of it: `give_up` then means COMPLETED. Only of
         a machine that runs here."""
         self._reached = State.CLOSING

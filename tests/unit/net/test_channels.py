@@ -494,7 +494,7 @@ def test_route(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     route.answered(c.Address("first", 1), c.Address("192.0.2.1", 1))
     route.refresh()  # the same name: the address that had answered
     assert route.address == c.Address("192.0.2.1", 1)
-    route.refresh(told=True)  # the same name, but the user knows why
+    route.refresh(by_user=True)  # the same name, but the user knows why
     assert route.address == c.Address("first", 1)
     file.write_text("  [2001:db8::7]:7\n\n")
     route.refresh()
@@ -504,7 +504,7 @@ def test_route(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for nonsense in (b"", b"nowhere", b"a:1\nb:2", b"\xff\xfe:1\0", b"x" * 5000, b"*:1", b"host:0"):
         file.write_bytes(nonsense)
         caplog.clear()
-        route.refresh(told=True)
+        route.refresh(by_user=True)
         assert route.address == c.Address("2001:db8::7", 7)
         assert "looked for at [2001:db8::7]:7 as before" in caplog.text
         with pytest.raises(ConfigurationError, match="--peer-file") as caught:
@@ -516,7 +516,7 @@ def test_route(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigurationError, match="has no port"):
         c.read_peer_file(str(tmp_path / "pipe"))
-    c.Route(c.Address("first", 1)).refresh(told=True)  # where there is nothing to look up
+    c.Route(c.Address("first", 1)).refresh(by_user=True)  # where there is nothing to look up
 
 
 async def test_a_side_that_listens_is_told_so() -> None:
