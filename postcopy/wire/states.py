@@ -40,25 +40,9 @@ from collections.abc import Mapping
 from typing import ClassVar, Final
 
 from postcopy.errors import ProtocolError
+from postcopy.wire import messages as m
 from postcopy.wire.codec import MessageBuffer, encode
-from postcopy.wire.messages import (
-    PROTOCOL_VERSION,
-    Abort,
-    Accept,
-    Complete,
-    CompleteAck,
-    Ended,
-    Message,
-    Offer,
-    Ping,
-    Placed,
-    Pong,
-    Recover,
-    Recovered,
-    Reject,
-    Switchover,
-    one_line,
-)
+from postcopy.wire.messages import PROTOCOL_VERSION, Ended, Message, one_line
 
 
 class State(enum.Enum):
@@ -273,10 +257,10 @@ class _ControlProtocol:
         except ProtocolError as error:
             self._error = error
             raise
-        if isinstance(message, Abort | Reject | Complete | CompleteAck):
+        if isinstance(message, m.Abort | m.Reject | m.Complete | m.CompleteAck):
             self._must_announce = False  # the peer's last word
-        if isinstance(message, Abort | Reject):
-            self._reason = f"{self.PEER} {'aborted' if isinstance(message, Abort) else 'declined'}: {message.reason}"
+        if isinstance(message, m.Abort | m.Reject):
+            self._reason = f"{self.PEER} {'aborted' if isinstance(message, m.Abort) else 'declined'}: {message.reason}"
         if message is None and self._eof:
             cut = " in the middle of a message" if len(self._buffer) else ""
             self.connection_lost(f"{self.PEER} closed the control connection{cut}")
@@ -292,11 +276,11 @@ class _ControlProtocol:
         """The bytes of a message, which moves the state. The point of no return is the *call* with `Commit`: from its
         return on `may_run` of the source is false, for ever. `ProtocolError` for what the state does not allow, and for
         an offer without bulk channels to a peer that needs one: see `version`."""
-        if isinstance(message, Offer | Accept) and not message.bulk_channels and self.version < 3:
+        if isinstance(message, m.Offer | m.Accept) and not message.bulk_channels and self.version < 3:
             raise ProtocolError(f"{self.PEER} speaks version {self.version}, which needs a bulk channel")
         data = encode(message, self.version)  # first: what cannot be encoded must not move the state
         self._move(message, "send")
-        if isinstance(message, Abort | Reject):
+        if isinstance(message, m.Abort | m.Reject):
             self._reason = message.reason
         return data
 
@@ -356,21 +340,21 @@ class _ControlProtocol:
             raise ProtocolError(f"nothing to recover in state {self._state.value}")
 
     def _move(self, message: Message, verb: str) -> None:
-        if isinstance(message, Ping | Pong) and not self.ended:
+        if isinstance(message, m.Ping | m.Pong) and not self.ended:
             return
         after = self.TABLE.get((self._state, f"{verb} {message.TYPE}"))
         said = "sent" if verb == "send" else "received"
         if after is None:
             raise ProtocolError(f"{message.TYPE} must not be {said} by the {self.SIDE} in state {self._state.value}")
-        if isinstance(message, Placed) and not self._placed_wanted:
+        if isinstance(message, m.Placed) and not self._placed_wanted:
             raise ProtocolError(f"placed must not be {said} by the {self.SIDE}: the offer did not ask for it")
-        if isinstance(message, Offer):
+        if isinstance(message, m.Offer):
             self._placed_wanted = bool(message.placed_every_ms)
-        elif isinstance(message, Switchover):
+        elif isinstance(message, m.Switchover):
             self._must_announce = True  # the destination has it all, and may be prepared
-        elif isinstance(message, Recover) and message.resume_ns and self._reached is State.COMMITTED:
+        elif isinstance(message, m.Recover) and message.resume_ns and self._reached is State.COMMITTED:
             self._reached = State.POSTCOPY  # the machine runs there, though `running` was lost
-        elif isinstance(message, Recovered):
+        elif isinstance(message, m.Recovered):
             after = self.TABLE[self._reached, "go on"]
         self._state = after
         if after in _PROGRESS and not self._has_reached(after):

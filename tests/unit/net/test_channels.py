@@ -514,7 +514,7 @@ def test_route(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         with pytest.raises(ConfigurationError, match="--peer-file"):
             c.read_peer_file(str(path))
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ConfigurationError, match="has no port"):
+    with pytest.raises(ConfigurationError, match="not a regular file"):
         c.read_peer_file(str(tmp_path / "pipe"))
     c.Route(c.Address("first", 1)).refresh(by_user=True)  # where there is nothing to look up
 
