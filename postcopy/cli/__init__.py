@@ -31,13 +31,13 @@ from postcopy._files import explain_bad_name
 from postcopy.errors import ConfigurationError, PostcopyError, known_error, shortage
 from postcopy.machines.kinds import BACKINGS, KINDS, MachineOptions
 from postcopy.machines.toy.kvm import WORKLOADS
-from postcopy.migration._session import HEARTBEAT_S, MISSED_HEARTBEATS
+from postcopy.migration.connection import HEARTBEAT_S, MISSED_HEARTBEATS
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS, SourceOptions
-from postcopy.net.channels import Route, parse_address, read_peer_file
+from postcopy.net import Route, parse_address, read_peer_file
 from postcopy.output import LogHandler, Output, make_output
 from postcopy.service.commands import DestinationCommand, MergeCommand, Origin, SourceCommand
 from postcopy.units import parse_size
-from postcopy.wire.protocol import MAX_BULK_CHANNELS, one_line
+from postcopy.wire import MAX_BULK_CHANNELS, one_line
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
@@ -622,7 +622,7 @@ async def _with_signals(command: Callable[[trio.Event], Awaitable[bool]], route:
             async def listen() -> None:
                 async for number in signals:
                     if number == signal.SIGHUP and route is not None:
-                        route.refresh(told=True)
+                        route.refresh(by_user=True)
                         continue
                     logging.getLogger(__name__).info("%s: ending in order", signal.Signals(number).name)
                     if stop.is_set() and number != signal.SIGHUP:

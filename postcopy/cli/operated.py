@@ -12,7 +12,7 @@ from postcopy.dataplane.pager import Pager
 from postcopy.errors import ConfigurationError
 from postcopy.machines.kinds import MachineOptions
 from postcopy.migration.source import SourceOptions
-from postcopy.net.channels import Address
+from postcopy.net import Address
 from postcopy.output import Output
 from postcopy.service.commands import DestinationCommand, SourceCommand
 from postcopy.service.controllers import DestinationHandler, SourceHandler

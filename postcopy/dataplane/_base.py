@@ -96,6 +96,11 @@ class DataPlane(abc.ABC):
 
     # ---- the end
 
+    @abc.abstractmethod
+    async def disconnect(self) -> None:
+        """Closes every data channel and waits for their threads; new ones may be attached afterwards. Memory stays
+        armed, and faults stay blocked."""
+
     async def close(self) -> None:
         """Ends all threads, closes the channels and lets go of the memory. Twice does no harm."""
         with trio.CancelScope(shield=True):  # bounded: all that runs under the lock is
@@ -189,8 +194,6 @@ class CoreDataPlane(DataPlane):
         await self._event_fd.wait_readable()
 
     async def disconnect(self) -> None:
-        """Closes every data channel and waits for their threads; new ones may be attached afterwards. Memory stays
-        armed, and faults stay blocked."""
         await self._see_through("disconnect", f"closing the {self.NAME}'s channels")
 
     async def _end(self) -> None:

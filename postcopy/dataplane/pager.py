@@ -9,7 +9,6 @@ holds for resources, threads, cancellation.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import trio
@@ -17,6 +16,7 @@ import trio
 from postcopy._native import ffi, lib
 from postcopy.dataplane._base import CoreDataPlane, DataPlane, ForeignMemory
 from postcopy.dataplane._events import ChannelKind, Event, EventStream, EventType
+from postcopy.dataplane.counters import PagerStatistics
 from postcopy.dataplane.histogram import Histogram
 from postcopy.errors import PostcopyError, check
 from postcopy.memory import Memory
@@ -35,32 +35,6 @@ class Stage(enum.IntEnum):
     TOTAL = 3  # all of it
 
 
-@dataclass(frozen=True)
-class PagerStatistics:
-    """`struct pc_pager_stats`: counters since the pager was made."""
-
-    total_pages: int
-    total_bytes: int
-    resident_pages: int  # received or known to be zero
-    resident_bytes: int
-    demand_pages: int  # placed in answer to a fault
-    background_pages: int  # placed by push, content not zero
-    zero_pages: int  # known to be zero: never sent as content
-    duplicate_pages: int  # arrived again and dropped
-    requests: int  # request frames
-    faults: int  # fault events read
-    repeated_faults: int  # of them, on a page already requested or already there
-    event_reads: int  # read(2) calls on userfaultfds that returned events
-    bytes_received: int  # on data channels, headers included
-    bytes_sent: int
-    pending_faults: int  # threads blocked now, as far as events were read
-    oldest_pending_ns: int  # for how long the first of them has been, 0 when there is none
-    frames_refused: int  # bad frames, each of which ended its channel
-
-
-_STATISTICS_FIELDS = tuple(PagerStatistics.__dataclass_fields__)
-
-
 class PagerCounters(DataPlane):
     """What `Pager` and `ProcessPager` count, each in its own struct."""
 
@@ -77,9 +51,7 @@ class PagerCounters(DataPlane):
 
     def statistics(self) -> PagerStatistics:
         """Counters, each exact, but not of one instant."""
-        stats: Any = ffi.new("struct pc_pager_stats *")
-        self._count("reading the pager's counters", "stats", stats)
-        return PagerStatistics(**{name: int(getattr(stats, name)) for name in _STATISTICS_FIELDS})
+        return PagerStatistics.read(lambda struct: self._count("reading the pager's counters", "stats", struct))
 
     def latency(self, stage: Stage = Stage.TOTAL) -> Histogram:
         """Latencies of demand faults, all shards together."""

@@ -7,35 +7,14 @@ nothing, since the machine may still change its memory. `_base` says what holds 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 from postcopy._native import ffi
 from postcopy.dataplane._base import CoreDataPlane
 from postcopy.dataplane._events import ChannelKind, Event, EventStream, EventType
+from postcopy.dataplane.counters import PageServerStatistics
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 
 __all__ = ["ChannelKind", "Event", "EventStream", "EventType", "PageServer", "PageServerStatistics"]
-
-
-@dataclass(frozen=True)
-class PageServerStatistics:
-    """`struct pc_pageserver_stats`: counters since the page server was made."""
-
-    total_pages: int
-    sent_pages: int  # offered at least once, zero pages included
-    demand_pages: int  # sent in answer to a request
-    background_pages: int
-    zero_pages: int  # told as a run of nothing
-    requests: int
-    repeated_requests: int  # asked again after having been answered on demand
-    bytes_sent: int  # on data channels, headers included
-    bytes_received: int
-    released_bytes: int  # content whose memory has been given back, see `PageServer.release`
-
-
-_STATISTICS_FIELDS = tuple(PageServerStatistics.__dataclass_fields__)
 
 
 class PageServer(CoreDataPlane):
@@ -128,6 +107,4 @@ class PageServer(CoreDataPlane):
 
     def statistics(self) -> PageServerStatistics:
         """Counters, each exact, but not of one instant."""
-        stats: Any = ffi.new("struct pc_pageserver_stats *")
-        self._call("reading the page server's counters", "stats", stats)
-        return PageServerStatistics(**{name: int(getattr(stats, name)) for name in _STATISTICS_FIELDS})
+        return PageServerStatistics.read(lambda struct: self._call("reading the counters", "stats", struct))

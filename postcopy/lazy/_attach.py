@@ -33,11 +33,11 @@ from postcopy.lazy._tasks import background_tasks
 from postcopy.machines import BlockLayout, Machine
 from postcopy.machines.image import ImageMachine
 from postcopy.memory import Memory, page_bytes_of
-from postcopy.migration._session import HEARTBEAT_S
+from postcopy.migration.connection import HEARTBEAT_S
 from postcopy.migration.destination import DestinationMigration
-from postcopy.net.channels import Address, CallingLink, parse_address
+from postcopy.net import Address, CallingLink, parse_address
 from postcopy.uffd import How
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 
 log = logging.getLogger(__name__)
 
@@ -75,15 +75,13 @@ async def attach(
     """
     where = parse_address(address) if isinstance(address, str) else address
 
-    def make_machine(
-        kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout], wanted: str, **_: object
-    ) -> Machine:
+    def make_machine(kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout]) -> Machine:
         if kind != ImageMachine.kind:
             raise ConfigurationError(
                 f"{where}: offers a machine of kind {kind[:40]!r}; only memory can be attached: start the source with"
                 " --machine image, or serve memory with postcopy.serve"
             )
-        return ImageMachine.for_destination(config, layout, wanted)
+        return ImageMachine.for_destination(config, layout, backing)
 
     memory: LazyMemory | None = None
     attached = trio.Event()  # or failed
@@ -101,7 +99,6 @@ async def attach(
     async with Pager() as pager:
         migration = DestinationMigration(
             await CallingLink.open(where, "dest"),
-            backing=backing,
             background=background,
             busy_poll_us=busy_poll_us,
             how=how,

@@ -23,10 +23,10 @@ from postcopy.lazy._bridge import Bridge, BridgeServer
 from postcopy.lazy._source import check_layout
 from postcopy.machines.image import ImageMachine
 from postcopy.memory import Memory
-from postcopy.migration._session import HEARTBEAT_S
+from postcopy.migration.connection import HEARTBEAT_S
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net.channels import Acceptor, Address, parse_address
-from postcopy.wire.protocol import State
+from postcopy.net import Acceptor, Address, parse_address
+from postcopy.wire import State
 
 log = logging.getLogger(__name__)
 

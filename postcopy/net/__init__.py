@@ -1,1 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: I001  (the names side by side, not one a line)
+"""The connections between two hosts: who may open one, what becomes of it, and the way back after it was lost.
+
+One host listens (`acceptor`, `listening`), the other one connects (`calling`, `connecting`); which is the source does
+not matter. Every connection begins with the handshake of `postcopy.wire`. Then a control connection stays a Trio stream
+of its `Link`, while the descriptor of a data connection is detached, made blocking and given to the core.
+
+The room owns listeners, and connections until somebody has taken them. A `Link` lives until its stream is closed, a
+channel set or reconnector as long as its `with` block, an `Acceptor` until `close`.
+"""
+
+# fmt: off
+from __future__ import annotations
+
+from postcopy.net.acceptor import Acceptor, MAX_HALF_OPEN, MAX_WAITING, OFFER_TIMEOUT_S
+from postcopy.net.addresses import Address, Route, parse_address, read_peer_file
+from postcopy.net.calling import CallingLink
+from postcopy.net.connecting import HANDSHAKE_TIMEOUT_S, client_handshake, connect, keep_alive
+from postcopy.net.endings import Code, Endings, Session
+from postcopy.net.link import ChannelKey, ChannelSet, Link, PAUSED_BY_OPERATOR, Reconnector
+
+__all__ = [
+    "HANDSHAKE_TIMEOUT_S", "MAX_HALF_OPEN", "MAX_WAITING", "OFFER_TIMEOUT_S", "PAUSED_BY_OPERATOR", "Acceptor",
+    "Address", "CallingLink", "ChannelKey", "ChannelSet", "Code", "Endings", "Link", "Reconnector", "Route",
+    "Session", "client_handshake", "connect", "keep_alive", "parse_address", "read_peer_file",
+]

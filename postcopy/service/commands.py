@@ -22,16 +22,16 @@ from postcopy._writer import Kind
 from postcopy.dataplane.pager import Pager
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, known_error, out_of_memory
 from postcopy.machines import Check, Machine, MachineStatistics
-from postcopy.machines.kinds import MachineOptions, create_source
+from postcopy.machines.kinds import MachineOptions, create_destination, create_source
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration import salvage
-from postcopy.migration._session import Interrupted, first_of, now_ns
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions, check_releasable
-from postcopy.net.channels import Acceptor, Address, CallingLink, Link, Route
+from postcopy.migration.tasks import Interrupted, first_of, now_ns
+from postcopy.net import Acceptor, Address, CallingLink, Link, Route
 from postcopy.output import Output
 from postcopy.service import report
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 
 if TYPE_CHECKING:
     from postcopy.dataplane.pager_process import ProcessPager
@@ -212,7 +212,8 @@ class SourceCommand:
         for doubt in found.doubts:
             self._output.say(f"source: in doubt: {doubt}")
         options = self._machine_options
-        machine = await salvage.restore(found, backing=options.backing or "memfd", disk=options.disk, net=options.net)
+        make = partial(create_destination, backing=options.backing or "memfd", disk=options.disk, net=options.net)
+        machine = await salvage.restore(found, make)
         self._restored = found
         return machine
 
@@ -274,7 +275,7 @@ class SourceCommand:
                 return True
             reclaimed = migration.state is State.RECLAIMED
             self._failure = _why(migration)
-            keep = reclaimed or (migration.may_run and migration.was_ready and self._keep)
+            keep = reclaimed or (migration.may_run and migration.ready_ns > 0 and self._keep)
             if keep and machine.live and not stop.is_set():
                 if not reclaimed:
                     self._output.say(
@@ -569,9 +570,7 @@ class DestinationCommand:
     async def _receive(self, link: Link, stop: trio.Event) -> DestinationMigration:
         migration = self._migration = DestinationMigration(
             link,
-            backing=self._backing,
-            disk=self._disk,
-            net=self._net,
+            make_machine=partial(create_destination, backing=self._backing, disk=self._disk, net=self._net),
             busy_poll_us=self._busy_poll_us,
             heartbeat_s=self._heartbeat_s,
             recover_for_s=self._recover_for_s,
@@ -594,10 +593,8 @@ class DestinationCommand:
                 " host, which does not run it meanwhile"
             )
             return
-        figures = migration.figures()
         self._output.say(
-            f"postcopy: PAUSED: {migration.failure}; the machine is kept,"
-            f" {figures.total_bytes - figures.resident_bytes}"
+            f"postcopy: PAUSED: {migration.failure}; the machine is kept, {migration.statistics().remaining_bytes}"
             " bytes of it are missing, and whatever touches them waits until the source is back, or this process is"
             " interrupted"
         )

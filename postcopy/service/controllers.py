@@ -12,12 +12,12 @@ import trio
 from postcopy.errors import MigrationError, PostcopyError
 from postcopy.machines import Machine
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net.channels import parse_address
+from postcopy.net import parse_address
 from postcopy.service.commands import DestinationCommand, SourceCommand
 from postcopy.service.handler import ControlHandler, Handler
+from postcopy.service.report import Migration
 from postcopy.service.schema import ControlError, Json, plain
-from postcopy.service.status import Migration
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 
 OVER = frozenset({State.COMPLETED, State.ABORTED, State.RECLAIMED})
 CANCEL_POLL_S = 0.01

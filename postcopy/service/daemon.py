@@ -49,15 +49,17 @@ from postcopy.machines import BlockLayout, Machine
 from postcopy.machines.kinds import MachineOptions, create_destination, create_source
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net.channels import Acceptor, Address, CallingLink, Endings, Link, parse_address
+from postcopy.migration.statistics import milliseconds
+from postcopy.net import Acceptor, Address, CallingLink, Endings, Link, parse_address
 from postcopy.output import Output
 from postcopy.service import report
 from postcopy.service._contain import contained, contained_call
 from postcopy.service.controllers import OVER, changed, reclaim, steer
 from postcopy.service.handler import ControlHandler, Handler
+from postcopy.service.report import Migration
 from postcopy.service.schema import ControlError, Json, is_name, plain
-from postcopy.service.status import Migration, machine_status
-from postcopy.wire.protocol import State, one_line
+from postcopy.service.status import machine_status
+from postcopy.wire import State, one_line
 
 MAX_INCOMING = 16
 MAX_MACHINES = 256
@@ -108,7 +110,7 @@ class _Owned:
         job = self.migration
         if not self.busy or self.ending or job is None:
             return False
-        return job.state in OVER or (isinstance(job, DestinationMigration) and job.completed_ns > 0)
+        return job.state in OVER or (isinstance(job, DestinationMigration) and job.complete)
 
     @property
     def is_lost(self) -> bool:
@@ -417,13 +419,10 @@ class Daemon(ControlHandler):
         arrival = self._arrival
         migration = owned.migration = DestinationMigration(
             link,
-            backing=arrival.backing,
-            disk=arrival.disk,
-            net=arrival.net,
             busy_poll_us=arrival.busy_poll_us,
             heartbeat_s=self._options.heartbeat_s,
             recover_for_s=self._options.recover_for_s,
-            make_machine=_Maker(self._claim, owned),
+            make_machine=_Maker(self._claim, owned, arrival),
             make_pager=arrival.make_pager,
             on_change=self._change,
         )
@@ -435,7 +434,7 @@ class Daemon(ControlHandler):
         owned.machine = machine
         self._received += 1
         try:
-            await migration.release()
+            await migration.hand_over()
         except PostcopyError as error:
             log.error("%s: the machine runs on, what is stuck of its pager is kept: %s", owned.name, error)
 
@@ -445,8 +444,8 @@ class Daemon(ControlHandler):
         elif isinstance(migration, DestinationMigration) and owned.machine is not None:
             self._output.emit("machine-received", {"machine": owned.name, "kind": owned.machine.kind})
         fields = {**report.ended(_direction(migration), migration), "machine": owned.name}
-        fields["downtime-ms"] = report.milliseconds(migration.downtime_ns)
-        fields["total-ms"] = report.milliseconds(migration.total_ns)
+        fields["downtime-ms"] = milliseconds(migration.downtime_ns)
+        fields["total-ms"] = milliseconds(migration.total_ns)
         self._output.emit("migration-ended", fields)
         if migration.state is not State.COMPLETED:
             why = f": {migration.failure}" if migration.failure is not None else ""  # none: it was taken back
@@ -649,20 +648,12 @@ def _free_descriptors() -> int:
 class _Maker:
     """Makes the machine that a source offers, under the name that the source says."""
 
-    def __init__(self, claim: Callable[[str, _Owned], _Owned], owned: _Owned) -> None:
+    def __init__(self, claim: Callable[[str, _Owned], _Owned], owned: _Owned, arrival: ArrivalOptions) -> None:
         self._claim = claim
         self._owned = owned
+        self._arrival = arrival
 
-    def __call__(
-        self,
-        kind: str,
-        config: Mapping[str, Any],
-        layout: Sequence[BlockLayout],
-        backing: str,
-        *,
-        disk: str | None = None,
-        net: str | None = None,
-    ) -> Machine:
+    def __call__(self, kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout]) -> Machine:
         if kind == "image":
             raise ConfigurationError("a daemon takes machines that run; `postcopy dest` takes an image")
         name = config.get("name")
@@ -674,7 +665,8 @@ class _Maker:
         assert self._owned.migration is not None
         self._owned.migration.machine_name = self._owned.name
         rest = {key: value for key, value in config.items() if key != "name"}
-        return create_destination(kind, rest, layout, backing, disk=disk, net=net)
+        arrival = self._arrival
+        return create_destination(kind, rest, layout, arrival.backing, disk=arrival.disk, net=arrival.net)
 
 
 def _only(found: list[_Owned]) -> _Owned:

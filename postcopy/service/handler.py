@@ -10,8 +10,9 @@ from collections.abc import Awaitable, Callable, Mapping
 import trio
 
 from postcopy.machines import Machine
+from postcopy.service.report import Migration
 from postcopy.service.schema import COMMANDS, ControlError, Json, Request
-from postcopy.service.status import Migration, machine_status
+from postcopy.service.status import machine_status
 
 Handler = Callable[[Json], Awaitable[Json]]
 

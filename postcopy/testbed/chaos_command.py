@@ -9,7 +9,7 @@ from dataclasses import asdict
 import trio
 
 from postcopy.errors import ResourceError
-from postcopy.net.channels import Address
+from postcopy.net import Address
 from postcopy.output import Output
 from postcopy.testbed.chaos import ChaosPlan, open_chaos_proxy
 

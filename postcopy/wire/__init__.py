@@ -1,1 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: I001  (the names side by side, not one a line)
+"""The control protocol, without a socket: messages, their bytes, the handshake, and who may run the machine.
+
+Sans-IO: nothing here reads, writes or waits, and nothing imports Trio. It owns no resource; a protocol object ends with
+its migration. From the bottom up: `messages`, `codec`, `handshake`, `states`. The format is in docs/protocol.md.
+"""
+
+# fmt: off
+from __future__ import annotations
+
+from postcopy.wire.messages import (
+    Abort, Accept, Block, Commit, Complete, CompleteAck, Ended, Hello, ID_BYTES, MAGIC, MAX_BULK_CHANNELS,
+    MAX_MESSAGE_BYTES, MAX_REASON_CHARS, Message, Offer, PAGE_MAP_PAGES, PLACED_PAGES, PREAMBLE, PROTOCOL_VERSION,
+    PageMap, Ping, Placed, Pong, Prepared, Ready, Reason, ReceivedMap, Recover, Recovered, Refused, Reject, Running,
+    SMALL_MESSAGE_BYTES, Switchover, Welcome, one_line, same_secret,
+)
+from postcopy.wire.codec import HEADER_BYTES, decode, encode
+from postcopy.wire.handshake import (
+    ClientHandshake, EndedElsewhere, NO_SUCH_MIGRATION, OlderPeerError, RefusedError, ServerHandshake,
+)
+from postcopy.wire.states import DestinationProtocol, SourceProtocol, State
+
+__all__ = [
+    "HEADER_BYTES", "ID_BYTES", "MAGIC", "MAX_BULK_CHANNELS", "MAX_MESSAGE_BYTES", "MAX_REASON_CHARS",
+    "NO_SUCH_MIGRATION", "PAGE_MAP_PAGES", "PLACED_PAGES", "PREAMBLE", "PROTOCOL_VERSION", "SMALL_MESSAGE_BYTES",
+    "Abort", "Accept", "Block", "ClientHandshake", "Commit", "Complete", "CompleteAck", "DestinationProtocol",
+    "Ended", "EndedElsewhere", "Hello", "Message", "Offer", "OlderPeerError", "PageMap", "Ping", "Placed", "Pong",
+    "Prepared", "Ready", "Reason", "ReceivedMap", "Recover", "Recovered", "Refused", "RefusedError", "Reject",
+    "Running", "ServerHandshake", "SourceProtocol", "State", "Switchover", "Welcome", "decode", "encode",
+    "one_line", "same_secret",
+]

@@ -19,7 +19,7 @@ from postcopy.migration.source import SourceOptions
 from postcopy.output import Output
 from postcopy.service import commands
 from postcopy.service.commands import SourceCommand
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 
 
 class Engine:

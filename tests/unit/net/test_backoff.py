@@ -12,28 +12,21 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from postcopy.net import channels as c
-from postcopy.wire import protocol as p
-
-SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
+from postcopy import net as c
+from postcopy import wire as p
+from postcopy.net import backoff
+from tests.unit.net.support import SESSION, hang_up, open_acceptor
 
 
 @asynccontextmanager
 async def members() -> AsyncIterator[tuple[c.Acceptor, c.Reconnector, c.Reconnector]]:
     """A calling and a listening reconnector of one migration, without a connection."""
-    acceptor = await c.Acceptor.open(c.Address("127.0.0.1", 0), "source", lambda waiting: "")
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(acceptor.serve)
-            here = await c.CallingLink.open(acceptor.addresses[0], "dest")
-            there = await acceptor.next_link()
-            with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
-                for link in (here, there):
-                    await trio.aclose_forcefully(link.control)
-                yield acceptor, caller, called
-            nursery.cancel_scope.cancel()
-    finally:
-        await acceptor.close()
+    async with open_acceptor() as acceptor:
+        here = await c.CallingLink.open(acceptor.addresses[0], "dest")
+        there = await acceptor.next_link()
+        with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
+            await hang_up(here, there)
+            yield acceptor, caller, called
 
 
 async def meet(caller: c.Reconnector, called: c.Reconnector) -> c.Session:
@@ -56,12 +49,12 @@ async def test_connecting_is_no_success(autojump_clock: MockClock) -> None:
                 await meet(caller, called)
                 times_s.append(trio.current_time() - began_s)
             assert times_s[0] < 0.02  # the first one at once
-            assert times_s[-1] > 10 * c.RECONNECT_PATIENT_CAP_S / 2
+            assert times_s[-1] > 10 * backoff.PATIENT_CAP_S / 2
             pauses_s = [later - earlier for earlier, later in pairwise(times_s[9:])]
-            assert all(c.RECONNECT_PATIENT_CAP_S / 2 <= pause_s < 4 * c.RECONNECT_PATIENT_CAP_S for pause_s in pauses_s)
+            assert all(backoff.PATIENT_CAP_S / 2 <= pause_s < 4 * backoff.PATIENT_CAP_S for pause_s in pauses_s)
             for member in (caller, called):
                 member.went_on()
-            await trio.sleep(2 * c.LASTING_S)
+            await trio.sleep(2 * backoff.LASTING_S)
 
 
 async def test_recoveries_that_succeed_are_at_once(autojump_clock: MockClock) -> None:
@@ -72,7 +65,7 @@ async def test_recoveries_that_succeed_are_at_once(autojump_clock: MockClock) ->
             assert trio.current_time() - began_s < 0.01
             for member in (caller, called):
                 member.went_on()
-            await trio.sleep(2 * c.LASTING_S)
+            await trio.sleep(2 * backoff.LASTING_S)
 
 
 async def test_recoveries_that_do_not_last(autojump_clock: MockClock) -> None:
@@ -86,7 +79,7 @@ async def test_recoveries_that_do_not_last(autojump_clock: MockClock) -> None:
                 member.went_on()
         pauses_s = [later - earlier for earlier, later in pairwise(times_s)]
         assert pauses_s[0] < 0.05
-        assert all(c.RECONNECT_CAP_S / 2 <= pause_s < 2 * c.RECONNECT_CAP_S for pause_s in pauses_s[6:])
+        assert all(backoff.CAP_S / 2 <= pause_s < 2 * backoff.CAP_S for pause_s in pauses_s[6:])
 
 
 async def test_the_operator_does_not_wait(autojump_clock: MockClock) -> None:
@@ -118,7 +111,7 @@ async def test_a_peer_that_comes_back_again_and_again(autojump_clock: MockClock)
                 await trio.aclose_forcefully(stream)
             await trio.sleep(0.01)
         assert codes == {c.Code.TOO_OFTEN}
-        assert c.FREE_RETURNS < acceptor.accepted - 1 < c.FREE_RETURNS + 10
+        assert backoff.FREE_RETURNS < acceptor.accepted - 1 < backoff.FREE_RETURNS + 10
         called.went_on()
         hello = p.Hello("control", "dest", 0, SESSION.migration, 200)
         stream, _ = await c.connect(acceptor.addresses[0], hello, token=SESSION.token)

@@ -17,26 +17,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from postcopy import net as c
+from postcopy import wire as p
 from postcopy._fd import FdHolder
 from postcopy.errors import ConfigurationError, PeerError, PostcopyError, ProtocolError, ResourceError
-from postcopy.net import channels as c
-from postcopy.wire import protocol as p
-
-SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
+from postcopy.net import calling, connecting
+from tests.unit.net import support
+from tests.unit.net.support import SESSION
 
 
 @asynccontextmanager
 async def open_acceptor(
     side: str = "source", host: str = "127.0.0.1", reason: str = ""
 ) -> AsyncIterator[tuple[c.Acceptor, c.Address]]:
-    there = await c.Acceptor.open(c.Address(host, 0), side, lambda waiting: reason)
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(there.serve)
-            yield there, there.addresses[0]
-            nursery.cancel_scope.cancel()
-    finally:
-        await there.close()
+    async with support.open_acceptor(side, lambda waiting: reason, host=host) as acceptor:
+        yield acceptor, acceptor.addresses[0]
 
 
 class TestAddresses:
@@ -148,7 +143,7 @@ async def test_frames_right_behind_the_welcome_belong_to_the_core() -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(eager)
         hello = p.Hello("bulk", "source", 0, b"m" * 16, 0)
-        fd = c.detach((await c.connect(c.Address("127.0.0.1", port), hello))[0])
+        fd = connecting.detach((await c.connect(c.Address("127.0.0.1", port), hello))[0])
     assert os.read(fd.fd, 100) == b"FRAME"
     fd.close()
     await listener.aclose()
@@ -420,8 +415,8 @@ async def members(*hosts: str) -> AsyncIterator[tuple[list[c.Address], list[c.Re
         yield addresses, reconnectors
 
 
-def calling(route: c.Route) -> c.Reconnector:
-    return c._CallingReconnector(route, "dest", SESSION, p.PROTOCOL_VERSION)
+def a_caller(route: c.Route) -> c.Reconnector:
+    return calling.CallingReconnector(route, "dest", SESSION, p.PROTOCOL_VERSION)
 
 
 async def test_looked_for_at_a_new_address() -> None:
@@ -431,7 +426,7 @@ async def test_looked_for_at_a_new_address() -> None:
         dead = c.Address("127.0.0.1", closed.socket.getsockname()[1])
         await closed.aclose()
         route = c.Route(dead)
-        reconnector = calling(route)
+        reconnector = a_caller(route)
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
                 found: list[tuple[c.Link, c.Session]] = []
@@ -471,7 +466,7 @@ async def test_a_refusal_at_a_new_address_is_not_the_peers(caplog: pytest.LogCap
     """Anybody's listener knows nothing of us. Only the one that has known us can say that it does not any more."""
     async with members("127.0.0.1") as ([address], [there]), open_acceptor(host="127.0.0.2") as (_, stranger):
         route = c.Route(stranger)
-        reconnector = calling(route)
+        reconnector = a_caller(route)
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
                 found: list[c.Link] = []
@@ -499,7 +494,7 @@ def test_route(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     route.answered(c.Address("first", 1), c.Address("192.0.2.1", 1))
     route.refresh()  # the same name: the address that had answered
     assert route.address == c.Address("192.0.2.1", 1)
-    route.refresh(told=True)  # the same name, but the user knows why
+    route.refresh(by_user=True)  # the same name, but the user knows why
     assert route.address == c.Address("first", 1)
     file.write_text("  [2001:db8::7]:7\n\n")
     route.refresh()
@@ -509,7 +504,7 @@ def test_route(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for nonsense in (b"", b"nowhere", b"a:1\nb:2", b"\xff\xfe:1\0", b"x" * 5000, b"*:1", b"host:0"):
         file.write_bytes(nonsense)
         caplog.clear()
-        route.refresh(told=True)
+        route.refresh(by_user=True)
         assert route.address == c.Address("2001:db8::7", 7)
         assert "looked for at [2001:db8::7]:7 as before" in caplog.text
         with pytest.raises(ConfigurationError, match="--peer-file") as caught:
@@ -519,9 +514,9 @@ def test_route(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         with pytest.raises(ConfigurationError, match="--peer-file"):
             c.read_peer_file(str(path))
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ConfigurationError, match="has no port"):
+    with pytest.raises(ConfigurationError, match="not a regular file"):
         c.read_peer_file(str(tmp_path / "pipe"))
-    c.Route(c.Address("first", 1)).refresh(told=True)  # where there is nothing to look up
+    c.Route(c.Address("first", 1)).refresh(by_user=True)  # where there is nothing to look up
 
 
 async def test_a_side_that_listens_is_told_so() -> None:
@@ -551,7 +546,7 @@ async def test_held_by_the_side_that_calls() -> None:
                     caller.recover()
 
                 caller.pause()
-                with pytest.raises(PeerError, match=c.HELD):
+                with pytest.raises(PeerError, match=c.PAUSED_BY_OPERATOR):
                     await caller.superseded()
                 nursery.start_soon(recover)
                 again, session = await caller.next_link()
@@ -571,7 +566,7 @@ async def test_held_by_the_side_that_listens() -> None:
             await called.superseded()
             called.pause()
             assert await early.control.receive_some(1) == b""
-            with pytest.raises(PeerError, match=c.HELD):
+            with pytest.raises(PeerError, match=c.PAUSED_BY_OPERATOR):
                 await called.superseded()
             async with trio.open_nursery() as nursery:
 
@@ -607,7 +602,7 @@ async def test_held_while_it_connects(monkeypatch: pytest.MonkeyPatch) -> None:
                 streams.append(stream)
                 return stream, version
 
-            monkeypatch.setattr(c, "connect", slow)
+            monkeypatch.setattr(calling, "connect", slow)
             async with trio.open_nursery() as nursery:
 
                 async def recover() -> None:

@@ -11,14 +11,15 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from postcopy import net as c
+from postcopy import wire as p
 from postcopy.errors import PeerError, ProtocolError
-from postcopy.net import channels as c
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import Ended, EndedElsewhere
+from postcopy.net import listening
+from postcopy.wire import Ended, EndedElsewhere
+from tests.unit.net.support import OFFER, SESSION, hang_up, open_acceptor
+from tests.unit.wire.support import source_in
 
-SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
 STRANGER = c.Session(b"m" * 16, b"u" * 16, 0)
-OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, (p.Block("ram", 4096, 4096),), 1, 0)
 
 
 class Met(NamedTuple):
@@ -31,15 +32,9 @@ class Met(NamedTuple):
 @asynccontextmanager
 async def met(side: str = "source", endings: c.Endings | None = None) -> AsyncIterator[Met]:
     """A side that listens, and one that has called."""
-    acceptor = await c.Acceptor.open(c.Address("127.0.0.1", 0), side, lambda waiting: "", endings)
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(acceptor.serve)
-            here, there = await call(acceptor)
-            yield Met(acceptor, acceptor.addresses[0], here, there)
-            nursery.cancel_scope.cancel()
-    finally:
-        await acceptor.close()
+    async with open_acceptor(side, endings=endings) as acceptor:
+        here, there = await call(acceptor)
+        yield Met(acceptor, acceptor.addresses[0], here, there)
 
 
 async def call(acceptor: c.Acceptor) -> tuple[c.Link, c.Link]:
@@ -48,11 +43,6 @@ async def call(acceptor: c.Acceptor) -> tuple[c.Link, c.Link]:
     if side == "source":
         await here.control.send_all(p.encode(OFFER))
     return here, await acceptor.next_link()
-
-
-async def hang_up(*links: c.Link) -> None:
-    for link in links:
-        await trio.aclose_forcefully(link.control)
 
 
 async def test_two_offers_under_one_id() -> None:
@@ -109,7 +99,7 @@ async def test_without_the_token_nobody_comes_back(token: bytes, ended: str) -> 
             with pytest.raises(p.RefusedError, match="wrong token") as refused:
                 await c.connect(address, hello, token=token)
             assert not refused.value.proven
-            assert isinstance(member, c._ListeningReconnector)
+            assert isinstance(member, listening.ListeningReconnector)
             assert member.session == SESSION
             with trio.move_on_after(0.05) as scope:
                 await member.next_link()
@@ -133,7 +123,7 @@ async def test_a_proof_is_for_one_hello_only() -> None:
     refused = p.Refused("over", "aborted").signed(SESSION.token, hello)
     assert refused.is_signed(SESSION.token, hello)
     assert not refused.is_signed(SESSION.token, p.Hello("control", "dest", 0, SESSION.migration, 2))
-    assert not p.Refused("over", "completed", refused.proof).is_signed(SESSION.token, hello)
+    assert not p.Refused("over", "completed", proof=refused.proof).is_signed(SESSION.token, hello)
     assert not p.Refused("over", "aborted").is_signed(SESSION.token, hello)
     assert not refused.is_signed(b"", hello)  # where no migration is named there is no token
 
@@ -276,11 +266,9 @@ async def test_who_has_said_that_it_is_over_is_not_welcome_again() -> None:
 @pytest.mark.parametrize("handed", [True, False])
 def test_who_has_to_be_told(message: p.Message | None, handed: bool) -> None:
     """A destination that has said no knows it, and so does one that was handed nothing."""
-    source = p.SourceProtocol()
-    source._state = p.State.OFFERED
+    source = source_in(p.State.SWITCHOVER if handed else p.State.OFFERED)
     if handed:
-        source._state = p.State.SWITCHOVER
-        source.send_switchover(b"", 1)
+        source.send(p.Switchover(b"", 1))
         if isinstance(message, p.Reject):
             return  # not any more
     if message is not None:
@@ -288,7 +276,7 @@ def test_who_has_to_be_told(message: p.Message | None, handed: bool) -> None:
         source.next_message()
     source.connection_lost("gone")
     assert source.state is p.State.ABORTED
-    assert source.untold == (handed and message is None)
+    assert source.must_announce == (handed and message is None)
 
 
 async def test_the_side_that_calls_can_say_that_it_has_ended() -> None:

@@ -12,13 +12,13 @@ import pytest
 from postcopy.dataplane.pager import Pager
 from postcopy.errors import ConfigurationError
 from postcopy.machines import BlockLayout, Machine
-from postcopy.migration._session import UNDECIDED
 from postcopy.migration.destination import DestinationMigration
+from postcopy.migration.engine import UNDECIDED
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.output import Output
 from postcopy.service.daemon import MAX_LEFT, MAX_MACHINES, ArrivalOptions, Daemon
 from postcopy.service.schema import ControlError, Request
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 
 
 def _daemon(limit: int = 0) -> Daemon:
@@ -99,8 +99,9 @@ def test_names_that_a_peer_may_not_give(name: object) -> None:
 
     daemon = _daemon()
     owned = daemon._claim("arriving")
+    make = _Maker(daemon._claim, owned, daemon._arrival)
     with pytest.raises(ConfigurationError, match="name"):
-        _Maker(daemon._claim, owned)("rv64", {"name": name}, [BlockLayout("x", 4096, 4096)], "memfd")
+        make("rv64", {"name": name}, [BlockLayout("x", 4096, 4096)])
     assert owned.name == "arriving"
 
 

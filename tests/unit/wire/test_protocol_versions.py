@@ -8,21 +8,19 @@ package.
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import msgpack
 import pytest
 import trio
 from trio.testing import MockClock
 
-from postcopy._native import lib
+from postcopy import net as c
+from postcopy import wire as p
 from postcopy.errors import PeerError, ProtocolError
-from postcopy.net import channels as c
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import DestinationProtocol, SourceProtocol, State
+from postcopy.wire import DestinationProtocol, SourceProtocol, State
+from tests.unit.net.support import SESSION, open_acceptor
+from tests.unit.wire.support import framed
 
-SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
 OLD = b"postcpy\x02"
 HELLO_2 = {
     "type": "hello", "channel": "control", "side": "dest", "index": 0, "migration": b"", "epoch": 0, "token": b"",
@@ -34,9 +32,7 @@ OFFER_2 = {
 
 
 def said(body: dict[str, object]) -> bytes:
-    packed = msgpack.packb(body)
-    length = len(packed).to_bytes(4, "big")
-    return length + lib.pc_crc32c(0, length + packed, 4 + len(packed)).to_bytes(4, "big") + packed
+    return framed(msgpack.packb(body))
 
 
 class OldPeer:
@@ -64,18 +60,6 @@ class OldPeer:
         await self.stream.send_all(said(body))
 
 
-@asynccontextmanager
-async def open_acceptor(side: str) -> AsyncIterator[c.Acceptor]:
-    acceptor = await c.Acceptor.open(c.Address("127.0.0.1", 0), side, lambda waiting: "")
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(acceptor.serve)
-            yield acceptor
-            nursery.cancel_scope.cancel()
-    finally:
-        await acceptor.close()
-
-
 async def dial(acceptor: c.Acceptor) -> trio.SocketStream:
     return await trio.open_tcp_stream(acceptor.addresses[0].host, acceptor.addresses[0].port)
 
@@ -99,7 +83,7 @@ async def test_an_old_destination_calls() -> None:
         assert link.version == 2
         source = SourceProtocol(link.version)
         offer = p.Offer(b"m" * 16, b"t" * 16, "kvm", {"vcpus": 1}, (p.Block("ram", 8192, 4096),), 1, 0)
-        await link.control.send_all(source.send_offer(offer))
+        await link.control.send_all(source.send(offer))
         assert await peer.hear() == OFFER_2
         with link.reconnector(SESSION) as member, link.channel_set(SESSION):
             urgent = await call_2(acceptor, channel="urgent", migration=b"m" * 16, token=b"t" * 16)
@@ -183,8 +167,8 @@ async def test_an_old_source_listens() -> None:
                 dest.receive_data(await link.control.receive_some())
                 dest.next_message()
             with pytest.raises(ProtocolError, match="the source speaks version 2, which needs a bulk channel"):
-                dest.send_accept((4096,), 1, 0)
-            await link.control.send_all(dest.send_accept((4096,), 1, 1))
+                dest.send(p.Accept((4096,), 1, 0))
+            await link.control.send_all(dest.send(p.Accept((4096,), 1, 1)))
             with link.channel_set(SESSION) as channel_set, link.reconnector(SESSION) as member:
                 for fd in (await channel_set.channels(1, 1)).values():
                     fd.close()
@@ -320,12 +304,12 @@ def test_no_bulk_channel_where_it_is_not_understood() -> None:
     offer = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, (p.Block("ram", 8192, 4096),), 0, 0)
     source = SourceProtocol(2)
     with pytest.raises(ProtocolError, match="the destination speaks version 2, which needs a bulk channel"):
-        source.send_offer(offer)
+        source.send(offer)
     assert source.state is State.SETUP
     dest = DestinationProtocol()
-    dest.receive_data(SourceProtocol().send_offer(offer))
+    dest.receive_data(SourceProtocol().send(offer))
     assert dest.next_message() == offer
     source = SourceProtocol()
-    source.send_offer(offer)
-    source.receive_data(dest.send_accept((4096,), 1, 0))
+    source.send(offer)
+    source.receive_data(dest.send(p.Accept((4096,), 1, 0)))
     assert source.next_message() == p.Accept((4096,), 1, 0)

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What two hosts say to each other on the control connection: one frozen struct for each message.
+
+A field's type says what a peer may put into it; msgspec checks that when a message is decoded (see `codec`). `check` is
+for rules that no type can express. Messages that are made on this side are not checked.
+"""
+
+from __future__ import annotations
+
+import enum
+import hmac
+import re
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, ClassVar, Final, Self
+
+from msgspec import Meta, Struct
+from msgspec.structs import force_setattr, replace
+
+PROTOCOL_VERSION: Final = 3
+OLDEST_VERSION: Final = 2  # that is still spoken
+MAGIC: Final = b"postcpy"
+PREAMBLE: Final = MAGIC + bytes([PROTOCOL_VERSION])
+
+MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024  # of any message; each type has a limit of its own below that
+SMALL_MESSAGE_BYTES: Final = 16 * 1024
+
+PROOF_BYTES: Final = 32
+ID_BYTES: Final = 16
+MAX_BLOCKS: Final = 64  # PC_MAX_BLOCKS and so on of the core, which checks the numbers again when it is given them
+MAX_SHARDS: Final = 64
+MAX_BULK_CHANNELS: Final = 16
+MAX_REASON_CHARS: Final = 500
+MAX_STATE_BYTES: Final = MAX_MESSAGE_BYTES - 4096
+MAX_PAGE_BYTES: Final = 4 * 1024 * 1024  # one page must fit into one data frame (PC_FRAME_MAX_PAYLOAD_BYTES)
+PAGE_MAP_PAGES: Final = 8 * 1024 * 1024
+"""Pages a `page-map` describes at most. A run takes at least a page and, when it is short, one byte: so the worst
+map, every other page present, stays below MAX_MESSAGE_BYTES."""
+PLACED_PAGES: Final = 1024 * 1024
+"""Pages a `placed` describes at most: a megabyte at worst, since pings have to get past it."""
+
+U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+U63 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Positive = Annotated[int, Meta(ge=1, le=2**32 - 1)]
+BlockNumber = Annotated[int, Meta(ge=0, le=MAX_BLOCKS - 1)]
+Pages = Annotated[int, Meta(ge=1, le=PAGE_MAP_PAGES)]
+PageBytes = Annotated[int, Meta(ge=512, le=MAX_PAGE_BYTES)]  # and a power of two, see `_check_page_bytes`
+BulkChannels = Annotated[int, Meta(ge=0, le=MAX_BULK_CHANNELS)]
+Id = Annotated[bytes, Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
+IdOrEmpty = Annotated[bytes, Meta(max_length=ID_BYTES)]  # see `_check_empty_or`
+ProofOrEmpty = Annotated[bytes, Meta(max_length=PROOF_BYTES)]
+Reason = Annotated[str, Meta(max_length=4 * MAX_REASON_CHARS)]  # made one line: see `_make_printable`
+Text32 = Annotated[str, Meta(min_length=1, max_length=32)]
+
+
+MESSAGES: Final[dict[str, type[Message]]] = {}  # by type
+
+
+class Message(Struct, frozen=True, rename="kebab"):
+    """What a peer said. Class `PageMap` is of type `page-map` on the wire, field `first_page` is `first-page` there."""
+
+    TYPE: ClassVar[str] = ""
+    MAX_BYTES: ClassVar[int] = SMALL_MESSAGE_BYTES
+    NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {}  # the fields that a version of the protocol does not have
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if not cls.__name__.startswith("_"):
+            cls.TYPE = re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+            MESSAGES[cls.TYPE] = cls
+
+    def check(self) -> None:
+        """`ValueError`, which begins with the name of a field, for one that no peer may say."""
+
+
+class Ended(enum.StrEnum):
+    """How a migration has ended on one side, as it tells the other one."""
+
+    COMPLETED = "completed"
+    ABORTED = "aborted"  # never committed: the machine is the source's
+    RECLAIMED = "reclaimed"  # by the operator of the source, who knew that the destination was dead
+    LOST = "lost"  # that side has given up what it had of a machine that was committed
+
+
+class Hello(Message, frozen=True):
+    NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {2: ("ended", "proof"), 3: ("token",)}
+    channel: Annotated[str, Meta(pattern=r"\A(control|urgent|bulk)\Z")]
+    side: Annotated[str, Meta(pattern=r"\A(source|dest)\Z")]  # what the connecting host is
+    index: Annotated[int, Meta(ge=0, le=MAX_SHARDS - 1)]
+    migration: IdOrEmpty
+    epoch: U32
+    ended: Annotated[str, Meta(pattern=rf"\A({'|'.join(Ended)}|)\Z")] = ""  # the caller only comes to say that
+    token: IdOrEmpty = b""
+    proof: ProofOrEmpty = b""
+
+    def check(self) -> None:
+        _check_empty_or(ID_BYTES, migration=self.migration, token=self.token)
+        _check_empty_or(PROOF_BYTES, proof=self.proof)
+        if self.channel == "bulk" and self.index >= MAX_BULK_CHANNELS:
+            raise ValueError(f"index must be 0 to {MAX_BULK_CHANNELS - 1}, not {self.index}")
+        if self.channel == "control" and self.index:
+            raise ValueError("index must be 0 on a control connection")
+        if self.ended and (self.channel != "control" or not self.migration):
+            raise ValueError("ended must be empty but on the control connection of a migration")
+
+    def signed(self, token: bytes, version: int) -> Hello:
+        """With what shows that we know the token; as it is where there is none."""
+        if not token:
+            return self
+        return replace(self, token=token) if version < 3 else replace(self, proof=self._proof(token))
+
+    def is_signed(self, token: bytes, version: int) -> bool:
+        """Whether it comes from somebody who knows the token."""
+        return same_secret(token, self.token) if version < 3 else hmac.compare_digest(self._proof(token), self.proof)
+
+    def _proof(self, token: bytes) -> bytes:
+        words = (self.channel, self.side, str(self.index), self.migration.hex(), str(self.epoch), self.ended)
+        return _proof(token, "hello", *words)
+
+
+class _Answer(Message, frozen=True, kw_only=True):
+    """To a hello. Its proof shows that it comes from somebody who knows the token, too."""
+
+    NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {2: ("code", "proof")}
+    proof: ProofOrEmpty = b""
+
+    def check(self) -> None:
+        _check_empty_or(PROOF_BYTES, proof=self.proof)
+
+    def signed(self, token: bytes, hello: Hello) -> Self:
+        return replace(self, proof=self._proof(token, hello)) if token else self
+
+    def is_signed(self, token: bytes, hello: Hello) -> bool:
+        return bool(token) and hmac.compare_digest(self._proof(token, hello), self.proof)
+
+    def _proof(self, token: bytes, hello: Hello) -> bytes:
+        raise NotImplementedError
+
+
+class Welcome(_Answer, frozen=True):
+    def _proof(self, token: bytes, hello: Hello) -> bytes:
+        return _proof(token, "welcome", hello.channel, str(hello.index), hello.migration.hex(), str(hello.epoch))
+
+
+class Refused(_Answer, frozen=True):
+    reason: Reason
+    code: Text32 = "other"
+
+    def __post_init__(self) -> None:
+        _make_printable(self)
+
+    def _proof(self, token: bytes, hello: Hello) -> bytes:
+        return _proof(token, "refused", self.code, hello.migration.hex(), str(hello.epoch))
+
+
+class _Ending(Message, frozen=True):
+    reason: Reason
+
+    def __post_init__(self) -> None:
+        _make_printable(self)
+
+
+class Block(Struct, frozen=True, rename="kebab", forbid_unknown_fields=True):
+    """A RAM block as the source has it."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64)]
+    size_bytes: Annotated[int, Meta(ge=512, le=2**63 - 1)]  # a multiple of page_bytes
+    page_bytes: PageBytes
+
+    def pages(self, page_bytes: int) -> int:
+        """How many pages of that size cover it."""
+        return -(-self.size_bytes // page_bytes)
+
+
+class Offer(Message, frozen=True):
+    MAX_BYTES: ClassVar[int] = 64 * 1024
+    migration: Id
+    token: Id
+    machine: Text32
+    config: Mapping[str, Any]
+    blocks: Annotated[tuple[Block, ...], Meta(min_length=1, max_length=MAX_BLOCKS)]
+    bulk_channels: BulkChannels
+    placed_every_ms: Annotated[int, Meta(ge=0, le=60_000)]  # how often `placed` is wanted, 0: never
+
+    def check(self) -> None:
+        for block in self.blocks:
+            _check_page_bytes("blocks", block.page_bytes)
+            if block.size_bytes % block.page_bytes:
+                raise ValueError(f"blocks has one of {block.size_bytes} bytes: not whole pages of {block.page_bytes}")
+
+
+class Accept(Message, frozen=True):
+    page_bytes: Annotated[tuple[PageBytes, ...], Meta(min_length=1, max_length=MAX_BLOCKS)]
+    shards: Annotated[int, Meta(ge=1, le=MAX_SHARDS)]
+    bulk_channels: BulkChannels
+
+    def check(self) -> None:
+        for size in self.page_bytes:
+            _check_page_bytes("page-bytes", size)
+
+
+class Reject(_Ending, frozen=True):
+    pass
+
+
+class Ready(Message, frozen=True):
+    pass
+
+
+class _Map(Message, frozen=True):
+    """Which pages of a part of a block are there, in the run-length form of `Bitmap`."""
+
+    MAX_BYTES: ClassVar[int] = PAGE_MAP_PAGES + SMALL_MESSAGE_BYTES
+    MAX_PAGES: ClassVar[int] = PAGE_MAP_PAGES
+    block: BlockNumber
+    first_page: U63
+    pages: Pages
+    runs: bytes
+
+    def check(self) -> None:
+        if self.pages > self.MAX_PAGES:
+            raise ValueError(f"pages must be 1 to {self.MAX_PAGES}, not {self.pages}")
+        if len(self.runs) > self.pages + 1:  # at most a byte a page, and one for an empty first run
+            most = self.pages + 1
+            raise ValueError(f"runs must have at most {most} bytes for {self.pages} pages, not {len(self.runs)}")
+
+
+class PageMap(_Map, frozen=True):
+    """What the source has; all else is zeros."""
+
+
+class Switchover(Message, frozen=True):
+    MAX_BYTES: ClassVar[int] = MAX_MESSAGE_BYTES
+    state: Annotated[bytes, Meta(max_length=MAX_STATE_BYTES)]
+    maps: Positive
+
+
+class Prepared(Message, frozen=True):
+    pass
+
+
+class Commit(Message, frozen=True):
+    pass
+
+
+class Running(Message, frozen=True):
+    resume_ns: U63
+
+
+class Placed(_Map, frozen=True):
+    """Pages that are at the destination for good, and were not acknowledged before on this connection."""
+
+    MAX_BYTES: ClassVar[int] = PLACED_PAGES + SMALL_MESSAGE_BYTES
+    MAX_PAGES: ClassVar[int] = PLACED_PAGES
+
+
+class Complete(Message, frozen=True):
+    MAX_BYTES: ClassVar[int] = 64 * 1024
+    stats: Mapping[str, Any]
+
+
+class CompleteAck(Message, frozen=True):
+    MAX_BYTES: ClassVar[int] = 64 * 1024
+    stats: Mapping[str, Any]
+
+
+class ReceivedMap(_Map, frozen=True):
+    """What the destination has, after it was lost."""
+
+
+class Recover(Message, frozen=True):
+    """Ends what the destination says after it was lost."""
+
+    resume_ns: U63  # as in `running`; 0: the machine has not run there yet
+    maps: Positive
+    digest: U32  # CRC32C over the bitmaps of all blocks, in 64-bit little-endian words
+
+
+class Recovered(Message, frozen=True):
+    pass
+
+
+class Abort(_Ending, frozen=True):
+    pass
+
+
+class Ping(Message, frozen=True):
+    nonce: U63
+
+
+class Pong(Message, frozen=True):
+    nonce: U63
+
+
+def one_line(text: str, limit: int = MAX_REASON_CHARS) -> str:
+    """`text` made fit to be printed or sent as a reason: one line, printable, not longer than `limit`."""
+    line = "".join(char if char.isprintable() else " " for char in text).strip()
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def same_secret(mine: bytes, theirs: bytes) -> bool:
+    """Compares tokens in constant time; an empty one is never right."""
+    return bool(mine) and hmac.compare_digest(mine, theirs)
+
+
+def _proof(token: bytes, *words: str) -> bytes:
+    """No word has a blank in it, so that two different lists never are the same line."""
+    return hmac.digest(token, " ".join(words).encode(), "sha256")
+
+
+def _make_printable(message: Refused | _Ending) -> None:
+    """Of the peer or for it, somebody will print it: one line, and nothing that moves a cursor."""
+    force_setattr(message, "reason", one_line(message.reason))
+
+
+def _check_empty_or(size: int, **fields: bytes) -> None:
+    for name, value in fields.items():
+        if len(value) not in (0, size):
+            raise ValueError(f"{name} must have {size} bytes or none, not {len(value)}")
+
+
+def _check_page_bytes(name: str, size: int) -> None:
+    if size & (size - 1):
+        raise ValueError(f"{name} must be a power of two, not {size}")
