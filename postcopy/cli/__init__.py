@@ -22,7 +22,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import trio
 
@@ -34,10 +34,20 @@ from postcopy.machines.toy.kvm import WORKLOADS
 from postcopy.memory import parse_size
 from postcopy.migration._session import HEARTBEAT_S, MISSED_HEARTBEATS
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS, SourceOptions
-from postcopy.net.channels import Route, parse_address, read_peer_file
+from postcopy.net.channels import Address, Route, parse_address, read_peer_file
 from postcopy.output import LogHandler, Output, make_output
-from postcopy.service.commands import DestinationCommand, MergeCommand, Origin, SourceCommand
+from postcopy.service.config import (
+    ArrivalOptions,
+    DaemonConfig,
+    DestinationConfig,
+    OperatingOptions,
+    Origin,
+    SourceConfig,
+)
 from postcopy.wire.protocol import MAX_BULK_CHANNELS, one_line
+
+if TYPE_CHECKING:
+    from postcopy.service.service import Service
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
@@ -525,6 +535,8 @@ def _make_command(
 
         return CtlCommand(args, output).run
     if args.command == "merge":
+        from postcopy.cli.merge import MergeCommand
+
         return MergeCommand(args.salvages, args.output, args.into, output).run
     if args.command == "chaos":
         from postcopy.testbed import ChaosPlan
@@ -541,18 +553,16 @@ def _make_command(
     if args.command == "source":
         _check_origin(args)
     if args.command == "daemon" or (args.command == "source" and args.hold):
-        from postcopy.cli.operated import make_daemon
-
-        options = machine_options(args) if args.machine is not None else None
-        return make_daemon(args, output, _source_options(args), options, listen)
+        return _daemon(args, output, listen)
     if args.command == "source":
         if args.serve != 1 and (args.machine != "image" or listen is None):
             raise ConfigurationError("--serve goes with --machine image and --listen only")
-        source = SourceCommand(
+        from postcopy.service.source import Source
+
+        source = SourceConfig(
             args.machine or "",
             machine_options(args),
             _source_options(args),
-            output,
             origin=Origin(args.origin, args.reclaim, args.force) if args.origin is not None else None,
             listen=listen,
             connect=connect,
@@ -561,25 +571,57 @@ def _make_command(
             keep=args.on_failure == "keep",
             salvage_to=args.salvage,
         )
-        return _operated(source, args, output)
-    dest = DestinationCommand(
-        output,
+        return _operated(Source(source, output), args, output)
+    from postcopy.service.destination import Destination
+
+    dest = DestinationConfig(
+        _arrival_options(args),
         listen=listen,
         connect=connect,
-        backing=args.backing,
-        disk=args.disk,
-        net=args.net,
-        busy_poll_us=args.busy_poll,
-        pager_process=args.pager == "process",
         heartbeat_s=args.heartbeat,
         recover_for_s=args.recover_for,
-        kill_when_lost=args.on_lost == "kill",
         run_for_s=args.run_for,
         dump=args.dump,
         verify=args.verify,
         salvage_to=args.salvage,
     )
-    return _operated(dest, args, output)
+    return _operated(Destination(dest, output), args, output)
+
+
+def _daemon(
+    args: argparse.Namespace, output: Output, listen: Address | None
+) -> Callable[[trio.Event], Awaitable[bool]]:
+    """A daemon, which for `source --hold` is one that takes no machines. `ConfigurationError` without a control
+    socket: nobody could tell it anything."""
+    from postcopy.service.daemon import Daemon
+
+    holding = args.command == "source"
+    if args.control is None:
+        what = "source --hold" if holding else "daemon"
+        raise ConfigurationError(f"{what} does what it is told through its control socket: say --control PATH")
+    if holding and (args.salvage is not None or args.migrate_after):
+        raise ConfigurationError("--salvage and --migrate-after have no meaning with --hold")
+    config = DaemonConfig(
+        _source_options(args),
+        _arrival_options(args) if not holding else ArrivalOptions(),
+        listen=listen,
+        kind=args.machine,
+        machine=machine_options(args) if args.machine is not None else None,
+        name=None if holding else args.name,
+        side=args.command,
+    )
+    return _operated(Daemon(config, output), args, output)
+
+
+def _arrival_options(args: argparse.Namespace) -> ArrivalOptions:
+    return ArrivalOptions(
+        backing=args.backing,
+        disk=args.disk,
+        net=args.net,
+        busy_poll_us=args.busy_poll,
+        pager_process=args.pager == "process",
+        kill_when_lost=getattr(args, "on_lost", "hold") == "kill",
+    )
 
 
 def _check_origin(args: argparse.Namespace) -> None:
@@ -596,16 +638,14 @@ def _check_origin(args: argparse.Namespace) -> None:
             raise ConfigurationError(f"--{name.replace('_', '-')} does not go with --from: the machine is what it was")
 
 
-def _operated(
-    command: SourceCommand | DestinationCommand, args: argparse.Namespace, output: Output
-) -> Callable[[trio.Event], Awaitable[bool]]:
-    """The command with all that around it by which it is operated, where that was asked for."""
-    asked = (args.control, args.metrics, args.metrics_file)
-    if all(one is None for one in asked) and not os.environ.get("NOTIFY_SOCKET"):
-        return command.run
-    from postcopy.cli.operated import operated
+def _operated(service: Service, args: argparse.Namespace, output: Output) -> Callable[[trio.Event], Awaitable[bool]]:
+    """The service with all that around it by which it is operated, where that was asked for."""
+    options = OperatingOptions(args.control, args.metrics, args.metrics_file)
+    if options == OperatingOptions() and not os.environ.get("NOTIFY_SOCKET"):
+        return service.run
+    from postcopy.service.operation import Operation
 
-    return operated(command, args, output)
+    return Operation(service, options, output).run
 
 
 async def _with_signals(command: Callable[[trio.Event], Awaitable[bool]], route: Route | None) -> bool:
