@@ -30,7 +30,7 @@ from postcopy import __version__
 from postcopy._files import explain_bad_name
 from postcopy.errors import ConfigurationError, PostcopyError, known_error, want_of
 from postcopy.machines.kinds import BACKINGS, KINDS, MachineOptions
-from postcopy.machines.toy.kvm import WORKLOADS
+from postcopy.machines.toy.machine import WORKLOADS
 from postcopy.memory import parse_size
 from postcopy.migration._session import HEARTBEAT_S, MISSED_HEARTBEATS
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS, SourceOptions

@@ -25,7 +25,7 @@ from postcopy.dataplane.pager import Pager
 from postcopy.errors import MigrationError, PeerError, PostcopyError
 from postcopy.machines import Machine
 from postcopy.machines.kinds import MachineOptions
-from postcopy.machines.toy.rv64 import Rv64Machine
+from postcopy.machines.toy.machine import ToyMachine
 from postcopy.memory import _admission
 from postcopy.memory._admission import PROMISES, Room
 from postcopy.migration.destination import DestinationMigration
@@ -172,9 +172,9 @@ async def test_the_only_machine_that_can_be_reclaimed_needs_no_name() -> None:
 
 async def test_a_machine_that_is_being_ended_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
     closing, closed, closes = trio.Event(), trio.Event(), 0
-    close = Rv64Machine.close
+    close = ToyMachine.close
 
-    async def slowly(self: Rv64Machine, *arguments: Any) -> None:
+    async def slowly(self: ToyMachine, *arguments: Any) -> None:
         nonlocal closes
         closes += 1
         closing.set()
@@ -183,7 +183,7 @@ async def test_a_machine_that_is_being_ended_is_nobody_elses(monkeypatch: pytest
 
     async with running() as there:
         await there.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
-        monkeypatch.setattr(Rv64Machine, "close", slowly)
+        monkeypatch.setattr(ToyMachine, "close", slowly)
         async with trio.open_nursery() as nursery:
             for _ in range(2):
                 nursery.start_soon(partial(there.ask, "end", machine="two"))
@@ -571,7 +571,7 @@ async def test_load_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, end: st
     async def load_state(self: Machine, state: bytes) -> None:
         await run_sync(hang, abandon_on_cancel=True)
 
-    monkeypatch.setattr(Rv64Machine, "load_state", load_state)
+    monkeypatch.setattr(ToyMachine, "load_state", load_state)
     try:
         async with running() as there, running(with_machine=False) as here:
             await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
