@@ -55,7 +55,8 @@ from postcopy.service import report
 from postcopy.service._contain import contained, contained_call
 from postcopy.service.controllers import OVER, changed, reclaim, steer
 from postcopy.service.handler import ControlHandler, Handler
-from postcopy.service.schema import ControlError, Json, is_name, plain
+from postcopy.service.options import is_name
+from postcopy.service.schema import ControlError, Json, plain
 from postcopy.service.status import Migration, machine_status
 from postcopy.wire.protocol import State, one_line
 
