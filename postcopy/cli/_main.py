@@ -22,7 +22,7 @@ from typing import Any
 
 import trio
 
-from postcopy.cli._parser import load, make_parser
+from postcopy.cli._parser import load, make_parser, values
 from postcopy.errors import ConfigurationError, PostcopyError, known_error, want_of
 from postcopy.net.channels import Route, read_peer_file
 from postcopy.output import LogHandler, Output, make_output
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(module, "run"):
             status: int = module.run(args)
             return status
-        given = vars(args)
+        given = values(args)
         output = make_output(given.get("json", False), given.get("log_json", False))
         with output.standard_streams():
             return _run(module.make, given, output)

@@ -68,6 +68,11 @@ def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def values(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given, by the names in the records."""
+    return {name: value for name, value in vars(args).items() if value is not None}
+
+
 def load(command: str) -> Any:
     """A command's module."""
     return import_module(COMMANDS[command][1])
@@ -99,6 +104,7 @@ def add_option(parser: argparse._ActionsContainer, option: Option) -> None:
     if option.nargs:
         more["nargs"] = option.nargs
     if option.positional:
-        parser.add_argument(option.key, **more)
+        # (argparse would parse SUPPRESS, which is a text, in place of one that was left out)
+        parser.add_argument(option.key, **more | {"default": None})
     else:
         parser.add_argument(f"--{option.name}", dest=option.key, required=option.required, **more)
