@@ -68,7 +68,9 @@ def _run(make: Callable[..., Callable[[trio.Event], Awaitable[bool]]], given: di
         level = given.get("log_level", "warning").upper()
         logging.basicConfig(level=level, handlers=[LogHandler(output)], force=True)
         logging.captureWarnings(True)
-        route: Route | None = None
+        route: Route | None = None  # that may lead elsewhere after SIGHUP
+        if "connect" in given:
+            given["connect"] = Route(given["connect"])
         if "peer_file" in given:
             path = given["peer_file"]
             route = given["connect"] = Route(read_peer_file(path), lambda: read_peer_file(path))

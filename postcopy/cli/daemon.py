@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from postcopy.cli._interim import Daemon
 from postcopy.cli._operated import Run, run_operated
 from postcopy.errors import ConfigurationError
 from postcopy.machines.kinds import MachineOptions
@@ -13,6 +12,7 @@ from postcopy.migration.source import SourceOptions
 from postcopy.output import Output
 from postcopy.service import options
 from postcopy.service.config import ArrivalOptions, DaemonConfig
+from postcopy.service.daemon import Daemon
 from postcopy.service.options import record
 
 OPTIONS = options.COMMANDS["daemon"]
@@ -27,8 +27,6 @@ def make_daemon(given: dict[str, Any], output: Output, side: str) -> Run:
     if "control" not in given:
         what = "source --hold" if side == "source" else "daemon"
         raise ConfigurationError(f"{what} does what it is told through its control socket: say --control PATH")
-    if "name" in given and "kind" not in given:
-        raise ConfigurationError("--name goes with --machine: it is the name of the machine to begin with")
     config = record(
         DaemonConfig,
         given,

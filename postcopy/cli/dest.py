@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from postcopy.cli._interim import Destination
 from postcopy.cli._operated import Run, run_operated
 from postcopy.output import Output
 from postcopy.service import options
 from postcopy.service.config import ArrivalOptions, DestinationConfig
+from postcopy.service.destination import Destination
 from postcopy.service.options import record
 
 OPTIONS = options.COMMANDS["dest"]

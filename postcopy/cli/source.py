@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from postcopy.cli._interim import Source
 from postcopy.cli._operated import Run, run_operated
 from postcopy.errors import ConfigurationError
 from postcopy.machines.kinds import MachineOptions
@@ -14,6 +13,7 @@ from postcopy.output import Output
 from postcopy.service import options
 from postcopy.service.config import Origin, SourceConfig
 from postcopy.service.options import record
+from postcopy.service.source import Source
 
 OPTIONS = options.COMMANDS["source"]
 
