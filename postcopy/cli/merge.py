@@ -4,14 +4,47 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import trio
 
 from postcopy._blocking import run_sync
 from postcopy._writer import Kind
+from postcopy.cli._operated import Run
 from postcopy.migration import salvage
 from postcopy.migration._session import Interrupted
 from postcopy.output import Output
+from postcopy.service.options import OUTPUT, Group, OneOf, Option, parse_path, path
+
+OPTIONS = (
+    Group(
+        (
+            Option(
+                "salvages",
+                "written by --salvage: of the source, the destination, or both",
+                "DIR",
+                parse_path,
+                nargs="+",
+                positional=True,
+            ),
+            OneOf(
+                (
+                    path("output", "the image, sparse: one RAM block after the other"),
+                    path(
+                        "into",
+                        "a new directory, with all that is there of the machine, for `postcopy source --from`",
+                        "DIR",
+                    ),
+                )
+            ),
+        )
+    ),
+    OUTPUT,
+)
+
+
+def make(given: dict[str, Any], output: Output) -> Run:
+    return MergeCommand(given["salvages"], given.get("output"), given.get("into"), output).run
 
 
 class MergeCommand:

@@ -55,7 +55,8 @@ from postcopy.service import report
 from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import DaemonConfig
 from postcopy.service.control import find, process_status
-from postcopy.service.schema import ControlError, is_name
+from postcopy.service.options import is_name
+from postcopy.service.schema import ControlError
 from postcopy.service.service import Json, Migration, Owned, Phase, Request, Row, Service, direction
 from postcopy.service.status import machine_status
 from postcopy.wire.protocol import State, one_line

@@ -11,7 +11,7 @@ from postcopy._error_line import ErrorLine
 from postcopy._fd import FdHolder
 from postcopy._native import lib
 from postcopy.errors import ConfigurationError, ProtocolError
-from postcopy.memory import format_size
+from postcopy.units import format_size
 
 
 class Disk:
