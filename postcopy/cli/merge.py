@@ -12,7 +12,7 @@ from postcopy._blocking import run_sync
 from postcopy._writer import Kind
 from postcopy.cli._operated import Run
 from postcopy.migration import salvage
-from postcopy.migration._session import Interrupted
+from postcopy.migration.tasks import Interrupted
 from postcopy.output import Output
 from postcopy.service.options import OUTPUT, Group, OneOf, Option, parse_path, path
 

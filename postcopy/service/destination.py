@@ -13,15 +13,15 @@ from postcopy._files import check_new_file
 from postcopy.errors import MigrationError
 from postcopy.machines import Check, Machine
 from postcopy.migration import salvage
-from postcopy.migration._session import Interrupted, first_of, now_ns
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceOptions
-from postcopy.net.channels import Acceptor, CallingLink, Link
+from postcopy.migration.tasks import Interrupted, first_of, now_ns
+from postcopy.net import Acceptor, CallingLink, Link
 from postcopy.output import Output
 from postcopy.service import report
 from postcopy.service.config import DestinationConfig
 from postcopy.service.service import Json, Owned, Phase, Service, why_not_completed
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 
 
 class Destination(Service):
@@ -148,10 +148,8 @@ class Destination(Service):
                 " host, which does not run it meanwhile"
             )
             return
-        figures = migration.figures()
         self.output.say(
-            f"postcopy: PAUSED: {migration.failure}; the machine is kept,"
-            f" {figures.total_bytes - figures.resident_bytes}"
+            f"postcopy: PAUSED: {migration.failure}; the machine is kept, {migration.statistics().remaining_bytes}"
             " bytes of it are missing, and whatever touches them waits until the source is back, or this process is"
             " interrupted"
         )

@@ -17,7 +17,7 @@ import h11
 import trio
 
 from postcopy.errors import ResourceError
-from postcopy.net.channels import Address, parse_address
+from postcopy.net import Address, parse_address
 from postcopy.service._contain import contained
 
 IDLE_TIMEOUT_S = 15.0

@@ -21,9 +21,9 @@ from postcopy._files import explain_bad_name
 from postcopy.errors import ConfigurationError
 from postcopy.machines.kinds import BACKINGS, KINDS
 from postcopy.machines.toy.machine import WORKLOADS
-from postcopy.migration._session import HEARTBEAT_S, MISSED_HEARTBEATS
+from postcopy.migration.connection import HEARTBEAT_S, MISSED_HEARTBEATS
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS
-from postcopy.net.channels import parse_address
+from postcopy.net import parse_address
 from postcopy.units import (
     FOREVER,
     format_seconds,
@@ -32,7 +32,7 @@ from postcopy.units import (
     parse_size,
     parse_whole,
 )
-from postcopy.wire.protocol import MAX_BULK_CHANNELS
+from postcopy.wire import MAX_BULK_CHANNELS
 
 T = TypeVar("T")
 

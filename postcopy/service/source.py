@@ -13,14 +13,14 @@ from postcopy.errors import ConfigurationError
 from postcopy.machines import Machine
 from postcopy.machines.kinds import create_source
 from postcopy.migration import salvage
-from postcopy.migration._session import Interrupted, first_of
 from postcopy.migration.source import SourceMigration, check_releasable
-from postcopy.net.channels import Acceptor, Link, Route
+from postcopy.migration.tasks import Interrupted, first_of
+from postcopy.net import Acceptor, Link, Route
 from postcopy.output import Output
 from postcopy.service import report
 from postcopy.service.config import ArrivalOptions, SourceConfig
 from postcopy.service.service import Json, Owned, Phase, Service, why_not_completed
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 
 MAX_SESSIONS = 16  # destinations served at the same time
 MAX_LOST = 16  # destinations of an image that were lost, and that may still come back
@@ -194,7 +194,7 @@ class Source(Service):
                 return True
             reclaimed = migration.state is State.RECLAIMED
             self.failure = why_not_completed(migration)
-            keep = reclaimed or (migration.may_run and migration.was_ready and self._config.keep)
+            keep = reclaimed or (migration.may_run and migration.ready_ns > 0 and self._config.keep)
             if keep and machine.live and not self.stop.is_set():
                 if not reclaimed:
                     self.output.say(

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 import trio
 
 from postcopy.errors import ConfigurationError
-from postcopy.net.channels import Address, parse_address
+from postcopy.net import Address, parse_address
 from postcopy.units import parse_rate, parse_seconds, parse_seconds_range, parse_size
 
 CHUNK_BYTES = 64 * 1024

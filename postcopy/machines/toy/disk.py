@@ -7,10 +7,9 @@ import contextlib
 import os
 import tempfile
 
-from postcopy._error_line import ErrorLine
 from postcopy._fd import FdHolder
 from postcopy._native import lib
-from postcopy.errors import ConfigurationError, ProtocolError
+from postcopy.errors import ConfigurationError, ErrorLine, ProtocolError
 from postcopy.units import format_size
 
 

@@ -24,17 +24,18 @@ from typing import TYPE_CHECKING, Any, Self
 import trio
 
 from postcopy._blocking import END_TIMEOUT_S, no_thread, run_sync, run_to_end
-from postcopy._error_line import ErrorLine, c_text
 from postcopy._fd import FdHolder
 from postcopy._native import ffi, lib
 from postcopy.errors import (
     BusyError,
     ConfigurationError,
     CoreError,
+    ErrorLine,
     MigrationError,
     PostcopyError,
     ProtocolError,
     ResourceError,
+    c_text,
     check,
 )
 from postcopy.machines.base import (

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from html import escape
 
 from postcopy._child import python
-from postcopy._error_line import ErrorLine
 from postcopy._native import lib
 from postcopy.dataplane.histogram import Histogram
-from postcopy.errors import MigrationError
+from postcopy.errors import ErrorLine, MigrationError
 
 CALLS = 4000
 """Of each kind in a scene: enough that ten values lie above p99."""

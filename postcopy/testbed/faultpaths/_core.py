@@ -10,9 +10,8 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from postcopy._error_line import c_text
 from postcopy._native import ffi, lib
-from postcopy.errors import CoreError, check
+from postcopy.errors import CoreError, c_text, check
 from postcopy.testbed.faultpaths._model import (
     BACKINGS,
     EVENT_THREADS,

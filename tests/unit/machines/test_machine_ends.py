@@ -19,7 +19,7 @@ import pytest
 import trio
 
 from postcopy._native import ffi, lib
-from postcopy.dataplane import pageserver
+from postcopy.dataplane import _base, pageserver
 from postcopy.errors import ConfigurationError, MigrationError, ResourceError
 from postcopy.machines import Machine
 from postcopy.machines.kinds import MachineOptions, create_destination, create_source
@@ -132,7 +132,7 @@ async def test_no_thread_for_a_channel(monkeypatch: pytest.MonkeyPatch) -> None:
         return -errno.EAGAIN
 
     async with pageserver.PageServer() as server:
-        monkeypatch.setattr(pageserver, "lib", Core(pc_pageserver_attach_bulk=attach))
+        monkeypatch.setattr(_base, "lib", Core(pc_pageserver_attach_bulk=attach))
         with pytest.raises(ResourceError, match="bulk channel 0"):
             server.attach_bulk(0, os.open(os.devnull, os.O_RDWR))
 

@@ -30,7 +30,7 @@ from postcopy.memory import _admission
 from postcopy.memory._admission import PROMISES, Room
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net.channels import Acceptor, Address, CallingLink
+from postcopy.net import Acceptor, Address, CallingLink
 from postcopy.output import Output
 from postcopy.service import daemon as daemon_module
 from postcopy.service import service as service_module
@@ -40,7 +40,7 @@ from postcopy.service.control import ControlHandler, process_status
 from postcopy.service.daemon import MAX_INCOMING, Daemon
 from postcopy.service.schema import ControlError, Request, parse_arguments
 from postcopy.service.service import Phase
-from postcopy.wire.protocol import Block, Offer, SourceProtocol, State
+from postcopy.wire import Block, Offer, SourceProtocol, State
 
 DEADLINE_S = 40.0
 MIB = 1 << 20
@@ -140,7 +140,7 @@ def offer(name: str, migration: bytes | None = None, token: bytes | None = None,
 async def offered(address: Address, what: Offer) -> CallingLink:
     link = await CallingLink.open(address, "source")
     OPEN.append(link)
-    await link.control.send_all(SourceProtocol(link.version).send_offer(what))
+    await link.control.send_all(SourceProtocol(link.version).send(what))
     return link
 
 
@@ -222,8 +222,8 @@ async def test_mistake_of_an_arrivals_engine(
             if where == "close":
                 raise mistake
 
-        async def release(self) -> Machine:
-            machine = await super().release()
+        async def hand_over(self) -> Machine:
+            machine = await super().hand_over()
             if where == "release":
                 raise mistake
             return machine
@@ -404,7 +404,7 @@ async def test_memory_is_promised_once(monkeypatch: pytest.MonkeyPatch) -> None:
         answers: list[str] = []
         for link in links:
             protocol = SourceProtocol(link.version)
-            protocol.send_offer(offer("x"))
+            protocol.send(offer("x"))
             while protocol.state is State.OFFERED:
                 data = await link.control.receive_some(65536)
                 if not data:
