@@ -180,7 +180,7 @@ class Engine(abc.ABC, Generic[P, D]):
     def set_recover_for(self, recover_for_s: float) -> None:
         """How long a peer is looked for that is lost, or has been."""
         self._recover_for_s = recover_for_s
-        self._change()
+        self._wake()
 
     def pause(self) -> None:
         """Gives the connection up, as a network that fails would, and takes no other one until `recover`.
@@ -294,12 +294,15 @@ class Engine(abc.ABC, Generic[P, D]):
 
     def _change(self) -> None:
         """`status`, or what it depends on, may have changed."""
-        self._changed.set()
-        self._changed = trio.Event()
+        self._wake()
         try:
             self._on_change()
         except Exception:
             log.exception("the callback of this migration's owner failed; the migration goes on")
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
