@@ -21,7 +21,7 @@ import trio
 from postcopy._log import add_migration, json_line, json_record, plain_record
 from postcopy._writer import Kind, QueuedStream, Writer
 from postcopy.errors import ResourceError
-from postcopy.memory import format_size
+from postcopy.units import format_size
 
 if TYPE_CHECKING:
     # Loaded only where there is a terminal: a daemon's megabytes are counted.

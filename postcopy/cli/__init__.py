@@ -31,12 +31,12 @@ from postcopy._files import explain_bad_name
 from postcopy.errors import ConfigurationError, PostcopyError, known_error, want_of
 from postcopy.machines.kinds import BACKINGS, KINDS, MachineOptions
 from postcopy.machines.toy.kvm import WORKLOADS
-from postcopy.memory import parse_size
 from postcopy.migration._session import HEARTBEAT_S, MISSED_HEARTBEATS
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS, SourceOptions
 from postcopy.net.channels import Route, parse_address, read_peer_file
 from postcopy.output import LogHandler, Output, make_output
 from postcopy.service.commands import DestinationCommand, MergeCommand, Origin, SourceCommand
+from postcopy.units import parse_size
 from postcopy.wire.protocol import MAX_BULK_CHANNELS, one_line
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2

@@ -16,7 +16,6 @@ import contextlib
 import enum
 import errno
 import os
-import re
 import stat
 import threading
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from postcopy.errors import BusyError, ConfigurationError, CoreError, PostcopyEr
 from postcopy.memory._admission import PROMISES
 from postcopy.memory.bitmap import Bitmap
 from postcopy.uffd._ranges import ADDRESSES
+from postcopy.units import format_size
 
 
 class MemoryKind(enum.StrEnum):
@@ -482,38 +482,3 @@ def _memory_error(result: int, line: ErrorLine) -> PostcopyError:
     if result == -errno.ENOTSUP:
         return ResourceError(text, remedy or "use --backing memfd")
     return CoreError(-result, "memory", text)
-
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?", re.IGNORECASE | re.ASCII)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of ``4096``, ``512MiB``, ``1.5GiB``; ``K M G T`` alone are binary, as QEMU reads them, ``kB MB GB TB``
-    decimal. The result must be a whole number of bytes. `ConfigurationError` otherwise.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or len(text) > 40:
-        shown = text if len(text) <= 40 else text[:40] + "..."
-        raise ConfigurationError(f"{shown!r} is not a size; write for instance 4096, 512MiB or 1.5GiB")
-    number, prefix, suffix = match.groups()
-    power = " kmgt".index(prefix.lower()) if prefix else 0
-    unit = int((1000 if suffix and suffix.lower() == "b" else 1024) ** power)
-    whole, _, fraction = number.partition(".")
-    value, rest = divmod(int(whole + fraction) * unit, int(10 ** len(fraction)))
-    if rest:
-        raise ConfigurationError(f"{text!r} is not a whole number of bytes")
-    return value
-
-
-def format_size(size_bytes: int) -> str:
-    """The shortest exact form with a binary unit (``1536 MiB``), else rounded to one digit (``1.4 GiB``)."""
-    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
-    power = 0
-    while power + 1 < len(units) and size_bytes >= 1024 ** (power + 1):
-        power += 1
-    below = 1024 ** (power - 1) if power else 1
-    if size_bytes % 1024**power and size_bytes % below == 0 and size_bytes < 10 * 1024**power:
-        power -= 1
-    if size_bytes % 1024**power == 0:
-        return f"{size_bytes // 1024**power} {units[power]}"
-    return f"{size_bytes / 1024**power:.1f} {units[power]}"

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from postcopy.errors import ResourceError
+from postcopy.units import format_size
 
 if TYPE_CHECKING:
     from postcopy.memory import Memory
@@ -76,8 +77,6 @@ class Promises:
 
     def check(self, size_bytes: int, rooms: Callable[[], Iterable[Room]] | None = None) -> None:
         """`ResourceError` when a machine with so much memory that is not reserved otherwise could not have it."""
-        from postcopy.memory import format_size  # which asks here itself
-
         promised_bytes = self.outstanding_bytes()
         wanted_bytes = size_bytes + overhead_bytes(size_bytes) + HEADROOM_BYTES
         for room in (rooms or find_rooms)():

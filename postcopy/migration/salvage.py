@@ -47,8 +47,9 @@ from postcopy._files import (
 from postcopy.errors import ConfigurationError, PostcopyError, ProtocolError, ResourceError
 from postcopy.machines import BlockLayout, Machine
 from postcopy.machines.kinds import create_destination
-from postcopy.memory import MemoryKind, format_size
+from postcopy.memory import MemoryKind
 from postcopy.memory.bitmap import Bitmap
+from postcopy.units import format_size
 from postcopy.wire.protocol import one_line
 
 FORMAT, VERSION = "postcopy-salvage", 1

@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 from postcopy import __version__
 from postcopy.errors import PostcopyError
-from postcopy.memory import parse_size
+from postcopy.units import parse_size
 from postcopy.wire.protocol import MAX_BULK_CHANNELS, one_line
 
 Json = dict[str, Any]

@@ -9,12 +9,12 @@ from typing import Any
 import trio
 
 from postcopy.machines import Machine
-from postcopy.memory import format_size
 from postcopy.migration._session import now_ns
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration
 from postcopy.service import report
 from postcopy.service.schema import Json
+from postcopy.units import format_size
 
 Migration = SourceMigration | DestinationMigration
 LOST = frozenset({"postcopy-paused", "in-doubt"})

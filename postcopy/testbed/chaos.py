@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 import trio
 
 from postcopy.errors import ConfigurationError
-from postcopy.memory import parse_size
 from postcopy.net.channels import Address, parse_address
+from postcopy.units import parse_rate, parse_seconds, parse_seconds_range, parse_size
 
 CHUNK_BYTES = 64 * 1024
 QUEUED_CHUNKS = 16
@@ -72,28 +72,6 @@ class ChaosPlan:
         return cls(seed=seed, **settings)  # type: ignore[arg-type]
 
 
-def seconds(text: str) -> float:
-    """Of ``0.2``, ``0.2s`` or ``200ms``."""
-    number, factor = (text[:-2], 1e-3) if text.endswith("ms") else (text.removesuffix("s"), 1.0)
-    try:
-        value = float(number) * factor
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e6:
-        raise ConfigurationError(f"{text!r} is not a time; write for instance 0.2, 0.2s or 200ms")
-    return value
-
-
-def span(text: str) -> tuple[float, float]:
-    """Of ``0.1..0.5``, or of one time."""
-    low, dots, high = text.partition("..")
-    first = seconds(low)
-    last = seconds(high) if dots else first
-    if last < first:
-        raise ConfigurationError(f"{text!r}: the second time is before the first")
-    return first, last
-
-
 def ways(text: str) -> tuple[str, ...]:
     """Of ``reset+freeze``."""
     words = tuple(text.split("+"))
@@ -103,17 +81,13 @@ def ways(text: str) -> tuple[str, ...]:
     return words
 
 
-def _whole_bytes(text: str) -> int:
-    return parse_size(text.removesuffix("/s"))
-
-
 _SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
-    "delay": ("delay_s", seconds),
-    "jitter": ("jitter_s", seconds),
-    "rate": ("rate_bytes_per_s", _whole_bytes),
-    "split": ("split_bytes", _whole_bytes),
-    "every": ("cut_every_s", span),
-    "down": ("down_s", span),
+    "delay": ("delay_s", parse_seconds),
+    "jitter": ("jitter_s", parse_seconds),
+    "rate": ("rate_bytes_per_s", parse_rate),
+    "split": ("split_bytes", parse_size),
+    "every": ("cut_every_s", parse_seconds_range),
+    "down": ("down_s", parse_seconds_range),
     "ways": ("ways", ways),
 }
 KINDS: dict[str, dict[str, object]] = {

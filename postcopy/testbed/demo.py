@@ -33,10 +33,10 @@ from postcopy._blocking import run_sync
 from postcopy._child import python
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, known_error
 from postcopy.machines.toy.kvm import explain_no_kvm
-from postcopy.memory import format_size
 from postcopy.output import Output
 from postcopy.testbed import ChaosPlan, open_chaos_proxy
 from postcopy.uffd import explain_unavailable
+from postcopy.units import format_size
 
 if TYPE_CHECKING:
     from postcopy.testbed.lab import Host

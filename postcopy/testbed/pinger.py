@@ -34,6 +34,7 @@ import trio
 
 from postcopy._child import python
 from postcopy.errors import MigrationError
+from postcopy.units import argument, parse_seconds, parse_whole
 
 COUNT_PORT = 2007
 """Where `echo` answers with a number and its nonce (csrc/machine/guest/abi.h: PCG_UDP_COUNT)."""
@@ -318,9 +319,9 @@ async def _main(arguments: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("address", help="IPv4 address of the machine")
-    parser.add_argument("--port", type=int, default=COUNT_PORT)
-    parser.add_argument("--interval", type=float, default=INTERVAL_S, metavar="SECONDS")
-    parser.add_argument("--seconds", type=float, default=math.inf)
+    parser.add_argument("--port", type=argument(parse_whole, 1, 65535), default=COUNT_PORT)
+    parser.add_argument("--interval", type=argument(parse_seconds), default=INTERVAL_S, metavar="SECONDS")
+    parser.add_argument("--seconds", type=argument(parse_seconds), default=math.inf)
     parser.add_argument("--verbose", action="store_true", help="a line for each answer, too")
     return trio.run(_main, parser.parse_args())
 

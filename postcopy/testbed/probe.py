@@ -35,9 +35,9 @@ from rich.table import Table
 from postcopy._child import python
 from postcopy._native import ffi, lib
 from postcopy.errors import ConfigurationError, ResourceError
-from postcopy.memory import format_size
 from postcopy.testbed import _needs, _probe_child
 from postcopy.uffd import How, UffdApi, UffdFeature
+from postcopy.units import format_size
 
 State = Literal["yes", "no", "unknown"]
 Json = dict[str, Any]

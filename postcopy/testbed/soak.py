@@ -27,6 +27,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from postcopy._child import python
+from postcopy.units import argument, parse_seconds, parse_whole
 
 WORKLOADS = ("random", "dirty")
 PAGERS = ("thread", "process")
@@ -83,9 +84,14 @@ def _follow(lines: Iterable[str], choose: random.Random) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m postcopy.testing.soak", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=600, help="how long (default 600)")
-    parser.add_argument("--seed", type=int, default=None, help="of the first migration; the next ones count from it")
+    parser = argparse.ArgumentParser(prog="python -m postcopy.testbed.soak", description=__doc__)
+    parser.add_argument("--seconds", type=argument(parse_seconds), default=600, help="how long (default 600)")
+    parser.add_argument(
+        "--seed",
+        type=argument(parse_whole, 0, 2**32 - 1),
+        default=None,
+        help="of the first migration; the next ones count from it",
+    )
     parser.add_argument("--memory", default="32MiB", help="of each machine (default 32MiB)")
     parser.add_argument("--plan", default=PLAN, help=f"what the network does (default {PLAN}; see docs/chaos.md)")
     args = parser.parse_args(argv)

@@ -37,7 +37,7 @@ CASES = [
     (f"{SOURCE} --workload dance", 2, "invalid choice: 'dance'"),
     (f"{SOURCE} --image x", 2, "--image has no meaning"),
     (f"{SOURCE} --bulk-channels 0", 2, "from 1 to 16"),
-    (f"{SOURCE} --max-bandwidth fast", 2, "'fast' is not a size"),
+    (f"{SOURCE} --max-bandwidth fast", 2, "'fast' is not a rate"),
     (f"{SOURCE} --serve 2", 2, "--serve goes with"),
     ("source --machine image --listen :0", 2, "needs --image FILE"),
     ("source --machine image --image /nonexistent --listen :0", 2, "No such file"),

@@ -50,8 +50,9 @@ from postcopy.machines.base import (
     RamBlock,
     VcpuStatistics,
 )
-from postcopy.memory import Memory, check_memory, format_size, page_bytes_of
+from postcopy.memory import Memory, check_memory, page_bytes_of
 from postcopy.uffd import explain_unavailable
+from postcopy.units import format_size
 
 if TYPE_CHECKING:
     from postcopy.machines.toy.tap import Network

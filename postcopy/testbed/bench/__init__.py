@@ -39,9 +39,9 @@ from postcopy._child import python
 from postcopy._files import check_new_file, replacing, write_all
 from postcopy.errors import ConfigurationError, MigrationError, ResourceError
 from postcopy.machines.toy.rv64 import Rv64Machine
-from postcopy.memory import parse_size
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS
 from postcopy.testbed.bench._worker import Job, encode
+from postcopy.units import argument, parse_size, parse_whole
 
 __all__ = ["Figure", "add_arguments", "run"]
 
@@ -503,7 +503,13 @@ def _print(figure: Figure) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `postcopy bench`."""
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"of {', '.join(MEASUREMENTS)}; all by default")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="repetitions, medians are shown (default 5)")
+    parser.add_argument(
+        "--rounds",
+        type=argument(parse_whole, 1, 1000),
+        default=5,
+        metavar="N",
+        help="repetitions, medians are shown (default 5)",
+    )
     parser.add_argument("--svg", default=None, metavar="FILE", help="draw the figures of contention there")
     parser.add_argument("--json", action="store_true", help="one JSON object a figure")
 
@@ -513,9 +519,6 @@ def run(args: argparse.Namespace) -> int:
     names = args.figures or list(MEASUREMENTS)
     if unknown := [name for name in names if name not in MEASUREMENTS]:
         print(f"postcopy: error: no figure called {unknown[0]}; there are {', '.join(MEASUREMENTS)}", file=sys.stderr)
-        return 2
-    if args.rounds < 1:
-        print("postcopy: error: --rounds must be at least 1", file=sys.stderr)
         return 2
     if args.svg is not None and (complaint := _check_svg(args.svg, names)):
         print(f"postcopy: error: {complaint}", file=sys.stderr)

@@ -23,6 +23,7 @@ from postcopy.testbed.faultpaths import _compare, _expect, _report, _select, _sy
 from postcopy.testbed.faultpaths._model import Backing, Cell, Json, Measure, Mode, Operation, Result, Run
 from postcopy.testbed.faultpaths._sections import operation_list
 from postcopy.testbed.faultpaths._supervise import DEFAULT_TIMEOUT_S, Progress, Runner, run_cells
+from postcopy.units import argument, parse_seconds
 
 DEFAULT_BUDGET_S = 165.0
 """Of a run without --all, so that it ends within three minutes whatever hangs."""
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--expectations", default=None, metavar="FILE", help="instead of those that come with postcopy")
     parser.add_argument(
-        "--timeout", type=_timeout, default=DEFAULT_TIMEOUT_S, metavar="SECONDS",
+        "--timeout", type=argument(parse_seconds, 0.1, 600), default=DEFAULT_TIMEOUT_S, metavar="SECONDS",
         help=f"after which a child is killed and its cell called hung (default {DEFAULT_TIMEOUT_S:g})",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object")
@@ -73,16 +74,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_argument("after", metavar="B.json")
     # No default: it would overwrite what stands before the word compare.
     compare.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object")
-
-
-def _timeout(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.1 <= value <= 600:
-        raise argparse.ArgumentTypeError(f"{text!r} is not between 0.1 and 600 seconds")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from decimal import Decimal
 
+from postcopy import units
 from postcopy.errors import ConfigurationError
-from postcopy.memory import parse_size
 
 MAX_HOSTS = 64
 MIN_MTU, MAX_MTU = 1280, 65535  # IPv6 needs the least (RFC 8200), veth(4) takes the most
@@ -17,8 +16,6 @@ MAX_RATE = (1 << 32) - 1  # what tc-tbf(8) has room for
 MAX_DELAY_US = 60_000_000
 DEFAULT_NAME = "lab"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
-_RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?)(k|m|g|t)?bit(?:/s)?")
-_BITS = {None: 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 @dataclass(frozen=True)
@@ -64,38 +61,15 @@ PREFIX4, PREFIX6 = 24, 64
 
 
 def parse_rate(text: str) -> int | None:
-    """Bytes a second, of ``100mbit`` (bits, as tc(8) has it) or ``10MiB/s`` (bytes); None for ``off``."""
-    if text == "off":
-        return None
-    if match := _RATE.fullmatch(text.lower()):
-        value = int(Decimal(match[1]) * _BITS[match[2]] / 8)
-    elif text.endswith("/s"):
-        value = parse_size(text.removesuffix("/s"))
-    else:
-        raise ConfigurationError(f"{text!r} is not a rate; write for instance 100mbit, 10MiB/s, or off")
-    if not MIN_RATE <= value <= MAX_RATE:
-        raise ConfigurationError(f"{text!r} is not a rate from 8kbit to 34gbit")
-    return value
+    """Bytes a second of every cable; None for ``off``. See `units.parse_rate`."""
+    return units.parse_rate(text, MIN_RATE, MAX_RATE) or None
 
 
 def format_rate(rate: int | None) -> str:
     """What `parse_rate` reads, of the same value."""
-    if rate is None:
-        return "off"
-    bits = rate * 8
-    unit = next((unit for unit in ("t", "g", "m", "k") if bits >= _BITS[unit]), None)
-    return f"{(Decimal(bits) / _BITS[unit]).normalize():f}{unit or ''}bit"
+    return "off" if rate is None else units.format_rate(rate)
 
 
 def parse_delay_us(text: str) -> int:
     """Microseconds, of ``5ms``, ``0.005`` or ``0.005s``; 0 for ``off``."""
-    if text == "off":
-        return 0
-    number, factor = (text[:-2], 1e3) if text.endswith("ms") else (text.removesuffix("s"), 1e6)
-    try:
-        value = float(number) * factor
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= MAX_DELAY_US:
-        raise ConfigurationError(f"{text!r} is not a delay of up to 60 seconds; write for instance 5ms, 0.005s, or off")
-    return round(value)
+    return 0 if text == "off" else round(units.parse_seconds(text, high=MAX_DELAY_US / 1e6) * 1e6)

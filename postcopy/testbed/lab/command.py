@@ -12,7 +12,8 @@ from typing import Any
 from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.testbed.lab import _namespaces as namespaces
 from postcopy.testbed.lab._lab import Lab, down, names
-from postcopy.testbed.lab._plan import DEFAULT_NAME, LabPlan, parse_delay_us, parse_rate
+from postcopy.testbed.lab._plan import DEFAULT_NAME, MAX_HOSTS, MAX_MTU, MIN_MTU, LabPlan, parse_delay_us, parse_rate
+from postcopy.units import argument, parse_whole
 
 Json = dict[str, Any]
 
@@ -26,8 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return command
 
     up = add("up", "make hosts, joined by cables and a switch")
-    up.add_argument("--hosts", type=_number, default=2, metavar="N", help="h1 to hN (default 2)")
-    up.add_argument("--mtu", type=_number, default=1500, metavar="BYTES", help="of all of it (default 1500)")
+    up.add_argument(
+        "--hosts", type=argument(parse_whole, 1, MAX_HOSTS), default=2, metavar="N", help="h1 to hN (default 2)"
+    )
+    up.add_argument(
+        "--mtu",
+        type=argument(parse_whole, MIN_MTU, MAX_MTU),
+        default=1500,
+        metavar="BYTES",
+        help="of all of it (default 1500)",
+    )
     up.add_argument("--rate", default="off", help="of every cable and direction, as 100mbit or 10MiB/s")
     up.add_argument("--json", action="store_true", help="say what there is as JSON")
 
@@ -57,12 +66,6 @@ def run(args: argparse.Namespace) -> int:
     """The exit status. Blocks; ``exec`` does not return."""
     command = {"up": _up, "exec": _exec, "link": _link, "status": _status, "down": _down}[args.lab]
     return command(args)
-
-
-def _number(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
 
 
 def _up(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from postcopy._native import lib
 from postcopy.errors import BusyError, ConfigurationError, CoreError, PostcopyError, ResourceError
-from postcopy.memory import Memory, MemoryKind, check_memory, format_size, page_bytes_of, parse_size
+from postcopy.memory import Memory, MemoryKind, check_memory, page_bytes_of
 from postcopy.memory.bitmap import Bitmap
 
 PAGE = page_bytes_of("memfd")
@@ -28,52 +28,6 @@ def write_image(path: Path, pages: dict[int, bytes], size_bytes: int) -> None:
 
 def page(number: int) -> bytes:
     return random.Random(number).randbytes(PAGE)
-
-
-# ---- sizes
-
-
-@pytest.mark.parametrize(
-    ("text", "size_bytes"),
-    [
-        ("0", 0),
-        ("4096", 4096),
-        ("4096B", 4096),
-        ("1k", 1024),
-        ("512MiB", 512 << 20),
-        ("1.5GiB", 3 << 29),
-        ("2 TiB", 2 << 40),
-        ("1G", 1 << 30),
-        ("1gib", 1 << 30),
-        ("100MB", 100_000_000),
-        (" 16MiB ", 16 << 20),
-    ],
-)
-def test_parse_size(text: str, size_bytes: int) -> None:
-    assert parse_size(text) == size_bytes
-
-
-@pytest.mark.parametrize("text", ["", "MiB", "-1", "1.2.3", "1e9", "0x10", "1 2", "1PiB", "٣", "nan", "1" * 50, "0.3"])
-def test_parse_size_refuses(text: str) -> None:
-    with pytest.raises(ConfigurationError) as caught:
-        parse_size(text)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("size_bytes", "text"),
-    [
-        (0, "0 bytes"),
-        (1000, "1000 bytes"),
-        (4096, "4 KiB"),
-        (1536 << 20, "1536 MiB"),
-        (1 << 30, "1 GiB"),
-        (1_500_000, "1.4 MiB"),
-        (5 << 40, "5 TiB"),
-    ],
-)
-def test_format_size(size_bytes: int, text: str) -> None:
-    assert format_size(size_bytes) == text
 
 
 # ---- making it

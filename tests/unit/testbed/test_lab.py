@@ -109,7 +109,7 @@ def test_rates(text: str, rate: int | None) -> None:
     assert parse_rate(text) == rate
 
 
-@pytest.mark.parametrize("text", ["", "100", "10MiB", "0", "1kbit", "fast", "-1mbit", "1e3bit", "nanbit", "40gbit"])
+@pytest.mark.parametrize("text", ["", "100", "1kbit", "fast", "-1mbit", "1e3bit", "nanbit", "40gbit"])
 def test_words_that_are_no_rates(text: str) -> None:
     with pytest.raises(ConfigurationError, match="is not a rate"):
         parse_rate(text)
@@ -127,7 +127,7 @@ def test_delays(text: str, delay_us: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "ms", "-1ms", "61s", "nan", "inf", "soon"])
 def test_words_that_are_no_delays(text: str) -> None:
-    with pytest.raises(ConfigurationError, match="is not a delay"):
+    with pytest.raises(ConfigurationError, match="is not a number of seconds"):
         parse_delay_us(text)
 
 

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `postcopy source`, `dest` and `daemon` are asked to do, one record each, and how they are operated."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from postcopy.machines.kinds import MachineOptions
+from postcopy.migration._session import HEARTBEAT_S
+from postcopy.migration.source import SourceOptions
+from postcopy.net.channels import Address, Route
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A salvage, or what `merge` has made, that a machine is to be started from; see `salvage.examine`."""
+
+    path: str
+    reclaim: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class ArrivalOptions:
+    """How machines are received."""
+
+    backing: str = "memfd"
+    disk: str | None = None
+    net: str | None = None  # tap:NAME, where the network device of a machine that has one is attached
+    busy_poll_us: int = 0
+    pager_process: bool = False  # the pager in a process of its own
+    kill_when_lost: bool = False
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One machine, and where it goes: either `listen` or `connect`."""
+
+    kind: str  # of the machine; without meaning where `origin` is given
+    machine: MachineOptions
+    migration: SourceOptions
+    origin: Origin | None = None
+    listen: Address | None = None
+    connect: Address | Route | None = None
+    migrate_after_s: float = 0.0
+    serve: float = 1  # how many destinations; more than one for an image that listens
+    keep: bool = True  # the machine goes on here when its migration has failed
+    salvage_to: str | None = None
+
+
+@dataclass(frozen=True)
+class DestinationConfig:
+    """One arrival, and what is done with the machine when all of it is here: either `listen` or `connect`."""
+
+    arrival: ArrivalOptions
+    listen: Address | None = None
+    connect: Address | Route | None = None
+    heartbeat_s: float = HEARTBEAT_S
+    recover_for_s: float = math.inf
+    run_for_s: float | None = None  # None: until interrupted
+    dump: str | None = None
+    verify: bool = True
+    salvage_to: str | None = None
+
+
+@dataclass(frozen=True)
+class DaemonConfig:
+    """A process that owns any number of machines. `migration` is for both directions as far as it has a meaning."""
+
+    migration: SourceOptions
+    arrival: ArrivalOptions
+    listen: Address | None = None
+    kind: str | None = None  # of a machine to begin with, and its options and name
+    machine: MachineOptions | None = None
+    name: str | None = None
+    side: str = "daemon"  # what it is called; `source --hold` is one that takes no machines
+
+
+@dataclass(frozen=True)
+class OperatingOptions:
+    """What stands around a command that somebody operates."""
+
+    control: str | None = None  # path of the socket
+    metrics: str | None = None  # HOST:PORT
+    metrics_file: str | None = None
+    ready_on: str = "progress"  # the event that says that the process can be used
