@@ -527,8 +527,8 @@ def _make_command(
     if args.command == "merge":
         return MergeCommand(args.salvages, args.output, args.into, output).run
     if args.command == "chaos":
-        from postcopy.testbed import ChaosPlan
-        from postcopy.testbed.chaos_command import ChaosCommand
+        from postcopy.testbed.chaos import ChaosPlan
+        from postcopy.testbed.chaos.command import ChaosCommand
 
         seed = args.seed if args.seed is not None else secrets.randbits(32)
         return ChaosCommand(

@@ -44,7 +44,7 @@ def new_user() -> None:
     call("unshare", CLONE_NEWUSER)
     # Without "deny" nobody but root may map a group: a group can take rights away, too.
     for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
-        with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
+        with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
 
 
@@ -87,7 +87,7 @@ def has_capabilities(*bits: int) -> bool:
 
 def capability_mask() -> int:
     """The effective capabilities: capabilities(7). 0 where /proc does not tell."""
-    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as file:
+    with contextlib.suppress(OSError), open("/proc/self/status", errors="replace") as file:
         for line in file:
             if line.startswith("CapEff:"):
                 return int(line.split()[1], 16)

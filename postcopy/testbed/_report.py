@@ -13,12 +13,11 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape as escape_html
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
-if TYPE_CHECKING:
-    # Rich is loaded where something is drawn: the command line knows this module, and a daemon's megabytes are counted.
-    from rich.console import Console
-    from rich.table import Table
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 _STYLES = {"good": "green", "muted": "dim", "warn": "yellow", "bad": "bold red"}
 UNBROKEN_WIDTH = 40  # a column of short words is not broken: the long ones beside it give way
@@ -78,15 +77,11 @@ def emit_json(answer: object) -> None:
 
 def make_console(file: IO[str]) -> Console:
     """Colours where `file` is a terminal."""
-    from rich.console import Console
-
     return Console(file=file, highlight=False, width=None if file.isatty() else PLAIN_WIDTH)
 
 
 def grid(rows: Iterable[Sequence[str]]) -> Table:
     """Columns without a header, of Rich's markup."""
-    from rich.table import Table
-
     table = Table.grid(padding=(0, 2))
     for cells in rows:
         table.add_row(*cells)
@@ -96,17 +91,11 @@ def grid(rows: Iterable[Sequence[str]]) -> Table:
 def markup(words: Words) -> str:
     """In Rich's markup."""
     return "".join(
-        f"[{_STYLES[span.kind]}]{_escape(span.text)}[/{_STYLES[span.kind]}]"
+        f"[{_STYLES[span.kind]}]{escape(span.text)}[/{_STYLES[span.kind]}]"
         if span.kind in _STYLES and span.text
-        else _escape(span.text)
+        else escape(span.text)
         for span in row(words)[0]
     )
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def print_line(console: Console, text: str, style: str | None = None) -> None:
@@ -114,8 +103,6 @@ def print_line(console: Console, text: str, style: str | None = None) -> None:
 
 
 def print_section(console: Console, section: Section) -> None:
-    from rich.table import Table
-
     print_line(console, section.title, "bold")
     if section.note:
         print_line(console, section.note, "dim")
@@ -124,7 +111,7 @@ def print_section(console: Console, section: Section) -> None:
         widest = max((sum(len(span.text) for span in cells[number]) for cells in section.rows), default=0)
         # The first column is a name, to be found again; the others are broken where the console is narrow.
         whole = widest <= UNBROKEN_WIDTH and (number == 0 or console.width // 4 >= UNBROKEN_WIDTH)
-        table.add_column(_escape(name), overflow="fold", no_wrap=whole)
+        table.add_column(escape(name), overflow="fold", no_wrap=whole)
     for cells in section.rows:
         table.add_row(*map(markup, cells))
     console.print(table)

@@ -18,7 +18,8 @@ import pytest
 import trio
 
 from postcopy.dataplane.pager import Pager
-from postcopy.testbed import ChaosPlan, _linux
+from postcopy.testbed import _linux
+from postcopy.testbed.chaos import ChaosPlan
 from postcopy.testbed.faultpaths import _remote, _runner
 from postcopy.testbed.faultpaths._core import operations
 from postcopy.testbed.faultpaths._model import Backing, Cell, Mode, Operation, Outcome, Verdict

@@ -39,8 +39,7 @@ from postcopy.dataplane.pager import ForeignMemory, Pager
 from postcopy.dataplane.pageserver import PageServer
 from postcopy.errors import MigrationError, PostcopyError, ResourceError, check
 from postcopy.memory import Memory
-from postcopy.testbed import ChaosPlan, open_chaos_proxy
-from postcopy.testbed.chaos import ChaosProxy
+from postcopy.testbed.chaos import ChaosPlan, ChaosProxy, open_chaos_proxy
 from postcopy.testbed.faultpaths import _core
 from postcopy.testbed.faultpaths._model import Cell, Outcome, RemoteMeasure, Result
 from postcopy.testbed.faultpaths._supervise import Progress, Runner

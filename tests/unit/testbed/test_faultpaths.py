@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import msgspec
 import pytest
@@ -21,7 +20,6 @@ from msgspec.structs import replace
 from postcopy.cli import main
 from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.testbed import _linux
-from postcopy.testbed.bench import _contention
 from postcopy.testbed.faultpaths import _compare, _expect, _report, _runner, _select, _supervise, _system
 from postcopy.testbed.faultpaths._model import (
     Backing,
@@ -569,41 +567,3 @@ async def test_an_interpreter_that_is_not_there() -> None:
     async with _supervise.Runner(command=["/nonexistent/python"]) as runner:
         with pytest.raises(ResourceError, match="cannot start the runner process: No such file"):
             await runner.run(named("answers"))
-
-
-# ---- postcopy bench contention
-
-
-def contention_bars() -> list[_contention.Bar]:
-    idle = {"idle-p50": 1.0, "idle-p99": 2.0, "idle-max": 50.0}
-    rounds = [{"p50": p50, "p99": 20.0, "max": 4000.0} | idle for p50 in (1.5, 2.0, 30.0)]
-    return _contention.bars([("mmap", "1 fault pending", rounds), ("munmap", "bulk <placement>", rounds)])
-
-
-def test_bars_hold_medians_and_the_ratio_to_idle() -> None:
-    assert contention_bars()[:2] == [
-        _contention.Bar("mmap", "none pending", 1.0, 2.0, 50.0, 1.0),
-        _contention.Bar("mmap", "1 fault pending", 2.0, 20.0, 4000.0, 2.0),
-    ]
-
-
-def test_the_plot_as_text() -> None:
-    _, *lines = _contention.text_plot(contention_bars()).splitlines()
-    assert [line.split("  ")[0].split()[0] for line in lines] == ["mmap", "mmap", "munmap", "munmap"]
-    assert lines[1].count("█") < lines[1].count("▒") + lines[1].count("█") < 48
-    assert lines[1].count("·") > lines[0].count("·")
-    assert "2.00 / 20.00 / 4000" in lines[1]
-
-
-def test_the_plot_as_svg() -> None:
-    root = ElementTree.fromstring(_contention.svg_plot(contention_bars()))
-    texts = ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert "munmap, bulk <placement>" in texts
-    assert len(list(root.iter("{http://www.w3.org/2000/svg}rect"))) == 8
-
-
-def test_svg_is_for_contention_only(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "fault", "--svg", "/nonexistent/x"]) == 2
-    assert "not among those asked for" in capsys.readouterr().err
-    assert main(["bench", "contention", "--svg", "/nonexistent/x"]) == 2
-    assert "there is no directory /nonexistent" in capsys.readouterr().err

@@ -34,7 +34,7 @@ from postcopy._child import python
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, known_error
 from postcopy.machines.toy.kvm import explain_no_kvm
 from postcopy.output import Output
-from postcopy.testbed import ChaosPlan, open_chaos_proxy
+from postcopy.testbed.chaos import ChaosPlan, open_chaos_proxy
 from postcopy.uffd import explain_unavailable
 from postcopy.units import format_size
 
