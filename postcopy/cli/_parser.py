@@ -36,7 +36,7 @@ COMMANDS = {
     ),
     "bench": ("measure, each figure against its floor in the same run", "postcopy.testbed.bench"),
     "lab": ("hosts with cables and a switch between them, on this machine", "postcopy.testbed.lab.command"),
-    "chaos": ("a bad network between two programs, to try them with", "postcopy.testbed.chaos_command"),
+    "chaos": ("a bad network between two programs, to try them with", "postcopy.testbed.chaos.command"),
 }
 
 

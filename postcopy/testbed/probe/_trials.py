@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `postcopy.testbed.probe` tries for real, in a process of its own that may hang, or be killed, without loss.
+"""What `postcopy probe` tries for real, in a process of its own that may hang, or be killed, without loss.
 
 `run` prints one JSON line before each trial (``{"begin": name}``) and one after it. The parent reads both, so it knows
 which trial a dead or hung child was in. Nothing here outlives the process: no file, no namespace, no queue, no memory.
@@ -13,13 +13,12 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import json
 import mmap
 import os
-import platform
 import select
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -31,6 +30,8 @@ from typing import Any
 from postcopy._native import ffi, lib
 from postcopy.errors import PostcopyError
 from postcopy.memory import Memory, page_bytes_of
+from postcopy.testbed import _linux
+from postcopy.testbed._linux import libc
 from postcopy.uffd import UffdFeature
 
 Facts = dict[str, Any]
@@ -38,10 +39,7 @@ Facts = dict[str, Any]
 EVENT_DEADLINE_S = 3.0
 """For a fault that is on its way: a healthy one takes microseconds, a kernel that never tells takes for ever."""
 
-CLONE_NEWNET = 0x40000000
-CLONE_NEWUSER = 0x10000000
 SYS_IO_URING_SETUP = 425  # the same number on every architecture
-PR_SET_PDEATHSIG = 1
 TCP_ULP = 31
 SIOCSIFFLAGS = 0x8914
 IFF_UP = 1
@@ -50,8 +48,6 @@ PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg), twelve words of
 PM_SCAN_WP_MATCHING, PM_SCAN_CHECK_WPASYNC = 1, 2
 PAGE_IS_WRITTEN = 1 << 1
 SOFT_DIRTY = 1 << 55  # of an entry of /proc/PID/pagemap
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Lacking(Exception):
@@ -119,9 +115,9 @@ class _Access(threading.Thread):
 
     def run(self) -> None:
         if self._write is None:
-            _libc.memcpy(self._buffer, ctypes.c_void_p(self._address), ctypes.c_size_t(1))
+            libc.memcpy(self._buffer, ctypes.c_void_p(self._address), ctypes.c_size_t(1))
         else:
-            _libc.memcpy(ctypes.c_void_p(self._address), self._buffer, ctypes.c_size_t(1))
+            libc.memcpy(ctypes.c_void_p(self._address), self._buffer, ctypes.c_size_t(1))
 
     def done(self) -> int:
         """The byte."""
@@ -143,7 +139,7 @@ class _KernelAccess(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        self._result = _libc.write(self._pipe[1], ctypes.c_void_p(self._address), ctypes.c_size_t(1))
+        self._result = libc.write(self._pipe[1], ctypes.c_void_p(self._address), ctypes.c_size_t(1))
         self._errno = ctypes.get_errno()
 
     def done(self) -> int:
@@ -286,12 +282,12 @@ def _wp_async() -> Facts:
                 ctypes.sizeof(Scan), PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, address, address + size, 0,
                 ctypes.addressof(regions), 1, 0, 0, PAGE_IS_WRITTEN, 0, PAGE_IS_WRITTEN,
             )  # fmt: skip
-            return _system(_libc.ioctl(pagemap, ctypes.c_ulong(PAGEMAP_SCAN), ctypes.byref(scan)), "PAGEMAP_SCAN") > 0
+            return _system(libc.ioctl(pagemap, ctypes.c_ulong(PAGEMAP_SCAN), ctypes.byref(scan)), "PAGEMAP_SCAN") > 0
 
         pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         try:
             clean = written(pagemap)
-            _libc.memset(ctypes.c_void_p(address), 2, ctypes.c_size_t(1))  # the kernel resolves it: no fault to serve
+            libc.memset(ctypes.c_void_p(address), 2, ctypes.c_size_t(1))  # the kernel resolves it: no fault to serve
             if clean or not written(pagemap) or written(pagemap):
                 raise Lacking("a write was not seen once and only once")
         finally:
@@ -336,13 +332,9 @@ def _kvm() -> Facts:
 
 def _new_network(user: bool) -> None:
     """This process, from now on, in a network of its own (and, with `user`, root in a user namespace of its own)."""
-    uid, gid = os.geteuid(), os.getegid()
-    _system(_libc.unshare(CLONE_NEWNET | (CLONE_NEWUSER if user else 0)), "unshare(2)")
     if user:
-        # Mapped to root: an unmapped user would lose its capabilities by executing tc.
-        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(text)
+        _linux.new_user()  # as root there: an unmapped user would lose its capabilities by executing tc
+    os.close(_linux.new_network())
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
 
@@ -367,17 +359,9 @@ def _forked(trial: Callable[[], Facts]) -> Facts:
     return dict(answer["facts"])
 
 
-def _netns() -> Facts:
+def _netns(user: bool) -> Facts:
     def trial() -> Facts:
-        _new_network(user=False)
-        return {}
-
-    return _forked(trial)
-
-
-def _user_netns() -> Facts:
-    def trial() -> Facts:
-        _new_network(user=True)
+        _new_network(user)
         return {}
 
     return _forked(trial)
@@ -398,11 +382,11 @@ def _qdisc(name: str) -> Facts:
     def trial() -> Facts:
         try:
             _new_network(user=False)
-        except Lacking:
+        except OSError:
             try:
                 _new_network(user=True)
-            except (Lacking, OSError) as error:
-                raise Unknown(f"no network of its own to try it in ({error})") from error
+            except OSError as error:
+                raise Unknown(f"no network of its own to try it in ({_words(error)})") from error
         arguments = [tc, "qdisc", "add", "dev", "lo", "root", *QDISCS[name]]
         made = subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if made.returncode:
@@ -415,7 +399,7 @@ def _qdisc(name: str) -> Facts:
 
 def _io_uring() -> Facts:
     parameters = ctypes.create_string_buffer(120)
-    fd = _system(_libc.syscall(ctypes.c_long(SYS_IO_URING_SETUP), ctypes.c_uint(1), parameters), "io_uring_setup(2)")
+    fd = _system(libc.syscall(ctypes.c_long(SYS_IO_URING_SETUP), ctypes.c_uint(1), parameters), "io_uring_setup(2)")
     os.close(fd)
     return {"features": struct.unpack_from("=I", parameters, 20)[0]}
 
@@ -474,27 +458,20 @@ def ioctl_names(mask: int) -> list[str]:
     return [_IOCTLS.get(bit, f"bit {bit}") for bit in range(64) if mask >> bit & 1]
 
 
-def _kinds(trial: Callable[[str], Facts], kind: str) -> Callable[[], Facts]:
-    return lambda: trial(kind)
-
-
-def _qdisc_trial(name: str) -> Callable[[], Facts]:
-    return lambda: _qdisc(name)
-
-
+_KINDS = ("anon", "memfd", "hugetlb")
 TRIALS: dict[str, Callable[[], Facts]] = {
-    **{f"{kind}-missing": _kinds(_missing, kind) for kind in ("anon", "memfd", "hugetlb")},
-    **{f"{kind}-minor": _kinds(_minor, kind) for kind in ("anon", "memfd", "hugetlb")},
-    **{f"{kind}-wp": _kinds(_wp, kind) for kind in ("anon", "memfd", "hugetlb")},
+    **{f"{kind}-missing": functools.partial(_missing, kind) for kind in _KINDS},
+    **{f"{kind}-minor": functools.partial(_minor, kind) for kind in _KINDS},
+    **{f"{kind}-wp": functools.partial(_wp, kind) for kind in _KINDS},
     "kernel-faults": _kernel_faults,
     "uffd-poison": _poison,
     "uffd-move": _move,
     "kvm": _kvm,
     "soft-dirty": _soft_dirty,
     "pagemap-scan": _wp_async,
-    "netns": _netns,
-    "user-netns": _user_netns,
-    **{name: _qdisc_trial(name) for name in QDISCS},
+    "netns": functools.partial(_netns, user=False),
+    "user-netns": functools.partial(_netns, user=True),
+    **{name: functools.partial(_qdisc, name) for name in QDISCS},
     "tun": _tun,
     "io-uring": _io_uring,
     "ktls": _ktls,
@@ -511,29 +488,18 @@ def _attempt(trial: Callable[[], Facts]) -> Facts:
     except Unknown as error:
         return {"state": "unknown", "reason": str(error)}
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return {"state": "no", "reason": f"{where}{_reason(error.errno or 0)}"}
+        return {"state": "no", "reason": _words(error)}
+
+
+def _words(error: OSError) -> str:
+    return (f"{error.filename}: " if error.filename else "") + _reason(error.errno or 0)
 
 
 def run(names: list[str], parent: int) -> None:
     """Tries each; lines on standard output. Dies with `parent`."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        return  # it has gone before the line above
+    _linux.die_with(parent)
     for name in names:
         print(json.dumps({"begin": name}), flush=True)
         print(json.dumps({"name": name, **_attempt(TRIALS[name])}), flush=True)
     sys.stdout.flush()
     os._exit(0)  # a thread that still sleeps in a page must not be waited for
-
-
-def cpu_virtualization() -> bool | None:
-    """Whether the processor says that it can run guests; None where that cannot be told."""
-    if platform.machine() not in ("x86_64", "i686"):
-        return None
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("flags"):
-                flags = line.split()
-                return "vmx" in flags or "svm" in flags
-    return None
