@@ -11,12 +11,12 @@ from typing import Any
 
 import trio
 
-from postcopy.cli._operated import Run
 from postcopy.cli._parser import add_option
+from postcopy.cli.sides import Run
 from postcopy.errors import ConfigurationError, MigrationError, PeerError
 from postcopy.output import Output
 from postcopy.service.client import ControlClient
-from postcopy.service.options import Option
+from postcopy.service.options import flag
 from postcopy.service.schema import COMMANDS, ControlError, Json, plain
 from postcopy.service.status import render_answer
 
@@ -28,13 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, command in COMMANDS.items():
         help = "show what happens until it ends, or Ctrl-C" if name == "events" else command.help
         request = requests.add_parser(name, help=help, allow_abbrev=False)
-        add_option(request, Option("json", "as it came, in JSON", flag="set"))
+        add_option(request, flag("json", "as it came, in JSON"))
         for option in command.options if name != "events" else ():
             bare = option.name == command.bare
             nargs = "?" if bare and option.name != command.required else None
             add_option(request, replace(option, field=option.name, positional=bare, nargs=nargs))
         if name == "migrate":
-            add_option(request, Option("detach", "do not wait until it has moved", flag="set"))
+            add_option(request, flag("detach", "do not wait until it has moved"))
 
 
 def make(given: dict[str, Any], output: Output) -> Run:

@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 from postcopy import __version__
 from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.service import options
-from postcopy.service.options import Option, parse_name
+from postcopy.service.options import Option, flag, parse_name
 from postcopy.units import FOREVER
 from postcopy.wire.protocol import one_line
 
@@ -71,13 +71,13 @@ class Command:
 
 
 _MACHINE = Option("machine", "of a daemon that has several: which", "NAME", parse_name)
-_FORCE = Option("force", "also when something is lost with it: a machine, its pages", flag="set")
+_FORCE = flag("force", "also when something is lost with it: a machine, its pages")
 _TO = Option("to", "a daemon or a destination that listens", "HOST:PORT")
 
 COMMANDS: Mapping[str, Command] = {
     "commands": Command("what may be asked of this process"),
     "status": Command("how it is", (replace(_MACHINE, help="of one machine only"),), bare="machine"),
-    "events": Command("from now on, tell this client what happens, or no more", (Option("enable", flag="set"),)),
+    "events": Command("from now on, tell this client what happens, or no more", (flag("enable", ""),)),
     "start": Command(
         "make a machine and let it run",
         (

@@ -141,22 +141,13 @@ class Writer:
         return not self._gone
 
     def _write_here(self, deadline_s: float) -> bool:
-        """What is queued, by whoever calls, who must not wait for longer."""
-        poll = select.poll()
-        poll.register(self._fd, select.POLLOUT)
-        while self._queue:
-            data, kind = self._queue[0]
-            while data:
-                if not poll.poll(max(0, round((deadline_s - time.monotonic()) * 1000))):
-                    return False
-                try:
-                    data = data[os.write(self._fd, data[:_SURE_BYTES]) :]
-                except BlockingIOError:
-                    continue
-                except OSError:
-                    return False
-                self._queue[0] = data, kind
-            self._queue.popleft()
+        """What is queued, by the thread that calls, which must not wait for longer."""
+        try:
+            while self._queue:
+                self._write(self._queue[0][0], deadline_s)
+                self._queue.popleft()
+        except OSError:
+            return False
         return True
 
     def _run(self) -> None:
@@ -168,7 +159,7 @@ class Writer:
                 if not self._failed(error, data, kind, note):
                     return
             else:
-                self._failing = self._torn = False
+                self._failing = False
 
     def _next(self) -> tuple[bytes, Kind, int]:
         """A line, or the one that says how many were dropped, and how many that are."""
@@ -188,18 +179,22 @@ class Writer:
                 self._changed.notify_all()
                 self._changed.wait()
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes, deadline_s: float | None = None) -> None:
+        """TimeoutError where there is a deadline that has passed."""
         rest = memoryview(b"\n" + data if self._torn else data)
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
         while rest:
+            if deadline_s is not None and not poll.poll(max(0, round((deadline_s - time.monotonic()) * 1000))):
+                raise TimeoutError
             try:
-                rest = rest[os.write(self._fd, rest) :]
+                rest = rest[os.write(self._fd, rest if deadline_s is None else rest[:_SURE_BYTES]) :]
             except BlockingIOError:  # whoever shares the descriptor has made it so
-                poll = select.poll()
-                poll.register(self._fd, select.POLLOUT)
-                poll.poll()
+                poll.poll(RETRY_S * 1000)
                 continue
             self._torn = True  # until all of it is there
             self._progressed_s = time.monotonic()
+        self._torn = False
 
     def _failed(self, error: OSError, data: bytes, kind: Kind, note: int) -> bool:
         """False when nobody will read any more."""
