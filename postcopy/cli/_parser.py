@@ -23,7 +23,7 @@ from postcopy.errors import ConfigurationError
 from postcopy.service import options
 from postcopy.service.options import OUTPUT, Group, OneOf, Option
 from postcopy.units import argument
-from postcopy.wire.protocol import one_line
+from postcopy.wire import one_line
 
 COMMANDS = {
     "source": ("run a machine, or hold an image, and migrate it away", "postcopy.cli.sides"),

@@ -12,7 +12,7 @@ import trio
 from postcopy._blocking import run_sync
 from postcopy.cli.sides import Run
 from postcopy.migration import salvage
-from postcopy.migration._session import Interrupted
+from postcopy.migration.tasks import Interrupted
 from postcopy.output import Kind, Output
 from postcopy.service.options import OUTPUT, Group, OneOf, Option, parse_path, path
 

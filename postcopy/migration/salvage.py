@@ -50,7 +50,7 @@ from postcopy.machines.kinds import create_destination
 from postcopy.memory import MemoryKind
 from postcopy.memory.bitmap import Bitmap
 from postcopy.units import format_size
-from postcopy.wire.protocol import one_line
+from postcopy.wire import one_line
 
 FORMAT, VERSION = "postcopy-salvage", 1
 SOURCE, DEST, MERGED = "source", "dest", "merged"  # sides

@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 
 from postcopy.machines.kinds import MachineOptions
-from postcopy.migration._session import HEARTBEAT_S
+from postcopy.migration.connection import HEARTBEAT_S
 from postcopy.migration.source import SourceOptions
-from postcopy.net.channels import Address, Route
+from postcopy.net import Address, Route
 
 
 @dataclass(frozen=True)

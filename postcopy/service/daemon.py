@@ -45,21 +45,22 @@ import trio
 
 from postcopy._blocking import keep_reserve
 from postcopy.errors import ConfigurationError, PostcopyError
-from postcopy.machines import Machine
-from postcopy.machines.kinds import MachineOptions, create_destination, create_source
+from postcopy.machines.kinds import MachineOptions, create_source
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration
-from postcopy.net.channels import Acceptor, Link, Route, parse_address
+from postcopy.migration.statistics import milliseconds
+from postcopy.net import Acceptor, Link, Route, parse_address
 from postcopy.output import Output
 from postcopy.service import report
 from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import DaemonConfig
 from postcopy.service.control import find, process_status
 from postcopy.service.options import is_name
+from postcopy.service.report import Migration
 from postcopy.service.schema import ControlError
-from postcopy.service.service import Json, Migration, Owned, Phase, Request, Row, Service, direction
+from postcopy.service.service import Json, Owned, Phase, Request, Row, Service, direction
 from postcopy.service.status import machine_status
-from postcopy.wire.protocol import State, one_line
+from postcopy.wire import State, one_line
 
 MAX_INCOMING = 16
 MAX_MACHINES = 256
@@ -325,29 +326,21 @@ class Daemon(Service):
         owned.machine = machine
         self._received += 1
         try:
-            await migration.release()
+            await migration.hand_over()
         except PostcopyError as error:
             log.error("%s: the machine runs on, what is stuck of its pager is kept: %s", owned.name, error)
 
-    def make_arriving(
-        self,
-        owned: Owned,
-        kind: str,
-        config: Mapping[str, Any],
-        *args: Any,
-        **where: Any,
-    ) -> Machine:
-        """Under the name that its source says."""
+    def name_arriving(self, owned: Owned, kind: str, config: Mapping[str, Any]) -> str:
+        """The name that its source says."""
         if kind == "image":
             raise ConfigurationError("a daemon takes machines that run; `postcopy dest` takes an image")
         name = config.get("name", _new_name(kind))
         if not is_name(name):
             raise ConfigurationError(f"{one_line(str(name), 80)!r} is no machine's name")
         self._check_name(name, owned)
-        owned.name = name
         if owned.migration is not None:
             owned.migration.machine_name = name
-        return create_destination(kind, config, *args, **where)
+        return str(name)
 
     def _ended(self, owned: Owned, migration: Migration) -> None:
         if owned.has_left:
@@ -355,8 +348,8 @@ class Daemon(Service):
         elif isinstance(migration, DestinationMigration) and owned.machine is not None:
             self.output.emit("machine-received", {"machine": owned.name, "kind": owned.machine.kind})
         fields = {**report.ended(direction(migration), migration), "machine": owned.name}
-        fields["downtime-ms"] = report.milliseconds(migration.downtime_ns)
-        fields["total-ms"] = report.milliseconds(migration.total_ns)
+        fields["downtime-ms"] = milliseconds(migration.downtime_ns)
+        fields["total-ms"] = milliseconds(migration.total_ns)
         self.output.emit("migration-ended", fields)
         if migration.state is not State.COMPLETED:
             why = f": {migration.failure}" if migration.failure is not None else ""  # none: it was taken back

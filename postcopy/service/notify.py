@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import Mapping
 
-from postcopy.wire.protocol import one_line
+from postcopy.wire import one_line
 
 
 class Notifier:

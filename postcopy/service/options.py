@@ -21,13 +21,13 @@ from typing import Any, Literal, TypeVar
 from postcopy._files import explain_bad_name
 from postcopy.errors import ConfigurationError
 from postcopy.machines.kinds import BACKINGS, KINDS
-from postcopy.machines.toy.kvm import WORKLOADS
+from postcopy.machines.toy.machine import WORKLOADS
 from postcopy.machines.toy.tap import format_ipv4, format_mac, parse_ipv4, parse_mac, parse_net
-from postcopy.migration._session import HEARTBEAT_S, MISSED_HEARTBEATS
+from postcopy.migration.connection import HEARTBEAT_S, MISSED_HEARTBEATS
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS
-from postcopy.net.channels import parse_address
+from postcopy.net import parse_address
 from postcopy.units import FOREVER, MAX_SECONDS, format_seconds, parse_rate, parse_seconds, parse_size, parse_whole
-from postcopy.wire.protocol import MAX_BULK_CHANNELS
+from postcopy.wire import MAX_BULK_CHANNELS
 
 T = TypeVar("T")
 

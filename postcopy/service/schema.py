@@ -30,7 +30,7 @@ from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.service import options
 from postcopy.service.options import Option, flag, parse_name
 from postcopy.units import FOREVER
-from postcopy.wire.protocol import one_line
+from postcopy.wire import one_line
 
 Json = dict[str, Any]
 

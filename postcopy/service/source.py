@@ -13,14 +13,14 @@ from postcopy.errors import ConfigurationError
 from postcopy.machines import Machine
 from postcopy.machines.kinds import create_source
 from postcopy.migration import salvage
-from postcopy.migration._session import Interrupted, first_of
 from postcopy.migration.source import SourceMigration, check_releasable
-from postcopy.net.channels import Acceptor, Link, Route
+from postcopy.migration.tasks import Interrupted, first_of
+from postcopy.net import Acceptor, Link, Route
 from postcopy.output import Output
 from postcopy.service import report
 from postcopy.service.config import ArrivalOptions, SourceConfig
 from postcopy.service.service import Json, Owned, Phase, Service, why_not_completed
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 
 MAX_SESSIONS = 16  # destinations served at the same time
 MAX_LOST = 16  # destinations of an image that were lost, and that may still come back
@@ -39,15 +39,7 @@ class Source(Service):
         self.stop = stop
         if self._config.salvage_to is not None:
             salvage.check_target(self._config.salvage_to)
-        done = False
-        try:
-            done = await self.attempt(self._run)
-        finally:
-            with trio.CancelScope(shield=True):
-                await self._end(done)
-        if not done and self.failure is not None:
-            raise self.failure
-        return done
+        return await self.run_to_result(self._run, self._end)
 
     async def _run(self) -> bool:
         config = self._config
@@ -194,7 +186,7 @@ class Source(Service):
                 return True
             reclaimed = migration.state is State.RECLAIMED
             self.failure = why_not_completed(migration)
-            keep = reclaimed or (migration.may_run and migration.was_ready and self._config.keep)
+            keep = reclaimed or (migration.may_run and migration.ready_ns > 0 and self._config.keep)
             if keep and machine.live and not self.stop.is_set():
                 if not reclaimed:
                     self.output.say(

@@ -12,7 +12,7 @@ from typing import Any
 import trio
 
 from postcopy.errors import ResourceError
-from postcopy.net.channels import Address
+from postcopy.net import Address
 from postcopy.output import Output
 from postcopy.service import options
 from postcopy.service.options import Group, Option

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from postcopy._blocking import run_sync
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, known_error
-from postcopy.machines.toy.kvm import explain_no_kvm
+from postcopy.machines.toy.machine import explain_no_kvm
 from postcopy.machines.toy.tap import format_ipv4, parse_ipv4, parse_net
 from postcopy.output import Output
 from postcopy.service import options

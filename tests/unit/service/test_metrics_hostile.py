@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 import trio
 
-from postcopy.net.channels import Address
+from postcopy.net import Address
 from postcopy.service import http as http_module
 from postcopy.service.http import MAX_CONNECTIONS, HttpServer
 
