@@ -2,7 +2,7 @@
 """A laboratory that is up, and its hosts. Blocking calls, of any thread: most start a process and wait for it.
 
 The parts: the *holder* (`_holder`) keeps the namespaces alive, the *record* (`_state`) says who it is, and a
-*worker* (`_netlink`) talks to the kernel. This process itself never leaves its members.
+*worker* (`_netlink`) talks to the kernel. This process itself never leaves its namespaces.
 
 Error handling: whatever goes wrong while a laboratory is made ends its holder, and with it all that there was. A record
 whose holder is gone is what a crash has left; whoever meets it ends the processes that bear its mark, and removes it.
