@@ -88,7 +88,7 @@ def load(command: str) -> Any:
 def add_groups(parser: argparse.ArgumentParser, groups: Iterable[Group]) -> None:
     for group in groups:
         section = parser.add_argument_group(group.title) if group.title else parser
-        for item in group.options:
+        for item in group.items:
             if isinstance(item, OneOf):
                 one = section.add_mutually_exclusive_group(required=True)
                 for option in item.options:

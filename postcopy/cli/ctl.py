@@ -77,17 +77,17 @@ class CtlCommand:
         if self._request == "events":
             return await self._follow(client)
         if self._request == "migrate" and not self._detach:
-            return await self._migrate(client, self._arguments)
+            return await self._migrate(client)
         answer = await client.execute(self._request, self._arguments)
         text = json.dumps(answer) if self._json else render_answer(self._request, answer)
         if text:
             self._print(text)
         return True
 
-    async def _migrate(self, client: ControlClient, arguments: Json) -> bool:
+    async def _migrate(self, client: ControlClient) -> bool:
         """Until it has ended, one way or the other."""
         await client.execute("events", {"enable": True})
-        migration = (await client.execute("migrate", arguments))["migration"]
+        migration = (await client.execute("migrate", self._arguments))["migration"]
         while True:
             event = await client.next_event()
             data = event["data"]
@@ -95,9 +95,7 @@ class CtlCommand:
             if data.get("migration") != migration or data.get("direction") != "outgoing":
                 continue
             if event["event"] == "migration-status":
-                self._output.say(
-                    f"{data['machine']}: {data['status']}" + (f": {data['error']}" if data["error"] else "")
-                )
+                self._output.say(f"{data['machine']}: {data['status']}{data['error'] and ': ' + data['error']}")
             elif event["event"] == "migration-ended":
                 if self._json:
                     self._print(json.dumps(data))

@@ -18,14 +18,12 @@ from postcopy.service.options import OUTPUT, Group, OneOf, Option, parse_path, p
 
 # fmt: off
 OPTIONS = (
-    Group((
-        Option("salvages", "written by --salvage: of the source, the destination, or both", "DIR", parse_path,
-               nargs="+", positional=True),
-        OneOf((
-            path("output", "the image, sparse: one RAM block after the other"),
-            path("into", "a new directory, with all that is there of the machine, for `postcopy source --from`", "DIR"),
-        )),
-    )),
+    Group("",
+          Option("salvages", "written by --salvage: of the source, the destination, or both", "DIR", parse_path,
+                 nargs="+", positional=True),
+          OneOf(path("output", "the image, sparse: one RAM block after the other"),
+                path("into", "a new directory, with all that is there of the machine, for `postcopy source --from`",
+                     "DIR"))),
     OUTPUT,
 )
 # fmt: on

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a command shows while it works: JSON lines on stdout, and for people, on stderr, a live view or plain lines.
 
-Output is never a reason to lose a machine, or to hold one up: every line goes through a queue (`_writer`), and a thread
-that waits for the reader in everybody's place. Progress is dropped when nobody reads it; results, endings and errors
-are kept for as long as the process lives, and a few seconds of its end.
+Output must never lose a machine, or delay one: every line goes through a queue, which a thread of its own writes, so
+that only that thread waits for a slow reader (`_writer`). Progress is dropped when nobody reads it; results, endings and
+errors are kept as long as the process lives, and for a few seconds at its end.
 """
 
 from __future__ import annotations

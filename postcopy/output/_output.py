@@ -37,8 +37,8 @@ class Output:
         self._began = time.monotonic()
         self._stdout = Writer(stdout, self._dropped_events)
         self._stderr = Writer(stderr, self._dropped_lines)
-        # Who prints results for nobody may end; what is said beside the work is never a reason to end it (Rich, for
-        # one, makes SystemExit of a terminal that has gone).
+        # A command whose results nobody will read may end. One whose messages nobody will read goes on: Rich, which
+        # raises SystemExit when a terminal has gone, must not see that.
         self._streams = (
             QueuedStream(self._stdout, stdout, loss_is_error=True),
             QueuedStream(self._stderr, stderr, loss_is_error=False),

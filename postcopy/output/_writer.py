@@ -2,16 +2,16 @@
 """Lines on their way to a descriptor that somebody else reads, or does not.
 
 A terminal that was stopped with Ctrl-S, a pager, a log collector that hangs, a pipe that nobody empties: a write to any
-of them can wait for ever, and whoever writes waits with it. So nobody writes but one thread for each descriptor, which
-has nothing else to do; all others, from whatever thread, put a line into its queue, and never wait.
+of them can wait forever, and the writer with it. So each descriptor has one thread that does nothing but write to it.
+All others put their lines into its queue, from any thread, and never wait.
 
 **What is dropped.** The queue has room for a little progress, for more log lines, and for very many lines of what must
 not be lost (results, endings, errors); a kind that has used up its room is dropped, and counted. When somebody reads
 again, the reader is told once how many lines are missing.
 
 **The end.** `close` waits for what is queued as long as somebody reads, for `STALLED_S` when nobody does, and for
-`CLOSE_S` in all. Then the thread is left behind in its write; it is a daemon, and holds up no process's end. Where the
-system gives no thread, whoever closes writes, with the same bounds.
+`CLOSE_S` in all. Then the thread is left in its write: it is a daemon thread, for which the end of the process does not
+wait. Where the system gives no thread, `close` itself writes, with the same bounds.
 
 A descriptor whose reader is gone is given up. One with no room (a full disk) is not: what must not be lost is tried
 again, other lines are dropped.
@@ -216,19 +216,18 @@ class Writer:
 
 
 class QueuedStream(io.TextIOBase):
-    """What takes a standard stream's place where its lines go through a `Writer`, for whoever prints: Rich, the
-    interpreter's own messages. A line, or what was written before a `flush`, is queued in one piece."""
+    """Stands in for a standard stream whose lines go through a `Writer`: for Rich, and for what the interpreter prints.
+    A line, or what was written before a `flush`, is queued in one piece."""
 
     def __init__(self, writer: Writer, stream: TextIO | None, *, loss_is_error: bool) -> None:
-        """`loss_is_error`: whether whoever prints is to hear (BrokenPipeError) that nobody will read any more; else it
-        goes nowhere, in silence."""
+        """`loss_is_error`: printing raises BrokenPipeError when nobody will read any more, in place of doing nothing."""
         self.writer = writer
         self._stream = stream
         self._loss_is_error = loss_is_error
         self._local = threading.local()
 
     def as_kind(self, kind: Kind) -> None:
-        """What this thread writes from now on is of this kind; of no importance but for what is dropped."""
+        """What this thread writes from now on is of this kind, which decides only when it is dropped."""
         self._local.kind = kind
 
     @property

@@ -78,22 +78,22 @@ class Option:
         return parsed
 
 
-@dataclass(frozen=True)
 class OneOf:
     """Options of which one must be given, and only one."""
 
-    options: tuple[Option, ...]
+    def __init__(self, *options: Option) -> None:
+        self.options = options
 
 
-@dataclass(frozen=True)
 class Group:
     """Options under a title of their own in ``--help``, where there is one."""
 
-    options: tuple[Option | OneOf, ...]
-    title: str = ""
+    def __init__(self, title: str, *items: Option | OneOf) -> None:
+        self.title = title
+        self.items = items
 
     def __iter__(self) -> Iterator[Option]:
-        for item in self.options:
+        for item in self.items:
             yield from item.options if isinstance(item, OneOf) else (item,)
 
 
@@ -264,53 +264,53 @@ USER = Option("user", "as root: open the devices, then give up every right but t
 
 # ---- The commands
 
-FROM_OPTIONS = Group((
+FROM_OPTIONS = Group(
+    "with --from",
     flag("reclaim", "DIR is of a source, and its destination is dead for good: go on from the switchover, without what"
          " the machine has done since. If that host lives, the machine then runs twice"),
     flag("force", "also with pages that nobody has, which are then zeros, or a second time"),
-), "with --from")
-OPERATING = Group((
+)
+OPERATING = Group(
+    "operating it",
     Option("control", "a control socket for `postcopy ctl`, this user's and root's only", "PATH",
            partial(check_control_path, what="a control socket")),
     Option("metrics", "Prometheus metrics at http://HOST:PORT/metrics; without HOST on the loopback interface only",
            "[HOST]:PORT"),
     path("metrics-file", "write the metrics there when a migration has ended", "FILE.prom"),
-), "operating it")
-OUTPUT = Group((
+)
+OUTPUT = Group(
+    "output",
     flag("json", "one JSON object a line on stdout, the result last"),
     choice("log-level", ("debug", "info", "warning", "error")),
     flag("log-json", "one JSON object a line on stderr, with the migration's id"),
-), "output")
-_WHEN_LOST = "when the network fails"
+)
+_LOST = Group("when the network fails", HEARTBEAT, RECOVER_FOR, SALVAGE)
 COMMANDS: Mapping[str, tuple[Group, ...]] = {
     "source": (
-        Group((OneOf((KIND, FROM)), *MACHINE), "the machine"),
+        Group("the machine", OneOf(KIND, FROM), *MACHINE),
         FROM_OPTIONS,
-        Group((OneOf((HOLD, LISTEN, CONNECT, PEER_FILE)),)),
-        Group((BACKING, BUSY_POLL, *SENDING), "the engine"),
-        Group((HEARTBEAT, RECOVER_FOR, SALVAGE), _WHEN_LOST),
-        Group((MIGRATE_AFTER, SERVE, ON_FAILURE, USER)),
+        Group("", OneOf(HOLD, LISTEN, CONNECT, PEER_FILE)),
+        Group("the engine", BACKING, BUSY_POLL, *SENDING),
+        _LOST,
+        Group("", MIGRATE_AFTER, SERVE, ON_FAILURE, USER),
         OPERATING, OUTPUT,
     ),
     "dest": (
-        Group((OneOf((LISTEN, CONNECT, PEER_FILE)),)),
-        Group((BACKING, BUSY_POLL, PAGER), "the engine"),
-        Group((HEARTBEAT, RECOVER_FOR, SALVAGE), _WHEN_LOST),
-        Group((
-            ON_LOST,
-            replace(DISK, help="where the machine's disk is on this host, if not as on the source"),
-            replace(NET, help="where the machine's network device is attached on this host"),
-            RUN_FOR, DUMP, VERIFY, USER,
-        )),
+        Group("", OneOf(LISTEN, CONNECT, PEER_FILE)),
+        Group("the engine", BACKING, BUSY_POLL, PAGER),
+        _LOST,
+        Group("", ON_LOST, replace(DISK, help="where the machine's disk is on this host, if not as on the source"),
+              replace(NET, help="where the machine's network device is attached on this host"),
+              RUN_FOR, DUMP, VERIFY, USER),
         OPERATING, OUTPUT,
     ),
     "daemon": (
-        Group((replace(LISTEN, help="take machines that come here; port 0: any"),)),
-        Group((replace(KIND, help="what to migrate (default: none to begin with)"), *MACHINE), "the machine"),
-        Group((NAME,)),
-        Group((BACKING, BUSY_POLL, PAGER, *SENDING), "the engine"),
-        Group((HEARTBEAT, RECOVER_FOR), _WHEN_LOST),
-        Group((USER,)),
+        Group("", replace(LISTEN, help="take machines that come here; port 0: any")),
+        Group("the machine", replace(KIND, help="what to migrate (default: none to begin with)"), *MACHINE),
+        Group("", NAME),
+        Group("the engine", BACKING, BUSY_POLL, PAGER, *SENDING),
+        Group("when the network fails", HEARTBEAT, RECOVER_FOR),
+        Group("", USER),
         OPERATING, OUTPUT,
     ),
 }

@@ -107,13 +107,12 @@ def test_each_option_is_there_once(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "options_of"),
+    ("command", "option"),
     [(command, option) for command in TABLES for option in all_options(command) if not option.positional],
     ids=lambda value: value.name if isinstance(value, Option) else value,
 )
-def test_what_is_written_is_read(command: str, options_of: Option) -> None:
+def test_what_is_written_is_read(command: str, option: Option) -> None:
     """And written again, as the demo does for its two sides, it is read the same."""
-    option = options_of
     if option.flag:
         assert option.to_arguments(True) == [f"--{option.name}"]
         return
