@@ -43,6 +43,7 @@ import trio
 
 from postcopy.errors import ConfigurationError, PostcopyError, ResourceError
 from postcopy.service._contain import contained
+from postcopy.service.options import check_control_path
 from postcopy.service.schema import (
     ControlError,
     Json,
@@ -72,7 +73,6 @@ STAY_S = 0.2
 """Nobody is hung up on before, so that one who asks at once is answered in whatever crowd; others wait to connect."""
 LOCK_TIMEOUT_S = 5.0
 ACCEPT_PAUSE_S = 0.1
-_MAX_PATH_BYTES = 107  # sun_path, and its null (unix(7))
 
 log = logging.getLogger(__name__)
 
@@ -363,21 +363,6 @@ class _Spare:
         fd, self._fd = self._fd, -1
         os.close(fd)
         return True
-
-
-def check_control_path(path: str, what: str = "--control") -> str:
-    """The path, when a socket can have it. `ConfigurationError` otherwise; `what` is what the user calls it."""
-    size_bytes = len(os.fsencode(path))
-    shown = path if len(path) <= 120 else f"{path[:100]}..."
-    if not path:
-        raise ConfigurationError(f"{what}: the path is empty; name a socket in a directory of yours")
-    if "\0" in path:
-        raise ConfigurationError(f"{what} {shown!r}: a path has no NUL in it")
-    if size_bytes > _MAX_PATH_BYTES:
-        raise ConfigurationError(
-            f"{what} {shown}: the path of a socket has at most {_MAX_PATH_BYTES} bytes, this one has {size_bytes}"
-        )
-    return path
 
 
 def _directory(path: str) -> str:
