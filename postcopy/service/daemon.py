@@ -3,14 +3,14 @@
 
 A source ends when its machine has left, a destination has one machine and waits for it: neither can have the machine
 that it sent away come back. So this is the union of both. A machine is *here* from its start or arrival until it has
-left or ended, whoever asks; each has at most one migration at a time, and that is an engine of its own
-(`SourceMigration`, `DestinationMigration`), which knows nothing of the others. What they share is the listening port,
-where the handshake sends each connection to its migration, and the bandwidth.
+left or ended; each has at most one migration at a time, and that is an engine of its own (`SourceMigration`,
+`DestinationMigration`), which knows nothing of the others. What they share is the listening port, where the handshake
+sends each connection to its migration, and the bandwidth.
 
 **Bandwidth.** One limit for all that is pushed, divided in equal parts among the migrations that push, again whenever
 one begins or ends. Requested pages are never held up by it.
 
-**Names.** A machine keeps its name wherever it goes: the source tells it with the machine's configuration. A machine
+**Names.** A machine keeps its name wherever it goes: the source sends it with the machine's configuration. A machine
 whose name is taken here is refused, and so goes on where it is.
 
 **Places.** An arriving machine has one of `MAX_INCOMING` from its offer until it is here, as far as it is not lost:
@@ -19,7 +19,7 @@ some descriptors are there for each before it is let in: what PREPARED says must
 
 **Failures.** Each migration, and each machine's end, is contained (`contain`): whatever goes wrong in one, also a
 mistake of ours, is logged and ends that one. A machine that is this host's is never ended by it: it stays as it is, to
-be looked at, until somebody ends it.
+be looked at, until an operator ends it.
 
 **The end.** `stop` gives up what is not decided: such a machine is still here, and ends with this process, as all
 others here do. What is past its point of no return is seen through, however long that takes, since its pages are
@@ -72,7 +72,7 @@ MANY_DESCRIPTORS = 65536
 AGAIN_S = 1.0
 """Pause before what should never end, and has, is begun again."""
 FORCED_END_S = 45.0
-"""How long a migration may take to end that was told to: its longest shielded step is `END_TIMEOUT_S`."""
+"""How long a migration may take to end when it has to: its longest shielded step is `END_TIMEOUT_S`."""
 
 log = logging.getLogger(__name__)
 
