@@ -15,9 +15,6 @@
  * 2^64, and the sum is mixed with the size. The mixer is a bijection that spreads every bit (the finalizer of splitmix64).
  * Sums commute and zero blocks contribute nothing: hence absent memory need not be visited. It finds accidents, not attackers.
  */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE /* memfd_create, fallocate, SEEK_DATA */
-#endif
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
