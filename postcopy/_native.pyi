@@ -47,9 +47,9 @@ class _Lib:
     PC_FRAME_HEADER_BYTES: int
     PC_FRAME_MAGIC: int
     PC_FRAME_MAX_PAYLOAD_BYTES: int
-    PC_MAX_BLOCKS: int
     PC_MAX_SHARDS: int
     PC_MAX_BULK_CHANNELS: int
+    PC_MAX_BLOCKS: int
     PC_MAX_TRACKED_THREADS: int
     PC_STAGES: int
     PC_PAGER_REQUEST_AHEAD: int
@@ -64,6 +64,12 @@ class _Lib:
     PC_FRAME_END: int
     PC_FRAME_ERROR: int
     PC_FRAME_DEMAND: int
+    PC_CHANNEL_URGENT: int
+    PC_CHANNEL_BULK: int
+    PC_EVENT_CHANNEL_DOWN: int
+    PC_EVENT_BULK_END: int
+    PC_EVENT_COMPLETE: int
+    PC_EVENT_FATAL: int
     PC_DEVICE_USERFAULTFD: int
     PC_DEVICE_KVM: int
     PC_DEVICE_TUN: int
@@ -113,12 +119,6 @@ class _Lib:
     PC_STAGE_RECEIVED: int
     PC_STAGE_PLACED: int
     PC_STAGE_TOTAL: int
-    PC_CHANNEL_URGENT: int
-    PC_CHANNEL_BULK: int
-    PC_EVENT_CHANNEL_DOWN: int
-    PC_EVENT_BULK_END: int
-    PC_EVENT_COMPLETE: int
-    PC_EVENT_FATAL: int
     PC_ENGINE_KVM: int
     PC_ENGINE_RV64: int
     PC_WORKLOAD_IDLE: int
@@ -229,7 +229,7 @@ class _Lib:
     def pc_memory_resident(self, memory: CData, resident_bytes: CData, /) -> int: ...
     def pc_bytes_copy(self, to_address: int, from_address: int, bytes: int, /) -> None: ...
     def pc_states_new(self, pages: int, /) -> int: ...
-    def pc_states_known(self, fd: int, pages: int, words: CData, /) -> int: ...
+    def pc_states_received(self, fd: int, pages: int, words: CData, /) -> int: ...
     def pc_states_count(self, fd: int, pages: int, /) -> int: ...
     def pc_states_settle(self, fd: int, memory: CData, /) -> int: ...
     def pc_pager_new(self, pager: CData, /) -> int: ...

@@ -13,7 +13,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "core/runtime.h"
+#include "core/clock.h"
 #include "core/util.h"
 #include "postcopy/bench.h"
 #include "uffd/uffd_abi.h"

@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <stdbool.h>
 
+#include "core/bits.h"
 #include "postcopy/core.h"
 
 uint64_t pc_bitmap_words(uint64_t bits)
@@ -15,59 +16,24 @@ uint64_t pc_bitmap_words(uint64_t bits)
 
 uint64_t pc_bitmap_count(const uint64_t *words, uint64_t bits)
 {
-    uint64_t count = 0;
-
-    for (uint64_t i = 0; i < bits / 64; i++)
-        count += (uint64_t)__builtin_popcountll(words[i]);
-    if (bits % 64)
-        count += (uint64_t)__builtin_popcountll(words[bits / 64] & (((uint64_t)1 << bits % 64) - 1));
-    return count;
+    return pc_bits_count(words, 0, bits);
 }
 
 uint64_t pc_bitmap_next(const uint64_t *words, uint64_t bits, uint64_t from, int value)
 {
-    const uint64_t flip = value ? 0 : ~(uint64_t)0; /* look for ones only */
-    uint64_t last = pc_bitmap_words(bits), word, i;
-
-    if (from >= bits)
-        return bits;
-    i = from / 64;
-    word = (words[i] ^ flip) & (~(uint64_t)0 << from % 64);
-    while (!word) {
-        if (++i == last)
-            return bits;
-        word = words[i] ^ flip;
-    }
-    i = i * 64 + (uint64_t)__builtin_ctzll(word);
-    return i < bits ? i : bits;
-}
-
-/* Bits [first, first + count) of one word. */
-static uint64_t word_mask(uint64_t first, uint64_t count)
-{
-    return (count < 64 ? ((uint64_t)1 << count) - 1 : ~(uint64_t)0) << first;
+    return pc_bits_next(words, bits, from, value);
 }
 
 void pc_bitmap_set_range(uint64_t *words, uint64_t first, uint64_t count)
 {
-    while (count) {
-        uint64_t shift = first % 64, n = count < 64 - shift ? count : 64 - shift;
-
-        words[first / 64] |= word_mask(shift, n);
-        first += n;
-        count -= n;
-    }
+    for (uint64_t word = first / 64; word * 64 < first + count; word++)
+        words[word] |= pc_bits_mask(word, first, count);
 }
 
 void pc_bitmap_clear_range(uint64_t *words, uint64_t first, uint64_t count)
 {
-    while (count) {
-        uint64_t shift = first % 64, n = count < 64 - shift ? count : 64 - shift;
-
-        words[first / 64] &= ~word_mask(shift, n);
-        first += n;
-        count -= n;
-    }
+    for (uint64_t word = first / 64; word * 64 < first + count; word++)
+        words[word] &= ~pc_bits_mask(word, first, count);
 }
 
 struct writer {

@@ -13,7 +13,7 @@
 #include <pthread.h>
 #include <stddef.h>
 
-#include "postcopy/engine.h"
+#include "postcopy/core.h"
 
 /* Four types, for each urgent and each bulk channel and for none. */
 #define PC_EVENTS_MAX (4 * (PC_MAX_SHARDS + PC_MAX_BULK_CHANNELS + 1))

@@ -8,7 +8,6 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #define BACKGROUND_NICE 5
@@ -24,14 +23,6 @@ struct sched_attributes {
     uint64_t runtime_ns, deadline_ns, period_ns;
 };
 _Static_assert(sizeof(struct sched_attributes) == 48, "SCHED_ATTR_SIZE_VER0");
-
-uint64_t pc_now_ns(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
 
 void *pc_buffer_new(size_t bytes)
 {

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What the engine's threads need of the system: time, buffers, threads, whole writes.
+ * What the engine's threads need of the system: buffers, threads, whole writes.
  */
 #ifndef PC_RUNTIME_H
 #define PC_RUNTIME_H
@@ -9,8 +9,6 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-
-uint64_t pc_now_ns(void); /* CLOCK_MONOTONIC */
 
 /* Zeroed, page-aligned memory of its own mapping, unpopulated until used and not inherited by fork: an engine's buffer
  * must never lie in memory that a machine, or a forked child, can make missing. NULL without memory. */

@@ -27,6 +27,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "core/clock.h"
 #include "core/runtime.h"
 #include "core/util.h"
 #include "machine/guest/abi.h"

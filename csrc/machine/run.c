@@ -154,7 +154,7 @@ void pc_vcpu_halt(struct pc_vcpu *vcpu)
 {
     struct pc_machine *machine = vcpu->machine;
     uint64_t until_ns = pc_now_ns() + HALT_NS;
-    struct timespec until = { .tv_sec = (time_t)(until_ns / 1000000000u), .tv_nsec = (long)(until_ns % 1000000000u) };
+    struct timespec until = pc_timespec(until_ns);
 
     atomic_store(&vcpu->activity, PC_VCPU_HALTED);
     pthread_mutex_lock(&machine->lock);
@@ -197,7 +197,7 @@ bool pc_machine_wait_for_vcpus(struct pc_machine *machine, uint32_t timeout_ms, 
         now_ns = pc_now_ns();
         late = now_ns >= until_ns;
         step_ns = machine->engine->kick_again && until_ns > now_ns + KICK_AGAIN_NS ? now_ns + KICK_AGAIN_NS : until_ns;
-        step = (struct timespec){ .tv_sec = (time_t)(step_ns / 1000000000u), .tv_nsec = (long)(step_ns % 1000000000u) };
+        step = pc_timespec(step_ns);
         if (pthread_cond_timedwait(&machine->changed, &machine->lock, &step) == ETIMEDOUT && step_ns != until_ns)
             pc_machine_kick_all(machine);
     }

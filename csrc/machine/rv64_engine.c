@@ -240,7 +240,7 @@ int pc_rv64_run_until(struct pc_machine *machine, uint64_t instructions, uint32_
                       size_t error_bytes)
 {
     uint64_t until_ns = pc_now_ns() + timeout_ms * 1000000ull;
-    struct timespec until = { .tv_sec = (time_t)(until_ns / 1000000000u), .tv_nsec = (long)(until_ns % 1000000000u) };
+    struct timespec until = pc_timespec(until_ns);
     bool late = false, there;
     int rc;
 

@@ -3,13 +3,13 @@
  * What has become of each page, where it outlives the pager that wrote it.
  *
  * A pager may be killed at any instruction. What the next one must know is in a sealed memfd: for each page whether it was
- * claimed, is known, is zero (pager.c says what the words mean). Bits are only ever set, one atomic or each, so there is no
- * half-written state; but between `claimed` and `known` lies the placement itself, and a pager that died there leaves
+ * claimed, is received, is zero (pager.c says what the words mean). Bits are only ever set, one atomic or each, so there is no
+ * half-written state; but between `claimed` and `received` lies the placement itself, and a pager that died there leaves
  * pages of which the map alone does not tell whether they were placed.
  *
  * Those are settled by looking at the machine's page table. UFFDIO_COPY puts content and page table entry there together, in
  * one step that a SIGKILL does not interrupt, and only it (or CONTINUE, after the content) does so, as every access by anyone else
- * to a page that is not known waits. Hence: an entry is there, mapped or swapped out, and the page was placed.
+ * to a page that is not received waits. Hence: an entry is there, mapped or swapped out, and the page was placed.
  *
  * There is none: anonymous memory was not placed. Shared memory is taken out of a page table without a trace when it is swapped out,
  * or when somebody zaps the mapping; what tells then is the page cache. Nothing in it either: not placed. Something in it: the page was
@@ -84,8 +84,8 @@ int pc_states_map(int fd, uint64_t pages, struct pc_states *states)
     states->base = base;
     states->bytes = file_bytes(pages);
     states->claimed = (uint64_t *)(void *)(base + HEADER_BYTES);
-    states->known = states->claimed + words;
-    states->zero = states->known + words;
+    states->received = states->claimed + words;
+    states->zero = states->received + words;
     return 0;
 }
 
@@ -96,7 +96,7 @@ void pc_states_unmap(struct pc_states *states)
     states->base = NULL;
 }
 
-int pc_states_known(int fd, uint64_t pages, uint64_t *words)
+int pc_states_received(int fd, uint64_t pages, uint64_t *words)
 {
     struct pc_states states;
     int error = pc_states_map(fd, pages, &states);
@@ -104,7 +104,7 @@ int pc_states_known(int fd, uint64_t pages, uint64_t *words)
     if (error)
         return error;
     for (uint64_t word = 0; word < pc_bitmap_words(pages); word++)
-        words[word] = __atomic_load_n(&states.known[word], __ATOMIC_SEQ_CST);
+        words[word] = __atomic_load_n(&states.received[word], __ATOMIC_SEQ_CST);
     pc_states_unmap(&states);
     return 0;
 }
@@ -112,15 +112,15 @@ int pc_states_known(int fd, uint64_t pages, uint64_t *words)
 int64_t pc_states_count(int fd, uint64_t pages)
 {
     struct pc_states states;
-    int64_t known = 0;
+    int64_t received = 0;
     int error = pc_states_map(fd, pages, &states);
 
     if (error)
         return error;
     for (uint64_t word = 0; word < pc_bitmap_words(pages); word++)
-        known += __builtin_popcountll(__atomic_load_n(&states.known[word], __ATOMIC_RELAXED));
+        received += __builtin_popcountll(__atomic_load_n(&states.received[word], __ATOMIC_RELAXED));
     pc_states_unmap(&states);
-    return known;
+    return received;
 }
 
 /* Sets *there when the calling process's page table has something for [address, address + bytes). A huge page is there when
@@ -158,7 +158,7 @@ int64_t pc_states_settle(int fd, const struct pc_memory *memory)
     if (pagemap_fd < 0)
         error = -errno;
     for (uint64_t word = 0; word < pc_bitmap_words(pages) && !error; word++) {
-        uint64_t doubtful = states.claimed[word] & ~states.known[word];
+        uint64_t doubtful = states.claimed[word] & ~states.received[word];
 
         for (; doubtful && !error; doubtful &= doubtful - 1) {
             uint64_t page = word * 64 + (uint64_t)__builtin_ctzll(doubtful), bit = doubtful & -doubtful;
@@ -174,7 +174,7 @@ int64_t pc_states_settle(int fd, const struct pc_memory *memory)
             if (unknown)
                 continue;
             if (there)
-                (void)__atomic_fetch_or(&states.known[word], bit, __ATOMIC_SEQ_CST);
+                (void)__atomic_fetch_or(&states.received[word], bit, __ATOMIC_SEQ_CST);
             else
                 (void)__atomic_fetch_and(&states.claimed[word], ~bit, __ATOMIC_SEQ_CST);
         }

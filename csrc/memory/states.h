@@ -10,7 +10,7 @@
 struct pc_states {
     void *base;
     uint64_t bytes;
-    uint64_t *claimed, *known, *zero; /* within base */
+    uint64_t *claimed, *received, *zero; /* within base */
 };
 
 /* Maps what pc_states_new has made for as many pages. 0, -EINVAL when it is something else, or -errno. */

@@ -80,8 +80,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "pager/metrics.h"
+#include "core/clock.h"
 #include "core/events.h"
-#include "core/metrics.h"
 #include "core/runtime.h"
 #include "core/stream.h"
 #include "core/util.h"
@@ -1882,7 +1883,7 @@ static int adopt_states(struct block *block, int fd)
     if (error)
         return error;
     block->claimed = block->states.claimed;
-    block->known = block->states.known;
+    block->known = block->states.received;
     block->zero = block->states.zero;
     for (uint64_t word = 0; word < block->words; word++)
         if (block->claimed[word] & ~block->known[word])

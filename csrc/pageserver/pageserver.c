@@ -33,6 +33,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "core/clock.h"
 #include "core/events.h"
 #include "core/runtime.h"
 #include "core/stream.h"

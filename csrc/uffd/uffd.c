@@ -13,7 +13,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "core/runtime.h"
+#include "core/clock.h"
 #include "postcopy/devices.h"
 #include "postcopy/uffd.h"
 #include "uffd/uffd_abi.h"

@@ -493,7 +493,7 @@ class ProcessPager:
         """A copy of the map of pages that are there; also while no process is."""
         entry = self._block(block)
         bitmap = Bitmap(entry.memory.pages)
-        check(lib.pc_states_known(entry.states_fd, len(bitmap), bitmap.words), "reading the received map")
+        check(lib.pc_states_received(entry.states_fd, len(bitmap), bitmap.words), "reading the received map")
         return bitmap
 
     def events(self) -> _Events:

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The leaves that the other rooms build on: error lines, CRC-32C, bitmaps, histograms, and the frame of the data channels.
+ * The leaves that the other rooms build on: error lines, CRC-32C, bitmaps, histograms, the frame and the events of the data
+ * channels.
  *
  * Threads: nothing here keeps state, takes a lock or blocks; any thread may call anything. What a call works on is the
  * caller's, who lets one thread at a time change it (a histogram may be read meanwhile).
@@ -86,6 +87,26 @@ struct pc_frame {
 void pc_frame_encode(const struct pc_frame *frame, uint8_t *header);
 /* 0, or -EBADMSG with the reason in `error`. Checks magic, type, flags, sizes and header CRC; not the payload. */
 int pc_frame_decode(const uint8_t *header, struct pc_frame *frame, char *error, size_t error_bytes);
+
+/* ---- events ---- */
+/* What a pager or a page server tells, rarely, through an eventfd: in order, and once when it happens again before it was read
+ * (csrc/core/events.h). */
+#define PC_MAX_SHARDS 64 /* userfaultfds of one pager, each with an urgent channel */
+#define PC_MAX_BULK_CHANNELS 16
+enum pc_channel_kind { PC_CHANNEL_URGENT = 1, PC_CHANNEL_BULK = 2 };
+enum pc_event_type {
+    PC_EVENT_CHANNEL_DOWN = 1, /* a data channel ended: `error` and `text` say why; 0 is an orderly end by the peer */
+    PC_EVENT_BULK_END = 2,     /* pager: the source says it has offered every page on this channel; page server: it has */
+    PC_EVENT_COMPLETE = 3,     /* pager: no page is missing any more */
+    PC_EVENT_FATAL = 4         /* this pager or page server cannot go on: `error`, `text` */
+};
+struct pc_event {
+    int type;
+    int channel_kind;
+    int channel; /* shard or bulk index */
+    int error;   /* positive errno, 0 when none */
+    char text[200];
+};
 /* ==== end cffi ==== */
 
 #ifdef __cplusplus

@@ -22,8 +22,6 @@ extern "C" {
 
 /* ==== begin cffi ==== */
 #define PC_MAX_BLOCKS 64          /* RAM blocks of one machine */
-#define PC_MAX_SHARDS 64          /* userfaultfds of one pager */
-#define PC_MAX_BULK_CHANNELS 16
 #define PC_MAX_TRACKED_THREADS 64 /* threads whose blocktime a pager accounts (vCPUs) */
 
 /* ---- pager ---- */
@@ -31,21 +29,6 @@ extern "C" {
 struct pc_pager;
 enum pc_stage { PC_STAGE_SENT = 0, PC_STAGE_RECEIVED = 1, PC_STAGE_PLACED = 2, PC_STAGE_TOTAL = 3 };
 #define PC_STAGES 4
-enum pc_channel_kind { PC_CHANNEL_URGENT = 1, PC_CHANNEL_BULK = 2 };
-enum pc_event_type {
-    PC_EVENT_CHANNEL_DOWN = 1, /* a data channel ended: `error` and `text` say why; 0 is an orderly end by the peer */
-    PC_EVENT_BULK_END = 2,     /* pager: the source says it has offered every page on this channel; page server: it has */
-    PC_EVENT_COMPLETE = 3,     /* pager: no page is missing any more */
-    PC_EVENT_FATAL = 4         /* this pager or page server cannot go on: `error`, `text` */
-};
-/* Events are told in order; what happens again before it was read is told once (csrc/core/events.h). */
-struct pc_event {
-    int type;
-    int channel_kind;
-    int channel; /* shard or bulk index */
-    int error;   /* positive errno, 0 when none */
-    char text[200];
-};
 struct pc_pager_stats {
     uint64_t total_pages, total_bytes;       /* of all blocks; bytes because blocks may differ in page size */
     uint64_t resident_pages, resident_bytes; /* received or known to be zero */

@@ -63,8 +63,8 @@ void pc_bytes_copy(uint64_t to_address, uint64_t from_address, uint64_t bytes);
  * dies, the process that has the machine (and a copy of the userfaultfd) settles what was under way and gives both to the next
  * pager. csrc/memory/states.c says why no page is lost, placed twice or filled with zeros by that. */
 int pc_states_new(uint64_t pages); /* the descriptor, or -errno */
-/* Copies the map of pages that are there; -EINVAL when fd is not the states of as many pages. Any process, any time. */
-int pc_states_known(int fd, uint64_t pages, uint64_t *words);
+/* Copies the map of pages that were received or are known to be zero; -EINVAL when fd is not the states of as many pages. Any process, any time. */
+int pc_states_received(int fd, uint64_t pages, uint64_t *words);
 /* How many pages of the map are there; the same errors. */
 int64_t pc_states_count(int fd, uint64_t pages);
 /* To be called after a pager has died (its process has been waited for), before the next one has the states, in the process

@@ -323,9 +323,9 @@ static void nothing_outlives_a_killed_runner(void)
             _exit(pc_faultpath_run(&spec, &result) ? 1 : 0);
         (void)poll(NULL, 0, 100); /* for the fault to be reached; were it not, nothing would be there to outlive */
         CHECK_SYS(kill(runner, SIGKILL));
-        end = test_now_ns() + 10000000000;
+        end = pc_now_ns() + 10000000000;
         while (waitpid(-1, NULL, WNOHANG | __WALL) >= 0) {
-            if (test_now_ns() > end)
+            if (pc_now_ns() > end)
                 FAIL("%s: a process lives on", names[i]);
             (void)poll(NULL, 0, 1);
         }
@@ -583,8 +583,8 @@ static void a_storm_of_signals_hits_a_page_that_was_handed_over(void)
     child = run_elsewhere(sockets[1], "copy.write_pipe", PC_FP_ANON, &status_pipe);
     message = take_over(sockets[0], &fd, 1);
     CHECK_EQ(send(sockets[0], "g", 1, MSG_NOSIGNAL), 1);
-    end = test_now_ns() + 10000000000;
-    while (count < 100 && test_now_ns() < end) {
+    end = pc_now_ns() + 10000000000;
+    while (count < 100 && pc_now_ns() < end) {
         struct pollfd polled = {.fd = fd, .events = POLLIN};
         int n;
 

@@ -180,7 +180,7 @@ static uint64_t *known_words(const struct machine *machine, uint64_t *known)
 {
     static uint64_t words[PAGES / 64 + 1];
 
-    CHECK_EQ(pc_states_known(machine->states, machine->pages, words), 0);
+    CHECK_EQ(pc_states_received(machine->states, machine->pages, words), 0);
     *known = 0;
     for (uint64_t word = 0; word < pc_bitmap_words(machine->pages); word++)
         *known += (uint64_t)__builtin_popcountll(words[word]);
@@ -402,14 +402,14 @@ static void strangers_are_refused(void)
 
     CHECK(fd >= 0);
     CHECK_EQ(pc_states_new(0), -EINVAL);
-    CHECK_EQ(pc_states_known(fd, 100, word), 0);
-    CHECK_EQ(pc_states_known(fd, 101, word), -EINVAL);
-    CHECK_EQ(pc_states_known(other, 100, word), -EINVAL); /* empty */
+    CHECK_EQ(pc_states_received(fd, 100, word), 0);
+    CHECK_EQ(pc_states_received(fd, 101, word), -EINVAL);
+    CHECK_EQ(pc_states_received(other, 100, word), -EINVAL); /* empty */
     CHECK_SYS(ftruncate(other, 8192));
-    CHECK_EQ(pc_states_known(other, 100, word), -EINVAL); /* zeros */
+    CHECK_EQ(pc_states_received(other, 100, word), -EINVAL); /* zeros */
     CHECK_EQ(pwrite(other, "pstates1d\0\0\0\0\0\0", 16, 0), 16);
-    CHECK_EQ(pc_states_known(other, 100, word), -EINVAL); /* another size, and not sealed */
-    CHECK_EQ(pc_states_known(-1, 100, word), -EBADF);
+    CHECK_EQ(pc_states_received(other, 100, word), -EINVAL); /* another size, and not sealed */
+    CHECK_EQ(pc_states_received(-1, 100, word), -EBADF);
 
     CHECK_EQ(pc_memory_create(PC_MEMORY_MEMFD, 100 * pc_page_bytes(), &memory, line, LINE), 0);
     CHECK_EQ(pc_pager_new(&pager), 0);

@@ -1221,13 +1221,13 @@ static void request_missing(int kind)
     CHECK_EQ(pc_pager_request_missing(rig.pager, 0), 0);
     /* As many as one asks for. */
     CHECK_EQ(pc_pager_request_missing(rig.pager, few), (int64_t)few);
-    end_ns = test_now_ns() + (uint64_t)PATIENCE_MS * 1000000;
+    end_ns = pc_now_ns() + (uint64_t)PATIENCE_MS * 1000000;
     while (pager_stats(&rig).resident_pages < few)
-        CHECK(test_now_ns() < end_ns);
+        CHECK(pc_now_ns() < end_ns);
     /* The rest; the second shard gets its channel only now, the first one loses its own. */
     CHECK(pc_pager_request_missing(rig.pager, UINT64_MAX) >= (int64_t)(all_pages(&rig) - few));
     while (pager_stats(&rig).resident_pages < pages[0] / 2)
-        CHECK(test_now_ns() < end_ns);
+        CHECK(pc_now_ns() < end_ns);
     CHECK_SYS(shutdown(knives[0], SHUT_RDWR));
     EXPECT_EVENT(&rig.from_pager, PC_EVENT_CHANNEL_DOWN, PC_CHANNEL_URGENT, 0, NULL);
     EXPECT_EVENT(&rig.from_server, PC_EVENT_CHANNEL_DOWN, PC_CHANNEL_URGENT, 0, NULL);
@@ -1926,21 +1926,21 @@ static void bandwidth_is_kept(void)
     drain.fd = client(&rig, PC_CHANNEL_BULK, 0);
     CHECK_EQ(pthread_create(&drain.thread, NULL, drain_all, &drain), 0);
     CHECK_EQ(pc_pageserver_start(rig.server), 0);
-    begin_ns = test_now_ns();
+    begin_ns = pc_now_ns();
     (void)nanosleep(&while_it_sends, NULL);
     taken_ns = server_stats(&rig).bytes_sent;
     /* What 20 ms of burst, a run and a half and the time that has gone by allow; and not nothing. */
     CHECK(taken_ns > rate / 100);
-    CHECK(taken_ns <= (uint64_t)((double)(test_now_ns() - begin_ns + 20000000) / 1e9 * (double)rate) + 2 * run);
+    CHECK(taken_ns <= (uint64_t)((double)(pc_now_ns() - begin_ns + 20000000) / 1e9 * (double)rate) + 2 * run);
     EXPECT_NO_EVENT(&rig.from_server, PC_EVENT_BULK_END);
 
     /* A rate at which the next run is 13 s away, and then none. */
     CHECK_EQ(pc_pageserver_set_bandwidth(rig.server, slow), 0);
     CHECK(!find_event(&rig.from_server, PC_EVENT_BULK_END, PC_CHANNEL_BULK, 0, SERVED_MS, NULL));
-    begin_ns = test_now_ns();
+    begin_ns = pc_now_ns();
     CHECK_EQ(pc_pageserver_set_bandwidth(rig.server, 0), 0);
     EXPECT_EVENT(&rig.from_server, PC_EVENT_BULK_END, PC_CHANNEL_BULK, 0, NULL);
-    CHECK(test_now_ns() - begin_ns < UINT64_C(5000000000) * SLOW);
+    CHECK(pc_now_ns() - begin_ns < UINT64_C(5000000000) * SLOW);
 
     CHECK_EQ(pc_pageserver_disconnect(rig.server), 0);
     CHECK_EQ(pthread_join(drain.thread, NULL), 0);

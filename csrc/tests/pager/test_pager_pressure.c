@@ -39,10 +39,10 @@ int __wrap_pc_uffd_zeropage(int uffd, uint64_t address, uint64_t bytes, uint64_t
 
 static void until_at_least(atomic_int *count, int wanted)
 {
-    uint64_t end_ns = test_now_ns() + (uint64_t)PATIENCE_MS * 1000000;
+    uint64_t end_ns = pc_now_ns() + (uint64_t)PATIENCE_MS * 1000000;
 
     while (atomic_load(count) < wanted) {
-        CHECK(test_now_ns() < end_ns);
+        CHECK(pc_now_ns() < end_ns);
         (void)nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
     }
 }

@@ -19,10 +19,10 @@ static atomic_int refusals;       /* so many placements get EAGAIN, and no event
 
 static void wait_for(atomic_int *flag)
 {
-    uint64_t end_ns = test_now_ns() + (uint64_t)PATIENCE_MS * 1000000;
+    uint64_t end_ns = pc_now_ns() + (uint64_t)PATIENCE_MS * 1000000;
 
     while (!atomic_load(flag)) {
-        if (test_now_ns() > end_ns)
+        if (pc_now_ns() > end_ns)
             FAIL("a case waits for something that does not happen");
         (void)nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
     }
@@ -93,9 +93,9 @@ static void discarded_while_it_is_placed(int kind)
     CHECK(receive_frame(fd, &frame));
     serve_page(&rig, bulk_fd, 0, 0);
     wait_for(&placed);
-    end_ns = test_now_ns() + (uint64_t)PATIENCE_MS * 1000000;
+    end_ns = pc_now_ns() + (uint64_t)PATIENCE_MS * 1000000;
     while (pager_stats(&rig).faults < 2)
-        CHECK(test_now_ns() < end_ns);
+        CHECK(pc_now_ns() < end_ns);
     atomic_store(&leave, 1);
     CHECK_EQ(pthread_join(thread, NULL), 0);
     wait_pending(&rig, 0);
@@ -483,9 +483,9 @@ static void many_threads_without_names(int kind)
     fd = script_urgent(&rig, 0);
     for (int i = 0; i < 40; i++)
         touch_one(&touchers[i], &rig, 0, 0);
-    end_ns = test_now_ns() + (uint64_t)PATIENCE_MS * 1000000;
+    end_ns = pc_now_ns() + (uint64_t)PATIENCE_MS * 1000000;
     while (pager_stats(&rig).faults < 40)
-        CHECK(test_now_ns() < end_ns);
+        CHECK(pc_now_ns() < end_ns);
     touch_one(&other, &rig, 0, 1);
     CHECK(receive_frame(fd, &frame));
     CHECK_EQ(frame.first_page, 0);

@@ -199,7 +199,7 @@ static void collect(struct inbox *inbox)
 /* The first event of a type (and of a channel, when kind is not 0), removed. False when there is none in time. */
 static bool find_event(struct inbox *inbox, int type, int kind, int channel, int ms, struct pc_event *event)
 {
-    uint64_t end_ns = test_now_ns() + (uint64_t)ms * 1000000;
+    uint64_t end_ns = pc_now_ns() + (uint64_t)ms * 1000000;
 
     for (;;) {
         struct pollfd readable = {.fd = inbox->fd, .events = POLLIN};
@@ -216,7 +216,7 @@ static bool find_event(struct inbox *inbox, int type, int kind, int channel, int
             inbox->count--;
             return true;
         }
-        now_ns = test_now_ns();
+        now_ns = pc_now_ns();
         if (now_ns >= end_ns)
             return false;
         (void)poll(&readable, 1, (int)((end_ns - now_ns) / 1000000) + 1);
@@ -574,10 +574,10 @@ static size_t shuffled(const struct rig *rig, int content, struct visit *visits)
 /* Until so many threads wait, as far as the pager has seen. */
 static void wait_pending(const struct rig *rig, uint64_t pending)
 {
-    uint64_t end_ns = test_now_ns() + (uint64_t)PATIENCE_MS * 1000000;
+    uint64_t end_ns = pc_now_ns() + (uint64_t)PATIENCE_MS * 1000000;
 
     while (pager_stats(rig).pending_faults != pending) {
-        if (test_now_ns() > end_ns)
+        if (pc_now_ns() > end_ns)
             FAIL("%llu threads wait, not %llu", (unsigned long long)pager_stats(rig).pending_faults,
                  (unsigned long long)pending);
         (void)sched_yield();

@@ -31,8 +31,9 @@
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
+
+#include "core/clock.h"
 
 #define TEST_SKIPPED 77
 #define TEST_DEADLINE_S 20
@@ -126,21 +127,13 @@ __attribute__((unused)) static uint64_t test_below(uint64_t limit)
     return test_random() % limit;
 }
 
-__attribute__((unused)) static uint64_t test_now_ns(void)
-{
-    struct timespec now;
-
-    (void)clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 __attribute__((unused)) static void test_begin(int argc, char **argv)
 {
     const char *seed = getenv("POSTCOPY_SEED");
 
     test_.filters = argc - 1;
     test_.filter = argv + 1;
-    test_.seed = seed ? strtoull(seed, NULL, 0) : test_now_ns() ^ (uint64_t)getpid() << 40;
+    test_.seed = seed ? strtoull(seed, NULL, 0) : pc_now_ns() ^ (uint64_t)getpid() << 40;
     (void)printf("seed %#llx\n", (unsigned long long)test_.seed);
 }
 
@@ -171,7 +164,7 @@ __attribute__((unused)) static int test_wait_(pid_t child, int deadline_s, bool 
 __attribute__((unused)) static void test_run_(const char *name, void (*run)(void), int deadline_s)
 {
     bool wanted = !test_.filters, late = false;
-    uint64_t begin = test_now_ns();
+    uint64_t begin = pc_now_ns();
     int status = 0;
 
     for (int i = 0; i < test_.filters; i++)
@@ -216,7 +209,7 @@ __attribute__((unused)) static void test_run_(const char *name, void (*run)(void
         (void)printf("FAIL %s\n", name);
         test_.failed++;
     } else {
-        (void)printf("ok   %s (%llu ms)\n", name, (unsigned long long)(test_now_ns() - begin) / 1000000);
+        (void)printf("ok   %s (%llu ms)\n", name, (unsigned long long)(pc_now_ns() - begin) / 1000000);
         test_.passed++;
     }
 }

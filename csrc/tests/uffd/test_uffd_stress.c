@@ -314,7 +314,7 @@ static void stress_kind(enum kind kind)
     stress.beside = make_area(ANON, 1);
     stress.beside.uffd = stress.area.uffd;
     register_area(&stress.beside, PC_UFFD_MISSING);
-    until_ns = test_now_ns() + seconds_wanted() * 1000000000u;
+    until_ns = pc_now_ns() + seconds_wanted() * 1000000000u;
     stress.words = stress.area.unit / sizeof(uint64_t);
     stress.image = CHECK_SYS(
         (uint64_t *)mmap(NULL, stress.area.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
@@ -344,7 +344,7 @@ static void stress_kind(enum kind kind)
         /* madvise returns when its event has been read, the handler counts a moment later. */
         while (atomic_load(&stress.removed_bytes) != rounds * stress.area.bytes)
             (void)sched_yield();
-    } while (rounds < 2 || test_now_ns() < until_ns);
+    } while (rounds < 2 || pc_now_ns() < until_ns);
 
     stress.over = true;
     (void)pthread_barrier_wait(&stress.begin);

@@ -3,8 +3,8 @@
  * What a pager counts. Each number has one writer, or is added to atomically; whoever reads takes no lock, so that no reader is ever
  * in the way of a fault. It may lie in a memfd, where it outlives the pager and is read by another process.
  */
-#ifndef PC_METRICS_H
-#define PC_METRICS_H
+#ifndef PC_PAGER_METRICS_H
+#define PC_PAGER_METRICS_H
 
 #include "postcopy/engine.h"
 
