@@ -150,7 +150,7 @@ static struct pc_machine_stats stats_of(struct pc_machine *machine)
 /* Until every vCPU is ready and has announced `more` operations beyond what `since` knows (NULL: beyond none). */
 static struct pc_machine_stats run_until(struct pc_machine *machine, const struct pc_machine_stats *since, uint64_t more)
 {
-    uint64_t until_ns = pc_machine_now_ns() + RUN_MS * 1000000ull;
+    uint64_t until_ns = pc_now_ns() + RUN_MS * 1000000ull;
     struct pollfd pfd = { .fd = pc_machine_event_fd(machine), .events = POLLIN };
 
     for (;;) {
@@ -164,7 +164,7 @@ static struct pc_machine_stats run_until(struct pc_machine *machine, const struc
         CHECK(stats.failures == 0, "%s", stats.failure_text);
         if (done)
             return stats;
-        CHECK(pc_machine_now_ns() < until_ns, "the guest makes no progress");
+        CHECK(pc_now_ns() < until_ns, "the guest makes no progress");
         if (poll(&pfd, 1, 100) > 0)
             CHECK(read(pfd.fd, &count, sizeof count) == sizeof count);
     }
@@ -469,10 +469,10 @@ static void pause_blocked(uint32_t workload)
     while (!has_event(server.uffd))
         usleep(1000);
     for (int i = 0; i < 3; i++) {
-        begin_ns = pc_machine_now_ns();
+        begin_ns = pc_now_ns();
         error[0] = 0;
         rc = pc_machine_pause(b, 300, error, sizeof error);
-        took_ns = pc_machine_now_ns() - begin_ns;
+        took_ns = pc_now_ns() - begin_ns;
         CHECK(rc == 0 || rc == -ETIMEDOUT, "%d %s", rc, error);
         CHECK(rc == 0 || strstr(error, "vCPU 0"), "%s", error);
         CHECK(took_ns < 2000000000ull, "%llu ns", (unsigned long long)took_ns);
@@ -511,10 +511,10 @@ static void close_blocked(void)
     while (!has_event(server.uffd))
         usleep(1000);
     stats = stats_of(b);
-    begin_ns = pc_machine_now_ns();
+    begin_ns = pc_now_ns();
     rc = pc_machine_close(b, 300);
     CHECK(rc == 0 || rc == -ETIMEDOUT, "%d", rc);
-    CHECK(pc_machine_now_ns() - begin_ns < 2000000000ull);
+    CHECK(pc_now_ns() - begin_ns < 2000000000ull);
     printf("  close while blocked: %s\n", rc ? "a thread does not end" : "done");
     start_serving(&server);
     CHECK(rc == 0 || pc_machine_close(b, RUN_MS) == 0);
@@ -789,12 +789,12 @@ static void find_damage(uint32_t workload, const char *how, uint32_t code)
     printf("  verify: %s\n", check.text);
     if (code) {
         CHECK(pc_machine_resume(b) == 0);
-        until_ns = pc_machine_now_ns() + RUN_MS * 1000000ull;
+        until_ns = pc_now_ns() + RUN_MS * 1000000ull;
         do {
             usleep(1000);
             after = stats_of(b);
             CHECK(after.state == PC_MACHINE_RUNNING, "%s", after.failure_text);
-            CHECK(pc_machine_now_ns() < until_ns, "the guest does not notice");
+            CHECK(pc_now_ns() < until_ns, "the guest does not notice");
         } while (after.failures == 0 || !after.failure_text[0]);
         CHECK(after.failure_code == code, "%s", after.failure_text);
         printf("  guest:  %s\n", after.failure_text);
@@ -885,11 +885,11 @@ static void find_lost_registers(void)
             machine = open_machine(&config);
             load(machine, bad);
             CHECK(pc_machine_resume(machine) == 0);
-            until_ns = pc_machine_now_ns() + 3000000000ull;
+            until_ns = pc_now_ns() + 3000000000ull;
             do {
                 usleep(1000);
                 stats = stats_of(machine);
-            } while (stats.state == PC_MACHINE_RUNNING && !stats.failure_text[0] && pc_machine_now_ns() < until_ns);
+            } while (stats.state == PC_MACHINE_RUNNING && !stats.failure_text[0] && pc_now_ns() < until_ns);
             CHECK(pc_machine_close(machine, PAUSE_MS) == 0);
             /* Back to the last good moment. */
             copy_memory(&config, &frozen);
@@ -974,11 +974,11 @@ static void find_bad_disk(void)
     free(zeros);
     CHECK(pc_machine_verify(machine, &check) == 0 && !check.ok && strstr(check.text, "disk"), "%s", check.text);
     CHECK(pc_machine_resume(machine) == 0);
-    until_ns = pc_machine_now_ns() + RUN_MS * 1000000ull;
+    until_ns = pc_now_ns() + RUN_MS * 1000000ull;
     do {
         usleep(1000);
         stats = stats_of(machine);
-        CHECK(pc_machine_now_ns() < until_ns, "the guest does not notice");
+        CHECK(pc_now_ns() < until_ns, "the guest does not notice");
     } while (!stats.failure_text[0]);
     CHECK(stats.failure_code == PCG_FAIL_DISK_DATA, "%s", stats.failure_text);
     printf("  %s\n", stats.failure_text);
@@ -1164,6 +1164,7 @@ static void large_layouts(void)
 
         CHECK(machine);
         config = &machine->config;
+        machine->engine = &pc_engine_kvm;
         *config = (struct pc_machine_config){ .vcpus = sizes[n].vcpus, .workload = PC_WORKLOAD_RANDOM, .disk_fd = -1 };
         for (uint32_t i = 0; i <= config->vcpus; i++) {
             struct pc_memory *memory = block(config, i);
@@ -1176,7 +1177,7 @@ static void large_layouts(void)
         }
         CHECK(pc_layout_make(config, &machine->layout, error, sizeof error) == 0, "%s", error);
         ram = config->shared.base;
-        CHECK(pc_layout_write_boot(machine, ram) == 0);
+        CHECK(pc_boot_write(machine, ram) == 0);
         for (uint32_t i = 0; i <= config->vcpus; i++) {
             uint64_t bytes = block(config, i)->size_bytes, first = i ? PCG_PRIVATE_GVA + (i - 1) * PCG_PRIVATE_STRIDE : 0;
             for (uint64_t k = 0; bytes && k <= 1000; k++) {
@@ -1237,24 +1238,24 @@ static void speed(void)
 
     for (uint32_t workload = PC_WORKLOAD_DIRTY; workload <= PC_WORKLOAD_DISK; workload++) {
         struct pc_machine_config config = make_config(workload, 2, bytes, PC_MEMORY_MEMFD);
-        uint64_t begin_ns = pc_machine_now_ns(), ready_ns, end_ns;
+        uint64_t begin_ns = pc_now_ns(), ready_ns, end_ns;
         struct pc_machine *machine = boot_and_run(&config, 0);
         struct pc_machine_check before, after;
 
-        ready_ns = pc_machine_now_ns();
+        ready_ns = pc_now_ns();
         pause_machine(machine);
         before = verify_ok(machine);
         begin_ns = ready_ns - begin_ns;
         CHECK(pc_machine_resume(machine) == 0);
-        ready_ns = pc_machine_now_ns();
+        ready_ns = pc_now_ns();
         usleep(1000000);
         pause_machine(machine);
-        end_ns = pc_machine_now_ns();
+        end_ns = pc_now_ns();
         after = verify_ok(machine);
         printf("  %-6s %llu MiB: ready after %.2f s, %.0f operations/s for each vCPU, verified in %.2f s\n", names[workload],
                (unsigned long long)(bytes / MIB), (double)begin_ns / 1e9,
                (double)(after.operations - before.operations) / 2 / ((double)(end_ns - ready_ns) / 1e9),
-               (double)(pc_machine_now_ns() - end_ns) / 1e9);
+               (double)(pc_now_ns() - end_ns) / 1e9);
         CHECK(pc_machine_close(machine, PAUSE_MS) == 0);
     }
 }
@@ -1359,7 +1360,7 @@ int main(int argc, char **argv)
 
     setvbuf(stdout, NULL, _IOLBF, 0); /* what a case said is there even when it had to be killed */
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        uint64_t begin_ns = pc_machine_now_ns();
+        uint64_t begin_ns = pc_now_ns();
         int rc;
 
         if (argc > 1 && !strstr(cases[i].name, argv[1]))
@@ -1367,7 +1368,7 @@ int main(int argc, char **argv)
         printf("%s\n", cases[i].name);
         rc = run_case(cases[i].run);
         printf("  %s, %.1f s\n", rc == 0 ? "ok" : rc == SKIPPED ? "skipped" : "FAILED",
-               (double)(pc_machine_now_ns() - begin_ns) / 1e9);
+               (double)(pc_now_ns() - begin_ns) / 1e9);
         if (rc == 0)
             passed++;
         else if (rc == SKIPPED)
