@@ -3,8 +3,8 @@
 
 A call that may block runs on a thread; and a thread may be refused at any moment, by a control group's ``pids.max``,
 by RLIMIT_NPROC, by a lack of memory. Trio makes its threads when a call needs one, so the refusal would come in the
-middle of a migration, past its point of no return. Therefore whoever has promised something opens `Workers` first: as
-many threads as will be wanted at a time, which exist when `open` returns, and stay until `close`.
+middle of a migration, past its point of no return. Therefore `Workers` are opened before anything
+is promised: as many threads as will be needed at a time, which exist when `open` returns, and stay until `close`.
 
 ::
 
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import queue
 import threading
 import time
@@ -55,7 +56,7 @@ class _Job:
         self.context = contextvars.copy_context()
         self.token = trio.lowlevel.current_trio_token()
         self.finished = trio.Event()
-        self.after: Callable[[], None] | None = None  # called in the Trio thread, also when nobody waits any more
+        self.after: Callable[[], None] | None = None  # called in the Trio thread, also when no task waits any more
         self._outcome: outcome.Outcome[Any] | None = None
 
     def work(self) -> None:
@@ -119,7 +120,7 @@ def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
 
 
 def no_thread(what: str) -> ResourceError:
-    """The error of whoever needed a thread and got none."""
+    """The error for a thread that was needed and cannot be had."""
     return ResourceError(
         f"no thread can be started for {what}",
         "raise the limit of processes (pids.max of the control group, TasksMax= of the unit, ulimit -u), or end"
@@ -130,26 +131,10 @@ def no_thread(what: str) -> ResourceError:
 _serving: contextvars.ContextVar[Workers | None] = contextvars.ContextVar("postcopy-workers", default=None)
 
 
-class _Reserve:
-    """The one thread that the process keeps for ends."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._worker: _Worker | None = None
-
-    def worker(self) -> _Worker:
-        with self._lock:
-            if self._worker is None:
-                self._worker = _Worker("pc-reserve", "the ends of machines")
-            return self._worker
-
-
-_reserve = _Reserve()
-
-
-def keep_reserve() -> None:
-    """Makes the thread that the process keeps for ends, once. `ResourceError` when there is none."""
-    _reserve.worker()
+@functools.cache
+def keep_reserve() -> _Worker:
+    """The thread that the process keeps for ends, made once. `ResourceError` when there is none."""
+    return _Worker("pc-reserve", "the ends of machines")
 
 
 class Workers:
@@ -296,7 +281,7 @@ async def run_to_end(call: Callable[[], T], what: str, timeout_s: float = END_TI
             try:
                 worker = _Worker("pc-end", what)
             except ResourceError:
-                _reserve.worker().put(job)
+                keep_reserve().put(job)
             else:
                 worker.put(job)
                 worker.end()

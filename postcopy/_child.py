@@ -9,7 +9,8 @@ import sys
 def python(*arguments: str) -> list[str]:
     """A command of this interpreter, as ``python("-m", "postcopy", "dest")``.
 
-    With -P, always: with ``-m`` and ``-c`` Python otherwise looks for modules in the current directory first. In /tmp
-    these may be anybody's, who then is whoever runs this; in a checkout of the sources they have no core.
+    Always with -P: with ``-m`` and ``-c`` Python otherwise looks for modules in the current directory first. In /tmp
+    another user may have put them there, to be run with the rights of this one; in a checkout of the sources they have
+    no core.
     """
     return [sys.executable, "-P", *arguments]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A file descriptor with a well-defined end.
 
-A descriptor number is reused by the kernel the moment it is closed, so whoever still holds the number then speaks to a
-stranger. The holder therefore forgets the number first (closed is -1), tells Trio's waiters next, and closes last.
+The kernel reuses a descriptor number the moment it is closed; code that still has the number then uses another file.
+The holder therefore forgets the number first (closed is -1), wakes Trio's waiters next, and closes last.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class FdHolder:
 
     @classmethod
     def duplicate(cls, fd: int) -> FdHolder:
-        """Holds a copy (close-on-exec) of a descriptor that belongs to somebody else, as those of C objects do.
+        """Holds a copy (close-on-exec) of a descriptor that has another owner, such as a C object.
 
         Waiting on the copy stays safe when the owner closes the original in another thread.
         """

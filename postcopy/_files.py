@@ -3,9 +3,9 @@
 
 A file is written under another name in the same directory and renamed when all of it is on the disk (fsync(2) of the
 file before, of the directory after: a rename that outlives a power failure must not name a file that did not). That
-name cannot be guessed and is made with O_EXCL and O_NOFOLLOW: in a directory that others may write to, a link that they
-have laid leads nobody anywhere. What is replaced is a regular file or nothing: a rename over a device node or a FIFO
-would remove it, and over a link would not do what its owner meant.
+name cannot be guessed and is made with O_EXCL and O_NOFOLLOW: in a directory that others may write to, no link of
+theirs is ever followed. What is replaced is a regular file or nothing: a rename over a device node or a FIFO would
+remove it, and over a link would not do what its owner meant.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def new_directory(path: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked_directory(path: Path) -> Iterator[None]:
-    """Inside, nobody else who asks for the same is inside. OSError: BlockingIOError when somebody is."""
+    """A lock that one process at a time has. OSError: BlockingIOError when another one has it."""
     fd = _open_directory(str(path))
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,7 +17,7 @@ from postcopy._native import ffi, lib
 
 
 class PostcopyError(Exception):
-    """Something that a user can be told in one line."""
+    """Something that can be said to a user in one line."""
 
 
 class ConfigurationError(PostcopyError):
@@ -49,7 +49,7 @@ class MigrationError(PostcopyError):
 
 
 class BusyError(PostcopyError):
-    """Refused since somebody still depends on it, as on memory of which pages are still missing."""
+    """Refused since something still depends on it, as on memory of which pages are still missing."""
 
 
 class CoreError(PostcopyError, OSError):

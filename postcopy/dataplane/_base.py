@@ -82,8 +82,8 @@ class DataPlane(abc.ABC):
         return EventStream(self.take_event, self.wait_event)
 
     def drain_events(self) -> list[Event]:
-        """What `events()` has not told yet, as after `disconnect`: the end of a channel must not be taken for that of
-        the next one. Never blocks."""
+        """What `events()` has not reported yet, as after `disconnect`: the end of a channel must not be taken for that
+        of the next one. Never blocks."""
         return list(iter(self.take_event, None))
 
     @abc.abstractmethod
@@ -102,7 +102,7 @@ class DataPlane(abc.ABC):
         armed, and faults stay blocked."""
 
     async def close(self) -> None:
-        """Ends all threads, closes the channels and lets go of the memory. Twice does no harm."""
+        """Ends all threads, closes the channels and releases the memory. Twice does no harm."""
         with trio.CancelScope(shield=True):  # bounded: all that runs under the lock is
             async with self._ending:
                 if self._closed:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pager or a page server tells Python: events, and the stream of them."""
+"""What a pager or a page server reports to Python: events, and the stream of them."""
 
 from __future__ import annotations
 

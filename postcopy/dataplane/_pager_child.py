@@ -2,14 +2,14 @@
 """The process of a pager that lives apart from its machine (`pager_process` has the other end).
 
 It has no page of the machine mapped: what it gets over a Unix socket are userfaultfds, memfds, page states and
-connected sockets. Everything that happens for a page happens in the core's threads; this loop only passes on what it
-is told, one message an answer, and what the core tells, one message an event. It ends when the other end is gone.
-Nothing but the core and msgpack is imported: the machine may be waiting for this process to begin.
+connected sockets. Everything that happens for a page happens in the core's threads; this loop only passes on calls, and
+sends a message for each answer and for each event of the core. It ends when the other end is gone. Nothing but the core
+and msgpack is imported: the machine may be waiting for this process to begin.
 
 Messages: ``[name, arguments]`` with descriptors beside it; the answer is ``[0, result, text]``, `result` as the core's
 functions return it, in the order of the calls. ``[1, type, kind, channel, error, text]`` is an event. The names are
-those of the functions below. What the other end does not take yet waits here: one event, while the core coalesces the
-others.
+those of the core's functions, without ``pc_pager_``. Of what the other end has not received yet, one event waits here,
+while the core coalesces the others.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from postcopy._native import ffi, lib
 MESSAGE_BYTES = 128 * 1024
 DESCRIPTORS = 4
 OUTBOX = 64
-"""Answers and events that the other end has not taken: no more calls are answered then."""
+"""With so many answers and events that the other end has not received, no more calls are answered."""
 
 
 class PagerChild:
@@ -47,30 +47,14 @@ class PagerChild:
         self._error: Any = ffi.new("char[]", lib.PC_ERROR_BYTES)
         self.freed = False
         self.event_fd: int = lib.pc_pager_event_fd(self._pager)
-        self.calls: dict[str, Callable[..., Any]] = {
-            "add_block": self._add_block,
-            "set_zero": self._set_zero,
-            "adopt_shard": self._adopt_shard,
-            "arm": self._arm,
-            "attach_urgent": lambda fds, index: lib.pc_pager_attach_urgent(self._pager, index, fds.pop()),
-            "attach_bulk": lambda fds, index: lib.pc_pager_attach_bulk(self._pager, index, fds.pop()),
-            "request_missing": lambda _, limit: lib.pc_pager_request_missing(self._pager, limit),
-            "request_range": lambda _, block, first, pages: lib.pc_pager_request_range(
-                self._pager, block, first, pages
-            ),
-            "ping": lambda _: 0,
-            "disconnect": lambda _: lib.pc_pager_disconnect(self._pager),
-            "disarm": lambda _: lib.pc_pager_disarm(self._pager),
-            "free": lambda _: self._free(),
-        }
 
     def answer(self, message: bytes, fds: list[int]) -> bytes:
         name, arguments = msgpack.unpackb(message)
         self._error[0] = b"\0"
         try:
-            result = self.calls[name](fds, *arguments)
+            result = self._call(name, arguments, fds)
         finally:
-            for fd in fds:  # those that nobody has taken
+            for fd in fds:  # those that no call has taken
                 os.close(fd)
         packed: bytes = msgpack.packb([0, result, ffi.string(self._error).decode("utf-8", "replace")])
         return packed
@@ -83,7 +67,16 @@ class PagerChild:
         packed: bytes = msgpack.packb([1, event.type, event.channel_kind, event.channel, event.error, text])
         return packed
 
-    # ---- calls that take more than numbers
+    # ---- calls
+
+    def _call(self, name: str, arguments: list[int], fds: list[int]) -> int:
+        """The function of the core, with a descriptor behind the numbers where there is one; or that of these below
+        which takes more."""
+        special: Callable[..., int] | None = getattr(self, f"_{name}", None)
+        if special is not None:
+            return special(fds, *arguments)
+        result: int = getattr(lib, f"pc_pager_{name}")(self._pager, *arguments, *(fds.pop() for _ in fds[:1]))
+        return result
 
     def _add_block(self, fds: list[int], address: int, size_bytes: int, page_bytes: int, kind: int) -> int:
         """Descriptors: the states, and the memory's where it has one."""
@@ -113,7 +106,10 @@ class PagerChild:
         result: int = lib.pc_pager_arm(self._pager, shard, block, first_page, pages, self._error, len(self._error))
         return result
 
-    def _free(self) -> int:
+    def _ping(self, _: list[int]) -> int:
+        return 0
+
+    def _free(self, _: list[int]) -> int:
         result: int = lib.pc_pager_free(self._pager)
         self.freed = result >= 0
         return result
@@ -144,11 +140,11 @@ def main() -> None:
                 link.send(outbox[0])
                 outbox.popleft()
         if child.freed:
-            break  # the answer is the last word; if it could not be sent, the end is the answer
+            break  # if the answer could not be sent, the end of this process is the answer
         wanted = (select.POLLOUT if outbox else 0) | (select.POLLIN if len(outbox) < OUTBOX else 0)
         poll.modify(link, wanted)
         poll.modify(child.event_fd, 0 if outbox else select.POLLIN)
-    # No clean-up: the process that made the userfaultfds has them, and decides what becomes of who waits there.
+    # No clean-up: the process that made the userfaultfds still has them, and decides about the threads that wait there.
     os._exit(0)
 
 

@@ -124,8 +124,8 @@ class Pager(CoreDataPlane, PagerCounters):
 
     def adopt_shard(self, uffd: int, features: int, busy_poll_us: int = 0) -> int:
         """Starts the fault thread of a userfaultfd that exists, non-blocking and opened with `features`, of this or
-        another process; its index. The descriptor is the core's from now on: whoever made it keeps a copy, since
-        closing the last one would show zeros to all who wait."""
+        another process; its index. The descriptor is the core's from now on: its maker keeps a copy, since
+        closing the last one would show zeros to all threads that wait."""
         return self._call_explained("taking over a userfaultfd", "adopt_shard", uffd, features, busy_poll_us)
 
     def arm(self, shard: int, block: int, first_page: int, pages: int) -> None:
@@ -193,10 +193,10 @@ class Pager(CoreDataPlane, PagerCounters):
         await self._see_through("disarm", "unregistering memory")
 
     async def close(self) -> None:
-        """Ends all threads, closes channels and userfaultfds, frees the pager, lets go of the memory. Twice does no
+        """Ends all threads, closes channels and userfaultfds, frees the pager, releases the memory. Twice does no
         harm.
 
-        While pages are missing they are poisoned first: whoever touches one gets SIGBUS, never zeros. Where the kernel
-        cannot poison, the userfaultfds stay open, the memory stays in use, and `BusyError` says so.
+        While pages are missing they are poisoned first: a thread that touches one gets SIGBUS, never zeros. Where the
+        kernel cannot poison, the userfaultfds stay open, the memory stays in use, and `BusyError` says so.
         """
         await super().close()

@@ -60,7 +60,7 @@ CALL_TIMEOUT_S = 3.0
 START_TIMEOUT_S = 15.0
 """The same for the first answer, before which an interpreter starts, perhaps on a busy host."""
 PING_PERIOD_S = 1.0
-"""A process that has nothing to answer is pinged so often, while somebody follows its events."""
+"""A process that has nothing to answer is pinged so often, while a task follows its events."""
 DEATHS_IN_A_ROW = 5
 """Without a page placed in between: then every process that is started gets killed, and the pager gives up."""
 
@@ -470,7 +470,7 @@ class ProcessPager(PagerCounters):
         self._check_open()
 
     async def watch_over(self) -> None:
-        """Starts the next process whenever one dies, for a time in which nobody follows `events`. Never returns by
+        """Starts the next process whenever one dies, for a time in which no task follows `events`. Never returns by
         itself; raises when no process stays alive."""
         while True:
             event = self._poll_event()
@@ -635,7 +635,7 @@ class ProcessPager(PagerCounters):
         for number, block in enumerate(self._blocks):
             # An error here is the end: without knowing what was placed nothing may be placed.
             try:
-                what = "settling what a dead pager left"
+                what = "determining what a dead pager has placed"
                 check(int(lib.pc_states_settle(block.states_fd, block.memory.struct)), what)
             except CoreError as error:
                 raise MigrationError(

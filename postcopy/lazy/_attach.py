@@ -62,10 +62,10 @@ async def attach(
     `postcopy.serve`. `background`: let the source push all of it meanwhile; requested pages overtake that. When every
     page has come the connection is closed in order and the memory stays.
 
-    `heartbeat_s`: how often each side gives a sign of life; a source of which nothing was heard for three times as long
+    `heartbeat_s`: how often each side sends a heartbeat; a source of which nothing was received for three times as long
     is lost, for the time being. `recover_for_s`: a source that cannot be reached any more is looked for so long, while
-    whoever waits for a page goes on waiting; then it is lost. One that proves that it has ended this attachment is lost
-    at once; any other refusal may be anybody's.
+    threads and tasks go on waiting for pages; then it is lost. A source that proves that it has ended this attachment
+    is lost at once; any other refusal may come from another program.
 
     `backing` is the kind of memory here (``memfd``, ``anon``, ``hugetlb``), `how` the way to a userfaultfd: with
     `How.USER_ONLY`, which needs no rights, code may touch missing pages, but a system call that does gets EFAULT.

@@ -6,13 +6,13 @@ by request frames, each with an id, and gets frames back (docs/protocol.md). So 
 pages placed by C threads as always, and what Python does for a page is: unpack its request, call `fetch` together
 with its neighbours', pack the answer.
 
-**Two queues.** A request with PC_PAGER_REQUEST_AHEAD in its id was made ahead of any fault; nobody waits for it yet.
-Those come second, and never take the last place of `max_fetches`.
+**Two queues.** A request with PC_PAGER_REQUEST_AHEAD in its id was made ahead of any fault; no thread waits for it
+yet. Those come second, and never take the last place of `max_fetches`.
 
 **Runs.** A fetch takes the page that is due, its neighbours that are wanted too, and the rest of its aligned group
-(fault-around). What nobody asked for goes out without the mark of an answer. Each *request* is answered by a frame with
-its own id, since the pager counts what it has under way. A request for a page that is being fetched already as somebody
-else's neighbour joins that fetch; one that crosses its page on the way is fetched again, and the pager drops the copy.
+(fault-around). Pages that were not requested are sent without the mark of an answer. Each *request* is answered by a
+frame with its own id, since the pager counts what it has under way. A request for a page that is being fetched already,
+as a neighbour, joins that fetch; one that crosses its page on the way is fetched again, and the pager drops the copy.
 
 **Errors.** When `fetch` fails, or gives another number of bytes than it was asked for, the pages that were requested
 are answered by error frames and `run` raises `PeerError`: the owner of the memory decides what that means. Nothing else
@@ -88,7 +88,7 @@ class Bridge:
         fault_around_pages: int,
         on_failure: Callable[[PeerError], None] = lambda error: None,
     ) -> None:
-        """`on_failure` hears of a failed fetch before the pager does."""
+        """`on_failure` is called before the pager is told of a failed fetch."""
         if max_fetches < 1 or max_fetch_pages < 1:
             raise ConfigurationError("at least one fetch, of at least one page, must be allowed at a time")
         if fault_around_pages < 1 or fault_around_pages & (fault_around_pages - 1):
@@ -191,7 +191,7 @@ class Bridge:
         failure: PeerError
         try:
             content = memoryview(await self._source.fetch(block, first, count)).cast("B")
-        except Exception as error:  # noqa: BLE001  # somebody else's code: whatever it is, it is the reason
+        except Exception as error:  # noqa: BLE001  # the user's code: whatever it raises is the reason
             failure = PeerError(f"the page source failed to fetch {where}: {type(error).__name__}: {error}")
             failure.__cause__ = error
         else:
@@ -210,7 +210,7 @@ class Bridge:
     async def _answer(self, block: int, first: int, count: int, content: memoryview) -> None:
         unit = self._layout[block].unit_bytes
         out = bytearray()
-        run_of_others = 0  # pages before `page` that nobody asked for and that have content, still to be packed
+        run_of_others = 0  # pages before `page` with content that were not requested, still to be packed
         for page in range(first, first + count + 1):
             ids = self._under_way.pop((block, page), []) if page < first + count else []
             part = self._part(content, (page - first) * unit, unit) if page < first + count else None
@@ -298,11 +298,11 @@ class BridgeServer(DataPlane):
         self._started.set()
 
     def statistics(self) -> PageServerStatistics:
-        """Nothing is counted here: the source of the pages is somebody else's."""
+        """All zero: nothing is counted here."""
         return PageServerStatistics(*(0 for _ in fields(PageServerStatistics)))
 
     def take_event(self) -> Event | None:
-        """There are none: that a channel has ended, the control connection tells."""
+        """There are none: the control connection shows the end of a channel, too."""
         self._check_open()
         return None
 
@@ -350,7 +350,7 @@ class BridgeServer(DataPlane):
     async def _offer_nothing(self, stream: trio.SocketStream) -> None:
         end = bytearray()
         pack_frame(end, lib.PC_FRAME_END, 0, 0, 0, None, b"")
-        with contextlib.suppress(trio.BrokenResourceError):  # which the control connection tells
+        with contextlib.suppress(trio.BrokenResourceError):  # the control connection shows it, too
             await stream.send_all(end)
         await trio.sleep_forever()
 
@@ -358,7 +358,7 @@ class BridgeServer(DataPlane):
 def pack_frame(
     out: bytearray, kind: int, block: int, first: int, pages: int, request_id: int | None, payload: bytes | memoryview
 ) -> None:
-    """Appends one frame; `request_id` None: it answers nobody."""
+    """Appends one frame; `request_id` None: it answers no request."""
     frame = ffi.new("struct pc_frame *")
     frame.type = kind
     frame.flags = 0 if request_id is None else lib.PC_FRAME_DEMAND

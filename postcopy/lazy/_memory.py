@@ -8,7 +8,7 @@ memoryview over all of it would do exactly that at its first index. So Python co
 `ensure` first makes a range *resident*, by C threads and while other tasks go on, and only then is there a view of it.
 
 A page that is resident stays so: its content is placed once, and nothing in this package ever takes it away again (that
-takes an madvise(2) or a munmap(2) from whoever has the address). A page that is known to be zero is resident without
+takes an madvise(2) or a munmap(2) by code that has the address). A page that is known to be zero is resident without
 being populated; its first touch is a fault that the C fault thread answers by itself, without the GIL and without the
 source.
 
@@ -66,7 +66,7 @@ class LazyMemory:
     **When the source is lost** (`failure`, `wait_lost`): tasks that wait for a missing page raise `PeerError`, now and
     later; what is resident stays readable; threads that touch a missing page stay blocked, since there is nothing that
     could be shown to them. Closing poisons what is missing: a blocked thread then gets SIGBUS, which ends the process,
-    and a blocked system call EFAULT. Nobody ever gets zeros instead.
+    and a blocked system call EFAULT. No thread ever gets zeros instead.
     """
 
     def __init__(self, pager: Pager, blocks: Sequence[tuple[str, Memory, int]]) -> None:
@@ -163,11 +163,11 @@ class LazyMemory:
             await trio.lowlevel.cancel_shielded_checkpoint()
             return
         self._check_lost()
-        with FdHolder(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)) as told:
-            ticket = self._pager.watch(number, first, pages, told.fd)
+        with FdHolder(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)) as arrived:
+            ticket = self._pager.watch(number, first, pages, arrived.fd)
             try:
                 if ticket:
-                    await self._wait(told.wait_readable)
+                    await self._wait(arrived.wait_readable)
             finally:
                 self._pager.unwatch(ticket)
 
@@ -201,7 +201,7 @@ class LazyMemory:
         if self._failure is None and not self._closed and not self.complete:
             self._failure = error
             self._lost.set()
-            self._call_off()
+            self._cancel_waits()
 
     def _completed(self) -> None:
         self._complete.set()
@@ -212,7 +212,7 @@ class LazyMemory:
             self.statistics()
             self._closed = True
             self._memories.clear()
-            self._call_off()
+            self._cancel_waits()
 
     # ---- private
 
@@ -228,9 +228,9 @@ class LazyMemory:
             self._waiting.discard(scope)
         self._check_open()
         self._check_lost()
-        raise AssertionError("a wait was called off for no reason")
+        raise AssertionError("a wait was cancelled for no reason")
 
-    def _call_off(self) -> None:
+    def _cancel_waits(self) -> None:
         for scope in self._waiting:
             scope.cancel()
 
@@ -253,13 +253,13 @@ class LazyMemory:
     def _view(self, offset: int, size: int | None, block: int | str, writable: bool) -> memoryview:
         number, _, _, size_bytes = self._locate(offset, size, block)
         self._check_open()
-        # The destructor holds the memory, the buffer holds the pointer with the destructor, the view the buffer. Memory
-        # that nobody holds any more unmaps itself.
-        hold = functools.partial(_let_go, self._memories[number])
-        pointer = ffi.gc(ffi.cast("char *", self._blocks[number].address + offset), hold)
+        # The view refers to the buffer, that to the pointer, that to the destructor, and that to the memory, which
+        # unmaps itself with the last reference.
+        destructor = functools.partial(_keep_until_here, self._memories[number])
+        pointer = ffi.gc(ffi.cast("char *", self._blocks[number].address + offset), destructor)
         view = memoryview(ffi.buffer(pointer, size_bytes))
         return view if writable else view.toreadonly()
 
 
-def _let_go(memory: Memory, pointer: object) -> None:
-    """Nothing: that the reference goes is what counts."""
+def _keep_until_here(memory: Memory, pointer: object) -> None:
+    """Does nothing: its reference to the memory ends with the pointer."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of this process, served to whoever attaches: the other end of `attach`.
+"""Memory of this process, served to every attacher: the other end of `attach`.
 
 For each attacher one migration of an image (`migration.source`), with a page server of its own, all of the same memory.
-C threads answer; Python is only needed when somebody comes or goes. A page source takes the place of the memory, and a
-`_bridge.Bridge` at the end of the attacher's own connection the place of the page server: the frames are the same.
+C threads answer; Python is only needed when an attacher comes or goes. A page source takes the place of the memory, and
+a `_bridge.Bridge` at the end of the attacher's own connection the place of the page server: the frames are the same.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_ATTACHERS = 16
 
 
 class Server:
-    """What `serve` tells about itself. For the Trio thread."""
+    """What `serve` gives its caller. For the Trio thread."""
 
     def __init__(self, acceptor: Acceptor) -> None:
         self.served = 0  # attachers that have gone for good
@@ -76,9 +76,10 @@ async def serve(
     It may also be a page source of one block, which then answers the attachers; the last three options are those of
     `attach_source` and hold for each of them. When a fetch fails, that attacher's source is lost. Nothing is pushed.
 
-    `listen` is HOST:PORT, port 0 lets the system choose; without it only this host can attach. Whoever can reach the
-    port can read the memory, and pages travel in clear. `max_bandwidth_bytes_per_s` limits what is pushed to those who
-    attach with `background`, 0 is no limit; requested pages are never held up. `heartbeat_s` as with `attach`.
+    `listen` is HOST:PORT, port 0 lets the system choose; without it only this host can attach. Every program that can
+    reach the port can read the memory, and pages are not encrypted. `max_bandwidth_bytes_per_s` limits what is pushed
+    to those who attach with `background`, 0 is no limit; requested pages are never held up. `heartbeat_s` as with
+    `attach`.
 
     Errors: `ConfigurationError` for memory that cannot be served or an address that makes no sense, `ResourceError` for
     one that cannot be listened on. Trouble with one attacher is logged and ends only that one.

@@ -35,9 +35,9 @@ class SourceBlock:
 class PageSource(Protocol):
     """Where pages come from. Any object with these two members is one.
 
-    `fetch` is called in a Trio task, several times at once (`attach_source` says how many), for pages that somebody
-    waits for. It must not look at the memory that it fills. It is cancelled when that memory is closed, which waits for
-    it: a thread of `trio.to_thread.run_sync` that may take long wants ``abandon_on_cancel=True``.
+    `fetch` is called in a Trio task, several times at once (`attach_source` says how many), for pages that are waited
+    for. It must not look at the memory that it fills. It is cancelled when that memory is closed, which waits for it: a
+    thread of `trio.to_thread.run_sync` that may take long wants ``abandon_on_cancel=True``.
     """
 
     @property
@@ -47,8 +47,8 @@ class PageSource(Protocol):
     async def fetch(self, block: int, first_page: int, count: int) -> bytes | bytearray | memoryview:
         """The content of `count` pages of block number `block`, ``blocks[block].bytes_of(first_page, count)`` bytes.
 
-        Whatever it raises, and a result of another length, ends the memory: who waits for it gets a `PeerError` that
-        has the exception as its cause, and no page is ever shown as zeros instead. So a source that can try again
+        Whatever it raises, and a result of another length, ends the memory: tasks that wait for it get a `PeerError`
+        that has the exception as its cause, and no page is ever shown as zeros instead. So a source that can try again
         should do that itself.
         """
 

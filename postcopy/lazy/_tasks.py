@@ -11,8 +11,8 @@ import trio
 
 @asynccontextmanager
 async def background_tasks() -> AsyncIterator[trio.Nursery]:
-    """A nursery that is cancelled at the end of the block. What the block raises comes out as it is, not in a group:
-    that there are tasks is no business of whoever wrote the block."""
+    """A nursery that is cancelled at the end of the block. What the block raises is raised as it is, not in a
+    group: the caller does not see that there are tasks."""
     error: BaseException | None = None
     async with trio.open_nursery() as nursery:
         try:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory is promised once: what one machine was given and has not touched yet is not there for the next.
+"""No memory is promised twice: what one machine was given and has not touched yet is not available for the next.
 
 A machine's memory costs nothing when it is made, and all of it later, page by page, past its point of no return, when
-nothing can be refused any more: the kernel then ends the process, with all machines in it. So whoever makes a machine
-asks here first, and is counted until its memory is closed: with what is not *resident* yet, since what is resident the
-kernel has counted already.
+nothing can be refused any more: the kernel then kills the process, with all machines in it. So before a machine is
+made, this is asked; and the machine is counted until its memory is closed, with what is not *resident* yet, since the
+kernel has counted what is.
 
 What there is: the host's available memory and free swap, and for each control group that this process is in, and each
 above it, its limit less what is used there and cannot be thrown away. The smallest counts. Two processes do not know
@@ -35,7 +35,7 @@ _MACHINE_SHARE = 64
 
 @dataclass(frozen=True)
 class Room:
-    """What somebody still lets this process have."""
+    """What the host, or a control group, still lets this process have."""
 
     who: str
     available_bytes: int

@@ -27,7 +27,7 @@ class MemoryKind(enum.StrEnum):
     ANON = "anon"  # UFFDIO_COPY
     HUGETLB = "hugetlb"  # whole huge pages from the host's pool
     FILE = "file"  # an image file, read only; no mapping
-    BUFFER = "buffer"  # bytes of somebody else, at any address, read only; nothing is known about what is in them
+    BUFFER = "buffer"  # bytes that another object owns, at any address; read only, nothing is known of its zeros
 
 
 _DIGEST_BLOCK_BYTES = 4096
@@ -111,10 +111,10 @@ class Memory:
 
     @classmethod
     def from_address(cls, address: int, size_bytes: int, owner: object = None, page_bytes: int | None = None) -> Memory:
-        """Memory that somebody else has mapped in this process; `close` leaves it mapped.
+        """Memory that other code has mapped in this process; `close` leaves it mapped.
 
         `owner`: kept until then, so that an ``mmap.mmap`` or a CFFI object outlives this. `page_bytes`: where the pages
-        are not the system's. Whoever maps it must see to MADV_NOHUGEPAGE. `ConfigurationError` for what is not whole
+        are not the system's. It must have been mapped with MADV_NOHUGEPAGE. `ConfigurationError` for what is not whole
         pages; whether anything is mapped there is not looked at.
         """
         unit = page_bytes or int(lib.pc_page_bytes())
@@ -406,7 +406,7 @@ class Memory:
             self.release(user)
 
     def close(self) -> None:
-        """Unmaps and closes. Twice does no harm. `BusyError` while somebody works on it."""
+        """Unmaps and closes. Twice does no harm. `BusyError` while it is in use."""
         with self._lock:
             if self._closed:
                 return
@@ -438,7 +438,7 @@ class Memory:
         self.close()
 
     def __del__(self) -> None:
-        # Only what nobody uses: leaking memory is better than unmapping what a fault thread still writes to.
+        # Only what is not in use: leaking memory is better than unmapping what a fault thread still writes to.
         if not getattr(self, "_closed", True) and not self._users:
             self.close()
 
@@ -462,7 +462,7 @@ def mapped_kind(kind: str) -> MemoryKind:
 
 def checked_size(size_bytes: int) -> int:
     """The same number. `ConfigurationError` for one that no memory has."""
-    if not 0 < size_bytes < 1 << 62:  # what the core cannot even be told
+    if not 0 < size_bytes < 1 << 62:  # more does not fit the types of the core
         raise ConfigurationError(f"memory cannot have {size_bytes} bytes")
     return size_bytes
 

@@ -2,8 +2,7 @@
 """One bit for each page: which pages are present, received, zero.
 
 The words live in C memory, so that the core reads and writes them in place, and every operation that walks over pages
-runs in C without the GIL. A bitmap is a private copy: nothing in the core changes it behind its owner's back. It is not
-thread-safe.
+runs in C without the GIL. A bitmap is a private copy, which the core does not change later. It is not thread-safe.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
 There are three ways to a userfaultfd, and they differ in what they may stop (userfaultfd(2);
 Documentation/admin-guide/mm/userfaultfd.rst of the kernel):
 
-- ``/dev/userfaultfd`` (Linux 6.1): whoever may open the device; all faults.
+- ``/dev/userfaultfd`` (Linux 6.1): for users that may open the device; all faults.
 - the system call with CAP_SYS_PTRACE or with ``vm.unprivileged_userfaultfd=1``; all faults.
-- the system call with UFFD_USER_MODE_ONLY: anybody, but only faults raised by user-mode code. A fault raised inside the
-  kernel (by a system call, by KVM) gets EFAULT, so this one can never be under a virtual machine.
+- the system call with UFFD_USER_MODE_ONLY: for every user, but only faults raised by user-mode code. A fault raised
+  inside the kernel (by a system call, by KVM) gets EFAULT, so this one can never be under a virtual machine.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def explain_unavailable(*, kernel_faults: bool = True) -> ResourceError | None:
     """None when this user may have a userfaultfd, else an error whose text is the reason and whose `remedy` helps.
 
     `kernel_faults`: whether it must also stop faults raised inside the kernel, as under KVM; one for user-mode faults
-    only, which everybody may have, is then not enough.
+    only, which every user may have, is then not enough.
     """
     try:
         api = probe(How.ANY)

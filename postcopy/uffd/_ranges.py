@@ -54,7 +54,8 @@ class RangeSet:
 
 
 class AddressTable:
-    """Who has which addresses of one process. Thread-safe. An owner is anything that can be a key."""
+    """Which owner has registered which addresses of one process. Thread-safe. An owner is anything that can be a
+    key."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -3,8 +3,8 @@
 
 How it ends. When the last descriptor of a userfaultfd is closed, the kernel unregisters its ranges and releases every
 thread that waits in one, and each of them *reads zeros* where content was promised: silent corruption. `close`
-therefore refuses with `BusyError` as long as a range that was registered here is still registered, unless told
-``abandon=True``.
+therefore refuses with `BusyError` as long as a range that was registered here is still registered, unless called
+with ``abandon=True``.
 
 Threads. Every method may be called in any thread, and beside each other. `close` in one thread makes the calls that
 others start later raise `trio.ClosedResourceError`; the descriptor itself is closed when the last call has returned, so
@@ -74,7 +74,7 @@ class Outcome(enum.Enum):
     """How an ioctl that fills ended. Everything else is raised."""
 
     DONE = "done"  # all bytes
-    EXISTS = "exists"  # EEXIST: the next page is there already; the kernel has woken nobody for it
+    EXISTS = "exists"  # EEXIST: the next page is there already; the kernel has woken no thread for it
     AGAIN = "again"  # EAGAIN: go on after bytes_done; if that is 0, an event is unread
     GONE = "gone"  # ENOENT, ESRCH: the range is not registered any more, or its process has ended
     NO_SPACE = "no space"  # ENOSPC, ENOMEM: no memory for it now
@@ -273,7 +273,7 @@ class Userfaultfd:
         dont_wake: bool = False,
         write_protect: bool = False,
     ) -> Result:
-        """UFFDIO_COPY: places pages with the content of `source`, and wakes who waits for them.
+        """UFFDIO_COPY: places pages with the content of `source`, and wakes the threads that wait for them.
 
         `source` is bytes-like, or an address of this process, then with `size_bytes`; it must not be lazy memory.
         """
@@ -301,7 +301,8 @@ class Userfaultfd:
         return self._fill(lib.pc_uffd_continue, "mapping pages", address, size_bytes, mode, efault=Outcome.NOT_PRESENT)
 
     def poison(self, address: int, size_bytes: int, *, dont_wake: bool = False) -> Result:
-        """UFFDIO_POISON (Linux 6.6): whoever touches these pages gets SIGBUS, in the kernel EFAULT or EHWPOISON."""
+        """UFFDIO_POISON (Linux 6.6): a thread that touches these pages gets SIGBUS, in the kernel EFAULT or
+        EHWPOISON."""
         return self._fill(lib.pc_uffd_poison, "poisoning pages", address, size_bytes, _mode(dont_wake))
 
     def move(
@@ -430,7 +431,8 @@ class Userfaultfd:
     async def _wait_readable(self) -> None:
         token = trio.lowlevel.current_trio_token()
         with self._use() as fd:
-            # As long as this is in here the number stays ours, so that `close` can tell Trio about it from any thread.
+            # Until the end of this block the descriptor stays open, so that `close` can notify Trio of it from any
+            # thread.
             with self._lock:
                 self._waiting.append(token)
             try:
@@ -504,7 +506,7 @@ class Userfaultfd:
         """Closes, and raises `trio.ClosedResourceError` in what waits for events here. Twice does no harm.
 
         `BusyError` while ranges are registered (see above): unregister them first, or say ``abandon=True``. Then,
-        unless somebody else has a copy of the descriptor, threads that wait for a page read zeros.
+        unless there is another copy of the descriptor, threads that wait for a page read zeros.
         """
         left_ranges = self.registered
         with self._lock:

@@ -61,7 +61,7 @@ def pagemap_scan(
     """The pages between two page-aligned addresses that have `all_of` the categories and, where given, one of
     `any_of`; categories `inverted` count where they are absent. Populates nothing; time grows with what is populated.
 
-    `pid`: another process (needs the right to ptrace it); by default this one. `returned`: the categories told, by
+    `pid`: another process (needs the right to ptrace it); by default this one. `returned`: the categories reported, by
     default all that were asked for. `wp_matching`: write-protect what matches, atomically for each page. With
     `check_wp_async` a part that is not registered for that is an error, else it is passed over. `max_pages`: stop after
     so many (0: no limit). Errors: `ResourceError` before Linux 6.7 and for a process that may not be looked at,

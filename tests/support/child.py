@@ -3,16 +3,21 @@
 
 child.py exec COMMAND [ARGUMENT...]
 child.py call FILE FUNCTION RESULT-FD    (pickled arguments on standard input)
+
+An asynchronous function runs in Trio, with warnings as errors.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
+import inspect
 import os
 import pickle
 import signal
 import sys
+import warnings
 
 PR_SET_PDEATHSIG = 1
 
@@ -32,7 +37,14 @@ def main() -> None:
     sys.modules[spec.name] = module
     arguments, keywords = pickle.loads(sys.stdin.buffer.read())
     spec.loader.exec_module(module)
-    result = getattr(module, name)(*arguments, **keywords)
+    function = getattr(module, name)
+    if inspect.iscoroutinefunction(function):
+        import trio  # only here: most children start without it
+
+        warnings.simplefilter("error")
+        result = trio.run(functools.partial(function, *arguments, **keywords))
+    else:
+        result = function(*arguments, **keywords)
     with open(int(result_fd), "wb") as file:
         pickle.dump(result, file)
 

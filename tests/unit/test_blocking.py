@@ -82,7 +82,7 @@ async def test_some_threads_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
         started.append(thread)
         start(thread)
 
-    _blocking._reserve.worker()
+    _blocking.keep_reserve()
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with pytest.raises(ResourceError):
         Workers.open(3, "pc-test", "a test")

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pager and page server, over loopback TCP in one process.
 
-What touches missing memory runs in a child process with a deadline: `run_case`, with the name of a case.
+What touches missing memory runs in a child process with a deadline, over a pager in threads of that process and over
+one in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ import signal
 import socket
 import tempfile
 import threading
-import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import pytest
 import trio
@@ -33,49 +33,9 @@ from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.destination import AnyPager
 
 PAGE = page_bytes_of("memfd")
-DEADLINE_S = 60
-
-Case = Callable[..., Awaitable[None]]
-CASES: dict[str, Case] = {}
-
-
-def case(function: Case) -> Case:
-    CASES[function.__name__] = function
-    return function
-
 
 PAGERS: dict[str, Callable[[], AnyPager]] = {"thread": Pager, "process": ProcessPager}
-make_pager: Callable[[], AnyPager] = Pager  # in the child: as `run_case` was told
-
-
-def run_case(where: str, name: str, *arguments: str) -> None:
-    """In the child: all of one case, with a pager in threads of this process or in one of its own."""
-    global make_pager
-    make_pager = PAGERS[where]
-    warnings.simplefilter("error")
-
-    async def main() -> None:
-        with trio.fail_after(DEADLINE_S - 5):
-            await CASES[name](*arguments)
-
-    trio.run(main)
-
-
-class Child(Protocol):
-    """What conftest's `run_in_child` returns."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-RunInChild = Callable[..., Child]
-
-
-def passes(run_in_child: RunInChild, where: str, name: str, *arguments: str) -> None:
-    result = run_in_child(run_case, where, name, *arguments, deadline_s=DEADLINE_S)
-    assert result.returncode == 0, f"{result.returncode}\n{result.stdout}{result.stderr}"
-    assert "ResourceWarning" not in result.stderr
+Passes = Callable[..., None]
 
 
 def tcp_pair() -> tuple[int, int]:
@@ -130,11 +90,11 @@ class Pair:
 
 
 @asynccontextmanager
-async def pair(pages: int, *, kind: str = "memfd", present: bool = True) -> AsyncIterator[Pair]:
+async def pair(where: str, pages: int, *, kind: str = "memfd", present: bool = True) -> AsyncIterator[Pair]:
     """Armed memory beside its source, no channel yet."""
     source, destination = Memory.create("memfd", pages * PAGE), Memory.create(kind, pages * PAGE)
     fill(source, content(pages))
-    async with PageServer() as server, make_pager() as pager:
+    async with PageServer() as server, PAGERS[where]() as pager:
         assert server.add_block(source) == pager.add_block(destination) == 0
         if present:
             server.set_present(0, source.present())
@@ -157,10 +117,9 @@ async def next_event(events: AsyncIterator[Event], wanted: EventType) -> Event:
 # ---- in the child
 
 
-@case
-async def everything_arrives(kind: str, present: str) -> None:
+async def everything_arrives(where: str, kind: str, present: str) -> None:
     pages = 3000
-    async with pair(pages, kind=kind, present=present == "present") as both:
+    async with pair(where, pages, kind=kind, present=present == "present") as both:
         expected = [lib.pc_crc32c(0, bytes(page), PAGE) for page in (content(pages)[0], bytes(PAGE))]
         both.pager.track_thread(0, 0)
         both.connect_urgent()
@@ -200,9 +159,8 @@ async def everything_arrives(kind: str, present: str) -> None:
         assert both.server.statistics().bytes_sent >= statistics.bytes_received
 
 
-@case
-async def missing_pages_can_be_asked_for() -> None:
-    async with pair(600) as both:
+async def missing_pages_can_be_asked_for(where: str) -> None:
+    async with pair(where, 600) as both:
         both.connect_urgent()
         both.server.start()
         assert both.pager.request_missing(10_000) > 0
@@ -211,9 +169,8 @@ async def missing_pages_can_be_asked_for() -> None:
         assert both.destination.digest() == both.source.digest()
 
 
-@case
-async def a_lost_channel_can_be_replaced() -> None:
-    async with pair(600) as both:
+async def a_lost_channel_can_be_replaced(where: str) -> None:
+    async with pair(where, 600) as both:
         both.connect_urgent()
         events = both.pager.events()
         async with trio.open_nursery() as nursery:
@@ -237,18 +194,16 @@ async def a_lost_channel_can_be_replaced() -> None:
         assert found == [lib.pc_crc32c(0, content(600)[3], PAGE)]
 
 
-@case
-async def unregistering_what_is_missing_is_refused() -> None:
-    async with pair(30) as both:
+async def unregistering_what_is_missing_is_refused(where: str) -> None:
+    async with pair(where, 30) as both:
         with pytest.raises(BusyError):
             await both.pager.disarm()
         with pytest.raises(BusyError):
             both.destination.close()
 
 
-@case
-async def what_never_comes_is_poisoned() -> None:
-    async with pair(30) as both:
+async def what_never_comes_is_poisoned(where: str) -> None:
+    async with pair(where, 30) as both:
         with pytest.raises(BusyError):
             await both.pager.disarm()
         both.destination.acquire("test")  # keep it mapped
@@ -258,10 +213,9 @@ async def what_never_comes_is_poisoned() -> None:
         os._exit(3)
 
 
-@case
-async def blocked_threads_are_released_by_close_with_an_error() -> None:
+async def blocked_threads_are_released_by_close_with_an_error(where: str) -> None:
     """A system call, that is, whose fault cannot be served any more: EFAULT, not zeros."""
-    async with pair(30) as both:
+    async with pair(where, 30) as both:
         results: list[int] = []
         pipe_out, pipe_in = os.pipe()
 
@@ -281,10 +235,9 @@ async def blocked_threads_are_released_by_close_with_an_error() -> None:
         os.close(pipe_out)
 
 
-@case
-async def a_cancelled_close_still_closes() -> None:
+async def a_cancelled_close_still_closes(where: str) -> None:
     source = Memory.create("memfd", PAGE)
-    pager, server = make_pager(), PageServer()
+    pager, server = PAGERS[where](), PageServer()
     pager.add_block(source)
     server.add_block(source)
     pager.add_shard()
@@ -300,14 +253,13 @@ async def a_cancelled_close_still_closes() -> None:
     await server.close()
 
 
-@case
-async def a_shrinking_image_is_a_named_error() -> None:
+async def a_shrinking_image_is_a_named_error(where: str) -> None:
     with tempfile.NamedTemporaryFile() as file:
         file.write(os.urandom(64 * PAGE + 5))
         file.flush()
         source = Memory.from_file(file.name)
         destination = Memory.create("memfd", source.size_bytes)
-        async with PageServer() as server, make_pager() as pager:
+        async with PageServer() as server, PAGERS[where]() as pager:
             server.add_block(source, PAGE)
             pager.add_block(destination)
             pager.add_shard()
@@ -329,9 +281,8 @@ async def a_shrinking_image_is_a_named_error() -> None:
         destination.close()
 
 
-@case
-async def a_pager_that_dies_is_replaced() -> None:
-    async with pair(3000) as both:
+async def a_pager_that_dies_is_replaced(where: str) -> None:
+    async with pair(where, 3000) as both:
         pager = both.pager
         assert isinstance(pager, ProcessPager)
         events = pager.events()
@@ -368,9 +319,8 @@ async def a_pager_that_dies_is_replaced() -> None:
         assert pager.statistics().resident_pages == 3000
 
 
-@case
-async def a_pager_that_always_dies_is_given_up() -> None:
-    async with pair(30) as both:
+async def a_pager_that_always_dies_is_given_up(where: str) -> None:
+    async with pair(where, 30) as both:
         pager = both.pager
         assert isinstance(pager, ProcessPager)
         for _ in range(DEATHS_IN_A_ROW):
@@ -382,9 +332,8 @@ async def a_pager_that_always_dies_is_given_up() -> None:
         assert pager.deaths == DEATHS_IN_A_ROW + 1
 
 
-@case
-async def it_is_watched_over_while_nobody_follows_its_events() -> None:
-    async with pair(30) as both:
+async def it_is_watched_over_while_nobody_follows_its_events(where: str) -> None:
+    async with pair(where, 30) as both:
         pager = both.pager
         assert isinstance(pager, ProcessPager)
         both.connect_urgent()
@@ -404,45 +353,45 @@ async def it_is_watched_over_while_nobody_follows_its_events() -> None:
 @pytest.mark.parametrize("where", PAGERS)
 @pytest.mark.parametrize("kind", ["memfd", "anon"])
 @pytest.mark.parametrize("present", ["present", "unknown"])
-def test_everything_arrives(run_in_child: RunInChild, where: str, kind: str, present: str) -> None:
-    passes(run_in_child, where, "everything_arrives", kind, present)
+def test_everything_arrives(passes: Passes, where: str, kind: str, present: str) -> None:
+    passes(everything_arrives, where, kind, present)
 
 
 @pytest.mark.needs("uffd")
 @pytest.mark.parametrize(
-    "name",
+    "case",
     [
-        "a_pager_that_dies_is_replaced",
-        "a_pager_that_always_dies_is_given_up",
-        "it_is_watched_over_while_nobody_follows_its_events",
+        a_pager_that_dies_is_replaced,
+        a_pager_that_always_dies_is_given_up,
+        it_is_watched_over_while_nobody_follows_its_events,
     ],
 )
-def test_pager_process(run_in_child: RunInChild, name: str) -> None:
-    passes(run_in_child, "process", name)
+def test_pager_process(passes: Passes, case: Callable[..., Any]) -> None:
+    passes(case, "process")
 
 
 @pytest.mark.needs("uffd")
 @pytest.mark.parametrize("where", PAGERS)
 @pytest.mark.parametrize(
-    "name",
+    "case",
     [
-        "missing_pages_can_be_asked_for",
-        "a_lost_channel_can_be_replaced",
-        "a_cancelled_close_still_closes",
-        "a_shrinking_image_is_a_named_error",
+        missing_pages_can_be_asked_for,
+        a_lost_channel_can_be_replaced,
+        a_cancelled_close_still_closes,
+        a_shrinking_image_is_a_named_error,
     ],
 )
-def test_case(run_in_child: RunInChild, where: str, name: str) -> None:
-    passes(run_in_child, where, name)
+def test_case(passes: Passes, where: str, case: Callable[..., Any]) -> None:
+    passes(case, where)
 
 
 @pytest.mark.needs("uffd", "uffd-poison")
 @pytest.mark.parametrize("where", PAGERS)
-def test_what_never_comes_is_never_zeros(run_in_child: RunInChild, where: str) -> None:
-    result = run_in_child(run_case, where, "what_never_comes_is_poisoned", deadline_s=DEADLINE_S)
+def test_what_never_comes_is_never_zeros(run_in_child: Callable[..., Any], passes: Passes, where: str) -> None:
+    result = run_in_child(what_never_comes_is_poisoned, where, deadline_s=60)
     assert result.returncode == -signal.SIGBUS, result.stderr
-    passes(run_in_child, where, "blocked_threads_are_released_by_close_with_an_error")
-    passes(run_in_child, where, "unregistering_what_is_missing_is_refused")
+    passes(blocked_threads_are_released_by_close_with_an_error, where)
+    passes(unregistering_what_is_missing_is_refused, where)
 
 
 # ---- without faults

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lazily mapped memory: attached, served, and filled by a page source.
 
-What touches missing memory runs in a child process with a deadline: `run_case`, with the name of a case.
+What touches missing memory runs in a child process with a deadline.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import os
 import random
 import signal
 import tempfile
-import warnings
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import pytest
 import trio
@@ -40,41 +39,7 @@ from postcopy.testbed.chaos import open_chaos_proxy
 PAGE = page_bytes_of("memfd")
 DEADLINE_S = 60
 
-Case = Callable[..., Awaitable[None]]
-CASES: dict[str, Case] = {}
-
-
-def case(function: Case) -> Case:
-    CASES[function.__name__] = function
-    return function
-
-
-def run_case(name: str, *arguments: str) -> None:
-    """In the child: all of one case."""
-    warnings.simplefilter("error")
-
-    async def main() -> None:
-        with trio.fail_after(DEADLINE_S - 5):
-            await CASES[name](*arguments)
-
-    trio.run(main)
-
-
-class Child(Protocol):
-    """What conftest's `run_in_child` returns."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-RunInChild = Callable[..., Child]
-
-
-def passes(run_in_child: RunInChild, name: str, *arguments: str) -> None:
-    result = run_in_child(run_case, name, *arguments, deadline_s=DEADLINE_S)
-    assert result.returncode == 0, f"{result.returncode}\n{result.stdout}{result.stderr}"
-    assert "ResourceWarning" not in result.stderr
+Passes = Callable[..., None]
 
 
 def make_content(size: int) -> bytes:
@@ -146,7 +111,6 @@ async def until(condition: Callable[[], bool]) -> None:
 # ---- in the child: attached memory
 
 
-@case
 async def what_is_served_arrives(kind: str, backing: str, how: str) -> None:
     size = 700 * PAGE + (0 if kind == "buffer" else 5)
     content = make_content(size)
@@ -190,7 +154,6 @@ async def what_is_served_arrives(kind: str, backing: str, how: str) -> None:
             served.clear()  # nobody holds its buffer any more
 
 
-@case
 async def everything_can_be_pushed() -> None:
     content = make_content(3000 * PAGE)
     async with trio.open_nursery() as nursery:
@@ -202,7 +165,6 @@ async def everything_can_be_pushed() -> None:
         nursery.cancel_scope.cancel()
 
 
-@case
 async def many_threads_and_tasks(where: str) -> None:
     """Threads that touch, and tasks that ensure overlapping ranges, at the same time; each page is asked for once."""
     pages = 2000
@@ -251,7 +213,6 @@ async def many_threads_and_tasks(where: str) -> None:
         assert page_source.most == 3
 
 
-@case
 async def a_lost_source_is_an_error_and_never_zeros() -> None:
     content = make_content(100 * PAGE)
     serving = trio.CancelScope()
@@ -297,7 +258,6 @@ def write_to_pipe(address: int, size: int = PAGE) -> int:
         os.close(writer)
 
 
-@case
 async def closing_releases_who_waits() -> None:
     source = Content(make_content(64 * PAGE))
     source.open = trio.Event()
@@ -326,7 +286,6 @@ async def closing_releases_who_waits() -> None:
     assert memory.statistics().resident_pages == 0
 
 
-@case
 async def a_blocked_thread_dies_with_a_closed_memory() -> None:
     faulthandler.disable()  # it would look at the stack of the thread that died
     source = Content(make_content(64 * PAGE))
@@ -336,7 +295,6 @@ async def a_blocked_thread_dies_with_a_closed_memory() -> None:
         await until(lambda: memory.statistics().pending_faults == 1)
 
 
-@case
 async def views_outlive_the_memory() -> None:
     content = make_content(10 * PAGE)
     async with postcopy.attach_source(Content(content)) as memory:
@@ -366,7 +324,6 @@ async def views_outlive_the_memory() -> None:
         nursery.cancel_scope.cancel()
 
 
-@case
 async def a_cut_network_costs_nothing_but_time(kind: str) -> None:
     """Cut again and again while threads touch and tasks wait: everything comes, whatever serves it."""
     content = make_content(1500 * PAGE)
@@ -395,7 +352,6 @@ async def a_cut_network_costs_nothing_but_time(kind: str) -> None:
         nursery.cancel_scope.cancel()
 
 
-@case
 async def memory_of_zeros_costs_nothing() -> None:
     with Memory.create("memfd", 1 << 30) as zeros:
         async with trio.open_nursery() as nursery:
@@ -409,7 +365,6 @@ async def memory_of_zeros_costs_nothing() -> None:
         assert zeros.resident_bytes() == 0
 
 
-@case
 async def a_full_house_says_so() -> None:
     content = make_content(8 * PAGE)
     async with trio.open_nursery() as nursery:
@@ -427,7 +382,6 @@ async def a_full_house_says_so() -> None:
             pass
 
 
-@case
 async def huge_pages() -> None:
     huge = page_bytes_of("hugetlb")
     content = make_content(2 * huge)
@@ -452,7 +406,6 @@ async def huge_pages() -> None:
 # ---- in the child: page sources
 
 
-@case
 async def pages_of_several_blocks() -> None:
     class Two:
         blocks = (SourceBlock("small", 10), SourceBlock("large", 5 * PAGE + 1))
@@ -476,7 +429,6 @@ async def pages_of_several_blocks() -> None:
         await until(lambda: memory.complete)
 
 
-@case
 async def neighbours_are_fetched_together() -> None:
     source = Content(make_content(500 * PAGE))
     async with postcopy.attach_source(source, fault_around_pages=16, max_fetch_pages=64) as memory:
@@ -498,7 +450,6 @@ async def neighbours_are_fetched_together() -> None:
         assert all(count <= 64 for _, count in source.calls)
 
 
-@case
 async def what_a_thread_waits_for_comes_first() -> None:
     source = Content(make_content(1000 * PAGE))
     source.open = trio.Event()
@@ -517,7 +468,6 @@ async def what_a_thread_waits_for_comes_first() -> None:
         assert memory.statistics().requests == 501
 
 
-@case
 async def a_cancelled_wait_takes_nothing_with_it() -> None:
     source = Content(make_content(300 * PAGE))
     source.open = trio.Event()
@@ -539,7 +489,6 @@ async def a_cancelled_wait_takes_nothing_with_it() -> None:
         assert sum(count for _, count in source.calls) == 300
 
 
-@case
 async def a_source_that_fails_is_lost(how: str) -> None:
     source = Content(make_content(100 * PAGE))
 
@@ -574,7 +523,6 @@ async def a_source_that_fails_is_lost(how: str) -> None:
         assert scope.cancelled_caught
 
 
-@case
 async def a_source_is_served_over_the_network() -> None:
     source = Content(make_content(300 * PAGE + 3))
     async with trio.open_nursery() as nursery:
@@ -605,7 +553,6 @@ async def a_source_is_served_over_the_network() -> None:
     assert source.under_way == 0
 
 
-@case
 async def what_the_block_raises_comes_out_as_it_is() -> None:
     source = Content(make_content(10 * PAGE))
     with pytest.raises(KeyError, match="mine"):
@@ -627,63 +574,63 @@ async def what_the_block_raises_comes_out_as_it_is() -> None:
 @pytest.mark.needs("uffd")
 @pytest.mark.parametrize("kind", ["memory", "buffer", "odd-buffer"])
 @pytest.mark.parametrize("backing", ["memfd", "anon"])
-def test_what_is_served_arrives(run_in_child: RunInChild, kind: str, backing: str) -> None:
-    passes(run_in_child, "what_is_served_arrives", kind, backing, "any")
+def test_what_is_served_arrives(passes: Passes, kind: str, backing: str) -> None:
+    passes(what_is_served_arrives, kind, backing, "any")
 
 
 @pytest.mark.needs("uffd-user")
-def test_without_any_rights(run_in_child: RunInChild) -> None:
-    passes(run_in_child, "what_is_served_arrives", "buffer", "memfd", "user-only")
+def test_without_any_rights(passes: Passes) -> None:
+    passes(what_is_served_arrives, "buffer", "memfd", "user-only")
 
 
 @pytest.mark.needs("uffd", "hugetlb")
-def test_huge_pages(run_in_child: RunInChild) -> None:
-    passes(run_in_child, "huge_pages")
+def test_huge_pages(passes: Passes) -> None:
+    passes(huge_pages)
 
 
 @pytest.mark.needs("uffd")
 @pytest.mark.parametrize("where", ["remote", "source"])
-def test_many_threads_and_tasks(run_in_child: RunInChild, where: str) -> None:
-    passes(run_in_child, "many_threads_and_tasks", where)
+def test_many_threads_and_tasks(passes: Passes, where: str) -> None:
+    passes(many_threads_and_tasks, where)
 
 
 @pytest.mark.needs("uffd")
 @pytest.mark.parametrize("kind", ["memory", "source"])
-def test_a_cut_network_costs_nothing_but_time(run_in_child: RunInChild, kind: str) -> None:
-    passes(run_in_child, "a_cut_network_costs_nothing_but_time", kind)
+def test_a_cut_network_costs_nothing_but_time(passes: Passes, kind: str) -> None:
+    passes(a_cut_network_costs_nothing_but_time, kind)
 
 
 @pytest.mark.needs("uffd")
 @pytest.mark.parametrize("how", ["raises", "short", "long", "nothing"])
-def test_a_source_that_fails_is_lost(run_in_child: RunInChild, how: str) -> None:
-    passes(run_in_child, "a_source_that_fails_is_lost", how)
+def test_a_source_that_fails_is_lost(passes: Passes, how: str) -> None:
+    passes(a_source_that_fails_is_lost, how)
 
 
 @pytest.mark.needs("uffd", "uffd-poison")
 @pytest.mark.parametrize(
-    "name",
+    "case",
     [
-        "everything_can_be_pushed",
-        "a_lost_source_is_an_error_and_never_zeros",
-        "closing_releases_who_waits",
-        "views_outlive_the_memory",
-        "a_full_house_says_so",
-        "memory_of_zeros_costs_nothing",
-        "pages_of_several_blocks",
-        "neighbours_are_fetched_together",
-        "what_a_thread_waits_for_comes_first",
-        "a_cancelled_wait_takes_nothing_with_it",
-        "what_the_block_raises_comes_out_as_it_is",
-        "a_source_is_served_over_the_network",
+        everything_can_be_pushed,
+        a_lost_source_is_an_error_and_never_zeros,
+        closing_releases_who_waits,
+        views_outlive_the_memory,
+        a_full_house_says_so,
+        memory_of_zeros_costs_nothing,
+        pages_of_several_blocks,
+        neighbours_are_fetched_together,
+        what_a_thread_waits_for_comes_first,
+        a_cancelled_wait_takes_nothing_with_it,
+        what_the_block_raises_comes_out_as_it_is,
+        a_source_is_served_over_the_network,
     ],
 )
-def test_case(run_in_child: RunInChild, name: str) -> None:
-    passes(run_in_child, name)
+def test_case(passes: Passes, case: Callable[..., Any]) -> None:
+    passes(case)
 
 
 @pytest.mark.needs("uffd", "uffd-poison")
-def test_a_blocked_thread_dies_with_a_closed_memory(run_in_child: RunInChild) -> None:
-    result = run_in_child(run_case, "a_blocked_thread_dies_with_a_closed_memory", deadline_s=DEADLINE_S)
+def test_a_blocked_thread_dies_with_a_closed_memory(run_in_child: Callable[..., Any]) -> None:
+    result = run_in_child(a_blocked_thread_dies_with_a_closed_memory, deadline_s=60)
     assert result.returncode == -signal.SIGBUS, result.stderr
 
 
