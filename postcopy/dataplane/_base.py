@@ -17,6 +17,7 @@ import abc
 import errno
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -137,12 +138,21 @@ class DataPlane(abc.ABC):
         if self._closed:
             raise trio.ClosedResourceError(f"this {self.NAME} was closed")
 
-    def _keep(self, memory: Memory | ForeignMemory, pages: int, states_fd: int = -1) -> BlockInUse:
-        """The memory is in use from now on; `_release` ends that."""
+    def _add_block(
+        self, memory: Memory | ForeignMemory, pages: int, give: Callable[[], object], states_fd: int = -1
+    ) -> int:
+        """Gives the next block to the engine; its index. The memory is in use from here until `close`."""
         self._check_open()
+        block = BlockInUse(memory, pages, states_fd)
         if isinstance(memory, Memory):
             memory.acquire(self.NAME)
-        return BlockInUse(memory, pages, states_fd)
+        try:
+            give()
+        except BaseException:
+            self._release(block)
+            raise
+        self._blocks.append(block)
+        return len(self._blocks) - 1
 
     def _release(self, block: BlockInUse) -> None:
         if isinstance(block.memory, Memory):

@@ -90,18 +90,9 @@ class Pager(CoreDataPlane, PagerCounters):
         The descriptor stays the caller's. A `ForeignMemory`, whose userfaultfd `adopt_shard` gets, needs them, and must
         exist for as long as the pager.
         """
-        block = self._keep(memory, memory.pages, states_fd)
-        try:
-            what = "giving memory to the pager"
-            if states_fd < 0:
-                index = self._call(what, "add_block", memory.struct)
-            else:
-                index = self._call(what, "add_block_with_states", memory.struct, states_fd)
-        except BaseException:
-            self._release(block)
-            raise
-        self._blocks.append(block)
-        return index
+        name, states = ("add_block", ()) if states_fd < 0 else ("add_block_with_states", (states_fd,))
+        what = "giving memory to the pager"
+        return self._add_block(memory, memory.pages, lambda: self._call(what, name, memory.struct, *states), states_fd)
 
     def set_zero(self, block: int, zero: Bitmap) -> None:
         """Tells which pages of a block are zero at the source (`Bitmap.inverted` of those present): they are never

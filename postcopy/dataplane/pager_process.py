@@ -42,7 +42,7 @@ import trio
 from postcopy._blocking import END_TIMEOUT_S
 from postcopy._child import python
 from postcopy._native import ffi, lib
-from postcopy.dataplane._base import BlockInUse
+from postcopy.dataplane._base import BlockInUse, ForeignMemory
 from postcopy.dataplane._events import ChannelKind, Event, EventType
 from postcopy.dataplane._pager_child import MESSAGE_BYTES
 from postcopy.dataplane.pager import PagerCounters, PagerStatistics
@@ -271,8 +271,7 @@ class _Process:
         while not call.done and not self.dead:
             await self.wait_message()
         if not call.done:
-            await self.gone()
-            raise PagerDied(self.exit_reason())
+            raise await self.death()
         if call.error is not None:
             raise call.error
 
@@ -305,6 +304,11 @@ class _Process:
             with trio.move_on_after(deadline - time.monotonic()):
                 await self._exited.wait()
         return self.ended
+
+    async def death(self) -> PagerDied:
+        """The error for what was asked of it, once it has ended."""
+        await self.gone()
+        return PagerDied(self.exit_reason())
 
     def exit_reason(self) -> str:
         """Why it has ended, in one line."""
@@ -355,17 +359,12 @@ class ProcessPager(PagerCounters):
     # ---- setting it up: as `Pager`, and remembered for the next process
 
     def add_block(self, memory: Memory) -> int:
-        block = self._keep(memory, memory.pages)
+        states_fd = check(lib.pc_states_new(memory.pages), "making page states")
         try:
-            block = replace(block, states_fd=check(lib.pc_states_new(memory.pages), "making page states"))
-            self._give_block(block)
+            return self._add_block(memory, memory.pages, lambda: self._give_block(memory, states_fd), states_fd)
         except BaseException:
-            if block.states_fd >= 0:
-                os.close(block.states_fd)
-            self._release(block)
+            os.close(states_fd)
             raise
-        self._blocks.append(block)
-        return len(self._blocks) - 1
 
     def set_zero(self, block: int, zero: Bitmap) -> None:
         self._check_length(block, zero)
@@ -405,8 +404,7 @@ class ProcessPager(PagerCounters):
         while not process.idle and not process.dead:
             await process.wait_message()
         if process.dead:
-            await process.gone()
-            raise PagerDied(process.exit_reason())
+            raise await process.death()
         if process.failure is not None:
             raise process.failure
         await trio.lowlevel.checkpoint()
@@ -583,9 +581,8 @@ class ProcessPager(PagerCounters):
                 return
         raise PagerDied(f"{what}: no process of the pager stays alive")
 
-    def _give_block(self, block: BlockInUse) -> None:
-        memory = block.memory
-        fds = (block.states_fd, memory.fd) if memory.fd >= 0 else (block.states_fd,)
+    def _give_block(self, memory: Memory | ForeignMemory, states_fd: int) -> None:
+        fds = (states_fd, memory.fd) if memory.fd >= 0 else (states_fd,)
         where = (memory.address, memory.size_bytes, memory.page_bytes, int(memory.struct.kind))
         self._post("giving memory to the pager", "add_block", *where, fds=fds)
 
@@ -610,7 +607,7 @@ class ProcessPager(PagerCounters):
             replaced.set()
             try:
                 for block in self._blocks:
-                    self._give_block(block)
+                    self._give_block(block.memory, block.states_fd)
                 for shard in self._shards:
                     self._give_shard(shard)
                 for armed in () if self._disarmed else self._armed:

@@ -37,15 +37,9 @@ class PageServer(CoreDataPlane):
         """Adds the next RAM block; its index. `page_bytes` is the unit of transfer, by default the memory's page; a
         last page that the memory fills in part is sent padded with zeros."""
         unit = page_bytes or memory.page_bytes
-        block = self._keep(memory, -(-memory.size_bytes // unit))
-        try:
-            what = f"giving memory to the page server in pages of {unit} bytes"
-            index = self._call(what, "add_block", memory.struct, unit)
-        except BaseException:
-            self._release(block)
-            raise
-        self._blocks.append(block)
-        return index
+        what = f"giving memory to the page server in pages of {unit} bytes"
+        pages = -(-memory.size_bytes // unit)
+        return self._add_block(memory, pages, lambda: self._call(what, "add_block", memory.struct, unit))
 
     def block_pages(self, block: int) -> int:
         """How many pages of transfer a block has."""

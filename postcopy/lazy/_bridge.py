@@ -275,8 +275,7 @@ class BridgeServer(DataPlane):
             raise ConfigurationError(
                 f"the page source has pages of {memory.page_bytes} bytes, the attacher wants {page_bytes}"
             )
-        self._blocks.append(self._keep(memory, memory.pages))
-        return len(self._blocks) - 1
+        return self._add_block(memory, memory.pages, lambda: None)
 
     def block_pages(self, block: int) -> int:
         return self._block(block).pages
