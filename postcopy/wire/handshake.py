@@ -8,7 +8,7 @@ migration that the hello names; ids are no secret (they are in logs), tokens are
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import ClassVar, Final, cast
+from typing import ClassVar, cast
 
 from postcopy.errors import PeerError, ProtocolError
 from postcopy.wire.codec import MessageBuffer, encode, shown
@@ -23,8 +23,6 @@ from postcopy.wire.messages import (
     Refused,
     Welcome,
 )
-
-NO_SUCH_MIGRATION: Final = "no such migration here"
 
 
 class RefusedError(PeerError):

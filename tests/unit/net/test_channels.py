@@ -187,7 +187,7 @@ async def test_channel_twice() -> None:
         await seen.control.aclose()
 
 
-async def test_no_vacancy() -> None:
+async def test_no_free_slot() -> None:
     async with open_acceptor(reason="busy with another destination") as (acceptor, address):
         with pytest.raises(PeerError, match="refused the connection: busy with another destination"):
             await c.CallingLink.open(address, "dest")
@@ -400,7 +400,7 @@ async def test_coming_back_to_nobody() -> None:
 
 
 @asynccontextmanager
-async def members(*hosts: str) -> AsyncIterator[tuple[list[c.Address], list[c.Reconnector]]]:
+async def lost_pair(*hosts: str) -> AsyncIterator[tuple[list[c.Address], list[c.Reconnector]]]:
     """A listening side at each host, all of the same migration, with nobody connected."""
     async with contextlib.AsyncExitStack() as stack:
         addresses, reconnectors = [], []
@@ -421,7 +421,7 @@ def a_caller(route: c.Route) -> c.Reconnector:
 
 async def test_looked_for_at_a_new_address() -> None:
     """Also by one that is trying the old one in vain already; and what comes afterwards is looked for there too."""
-    async with members("127.0.0.1", "127.0.0.2") as (addresses, reconnectors):
+    async with lost_pair("127.0.0.1", "127.0.0.2") as (addresses, reconnectors):
         [closed] = await trio.open_tcp_listeners(0, host="127.0.0.1")
         dead = c.Address("127.0.0.1", closed.socket.getsockname()[1])
         await closed.aclose()
@@ -464,8 +464,8 @@ async def test_looked_for_at_a_new_address() -> None:
 
 async def test_a_refusal_at_a_new_address_is_not_the_peers(caplog: pytest.LogCaptureFixture) -> None:
     """Anybody's listener knows nothing of us. Only the one that has known us can say that it does not any more."""
-    async with members("127.0.0.1") as ([address], [there]), open_acceptor(host="127.0.0.2") as (_, stranger):
-        route = c.Route(stranger)
+    async with lost_pair("127.0.0.1") as ([address], [there]), open_acceptor(host="127.0.0.2") as (_, wrong):
+        route = c.Route(wrong)
         reconnector = a_caller(route)
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
@@ -529,11 +529,11 @@ async def test_a_side_that_listens_is_told_so() -> None:
             await trio.aclose_forcefully(one.control)
 
 
-# ---- a connection that is held
+# ---- a connection that is paused
 
 
-async def test_held_by_the_side_that_calls() -> None:
-    """It gives up what it has, makes no connection while it is held, and then does at once."""
+async def test_paused_by_the_side_that_calls() -> None:
+    """It gives up what it has, makes no connection while it is paused, and then does at once."""
     async with open_acceptor() as (acceptor, address):
         link = await c.CallingLink.open(address, "dest")
         seen = await acceptor.next_link()
@@ -556,7 +556,7 @@ async def test_held_by_the_side_that_calls() -> None:
                 await trio.aclose_forcefully(one.control)
 
 
-async def test_held_by_the_side_that_listens() -> None:
+async def test_paused_by_the_side_that_listens() -> None:
     """The other one is refused, asks again, and is let in when it is let go; one that had just come must come again."""
     async with open_acceptor() as (acceptor, address):
         link: c.Link = await c.CallingLink.open(address, "dest")
@@ -584,8 +584,8 @@ async def test_held_by_the_side_that_listens() -> None:
                 await trio.aclose_forcefully(one.control)
 
 
-async def test_held_while_it_connects(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection that comes about although it was held meanwhile is not used."""
+async def test_paused_while_it_connects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that comes about although it was paused meanwhile is not used."""
     async with open_acceptor() as (acceptor, address):
         link = await c.CallingLink.open(address, "dest")
         seen = await acceptor.next_link()

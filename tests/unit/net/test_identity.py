@@ -19,7 +19,7 @@ from postcopy.wire import Ended, EndedElsewhere
 from tests.unit.net.support import OFFER, SESSION, hang_up, open_acceptor
 from tests.unit.wire.support import source_in
 
-STRANGER = c.Session(b"m" * 16, b"u" * 16, 0)
+OTHER_TOKEN = c.Session(b"m" * 16, b"u" * 16, 0)
 
 
 class Met(NamedTuple):
@@ -50,28 +50,31 @@ async def test_two_offers_under_one_id() -> None:
     async with met("dest") as (acceptor, _, here, there):
         other, second = await call(acceptor)
         with there.reconnector(SESSION), there.channel_set(SESSION):
-            member, channel_set = acceptor.reconnectors[SESSION.migration], acceptor.channel_sets[SESSION.migration]
-            for session in (SESSION, STRANGER):
+            reconnector, channel_set = (
+                acceptor.reconnectors[SESSION.migration],
+                acceptor.channel_sets[SESSION.migration],
+            )
+            for session in (SESSION, OTHER_TOKEN):
                 with pytest.raises(PeerError, match="is in use here"), second.reconnector(session):
                     pass
                 with pytest.raises(PeerError, match="is in use here"), second.channel_set(session):
                     pass
             await hang_up(other, second)
-            assert acceptor.reconnectors == {SESSION.migration: member}
+            assert acceptor.reconnectors == {SESSION.migration: reconnector}
             assert acceptor.channel_sets == {SESSION.migration: channel_set}
         assert not acceptor.reconnectors
         assert not acceptor.channel_sets
         await hang_up(here, there)
 
 
-async def test_a_stranger_who_offers_a_known_id_changes_nothing() -> None:
+async def test_an_unknown_peer_who_offers_a_known_id_changes_nothing() -> None:
     """And leaves: the real peer comes back as if nobody had been there."""
     async with met("dest") as (acceptor, _, here, there):
         with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
-            stranger, seen = await call(acceptor)
-            with pytest.raises(PeerError, match="is in use here"), seen.reconnector(STRANGER):
+            unknown, seen = await call(acceptor)
+            with pytest.raises(PeerError, match="is in use here"), seen.reconnector(OTHER_TOKEN):
                 pass
-            await hang_up(stranger, seen, here, there)
+            await hang_up(unknown, seen, here, there)
             again, session = await caller.next_link()
             taken, other = await called.next_link()
             assert session == other
@@ -81,9 +84,9 @@ async def test_a_stranger_who_offers_a_known_id_changes_nothing() -> None:
 async def test_an_id_that_has_been_here_is_not_taken_again() -> None:
     """Or whoever knows it could take the place of what is remembered of it."""
     async with met("dest") as (acceptor, _, here, there):
-        with there.reconnector(SESSION) as member:
-            member.ended(Ended.COMPLETED)
-        with pytest.raises(PeerError, match="is in use here, or was"), there.reconnector(STRANGER):
+        with there.reconnector(SESSION) as reconnector:
+            reconnector.ended(Ended.COMPLETED)
+        with pytest.raises(PeerError, match="is in use here, or was"), there.reconnector(OTHER_TOKEN):
             pass
         assert acceptor.endings.find(SESSION.migration) == (SESSION.token, Ended.COMPLETED)
         await hang_up(here, there)
@@ -94,15 +97,15 @@ async def test_an_id_that_has_been_here_is_not_taken_again() -> None:
 async def test_without_the_token_nobody_comes_back(token: bytes, ended: str) -> None:
     """Nor ends anything, nor uses up an epoch."""
     async with met() as (_, address, here, there):
-        with there.reconnector(SESSION) as member:
+        with there.reconnector(SESSION) as reconnector:
             hello = p.Hello("control", "dest", 0, SESSION.migration, 9, ended)
             with pytest.raises(p.RefusedError, match="wrong token") as refused:
                 await c.connect(address, hello, token=token)
             assert not refused.value.proven
-            assert isinstance(member, listening.ListeningReconnector)
-            assert member.session == SESSION
+            assert isinstance(reconnector, listening.ListeningReconnector)
+            assert reconnector.session == SESSION
             with trio.move_on_after(0.05) as scope:
-                await member.next_link()
+                await reconnector.next_link()
             assert scope.cancelled_caught
         await hang_up(here, there)
 
@@ -132,15 +135,15 @@ async def test_a_proof_is_for_one_hello_only() -> None:
 async def test_who_comes_back_too_late_is_told(how: Ended) -> None:
     async with met() as (acceptor, _, here, there):
         with here.reconnector(SESSION) as caller:
-            with there.reconnector(SESSION) as member:
-                member.ended(how)
+            with there.reconnector(SESSION) as reconnector:
+                reconnector.ended(how)
             with pytest.raises(EndedElsewhere, match=f"the migration has ended here: {how}") as told:
                 await caller.next_link()
             assert told.value.how is how
         # Somebody who only knows the id learns nothing.
         with pytest.raises(p.RefusedError, match="wrong token"):
             await c.connect(
-                acceptor.addresses[0], p.Hello("control", "dest", 0, SESSION.migration, 9), token=STRANGER.token
+                acceptor.addresses[0], p.Hello("control", "dest", 0, SESSION.migration, 9), token=OTHER_TOKEN.token
             )
         await hang_up(here, there)
 
@@ -171,7 +174,7 @@ async def test_a_refusal_without_proof_decides_nothing(code: str, monkeypatch: p
             def lie(self: p.ServerHandshake, reason: str, code_: str = "", token: bytes = b"") -> bytes:
                 nonlocal lies
                 lies += 1
-                return send_refused(self, "gone", code, STRANGER.token)
+                return send_refused(self, "gone", code, OTHER_TOKEN.token)
 
             with monkeypatch.context() as patch, trio.move_on_after(0.3) as scope:
                 patch.setattr(p.ServerHandshake, "send_refused", lie)
@@ -184,9 +187,9 @@ async def test_a_refusal_without_proof_decides_nothing(code: str, monkeypatch: p
             await hang_up(again, taken)
 
 
-@pytest.mark.parametrize("token", [b"", STRANGER.token])
+@pytest.mark.parametrize("token", [b"", OTHER_TOKEN.token])
 async def test_a_welcome_without_proof_is_nobodys(token: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor is what a stranger says after it: at the peer's address, on a control connection and on a data connection."""
+    """Nor is what is said after it, at the peer's address, on a control connection and on a data connection."""
     async with met() as (_, _, here, there):
         with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
             await hang_up(here, there)
@@ -213,7 +216,7 @@ async def test_a_welcome_without_proof_is_nobodys(token: bytes, monkeypatch: pyt
 
 @pytest.mark.parametrize("proven", [True, False])
 async def test_only_the_peer_answers(proven: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is held is there, which `reclaim` asks; who cannot prove it may be anybody, and keeps no operator from
+    """One that is paused is there, which `reclaim` asks; who cannot prove it may be anybody, and keeps no operator from
     that."""
     async with met() as (_, _, here, there):
         with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
@@ -225,7 +228,7 @@ async def test_only_the_peer_answers(proven: bool, monkeypatch: pytest.MonkeyPat
                 nonlocal refusals
                 refusals += 1
                 assert code == "held"
-                return send_refused(self, reason, code, token if proven else STRANGER.token)
+                return send_refused(self, reason, code, token if proven else OTHER_TOKEN.token)
 
             monkeypatch.setattr(p.ServerHandshake, "send_refused", refuse)
             async with trio.open_nursery() as nursery:
@@ -264,7 +267,7 @@ async def test_who_has_said_that_it_is_over_is_not_welcome_again() -> None:
 
 @pytest.mark.parametrize("message", [p.Reject("no room"), p.Abort("no more"), None])
 @pytest.mark.parametrize("handed", [True, False])
-def test_who_has_to_be_told(message: p.Message | None, handed: bool) -> None:
+def test_who_must_announce(message: p.Message | None, handed: bool) -> None:
     """A destination that has said no knows it, and so does one that was handed nothing."""
     source = source_in(p.State.SWITCHOVER if handed else p.State.OFFERED)
     if handed:

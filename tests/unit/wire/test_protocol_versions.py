@@ -85,16 +85,16 @@ async def test_an_old_destination_calls() -> None:
         offer = p.Offer(b"m" * 16, b"t" * 16, "kvm", {"vcpus": 1}, (p.Block("ram", 8192, 4096),), 1, 0)
         await link.control.send_all(source.send(offer))
         assert await peer.hear() == OFFER_2
-        with link.reconnector(SESSION) as member, link.channel_set(SESSION):
+        with link.reconnector(SESSION) as reconnector, link.channel_set(SESSION):
             urgent = await call_2(acceptor, channel="urgent", migration=b"m" * 16, token=b"t" * 16)
             assert await urgent.hear() == {"type": "welcome"}
             wrong = await call_2(acceptor, channel="bulk", migration=b"m" * 16, token=b"u" * 16)
             assert await wrong.hear() == {"type": "refused", "reason": "wrong token"}
             again = await call_2(acceptor, migration=b"m" * 16, token=b"t" * 16, epoch=1)
             assert await again.hear() == {"type": "welcome"}
-            back, session = await member.next_link()
+            back, session = await reconnector.next_link()
             assert (back.version, session.epoch) == (2, 1)
-            member.ended(p.Ended.ABORTED)
+            reconnector.ended(p.Ended.ABORTED)
             late = await call_2(acceptor, migration=b"m" * 16, token=b"t" * 16, epoch=2)
             assert await late.hear() == {"type": "refused", "reason": "no such migration here"}
         for stream in (peer.stream, urgent.stream, wrong.stream, again.stream, late.stream, link.control, back.control):
@@ -169,12 +169,12 @@ async def test_an_old_source_listens() -> None:
             with pytest.raises(ProtocolError, match="the source speaks version 2, which needs a bulk channel"):
                 dest.send(p.Accept((4096,), 1, 0))
             await link.control.send_all(dest.send(p.Accept((4096,), 1, 1)))
-            with link.channel_set(SESSION) as channel_set, link.reconnector(SESSION) as member:
+            with link.channel_set(SESSION) as channel_set, link.reconnector(SESSION) as reconnector:
                 for fd in (await channel_set.channels(1, 1)).values():
                     fd.close()
-                back, _ = await member.next_link()
+                back, _ = await reconnector.next_link()
             assert back.version == 2
-            await member.announce(p.Ended.COMPLETED)  # which could not be understood: it is not even tried
+            await reconnector.announce(p.Ended.COMPLETED)  # which could not be understood: it is not even tried
     for stream in (*streams, link.control, back.control):
         await trio.aclose_forcefully(stream)
     await listener.aclose()
