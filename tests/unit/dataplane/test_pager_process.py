@@ -99,6 +99,7 @@ async def frozen() -> None:
 async def idle() -> None:
     """Nobody asks anything of it: that it does not answer is noticed all the same."""
     pager_process.CALL_TIMEOUT_S = 0.5
+    pager_process.PING_PERIOD_S = 0.2
     with Memory.create("memfd", 300 * PAGE) as memory:
         pager = await armed(memory)
         os.kill(pager.pid, signal.SIGSTOP)
@@ -147,6 +148,7 @@ async def overtaken() -> None:
 
 async def no_descriptors() -> None:
     """Once it is set up it needs no further descriptor: neither to be followed, nor to lose its channels."""
+    pager_process.PING_PERIOD_S = 0.2
     with Memory.create("memfd", 300 * PAGE) as memory:
         pager = await armed(memory)
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -209,6 +211,7 @@ async def full() -> None:
 
 async def closed() -> None:
     """An end is possible, and in time, with a process that does not answer."""
+    pager_process.CALL_TIMEOUT_S = 0.5
     vars(pager_process)["END_TIMEOUT_S"] = 1.0
     with Memory.create("memfd", 300 * PAGE) as memory:
         pager = await armed(memory)
