@@ -27,7 +27,6 @@ import contextlib
 import errno
 import logging
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -295,12 +294,8 @@ class _Process:
 
     async def gone(self, timeout_s: float = END_TIMEOUT_S) -> bool:
         """Waits until a killed process has ended: from then on it places no page. False when it has not in time."""
-        ready = select.poll()
-        ready.register(self._pidfd, select.POLLIN)
         deadline = time.monotonic() + timeout_s
         while not self.ended and time.monotonic() < deadline:
-            if ready.poll(0):
-                continue
             with trio.move_on_after(deadline - time.monotonic()):
                 await self._exited.wait()
         return self.ended
