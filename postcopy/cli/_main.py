@@ -87,9 +87,9 @@ def _run(make: Callable[..., Callable[[trio.Event], Awaitable[bool]]], given: di
 
 
 async def _with_signals(run: Callable[[trio.Event], Awaitable[bool]], route: Route | None) -> bool:
-    """Runs a command. The first signal asks it to end, the second one ends it. SIGHUP makes the `route` look its address
-    up again. Where there is no route it means that the terminal was closed: then it counts as the first signal, and
-    never as the second one, since both the shell and the kernel may send it."""
+    """Runs a command. The first signal asks it to end, the second one ends it. SIGHUP makes the `route` look its
+    address up again. Where there is no route it means that the terminal was closed: then it counts as the first
+    signal, and never as the second one, since both the shell and the kernel may send it."""
     stop = trio.Event()
     done = False
     # (under nohup it is ignored, and stays so)
@@ -119,8 +119,8 @@ def _failed(error: PostcopyError, output: Output) -> int:
 
 
 def _keep_standard_descriptors() -> None:
-    """A process may be started with its standard descriptors closed. What it opens first would then get their numbers (a
-    machine's memory, say), and code that writes errors to descriptor 2 would write into it."""
+    """A process may be started with its standard descriptors closed. What it opens first would then get their numbers
+    (a machine's memory, say), and code that writes errors to descriptor 2 would write into it."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)

@@ -225,8 +225,8 @@ PEER_FILE = path("peer-file", "as --connect, with the HOST:PORT in a file, read 
 HOLD = flag("hold", "run the machine until `postcopy ctl` says where it is to go (--control)")
 
 BACKING = choice("backing", BACKINGS, "what memory is made of")
-BUSY_POLL = whole("busy-poll", "how long to poll an urgent channel before sleeping on it (default 0)", 0, 1_000_000, "MICROSECONDS",
-                  "busy_poll_us")
+BUSY_POLL = whole("busy-poll", "how long to poll an urgent channel before sleeping on it (default 0)", 0, 1_000_000,
+                  "MICROSECONDS", "busy_poll_us")
 PAGER = choice("pager", {"thread": False, "process": True},
                "where missing pages are fetched: in threads of the machine's process (default), or in a process of its"
                " own, which the machine survives", "pager_process")
