@@ -12,8 +12,8 @@ from contextlib import asynccontextmanager
 import trio
 
 from postcopy.errors import PeerError
+from postcopy.service._socket_file import check_control_path
 from postcopy.service.schema import MAX_ANSWER_BYTES, PROTOCOL, ControlError, Json, LineSplitter, parse_json
-from postcopy.service.server import check_control_path
 
 ANSWER_TIMEOUT_S = 60.0
 BUSY_POLL_S = 0.02

@@ -158,7 +158,7 @@ def _parse_serve(text: str) -> float:
 
 
 def _parse_control(text: str) -> str:
-    from postcopy.service.server import check_control_path
+    from postcopy.service._socket_file import check_control_path
 
     return check_control_path(text, "a control socket")
 
