@@ -18,25 +18,10 @@ import stat
 import trio
 
 from postcopy.errors import ConfigurationError, ResourceError
+from postcopy.service.options import check_control_path
 
 BACKLOG = 128
 LOCK_TIMEOUT_S = 5.0
-MAX_PATH_BYTES = 107  # sun_path, and its null (unix(7))
-
-
-def check_control_path(path: str, what: str = "--control") -> str:
-    """The path, when a socket can have it. `ConfigurationError` otherwise; `what` is what the user calls it."""
-    size_bytes = len(os.fsencode(path))
-    shown = path if len(path) <= 120 else f"{path[:100]}..."
-    if not path:
-        raise ConfigurationError(f"{what}: the path is empty; name a socket in a directory of yours")
-    if "\0" in path:
-        raise ConfigurationError(f"{what} {shown!r}: a path has no NUL in it")
-    if size_bytes > MAX_PATH_BYTES:
-        raise ConfigurationError(
-            f"{what} {shown}: the path of a socket has at most {MAX_PATH_BYTES} bytes, this one has {size_bytes}"
-        )
-    return path
 
 
 async def listen(path: str) -> socket.socket:

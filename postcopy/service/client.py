@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from postcopy.errors import PeerError
-from postcopy.service._socket_file import check_control_path
+from postcopy.service.options import check_control_path
 from postcopy.service.schema import MAX_ANSWER_BYTES, PROTOCOL, ControlError, Json, LineSplitter, parse_json
 
 ANSWER_TIMEOUT_S = 60.0

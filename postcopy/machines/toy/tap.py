@@ -19,7 +19,6 @@ import errno
 import fcntl
 import ipaddress
 import os
-import platform
 import re
 import socket
 import struct
@@ -32,7 +31,7 @@ from postcopy.errors import BusyError, ConfigurationError, ResourceError
 
 DEVICE = "/dev/net/tun"
 # _IOW: its direction bits are others on these.
-_WRITE = 0x80000000 if platform.machine().startswith(("ppc", "mips", "sparc", "alpha")) else 0x40000000
+_WRITE = 0x80000000 if os.uname().machine.startswith(("ppc", "mips", "sparc", "alpha")) else 0x40000000
 _TUNSETIFF = _WRITE | 0x0454CA
 _TUNSETCARRIER = _WRITE | 0x0454E2
 _IFF_TAP, _IFF_NO_PI = 0x0002, 0x1000
@@ -48,9 +47,9 @@ def parse_net(text: str) -> str:
     """The TAP's name in what a user says as ``--net``. `ConfigurationError` when it is none."""
     name = text.removeprefix(_SCHEME)
     if name == text:
-        raise ConfigurationError(f"--net {text}: write tap:NAME, as tap:tap0")
+        raise ConfigurationError(f"{text!r} is not a network device; write tap:NAME, as tap:tap0")
     if not re.fullmatch(r"[!-~]{1,15}", name) or "/" in name or "%" in name or name in (".", ".."):
-        raise ConfigurationError(f"--net {text}: {name!r} cannot be the name of a network interface")
+        raise ConfigurationError(f"{name!r} cannot be the name of a network interface")
     return name
 
 

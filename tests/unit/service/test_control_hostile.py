@@ -22,8 +22,8 @@ import trio.testing
 
 from postcopy.errors import ConfigurationError, PeerError, ResourceError
 from postcopy.service import server as server_module
-from postcopy.service._socket_file import check_control_path
 from postcopy.service.client import ControlClient, _connect
+from postcopy.service.options import check_control_path
 from postcopy.service.schema import ControlError, LineSplitter, Request
 from postcopy.service.server import MAX_CLIENTS, QUEUE_BYTES, ControlServer
 
