@@ -11,7 +11,7 @@ import trio
 from postcopy._blocking import run_sync
 from postcopy.errors import ConfigurationError
 from postcopy.machines import Machine
-from postcopy.machines.kinds import create_source
+from postcopy.machines.kinds import create_destination, create_source
 from postcopy.migration import salvage
 from postcopy.migration.source import SourceMigration, check_releasable
 from postcopy.migration.tasks import Interrupted, first_of
@@ -106,7 +106,8 @@ class Source(Service):
         for doubt in found.doubts:
             self.output.say(f"source: in doubt: {doubt}")
         options = config.machine
-        machine = await salvage.restore(found, backing=options.backing or "memfd", disk=options.disk, net=options.net)
+        make = partial(create_destination, backing=options.backing or "memfd", disk=options.disk, net=options.net)
+        machine = await salvage.restore(found, make)
         self._restored = found
         return machine
 
