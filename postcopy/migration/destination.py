@@ -3,8 +3,8 @@
 
 The plan: make the machine that is offered, or say why not; connect the data channels; take the page maps and the
 state; register all memory with userfaultfds; say `prepared`. From then on this side waits for a decision that is
-not its own. On `commit` the machine runs, and every page comes: because somebody touched it, because the source
-pushed it, or because we asked for what was left when the source had nothing more to push.
+not its own. On `commit` the machine runs, and every page comes: because it was touched, because the source pushed
+it, or because this side asked for what was left when the source had nothing more to push.
 
 Resource handling: machine and pager belong to the engine. `close` ends them in the order that the state demands: a
 machine whose memory is not complete is closed first, since its vCPUs may be blocked on pages that only the pager can
@@ -13,7 +13,7 @@ bring; a complete one can outlive its pager, and its owner's (`hand_over`).
 When the source or the network is lost after `commit`, the machine is *kept*: it runs until it touches a page that is
 missing, that thread then waits, and nothing is ever filled with zeros. The state is `PAUSED` until the two sides have
 found each other again, or the user ends it. Lost between `prepared` and `commit` it is `IN_DOUBT`: the machine does not
-run, and the source is asked, for a limited time: an arrival that nobody decides must not keep its place for ever. Lost
+run, and the source is asked, for a limited time: an arrival that is never decided must not keep its place. Lost
 when every page is here it is as good as completed: the machine is the caller's after a moment, and the source can be
 told later (`announce`).
 """
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import trio
 
+from postcopy import wire
 from postcopy._blocking import run_sync
 from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import ChannelKind, Event, EventType
@@ -38,28 +39,10 @@ from postcopy.migration.connection import HEARTBEAT_S, MISSED_HEARTBEATS, STEP_T
 from postcopy.migration.engine import Engine
 from postcopy.migration.maps import digest_of, receive_maps, send_map
 from postcopy.migration.statistics import Latency, Statistics, natural
-from postcopy.migration.tasks import Patience, explained, now_ns
+from postcopy.migration.tasks import explained, now_ns
 from postcopy.net import ChannelSet, Link, Session
 from postcopy.uffd import How
-from postcopy.wire import (
-    Accept,
-    Commit,
-    Complete,
-    CompleteAck,
-    DestinationProtocol,
-    EndedElsewhere,
-    Offer,
-    PageMap,
-    Prepared,
-    Ready,
-    ReceivedMap,
-    Recover,
-    Recovered,
-    Reject,
-    Running,
-    State,
-    Switchover,
-)
+from postcopy.wire import DestinationProtocol, EndedElsewhere, State
 
 if TYPE_CHECKING:
     from postcopy.dataplane.pager import Pager
@@ -107,7 +90,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         kill_when_lost: bool = False,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`background`: whether pages are pushed, and asked for, that nobody has touched; without it there are no bulk
+        """`background`: whether pages are pushed, and asked for, that were not touched; without it there are no bulk
         channels, unless the source is too old for that. `doubt_for_s`: how long a source is looked for that was lost
         when this side had said `prepared`, and does not know what was decided."""
         super().__init__(
@@ -135,8 +118,8 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         self._all_here = trio.Event()
         self._bulk_channels = 0
         self._pushing: set[int] = set()  # bulk channels that have not sent their `end`
-        self._doubt = Patience(doubt_for_s)
-        self._last_word = Patience(LAST_WORD_S if link.version >= 3 else ACK_TIMEOUT_S)
+        self._doubt_for_s = doubt_for_s
+        self._last_word_s = LAST_WORD_S if link.version >= 3 else ACK_TIMEOUT_S
 
     # ---- looking at it
 
@@ -156,36 +139,25 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
 
     def _count(self, data: AnyPager) -> Statistics:
         counted, self.latency = data.statistics(), data.latency()
-        return Statistics(
-            total_bytes=counted.total_bytes,
-            resident_bytes=counted.resident_bytes,
-            transferred_bytes=counted.bytes_received + counted.bytes_sent,
+        return Statistics.of(
+            counted,
             page_bytes=self.machine.blocks[0].memory.page_bytes if self.machine is not None else 0,
-            demand_pages=counted.demand_pages,
-            background_pages=counted.background_pages,
-            zero_pages=counted.zero_pages,
-            duplicate_pages=counted.duplicate_pages,
-            requests=counted.requests,
-            pending_faults=counted.pending_faults,
             latency=Latency.of(self.latency),
             blocktime_ns=tuple(data.blocktime_ns()),
         )
 
     # ---- steering it
 
-    def _patiences(self) -> list[Patience]:
-        return [self._patience, self._doubt, self._last_word]
-
-    def _patience_now(self) -> Patience:
+    def _search_for_s(self) -> float:
         if self.complete:
-            return self._last_word
-        return self._doubt if self.state is State.IN_DOUBT else self._patience
+            return self._last_word_s
+        return self._doubt_for_s if self.state is State.IN_DOUBT else self._recover_for_s
 
     # ---- doing it
 
     async def run(self, stop: trio.Event) -> None:
         """Returns when every page is here, or when it has failed; a migration that is `PAUSED` goes on when the source
-        is back. When nobody looks for it any more it stays so until `stop`, or ends at once (`kill_when_lost`).
+        is back. When that is looked for no more it stays so until `stop`, or ends at once (`kill_when_lost`).
 
         After it, `machine` runs when the state is COMPLETED. Always `close` afterwards.
         """
@@ -219,7 +191,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             log.error("the source is lost for good (%s); the machine is kept %s", self.failure, until)
         elif self.state is State.IN_DOUBT:
             self.failure = MigrationError(
-                f"the source is lost ({self.failure}), and did not say within {self._doubt.seconds:g} s whether the"
+                f"the source is lost ({self.failure}), and did not say within {self._doubt_for_s:g} s whether the"
                 " machine was given to this host, which does not run it; if the source is postcopy-paused, the machine"
                 " can go on there: `postcopy ctl reclaim --force`"
             )
@@ -264,11 +236,11 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         maps = 0
         here = [await run_sync(pager.received, number) for number in range(len(machine.blocks))]
         for number, received in enumerate(here):
-            maps += await send_map(control, ReceivedMap, number, received)
+            maps += await send_map(control, wire.ReceivedMap, number, received)
         self._placed.acknowledged(here)
         with link.channel_set(self._session) as channel_set:
-            await control.send(protocol.send(Recover(self._resume_ns, maps, await digest_of(here))))
-            await control.receive(Recovered, STEP_TIMEOUT_S)
+            await control.send(protocol.send(wire.Recover(self._resume_ns, maps, await digest_of(here))))
+            await control.receive(wire.Recovered, STEP_TIMEOUT_S)
             self._change()
             await self._attach_all(channel_set, machine, pager)
         self._recovered()
@@ -283,13 +255,13 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
 
     async def _receive(self, control: Control[DestinationProtocol], link: Link) -> None:
         protocol = self._protocol
-        offer = await control.receive(Offer, STEP_TIMEOUT_S)
+        offer = await control.receive(wire.Offer, STEP_TIMEOUT_S)
         try:
             machine, pager = self._take_offer(link, offer)
         except Exception as error:
             # Kept as the reason first: the source may hang up, and that be noticed, before the sending has returned.
             refusal = self._scope.failure = explained(error)
-            await control.send(protocol.send(Reject(str(refusal))))
+            await control.send(protocol.send(wire.Reject(str(refusal))))
             raise refusal from error
         units = tuple(block.memory.page_bytes for block in machine.blocks)
         self._bulk_channels = offer.bulk_channels
@@ -304,16 +276,16 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
                 )
         assert self._session is not None
         with link.channel_set(self._session) as channel_set:
-            await control.send(protocol.send(Accept(units, machine.shards, self._bulk_channels)))
+            await control.send(protocol.send(wire.Accept(units, machine.shards, self._bulk_channels)))
             self._change()
             await self._attach_all(channel_set, machine, pager)
-        await control.send(protocol.send(Ready()))
+        await control.send(protocol.send(wire.Ready()))
         self._change()
 
         await self._take_machine(control, machine, pager)
-        self._check_wanted()  # in one step: whoever was told that it is cancelled can rely on it
-        await control.send(protocol.send(Prepared()))
-        await control.receive(Commit, STEP_TIMEOUT_S)
+        self._check_wanted()  # in one step with `prepared`: `cancel` promises that it will not be decided
+        await control.send(protocol.send(wire.Prepared()))
+        await control.receive(wire.Commit, STEP_TIMEOUT_S)
         await self._start(control, machine)
         await self._finish(control, pager)
 
@@ -325,13 +297,14 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
     async def _start(self, control: Control[DestinationProtocol], machine: Machine) -> None:
         """The machine has been committed to us."""
         await self._run_machine(machine)
-        await control.send(self._protocol.send(Running(self._resume_ns)))
+        await control.send(self._protocol.send(wire.Running(self._resume_ns)))
         self._change()
 
     async def _run_machine(self, machine: Machine) -> None:
         """Shielded: a machine that was committed to us runs, whatever else happens meanwhile. Where it cannot, no
         connection would help."""
         self.committed_ns = now_ns()
+        self._searching_since_s = None  # it is in doubt no more
         self._change()
         with trio.CancelScope(shield=True):
             await machine.resume()
@@ -342,8 +315,8 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         """Gathers what is missing, and says so when nothing is."""
         await self._gather(pager)
         await self._disarm(pager)
-        await control.send(self._protocol.send(Complete(self.statistics().to_wire())))
-        acknowledgement = await control.receive(CompleteAck, ACK_TIMEOUT_S)
+        await control.send(self._protocol.send(wire.Complete(self.statistics().to_wire())))
+        acknowledgement = await control.receive(wire.CompleteAck, ACK_TIMEOUT_S)
         self.downtime_ns = natural(acknowledgement.stats.get("downtime_ns"))
         self.total_ns = natural(acknowledgement.stats.get("total_ns"))
 
@@ -353,10 +326,11 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             now = now_ns()
             await pager.disarm()
             self.completed_ns = now
+            self._searching_since_s = None  # the source is looked for anew, for `_last_word_s`
         if self._protocol.state is State.PAUSED:
             self._protocol.every_page_is_here()
 
-    def _take_offer(self, link: Link, offer: Offer) -> tuple[Machine, AnyPager]:
+    def _take_offer(self, link: Link, offer: wire.Offer) -> tuple[Machine, AnyPager]:
         layout = [BlockLayout(block.name, block.size_bytes, block.page_bytes) for block in offer.blocks]
         machine = self.machine = self._make_machine(offer.machine, offer.config, layout)
         pager = self._data = self._make_pager()
@@ -373,7 +347,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         """Page maps and state; when it returns, the machine could run and every missing page would fault."""
         pages = [block.memory.pages for block in machine.blocks]
         # For the first part there is no limit: until then the machine runs at the source, as long as that likes.
-        bitmaps, message = await receive_maps(control, PageMap, Switchover, pages, math.inf)
+        bitmaps, message = await receive_maps(control, wire.PageMap, wire.Switchover, pages, math.inf)
         zero = [bitmap.inverted() for bitmap in bitmaps]
         for number, bitmap in enumerate(zero):
             pager.set_zero(number, bitmap)
@@ -406,7 +380,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             nursery.cancel_scope.cancel()
 
     async def _request_the_rest(self, pager: AnyPager) -> None:
-        """When nobody pushes any more: refused frames, and whatever a source forgot."""
+        """When the push has ended: pages whose frames were refused, and those that a source left out."""
         await self._until(lambda: self._background and not self._pushing)
         assert self.machine is not None
         unit_bytes = max(block.memory.page_bytes for block in self.machine.blocks)
@@ -430,7 +404,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             self._all_here.set()
         elif event.type is EventType.BULK_END:
             self._pushing.discard(event.channel)
-            self._change()
+            self._wake()
         elif event.type is EventType.DIED:
             raise MigrationError(event.text)
 
@@ -459,7 +433,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
                 self._machine_failed(event.text)
 
     def _machine_failed(self, text: str) -> None:
-        # The migration goes on: whoever wants to know why it failed needs its memory.
+        # The migration goes on: to find out why the machine failed one needs its memory.
         if not self.machine_failure:
             self.machine_failure = text or "a vCPU stopped"
             log.error("the machine reports a failure: %s", self.machine_failure)
@@ -480,7 +454,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             raise MigrationError("the machine is not complete here")
         self.check_machine()
         self.statistics()
-        self.machine = self._data = None  # whoever looks meanwhile finds the last numbers
+        self.machine = self._data = None  # `statistics` has the last numbers meanwhile
         with trio.CancelScope(shield=True):  # bounded by the pager
             await self._contained(pager.close)
         return machine
@@ -492,7 +466,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             self.statistics()
             _ = self.pager_process
             machine, pager = self.machine, self._data
-            self._data = None  # whoever looks meanwhile finds the last numbers
+            self._data = None  # `statistics` has the last numbers meanwhile
             # Again after the pager, which has freed whatever waited for a page; closing twice does no harm.
             for what in (pager, machine) if self.complete else (machine, pager, machine):
                 if what is not None:

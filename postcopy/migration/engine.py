@@ -5,7 +5,7 @@ A migration is one connection after the other. Each has a plan (the main task of
 watch beside it; when it has ended the engine settles where that leaves the machine. If the protocol can go on from
 there, the peer is looked for:
 
-- for `recover_for_s` (a destination in doubt has a time of its own). After that nobody is called any more, but a
+- for `recover_for_s` (a destination in doubt has a time of its own). After that it is called no more, but a
   machine that is `PAUSED` is kept, the side that listens still lets its peer in, and `recover` searches again;
 - a recovery that fails does not reset the growing pauses between attempts (`Reconnector.went_on`);
 - a failure that no other connection would mend ends the search, and the machine is kept: a data plane that cannot go
@@ -38,7 +38,7 @@ from postcopy.errors import ConfigurationError, MigrationError, PeerError, Postc
 from postcopy.migration.connection import Control, P, data_silence_s
 from postcopy.migration.maps import Disagreement
 from postcopy.migration.statistics import Recoveries, Statistics
-from postcopy.migration.tasks import FirstFailure, Interrupted, Patience, explained, first_of, now_ns
+from postcopy.migration.tasks import FirstFailure, Interrupted, explained, first_of, now_ns
 from postcopy.net import Address, CallingLink, ChannelSet, Link, Reconnector, Session, keep_alive
 from postcopy.wire import EndedElsewhere, State
 
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 ANNOUNCE_FOR_S = 60.0
 REFUSED_PAUSE_S = 1.0
-"""Pause after a peer that is back and cannot be gone on with, before the next one is let in."""
+"""Pause after a connection with which the migration cannot continue, before the next one is let in."""
 WORKERS = 3
 """Threads that each migration has for its blocking calls: the plan, what runs beside it, and one more."""
 PEER_SAYS_WHY_S = 0.2
@@ -58,7 +58,6 @@ does not know there whether it has been decided."""
 STEERABLE = frozenset({State.COMMITTED, State.POSTCOPY, State.PAUSED, State.IN_DOUBT, State.RECOVER, State.RECOVERING})
 """States in which a connection may be given up without giving up the migration."""
 LOST = frozenset({State.PAUSED, State.IN_DOUBT})
-
 
 D = TypeVar("D", bound=DataPlane)
 Plan = Callable[[Control[P], Link], Awaitable[None]]
@@ -96,7 +95,8 @@ class Engine(abc.ABC, Generic[P, D]):
         self._protocol: P = protocol
         self._link = link
         self._heartbeat_s = heartbeat_s
-        self._patience = Patience(recover_for_s)
+        self._recover_for_s = recover_for_s
+        self._searching_since_s: float | None = None
         self._on_change = on_change
         self._changed = trio.Event()
         self._data: D | None = None  # from the offer accepted to the end
@@ -108,7 +108,7 @@ class Engine(abc.ABC, Generic[P, D]):
         self._cancelled = trio.Event()
         self._stop = trio.Event()  # that of `run`
         self._scope = FirstFailure()  # of the present connection
-        self._disagreed = False  # twice in the same way, and nobody has wanted it tried again
+        self._disagreed = False  # twice in the same way, and `recover` was not called since
         self._probing = False  # source: the peer is looked for once more although nothing may come of it
         self._look_again = trio.Event()
         self._lost_ns = 0
@@ -178,11 +178,12 @@ class Engine(abc.ABC, Generic[P, D]):
 
     def set_recover_for(self, recover_for_s: float) -> None:
         """How long a peer is looked for that is lost, or has been."""
-        self._patience.set(recover_for_s)
+        self._recover_for_s = recover_for_s
+        self._wake()
 
     def pause(self) -> None:
         """Gives the connection up, as a network that fails would, and takes no other one until `recover`.
-        `MigrationError` where nothing could be gone on with."""
+        `MigrationError` where the migration could not continue later."""
         self._steered().pause()
 
     def recover(self, address: Address | None = None) -> None:
@@ -201,9 +202,7 @@ class Engine(abc.ABC, Generic[P, D]):
         self._link.reconnect_to(address)
 
     def _search_again(self, reconnector: Reconnector) -> None:
-        for patience in self._patiences():
-            if patience.begun:
-                patience.begin()
+        self._searching_since_s = None
         self.over = self._disagreed = False
         self._look_again.set()
         self._look_again = trio.Event()
@@ -259,7 +258,7 @@ class Engine(abc.ABC, Generic[P, D]):
                 finally:
                     self._reachable = False
                     if self._protocol.give_up(str(self.failure)) is State.COMPLETED:
-                        self.failure = None  # every page is here: whether the peer has heard of it changes nothing
+                        self.failure = None  # every page is here: whether the peer knows changes nothing
                     if self._reconnector is not None:
                         self._reconnector.ended(self._protocol.ending)
         finally:
@@ -284,7 +283,7 @@ class Engine(abc.ABC, Generic[P, D]):
         the peer knows. After `run`; the machine is not needed for it. Cancellable."""
         if self._reconnector is None or not self._calls or not self._protocol.untold:
             return
-        with about(self), trio.move_on_after(min(ANNOUNCE_FOR_S, self._patience.seconds)):
+        with about(self), trio.move_on_after(min(ANNOUNCE_FOR_S, self._recover_for_s)):
             await self._reconnector.announce(self._protocol.ending)
 
     @property
@@ -294,12 +293,15 @@ class Engine(abc.ABC, Generic[P, D]):
 
     def _change(self) -> None:
         """`status`, or what it depends on, may have changed."""
-        self._changed.set()
-        self._changed = trio.Event()
+        self._wake()
         try:
             self._on_change()
         except Exception:
             log.exception("the callback of this migration's owner failed; the migration goes on")
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -437,19 +439,26 @@ class Engine(abc.ABC, Generic[P, D]):
 
     # ---- the way to the next connection
 
-    def _patiences(self) -> list[Patience]:
-        return [self._patience]
+    def _search_for_s(self) -> float:
+        """How long the peer is looked for in the present state."""
+        return self._recover_for_s
 
-    def _patience_now(self) -> Patience:
-        """The one that counts in the present state."""
-        return self._patience
+    async def _search_ends(self) -> None:
+        while True:
+            if self._searching_since_s is None:  # it begins, or begins anew
+                self._searching_since_s = trio.current_time()
+            left_s = self._searching_since_s + self._search_for_s() - trio.current_time()
+            if left_s <= 0:
+                return
+            with trio.move_on_after(left_s):
+                await self._changed.wait()
 
     @abc.abstractmethod
     async def _go_on(self, control: Control[P], link: Link) -> None:
         """The plan of a connection after the first one."""
 
     async def _recover(self) -> None:
-        """Goes on with the peer, as often as it takes; returns when nothing is to be gone on with."""
+        """Continues with the peer, as often as it takes; returns when the migration cannot continue."""
         self._lost_ns = now_ns()
         disagreed = ""
         while self._protocol.recoverable or self._protocol.peer_gone:
@@ -465,8 +474,7 @@ class Engine(abc.ABC, Generic[P, D]):
             if self.recoveries.count > recovered:
                 self._lost_ns = now_ns()
                 disagreed = ""
-                for patience in self._patiences():
-                    patience.end()
+                self._searching_since_s = None
             elif isinstance(self.failure, Disagreement):
                 if str(self.failure) == disagreed and self._protocol.recoverable:
                     self._disagreed = True
@@ -482,7 +490,7 @@ class Engine(abc.ABC, Generic[P, D]):
         self._change()
 
     async def _look(self) -> tuple[Link, Session] | None:
-        """The next connection; None when there is nothing to be gone on with any more."""
+        """The next connection; None when the migration cannot continue."""
         reconnector = self._reconnector
         assert reconnector is not None
         found: list[tuple[Link, Session]] = []
@@ -503,10 +511,7 @@ class Engine(abc.ABC, Generic[P, D]):
             if not has_ended and (not self.over or not self._calls or self._probing):
                 waits.append(come)
             if not self.over:
-                patience = self._patience_now()
-                if not patience.begun:
-                    patience.begin()
-                waits.append(patience.run_out)
+                waits.append(self._search_ends)
             again = self._look_again
             try:
                 await first_of(*waits)
@@ -518,14 +523,14 @@ class Engine(abc.ABC, Generic[P, D]):
                     return None
             except Exception as error:  # noqa: BLE001  # `explained` logs what it does not know
                 self._fail_for_good(explained(error))
-            except BaseException:  # cancelled in the moment in which somebody came
+            except BaseException:  # cancelled in the moment in which the peer came
                 for link, _ in found:
                     link.control.socket.close()
                 raise
             if found and self._protocol.recoverable and not self._unrecoverable:
                 self.over = False
                 return found[0]
-            for link, _ in found:  # it is there, and cannot be gone on with
+            for link, _ in found:  # the peer is there, and the migration cannot continue
                 link.control.socket.close()
             if self.state not in LOST:
                 return None
@@ -533,9 +538,9 @@ class Engine(abc.ABC, Generic[P, D]):
                 found.clear()
                 reconnector.answered.set()
                 await trio.sleep(REFUSED_PAUSE_S)
-            elif self.over or again.is_set() or self._unrecoverable or self._stop.is_set():
-                pass
-            elif not self._stop_looking():
+            elif not (
+                self.over or again.is_set() or self._unrecoverable or self._stop.is_set() or self._stop_looking()
+            ):
                 return None
         return None
 
@@ -549,8 +554,7 @@ class Engine(abc.ABC, Generic[P, D]):
 
     @abc.abstractmethod
     def _peer_lost(self, until: str) -> bool:
-        """The peer is looked for no more, because of `failure`. Whether the machine is kept: for how long, says
-        `until`."""
+        """The peer is looked for no more, because of `failure`. Whether the machine is kept, `until` what (to log)."""
 
     def _fail_for_good(self, error: PostcopyError) -> None:
         """No other connection would help."""

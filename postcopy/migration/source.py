@@ -13,8 +13,8 @@ was before. The link's control connection and the page server are closed when `r
 
 **Taking it back.** A destination can die for good when the machine is its own. The operator, who knows that, has the
 machine go on here from the switchover (`reclaim`), unless a part of its memory has been given back. Should the
-destination live, there would be two machines: so it is looked for once more before, and told when it comes back after
-all.
+destination live, there would be two machines: so it is looked for once more before, and is told when it comes back
+later.
 
 Cancelling `run` before the decision resumes the machine; after it the pages are lost.
 """
@@ -30,6 +30,7 @@ from functools import partial
 
 import trio
 
+from postcopy import wire
 from postcopy._blocking import run_sync
 from postcopy.dataplane.pageserver import PageServer
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError
@@ -43,28 +44,7 @@ from postcopy.migration.maps import Disagreement, digest_of, receive_maps, send_
 from postcopy.migration.statistics import Statistics
 from postcopy.migration.tasks import first_of, now_ns
 from postcopy.net import Address, ChannelSet, Link, Session
-from postcopy.wire import (
-    ID_BYTES,
-    Accept,
-    Block,
-    Commit,
-    Complete,
-    CompleteAck,
-    Ended,
-    EndedElsewhere,
-    Offer,
-    PageMap,
-    Placed,
-    Prepared,
-    Ready,
-    ReceivedMap,
-    Recover,
-    Recovered,
-    Running,
-    SourceProtocol,
-    State,
-    Switchover,
-)
+from postcopy.wire import EndedElsewhere, SourceProtocol, State
 
 DEFAULT_BULK_CHANNELS = 2  # while one of its threads copies a page into place, the other receives
 PREPARE_TIMEOUT_S = 10.0
@@ -88,7 +68,7 @@ class SourceOptions:
     heartbeat_s: float = HEARTBEAT_S
     recover_for_s: float = math.inf  # how long a lost destination is waited for
     release_ram: bool = False  # give memory back as the destination acknowledges it, after `commit`
-    name: str = ""  # of the machine, told to the destination with its configuration
+    name: str = ""  # of the machine, sent with its configuration
 
 
 class SourceMigration(Engine[SourceProtocol, PageServer]):
@@ -109,7 +89,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
     ) -> None:
         """`link`: the connection, or how to make it: `run` then begins with that, in the status ``connecting``, and
         `peer` says where it goes. `on_change` is called, in the Trio thread, whenever `status` may have changed.
-        `ConfigurationError` for `release_ram` with a machine whose memory is somebody's file."""
+        `ConfigurationError` for `release_ram` with a machine whose memory is a file of the user."""
         if options.release_ram:
             check_releasable(machine)
         given = link if isinstance(link, Link) else None
@@ -129,12 +109,12 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self._open_link = link if not isinstance(link, Link) else None
         self._options = options
         self._make_server = make_server
-        self._session = Session(secrets.token_bytes(ID_BYTES), secrets.token_bytes(ID_BYTES), epoch=0)
+        self._session = Session(secrets.token_bytes(wire.ID_BYTES), secrets.token_bytes(wire.ID_BYTES), epoch=0)
         self._counted = offered(machine)
         self._reported: Statistics | None = None  # by the destination, when it has completed
         self._releaser: Releaser | None = None  # with `release_ram`
         self._discarded: list[Bitmap] | None = None  # as it was when the page server ended
-        self._accepted: Accept | None = None
+        self._accepted: wire.Accept | None = None
         self._hold = True
 
     # ---- looking at it
@@ -143,15 +123,8 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         counted = data.statistics()
         if self._reported is not None:
             return replace(self._reported, released_bytes=counted.released_bytes)
-        return replace(
-            offered(self.machine),
-            transferred_bytes=counted.bytes_sent + counted.bytes_received,
-            demand_pages=counted.demand_pages,
-            background_pages=counted.background_pages,
-            zero_pages=counted.zero_pages,
-            requests=counted.requests,
-            released_bytes=counted.released_bytes,
-        )
+        before = offered(self.machine)
+        return Statistics.of(counted, total_bytes=before.total_bytes, page_bytes=before.page_bytes)
 
     def kept(self) -> list[Bitmap]:
         """For each RAM block what is (still) here, in the memory's own pages: all of it, but for what `release_ram` has
@@ -190,7 +163,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         a file, nothing is lost by its end, and a minute is enough to come back.
         """
         self._hold = hold
-        self.set_recover_for(self._patience.seconds)
+        self.set_recover_for(self._recover_for_s)
         try:
             await self._run(stop, partial(self._migrate, go=go))
         finally:
@@ -293,7 +266,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self.check_reclaimable()
         assert self._reconnector is not None
         reconnector = self._reconnector
-        if not (isinstance(self.failure, EndedElsewhere) and self.failure.how is Ended.LOST):  # it has said so
+        if not (isinstance(self.failure, EndedElsewhere) and self.failure.how is wire.Ended.LOST):  # it has said so
             self._probing, reconnector.answered = True, trio.Event()
             try:
                 self._search_again(reconnector)
@@ -325,7 +298,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         assert self._session is not None
         resume_ns = await self._receive_what_arrived(control, self._data)
         with link.channel_set(self._session) as channel_set:
-            await control.send(self._protocol.send(Recovered()))
+            await control.send(self._protocol.send(wire.Recovered()))
             await self._attach_all(channel_set)
         if resume_ns and not self.running_ns:
             self._runs_there(self.committed_ns + resume_ns)
@@ -335,7 +308,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
     async def _receive_what_arrived(self, control: Control[SourceProtocol], server: PageServer) -> int:
         """What the destination has, to the page server; returns `resume_ns`. `Disagreement` where that cannot be."""
         pages = [server.block_pages(number) for number in range(len(self.machine.blocks))]
-        bitmaps, message = await receive_maps(control, ReceivedMap, Recover, pages, STEP_TIMEOUT_S)
+        bitmaps, message = await receive_maps(control, wire.ReceivedMap, wire.Recover, pages, STEP_TIMEOUT_S)
         if await digest_of(bitmaps) != message.digest:
             raise Disagreement("recover: the received maps do not have the digest that was sent with them")
         if self._releaser is not None:
@@ -352,9 +325,9 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         machine, protocol, session = self.machine, self._protocol, self._session
         assert session is not None
         self._join(link, session)
-        blocks = tuple(Block(block.name, block.size_bytes, block.page_bytes) for block in machine.layout)
+        blocks = tuple(wire.Block(block.name, block.size_bytes, block.page_bytes) for block in machine.layout)
         with link.channel_set(session) as channel_set:
-            offer = Offer(
+            offer = wire.Offer(
                 session.migration,
                 session.token,
                 machine.kind,
@@ -365,7 +338,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             )
             await control.send(protocol.send(offer))
             self._change()
-            accept = self._accepted = await control.receive(Accept, STEP_TIMEOUT_S)
+            accept = self._accepted = await control.receive(wire.Accept, STEP_TIMEOUT_S)
             self._check_accept(accept, blocks)
             server = self._data = self._make_server(self._options.max_bandwidth_bytes_per_s)
             for block, unit in zip(machine.blocks, accept.page_bytes, strict=True):
@@ -374,7 +347,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
                 self._releaser = Releaser(server, len(blocks))
             self._change()
             await self._attach_all(channel_set)
-        await control.receive(Ready, STEP_TIMEOUT_S)
+        await control.receive(wire.Ready, STEP_TIMEOUT_S)
         self.ready_ns = now_ns()
         self._change()
         await go.wait()
@@ -396,21 +369,21 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
     async def _follow(self, control: Control[SourceProtocol]) -> None:
         """The machine is the destination's: follows it until its last page has arrived."""
         message = await control.receive_any()
-        if isinstance(message, Running):
+        if isinstance(message, wire.Running):
             self._runs_there(now_ns())
             log.info("the machine runs at the destination, %.3f ms after `commit`", message.resume_ns / 1e6)
             message = await control.receive_any()
-        while isinstance(message, Placed) and self._releaser is not None:
+        while isinstance(message, wire.Placed) and self._releaser is not None:
             self._releaser.take(message)
             message = await control.receive_any()
-        if not isinstance(message, Complete):
+        if not isinstance(message, wire.Complete):
             raise ProtocolError(f"{message.TYPE} came where complete was due")
         self.completed_ns = now_ns()
         self.total_ns = self.completed_ns - self.paused_ns
         self._reported = replace(Statistics.from_wire(message.stats), pending_faults=None)
         with trio.CancelScope(shield=True, deadline=trio.current_time() + STEP_TIMEOUT_S):
             stats = {"downtime_ns": self.downtime_ns, "total_ns": self.total_ns}
-            await control.send(self._protocol.send(CompleteAck(stats)))
+            await control.send(self._protocol.send(wire.CompleteAck(stats)))
 
     async def _switch_over(self, control: Control[SourceProtocol], server: PageServer) -> None:
         machine, protocol = self.machine, self._protocol
@@ -424,15 +397,15 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         for number, (block, unit) in enumerate(zip(machine.blocks, self._accepted.page_bytes, strict=True)):
             present: Bitmap = await run_sync(block.memory.present, unit)
             server.set_present(number, present)
-            maps += await send_map(control, PageMap, number, present)
-        await control.send(protocol.send(Switchover(state, maps)))
+            maps += await send_map(control, wire.PageMap, number, present)
+        await control.send(protocol.send(wire.Switchover(state, maps)))
         self._change()
-        await control.receive(Prepared, self._options.prepare_timeout_s)
-        # Checked in one step with the decision: whoever was told that it is cancelled can rely on it. From
+        await control.receive(wire.Prepared, self._options.prepare_timeout_s)
+        # Checked in one step with the decision: `cancel` promises that it will not be decided. From
         # `Commit` on the machine belongs to the destination, whether `commit` arrives or not. The page server is
         # started before the bytes leave, so that it can answer the first fault.
         self._check_wanted()
-        commit = protocol.send(Commit())
+        commit = protocol.send(wire.Commit())
         try:
             self.committed_ns = now_ns()
             server.start()
@@ -442,7 +415,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             with trio.CancelScope(shield=True):
                 await machine.release_network()
 
-    def _check_accept(self, accept: Accept, blocks: tuple[Block, ...]) -> None:
+    def _check_accept(self, accept: wire.Accept, blocks: tuple[wire.Block, ...]) -> None:
         if len(accept.page_bytes) != len(blocks):
             raise ProtocolError(f"accept: {len(accept.page_bytes)} page sizes for {len(blocks)} blocks")
         if accept.shards != self.machine.shards:

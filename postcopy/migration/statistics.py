@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from postcopy.dataplane.counters import Counters
 from postcopy.dataplane.histogram import Histogram
 
 
@@ -157,6 +158,14 @@ class Statistics:
         if self.total_bytes is None or self.resident_bytes is None:
             return None
         return self.total_bytes - self.resident_bytes
+
+    @classmethod
+    def of(cls, counted: Counters, **more: Any) -> Statistics:
+        """What the core has counted, under the same names."""
+        same = {
+            name: getattr(counted, name) for name in cls.__dataclass_fields__ if name in counted.__dataclass_fields__
+        }
+        return cls(transferred_bytes=counted.bytes_received + counted.bytes_sent, **same, **more)
 
     def to_wire(self) -> dict[str, Any]:
         table: dict[str, Any] = {name: getattr(self, name) for name in _ON_WIRE}

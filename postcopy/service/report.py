@@ -71,21 +71,15 @@ def guest(machine: Machine, statistics: MachineStatistics) -> Json:
             {"activity": vcpu.activity.value, "operations": vcpu.operations, "marks": vcpu.marks, "exits": vcpu.exits}
             for vcpu in statistics.vcpus
         ],
-        "disk": {
-            "reads": statistics.disk_reads,
-            "writes": statistics.disk_writes,
-            "bytes": statistics.disk_bytes,
-            "errors": statistics.disk_errors,
-        },
+        "disk": _part(statistics, "disk_"),
     }
     if machine.network is not None:
-        result["network"] = machine.network | {
-            "received": statistics.net_received,
-            "sent": statistics.net_sent,
-            "dropped": statistics.net_dropped,
-            "errors": statistics.net_errors,
-        }
+        result["network"] = machine.network | _part(statistics, "net_")
     return result
+
+
+def _part(statistics: MachineStatistics, prefix: str) -> Json:
+    return {name.removeprefix(prefix): n for name, n in vars(statistics).items() if name.startswith(prefix)}
 
 
 def source_progress(machine: Machine, migration: SourceMigration | None) -> Json:
@@ -136,7 +130,7 @@ def destination_result(
     machine = migration.machine
     verification = []
     if check is not None:
-        verification.append({"ok": check.ok, "what": check.what, "how": check.how, "counts": dict(check.counts)})
+        verification.append(check.as_dict())
     if machine is not None and machine.live and migration.state.value == "completed":
         verification.append(
             {

@@ -332,6 +332,6 @@ def direction(migration: Migration) -> str:
 
 
 def _process_pager() -> Any:
-    from postcopy.dataplane.pager_process import ProcessPager  # by those who ask for it: see `cli`
+    from postcopy.dataplane.pager_process import ProcessPager  # megabytes that only it needs
 
     return ProcessPager()

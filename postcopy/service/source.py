@@ -11,7 +11,7 @@ import trio
 from postcopy._blocking import run_sync
 from postcopy.errors import ConfigurationError
 from postcopy.machines import Machine
-from postcopy.machines.kinds import create_source
+from postcopy.machines.kinds import create_destination, create_source
 from postcopy.migration import salvage
 from postcopy.migration.source import SourceMigration, check_releasable
 from postcopy.migration.tasks import Interrupted, first_of
@@ -106,7 +106,8 @@ class Source(Service):
         for doubt in found.doubts:
             self.output.say(f"source: in doubt: {doubt}")
         options = config.machine
-        machine = await salvage.restore(found, backing=options.backing or "memfd", disk=options.disk, net=options.net)
+        make = partial(create_destination, backing=options.backing or "memfd", disk=options.disk, net=options.net)
+        machine = await salvage.restore(found, make)
         self._restored = found
         return machine
 
@@ -155,7 +156,7 @@ class Source(Service):
         owned.stop.set()
 
     async def _announce(self, owned: Owned) -> None:
-        """Says that the machine is paused here while nobody can tell what became of it there, and that it was taken
+        """Says that the machine is paused here while it is not known what became of it there, and that it was taken
         back."""
         migration = owned.migration
         assert migration is not None
@@ -209,7 +210,7 @@ class Source(Service):
 
     def _why_refused(self, waiting: int) -> str:
         # A destination of an image that was lost takes no place: it may come back, or has begun anew. Nor does one
-        # from which the machine was taken back: it is waited for only to be told so.
+        # from which the machine was taken back: it is waited for only to be told.
         leaving = self._leaving()
         reclaimed = sum(one.migration is not None and one.migration.state is State.RECLAIMED for one in leaving)
         busy = len(leaving) - len(self._lost()) - reclaimed + waiting

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a machine's network device is attached to this host: a TAP, a port of a bridge or of the host itself.
 
-The link is switched by the TAP's carrier, the state of the cable: whoever holds the descriptor may do that, also
-without the rights he had (`TUNSETCARRIER`, Linux 5.0). A bridge takes a port without carrier out of forwarding, and
-forgets what it had learned there, though it may notice a second late. So a machine that leaves also takes the
-interface down, where the rights are there to do it; a bridge notices that at once. The interface is set up
-when the TAP is opened, which needs CAP_NET_ADMIN unless somebody has done it before.
+The link is switched by the TAP's carrier, the state of the cable: the holder of the descriptor may do that, also
+without the rights that it was opened with (`TUNSETCARRIER`, Linux 5.0). A bridge takes a port without carrier out of
+forwarding, and forgets what it had learned there, though it may notice a second late. So a machine that leaves also
+takes the interface down, where the rights are there to do it; a bridge notices that at once. The interface is set up
+when the TAP is opened, which needs CAP_NET_ADMIN unless it is up already.
 
 Everything here is a few system calls that take microseconds, and nothing blocks. This module is only imported when a
 machine has a network device. Sources: the kernel's Documentation/networking/tuntap.rst; RFC 5227 for announcements;
@@ -180,7 +180,7 @@ class Tap:
             ) from None
 
     def drain(self) -> int:
-        """Throws away the frames that nobody has read; how many there were."""
+        """Throws away the frames that have not been read; how many there were."""
         for count in range(_MAX_QUEUED):
             try:
                 if not os.read(self.fd, _MAX_FRAME_BYTES):
