@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from typing import Any
+
+from postcopy._native import ffi, lib
 
 
 class PostcopyError(Exception):
@@ -78,37 +82,64 @@ def check(result: int, what: str, reason: str = "") -> int:
     raise CoreError(number, what, reason)
 
 
+class ErrorLine:
+    """The one-line error buffer that many functions of the core take, for one call: pass `buffer` and `size`, then
+    `check` the result."""
+
+    def __init__(self) -> None:
+        self.size: int = lib.PC_ERROR_BYTES
+        self.buffer: Any = ffi.new("char[]", self.size)
+
+    def __str__(self) -> str:
+        return c_text(self.buffer)
+
+    def check(self, result: int, what: str) -> int:
+        return check(result, what, str(self))
+
+
+def c_text(array: Any) -> str:
+    """The text in a `char` array. Bytes that are not UTF-8 (a peer may have sent them) become U+FFFD, control
+    characters spaces: what is printed is one line."""
+    raw: Any = ffi.string(array)
+    text = bytes(raw).decode("utf-8", "replace")
+    return "".join(char if char.isprintable() else " " for char in text).strip()
+
+
 def out_of_memory() -> ResourceError:
-    """What a MemoryError means to a person."""
+    """The `ResourceError` for a MemoryError."""
     return ResourceError(
         "this process has run out of memory", "allow it more (ulimit -v, the control group), or use a host with more"
     )
 
 
-def want_of(error: BaseException | None) -> ResourceError | None:
-    """What an error is to a person that says nothing but that memory or threads are short; also where it has become
-    another one on its way. None for any other."""
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors in a group and the groups in it; an error that is no group is its own only leaf."""
     if isinstance(error, BaseExceptionGroup):
-        found = [want_of(one) for one in error.exceptions]
+        for each in error.exceptions:
+            yield from leaves(each)
+    else:
+        yield error
+
+
+def shortage(error: BaseException | None) -> ResourceError | None:
+    """The `ResourceError` for an error, or a group of them, that only says that memory or threads are short, itself or
+    as the cause of another one. None for any other."""
+    if isinstance(error, BaseExceptionGroup):
+        found = [shortage(each) for each in leaves(error)]
         return found[0] if all(found) else None
     if isinstance(error, MemoryError):
         return out_of_memory()
     if isinstance(error, RuntimeError) and "start new thread" in str(error):  # CPython has no class for it
         return ResourceError("no thread can be started", "allow this user, or its control group, more processes")
-    return want_of(error.__cause__) if error is not None else None
+    return shortage(error.__cause__) if error is not None else None
 
 
 def known_error(group: BaseExceptionGroup[BaseException]) -> PostcopyError:
-    """The first error for a person in a group that has no others; raises the group when it has."""
+    """The first error for a person in a group that has no others (see `shortage`); raises the group when it has."""
     known, unknown = group.split(PostcopyError)
-    want = want_of(unknown)
-    if unknown is not None and want is None:
+    lacking = shortage(unknown)
+    if unknown is not None and lacking is None:
         raise group
-    if known is None:
-        assert want is not None
-        return want
-    first: BaseException = known
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
+    first = lacking if known is None else next(leaves(known))
     assert isinstance(first, PostcopyError)
     return first

@@ -23,10 +23,10 @@ from typing import Any
 import trio
 
 from postcopy.cli._parser import load, make_parser, values
-from postcopy.errors import ConfigurationError, PostcopyError, known_error, want_of
-from postcopy.net.channels import Route, read_peer_file
+from postcopy.errors import ConfigurationError, PostcopyError, known_error, shortage
+from postcopy.net import Route, read_peer_file
 from postcopy.output import LogHandler, Output, make_output
-from postcopy.wire.protocol import one_line
+from postcopy.wire import one_line
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PostcopyError as error:
         return _failed(error, output)
     except Exception as error:  # noqa: BLE001 -- the end of everything
-        want = want_of(error)
+        want = shortage(error)
         if want is not None:
             return _failed(want, output)
         # A mistake in this package. Said like all else: the interpreter's own last words would wait for their reader.

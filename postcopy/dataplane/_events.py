@@ -1,18 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the core tells Python what happened: a queue in C and an eventfd beside it."""
+"""What a pager or a page server tells Python: events, and the stream of them."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
 
 import trio
-
-from postcopy._error_line import c_text
-from postcopy._fd import FdHolder
-from postcopy._native import ffi
 
 
 class EventType(enum.IntEnum):
@@ -51,46 +46,15 @@ class EventStream:
     closed, here or meanwhile, `trio.ClosedResourceError` is raised: an end that was asked for is not a normal end.
     """
 
-    def __init__(self, event_fd: FdHolder, next_event: Callable[[], Event | None]) -> None:
-        self._event_fd = event_fd
-        self._next_event = next_event
+    def __init__(self, take: Callable[[], Event | None], wait: Callable[[], Awaitable[None]]) -> None:
+        self._take = take
+        self._wait = wait
 
     def __aiter__(self) -> EventStream:
         return self
 
     async def __anext__(self) -> Event:
         await trio.lowlevel.checkpoint()
-        while True:
-            if self._event_fd.closed:
-                raise trio.ClosedResourceError("closed while waiting for events")
-            event = self._next_event()
-            if event is not None:
-                return event
-            await self._event_fd.wait_readable()
-
-
-class EventQueue:
-    """The two C functions of one owner, and a copy of its eventfd."""
-
-    def __init__(self, event_fd: int, next_event: Callable[[object], int]) -> None:
-        self._event_fd = FdHolder.duplicate(event_fd)
-        self._call = next_event
-        self._struct: Any = ffi.new("struct pc_event *")
-
-    def stream(self) -> EventStream:
-        return EventStream(self._event_fd, self.take)
-
-    def take(self) -> Event | None:
-        """The next event, or None. Never blocks."""
-        if self._event_fd.closed or self._call(self._struct) != 1:
-            return None
-        c = self._struct
-        kind = ChannelKind(c.channel_kind)
-        return Event(EventType(c.type), kind, int(c.channel), int(c.error), c_text(c.text))
-
-    def drain(self) -> list[Event]:
-        """All that has happened and was not told yet. Never blocks."""
-        return list(iter(self.take, None))
-
-    def close(self) -> None:
-        self._event_fd.close()
+        while (event := self._take()) is None:
+            await self._wait()
+        return event

@@ -34,11 +34,11 @@ from postcopy.machines import BlockLayout, Machine
 from postcopy.machines.base import CLOSE_TIMEOUT_S
 from postcopy.machines.image import ImageMachine
 from postcopy.memory import Memory, page_bytes_of
-from postcopy.migration._session import HEARTBEAT_S
+from postcopy.migration.connection import HEARTBEAT_S
 from postcopy.migration.destination import DestinationMigration
-from postcopy.net.channels import Address, CallingLink, parse_address
+from postcopy.net import Address, CallingLink, parse_address
 from postcopy.uffd import How
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 
 log = logging.getLogger(__name__)
 
@@ -93,15 +93,13 @@ async def attach(
     where = parse_address(address) if isinstance(address, str) else address
     machines: list[_AttachedImage] = []
 
-    def make_machine(
-        kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout], wanted: str, **_: object
-    ) -> Machine:
+    def make_machine(kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout]) -> Machine:
         if kind != ImageMachine.kind:
             raise ConfigurationError(
                 f"{where}: offers a machine of kind {kind[:40]!r}; only memory can be attached: start the source with"
                 " --machine image, or serve memory with postcopy.serve"
             )
-        machine = _AttachedImage.for_destination(config, layout, wanted)
+        machine = _AttachedImage.for_destination(config, layout, backing)
         assert isinstance(machine, _AttachedImage)
         machines.append(machine)
         return machine
@@ -123,7 +121,6 @@ async def attach(
     try:
         migration = DestinationMigration(
             await CallingLink.open(where, "dest"),
-            backing=backing,
             background=background,
             busy_poll_us=busy_poll_us,
             how=how,

@@ -26,9 +26,8 @@ from collections.abc import Callable, Sequence
 
 import trio
 
-from postcopy._error_line import ErrorLine
 from postcopy._native import ffi, lib
-from postcopy.errors import ConfigurationError, PeerError, ProtocolError
+from postcopy.errors import ConfigurationError, ErrorLine, PeerError, ProtocolError
 from postcopy.lazy._source import PageSource, SourceBlock
 from postcopy.memory.bitmap import Bitmap
 

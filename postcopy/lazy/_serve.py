@@ -27,10 +27,10 @@ from postcopy.machines.base import CLOSE_TIMEOUT_S
 from postcopy.machines.image import ImageMachine
 from postcopy.memory import Memory, MemoryKind
 from postcopy.memory.bitmap import Bitmap
-from postcopy.migration._session import HEARTBEAT_S
+from postcopy.migration.connection import HEARTBEAT_S
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net.channels import Acceptor, Address, parse_address
-from postcopy.wire.protocol import State
+from postcopy.net import Acceptor, Address, parse_address
+from postcopy.wire import State
 
 log = logging.getLogger(__name__)
 

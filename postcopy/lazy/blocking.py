@@ -25,7 +25,7 @@ from postcopy.lazy import _attach, _serve
 from postcopy.lazy._memory import LazyBlock, LazyMemory
 from postcopy.lazy._source import PageSource
 from postcopy.lazy._tasks import background_tasks
-from postcopy.net.channels import Address
+from postcopy.net import Address
 
 __all__ = ["BlockingMemory", "attach", "attach_source", "serve"]
 

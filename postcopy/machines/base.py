@@ -19,7 +19,7 @@ import enum
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from postcopy._blocking import run_sync
 from postcopy._files import replacing
@@ -122,7 +122,7 @@ class Check:
 
 class MachineEventType(enum.StrEnum):
     READY = "ready"
-    MARK = "mark"  # the guest made progress; many marks may be told as one
+    MARK = "mark"  # the guest made progress; many marks may be one event
     FAILURE = "failure"  # the guest reported something wrong
     FAILED = "failed"  # a vCPU stopped for good
 
@@ -136,12 +136,12 @@ class MachineEvent:
 class Machine(abc.ABC):
     """A machine on one side. An asynchronous context manager: leaving it closes it."""
 
-    kind: ClassVar[str]
-    live: ClassVar[bool]
+    kind: str
+    live: bool
     """Whether it has CPUs: runs, can touch memory on its own, and can fail."""
-    kernel_faults: ClassVar[bool]
+    kernel_faults: bool
     """Whether the kernel touches missing memory on its behalf, as KVM does: a userfaultfd for user-mode faults only,
-    which everybody may have, is then not enough."""
+    which every user may have, is then not enough."""
 
     @property
     @abc.abstractmethod
@@ -185,7 +185,7 @@ class Machine(abc.ABC):
         return None
 
     async def claim_network(self) -> None:  # noqa: B027 -- most machines have none
-        """Destination, once it runs here: the link goes up, and the network is told where the machine now is. Raises
+        """Destination, once it runs here: the link goes up, and it is announced where the machine now is. Raises
         nothing that is a matter of the network: a machine without one runs on."""
 
     async def release_network(self) -> None:  # noqa: B027

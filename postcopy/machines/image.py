@@ -5,14 +5,15 @@ The source reads a file (raw, sparse or not) that must not change meanwhile; the
 nothing runs, there is nothing to pause or resume. Several migrations may share one source.
 
 The source reads the file once at `boot` for a digest, which travels as the machine's state; the destination compares it
-with the digest of what has arrived. So an image that is overwritten while it is served is found out as well.
+with the digest of what has arrived. So an image that is overwritten while it is served is noticed as well.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import msgpack
 import trio
@@ -35,12 +36,17 @@ from postcopy.uffd import explain_unavailable
 BLOCK_NAME = "image"
 
 
+@dataclass(frozen=True)
+class ImageOptions:
+    image: str = ""  # path
+
+
 class ImageMachine(Machine):
     """Made by `from_file` at the source, `for_destination` at the destination."""
 
-    kind: ClassVar[str] = "image"
-    live: ClassVar[bool] = False
-    kernel_faults: ClassVar[bool] = False
+    kind = "image"
+    live = False
+    kernel_faults = False
 
     def __init__(self, memory: Memory, file_bytes: int, verify: bool, path: str) -> None:
         self._memory = memory
@@ -61,7 +67,14 @@ class ImageMachine(Machine):
         return cls(memory, memory.file_bytes, verify, os.fspath(path))
 
     @classmethod
-    def for_destination(cls, config: Mapping[str, Any], layout: Sequence[BlockLayout], backing: str) -> ImageMachine:
+    def for_destination(
+        cls,
+        config: Mapping[str, Any],
+        layout: Sequence[BlockLayout],
+        backing: str,
+        disk: str | None = None,
+        net: str | None = None,
+    ) -> ImageMachine:
         """The twin of what a source offers. `ProtocolError` for an offer that makes no sense, `ResourceError` for one
         that this host cannot take."""
         unavailable = explain_unavailable(kernel_faults=False)
@@ -97,8 +110,8 @@ class ImageMachine(Machine):
         return {"file-bytes": self._file_bytes}
 
     async def boot(self) -> None:
-        """Reads the file for its digest, unless told not to; once, also when several migrations ask. Cancellable: the
-        worker thread then finishes for nobody."""
+        """Reads the file for its digest, unless `verify` is false; once, also when several migrations ask. Cancellable:
+        the worker thread then finishes, and its result is dropped."""
         async with self._booting:
             if self._state is not MachineState.CREATED:
                 return
@@ -167,7 +180,7 @@ class ImageMachine(Machine):
 
 
 class _NoEvents:
-    """Nothing ever happens to an image; a task that follows it waits."""
+    """An image has no events: a task that follows it waits for its end."""
 
     def __init__(self, closed: trio.Event) -> None:
         self._closed = closed

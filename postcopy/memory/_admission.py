@@ -20,13 +20,11 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from postcopy.errors import ResourceError
+from postcopy._native import lib
+from postcopy.errors import ErrorLine, ResourceError
+from postcopy.memory._memory import CORE_KINDS, Memory, MemoryKind, checked_size, mapped_kind, memory_error
 from postcopy.units import format_size
-
-if TYPE_CHECKING:
-    from postcopy.memory import Memory
 
 HEADROOM_BYTES = 16 << 20
 """What must be left for the process itself: connections, messages, page maps, Python."""
@@ -90,6 +88,17 @@ class Promises:
 
 
 PROMISES = Promises()
+
+
+def check_memory(kind: str, total_bytes: int) -> None:
+    """Whether this host could hold so much memory of a kind, all blocks of a machine together, as things are now, and
+    beside all that machines of this process have been promised (`_admission`). `ConfigurationError` for a size that
+    makes no sense, `ResourceError` where there is not enough."""
+    line = ErrorLine()
+    result = lib.pc_memory_check(CORE_KINDS[mapped_kind(kind)], checked_size(total_bytes), line.buffer, line.size)
+    if result < 0:
+        raise memory_error(result, line)
+    PROMISES.check(0 if kind == MemoryKind.HUGETLB else total_bytes)
 
 
 def overhead_bytes(size_bytes: int) -> int:

@@ -23,12 +23,12 @@ import errno
 import json
 import os
 import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
@@ -46,24 +46,26 @@ from postcopy._files import (
 )
 from postcopy.errors import ConfigurationError, PostcopyError, ProtocolError, ResourceError
 from postcopy.machines import BlockLayout, Machine
-from postcopy.machines.kinds import create_destination
 from postcopy.memory import MemoryKind
 from postcopy.memory.bitmap import Bitmap
+from postcopy.migration.destination import MakeMachine
 from postcopy.units import format_size
-from postcopy.wire.protocol import one_line
+from postcopy.wire import one_line
 
 FORMAT, VERSION = "postcopy-salvage", 1
 SOURCE, DEST, MERGED = "source", "dest", "merged"  # sides
 STARTED = "started"  # a file in one that a machine has been started from
 PAUSE_TIMEOUT_S = 2.0
 COPY_BYTES = 4 << 20
-MAX_RANGES = 10_000  # of pages in doubt that are listed; the number of pages is always told
+MAX_RANGES = 10_000  # of pages in doubt that are listed; their number is always given
 MAX_BLOCKS = 64
 MAX_BLOCK_BYTES = 1 << 44
 MAX_PAGE_BYTES = 1 << 30
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_STATE_BYTES = 16 << 20
 MAX_STARTED_BYTES = 1000
+
+T = TypeVar("T")
 
 
 def check_target(path: str) -> None:
@@ -80,80 +82,55 @@ async def write(path: str, machine: Machine, migration: str, side: str, maps: Se
     I/O in a worker thread, which sees it through when cancelled. `PostcopyError` when it cannot be written.
     """
     state: bytes | None = None
-    try:
+    with contextlib.suppress(PostcopyError):  # the manifest says so
         await machine.pause(PAUSE_TIMEOUT_S)
         state = await machine.save_state()
-    except PostcopyError:
-        pass  # said by the manifest
-    manifest = _manifest(
-        migration,
-        side,
-        machine.kind,
-        machine.config(),
-        state,
-        [
-            Block(block.name, block.memory.size_bytes, block.memory.page_bytes, known.count())
-            for block, known in zip(machine.blocks, maps, strict=True)
-        ],
-    )
-    call = partial(_write, path, machine, maps, manifest, state)
+    blocks = [
+        Block(block.name, block.memory.size_bytes, block.memory.page_bytes, known.count())
+        for block, known in zip(machine.blocks, maps, strict=True)
+    ]
+    paused = state is not None
+    salvage = Salvage(Path(path), migration, side, machine.kind, machine.config(), paused, tuple(blocks))
+    call = partial(_write, machine, maps, salvage, state)
     try:
         await run_sync(call)
-    except ResourceError:  # no thread: whoever waits for this one waits for nothing else any more
+    except ResourceError:  # no thread: there is nothing else left that this one would hold up
         call()
-    return state is not None
+    return paused
 
 
-def _write(path: str, machine: Machine, maps: Sequence[Bitmap], manifest: dict[str, Any], state: bytes | None) -> None:
+def _write(machine: Machine, maps: Sequence[Bitmap], salvage: Salvage, state: bytes | None) -> None:
+    with _writing(f"salvage to {salvage.path}"), new_directory(str(salvage.path)) as part:
+        for number, (block, known) in enumerate(zip(machine.blocks, maps, strict=True)):
+            with write_new(_memory_of(part, number)) as file:
+                if block.memory.kind is MemoryKind.FILE:
+                    _copy(block.memory.fd, 0, block.memory.file_bytes, file, 0)
+                else:
+                    block.memory.dump(file)
+                os.ftruncate(file, block.memory.size_bytes)
+            _write_file(_map_of(part, number), known.rle_encode())
+        _write_rest(part, salvage, state)
+
+
+@contextlib.contextmanager
+def _writing(what: str) -> Iterator[None]:
     try:
-        with new_directory(path) as part:
-            for number, (block, known) in enumerate(zip(machine.blocks, maps, strict=True)):
-                with write_new(_memory_of(part, number)) as file:
-                    if block.memory.kind is MemoryKind.FILE:
-                        _copy(block.memory.fd, 0, block.memory.file_bytes, file, 0)
-                    else:
-                        block.memory.dump(file)
-                    os.ftruncate(file, block.memory.size_bytes)
-                _write_file(_map_of(part, number), known.rle_encode())
-            _write_rest(part, manifest, state)
+        yield
     except OSError as error:
-        raise PostcopyError(f"salvage to {path}: {error.strerror or error}") from error
+        raise PostcopyError(f"{what}: {error.strerror or error}") from error
     except MemoryError:
-        raise ResourceError(f"salvage to {path}: out of memory", "allow this process more") from None
+        raise ResourceError(f"{what}: out of memory", "allow this process more") from None
 
 
-def _write_rest(part: Path, manifest: dict[str, Any], state: bytes | None) -> None:
+def _write_rest(part: Path, salvage: Salvage, state: bytes | None) -> None:
     if state is not None:
         _write_file(part / "state", state)
-    _write_file(part / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    _write_file(part / "manifest.json", (json.dumps(salvage.manifest(), indent=2) + "\n").encode())
 
 
 def _write_file(path: Path, data: bytes) -> None:
     with write_new(path) as fd:
         write_all(fd, data)
-
-
-def _manifest(
-    migration: str, side: str, kind: str, config: dict[str, Any], state: bytes | None, blocks: Sequence[Block]
-) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "migration": migration,
-        "side": side,
-        "machine": kind,
-        "config": config,
-        "paused": state is not None,
-        "blocks": [
-            {
-                "name": block.name,
-                "size-bytes": block.size_bytes,
-                "page-bytes": block.page_bytes,
-                "pages": block.known_pages,
-            }
-            for block in blocks
-        ],
-    }
 
 
 def _memory_of(path: Path, number: int) -> Path:
@@ -172,7 +149,7 @@ class Block:
     name: str
     size_bytes: int
     page_bytes: int
-    known_pages: int = 0  # as told; the map has the last word
+    known_pages: int = 0  # as the manifest says; the map has the last word
 
     @property
     def pages(self) -> int:
@@ -181,7 +158,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Salvage:
-    """One that was read and checked; the memory stays in its files."""
+    """One that is to be written, or was read and checked; the memory stays in its files."""
 
     path: Path
     migration: str
@@ -191,98 +168,97 @@ class Salvage:
     paused: bool
     blocks: tuple[Block, ...]
 
+    def manifest(self) -> dict[str, Any]:
+        blocks = [
+            {"name": one.name, "size-bytes": one.size_bytes, "page-bytes": one.page_bytes, "pages": one.known_pages}
+            for one in self.blocks
+        ]
+        fields = {"format": FORMAT, "version": VERSION, **vars(self), "blocks": blocks}
+        del fields["path"]
+        return fields
+
     def known(self, number: int) -> Bitmap:
         """The pages of a block for which it can speak."""
-        block = self.blocks[number]
-        try:
+        pages = self.blocks[number].pages
+        with self._reading(f"the map of block {number}"):
             # Every other page is the worst case, of about two bytes a page.
-            runs = read_regular(_map_of(self.path, number), 4 * block.pages + 64, follow=False)
-            return Bitmap.rle_decode(runs, block.pages)
-        except (OSError, PostcopyError) as error:
-            raise ConfigurationError(f"{self.path}: the map of block {number} is unusable: {_reason(error)}") from error
+            runs = read_regular(_map_of(self.path, number), 4 * pages + 64, follow=False)
+            return Bitmap.rle_decode(runs, pages)
 
     def open_memory(self, number: int) -> int:
         """A descriptor, the caller's, of a block's memory."""
-        try:
+        with self._reading(f"the memory of block {number}"):
             fd = open_regular(_memory_of(self.path, number), follow=False)
-        except OSError as error:
-            raise ConfigurationError(
-                f"{self.path}: the memory of block {number} is not there, or of another size: {_reason(error)}"
-            ) from error
-        found_bytes, told_bytes = os.fstat(fd).st_size, self.blocks[number].size_bytes
-        if found_bytes != told_bytes:
-            os.close(fd)
-            raise ConfigurationError(
-                f"{self.path}: the memory of block {number} is not there, or of another size:"
-                f" {found_bytes} bytes, not {told_bytes}"
-            )
-        return fd
+            found_bytes, size_bytes = os.fstat(fd).st_size, self.blocks[number].size_bytes
+            if found_bytes != size_bytes:
+                os.close(fd)
+                raise PostcopyError(f"{found_bytes} bytes, not {size_bytes}")
+            return fd
 
     def state(self) -> bytes | None:
         """Of the machine's devices, where it could be paused."""
-        if not self.paused:
-            return None
+        with self._reading("the machine's state"):
+            return read_regular(self.path / "state", MAX_STATE_BYTES, follow=False) if self.paused else None
+
+    @contextlib.contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
         try:
-            return read_regular(self.path / "state", MAX_STATE_BYTES, follow=False)
-        except OSError as error:
-            raise ConfigurationError(f"{self.path}: the machine's state is unusable: {_reason(error)}") from error
+            yield
+        except (OSError, PostcopyError) as error:
+            raise ConfigurationError(f"{self.path}: {what} is unusable: {_reason(error)}") from error
 
 
 def read(path: str) -> Salvage:
     """`ConfigurationError` for anything that is not a whole salvage of this version. Does not wait, whatever is there
     in place of its files."""
-    there = Path(path)
     try:
-        manifest = json.loads(read_regular(there / "manifest.json", MAX_MANIFEST_BYTES, follow=False))
+        manifest = json.loads(read_regular(Path(path) / "manifest.json", MAX_MANIFEST_BYTES, follow=False))
     except OSError as error:
         raise ConfigurationError(f"{path}: not a salvage: {_reason(error)}") from error
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path}: its manifest is damaged ({type(error).__name__}: {error})") from error
-    salvage = _salvage_of(there, manifest)
+    salvage = _checked(Path(path), manifest)
     for number in range(len(salvage.blocks)):
         os.close(salvage.open_memory(number))
     return salvage
 
 
-def _salvage_of(path: Path, manifest: Any) -> Salvage:
+def _checked(path: Path, manifest: Any) -> Salvage:
     """What a manifest says, checked."""
 
-    def damaged(what: str) -> ConfigurationError:
-        return ConfigurationError(f"{path}: its manifest is damaged: {what}")
-
-    def text(fields: dict[str, Any], name: str, limit: int) -> str:
-        value = fields.get(name)
-        if not isinstance(value, str) or not 0 < len(value) <= limit or not value.isprintable() or "/" in value:
-            raise damaged(f"{name} must be a name of at most {limit} characters")
+    def take(fields: Any, name: str, kind: type[T], what: str, fits: Callable[[T], bool] = lambda _: True) -> T:
+        value = fields.get(name) if isinstance(fields, dict) else None
+        if type(value) is not kind or not fits(value):
+            raise ConfigurationError(f"{path}: its manifest is damaged: {name} must be {what}")
         return value
 
-    def number(fields: dict[str, Any], name: str, low: int, high: int) -> int:
-        value = fields.get(name)
-        if type(value) is not int or not low <= value <= high:
-            raise damaged(f"{name} must be a number from {low} to {high}")
-        return value
+    def text(fields: Any, name: str, limit: int) -> str:
+        what = f"a name of at most {limit} characters"
+        return take(fields, name, str, what, lambda v: 0 < len(v) <= limit and v.isprintable() and "/" not in v)
 
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise damaged(f"it is not that of a {FORMAT}")
+    def number(fields: Any, name: str, low: int, high: int) -> int:
+        return take(fields, name, int, f"a number from {low} to {high}", lambda v: low <= v <= high)
+
+    take(manifest, "format", str, FORMAT, lambda v: v == FORMAT)
     if manifest.get("version") != VERSION:
         raise ConfigurationError(f"{path}: a salvage of another version; use the postcopy that wrote it")
-    told, config, paused = manifest.get("blocks"), manifest.get("config"), manifest.get("paused")
-    if not isinstance(told, list) or not 1 <= len(told) <= MAX_BLOCKS or not all(isinstance(one, dict) for one in told):
-        raise damaged(f"blocks must be a list of 1 to {MAX_BLOCKS}")
-    if not isinstance(config, dict) or type(paused) is not bool:
-        raise damaged("config must be a map, and paused true or false")
     blocks = []
-    for one in told:
-        page_bytes = number(one, "page-bytes", 512, MAX_PAGE_BYTES)
-        if page_bytes & (page_bytes - 1):
-            raise damaged(f"page-bytes cannot be {page_bytes}")
-        size_bytes = number(one, "size-bytes", 1, MAX_BLOCK_BYTES)
-        blocks.append(Block(text(one, "name", 40), size_bytes, page_bytes))
-    side = text(manifest, "side", 10)
-    if side not in (SOURCE, DEST, MERGED):
-        raise damaged(f"side cannot be {side}")
-    names = text(manifest, "migration", 64), text(manifest, "machine", 40)
-    return Salvage(path, names[0], side, names[1], config, paused, tuple(blocks))
+    for one in take(manifest, "blocks", list, f"1 to {MAX_BLOCKS} blocks", lambda v: 1 <= len(v) <= MAX_BLOCKS):
+        block = Block(
+            text(one, "name", 40),
+            number(one, "size-bytes", 1, MAX_BLOCK_BYTES),
+            take(one, "page-bytes", int, "a power of two", lambda v: 512 <= v <= MAX_PAGE_BYTES and not v & (v - 1)),
+        )
+        blocks.append(block)
+    return Salvage(
+        path,
+        text(manifest, "migration", 64),
+        take(manifest, "side", str, f"{SOURCE}, {DEST} or {MERGED}", lambda v: v in (SOURCE, DEST, MERGED)),
+        text(manifest, "machine", 40),
+        take(manifest, "config", dict, "a map"),
+        take(manifest, "paused", bool, "true or false"),
+        tuple(blocks),
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -338,18 +314,13 @@ def merge(
             raise ConfigurationError("the salvages are of machines with different memory")
         if (other.machine, other.config.keys()) != (first.machine, first.config.keys()):
             raise ConfigurationError("the salvages are of different machines")
-    target = output if output is not None else into
-    try:
+    with _writing(f"merge into {output if output is not None else into}"):
         if output is not None:
             with replacing(output) as image:
                 return _merge(salvages, partial(_into_image, image, first.blocks), give_up)
         assert into is not None
         with new_directory(into) as part:
             return _merge_into(salvages, part, give_up)
-    except OSError as error:
-        raise PostcopyError(f"merge into {target}: {error.strerror or error}") from error
-    except MemoryError:
-        raise ResourceError(f"merge into {target}: out of memory", "allow this process more") from None
 
 
 Place = Callable[[int], "contextlib.AbstractContextManager[tuple[int, int]]"]
@@ -357,13 +328,13 @@ Place = Callable[[int], "contextlib.AbstractContextManager[tuple[int, int]]"]
 
 
 @contextlib.contextmanager
-def _into_image(image: int, blocks: Sequence[Block], number: int) -> Any:
+def _into_image(image: int, blocks: Sequence[Block], number: int) -> Iterator[tuple[int, int]]:
     yield image, sum(block.size_bytes for block in blocks[:number])
     os.ftruncate(image, sum(block.size_bytes for block in blocks[: number + 1]))
 
 
 @contextlib.contextmanager
-def _into_directory(part: Path, blocks: Sequence[Block], number: int) -> Any:
+def _into_directory(part: Path, blocks: Sequence[Block], number: int) -> Iterator[tuple[int, int]]:
     with write_new(_memory_of(part, number)) as fd:
         yield fd, 0
         os.ftruncate(fd, blocks[number].size_bytes)
@@ -384,8 +355,8 @@ def _merge_into(salvages: dict[str, Salvage], part: Path, give_up: Callable[[], 
     started = "; ".join(filter(None, map(_started, salvages.values())))
     if started:
         _write_file(part / STARTED, f"{started}\n".encode())
-    _write_rest(part, _manifest(newest.migration, side, newest.machine, newest.config, state, blocks), state)
-    return Merged(**{**vars(merged), "has_state": state is not None})
+    _write_rest(part, replace(newest, side=side, paused=state is not None, blocks=tuple(blocks)), state)
+    return replace(merged, has_state=state is not None)
 
 
 def _unit(salvages: dict[str, Salvage], number: int) -> int:
@@ -487,15 +458,15 @@ def _started(salvage: Salvage) -> str:
     return one_line(text, 200) or "nobody knows when"
 
 
-async def restore(found: Restorable, *, backing: str, disk: str | None, net: str | None) -> Machine:
-    """The machine, paused where it was; `note_start` before it is resumed. Errors as for `create_destination` and
+async def restore(found: Restorable, make_machine: MakeMachine) -> Machine:
+    """The machine, paused where it was; `note_start` before it is resumed. Errors as for `make_machine` and
     `Machine.load_state`; nothing is left of it then."""
     salvage = found.salvage
     state = salvage.state()
     assert state is not None
     layout = [BlockLayout(block.name, block.size_bytes, block.page_bytes) for block in salvage.blocks]
     try:
-        machine = create_destination(salvage.machine, salvage.config, layout, backing, disk=disk, net=net)
+        machine = make_machine(salvage.machine, salvage.config, layout)
     except ProtocolError as error:  # as if a peer had offered it
         raise PostcopyError(f"{salvage.path}: its manifest makes no sense: {error}") from error
     try:

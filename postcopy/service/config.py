@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 
 from postcopy.machines.kinds import MachineOptions
-from postcopy.migration._session import HEARTBEAT_S
+from postcopy.migration.connection import HEARTBEAT_S
 from postcopy.migration.source import SourceOptions
-from postcopy.net.channels import Address, Route
+from postcopy.net import Address, Route
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class DaemonConfig:
 
 @dataclass(frozen=True)
 class OperatingOptions:
-    """What is around a service that somebody operates."""
+    """What is around a service that is operated."""
 
     control: str | None = None  # path of the socket
     metrics: str | None = None  # HOST:PORT

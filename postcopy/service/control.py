@@ -13,10 +13,11 @@ import trio
 from postcopy.errors import MigrationError, PostcopyError
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration
-from postcopy.net.channels import parse_address
+from postcopy.net import parse_address
 from postcopy.service import schema
+from postcopy.service.report import Migration
 from postcopy.service.schema import COMMANDS, ControlError, plain
-from postcopy.service.service import Json, Migration, Owned, Request, Service
+from postcopy.service.service import Json, Owned, Request, Service
 from postcopy.service.status import machine_status
 
 CANCEL_POLL_S = 0.01

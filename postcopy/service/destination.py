@@ -13,15 +13,15 @@ from postcopy._files import check_new_file
 from postcopy.errors import MigrationError
 from postcopy.machines import Check, Machine
 from postcopy.migration import salvage
-from postcopy.migration._session import Interrupted, first_of, now_ns
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceOptions
-from postcopy.net.channels import Acceptor, CallingLink, Link
+from postcopy.migration.tasks import Interrupted, first_of, now_ns
+from postcopy.net import Acceptor, CallingLink, Link
 from postcopy.output import Output
 from postcopy.service import report
 from postcopy.service.config import DestinationConfig
 from postcopy.service.service import Json, Owned, Phase, Service, why_not_completed
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 
 
 class Destination(Service):
@@ -45,20 +45,16 @@ class Destination(Service):
             check_new_file("--dump", self._config.dump)
         if self._config.salvage_to is not None:
             salvage.check_target(self._config.salvage_to)
-        done = False
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self.output.follow, self._progress)
-                done = await self.attempt(self._run)
-                nursery.cancel_scope.cancel()
-        finally:
-            with trio.CancelScope(shield=True):
-                await self._end(done)
-        if not done and self.failure is not None:
-            raise self.failure
-        return done
+        return await self.run_to_result(self._run, self._end)
 
     async def _run(self) -> bool:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.output.follow, self._progress)
+            done = await self._receive_and_keep()
+            nursery.cancel_scope.cancel()
+        return done
+
+    async def _receive_and_keep(self) -> bool:
         config = self._config
         if config.connect is not None:
             open_link = partial(CallingLink.open, config.connect, "dest")
@@ -148,10 +144,8 @@ class Destination(Service):
                 " host, which does not run it meanwhile"
             )
             return
-        figures = migration.figures()
         self.output.say(
-            f"postcopy: PAUSED: {migration.failure}; the machine is kept,"
-            f" {figures.total_bytes - figures.resident_bytes}"
+            f"postcopy: PAUSED: {migration.failure}; the machine is kept, {migration.statistics().remaining_bytes}"
             " bytes of it are missing, and whatever touches them waits until the source is back, or this process is"
             " interrupted"
         )

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import trio
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -28,29 +27,21 @@ from postcopy.errors import ConfigurationError, PostcopyError, ResourceError
 from postcopy.machines import Machine
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration
-from postcopy.service.status import Migration
+from postcopy.migration.statistics import Recoveries, Statistics, figures, shown
+from postcopy.service.report import Migration
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STATUSES = (
     "connecting", "setup", "active", "in-doubt", "postcopy-active", "postcopy-paused", "postcopy-recover",
     "postcopy-failed", "completed", "failed", "cancelled", "reclaimed",
 )  # fmt: skip
+ENDS = ("completed", "failed", "cancelled", "reclaimed", "in-doubt", "postcopy-paused", "postcopy-failed")
+"""Those that a migration may have when its process gives it up."""
 _FIRST_EXPONENT, _LAST_EXPONENT = 13, 34  # 8 µs to 17 s, doubling
 
 log = logging.getLogger(__name__)
 
 Machines = Callable[[], Iterable[tuple[str, Machine | None, Migration | None]]]
-
-
-@dataclass(frozen=True)
-class _Numbers:
-    """One migration's, whichever side it is of."""
-
-    total_bytes: int
-    resident_bytes: int | None  # which a source knows only at the end
-    transferred_bytes: int
-    pages: dict[str, int]
-    requests: int
 
 
 class Metrics(Collector):
@@ -80,15 +71,7 @@ class Metrics(Collector):
             "postcopy_migrations", "Migrations that have ended in this process.", labels=["direction", "status"]
         )
         for direction in ("incoming", "outgoing"):
-            for status in (
-                "completed",
-                "failed",
-                "cancelled",
-                "reclaimed",
-                "in-doubt",
-                "postcopy-paused",
-                "postcopy-failed",
-            ):
+            for status in ENDS:
                 ended.add_metric([direction, status], self._ended[direction, status])
         yield ended
         items = list(self._machines())
@@ -119,57 +102,35 @@ def _machines(items: list[tuple[str, Machine | None, Migration | None]]) -> Iter
 
 
 def _migrations(jobs: list[tuple[str, Migration]]) -> Iterator[Metric]:
-    labels = ["machine", "direction"]
-
-    def gauge(name: str, text: str, *more: str) -> GaugeMetricFamily:
-        return GaugeMetricFamily("postcopy_migration_" + name, text, labels=[*labels, *more])
-
-    def counter(name: str, text: str, *more: str) -> CounterMetricFamily:
-        return CounterMetricFamily("postcopy_migration_" + name, text, labels=[*labels, *more])
-
-    status = gauge("status", "1 for the status that the migration has, 0 for the others.", "status")
-    total = gauge("memory_bytes", "Memory that the migration moves.")
-    remaining = gauge("remaining_bytes", "Memory that has not arrived; a source knows it only when all has.")
-    released = gauge("released_bytes", "Memory that --release-ram has given back to this host (outgoing).")
-    transferred = counter("transferred_bytes", "On data channels, both ways, headers included.")
-    pages = counter("pages", "Pages by how they came: demand, background, zero (never sent), duplicate.", "kind")
-    requests = counter("page_requests", "Requests for pages.")
-    pending = gauge("blocked_threads", "Threads that wait for a page now.")
-    blocked = counter("vcpu_blocked_seconds", "How long a vCPU has waited for pages.", "vcpu")
-    latency = HistogramMetricFamily(
-        "postcopy_migration_fault_latency_seconds", "Of demand faults, event read until thread woken.", labels=labels
-    )
-    downtime = gauge("downtime_seconds", "From the request to pause until the machine ran on; 0 until then.")
-    duration = gauge("duration_seconds", "From the request to pause until every page had arrived; 0 until then.")
-    recoveries = counter("recoveries", "Cuts after which both sides went on by themselves.")
-    recovering = counter("recovery_seconds", "From losses noticed until all channels were there again.")
+    prefix, labels = "postcopy_migration_", ["machine", "direction"]
+    text = "1 for the status that the migration has, 0 for the others."
+    status = GaugeMetricFamily(prefix + "status", text, labels=[*labels, "status"])
+    text = "How long a vCPU has waited for pages."
+    blocked = CounterMetricFamily(prefix + "vcpu_blocked_seconds", text, labels=[*labels, "vcpu"])
+    text = "Of demand faults, event read until thread woken."
+    latency = HistogramMetricFamily(prefix + "fault_latency_seconds", text, labels=labels)
+    counted: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+    for figure in (*figures(Statistics), *figures(Recoveries)):
+        if figure.metric:
+            family = CounterMetricFamily if figure.counter else GaugeMetricFamily
+            kind = ["kind"] if figure.kind else []
+            counted[figure.metric] = family(prefix + figure.metric, figure.help, labels=[*labels, *kind])
     seen = set()
     for name, job in jobs:
         key = [name, "outgoing" if isinstance(job, SourceMigration) else "incoming"]
-        if tuple(key) in seen:
+        if tuple(key) in seen:  # several destinations of one image
             continue
         seen.add(tuple(key))
         for word in STATUSES:
             status.add_metric([*key, word], word == job.status)
-        downtime.add_metric(key, job.downtime_ns / 1e9)
-        duration.add_metric(key, job.total_ns / 1e9)
-        recoveries.add_metric(key, job.recoveries.count)
-        recovering.add_metric(key, job.recoveries.total_ns / 1e9)
-        if isinstance(job, SourceMigration) and (served := job.statistics()) is not None:
-            released.add_metric(key, served.released_bytes)
-        numbers = _numbers(job)
-        if numbers is not None:
-            total.add_metric(key, numbers.total_bytes)
-            if numbers.resident_bytes is not None:
-                remaining.add_metric(key, numbers.total_bytes - numbers.resident_bytes)
-            transferred.add_metric(key, numbers.transferred_bytes)
-            requests.add_metric(key, numbers.requests)
-            for kind, count in numbers.pages.items():
-                pages.add_metric([*key, kind], count)
+        statistics = job.statistics()
+        for figure, value in (*shown(statistics), *shown(job.recoveries)):
+            if figure.metric:
+                kind = [figure.kind] if figure.kind else []
+                seconds = figure.metric.endswith("_seconds")
+                counted[figure.metric].add_metric([*key, *kind], value / 1e9 if seconds else value)
         if isinstance(job, DestinationMigration):
-            figures = job.figures()
-            pending.add_metric(key, figures.pending_faults)
-            for vcpu, blocked_ns in enumerate(figures.blocktime_ns):
+            for vcpu, blocked_ns in enumerate(statistics.blocktime_ns):
                 blocked.add_metric([*key, str(vcpu)], blocked_ns / 1e9)
             buckets: list[tuple[str, float]] = [
                 (f"{(1 << exponent) / 1e9:g}", job.latency.below(exponent))
@@ -178,40 +139,7 @@ def _migrations(jobs: list[tuple[str, Migration]]) -> Iterator[Metric]:
             # The count is that of the buckets: a value may have been added while they were read.
             everything = max(job.latency.count, int(buckets[-1][1]))
             latency.add_metric(key, [*buckets, ("+Inf", everything)], sum_value=job.latency.sum_ns / 1e9)
-    yield from (status, total, remaining, released, transferred, pages, requests, pending, blocked, latency)
-    yield from (downtime, duration, recoveries, recovering)
-
-
-def _numbers(job: Migration) -> _Numbers | None:
-    if isinstance(job, SourceMigration) and job.figures is None:
-        statistics = job.statistics()
-        if statistics is None:
-            return None
-        return _Numbers(
-            total_bytes=job.machine.memory_bytes,
-            resident_bytes=None,
-            transferred_bytes=statistics.bytes_sent + statistics.bytes_received,
-            pages={
-                "demand": statistics.demand_pages,
-                "background": statistics.background_pages,
-                "zero": statistics.zero_pages,
-            },
-            requests=statistics.requests,
-        )
-    figures = job.figures if isinstance(job, SourceMigration) else job.figures()
-    assert figures is not None
-    return _Numbers(
-        total_bytes=figures.total_bytes,
-        resident_bytes=figures.resident_bytes,
-        transferred_bytes=figures.transferred_bytes,
-        pages={
-            "demand": figures.demand_pages,
-            "background": figures.background_pages,
-            "zero": figures.zero_pages,
-            "duplicate": figures.duplicate_pages,
-        },
-        requests=figures.requests,
-    )
+    yield from (status, *counted.values(), blocked, latency)
 
 
 def check_file(path: str) -> None:

@@ -9,63 +9,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from postcopy.dataplane.pageserver import PageServerStatistics
 from postcopy.machines import Check, Machine, MachineStatistics
-from postcopy.migration._session import Recoveries
 from postcopy.migration.destination import DestinationMigration
-from postcopy.migration.figures import Figures
-from postcopy.migration.source import SourceMigration
+from postcopy.migration.source import SourceMigration, offered
+from postcopy.migration.statistics import as_json, milliseconds
 
 Json = dict[str, Any]
+Migration = SourceMigration | DestinationMigration
 
 
-def milliseconds(ns: int) -> float:
-    return round(ns / 1e6, 3)
-
-
-def microseconds(ns: int) -> float:
-    return round(ns / 1e3, 1)
-
-
-def ram(figures: Figures) -> Json:
+def outcome(migration: Migration) -> Json:
+    """Which migration it is, and how it stands."""
     return {
-        "total": figures.total_bytes,
-        "transferred": figures.transferred_bytes,
-        "remaining": figures.total_bytes - figures.resident_bytes,
-        "page-size": figures.page_bytes,
-        "demand-pages": figures.demand_pages,
-        "background-pages": figures.background_pages,
-        "zero-pages": figures.zero_pages,
-        "duplicate-pages": figures.duplicate_pages,
-        "postcopy-requests": figures.requests,
-    }
-
-
-def fault_latency(figures: Figures) -> Json:
-    latency = figures.latency
-    return {
-        "count": latency.count,
-        "p50": microseconds(latency.p50_ns),
-        "p99": microseconds(latency.p99_ns),
-        "p99.9": microseconds(latency.p999_ns),
-        "max": microseconds(latency.max_ns),
-    }
-
-
-def recoveries(counted: Recoveries) -> Json:
-    return {
-        "count": counted.count,
-        "last-ms": milliseconds(counted.last_ns),
-        "max-ms": milliseconds(counted.max_ns),
-        "total-ms": milliseconds(counted.total_ns),
-    }
-
-
-def ended(direction: str, migration: SourceMigration | DestinationMigration) -> Json:
-    """How one migration has ended, in short."""
-    return {
-        "side": "source" if direction == "outgoing" else "dest",
-        "direction": direction,
         "migration": migration.migration_id,
         "peer": str(migration.peer),
         "status": migration.status,
@@ -73,26 +28,32 @@ def ended(direction: str, migration: SourceMigration | DestinationMigration) -> 
     }
 
 
+def ended(direction: str, migration: Migration) -> Json:
+    """How one migration has ended, in short."""
+    return {"side": "source" if direction == "outgoing" else "dest", "direction": direction} | outcome(migration)
+
+
+def counted(migration: Migration) -> Json:
+    """All that both sides count."""
+    statistics = migration.statistics()
+    return as_json(statistics, ram=False) | {
+        "ram": as_json(statistics),
+        "fault-latency-us": statistics.latency.as_json(),
+        "recoveries": as_json(migration.recoveries),
+    }
+
+
+def _result(migration: Migration) -> Json:
+    """The part of a result that is the same on both sides."""
+    blocked = migration.statistics().blocktime_ns
+    return outcome(migration) | counted(migration) | {"blocktime-ms": [milliseconds(ns) for ns in blocked]}
+
+
 def pager(process: tuple[int, int] | None) -> Json:
     """Where the pager lives; see `DestinationMigration.pager_process`."""
     if process is None:
         return {"where": "thread"}
     return {"where": "process", "pid": process[0] or None, "deaths": process[1]}
-
-
-def served(machine: Machine, statistics: PageServerStatistics | None) -> Json:
-    """`ram` as the source alone can tell it, while the destination has not reported."""
-    result: Json = {"total": machine.memory_bytes, "page-size": machine.blocks[0].memory.page_bytes}
-    if statistics is not None:
-        result |= {
-            "transferred": statistics.bytes_sent + statistics.bytes_received,
-            "demand-pages": statistics.demand_pages,
-            "background-pages": statistics.background_pages,
-            "zero-pages": statistics.zero_pages,
-            "postcopy-requests": statistics.requests,
-            "released": statistics.released_bytes,
-        }
-    return result
 
 
 def guest(machine: Machine, statistics: MachineStatistics) -> Json:
@@ -110,54 +71,36 @@ def guest(machine: Machine, statistics: MachineStatistics) -> Json:
             {"activity": vcpu.activity.value, "operations": vcpu.operations, "marks": vcpu.marks, "exits": vcpu.exits}
             for vcpu in statistics.vcpus
         ],
-        "disk": {
-            "reads": statistics.disk_reads,
-            "writes": statistics.disk_writes,
-            "bytes": statistics.disk_bytes,
-            "errors": statistics.disk_errors,
-        },
+        "disk": _part(statistics, "disk_"),
     }
     if machine.network is not None:
-        result["network"] = machine.network | {
-            "received": statistics.net_received,
-            "sent": statistics.net_sent,
-            "dropped": statistics.net_dropped,
-            "errors": statistics.net_errors,
-        }
+        result["network"] = machine.network | _part(statistics, "net_")
     return result
+
+
+def _part(statistics: MachineStatistics, prefix: str) -> Json:
+    return {name.removeprefix(prefix): n for name, n in vars(statistics).items() if name.startswith(prefix)}
 
 
 def source_progress(machine: Machine, migration: SourceMigration | None) -> Json:
-    statistics = machine.statistics()
-    result: Json = {"side": "source", "status": "setup" if migration is None else migration.status}
-    result["guest"] = guest(machine, statistics)
-    result["ram"] = served(machine, migration.statistics() if migration else None)
-    return result
+    return {
+        "side": "source",
+        "status": "setup" if migration is None else migration.status,
+        "guest": guest(machine, machine.statistics()),
+        "ram": as_json(offered(machine) if migration is None else migration.statistics()),
+    }
 
 
 def source_result(machine: Machine, statistics: MachineStatistics, migration: SourceMigration | None) -> Json:
     result: Json = {"side": "source", "status": "failed", "machine": machine.kind, "guest": guest(machine, statistics)}
     if migration is None:
         return result
-    figures = migration.figures
-    result |= {
-        "status": migration.status,
-        "migration": migration.migration_id,
-        "peer": str(migration.peer),
+    result |= _result(migration) | {
         "setup-ms": milliseconds(max(0, migration.ready_ns - migration.started_ns)),
         "paused-at-ns": migration.paused_ns,
-        "downtime-ms": milliseconds(migration.downtime_ns),
-        "total-ms": milliseconds(migration.total_ns),
-        "ram": ram(figures) if figures else served(machine, migration.statistics()),
-        "fault-latency-us": fault_latency(figures or Figures()),
-        "blocktime-ms": [milliseconds(ns) for ns in figures.blocktime_ns] if figures else [],
-        "recoveries": recoveries(migration.recoveries),
         "verified": None,
         "verification": [],
-        "error": str(migration.failure) if migration.failure else None,
     }
-    if served_pages := migration.statistics():
-        result["ram"]["released"] = served_pages.released_bytes
     if migration.at_pause is not None:
         result["guest-at-pause"] = guest(machine, migration.at_pause)
     return result
@@ -167,13 +110,14 @@ def destination_progress(migration: DestinationMigration | None) -> Json:
     result: Json = {"side": "dest", "status": "setup" if migration is None else migration.status}
     if migration is None or migration.machine is None:
         return result
-    figures = migration.figures()
-    result["guest"] = guest(migration.machine, migration.machine.statistics())
-    result["ram"] = ram(figures)
-    result["pending-faults"] = figures.pending_faults
-    result["recoveries"] = migration.recoveries.count
-    result["pager"] = pager(migration.pager_process)
-    return result
+    now = counted(migration)
+    return result | {
+        "guest": guest(migration.machine, migration.machine.statistics()),
+        "ram": now["ram"],
+        "pending-faults": now["pending-faults"],
+        "recoveries": migration.recoveries.count,
+        "pager": pager(migration.pager_process),
+    }
 
 
 def destination_result(
@@ -183,11 +127,10 @@ def destination_result(
     result: Json = {"side": "dest", "status": "failed", "machine": None}
     if migration is None:
         return result
-    figures = migration.figures()
     machine = migration.machine
     verification = []
     if check is not None:
-        verification.append({"ok": check.ok, "what": check.what, "how": check.how, "counts": dict(check.counts)})
+        verification.append(check.as_dict())
     if machine is not None and machine.live and migration.state.value == "completed":
         verification.append(
             {
@@ -197,24 +140,15 @@ def destination_result(
                 "counts": {},
             }
         )
-    result |= {
-        "status": migration.status,
-        "migration": migration.migration_id,
-        "peer": str(migration.peer),
+    result |= _result(migration) | {
         "machine": machine.kind if machine else None,
-        "downtime-ms": milliseconds(migration.downtime_ns),
         "resume-ms": milliseconds(max(0, migration.running_ns - migration.committed_ns)),
-        "total-ms": milliseconds(migration.total_ns),
-        "ram": ram(figures),
-        "fault-latency-us": fault_latency(figures),
-        "blocktime-ms": [milliseconds(ns) for ns in figures.blocktime_ns],
-        "recoveries": recoveries(migration.recoveries),
         "pager": pager(migration.pager_process),
         "verified": all(item["ok"] for item in verification) if check is not None else None,
         "verification": verification,
         "dump": dump,
-        "error": str(migration.failure) if migration.failure else migration.machine_failure or None,
     }
+    result["error"] = result["error"] or migration.machine_failure or None
     if machine is not None and statistics is not None:
         result["guest"] = guest(machine, statistics)
     if machine is not None and migration.at_switchover is not None:

@@ -32,15 +32,15 @@ from postcopy.memory.bitmap import Bitmap
 from postcopy.migration import salvage
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net.channels import Acceptor, Address, CallingLink, Link, Route
+from postcopy.net import Acceptor, Address, CallingLink, Link, Route
 from postcopy.output import Output
 from postcopy.service import report
 from postcopy.service._contain import contained
 from postcopy.service.config import ArrivalOptions
-from postcopy.wire.protocol import State
+from postcopy.service.report import Migration
+from postcopy.wire import State
 
 Json = dict[str, Any]
-Migration = SourceMigration | DestinationMigration
 Row = tuple[str, Machine | None, Migration | None]
 Request = Callable[[Json], Awaitable[Json]]
 
@@ -103,9 +103,7 @@ class Owned:
     def finishing(self) -> bool:
         """Whether its migration has come to its end, and something of it has not been closed yet."""
         job = self.moving
-        return job is not None and (
-            job.state in OVER or (isinstance(job, DestinationMigration) and job.completed_ns > 0)
-        )
+        return job is not None and (job.state in OVER or (isinstance(job, DestinationMigration) and job.complete))
 
     @property
     def lost(self) -> bool:
@@ -235,9 +233,6 @@ class Service(abc.ABC):
         """The migration with which a machine comes; its `run` and `close` are the caller's."""
         migration = owned.migration = DestinationMigration(
             link,
-            backing=self.arrival.backing,
-            disk=self.arrival.disk,
-            net=self.arrival.net,
             busy_poll_us=self.arrival.busy_poll_us,
             heartbeat_s=self.options.heartbeat_s,
             recover_for_s=self.options.recover_for_s,
@@ -249,34 +244,41 @@ class Service(abc.ABC):
         return migration
 
     def make_arriving(
-        self,
-        owned: Owned,
-        kind: str,
-        config: Mapping[str, Any],
-        layout: Sequence[BlockLayout],
-        backing: str,
-        *,
-        disk: str | None = None,
-        net: str | None = None,
+        self, owned: Owned, kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout]
     ) -> Machine:
         """The machine that a source offers. Errors as for `create_destination`."""
-        machine = create_destination(kind, config, layout, backing, disk=disk, net=net)
-        owned.name = machine.kind
+        arrival = self.arrival
+        name = self.name_arriving(owned, kind, config)
+        machine = create_destination(kind, config, layout, arrival.backing, disk=arrival.disk, net=arrival.net)
+        owned.name = name
         return machine
+
+    def name_arriving(self, owned: Owned, kind: str, config: Mapping[str, Any]) -> str:
+        """`ConfigurationError` for a machine that cannot be taken."""
+        return kind
 
     # ---- one machine and its result
 
-    async def attempt(self, function: Callable[[], Awaitable[bool]]) -> bool:
-        """What `function` returns; False when it fails, with the first error in `failure`."""
+    async def run_to_result(
+        self, function: Callable[[], Awaitable[bool]], end: Callable[[bool], Awaitable[None]]
+    ) -> bool:
+        """What `function` returns. However it ends, `end` emits the result and closes what is owned, before an error is
+        raised."""
+        done = False
         try:
-            return await function()
+            done = await function()
         except PostcopyError as error:
             self.failure = self.failure or error
         except MemoryError:
             self.failure = self.failure or out_of_memory()
         except BaseExceptionGroup as group:
             self.failure = self.failure or known_error(group)
-        return False
+        finally:
+            with trio.CancelScope(shield=True):
+                await end(done)
+        if not done and self.failure is not None:
+            raise self.failure
+        return done
 
     def measure_overhead(self, machine: Machine | None) -> None:
         self._overhead_bytes = max(self._overhead_bytes, report.overhead_bytes(machine))
@@ -330,6 +332,6 @@ def direction(migration: Migration) -> str:
 
 
 def _process_pager() -> Any:
-    from postcopy.dataplane.pager_process import ProcessPager  # by those who ask for it: see `cli`
+    from postcopy.dataplane.pager_process import ProcessPager  # megabytes that only it needs
 
     return ProcessPager()

@@ -11,16 +11,16 @@ import trio
 from postcopy._blocking import run_sync
 from postcopy.errors import ConfigurationError
 from postcopy.machines import Machine
-from postcopy.machines.kinds import create_source
+from postcopy.machines.kinds import create_destination, create_source
 from postcopy.migration import salvage
-from postcopy.migration._session import Interrupted, first_of
 from postcopy.migration.source import SourceMigration, check_releasable
-from postcopy.net.channels import Acceptor, Link, Route
+from postcopy.migration.tasks import Interrupted, first_of
+from postcopy.net import Acceptor, Link, Route
 from postcopy.output import Output
 from postcopy.service import report
 from postcopy.service.config import ArrivalOptions, SourceConfig
 from postcopy.service.service import Json, Owned, Phase, Service, why_not_completed
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 
 MAX_SESSIONS = 16  # destinations served at the same time
 MAX_LOST = 16  # destinations of an image that were lost, and that may still come back
@@ -39,15 +39,7 @@ class Source(Service):
         self.stop = stop
         if self._config.salvage_to is not None:
             salvage.check_target(self._config.salvage_to)
-        done = False
-        try:
-            done = await self.attempt(self._run)
-        finally:
-            with trio.CancelScope(shield=True):
-                await self._end(done)
-        if not done and self.failure is not None:
-            raise self.failure
-        return done
+        return await self.run_to_result(self._run, self._end)
 
     async def _run(self) -> bool:
         config = self._config
@@ -114,7 +106,8 @@ class Source(Service):
         for doubt in found.doubts:
             self.output.say(f"source: in doubt: {doubt}")
         options = config.machine
-        machine = await salvage.restore(found, backing=options.backing or "memfd", disk=options.disk, net=options.net)
+        make = partial(create_destination, backing=options.backing or "memfd", disk=options.disk, net=options.net)
+        machine = await salvage.restore(found, make)
         self._restored = found
         return machine
 
@@ -163,7 +156,7 @@ class Source(Service):
         owned.stop.set()
 
     async def _announce(self, owned: Owned) -> None:
-        """Says that the machine is paused here while nobody can tell what became of it there, and that it was taken
+        """Says that the machine is paused here while it is not known what became of it there, and that it was taken
         back."""
         migration = owned.migration
         assert migration is not None
@@ -194,7 +187,7 @@ class Source(Service):
                 return True
             reclaimed = migration.state is State.RECLAIMED
             self.failure = why_not_completed(migration)
-            keep = reclaimed or (migration.may_run and migration.was_ready and self._config.keep)
+            keep = reclaimed or (migration.may_run and migration.ready_ns > 0 and self._config.keep)
             if keep and machine.live and not self.stop.is_set():
                 if not reclaimed:
                     self.output.say(
@@ -217,7 +210,7 @@ class Source(Service):
 
     def _why_refused(self, waiting: int) -> str:
         # A destination of an image that was lost takes no place: it may come back, or has begun anew. Nor does one
-        # from which the machine was taken back: it is waited for only to be told so.
+        # from which the machine was taken back: it is waited for only to be told.
         leaving = self._leaving()
         reclaimed = sum(one.migration is not None and one.migration.state is State.RECLAIMED for one in leaving)
         busy = len(leaving) - len(self._lost()) - reclaimed + waiting

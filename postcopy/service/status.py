@@ -9,14 +9,13 @@ from typing import Any
 import trio
 
 from postcopy.machines import Machine
-from postcopy.migration._session import now_ns
-from postcopy.migration.destination import DestinationMigration
-from postcopy.migration.source import SourceMigration
+from postcopy.migration.statistics import Statistics, figures, milliseconds
+from postcopy.migration.tasks import now_ns
 from postcopy.service import report
+from postcopy.service.report import Migration
 from postcopy.service.schema import Json
 from postcopy.units import format_size
 
-Migration = SourceMigration | DestinationMigration
 LOST = frozenset({"postcopy-paused", "in-doubt"})
 _LABEL_WIDTH = 18
 
@@ -28,36 +27,22 @@ def machine_status(name: str, machine: Machine | None, migration: Migration | No
         status["memory"] = machine.memory_bytes
         with contextlib.suppress(trio.ClosedResourceError):  # it has ended, what it was in has not
             status["guest"] = report.guest(machine, machine.statistics())
-    status["migration"] = None if migration is None else _migration(machine, migration)
+    status["migration"] = None if migration is None else _migration(migration)
     return status
 
 
-def _migration(machine: Machine | None, migration: Migration) -> Json:
-    outgoing = isinstance(migration, SourceMigration)
+def _migration(migration: Migration) -> Json:
+    status = report.outcome(migration) | report.counted(migration)
     done_ns = migration.completed_ns or now_ns()
-    status: Json = {
-        "id": migration.migration_id,
-        "direction": "outgoing" if outgoing else "incoming",
-        "status": migration.status,
-        "peer": str(migration.peer),
-        "looking-for-peer": not migration.over if migration.status in LOST else None,
-        "elapsed-ms": report.milliseconds(done_ns - migration.started_ns),
-        "downtime-ms": report.milliseconds(migration.downtime_ns),
-        "total-ms": report.milliseconds(migration.total_ns),
-        "recoveries": report.recoveries(migration.recoveries),
-        "error": str(migration.failure) if migration.failure else None,
-        "ram": {},
-    }
-    if isinstance(migration, SourceMigration):
-        if machine is not None:
-            figures = migration.figures
-            status["ram"] = report.ram(figures) if figures else report.served(machine, migration.statistics())
-    else:
-        figures = migration.figures()
-        status["ram"] = report.ram(figures)
-        status["pending-faults"] = figures.pending_faults
-        status["fault-latency-us"] = report.fault_latency(figures)
-    return status
+    return (
+        {"id": status.pop("migration")}
+        | status
+        | {
+            "direction": "outgoing" if migration.SIDE == "source" else "incoming",
+            "looking-for-peer": not migration.over if migration.status in LOST else None,
+            "elapsed-ms": milliseconds(done_ns - migration.started_ns),
+        }
+    )
 
 
 # ---- For people
@@ -133,26 +118,10 @@ def _job_rows(job: Json) -> list[tuple[str, str]]:
         ("Peer", _peer(job)),
         ("Time elapsed", f"{_ms(job.get('elapsed-ms'))} ms"),
     ]
-    if job.get("downtime-ms"):
-        rows.append(("Downtime", f"{_ms(job['downtime-ms'])} ms"))
-    if job.get("total-ms"):
-        rows.append(("Total time", f"{_ms(job['total-ms'])} ms"))
-    if "transferred" in ram:
-        rows.append(("Data processed", _size(ram["transferred"])))
-    if "remaining" in ram:
-        rows.append(("Data remaining", _size(ram["remaining"])))
-    if "total" in ram:
-        rows.append(("Data total", _size(ram["total"])))
-    for label, key in (
-        ("Demand pages", "demand-pages"),
-        ("Background pages", "background-pages"),
-        ("Zero pages", "zero-pages"),
-        ("Page requests", "postcopy-requests"),
-    ):
-        if key in ram:
-            rows.append((label, str(ram[key])))
-    if job.get("pending-faults"):
-        rows.append(("Blocked threads", str(job["pending-faults"])))
+    for figure in figures(Statistics):
+        value = ram.get(figure.key) if figure.ram else job.get(figure.key) or None  # what is not in `ram`: only if any
+        if figure.label and value is not None:
+            rows.append((figure.label, _number(figure.key, value)))
     if (job.get("fault-latency-us") or {}).get("count"):
         latency = job["fault-latency-us"]
         rows.append(("Fault latency", f"{latency['p50']} µs median, {latency['p99']} µs 99 %"))
@@ -169,6 +138,12 @@ def _peer(job: Json) -> str:
             f"{job.get('peer')} (lost, and not looked for any more: `recover` does, and `recover HOST:PORT` elsewhere)"
         )
     return str(job.get("peer"))
+
+
+def _number(key: str, value: Any) -> str:
+    if key.endswith("-ms"):
+        return f"{_ms(value)} ms"
+    return str(value) if key.endswith(("-pages", "-requests", "-faults")) else _size(value)
 
 
 def _size(value: Any) -> str:

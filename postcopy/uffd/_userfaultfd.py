@@ -7,11 +7,11 @@ therefore refuses with `BusyError` as long as a range that was registered here i
 ``abandon=True``.
 
 Threads. Every method may be called in any thread, and beside each other. `close` in one thread makes the calls that
-others start later raise `trio.ClosedResourceError`; the descriptor itself is closed by the last who leaves, so nobody
-ever speaks to a stranger that has got the same number.
+others start later raise `trio.ClosedResourceError`; the descriptor itself is closed when the last call has returned, so
+that no call uses a number that the kernel has given to another file meanwhile.
 
-Never from the memory itself: no buffer given to a method may lie in registered memory. The kernel would read it inside
-the ioctl and wait there for a page that only the same caller could bring.
+No buffer given to a method may lie in registered memory: the kernel would read it inside the ioctl, and wait there for
+a page that only the same caller could bring.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ import trio
 
 from postcopy._native import ffi, lib
 from postcopy.errors import BusyError, CoreError, check
-from postcopy.uffd._ranges import ADDRESSES, RangeSet
+from postcopy.uffd._probe import How, open_descriptor
+from postcopy.uffd._ranges import ADDRESSES, AddressTable
 
 MAX_EVENTS = 64  # that one read takes
 
@@ -143,6 +144,7 @@ class UnknownEvent:
 UffdEvent = PageFault | Fork | Remap | Remove | Unmap | UnknownEvent
 
 _OUTCOMES = {
+    0: Outcome.DONE,
     errno.EEXIST: Outcome.EXISTS,
     errno.EAGAIN: Outcome.AGAIN,
     errno.ENOENT: Outcome.GONE,
@@ -153,34 +155,29 @@ _OUTCOMES = {
 
 
 class Userfaultfd:
-    """Made by `postcopy.uffd.open_userfaultfd`, `Userfaultfd.open` or `Userfaultfd.adopt`. A context manager."""
+    """Made by `open` or `adopt`. A context manager."""
 
     def __init__(self, fd: int, features: int, *, foreign: bool = False) -> None:
         self._fd = fd
         self._features = features
-        self._foreign = foreign  # the memory is another process's: none of this one's addresses
-        self._foreign_ranges = RangeSet()
+        # The memory of another process has another address space: its table is this object's, which need not be kept.
+        self._addresses = AddressTable() if foreign else ADDRESSES
+        self._owner = None if foreign else self
         self._lock = threading.Lock()
         self._users = 0
         self._closed = False
         self._busy_poll_ns = 0
         self._buffered: deque[UffdEvent] = deque()
-        self._waiting: list[
-            trio.lowlevel.TrioToken
-        ] = []  # a Trio run for each task that sleeps until there is an event
+        self._waiting: list[trio.lowlevel.TrioToken] = []  # the Trio run of each task that waits for an event
         # Wakes `wait` in other threads when closing. Never read: once readable it stays so.
         self._closing_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     @classmethod
-    def open(cls, how: Any = None, features: int = 0) -> Userfaultfd:
-        """A new one for the memory of this process.
-
-        `how`: a `How` or its name, by default the first way that works. `features`: `UffdFeature` to enable.
-        `ResourceError`, with the remedy, when this user may not have it or the kernel lacks a feature.
-        """
-        from postcopy import uffd  # here: that module offers this class
-
-        return uffd.open_userfaultfd(uffd.How.ANY if how is None else how, features)
+    def open(cls, how: How | str = How.ANY, features: int = 0) -> Userfaultfd:
+        """A new one for the memory of this process, by default in the first way that works, with `features`
+        (`UffdFeature`) enabled. `ResourceError`, with the remedy, when this user may not have it or the kernel lacks a
+        feature."""
+        return cls(open_descriptor(how, features), features)
 
     @classmethod
     def adopt(cls, fd: int, features: int = 0, *, foreign: bool = True) -> Userfaultfd:
@@ -212,10 +209,7 @@ class Userfaultfd:
     @property
     def registered(self) -> list[tuple[int, int]]:
         """The ranges (start, end) registered through this object, in order, as far as its events have been read."""
-        if self._foreign:
-            with self._lock:
-                return list(self._foreign_ranges)
-        return ADDRESSES.of(self)
+        return self._addresses.of(self._owner)
 
     @property
     def busy_poll_us(self) -> float:
@@ -250,12 +244,14 @@ class Userfaultfd:
         ioctls: Any = ffi.new("uint64_t *")
         end = _end(address, size_bytes)
         with self._use() as fd:
-            # Noted before: whoever asks for a buffer meanwhile must be refused.
-            known = self._note(address, end)
+            # Before the kernel has it: a buffer of it that is asked for meanwhile must be refused.
+            known = self._addresses.register(self._owner, address, end)
             try:
                 check(lib.pc_uffd_register(fd, address, size_bytes, mode, ioctls), "registering memory")
             except BaseException:
-                self._restore(address, end, known)
+                self._addresses.unregister(self._owner, address, end)
+                for low, high in known:
+                    self._addresses.register(self._owner, low, high)
                 raise
         return UffdIoctl(int(ioctls[0]))
 
@@ -264,7 +260,7 @@ class Userfaultfd:
         end = _end(address, size_bytes)
         with self._use() as fd:
             check(lib.pc_uffd_unregister(fd, address, size_bytes), "unregistering memory")
-            self._forget(address, end)
+            self._addresses.unregister(self._owner, address, end)
 
     # ---- filling
 
@@ -291,46 +287,38 @@ class Userfaultfd:
                 size_bytes = len(data)
             elif not 0 <= size_bytes <= len(data):
                 raise ValueError(f"{size_bytes} bytes of a source of {len(data)}")
-        mode = _fill_mode(dont_wake, write_protect)
-        done: Any = ffi.new("uint64_t *")
-        with self._use() as fd:
-            result = lib.pc_uffd_copy(fd, address, data, size_bytes, mode, done)
-        return _result(result, done, "placing pages")
+        return self._fill(lib.pc_uffd_copy, "placing pages", address, data, size_bytes, _mode(dont_wake, write_protect))
 
     def zeropage(self, address: int, size_bytes: int, *, dont_wake: bool = False) -> Result:
         """UFFDIO_ZEROPAGE: places pages of zeros. Not on huge pages."""
-        done: Any = ffi.new("uint64_t *")
-        with self._use() as fd:
-            result = lib.pc_uffd_zeropage(fd, address, size_bytes, _fill_mode(dont_wake, False), done)
-        return _result(result, done, "placing zero pages")
+        return self._fill(lib.pc_uffd_zeropage, "placing zero pages", address, size_bytes, _mode(dont_wake))
 
     def continue_(
         self, address: int, size_bytes: int, *, dont_wake: bool = False, write_protect: bool = False
     ) -> Result:
         """UFFDIO_CONTINUE: maps pages that are in the page cache already, written through another mapping."""
-        done: Any = ffi.new("uint64_t *")
-        with self._use() as fd:
-            result = lib.pc_uffd_continue(fd, address, size_bytes, _fill_mode(dont_wake, write_protect), done)
-        if result == -errno.EFAULT:
-            return Result(int(done[0]), Outcome.NOT_PRESENT)
-        return _result(result, done, "mapping pages")
+        mode = _mode(dont_wake, write_protect)
+        return self._fill(lib.pc_uffd_continue, "mapping pages", address, size_bytes, mode, efault=Outcome.NOT_PRESENT)
 
     def poison(self, address: int, size_bytes: int, *, dont_wake: bool = False) -> Result:
         """UFFDIO_POISON (Linux 6.6): whoever touches these pages gets SIGBUS, in the kernel EFAULT or EHWPOISON."""
-        done: Any = ffi.new("uint64_t *")
-        with self._use() as fd:
-            result = lib.pc_uffd_poison(fd, address, size_bytes, _fill_mode(dont_wake, False), done)
-        return _result(result, done, "poisoning pages")
+        return self._fill(lib.pc_uffd_poison, "poisoning pages", address, size_bytes, _mode(dont_wake))
 
     def move(
         self, address: int, source: int, size_bytes: int, *, dont_wake: bool = False, allow_holes: bool = False
     ) -> Result:
         """UFFDIO_MOVE (Linux 6.8): moves private anonymous pages from the address `source` without copying them."""
-        mode = _fill_mode(dont_wake, False) | (int(lib.PC_UFFD_ALLOW_SRC_HOLES) if allow_holes else 0)
+        mode = _mode(dont_wake) | (int(lib.PC_UFFD_ALLOW_SRC_HOLES) if allow_holes else 0)
+        return self._fill(lib.pc_uffd_move, "moving pages", address, source, size_bytes, mode)
+
+    def _fill(self, function: Any, what: str, *arguments: Any, efault: Outcome | None = None) -> Result:
         done: Any = ffi.new("uint64_t *")
         with self._use() as fd:
-            result = lib.pc_uffd_move(fd, address, source, size_bytes, mode, done)
-        return _result(result, done, "moving pages")
+            result = function(fd, *arguments, done)
+        outcome = efault if result == -errno.EFAULT else _OUTCOMES.get(-result)
+        if outcome is None:
+            raise CoreError(-result, what)
+        return Result(int(done[0]), outcome)
 
     def writeprotect(self, address: int, size_bytes: int, *, protect: bool = True, dont_wake: bool = False) -> None:
         """UFFDIO_WRITEPROTECT: protects a range, or lifts the protection and wakes the writers. All or nothing."""
@@ -355,21 +343,21 @@ class Userfaultfd:
         """
         view: Any = ffi.from_buffer("char[]", data)
         base = int(ffi.cast("uintptr_t", view))
-        return self._fill(address, len(view), page_bytes, lambda at, size: self.copy(at, base + at - address, size))
+        return self._fill_all(address, len(view), page_bytes, lambda at, size: self.copy(at, base + at - address, size))
 
     def fill_zero(self, address: int, size_bytes: int) -> Result:
         """`zeropage`, in the way of `place`."""
-        return self._fill(address, size_bytes, None, self.zeropage)
+        return self._fill_all(address, size_bytes, None, self.zeropage)
 
     def resume(self, address: int, size_bytes: int, page_bytes: int | None = None) -> Result:
         """`continue_`, in the way of `place`; NOT_PRESENT ends it too."""
-        return self._fill(address, size_bytes, page_bytes, self.continue_)
+        return self._fill_all(address, size_bytes, page_bytes, self.continue_)
 
     def fill_poison(self, address: int, size_bytes: int, page_bytes: int | None = None) -> Result:
         """`poison`, in the way of `place`: pages that are there stay."""
-        return self._fill(address, size_bytes, page_bytes, self.poison)
+        return self._fill_all(address, size_bytes, page_bytes, self.poison)
 
-    def _fill(
+    def _fill_all(
         self, address: int, size_bytes: int, page_bytes: int | None, step: Callable[[int, int], Result]
     ) -> Result:
         at, end = address, _end(address, size_bytes)
@@ -433,7 +421,7 @@ class Userfaultfd:
 
     async def __anext__(self) -> UffdEvent:
         """The next event, in the way of `read_batch`. Events read from the kernel together and not yet taken stay here:
-        whoever reads next gets them first."""
+        the next read returns them first."""
         event, *rest = await self.read_batch()
         with self._lock:
             self._buffered.extendleft(reversed(rest))
@@ -483,20 +471,17 @@ class Userfaultfd:
             return PageFault(c.address, FaultFlag(c.flags) if flags is None else flags, c.tid)
         if c.type == lib.PC_UFFD_EVENT_FORK:
             child = Userfaultfd(int(c.uffd), self._features, foreign=True)
-            child._foreign_ranges = RangeSet(self.registered)
+            for start, end in self.registered:
+                child._addresses.register(child._owner, start, end)
             return Fork(child)
         if c.type == lib.PC_UFFD_EVENT_REMAP:
             old, new, size_bytes = int(c.address), int(c.end), int(c.bytes)
-            if self._foreign:
-                with self._lock:
-                    self._foreign_ranges.move(old, new, size_bytes)
-            else:
-                ADDRESSES.move(self, old, new, size_bytes)
+            self._addresses.move(self._owner, old, new, size_bytes)
             return Remap(old, new, size_bytes)
         if c.type == lib.PC_UFFD_EVENT_REMOVE:
             return Remove(int(c.address), int(c.end))
         if c.type == lib.PC_UFFD_EVENT_UNMAP:
-            self._forget(int(c.address), int(c.end))
+            self._addresses.unregister(self._owner, int(c.address), int(c.end))
             return Unmap(int(c.address), int(c.end))
         return UnknownEvent(int(c.type))
 
@@ -512,11 +497,11 @@ class Userfaultfd:
             self._closed = True
             fd, self._fd = self._fd, -1
         os.close(self._closing_fd)
-        ADDRESSES.forget(self)
+        self._addresses.forget(self._owner)
         return fd
 
     def close(self, *, abandon: bool = False) -> None:
-        """Closes, and wakes who waits for events here with `trio.ClosedResourceError`. Twice does no harm.
+        """Closes, and raises `trio.ClosedResourceError` in what waits for events here. Twice does no harm.
 
         `BusyError` while ranges are registered (see above): unregister them first, or say ``abandon=True``. Then,
         unless somebody else has a copy of the descriptor, threads that wait for a page read zeros.
@@ -528,8 +513,8 @@ class Userfaultfd:
             if not abandon and left_ranges:
                 start, end = left_ranges[0]
                 raise BusyError(
-                    f"a userfaultfd with memory registered ({start:#x} to {end:#x}) cannot be closed: who waits for a"
-                    " page would read zeros; unregister it first, or close(abandon=True)"
+                    f"a userfaultfd with memory registered ({start:#x} to {end:#x}) cannot be closed: threads that wait"
+                    " for a page would read zeros; unregister it first, or close(abandon=True)"
                 )
             forks = [event.uffd for event in self._buffered if isinstance(event, Fork)]
             if not abandon and forks:
@@ -579,7 +564,7 @@ class Userfaultfd:
         warnings.warn(f"{self!r} was left open with memory registered", ResourceWarning, stacklevel=1)
 
     def _use(self) -> _Use:
-        """The descriptor, which stays open inside the block whoever closes it."""
+        """The descriptor, which stays open inside the block, also when it is closed meanwhile."""
         return _Use(self)
 
     def _enter(self) -> int:
@@ -597,31 +582,7 @@ class Userfaultfd:
             fd, self._fd = self._fd, -1
             os.close(fd)
             os.close(self._closing_fd)
-            ADDRESSES.forget(self)
-
-    # ---- what is registered
-
-    def _note(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Adds a range; which parts of it were known before."""
-        known = [(max(low, start), min(high, end)) for low, high in self.registered if low < end and start < high]
-        if self._foreign:
-            with self._lock:
-                self._foreign_ranges.add(start, end)
-        else:
-            ADDRESSES.register(self, start, end)
-        return known
-
-    def _restore(self, start: int, end: int, known: list[tuple[int, int]]) -> None:
-        self._forget(start, end)
-        for low, high in known:
-            self._note(low, high)
-
-    def _forget(self, start: int, end: int) -> None:
-        if self._foreign:
-            with self._lock:
-                self._foreign_ranges.remove(start, end)
-        else:
-            ADDRESSES.unregister(self, start, end)
+            self._addresses.forget(self._owner)
 
 
 class _Use:
@@ -648,14 +609,5 @@ def _end(address: int, size_bytes: int) -> int:
     return address + size_bytes
 
 
-def _fill_mode(dont_wake: bool, write_protect: bool) -> int:
+def _mode(dont_wake: bool, write_protect: bool = False) -> int:
     return (int(lib.PC_UFFD_DONTWAKE) if dont_wake else 0) | (int(lib.PC_UFFD_FILL_WP) if write_protect else 0)
-
-
-def _result(result: int, done: Any, what: str) -> Result:
-    if result == 0:
-        return Result(int(done[0]), Outcome.DONE)
-    outcome = _OUTCOMES.get(-result)
-    if outcome is None:
-        raise CoreError(-result, what)
-    return Result(int(done[0]), outcome)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 
-from postcopy.net.channels import CallingLink, parse_address
+from postcopy.net import CallingLink, parse_address
 
 Start = Callable[..., Any]
 Hello = Callable[[str], socket.socket]

@@ -96,7 +96,7 @@ def test_what_does_not_belong_together(side: Start, salvages: dict[str, Any], tm
     refused("its manifest is damaged", other)
     (other / "manifest.json").write_text(json.dumps(manifest))
     os.truncate(other / "00.memory", MIB)
-    refused("not there, or of another size", other)
+    refused("the memory of block", other)
     shutil.copytree(salvages["source"], tmp_path / "another")
     (tmp_path / "another" / "00.map").write_bytes(b"\xff" * 20)
     refused("the map of block 0 is unusable", tmp_path / "another")

@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from postcopy._error_line import ErrorLine
 from postcopy._native import lib
 from postcopy.dataplane.histogram import Histogram
+from postcopy.errors import ErrorLine
 from postcopy.testbed.bench._worker import percentiles_us
 
 CALLS = 4000

@@ -20,7 +20,7 @@ import trio
 
 from postcopy._child import python
 from postcopy.errors import MigrationError, ResourceError
-from postcopy.machines.toy.rv64 import Rv64Machine
+from postcopy.machines.toy.machine import RV64, ToyMachine, ToyOptions
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS
 from postcopy.testbed._processes import open_child, parse, run_json
 from postcopy.testbed.bench import _contention as contention
@@ -299,8 +299,8 @@ async def measure_recovery_map(rounds: int) -> list[Figure]:
 
 
 async def _rv64_instructions_per_s(workload: str) -> float:
-    options = Rv64Machine.Options(memory_bytes=64 << 20, workload=workload, seed=1)
-    async with Rv64Machine.create(options) as machine:
+    options = ToyOptions(memory_bytes=64 << 20, workload=workload, seed=1)
+    async with ToyMachine.create(RV64, options) as machine:
         await machine.boot()
         await machine.run_until(50_000_000)  # its memory is there, its code decoded
         begin_s = time.perf_counter()

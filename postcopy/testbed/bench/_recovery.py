@@ -21,18 +21,25 @@ from postcopy.dataplane.pageserver import PageServer
 from postcopy.errors import MigrationError
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
-from postcopy.migration._session import MapCollector
+from postcopy.migration.maps import MapCollector
 from postcopy.testbed._processes import Child, open_child, parse
 from postcopy.testbed.chaos import ChaosPlan, open_chaos_proxy
-from postcopy.wire.protocol import (
+from postcopy.wire import (
     ID_BYTES,
     PAGE_MAP_PAGES,
+    Accept,
     Block,
+    Commit,
     DestinationProtocol,
     Offer,
+    PageMap,
+    Prepared,
+    Ready,
     ReceivedMap,
     Recover,
+    Running,
     SourceProtocol,
+    Switchover,
 )
 
 RUN_PAGES = 64
@@ -135,10 +142,10 @@ def _half(pages: int, seed: int) -> Bitmap:
 
 def _told(dest: DestinationProtocol, received: Bitmap) -> bytes:
     parts = [
-        dest.send_received_map(0, first_page, len(part), part.rle_encode())
+        dest.send(ReceivedMap(0, first_page, len(part), part.rle_encode()))
         for first_page, part in received.parts(PAGE_MAP_PAGES)
     ]
-    return b"".join([*parts, dest.send_recover(1, len(parts), received.crc32c())])
+    return b"".join([*parts, dest.send(Recover(1, len(parts), received.crc32c()))])
 
 
 def _heard(source: SourceProtocol, data: bytes, pages: int) -> Bitmap:
@@ -165,14 +172,14 @@ def _cut_off(size_bytes: int) -> tuple[SourceProtocol, DestinationProtocol]:
         while side.next_message() is not None:
             pass
 
-    hear(dest, source.send_offer(offer))
-    hear(source, dest.send_accept((4096,), 1, 1))
-    hear(source, dest.send_ready())
-    hear(dest, source.send_page_map(0, 0, 1, b""))
-    hear(dest, source.send_switchover(b"", 1))
-    hear(source, dest.send_prepared())
-    hear(dest, source.send_commit())
-    hear(source, dest.send_running(1))
+    hear(dest, source.send(offer))
+    hear(source, dest.send(Accept((4096,), 1, 1)))
+    hear(source, dest.send(Ready()))
+    hear(dest, source.send(PageMap(0, 0, 1, b"")))
+    hear(dest, source.send(Switchover(b"", 1)))
+    hear(source, dest.send(Prepared()))
+    hear(dest, source.send(Commit()))
+    hear(source, dest.send(Running(1)))
     for side in (source, dest):
         side.connection_lost("cut")
         side.reconnected()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from postcopy.net.channels import Address, parse_address
+from postcopy.net import Address, parse_address
 from postcopy.testbed.chaos._plan import ChaosPlan
 
 CHUNK_BYTES = 64 * 1024

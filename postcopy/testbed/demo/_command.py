@@ -17,7 +17,7 @@ from rich.console import Console
 
 from postcopy._blocking import run_sync
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, known_error
-from postcopy.machines.toy.kvm import explain_no_kvm
+from postcopy.machines.toy.machine import explain_no_kvm
 from postcopy.machines.toy.tap import format_ipv4, parse_ipv4, parse_net
 from postcopy.output import Output
 from postcopy.service import options
@@ -43,39 +43,24 @@ LAB_ADDRESS = "10.77.0.200"  # of the machine, beyond all hosts
 LAB_CUT_AT = 1 / 3  # of the memory is at the destination when the cable is cut
 
 
-_PLANS = ", ".join(KINDS)
+# fmt: off
 OPTIONS = (
-    Group(
-        (
-            replace(options.KIND, help="what to migrate (default: kvm, or rv64 where kvm cannot be used)"),
-            *options.MACHINE,
-        ),
-        "the machine",
-    ),
-    Group((options.BACKING, options.BUSY_POLL, options.PAGER, *options.SENDING), "the engine"),
-    Group(
-        (
-            replace(options.MIGRATE_AFTER, help="let the machine compute so long after it is ready (default 1)"),
-            replace(options.RUN_FOR, help=options.RUN_FOR.help.replace("until interrupted", "2")),
-            options.DUMP,
-            options.VERIFY,
-            Option(
-                "chaos",
-                f"a bad network between the two: {_PLANS}; or more exactly, as cut:every=0.1..0.5,down=0.2"
-                " (docs/chaos.md); --seed repeats it",
-                "PLAN",
-            ),
-            Option(
-                "lab",
-                "each side in a host of a laboratory of its own (docs/lab.md); the cable between them is cut in the"
-                " middle of postcopy, and healed",
-                flag="set",
-            ),
-            options.seconds("deadline", "give up after so long (default 300)"),
-        )
-    ),
+    Group("the machine",
+          replace(options.KIND, help="what to migrate (default: kvm, or rv64 where kvm cannot be used)"),
+          *options.MACHINE),
+    Group("the engine", options.BACKING, options.BUSY_POLL, options.PAGER, *options.SENDING),
+    Group("",
+          replace(options.MIGRATE_AFTER, help="let the machine compute so long after it is ready (default 1)"),
+          replace(options.RUN_FOR, help=options.RUN_FOR.help.replace("until interrupted", "2")),
+          options.DUMP, options.VERIFY,
+          Option("chaos", f"a bad network between the two: {', '.join(KINDS)}; or more exactly, as"
+                 " cut:every=0.1..0.5,down=0.2 (docs/chaos.md); --seed repeats it", "PLAN"),
+          options.flag("lab", "each side in a host of a laboratory of its own (docs/lab.md); the cable between them is"
+                       " cut in the middle of postcopy, and healed"),
+          options.seconds("deadline", "give up after so long (default 300)")),
     options.OUTPUT,
 )
+# fmt: on
 DEFAULTS: Json = {"migrate_after_s": 1.0, "run_for_s": 2.0, "deadline_s": 300.0}
 MACHINE_DEFAULTS: Json = {"memory_bytes": 256 << 20, "vcpus": 2, "workload": "random"}  # of one that runs
 
@@ -90,11 +75,10 @@ class DemoCommand:
         option."""
         values = self._values = DEFAULTS | given
         self._output = output
-        self._as_json = "json" in values
         self._lab = "lab" in values
-        self._kind = values.setdefault("kind", "") or _usable_machine()
-        values["kind"] = self._kind
-        image = self._kind == "image"
+        if "kind" not in values:
+            values["kind"] = _usable_machine()
+        image = self._image = values["kind"] == "image"
         if "release_ram" in values and image:
             raise ConfigurationError("--release-ram: an image is a file, which stays as it is; leave the option out")
         if not image:
@@ -150,7 +134,7 @@ class DemoCommand:
         values = self._values
         if values.get("workload") == "disk":
             values.setdefault("disk", os.path.join(directory, "disk.img"))
-        if self._kind == "image" and "image" not in values:
+        if self._image and "image" not in values:
             values["image"] = os.path.join(directory, "image.raw")
             await run_sync(_make_image, values["image"], self._image_bytes)
         if not self._lab:

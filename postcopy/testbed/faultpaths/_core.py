@@ -14,9 +14,8 @@ from typing import Any
 
 from msgspec import UNSET
 
-from postcopy._error_line import c_text
 from postcopy._native import ffi, lib
-from postcopy.errors import CoreError, check
+from postcopy.errors import CoreError, c_text, check
 from postcopy.testbed.faultpaths._model import (
     EVENT_THREADS,
     LOCK_CALLS,

@@ -219,7 +219,7 @@ async def _engines(memory: ForeignMemory, source: Memory, uffd: int) -> AsyncIte
     states = check(lib.pc_states_new(memory.pages), "making page states")
     try:
         async with Pager() as pager, PageServer() as server:
-            pager.add_block_with_states(memory, states)
+            pager.add_block(memory, states)
             shard = pager.adopt_shard(os.dup(uffd), int(_FEATURES))
             server.add_block(source, memory.page_bytes)
             yield pager, shard, server

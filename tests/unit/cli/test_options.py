@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from postcopy.cli import make_parser
-from postcopy.cli._parser import COMMANDS, load, values
+from postcopy.cli._parser import COMMANDS, options_of, values
 from postcopy.errors import ConfigurationError
 from postcopy.machines.kinds import MachineOptions
 from postcopy.migration.source import SourceOptions
@@ -70,7 +70,8 @@ TABLES = ("source", "dest", "daemon", "demo", "merge", "chaos")
 
 
 def table(command: str) -> tuple[Group, ...]:
-    groups: tuple[Group, ...] = load(command).OPTIONS
+    groups = options_of(command)
+    assert groups is not None
     return groups
 
 
@@ -106,13 +107,12 @@ def test_each_option_is_there_once(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "options_of"),
+    ("command", "option"),
     [(command, option) for command in TABLES for option in all_options(command) if not option.positional],
     ids=lambda value: value.name if isinstance(value, Option) else value,
 )
-def test_what_is_written_is_read(command: str, options_of: Option) -> None:
+def test_what_is_written_is_read(command: str, option: Option) -> None:
     """And written again, as the demo does for its two sides, it is read the same."""
-    option = options_of
     if option.flag:
         assert option.to_arguments(True) == [f"--{option.name}"]
         return
@@ -169,16 +169,17 @@ def test_requests_have_the_same_options(request_name: str, name: str) -> None:
     option = schema.COMMANDS[request_name].arguments[name]
     if option.flag:
         assert option.from_json(True) is True
-        for wrong in (1, "yes"):
+        for no_flag in (1, "yes"):
             with pytest.raises(ConfigurationError):
-                option.from_json(wrong)
+                option.from_json(no_flag)
         return
     text, _ = WRITTEN[name] if name != "machine" or request_name == "start" else ("vm1", "vm1")
     value = option.parse(text)
     assert option.from_json(text) == value
     if isinstance(value, int):
         assert option.from_json(value) == value
-    for wrong in (True, None, [], {}, "", "\0", 1.5e300):
+    bad: list[object] = [True, None, [], {}, "", "\0", 1.5e300]
+    for wrong in bad:
         with pytest.raises(ConfigurationError):
             option.from_json(wrong)
 

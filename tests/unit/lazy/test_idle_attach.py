@@ -13,8 +13,8 @@ import trio
 import postcopy
 from postcopy._fd import FdHolder
 from postcopy.lazy import Server
-from postcopy.migration._session import data_silence_s
-from postcopy.net.channels import keep_alive
+from postcopy.migration.connection import data_silence_s
+from postcopy.net import keep_alive
 
 HEARTBEAT_S = 0.5  # a busy host must not be taken for one that is silent, which is three of them
 HEARTBEATS = 10  # a reader that does not read was taken for a dead one after four

@@ -34,7 +34,7 @@ from postcopy.lazy import Server
 from postcopy.lazy._bridge import HEADER_BYTES, Bridge, plan_run
 from postcopy.lazy._memory import page_range
 from postcopy.memory import Memory, page_bytes_of
-from postcopy.net.channels import parse_address
+from postcopy.net import parse_address
 from postcopy.testbed.chaos import open_chaos_proxy
 
 PAGE = page_bytes_of("memfd")

@@ -12,8 +12,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from postcopy.net import channels as c
-from postcopy.wire import protocol as p
+from postcopy import net as c
+from postcopy import wire as p
 
 SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
 

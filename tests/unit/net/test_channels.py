@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from postcopy import net as c
+from postcopy import wire as p
 from postcopy._fd import FdHolder
 from postcopy.errors import ConfigurationError, PeerError, PostcopyError, ProtocolError, ResourceError
-from postcopy.net import channels as c
-from postcopy.wire import protocol as p
+from postcopy.net import calling, connecting
 
 SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
 
@@ -148,7 +149,7 @@ async def test_frames_right_behind_the_welcome_belong_to_the_core() -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(eager)
         hello = p.Hello("bulk", "source", 0, b"m" * 16, 0)
-        fd = c.detach((await c.connect(c.Address("127.0.0.1", port), hello))[0])
+        fd = connecting.detach((await c.connect(c.Address("127.0.0.1", port), hello))[0])
     assert os.read(fd.fd, 100) == b"FRAME"
     fd.close()
     await listener.aclose()
@@ -420,8 +421,8 @@ async def members(*hosts: str) -> AsyncIterator[tuple[list[c.Address], list[c.Re
         yield addresses, reconnectors
 
 
-def calling(route: c.Route) -> c.Reconnector:
-    return c._CallingReconnector(route, "dest", SESSION, p.PROTOCOL_VERSION)
+def a_caller(route: c.Route) -> c.Reconnector:
+    return calling.CallingReconnector(route, "dest", SESSION, p.PROTOCOL_VERSION)
 
 
 async def test_looked_for_at_a_new_address() -> None:
@@ -431,7 +432,7 @@ async def test_looked_for_at_a_new_address() -> None:
         dead = c.Address("127.0.0.1", closed.socket.getsockname()[1])
         await closed.aclose()
         route = c.Route(dead)
-        reconnector = calling(route)
+        reconnector = a_caller(route)
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
                 found: list[tuple[c.Link, c.Session]] = []
@@ -471,7 +472,7 @@ async def test_a_refusal_at_a_new_address_is_not_the_peers(caplog: pytest.LogCap
     """Anybody's listener knows nothing of us. Only the one that has known us can say that it does not any more."""
     async with members("127.0.0.1") as ([address], [there]), open_acceptor(host="127.0.0.2") as (_, stranger):
         route = c.Route(stranger)
-        reconnector = calling(route)
+        reconnector = a_caller(route)
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
                 found: list[c.Link] = []
@@ -607,7 +608,7 @@ async def test_held_while_it_connects(monkeypatch: pytest.MonkeyPatch) -> None:
                 streams.append(stream)
                 return stream, version
 
-            monkeypatch.setattr(c, "connect", slow)
+            monkeypatch.setattr(calling, "connect", slow)
             async with trio.open_nursery() as nursery:
 
                 async def recover() -> None:

@@ -11,10 +11,11 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from postcopy import net as c
+from postcopy import wire as p
 from postcopy.errors import PeerError, ProtocolError
-from postcopy.net import channels as c
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import Ended, EndedElsewhere
+from postcopy.net import listening
+from postcopy.wire import Ended, EndedElsewhere
 
 SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
 STRANGER = c.Session(b"m" * 16, b"u" * 16, 0)
@@ -109,7 +110,7 @@ async def test_without_the_token_nobody_comes_back(token: bytes, ended: str) -> 
             with pytest.raises(p.RefusedError, match="wrong token") as refused:
                 await c.connect(address, hello, token=token)
             assert not refused.value.proven
-            assert isinstance(member, c._ListeningReconnector)
+            assert isinstance(member, listening.ListeningReconnector)
             assert member.session == SESSION
             with trio.move_on_after(0.05) as scope:
                 await member.next_link()
@@ -280,7 +281,7 @@ def test_who_has_to_be_told(message: p.Message | None, handed: bool) -> None:
     source._state = p.State.OFFERED
     if handed:
         source._state = p.State.SWITCHOVER
-        source.send_switchover(b"", 1)
+        source.send(p.Switchover(b"", 1))
         if isinstance(message, p.Reject):
             return  # not any more
     if message is not None:

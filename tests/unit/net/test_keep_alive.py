@@ -13,10 +13,11 @@ from collections.abc import Iterator
 import pytest
 import trio
 
+from postcopy import net as c
+from postcopy import wire as p
 from postcopy._fd import FdHolder
 from postcopy.errors import ResourceError
-from postcopy.net import channels as c
-from postcopy.wire import protocol as p
+from postcopy.net import calling
 
 
 @pytest.fixture
@@ -55,7 +56,9 @@ async def test_no_descriptors_left() -> None:
     """It is this host that has none: the other one is not blamed for it, and one that is lost is looked for on."""
     [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
     address = c.Address("127.0.0.1", listener.socket.getsockname()[1])
-    member = c._CallingReconnector(c.Route(address), "dest", c.Session(b"m" * 16, b"t" * 16, 0), p.PROTOCOL_VERSION)
+    member = calling.CallingReconnector(
+        c.Route(address), "dest", c.Session(b"m" * 16, b"t" * 16, 0), p.PROTOCOL_VERSION
+    )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     held: list[int] = []
     try:

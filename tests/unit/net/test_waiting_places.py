@@ -12,9 +12,9 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from postcopy import net as c
+from postcopy import wire as p
 from postcopy.errors import PeerError, ProtocolError
-from postcopy.net import channels as c
-from postcopy.wire import protocol as p
 
 HELLO = p.Hello("control", "source", 0, b"", 0)
 OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, (p.Block("ram", 4096, 4096),), 1, 0)
@@ -76,7 +76,7 @@ async def test_who_offers_second_is_told(autojump_clock: MockClock) -> None:
         await wait_all_tasks_blocked()
         await second.send_all(p.encode(OFFER))
         source = p.SourceProtocol()
-        source.send_offer(OFFER)
+        source.send(OFFER)
         while source.state is p.State.OFFERED:
             source.receive_data(await second.receive_some())
             source.next_message()

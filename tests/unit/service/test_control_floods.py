@@ -10,10 +10,10 @@ import pytest
 import trio
 from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wait_all_tasks_blocked
 
+from postcopy import wire as p
 from postcopy.errors import PeerError
-from postcopy.migration._session import MESSAGES_PER_S, SEND_BYTES, STEP_TIMEOUT_S, Control
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import DestinationProtocol, SourceProtocol, State
+from postcopy.migration.connection import MESSAGES_PER_S, SEND_BYTES, STEP_TIMEOUT_S, Control
+from postcopy.wire import DestinationProtocol, SourceProtocol, State
 
 
 def control(state: State) -> tuple[Control[DestinationProtocol], trio.abc.SendStream]:
@@ -36,13 +36,13 @@ async def test_pings_without_end(mock_clock: MockClock) -> None:
         nursery.start_soon(peer.send_all, p.encode(p.Ping(1)) * (2 * MESSAGES_PER_S + 2))
         for _ in range(2):
             turns = 0
-            while side._heard <= MESSAGES_PER_S:
+            while side._received <= MESSAGES_PER_S:
                 await trio.lowlevel.checkpoint()
                 turns += 1
             assert turns >= MESSAGES_PER_S // 64
             await wait_all_tasks_blocked()
-            assert side._heard == MESSAGES_PER_S + 1
-            side._heard -= 1  # told from the next second's
+            assert side._received == MESSAGES_PER_S + 1
+            side._received -= 1  # told from the next second's
             mock_clock.jump(1)
             await trio.lowlevel.checkpoint()
         nursery.cancel_scope.cancel()

@@ -11,8 +11,8 @@ import pytest
 
 from postcopy.errors import ConfigurationError
 from postcopy.machines import BlockLayout, Machine
-from postcopy.migration._session import UNDECIDED
 from postcopy.migration.destination import DestinationMigration
+from postcopy.migration.engine import UNDECIDED
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.output import Output
 from postcopy.service.config import ArrivalOptions, DaemonConfig
@@ -20,7 +20,7 @@ from postcopy.service.control import ControlHandler, find
 from postcopy.service.daemon import MAX_LEFT, MAX_MACHINES, Daemon
 from postcopy.service.schema import ControlError, Request
 from postcopy.service.service import Phase
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 
 
 def _daemon(limit: int = 0) -> Daemon:
@@ -99,7 +99,7 @@ def test_names_that_a_peer_may_not_give(name: object) -> None:
     daemon = _daemon()
     owned = daemon._add("arriving", Phase.ARRIVING)
     with pytest.raises(ConfigurationError, match="name"):
-        daemon.make_arriving(owned, "rv64", {"name": name}, [BlockLayout("x", 4096, 4096)], "memfd")
+        daemon.make_arriving(owned, "rv64", {"name": name}, [BlockLayout("x", 4096, 4096)])
     assert owned.name == "arriving"
 
 

@@ -25,12 +25,12 @@ from postcopy.dataplane.pager import Pager
 from postcopy.errors import MigrationError, PeerError, PostcopyError
 from postcopy.machines import Machine
 from postcopy.machines.kinds import MachineOptions
-from postcopy.machines.toy.rv64 import Rv64Machine
+from postcopy.machines.toy.machine import ToyMachine
 from postcopy.memory import _admission
 from postcopy.memory._admission import PROMISES, Room
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net.channels import Acceptor, Address, CallingLink
+from postcopy.net import Acceptor, Address, CallingLink
 from postcopy.output import Output
 from postcopy.service import daemon as daemon_module
 from postcopy.service import service as service_module
@@ -40,7 +40,7 @@ from postcopy.service.control import ControlHandler, process_status
 from postcopy.service.daemon import MAX_INCOMING, Daemon
 from postcopy.service.schema import ControlError, Request, parse_arguments
 from postcopy.service.service import Phase
-from postcopy.wire.protocol import Block, Offer, SourceProtocol, State
+from postcopy.wire import Block, Offer, SourceProtocol, State
 
 DEADLINE_S = 40.0
 MIB = 1 << 20
@@ -140,7 +140,7 @@ def offer(name: str, migration: bytes | None = None, token: bytes | None = None,
 async def offered(address: Address, what: Offer) -> CallingLink:
     link = await CallingLink.open(address, "source")
     OPEN.append(link)
-    await link.control.send_all(SourceProtocol(link.version).send_offer(what))
+    await link.control.send_all(SourceProtocol(link.version).send(what))
     return link
 
 
@@ -172,9 +172,9 @@ async def test_the_only_machine_that_can_be_reclaimed_needs_no_name() -> None:
 
 async def test_a_machine_that_is_being_ended_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
     closing, closed, closes = trio.Event(), trio.Event(), 0
-    close = Rv64Machine.close
+    close = ToyMachine.close
 
-    async def slowly(self: Rv64Machine, *arguments: Any) -> None:
+    async def slowly(self: ToyMachine, *arguments: Any) -> None:
         nonlocal closes
         closes += 1
         closing.set()
@@ -183,7 +183,7 @@ async def test_a_machine_that_is_being_ended_is_nobody_elses(monkeypatch: pytest
 
     async with running() as there:
         await there.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
-        monkeypatch.setattr(Rv64Machine, "close", slowly)
+        monkeypatch.setattr(ToyMachine, "close", slowly)
         async with trio.open_nursery() as nursery:
             for _ in range(2):
                 nursery.start_soon(partial(there.ask, "end", machine="two"))
@@ -222,8 +222,8 @@ async def test_mistake_of_an_arrivals_engine(
             if where == "close":
                 raise mistake
 
-        async def release(self) -> Machine:
-            machine = await super().release()
+        async def hand_over(self) -> Machine:
+            machine = await super().hand_over()
             if where == "release":
                 raise mistake
             return machine
@@ -404,7 +404,7 @@ async def test_memory_is_promised_once(monkeypatch: pytest.MonkeyPatch) -> None:
         answers: list[str] = []
         for link in links:
             protocol = SourceProtocol(link.version)
-            protocol.send_offer(offer("x"))
+            protocol.send(offer("x"))
             while protocol.state is State.OFFERED:
                 data = await link.control.receive_some(65536)
                 if not data:
@@ -441,21 +441,6 @@ async def test_descriptors_are_there_before_a_machine_is_let_in() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
         await there.until(lambda: len(there.daemon.machines) == 1)
         await there.ask("start", machine="rv64", memory=16 * MIB)
-
-
-@pytest.fixture
-def no_more_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    limit: list[str] = []
-    start = threading.Thread.start
-
-    def refuse(thread: threading.Thread) -> None:
-        if limit:
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    yield limit
-    limit.clear()
 
 
 async def test_no_threads_for_an_arrival(no_more_threads: list[str]) -> None:
@@ -571,7 +556,7 @@ async def test_load_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, end: st
     async def load_state(self: Machine, state: bytes) -> None:
         await run_sync(hang, abandon_on_cancel=True)
 
-    monkeypatch.setattr(Rv64Machine, "load_state", load_state)
+    monkeypatch.setattr(ToyMachine, "load_state", load_state)
     try:
         async with running() as there, running(with_machine=False) as here:
             await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)

@@ -19,19 +19,19 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from postcopy import __version__
 from postcopy.dataplane.histogram import Histogram
-from postcopy.dataplane.pageserver import PageServerStatistics
 from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.machines import Activity, Machine, MachineState, MachineStatistics, VcpuStatistics
-from postcopy.migration._session import Recoveries
 from postcopy.migration.destination import DestinationMigration
-from postcopy.migration.figures import Figures
+from postcopy.migration.engine import STATUS
 from postcopy.migration.source import SourceMigration
-from postcopy.net.channels import Address
+from postcopy.migration.statistics import Recoveries, Statistics, figures
+from postcopy.net import Address
 from postcopy.service import http as http_module
 from postcopy.service import metrics as metrics_module
 from postcopy.service.http import HttpServer, parse_metrics_address
 from postcopy.service.metrics import CONTENT_TYPE, STATUSES, Metrics, MetricsFile, check_file, write_file
 from postcopy.service.notify import Notifier
+from postcopy.wire import State
 
 MIB = 1 << 20
 
@@ -49,12 +49,10 @@ def _source(machine: Mock) -> Mock:
     job = Mock(spec=SourceMigration)
     job.machine = machine
     job.status = "postcopy-active"
-    job.downtime_ns, job.total_ns = 12_000_000, 0
     job.recoveries = Recoveries()
-    job.figures = None
-    job.statistics.return_value = PageServerStatistics(
-        total_pages=100, sent_pages=60, demand_pages=10, background_pages=50, zero_pages=40, requests=11,
-        repeated_requests=1, bytes_sent=4096, bytes_received=96, released_bytes=8192,
+    job.statistics.return_value = Statistics(
+        downtime_ns=12_000_000, total_ns=0, total_bytes=64 * MIB, transferred_bytes=4192, page_bytes=4096,
+        demand_pages=10, background_pages=50, zero_pages=40, requests=11, released_bytes=8192,
     )  # fmt: skip
     return job
 
@@ -63,12 +61,12 @@ def _dest(machine: Mock) -> Mock:
     job = Mock(spec=DestinationMigration)
     job.machine = machine
     job.status = "completed"
-    job.downtime_ns, job.total_ns = 12_000_000, 3_000_000_000
     job.recoveries = Recoveries(2, 5, 9, 500_000_000)
     job.latency = Histogram()
     for ns in (1000, 20_000, 70_000, 70_000, 2_000_000_000):
         job.latency.add(ns)
-    job.figures.return_value = Figures(
+    job.statistics.return_value = Statistics(
+        downtime_ns=12_000_000, total_ns=3_000_000_000,
         total_bytes=64 * MIB, resident_bytes=63 * MIB, transferred_bytes=9000, page_bytes=4096, demand_pages=5,
         background_pages=7, zero_pages=11, duplicate_pages=1, requests=6, pending_faults=3,
         blocktime_ns=(1, 2_000_000_000),
@@ -344,15 +342,14 @@ class TestNotify:
 
 
 def test_every_status_has_a_series() -> None:
-    from postcopy.migration._session import status_of
-    from postcopy.wire.protocol import State
+    words = {STATUS.get(state, state.value) for state in State} - {State.ABORTED.value}
+    assert words | {"connecting", "postcopy-failed", "failed", "cancelled"} == set(STATUSES)
 
-    flags = (False, True)
-    words = {
-        status_of(state, interrupted=one, connecting=two, hopeless=three)
-        for state in State
-        for one in flags
-        for two in flags
-        for three in flags
-    }
-    assert words == set(STATUSES)
+
+def test_every_number_is_documented() -> None:
+    docs = Path(__file__).parents[3] / "docs"
+    results, operating = (docs / "results.md").read_text(), (docs / "operating.md").read_text()
+    for figure in (*figures(Statistics), *figures(Recoveries)):
+        assert f"`{figure.key}`" in results, figure.key
+        metric = f"postcopy_migration_{figure.metric}{'_total' * figure.counter}"
+        assert not figure.metric or f"`{metric}" in operating, metric

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 import trio
 
-from postcopy.net.channels import Address
+from postcopy.net import Address
 from postcopy.service import http as http_module
 from postcopy.service.http import MAX_CONNECTIONS, HttpServer
 
@@ -66,7 +66,7 @@ async def test_client_that_does_not_read_a_long_page(monkeypatch: pytest.MonkeyP
     ):
         await stream.send_all(REQUEST)
         await stream.receive_some(1)
-        while server._waiting:  # noqa: ASYNC110 -- not read from: it is hung up on in the middle of the page
+        while server._waiting:  # noqa: ASYNC110 -- not read from: it is disconnected in the middle of the page
             await trio.sleep(0.01)
         count = 0
         with pytest.raises(trio.BrokenResourceError):  # noqa: PT012

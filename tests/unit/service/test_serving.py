@@ -21,7 +21,7 @@ from postcopy.service import service as service_module
 from postcopy.service.config import SourceConfig
 from postcopy.service.service import Owned, Phase
 from postcopy.service.source import Source
-from postcopy.wire.protocol import State
+from postcopy.wire import State
 
 
 class Engine:

@@ -14,7 +14,7 @@ import trio
 from trio.testing import MockClock
 
 from postcopy.errors import ConfigurationError
-from postcopy.net.channels import Address
+from postcopy.net import Address
 from postcopy.testbed.chaos import ChaosPlan, ChaosProxy, open_chaos_proxy
 
 

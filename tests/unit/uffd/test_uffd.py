@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import errno
+import subprocess
 from typing import Any
 
 import pytest
 
-from postcopy import uffd
+from postcopy._child import python
 from postcopy.errors import CoreError, ResourceError
-from postcopy.uffd import How, UffdApi, UffdFeature, explain_unavailable, parse_how, probe
+from postcopy.uffd import How, UffdApi, UffdFeature, _probe, explain_unavailable, parse_how, probe
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, results: dict[int, int], how: int = 0, features: int = 0) -> None:
@@ -20,7 +21,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, results: dict[int, int], how: int = 
             api.how, api.features, api.ioctls = how, features, 7
             return results[wanted]
 
-    monkeypatch.setattr(uffd, "lib", Lib)
+    monkeypatch.setattr(_probe, "lib", Lib)
 
 
 def test_the_real_thing_answers_or_explains() -> None:
@@ -85,3 +86,10 @@ def test_parse_how() -> None:
     assert [parse_how(word) for word in ("any", "device", "syscall", "user-only", How.DEVICE)] == [0, 1, 2, 3, 1]
     with pytest.raises(ValueError, match="unknown way"):
         parse_how("magic")
+
+
+def test_it_is_usable_without_the_engine() -> None:
+    program = "import sys, postcopy.uffd; print(*(name for name in sys.modules if name.startswith('postcopy.')))"
+    result = subprocess.run(python("-c", program), capture_output=True, text=True, check=True)
+    above = {name.split(".")[1] for name in result.stdout.split()} - {"_native", "errors", "uffd"}
+    assert not above

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from postcopy import wire as p
 from postcopy._native import lib
 from postcopy.errors import PeerError, ProtocolError
 from postcopy.memory.bitmap import Bitmap
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import DestinationProtocol, SourceProtocol, State
+from postcopy.wire import DestinationProtocol, SourceProtocol, State, messages
 
 BLOCKS = (p.Block("shared", 1 << 20, 4096), p.Block("vcpu0", 1 << 21, 4096))
 OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {"vcpus": 1, "nested": {"list": [1, 2]}}, BLOCKS, 1, 200)
@@ -71,19 +71,19 @@ def conversation() -> list[tuple[str, bytes, SourceProtocol, DestinationProtocol
     """Every message of a migration that goes well, as (sender, bytes), with both sides as they are at the end."""
     source, dest = SourceProtocol(), DestinationProtocol()
     steps: list[tuple[str, Callable[[], bytes]]] = [
-        ("source", lambda: source.send_offer(OFFER)),
-        ("dest", lambda: dest.send_accept((4096, 4096), 2, 1)),
-        ("source", lambda: source.send_ping(9)),
-        ("dest", lambda: dest.send_ready()),
-        ("source", lambda: source.send_page_map(0, 0, 256, b"\x01")),
-        ("source", lambda: source.send_page_map(1, 0, 512, b"\x01")),
-        ("source", lambda: source.send_switchover(b"state", 2)),
-        ("dest", lambda: dest.send_prepared()),
-        ("source", lambda: source.send_commit()),
-        ("dest", lambda: dest.send_running(100)),
-        ("dest", lambda: dest.send_placed(1, 64, 100, b"\x01\x02")),
-        ("dest", lambda: dest.send_complete({})),
-        ("source", lambda: source.send_complete_ack({})),
+        ("source", lambda: source.send(OFFER)),
+        ("dest", lambda: dest.send(p.Accept((4096, 4096), 2, 1))),
+        ("source", lambda: source.send(p.Ping(9))),
+        ("dest", lambda: dest.send(p.Ready())),
+        ("source", lambda: source.send(p.PageMap(0, 0, 256, b"\x01"))),
+        ("source", lambda: source.send(p.PageMap(1, 0, 512, b"\x01"))),
+        ("source", lambda: source.send(p.Switchover(b"state", 2))),
+        ("dest", lambda: dest.send(p.Prepared())),
+        ("source", lambda: source.send(p.Commit())),
+        ("dest", lambda: dest.send(p.Running(100))),
+        ("dest", lambda: dest.send(p.Placed(1, 64, 100, b"\x01\x02"))),
+        ("dest", lambda: dest.send(p.Complete({}))),
+        ("source", lambda: source.send(p.CompleteAck({}))),
     ]
     said = []
     for sender, send in steps:
@@ -104,7 +104,7 @@ class TestMessages:
         assert p.decode(data[8:]) == message
 
     def test_every_message_is_tried_here(self) -> None:
-        assert {message.TYPE for message in MESSAGES} == set(p._MESSAGES)
+        assert {message.TYPE for message in MESSAGES} == set(messages.MESSAGES)
 
     @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.TYPE)
     def test_each_field_is_needed_and_typed(self, message: p.Message) -> None:
@@ -203,7 +203,7 @@ class TestMessages:
     def test_too_much_to_send(self) -> None:
         source = SourceProtocol()
         with pytest.raises(ProtocolError, match="more than it may have"):
-            source.send_offer(p.Offer(b"m" * 16, b"t" * 16, "kvm", {"x": b"x" * 65536}, BLOCKS, 1, 0))
+            source.send(p.Offer(b"m" * 16, b"t" * 16, "kvm", {"x": b"x" * 65536}, BLOCKS, 1, 0))
         assert source.state is State.SETUP
 
 
@@ -343,7 +343,7 @@ class TestStates:
         source = SourceProtocol()
         source._state = State.PREPARED
         assert source.may_run
-        source.send_commit()
+        source.send(p.Commit())
         assert not source.may_run
         assert source.connection_lost("cable") is State.PAUSED
         assert not source.may_run
@@ -354,7 +354,7 @@ class TestStates:
         dest._state = State.PREPARED
         assert not dest.may_abort
         with pytest.raises(ProtocolError, match="abort must not be sent by the destination in state prepared"):
-            dest.send_abort("changed my mind")
+            dest.send(p.Abort("changed my mind"))
         assert dest.connection_lost("gone") is State.IN_DOUBT
         assert not dest.may_run
         assert dest.recoverable
@@ -367,10 +367,10 @@ class TestStates:
             dest.connection_lost(f"cut {attempt}")
             assert dest.state is State.IN_DOUBT
             dest.reconnected()
-            dest.send_received_map(0, 0, 256, b"")
+            dest.send(p.ReceivedMap(0, 0, 256, b""))
             assert not dest.may_run
             if attempt:
-                dest.send_recover(0, 1, 0)
+                dest.send(p.Recover(0, 1, 0))
                 assert not dest.may_run
         if decided:
             dest.receive_data(p.encode(p.Recovered()))
@@ -389,14 +389,14 @@ class TestStates:
     def test_recovery_of_a_machine_that_runs(self) -> None:
         source, dest = SourceProtocol(), DestinationProtocol()
         source._state = dest._state = State.COMMITTED
-        dest.send_running(7)  # which is lost
+        dest.send(p.Running(7))  # which is lost
         for side in (source, dest):
             assert side.connection_lost("cut") is State.PAUSED
             side.receive_data(b"what the old connection still held")
             side.reconnected()
-        source.receive_data(dest.send_received_map(0, 0, 256, b"") + dest.send_recover(7, 1, 99))
+        source.receive_data(dest.send(p.ReceivedMap(0, 0, 256, b"")) + dest.send(p.Recover(7, 1, 99)))
         assert drain(source) == [p.ReceivedMap(0, 0, 256, b""), p.Recover(7, 1, 99)]
-        dest.receive_data(source.send_recovered())
+        dest.receive_data(source.send(p.Recovered()))
         assert drain(dest) == [p.Recovered()]
         assert source.state is dest.state is State.POSTCOPY
         assert not source.may_run
@@ -405,16 +405,16 @@ class TestStates:
     def test_placed_is_for_those_who_asked(self) -> None:
         for wanted in (0, 200):
             source, dest = SourceProtocol(), DestinationProtocol()
-            dest.receive_data(source.send_offer(replace(OFFER, placed_every_ms=wanted)))
+            dest.receive_data(source.send(replace(OFFER, placed_every_ms=wanted)))
             drain(dest)
             source._state = dest._state = State.POSTCOPY
             if wanted:
-                source.receive_data(dest.send_placed(0, 0, 256, b"\x01"))
+                source.receive_data(dest.send(p.Placed(0, 0, 256, b"\x01")))
                 assert drain(source) == [p.Placed(0, 0, 256, b"\x01")]
                 assert source.state is dest.state is State.POSTCOPY
                 continue
             with pytest.raises(ProtocolError, match=r"placed must not be sent .*the offer did not ask for it"):
-                dest.send_placed(0, 0, 256, b"\x01")
+                dest.send(p.Placed(0, 0, 256, b"\x01"))
             source.receive_data(p.encode(p.Placed(0, 0, 256, b"\x01")))
             with pytest.raises(ProtocolError, match=r"placed must not be received .*the offer did not ask for it"):
                 drain(source)
@@ -430,13 +430,13 @@ class TestStates:
     def test_complete_that_the_source_never_heard_of(self) -> None:
         dest = DestinationProtocol()
         dest._state = State.POSTCOPY
-        dest.send_complete({})
+        dest.send(p.Complete({}))
         assert dest.connection_lost("cut") is State.PAUSED
         assert dest.give_up("nobody there") is State.COMPLETED
 
     def test_messages_before_an_error_are_not_lost(self) -> None:
         source = SourceProtocol()
-        source.send_offer(OFFER)
+        source.send(OFFER)
         source.receive_data(p.encode(p.Accept((4096,), 1, 1)) + framed(b"\xc1") + p.encode(p.Ready()))
         source.receive_eof()
         assert isinstance(source.next_message(), p.Accept)
@@ -499,7 +499,7 @@ class TestStates:
 
 def act(side: SourceProtocol | DestinationProtocol, data: bytes) -> bytes:
     """Makes `side` send the very message in `data`."""
-    return side._send(p.decode(data[8:]))
+    return side.send(p.decode(data[8:]))
 
 
 def replay(

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import DestinationProtocol, Ended, SourceProtocol, State
+from postcopy import wire as p
+from postcopy.wire import DestinationProtocol, Ended, SourceProtocol, State, codec
 
 OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, (p.Block("ram", 4096, 4096),), 0, 0)
 FINAL = frozenset({State.COMPLETED, State.ABORTED, State.RECLAIMED})
@@ -80,7 +80,7 @@ def other(name: str) -> str:
 def on(world: World, name: str, act: Callable[[Any], object]) -> World:
     """The world after one side has done something; what that returns is sent, where it is bytes."""
     side = copy.copy(world.side(name))
-    side._buffer = p._MessageBuffer()
+    side._buffer = codec.MessageBuffer()
     data = act(side)
     world = replace(world, source=side) if isinstance(side, SourceProtocol) else replace(world, dest=side)
     if isinstance(data, bytes) and not world.cut:
@@ -99,19 +99,19 @@ def with_queue(world: World, name: str, queue: tuple[bytes, ...]) -> World:
 
 SAYS: dict[str, dict[State, list[Callable[[Any], bytes]]]] = {
     "source": {
-        State.SETUP: [lambda side: side.send_offer(OFFER)],
-        State.READY: [lambda side: side.send_page_map(0, 0, 1, b"\x01")],
-        State.SWITCHOVER: [lambda side: side.send_switchover(b"", 1)],
-        State.PREPARED: [lambda side: side.send_commit()],
-        State.RECOVERING: [lambda side: side.send_recovered()],
-        State.CLOSING: [lambda side: side.send_complete_ack({})],
+        State.SETUP: [lambda side: side.send(OFFER)],
+        State.READY: [lambda side: side.send(p.PageMap(0, 0, 1, b"\x01"))],
+        State.SWITCHOVER: [lambda side: side.send(p.Switchover(b"", 1))],
+        State.PREPARED: [lambda side: side.send(p.Commit())],
+        State.RECOVERING: [lambda side: side.send(p.Recovered())],
+        State.CLOSING: [lambda side: side.send(p.CompleteAck({}))],
     },
     "dest": {
-        State.OFFERED: [lambda side: side.send_accept((4096,), 1, 0), lambda side: side.send_reject("no")],
-        State.CHANNELS: [lambda side: side.send_ready()],
-        State.HANDED: [lambda side: side.send_prepared()],
-        State.COMMITTED: [lambda side: side.send_running(1)],
-        State.POSTCOPY: [lambda side: side.send_complete({})],
+        State.OFFERED: [lambda side: side.send(p.Accept((4096,), 1, 0)), lambda side: side.send(p.Reject("no"))],
+        State.CHANNELS: [lambda side: side.send(p.Ready())],
+        State.HANDED: [lambda side: side.send(p.Prepared())],
+        State.COMMITTED: [lambda side: side.send(p.Running(1))],
+        State.POSTCOPY: [lambda side: side.send(p.Complete({}))],
     },
 }
 
@@ -126,11 +126,11 @@ def steps(world: World, caller: str, lies: bool) -> Iterator[tuple[str, World]]:
             yield "says", on(world, name, say)
         if name == "dest" and side.state is State.RECOVER:
             if not world.told:
-                yield "says", replace(on(world, name, lambda side: side.send_received_map(0, 0, 1, b"")), told=True)
+                yield "says", replace(on(world, name, lambda side: side.send(p.ReceivedMap(0, 0, 1, b""))), told=True)
             else:
-                yield "says", on(world, name, lambda side: side.send_recover(int(side._machine_runs), 1, 0))
+                yield "says", on(world, name, lambda side: side.send(p.Recover(int(side._machine_runs), 1, 0)))
         if side.may_abort:
-            yield "aborts", on(world, name, lambda side: side.send_abort("no"))
+            yield "aborts", on(world, name, lambda side: side.send(p.Abort("no")))
         if queue := queue_to(world, name):
             yield "hears", with_queue(on(world, name, partial(hear, queue[0])), name, queue[1:])
         elif world.cut and not side.ended:

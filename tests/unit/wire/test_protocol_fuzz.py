@@ -11,10 +11,10 @@ import msgpack
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from postcopy import wire as p
 from postcopy._native import lib
 from postcopy.errors import PeerError, ProtocolError
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import DestinationProtocol, SourceProtocol, State
+from postcopy.wire import DestinationProtocol, SourceProtocol, State, codec
 
 HELLO = p.Hello("control", "dest", 0, b"m" * 16, 1)
 BLOCKS = (p.Block("shared", 1 << 20, 4096), p.Block("vcpu0", 1 << 21, 4096))
@@ -118,7 +118,7 @@ def test_the_measure_agrees_with_the_reader(packed: bytes) -> None:
     need."""
     measured = ""
     try:
-        p._check_shape(packed)
+        codec.check_shape(packed)
     except ProtocolError as error:
         measured = str(error)
     try:

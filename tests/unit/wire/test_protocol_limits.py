@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import msgpack
 import pytest
 
+from postcopy import wire as p
 from postcopy._native import lib
 from postcopy.errors import ProtocolError
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import DestinationProtocol, SourceProtocol, State
+from postcopy.wire import DestinationProtocol, SourceProtocol, State, messages
 
 BLOCKS = (p.Block("ram", 1 << 20, 4096),)
 OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, BLOCKS, 1, 0)
@@ -114,7 +114,7 @@ def test_long_messages_need_a_state(
 ) -> None:
     """What is longer than anything that may come now is refused with its first bytes."""
     protocol = in_state(side, state)
-    allowed = max([p._MESSAGES[kind].MAX_BYTES for kind in side._RECEIVES.get(state, {})], default=0)
+    allowed = max([messages.MESSAGES[kind].MAX_BYTES for kind in side._RECEIVES.get(state, {})], default=0)
     protocol.receive_data(length.to_bytes(4, "big") + b"\x00\x00\x00")
     if protocol.ended or length <= allowed:
         assert protocol.next_message() is None
@@ -129,7 +129,7 @@ def test_before_an_offer_is_accepted_only_small_messages() -> None:
     for state in (State.SETUP, State.OFFERED, State.CHANNELS):
         for side in (SourceProtocol, DestinationProtocol):
             kinds = {*side._RECEIVES.get(state, {}), "ping", "pong"}
-            assert max(p._MESSAGES[kind].MAX_BYTES for kind in kinds) <= 64 * 1024
+            assert max(messages.MESSAGES[kind].MAX_BYTES for kind in kinds) <= 64 * 1024
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_each_type_has_its_length(
     side: type[SourceProtocol] | type[DestinationProtocol], state: State, body: dict[str, object]
 ) -> None:
     """Where a long type may come, its name has to come first: another one is refused long before it is complete."""
-    length = max(p._MESSAGES[kind].MAX_BYTES for kind in side._RECEIVES[state])
+    length = max(messages.MESSAGES[kind].MAX_BYTES for kind in side._RECEIVES[state])
     data = framed(msgpack.packb({**body, "more": b"x" * (length - 300)}))
     assert taken(in_state(side, state), data) <= 65536
 

@@ -10,10 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from postcopy import wire as p
 from postcopy.errors import ProtocolError
 from postcopy.memory.bitmap import Bitmap
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import DestinationProtocol, SourceProtocol, State
+from postcopy.wire import DestinationProtocol, SourceProtocol, State
 
 BLOCKS = (p.Block("ram", 1 << 20, 4096),)
 PAGES = 256
@@ -67,7 +67,7 @@ class TwoHosts(RuleBasedStateMachine):
         except ProtocolError as error:
             # Only a stranger's bytes get here (see `inject`); the engine then gives up, as below.
             if side.may_abort:
-                self.send("dest" if name == "source" else "source", side.send_abort(str(error)))
+                self.send("dest" if name == "source" else "source", side.send(p.Abort(str(error))))
             side.connection_lost(str(error))
 
     def take(self, message: p.Message) -> None:
@@ -91,44 +91,44 @@ class TwoHosts(RuleBasedStateMachine):
     @precondition(lambda self: self.source.state is State.SETUP)
     @rule()
     def offer(self) -> None:
-        self.send("dest", self.source.send_offer(p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, BLOCKS, 1, 200 * self.frees)))
+        self.send("dest", self.source.send(p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, BLOCKS, 1, 200 * self.frees)))
 
     @precondition(lambda self: self.dest.state is State.OFFERED)
     @rule(yes=st.integers(0, 9))
     def answer(self, yes: int) -> None:
-        self.send("source", self.dest.send_accept((4096,), 1, 1) if yes else self.dest.send_reject("no room"))
+        self.send("source", self.dest.send(p.Accept((4096,), 1, 1)) if yes else self.dest.send(p.Reject("no room")))
 
     @precondition(lambda self: self.dest.state is State.CHANNELS)
     @rule()
     def ready(self) -> None:
-        self.send("source", self.dest.send_ready())
+        self.send("source", self.dest.send(p.Ready()))
 
     @precondition(lambda self: self.source.state in (State.READY, State.SWITCHOVER))
     @rule()
     def page_map(self) -> None:
-        self.send("dest", self.source.send_page_map(0, 0, 256, b"\x01"))
+        self.send("dest", self.source.send(p.PageMap(0, 0, 256, b"\x01")))
 
     @precondition(lambda self: self.source.state is State.SWITCHOVER)
     @rule()
     def switchover(self) -> None:
-        self.send("dest", self.source.send_switchover(b"", 1))
+        self.send("dest", self.source.send(p.Switchover(b"", 1)))
 
     @precondition(lambda self: self.dest.state is State.HANDED)
     @rule()
     def prepared(self) -> None:
-        self.send("source", self.dest.send_prepared())
+        self.send("source", self.dest.send(p.Prepared()))
 
     @precondition(lambda self: self.source.state is State.PREPARED)
     @rule()
     def commit(self) -> None:
-        data = self.source.send_commit()
+        data = self.source.send(p.Commit())
         self.source_decided = True
         self.send("dest", data)
 
     @precondition(lambda self: self.dest.state is State.COMMITTED)
     @rule()
     def running(self) -> None:
-        self.send("source", self.dest.send_running(1))
+        self.send("source", self.dest.send(p.Running(1)))
 
     @precondition(lambda self: self.dest.may_run)
     @rule(page=st.integers(0, PAGES - 1), count=st.integers(1, 20))
@@ -139,14 +139,14 @@ class TwoHosts(RuleBasedStateMachine):
     @rule()
     def placed(self) -> None:
         news = self.arrived.without(self.told)
-        self.send("source", self.dest.send_placed(0, 0, PAGES, news.rle_encode()))
+        self.send("source", self.dest.send(p.Placed(0, 0, PAGES, news.rle_encode())))
         self.told = self.arrived.copy()
 
     @precondition(lambda self: self.dest.state is State.POSTCOPY and not self.frees)
     @rule()
     def placed_that_nobody_wants(self) -> None:
         try:
-            self.dest.send_placed(0, 0, PAGES, b"\x01")
+            self.dest.send(p.Placed(0, 0, PAGES, b"\x01"))
         except ProtocolError:
             return
         raise AssertionError("it must not be sent")
@@ -154,37 +154,37 @@ class TwoHosts(RuleBasedStateMachine):
     @precondition(lambda self: self.dest.state is State.POSTCOPY)
     @rule()
     def complete(self) -> None:
-        self.send("source", self.dest.send_complete({}))
+        self.send("source", self.dest.send(p.Complete({})))
 
     @precondition(lambda self: self.dest.state is State.RECOVER)
     @rule(last=st.booleans())
     def tell_what_is_here(self, last: bool) -> None:
-        self.send("source", self.dest.send_received_map(0, 0, PAGES, self.arrived.rle_encode()))
+        self.send("source", self.dest.send(p.ReceivedMap(0, 0, PAGES, self.arrived.rle_encode())))
         self.told = self.arrived.copy()
         if last:
-            self.send("source", self.dest.send_recover(1 if self.dest_runs() else 0, 1, 0))
+            self.send("source", self.dest.send(p.Recover(1 if self.dest_runs() else 0, 1, 0)))
 
     @precondition(lambda self: self.source.state is State.RECOVERING)
     @rule()
     def take_it_back(self) -> None:
-        self.send("dest", self.source.send_recovered())
+        self.send("dest", self.source.send(p.Recovered()))
 
     @precondition(lambda self: self.source.state is State.CLOSING)
     @rule()
     def acknowledge(self) -> None:
-        self.send("dest", self.source.send_complete_ack({}))
+        self.send("dest", self.source.send(p.CompleteAck({})))
 
     @rule(name=st.sampled_from(["source", "dest"]), chance=st.integers(0, 4))
     def abort(self, name: str, chance: int) -> None:
         side = self.side(name)
         if side.may_abort and not chance:
-            self.send("dest" if name == "source" else "source", side.send_abort("interrupted"))
+            self.send("dest" if name == "source" else "source", side.send(p.Abort("interrupted")))
 
     @rule(name=st.sampled_from(["source", "dest"]))
     def ping(self, name: str) -> None:
         side = self.side(name)
         if not side.ended:
-            self.send("dest" if name == "source" else "source", side.send_ping(1))
+            self.send("dest" if name == "source" else "source", side.send(p.Ping(1)))
 
     @rule(name=st.sampled_from(["source", "dest"]), chance=st.integers(0, 9))
     def kill(self, name: str, chance: int) -> None:

@@ -16,11 +16,11 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from postcopy import net as c
+from postcopy import wire as p
 from postcopy._native import lib
 from postcopy.errors import PeerError, ProtocolError
-from postcopy.net import channels as c
-from postcopy.wire import protocol as p
-from postcopy.wire.protocol import DestinationProtocol, SourceProtocol, State
+from postcopy.wire import DestinationProtocol, SourceProtocol, State
 
 SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
 OLD = b"postcpy\x02"
@@ -99,7 +99,7 @@ async def test_an_old_destination_calls() -> None:
         assert link.version == 2
         source = SourceProtocol(link.version)
         offer = p.Offer(b"m" * 16, b"t" * 16, "kvm", {"vcpus": 1}, (p.Block("ram", 8192, 4096),), 1, 0)
-        await link.control.send_all(source.send_offer(offer))
+        await link.control.send_all(source.send(offer))
         assert await peer.hear() == OFFER_2
         with link.reconnector(SESSION) as member, link.channel_set(SESSION):
             urgent = await call_2(acceptor, channel="urgent", migration=b"m" * 16, token=b"t" * 16)
@@ -183,8 +183,8 @@ async def test_an_old_source_listens() -> None:
                 dest.receive_data(await link.control.receive_some())
                 dest.next_message()
             with pytest.raises(ProtocolError, match="the source speaks version 2, which needs a bulk channel"):
-                dest.send_accept((4096,), 1, 0)
-            await link.control.send_all(dest.send_accept((4096,), 1, 1))
+                dest.send(p.Accept((4096,), 1, 0))
+            await link.control.send_all(dest.send(p.Accept((4096,), 1, 1)))
             with link.channel_set(SESSION) as channel_set, link.reconnector(SESSION) as member:
                 for fd in (await channel_set.channels(1, 1)).values():
                     fd.close()
@@ -320,12 +320,12 @@ def test_no_bulk_channel_where_it_is_not_understood() -> None:
     offer = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, (p.Block("ram", 8192, 4096),), 0, 0)
     source = SourceProtocol(2)
     with pytest.raises(ProtocolError, match="the destination speaks version 2, which needs a bulk channel"):
-        source.send_offer(offer)
+        source.send(offer)
     assert source.state is State.SETUP
     dest = DestinationProtocol()
-    dest.receive_data(SourceProtocol().send_offer(offer))
+    dest.receive_data(SourceProtocol().send(offer))
     assert dest.next_message() == offer
     source = SourceProtocol()
-    source.send_offer(offer)
-    source.receive_data(dest.send_accept((4096,), 1, 0))
+    source.send(offer)
+    source.receive_data(dest.send(p.Accept((4096,), 1, 0)))
     assert source.next_message() == p.Accept((4096,), 1, 0)

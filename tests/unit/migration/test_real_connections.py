@@ -4,32 +4,27 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import sys
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 
 from postcopy.dataplane.pager import ChannelKind, EventType, Pager
 from postcopy.dataplane.pageserver import PageServer
-from postcopy.errors import MigrationError
+from postcopy.errors import MigrationError, PeerError
 from postcopy.machines import MachineState
 from postcopy.migration import source as source_module
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net.channels import Acceptor, Address, CallingLink
-from postcopy.wire.protocol import State
-
-# --import-mode=importlib makes no packages of test directories, so what they share is loaded by its path.
-_spec = importlib.util.spec_from_file_location("postcopy_engines", Path(__file__).with_name("test_engines.py"))
-assert _spec is not None
-assert _spec.loader is not None
-h: Any = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = h
-_spec.loader.exec_module(h)
+from postcopy.net import Acceptor, Address, CallingLink
+from postcopy.wire import State
+from tests.unit.migration._engines import (
+    FakeMachine,
+    FakePager,
+    FakeServer,
+)
 
 HEARTBEAT_S = 1.0  # three of them are silence, which a busy host must not be taken for
 
@@ -41,9 +36,9 @@ class Hosts:
     dest: DestinationMigration
 
     def __init__(self) -> None:
-        self.machine, self.twin, self.pager = h.FakeMachine(), h.FakeMachine(), h.FakePager()
+        self.machine, self.twin, self.pager = FakeMachine(), FakeMachine(), FakePager()
         self.machine.state = MachineState.RUNNING
-        self.server = h.FakeServer(0)
+        self.server = FakeServer(0)
         self.stop_source, self.stop_dest, self.go = trio.Event(), trio.Event(), trio.Event()
         self.changed = trio.Event()
 
@@ -104,7 +99,7 @@ async def _meet(pair: Hosts, calls: str, acceptor: Acceptor, nursery: trio.Nurse
         pair.dest = DestinationMigration(
             link,
             heartbeat_s=HEARTBEAT_S,
-            make_machine=lambda *_, **__: pair.twin,
+            make_machine=lambda *_: pair.twin,
             make_pager=lambda: cast(Pager, pair.pager),
             on_change=pair.change,
         )
@@ -161,7 +156,7 @@ async def test_reclaimed_and_told(calls: str, monkeypatch: pytest.MonkeyPatch) -
         pair.dest.pause()
         await pair.until(lambda: pair.source.status == pair.dest.status == "postcopy-paused")
         if calls == "source":  # nobody is there to answer
-            monkeypatch.setattr("postcopy.net.channels.connect", _unreachable)
+            monkeypatch.setattr("postcopy.net.calling.connect", _unreachable)
         await pair.source.reclaim()
         assert pair.machine.state is MachineState.RUNNING
         monkeypatch.undo()
@@ -176,7 +171,6 @@ async def test_reclaimed_and_told(calls: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 async def _unreachable(*_: object, **__: object) -> Any:
-    from postcopy.errors import PeerError
 
     await trio.sleep(0.05)
     raise PeerError("no route to host")
@@ -192,7 +186,7 @@ async def test_a_source_hears_that_every_page_is_there(calls: str) -> None:
         await pair.until(lambda: pair.dest.state is State.COMPLETED)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pair.dest.announce)
-            assert await pair.dest.release() is pair.twin
+            assert await pair.dest.hand_over() is pair.twin
             pair.source.recover()
             await pair.until(lambda: pair.source.state is State.COMPLETED)
         assert pair.machine.resumed == 0

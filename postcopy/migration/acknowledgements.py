@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--release-ram``: the source gives memory back as soon as, and only as far as, the destination has said that it has
-the pages.
+"""Acknowledgements of pages, for ``--release-ram``: the source gives memory back as soon as, and only as far as, the
+destination has said that it has the pages.
 
-The destination tells in `placed` what has become known there since it last told (`PlacedReporter`), the source frees it
-(`Releaser`). What is lost on the way is told again by the next recovery, whose received maps say everything. So an
-acknowledgement that does not arrive only means that memory is freed later.
+The destination sends in `placed` what has arrived since it last did (`PlacedReporter`), the source frees it
+(`Releaser`). An acknowledgement that is lost only delays that: the received maps of the next recovery say everything.
 
 A request may cross an acknowledgement: the page came by push while the request for it was on its way on another
-connection. The source would have nothing to answer it with, so it keeps what was acknowledged for a moment longer
+connection, and the source would have nothing to answer it with. So it keeps what was acknowledged for a moment longer
 (`GRACE_S`). A request that is later than even that ends its connection, and the two sides recover.
 """
 
@@ -23,11 +22,12 @@ from postcopy._blocking import run_sync
 from postcopy.dataplane.pageserver import PageServer
 from postcopy.errors import CoreError, ProtocolError
 from postcopy.memory.bitmap import Bitmap
-from postcopy.migration._session import Control
-from postcopy.wire.protocol import PLACED_PAGES, DestinationProtocol, Placed, State
+from postcopy.migration.connection import Control
+from postcopy.wire import PLACED_PAGES, DestinationProtocol, Placed, State
 
 PLACED_EVERY_MS = 200
-"""How often a source asks to be told. Less often where looking takes long: at most a `SHARE` of the time goes to it."""
+"""How often a source asks for acknowledgements. They come less often where that would take more than `SHARE` of the
+time."""
 GRACE_S = 0.2
 SHARE = 0.05
 
@@ -35,53 +35,57 @@ log = logging.getLogger(__name__)
 
 
 class PlacedReporter:
-    """The destination's half. `told` is what the source knows."""
+    """The destination's half."""
 
     def __init__(self) -> None:
-        self._told: list[Bitmap] = []
+        self._acknowledged: list[Bitmap] = []
 
-    def told(self, maps: Sequence[Bitmap]) -> None:
-        """What the source knows from elsewhere, a map a RAM block: zero pages, or the received maps of a recovery."""
-        self._told = list(maps)
+    def acknowledged(self, maps: Sequence[Bitmap]) -> None:
+        """What the source knows to be here, a map a RAM block: zero pages, or the received maps of a recovery."""
+        self._acknowledged = list(maps)
 
     async def run(
         self, control: Control[DestinationProtocol], received: Callable[[int], Bitmap], every_s: float
     ) -> None:
-        """Tells, until cancelled. `received`: the pager's, called in a worker thread. `PeerError` when the connection
-        breaks."""
+        """Sends acknowledgements, until cancelled. `received`: the pager's, called in a worker thread. `PeerError` when
+        the connection breaks."""
         pause_s = every_s
         while True:
             await trio.sleep(pause_s)
             began_s = trio.current_time()
-            for number in range(len(self._told)):
-                await self._tell(control, await run_sync(received, number), number)
+            for number in range(len(self._acknowledged)):
+                await self._acknowledge(control, number, await run_sync(received, number))
             pause_s = max(every_s, (trio.current_time() - began_s) / SHARE)
 
-    async def _tell(self, control: Control[DestinationProtocol], received: Bitmap, number: int) -> None:
-        protocol, told = control.protocol, self._told[number]
-        news = await run_sync(received.without, told)
+    async def _acknowledge(self, control: Control[DestinationProtocol], number: int, received: Bitmap) -> None:
+        protocol, before = control.protocol, self._acknowledged[number]
+        news = await run_sync(received.without, before)
         first_page = news.next(0)
         while first_page < len(news):
             part = news.part(first_page, min(PLACED_PAGES, len(news) - first_page))
             runs = part.rle_encode()
-            # Looked at for each message: the connection may end, and `complete` says all the rest.
+            # Checked for each message: the connection may end, and `complete` says all the rest.
             if protocol.state is not State.POSTCOPY:
                 return
-            await control.send(protocol.send_placed(number, first_page, len(part), runs))
+            await control.send(protocol.send(Placed(number, first_page, len(part), runs)))
             first_page = news.next(first_page + len(part))
-        if self._told[number] is told:
-            self._told[number] = received
+        if self._acknowledged[number] is before:
+            self._acknowledged[number] = received
 
 
 class Releaser:
-    """The source's half: takes what is acknowledged, and frees it a moment later. For one page server."""
+    """The source's half: takes acknowledgements, and frees their pages a moment later. For one page server."""
 
     def __init__(self, server: PageServer, blocks: int) -> None:
         self._server = server
         self._blocks = blocks
         self._fresh: list[tuple[int, int, Bitmap]] = []  # block, first page, map
-        self._ripe: list[tuple[int, int, Bitmap]] = []
+        self._due: list[tuple[int, int, Bitmap]] = []
         self._failed = False
+
+    def discarded(self) -> list[Bitmap]:
+        """For each RAM block the pages (of transfer) that have been given back."""
+        return [self._server.discarded(number) for number in range(self._blocks)]
 
     def take(self, message: Placed) -> None:
         """`ProtocolError` for one that does not fit."""
@@ -94,7 +98,7 @@ class Releaser:
         self._fresh.append((message.block, message.first_page, placed))
 
     def check(self, maps: Sequence[Bitmap]) -> None:
-        """`ProtocolError` when a recovery's received maps lack a page of which the memory was given back."""
+        """`ProtocolError` when a recovery's received maps lack a page that was given back."""
         for number, received in enumerate(maps):
             missing = self._server.released(number).without(received)
             if missing.count():
@@ -104,16 +108,16 @@ class Releaser:
                 )
 
     def take_maps(self, maps: Sequence[Bitmap]) -> None:
-        """What a recovery has told replaces all that was acknowledged before."""
+        """The received maps of a recovery replace all that was acknowledged before."""
         self._fresh = [(number, 0, received) for number, received in enumerate(maps)]
-        self._ripe = []
+        self._due = []
 
     async def run(self) -> None:
         """Frees what was acknowledged at least `GRACE_S` ago, until cancelled."""
         while True:
             await trio.sleep(GRACE_S)
-            ripe, self._ripe, self._fresh = self._ripe, self._fresh, []
-            await self._release(ripe)
+            due, self._due, self._fresh = self._due, self._fresh, []
+            await self._release(due)
 
     async def release_all(self) -> None:
         """Every page is at the destination. With the page server's channels closed."""

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What pagers and page servers have in common: memory that they keep alive, events, an end.
+
+Resource handling: a `Memory` given to `add_block` is in use until `close()` has ended every thread that may touch it.
+Descriptors given to `attach_*` belong to the core from the call on, also when it fails; take them from a Trio socket
+with ``socket.detach()``.
+
+Threads and cancellation: to be used from the Trio thread only. Plain methods take microseconds and do not block.
+Asynchronous ones run the core's blocking call in a worker thread and see it through, shielded from cancellation but
+bounded in time (`_blocking.END_TIMEOUT_S`): nothing is ever left half closed. When even that time passes,
+`MigrationError` is raised, and everything that the stuck thread may touch is kept for the rest of the process's life.
+"""
+
+from __future__ import annotations
+
+import abc
+import errno
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import trio
+
+from postcopy._blocking import no_thread, run_to_end
+from postcopy._fd import FdHolder
+from postcopy._native import ffi, lib
+from postcopy.dataplane._events import ChannelKind, Event, EventStream, EventType
+from postcopy.errors import CoreError, ErrorLine, MigrationError, c_text, check
+from postcopy.memory import Memory
+from postcopy.memory.bitmap import Bitmap
+
+
+@dataclass(frozen=True)
+class ForeignMemory:
+    """Memory of another process: where it is there, and the memfd it is made of (-1: anonymous), which stays the
+    caller's."""
+
+    address: int
+    size_bytes: int
+    page_bytes: int
+    kind: int  # enum pc_memory_kind
+    fd: int = -1
+
+    @property
+    def pages(self) -> int:
+        return self.size_bytes // self.page_bytes
+
+    @property
+    def struct(self) -> Any:
+        """A `struct pc_memory`, through which nothing may be touched here."""
+        base = ffi.cast("void *", self.address)
+        return ffi.new("struct pc_memory *", [base, self.size_bytes, self.page_bytes, self.kind, self.fd])
+
+
+@dataclass(frozen=True)
+class BlockInUse:
+    """One block of memory, in use for as long as it is here."""
+
+    memory: Memory | ForeignMemory
+    pages: int  # of transfer
+    states_fd: int = -1  # page states that outlive the pager, where it has them
+
+
+class DataPlane(abc.ABC):
+    """An asynchronous context manager: leaving it closes it."""
+
+    NAME: ClassVar[str]
+
+    _closed = True  # until it has been made
+
+    def __init__(self) -> None:
+        self._blocks: list[BlockInUse] = []
+        self._ending = trio.Lock()
+        self._closed = False
+
+    # ---- events
+
+    def events(self) -> EventStream:
+        """What happens, as it happens: ``async for event in pager.events()``. One task at a time; see `EventStream`."""
+        self._check_open()
+        return EventStream(self.take_event, self.wait_event)
+
+    def drain_events(self) -> list[Event]:
+        """What `events()` has not told yet, as after `disconnect`: the end of a channel must not be taken for that of
+        the next one. Never blocks."""
+        return list(iter(self.take_event, None))
+
+    @abc.abstractmethod
+    def take_event(self) -> Event | None:
+        """The next event, or None. Never blocks."""
+
+    @abc.abstractmethod
+    async def wait_event(self) -> None:
+        """Until `take_event` may have something. `trio.ClosedResourceError` when closed meanwhile."""
+
+    # ---- the end
+
+    @abc.abstractmethod
+    async def disconnect(self) -> None:
+        """Closes every data channel and waits for their threads; new ones may be attached afterwards. Memory stays
+        armed, and faults stay blocked."""
+
+    async def close(self) -> None:
+        """Ends all threads, closes the channels and lets go of the memory. Twice does no harm."""
+        with trio.CancelScope(shield=True):  # bounded: all that runs under the lock is
+            async with self._ending:
+                if self._closed:
+                    return
+                try:
+                    await self._end()
+                finally:
+                    self._closed = True
+                for block in self._blocks:
+                    self._release(block)
+                self._blocks.clear()
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    @abc.abstractmethod
+    async def _end(self) -> None:
+        """When it raises, the memory stays in use."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def __del__(self) -> None:
+        if not self._closed:
+            # Its threads run on, and its memory stays mapped: never free what may still be written to.
+            warnings.warn(f"a {self.NAME} was never closed", ResourceWarning, stacklevel=2, source=self)
+
+    # ---- for those that are one
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError(f"this {self.NAME} was closed")
+
+    def _keep(self, memory: Memory | ForeignMemory, pages: int, states_fd: int = -1) -> BlockInUse:
+        """The memory is in use from now on; `_release` ends that."""
+        self._check_open()
+        if isinstance(memory, Memory):
+            memory.acquire(self.NAME)
+        return BlockInUse(memory, pages, states_fd)
+
+    def _release(self, block: BlockInUse) -> None:
+        if isinstance(block.memory, Memory):
+            block.memory.release(self.NAME)
+
+    def _block(self, block: int) -> BlockInUse:
+        self._check_open()
+        if not 0 <= block < len(self._blocks):
+            raise IndexError(f"there is no RAM block {block}")
+        return self._blocks[block]
+
+    def _check_range(self, block: int, first_page: int, pages: int) -> None:
+        if first_page < 0 or pages < 0 or first_page + pages > self._block(block).pages:
+            raise IndexError(f"RAM block {block} has no pages {first_page} to {first_page + pages}")
+
+    def _check_length(self, block: int, bitmap: Bitmap) -> None:
+        if len(bitmap) != self._block(block).pages:  # the core would read past its end
+            raise ValueError(f"a map of {len(bitmap)} pages for a block of {self._block(block).pages}")
+
+
+class CoreDataPlane(DataPlane):
+    """One that is a struct of the core, with its threads in this process."""
+
+    PREFIX: ClassVar[str]  # of the struct's name and its functions'
+
+    def __init__(self, *arguments: int) -> None:
+        pointer: Any = ffi.new(f"struct {self.PREFIX} **")
+        what = f"making a {self.NAME}"
+        check(self._function("new")(*arguments, pointer), what)
+        try:
+            self._event_fd = FdHolder.duplicate(self._function("event_fd")(pointer[0]))
+        except OSError as error:
+            self._function("free")(pointer[0])
+            raise CoreError(error.errno or 0, what) from error
+        self._struct: Any = pointer[0]
+        self._event: Any = ffi.new("struct pc_event *")
+        self._stuck = False
+        super().__init__()
+
+    def take_event(self) -> Event | None:
+        self._check_open()
+        event = self._event
+        if self._function("next_event")(self._struct, event) != 1:
+            return None
+        kind = ChannelKind(event.channel_kind)
+        return Event(EventType(event.type), kind, int(event.channel), int(event.error), c_text(event.text))
+
+    async def wait_event(self) -> None:
+        await self._event_fd.wait_readable()
+
+    async def disconnect(self) -> None:
+        await self._see_through("disconnect", f"closing the {self.NAME}'s channels")
+
+    async def _end(self) -> None:
+        self._closed = True  # before another thread frees what the other methods use
+        self._event_fd.close()
+        await self._run("free", f"ending the {self.NAME}")
+
+    # ---- calling the core
+
+    def _function(self, name: str) -> Any:
+        return getattr(lib, f"{self.PREFIX}_{name}")
+
+    def _call(self, what: str, name: str, *arguments: Any) -> int:
+        """Calls a function of the core, and raises what went wrong; `what` was being done."""
+        self._check_open()
+        return check(self._function(name)(self._struct, *arguments), what)
+
+    def _call_explained(self, what: str, name: str, *arguments: Any) -> int:
+        """The same for a function that writes a line about what went wrong."""
+        self._check_open()
+        line = ErrorLine()
+        return line.check(self._function(name)(self._struct, *arguments, line.buffer, line.size), what)
+
+    def _attach(self, kind: str, index: int, fd: int, *more: int) -> None:
+        what = f"{kind} channel {index}"
+        if self._closed or index < 0:
+            os.close(fd)  # ours to close from the call on, also when it cannot reach the core
+            self._check_open()
+            raise ValueError(f"there is no {what}")
+        result = self._function(f"attach_{kind}")(self._struct, index, fd, *more)
+        if result == -errno.EAGAIN:
+            raise no_thread(f"{what} of the {self.NAME}")
+        check(result, f"attaching {what}")
+
+    async def _see_through(self, name: str, what: str) -> None:
+        """A blocking call, one at a time."""
+        async with self._ending:
+            self._check_open()
+            await self._run(name, what)
+
+    async def _run(self, name: str, what: str) -> None:
+        if self._stuck:
+            raise MigrationError(f"a thread of the {self.NAME} hangs; its memory is kept")
+        function, struct = self._function(name), self._struct
+        try:
+            result = await run_to_end(lambda: function(struct), what)
+        except MigrationError:
+            self._stuck = True
+            raise
+        check(result or 0, what)  # (a function that returns nothing cannot fail)

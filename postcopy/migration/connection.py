@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control connection of a migration: it carries the protocol's bytes, shows that this side is alive, and notices
+when the peer is not."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+from typing import Generic, TypeVar
+
+import trio
+
+from postcopy.errors import MigrationError, PeerError, PostcopyError, ProtocolError
+from postcopy.wire import (
+    Abort,
+    DestinationProtocol,
+    Message,
+    Ping,
+    Pong,
+    Reject,
+    SourceProtocol,
+    State,
+)
+
+HEARTBEAT_S = 1.0
+"""How often each side gives a sign of life."""
+MISSED_HEARTBEATS = 3
+"""A peer that was silent for so many heartbeats is lost."""
+STEP_TIMEOUT_S = 30.0
+"""How long a peer may take for one step of the set-up."""
+SEND_BYTES = 256 * 1024
+"""The peer has `STEP_TIMEOUT_S` for so much of a message: a slow network is not taken for a peer that hangs."""
+MESSAGES_PER_S = 2000
+"""More than a peer has to send; one that sends more has to wait."""
+LAST_WORDS_S = 0.5
+"""How long saying goodbye may take; a machine may be waiting to go on."""
+BULK_SILENCE_S = 30.0
+"""See `data_silence_s`."""
+_NETWORK = frozenset(
+    {
+        errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT, errno.ECONNABORTED, errno.ENETRESET, errno.ENETDOWN,
+        errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.ESHUTDOWN, errno.EPROTO,
+        errno.ENONET, errno.EACCES, errno.EPERM,  # the last two: of a firewall
+    }
+)  # fmt: skip
+"""What the system says of a connection that the peer, or something on the way to it, has ended. Anything else is
+trouble of this host."""
+
+P = TypeVar("P", SourceProtocol, DestinationProtocol)
+M = TypeVar("M", bound=Message)
+
+
+def data_silence_s(kind: str, heartbeat_s: float) -> float:
+    """For how long nothing may be acknowledged on a data connection before the kernel gives it up.
+
+    The kernel also counts the time for which the other end reads nothing (TCP_USER_TIMEOUT, in tcp(7)). The thread of
+    an urgent channel always reads. Pages that are pushed may have to wait at the destination, for memory or a
+    processor. That the other end is dead is noticed on the control connection long before."""
+    silence_s = MISSED_HEARTBEATS * heartbeat_s
+    return silence_s if kind == "urgent" else max(silence_s, BULK_SILENCE_S)
+
+
+class Control(Generic[P]):
+    """Carries the protocol's bytes. `run` must be running for anything to arrive.
+
+    `send` takes what the protocol's `send` has just returned: call both in one expression, so that the order
+    on the wire is the order of the protocol's states.
+    """
+
+    def __init__(self, stream: trio.abc.HalfCloseableStream, protocol: P, heartbeat_s: float = HEARTBEAT_S) -> None:
+        self.protocol: P = protocol
+        self._stream = stream
+        self._heartbeat_s = heartbeat_s
+        self._silence_s = MISSED_HEARTBEATS * heartbeat_s
+        self._sending = trio.Lock()
+        # A peer that sends more than we take has to wait: each of these may be megabytes.
+        self._arrived, self._messages = trio.open_memory_channel[Message](8)
+        self._unanswered: Ping | None = None
+        self._pinged = trio.Event()
+        self._second_s = -math.inf  # when the present second began
+        self._received = 0  # messages, in the present second
+        self._torn = False  # a message was sent in part: nothing that follows would be understood
+
+    async def send(self, data: bytes) -> None:
+        """`PeerError` when the connection is broken, or the peer takes nothing: signs of life are not enough while a
+        machine is paused for it. When it is cancelled a part of the message may have been sent: this connection can
+        then only be closed."""
+        async with self._sending:
+            if self._torn:
+                raise PeerError(self.protocol.reason or "the control connection is broken: a message was sent in part")
+            await trio.lowlevel.checkpoint_if_cancelled()  # here, where nothing is torn by it
+            self._torn = True
+            try:
+                for at in range(0, len(data), SEND_BYTES):
+                    with trio.fail_after(STEP_TIMEOUT_S):
+                        await self._stream.send_all(data[at : at + SEND_BYTES])
+            except trio.TooSlowError:
+                slow = PeerError(f"{self._peer} has taken nothing of a message within {STEP_TIMEOUT_S:g} s")
+                self.protocol.connection_lost(str(slow))  # so that the receiver ends too, at the next sign of life
+                raise slow from None
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                raise self._lost(error) from error
+            self._torn = False
+
+    async def receive(self, kind: type[M], timeout_s: float = math.inf) -> M:
+        """The next message, which must be of this kind. `PeerError` when none will come any more, or not in time."""
+        message: Message = await self.receive_any(timeout_s, kind.TYPE)
+        if not isinstance(message, kind):
+            raise ProtocolError(f"{message.TYPE} came where {kind.TYPE} was due")
+        return message
+
+    async def receive_any(self, timeout_s: float = math.inf, due: str = "what comes next") -> Message:
+        """The next message, of any kind; `due` is the one that is expected."""
+        try:
+            with trio.fail_after(timeout_s):
+                return await self._messages.receive()
+        except trio.EndOfChannel:
+            raise PeerError(self.protocol.reason or "the control connection has ended") from None
+        except trio.TooSlowError:
+            raise PeerError(f"{self._peer} did not say {due} within {timeout_s:g} s") from None
+
+    async def run(self) -> None:
+        """Receives, and keeps the connection alive, until the migration has ended in order. Raises `PeerError` or
+        `ProtocolError` when it has not."""
+        failure: PostcopyError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._heartbeat)
+            try:
+                await self._receive()
+            except PostcopyError as error:
+                failure = error  # raised outside of the nursery, which would wrap it
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        await self._arrived.aclose()  # only now: a receiver must not learn of the end before its reason
+
+    async def _receive(self) -> None:
+        protocol = self.protocol
+        while True:
+            while (message := protocol.next_message()) is not None:
+                await self._take_turns()
+                if isinstance(message, Ping):
+                    # Sent by the other task: a receiver that waits to send may face a peer that does the same.
+                    self._unanswered = message
+                    self._pinged.set()
+                elif not isinstance(message, Pong | Abort | Reject):  # the state says those two
+                    await self._arrived.send(message)
+            if protocol.state is State.ABORTED or protocol.recoverable:
+                raise PeerError(protocol.reason)
+            if protocol.ended:
+                return
+            data: bytes | bytearray = b""
+            with trio.move_on_after(self._silence_s) as scope:
+                try:
+                    data = await self._stream.receive_some(64 * 1024)
+                except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                    lost = self._lost(error)
+                    protocol.connection_lost(str(lost))
+                    raise lost from error
+            if scope.cancelled_caught:
+                protocol.connection_lost(f"no sign of life from {self._peer} for {self._silence_s:g} s")
+            elif data:
+                protocol.receive_data(bytes(data))
+            else:
+                protocol.receive_eof()
+
+    async def _take_turns(self) -> None:
+        """At every message. One read may hold thousands of empty messages, and a peer may send nothing else: the other
+        tasks get their turn, and the peer no more than its share."""
+        now_s = trio.current_time()
+        if now_s >= self._second_s + 1:
+            self._second_s, self._received = now_s, 0
+        self._received += 1
+        if self._received > MESSAGES_PER_S:
+            await trio.sleep_until(self._second_s + 1)
+        elif not self._received % 64:
+            await trio.lowlevel.checkpoint()
+
+    async def _heartbeat(self) -> None:
+        nonce = 0
+        while not self.protocol.ended:
+            with trio.move_on_after(self._heartbeat_s):
+                await self._pinged.wait()
+            if self.protocol.ended:
+                return
+            ping, self._unanswered = self._unanswered, None
+            self._pinged = trio.Event()
+            nonce += 1
+            data = self.protocol.send(Pong(ping.nonce) if ping else Ping(nonce))
+            # The receiver sees it too, and after what was still to be read.
+            with contextlib.suppress(PeerError, MigrationError):
+                await self.send(data)
+
+    @property
+    def _peer(self) -> str:
+        return "the destination" if isinstance(self.protocol, SourceProtocol) else "the source"
+
+    async def say_goodbye(self, reason: str) -> None:
+        """Tells the peer why this side gives up, where the protocol still allows it. Bounded in time, never raises."""
+        deadline = trio.current_time() + LAST_WORDS_S
+        # (What is suppressed: the peer is gone, and will conclude the same.)
+        with trio.CancelScope(shield=True, deadline=deadline), contextlib.suppress(PeerError, MigrationError):
+            if self.protocol.may_abort and not self._torn:
+                await self.send(self.protocol.send(Abort(reason)))
+        self.protocol.connection_lost(reason)
+
+    async def close(self) -> None:
+        """Closes so that the peer still gets what was sent last. Bounded in time. `run` must have ended."""
+        # Closing a socket with unread bytes in it (a ping is enough) resets the connection, and a reset takes back what
+        # the peer has not read yet. So: say that no more comes, and read until the peer says so too.
+        broken, deadline = (trio.BrokenResourceError, trio.ClosedResourceError), trio.current_time() + LAST_WORDS_S
+        with trio.CancelScope(shield=True, deadline=deadline), contextlib.suppress(*broken):
+            await self._stream.send_eof()
+            while await self._stream.receive_some(64 * 1024):
+                pass
+        await trio.aclose_forcefully(self._stream)
+
+    def _lost(self, error: trio.BrokenResourceError | trio.ClosedResourceError) -> PeerError | MigrationError:
+        """The error of a lost connection: the peer's and the network's, or this host's (a closed descriptor, no
+        memory)."""
+        cause = error.__cause__
+        reason = cause.strerror if isinstance(cause, OSError) else None
+        if isinstance(error, trio.ClosedResourceError) or (isinstance(cause, OSError) and cause.errno not in _NETWORK):
+            where = f"the control connection with {self._peer}"
+            return MigrationError(f"this host has lost {where}: {reason or 'it was closed here'}")
+        return PeerError(f"the control connection with {self._peer} broke{f' ({reason})' if reason else ''}")

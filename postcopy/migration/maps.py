@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Maps of pages on their way over the control connection, in parts that fit into a message each: which pages may hold
+something (`page-map`), and which have arrived (`received-map`)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar, TypeVarTuple
+
+from postcopy._blocking import run_sync
+from postcopy.errors import ProtocolError
+from postcopy.memory.bitmap import Bitmap
+from postcopy.migration.connection import STEP_TIMEOUT_S, Control, P
+from postcopy.wire import PAGE_MAP_PAGES, PageMap, ReceivedMap, Recover, Switchover
+
+HEAVY_PAGES = 256 * 1024
+"""From so many pages on a map is packed, unpacked and added up in a thread: that takes a millisecond and more."""
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+Part = TypeVar("Part", PageMap, ReceivedMap)
+Last = TypeVar("Last", Switchover, Recover)
+
+
+class Disagreement(ProtocolError):
+    """The two sides do not know the same about the migration. Twice in a row, they never will."""
+
+
+@contextlib.contextmanager
+def disagreeing() -> Iterator[None]:
+    """A `ProtocolError` inside, about the content of messages that came undamaged, is a `Disagreement`."""
+    try:
+        yield
+    except ProtocolError as error:
+        raise Disagreement(str(error)) from error
+
+
+async def if_heavy(pages: int, function: Callable[[*Ts], T], *args: *Ts) -> T:
+    """`function(*args)`, which looks at a map of so many pages: here, or in a thread where it would take long."""
+    return await run_sync(function, *args) if pages >= HEAVY_PAGES else function(*args)
+
+
+class MapCollector:
+    """Bitmaps that come in parts: those of a block in order and without gaps. What the peer says is checked."""
+
+    def __init__(self, pages: Sequence[int]) -> None:
+        self.bitmaps = [Bitmap(count) for count in pages]
+        self.maps = 0
+        self._described = [0] * len(pages)  # pages
+
+    def add(self, message: PageMap | ReceivedMap) -> None:
+        """`ProtocolError` for a part that does not fit."""
+        self.maps += 1
+        if message.block >= len(self.bitmaps):
+            raise ProtocolError(f"{message.TYPE}: there is no block {message.block}")
+        whole, described = self.bitmaps[message.block], self._described[message.block]
+        if message.first_page != described:
+            raise ProtocolError(
+                f"{message.TYPE}: block {message.block} goes on at page {message.first_page}, not at {described}"
+            )
+        if message.pages > len(whole) - message.first_page:
+            raise ProtocolError(f"{message.TYPE}: block {message.block} has {len(whole)} pages only")
+        whole.paste(message.first_page, Bitmap.rle_decode(message.runs, message.pages))
+        self._described[message.block] += message.pages
+
+    def finish(self, message: str, maps: int) -> None:
+        """`message` names the one that announces `maps` parts. `ProtocolError` unless that is what came."""
+        if maps != self.maps:
+            raise ProtocolError(f"{message}: speaks of {maps} page maps, {self.maps} came")
+        for number, bitmap in enumerate(self.bitmaps):
+            if self._described[number] != len(bitmap):
+                raise ProtocolError(f"{message}: the page map of block {number} ends at {self._described[number]}")
+
+
+async def send_map(control: Control[P], message: type[PageMap] | type[ReceivedMap], block: int, bitmap: Bitmap) -> int:
+    """Sends the map of a block. Returns in how many parts."""
+    maps = 0
+    for first_page, part in bitmap.parts(PAGE_MAP_PAGES):
+        runs = await if_heavy(len(part), part.rle_encode)
+        await control.send(control.protocol.send(message(block, first_page, len(part), runs)))
+        maps += 1
+    return maps
+
+
+async def receive_maps(
+    control: Control[P], part: type[Part], last: type[Last], pages: Sequence[int], first_timeout_s: float
+) -> tuple[list[Bitmap], Last]:
+    """The maps of all blocks, of so many `pages`, and the message that follows them. `first_timeout_s`: for how long
+    the first part is waited for. `Disagreement` for maps that do not fit."""
+    collector, timeout_s = MapCollector(pages), first_timeout_s
+    while isinstance(message := await control.receive_any(timeout_s, last.TYPE), part):
+        timeout_s = STEP_TIMEOUT_S
+        with disagreeing():
+            await if_heavy(message.pages, collector.add, message)
+    if not isinstance(message, last):
+        raise ProtocolError(f"{message.TYPE} came where {last.TYPE} was due")
+    with disagreeing():
+        collector.finish(message.TYPE, message.maps)
+    return collector.bitmaps, message
+
+
+async def digest_of(bitmaps: Sequence[Bitmap]) -> int:
+    """One checksum over the maps of all blocks."""
+    digest = 0
+    for bitmap in bitmaps:
+        digest = await if_heavy(len(bitmap), bitmap.crc32c, digest)
+    return digest

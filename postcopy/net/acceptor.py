@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""acceptor."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import select
+import socket
+from collections.abc import Callable, Iterator
+
+import trio
+
+from postcopy.errors import PeerError, ProtocolError, ResourceError
+from postcopy.net.addresses import Address, address_of
+from postcopy.net.backoff import Sparing
+from postcopy.net.connecting import HANDSHAKE_TIMEOUT_S, NO_ROOM, broken_by
+from postcopy.net.endings import Code, Endings, Refusal, Session
+from postcopy.net.link import ChannelSet, Link, Reconnector
+from postcopy.net.listening import ListeningChannelSet, ListeningReconnector
+from postcopy.wire import HEADER_BYTES, Ended, Hello, Offer, Reject, ServerHandshake, decode, encode, one_line
+
+log = logging.getLogger(__name__)
+
+OFFER_TIMEOUT_S = 10.0
+MAX_HALF_OPEN = 64
+MAX_WAITING = 16  # control connections that nobody has taken yet
+ACCEPT_PAUSE_S = 0.1
+EARLY_PAUSE_S = 0.05
+
+SEE_OFF_BYTES = 64 * 1024
+
+
+class ListeningLink(Link):
+    def __init__(self, control: trio.SocketStream, acceptor: Acceptor, version: int) -> None:
+        super().__init__(control, address_of(control), version)
+        self._acceptor = acceptor
+
+    @contextlib.contextmanager
+    def channel_set(self, session: Session) -> Iterator[ChannelSet]:
+        channel_sets = self._acceptor.channel_sets
+        if session.migration in channel_sets:
+            raise PeerError(f"{self.peer}: the migration {session.migration.hex()} is in use here")
+        channel_set = channel_sets[session.migration] = ListeningChannelSet(session, self.peer, self.version)
+        try:
+            yield channel_set
+        finally:
+            del channel_sets[session.migration]  # ours, since nobody else gets it meanwhile
+            channel_set.close()
+
+    @contextlib.contextmanager
+    def reconnector(self, session: Session) -> Iterator[Reconnector]:
+        members, endings = self._acceptor.reconnectors, self._acceptor.endings
+        if session.migration in members or endings.find(session.migration) is not None:
+            raise PeerError(f"{self.peer}: the migration {session.migration.hex()} is in use here, or was")
+        reconnector = members[session.migration] = ListeningReconnector(session, self.version, endings)
+        try:
+            yield reconnector
+        finally:
+            del members[session.migration]
+            reconnector.close()
+
+
+class Acceptor:
+    """A listening side: welcomes control connections as long as somebody takes them, and sends data connections to the
+    channel_set of their migration.
+
+    Statistics: `accepted`, `refused`, `strangers` count connections by what became of them.
+    """
+
+    def __init__(
+        self,
+        side: str,
+        listeners: list[trio.SocketListener],
+        why_refused: Callable[[int], str],
+        endings: Endings | None = None,
+    ) -> None:
+        """`why_refused` is asked for each control connection, at its hello and, where it has to offer something, when
+        the offer is there; with the number of those that nobody has taken yet. Empty to let it in, else the reason why
+        not. Who takes one (`next_link`) has to count it from then on, before anything else happens.
+
+        `endings` is what this process remembers."""
+        self.endings = endings if endings is not None else Endings()
+        self.channel_sets: dict[bytes, ListeningChannelSet] = {}
+        self.reconnectors: dict[bytes, ListeningReconnector] = {}
+        self.accepted = self.refused = self.bad_handshakes = 0
+        # Where it listens, or has: with port 0 the port that the system chose.
+        self.addresses = [
+            Address(str(name[0]), int(name[1])) for name in (one.socket.getsockname() for one in listeners)
+        ]
+        self._side = side
+        self._listeners = listeners
+        self._why_refused = why_refused
+        self._waiting = 0
+        self._half_open: dict[object, trio.CancelScope] = {}  # oldest first
+        self._spare = Sparing()  # whoever can connect could fill the log
+        self._send_link, self._links = trio.open_memory_channel[Link](MAX_WAITING)
+
+    @classmethod
+    async def open(
+        cls, address: Address, side: str, why_refused: Callable[[int], str], endings: Endings | None = None
+    ) -> Acceptor:
+        """Listens on every address that the host name has. `ResourceError` when that is not possible."""
+        try:
+            listeners = await trio.open_tcp_listeners(address.port, host=address.host or None)
+        except socket.gaierror as error:
+            raise ResourceError(
+                f"cannot listen on {address}: the name cannot be resolved ({error.strerror})",
+                "name an address of this host, or leave it out: --listen :PORT",
+            ) from error
+        except (OSError, UnicodeError, ValueError) as error:
+            number = error.errno if isinstance(error, OSError) else None
+            remedy = {
+                errno.EADDRINUSE: "choose another port, or end who has it: ss -ltnp",
+                errno.EADDRNOTAVAIL: "name an address of this host: ip address",
+                errno.EACCES: "choose a port from 1024 on",
+            }.get(number or 0, "")
+            reason = os.strerror(number) if number else str(error)
+            raise ResourceError(f"cannot listen on {address}: {one_line(reason, 200)}", remedy) from error
+        return cls(side, listeners, why_refused, endings)
+
+    async def next_link(self) -> Link:
+        """The next control connection, the caller's from then on."""
+        link = await self._links.receive()
+        self._waiting -= 1
+        return link
+
+    async def serve(self) -> None:
+        """Accepts connections until cancelled, then closes the listeners."""
+        try:
+            async with trio.open_nursery() as nursery:
+                for listener in self._listeners:
+                    nursery.start_soon(self._accept, listener, nursery)
+        finally:
+            while True:  # control connections that nobody took
+                try:
+                    link = self._links.receive_nowait()
+                except trio.WouldBlock:
+                    break
+                link.control.socket.close()
+
+    async def close(self) -> None:
+        """Stops listening. `serve` must have ended."""
+        for listener in self._listeners:
+            await listener.aclose()
+
+    async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
+        # Not trio.serve_listeners: that closes a stream when its handler returns, and ours gives it away.
+        spare = Sparing()
+        while True:
+            try:
+                stream = await listener.accept()
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
+                if spare.due():
+                    log.error("cannot accept a connection: %s", error.strerror)
+                await trio.sleep(ACCEPT_PAUSE_S)  # descriptors may become free
+                continue
+            nursery.start_soon(self._greet, stream)
+
+    async def _greet(self, stream: trio.SocketStream) -> None:
+        """One connection from its first byte until somebody has it. Never raises, whatever the peer does."""
+        peer = "a peer that left at once"
+        key = object()
+        taken = False
+        try:
+            peer = str(address_of(stream))
+            if len(self._half_open) >= MAX_HALF_OPEN:
+                oldest = next(iter(self._half_open))
+                self._half_open.pop(oldest).cancel()
+            with trio.move_on_after(HANDSHAKE_TIMEOUT_S) as scope:
+                self._half_open[key] = scope
+                taken = await self._handshake(stream, peer, scope)
+            if scope.cancelled_caught:
+                raise PeerError("no complete handshake in time")
+        except (PeerError, ProtocolError) as error:
+            self.bad_handshakes += 1
+            if self._spare.due():
+                log.warning("%s: %s", peer, error)
+        except trio.BrokenResourceError as error:
+            self.bad_handshakes += 1
+            if self._spare.due():
+                log.warning("%s: the connection broke during the handshake%s", peer, broken_by(error))
+        except Exception:  # a mistake of ours: whoever is here already does not pay for it
+            log.exception("%s: cannot be greeted", peer)
+        finally:
+            self._half_open.pop(key, None)
+            if not taken:
+                stream.socket.close()
+
+    async def _handshake(self, stream: trio.SocketStream, peer: str, scope: trio.CancelScope) -> bool:
+        handshake = ServerHandshake()
+        answered = False
+        try:
+            while wanted := handshake.wanted():
+                handshake.receive_data(await stream.receive_some(wanted))
+                if handshake.heard and not answered:
+                    answered = True
+                    await stream.send_all(handshake.send_preamble())
+                if handshake.newer:
+                    return await self._see_off(stream)
+        except ProtocolError as error:
+            with contextlib.suppress(trio.BrokenResourceError):
+                preamble = b"" if answered else handshake.send_preamble()
+                await stream.send_all(preamble + handshake.send_refused(str(error), Code.MALFORMED))
+            raise
+        hello = handshake.hello
+        assert hello is not None
+        try:
+            if hello.side == self._side:
+                sides = "sources" if hello.side == "source" else "destinations"
+                raise Refusal(f"both hosts are {sides}", Code.SAME_SIDE)
+            if hello.channel == "control":
+                if hello.epoch or hello.migration:
+                    return await self._greet_again(stream, handshake, hello)
+                return await self._greet_first(stream, handshake, scope)
+            return await self._greet_data(stream, handshake, hello)
+        except Refusal as refusal:
+            self.refused += 1
+            if refusal.code not in (Code.HELD, Code.TOO_OFTEN) and self._spare.due():  # those ask again and again
+                log.warning("%s: refused a %s connection: %s", peer, hello.channel, refusal)
+            await stream.send_all(handshake.send_refused(str(refusal), refusal.code, refusal.token))
+            return False
+
+    async def _see_off(self, stream: trio.SocketStream) -> bool:
+        """Waits until the peer hangs up, for as long as a handshake may take. Closed with something unread in it the
+        connection would be reset, and our answer might be lost with it."""
+        left = SEE_OFF_BYTES
+        while left > 0 and (data := await stream.receive_some(SEE_OFF_BYTES)):
+            left -= len(data)
+        return False
+
+    async def _greet_data(self, stream: trio.SocketStream, handshake: ServerHandshake, hello: Hello) -> bool:
+        channel_set = self.channel_sets.get(hello.migration)
+        if channel_set is None:
+            raise self.endings.refusal(hello, handshake.version)
+        place = channel_set.reserve(hello, handshake.version)
+        try:
+            await stream.send_all(handshake.send_welcome(channel_set.session.token))
+        except BaseException:
+            channel_set.release(place)
+            raise
+        if self.channel_sets.get(hello.migration) is not channel_set:
+            return False  # closed while we said welcome
+        channel_set.enter(place, stream)
+        self.accepted += 1
+        return True
+
+    async def _greet_first(
+        self, stream: trio.SocketStream, handshake: ServerHandshake, scope: trio.CancelScope
+    ) -> bool:
+        def find_place() -> str:
+            return self._why_refused(self._waiting) or ("too many are waiting" if self._waiting >= MAX_WAITING else "")
+
+        if reason := find_place():
+            raise Refusal(reason, Code.BUSY)
+        if self._side == "source":  # the destination waits for us now
+            self._waiting += 1  # now: while we say welcome, the next one may ask for the same place
+            try:
+                await stream.send_all(handshake.send_welcome())
+                link = ListeningLink(stream, self, handshake.version)
+            except BaseException:
+                self._waiting -= 1
+                raise
+        else:
+            await stream.send_all(handshake.send_welcome())
+            scope.deadline = trio.current_time() + OFFER_TIMEOUT_S
+            await _until_offered(stream, handshake.version)
+            link = ListeningLink(stream, self, handshake.version)
+            if reason := find_place():  # somebody was faster
+                self.refused += 1
+                await stream.send_all(encode(Reject(reason), handshake.version))
+                await stream.send_eof()
+                return await self._see_off(stream)
+            self._waiting += 1
+        self._send_link.send_nowait(link)
+        self.accepted += 1
+        return True
+
+    async def _greet_again(self, stream: trio.SocketStream, handshake: ServerHandshake, hello: Hello) -> bool:
+        member = self.reconnectors.get(hello.migration)
+        if member is None:
+            raise self.endings.refusal(hello, handshake.version)
+        member.reserve(hello, handshake.version)
+        if hello.ended:
+            member.heard(Ended(hello.ended))
+            await stream.send_all(handshake.send_welcome(member.session.token))
+            return False
+        await stream.send_all(handshake.send_welcome(member.session.token))
+        # Somebody with a higher epoch may have come while we said welcome, and the migration may have ended or be held.
+        gone = self.reconnectors.get(hello.migration) is not member or member.is_over()
+        if gone or member.session.epoch != hello.epoch or member.is_paused():
+            return False
+        member.enter(ListeningLink(stream, self, handshake.version), hello.epoch)
+        self.accepted += 1
+        return True
+
+
+async def _until_offered(stream: trio.SocketStream, version: int) -> None:
+    """Until a source has said all of its offer, without taking a byte of it. `PeerError` when it hangs up, or says
+    something else first: a sign of life takes no place either."""
+    handle = stream.socket
+    due = HEADER_BYTES
+    try:
+        while True:
+            # The kernel calls it readable when so much is there, or when no more will come.
+            handle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, due)
+            await trio.lowlevel.wait_readable(handle)
+            try:
+                there = await handle.recv(due, socket.MSG_PEEK)
+            except OSError as error:
+                raise PeerError(f"the connection broke before anything was offered ({error.strerror})") from error
+            if len(there) < due:
+                if _hung_up(handle):
+                    raise PeerError("hung up before anything was offered")
+                await trio.sleep(EARLY_PAUSE_S)  # the kernel is short of memory for sockets, and says so early
+                continue
+            length = int.from_bytes(there[:4], "big")
+            if length > Offer.MAX_BYTES:
+                return  # which is the protocol's business
+            if due == HEADER_BYTES + length:
+                break
+            due = HEADER_BYTES + length
+    finally:
+        handle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+    with contextlib.suppress(ProtocolError):  # as above
+        said = decode(there[HEADER_BYTES:], version)
+        if not isinstance(said, Offer):
+            raise PeerError(f"began with {said.TYPE}, not with an offer")
+
+
+def _hung_up(handle: trio.socket.SocketType) -> bool:
+    poll = select.poll()
+    poll.register(handle.fileno(), select.POLLRDHUP)
+    return bool(poll.poll(0))

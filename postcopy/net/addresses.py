@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""addresses."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from postcopy.errors import ConfigurationError, PeerError
+from postcopy.wire import one_line
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Address:
+    host: str  # name or number, without brackets; empty to listen everywhere
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host or '*'}:{self.port}"
+
+
+def parse_address(text: str, *, listening: bool = False) -> Address:
+    """``HOST:PORT`` or ``[IPV6]:PORT``. To listen, HOST may be empty or ``*`` and PORT 0 (the system chooses)."""
+
+    def unusable(reason: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"{one_line(text, 80)!r} is not an address: {reason};"
+            " write HOST:PORT, as in 192.0.2.7:7777 or [2001:db8::7]:7777"
+        )
+
+    host, colon, port_text = text.rpartition(":")
+    if not colon or text.endswith("]"):
+        raise unusable("it has no port")
+    if host.startswith("["):
+        if not host.endswith("]"):
+            raise unusable("the bracket is not closed")
+        host = host[1:-1]
+        try:
+            ipaddress.IPv6Address(host.partition("%")[0])
+        except ValueError:
+            raise unusable(f"{host!r} is not an IPv6 address") from None
+    elif ":" in host:
+        raise unusable("an IPv6 address needs brackets")
+    if not (port_text.isascii() and port_text.isdigit()):
+        raise unusable(f"the port {port_text!r} is not a number")
+    port = int(port_text) if len(port_text) < 6 else 65536
+    if port > 65535:
+        raise unusable("a port is at most 65535")
+    if listening:
+        return Address("" if host == "*" else host, port)
+    if not port:
+        raise unusable("port 0 cannot be connected to")
+    if host in ("", "*"):
+        raise unusable("it has no host")
+    if not host.isprintable() or " " in host:
+        raise unusable("the host has characters that no host name has")
+    return Address(host, port)
+
+
+MAX_PEER_FILE_BYTES = 4096
+
+
+def read_peer_file(path: str) -> Address:
+    """The HOST:PORT that is all a file holds. `ConfigurationError` when it cannot be read or says something else."""
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer, nor reading one.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            content = os.read(fd, MAX_PEER_FILE_BYTES + 1)
+        finally:
+            os.close(fd)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigurationError(f"--peer-file {path}: {reason}") from error
+    if len(content) > MAX_PEER_FILE_BYTES:
+        raise ConfigurationError(f"--peer-file {path}: more than {MAX_PEER_FILE_BYTES} bytes; write one HOST:PORT")
+    try:
+        return parse_address(content.decode("utf-8", "replace").strip())
+    except ConfigurationError as error:
+        raise ConfigurationError(f"--peer-file {path}: {error}") from error
+
+
+class Route:
+    """Where the peer listens, for a side that connects. It may change while a migration lasts: that disturbs no
+    connection, the next attempt to come back goes there. Trio thread only."""
+
+    def __init__(self, address: Address, look_up: Callable[[], Address] | None = None) -> None:
+        """`look_up` says where the peer is now, or raises `ConfigurationError`."""
+        self.address = address
+        self._named = address  # as the user has written it; `address` may be what that resolved to
+        self._look_up = look_up
+        self._changed = trio.Event()
+
+    def change(self, address: Address) -> None:
+        """From the next attempt on, which is made at once."""
+        self._named = address
+        if address != self.address:
+            log.warning("the peer is now looked for at %s", address)
+            self.address = address
+        self.wake()
+
+    def wake(self) -> None:
+        """Has the next attempt made at once."""
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def refresh(self, *, told: bool = False) -> None:
+        """Looks up where the peer is. What cannot be understood is logged, and the old address stays. `told`: the user
+        has asked for it, so a name is resolved anew even if it is the same one."""
+        if self._look_up is None:
+            return
+        try:
+            address = self._look_up()
+        except ConfigurationError as error:
+            log.warning("%s; the peer is looked for at %s as before", error, self.address)
+            return
+        if told or address != self._named:
+            self.change(address)
+
+    def answered(self, asked: Address, address: Address) -> None:
+        """The peer is there: this very address from now on, not the name, which might mean another host next time.
+        Unless another one was named while it was asked."""
+        if asked == self.address:
+            self.address = address
+
+    async def pause(self, seconds: float) -> bool:
+        """Sleeps, but not longer than the address stays the same. True when it has changed."""
+        with trio.move_on_after(seconds):
+            await self._changed.wait()
+            return True
+        return False
+
+
+def address_of(stream: trio.SocketStream) -> Address:
+    """Where the other end is. `PeerError` when it is already gone."""
+    try:
+        name = stream.socket.getpeername()
+    except OSError as error:
+        raise PeerError("the connection was closed") from error
+    return Address(str(name[0]), int(name[1])) if isinstance(name, tuple) else Address("local", 0)

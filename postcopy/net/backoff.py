@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""backoff."""
+
+from __future__ import annotations
+
+import math
+
+import trio
+
+RECONNECT_FIRST_S, RECONNECT_CAP_S = 0.02, 0.2
+"""Pauses between attempts to come back: doubled from the first to the cap, each cut at random to half or more, so that
+the first page after a short cut comes within a fraction of a second."""
+RECONNECT_PATIENT_AFTER_S, RECONNECT_PATIENT_CAP_S = 60.0, 2.0
+"""A network that has been away for so long is asked less often."""
+FREE_RETURNS = 8
+"""How often a peer may come back without going on before the side that listens lets it in less often."""
+LASTING_S = 0.05
+"""A migration that goes on for less than this before it is lost again is not looked for at once every time: some
+failures (a page that cannot be sent) come back as soon as everything is there."""
+
+
+class Sparing:
+    """For log lines that may come again and again: the first at once, then one after a second, two, four, up to a
+    minute; from the beginning after a minute without."""
+
+    def __init__(self) -> None:
+        self._next_s = -math.inf
+        self._pause_s = 0.0
+
+    def due(self) -> bool:
+        now_s = trio.current_time()
+        if now_s < self._next_s:
+            return False
+        self._pause_s = 1.0 if now_s > self._next_s + 60 else min(2 * self._pause_s, 60.0)
+        self._next_s = now_s + self._pause_s
+        return True

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""endings."""
+
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from postcopy.wire import NO_SUCH_MIGRATION, Ended, Hello
+
+MAX_ENDINGS = 1024
+WRONG_TOKEN = "wrong token"
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a data connection must know."""
+
+    migration: bytes
+    token: bytes
+    epoch: int
+
+
+class Code(enum.StrEnum):
+    """What a refusal is about, for programs. Beside these there are those of `Ended`, when they are proven."""
+
+    SAME_SIDE = "same-side"
+    BUSY = "busy"
+    UNKNOWN = "unknown"
+    WRONG_TOKEN = "wrong-token"
+    STALE_EPOCH = "stale-epoch"
+    NO_CHANNEL = "no-channel"
+    HELD = "held"
+    TOO_OFTEN = "too-often"
+    MALFORMED = "malformed"
+
+
+class Refusal(Exception):
+    """Why a hello is not welcome; the peer is told. With `token` it is proven to come from the peer."""
+
+    def __init__(self, reason: str, code: Code | Ended, token: bytes = b"") -> None:
+        super().__init__(reason)
+        self.code = code
+        self.token = token
+
+
+class Endings:
+    """How the migrations have ended that were here: for peers that come back later and do not know it. The last
+    `MAX_ENDINGS` of them; one for a process. Trio thread only."""
+
+    def __init__(self, limit: int = MAX_ENDINGS) -> None:
+        self._limit = limit
+        self._ended: OrderedDict[bytes, tuple[bytes, Ended]] = OrderedDict()
+
+    def remember(self, session: Session, how: Ended) -> None:
+        self._ended[session.migration] = (session.token, how)
+        self._ended.move_to_end(session.migration)
+        while len(self._ended) > self._limit:
+            self._ended.popitem(last=False)
+
+    def find(self, migration: bytes) -> tuple[bytes, Ended] | None:
+        """Its token, and how it has ended; None for one that is not known."""
+        return self._ended.get(migration)
+
+    def refusal(self, hello: Hello, version: int) -> Refusal:
+        """What is to be said to somebody who asks for a migration that is not going on here (any more)."""
+        known = self.find(hello.migration)
+        if known is None or version < 3:
+            return Refusal(NO_SUCH_MIGRATION, Code.UNKNOWN)
+        token, how = known
+        if not hello.is_signed(token, version):
+            return Refusal(WRONG_TOKEN, Code.WRONG_TOKEN)
+        return Refusal(f"the migration has ended here: {how}", how, token)

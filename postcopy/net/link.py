@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""link."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import math
+
+import trio
+
+from postcopy._fd import FdHolder
+from postcopy.errors import ConfigurationError
+from postcopy.net.addresses import Address
+from postcopy.net.backoff import LASTING_S
+from postcopy.net.endings import Session
+from postcopy.wire import PROTOCOL_VERSION, Ended
+
+CHANNELS_TIMEOUT_S = 30.0
+
+HELD = "paused by the operator"
+
+ChannelKey = tuple[str, int]  # ("urgent", 3)
+
+
+class Reconnector(abc.ABC):
+    """A migration's place among the connections of this host, kept while it has none.
+
+    It can be *held*, by whoever operates it: the connection is then given up and none is made or let in, until it is
+    let go again. The other side finds that somebody is there who does not take it back yet, and asks again.
+    """
+
+    def __init__(self) -> None:
+        self.answered = trio.Event()  # set when the peer is there, and only does not take us back now; may be replaced
+        self._held = False
+        self._changed = trio.Event()
+        self._went_on_s = math.inf
+
+    def went_on(self) -> None:
+        """The migration goes on over the connection that `next_link` gave: the next loss is a new one, and is not made
+        to wait for what failed before; but for a little, where this does not last. To be said when a recovery has
+        succeeded."""
+        self._went_on_s = trio.current_time()
+
+    def _has_lasted(self) -> bool:
+        """At a loss: whether it had gone on for a while since this was asked before."""
+        went_on_s, self._went_on_s = self._went_on_s, math.inf
+        return trio.current_time() - went_on_s >= LASTING_S
+
+    def ended(self, how: Ended) -> None:  # noqa: B027  (only who is asked has to remember it)
+        """The migration is over here: whoever comes back for it from now on is told how, and not let in. To be said
+        before the reconnector ends; the last word counts."""
+
+    async def announce(self, how: Ended) -> None:
+        """Tells the peer that it is over here, where it would not come and ask: on the side that calls. Tries as long
+        as it takes; returns when the peer has heard it or has ended it itself, and at once on the side that listens,
+        which is asked. After `ended`. Cancellable."""
+        await trio.lowlevel.checkpoint()
+
+    def is_paused(self) -> bool:
+        return self._held
+
+    def pause(self) -> None:
+        """Gives the connection up and makes no other one until `recover`."""
+        self._held = True
+        self._notify()
+
+    def recover(self) -> None:
+        """Looks for the peer (again), now."""
+        self._held = False
+        self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    @abc.abstractmethod
+    async def next_link(self) -> tuple[Link, Session]:
+        """The next connection with the same peer, and the session with its epoch. Waits as long as it takes;
+        cancellable. `EndedElsewhere` when the peer has proven to be there and to have ended it; a refusal that proves
+        nothing is no reason to end the wait."""
+
+    @abc.abstractmethod
+    async def superseded(self) -> None:
+        """Returns when `next_link` has something although the present connection has not ended. `PeerError` when it is
+        to be given up since the reconnector is held."""
+
+
+class ChannelSet(abc.ABC):
+    """Open it before the peer can know the session, since the peer may be faster than our next line."""
+
+    @abc.abstractmethod
+    async def channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
+        """All data channels, within `CHANNELS_TIMEOUT_S`. Called once; the descriptors are the caller's."""
+
+
+class Link(abc.ABC):
+    """A control connection that has been welcomed, and the way to more connections with the same peer."""
+
+    def __init__(self, control: trio.SocketStream, peer: Address, version: int = PROTOCOL_VERSION) -> None:
+        """`version` of the protocol is what is spoken on it, and on all that belong to it."""
+        self.control = control
+        self.peer = peer
+        self.version = version
+
+    def reconnect_to(self, address: Address) -> None:
+        """When the connection is lost (or has been), the peer is looked for there. `ConfigurationError` on the side
+        that listens: it takes the peer from wherever it comes."""
+        raise ConfigurationError(f"this side listens; tell the other one to connect to {address} or wherever this is")
+
+    @abc.abstractmethod
+    def channel_set(self, session: Session) -> contextlib.AbstractContextManager[ChannelSet]:
+        """Lets data channels of `session` come in as long as the block lasts. `PeerError` for an id that is in use."""
+
+    @abc.abstractmethod
+    def reconnector(self, session: Session) -> contextlib.AbstractContextManager[Reconnector]:
+        """Keeps the way open for the peer, or to it, as long as the block lasts. `PeerError` for the id of a migration
+        that is going on here, or was."""
+
+
+def channel_keys(shards: int, bulk_channels: int) -> list[ChannelKey]:
+    return [("urgent", shard) for shard in range(shards)] + [("bulk", number) for number in range(bulk_channels)]

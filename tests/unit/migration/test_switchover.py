@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Up to the point of no return: whatever fails, and whenever, the machine is at one side, and runs there."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from postcopy import wire as p
+from postcopy.dataplane.pager import ChannelKind, EventType, Pager
+from postcopy.errors import PeerError, ProtocolError, ResourceError
+from postcopy.machines import Machine, MachineState
+from postcopy.migration.connection import Control
+from postcopy.migration.destination import DestinationMigration
+from postcopy.migration.source import PREPARE_TIMEOUT_S, SourceMigration
+from postcopy.wire import State
+from tests.unit.migration._engines import (
+    FULL,
+    PAGES,
+    UNIT,
+    FakeChannelSet,
+    FakeLink,
+    FakeMachine,
+    FakePager,
+    Pair,
+    Peer,
+    assert_back_at_source,
+    lone_destination,
+    lone_source,
+    make_pair,
+    running,
+)
+
+
+async def test_the_whole_way() -> None:
+    async with running(make_pair()) as pair:
+        await pair.until(lambda: pair.source.state is State.READY)
+        assert pair.machine.state is MachineState.RUNNING
+        await pair.move()
+        assert pair.servers[0].started
+        pair.pager.channel.tell(EventType.COMPLETE)
+    assert pair.source.state is State.COMPLETED
+    assert pair.dest.state is State.COMPLETED
+    assert pair.source.failure is None
+    assert pair.dest.failure is None
+    assert pair.machine.statistics().state is MachineState.PAUSED
+    assert pair.machine.resumed == 0
+    assert pair.twin.loaded == b"registers"
+    assert pair.twin.resumed == 1
+    assert pair.machine.network_log == ["released"]
+    assert pair.twin.network_log == ["claimed"]
+    assert pair.servers[0].units == [UNIT, UNIT]
+    assert set(pair.servers[0].fds) == {("urgent", 0), ("urgent", 1), ("bulk", 0)}
+    assert pair.pager.armed == [(0, 0, 0, PAGES), (1, 1, 0, 2 * PAGES)]
+    assert {block: zero.count() for block, zero in pair.pager.zero.items()} == {0: PAGES, 1: 2 * PAGES}
+    assert pair.pager.log == ["thread 1 is vcpu 0", "disarmed", "closed"]
+    there = replace(pair.dest.statistics(), pending_faults=None)
+    assert replace(pair.source.statistics(), released_bytes=None) == there
+    assert pair.source.downtime_ns == pair.dest.downtime_ns > 0
+    assert pair.dest.total_ns >= pair.dest.downtime_ns
+
+
+async def test_what_was_not_pushed_is_asked_for() -> None:
+    async with running(make_pair()) as pair:
+        await pair.move()
+        pair.pager.channel.tell(EventType.BULK_END, ChannelKind.BULK, 0)
+    assert pair.pager.requested == 1
+    assert pair.dest.state is State.COMPLETED
+
+
+async def test_destination_has_no_room() -> None:
+    def refuse(*_: object, **__: object) -> Machine:
+        raise ResourceError("no memory left", "buy some")
+
+    async with running(make_pair(refuse)) as pair:
+        pass
+    assert_back_at_source(pair)
+    assert str(pair.source.failure) == "the destination declined: no memory left (remedy: buy some)"
+    assert str(pair.dest.failure) == "no memory left (remedy: buy some)"
+
+
+@pytest.mark.parametrize("error", [ProtocolError("damaged"), ResourceError("no such CPU"), OSError(12, "no memory")])
+async def test_state_is_refused(error: Exception) -> None:
+    pair = make_pair()
+    pair.twin.refuses = error
+    async with running(pair):
+        pair.go.set()
+    assert_back_at_source(pair)
+    assert pair.machine.resumed == 1
+    assert str(pair.source.failure).startswith("the destination aborted: ")
+    assert str(error) in str(pair.source.failure)
+
+
+@pytest.mark.parametrize("who", ["source", "dest"])
+@pytest.mark.parametrize("when", [State.OFFERED, State.READY])
+@pytest.mark.parametrize("how", ["stop", "cancel"])
+async def test_interrupted_before_commit(who: str, when: State, how: str) -> None:
+    async with running(make_pair()) as pair:
+        await pair.until(lambda: pair.source.state is when)
+        if how == "cancel":
+            assert pair.side(who).cancellable
+            pair.side(who).cancel()
+        else:
+            (pair.stop_source if who == "source" else pair.stop_dest).set()
+    assert_back_at_source(pair)
+    other, me = (pair.dest, pair.source) if who == "source" else (pair.source, pair.dest)
+    assert me.status == "cancelled"
+    assert other.status == "failed"
+    assert f"{'interrupted' if how == 'stop' else 'cancelled'} at the" in str(other.failure)
+
+
+async def cancelled_after(who: str, moment: int) -> Pair:
+    """A migration that one side cancels so many steps of the scheduler after the machine may be paused, at its end."""
+    pair = make_pair()
+    pair.meeting.open.set()  # whoever is lost is found again
+
+    async def bring_all_pages() -> None:
+        await pair.until(lambda: pair.dest.state in (State.POSTCOPY, State.ABORTED))
+        pair.pager.channel.tell(EventType.COMPLETE)
+
+    async with running(pair), trio.open_nursery() as nursery:
+        nursery.start_soon(bring_all_pages)
+        await pair.until(lambda: pair.source.state is State.READY)
+        pair.go.set()
+        for _ in range(moment):
+            await trio.lowlevel.checkpoint()
+        pair.side(who).cancel()
+        await pair.until(lambda: pair.source.state in (State.COMPLETED, State.ABORTED))
+        nursery.cancel_scope.cancel()
+        pair.meeting.refuse(p.EndedElsewhere(p.Ended.ABORTED))  # to one that is in doubt and asks
+    return pair
+
+
+@pytest.mark.parametrize("who", ["source", "dest"])
+async def test_cancelled_at_any_moment(who: str) -> None:
+    """Also in the very moment of the decision: the machine is then at the one side or at the other one, with all its
+    pages. A `stop` would end this side in any case."""
+    ends = set()
+    for moment in range(0, 120, 2):
+        pair = await cancelled_after(who, moment)
+        assert pair.source.state is pair.dest.state
+        ends.add(pair.source.state)
+        if pair.source.state is State.ABORTED:
+            assert_back_at_source(pair)
+        else:
+            assert pair.twin.resumed == 1
+            assert pair.machine.resumed == 0
+    assert ends == {State.COMPLETED, State.ABORTED}  # the moments were on both sides of the decision
+
+
+@pytest.mark.parametrize("who", ["source", "dest"])
+async def test_data_channel_lost_before_commit(who: str) -> None:
+    async with running(make_pair()) as pair:
+        await pair.until(lambda: pair.source.state is State.READY)
+        engine = pair.engine(who)
+        engine.channel.tell(EventType.CHANNEL_DOWN, ChannelKind.URGENT, 1, "reset by peer")
+    assert_back_at_source(pair)
+    for side in (pair.source, pair.dest):
+        assert "data channel lost: urgent 1 (reset by peer)" in str(side.failure)
+
+
+async def test_destination_that_dies_in_the_switchover() -> None:
+    async with lone_source() as (peer, source, machine):
+        await trio.aclose_forcefully(peer.stream)
+        with trio.fail_after(1):
+            await machine.runs_again.wait()  # at once: its users are waiting
+    assert source.state is State.ABORTED
+    assert "destination closed the control connection" in str(source.failure)
+
+
+async def test_destination_that_never_answers(mock_clock: MockClock) -> None:
+    async with lone_source() as (peer, source, machine):
+        # Not before: time must not jump while a worker thread looks at the memory.
+        mock_clock.autojump_threshold = 0.1
+        began = trio.current_time()
+
+        async def keep_talking() -> None:  # it lives, it only never gets ready
+            while True:
+                with contextlib.suppress(trio.BrokenResourceError):
+                    await peer.say(p.Ping(1))
+                await trio.sleep(1)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keep_talking)
+            await machine.runs_again.wait()
+            nursery.cancel_scope.cancel()
+        assert trio.current_time() - began <= PREPARE_TIMEOUT_S + 1
+    assert str(source.failure) == f"the destination did not say prepared within {PREPARE_TIMEOUT_S:g} s"
+
+
+async def test_network_that_swallows_everything(mock_clock: MockClock) -> None:
+    async with lone_source() as (_, source, machine):
+        mock_clock.autojump_threshold = 0.1
+        await machine.runs_again.wait()
+    assert isinstance(source.failure, PeerError)
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (p.Running(1), "running must not be received by the source in state handed"),
+        (p.Complete({}), "complete must not be received"),
+        (p.Ready(), "ready must not be received"),
+    ],
+)
+async def test_destination_that_is_ahead_of_itself(message: p.Message, reason: str) -> None:
+    async with lone_source() as (peer, source, machine):
+        await peer.say(message)
+        told = await peer.read(p.Abort)
+        assert reason in told.reason
+        assert machine.state is MachineState.RUNNING
+    assert reason in str(source.failure)
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([p.PageMap(2, 0, 1, b"")], "there is no block 2"),
+        ([p.PageMap(0, 1, 1, b"")], "goes on at page 1, not at 0"),
+        ([p.PageMap(0, 0, 10, b""), p.PageMap(0, 0, 10, b"")], "goes on at page 0, not at 10"),
+        ([p.PageMap(0, 0, PAGES + 1, b"")], "has 40 pages only"),
+        ([p.PageMap(0, 0, PAGES, b"\xff\xff\xff")], "malformed page map"),
+        ([FULL[0], p.Switchover(b"", 1)], "the page map of block 1 ends at 0"),
+        ([*FULL, p.Switchover(b"", 3)], "speaks of 3 page maps, 2 came"),
+        ([p.Commit()], "commit must not be received by the destination in state ready"),
+        ([*FULL, p.Commit()], "commit must not be received by the destination in state switchover"),
+    ],
+)
+async def test_source_that_makes_no_sense(messages: list[p.Message], reason: str) -> None:
+    async with lone_destination() as (peer, dest, twin):
+        for message in messages:
+            await peer.say(message)
+        told = await peer.read(p.Abort)
+        assert reason in told.reason
+    assert reason in str(dest.failure)
+    assert twin.resumed == 0
+    assert not dest.may_run
+
+
+async def test_prepared_and_a_cancel_in_the_same_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was told that it is cancelled can rely on it, although `prepared` has come."""
+    receive = Control.receive
+    migrations: list[SourceMigration] = []
+
+    async def and_cancel(self: Any, kind: type[p.Message], timeout_s: float = float("inf")) -> p.Message:
+        message = await receive(self, kind, timeout_s)
+        if kind is p.Prepared:
+            assert migrations[0].cancel()
+        return message
+
+    monkeypatch.setattr(Control, "receive", and_cancel)
+    async with lone_source() as (peer, source, machine):
+        migrations.append(source)
+        await peer.say(p.Prepared())
+        told = await peer.read(p.Abort)
+        assert "cancelled at the source" in told.reason
+        assert machine.state is MachineState.RUNNING
+    assert source.status == "cancelled"
+    assert source.may_run
+
+
+async def test_a_destination_that_is_cancelled_does_not_say_prepared() -> None:
+    async with lone_destination() as (peer, dest, twin):
+        load = twin.load_state
+
+        async def and_cancel(state: bytes) -> None:
+            await load(state)
+            assert dest.cancel()
+
+        cast(Any, twin).load_state = and_cancel
+        for message in [*FULL, p.Switchover(b"state", 2)]:
+            await peer.say(message)
+        told = await peer.read(p.Abort)
+        assert "cancelled at the destination" in told.reason
+    assert dest.status == "cancelled"
+
+
+async def test_no_threads_is_told_before_anything_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    from postcopy._blocking import Workers, no_thread
+
+    def refuse(count: int, name: str, what: str) -> Workers:
+        raise no_thread(what)
+
+    pair = make_pair()
+    monkeypatch.setattr(Workers, "open", refuse)
+    async with running(pair):
+        pass
+    assert pair.source.state is pair.dest.state is State.ABORTED
+    assert pair.machine.state is MachineState.RUNNING
+    assert "no thread can be started" in str(pair.source.failure)
+
+
+async def lone_offer(version: int, background: bool) -> tuple[p.Accept, DestinationMigration]:
+    here, there = socket.socketpair()
+    twin, pager = FakeMachine(), FakePager()
+    link = FakeLink(here)
+    link.version = version
+    dest = DestinationMigration(
+        link, background=background, make_machine=lambda *_: twin, make_pager=lambda: cast(Pager, pager)
+    )
+    peer, stop = Peer(there), trio.Event()
+    blocks = tuple(p.Block(block.name, block.size_bytes, block.page_bytes) for block in twin.layout)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(dest.run, stop)
+        await peer.say(p.Offer(b"m" * 16, b"t" * 16, "fake", {}, blocks, 1, 0))
+        accept = await peer.read(p.Accept)
+        stop.set()
+    await peer.stream.aclose()
+    await dest.close()
+    return accept, dest
+
+
+@pytest.mark.parametrize(
+    ("version", "background", "channels"), [(3, True, 1), (3, False, 0), (2, True, 1), (2, False, 1)]
+)
+async def test_without_background_there_are_no_bulk_channels(
+    version: int, background: bool, channels: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_channels(self: Any, shards: int, bulk_channels: int) -> dict[Any, Any]:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    monkeypatch.setattr(FakeChannelSet, "channels", no_channels)
+    accept, _ = await lone_offer(version, background)
+    assert accept.bulk_channels == channels
+    assert ("all pages are taken" in caplog.text) is (version == 2 and not background)
