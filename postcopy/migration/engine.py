@@ -281,7 +281,7 @@ class Engine(abc.ABC, Generic[P, D]):
         """Tells the peer how the migration has ended here, where that may not know it and would not come and ask: on
         the side that connects. For a minute at most (less if less is the time that a lost peer is looked for), or until
         the peer knows. After `run`; the machine is not needed for it. Cancellable."""
-        if self._reconnector is None or not self._calls or not self._protocol.untold:
+        if self._reconnector is None or not self._calls or not self._protocol.must_announce:
             return
         with about(self), trio.move_on_after(min(ANNOUNCE_FOR_S, self._recover_for_s)):
             await self._reconnector.announce(self._protocol.ending)
@@ -322,6 +322,7 @@ class Engine(abc.ABC, Generic[P, D]):
     async def _connected(self, link: Link, plan: Plan[P]) -> None:
         """The life of one connection: follows the plan, and settles where its end has left the machine."""
         control: Control[P] = Control(link.control, self._protocol, self._heartbeat_s)
+        self._protocol.receive_data(link.received)
         scope = self._scope = FirstFailure()
         self.failure = None
         ended = False

@@ -1,5 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""acceptor."""
+"""The side that listens: who may open a connection, and what becomes of it.
+
+A listening port will be found by port scanners, browsers and other versions of postcopy. Until a peer has said a proper
+hello it gets `HANDSHAKE_TIMEOUT_S` and 16 KiB; at most `MAX_HALF_OPEN` may be in that state, and one more costs the
+oldest its place, since an honest peer needs one round trip only. A source that calls is in that state until its offer
+is there (`OFFER_TIMEOUT_S`): a hello alone takes no place. A data connection has to prove the token of a migration that
+is going on. Whatever a peer does, the listener goes on.
+
+Resource handling: a stream belongs to whoever got it last: the acceptor, a channel set, a reconnector, or the caller of
+`next_link`. `close` ends the listeners; a control connection that nobody took is closed when `serve` ends.
+
+Error handling: `ResourceError` for an address that cannot be listened on. What a peer does wrong is counted and logged.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +19,6 @@ import contextlib
 import errno
 import logging
 import os
-import select
 import socket
 from collections.abc import Callable, Iterator
 
@@ -15,8 +26,8 @@ import trio
 
 from postcopy.errors import PeerError, ProtocolError, ResourceError
 from postcopy.net.addresses import Address, address_of
-from postcopy.net.backoff import Sparing
-from postcopy.net.connecting import HANDSHAKE_TIMEOUT_S, NO_ROOM, broken_by
+from postcopy.net.backoff import LogLimit
+from postcopy.net.connecting import HANDSHAKE_TIMEOUT_S, NO_ROOM, broken
 from postcopy.net.endings import Code, Endings, Refusal, Session
 from postcopy.net.link import ChannelSet, Link, Reconnector
 from postcopy.net.listening import ListeningChannelSet, ListeningReconnector
@@ -28,14 +39,12 @@ OFFER_TIMEOUT_S = 10.0
 MAX_HALF_OPEN = 64
 MAX_WAITING = 16  # control connections that nobody has taken yet
 ACCEPT_PAUSE_S = 0.1
-EARLY_PAUSE_S = 0.05
-
-SEE_OFF_BYTES = 64 * 1024
+UNREAD_BYTES = 64 * 1024
 
 
 class ListeningLink(Link):
-    def __init__(self, control: trio.SocketStream, acceptor: Acceptor, version: int) -> None:
-        super().__init__(control, address_of(control), version)
+    def __init__(self, control: trio.SocketStream, acceptor: Acceptor, version: int, received: bytes = b"") -> None:
+        super().__init__(control, address_of(control), version, received)
         self._acceptor = acceptor
 
     @contextlib.contextmanager
@@ -52,22 +61,22 @@ class ListeningLink(Link):
 
     @contextlib.contextmanager
     def reconnector(self, session: Session) -> Iterator[Reconnector]:
-        members, endings = self._acceptor.reconnectors, self._acceptor.endings
-        if session.migration in members or endings.find(session.migration) is not None:
+        reconnectors, endings = self._acceptor.reconnectors, self._acceptor.endings
+        if session.migration in reconnectors or endings.find(session.migration) is not None:
             raise PeerError(f"{self.peer}: the migration {session.migration.hex()} is in use here, or was")
-        reconnector = members[session.migration] = ListeningReconnector(session, self.version, endings)
+        reconnector = reconnectors[session.migration] = ListeningReconnector(session, self.version, endings)
         try:
             yield reconnector
         finally:
-            del members[session.migration]
+            del reconnectors[session.migration]
             reconnector.close()
 
 
 class Acceptor:
     """A listening side: welcomes control connections as long as somebody takes them, and sends data connections to the
-    channel_set of their migration.
+    channel set of their migration.
 
-    Statistics: `accepted`, `refused`, `strangers` count connections by what became of them.
+    Statistics: `accepted`, `refused`, `bad_handshakes` count connections by what became of them.
     """
 
     def __init__(
@@ -95,7 +104,7 @@ class Acceptor:
         self._why_refused = why_refused
         self._waiting = 0
         self._half_open: dict[object, trio.CancelScope] = {}  # oldest first
-        self._spare = Sparing()  # whoever can connect could fill the log
+        self._log_limit = LogLimit()  # whoever can connect could fill the log
         self._send_link, self._links = trio.open_memory_channel[Link](MAX_WAITING)
 
     @classmethod
@@ -147,15 +156,16 @@ class Acceptor:
             await listener.aclose()
 
     async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
-        # Not trio.serve_listeners: that closes a stream when its handler returns, and ours gives it away.
-        spare = Sparing()
+        # Not trio.serve_listeners: that closes a listener when it ends, and a daemon serves again after a mistake. It
+        # would also log each attempt with a traceback, ten times a second while descriptors are short.
+        log_limit = LogLimit()
         while True:
             try:
                 stream = await listener.accept()
             except OSError as error:
                 if error.errno not in NO_ROOM:
                     raise
-                if spare.due():
+                if log_limit.due():
                     log.error("cannot accept a connection: %s", error.strerror)
                 await trio.sleep(ACCEPT_PAUSE_S)  # descriptors may become free
                 continue
@@ -176,14 +186,10 @@ class Acceptor:
                 taken = await self._handshake(stream, peer, scope)
             if scope.cancelled_caught:
                 raise PeerError("no complete handshake in time")
-        except (PeerError, ProtocolError) as error:
+        except (PeerError, ProtocolError, trio.BrokenResourceError) as error:
             self.bad_handshakes += 1
-            if self._spare.due():
-                log.warning("%s: %s", peer, error)
-        except trio.BrokenResourceError as error:
-            self.bad_handshakes += 1
-            if self._spare.due():
-                log.warning("%s: the connection broke during the handshake%s", peer, broken_by(error))
+            if self._log_limit.due():
+                log.warning("%s: %s", peer, broken(error) if isinstance(error, trio.BrokenResourceError) else error)
         except Exception:  # a mistake of ours: whoever is here already does not pay for it
             log.exception("%s: cannot be greeted", peer)
         finally:
@@ -201,7 +207,7 @@ class Acceptor:
                     answered = True
                     await stream.send_all(handshake.send_preamble())
                 if handshake.newer:
-                    return await self._see_off(stream)
+                    return await self._wait_for_end(stream)
         except ProtocolError as error:
             with contextlib.suppress(trio.BrokenResourceError):
                 preamble = b"" if answered else handshake.send_preamble()
@@ -215,21 +221,21 @@ class Acceptor:
                 raise Refusal(f"both hosts are {sides}", Code.SAME_SIDE)
             if hello.channel == "control":
                 if hello.epoch or hello.migration:
-                    return await self._greet_again(stream, handshake, hello)
+                    return await self._greet_returning(stream, handshake, hello)
                 return await self._greet_first(stream, handshake, scope)
             return await self._greet_data(stream, handshake, hello)
         except Refusal as refusal:
             self.refused += 1
-            if refusal.code not in (Code.HELD, Code.TOO_OFTEN) and self._spare.due():  # those ask again and again
+            if refusal.code not in (Code.PAUSED, Code.TOO_OFTEN) and self._log_limit.due():  # those ask again and again
                 log.warning("%s: refused a %s connection: %s", peer, hello.channel, refusal)
             await stream.send_all(handshake.send_refused(str(refusal), refusal.code, refusal.token))
             return False
 
-    async def _see_off(self, stream: trio.SocketStream) -> bool:
+    async def _wait_for_end(self, stream: trio.SocketStream) -> bool:
         """Waits until the peer hangs up, for as long as a handshake may take. Closed with something unread in it the
         connection would be reset, and our answer might be lost with it."""
-        left = SEE_OFF_BYTES
-        while left > 0 and (data := await stream.receive_some(SEE_OFF_BYTES)):
+        left = UNREAD_BYTES
+        while left > 0 and (data := await stream.receive_some(UNREAD_BYTES)):
             left -= len(data)
         return False
 
@@ -252,10 +258,10 @@ class Acceptor:
     async def _greet_first(
         self, stream: trio.SocketStream, handshake: ServerHandshake, scope: trio.CancelScope
     ) -> bool:
-        def find_place() -> str:
+        def why_refused() -> str:
             return self._why_refused(self._waiting) or ("too many are waiting" if self._waiting >= MAX_WAITING else "")
 
-        if reason := find_place():
+        if reason := why_refused():
             raise Refusal(reason, Code.BUSY)
         if self._side == "source":  # the destination waits for us now
             self._waiting += 1  # now: while we say welcome, the next one may ask for the same place
@@ -268,71 +274,51 @@ class Acceptor:
         else:
             await stream.send_all(handshake.send_welcome())
             scope.deadline = trio.current_time() + OFFER_TIMEOUT_S
-            await _until_offered(stream, handshake.version)
-            link = ListeningLink(stream, self, handshake.version)
-            if reason := find_place():  # somebody was faster
+            offer = await _receive_offer(stream, handshake.version)
+            link = ListeningLink(stream, self, handshake.version, offer)
+            if reason := why_refused():  # somebody was faster
                 self.refused += 1
                 await stream.send_all(encode(Reject(reason), handshake.version))
                 await stream.send_eof()
-                return await self._see_off(stream)
+                return await self._wait_for_end(stream)
             self._waiting += 1
         self._send_link.send_nowait(link)
         self.accepted += 1
         return True
 
-    async def _greet_again(self, stream: trio.SocketStream, handshake: ServerHandshake, hello: Hello) -> bool:
-        member = self.reconnectors.get(hello.migration)
-        if member is None:
+    async def _greet_returning(self, stream: trio.SocketStream, handshake: ServerHandshake, hello: Hello) -> bool:
+        reconnector = self.reconnectors.get(hello.migration)
+        if reconnector is None:
             raise self.endings.refusal(hello, handshake.version)
-        member.reserve(hello, handshake.version)
+        reconnector.reserve(hello, handshake.version)
         if hello.ended:
-            member.heard(Ended(hello.ended))
-            await stream.send_all(handshake.send_welcome(member.session.token))
+            reconnector.peer_ended(Ended(hello.ended))
+        await stream.send_all(handshake.send_welcome(reconnector.session.token))
+        # While we said welcome somebody with a higher epoch may have come, and the migration may have ended or paused.
+        current = self.reconnectors.get(hello.migration) is reconnector and reconnector.session.epoch == hello.epoch
+        if hello.ended or not current or reconnector.over or reconnector.is_paused():
             return False
-        await stream.send_all(handshake.send_welcome(member.session.token))
-        # Somebody with a higher epoch may have come while we said welcome, and the migration may have ended or be held.
-        gone = self.reconnectors.get(hello.migration) is not member or member.is_over()
-        if gone or member.session.epoch != hello.epoch or member.is_paused():
-            return False
-        member.enter(ListeningLink(stream, self, handshake.version), hello.epoch)
+        reconnector.enter(ListeningLink(stream, self, handshake.version))
         self.accepted += 1
         return True
 
 
-async def _until_offered(stream: trio.SocketStream, version: int) -> None:
-    """Until a source has said all of its offer, without taking a byte of it. `PeerError` when it hangs up, or says
-    something else first: a sign of life takes no place either."""
-    handle = stream.socket
+async def _receive_offer(stream: trio.SocketStream, version: int) -> bytes:
+    """What a source says first, and not a byte more: all of its offer. `PeerError` when it hangs up, or says something
+    else first: a sign of life takes no place either."""
+    said = bytearray()
     due = HEADER_BYTES
-    try:
-        while True:
-            # The kernel calls it readable when so much is there, or when no more will come.
-            handle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, due)
-            await trio.lowlevel.wait_readable(handle)
-            try:
-                there = await handle.recv(due, socket.MSG_PEEK)
-            except OSError as error:
-                raise PeerError(f"the connection broke before anything was offered ({error.strerror})") from error
-            if len(there) < due:
-                if _hung_up(handle):
-                    raise PeerError("hung up before anything was offered")
-                await trio.sleep(EARLY_PAUSE_S)  # the kernel is short of memory for sockets, and says so early
-                continue
-            length = int.from_bytes(there[:4], "big")
-            if length > Offer.MAX_BYTES:
-                return  # which is the protocol's business
-            if due == HEADER_BYTES + length:
-                break
-            due = HEADER_BYTES + length
-    finally:
-        handle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+    while len(said) < due:
+        data = await stream.receive_some(due - len(said))
+        if not data:
+            raise PeerError("hung up before anything was offered")
+        said += data
+        if len(said) == HEADER_BYTES:
+            due += int.from_bytes(said[:4], "big")
+            if due > HEADER_BYTES + Offer.MAX_BYTES:
+                return bytes(said)  # the protocol refuses it
     with contextlib.suppress(ProtocolError):  # as above
-        said = decode(there[HEADER_BYTES:], version)
-        if not isinstance(said, Offer):
-            raise PeerError(f"began with {said.TYPE}, not with an offer")
-
-
-def _hung_up(handle: trio.socket.SocketType) -> bool:
-    poll = select.poll()
-    poll.register(handle.fileno(), select.POLLRDHUP)
-    return bool(poll.poll(0))
+        message = decode(bytes(said[HEADER_BYTES:]), version)
+        if not isinstance(message, Offer):
+            raise PeerError(f"began with {message.TYPE}, not with an offer")
+    return bytes(said)

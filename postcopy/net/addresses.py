@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""addresses."""
+"""Where hosts are: addresses, the file that names a peer, and the route to a peer that may move."""
 
 from __future__ import annotations
 
 import ipaddress
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
 
+from postcopy._files import read_regular
 from postcopy.errors import ConfigurationError, PeerError
 from postcopy.wire import one_line
 
@@ -70,21 +70,10 @@ MAX_PEER_FILE_BYTES = 4096
 def read_peer_file(path: str) -> Address:
     """The HOST:PORT that is all a file holds. `ConfigurationError` when it cannot be read or says something else."""
     try:
-        # O_NONBLOCK: opening a FIFO must not wait for a writer, nor reading one.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            content = os.read(fd, MAX_PEER_FILE_BYTES + 1)
-        finally:
-            os.close(fd)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        return parse_address(read_regular(path, MAX_PEER_FILE_BYTES).decode("utf-8", "replace").strip())
+    except (OSError, ValueError, ConfigurationError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigurationError(f"--peer-file {path}: {reason}") from error
-    if len(content) > MAX_PEER_FILE_BYTES:
-        raise ConfigurationError(f"--peer-file {path}: more than {MAX_PEER_FILE_BYTES} bytes; write one HOST:PORT")
-    try:
-        return parse_address(content.decode("utf-8", "replace").strip())
-    except ConfigurationError as error:
-        raise ConfigurationError(f"--peer-file {path}: {error}") from error
 
 
 class Route:
@@ -111,9 +100,9 @@ class Route:
         self._changed.set()
         self._changed = trio.Event()
 
-    def refresh(self, *, told: bool = False) -> None:
-        """Looks up where the peer is. What cannot be understood is logged, and the old address stays. `told`: the user
-        has asked for it, so a name is resolved anew even if it is the same one."""
+    def refresh(self, *, by_user: bool = False) -> None:
+        """Looks up where the peer is. What cannot be understood is logged, and the old address stays. `by_user`: the
+        user has asked for it, so a name is resolved anew even if it is the same one."""
         if self._look_up is None:
             return
         try:
@@ -121,7 +110,7 @@ class Route:
         except ConfigurationError as error:
             log.warning("%s; the peer is looked for at %s as before", error, self.address)
             return
-        if told or address != self._named:
+        if by_user or address != self._named:
             self.change(address)
 
     def answered(self, asked: Address, address: Address) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""backoff."""
+"""How often something is tried, or said, that may fail again and again."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 
 import trio
 
-RECONNECT_FIRST_S, RECONNECT_CAP_S = 0.02, 0.2
+FIRST_S, CAP_S = 0.02, 0.2
 """Pauses between attempts to come back: doubled from the first to the cap, each cut at random to half or more, so that
 the first page after a short cut comes within a fraction of a second."""
-RECONNECT_PATIENT_AFTER_S, RECONNECT_PATIENT_CAP_S = 60.0, 2.0
+PATIENT_AFTER_S, PATIENT_CAP_S = 60.0, 2.0
 """A network that has been away for so long is asked less often."""
 FREE_RETURNS = 8
 """How often a peer may come back without going on before the side that listens lets it in less often."""
@@ -19,7 +19,7 @@ LASTING_S = 0.05
 failures (a page that cannot be sent) come back as soon as everything is there."""
 
 
-class Sparing:
+class LogLimit:
     """For log lines that may come again and again: the first at once, then one after a second, two, four, up to a
     minute; from the beginning after a minute without."""
 

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""connecting."""
+"""Connections to a side that listens, from the call to the welcome.
+
+The handshake reads exactly as many bytes as it asks for: a data connection is given to the core afterwards, and the
+byte behind the welcome is a frame. Errors: `PeerError` and `ProtocolError` for the other host, with its address;
+`ResourceError` for this one.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +84,7 @@ async def client_handshake(
         if isinstance(error, trio.TooSlowError):
             raise PeerError(f"no handshake within {timeout_s:g} s; is that a postcopy port?") from None
         if isinstance(error, trio.BrokenResourceError):
-            raise PeerError(f"the connection broke during the handshake{broken_by(error)}") from error
+            raise PeerError(broken(error)) from error
         raise
     return stream
 
@@ -99,9 +104,10 @@ def _connect_reason(cause: BaseException) -> str:
     return one_line(text or type(cause).__name__, 200)
 
 
-def broken_by(error: BaseException) -> str:
+def broken(error: trio.BrokenResourceError) -> str:
     cause = error.__cause__
-    return f" ({cause.strerror})" if isinstance(cause, OSError) and cause.strerror else ""
+    reason = f" ({cause.strerror})" if isinstance(cause, OSError) and cause.strerror else ""
+    return f"the connection broke during the handshake{reason}"
 
 
 def detach(stream: trio.SocketStream) -> FdHolder:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""endings."""
+"""Refusals, and what is remembered of migrations that have ended.
+
+Ids are no secret (they are in logs), tokens are. A hello proves that it knows the token of the migration that it names,
+and a refusal that says how that has ended proves it too: otherwise anybody at the peer's address could say so.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,9 @@ import enum
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from postcopy.wire import NO_SUCH_MIGRATION, Ended, Hello
+from postcopy.wire import Ended, Hello
 
 MAX_ENDINGS = 1024
-WRONG_TOKEN = "wrong token"
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Code(enum.StrEnum):
     WRONG_TOKEN = "wrong-token"
     STALE_EPOCH = "stale-epoch"
     NO_CHANNEL = "no-channel"
-    HELD = "held"
+    PAUSED = "held"
     TOO_OFTEN = "too-often"
     MALFORMED = "malformed"
 
@@ -67,8 +70,18 @@ class Endings:
         """What is to be said to somebody who asks for a migration that is not going on here (any more)."""
         known = self.find(hello.migration)
         if known is None or version < 3:
-            return Refusal(NO_SUCH_MIGRATION, Code.UNKNOWN)
+            return Refusal("no such migration here", Code.UNKNOWN)
         token, how = known
         if not hello.is_signed(token, version):
-            return Refusal(WRONG_TOKEN, Code.WRONG_TOKEN)
+            return Refusal("wrong token", Code.WRONG_TOKEN)
         return Refusal(f"the migration has ended here: {how}", how, token)
+
+
+def check_token(session: Session, spoken: int, hello: Hello, version: int) -> None:
+    """`Refusal` unless the hello proves the token. `spoken`: the version of the migration, which no peer changes."""
+    if version != spoken or not hello.is_signed(session.token, version):
+        raise Refusal("wrong token", Code.WRONG_TOKEN)
+
+
+def stale(hello: Hello, session: Session, token: bytes = b"") -> Refusal:
+    return Refusal(f"stale epoch {hello.epoch}, this is {session.epoch}", Code.STALE_EPOCH, token)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""link."""
+"""What a migration sees of its connections, whichever host listens: a `Link` is the control connection, its
+`channel_set` the way to data connections, its `reconnector` the way to the next control connection.
+
+`calling` has these for the side that connects, `listening` for the other one.
+"""
 
 from __future__ import annotations
 
@@ -17,29 +21,39 @@ from postcopy.net.endings import Session
 from postcopy.wire import PROTOCOL_VERSION, Ended
 
 CHANNELS_TIMEOUT_S = 30.0
-
-HELD = "paused by the operator"
+PAUSED_BY_OPERATOR = "paused by the operator"
 
 ChannelKey = tuple[str, int]  # ("urgent", 3)
+
+
+def channel_keys(shards: int, bulk_channels: int) -> list[ChannelKey]:
+    return [("urgent", shard) for shard in range(shards)] + [("bulk", number) for number in range(bulk_channels)]
+
+
+class ChannelSet(abc.ABC):
+    """Open it before the peer can know the session, since the peer may be faster than our next line."""
+
+    @abc.abstractmethod
+    async def channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
+        """All data channels, within `CHANNELS_TIMEOUT_S`. Called once; the descriptors are the caller's."""
 
 
 class Reconnector(abc.ABC):
     """A migration's place among the connections of this host, kept while it has none.
 
-    It can be *held*, by whoever operates it: the connection is then given up and none is made or let in, until it is
-    let go again. The other side finds that somebody is there who does not take it back yet, and asks again.
+    An operator can *pause* it: the connection is then given up and none is made or let in, until `recover`. The other
+    side finds that somebody is there who does not take it back yet, and asks again.
     """
 
     def __init__(self) -> None:
         self.answered = trio.Event()  # set when the peer is there, and only does not take us back now; may be replaced
-        self._held = False
+        self._paused = False
         self._changed = trio.Event()
         self._went_on_s = math.inf
 
     def went_on(self) -> None:
-        """The migration goes on over the connection that `next_link` gave: the next loss is a new one, and is not made
-        to wait for what failed before; but for a little, where this does not last. To be said when a recovery has
-        succeeded."""
+        """A recovery over the connection of `next_link` has succeeded: the next loss is a new one, and is not made to
+        wait for what failed before; but for a little, where this does not last."""
         self._went_on_s = trio.current_time()
 
     def _has_lasted(self) -> bool:
@@ -48,8 +62,8 @@ class Reconnector(abc.ABC):
         return trio.current_time() - went_on_s >= LASTING_S
 
     def ended(self, how: Ended) -> None:  # noqa: B027  (only who is asked has to remember it)
-        """The migration is over here: whoever comes back for it from now on is told how, and not let in. To be said
-        before the reconnector ends; the last word counts."""
+        """The migration is over here: whoever comes back for it is told how, and not let in. To be said before the
+        reconnector ends; the last word counts."""
 
     async def announce(self, how: Ended) -> None:
         """Tells the peer that it is over here, where it would not come and ask: on the side that calls. Tries as long
@@ -58,16 +72,16 @@ class Reconnector(abc.ABC):
         await trio.lowlevel.checkpoint()
 
     def is_paused(self) -> bool:
-        return self._held
+        return self._paused
 
     def pause(self) -> None:
         """Gives the connection up and makes no other one until `recover`."""
-        self._held = True
+        self._paused = True
         self._notify()
 
     def recover(self) -> None:
         """Looks for the peer (again), now."""
-        self._held = False
+        self._paused = False
         self._notify()
 
     def _notify(self) -> None:
@@ -83,23 +97,19 @@ class Reconnector(abc.ABC):
     @abc.abstractmethod
     async def superseded(self) -> None:
         """Returns when `next_link` has something although the present connection has not ended. `PeerError` when it is
-        to be given up since the reconnector is held."""
-
-
-class ChannelSet(abc.ABC):
-    """Open it before the peer can know the session, since the peer may be faster than our next line."""
-
-    @abc.abstractmethod
-    async def channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
-        """All data channels, within `CHANNELS_TIMEOUT_S`. Called once; the descriptors are the caller's."""
+        to be given up because the reconnector is paused."""
 
 
 class Link(abc.ABC):
     """A control connection that has been welcomed, and the way to more connections with the same peer."""
 
-    def __init__(self, control: trio.SocketStream, peer: Address, version: int = PROTOCOL_VERSION) -> None:
-        """`version` of the protocol is what is spoken on it, and on all that belong to it."""
+    def __init__(
+        self, control: trio.SocketStream, peer: Address, version: int = PROTOCOL_VERSION, received: bytes = b""
+    ) -> None:
+        """`version` of the protocol is what is spoken on it, and on all that belong to it. `received`: what the peer
+        has said on it already, for the protocol object."""
         self.control = control
+        self.received = received
         self.peer = peer
         self.version = version
 
@@ -116,7 +126,3 @@ class Link(abc.ABC):
     def reconnector(self, session: Session) -> contextlib.AbstractContextManager[Reconnector]:
         """Keeps the way open for the peer, or to it, as long as the block lasts. `PeerError` for the id of a migration
         that is going on here, or was."""
-
-
-def channel_keys(shards: int, bulk_channels: int) -> list[ChannelKey]:
-    return [("urgent", shard) for shard in range(shards)] + [("bulk", number) for number in range(bulk_channels)]

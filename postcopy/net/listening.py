@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""listening."""
+"""The side that listens: the places that it keeps for the peers of its migrations. `Acceptor` lets them in.
+
+Whoever knows the token of a migration and brings a higher epoch than anybody before gets its place, also while this
+side still believes in the old connection, which may be half open. From which address it comes does not matter. A peer
+that comes back without going on is let in less and less often.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +15,25 @@ import trio
 
 from postcopy._fd import FdHolder
 from postcopy.errors import PeerError, ProtocolError
+from postcopy.net import backoff
 from postcopy.net.addresses import Address
-from postcopy.net.backoff import FREE_RETURNS, RECONNECT_FIRST_S, RECONNECT_PATIENT_CAP_S
 from postcopy.net.connecting import detach
-from postcopy.net.endings import WRONG_TOKEN, Code, Endings, Refusal, Session
-from postcopy.net.link import CHANNELS_TIMEOUT_S, HELD, ChannelKey, ChannelSet, Link, Reconnector, channel_keys
+from postcopy.net.endings import Code, Endings, Refusal, Session, check_token, stale
+from postcopy.net.link import (
+    CHANNELS_TIMEOUT_S,
+    PAUSED_BY_OPERATOR,
+    ChannelKey,
+    ChannelSet,
+    Link,
+    Reconnector,
+    channel_keys,
+)
 from postcopy.wire import Ended, EndedElsewhere, Hello
 
 
 class ListeningChannelSet(ChannelSet):
+    """What has been collected when it closes unused, it closes."""
+
     def __init__(self, session: Session, peer: Address, version: int) -> None:
         self.session = session
         self._version = version
@@ -29,9 +44,10 @@ class ListeningChannelSet(ChannelSet):
         self._changed = trio.Event()
 
     def reserve(self, hello: Hello, version: int) -> ChannelKey:
+        """`Refusal` unless the peer may open this channel now."""
         check_token(self.session, self._version, hello, version)
         if hello.epoch != self.session.epoch:
-            raise Refusal(f"stale epoch {hello.epoch}, this is {self.session.epoch}", Code.STALE_EPOCH)
+            raise stale(hello, self.session)
         key = (hello.channel, hello.index)
         if self._wanted is not None and key not in self._wanted:
             raise Refusal(f"this migration has no {hello.channel} channel {hello.index}", Code.NO_CHANNEL)
@@ -52,13 +68,13 @@ class ListeningChannelSet(ChannelSet):
         self._wanted = set(channel_keys(shards, bulk_channels))
         for kind, index in self._reserved - self._wanted:
             raise ProtocolError(f"{self._peer}: opened {kind} channel {index}, which this migration does not have")
-        with trio.move_on_after(CHANNELS_TIMEOUT_S) as scope:
+        with trio.move_on_after(CHANNELS_TIMEOUT_S):
             while len(self._arrived) < len(self._wanted):
                 self._changed = trio.Event()
                 await self._changed.wait()
-        if scope.cancelled_caught and len(self._arrived) < len(self._wanted):
-            missing = ", ".join(f"{kind} {index}" for kind, index in sorted(self._wanted - set(self._arrived)))
-            raise PeerError(f"{self._peer}: did not open these data channels in {CHANNELS_TIMEOUT_S:g} s: {missing}")
+        if missing := self._wanted - set(self._arrived):
+            names = ", ".join(f"{kind} {index}" for kind, index in sorted(missing))
+            raise PeerError(f"{self._peer}: did not open these data channels in {CHANNELS_TIMEOUT_S:g} s: {names}")
         arrived, self._arrived = self._arrived, {}
         return arrived
 
@@ -68,20 +84,14 @@ class ListeningChannelSet(ChannelSet):
         self._arrived.clear()
 
 
-def check_token(session: Session, spoken: int, hello: Hello, version: int) -> None:
-    """`spoken`: the version of the migration, which its peer does not change."""
-    if version != spoken or not hello.is_signed(session.token, version):
-        raise Refusal(WRONG_TOKEN, Code.WRONG_TOKEN)
-
-
 class ListeningReconnector(Reconnector):
     def __init__(self, session: Session, version: int, endings: Endings) -> None:
         super().__init__()
         self.session = session
+        self.over = False  # here: see `Endings`
         self._version = version
         self._endings = endings
-        self._links: list[tuple[Link, Session]] = []
-        self._over = False  # for us: see `Endings`
+        self._arrived: tuple[Link, Session] | None = None  # that nobody has taken
         self._ended: Ended | None = None  # as the peer has come to say
         self._returns = 0  # since it went on
         self._next_s = -math.inf  # from when on it may come again
@@ -89,49 +99,47 @@ class ListeningReconnector(Reconnector):
     def went_on(self) -> None:
         super().went_on()
         # (a little less patient than the side that calls, which has such a pause too)
-        self._returns = min(self._returns, FREE_RETURNS + 3)
+        self._returns = min(self._returns, backoff.FREE_RETURNS + 3)
         self._next_s = -math.inf
 
     def ended(self, how: Ended) -> None:
         self._endings.remember(self.session, how)
-        self._over = True
+        self.over = True
         self.close()
-
-    def is_over(self) -> bool:
-        return self._over
 
     def reserve(self, hello: Hello, version: int) -> None:
         """`Refusal` unless the peer may come back with this. From here on its epoch is used up."""
         check_token(self.session, self._version, hello, version)
         token = self.session.token  # which it knows, so that it is told with a proof who refuses
         if hello.epoch <= self.session.epoch:
-            raise Refusal(f"stale epoch {hello.epoch}, this is {self.session.epoch}", Code.STALE_EPOCH, token)
-        if hello.ended:
-            self.session = replace(self.session, epoch=hello.epoch)
-            return
-        if self._over:
-            raise self._endings.refusal(hello, version)
-        if self._ended is not None:  # nobody waits for it any more
-            raise Refusal(f"you have said that the migration has ended there: {self._ended}", Code.UNKNOWN, token)
-        if self.is_paused():
-            raise Refusal(HELD, Code.HELD, token)
+            raise stale(hello, self.session, token)
+        if not hello.ended:
+            if self.over:
+                raise self._endings.refusal(hello, version)
+            if self._ended is not None:  # nobody waits for it any more
+                raise Refusal(f"you have said that the migration has ended there: {self._ended}", Code.UNKNOWN, token)
+            if self.is_paused():
+                raise Refusal(PAUSED_BY_OPERATOR, Code.PAUSED, token)
+            self._count_return(token)
+        self.session = replace(self.session, epoch=hello.epoch)
+
+    def _count_return(self, token: bytes) -> None:
         if self._has_lasted():
             self._returns = 0
         now_s = trio.current_time()
         if now_s < self._next_s:
             raise Refusal("came back too often without going on", Code.TOO_OFTEN, token)
         self._returns += 1
-        if self._returns > FREE_RETURNS:
-            pause_s = RECONNECT_FIRST_S * 2 ** min(self._returns - FREE_RETURNS, 20)
-            self._next_s = now_s + min(pause_s, RECONNECT_PATIENT_CAP_S) / 2  # as often as we would call ourselves
-        self.session = replace(self.session, epoch=hello.epoch)
+        if self._returns > backoff.FREE_RETURNS:
+            pause_s = backoff.FIRST_S * 2 ** min(self._returns - backoff.FREE_RETURNS, 20)
+            self._next_s = now_s + min(pause_s, backoff.PATIENT_CAP_S) / 2  # as often as we would call ourselves
 
-    def enter(self, link: Link, epoch: int) -> None:
+    def enter(self, link: Link) -> None:
         self.close()
-        self._links = [(link, replace(self.session, epoch=epoch))]
+        self._arrived = link, self.session
         self._notify()
 
-    def heard(self, how: Ended) -> None:
+    def peer_ended(self, how: Ended) -> None:
         """The peer has come to say that it is over there."""
         self.close()
         self._ended = how
@@ -142,19 +150,20 @@ class ListeningReconnector(Reconnector):
         super().pause()
 
     async def next_link(self) -> tuple[Link, Session]:
-        while not self._links:
+        while self._arrived is None:
             if self._ended is not None:
                 raise EndedElsewhere(self._ended)
             await self._changed.wait()
-        return self._links.pop()
+        arrived, self._arrived = self._arrived, None
+        return arrived
 
     async def superseded(self) -> None:
-        while not self._links and self._ended is None:
+        while self._arrived is None and self._ended is None:
             if self.is_paused():
-                raise PeerError(HELD)
+                raise PeerError(PAUSED_BY_OPERATOR)
             await self._changed.wait()
 
     def close(self) -> None:
-        for link, _ in self._links:
-            link.control.socket.close()
-        self._links.clear()
+        if self._arrived is not None:
+            self._arrived[0].control.socket.close()
+        self._arrived = None

@@ -1,47 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes to messages and back: framing, limits, checks."""
+"""Messages to bytes and back: a length, a checksum, msgpack.
+
+Whoever can connect can send anything. So the length of a message is checked before its first byte is kept: against what
+may come in this state, and against its type as soon as that is there. How deep it is and of how many parts is measured
+before one of them is made. Then each field has to be there, with its type and in its range. Whatever a peer sends,
+nothing but `ProtocolError` comes of it.
+
+From version 3 on, fields that are not known are ignored.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import Field, fields
-from typing import Any, Final
+from collections.abc import Collection
+from typing import Final
 
 import msgpack
+import msgspec
 
 from postcopy._native import ffi, lib
 from postcopy.errors import ProtocolError
-from postcopy.wire.messages import (
-    HEADER_BYTES,
-    MAX_DEPTH,
-    MAX_ELEMENTS,
-    MESSAGES,
-    PROTOCOL_VERSION,
-    SMALL_MESSAGE_BYTES,
-    Block,
-    Invalid,
-    Message,
-    kind_of,
-    one_line,
-    shown,
-)
+from postcopy.wire.messages import MESSAGES, PROTOCOL_VERSION, SMALL_MESSAGE_BYTES, Message, one_line
+
+HEADER_BYTES: Final = 8  # of a message: its length, and the CRC32C of the length and of what follows
+MAX_ELEMENTS: Final = 4096  # of one message: whatever becomes a Python object
+MAX_DEPTH: Final = 8
+_NUMBER_BYTES: Final = {0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}
+_LENGTH_BYTES: Final = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDC: 2, 0xDD: 4, 0xDE: 2, 0xDF: 4}
+_TYPE_WITHIN_BYTES: Final = 5 + 5 + 1 + 31  # the map, the key, the text's length, the text
 
 
 def encode(message: Message, version: int = PROTOCOL_VERSION) -> bytes:
     """The message as it goes over the wire. `ProtocolError` when it is longer than its type may be."""
-    body: dict[str, Any] = {"type": message.TYPE}  # the first key: see `_type_of`
-    for item in _fields(message, version):
-        body[_wire_name(item)] = _plain(getattr(message, item.name))
-    packed: bytes = msgpack.packb(body, use_bin_type=True)
-    if len(packed) > message.MAX_BYTES:
-        raise ProtocolError(f"{message.TYPE}: {len(packed)} bytes are more than it may have ({message.MAX_BYTES})")
+    body = msgspec.to_builtins(message, builtin_types=(bytes,))
+    # The type comes first: see `_type_of`.
+    packed: bytes = msgpack.packb({"type": message.TYPE, **{name: body[name] for name in _fields(message, version)}})
+    _check_length(message, len(packed))
     length = len(packed).to_bytes(4, "big")
     return length + _crc(length, packed).to_bytes(4, "big") + packed
 
 
-def _crc(length: bytes, packed: bytes | memoryview) -> int:
-    """TCP's checksum lets one damaged segment in some ten thousand pass, and a damaged page map would be believed."""
-    return int(lib.pc_crc32c(lib.pc_crc32c(0, length, len(length)), ffi.from_buffer("char[]", packed), len(packed)))
+def decode(packed: bytes | memoryview, version: int = PROTOCOL_VERSION) -> Message:
+    """The message in one length-delimited body. `ProtocolError` names what is wrong."""
+    check_shape(packed)
+    try:
+        body = msgpack.unpackb(packed, raw=False, use_list=True, strict_map_key=True)
+    except (ValueError, msgpack.UnpackException) as error:  # UnicodeDecodeError is a ValueError too
+        raise ProtocolError(
+            f"a message is not valid msgpack: {one_line(str(error), 120) or type(error).__name__}"
+        ) from error
+    if not isinstance(body, dict):
+        raise ProtocolError(f"a message is not a map, but of type {type(body).__name__}")
+    kind = body.pop("type", None)
+    cls = MESSAGES.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise ProtocolError(f"unknown message type {shown(kind)}")
+    _check_length(cls, len(packed))
+    names = _fields(cls, version)
+    for name in names:
+        if name not in body:
+            raise ProtocolError(f"{kind}: field {name} is missing")
+    if version < 3 and len(body) > len(names):  # later versions may say more than we know
+        raise ProtocolError(f"{kind}: unknown field {shown(next(name for name in body if name not in names))}")
+    try:
+        message = msgspec.convert({name: body[name] for name in names}, cls, builtin_types=(bytes,))
+        message.check()
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).rpartition(" - at ")  # as in: Expected `int`, got `str` - at `$.blocks[0].name`
+        field = where.partition("$.")[2].rstrip("`")
+        raise ProtocolError(f"{kind}: field {field} is wrong: {one_line(what, 120)}") from error
+    except ValueError as error:
+        raise ProtocolError(f"{kind}: field {error}") from error
+    return message
 
 
 def check_shape(packed: bytes | memoryview) -> None:
@@ -87,64 +116,6 @@ def check_shape(packed: bytes | memoryview) -> None:
             due.append(count)
     if at != len(packed):
         raise ProtocolError("a message is not valid msgpack: its end is not where it should be")
-
-
-_NUMBER_BYTES: Final = {0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}
-_LENGTH_BYTES: Final = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDC: 2, 0xDD: 4, 0xDE: 2, 0xDF: 4}
-
-
-def decode(packed: bytes | memoryview, version: int = PROTOCOL_VERSION) -> Message:
-    """The message in one length-delimited body. `ProtocolError` names what is wrong."""
-    check_shape(packed)
-    try:
-        body = msgpack.unpackb(packed, raw=False, use_list=True, strict_map_key=True)
-    except (ValueError, msgpack.UnpackException) as error:  # UnicodeDecodeError is a ValueError too
-        raise ProtocolError(
-            f"a message is not valid msgpack: {one_line(str(error), 120) or type(error).__name__}"
-        ) from error
-    if not isinstance(body, dict):
-        raise ProtocolError(f"a message is {kind_of(body)}, not a map")
-    kind = body.pop("type", None)
-    cls = MESSAGES.get(kind) if isinstance(kind, str) else None
-    if cls is None:
-        raise ProtocolError(f"unknown message type {shown(kind)}")
-    if len(packed) > cls.MAX_BYTES:
-        raise ProtocolError(f"{kind}: {len(packed)} bytes are more than it may have ({cls.MAX_BYTES})")
-    values: dict[str, Any] = {}
-    for item in _fields(cls, version):
-        name = _wire_name(item)
-        if name not in body:
-            raise ProtocolError(f"{kind}: field {name} is missing")
-        try:
-            values[item.name] = item.metadata["parse"](body.pop(name))
-        except Invalid as error:
-            raise ProtocolError(f"{kind}: field {name} {error}") from error
-    if body and version < 3:  # its peers mean something else then; later ones may say more than we know
-        raise ProtocolError(f"{kind}: unknown field {shown(next(iter(body)))}")
-    message = cls(**values)
-    try:
-        message.check()
-    except Invalid as error:
-        raise ProtocolError(f"{kind}: field {error}") from error
-    return message
-
-
-def _fields(message: Message | type[Message], version: int) -> list[Field[Any]]:
-    return [item for item in fields(message) if item.metadata["since"] <= version <= item.metadata["until"]]
-
-
-def _wire_name(item: Field[Any]) -> str:
-    return item.name.replace("_", "-")
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Block):
-        return {"name": value.name, "size-bytes": value.size_bytes, "page-bytes": value.page_bytes}
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value
 
 
 class MessageBuffer:
@@ -195,11 +166,28 @@ class MessageBuffer:
         return length
 
 
-_TYPE_WITHIN_BYTES: Final = 5 + 5 + 1 + 31  # the map, the key, the text's length, the text
-
-
 def _type_of(beginning: bytes) -> str:
     """The type of a long message, whose first key that must be; empty where it is not."""
     at = {0xDE: 3, 0xDF: 5}.get(beginning[0], 1)
     key, tag = beginning[at : at + 5], beginning[at + 5]
     return beginning[at + 6 : at + 6 + (tag & 0x1F)].decode("ascii", "replace") if key == b"\xa4type" else ""
+
+
+def _fields(message: Message | type[Message], version: int) -> list[str]:
+    """Those that this version has, by their names on the wire."""
+    without = message.NOT_IN.get(version, ())
+    return [name for name in message.__struct_encode_fields__ if name not in without]
+
+
+def _check_length(message: Message | type[Message], length: int) -> None:
+    if length > message.MAX_BYTES:
+        raise ProtocolError(f"{message.TYPE}: {length} bytes are more than it may have ({message.MAX_BYTES})")
+
+
+def _crc(length: bytes, packed: bytes | memoryview) -> int:
+    """TCP's checksum lets one damaged segment in some ten thousand pass, and a damaged page map would be believed."""
+    return int(lib.pc_crc32c(lib.pc_crc32c(0, length, len(length)), ffi.from_buffer("char[]", packed), len(packed)))
+
+
+def shown(value: object) -> str:
+    return one_line(repr(value), 60)

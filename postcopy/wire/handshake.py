@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening a connection: preamble and hello, welcome or refused."""
+"""Opening a connection: preamble and `hello` one way, preamble and `welcome` or `refused` the other way.
+
+The handshake finds out which version is spoken: the older one of the two. It proves that both know the token of the
+migration that the hello names; ids are no secret (they are in logs), tokens are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import ClassVar, Final, cast
+from typing import ClassVar, cast
 
 from postcopy.errors import PeerError, ProtocolError
-from postcopy.wire.codec import MessageBuffer, encode
+from postcopy.wire.codec import MessageBuffer, encode, shown
 from postcopy.wire.messages import (
     MAGIC,
-    MAX_BULK_CHANNELS,
     OLDEST_VERSION,
     PREAMBLE,
     PROTOCOL_VERSION,
@@ -19,11 +22,7 @@ from postcopy.wire.messages import (
     Message,
     Refused,
     Welcome,
-    one_line,
-    shown,
 )
-
-NO_SUCH_MIGRATION: Final = "no such migration here"
 
 
 class RefusedError(PeerError):
@@ -187,17 +186,14 @@ class ServerHandshake(_Handshake):
 
     def send_welcome(self, token: bytes = b"") -> bytes:
         """With `token`, of the migration that the hello names, it is proven to come from the peer."""
-        welcome = Welcome()
-        if token and self.hello is not None:
-            welcome = welcome.signed(token, self.hello)
-        return encode(welcome, self.version)
+        return self._answer(Welcome(), token)
 
     def send_refused(self, reason: str, code: str = "other", token: bytes = b"") -> bytes:
         """With `token`, of the migration that the hello names, it is proven to come from the peer."""
-        refused = Refused(one_line(reason), code)
-        if token and self.hello is not None:
-            refused = refused.signed(token, self.hello)
-        return encode(refused, self.version)
+        return self._answer(Refused(reason, code), token)
+
+    def _answer(self, answer: Welcome | Refused, token: bytes) -> bytes:
+        return encode(answer if self.hello is None else answer.signed(token, self.hello), self.version)
 
     def _check_version(self, version: int) -> None:
         self._messages.version = min(version, PROTOCOL_VERSION)
@@ -205,9 +201,3 @@ class ServerHandshake(_Handshake):
     def _check_message(self, message: Message) -> None:
         if not isinstance(message, Hello):
             raise ProtocolError(f"began with {message.TYPE}, not with hello")
-        if message.channel == "bulk" and message.index >= MAX_BULK_CHANNELS:
-            raise ProtocolError(f"hello: field index must be 0 to {MAX_BULK_CHANNELS - 1}, not {message.index}")
-        if message.channel == "control" and message.index:
-            raise ProtocolError("hello: field index must be 0 on a control connection")
-        if message.ended and (message.channel != "control" or not message.migration):
-            raise ProtocolError("hello: field ended must be empty but on the control connection of a migration")

@@ -14,26 +14,19 @@ from trio.testing import MockClock
 
 from postcopy import net as c
 from postcopy import wire as p
-
-SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
+from postcopy.net import backoff
+from tests.unit.net.support import SESSION, hang_up, open_acceptor
 
 
 @asynccontextmanager
-async def members() -> AsyncIterator[tuple[c.Acceptor, c.Reconnector, c.Reconnector]]:
+async def lost_pair() -> AsyncIterator[tuple[c.Acceptor, c.Reconnector, c.Reconnector]]:
     """A calling and a listening reconnector of one migration, without a connection."""
-    acceptor = await c.Acceptor.open(c.Address("127.0.0.1", 0), "source", lambda waiting: "")
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(acceptor.serve)
-            here = await c.CallingLink.open(acceptor.addresses[0], "dest")
-            there = await acceptor.next_link()
-            with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
-                for link in (here, there):
-                    await trio.aclose_forcefully(link.control)
-                yield acceptor, caller, called
-            nursery.cancel_scope.cancel()
-    finally:
-        await acceptor.close()
+    async with open_acceptor() as acceptor:
+        here = await c.CallingLink.open(acceptor.addresses[0], "dest")
+        there = await acceptor.next_link()
+        with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
+            await hang_up(here, there)
+            yield acceptor, caller, called
 
 
 async def meet(caller: c.Reconnector, called: c.Reconnector) -> c.Session:
@@ -48,7 +41,7 @@ async def meet(caller: c.Reconnector, called: c.Reconnector) -> c.Session:
 async def test_connecting_is_no_success(autojump_clock: MockClock) -> None:
     """A recovery that connects and fails, again and again, is begun less and less often; one that succeeds begins
     anew."""
-    async with members() as (_, caller, called):
+    async with lost_pair() as (_, caller, called):
         for _ in range(2):
             began_s = trio.current_time()
             times_s = []
@@ -56,42 +49,42 @@ async def test_connecting_is_no_success(autojump_clock: MockClock) -> None:
                 await meet(caller, called)
                 times_s.append(trio.current_time() - began_s)
             assert times_s[0] < 0.02  # the first one at once
-            assert times_s[-1] > 10 * c.RECONNECT_PATIENT_CAP_S / 2
+            assert times_s[-1] > 10 * backoff.PATIENT_CAP_S / 2
             pauses_s = [later - earlier for earlier, later in pairwise(times_s[9:])]
-            assert all(c.RECONNECT_PATIENT_CAP_S / 2 <= pause_s < 4 * c.RECONNECT_PATIENT_CAP_S for pause_s in pauses_s)
-            for member in (caller, called):
-                member.went_on()
-            await trio.sleep(2 * c.LASTING_S)
+            assert all(backoff.PATIENT_CAP_S / 2 <= pause_s < 4 * backoff.PATIENT_CAP_S for pause_s in pauses_s)
+            for reconnector in (caller, called):
+                reconnector.went_on()
+            await trio.sleep(2 * backoff.LASTING_S)
 
 
 async def test_recoveries_that_succeed_are_at_once(autojump_clock: MockClock) -> None:
-    async with members() as (_, caller, called):
+    async with lost_pair() as (_, caller, called):
         for _ in range(50):
             began_s = trio.current_time()
             await meet(caller, called)
             assert trio.current_time() - began_s < 0.01
-            for member in (caller, called):
-                member.went_on()
-            await trio.sleep(2 * c.LASTING_S)
+            for reconnector in (caller, called):
+                reconnector.went_on()
+            await trio.sleep(2 * backoff.LASTING_S)
 
 
 async def test_recoveries_that_do_not_last(autojump_clock: MockClock) -> None:
     """All is there again, and lost again at once, every time: a few times a second, and within a fraction of one."""
-    async with members() as (_, caller, called):
+    async with lost_pair() as (_, caller, called):
         times_s = []
         for _ in range(50):
             await meet(caller, called)
             times_s.append(trio.current_time())
-            for member in (caller, called):
-                member.went_on()
+            for reconnector in (caller, called):
+                reconnector.went_on()
         pauses_s = [later - earlier for earlier, later in pairwise(times_s)]
         assert pauses_s[0] < 0.05
-        assert all(c.RECONNECT_CAP_S / 2 <= pause_s < 2 * c.RECONNECT_CAP_S for pause_s in pauses_s[6:])
+        assert all(backoff.CAP_S / 2 <= pause_s < 2 * backoff.CAP_S for pause_s in pauses_s[6:])
 
 
 async def test_the_operator_does_not_wait(autojump_clock: MockClock) -> None:
     """Whoever says `recover` has it tried at once, whatever failed before."""
-    async with members() as (_, caller, called):
+    async with lost_pair() as (_, caller, called):
         for _ in range(12):
             await meet(caller, called)
         called.went_on()
@@ -105,7 +98,7 @@ async def test_the_operator_does_not_wait(autojump_clock: MockClock) -> None:
 
 async def test_a_peer_that_comes_back_again_and_again(autojump_clock: MockClock) -> None:
     """One that does not wait by itself, under rising epochs: it is let in less and less often."""
-    async with members() as (acceptor, _, called):
+    async with lost_pair() as (acceptor, _, called):
         codes = set()
         for epoch in range(1, 200):
             hello = p.Hello("control", "dest", 0, SESSION.migration, epoch)
@@ -118,7 +111,7 @@ async def test_a_peer_that_comes_back_again_and_again(autojump_clock: MockClock)
                 await trio.aclose_forcefully(stream)
             await trio.sleep(0.01)
         assert codes == {c.Code.TOO_OFTEN}
-        assert c.FREE_RETURNS < acceptor.accepted - 1 < c.FREE_RETURNS + 10
+        assert backoff.FREE_RETURNS < acceptor.accepted - 1 < backoff.FREE_RETURNS + 10
         called.went_on()
         hello = p.Hello("control", "dest", 0, SESSION.migration, 200)
         stream, _ = await c.connect(acceptor.addresses[0], hello, token=SESSION.token)
@@ -129,7 +122,7 @@ async def test_a_peer_that_comes_back_again_and_again(autojump_clock: MockClock)
 async def test_what_is_logged_meanwhile(autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
     """Calling in vain is a few lines, on either side."""
     caplog.set_level(logging.INFO)
-    async with members() as (acceptor, caller, _):
+    async with lost_pair() as (acceptor, caller, _):
         acceptor.reconnectors = {}
         with trio.move_on_after(120):
             await caller.next_link()
@@ -137,8 +130,8 @@ async def test_what_is_logged_meanwhile(autojump_clock: MockClock, caplog: pytes
         assert sum("refused a control connection" in line for line in caplog.messages) < 12
 
 
-async def test_strangers_do_not_fill_the_log(autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
-    async with members() as (acceptor, _, _):
+async def test_bad_handshakes_do_not_fill_the_log(autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
+    async with lost_pair() as (acceptor, _, _):
         for _ in range(300):
             stream = await trio.open_tcp_stream(acceptor.addresses[0].host, acceptor.addresses[0].port)
             await stream.send_all(b"GET / HTTP/1.0\r\n\r\n")

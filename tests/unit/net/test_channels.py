@@ -22,22 +22,16 @@ from postcopy import wire as p
 from postcopy._fd import FdHolder
 from postcopy.errors import ConfigurationError, PeerError, PostcopyError, ProtocolError, ResourceError
 from postcopy.net import calling, connecting
-
-SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
+from tests.unit.net import support
+from tests.unit.net.support import SESSION
 
 
 @asynccontextmanager
 async def open_acceptor(
     side: str = "source", host: str = "127.0.0.1", reason: str = ""
 ) -> AsyncIterator[tuple[c.Acceptor, c.Address]]:
-    there = await c.Acceptor.open(c.Address(host, 0), side, lambda waiting: reason)
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(there.serve)
-            yield there, there.addresses[0]
-            nursery.cancel_scope.cancel()
-    finally:
-        await there.close()
+    async with support.open_acceptor(side, lambda waiting: reason, host=host) as acceptor:
+        yield acceptor, acceptor.addresses[0]
 
 
 class TestAddresses:
@@ -193,7 +187,7 @@ async def test_channel_twice() -> None:
         await seen.control.aclose()
 
 
-async def test_no_vacancy() -> None:
+async def test_no_free_slot() -> None:
     async with open_acceptor(reason="busy with another destination") as (acceptor, address):
         with pytest.raises(PeerError, match="refused the connection: busy with another destination"):
             await c.CallingLink.open(address, "dest")
@@ -406,7 +400,7 @@ async def test_coming_back_to_nobody() -> None:
 
 
 @asynccontextmanager
-async def members(*hosts: str) -> AsyncIterator[tuple[list[c.Address], list[c.Reconnector]]]:
+async def lost_pair(*hosts: str) -> AsyncIterator[tuple[list[c.Address], list[c.Reconnector]]]:
     """A listening side at each host, all of the same migration, with nobody connected."""
     async with contextlib.AsyncExitStack() as stack:
         addresses, reconnectors = [], []
@@ -427,7 +421,7 @@ def a_caller(route: c.Route) -> c.Reconnector:
 
 async def test_looked_for_at_a_new_address() -> None:
     """Also by one that is trying the old one in vain already; and what comes afterwards is looked for there too."""
-    async with members("127.0.0.1", "127.0.0.2") as (addresses, reconnectors):
+    async with lost_pair("127.0.0.1", "127.0.0.2") as (addresses, reconnectors):
         [closed] = await trio.open_tcp_listeners(0, host="127.0.0.1")
         dead = c.Address("127.0.0.1", closed.socket.getsockname()[1])
         await closed.aclose()
@@ -470,8 +464,8 @@ async def test_looked_for_at_a_new_address() -> None:
 
 async def test_a_refusal_at_a_new_address_is_not_the_peers(caplog: pytest.LogCaptureFixture) -> None:
     """Anybody's listener knows nothing of us. Only the one that has known us can say that it does not any more."""
-    async with members("127.0.0.1") as ([address], [there]), open_acceptor(host="127.0.0.2") as (_, stranger):
-        route = c.Route(stranger)
+    async with lost_pair("127.0.0.1") as ([address], [there]), open_acceptor(host="127.0.0.2") as (_, wrong):
+        route = c.Route(wrong)
         reconnector = a_caller(route)
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
@@ -500,7 +494,7 @@ def test_route(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     route.answered(c.Address("first", 1), c.Address("192.0.2.1", 1))
     route.refresh()  # the same name: the address that had answered
     assert route.address == c.Address("192.0.2.1", 1)
-    route.refresh(told=True)  # the same name, but the user knows why
+    route.refresh(by_user=True)  # the same name, but the user knows why
     assert route.address == c.Address("first", 1)
     file.write_text("  [2001:db8::7]:7\n\n")
     route.refresh()
@@ -510,7 +504,7 @@ def test_route(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for nonsense in (b"", b"nowhere", b"a:1\nb:2", b"\xff\xfe:1\0", b"x" * 5000, b"*:1", b"host:0"):
         file.write_bytes(nonsense)
         caplog.clear()
-        route.refresh(told=True)
+        route.refresh(by_user=True)
         assert route.address == c.Address("2001:db8::7", 7)
         assert "looked for at [2001:db8::7]:7 as before" in caplog.text
         with pytest.raises(ConfigurationError, match="--peer-file") as caught:
@@ -520,9 +514,9 @@ def test_route(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         with pytest.raises(ConfigurationError, match="--peer-file"):
             c.read_peer_file(str(path))
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ConfigurationError, match="has no port"):
+    with pytest.raises(ConfigurationError, match="not a regular file"):
         c.read_peer_file(str(tmp_path / "pipe"))
-    c.Route(c.Address("first", 1)).refresh(told=True)  # where there is nothing to look up
+    c.Route(c.Address("first", 1)).refresh(by_user=True)  # where there is nothing to look up
 
 
 async def test_a_side_that_listens_is_told_so() -> None:
@@ -535,11 +529,11 @@ async def test_a_side_that_listens_is_told_so() -> None:
             await trio.aclose_forcefully(one.control)
 
 
-# ---- a connection that is held
+# ---- a connection that is paused
 
 
-async def test_held_by_the_side_that_calls() -> None:
-    """It gives up what it has, makes no connection while it is held, and then does at once."""
+async def test_paused_by_the_side_that_calls() -> None:
+    """It gives up what it has, makes no connection while it is paused, and then does at once."""
     async with open_acceptor() as (acceptor, address):
         link = await c.CallingLink.open(address, "dest")
         seen = await acceptor.next_link()
@@ -552,7 +546,7 @@ async def test_held_by_the_side_that_calls() -> None:
                     caller.recover()
 
                 caller.pause()
-                with pytest.raises(PeerError, match=c.HELD):
+                with pytest.raises(PeerError, match=c.PAUSED_BY_OPERATOR):
                     await caller.superseded()
                 nursery.start_soon(recover)
                 again, session = await caller.next_link()
@@ -562,7 +556,7 @@ async def test_held_by_the_side_that_calls() -> None:
                 await trio.aclose_forcefully(one.control)
 
 
-async def test_held_by_the_side_that_listens() -> None:
+async def test_paused_by_the_side_that_listens() -> None:
     """The other one is refused, asks again, and is let in when it is let go; one that had just come must come again."""
     async with open_acceptor() as (acceptor, address):
         link: c.Link = await c.CallingLink.open(address, "dest")
@@ -572,7 +566,7 @@ async def test_held_by_the_side_that_listens() -> None:
             await called.superseded()
             called.pause()
             assert await early.control.receive_some(1) == b""
-            with pytest.raises(PeerError, match=c.HELD):
+            with pytest.raises(PeerError, match=c.PAUSED_BY_OPERATOR):
                 await called.superseded()
             async with trio.open_nursery() as nursery:
 
@@ -590,8 +584,8 @@ async def test_held_by_the_side_that_listens() -> None:
                 await trio.aclose_forcefully(one.control)
 
 
-async def test_held_while_it_connects(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection that comes about although it was held meanwhile is not used."""
+async def test_paused_while_it_connects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that comes about although it was paused meanwhile is not used."""
     async with open_acceptor() as (acceptor, address):
         link = await c.CallingLink.open(address, "dest")
         seen = await acceptor.next_link()

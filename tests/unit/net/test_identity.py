@@ -16,10 +16,10 @@ from postcopy import wire as p
 from postcopy.errors import PeerError, ProtocolError
 from postcopy.net import listening
 from postcopy.wire import Ended, EndedElsewhere
+from tests.unit.net.support import OFFER, SESSION, hang_up, open_acceptor
+from tests.unit.wire.support import source_in
 
-SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
-STRANGER = c.Session(b"m" * 16, b"u" * 16, 0)
-OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, (p.Block("ram", 4096, 4096),), 1, 0)
+OTHER_TOKEN = c.Session(b"m" * 16, b"u" * 16, 0)
 
 
 class Met(NamedTuple):
@@ -32,15 +32,9 @@ class Met(NamedTuple):
 @asynccontextmanager
 async def met(side: str = "source", endings: c.Endings | None = None) -> AsyncIterator[Met]:
     """A side that listens, and one that has called."""
-    acceptor = await c.Acceptor.open(c.Address("127.0.0.1", 0), side, lambda waiting: "", endings)
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(acceptor.serve)
-            here, there = await call(acceptor)
-            yield Met(acceptor, acceptor.addresses[0], here, there)
-            nursery.cancel_scope.cancel()
-    finally:
-        await acceptor.close()
+    async with open_acceptor(side, endings=endings) as acceptor:
+        here, there = await call(acceptor)
+        yield Met(acceptor, acceptor.addresses[0], here, there)
 
 
 async def call(acceptor: c.Acceptor) -> tuple[c.Link, c.Link]:
@@ -51,38 +45,36 @@ async def call(acceptor: c.Acceptor) -> tuple[c.Link, c.Link]:
     return here, await acceptor.next_link()
 
 
-async def hang_up(*links: c.Link) -> None:
-    for link in links:
-        await trio.aclose_forcefully(link.control)
-
-
 async def test_two_offers_under_one_id() -> None:
     """The second is told that the id is in use; when both have gone, nothing is left of either."""
     async with met("dest") as (acceptor, _, here, there):
         other, second = await call(acceptor)
         with there.reconnector(SESSION), there.channel_set(SESSION):
-            member, channel_set = acceptor.reconnectors[SESSION.migration], acceptor.channel_sets[SESSION.migration]
-            for session in (SESSION, STRANGER):
+            reconnector, channel_set = (
+                acceptor.reconnectors[SESSION.migration],
+                acceptor.channel_sets[SESSION.migration],
+            )
+            for session in (SESSION, OTHER_TOKEN):
                 with pytest.raises(PeerError, match="is in use here"), second.reconnector(session):
                     pass
                 with pytest.raises(PeerError, match="is in use here"), second.channel_set(session):
                     pass
             await hang_up(other, second)
-            assert acceptor.reconnectors == {SESSION.migration: member}
+            assert acceptor.reconnectors == {SESSION.migration: reconnector}
             assert acceptor.channel_sets == {SESSION.migration: channel_set}
         assert not acceptor.reconnectors
         assert not acceptor.channel_sets
         await hang_up(here, there)
 
 
-async def test_a_stranger_who_offers_a_known_id_changes_nothing() -> None:
+async def test_an_unknown_peer_who_offers_a_known_id_changes_nothing() -> None:
     """And leaves: the real peer comes back as if nobody had been there."""
     async with met("dest") as (acceptor, _, here, there):
         with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
-            stranger, seen = await call(acceptor)
-            with pytest.raises(PeerError, match="is in use here"), seen.reconnector(STRANGER):
+            unknown, seen = await call(acceptor)
+            with pytest.raises(PeerError, match="is in use here"), seen.reconnector(OTHER_TOKEN):
                 pass
-            await hang_up(stranger, seen, here, there)
+            await hang_up(unknown, seen, here, there)
             again, session = await caller.next_link()
             taken, other = await called.next_link()
             assert session == other
@@ -92,9 +84,9 @@ async def test_a_stranger_who_offers_a_known_id_changes_nothing() -> None:
 async def test_an_id_that_has_been_here_is_not_taken_again() -> None:
     """Or whoever knows it could take the place of what is remembered of it."""
     async with met("dest") as (acceptor, _, here, there):
-        with there.reconnector(SESSION) as member:
-            member.ended(Ended.COMPLETED)
-        with pytest.raises(PeerError, match="is in use here, or was"), there.reconnector(STRANGER):
+        with there.reconnector(SESSION) as reconnector:
+            reconnector.ended(Ended.COMPLETED)
+        with pytest.raises(PeerError, match="is in use here, or was"), there.reconnector(OTHER_TOKEN):
             pass
         assert acceptor.endings.find(SESSION.migration) == (SESSION.token, Ended.COMPLETED)
         await hang_up(here, there)
@@ -105,15 +97,15 @@ async def test_an_id_that_has_been_here_is_not_taken_again() -> None:
 async def test_without_the_token_nobody_comes_back(token: bytes, ended: str) -> None:
     """Nor ends anything, nor uses up an epoch."""
     async with met() as (_, address, here, there):
-        with there.reconnector(SESSION) as member:
+        with there.reconnector(SESSION) as reconnector:
             hello = p.Hello("control", "dest", 0, SESSION.migration, 9, ended)
             with pytest.raises(p.RefusedError, match="wrong token") as refused:
                 await c.connect(address, hello, token=token)
             assert not refused.value.proven
-            assert isinstance(member, listening.ListeningReconnector)
-            assert member.session == SESSION
+            assert isinstance(reconnector, listening.ListeningReconnector)
+            assert reconnector.session == SESSION
             with trio.move_on_after(0.05) as scope:
-                await member.next_link()
+                await reconnector.next_link()
             assert scope.cancelled_caught
         await hang_up(here, there)
 
@@ -134,7 +126,7 @@ async def test_a_proof_is_for_one_hello_only() -> None:
     refused = p.Refused("over", "aborted").signed(SESSION.token, hello)
     assert refused.is_signed(SESSION.token, hello)
     assert not refused.is_signed(SESSION.token, p.Hello("control", "dest", 0, SESSION.migration, 2))
-    assert not p.Refused("over", "completed", refused.proof).is_signed(SESSION.token, hello)
+    assert not p.Refused("over", "completed", proof=refused.proof).is_signed(SESSION.token, hello)
     assert not p.Refused("over", "aborted").is_signed(SESSION.token, hello)
     assert not refused.is_signed(b"", hello)  # where no migration is named there is no token
 
@@ -143,15 +135,15 @@ async def test_a_proof_is_for_one_hello_only() -> None:
 async def test_who_comes_back_too_late_is_told(how: Ended) -> None:
     async with met() as (acceptor, _, here, there):
         with here.reconnector(SESSION) as caller:
-            with there.reconnector(SESSION) as member:
-                member.ended(how)
+            with there.reconnector(SESSION) as reconnector:
+                reconnector.ended(how)
             with pytest.raises(EndedElsewhere, match=f"the migration has ended here: {how}") as told:
                 await caller.next_link()
             assert told.value.how is how
         # Somebody who only knows the id learns nothing.
         with pytest.raises(p.RefusedError, match="wrong token"):
             await c.connect(
-                acceptor.addresses[0], p.Hello("control", "dest", 0, SESSION.migration, 9), token=STRANGER.token
+                acceptor.addresses[0], p.Hello("control", "dest", 0, SESSION.migration, 9), token=OTHER_TOKEN.token
             )
         await hang_up(here, there)
 
@@ -182,7 +174,7 @@ async def test_a_refusal_without_proof_decides_nothing(code: str, monkeypatch: p
             def lie(self: p.ServerHandshake, reason: str, code_: str = "", token: bytes = b"") -> bytes:
                 nonlocal lies
                 lies += 1
-                return send_refused(self, "gone", code, STRANGER.token)
+                return send_refused(self, "gone", code, OTHER_TOKEN.token)
 
             with monkeypatch.context() as patch, trio.move_on_after(0.3) as scope:
                 patch.setattr(p.ServerHandshake, "send_refused", lie)
@@ -195,9 +187,9 @@ async def test_a_refusal_without_proof_decides_nothing(code: str, monkeypatch: p
             await hang_up(again, taken)
 
 
-@pytest.mark.parametrize("token", [b"", STRANGER.token])
+@pytest.mark.parametrize("token", [b"", OTHER_TOKEN.token])
 async def test_a_welcome_without_proof_is_nobodys(token: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor is what a stranger says after it: at the peer's address, on a control connection and on a data connection."""
+    """Nor is what is said after it, at the peer's address, on a control connection and on a data connection."""
     async with met() as (_, _, here, there):
         with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
             await hang_up(here, there)
@@ -224,7 +216,7 @@ async def test_a_welcome_without_proof_is_nobodys(token: bytes, monkeypatch: pyt
 
 @pytest.mark.parametrize("proven", [True, False])
 async def test_only_the_peer_answers(proven: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is held is there, which `reclaim` asks; who cannot prove it may be anybody, and keeps no operator from
+    """One that is paused is there, which `reclaim` asks; who cannot prove it may be anybody, and keeps no operator from
     that."""
     async with met() as (_, _, here, there):
         with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
@@ -236,7 +228,7 @@ async def test_only_the_peer_answers(proven: bool, monkeypatch: pytest.MonkeyPat
                 nonlocal refusals
                 refusals += 1
                 assert code == "held"
-                return send_refused(self, reason, code, token if proven else STRANGER.token)
+                return send_refused(self, reason, code, token if proven else OTHER_TOKEN.token)
 
             monkeypatch.setattr(p.ServerHandshake, "send_refused", refuse)
             async with trio.open_nursery() as nursery:
@@ -275,12 +267,10 @@ async def test_who_has_said_that_it_is_over_is_not_welcome_again() -> None:
 
 @pytest.mark.parametrize("message", [p.Reject("no room"), p.Abort("no more"), None])
 @pytest.mark.parametrize("handed", [True, False])
-def test_who_has_to_be_told(message: p.Message | None, handed: bool) -> None:
+def test_who_must_announce(message: p.Message | None, handed: bool) -> None:
     """A destination that has said no knows it, and so does one that was handed nothing."""
-    source = p.SourceProtocol()
-    source._state = p.State.OFFERED
+    source = source_in(p.State.SWITCHOVER if handed else p.State.OFFERED)
     if handed:
-        source._state = p.State.SWITCHOVER
         source.send(p.Switchover(b"", 1))
         if isinstance(message, p.Reject):
             return  # not any more
@@ -289,7 +279,7 @@ def test_who_has_to_be_told(message: p.Message | None, handed: bool) -> None:
         source.next_message()
     source.connection_lost("gone")
     assert source.state is p.State.ABORTED
-    assert source.untold == (handed and message is None)
+    assert source.must_announce == (handed and message is None)
 
 
 async def test_the_side_that_calls_can_say_that_it_has_ended() -> None:

@@ -56,7 +56,7 @@ async def test_no_descriptors_left() -> None:
     """It is this host that has none: the other one is not blamed for it, and one that is lost is looked for on."""
     [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
     address = c.Address("127.0.0.1", listener.socket.getsockname()[1])
-    member = calling.CallingReconnector(
+    reconnector = calling.CallingReconnector(
         c.Route(address), "dest", c.Session(b"m" * 16, b"t" * 16, 0), p.PROTOCOL_VERSION
     )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -69,7 +69,7 @@ async def test_no_descriptors_left() -> None:
         with pytest.raises(ResourceError, match=r"cannot connect to 127.0.0.1:.*Too many open files.*ulimit"):
             await c.connect(address, p.Hello("control", "dest", 0, b"", 0))
         with trio.move_on_after(0.2) as scope:
-            await member.next_link()
+            await reconnector.next_link()
         assert scope.cancelled_caught
     finally:
         for fd in held:

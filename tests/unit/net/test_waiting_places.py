@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
@@ -15,21 +14,12 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from postcopy import net as c
 from postcopy import wire as p
 from postcopy.errors import PeerError, ProtocolError
+from tests.unit.net.support import OFFER, open_acceptor
 
 HELLO = p.Hello("control", "source", 0, b"", 0)
-OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, (p.Block("ram", 4096, 4096),), 1, 0)
 
 
-@asynccontextmanager
-async def destination(why_refused: Callable[[int], str] = lambda waiting: "") -> AsyncIterator[c.Acceptor]:
-    acceptor = await c.Acceptor.open(c.Address("127.0.0.1", 0), "dest", why_refused)
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(acceptor.serve)
-            yield acceptor
-            nursery.cancel_scope.cancel()
-    finally:
-        await acceptor.close()
+destination = partial(open_acceptor, "dest")
 
 
 def one_place(waiting: int) -> str:
@@ -61,7 +51,8 @@ async def test_a_hello_is_no_migration() -> None:
         honest = await hello(acceptor)
         await honest.send_all(p.encode(OFFER) + b"and more")
         link = await acceptor.next_link()
-        assert await link.control.receive_some() == p.encode(OFFER) + b"and more"  # not a byte of it was taken
+        assert link.received == p.encode(OFFER)
+        assert await link.control.receive_some() == b"and more"  # not a byte of it was taken
         await partial.send_all(p.encode(OFFER)[-1:])
         second = await acceptor.next_link()
         for stream in (silent, partial, gone, honest, link.control, second.control):
@@ -136,7 +127,7 @@ async def test_an_offer_that_is_too_long_is_somebody_elses_business() -> None:
         await stream.send_all(b"\xff" * p.HEADER_BYTES)
         link = await acceptor.next_link()
         dest = p.DestinationProtocol(link.version)
-        dest.receive_data(await link.control.receive_some())
+        dest.receive_data(link.received)
         with pytest.raises(ProtocolError, match="4294967295 bytes"):
             dest.next_message()
         await trio.aclose_forcefully(stream)
@@ -186,7 +177,7 @@ async def test_what_is_readable_too_early(monkeypatch: pytest.MonkeyPatch) -> No
             await nobody_comes(acceptor)
         await slow.send_all(p.encode(OFFER)[20:])
         link = await acceptor.next_link()
-        assert await link.control.receive_some() == p.encode(OFFER)
+        assert link.received == p.encode(OFFER)
         assert acceptor.bad_handshakes == 0
         for stream in (slow, link.control):
             await trio.aclose_forcefully(stream)

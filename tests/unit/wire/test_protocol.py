@@ -5,66 +5,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from postcopy import wire as p
-from postcopy._native import lib
 from postcopy.errors import PeerError, ProtocolError
 from postcopy.memory.bitmap import Bitmap
 from postcopy.wire import DestinationProtocol, SourceProtocol, State, messages
-
-BLOCKS = (p.Block("shared", 1 << 20, 4096), p.Block("vcpu0", 1 << 21, 4096))
-OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {"vcpus": 1, "nested": {"list": [1, 2]}}, BLOCKS, 1, 200)
-HELLO = p.Hello("control", "source", 0, b"", 0)
-
-MESSAGES = [
-    HELLO,
-    p.Hello("urgent", "dest", 63, b"i" * 16, 7).signed(b"t" * 16, 3),
-    p.Hello("control", "dest", 0, b"i" * 16, 7, "completed").signed(b"t" * 16, 3),
-    p.Welcome(),
-    p.Refused("busy", "busy"),
-    p.Refused("it has ended", "aborted").signed(b"t" * 16, HELLO),
-    OFFER,
-    p.Accept((4096, 4096), 2, 1),
-    p.Reject("too large"),
-    p.Ready(),
-    p.PageMap(1, 0, 512, b"\x00\x80\x04"),
-    p.Switchover(b"\x00\xff" * 100, 2),
-    p.Prepared(),
-    p.Commit(),
-    p.Running(12345),
-    p.Placed(1, 64, 512, b"\x00\x80\x04"),
-    p.Complete({"demand-pages": 3}),
-    p.CompleteAck({"downtime-ns": 5}),
-    p.ReceivedMap(1, 0, 512, b"\x00\x80\x04"),
-    p.Recover(0, 2, 2**32 - 1),
-    p.Recovered(),
-    p.Abort("out of memory"),
-    p.Ping(1),
-    p.Pong(2**63 - 1),
-]
+from tests.unit.wire.support import BLOCKS, HELLO, MESSAGES, OFFER, destination_in, drain, framed, put, source_in
 
 
 def frame(body: object) -> bytes:
     return framed(msgpack.packb(body))
-
-
-def framed(packed: bytes) -> bytes:
-    length = len(packed).to_bytes(4, "big")
-    return length + lib.pc_crc32c(0, length + packed, 4 + len(packed)).to_bytes(4, "big") + packed
-
-
-def drain(side: SourceProtocol | DestinationProtocol) -> list[p.Message]:
-    messages = []
-    while (message := side.next_message()) is not None:
-        messages.append(message)
-    return messages
 
 
 def conversation() -> list[tuple[str, bytes, SourceProtocol, DestinationProtocol]]:
@@ -123,7 +80,7 @@ class TestMessages:
                     wrong = "\n" if name in ("config", "stats") else {"a": 1}
                 if name == "runs" and isinstance(wrong, bytes):
                     wrong = 1
-                with pytest.raises(ProtocolError, match=rf"{message.TYPE}: field {name} "):
+                with pytest.raises(ProtocolError, match=rf"{message.TYPE}: field {name}[ \[.]"):
                     p.decode(msgpack.packb({**whole, name: wrong}))
 
     @pytest.mark.parametrize(
@@ -133,9 +90,12 @@ class TestMessages:
             ({}, "unknown message type None"),
             ({"type": "explode"}, "unknown message type 'explode'"),
             ({"type": ["ready"]}, "unknown message type"),
-            ({"type": "ping", "nonce": 2**63}, "must be 0 to"),
+            ({"type": "ping", "nonce": 2**63}, "field nonce is wrong: Expected `int` <= 9223372036854775807"),
             ({"type": "accept", "page-bytes": [4095], "shards": 1, "bulk-channels": 1}, "power of two"),
-            ({"type": "accept", "page-bytes": [4096] * 65, "shards": 1, "bulk-channels": 1}, "1 to 64 entries"),
+            (
+                {"type": "accept", "page-bytes": [4096] * 65, "shards": 1, "bulk-channels": 1},
+                "field page-bytes is wrong: Expected `array` of length <= 64",
+            ),
             ({"type": "ready", 1: 2}, "not valid msgpack"),
         ],
     )
@@ -323,11 +283,11 @@ class TestStates:
         for side in (SourceProtocol, DestinationProtocol):
             for state in State:
                 protocol = side()
-                protocol._state = state
+                put(protocol, state)
                 protocol._placed_wanted = True
                 before = protocol.may_run
                 protocol.receive_data(p.encode(message))
-                allowed = message.TYPE in side._RECEIVES.get(state, {}) or message.TYPE in ("ping", "pong")
+                allowed = message.TYPE in side.RECEIVES[state] or message.TYPE in ("ping", "pong")
                 if protocol.ended or allowed:
                     protocol.next_message()
                 else:
@@ -340,8 +300,7 @@ class TestStates:
                 assert gained == (side is DestinationProtocol and message == p.Commit() and state is State.PREPARED)
 
     def test_commit_gives_the_right_away_before_a_byte_left(self) -> None:
-        source = SourceProtocol()
-        source._state = State.PREPARED
+        source = source_in(State.PREPARED)
         assert source.may_run
         source.send(p.Commit())
         assert not source.may_run
@@ -350,8 +309,7 @@ class TestStates:
         assert source.reason == "cable"
 
     def test_no_abort_after_the_promise(self) -> None:
-        dest = DestinationProtocol()
-        dest._state = State.PREPARED
+        dest = destination_in(State.PREPARED)
         assert not dest.may_abort
         with pytest.raises(ProtocolError, match="abort must not be sent by the destination in state prepared"):
             dest.send(p.Abort("changed my mind"))
@@ -361,8 +319,7 @@ class TestStates:
 
     @pytest.mark.parametrize("decided", [True, False])
     def test_doubt_is_resolved_by_the_source(self, decided: bool) -> None:
-        dest = DestinationProtocol()
-        dest._state = State.PREPARED
+        dest = destination_in(State.PREPARED)
         for attempt in range(3):  # cut again, at whatever point
             dest.connection_lost(f"cut {attempt}")
             assert dest.state is State.IN_DOUBT
@@ -387,8 +344,7 @@ class TestStates:
                 dest.reconnected()
 
     def test_recovery_of_a_machine_that_runs(self) -> None:
-        source, dest = SourceProtocol(), DestinationProtocol()
-        source._state = dest._state = State.COMMITTED
+        source, dest = source_in(State.COMMITTED), destination_in(State.COMMITTED)
         dest.send(p.Running(7))  # which is lost
         for side in (source, dest):
             assert side.connection_lost("cut") is State.PAUSED
@@ -407,7 +363,8 @@ class TestStates:
             source, dest = SourceProtocol(), DestinationProtocol()
             dest.receive_data(source.send(replace(OFFER, placed_every_ms=wanted)))
             drain(dest)
-            source._state = dest._state = State.POSTCOPY
+            put(source, State.POSTCOPY)
+            put(dest, State.POSTCOPY)
             if wanted:
                 source.receive_data(dest.send(p.Placed(0, 0, 256, b"\x01")))
                 assert drain(source) == [p.Placed(0, 0, 256, b"\x01")]
@@ -428,8 +385,7 @@ class TestStates:
         assert p.decode(p.encode(message)[p.HEADER_BYTES :]) == message
 
     def test_complete_that_the_source_never_heard_of(self) -> None:
-        dest = DestinationProtocol()
-        dest._state = State.POSTCOPY
+        dest = destination_in(State.POSTCOPY)
         dest.send(p.Complete({}))
         assert dest.connection_lost("cut") is State.PAUSED
         assert dest.give_up("nobody there") is State.COMPLETED
@@ -467,8 +423,7 @@ class TestStates:
         for bit in range(8 * len(whole)):
             data = bytearray(whole)
             data[bit // 8] ^= 1 << bit % 8
-            dest = DestinationProtocol()
-            dest._state = State.READY
+            dest = destination_in(State.READY)
             dest.receive_data(bytes(data))
             longer = len(data) < p.HEADER_BYTES + int.from_bytes(data[:4], "big") <= p.PageMap.MAX_BYTES
             if longer:  # the rest of it never comes
@@ -479,8 +434,7 @@ class TestStates:
             assert dest.state is State.READY
 
     def test_message_too_long(self) -> None:
-        dest = DestinationProtocol()
-        dest._state = State.SWITCHOVER
+        dest = destination_in(State.SWITCHOVER)
         dest.receive_data((p.MAX_MESSAGE_BYTES + 1).to_bytes(4, "big"))
         with pytest.raises(ProtocolError, match="a message of 16777217 bytes"):
             dest.next_message()
@@ -488,7 +442,7 @@ class TestStates:
     @given(st.lists(st.binary(max_size=60), max_size=5), st.sampled_from(list(State)))
     def test_arbitrary_bytes(self, pieces: list[bytes], state: State) -> None:
         for side in (SourceProtocol(), DestinationProtocol()):
-            side._state = state
+            put(side, state)
             before = side.may_run
             with contextlib.suppress(ProtocolError):
                 for piece in pieces:

@@ -128,7 +128,14 @@ def steps(world: World, caller: str, lies: bool) -> Iterator[tuple[str, World]]:
             if not world.told:
                 yield "says", replace(on(world, name, lambda side: side.send(p.ReceivedMap(0, 0, 1, b""))), told=True)
             else:
-                yield "says", on(world, name, lambda side: side.send(p.Recover(int(side._machine_runs), 1, 0)))
+                yield (
+                    "says",
+                    on(
+                        world,
+                        name,
+                        lambda side: side.send(p.Recover(int(side._reached in (State.POSTCOPY, State.CLOSING)), 1, 0)),
+                    ),
+                )
         if side.may_abort:
             yield "aborts", on(world, name, lambda side: side.send(p.Abort("no")))
         if queue := queue_to(world, name):
@@ -144,7 +151,7 @@ def steps(world: World, caller: str, lies: bool) -> Iterator[tuple[str, World]]:
         yield f"kill {name}", replace(world, gone=world.gone | {name}, cut=True)
         if side.state in (State.PAUSED, State.IN_DOUBT):
             yield f"end {name}", replace(on(world, name, lambda side: side.give_up("ended")), left=world.left | {name})
-        if side.state is State.IN_DOUBT or (side.state is State.PAUSED and side._complete_said):
+        if side.state is State.IN_DOUBT or (side.state is State.PAUSED and side._reached is State.CLOSING):
             yield "gives up", on(world, name, lambda side: side.give_up("nobody there"))
     if not world.cut:
         for arrives in range(len(world.to_source) + 1):
@@ -322,4 +329,4 @@ def test_what_each_ending_does() -> None:
                     assert then.may_run <= side.may_run or (name == "source" and how is Ended.ABORTED)
                     if name == "dest":
                         assert not (how is Ended.RECLAIMED and then.may_run)
-                        assert state is not State.COMPLETED or side._complete_said
+                        assert state is not State.COMPLETED or side._reached is State.CLOSING

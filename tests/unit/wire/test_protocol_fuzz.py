@@ -12,45 +12,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from postcopy import wire as p
-from postcopy._native import lib
 from postcopy.errors import PeerError, ProtocolError
 from postcopy.wire import DestinationProtocol, SourceProtocol, State, codec
+from tests.unit.wire import support
+from tests.unit.wire.support import framed
 
 HELLO = p.Hello("control", "dest", 0, b"m" * 16, 1)
-BLOCKS = (p.Block("shared", 1 << 20, 4096), p.Block("vcpu0", 1 << 21, 4096))
-MESSAGES: list[p.Message] = [
-    HELLO.signed(b"t" * 16, 3),
-    HELLO.signed(b"t" * 16, 2),
-    p.Welcome(),
-    p.Refused("busy", "busy"),
-    p.Refused("over", "lost").signed(b"t" * 16, HELLO),
-    p.Offer(b"m" * 16, b"t" * 16, "kvm", {"vcpus": 1, "nested": {"list": [1, 2]}}, BLOCKS, 1, 200),
-    p.Accept((4096, 4096), 2, 0),
-    p.Reject("too large"),
-    p.Ready(),
-    p.PageMap(1, 0, 512, b"\x00\x80\x04"),
-    p.Switchover(b"\x00\xff" * 20, 2),
-    p.Prepared(),
-    p.Commit(),
-    p.Running(12345),
-    p.Placed(1, 64, 512, b"\x00\x80\x04"),
-    p.Complete({"demand-pages": 3, "latency": {"max": 1}, "list": [1, 2, 3]}),
-    p.CompleteAck({"downtime-ns": 5}),
-    p.ReceivedMap(1, 0, 512, b"\x00\x80\x04"),
-    p.Recover(0, 2, 2**32 - 1),
-    p.Recovered(),
-    p.Abort("out of memory"),
-    p.Ping(1),
-    p.Pong(2**63 - 1),
-]
+MESSAGES: list[p.Message] = [*support.MESSAGES, HELLO.signed(support.SECRET, 3), HELLO.signed(support.SECRET, 2)]
 VERSIONS = st.sampled_from([2, 3])
 TAGS = bytes([0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, *range(0xC0, 0xE0), 0x7F, 0xFF])
-
-
-def framed(packed: bytes, length: int | None = None, damage: int = 0) -> bytes:
-    head = (len(packed) if length is None else length).to_bytes(4, "big")
-    crc = lib.pc_crc32c(0, head + packed, 4 + len(packed)) ^ damage
-    return head + crc.to_bytes(4, "big") + packed
 
 
 @st.composite
@@ -144,8 +114,8 @@ def test_sessions(
     """In every state, in pieces of every size, with lengths and checksums that are wrong now and then."""
     stream = b"".join(framed(body, length, int(damage == 0)) for body, length, damage in bodies)
     for side in (SourceProtocol(version), DestinationProtocol(version)):
-        side._state = state
-        side._in_doubt = in_doubt and isinstance(side, DestinationProtocol) and state is State.RECOVERING
+        doubt = in_doubt and isinstance(side, DestinationProtocol) and state is State.RECOVERING
+        support.put(side, state, State.PREPARED if doubt else None)
         before, failed = side.may_run, False
         for start in range(0, len(stream), size):
             side.receive_data(stream[start : start + size])

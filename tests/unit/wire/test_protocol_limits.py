@@ -11,18 +11,11 @@ import msgpack
 import pytest
 
 from postcopy import wire as p
-from postcopy._native import lib
 from postcopy.errors import ProtocolError
-from postcopy.wire import DestinationProtocol, SourceProtocol, State, messages
+from postcopy.wire import DestinationProtocol, SourceProtocol, State, codec, messages
+from tests.unit.wire.support import OFFER, destination_in, framed, side_in
 
-BLOCKS = (p.Block("ram", 1 << 20, 4096),)
-OFFER = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, BLOCKS, 1, 0)
 MIB = 1 << 20
-
-
-def framed(packed: bytes) -> bytes:
-    length = len(packed).to_bytes(4, "big")
-    return length + lib.pc_crc32c(0, length + packed, 4 + len(packed)).to_bytes(4, "big") + packed
 
 
 def offer_with(config: object) -> bytes:
@@ -40,14 +33,6 @@ def nested(depth: int) -> object:
 def pieces(data: bytes) -> Iterator[bytes]:
     for start in range(0, len(data), 65536):
         yield data[start : start + 65536]
-
-
-def in_state(
-    side: type[SourceProtocol] | type[DestinationProtocol], state: State
-) -> SourceProtocol | DestinationProtocol:
-    protocol = side()
-    protocol._state = state
-    return protocol
 
 
 def taken(protocol: SourceProtocol | DestinationProtocol, data: bytes) -> int:
@@ -73,7 +58,7 @@ def taken(protocol: SourceProtocol | DestinationProtocol, data: bytes) -> int:
     [
         (offer_with({"a": [[]] * 5000}), "more than 4096 elements"),
         (offer_with({"a": {str(number): 0 for number in range(3000)}}), "more than 4096 elements"),
-        (offer_with({"a": nested(p.MAX_DEPTH)}), "more than 8 levels"),
+        (offer_with({"a": nested(codec.MAX_DEPTH)}), "more than 8 levels"),
         (b"\x91" * 10_000, "more than 8 levels"),
         (b"\x81" * 10_000, "more than 8 levels"),
         (b"\xdd\xff\xff\xff\xff" + b"\x90" * 10_000, "more than 4096 elements"),
@@ -97,7 +82,7 @@ def test_shape(packed: bytes, reason: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_is_taken() -> None:
     config = {
-        "a": nested(p.MAX_DEPTH - 2),
+        "a": nested(codec.MAX_DEPTH - 2),
         "b": [[]] * 4000,
         "c": {"d": [1.5, None, True, "text", b"bytes", -5, 2**40]},
     }
@@ -113,8 +98,8 @@ def test_long_messages_need_a_state(
     side: type[SourceProtocol] | type[DestinationProtocol], state: State, length: int
 ) -> None:
     """What is longer than anything that may come now is refused with its first bytes."""
-    protocol = in_state(side, state)
-    allowed = max([messages.MESSAGES[kind].MAX_BYTES for kind in side._RECEIVES.get(state, {})], default=0)
+    protocol = side_in(side, state)
+    allowed = max([messages.MESSAGES[kind].MAX_BYTES for kind in side.RECEIVES[state]], default=0)
     protocol.receive_data(length.to_bytes(4, "big") + b"\x00\x00\x00")
     if protocol.ended or length <= allowed:
         assert protocol.next_message() is None
@@ -128,7 +113,7 @@ def test_long_messages_need_a_state(
 def test_before_an_offer_is_accepted_only_small_messages() -> None:
     for state in (State.SETUP, State.OFFERED, State.CHANNELS):
         for side in (SourceProtocol, DestinationProtocol):
-            kinds = {*side._RECEIVES.get(state, {}), "ping", "pong"}
+            kinds = {*side.RECEIVES[state], "ping", "pong"}
             assert max(messages.MESSAGES[kind].MAX_BYTES for kind in kinds) <= 64 * 1024
 
 
@@ -152,15 +137,15 @@ def test_each_type_has_its_length(
     side: type[SourceProtocol] | type[DestinationProtocol], state: State, body: dict[str, object]
 ) -> None:
     """Where a long type may come, its name has to come first: another one is refused long before it is complete."""
-    length = max(messages.MESSAGES[kind].MAX_BYTES for kind in side._RECEIVES[state])
+    length = max(messages.MESSAGES[kind].MAX_BYTES for kind in side.RECEIVES[state])
     data = framed(msgpack.packb({**body, "more": b"x" * (length - 300)}))
-    assert taken(in_state(side, state), data) <= 65536
+    assert taken(side_in(side, state), data) <= 65536
 
 
 def test_long_lists_are_refused_where_long_bytes_may_come() -> None:
     """16 MiB of empty lists in the place of a device state: a gigabyte of objects, if somebody made them."""
     packed = b"\x82\xa4type\xaaswitchover\xa5state\xdd" + (15 * MIB).to_bytes(4, "big") + b"\x90" * (15 * MIB)
-    protocol = in_state(DestinationProtocol, State.SWITCHOVER)
+    protocol = destination_in(State.SWITCHOVER)
     taken(protocol, framed(packed))
     with pytest.raises(ProtocolError, match="more than 4096 elements"):
         protocol.next_message()
@@ -174,8 +159,7 @@ def test_a_map_is_no_longer_than_its_pages(kind: type[p.PageMap] | type[p.Receiv
 
 
 def test_nothing_is_kept_of_a_lost_connection() -> None:
-    dest = DestinationProtocol()
-    dest._state = State.SWITCHOVER
+    dest = destination_in(State.SWITCHOVER)
     dest.receive_data(p.encode(p.Switchover(b"x" * MIB, 1))[:-1])
     assert dest.next_message() is None
     dest.connection_lost("cut")

@@ -260,7 +260,7 @@ class TwoHosts(RuleBasedStateMachine):
             self.settle(name)
 
     def dest_runs(self) -> bool:
-        return self.dest._machine_runs
+        return self.dest._reached in (State.POSTCOPY, State.CLOSING)
 
     @precondition(lambda self: not self.killed and self.dest.recoverable)
     @rule()

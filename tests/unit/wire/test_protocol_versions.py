@@ -8,8 +8,6 @@ package.
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import msgpack
 import pytest
@@ -18,11 +16,11 @@ from trio.testing import MockClock
 
 from postcopy import net as c
 from postcopy import wire as p
-from postcopy._native import lib
 from postcopy.errors import PeerError, ProtocolError
 from postcopy.wire import DestinationProtocol, SourceProtocol, State
+from tests.unit.net.support import SESSION, open_acceptor
+from tests.unit.wire.support import framed
 
-SESSION = c.Session(b"m" * 16, b"t" * 16, 0)
 OLD = b"postcpy\x02"
 HELLO_2 = {
     "type": "hello", "channel": "control", "side": "dest", "index": 0, "migration": b"", "epoch": 0, "token": b"",
@@ -34,9 +32,7 @@ OFFER_2 = {
 
 
 def said(body: dict[str, object]) -> bytes:
-    packed = msgpack.packb(body)
-    length = len(packed).to_bytes(4, "big")
-    return length + lib.pc_crc32c(0, length + packed, 4 + len(packed)).to_bytes(4, "big") + packed
+    return framed(msgpack.packb(body))
 
 
 class OldPeer:
@@ -64,18 +60,6 @@ class OldPeer:
         await self.stream.send_all(said(body))
 
 
-@asynccontextmanager
-async def open_acceptor(side: str) -> AsyncIterator[c.Acceptor]:
-    acceptor = await c.Acceptor.open(c.Address("127.0.0.1", 0), side, lambda waiting: "")
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(acceptor.serve)
-            yield acceptor
-            nursery.cancel_scope.cancel()
-    finally:
-        await acceptor.close()
-
-
 async def dial(acceptor: c.Acceptor) -> trio.SocketStream:
     return await trio.open_tcp_stream(acceptor.addresses[0].host, acceptor.addresses[0].port)
 
@@ -101,16 +85,16 @@ async def test_an_old_destination_calls() -> None:
         offer = p.Offer(b"m" * 16, b"t" * 16, "kvm", {"vcpus": 1}, (p.Block("ram", 8192, 4096),), 1, 0)
         await link.control.send_all(source.send(offer))
         assert await peer.hear() == OFFER_2
-        with link.reconnector(SESSION) as member, link.channel_set(SESSION):
+        with link.reconnector(SESSION) as reconnector, link.channel_set(SESSION):
             urgent = await call_2(acceptor, channel="urgent", migration=b"m" * 16, token=b"t" * 16)
             assert await urgent.hear() == {"type": "welcome"}
             wrong = await call_2(acceptor, channel="bulk", migration=b"m" * 16, token=b"u" * 16)
             assert await wrong.hear() == {"type": "refused", "reason": "wrong token"}
             again = await call_2(acceptor, migration=b"m" * 16, token=b"t" * 16, epoch=1)
             assert await again.hear() == {"type": "welcome"}
-            back, session = await member.next_link()
+            back, session = await reconnector.next_link()
             assert (back.version, session.epoch) == (2, 1)
-            member.ended(p.Ended.ABORTED)
+            reconnector.ended(p.Ended.ABORTED)
             late = await call_2(acceptor, migration=b"m" * 16, token=b"t" * 16, epoch=2)
             assert await late.hear() == {"type": "refused", "reason": "no such migration here"}
         for stream in (peer.stream, urgent.stream, wrong.stream, again.stream, late.stream, link.control, back.control):
@@ -185,12 +169,12 @@ async def test_an_old_source_listens() -> None:
             with pytest.raises(ProtocolError, match="the source speaks version 2, which needs a bulk channel"):
                 dest.send(p.Accept((4096,), 1, 0))
             await link.control.send_all(dest.send(p.Accept((4096,), 1, 1)))
-            with link.channel_set(SESSION) as channel_set, link.reconnector(SESSION) as member:
+            with link.channel_set(SESSION) as channel_set, link.reconnector(SESSION) as reconnector:
                 for fd in (await channel_set.channels(1, 1)).values():
                     fd.close()
-                back, _ = await member.next_link()
+                back, _ = await reconnector.next_link()
             assert back.version == 2
-            await member.announce(p.Ended.COMPLETED)  # which could not be understood: it is not even tried
+            await reconnector.announce(p.Ended.COMPLETED)  # which could not be understood: it is not even tried
     for stream in (*streams, link.control, back.control):
         await trio.aclose_forcefully(stream)
     await listener.aclose()
