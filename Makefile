@@ -10,8 +10,9 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHON CC
 
-# Seconds that a step of `make test` may take before all of it is killed.
+# STEP SECONDS NAME COMMAND: what it may take before all of it is killed.
 STEP := $(BIN)/python tools/run_step.py --timeout
+LOGS := build/logs
 FUZZ_SECONDS ?= 60
 PYTEST_ARGS ?=
 # Processes that share the tests: more than there are processors, since most of what the tests do is to wait.
@@ -25,7 +26,7 @@ BUILT_FROM := pyproject.toml CMakeLists.txt tools/setup.sh \
 B := build/$(notdir $(CC))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint cross-aarch64 format stub check-c sanitize stress fuzz fuzz-replay guests-rv64 test-containers check-python hostile check-hostile bench soak wheel clean
+.PHONY: help setup demo check check-1 check-2 test test-1 test-2 lint cross-aarch64 format stub check-c sanitize stress fuzz fuzz-replay guests-rv64 test-containers check-python hostile check-hostile bench soak wheel clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)/  \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-16s%s\n", $$1, $$2 }'
@@ -42,19 +43,37 @@ $(VENV)/.installed: $(BUILT_FROM)
 demo: setup ## migrate a running machine between two processes here, and verify it
 	$(BIN)/postcopy demo
 
-test: setup ## everything CI runs: lint, C tests plain and sanitized, fuzz corpus, pytest, hostile peers, containers
-	@$(STEP) 600 "lint" $(MAKE) --no-print-directory lint
-	@$(STEP) 300 "C tests" $(MAKE) --no-print-directory check-c
-	@$(STEP) 600 "C tests, sanitized" $(MAKE) --no-print-directory sanitize
-	@$(STEP) 180 "fuzz targets: corpus and a short run" $(MAKE) --no-print-directory fuzz-replay
-	@$(STEP) 1080 "pytest" $(MAKE) --no-print-directory check-python
-	@$(STEP) 400 "hostile peers" $(MAKE) --no-print-directory check-hostile PYTEST_ARGS=
-	@$(STEP) 360 "containers" $(MAKE) --no-print-directory test-containers OR_SKIP=--or-skip PYTEST_ARGS=
+# What one runs before every commit. Two things at a time: most of what either side does is to wait.
+check: setup ## lint, types, unit tests and C tests that take no time: before every commit
+	@$(MAKE) --no-print-directory $(B)-plain
+	@$(MAKE) --no-print-directory -j2 check-1 check-2
 
-lint: setup $(B)-plain cross-aarch64 ## ruff, mypy --strict, the C core with all warnings as errors
+check-1:
+	@$(STEP) 120 --log $(LOGS)/lint.log "lint" $(MAKE) --no-print-directory lint
+	@$(STEP) 120 --log $(LOGS)/c.log "C tests" ctest --test-dir $(B)-plain --output-on-failure -L unit -LE slow -j2
+check-2:
+	@$(STEP) 120 --log $(LOGS)/unit.log "unit tests" $(BIN)/pytest -q -n 2 --dist worksteal tests/unit -m "not slow" $(PYTEST_ARGS)
+
+# Each step has a log of its own, of which a step that fails shows the end.
+test: setup ## everything CI runs: lint, C tests plain and sanitized, fuzz corpus, pytest, hostile peers, containers
+	@$(STEP) 400 --log $(LOGS)/build.log "C builds" $(MAKE) --no-print-directory $(C_BUILDS) cross-aarch64
+	@$(MAKE) --no-print-directory -j2 test-1 test-2
+
+test-1:
+	@$(STEP) 300 --log $(LOGS)/c.log "C tests" $(MAKE) --no-print-directory check-c
+	@$(STEP) 600 --log $(LOGS)/sanitize.log "C tests, sanitized" $(MAKE) --no-print-directory sanitize
+	@$(STEP) 180 --log $(LOGS)/fuzz.log "fuzz targets: corpus and a short run" $(MAKE) --no-print-directory fuzz-replay
+	@$(STEP) 500 --log $(LOGS)/containers.log "containers" $(MAKE) --no-print-directory test-containers OR_SKIP=--or-skip PYTEST_ARGS=
+test-2:
+	@$(STEP) 300 --log $(LOGS)/lint.log "lint" $(MAKE) --no-print-directory lint
+	@$(STEP) 1200 --log $(LOGS)/pytest.log "pytest" $(MAKE) --no-print-directory check-python
+	@$(STEP) 400 --log $(LOGS)/hostile.log "hostile peers" $(MAKE) --no-print-directory check-hostile PYTEST_ARGS=
+
+lint: setup $(B)-plain ## ruff, mypy --strict, the rooms' imports, the C core with all warnings as errors
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/python csrc/cdef.py stub --header csrc/include/postcopy.h --check postcopy/_native.pyi
 
 cross-aarch64: setup ## compile the C core for AArch64 (Debian's gcc-aarch64-linux-gnu; POSTCOPY_INSTALL=1: installs it)

@@ -14,6 +14,7 @@ block in a page fault for ever belongs there: no Python code can interrupt it, S
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import inspect
 import os
@@ -32,7 +33,7 @@ from typing import IO, Any
 
 import pytest
 
-CHILD = Path(__file__).with_name("_child.py")
+CHILD = Path(__file__).with_name("support") / "child.py"
 KILL_TIMEOUT_S = 20.0
 """How long a killed process may take to go: one that does not answer SIGKILL hangs in the kernel."""
 
@@ -43,9 +44,8 @@ KILL_TIMEOUT_S = 20.0
 
 def _probed(name: str) -> Callable[[], str | None]:
     def ask() -> str | None:
-        from postcopy.testbed import (
-            probe,  # not before it is asked for: the set-up's own tests run without the extension
-        )
+        # Not before it is asked for: the set-up\'s own tests run without the extension.
+        from postcopy.testbed import probe
 
         return probe.find(name).complaint()
 
@@ -107,6 +107,27 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"POSTCOPY_REQUIRE: unknown: {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}"
         )
+
+
+HUGE_PAGES = 16
+HUGE_POOL = Path("/proc/sys/vm/nr_hugepages")
+
+
+def _change_huge_pool(by: int) -> None:
+    """As csrc/tests/support/huge_pool.h: by so many, not to so many, since others may do this at the same time."""
+    with HUGE_POOL.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        pages = max(0, int(file.read()) + by)
+        file.seek(0)
+        file.write(str(pages))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Root's tests have a pool of huge pages, lent by the host until they have ended."""
+    if os.geteuid() == 0 and not hasattr(session.config, "workerinput"):
+        with contextlib.suppress(OSError):
+            _change_huge_pool(HUGE_PAGES)
+            session.config.add_cleanup(functools.partial(_change_huge_pool, -HUGE_PAGES))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs one step of the test run: with a time limit, an honest exit status and nothing left running behind it.
 
-    run_step.py [--timeout SECONDS] NAME COMMAND [ARGUMENT...]
+    run_step.py [--timeout SECONDS] [--log FILE] NAME COMMAND [ARGUMENT...]
 
 The step's processes are adopted when their parents die (child subreaper), so that all of them are found and killed at
 the end, whatever sessions and process groups they have made for themselves. A step that leaves processes behind has
-failed.
+failed. With a log its output goes there, so that steps can run side by side; one that fails shows the end of it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from types import FrameType
 PR_SET_CHILD_SUBREAPER = 36
 KILL_TIMEOUT_S = 20.0
 """How long killed processes may take to go: one that does not answer SIGKILL hangs in the kernel."""
+SHOWN_LINES = 200  # of the log of a step that has failed
 REAP_GRACE_S = 2.0
 """How long what the step has ended may take to be gone after the step itself."""
 
@@ -103,9 +104,25 @@ def interrupt(signum: int, _frame: FrameType | None) -> None:
     raise Interrupted(signal.Signals(signum).name)
 
 
+def start(command: list[str], log: Path | None) -> subprocess.Popen[bytes]:
+    if log is None:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as out:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+
+
+def show_end(log: Path) -> None:
+    """In one write, since another step may be writing too."""
+    with contextlib.suppress(OSError):
+        lines = log.read_text(errors="replace").splitlines()[-SHOWN_LINES:]
+        print("\n".join(lines), flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS")
+    parser.add_argument("--log", type=Path, metavar="FILE")
     parser.add_argument("name")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()
@@ -113,12 +130,12 @@ def main() -> int:
     become_subreaper()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, interrupt)
-    print(f"==> {args.name}", flush=True)
+    print(f"==> {args.name}" + (f" ({args.log})" if args.log else ""), flush=True)
     begin = time.monotonic()
     problems = []
     status = 1
     try:
-        process = subprocess.Popen(args.command, stdin=subprocess.DEVNULL)
+        process = start(args.command, args.log)
         status = process.wait(args.timeout)
         if status:
             problems.append(f"exit status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}")
@@ -139,6 +156,8 @@ def main() -> int:
             problems.append("cannot be killed: " + "; ".join(immortal))
     seconds = time.monotonic() - begin
     if problems:
+        if args.log:
+            show_end(args.log)
         print(f"==> {args.name}: FAILED after {seconds:.1f} s: {', '.join(problems)}", flush=True)
         return status if 0 < status < 126 else 1
     print(f"==> {args.name}: ok, {seconds:.1f} s", flush=True)

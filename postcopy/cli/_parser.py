@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands, and the parsers of their options.
 
-A command is a module. It has `OPTIONS`, a table from which its parser is made, or `add_arguments`, which makes one; and
-`make`, which turns what was given into what runs in Trio, or `run`, which does it all and returns the exit status. The
-module is loaded only for the command that was asked for: the two sides of a migration run for long, and what `bench`
-and the others need would cost each of them megabytes.
+A command is a module. Its options are in a table, from which the parser is made (`OPTIONS`; for the two sides and the
+daemon it is `postcopy.service.options.COMMANDS`), or its `add_arguments` makes the parser. It has `make`, which turns
+what was given into what runs in Trio, or `run`, which does it all and returns the exit status.
+
+The module is loaded only for the command that was asked for: the two sides of a migration run for long, and what
+`bench` and the others need would cost each of them megabytes.
 
 In what a parser returns, an option that was not given is missing: see `postcopy.service.options`.
 """
@@ -18,14 +20,15 @@ from typing import Any, NoReturn
 
 from postcopy import __version__
 from postcopy.errors import ConfigurationError
+from postcopy.service import options
 from postcopy.service.options import OUTPUT, Group, OneOf, Option
 from postcopy.units import argument
 from postcopy.wire import one_line
 
 COMMANDS = {
-    "source": ("run a machine, or hold an image, and migrate it away", "postcopy.cli.source"),
-    "dest": ("receive what a source offers", "postcopy.cli.dest"),
-    "daemon": ("own machines, send them away when told to, take those that come", "postcopy.cli.daemon"),
+    "source": ("run a machine, or hold an image, and migrate it away", "postcopy.cli.sides"),
+    "dest": ("receive what a source offers", "postcopy.cli.sides"),
+    "daemon": ("own machines, send them away when told to, take those that come", "postcopy.cli.sides"),
     "demo": ("both sides on this host, verified", "postcopy.testbed.demo"),
     "merge": ("join what both sides of a lost migration have salvaged into an image", "postcopy.cli.merge"),
     "ctl": ("ask or tell a running process with --control", "postcopy.cli.ctl"),
@@ -36,7 +39,7 @@ COMMANDS = {
     ),
     "bench": ("measure, each figure against its floor in the same run", "postcopy.testbed.bench"),
     "lab": ("hosts with cables and a switch between them, on this machine", "postcopy.testbed.lab.command"),
-    "chaos": ("a bad network between two programs, to try them with", "postcopy.testbed.chaos_command"),
+    "chaos": ("a bad network between two programs, to try them with", "postcopy.testbed.chaos.command"),
 }
 
 
@@ -60,17 +63,21 @@ def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     for name, (text, _) in COMMANDS.items():
         command = commands.add_parser(name, help=text, allow_abbrev=False)
         if name == asked:
-            module = load(name)
-            if hasattr(module, "OPTIONS"):
-                add_groups(command, module.OPTIONS)
+            if (groups := options_of(name)) is not None:
+                add_groups(command, groups)
             else:
-                module.add_arguments(command)
+                load(name).add_arguments(command)
     return parser
 
 
 def values(args: argparse.Namespace) -> dict[str, Any]:
     """What was given, by the names in the records."""
     return {name: value for name, value in vars(args).items() if value is not None}
+
+
+def options_of(command: str) -> tuple[Group, ...] | None:
+    """The table of a command's options, where it has one."""
+    return options.COMMANDS.get(command) or getattr(load(command), "OPTIONS", None)
 
 
 def load(command: str) -> Any:
@@ -81,7 +88,7 @@ def load(command: str) -> Any:
 def add_groups(parser: argparse.ArgumentParser, groups: Iterable[Group]) -> None:
     for group in groups:
         section = parser.add_argument_group(group.title) if group.title else parser
-        for item in group.options:
+        for item in group.items:
             if isinstance(item, OneOf):
                 one = section.add_mutually_exclusive_group(required=True)
                 for option in item.options:

@@ -11,12 +11,12 @@ from typing import Any
 
 import trio
 
-from postcopy.cli._operated import Run
 from postcopy.cli._parser import add_option
+from postcopy.cli.sides import Run
 from postcopy.errors import ConfigurationError, MigrationError, PeerError
 from postcopy.output import Output
 from postcopy.service.client import ControlClient
-from postcopy.service.options import Option
+from postcopy.service.options import flag
 from postcopy.service.schema import COMMANDS, ControlError, Json, plain
 from postcopy.service.status import render_answer
 
@@ -28,13 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, command in COMMANDS.items():
         help = "show what happens until it ends, or Ctrl-C" if name == "events" else command.help
         request = requests.add_parser(name, help=help, allow_abbrev=False)
-        add_option(request, Option("json", "as it came, in JSON", flag="set"))
+        add_option(request, flag("json", "as it came, in JSON"))
         for option in command.options if name != "events" else ():
             bare = option.name == command.bare
             nargs = "?" if bare and option.name != command.required else None
             add_option(request, replace(option, field=option.name, positional=bare, nargs=nargs))
         if name == "migrate":
-            add_option(request, Option("detach", "do not wait until it has moved", flag="set"))
+            add_option(request, flag("detach", "do not wait until it has moved"))
 
 
 def make(given: dict[str, Any], output: Output) -> Run:
@@ -77,17 +77,17 @@ class CtlCommand:
         if self._request == "events":
             return await self._follow(client)
         if self._request == "migrate" and not self._detach:
-            return await self._migrate(client, self._arguments)
+            return await self._migrate(client)
         answer = await client.execute(self._request, self._arguments)
         text = json.dumps(answer) if self._json else render_answer(self._request, answer)
         if text:
             self._print(text)
         return True
 
-    async def _migrate(self, client: ControlClient, arguments: Json) -> bool:
+    async def _migrate(self, client: ControlClient) -> bool:
         """Until it has ended, one way or the other."""
         await client.execute("events", {"enable": True})
-        migration = (await client.execute("migrate", arguments))["migration"]
+        migration = (await client.execute("migrate", self._arguments))["migration"]
         while True:
             event = await client.next_event()
             data = event["data"]
@@ -95,9 +95,7 @@ class CtlCommand:
             if data.get("migration") != migration or data.get("direction") != "outgoing":
                 continue
             if event["event"] == "migration-status":
-                self._output.say(
-                    f"{data['machine']}: {data['status']}" + (f": {data['error']}" if data["error"] else "")
-                )
+                self._output.say(f"{data['machine']}: {data['status']}{data['error'] and ': ' + data['error']}")
             elif event["event"] == "migration-ended":
                 if self._json:
                     self._print(json.dumps(data))

@@ -122,7 +122,7 @@ class Check:
 
 class MachineEventType(enum.StrEnum):
     READY = "ready"
-    MARK = "mark"  # the guest made progress; many marks may be told as one
+    MARK = "mark"  # the guest made progress; many marks may be one event
     FAILURE = "failure"  # the guest reported something wrong
     FAILED = "failed"  # a vCPU stopped for good
 
@@ -141,7 +141,7 @@ class Machine(abc.ABC):
     """Whether it has CPUs: runs, can touch memory on its own, and can fail."""
     kernel_faults: bool
     """Whether the kernel touches missing memory on its behalf, as KVM does: a userfaultfd for user-mode faults only,
-    which everybody may have, is then not enough."""
+    which every user may have, is then not enough."""
 
     @property
     @abc.abstractmethod
@@ -185,7 +185,7 @@ class Machine(abc.ABC):
         return None
 
     async def claim_network(self) -> None:  # noqa: B027 -- most machines have none
-        """Destination, once it runs here: the link goes up, and the network is told where the machine now is. Raises
+        """Destination, once it runs here: the link goes up, and it is announced where the machine now is. Raises
         nothing that is a matter of the network: a machine without one runs on."""
 
     async def release_network(self) -> None:  # noqa: B027

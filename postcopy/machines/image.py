@@ -5,7 +5,7 @@ The source reads a file (raw, sparse or not) that must not change meanwhile; the
 nothing runs, there is nothing to pause or resume. Several migrations may share one source.
 
 The source reads the file once at `boot` for a digest, which travels as the machine's state; the destination compares it
-with the digest of what has arrived. So an image that is overwritten while it is served is found out as well.
+with the digest of what has arrived. So an image that is overwritten while it is served is noticed as well.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ class ImageMachine(Machine):
         return {"file-bytes": self._file_bytes}
 
     async def boot(self) -> None:
-        """Reads the file for its digest, unless told not to; once, also when several migrations ask. Cancellable: the
-        worker thread then finishes for nobody."""
+        """Reads the file for its digest, unless `verify` is false; once, also when several migrations ask. Cancellable:
+        the worker thread then finishes, and its result is dropped."""
         async with self._booting:
             if self._state is not MachineState.CREATED:
                 return
@@ -180,7 +180,7 @@ class ImageMachine(Machine):
 
 
 class _NoEvents:
-    """Nothing ever happens to an image; a task that follows it waits."""
+    """An image has no events: a task that follows it waits for its end."""
 
     def __init__(self, closed: trio.Event) -> None:
         self._closed = closed

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operating a postcopy process from outside: a control socket, metrics, and word to systemd (docs/operating.md)."""
+"""One owner of machines and migrations (`service`), with the policies `source`, `destination` and `daemon`; and what
+operates it from outside: a control socket, metrics, notifications to systemd (docs/operating.md)."""
 
 from __future__ import annotations
 

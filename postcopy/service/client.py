@@ -12,8 +12,8 @@ from contextlib import asynccontextmanager
 import trio
 
 from postcopy.errors import PeerError
+from postcopy.service.options import check_control_path
 from postcopy.service.schema import MAX_ANSWER_BYTES, PROTOCOL, ControlError, Json, LineSplitter, parse_json
-from postcopy.service.server import check_control_path
 
 ANSWER_TIMEOUT_S = 60.0
 BUSY_POLL_S = 0.02
@@ -34,8 +34,8 @@ class ControlClient:
     @classmethod
     @asynccontextmanager
     async def open(cls, path: str, timeout_s: float = 10.0) -> AsyncIterator[ControlClient]:
-        """`PeerError` when nobody answers there, or in another language; `ConfigurationError` for a path that no socket
-        can have."""
+        """`PeerError` when no process answers there, or not in this protocol; `ConfigurationError` for a path that no
+        socket can have."""
         check_control_path(path, "the control socket")
         try:
             with trio.fail_after(timeout_s):
@@ -101,7 +101,7 @@ class ControlClient:
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise PeerError(f"{self._path}: the process is gone") from error
             if not data:
-                raise PeerError(f"{self._path}: the process has hung up")
+                raise PeerError(f"{self._path}: the process has closed the connection")
             try:
                 self._lines += [parse_json(line) for line in self._splitter.feed(bytes(data))]
             except ControlError as error:

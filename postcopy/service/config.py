@@ -79,7 +79,7 @@ class DaemonConfig:
 
 @dataclass(frozen=True)
 class OperatingOptions:
-    """What is around a service that somebody operates."""
+    """What is around a service that is operated."""
 
     control: str | None = None  # path of the socket
     metrics: str | None = None  # HOST:PORT

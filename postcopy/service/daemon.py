@@ -3,14 +3,14 @@
 
 A source ends when its machine has left, a destination has one machine and waits for it: neither can have the machine
 that it sent away come back. So this is the union of both. A machine is *here* from its start or arrival until it has
-left or ended, whoever asks; each has at most one migration at a time, and that is an engine of its own
-(`SourceMigration`, `DestinationMigration`), which knows nothing of the others. What they share is the listening port,
-where the handshake sends each connection to its migration, and the bandwidth.
+left or ended; each has at most one migration at a time, and that is an engine of its own (`SourceMigration`,
+`DestinationMigration`), which knows nothing of the others. What they share is the listening port, where the handshake
+sends each connection to its migration, and the bandwidth.
 
 **Bandwidth.** One limit for all that is pushed, divided in equal parts among the migrations that push, again whenever
 one begins or ends. Requested pages are never held up by it.
 
-**Names.** A machine keeps its name wherever it goes: the source tells it with the machine's configuration. A machine
+**Names.** A machine keeps its name wherever it goes: the source sends it with the machine's configuration. A machine
 whose name is taken here is refused, and so goes on where it is.
 
 **Places.** An arriving machine has one of `MAX_INCOMING` from its offer until it is here, as far as it is not lost:
@@ -19,7 +19,7 @@ some descriptors are there for each before it is let in: what PREPARED says must
 
 **Failures.** Each migration, and each machine's end, is contained (`contain`): whatever goes wrong in one, also a
 mistake of ours, is logged and ends that one. A machine that is this host's is never ended by it: it stays as it is, to
-be looked at, until somebody ends it.
+be looked at, until an operator ends it.
 
 **The end.** `stop` gives up what is not decided: such a machine is still here, and ends with this process, as all
 others here do. What is past its point of no return is seen through, however long that takes, since its pages are
@@ -55,9 +55,9 @@ from postcopy.service import report
 from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import DaemonConfig
 from postcopy.service.control import find, process_status
-from postcopy.service.options import is_name
+from postcopy.service.options import is_name, record
 from postcopy.service.report import Migration
-from postcopy.service.schema import ControlError
+from postcopy.service.schema import COMMANDS, ControlError
 from postcopy.service.service import Json, Owned, Phase, Request, Row, Service, direction
 from postcopy.service.status import machine_status
 from postcopy.wire import State, one_line
@@ -72,7 +72,7 @@ MANY_DESCRIPTORS = 65536
 AGAIN_S = 1.0
 """Pause before what should never end, and has, is begun again."""
 FORCED_END_S = 45.0
-"""How long a migration may take to end that was told to: its longest shielded step is `END_TIMEOUT_S`."""
+"""How long a migration may take to end when it has to: its longest shielded step is `END_TIMEOUT_S`."""
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +82,8 @@ class Daemon(Service):
 
     def __init__(self, config: DaemonConfig, output: Output) -> None:
         super().__init__(config.side, config.listen is not None, output, config.migration, config.arrival)
-        if config.name is not None and not (config.kind is not None and is_name(config.name)):
-            raise ConfigurationError("--name goes with --machine: letters, digits, '.', '_' and '-', at most 63")
+        if config.name is not None and config.kind is None:
+            raise ConfigurationError("--name goes with --machine")
         self._config = config
         self._nursery: trio.Nursery | None = None
         self._left: OrderedDict[str, Owned] = OrderedDict()
@@ -366,11 +366,10 @@ class Daemon(Service):
         }
 
     async def _request_start(self, arguments: Json) -> Json:
-        kind = arguments["machine"]
-        named = {"memory": "memory_bytes", "working-set": "working_set_bytes"}
-        given = {named.get(key, key): value for key, value in arguments.items() if key not in ("machine", "name")}
+        given = {COMMANDS["start"].arguments[name].key: value for name, value in arguments.items()}
+        kind = given["kind"]
         self._check_not_ending()
-        owned = await self._start(arguments.get("name") or _new_name(kind), kind, MachineOptions(**given))
+        owned = await self._start(given.get("name") or _new_name(kind), kind, record(MachineOptions, given))
         return machine_status(owned.name, owned.machine, None)
 
     async def _request_end(self, arguments: Json) -> Json:

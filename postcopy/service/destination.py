@@ -45,20 +45,16 @@ class Destination(Service):
             check_new_file("--dump", self._config.dump)
         if self._config.salvage_to is not None:
             salvage.check_target(self._config.salvage_to)
-        done = False
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self.output.follow, self._progress)
-                done = await self.attempt(self._run)
-                nursery.cancel_scope.cancel()
-        finally:
-            with trio.CancelScope(shield=True):
-                await self._end(done)
-        if not done and self.failure is not None:
-            raise self.failure
-        return done
+        return await self.run_to_result(self._run, self._end)
 
     async def _run(self) -> bool:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.output.follow, self._progress)
+            done = await self._receive_and_keep()
+            nursery.cancel_scope.cancel()
+        return done
+
+    async def _receive_and_keep(self) -> bool:
         config = self._config
         if config.connect is not None:
             open_link = partial(CallingLink.open, config.connect, "dest")

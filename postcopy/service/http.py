@@ -10,7 +10,6 @@ wrong in making the page, `serve` goes on.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import h11
@@ -23,10 +22,7 @@ from postcopy.service._contain import contained
 IDLE_TIMEOUT_S = 15.0
 MAX_CONNECTIONS = 32
 FRESH_S = 0.1
-ACCEPT_PAUSE_S = 0.1
 LOOPBACK = "127.0.0.1"
-
-log = logging.getLogger(__name__)
 
 
 def parse_metrics_address(text: str) -> Address:
@@ -44,7 +40,7 @@ class HttpServer:
         self._path = path
         self._content_type = content_type
         self._body = body
-        self._waiting: dict[trio.SocketStream, trio.CancelScope] = {}  # those at their request for longest first
+        self._waiting: dict[trio.SocketStream, trio.CancelScope] = {}  # the longest at its request first
         self._made: bytes | None = None
         self._made_at = 0.0
 
@@ -65,33 +61,13 @@ class HttpServer:
 
     async def serve(self) -> None:
         """Until cancelled; closes the listeners then."""
-        try:
-            async with trio.open_nursery() as nursery:
-                for listener in self._listeners:
-                    nursery.start_soon(self._accept, listener, nursery)
-        finally:
-            for listener in self._listeners:
-                listener.socket.close()
-
-    async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
-        failing = False
-        while True:
-            try:
-                stream = await listener.accept()
-            except OSError as error:  # no descriptors, no memory: there may be some later
-                if not failing:
-                    log.error("metrics: cannot accept a connection: %s", error.strerror)
-                failing = True
-                await trio.sleep(ACCEPT_PAUSE_S)
-                continue
-            failing = False
-            if len(self._waiting) >= MAX_CONNECTIONS:
-                oldest = next(iter(self._waiting))
-                self._waiting.pop(oldest).cancel()
-            self._waiting[stream] = trio.CancelScope()
-            nursery.start_soon(self._connection, stream)
+        await trio.serve_listeners(self._connection, self._listeners)
 
     async def _connection(self, stream: trio.SocketStream) -> None:
+        if len(self._waiting) >= MAX_CONNECTIONS:
+            oldest = next(iter(self._waiting))
+            self._waiting.pop(oldest).cancel()
+        self._waiting[stream] = trio.CancelScope()
         connection = h11.Connection(h11.SERVER)
         go_on = True
 
@@ -137,13 +113,13 @@ class HttpServer:
                 elif isinstance(event, h11.ConnectionClosed) or event is h11.PAUSED:
                     return False
         except h11.RemoteProtocolError as error:
-            await self._answer(connection, stream, error.error_status_hint, b"what was that?\n")
+            await self._answer(connection, stream, error.error_status_hint, b"this is not HTTP/1.1\n")
             return False
         assert request is not None
         if request.target.partition(b"?")[0] != self._path.encode():
             await self._answer(connection, stream, 404, f"the metrics are at {self._path}\n".encode())
         elif request.method not in (b"GET", b"HEAD"):
-            await self._answer(connection, stream, 405, b"GET, please\n", [("Allow", "GET, HEAD")])
+            await self._answer(connection, stream, 405, b"use GET or HEAD\n", [("Allow", "GET, HEAD")])
         else:
             await self._answer(connection, stream, 200, self._page(), head=request.method == b"HEAD")
         return connection.our_state is h11.DONE and connection.their_state is h11.DONE

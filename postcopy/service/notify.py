@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Word to systemd, for units with ``Type=notify`` (sd_notify(3)): datagrams to the socket in NOTIFY_SOCKET.
+"""Notifications to systemd, for units with ``Type=notify`` (sd_notify(3)): datagrams to the socket in NOTIFY_SOCKET.
 
 Nothing is said, and nothing is done, where that variable is not set. What cannot be delivered is never an error: a
 service manager that does not listen is no reason to lose a machine.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is around a service that somebody operates: the control socket, metrics, and notifications to systemd."""
+"""What is around a service that is operated: the control socket, metrics, and notifications to systemd."""
 
 from __future__ import annotations
 

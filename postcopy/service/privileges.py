@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From root to an ordinary user, before anybody is talked to: ``--user``.
+"""From root to an ordinary user, before anything is sent or received: ``--user``.
 
 `become` opens the devices while that is allowed (the C core keeps them, `pc_device_keep`), then gives up groups, group,
 user and every capability, for good: no program that is executed later can bring any of it back (no_new_privs). What
@@ -12,7 +12,7 @@ What a change of user does besides, and what is done about it. The kernel makes 
 /proc/self/* belongs to root, and /proc/self/pagemap, where pages of anonymous memory are looked for, could no longer be
 opened. It is made dumpable again, as every program is that a service manager starts as a user; that user's other
 processes may therefore trace it. And the kernel forgets at whose death this process is to die (PR_SET_PDEATHSIG): it is
-told again.
+set again.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ PR_SET_PDEATHSIG, PR_GET_PDEATHSIG, PR_SET_DUMPABLE = 1, 2, 4
 PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 24, 38, 47, 4
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
-# Those that a side of a migration may need. What cannot be opened now is not asked for here: whoever needs it later, if
-# anybody does, is told so with the remedy.
+# Those that a side of a migration may need. One that cannot be opened now is no error here: what needs it later, if
+# anything does, raises it with the remedy.
 DEVICES = (lib.PC_DEVICE_USERFAULTFD, lib.PC_DEVICE_KVM, lib.PC_DEVICE_TUN)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -55,7 +55,7 @@ def find_user(text: str) -> User:
     """The user of ``NAME``, ``NAME:GROUP``, with numbers for either if you like. Reads the system's databases.
 
     `ConfigurationError` for a user or group that there is none of, for a number that has no account and comes without
-    a group, and for root, who would give up nothing.
+    a group, and for root, which would give up nothing.
     """
     name, colon, group = text.partition(":")
     if not name or (colon and not group):
@@ -67,7 +67,7 @@ def find_user(text: str) -> User:
         raise ConfigurationError(f"--user {text}: user {name} has no account here: write {name}:GROUP")
     uid = int(name) if account is None else account.pw_uid
     if uid == 0:
-        raise ConfigurationError(f"--user {text}: that is root, who would give up nothing: name an ordinary user")
+        raise ConfigurationError(f"--user {text}: that is root, which would give up nothing: name an ordinary user")
     if colon:
         gid = _group(text, group)
         return User(text, uid, gid, (gid,))
@@ -158,7 +158,7 @@ def _clear_capabilities() -> None:
 
 
 def _check(user: User) -> None:
-    """Believes nothing of the above."""
+    """Whether the kernel says that it has worked."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     left = [name for name in ("CapInh", "CapPrm", "CapEff", "CapAmb") if int(status.get(name, "0"), 16)]
     same = (
@@ -181,5 +181,5 @@ def _check_readable(user: User, programs: set[str]) -> None:
         if not os.access(path, os.R_OK | os.X_OK):
             raise ResourceError(
                 f"--user {user.name}: this user may not read {path}, where a part of this program is",
-                "use a Python, and install postcopy, where everybody may read: /usr, /opt",
+                "use a Python, and install postcopy, where every user may read: /usr, /opt",
             )

@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 from postcopy import __version__
 from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.service import options
-from postcopy.service.options import Option, parse_name
+from postcopy.service.options import Option, flag, parse_name
 from postcopy.units import FOREVER
 from postcopy.wire import one_line
 
@@ -71,44 +71,33 @@ class Command:
 
 
 _MACHINE = Option("machine", "of a daemon that has several: which", "NAME", parse_name)
-_FORCE = Option("force", "also when something is lost with it: a machine, its pages", flag="set")
+_FORCE = flag("force", "also when something is lost with it: a machine, its pages")
 _TO = Option("to", "a daemon or a destination that listens", "HOST:PORT")
+_TO_NOW = replace(_TO, help="where the other side is now")
+_NEW_MACHINE = (
+    replace(options.NAME, help="what it is called (default: a new name)"),
+    replace(options.KIND, help="kvm or rv64", metavar="KIND"),
+    *(options.MEMORY, options.VCPUS, options.WORKLOAD, options.WORKING_SET, options.SEED, options.BACKING),
+    *(options.DISK, options.IMAGE),
+)
+_SETTINGS = (
+    options.MAX_BANDWIDTH,
+    replace(options.BULK_CHANNELS, help="of the next migration"),
+    replace(options.RECOVER_FOR, help="from the next loss on"),
+)
 
 COMMANDS: Mapping[str, Command] = {
     "commands": Command("what may be asked of this process"),
     "status": Command("how it is", (replace(_MACHINE, help="of one machine only"),), bare="machine"),
-    "events": Command("from now on, tell this client what happens, or no more", (Option("enable", flag="set"),)),
-    "start": Command(
-        "make a machine and let it run",
-        (
-            replace(options.NAME, help="what it is called (default: a new name)"),
-            replace(options.KIND, help="kvm or rv64", metavar="KIND"),
-            *(options.MEMORY, options.VCPUS, options.WORKLOAD, options.WORKING_SET, options.SEED, options.BACKING),
-            *(options.DISK, options.IMAGE),
-        ),
-        required="machine",
-        bare="machine",
-    ),
+    "events": Command("from now on, tell this client what happens, or no more", (flag("enable", ""),)),
+    "start": Command("make a machine and let it run", _NEW_MACHINE, required="machine", bare="machine"),
     "end": Command("end a machine that is here", (_MACHINE, _FORCE)),
     "migrate": Command("send a machine away", (_MACHINE, _TO), required="to", bare="to"),
     "pause": Command("cut the connection of a migration that is past the point of no return", (_MACHINE,)),
-    "recover": Command(
-        "connect it again, or to another address",
-        (_MACHINE, replace(_TO, help="where the other side is now")),
-        bare="to",
-    ),
-    "set": Command(
-        "change what may be changed while it runs",
-        (
-            options.MAX_BANDWIDTH,
-            replace(options.BULK_CHANNELS, help="of the next migration"),
-            replace(options.RECOVER_FOR, help="from the next loss on"),
-        ),
-    ),
+    "recover": Command("connect it again, or to another address", (_MACHINE, _TO_NOW), bare="to"),
+    "set": Command("change what may be changed while it runs", _SETTINGS),
     "cancel": Command("give a migration up before its point of no return", (_MACHINE,)),
-    "reclaim": Command(
-        "let a machine go on here that was sent to a destination which is dead for good", (_MACHINE, _FORCE)
-    ),
+    "reclaim": Command("let a machine go on here whose destination is dead for good", (_MACHINE, _FORCE)),
     "quit": Command("end in order", (_FORCE,)),
 }
 

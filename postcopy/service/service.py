@@ -259,17 +259,26 @@ class Service(abc.ABC):
 
     # ---- one machine and its result
 
-    async def attempt(self, function: Callable[[], Awaitable[bool]]) -> bool:
-        """What `function` returns; False when it fails, with the first error in `failure`."""
+    async def run_to_result(
+        self, function: Callable[[], Awaitable[bool]], end: Callable[[bool], Awaitable[None]]
+    ) -> bool:
+        """What `function` returns. However it ends, `end` emits the result and closes what is owned, before an error is
+        raised."""
+        done = False
         try:
-            return await function()
+            done = await function()
         except PostcopyError as error:
             self.failure = self.failure or error
         except MemoryError:
             self.failure = self.failure or out_of_memory()
         except BaseExceptionGroup as group:
             self.failure = self.failure or known_error(group)
-        return False
+        finally:
+            with trio.CancelScope(shield=True):
+                await end(done)
+        if not done and self.failure is not None:
+            raise self.failure
+        return done
 
     def measure_overhead(self, machine: Machine | None) -> None:
         self._overhead_bytes = max(self._overhead_bytes, report.overhead_bytes(machine))
@@ -323,6 +332,6 @@ def direction(migration: Migration) -> str:
 
 
 def _process_pager() -> Any:
-    from postcopy.dataplane.pager_process import ProcessPager  # by those who ask for it: see `cli`
+    from postcopy.dataplane.pager_process import ProcessPager  # megabytes that only it needs
 
     return ProcessPager()

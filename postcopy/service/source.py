@@ -39,15 +39,7 @@ class Source(Service):
         self.stop = stop
         if self._config.salvage_to is not None:
             salvage.check_target(self._config.salvage_to)
-        done = False
-        try:
-            done = await self.attempt(self._run)
-        finally:
-            with trio.CancelScope(shield=True):
-                await self._end(done)
-        if not done and self.failure is not None:
-            raise self.failure
-        return done
+        return await self.run_to_result(self._run, self._end)
 
     async def _run(self) -> bool:
         config = self._config
@@ -164,7 +156,7 @@ class Source(Service):
         owned.stop.set()
 
     async def _announce(self, owned: Owned) -> None:
-        """Says that the machine is paused here while nobody can tell what became of it there, and that it was taken
+        """Says that the machine is paused here while it is not known what became of it there, and that it was taken
         back."""
         migration = owned.migration
         assert migration is not None
@@ -218,7 +210,7 @@ class Source(Service):
 
     def _why_refused(self, waiting: int) -> str:
         # A destination of an image that was lost takes no place: it may come back, or has begun anew. Nor does one
-        # from which the machine was taken back: it is waited for only to be told so.
+        # from which the machine was taken back: it is waited for only to be told.
         leaving = self._leaving()
         reclaimed = sum(one.migration is not None and one.migration.state is State.RECLAIMED for one in leaving)
         busy = len(leaving) - len(self._lost()) - reclaimed + waiting

@@ -5,7 +5,7 @@ Each datagram has a number, and the guest program `echo` (docs/machines.md) answ
 in its memory and raised with each answer, and with the nonce that it made when it booted. So the stream shows more than
 the gap: that the same machine answers in the end as in the beginning, and that it never went back.
 
-    python -m postcopy.testing.pinger ADDRESS [--interval SECONDS] [--seconds SECONDS]
+    python -m postcopy.testbed.pinger ADDRESS [--interval SECONDS] [--seconds SECONDS]
 
 prints one JSON line when its time is over or when it gets SIGTERM or SIGINT, for use in another network namespace;
 `open_ping_process` does that.
@@ -24,16 +24,16 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
-from subprocess import DEVNULL, PIPE
 from typing import Any
 
+import msgspec
 import trio
 
 from postcopy._child import python
 from postcopy.errors import MigrationError
+from postcopy.testbed._processes import Child, Json, parse
 from postcopy.units import argument, parse_seconds, parse_whole
 
 COUNT_PORT = 2007
@@ -43,8 +43,7 @@ LINGER_S = 0.5  # after the last datagram, for answers under way
 _HEAD = struct.Struct("<QQQQ")  # our number; the machine's number and nonce; what only this stream can have sent
 
 
-@dataclass
-class PingStatistics:
+class PingStatistics(msgspec.Struct):
     """Of one stream. Times are by this host's monotonic clock."""
 
     sent: int = 0
@@ -57,19 +56,14 @@ class PingStatistics:
     gap_after: int = 0  # how many had been answered when the longest gap began
     unanswered_in_gap: int = 0  # datagrams sent in it and never answered
     silent_at_end_ms: float = 0.0  # from the last answer to the last datagram, when that was not answered
-    nonces: list[str] = field(default_factory=list)  # of the machines that answered: of one, if it is the same
+    nonces: list[str] = []  # of the machines that answered: of one, if it is the same
 
     @property
     def same_machine(self) -> bool:
         return len(self.nonces) == 1
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"same_machine": self.same_machine}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PingStatistics:
-        """Of `as_dict`."""
-        return cls(**{name: value for name, value in values.items() if name != "same_machine"})
+        return {**msgspec.to_builtins(self), "same_machine": self.same_machine}
 
 
 async def ping_stream(
@@ -204,9 +198,9 @@ def _not_rising(values: Iterable[int]) -> int:
 class PingProcess:
     """The stream in a process of its own, as another network namespace needs it. Made by `open_ping_process`."""
 
-    def __init__(self, process: trio.Process) -> None:
-        self._process = process
-        self._last = b""
+    def __init__(self, child: Child) -> None:
+        self._child = child
+        self._last: Json = {}
         self._answers_ns: list[int] = []  # when each came
         self._ended = trio.Event()
         self._news = trio.Event()  # replaced by each line
@@ -214,7 +208,7 @@ class PingProcess:
     @property
     def answered(self) -> int:
         """So far."""
-        return int(json.loads(self._last)["answered"]) if self._last else 0
+        return int(self._last.get("answered", 0))
 
     async def wait_answered(self, count: int) -> None:
         """Returns when so many have been answered, in all; `MigrationError` when the stream ends before. Cancellable;
@@ -237,26 +231,18 @@ class PingProcess:
 
     async def stop(self) -> PingStatistics:
         """Ends the stream, and what it has seen. `MigrationError` when it has seen nothing to its end."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
+        self._child.signal(signal.SIGTERM)
         await self._ended.wait()
-        found = json.loads(self._last) if self._last else {}
-        if "same_machine" not in found:
+        if "same_machine" not in self._last:
             raise MigrationError("the stream of echoes ended without its figures")
-        return PingStatistics.from_dict(found)
+        return msgspec.convert(self._last, PingStatistics)
 
     async def _read(self) -> None:
-        stream = self._process.stdout
-        assert stream is not None
-        buffer = b""
-        async for data in stream:
-            *lines, buffer = (buffer + data).split(b"\n")
-            for line in lines:
-                if at_ns := json.loads(line).get("at_ns"):
-                    self._answers_ns.append(at_ns)
-                self._last = line
-            if lines:
-                self._news.set()
+        async for line in self._child.stdout:
+            self._last = parse(line)
+            if at_ns := self._last.get("at_ns"):
+                self._answers_ns.append(at_ns)
+            self._news.set()
         self._ended.set()
         self._news.set()
 
@@ -269,22 +255,17 @@ async def open_ping_process(
     process is left afterwards. `MigrationError` when it cannot be started."""
     command = python("-m", "postcopy.testbed.pinger", address, "--interval", f"{interval_s:g}", "--verbose")
     try:
-        process = await trio.lowlevel.open_process(wrap(command), stdin=DEVNULL, stdout=PIPE)
+        child = await Child.start(wrap(command))
     except OSError as error:
         raise MigrationError(f"cannot start the stream of echoes: {error}") from error
-    pings = PingProcess(process)
+    pings = PingProcess(child)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pings._read)
             yield pings
             nursery.cancel_scope.cancel()
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        with trio.CancelScope(shield=True):  # it has been killed
-            await process.wait()
-        assert process.stdout is not None
-        await process.stdout.aclose()
+        await child.end()
 
 
 async def _main(arguments: argparse.Namespace) -> int:

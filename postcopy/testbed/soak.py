@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Migrations of running machines over a network that is cut several times a second, for as long as wanted.
 
-``python -m postcopy.testing.soak --seconds 600`` runs one `postcopy demo` after the other, each with its own seed; each
+``python -m postcopy.testbed.soak --seconds 600`` runs one `postcopy demo` after the other, each with its own seed; each
 verifies every page of its machine. Every other one has its pager in a process of its own, which is killed a few times;
 half of either kind have a source that gives its memory back as it goes. The first one that fails ends it, and is named
 so that it can be run again.
@@ -11,22 +11,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import random
 import secrets
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterable
-from typing import Any
+
+import trio
 
 from postcopy._child import python
+from postcopy.testbed import _processes
+from postcopy.testbed._processes import Json, open_child, parse
 from postcopy.units import argument, parse_seconds, parse_whole
 
 WORKLOADS = ("random", "dirty")
@@ -42,45 +41,30 @@ def command(workload: str, memory: str, seed: int, plan: str, pager: str, releas
     return ["demo", "--json", *machine, *network, "--pager", pager, *(["--release-ram"] if release else [])]
 
 
-def run_one(arguments: list[str], seed: int) -> tuple[dict[str, Any] | None, str]:
+async def run_one(arguments: list[str], seed: int) -> tuple[Json | None, str]:
     """Its result, or None and what it said last. A pager that is a process is killed again and again meanwhile."""
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(
-            python("-m", "postcopy", *arguments), stdout=subprocess.PIPE, stderr=errors, text=True
-        ) as process,
-    ):
-        late = threading.Timer(DEADLINE_S, process.kill)
-        late.start()
-        try:
-            assert process.stdout is not None
-            result = _follow(process.stdout, random.Random(seed))
-        finally:
-            late.cancel()
-            process.kill()
-        status = process.wait()
-        errors.seek(0)
-        if status or result.get("status") != "completed" or result.get("verified") is not True:
-            return None, str(result.get("error") or errors.read().strip()[-500:] or f"ended with status {status}")
-    return result, ""
-
-
-def _follow(lines: Iterable[str], choose: random.Random) -> dict[str, Any]:
-    """The last line; on the way a pager dies whenever its time has come."""
-    message: dict[str, Any] = {}
+    message: Json = {}
+    choose = random.Random(seed)
     spared: tuple[int, float] = (0, 0.0)  # a process, and until when it may live
-    for line in lines:
-        message = json.loads(line)
-        pid = (message.get("pager") or {}).get("pid")
-        if message.get("event") != "progress" or not pid or message.get("status") != "postcopy-active":
-            continue
-        if pid != spared[0]:
-            spared = (pid, time.monotonic() + choose.uniform(*PAGER_LIVES_S))
-        elif time.monotonic() > spared[1]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            spared = (pid, math.inf)
-    return message
+    with tempfile.TemporaryFile("w+") as errors, trio.move_on_after(DEADLINE_S):
+        async with open_child(python("-m", "postcopy", *arguments), stderr=errors.fileno()) as child:
+            async for line in child.stdout:
+                message = parse(line)
+                pid = (message.get("pager") or {}).get("pid")
+                if message.get("event") != "progress" or not pid or message.get("status") != "postcopy-active":
+                    continue
+                if pid != spared[0]:
+                    spared = (pid, time.monotonic() + choose.uniform(*PAGER_LIVES_S))
+                elif time.monotonic() > spared[1]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                    spared = (pid, math.inf)
+            status = await child.process.wait()
+        if status or message.get("status") != "completed" or message.get("verified") is not True:
+            errors.seek(0)
+            return None, str(message.get("error") or errors.read().strip()[-500:] or f"ended with status {status}")
+        return message, ""
+    return None, f"not done after {DEADLINE_S} s"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         workload, pager = WORKLOADS[migrations % 2], PAGERS[migrations // 2 % 2]
         release = migrations // 4 % 2 == 1
         arguments = command(workload, args.memory, seed + migrations, args.plan, pager, release)
-        result, reason = run_one(arguments, seed + migrations)
+        result, reason = _processes.run(run_one, arguments, seed + migrations)
         if result is None:
             print(f"soak: FAILED: {reason}\nsoak: again with: postcopy {' '.join(arguments)}", file=sys.stderr)
             return 1

@@ -7,13 +7,11 @@ The client has no `compose` everywhere, so the few settings that these files use
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import secrets
 import stat
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,19 +19,13 @@ from typing import Any
 import pytest
 import yaml
 
+import sides
+
 ROOT = Path(__file__).parents[2]
 DOCKER_DIR = ROOT / "docker"
 IMAGE = os.environ.get("POSTCOPY_TEST_IMAGE", "")
 DEVICE_GID = 65011
 CLIENT_TIMEOUT_S = 60.0
-
-# --import-mode=importlib makes no packages of test directories, so what they share is loaded by its path.
-_spec = importlib.util.spec_from_file_location("postcopy_sides", ROOT / "tests" / "integration" / "_sides.py")
-assert _spec is not None
-assert _spec.loader is not None
-_sides = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = _sides
-_spec.loader.exec_module(_sides)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -150,7 +142,7 @@ class Stage:
         if entrypoint is not None:
             options, command = (*options, "--entrypoint", entrypoint[0]), [*entrypoint[1:], *command]
         run = ["docker", "run", "--name", name, *options, *self.arguments(service, seccomp)]
-        return _sides.Side(self._spawn_child, *command, *more, command=run)
+        return sides.Side(self._spawn_child, *command, *more, command=run)
 
     def run(self, service: str, entrypoint: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Another program in a container that is set up as `service`; what it wrote."""

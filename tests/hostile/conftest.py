@@ -4,29 +4,16 @@ step of `make test`."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import stat
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-# --import-mode=importlib makes no packages of test directories: what these share is loaded by its path, under the name
-# by which mypy knows it.
-for _name in ("_wire", "_program", "_peer", "_fuzz"):
-    _path = Path(__file__).with_name(f"{_name}.py")
-    _spec = importlib.util.spec_from_file_location(f"tests.hostile.{_name}", _path)
-    assert _spec is not None
-    assert _spec.loader is not None
-    _module = importlib.util.module_from_spec(_spec)
-    sys.modules[_spec.name] = _module
-    _spec.loader.exec_module(_module)
-
-from tests.hostile import _peer, _program  # noqa: E402
+from hostile import _peer, _program
 
 Start = Callable[..., _program.Program]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.hostile._program import MIB, RV64, Control, Program, Pulse, Refusal, wait_until
+from hostile._program import MIB, RV64, Control, Program, Pulse, Refusal, wait_until
 
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]

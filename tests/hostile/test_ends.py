@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile._peer import Destination, Listener, Machine, Source
-from tests.hostile._program import RV64, Control, Program, Refusal, verify, wait_until
+from hostile._peer import Destination, Listener, Machine, Source
+from hostile._program import RV64, Control, Program, Refusal, verify, wait_until
 
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile import _wire as wire
-from tests.hostile._peer import Closed, Destination, Line, Listener, Machine, Neighbour, Source
-from tests.hostile._program import MIB, RV64, Control, Program, Pulse
+from hostile import _wire as wire
+from hostile._peer import Closed, Destination, Line, Listener, Machine, Neighbour, Source
+from hostile._program import MIB, RV64, Control, Program, Pulse
 
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]

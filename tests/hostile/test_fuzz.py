@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile import _fuzz as fuzz
-from tests.hostile._peer import Closed, Destination, Listener, Machine, Neighbour, Refused, Source, close_all
-from tests.hostile._program import MIB, Control, Program, Refusal, wait_until
+from hostile import _fuzz as fuzz
+from hostile._peer import Closed, Destination, Listener, Machine, Neighbour, Refused, Source, close_all
+from hostile._program import MIB, Control, Program, Refusal, wait_until
 
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]

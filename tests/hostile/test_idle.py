@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.hostile._program import MIB, Program, python
+from hostile._program import MIB, Program, python
 
 Start = Callable[..., Program]
 

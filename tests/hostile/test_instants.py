@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.hostile._program import RV64, Control, Json, Program, Refusal, verify, wait_until
+from hostile._program import RV64, Control, Json, Program, Refusal, verify, wait_until
 
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.hostile import _wire as wire
-from tests.hostile._peer import (
+from hostile import _wire as wire
+from hostile._peer import (
     PAGE,
     Closed,
     Destination,
@@ -25,8 +25,8 @@ from tests.hostile._peer import (
     Refused,
     Source,
 )
-from tests.hostile._program import MIB, RV64, Asking, Control, Program, Pulse, verify, wait_until
-from tests.hostile._wire import Fields, Frame
+from hostile._program import MIB, RV64, Asking, Control, Program, Pulse, verify, wait_until
+from hostile._wire import Fields, Frame
 
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile._program import DEADLINE_S, RV64, Control, Program, Pulse, verify, wait_until
+from hostile._program import DEADLINE_S, RV64, Control, Program, Pulse, verify, wait_until
 
 Start = Callable[..., Program]
 END_S = 15.0

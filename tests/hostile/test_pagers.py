@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.hostile._peer import Machine, Neighbour, Source
-from tests.hostile._program import Control, Program, Pulse, verify
+from hostile._peer import Machine, Neighbour, Source
+from hostile._program import Control, Program, Pulse, verify
 
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]

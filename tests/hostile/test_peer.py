@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.hostile import _wire as wire
-from tests.hostile._peer import Destination, Listener, Machine, Source
-from tests.hostile._program import RV64, Control, Program, verify
+from hostile import _wire as wire
+from hostile._peer import Destination, Listener, Machine, Source
+from hostile._program import RV64, Control, Program, verify
 
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile import _wire as wire
-from tests.hostile._peer import Closed, Destination, Line, Listener, Machine, Refused, Source
-from tests.hostile._program import RV64, Control, Program, Refusal, verify, wait_until
+from hostile import _wire as wire
+from hostile._peer import Closed, Destination, Line, Listener, Machine, Refused, Source
+from hostile._program import RV64, Control, Program, Refusal, verify, wait_until
 
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]

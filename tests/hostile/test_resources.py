@@ -5,65 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import resource
-import secrets
 import signal
 import struct
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.hostile import _wire as wire
-from tests.hostile._peer import Closed, Destination, Line, Machine, Neighbour, Refused, Source
-from tests.hostile._program import MIB, RV64, Control, Program, Refusal, verify
+from cgroups import Group, group_of
+from hostile import _wire as wire
+from hostile._peer import Closed, Destination, Line, Machine, Neighbour, Refused, Source
+from hostile._program import MIB, RV64, Control, Program, Refusal, verify
 
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]
 Beside = Callable[[Program, Control], Neighbour]
-
-
-class Group:
-    """A control group of its own, of either version."""
-
-    def __init__(self, path: Path, limit: str) -> None:
-        self.path = path
-        self._limit = limit
-        path.mkdir()
-
-    def limit(self, value: int) -> None:
-        (self.path / self._limit).write_text(str(value))
-
-    def value(self, name: str) -> int:
-        return int((self.path / name).read_text())
-
-    def enter(self) -> list[str]:
-        """The start of a command that is in the group before it begins."""
-        return ["sh", "-c", 'echo $$ >"$0/cgroup.procs" && exec "$@"', str(self.path)]
-
-    def remove(self) -> None:
-        deadline = time.monotonic() + 10
-        while self.path.exists() and time.monotonic() < deadline:
-            with contextlib.suppress(OSError):  # a process of it is still ending
-                self.path.rmdir()
-            time.sleep(0.02)
-        assert not self.path.exists(), f"{self.path} is in use for ever"
-
-
-def group_of(controller: str, limit_v1: str, limit_v2: str, value: int) -> Group:
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controller in controllers.split(","):
-            root, limit = Path("/sys/fs/cgroup", controller), limit_v1
-            break
-    else:
-        root, limit, path = Path("/sys/fs/cgroup"), limit_v2, "/"
-    try:
-        group = Group(Path(f"{root}{path}") / f"postcopy-hostile-{secrets.token_hex(4)}", limit)
-        group.limit(value)
-    except OSError as error:
-        pytest.skip(f"no control group with a limit of {controller} can be made here: {error}")
-    return group
 
 
 # A test names its group first: it is removed last, when the processes in it have ended.
@@ -71,22 +26,20 @@ def group_of(controller: str, limit_v1: str, limit_v2: str, value: int) -> Group
 
 @pytest.fixture
 def memory() -> Iterator[Group]:
-    group = group_of("memory", "memory.limit_in_bytes", "memory.max", 300 * MIB)
-    yield group
-    group.remove()
+    with group_of("memory", 300 * MIB) as group:
+        yield group
 
 
 @pytest.fixture
 def pids() -> Iterator[Group]:
-    group = group_of("pids", "pids.max", "pids.max", 1000)
-    yield group
-    group.remove()
+    with group_of("pids", 1000) as group:
+        yield group
 
 
 @pytest.fixture(scope="module")
 def large(version: int) -> Machine:
     """64 MiB of which nearly all has content."""
-    from tests.hostile import _program
+    from hostile import _program
 
     with _program.starter() as start:
         machine = ("--machine", "rv64", "--memory", "64MiB", "--workload", "random", "--working-set", "56MiB")
@@ -134,7 +87,7 @@ def test_no_threads_for_another_machine(pids: Group, daemon: Daemon, start: Star
     """The group of processes is full: what comes is refused, what is here is not touched, what leaves says why not."""
     program, control = daemon("d", *RV64, "--name", "x", before=pids.enter())
     beside = neighbour(program, control)
-    pids.limit(pids.value("pids.current"))
+    pids.limit(pids.used())
     for _ in range(3):
         source = start("source", "--json", *RV64, "--connect", program.where, "--on-failure", "exit")
         source.end()
@@ -159,7 +112,7 @@ def test_no_threads_after_prepared(
     """What a migration needs from there on exists already."""
     program, control = daemon("d", "--pager", pager, before=pids.enter())
     source = Source(program.address, rv64, version).until("prepared")
-    pids.limit(pids.value("pids.current"))
+    pids.limit(pids.used())
     source.commit().running().finish()
     (name,) = control.machines()
     control.wait_status(name, "completed")
@@ -171,7 +124,7 @@ def test_no_threads_after_prepared(
 def test_no_threads_at_the_source_after_prepared(pids: Group, start: Start, version: int) -> None:
     source = start("source", "--json", *RV64, "--listen", "127.0.0.1:0", before=pids.enter())
     dest = Destination.connect(source.address, version).until("handed")
-    pids.limit(pids.value("pids.current"))
+    pids.limit(pids.used())
     dest.prepare().committed().run().take_all()
     assert source.end() == 0, source.tail()
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile._peer import Machine, Source
-from tests.hostile._program import RV64, Program
+from hostile._peer import Machine, Source
+from hostile._program import RV64, Program
 
 Start = Callable[..., Program]
 

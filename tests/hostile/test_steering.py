@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile._peer import Closed, Listener, Machine, Source
-from tests.hostile._program import RV64, Control, Program, Pulse, Refusal, wait_until
+from hostile._peer import Closed, Listener, Machine, Source
+from hostile._program import RV64, Control, Program, Pulse, Refusal, wait_until
 
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile import _wire as wire
-from tests.hostile._peer import Closed, Destination, Line, Listener, Machine, Neighbour, Refused, Source
-from tests.hostile._program import RV64, Control, Program, verify, wait_until
-from tests.hostile._wire import Fields
+from hostile import _wire as wire
+from hostile._peer import Closed, Destination, Line, Listener, Machine, Neighbour, Refused, Source
+from hostile._program import RV64, Control, Program, verify, wait_until
+from hostile._wire import Fields
 
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]

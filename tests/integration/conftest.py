@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,24 +13,17 @@ from typing import Any
 import pytest
 
 import postcopy
+import sides
 from postcopy import _native
-
-# --import-mode=importlib makes no packages of test directories, so what they share is loaded by its path.
-_spec = importlib.util.spec_from_file_location("postcopy_sides", Path(__file__).with_name("_sides.py"))
-assert _spec is not None
-assert _spec.loader is not None
-_sides = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = _sides
-_spec.loader.exec_module(_sides)
 
 
 @pytest.fixture
 def side(spawn_child: Callable[..., Any]) -> Callable[..., Any]:
-    """``side(*arguments)``: a `postcopy` process as a `_sides.Side`; `spawn` starts it elsewhere than here, ``command``
+    """``side(*arguments)``: a `postcopy` process as a `sides.Side`; `spawn` starts it elsewhere than here, ``command``
     by another command."""
 
     def start(*arguments: Any, spawn: Callable[..., Any] = spawn_child, **keywords: Any) -> Any:
-        return _sides.Side(spawn, *(str(argument) for argument in arguments), **keywords)
+        return sides.Side(spawn, *(str(argument) for argument in arguments), **keywords)
 
     return start
 
@@ -39,7 +31,7 @@ def side(spawn_child: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture
 def operator(run_in_child: Callable[..., Any], tmp_path: Path) -> Callable[[str], Any]:
     """``operator("a")``: of the process with ``--control`` `tmp_path`/a."""
-    return lambda name: _sides.Operator(run_in_child, tmp_path / name)
+    return lambda name: sides.Operator(run_in_child, tmp_path / name)
 
 
 @pytest.fixture

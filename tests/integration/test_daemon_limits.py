@@ -4,8 +4,6 @@ taken is refused by name before it is decided, and nothing that is there already
 
 from __future__ import annotations
 
-import contextlib
-import secrets
 import signal
 import subprocess
 import sys
@@ -16,7 +14,10 @@ from typing import Any
 
 import pytest
 
+from cgroups import Group, group_of
+
 MIB = 1 << 20
+POSTCOPY = (sys.executable, "-P", "-m", "postcopy")
 RV64 = ("--machine", "rv64", "--memory", "16MiB", "--workload", "random", "--working-set", "4MiB")
 # Under KVM, whose guest asks for its pages one by one, a migration with a small bandwidth lasts for many seconds.
 SLOW = ("--machine", "kvm", "--memory", "32MiB", "--vcpus", "2", "--workload", "random", "--max-bandwidth", "64KiB/s")
@@ -24,59 +25,16 @@ SLOW = ("--machine", "kvm", "--memory", "32MiB", "--vcpus", "2", "--workload", "
 Start = Callable[..., Any]
 
 
-class Group:
-    """A control group of its own, of either version."""
-
-    def __init__(self, controller: str, names: tuple[str, str], used: tuple[str, str]) -> None:
-        root, limit, now, path = Path("/sys/fs/cgroup"), names[1], used[1], "/"
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, where = line.split(":", 2)
-            if controller in controllers.split(","):
-                root, limit, now, path = root / controller, names[0], used[0], where
-                break
-        self.path = Path(f"{root}{path}") / f"postcopy-test-{secrets.token_hex(4)}"
-        self._limit, self._used = self.path / limit, self.path / now
-        self.path.mkdir()
-
-    def limit(self, number: int | str) -> None:
-        self._limit.write_text(str(number))
-
-    def used(self) -> int:
-        return int(self._used.read_text())
-
-    def command(self) -> list[str]:
-        """The start of a `postcopy` command that is in the group before it begins."""
-        enter = 'echo $$ >"$0/cgroup.procs" && exec "$@"'
-        return ["sh", "-c", enter, str(self.path), sys.executable, "-P", "-m", "postcopy"]
-
-    def remove(self) -> None:
-        deadline = time.monotonic() + 10
-        while self.path.exists() and time.monotonic() < deadline:
-            with contextlib.suppress(OSError):  # a process of it is still ending
-                self.path.rmdir()
-            time.sleep(0.02)
-
-
-def _group(controller: str, names: tuple[str, str], used: tuple[str, str]) -> Iterator[Group]:
-    try:
-        group = Group(controller, names, used)
-        group.limit(1 << 30 if controller == "memory" else "max")
-    except OSError as error:
-        pytest.skip(f"no control group with a limit of {controller} can be made here: {error}")
-    try:
-        yield group
-    finally:
-        group.remove()
-
-
 @pytest.fixture
 def memory_group() -> Iterator[Group]:
-    yield from _group("memory", ("memory.limit_in_bytes", "memory.max"), ("memory.usage_in_bytes", "memory.current"))
+    with group_of("memory", 1 << 30) as group:
+        yield group
 
 
 @pytest.fixture
 def pids_group() -> Iterator[Group]:
-    yield from _group("pids", ("pids.max", "pids.max"), ("pids.current", "pids.current"))
+    with group_of("pids", "max") as group:
+        yield group
 
 
 @pytest.mark.needs("root", "uffd-user")
@@ -92,11 +50,17 @@ def test_eight_machines_in_a_small_group(
         at.tell("start", "rv64", "--name", name, "--memory", "64MiB", "--workload", "random")
     memory_group.limit(300 * MIB)
     small = side(
-        "daemon", "--json", "--control", tmp_path / "b", "--listen", "127.0.0.1:0", command=memory_group.command()
+        "daemon",
+        "--json",
+        "--control",
+        tmp_path / "b",
+        "--listen",
+        "127.0.0.1:0",
+        command=[*memory_group.enter(), *POSTCOPY],
     )
     address = small.address
     sent = [subprocess.Popen(
-        [sys.executable, "-P", "-m", "postcopy", "ctl", str(tmp_path / "a"), "migrate", address, "--machine", name],
+        [*POSTCOPY, "ctl", str(tmp_path / "a"), "migrate", address, "--machine", name],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) for name in names]  # fmt: skip
     errors = [process.communicate(timeout=120)[1] for process in sent]
@@ -130,7 +94,7 @@ def test_no_more_threads(
     at = operator("a")
     full = side(
         "daemon", "--json", "--control", tmp_path / "b", "--listen", "127.0.0.1:0", *RV64, "--name", "y",
-        command=pids_group.command(),
+        command=[*pids_group.enter(), *POSTCOPY],
     )  # fmt: skip
     address = full.address
     to = operator("b")
@@ -141,7 +105,7 @@ def test_no_more_threads(
         before = at.machines()["x"]["guest"]["operations"] if "x" in at.machines() else None
         if before is None:
             break
-        arguments = [sys.executable, "-P", "-m", "postcopy", "ctl", str(tmp_path / "a"), "migrate", address]
+        arguments = [*POSTCOPY, "ctl", str(tmp_path / "a"), "migrate", address]
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=90, check=False)
         assert "Traceback" not in done.stderr
         if done.returncode == 0:
@@ -170,7 +134,7 @@ def test_frozen_peer(
     assert first.address
     at, address = operator("a"), frozen.address
     frozen.signal(signal.SIGSTOP)
-    command = [sys.executable, "-P", "-m", "postcopy", "ctl", str(tmp_path / "a"), "migrate", address]
+    command = [*POSTCOPY, "ctl", str(tmp_path / "a"), "migrate", address]
     migrate = spawn_child(command)
     at.wait("it", lambda here: (here["x"]["migration"] or {}).get("status") == "connecting")
     began = time.monotonic()

@@ -13,12 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
-from postcopy._native import lib
 from postcopy.dataplane.pager import Pager
-from postcopy.testbed import ChaosPlan
+from postcopy.testbed import _linux
+from postcopy.testbed.chaos import ChaosPlan
 from postcopy.testbed.faultpaths import _remote, _runner
 from postcopy.testbed.faultpaths._core import operations
 from postcopy.testbed.faultpaths._model import Backing, Cell, Mode, Operation, Outcome, Verdict
@@ -40,7 +41,7 @@ def wait_until_gone(pids: list[int]) -> None:
     """A pid that is used again in the meantime would fail it, which is not to be expected in these seconds."""
     deadline_s = time.monotonic() + GONE_S
     # (an orphan that has ended stays a zombie for as long as whoever adopts it, as CI's subreaper does, likes)
-    while left := [pid for pid in pids if not _runner.is_zombie(pid)]:
+    while left := [pid for pid in pids if not _linux.is_over(pid)]:
         assert time.monotonic() < deadline_s, f"left behind: {left}"
         time.sleep(0.01)
 
@@ -99,7 +100,7 @@ def test_the_list(run_in_child: Callable[..., Any]) -> None:
         assert operation.name in done.stdout
     done = run_in_child([*FAULTPATHS, "--list", "--json", "--only", "copy"])
     listed = json.loads(done.stdout)["operations"]
-    assert [Operation.from_json(item).name for item in listed] == [
+    assert [msgspec.convert(item, Operation).name for item in listed] == [
         operation.name for operation in known if operation.group == "copy"
     ]
 
@@ -133,15 +134,13 @@ def test_one_line_for_a_mistake(run_in_child: Callable[..., Any], line: str, rea
 
 # ---- what goes wrong
 
-TEST_OPERATIONS = {"hang": lib.PC_FP_TEST_HANG, "crash": lib.PC_FP_TEST_CRASH, "wrong": lib.PC_FP_TEST_WRONG}
-
 
 async def run_test_operation(name: str, timeout_s: float) -> str:
     cell = Cell(f"test.{name}", Mode.MISSING, Backing.ANON)
     async with Runner(timeout_s=timeout_s) as runner:
-        result = await runner.run(Operation(cell.operation, "test", "", index=TEST_OPERATIONS[name]), cell)
+        result = await runner.run(cell)
         # The same process goes on: a cell that fails is the core's matter, not the end of the runner.
-        again = await runner.run(operations()[0], Cell(operations()[0].name, Mode.MISSING, Backing.ANON))
+        again = await runner.run(Cell(operations()[0].name, Mode.MISSING, Backing.ANON))
     assert runner.restarts == 0
     assert again.outcome is Outcome.BLOCKED
     return result.outcome
@@ -249,14 +248,13 @@ async def storm(name: str) -> tuple[str, int, int, int, float]:
         while pager.statistics().faults < STORM_EVENTS:  # noqa: ASYNC110 - the pager has no event for it
             await trio.sleep(0.01)
 
-    operation = next(operation for operation in operations() if operation.name == name)
     cell = Cell(name, Mode.MISSING, Backing.MEMFD)
     results, _ = await _remote.run_cells(
-        [cell], {name: operation}, plan=ChaosPlan(), timeout_s=60.0, direct_dir=os.getcwd(), while_pending=send_signals
+        [cell], plan=ChaosPlan(), timeout_s=60.0, direct_dir=os.getcwd(), while_pending=send_signals
     )
     remote = results[cell].remote
-    assert remote is not None, results[cell].text
-    return results[cell].outcome, remote.faults, remote.requests, remote.pages, remote.held_ns / 1e9
+    assert remote, results[cell].text
+    return results[cell].outcome, remote.faults, remote.requests, remote.pages, remote.held_us / 1e6
 
 
 def storm_in_trio(name: str) -> tuple[str, int, int, int, float]:

@@ -19,8 +19,8 @@ import pytest
 import trio
 
 from postcopy.errors import ConfigurationError, ResourceError
+from postcopy.testbed import _linux
 from postcopy.testbed.lab import Lab, LabPlan, down, open_lab
-from postcopy.testbed.lab import _namespaces as namespaces
 
 pytestmark = pytest.mark.needs("netns")
 POSTCOPY = (sys.executable, "-m", "postcopy")
@@ -104,7 +104,7 @@ def processes(directory: Path) -> list[int]:
         with contextlib.suppress(OSError):
             if name.isdigit() and wanted in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
                 found.append(int(name))
-    return [pid for pid in found if pid != os.getpid() and namespaces.start_time(pid) is not None]
+    return [pid for pid in found if pid != os.getpid() and _linux.start_time(pid) is not None]
 
 
 def run(*command: str | os.PathLike[str], check: int | None = 0) -> subprocess.CompletedProcess[str]:
@@ -344,7 +344,7 @@ def test_a_killed_holder(directory: Path) -> None:
         with subprocess.Popen(lab.host("h1").command("sleep", "1000")) as process:
             await_sleep(process)
             os.kill(lab.pid, signal.SIGKILL)
-            while namespaces.start_time(lab.pid) is not None:
+            while _linux.start_time(lab.pid) is not None:
                 time.sleep(0.005)
             assert "a crash has left its record" in postcopy("lab", "status").stdout
             assert "is not up" in postcopy("lab", "exec", "--name", "killed", "h1", "--", "true", check=2).stderr

@@ -23,7 +23,7 @@ DEADLINE_S = 60.0
 Json = dict[str, Any]
 
 
-Operator = Any  # tests/integration/_sides.py
+Operator = Any  # tests/support/sides.py
 
 
 # Under KVM, whose guest asks for its pages one by one, a migration with a small bandwidth lasts for many seconds.

@@ -3,21 +3,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cgroups import Group, group_of
+
 Start = Callable[..., Any]
 MIB = 1 << 20
+POSTCOPY = (sys.executable, "-m", "postcopy")
 
 
 @pytest.fixture
@@ -32,53 +32,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", path], check=True)
 
 
-class MemoryGroup:
-    """A control group of its own, of either version, for the processes of one test."""
-
-    def __init__(self, path: Path, limit: str) -> None:
-        self.path = path
-        self._limit = limit
-        path.mkdir()
-
-    def limit(self, size_bytes: int) -> None:
-        (self.path / self._limit).write_text(str(size_bytes))
-
-    def used_bytes(self) -> int:
-        return int(
-            (self.path / ("memory.current" if self._limit == "memory.max" else "memory.usage_in_bytes")).read_text()
-        )
-
-    def command(self, *arguments: str | os.PathLike[str]) -> list[str]:
-        """A `postcopy` command that is in the group before it begins."""
-        enter = 'echo $$ >"$0/cgroup.procs" && exec "$@"'
-        return ["sh", "-c", enter, str(self.path), sys.executable, "-m", "postcopy", *map(str, arguments)]
-
-    def remove(self) -> None:
-        deadline = time.monotonic() + 10
-        while self.path.exists() and time.monotonic() < deadline:
-            with contextlib.suppress(OSError):  # a process of it is still ending
-                self.path.rmdir()
-            time.sleep(0.02)
-
-
 @pytest.fixture
-def memory_group() -> Iterator[MemoryGroup]:
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            root, limit = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
-            break
-    else:
-        root, limit, path = Path("/sys/fs/cgroup"), "memory.max", "/"
-    try:
-        group = MemoryGroup(Path(f"{root}{path}") / f"postcopy-test-{secrets.token_hex(4)}", limit)
-        group.limit(1 << 30)
-    except OSError as error:
-        pytest.skip(f"no control group with a limit of memory can be made here: {error}")
-    try:
+def memory_group() -> Iterator[Group]:
+    with group_of("memory", 1 << 30) as group:
         yield group
-    finally:
-        group.remove()
 
 
 @pytest.mark.needs("root", "uffd-user")
@@ -125,12 +82,12 @@ def test_disk_full_under_a_dump(side: Start, tmp_path: Path, small_disk: Path) -
 
 
 @pytest.mark.needs("root", "uffd", "kvm")
-def test_no_memory_for_the_machine(side: Start, spawn_child: Callable[..., Any], memory_group: MemoryGroup) -> None:
+def test_no_memory_for_the_machine(side: Start, spawn_child: Callable[..., Any], memory_group: Group) -> None:
     """Found out before COMMIT: the machine computes on where it is."""
     memory_group.limit(64 * MIB)
     machine = ("--machine", "kvm", "--memory", "96MiB", "--workload", "random")
     source = side("source", "--json", *machine, "--listen", "127.0.0.1:0")
-    dest = spawn_child(memory_group.command("dest", "--json", "--connect", source.address))
+    dest = spawn_child([*memory_group.enter(), *POSTCOPY, "dest", "--json", "--connect", source.address])
     done = dest.wait(60)
     assert done.returncode == 1
     assert "the control group of this process allows" in done.stderr
@@ -140,14 +97,14 @@ def test_no_memory_for_the_machine(side: Start, spawn_child: Callable[..., Any],
 
 
 @pytest.mark.needs("root", "uffd", "kvm")
-def test_killed_for_want_of_memory(side: Start, spawn_child: Callable[..., Any], memory_group: MemoryGroup) -> None:
+def test_killed_for_want_of_memory(side: Start, spawn_child: Callable[..., Any], memory_group: Group) -> None:
     """After COMMIT the out-of-memory killer is a SIGKILL: the machine runs nowhere, the source says so and keeps
     what it has."""
     machine = ("--machine", "kvm", "--memory", "64MiB", "--working-set", "48MiB", "--workload", "random")
     source = side("source", "--json", *machine, "--max-bandwidth", "8MiB/s", "--listen", "127.0.0.1:0")
-    dest = spawn_child(memory_group.command("dest", "--json", "--connect", source.address))
+    dest = spawn_child([*memory_group.enter(), *POSTCOPY, "dest", "--json", "--connect", source.address])
     source.wait_status("postcopy-active")
-    memory_group.limit(memory_group.used_bytes() + 8 * MIB)  # of which 30 are still to come
+    memory_group.limit(memory_group.used() + 8 * MIB)  # of which 30 are still to come
     assert dest.wait(60).returncode == -signal.SIGKILL
     paused = source.wait_status("postcopy-paused")
     assert paused["guest"]["state"] == "paused"

@@ -70,7 +70,7 @@ _COUNTERS, _VCPU_COUNTERS = (
 )
 _MAX_STATE_BYTES = 1 << 20  # eight vCPUs with as much of everything as the core takes
 LOAD_TIMEOUT_S = 10.0
-"""How long KVM may take over a state: milliseconds, unless it waits for guest memory, which nobody can bring it yet."""
+"""How long KVM may take over a state: milliseconds, unless it waits for guest memory, which cannot come yet."""
 _MAX_TIMEOUT_MS = 3_600_000
 
 log = logging.getLogger(__name__)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a machine's network device is attached to this host: a TAP, a port of a bridge or of the host itself.
 
-The link is switched by the TAP's carrier, the state of the cable: whoever holds the descriptor may do that, also
-without the rights he had (`TUNSETCARRIER`, Linux 5.0). A bridge takes a port without carrier out of forwarding, and
-forgets what it had learned there, though it may notice a second late. So a machine that leaves also takes the
-interface down, where the rights are there to do it; a bridge notices that at once. The interface is set up
-when the TAP is opened, which needs CAP_NET_ADMIN unless somebody has done it before.
+The link is switched by the TAP's carrier, the state of the cable: the holder of the descriptor may do that, also
+without the rights that it was opened with (`TUNSETCARRIER`, Linux 5.0). A bridge takes a port without carrier out of
+forwarding, and forgets what it had learned there, though it may notice a second late. So a machine that leaves also
+takes the interface down, where the rights are there to do it; a bridge notices that at once. The interface is set up
+when the TAP is opened, which needs CAP_NET_ADMIN unless it is up already.
 
 Everything here is a few system calls that take microseconds, and nothing blocks. This module is only imported when a
 machine has a network device. Sources: the kernel's Documentation/networking/tuntap.rst; RFC 5227 for announcements;
@@ -19,7 +19,6 @@ import errno
 import fcntl
 import ipaddress
 import os
-import platform
 import re
 import socket
 import struct
@@ -32,7 +31,7 @@ from postcopy.errors import BusyError, ConfigurationError, ResourceError
 
 DEVICE = "/dev/net/tun"
 # _IOW: its direction bits are others on these.
-_WRITE = 0x80000000 if platform.machine().startswith(("ppc", "mips", "sparc", "alpha")) else 0x40000000
+_WRITE = 0x80000000 if os.uname().machine.startswith(("ppc", "mips", "sparc", "alpha")) else 0x40000000
 _TUNSETIFF = _WRITE | 0x0454CA
 _TUNSETCARRIER = _WRITE | 0x0454E2
 _IFF_TAP, _IFF_NO_PI = 0x0002, 0x1000
@@ -48,9 +47,9 @@ def parse_net(text: str) -> str:
     """The TAP's name in what a user says as ``--net``. `ConfigurationError` when it is none."""
     name = text.removeprefix(_SCHEME)
     if name == text:
-        raise ConfigurationError(f"--net {text}: write tap:NAME, as tap:tap0")
+        raise ConfigurationError(f"{text!r} is not a network device; write tap:NAME, as tap:tap0")
     if not re.fullmatch(r"[!-~]{1,15}", name) or "/" in name or "%" in name or name in (".", ".."):
-        raise ConfigurationError(f"--net {text}: {name!r} cannot be the name of a network interface")
+        raise ConfigurationError(f"{name!r} cannot be the name of a network interface")
     return name
 
 
@@ -181,7 +180,7 @@ class Tap:
             ) from None
 
     def drain(self) -> int:
-        """Throws away the frames that nobody has read; how many there were."""
+        """Throws away the frames that have not been read; how many there were."""
         for count in range(_MAX_QUEUED):
             try:
                 if not os.read(self.fd, _MAX_FRAME_BYTES):

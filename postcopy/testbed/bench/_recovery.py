@@ -8,14 +8,11 @@ the real code of both sides, from the pager's bitmap to the page server's, but f
 
 from __future__ import annotations
 
-import contextlib
-import json
 import random
-import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
+from subprocess import DEVNULL
 
 import trio
 
@@ -25,7 +22,8 @@ from postcopy.errors import MigrationError
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.maps import MapCollector
-from postcopy.testbed import ChaosPlan, open_chaos_proxy
+from postcopy.testbed._processes import Child, open_child, parse
+from postcopy.testbed.chaos import ChaosPlan, open_chaos_proxy
 from postcopy.wire import (
     ID_BYTES,
     PAGE_MAP_PAGES,
@@ -71,47 +69,48 @@ async def recovery_times_ms(cuts: int, seed: int) -> list[float]:
         "2MiB/s",
     ]
     times_ms = []
-    with _command("dest", "--listen", "127.0.0.1:0") as dest:
-        async with open_chaos_proxy(_said(dest, "listening", "address"), ChaosPlan(seed=seed)) as proxy:
-            with _command("source", *machine, "--connect", str(proxy.address)) as source:
-                await trio.to_thread.run_sync(_said, source, "progress", "status", "postcopy-active")
-                for _ in range(cuts):
-                    proxy.refuse()
-                    proxy.cut("reset")
-                    await trio.sleep(generator.uniform(0.1, 1.0))
-                    before = proxy.statistics.bytes_out
-                    proxy.heal()
-                    began_s = time.perf_counter()
-                    while proxy.statistics.bytes_out - before < BEFORE_PAGES_BYTES:
-                        await trio.sleep(0.001)
-                        if time.perf_counter() - began_s > GIVE_UP_S:
-                            raise MigrationError(f"no page came within {GIVE_UP_S:g} s of the network's return")
-                    times_ms.append((time.perf_counter() - began_s) * 1e3)
-                    await trio.sleep(generator.uniform(0.1, 0.3))
+    async with trio.open_nursery() as nursery, _side("dest", "--listen", "127.0.0.1:0") as dest:
+        address = await _said(nursery, dest, "listening", "address")
+        async with (
+            open_chaos_proxy(address, ChaosPlan(seed=seed)) as proxy,
+            _side("source", *machine, "--max-bandwidth", "2MiB/s", "--connect", str(proxy.address)) as source,
+        ):
+            await _said(nursery, source, "progress", "status", "postcopy-active")
+            for _ in range(cuts):
+                proxy.refuse()
+                proxy.cut("reset")
+                await trio.sleep(generator.uniform(0.1, 1.0))
+                before = proxy.statistics.bytes_out
+                proxy.heal()
+                began_s = time.perf_counter()
+                while proxy.statistics.bytes_out - before < BEFORE_PAGES_BYTES:
+                    await trio.sleep(0.001)
+                    if time.perf_counter() - began_s > GIVE_UP_S:
+                        raise MigrationError(f"no page came within {GIVE_UP_S:g} s of the network's return")
+                times_ms.append((time.perf_counter() - began_s) * 1e3)
+                await trio.sleep(generator.uniform(0.1, 0.3))
+            nursery.cancel_scope.cancel()
     return times_ms
 
 
-@contextlib.contextmanager
-def _command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A side as a user starts it; killed in the end."""
-    command = python("-m", "postcopy", arguments[0], "--json", *arguments[1:])
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+def _side(*arguments: str) -> AbstractAsyncContextManager[Child]:
+    """As a user starts it; killed in the end."""
+    return open_child(python("-m", "postcopy", arguments[0], "--json", *arguments[1:]), stderr=DEVNULL)
 
 
-def _said(process: subprocess.Popen[str], event: str, name: str, value: str | None = None) -> str:
-    """Reads its lines up to the one that says it. A thread reads on: a full pipe would stop the process."""
-    stdout = process.stdout
-    assert stdout is not None
-    for line in stdout:
-        message = json.loads(line)
+async def _said(nursery: trio.Nursery, child: Child, event: str, name: str, value: str | None = None) -> str:
+    """Reads its lines up to the one that says it. A task reads on: a full pipe would stop the process."""
+    async for line in child.stdout:
+        message = parse(line)
         if message["event"] == event and name in message and value in (None, message[name]):
-            threading.Thread(target=stdout.read, daemon=True).start()
+            nursery.start_soon(_read_on, child)
             return str(message[name])
     raise MigrationError(f"a side ended before it said {name} {value or ''}")
+
+
+async def _read_on(child: Child) -> None:
+    async for _ in child.stdout:
+        pass
 
 
 async def recovery_map(size_bytes: int, seed: int) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 from postcopy._native import ffi, lib
+from postcopy.dataplane.histogram import Histogram
 from postcopy.errors import MigrationError, check
 from postcopy.memory import Memory
 from postcopy.uffd import PageFault, RegisterMode, Userfaultfd
@@ -21,18 +22,19 @@ PENDING = 64
 BUSY_POLL_US = 2000.0  # longer than the pause, so that it never sleeps
 
 
-def main(what: str, pause_s: float = 0.0) -> None:
+def main(what: str, pause: str) -> None:
     """Prints one number: microseconds, or for ``reads`` system calls.
 
-    `pause_s`: between two faults. Without one a Trio handler, still on its way back to sleep when the next fault comes,
-    is spared a wake-up that the C handler pays.
+    `pause`: seconds between two faults. Without one a Trio handler, still on its way back to sleep when the next fault
+    comes, is spared a wake-up that the C handler pays.
     """
+    pause_s = float(pause)
     if what == "reads":
         print(_reads_of_pending_events())
         return
     with Memory.create("anon", PAGES * int(lib.pc_page_bytes())) as memory, Userfaultfd.open() as uffd:
         uffd.register(memory.address, memory.size_bytes, RegisterMode.MISSING)
-        histogram: Any = ffi.new("struct pc_histogram *")
+        histogram = Histogram()
         base: Any = ffi.cast("void *", memory.address)
         # Each on a processor of its own: whether they happen to share one decides a sleeping handler's time.
         cpus = sorted(os.sched_getaffinity(0))
@@ -40,12 +42,12 @@ def main(what: str, pause_s: float = 0.0) -> None:
         def touch() -> None:
             os.sched_setaffinity(0, cpus[:1])
             if not pause_s:
-                lib.pc_bench_touch(base, memory.page_bytes, PAGES, PAGES, 1, 0, histogram)
+                lib.pc_bench_touch(base, memory.page_bytes, PAGES, PAGES, 1, 0, histogram.struct)
                 return
             for page in range(PAGES):
                 time.sleep(pause_s)  # until the handler sleeps; not in what is timed
                 at = ffi.cast("void *", memory.address + page * memory.page_bytes)
-                lib.pc_bench_touch(at, memory.page_bytes, 1, 1, 1, 0, histogram)
+                lib.pc_bench_touch(at, memory.page_bytes, 1, 1, 1, 0, histogram.struct)
 
         toucher = threading.Thread(target=touch, daemon=True)
         os.sched_setaffinity(0, cpus[-1:])
@@ -58,7 +60,7 @@ def main(what: str, pause_s: float = 0.0) -> None:
             trio.run(_serve, uffd, memory, content)
         toucher.join()
         uffd.unregister(memory.address, memory.size_bytes)
-    print(lib.pc_histogram_percentile(histogram, 50.0) / 1000)
+    print(histogram.percentile(50) / 1e3)
 
 
 async def _serve(uffd: Userfaultfd, memory: Memory, content: bytes) -> None:

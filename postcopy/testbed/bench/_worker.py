@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process of a measurement: a source or a destination, of the engine or of the floor.
 
-Started by `postcopy.testbed.bench` with its connected sockets inherited; it prints ``ready``, waits for a line on its
+Started by `_figures` with its connected sockets inherited; it prints ``ready``, waits for a line on its
 standard input, does its part, prints one JSON object. A source serves until its standard input ends.
 
 Memory is made and filled here, in the process that uses it, and touched by C threads only.
@@ -13,9 +13,9 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import msgspec
 import trio
 
 from postcopy._native import ffi, lib
@@ -23,6 +23,7 @@ from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import EventType, Pager, Stage
 from postcopy.dataplane.pager_process import ProcessPager
 from postcopy.dataplane.pageserver import PageServer
+from postcopy.errors import check
 from postcopy.memory import Memory
 from postcopy.uffd import How
 
@@ -31,25 +32,19 @@ SEED = 20141001
 HIT_NS = 5_000
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(msgspec.Struct, frozen=True):
     """What a worker is to do."""
 
     role: str  # "floor-source", "floor-dest", "engine-source", "engine-dest"
     size_bytes: int
     urgent_fd: int
-    bulk_fds: list[int] = field(default_factory=list)
+    bulk_fds: tuple[int, ...] = ()
     touches: int = 0
     busy_poll_us: int = 0  # the floor spins without end where this is not 0
     backing: str = "memfd"
     pager_process: bool = False  # engine-dest: the pager apart from who touches
     complete: bool = False  # wait for the whole memory
-    cpus: list[int] = field(default_factory=list)  # the host's processors; any where empty
-
-
-def encode(job: Job) -> str:
-    """The command line argument that `main` understands."""
-    return json.dumps(asdict(job))
+    cpus: tuple[int, ...] = ()  # the host's processors; any where empty
 
 
 def _ready() -> None:
@@ -63,23 +58,27 @@ def _filled(job: Job) -> Memory:
     return memory
 
 
-def _percentiles_us(histogram: Histogram) -> dict[str, float]:
-    names = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9}
-    values: dict[str, float] = {name: histogram.percentile(p) / 1e3 for name, p in names.items()}
-    return {"count": histogram.count, **values, "max": histogram.max_ns / 1e3}
+def percentiles_us(histogram: Histogram, *percentiles: float) -> dict[str, float]:
+    """And the maximum."""
+    return {f"p{p:g}": histogram.percentile(p) / 1e3 for p in percentiles} | {"max": histogram.max_ns / 1e3}
+
+
+def _latencies_us(histogram: Histogram) -> dict[str, float]:
+    return {"count": histogram.count, **percentiles_us(histogram, 50, 90, 99, 99.9)}
 
 
 def _touch(memory: Memory, touches: int) -> Histogram:
     histogram = Histogram()
-    result = lib.pc_bench_touch(
-        memory.struct.base, memory.page_bytes, memory.pages, touches, SEED, HIT_NS, histogram.struct
+    check(
+        lib.pc_bench_touch(
+            memory.struct.base, memory.page_bytes, memory.pages, touches, SEED, HIT_NS, histogram.struct
+        ),
+        "touching memory",
     )
-    if result < 0:
-        raise OSError(-result, os.strerror(-result))
     return histogram
 
 
-def _floor_source(job: Job) -> dict[str, Any]:
+async def _floor_source(job: Job) -> dict[str, Any]:
     memory = _filled(job)
     _ready()
     result = lib.pc_bench_floor_serve(
@@ -90,18 +89,13 @@ def _floor_source(job: Job) -> dict[str, Any]:
 
 async def _floor_dest(job: Job) -> dict[str, Any]:
     memory = Memory.create(job.backing, job.size_bytes)
-    uffd = lib.pc_uffd_open(How.ANY, 0, ffi.NULL)
-    if uffd < 0:
-        raise OSError(-uffd, os.strerror(-uffd))
-    address = memory.address
-    if result := lib.pc_uffd_register(uffd, address, job.size_bytes, 1, ffi.NULL):
-        raise OSError(-result, os.strerror(-result))
+    uffd = check(lib.pc_uffd_open(How.ANY, 0, ffi.NULL), "opening a userfaultfd")
+    check(lib.pc_uffd_register(uffd, memory.address, job.size_bytes, 1, ffi.NULL), "registering memory")
     _ready()
-    histogram = Histogram()
+    touched: list[Histogram] = []
 
     async def touch() -> None:
-        nonlocal histogram
-        histogram = await trio.to_thread.run_sync(_touch, memory, job.touches)
+        touched.append(await trio.to_thread.run_sync(_touch, memory, job.touches))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(touch)
@@ -111,7 +105,7 @@ async def _floor_dest(job: Job) -> dict[str, Any]:
             )
         )
     os.close(job.urgent_fd)
-    return {"error": -result, "touch-us": _percentiles_us(histogram)}
+    return {"error": -result, "touch-us": _latencies_us(touched[0])}
 
 
 async def _engine_source(job: Job) -> dict[str, Any]:
@@ -142,8 +136,8 @@ async def _engine_dest(job: Job) -> dict[str, Any]:
         result: dict[str, Any] = {}
         if job.touches:
             histogram = await trio.to_thread.run_sync(_touch, memory, job.touches)
-            result["touch-us"] = _percentiles_us(histogram)
-            result["stages-us"] = {stage.name.lower(): _percentiles_us(pager.latency(stage)) for stage in Stage}
+            result["touch-us"] = _latencies_us(histogram)
+            result["stages-us"] = {stage.name.lower(): _latencies_us(pager.latency(stage)) for stage in Stage}
         if job.complete:
             async for event in pager.events():
                 if event.type is EventType.COMPLETE:
@@ -160,17 +154,14 @@ async def _engine_dest(job: Job) -> dict[str, Any]:
 
 
 def main(argument: str) -> None:
-    """Runs one job; see the head of this file."""
-    job = Job(**json.loads(argument))
+    """Runs one job, given as JSON; see the head of this file."""
+    job = msgspec.json.decode(argument, type=Job)
     if job.cpus:
         os.sched_setaffinity(0, job.cpus)
-    result: dict[str, Any]
-    if job.role == "floor-source":
-        result = _floor_source(job)
-    elif job.role == "floor-dest":
-        result = trio.run(_floor_dest, job)
-    elif job.role == "engine-source":
-        result = trio.run(_engine_source, job)
-    else:
-        result = trio.run(_engine_dest, job)
-    print(json.dumps(result), flush=True)
+    roles = {
+        "floor-source": _floor_source,
+        "floor-dest": _floor_dest,
+        "engine-source": _engine_source,
+        "engine-dest": _engine_dest,
+    }
+    print(json.dumps(trio.run(roles[job.role], job)), flush=True)

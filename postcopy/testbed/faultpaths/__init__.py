@@ -3,7 +3,7 @@
 
 The operations, and the children in which they run, are C (csrc/faultpaths); here are the choice of what to run
 (`_select`), the process that runs it (`_runner`) under a supervisor (`_supervise`), what is to be expected of a kernel
-(`_expect`, expectations.toml), the reports and the comparison of two.
+(`_expect`, expectations.toml), the reports (`_report`, from the tables of `_sections`) and the comparison of two.
 """
 
 from __future__ import annotations

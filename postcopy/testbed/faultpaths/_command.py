@@ -4,28 +4,26 @@
 from __future__ import annotations
 
 import argparse
-import functools
-import json
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeVar
 
-import trio
+import msgspec
 from rich.console import Console
 from rich.status import Status
 
 from postcopy._files import check_new_file, replacing, write_all
 from postcopy.errors import ConfigurationError
-from postcopy.testbed import ChaosPlan
+from postcopy.testbed import _processes
+from postcopy.testbed._report import emit, emit_json, make_console, print_line, print_section
+from postcopy.testbed.chaos import ChaosPlan
 from postcopy.testbed.faultpaths import _compare, _expect, _report, _select, _system
-from postcopy.testbed.faultpaths._html import to_html
-from postcopy.testbed.faultpaths._layout import TITLES, Section, Span
 from postcopy.testbed.faultpaths._model import Backing, Cell, Json, Measure, Mode, Operation, Result, Run
-from postcopy.testbed.faultpaths._supervise import DEFAULT_TIMEOUT_S, Runner, run_cells
+from postcopy.testbed.faultpaths._sections import operation_list
+from postcopy.testbed.faultpaths._supervise import DEFAULT_TIMEOUT_S, Progress, Runner, run_cells
 from postcopy.units import argument, parse_seconds
 
 DEFAULT_BUDGET_S = 165.0
@@ -100,110 +98,50 @@ def run(args: argparse.Namespace) -> int:
     if args.html is not None:
         check_new_file("--html", args.html)
     system = _system.this_system()
-    if args.remote is not None:
-        plan = _plan(args.remote)
-        if measure or any(mode is not Mode.MISSING for mode in modes):
-            raise ConfigurationError(
-                "--remote: a page of another host is a missing one, and nothing is measured beside"
-            )
-        cells = _select.choose(operations, only, [Mode.MISSING], backings or [Backing.ANON, Backing.MEMFD])
-        work: Work = functools.partial(_remotely, plan)
-    else:
+    plan = _plan(args.remote) if args.remote is not None else None
+    measures = {}
+    if plan is None:
         cells = _select.choose(operations, only, modes, backings, args.all)
-        chosen = bool(args.all or args.only or modes or backings)
         measures = _select.measured(
             cells, operations, measure, lambda operation, cell: expectations.waits(operation, cell, system)
         )
-        work = functools.partial(_here, measures, chosen)
-    found = _run(work, operations, cells, system, expectations, direct_dir, args.timeout)
+    elif measure or any(mode is not Mode.MISSING for mode in modes):
+        raise ConfigurationError("--remote: a page of another host is a missing one, and nothing is measured beside")
+    else:
+        cells = _select.choose(operations, only, [Mode.MISSING], backings or [Backing.ANON, Backing.MEMFD])
+    # What the user asked for is run, whatever it takes.
+    budget_s = None if args.all or args.only or modes or backings else DEFAULT_BUDGET_S
+
+    async def work(progress: Progress) -> tuple[dict[Cell, Result], list[Cell], Json | None]:
+        if plan is not None:
+            from postcopy.testbed.faultpaths import _remote
+
+            options = {"timeout_s": args.timeout, "direct_dir": direct_dir, "progress": progress}
+            results, network = await _remote.run_cells(cells, plan=plan, **options)
+            return results, [], {"plan": str(plan), **network}
+        async with Runner(timeout_s=args.timeout, direct_dir=direct_dir) as runner:
+            return *await run_cells(runner, cells, measures, budget_s=budget_s, progress=progress), None
+
+    began_s = time.monotonic()
+    with _progress(len(cells)) as progress:
+        results, left_out, remote = _processes.run(work, progress)
+    by_name = {operation.name: operation for operation in operations}
+    where = direct_dir or os.getcwd()  # the core, too, takes the current directory then
+    found = Run(
+        system.as_json() | {"direct-dir": where, "direct-file-system": _system.file_system_of(where)},
+        tuple(operation for operation in operations if any(cell.operation == operation.name for cell in cells)),
+        tuple(expectations.judge(by_name[cell.operation], cell, result, system) for cell, result in results.items()),
+        time.monotonic() - began_s,
+        tuple(left_out),
+        expectations.as_json(),
+        remote,
+    )
     _write(found, args)
     return 0 if found.good else 1
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What there is to do, for a `Work`."""
-
-    cells: Sequence[Cell]
-    operations: Mapping[str, Operation]
-    direct_dir: str
-    timeout_s: float
-    progress: Callable[[int, Cell], None]
-
-
-@dataclass(frozen=True)
-class _Done:
-    results: Mapping[Cell, Result]
-    left_out: Sequence[Cell] = ()
-    remote: Json | None = None
-
-
-Work = Callable[[_Task], Awaitable[_Done]]
-
-
-async def _here(measures: Mapping[Cell, Collection[Measure]], chosen: bool, task: _Task) -> _Done:
-    """Each child serves its own page. `chosen`: the user asked for these cells, and gets them, whatever it takes."""
-    async with Runner(timeout_s=task.timeout_s, direct_dir=task.direct_dir) as runner:
-        results, left_out = await run_cells(
-            task.cells,
-            task.operations,
-            measures=measures,
-            runner=runner,
-            budget_s=None if chosen else DEFAULT_BUDGET_S,
-            progress=task.progress,
-        )
-    return _Done(results, left_out)
-
-
-async def _remotely(plan: ChaosPlan, task: _Task) -> _Done:
-    """The engine serves the pages, of a source behind a bad network."""
-    from postcopy.testbed.faultpaths import _remote
-
-    results, network = await _remote.run_cells(
-        task.cells,
-        task.operations,
-        plan=plan,
-        timeout_s=task.timeout_s,
-        direct_dir=task.direct_dir,
-        progress=task.progress,
-    )
-    return _Done(results, remote={"plan": str(plan), **network})
-
-
-def _run(
-    work: Work,
-    operations: Sequence[Operation],
-    cells: Sequence[Cell],
-    system: _system.System,
-    expectations: _expect.Expectations,
-    direct_dir: str,
-    timeout_s: float,
-) -> Run:
-    by_name = {operation.name: operation for operation in operations}
-    began_s = time.monotonic()
-    with _progress(len(cells)) as progress:
-        try:
-            done = trio.run(work, _Task(cells, by_name, direct_dir, timeout_s, progress), strict_exception_groups=True)
-        except BaseExceptionGroup as group:
-            if group.subgroup(KeyboardInterrupt) is None:
-                raise
-            raise KeyboardInterrupt from None
-    where = direct_dir or os.getcwd()  # the core, too, takes the current directory then
-    return Run(
-        system.as_json() | {"direct-dir": where, "direct-file-system": _system.file_system_of(where)},
-        tuple(operation for operation in operations if any(cell.operation == operation.name for cell in cells)),
-        tuple(
-            expectations.judge(by_name[cell.operation], cell, result, system) for cell, result in done.results.items()
-        ),
-        time.monotonic() - began_s,
-        tuple(done.left_out),
-        expectations.as_json(),
-        done.remote,
-    )
-
-
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[int, Cell], None]]:
+def _progress(total: int) -> Iterator[Progress]:
     """A line on the terminal, where there is one, that says which cell runs."""
     if not sys.stderr.isatty():
         yield lambda number, cell: None
@@ -245,54 +183,29 @@ def _write(found: Run, args: argparse.Namespace) -> None:
     if args.html is not None:
         try:
             with replacing(args.html, 0o644) as fd:
-                write_all(fd, to_html(found).encode())
+                write_all(fd, _report.to_html(found).encode())
         except OSError as error:
             raise ConfigurationError(f"--html: cannot write {args.html!r}: {error.strerror}") from None
     if args.json:
-        _emit(lambda: print(json.dumps(_report.to_json(found))))
+        emit_json(_report.to_json(found))
     elif args.markdown:
-        _emit(lambda: sys.stdout.write(_report.to_markdown(found)))
+        emit(lambda: sys.stdout.write(_report.to_markdown(found)))
     else:
-        _emit(lambda: _report.print_text(found, sys.stdout))
+        emit(lambda: _report.print_text(found, sys.stdout))
 
 
-def _emit(write: Callable[[], object]) -> None:
-    try:
-        write()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Nobody reads it; the status says it too. What is left in the buffer must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _list(operations: Sequence[Operation], as_json: bool) -> int:
-    if as_json:
-        _emit(lambda: print(json.dumps({"operations": [operation.as_json() for operation in operations]})))
-        return 0
-
+def _list(operations: list[Operation], as_json: bool) -> int:
     def write() -> None:
-        console = _report.make_console(sys.stdout)
-        for group in dict.fromkeys(operation.group for operation in operations):
-            rows = tuple(
-                (
-                    (Span(operation.name),),
-                    (Span(operation.what),),
-                    (Span("all" if len(operation.modes) == len(Mode) else ", ".join(operation.modes), "muted"),),
-                    (Span(
-                        "all" if len(operation.backings) == len(Backing) else ", ".join(operation.backings), "muted"
-                    ),),
-                )
-                for operation in operations
-                if operation.group == group
-            )  # fmt: skip
-            title = f"{TITLES.get(group, group)} ({group})"
-            _report.print_section(
-                console, Section(title, ("operation", "what touches the page", "modes", "backings"), rows)
-            )
+        console = make_console(sys.stdout)
+        for section in operation_list(operations):
+            print_section(console, section)
             console.print()
         console.print(f"{len(operations)} operations")
 
-    _emit(write)
+    if as_json:
+        emit_json({"operations": msgspec.to_builtins(operations)})
+    else:
+        emit(write)
     return 0
 
 
@@ -300,23 +213,24 @@ def _run_compare(before_path: str, after_path: str, as_json: bool) -> int:
     """0 when nothing differs, 1 otherwise."""
     before, after = _report.read_report(before_path), _report.read_report(after_path)
     changes = _compare.compare(before, after)
-    if as_json:
-        answer = {
-            "before": before.system,
-            "after": after.system,
-            "changes": [change.as_json() for change in changes],
-        }
-        _emit(lambda: print(json.dumps(answer)))
-        return 1 if changes else 0
 
     def write() -> None:
-        console = _report.make_console(sys.stdout)
-        console.print(f"A: {_report.describe_system(before.system)}", markup=False)
-        console.print(f"B: {_report.describe_system(after.system)}", markup=False)
+        console = make_console(sys.stdout)
+        print_line(console, f"A: {_report.describe_system(before.system)}")
+        print_line(console, f"B: {_report.describe_system(after.system)}")
         if changes:
-            _report.print_section(console, _compare.section(changes, "A", "B"))
+            print_section(console, _compare.section(changes, "A", "B"))
         both = len({item.cell for item in before.judged} & {item.cell for item in after.judged})
         console.print(f"{len(changes)} of {both} cells changed" if changes else f"nothing changed in {both} cells")
 
-    _emit(write)
+    if as_json:
+        emit_json(
+            {
+                "before": before.system,
+                "after": after.system,
+                "changes": [change.as_json() for change in changes],
+            }
+        )
+    else:
+        emit(write)
     return 1 if changes else 0

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from postcopy.testbed.faultpaths._layout import Section, Span
-from postcopy.testbed.faultpaths._model import Cell, Json, Judged, Outcome, Result, Run
+import msgspec
+
+from postcopy.testbed._report import Section, Span, row
+from postcopy.testbed.faultpaths._model import Cell, Json, Outcome, Result, Run
 
 
 @dataclass(frozen=True)
@@ -18,13 +20,7 @@ class Change:
     after: str
 
     def as_json(self) -> Json:
-        return {
-            "operation": self.cell.operation,
-            "mode": self.cell.mode.value,
-            "backing": self.cell.backing.value,
-            "before": self.before or None,
-            "after": self.after or None,
-        }
+        return {**msgspec.to_builtins(self.cell), "before": self.before or None, "after": self.after or None}
 
 
 def compare(before: Run, after: Run) -> list[Change]:
@@ -34,53 +30,47 @@ def compare(before: Run, after: Run) -> list[Change]:
     and of what was measured on both sides whether a handler ran before the page and whether SIGKILL ended it; times
     are not. A reason for which a cell is not available is a text for people, and not compared.
     """
-    old, new = ({item.cell: item for item in run.judged} for run in (before, after))
+    old, new = ({item.cell: item.result for item in run.judged} for run in (before, after))
     changes = []
     for cell in dict.fromkeys([*old, *new]):
         if cell not in old or cell not in new:
-            changes.append(Change(cell, _words(old.get(cell)), _words(new.get(cell))))
+            changes.append(Change(cell, *(side[cell].brief if cell in side else "" for side in (old, new))))
             continue
-        left, right = _aspects(old[cell].result, new[cell].result)
-        if left != right:
-            different = [name for name in left if left[name] != right[name]]
-            changes.append(Change(cell, _only(left, different), _only(right, different)))
+        left, right = _aspects(old[cell], new[cell])
+        different = [name for name in left if left[name] != right[name]]
+        if different:
+            changes.append(Change(cell, *(", ".join(side[name] for name in different) for side in (left, right))))
     return changes
 
 
-def _words(item: Judged | None) -> str:
-    return item.result.brief if item is not None else ""
-
-
 def _aspects(before: Result, after: Result) -> tuple[dict[str, str], dict[str, str]]:
+    """Of both results what both have, by the same names."""
     both: tuple[dict[str, str], dict[str, str]] = ({}, {})
     for seen, result in zip(both, (before, after), strict=True):
         seen["outcome"] = result.brief
         if before.outcome is after.outcome is not Outcome.UNAVAILABLE:
-            seen["events"] = "no event" if not result.events else "events repeated" if result.repeated else "one event"
+            repeated = "events repeated" if result.events_repeated else "one event"
+            seen["events"] = repeated if result.events else "no event"
             if before.state and after.state:  # a thread may wake before it was looked at
                 seen["state"] = f"state {result.state}"
             if before.events and after.events:
                 seen["thread"] = f"fault of {result.event_thread} thread"
-            if before.signal is not None and after.signal is not None and result.signal is not None:
-                ran = result.signal.handler_before_page
+            if before.pending_signal and after.pending_signal and result.pending_signal:
+                ran = result.pending_signal.handler_before_page
                 seen["signal"] = "handler before the page" if ran else "handler after the page"
-            if before.kill is not None and after.kill is not None and result.kill is not None:
+            if before.kill and after.kill and result.kill:
                 seen["kill"] = "SIGKILL ends it" if result.kill.killed else "SIGKILL does not end it"
     return both
 
 
-def _only(aspects: dict[str, str], names: list[str]) -> str:
-    return ", ".join(aspects[name] for name in names)
-
-
 def section(changes: list[Change], before: str, after: str) -> Section:
     """As a table."""
-    rows = tuple(
-        (
-            (Span(str(change.cell)),),
-            (Span(change.before or "not in it", "plain" if change.before else "muted"),),
-            (Span(change.after or "not in it", "bad" if change.after else "muted"),),
+    rows = (
+        row(
+            str(change.cell),
+            Span(change.before or "not in it", "plain" if change.before else "muted"),
+            Span(change.after or "not in it", "bad" if change.after else "muted"),
         )
         for change in changes
     )
-    return Section("What changed", ("cell", before, after), rows)
+    return Section("What changed", ("cell", before, after), tuple(rows))

@@ -6,26 +6,27 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import os
-from collections.abc import Iterable
+import signal
 from typing import Any
+
+from msgspec import UNSET
 
 from postcopy._native import ffi, lib
 from postcopy.errors import CoreError, c_text, check
 from postcopy.testbed.faultpaths._model import (
-    BACKINGS,
     EVENT_THREADS,
-    MODES,
-    NO_FLAGS,
-    OUTCOMES,
+    LOCK_CALLS,
     Backing,
-    Cell,
     Flag,
     KillMeasure,
     LockMeasure,
     Measure,
     Mode,
     Operation,
+    Order,
     Outcome,
     Result,
     SignalMeasure,
@@ -34,6 +35,12 @@ from postcopy.testbed.faultpaths._model import (
 HOLD_US = 3000
 """How long a page is withheld, so that the state of the blocked thread can be read."""
 
+TEST_OPERATIONS = {
+    "test.hang": lib.PC_FP_TEST_HANG,
+    "test.crash": lib.PC_FP_TEST_CRASH,
+    "test.wrong": lib.PC_FP_TEST_WRONG,
+}
+"""Not in `operations`: for tests of the machinery."""
 _MEASURES = {
     Measure.SIGNAL: lib.PC_FP_MEASURE_SIGNAL,
     Measure.KILL: lib.PC_FP_MEASURE_KILL,
@@ -45,30 +52,33 @@ _FLAGS = {
     lib.PC_FP_NEEDS_KVM: Flag.NEEDS_KVM,
     lib.PC_FP_NOFAULT: Flag.NOFAULT,
 }
+_MODES, _BACKINGS, _OUTCOMES = tuple(Mode), tuple(Backing), tuple(Outcome)
+_ERRORS = {133: "EHWPOISON", **errno.errorcode}  # Python does not know that one everywhere
 
 
+@functools.cache
 def operations() -> tuple[Operation, ...]:
     """All that the core knows, in its order."""
     found = []
     struct: Any = ffi.new("struct pc_faultpath *")
     for index in range(lib.pc_faultpath_count()):
         check(lib.pc_faultpath_get(index, struct), f"reading operation {index}")
-        flags = NO_FLAGS
-        for bit, flag in _FLAGS.items():
-            if struct.flags & bit:
-                flags |= flag
         found.append(
             Operation(
                 c_text(struct.name),
                 c_text(struct.group),
                 c_text(struct.what),
-                tuple(mode for bit, mode in enumerate(MODES) if struct.modes >> bit & 1),
-                tuple(backing for bit, backing in enumerate(BACKINGS) if struct.backings >> bit & 1),
-                flags,
-                index,
+                tuple(mode for bit, mode in enumerate(Mode) if struct.modes >> bit & 1),
+                tuple(backing for bit, backing in enumerate(Backing) if struct.backings >> bit & 1),
+                tuple(flag for bit, flag in _FLAGS.items() if struct.flags & bit),
             )
         )
     return tuple(found)
+
+
+@functools.cache
+def _numbers() -> dict[str, int]:
+    return {operation.name: index for index, operation in enumerate(operations())} | TEST_OPERATIONS
 
 
 def content(size_bytes: int) -> bytes:
@@ -78,64 +88,71 @@ def content(size_bytes: int) -> bytes:
     return bytes(ffi.buffer(page, size_bytes))
 
 
-def run(
-    operation: int,
-    cell: Cell,
-    measure: Iterable[Measure] = (),
-    *,
-    timeout_ms: int,
-    direct_dir: str = "",
-    hand_over_fd: int = -1,
-    hold_us: int = HOLD_US,
-) -> Result:
+def run(order: Order) -> Result:
     """One cell, in children of its own. Blocks up to `timeout_ms` for each of them. A failure of the machinery itself
     (no fork, no memory) is a result too: the next cell may fare better."""
+    cell = order.cell
     spec: Any = ffi.new("struct pc_fp_spec *")
-    spec.operation, spec.mode, spec.backing = operation, MODES.index(cell.mode), BACKINGS.index(cell.backing)
-    spec.measure = 0
-    for item in measure:
-        spec.measure |= _MEASURES[item]
-    spec.hold_us, spec.timeout_ms, spec.hand_over_fd = hold_us, timeout_ms, hand_over_fd
-    spec.direct_dir = os.fsencode(direct_dir)
+    spec.operation = _numbers()[cell.operation]
+    spec.mode, spec.backing = _MODES.index(cell.mode), _BACKINGS.index(cell.backing)
+    spec.measure = sum(_MEASURES[measure] for measure in order.measure)
+    spec.hold_us, spec.timeout_ms, spec.hand_over_fd = HOLD_US, order.timeout_ms, order.hand_over
+    spec.direct_dir = os.fsencode(order.direct_dir)
     result: Any = ffi.new("struct pc_fp_result *")
     try:
         check(lib.pc_faultpath_run(spec, result), f"running {cell}")
     except CoreError as error:
-        return Result(Outcome.CRASHED, str(error), error.errno or 0)
+        return Result(Outcome.CRASHED, _error(error.errno or 0), text=str(error))
     return Result(
-        OUTCOMES[result.outcome],
-        c_text(result.text),
-        result.error,
-        result.signal_number,
-        result.signal_code,
-        result.value,
-        result.events,
-        result.repeated,
-        result.event_kind,
-        result.event_flags,
-        result.event_offset,
-        EVENT_THREADS[result.event_thread],
-        bool(result.written),
-        "" if result.state == b"\0" else result.state.decode(errors="replace"),
-        c_text(result.wchan),
-        result.waited_ns,
-        SignalMeasure(
-            bool(result.handler_before_page), result.signal_events, result.signal_cpu_ns, result.signal_window_ns
+        outcome=_OUTCOMES[result.outcome],
+        error=_error(result.error),
+        signal=_signal(result.signal_number),
+        signal_code=result.signal_code,
+        value=result.value,
+        events=result.events,
+        events_repeated=result.repeated,
+        event_kind=result.event_kind,
+        event_flags=result.event_flags,
+        event_offset=None if result.event_offset < 0 else result.event_offset,
+        event_thread=EVENT_THREADS[result.event_thread],
+        written=bool(result.written),
+        state=None if result.state == b"\0" else result.state.decode(errors="replace"),
+        wchan=c_text(result.wchan) or None,
+        waited_us=_us(result.waited_ns),
+        text=c_text(result.text),
+        pending_signal=SignalMeasure(
+            bool(result.handler_before_page),
+            result.signal_events,
+            _us(result.signal_cpu_ns),
+            _us(result.signal_window_ns),
         )
         if result.signal_measured
-        else None,
-        KillMeasure(bool(result.killed), result.kill_ns) if result.kill_measured else None,
-        LockMeasure(
-            tuple(result.lock_idle_ns),
-            tuple(result.lock_elsewhere_ns),
-            tuple(result.lock_idle_same_ns),
-            tuple(result.lock_same_ns),
-        )
+        else UNSET,
+        kill=KillMeasure(bool(result.killed), _us(result.kill_ns)) if result.kill_measured else UNSET,
+        locks_ns={
+            call: LockMeasure(
+                result.lock_idle_ns[number],
+                result.lock_elsewhere_ns[number],
+                result.lock_idle_same_ns[number],
+                result.lock_same_ns[number],
+            )
+            for number, call in enumerate(LOCK_CALLS)
+        }
         if result.locks_measured
-        else None,
+        else UNSET,
     )
 
 
-def cell_of(order: dict[str, Any]) -> Cell:
-    """The cell that a line to the runner names."""
-    return Cell(order["operation"], Mode(order["mode"]), Backing(order["backing"]))
+def _us(ns: int) -> float:
+    return round(ns / 1e3, 1)
+
+
+def _error(number: int) -> str | None:
+    return _ERRORS.get(number, str(number)) if number else None
+
+
+def _signal(number: int) -> str | None:
+    try:
+        return signal.Signals(number).name if number else None
+    except ValueError:
+        return f"signal {number}"

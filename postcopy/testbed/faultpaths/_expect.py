@@ -20,17 +20,20 @@ What is not available here is judged by none of them.
 
 from __future__ import annotations
 
+import functools
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import resources
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
 
 from postcopy.errors import ConfigurationError
 from postcopy.testbed.faultpaths._model import (
-    EVENT_THREADS,
     WAITS_IN,
     Backing,
     Cell,
@@ -47,32 +50,34 @@ from postcopy.testbed.faultpaths._system import System, version_of
 
 SCHEMA = 1
 _COMPARISON = re.compile(r"(<=|>=|<|>|=)\s*(\d+(?:\.\d+)*)")
-_KVM = ("hardware", "emulated", "none")
-_KEYS = {
-    "operation", "mode", "backing", "kernel", "kvm", "config", "outcome", "error", "signal", "state", "thread",
-    "reason", "writes",
-}  # fmt: skip
+
+Word = Annotated[str, Meta(min_length=1)]
+Words = Annotated[tuple[Word, ...], Meta(min_length=1)]
 
 
-@dataclass(frozen=True)
-class Expectation:
+class Expectation(Struct, frozen=True, forbid_unknown_fields=True):
     """One table of the file."""
 
-    number: int
-    """Its place in the file, from 1."""
-    operation: tuple[str, ...]
-    mode: tuple[str, ...]
-    backing: tuple[str, ...]
-    outcome: tuple[Outcome, ...]
-    reason: str
-    kernel: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    kvm: tuple[str, ...] = ()
-    config: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    operation: Words
+    mode: Words
+    outcome: Annotated[tuple[Outcome, ...], Meta(min_length=1)]
+    reason: Word
+    backing: Words = ("*",)
+    kernel: str = ""
+    kvm: tuple[Literal["hardware", "emulated", "none"], ...] = ()
+    config: dict[Annotated[str, Meta(pattern="^CONFIG_")], Words] = {}
     writes: bool | None = None
-    error: tuple[str, ...] = ()
-    signal: tuple[str, ...] = ()
-    state: tuple[str, ...] = ()
-    thread: tuple[str, ...] = ()
+    error: Words = ()
+    signal: Words = ()
+    state: Words = ()
+    thread: tuple[Literal["none", "own", "other", "kernel", "process"], ...] = ()
+
+    def __post_init__(self) -> None:
+        for key, patterns, known in (("mode", self.mode, list(Mode)), ("backing", self.backing, list(Backing))):
+            for pattern in patterns:
+                if not any(fnmatchcase(item, pattern) for item in known):
+                    raise ValueError(f"{key} {pattern!r} is none of {', '.join(known)}")
+        _versions(self.kernel)
 
     @property
     def words(self) -> str:
@@ -97,20 +102,19 @@ class Expectation:
             and any(fnmatchcase(cell.operation, pattern) for pattern in self.operation)
             and any(fnmatchcase(cell.mode, pattern) for pattern in self.mode)
             and any(fnmatchcase(cell.backing, pattern) for pattern in self.backing)
-            and all(_compare(system.version, how, version) for how, version in self.kernel)
+            and all(_compare(system.version, how, version) for how, version in _versions(self.kernel))
             and (not self.kvm or system.kvm in self.kvm)
-            and all(system.option(name) in values for name, values in self.config)
+            and all(system.option(name) in values for name, values in self.config.items())
         )
 
-    def specificity(self, cell: Cell) -> tuple[int, int, int, int, int]:
+    def specificity(self, cell: Cell) -> tuple[int, int, int, int]:
         """Orders expectations that match a cell, the one that holds last."""
-        conditions = len(self.kernel) + bool(self.kvm) + len(self.config) + (self.writes is not None)
+        conditions = len(_versions(self.kernel)) + bool(self.kvm) + len(self.config) + (self.writes is not None)
         return (
             _literal(self.operation, cell.operation),
             _literal(self.mode, cell.mode),
             _literal(self.backing, cell.backing),
             conditions,
-            self.number,
         )
 
     def difference(self, result: Result) -> str:
@@ -118,8 +122,8 @@ class Expectation:
         if result.outcome not in self.outcome:
             return f"{result.brief} instead of {self.words}"
         seen = {
-            "error": result.error_name,
-            "signal": result.signal_name,
+            "error": result.error,
+            "signal": result.signal,
             "state": result.state if result.wchan == WAITS_IN else "",
             "thread": result.event_thread if result.events else "",
         }
@@ -156,7 +160,8 @@ class Expectations:
 
     def find(self, operation: Operation, cell: Cell, system: System) -> Expectation | None:
         """The one that holds."""
-        matching = [rule for rule in self.rules if rule.matches(operation, cell, system)]
+        # Of equals the last: max finds the first of them.
+        matching = [rule for rule in reversed(self.rules) if rule.matches(operation, cell, system)]
         return max(matching, key=lambda rule: rule.specificity(cell), default=None)
 
     def waits(self, operation: Operation, cell: Cell, system: System) -> bool:
@@ -167,7 +172,7 @@ class Expectations:
     def judge(self, operation: Operation, cell: Cell, result: Result, system: System) -> Judged:
         """The verdict."""
         rule = self.find(operation, cell, system)
-        expected, reason = (rule.words, rule.reason) if rule is not None else ("", "")
+        expected, reason = (rule.words, " ".join(rule.reason.split())) if rule is not None else ("", "")
         if result.outcome is Outcome.UNAVAILABLE:
             return Judged(cell, result, Verdict.NOT_AVAILABLE, expected, result.text or "no reason was given")
         uncovered = is_uncovered(operation, cell, result)
@@ -215,77 +220,43 @@ def load(path: str | None = None) -> Expectations:
         raise ConfigurationError(f"--expectations: {path!r} is not UTF-8 text") from None
 
 
+class _File(Struct):
+    expect: tuple[Expectation, ...]
+
+
+_LISTS = {"operation", "mode", "backing", "outcome", "kvm", "error", "signal", "state", "thread"}
+"""Keys whose single value is a list of one."""
+
+
 def parse(text: str, name: str) -> Expectations:
     """`ConfigurationError` with the place of what is wrong."""
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        if document.get("schema") != SCHEMA:
+            raise ConfigurationError(f"{name}: schema = {SCHEMA} is what this version reads")
+        tables = document.get("expect", [])
+        if isinstance(tables, list):
+            tables = [_with_lists(table) for table in tables]
+        return Expectations(name, msgspec.convert({"expect": tables}, _File).expect)
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
         raise ConfigurationError(f"{name}: {error}") from None
-    if document.get("schema") != SCHEMA:
-        raise ConfigurationError(f"{name}: schema = {SCHEMA} is what this version reads")
-    tables = document.get("expect", [])
-    if not isinstance(tables, list):
-        raise ConfigurationError(f"{name}: expect must be an array of tables, [[expect]]")
-    return Expectations(name, tuple(_rule(number, table, name) for number, table in enumerate(tables, 1)))
 
 
-def _rule(number: int, table: Any, name: str) -> Expectation:
-    where = f"{name}: expectation {number}"
-    if not isinstance(table, Mapping):
-        raise ConfigurationError(f"{where}: it must be a table")
-    if unknown := sorted(table.keys() - _KEYS):
-        raise ConfigurationError(f"{where}: there is no key {unknown[0]!r}; there are {', '.join(sorted(_KEYS))}")
-    if needed := [key for key in ("operation", "mode", "outcome", "reason") if not table.get(key)]:
-        raise ConfigurationError(f"{where}: it needs {needed[0]!r}")
-    writes = table.get("writes")
-    if writes is not None and not isinstance(writes, bool):
-        raise ConfigurationError(f"{where}: writes must be true or false")
-    config = table.get("config", {})
-    if not isinstance(config, Mapping) or not all(option.startswith("CONFIG_") for option in config):
-        raise ConfigurationError(f"{where}: config must be a table of CONFIG_ names")
-    for key, known in (("mode", list(Mode)), ("backing", list(Backing))):
-        for pattern in _words(table.get(key, "*"), where, key):
-            if not any(fnmatchcase(item, pattern) for item in known):
-                raise ConfigurationError(f"{where}: {key} {pattern!r} is none of {', '.join(known)}")
-    return Expectation(
-        number,
-        _words(table["operation"], where, "operation"),
-        _words(table["mode"], where, "mode"),
-        _words(table.get("backing", "*"), where, "backing"),
-        tuple(Outcome(word) for word in _of(table["outcome"], where, "outcome", tuple(Outcome))),
-        " ".join(str(table["reason"]).split()),
-        _versions(table.get("kernel", ""), where),
-        _of(table["kvm"], where, "kvm", _KVM) if "kvm" in table else (),
-        tuple((option, _words(value, where, option)) for option, value in config.items()),
-        writes,
-        _words(table["error"], where, "error") if "error" in table else (),
-        _words(table["signal"], where, "signal") if "signal" in table else (),
-        _words(table["state"], where, "state") if "state" in table else (),
-        _of(table["thread"], where, "thread", EVENT_THREADS) if "thread" in table else (),
-    )
+def _with_lists(table: Any) -> Any:
+    if not isinstance(table, dict):
+        return table
+    made = {key: [value] if key in _LISTS and isinstance(value, str) else value for key, value in table.items()}
+    if isinstance(config := made.get("config"), dict):
+        made["config"] = {name: [value] if isinstance(value, str) else value for name, value in config.items()}
+    return made
 
 
-def _words(value: Any, where: str, key: str) -> tuple[str, ...]:
-    words = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else ()
-    if not words or not all(isinstance(word, str) and word for word in words):
-        raise ConfigurationError(f"{where}: {key} must be a string or a list of strings")
-    return words
-
-
-def _of(value: Any, where: str, key: str, known: Sequence[str]) -> tuple[str, ...]:
-    words = _words(value, where, key)
-    if unknown := [word for word in words if word not in known]:
-        raise ConfigurationError(f"{where}: {key} {unknown[0]!r} is none of {', '.join(known)}")
-    return words
-
-
-def _versions(text: Any, where: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    if not isinstance(text, str):
-        raise ConfigurationError(f"{where}: kernel must be a string such as '>=6.1, <6.6'")
+@functools.cache
+def _versions(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
     conditions = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = _COMPARISON.fullmatch(part)
         if match is None:
-            raise ConfigurationError(f"{where}: kernel {part!r}: it is <, <=, =, >= or > and a version")
+            raise ValueError(f"kernel {part!r}: it is <, <=, =, >= or > and a version")
         conditions.append((match[1], version_of(match[2])))
     return tuple(conditions)

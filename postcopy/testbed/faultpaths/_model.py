@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the core knows (operations), what is asked of it (cells) and what came out (results), as plain values.
 
-Everything here can be made from JSON as well, so that reports, expectations and comparisons work on recorded runs. The
-words are those of `--json`; their order is that of the enums in postcopy/faultpaths.h.
+The fields of each are the keys of `--json`, with hyphens, and so are those of the lines between runner and supervisor:
+msgspec writes and reads both. Reports, expectations and comparisons therefore work on recorded runs as well. The order
+of the words is that of the enums in postcopy/faultpaths.h.
 """
 
 from __future__ import annotations
 
-import errno
-import signal
-from dataclasses import dataclass, field, fields
-from enum import IntFlag, StrEnum
+from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
+
+from msgspec import UNSET, Struct, UnsetType
 
 Json = dict[str, Any]
 
@@ -51,14 +52,14 @@ class Outcome(StrEnum):
     CRASHED = "crashed"
 
 
-class Flag(IntFlag):
+class Flag(StrEnum):
     """Of an operation: `PC_FP_WRITES` and so on."""
 
-    WRITES = 1
+    WRITES = "writes"
     """The page is where data goes; else it is where data comes from."""
-    NEEDS_DIR = 2
-    NEEDS_KVM = 4
-    NOFAULT = 8
+    NEEDS_DIR = "needs-dir"
+    NEEDS_KVM = "needs-kvm"
+    NOFAULT = "nofault"
     """It must not fault: passing without an event is what is right."""
 
 
@@ -79,60 +80,19 @@ WAITS_IN = "handle_userfault"
 EVENT_THREADS = ("none", "own", "other", "kernel", "process")
 """Whose fault it was: `enum pc_fp_thread`."""
 
-NO_FLAGS = Flag(0)
-_ERROR_NAMES: dict[int, str] = {133: "EHWPOISON", **errno.errorcode}  # Python does not know that one everywhere
-_ERROR_NUMBERS = {name: number for number, name in _ERROR_NAMES.items()}
-MODES, BACKINGS, OUTCOMES = tuple(Mode), tuple(Backing), tuple(Outcome)
 
-
-@dataclass(frozen=True)
-class Operation:
+class Operation(Struct, frozen=True, rename="kebab"):
     """One way for the kernel, or user code, to touch a page."""
 
     name: str
     group: str
     what: str
-    modes: tuple[Mode, ...] = MODES
-    backings: tuple[Backing, ...] = BACKINGS
-    flags: Flag = NO_FLAGS
-    index: int = -1
-    """Its number in the core that listed it."""
-
-    def as_json(self) -> Json:
-        return {
-            "name": self.name,
-            "group": self.group,
-            "what": self.what,
-            "modes": list(self.modes),
-            "backings": list(self.backings),
-            "flags": flag_names(self.flags),
-        }
-
-    @classmethod
-    def from_json(cls, value: Json) -> Operation:
-        return cls(
-            value["name"],
-            value["group"],
-            value["what"],
-            tuple(Mode(mode) for mode in value["modes"]),
-            tuple(Backing(backing) for backing in value["backings"]),
-            flags_of(value["flags"]),
-        )
+    modes: tuple[Mode, ...] = tuple(Mode)
+    backings: tuple[Backing, ...] = tuple(Backing)
+    flags: tuple[Flag, ...] = ()
 
 
-def flag_names(flags: Flag) -> list[str]:
-    return [str(flag.name).lower().replace("_", "-") for flag in Flag if flag in flags]
-
-
-def flags_of(names: list[str]) -> Flag:
-    flags = NO_FLAGS
-    for name in names:
-        flags |= Flag[name.upper().replace("-", "_")]
-    return flags
-
-
-@dataclass(frozen=True, order=True)
-class Cell:
+class Cell(Struct, frozen=True, order=True, rename="kebab"):
     """One operation on one kind of page."""
 
     operation: str
@@ -143,53 +103,59 @@ class Cell:
         return f"{self.operation} {self.mode} {self.backing}"
 
 
-@dataclass(frozen=True)
-class SignalMeasure:
+class Order(Struct, frozen=True, rename="kebab"):
+    """A line to the runner: run this."""
+
+    cell: Cell
+    timeout_ms: int
+    measure: tuple[Measure, ...] = ()
+    direct_dir: str = ""
+    hand_over: int = -1
+    """The number of an inherited Unix socket over which the page is served from elsewhere (see `_remote`); -1: none."""
+
+
+class SignalMeasure(Struct, frozen=True, rename="kebab"):
     """What a pending signal does to the blocked operation."""
 
     handler_before_page: bool
     """The handler ran while the page was still withheld."""
     events: int
     """Events read between signal and page: 0 is right, more are of a copy that is restarted."""
-    cpu_ns: int
+    cpu_us: float
     """Burned by the waiting thread between signal and page."""
-    window_ns: int
+    window_us: float
     """How long that was."""
 
 
-@dataclass(frozen=True)
-class KillMeasure:
+class KillMeasure(Struct, frozen=True, rename="kebab"):
     """SIGKILL to the blocked process."""
 
     killed: bool
-    ns: int
+    reaped_us: float
     """From SIGKILL to reaped."""
 
 
-@dataclass(frozen=True)
-class LockMeasure:
-    """Median nanoseconds of `LOCK_CALLS` on another thread; 0 where it cannot be measured."""
+class LockMeasure(Struct, frozen=True, rename="kebab"):
+    """Median nanoseconds of one of `LOCK_CALLS` on another thread; 0 where it cannot be measured."""
 
-    idle_ns: tuple[int, ...]
-    elsewhere_ns: tuple[int, ...]
+    idle: int
+    elsewhere: int
     """A fault is pending, the call works on another mapping."""
-    idle_same_ns: tuple[int, ...]
+    same_mapping_idle: int
     """None is, the call works in the page's mapping."""
-    same_ns: tuple[int, ...]
+    same_mapping: int
 
-    def ratios(self) -> tuple[list[float | None], list[float | None]]:
-        """Pending against idle, elsewhere and in the same mapping, in the order of `LOCK_CALLS`; None where one of the
-        two was not measured."""
-        pairs = ((self.elsewhere_ns, self.idle_ns), (self.same_ns, self.idle_same_ns))
-        first, second = (
-            [round(busy / idle, 2) if busy and idle else None for busy, idle in zip(*pair, strict=True)]
-            for pair in pairs
-        )
-        return first, second
+    @property
+    def ratios(self) -> tuple[float | None, float | None]:
+        """Pending against idle, elsewhere and in the same mapping; None where one of the two was not measured."""
+        return _ratio(self.elsewhere, self.idle), _ratio(self.same_mapping, self.same_mapping_idle)
 
 
-@dataclass(frozen=True)
-class RemoteMeasure:
+def _ratio(busy: int, idle: int) -> float | None:
+    return round(busy / idle, 2) if busy and idle else None
+
+
+class RemoteMeasure(Struct, frozen=True, rename="kebab"):
     """How a page of another host came."""
 
     faults: int
@@ -200,9 +166,9 @@ class RemoteMeasure:
     """That the source sent in answer."""
     cuts: int
     """Of the connection, while the operation waited."""
-    held_ns: int
+    held_us: float
     """How long the page was certainly not there: from the fault seen pending to the new connection. 0: no fault."""
-    reconnect_ns: int
+    reconnect_us: float
     """From the network's return until both sides had their new connection."""
 
     def wrong(self, outcome: Outcome) -> str:
@@ -212,183 +178,45 @@ class RemoteMeasure:
         return f"{self.requests} requests reached the source instead of one"
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(Struct, frozen=True, rename="kebab"):
     """What a cell's child saw."""
 
     outcome: Outcome
-    text: str = ""
-    error: int = 0
-    """errno of the operation."""
-    signal_number: int = 0
+    error: str | None = None
+    """errno of the operation, such as EFAULT."""
+    signal: str | None = None
+    """Such as SIGBUS."""
     signal_code: int = 0
     value: int = 0
     """What the system call returned."""
     events: int = 0
-    repeated: int = 0
+    events_repeated: int = 0
     """Of `events`, how many were for the same page again."""
     event_kind: int = 0
     event_flags: int = 0
-    event_offset: int = -1
-    """From the page's start; -1: no event."""
+    event_offset: int | None = None
+    """From the page's start; None: no event."""
     event_thread: str = "none"
     """Of `EVENT_THREADS`."""
     written: bool = False
     """Write-protected pages: afterwards the kernel counts it as written."""
-    state: str = ""
-    """Of the blocked thread, as in /proc/PID/stat: S waits interruptibly, D killably; empty: it never blocked."""
-    wchan: str = ""
-    waited_ns: int = 0
+    state: str | None = None
+    """Of the blocked thread, as in /proc/PID/stat: S waits interruptibly, D killably; None: it never blocked."""
+    wchan: str | None = None
+    waited_us: float = 0.0
     """From the event to the operation's return."""
-    signal: SignalMeasure | None = None
-    kill: KillMeasure | None = None
-    locks: LockMeasure | None = None
-    remote: RemoteMeasure | None = None
-
-    @property
-    def error_name(self) -> str:
-        """Such as EFAULT; empty when there is none."""
-        return _ERROR_NAMES.get(self.error, str(self.error)) if self.error else ""
-
-    @property
-    def signal_name(self) -> str:
-        """Such as SIGBUS; empty when there is none."""
-        if not self.signal_number:
-            return ""
-        try:
-            return signal.Signals(self.signal_number).name
-        except ValueError:
-            return f"signal {self.signal_number}"
+    text: str = ""
+    pending_signal: SignalMeasure | UnsetType = UNSET
+    kill: KillMeasure | UnsetType = UNSET
+    locks_ns: dict[str, LockMeasure] | UnsetType = UNSET
+    """By `LOCK_CALLS`."""
+    remote: RemoteMeasure | UnsetType = UNSET
 
     @property
     def brief(self) -> str:
         """The outcome with what belongs to it: ``refused EFAULT``."""
-        more = {Outcome.REFUSED: self.error_name, Outcome.SIGNALLED: self.signal_name}.get(self.outcome, "")
-        return f"{self.outcome} {more}".strip()
-
-    def as_json(self) -> Json:
-        answer: Json = {
-            "outcome": self.outcome.value,
-            "error": self.error_name or None,
-            "signal": self.signal_name or None,
-            "signal-code": self.signal_code,
-            "value": self.value,
-            "events": self.events,
-            "events-repeated": self.repeated,
-            "event-kind": self.event_kind,
-            "event-flags": self.event_flags,
-            "event-offset": None if self.event_offset < 0 else self.event_offset,
-            "event-thread": self.event_thread,
-            "written": self.written,
-            "state": self.state or None,
-            "wchan": self.wchan or None,
-            "waited-us": round(self.waited_ns / 1e3, 1),
-            "text": self.text,
-        }
-        if self.signal is not None:
-            answer["pending-signal"] = {
-                "handler-before-page": self.signal.handler_before_page,
-                "events": self.signal.events,
-                "cpu-us": round(self.signal.cpu_ns / 1e3, 1),
-                "window-us": round(self.signal.window_ns / 1e3, 1),
-            }
-        if self.kill is not None:
-            answer["kill"] = {"killed": self.kill.killed, "reaped-us": round(self.kill.ns / 1e3, 1)}
-        if self.locks is not None:
-            answer["locks-ns"] = {
-                call: dict(zip(_LOCK_KEYS, values, strict=True))
-                for call, *values in zip(LOCK_CALLS, *vars(self.locks).values(), strict=True)
-            }
-        if self.remote is not None:
-            answer["remote"] = {
-                "faults": self.remote.faults,
-                "requests": self.remote.requests,
-                "pages": self.remote.pages,
-                "cuts": self.remote.cuts,
-                "held-us": round(self.remote.held_ns / 1e3, 1),
-                "reconnect-us": round(self.remote.reconnect_ns / 1e3, 1),
-            }
-        return answer
-
-    @classmethod
-    def from_json(cls, value: Json) -> Result:
-        """What `as_json` wrote. KeyError, ValueError or TypeError when it did not."""
-        storm, kill, locks = value.get("pending-signal"), value.get("kill"), value.get("locks-ns")
-        remote = value.get("remote")
-        offset = value["event-offset"]
-        return cls(
-            Outcome(value["outcome"]),
-            str(value["text"]),
-            _number_of_error(value["error"]),
-            _number_of_signal(value["signal"]),
-            int(value["signal-code"]),
-            int(value["value"]),
-            int(value["events"]),
-            int(value["events-repeated"]),
-            int(value["event-kind"]),
-            int(value["event-flags"]),
-            -1 if offset is None else int(offset),
-            str(value["event-thread"]),
-            bool(value["written"]),
-            value["state"] or "",
-            value["wchan"] or "",
-            round(value["waited-us"] * 1e3),
-            storm
-            and SignalMeasure(
-                storm["handler-before-page"],
-                storm["events"],
-                round(storm["cpu-us"] * 1e3),
-                round(storm["window-us"] * 1e3),
-            ),
-            kill and KillMeasure(kill["killed"], round(kill["reaped-us"] * 1e3)),
-            locks and LockMeasure(*(tuple(locks[call][key] for call in LOCK_CALLS) for key in _LOCK_KEYS)),
-            remote
-            and RemoteMeasure(
-                remote["faults"],
-                remote["requests"],
-                remote["pages"],
-                remote["cuts"],
-                round(remote["held-us"] * 1e3),
-                round(remote["reconnect-us"] * 1e3),
-            ),
-        )
-
-    def as_wire(self) -> Json:
-        """Exactly what is in it, for the runner's line."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _NESTED} | {
-            name: vars(part) for name in _NESTED if (part := getattr(self, name)) is not None
-        }
-
-    @classmethod
-    def from_wire(cls, value: Json) -> Result:
-        """What `as_wire` made, after JSON."""
-        made = dict(value)
-        made["outcome"] = Outcome(made["outcome"])
-        for name, kind in _NESTED.items():
-            if name in made:
-                made[name] = kind(**{key: tuple(x) if isinstance(x, list) else x for key, x in made[name].items()})
-        return cls(**made)
-
-
-_LOCK_KEYS = ("idle", "elsewhere", "same-mapping-idle", "same-mapping")  # in the order of `LockMeasure`
-_NESTED: dict[str, type[Any]] = {
-    "signal": SignalMeasure,
-    "kill": KillMeasure,
-    "locks": LockMeasure,
-    "remote": RemoteMeasure,
-}
-
-
-def _number_of_error(name: str | None) -> int:
-    if name is None:
-        return 0
-    return int(name) if name.isdigit() else _ERROR_NUMBERS[name]
-
-
-def _number_of_signal(name: str | None) -> int:
-    if name is None:
-        return 0
-    return int(name.removeprefix("signal ")) if name.startswith("signal ") else int(signal.Signals[name])
+        more = {Outcome.REFUSED: self.error, Outcome.SIGNALLED: self.signal}.get(self.outcome)
+        return f"{self.outcome} {more or ''}".strip()
 
 
 class Verdict(StrEnum):

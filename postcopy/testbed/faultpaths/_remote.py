@@ -25,12 +25,13 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import trio
+from msgspec.structs import replace
 
 from postcopy._native import ffi, lib
 from postcopy.dataplane._events import EventType
@@ -38,11 +39,10 @@ from postcopy.dataplane.pager import ForeignMemory, Pager
 from postcopy.dataplane.pageserver import PageServer
 from postcopy.errors import MigrationError, PostcopyError, ResourceError, check
 from postcopy.memory import Memory
-from postcopy.testbed import ChaosPlan, open_chaos_proxy
-from postcopy.testbed.chaos import ChaosProxy
+from postcopy.testbed.chaos import ChaosPlan, ChaosProxy, open_chaos_proxy
 from postcopy.testbed.faultpaths import _core
-from postcopy.testbed.faultpaths._model import Cell, Operation, Outcome, RemoteMeasure, Result
-from postcopy.testbed.faultpaths._supervise import Runner
+from postcopy.testbed.faultpaths._model import Cell, Outcome, RemoteMeasure, Result
+from postcopy.testbed.faultpaths._supervise import Progress, Runner
 from postcopy.uffd import UffdFeature
 
 MIN_TIMEOUT_S = 10.0
@@ -136,7 +136,7 @@ async def open_link(plan: ChaosPlan) -> AsyncIterator[tuple[Link, int]]:
                 yield Link(ours, theirs, listener, proxy), theirs.fileno()
 
 
-async def run_cell(runner: Runner, link: Link, operation: Operation, cell: Cell, while_pending: Hook | None) -> Result:
+async def run_cell(runner: Runner, link: Link, cell: Cell, while_pending: Hook | None) -> Result:
     """One cell. `while_pending` is called while the operation waits, before the cut."""
     link.drain()
     results: list[Result] = []
@@ -148,7 +148,7 @@ async def run_cell(runner: Runner, link: Link, operation: Operation, cell: Cell,
 
         async def run() -> None:
             try:
-                results.append(await runner.run(operation, cell))
+                results.append(await runner.run(cell))
             finally:
                 over.set()  # also when cancelled: the child is gone then, and what is shielded below must end
             nursery.cancel_scope.cancel()
@@ -170,10 +170,11 @@ async def run_cell(runner: Runner, link: Link, operation: Operation, cell: Cell,
         return result  # it was unavailable before it had a page
     measure = measures[0]
     outcome = result.outcome
-    if outcome is Outcome.PASSED and measure.held_ns and result.waited_ns >= measure.held_ns:
+    if outcome is Outcome.PASSED and 0 < measure.held_us <= result.waited_us:
         # The child cannot see the thread of another process, or of the kernel, wait for its page.
         outcome = Outcome.BLOCKED
-    return replace(result, outcome=outcome, remote=measure, events=measure.faults, repeated=max(0, measure.faults - 1))
+    repeated = max(0, measure.faults - 1)
+    return replace(result, outcome=outcome, remote=measure, events=measure.faults, events_repeated=repeated)
 
 
 async def _serve(link: Link, handed: HandOver, over: trio.Event, while_pending: Hook | None) -> RemoteMeasure:
@@ -208,7 +209,8 @@ async def _serve(link: Link, handed: HandOver, over: trio.Event, while_pending: 
             link.proxy.thaw()
             await over.wait()
             seen, told = pager.statistics(), server.statistics()
-            return RemoteMeasure(seen.faults, told.requests, told.demand_pages, cuts, held_ns, reconnect_ns)
+            held_us, reconnect_us = (round(ns / 1e3, 1) for ns in (held_ns, reconnect_ns))
+            return RemoteMeasure(seen.faults, told.requests, told.demand_pages, cuts, held_us, reconnect_us)
 
 
 @asynccontextmanager
@@ -258,12 +260,11 @@ async def _recover(link: Link, pager: Pager, shard: int, server: PageServer) -> 
 
 async def run_cells(
     cells: Sequence[Cell],
-    operations: Mapping[str, Operation],
     *,
     plan: ChaosPlan,
     timeout_s: float,
     direct_dir: str,
-    progress: Callable[[int, Cell], None] = lambda number, cell: None,
+    progress: Progress = lambda number, cell: None,
     while_pending: Hook | None = None,
 ) -> tuple[dict[Cell, Result], dict[str, int]]:
     """The results, and what the network did."""
@@ -272,7 +273,7 @@ async def run_cells(
         async with Runner(timeout_s=max(timeout_s, MIN_TIMEOUT_S), direct_dir=direct_dir, hand_over_fd=fd) as runner:
             for number, cell in enumerate(cells):
                 progress(number, cell)
-                results[cell] = await run_cell(runner, link, operations[cell.operation], cell, while_pending)
+                results[cell] = await run_cell(runner, link, cell, while_pending)
         network = link.proxy.statistics
         return results, {"connections": network.connections, "cuts": network.cuts, "bytes-to-source": network.bytes_out,
                          "bytes-to-destination": network.bytes_back}  # fmt: skip

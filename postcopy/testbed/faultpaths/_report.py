@@ -1,28 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run as JSON, as a table for a person, and as Markdown. docs/faultpaths.md says what the fields mean."""
+"""A run as JSON, as tables for a person, as Markdown and as HTML. docs/faultpaths.md says what the fields mean."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from typing import IO
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+import msgspec
 
 from postcopy.errors import ConfigurationError
-from postcopy.testbed.faultpaths._layout import LEGEND, Section, Span, columns, sections, summary
-from postcopy.testbed.faultpaths._model import Backing, Cell, Json, Judged, Mode, Operation, Result, Run, Verdict
+from postcopy.testbed import _report as report
+from postcopy.testbed.faultpaths._model import Cell, Json, Judged, Operation, Result, Run, Verdict
+from postcopy.testbed.faultpaths._sections import LEGEND, columns, sections, summary
 
 SCHEMA = 1
-_STYLES = {"good": "green", "muted": "dim", "warn": "yellow", "bad": "bold red"}
-UNBROKEN_WIDTH = 40  # a column of short words is not broken: the long ones beside it give way
-PLAIN_WIDTH = 160  # of what goes to a file: a reason that is broken into lines cannot be searched for
-
-
-# ---- JSON
 
 
 def to_json(run: Run) -> Json:
@@ -35,9 +27,9 @@ def to_json(run: Run) -> Json:
         "seconds": round(run.seconds, 3),
         "good": run.good,
         "summary": {verdict.value: counts[verdict] for verdict in Verdict},
-        "operations": [operation.as_json() for operation in run.operations],
+        "operations": msgspec.to_builtins(run.operations),
         "cells": [_cell_json(item) for item in run.judged],
-        "left-out": [{"operation": c.operation, "mode": c.mode, "backing": c.backing} for c in run.left_out],
+        "left-out": msgspec.to_builtins(run.left_out),
     }
     if run.remote is not None:
         answer["remote"] = run.remote
@@ -46,10 +38,8 @@ def to_json(run: Run) -> Json:
 
 def _cell_json(item: Judged) -> Json:
     return {
-        "operation": item.cell.operation,
-        "mode": item.cell.mode.value,
-        "backing": item.cell.backing.value,
-        **item.result.as_json(),
+        **msgspec.to_builtins(item.cell),
+        **msgspec.to_builtins(item.result),
         "verdict": item.verdict.value,
         "expected": item.expected or None,
         "reason": item.reason or None,
@@ -65,30 +55,27 @@ def from_json(value: Json) -> Run:
             raise ConfigurationError(f"its schema is {value['schema']!r}, and this version reads {SCHEMA}")
         return Run(
             value["system"],
-            tuple(Operation.from_json(item) for item in value["operations"]),
-            tuple(
-                Judged(
-                    _cell(item),
-                    Result.from_json(item),
-                    Verdict(item["verdict"]),
-                    item["expected"] or "",
-                    item["reason"] or "",
-                    item["difference"] or "",
-                    bool(item["uncovered"]),
-                )
-                for item in value["cells"]
-            ),
+            msgspec.convert(value["operations"], tuple[Operation, ...]),
+            tuple(_judged(item) for item in value["cells"]),
             float(value["seconds"]),
-            tuple(_cell(item) for item in value["left-out"]),
+            msgspec.convert(value["left-out"], tuple[Cell, ...]),
             value["expectations"],
             value.get("remote"),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, msgspec.ValidationError) as error:
         raise ConfigurationError(f"not a report of `postcopy faultpaths --json` ({error!r})") from None
 
 
-def _cell(item: Json) -> Cell:
-    return Cell(item["operation"], Mode(item["mode"]), Backing(item["backing"]))
+def _judged(item: Json) -> Judged:
+    return Judged(
+        msgspec.convert(item, Cell),
+        msgspec.convert(item, Result),
+        Verdict(item["verdict"]),
+        item["expected"] or "",
+        item["reason"] or "",
+        item["difference"] or "",
+        bool(item["uncovered"]),
+    )
 
 
 def read_report(path: str) -> Run:
@@ -104,9 +91,6 @@ def read_report(path: str) -> Run:
         raise ConfigurationError(f"{path!r}: {error}") from None
 
 
-# ---- text
-
-
 def describe_system(system: Json) -> str:
     """One line, also of a kernel that is only known from a report."""
     parts = [f"Linux {system.get('kernel', '?')}", str(system.get("architecture", ""))]
@@ -118,61 +102,28 @@ def describe_system(system: Json) -> str:
 
 
 def print_text(run: Run, file: IO[str]) -> None:
-    """The readable table; colours where `file` is a terminal."""
-    console = make_console(file)
-    console.print(escape(describe_system(run.system)))
-    console.print(escape(columns(run)), style="dim")
+    console = report.make_console(file)
+    report.print_line(console, describe_system(run.system))
+    report.print_line(console, columns(run), "dim")
     for section in sections(run):
         console.print()
-        print_section(console, section)
+        report.print_section(console, section)
     console.print()
-    console.print(escape(LEGEND), style="dim")
-    console.print(escape(summary(run)), style="bold" if run.good else "bold red")
-
-
-def make_console(file: IO[str]) -> Console:
-    return Console(file=file, highlight=False, width=None if file.isatty() else PLAIN_WIDTH)
-
-
-def print_section(console: Console, section: Section) -> None:
-    console.print(escape(section.title), style="bold")
-    if section.note:
-        console.print(escape(section.note), style="dim")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for number, name in enumerate(section.header):
-        widest = max((sum(len(span.text) for span in row[number]) for row in section.rows), default=0)
-        # The first column is a name, to be found again; the others are broken where the console is narrow.
-        whole = widest <= UNBROKEN_WIDTH and (number == 0 or console.width // 4 >= UNBROKEN_WIDTH)
-        table.add_column(escape(name), overflow="fold", no_wrap=whole)
-    for row in section.rows:
-        table.add_row(*("".join(_markup(span) for span in cell) for cell in row))
-    console.print(table)
-
-
-def _markup(span: Span) -> str:
-    style = _STYLES.get(span.kind)
-    return f"[{style}]{escape(span.text)}[/{style}]" if style and span.text else escape(span.text)
-
-
-# ---- Markdown
+    report.print_line(console, LEGEND, "dim")
+    report.print_line(console, summary(run), "bold" if run.good else "bold red")
 
 
 def to_markdown(run: Run) -> str:
-    """The same tables, for a document."""
-    lines = [f"{describe_system(run.system)}: {summary(run)}.", "", f"{_plain(columns(run))}.".capitalize(), ""]
+    lines = [f"{describe_system(run.system)}: {summary(run)}.", "", f"{report.plain(columns(run))}.".capitalize(), ""]
     for section in sections(run):
-        lines += [f"**{section.title}**", ""]
-        if section.note:
-            lines += [section.note, ""]
-        lines.append("| " + " | ".join(_plain(name) for name in section.header) + " |")
-        lines.append("|" + "---|" * len(section.header))
-        for row in section.rows:
-            lines.append("| " + " | ".join(_plain("".join(span.text for span in cell)) for cell in row) + " |")
-        lines.append("")
-    lines.append(_plain(LEGEND) + ".")
-    return "\n".join(lines) + "\n"
+        lines += report.section_as_markdown(section)
+    return "\n".join([*lines, report.plain(LEGEND) + ".", ""])
 
 
-def _plain(text: str) -> str:
-    # An underscore within a word is one; at its edge it would begin emphasis.
-    return " ".join(re.sub(r"[\\|*`<\[]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text).split())
+def to_html(run: Run) -> str:
+    return report.to_html(
+        f"Which kernel paths block on a missing page: {describe_system(run.system)}",
+        [("good" if run.good else "bad", summary(run)), ("note", columns(run))],
+        sections(run),
+        f"{LEGEND}.",
+    )

@@ -1,87 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that runs cells: ``python -m postcopy.faultpaths._runner``, one JSON order a line in, one result out.
+"""The process that runs cells: ``python -m postcopy.testbed.faultpaths._runner``, one `Order` a line in, one `Result`
+out.
 
 It is two processes. The *worker* has one thread, reads orders, and calls the core, which forks a child for each run.
 The *guard*, its parent, does nothing but wait until the worker ends or standard input is hung up, which is also what
 happens when the supervisor is killed; then it kills the worker and everything below it and goes. A cell may leave
 processes behind that PR_SET_PDEATHSIG does not reach (it is cleared by fork, and by an execve of some programs): the
 guard is a subreaper, so that they become its children, and it stays until none is left.
-
-An order: ``{"index", "operation", "mode", "backing", "measure", "timeout-ms", "direct-dir", "hand-over"}``; the last
-is -1, or the number of an inherited Unix socket over which the page is served from elsewhere (see `_remote`).
-An answer: `Result.as_wire`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import json
 import os
 import select
 import signal
 import sys
 import time
-from typing import Any
 
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+from postcopy.testbed import _linux
+
 SWEEP_S = 10.0
 """How long killed processes may take to go; one that does not answer SIGKILL hangs in the kernel."""
 EXIT_LEFT_BEHIND = 3
 """Something did not answer SIGKILL."""
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 def _work() -> None:
     """Until standard input ends."""
+    import msgspec  # here, and not in the guard
+
     from postcopy.testbed.faultpaths import _core
-    from postcopy.testbed.faultpaths._model import Measure
+    from postcopy.testbed.faultpaths._model import Order
 
     for line in sys.stdin:
-        order: dict[str, Any] = json.loads(line)
-        result = _core.run(
-            order["index"],
-            _core.cell_of(order),
-            [Measure(name) for name in order["measure"]],
-            timeout_ms=order["timeout-ms"],
-            direct_dir=order["direct-dir"],
-            hand_over_fd=order["hand-over"],
-        )
-        print(json.dumps(result.as_wire()), flush=True)
+        result = _core.run(msgspec.json.decode(line, type=Order))
+        print(msgspec.json.encode(result).decode(), flush=True)
 
 
 def children_of(pid: int) -> list[int]:
     """Processes whose parent is `pid`, zombies too."""
-    return _whose_stat(1, pid)
-
-
-def members_of(session: int) -> list[int]:
-    """Processes of a session, zombies too."""
-    return _whose_stat(3, session)
-
-
-def _whose_stat(word: int, value: int) -> list[int]:
-    """Processes with that value there in /proc/PID/stat; words are counted from the state, 0."""
-    found = []
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        # It may go meanwhile.
-        with contextlib.suppress(OSError, IndexError, ValueError), open(f"/proc/{name}/stat", "rb") as stat:
-            # The command's name, in parentheses, may hold anything.
-            if int(stat.read().rpartition(b")")[2].split()[word]) == value:
-                found.append(int(name))
-    return found
-
-
-def is_zombie(pid: int) -> bool:
-    """Whether it has ended, and only waits to be reaped; also when it is gone."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            return stat.read().rpartition(b")")[2].split()[0] == b"Z"
-    except (OSError, IndexError):
-        return True
+    return _linux.pids_with(_linux.PARENT, pid)
 
 
 def sweep(deadline_s: float = SWEEP_S) -> bool:
@@ -104,13 +63,11 @@ def sweep(deadline_s: float = SWEEP_S) -> bool:
 
 def main() -> int:
     """Guards a worker; the worker's status (128 and the number when a signal ended it)."""
-    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    _linux.libc.prctl(_linux.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     guard = os.getpid()
     worker = os.fork()
     if worker == 0:
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != guard:  # it went before the line above
-            os._exit(1)
+        _linux.die_with(guard)
         _work()
         return 0
     os.close(1)  # its end is the worker's end, for who reads

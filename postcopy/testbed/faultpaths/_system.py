@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from postcopy.testbed.faultpaths._model import Json
+from postcopy.testbed.probe._host import cpu_virtualization
 
 
 def version_of(release: str) -> tuple[int, ...]:
@@ -55,11 +56,9 @@ class System:
 
 def this_system() -> System:
     """Reads files, tries nothing."""
-    from postcopy.testbed import _probe_child
-
     kvm = "none"
     if os.access("/dev/kvm", os.R_OK | os.W_OK):
-        kvm = "emulated" if _probe_child.cpu_virtualization() is False else "hardware"
+        kvm = "emulated" if cpu_virtualization() is False else "hardware"
     text = _config_text(platform.release())
     return System(
         platform.release(),

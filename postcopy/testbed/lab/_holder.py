@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process that keeps a laboratory alive: it makes the namespaces, holds their descriptors, and waits.
 
-``python -m postcopy.lab._holder postcopy-lab:NAME COUNT user|- STATE``, with standard input from who makes the
+``python -m postcopy.testbed.lab._holder postcopy-lab:NAME COUNT user|- STATE``, with standard input from who makes the
 laboratory. The first line on standard output says what there is, as JSON; an ``error`` in it ends this process.
 
 A namespace lives as long as something refers to it. Names below /run/netns would do that, but they need a mount,
@@ -23,12 +23,13 @@ import select
 import signal
 import sys
 
-from postcopy.testbed.lab import _namespaces as namespaces
+from postcopy.testbed._linux import new_network, new_user
+from postcopy.testbed.lab import _members as members
 
 
 def main() -> int:
     _, _, count, user, state = sys.argv
-    mark = os.environ[namespaces.MARK]
+    mark = os.environ[members.MARK]
     ended = _signals()
     try:
         fds = _make(int(count), user == "user")
@@ -43,7 +44,7 @@ def main() -> int:
         for fd in range(3):
             os.dup2(null, fd)
         _wait(ended)
-    namespaces.end_processes(mark, inodes)
+    members.end_processes(mark, inodes)
     with contextlib.suppress(OSError, ValueError):
         with open(state, encoding="utf-8") as file:
             mine = json.load(file)["mark"] == mark
@@ -71,8 +72,8 @@ def _wait(ended: int, *fds: int) -> bytes:
 
 def _make(count: int, user: bool) -> list[int]:
     if user:
-        namespaces.new_user()
-    return [namespaces.new_network() for _ in range(count)]
+        new_user()
+    return [new_network() for _ in range(count)]
 
 
 if __name__ == "__main__":

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.util
 import json
 import os
 import secrets
-import select
 import signal
 import socket
 import subprocess
@@ -26,15 +24,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import msgspec
+
 from postcopy._child import python
 from postcopy.errors import ConfigurationError, PostcopyError, ResourceError
-from postcopy.testbed.lab import _namespaces as namespaces
+from postcopy.testbed import _linux
+from postcopy.testbed._processes import hang_up, read_json
+from postcopy.testbed.lab import _members as members
 from postcopy.testbed.lab import _state as state
 from postcopy.testbed.lab._plan import DEFAULT_NAME, LabPlan, format_rate
 
 Json = dict[str, Any]
 START_S = 20.0
 WORK_S = 30.0
+HOLDER_END_S = members.TERM_S + members.KILL_S  # its input has ended: it ends what runs in the laboratory first
 HOLDER = "postcopy-lab"  # begins the argument that says, in a list of processes, which laboratory it is
 
 
@@ -58,8 +61,8 @@ class Host:
         """Moves this process, which must have one thread, into the host's namespaces: between fork(2) and execve(2)."""
         try:
             if self.lab.user is not None:
-                namespaces.enter_user(self.lab.user)
-            namespaces.enter_network(self.network)
+                _linux.enter_user(self.lab.user)
+            _linux.enter_network(self.network)
         except OSError as error:
             raise self.lab.explain("entering a host", error.errno or 0, error.strerror or str(error)) from error
 
@@ -73,7 +76,7 @@ class Host:
 
     def limit(self, rate: int | None) -> None:
         """Limits the cable to so many bytes a second in each direction; None: no limit."""
-        self.lab.change(self.name, "rate", rate)
+        self.lab.change(self.name, rate=rate)
 
     def delay(self, delay_us: int) -> None:
         """Each packet takes so much longer one way, on this cable. `ResourceError` where the kernel has no netem."""
@@ -83,7 +86,7 @@ class Host:
                 "delay the connections to one address instead:"
                 f" `postcopy lab link{_option(self.lab.name)} {self.name} delay {delay_us / 1000:g}ms --to HOST:PORT`",
             )
-        self.lab.change(self.name, "delay-us", delay_us)
+        self.lab.change(self.name, delay_us=delay_us)
 
     def delay_connections(self, delay_us: int, target: str) -> str:
         """The same for a kernel without netem: where to connect in this host, instead of to `target`.
@@ -131,7 +134,6 @@ class Worker:
     """A process of `_netlink`. Threads take turns."""
 
     def __init__(self) -> None:
-        _need_pyroute2()
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
             python("-m", "postcopy.testbed.lab._netlink"),
@@ -144,32 +146,16 @@ class Worker:
     def ask(self, request: Json) -> Json:
         """`ResourceError` when no answer comes within `WORK_S`."""
         with self._lock:
-            stdin, stdout = self._process.stdin, self._process.stdout
+            stdin = self._process.stdin
             assert stdin is not None
-            assert stdout is not None
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 stdin.write(json.dumps(request).encode() + b"\n")
                 stdin.flush()
-                if not select.select([stdout], [], [], WORK_S)[0]:
-                    raise ResourceError(f"the kernel did not answer within {WORK_S:g} s")
-                answer = json.loads(stdout.readline())
-            except (BrokenPipeError, ValueError):
-                raise ResourceError(
-                    "the process that sets up interfaces has ended", "see what it said on standard error"
-                ) from None
-        return dict(answer)
+            return read_json(self._process, "the process that sets up interfaces", WORK_S)
 
     def close(self) -> None:
         """Ends it. Harmless when it has ended."""
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-        try:
-            self._process.wait(namespaces.TERM_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        hang_up(self._process, members.TERM_S)
 
     def __enter__(self) -> Worker:
         return self
@@ -183,21 +169,17 @@ class Worker:
 class Lab:
     """A laboratory that is up. Made by `up` or found by `find`."""
 
-    def __init__(self, record: Json, holder: subprocess.Popen[bytes] | None = None) -> None:
+    def __init__(self, record: state.Record, holder: subprocess.Popen[bytes] | None = None) -> None:
         self._record = record
         self._holder = holder  # while it ends with this process
         self._worker = Worker() if holder is not None else None  # at hand, when a cable is to be cut now
-        self.name: str = record["name"]
-        self.mark: str = record["mark"]
-        """What `_namespaces.MARK` is in the environment of what runs here, all of which ends with the laboratory."""
-        self.pid: int = record["pid"]
-        self.mtu: int = record["mtu"]
-        self.user: str | None = f"/proc/{self.pid}/ns/user" if record["user"] else None
+        self.name, self.mark, self.pid, self.mtu = record.name, record.mark, record.pid, record.mtu
+        self.user: str | None = f"/proc/{self.pid}/ns/user" if record.user else None
         """The user namespace in which the network ones are, as a file; None: the one that we are in."""
-        self.switch = f"/proc/{self.pid}/fd/{record['switch']}"
+        self.switch = f"/proc/{self.pid}/fd/{record.switch}"
         self.hosts = {
-            name: Host(self, name, host["ipv4"], host["ipv6"], f"/proc/{self.pid}/fd/{host['fd']}")
-            for name, host in record["hosts"].items()
+            name: Host(self, name, host.ipv4, host.ipv6, f"/proc/{self.pid}/fd/{host.fd}")
+            for name, host in record.hosts.items()
         }
 
     def host(self, name: str) -> Host:
@@ -213,25 +195,23 @@ class Lab:
 
         `ConfigurationError` when there is one of this name already, `ResourceError` when this host or user cannot.
         """
-        _need_pyroute2()
         with state.locked() as where:
             record = state.read(where, plan.name)
             if record is not None:
-                if _alive(record):
+                if record.is_alive():
                     raise ConfigurationError(
                         f"laboratory {plan.name} is up already: end it with `postcopy lab down{_option(plan.name)}`, or"
                         " choose another --name"
                     )
                 _clean(where, record)
-            return cls._make(plan, str(where), keep)
+            return cls._make(plan, where, keep)
 
     @classmethod
-    def _make(cls, plan: LabPlan, where: str, keep: bool) -> Lab:
-        directory = Path(where)
+    def _make(cls, plan: LabPlan, where: Path, keep: bool) -> Lab:
         mark = f"{plan.name}:{secrets.token_hex(8)}"
         hosts = plan.host_plans
         # Who may not make the others makes a user namespace of his own first, in which he may.
-        user = not namespaces.may_make_networks()
+        user = not _linux.has_capabilities(_linux.CAP_NET_ADMIN, _linux.CAP_SYS_ADMIN)
         holder = subprocess.Popen(
             python(
                 "-m",
@@ -239,11 +219,11 @@ class Lab:
                 f"{HOLDER}:{mark}",
                 str(len(hosts) + 1),
                 "user" if user else "-",
-                str(state.path_of(directory, plan.name)),
+                str(state.path_of(where, plan.name)),
             ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, namespaces.MARK: mark},
+            env={**os.environ, members.MARK: mark},
             cwd="/",
             start_new_session=True,  # Ctrl-C is for whoever makes the laboratory, who then ends it in order
         )
@@ -251,41 +231,28 @@ class Lab:
         try:
             assert holder.stdin is not None
             assert holder.stdout is not None
-            try:
-                if not select.select([holder.stdout], [], [], START_S)[0]:
-                    raise ResourceError(f"the process that holds the laboratory did not answer within {START_S:g} s")
-                told = json.loads(holder.stdout.readline())
-            except ValueError:
-                raise ResourceError(
-                    "the process that holds the laboratory did not start", "see the lines above"
-                ) from None
+            told = read_json(holder, "the process that holds the laboratory", START_S)
             if "error" in told:
                 raise _no_namespaces(told["errno"], told["error"], root=os.geteuid() == 0)
             switch, *fds = told["fds"]
             ipv6 = _has_ipv6()
-            record: Json = {
-                "version": 1,
-                "name": plan.name,
-                "mark": mark,
-                "pid": told["pid"],
-                "started": namespaces.start_time(told["pid"]),
-                "pid-namespace": namespaces.inode("/proc/self/ns/pid"),
-                "user": user,
-                "kept": keep,
-                "switch": switch,
-                "inodes": told["inodes"],
-                "mtu": plan.mtu,
-                "hosts": {
-                    host.name: {
-                        "fd": fd,
-                        "ipv4": host.ipv4,
-                        "ipv6": host.ipv6 if ipv6 else None,
-                        "rate": plan.rate,
-                        "delay-us": 0,
-                    }
+            record = state.Record(
+                version=1,
+                name=plan.name,
+                mark=mark,
+                pid=told["pid"],
+                started=_linux.start_time(told["pid"]),
+                pid_namespace=_linux.inode("/proc/self/ns/pid"),
+                user=user,
+                kept=keep,
+                switch=switch,
+                inodes=tuple(told["inodes"]),
+                mtu=plan.mtu,
+                hosts={
+                    host.name: state.HostRecord(fd, host.ipv4, host.ipv6 if ipv6 else None, plan.rate)
                     for host, fd in zip(hosts, fds, strict=True)
                 },
-            }
+            )
             lab = made = cls(record, None if keep else holder)
             actions: list[list[Any]] = [["make-switch", lab.switch, plan.mtu]]
             for host in hosts:
@@ -297,12 +264,11 @@ class Lab:
                     actions += lab._shaping(there, plan.rate, 0)
             actions += [["wait-for-carrier", host.network] for host in lab.hosts.values()]
             lab.work(*actions)
-            state.write(directory, plan.name, record)
+            state.write(where, record)
             if keep:
                 holder.stdin.write(b"stay\n")
                 holder.stdin.flush()
-                if not holder.stdout.readline():
-                    raise ResourceError("the process that holds the laboratory has ended", "see the lines above")
+                read_json(holder, "the process that holds the laboratory", START_S)
                 holder.stdin.close()
                 holder.stdout.close()
                 # It is not ours any more: nobody here is to wait for it.
@@ -310,8 +276,8 @@ class Lab:
         except BaseException:
             if made is not None and made._worker is not None:
                 made._worker.close()
-            _release(holder)
-            state.remove(directory, plan.name)
+            hang_up(holder, HOLDER_END_S)
+            state.remove(where, plan.name)
             raise
         return lab
 
@@ -320,7 +286,7 @@ class Lab:
         """The laboratory of this name; `ConfigurationError` when it is not up."""
         LabPlan(name)  # the name may become a path
         record = state.read(state.directory(), name)
-        if record is None or not _alive(record):
+        if record is None or not record.is_alive():
             left = " (a crash has left its record)" if record is not None else ""
             raise ConfigurationError(
                 f"laboratory {name} is not up{left}: make it with `postcopy lab up{_option(name)}`"
@@ -333,7 +299,7 @@ class Lab:
             self._worker.close()
             self._worker = None
         if self._holder is not None:
-            _release(self._holder)
+            hang_up(self._holder, HOLDER_END_S)
             self._holder = None
         down(self.name, self.mark)
 
@@ -360,16 +326,15 @@ class Lab:
         results: list[Any] = answer["results"]
         return results
 
-    def change(self, name: str, what: str, value: int | None) -> None:
-        """Shapes a host's cable anew, and records it."""
+    def change(self, name: str, **what: int | None) -> None:
+        """Shapes a host's cable anew (`rate`, `delay_us`), and records it."""
         with state.locked() as where:
             record = state.read(where, self.name)
-            if record is None or record["mark"] != self.mark:
+            if record is None or record.mark != self.mark:
                 raise ConfigurationError(f"laboratory {self.name} is not up any more")
-            host = record["hosts"][name]
-            host[what] = value
-            self.work(*self._shaping(self.hosts[name], host["rate"], host["delay-us"]))
-            state.write(where, self.name, record)
+            host = record.hosts[name] = msgspec.structs.replace(record.hosts[name], **what)
+            self.work(*self._shaping(self.hosts[name], host.rate, host.delay_us))
+            state.write(where, record)
             self._record = record
 
     def _shaping(self, host: Host, rate: int | None, delay_us: int) -> list[list[Any]]:
@@ -381,8 +346,7 @@ class Lab:
 
     def rate_of(self, name: str) -> int | None:
         """Bytes a second, in each direction of a host's cable, as it was told last; None: no limit."""
-        rate: int | None = self._record["hosts"][name]["rate"]
-        return rate
+        return self._record.hosts[name].rate
 
     def has_netem(self) -> bool:
         return bool(self.work(["has-qdisc", self.switch, "netem"])[0])
@@ -395,27 +359,27 @@ class Lab:
             "name": self.name,
             "state": "up",
             "holder": self.pid,
-            "kept": self._record["kept"],
-            "user-namespace": "own" if self._record["user"] else "the caller's",
+            "kept": record.kept,
+            "user-namespace": "own" if record.user else "the caller's",
             "mtu": self.mtu,
             "netem": netem,
             "hosts": {
                 name: {
                     "ipv4": host.ipv4,
                     "ipv6": host.ipv6,
-                    "network": host.network,
+                    "network": self.hosts[name].network,
                     "cable": "whole" if whole[name] else "cut",
-                    "rate": format_rate(record["hosts"][name]["rate"]),
-                    "rate-bytes-per-s": record["hosts"][name]["rate"],
-                    "delay-us": record["hosts"][name]["delay-us"],
+                    "rate": format_rate(host.rate),
+                    "rate-bytes-per-s": host.rate,
+                    "delay-us": host.delay_us,
                 }
-                for name, host in self.hosts.items()
+                for name, host in record.hosts.items()
             },
         }
 
     def explain(self, doing: str, number: int, text: str) -> PostcopyError:
         """An error of the kernel as one for people."""
-        if not _alive(self._record):
+        if not self._record.is_alive():
             return ConfigurationError(f"laboratory {self.name} is not up any more")
         what = f"laboratory {self.name}: {doing}: {text}"
         if number == errno.EOPNOTSUPP and doing in ("make-switch", "make-host"):
@@ -440,7 +404,7 @@ def down(name: str = DEFAULT_NAME, mark: str | None = None) -> bool:
     LabPlan(name)
     with state.locked() as where:
         record = state.read(where, name)
-        if record is None or (mark is not None and record["mark"] != mark):
+        if record is None or (mark is not None and record.mark != mark):
             return False
         _clean(where, record)
     return True
@@ -451,55 +415,28 @@ def names() -> list[str]:
     return state.names(state.directory())
 
 
-def _alive(record: Json) -> bool:
-    """Whether the holder is there: this very process, not another one that has got its number."""
-    _check_pid_namespace(record)
-    return record["started"] is not None and namespaces.start_time(record["pid"]) == record["started"]
-
-
-def _check_pid_namespace(record: Json) -> None:
-    if record["pid-namespace"] != namespaces.inode("/proc/self/ns/pid"):
-        raise ConfigurationError(
-            f"laboratory {record['name']} was made in another PID namespace (a container): call `postcopy lab` there,"
-            f" or remove {state.path_of(state.directory(), record['name'])}"
-        )
-
-
-def _clean(where: Path, record: Json) -> None:
+def _clean(where: Path, record: state.Record) -> None:
     """Ends everything that is this record's, and removes it."""
     with contextlib.ExitStack() as stack:
         holder: int | None = None
         with contextlib.suppress(ProcessLookupError):
-            holder = os.pidfd_open(record["pid"])
+            holder = os.pidfd_open(record.pid)
             stack.callback(os.close, holder)
-        alive = holder is not None and _alive(record)  # asked after the descriptor was there: it is of this process
+        alive = record.is_alive() and holder is not None  # asked after the descriptor was there: it is of this process
         # The inode numbers mean something only as long as the holder keeps the namespaces.
-        namespaces.end_processes(record["mark"], record["inodes"] if alive else (), spare=[record["pid"]])
+        members.end_processes(record.mark, record.inodes if alive else (), spare=[record.pid])
         if alive:
             assert holder is not None
             try:
                 signal.pidfd_send_signal(holder, signal.SIGTERM)
-                if not namespaces.wait_for([holder], namespaces.TERM_S):
+                if not _linux.wait_for([holder], members.TERM_S):
                     signal.pidfd_send_signal(holder, signal.SIGKILL)
-                    namespaces.wait_for([holder], namespaces.KILL_S)
+                    _linux.wait_for([holder], members.KILL_S)
             except PermissionError as error:
                 raise ResourceError(
-                    f"laboratory {record['name']} belongs to another user: {error.strerror}", "end it as that user"
+                    f"laboratory {record.name} belongs to another user: {error.strerror}", "end it as that user"
                 ) from error
-    state.remove(where, record["name"])
-
-
-def _release(holder: subprocess.Popen[bytes]) -> None:
-    """Ends a holder that is our child: its life line first, then by force."""
-    for stream in (holder.stdin, holder.stdout):
-        if stream is not None:
-            with contextlib.suppress(OSError):
-                stream.close()
-    try:
-        holder.wait(namespaces.TERM_S + namespaces.KILL_S)
-    except subprocess.TimeoutExpired:
-        holder.kill()
-        holder.wait()
+    state.remove(where, record.name)
 
 
 def _has_ipv6() -> bool:
@@ -533,11 +470,6 @@ def _no_namespaces(number: int, text: str, *, root: bool) -> ResourceError:
         "root needs CAP_SYS_ADMIN and CAP_NET_ADMIN (`docker run --cap-add SYS_ADMIN --cap-add NET_ADMIN`), or the"
         " right to make user namespaces",
     )
-
-
-def _need_pyroute2() -> None:
-    if importlib.util.find_spec("pyroute2") is None:
-        raise ResourceError("the laboratory needs pyroute2, which is not installed", "pip install 'postcopy[lab]'")
 
 
 def _option(name: str) -> str:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process that talks rtnetlink, through pyroute2, until its standard input ends.
 
-``python -m postcopy.lab._netlink``: on each line of standard input a JSON object, ``{"user": FILE or null, "actions":
-[[VERB, ARGUMENT...], ...]}``, for which it writes one to standard output: ``{"results": [...]}``, or ``{"doing",
-"errno", "error"}`` of the action that failed; what came before it has been done.
+``python -m postcopy.testbed.lab._netlink``: on each line of standard input a JSON object, ``{"user": FILE or null,
+"actions": [[VERB, ARGUMENT...], ...]}``, for which it writes one to standard output: ``{"results": [...]}``, or
+``{"doing", "errno", "error"}`` of the action that failed; what came before it has been done.
 
 A process of its own, since pyroute2 runs an asyncio event loop in the thread that calls it, where Trio's would be;
 since its own way into a namespace is a fork of whoever calls it, which a process with threads and a userfaultfd must
@@ -28,7 +28,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.rtnl import TC_H_ROOT
 
-from postcopy.testbed.lab import _namespaces as namespaces
+from postcopy.testbed._linux import enter_network, enter_user
 from postcopy.testbed.lab._plan import PREFIX4, PREFIX6
 
 SWITCH = "switch"  # the bridge in the middle; its ports have the names of their hosts
@@ -42,7 +42,7 @@ IFF_TAP, IFF_NO_PI = 0x2, 0x1000
 
 @contextlib.contextmanager
 def network(path: str) -> Iterator[IPRoute]:
-    namespaces.enter_network(path)
+    enter_network(path)
     with IPRoute() as route:
         yield route
 
@@ -164,7 +164,7 @@ def shape(
 
 
 def attach_tap(path: str, name: str) -> None:
-    namespaces.enter_network(path)
+    enter_network(path)
     fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)  # it makes its interface in the namespace of this moment
     try:
         request = struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI)
@@ -215,7 +215,7 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     doing = "entering the user namespace"
     try:
         if request["user"] is not None:
-            namespaces.enter_user(request["user"])
+            enter_user(request["user"])
         for verb, *arguments in request["actions"]:
             doing = verb
             results.append(VERBS[verb](*arguments))

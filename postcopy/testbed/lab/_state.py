@@ -9,19 +9,60 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+import msgspec
 
 from postcopy._files import replacing, write_all
 from postcopy.errors import ConfigurationError, ResourceError
+from postcopy.testbed._linux import inode, start_time
 
-Json = dict[str, Any]
 _SUFFIX = ".json"
+
+
+class HostRecord(msgspec.Struct, rename="kebab"):
+    fd: int
+    """The holder's descriptor of the host's network namespace."""
+    ipv4: str
+    ipv6: str | None
+    rate: int | None = None
+    """Bytes a second in each direction of its cable, as it was told last; None: no limit."""
+    delay_us: int = 0
+
+
+class Record(msgspec.Struct, rename="kebab"):
+    """What is in the file."""
+
+    version: Literal[1]
+    name: str
+    mark: str
+    """What `_members.MARK` is in the environment of what runs here, all of which ends with the laboratory."""
+    pid: int
+    """Of the holder."""
+    started: int | None
+    pid_namespace: int
+    user: bool
+    """It has a user namespace of its own."""
+    kept: bool
+    switch: int
+    """The holder's descriptor of the switch's network namespace."""
+    inodes: tuple[int, ...]
+    mtu: int
+    hosts: dict[str, HostRecord]
+
+    def is_alive(self) -> bool:
+        """Whether the holder is there: this very process, not another one that has got its number."""
+        if self.pid_namespace != inode("/proc/self/ns/pid"):
+            raise ConfigurationError(
+                f"laboratory {self.name} was made in another PID namespace (a container): call `postcopy lab` there, or"
+                f" remove {path_of(directory(), self.name)}"
+            )
+        return self.started is not None and start_time(self.pid) == self.started
 
 
 def directory() -> Path:
@@ -80,22 +121,20 @@ def path_of(where: Path, name: str) -> Path:
     return where / f"{name}{_SUFFIX}"
 
 
-def write(where: Path, name: str, record: Json) -> None:
+def write(where: Path, record: Record) -> None:
     """Whole or not at all, whenever this process is killed."""
-    with replacing(str(path_of(where, name))) as fd:
-        write_all(fd, json.dumps(record, indent=1).encode())
+    with replacing(str(path_of(where, record.name))) as fd:
+        write_all(fd, msgspec.json.format(msgspec.json.encode(record), indent=1))
 
 
-def read(where: Path, name: str) -> Json | None:
+def read(where: Path, name: str) -> Record | None:
+    path = path_of(where, name)
     try:
-        record = json.loads(path_of(where, name).read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or record["version"] != 1:
-            raise KeyError("version")
+        return msgspec.json.decode(path.read_bytes(), type=Record)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError) as error:
-        raise ConfigurationError(f"{path_of(where, name)} is not the record of a laboratory: remove it") from error
-    return record
+    except msgspec.DecodeError as error:
+        raise ConfigurationError(f"{path} is not the record of a laboratory: remove it") from error
 
 
 def remove(where: Path, name: str) -> None:

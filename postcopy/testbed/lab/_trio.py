@@ -17,7 +17,7 @@ async def open_lab(plan: LabPlan) -> AsyncIterator[Lab]:
     """A laboratory that lasts as long as the block, and ends with this process, however that ends.
 
     Its methods block: call them with `trio.to_thread.run_sync`. Making and ending it are shielded from cancellation;
-    both take a second or less, and are bounded (`_lab.WORK_S`, `_namespaces.KILL_S`).
+    both take a second or less, and are bounded (`_lab.WORK_S`, `_members.KILL_S`).
     """
     with trio.CancelScope(shield=True):
         lab = await trio.to_thread.run_sync(lambda: Lab.up(plan, keep=False))

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from postcopy.errors import ConfigurationError, ResourceError
-from postcopy.testbed.lab import _namespaces as namespaces
+from postcopy.testbed.lab import _members as members
 from postcopy.testbed.lab._lab import Lab, down, names
 from postcopy.testbed.lab._plan import DEFAULT_NAME, MAX_HOSTS, MAX_MTU, MIN_MTU, LabPlan, parse_delay_us, parse_rate
 from postcopy.units import argument, parse_whole
@@ -80,7 +80,7 @@ def _exec(args: argparse.Namespace) -> int:
         raise ConfigurationError("which command? `postcopy lab exec HOST -- COMMAND...`")
     lab = Lab.find(args.name)
     lab.host(args.host).enter()
-    environment = {**os.environ, namespaces.MARK: lab.mark, "POSTCOPY_LAB_HOST": args.host}
+    environment = {**os.environ, members.MARK: lab.mark, "POSTCOPY_LAB_HOST": args.host}
     sys.stdout.flush()
     try:
         os.execvpe(command[0], command, environment)

@@ -15,10 +15,9 @@ from typing import TextIO
 import pytest
 import trio
 
-from postcopy import _writer
-from postcopy._writer import Kind, QueuedStream, Writer
 from postcopy.errors import ResourceError
-from postcopy.output import LogHandler, Output
+from postcopy.output import LogHandler, Output, _writer
+from postcopy.output._writer import Kind, QueuedStream, Writer
 
 
 class _Stream(io.StringIO):

@@ -194,7 +194,7 @@ async def _raw(path: Path) -> AsyncIterator[_Raw]:
 
 
 async def _send_for_ever(client: _Raw, data: bytes) -> None:
-    """Until it is hung up on."""
+    """Until it is disconnected."""
     with suppress(trio.BrokenResourceError):
         while True:
             await client.stream.send_all(data)
@@ -321,7 +321,7 @@ class TestServer:
                 await client.execute("status")
 
     async def test_client_that_reads_no_events(self, path: Path) -> None:
-        """It is hung up on; `publish` never waits, and another client hears everything."""
+        """It is disconnected; `publish` never waits, and another client gets everything."""
         async with _serving(path) as server, _raw(path) as stuck, ControlClient.open(str(path)) as good:
             await stuck.stream.send_all(b'{"execute": "events"}\n')
             await stuck.line()
@@ -335,7 +335,7 @@ class TestServer:
             assert (await good.execute("status"))["command"] == "status"
 
     async def test_client_that_reads_no_answers(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It stops being read from when its socket is full, and is hung up on; others are served."""
+        """It stops being read from when its socket is full, and is disconnected; others are served."""
         monkeypatch.setattr(server_module, "WRITE_TIMEOUT_S", 0.5)
         async with _serving(path) as server, _raw(path) as stuck, ControlClient.open(str(path)) as good:
             request = json.dumps({"execute": "migrate", "arguments": {"to": "y" * 4000}}).encode() + b"\n"

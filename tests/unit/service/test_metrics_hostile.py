@@ -66,7 +66,7 @@ async def test_client_that_does_not_read_a_long_page(monkeypatch: pytest.MonkeyP
     ):
         await stream.send_all(REQUEST)
         await stream.receive_some(1)
-        while server._waiting:  # noqa: ASYNC110 -- not read from: it is hung up on in the middle of the page
+        while server._waiting:  # noqa: ASYNC110 -- not read from: it is disconnected in the middle of the page
             await trio.sleep(0.01)
         count = 0
         with pytest.raises(trio.BrokenResourceError):  # noqa: PT012

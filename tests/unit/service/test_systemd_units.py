@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from postcopy.cli import make_parser
-from postcopy.service.server import _MAX_PATH_BYTES
+from postcopy.service.options import MAX_SOCKET_PATH_BYTES
 
 UNITS = sorted((Path(__file__).parents[3] / "examples" / "systemd").glob("*.service"))
 
@@ -37,4 +37,4 @@ def test_unit(unit: Path) -> None:
     # The control socket is in the unit's own directory, which systemd makes and removes.
     (directory,) = [value.replace("%i", "7777") for name, value in settings if name == "RuntimeDirectory"]
     assert args.control.startswith(f"/run/{directory}/")
-    assert len(args.control) <= _MAX_PATH_BYTES
+    assert len(args.control) <= MAX_SOCKET_PATH_BYTES

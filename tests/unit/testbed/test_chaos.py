@@ -15,7 +15,7 @@ from trio.testing import MockClock
 
 from postcopy.errors import ConfigurationError
 from postcopy.net import Address
-from postcopy.testbed import ChaosPlan, ChaosProxy, open_chaos_proxy
+from postcopy.testbed.chaos import ChaosPlan, ChaosProxy, open_chaos_proxy
 
 
 @asynccontextmanager

@@ -17,9 +17,9 @@ import pytest
 
 from postcopy.cli import main
 from postcopy.errors import ConfigurationError
-from postcopy.testbed import _needs, _probe_child, probe
-from postcopy.testbed._needs import Use
-from postcopy.testbed.probe import Finding, feature_names, migrations
+from postcopy.testbed import probe
+from postcopy.testbed.probe import Finding, _findings, _host, _needs, _supervise, _trials, migrations
+from postcopy.testbed.probe._needs import Use
 
 NOBODY = 65534
 
@@ -50,7 +50,7 @@ def test_it_answers_everything_and_leaves_nothing(run_in_child: Callable[..., An
     seen = run_in_child(everything, deadline_s=90).value
     findings: dict[str, Finding] = seen.pop("findings")
     assert seen == {"left-fds": 0, "left-children": False, "left-threads": 0, "moved": False}
-    assert set(findings) == set(probe.names()) - probe.ALIASES.keys()
+    assert set(findings) == set(probe.names()) - _findings.ALIASES.keys()
     for finding in findings.values():
         assert finding.state in ("yes", "no", "unknown")
         assert finding.needed_for or finding.name == "root"
@@ -101,10 +101,10 @@ def _die() -> dict[str, Any]:
 
 def try_bad_ones() -> tuple[dict[str, Any], float]:
     sys.executable = "/nonexistent"  # forked then, with the trials below
-    _probe_child.TRIALS.clear()
-    _probe_child.TRIALS.update({"first": lambda: {"a": 1}, "hangs": _sleep, "dies": _die, "last": lambda: {"b": 2}})
+    _trials.TRIALS.clear()
+    _trials.TRIALS.update({"first": lambda: {"a": 1}, "hangs": _sleep, "dies": _die, "last": lambda: {"b": 2}})
     began = time.monotonic()
-    return probe.try_in_child(list(_probe_child.TRIALS), deadline_s=3), time.monotonic() - began
+    return _supervise.try_in_child(list(_trials.TRIALS), deadline_s=3), time.monotonic() - began
 
 
 def test_a_trial_that_hangs_or_dies_costs_its_own_answer_only(run_in_child: Callable[..., Any]) -> None:
@@ -122,15 +122,15 @@ def test_a_child_that_cannot_begin_is_not_started_for_ever(monkeypatch: pytest.M
         starts.append(list(names))
         return {}, None, "the trial died (status 1)"
 
-    monkeypatch.setattr(probe, "_run_child", run)
-    answers = probe.try_in_child(["netns", "ipv6"])
+    monkeypatch.setattr(_supervise, "_run_child", run)
+    answers = _supervise.try_in_child(["netns", "ipv6"])
     assert starts == [["netns", "ipv6"], ["ipv6"]]
     assert {answer["state"] for answer in answers.values()} == {"unknown"}
 
 
 def test_bits_of_a_newer_kernel_keep_their_number() -> None:
-    assert feature_names(1 << 14 | 1 << 40) == ["POISON", "bit 40"]
-    assert _probe_child.ioctl_names(1 << 3 | 1 << 50 | 1 << 63) == ["COPY", "bit 50", "API"]
+    assert _findings.feature_names(1 << 14 | 1 << 40) == ["POISON", "bit 40"]
+    assert _trials.ioctl_names(1 << 3 | 1 << 50 | 1 << 63) == ["COPY", "bit 50", "API"]
 
 
 @pytest.mark.parametrize(
@@ -220,22 +220,22 @@ def test_find_refuses_what_it_does_not_know() -> None:
 def test_the_smallest_limit_on_the_way_up(
     monkeypatch: pytest.MonkeyPatch, files: dict[str, str], limit: int | None
 ) -> None:
-    monkeypatch.setattr(probe, "_read", lambda path: files.get(path, ""))
-    assert probe._cgroup_limit_bytes() == limit
+    monkeypatch.setattr(_host, "read", lambda path: files.get(path, ""))
+    assert _host._cgroup_limit_bytes() == limit
 
 
 def test_a_qdisc_that_nobody_could_try_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
-    answer = _probe_child._attempt(_probe_child.TRIALS["tbf"])
-    finding = probe._judge("tbf", answer)
+    answer = _trials._attempt(_trials.TRIALS["tbf"])
+    finding = _findings._judge("tbf", answer)
     assert finding.state == "unknown"
     assert finding.remedy.endswith("apt-get install iproute2")
 
 
 def test_huge_pages_that_are_reserved_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "HugePages_Total: 4\nHugePages_Free: 2\nHugePages_Rsvd: 2\nHugepagesize: 2048 kB\n"
-    monkeypatch.setattr(probe, "_read", lambda path: text)
-    finding = probe._hugetlb()
+    monkeypatch.setattr(_findings, "read", lambda path: text)
+    finding = _findings._hugetlb()
     assert finding.state == "no"
     assert finding.facts == {"total-pages": 4, "free-pages": 0, "page-bytes": 2 << 20}
 

@@ -2,16 +2,16 @@
 """Lines on their way to a descriptor that somebody else reads, or does not.
 
 A terminal that was stopped with Ctrl-S, a pager, a log collector that hangs, a pipe that nobody empties: a write to any
-of them can wait for ever, and whoever writes waits with it. So nobody writes but one thread for each descriptor, which
-has nothing else to do; all others, from whatever thread, put a line into its queue, and never wait.
+of them can wait forever, and the writer with it. So each descriptor has one thread that does nothing but write to it.
+All others put their lines into its queue, from any thread, and never wait.
 
 **What is dropped.** The queue has room for a little progress, for more log lines, and for very many lines of what must
 not be lost (results, endings, errors); a kind that has used up its room is dropped, and counted. When somebody reads
 again, the reader is told once how many lines are missing.
 
 **The end.** `close` waits for what is queued as long as somebody reads, for `STALLED_S` when nobody does, and for
-`CLOSE_S` in all. Then the thread is left behind in its write; it is a daemon, and holds up no process's end. Where the
-system gives no thread, whoever closes writes, with the same bounds.
+`CLOSE_S` in all. Then the thread is left in its write: it is a daemon thread, for which the end of the process does not
+wait. Where the system gives no thread, `close` itself writes, with the same bounds.
 
 A descriptor whose reader is gone is given up. One with no room (a full disk) is not: what must not be lost is tried
 again, other lines are dropped.
@@ -141,22 +141,13 @@ class Writer:
         return not self._gone
 
     def _write_here(self, deadline_s: float) -> bool:
-        """What is queued, by whoever calls, who must not wait for longer."""
-        poll = select.poll()
-        poll.register(self._fd, select.POLLOUT)
-        while self._queue:
-            data, kind = self._queue[0]
-            while data:
-                if not poll.poll(max(0, round((deadline_s - time.monotonic()) * 1000))):
-                    return False
-                try:
-                    data = data[os.write(self._fd, data[:_SURE_BYTES]) :]
-                except BlockingIOError:
-                    continue
-                except OSError:
-                    return False
-                self._queue[0] = data, kind
-            self._queue.popleft()
+        """What is queued, by the thread that calls, which must not wait for longer."""
+        try:
+            while self._queue:
+                self._write(self._queue[0][0], deadline_s)
+                self._queue.popleft()
+        except OSError:
+            return False
         return True
 
     def _run(self) -> None:
@@ -168,7 +159,7 @@ class Writer:
                 if not self._failed(error, data, kind, note):
                     return
             else:
-                self._failing = self._torn = False
+                self._failing = False
 
     def _next(self) -> tuple[bytes, Kind, int]:
         """A line, or the one that says how many were dropped, and how many that are."""
@@ -188,18 +179,22 @@ class Writer:
                 self._changed.notify_all()
                 self._changed.wait()
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes, deadline_s: float | None = None) -> None:
+        """TimeoutError where there is a deadline that has passed."""
         rest = memoryview(b"\n" + data if self._torn else data)
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
         while rest:
+            if deadline_s is not None and not poll.poll(max(0, round((deadline_s - time.monotonic()) * 1000))):
+                raise TimeoutError
             try:
-                rest = rest[os.write(self._fd, rest) :]
+                rest = rest[os.write(self._fd, rest if deadline_s is None else rest[:_SURE_BYTES]) :]
             except BlockingIOError:  # whoever shares the descriptor has made it so
-                poll = select.poll()
-                poll.register(self._fd, select.POLLOUT)
-                poll.poll()
+                poll.poll(RETRY_S * 1000)
                 continue
             self._torn = True  # until all of it is there
             self._progressed_s = time.monotonic()
+        self._torn = False
 
     def _failed(self, error: OSError, data: bytes, kind: Kind, note: int) -> bool:
         """False when nobody will read any more."""
@@ -221,19 +216,18 @@ class Writer:
 
 
 class QueuedStream(io.TextIOBase):
-    """What takes a standard stream's place where its lines go through a `Writer`, for whoever prints: Rich, the
-    interpreter's own messages. A line, or what was written before a `flush`, is queued in one piece."""
+    """Stands in for a standard stream whose lines go through a `Writer`: for Rich, and for what the interpreter prints.
+    A line, or what was written before a `flush`, is queued in one piece."""
 
     def __init__(self, writer: Writer, stream: TextIO | None, *, loss_is_error: bool) -> None:
-        """`loss_is_error`: whether whoever prints is to hear (BrokenPipeError) that nobody will read any more; else it
-        goes nowhere, in silence."""
+        """`loss_is_error`: printing raises BrokenPipeError when nobody will read any more, in place of doing nothing."""
         self.writer = writer
         self._stream = stream
         self._loss_is_error = loss_is_error
         self._local = threading.local()
 
     def as_kind(self, kind: Kind) -> None:
-        """What this thread writes from now on is of this kind; of no importance but for what is dropped."""
+        """What this thread writes from now on is of this kind, which decides only when it is dropped."""
         self._local.kind = kind
 
     @property

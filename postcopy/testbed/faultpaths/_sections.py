@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run as titled tables of styled words; text, Markdown and HTML are three ways of writing these."""
+"""A run, and what differs between two, as the titled tables of `postcopy.testbed._report`."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
+from postcopy.testbed._report import Row, Section, Span, Words, row
 from postcopy.testbed.faultpaths._model import (
     EVENT_THREADS,
     LOCK_CALLS,
@@ -41,26 +41,6 @@ LEGEND = (
 )
 
 
-@dataclass(frozen=True)
-class Span:
-    """Words and how they are meant: good, plain, muted, warn or bad."""
-
-    text: str
-    kind: str = "plain"
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table under a title. Each cell is a few spans, written after each other."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[tuple[Span, ...], ...], ...]
-    note: str = ""
-    hints: tuple[str, ...] = field(default=())
-    """For each row, what a reader with a mouse may want beside."""
-
-
 def summary(run: Run) -> str:
     """One line: how many of what."""
     counts = Counter(item.verdict for item in run.judged)
@@ -74,7 +54,7 @@ def sections(run: Run) -> list[Section]:
     """All of them, those without rows left out."""
     made = [
         *_groups(run),
-        *_remote(run),
+        _remote(run),
         _changed(run),
         _not_expected(run),
         _uncovered(run),
@@ -105,7 +85,6 @@ def _groups(run: Run) -> Iterable[Section]:
     by_operation: dict[str, list[Judged]] = {}
     for item in run.judged:
         by_operation.setdefault(item.cell.operation, []).append(item)
-    header = ("operation", *modes, "waits", "fault of")
     groups: dict[str, list[Operation]] = {}
     for operation in run.operations:
         if operation.name in by_operation:
@@ -115,8 +94,13 @@ def _groups(run: Run) -> Iterable[Section]:
         for operation in operations:
             items = by_operation[operation.name]
             cells = [_mode_cell([item for item in items if item.cell.mode is mode]) for mode in modes]
-            rows.append(((Span(operation.name),), *cells, *_waits(items)))
-        yield Section(TITLES.get(group, group), header, tuple(rows), hints=tuple(item.what for item in operations))
+            rows.append(row(operation.name, *cells, *_waits(items)))
+        yield Section(
+            TITLES.get(group, group),
+            ("operation", *modes, "waits", "fault of"),
+            tuple(rows),
+            hints=tuple(operation.what for operation in operations),
+        )
 
 
 def _backings(items: Iterable[Judged]) -> str:
@@ -135,31 +119,30 @@ def columns(run: Run) -> str:
     return "pages: " + "; ".join(parts)
 
 
-def _mode_cell(items: Sequence[Judged]) -> tuple[Span, ...]:
+def _mode_cell(items: Sequence[Judged]) -> Words:
     """One word where all backings that are there agree, else which of them did what."""
-    same: dict[tuple[str, str], list[Judged]] = {}
-    for item in [item for item in items if item.verdict is not Verdict.NOT_AVAILABLE] or items:
-        same.setdefault((brief(item), kind_of(item)), []).append(item)
-    if len(same) == 1:
-        ((text, kind),) = same
-        return (Span(text, kind),)
+    same = _grouped(
+        [item for item in items if item.verdict is not Verdict.NOT_AVAILABLE] or items,
+        lambda item: (brief(item), kind_of(item)),
+    )
     spans: list[Span] = []
-    for (text, kind), those in same.items():
+    for those in same:
         if spans:
             spans.append(Span("; "))
-        spans += [Span(f"{_backings(those)} ", "muted"), Span(text, kind)]
-    return tuple(spans) or (Span("", "muted"),)
+        if len(same) > 1:
+            spans.append(Span(f"{_backings(those)} ", "muted"))
+        spans.append(Span(brief(those[0]), kind_of(those[0])))
+    return spans or Span("", "muted")
 
 
-def _waits(items: Sequence[Judged]) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+def _waits(items: Sequence[Judged]) -> tuple[str, str]:
     """Of the first that was seen blocked."""
     for item in items:
-        if item.result.state:
-            where = "" if item.result.wchan == WAITS_IN else item.result.wchan
-            wait = f"{item.result.state} {where}".strip()
-            raised_by = item.result.event_thread
-            return (Span(wait),), (Span(raised_by if raised_by != EVENT_THREADS[0] else ""),)
-    return (Span(""),), (Span(""),)
+        seen = item.result
+        if seen.state:
+            where = "" if seen.wchan in (None, WAITS_IN) else seen.wchan
+            return f"{seen.state} {where}".strip(), seen.event_thread if seen.event_thread != EVENT_THREADS[0] else ""
+    return "", ""
 
 
 def _grouped(items: Iterable[Judged], key: Callable[[Judged], object]) -> list[list[Judged]]:
@@ -170,96 +153,100 @@ def _grouped(items: Iterable[Judged], key: Callable[[Judged], object]) -> list[l
     return list(groups.values())
 
 
-def _page(items: Sequence[Judged]) -> tuple[Span, ...]:
+def _page(items: Sequence[Judged]) -> str:
     """Modes and backings."""
-    parts = (f"{those[0].cell.mode} ({_backings(those)})" for those in _grouped(items, lambda item: item.cell.mode))
-    return (Span("; ".join(parts)),)
+    return "; ".join(f"{those[0].cell.mode} ({_backings(those)})" for those in _grouped(items, lambda i: i.cell.mode))
 
 
-def _alike(item: Judged) -> tuple[object, ...]:
-    """Cells that a list of findings tells in one row: they differ in the backing only."""
-    return item.cell.operation, item.cell.mode, item.result.brief, item.result.text, item.difference, item.reason
+def _alike(run: Run, chosen: Callable[[Judged], bool], across_modes: bool = False) -> list[list[Judged]]:
+    """Cells that a list of findings tells in one row: they differ in the backing only (or in the mode, too)."""
+
+    def key(item: Judged) -> object:
+        mode = None if across_modes else item.cell.mode
+        return item.cell.operation, mode, item.result.brief, item.result.text, item.difference, item.reason
+
+    return _grouped(filter(chosen, run.judged), key)
 
 
 def _changed(run: Run) -> Section:
-    rows = tuple(
-        (
-            (Span(those[0].cell.operation),),
-            _page(those),
-            (Span(those[0].difference, "bad"),),
-            (Span(those[0].result.text, "muted"),),
-            (Span(those[0].reason),),
-        )
-        for those in _grouped((item for item in run.judged if item.verdict is Verdict.CHANGED), _alike)
+    return Section(
+        "Changed: another outcome than expected",
+        ("operation", "page", "outcome", "detail", "the expectation's reason"),
+        tuple(
+            row(
+                those[0].cell.operation,
+                _page(those),
+                Span(those[0].difference, "bad"),
+                Span(those[0].result.text, "muted"),
+                those[0].reason,
+            )
+            for those in _alike(run, lambda item: item.verdict is Verdict.CHANGED)
+        ),
     )
-    header = ("operation", "page", "outcome", "detail", "the expectation's reason")
-    return Section("Changed: another outcome than expected", header, rows)
 
 
 def _not_expected(run: Run) -> Section:
-    rows = tuple(
-        (
-            (Span(those[0].cell.operation),),
-            _page(those),
-            (Span(those[0].result.brief, "warn"),),
-            (Span(those[0].result.text, "muted"),),
-        )
-        for those in _grouped((item for item in run.judged if item.verdict is Verdict.NOT_EXPECTED), _alike)
+    return Section(
+        "Not expected: no expectation for this kernel",
+        ("operation", "page", "outcome", "detail"),
+        tuple(
+            row(
+                those[0].cell.operation,
+                _page(those),
+                Span(those[0].result.brief, "warn"),
+                Span(those[0].result.text, "muted"),
+            )
+            for those in _alike(run, lambda item: item.verdict is Verdict.NOT_EXPECTED)
+        ),
     )
-    return Section("Not expected: no expectation for this kernel", ("operation", "page", "outcome", "detail"), rows)
 
 
 def _uncovered(run: Run) -> Section:
-    rows = tuple(
-        (
-            (Span(those[0].cell.operation),),
-            _page(those),
-            (Span(those[0].result.brief, "warn"),),
-            # An expectation's reason speaks of the outcome that it expects.
-            (Span(those[0].result.text if those[0].difference else those[0].reason or those[0].result.text),),
-        )
-        for those in _grouped(
-            (item for item in run.judged if item.uncovered), lambda item: (_alike(item)[0], *_alike(item)[2:])
-        )
-    )
     return Section(
         "Few places that remain uncovered",
         ("operation", "page", "instead of waiting", "why"),
-        rows,
+        tuple(
+            row(
+                those[0].cell.operation,
+                _page(those),
+                Span(those[0].result.brief, "warn"),
+                # An expectation's reason speaks of the outcome that it expects.
+                those[0].result.text if those[0].difference else those[0].reason or those[0].result.text,
+            )
+            for those in _alike(run, lambda item: item.uncovered, across_modes=True)
+        ),
         "These cannot wait for a page; whoever hands them memory must have its pages there first.",
     )
 
 
 def _unavailable(run: Run) -> Section:
-    items = [item for item in run.judged if item.verdict is Verdict.NOT_AVAILABLE]
     rows = []
-    for those in _grouped(items, lambda item: item.reason):
+    for those in _grouped(
+        (item for item in run.judged if item.verdict is Verdict.NOT_AVAILABLE), lambda item: item.reason
+    ):
         names = list(dict.fromkeys(item.cell.operation for item in those))
         if len(names) > 6:
             names = [*names[:5], f"and {len(names) - 5} more"]
         modes = ", ".join(dict.fromkeys(item.cell.mode.value for item in those))
-        rows.append(
-            ((Span(those[0].reason),), (Span(", ".join(names)),), (Span(f"{modes} ({_backings(those)})", "muted"),))
-        )
+        rows.append(row(those[0].reason, ", ".join(names), Span(f"{modes} ({_backings(those)})", "muted")))
     return Section("Not available here", ("reason", "operations", "cells"), tuple(rows))
 
 
-def _remote(run: Run) -> Iterable[Section]:
-    items = [(item, item.result.remote) for item in run.judged if item.result.remote is not None]
-    yield Section(
+def _remote(run: Run) -> Section:
+    return Section(
         "The page came from another host",
         ("cell", "outcome", "faults read", "requests at the source", "cuts", "waited"),
         tuple(
-            (
-                (Span(str(item.cell)),),
-                (Span(brief(item), kind_of(item)),),
-                (Span(str(remote.faults)),),
-                (Span(str(remote.requests), "bad" if remote.wrong(item.result.outcome) else "plain"),),
-                (Span(str(remote.cuts)),),
-                (Span(f"{item.result.waited_ns / 1e6:.1f} ms"),),
+            row(
+                str(item.cell),
+                Span(brief(item), kind_of(item)),
+                str(remote.faults),
+                Span(str(remote.requests), "bad" if remote.wrong(item.result.outcome) else "plain"),
+                str(remote.cuts),
+                f"{item.result.waited_us / 1e3:.1f} ms",
             )
-            for item, remote in items
-            if remote is not None and item.verdict is not Verdict.NOT_AVAILABLE
+            for item in run.judged
+            if (remote := item.result.remote) and item.verdict is not Verdict.NOT_AVAILABLE
         ),
         "Over TCP and a proxy that resets every connection while the operation waits, until both sides meet again. A"
         " fault beside an operation that passed is that of the check of the content afterwards.",
@@ -267,20 +254,19 @@ def _remote(run: Run) -> Iterable[Section]:
 
 
 def _measures(run: Run) -> Iterable[Section]:
-    items = run.judged
     yield Section(
         "A signal is pending during the fault",
         ("cell", "handler ran before the page", "more events", "CPU burned", "of"),
         tuple(
-            (
-                (Span(str(item.cell)),),
-                (Span("yes" if item.result.signal.handler_before_page else "no"),),
-                (Span(str(item.result.signal.events), "warn" if item.result.signal.events else "plain"),),
-                (Span(f"{item.result.signal.cpu_ns / 1e6:.2f} ms"),),
-                (Span(f"{item.result.signal.window_ns / 1e6:.2f} ms"),),
+            row(
+                str(item.cell),
+                "yes" if signal.handler_before_page else "no",
+                Span(str(signal.events), "warn" if signal.events else "plain"),
+                f"{signal.cpu_us / 1e3:.2f} ms",
+                f"{signal.window_us / 1e3:.2f} ms",
             )
-            for item in items
-            if item.result.signal is not None
+            for item in run.judged
+            if (signal := item.result.pending_signal)
         ),
         "User code faults once more after the handler has run. A copy within a system call is restarted, and faults"
         " again, for as long as the signal is pending: it burns a processor.",
@@ -289,26 +275,45 @@ def _measures(run: Run) -> Iterable[Section]:
         "SIGKILL during the fault",
         ("cell", "killed", "reaped after"),
         tuple(
-            (
-                (Span(str(item.cell)),),
-                (Span("yes", "good") if item.result.kill.killed else Span("NO", "bad"),),
-                (Span(f"{item.result.kill.ns / 1e6:.2f} ms" if item.result.kill.killed else ""),),
+            row(
+                str(item.cell),
+                Span("yes", "good") if kill.killed else Span("NO", "bad"),
+                f"{kill.reaped_us / 1e3:.2f} ms" if kill.killed else "",
             )
-            for item in items
-            if item.result.kill is not None
+            for item in run.judged
+            if (kill := item.result.kill)
         ),
     )
-    rows = []
-    for item in items:
-        locks = item.result.locks
-        if locks is None:
-            continue
-        for where, ratios in zip(("elsewhere", "same mapping"), locks.ratios(), strict=True):
-            words = [f"{ratio:.2f}" if ratio is not None else "-" for ratio in ratios]
-            rows.append(((Span(str(item.cell)),), (Span(where),), *((Span(word),) for word in words)))
+    rows: list[Row] = []
+    for item in run.judged:
+        if locks := item.result.locks_ns:
+            ratios = [locks[call].ratios for call in LOCK_CALLS]
+            for where, values in zip(("elsewhere", "same mapping"), zip(*ratios, strict=True), strict=True):
+                words = [f"{ratio:.2f}" if ratio is not None else "-" for ratio in values]
+                rows.append(row(str(item.cell), where, *words))
     yield Section(
         "Latency on another thread while the fault is pending, against none pending",
         ("cell", "where", *LOCK_CALLS),
         tuple(rows),
         "Near 1: no lock is held. Medians; see --json for the nanoseconds.",
     )
+
+
+def operation_list(operations: Sequence[Operation]) -> list[Section]:
+    """Of `--list`."""
+
+    def all_or(names: Sequence[str], every: Sequence[str]) -> Span:
+        return Span("all" if len(names) == len(every) else ", ".join(names), "muted")
+
+    return [
+        Section(
+            f"{TITLES.get(group, group)} ({group})",
+            ("operation", "what touches the page", "modes", "backings"),
+            tuple(
+                row(item.name, item.what, all_or(item.modes, list(Mode)), all_or(item.backings, list(Backing)))
+                for item in operations
+                if item.group == group
+            ),
+        )
+        for group in dict.fromkeys(operation.group for operation in operations)
+    ]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a child process of the tests starts with: dies with the thread that started it, leads a process group.
 
-_child.py exec COMMAND [ARGUMENT...]
-_child.py call FILE FUNCTION RESULT-FD    (pickled arguments on standard input)
+child.py exec COMMAND [ARGUMENT...]
+child.py call FILE FUNCTION RESULT-FD    (pickled arguments on standard input)
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from typing import Any
 
 import msgpack
 
-from tests.hostile import _wire as wire
-from tests.hostile._peer import Closed, ControlLine, Line, Machine, Refused, Source
-from tests.hostile._wire import Fields, Frame
+from hostile import _wire as wire
+from hostile._peer import Closed, ControlLine, Line, Machine, Refused, Source
+from hostile._wire import Fields, Frame
 
 EDGES = (
     0,

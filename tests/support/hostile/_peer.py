@@ -22,9 +22,9 @@ from typing import Any
 
 import msgpack
 
-from tests.hostile import _wire as wire
-from tests.hostile._program import Control, Program, verify
-from tests.hostile._wire import Fields, Frame
+from hostile import _wire as wire
+from hostile._program import Control, Program, verify
+from hostile._wire import Fields, Frame
 
 Address = tuple[str, int]
 TIMEOUT_S = 30.0

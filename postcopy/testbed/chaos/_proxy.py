@@ -1,19 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A TCP proxy that is a bad network: slow, jittery, cut, half open, lying.
-
-It stands between the two hosts of a migration, in the place of the cable. What it does to *bytes* (delay, rate,
-splitting, flipped bits) it does to each connection in each direction by itself; what it does to *connections* it does
-to all of them at once, as a cable would. Whoever connects while the cable is cut is reset, or, where it is frozen,
-accepted and never answered.
-
-Everything random comes from one seed, and from the number of the connection, so that a failure can be had again: the
-same seed decides the same delays, the same ways and times of cutting. Which byte is under way when the cable is cut
-depends on the machine all the same.
-
-Resource handling: all connections belong to the proxy and end with the block of `open_chaos_proxy`. At most
-`QUEUED_CHUNKS` chunks wait in each direction of a connection: a receiver that stops reading stops the sender, as TCP
-would.
-"""
+"""The proxy: see the package for what it is."""
 
 from __future__ import annotations
 
@@ -26,80 +12,13 @@ from dataclasses import dataclass, field
 
 import trio
 
-from postcopy.errors import ConfigurationError
 from postcopy.net import Address, parse_address
-from postcopy.units import parse_rate, parse_seconds, parse_seconds_range, parse_size
+from postcopy.testbed.chaos._plan import ChaosPlan
 
 CHUNK_BYTES = 64 * 1024
 QUEUED_CHUNKS = 16
 CONNECT_TIMEOUT_S = 10.0
-WAYS = ("reset", "close", "freeze", "truncate", "corrupt")
-"""How a cable can be cut: with a reset, with an orderly end, without a word (half open), after a few more bytes, or by
-one flipped bit, after which the connection goes on."""
-
 Log = Callable[[str, dict[str, object]], None]
-
-
-@dataclass(frozen=True)
-class ChaosPlan:
-    """What the network does by itself. Times in seconds; a range is drawn from uniformly."""
-
-    seed: int = 0
-    delay_s: float = 0.0  # of every byte, one way
-    jitter_s: float = 0.0  # up to so much more; the order stays
-    rate_bytes_per_s: int = 0  # of each connection and direction; 0: no limit
-    split_bytes: int = 0  # no write is larger; 0: as they come
-    cut_every_s: tuple[float, float] | None = None
-    down_s: tuple[float, float] = (0.0, 0.1)  # how long it stays cut
-    ways: tuple[str, ...] = ("reset",)
-
-    @classmethod
-    def parse(cls, text: str, seed: int = 0) -> ChaosPlan:
-        """Of words such as ``cut``, ``cut:every=0.2..0.5,down=0.1``, ``slow:delay=0.005,rate=10MiB``: see `KINDS`.
-        `ConfigurationError` says what is wrong."""
-        kind, _, rest = text.partition(":")
-        if kind not in KINDS:
-            raise ConfigurationError(f"no chaos called {kind!r}; there are {', '.join(KINDS)}")
-        settings = dict(KINDS[kind])
-        for item in filter(None, rest.split(",")):
-            name, equals, value = item.partition("=")
-            if not equals or name not in _SETTINGS:
-                raise ConfigurationError(
-                    f"chaos {text!r}: {item!r} is none of {', '.join(_SETTINGS)}, written NAME=VALUE"
-                )
-            attribute, parse = _SETTINGS[name]
-            settings[attribute] = parse(value)
-        return cls(seed=seed, **settings)  # type: ignore[arg-type]
-
-
-def ways(text: str) -> tuple[str, ...]:
-    """Of ``reset+freeze``."""
-    words = tuple(text.split("+"))
-    for word in words:
-        if word not in WAYS:
-            raise ConfigurationError(f"{word!r} is no way to cut a connection; there are {', '.join(WAYS)}")
-    return words
-
-
-_SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
-    "delay": ("delay_s", parse_seconds),
-    "jitter": ("jitter_s", parse_seconds),
-    "rate": ("rate_bytes_per_s", parse_rate),
-    "split": ("split_bytes", parse_size),
-    "every": ("cut_every_s", parse_seconds_range),
-    "down": ("down_s", parse_seconds_range),
-    "ways": ("ways", ways),
-}
-KINDS: dict[str, dict[str, object]] = {
-    "none": {},
-    "slow": {"delay_s": 0.005, "jitter_s": 0.002},
-    "split": {"split_bytes": 7},
-    "cut": {"cut_every_s": (0.1, 0.5)},
-    "freeze": {"cut_every_s": (0.5, 1.0), "ways": ("freeze",)},
-    "corrupt": {"cut_every_s": (0.1, 0.5), "ways": ("corrupt",), "down_s": (0.0, 0.0)},
-    "all": {"cut_every_s": (0.1, 0.5), "ways": WAYS, "delay_s": 0.001, "jitter_s": 0.001},
-}
-"""Words for the usual kinds of trouble, each the start of a plan."""
 
 
 @dataclass
@@ -147,7 +66,10 @@ class _Direction:
             step = self._proxy.plan.split_bytes or len(data)
             for start in range(0, len(data), step):
                 await self._sink.send_all(data[start : start + step])
-            self._proxy.count(len(data), self._out)
+            if self._out:
+                self._proxy.statistics.bytes_out += len(data)
+            else:
+                self._proxy.statistics.bytes_back += len(data)
         await self._sink.send_eof()
 
     def _when(self, size_bytes: int) -> float:
@@ -170,19 +92,24 @@ class _Direction:
 
 
 class _Connection:
-    def __init__(
-        self, near: trio.SocketStream, far: trio.SocketStream, directions: tuple[_Direction, _Direction]
-    ) -> None:
-        self.near, self.far = near, far
-        self.directions = directions
+    def __init__(self, proxy: ChaosProxy, near: trio.SocketStream, far: trio.SocketStream, number: int) -> None:
+        self._ends = near, far
+        self.directions = (
+            _Direction(proxy, near, far, number, out=True),
+            _Direction(proxy, far, near, number, out=False),
+        )
         self.scope = trio.CancelScope()
 
     def reset(self) -> None:
-        for stream in (self.near, self.far):
-            with_linger = struct.pack("ii", 1, 0)  # close(2) sends a reset then (socket(7))
-            if stream.socket.fileno() >= 0:
-                stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, with_linger)
+        for stream in self._ends:
+            _close_by_reset(stream)
         self.scope.cancel()
+
+
+def _close_by_reset(stream: trio.SocketStream) -> None:
+    """close(2) sends a reset from now on (SO_LINGER in socket(7))."""
+    if stream.socket.fileno() >= 0:
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 class ChaosProxy:
@@ -254,10 +181,9 @@ class ChaosProxy:
     async def serve(self) -> None:
         """Runs until cancelled."""
         async with trio.open_nursery() as nursery:
-            for listener in self._listeners:
-                nursery.start_soon(self._accept, listener, nursery)
             if self.plan.cut_every_s is not None:
                 nursery.start_soon(self._cut_again_and_again, self.plan.cut_every_s)
+            await trio.serve_listeners(self._carry, self._listeners, handler_nursery=nursery)
 
     async def _cut_again_and_again(self, every_s: tuple[float, float]) -> None:
         if self._begin is not None:
@@ -276,18 +202,14 @@ class ChaosProxy:
             self.thaw()
             self.heal()
 
-    async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
-        while True:
-            near = await listener.accept()
-            self.statistics.connections += 1
-            nursery.start_soon(self._carry, near, self.statistics.connections)
-
-    async def _carry(self, near: trio.SocketStream, number: int) -> None:
+    async def _carry(self, near: trio.SocketStream) -> None:
         """One connection, from its first byte to its end. Whatever the ends do, the proxy goes on."""
+        self.statistics.connections += 1
+        number = self.statistics.connections
         async with near:
             if self._down:
                 self.statistics.refused += 1
-                near.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                _close_by_reset(near)
                 return
             await self._thaw.wait()
             try:
@@ -299,15 +221,13 @@ class ChaosProxy:
             async with far:
                 for stream in (near, far):
                     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                out = _Direction(self, near, far, number, out=True)
-                back = _Direction(self, far, near, number, out=False)
-                connection = _Connection(near, far, (out, back))
+                connection = _Connection(self, near, far, number)
                 self._connections.add(connection)
                 try:
                     with connection.scope:
                         async with trio.open_nursery() as nursery:
-                            nursery.start_soon(self._half, out, connection)
-                            nursery.start_soon(self._half, back, connection)
+                            for direction in connection.directions:
+                                nursery.start_soon(self._half, direction, connection)
                 finally:
                     self._connections.discard(connection)
 
@@ -327,12 +247,6 @@ class ChaosProxy:
         if direction.frozen:
             await trio.sleep_forever()
         await self._thaw.wait()
-
-    def count(self, size_bytes: int, out: bool) -> None:
-        if out:
-            self.statistics.bytes_out += size_bytes
-        else:
-            self.statistics.bytes_back += size_bytes
 
 
 @asynccontextmanager

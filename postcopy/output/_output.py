@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command shows while it works: JSON lines on stdout, and for people, on stderr, a live view or plain lines.
-
-Output is never a reason to lose a machine, or to hold one up: every line goes through a queue (`_writer`), and a thread
-that waits for the reader in everybody's place. Progress is dropped when nobody reads it; results, endings and errors
-are kept for as long as the process lives, and a few seconds of its end.
-"""
+"""Where the words of a command go; see the room's own description."""
 
 from __future__ import annotations
 
@@ -19,18 +14,16 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 import trio
 
 from postcopy._log import add_migration, json_line, json_record, plain_record
-from postcopy._writer import Kind, QueuedStream, Writer
 from postcopy.errors import ResourceError
-from postcopy.units import format_size
+from postcopy.output._view import LIVE_PERIOD_S, Rate, rows, summary
+from postcopy.output._writer import Kind, QueuedStream, Writer
 
 if TYPE_CHECKING:
     # Loaded only where there is a terminal: a daemon's megabytes are counted.
     from rich.console import Console
-    from rich.table import Table
 
 Json = dict[str, Any]
 PERIOD_S = 0.5
-LIVE_PERIOD_S = 0.1
 PLAIN_PERIOD_S = 2.0
 
 
@@ -44,8 +37,8 @@ class Output:
         self._began = time.monotonic()
         self._stdout = Writer(stdout, self._dropped_events)
         self._stderr = Writer(stderr, self._dropped_lines)
-        # Who prints results for nobody may end; what is said beside the work is never a reason to end it (Rich, for
-        # one, makes SystemExit of a terminal that has gone).
+        # A command whose results nobody will read may end. One whose messages nobody will read goes on: Rich, which
+        # raises SystemExit when a terminal has gone, must not see that.
         self._streams = (
             QueuedStream(self._stdout, stdout, loss_is_error=True),
             QueuedStream(self._stderr, stderr, loss_is_error=False),
@@ -54,7 +47,7 @@ class Output:
         self._stalled = False  # that stdout is not read has been said
         self._kick = trio.Event()
         self._last_line = ""
-        self._rate = _Rate()
+        self._rate = Rate()
         self.listeners: list[Callable[[str, Json], None]] = []
         """Called with every event, whether or not JSON was asked for; must not block."""
 
@@ -100,27 +93,25 @@ class Output:
 
     def _dropped_lines(self, count: int) -> str:
         text = f"{count} lines are missing here: nobody read them"
-        if self._log_json:
-            return json_line("warning", "postcopy", text, time.time(), dropped=count) + "\n"
-        return f"postcopy: warning: {text}\n"
+        return self._line("warning", text, f"postcopy: warning: {text}", dropped=count) + "\n"
 
     # ---- words
 
     def say(self, text: str, kind: Kind = Kind.LASTING) -> None:
         """A line for a person."""
-        self._write(json_line("info", "postcopy", text, time.time()) if self._log_json else text, kind)
+        self._write(self._line("info", text, text), kind)
 
     def complain(self, text: str) -> None:
         """The error that a command ends with."""
-        if self._log_json:
-            self._write(json_line("error", "postcopy", text, time.time()), Kind.LASTING)
-        else:
-            self._write(f"postcopy: error: {text}", Kind.LASTING)
+        self._write(self._line("error", text, f"postcopy: error: {text}"), Kind.LASTING)
 
     def log(self, record: logging.LogRecord) -> None:
         """A log record that went through `add_migration`."""
         kind = Kind.LASTING if record.levelno >= logging.ERROR else Kind.LOG
         self._write(json_record(record) if self._log_json else plain_record(record), kind)
+
+    def _line(self, level: str, text: str, plain: str, **more: Any) -> str:
+        return json_line(level, "postcopy", text, time.time(), **more) if self._log_json else plain
 
     def _write(self, text: str, kind: Kind) -> None:
         if self._console is None:
@@ -154,35 +145,45 @@ class Output:
 
     async def follow(self, status: Callable[[], Json]) -> None:
         """Shows progress until cancelled."""
+        period_s = PERIOD_S if self._console is None else LIVE_PERIOD_S
+        next_event = next_plain = 0.0
+        last_status = None
+        with self._live_view() as draw:
+            while True:
+                now, at = status(), time.monotonic()
+                if self._kick.is_set() or at >= next_event:
+                    self._kick = trio.Event()
+                    self.emit("progress", now)
+                    next_event = at + PERIOD_S
+                    if draw is None and (now["status"] != last_status or at >= next_plain):
+                        self._plain(now)
+                        last_status, next_plain = now["status"], at + PLAIN_PERIOD_S
+                if draw is not None and not self._stderr.gone:
+                    draw(now)
+                with trio.move_on_after(period_s):
+                    await self._kick.wait()
+
+    @contextlib.contextmanager
+    def _live_view(self) -> Iterator[Callable[[Json], None] | None]:
+        """What draws the view; None where there is no terminal."""
         if self._console is None:
-            await self._tell(status, self._plain)
+            yield None
             return
         from rich.live import Live
+        from rich.table import Table
+
+        def draw(now: Json) -> None:
+            grid = Table.grid(padding=(0, 2))
+            for name, value in rows(now, self._rate):
+                grid.add_row(f"[bold]{name}[/bold]", value)
+            live.update(grid, refresh=True)
 
         # Drawn from this thread (no auto_refresh): Rich's own would look at an engine that is being closed.
         self._streams[1].as_kind(Kind.PROGRESS)
         with Live(
             console=self._console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
         ) as live:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._tell, status, lambda now: None)
-                while not self._stderr.gone:
-                    live.update(self._table(status()), refresh=True)
-                    await trio.sleep(LIVE_PERIOD_S)
-
-    async def _tell(self, status: Callable[[], Json], show: Callable[[Json], None]) -> None:
-        next_plain = 0.0
-        last_status = None
-        while True:
-            now = status()
-            self.emit("progress", now)
-            if now["status"] != last_status or time.monotonic() >= next_plain:
-                show(now)
-                next_plain = time.monotonic() + PLAIN_PERIOD_S
-                last_status = now["status"]
-            with trio.move_on_after(PERIOD_S):
-                await self._kick.wait()
-            self._kick = trio.Event()
+            yield draw
 
     def _plain(self, now: Json) -> None:
         if now["status"] == "setup":
@@ -192,14 +193,6 @@ class Output:
             self._last_line = line
             self.say(line, Kind.PROGRESS)
 
-    def _table(self, now: Json) -> Table:
-        from rich.table import Table
-
-        grid = Table.grid(padding=(0, 2))
-        for name, value in rows(now, self._rate):
-            grid.add_row(f"[bold]{name}[/bold]", value)
-        return grid
-
 
 def _console_on(stream: QueuedStream) -> Console | None:
     """A console where there is a terminal."""
@@ -208,56 +201,6 @@ def _console_on(stream: QueuedStream) -> Console | None:
     from rich.console import Console
 
     return Console(file=cast(TextIO, stream), highlight=False, soft_wrap=True)
-
-
-class _Rate:
-    """Bytes a second between two looks at a counter."""
-
-    def __init__(self) -> None:
-        self._when = time.monotonic()
-        self._value = 0
-        self._rate = 0.0
-
-    def of(self, value: int) -> float:
-        now = time.monotonic()
-        if now - self._when >= LIVE_PERIOD_S:
-            self._rate = max(0, value - self._value) / (now - self._when)
-            self._when, self._value = now, value
-        return self._rate
-
-
-def rows(now: Json, rate: _Rate) -> list[tuple[str, str]]:
-    """The live view: one line each."""
-    ram = now.get("ram") or {}
-    result = [(now["side"], now["status"])]
-    if "remaining" in ram and ram["total"]:
-        resident = ram["total"] - ram["remaining"]
-        share = resident / ram["total"]
-        bar = "█" * round(30 * share) + "░" * (30 - round(30 * share))
-        result.append(
-            ("resident", f"{bar} {100 * share:5.1f} %  {format_size(resident)} of {format_size(ram['total'])}")
-        )
-    if "transferred" in ram:
-        speed = format_size(round(rate.of(ram["transferred"])))
-        result.append(("network", f"{format_size(ram['transferred'])}, {speed}/s"))
-    if "demand-pages" in ram:
-        waiting = f", {now['pending-faults']} waiting" if now.get("pending-faults") else ""
-        result.append(("pages", f"{ram['demand-pages']} on demand{waiting}, {ram['background-pages']} in background"))
-    guest = now.get("guest") or {}
-    if "operations" in guest:
-        failures = f", {guest['failures']} FAILURES" if guest["failures"] else ""
-        result.append(
-            ("machine", f"{guest['state']}, {guest['operations']} operations, {guest['marks']} marks{failures}")
-        )
-    return result
-
-
-def summary(now: Json, rate: _Rate) -> str:
-    """The plain line: the same in one."""
-    (side, status), *rest = rows(now, rate)
-    return f"{side}: {status}" + "".join(
-        f"; {name}: {text.lstrip('█░ ')}" if name == "resident" else f"; {text}" for name, text in rest
-    )
 
 
 class LogHandler(logging.Handler):

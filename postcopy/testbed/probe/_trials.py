@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `postcopy.testbed.probe` tries for real, in a process of its own that may hang, or be killed, without loss.
+"""What `postcopy probe` tries for real, in a process of its own that may hang, or be killed, without loss.
 
 `run` prints one JSON line before each trial (``{"begin": name}``) and one after it. The parent reads both, so it knows
 which trial a dead or hung child was in. Nothing here outlives the process: no file, no namespace, no queue, no memory.
@@ -13,45 +13,39 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import json
 import mmap
 import os
-import platform
-import select
 import shutil
-import signal
 import socket
 import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from postcopy._native import ffi, lib
-from postcopy.errors import PostcopyError
+from postcopy._native import ffi
+from postcopy.errors import CoreError, PostcopyError
 from postcopy.memory import Memory, page_bytes_of
-from postcopy.uffd import UffdFeature
+from postcopy.testbed import _linux
+from postcopy.testbed._linux import libc
+from postcopy.uffd import FaultFlag, How, PageFault, RegisterMode, Result, UffdFeature, UffdIoctl, Userfaultfd, probe
+from postcopy.uffd.pagemap import PageCategory, pagemap_scan
 
 Facts = dict[str, Any]
 
 EVENT_DEADLINE_S = 3.0
 """For a fault that is on its way: a healthy one takes microseconds, a kernel that never tells takes for ever."""
 
-CLONE_NEWNET = 0x40000000
-CLONE_NEWUSER = 0x10000000
 SYS_IO_URING_SETUP = 425  # the same number on every architecture
-PR_SET_PDEATHSIG = 1
 TCP_ULP = 31
 SIOCSIFFLAGS = 0x8914
 IFF_UP = 1
 KVM_GET_API_VERSION, KVM_CREATE_VM = 0xAE00, 0xAE01
-PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg), twelve words of 64 bits
-PM_SCAN_WP_MATCHING, PM_SCAN_CHECK_WPASYNC = 1, 2
-PAGE_IS_WRITTEN = 1 << 1
 SOFT_DIRTY = 1 << 55  # of an entry of /proc/PID/pagemap
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Lacking(Exception):
@@ -66,12 +60,6 @@ def _reason(number: int) -> str:
     return f"{os.strerror(number)} ({errno.errorcode.get(number, number)})"
 
 
-def _core(result: int, what: str) -> int:
-    if result < 0:
-        raise Lacking(f"{what}: {_reason(-result)}")
-    return result
-
-
 def _system(result: int, what: str) -> int:
     if result < 0:
         raise Lacking(f"{what}: {_reason(ctypes.get_errno())}")
@@ -81,27 +69,48 @@ def _system(result: int, what: str) -> int:
 # ---- userfaultfd: pages really served
 
 
-@contextlib.contextmanager
-def _userfaultfd(features: int = 0) -> Iterator[tuple[int, int]]:
-    """A userfaultfd of the best kind this user may have, and which kind."""
-    api: Any = ffi.new("struct pc_uffd_api *")
-    fd = _core(lib.pc_uffd_open(lib.PC_UFFD_ANY, features, api), "opening a userfaultfd")
-    try:
-        yield fd, int(api.how)
-    finally:
-        os.close(fd)
+@dataclass
+class _Watched:
+    """Memory of one page, and the userfaultfd that watches it."""
+
+    uffd: Userfaultfd
+    memory: Memory
+    address: int
+    size: int
+    ioctls: int = 0
+
+    def register(self, mode: RegisterMode) -> None:
+        self.ioctls = self.uffd.register(self.address, self.size, mode)
+
+    def fault(self) -> FaultFlag:
+        """The next pagefault's flags."""
+        if not self.uffd.wait(EVENT_DEADLINE_S):
+            raise Lacking("registered, but an access to the missing page raised no fault")
+        event = next(iter(self.uffd.read()), None)
+        if not isinstance(event, PageFault):
+            raise Lacking(f"{event} where a fault was expected")
+        return event.flags
+
+    def facts(self) -> Facts:
+        return {"ioctls": ioctl_names(self.ioctls), "page-bytes": self.size}
 
 
 @contextlib.contextmanager
-def _memory(kind: str) -> Iterator[tuple[Memory, int]]:
-    """Memory of one page, and its address. Not a context manager's own: a thread that still sleeps in it must not make
-    closing wait."""
-    try:
-        memory = Memory.create(kind, page_bytes_of(kind))
-    except PostcopyError as error:
-        raise Lacking(getattr(error, "message", str(error))) from error
-    with memory:
-        yield memory, int(ffi.cast("uintptr_t", memory.struct.base))
+def _watched(kind: str, mode: RegisterMode | None = None, features: int = 0) -> Iterator[_Watched]:
+    """Registered where a mode is given. By the best userfaultfd that this user may have."""
+    with contextlib.ExitStack() as stack:
+        uffd = Userfaultfd.open(How.ANY, features)
+        stack.callback(uffd.close, abandon=True)  # whatever still waits there is not to make closing wait
+        memory = stack.enter_context(Memory.create(kind, page_bytes_of(kind)))
+        watched = _Watched(uffd, memory, int(ffi.cast("uintptr_t", memory.struct.base)), memory.size_bytes)
+        if mode is not None:
+            watched.register(mode)
+        yield watched
+
+
+def _done(result: Result, what: str) -> None:
+    if not result.done:
+        raise Lacking(f"{what}: {result.outcome.value}")
 
 
 class _Access(threading.Thread):
@@ -119,9 +128,9 @@ class _Access(threading.Thread):
 
     def run(self) -> None:
         if self._write is None:
-            _libc.memcpy(self._buffer, ctypes.c_void_p(self._address), ctypes.c_size_t(1))
+            libc.memcpy(self._buffer, ctypes.c_void_p(self._address), ctypes.c_size_t(1))
         else:
-            _libc.memcpy(ctypes.c_void_p(self._address), self._buffer, ctypes.c_size_t(1))
+            libc.memcpy(ctypes.c_void_p(self._address), self._buffer, ctypes.c_size_t(1))
 
     def done(self) -> int:
         """The byte."""
@@ -143,7 +152,7 @@ class _KernelAccess(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        self._result = _libc.write(self._pipe[1], ctypes.c_void_p(self._address), ctypes.c_size_t(1))
+        self._result = libc.write(self._pipe[1], ctypes.c_void_p(self._address), ctypes.c_size_t(1))
         self._errno = ctypes.get_errno()
 
     def done(self) -> int:
@@ -158,107 +167,80 @@ class _KernelAccess(threading.Thread):
                 os.close(fd)
 
 
-def _fault(fd: int) -> int:
-    """The next pagefault's flags."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    if not poll.poll(EVENT_DEADLINE_S * 1000):
-        raise Lacking("registered, but an access to the missing page raised no fault")
-    events: Any = ffi.new("struct pc_uffd_event[4]")
-    if _core(lib.pc_uffd_read(fd, events, 4), "reading the fault") < 1:
-        raise Lacking("the userfaultfd was readable, but had no fault")
-    if events[0].type != lib.PC_UFFD_EVENT_PAGEFAULT:
-        raise Lacking(f"an event {events[0].type:#x} where a fault was expected")
-    return int(events[0].flags)
-
-
-def _register(fd: int, address: int, size: int, mode: int) -> int:
-    ioctls: Any = ffi.new("uint64_t *")
-    _core(lib.pc_uffd_register(fd, address, size, mode, ioctls), "registering the memory")
-    return int(ioctls[0])
-
-
 def _equal(seen: int, expected: int) -> None:
     if seen != expected:
         raise Lacking(f"the access went on, but saw {seen:#x} in place of {expected:#x}")
 
 
 def _missing(kind: str) -> Facts:
-    with _userfaultfd() as (fd, _), _memory(kind) as (memory, address):
-        size = memory.size_bytes
-        ioctls = _register(fd, address, size, lib.PC_UFFD_MISSING)
-        access = _Access(address)
-        _fault(fd)
-        _core(lib.pc_uffd_copy(fd, address, b"\x5a" * size, size, 0, ffi.new("uint64_t *")), "UFFDIO_COPY")
+    with _watched(kind, RegisterMode.MISSING) as page:
+        access = _Access(page.address)
+        page.fault()
+        _done(page.uffd.copy(page.address, b"\x5a" * page.size), "UFFDIO_COPY")
         _equal(access.done(), 0x5A)
-    return {"ioctls": ioctl_names(ioctls), "page-bytes": size}
+        return page.facts()
 
 
 def _minor(kind: str) -> Facts:
-    with _userfaultfd() as (fd, _), _memory(kind) as (memory, address):
-        size = memory.size_bytes
-        with mmap.mmap(memory.struct.fd, size) if memory.struct.fd >= 0 else contextlib.nullcontext(None) as alias:
-            ioctls = _register(fd, address, size, lib.PC_UFFD_MINOR)
+    with _watched(kind) as page:
+        fd = page.memory.struct.fd
+        with mmap.mmap(fd, page.size) if fd >= 0 else contextlib.nullcontext(None) as alias:
+            page.register(RegisterMode.MINOR)
             if alias is None:
                 raise Lacking("registered, but there is no second mapping to fill it through")
             alias[0] = 0x5B
-            access = _Access(address)
-            if not _fault(fd) & lib.PC_UFFD_FAULT_MINOR:
+            access = _Access(page.address)
+            if not page.fault() & FaultFlag.MINOR:
                 raise Lacking("the fault was not a minor one")
-            _core(lib.pc_uffd_continue(fd, address, size, 0, ffi.new("uint64_t *")), "UFFDIO_CONTINUE")
+            _done(page.uffd.continue_(page.address, page.size), "UFFDIO_CONTINUE")
             _equal(access.done(), 0x5B)
-    return {"ioctls": ioctl_names(ioctls), "page-bytes": size}
+        return page.facts()
 
 
 def _wp(kind: str) -> Facts:
-    with _userfaultfd() as (fd, _), _memory(kind) as (memory, address):
-        size = memory.size_bytes
-        ctypes.memset(address, 1, 1)
-        ioctls = _register(fd, address, size, lib.PC_UFFD_WP)
-        _core(lib.pc_uffd_writeprotect(fd, address, size, lib.PC_UFFD_PROTECT), "UFFDIO_WRITEPROTECT")
-        access = _Access(address, write=0x5C)
-        if not _fault(fd) & lib.PC_UFFD_FAULT_WP:
+    with _watched(kind) as page:
+        ctypes.memset(page.address, 1, 1)
+        page.register(RegisterMode.WP)
+        page.uffd.writeprotect(page.address, page.size)
+        access = _Access(page.address, write=0x5C)
+        if not page.fault() & FaultFlag.WP:
             raise Lacking("the fault was not one of write protection")
-        _core(lib.pc_uffd_writeprotect(fd, address, size, 0), "lifting the write protection")
+        page.uffd.writeprotect(page.address, page.size, protect=False)
         access.done()
-        _equal(ctypes.string_at(address, 1)[0], 0x5C)
-    return {"ioctls": ioctl_names(ioctls), "page-bytes": size}
+        _equal(ctypes.string_at(page.address, 1)[0], 0x5C)
+        return page.facts()
 
 
 def _kernel_faults() -> Facts:
-    with _userfaultfd() as (fd, how), _memory("memfd") as (memory, address):
-        size = memory.size_bytes
-        _register(fd, address, size, lib.PC_UFFD_MISSING)
-        if how == lib.PC_UFFD_USER_ONLY:
-            if (seen := _KernelAccess(address).done()) == -errno.EFAULT:
+    user_only = probe().how is How.USER_ONLY
+    with _watched("memfd", RegisterMode.MISSING) as page:
+        access = _KernelAccess(page.address)
+        if user_only:
+            if (seen := access.done()) == -errno.EFAULT:
                 raise Lacking("faults of system calls get EFAULT (UFFD_USER_MODE_ONLY)")
             raise Lacking(f"a userfaultfd for user-mode faults only let write(2) return {seen}")
-        access = _KernelAccess(address)
-        _fault(fd)
-        _core(lib.pc_uffd_copy(fd, address, b"\x5d" * size, size, 0, ffi.new("uint64_t *")), "UFFDIO_COPY")
+        page.fault()
+        _done(page.uffd.copy(page.address, b"\x5d" * page.size), "UFFDIO_COPY")
         _equal(access.done(), 0x5D)
     return {}
 
 
 def _poison() -> Facts:
-    with _userfaultfd() as (fd, _), _memory("memfd") as (memory, address):
-        size = memory.size_bytes
-        _register(fd, address, size, lib.PC_UFFD_MISSING)
-        _core(lib.pc_uffd_poison(fd, address, size, 0, ffi.new("uint64_t *")), "UFFDIO_POISON")
+    with _watched("memfd", RegisterMode.MISSING) as page:
+        _done(page.uffd.poison(page.address, page.size), "UFFDIO_POISON")
         # An access by this process would be a SIGBUS; the kernel's own gets an error.
-        if (seen := _KernelAccess(address).done()) != -errno.EFAULT:
+        if (seen := _KernelAccess(page.address).done()) != -errno.EFAULT:
             raise Lacking(f"a poisoned page let write(2) return {seen}")
     return {}
 
 
 def _move() -> Facts:
-    with _userfaultfd() as (fd, _), _memory("anon") as (memory, address), _memory("anon") as (_, source):
-        size = memory.size_bytes
-        ctypes.memset(source, 0x5E, size)
-        _register(fd, address, size, lib.PC_UFFD_MISSING)
-        access = _Access(address)
-        _fault(fd)
-        _core(lib.pc_uffd_move(fd, address, source, size, 0, ffi.new("uint64_t *")), "UFFDIO_MOVE")
+    with _watched("anon", RegisterMode.MISSING) as page, Memory.create("anon", page.size) as other:
+        source = int(ffi.cast("uintptr_t", other.struct.base))
+        ctypes.memset(source, 0x5E, page.size)
+        access = _Access(page.address)
+        page.fault()
+        _done(page.uffd.move(page.address, source, page.size), "UFFDIO_MOVE")
         _equal(access.done(), 0x5E)
     return {}
 
@@ -267,35 +249,20 @@ def _move() -> Facts:
 
 
 def _wp_async() -> Facts:
-    class Scan(ctypes.Structure):
-        _fields_ = [(name, ctypes.c_uint64) for name in (
-            "size", "flags", "start", "end", "walk_end", "vec", "vec_len", "max_pages",
-            "category_inverted", "category_mask", "category_anyof_mask", "return_mask",
-        )]  # fmt: skip
-
     features = UffdFeature.WP_ASYNC | UffdFeature.WP_UNPOPULATED | UffdFeature.WP_HUGETLBFS_SHMEM
-    with _userfaultfd(features) as (fd, _), _memory("memfd") as (memory, address):
-        size = memory.size_bytes
-        ctypes.memset(address, 1, 1)
-        _register(fd, address, size, lib.PC_UFFD_WP)
-        _core(lib.pc_uffd_writeprotect(fd, address, size, lib.PC_UFFD_PROTECT), "UFFDIO_WRITEPROTECT")
-        regions = (ctypes.c_uint64 * 3)()
+    with _watched("memfd", features=features) as page:
+        ctypes.memset(page.address, 1, 1)
+        page.register(RegisterMode.WP)
+        page.uffd.writeprotect(page.address, page.size)
 
-        def written(pagemap: int) -> bool:
-            scan = Scan(
-                ctypes.sizeof(Scan), PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, address, address + size, 0,
-                ctypes.addressof(regions), 1, 0, 0, PAGE_IS_WRITTEN, 0, PAGE_IS_WRITTEN,
-            )  # fmt: skip
-            return _system(_libc.ioctl(pagemap, ctypes.c_ulong(PAGEMAP_SCAN), ctypes.byref(scan)), "PAGEMAP_SCAN") > 0
+        def written() -> bool:
+            end, category = page.address + page.size, PageCategory.WRITTEN
+            return bool(pagemap_scan(page.address, end, all_of=category, wp_matching=True, check_wp_async=True))
 
-        pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            clean = written(pagemap)
-            _libc.memset(ctypes.c_void_p(address), 2, ctypes.c_size_t(1))  # the kernel resolves it: no fault to serve
-            if clean or not written(pagemap) or written(pagemap):
-                raise Lacking("a write was not seen once and only once")
-        finally:
-            os.close(pagemap)
+        clean = not written()
+        libc.memset(ctypes.c_void_p(page.address), 2, ctypes.c_size_t(1))  # the kernel resolves it: no fault to serve
+        if not clean or not written() or written():
+            raise Lacking("a write was not seen once and only once")
     return {}
 
 
@@ -336,13 +303,9 @@ def _kvm() -> Facts:
 
 def _new_network(user: bool) -> None:
     """This process, from now on, in a network of its own (and, with `user`, root in a user namespace of its own)."""
-    uid, gid = os.geteuid(), os.getegid()
-    _system(_libc.unshare(CLONE_NEWNET | (CLONE_NEWUSER if user else 0)), "unshare(2)")
     if user:
-        # Mapped to root: an unmapped user would lose its capabilities by executing tc.
-        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(text)
+        _linux.new_user()  # as root there: an unmapped user would lose its capabilities by executing tc
+    os.close(_linux.new_network())
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
 
@@ -367,17 +330,9 @@ def _forked(trial: Callable[[], Facts]) -> Facts:
     return dict(answer["facts"])
 
 
-def _netns() -> Facts:
+def _netns(user: bool) -> Facts:
     def trial() -> Facts:
-        _new_network(user=False)
-        return {}
-
-    return _forked(trial)
-
-
-def _user_netns() -> Facts:
-    def trial() -> Facts:
-        _new_network(user=True)
+        _new_network(user)
         return {}
 
     return _forked(trial)
@@ -398,11 +353,11 @@ def _qdisc(name: str) -> Facts:
     def trial() -> Facts:
         try:
             _new_network(user=False)
-        except Lacking:
+        except OSError:
             try:
                 _new_network(user=True)
-            except (Lacking, OSError) as error:
-                raise Unknown(f"no network of its own to try it in ({error})") from error
+            except OSError as error:
+                raise Unknown(f"no network of its own to try it in ({_words(error)})") from error
         arguments = [tc, "qdisc", "add", "dev", "lo", "root", *QDISCS[name]]
         made = subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if made.returncode:
@@ -415,7 +370,7 @@ def _qdisc(name: str) -> Facts:
 
 def _io_uring() -> Facts:
     parameters = ctypes.create_string_buffer(120)
-    fd = _system(_libc.syscall(ctypes.c_long(SYS_IO_URING_SETUP), ctypes.c_uint(1), parameters), "io_uring_setup(2)")
+    fd = _system(libc.syscall(ctypes.c_long(SYS_IO_URING_SETUP), ctypes.c_uint(1), parameters), "io_uring_setup(2)")
     os.close(fd)
     return {"features": struct.unpack_from("=I", parameters, 20)[0]}
 
@@ -463,38 +418,27 @@ def _ipv6() -> Facts:
 
 # ---- names
 
-_IOCTLS = {
-    int(getattr(lib, f"PC_UFFD_IOCTL_{name}")): name
-    for name in ("REGISTER", "UNREGISTER", "WAKE", "COPY", "ZEROPAGE", "MOVE", "WRITEPROTECT", "CONTINUE", "POISON")
-} | {0x3F: "API"}
-
 
 def ioctl_names(mask: int) -> list[str]:
     """Of a mask that UFFDIO_API or UFFDIO_REGISTER returned; a bit of a newer kernel has its number."""
-    return [_IOCTLS.get(bit, f"bit {bit}") for bit in range(64) if mask >> bit & 1]
+    known = {int(ioctl): str(ioctl.name) for ioctl in UffdIoctl} | {1 << 0x3F: "API"}
+    return [known.get(1 << bit, f"bit {bit}") for bit in range(64) if mask >> bit & 1]
 
 
-def _kinds(trial: Callable[[str], Facts], kind: str) -> Callable[[], Facts]:
-    return lambda: trial(kind)
-
-
-def _qdisc_trial(name: str) -> Callable[[], Facts]:
-    return lambda: _qdisc(name)
-
-
+_KINDS = ("anon", "memfd", "hugetlb")
 TRIALS: dict[str, Callable[[], Facts]] = {
-    **{f"{kind}-missing": _kinds(_missing, kind) for kind in ("anon", "memfd", "hugetlb")},
-    **{f"{kind}-minor": _kinds(_minor, kind) for kind in ("anon", "memfd", "hugetlb")},
-    **{f"{kind}-wp": _kinds(_wp, kind) for kind in ("anon", "memfd", "hugetlb")},
+    **{f"{kind}-missing": functools.partial(_missing, kind) for kind in _KINDS},
+    **{f"{kind}-minor": functools.partial(_minor, kind) for kind in _KINDS},
+    **{f"{kind}-wp": functools.partial(_wp, kind) for kind in _KINDS},
     "kernel-faults": _kernel_faults,
     "uffd-poison": _poison,
     "uffd-move": _move,
     "kvm": _kvm,
     "soft-dirty": _soft_dirty,
     "pagemap-scan": _wp_async,
-    "netns": _netns,
-    "user-netns": _user_netns,
-    **{name: _qdisc_trial(name) for name in QDISCS},
+    "netns": functools.partial(_netns, user=False),
+    "user-netns": functools.partial(_netns, user=True),
+    **{name: functools.partial(_qdisc, name) for name in QDISCS},
     "tun": _tun,
     "io-uring": _io_uring,
     "ktls": _ktls,
@@ -510,30 +454,23 @@ def _attempt(trial: Callable[[], Facts]) -> Facts:
         return {"state": "no", "reason": str(error)}
     except Unknown as error:
         return {"state": "unknown", "reason": str(error)}
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return {"state": "no", "reason": f"{where}{_reason(error.errno or 0)}"}
+    except (PostcopyError, OSError) as error:
+        return {"state": "no", "reason": _words(error)}
+
+
+def _words(error: PostcopyError | OSError) -> str:
+    if isinstance(error, CoreError):
+        return f"{error.what}: {error.reason or _reason(error.errno or 0)}"
+    if isinstance(error, OSError):
+        return (f"{error.filename}: " if error.filename else "") + _reason(error.errno or 0)
+    return getattr(error, "message", str(error))  # its remedy is not the probe's
 
 
 def run(names: list[str], parent: int) -> None:
     """Tries each; lines on standard output. Dies with `parent`."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        return  # it has gone before the line above
+    _linux.die_with(parent)
     for name in names:
         print(json.dumps({"begin": name}), flush=True)
         print(json.dumps({"name": name, **_attempt(TRIALS[name])}), flush=True)
     sys.stdout.flush()
     os._exit(0)  # a thread that still sleeps in a page must not be waited for
-
-
-def cpu_virtualization() -> bool | None:
-    """Whether the processor says that it can run guests; None where that cannot be told."""
-    if platform.machine() not in ("x86_64", "i686"):
-        return None
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("flags"):
-                flags = line.split()
-                return "vmx" in flags or "svm" in flags
-    return None

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`postcopy source`, `dest` and `daemon`: from what was given to the service that runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import trio
+
+from postcopy.errors import ConfigurationError
+from postcopy.machines.kinds import MachineOptions
+from postcopy.migration.source import SourceOptions
+from postcopy.output import Output
+from postcopy.service import options
+from postcopy.service.config import (
+    ArrivalOptions,
+    DaemonConfig,
+    DestinationConfig,
+    OperatingOptions,
+    Origin,
+    SourceConfig,
+)
+from postcopy.service.options import record
+from postcopy.service.service import Service
+
+Run = Callable[[trio.Event], Awaitable[bool]]
+
+
+def make(given: dict[str, Any], output: Output) -> Run:
+    command = given["command"]
+    if command == "source":
+        _check_source(given)
+    if command == "dest":
+        service = _dest(given, output)
+    elif command == "daemon" or "hold" in given:
+        service = _daemon(given, output)
+    else:
+        service = _source(given, output)
+    operating = record(OperatingOptions, given)
+    if operating == OperatingOptions() and not os.environ.get("NOTIFY_SOCKET"):
+        return service.run
+    from postcopy.service.operation import Operation  # megabytes that nobody else needs
+
+    return Operation(service, operating, output).run
+
+
+def _source(given: dict[str, Any], output: Output) -> Service:
+    from postcopy.service.source import Source
+
+    config = record(
+        SourceConfig,
+        {"kind": "", **given},
+        machine=record(MachineOptions, given),
+        migration=record(SourceOptions, given),
+        origin=record(Origin, given) if "path" in given else None,
+    )
+    return Source(config, output)
+
+
+def _dest(given: dict[str, Any], output: Output) -> Service:
+    from postcopy.service.destination import Destination
+
+    return Destination(record(DestinationConfig, given, arrival=record(ArrivalOptions, given)), output)
+
+
+def _daemon(given: dict[str, Any], output: Output) -> Service:
+    """A daemon, which for `source --hold` is one that takes no machines."""
+    from postcopy.service.daemon import Daemon
+
+    if "control" not in given:  # nobody could tell it anything
+        what = "source --hold" if "hold" in given else "daemon"
+        raise ConfigurationError(f"{what} does what it is told through its control socket: say --control PATH")
+    config = record(
+        DaemonConfig,
+        given,
+        machine=record(MachineOptions, given) if "kind" in given else None,
+        migration=record(SourceOptions, given, name=""),
+        arrival=record(ArrivalOptions, given),
+        side=given["command"],
+    )
+    return Daemon(config, output)
+
+
+def _check_source(given: dict[str, Any]) -> None:
+    """A machine is described by --machine and its options, or by what is left of it."""
+    if "path" in given:
+        if "hold" in given:
+            raise ConfigurationError("--from does not go with --hold: say --listen or --connect")
+        for option in options.MACHINE:
+            if option.key in given and option not in (options.DISK, options.NET):
+                raise ConfigurationError(f"--{option.name} does not go with --from: the machine is what it was")
+    elif given.keys() & {"reclaim", "force"}:
+        raise ConfigurationError("--reclaim and --force go with --from")
+    if "hold" in given:
+        if "salvage_to" in given or given.get("migrate_after_s"):
+            raise ConfigurationError("--salvage and --migrate-after have no meaning with --hold")
+        return
+    is_image = given.get("kind") == "image"
+    if given.get("serve", 1) != 1 and not (is_image and "listen" in given):
+        raise ConfigurationError("--serve goes with --machine image and --listen only")
+    if is_image:
+        given.pop("backing", None)  # its memory is the file

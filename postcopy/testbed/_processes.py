@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Child processes of this room: started, read by the line, waited for with a deadline, and ended in every case.
+
+From Trio: `open_child` for one that is talked to, `run_json` for one that prints its result and ends. Where Trio cannot
+be (`lab`, which enters namespaces): `read_json` and `hang_up`, of a `subprocess.Popen`.
+
+Resource handling: a `Child` owns its process and both ends of its pipes. `end` closes standard input, asks by a signal
+where there is one, waits, and then kills the process (its whole group, where it leads one). It is shielded and bounded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar, TypeVarTuple
+
+import trio
+
+from postcopy.errors import MigrationError, ResourceError, known_error
+
+Json = dict[str, Any]
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+MAX_LINE_BYTES = 1 << 20
+
+
+class Lines:
+    """Of a stream, decoded; `MigrationError` for one that does not end. An iterator for one task."""
+
+    def __init__(self, stream: trio.abc.ReceiveStream) -> None:
+        self._stream = stream
+        self._buffer = b""
+
+    def __aiter__(self) -> Lines:
+        return self
+
+    async def __anext__(self) -> str:
+        while b"\n" not in self._buffer:
+            more = await self._stream.receive_some()
+            if not more and not self._buffer:
+                raise StopAsyncIteration
+            if not more:
+                break
+            self._buffer += more
+            if len(self._buffer) > MAX_LINE_BYTES:
+                raise MigrationError("a child's line does not end")
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line.decode("utf-8", "replace")
+
+
+class Child:
+    """A process whose standard output is read by the line. Made by `Child.start`, ended by `end`."""
+
+    def __init__(self, process: trio.Process, ask: signal.Signals | None, end_s: float, leads_group: bool) -> None:
+        assert process.stdout is not None
+        self.process = process
+        self._ask = ask
+        self._end_s = end_s
+        self._leads_group = leads_group
+        self.stdout = Lines(process.stdout)
+
+    @classmethod
+    async def start(
+        cls,
+        command: Sequence[str],
+        *,
+        ask: signal.Signals | None = None,
+        end_s: float = 0.0,
+        start_new_session: bool = False,
+        **options: Any,
+    ) -> Child:
+        """`ask` and `end_s`: how `end` asks first, and how long it waits; `options` are those of `subprocess.Popen`.
+        OSError when it cannot be started."""
+        options = {"stdin": subprocess.DEVNULL, "start_new_session": start_new_session, **options}
+        # Shielded: cancelled half-way, this would leave a process that nobody knows.
+        with trio.CancelScope(shield=True):
+            process = await trio.lowlevel.open_process(list(command), stdout=subprocess.PIPE, **options)
+        return cls(process, ask, end_s, start_new_session)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    async def send(self, line: bytes) -> None:
+        """A line to its standard input; nothing when it has ended: what it wrote before can still be read."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(trio.BrokenResourceError):
+            await self.process.stdin.send_all(line + b"\n")
+
+    async def line(self) -> str:
+        """The next line of its standard output; empty when it ended instead."""
+        return await anext(self.stdout, "")
+
+    def signal(self, number: signal.Signals) -> None:
+        """Harmless when it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+    async def end(self) -> None:
+        """See the head of this file. Harmless when it has ended."""
+        process = self.process
+        with trio.CancelScope(shield=True):
+            if process.stdin is not None:
+                await process.stdin.aclose()
+            if process.returncode is None and self._ask is not None:
+                self.signal(self._ask)
+            with trio.move_on_after(self._end_s):
+                await process.wait()
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    (os.killpg if self._leads_group else os.kill)(process.pid, signal.SIGKILL)
+                await process.wait()
+            for stream in (process.stdout, process.stderr):
+                if stream is not None:
+                    await stream.aclose()
+
+
+@asynccontextmanager
+async def open_child(command: Sequence[str], **options: Any) -> AsyncIterator[Child]:
+    """A `Child` that has ended when the block has; `options` as for `Child.start`."""
+    child = await Child.start(command, **options)
+    try:
+        yield child
+    finally:
+        await child.end()
+
+
+async def run_json(command: Sequence[str], what: str, deadline_s: float, *, check: bool = True) -> Any:
+    """The last line on standard output, as JSON, of a command that ends by itself. `MigrationError` when it is not done
+    in time, says nothing, or, with `check`, ends with another status than 0; what it says on standard error passes."""
+    with trio.move_on_after(deadline_s):
+        done = await trio.run_process(list(command), capture_stdout=True, check=False)
+        lines = done.stdout.strip().splitlines()
+        if not lines or (check and done.returncode):
+            raise MigrationError(f"{what} failed (its error is above)")
+        return json.loads(lines[-1])
+    raise MigrationError(f"{what} did not end within {deadline_s:g} s")
+
+
+def parse(line: str | bytes) -> Json:
+    """A line of a child; `MigrationError` when it is not a JSON object."""
+    with contextlib.suppress(ValueError):
+        message = json.loads(line)
+        if isinstance(message, dict):
+            return message
+    raise MigrationError(f"a child said something that is not JSON: {line[:80]!r}")
+
+
+def run(function: Callable[[*Ts], Awaitable[T]], *arguments: *Ts) -> T:
+    """`trio.run` for a command without an `Output`: Ctrl-C and errors for a person come as they are, not in a group."""
+    try:
+        return trio.run(function, *arguments, strict_exception_groups=True)
+    except BaseExceptionGroup as group:
+        if group.subgroup(KeyboardInterrupt) is not None:
+            raise KeyboardInterrupt from None
+        raise known_error(group) from None
+
+
+# ---- without Trio
+
+
+def read_json(process: subprocess.Popen[bytes], what: str, deadline_s: float) -> Json:
+    """The next line of a process as JSON. Blocks for at most `deadline_s` and one line; `ResourceError`."""
+    assert process.stdout is not None
+    if not select.select([process.stdout], [], [], deadline_s)[0]:
+        raise ResourceError(f"{what} did not answer within {deadline_s:g} s")
+    try:
+        return dict(json.loads(process.stdout.readline()))
+    except ValueError:
+        raise ResourceError(f"{what} has ended", "see what it said on standard error") from None
+
+
+def hang_up(process: subprocess.Popen[bytes], end_s: float) -> None:
+    """Closes the pipes of a process that ends then; by force when it has not within `end_s`. Harmless when it has."""
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
+    try:
+        process.wait(end_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: sets both sides up, waits for them, and says what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import trio
+from rich.console import Console
+
+from postcopy._blocking import run_sync
+from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, known_error
+from postcopy.machines.toy.machine import explain_no_kvm
+from postcopy.machines.toy.tap import format_ipv4, parse_ipv4, parse_net
+from postcopy.output import Output
+from postcopy.service import options
+from postcopy.service.options import Group, Option
+from postcopy.testbed.chaos import KINDS, ChaosPlan, open_chaos_proxy
+from postcopy.testbed.chaos.command import parse_plan
+from postcopy.testbed.demo._result import Json, check, merge, show
+from postcopy.testbed.demo._side import Side
+from postcopy.testbed.pinger import open_ping_process
+from postcopy.uffd import explain_unavailable
+from postcopy.units import format_size
+
+if TYPE_CHECKING:
+    from postcopy.testbed.lab import Host
+
+MIN_IMAGE_BYTES = 1 << 20
+CHAOS_SECONDS = 6  # that the push of all memory takes where connections are to be cut meanwhile
+MIN_CHAOS_BANDWIDTH = 2 << 20
+LAB_HEARTBEAT_S = 0.5  # a cable that is pulled out tells nobody: silence does
+LAB_HEADROOM = 2
+LAB_NET = "tap:guest0"  # of both hosts
+LAB_ADDRESS = "10.77.0.200"  # of the machine, beyond all hosts
+LAB_CUT_AT = 1 / 3  # of the memory is at the destination when the cable is cut
+
+
+# fmt: off
+OPTIONS = (
+    Group("the machine",
+          replace(options.KIND, help="what to migrate (default: kvm, or rv64 where kvm cannot be used)"),
+          *options.MACHINE),
+    Group("the engine", options.BACKING, options.BUSY_POLL, options.PAGER, *options.SENDING),
+    Group("",
+          replace(options.MIGRATE_AFTER, help="let the machine compute so long after it is ready (default 1)"),
+          replace(options.RUN_FOR, help=options.RUN_FOR.help.replace("until interrupted", "2")),
+          options.DUMP, options.VERIFY,
+          Option("chaos", f"a bad network between the two: {', '.join(KINDS)}; or more exactly, as"
+                 " cut:every=0.1..0.5,down=0.2 (docs/chaos.md); --seed repeats it", "PLAN"),
+          options.flag("lab", "each side in a host of a laboratory of its own (docs/lab.md); the cable between them is"
+                       " cut in the middle of postcopy, and healed"),
+          options.seconds("deadline", "give up after so long (default 300)")),
+    options.OUTPUT,
+)
+# fmt: on
+DEFAULTS: Json = {"migrate_after_s": 1.0, "run_for_s": 2.0, "deadline_s": 300.0}
+MACHINE_DEFAULTS: Json = {"memory_bytes": 256 << 20, "vcpus": 2, "workload": "random"}  # of one that runs
+
+
+def make(given: Json, output: Output) -> Callable[[trio.Event], Awaitable[bool]]:
+    return DemoCommand(given, output).run
+
+
+class DemoCommand:
+    def __init__(self, given: Json, output: Output) -> None:
+        """`given`: what was said of `OPTIONS`. It becomes what the two sides are told, each as far as it has the
+        option."""
+        values = self._values = DEFAULTS | given
+        self._output = output
+        self._lab = "lab" in values
+        if "kind" not in values:
+            values["kind"] = _usable_machine()
+        image = self._image = values["kind"] == "image"
+        if "release_ram" in values and image:
+            raise ConfigurationError("--release-ram: an image is a file, which stays as it is; leave the option out")
+        if not image:
+            values |= MACHINE_DEFAULTS | values
+        self._echo = not image and values["workload"] == "echo"
+        if self._echo:
+            if not self._lab:
+                raise ConfigurationError(
+                    "--workload echo needs a network: say --lab, or see docs/machines.md for one of your own"
+                )
+            values |= {"net": LAB_NET, "net_address": parse_ipv4(LAB_ADDRESS)} | values
+        self._chaos: ChaosPlan | None = None
+        if "chaos" in values:
+            self._chaos = parse_plan(values["chaos"], values)
+            if image:
+                values.pop("seed", None)  # an image has no use for one
+            if self._lab and self._chaos.cut_every_s is not None:
+                raise ConfigurationError(
+                    "--lab cuts the cable itself: --chaos may only be none, slow or split beside it"
+                )
+        if self._lab:
+            values["heartbeat_s"] = LAB_HEARTBEAT_S
+        bandwidth = values.get("max_bandwidth_bytes_per_s", 0)
+        if (self._lab or (self._chaos is not None and self._chaos.cut_every_s is not None)) and not bandwidth:
+            # Slow enough that there is something to cut.
+            bandwidth = max(MIN_CHAOS_BANDWIDTH, values.get("memory_bytes", 0) // CHAOS_SECONDS)
+        values["max_bandwidth_bytes_per_s"] = bandwidth
+        if image and "image" not in values:
+            self._image_bytes = values.pop("memory_bytes", 256 << 20)  # for the file, which says it from then on
+            if self._image_bytes < MIN_IMAGE_BYTES:
+                raise ConfigurationError(f"an image for the demo needs at least {format_size(MIN_IMAGE_BYTES)}")
+
+    async def run(self, stop: trio.Event) -> bool:
+        result: Json
+        try:
+            with trio.fail_after(self._values["deadline_s"]):
+                with tempfile.TemporaryDirectory(prefix="postcopy-demo-") as directory:
+                    result = await self._both(directory, stop)
+        except trio.TooSlowError:
+            result = {"status": "failed", "error": f"not done after {self._values['deadline_s']:g} s (--deadline)"}
+        except BaseExceptionGroup as group:
+            result = {"status": "failed", "error": str(known_error(group))}
+        except PostcopyError as error:
+            result = {"status": "failed", "error": str(error)}
+        result.setdefault("verified", False)
+        show(result, Console(stderr="json" in self._values, highlight=False))
+        self._output.emit("result", {"side": "demo", **result})
+        if result.get("error"):
+            raise MigrationError(str(result["error"]))
+        return result["status"] == "completed" and result["verified"] is True
+
+    async def _both(self, directory: str, stop: trio.Event) -> Json:
+        values = self._values
+        if values.get("workload") == "disk":
+            values.setdefault("disk", os.path.join(directory, "disk.img"))
+        if self._image and "image" not in values:
+            values["image"] = os.path.join(directory, "image.raw")
+            await run_sync(_make_image, values["image"], self._image_bytes)
+        if not self._lab:
+            return await self._run(Side("source", []), Side("dest", self._dest_arguments("127.0.0.1")), stop)
+        from postcopy.testbed.lab import MAX_RATE, LabPlan, open_lab
+
+        # The cable is twice as fast as the push, so that requested pages find room, and yet slow enough to be cut in
+        # the middle, however many pages the machine asks for.
+        rate = min(LAB_HEADROOM * values["max_bandwidth_bytes_per_s"], MAX_RATE)
+        async with open_lab(LabPlan(f"demo-{os.getpid()}", hosts=2 + self._echo, rate=rate)) as lab:
+            here, there, *others = lab.hosts.values()
+            source, dest = Side("source", [], here), Side("dest", self._dest_arguments(there.ipv4), there)
+            if not self._echo:
+                return await self._run(source, dest, stop)
+            return await self._watched(source, dest, others[0], stop)
+
+    async def _watched(self, source: Side, dest: Side, observer: Host, stop: trio.Event) -> Json:
+        """The machine is on the laboratory's network, and a third host asks it all the time."""
+        for side in (source, dest):
+            assert side.host is not None
+            await trio.to_thread.run_sync(side.host.attach_tap, parse_net(self._values["net"]))
+        address = format_ipv4(self._values["net_address"])
+        async with open_ping_process(address, wrap=lambda command: observer.command(*command)) as pings:
+            result = await self._run(source, dest, stop)
+            statistics = await pings.stop()
+        told = result["source"]
+        begin_ns = told.get("paused-at-ns", 0)
+        gap_ms = pings.gap_ms(begin_ns, begin_ns + round(told.get("downtime-ms", 0) * 1e6))
+        one_machine = statistics.same_machine and statistics.went_back == statistics.duplicates == 0
+        good = one_machine and gap_ms is not None
+        result["pings"] = {
+            "address": address,
+            "observer": observer.name,
+            "switchover-gap-ms": gap_ms,
+            "sent": statistics.sent,
+            "answered": statistics.answered,
+            "duplicates": statistics.duplicates,
+            "went-back": statistics.went_back,
+            "reordered": statistics.reordered,
+            "longest-gap-ms": statistics.longest_gap_ms,
+        }
+        result["verification"].append(
+            check(
+                good,
+                f"{address} answered {statistics.answered} of {statistics.sent} echoes, before and after, with numbers"
+                " that never went back",
+                f"{address} was not one machine that counts its answers: {statistics.as_dict()}",
+                f"numbered datagrams from {observer.name}, answered with the guest's own number and nonce",
+            )
+        )
+        result["verified"] = result["verified"] and good
+        return result
+
+    async def _run(self, source: Side, dest: Side, stop: trio.Event) -> Json:
+        cable: Json = {}
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._output.follow, lambda: self._progress(source, dest))
+            nursery.start_soon(dest.run, self._output)
+
+            async def interruption() -> None:
+                await stop.wait()
+                raise MigrationError("interrupted")
+
+            nursery.start_soon(interruption)
+            await dest.address_known.wait()
+            if dest.listening is None:
+                raise MigrationError(f"the destination did not start: {dest.last_error}")
+            async with self._cable(dest.listening, source) as (address, chaos):
+                source.arguments = self._source_arguments(address)
+                nursery.start_soon(source.run, self._output)
+                # Whichever ends first with an error ends it all; the other one would wait for it.
+                async with trio.open_nursery() as waiting:
+                    if dest.host is not None:
+                        waiting.start_soon(_pull_the_cable, source, dest, dest.host, cable)
+                    for child in (source, dest):
+                        waiting.start_soon(child.good_end)
+            nursery.cancel_scope.cancel()
+        assert source.result is not None
+        assert dest.result is not None
+        result = merge(source.result, dest.result) | chaos
+        if dest.host is not None:
+            result["lab"] = cable
+            count = (result["recoveries"] or {}).get("count", 0)
+            cut = cable["cut"]
+            what = f"the cable was out for {cut['healed-ms']:g} ms; recoveries: {count}"
+            how = "the port of the destination's cable was down until both sides said that they were paused"
+            result["verification"].append(check(count > 0, what, what, how))
+            result["verified"] = result["verified"] and count > 0
+        return result
+
+    @asynccontextmanager
+    async def _cable(self, address: str, source: Side) -> AsyncIterator[tuple[str, Json]]:
+        """Where the source is to connect, and what there will be to say about the network afterwards."""
+        if self._chaos is None:
+            yield address, {}
+            return
+        said: Json = {"plan": self._values["chaos"], "seed": self._chaos.seed}
+        if source.host is not None:
+            # There the proxy has to be, too. Where the kernel has no netem, this is how the network becomes slow.
+            child = Side("chaos", self._chaos_arguments(address), source.host)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(child.run, self._output)
+                await child.address_known.wait()
+                if child.listening is None:
+                    raise MigrationError(f"the proxy did not start: {child.last_error}")
+                yield child.listening, {"chaos": said}
+                await child.end()
+            told = child.result or {}
+            said |= {"connections": told.get("connections"), "refused": told.get("refused"), "cuts": told.get("by_way")}
+            return
+        # Nothing is cut before the point of no return: that would only keep the machine where it is.
+        async with open_chaos_proxy(address, self._chaos, begin=source.committed) as proxy:
+            yield str(proxy.address), {"chaos": said}
+            statistics = proxy.statistics
+            said |= {"connections": statistics.connections, "refused": statistics.refused, "cuts": statistics.by_way}
+
+    def _chaos_arguments(self, address: str) -> list[str]:
+        assert self._chaos is not None
+        plan = ["chaos", self._values["chaos"], "--seed", str(self._chaos.seed)]
+        return [*plan, "--json", "--listen", "127.0.0.1:0", "--to", address]
+
+    def _progress(self, source: Side, dest: Side) -> Json:
+        # What matters is at the source until the machine is not there any more.
+        return dest.progress if dest.progress["status"] not in ("setup", "active") else source.progress
+
+    def _dest_arguments(self, host: str) -> list[str]:
+        return self._arguments("dest", listen=f"{host}:0")
+
+    def _source_arguments(self, address: str) -> list[str]:
+        return self._arguments("source", connect=address, keep=False)
+
+    def _arguments(self, command: str, **more: Any) -> list[str]:
+        values = {name: value for name, value in self._values.items() if name != "log_json"}
+        return [command, *options.to_arguments(options.COMMANDS[command], values | {"json": True} | more)]
+
+
+def _usable_machine() -> str:
+    """kvm where this user can run and migrate one, else rv64, which needs no rights; says so."""
+    why = explain_no_kvm() or explain_unavailable(kernel_faults=True)
+    if why is None:
+        return "kvm"
+    with contextlib.suppress(OSError):
+        print(f"postcopy: --machine kvm cannot be used here ({why.message}): showing --machine rv64", file=sys.stderr)
+    return "rv64"
+
+
+async def _pull_the_cable(source: Side, dest: Side, host: Host, said: Json) -> None:
+    """Cuts the destination's cable in the middle of postcopy, heals it when both sides have noticed, and says so."""
+
+    def resident(progress: Json) -> float:
+        ram = progress.get("ram") or {}
+        return 1 - ram["remaining"] / ram["total"] if ram.get("total") and "remaining" in ram else 0.0
+
+    await dest.until(
+        "the cable was cut: give it more --memory or a lower --max-bandwidth",
+        lambda now: now["status"] == "postcopy-active" and resident(now) >= LAB_CUT_AT,
+    )
+    at_percent = round(100 * resident(dest.progress), 1)
+    await trio.to_thread.run_sync(host.cut)
+    cut_s = trio.current_time()
+    for side in (source, dest):
+        await side.until("it noticed the cut cable", lambda now: now["status"] == "postcopy-paused")
+    noticed_s = trio.current_time()
+    await trio.to_thread.run_sync(host.heal)
+    healed_s = trio.current_time()
+    said |= {
+        "name": host.lab.name,
+        "mtu": host.lab.mtu,
+        "rate-bytes-per-s": host.lab.rate_of(host.name),
+        "hosts": {
+            side.name: {"name": side.host.name, "ipv4": side.host.ipv4, "ipv6": side.host.ipv6}
+            for side in (source, dest)
+            if side.host is not None
+        },
+        "cut": {
+            "host": host.name,
+            "at-percent": at_percent,
+            "noticed-ms": round(1000 * (noticed_s - cut_s), 1),
+            "healed-ms": round(1000 * (healed_s - cut_s), 1),
+        },
+    }
+
+
+def _make_image(path: str, size_bytes: int) -> None:
+    """A sparse image: an eighth of it is random, in four pieces."""
+    piece_bytes = size_bytes // 32
+    with open(path, "wb") as image:
+        image.truncate(size_bytes)
+        for piece in range(4):
+            image.seek((2 * piece + 1) * size_bytes // 8)
+            for _ in range(0, piece_bytes, 1 << 16):
+                image.write(os.urandom(min(1 << 16, piece_bytes)))

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process of the demo, as it is seen from outside: by its JSON lines and its end."""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from collections.abc import Callable
+from subprocess import PIPE, SubprocessError
+from typing import TYPE_CHECKING
+
+import trio
+
+from postcopy._child import python
+from postcopy.errors import MigrationError
+from postcopy.output import Output
+from postcopy.testbed._processes import Child, Json, Lines, parse
+
+if TYPE_CHECKING:
+    from postcopy.testbed.lab import Host
+
+END_S = 15.0  # for a child to end in order
+
+
+class Side:
+    """One side, or the proxy between them: its progress as it comes, its result, its last words."""
+
+    def __init__(self, name: str, arguments: list[str], host: Host | None = None) -> None:
+        self.name = name
+        self.arguments = arguments
+        self.host = host  # where it runs, in a laboratory
+        self.listening: str | None = None
+        self.progress: Json = {"side": name, "status": "setup"}
+        self.result: Json | None = None
+        self.address_known = trio.Event()
+        self.committed = trio.Event()  # behind the point of no return, as far as it has said
+        self._done = trio.Event()
+        self._news = trio.Event()  # replaced by each line
+        self._stderr: deque[str] = deque(maxlen=50)
+        self._child: Child | None = None
+
+    async def run(self, output: Output) -> None:
+        """From its start to its end; cancelled, it is ended."""
+        command = python("-m", "postcopy", *self.arguments)
+        if self.host is not None:
+            command = self.host.command(*command)
+        try:
+            child = self._child = await Child.start(command, ask=signal.SIGTERM, end_s=END_S, stdin=None, stderr=PIPE)
+        except (OSError, SubprocessError) as error:
+            raise MigrationError(f"cannot start {self.name}: {error}") from error
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._read_errors, child.process)
+                async for line in child.stdout:
+                    self._take(parse(line), output)
+            await child.process.wait()
+        finally:
+            await child.end()
+            for event in (self.address_known, self.committed, self._done, self._news):
+                event.set()
+
+    async def end(self) -> None:
+        """Asks it to end, in order, and waits for it."""
+        if self._child is not None:
+            self._child.signal(signal.SIGTERM)
+        await self._done.wait()
+
+    async def good_end(self) -> None:
+        """Waits for its end; `MigrationError` when that is none with a result."""
+        await self._done.wait()
+        assert self._child is not None
+        if self._child.process.returncode or self.result is None:
+            raise MigrationError(f"{self.name}: {self.last_error}")
+
+    async def until(self, what: str, found: Callable[[Json], bool]) -> None:
+        """Waits for a progress of which `found` is true; `MigrationError` when its end comes first. One waiter."""
+        while not found(self.progress):
+            if self._done.is_set():
+                await self.good_end()  # what it has died of says more
+                raise MigrationError(f"{self.name} was at its end before {what}")
+            self._news = trio.Event()
+            await self._news.wait()
+
+    def _take(self, message: Json, output: Output) -> None:
+        event = message.pop("event", None)
+        message.pop("elapsed-ms", None)
+        if event == "result":
+            self.result = message
+        elif event == "listening":
+            self.listening = message["address"]
+            self.address_known.set()
+        elif event == "progress":
+            self.progress = message
+            if message["status"].startswith("postcopy"):
+                self.committed.set()
+            output.emit("progress", message)
+        output.kick()
+        self._news.set()
+
+    async def _read_errors(self, process: trio.Process) -> None:
+        assert process.stderr is not None
+        async for line in Lines(process.stderr):
+            self._stderr.append(line)
+
+    @property
+    def last_error(self) -> str:
+        for line in reversed(self._stderr):
+            if line.startswith("postcopy: error: "):
+                return line.removeprefix("postcopy: error: ")
+        return str((self.result or {}).get("error") or (self._stderr[-1] if self._stderr else "it said nothing"))

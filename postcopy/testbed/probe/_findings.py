@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Findings: what is concluded from the trials, what can be asked at once, and what would help."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from postcopy._native import ffi, lib
+from postcopy.errors import ConfigurationError
+from postcopy.testbed import _linux
+from postcopy.testbed.probe import _needs, _trials
+from postcopy.testbed.probe._host import container, cpu_virtualization, read
+from postcopy.testbed.probe._supervise import try_in_child
+from postcopy.uffd import How, UffdApi, UffdFeature
+from postcopy.units import format_size
+
+State = Literal["yes", "no", "unknown"]
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One answer."""
+
+    name: str
+    state: State
+    detail: str = ""
+    remedy: str = ""
+    """The one command that would make it ``yes``; a sentence where no command can; empty when it is."""
+    needed_for: str = ""
+    facts: Json = field(default_factory=dict)
+    """What else was seen; names and units are in docs/probe.md."""
+
+    def __bool__(self) -> bool:
+        return self.state == "yes"
+
+    def as_json(self) -> Json:
+        return {
+            "name": self.name,
+            "state": self.state,
+            "detail": self.detail,
+            "remedy": self.remedy,
+            "needed-for": self.needed_for,
+            **self.facts,
+        }
+
+    def complaint(self) -> str | None:
+        """None when it is there, else one line with the remedy."""
+        if self:
+            return None
+        return f"{self.name}: {self.detail or self.state}" + (f" (remedy: {self.remedy})" if self.remedy else "")
+
+
+# ---- remedies
+
+
+def _as_root(command: str) -> str:
+    return command if os.geteuid() == 0 else f"sudo {command}"
+
+
+def _device_remedy(device: str, module: str) -> str:
+    if os.path.exists(device):
+        # Root that may not open it is held by the container's device list.
+        return f"docker run --device {device} ..." if os.geteuid() == 0 else f"sudo chmod o+rw {device}"
+    if container() is not None:
+        return f"docker run --device {device} ..."
+    return _as_root(f"modprobe {module}") if module else "a kernel from 6.1 with CONFIG_USERFAULTFD=y"
+
+
+def _netns_remedy() -> str:
+    if os.geteuid() != 0:
+        return f"sudo {shlex.join(sys.argv)}"
+    if container() is not None:
+        return "docker run --cap-add SYS_ADMIN --cap-add NET_ADMIN ..."
+    return "a kernel with CONFIG_NET_NS=y"
+
+
+# ---- trials, by the child
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What is said of a trial's answer."""
+
+    needed_for: str
+    remedy: Callable[[], str]
+    yes: str = ""
+
+
+_FOR_POSTCOPY = "postcopy: the destination's memory"
+
+
+def _uffd_remedy() -> str:
+    if os.path.exists("/dev/userfaultfd") or container() is not None:
+        return _device_remedy("/dev/userfaultfd", "")
+    return _as_root("sysctl -w vm.unprivileged_userfaultfd=1")
+
+
+def _newer(version: str) -> Callable[[], str]:
+    return _constant(f"a kernel from {version}")
+
+
+def _constant(text: str) -> Callable[[], str]:
+    return lambda: text
+
+
+def _huge_remedy() -> str:
+    return _as_root("sysctl -w vm.nr_hugepages=64")
+
+
+def _memory_remedy(kind: str, mode: str) -> Callable[[], str]:
+    if kind == "anon" and mode == "minor":
+        return _constant("none: anonymous memory has no page cache; use --backing memfd")
+
+    def remedy() -> str:
+        if not uffd_user():
+            return _uffd_remedy()
+        return _huge_remedy() if kind == "hugetlb" else f"a kernel from {'5.14' if mode == 'minor' else '5.19'}"
+
+    return remedy
+
+
+_MODE_USES = {
+    "missing": "a page that has not arrived",
+    "minor": "placing pages by UFFDIO_CONTINUE, without a copy",
+    "wp": "write-protected memory (dirty tracking)",
+}
+
+_TRIALS: dict[str, _Trial] = {
+    **{
+        f"{kind}-{mode}": _Trial(f"--backing {kind}: {use}", _memory_remedy(kind, mode), "a page was served")
+        for kind in ("anon", "memfd", "hugetlb")
+        for mode, use in _MODE_USES.items()
+    },
+    "kernel-faults": _Trial("--machine kvm; O_DIRECT into memory", _uffd_remedy, "a fault of write(2) was served"),
+    "uffd-poison": _Trial("pages that can never come", _newer("6.6"), "a poisoned page gives EFAULT"),
+    "uffd-move": _Trial("nothing yet: pages moved without a copy", _newer("6.8"), "a page was moved"),
+    "kvm": _Trial("--machine kvm", lambda: _device_remedy("/dev/kvm", "kvm")),
+    "soft-dirty": _Trial("nothing yet: dirty tracking", _constant("a kernel with CONFIG_MEM_SOFT_DIRTY=y")),
+    "pagemap-scan": _Trial("nothing yet: dirty tracking by WP_ASYNC", _newer("6.7"), "a write was seen"),
+    "netns": _Trial("postcopy lab, and demo --lab", _netns_remedy),
+    "user-netns": _Trial("the same without root", lambda: _as_root("sysctl -w user.max_user_namespaces=10000")),
+    "netem": _Trial("networks with delay and loss", lambda: _as_root("modprobe sch_netem")),
+    "tbf": _Trial("networks with a rate", lambda: _as_root("modprobe sch_tbf")),
+    "htb": _Trial("networks with shared rates", lambda: _as_root("modprobe sch_htb")),
+    "tun": _Trial("the network device of a machine", lambda: _as_root("modprobe tun"), "can be opened"),
+    "io-uring": _Trial("a dozen rows of postcopy faultpaths", lambda: _as_root("sysctl -w kernel.io_uring_disabled=0")),
+    "ktls": _Trial("nothing yet: TLS of data channels in the kernel", lambda: _as_root("modprobe tls")),
+    "holes": _Trial("sparse images and dumps", _constant("export TMPDIR=/dev/shm")),
+    "ipv6": _Trial("addresses of IPv6", lambda: _as_root("sysctl -w net.ipv6.conf.lo.disable_ipv6=0")),
+}  # fmt: skip
+
+
+def _judge(name: str, answer: Json) -> Finding:
+    trial = _TRIALS[name]
+    state: State = answer["state"]
+    facts = answer.get("facts", {})
+    if name in _trials.QDISCS and state == "unknown" and "tc" in answer["reason"]:
+        return Finding(name, state, answer["reason"], _as_root("apt-get install iproute2"), trial.needed_for)
+    if name == "kvm" and state == "yes":
+        facts = {**facts, "hardware": cpu_virtualization()}
+        return Finding(name, state, f"API {facts['api-version']}, a VM was made; {_KVM_IS[facts['hardware']]}", "",
+                       trial.needed_for, facts)  # fmt: skip
+    if state == "yes":
+        return Finding(name, state, trial.yes, "", trial.needed_for, facts)
+    return Finding(name, state, answer["reason"], trial.remedy(), trial.needed_for, facts)
+
+
+_KVM_IS = {
+    True: "on the processor's own virtualization (vmx or svm)",
+    False: "emulated: the processor shows neither vmx nor svm",
+    None: "whether on hardware is unknown",
+}
+
+
+# ---- what is asked at once, here: none of it blocks
+
+
+def _open_uffd(name: str, how: How, needed_for: str) -> Finding:
+    answer: Any = ffi.new("struct pc_uffd_api *")
+    result = lib.pc_uffd_probe(how, answer)
+    if result < 0:
+        return Finding(name, "no", f"{_HOW[how][0]}: {os.strerror(-result)}", _HOW[how][1](), needed_for)
+    facts = _api_facts(UffdApi(How(answer.how), UffdFeature(answer.features), int(answer.ioctls)))
+    return Finding(name, "yes", f"opened: {facts['how']}", "", needed_for, facts)
+
+
+def _api_facts(api: UffdApi) -> Json:
+    return {
+        "how": api.how.name.lower().replace("_", "-"),
+        "features": feature_names(api.features),
+        "ioctls": _trials.ioctl_names(api.ioctls),
+    }
+
+
+def _user_only_remedy() -> str:
+    if container() is not None:
+        return "docker run --security-opt seccomp=docker/seccomp-userfaultfd.json ..."
+    return "a kernel from 5.11 with CONFIG_USERFAULTFD=y"
+
+
+_HOW: dict[How, tuple[str, Callable[[], str]]] = {
+    How.DEVICE: ("/dev/userfaultfd", lambda: _device_remedy("/dev/userfaultfd", "")),
+    How.SYSCALL: ("userfaultfd(2)", lambda: _as_root("sysctl -w vm.unprivileged_userfaultfd=1")),
+    How.USER_ONLY: ("userfaultfd(2), UFFD_USER_MODE_ONLY", _user_only_remedy),
+    How.ANY: ("any userfaultfd", _uffd_remedy),
+}
+
+
+def feature_names(features: int) -> list[str]:
+    """The feature bits by name, in order; a bit of a newer kernel has its number."""
+    known = {int(flag): str(flag.name) for flag in UffdFeature}
+    return [known.get(1 << bit, f"bit {bit}") for bit in range(64) if features >> bit & 1]
+
+
+def _uffd() -> Finding:
+    """One that stops faults of the kernel too."""
+    ways = [_open_uffd("uffd", how, "--machine kvm") for how in (How.DEVICE, How.SYSCALL)]
+    for finding in ways:
+        if finding:
+            return finding
+    reasons = "; ".join(finding.detail for finding in ways)
+    reason = f"no userfaultfd that serves faults of the kernel ({reasons})"
+    return Finding("uffd", "no", reason, _uffd_remedy(), "--machine kvm")
+
+
+def uffd_user() -> Finding:
+    """At least one for faults of user code."""
+    return _open_uffd("uffd-user", How.ANY, _FOR_POSTCOPY)
+
+
+def _feature(name: str, flag: UffdFeature, needed_for: str, version: str) -> Finding:
+    any_way = uffd_user()
+    if not any_way:
+        return Finding(name, "unknown", any_way.detail, any_way.remedy, needed_for)
+    if flag.name in any_way.facts["features"]:
+        return Finding(name, "yes", "a feature bit", "", needed_for)
+    return Finding(name, "no", f"this kernel's userfaultfd has no {flag.name}", f"a kernel from {version}", needed_for)
+
+
+def _root() -> Finding:
+    if os.geteuid() == 0:
+        return Finding("root", "yes", "user 0")
+    return Finding(
+        "root", "no", f"not root: user {os.geteuid()}", f"sudo {shlex.join(sys.argv)}", "tests with networks"
+    )
+
+
+def _change_user() -> Finding:
+    needed = {"CAP_SETGID": _linux.CAP_SETGID, "CAP_SETUID": _linux.CAP_SETUID}
+    lacking = [name for name, bit in needed.items() if not _linux.has_capabilities(bit)]
+    if os.geteuid() == 0 and not lacking:
+        return Finding("change-user", "yes", "user 0 with CAP_SETUID and CAP_SETGID", "", "--user")
+    if os.geteuid() != 0:
+        return Finding("change-user", "no", f"user {os.geteuid()}", f"sudo {shlex.join(sys.argv)}", "--user")
+    detail = f"user 0 without {' and '.join(lacking)}"
+    return Finding("change-user", "no", detail, "docker run --cap-add SETUID --cap-add SETGID ...", "--user")
+
+
+def _hugetlb() -> Finding:
+    uses = "--backing hugetlb"
+    pool = {}
+    for line in read("/proc/meminfo").splitlines():
+        name, _, value = line.partition(":")
+        if name in ("HugePages_Total", "HugePages_Free", "HugePages_Rsvd", "Hugepagesize"):
+            pool[name] = int(value.split()[0])
+    if "HugePages_Free" not in pool:
+        return Finding("hugetlb", "no", "this kernel has no huge pages", "a kernel with CONFIG_HUGETLBFS=y", uses)
+    free, size = pool["HugePages_Free"] - pool.get("HugePages_Rsvd", 0), pool.get("Hugepagesize", 0) * 1024
+    facts = {"total-pages": pool.get("HugePages_Total", 0), "free-pages": free, "page-bytes": size}
+    text = f"{free} of {facts['total-pages']} pages of {format_size(size)} are free"
+    return Finding("hugetlb", "yes" if free > 0 else "no", text, "" if free > 0 else _huge_remedy(), uses, facts)
+
+
+CHEAP: dict[str, Callable[[], Finding]] = {
+    "uffd": _uffd,
+    "uffd-device": lambda: _open_uffd("uffd-device", How.DEVICE, "--machine kvm, without root"),
+    "uffd-syscall": lambda: _open_uffd("uffd-syscall", How.SYSCALL, "--machine kvm"),
+    "uffd-user-only": lambda: _open_uffd("uffd-user-only", How.USER_ONLY, "--machine image, without any right"),
+    "uffd-user": uffd_user,
+    "uffd-minor": lambda: _feature("uffd-minor", UffdFeature.MINOR_SHMEM, "--backing memfd", "5.14"),
+    "root": _root,
+    "change-user": _change_user,
+    "hugetlb": _hugetlb,
+}
+ALIASES = {"uffd-kernel": "kernel-faults"}
+
+
+def names() -> list[str]:
+    """All that `find` and ``--require`` know."""
+    return [*CHEAP, *_TRIALS, *ALIASES]
+
+
+@functools.cache
+def find(name: str) -> Finding:
+    """One finding, tried now and then remembered for this process. `ConfigurationError` for a name that is none."""
+    name = ALIASES.get(name, name)
+    if name in CHEAP:
+        return CHEAP[name]()
+    if name not in _TRIALS:
+        raise ConfigurationError(f"probe: there is no {name!r} to ask for; there are {', '.join(names())}")
+    return _judge(name, try_in_child([name])[name])
+
+
+def find_all() -> list[Finding]:
+    """Every finding, tried afresh."""
+    answers = try_in_child(_TRIALS)
+    return [*(ask() for ask in CHEAP.values()), *(_judge(name, answers[name]) for name in _TRIALS)]
+
+
+def uses(findings: Iterable[Finding]) -> list[Json]:
+    """What each use of postcopy needs, and whether that is here (`_needs.USES`)."""
+    seen = {finding.name: bool(finding) for finding in findings}
+    return [{"name": use.name, "needs": use.needs, "here": use.here(seen)} for use in _needs.USES]
+
+
+def migrations(findings: Iterable[Finding]) -> dict[str, bool]:
+    """What can be a destination here: `image` needs pages served to user code, `kvm` those of the kernel as well."""
+    seen = {finding.name: bool(finding) for finding in findings}
+    image = seen["uffd-user"] and (seen["memfd-missing"] or seen["anon-missing"])
+    return {"image": image, "kvm": image and seen["kernel-faults"] and seen["kvm"]}

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of options, and what is made from it: parsers, ``--help``, requests of the control socket, and the command
+lines of the demo's two sides."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from postcopy.cli import make_parser
+from postcopy.cli._parser import COMMANDS, options_of, values
+from postcopy.errors import ConfigurationError
+from postcopy.machines.kinds import MachineOptions
+from postcopy.migration.source import SourceOptions
+from postcopy.output import Output
+from postcopy.service import options, schema
+from postcopy.service.config import ArrivalOptions, DaemonConfig, DestinationConfig, OperatingOptions, SourceConfig
+from postcopy.service.options import Group, Option, record, to_arguments
+from postcopy.testbed.demo import DemoCommand
+
+# A value of every option that has one, as a user writes it, and what it is to a record.
+WRITTEN: dict[str, tuple[str, Any]] = {
+    "backing": ("anon", "anon"),
+    "bulk-channels": ("3", 3),
+    "busy-poll": ("20", 20),
+    "chaos": ("cut:every=1", "cut:every=1"),
+    "connect": ("[::1]:7", None),
+    "control": ("/run/x.sock", "/run/x.sock"),
+    "deadline": ("5", 5.0),
+    "disk": ("d.img", "d.img"),
+    "dump": ("copy", "copy"),
+    "from": ("salvage", "salvage"),
+    "heartbeat": ("300ms", 0.3),
+    "image": ("i.img", "i.img"),
+    "into": ("whole", "whole"),
+    "listen": ("127.0.0.1:0", None),
+    "log-level": ("debug", "debug"),
+    "machine": ("rv64", "rv64"),
+    "max-bandwidth": ("8mbit", 1_000_000),
+    "memory": ("64MiB", 64 << 20),
+    "metrics": (":9100", ":9100"),
+    "metrics-file": ("x.prom", "x.prom"),
+    "migrate-after": ("0.25", 0.25),
+    "name": ("vm1", "vm1"),
+    "net": ("tap:tap0", "tap:tap0"),
+    "net-address": ("10.0.0.9", (10 << 24) + 9),
+    "net-mac": ("52:54:00:12:34:56", 0x525400123456),
+    "on-failure": ("exit", False),
+    "on-lost": ("kill", True),
+    "output": ("whole.img", "whole.img"),
+    "pager": ("process", True),
+    "peer-file": ("peer", "peer"),
+    "recover-for": ("forever", math.inf),
+    "run-for": ("1.5", 1.5),
+    "salvage": ("s", "s"),
+    "seed": ("18446744073709551615", 2**64 - 1),
+    "serve": ("forever", math.inf),
+    "to": ("host:7", None),
+    "user": ("nobody:users", "nobody:users"),
+    "vcpus": ("2", 2),
+    "workload": ("idle", "idle"),
+    "working-set": ("1.5MiB", 3 << 19),
+}
+TABLES = ("source", "dest", "daemon", "demo", "merge", "chaos")
+
+
+def table(command: str) -> tuple[Group, ...]:
+    groups = options_of(command)
+    assert groups is not None
+    return groups
+
+
+def all_options(command: str) -> list[Option]:
+    return [option for group in table(command) for option in group]
+
+
+def parsed(*arguments: str) -> dict[str, Any]:
+    return values(make_parser(arguments).parse_args(arguments))
+
+
+def help_of(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit):
+        make_parser(arguments).parse_args([*arguments, "--help"])
+    return re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command has one, and every option of the table is there, with its own words."""
+    text = help_of(command, capsys=capsys)
+    if command in TABLES:
+        for option in all_options(command):
+            assert option.positional or re.search(rf"--{option.name}[ ,]", text), option.name
+            assert option.help in text
+            assert option.metavar is None or option.metavar in text
+
+
+@pytest.mark.parametrize("command", TABLES)
+def test_each_option_is_there_once(command: str) -> None:
+    keys = [option.key for option in all_options(command)]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [(command, option) for command in TABLES for option in all_options(command) if not option.positional],
+    ids=lambda value: value.name if isinstance(value, Option) else value,
+)
+def test_what_is_written_is_read(command: str, option: Option) -> None:
+    """And written again, as the demo does for its two sides, it is read the same."""
+    if option.flag:
+        assert option.to_arguments(True) == [f"--{option.name}"]
+        return
+    text, value = WRITTEN[option.name]
+    read = option.parse(text)
+    assert value is None or read == pytest.approx(value)
+    name, again = option.to_arguments(read)
+    assert name == f"--{option.name}"
+    assert option.parse(again) == read
+
+
+def test_a_table_is_in_the_parser() -> None:
+    """Each option of `source`, given on the command line, comes out under the name of the record's field."""
+    others = {"machine", "listen", "connect", "peer-file", "hold"}
+    given = [option for option in all_options("source") if option.name not in others]
+    written = [word for option in given for word in ([f"--{option.name}", *(WRITTEN.get(option.name) or ("",))[:1]])]
+    told = parsed("source", *filter(None, written), "--connect", "host:7")
+    assert told.keys() == {option.key for option in given} | {"connect", "command"}
+
+
+def test_what_was_not_given_is_missing() -> None:
+    """So that the defaults are those of the records."""
+    assert parsed("dest", "--listen", ":0").keys() == {"command", "listen"}
+    assert parsed("chaos", "--listen", ":0", "--to", "a:1").keys() == {"command", "listen", "to"}
+    assert parsed("ctl", "x.sock", "status").keys() == {"command", "socket", "request"}
+    assert record(ArrivalOptions, {}) == ArrivalOptions()
+    assert record(SourceOptions, {"bulk_channels": 7, "json": True}) == SourceOptions(bulk_channels=7)
+
+
+RECORDS: dict[str, Sequence[type[Any]]] = {
+    "source": (SourceConfig, MachineOptions, SourceOptions, OperatingOptions),
+    "dest": (DestinationConfig, ArrivalOptions, OperatingOptions),
+    "daemon": (DaemonConfig, MachineOptions, SourceOptions, ArrivalOptions, OperatingOptions),
+}
+
+
+@pytest.mark.parametrize("command", RECORDS)
+def test_every_option_is_of_a_record(command: str) -> None:
+    """Or of the command line itself: a misspelt field would be an option that does nothing."""
+    known = {item.name for kind in RECORDS[command] for item in fields(kind)}
+    own = {"json", "log_level", "log_json", "user", "peer_file", "hold", "path", "reclaim", "force"}
+    assert {option.key for option in all_options(command)} <= known | own
+
+
+# ---- The control socket
+
+
+@pytest.mark.parametrize(
+    ("request_name", "name"),
+    [(name, option.name) for name, command in schema.COMMANDS.items() for option in command.options],
+)
+def test_requests_have_the_same_options(request_name: str, name: str) -> None:
+    """A request's argument is read as the command line's option of this name, as a text and as a number."""
+    option = schema.COMMANDS[request_name].arguments[name]
+    if option.flag:
+        assert option.from_json(True) is True
+        for no_flag in (1, "yes"):
+            with pytest.raises(ConfigurationError):
+                option.from_json(no_flag)
+        return
+    text, _ = WRITTEN[name] if name != "machine" or request_name == "start" else ("vm1", "vm1")
+    value = option.parse(text)
+    assert option.from_json(text) == value
+    if isinstance(value, int):
+        assert option.from_json(value) == value
+    bad: list[object] = [True, None, [], {}, "", "\0", 1.5e300]
+    for wrong in bad:
+        with pytest.raises(ConfigurationError):
+            option.from_json(wrong)
+
+
+@pytest.mark.parametrize("request_name", schema.COMMANDS)
+def test_ctl_takes_what_a_request_takes(request_name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of("ctl", "x.sock", request_name, capsys=capsys)
+    command = schema.COMMANDS[request_name]
+    for option in command.options if request_name != "events" else ():
+        assert option.help in text
+        assert (f"--{option.name}" in text) is (option.name != command.bare)
+
+
+def test_ctl_sends_numbers() -> None:
+    given = parsed("ctl", "x.sock", "set", "--max-bandwidth", "1MiB/s", "--recover-for", "forever")
+    assert (given["max-bandwidth"], given["recover-for"]) == (1 << 20, math.inf)
+    assert schema.parse_arguments("set", {"max-bandwidth": 1 << 20, "recover-for": schema.plain(math.inf)}) == {
+        "max-bandwidth": 1 << 20,
+        "recover-for": math.inf,
+    }
+    assert schema.parse_arguments("set", {"max-bandwidth": 0}) == {"max-bandwidth": 0}
+
+
+# ---- What the demo passes on
+
+
+def demo(*arguments: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What its two sides are told, as they read it."""
+    command = DemoCommand(parsed("demo", *arguments), Output(False, None, None))
+    return parsed(*command._source_arguments("127.0.0.1:7")), parsed(*command._dest_arguments("127.0.0.1"))
+
+
+def test_the_demo_passes_on_what_a_side_has() -> None:
+    """All that was said, to each side that has such an option; but how the demo itself writes its log."""
+    own = {"chaos", "lab", "deadline", "image", "machine", "json", "log-json"}
+    given = [option for option in all_options("demo") if option.name not in own]
+    written = to_arguments(
+        table("demo"), {option.key: True if option.flag else option.parse(WRITTEN[option.name][0]) for option in given}
+    )
+    told = parsed("demo", "--machine", "rv64", *written)
+    source, dest = demo("--machine", "rv64", *written, "--json", "--log-json")
+    for side, command in ((source, "source"), (dest, "dest")):
+        taken = {option.key for option in all_options(command)} & {option.key for option in given}
+        assert {key: side[key] for key in taken} == {key: told[key] for key in taken}
+        assert side["json"]
+        assert "log_json" not in side
+    assert source.keys() >= {"connect", "kind", "keep", "memory_bytes", "bulk_channels", "release_ram", "seed"}
+    assert dest.keys() >= {"listen", "run_for_s", "pager_process", "verify", "dump"}
+
+
+def test_what_the_demo_chooses() -> None:
+    source, dest = demo("--machine", "rv64", "--chaos", "cut")
+    assert source["memory_bytes"] == 256 << 20
+    assert (source["vcpus"], source["workload"], source["keep"]) == (2, "random", False)
+    assert source["max_bandwidth_bytes_per_s"] == (256 << 20) // 6
+    assert (source["migrate_after_s"], dest["run_for_s"]) == (1.0, 2.0)
+    source, _ = demo("--machine", "image", "--image", "x", "--backing", "anon", "--chaos", "none", "--seed", "3")
+    assert source.keys() & {"memory_bytes", "vcpus", "workload", "seed"} == set()
+
+
+def test_groups_have_titles_of_their_own() -> None:
+    for command in options.COMMANDS:
+        titles = [group.title for group in table(command) if group.title]
+        assert len(titles) == len(set(titles))
