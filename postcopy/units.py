@@ -117,10 +117,8 @@ def parse_seconds(text: str, low: float = 0.0, high: float = MAX_SECONDS, *, for
         value = math.nan
     if not low <= value <= high:
         bounds = f" from {low:g} to {high:g}" if (low, high) != (0.0, MAX_SECONDS) else ""
-        raise _wrong(
-            text,
-            f"a number of seconds{bounds}; write for instance 2.5 or 200ms" + (f" or {FOREVER}" if forever else ""),
-        )
+        examples = f"2.5, 200ms or {FOREVER}" if forever else "2.5 or 200ms"
+        raise _wrong(text, f"a number of seconds{bounds}; write for instance {examples}")
     return value
 
 

@@ -6,21 +6,50 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
+from typing import Any
 
 import trio
 
+from postcopy.cli._operated import Run
+from postcopy.cli._parser import add_option
 from postcopy.errors import ConfigurationError, MigrationError, PeerError
 from postcopy.output import Output
 from postcopy.service.client import ControlClient
-from postcopy.service.schema import ControlError, Json
+from postcopy.service.options import Option
+from postcopy.service.schema import COMMANDS, ControlError, Json, plain
 from postcopy.service.status import render_answer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A parser for each request. What it may be given is checked here as it is by the process that is asked."""
+    parser.add_argument("socket", metavar="SOCKET", help="what the process was given as --control")
+    requests = parser.add_subparsers(dest="request", required=True, metavar="REQUEST")
+    for name, command in COMMANDS.items():
+        help = "show what happens until it ends, or Ctrl-C" if name == "events" else command.help
+        request = requests.add_parser(name, help=help, allow_abbrev=False)
+        add_option(request, Option("json", "as it came, in JSON", flag="set"))
+        for option in command.options if name != "events" else ():
+            bare = option.name == command.bare
+            nargs = "?" if bare and option.name != command.required else None
+            add_option(request, replace(option, field=option.name, positional=bare, nargs=nargs))
+        if name == "migrate":
+            add_option(request, Option("detach", "do not wait until it has moved", flag="set"))
+
+
+def make(given: dict[str, Any], output: Output) -> Run:
+    return CtlCommand(given, output).run
 
 
 class CtlCommand:
     """One request, its answer on stdout: for people, or with `--json` as it came."""
 
-    def __init__(self, args: argparse.Namespace, output: Output) -> None:
-        self._args = args
+    def __init__(self, given: dict[str, Any], output: Output) -> None:
+        self._request = str(given["request"])
+        self._socket = str(given["socket"])
+        self._json = "json" in given
+        self._detach = "detach" in given
+        self._arguments = {name: plain(given[name]) for name in COMMANDS[self._request].arguments if name in given}
         self._output = output
 
     async def run(self, stop: trio.Event) -> bool:
@@ -34,7 +63,7 @@ class CtlCommand:
 
             nursery.start_soon(interruption)
             try:
-                async with ControlClient.open(self._args.socket) as client:
+                async with ControlClient.open(self._socket) as client:
                     done = await self._do(client)
             except ControlError as error:
                 if error.kind in ("BadArguments", "CommandNotFound"):
@@ -42,18 +71,15 @@ class CtlCommand:
                 raise
             nursery.cancel_scope.cancel()
         # Events are followed until interrupted: that is how it succeeds.
-        return done or (self._args.request == "events" and stop.is_set())
+        return done or (self._request == "events" and stop.is_set())
 
     async def _do(self, client: ControlClient) -> bool:
-        args = self._args
-        arguments = {name.replace("_", "-"): getattr(args, name) for name in args.sent}
-        arguments = {name: value for name, value in arguments.items() if value is not None}
-        if args.request == "events":
+        if self._request == "events":
             return await self._follow(client)
-        if args.request == "migrate" and not args.detach:
-            return await self._migrate(client, arguments)
-        answer = await client.execute(args.request, arguments)
-        text = json.dumps(answer) if args.json else render_answer(args.request, answer)
+        if self._request == "migrate" and not self._detach:
+            return await self._migrate(client, self._arguments)
+        answer = await client.execute(self._request, self._arguments)
+        text = json.dumps(answer) if self._json else render_answer(self._request, answer)
         if text:
             self._print(text)
         return True
@@ -73,7 +99,7 @@ class CtlCommand:
                     f"{data['machine']}: {data['status']}" + (f": {data['error']}" if data["error"] else "")
                 )
             elif event["event"] == "migration-ended":
-                if self._args.json:
+                if self._json:
                     self._print(json.dumps(data))
                 elif data["status"] == "completed":
                     self._print(
@@ -92,7 +118,7 @@ class CtlCommand:
                 event = await client.next_event()
             except PeerError:
                 return True
-            if self._args.json:
+            if self._json:
                 self._print(json.dumps(event))
             elif event["event"] != "progress":
                 self._print(_event_line(event))

@@ -19,7 +19,7 @@ import enum
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from postcopy._blocking import run_sync
 from postcopy._files import replacing
@@ -136,10 +136,10 @@ class MachineEvent:
 class Machine(abc.ABC):
     """A machine on one side. An asynchronous context manager: leaving it closes it."""
 
-    kind: ClassVar[str]
-    live: ClassVar[bool]
+    kind: str
+    live: bool
     """Whether it has CPUs: runs, can touch memory on its own, and can fail."""
-    kernel_faults: ClassVar[bool]
+    kernel_faults: bool
     """Whether the kernel touches missing memory on its behalf, as KVM does: a userfaultfd for user-mode faults only,
     which everybody may have, is then not enough."""
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import msgpack
 import trio
@@ -35,12 +36,17 @@ from postcopy.uffd import explain_unavailable
 BLOCK_NAME = "image"
 
 
+@dataclass(frozen=True)
+class ImageOptions:
+    image: str = ""  # path
+
+
 class ImageMachine(Machine):
     """Made by `from_file` at the source, `for_destination` at the destination."""
 
-    kind: ClassVar[str] = "image"
-    live: ClassVar[bool] = False
-    kernel_faults: ClassVar[bool] = False
+    kind = "image"
+    live = False
+    kernel_faults = False
 
     def __init__(self, memory: Memory, file_bytes: int, verify: bool, path: str) -> None:
         self._memory = memory
@@ -61,7 +67,14 @@ class ImageMachine(Machine):
         return cls(memory, memory.file_bytes, verify, os.fspath(path))
 
     @classmethod
-    def for_destination(cls, config: Mapping[str, Any], layout: Sequence[BlockLayout], backing: str) -> ImageMachine:
+    def for_destination(
+        cls,
+        config: Mapping[str, Any],
+        layout: Sequence[BlockLayout],
+        backing: str,
+        disk: str | None = None,
+        net: str | None = None,
+    ) -> ImageMachine:
         """The twin of what a source offers. `ProtocolError` for an offer that makes no sense, `ResourceError` for one
         that this host cannot take."""
         unavailable = explain_unavailable(kernel_faults=False)

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from postcopy.errors import ConfigurationError, ProtocolError
 from postcopy.machines.base import BlockLayout, Machine
-from postcopy.machines.image import ImageMachine
-from postcopy.machines.toy.kvm import KvmMachine
-from postcopy.machines.toy.rv64 import Rv64Machine
+from postcopy.machines.image import ImageMachine, ImageOptions
+from postcopy.machines.toy.machine import KVM, RV64, ToyMachine, ToyOptions
 from postcopy.memory import MemoryKind
 from postcopy.memory._admission import PROMISES
 
@@ -36,48 +36,40 @@ class MachineOptions:
     net_address: int | None = None  # IPv4
 
 
-def _with_vcpus(make: type[KvmMachine]) -> Callable[[MachineOptions], Machine]:
-    def source(options: MachineOptions) -> Machine:
-        _refuse(make.kind, options, "image")
-        given = {name: value for name, value in vars(options).items() if value is not None}
-        return make.create(make.Options(**{**vars(make.Options()), **given}))
-
-    return source
-
-
-def _image_source(options: MachineOptions) -> Machine:
-    _refuse("image", options, *(name for name in vars(options) if name != "image"))
+def _image_from_file(options: ImageOptions) -> Machine:
     if not options.image:
         raise ConfigurationError("--machine image needs --image FILE")
     return ImageMachine.from_file(options.image)
 
 
-def _image_destination(
-    config: Mapping[str, Any], layout: Sequence[BlockLayout], backing: str, disk: str | None, net: str | None
-) -> Machine:
-    return ImageMachine.for_destination(config, layout, backing)
+@dataclass(frozen=True)
+class _Kind:
+    options: type[Any]  # a dataclass: what may be said about such a machine
+    source: Callable[[Any], Machine]
+    destination: Callable[..., Machine]  # config, layout, backing, disk, net
 
 
-_SOURCES: dict[str, Callable[[MachineOptions], Machine]] = {
-    "kvm": _with_vcpus(KvmMachine),
-    "rv64": _with_vcpus(Rv64Machine),
-    "image": _image_source,
-}
-_DESTINATIONS: dict[str, Callable[[Mapping[str, Any], Sequence[BlockLayout], str, str | None, str | None], Machine]] = {
-    "kvm": KvmMachine.for_destination,
-    "rv64": Rv64Machine.for_destination,
-    "image": _image_destination,
+_KINDS = {
+    "kvm": _Kind(ToyOptions, partial(ToyMachine.create, KVM), partial(ToyMachine.for_destination, KVM)),
+    "rv64": _Kind(ToyOptions, partial(ToyMachine.create, RV64), partial(ToyMachine.for_destination, RV64)),
+    "image": _Kind(ImageOptions, _image_from_file, ImageMachine.for_destination),
 }
 
-KINDS = tuple(_SOURCES)
+KINDS = tuple(_KINDS)
 
 
 def create_source(kind: str, options: MachineOptions) -> Machine:
     """A machine as it is before it is booted. Takes milliseconds. `ConfigurationError` for options that make no sense,
     `ResourceError` for what the host lacks, or has promised to other machines of this process."""
-    if kind not in _SOURCES:
+    if kind not in _KINDS:
         raise ConfigurationError(f"unknown kind of machine {kind!r}; there are {', '.join(KINDS)}")
-    return _promised(_SOURCES[kind](options))
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    known = {field.name for field in fields(_KINDS[kind].options)}
+    for name in given:
+        if name not in known:
+            flag = "--" + name.removesuffix("_bytes").replace("_", "-")
+            raise ConfigurationError(f"{flag} has no meaning for --machine {kind}")
+    return _promised(_KINDS[kind].source(_KINDS[kind].options(**given)))
 
 
 def create_destination(
@@ -97,19 +89,12 @@ def create_destination(
     and `ConfigurationError` for one that cannot be taken here. Its memory is this machine's from now on until it is
     closed: nothing else that is made here counts on it.
     """
-    if kind not in _DESTINATIONS:
+    if kind not in _KINDS:
         raise ProtocolError(f"the source offers an unknown kind of machine {kind[:40]!r}")
-    return _promised(_DESTINATIONS[kind](config, block_layout, backing, disk, net))
+    return _promised(_KINDS[kind].destination(config, block_layout, backing, disk, net))
 
 
 def _promised(machine: Machine) -> Machine:
     # In the same step as the check, without a checkpoint between them.
     PROMISES.add(block.memory for block in machine.blocks)
     return machine
-
-
-def _refuse(kind: str, options: MachineOptions, *names: str) -> None:
-    for name in names:
-        if getattr(options, name) is not None:
-            flag = "--" + name.removesuffix("_bytes").replace("_", "-")
-            raise ConfigurationError(f"{flag} has no meaning for --machine {kind}")

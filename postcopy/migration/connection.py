@@ -103,24 +103,22 @@ class Control(Generic[P]):
                 raise self._lost(error) from error
             self._torn = False
 
-    async def receive(self, kind: type[M], timeout_s: float = float("inf")) -> M:
-        """The next message, which must be of this kind. `PeerError` when it does not come in time."""
-        with trio.move_on_after(timeout_s):
-            message: Message = await self.receive_any()
-            if isinstance(message, kind):
-                return message
+    async def receive(self, kind: type[M], timeout_s: float = math.inf) -> M:
+        """The next message, which must be of this kind. `PeerError` when none will come any more, or not in time."""
+        message: Message = await self.receive_any(timeout_s, kind.TYPE)
+        if not isinstance(message, kind):
             raise ProtocolError(f"{message.TYPE} came where {kind.TYPE} was due")
-        raise PeerError(f"{self._peer} did not say {kind.TYPE} within {timeout_s:g} s")
+        return message
 
-    async def receive_any(self, timeout_s: float = float("inf")) -> Message:
-        """The next message, of any kind. `PeerError` when none will come any more, or not in time."""
+    async def receive_any(self, timeout_s: float = math.inf, due: str = "what comes next") -> Message:
+        """The next message, of any kind; `due` is the one that is expected."""
         try:
             with trio.fail_after(timeout_s):
                 return await self._messages.receive()
         except trio.EndOfChannel:
             raise PeerError(self.protocol.reason or "the control connection has ended") from None
         except trio.TooSlowError:
-            raise PeerError(f"{self._peer} said nothing within {timeout_s:g} s") from None
+            raise PeerError(f"{self._peer} did not say {due} within {timeout_s:g} s") from None
 
     async def run(self) -> None:
         """Receives, and keeps the connection alive, until the migration has ended in order. Raises `PeerError` or

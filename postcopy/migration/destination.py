@@ -404,7 +404,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             self._all_here.set()
         elif event.type is EventType.BULK_END:
             self._pushing.discard(event.channel)
-            self._change()
+            self._wake()
         elif event.type is EventType.DIED:
             raise MigrationError(event.text)
 

@@ -59,7 +59,6 @@ STEERABLE = frozenset({State.COMMITTED, State.POSTCOPY, State.PAUSED, State.IN_D
 """States in which a connection may be given up without giving up the migration."""
 LOST = frozenset({State.PAUSED, State.IN_DOUBT})
 
-
 D = TypeVar("D", bound=DataPlane)
 Plan = Callable[[Control[P], Link], Awaitable[None]]
 
@@ -180,7 +179,7 @@ class Engine(abc.ABC, Generic[P, D]):
     def set_recover_for(self, recover_for_s: float) -> None:
         """How long a peer is looked for that is lost, or has been."""
         self._recover_for_s = recover_for_s
-        self._change()
+        self._wake()
 
     def pause(self) -> None:
         """Gives the connection up, as a network that fails would, and takes no other one until `recover`.
@@ -294,12 +293,15 @@ class Engine(abc.ABC, Generic[P, D]):
 
     def _change(self) -> None:
         """`status`, or what it depends on, may have changed."""
-        self._changed.set()
-        self._changed = trio.Event()
+        self._wake()
         try:
             self._on_change()
         except Exception:
             log.exception("the callback of this migration's owner failed; the migration goes on")
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -443,9 +445,12 @@ class Engine(abc.ABC, Generic[P, D]):
         return self._recover_for_s
 
     async def _search_ends(self) -> None:
-        if self._searching_since_s is None:
-            self._searching_since_s = trio.current_time()
-        while (left_s := self._searching_since_s + self._search_for_s() - trio.current_time()) > 0:
+        while True:
+            if self._searching_since_s is None:  # it begins, or begins anew
+                self._searching_since_s = trio.current_time()
+            left_s = self._searching_since_s + self._search_for_s() - trio.current_time()
+            if left_s <= 0:
+                return
             with trio.move_on_after(left_s):
                 await self._changed.wait()
 
@@ -534,9 +539,9 @@ class Engine(abc.ABC, Generic[P, D]):
                 found.clear()
                 reconnector.answered.set()
                 await trio.sleep(REFUSED_PAUSE_S)
-            elif self.over or again.is_set() or self._unrecoverable or self._stop.is_set():
-                pass
-            elif not self._stop_looking():
+            elif not (
+                self.over or again.is_set() or self._unrecoverable or self._stop.is_set() or self._stop_looking()
+            ):
                 return None
         return None
 
@@ -550,8 +555,7 @@ class Engine(abc.ABC, Generic[P, D]):
 
     @abc.abstractmethod
     def _peer_lost(self, until: str) -> bool:
-        """The peer is looked for no more, because of `failure`. Whether the machine is kept: for how long, says
-        `until`."""
+        """The peer is looked for no more, because of `failure`. Whether the machine is kept, `until` what (to log)."""
 
     def _fail_for_good(self, error: PostcopyError) -> None:
         """No other connection would help."""

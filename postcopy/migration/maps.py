@@ -89,7 +89,7 @@ async def receive_maps(
     """The maps of all blocks, of so many `pages`, and the message that follows them. `first_timeout_s`: for how long
     the first part is waited for. `Disagreement` for maps that do not fit."""
     collector, timeout_s = MapCollector(pages), first_timeout_s
-    while isinstance(message := await control.receive_any(timeout_s), part):
+    while isinstance(message := await control.receive_any(timeout_s, last.TYPE), part):
         timeout_s = STEP_TIMEOUT_S
         with disagreeing():
             await if_heavy(message.pages, collector.add, message)

@@ -4,7 +4,7 @@
 An engine is one main task that follows the plan, and beside it a few that watch: the control connection, the data
 plane, the machine, the user. The first thing that goes wrong in any of them is kept as the reason and the others are
 stopped; only when all of them have ended does the engine decide what that means, by the state of the protocol. That
-holds for what nobody has thought of, too: an exception that is no `PostcopyError` is a mistake in this package; it is
+holds for what was not foreseen, too: an exception that is no `PostcopyError` is a mistake in this package; it is
 logged with its traceback, and fails only the migration that it happened in.
 """
 
@@ -49,15 +49,15 @@ async def first_of(*waits: Callable[[], Awaitable[object]]) -> None:
 
 
 class FirstFailure:
-    """Runs tasks until one says `done` or fails; `failure` is then the first error."""
+    """Runs tasks until the main one returns or any fails; `failure` is then the first error."""
 
     def __init__(self) -> None:
         self.failure: PostcopyError | None = None
         self._scope = trio.CancelScope()
 
     async def run(self, *tasks: Callable[[], Awaitable[None]]) -> None:
-        """The first of the tasks is the main one: when it returns, all is done. Raises nothing but what ends the caller
-        himself (`trio.Cancelled`, `KeyboardInterrupt`)."""
+        """The first of the tasks is the main one. Raises nothing but what ends the caller, too (`trio.Cancelled`,
+        `KeyboardInterrupt`)."""
         main, *watchers = tasks
         with self._scope:
             async with trio.open_nursery() as nursery:
@@ -67,7 +67,7 @@ class FirstFailure:
                 nursery.cancel_scope.cancel()
 
     def fail(self, error: PostcopyError) -> None:
-        """Ends it all, unless it has ended already."""
+        """Ends all tasks."""
         if self.failure is None:
             self.failure = error
         self._scope.cancel()
@@ -85,8 +85,8 @@ class FirstFailure:
 
 
 def explained(error: Exception) -> PostcopyError:
-    """What a migration fails with. An exception that no part of this package should have let out is logged here, with
-    its traceback."""
+    """What a migration fails with. An exception that is a mistake in this package is logged here, with its
+    traceback."""
     errors = list(_leaves(error))
     for each in errors:
         if not isinstance(each, PostcopyError | OSError):
@@ -95,7 +95,7 @@ def explained(error: Exception) -> PostcopyError:
     first = next((each for each in errors if isinstance(each, PostcopyError)), errors[0])
     if isinstance(first, PostcopyError):
         return first
-    return MigrationError(f"{type(first).__name__}: {first}")  # a system call that nobody expected to fail
+    return MigrationError(f"{type(first).__name__}: {first}")  # of a system call that was not expected to fail
 
 
 def _leaves(error: Exception) -> Iterator[Exception]:

@@ -42,7 +42,7 @@ class SourceConfig:
     migration: SourceOptions
     origin: Origin | None = None
     listen: Address | None = None
-    connect: Address | Route | None = None
+    connect: Route | None = None
     migrate_after_s: float = 0.0
     serve: float = 1  # how many destinations; more than one for an image that listens
     keep: bool = True  # the machine goes on here when its migration has failed
@@ -55,7 +55,7 @@ class DestinationConfig:
 
     arrival: ArrivalOptions
     listen: Address | None = None
-    connect: Address | Route | None = None
+    connect: Route | None = None
     heartbeat_s: float = HEARTBEAT_S
     recover_for_s: float = math.inf
     run_for_s: float | None = None  # None: until interrupted
@@ -79,9 +79,8 @@ class DaemonConfig:
 
 @dataclass(frozen=True)
 class OperatingOptions:
-    """What stands around a command that somebody operates."""
+    """What is around a service that somebody operates."""
 
     control: str | None = None  # path of the socket
     metrics: str | None = None  # HOST:PORT
     metrics_file: str | None = None
-    ready_on: str = "progress"  # the event that says that the process can be used

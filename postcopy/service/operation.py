@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands around a command that somebody operates: the control socket, metrics, and word to systemd."""
+"""What is around a service that somebody operates: the control socket, metrics, and notifications to systemd."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,30 +13,21 @@ import trio
 from postcopy.output import Output
 from postcopy.service import notify
 from postcopy.service._contain import contained, contained_call
-from postcopy.service.handler import ControlHandler
-from postcopy.service.schema import Json
+from postcopy.service.config import OperatingOptions
+from postcopy.service.control import ControlHandler
 from postcopy.service.server import ControlServer
+from postcopy.service.service import Json, Service
 
 if TYPE_CHECKING:
     from postcopy.service.metrics import Metrics, MetricsFile
 
-Run = Callable[[trio.Event], Awaitable[bool]]
 
+class Operation:
+    """Its `run` is what the command line runs in place of the service's own."""
 
-@dataclass(frozen=True)
-class ServiceOptions:
-    control: str | None = None  # path of the socket
-    metrics: str | None = None  # HOST:PORT
-    metrics_file: str | None = None
-    ready_on: str = "progress"  # the event that says that the process can be used
-
-
-class Service:
-    """Runs a command with all that around it. `run` is what the command line runs in place of the command's own."""
-
-    def __init__(self, run: Run, handler: ControlHandler, output: Output, options: ServiceOptions) -> None:
-        self._run = run
-        self._handler = handler
+    def __init__(self, service: Service, options: OperatingOptions, output: Output) -> None:
+        self._service = service
+        self._side = service.side
         self._output = output
         self._options = options
         self._server: ControlServer | None = None
@@ -47,28 +37,28 @@ class Service:
         self._last_status = ""
 
     async def run(self, stop: trio.Event) -> bool:
-        """As the command's own `run`; what cannot be served is an error before anything else has begun."""
-        self._handler.stop = stop
+        """As the service's own `run`; what cannot be served is an error before anything else has begun."""
         options = self._options
         done = False
         async with contextlib.AsyncExitStack() as stack:
-            tasks: list[Callable[[], Awaitable[None]]] = [self._say_stopping]
+            tasks: list[Callable[[], Awaitable[None]]] = [partial(self._say_stopping, stop)]
             if options.control is not None:
-                self._server = await ControlServer.open(options.control, self._handler.side, self._handler.execute)
+                execute = ControlHandler(self._service).execute
+                self._server = await ControlServer.open(options.control, self._side, execute)
                 stack.callback(self._server.close)
                 tasks.append(self._server.serve)
             if options.metrics is not None or options.metrics_file is not None:
                 tasks += await self._open_metrics()
-            self._output.listeners.append(self._hear)
-            stack.callback(self._output.listeners.remove, self._hear)
+            self._output.listeners.append(self._on_event)
+            stack.callback(self._output.listeners.remove, self._on_event)
             stack.callback(self._notifier.close)
             if self._file is not None:
                 stack.push_async_callback(self._file.close)
             async with trio.open_nursery() as nursery:
                 for task in tasks:
-                    # Whoever only looks on takes nothing with him.
+                    # What only shows the process must not end it.
                     nursery.start_soon(contained, "the service around the command", task)
-                done = await self._run(stop)
+                done = await self._service.run(stop)
                 nursery.cancel_scope.cancel()
         return done
 
@@ -77,7 +67,7 @@ class Service:
         from postcopy.service.http import HttpServer, parse_metrics_address
         from postcopy.service.metrics import CONTENT_TYPE, Metrics, MetricsFile
 
-        self._metrics = Metrics(self._handler.all_machines)
+        self._metrics = Metrics(self._service.all_rows)
         tasks: list[Callable[[], Awaitable[None]]] = []
         if self._options.metrics_file is not None:
             self._file = MetricsFile(self._options.metrics_file)
@@ -89,24 +79,24 @@ class Service:
         )
         for address in server.addresses:
             self._output.emit("metrics", {"address": str(address)})
-            self._output.say(f"{self._handler.side}: metrics at http://{address}/metrics")
+            self._output.say(f"{self._side}: metrics at http://{address}/metrics")
         return [*tasks, server.serve]
 
-    async def _say_stopping(self) -> None:
-        await self._handler.stop.wait()
+    async def _say_stopping(self, stop: trio.Event) -> None:
+        await stop.wait()
         self._notifier.stopping()
 
-    def _hear(self, event: str, fields: Json) -> None:
+    def _on_event(self, event: str, fields: Json) -> None:
         # Called from the middle of migrations.
-        contained_call(f"telling of {event}", partial(self._tell, event, fields))
+        contained_call(f"publishing {event}", partial(self._publish, event, fields))
 
-    def _tell(self, event: str, fields: Json) -> None:
+    def _publish(self, event: str, fields: Json) -> None:
         status = str(fields.get("status", ""))
-        if event == self._options.ready_on:
+        if event == ("listening" if self._service.listens else "progress"):  # the process can be used
             self._notifier.ready()
         if event == "progress" and status != self._last_status:
             if self._server is not None:
-                self._server.publish("status", {"side": self._handler.side, "from": self._last_status, "to": status})
+                self._server.publish("status", {"side": self._side, "from": self._last_status, "to": status})
             self._notifier.status(status)
             self._last_status = status
         if self._server is not None:

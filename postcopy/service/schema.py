@@ -20,16 +20,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from postcopy import __version__
-from postcopy.errors import PostcopyError
-from postcopy.units import parse_size
-from postcopy.wire import MAX_BULK_CHANNELS, one_line
+from postcopy.errors import ConfigurationError, PostcopyError
+from postcopy.service import options
+from postcopy.service.options import Option, parse_name
+from postcopy.units import FOREVER
+from postcopy.wire import one_line
 
 Json = dict[str, Any]
 
@@ -37,8 +38,6 @@ PROTOCOL = 1
 MAX_LINE_BYTES = 64 * 1024
 """Of a request. Answers may be longer: a daemon may have many machines."""
 MAX_ANSWER_BYTES = 16 << 20
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
-"""Of a machine: a word that needs no quoting in a shell, a metric's label or a log line."""
 
 
 class ControlError(PostcopyError):
@@ -50,125 +49,68 @@ class ControlError(PostcopyError):
         self.kind = kind
 
 
-# ---- Values
-
-
 def _bad(text: str) -> NoReturn:
     raise ControlError("BadArguments", text)
-
-
-def is_name(value: object) -> bool:
-    """Whether a machine may be called so."""
-    return isinstance(value, str) and NAME.match(value) is not None
-
-
-def name(value: object) -> str:
-    if not isinstance(value, str) or not is_name(value):
-        _bad("a machine's name is 1 to 63 letters, digits, '.', '_' or '-', and begins with a letter or digit")
-    return value
-
-
-def text(value: object) -> str:
-    if not isinstance(value, str) or not value or len(value) > 4096 or "\0" in value:
-        _bad("must be a text of 1 to 4096 characters")
-    return value
-
-
-def boolean(value: object) -> bool:
-    if not isinstance(value, bool):
-        _bad("must be true or false")
-    return value
-
-
-def whole(low: int, high: int) -> Callable[[object], int]:
-    def parse(value: object) -> int:
-        if type(value) is not int or not low <= value <= high:
-            _bad(f"must be a whole number from {low} to {high}")
-        return value
-
-    return parse
-
-
-def size(value: object) -> int:
-    """Bytes, as a number or as ``1GiB``."""
-    if isinstance(value, str):
-        try:
-            value = parse_size(value)
-        except PostcopyError as error:
-            _bad(str(error))
-    return whole(1, (1 << 62))(value)
-
-
-def bandwidth(value: object) -> int:
-    """Bytes a second, as a number or as ``100MiB/s``; 0 or "none" is no limit."""
-    if value in (0, "none") and not isinstance(value, bool):
-        return 0
-    return size(value.removesuffix("/s") if isinstance(value, str) else value)
-
-
-def patience(value: object) -> float:
-    """Seconds, or "forever"."""
-    if value == "forever":
-        return math.inf
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
-        _bad('must be a number of seconds, or "forever"')
-    return float(value)
 
 
 # ---- Commands
 
 
 @dataclass(frozen=True)
-class Argument:
-    parse: Callable[[Any], Any]
-    required: bool = False
-
-
-@dataclass(frozen=True)
 class Command:
+    """What may be asked. `ctl` takes the option `bare` without its name, and the others as options."""
+
     help: str
-    arguments: Mapping[str, Argument] = field(default_factory=dict)
+    options: tuple[Option, ...] = ()
+    required: str = ""  # the option that must be given
+    bare: str = ""
+
+    @property
+    def arguments(self) -> Mapping[str, Option]:
+        return {option.name: option for option in self.options}
 
 
-_MACHINE = Argument(name)
+_MACHINE = Option("machine", "of a daemon that has several: which", "NAME", parse_name)
+_FORCE = Option("force", "also when something is lost with it: a machine, its pages", flag="set")
+_TO = Option("to", "a daemon or a destination that listens", "HOST:PORT")
+
 COMMANDS: Mapping[str, Command] = {
     "commands": Command("what may be asked of this process"),
-    "status": Command("how it is", {"machine": _MACHINE}),
-    "events": Command("from now on, tell this client what happens, or no more", {"enable": Argument(boolean)}),
+    "status": Command("how it is", (replace(_MACHINE, help="of one machine only"),), bare="machine"),
+    "events": Command("from now on, tell this client what happens, or no more", (Option("enable", flag="set"),)),
     "start": Command(
         "make a machine and let it run",
-        {
-            "name": _MACHINE,
-            "machine": Argument(text, required=True),
-            "memory": Argument(size),
-            "vcpus": Argument(whole(1, 1000)),
-            "workload": Argument(text),
-            "working-set": Argument(size),
-            "seed": Argument(whole(0, 2**64 - 1)),
-            "backing": Argument(text),
-            "disk": Argument(text),
-            "image": Argument(text),
-        },
+        (
+            replace(options.NAME, help="what it is called (default: a new name)"),
+            replace(options.KIND, help="kvm or rv64", metavar="KIND"),
+            *(options.MEMORY, options.VCPUS, options.WORKLOAD, options.WORKING_SET, options.SEED, options.BACKING),
+            *(options.DISK, options.IMAGE),
+        ),
+        required="machine",
+        bare="machine",
     ),
-    "end": Command("end a machine that is here", {"machine": _MACHINE, "force": Argument(boolean)}),
-    "migrate": Command("send a machine away", {"machine": _MACHINE, "to": Argument(text, required=True)}),
-    "pause": Command("cut the connection of a migration that is past the point of no return", {"machine": _MACHINE}),
-    "recover": Command("connect it again, or to another address", {"machine": _MACHINE, "to": Argument(text)}),
+    "end": Command("end a machine that is here", (_MACHINE, _FORCE)),
+    "migrate": Command("send a machine away", (_MACHINE, _TO), required="to", bare="to"),
+    "pause": Command("cut the connection of a migration that is past the point of no return", (_MACHINE,)),
+    "recover": Command(
+        "connect it again, or to another address",
+        (_MACHINE, replace(_TO, help="where the other side is now")),
+        bare="to",
+    ),
     "set": Command(
         "change what may be changed while it runs",
-        {
-            "max-bandwidth": Argument(bandwidth),
-            "bulk-channels": Argument(whole(1, MAX_BULK_CHANNELS)),
-            "recover-for": Argument(patience),
-        },
+        (
+            options.MAX_BANDWIDTH,
+            replace(options.BULK_CHANNELS, help="of the next migration"),
+            replace(options.RECOVER_FOR, help="from the next loss on"),
+        ),
     ),
-    "cancel": Command("give a migration up before its point of no return", {"machine": _MACHINE}),
+    "cancel": Command("give a migration up before its point of no return", (_MACHINE,)),
     "reclaim": Command(
-        "let a machine go on here that was sent to a destination which is dead for good",
-        {"machine": _MACHINE, "force": Argument(boolean)},
+        "let a machine go on here that was sent to a destination which is dead for good", (_MACHINE, _FORCE)
     ),
-    "quit": Command("end in order", {"force": Argument(boolean)}),
-}  # fmt: skip
+    "quit": Command("end in order", (_FORCE,)),
+}
 
 
 @dataclass(frozen=True)
@@ -243,14 +185,14 @@ def parse_arguments(command: str, given: Json) -> Json:
         takes = f"it takes {', '.join(known)}" if known else "it takes none"
         _bad(f"{command} has no argument {one_line(unknown[0], 60)!r}; {takes}")
     values: Json = {}
-    for key, argument in known.items():
-        if key not in given or given[key] is None:
-            if argument.required:
+    for key, option in known.items():
+        if given.get(key) is None:
+            if key == COMMANDS[command].required:
                 _bad(f"{command} needs the argument {key!r}")
             continue
         try:
-            values[key] = argument.parse(given[key])
-        except ControlError as error:
+            values[key] = option.from_json(given[key])
+        except ConfigurationError as error:
             _bad(f"{command}: {key}: {error}")
     return values
 
@@ -284,9 +226,9 @@ def event(what: str, data: Json) -> bytes:
     return _line({"event": what, "timestamp": timestamp, "data": data})
 
 
-def plain(seconds: float) -> float | str:
-    """A number of seconds as JSON has it."""
-    return "forever" if math.isinf(seconds) else seconds
+def plain(value: Any) -> Any:
+    """A value as JSON has it, which knows no infinity."""
+    return FOREVER if value == math.inf else value
 
 
 class LineSplitter:

@@ -4,14 +4,40 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, replace
+from typing import Any
 
 import trio
 
 from postcopy.errors import ResourceError
 from postcopy.net import Address
 from postcopy.output import Output
-from postcopy.testbed.chaos import ChaosPlan, open_chaos_proxy
+from postcopy.service import options
+from postcopy.service.options import Group, Option
+from postcopy.testbed.chaos import KINDS, ChaosPlan, open_chaos_proxy
+
+OPTIONS = (
+    Group(
+        (
+            Option("plan", f"{', '.join(KINDS)} (default cut)", "PLAN", nargs="?", positional=True),
+            replace(options.LISTEN, help="where the one side connects; port 0: any", required=True),
+            replace(options.CONNECT, name="to", help="where the other side listens", required=True),
+            replace(options.SEED, help="repeats what was drawn (default: random)"),
+        )
+    ),
+    options.OUTPUT,
+)
+
+
+def make(given: dict[str, Any], output: Output) -> Callable[[trio.Event], Awaitable[bool]]:
+    plan = parse_plan(given.get("plan", "cut"), given)
+    return ChaosCommand(plan, output, listen=given["listen"], target=given["to"]).run
+
+
+def parse_plan(text: str, given: dict[str, Any]) -> ChaosPlan:
+    return ChaosPlan.parse(text, given["seed"] if "seed" in given else secrets.randbits(32))
 
 
 class ChaosCommand:

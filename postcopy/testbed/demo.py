@@ -14,16 +14,15 @@ Whatever happens, no process is left: the children are ended by the demo's own e
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
-import secrets
 import sys
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from subprocess import PIPE, SubprocessError
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +31,13 @@ import trio
 from postcopy._blocking import run_sync
 from postcopy._child import python
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, known_error
-from postcopy.machines.toy.kvm import explain_no_kvm
+from postcopy.machines.toy.machine import explain_no_kvm
 from postcopy.output import Output
+from postcopy.service import options
+from postcopy.service.options import Group, Option
 from postcopy.testbed import ChaosPlan, open_chaos_proxy
+from postcopy.testbed.chaos import KINDS
+from postcopy.testbed.chaos_command import parse_plan
 from postcopy.uffd import explain_unavailable
 from postcopy.units import format_size
 
@@ -164,51 +167,100 @@ async def _lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[str]:
         yield buffer.decode("utf-8", "replace")
 
 
+_PLANS = ", ".join(KINDS)
+OPTIONS = (
+    Group(
+        (
+            replace(options.KIND, help="what to migrate (default: kvm, or rv64 where kvm cannot be used)"),
+            *options.MACHINE,
+        ),
+        "the machine",
+    ),
+    Group((options.BACKING, options.BUSY_POLL, options.PAGER, *options.SENDING), "the engine"),
+    Group(
+        (
+            replace(options.MIGRATE_AFTER, help="let the machine compute so long after it is ready (default 1)"),
+            replace(options.RUN_FOR, help=options.RUN_FOR.help.replace("until interrupted", "2")),
+            options.DUMP,
+            options.VERIFY,
+            Option(
+                "chaos",
+                f"a bad network between the two: {_PLANS}; or more exactly, as cut:every=0.1..0.5,down=0.2"
+                " (docs/chaos.md); --seed repeats it",
+                "PLAN",
+            ),
+            Option(
+                "lab",
+                "each side in a host of a laboratory of its own (docs/lab.md); the cable between them is cut in the"
+                " middle of postcopy, and healed",
+                flag="set",
+            ),
+            options.seconds("deadline", "give up after so long (default 300)"),
+        )
+    ),
+    options.OUTPUT,
+)
+DEFAULTS: Json = {"migrate_after_s": 1.0, "run_for_s": 2.0, "deadline_s": 300.0}
+MACHINE_DEFAULTS: Json = {"memory_bytes": 256 << 20, "vcpus": 2, "workload": "random"}  # of one that runs
+
+
+def make(given: Json, output: Output) -> Callable[[trio.Event], Awaitable[bool]]:
+    return DemoCommand(given, output).run
+
+
 class DemoCommand:
-    def __init__(self, args: argparse.Namespace, output: Output) -> None:
-        self._args = args
+    def __init__(self, given: Json, output: Output) -> None:
+        """`given`: what was said of `OPTIONS`. It becomes what the two sides are told, each as far as it has the
+        option."""
+        values = self._values = DEFAULTS | given
         self._output = output
-        if args.machine is None:
-            args.machine = _usable_machine()
-        if args.release_ram and args.machine == "image":
+        self._as_json = "json" in values
+        self._lab = "lab" in values
+        self._kind = values.setdefault("kind", "") or _usable_machine()
+        values["kind"] = self._kind
+        image = self._kind == "image"
+        if "release_ram" in values and image:
             raise ConfigurationError("--release-ram: an image is a file, which stays as it is; leave the option out")
-        if args.machine != "image":
-            args.memory = 256 << 20 if args.memory is None else args.memory
-            args.vcpus = 2 if args.vcpus is None else args.vcpus
-            args.workload = "random" if args.workload is None else args.workload
-            if args.workload == "echo" and not args.lab:
+        if not image:
+            values |= MACHINE_DEFAULTS | values
+        self._echo = not image and values["workload"] == "echo"
+        if self._echo:
+            if not self._lab:
                 raise ConfigurationError(
                     "--workload echo needs a network: say --lab, or see docs/machines.md for one of your own"
                 )
-            if args.workload == "echo":
-                args.net = LAB_NET if args.net is None else args.net
-                args.net_address = _lab_address() if args.net_address is None else args.net_address
+            from postcopy.machines.toy.tap import parse_ipv4
+
+            values |= {"net": LAB_NET, "net_address": parse_ipv4(LAB_ADDRESS)} | values
         self._chaos: ChaosPlan | None = None
-        if args.chaos is not None:
-            seed = args.seed if args.seed is not None else secrets.randbits(32)
-            self._chaos = ChaosPlan.parse(args.chaos, seed)
-            if args.machine == "image":
-                args.seed = None  # an image has no use for one
-            if args.lab and self._chaos.cut_every_s is not None:
+        if "chaos" in values:
+            self._chaos = parse_plan(values["chaos"], values)
+            if image:
+                values.pop("seed", None)  # an image has no use for one
+            if self._lab and self._chaos.cut_every_s is not None:
                 raise ConfigurationError(
                     "--lab cuts the cable itself: --chaos may only be none, slow or split beside it"
                 )
-        if (args.lab or (self._chaos is not None and self._chaos.cut_every_s is not None)) and not args.max_bandwidth:
+        if self._lab:
+            values["heartbeat_s"] = LAB_HEARTBEAT_S
+        bandwidth = values.get("max_bandwidth_bytes_per_s", 0)
+        if (self._lab or (self._chaos is not None and self._chaos.cut_every_s is not None)) and not bandwidth:
             # Slow enough that there is something to cut.
-            args.max_bandwidth = max(MIN_CHAOS_BANDWIDTH, (args.memory or 0) // CHAOS_SECONDS)
-        if args.machine == "image" and args.image is None:
-            args.memory = args.memory or 256 << 20
-            if args.memory < MIN_IMAGE_BYTES:
+            bandwidth = max(MIN_CHAOS_BANDWIDTH, values.get("memory_bytes", 0) // CHAOS_SECONDS)
+        values["max_bandwidth_bytes_per_s"] = bandwidth
+        if image and "image" not in values:
+            self._image_bytes = values.pop("memory_bytes", 256 << 20)  # for the file, which says it from then on
+            if self._image_bytes < MIN_IMAGE_BYTES:
                 raise ConfigurationError(f"an image for the demo needs at least {format_size(MIN_IMAGE_BYTES)}")
 
     async def run(self, stop: trio.Event) -> bool:
         result: Json
         try:
-            with trio.fail_after(self._args.deadline):
+            with trio.fail_after(self._values["deadline_s"]):
                 async with _temporary_directory() as directory:
                     result = await self._both(directory, stop)
         except trio.TooSlowError:
-            result = {"status": "failed", "error": f"not done after {self._args.deadline:g} s (--deadline)"}
+            result = {"status": "failed", "error": f"not done after {self._values['deadline_s']:g} s (--deadline)"}
         except BaseExceptionGroup as group:
             result = {"status": "failed", "error": str(known_error(group))}
         except PostcopyError as error:
@@ -221,24 +273,23 @@ class DemoCommand:
         return result["status"] == "completed" and result["verified"] is True
 
     async def _both(self, directory: str, stop: trio.Event) -> Json:
-        if self._args.workload == "disk" and self._args.disk is None:
-            self._args.disk = os.path.join(directory, "disk.img")
-        if self._args.machine == "image" and self._args.image is None:
-            self._args.image = os.path.join(directory, "image.raw")
-            await run_sync(_make_image, self._args.image, self._args.memory)
-            self._args.memory = None  # the file says it now
-        if not self._args.lab:
+        values = self._values
+        if values.get("workload") == "disk":
+            values.setdefault("disk", os.path.join(directory, "disk.img"))
+        if self._kind == "image" and "image" not in values:
+            values["image"] = os.path.join(directory, "image.raw")
+            await run_sync(_make_image, values["image"], self._image_bytes)
+        if not self._lab:
             return await self._run(_Child("source", []), _Child("dest", self._dest_arguments("127.0.0.1")), stop)
         from postcopy.testbed.lab import MAX_RATE, LabPlan, open_lab
 
         # The cable is twice as fast as the push, so that requested pages find room, and yet slow enough to be cut in
         # the middle, however many pages the machine asks for.
-        rate = min(LAB_HEADROOM * self._args.max_bandwidth, MAX_RATE)
-        has_network = self._args.workload == "echo"
-        async with open_lab(LabPlan(f"demo-{os.getpid()}", hosts=2 + has_network, rate=rate)) as lab:
+        rate = min(LAB_HEADROOM * values["max_bandwidth_bytes_per_s"], MAX_RATE)
+        async with open_lab(LabPlan(f"demo-{os.getpid()}", hosts=2 + self._echo, rate=rate)) as lab:
             here, there, *others = lab.hosts.values()
             source, dest = _Child("source", [], here), _Child("dest", self._dest_arguments(there.ipv4), there)
-            if not has_network:
+            if not self._echo:
                 return await self._run(source, dest, stop)
             return await self._watched(source, dest, others[0], stop)
 
@@ -249,8 +300,8 @@ class DemoCommand:
 
         for side in (source, dest):
             assert side.host is not None
-            await trio.to_thread.run_sync(side.host.attach_tap, parse_net(self._args.net))
-        address = format_ipv4(self._args.net_address)
+            await trio.to_thread.run_sync(side.host.attach_tap, parse_net(self._values["net"]))
+        address = format_ipv4(self._values["net_address"])
         async with open_ping_process(address, wrap=lambda command: observer.command(*command)) as pings:
             result = await self._run(source, dest, stop)
             statistics = await pings.stop()
@@ -330,7 +381,7 @@ class DemoCommand:
         if self._chaos is None:
             yield address, {}
             return
-        said: Json = {"plan": self._args.chaos, "seed": self._chaos.seed}
+        said: Json = {"plan": self._values["chaos"], "seed": self._chaos.seed}
         if source.host is not None:
             # There the proxy has to be, too. Where the kernel has no netem, this is how the network becomes slow.
             child = _Child("chaos", self._chaos_arguments(address), source.host)
@@ -352,7 +403,7 @@ class DemoCommand:
 
     def _chaos_arguments(self, address: str) -> list[str]:
         assert self._chaos is not None
-        plan = ["chaos", self._args.chaos, "--seed", str(self._chaos.seed)]
+        plan = ["chaos", self._values["chaos"], "--seed", str(self._chaos.seed)]
         return [*plan, "--json", "--listen", "127.0.0.1:0", "--to", address]
 
     def _progress(self, source: _Child, dest: _Child) -> Json:
@@ -360,57 +411,21 @@ class DemoCommand:
         return dest.progress if dest.progress["status"] not in ("setup", "active") else source.progress
 
     def _dest_arguments(self, host: str) -> list[str]:
-        args = self._args
-        result = ["dest", "--json", "--listen", f"{host}:0", "--run-for", f"{args.run_for:g}"]
-        result += ["--backing", args.backing, "--busy-poll", str(args.busy_poll)]
-        result += ["--log-level", args.log_level, "--pager", args.pager]
-        if args.lab:
-            result += ["--heartbeat", str(LAB_HEARTBEAT_S)]
-        for flag, value in (("--dump", args.dump), ("--disk", args.disk), ("--net", args.net)):
-            if value is not None:
-                result += [flag, value]
-        return [*result, "--verify" if args.verify else "--no-verify"]
+        return self._arguments("dest", listen=f"{host}:0")
 
     def _source_arguments(self, address: str) -> list[str]:
-        args = self._args
-        result = ["source", "--json", "--connect", address, "--machine", args.machine, "--on-failure", "exit"]
-        result += ["--migrate-after", f"{args.migrate_after:g}", "--bulk-channels", str(args.bulk_channels)]
-        result += ["--busy-poll", str(args.busy_poll), "--log-level", args.log_level]
-        if args.lab:
-            result += ["--heartbeat", str(LAB_HEARTBEAT_S)]
-        if args.release_ram:
-            result += ["--release-ram"]
-        if args.max_bandwidth:
-            result += ["--max-bandwidth", str(args.max_bandwidth)]
-        if args.machine != "image":
-            result += ["--backing", args.backing]
-        for flag, value in (
-            ("--memory", args.memory),
-            ("--vcpus", args.vcpus),
-            ("--workload", args.workload),
-            ("--working-set", args.working_set),
-            ("--seed", args.seed),
-            ("--disk", args.disk),
-            ("--image", args.image),
-        ):
-            if value is not None:
-                result += [flag, str(value)]
-        if args.net is not None:
-            from postcopy.machines.toy.tap import format_ipv4, format_mac
+        return self._arguments("source", connect=address, keep=False)
 
-            result += ["--net", args.net]
-            if args.net_mac is not None:
-                result += ["--net-mac", format_mac(args.net_mac)]
-            if args.net_address is not None:
-                result += ["--net-address", format_ipv4(args.net_address)]
-        return result
+    def _arguments(self, command: str, **more: Any) -> list[str]:
+        values = {name: value for name, value in self._values.items() if name != "log_json"}
+        return [command, *options.to_arguments(options.COMMANDS[command], values | {"json": True} | more)]
 
     def _show(self, result: Json) -> None:
         """The table at the end; on stderr when stdout carries JSON."""
         from rich.console import Console
         from rich.table import Table
 
-        console = Console(stderr=self._args.json, highlight=False)
+        console = Console(stderr=self._as_json, highlight=False)
         table = Table(title="postcopy demo", show_header=False, title_justify="left")
         ram, latency = result.get("ram") or {}, result.get("fault-latency-us") or {}
         table.add_row("status", str(result["status"]))
@@ -498,12 +513,6 @@ def _usable_machine() -> str:
     with contextlib.suppress(OSError):
         print(f"postcopy: --machine kvm cannot be used here ({why.message}): showing --machine rv64", file=sys.stderr)
     return "rv64"
-
-
-def _lab_address() -> int:
-    from postcopy.machines.toy.tap import parse_ipv4
-
-    return parse_ipv4(LAB_ADDRESS)
 
 
 async def _pull_the_cable(source: _Child, dest: _Child, host: Host, said: Json) -> None:

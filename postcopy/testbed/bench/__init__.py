@@ -38,7 +38,7 @@ import trio
 from postcopy._child import python
 from postcopy._files import check_new_file, replacing, write_all
 from postcopy.errors import ConfigurationError, MigrationError, ResourceError
-from postcopy.machines.toy.rv64 import Rv64Machine
+from postcopy.machines.toy.machine import RV64, ToyMachine, ToyOptions
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS
 from postcopy.testbed.bench._worker import Job, encode
 from postcopy.units import argument, parse_size, parse_whole
@@ -399,8 +399,8 @@ def measure_recovery_map(rounds: int) -> list[Figure]:
 
 
 async def _rv64_instructions_per_s(workload: str) -> float:
-    options = Rv64Machine.Options(memory_bytes=parse_size("64MiB"), workload=workload, seed=1)
-    async with Rv64Machine.create(options) as machine:
+    options = ToyOptions(memory_bytes=parse_size("64MiB"), workload=workload, seed=1)
+    async with ToyMachine.create(RV64, options) as machine:
         await machine.boot()
         await machine.run_until(50_000_000)  # its memory is there, its code decoded
         begin_s = time.perf_counter()

@@ -19,8 +19,8 @@ from postcopy.errors import ConfigurationError, ProtocolError, ResourceError
 from postcopy.machines import Machine, MachineEventType, MachineState
 from postcopy.machines.base import Activity
 from postcopy.machines.kinds import MachineOptions, create_destination, create_source
-from postcopy.machines.toy import kvm
-from postcopy.machines.toy.kvm import WORKLOADS, KvmMachine
+from postcopy.machines.toy import machine as toy
+from postcopy.machines.toy.machine import WORKLOADS, ToyMachine
 
 MIB = 1 << 20
 pytestmark = pytest.mark.needs("kvm", "uffd")
@@ -71,7 +71,7 @@ async def test_a_machine_moves_and_goes_on(workload: str) -> None:
         backing = "anon" if workload == "random" else "memfd"
         disk = config.get("disk")  # by name: a destination takes no file that only the source names
         async with create_destination("kvm", config, source.layout, backing, disk=disk) as twin:
-            assert isinstance(twin, KvmMachine)
+            assert isinstance(twin, ToyMachine)
             assert twin.vcpus == 2
             assert twin.workload == workload
             await twin.load_state(await source.save_state())
@@ -209,6 +209,6 @@ async def test_a_disk_of_ones_own_stays(tmp_path: Path) -> None:
     ("number", "words"), [("ENOENT", "--device /dev/kvm"), ("EACCES", "group"), ("ENOTSUP", "x86-64")]
 )
 def test_without_kvm_there_is_a_remedy(number: str, words: str) -> None:
-    error = kvm._open_error(getattr(errno, number), "/dev/kvm: something")
+    error = toy._open_error(getattr(errno, number), "/dev/kvm: something")
     assert isinstance(error, ResourceError)
     assert words in error.remedy

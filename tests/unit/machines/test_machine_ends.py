@@ -23,7 +23,7 @@ from postcopy.dataplane import _base, pageserver
 from postcopy.errors import ConfigurationError, MigrationError, ResourceError
 from postcopy.machines import Machine
 from postcopy.machines.kinds import MachineOptions, create_destination, create_source
-from postcopy.machines.toy import kvm
+from postcopy.machines.toy import machine as toy
 
 MIB = 1 << 20
 OPTIONS = MachineOptions(memory_bytes=16 * MIB, workload="idle", seed=5)
@@ -64,8 +64,8 @@ def hanging(release: threading.Event) -> Callable[..., int]:
 
 async def test_a_load_has_a_deadline(monkeypatch: pytest.MonkeyPatch, release: threading.Event) -> None:
     twin, state = await twin_and_state()
-    monkeypatch.setattr(kvm, "lib", Core(pc_machine_load_state=hanging(release)))
-    monkeypatch.setattr(kvm, "LOAD_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(toy, "lib", Core(pc_machine_load_state=hanging(release)))
+    monkeypatch.setattr(toy, "LOAD_TIMEOUT_S", 0.1)
     with trio.fail_after(20), pytest.raises(MigrationError, match="not done after"):
         await twin.load_state(state)
     await twin.close()
@@ -73,7 +73,7 @@ async def test_a_load_has_a_deadline(monkeypatch: pytest.MonkeyPatch, release: t
 
 async def test_a_load_is_cancelled_at_once(monkeypatch: pytest.MonkeyPatch, release: threading.Event) -> None:
     twin, state = await twin_and_state()
-    monkeypatch.setattr(kvm, "lib", Core(pc_machine_load_state=hanging(release)))
+    monkeypatch.setattr(toy, "lib", Core(pc_machine_load_state=hanging(release)))
     with trio.fail_after(5):  # half of the load's own time
         with trio.move_on_after(0.1) as scope:
             await twin.load_state(state)
@@ -88,7 +88,7 @@ async def test_an_end_that_comes_too_early_is_tried_again(monkeypatch: pytest.Mo
     def close(machine: Any, timeout_ms: int) -> int:
         return -errno.ETIMEDOUT if busy else int(lib.pc_machine_close(machine, timeout_ms))
 
-    monkeypatch.setattr(kvm, "lib", Core(pc_machine_close=close))
+    monkeypatch.setattr(toy, "lib", Core(pc_machine_close=close))
     for _ in range(2):
         with pytest.raises(MigrationError, match="memory is kept"):
             await twin.close()
@@ -120,7 +120,7 @@ def test_no_thread_is_a_matter_of_resources(monkeypatch: pytest.MonkeyPatch) -> 
         ffi.memmove(text, b"no thread for vCPU 0", 20)
         return -errno.EAGAIN
 
-    monkeypatch.setattr(kvm, "lib", Core(pc_machine_open=open_machine))
+    monkeypatch.setattr(toy, "lib", Core(pc_machine_open=open_machine))
     with pytest.raises(ResourceError, match="vCPU 0") as caught:
         create_source("rv64", OPTIONS)
     assert "pids.max" in caught.value.remedy

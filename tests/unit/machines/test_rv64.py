@@ -15,26 +15,25 @@ import trio
 from postcopy.errors import ConfigurationError, MigrationError, ProtocolError, ResourceError
 from postcopy.machines import Machine, MachineState
 from postcopy.machines.kinds import MachineOptions, create_destination, create_source
-from postcopy.machines.toy import kvm
-from postcopy.machines.toy.kvm import WORKLOADS
-from postcopy.machines.toy.rv64 import Rv64Machine
+from postcopy.machines.toy import machine as toy
+from postcopy.machines.toy.machine import WORKLOADS, ToyMachine
 
 MIB = 1 << 20
 GUEST = Path(__file__).parents[3] / "csrc/machine/guest"
 CROSS = "riscv64-linux-gnu-gcc"
 
 
-def source(**options: object) -> Rv64Machine:
+def source(**options: object) -> ToyMachine:
     given = {"memory_bytes": 16 * MIB, "vcpus": 1, "workload": "random", "seed": 5} | options
     machine = create_source("rv64", MachineOptions(**given))  # type: ignore[arg-type]
-    assert isinstance(machine, Rv64Machine)
+    assert isinstance(machine, ToyMachine)
     return machine
 
 
-def twin_of(machine: Machine) -> Rv64Machine:
+def twin_of(machine: Machine) -> ToyMachine:
     config = msgpack.unpackb(msgpack.packb(machine.config()))
     twin = create_destination("rv64", config, machine.layout, disk=config.get("disk"))
-    assert isinstance(twin, Rv64Machine)
+    assert isinstance(twin, ToyMachine)
     return twin
 
 
@@ -138,7 +137,7 @@ async def test_a_host_with_user_faults_only_is_enough(monkeypatch: pytest.Monkey
     def explain(*, kernel_faults: bool) -> ResourceError | None:
         return ResourceError("no userfaultfd for the kernel's faults") if kernel_faults else None
 
-    monkeypatch.setattr(kvm, "explain_unavailable", explain)
+    monkeypatch.setattr(toy, "explain_unavailable", explain)
     async with source() as here, twin_of(here):
         pass
     with pytest.raises(ResourceError, match="kernel's faults"):

@@ -382,6 +382,17 @@ class Pair:
         while not condition():
             await self.changed.wait()
 
+    async def move(self) -> None:
+        """Until the machine runs at the destination, as both sides know."""
+        self.go.set()
+        await self.until(lambda: self.source.state is State.POSTCOPY)
+
+    def side(self, who: str) -> SourceMigration | DestinationMigration:
+        return self.source if who == "source" else self.dest
+
+    def engine(self, who: str) -> FakeEngine:
+        return self.servers[0] if who == "source" else self.pager
+
     def look(self) -> None:
         assert not (self.source.may_run and self.dest.may_run)
         running = [side for side in (self.machine, self.twin) if side.state is MachineState.RUNNING]
@@ -486,6 +497,11 @@ class Peer:
             assert data
             self._buffer += data
 
+    async def commit(self) -> None:
+        """As a destination, up to the source's decision."""
+        await self.say(p.Prepared())
+        await self.read(p.Commit)
+
     async def say(self, message: p.Message) -> None:
         await self.stream.send_all(p.encode(message))
 
@@ -580,7 +596,6 @@ def has_status(migration: Any, status: str) -> bool:
 
 async def lose(pair: Any) -> None:
     """Until both sides have lost each other behind the point of no return."""
-    pair.go.set()
-    await pair.until(lambda: pair.source.state is State.POSTCOPY)
+    await pair.move()
     pair.servers[0].channel.tell(EventType.CHANNEL_DOWN, ChannelKind.URGENT, 0, "reset")
     await pair.until(lambda: pair.source.status == pair.dest.status == "postcopy-paused")

@@ -91,8 +91,7 @@ async def test_a_connection_that_comes() -> None:
     async with running(pair):
         await pair.until(lambda: pair.source.state is State.READY)
         assert pair.source.peer == cast(Link, link).peer
-        pair.go.set()
-        await pair.until(lambda: pair.dest.state is State.POSTCOPY)
+        await pair.move()
         pair.pager.channel.tell(EventType.COMPLETE)
     assert pair.source.state is pair.dest.state is State.COMPLETED
 

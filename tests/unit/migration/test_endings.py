@@ -12,7 +12,6 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from postcopy import wire as p
 from postcopy.dataplane.pager import ChannelKind, EventType
 from postcopy.errors import MigrationError
 from postcopy.machines import MachineState
@@ -42,10 +41,9 @@ async def test_a_mistake_is_contained(who: str, when: State, caplog: pytest.LogC
 
     async with running(pair):
         await pair.until(lambda: pair.source.state is State.READY)
-        engine = pair.servers[0] if who == "source" else pair.pager
+        engine = pair.engine(who)
         if when is State.POSTCOPY:
-            pair.go.set()
-            await pair.until(lambda: pair.source.state is State.POSTCOPY)
+            await pair.move()
         broken_event()
         if when is State.POSTCOPY:
             await pair.until(lambda: pair.source.status == pair.dest.status == "postcopy-paused")
@@ -55,7 +53,7 @@ async def test_a_mistake_is_contained(who: str, when: State, caplog: pytest.LogC
             pair.pager.channel.tell(EventType.COMPLETE)
     if when is State.READY:
         assert_back_at_source(pair)
-        assert "a mistake in postcopy (AttributeError" in str((pair.source if who == "source" else pair.dest).failure)
+        assert "a mistake in postcopy (AttributeError" in str(pair.side(who).failure)
     else:
         assert pair.source.state is pair.dest.state is State.COMPLETED
     assert any(record.exc_info for record in caplog.records if record.levelno == logging.ERROR)
@@ -65,8 +63,7 @@ async def test_a_mistake_of_whoever_looks_on(caplog: pytest.LogCaptureFixture) -
     pair = make_pair()
     cast(Any, pair.source)._on_change = lambda: 1 / 0
     async with running(pair):
-        pair.go.set()
-        await pair.until(lambda: pair.dest.state is State.POSTCOPY)
+        await pair.move()
         pair.pager.channel.tell(EventType.COMPLETE)
     assert pair.source.state is pair.dest.state is State.COMPLETED
 
@@ -79,8 +76,7 @@ async def test_a_pager_that_hangs_does_not_keep_a_whole_machine() -> None:
         raise MigrationError("ending the pager: not done after 30 s; its memory is kept")
 
     async with running(pair):
-        pair.go.set()
-        await pair.until(lambda: pair.dest.state is State.POSTCOPY)
+        await pair.move()
         pair.pager.channel.tell(EventType.COMPLETE)
         await pair.until(lambda: pair.dest.state is State.COMPLETED and pair.source.state is State.COMPLETED)
     dest = cast(Any, pair.dest)
@@ -96,8 +92,7 @@ async def test_reclaimed_from_a_destination_that_is_dead(autojump_clock: MockClo
     async with lone_source(meeting) as (peer, source, machine):
         with pytest.raises(MigrationError, match="this migration is active"):
             await source.reclaim()
-        await peer.say(p.Prepared())
-        await peer.read(p.Commit)
+        await peer.commit()
         await trio.aclose_forcefully(peer.stream)
         await source.paused.wait()
         lost = await source.reclaim()
@@ -128,8 +123,7 @@ async def test_not_reclaimed_when_memory_has_been_given_back() -> None:
     pair.machine.memories[0].write(0, b"x" * PAGES * UNIT)
     pair.machine.memories[1].write(0, b"x" * 2 * PAGES * UNIT)
     async with running(pair):
-        pair.go.set()
-        await pair.until(lambda: pair.source.state is State.POSTCOPY)
+        await pair.move()
         await pair.servers[0].until_gone(2)
         await lose(pair)
         with pytest.raises(MigrationError, match="have been given back"):
@@ -159,8 +153,7 @@ async def test_how_it_has_ended_at_the_destination(how: Ended) -> None:
     """Every page is there; it never heard `commit`; it was given up."""
     meeting = Meeting()
     async with lone_source(meeting) as (peer, source, machine):
-        await peer.say(p.Prepared())
-        await peer.read(p.Commit)
+        await peer.commit()
         await trio.aclose_forcefully(peer.stream)
         await source.paused.wait()
         meeting.refuse(EndedElsewhere(how))
@@ -184,8 +177,7 @@ async def test_the_machine_does_not_wait_for_a_source_that_is_dead(autojump_cloc
     autojump_clock.autojump_threshold = 0.05
     pair = make_pair()
     async with running(pair):
-        pair.go.set()
-        await pair.until(lambda: pair.source.state is State.POSTCOPY)
+        await pair.move()
         pair.pager.channel.tell(EventType.CHANNEL_DOWN, ChannelKind.URGENT, 0, "reset")
         pair.pager.channel.tell(EventType.COMPLETE)
         began = trio.current_time()

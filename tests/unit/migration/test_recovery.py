@@ -16,7 +16,6 @@ from postcopy.dataplane.pager import ChannelKind, EventType
 from postcopy.machines import MachineState
 from postcopy.wire import State
 from tests.unit.migration._engines import (
-    FakeEngine,
     Meeting,
     Peer,
     has_status,
@@ -32,9 +31,8 @@ from tests.unit.migration._engines import (
 async def test_data_channel_lost_after_commit(who: str) -> None:
     """Both pause, keep everything and wait; the machine stays at the destination."""
     async with running(make_pair()) as pair:
-        pair.go.set()
-        await pair.until(lambda: pair.source.state is State.POSTCOPY)
-        engine: FakeEngine = pair.servers[0] if who == "source" else pair.pager
+        await pair.move()
+        engine = pair.engine(who)
         engine.channel.tell(EventType.CHANNEL_DOWN, ChannelKind.BULK, 0)
         await pair.source.paused.wait()
         await pair.dest.paused.wait()
@@ -52,8 +50,7 @@ async def test_machine_goes_before_a_pager_with_missing_pages() -> None:
     pair = make_pair()
     pair.twin.log = pair.pager.log
     async with running(pair):
-        pair.go.set()
-        await pair.until(lambda: pair.source.state is State.POSTCOPY)
+        await pair.move()
         pair.stop_dest.set()
         await pair.source.paused.wait()
         pair.stop_source.set()
@@ -69,8 +66,7 @@ async def test_lost_and_found(times: int) -> None:
         return pair.source.recoveries.count == pair.dest.recoveries.count == count
 
     async with running(make_pair()) as pair:
-        pair.go.set()
-        await pair.until(lambda: pair.source.state is State.POSTCOPY)
+        await pair.move()
         for number in range(times):
             pair.servers[0].channel.tell(EventType.CHANNEL_DOWN, ChannelKind.URGENT, 0, "reset")
             await pair.until(lambda: pair.source.status == pair.dest.status == "postcopy-paused")
@@ -94,8 +90,7 @@ async def test_complete_that_nobody_hears(autojump_clock: MockClock) -> None:
     """A machine that has every page does not depend on its source any more, whatever that knows."""
     autojump_clock.autojump_threshold = 0.05
     async with running(make_pair()) as pair:
-        pair.go.set()
-        await pair.until(lambda: pair.source.state is State.POSTCOPY)
+        await pair.move()
         pair.pager.channel.tell(EventType.CHANNEL_DOWN, ChannelKind.URGENT, 0, "reset")
         pair.pager.channel.tell(EventType.COMPLETE)
         await pair.until(lambda: pair.source.status == pair.dest.status == "postcopy-paused")
@@ -119,8 +114,7 @@ async def test_complete_that_nobody_hears(autojump_clock: MockClock) -> None:
 async def test_complete_while_the_network_is_away() -> None:
     """The last page came with the cut: the destination has nothing to wait for but to say so."""
     async with running(make_pair()) as pair:
-        pair.go.set()
-        await pair.until(lambda: pair.source.state is State.POSTCOPY)
+        await pair.move()
         pair.pager.channel.tell(EventType.CHANNEL_DOWN, ChannelKind.URGENT, 0, "reset")
         pair.pager.channel.tell(EventType.COMPLETE)
         pair.meeting.open.set()
@@ -130,9 +124,8 @@ async def test_complete_while_the_network_is_away() -> None:
 @pytest.mark.parametrize("who", ["source", "dest"])
 async def test_what_cannot_go_on_is_not_tried_again(who: str) -> None:
     async with running(make_pair()) as pair:
-        pair.go.set()
-        await pair.until(lambda: pair.source.state is State.POSTCOPY)
-        engine: FakeEngine = pair.servers[0] if who == "source" else pair.pager
+        await pair.move()
+        engine = pair.engine(who)
         engine.channel.tell(EventType.FATAL, text="out of everything")
         lost, other = (pair.source, pair.dest) if who == "source" else (pair.dest, pair.source)
         await pair.until(lambda: lost.status == "postcopy-failed" and other.status == "postcopy-paused")
@@ -146,8 +139,7 @@ async def test_what_cannot_go_on_is_not_tried_again(who: str) -> None:
 async def test_request_that_is_never_answered(mock_clock: MockClock) -> None:
     """A data connection that is dead behind a control connection that lives."""
     async with running(make_pair()) as pair:
-        pair.go.set()
-        await pair.until(lambda: pair.source.state is State.POSTCOPY)
+        await pair.move()
         pair.pager.oldest_pending_ns = 1 << 62
         with trio.fail_after(50):
             mock_clock.rate = 5
@@ -165,8 +157,7 @@ async def test_destination_that_comes_back(ran: bool) -> None:
     meeting = Meeting()
     meeting.open.set()
     async with lone_source(meeting) as (peer, source, machine):
-        await peer.say(p.Prepared())
-        await peer.read(p.Commit)
+        await peer.commit()
         await trio.aclose_forcefully(peer.stream)  # whether it has heard `commit` the source cannot know
         await source.paused.wait()
         assert machine.state is MachineState.PAUSED
@@ -200,8 +191,7 @@ async def test_destination_that_comes_back_with_nonsense(messages: list[p.Messag
     meeting = Meeting()
     meeting.open.set()
     async with lone_source(meeting) as (peer, source, machine):
-        await peer.say(p.Prepared())
-        await peer.read(p.Commit)
+        await peer.commit()
         await trio.aclose_forcefully(peer.stream)
         for bad in (True, False):
             again = Peer(await meeting.join())
@@ -269,8 +259,7 @@ async def test_image_of_which_nothing_comes_after_the_end_of_the_push(mock_clock
     pair = make_pair()
     cast(Any, pair.pager).request_missing = lambda limit: 0
     async with running(pair):
-        pair.go.set()
-        await pair.until(lambda: pair.dest.state is State.POSTCOPY)
+        await pair.move()
         pair.pager.channel.tell(EventType.BULK_END, ChannelKind.BULK, 0)
         mock_clock.rate = 5
         await pair.until(lambda: pair.dest.status == "postcopy-paused")
@@ -284,8 +273,7 @@ async def test_twice_the_same_disagreement_is_the_end() -> None:
     meeting = Meeting()
     meeting.open.set()
     async with lone_source(meeting) as (peer, source, machine):
-        await peer.say(p.Prepared())
-        await peer.read(p.Commit)
+        await peer.commit()
         await trio.aclose_forcefully(peer.stream)
         for attempt in range(2):
             again = Peer(await meeting.join())
@@ -319,8 +307,7 @@ async def test_a_recovery_that_succeeds_tells_its_reconnector() -> None:
     """It is by that, and not by a connection, that pauses between attempts become short again."""
     told = []
     async with running(make_pair()) as pair:
-        pair.go.set()
-        await pair.until(lambda: pair.source.state is State.POSTCOPY)
+        await pair.move()
         for side in (pair.source, pair.dest):
             cast(Any, side)._reconnector.went_on = lambda side=side: told.append(side)
         await lose(pair)

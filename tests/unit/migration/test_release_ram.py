@@ -64,8 +64,7 @@ async def test_released_as_acknowledged() -> None:
     pair.machine.memories[0].write(0, b"x" * PAGES * UNIT)
     pair.machine.memories[1].write(0, b"x" * 2 * PAGES * UNIT)
     async with running(pair):
-        pair.go.set()
-        await pair.until(lambda: pair.source.state is State.POSTCOPY)
+        await pair.move()
         server = pair.servers[0]
         await server.until_gone(2)
         assert server.gone == {0: bits(PAGES, (0, 5)), 1: bits(2 * PAGES, (1, 5))}
@@ -81,8 +80,7 @@ async def test_lost_acknowledgement_is_told_by_the_recovery() -> None:
     pair.machine.memories[0].write(0, b"x" * PAGES * UNIT)
     pair.machine.memories[1].write(0, b"x" * 2 * PAGES * UNIT)
     async with running(pair):
-        pair.go.set()
-        await pair.until(lambda: pair.source.state is State.POSTCOPY)
+        await pair.move()
         server = pair.servers[0]
         server.channel.tell(EventType.CHANNEL_DOWN, ChannelKind.URGENT, 0, "reset")
         await pair.until(lambda: pair.source.status == pair.dest.status == "postcopy-paused")
@@ -102,8 +100,7 @@ async def test_recovery_after_release(keeps_its_word: bool) -> None:
     meeting, server = Meeting(), FakeServer(0)
     meeting.open.set()
     async with lone_source(meeting, server) as (peer, source, machine):
-        await peer.say(p.Prepared())
-        await peer.read(p.Commit)
+        await peer.commit()
         await peer.say(p.Running(5))
         first = 3 if keeps_its_word else 2
         await peer.say(p.Placed(0, first, 5, bits(5, (0, 5)).rle_encode()))
@@ -149,8 +146,7 @@ async def test_recovery_after_release(keeps_its_word: bool) -> None:
 async def test_acknowledgement_of_what_there_is_not(message: p.Message, reason: str) -> None:
     server = FakeServer(0)
     async with lone_source(None, server) as (peer, source, _):
-        await peer.say(p.Prepared())
-        await peer.read(p.Commit)
+        await peer.commit()
         await peer.say(p.Running(5))
         await peer.say(message)
         await source.paused.wait()
@@ -163,8 +159,7 @@ async def test_memory_that_cannot_be_given_back() -> None:
     server = FakeServer(0)
     server.release_error = CoreError(1, "giving memory back")
     async with lone_source(None, server) as (peer, source, _):
-        await peer.say(p.Prepared())
-        await peer.read(p.Commit)
+        await peer.commit()
         await peer.say(p.Running(5))
         for _ in range(2):
             await peer.say(p.Placed(0, 0, 5, b"\x00\x05"))

@@ -26,7 +26,6 @@ from tests.unit.migration._engines import (
     PAGES,
     UNIT,
     FakeChannelSet,
-    FakeEngine,
     FakeLink,
     FakeMachine,
     FakePager,
@@ -44,8 +43,7 @@ async def test_the_whole_way() -> None:
     async with running(make_pair()) as pair:
         await pair.until(lambda: pair.source.state is State.READY)
         assert pair.machine.state is MachineState.RUNNING
-        pair.go.set()
-        await pair.until(lambda: pair.dest.state is State.POSTCOPY)
+        await pair.move()
         assert pair.servers[0].started
         pair.pager.channel.tell(EventType.COMPLETE)
     assert pair.source.state is State.COMPLETED
@@ -71,8 +69,7 @@ async def test_the_whole_way() -> None:
 
 async def test_what_was_not_pushed_is_asked_for() -> None:
     async with running(make_pair()) as pair:
-        pair.go.set()
-        await pair.until(lambda: pair.dest.state is State.POSTCOPY)
+        await pair.move()
         pair.pager.channel.tell(EventType.BULK_END, ChannelKind.BULK, 0)
     assert pair.pager.requested == 1
     assert pair.dest.state is State.COMPLETED
@@ -108,8 +105,8 @@ async def test_interrupted_before_commit(who: str, when: State, how: str) -> Non
     async with running(make_pair()) as pair:
         await pair.until(lambda: pair.source.state is when)
         if how == "cancel":
-            assert (pair.source if who == "source" else pair.dest).cancellable
-            (pair.source if who == "source" else pair.dest).cancel()
+            assert pair.side(who).cancellable
+            pair.side(who).cancel()
         else:
             (pair.stop_source if who == "source" else pair.stop_dest).set()
     assert_back_at_source(pair)
@@ -134,7 +131,7 @@ async def cancelled_after(who: str, moment: int) -> Pair:
         pair.go.set()
         for _ in range(moment):
             await trio.lowlevel.checkpoint()
-        (pair.source if who == "source" else pair.dest).cancel()
+        pair.side(who).cancel()
         await pair.until(lambda: pair.source.state in (State.COMPLETED, State.ABORTED))
         nursery.cancel_scope.cancel()
         pair.meeting.refuse(p.EndedElsewhere(p.Ended.ABORTED))  # to one that is in doubt and asks
@@ -162,7 +159,7 @@ async def test_cancelled_at_any_moment(who: str) -> None:
 async def test_data_channel_lost_before_commit(who: str) -> None:
     async with running(make_pair()) as pair:
         await pair.until(lambda: pair.source.state is State.READY)
-        engine: FakeEngine = pair.servers[0] if who == "source" else pair.pager
+        engine = pair.engine(who)
         engine.channel.tell(EventType.CHANNEL_DOWN, ChannelKind.URGENT, 1, "reset by peer")
     assert_back_at_source(pair)
     for side in (pair.source, pair.dest):

@@ -9,21 +9,23 @@ from unittest.mock import Mock
 
 import pytest
 
-from postcopy.dataplane.pager import Pager
 from postcopy.errors import ConfigurationError
 from postcopy.machines import BlockLayout, Machine
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.engine import UNDECIDED
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.output import Output
-from postcopy.service.daemon import MAX_LEFT, MAX_MACHINES, ArrivalOptions, Daemon
+from postcopy.service.config import ArrivalOptions, DaemonConfig
+from postcopy.service.control import ControlHandler, find
+from postcopy.service.daemon import MAX_LEFT, MAX_MACHINES, Daemon
 from postcopy.service.schema import ControlError, Request
+from postcopy.service.service import Phase
 from postcopy.wire import State
 
 
 def _daemon(limit: int = 0) -> Daemon:
     output = Output(False, io.StringIO(), io.StringIO())
-    return Daemon(output, SourceOptions(max_bandwidth_bytes_per_s=limit), ArrivalOptions(make_pager=Pager))
+    return Daemon(DaemonConfig(SourceOptions(max_bandwidth_bytes_per_s=limit), ArrivalOptions()), output)
 
 
 def _job(state: State, kind: Any = SourceMigration) -> Mock:
@@ -36,8 +38,7 @@ def _job(state: State, kind: Any = SourceMigration) -> Mock:
 
 
 def _move(daemon: Daemon, name: str, state: State, kind: Any = SourceMigration) -> Mock:
-    owned = daemon._claim(name)
-    owned.busy = True
+    owned = daemon._add(name, Phase.LEAVING if kind is SourceMigration else Phase.ARRIVING)
     owned.migration = job = _job(state, kind)
     return job
 
@@ -58,7 +59,7 @@ def test_shares(limit: int, states: list[State], expected: list[int]) -> None:
     daemon = _daemon(limit)
     jobs = [_move(daemon, f"m{number}", state) for number, state in enumerate(states)]
     _move(daemon, "arriving", State.POSTCOPY, DestinationMigration)
-    daemon._share()
+    daemon.share_bandwidth()
     assert [job.set_bandwidth.call_args.args[0] for job in jobs] == expected
 
 
@@ -66,7 +67,7 @@ async def test_set_reaches_those_under_way() -> None:
     daemon = _daemon()
     out, into = _move(daemon, "a", State.POSTCOPY), _move(daemon, "b", State.POSTCOPY, DestinationMigration)
     settings = {"max-bandwidth": 77, "recover-for": 5.0, "bulk-channels": 3}
-    assert await daemon.execute(Request("set", dict(settings))) == settings
+    assert await ControlHandler(daemon).execute(Request("set", dict(settings))) == settings
     out.set_bandwidth.assert_called_with(77)
     for job in (out, into):
         job.set_recover_for.assert_called_with(5.0)
@@ -74,34 +75,31 @@ async def test_set_reaches_those_under_way() -> None:
 
 def test_names() -> None:
     daemon = _daemon()
-    daemon._claim("a").machine = Mock(spec=Machine)
-    daemon._claim("arriving")  # nobody knows yet what it is: not meant by one who names none
+    daemon._add("a", Phase.HERE).machine = Mock(spec=Machine)
+    daemon._add("arriving", Phase.ARRIVING)  # nobody knows yet what it is: not meant by one who names none
     with pytest.raises(ConfigurationError, match="already"):
-        daemon._claim("a")
+        daemon._add("a", Phase.HERE)
     with pytest.raises(ControlError, match="no machine 'b'"):
-        daemon._find("b")
-    assert daemon._find(None).name == "a"
-    daemon._claim("b").machine = Mock(spec=Machine)
+        find(daemon.machines, "b")
+    assert find(daemon.machines, None).name == "a"
+    daemon._add("b", Phase.HERE).machine = Mock(spec=Machine)
     with pytest.raises(ControlError, match=r"which of them\? a, b"):
-        daemon._find(None)
+        find(daemon.machines, None)
     # Its migration has completed, its end here has not: the name is free, so that it may come back at once.
-    daemon._find("b").migration = _job(State.COMPLETED)
-    assert daemon._claim("b") is daemon._find("b")
-    for number in range(MAX_MACHINES - len(daemon._here)):
-        daemon._claim(f"m{number}")
+    find(daemon.machines, "b").migration = _job(State.COMPLETED)
+    assert daemon._add("b", Phase.HERE) is find(daemon.machines, "b")
+    for number in range(MAX_MACHINES - len(daemon.machines)):
+        daemon._add(f"m{number}", Phase.HERE)
     with pytest.raises(ConfigurationError, match=str(MAX_MACHINES)):
-        daemon._claim("one more")
+        daemon._add("one more", Phase.HERE)
 
 
 @pytest.mark.parametrize("name", ["", "a b", "-", "x" * 64, "\n", 7, ["a"]])
 def test_names_that_a_peer_may_not_give(name: object) -> None:
-    from postcopy.service.daemon import _Maker
-
     daemon = _daemon()
-    owned = daemon._claim("arriving")
-    make = _Maker(daemon._claim, owned, daemon._arrival)
+    owned = daemon._add("arriving", Phase.ARRIVING)
     with pytest.raises(ConfigurationError, match="name"):
-        make("rv64", {"name": name}, [BlockLayout("x", 4096, 4096)])
+        daemon.make_arriving(owned, "rv64", {"name": name}, [BlockLayout("x", 4096, 4096)])
     assert owned.name == "arriving"
 
 
@@ -113,25 +111,25 @@ async def test_cancel_before_the_point_of_no_return_only(state: State, class_of_
     daemon = _daemon()
     job = _move(daemon, "a", state)
     if class_of_error is None:
-        assert await daemon.execute(Request("cancel", {})) == {"cancelled": ["a"]}
+        assert await ControlHandler(daemon).execute(Request("cancel", {})) == {"cancelled": ["a"]}
     else:
         with pytest.raises(ControlError) as caught:
-            await daemon.execute(Request("cancel", {}))
+            await ControlHandler(daemon).execute(Request("cancel", {}))
         assert caught.value.kind == class_of_error
     assert job.cancel.called  # which does nothing to one that has been decided
-    assert not daemon._here[0].stop.is_set()  # which would end it in any case
+    assert not daemon.machines[0].stop.is_set()  # which would end it in any case
 
 
 async def test_quit_loses_no_machine_unasked() -> None:
     daemon = _daemon()
-    daemon._claim("a")
+    daemon._add("a", Phase.HERE)
     with pytest.raises(ControlError, match="these end with this process: a"):
-        await daemon.execute(Request("quit", {}))
+        await ControlHandler(daemon).execute(Request("quit", {}))
     assert not daemon.stop.is_set()
-    await daemon.execute(Request("quit", {"force": True}))
+    await ControlHandler(daemon).execute(Request("quit", {"force": True}))
     assert daemon.stop.is_set()
     with pytest.raises(ControlError, match="about to end"):
-        await daemon.execute(Request("start", {"machine": "rv64"}))
+        await ControlHandler(daemon).execute(Request("start", {"machine": "rv64"}))
     assert daemon._why_refused(0)
 
 
@@ -139,8 +137,8 @@ def test_what_has_left_is_kept_for_metrics_and_bounded() -> None:
     daemon = _daemon()
     for number in range(MAX_LEFT + 5):
         _move(daemon, f"m{number}", State.COMPLETED)
-        daemon._forget(daemon._here[-1])
-    assert daemon.machines() == []
-    assert [name for name, _, _ in daemon.all_machines()] == [f"m{number}" for number in range(5, MAX_LEFT + 5)]
-    daemon._claim("m20")
-    assert [name for name, _, _ in daemon.all_machines()].count("m20") == 1
+        daemon._forget(daemon.machines[-1])
+    assert daemon.rows() == []
+    assert [name for name, _, _ in daemon.all_rows()] == [f"m{number}" for number in range(5, MAX_LEFT + 5)]
+    daemon._add("m20", Phase.HERE)
+    assert [name for name, _, _ in daemon.all_rows()].count("m20") == 1

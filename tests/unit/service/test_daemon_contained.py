@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,17 +25,21 @@ from postcopy.dataplane.pager import Pager
 from postcopy.errors import MigrationError, PeerError, PostcopyError
 from postcopy.machines import Machine
 from postcopy.machines.kinds import MachineOptions
-from postcopy.machines.toy.rv64 import Rv64Machine
+from postcopy.machines.toy.machine import ToyMachine
 from postcopy.memory import _admission
 from postcopy.memory._admission import PROMISES, Room
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net import Address, CallingLink
+from postcopy.net import Acceptor, Address, CallingLink
 from postcopy.output import Output
 from postcopy.service import daemon as daemon_module
+from postcopy.service import service as service_module
 from postcopy.service._contain import contained
-from postcopy.service.daemon import MAX_INCOMING, ArrivalOptions, Daemon
+from postcopy.service.config import ArrivalOptions, DaemonConfig
+from postcopy.service.control import ControlHandler, process_status
+from postcopy.service.daemon import MAX_INCOMING, Daemon
 from postcopy.service.schema import ControlError, Request, parse_arguments
+from postcopy.service.service import Phase
 from postcopy.wire import Block, Offer, SourceProtocol, State
 
 DEADLINE_S = 40.0
@@ -53,15 +58,14 @@ class Running:
 
     async def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         given = {name.replace("_", "-"): value for name, value in arguments.items()}
-        return await self.daemon.execute(Request(command, parse_arguments(command, given)))
+        return await ControlHandler(self.daemon).execute(Request(command, parse_arguments(command, given)))
 
     @property
     def address(self) -> Address:
-        host, _, port = self.daemon.listening()[0].rpartition(":")
-        return Address(host, int(port))
+        return self.daemon.listening[0]
 
     def status(self, name: str) -> dict[str, Any] | None:
-        for machine in self.daemon.status()["machines"]:
+        for machine in process_status(self.daemon)["machines"]:
             if machine["name"] == name:
                 return dict(machine)
         return None
@@ -84,13 +88,17 @@ class Running:
 
 
 @asynccontextmanager
-async def running(**keywords: Any) -> AsyncIterator[Running]:
+async def running(
+    options: SourceOptions | None = None,
+    *,
+    with_machine: bool = True,
+) -> AsyncIterator[Running]:
     """A daemon with the machine `one`, which must survive everything."""
-    options = keywords.pop("options", SourceOptions(heartbeat_s=0.5))
-    arrival = ArrivalOptions(make_pager=keywords.pop("make_pager", Pager))
-    output = Output(False, io.StringIO(), io.StringIO())
-    first = keywords.pop("first", ("rv64", SMALL))
-    daemon = Daemon(output, options, arrival, listen=Address("127.0.0.1", 0), first=first, name="one", **keywords)
+    options = options or SourceOptions(heartbeat_s=0.5)
+    config = DaemonConfig(options, ArrivalOptions(), listen=Address("127.0.0.1", 0))
+    if with_machine:
+        config = replace(config, kind="rv64", machine=SMALL, name="one")
+    daemon = Daemon(config, Output(False, io.StringIO(), io.StringIO()))
     handle = Running(daemon, trio.Event())
     with trio.fail_after(DEADLINE_S):
         async with trio.open_nursery() as nursery:
@@ -102,16 +110,16 @@ async def running(**keywords: Any) -> AsyncIterator[Running]:
                     handle.ended.set()
 
             nursery.start_soon(run)
-            await handle.until(lambda: bool(daemon.listening()))
-            if first is not None:
-                await handle.until(lambda: handle.status("one") is not None and not daemon._here[0].busy)
+            await handle.until(lambda: bool(daemon.listening))
+            if with_machine:
+                await handle.until(lambda: handle.status("one") is not None and not daemon.machines[0].busy)
             try:
                 yield handle
             finally:
                 while OPEN:
                     OPEN.pop().control.socket.close()
             if not handle.ended.is_set():
-                if first is not None:
+                if with_machine:
                     await handle.computes("one")
                 daemon._forced = True
                 handle.stop.set()
@@ -148,13 +156,13 @@ async def test_the_only_machine_that_can_be_reclaimed_needs_no_name() -> None:
         return machine is not None and machine["migration"]["status"] in statuses
 
     options = SourceOptions(heartbeat_s=0.2, max_bandwidth_bytes_per_s=64 * 1024)
-    async with running(options=options) as there:
+    async with running(options) as there:
         with pytest.raises(ControlError, match="one has not been sent away"):
             await there.ask("reclaim", force=True)
         await there.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
         with pytest.raises(ControlError, match="no machine is here whose destination was lost"):
             await there.ask("reclaim", force=True)
-        async with running(first=None) as here:
+        async with running(with_machine=False) as here:
             await there.ask("migrate", to=str(here.address), machine="two")
             await there.until(partial(is_in, "postcopy-active"))
         await there.until(partial(is_in, "postcopy-paused", "postcopy-failed"))
@@ -164,9 +172,9 @@ async def test_the_only_machine_that_can_be_reclaimed_needs_no_name() -> None:
 
 async def test_a_machine_that_is_being_ended_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
     closing, closed, closes = trio.Event(), trio.Event(), 0
-    close = Rv64Machine.close
+    close = ToyMachine.close
 
-    async def slowly(self: Rv64Machine, *arguments: Any) -> None:
+    async def slowly(self: ToyMachine, *arguments: Any) -> None:
         nonlocal closes
         closes += 1
         closing.set()
@@ -175,7 +183,7 @@ async def test_a_machine_that_is_being_ended_is_nobody_elses(monkeypatch: pytest
 
     async with running() as there:
         await there.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
-        monkeypatch.setattr(Rv64Machine, "close", slowly)
+        monkeypatch.setattr(ToyMachine, "close", slowly)
         async with trio.open_nursery() as nursery:
             for _ in range(2):
                 nursery.start_soon(partial(there.ask, "end", machine="two"))
@@ -220,25 +228,25 @@ async def test_mistake_of_an_arrivals_engine(
                 raise mistake
             return machine
 
-    monkeypatch.setattr(daemon_module, "DestinationMigration", Mistaken)
+    monkeypatch.setattr(service_module, "DestinationMigration", Mistaken)
     async with running() as there:
         if where == "release":
-            async with running(first=None) as here:
+            async with running(with_machine=False) as here:
                 await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
                 await here.ask("migrate", to=str(there.address))
                 await there.until(lambda: (there.status("two") or {}).get("guest") is not None)
-                await there.until(lambda: not any(owned.busy for owned in there.daemon._here))
+                await there.until(lambda: not any(owned.busy for owned in there.daemon.machines))
                 await there.computes("two")  # it is whole, and this daemon's
         else:
             link = await offered(there.address, offer("two"))
             if where == "close":
-                await there.until(lambda: len(there.daemon._here) == 2)
+                await there.until(lambda: len(there.daemon.machines) == 2)
                 await link.control.aclose()
             else:
                 with suppress(trio.BrokenResourceError):
                     while await link.control.receive_some(65536):
                         pass
-            await there.until(lambda: len(there.daemon._here) == 1)
+            await there.until(lambda: len(there.daemon.machines) == 1)
         await there.computes("one")
         assert "a mistake in postcopy" in caplog.text
 
@@ -250,7 +258,7 @@ async def test_mistake_of_a_departures_engine(monkeypatch: pytest.MonkeyPatch, m
             await trio.lowlevel.checkpoint()
             raise mistake
 
-    monkeypatch.setattr(daemon_module, "SourceMigration", Mistaken)
+    monkeypatch.setattr(service_module, "SourceMigration", Mistaken)
     async with running() as there:
         with pytest.raises(ControlError):
             await there.ask("migrate", to="127.0.0.1:1", machine="one")
@@ -269,8 +277,8 @@ async def test_mistake_past_the_point_of_no_return_keeps_the_machine(monkeypatch
             self._protocol._state = State.PAUSED
             raise KeyError("a mistake")
 
-    monkeypatch.setattr(daemon_module, "DestinationMigration", Mistaken)
-    async with running() as there, running(first=None) as here:
+    monkeypatch.setattr(service_module, "DestinationMigration", Mistaken)
+    async with running() as there, running(with_machine=False) as here:
         await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
         await here.ask("migrate", to=str(there.address))
         await here.until(lambda: here.status("two") is None)
@@ -283,21 +291,19 @@ async def test_mistake_past_the_point_of_no_return_keeps_the_machine(monkeypatch
 
 
 async def test_accepting_goes_on_after_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve, mistakes = Acceptor.serve, [KeyError("a mistake")]
+
+    async def fail_once(self: Acceptor) -> None:
+        if mistakes:
+            raise mistakes.pop()
+        await serve(self)
+
     monkeypatch.setattr(daemon_module, "AGAIN_S", 0.01)
+    monkeypatch.setattr(Acceptor, "serve", fail_once)
     async with running() as there:
-        acceptor = there.daemon._acceptor
-        assert acceptor is not None
-        accept, mistakes = acceptor._accept, [KeyError("a mistake")]
-
-        async def fail(*args: Any) -> None:
-            if mistakes:
-                raise mistakes.pop()
-            await accept(*args)
-
-        monkeypatch.setattr(acceptor, "_accept", fail)
-        there.daemon._acceptor = acceptor
-        # The present acceptor notices nothing; the next one begins with the mistake.
-        await there.computes("one")
+        await offered(there.address, offer("two"))
+        await there.until(lambda: len(there.daemon.machines) == 2)
+        assert not mistakes
 
 
 async def test_mistake_of_the_view(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,14 +328,14 @@ async def test_mistake_of_what_is_shown_or_heard(
         raise KeyError("a mistake")
 
     monkeypatch.setattr("postcopy.service.report.ended", fail)
-    async with running() as there, running(first=None) as here:
+    async with running() as there, running(with_machine=False) as here:
         await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
         await here.ask("migrate", to=str(there.address))
         await there.until(lambda: there.daemon._received == 1)
-        await there.until(lambda: not any(owned.busy for owned in there.daemon._here))
+        await there.until(lambda: not any(owned.busy for owned in there.daemon.machines))
         await there.computes("two")
         await here.until(lambda: here.daemon._sent == 1)
-    assert "telling what has changed: a mistake" in caplog.text
+    assert "announcing what has changed: a mistake" in caplog.text
 
 
 # ---- peers that do what no peer should
@@ -344,7 +350,7 @@ async def test_two_connections_one_id() -> None:
             await trio.testing.wait_all_tasks_blocked(0.05)
             for link in (links[first], links[1 - first]):
                 await trio.aclose_forcefully(link.control)
-            await there.until(lambda: len(there.daemon._here) == 1)
+            await there.until(lambda: len(there.daemon.machines) == 1)
         await there.computes("one")
 
 
@@ -353,7 +359,7 @@ async def test_many_offers_that_come_to_nothing() -> None:
         for number in range(3 * MAX_INCOMING):
             link = await offered(there.address, offer(f"m{number}"))
             await trio.aclose_forcefully(link.control)
-        await there.until(lambda: len(there.daemon._here) == 1)
+        await there.until(lambda: len(there.daemon.machines) == 1)
 
 
 # ---- places
@@ -362,11 +368,10 @@ async def test_many_offers_that_come_to_nothing() -> None:
 def test_places() -> None:
     from unittest.mock import Mock
 
-    daemon = Daemon(Output(False, io.StringIO(), io.StringIO()), SourceOptions(), ArrivalOptions(make_pager=Pager))
+    daemon = Daemon(DaemonConfig(SourceOptions(), ArrivalOptions()), Output(False, io.StringIO(), io.StringIO()))
 
     def arriving(state: State) -> Any:
-        owned = daemon._claim(f"m{len(daemon._here)}")
-        owned.busy = owned.arriving = True
+        owned = daemon._add(f"m{len(daemon.machines)}", Phase.ARRIVING)
         owned.migration = Mock(spec=DestinationMigration)
         owned.migration.state = state
         owned.migration.status = state.value
@@ -376,15 +381,14 @@ def test_places() -> None:
     for state in (State.PREPARED, State.IN_DOUBT, State.POSTCOPY, State.RECOVERING) * 4:
         arriving(state)
     assert "too many" in daemon._why_refused(0)  # an undecided one counts
-    for owned in daemon._here[:4]:
+    for owned in daemon.machines[:4]:
         owned.migration = Mock(
             spec=DestinationMigration, state=State.PAUSED
         )  # committed to this host, and lost: it waits and takes nothing
     assert daemon._why_refused(0) == ""
     assert daemon._why_refused(3) == ""
     assert "too many" in daemon._why_refused(4)
-    starting = daemon._claim("local")
-    starting.busy = True
+    daemon._add("local", Phase.STARTING)
     assert daemon._why_refused(3) == ""
 
 
@@ -415,7 +419,7 @@ async def test_memory_is_promised_once(monkeypatch: pytest.MonkeyPatch) -> None:
             await there.ask("start", machine="rv64", memory=64 * MIB)
         for link in links:
             await trio.aclose_forcefully(link.control)
-        await there.until(lambda: len(there.daemon._here) == 1)
+        await there.until(lambda: len(there.daemon.machines) == 1)
         await there.ask("start", name="local", machine="rv64", memory=128 * MIB)
         await there.computes("local")
         await there.ask("end", machine="local")
@@ -435,7 +439,7 @@ async def test_descriptors_are_there_before_a_machine_is_let_in() -> None:
                 await there.ask("start", machine="rv64", memory=16 * MIB)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
-        await there.until(lambda: len(there.daemon._here) == 1)
+        await there.until(lambda: len(there.daemon.machines) == 1)
         await there.ask("start", machine="rv64", memory=16 * MIB)
 
 
@@ -456,17 +460,17 @@ def no_more_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 async def test_no_threads_for_an_arrival(no_more_threads: list[str]) -> None:
     """Refused before anything has begun; the machine computes on where it is."""
-    async with running() as there, running(first=None) as here:
+    async with running() as there, running(with_machine=False) as here:
         await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
         no_more_threads.append("now")
         with suppress(ControlError):
             await here.ask("migrate", to=str(there.address))
-        await here.until(lambda: not any(owned.busy for owned in here.daemon._here))
+        await here.until(lambda: not any(owned.busy for owned in here.daemon.machines))
         await here.computes("two")
         no_more_threads.clear()
         await here.ask("migrate", to=str(there.address))
         await there.until(lambda: (there.status("two") or {}).get("guest") is not None)
-        await there.until(lambda: not any(owned.busy for owned in there.daemon._here))
+        await there.until(lambda: not any(owned.busy for owned in there.daemon.machines))
         await there.computes("two")
 
 
@@ -519,31 +523,34 @@ async def test_previous_migration_is_not_the_one_that_is_cancelled(frozen_peer: 
     async with running() as there, trio.open_nursery() as nursery:
         with pytest.raises(ControlError, match="refused"):
             await there.ask("migrate", to="127.0.0.1:1")
-        previous = there.daemon._here[0].migration
+        previous = there.daemon.machines[0].migration
 
         async def migrate() -> None:
             with pytest.raises(ControlError, match="cancelled"):
                 await there.ask("migrate", to=str(frozen_peer))
 
         nursery.start_soon(migrate)
-        await there.until(lambda: there.daemon._here[0].migration is not previous)
+        await there.until(lambda: there.daemon.machines[0].migration is not previous)
         assert await there.ask("cancel") == {"cancelled": ["one"]}
 
 
 # ---- a pager that does not end
 
 
-async def test_stuck_pager_takes_no_machine_with_it(caplog: pytest.LogCaptureFixture) -> None:
+async def test_stuck_pager_takes_no_machine_with_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     class Stuck(Pager):
         async def close(self) -> None:
             await super().close()
             raise MigrationError("a thread of the pager hangs; its memory is kept")
 
-    async with running(make_pager=Stuck) as there, running(first=None) as here:
+    monkeypatch.setattr(service_module, "Pager", Stuck)
+    async with running() as there, running(with_machine=False) as here:
         await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
         await here.ask("migrate", to=str(there.address))
         await there.until(lambda: (there.status("two") or {}).get("guest") is not None)
-        await there.until(lambda: not any(owned.busy for owned in there.daemon._here))
+        await there.until(lambda: not any(owned.busy for owned in there.daemon.machines))
         await there.computes("two")
         assert there.daemon._received == 1
         assert "hangs" in caplog.text
@@ -564,9 +571,9 @@ async def test_load_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, end: st
     async def load_state(self: Machine, state: bytes) -> None:
         await run_sync(hang, abandon_on_cancel=True)
 
-    monkeypatch.setattr(Rv64Machine, "load_state", load_state)
+    monkeypatch.setattr(ToyMachine, "load_state", load_state)
     try:
-        async with running() as there, running(first=None) as here:
+        async with running() as there, running(with_machine=False) as here:
             await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
             await here.ask("migrate", to=str(there.address))
             await there.until(hung.is_set)
@@ -574,13 +581,13 @@ async def test_load_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, end: st
             if end == "end":
                 await there.ask("end", machine="two", force=True)
                 assert there.status("two") is None
-                assert not any(owned.has_place for owned in there.daemon._here)
+                assert not any(owned.phase is Phase.ARRIVING for owned in there.daemon.machines)
                 await there.computes("one")
             else:
                 there.stop.set()
                 await there.ask("quit", force=True)
                 await there.ended.wait()
-            await here.until(lambda: not any(owned.busy for owned in here.daemon._here))
+            await here.until(lambda: not any(owned.busy for owned in here.daemon.machines))
             await here.computes("two")
     finally:
         released.set()

@@ -17,8 +17,10 @@ from postcopy.machines import Machine
 from postcopy.machines.kinds import MachineOptions
 from postcopy.migration.source import SourceOptions
 from postcopy.output import Output
-from postcopy.service import commands
-from postcopy.service.commands import SourceCommand
+from postcopy.service import service as service_module
+from postcopy.service.config import SourceConfig
+from postcopy.service.service import Owned, Phase
+from postcopy.service.source import Source
 from postcopy.wire import State
 
 
@@ -28,7 +30,7 @@ class Engine:
     lost = trio.Event()
     migration_id = peer = ""
 
-    def __init__(self, machine: Machine, link: Any, options: Any, *, on_change: Callable[[], None]) -> None:
+    def __init__(self, machine: Machine, link: Any, options: Any, *, peer: Any, on_change: Callable[[], None]) -> None:
         self.machine = machine
         self.link = link
         self.state = State.RECOVER
@@ -49,7 +51,7 @@ class Engine:
 
 
 async def test_one_that_is_lost_when_all_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "SourceMigration", Engine)
+    monkeypatch.setattr(service_module, "SourceMigration", Engine)
     monkeypatch.setattr(Engine, "lost", trio.Event())
     monkeypatch.setattr("postcopy.service.report.ended", lambda *_: {})
     links = [Mock(peer="comes back"), Mock(peer="served")]
@@ -60,22 +62,20 @@ async def test_one_that_is_lost_when_all_are_served(monkeypatch: pytest.MonkeyPa
             await trio.sleep_forever()
         return links.pop(0)
 
-    command = SourceCommand(
-        "image", MachineOptions(), SourceOptions(), Output(False, None, io.StringIO()),
-        listen=None, connect=None, migrate_after_s=0, serve=1, keep=True,
-    )  # fmt: skip
+    config = SourceConfig("image", MachineOptions(), SourceOptions())
+    source = Source(config, Output(False, None, io.StringIO()))
+    machine = Mock(spec=Machine, live=False, kind="image")
+    source.machines.append(Owned("image", Phase.HERE, machine))
     done = False
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
 
             async def serve() -> None:
                 nonlocal done
-                done = await command._serve_all(
-                    Mock(spec=Machine, live=False), Mock(next_link=next_link), trio.Event()
-                )  # fmt: skip
+                done = await source._serve(machine, Mock(next_link=next_link))
 
             nursery.start_soon(serve)
-            while links or command._completed < 1:
+            while links or source._completed < 1:
                 await trio.testing.wait_all_tasks_blocked()
             await trio.testing.wait_all_tasks_blocked()
             Engine.lost.set()

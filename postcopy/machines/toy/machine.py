@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kvm machine: a small x86-64 guest that computes, and checks itself (docs/machines.md, csrc/machine/).
+"""The toy machine: a small guest that computes, and checks itself (docs/machines.md, csrc/machine/). Either of two
+engines executes it, KVM on x86-64 or an interpreter of RISC-V, with the same devices, memory and workloads.
 
 Memory is split into a block that all vCPUs share and one for each vCPU alone, so that a destination can give each its
 own userfaultfd: vCPUs then do not wait for each other's faults. Shard 0 is the shared block's, shard n + 1 that of vCPU
@@ -14,12 +15,11 @@ import logging
 import os
 import platform
 import secrets
-import tempfile
 import warnings
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Self
 
 import trio
 
@@ -51,6 +51,7 @@ from postcopy.machines.base import (
     RamBlock,
     VcpuStatistics,
 )
+from postcopy.machines.toy.disk import Disk
 from postcopy.memory import Memory, check_memory, page_bytes_of
 from postcopy.uffd import explain_unavailable
 from postcopy.units import format_size
@@ -59,38 +60,40 @@ if TYPE_CHECKING:
     from postcopy.machines.toy.tap import Network
 
 WORKLOADS: Mapping[str, int] = {
-    "idle": lib.PC_WORKLOAD_IDLE,
-    "dirty": lib.PC_WORKLOAD_DIRTY,
-    "random": lib.PC_WORKLOAD_RANDOM,
-    "disk": lib.PC_WORKLOAD_DISK,
-    "echo": lib.PC_WORKLOAD_ECHO,
+    name: getattr(lib, f"PC_WORKLOAD_{name.upper()}") for name in ("idle", "dirty", "random", "disk", "echo")
 }
-_STATES = {
-    lib.PC_MACHINE_CREATED: MachineState.CREATED,
-    lib.PC_MACHINE_PAUSED: MachineState.PAUSED,
-    lib.PC_MACHINE_RUNNING: MachineState.RUNNING,
-    lib.PC_MACHINE_FAILED: MachineState.FAILED,
-}
-_ACTIVITIES = {
-    lib.PC_VCPU_PARKED: Activity.PARKED,
-    lib.PC_VCPU_GUEST: Activity.GUEST,
-    lib.PC_VCPU_DEVICE: Activity.DEVICE,
-    lib.PC_VCPU_HALTED: Activity.HALTED,
-    lib.PC_VCPU_DISK: Activity.DISK,
-    lib.PC_VCPU_NET: Activity.NET,
-    lib.PC_VCPU_GONE: Activity.GONE,
-}
+_STATES = {getattr(lib, f"PC_MACHINE_{state.name}"): state for state in MachineState}
+_ACTIVITIES = {getattr(lib, f"PC_VCPU_{activity.name}"): activity for activity in Activity}
+# The counters that have the same name here and in C.
+_COUNTERS, _VCPU_COUNTERS = (
+    tuple(field.name for field in fields(table) if field.type == "int") for table in (MachineStatistics, VcpuStatistics)
+)
 _MAX_STATE_BYTES = 1 << 20  # eight vCPUs with as much of everything as the core takes
 LOAD_TIMEOUT_S = 10.0
 """How long KVM may take over a state: milliseconds, unless it waits for guest memory, which nobody can bring it yet."""
-DEFAULT_DISK_BYTES = 16 << 20
-DISK_PREFIX, DISK_SUFFIX = "postcopy-disk-", ".img"  # of temporary ones
+_MAX_TIMEOUT_MS = 3_600_000
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class KvmOptions:
+class Engine:
+    """What executes a machine, and where one differs from the other."""
+
+    kind: str
+    number: int  # enum pc_engine_kind
+    kernel_faults: bool  # as `Machine.kernel_faults`
+
+
+KVM = Engine("kvm", lib.PC_ENGINE_KVM, kernel_faults=True)
+RV64 = Engine("rv64", lib.PC_ENGINE_RV64, kernel_faults=False)
+"""Needs no /dev/kvm and no rights: missing memory is touched by user-mode code only, so that any user's userfaultfd can
+stop its vCPUs. And it is deterministic: `run_until` stops at an exact instruction, and a machine of one vcpu is then
+the same to the bit, whether or not it was moved on the way."""
+
+
+@dataclass(frozen=True)
+class ToyOptions:
     """A machine as the user wants it."""
 
     memory_bytes: int = 256 << 20
@@ -100,32 +103,31 @@ class KvmOptions:
     working_set_bytes: int = 0  # over all blocks; 0: all memory
     seed: int | None = None  # of the workload's choices; None: a random one
     disk: str | None = None  # backing file for the workload `disk`; None: a temporary one, removed at close
-    disk_bytes: int = DEFAULT_DISK_BYTES
+    disk_bytes: int = 16 << 20
     net: str | None = None  # tap:NAME, for the workload `echo`, which needs it
     net_mac: int | None = None  # None: follows from the seed, as the next one
     net_address: int | None = None  # IPv4
 
 
-class KvmMachine(Machine):
+class ToyMachine(Machine):
     """Made by `create` at the source, `for_destination` at the destination."""
 
-    kind: ClassVar[str] = "kvm"
-    live: ClassVar[bool] = True
-    kernel_faults: ClassVar[bool] = True
-    engine: ClassVar[int] = lib.PC_ENGINE_KVM
-    Options = KvmOptions
+    live = True
 
     def __init__(
         self,
+        engine: Engine,
         blocks: Sequence[tuple[str, int]],
         backing: str,
         workload: str,
         working_set_bytes: int,
         seed: int,
-        disk: _Disk | None,
+        disk: Disk | None,
         network: Network | None = None,
     ) -> None:
         """Takes over `disk` and `network`, also when it raises."""
+        self.kind, self.kernel_faults = engine.kind, engine.kernel_faults
+        self._engine = engine
         self._workload = workload
         self._working_set_bytes = working_set_bytes
         self._seed = seed
@@ -146,19 +148,22 @@ class KvmMachine(Machine):
                 self._blocks.append(RamBlock(name, memory, number))
             machine = self._open()
             undo.callback(lib.pc_machine_close, machine, round(CLOSE_TIMEOUT_S * 1000))
-            self._bell = _Bell(lib.pc_machine_event_fd(machine))
+            self._event_fd = SharedEventFd(lib.pc_machine_event_fd(machine))
             undo.pop_all()
         for block in self._blocks:
             block.memory.acquire("machine")
         self._machine = machine
 
     @classmethod
-    def create(cls, options: KvmOptions) -> Self:
+    def create(cls, engine: Engine, options: ToyOptions) -> Self:
         """The source. Errors: `ConfigurationError` for numbers that make no sense, `ResourceError` for what the host
         lacks (memory, /dev/kvm or the right to it)."""
         if options.workload not in WORKLOADS:
             raise ConfigurationError(f"unknown workload {options.workload!r}; there are {', '.join(WORKLOADS)}")
-        check_vcpus(options.vcpus, cls.kind)
+        if not 1 <= options.vcpus <= lib.PC_MACHINE_MAX_VCPUS:
+            raise ConfigurationError(
+                f"a {engine.kind} machine has 1 to {lib.PC_MACHINE_MAX_VCPUS} vcpus, not {options.vcpus}"
+            )
         if not 0 <= options.working_set_bytes < 1 << 64:
             raise ConfigurationError("a working set cannot be less than 0 bytes")
         if options.seed is not None and not 0 <= options.seed < 1 << 64:
@@ -168,7 +173,7 @@ class KvmMachine(Machine):
         blocks = [("shared", shared_bytes)] + [(f"vcpu{number}", private_bytes) for number in range(options.vcpus)]
         disk = None
         if options.workload == "disk":
-            disk = _Disk(options.disk, options.disk_bytes)
+            disk = Disk(options.disk, options.disk_bytes)
         elif options.disk is not None:
             raise ConfigurationError(f"--disk has no meaning for --workload {options.workload}")
         seed = secrets.randbits(64) if options.seed is None else options.seed
@@ -177,11 +182,13 @@ class KvmMachine(Machine):
             network = _open_network(options, seed)
         elif (options.net, options.net_mac, options.net_address) != (None, None, None):
             raise ConfigurationError(f"--net has no meaning for --workload {options.workload}")
-        return cls(blocks, options.backing, options.workload, options.working_set_bytes, seed, disk, network)
+        workload, working_set_bytes = options.workload, options.working_set_bytes
+        return cls(engine, blocks, options.backing, workload, working_set_bytes, seed, disk, network)
 
     @classmethod
     def for_destination(
         cls,
+        engine: Engine,
         config: Mapping[str, Any],
         layout: Sequence[BlockLayout],
         backing: str,
@@ -190,17 +197,17 @@ class KvmMachine(Machine):
     ) -> Self:
         """The twin of what a source offers; what the peer says is checked. `disk` and `net`: where its disk is on this
         host, and where its network device is attached."""
-        unavailable = explain_unavailable(kernel_faults=cls.kernel_faults)
+        unavailable = explain_unavailable(kernel_faults=engine.kernel_faults)
         if unavailable is not None:
             raise unavailable
         vcpus, workload = config.get("vcpus"), config.get("workload")
         if type(vcpus) is not int or not 1 <= vcpus <= lib.PC_MACHINE_MAX_VCPUS:
-            raise ProtocolError(f"an offer of a {cls.kind} machine must have a number of vcpus")
+            raise ProtocolError(f"an offer of a {engine.kind} machine must have a number of vcpus")
         if not isinstance(workload, str) or workload not in WORKLOADS:
-            raise ProtocolError(f"an offer of a {cls.kind} machine must have a workload")
+            raise ProtocolError(f"an offer of a {engine.kind} machine must have a workload")
         names = ["shared"] + [f"vcpu{number}" for number in range(vcpus)]
         if [block.name for block in layout] != names:
-            raise ProtocolError(f"a {cls.kind} machine of {vcpus} vcpus must have the blocks {', '.join(names)}")
+            raise ProtocolError(f"a {engine.kind} machine of {vcpus} vcpus must have the blocks {', '.join(names)}")
         if any(block.size_bytes <= 0 for block in layout):
             raise ProtocolError("an offer of a block without a size")
         unit = page_bytes_of(backing)
@@ -214,15 +221,11 @@ class KvmMachine(Machine):
         working_set_bytes, seed = _natural(config, "working-set-bytes"), _natural(config, "seed")
         twin_disk = network = None
         if workload == "disk":
-            disk_bytes = _natural(config, "disk-bytes")
-            if disk is None:
-                raise _no_disk(config.get("disk"))
-            _check_twin_disk(disk, disk_bytes)
-            twin_disk = _Disk(disk, disk_bytes)
+            twin_disk = Disk.of_twin(disk, config.get("disk"), _natural(config, "disk-bytes"))
         elif workload == "echo":
             network = _twin_network(config, net)
         blocks = [(block.name, block.size_bytes) for block in layout]
-        return cls(blocks, backing, workload, working_set_bytes, seed, twin_disk, network)
+        return cls(engine, blocks, backing, workload, working_set_bytes, seed, twin_disk, network)
 
     # ---- what it is
 
@@ -294,17 +297,33 @@ class KvmMachine(Machine):
         check(result, "resuming the machine")
 
     async def pause(self, timeout_s: float = 10.0) -> None:
+        await self._until("pausing the machine", timeout_s, lib.pc_machine_pause, self._alive())
+
+    async def run_until(self, instructions: int, timeout_s: float = 60.0) -> None:
+        """rv64, from paused to paused: each vcpu runs until it has executed `instructions` since its boot, in all.
+        `MigrationError` when the machine fails, or is not there in time: it is then paused where it was. Seen through
+        when cancelled."""
+        await self._until("running the machine", timeout_s, lib.pc_rv64_run_until, self._alive(), instructions)
+
+    def instructions(self) -> list[int]:
+        """rv64: executed by each vcpu since its boot, wherever that was; exact when paused, a moment old while it
+        runs."""
         machine = self._alive()
+        count = ffi.new("uint64_t *")
+        found = []
+        for vcpu in range(self.vcpus):
+            check(lib.pc_rv64_instructions(machine, vcpu, count), "reading the count of instructions")
+            found.append(int(count[0]))
+        return found
+
+    async def _until(self, what: str, timeout_s: float, function: Callable[..., int], *args: Any) -> None:
+        """A call that ends with the machine paused, or not in time."""
         line = ErrorLine()
-        timeout_ms = max(0, min(round(timeout_s * 1000), 3_600_000))
-
-        def call() -> int:
-            return int(lib.pc_machine_pause(machine, timeout_ms, line.buffer, line.size))
-
-        result = await run_sync(call)
+        timeout_ms = max(0, min(round(timeout_s * 1000), _MAX_TIMEOUT_MS))
+        result = int(await run_sync(function, *args, timeout_ms, line.buffer, line.size))
         if result in (-errno.ETIMEDOUT, -errno.EIO):
-            raise MigrationError(f"pausing the machine: {line}")
-        line.check(result, "pausing the machine")
+            raise MigrationError(f"{what}: {line}")
+        line.check(result, what)
 
     async def save_state(self) -> bytes:
         machine = self._alive()
@@ -355,30 +374,14 @@ class KvmMachine(Machine):
             state=_STATES[stats.state],
             vcpus=tuple(
                 VcpuStatistics(
-                    tid=int(vcpu.tid),
                     activity=_ACTIVITIES[vcpu.activity],
-                    exits=int(vcpu.exits),
-                    marks=int(vcpu.marks),
-                    operations=int(vcpu.operations),
-                    failures=int(vcpu.failures),
+                    **{name: int(getattr(vcpu, name)) for name in _VCPU_COUNTERS},
                 )
-                for vcpu in (stats.vcpu[number] for number in range(stats.vcpus))
+                for vcpu in stats.vcpu[0 : stats.vcpus]
             ),
             ready=bool(stats.ready),
-            nonce=int(stats.nonce),
-            failures=int(stats.failures),
             failure_text=c_text(stats.failure_text),
-            first_run_ns=int(stats.first_run_ns),
-            paused_ns=int(stats.paused_ns),
-            disk_reads=int(stats.disk_reads),
-            disk_writes=int(stats.disk_writes),
-            disk_bytes=int(stats.disk_bytes),
-            disk_errors=int(stats.disk_errors),
-            serial_bytes=int(stats.serial_bytes),
-            net_received=int(stats.net_received),
-            net_sent=int(stats.net_sent),
-            net_dropped=int(stats.net_dropped),
-            net_errors=int(stats.net_errors),
+            **{name: int(getattr(stats, name)) for name in _COUNTERS},
         )
 
     async def verify(self) -> Check:
@@ -410,10 +413,10 @@ class KvmMachine(Machine):
                 raise MigrationError(f"the machine failed before it was ready: {statistics.failure_text}")
             if statistics.ready:
                 return await trio.lowlevel.checkpoint()
-            await self._bell.wait()
+            await self._event_fd.wait()
 
     def events(self) -> AsyncIterator[MachineEvent]:
-        return _Events(self.statistics, self._bell)
+        return _Events(self.statistics, self._event_fd)
 
     # ---- the end
 
@@ -424,8 +427,8 @@ class KvmMachine(Machine):
                     return
                 machine, self._machine = self._machine, None  # whose end does not return can never be freed
                 self._closing = True
-                self._bell.close()
-                timeout_ms = max(1, min(round(timeout_s * 1000), 3_600_000))
+                self._event_fd.close()
+                timeout_ms = max(1, min(round(timeout_s * 1000), _MAX_TIMEOUT_MS))
 
                 def call() -> int:
                     return int(lib.pc_machine_close(machine, timeout_ms))
@@ -460,7 +463,7 @@ class KvmMachine(Machine):
 
     def _open(self) -> Any:
         config: Any = ffi.new("struct pc_machine_config *")
-        config.engine = self.engine
+        config.engine = self._engine.number
         config.vcpus = self.vcpus
         config.workload = WORKLOADS[self._workload]
         config.shared = self._blocks[0].memory.struct[0]
@@ -481,11 +484,6 @@ class KvmMachine(Machine):
         if result < 0:
             raise _open_error(-result, str(line))
         return pointer[0]
-
-
-def check_vcpus(vcpus: int, kind: str = "kvm") -> None:
-    if not 1 <= vcpus <= lib.PC_MACHINE_MAX_VCPUS:
-        raise ConfigurationError(f"a {kind} machine has 1 to {lib.PC_MACHINE_MAX_VCPUS} vcpus, not {vcpus}")
 
 
 def explain_no_kvm() -> ResourceError | None:
@@ -542,7 +540,7 @@ def _natural(config: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def _open_network(options: KvmOptions, seed: int) -> Network:
+def _open_network(options: ToyOptions, seed: int) -> Network:
     from postcopy.machines.toy.tap import Network, default_ipv4, default_mac
 
     if options.net is None:
@@ -565,91 +563,31 @@ def _twin_network(config: Mapping[str, Any], net: str | None) -> Network:
     return Network.open(net, mac, address)
 
 
-def _check_twin_disk(path: str, size_bytes: int) -> None:
-    """It must be the one the source uses: neither made nor made longer here, however long a peer says that it is."""
-    try:
-        found_bytes = os.stat(path).st_size
-    except (OSError, ValueError):
-        raise ConfigurationError(f"disk {path}: there is no such file; it must be the one the source uses") from None
-    if found_bytes < size_bytes:
-        raise ConfigurationError(
-            f"disk {path} has {format_size(found_bytes)}, the machine's {format_size(size_bytes)}; it must be the one"
-            " the source uses"
-        )
-
-
-def _no_disk(path: object) -> PostcopyError:
-    """What there is to say of a machine whose disk has no file here. Never is it the file that the source names: the
-    guest writes to its disk whatever it likes, and guest and path both come from a peer, which could so overwrite any
-    file."""
-    if not isinstance(path, str) or not path.isprintable():
-        return ProtocolError("an offer of a machine with a disk must say where it is")
-    return ConfigurationError(
-        f"the machine has a disk, which is {path} on the source; say --disk FILE where it is on this host"
-    )
-
-
-class _Disk:
-    """The backing file of the machine's block device, opened for O_DIRECT."""
-
-    def __init__(self, path: str | None, size_bytes: int) -> None:
-        if path is not None and ("\0" in path or not path):
-            raise ConfigurationError(f"disk {path!r}: not the name of a file")  # C would take what is before the null
-        if not 0 < size_bytes < 1 << 62:
-            raise ConfigurationError(f"a disk cannot have {size_bytes} bytes")
-        self.size_bytes = size_bytes
-        self._temporary = path is None
-        if path is None:
-            fd, path = tempfile.mkstemp(prefix=DISK_PREFIX, suffix=DISK_SUFFIX)
-            os.close(fd)
-        self.path = os.path.abspath(path)
-        line = ErrorLine()
-        fd = lib.pc_disk_open(os.fsencode(self.path), size_bytes, line.buffer, line.size)
-        if fd < 0:
-            self._remove()
-            raise ConfigurationError(f"disk {self.path}: {str(line) or os.strerror(-fd)}")
-        self._fd = FdHolder(fd)
-
-    @property
-    def fd(self) -> int:
-        return self._fd.fileno()
-
-    def close(self) -> None:
-        """A temporary file loses its name; a twin on this host that has it open keeps its content."""
-        self._fd.close()
-        self._remove()
-
-    def _remove(self) -> None:
-        if self._temporary:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)
-
-
-class _Bell:
+class SharedEventFd:
     """Lets any number of tasks wait for the machine's eventfd, which only one may read.
 
-    It says only that something may have changed: whoever is woken looks at the counters, before waiting and after.
+    It says only that something may have changed: a task that was woken looks at the counters, before waiting and after.
     """
 
     def __init__(self, event_fd: int) -> None:
         self._fd = FdHolder.duplicate(event_fd)
         self._others = trio.lowlevel.ParkingLot()
-        self._has_leader = False
+        self._is_polled = False
 
     async def wait(self) -> None:
         self._fd.fileno()
-        if self._has_leader:
+        if self._is_polled:
             await self._others.park()
             self._fd.fileno()
             return
-        self._has_leader = True
+        self._is_polled = True
         try:
             await self._fd.wait_readable()
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._fd.fileno())
         finally:
             # Also when cancelled: one of the others must take over.
-            self._has_leader = False
+            self._is_polled = False
             self._others.unpark_all()
 
     def close(self) -> None:
@@ -660,9 +598,9 @@ class _Bell:
 class _Events:
     """Compares counters with those it saw last."""
 
-    def __init__(self, statistics: Callable[[], MachineStatistics], bell: _Bell) -> None:
+    def __init__(self, statistics: Callable[[], MachineStatistics], event_fd: SharedEventFd) -> None:
         self._statistics = statistics
-        self._bell = bell
+        self._event_fd = event_fd
         self._seen = statistics()
         self._pending: deque[MachineEvent] = deque()
 
@@ -683,5 +621,5 @@ class _Events:
             if now.state is MachineState.FAILED and before.state is not MachineState.FAILED:
                 self._pending.append(MachineEvent(MachineEventType.FAILED, now.failure_text))
             if not self._pending:
-                await self._bell.wait()
+                await self._event_fd.wait()
         return self._pending.popleft()

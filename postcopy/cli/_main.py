@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `postcopy` command: exit status, errors, signals.
+
+Exit status: 0 when what was asked has happened, 1 when it has not, 2 when it was asked in a way that makes no sense. An
+error meant for a person is one line on stderr, ``postcopy: error: ...``; a traceback is a mistake in this package.
+
+Ctrl-C, SIGTERM and a closed terminal (SIGHUP) mean: end in order, now. Where a command runs until it is interrupted (a
+destination without ``--run-for``, a source that serves for ever), that is how it succeeds. A second signal does not
+wait for the order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import trio
+
+from postcopy.cli._parser import load, make_parser, values
+from postcopy.errors import ConfigurationError, PostcopyError, known_error, shortage
+from postcopy.net import Route, read_peer_file
+from postcopy.output import LogHandler, Output, make_output
+from postcopy.wire import one_line
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script: the exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    _keep_standard_descriptors()
+    output = make_output(False)
+    try:
+        args = make_parser(arguments).parse_args(arguments)
+        module = load(args.command)
+        if hasattr(module, "run"):
+            status: int = module.run(args)
+            return status
+        given = values(args)
+        output = make_output(given.get("json", False), given.get("log_json", False))
+        with output.standard_streams():
+            return _run(module.make, given, output)
+    except KeyboardInterrupt:  # before or after the signal receiver
+        return EXIT_FAILED
+    except PostcopyError as error:
+        return _failed(error, output)
+    except Exception as error:  # noqa: BLE001 -- the end of everything
+        want = shortage(error)
+        if want is not None:
+            return _failed(want, output)
+        # A mistake in this package. Said like all else: the interpreter's own last words would wait for their reader.
+        output.say(traceback.format_exc().rstrip())
+        return EXIT_FAILED
+    finally:
+        with contextlib.suppress(KeyboardInterrupt):  # whoever is tired of waiting for a reader
+            output.close()
+
+
+def _run(make: Callable[..., Callable[[trio.Event], Awaitable[bool]]], given: dict[str, Any], output: Output) -> int:
+    """A command whose words all go through `output`."""
+    try:
+        level = given.get("log_level", "warning").upper()
+        logging.basicConfig(level=level, handlers=[LogHandler(output)], force=True)
+        logging.captureWarnings(True)
+        route: Route | None = None  # that may lead elsewhere after SIGHUP
+        if "connect" in given:
+            given["connect"] = Route(given["connect"])
+        if "peer_file" in given:
+            path = given["peer_file"]
+            route = given["connect"] = Route(read_peer_file(path), lambda: read_peer_file(path))
+        run = make(given, output)
+        if "user" in given:
+            from postcopy.service.privileges import become, find_user
+
+            become(find_user(given["user"]))
+        output.start()
+        done = trio.run(_with_signals, run, route, strict_exception_groups=True)
+        return EXIT_OK if done else EXIT_FAILED
+    except BaseExceptionGroup as group:
+        return _failed(known_error(group), output)
+
+
+async def _with_signals(run: Callable[[trio.Event], Awaitable[bool]], route: Route | None) -> bool:
+    """Runs a command; the first signal asks it to end, the second one ends it. SIGHUP asks the `route` to look up where
+    it leads; without one the terminal has been closed, which is the first signal, and never the second: shell and
+    kernel may both say it."""
+    stop = trio.Event()
+    done = False
+    # (under nohup it is ignored, and stays so)
+    hangup = (signal.SIGHUP,) if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else ()
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, *hangup) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def listen() -> None:
+                async for number in signals:
+                    if number == signal.SIGHUP and route is not None:
+                        route.refresh(by_user=True)
+                        continue
+                    logging.getLogger(__name__).info("%s: ending in order", signal.Signals(number).name)
+                    if stop.is_set() and number != signal.SIGHUP:
+                        nursery.cancel_scope.cancel()
+                    stop.set()
+
+            nursery.start_soon(listen)
+            done = await run(stop)
+            nursery.cancel_scope.cancel()
+    return done
+
+
+def _failed(error: PostcopyError, output: Output) -> int:
+    output.complain(one_line(str(error), 2000))
+    return EXIT_USAGE if isinstance(error, ConfigurationError) else EXIT_FAILED
+
+
+def _keep_standard_descriptors() -> None:
+    """A process may be started with its standard descriptors closed. What it opened first would get their numbers (a
+    machine's memory, say), and whoever believes that 2 is where errors go would write into it."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # The lowest number that is free; whatever cannot be read or written will do.
+            os.open("/", os.O_RDONLY | os.O_DIRECTORY)

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`postcopy dest`: receives one machine and, when all of it is here, does with it what was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import ClassVar
+
+import trio
+
+from postcopy._files import check_new_file
+from postcopy.errors import MigrationError
+from postcopy.machines import Check, Machine
+from postcopy.migration import salvage
+from postcopy.migration.destination import DestinationMigration
+from postcopy.migration.source import SourceOptions
+from postcopy.migration.tasks import Interrupted, first_of, now_ns
+from postcopy.net import Acceptor, CallingLink, Link
+from postcopy.output import Output
+from postcopy.service import report
+from postcopy.service.config import DestinationConfig
+from postcopy.service.service import Json, Owned, Phase, Service, why_not_completed
+from postcopy.wire import State
+
+
+class Destination(Service):
+    pushes: ClassVar[bool] = False
+
+    def __init__(self, config: DestinationConfig, output: Output) -> None:
+        options = SourceOptions(heartbeat_s=config.heartbeat_s, recover_for_s=config.recover_for_s)
+        super().__init__("dest", config.listen is not None, output, options, config.arrival)
+        self._config = config
+        self._check: Check | None = None
+        self._dumped: str | None = None
+
+    @property
+    def _migration(self) -> DestinationMigration | None:
+        migration = self.machines[0].migration if self.machines else None
+        return migration if isinstance(migration, DestinationMigration) else None
+
+    async def run(self, stop: trio.Event) -> bool:
+        self.stop = stop
+        if self._config.dump is not None:
+            check_new_file("--dump", self._config.dump)
+        if self._config.salvage_to is not None:
+            salvage.check_target(self._config.salvage_to)
+        done = False
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.output.follow, self._progress)
+                done = await self.attempt(self._run)
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._end(done)
+        if not done and self.failure is not None:
+            raise self.failure
+        return done
+
+    async def _run(self) -> bool:
+        config = self._config
+        if config.connect is not None:
+            open_link = partial(CallingLink.open, config.connect, "dest")
+            migration = await self._receive(await self._link(open_link, "there was a connection"))
+        else:
+            assert config.listen is not None
+            async with (
+                self.listen(config.listen, "dest", self._why_refused) as acceptor,
+                trio.open_nursery() as nursery,
+            ):
+                nursery.start_soon(acceptor.serve)
+                self.announce_listening()
+                migration = await self._accept(acceptor)
+                nursery.cancel_scope.cancel()
+        if migration.state is not State.COMPLETED:
+            raise why_not_completed(migration)
+        assert migration.machine is not None
+        return await self._afterwards(migration, migration.machine)
+
+    async def _end(self, done: bool) -> None:
+        """The end of the machine, and the result."""
+        migration = self._migration
+        machine = migration.machine if migration is not None else None
+        statistics = machine.statistics() if machine is not None else None
+        if migration is not None:
+            if migration.state is State.PAUSED and machine is not None:
+                await self.write_salvage(self._config.salvage_to, machine, migration, migration.received())
+            await migration.close()
+        result = self.emit_result(report.destination_result(migration, statistics, self._check, self._dumped), done)
+        if done:
+            self.output.say(f"dest: {result['status']}, verified: {result['verified']}")
+
+    def _progress(self) -> Json:
+        self.measure_overhead(self._migration.machine if self._migration else None)
+        return report.destination_progress(self._migration)
+
+    # ---- arriving
+
+    async def _accept(self, acceptor: Acceptor) -> DestinationMigration:
+        """The first migration that was decided, or was cancelled here. One that failed before is its source's affair,
+        which may come again, or another one. `Interrupted` when `stop` comes before."""
+        last = ""
+        while True:
+            migration = await self._receive(await self._link(acceptor.next_link, f"a machine came{last}"))
+            # (one that has run here, and was taken back by its source, is no reason to wait for another one)
+            decided = migration.state is not State.ABORTED or migration.committed_ns
+            if decided or isinstance(migration.failure, Interrupted):
+                return migration
+            self.output.say(f"dest: nothing came of {migration.peer}: {migration.failure}; waiting for the next one")
+            last = f" (the last one that was offered: {migration.failure})"
+            self.machines[0].migration = None
+            await migration.close()  # before another one may have the memory that it had
+            self.machines.clear()
+
+    async def _link(self, open_link: Callable[[], Awaitable[Link]], what: str) -> Link:
+        """The next control connection, which has the only place from then on."""
+        found: list[Link] = []
+
+        async def wait() -> None:
+            found.append(await open_link())
+            self.machines.append(Owned("unknown", Phase.ARRIVING))
+
+        await first_of(wait, self.stop.wait)
+        if not found:
+            raise Interrupted(f"interrupted before {what}")
+        return found[0]
+
+    def _why_refused(self, waiting: int) -> str:
+        return "busy with another source" if self.machines or waiting else ""
+
+    async def _receive(self, link: Link) -> DestinationMigration:
+        (owned,) = self.machines
+        migration = self.arrive(owned, link)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._announce, migration)
+            await migration.run(self.stop)
+            nursery.cancel_scope.cancel()
+        owned.phase = Phase.HERE
+        self.output.emit("migration-ended", report.ended("incoming", migration))
+        return migration
+
+    async def _announce(self, migration: DestinationMigration) -> None:
+        await migration.paused.wait()
+        if migration.state is State.IN_DOUBT:
+            self.output.say(
+                f"postcopy: IN DOUBT: {migration.failure}; the source is asked whether the machine belongs to this"
+                " host, which does not run it meanwhile"
+            )
+            return
+        self.output.say(
+            f"postcopy: PAUSED: {migration.failure}; the machine is kept, {migration.statistics().remaining_bytes}"
+            " bytes of it are missing, and whatever touches them waits until the source is back, or this process is"
+            " interrupted"
+        )
+
+    # ---- all of it is here
+
+    async def _afterwards(self, migration: DestinationMigration, machine: Machine) -> bool:
+        """Lets it run as long as was asked, looks at it, writes it out."""
+        config = self._config
+        in_time = True
+        if machine.live:
+            ran_s = (now_ns() - migration.running_ns) / 1e9
+            with trio.move_on_after(float("inf") if config.run_for_s is None else max(0.0, config.run_for_s - ran_s)):
+                await self.stop.wait()
+                # Until interrupted: that was what was asked for, unless a time had been set.
+                in_time = config.run_for_s is None
+        if not in_time:
+            raise Interrupted(f"interrupted before it had run here for {config.run_for_s:g} s")
+        await machine.pause()
+        if config.verify:
+            self.output.say("dest: checking all memory")
+            self._check = await machine.verify()
+        if config.dump is not None:
+            await machine.dump(config.dump)
+            self._dumped = config.dump
+        migration.check_machine()
+        if migration.machine_failure:
+            raise MigrationError(f"the machine reports a failure: {migration.machine_failure}")
+        if self._check is not None and not self._check.ok:
+            raise MigrationError(f"the memory is not as it must be: {self._check.what}")
+        return True

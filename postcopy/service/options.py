@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of `source`, `dest` and `daemon` and of the control socket's requests, each described once.
+
+From this table are made the parsers of the command line (`postcopy.cli`), the records that say what a command is to do
+(`record`), the arguments of the requests on the control socket (`schema`), and the command lines of the two sides that
+`demo` starts (`to_arguments`).
+
+A value that was not given is nowhere: its default is that of the record. So no default is written twice.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+from postcopy._files import explain_bad_name
+from postcopy.errors import ConfigurationError
+from postcopy.machines.kinds import BACKINGS, KINDS
+from postcopy.machines.toy.machine import WORKLOADS
+from postcopy.migration.connection import HEARTBEAT_S, MISSED_HEARTBEATS
+from postcopy.migration.source import DEFAULT_BULK_CHANNELS
+from postcopy.net import parse_address
+from postcopy.units import (
+    FOREVER,
+    format_seconds,
+    parse_rate,
+    parse_seconds,
+    parse_size,
+    parse_whole,
+)
+from postcopy.wire import MAX_BULK_CHANNELS
+
+T = TypeVar("T")
+
+_MAX_TEXT_CHARS = 4096
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
+"""Of a machine: a word that needs no quoting in a shell, a metric's label or a log line."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """`parse` makes its value of text, or raises `ConfigurationError`; `format` makes text of its value."""
+
+    name: str  # as it is written, without dashes
+    help: str = ""
+    metavar: str | None = None
+    parse: Callable[[str], Any] = str
+    format: Callable[[Any], str] = str
+    field: str = ""  # of the record that it is for; made of `name` where it is not said
+    flag: Literal["", "set", "set or not"] = ""  # it has no value: True, or with --no-NAME also False
+    nargs: str | None = None  # as argparse's
+    positional: bool = False
+    required: bool = False
+
+    @property
+    def key(self) -> str:
+        return self.field or self.name.replace("-", "_")
+
+    def to_arguments(self, value: Any) -> list[str]:
+        """What is to be written for this value."""
+        if self.flag:
+            return [f"--{self.name}"] if value else [f"--no-{self.name}"] if self.flag == "set or not" else []
+        return [f"--{self.name}", self.format(value)]
+
+    def from_json(self, value: object) -> Any:
+        """The value of one in JSON: true or false, a number, or the text that a user would write."""
+        if self.flag:
+            if not isinstance(value, bool):
+                raise ConfigurationError("must be true or false")
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ConfigurationError("must be a number or a text")
+        text = str(value)
+        if not 0 < len(text) <= _MAX_TEXT_CHARS or "\0" in text:
+            raise ConfigurationError(f"must be a text of 1 to {_MAX_TEXT_CHARS} characters")
+        parsed = self.parse(text)
+        if isinstance(parsed, str) and not isinstance(value, str):
+            raise ConfigurationError("must be a text")
+        return parsed
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Options of which one must be given, and only one."""
+
+    options: tuple[Option, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Options under a title of their own in ``--help``, where there is one."""
+
+    options: tuple[Option | OneOf, ...]
+    title: str = ""
+
+    def __iter__(self) -> Iterator[Option]:
+        for item in self.options:
+            yield from item.options if isinstance(item, OneOf) else (item,)
+
+
+def record(kind: Callable[..., T], given: Mapping[str, Any], **more: Any) -> T:
+    """A record (a dataclass) of what was given, and of `more`; the rest is the record's own default."""
+    names = [item.name for item in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: given[name] for name in names if name in given} | more)
+
+
+def to_arguments(groups: tuple[Group, ...], values: Mapping[str, Any]) -> list[str]:
+    """The command line on which a command with these options has these values. Values that it has no option for are
+    left out."""
+    options = [option for group in groups for option in group if option.key in values]
+    return [word for option in options for word in option.to_arguments(values[option.key])]
+
+
+# ---- Values
+
+
+def choice(name: str, values: Mapping[str, Any] | tuple[str, ...], help: str = "", field: str = "") -> Option:
+    """An option that has one of these words, each of which may mean something else to the record."""
+    table = dict(values) if isinstance(values, Mapping) else {word: word for word in values}
+
+    def parse(text: str) -> Any:
+        if text not in table:
+            raise ConfigurationError(f"invalid choice: {text!r} (choose from {', '.join(map(repr, table))})")
+        return table[text]
+
+    def word_for(value: Any) -> str:
+        return next(word for word, meant in table.items() if meant == value)
+
+    return Option(name, help, f"{{{','.join(table)}}}", parse, word_for, field)
+
+
+def parse_path(text: str) -> str:
+    """The name of a file or a directory; what else there is to say of it, its own command says."""
+    if reason := explain_bad_name(text):
+        raise ConfigurationError(reason)
+    return text
+
+
+def is_name(value: object) -> bool:
+    """Whether a machine may be called so."""
+    return isinstance(value, str) and _NAME.match(value) is not None
+
+
+def parse_name(text: str) -> str:
+    if not is_name(text):
+        raise ConfigurationError(
+            "a machine's name is 1 to 63 letters, digits, '.', '_' or '-', and begins with a letter or digit"
+        )
+    return text
+
+
+def _parse_serve(text: str) -> float:
+    return math.inf if text == FOREVER else parse_whole(text, 1, 1_000_000)
+
+
+def _parse_control(text: str) -> str:
+    from postcopy.service.server import check_control_path
+
+    return check_control_path(text, "a control socket")
+
+
+# What the network device of a machine has is looked into only where there is one.
+
+
+def _parse_net(text: str) -> str:
+    """Checked only: the machine looks the name up when it is made."""
+    from postcopy.machines.toy.tap import parse_net
+
+    try:
+        parse_net(text)
+    except ConfigurationError as error:
+        raise ConfigurationError(str(error).removeprefix("--net ")) from error
+    return text
+
+
+def _parse_mac(text: str) -> int:
+    from postcopy.machines.toy.tap import parse_mac
+
+    return parse_mac(text)
+
+
+def _format_mac(mac: int) -> str:
+    from postcopy.machines.toy.tap import format_mac
+
+    return format_mac(mac)
+
+
+def _parse_ipv4(text: str) -> int:
+    from postcopy.machines.toy.tap import parse_ipv4
+
+    return parse_ipv4(text)
+
+
+def _format_ipv4(address: int) -> str:
+    from postcopy.machines.toy.tap import format_ipv4
+
+    return format_ipv4(address)
+
+
+def seconds(name: str, help: str, low: float = 0.0, high: float = 1e9, *, forever: bool = False) -> Option:
+    """An option that is a time, in seconds."""
+    parse = partial(parse_seconds, low=low, high=high, forever=forever)
+    metavar = f"SECONDS|{FOREVER}" if forever else "SECONDS"
+    return Option(name, help, metavar, parse, format_seconds, f"{name.replace('-', '_')}_s")
+
+
+def path(name: str, help: str, metavar: str = "FILE", field: str = "") -> Option:
+    return Option(name, help, metavar, parse_path, field=field)
+
+
+def _whole(name: str, help: str, low: int, high: int, metavar: str = "N", field: str = "") -> Option:
+    return Option(name, help, metavar, partial(parse_whole, low=low, high=high), field=field)
+
+
+# ---- The machine
+
+KIND = choice("machine", KINDS, "what to migrate", "kind")
+MEMORY = Option("memory", "kvm, rv64: its memory, as 1GiB", "SIZE", parse_size, field="memory_bytes")
+VCPUS = _whole("vcpus", "kvm, rv64: its virtual CPUs", 0, 1000)
+WORKLOAD = choice("workload", tuple(WORKLOADS), "kvm, rv64: what it computes")
+WORKING_SET = Option(
+    "working-set", "kvm, rv64: how much memory it uses", "SIZE", parse_size, field="working_set_bytes"
+)  # fmt: skip
+SEED = _whole("seed", "kvm, rv64: makes its pages reproducible", 0, 2**64 - 1)
+DISK = path("disk", "workload disk: backing file, which both hosts must have")
+IMAGE = path("image", "image: the file")
+NET = Option("net", "workload echo: the TAP of its network device", "tap:NAME", _parse_net)
+MACHINE = (
+    MEMORY, VCPUS, WORKLOAD, WORKING_SET, SEED, DISK, IMAGE, NET,
+    Option("net-mac", "its MAC address (default: from the seed)", "MAC", _parse_mac, _format_mac),
+    Option("net-address", "its address (default: from the seed)", "IPV4", _parse_ipv4, _format_ipv4),
+)  # fmt: skip
+ORIGIN = path(
+    "from",
+    "one whose migration was lost, out of its salvage, or of what `postcopy merge --into` has made",
+    "DIR",
+    "path",
+)
+NAME = Option("name", "of the machine that it begins with", "NAME", parse_name)
+
+# ---- Where the other side is
+
+LISTEN = Option(
+    "listen", "wait for the other side here; port 0: any", "HOST:PORT", partial(parse_address, listening=True)
+)
+CONNECT = Option("connect", "the other side listens there", "HOST:PORT", parse_address)
+PEER_FILE = path(
+    "peer-file", "as --connect, with the HOST:PORT in a file, read again when the connection is lost and at SIGHUP"
+)
+HOLD = Option("hold", "run the machine until `postcopy ctl` says where it is to go (--control)", flag="set")
+
+# ---- The engine
+
+BACKING = choice("backing", BACKINGS, "what memory is made of")
+BUSY_POLL = _whole(
+    "busy-poll", "spin so long before sleeping on an urgent channel", 0, 1_000_000, "MICROSECONDS", "busy_poll_us"
+)
+PAGER = choice(
+    "pager", {"thread": False, "process": True},
+    "where missing pages are fetched: in threads of the machine's process (default), or in a process of its own, which"
+    " the machine survives",
+    "pager_process",
+)  # fmt: skip
+BULK_CHANNELS = _whole(
+    "bulk-channels", f"connections of the background push (default {DEFAULT_BULK_CHANNELS})", 1, MAX_BULK_CHANNELS
+)
+MAX_BANDWIDTH = Option(
+    "max-bandwidth", "of the background push, as 100MiB/s; requested pages are never held up", "RATE|none", parse_rate,
+    field="max_bandwidth_bytes_per_s",
+)  # fmt: skip
+RELEASE_RAM = Option(
+    "release-ram",
+    "kvm, rv64: after the point of no return give memory back to this host as the destination acknowledges its pages",
+    flag="set",
+)
+
+# ---- When the network fails
+
+HEARTBEAT = seconds(
+    "heartbeat", f"how often to give a sign of life; a peer silent for {MISSED_HEARTBEATS} times as long is lost"
+    f" (default {HEARTBEAT_S:g})", 0.05, 3600,
+)  # fmt: skip
+RECOVER_FOR = seconds(
+    "recover-for",
+    f"how long a peer that was lost after the point of no return is looked for (default {FOREVER})", forever=True,
+)  # fmt: skip
+SALVAGE = path(
+    "salvage", "when it ends and the other side is lost for good: write what is here into this new directory, for"
+    " `postcopy merge`", "DIR", "salvage_to",
+)  # fmt: skip
+
+# ---- What is done with the machine
+
+MIGRATE_AFTER = seconds("migrate-after", "let the machine compute so long after it is ready (default 0)")
+SERVE = Option(
+    "serve", "image with --listen: how many destinations to serve, also at the same time (default 1)", f"N|{FOREVER}",
+    _parse_serve, format_seconds,
+)  # fmt: skip
+ON_FAILURE = choice(
+    "on-failure", {"keep": True, "exit": False},
+    "when a migration under way fails and the machine is still here: keep running it (default), or end", "keep",
+)  # fmt: skip
+ON_LOST = choice(
+    "on-lost", {"hold": False, "kill": True},
+    "when the source is given up (--recover-for, or it knows nothing of us) and pages are missing: keep the machine,"
+    " blocked where it needs them (default), or end it", "kill_when_lost",
+)  # fmt: skip
+RUN_FOR = seconds("run-for", "a live machine runs so long here, and until its last page has come, and is then paused"
+    " and ended (default: until interrupted)")  # fmt: skip
+DUMP = path("dump", "write the memory there at the end, sparse where it is zero")
+VERIFY = Option(
+    "verify", "check all memory at the end, by what is known of the machine (default: yes)", flag="set or not"
+)
+USER = Option(
+    "user",
+    "as root: open the devices, then give up every right but those of this user, before anything is received",
+    "NAME[:GROUP]",
+)
+
+# ---- The commands
+
+FROM_OPTIONS = Group(
+    (
+        Option(
+            "reclaim",
+            "DIR is of a source, and its destination is dead for good: go on from the switchover, without what the"
+            " machine has done since. If that host lives, the machine then runs twice",
+            flag="set",
+        ),
+        Option("force", "also with pages that nobody has, which are then zeros, or a second time", flag="set"),
+    ),
+    "with --from",
+)
+SENDING = (BULK_CHANNELS, MAX_BANDWIDTH, RELEASE_RAM)
+OPERATING = Group(
+    (
+        Option("control", "a control socket for `postcopy ctl`, this user's and root's only", "PATH", _parse_control),
+        Option(
+            "metrics", "Prometheus metrics at http://HOST:PORT/metrics; without HOST on the loopback interface only",
+            "[HOST]:PORT",
+        ),
+        path("metrics-file", "write the metrics there when a migration has ended", "FILE.prom"),
+    ),
+    "operating it",
+)  # fmt: skip
+OUTPUT = Group(
+    (
+        Option("json", "one JSON object a line on stdout, the result last", flag="set"),
+        choice("log-level", ("debug", "info", "warning", "error")),
+        Option("log-json", "one JSON object a line on stderr, with the migration's id", flag="set"),
+    ),
+    "output",
+)
+_WHEN_LOST = "when the network fails"
+COMMANDS: Mapping[str, tuple[Group, ...]] = {
+    "source": (
+        Group((OneOf((KIND, ORIGIN)), *MACHINE), "the machine"),
+        FROM_OPTIONS,
+        Group((OneOf((HOLD, LISTEN, CONNECT, PEER_FILE)),)),
+        Group((BACKING, BUSY_POLL, *SENDING), "the engine"),
+        Group((HEARTBEAT, RECOVER_FOR, SALVAGE), _WHEN_LOST),
+        Group((MIGRATE_AFTER, SERVE, ON_FAILURE, USER)),
+        OPERATING,
+        OUTPUT,
+    ),
+    "dest": (
+        Group((OneOf((LISTEN, CONNECT, PEER_FILE)),)),
+        Group((BACKING, BUSY_POLL, PAGER), "the engine"),
+        Group((HEARTBEAT, RECOVER_FOR, SALVAGE), _WHEN_LOST),
+        Group(
+            (
+                ON_LOST,
+                replace(DISK, help="where the machine's disk is on this host, if not as on the source"),
+                replace(NET, help="where the machine's network device is attached on this host"),
+                RUN_FOR,
+                DUMP,
+                VERIFY,
+                USER,
+            )
+        ),
+        OPERATING,
+        OUTPUT,
+    ),
+    "daemon": (
+        Group((replace(LISTEN, help="take machines that come here; port 0: any"),)),
+        Group((replace(KIND, help="what to migrate (default: none to begin with)"), *MACHINE), "the machine"),
+        Group((NAME,)),
+        Group((BACKING, BUSY_POLL, PAGER, *SENDING), "the engine"),
+        Group((HEARTBEAT, RECOVER_FOR), _WHEN_LOST),
+        Group((USER,)),
+        OPERATING,
+        OUTPUT,
+    ),
+}

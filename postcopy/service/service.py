@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one owner of a process's machines and their migrations. What it does with them is a policy, a subclass:
+`source.Source` sends one machine away, `destination.Destination` receives one, `daemon.Daemon` has any number of them,
+comes and goes.
+
+The owner has a table of machines (`machines`), each with its present or last migration and one `Phase`. An image that
+is sent to several destinations has a row for each. Here is what all policies need: listening, a migration in either
+direction, the settings that may be changed meanwhile, what is shown. `control.ControlHandler` answers for any of them.
+
+Resource handling: a policy's `run` closes the machines that it owns, however it ends.
+Error handling: an error that ends a policy is kept in `failure`, and raised when the result has been emitted.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+import trio
+
+from postcopy.dataplane.pager import Pager
+from postcopy.errors import MigrationError, PostcopyError, known_error, out_of_memory
+from postcopy.machines import BlockLayout, Machine
+from postcopy.machines.kinds import create_destination
+from postcopy.memory.bitmap import Bitmap
+from postcopy.migration import salvage
+from postcopy.migration.destination import DestinationMigration
+from postcopy.migration.source import SourceMigration, SourceOptions
+from postcopy.net import Acceptor, Address, CallingLink, Link, Route
+from postcopy.output import Output
+from postcopy.service import report
+from postcopy.service._contain import contained
+from postcopy.service.config import ArrivalOptions
+from postcopy.service.report import Migration
+from postcopy.wire import State
+
+Json = dict[str, Any]
+Row = tuple[str, Machine | None, Migration | None]
+Request = Callable[[Json], Awaitable[Json]]
+
+OVER = frozenset({State.COMPLETED, State.ABORTED, State.RECLAIMED})
+_NO_END = frozenset({"connecting", "setup", "active"})
+"""Statuses that cannot be the last one: what ends there has failed."""
+
+log = logging.getLogger(__name__)
+
+
+class Phase(enum.Enum):
+    """What is being done with a machine."""
+
+    STARTING = "started"
+    HERE = "here"  # nothing
+    LEAVING = "moved"
+    ARRIVING = "received"
+    ENDING = "ended"
+    GONE = "gone"  # not in the table any more
+
+
+class Owned:
+    """A machine that is here, on its way to here, or on its way from here."""
+
+    def __init__(self, name: str, phase: Phase, machine: Machine | None = None) -> None:
+        self.name = name
+        self.phase = phase
+        self.machine = machine  # once it is this process's
+        self.migration: Migration | None = None  # the present one, or the last
+        self.stop = trio.Event()  # gives the migration up, whatever is lost by it
+        self.announced = ""  # the migration's status, as it was last announced
+
+    @property
+    def shown(self) -> Machine | None:
+        """The machine, also while it arrives."""
+        if self.machine is None and isinstance(self.migration, DestinationMigration):
+            return self.migration.machine
+        return self.machine
+
+    @property
+    def busy(self) -> bool:
+        """Whether a task works on it."""
+        return self.phase not in (Phase.HERE, Phase.GONE)
+
+    @property
+    def moving(self) -> Migration | None:
+        """The migration that a task works on."""
+        return self.migration if self.phase in (Phase.LEAVING, Phase.ARRIVING) else None
+
+    @property
+    def undecided(self) -> Migration | None:
+        """... and that has not come to its end."""
+        return self.moving if self.moving is not None and self.moving.state not in OVER else None
+
+    @property
+    def has_left(self) -> bool:
+        return isinstance(self.migration, SourceMigration) and self.migration.state is State.COMPLETED
+
+    @property
+    def finishing(self) -> bool:
+        """Whether its migration has come to its end, and something of it has not been closed yet."""
+        job = self.moving
+        return job is not None and (job.state in OVER or (isinstance(job, DestinationMigration) and job.complete))
+
+    @property
+    def lost(self) -> bool:
+        """Whether it was sent to a host that does not answer any more."""
+        return self.phase is Phase.LEAVING and self.migration is not None and self.migration.state is State.PAUSED
+
+    @property
+    def decided(self) -> bool:
+        """Whether ending it now would lose pages that are needed elsewhere, or here."""
+        job = self.undecided
+        return job is not None and not job.cancellable
+
+    def cancel(self) -> bool:
+        """Gives its migration up, and says whether that was still possible."""
+        return self.migration is not None and self.migration.cancel()
+
+
+class Service(abc.ABC):
+    """Make one of its policies, and `run` it."""
+
+    pushes: ClassVar[bool] = True
+    """Whether it sends machines away, and so has a bandwidth."""
+
+    def __init__(
+        self, side: str, listens: bool, output: Output, options: SourceOptions, arrival: ArrivalOptions
+    ) -> None:
+        """`options`: of the migrations to come, those of arrivals too as far as they have a meaning there."""
+        self.side = side
+        self.listens = listens
+        self.output = output
+        self.options = options
+        self.arrival = arrival
+        self.stop = trio.Event()  # set when the process is to end
+        self.machines: list[Owned] = []
+        self.listening: list[Address] = []
+        self.failure: PostcopyError | None = None
+        self.changes = trio.Event()  # replaced at each change
+        self._overhead_bytes = 0
+
+    @abc.abstractmethod
+    async def run(self, stop: trio.Event) -> bool:
+        """Until it is done, or `stop`; whether what was asked has happened. Errors that end it are `PostcopyError`s."""
+
+    # ---- what is here
+
+    def rows(self) -> list[Row]:
+        """By name: the machine, and the migration that it is in or was in last."""
+        return [(owned.name, owned.shown, owned.migration) for owned in self.machines]
+
+    def all_rows(self) -> list[Row]:
+        """`rows`, and those that have left lately, for metrics."""
+        return self.rows()
+
+    def requests(self) -> Mapping[str, Request]:
+        """What may be asked of this policy only, by the request's name."""
+        return {}
+
+    def changed(self) -> None:
+        """Something may have changed in a migration, or in the table."""
+        self.output.kick()
+        self.changes.set()
+        self.changes = trio.Event()
+
+    def share_bandwidth(self) -> None:
+        """Gives the migrations under way what `options` say."""
+        for owned in self.machines:
+            if isinstance(owned.moving, SourceMigration):
+                owned.moving.set_bandwidth(self.options.max_bandwidth_bytes_per_s)
+
+    def set_options(self, options: SourceOptions) -> None:
+        """From now on, also for the migrations under way, as far as it can be changed there."""
+        self.options = options
+        for owned in self.machines:
+            if owned.moving is not None:
+                owned.moving.set_recover_for(options.recover_for_s)
+        self.share_bandwidth()
+
+    # ---- listening
+
+    @asynccontextmanager
+    async def listen(self, address: Address, side: str, why_refused: Callable[[int], str]) -> AsyncIterator[Acceptor]:
+        """Open for as long as the block lasts; its `serve` is the caller's to run. `why_refused` as for `Acceptor`."""
+        acceptor = await Acceptor.open(address, side, why_refused)
+        self.listening = list(acceptor.addresses)
+        try:
+            yield acceptor
+        finally:
+            with trio.CancelScope(shield=True):  # bounded
+                await contained("the end of listening", acceptor.close)
+
+    def announce_listening(self) -> None:
+        for address in self.listening:
+            self.output.emit("listening", {"side": self.side, "address": str(address)})
+            self.output.say(f"{self.side}: listening on {address}")
+
+    # ---- migrations
+
+    def leave(self, owned: Owned, to: Link | Route, name: str = "") -> SourceMigration:
+        """The migration with which a machine leaves, over this connection or one to be made; `send` runs it. `name`
+        goes with the machine."""
+        assert owned.machine is not None
+        migration = SourceMigration(
+            owned.machine,
+            partial(CallingLink.open, to, "source") if isinstance(to, Route) else to,
+            replace(self.options, name=name),
+            peer=to.address if isinstance(to, Route) else None,
+            on_change=self.changed,
+        )
+        owned.migration, owned.phase, owned.stop = migration, Phase.LEAVING, trio.Event()
+        return migration
+
+    async def send(
+        self, owned: Owned, go: trio.Event, *beside: Callable[[Owned], Awaitable[None]], hold: bool = True
+    ) -> None:
+        """The whole of a migration that `leave` has made. `beside`: tasks for as long; `hold` as for
+        `SourceMigration.run`."""
+        migration = owned.migration
+        assert isinstance(migration, SourceMigration)
+        self.changed()
+        async with trio.open_nursery() as nursery:
+            for task in beside:
+                nursery.start_soon(task, owned)
+            await migration.run(go, owned.stop, hold=hold)
+            nursery.cancel_scope.cancel()
+
+    def arrive(self, owned: Owned, link: Link) -> DestinationMigration:
+        """The migration with which a machine comes; its `run` and `close` are the caller's."""
+        migration = owned.migration = DestinationMigration(
+            link,
+            busy_poll_us=self.arrival.busy_poll_us,
+            heartbeat_s=self.options.heartbeat_s,
+            recover_for_s=self.options.recover_for_s,
+            kill_when_lost=self.arrival.kill_when_lost,
+            make_machine=partial(self.make_arriving, owned),
+            make_pager=_process_pager if self.arrival.pager_process else Pager,
+            on_change=self.changed,
+        )
+        return migration
+
+    def make_arriving(
+        self, owned: Owned, kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout]
+    ) -> Machine:
+        """The machine that a source offers. Errors as for `create_destination`."""
+        arrival = self.arrival
+        name = self.name_arriving(owned, kind, config)
+        machine = create_destination(kind, config, layout, arrival.backing, disk=arrival.disk, net=arrival.net)
+        owned.name = name
+        return machine
+
+    def name_arriving(self, owned: Owned, kind: str, config: Mapping[str, Any]) -> str:
+        """`ConfigurationError` for a machine that cannot be taken."""
+        return kind
+
+    # ---- one machine and its result
+
+    async def attempt(self, function: Callable[[], Awaitable[bool]]) -> bool:
+        """What `function` returns; False when it fails, with the first error in `failure`."""
+        try:
+            return await function()
+        except PostcopyError as error:
+            self.failure = self.failure or error
+        except MemoryError:
+            self.failure = self.failure or out_of_memory()
+        except BaseExceptionGroup as group:
+            self.failure = self.failure or known_error(group)
+        return False
+
+    def measure_overhead(self, machine: Machine | None) -> None:
+        self._overhead_bytes = max(self._overhead_bytes, report.overhead_bytes(machine))
+
+    def emit_result(self, result: Json, done: bool) -> Json:
+        """The last event, completed with what all results have."""
+        result["overhead-bytes"] = self._overhead_bytes
+        if self.failure is not None and not done:
+            result["error"] = str(self.failure)
+            if result["status"] in _NO_END:
+                result["status"] = "failed"
+        self.output.emit("result", result)
+        return result
+
+    async def write_salvage(self, path: str | None, machine: Machine, migration: Migration, maps: list[Bitmap]) -> None:
+        """What this side has, where that was asked for."""
+        if path is None:
+            return
+        try:
+            paused = await salvage.write(path, machine, migration.migration_id, self.side, maps)
+        except PostcopyError as error:
+            log.error("%s", error)
+            return
+        except MemoryError:
+            log.error("salvage to %s: %s", path, out_of_memory())
+            return
+        self.output.say(
+            f"{self.side}: what is here is in {path}"
+            + ("" if paused else "; the machine could not be paused while it was written")
+        )
+
+    async def close_machine(self, owned: Owned) -> None:
+        """Raises nothing that is a matter of the machine."""
+        if owned.machine is not None:
+            try:
+                await owned.machine.close()
+            except PostcopyError as error:
+                log.error("%s: %s", owned.name, error)
+
+
+def why_not_completed(migration: Migration) -> PostcopyError:
+    if migration.failure is not None:
+        return migration.failure
+    if migration.state is State.RECLAIMED:
+        return MigrationError("the machine was taken back from its destination, and is here")
+    return MigrationError(f"the migration has ended: {migration.status}")
+
+
+def direction(migration: Migration) -> str:
+    return "outgoing" if isinstance(migration, SourceMigration) else "incoming"
+
+
+def _process_pager() -> Any:
+    from postcopy.dataplane.pager_process import ProcessPager  # by those who ask for it: see `cli`
+
+    return ProcessPager()

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`postcopy source`: boots one machine, lets it compute, sends it away; and keeps running it when that fails."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from functools import partial
+
+import trio
+
+from postcopy._blocking import run_sync
+from postcopy.errors import ConfigurationError
+from postcopy.machines import Machine
+from postcopy.machines.kinds import create_destination, create_source
+from postcopy.migration import salvage
+from postcopy.migration.source import SourceMigration, check_releasable
+from postcopy.migration.tasks import Interrupted, first_of
+from postcopy.net import Acceptor, Link, Route
+from postcopy.output import Output
+from postcopy.service import report
+from postcopy.service.config import ArrivalOptions, SourceConfig
+from postcopy.service.service import Json, Owned, Phase, Service, why_not_completed
+from postcopy.wire import State
+
+MAX_SESSIONS = 16  # destinations served at the same time
+MAX_LOST = 16  # destinations of an image that were lost, and that may still come back
+
+
+class Source(Service):
+    def __init__(self, config: SourceConfig, output: Output) -> None:
+        super().__init__("source", config.listen is not None, output, config.migration, ArrivalOptions())
+        self._config = config
+        self._go = trio.Event()  # the machine is ready to leave
+        self._restored: salvage.Restorable | None = None
+        self._latest: SourceMigration | None = None
+        self._completed = 0
+
+    async def run(self, stop: trio.Event) -> bool:
+        self.stop = stop
+        if self._config.salvage_to is not None:
+            salvage.check_target(self._config.salvage_to)
+        done = False
+        try:
+            done = await self.attempt(self._run)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._end(done)
+        if not done and self.failure is not None:
+            raise self.failure
+        return done
+
+    async def _run(self) -> bool:
+        config = self._config
+        machine = await self._make_machine()
+        self.machines.append(Owned(machine.kind, Phase.HERE, machine))
+        if self.options.release_ram:
+            check_releasable(machine)
+        async with AsyncExitStack() as stack:
+            acceptor = None
+            if config.listen is not None:
+                # Before the machine is booted: an address that does not work should not cost that.
+                acceptor = await stack.enter_async_context(self.listen(config.listen, "source", self._why_refused))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.output.follow, self._progress)
+                if acceptor is None:
+                    done = await self._connect(machine)
+                else:
+                    nursery.start_soon(self._prepare, machine)
+                    nursery.start_soon(acceptor.serve)
+                    self.announce_listening()
+                    done = await self._serve(machine, acceptor)
+                self.measure_overhead(machine)
+                nursery.cancel_scope.cancel()
+        return done
+
+    async def _end(self, done: bool) -> None:
+        """The result, and the end of the machine."""
+        owned = self.machines[-1] if self.machines else None
+        if owned is None or owned.machine is None:
+            self.emit_result({"side": "source", "status": "failed", "error": str(self.failure)}, done)
+            return
+        machine, latest = owned.machine, self._latest
+        if latest is not None and latest.state is State.PAUSED:
+            # The machine has been paused since it was given to the destination: its memory is as old as that, and
+            # whole, but for what the destination had acknowledged.
+            await self.write_salvage(self._config.salvage_to, machine, latest, latest.kept())
+        result = report.source_result(machine, machine.statistics(), latest)
+        result["served"] = self._completed
+        if done and latest is None:
+            result["status"] = "completed"
+        self.emit_result(result, done)
+        if done:
+            self.output.say(f"source: {result['status']}, down for {result.get('downtime-ms', 0):g} ms")
+        self.machines.clear()
+        await self.close_machine(owned)
+
+    def _progress(self) -> Json:
+        machine = self.machines[-1].machine
+        assert machine is not None
+        self.measure_overhead(machine)
+        return report.source_progress(machine, self._latest)
+
+    # ---- the machine
+
+    async def _make_machine(self) -> Machine:
+        config, origin = self._config, self._config.origin
+        if origin is None:
+            return create_source(config.kind, config.machine)
+        found = await run_sync(partial(salvage.examine, origin.path, reclaim=origin.reclaim))
+        if found.doubts and not origin.force:
+            raise ConfigurationError(
+                f"--from {origin.path}: in doubt: {'; '.join(found.doubts)}; --force starts the machine all the same"
+            )
+        for doubt in found.doubts:
+            self.output.say(f"source: in doubt: {doubt}")
+        options = config.machine
+        make = partial(create_destination, backing=options.backing or "memfd", disk=options.disk, net=options.net)
+        machine = await salvage.restore(found, make)
+        self._restored = found
+        return machine
+
+    async def _prepare(self, machine: Machine) -> None:
+        """From created to computing, ready to be migrated."""
+        if self._restored is None:
+            await machine.boot()
+        else:
+            await run_sync(salvage.note_start, self._restored)
+            await machine.claim_network()
+            origin = self._restored.salvage
+            since = " of the switchover" if origin.side == salvage.SOURCE else ""
+            self.output.say(f"source: the machine goes on from {origin.path}, in the state{since} it was in")
+        await machine.resume()
+        await machine.wait_ready()
+        if machine.live:
+            await trio.sleep(self._config.migrate_after_s)
+        self._go.set()
+
+    # ---- one migration
+
+    def _begin(self, machine: Machine, to: Link | Route) -> tuple[Owned, SourceMigration]:
+        """A row of the table that is free, and the migration that takes it."""
+        owned = self.machines[-1]
+        if owned.busy:  # an image is sent to several destinations at the same time
+            owned = Owned(machine.kind, Phase.HERE, machine)
+            self.machines.append(owned)
+        self._latest = self.leave(owned, to)
+        return owned, self._latest
+
+    async def _migrate(self, owned: Owned, migration: SourceMigration) -> None:
+        hold = migration.machine.live or self._config.connect is not None
+        try:
+            await self.send(owned, self._go, self._end_with_process, self._announce, hold=hold)
+        finally:
+            owned.phase = Phase.HERE
+            if len(self.machines) > 1:
+                self.machines.remove(owned)
+        if migration.failure is not None:
+            fields = {"side": "source", "status": migration.status, "error": str(migration.failure)}
+            self.output.emit("migration-failed", fields)
+        self.output.emit("migration-ended", report.ended("outgoing", migration))
+
+    async def _end_with_process(self, owned: Owned) -> None:
+        await self.stop.wait()
+        owned.stop.set()
+
+    async def _announce(self, owned: Owned) -> None:
+        """Says that the machine is paused here while nobody can tell what became of it there, and that it was taken
+        back."""
+        migration = owned.migration
+        assert migration is not None
+        await migration.paused.wait()
+        self.output.say(
+            f"postcopy: PAUSED: {migration.failure}; the machine belongs to the destination, its missing pages are kept"
+            " here until the destination is back, or this process is interrupted"
+        )
+        while migration.state is not State.RECLAIMED:
+            await self.changes.wait()
+        self.output.say("source: the machine was taken back; it goes on here until interrupted, or migrated again")
+
+    # ---- connecting
+
+    async def _connect(self, machine: Machine) -> bool:
+        assert self._config.connect is not None
+        owned, migration = self._begin(machine, self._config.connect)
+        async with trio.open_nursery() as nursery:
+
+            async def prepare() -> None:
+                await migration.connected.wait()  # before that a machine need not be booted
+                if migration.failure is None:
+                    await self._prepare(machine)
+
+            nursery.start_soon(prepare)
+            await self._migrate(owned, migration)
+            if migration.state is State.COMPLETED:
+                return True
+            reclaimed = migration.state is State.RECLAIMED
+            self.failure = why_not_completed(migration)
+            keep = reclaimed or (migration.may_run and migration.ready_ns > 0 and self._config.keep)
+            if keep and machine.live and not self.stop.is_set():
+                if not reclaimed:
+                    self.output.say(
+                        f"source: migration failed: {self.failure}; the machine goes on here until interrupted"
+                    )
+                await self.stop.wait()
+            nursery.cancel_scope.cancel()
+        return False
+
+    # ---- listening
+
+    def _leaving(self) -> list[Owned]:
+        """The oldest first."""
+        return [owned for owned in self.machines if owned.phase is Phase.LEAVING]
+
+    def _lost(self) -> list[Owned]:
+        """Destinations of an image that were lost, and that are waited for although nothing depends on it; the oldest
+        first."""
+        return [owned for owned in self.machines if owned.lost and owned.machine is not None and not owned.machine.live]
+
+    def _why_refused(self, waiting: int) -> str:
+        # A destination of an image that was lost takes no place: it may come back, or has begun anew. Nor does one
+        # from which the machine was taken back: it is waited for only to be told so.
+        leaving = self._leaving()
+        reclaimed = sum(one.migration is not None and one.migration.state is State.RECLAIMED for one in leaving)
+        busy = len(leaving) - len(self._lost()) - reclaimed + waiting
+        if busy + self._completed >= self._config.serve:
+            return "busy with another destination" if busy else "everything has been served"
+        return "too many destinations at the same time" if busy >= MAX_SESSIONS else ""
+
+    async def _serve(self, machine: Machine, acceptor: Acceptor) -> bool:
+        """Until as many destinations have been served as were asked for."""
+        serve = self._config.serve
+        enough = trio.Event()
+
+        async def session(owned: Owned, migration: SourceMigration) -> None:
+            await self._migrate(owned, migration)
+            if migration.state is State.COMPLETED:
+                self._completed += 1
+                if self._completed >= serve:
+                    enough.set()
+            elif migration.state is not State.RECLAIMED and not self.stop.is_set():
+                self.output.say(f"source: migration to {migration.peer} failed: {migration.failure}")
+            keep = migration.state is State.RECLAIMED or (migration.may_run and self._config.keep)
+            if machine.live and migration.state is not State.COMPLETED and not keep:
+                self.failure = why_not_completed(migration)
+                enough.set()
+            self.changed()
+
+        async def take() -> None:
+            while True:
+                link = await acceptor.next_link()
+                sessions.start_soon(session, *self._begin(machine, link))
+                for owned in self._lost()[:-MAX_LOST]:  # each keeps a page server
+                    owned.stop.set()
+
+        async def give_up_lost() -> None:
+            """Those that were waited for while there was something else to do, also one that is lost only now."""
+            while self._leaving():
+                for owned in self.machines:
+                    if owned.lost:
+                        owned.stop.set()
+                await self.changes.wait()
+
+        async with trio.open_nursery() as sessions:  # each ends by itself, or by `stop`
+            await first_of(take, enough.wait, self.stop.wait)
+            sessions.start_soon(give_up_lost)
+        if serve == float("inf"):
+            return self.failure is None
+        done = self._completed >= serve
+        if not done and self.failure is None:
+            self.failure = Interrupted(f"interrupted after {self._completed} of {serve:g} destinations")
+        return done
