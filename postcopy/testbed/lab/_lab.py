@@ -115,9 +115,9 @@ class Host:
     def attach_tap(self, name: str) -> None:
         """Makes the TAP `name` in this host, where it is not there yet, and joins it with the laboratory's network.
 
-        A persistent one: it stays, up, when a program has opened it (``/dev/net/tun``, in this host: `enter`) and closed
-        it again; while no program has it open, its carrier is down. `remove_tap`, or the laboratory's end, ends it. A TAP that was
-        made before, and is held open, is joined and taken up by this call too.
+        A persistent one: it stays, up, when a program has opened it (``/dev/net/tun``, in this host: `enter`) and has
+        closed it again; while no program has it open, its carrier is down. `remove_tap`, or the laboratory's end, ends
+        it. A TAP that was made before, and is held open, is joined and taken up by this call too.
         """
         if not 0 < len(name.encode()) < 16 or "/" in name or name.split() != [name] or name in (".", "..", "all"):
             raise ConfigurationError(f"{name!r} is no name for an interface")
