@@ -133,12 +133,13 @@ async def open_child(command: Sequence[str], **options: Any) -> AsyncIterator[Ch
 
 async def run_json(command: Sequence[str], what: str, deadline_s: float) -> Any:
     """The last line on standard output, as JSON, of a command that ends by itself. `MigrationError` when it is not done
-    in time, prints nothing or ends with another status than 0; its standard error is this process's."""
+    in time, prints nothing, or ends with another status than 0, then with the last line of its standard error."""
     with trio.move_on_after(deadline_s):
-        done = await trio.run_process(list(command), capture_stdout=True, check=False)
+        done = await trio.run_process(list(command), capture_stdout=True, capture_stderr=True, check=False)
         lines = done.stdout.strip().splitlines()
         if done.returncode or not lines:
-            raise MigrationError(f"{what} failed (its error is above)")
+            words = done.stderr.decode("utf-8", "replace").strip().splitlines()
+            raise MigrationError(f"{what} failed: {words[-1] if words else f'status {done.returncode}'}")
         return json.loads(lines[-1])
     raise MigrationError(f"{what} did not end within {deadline_s:g} s")
 
