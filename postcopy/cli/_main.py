@@ -100,7 +100,7 @@ async def _with_signals(run: Callable[[trio.Event], Awaitable[bool]], route: Rou
             async def listen() -> None:
                 async for number in signals:
                     if number == signal.SIGHUP and route is not None:
-                        route.refresh(told=True)
+                        route.refresh(by_user=True)
                         continue
                     logging.getLogger(__name__).info("%s: ending in order", signal.Signals(number).name)
                     if stop.is_set() and number != signal.SIGHUP:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +27,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal
 
+import msgspec
 import trio
+from msgspec import Meta, Struct, structs
 
 from postcopy._blocking import run_sync
 from postcopy._files import (
@@ -52,20 +53,15 @@ from postcopy.migration.destination import MakeMachine
 from postcopy.units import format_size
 from postcopy.wire import one_line
 
-FORMAT, VERSION = "postcopy-salvage", 1
 SOURCE, DEST, MERGED = "source", "dest", "merged"  # sides
 STARTED = "started"  # a file in one that a machine has been started from
 PAUSE_TIMEOUT_S = 2.0
 COPY_BYTES = 4 << 20
 MAX_RANGES = 10_000  # of pages in doubt that are listed; their number is always given
 MAX_BLOCKS = 64
-MAX_BLOCK_BYTES = 1 << 44
-MAX_PAGE_BYTES = 1 << 30
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_STATE_BYTES = 16 << 20
 MAX_STARTED_BYTES = 1000
-
-T = TypeVar("T")
 
 
 def check_target(path: str) -> None:
@@ -85,22 +81,28 @@ async def write(path: str, machine: Machine, migration: str, side: str, maps: Se
     with contextlib.suppress(PostcopyError):  # the manifest says so
         await machine.pause(PAUSE_TIMEOUT_S)
         state = await machine.save_state()
-    blocks = [
+    blocks = tuple(
         Block(block.name, block.memory.size_bytes, block.memory.page_bytes, known.count())
         for block, known in zip(machine.blocks, maps, strict=True)
-    ]
-    paused = state is not None
-    salvage = Salvage(Path(path), migration, side, machine.kind, machine.config(), paused, tuple(blocks))
-    call = partial(_write, machine, maps, salvage, state)
+    )
+    manifest = Manifest(
+        migration=migration,
+        side=side,
+        machine=machine.kind,
+        config=machine.config(),
+        paused=state is not None,
+        blocks=blocks,
+    )
+    call = partial(_write, path, machine, maps, manifest, state)
     try:
         await run_sync(call)
     except ResourceError:  # no thread: there is nothing else left that this one would hold up
         call()
-    return paused
+    return state is not None
 
 
-def _write(machine: Machine, maps: Sequence[Bitmap], salvage: Salvage, state: bytes | None) -> None:
-    with _writing(f"salvage to {salvage.path}"), new_directory(str(salvage.path)) as part:
+def _write(path: str, machine: Machine, maps: Sequence[Bitmap], manifest: Manifest, state: bytes | None) -> None:
+    with _writing(f"salvage to {path}"), new_directory(path) as part:
         for number, (block, known) in enumerate(zip(machine.blocks, maps, strict=True)):
             with write_new(_memory_of(part, number)) as file:
                 if block.memory.kind is MemoryKind.FILE:
@@ -109,7 +111,7 @@ def _write(machine: Machine, maps: Sequence[Bitmap], salvage: Salvage, state: by
                     block.memory.dump(file)
                 os.ftruncate(file, block.memory.size_bytes)
             _write_file(_map_of(part, number), known.rle_encode())
-        _write_rest(part, salvage, state)
+        _write_rest(part, manifest, state)
 
 
 @contextlib.contextmanager
@@ -122,10 +124,10 @@ def _writing(what: str) -> Iterator[None]:
         raise ResourceError(f"{what}: out of memory", "allow this process more") from None
 
 
-def _write_rest(part: Path, salvage: Salvage, state: bytes | None) -> None:
+def _write_rest(part: Path, manifest: Manifest, state: bytes | None) -> None:
     if state is not None:
         _write_file(part / "state", state)
-    _write_file(part / "manifest.json", (json.dumps(salvage.manifest(), indent=2) + "\n").encode())
+    _write_file(part / "manifest.json", msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
 
 
 def _write_file(path: Path, data: bytes) -> None:
@@ -144,42 +146,51 @@ def _map_of(path: Path, number: int) -> Path:
 # ---- reading them, and joining two
 
 
-@dataclass(frozen=True)
-class Block:
-    name: str
-    size_bytes: int
-    page_bytes: int
-    known_pages: int = 0  # as the manifest says; the map has the last word
+_Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"\A[ -.0-~]+\Z")]
+"""ASCII without ``/``."""
+
+
+class Block(Struct, frozen=True, rename="kebab"):
+    name: _Name
+    size_bytes: Annotated[int, Meta(ge=1, le=1 << 44)]
+    page_bytes: Annotated[int, Meta(ge=512, le=1 << 30)]
+    pages: int = 0  # that are known, as the manifest says; the map has the last word
+
+    def __post_init__(self) -> None:
+        if self.page_bytes & (self.page_bytes - 1):
+            raise ValueError(f"{self.page_bytes} is no power of two")
 
     @property
-    def pages(self) -> int:
+    def all_pages(self) -> int:
         return -(-self.size_bytes // self.page_bytes)
+
+
+class _Head(Struct, frozen=True):
+    """What manifests of every version have."""
+
+    format: Literal["postcopy-salvage"] = "postcopy-salvage"
+    version: int = 1
+
+
+class Manifest(_Head, frozen=True, kw_only=True):
+    migration: _Name
+    side: Annotated[str, Meta(pattern=r"\A(source|dest|merged)\Z")]
+    machine: _Name
+    config: dict[str, Any]
+    paused: bool
+    blocks: Annotated[tuple[Block, ...], Meta(min_length=1, max_length=MAX_BLOCKS)]
 
 
 @dataclass(frozen=True)
 class Salvage:
-    """One that is to be written, or was read and checked; the memory stays in its files."""
+    """One that was read and checked; the memory stays in its files."""
 
     path: Path
-    migration: str
-    side: str
-    machine: str
-    config: dict[str, Any]
-    paused: bool
-    blocks: tuple[Block, ...]
-
-    def manifest(self) -> dict[str, Any]:
-        blocks = [
-            {"name": one.name, "size-bytes": one.size_bytes, "page-bytes": one.page_bytes, "pages": one.known_pages}
-            for one in self.blocks
-        ]
-        fields = {"format": FORMAT, "version": VERSION, **vars(self), "blocks": blocks}
-        del fields["path"]
-        return fields
+    manifest: Manifest
 
     def known(self, number: int) -> Bitmap:
         """The pages of a block for which it can speak."""
-        pages = self.blocks[number].pages
+        pages = self.manifest.blocks[number].all_pages
         with self._reading(f"the map of block {number}"):
             # Every other page is the worst case, of about two bytes a page.
             runs = read_regular(_map_of(self.path, number), 4 * pages + 64, follow=False)
@@ -189,7 +200,7 @@ class Salvage:
         """A descriptor, the caller's, of a block's memory."""
         with self._reading(f"the memory of block {number}"):
             fd = open_regular(_memory_of(self.path, number), follow=False)
-            found_bytes, size_bytes = os.fstat(fd).st_size, self.blocks[number].size_bytes
+            found_bytes, size_bytes = os.fstat(fd).st_size, self.manifest.blocks[number].size_bytes
             if found_bytes != size_bytes:
                 os.close(fd)
                 raise PostcopyError(f"{found_bytes} bytes, not {size_bytes}")
@@ -198,7 +209,7 @@ class Salvage:
     def state(self) -> bytes | None:
         """Of the machine's devices, where it could be paused."""
         with self._reading("the machine's state"):
-            return read_regular(self.path / "state", MAX_STATE_BYTES, follow=False) if self.paused else None
+            return read_regular(self.path / "state", MAX_STATE_BYTES, follow=False) if self.manifest.paused else None
 
     @contextlib.contextmanager
     def _reading(self, what: str) -> Iterator[None]:
@@ -212,53 +223,17 @@ def read(path: str) -> Salvage:
     """`ConfigurationError` for anything that is not a whole salvage of this version. Does not wait, whatever is there
     in place of its files."""
     try:
-        manifest = json.loads(read_regular(Path(path) / "manifest.json", MAX_MANIFEST_BYTES, follow=False))
+        text = read_regular(Path(path) / "manifest.json", MAX_MANIFEST_BYTES, follow=False)
+        if msgspec.json.decode(text, type=_Head).version != _Head().version:
+            raise ConfigurationError(f"{path}: a salvage of another version; use the postcopy that wrote it")
+        salvage = Salvage(Path(path), msgspec.json.decode(text, type=Manifest))
     except OSError as error:
         raise ConfigurationError(f"{path}: not a salvage: {_reason(error)}") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{path}: its manifest is damaged ({type(error).__name__}: {error})") from error
-    salvage = _checked(Path(path), manifest)
-    for number in range(len(salvage.blocks)):
+        raise ConfigurationError(f"{path}: its manifest is damaged: {error}") from error
+    for number in range(len(salvage.manifest.blocks)):
         os.close(salvage.open_memory(number))
     return salvage
-
-
-def _checked(path: Path, manifest: Any) -> Salvage:
-    """What a manifest says, checked."""
-
-    def take(fields: Any, name: str, kind: type[T], what: str, fits: Callable[[T], bool] = lambda _: True) -> T:
-        value = fields.get(name) if isinstance(fields, dict) else None
-        if type(value) is not kind or not fits(value):
-            raise ConfigurationError(f"{path}: its manifest is damaged: {name} must be {what}")
-        return value
-
-    def text(fields: Any, name: str, limit: int) -> str:
-        what = f"a name of at most {limit} characters"
-        return take(fields, name, str, what, lambda v: 0 < len(v) <= limit and v.isprintable() and "/" not in v)
-
-    def number(fields: Any, name: str, low: int, high: int) -> int:
-        return take(fields, name, int, f"a number from {low} to {high}", lambda v: low <= v <= high)
-
-    take(manifest, "format", str, FORMAT, lambda v: v == FORMAT)
-    if manifest.get("version") != VERSION:
-        raise ConfigurationError(f"{path}: a salvage of another version; use the postcopy that wrote it")
-    blocks = []
-    for one in take(manifest, "blocks", list, f"1 to {MAX_BLOCKS} blocks", lambda v: 1 <= len(v) <= MAX_BLOCKS):
-        block = Block(
-            text(one, "name", 40),
-            number(one, "size-bytes", 1, MAX_BLOCK_BYTES),
-            take(one, "page-bytes", int, "a power of two", lambda v: 512 <= v <= MAX_PAGE_BYTES and not v & (v - 1)),
-        )
-        blocks.append(block)
-    return Salvage(
-        path,
-        text(manifest, "migration", 64),
-        take(manifest, "side", str, f"{SOURCE}, {DEST} or {MERGED}", lambda v: v in (SOURCE, DEST, MERGED)),
-        text(manifest, "machine", 40),
-        take(manifest, "config", dict, "a map"),
-        take(manifest, "paused", bool, "true or false"),
-        tuple(blocks),
-    )
 
 
 def _reason(error: Exception) -> str:
@@ -299,7 +274,7 @@ def merge(
     `ConfigurationError` when they do not belong together. `give_up` is called every few megabytes; what it raises ends
     it, and nothing is left."""
     check_merge_target(output, into)
-    salvages = {salvage.side: salvage for salvage in map(read, paths)}
+    salvages = {salvage.manifest.side: salvage for salvage in map(read, paths)}
     if len(salvages) != len(paths):
         raise ConfigurationError(
             "both salvages are of the same side; name one of the source and one of the destination"
@@ -308,16 +283,17 @@ def merge(
         raise ConfigurationError(f"{salvages[MERGED].path} has been merged already; name what it was made of")
     first = next(iter(salvages.values()))
     for other in salvages.values():
-        if other.migration != first.migration:
+        one, two = first.manifest, other.manifest
+        if one.migration != two.migration:
             raise ConfigurationError("the salvages are of different migrations; only those of one belong together")
-        if [(b.name, b.size_bytes) for b in other.blocks] != [(b.name, b.size_bytes) for b in first.blocks]:
+        if [(block.name, block.size_bytes) for block in one.blocks] != [(b.name, b.size_bytes) for b in two.blocks]:
             raise ConfigurationError("the salvages are of machines with different memory")
-        if (other.machine, other.config.keys()) != (first.machine, first.config.keys()):
+        if (one.machine, one.config.keys()) != (two.machine, two.config.keys()):
             raise ConfigurationError("the salvages are of different machines")
     with _writing(f"merge into {output if output is not None else into}"):
         if output is not None:
             with replacing(output) as image:
-                return _merge(salvages, partial(_into_image, image, first.blocks), give_up)
+                return _merge(salvages, partial(_into_image, image, first.manifest.blocks), give_up)
         assert into is not None
         with new_directory(into) as part:
             return _merge_into(salvages, part, give_up)
@@ -344,23 +320,24 @@ def _merge_into(salvages: dict[str, Salvage], part: Path, give_up: Callable[[], 
     """A directory like a salvage, of no side."""
     # The newest state, and only if it is of the same moment as the memory that goes with it.
     newest = salvages.get(DEST) or next(iter(salvages.values()))
-    side = newest.side if len(salvages) == 1 else MERGED
+    side = newest.manifest.side if len(salvages) == 1 else MERGED
     state = newest.state()
     known: list[Bitmap] = []
-    merged = _merge(salvages, partial(_into_directory, part, newest.blocks), give_up, known)
+    merged = _merge(salvages, partial(_into_directory, part, newest.manifest.blocks), give_up, known)
     blocks = []
-    for number, (block, bitmap) in enumerate(zip(newest.blocks, known, strict=True)):
+    for number, (block, bitmap) in enumerate(zip(newest.manifest.blocks, known, strict=True)):
         _write_file(_map_of(part, number), bitmap.rle_encode())
         blocks.append(Block(block.name, block.size_bytes, _unit(salvages, number), bitmap.count()))
     started = "; ".join(filter(None, map(_started, salvages.values())))
     if started:
         _write_file(part / STARTED, f"{started}\n".encode())
-    _write_rest(part, replace(newest, side=side, paused=state is not None, blocks=tuple(blocks)), state)
+    manifest = structs.replace(newest.manifest, side=side, paused=state is not None, blocks=tuple(blocks))
+    _write_rest(part, manifest, state)
     return replace(merged, has_state=state is not None)
 
 
 def _unit(salvages: dict[str, Salvage], number: int) -> int:
-    return min(salvage.blocks[number].page_bytes for salvage in salvages.values())
+    return min(salvage.manifest.blocks[number].page_bytes for salvage in salvages.values())
 
 
 def _merge(
@@ -369,7 +346,7 @@ def _merge(
     counts = dict.fromkeys((DEST, SOURCE, MERGED), 0)
     doubtful: list[dict[str, Any]] = []
     doubtful_bytes = 0
-    for number, block in enumerate(next(iter(salvages.values())).blocks):
+    for number, block in enumerate(next(iter(salvages.values())).manifest.blocks):
         unit = _unit(salvages, number)
         left = Bitmap.full(-(-block.size_bytes // unit))
         with place(number) as (image, start):
@@ -377,7 +354,7 @@ def _merge(
                 if side not in salvages:
                     continue
                 salvage = salvages[side]
-                take = left & salvage.known(number).rescaled(salvage.blocks[number].page_bytes, unit)
+                take = left & salvage.known(number).rescaled(salvage.manifest.blocks[number].page_bytes, unit)
                 memory = salvage.open_memory(number)
                 try:
                     for first, pages in take.runs():
@@ -393,7 +370,7 @@ def _merge(
                 doubtful.append({"block": block.name, "first-page": first, "pages": pages, "page-bytes": unit})
         if known is not None:
             known.append(left.inverted())
-    torn = DEST in salvages and not salvages[DEST].paused
+    torn = DEST in salvages and not salvages[DEST].manifest.paused
     return Merged(counts[DEST] + counts[MERGED], counts[SOURCE], doubtful_bytes, doubtful, torn, False)
 
 
@@ -416,30 +393,31 @@ def examine(path: str, *, reclaim: bool) -> Restorable:
     was committed to the destination, may be running there, and only the user can know that it is not.
     """
     salvage = read(path)
-    if salvage.machine == "image":
+    if salvage.manifest.machine == "image":
         raise ConfigurationError(
             f"{path}: an image is no machine that runs; `postcopy merge {path} --output FILE`, and serve that with"
             " --machine image --image FILE"
         )
-    if not salvage.paused:
+    if not salvage.manifest.paused:
         raise ConfigurationError(
             f"{path}: the machine could not be paused while it was salvaged: there is no state of its devices, and it"
             " cannot be started; `postcopy merge --output` gives its memory"
         )
-    if salvage.side == SOURCE and not reclaim:
+    if salvage.manifest.side == SOURCE and not reclaim:
         raise ConfigurationError(
             f"{path}: the machine was committed to its destination, and may be running there; when that host is dead"
             " for good, --reclaim lets it go on from the switchover, without what it has done since"
         )
-    if salvage.side != SOURCE and reclaim:
-        what = "was merged of both sides" if salvage.side == MERGED else "is of a destination"
+    if salvage.manifest.side != SOURCE and reclaim:
+        what = "was merged of both sides" if salvage.manifest.side == MERGED else "is of a destination"
         raise ConfigurationError(f"{path}: --reclaim is for the salvage of a source; this one {what}")
     doubts = []
     missing_bytes = 0
-    for number, block in enumerate(salvage.blocks):
-        missing_bytes += (block.pages - salvage.known(number).count()) * block.page_bytes
+    for number, block in enumerate(salvage.manifest.blocks):
+        missing_bytes += (block.all_pages - salvage.known(number).count()) * block.page_bytes
     if missing_bytes:
-        what = "the source's salvage has them (`postcopy merge`)" if salvage.side == DEST else "nobody has them"
+        of_dest = salvage.manifest.side == DEST
+        what = "the source's salvage has them (`postcopy merge`)" if of_dest else "no side has them"
         doubts.append(f"{format_size(missing_bytes)} of its memory are not there, and would be zeros: {what}")
     started = _started(salvage)
     if started:
@@ -464,9 +442,9 @@ async def restore(found: Restorable, make_machine: MakeMachine) -> Machine:
     salvage = found.salvage
     state = salvage.state()
     assert state is not None
-    layout = [BlockLayout(block.name, block.size_bytes, block.page_bytes) for block in salvage.blocks]
+    layout = [BlockLayout(block.name, block.size_bytes, block.page_bytes) for block in salvage.manifest.blocks]
     try:
-        machine = make_machine(salvage.machine, salvage.config, layout)
+        machine = make_machine(salvage.manifest.machine, salvage.manifest.config, layout)
     except ProtocolError as error:  # as if a peer had offered it
         raise PostcopyError(f"{salvage.path}: its manifest makes no sense: {error}") from error
     try:

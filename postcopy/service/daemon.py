@@ -55,9 +55,9 @@ from postcopy.service import report
 from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import DaemonConfig
 from postcopy.service.control import find, process_status
-from postcopy.service.options import is_name
+from postcopy.service.options import is_name, record
 from postcopy.service.report import Migration
-from postcopy.service.schema import ControlError
+from postcopy.service.schema import COMMANDS, ControlError
 from postcopy.service.service import Json, Owned, Phase, Request, Row, Service, direction
 from postcopy.service.status import machine_status
 from postcopy.wire import State, one_line
@@ -82,8 +82,8 @@ class Daemon(Service):
 
     def __init__(self, config: DaemonConfig, output: Output) -> None:
         super().__init__(config.side, config.listen is not None, output, config.migration, config.arrival)
-        if config.name is not None and not (config.kind is not None and is_name(config.name)):
-            raise ConfigurationError("--name goes with --machine: letters, digits, '.', '_' and '-', at most 63")
+        if config.name is not None and config.kind is None:
+            raise ConfigurationError("--name goes with --machine")
         self._config = config
         self._nursery: trio.Nursery | None = None
         self._left: OrderedDict[str, Owned] = OrderedDict()
@@ -366,11 +366,10 @@ class Daemon(Service):
         }
 
     async def _request_start(self, arguments: Json) -> Json:
-        kind = arguments["machine"]
-        named = {"memory": "memory_bytes", "working-set": "working_set_bytes"}
-        given = {named.get(key, key): value for key, value in arguments.items() if key not in ("machine", "name")}
+        given = {COMMANDS["start"].arguments[name].key: value for name, value in arguments.items()}
+        kind = given["kind"]
         self._check_not_ending()
-        owned = await self._start(arguments.get("name") or _new_name(kind), kind, MachineOptions(**given))
+        owned = await self._start(given.get("name") or _new_name(kind), kind, record(MachineOptions, given))
         return machine_status(owned.name, owned.machine, None)
 
     async def _request_end(self, arguments: Json) -> Json:

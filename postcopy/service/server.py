@@ -12,15 +12,8 @@ client whose last request, or line read, is oldest. A client that was seen to ha
 what it has not read since. This is not about rights, since every client may do everything: clients that hang must not
 keep the operator out. For the same reason one descriptor is kept for the moment when the process has no more.
 
-**The socket.** A client may do everything, so the socket is made with mode 0600, for this user and root only, and
-listens only when that has been checked. A socket that a dead process left behind is replaced, one that answers is not,
-and nothing that is not a socket is ever removed. Checking and replacing happen under a lock on the directory, so that
-of two processes that start at the same time one gets the name and the other one the error. At the end the socket is
-removed, if it is still the same one.
-
-Resource handling: the server owns the listening socket; `close` removes it. Error handling: `ConfigurationError` for a
-path that cannot be one, `ResourceError` where it cannot be had. Nothing that a client does, and no mistake in a
-command, ends `serve`.
+Resource handling: the server owns the listening socket (`_socket_file`); `close` removes it. Error handling: nothing
+that a client does, and no mistake in a command, ends `serve`.
 """
 
 from __future__ import annotations
@@ -31,7 +24,6 @@ import fcntl
 import logging
 import os
 import socket
-import stat
 import sys
 import termios
 from collections import deque
@@ -39,9 +31,9 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from postcopy.errors import ConfigurationError, PostcopyError, ResourceError
+from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.service._contain import contained
-from postcopy.service.options import check_control_path
+from postcopy.service._socket_file import identity, listen
 from postcopy.service.schema import (
     ControlError,
     Json,
@@ -56,7 +48,6 @@ from postcopy.service.schema import (
 )
 
 MAX_CLIENTS = 32
-BACKLOG = 128
 QUEUE_ANSWERS = 4
 LONG_ANSWER_BYTES = 256 * 1024
 """One that is longer is alone in the queue."""
@@ -69,7 +60,6 @@ LAST_LINES_S = 0.5
 GRACE_S = 5.0
 STAY_S = 0.2
 """No client is disconnected before, so that one that asks at once gets its answer; others wait to connect."""
-LOCK_TIMEOUT_S = 5.0
 ACCEPT_PAUSE_S = 0.1
 
 log = logging.getLogger(__name__)
@@ -83,7 +73,7 @@ class ControlServer:
     def __init__(self, path: str, listener: socket.socket, side: str, execute: Execute) -> None:
         self.path = path
         self._listener = trio.socket.from_stdlib_socket(listener)
-        self._identity = _identity(path)
+        self._identity = identity(path)
         self._side = side
         self._execute = execute
         self._clients: set[_Client] = set()
@@ -94,17 +84,7 @@ class ControlServer:
     async def open(cls, path: str, side: str, execute: Execute) -> ControlServer:
         """`side` is in the greeting. `execute` does a request, its arguments checked, and returns the answer; a
         `PostcopyError` that it raises is the answer too."""
-        check_control_path(path)
-        directory = _directory(path)
-        try:
-            lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ConfigurationError(f"--control {path}: {directory}: {error.strerror}") from error
-        try:
-            await _lock(lock, directory)
-            listener = _listen(path)
-        finally:
-            os.close(lock)
+        listener = await listen(path)
         return cls(path, listener, side, execute)
 
     def publish(self, what: str, data: Json) -> None:
@@ -162,7 +142,7 @@ class ControlServer:
         self._listener.close()
         self._spare.give()
         with contextlib.suppress(OSError):
-            if _identity(self.path) == self._identity:
+            if identity(self.path) == self._identity:
                 os.unlink(self.path)
 
     async def _serve_client(self, client: _Client) -> None:
@@ -358,79 +338,3 @@ class _Spare:
         if fd >= 0:
             os.close(fd)
         return fd >= 0
-
-
-def _directory(path: str) -> str:
-    return os.path.dirname(os.path.abspath(path))
-
-
-def _identity(path: str) -> tuple[int, int]:
-    status = os.lstat(path)
-    return status.st_dev, status.st_ino
-
-
-async def _lock(directory_fd: int, directory: str) -> None:
-    with trio.move_on_after(LOCK_TIMEOUT_S):
-        while True:
-            try:
-                fcntl.flock(directory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                await trio.sleep(0.01)
-            except OSError as error:
-                raise ResourceError(f"cannot lock {directory}: {error.strerror}") from error
-    raise ResourceError(f"another process has locked {directory}", "choose another directory for --control")
-
-
-def _listen(path: str) -> socket.socket:
-    """The listening socket, in place of a dead one. Under the lock."""
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                raise ConfigurationError(f"--control {path}: there is something that is not a socket")
-            if _answers(path):
-                raise ResourceError(
-                    f"--control {path}: a running process has this socket", "choose another path, or end that process"
-                )
-            os.unlink(path)
-        except OSError as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise ResourceError(f"--control {path}: {error.strerror}") from error
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        # Before bind: Linux makes the socket's file with the socket's mode, less the umask, which must not take the
-        # owner's part away. So there is no instant at which others may connect, and no chmod by a name that could mean
-        # another file by then.
-        os.fchmod(listener.fileno(), 0o600)
-        before = os.umask(0o177)
-        try:
-            listener.bind(path)
-        finally:
-            os.umask(before)
-        if stat.S_IMODE(os.lstat(path).st_mode) & 0o077:
-            os.unlink(path)
-            raise ResourceError(
-                f"--control {path}: other users could connect: this file system gives a socket no mode of its own",
-                "choose a directory on another one, such as /run",
-            )
-        listener.listen(BACKLOG)  # before which no client can connect
-    except BaseException as error:
-        listener.close()
-        if isinstance(error, OSError):
-            raise ResourceError(f"--control {path}: {error.strerror}") from error
-        raise
-    return listener
-
-
-def _answers(path: str) -> bool:
-    """Whether a process listens there."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return False
-        except BlockingIOError:
-            return True  # its queue is full
-    return True

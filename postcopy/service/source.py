@@ -119,7 +119,7 @@ class Source(Service):
             await run_sync(salvage.note_start, self._restored)
             await machine.claim_network()
             origin = self._restored.salvage
-            since = " of the switchover" if origin.side == salvage.SOURCE else ""
+            since = " of the switchover" if origin.manifest.side == salvage.SOURCE else ""
             self.output.say(f"source: the machine goes on from {origin.path}, in the state{since} it was in")
         await machine.resume()
         await machine.wait_ready()

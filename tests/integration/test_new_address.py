@@ -116,7 +116,7 @@ def test_the_listener_takes_it_from_anywhere(side: Start, image: Path, tmp_path:
     ("arguments", "reason"),
     [
         (("--peer-file", "{directory}/none"), "No such file"),
-        (("--peer-file", "{directory}"), "Is a directory"),
+        (("--peer-file", "{directory}"), "a directory, not a regular file"),
         (("--peer-file", "{directory}/image"), "more than 4096 bytes"),
         (("--peer-file", "{directory}/image", "--connect", "127.0.0.1:1"), "not allowed with"),
         ((), "one of the arguments --listen --connect --peer-file is required"),

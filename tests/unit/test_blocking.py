@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Iterator
 
 import pytest
 import trio
@@ -34,22 +33,6 @@ class Gate:
 
     async def wait_entered(self) -> None:
         assert await trio.to_thread.run_sync(self.entered.wait, DEADLINE_S)
-
-
-@pytest.fixture
-def no_more_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """From the moment something is put into the list, no thread can be started."""
-    limit: list[str] = []
-    start = threading.Thread.start
-
-    def refuse(thread: threading.Thread) -> None:
-        if limit:
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    yield limit
-    limit.clear()
 
 
 async def test_threads_exist_from_the_start(no_more_threads: list[str]) -> None:

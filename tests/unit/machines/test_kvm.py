@@ -11,16 +11,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import msgpack
 import pytest
 import trio
+from machines import copy_memory, twin_of
 
 from postcopy.errors import ConfigurationError, ProtocolError, ResourceError
 from postcopy.machines import Machine, MachineEventType, MachineState
 from postcopy.machines.base import Activity
 from postcopy.machines.kinds import MachineOptions, create_destination, create_source
 from postcopy.machines.toy import machine as toy
-from postcopy.machines.toy.machine import WORKLOADS, ToyMachine
+from postcopy.machines.toy.machine import WORKLOADS
 
 MIB = 1 << 20
 pytestmark = pytest.mark.needs("kvm", "uffd")
@@ -47,14 +47,6 @@ async def make_progress(machine: Machine) -> None:
                 return
 
 
-def copy_memory(source: Machine, destination: Machine) -> None:
-    with tempfile.TemporaryFile() as file:
-        for here, there in zip(source.blocks, destination.blocks, strict=True):
-            here.memory.dump(file.fileno())
-            there.memory.load(file.fileno())
-            assert here.memory.digest() == there.memory.digest()
-
-
 @pytest.mark.parametrize("workload", [name for name in WORKLOADS if name != "echo"])  # that one: test_network.py
 async def test_a_machine_moves_and_goes_on(workload: str) -> None:
     options = MachineOptions(memory_bytes=16 * MIB, vcpus=2, workload=workload, seed=5)
@@ -67,11 +59,7 @@ async def test_a_machine_moves_and_goes_on(workload: str) -> None:
         assert before.nonce
         check = await source.verify()
         assert check.ok, check.what
-        config = msgpack.unpackb(msgpack.packb(source.config()))
-        backing = "anon" if workload == "random" else "memfd"
-        disk = config.get("disk")  # by name: a destination takes no file that only the source names
-        async with create_destination("kvm", config, source.layout, backing, disk=disk) as twin:
-            assert isinstance(twin, ToyMachine)
+        async with twin_of(source, "anon" if workload == "random" else "memfd") as twin:
             assert twin.vcpus == 2
             assert twin.workload == workload
             await twin.load_state(await source.save_state())

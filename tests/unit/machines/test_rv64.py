@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
-import msgpack
 import pytest
 import trio
+from machines import copy_memory, twin_of
 
 from postcopy.errors import ConfigurationError, MigrationError, ProtocolError, ResourceError
-from postcopy.machines import Machine, MachineState
+from postcopy.machines import MachineState
 from postcopy.machines.kinds import MachineOptions, create_destination, create_source
 from postcopy.machines.toy import machine as toy
 from postcopy.machines.toy.machine import WORKLOADS, ToyMachine
@@ -28,20 +27,6 @@ def source(**options: object) -> ToyMachine:
     machine = create_source("rv64", MachineOptions(**given))  # type: ignore[arg-type]
     assert isinstance(machine, ToyMachine)
     return machine
-
-
-def twin_of(machine: Machine) -> ToyMachine:
-    config = msgpack.unpackb(msgpack.packb(machine.config()))
-    twin = create_destination("rv64", config, machine.layout, disk=config.get("disk"))
-    assert isinstance(twin, ToyMachine)
-    return twin
-
-
-def copy_memory(here: Machine, there: Machine) -> None:
-    with tempfile.TemporaryFile() as file:
-        for one, other in zip(here.blocks, there.blocks, strict=True):
-            one.memory.dump(file.fileno())
-            other.memory.load(file.fileno())
 
 
 @pytest.mark.needs("uffd-user")

@@ -128,9 +128,9 @@ def whole(tmp_path: Path) -> Path:
     (path / "00.map").write_bytes(Bitmap.full(2).rle_encode())
     (path / "state").write_bytes(b"state")
     block = {"name": "shared", "size-bytes": 8192, "page-bytes": 4096, "pages": 2}
-    manifest = {"format": salvage.FORMAT, "version": 1, "migration": "ab", "side": "source", "machine": "rv64"}
+    manifest = {"format": "postcopy-salvage", "version": 1, "migration": "ab", "side": "source", "machine": "rv64"}
     (path / "manifest.json").write_text(json.dumps(manifest | {"config": {}, "paused": True, "blocks": [block]}))
-    assert salvage.read(str(path)).blocks[0].size_bytes == 8192
+    assert salvage.read(str(path)).manifest.blocks[0].size_bytes == 8192
     return path
 
 

@@ -443,21 +443,6 @@ async def test_descriptors_are_there_before_a_machine_is_let_in() -> None:
         await there.ask("start", machine="rv64", memory=16 * MIB)
 
 
-@pytest.fixture
-def no_more_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    limit: list[str] = []
-    start = threading.Thread.start
-
-    def refuse(thread: threading.Thread) -> None:
-        if limit:
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    yield limit
-    limit.clear()
-
-
 async def test_no_threads_for_an_arrival(no_more_threads: list[str]) -> None:
     """Refused before anything has begun; the machine computes on where it is."""
     async with running() as there, running(with_machine=False) as here:
