@@ -5,8 +5,8 @@ Exit status: 0 when what was asked has happened, 1 when it has not, 2 when it wa
 error meant for a person is one line on stderr, ``postcopy: error: ...``; a traceback is a mistake in this package.
 
 Ctrl-C, SIGTERM and a closed terminal (SIGHUP) mean: end in order, now. Where a command runs until it is interrupted (a
-destination without ``--run-for``, a source that serves for ever), that is how it succeeds. A second signal does not
-wait for the order.
+destination without ``--run-for``, a source that serves forever), that is how it succeeds. A second signal ends the
+command without waiting.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         want = shortage(error)
         if want is not None:
             return _failed(want, output)
-        # A mistake in this package. Said like all else: the interpreter's own last words would wait for their reader.
+        # A mistake in this package. It goes through the output: the interpreter's own message would wait for a reader.
         output.say(traceback.format_exc().rstrip())
         return EXIT_FAILED
     finally:
-        with contextlib.suppress(KeyboardInterrupt):  # whoever is tired of waiting for a reader
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C while a reader is waited for
             output.close()
 
 
@@ -87,9 +87,9 @@ def _run(make: Callable[..., Callable[[trio.Event], Awaitable[bool]]], given: di
 
 
 async def _with_signals(run: Callable[[trio.Event], Awaitable[bool]], route: Route | None) -> bool:
-    """Runs a command; the first signal asks it to end, the second one ends it. SIGHUP asks the `route` to look up where
-    it leads; without one the terminal has been closed, which is the first signal, and never the second: shell and
-    kernel may both say it."""
+    """Runs a command. The first signal asks it to end, the second one ends it. SIGHUP makes the `route` look its
+    address up again. Where there is no route it means that the terminal was closed: then it counts as the first
+    signal, and never as the second one, since both the shell and the kernel may send it."""
     stop = trio.Event()
     done = False
     # (under nohup it is ignored, and stays so)
@@ -119,8 +119,8 @@ def _failed(error: PostcopyError, output: Output) -> int:
 
 
 def _keep_standard_descriptors() -> None:
-    """A process may be started with its standard descriptors closed. What it opened first would get their numbers (a
-    machine's memory, say), and whoever believes that 2 is where errors go would write into it."""
+    """A process may be started with its standard descriptors closed. What it opens first would then get their numbers
+    (a machine's memory, say), and code that writes errors to descriptor 2 would write into it."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)

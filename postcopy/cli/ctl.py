@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, command in COMMANDS.items():
         help = "show what happens until it ends, or Ctrl-C" if name == "events" else command.help
         request = requests.add_parser(name, help=help, allow_abbrev=False)
-        add_option(request, flag("json", "as it came, in JSON"))
+        add_option(request, flag("json", "the answer in JSON, as it came"))
         for option in command.options if name != "events" else ():
             bare = option.name == command.bare
             nargs = "?" if bare and option.name != command.required else None

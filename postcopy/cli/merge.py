@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`postcopy merge`: joins what both sides of a lost migration have salvaged, and says exactly what nobody can speak
-for."""
+"""`postcopy merge`: joins what both sides of a lost migration have salvaged, and says exactly which pages are in
+doubt."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ class QueuedStream(io.TextIOBase):
     A line, or what was written before a `flush`, is queued in one piece."""
 
     def __init__(self, writer: Writer, stream: TextIO | None, *, loss_is_error: bool) -> None:
-        """`loss_is_error`: printing raises BrokenPipeError when nobody will read any more, in place of doing nothing."""
+        """`loss_is_error`: printing raises BrokenPipeError when nobody will read any more; else it does nothing."""
         self.writer = writer
         self._stream = stream
         self._loss_is_error = loss_is_error

@@ -225,8 +225,8 @@ PEER_FILE = path("peer-file", "as --connect, with the HOST:PORT in a file, read 
 HOLD = flag("hold", "run the machine until `postcopy ctl` says where it is to go (--control)")
 
 BACKING = choice("backing", BACKINGS, "what memory is made of")
-BUSY_POLL = whole("busy-poll", "spin so long before sleeping on an urgent channel", 0, 1_000_000, "MICROSECONDS",
-                  "busy_poll_us")
+BUSY_POLL = whole("busy-poll", "how long to poll an urgent channel before sleeping on it (default 0)", 0, 1_000_000,
+                  "MICROSECONDS", "busy_poll_us")
 PAGER = choice("pager", {"thread": False, "process": True},
                "where missing pages are fetched: in threads of the machine's process (default), or in a process of its"
                " own, which the machine survives", "pager_process")
@@ -242,10 +242,10 @@ HEARTBEAT = seconds("heartbeat", f"how often to give a sign of life; a peer sile
                     f" long is lost (default {HEARTBEAT_S:g})", 0.05, 3600)
 RECOVER_FOR = seconds("recover-for", "how long a peer that was lost after the point of no return is looked for"
                       f" (default {FOREVER})", forever=True)
-SALVAGE = path("salvage", "when it ends and the other side is lost for good: write what is here into this new"
-               " directory, for `postcopy merge`", "DIR", "salvage_to")
+SALVAGE = path("salvage", "when this side ends while the other one is lost: write what is here into this new directory,"
+               " for `postcopy merge`", "DIR", "salvage_to")
 
-MIGRATE_AFTER = seconds("migrate-after", "let the machine compute so long after it is ready (default 0)")
+MIGRATE_AFTER = seconds("migrate-after", "let the machine compute for so long when it is ready (default 0)")
 SERVE = Option("serve", "image with --listen: how many destinations to serve, also at the same time (default 1)",
                f"N|{FOREVER}", _parse_serve, format_seconds)
 ON_FAILURE = choice("on-failure", {"keep": True, "exit": False},
@@ -259,7 +259,7 @@ RUN_FOR = seconds("run-for", "a live machine runs so long here, and until its la
 DUMP = path("dump", "write the memory there at the end, sparse where it is zero")
 VERIFY = Option("verify", "check all memory at the end, by what is known of the machine (default: yes)",
                 flag="set or not")
-USER = Option("user", "as root: open the devices, then give up every right but those of this user, before anything is"
+USER = Option("user", "as root: open the devices, and then become this user, with no other right, before anything is"
               " received", "NAME[:GROUP]")
 
 # ---- The commands
@@ -268,7 +268,7 @@ FROM_OPTIONS = Group(
     "with --from",
     flag("reclaim", "DIR is of a source, and its destination is dead for good: go on from the switchover, without what"
          " the machine has done since. If that host lives, the machine then runs twice"),
-    flag("force", "also with pages that nobody has, which are then zeros, or a second time"),
+    flag("force", "also when pages are missing, which are then zeros, or when it was started from DIR before"),
 )
 OPERATING = Group(
     "operating it",
@@ -280,9 +280,9 @@ OPERATING = Group(
 )
 OUTPUT = Group(
     "output",
-    flag("json", "one JSON object a line on stdout, the result last"),
+    flag("json", "one JSON object per line on stdout, the result last"),
     choice("log-level", ("debug", "info", "warning", "error")),
-    flag("log-json", "one JSON object a line on stderr, with the migration's id"),
+    flag("log-json", "one JSON object per line on stderr, with the migration's id"),
 )
 _LOST = Group("when the network fails", HEARTBEAT, RECOVER_FOR, SALVAGE)
 COMMANDS: Mapping[str, tuple[Group, ...]] = {

@@ -50,7 +50,7 @@ OPTIONS = (
           *options.MACHINE),
     Group("the engine", options.BACKING, options.BUSY_POLL, options.PAGER, *options.SENDING),
     Group("",
-          replace(options.MIGRATE_AFTER, help="let the machine compute so long after it is ready (default 1)"),
+          replace(options.MIGRATE_AFTER, help="let the machine compute for so long when it is ready (default 1)"),
           replace(options.RUN_FOR, help=options.RUN_FOR.help.replace("until interrupted", "2")),
           options.DUMP, options.VERIFY,
           Option("chaos", f"a bad network between the two: {', '.join(KINDS)}; or more exactly, as"
