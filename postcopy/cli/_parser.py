@@ -35,7 +35,7 @@ COMMANDS = {
     "probe": ("what this host allows, and what would help", "postcopy.testbed.probe"),
     "faultpaths": (
         "which kernel paths wait for a missing page here, and which do not",
-        "postcopy.testbed.faultpaths",
+        "postcopy.testbed.faultpaths.command",
     ),
     "bench": ("measure, each figure against its floor in the same run", "postcopy.testbed.bench"),
     "lab": ("hosts with cables and a switch between them, on this machine", "postcopy.testbed.lab.command"),

@@ -119,7 +119,7 @@ def test_the_list(run_in_child: Callable[..., Any]) -> None:
         ("--html /nonexistent/page", "--html /nonexistent/page: there is no directory /nonexistent"),
         ("--html /dev/null", "--html /dev/null: that is a device, which would be replaced"),
         ("--expectations /nonexistent", "cannot read '/nonexistent': No such file"),
-        ("--timeout 0", "not between 0.1 and 600 seconds"),
+        ("--timeout 0", "'0' is not a number of seconds from 0.1 to 600"),
         ("compare a.json", "the following arguments are required: B.json"),
         ("contrast", "invalid choice: 'contrast'"),
     ],

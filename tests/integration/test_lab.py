@@ -417,8 +417,8 @@ def test_demo(prefix: tuple[str, ...], require: Callable[..., None]) -> None:
     if not prefix:
         require("uffd", "kvm")
     machine = () if not prefix else ("--machine", "rv64")
-    arguments = ("demo", "--lab", "--json", "--memory", "32MiB", "--migrate-after", "0.3", "--run-for", "0.3")
-    result = shown(run(*prefix, *POSTCOPY, *arguments, *machine, check=None))
+    arguments = ("demo", "--lab", "--json", "--memory", "32MiB", "--migrate-after", "0.1", "--run-for", "0.1")
+    result = shown(run(*prefix, *POSTCOPY, *arguments, "--max-bandwidth", "8MiB/s", *machine, check=None))
     assert [host["name"] for host in result["lab"]["hosts"].values()] == ["h1", "h2"]
 
 

@@ -2,7 +2,7 @@
  *
  * Fault paths: that each operation can be tried and ends as it should, and that whatever it does, nothing of it stays behind.
  *
- * What a kernel does is data elsewhere (postcopy/faultpaths). Here it is asked for only where every kernel with that mode does
+ * What a kernel does is data elsewhere (postcopy/testbed/faultpaths). Here it is asked for only where every kernel with that mode does
  * the same: user mode and copies wait. The others may wait or refuse, but may neither hang nor bring other content.
  */
 #include <fcntl.h>

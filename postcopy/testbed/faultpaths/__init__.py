@@ -1,29 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which kernel paths wait for a missing page, and which do not: `postcopy faultpaths` (docs/faultpaths.md).
 
-The operations, and the children in which they run, are C (csrc/faultpaths); here are the choice of what to run
-(`_select`), the process that runs it (`_runner`) under a supervisor (`_supervise`), what is to be expected of a kernel
-(`_expect`, expectations.toml), the reports (`_report`, from the tables of `_sections`) and the comparison of two.
+The operations, and the children in which they run, are C (csrc/faultpaths; `_core` calls it). Here are the choice of
+what to run (`_select`), the process that runs it (`_runner`) under a supervisor (`_supervise`), the engine that brings
+pages from another host (`_remote`), what is to be expected of a kernel (`_expect`, expectations.toml, `_system`), the
+reports (`_report`, from the tables of `_sections`), the comparison of two (`_compare`), and the `command`. `_model` has
+the values that all of them speak of. Nothing is imported here: the runner needs little.
 """
-
-from __future__ import annotations
-
-import argparse
-
-__all__ = ["add_arguments", "run"]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `postcopy faultpaths`."""
-    from postcopy.testbed.faultpaths._command import (
-        add_arguments as add,  # here: the runner imports this package too, and needs none of it
-    )
-
-    add(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    """The exit status; see `_command.run`."""
-    from postcopy.testbed.faultpaths._command import run as run_command
-
-    return run_command(args)

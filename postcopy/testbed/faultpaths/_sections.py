@@ -158,64 +158,62 @@ def _page(items: Sequence[Judged]) -> str:
     return "; ".join(f"{those[0].cell.mode} ({_backings(those)})" for those in _grouped(items, lambda i: i.cell.mode))
 
 
-def _alike(run: Run, chosen: Callable[[Judged], bool], across_modes: bool = False) -> list[list[Judged]]:
-    """Cells that a list of findings tells in one row: they differ in the backing only (or in the mode, too)."""
+def _findings(
+    run: Run,
+    chosen: Callable[[Judged], bool],
+    title: str,
+    header: tuple[str, ...],
+    cells: Callable[[Judged], tuple[Words, ...]],
+    note: str = "",
+    across_modes: bool = False,
+) -> Section:
+    """A list of cells, in one row those that differ in the backing only (or in the mode, too)."""
 
     def key(item: Judged) -> object:
         mode = None if across_modes else item.cell.mode
         return item.cell.operation, mode, item.result.brief, item.result.text, item.difference, item.reason
 
-    return _grouped(filter(chosen, run.judged), key)
+    rows = (
+        row(those[0].cell.operation, _page(those), *cells(those[0]))
+        for those in _grouped(filter(chosen, run.judged), key)
+    )
+    return Section(title, ("operation", "page", *header), tuple(rows), note)
 
 
 def _changed(run: Run) -> Section:
-    return Section(
+    return _findings(
+        run,
+        lambda item: item.verdict is Verdict.CHANGED,
         "Changed: another outcome than expected",
-        ("operation", "page", "outcome", "detail", "the expectation's reason"),
-        tuple(
-            row(
-                those[0].cell.operation,
-                _page(those),
-                Span(those[0].difference, "bad"),
-                Span(those[0].result.text, "muted"),
-                those[0].reason,
-            )
-            for those in _alike(run, lambda item: item.verdict is Verdict.CHANGED)
-        ),
+        ("outcome", "detail", "the expectation's reason"),
+        lambda item: (Span(item.difference, "bad"), Span(item.result.text, "muted"), item.reason),
     )
 
 
 def _not_expected(run: Run) -> Section:
-    return Section(
+    return _findings(
+        run,
+        lambda item: item.verdict is Verdict.NOT_EXPECTED,
         "Not expected: no expectation for this kernel",
-        ("operation", "page", "outcome", "detail"),
-        tuple(
-            row(
-                those[0].cell.operation,
-                _page(those),
-                Span(those[0].result.brief, "warn"),
-                Span(those[0].result.text, "muted"),
-            )
-            for those in _alike(run, lambda item: item.verdict is Verdict.NOT_EXPECTED)
-        ),
+        ("outcome", "detail"),
+        lambda item: (Span(item.result.brief, "warn"), Span(item.result.text, "muted")),
     )
 
 
 def _uncovered(run: Run) -> Section:
-    return Section(
+    def cells(item: Judged) -> tuple[Words, ...]:
+        # An expectation's reason speaks of the outcome that it expects.
+        why = item.result.text if item.difference else item.reason or item.result.text
+        return Span(item.result.brief, "warn"), why
+
+    return _findings(
+        run,
+        lambda item: item.uncovered,
         "Few places that remain uncovered",
-        ("operation", "page", "instead of waiting", "why"),
-        tuple(
-            row(
-                those[0].cell.operation,
-                _page(those),
-                Span(those[0].result.brief, "warn"),
-                # An expectation's reason speaks of the outcome that it expects.
-                those[0].result.text if those[0].difference else those[0].reason or those[0].result.text,
-            )
-            for those in _alike(run, lambda item: item.uncovered, across_modes=True)
-        ),
+        ("instead of waiting", "why"),
+        cells,
         "These cannot wait for a page; whoever hands them memory must have its pages there first.",
+        across_modes=True,
     )
 
 

@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from types import TracebackType
 
 import msgspec
 import trio
@@ -41,7 +40,7 @@ Progress = Callable[[int, Cell], None]
 """Called before each cell, with its number."""
 
 
-class Runner:
+class Runner(contextlib.AbstractAsyncContextManager["Runner"]):
     """Where cells run; an async context manager, which leaves no process behind when it is left."""
 
     def __init__(
@@ -62,12 +61,7 @@ class Runner:
         self._fresh = True
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __aexit__
 
-    async def __aenter__(self) -> Runner:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         try:
             await self._stop()
         finally:

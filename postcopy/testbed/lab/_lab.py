@@ -21,7 +21,6 @@ import subprocess
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -157,17 +156,9 @@ class Worker:
         """Ends it. Harmless when it has ended."""
         hang_up(self._process, members.TERM_S)
 
-    def __enter__(self) -> Worker:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class Lab:
-    """A laboratory that is up. Made by `up` or found by `find`."""
+class Lab(contextlib.AbstractContextManager["Lab"]):
+    """A laboratory that is up. Made by `up` or found by `find`; as a context manager, `down` at its end."""
 
     def __init__(self, record: state.Record, holder: subprocess.Popen[bytes] | None = None) -> None:
         self._record = record
@@ -303,12 +294,7 @@ class Lab:
             self._holder = None
         down(self.name, self.mark)
 
-    def __enter__(self) -> Lab:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.down()
 
     # ---- changes
@@ -319,7 +305,7 @@ class Lab:
         if self._worker is not None:
             answer = self._worker.ask(request)
         else:
-            with Worker() as worker:
+            with contextlib.closing(Worker()) as worker:
                 answer = worker.ask(request)
         if "error" in answer:
             raise self.explain(answer["doing"], answer["errno"], answer["error"])
