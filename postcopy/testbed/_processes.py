@@ -131,13 +131,13 @@ async def open_child(command: Sequence[str], **options: Any) -> AsyncIterator[Ch
         await child.end()
 
 
-async def run_json(command: Sequence[str], what: str, deadline_s: float, *, check: bool = True) -> Any:
+async def run_json(command: Sequence[str], what: str, deadline_s: float) -> Any:
     """The last line on standard output, as JSON, of a command that ends by itself. `MigrationError` when it is not done
-    in time, says nothing, or, with `check`, ends with another status than 0; what it says on standard error passes."""
+    in time, prints nothing or ends with another status than 0; its standard error is this process's."""
     with trio.move_on_after(deadline_s):
         done = await trio.run_process(list(command), capture_stdout=True, check=False)
         lines = done.stdout.strip().splitlines()
-        if not lines or (check and done.returncode):
+        if done.returncode or not lines:
             raise MigrationError(f"{what} failed (its error is above)")
         return json.loads(lines[-1])
     raise MigrationError(f"{what} did not end within {deadline_s:g} s")

@@ -92,16 +92,16 @@ def main(argv: list[str] | None = None) -> int:
         if result is None:
             print(f"soak: FAILED: {reason}\nsoak: again with: postcopy {' '.join(arguments)}", file=sys.stderr)
             return 1
-        told = result["recoveries"]
+        recovered = result["recoveries"]
         migrations += 1
         cuts += sum(result["chaos"]["cuts"].values())
-        recoveries += told["count"]
+        recoveries += recovered["count"]
         deaths += result["pager"].get("deaths", 0)
         pages += result["ram"]["total"] // result["ram"]["page-size"]
         released += result["source"]["ram"]["released"]
-        if told["count"]:
-            longest_ms.append(told["max-ms"])
-            mean_ms.append(told["total-ms"] / told["count"])
+        if recovered["count"]:
+            longest_ms.append(recovered["max-ms"])
+            mean_ms.append(recovered["total-ms"] / recovered["count"])
         print(
             f"soak: {time.monotonic() - began_s:6.0f} s  {migrations} migrations, {cuts} cuts,"
             f" {recoveries} recoveries, {deaths} pagers killed, {released >> 20} MiB given back,"

@@ -87,7 +87,7 @@ def test_by_hand(side: Start, tmp_path: Path) -> None:
     [
         (("rain", "--to", "127.0.0.1:1"), "no chaos called 'rain'"),
         (("cut", "--to", "nowhere"), "is not an address"),
-        (("cut:every=often", "--to", "127.0.0.1:1"), "is not a time"),
+        (("cut:every=often", "--to", "127.0.0.1:1"), "is not a number of seconds"),
     ],
 )
 def test_plans_that_make_no_sense(side: Start, arguments: tuple[str, ...], reason: str) -> None:

@@ -111,6 +111,9 @@ async def _pair(
     kind = "engine" if engine else "floor"
     async with AsyncExitStack() as stack:
         pairs = _connections(1 + bulk_channels)
+        ends = [end for pair in pairs for end in pair]
+        for end in ends:
+            stack.callback(end.close)
         children = []
         for side, role in enumerate(("source", "dest")):
             fds = [pair[side].fileno() for pair in pairs]
@@ -129,8 +132,8 @@ async def _pair(
             if await child.line() != "ready":
                 raise MigrationError(f"the {order.role} of a measurement ended early (its error is above)")
             children.append(child)
-        for end in (end for pair in pairs for end in pair):
-            end.close()
+        for end in ends:
+            end.close()  # what the other process of a pair is to see ends with its own copies
         for child in children:
             await child.send(b"go")
         with trio.move_on_after(DEADLINE_S):

@@ -158,7 +158,7 @@ def _heard(source: SourceProtocol, data: bytes, pages: int) -> Bitmap:
             elif isinstance(message, Recover):
                 collector.finish(message.TYPE, message.maps)
                 if collector.bitmaps[0].crc32c() != message.digest:
-                    raise MigrationError("the map that was taken is not the one that was told")
+                    raise MigrationError("the map that arrived is not the one that was sent")
     return collector.bitmaps[0]
 
 

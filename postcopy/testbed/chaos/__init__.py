@@ -3,8 +3,8 @@
 
 It stands between the two hosts of a migration, in the place of the cable. What it does to *bytes* (delay, rate,
 splitting, flipped bits) it does to each connection in each direction by itself; what it does to *connections* it does
-to all of them at once, as a cable would. Whoever connects while the cable is cut is reset, or, where it is frozen,
-accepted and never answered.
+to all of them at once, as a cable would. A connection that is made while the cable is cut is reset, or, where it is
+frozen, accepted and never answered.
 
 Everything random comes from one seed, and from the number of the connection, so that a failure can be had again: the
 same seed decides the same delays, the same ways and times of cutting. Which byte is under way when the cable is cut

@@ -53,8 +53,8 @@ class ChaosCommand:
 
         def log(event: str, fields: dict[str, object]) -> None:
             self._output.emit(event, fields)
-            told = ", ".join(f"{name} {value}" for name, value in fields.items())
-            self._output.say(f"{trio.current_time() - began_s:9.3f} s  {event}: {told}")
+            words = ", ".join(f"{name} {value}" for name, value in fields.items())
+            self._output.say(f"{trio.current_time() - began_s:9.3f} s  {event}: {words}")
 
         try:
             async with open_chaos_proxy(self._target, self._plan, listen=self._listen, log=log) as proxy:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`postcopy demo`: a source and a destination as two processes on this host, a machine between them, and a verdict.
 
-The two run exactly what a user would run, and are told apart from outside only: the demo reads their JSON lines.
+The two run exactly what a user would run, and the demo sees them from outside only: it reads their JSON lines.
 Its own checks are those that need both sides: the machine at the destination is the very one that was booted at the
 source (the nonce that it made for itself, kept in its memory only), and it went on where it had been (its
 counters).

@@ -160,9 +160,9 @@ class DemoCommand:
         async with open_ping_process(address, wrap=lambda command: observer.command(*command)) as pings:
             result = await self._run(source, dest, stop)
             statistics = await pings.stop()
-        told = result["source"]
-        begin_ns = told.get("paused-at-ns", 0)
-        gap_ms = pings.gap_ms(begin_ns, begin_ns + round(told.get("downtime-ms", 0) * 1e6))
+        source_result = result["source"]
+        begin_ns = source_result.get("paused-at-ns", 0)
+        gap_ms = pings.gap_ms(begin_ns, begin_ns + round(source_result.get("downtime-ms", 0) * 1e6))
         one_machine = statistics.same_machine and statistics.went_back == statistics.duplicates == 0
         good = one_machine and gap_ms is not None
         result["pings"] = {
@@ -242,8 +242,8 @@ class DemoCommand:
                     raise MigrationError(f"the proxy did not start: {child.last_error}")
                 yield child.listening, {"chaos": said}
                 await child.end()
-            told = child.result or {}
-            said |= {"connections": told.get("connections"), "refused": told.get("refused"), "cuts": told.get("by_way")}
+            seen = child.result or {}
+            said |= {"connections": seen.get("connections"), "refused": seen.get("refused"), "cuts": seen.get("by_way")}
             return
         # Nothing is cut before the point of no return: that would only keep the machine where it is.
         async with open_chaos_proxy(address, self._chaos, begin=source.committed) as proxy:

@@ -73,8 +73,8 @@ def show(result: Json, console: Console) -> None:
         numbers = ", ".join(f"{name} {latency[name]:g} us" for name in ("p50", "p99", "max"))
         table.add_row("demand fault", numbers)
     if result.get("recoveries", {}).get("count"):
-        told = result["recoveries"]
-        table.add_row("recoveries", f"{told['count']}, the longest took {told['max-ms']:g} ms")
+        recovered = result["recoveries"]
+        table.add_row("recoveries", f"{recovered['count']}, the longest took {recovered['max-ms']:g} ms")
     if deaths := (result.get("pager") or {}).get("deaths"):
         table.add_row("pager", f"its process died {deaths} times, and another one took over")
     if chaos := result.get("chaos"):

@@ -208,9 +208,9 @@ async def _serve(link: Link, handed: HandOver, over: trio.Event, while_pending: 
                 held_ns, reconnect_ns = (time.monotonic_ns() - since_ns for since_ns in (pending_ns, began_ns))
             link.proxy.thaw()
             await over.wait()
-            seen, told = pager.statistics(), server.statistics()
+            seen, served = pager.statistics(), server.statistics()
             held_us, reconnect_us = (round(ns / 1e3, 1) for ns in (held_ns, reconnect_ns))
-            return RemoteMeasure(seen.faults, told.requests, told.demand_pages, cuts, held_us, reconnect_us)
+            return RemoteMeasure(seen.faults, served.requests, served.demand_pages, cuts, held_us, reconnect_us)
 
 
 @asynccontextmanager

@@ -10,8 +10,8 @@ maker that is killed half-way leaves names behind. Descriptors of a process need
 processes reach them as /proc/PID/fd/N, and when this process dies, even by SIGKILL, the kernel takes namespaces,
 bridges and veth pairs down with it.
 
-Standard input is the life line. As long as the maker has not written ``stay``, its end (in order or by SIGKILL) is the
-laboratory's end; after that it is SIGTERM. Either way this process ends what runs in the laboratory first.
+While the maker has not written ``stay``, the end of standard input (in order or by SIGKILL of the maker) is the end of
+the laboratory; after that it is SIGTERM. Either way this process ends what runs in the laboratory first.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
 The parts: the *holder* (`_holder`) keeps the namespaces alive, the *record* (`_state`) says who it is, and a
 *worker* (`_netlink`) talks to the kernel. This process itself never leaves its namespaces.
 
-Error handling: whatever goes wrong while a laboratory is made ends its holder, and with it all that there was. A record
-whose holder is gone is what a crash has left; whoever meets it ends the processes that bear its mark, and removes it.
+Error handling: an error while a laboratory is made ends its holder, and with it all that was made. A record whose
+holder is gone was left by a crash: the next `up` or `down` of that name ends the processes that have its mark, and
+removes it.
 """
 
 from __future__ import annotations
@@ -114,9 +115,9 @@ class Host:
     def attach_tap(self, name: str) -> None:
         """Makes the TAP `name` in this host, where it is not there yet, and joins it with the laboratory's network.
 
-        A persistent one: it stays, up, whoever opens it (``/dev/net/tun``, in this host: `enter`) and closes it again;
-        while nobody has it open, its carrier is down. `remove_tap`, or the laboratory's end, ends it. Who makes a TAP
-        himself first, and holds it open, has it joined and taken up by this call too.
+        A persistent one: it stays, up, when a program has opened it (``/dev/net/tun``, in this host: `enter`) and has
+        closed it again; while no program has it open, its carrier is down. `remove_tap`, or the laboratory's end, ends
+        it. A TAP that was made before, and is held open, is joined and taken up by this call too.
         """
         if not 0 < len(name.encode()) < 16 or "/" in name or name.split() != [name] or name in (".", "..", "all"):
             raise ConfigurationError(f"{name!r} is no name for an interface")
@@ -139,7 +140,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd="/",
-            start_new_session=True,  # Ctrl-C is for whoever asks, who may still have something to put right
+            start_new_session=True,  # Ctrl-C goes to the caller, which may still have something to put right
         )
 
     def ask(self, request: Json) -> Json:
@@ -216,28 +217,28 @@ class Lab(contextlib.AbstractContextManager["Lab"]):
             stdout=subprocess.PIPE,
             env={**os.environ, members.MARK: mark},
             cwd="/",
-            start_new_session=True,  # Ctrl-C is for whoever makes the laboratory, who then ends it in order
+            start_new_session=True,  # Ctrl-C goes to the maker, which then ends the laboratory in order
         )
         made: Lab | None = None
         try:
             assert holder.stdin is not None
             assert holder.stdout is not None
-            told = read_json(holder, "the process that holds the laboratory", START_S)
-            if "error" in told:
-                raise _no_namespaces(told["errno"], told["error"], root=os.geteuid() == 0)
-            switch, *fds = told["fds"]
+            answer = read_json(holder, "the process that holds the laboratory", START_S)
+            if "error" in answer:
+                raise _no_namespaces(answer["errno"], answer["error"], root=os.geteuid() == 0)
+            switch, *fds = answer["fds"]
             ipv6 = _has_ipv6()
             record = state.Record(
                 version=1,
                 name=plan.name,
                 mark=mark,
-                pid=told["pid"],
-                started=_linux.start_time(told["pid"]),
+                pid=answer["pid"],
+                started=_linux.start_time(answer["pid"]),
                 pid_namespace=_linux.inode("/proc/self/ns/pid"),
                 user=user,
                 kept=keep,
                 switch=switch,
-                inodes=tuple(told["inodes"]),
+                inodes=tuple(answer["inodes"]),
                 mtu=plan.mtu,
                 hosts={
                     host.name: state.HostRecord(fd, host.ipv4, host.ipv6 if ipv6 else None, plan.rate)
@@ -331,7 +332,7 @@ class Lab(contextlib.AbstractContextManager["Lab"]):
         ]
 
     def rate_of(self, name: str) -> int | None:
-        """Bytes a second, in each direction of a host's cable, as it was told last; None: no limit."""
+        """Bytes a second, in each direction of a host's cable, as it was set last; None: no limit."""
         return self._record.hosts[name].rate
 
     def has_netem(self) -> bool:

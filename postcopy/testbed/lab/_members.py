@@ -46,7 +46,7 @@ def end_processes(mark: str, networks: Collection[int] = (), spare: Collection[i
     count = 0
     term_until = time.monotonic() + TERM_S
     kill_until = term_until + KILL_S
-    told: set[int] = set()
+    asked: set[int] = set()
     while time.monotonic() < kill_until:
         pids = [pid for pid in processes(mark, networks) if pid not in spare and start_time(pid) is not None]
         if not pids:
@@ -62,9 +62,9 @@ def end_processes(mark: str, networks: Collection[int] = (), spare: Collection[i
                     if not belongs(pid, mark, networks):
                         continue
                     fds.append(fd)
-                    if late or pid not in told:
-                        count += pid not in told
-                        told.add(pid)
+                    if late or pid not in asked:
+                        count += pid not in asked
+                        asked.add(pid)
                         signal.pidfd_send_signal(fd, signal.SIGKILL if late else signal.SIGTERM)
             wait_for(fds, max(0.0, (kill_until if late else term_until) - time.monotonic()))
     return count

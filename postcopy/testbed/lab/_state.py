@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a laboratory's record is: one JSON file, from ``lab up`` to ``lab down``, which says whose the holder is.
 
-The directory belongs to one user: /run/postcopy-lab for whoever may write there, else $XDG_RUNTIME_DIR/postcopy-lab,
+The directory belongs to one user: /run/postcopy-lab for a user who may write there, else $XDG_RUNTIME_DIR/postcopy-lab,
 else /tmp/postcopy-lab-UID; $POSTCOPY_LAB_DIR replaces all of them. All changes happen under one lock file in it.
 """
 
@@ -31,7 +31,7 @@ class HostRecord(msgspec.Struct, rename="kebab"):
     ipv4: str
     ipv6: str | None
     rate: int | None = None
-    """Bytes a second in each direction of its cable, as it was told last; None: no limit."""
+    """Bytes a second in each direction of its cable, as it was set last; None: no limit."""
     delay_us: int = 0
 
 
@@ -85,7 +85,7 @@ def directory() -> Path:
             f"cannot keep the record of a laboratory in {path}: {error.strerror}",
             "name a directory in the environment variable POSTCOPY_LAB_DIR",
         ) from error
-    # Below /tmp anybody could have made it, with a record that names a process of his choice.
+    # Below /tmp another user could have made it, with a record that names some other process.
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
         raise ResourceError(
             f"{path} is not a directory that only this user can write to",

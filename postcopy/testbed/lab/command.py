@@ -111,13 +111,13 @@ def _link(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    told = []
+    labs: list[Json] = []
     for name in names():
         try:
-            told.append(Lab.find(name).status())
+            labs.append(Lab.find(name).status())
         except (ConfigurationError, ResourceError) as error:
-            told.append({"name": name, "state": "gone", "error": str(error), "hosts": {}})
-    _tell(told, as_json=args.json)
+            labs.append({"name": name, "state": "gone", "error": str(error), "hosts": {}})
+    _tell(labs, as_json=args.json)
     return 0
 
 

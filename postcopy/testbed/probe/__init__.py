@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
     findings = find_all()
     ways = migrations(findings)
     if args.json:
-        told = [finding.as_json() for finding in findings]
-        emit_json({**system(), "migrations": ways, "uses": uses(findings), "findings": told})
+        answers = [finding.as_json() for finding in findings]
+        emit_json({**system(), "migrations": ways, "uses": uses(findings), "findings": answers})
     else:
         emit(lambda: _print(findings, ways))
     return 0 if any(ways.values()) else 1
