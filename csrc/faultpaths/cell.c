@@ -9,7 +9,6 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,10 +19,8 @@
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
-#include "core/util.h"
 #include "faultpaths/cell.h"
 
 #ifndef SYS_pidfd_getfd
@@ -31,173 +28,6 @@
 #endif
 
 #define REAP_MS 2000
-
-uint64_t pc_fp_now_ns(void)
-{
-    struct timespec now;
-
-    (void)clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
-/* ---- what the operations call ---- */
-
-void pc_fp_begin(struct pc_fp_cell *cell)
-{
-    atomic_store(&cell->shared->begin_ns, pc_fp_now_ns());
-    atomic_store(&cell->shared->began, 1);
-    errno = 0;
-}
-
-void pc_fp_end_code(struct pc_fp_cell *cell, int64_t value)
-{
-    struct pc_fp_shared *shared = cell->shared;
-
-    atomic_store(&shared->given_in_time, atomic_load(&shared->given));
-    atomic_store(&shared->ended, 1);
-    atomic_store(&shared->end_ns, pc_fp_now_ns());
-    shared->result.value = value;
-    shared->result.error = value < 0 && value > -4096 ? (int)-value : 0;
-}
-
-void pc_fp_end(struct pc_fp_cell *cell, int64_t value)
-{
-    int code = errno;
-
-    pc_fp_end_code(cell, value == -1 ? -code : value);
-    cell->shared->result.value = value;
-}
-
-bool pc_fp_succeeded(const struct pc_fp_cell *cell)
-{
-    return atomic_load(&cell->shared->ended) && !cell->shared->result.error;
-}
-
-void pc_fp_unavailable(struct pc_fp_cell *cell, int code, const char *format, ...)
-{
-    struct pc_fp_result *result = &cell->shared->result;
-    va_list arguments;
-    int n;
-
-    if (atomic_exchange(&cell->shared->unavailable, 1))
-        return; /* the first reason is the one */
-    va_start(arguments, format);
-    n = vsnprintf(result->text, sizeof(result->text), format, arguments);
-    va_end(arguments);
-    if (code && n >= 0 && (size_t)n < sizeof(result->text))
-        (void)snprintf(result->text + n, sizeof(result->text) - (size_t)n, ": %s", strerrordesc_np(code));
-}
-
-void pc_fp_wrong(struct pc_fp_cell *cell, const char *format, ...)
-{
-    struct pc_fp_result *result = &cell->shared->result;
-    va_list arguments;
-
-    if (atomic_exchange(&cell->shared->wrong, 1))
-        return;
-    va_start(arguments, format);
-    (void)vsnprintf(result->text, sizeof(result->text), format, arguments);
-    va_end(arguments);
-}
-
-static void compare(struct pc_fp_cell *cell, const uint8_t *got, const uint8_t *expected, uint64_t offset, uint64_t bytes)
-{
-    for (uint64_t i = 0; i < bytes; i++)
-        if (got[i] != expected[i]) {
-            pc_fp_wrong(cell, "byte %llu of the page is 0x%02x, should be 0x%02x", (unsigned long long)(offset + i), got[i],
-                        expected[i]);
-            return;
-        }
-}
-
-void pc_fp_verify(struct pc_fp_cell *cell, const void *got, uint64_t offset, uint64_t bytes)
-{
-    compare(cell, got, cell->content + offset, offset, bytes);
-}
-
-void pc_fp_verify_page(struct pc_fp_cell *cell, const void *data, uint64_t offset, uint64_t bytes)
-{
-    uint8_t expected[PC_FP_BYTES];
-
-    if (cell->spec->mode == PC_FP_POISON || cell->spec->mode == PC_FP_SIGBUS)
-        return; /* the page never comes: looking at it would be a second access */
-    memcpy(expected, cell->content, PC_FP_BYTES);
-    if (bytes)
-        memcpy(expected + offset, data, bytes);
-    compare(cell, cell->page, expected, 0, PC_FP_BYTES);
-}
-
-void pc_fp_check_value(struct pc_fp_cell *cell, int64_t expected)
-{
-    if (pc_fp_succeeded(cell) && cell->shared->result.value != expected)
-        pc_fp_wrong(cell, "returned %lld, should be %lld", (long long)cell->shared->result.value, (long long)expected);
-}
-
-void pc_fp_in_process(struct pc_fp_cell *cell, void (*act)(struct pc_fp_cell *cell, void *argument), void *argument)
-{
-    pid_t parent = getpid(), child = fork();
-    int status;
-
-    if (child < 0) {
-        pc_fp_unavailable(cell, errno, "fork");
-        return;
-    }
-    if (!child) {
-        (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
-        atomic_store(&cell->shared->other_pid, getpid());
-        if (getppid() == parent)
-            act(cell, argument);
-        _exit(0);
-    }
-    while (waitpid(child, &status, 0) < 0 && errno == EINTR) {
-    }
-}
-
-/* A name of its own for a child's file; not O_TMPFILE, which network file systems do not have. */
-static void name_direct_file(const struct pc_fp_spec *spec, pid_t child, char *path, size_t bytes)
-{
-    (void)snprintf(path, bytes, "%s/.postcopy-faultpath-%d", spec->direct_dir[0] ? spec->direct_dir : ".", (int)child);
-}
-
-int pc_fp_direct_file(struct pc_fp_cell *cell, int flags, const uint8_t *data, uint32_t pages)
-{
-    char path[300];
-    int plain, fd;
-
-    name_direct_file(cell->spec, getpid(), path, sizeof(path));
-    (void)unlink(path); /* of an earlier process with this number */
-    plain = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-    if (plain < 0) {
-        pc_fp_unavailable(cell, errno, "%s", path);
-        return -1;
-    }
-    for (uint32_t i = 0; i < pages; i++)
-        if (write(plain, data, PC_FP_BYTES) != PC_FP_BYTES) {
-            pc_fp_unavailable(cell, errno, "%s", path);
-            close(plain);
-            return -1;
-        }
-    (void)fdatasync(plain);
-    fd = open(path, O_RDWR | O_CLOEXEC | flags);
-    if (fd < 0)
-        pc_fp_unavailable(cell, errno, "%s: O_DIRECT", path);
-    /* Where the time of its death is measured, the parent does it: a file system takes long to remove the last of a file. */
-    if (cell->measure != PC_FP_MEASURE_KILL)
-        (void)unlink(path);
-    close(plain);
-    return fd;
-}
-
-int pc_fp_plain_file(struct pc_fp_cell *cell)
-{
-    int fd = memfd_create("postcopy-faultpath-file", MFD_CLOEXEC);
-
-    if (fd < 0 || write(fd, cell->content, PC_FP_BYTES) != PC_FP_BYTES || lseek(fd, 0, SEEK_SET)) {
-        pc_fp_unavailable(cell, errno, "memfd");
-        return -1;
-    }
-    return fd;
-}
 
 /* ---- the child ---- */
 
@@ -211,7 +41,7 @@ static void on_fatal(int number, siginfo_t *info, void *context)
     if (atomic_load(&shared->began) && !atomic_load(&shared->ended)) {
         shared->result.signal_number = number;
         shared->result.signal_code = info->si_code;
-        atomic_store(&shared->end_ns, pc_fp_now_ns());
+        atomic_store(&shared->end_ns, pc_now_ns());
         atomic_store(&shared->signalled, 1);
         _exit(0);
     }
@@ -233,10 +63,8 @@ static bool take_signals(struct pc_fp_cell *cell)
 
     signalled_cell = cell;
     stack.ss_sp = mmap(NULL, stack.ss_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-    if (stack.ss_sp == MAP_FAILED || sigaltstack(&stack, NULL)) {
-        pc_fp_unavailable(cell, errno, "sigaltstack");
-        return false;
-    }
+    if (stack.ss_sp == MAP_FAILED || sigaltstack(&stack, NULL))
+        return pc_fp_unavailable(cell, errno, "sigaltstack");
     for (size_t i = 0; i < PC_ARRAY_LENGTH(fatal); i++)
         (void)sigaction(fatal[i], &action, NULL);
     (void)sigaction(SIGUSR1, &usr1, NULL);
@@ -271,10 +99,8 @@ static bool hand_over(struct pc_fp_cell *cell)
     control.header.cmsg_type = SCM_RIGHTS;
     control.header.cmsg_len = CMSG_LEN((size_t)count * sizeof(int));
     memcpy(CMSG_DATA(&control.header), fds, (size_t)count * sizeof(int));
-    if (sendmsg(cell->spec->hand_over_fd, &header, MSG_NOSIGNAL) != sizeof(message)) {
-        pc_fp_unavailable(cell, errno, "the page could not be handed over");
-        return false;
-    }
+    if (sendmsg(cell->spec->hand_over_fd, &header, MSG_NOSIGNAL) != sizeof(message))
+        return pc_fp_unavailable(cell, errno, "the page could not be handed over");
     do
         n = recv(cell->spec->hand_over_fd, &go, 1, 0);
     while (n < 0 && errno == EINTR);
@@ -305,7 +131,8 @@ static void run_operation(struct pc_fp_cell *cell)
         pc_fp_unavailable(cell, -rc, "pthread_create");
         return;
     }
-    cell->operation->run(cell);
+    if (pc_fp_make(cell, cell->operation->on, cell->fds))
+        cell->operation->run(cell);
     if (cell->spec->mode == PC_FP_WP || cell->spec->mode == PC_FP_WP_ASYNC)
         cell->shared->result.written = pc_fp_region_written(cell);
     pc_fp_handler_stop(&handler);
@@ -333,7 +160,7 @@ static _Noreturn void be_child(struct pc_fp_cell *cell, pid_t parent)
  * still means this group. */
 static bool end_group(pid_t leader, int *status)
 {
-    uint64_t end = pc_fp_now_ns() + REAP_MS * 1000000ull;
+    uint64_t end = pc_now_ns() + REAP_MS * 1000000ull;
 
     (void)kill(-leader, SIGKILL); /* nothing of it can fork any more */
     for (;;) {
@@ -345,7 +172,7 @@ static bool end_group(pid_t leader, int *status)
         } else if (pid < 0 && errno == ECHILD) {
             return true;
         } else if (pid == 0) {
-            if (pc_fp_now_ns() > end)
+            if (pc_now_ns() > end)
                 return false;
             (void)usleep(100);
         }
@@ -357,7 +184,7 @@ static bool wait_ended(int pidfd, uint64_t end_ns, const _Atomic uint32_t *or_un
 {
     for (;;) {
         struct pollfd polled = {.fd = pidfd, .events = POLLIN};
-        uint64_t now = pc_fp_now_ns();
+        uint64_t now = pc_now_ns();
         int ms = now >= end_ns ? 0 : (int)((end_ns - now) / 1000000 + 1);
 
         if (poll(&polled, 1, or_until && ms > 1 ? 1 : ms) > 0)
@@ -373,14 +200,14 @@ static bool measure_kill(int pidfd, pid_t child, struct pc_fp_shared *shared, ui
 {
     struct pc_fp_result *result = &shared->result;
     int uffd = (int)syscall(SYS_pidfd_getfd, pidfd, atomic_load(&shared->uffd), 0);
-    uint64_t begin = pc_fp_now_ns();
+    uint64_t begin = pc_now_ns();
     bool gone;
 
     (void)kill(-child, SIGKILL);
     (void)wait_ended(pidfd, begin + timeout_ns, NULL);
     gone = end_group(child, status);
     if (uffd >= 0) {
-        result->kill_ns = pc_fp_now_ns() - begin;
+        result->kill_ns = pc_now_ns() - begin;
         result->killed = gone;
         result->kill_measured = 1;
         close(uffd);
@@ -474,7 +301,7 @@ static int run_child(const struct pc_fp_spec *spec, uint32_t measure, struct pc_
         (void)end_group(child, &status);
         goto out;
     }
-    late = !wait_ended(pidfd, pc_fp_now_ns() + timeout_ns, measure == PC_FP_MEASURE_KILL ? &shared->blocked : NULL);
+    late = !wait_ended(pidfd, pc_now_ns() + timeout_ns, measure == PC_FP_MEASURE_KILL ? &shared->blocked : NULL);
     if (late && measure == PC_FP_MEASURE_KILL && atomic_load(&shared->blocked))
         gone = measure_kill(pidfd, child, shared, timeout_ns, &status);
     else
@@ -482,7 +309,7 @@ static int run_child(const struct pc_fp_spec *spec, uint32_t measure, struct pc_
     close(pidfd);
     if (cell->operation->about.flags & PC_FP_NEEDS_DIR) {
         /* The child may have been killed before it did. */
-        name_direct_file(spec, child, path, sizeof(path));
+        pc_fp_name_direct_file(spec, child, path, sizeof(path));
         (void)unlink(path);
     }
     judge(shared, late, status, spec->hand_over_fd >= 0);

@@ -15,7 +15,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "core/util.h"
 #include "faultpaths/fp.h"
 
 #define BULK_PAGES 64    /* of one UFFDIO_COPY */
@@ -101,10 +100,10 @@ static uint8_t *missing_memory(int uffd, uint64_t bytes)
 /* Until all faults have been seen: then their threads wait. */
 static bool await_faults(int uffd, uint32_t expected)
 {
-    uint64_t end = pc_fp_now_ns() + START_MS * 1000000ull;
+    uint64_t end = pc_now_ns() + START_MS * 1000000ull;
     uint32_t seen = 0;
 
-    while (seen < expected && pc_fp_now_ns() < end) {
+    while (seen < expected && pc_now_ns() < end) {
         struct pollfd polled = {.fd = uffd, .events = POLLIN};
         struct pc_uffd_event events[64];
         int n;
@@ -154,16 +153,16 @@ static int run_bench(struct bench *bench, uint32_t pending_faults, uint32_t bulk
             (void)poll(NULL, 0, 1);
     }
     for (uint32_t i = 0; i < rounds; i++) {
-        uint64_t begin = pc_fp_now_ns(), mapped;
+        uint64_t begin = pc_now_ns(), mapped;
         uint8_t *memory = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
         if (memory == MAP_FAILED)
             return pc_fail(ENOMEM, bench->error, sizeof(bench->error), "mmap: %s", strerrordesc_np(errno));
-        mapped = pc_fp_now_ns();
+        mapped = pc_now_ns();
         pc_histogram_add(&bench->mmap_latency, mapped - begin);
-        begin = pc_fp_now_ns();
+        begin = pc_now_ns();
         (void)munmap(memory, page);
-        pc_histogram_add(&bench->munmap_latency, pc_fp_now_ns() - begin);
+        pc_histogram_add(&bench->munmap_latency, pc_now_ns() - begin);
     }
     rc = atomic_load(&bench->failed);
     if (rc)

@@ -21,6 +21,8 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "core/clock.h"
+#include "core/util.h"
 #include "postcopy/core.h"
 #include "postcopy/faultpaths.h"
 #include "postcopy/memory.h"
@@ -74,6 +76,8 @@ enum { /* offsets in the scratch area */
 #define PC_FP_EPOLL_DATA 0x50435046
 
 #define PC_FP_ALL_MODES ((1u << PC_FP_MODES) - 1)
+/* Where the page comes in the end, and can be looked at. */
+#define PC_FP_COMING_MODES (PC_FP_ALL_MODES & ~(1u << PC_FP_SIGBUS | 1u << PC_FP_POISON))
 #define PC_FP_ALL_BACKINGS ((1u << PC_FP_BACKINGS) - 1)
 
 /* Both processes have it: the parent reads what a killed child has come to. */
@@ -104,6 +108,7 @@ struct pc_fp_cell {
     uint64_t page_bytes;
     uint8_t *staging;            /* what the page gets; not in the region */
     int memfd;                   /* -1: anonymous */
+    int fds[2];                  /* what the operation works on, as its row says */
     uint64_t page_offset;        /* of the page in the memfd */
     uint8_t content[PC_FP_BYTES]; /* how the page begins */
     pid_t tid;                   /* runs the operation */
@@ -112,41 +117,90 @@ struct pc_fp_cell {
     uint32_t measure; /* the one of enum pc_fp_measure that this run is for, or 0 */
 };
 
+/* What an operation works on: made before it runs. `fds[0]` is read from, `fds[1]` written to. */
+enum pc_fp_on {
+    PC_FP_ON_NOTHING,
+    PC_FP_ON_PIPE,
+    PC_FP_ON_SOCKETS, /* of a Unix stream */
+    PC_FP_ON_TCP,     /* over loopback */
+    PC_FP_ON_UDP,     /* fds[0] only: a socket */
+    PC_FP_ON_FILE,    /* fds[0] only: in memory (another memfd), its first page holds the content of the page */
+    PC_FP_ON_DIRECT,  /* fds[0] only: O_DIRECT in spec.direct_dir, has no name any more, one page of pc_fp_other */
+    PC_FP_ON_KINDS,
+    PC_FP_FULL = 0x10, /* PC_FP_SMALL bytes of pc_fp_other can be read from fds[0] already */
+    PC_FP_ON_FULL_PIPE = PC_FP_FULL | PC_FP_ON_PIPE,
+    PC_FP_ON_FULL_SOCKETS = PC_FP_FULL | PC_FP_ON_SOCKETS,
+    PC_FP_ON_FULL_TCP = PC_FP_FULL | PC_FP_ON_TCP
+};
+#define PC_FP_SMALL 512
+
 struct pc_fp_operation {
     struct pc_faultpath about;
     void (*run)(struct pc_fp_cell *cell);
+    int on;
 };
+
+/* A row of a table. The operation "CLASS.NAME" is the function CLASS_NAME. */
+#define PC_FP_ROW_OF(class, name, modes, backings, on, flags, what) \
+    {{#class "." #name, #class, what, modes, backings, flags}, class##_##name, PC_FP_ON_##on}
+#define PC_FP_ROW(class, name, on, flags, what) \
+    PC_FP_ROW_OF(class, name, PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS, on, flags, what)
 
 /* Around the system call or the access itself. pc_fp_end takes the call's value and reads errno where that is -1. */
 void pc_fp_begin(struct pc_fp_cell *cell);
 void pc_fp_end(struct pc_fp_cell *cell, int64_t value);
+/* The same, but that errno is the call's way to say that it got over the page. */
+void pc_fp_end_expecting(struct pc_fp_cell *cell, int64_t value, int expected_errno);
 /* For calls that return -errno. */
 void pc_fp_end_code(struct pc_fp_cell *cell, int64_t value);
 #define PC_FP_ACT(cell, call) (pc_fp_begin(cell), pc_fp_end(cell, (int64_t)(call)))
+#define PC_FP_ACT_EXPECTING(cell, expected_errno, call) \
+    (pc_fp_begin(cell), pc_fp_end_expecting(cell, (int64_t)(call), expected_errno))
+#define PC_FP_ACT_CODE(cell, call) (pc_fp_begin(cell), pc_fp_end_code(cell, (int64_t)(call)))
 /* Whether the operation succeeded, so that there is content to look at. */
 bool pc_fp_succeeded(const struct pc_fp_cell *cell);
 
-/* The operation cannot be tried here. The reason; with a code, its text follows. */
-__attribute__((format(printf, 3, 4))) void pc_fp_unavailable(struct pc_fp_cell *cell, int code, const char *format, ...);
+/* The operation cannot be tried here. The reason; with a code, its text follows. Always false. */
+__attribute__((format(printf, 3, 4))) bool pc_fp_unavailable(struct pc_fp_cell *cell, int code, const char *format, ...);
+/* Whether a preparation succeeded; else `what` is unavailable, by errno. */
+bool pc_fp_made(struct pc_fp_cell *cell, int64_t value, const char *what);
+/* The operation failed with one of these errors: not about the page, but `what` is unavailable here. */
+void pc_fp_unavailable_if(struct pc_fp_cell *cell, const char *what, const int *errors);
+#define PC_FP_UNAVAILABLE_IF(cell, what, ...) pc_fp_unavailable_if(cell, what, (const int[]){__VA_ARGS__, 0})
+/* The operation has lost what it was for, and no system call said so: counts as EFAULT. */
+__attribute__((format(printf, 2, 3))) void pc_fp_lost(struct pc_fp_cell *cell, const char *format, ...);
+
+/* What follows looks at an operation that succeeded; after any other it does nothing. */
 /* The content is not what it should be. */
 __attribute__((format(printf, 2, 3))) void pc_fp_wrong(struct pc_fp_cell *cell, const char *format, ...);
+#define PC_FP_EXPECT(cell, condition, ...)                \
+    do {                                                  \
+        if (pc_fp_succeeded(cell) && !(condition))        \
+            pc_fp_wrong(cell, __VA_ARGS__);               \
+    } while (0)
 /* `got` against the content that stands at an offset of the page. */
 void pc_fp_verify(struct pc_fp_cell *cell, const void *got, uint64_t offset, uint64_t bytes);
 /* The page against its content with `bytes` of `data` at an offset. Touches the page, whose event no longer counts. */
 void pc_fp_verify_page(struct pc_fp_cell *cell, const void *data, uint64_t offset, uint64_t bytes);
+/* The same at PC_FP_AT_OUT. */
+void pc_fp_verify_out(struct pc_fp_cell *cell, const void *data, uint64_t bytes);
+/* The operation has taken all of the page: it returned PC_FP_BYTES, and they are in the file or come out of the stream. */
+void pc_fp_verify_taken(struct pc_fp_cell *cell, int fd);
+/* The operation has put so much of pc_fp_other at PC_FP_AT_OUT, and returned that. */
+void pc_fp_verify_delivered(struct pc_fp_cell *cell, uint64_t bytes);
 void pc_fp_check_value(struct pc_fp_cell *cell, int64_t expected);
+/* Whether the page comes at all, so that it can be looked at. */
+bool pc_fp_page_comes(const struct pc_fp_cell *cell);
 
+/* PC_FP_BYTES other bytes than the page has. */
+const uint8_t *pc_fp_other(void);
 /* Another process, which shares no memory with this one but that of the result, runs `act` (which calls pc_fp_begin and
  * pc_fp_end). Returns when it is done. */
 void pc_fp_in_process(struct pc_fp_cell *cell, void (*act)(struct pc_fp_cell *cell, void *argument), void *argument);
-/* Opens a new file in spec.direct_dir, which has no name any more, with PC_FP_BYTES of `data` so many times. The descriptor, or
- * -1, having said pc_fp_unavailable. */
-int pc_fp_direct_file(struct pc_fp_cell *cell, int flags, const uint8_t *data, uint32_t pages);
-/* A descriptor of a file in memory (another memfd) with one page of content. -1 as above. */
-int pc_fp_plain_file(struct pc_fp_cell *cell);
-/* A TCP connection over loopback. False: as above. */
-bool pc_fp_connected(struct pc_fp_cell *cell, int fds[2]);
-uint64_t pc_fp_now_ns(void);
+/* Makes what an operation works on. False: said why it is unavailable. */
+bool pc_fp_make(struct pc_fp_cell *cell, int on, int fds[2]);
+/* The name of a child's file for O_DIRECT. */
+void pc_fp_name_direct_file(const struct pc_fp_spec *spec, pid_t child, char *path, size_t bytes);
 
 /* The table, a part in each file. */
 struct pc_fp_class {

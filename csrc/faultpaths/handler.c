@@ -15,7 +15,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "core/util.h"
 #include "faultpaths/cell.h"
 
 #define SIGNAL_WINDOW_NS 20000000u
@@ -127,7 +126,7 @@ static void note_event(struct pc_fp_handler *handler, const struct pc_uffd_event
         result->repeated++;
         return;
     }
-    atomic_store(&cell->shared->first_event_ns, pc_fp_now_ns());
+    atomic_store(&cell->shared->first_event_ns, pc_now_ns());
     result->event_kind = (uint32_t)event->type;
     result->event_flags = event->flags;
     result->event_offset = (int64_t)(event->address - (uintptr_t)cell->page);
@@ -163,13 +162,13 @@ static bool read_events(struct pc_fp_handler *handler, int timeout_ms, bool *lat
 
 static void wait_for(struct pc_fp_handler *handler, uint64_t ns)
 {
-    uint64_t end = pc_fp_now_ns() + ns, now;
+    uint64_t end = pc_now_ns() + ns, now;
     bool late;
 
     do {
         (void)read_events(handler, 1, &late);
         sample(handler);
-        now = pc_fp_now_ns();
+        now = pc_now_ns();
     } while (now < end);
 }
 
@@ -183,12 +182,12 @@ static void measure_signal(struct pc_fp_handler *handler)
     if (result->event_thread == PC_FP_THREAD_KERNEL || !handler->watched_tid)
         return; /* takes no signals */
     cpu = cpu_ns(handler);
-    begin = pc_fp_now_ns();
+    begin = pc_now_ns();
     if (syscall(SYS_tgkill, handler->watched_pid, handler->watched_tid, SIGUSR1))
         return;
     wait_for(handler, SIGNAL_WINDOW_NS);
     result->signal_cpu_ns = cpu_ns(handler) - cpu;
-    result->signal_window_ns = pc_fp_now_ns() - begin;
+    result->signal_window_ns = pc_now_ns() - begin;
     result->signal_events = result->events - events;
     result->handler_before_page = (uint8_t)atomic_load(&shared->handler_ran);
     result->signal_measured = 1;

@@ -9,10 +9,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "core/util.h"
 #include "faultpaths/fp.h"
 
-#define EVERYWHERE PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS
 
 #if defined(__x86_64__)
 #include <linux/kvm.h>
@@ -39,34 +37,24 @@ static bool guest_make(struct pc_fp_cell *cell, struct guest *guest, const uint8
     struct kvm_userspace_memory_region page = {.slot = 1, .guest_phys_addr = PAGE, .memory_size = PC_FP_BYTES,
                                                .userspace_addr = (uintptr_t)cell->page};
 
-    if (kvm < 0) {
-        pc_fp_unavailable(cell, errno, "/dev/kvm");
-        return false;
-    }
+    if (kvm < 0)
+        return pc_fp_unavailable(cell, errno, "/dev/kvm");
     guest->low = mmap(NULL, LOW_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     vm = ioctl(kvm, KVM_CREATE_VM, 0);
     run_bytes = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
-    if (guest->low == MAP_FAILED || vm < 0 || run_bytes < (int)sizeof(struct kvm_run)) {
-        pc_fp_unavailable(cell, errno, "KVM_CREATE_VM");
-        return false;
-    }
+    if (guest->low == MAP_FAILED || vm < 0 || run_bytes < (int)sizeof(struct kvm_run))
+        return pc_fp_unavailable(cell, errno, "KVM_CREATE_VM");
     memcpy(guest->low + CODE, code, bytes);
     low.userspace_addr = (uintptr_t)guest->low;
     (void)ioctl(vm, KVM_SET_TSS_ADDR, 0xfffbd000ul); /* what real mode needs of older Intel processors */
-    if (ioctl(vm, KVM_SET_USER_MEMORY_REGION, &low) || ioctl(vm, KVM_SET_USER_MEMORY_REGION, &page)) {
-        pc_fp_unavailable(cell, errno, "KVM_SET_USER_MEMORY_REGION");
-        return false;
-    }
+    if (ioctl(vm, KVM_SET_USER_MEMORY_REGION, &low) || ioctl(vm, KVM_SET_USER_MEMORY_REGION, &page))
+        return pc_fp_unavailable(cell, errno, "KVM_SET_USER_MEMORY_REGION");
     guest->vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
-    if (guest->vcpu < 0) {
-        pc_fp_unavailable(cell, errno, "KVM_CREATE_VCPU");
-        return false;
-    }
+    if (guest->vcpu < 0)
+        return pc_fp_unavailable(cell, errno, "KVM_CREATE_VCPU");
     guest->run = mmap(NULL, (size_t)run_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, guest->vcpu, 0);
-    if (guest->run == MAP_FAILED || ioctl(guest->vcpu, KVM_GET_SREGS, &guest->sregs)) {
-        pc_fp_unavailable(cell, errno, "KVM_GET_SREGS");
-        return false;
-    }
+    if (guest->run == MAP_FAILED || ioctl(guest->vcpu, KVM_GET_SREGS, &guest->sregs))
+        return pc_fp_unavailable(cell, errno, "KVM_GET_SREGS");
     guest->sregs.cs.base = guest->sregs.ss.base = guest->sregs.cs.selector = guest->sregs.ss.selector = 0;
     guest->sregs.ds.base = guest->sregs.es.base = PAGE;
     guest->sregs.ds.selector = guest->sregs.es.selector = PAGE >> 4;
@@ -85,15 +73,11 @@ static bool guest_set(struct pc_fp_cell *cell, struct guest *guest)
 /* The exit that means success; any other one is how KVM tells that the access failed. */
 static bool exited(struct pc_fp_cell *cell, const struct guest *guest, uint32_t reason)
 {
-    struct pc_fp_result *result = &cell->shared->result;
-
     if (!pc_fp_succeeded(cell))
         return false;
     if (guest->run->exit_reason == reason)
         return true;
-    result->error = EFAULT;
-    (void)snprintf(result->text, sizeof(result->text), "KVM_RUN came back with exit reason %u, should be %u",
-                   guest->run->exit_reason, reason);
+    pc_fp_lost(cell, "KVM_RUN came back with exit reason %u, should be %u", guest->run->exit_reason, reason);
     return false;
 }
 
@@ -113,7 +97,7 @@ static uint16_t accumulator(struct guest *guest)
     return (uint16_t)regs.rax;
 }
 
-static void load(struct pc_fp_cell *cell)
+static void kvm_load(struct pc_fp_cell *cell)
 {
     static const uint8_t code[] = {0xa1, 0x00, 0x08, /* mov PC_FP_AT_OUT, %ax */
                                    0xf4};            /* hlt */
@@ -126,7 +110,7 @@ static void load(struct pc_fp_cell *cell)
     pc_fp_verify(cell, &got, PC_FP_AT_OUT, sizeof(got));
 }
 
-static void store(struct pc_fp_cell *cell)
+static void kvm_store(struct pc_fp_cell *cell)
 {
     static const uint8_t code[] = {0xb8, 0x34, 0x12, /* mov $0x1234, %ax */
                                    0xa3, 0x00, 0x08, /* mov %ax, PC_FP_AT_OUT */
@@ -135,10 +119,10 @@ static void store(struct pc_fp_cell *cell)
     struct guest guest;
 
     if (guest_make(cell, &guest, code, sizeof(code)) && guest_run(cell, &guest, KVM_EXIT_HLT))
-        pc_fp_verify_page(cell, &data, PC_FP_AT_OUT, sizeof(data));
+        pc_fp_verify_out(cell, &data, sizeof(data));
 }
 
-static void locked_add(struct pc_fp_cell *cell)
+static void kvm_locked_add(struct pc_fp_cell *cell)
 {
     static const uint8_t code[] = {0xf0, 0x83, 0x06, 0x00, 0x08, 0x01, /* lock addw $1, PC_FP_AT_OUT */
                                    0xf4};
@@ -148,10 +132,10 @@ static void locked_add(struct pc_fp_cell *cell)
     memcpy(&data, cell->content + PC_FP_AT_OUT, sizeof(data));
     data++;
     if (guest_make(cell, &guest, code, sizeof(code)) && guest_run(cell, &guest, KVM_EXIT_HLT))
-        pc_fp_verify_page(cell, &data, PC_FP_AT_OUT, sizeof(data));
+        pc_fp_verify_out(cell, &data, sizeof(data));
 }
 
-static void fetch(struct pc_fp_cell *cell)
+static void kvm_fetch(struct pc_fp_cell *cell)
 {
     static const uint8_t none[1];
     struct guest guest;
@@ -171,7 +155,7 @@ static void put_entry(struct guest *guest, uint32_t at, uint64_t entry)
 }
 
 /* 64-bit mode with the page as page directory: the program's own address is translated by it. */
-static void walk(struct pc_fp_cell *cell)
+static void kvm_walk(struct pc_fp_cell *cell)
 {
     static const uint8_t code[] = {0xb8, 0x43, 0x50, 0x00, 0x00, /* mov $PC_FP_CODE_RETURNS, %eax */
                                    0xf4};
@@ -198,7 +182,7 @@ static void walk(struct pc_fp_cell *cell)
 }
 
 /* KVM itself has to read what a string instruction puts out. */
-static void outs(struct pc_fp_cell *cell)
+static void kvm_emulator_outs(struct pc_fp_cell *cell)
 {
     static const uint8_t code[] = {0x6e, /* outsb */
                                    0xf4};
@@ -213,7 +197,7 @@ static void outs(struct pc_fp_cell *cell)
 }
 
 /* The value that user space gives is stored by the KVM_RUN that follows. */
-static void ins(struct pc_fp_cell *cell)
+static void kvm_emulator_ins(struct pc_fp_cell *cell)
 {
     static const uint8_t code[] = {0x6c, /* insb */
                                    0xf4};
@@ -233,11 +217,11 @@ static void ins(struct pc_fp_cell *cell)
     memcpy((uint8_t *)guest.run + guest.run->io.data_offset, &data, 1);
     PC_FP_ACT(cell, ioctl(guest.vcpu, KVM_RUN, 0));
     if (exited(cell, &guest, KVM_EXIT_HLT))
-        pc_fp_verify_page(cell, &data, PC_FP_AT_OUT, 1);
+        pc_fp_verify_out(cell, &data, 1);
 }
 
 /* A copy to where no memory is: KVM reads the source to emulate it. */
-static void mmio(struct pc_fp_cell *cell)
+static void kvm_emulator_mmio(struct pc_fp_cell *cell)
 {
     static const uint8_t code[] = {0xa4, /* movsb */
                                    0xf4};
@@ -251,9 +235,7 @@ static void mmio(struct pc_fp_cell *cell)
     guest.regs.rdi = 0;
     if (guest_run(cell, &guest, KVM_EXIT_MMIO)) {
         if (!guest.run->mmio.is_write || guest.run->mmio.phys_addr != NOWHERE) {
-            cell->shared->result.error = EFAULT;
-            (void)snprintf(cell->shared->result.text, sizeof(cell->shared->result.text),
-                           "KVM took the page for a place without memory");
+            pc_fp_lost(cell, "KVM took the page for a place without memory");
             return;
         }
         pc_fp_verify(cell, guest.run->mmio.data, PC_FP_AT_OUT, 1);
@@ -261,7 +243,7 @@ static void mmio(struct pc_fp_cell *cell)
 }
 
 /* The guest's clock lies in its memory, where KVM writes it. */
-static void clock_page(struct pc_fp_cell *cell)
+static void kvm_clock(struct pc_fp_cell *cell)
 {
     static const uint8_t code[] = {0xf4};
     struct { /* struct kvm_msrs with its array */
@@ -281,13 +263,11 @@ static void clock_page(struct pc_fp_cell *cell)
     if (!exited(cell, &guest, KVM_EXIT_HLT))
         return;
     if (!memcmp(cell->page + PC_FP_AT_OUT, cell->content + PC_FP_AT_OUT, 32)) {
-        cell->shared->result.error = EFAULT;
-        (void)snprintf(cell->shared->result.text, sizeof(cell->shared->result.text),
-                       "the clock was not written, and nobody was told");
+        pc_fp_lost(cell, "the clock was not written, and nobody was told");
     }
 }
 
-static void prefault(struct pc_fp_cell *cell)
+static void kvm_pre_fault(struct pc_fp_cell *cell)
 {
     static const uint8_t code[] = {0xf4};
     struct { /* struct kvm_pre_fault_memory */
@@ -298,45 +278,38 @@ static void prefault(struct pc_fp_cell *cell)
     if (!guest_make(cell, &guest, code, sizeof(code)) || !guest_set(cell, &guest))
         return;
     PC_FP_ACT(cell, ioctl(guest.vcpu, _IOWR(KVMIO, 0xd5, range), &range));
-    if (cell->shared->result.error == ENOTTY || cell->shared->result.error == EOPNOTSUPP ||
-        cell->shared->result.error == EINVAL)
-        pc_fp_unavailable(cell, cell->shared->result.error, "KVM_PRE_FAULT_MEMORY (Linux 6.11, with two-dimensional paging)");
-    if (pc_fp_succeeded(cell))
-        pc_fp_verify_page(cell, NULL, 0, 0);
+    PC_FP_UNAVAILABLE_IF(cell, "KVM_PRE_FAULT_MEMORY (Linux 6.11, with two-dimensional paging)", ENOTTY, EOPNOTSUPP, EINVAL);
+    pc_fp_verify_page(cell, NULL, 0, 0);
 }
 
 #else
-static void load(struct pc_fp_cell *cell)
+static void kvm_load(struct pc_fp_cell *cell)
 {
     pc_fp_unavailable(cell, 0, "no guest for this processor");
 }
-#define store load
-#define locked_add load
-#define fetch load
-#define walk load
-#define outs load
-#define ins load
-#define mmio load
-#define clock_page load
-#define prefault load
+#define kvm_store kvm_load
+#define kvm_locked_add kvm_load
+#define kvm_fetch kvm_load
+#define kvm_walk kvm_load
+#define kvm_emulator_outs kvm_load
+#define kvm_emulator_ins kvm_load
+#define kvm_emulator_mmio kvm_load
+#define kvm_clock kvm_load
+#define kvm_pre_fault kvm_load
 #endif
 
 static const struct pc_fp_operation operations[] = {
-    {{"kvm.load", "kvm", "a vCPU reads guest memory: get_user_pages in KVM_RUN", EVERYWHERE, PC_FP_NEEDS_KVM}, load},
-    {{"kvm.store", "kvm", "a vCPU writes guest memory", EVERYWHERE, PC_FP_WRITES | PC_FP_NEEDS_KVM}, store},
-    {{"kvm.locked_add", "kvm", "a vCPU's atomic read-modify-write", EVERYWHERE, PC_FP_WRITES | PC_FP_NEEDS_KVM}, locked_add},
-    {{"kvm.fetch", "kvm", "a vCPU fetches an instruction", EVERYWHERE, PC_FP_NEEDS_KVM}, fetch},
-    {{"kvm.walk", "kvm", "a vCPU's page-table walk: the page is its page directory", EVERYWHERE, PC_FP_NEEDS_KVM}, walk},
-    {{"kvm.emulator_outs", "kvm", "KVM's emulator reads for OUTS: a copy", EVERYWHERE, PC_FP_NEEDS_KVM}, outs},
-    {{"kvm.emulator_ins", "kvm", "KVM's emulator writes for INS: a copy", EVERYWHERE, PC_FP_WRITES | PC_FP_NEEDS_KVM}, ins},
-    {{"kvm.emulator_mmio", "kvm", "KVM's emulator reads the source of a MOVS to a device: a copy", EVERYWHERE,
-      PC_FP_NEEDS_KVM},
-     mmio},
-    {{"kvm.clock", "kvm", "KVM writes the guest's clock into guest memory",
-      PC_FP_ALL_MODES & ~(1u << PC_FP_SIGBUS | 1u << PC_FP_POISON), PC_FP_ALL_BACKINGS, PC_FP_WRITES | PC_FP_NEEDS_KVM},
-     clock_page},
-    {{"kvm.pre_fault", "kvm", "KVM_PRE_FAULT_MEMORY brings the page before a vCPU needs it", EVERYWHERE, PC_FP_NEEDS_KVM},
-     prefault},
+    PC_FP_ROW(kvm, load, NOTHING, PC_FP_NEEDS_KVM, "a vCPU reads guest memory: get_user_pages in KVM_RUN"),
+    PC_FP_ROW(kvm, store, NOTHING, PC_FP_WRITES | PC_FP_NEEDS_KVM, "a vCPU writes guest memory"),
+    PC_FP_ROW(kvm, locked_add, NOTHING, PC_FP_WRITES | PC_FP_NEEDS_KVM, "a vCPU's atomic read-modify-write"),
+    PC_FP_ROW(kvm, fetch, NOTHING, PC_FP_NEEDS_KVM, "a vCPU fetches an instruction"),
+    PC_FP_ROW(kvm, walk, NOTHING, PC_FP_NEEDS_KVM, "a vCPU's page-table walk: the page is its page directory"),
+    PC_FP_ROW(kvm, emulator_outs, NOTHING, PC_FP_NEEDS_KVM, "KVM's emulator reads for OUTS: a copy"),
+    PC_FP_ROW(kvm, emulator_ins, NOTHING, PC_FP_WRITES | PC_FP_NEEDS_KVM, "KVM's emulator writes for INS: a copy"),
+    PC_FP_ROW(kvm, emulator_mmio, NOTHING, PC_FP_NEEDS_KVM, "KVM's emulator reads the source of a MOVS to a device: a copy"),
+    PC_FP_ROW_OF(kvm, clock, PC_FP_COMING_MODES, PC_FP_ALL_BACKINGS, NOTHING, PC_FP_WRITES | PC_FP_NEEDS_KVM,
+              "KVM writes the guest's clock into guest memory"),
+    PC_FP_ROW(kvm, pre_fault, NOTHING, PC_FP_NEEDS_KVM, "KVM_PRE_FAULT_MEMORY brings the page before a vCPU needs it"),
 };
 
 const struct pc_fp_class pc_fp_kvm = {operations, PC_ARRAY_LENGTH(operations)};

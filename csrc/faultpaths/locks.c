@@ -10,7 +10,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "core/util.h"
 #include "faultpaths/cell.h"
 
 #define ROUNDS 15
@@ -51,7 +50,7 @@ static bool call(struct pc_fp_locks *locks, int kind, bool same, uint64_t *ns)
         if (at == MAP_FAILED)
             return false;
     }
-    began = pc_fp_now_ns();
+    began = pc_now_ns();
     atomic_store(&locks->call_began, began);
     switch (kind) {
     case PC_FP_LOCK_MMAP:
@@ -79,7 +78,7 @@ static bool call(struct pc_fp_locks *locks, int kind, bool same, uint64_t *ns)
     default:
         break;
     }
-    *ns = pc_fp_now_ns() - began;
+    *ns = pc_now_ns() - began;
     atomic_store(&locks->call_began, 0);
     if (forked)
         while (waitpid(child, NULL, 0) < 0 && errno == EINTR) {
@@ -172,18 +171,18 @@ int pc_fp_locks_start(struct pc_fp_cell *cell, struct pc_fp_locks **out)
 
 void pc_fp_locks_measure(struct pc_fp_locks *locks, uint32_t timeout_ms)
 {
-    uint64_t end = pc_fp_now_ns() + timeout_ms * 1000000ull, began;
+    uint64_t end = pc_now_ns() + timeout_ms * 1000000ull, began;
 
     if (!locks)
         return;
     atomic_store(&locks->go, 1);
-    while (!atomic_load(&locks->done) && pc_fp_now_ns() < end)
+    while (!atomic_load(&locks->done) && pc_now_ns() < end)
         (void)usleep(500);
     if (!atomic_load(&locks->done)) {
         atomic_store(&locks->abandoned, 1);
         began = atomic_load(&locks->call_began);
         if (began)
-            *atomic_load(&locks->call_for) = pc_fp_now_ns() - began;
+            *atomic_load(&locks->call_for) = pc_now_ns() - began;
     }
     locks->cell->shared->result.locks_measured = 1;
 }

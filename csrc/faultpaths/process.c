@@ -15,12 +15,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "core/util.h"
 #include "faultpaths/fp.h"
 
-#define EVERYWHERE PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS
-/* Of what nobody is told, only the page tells; there it must be possible to look at it. */
-#define WHERE_IT_COMES (PC_FP_ALL_MODES & ~(1u << PC_FP_SIGBUS | 1u << PC_FP_POISON))
 #define STACK_BYTES 0x10000
 
 struct sharer {
@@ -112,21 +108,21 @@ static void run_program(struct pc_fp_cell *cell, const char *path, void *argv, v
         pc_fp_wrong(cell, "the program got something else: %.60s", got);
 }
 
-static void execve_argv(struct pc_fp_cell *cell)
+static void copy_execve_argv(struct pc_fp_cell *cell)
 {
     char *envp[] = {NULL};
 
     run_program(cell, "/bin/echo", cell->page + PC_FP_AT_ARGV, envp, "NAME=postcopy\n");
 }
 
-static void execve_string(struct pc_fp_cell *cell)
+static void copy_execve_string(struct pc_fp_cell *cell)
 {
     char echo[] = "echo", *argv[] = {echo, (char *)cell->page + PC_FP_AT_STRING, NULL}, *envp[] = {NULL};
 
     run_program(cell, "/bin/echo", argv, envp, "NAME=postcopy\n");
 }
 
-static void execve_envp(struct pc_fp_cell *cell)
+static void copy_execve_envp(struct pc_fp_cell *cell)
 {
     char env[] = "env", *argv[] = {env, NULL}, *envp[] = {(char *)cell->page + PC_FP_AT_STRING, NULL};
 
@@ -135,12 +131,7 @@ static void execve_envp(struct pc_fp_cell *cell)
 
 /* ---- exit: the thread that ends has nobody to return an error to ---- */
 
-static void lost(struct pc_fp_cell *cell, const char *what)
-{
-    cell->shared->result.error = EFAULT; /* what would be the result, if there were somebody to have it */
-    (void)snprintf(cell->shared->result.text, sizeof(cell->shared->result.text),
-                   "%s, without an error: a thread that exits does not wait", what);
-}
+#define WITHOUT_ERROR ", without an error: a thread that exits does not wait"
 
 static int do_nothing(void *argument)
 {
@@ -148,7 +139,7 @@ static int do_nothing(void *argument)
     return 0;
 }
 
-static void clear_child_tid(struct pc_fp_cell *cell)
+static void copy_clear_child_tid(struct pc_fp_cell *cell)
 {
     int status, word;
 
@@ -159,7 +150,7 @@ static void clear_child_tid(struct pc_fp_cell *cell)
         return;
     memcpy(&word, cell->page + PC_FP_AT_OUT, sizeof(word));
     if (word)
-        lost(cell, "the zero was not written");
+        pc_fp_lost(cell, "the zero was not written" WITHOUT_ERROR);
 }
 
 /* A robust list of two locks, of which the first one's entry is in the page: it is the struct iovec there, whose pointer leads
@@ -175,7 +166,7 @@ static int hold_and_exit(void *argument)
     return syscall(SYS_set_robust_list, head, sizeof(*head)) ? errno : 0;
 }
 
-static void robust_list(struct pc_fp_cell *cell)
+static void futex_robust_list(struct pc_fp_cell *cell)
 {
     struct robust_list_head *head = (struct robust_list_head *)(void *)(PC_FP_SCRATCH + PC_FP_IN_FREE);
     struct robust_list *second = (struct robust_list *)(void *)(PC_FP_SCRATCH + PC_FP_IN_DATA);
@@ -188,20 +179,19 @@ static void robust_list(struct pc_fp_cell *cell)
     pc_fp_begin(cell);
     status = run_sharer(cell, hold_and_exit, head, NULL);
     pc_fp_end_code(cell, status < 0 ? -ECHILD : WIFEXITED(status) ? -WEXITSTATUS(status) : 0);
-    if (cell->shared->result.error == ENOSYS)
-        pc_fp_unavailable(cell, ENOSYS, "set_robust_list");
+    PC_FP_UNAVAILABLE_IF(cell, "set_robust_list", ENOSYS);
     if (pc_fp_succeeded(cell) && !(atomic_load(futex) & FUTEX_OWNER_DIED))
-        lost(cell, "a robust lock stays locked for good");
+        pc_fp_lost(cell, "a robust lock stays locked for good" WITHOUT_ERROR);
 }
 
 static const struct pc_fp_operation operations[] = {
-    {{"copy.execve_argv", "copy", "execve: the array of argument pointers", EVERYWHERE, 0}, execve_argv},
-    {{"copy.execve_string", "copy", "execve: an argument string, copied to the new stack", EVERYWHERE, 0}, execve_string},
-    {{"copy.execve_envp", "copy", "execve: an environment string", EVERYWHERE, 0}, execve_envp},
-    {{"copy.clear_child_tid", "copy", "exit: the zero at CLONE_CHILD_CLEARTID", WHERE_IT_COMES, PC_FP_ALL_BACKINGS,
-      PC_FP_WRITES},
-     clear_child_tid},
-    {{"futex.robust_list", "futex", "exit: an entry of the list of robust locks", EVERYWHERE, 0}, robust_list},
+    PC_FP_ROW(copy, execve_argv, NOTHING, 0, "execve: the array of argument pointers"),
+    PC_FP_ROW(copy, execve_string, NOTHING, 0, "execve: an argument string, copied to the new stack"),
+    PC_FP_ROW(copy, execve_envp, NOTHING, 0, "execve: an environment string"),
+    /* Nobody is told, only the page tells: it must be possible to look at it. */
+    PC_FP_ROW_OF(copy, clear_child_tid, PC_FP_COMING_MODES, PC_FP_ALL_BACKINGS, NOTHING, PC_FP_WRITES,
+              "exit: the zero at CLONE_CHILD_CLEARTID"),
+    PC_FP_ROW(futex, robust_list, NOTHING, 0, "exit: an entry of the list of robust locks"),
 };
 
 const struct pc_fp_class pc_fp_process = {operations, PC_ARRAY_LENGTH(operations)};

@@ -11,7 +11,6 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "core/util.h"
 #include "faultpaths/cell.h"
 
 #include "uffd/uffd_abi.h"
@@ -64,26 +63,20 @@ static bool open_uffd(struct pc_fp_cell *cell)
     struct pc_uffd_api api = {0};
     int rc = pc_uffd_probe(how, &api);
 
-    if (rc) {
-        pc_fp_unavailable(cell, -rc, "userfaultfd");
-        return false;
-    }
+    if (rc)
+        return pc_fp_unavailable(cell, -rc, "userfaultfd");
     if (how == PC_UFFD_ANY && api.how == PC_UFFD_USER_ONLY) {
         pc_fp_unavailable(cell, 0, "this user may open a userfaultfd for faults of user mode only; it takes access to "
                                    "/dev/userfaultfd, CAP_SYS_PTRACE or vm.unprivileged_userfaultfd=1");
         return false;
     }
-    if (need & ~api.features) {
-        pc_fp_unavailable(cell, 0, "this kernel's userfaultfd has not that mode for this memory (feature bits 0x%llx)",
+    if (need & ~api.features)
+        return pc_fp_unavailable(cell, 0, "this kernel's userfaultfd has not that mode for this memory (feature bits 0x%llx)",
                           (unsigned long long)(need & ~api.features));
-        return false;
-    }
     features = features_of(mode, api.features, cell->spec->hand_over_fd >= 0) & (api.features | need);
     cell->uffd = pc_uffd_open(how, features, NULL);
-    if (cell->uffd < 0) {
-        pc_fp_unavailable(cell, -cell->uffd, "userfaultfd");
-        return false;
-    }
+    if (cell->uffd < 0)
+        return pc_fp_unavailable(cell, -cell->uffd, "userfaultfd");
     atomic_store(&cell->shared->uffd, cell->uffd);
     return true;
 }
@@ -99,10 +92,8 @@ static bool map_region(struct pc_fp_cell *cell)
 
     cell->memfd = -1;
     cell->page_bytes = backing == PC_FP_HUGETLB ? pc_huge_page_bytes() : pc_page_bytes();
-    if (!cell->page_bytes) {
-        pc_fp_unavailable(cell, 0, "this kernel has no huge pages");
-        return false;
-    }
+    if (!cell->page_bytes)
+        return pc_fp_unavailable(cell, 0, "this kernel has no huge pages");
     cell->region_pages = cell->measure == PC_FP_MEASURE_LOCKS ? 4 + PC_FP_LOCK_PAGES : 4;
     if (backing == PC_FP_HUGETLB || cell->spec->hand_over_fd >= 0) {
         cell->region_pages = 1;
@@ -112,16 +103,12 @@ static bool map_region(struct pc_fp_cell *cell)
     guard = cell->page_bytes;
     if (backing != PC_FP_ANON) {
         cell->memfd = memfd_create("postcopy-faultpath", MFD_CLOEXEC | (backing == PC_FP_HUGETLB ? MFD_HUGETLB : 0));
-        if (cell->memfd < 0 || ftruncate(cell->memfd, (off_t)bytes)) {
-            pc_fp_unavailable(cell, errno, "memfd");
-            return false;
-        }
+        if (cell->memfd < 0 || ftruncate(cell->memfd, (off_t)bytes))
+            return pc_fp_unavailable(cell, errno, "memfd");
     }
     reserved = mmap(NULL, bytes + 3 * guard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (reserved == MAP_FAILED) {
-        pc_fp_unavailable(cell, errno, "mmap");
-        return false;
-    }
+    if (reserved == MAP_FAILED)
+        return pc_fp_unavailable(cell, errno, "mmap");
     cell->region = (uint8_t *)(((uintptr_t)reserved + 2 * guard - 1) & ~(uintptr_t)(guard - 1));
     if (mmap(cell->region, bytes, prot, flags | (cell->memfd < 0 ? MAP_ANONYMOUS : 0), cell->memfd, 0) == MAP_FAILED) {
         if (backing == PC_FP_HUGETLB && errno == ENOMEM)
@@ -144,10 +131,8 @@ static bool populate(struct pc_fp_cell *cell, bool page_too)
 
     /* Made now: the handler shall take no lock for it while the fault is pending. */
     cell->staging = mmap(NULL, cell->page_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (cell->staging == MAP_FAILED) {
-        pc_fp_unavailable(cell, errno, "mmap");
-        return false;
-    }
+    if (cell->staging == MAP_FAILED)
+        return pc_fp_unavailable(cell, errno, "mmap");
     pc_fp_content(cell->staging, cell->page_bytes);
     memcpy(cell->content, cell->staging, PC_FP_BYTES);
     for (uint64_t i = 0; i < cell->region_pages; i++)
@@ -160,10 +145,8 @@ static bool fill_page_cache(struct pc_fp_cell *cell)
 {
     uint8_t *alias = mmap(NULL, cell->page_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, cell->memfd, (off_t)cell->page_offset);
 
-    if (alias == MAP_FAILED) {
-        pc_fp_unavailable(cell, errno, "mmap");
-        return false;
-    }
+    if (alias == MAP_FAILED)
+        return pc_fp_unavailable(cell, errno, "mmap");
     pc_fp_content(alias, cell->page_bytes);
     (void)munmap(alias, cell->page_bytes);
     return true;
@@ -176,10 +159,8 @@ bool pc_fp_region_open(struct pc_fp_cell *cell)
     uint64_t how = wp ? PC_UFFD_WP : mode == PC_FP_MINOR ? PC_UFFD_MINOR : PC_UFFD_MISSING;
     int rc;
 
-    if (mode == PC_FP_MINOR && cell->spec->backing == PC_FP_ANON) {
-        pc_fp_unavailable(cell, 0, "anonymous memory has no page cache, thus no minor faults");
-        return false;
-    }
+    if (mode == PC_FP_MINOR && cell->spec->backing == PC_FP_ANON)
+        return pc_fp_unavailable(cell, 0, "anonymous memory has no page cache, thus no minor faults");
     if (!open_uffd(cell) || !map_region(cell))
         return false;
     if (mode == PC_FP_MINOR && !fill_page_cache(cell))
@@ -187,16 +168,12 @@ bool pc_fp_region_open(struct pc_fp_cell *cell)
     if (!populate(cell, wp))
         return false;
     rc = pc_uffd_register(cell->uffd, (uintptr_t)cell->region, cell->region_pages * cell->page_bytes, how, NULL);
-    if (rc) {
-        pc_fp_unavailable(cell, -rc, "UFFDIO_REGISTER");
-        return false;
-    }
+    if (rc)
+        return pc_fp_unavailable(cell, -rc, "UFFDIO_REGISTER");
     if (wp) {
         rc = pc_uffd_writeprotect(cell->uffd, (uintptr_t)cell->page, cell->page_bytes, PC_UFFD_PROTECT);
-        if (rc) {
-            pc_fp_unavailable(cell, -rc, "UFFDIO_WRITEPROTECT");
-            return false;
-        }
+        if (rc)
+            return pc_fp_unavailable(cell, -rc, "UFFDIO_WRITEPROTECT");
     }
     return true;
 }

@@ -16,24 +16,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "core/util.h"
 #include "faultpaths/fp.h"
 
 #ifndef PR_SET_PTRACER
 #define PR_SET_PTRACER 0x59616d61
 #endif
 
-#define EVERYWHERE PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS
-#define SMALL 512 /* bytes, at PC_FP_AT_OUT */
-
-static const uint8_t *other_bytes(void)
-{
-    static uint8_t data[SMALL];
-
-    for (uint32_t i = 0; i < SMALL; i++)
-        data[i] = (uint8_t)(i * 11 + 3);
-    return data;
-}
 
 /* A yama policy may allow ancestors only; here the child asks about its parent. */
 static void allow_others(void)
@@ -43,10 +31,7 @@ static void allow_others(void)
 
 static void not_allowed(struct pc_fp_cell *cell, const char *what)
 {
-    int error = cell->shared->result.error;
-
-    if (error == EPERM || error == EACCES || error == ENOSYS)
-        pc_fp_unavailable(cell, error, "%s", what);
+    PC_FP_UNAVAILABLE_IF(cell, what, EPERM, EACCES, ENOSYS);
 }
 
 /* ---- /proc/PID/mem ---- */
@@ -66,15 +51,14 @@ static int open_mem(struct pc_fp_cell *cell, pid_t pid)
 /* The error of /proc/PID/mem for memory that cannot be had is EIO. */
 static void read_mem(struct pc_fp_cell *cell, void *pid)
 {
-    uint8_t got[SMALL];
+    uint8_t got[PC_FP_SMALL];
     int fd = open_mem(cell, *(pid_t *)pid);
 
     if (fd < 0)
         return;
-    PC_FP_ACT(cell, pread(fd, got, SMALL, (off_t)(uintptr_t)(cell->page + PC_FP_AT_OUT)));
-    pc_fp_check_value(cell, SMALL);
-    if (pc_fp_succeeded(cell))
-        pc_fp_verify(cell, got, PC_FP_AT_OUT, SMALL);
+    PC_FP_ACT(cell, pread(fd, got, PC_FP_SMALL, (off_t)(uintptr_t)(cell->page + PC_FP_AT_OUT)));
+    pc_fp_check_value(cell, PC_FP_SMALL);
+    pc_fp_verify(cell, got, PC_FP_AT_OUT, PC_FP_SMALL);
 }
 
 static void write_mem(struct pc_fp_cell *cell, void *pid)
@@ -83,24 +67,23 @@ static void write_mem(struct pc_fp_cell *cell, void *pid)
 
     if (fd < 0)
         return;
-    PC_FP_ACT(cell, pwrite(fd, other_bytes(), SMALL, (off_t)(uintptr_t)(cell->page + PC_FP_AT_OUT)));
-    pc_fp_check_value(cell, SMALL);
+    PC_FP_ACT(cell, pwrite(fd, pc_fp_other(), PC_FP_SMALL, (off_t)(uintptr_t)(cell->page + PC_FP_AT_OUT)));
+    pc_fp_check_value(cell, PC_FP_SMALL);
 }
 
 static void verify_written(struct pc_fp_cell *cell)
 {
-    if (pc_fp_succeeded(cell))
-        pc_fp_verify_page(cell, other_bytes(), PC_FP_AT_OUT, SMALL);
+    pc_fp_verify_out(cell, pc_fp_other(), PC_FP_SMALL);
 }
 
-static void mem_read_own(struct pc_fp_cell *cell)
+static void remote_mem_read_own(struct pc_fp_cell *cell)
 {
     pid_t pid = getpid();
 
     read_mem(cell, &pid);
 }
 
-static void mem_write_own(struct pc_fp_cell *cell)
+static void remote_mem_write_own(struct pc_fp_cell *cell)
 {
     pid_t pid = getpid();
 
@@ -108,7 +91,7 @@ static void mem_write_own(struct pc_fp_cell *cell)
     verify_written(cell);
 }
 
-static void mem_read_other(struct pc_fp_cell *cell)
+static void remote_mem_read(struct pc_fp_cell *cell)
 {
     pid_t pid = getpid();
 
@@ -116,7 +99,7 @@ static void mem_read_other(struct pc_fp_cell *cell)
     pc_fp_in_process(cell, read_mem, &pid);
 }
 
-static void mem_write_other(struct pc_fp_cell *cell)
+static void remote_mem_write(struct pc_fp_cell *cell)
 {
     pid_t pid = getpid();
 
@@ -144,7 +127,7 @@ static void trace(struct pc_fp_cell *cell, void *argument)
         return;
     }
     if (traced->write) {
-        memcpy(&word, other_bytes(), sizeof(word));
+        memcpy(&word, pc_fp_other(), sizeof(word));
         PC_FP_ACT(cell, syscall(SYS_ptrace, PTRACE_POKEDATA, traced->tid, cell->page + PC_FP_AT_OUT, word));
     } else {
         PC_FP_ACT(cell, syscall(SYS_ptrace, PTRACE_PEEKDATA, traced->tid, cell->page + PC_FP_AT_OUT, &word));
@@ -154,7 +137,7 @@ static void trace(struct pc_fp_cell *cell, void *argument)
     (void)ptrace(PTRACE_DETACH, traced->tid, NULL, NULL);
 }
 
-static void ptrace_peek(struct pc_fp_cell *cell)
+static void remote_ptrace_peek(struct pc_fp_cell *cell)
 {
     struct traced traced = {.tid = cell->tid};
 
@@ -162,14 +145,13 @@ static void ptrace_peek(struct pc_fp_cell *cell)
     pc_fp_in_process(cell, trace, &traced);
 }
 
-static void ptrace_poke(struct pc_fp_cell *cell)
+static void remote_ptrace_poke(struct pc_fp_cell *cell)
 {
     struct traced traced = {.tid = cell->tid, .write = true};
 
     allow_others();
     pc_fp_in_process(cell, trace, &traced);
-    if (pc_fp_succeeded(cell))
-        pc_fp_verify_page(cell, other_bytes(), PC_FP_AT_OUT, sizeof(uint64_t));
+    pc_fp_verify_out(cell, pc_fp_other(), sizeof(uint64_t));
 }
 
 /* ---- process_vm_readv, process_vm_writev ---- */
@@ -177,33 +159,32 @@ static void ptrace_poke(struct pc_fp_cell *cell)
 /* The page is the memory that is asked for. */
 static void vm_read_from(struct pc_fp_cell *cell, void *pid)
 {
-    uint8_t got[SMALL];
-    struct iovec local = {got, SMALL}, remote = {cell->page + PC_FP_AT_OUT, SMALL};
+    uint8_t got[PC_FP_SMALL];
+    struct iovec local = {got, PC_FP_SMALL}, remote = {cell->page + PC_FP_AT_OUT, PC_FP_SMALL};
 
     PC_FP_ACT(cell, syscall(SYS_process_vm_readv, *(pid_t *)pid, &local, 1, &remote, 1, 0));
     not_allowed(cell, "process_vm_readv");
-    pc_fp_check_value(cell, SMALL);
-    if (pc_fp_succeeded(cell))
-        pc_fp_verify(cell, got, PC_FP_AT_OUT, SMALL);
+    pc_fp_check_value(cell, PC_FP_SMALL);
+    pc_fp_verify(cell, got, PC_FP_AT_OUT, PC_FP_SMALL);
 }
 
 static void vm_write_to(struct pc_fp_cell *cell, void *pid)
 {
-    struct iovec local = {(void *)(uintptr_t)other_bytes(), SMALL}, remote = {cell->page + PC_FP_AT_OUT, SMALL};
+    struct iovec local = {(void *)(uintptr_t)pc_fp_other(), PC_FP_SMALL}, remote = {cell->page + PC_FP_AT_OUT, PC_FP_SMALL};
 
     PC_FP_ACT(cell, syscall(SYS_process_vm_writev, *(pid_t *)pid, &local, 1, &remote, 1, 0));
     not_allowed(cell, "process_vm_writev");
-    pc_fp_check_value(cell, SMALL);
+    pc_fp_check_value(cell, PC_FP_SMALL);
 }
 
-static void vm_readv_remote(struct pc_fp_cell *cell)
+static void pin_process_vm_readv_remote(struct pc_fp_cell *cell)
 {
     pid_t pid = getpid();
 
     vm_read_from(cell, &pid);
 }
 
-static void vm_writev_remote(struct pc_fp_cell *cell)
+static void pin_process_vm_writev_remote(struct pc_fp_cell *cell)
 {
     pid_t pid = getpid();
 
@@ -211,7 +192,7 @@ static void vm_writev_remote(struct pc_fp_cell *cell)
     verify_written(cell);
 }
 
-static void vm_readv_other(struct pc_fp_cell *cell)
+static void remote_process_vm_readv(struct pc_fp_cell *cell)
 {
     pid_t pid = getpid();
 
@@ -219,7 +200,7 @@ static void vm_readv_other(struct pc_fp_cell *cell)
     pc_fp_in_process(cell, vm_read_from, &pid);
 }
 
-static void vm_writev_other(struct pc_fp_cell *cell)
+static void remote_process_vm_writev(struct pc_fp_cell *cell)
 {
     pid_t pid = getpid();
 
@@ -229,26 +210,24 @@ static void vm_writev_other(struct pc_fp_cell *cell)
 }
 
 /* The page is the caller's own end. */
-static void vm_readv_local(struct pc_fp_cell *cell)
+static void copy_process_vm_readv_local(struct pc_fp_cell *cell)
 {
     struct iovec local = {cell->page + PC_FP_AT_OUT, 64}, remote = {PC_FP_SCRATCH + PC_FP_IN_DATA, 64};
 
     PC_FP_ACT(cell, syscall(SYS_process_vm_readv, getpid(), &local, 1, &remote, 1, 0));
     not_allowed(cell, "process_vm_readv");
     pc_fp_check_value(cell, 64);
-    if (pc_fp_succeeded(cell))
-        pc_fp_verify_page(cell, PC_FP_SCRATCH + PC_FP_IN_DATA, PC_FP_AT_OUT, 64);
+    pc_fp_verify_out(cell, PC_FP_SCRATCH + PC_FP_IN_DATA, 64);
 }
 
-static void vm_writev_local(struct pc_fp_cell *cell)
+static void copy_process_vm_writev_local(struct pc_fp_cell *cell)
 {
-    struct iovec local = {cell->page + PC_FP_AT_OUT, SMALL}, remote = {PC_FP_SCRATCH + PC_FP_IN_FREE, SMALL};
+    struct iovec local = {cell->page + PC_FP_AT_OUT, PC_FP_SMALL}, remote = {PC_FP_SCRATCH + PC_FP_IN_FREE, PC_FP_SMALL};
 
     PC_FP_ACT(cell, syscall(SYS_process_vm_writev, getpid(), &local, 1, &remote, 1, 0));
     not_allowed(cell, "process_vm_writev");
-    pc_fp_check_value(cell, SMALL);
-    if (pc_fp_succeeded(cell))
-        pc_fp_verify(cell, PC_FP_SCRATCH + PC_FP_IN_FREE, PC_FP_AT_OUT, SMALL);
+    pc_fp_check_value(cell, PC_FP_SMALL);
+    pc_fp_verify(cell, PC_FP_SCRATCH + PC_FP_IN_FREE, PC_FP_AT_OUT, PC_FP_SMALL);
 }
 
 /* ---- /proc/PID/cmdline ---- */
@@ -260,19 +239,16 @@ static void read_cmdline(struct pc_fp_cell *cell, void *pid)
 
     (void)snprintf(path, sizeof(path), "/proc/%d/cmdline", *(pid_t *)pid);
     fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) {
-        pc_fp_unavailable(cell, errno, "%s", path);
+    if (!pc_fp_made(cell, fd, path))
         return;
-    }
     PC_FP_ACT(cell, read(fd, got, 14));
     if (pc_fp_succeeded(cell) && !cell->shared->result.value) {
+        pc_fp_lost(cell, "the file is empty, without an error");
         cell->shared->result.error = EIO;
-        (void)snprintf(cell->shared->result.text, sizeof(cell->shared->result.text), "the file is empty, without an error");
         return;
     }
     pc_fp_check_value(cell, 14);
-    if (pc_fp_succeeded(cell))
-        pc_fp_verify(cell, got, PC_FP_AT_STRING, 14);
+    pc_fp_verify(cell, got, PC_FP_AT_STRING, 14);
 }
 
 /* Moves this process's arguments to `at`, for which the kernel wants to hear about everything else too. 0 or -errno. */
@@ -330,7 +306,7 @@ static int move_arguments(uintptr_t at, uintptr_t end)
 }
 
 /* What `ps` does to everybody. */
-static void cmdline(struct pc_fp_cell *cell)
+static void remote_cmdline(struct pc_fp_cell *cell)
 {
     pid_t pid = getpid();
     uintptr_t at = (uintptr_t)(cell->page + PC_FP_AT_STRING);
@@ -344,28 +320,21 @@ static void cmdline(struct pc_fp_cell *cell)
 }
 
 static const struct pc_fp_operation operations[] = {
-    {{"remote.mem_read_own", "remote", "read of /proc/self/mem: access_remote_vm", EVERYWHERE, 0}, mem_read_own},
-    {{"remote.mem_write_own", "remote", "write to /proc/self/mem", EVERYWHERE, PC_FP_WRITES}, mem_write_own},
-    {{"remote.mem_read", "remote", "another process reads /proc/PID/mem", EVERYWHERE, 0}, mem_read_other},
-    {{"remote.mem_write", "remote", "another process writes /proc/PID/mem", EVERYWHERE, PC_FP_WRITES}, mem_write_other},
-    {{"remote.ptrace_peek", "remote", "a debugger's PTRACE_PEEKDATA", EVERYWHERE, 0}, ptrace_peek},
-    {{"remote.ptrace_poke", "remote", "a debugger's PTRACE_POKEDATA", EVERYWHERE, PC_FP_WRITES}, ptrace_poke},
+    PC_FP_ROW(remote, mem_read_own, NOTHING, 0, "read of /proc/self/mem: access_remote_vm"),
+    PC_FP_ROW(remote, mem_write_own, NOTHING, PC_FP_WRITES, "write to /proc/self/mem"),
+    PC_FP_ROW(remote, mem_read, NOTHING, 0, "another process reads /proc/PID/mem"),
+    PC_FP_ROW(remote, mem_write, NOTHING, PC_FP_WRITES, "another process writes /proc/PID/mem"),
+    PC_FP_ROW(remote, ptrace_peek, NOTHING, 0, "a debugger's PTRACE_PEEKDATA"),
+    PC_FP_ROW(remote, ptrace_poke, NOTHING, PC_FP_WRITES, "a debugger's PTRACE_POKEDATA"),
     /* Of anonymous memory only: what a file is behind is refused since a FUSE could stop every `ps` (FOLL_ANON, 4.17). */
-    {{"remote.cmdline", "remote", "another process (ps) reads /proc/PID/cmdline, the arguments being in the page",
-      PC_FP_ALL_MODES, 1u << PC_FP_ANON, 0},
-     cmdline},
-    {{"pin.process_vm_readv_remote", "pin", "process_vm_readv, the page is the remote end: get_user_pages_remote", EVERYWHERE,
-      0},
-     vm_readv_remote},
-    {{"pin.process_vm_writev_remote", "pin", "process_vm_writev, the page is the remote end", EVERYWHERE, PC_FP_WRITES},
-     vm_writev_remote},
-    {{"copy.process_vm_readv_local", "copy", "process_vm_readv, the page is the local end: a copy", EVERYWHERE, PC_FP_WRITES},
-     vm_readv_local},
-    {{"copy.process_vm_writev_local", "copy", "process_vm_writev, the page is the local end: a copy", EVERYWHERE, 0},
-     vm_writev_local},
-    {{"remote.process_vm_readv", "remote", "process_vm_readv by another process", EVERYWHERE, 0}, vm_readv_other},
-    {{"remote.process_vm_writev", "remote", "process_vm_writev by another process", EVERYWHERE, PC_FP_WRITES},
-     vm_writev_other},
+    PC_FP_ROW_OF(remote, cmdline, PC_FP_ALL_MODES, 1u << PC_FP_ANON, NOTHING, 0,
+              "another process (ps) reads /proc/PID/cmdline, the arguments being in the page"),
+    PC_FP_ROW(pin, process_vm_readv_remote, NOTHING, 0, "process_vm_readv, the page is the remote end: get_user_pages_remote"),
+    PC_FP_ROW(pin, process_vm_writev_remote, NOTHING, PC_FP_WRITES, "process_vm_writev, the page is the remote end"),
+    PC_FP_ROW(copy, process_vm_readv_local, NOTHING, PC_FP_WRITES, "process_vm_readv, the page is the local end: a copy"),
+    PC_FP_ROW(copy, process_vm_writev_local, NOTHING, 0, "process_vm_writev, the page is the local end: a copy"),
+    PC_FP_ROW(remote, process_vm_readv, NOTHING, 0, "process_vm_readv by another process"),
+    PC_FP_ROW(remote, process_vm_writev, NOTHING, PC_FP_WRITES, "process_vm_writev by another process"),
 };
 
 const struct pc_fp_class pc_fp_remote = {operations, PC_ARRAY_LENGTH(operations)};

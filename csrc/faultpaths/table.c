@@ -7,14 +7,13 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "core/util.h"
 #include "faultpaths/fp.h"
 
 static const struct pc_fp_class *const classes[] = {&pc_fp_user,  &pc_fp_copy,   &pc_fp_arguments, &pc_fp_process,
                                                    &pc_fp_pin,   &pc_fp_futex,  &pc_fp_uring,     &pc_fp_kvm,
                                                    &pc_fp_remote, &pc_fp_net,   &pc_fp_nofault,   &pc_fp_device};
 
-static void hang(struct pc_fp_cell *cell)
+static void test_hang(struct pc_fp_cell *cell)
 {
     /* Two generations of processes that do not end by themselves, one of them not this one's child any more. */
     if (!fork()) {
@@ -28,13 +27,13 @@ static void hang(struct pc_fp_cell *cell)
         pause();
 }
 
-static void crash(struct pc_fp_cell *cell)
+static void test_crash(struct pc_fp_cell *cell)
 {
     pc_fp_begin(cell);
     (void)raise(SIGKILL);
 }
 
-static void find_wrong(struct pc_fp_cell *cell)
+static void test_wrong(struct pc_fp_cell *cell)
 {
     uint8_t other = (uint8_t)~cell->content[0];
 
@@ -43,9 +42,9 @@ static void find_wrong(struct pc_fp_cell *cell)
 }
 
 static const struct pc_fp_operation tests[] = {
-    {{"test.hang", "test", "never ends", PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS, 0}, hang},
-    {{"test.crash", "test", "ends its process", PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS, 0}, crash},
-    {{"test.wrong", "test", "finds other content", PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS, 0}, find_wrong},
+    PC_FP_ROW(test, hang, NOTHING, 0, "never ends"),
+    PC_FP_ROW(test, crash, NOTHING, 0, "ends its process"),
+    PC_FP_ROW(test, wrong, NOTHING, 0, "finds other content"),
 };
 
 const struct pc_fp_operation *pc_fp_operation(uint32_t index)

@@ -4,10 +4,8 @@
  */
 #include <string.h>
 
-#include "core/util.h"
 #include "faultpaths/fp.h"
 
-#define EVERYWHERE PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS
 
 /* Here the compiler must not move the access out of the bracket, nor a sanitizer look at it. */
 static volatile uint64_t *word_at(const struct pc_fp_cell *cell, uint64_t offset)
@@ -15,7 +13,7 @@ static volatile uint64_t *word_at(const struct pc_fp_cell *cell, uint64_t offset
     return (volatile uint64_t *)(void *)(cell->page + offset);
 }
 
-static void load(struct pc_fp_cell *cell)
+static void user_load(struct pc_fp_cell *cell)
 {
     uint64_t got;
 
@@ -26,17 +24,17 @@ static void load(struct pc_fp_cell *cell)
     pc_fp_verify_page(cell, NULL, 0, 0);
 }
 
-static void store(struct pc_fp_cell *cell)
+static void user_store(struct pc_fp_cell *cell)
 {
     const uint64_t data = 0x0123456789abcdef;
 
     pc_fp_begin(cell);
     *word_at(cell, PC_FP_AT_OUT) = data;
     pc_fp_end(cell, 0);
-    pc_fp_verify_page(cell, &data, PC_FP_AT_OUT, sizeof(data));
+    pc_fp_verify_out(cell, &data, sizeof(data));
 }
 
-static void locked_add(struct pc_fp_cell *cell)
+static void user_locked_add(struct pc_fp_cell *cell)
 {
     uint64_t data;
 
@@ -45,11 +43,11 @@ static void locked_add(struct pc_fp_cell *cell)
     pc_fp_begin(cell);
     (void)__atomic_fetch_add((uint64_t *)(void *)(cell->page + PC_FP_AT_OUT), 1, __ATOMIC_SEQ_CST);
     pc_fp_end(cell, 0);
-    pc_fp_verify_page(cell, &data, PC_FP_AT_OUT, sizeof(data));
+    pc_fp_verify_out(cell, &data, sizeof(data));
 }
 
 #if defined(__x86_64__) || defined(__aarch64__)
-static void execute(struct pc_fp_cell *cell)
+static void user_execute(struct pc_fp_cell *cell)
 {
     uint32_t (*function)(void) = (uint32_t (*)(void))(uintptr_t)(cell->page + PC_FP_AT_CODE);
 
@@ -58,13 +56,13 @@ static void execute(struct pc_fp_cell *cell)
     pc_fp_verify_page(cell, NULL, 0, 0);
 }
 #else
-static void execute(struct pc_fp_cell *cell)
+static void user_execute(struct pc_fp_cell *cell)
 {
     pc_fp_unavailable(cell, 0, "no code for this processor");
 }
 #endif
 
-static void copy_bytes(struct pc_fp_cell *cell)
+static void user_memcpy(struct pc_fp_cell *cell)
 {
     static uint8_t got[PC_FP_BYTES];
 
@@ -75,11 +73,11 @@ static void copy_bytes(struct pc_fp_cell *cell)
 }
 
 static const struct pc_fp_operation operations[] = {
-    {{"user.load", "user", "an instruction reads 8 bytes", EVERYWHERE, 0}, load},
-    {{"user.store", "user", "an instruction writes 8 bytes", EVERYWHERE, PC_FP_WRITES}, store},
-    {{"user.locked_add", "user", "an atomic read-modify-write instruction", EVERYWHERE, PC_FP_WRITES}, locked_add},
-    {{"user.execute", "user", "the processor fetches an instruction", EVERYWHERE, 0}, execute},
-    {{"user.memcpy", "user", "memcpy reads all of the page", EVERYWHERE, 0}, copy_bytes},
+    PC_FP_ROW(user, load, NOTHING, 0, "an instruction reads 8 bytes"),
+    PC_FP_ROW(user, store, NOTHING, PC_FP_WRITES, "an instruction writes 8 bytes"),
+    PC_FP_ROW(user, locked_add, NOTHING, PC_FP_WRITES, "an atomic read-modify-write instruction"),
+    PC_FP_ROW(user, execute, NOTHING, 0, "the processor fetches an instruction"),
+    PC_FP_ROW(user, memcpy, NOTHING, 0, "memcpy reads all of the page"),
 };
 
 const struct pc_fp_class pc_fp_user = {operations, PC_ARRAY_LENGTH(operations)};

@@ -19,6 +19,7 @@
 #define POSTCOPY_H
 
 #include "postcopy/core.h"
+#include "postcopy/devices.h"
 #include "postcopy/uffd.h"
 #include "postcopy/memory.h"
 #include "postcopy/engine.h"

@@ -8,9 +8,6 @@
  *
  * Every argument comes from the guest and may be hostile: a request is checked whole before any of it is done.
  */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -29,27 +26,27 @@ int pc_disk_open(const char *path, uint64_t bytes, char *error, size_t error_byt
     int fd, rc;
 
     if (bytes > INT64_MAX)
-        return pc_machine_error(error, error_bytes, -EFBIG, "%s: a disk of that size is impossible", path);
+        return pc_fail(EFBIG, error, error_bytes, "%s: a disk of that size is impossible", path);
     fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_DIRECT, 0600);
     if (fd < 0) {
         rc = -errno;
         if (rc == -EINVAL)
-            return pc_machine_error(error, error_bytes, rc,
+            return pc_fail(-rc, error, error_bytes,
                                     "%s: its file system refuses O_DIRECT; put the disk on ext4, xfs or btrfs", path);
-        return pc_machine_error(error, error_bytes, rc, "%s: cannot open the disk: %s", path, strerror(-rc));
+        return pc_fail(-rc, error, error_bytes, "%s: cannot open the disk: %s", path, strerror(-rc));
     }
     if (fstat(fd, &st)) {
         rc = -errno;
     } else if (!S_ISREG(st.st_mode)) {
         close(fd);
-        return pc_machine_error(error, error_bytes, -EINVAL, "%s: the disk must be a regular file", path);
+        return pc_fail(EINVAL, error, error_bytes, "%s: the disk must be a regular file", path);
     } else if ((uint64_t)st.st_size < bytes && ftruncate(fd, (off_t)bytes)) {
         rc = -errno;
     } else {
         return fd;
     }
     close(fd);
-    return pc_machine_error(error, error_bytes, rc, "%s: cannot make the disk %llu bytes long: %s", path,
+    return pc_fail(-rc, error, error_bytes, "%s: cannot make the disk %llu bytes long: %s", path,
                             (unsigned long long)bytes, strerror(-rc));
 }
 
@@ -62,31 +59,31 @@ int pc_disk_geometry(struct pc_machine *machine, char *error, size_t error_bytes
     machine->disk_memory_align = machine->disk_offset_align = SECTOR_BYTES;
     if (config->disk_fd < 0) {
         if (config->workload == PC_WORKLOAD_DISK)
-            return pc_machine_error(error, error_bytes, -EINVAL, "the disk workload needs a disk");
+            return pc_fail(EINVAL, error, error_bytes, "the disk workload needs a disk");
         return 0;
     }
     flags = fcntl(config->disk_fd, F_GETFL);
     if (flags < 0 || fstat(config->disk_fd, &st))
-        return pc_machine_error(error, error_bytes, -errno, "the disk cannot be used: %s", strerror(errno));
+        return pc_fail(errno, error, error_bytes, "the disk cannot be used: %s", strerror(errno));
     if (!(flags & O_DIRECT) || (flags & O_ACCMODE) != O_RDWR)
-        return pc_machine_error(error, error_bytes, -EINVAL, "the disk must be open for reading and writing, O_DIRECT");
+        return pc_fail(EINVAL, error, error_bytes, "the disk must be open for reading and writing, O_DIRECT");
     if ((uint64_t)st.st_size < config->disk_bytes)
-        return pc_machine_error(error, error_bytes, -EINVAL, "the disk is %llu bytes long, the machine wants %llu",
+        return pc_fail(EINVAL, error, error_bytes, "the disk is %llu bytes long, the machine wants %llu",
                                 (unsigned long long)st.st_size, (unsigned long long)config->disk_bytes);
     if (config->workload == PC_WORKLOAD_DISK && machine->layout.disk_slice_bytes < 4 * PCG_SLOT_BYTES)
-        return pc_machine_error(error, error_bytes, -EINVAL, "the disk is too small: each vCPU needs %d bytes",
+        return pc_fail(EINVAL, error, error_bytes, "the disk is too small: each vCPU needs %d bytes",
                                 4 * PCG_SLOT_BYTES);
 #ifdef STATX_DIOALIGN
     struct statx stx;
     if (statx(config->disk_fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &stx) == 0 && (stx.stx_mask & STATX_DIOALIGN)) {
         if (stx.stx_dio_mem_align == 0 || stx.stx_dio_offset_align == 0)
-            return pc_machine_error(error, error_bytes, -ENOTSUP, "the disk's file system refuses O_DIRECT");
+            return pc_fail(ENOTSUP, error, error_bytes, "the disk's file system refuses O_DIRECT");
         machine->disk_memory_align = stx.stx_dio_mem_align;
         machine->disk_offset_align = stx.stx_dio_offset_align;
     }
 #endif
     if (machine->disk_memory_align > PCG_PAGE_BYTES || machine->disk_offset_align > PCG_SLOT_BYTES)
-        return pc_machine_error(error, error_bytes, -ENOTSUP, "the disk wants O_DIRECT in blocks of %llu bytes: too coarse",
+        return pc_fail(ENOTSUP, error, error_bytes, "the disk wants O_DIRECT in blocks of %llu bytes: too coarse",
                                 (unsigned long long)machine->disk_offset_align);
     /* Odd multiple of a sector: requests then cross pages and begin where no page does. */
     machine->disk_skew = machine->disk_memory_align <= SECTOR_BYTES ? 3 * SECTOR_BYTES : 0;

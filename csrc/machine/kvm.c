@@ -7,17 +7,13 @@
  * done. Two waits are deaf: a disk transfer (disk.c), and copy_from_user inside a KVM that emulates the guest: there the
  * kernel repeats the fault as long as a signal is pending. Then the pause fails after its timeout.
  */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
-#include "machine/machine.h"
-#include "postcopy/uffd.h"
+#include "machine/kvm.h"
+#include "postcopy/devices.h"
 
 #if defined(__x86_64__)
 
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/kvm.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,7 +21,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-int pc_machine_ioctl(int fd, unsigned long request, void *argument)
+int pc_kvm_ioctl(int fd, unsigned long request, void *argument)
 {
     int rc;
 
@@ -39,16 +35,16 @@ int pc_machine_ioctl(int fd, unsigned long request, void *argument)
 
 static int guest_registers(struct pc_vcpu *vcpu, struct kvm_regs *regs)
 {
-    if (vcpu->machine->has_sync_regs) {
-        *regs = vcpu->run->s.regs.regs;
+    if (pc_kvm(vcpu->machine)->has_sync_regs) {
+        *regs = pc_kvm_vcpu(vcpu)->run->s.regs.regs;
         return 0;
     }
-    return pc_machine_ioctl(vcpu->fd, KVM_GET_REGS, regs);
+    return pc_kvm_ioctl(pc_kvm_vcpu(vcpu)->fd, KVM_GET_REGS, regs);
 }
 
 static bool handle_io(struct pc_vcpu *vcpu)
 {
-    struct kvm_run *run = vcpu->run;
+    struct kvm_run *run = pc_kvm_vcpu(vcpu)->run;
     uint8_t *data = (uint8_t *)run + run->io.data_offset;
     struct kvm_regs regs;
     uint64_t arguments[4];
@@ -80,15 +76,15 @@ static bool handle_io(struct pc_vcpu *vcpu)
 /* One KVM_RUN and what it asks for. False: the vCPU has failed. */
 static bool run_once(struct pc_vcpu *vcpu)
 {
-    struct kvm_run *run = vcpu->run;
+    struct kvm_run *run = pc_kvm_vcpu(vcpu)->run;
     char text[128];
     int rc, code;
 
     atomic_store(&vcpu->activity, PC_VCPU_GUEST);
-    rc = ioctl(vcpu->fd, KVM_RUN, 0);
+    rc = ioctl(pc_kvm_vcpu(vcpu)->fd, KVM_RUN, 0);
     code = rc < 0 ? errno : 0;
     atomic_store(&vcpu->activity, PC_VCPU_DEVICE);
-    vcpu->io_pending = false;
+    pc_kvm_vcpu(vcpu)->io_pending = false;
     if (code == EINTR || code == EAGAIN)
         return true;
     if (code) {
@@ -102,7 +98,7 @@ static bool run_once(struct pc_vcpu *vcpu)
     atomic_fetch_add_explicit(&vcpu->exits, 1, memory_order_relaxed);
     switch (run->exit_reason) {
     case KVM_EXIT_IO:
-        vcpu->io_pending = true;
+        pc_kvm_vcpu(vcpu)->io_pending = true;
         return handle_io(vcpu);
     case KVM_EXIT_HLT:
         pc_vcpu_halt(vcpu);
@@ -137,8 +133,8 @@ static bool run_once(struct pc_vcpu *vcpu)
  * would be repeated or lost on the other host. With immediate_exit set KVM completes it and comes straight back. */
 static void complete_io(struct pc_vcpu *vcpu)
 {
-    while (vcpu->io_pending) {
-        __atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+    while (pc_kvm_vcpu(vcpu)->io_pending) {
+        __atomic_store_n(&pc_kvm_vcpu(vcpu)->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
         if (!run_once(vcpu))
             return;
     }
@@ -146,67 +142,77 @@ static void complete_io(struct pc_vcpu *vcpu)
 
 static void kick(struct pc_vcpu *vcpu, bool on)
 {
-    __atomic_store_n(&vcpu->run->immediate_exit, on, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&pc_kvm_vcpu(vcpu)->run->immediate_exit, on, __ATOMIC_SEQ_CST);
 }
 
 static uint64_t where(struct pc_vcpu *vcpu)
 {
     struct kvm_regs regs;
 
-    return pc_machine_ioctl(vcpu->fd, KVM_GET_REGS, &regs) ? 0 : regs.rip;
+    return pc_kvm_ioctl(pc_kvm_vcpu(vcpu)->fd, KVM_GET_REGS, &regs) ? 0 : regs.rip;
 }
 
 /* ---- open and close ---- */
 
 static void destroy_vcpu(struct pc_vcpu *vcpu)
 {
-    if (vcpu->run)
-        munmap(vcpu->run, vcpu->machine->run_bytes);
-    if (vcpu->fd >= 0)
-        close(vcpu->fd);
-    free(vcpu->cpuid);
+    struct pc_kvm_vcpu *own = pc_kvm_vcpu(vcpu);
+
+    if (!own)
+        return;
+    if (own->run)
+        munmap(own->run, pc_kvm(vcpu->machine)->run_bytes);
+    if (own->fd >= 0)
+        close(own->fd);
+    free(own->cpuid);
+    free(own);
 }
 
 static void destroy(struct pc_machine *machine)
 {
-    if (machine->vm_fd >= 0)
-        close(machine->vm_fd);
-    if (machine->kvm_fd >= 0)
-        close(machine->kvm_fd);
-    free(machine->host_cpuid);
+    struct pc_kvm *kvm = pc_kvm(machine);
+
+    if (!kvm)
+        return;
+    if (kvm->vm_fd >= 0)
+        close(kvm->vm_fd);
+    if (kvm->device_fd >= 0)
+        close(kvm->device_fd);
+    free(kvm->host_cpuid);
+    free(kvm);
 }
 
-static int open_device(struct pc_machine *machine, char *error, size_t error_bytes)
+static int open_device(struct pc_kvm *kvm, char *error, size_t error_bytes)
 {
     int rc;
 
-    machine->kvm_fd = pc_device_open(PC_DEVICE_KVM);
-    if (machine->kvm_fd < 0) {
-        rc = machine->kvm_fd;
+    kvm->device_fd = pc_device_open(PC_DEVICE_KVM);
+    if (kvm->device_fd < 0) {
+        rc = kvm->device_fd;
         if (rc == -ENOENT || rc == -ENXIO || rc == -ENODEV)
-            return pc_machine_error(error, error_bytes, -ENOENT,
+            return pc_fail(ENOENT, error, error_bytes,
                                     "no /dev/kvm: load kvm_intel or kvm_amd, enable virtualization in the firmware, or "
                                     "give the container --device /dev/kvm");
         if (rc == -EACCES || rc == -EPERM)
-            return pc_machine_error(error, error_bytes, rc,
+            return pc_fail(-rc, error, error_bytes,
                                     "no right to use /dev/kvm: become a member of the group that owns it (often \"kvm\")");
-        return pc_machine_error(error, error_bytes, rc, "/dev/kvm cannot be opened: %s", strerrordesc_np(-rc));
+        return pc_fail(-rc, error, error_bytes, "/dev/kvm cannot be opened: %s", strerrordesc_np(-rc));
     }
-    rc = pc_machine_ioctl(machine->kvm_fd, KVM_GET_API_VERSION, NULL);
+    rc = pc_kvm_ioctl(kvm->device_fd, KVM_GET_API_VERSION, NULL);
     if (rc != KVM_API_VERSION)
-        return pc_machine_error(error, error_bytes, -ENOTSUP, "/dev/kvm speaks API version %d, not %d", rc,
+        return pc_fail(ENOTSUP, error, error_bytes, "/dev/kvm speaks API version %d, not %d", rc,
                                 KVM_API_VERSION);
     return 0;
 }
 
-static int has(const struct pc_machine *machine, long capability)
+static int has(const struct pc_kvm *kvm, long capability)
 {
-    int rc = ioctl(machine->vm_fd, KVM_CHECK_EXTENSION, capability);
+    int rc = ioctl(kvm->vm_fd, KVM_CHECK_EXTENSION, capability);
 
     return rc < 0 ? 0 : rc;
 }
 
-static int check_features(struct pc_machine *machine, char *error, size_t error_bytes)
+static int check_features(struct pc_kvm *kvm, char *error, size_t error_bytes)
 {
     static const struct {
         long capability;
@@ -223,21 +229,21 @@ static int check_features(struct pc_machine *machine, char *error, size_t error_
     int xsave_bytes;
 
     for (size_t i = 0; i < sizeof needed / sizeof *needed; i++)
-        if (!has(machine, needed[i].capability))
-            return pc_machine_error(error, error_bytes, -ENOTSUP, "this KVM lacks KVM_CAP_%s", needed[i].name);
-    if ((uint32_t)has(machine, KVM_CAP_NR_MEMSLOTS) < PC_SLOTS_MAX)
-        return pc_machine_error(error, error_bytes, -ENOTSUP, "this KVM has too few memory slots");
-    machine->has_sync_regs = (unsigned long)has(machine, KVM_CAP_SYNC_REGS) & KVM_SYNC_X86_REGS;
-    machine->has_xcrs = has(machine, KVM_CAP_XCRS);
-    machine->has_debugregs = has(machine, KVM_CAP_DEBUGREGS);
-    machine->has_tsc_control = has(machine, KVM_CAP_TSC_CONTROL);
-    xsave_bytes = has(machine, KVM_CAP_XSAVE2);
-    machine->has_xsave2 = xsave_bytes > 0;
-    machine->xsave_bytes = xsave_bytes > (int)sizeof(struct kvm_xsave) ? (uint32_t)xsave_bytes : sizeof(struct kvm_xsave);
+        if (!has(kvm, needed[i].capability))
+            return pc_fail(ENOTSUP, error, error_bytes, "this KVM lacks KVM_CAP_%s", needed[i].name);
+    if ((uint32_t)has(kvm, KVM_CAP_NR_MEMSLOTS) < PC_SLOTS_MAX)
+        return pc_fail(ENOTSUP, error, error_bytes, "this KVM has too few memory slots");
+    kvm->has_sync_regs = (unsigned long)has(kvm, KVM_CAP_SYNC_REGS) & KVM_SYNC_X86_REGS;
+    kvm->has_xcrs = has(kvm, KVM_CAP_XCRS);
+    kvm->has_debugregs = has(kvm, KVM_CAP_DEBUGREGS);
+    kvm->has_tsc_control = has(kvm, KVM_CAP_TSC_CONTROL);
+    xsave_bytes = has(kvm, KVM_CAP_XSAVE2);
+    kvm->has_xsave2 = xsave_bytes > 0;
+    kvm->xsave_bytes = xsave_bytes > (int)sizeof(struct kvm_xsave) ? (uint32_t)xsave_bytes : sizeof(struct kvm_xsave);
     return 0;
 }
 
-static int get_host_cpuid(struct pc_machine *machine, char *error, size_t error_bytes)
+static int get_host_cpuid(struct pc_kvm *kvm, uint64_t guest_end, char *error, size_t error_bytes)
 {
     uint32_t physical_bits = 36;
     int rc;
@@ -248,67 +254,73 @@ static int get_host_cpuid(struct pc_machine *machine, char *error, size_t error_
         if (!cpuid)
             return -ENOMEM;
         cpuid->nent = entries;
-        rc = pc_machine_ioctl(machine->kvm_fd, KVM_GET_SUPPORTED_CPUID, cpuid);
+        rc = pc_kvm_ioctl(kvm->device_fd, KVM_GET_SUPPORTED_CPUID, cpuid);
         if (rc == 0) {
-            machine->host_cpuid = cpuid;
+            kvm->host_cpuid = cpuid;
             break;
         }
         free(cpuid);
         if (rc != -E2BIG || entries > 4096)
-            return pc_machine_error(error, error_bytes, rc, "KVM_GET_SUPPORTED_CPUID: %s", strerrordesc_np(-rc));
+            return pc_fail(-rc, error, error_bytes, "KVM_GET_SUPPORTED_CPUID: %s", strerrordesc_np(-rc));
     }
-    for (uint32_t i = 0; i < machine->host_cpuid->nent; i++)
-        if (machine->host_cpuid->entries[i].function == 0x80000008)
-            physical_bits = machine->host_cpuid->entries[i].eax & 0xff;
-    if (physical_bits < 64 && machine->layout.guest_end > 1ull << physical_bits)
-        return pc_machine_error(error, error_bytes, -ENOTSUP, "this processor addresses %u bits: too much guest memory",
+    for (uint32_t i = 0; i < kvm->host_cpuid->nent; i++)
+        if (kvm->host_cpuid->entries[i].function == 0x80000008)
+            physical_bits = kvm->host_cpuid->entries[i].eax & 0xff;
+    if (physical_bits < 64 && guest_end > 1ull << physical_bits)
+        return pc_fail(ENOTSUP, error, error_bytes, "this processor addresses %u bits: too much guest memory",
                                 physical_bits);
     return 0;
 }
 
 static int make_vcpu(struct pc_vcpu *vcpu, char *error, size_t error_bytes)
 {
-    const struct pc_machine *machine = vcpu->machine;
+    const struct pc_kvm *kvm = pc_kvm(vcpu->machine);
+    struct pc_kvm_vcpu *own = calloc(1, sizeof *own);
     void *run;
-    int rc = ioctl(machine->vm_fd, KVM_CREATE_VCPU, (unsigned long)vcpu->index);
 
-    if (rc < 0)
-        return pc_machine_error(error, error_bytes, -errno, "vCPU %u cannot be made: %s", vcpu->index,
-                                strerrordesc_np(errno));
-    vcpu->fd = rc;
-    run = mmap(NULL, machine->run_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu->fd, 0);
+    if (!own)
+        return pc_fail(ENOMEM, error, error_bytes, "out of memory");
+    vcpu->of_engine = own;
+    own->fd = ioctl(kvm->vm_fd, KVM_CREATE_VCPU, (unsigned long)vcpu->index);
+    if (own->fd < 0)
+        return pc_fail(errno, error, error_bytes, "vCPU %u cannot be made: %s", vcpu->index, strerrordesc_np(errno));
+    run = mmap(NULL, kvm->run_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, own->fd, 0);
     if (run == MAP_FAILED)
-        return pc_machine_error(error, error_bytes, -errno, "vCPU %u cannot be mapped: %s", vcpu->index,
-                                strerrordesc_np(errno));
-    vcpu->run = run;
-    if (machine->has_sync_regs)
-        vcpu->run->kvm_valid_regs = KVM_SYNC_X86_REGS;
+        return pc_fail(errno, error, error_bytes, "vCPU %u cannot be mapped: %s", vcpu->index, strerrordesc_np(errno));
+    own->run = run;
+    if (kvm->has_sync_regs)
+        own->run->kvm_valid_regs = KVM_SYNC_X86_REGS;
     return 0;
 }
 
 static int set_up(struct pc_machine *machine, char *error, size_t error_bytes)
 {
+    struct pc_kvm *kvm = calloc(1, sizeof *kvm);
     uint64_t identity_map = 0xfffbc000;
     int rc;
 
-    rc = open_device(machine, error, error_bytes);
+    if (!kvm)
+        return pc_fail(ENOMEM, error, error_bytes, "out of memory");
+    kvm->vm_fd = -1;
+    machine->of_engine = kvm;
+    rc = open_device(kvm, error, error_bytes);
     if (rc)
         return rc;
-    machine->vm_fd = pc_machine_ioctl(machine->kvm_fd, KVM_CREATE_VM, NULL);
-    if (machine->vm_fd < 0)
-        return pc_machine_error(error, error_bytes, machine->vm_fd, "KVM makes no machine: %s",
-                                strerrordesc_np(-machine->vm_fd));
-    rc = check_features(machine, error, error_bytes);
+    kvm->vm_fd = pc_kvm_ioctl(kvm->device_fd, KVM_CREATE_VM, NULL);
+    if (kvm->vm_fd < 0)
+        return pc_fail(-kvm->vm_fd, error, error_bytes, "KVM makes no machine: %s",
+                                strerrordesc_np(-kvm->vm_fd));
+    rc = check_features(kvm, error, error_bytes);
     if (!rc)
-        rc = get_host_cpuid(machine, error, error_bytes);
+        rc = get_host_cpuid(kvm, machine->layout.guest_end, error, error_bytes);
     if (rc)
         return rc;
     /* Pages that older Intel processors need for real mode, inside the hole; before the first vCPU. AMD ignores them. */
-    rc = pc_machine_ioctl(machine->vm_fd, KVM_SET_IDENTITY_MAP_ADDR, &identity_map);
-    if (rc == 0 && ioctl(machine->vm_fd, KVM_SET_TSS_ADDR, 0xfffbd000ul))
+    rc = pc_kvm_ioctl(kvm->vm_fd, KVM_SET_IDENTITY_MAP_ADDR, &identity_map);
+    if (rc == 0 && ioctl(kvm->vm_fd, KVM_SET_TSS_ADDR, 0xfffbd000ul))
         rc = -errno;
     if (rc)
-        return pc_machine_error(error, error_bytes, rc, "KVM_SET_TSS_ADDR: %s", strerrordesc_np(-rc));
+        return pc_fail(-rc, error, error_bytes, "KVM_SET_TSS_ADDR: %s", strerrordesc_np(-rc));
     for (uint32_t i = 0; i < machine->layout.slot_count; i++) {
         const struct pc_slot *slot = &machine->layout.slots[i];
         struct kvm_userspace_memory_region region = {
@@ -317,15 +329,15 @@ static int set_up(struct pc_machine *machine, char *error, size_t error_bytes)
             .memory_size = slot->bytes,
             .userspace_addr = (uintptr_t)slot->host,
         };
-        rc = pc_machine_ioctl(machine->vm_fd, KVM_SET_USER_MEMORY_REGION, &region);
+        rc = pc_kvm_ioctl(kvm->vm_fd, KVM_SET_USER_MEMORY_REGION, &region);
         if (rc)
-            return pc_machine_error(error, error_bytes, rc, "KVM refuses %llu bytes of memory at 0x%llx: %s",
+            return pc_fail(-rc, error, error_bytes, "KVM refuses %llu bytes of memory at 0x%llx: %s",
                                     (unsigned long long)slot->bytes, (unsigned long long)slot->gpa, strerrordesc_np(-rc));
     }
-    rc = pc_machine_ioctl(machine->kvm_fd, KVM_GET_VCPU_MMAP_SIZE, NULL);
+    rc = pc_kvm_ioctl(kvm->device_fd, KVM_GET_VCPU_MMAP_SIZE, NULL);
     if (rc < (int)sizeof(struct kvm_run))
-        return pc_machine_error(error, error_bytes, -ENOTSUP, "KVM_GET_VCPU_MMAP_SIZE: %d", rc);
-    machine->run_bytes = (size_t)rc;
+        return pc_fail(ENOTSUP, error, error_bytes, "KVM_GET_VCPU_MMAP_SIZE: %d", rc);
+    kvm->run_bytes = (size_t)rc;
     return 0;
 }
 
@@ -333,6 +345,8 @@ static int set_up(struct pc_machine *machine, char *error, size_t error_bytes)
 static int set_start_state(struct pc_vcpu *vcpu)
 {
     const struct pc_machine *machine = vcpu->machine;
+    const struct pc_kvm *kvm = pc_kvm(machine);
+    struct pc_kvm_vcpu *own = pc_kvm_vcpu(vcpu);
     struct kvm_segment code = { .limit = 0xffffffff, .selector = PCG_CODE_SELECTOR, .type = 11, .present = 1, .s = 1,
                                 .l = 1, .g = 1 };
     struct kvm_segment data = { .limit = 0xffffffff, .selector = PCG_DATA_SELECTOR, .type = 3, .present = 1, .s = 1,
@@ -342,28 +356,28 @@ static int set_start_state(struct pc_vcpu *vcpu)
     struct kvm_sregs sregs;
     struct kvm_xcrs xcrs;
     struct kvm_cpuid2 *cpuid;
-    size_t cpuid_bytes = sizeof *cpuid + machine->host_cpuid->nent * sizeof cpuid->entries[0];
+    size_t cpuid_bytes = sizeof *cpuid + kvm->host_cpuid->nent * sizeof cpuid->entries[0];
     bool has_xsave = false;
     int rc;
 
     cpuid = malloc(cpuid_bytes);
     if (!cpuid)
         return -ENOMEM;
-    memcpy(cpuid, machine->host_cpuid, cpuid_bytes);
+    memcpy(cpuid, kvm->host_cpuid, cpuid_bytes);
     for (uint32_t i = 0; i < cpuid->nent; i++) {
         struct kvm_cpuid_entry2 *entry = &cpuid->entries[i];
         if (entry->function == 1) {
             entry->ebx = (entry->ebx & 0xffff) | vcpu->index << 24 | machine->config.vcpus << 16;
-            has_xsave = machine->has_xcrs && (entry->ecx & 1u << 26);
+            has_xsave = kvm->has_xcrs && (entry->ecx & 1u << 26);
         } else if (entry->function == 0xb || entry->function == 0x1f) {
             entry->edx = vcpu->index;
         }
     }
-    free(vcpu->cpuid); /* of a boot that failed half way */
-    vcpu->cpuid = cpuid;
-    rc = pc_machine_ioctl(vcpu->fd, KVM_SET_CPUID2, cpuid);
+    free(own->cpuid); /* of a boot that failed half way */
+    own->cpuid = cpuid;
+    rc = pc_kvm_ioctl(own->fd, KVM_SET_CPUID2, cpuid);
     if (!rc)
-        rc = pc_machine_ioctl(vcpu->fd, KVM_GET_SREGS, &sregs);
+        rc = pc_kvm_ioctl(own->fd, KVM_GET_SREGS, &sregs);
     if (rc)
         return rc;
     sregs.cs = code;
@@ -376,14 +390,14 @@ static int set_start_state(struct pc_vcpu *vcpu)
     sregs.cr4 = 0x620 | (has_xsave ? 1u << 18 : 0); /* PAE, OSFXSR, OSXMMEXCPT; OSXSAVE */
     sregs.cr0 = 0x80050033;                         /* PG, AM, WP, NE, ET, MP, PE */
     sregs.efer = 0x500;                             /* LME, LMA */
-    rc = pc_machine_ioctl(vcpu->fd, KVM_SET_SREGS, &sregs);
+    rc = pc_kvm_ioctl(own->fd, KVM_SET_SREGS, &sregs);
     if (!rc)
-        rc = pc_machine_ioctl(vcpu->fd, KVM_SET_REGS, &regs);
+        rc = pc_kvm_ioctl(own->fd, KVM_SET_REGS, &regs);
     if (!rc && has_xsave) {
-        rc = pc_machine_ioctl(vcpu->fd, KVM_GET_XCRS, &xcrs);
+        rc = pc_kvm_ioctl(own->fd, KVM_GET_XCRS, &xcrs);
         if (!rc && xcrs.nr_xcrs) {
             xcrs.xcrs[0].value |= 3; /* x87 and SSE: not the reset value, so that its move shows */
-            rc = pc_machine_ioctl(vcpu->fd, KVM_SET_XCRS, &xcrs);
+            rc = pc_kvm_ioctl(own->fd, KVM_SET_XCRS, &xcrs);
         }
     }
     return rc;
@@ -391,15 +405,22 @@ static int set_start_state(struct pc_vcpu *vcpu)
 
 const struct pc_engine pc_engine_kvm = {
     .program_counter = "RIP",
+    .images = pc_kvm_images,
     .set_up = set_up,
+    .destroy = destroy,
     .make_vcpu = make_vcpu,
+    .destroy_vcpu = destroy_vcpu,
+    .write_tables = pc_kvm_write_tables,
     .set_start_state = set_start_state,
     .run = run_once,
     .complete = complete_io,
     .kick = kick,
     .where = where,
-    .destroy_vcpu = destroy_vcpu,
-    .destroy = destroy,
+    .section_kinds = pc_kvm_sections,
+    .section_count = PC_KVM_SECTIONS,
+    .save_vcpu = pc_kvm_save_vcpu,
+    .check_vcpu = pc_kvm_check_vcpu,
+    .load_vcpu = pc_kvm_load_vcpu,
 };
 
 #endif

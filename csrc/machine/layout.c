@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Where things are in guest memory, and what is there when the machine starts.
+ * Where things are in guest memory.
  *
  * guest-virtual                       guest-physical
  * 0            shared block           0 .. 3 GiB, then from 4 GiB on
@@ -18,15 +18,7 @@
 
 #include "machine/machine.h"
 
-#define LARGE_PAGE_BYTES 0x200000ull
-#define GIB              0x40000000ull
-#define TABLE_ENTRIES    512u
-#define MEMORY_MAX_BYTES (512 * GIB)
-
-/* Accessed and dirty are set from the start: a processor that set them itself would change the page tables (and dirty
- * their pages) as the guest runs. */
-#define PTE_TABLE 0x23ull /* present, writable, accessed */
-#define PTE_LARGE 0xe3ull /* present, writable, accessed, dirty, 2 MiB */
+#define MEMORY_MAX_BYTES (512 * PC_GIB)
 
 static uint64_t divide_up(uint64_t a, uint64_t b)
 {
@@ -36,7 +28,7 @@ static uint64_t divide_up(uint64_t a, uint64_t b)
 /* Tables below the top one that map `bytes` from a 512 GiB boundary on. */
 static uint64_t tables_for(uint64_t bytes)
 {
-    return bytes ? divide_up(bytes, GIB) + divide_up(bytes, TABLE_ENTRIES * GIB) : 0;
+    return bytes ? divide_up(bytes, PC_GIB) + divide_up(bytes, PC_TABLE_ENTRIES * PC_GIB) : 0;
 }
 
 static int check_block(const struct pc_memory *memory, const char *name, char *error, size_t error_bytes)
@@ -46,13 +38,13 @@ static int check_block(const struct pc_memory *memory, const char *name, char *e
     if (memory->size_bytes == 0)
         return 0;
     if (!memory->base)
-        return pc_machine_error(error, error_bytes, -EINVAL, "RAM block \"%s\" is not mapped", name);
+        return pc_fail(EINVAL, error, error_bytes, "RAM block \"%s\" is not mapped", name);
     if ((uintptr_t)memory->base % system_page || memory->size_bytes % system_page ||
         memory->size_bytes % PCG_PAGE_BYTES)
-        return pc_machine_error(error, error_bytes, -EINVAL, "RAM block \"%s\": address and size must be whole pages",
+        return pc_fail(EINVAL, error, error_bytes, "RAM block \"%s\": address and size must be whole pages",
                                 name);
     if (memory->size_bytes > MEMORY_MAX_BYTES)
-        return pc_machine_error(error, error_bytes, -EINVAL, "RAM block \"%s\" is larger than 512 GiB", name);
+        return pc_fail(EINVAL, error, error_bytes, "RAM block \"%s\" is larger than 512 GiB", name);
     return 0;
 }
 
@@ -73,7 +65,7 @@ int pc_layout_make(const struct pc_machine_config *config, struct pc_layout *lay
     if (rc)
         return rc;
     if (config->vcpus < 1 || config->vcpus > PC_MACHINE_MAX_VCPUS)
-        return pc_machine_error(error, error_bytes, -EINVAL, "%u vCPUs: 1 to %d are possible", config->vcpus,
+        return pc_fail(EINVAL, error, error_bytes, "%u vCPUs: 1 to %d are possible", config->vcpus,
                                 PC_MACHINE_MAX_VCPUS);
     total_bytes = shared_bytes;
     tables += tables_for(shared_bytes);
@@ -87,10 +79,10 @@ int pc_layout_make(const struct pc_machine_config *config, struct pc_layout *lay
         tables += tables_for(config->private_[i].size_bytes);
     }
     if (total_bytes > MEMORY_MAX_BYTES)
-        return pc_machine_error(error, error_bytes, -EINVAL, "more than 512 GiB of memory");
+        return pc_fail(EINVAL, error, error_bytes, "more than 512 GiB of memory");
     layout->boot_bytes = PCG_PAGE_TABLES + (is_rv64 ? 0 : tables * PCG_PAGE_BYTES);
     if (shared_bytes < layout->boot_bytes + 16 * PCG_PAGE_BYTES)
-        return pc_machine_error(error, error_bytes, -EINVAL, "RAM block \"shared\" is too small: %llu bytes, need %llu",
+        return pc_fail(EINVAL, error, error_bytes, "RAM block \"shared\" is too small: %llu bytes, need %llu",
                                 (unsigned long long)shared_bytes,
                                 (unsigned long long)layout->boot_bytes + 16 * PCG_PAGE_BYTES);
 
@@ -106,7 +98,7 @@ int pc_layout_make(const struct pc_machine_config *config, struct pc_layout *lay
         gpa = layout->guest_end;
     }
     for (uint32_t i = 0; i < config->vcpus; i++) {
-        gpa = is_rv64 ? PCG_PRIVATE_GVA + i * PCG_PRIVATE_STRIDE : divide_up(gpa, LARGE_PAGE_BYTES) * LARGE_PAGE_BYTES;
+        gpa = is_rv64 ? PCG_PRIVATE_GVA + i * PCG_PRIVATE_STRIDE : divide_up(gpa, PC_LARGE_PAGE_BYTES) * PC_LARGE_PAGE_BYTES;
         layout->private_gpa[i] = gpa;
         if (config->private_[i].size_bytes) {
             add_slot(layout, gpa, config->private_[i].base, config->private_[i].size_bytes);
@@ -129,7 +121,7 @@ int pc_layout_make(const struct pc_machine_config *config, struct pc_layout *lay
         uint64_t own = layout->private_[i].pages + layout->shared.pages / config->vcpus;
         uint64_t need = config->workload == PC_WORKLOAD_DISK ? 64 : 1;
         if (config->workload != PC_WORKLOAD_IDLE && own < need)
-            return pc_machine_error(error, error_bytes, -EINVAL, "working set too small: %llu pages for vCPU %u, need %llu",
+            return pc_fail(EINVAL, error, error_bytes, "working set too small: %llu pages for vCPU %u, need %llu",
                                     (unsigned long long)own, i, (unsigned long long)need);
     }
     /* pcg_rng_below() picks from fewer than 2^32 pages; 512 GiB has 2^27. */
@@ -143,20 +135,20 @@ int pc_machine_split_memory(uint64_t total_bytes, uint32_t vcpus, uint64_t page_
     uint64_t unit = page_bytes, share;
 
     if (vcpus < 1 || vcpus > PC_MACHINE_MAX_VCPUS)
-        return pc_machine_error(error, error_bytes, -EINVAL, "%u vCPUs: 1 to %d are possible", vcpus, PC_MACHINE_MAX_VCPUS);
+        return pc_fail(EINVAL, error, error_bytes, "%u vCPUs: 1 to %d are possible", vcpus, PC_MACHINE_MAX_VCPUS);
     if (page_bytes < PCG_PAGE_BYTES || (page_bytes & (page_bytes - 1)) || total_bytes % page_bytes)
-        return pc_machine_error(error, error_bytes, -EINVAL, "memory size must be a multiple of %llu bytes",
+        return pc_fail(EINVAL, error, error_bytes, "memory size must be a multiple of %llu bytes",
                                 (unsigned long long)(page_bytes ? page_bytes : PCG_PAGE_BYTES));
     if (total_bytes < 16 << 20)
-        return pc_machine_error(error, error_bytes, -EINVAL, "the machine needs at least 16 MiB of memory");
+        return pc_fail(EINVAL, error, error_bytes, "the machine needs at least 16 MiB of memory");
     if (total_bytes > MEMORY_MAX_BYTES)
-        return pc_machine_error(error, error_bytes, -EINVAL, "the machine can have at most 512 GiB of memory");
+        return pc_fail(EINVAL, error, error_bytes, "the machine can have at most 512 GiB of memory");
     /* Whole large pages for each, where that leaves everybody something. */
-    if (unit < LARGE_PAGE_BYTES && total_bytes / 2 / vcpus >= 2 * LARGE_PAGE_BYTES)
-        unit = LARGE_PAGE_BYTES;
+    if (unit < PC_LARGE_PAGE_BYTES && total_bytes / 2 / vcpus >= 2 * PC_LARGE_PAGE_BYTES)
+        unit = PC_LARGE_PAGE_BYTES;
     share = total_bytes / 2 / vcpus / unit * unit;
     if (share == 0)
-        return pc_machine_error(error, error_bytes, -EINVAL, "%llu bytes are too few for %u vCPUs in pages of %llu",
+        return pc_fail(EINVAL, error, error_bytes, "%llu bytes are too few for %u vCPUs in pages of %llu",
                                 (unsigned long long)total_bytes, vcpus, (unsigned long long)page_bytes);
     *private_bytes = share;
     *shared_bytes = total_bytes - share * vcpus;
@@ -189,134 +181,4 @@ void *pc_layout_gva(const struct pc_machine_config *config, uint64_t gva, uint64
     if (offset >= memory->size_bytes || bytes > memory->size_bytes - offset)
         return NULL;
     return (uint8_t *)memory->base + offset;
-}
-
-struct image {
-    const uint8_t *begin, *end;
-};
-
-#if defined(__x86_64__)
-
-#define IMAGE(name) \
-    extern const uint8_t pc_guest_##name[] __attribute__((visibility("hidden"))); \
-    extern const uint8_t pc_guest_##name##_end[] __attribute__((visibility("hidden")))
-IMAGE(idle);
-IMAGE(dirty);
-IMAGE(random);
-IMAGE(disk);
-IMAGE(echo);
-
-static const struct image kvm_images[] = {
-    [PC_WORKLOAD_IDLE] = { pc_guest_idle, pc_guest_idle_end },
-    [PC_WORKLOAD_DIRTY] = { pc_guest_dirty, pc_guest_dirty_end },
-    [PC_WORKLOAD_RANDOM] = { pc_guest_random, pc_guest_random_end },
-    [PC_WORKLOAD_DISK] = { pc_guest_disk, pc_guest_disk_end },
-    [PC_WORKLOAD_ECHO] = { pc_guest_echo, pc_guest_echo_end },
-};
-
-/* Maps [gva, gva + bytes) to gpa with large pages; gva begins where a top-level entry does. */
-static uint64_t map(uint8_t *ram, uint64_t next_table, uint64_t gva, uint64_t gpa, uint64_t bytes, bool has_hole)
-{
-    uint64_t *top = (uint64_t *)(ram + PCG_PAGE_TABLES), *middle = NULL, *low = NULL;
-
-    for (uint64_t at = 0; at < bytes; at += LARGE_PAGE_BYTES) {
-        uint64_t target = gpa + at;
-        if (has_hole && target >= PCG_HOLE_BEGIN)
-            target += PCG_HOLE_END - PCG_HOLE_BEGIN;
-        if (at % (TABLE_ENTRIES * GIB) == 0) {
-            top[(gva + at) / (TABLE_ENTRIES * GIB)] = next_table | PTE_TABLE;
-            middle = (uint64_t *)(ram + next_table);
-            next_table += PCG_PAGE_BYTES;
-        }
-        if (at % GIB == 0) {
-            middle[at / GIB % TABLE_ENTRIES] = next_table | PTE_TABLE;
-            low = (uint64_t *)(ram + next_table);
-            next_table += PCG_PAGE_BYTES;
-        }
-        low[at / LARGE_PAGE_BYTES % TABLE_ENTRIES] = target | PTE_LARGE;
-    }
-    return next_table;
-}
-
-/* Descriptor and page tables. */
-static int write_tables(const struct pc_machine *machine, uint8_t *ram)
-{
-    const struct pc_machine_config *config = &machine->config;
-    const struct pc_layout *layout = &machine->layout;
-    uint64_t *gdt = (uint64_t *)(ram + PCG_GDT), *idt = (uint64_t *)(ram + PCG_IDT), next_table;
-
-    gdt[PCG_CODE_SELECTOR / 8] = 0x00af9b000000ffffull; /* 64-bit code, accessed */
-    gdt[PCG_DATA_SELECTOR / 8] = 0x00cf93000000ffffull; /* data, accessed */
-    for (uint64_t vector = 0; vector < 32; vector++) {
-        uint64_t stub = PCG_EXCEPTION_STUBS + 16 * vector;
-        /* 64-bit interrupt gate, present. The stubs are below 4 GiB, so the upper half stays zero. */
-        idt[2 * vector] = (stub & 0xffff) | (uint64_t)PCG_CODE_SELECTOR << 16 | 0x8e0000000000ull | (stub >> 16) << 48;
-    }
-
-    next_table = map(ram, PCG_PAGE_TABLES + PCG_PAGE_BYTES, 0, 0, config->shared.size_bytes, true);
-    for (uint32_t i = 0; i < config->vcpus; i++)
-        next_table = map(ram, next_table, PCG_PRIVATE_GVA + i * PCG_PRIVATE_STRIDE, layout->private_gpa[i],
-                         config->private_[i].size_bytes, false);
-    return next_table == layout->boot_bytes ? 0 : -EOVERFLOW; /* tables_for() and map() disagree */
-}
-
-#endif
-
-/* The text of guest/build_rv64.sh: little-endian RISC-V code, on any host. */
-static const uint8_t rv64_idle[] = {
-#include "machine/guest/rv64/idle.inc"
-};
-static const uint8_t rv64_dirty[] = {
-#include "machine/guest/rv64/dirty.inc"
-};
-static const uint8_t rv64_random[] = {
-#include "machine/guest/rv64/random.inc"
-};
-static const uint8_t rv64_disk[] = {
-#include "machine/guest/rv64/disk.inc"
-};
-static const uint8_t rv64_echo[] = {
-#include "machine/guest/rv64/echo.inc"
-};
-
-static const struct image rv64_images[] = {
-    [PC_WORKLOAD_IDLE] = { rv64_idle, rv64_idle + sizeof rv64_idle },
-    [PC_WORKLOAD_DIRTY] = { rv64_dirty, rv64_dirty + sizeof rv64_dirty },
-    [PC_WORKLOAD_RANDOM] = { rv64_random, rv64_random + sizeof rv64_random },
-    [PC_WORKLOAD_DISK] = { rv64_disk, rv64_disk + sizeof rv64_disk },
-    [PC_WORKLOAD_ECHO] = { rv64_echo, rv64_echo + sizeof rv64_echo },
-};
-
-int pc_layout_write_boot(const struct pc_machine *machine, uint8_t *ram)
-{
-    const struct pc_machine_config *config = &machine->config;
-    const struct pc_layout *layout = &machine->layout;
-    struct pcg_boot *boot = (struct pcg_boot *)(ram + PCG_BOOT_INFO);
-    struct image image = rv64_images[config->workload];
-    size_t image_bytes;
-
-#if defined(__x86_64__)
-    if (config->engine == PC_ENGINE_KVM) {
-        int rc = write_tables(machine, ram);
-        if (rc)
-            return rc;
-        image = kvm_images[config->workload];
-    }
-#endif
-    image_bytes = (size_t)(image.end - image.begin);
-    if (image_bytes > PCG_IMAGE_END - PCG_IMAGE)
-        return -E2BIG;
-    memcpy(ram + PCG_IMAGE, image.begin, image_bytes);
-    boot->vcpus = config->vcpus;
-    boot->workload = config->workload;
-    boot->seed = config->seed;
-    boot->shared = layout->shared;
-    for (uint32_t i = 0; i < config->vcpus; i++) {
-        boot->private_[i] = layout->private_[i];
-        boot->private_gpa[i] = layout->private_gpa[i];
-    }
-    boot->disk_slice_bytes = layout->disk_slice_bytes;
-    boot->disk_buffer_skew = machine->disk_skew;
-    boot->magic = PCG_MAGIC;
-    return 0;
 }

@@ -7,20 +7,15 @@
  * addresses, each vCPU's last status, and counters. Frames that still lie in the TAP are lost with it, as Ethernet may lose them.
  *
  * Frames are copied by this thread, in user mode, between guest memory and a buffer of its own: the kernel never touches guest
- * memory, so that a userfaultfd for user-mode faults is enough. A missing page is met in `bring`, which reads one
- * byte of each page before anything else is done; no lock is held there. The kick's signal leaves it by siglongjmp. It cannot
- * be lost: `leave` is raised before the signal is sent, and looked at only after the way out has been opened. The request is
- * then not done at all, and its status says so (PCG_NET_AGAIN): no frame is taken from the TAP before its place is there.
+ * memory, so that a userfaultfd for user-mode faults is enough. Missing pages are brought by
+ * pc_vcpu_touch before anything else is done. Where a kick ends that wait the request is not done at all, and its status says so
+ * (PCG_NET_AGAIN): no frame is taken from the TAP before its place is there.
  *
  * Every argument comes from the guest and may be hostile: a request is checked whole before any of it is done.
  */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
-#include <setjmp.h>
 #include <signal.h>
 #include <string.h>
 #include <time.h>
@@ -30,24 +25,6 @@
 
 #define TICK_NS 100000000l /* as HLT's */
 
-#if defined(__GNUC__) && !defined(__clang__)
-#define RACY __attribute__((no_sanitize_thread))
-#else
-#define RACY __attribute__((no_sanitize("thread")))
-#endif
-
-/* Where a kick leads while this thread may wait for a page. Initial-exec: a signal handler reads it, which must not
- * allocate. */
-static _Thread_local sigjmp_buf *volatile way_out __attribute__((tls_model("initial-exec")));
-
-void pc_net_kicked(void)
-{
-    sigjmp_buf *to = way_out;
-
-    if (to)
-        siglongjmp(*to, 1);
-}
-
 int pc_net_check(const struct pc_machine *machine, char *error, size_t error_bytes)
 {
     const struct pc_machine_config *config = &machine->config;
@@ -55,44 +32,20 @@ int pc_net_check(const struct pc_machine *machine, char *error, size_t error_byt
 
     if (!config->has_net) {
         if (config->workload == PC_WORKLOAD_ECHO)
-            return pc_machine_error(error, error_bytes, -EINVAL, "the echo workload needs a network");
+            return pc_fail(EINVAL, error, error_bytes, "the echo workload needs a network");
         return 0;
     }
     flags = fcntl(config->net_fd, F_GETFL);
     if (flags < 0)
-        return pc_machine_error(error, error_bytes, -errno, "the network cannot be used: %s", strerror(errno));
+        return pc_fail(errno, error, error_bytes, "the network cannot be used: %s", strerror(errno));
     if (!(flags & O_NONBLOCK) || (flags & O_ACCMODE) != O_RDWR)
-        return pc_machine_error(error, error_bytes, -EINVAL,
+        return pc_fail(EINVAL, error, error_bytes,
                                 "the network must be open for reading and writing, without blocking");
     if (config->net_mac == 0 || config->net_mac >> 48 || (config->net_mac >> 40 & 1))
-        return pc_machine_error(error, error_bytes, -EINVAL, "a network device needs the MAC address of one station");
+        return pc_fail(EINVAL, error, error_bytes, "a network device needs the MAC address of one station");
     if (config->net_address >> 24 == 0 || config->net_address >> 24 == 127 || config->net_address >> 28 >= 14)
-        return pc_machine_error(error, error_bytes, -EINVAL, "a network device needs the IPv4 address of one host");
+        return pc_fail(EINVAL, error, error_bytes, "a network device needs the IPv4 address of one host");
     return 0;
-}
-
-/* Every page of the buffer is there when this returns true; false: the vCPU must leave. */
-RACY static bool bring(struct pc_vcpu *vcpu, const uint8_t *memory, uint64_t bytes)
-{
-    sigjmp_buf out;
-
-    if (sigsetjmp(out, 1)) {
-        way_out = NULL;
-        return false;
-    }
-    way_out = &out;
-    atomic_signal_fence(memory_order_seq_cst);
-    if (atomic_load(&vcpu->machine->leave)) {
-        way_out = NULL;
-        return false;
-    }
-    for (uint64_t at = 0; at < bytes; at += PCG_PAGE_BYTES)
-        (void)*(const volatile uint8_t *)(memory + at);
-    (void)*(const volatile uint8_t *)(memory + bytes - 1);
-    atomic_signal_fence(memory_order_seq_cst);
-    way_out = NULL;
-    atomic_signal_fence(memory_order_seq_cst); /* nothing that the caller does is done in between */
-    return true;
 }
 
 static uint32_t receive(struct pc_vcpu *vcpu, uint8_t *memory, uint64_t bytes)
@@ -101,7 +54,7 @@ static uint32_t receive(struct pc_vcpu *vcpu, uint8_t *memory, uint64_t bytes)
     uint8_t frame[PCG_NET_FRAME_MAX + 1]; /* one byte more: a longer frame shows */
     ssize_t n;
 
-    if (!bring(vcpu, memory, bytes))
+    if (!pc_vcpu_touch(vcpu, memory, bytes))
         return PCG_NET_AGAIN;
     do
         n = read(machine->config.net_fd, frame, sizeof frame);
@@ -123,7 +76,7 @@ static uint32_t transmit(struct pc_vcpu *vcpu, const uint8_t *memory, uint64_t b
     uint8_t frame[PCG_NET_FRAME_MAX];
     ssize_t n;
 
-    if (!bring(vcpu, memory, bytes))
+    if (!pc_vcpu_touch(vcpu, memory, bytes))
         return PCG_NET_AGAIN;
     memcpy(frame, memory, bytes);
     do

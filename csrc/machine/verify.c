@@ -8,9 +8,6 @@
  *
  * Guest memory is read, never written, and never believed to be in bounds.
  */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
 #include "machine/machine.h"
 #include "postcopy/core.h"
 
@@ -124,7 +121,7 @@ static int check_boot_area(struct verify *v)
     const struct pc_layout *layout = &v->machine->layout;
     const uint8_t *ram = v->machine->config.shared.base;
     uint8_t *fresh = calloc(1, layout->boot_bytes);
-    int rc = fresh ? pc_layout_write_boot(v->machine, fresh) : -ENOMEM;
+    int rc = fresh ? pc_boot_write(v->machine, fresh) : -ENOMEM;
 
     for (size_t i = 0; !rc && i < sizeof constant / sizeof *constant; i++) {
         uint64_t to = constant[i].to ? constant[i].to : layout->boot_bytes;

@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "core/clock.h"
+#include "postcopy/devices.h"
 #include "postcopy/uffd.h"
 #include "uffd/uffd_abi.h"
 

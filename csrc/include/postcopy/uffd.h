@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * userfaultfd(2) and PAGEMAP_SCAN, one function for each thing that the kernel can be asked, and the devices behind them.
+ * userfaultfd(2) and PAGEMAP_SCAN, one function for each thing that the kernel can be asked.
  *
- * Threads: nothing here takes a lock or keeps state, except for the devices (pc_device_keep). Any thread may call anything; of
+ * Threads: nothing here takes a lock or keeps state. Any thread may call anything; of
  * several that read the same userfaultfd each event reaches one. Only pc_uffd_read_spinning waits for events. The kernel takes
  * the mmap lock of the process whose memory it is, and pc_uffd_copy can fault on `source`.
  */
@@ -16,16 +16,6 @@ extern "C" {
 #endif
 
 /* ==== begin cffi ==== */
-/* ---- devices ---- */
-enum pc_device { PC_DEVICE_USERFAULTFD = 0, PC_DEVICE_KVM = 1, PC_DEVICE_TUN = 2 };
-/* Opens the device now and keeps it, for pc_device_open after this process has given up its rights. For the whole process and
- * as long as it lives; not while another thread opens that device. 0 or -errno of open(2). */
-int pc_device_keep(int device);
-/* A descriptor of the device, close-on-exec, the caller's: of the one that is kept (PC_DEVICE_TUN: that very one, once), else
- * by open(2). Or -errno. */
-int pc_device_open(int device);
-
-/* ---- uffd ---- */
 enum pc_uffd_how {
     PC_UFFD_ANY = 0,      /* the first of the following that works */
     PC_UFFD_DEVICE = 1,   /* /dev/userfaultfd */

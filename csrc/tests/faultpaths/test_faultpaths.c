@@ -128,13 +128,22 @@ static void check_promise(const struct pc_faultpath *path, int mode, const struc
         EXPECT(path, result->error == EFAULT);
 }
 
+/* Each cell is a process of its own, which takes a sanitizer 20 ms and more to make; what the kernel does in it is the same. There
+ * every operation is tried where it is missing from anonymous memory, and in a quarter of the other cells. */
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+#define ONE_IN 4
+#else
+#define ONE_IN 1
+#endif
+
 static void all_of(int mode, int backing)
 {
+    uint32_t one_in = mode == PC_FP_MISSING && backing == PC_FP_ANON ? 1 : ONE_IN;
     int64_t page_bytes = (int64_t)(backing == PC_FP_HUGETLB ? pc_huge_page_bytes() : pc_page_bytes());
     uint32_t tried = 0;
 
     adopt();
-    for (uint32_t i = 0; i < pc_faultpath_count(); i++) {
+    for (uint32_t i = (uint32_t)(mode + 2 * backing) % one_in; i < pc_faultpath_count(); i += one_in) {
         struct pc_fp_spec spec = spec_of(i, mode, backing);
         struct pc_fp_result result;
         struct pc_faultpath path;
@@ -165,7 +174,7 @@ static void all_of(int mode, int backing)
     (void)printf("     %u operations tried\n", tried);
     if (!tried)
         SKIP("uffd", "this userfaultfd has not mode %s for %s", modes[mode], backings[backing]);
-    CHECK(tried >= 60);
+    CHECK(tried >= 60 / one_in);
 }
 
 #define CASE(mode, backing)                                                                                             \

@@ -11,7 +11,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 
-#include "pageserver/pageserver.h"
+#include "pageserver/server.h"
 #include "postcopy/engine.h"
 
 #define PAGE    4096u
@@ -120,7 +120,7 @@ static void urgent_answers_beside_the_bulk_path(void)
     struct pc_pageserver_stats stats;
 
     CHECK_EQ(pc_pageserver_start(server), 0);
-    pthread_mutex_lock(pc_pageserver_push_lock(server));
+    pthread_mutex_lock(&server->push_lock);
     for (uint64_t page = 0; page < PAGES; page++) {
         ask(urgent, page, 1);
         CHECK_EQ(next_frame(urgent).first_page, page);
@@ -129,7 +129,7 @@ static void urgent_answers_beside_the_bulk_path(void)
     CHECK_EQ(pc_pageserver_stats(server, &stats), 0);
     CHECK_EQ(stats.demand_pages, PAGES);
     CHECK_EQ(pc_pageserver_released(server, 0, words, NULL), 0);
-    pthread_mutex_unlock(pc_pageserver_push_lock(server));
+    pthread_mutex_unlock(&server->push_lock);
     pc_pageserver_free(server);
     close(urgent);
     pc_memory_destroy(&memory);

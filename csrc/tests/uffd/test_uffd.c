@@ -12,6 +12,7 @@
 #include "core/util.h"
 #include "postcopy/core.h"
 #include "postcopy/memory.h"
+#include "postcopy/devices.h"
 #include "postcopy/uffd.h"
 #include "tests/support/test.h"
 #include "uffd/uffd_abi.h"

@@ -14,7 +14,7 @@
 #include <stdatomic.h>
 #include <unistd.h>
 
-#include "postcopy/uffd.h"
+#include "postcopy/devices.h"
 
 static const char *const paths[] = {
     [PC_DEVICE_USERFAULTFD] = "/dev/userfaultfd",

@@ -1,0 +1,49 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Private to csrc/memory.
+ *
+ *   memory.c   memory is made, mapped, given back
+ *   host.c     how much of it this host can give
+ *   present.c  what is in it, without touching it
+ *   content.c  digest, dump and load
+ *   states.c   a state for each page that outlives its pager
+ */
+#ifndef PC_MEMORY_INTERNAL_H
+#define PC_MEMORY_INTERNAL_H
+
+#include <stdlib.h>
+
+#include "core/util.h"
+#include "postcopy/core.h"
+#include "postcopy/memory.h"
+
+#define BLOCK_BYTES ((uint64_t)4096)       /* of the digest, and the finest hole left in a dump */
+#define CHUNK_BYTES ((uint64_t)256 * 1024) /* read at once: fits the second level cache */
+
+static inline uint64_t pc_least(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
+
+static inline uint64_t pc_round_up(uint64_t value, uint64_t unit)
+{
+    return value % unit ? value + (unit - value % unit) : value;
+}
+
+static inline uint64_t *pc_map_new(uint64_t bits)
+{
+    return calloc(pc_bitmap_words(bits) + 1, sizeof(uint64_t)); /* + 1: never a request for nothing */
+}
+
+/* host.c: "1.5 GiB" */
+const char *pc_human(uint64_t bytes, char *out, size_t cap);
+
+/* present.c */
+/* Fills `buffer` from a file of which `end` bytes count. The file may end inside the last `slack` bytes of them, which then
+ * read as zeros (an image need not be a whole number of pages); -ENODATA when it is shorter: it shrank. */
+int pc_read_full(int fd, uint64_t offset, void *buffer, uint64_t bytes, uint64_t end, uint64_t slack);
+/* The next range of data at or after *start and before `end`: 1, 0 when there is none, -errno. A file system that does not
+ * tell has data everywhere. */
+int pc_next_data(int fd, uint64_t *start, uint64_t *stop, uint64_t end);
+
+#endif

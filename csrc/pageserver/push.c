@@ -1,0 +1,151 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Bulk channels: pages that nobody has sent yet, in runs, at no more than the bandwidth.
+ */
+#include <errno.h>
+
+#include "pageserver/server.h"
+
+#define BURST_NS UINT64_C(20000000) /* bandwidth not used for this long is lost */
+
+/* The next run of pages that nobody has sent, marked as sent. False when there is none. Under push_lock. */
+static bool claim_run(struct pc_pageserver *server, struct run *run)
+{
+    uint64_t push_from = __atomic_exchange_n(&server->push_from, NO_PLACE, __ATOMIC_RELAXED);
+
+    if (push_from != NO_PLACE) {
+        server->cursor_block = PLACE_BLOCK(push_from);
+        server->cursor_page = PLACE_PAGE(push_from);
+    }
+    /* From the cursor to the end of its block, the blocks behind it, and round to what lies before the cursor. */
+    for (uint32_t turn = 0; turn <= block_count(server); turn++) {
+        struct source_block *block;
+        uint64_t page;
+
+        if (server->cursor_block >= block_count(server))
+            server->cursor_block = 0;
+        block = server->blocks[server->cursor_block];
+        while (__atomic_load_n(&block->unsent, __ATOMIC_RELAXED) &&
+               (page = pc_bits_next(block->sent, block->pages, server->cursor_page, false)) < block->pages) {
+            uint64_t limit = RUN_BYTES / block->page_bytes ? RUN_BYTES / block->page_bytes : 1;
+
+            run->block = server->cursor_block;
+            run->first_page = page;
+            run->pages = 0;
+            /* An urgent thread may take a page in between: the run ends there. */
+            while (run->pages < limit && page < block->pages && !pc_atomic_test_and_set_bit(block->sent, page)) {
+                run->pages++;
+                page++;
+            }
+            server->cursor_page = page;
+            if (run->pages) {
+                (void)__atomic_fetch_sub(&block->unsent, run->pages, __ATOMIC_RELAXED);
+                ADD(server, sent_pages, run->pages);
+                return true;
+            }
+        }
+        server->cursor_block++;
+        server->cursor_page = 0;
+    }
+    return false;
+}
+
+/* Waits until `bytes` may be sent. Under push_lock. */
+static void pace(struct pc_pageserver *server, uint64_t bytes)
+{
+    uint64_t now_ns = pc_now_ns(), changes = server->bandwidth_changes, start_ns;
+
+    if (!server->bandwidth)
+        return;
+    if (server->next_free_ns + BURST_NS < now_ns)
+        server->next_free_ns = now_ns - BURST_NS;
+    start_ns = server->next_free_ns;
+    server->next_free_ns += (uint64_t)((double)bytes * 1e9 / (double)server->bandwidth);
+    while (!is_stopping(server) && changes == server->bandwidth_changes && pc_now_ns() < start_ns) {
+        struct timespec until = pc_timespec(start_ns);
+
+        (void)pthread_cond_timedwait(&server->push_changed, &server->push_lock, &until);
+    }
+}
+
+/* Sends a run as frames of content and of nothing, alternating as the pages do. */
+static int push_run(struct channel *channel, struct batch *batch, const struct run *run, char *text, size_t text_bytes)
+{
+    struct pc_pageserver *server = channel->server;
+    const struct source_block *block = server->blocks[run->block];
+    const uint8_t *content;
+    uint64_t at = 0;
+    int error;
+
+    if (block->memory.base)
+        pin(channel, run->block, run->first_page, run->pages);
+    content = pc_page_content(channel, batch, block, run->first_page, run->pages, &error, text, text_bytes);
+    if (!content) {
+        channel->has_reported = pc_pageserver_unreadable(channel, -error, text);
+        return error;
+    }
+    while (at < run->pages) {
+        const uint8_t *begin = content + at * block->page_bytes;
+        struct pc_frame frame = {.block = (uint16_t)run->block, .first_page = run->first_page + at};
+        uint64_t pages = 1;
+        bool zero;
+
+        if (is_released(block, run->first_page + at)) {
+            at++; /* it was asked for while this run waited for its bandwidth, and is there */
+            continue;
+        }
+        zero = pc_is_zero(begin, block->page_bytes);
+        while (at + pages < run->pages && !is_released(block, run->first_page + at + pages) &&
+               pc_is_zero(begin + pages * block->page_bytes, block->page_bytes) == zero)
+            pages++;
+        frame.type = zero ? PC_FRAME_ZERO : PC_FRAME_PAGES;
+        frame.pages = (uint32_t)pages;
+        if (!zero)
+            pc_frame_payload(&frame, begin, pages * block->page_bytes);
+        pc_batch_add(batch, &frame, zero ? NULL : begin);
+        if (zero)
+            ADD(server, zero_pages, pages);
+        else
+            ADD(server, background_pages, pages);
+        at += pages;
+    }
+    return pc_batch_send(batch, channel);
+}
+
+int pc_channel_push(struct channel *channel, char *text, size_t text_bytes)
+{
+    struct batch *batch = channel->batch;
+    struct pc_pageserver *server = channel->server;
+    struct pc_frame end = {.type = PC_FRAME_END};
+    uint8_t unexpected;
+    int error = 0;
+
+    if (!pc_pageserver_wait_serving(server))
+        return -ECANCELED;
+    for (;;) {
+        struct run run;
+        bool found;
+
+        pthread_mutex_lock(&server->push_lock);
+        found = !is_stopping(server) && claim_run(server, &run);
+        if (found)
+            pace(server, run.pages * server->blocks[run.block]->page_bytes);
+        pthread_mutex_unlock(&server->push_lock);
+        if (is_stopping(server))
+            return -ECANCELED;
+        if (!found)
+            break;
+        error = push_run(channel, batch, &run, text, text_bytes);
+        if (error)
+            return error;
+    }
+    pc_batch_add(batch, &end, NULL);
+    error = pc_batch_send(batch, channel);
+    if (error)
+        return error;
+    pc_events_push(&server->events, PC_EVENT_BULK_END, PC_CHANNEL_BULK, (int)channel->index, 0,
+                   "every page has been offered");
+    /* The destination says nothing here: this is the wait for its end. */
+    error = pc_stream_read_all(&channel->stream, &unexpected, 1);
+    return error ? error : pc_fail(EBADMSG, text, text_bytes, "the destination spoke on a bulk channel");
+}
