@@ -139,9 +139,10 @@ static int check_huge_pool(uint64_t bytes, uint64_t page_bytes, char *error, siz
         (void)number_after(text, "", &overcommit);
     usable = unused > reserved ? unused - reserved : 0;
     if (wanted > usable + (overcommit > surplus ? overcommit - surplus : 0))
-        return pc_fail(ENOMEM, error, error_bytes, "hugetlb: %" PRIu64 " huge pages of %" PRIu64 " KiB wanted, %" PRIu64 "
-                       "" are free; remedy: sysctl vm.nr_hugepages=%" PRIu64, wanted, page_bytes / 1024, usable,
-                       total - surplus + wanted - usable);
+        return pc_fail(ENOMEM, error, error_bytes,
+                       "hugetlb: %" PRIu64 " huge pages of %" PRIu64 " KiB wanted, %" PRIu64
+                       " are free; remedy: sysctl vm.nr_hugepages=%" PRIu64,
+                       wanted, page_bytes / 1024, usable, total - surplus + wanted - usable);
     return 0;
 }
 
@@ -159,8 +160,8 @@ int pc_memory_check(int kind, uint64_t total_bytes, char *error, size_t error_by
     if (!total_bytes)
         return pc_fail(EINVAL, error, error_bytes, "memory: a size of 0 bytes");
     if (total_bytes % page_bytes)
-        return pc_fail(EINVAL, error, error_bytes, "memory: %" PRIu64 " bytes are not a multiple of the page size, %" "
-                       "PRIu64, total_bytes, page_bytes);
+        return pc_fail(EINVAL, error, error_bytes, "memory: %" PRIu64 " bytes are not a multiple of the page size, %" PRIu64,
+                       total_bytes, page_bytes);
     if (kind == PC_MEMORY_HUGETLB)
         return check_huge_pool(total_bytes, page_bytes, error, error_bytes);
     result = read_text("/proc/meminfo", text, sizeof(text));

@@ -72,8 +72,9 @@ int pc_memory_create(int kind, uint64_t size_bytes, struct pc_memory *memory, ch
         memory->base = NULL;
         pc_memory_destroy(memory);
         if (kind == PC_MEMORY_HUGETLB && code == ENOMEM)
-            return pc_fail(code, error, error_bytes, "hugetlb: cannot reserve %" PRIu64 " huge pages; remedy: a larger "
-                           "sysctl vm.nr_hugepages", size_bytes / pc_huge_page_bytes());
+            return pc_fail(code, error, error_bytes,
+                           "hugetlb: cannot reserve %" PRIu64 " huge pages; remedy: a larger sysctl vm.nr_hugepages",
+                           size_bytes / pc_huge_page_bytes());
         return pc_fail(code, error, error_bytes, "memory: cannot map %s: %s", pc_human(size_bytes, size, sizeof(size)),
                        strerror(code));
     }
