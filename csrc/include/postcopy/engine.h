@@ -129,7 +129,7 @@ int pc_pager_disarm(struct pc_pager *pager);
 int pc_pager_free(struct pc_pager *pager);
 
 /* ---- page server ---- */
-/* The source's side: answers requests, pushes the rest. See csrc/pageserver/pageserver.c. */
+/* The source's side: answers requests, pushes the rest. See csrc/pageserver/server.h. */
 struct pc_pageserver;
 struct pc_pageserver_stats {
     uint64_t total_pages;

@@ -205,6 +205,11 @@ __attribute__((unused)) static struct pc_machine_stats wait_failure(struct pc_ma
     }
 }
 
+/* How many operations of each workload a test waits for. Few: a guest may run on an emulated KVM, at a million instructions a second. */
+__attribute__((unused)) static const uint64_t some_operations[] = {
+    [PC_WORKLOAD_IDLE] = 3, [PC_WORKLOAD_DIRTY] = 3000, [PC_WORKLOAD_RANDOM] = 256, [PC_WORKLOAD_DISK] = 16,
+};
+
 /* ---- state ---- */
 
 #define HEADER_BYTES 32 /* of the blob; 16 of each section's */

@@ -41,10 +41,6 @@ static void not_backwards(const struct pc_machine_stats *before, const struct pc
     }
 }
 
-static const uint64_t some_operations[] = {
-    [PC_WORKLOAD_IDLE] = 3, [PC_WORKLOAD_DIRTY] = 3000, [PC_WORKLOAD_RANDOM] = 512, [PC_WORKLOAD_DISK] = 32,
-};
-
 /* ---- cases: life and moves ---- */
 
 /* Boot, pause and resume many times, move to a second machine by copying, run on there, move back. */
