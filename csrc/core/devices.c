@@ -2,8 +2,8 @@
  *
  * Devices that are opened while this process may still open them, for later.
  *
- * A process that gives its rights up before it listens to anybody needs /dev/userfaultfd and /dev/kvm afterwards: how
- * often, and whether at all, is what the network will tell. Both devices make new descriptors (USERFAULTFD_IOC_NEW,
+ * A process that gives its rights up before it listens to anybody needs /dev/userfaultfd and /dev/kvm afterwards: how often, and
+ * whether at all, depends on requests from the network. Both devices make new descriptors (USERFAULTFD_IOC_NEW,
  * KVM_CREATE_VM) and look at the rights of nobody while they do, so one that was opened in time is enough. A TAP is another
  * matter: the descriptor of /dev/net/tun becomes the interface, and so one that was kept serves once.
  *

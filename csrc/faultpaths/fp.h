@@ -178,7 +178,7 @@ __attribute__((format(printf, 2, 3))) void pc_fp_wrong(struct pc_fp_cell *cell, 
         if (pc_fp_succeeded(cell) && !(condition))        \
             pc_fp_wrong(cell, __VA_ARGS__);               \
     } while (0)
-/* `got` against the content that stands at an offset of the page. */
+/* `got` against the content at an offset of the page. */
 void pc_fp_verify(struct pc_fp_cell *cell, const void *got, uint64_t offset, uint64_t bytes);
 /* The page against its content with `bytes` of `data` at an offset. Touches the page, whose event no longer counts. */
 void pc_fp_verify_page(struct pc_fp_cell *cell, const void *data, uint64_t offset, uint64_t bytes);

@@ -263,7 +263,7 @@ static void kvm_clock(struct pc_fp_cell *cell)
     if (!exited(cell, &guest, KVM_EXIT_HLT))
         return;
     if (!memcmp(cell->page + PC_FP_AT_OUT, cell->content + PC_FP_AT_OUT, 32)) {
-        pc_fp_lost(cell, "the clock was not written, and nobody was told");
+        pc_fp_lost(cell, "the clock was not written, without an error");
     }
 }
 

@@ -188,7 +188,7 @@ static const struct pc_fp_operation operations[] = {
     PC_FP_ROW(copy, execve_argv, NOTHING, 0, "execve: the array of argument pointers"),
     PC_FP_ROW(copy, execve_string, NOTHING, 0, "execve: an argument string, copied to the new stack"),
     PC_FP_ROW(copy, execve_envp, NOTHING, 0, "execve: an environment string"),
-    /* Nobody is told, only the page tells: it must be possible to look at it. */
+    /* No call reports it, only the page shows it: it must be possible to look at the page. */
     PC_FP_ROW_OF(copy, clear_child_tid, PC_FP_COMING_MODES, PC_FP_ALL_BACKINGS, NOTHING, PC_FP_WRITES,
               "exit: the zero at CLONE_CHILD_CLEARTID"),
     PC_FP_ROW(futex, robust_list, NOTHING, 0, "exit: an entry of the list of robust locks"),

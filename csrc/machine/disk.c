@@ -31,8 +31,8 @@ int pc_disk_open(const char *path, uint64_t bytes, char *error, size_t error_byt
     if (fd < 0) {
         rc = -errno;
         if (rc == -EINVAL)
-            return pc_fail(-rc, error, error_bytes,
-                                    "%s: its file system refuses O_DIRECT; put the disk on ext4, xfs or btrfs", path);
+            return pc_fail(-rc, error, error_bytes, "%s: its file system refuses O_DIRECT; put the disk on ext4, xfs or "
+                           "btrfs", path);
         return pc_fail(-rc, error, error_bytes, "%s: cannot open the disk: %s", path, strerror(-rc));
     }
     if (fstat(fd, &st)) {
@@ -46,8 +46,8 @@ int pc_disk_open(const char *path, uint64_t bytes, char *error, size_t error_byt
         return fd;
     }
     close(fd);
-    return pc_fail(-rc, error, error_bytes, "%s: cannot make the disk %llu bytes long: %s", path,
-                            (unsigned long long)bytes, strerror(-rc));
+    return pc_fail(-rc, error, error_bytes, "%s: cannot make the disk %llu bytes long: %s", path, (unsigned long long)bytes,
+                   strerror(-rc));
 }
 
 int pc_disk_geometry(struct pc_machine *machine, char *error, size_t error_bytes)
@@ -69,10 +69,9 @@ int pc_disk_geometry(struct pc_machine *machine, char *error, size_t error_bytes
         return pc_fail(EINVAL, error, error_bytes, "the disk must be open for reading and writing, O_DIRECT");
     if ((uint64_t)st.st_size < config->disk_bytes)
         return pc_fail(EINVAL, error, error_bytes, "the disk is %llu bytes long, the machine wants %llu",
-                                (unsigned long long)st.st_size, (unsigned long long)config->disk_bytes);
+                       (unsigned long long)st.st_size, (unsigned long long)config->disk_bytes);
     if (config->workload == PC_WORKLOAD_DISK && machine->layout.disk_slice_bytes < 4 * PCG_SLOT_BYTES)
-        return pc_fail(EINVAL, error, error_bytes, "the disk is too small: each vCPU needs %d bytes",
-                                4 * PCG_SLOT_BYTES);
+        return pc_fail(EINVAL, error, error_bytes, "the disk is too small: each vCPU needs %d bytes", 4 * PCG_SLOT_BYTES);
 #ifdef STATX_DIOALIGN
     struct statx stx;
     if (statx(config->disk_fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &stx) == 0 && (stx.stx_mask & STATX_DIOALIGN)) {
@@ -84,7 +83,7 @@ int pc_disk_geometry(struct pc_machine *machine, char *error, size_t error_bytes
 #endif
     if (machine->disk_memory_align > PCG_PAGE_BYTES || machine->disk_offset_align > PCG_SLOT_BYTES)
         return pc_fail(ENOTSUP, error, error_bytes, "the disk wants O_DIRECT in blocks of %llu bytes: too coarse",
-                                (unsigned long long)machine->disk_offset_align);
+                       (unsigned long long)machine->disk_offset_align);
     /* Odd multiple of a sector: requests then cross pages and begin where no page does. */
     machine->disk_skew = machine->disk_memory_align <= SECTOR_BYTES ? 3 * SECTOR_BYTES : 0;
     return 0;

@@ -190,18 +190,16 @@ static int open_device(struct pc_kvm *kvm, char *error, size_t error_bytes)
     if (kvm->device_fd < 0) {
         rc = kvm->device_fd;
         if (rc == -ENOENT || rc == -ENXIO || rc == -ENODEV)
-            return pc_fail(ENOENT, error, error_bytes,
-                                    "no /dev/kvm: load kvm_intel or kvm_amd, enable virtualization in the firmware, or "
-                                    "give the container --device /dev/kvm");
+            return pc_fail(ENOENT, error, error_bytes, "no /dev/kvm: load kvm_intel or kvm_amd, enable virtualization in "
+                           "the firmware, or give the container --device /dev/kvm");
         if (rc == -EACCES || rc == -EPERM)
-            return pc_fail(-rc, error, error_bytes,
-                                    "no right to use /dev/kvm: become a member of the group that owns it (often \"kvm\")");
+            return pc_fail(-rc, error, error_bytes, "no right to use /dev/kvm: become a member of the group that owns it "
+                           "(often \"kvm\")");
         return pc_fail(-rc, error, error_bytes, "/dev/kvm cannot be opened: %s", strerrordesc_np(-rc));
     }
     rc = pc_kvm_ioctl(kvm->device_fd, KVM_GET_API_VERSION, NULL);
     if (rc != KVM_API_VERSION)
-        return pc_fail(ENOTSUP, error, error_bytes, "/dev/kvm speaks API version %d, not %d", rc,
-                                KVM_API_VERSION);
+        return pc_fail(ENOTSUP, error, error_bytes, "/dev/kvm speaks API version %d, not %d", rc, KVM_API_VERSION);
     return 0;
 }
 
@@ -268,7 +266,7 @@ static int get_host_cpuid(struct pc_kvm *kvm, uint64_t guest_end, char *error, s
             physical_bits = kvm->host_cpuid->entries[i].eax & 0xff;
     if (physical_bits < 64 && guest_end > 1ull << physical_bits)
         return pc_fail(ENOTSUP, error, error_bytes, "this processor addresses %u bits: too much guest memory",
-                                physical_bits);
+                       physical_bits);
     return 0;
 }
 
@@ -308,8 +306,7 @@ static int set_up(struct pc_machine *machine, char *error, size_t error_bytes)
         return rc;
     kvm->vm_fd = pc_kvm_ioctl(kvm->device_fd, KVM_CREATE_VM, NULL);
     if (kvm->vm_fd < 0)
-        return pc_fail(-kvm->vm_fd, error, error_bytes, "KVM makes no machine: %s",
-                                strerrordesc_np(-kvm->vm_fd));
+        return pc_fail(-kvm->vm_fd, error, error_bytes, "KVM makes no machine: %s", strerrordesc_np(-kvm->vm_fd));
     rc = check_features(kvm, error, error_bytes);
     if (!rc)
         rc = get_host_cpuid(kvm, machine->layout.guest_end, error, error_bytes);
@@ -332,7 +329,7 @@ static int set_up(struct pc_machine *machine, char *error, size_t error_bytes)
         rc = pc_kvm_ioctl(kvm->vm_fd, KVM_SET_USER_MEMORY_REGION, &region);
         if (rc)
             return pc_fail(-rc, error, error_bytes, "KVM refuses %llu bytes of memory at 0x%llx: %s",
-                                    (unsigned long long)slot->bytes, (unsigned long long)slot->gpa, strerrordesc_np(-rc));
+                           (unsigned long long)slot->bytes, (unsigned long long)slot->gpa, strerrordesc_np(-rc));
     }
     rc = pc_kvm_ioctl(kvm->device_fd, KVM_GET_VCPU_MMAP_SIZE, NULL);
     if (rc < (int)sizeof(struct kvm_run))

@@ -59,7 +59,7 @@ _Static_assert(sizeof(struct kvm_sregs) <= PLAIN_MAX_BYTES && sizeof(struct kvm_
 
 /* What our guests use: moved or refused, and the only ones that are ever set. Of all others KVM knows a vCPU that has run our
  * programs has the values that it began with. The base registers of FS and GS, and EFER, are in SREG. The time stamp counter
- * first, so that it stands still between the hosts as briefly as can be. */
+ * first, so that it stops for as short a time as possible. */
 static const uint32_t needed_msrs[] = {
     MSR_TSC,
     0x174,      /* SYSENTER_CS */
@@ -244,17 +244,17 @@ static int check_cpuid(const struct kvm_cpuid2 *there, const struct kvm_cpuid2 *
     const struct kvm_cpuid_entry2 *a = find_cpuid(there, 0, 0), *b = find_cpuid(host, 0, 0);
 
     if (a && b && (a->ebx != b->ebx || a->ecx != b->ecx || a->edx != b->edx))
-        return pc_fail(ENOTSUP, error, error_bytes, "the machine comes from a processor of another vendor "
-                                "(%.4s%.4s%.4s, here %.4s%.4s%.4s)", (const char *)&a->ebx, (const char *)&a->edx,
-                                (const char *)&a->ecx, (const char *)&b->ebx, (const char *)&b->edx, (const char *)&b->ecx);
+        return pc_fail(ENOTSUP, error, error_bytes, "the machine comes from a processor of another vendor (%.4s%.4s%.4s, "
+                       "here %.4s%.4s%.4s)", (const char *)&a->ebx, (const char *)&a->edx, (const char *)&a->ecx,
+                       (const char *)&b->ebx, (const char *)&b->edx, (const char *)&b->ecx);
     for (size_t i = 0; i < sizeof features / sizeof *features; i++) {
         uint32_t want = cpuid_register(find_cpuid(there, features[i].function, features[i].index), features[i].which);
         uint32_t have = cpuid_register(find_cpuid(host, features[i].function, features[i].index), features[i].which);
         uint32_t missing = want & ~have & ~features[i].ignore;
         if (missing)
-            return pc_fail(ENOTSUP, error, error_bytes, "this host's processor or KVM lacks a feature the machine "
-                                    "runs with: CPUID 0x%x.%u E%cX bit %d", features[i].function, features[i].index,
-                                    features[i].which - 'a' + 'A', __builtin_ctz(missing));
+            return pc_fail(ENOTSUP, error, error_bytes, "this host's processor or KVM lacks a feature the machine runs "
+                           "with: CPUID 0x%x.%u E%cX bit %d", features[i].function, features[i].index,
+                           features[i].which - 'a' + 'A', __builtin_ctz(missing));
     }
     return 0;
 }
@@ -284,16 +284,16 @@ static int check_no_memory(const struct pc_section *sections, uint32_t index, ch
         memcpy(&msr, sections[MSRS].payload + at, sizeof msr);
         if (msr.value && is_among(msr.index, msrs_of_memory, PC_ARRAY_LENGTH(msrs_of_memory)))
             return pc_fail(EBADMSG, error, error_bytes, "vCPU %u: MSR 0x%x = 0x%llx would let the host write to guest "
-                                    "memory, which no guest of ours does", index, msr.index, (unsigned long long)msr.value);
+                           "memory, which no guest of ours does", index, msr.index, (unsigned long long)msr.value);
     }
     memcpy(&sregs, sections[SREGS].payload, sizeof sregs);
     if ((sregs.efer & long_mode) != long_mode || (sregs.cr0 & paging) != paging || !(sregs.cr4 & pae))
         return pc_fail(EBADMSG, error, error_bytes, "vCPU %u: section SREG is not of 64-bit mode with paging, which our "
-                                "guests never leave", index);
+                       "guests never leave", index);
     memcpy(&mp_state, sections[MP_STATE].payload, sizeof mp_state);
     if (mp_state.mp_state != KVM_MP_STATE_RUNNABLE)
         return pc_fail(EBADMSG, error, error_bytes, "vCPU %u: section MPST says %u: it waits for what never comes", index,
-                                mp_state.mp_state);
+                       mp_state.mp_state);
     return 0;
 }
 
@@ -338,14 +338,14 @@ static int load_msrs(const struct pc_vcpu *vcpu, const struct pc_section *sectio
             /* A KVM that cannot offset the counter takes the value and forgets it. Ahead of the guest's time is well; behind it
              * the guest would see time run backwards. */
             if (msr.index == MSR_TSC && get_msr(pc_kvm_vcpu(vcpu)->fd, MSR_TSC, &now) == 0 && now < msr.value)
-                return pc_fail(ENOTSUP, error, error_bytes, "vCPU %u: this host's KVM cannot set the time stamp "
-                                        "counter, and it is behind the machine's", vcpu->index);
+                return pc_fail(ENOTSUP, error, error_bytes, "vCPU %u: this host's KVM cannot set the time stamp counter, "
+                               "and it is behind the machine's", vcpu->index);
             continue;
         }
         /* Read-only, but right already? */
         if (get_msr(pc_kvm_vcpu(vcpu)->fd, msr.index, &now) || now != msr.value)
             return pc_fail(ENOTSUP, error, error_bytes, "vCPU %u: this host refuses MSR 0x%x = 0x%llx", vcpu->index,
-                                    msr.index, (unsigned long long)msr.value);
+                           msr.index, (unsigned long long)msr.value);
     }
     return 0;
 }

@@ -41,8 +41,7 @@ static int check_block(const struct pc_memory *memory, const char *name, char *e
         return pc_fail(EINVAL, error, error_bytes, "RAM block \"%s\" is not mapped", name);
     if ((uintptr_t)memory->base % system_page || memory->size_bytes % system_page ||
         memory->size_bytes % PCG_PAGE_BYTES)
-        return pc_fail(EINVAL, error, error_bytes, "RAM block \"%s\": address and size must be whole pages",
-                                name);
+        return pc_fail(EINVAL, error, error_bytes, "RAM block \"%s\": address and size must be whole pages", name);
     if (memory->size_bytes > MEMORY_MAX_BYTES)
         return pc_fail(EINVAL, error, error_bytes, "RAM block \"%s\" is larger than 512 GiB", name);
     return 0;
@@ -65,8 +64,7 @@ int pc_layout_make(const struct pc_machine_config *config, struct pc_layout *lay
     if (rc)
         return rc;
     if (config->vcpus < 1 || config->vcpus > PC_MACHINE_MAX_VCPUS)
-        return pc_fail(EINVAL, error, error_bytes, "%u vCPUs: 1 to %d are possible", config->vcpus,
-                                PC_MACHINE_MAX_VCPUS);
+        return pc_fail(EINVAL, error, error_bytes, "%u vCPUs: 1 to %d are possible", config->vcpus, PC_MACHINE_MAX_VCPUS);
     total_bytes = shared_bytes;
     tables += tables_for(shared_bytes);
     for (uint32_t i = 0; i < config->vcpus; i++) {
@@ -83,8 +81,7 @@ int pc_layout_make(const struct pc_machine_config *config, struct pc_layout *lay
     layout->boot_bytes = PCG_PAGE_TABLES + (is_rv64 ? 0 : tables * PCG_PAGE_BYTES);
     if (shared_bytes < layout->boot_bytes + 16 * PCG_PAGE_BYTES)
         return pc_fail(EINVAL, error, error_bytes, "RAM block \"shared\" is too small: %llu bytes, need %llu",
-                                (unsigned long long)shared_bytes,
-                                (unsigned long long)layout->boot_bytes + 16 * PCG_PAGE_BYTES);
+                       (unsigned long long)shared_bytes, (unsigned long long)layout->boot_bytes + 16 * PCG_PAGE_BYTES);
 
     if (is_rv64) {
         add_slot(layout, 0, config->shared.base, shared_bytes);
@@ -122,7 +119,7 @@ int pc_layout_make(const struct pc_machine_config *config, struct pc_layout *lay
         uint64_t need = config->workload == PC_WORKLOAD_DISK ? 64 : 1;
         if (config->workload != PC_WORKLOAD_IDLE && own < need)
             return pc_fail(EINVAL, error, error_bytes, "working set too small: %llu pages for vCPU %u, need %llu",
-                                    (unsigned long long)own, i, (unsigned long long)need);
+                           (unsigned long long)own, i, (unsigned long long)need);
     }
     /* pcg_rng_below() picks from fewer than 2^32 pages; 512 GiB has 2^27. */
     layout->disk_slice_bytes = config->disk_bytes / config->vcpus / PCG_SLOT_BYTES * PCG_SLOT_BYTES;
@@ -138,7 +135,7 @@ int pc_machine_split_memory(uint64_t total_bytes, uint32_t vcpus, uint64_t page_
         return pc_fail(EINVAL, error, error_bytes, "%u vCPUs: 1 to %d are possible", vcpus, PC_MACHINE_MAX_VCPUS);
     if (page_bytes < PCG_PAGE_BYTES || (page_bytes & (page_bytes - 1)) || total_bytes % page_bytes)
         return pc_fail(EINVAL, error, error_bytes, "memory size must be a multiple of %llu bytes",
-                                (unsigned long long)(page_bytes ? page_bytes : PCG_PAGE_BYTES));
+                       (unsigned long long)(page_bytes ? page_bytes : PCG_PAGE_BYTES));
     if (total_bytes < 16 << 20)
         return pc_fail(EINVAL, error, error_bytes, "the machine needs at least 16 MiB of memory");
     if (total_bytes > MEMORY_MAX_BYTES)
@@ -149,7 +146,7 @@ int pc_machine_split_memory(uint64_t total_bytes, uint32_t vcpus, uint64_t page_
     share = total_bytes / 2 / vcpus / unit * unit;
     if (share == 0)
         return pc_fail(EINVAL, error, error_bytes, "%llu bytes are too few for %u vCPUs in pages of %llu",
-                                (unsigned long long)total_bytes, vcpus, (unsigned long long)page_bytes);
+                       (unsigned long long)total_bytes, vcpus, (unsigned long long)page_bytes);
     *private_bytes = share;
     *shared_bytes = total_bytes - share * vcpus;
     return 0;

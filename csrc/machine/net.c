@@ -39,8 +39,7 @@ int pc_net_check(const struct pc_machine *machine, char *error, size_t error_byt
     if (flags < 0)
         return pc_fail(errno, error, error_bytes, "the network cannot be used: %s", strerror(errno));
     if (!(flags & O_NONBLOCK) || (flags & O_ACCMODE) != O_RDWR)
-        return pc_fail(EINVAL, error, error_bytes,
-                                "the network must be open for reading and writing, without blocking");
+        return pc_fail(EINVAL, error, error_bytes, "the network must be open for reading and writing, without blocking");
     if (config->net_mac == 0 || config->net_mac >> 48 || (config->net_mac >> 40 & 1))
         return pc_fail(EINVAL, error, error_bytes, "a network device needs the MAC address of one station");
     if (config->net_address >> 24 == 0 || config->net_address >> 24 == 127 || config->net_address >> 28 >= 14)

@@ -38,7 +38,7 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "guest memory is acces
 
 #define MMIO_BYTES 0x1000
 
-/* Unaligned accesses of the guest's size. Volatile, so that each is done once, where it stands. */
+/* Unaligned accesses of the guest's size. Volatile, so that each is done once, in its place. */
 typedef struct { uint16_t v; } __attribute__((packed, may_alias)) u16_any;
 typedef struct { uint32_t v; } __attribute__((packed, may_alias)) u32_any;
 typedef struct { uint64_t v; } __attribute__((packed, may_alias)) u64_any;
@@ -69,7 +69,7 @@ static inline uint8_t *store_address(const struct pc_hart *h, uint64_t address, 
 }
 
 /* Between the two a signal may end the instruction as if it had not begun. The handler runs in this thread: the order of what
- * the compiler emits is all that is needed. What stands between are volatile reads only, which keep their place by themselves. */
+ * the compiler emits is all that is needed. Between them are volatile reads only, which keep their place by themselves. */
 static inline void window_opens(struct pc_hart *h, struct pc_op *op)
 {
     atomic_signal_fence(memory_order_release); /* what was stored before stays before */

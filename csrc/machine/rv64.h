@@ -73,7 +73,7 @@ struct pc_hart_state {
 
 enum pc_rv64_outcome { PC_RV64_LEAVE, PC_RV64_AT_LIMIT, PC_RV64_SLEEP, PC_RV64_FAILED };
 
-/* rv64_decode.c: the entry for an instruction that stands at the word `index` of the image area. */
+/* rv64_decode.c: the entry for the instruction at word `index` of the image area. */
 struct pc_op pc_rv64_decode(uint64_t index, uint32_t insn);
 static inline int32_t pc_rv64_bits(uint32_t insn, int from, int count)
 {

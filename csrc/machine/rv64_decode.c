@@ -61,7 +61,7 @@ static enum pc_rv64_code decode_immediate(uint32_t insn, bool word, int32_t *imm
 {
     static const uint8_t plain[8] = { C_ADDI, C_SLLI, C_SLTI, C_SLTIU, C_XORI, C_SRLI, C_ORI, C_ANDI };
     int funct3 = pc_rv64_bits(insn, 12, 3), shift_bits = word ? 5 : 6;
-    int above = pc_rv64_bits(insn, 20 + shift_bits, 12 - shift_bits); /* what stands above a shift's amount */
+    int above = pc_rv64_bits(insn, 20 + shift_bits, 12 - shift_bits); /* the bits above a shift's amount */
     bool arithmetic = above == 0x400 >> shift_bits;
 
     *imm = signed_bits(insn, 20, 12);

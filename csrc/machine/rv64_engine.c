@@ -179,9 +179,9 @@ static int check_vcpu(struct pc_vcpu *vcpu, const struct pc_section *sections, c
     bool pc_possible;
 
     memcpy(&state, sections->payload, sizeof state);
-    /* The end of the area is where a hart stands that ran off it. */
+    /* A hart that ran off the area is at its end. */
     pc_possible = state.pc % 4 == 0 && state.pc - PCG_IMAGE <= PC_IMAGE_BYTES;
-    /* Nobody lives to see half of what 64 bits count; past it a hart would come to the end of its numbers, and stand still. */
+    /* No hart counts half of what 64 bits can hold; near the end of the numbers it would stop for good. */
     if (!pc_possible || state.x[0] || state.zero || state.instructions > UINT64_MAX / 2 ||
         (state.reservation_bytes != 0 && state.reservation_bytes != 4 && state.reservation_bytes != 8))
         return pc_fail(EBADMSG, error, error_bytes, "section HART of vCPU %u is not a state a hart can be in", vcpu->index);
@@ -268,6 +268,6 @@ int pc_rv64_run_until(struct pc_machine *machine, uint64_t instructions, uint32_
     set_limit(machine, PC_NO_LIMIT);
     if (rc == 0 && !there)
         rc = pc_fail(ETIMEDOUT, error, error_bytes, "not every hart came to %llu instructions in %u ms",
-                              (unsigned long long)instructions, timeout_ms);
+                     (unsigned long long)instructions, timeout_ms);
     return rc;
 }

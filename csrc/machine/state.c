@@ -219,10 +219,10 @@ static int find_sections(const struct pc_machine *machine, const uint8_t *data, 
         return pc_fail(EBADMSG, error, error_bytes, "this is not the device state of a machine");
     if (header.version != STATE_VERSION)
         return pc_fail(EPROTO, error, error_bytes, "device state has version %u, this program reads version %u",
-                                header.version, STATE_VERSION);
+                       header.version, STATE_VERSION);
     if (header.bytes != bytes || header.zero)
         return pc_fail(EBADMSG, error, error_bytes, "device state is damaged: %zu bytes came, it says %llu", bytes,
-                                (unsigned long long)header.bytes);
+                       (unsigned long long)header.bytes);
     if (pc_crc32c(0, data + sizeof header, bytes - sizeof header) != header.crc)
         return pc_fail(EBADMSG, error, error_bytes, "device state is damaged: its checksum does not match");
     while (at < bytes) {
@@ -237,8 +237,7 @@ static int find_sections(const struct pc_machine *machine, const uint8_t *data, 
         memcpy(&section, data + at, sizeof section);
         at += sizeof section;
         if (section.bytes > bytes - at)
-            return pc_fail(EBADMSG, error, error_bytes, "section %.4s is longer than the device state",
-                                    section.tag);
+            return pc_fail(EBADMSG, error, error_bytes, "section %.4s is longer than the device state", section.tag);
         padded = (section.bytes + 7) & ~7ull;
         if (padded > bytes - at)
             return pc_fail(EBADMSG, error, error_bytes, "section %.4s is cut short", section.tag);
@@ -249,16 +248,16 @@ static int find_sections(const struct pc_machine *machine, const uint8_t *data, 
             char tag[5] = { 0 };
             for (int i = 0; i < 4; i++)
                 tag[i] = section.tag[i] >= ' ' && section.tag[i] <= '~' ? section.tag[i] : '?';
-            return pc_fail(EPROTO, error, error_bytes, "device state has a section \"%s\" that this program does "
-                                    "not know", tag);
+            return pc_fail(EPROTO, error, error_bytes, "device state has a section \"%s\" that this program does not know",
+                           tag);
         }
         if (kind->per_vcpu ? section.vcpu >= PC_MACHINE_MAX_VCPUS : section.vcpu != NO_VCPU)
-            return pc_fail(EBADMSG, error, error_bytes, "section %s is for vCPU %u, which cannot be",
-                                    kind->tag, section.vcpu);
+            return pc_fail(EBADMSG, error, error_bytes, "section %s is for vCPU %u, which cannot be", kind->tag,
+                           section.vcpu);
         if (section.bytes < kind->min_bytes || section.bytes > kind->max_bytes ||
             section.bytes % kind->unit_bytes)
             return pc_fail(EBADMSG, error, error_bytes, "section %s has %llu bytes", kind->tag,
-                                    (unsigned long long)section.bytes);
+                           (unsigned long long)section.bytes);
         to = kind->per_vcpu ? &r->vcpu[section.vcpu][n] : &r->machine[n];
         if (to->payload)
             return pc_fail(EBADMSG, error, error_bytes, "section %s comes twice", kind->tag);
@@ -267,8 +266,7 @@ static int find_sections(const struct pc_machine *machine, const uint8_t *data, 
         sections++;
     }
     if (sections != header.sections)
-        return pc_fail(EBADMSG, error, error_bytes, "device state has %u sections, it says %u", sections,
-                                header.sections);
+        return pc_fail(EBADMSG, error, error_bytes, "device state has %u sections, it says %u", sections, header.sections);
     return 0;
 }
 
@@ -280,16 +278,14 @@ static int check_complete(const struct pc_machine *machine, const struct reader 
     for (uint32_t n = 0; (kind = kind_number(machine, n)); n++) {
         for (uint32_t i = vcpus; i < PC_MACHINE_MAX_VCPUS; i++)
             if (r->vcpu[i][n].payload)
-                return pc_fail(EBADMSG, error, error_bytes, "section %s is for vCPU %u of %u", kind->tag, i,
-                                        vcpus);
+                return pc_fail(EBADMSG, error, error_bytes, "section %s is for vCPU %u of %u", kind->tag, i, vcpus);
         if (kind->optional || !is_used(machine, n))
             continue;
         if (!kind->per_vcpu && !r->machine[n].payload)
             return pc_fail(EBADMSG, error, error_bytes, "section %s is missing", kind->tag);
         for (uint32_t i = 0; kind->per_vcpu && i < vcpus; i++)
             if (!r->vcpu[i][n].payload)
-                return pc_fail(EBADMSG, error, error_bytes, "section %s of vCPU %u is missing", kind->tag,
-                                        i);
+                return pc_fail(EBADMSG, error, error_bytes, "section %s of vCPU %u is missing", kind->tag, i);
     }
     return 0;
 }
@@ -313,16 +309,16 @@ static int check_same_machine(struct pc_machine *machine, const struct state_mac
 
     for (size_t i = 0; i < sizeof same / sizeof *same; i++)
         if (same[i].there != same[i].here)
-            return pc_fail(EINVAL, error, error_bytes, "the machines differ in %s: %llu there, %llu here",
-                                    same[i].what, (unsigned long long)same[i].there, (unsigned long long)same[i].here);
+            return pc_fail(EINVAL, error, error_bytes, "the machines differ in %s: %llu there, %llu here", same[i].what,
+                           (unsigned long long)same[i].there, (unsigned long long)same[i].here);
     for (uint32_t i = 0; i < here.vcpus; i++)
         if (there->private_bytes[i] != here.private_bytes[i])
-            return pc_fail(EINVAL, error, error_bytes, "the machines differ in memory of vCPU %u: %llu bytes there, "
-                                    "%llu here", i, (unsigned long long)there->private_bytes[i],
-                                    (unsigned long long)here.private_bytes[i]);
+            return pc_fail(EINVAL, error, error_bytes, "the machines differ in memory of vCPU %u: %llu bytes there, %llu "
+                           "here", i, (unsigned long long)there->private_bytes[i],
+                           (unsigned long long)here.private_bytes[i]);
     if (there->disk_skew % machine->disk_memory_align)
         return pc_fail(ENOTSUP, error, error_bytes, "the disk here needs O_DIRECT buffers aligned to %llu bytes, the "
-                                "guest's are not", (unsigned long long)machine->disk_memory_align);
+                       "guest's are not", (unsigned long long)machine->disk_memory_align);
     return 0;
 }
 
@@ -332,8 +328,8 @@ static int check_net(const struct pc_machine *machine, const struct state_net *t
 
     if (there->mac != here->net_mac || there->address != here->net_address)
         return pc_fail(EINVAL, error, error_bytes, "the machines differ in the addresses of their network devices: "
-                                "0x%llx, 0x%x there, 0x%llx, 0x%x here", (unsigned long long)there->mac, there->address,
-                                (unsigned long long)here->net_mac, here->net_address);
+                       "0x%llx, 0x%x there, 0x%llx, 0x%x here", (unsigned long long)there->mac, there->address,
+                       (unsigned long long)here->net_mac, here->net_address);
     for (uint32_t i = 0; i < PC_MACHINE_MAX_VCPUS; i++) {
         uint32_t status = there->status[i];
         bool possible = status <= PCG_NET_FRAME_MAX || status == PCG_NET_AGAIN || status == PCG_NET_BAD_REQUEST;

@@ -36,7 +36,7 @@ static void bad(struct verify *v, const char *format, ...)
     }
 }
 
-/* Whoever closes the machine is not to wait for what takes long, or never ends: how much there is to recount, guest memory says. */
+/* pc_machine_close must not wait for a long verification: guest memory says how much there is to recount, and may be wrong. */
 static bool called_off(const struct verify *v)
 {
     return atomic_load_explicit(&v->machine->stop, memory_order_relaxed);

@@ -1,4 +1,7 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Makes, maps and reads the metrics (metrics.h). Any thread may read; only pc_metrics_none_waits writes, before there are threads.
+ */
 #include "pager/metrics.h"
 
 #include <errno.h>
@@ -12,11 +15,6 @@
 #include "core/clock.h"
 #include "core/runtime.h"
 #include "memory/states.h"
-
-struct pc_metrics {
-    int fd;
-    struct pc_metrics_map *map;
-};
 
 static uint64_t load(const uint64_t *where)
 {
@@ -40,7 +38,7 @@ int pc_metrics_map(int fd, struct pc_metrics_map **map)
     return 0;
 }
 
-struct pc_metrics_map *pc_metrics_private(void)
+struct pc_metrics_map *pc_metrics_map_private(void)
 {
     return pc_buffer_new(sizeof(struct pc_metrics_map));
 }
@@ -60,69 +58,7 @@ void pc_metrics_none_waits(struct pc_metrics_map *map)
         __atomic_store_n(&map->blocked_since_ns[i], 0, __ATOMIC_RELAXED);
 }
 
-void pc_metrics_read_stats(const struct pc_metrics_map *map, struct pc_pager_stats *stats)
-{
-    uint64_t now_ns = pc_now_ns();
-
-    memset(stats, 0, sizeof(*stats));
-#define TAKE(field) stats->field = load(&map->count.field)
-    TAKE(demand_pages);
-    TAKE(background_pages);
-    TAKE(zero_pages);
-    TAKE(duplicate_pages);
-    TAKE(requests);
-    TAKE(faults);
-    TAKE(repeated_faults);
-    TAKE(event_reads);
-    TAKE(bytes_received);
-    TAKE(bytes_sent);
-    TAKE(frames_refused);
-#undef TAKE
-    for (int i = 0; i < PC_MAX_SHARDS; i++) {
-        uint64_t oldest_ns = load(&map->shards[i].oldest_ns);
-
-        stats->pending_faults += __atomic_load_n(&map->shards[i].pending, __ATOMIC_ACQUIRE);
-        if (oldest_ns && now_ns > oldest_ns && now_ns - oldest_ns > stats->oldest_pending_ns)
-            stats->oldest_pending_ns = now_ns - oldest_ns;
-    }
-}
-
-int pc_metrics_set_thread(struct pc_metrics_map *map, uint32_t slot, int32_t tid)
-{
-    if (slot >= PC_MAX_TRACKED_THREADS)
-        return -EINVAL;
-    __atomic_store_n(&map->tids[slot], tid, __ATOMIC_RELAXED);
-    return 0;
-}
-
-int pc_metrics_read_latency(const struct pc_metrics_map *map, int stage, struct pc_histogram *histogram)
-{
-    if (stage < 0 || stage >= PC_STAGES)
-        return -EINVAL;
-    memset(histogram, 0, sizeof(*histogram));
-    for (int i = 0; i < PC_MAX_SHARDS; i++)
-        if (load(&map->shards[i].stages[stage].count))
-            pc_histogram_merge(histogram, &map->shards[i].stages[stage]);
-    return 0;
-}
-
-int pc_metrics_read_blocktime(const struct pc_metrics_map *map, uint64_t *blocktime_ns, uint32_t slots)
-{
-    uint64_t now_ns = pc_now_ns();
-
-    if (slots > PC_MAX_TRACKED_THREADS)
-        slots = PC_MAX_TRACKED_THREADS;
-    for (uint32_t slot = 0; slot < slots; slot++) {
-        uint64_t since_ns = load(&map->blocked_since_ns[slot]);
-
-        blocktime_ns[slot] = load(&map->blocked_ns[slot]);
-        if (since_ns && now_ns > since_ns)
-            blocktime_ns[slot] += now_ns - since_ns;
-    }
-    return (int)slots;
-}
-
-/* ---- for the process that outlives the pager ---- */
+/* ---- the public face: of a pager's metrics too, see pager.c ---- */
 
 int pc_metrics_new(struct pc_metrics **out)
 {
@@ -157,21 +93,55 @@ int pc_metrics_fd(struct pc_metrics *metrics)
 
 int pc_metrics_track_thread(struct pc_metrics *metrics, uint32_t slot, int32_t tid)
 {
-    return pc_metrics_set_thread(metrics->map, slot, tid);
+    if (slot >= PC_MAX_TRACKED_THREADS)
+        return -EINVAL;
+    __atomic_store_n(&metrics->map->tids[slot], tid, __ATOMIC_RELAXED);
+    return 0;
 }
 
 int pc_metrics_stats(struct pc_metrics *metrics, struct pc_pager_stats *stats)
 {
-    pc_metrics_read_stats(metrics->map, stats);
+    const struct pc_metrics_map *map = metrics->map;
+    uint64_t now_ns = pc_now_ns();
+
+    for (size_t i = 0; i < sizeof(*stats) / sizeof(uint64_t); i++)
+        ((uint64_t *)stats)[i] = load(&((const uint64_t *)&map->count)[i]);
+    for (int i = 0; i < PC_MAX_SHARDS; i++) {
+        uint64_t oldest_ns = load(&map->shards[i].oldest_ns);
+
+        stats->pending_faults += __atomic_load_n(&map->shards[i].pending, __ATOMIC_ACQUIRE);
+        if (oldest_ns && now_ns > oldest_ns && now_ns - oldest_ns > stats->oldest_pending_ns)
+            stats->oldest_pending_ns = now_ns - oldest_ns;
+    }
     return 0;
 }
 
 int pc_metrics_latency(struct pc_metrics *metrics, int stage, struct pc_histogram *histogram)
 {
-    return pc_metrics_read_latency(metrics->map, stage, histogram);
+    const struct pc_metrics_map *map = metrics->map;
+
+    if (stage < 0 || stage >= PC_STAGES)
+        return -EINVAL;
+    memset(histogram, 0, sizeof(*histogram));
+    for (int i = 0; i < PC_MAX_SHARDS; i++)
+        if (load(&map->shards[i].stages[stage].count))
+            pc_histogram_merge(histogram, &map->shards[i].stages[stage]);
+    return 0;
 }
 
 int pc_metrics_blocktime(struct pc_metrics *metrics, uint64_t *blocktime_ns, uint32_t slots)
 {
-    return pc_metrics_read_blocktime(metrics->map, blocktime_ns, slots);
+    const struct pc_metrics_map *map = metrics->map;
+    uint64_t now_ns = pc_now_ns();
+
+    if (slots > PC_MAX_TRACKED_THREADS)
+        slots = PC_MAX_TRACKED_THREADS;
+    for (uint32_t slot = 0; slot < slots; slot++) {
+        uint64_t since_ns = load(&map->blocked_since_ns[slot]);
+
+        blocktime_ns[slot] = load(&map->blocked_ns[slot]);
+        if (since_ns && now_ns > since_ns)
+            blocktime_ns[slot] += now_ns - since_ns;
+    }
+    return (int)slots;
 }

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What a pager counts. Each number has one writer, or is added to atomically; whoever reads takes no lock, so that no reader is ever
+ * What a pager counts. Each number has one writer, or is added to atomically, and readers take no lock, so that none of them is ever
  * in the way of a fault. It may lie in a memfd, where it outlives the pager and is read by another process.
  */
 #ifndef PC_PAGER_METRICS_H
@@ -10,29 +10,28 @@
 
 struct pc_shard_metrics { /* written by the shard's fault thread */
     uint64_t pending;   /* threads that wait */
-    uint64_t oldest_ns; /* since when the first of them does; 0 when none does */
+    uint64_t oldest_ns; /* since when the first of them waits; 0: none does */
     struct pc_histogram stages[PC_STAGES];
 };
 
 struct pc_metrics_map {
-    struct pc_pager_stats count; /* only its counters, each by atomic add */
+    struct pc_pager_stats count; /* only its counters, each by atomic add; the rest stays 0 */
     int32_t tids[PC_MAX_TRACKED_THREADS]; /* whose faults are accounted to a slot; 0: nobody's */
     uint64_t blocked_ns[PC_MAX_TRACKED_THREADS];
     uint64_t blocked_since_ns[PC_MAX_TRACKED_THREADS]; /* 0: not now */
     struct pc_shard_metrics shards[PC_MAX_SHARDS];
 };
 
+struct pc_metrics {
+    int fd; /* the memfd of `map`; -1: it is nobody else's */
+    struct pc_metrics_map *map;
+};
+
 /* Maps what pc_metrics_new has made. 0, or -EINVAL for something else. */
 int pc_metrics_map(int fd, struct pc_metrics_map **map);
-struct pc_metrics_map *pc_metrics_private(void); /* of nobody else; NULL without memory */
+struct pc_metrics_map *pc_metrics_map_private(void); /* NULL without memory */
 void pc_metrics_unmap(struct pc_metrics_map *map);
 /* Nobody waits any more, as far as is known: before the first fault, and for the successor of a pager that died. */
 void pc_metrics_none_waits(struct pc_metrics_map *map);
-
-/* The counters, what waits, and zero for what only the blocks know. */
-void pc_metrics_read_stats(const struct pc_metrics_map *map, struct pc_pager_stats *stats);
-int pc_metrics_set_thread(struct pc_metrics_map *map, uint32_t slot, int32_t tid);
-int pc_metrics_read_latency(const struct pc_metrics_map *map, int stage, struct pc_histogram *histogram);
-int pc_metrics_read_blocktime(const struct pc_metrics_map *map, uint64_t *blocktime_ns, uint32_t slots);
 
 #endif

@@ -26,8 +26,8 @@ static int refuse_released(struct channel *channel, struct batch *batch, struct 
     static const char reason[] = "it was acknowledged as placed, and its memory has been given back";
 
     if (!pc_bits_test(channel->server->blocks[frame->block]->released_before, frame->first_page))
-        return pc_fail(ESTALE, text, text_bytes, "page %llu of RAM block %u was asked for and acknowledged at the same time",
-                       (unsigned long long)frame->first_page, frame->block);
+        return pc_fail(ESTALE, text, text_bytes, "page %llu of RAM block %u was asked for and acknowledged at the same "
+                       "time", (unsigned long long)frame->first_page, frame->block);
     frame->type = PC_FRAME_ERROR;
     pc_frame_payload(frame, reason, sizeof(reason) - 1);
     pc_batch_add(batch, frame, reason);

@@ -47,7 +47,7 @@ static void *channel_thread(void *argument)
     error = urgent ? pc_channel_answer(channel, text, sizeof(text)) : pc_channel_push(channel, text, sizeof(text));
     unpin_all(channel);
     pc_stream_shutdown(&channel->stream);
-    /* Before the event: who hears it may attach the next connection at once, and must not be told that this one is busy. */
+    /* Before the event: its reader may attach the next connection at once, which must not fail because this one is busy. */
     __atomic_store_n(&channel->running, false, __ATOMIC_RELEASE);
     if (!channel->has_reported)
         pc_events_push(&server->events, PC_EVENT_CHANNEL_DOWN, channel->kind, (int)channel->index,
@@ -172,7 +172,7 @@ int pc_pageserver_set_present(struct pc_pageserver *server, uint32_t index, cons
             uint64_t valid = pc_bits_mask(word, 0, block->pages);
 
             block->present[word] = present_words[word] & valid;
-            block->sent[word] = ~present_words[word] & valid; /* the page map has told these already */
+            block->sent[word] = ~present_words[word] & valid; /* the destination knows these from the page map */
         }
         absent = pc_bitmap_count(block->sent, block->pages);
         block->unsent = block->pages - absent;
@@ -330,18 +330,11 @@ int pc_pageserver_next_event(struct pc_pageserver *server, struct pc_event *even
 
 int pc_pageserver_stats(struct pc_pageserver *server, struct pc_pageserver_stats *stats)
 {
-#define TAKE(field) stats->field = __atomic_load_n(&server->count.field, __ATOMIC_RELAXED)
-    TAKE(total_pages);
-    TAKE(sent_pages);
-    TAKE(demand_pages);
-    TAKE(background_pages);
-    TAKE(zero_pages);
-    TAKE(requests);
-    TAKE(repeated_requests);
-    TAKE(bytes_sent);
-    TAKE(bytes_received);
-    TAKE(released_bytes);
-#undef TAKE
+    const uint64_t *count = (const uint64_t *)&server->count;
+
+    _Static_assert(sizeof(*stats) % sizeof(*count) == 0, "counters and nothing else");
+    for (size_t i = 0; i < sizeof(*stats) / sizeof(*count); i++)
+        ((uint64_t *)stats)[i] = __atomic_load_n(&count[i], __ATOMIC_RELAXED);
     return 0;
 }
 

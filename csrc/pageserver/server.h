@@ -3,7 +3,7 @@
  * The source's page server.
  *
  * An urgent channel has a thread that answers requests in the order they come, at once, even for a page that is on its
- * way in bulk: the destination drops the second copy, and a fault never waits for what stands in a bulk
+ * way in bulk: the destination drops the second copy, and a fault never waits for what is queued in a bulk
  * connection. A bulk channel has a thread that claims runs of pages not yet sent, from a cursor that all bulk threads
  * share and every request moves to the page after its own: what the machine touches next is most likely near.
  *
@@ -17,7 +17,7 @@
  *   release.c     memory given back
  *   batch.c       frames on their way out
  *
- * Nothing of a lower priority stands in the way of an answer: an urgent thread takes no lock once the server serves. `sent`
+ * Nothing of a lower priority delays an answer: an urgent thread takes no lock once the server serves. `sent`
  * is changed by atomic or, a block's `unsent` follows it; what an urgent thread wants pushed next it leaves in `push_from`, for the
  * next bulk thread to find; what it is sending it says in atomic words. Bulk threads share the cursor and the bandwidth under
  * push_lock, which is held for the search of a run, never over a send.

@@ -367,8 +367,8 @@ class Memory:
         """The address of a range of bytes inside, which may be changed, or `reading` only read."""
         if self._closed:
             raise ValueError("this memory is closed")
-        if self._kind is MemoryKind.FILE:
-            raise ValueError("an image file is not mapped")
+        if not self.address:
+            raise ValueError("this memory is not mapped")
         if self._kind in _READ_ONLY and not reading:
             raise ValueError("this memory is read only")
         if offset < 0 or size_bytes < 0 or offset + size_bytes > self.size_bytes:

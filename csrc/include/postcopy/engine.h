@@ -1,11 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The engine: the pager at the destination, the page server at the source, and the events that both tell.
+ * The engine: the pager at the destination and the page server at the source.
  *
- * Threads: both have threads of their own for faults and channels. Any thread may call the functions of one pager or page
- * server, several at once, but pc_pager_set_zero and pc_pager_disarm come alone, and `free` alone and last. Calls that add, arm
- * or attach take turns by a lock. `disconnect` blocks until the channels' threads have ended; what else blocks says so. Reading
- * statistics takes no lock.
+ * Threads: both have threads of their own for faults and channels. A call that says nothing else may be made by any thread, several
+ * at once, and does not block. Words for the rest:
+ *   "locks"   waits for other callers of the same pager or page server, each of which holds the lock for as long as a call into the
+ *             kernel takes
+ *   "blocks"  waits for as long as it says
+ *   "alone"   no other call on the same pager or page server may run
+ * None may be made by a thread that holds what a missing page needs in order to come; none touches registered memory but through
+ * the kernel.
  */
 #ifndef POSTCOPY_ENGINE_H
 #define POSTCOPY_ENGINE_H
@@ -25,7 +29,7 @@ extern "C" {
 #define PC_MAX_TRACKED_THREADS 64 /* threads whose blocktime a pager accounts (vCPUs) */
 
 /* ---- pager ---- */
-/* The destination's side: faults in, requests out, pages placed. See csrc/pager/pager.c for how it works. */
+/* The destination's side: faults in, requests out, pages placed. How it works: csrc/pager/pager.c. */
 struct pc_pager;
 enum pc_stage { PC_STAGE_SENT = 0, PC_STAGE_RECEIVED = 1, PC_STAGE_PLACED = 2, PC_STAGE_TOTAL = 3 };
 #define PC_STAGES 4
@@ -46,7 +50,7 @@ struct pc_pager_stats {
     uint64_t oldest_pending_ns;              /* for how long the first of them has been; 0 when there is none */
     uint64_t frames_refused;                 /* bad frames: each ended its channel */
 };
-int pc_pager_new(struct pc_pager **pager);
+int pc_pager_new(struct pc_pager **pager); /* free with pc_pager_free */
 /* What a pager has counted, where it outlives the pager: made and read by one process, counted by the pagers of another one, one
  * after the other. Reading takes no lock; pages and bytes of the blocks are 0 in these statistics. */
 struct pc_metrics;
@@ -59,33 +63,36 @@ int pc_metrics_latency(struct pc_metrics *metrics, int stage, struct pc_histogra
 int pc_metrics_blocktime(struct pc_metrics *metrics, uint64_t *blocktime_ns, uint32_t slots);
 /* A pager that counts there. The descriptor stays the caller's. */
 int pc_pager_new_with_metrics(int metrics_fd, struct pc_pager **pager);
-/* Adds the next RAM block (index returned). The memory stays the caller's and must outlive the pager. */
+/* Adds the next RAM block (index returned). The memory stays the caller's and must outlive the pager. Locks. */
 int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory);
 /* The same with states that outlive this pager: what they say is known is not missing. memory->base may be an address of
- * another process then, of which this one has a userfaultfd (pc_pager_adopt_shard); this pager touches no memory through it. */
+ * another process then, of which this one has a userfaultfd (pc_pager_adopt_shard); this pager touches no memory through it.
+ * Locks. */
 int pc_pager_add_block_with_states(struct pc_pager *pager, const struct pc_memory *memory, int states_fd);
-/* Pages of a block that are zero at the source: a fault on them is answered here. Before arming only. */
+/* Pages of a block that are zero at the source: a fault on them is answered here. Before arming only, and one
+ * caller at a time. */
 int pc_pager_set_zero(struct pc_pager *pager, uint32_t block, const uint64_t *zero_words);
 /* Opens a userfaultfd with its fault thread (index returned). busy_poll_us: how long the thread spins after each
- * event before it sleeps. The thread runs from now on, with or without a channel. */
+ * event before it sleeps. The thread runs from now on, with or without a channel. Locks. */
 int pc_pager_add_shard(struct pc_pager *pager, int how, uint32_t busy_poll_us, char *error, size_t error_bytes);
 /* The same around a userfaultfd that exists, of this or another process, with the features that it was opened with. The
  * descriptor becomes the pager's, also on failure; who made it keeps a copy, or nothing stops zeros when this process dies.
  * With EVENT_REMOVE or EVENT_UNMAP what its process throws away is zero from then on. EVENT_FORK, EVENT_REMAP and SIGBUS are
- * refused (-EOPNOTSUPP), as is what is blocking, is no userfaultfd, or has not had its UFFDIO_API (-EINVAL). */
+ * refused (-EOPNOTSUPP), as is what is blocking, is no userfaultfd, or has not had its UFFDIO_API (-EINVAL). Locks. */
 int pc_pager_adopt_shard(struct pc_pager *pager, int uffd, uint64_t features, uint32_t busy_poll_us, char *error,
                          size_t error_bytes);
 /* The features that pc_pager_add_shard asks for, of those `available`. */
 uint64_t pc_pager_features(uint64_t available);
 /* Registers pages of a block with a shard: from now on they fault. Pages that an earlier pager has registered on the same
- * userfaultfd are taken over: what waits for them faults anew. */
+ * userfaultfd are taken over: what waits for them faults anew. Locks; where the kernel has no minor faults, it discards what the
+ * range has in the page cache, and blocks for that. */
 int pc_pager_arm(struct pc_pager *pager, uint32_t shard, uint32_t block, uint64_t first_page, uint64_t pages, char *error,
                  size_t error_bytes);
 /* Gives a shard its urgent channel (again, after the old one went down: everything pending is requested anew). -EBUSY while
  * pc_pager_disconnect runs, here and for bulk channels. A channel goes down, and no more than that, when a page cannot be placed
- * for want of memory or of its address range (ENOMEM, ENOENT in the event): attach it again. */
+ * for want of memory or of its address range (ENOMEM, ENOENT in the event): attach it again. Locks. */
 int pc_pager_attach_urgent(struct pc_pager *pager, uint32_t shard, int fd);
-/* Adds a bulk channel with its own thread. There may be none. */
+/* Adds a bulk channel with its own thread. There may be none. Locks, and joins the thread of the channel that was there. */
 int pc_pager_attach_bulk(struct pc_pager *pager, uint32_t channel, int fd);
 /* Accounts the faults of kernel thread `tid` to `slot` (a vCPU). */
 int pc_pager_track_thread(struct pc_pager *pager, uint32_t slot, int32_t tid);
@@ -98,27 +105,31 @@ int64_t pc_pager_request_missing(struct pc_pager *pager, uint64_t limit);
  * sent when there is a channel, and again after a channel was lost. How many pages of the range are not there yet. */
 int64_t pc_pager_request_range(struct pc_pager *pager, uint32_t block, uint64_t first_page, uint64_t pages);
 /* Adds 1 to an eventfd, once, when every page of a range is there; requests nothing. The fd is duplicated and stays the
- * caller's. A ticket for pc_pager_unwatch, 0 when they are there already (nothing will be written), or -errno. */
+ * caller's. A ticket for pc_pager_unwatch, 0 when they are there already (nothing will be written), or -errno. Locks, for microseconds,
+ * and so does pc_pager_unwatch. */
 int64_t pc_pager_watch(struct pc_pager *pager, uint32_t block, uint64_t first_page, uint64_t pages, int event_fd);
 /* From its return on nothing is written any more. Harmless for a ticket that is used up. */
 void pc_pager_unwatch(struct pc_pager *pager, int64_t ticket);
 int pc_pager_event_fd(struct pc_pager *pager); /* eventfd: readable when pc_pager_next_event has something */
-int pc_pager_next_event(struct pc_pager *pager, struct pc_event *event); /* 1, or 0 when there is none */
+int pc_pager_next_event(struct pc_pager *pager, struct pc_event *event); /* 1, or 0 when there is none. Locks, for microseconds */
+/* The next four take no lock and stand in the way of no fault; figures that belong together may be one apart. */
 int pc_pager_stats(struct pc_pager *pager, struct pc_pager_stats *stats);
 int pc_pager_latency(struct pc_pager *pager, int stage, struct pc_histogram *histogram); /* all shards merged */
 /* Blocked time of each tracked slot in ns, a fault still pending counted up to now; returns the number of slots. */
 int pc_pager_blocktime(struct pc_pager *pager, uint64_t *blocktime_ns, uint32_t slots);
 int pc_pager_received(struct pc_pager *pager, uint32_t block, uint64_t *words); /* copy of the resident bitmap */
-/* Closes every channel and waits for their threads; memory stays armed and faults stay blocked. */
+/* Closes every channel; memory stays armed and faults stay blocked. Blocks until the bulk threads have ended and every fault thread
+ * has let go of its channel: milliseconds. */
 int pc_pager_disconnect(struct pc_pager *pager);
-/* Unregisters everything. -EBUSY while a page is missing: unregistering would show zeros. */
+/* Unregisters everything. -EBUSY while a page is missing: unregistering would show zeros. One caller at a time. Locks. */
 int pc_pager_disarm(struct pc_pager *pager);
 /* Ends all threads and closes the userfaultfds. Where pages are still missing they are poisoned first (or, on kernels
- * without POISON, the userfaultfd is deliberately left open: -EBUSY), since closing it would turn them into zeros. */
+ * without POISON, the userfaultfd is deliberately left open: -EBUSY), since closing it would turn them into zeros. Alone, and last;
+ * blocks until the threads have ended. */
 int pc_pager_free(struct pc_pager *pager);
 
 /* ---- page server ---- */
-/* The source's side: answers requests, pushes the rest. See csrc/pageserver/pageserver.c. */
+/* The source's side: answers requests, pushes the rest. See csrc/pageserver/server.h. */
 struct pc_pageserver;
 struct pc_pageserver_stats {
     uint64_t total_pages;
@@ -132,15 +143,18 @@ struct pc_pageserver_stats {
     uint64_t bytes_received;
     uint64_t released_bytes; /* content given back to the host, see pc_pageserver_release */
 };
-int pc_pageserver_new(uint64_t max_bandwidth_bytes_per_s, struct pc_pageserver **server); /* 0: no limit; bulk only */
+/* The limit is for bulk only; 0: none. */
+int pc_pageserver_new(uint64_t max_bandwidth_bytes_per_s, struct pc_pageserver **server);
 /* Adds the next RAM block (index returned): memory->base is read where it is not NULL, else memory->fd by pread.
- * page_bytes is the unit of transfer; present_words (copied) has a bit for each page that may be non-zero. */
+ * page_bytes is the unit of transfer; present_words (copied) has a bit for each page that may be non-zero. Locks. */
 int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory *memory, uint64_t page_bytes);
 int pc_pageserver_set_present(struct pc_pageserver *server, uint32_t block, const uint64_t *present_words);
+/* The descriptor is the server's from then on, also on failure. -EBUSY while the channel runs or a disconnect does. Locks, and joins
+ * the thread of the channel that was there. */
 int pc_pageserver_attach_urgent(struct pc_pageserver *server, uint32_t shard, int fd, uint32_t busy_poll_us);
 int pc_pageserver_attach_bulk(struct pc_pageserver *server, uint32_t channel, int fd);
 /* Recovery: the destination has these pages and no others; all others are offered again. -EBUSY while a channel is attached,
- * -ENODATA when a page that was released is not among them. */
+ * -ENODATA when a page that was released is not among them. Locks. */
 int pc_pageserver_set_received(struct pc_pageserver *server, uint32_t block, const uint64_t *received_words);
 /* Urgent requests are answered and bulk is pushed only from here on (until then the machine may still change). */
 int pc_pageserver_start(struct pc_pageserver *server);
@@ -157,7 +171,9 @@ int pc_pageserver_set_bandwidth(struct pc_pageserver *server, uint64_t max_bandw
 int pc_pageserver_event_fd(struct pc_pageserver *server);
 int pc_pageserver_next_event(struct pc_pageserver *server, struct pc_event *event);
 int pc_pageserver_stats(struct pc_pageserver *server, struct pc_pageserver_stats *stats);
+/* Closes every channel. Blocks until their threads have ended. */
 int pc_pageserver_disconnect(struct pc_pageserver *server);
+/* Alone, and last; blocks as pc_pageserver_disconnect does. The memory stays the caller's. */
 void pc_pageserver_free(struct pc_pageserver *server);
 /* ==== end cffi ==== */
 

@@ -49,7 +49,7 @@ int pc_memory_dump(const struct pc_memory *memory, int fd, uint64_t file_offset)
 /* Fills memory (not registered with any userfaultfd) from a file range; holes and zeros stay holes, what was there is
  * gone. The file may end inside the last page; -ENODATA when it is shorter. Blocks on I/O. */
 int pc_memory_load(struct pc_memory *memory, int fd, uint64_t file_offset, uint64_t bytes);
-/* 64-bit sum over CRC32Cs of 4 KiB blocks (csrc/memory/memory.c has the construction): equal sizes and contents give equal
+/* 64-bit sum over CRC32Cs of 4 KiB blocks (csrc/memory/content.c has the construction): equal sizes and contents give equal
  * digests whatever is populated and whatever the page size; absent memory costs almost nothing. Blocks on I/O. */
 int pc_memory_digest(const struct pc_memory *memory, uint64_t *digest);
 int pc_file_digest(int fd, uint64_t size_bytes, uint64_t page_bytes, uint64_t *digest);

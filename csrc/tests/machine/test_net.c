@@ -4,22 +4,17 @@
  * answers on after it has moved, that it is paused where it waits for a page, and that neither a guest nor a saved state can
  * ask for what is not theirs. A socket pair takes the place of the TAP: one datagram is one frame.
  */
-#include "tests/support/test.h"
+#include "tests/machine/machines.h"
 
 #include <fcntl.h>
 #include <sys/socket.h>
 
-#include "machine/machine.h"
-#include "postcopy/core.h"
 #include "postcopy/uffd.h"
 
-#define MIB     (1ull << 20)
-#define RUN_MS  15000
 #define MAC     0x525400a1b2c3ull
 #define ADDRESS 0xa9fe0a0bu /* 169.254.10.11 */
 #define PEER    0xa9fe0102u
 
-static char error[PC_ERROR_BYTES];
 static uint32_t engine; /* of the case */
 
 /* ---- machines ---- */
@@ -33,111 +28,25 @@ static void attach(struct pc_machine_config *config, int *outside)
     *outside = pair[1];
 }
 
-static struct pc_machine_config make_config(uint32_t vcpus, int *outside)
+static struct pc_machine_config make_networked(uint32_t vcpus, int *outside)
 {
-    struct pc_machine_config config = { .engine = engine, .vcpus = vcpus, .workload = PC_WORKLOAD_ECHO, .seed = 7, .disk_fd = -1,
-                                    .working_set_bytes = MIB, .has_net = 1, .net_mac = MAC, .net_address = ADDRESS };
-    uint64_t shared_bytes, private_bytes;
+    struct pc_machine_config config = make_config(engine, PC_WORKLOAD_ECHO, vcpus, PC_MEMORY_MEMFD);
 
-    CHECK_EQ(pc_machine_split_memory(16 * MIB, vcpus, 4096, &shared_bytes, &private_bytes, error, sizeof error), 0);
-    CHECK_EQ(pc_memory_create(PC_MEMORY_MEMFD, shared_bytes, &config.shared, error, sizeof error), 0);
-    for (uint32_t i = 0; i < vcpus; i++)
-        CHECK_EQ(pc_memory_create(PC_MEMORY_MEMFD, private_bytes, &config.private_[i], error, sizeof error), 0);
+    config.working_set_bytes = MIB;
+    config.has_net = 1;
+    config.net_mac = MAC;
+    config.net_address = ADDRESS;
     attach(&config, outside);
     return config;
-}
-
-static struct pc_memory *block(struct pc_machine_config *config, uint32_t index)
-{
-    return index ? &config->private_[index - 1] : &config->shared;
 }
 
 /* The same machine on a network, and over memory, of its own. */
-static struct pc_machine_config make_twin(struct pc_machine_config *of, int *outside)
+static struct pc_machine_config make_networked_twin(struct pc_machine_config *of, int *outside)
 {
-    struct pc_machine_config config = *of;
+    struct pc_machine_config config = make_twin(of, PC_MEMORY_MEMFD);
 
-    for (uint32_t i = 0; i <= of->vcpus; i++)
-        CHECK_EQ(pc_memory_create(PC_MEMORY_MEMFD, block(of, i)->size_bytes, block(&config, i), error, sizeof error), 0);
     attach(&config, outside);
     return config;
-}
-
-static struct pc_machine *open_machine(const struct pc_machine_config *config)
-{
-    struct pc_machine *machine;
-    int rc = pc_machine_open(config, &machine, error, sizeof error);
-
-    if (engine == PC_ENGINE_KVM && (rc == -ENOENT || rc == -EACCES || rc == -EPERM || rc == -ENOTSUP))
-        SKIP("kvm", "%s", error);
-    if (rc)
-        FAIL("%s", error);
-    return machine;
-}
-
-static struct pc_machine_stats stats_of(struct pc_machine *machine)
-{
-    struct pc_machine_stats stats;
-
-    CHECK_EQ(pc_machine_stats(machine, &stats), 0);
-    if (stats.state == PC_MACHINE_FAILED || stats.failures)
-        FAIL("%s", stats.failure_text);
-    return stats;
-}
-
-static void wait_event(struct pc_machine *machine)
-{
-    struct pollfd ring = { .fd = pc_machine_event_fd(machine), .events = POLLIN };
-    uint64_t count;
-
-    CHECK(poll(&ring, 1, RUN_MS) == 1);
-    CHECK_SYS(read(ring.fd, &count, sizeof count));
-}
-
-static struct pc_machine *boot_and_run(const struct pc_machine_config *config)
-{
-    struct pc_machine *machine = open_machine(config);
-
-    CHECK_EQ(pc_machine_boot(machine), 0);
-    CHECK_EQ(pc_machine_resume(machine), 0);
-    while (!stats_of(machine).ready)
-        wait_event(machine);
-    return machine;
-}
-
-static void pause_machine(struct pc_machine *machine)
-{
-    if (pc_machine_pause(machine, RUN_MS, error, sizeof error))
-        FAIL("%s", error);
-}
-
-static uint64_t verify(struct pc_machine *machine)
-{
-    struct pc_machine_check check;
-
-    CHECK_EQ(pc_machine_verify(machine, &check), 0);
-    if (!check.ok)
-        FAIL("%s", check.text);
-    return check.nonce;
-}
-
-struct saved {
-    uint8_t bytes[65536];
-    int64_t count;
-};
-
-static void save(struct pc_machine *machine, struct saved *to)
-{
-    to->count = pc_machine_save_state(machine, to->bytes, sizeof to->bytes, error, sizeof error);
-    if (to->count <= 0)
-        FAIL("%s", error);
-    CHECK((size_t)to->count <= sizeof to->bytes);
-}
-
-static void load(struct pc_machine *machine, const struct saved *from)
-{
-    if (pc_machine_load_state(machine, from->bytes, (size_t)from->count, error, sizeof error))
-        FAIL("%s", error);
 }
 
 /* ---- frames ---- */
@@ -306,8 +215,8 @@ static uint64_t count_answer(int outside, uint64_t *nonce)
 static void answers(void)
 {
     int outside;
-    struct pc_machine_config config = make_config(1, &outside);
-    struct pc_machine *machine = boot_and_run(&config);
+    struct pc_machine_config config = make_networked(1, &outside);
+    struct pc_machine *machine = boot_and_run(&config, 0);
     struct pc_machine_stats stats;
     struct frame request, answer;
     uint64_t nonce, asked = 0;
@@ -347,20 +256,20 @@ static void answers(void)
     answer = ask(outside, datagram(1234, PCG_UDP_COUNT, PCG_UDP_COUNT_BYTES - 1)); /* too short for a number: echoed */
     CHECK_EQ(sum_of(answer.bytes + 34, PCG_UDP_COUNT_BYTES + 7, PSEUDO(PCG_UDP_COUNT_BYTES + 7)), 0);
     pause_machine(machine);
-    CHECK_EQ(verify(machine), nonce);
-    stats = stats_of(machine);
+    CHECK_EQ(verify_ok(machine).nonce, nonce);
+    stats = healthy_stats_of(machine);
     CHECK_EQ(stats.net_received, asked + 4);
     CHECK_EQ(stats.net_sent, asked + 4);
     CHECK_EQ(stats.net_dropped + stats.net_errors, 0);
-    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
+    close_machine(machine);
 }
 
 /* None of these is answered; an echo after each shows that it was looked at, and did no harm. */
 static void does_not_answer(void)
 {
     int outside;
-    struct pc_machine_config config = make_config(1, &outside);
-    struct pc_machine *machine = boot_and_run(&config);
+    struct pc_machine_config config = make_networked(1, &outside);
+    struct pc_machine *machine = boot_and_run(&config, 0);
     struct frame f[24], answer;
     size_t n = 0, dropped = 0;
     uint64_t nonce;
@@ -409,19 +318,19 @@ static void does_not_answer(void)
     }
     CHECK(!answered_within(outside, &answer, 0));
     pause_machine(machine);
-    (void)verify(machine);
-    CHECK_EQ(stats_of(machine).net_dropped, dropped);
-    CHECK_EQ(stats_of(machine).net_received, 2 * n - dropped);
-    CHECK_EQ(stats_of(machine).net_sent, n);
-    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
+    verify_ok(machine);
+    CHECK_EQ(healthy_stats_of(machine).net_dropped, dropped);
+    CHECK_EQ(healthy_stats_of(machine).net_received, 2 * n - dropped);
+    CHECK_EQ(healthy_stats_of(machine).net_sent, n);
+    close_machine(machine);
 }
 
 /* Random bytes, some of them behind a header that lets them in. */
 static void survives_noise(void)
 {
     int outside;
-    struct pc_machine_config config = make_config(1, &outside);
-    struct pc_machine *machine = boot_and_run(&config);
+    struct pc_machine_config config = make_networked(1, &outside);
+    struct pc_machine *machine = boot_and_run(&config, 0);
     struct frame f, end, answer;
 
     end = arp_for(ADDRESS);
@@ -439,8 +348,8 @@ static void survives_noise(void)
         while (answer.count != 42 || memcmp(answer.bytes + 38, end.bytes + 28, 4));
     }
     pause_machine(machine);
-    (void)verify(machine);
-    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
+    verify_ok(machine);
+    close_machine(machine);
 }
 
 /* ---- moving ---- */
@@ -449,8 +358,8 @@ static void survives_noise(void)
 static void moves(void)
 {
     int outside, next_outside;
-    struct pc_machine_config config = make_config(2, &outside), twin;
-    struct pc_machine *machine = boot_and_run(&config), *next;
+    struct pc_machine_config config = make_networked(2, &outside), twin;
+    struct pc_machine *machine = boot_and_run(&config, 0), *next;
     struct pc_machine_stats before;
     static struct saved state;
     uint64_t nonce, first_nonce, number = count_answer(outside, &first_nonce);
@@ -458,21 +367,21 @@ static void moves(void)
 
     for (int hop = 0; hop < 10; hop++) {
         pause_machine(machine);
-        before = stats_of(machine);
+        before = healthy_stats_of(machine);
         save(machine, &state);
         throw_frame(outside, &f); /* what comes now is lost: the machine is on its way */
-        twin = make_twin(&config, &next_outside);
+        twin = make_networked_twin(&config, &next_outside);
         for (uint32_t i = 0; i <= config.vcpus; i++)
             memcpy(block(&twin, i)->base, block(&config, i)->base, block(&config, i)->size_bytes);
         next = open_machine(&twin);
         load(next, &state);
-        CHECK_EQ(stats_of(next).net_received, before.net_received);
-        CHECK_EQ(stats_of(next).net_sent, before.net_sent);
+        CHECK_EQ(healthy_stats_of(next).net_received, before.net_received);
+        CHECK_EQ(healthy_stats_of(next).net_sent, before.net_sent);
         CHECK_EQ(pc_machine_resume(next), 0);
         CHECK_EQ(count_answer(next_outside, &nonce), ++number);
         CHECK_EQ(nonce, first_nonce);
         CHECK(!answered_within(outside, &answer, 0));
-        CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
+        close_machine(machine);
         for (uint32_t i = 0; i <= config.vcpus; i++)
             pc_memory_destroy(block(&config, i));
         close(config.net_fd);
@@ -482,16 +391,16 @@ static void moves(void)
         outside = next_outside;
     }
     pause_machine(machine);
-    CHECK_EQ(verify(machine), first_nonce);
-    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
+    CHECK_EQ(verify_ok(machine).nonce, first_nonce);
+    close_machine(machine);
 }
 
 /* The machine goes on where it was when a migration has failed: what came while it was paused is answered late. */
 static void goes_on_where_it_was(void)
 {
     int outside;
-    struct pc_machine_config config = make_config(1, &outside);
-    struct pc_machine *machine = boot_and_run(&config);
+    struct pc_machine_config config = make_networked(1, &outside);
+    struct pc_machine *machine = boot_and_run(&config, 0);
     static struct saved state;
     struct frame f = ping(1, 64), answer;
     uint64_t nonce;
@@ -502,7 +411,7 @@ static void goes_on_where_it_was(void)
     CHECK_EQ(pc_machine_resume(machine), 0);
     CHECK(answered_within(outside, &answer, RUN_MS));
     CHECK_EQ(count_answer(outside, &nonce), 2);
-    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
+    close_machine(machine);
 }
 
 #if defined(__SANITIZE_THREAD__)
@@ -514,7 +423,7 @@ static void goes_on_where_it_was(void)
 static void pauses_on_a_missing_buffer(void)
 {
     int outside, next_outside;
-    struct pc_machine_config config = make_config(1, &outside), twin = make_twin(&config, &next_outside);
+    struct pc_machine_config config = make_networked(1, &outside), twin = make_networked_twin(&config, &next_outside);
     struct pc_machine *machine, *next;
     static struct saved state;
     struct frame f = datagram(40000, PCG_UDP_COUNT, 40), answer;
@@ -531,7 +440,7 @@ static void pauses_on_a_missing_buffer(void)
     fault.fd = pc_uffd_open(PC_UFFD_USER_ONLY, 0, &api);
     if (fault.fd < 0)
         SKIP("uffd-user", "no userfaultfd, not even for user-mode faults");
-    machine = boot_and_run(&config);
+    machine = boot_and_run(&config, 0);
     for (int i = 0; i < 5; i++) /* every buffer has been used, and the next one is the second */
         CHECK_EQ(count_answer(outside, &nonce), i + 1);
     pause_machine(machine);
@@ -551,10 +460,10 @@ static void pauses_on_a_missing_buffer(void)
             ;
         CHECK_EQ(n, 1);
         CHECK_EQ(event.address & ~4095ull, (uintptr_t)buffers + PCG_PAGE_BYTES);
-        CHECK_EQ(stats_of(next).vcpu[0].activity, PC_VCPU_NET);
+        CHECK_EQ(healthy_stats_of(next).vcpu[0].activity, PC_VCPU_NET);
         pause_machine(next);
         CHECK_EQ(next->vcpu[0].net_status, PCG_NET_AGAIN);
-        CHECK_EQ(stats_of(next).net_received, stats_of(machine).net_received);
+        CHECK_EQ(healthy_stats_of(next).net_received, healthy_stats_of(machine).net_received);
     }
     CHECK_EQ(pc_machine_resume(next), 0);
     for (uint64_t i = 0; i < PCG_NET_BUFFER_COUNT; i++)
@@ -565,17 +474,17 @@ static void pauses_on_a_missing_buffer(void)
     for (uint64_t i = 7; i < 20; i++)
         CHECK_EQ(count_answer(next_outside, &nonce), i);
     pause_machine(next);
-    CHECK_EQ(verify(next), nonce);
-    CHECK_EQ(pc_machine_close(next, RUN_MS), 0);
-    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
+    CHECK_EQ(verify_ok(next).nonce, nonce);
+    close_machine(next);
+    close_machine(machine);
 }
 
 /* Paused wherever it is (asleep, receiving, answering): no frame is lost by it, none answered twice. */
 static void survives_many_pauses(void)
 {
     int outside;
-    struct pc_machine_config config = make_config(1, &outside);
-    struct pc_machine *machine = boot_and_run(&config);
+    struct pc_machine_config config = make_networked(1, &outside);
+    struct pc_machine *machine = boot_and_run(&config, 0);
     struct frame f, answer;
     uint64_t nonce, expected = 0;
 
@@ -598,26 +507,26 @@ static void survives_many_pauses(void)
     }
     CHECK_EQ(count_answer(outside, &nonce), expected + 1);
     pause_machine(machine);
-    CHECK_EQ(verify(machine), nonce);
-    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
+    CHECK_EQ(verify_ok(machine).nonce, nonce);
+    close_machine(machine);
 }
 
 /* The other end is gone: the guest sleeps instead of asking for ever, and can be paused and ended. */
 static void a_dead_network_costs_nothing(void)
 {
     int outside;
-    struct pc_machine_config config = make_config(1, &outside);
-    struct pc_machine *machine = boot_and_run(&config);
+    struct pc_machine_config config = make_networked(1, &outside);
+    struct pc_machine *machine = boot_and_run(&config, 0);
     uint64_t marks;
 
     close(outside);
-    marks = stats_of(machine).vcpu[0].marks;
+    marks = healthy_stats_of(machine).vcpu[0].marks;
     for (int i = 0; i < 4; i++)
         wait_event(machine);
-    CHECK(stats_of(machine).vcpu[0].marks < marks + 50); /* one for each tick: asking on and on it makes thousands */
+    CHECK(healthy_stats_of(machine).vcpu[0].marks < marks + 50); /* one for each tick: asking on and on it makes thousands */
     pause_machine(machine);
-    (void)verify(machine);
-    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
+    verify_ok(machine);
+    close_machine(machine);
 }
 
 /* ---- what is refused ---- */
@@ -625,7 +534,7 @@ static void a_dead_network_costs_nothing(void)
 static void refuses_requests(void)
 {
     int outside;
-    struct pc_machine_config config = make_config(1, &outside);
+    struct pc_machine_config config = make_networked(1, &outside);
     struct pc_machine *machine = open_machine(&config);
     struct pc_vcpu *vcpu = &machine->vcpu[0];
     uint64_t end = config.shared.size_bytes;
@@ -677,7 +586,7 @@ static void refuses_requests(void)
     CHECK(!answered_within(outside, &answer, 0));
     atomic_store(&machine->leave, false);
     CHECK_EQ(pc_net_request(vcpu, PCG_NET_RECEIVE, 0xc000, 1514), f.count);
-    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
+    close_machine(machine);
 }
 
 static void refuse(struct pc_machine_config config, const char *text)
@@ -692,7 +601,7 @@ static void refuse(struct pc_machine_config config, const char *text)
 static void refuses_configurations(void)
 {
     int outside, blocking[2];
-    struct pc_machine_config config = make_config(1, &outside), bad;
+    struct pc_machine_config config = make_networked(1, &outside), bad;
 
     CHECK_SYS(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, blocking));
     bad = config, bad.has_net = 0;
@@ -715,47 +624,27 @@ static void refuses_configurations(void)
     refuse(bad, "IPv4");
 }
 
-static int try_load(const struct pc_machine_config *config, const struct saved *state)
-{
-    struct pc_machine *machine = open_machine(config);
-    int rc = pc_machine_load_state(machine, state->bytes, (size_t)state->count, error, sizeof error);
-
-    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
-    return rc;
-}
-
-/* Where the section of the network device has its payload. */
-static size_t find_section(const struct saved *state)
-{
-    for (size_t at = 32; at < (size_t)state->count; at += 8)
-        if (!memcmp(state->bytes + at, "NETD", 4))
-            return at + 16;
-    FAIL("no section NETD");
-}
-
 static int load_changed(const struct pc_machine_config *config, const struct saved *good, size_t offset, uint32_t value)
 {
     static struct saved bad;
-    uint32_t crc;
 
     bad = *good;
-    memcpy(bad.bytes + find_section(good) + offset, &value, sizeof value);
-    crc = pc_crc32c(0, bad.bytes + 32, (size_t)bad.count - 32);
-    memcpy(bad.bytes + 12, &crc, sizeof crc);
+    memcpy(bad.bytes + find_section(good, "NETD") + 16 + offset, &value, sizeof value);
+    seal(&bad);
     return try_load(config, &bad);
 }
 
 static void refuses_states(void)
 {
     int outside;
-    struct pc_machine_config config = make_config(1, &outside), other;
-    struct pc_machine *machine = boot_and_run(&config);
+    struct pc_machine_config config = make_networked(1, &outside), other;
+    struct pc_machine *machine = boot_and_run(&config, 0);
     static struct saved good, without;
     struct pc_machine *idle;
 
     pause_machine(machine);
     save(machine, &good);
-    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
+    close_machine(machine);
     CHECK_EQ(try_load(&config, &good), 0);
     other = config, other.net_mac++;
     CHECK_EQ(try_load(&other, &good), -EINVAL);
@@ -774,7 +663,7 @@ static void refuses_states(void)
     idle = open_machine(&other);
     CHECK_EQ(pc_machine_boot(idle), 0);
     save(idle, &without);
-    CHECK_EQ(pc_machine_close(idle, RUN_MS), 0);
+    close_machine(idle);
     other.has_net = 1;
     CHECK_EQ(try_load(&other, &without), -EBADMSG);
     CHECK(strstr(error, "NETD is missing"));
@@ -782,7 +671,7 @@ static void refuses_states(void)
     memset(other.shared.base, 0, PCG_IMAGE_END);
     CHECK_EQ(pc_machine_boot(idle), 0);
     save(idle, &without);
-    CHECK_EQ(pc_machine_close(idle, RUN_MS), 0);
+    close_machine(idle);
     other.has_net = 0;
     CHECK_EQ(try_load(&other, &without), -EPROTO);
     CHECK(strstr(error, "NETD"));

@@ -4,121 +4,56 @@
  * may make the guest fail; it must not make a host thread touch guest memory, which is missing while a state is loaded, and
  * for which nobody may ever answer.
  */
-#include "tests/support/test.h"
+#include "tests/machine/machines.h"
 
-#include <pthread.h>
-
-#include "machine/machine.h"
 #include "machine/rv64.h"
-#include "postcopy/core.h"
 #include "postcopy/uffd.h"
 
 #if defined(__x86_64__)
 #include <linux/kvm.h>
 #endif
 
-#define MIB          (1ull << 20)
-#define RUN_MS       15000
-#define HEADER_BYTES 32
-
-static char error[PC_ERROR_BYTES];
-
-struct blob {
-    uint8_t *data;
-    size_t bytes;
-};
-
-static struct pc_machine_config make_config(uint32_t engine, uint32_t workload)
+static struct pc_machine_config make_small(uint32_t engine, uint32_t workload)
 {
-    struct pc_machine_config config = {
-        .engine = engine, .vcpus = 1, .workload = workload, .seed = 7, .disk_fd = -1, .working_set_bytes = 16 * 4096
-    };
-    uint64_t shared_bytes, private_bytes;
+    struct pc_machine_config config = make_config(engine, workload, 1, PC_MEMORY_ANON);
 
-    CHECK_EQ(pc_machine_split_memory(16 * MIB, 1, 4096, &shared_bytes, &private_bytes, error, sizeof error), 0);
-    CHECK_EQ(pc_memory_create(PC_MEMORY_ANON, shared_bytes, &config.shared, error, sizeof error), 0);
-    CHECK_EQ(pc_memory_create(PC_MEMORY_ANON, private_bytes, &config.private_[0], error, sizeof error), 0);
+    config.working_set_bytes = 16 * PAGE;
     return config;
 }
 
-static struct pc_machine *open_machine(const struct pc_machine_config *config)
-{
-    struct pc_machine *machine;
-    int rc = pc_machine_open(config, &machine, error, sizeof error);
-
-    if (config->engine == PC_ENGINE_KVM && (rc == -ENOENT || rc == -EACCES || rc == -EPERM || rc == -ENOTSUP))
-        SKIP("kvm", "%s", error);
-    CHECK_EQ(rc, 0);
-    return machine;
-}
-
 /* The state of a machine that has booted and done nothing yet. */
-static struct blob saved_state(const struct pc_machine_config *config)
+static struct saved saved_state(const struct pc_machine_config *config)
 {
-    struct pc_machine *machine = open_machine(config);
-    struct blob blob = {.bytes = 65536};
-    int64_t bytes;
+    struct pc_machine *machine = boot_machine(config);
+    struct saved saved;
 
-    CHECK_EQ(pc_machine_boot(machine), 0);
-    blob.data = malloc(blob.bytes);
-    CHECK(blob.data);
-    bytes = pc_machine_save_state(machine, blob.data, blob.bytes, error, sizeof error);
-    CHECK(bytes > HEADER_BYTES && (size_t)bytes <= blob.bytes);
-    blob.bytes = (size_t)bytes;
-    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
-    return blob;
-}
-
-static void seal(struct blob *blob)
-{
-    uint64_t bytes = blob->bytes;
-    uint32_t crc = pc_crc32c(0, blob->data + HEADER_BYTES, blob->bytes - HEADER_BYTES);
-
-    memcpy(blob->data + 16, &bytes, sizeof bytes);
-    memcpy(blob->data + 12, &crc, sizeof crc);
-}
-
-/* Where a section's header is. */
-static size_t find(const struct blob *blob, const char *tag)
-{
-    for (size_t at = HEADER_BYTES; at < blob->bytes;) {
-        uint64_t bytes;
-
-        memcpy(&bytes, blob->data + at + 8, sizeof bytes);
-        if (!memcmp(blob->data + at, tag, 4))
-            return at;
-        at += 16 + ((bytes + 7) & ~7ull);
-    }
-    FAIL("there is no section %s", tag);
+    save(machine, &saved);
+    close_machine(machine);
+    return saved;
 }
 
 #if defined(__x86_64__)
 
 /* A copy with one more MSR. */
-static struct blob with_msr(const struct blob *of, uint32_t index, uint64_t value)
+static struct saved with_msr(const struct saved *of, uint32_t index, uint64_t value)
 {
-    size_t at = find(of, "MSRS"), end;
-    struct blob blob = {.data = malloc(of->bytes + 16), .bytes = of->bytes + 16};
-    uint64_t bytes;
+    size_t at = find_section(of, "MSRS"), end = at + 16 + section_bytes(of, at);
+    uint64_t bytes = section_bytes(of, at) + 16;
+    struct saved more = *of;
 
-    CHECK(blob.data);
-    memcpy(&bytes, of->data + at + 8, sizeof bytes);
-    end = at + 16 + bytes;
-    memcpy(blob.data, of->data, end);
-    memset(blob.data + end, 0, 16);
-    memcpy(blob.data + end, &index, sizeof index);
-    memcpy(blob.data + end + 8, &value, sizeof value);
-    memcpy(blob.data + end + 16, of->data + end, of->bytes - end);
-    bytes += 16;
-    memcpy(blob.data + at + 8, &bytes, sizeof bytes);
-    seal(&blob);
-    return blob;
+    more.count += 16;
+    memset(more.bytes + end, 0, 16);
+    memcpy(more.bytes + end, &index, sizeof index);
+    memcpy(more.bytes + end + 8, &value, sizeof value);
+    memcpy(more.bytes + end + 16, of->bytes + end, (size_t)of->count - end);
+    memcpy(more.bytes + at + 8, &bytes, sizeof bytes);
+    seal(&more);
+    return more;
 }
 
 /* A machine over memory that is missing, and that nobody brings. */
 static struct pc_machine *open_missing(struct pc_machine_config *config, int *uffd)
 {
-
     *uffd = pc_uffd_open(PC_UFFD_ANY, 0, NULL);
     if (*uffd < 0)
         SKIP("uffd", "no userfaultfd");
@@ -149,38 +84,35 @@ static void msrs_that_write_memory(void)
         {0x40000082, 0x100001},       /* HV_X64_MSR_SIEFP */
         {0x40000083, 0x100001},       /* HV_X64_MSR_SIMP */
     };
-    struct pc_machine_config here = make_config(PC_ENGINE_KVM, PC_WORKLOAD_IDLE);
-    struct blob good = saved_state(&here);
+    struct pc_machine_config here = make_small(PC_ENGINE_KVM, PC_WORKLOAD_IDLE);
+    struct saved good = saved_state(&here);
 
     for (size_t i = 0; i < sizeof msrs / sizeof *msrs; i++) {
-        struct pc_machine_config there = make_config(PC_ENGINE_KVM, PC_WORKLOAD_IDLE);
-        struct blob bad = with_msr(&good, msrs[i].index, msrs[i].value);
+        struct pc_machine_config there = make_small(PC_ENGINE_KVM, PC_WORKLOAD_IDLE);
+        struct saved bad = with_msr(&good, msrs[i].index, msrs[i].value);
         char name[32];
         int uffd;
         struct pc_machine *machine = open_missing(&there, &uffd);
 
-        CHECK_EQ(pc_machine_load_state(machine, bad.data, bad.bytes, error, sizeof error), -EBADMSG);
+        CHECK_EQ(try_load_into(machine, &bad), -EBADMSG);
         (void)snprintf(name, sizeof name, "MSR 0x%x", msrs[i].index);
         if (!strstr(error, name))
             FAIL("%s is not in: %s", name, error);
-        free(bad.data);
         bad = with_msr(&good, msrs[i].index, 0); /* as older versions send those that KVM lists */
-        CHECK_EQ(pc_machine_load_state(machine, bad.data, bad.bytes, error, sizeof error), 0);
-        CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
-        free(bad.data);
+        CHECK_EQ(try_load_into(machine, &bad), 0);
+        close_machine(machine);
         close(uffd);
     }
-    free(good.data);
 }
 
 /* With page tables of 32-bit PAE KVM reads four of their entries when the registers are set. */
 static void registers_that_read_memory(void)
 {
-    struct pc_machine_config here = make_config(PC_ENGINE_KVM, PC_WORKLOAD_IDLE);
-    struct pc_machine_config there = make_config(PC_ENGINE_KVM, PC_WORKLOAD_IDLE);
-    struct blob state = saved_state(&here);
+    struct pc_machine_config here = make_small(PC_ENGINE_KVM, PC_WORKLOAD_IDLE);
+    struct pc_machine_config there = make_small(PC_ENGINE_KVM, PC_WORKLOAD_IDLE);
+    struct saved state = saved_state(&here);
     struct kvm_sregs sregs;
-    uint8_t *payload = state.data + find(&state, "SREG") + 16;
+    uint8_t *payload = state.bytes + find_section(&state, "SREG") + 16;
     int uffd;
     struct pc_machine *machine = open_missing(&there, &uffd);
 
@@ -191,11 +123,10 @@ static void registers_that_read_memory(void)
     sregs.cr3 = 0x100000;
     memcpy(payload, &sregs, sizeof sregs);
     seal(&state);
-    CHECK_EQ(pc_machine_load_state(machine, state.data, state.bytes, error, sizeof error), -EBADMSG);
+    CHECK_EQ(try_load_into(machine, &state), -EBADMSG);
     CHECK(strstr(error, "SREG") && strstr(error, "64-bit"));
-    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
+    close_machine(machine);
     close(uffd);
-    free(state.data);
 }
 
 #endif
@@ -203,20 +134,19 @@ static void registers_that_read_memory(void)
 /* What would never end by itself: a hart that has executed nearly all instructions that can be counted stands for ever. */
 static void counter_at_its_end(void)
 {
-    struct pc_machine_config config = make_config(PC_ENGINE_RV64, PC_WORKLOAD_IDLE);
-    struct blob state = saved_state(&config);
+    struct pc_machine_config config = make_small(PC_ENGINE_RV64, PC_WORKLOAD_IDLE);
+    struct saved state = saved_state(&config);
     struct pc_hart_state hart;
-    uint8_t *payload = state.data + find(&state, "HART") + 16;
+    uint8_t *payload = state.bytes + find_section(&state, "HART") + 16;
     struct pc_machine *machine = open_machine(&config);
 
     memcpy(&hart, payload, sizeof hart);
     hart.instructions = UINT64_MAX;
     memcpy(payload, &hart, sizeof hart);
     seal(&state);
-    CHECK_EQ(pc_machine_load_state(machine, state.data, state.bytes, error, sizeof error), -EBADMSG);
+    CHECK_EQ(try_load_into(machine, &state), -EBADMSG);
     CHECK(strstr(error, "HART"));
-    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
-    free(state.data);
+    close_machine(machine);
 }
 
 /* ---- the end, while something works on it ---- */
@@ -224,7 +154,7 @@ static void counter_at_its_end(void)
 /* A load that hangs: the machine stays whole until it has come back, and can then be closed. */
 static void close_during_a_load(void)
 {
-    struct pc_machine_config config = make_config(PC_ENGINE_RV64, PC_WORKLOAD_IDLE);
+    struct pc_machine_config config = make_small(PC_ENGINE_RV64, PC_WORKLOAD_IDLE);
     struct pc_machine *machine = open_machine(&config);
     struct pc_machine_stats stats;
 
@@ -238,7 +168,7 @@ static void close_during_a_load(void)
     machine->transition = false;
     pthread_cond_broadcast(&machine->changed);
     pthread_mutex_unlock(&machine->lock);
-    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
+    close_machine(machine);
 }
 
 struct verification {
@@ -247,7 +177,7 @@ struct verification {
     _Atomic bool over;
 };
 
-static void *verify(void *argument)
+static void *verify_in_thread(void *argument)
 {
     struct verification *v = argument;
     struct pc_machine_check check;
@@ -260,7 +190,7 @@ static void *verify(void *argument)
 /* Guest memory says that 2^62 operations were done: whoever recounts them can be called off. */
 static void close_during_a_verification(void)
 {
-    struct pc_machine_config config = make_config(PC_ENGINE_RV64, PC_WORKLOAD_RANDOM);
+    struct pc_machine_config config = make_small(PC_ENGINE_RV64, PC_WORKLOAD_RANDOM);
     struct pc_machine *machine = open_machine(&config);
     struct verification v = {.machine = machine};
     struct pcg_vcpu *guest = (struct pcg_vcpu *)(void *)((uint8_t *)config.shared.base + PCG_VCPU_PAGES);
@@ -269,13 +199,13 @@ static void close_during_a_verification(void)
 
     CHECK_EQ(pc_machine_boot(machine), 0);
     guest->operations = 1ull << 62;
-    CHECK_EQ(pthread_create(&thread, NULL, verify, &v), 0);
+    CHECK_EQ(pthread_create(&thread, NULL, verify_in_thread, &v), 0);
     while (!under_way && !atomic_load(&v.over)) {
         pthread_mutex_lock(&machine->lock);
         under_way = machine->transition;
         pthread_mutex_unlock(&machine->lock);
     }
-    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
+    close_machine(machine);
     CHECK_EQ(pthread_join(thread, NULL), 0);
     CHECK_EQ(v.result, -ECANCELED);
 }
@@ -283,7 +213,7 @@ static void close_during_a_verification(void)
 /* The verifier reads tables whose place the guest says: any number, also one that no word can be at. */
 static void tables_at_odd_addresses(void)
 {
-    struct pc_machine_config config = make_config(PC_ENGINE_RV64, PC_WORKLOAD_IDLE);
+    struct pc_machine_config config = make_small(PC_ENGINE_RV64, PC_WORKLOAD_IDLE);
     struct pc_machine *machine = open_machine(&config);
     struct pcg_vcpu *guest = (struct pcg_vcpu *)(void *)((uint8_t *)config.shared.base + PCG_VCPU_PAGES);
     struct pc_machine_check check;
@@ -298,7 +228,7 @@ static void tables_at_odd_addresses(void)
     guest->slot_gva[0] = PCG_IMAGE + 1;
     CHECK_EQ(pc_machine_verify(machine, &check), 0);
     CHECK(!check.ok);
-    CHECK_EQ(pc_machine_close(machine, RUN_MS), 0);
+    close_machine(machine);
 }
 
 int main(int argc, char **argv)

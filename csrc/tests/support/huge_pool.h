@@ -18,25 +18,28 @@
 
 static long borrowed_;
 
-/* By so many, not to so many: several tests may do this at once, each takes back what it has added and not what it once saw,
- * and the lock keeps reading and writing together. */
-static bool change_pool_(long by)
+/* Changes the pool by so many pages, not to so many: several tests may do this at the same time, and each takes back what it has
+ * added and not what it once saw. The lock keeps reading and writing together. By how many it has changed: the kernel may not find all
+ * of them. */
+static long change_pool_(long by)
 {
     int fd = open("/proc/sys/vm/nr_hugepages", O_RDWR | O_CLOEXEC);
     char text[32] = "";
-    bool changed = false;
+    long before = 0, after = 0;
 
     if (fd < 0)
-        return false;
+        return 0;
     (void)flock(fd, LOCK_EX);
     if (pread(fd, text, sizeof(text) - 1, 0) > 0) {
-        long pages = strtol(text, NULL, 10) + by;
-        int length = snprintf(text, sizeof(text), "%ld", pages > 0 ? pages : 0);
+        int length;
 
-        changed = pwrite(fd, text, (size_t)length, 0) == length;
+        before = after = strtol(text, NULL, 10);
+        length = snprintf(text, sizeof(text), "%ld", before + by > 0 ? before + by : 0);
+        if (pwrite(fd, text, (size_t)length, 0) == length && pread(fd, text, sizeof(text) - 1, 0) > 0)
+            after = strtol(text, NULL, 10);
     }
     close(fd);
-    return changed;
+    return after - before;
 }
 
 static void return_huge_pages_(void)
@@ -57,9 +60,11 @@ static void return_on_signal_(int number)
 /* For a main(): cases that need more, or run where nothing could be borrowed, skip. */
 static void borrow_huge_pages(long pages)
 {
-    if (geteuid() || pc_huge_page_bytes() != 2 << 20 || !change_pool_(pages))
+    if (geteuid() || pc_huge_page_bytes() != 2 << 20)
         return;
-    borrowed_ = pages;
+    borrowed_ = change_pool_(pages);
+    if (borrowed_ <= 0)
+        return;
     (void)atexit(return_huge_pages_);
     (void)signal(SIGINT, return_on_signal_);
     (void)signal(SIGTERM, return_on_signal_);

@@ -45,6 +45,13 @@
 
 static char message[PC_ERROR_BYTES];
 
+#define WAIT_UNTIL(condition)                                                                                           \
+    do {                                                                                                                \
+        for (uint64_t end_ns_ = pc_now_ns() + (uint64_t)PATIENCE_MS * 1000000; !(condition); pc_sleep_ns(50000))        \
+            if (pc_now_ns() > end_ns_)                                                                                  \
+                FAIL("still not true: %s", #condition);                                                                 \
+    } while (0)
+
 /* ---- content ------------------------------------------------------------------------------------------------------ */
 
 enum content { ABSENT, ZEROED, DATA };
@@ -93,6 +100,23 @@ static bool is_page(uint32_t block, uint64_t page, uint64_t page_bytes, const vo
     for (uint64_t i = 0; i < page_bytes / sizeof(*words); i++)
         wrong |= words[i] ^ (data ? (base ^ i * 0xD6E8FEB86659FD93) | 1 : 0);
     return !wrong;
+}
+
+/* An unlinked file; with open(2) flags, opened once more with them. -1 with errno: they are refused. */
+static int temporary_file(int flags)
+{
+    const char *directory = getenv("TMPDIR");
+    char path[4096];
+    int fd;
+
+    (void)snprintf(path, sizeof(path), "%s/postcopy-test-XXXXXX", directory ? directory : "/tmp");
+    fd = CHECK_SYS(mkostemp(path, O_CLOEXEC));
+    if (flags) {
+        close(fd);
+        fd = open(path, O_RDWR | O_CLOEXEC | flags);
+    }
+    (void)unlink(path);
+    return fd;
 }
 
 /* ---- sockets ------------------------------------------------------------------------------------------------------ */
@@ -391,6 +415,16 @@ static void connect_bulk(struct rig *rig, uint32_t channel, int *knife)
     CHECK_EQ(pc_pager_attach_bulk(rig->pager, channel, pair[1]), 0);
 }
 
+/* Channel 0 and 1 are urgent, 2 is bulk. */
+static void reconnect(struct rig *rig, int channel, int *knife)
+{
+    close(*knife);
+    if (channel < 2)
+        connect_urgent(rig, (uint32_t)channel, knife);
+    else
+        connect_bulk(rig, 0, knife);
+}
+
 /* The pager's connections with the test as the source. */
 static int script_urgent(struct rig *rig, uint32_t shard)
 {
@@ -450,6 +484,16 @@ static uint64_t count_content(const struct rig *rig, enum content content)
         for (uint64_t page = 0; page < rig->pages[i]; page++)
             count += content_of(i, page) == content;
     return count;
+}
+
+/* The next page with content, for a test that needs a missing one again and again. */
+static uint64_t next_data_page(const struct rig *rig, uint64_t *page)
+{
+    do
+        ++*page;
+    while (*page < rig->pages[0] && content_of(0, *page) != DATA);
+    CHECK(*page < rig->pages[0]);
+    return *page;
 }
 
 static uint64_t resident_bytes(const struct rig *rig)
@@ -574,14 +618,7 @@ static size_t shuffled(const struct rig *rig, int content, struct visit *visits)
 /* Until so many threads wait, as far as the pager has seen. */
 static void wait_pending(const struct rig *rig, uint64_t pending)
 {
-    uint64_t end_ns = pc_now_ns() + (uint64_t)PATIENCE_MS * 1000000;
-
-    while (pager_stats(rig).pending_faults != pending) {
-        if (pc_now_ns() > end_ns)
-            FAIL("%llu threads wait, not %llu", (unsigned long long)pager_stats(rig).pending_faults,
-                 (unsigned long long)pending);
-        (void)sched_yield();
-    }
+    WAIT_UNTIL(pager_stats(rig).pending_faults == pending);
 }
 
 static void serve_page(const struct rig *rig, int fd, uint32_t block, uint64_t page)

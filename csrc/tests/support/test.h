@@ -14,6 +14,7 @@
  * fail, it hangs, in a state in which only SIGKILL reaches it. A failed CHECK ends the child, from any of its threads.
  * Arguments choose cases by a part of the name. POSTCOPY_TEST_NOFORK=1 runs them in this process, for a debugger.
  * POSTCOPY_SEED sets the seed of test_random(); it is printed. A case that cannot run here calls SKIP(need, reason);
+ * POSTCOPY_TEST_PART=2/3 runs the second of every three cases, so that three processes share a program.
  * POSTCOPY_REQUIRE, a list such as "uffd,kvm", makes skips for these needs failures ("all": every skip).
  * Exit status: 0, 1 when a case failed, 77 when all were skipped.
  */
@@ -42,6 +43,7 @@ static struct {
     int passed, failed, skipped;
     int filters;
     char **filter;
+    int part, parts, cases; /* 1 of 1: every case */
     bool forked;
     uint64_t seed, random;
 } test_;
@@ -129,8 +131,10 @@ __attribute__((unused)) static uint64_t test_below(uint64_t limit)
 
 __attribute__((unused)) static void test_begin(int argc, char **argv)
 {
-    const char *seed = getenv("POSTCOPY_SEED");
+    const char *seed = getenv("POSTCOPY_SEED"), *part = getenv("POSTCOPY_TEST_PART");
 
+    if (!part || sscanf(part, "%d/%d", &test_.part, &test_.parts) != 2)
+        test_.part = test_.parts = 1;
     test_.filters = argc - 1;
     test_.filter = argv + 1;
     test_.seed = seed ? strtoull(seed, NULL, 0) : pc_now_ns() ^ (uint64_t)getpid() << 40;
@@ -169,7 +173,7 @@ __attribute__((unused)) static void test_run_(const char *name, void (*run)(void
 
     for (int i = 0; i < test_.filters; i++)
         wanted = wanted || strstr(name, test_.filter[i]);
-    if (!wanted)
+    if (!wanted || test_.cases++ % test_.parts != test_.part - 1)
         return;
     test_.random = test_.seed;
     (void)fflush(stdout);
@@ -193,7 +197,7 @@ __attribute__((unused)) static void test_run_(const char *name, void (*run)(void
             run();
             test_exit_(0);
         }
-        (void)setpgid(child, child); /* also here: whoever comes first */
+        (void)setpgid(child, child); /* here too: the two race */
         status = test_wait_(child, deadline_s, &late);
     }
     if (late) {

@@ -226,3 +226,34 @@ def test_every_error_is_one_of_ours() -> None:
     assert issubclass(CoreError, OSError)
     error = CoreError(2, "opening x")
     assert (error.errno, str(error)) == (2, "opening x: No such file or directory")
+
+
+def test_a_buffer_is_read_where_it_is_and_never_changed() -> None:
+    content = bytearray(os.urandom(3 * PAGE + 1))
+    with memoryview(content)[1:] as view, Memory.from_buffer(view) as memory:
+        assert (memory.kind, memory.pages, memory.file_bytes) == (MemoryKind.BUFFER, 3, 3 * PAGE)
+        assert memory.read(PAGE, 2 * PAGE) == content[1 + PAGE :]
+        assert memory.present() == Bitmap.full(3)
+        with Memory.create("memfd", 3 * PAGE) as other:
+            other.write(0, bytes(view))
+            assert memory.digest() == other.digest()
+            assert memory.digest(PAGE) == other.digest(PAGE)
+        with pytest.raises(ValueError, match="read only"):
+            memory.write(0, b"x")
+        with pytest.raises(ValueError, match="read only"):
+            memory.discard(0, PAGE)
+        with pytest.raises(ValueError, match="read only"):
+            memory.load(0)
+        with pytest.raises(ValueError, match="read only"), memory.buffer():
+            pass
+        with pytest.raises(BufferError):  # the memory has it
+            content.append(0)
+    content.append(0)
+
+
+def test_memory_without_content_says_how_large_it_is() -> None:
+    with Memory.without_content(3 * PAGE + 1, PAGE) as memory:
+        assert (memory.pages, memory.file_bytes, memory.address) == (4, 3 * PAGE + 1, 0)
+        assert memory.present() == Bitmap.full(4)
+        with pytest.raises(ValueError, match="not mapped"):
+            memory.read(0, 1)

@@ -17,17 +17,6 @@ static atomic_int entered, go_on; /* before the placement */
 static atomic_int placed, leave;  /* after it */
 static atomic_int refusals;       /* so many placements get EAGAIN, and no event ends it */
 
-static void wait_for(atomic_int *flag)
-{
-    uint64_t end_ns = pc_now_ns() + (uint64_t)PATIENCE_MS * 1000000;
-
-    while (!atomic_load(flag)) {
-        if (pc_now_ns() > end_ns)
-            FAIL("a case waits for something that does not happen");
-        (void)nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
-    }
-}
-
 int __wrap_pc_uffd_copy(int uffd, uint64_t address, const void *source, uint64_t bytes, uint64_t mode, uint64_t *done_bytes)
 {
     uint64_t at = (uint64_t)(uintptr_t)atomic_load(&watched);
@@ -40,12 +29,12 @@ int __wrap_pc_uffd_copy(int uffd, uint64_t address, const void *source, uint64_t
     }
     if (held) {
         atomic_store(&entered, 1);
-        wait_for(&go_on);
+        WAIT_UNTIL(atomic_load(&go_on));
     }
     result = __real_pc_uffd_copy(uffd, address, source, bytes, mode, done_bytes);
     if (held) {
         atomic_store(&placed, 1);
-        wait_for(&leave);
+        WAIT_UNTIL(atomic_load(&leave));
     }
     return result;
 }
@@ -81,7 +70,6 @@ static void discarded_while_it_is_placed(int kind)
     struct rig rig;
     pthread_t thread;
     int fd, bulk_fd;
-    uint64_t end_ns;
 
     open_pager(&rig, kind, 1, pages);
     arm_all(&rig, 0);
@@ -92,10 +80,8 @@ static void discarded_while_it_is_placed(int kind)
     CHECK_EQ(pthread_create(&thread, NULL, touch_discard_touch, &rig), 0);
     CHECK(receive_frame(fd, &frame));
     serve_page(&rig, bulk_fd, 0, 0);
-    wait_for(&placed);
-    end_ns = pc_now_ns() + (uint64_t)PATIENCE_MS * 1000000;
-    while (pager_stats(&rig).faults < 2)
-        CHECK(pc_now_ns() < end_ns);
+    WAIT_UNTIL(atomic_load(&placed));
+    WAIT_UNTIL(pager_stats(&rig).faults >= 2);
     atomic_store(&leave, 1);
     CHECK_EQ(pthread_join(thread, NULL), 0);
     wait_pending(&rig, 0);
@@ -281,10 +267,10 @@ static void removed_between_decision_and_placement(int kind)
     atomic_store(&watched, dest_page(&rig, 0, 0));
     atomic_store(&leave, 1);
     serve_page(&rig, bulk_fd, 0, 0);
-    wait_for(&entered);
+    WAIT_UNTIL(atomic_load(&entered));
     CHECK_EQ(pthread_create(&remover.thread, NULL, remove_page, &remover), 0);
     for (int i = 0; i < 20 && !atomic_load(&remover.done); i++) /* it cannot be done before the placement, if all is well */
-        (void)nanosleep(&(struct timespec){.tv_nsec = SERVED_MS * 1000000 / 20}, NULL);
+        pc_sleep_ns(SERVED_MS * 1000000 / 20);
     atomic_store(&go_on, 1);
     CHECK_EQ(pthread_join(remover.thread, NULL), 0);
     CHECK(zero_here(&rig, 0));
@@ -476,16 +462,13 @@ static void many_threads_without_names(int kind)
     struct toucher touchers[40], other;
     struct pc_frame frame;
     struct rig rig;
-    uint64_t end_ns;
     int fd;
 
     open_foreign(&rig, kind, 64, 0);
     fd = script_urgent(&rig, 0);
     for (int i = 0; i < 40; i++)
         touch_one(&touchers[i], &rig, 0, 0);
-    end_ns = pc_now_ns() + (uint64_t)PATIENCE_MS * 1000000;
-    while (pager_stats(&rig).faults < 40)
-        CHECK(pc_now_ns() < end_ns);
+    WAIT_UNTIL(pager_stats(&rig).faults >= 40);
     touch_one(&other, &rig, 0, 1);
     CHECK(receive_frame(fd, &frame));
     CHECK_EQ(frame.first_page, 0);

@@ -22,7 +22,7 @@ int __wrap_pc_uffd_copy(int uffd, uint64_t address, const void *source, uint64_t
         return __real_pc_uffd_copy(uffd, address, source, bytes, mode, done_bytes);
     atomic_fetch_add(&held, 1);
     while (atomic_load(&hold))
-        (void)nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
+        pc_sleep_ns(100000);
     atomic_fetch_add(&refused, 1);
     *done_bytes = 0;
     return -atomic_load(&copy_error);
@@ -35,16 +35,6 @@ int __wrap_pc_uffd_zeropage(int uffd, uint64_t address, uint64_t bytes, uint64_t
     atomic_fetch_add(&refused, 1);
     *done_bytes = 0;
     return -atomic_load(&zeropage_error);
-}
-
-static void until_at_least(atomic_int *count, int wanted)
-{
-    uint64_t end_ns = pc_now_ns() + (uint64_t)PATIENCE_MS * 1000000;
-
-    while (atomic_load(count) < wanted) {
-        CHECK(pc_now_ns() < end_ns);
-        (void)nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
-    }
 }
 
 static void serve_all(struct rig *rig, int fd)
@@ -89,8 +79,8 @@ static void one_end_a_channel(void)
     close_rig(&rig);
 }
 
-/* What the source cannot serve is told once for each channel; for a page that is here it means nothing. */
-static void errors_are_told_once(void)
+/* What the source cannot serve is reported once for each channel; for a page that is here it means nothing. */
+static void errors_are_reported_once(void)
 {
     const uint64_t pages[] = {16};
     struct pc_frame frame = {.type = PC_FRAME_ERROR, .flags = PC_FRAME_DEMAND, .first_page = 0, .pages = 1};
@@ -115,7 +105,7 @@ static void errors_are_told_once(void)
     for (int i = 0; i < 100; i++) {
         CHECK(send_frame(fd, frame, "no", 2) && send_frame(bulk_fd, frame, "no", 2));
         if (i % 10 == 0)
-            collect(&rig.from_pager); /* read at once or not: it is not told again */
+            collect(&rig.from_pager); /* read at once or not: it is not reported again */
     }
     EXPECT_EVENT(&rig.from_pager, PC_EVENT_FATAL, PC_CHANNEL_URGENT, 0, &event);
     CHECK_EQ(event.error, EIO);
@@ -314,7 +304,7 @@ static void asked_for_when_a_push_fails(void)
     atomic_store(&hold, true);
     atomic_store(&copy_error, ENOMEM);
     serve_page(&rig, bulk_fd, 0, 0);
-    until_at_least(&held, 1);
+    WAIT_UNTIL(atomic_load(&held) >= 1);
     touch_one(&touchers[0], &rig, 0, 0);
     touch_one(&touchers[1], &rig, 0, 0);
     wait_pending(&rig, 2);
@@ -353,10 +343,10 @@ static void asked_for_again_when_the_answer_was_dropped(void)
     atomic_store(&hold, true);
     atomic_store(&copy_error, ENOMEM);
     serve_page(&rig, bulk_fd, 0, 0);
-    until_at_least(&held, 1);
+    WAIT_UNTIL(atomic_load(&held) >= 1);
     serve_page(&rig, fd, 0, 0);
     while (pager_stats(&rig).duplicate_pages < 1)
-        (void)nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
+        pc_sleep_ns(100000);
     CHECK(!speaks(fd, SERVED_MS));
     atomic_store(&hold, false);
     CHECK(receive_frame(fd, &frame));
@@ -386,7 +376,7 @@ static void no_memory_for_zeros(int error)
     arm_all(&rig, 0);
     atomic_store(&zeropage_error, error);
     touch_one(&toucher, &rig, 0, 1);
-    until_at_least(&refused, 6);
+    WAIT_UNTIL(atomic_load(&refused) >= 6);
     CHECK_EQ(atomic_load(&toucher.done), 0);
     faults = pager_stats(&rig).faults;
     CHECK_EQ(pager_stats(&rig).pending_faults, 1);
@@ -545,7 +535,7 @@ int main(int argc, char **argv)
 {
     test_begin(argc, argv);
     RUN_CASE(one_end_a_channel);
-    RUN_CASE(errors_are_told_once);
+    RUN_CASE(errors_are_reported_once);
     RUN_CASE(events_are_bounded);
     RUN_CASE(a_turn_is_bounded);
     RUN_CASE(a_limit_is_for_all_shards);

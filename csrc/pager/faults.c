@@ -1,0 +1,438 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Who waits: faults are read from the userfaultfd, requested once a page, kept in the pending table until their page is there,
+ * then accounted.
+ *
+ * Owns a shard's pending table and the reading of its userfaultfd, which also tells of memory that was taken away. All of it runs on
+ * the shard's fault thread, which takes no memory and, but for the gate, no lock on the way; other threads may only ask for a
+ * recheck.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <unistd.h>
+
+#include "pager/pager.h"
+#include "uffd/uffd_abi.h"
+
+#define EVENTS_PER_READ 64
+#define UNPOLLABLE_NS 100000000 /* a userfaultfd that cannot be polled is looked at so often */
+
+/* ---- the pending table -------------------------------------------------------------------------------------------- */
+
+/* Before `received` is looked at: who sets it looks here afterwards. */
+static void publish_pending(struct shard *shard)
+{
+    uint64_t oldest_ns = 0;
+
+    for (size_t i = 0; i < shard->pending_count; i++)
+        if (!oldest_ns || shard->pending[i].event_ns < oldest_ns)
+            oldest_ns = shard->pending[i].event_ns;
+    __atomic_store_n(&shard->metrics->oldest_ns, oldest_ns, __ATOMIC_RELAXED);
+    __atomic_store_n(&shard->metrics->pending, shard->pending_count, __ATOMIC_SEQ_CST);
+}
+
+static struct fault *find_pending(const struct shard *shard, uint32_t block, uint64_t page)
+{
+    for (size_t i = 0; i < shard->pending_count; i++)
+        if (shard->pending[i].block == block && shard->pending[i].page == page)
+            return &shard->pending[i];
+    return NULL;
+}
+
+static int thread_slot(const struct pc_metrics_map *metrics, int32_t tid)
+{
+    if (tid > 0)
+        for (int slot = 0; slot < PC_MAX_TRACKED_THREADS; slot++)
+            if (__atomic_load_n(&metrics->tids[slot], __ATOMIC_RELAXED) == tid)
+                return slot;
+    return -1;
+}
+
+/* A tracked thread waits no longer. */
+static void account_blocked(struct shard *shard, const struct fault *fault, uint64_t now_ns)
+{
+    struct pc_metrics_map *metrics = shard->pager->metrics.map;
+
+    if (fault->slot < 0)
+        return;
+    __atomic_store_n(&metrics->blocked_since_ns[fault->slot], 0, __ATOMIC_RELAXED);
+    (void)__atomic_fetch_add(&metrics->blocked_ns[fault->slot], now_ns - fault->event_ns, __ATOMIC_RELAXED);
+}
+
+/* A thread that has been woken: accounted and forgotten. received_ns is 0 when its page did not come in answer to a request. */
+static void finish_fault(struct shard *shard, struct fault *fault, uint64_t placed_ns, uint64_t received_ns)
+{
+    struct pc_histogram *stages = shard->metrics->stages;
+
+    pc_histogram_add(&stages[PC_STAGE_TOTAL], placed_ns - fault->event_ns);
+    if (fault->sent_ns && received_ns > fault->sent_ns) {
+        pc_histogram_add(&stages[PC_STAGE_SENT], fault->sent_ns - fault->event_ns);
+        pc_histogram_add(&stages[PC_STAGE_RECEIVED], received_ns - fault->sent_ns);
+        pc_histogram_add(&stages[PC_STAGE_PLACED], placed_ns - received_ns);
+    }
+    account_blocked(shard, fault, placed_ns);
+    *fault = shard->pending[--shard->pending_count];
+    if (shard->overflowed && shard->pending_count < PENDING_MAX / 2) {
+        uint32_t count = pc_range_count(shard);
+
+        shard->overflowed = false;
+        for (uint32_t i = 0; i < count; i++) {
+            const struct range *range = &shard->ranges[i];
+
+            pc_wake_pages(shard, shard->pager->blocks[range->block], range->first_page, range->pages);
+        }
+    }
+}
+
+void pc_finish_faults(struct shard *shard, uint32_t block, uint64_t first, uint64_t pages, uint64_t received_ns)
+{
+    uint64_t placed_ns = pc_now_ns();
+    size_t before = shard->pending_count;
+
+    for (size_t i = 0; i < shard->pending_count;) {
+        struct fault *fault = &shard->pending[i];
+
+        if (fault->block != block || fault->page - first >= pages)
+            i++;
+        else
+            finish_fault(shard, fault, placed_ns, received_ns);
+    }
+    if (shard->pending_count != before)
+        publish_pending(shard);
+}
+
+/* Its one thread waits for another page now: it was interrupted. */
+static void replace_pending(struct shard *shard, struct fault *fault, uint64_t now_ns)
+{
+    account_blocked(shard, fault, now_ns);
+    if (fault->unrequested) {
+        struct fault was = *fault, *other;
+
+        fault->block = UINT32_MAX;
+        other = find_pending(shard, was.block, was.page);
+        if (other)
+            other->unrequested = true;
+        else
+            pc_atomic_clear_bit(shard->pager->blocks[was.block]->requested, was.page); /* nobody will request it */
+    }
+}
+
+/* The entry of a fault, NULL when there is no room. *again: it was there. */
+static struct fault *add_pending(struct shard *shard, uint32_t block, uint64_t page, int32_t tid, uint64_t now_ns, bool *again)
+{
+    struct pc_metrics_map *metrics = shard->pager->metrics.map;
+    struct fault *fault = NULL;
+
+    *again = false;
+    for (size_t i = 0; i < shard->pending_count && !fault; i++) {
+        struct fault *other = &shard->pending[i];
+
+        if (other->tid != tid || (!tid && (other->page != page || other->block != block)))
+            continue;
+        if (other->page == page && other->block == block) {
+            *again = true;
+            return other;
+        }
+        fault = other; /* a thread waits for one page at a time */
+        replace_pending(shard, fault, now_ns);
+    }
+    if (!fault) {
+        if (shard->pending_count == PENDING_MAX) {
+            shard->overflowed = true;
+            return NULL;
+        }
+        fault = &shard->pending[shard->pending_count++];
+    }
+    *fault = (struct fault){.page = page, .event_ns = now_ns, .block = block, .tid = tid, .slot = thread_slot(metrics, tid)};
+    if (fault->slot >= 0)
+        __atomic_store_n(&metrics->blocked_since_ns[fault->slot], now_ns, __ATOMIC_RELAXED);
+    publish_pending(shard);
+    return fault;
+}
+
+/* ---- requests for those who wait ---------------------------------------------------------------------------------- */
+
+/* Requests the page of a thread that waits, unless it is claimed: then a request would bring it twice. */
+static void request_page(struct shard *shard, struct fault *fault)
+{
+    fault->unrequested = true;
+    if (shard->stream.fd < 0 || pc_bits_test(shard->pager->blocks[fault->block]->claimed, fault->page))
+        return;
+    if (!pc_queue_request(shard, fault->block, fault->page, 0)) {
+        shard->send_full = true;
+        return;
+    }
+    fault->unrequested = false;
+    fault->sent_ns = fault->event_ns; /* corrected when the request has left */
+}
+
+/* Requests what threads wait for and what could not be requested when they came. */
+void pc_request_pending(struct shard *shard)
+{
+    shard->send_full = false;
+    if (shard->stream.fd < 0)
+        return;
+    /* `requested` is cleared and set again, so that of several threads that wait for one page the first requests it. */
+    for (size_t i = 0; i < shard->pending_count; i++)
+        if (shard->pending[i].unrequested)
+            pc_atomic_clear_bit(shard->pager->blocks[shard->pending[i].block]->requested, shard->pending[i].page);
+    for (size_t i = 0; i < shard->pending_count; i++) {
+        struct fault *fault = &shard->pending[i];
+
+        if (!fault->unrequested)
+            continue;
+        fault->unrequested = false;
+        if (pc_atomic_test_and_set_bit(shard->pager->blocks[fault->block]->requested, fault->page))
+            continue;
+        /* Who received it while the bit was clear has notified nobody. */
+        if (pc_bits_test(shard->pager->blocks[fault->block]->received, fault->page))
+            __atomic_store_n(&shard->recheck, true, __ATOMIC_SEQ_CST);
+        else
+            request_page(shard, fault);
+    }
+}
+
+/* All that was requested and did not come is requested again: at once what threads wait for, the rest, which becomes `lost`, ahead of
+ * faults. A few hundred microseconds for 64 GiB, once for each channel that was lost. */
+void pc_request_again(struct shard *shard)
+{
+    uint32_t count = pc_range_count(shard);
+
+    for (uint32_t i = 0; i < count; i++) {
+        const struct range *range = &shard->ranges[i];
+        struct block *block = shard->pager->blocks[range->block];
+        uint64_t end = range->first_page + range->pages;
+
+        for (uint64_t word = range->first_page / 64; word * 64 < end; word++) {
+            uint64_t lost = pc_bits_word(block->requested, word) & pc_bits_mask(word, range->first_page, range->pages);
+
+            if (!lost)
+                continue;
+            lost &= ~pc_bits_word(block->claimed, word);
+            (void)pc_atomic_set(block->lost, word, lost);
+            pc_atomic_clear(block->requested, word, lost);
+        }
+    }
+    pc_cursor_restart(shard, &shard->lost);
+    for (size_t i = 0; i < shard->pending_count; i++)
+        shard->pending[i].unrequested = true;
+    pc_request_pending(shard);
+}
+
+/* ---- pages that are there ----------------------------------------------------------------------------------------- */
+
+/* The kernel says that not now: the loop comes back, after the next events or after a moment. */
+void pc_retry_later(struct shard *shard)
+{
+    if (shard->retry_at_ns)
+        return;
+    shard->retry_ns = !shard->retry_ns ? RETRY_NS : shard->retry_ns < RETRY_MAX_NS ? shard->retry_ns * 2 : RETRY_MAX_NS;
+    shard->retry_at_ns = pc_now_ns() + shard->retry_ns;
+}
+
+/* Resolves a fault; false when the kernel does not let it now: the loop comes back for it. */
+static bool resolve_or_retry(struct shard *shard, uint32_t index, uint64_t page, bool minor)
+{
+    int error = pc_resolve(shard, shard->pager->blocks[index], page, minor);
+
+    if (pc_is_temporary(error)) {
+        pc_retry_later(shard);
+        return false;
+    }
+    if (error)
+        (void)pc_pager_fatal(shard->pager, error, "cannot resolve a fault on", index, page);
+    return true;
+}
+
+/* The page is zero: shown to those who wait for it. False: nobody does. */
+bool pc_resolve_zero(struct shard *shard, uint32_t index, uint64_t page, uint64_t received_ns)
+{
+    struct fault *fault = find_pending(shard, index, page);
+
+    if (!fault)
+        return false;
+    fault->unresolved = !resolve_or_retry(shard, index, page, false);
+    if (!fault->unresolved)
+        pc_finish_faults(shard, index, page, 1, received_ns);
+    return true;
+}
+
+void pc_recheck_soon(struct shard *shard)
+{
+    if (!__atomic_exchange_n(&shard->recheck, true, __ATOMIC_SEQ_CST))
+        pc_shard_notify(shard);
+}
+
+/* Looks at all who wait. Those whose pages were received by other threads, or whose faults could not be resolved before, are
+ * resolved; what may be requested again is. */
+void pc_recheck_pending(struct shard *shard)
+{
+    uint64_t now_ns = pc_now_ns();
+    size_t before = shard->pending_count;
+    bool unrequested = false;
+
+    __atomic_store_n(&shard->recheck, false, __ATOMIC_SEQ_CST);
+    for (size_t i = 0; i < shard->pending_count;) {
+        struct fault *fault = &shard->pending[i];
+        const struct block *block = shard->pager->blocks[fault->block];
+
+        if (!pc_bits_test(block->received, fault->page)) {
+            unrequested = unrequested || fault->unrequested;
+            i++;
+        } else if (!fault->unresolved && !pc_bits_test(block->zero, fault->page)) { /* placed */
+            pc_wake_pages(shard, block, fault->page, 1);
+            finish_fault(shard, fault, now_ns, 0);
+        } else if (resolve_or_retry(shard, fault->block, fault->page, fault->minor)) {
+            finish_fault(shard, fault, now_ns, 0);
+        } else {
+            fault->unresolved = true;
+            i++;
+        }
+    }
+    if (shard->pending_count != before)
+        publish_pending(shard);
+    if (__atomic_exchange_n(&shard->answers_dropped, false, __ATOMIC_SEQ_CST))
+        pc_request_again(shard);
+    else if (unrequested)
+        pc_request_pending(shard);
+}
+
+/* ---- events ------------------------------------------------------------------------------------------------------- */
+
+static const struct range *find_range(const struct shard *shard, uint64_t address)
+{
+    uint32_t count = pc_range_count(shard);
+
+    for (uint32_t i = 0; i < count; i++)
+        if (address - shard->ranges[i].address < __atomic_load_n(&shard->ranges[i].bytes, __ATOMIC_RELAXED))
+            return &shard->ranges[i];
+    return NULL;
+}
+
+static void handle_fault(struct shard *shard, const struct uffd_msg *message, uint64_t now_ns)
+{
+    struct pc_pager *pager = shard->pager;
+    uint64_t address = message->arg.pagefault.address, page;
+    bool minor = message->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_MINOR, fresh = false, received, again;
+    int32_t tid = shard->api.features & UFFD_FEATURE_THREAD_ID ? (int32_t)message->arg.pagefault.feat.ptid : 0;
+    const struct range *range = find_range(shard, address);
+    struct fault *fault;
+    struct block *block;
+
+    COUNT(pager, faults, 1);
+    if (!range)
+        return; /* not armed yet, or not any more: arming and unregistering wake who waits there */
+    block = pager->blocks[range->block];
+    page = range->first_page + (address - range->address) / block->memory.page_bytes;
+    if (message->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP) { /* somebody else has registered for that: nothing is missing */
+        (void)pc_uffd_writeprotect(shard->uffd, pc_page_address(block, page), block->memory.page_bytes, 0);
+        return;
+    }
+    received = pc_bits_test(block->received, page);
+    if (!received)
+        fresh = !pc_atomic_test_and_set_bit(block->requested, page);
+    if (received ? !pc_bits_test(block->zero, page) : !fresh)
+        COUNT(pager, repeated_faults, 1);
+    if (received && resolve_or_retry(shard, range->block, page, minor))
+        return;
+    fault = add_pending(shard, range->block, page, tid, now_ns, &again);
+    if (!received)
+        shard->repeats = again ? shard->repeats + (tid ? PC_REPEAT_WEIGHT : 1) : 0;
+    if (!fault) {
+        if (fresh) /* nobody would request it; its thread comes back */
+            pc_atomic_clear_bit(block->requested, page);
+        return;
+    }
+    fault->minor = minor;
+    fault->unresolved = fault->unresolved || received;
+    if (fresh)
+        request_page(shard, fault);
+    if (!received && pc_bits_test(block->received, page))
+        __atomic_store_n(&shard->recheck, true, __ATOMIC_SEQ_CST);
+}
+
+/* Memory that has been taken away is zero from now on: what is missing of it will never be requested, what is under way for it
+ * will be dropped. With the gate held. */
+static void handle_removal(struct shard *shard, uint64_t start, uint64_t end)
+{
+    struct pc_pager *pager = shard->pager;
+    uint32_t count = pc_range_count(shard);
+    uint64_t fresh_pages = 0;
+
+    for (uint32_t i = 0; i < count; i++) {
+        const struct range *range = &shard->ranges[i];
+        struct block *block = pager->blocks[range->block];
+        uint64_t page_bytes = block->memory.page_bytes, bytes = __atomic_load_n(&range->bytes, __ATOMIC_RELAXED);
+        uint64_t low = start > range->address ? start - range->address : 0, high, first, pages;
+
+        if (!bytes || end <= range->address || low >= bytes)
+            continue;
+        high = end - range->address < bytes ? end - range->address : bytes;
+        /* Of a page of which only a part was taken away, as may happen with huge ones, nothing is. */
+        low = (low + page_bytes - 1) / page_bytes;
+        high /= page_bytes;
+        if (low >= high)
+            continue;
+        first = range->first_page + low;
+        pages = high - low;
+        for (uint64_t word = first / 64; word * 64 < first + pages; word++) {
+            uint64_t fresh = pc_bits_mask(word, first, pages) & ~pc_bits_word(block->received, word);
+
+            if (!fresh)
+                continue;
+            (void)pc_atomic_set(block->claimed, word, fresh);
+            (void)pc_atomic_set(block->zero, word, fresh);
+            fresh_pages += pc_bits_popcount(pc_atomic_set(block->received, word, fresh));
+        }
+        /* Who waits there: with an entry it is shown zeros, without one it comes again. */
+        __atomic_store_n(&shard->recheck, true, __ATOMIC_SEQ_CST);
+        if (pc_bits_any(block->requested, first, pages))
+            pc_wake_pages(shard, block, first, pages);
+    }
+    COUNT(pager, zero_pages, fresh_pages);
+    pc_announce_received(pager, fresh_pages);
+}
+
+/* Handles as many events as one read gives; the loop comes back for more. */
+void pc_read_events(struct shard *shard)
+{
+    struct uffd_msg messages[EVENTS_PER_READ];
+    uint64_t now_ns;
+    size_t count;
+    ssize_t got;
+
+    if (shard->gated)
+        pthread_mutex_lock(&shard->gate);
+    got = read(shard->uffd, messages, sizeof(messages));
+    count = got > 0 ? (size_t)got / sizeof(*messages) : 0; /* EAGAIN: the fault went away before it was read */
+    /* The kernel gives faults before events that came first. */
+    for (size_t i = 0; i < count; i++)
+        if (messages[i].event == UFFD_EVENT_REMOVE || messages[i].event == UFFD_EVENT_UNMAP)
+            handle_removal(shard, messages[i].arg.remove.start, messages[i].arg.remove.end);
+    if (shard->gated)
+        pthread_mutex_unlock(&shard->gate);
+    if (!count)
+        return;
+    now_ns = pc_now_ns();
+    COUNT(shard->pager, event_reads, 1);
+    for (size_t i = 0; i < count; i++)
+        if (messages[i].event == UFFD_EVENT_PAGEFAULT)
+            handle_fault(shard, &messages[i], now_ns);
+    if (shard->gated && shard->retry_at_ns)
+        shard->retry_at_ns = now_ns; /* what had to wait may have waited for this */
+}
+
+/* poll(2) says POLLERR of a blocking userfaultfd; another process that has the descriptor may have made it one. */
+void pc_uffd_unpollable(struct shard *shard)
+{
+    int flags = fcntl(shard->uffd, F_GETFL);
+
+    if (flags >= 0 && !(flags & O_NONBLOCK) && !fcntl(shard->uffd, F_SETFL, flags | O_NONBLOCK))
+        return;
+    shard->unpollable_until_ns = pc_now_ns() + UNPOLLABLE_NS;
+    if (shard->unpollable_reported)
+        return;
+    shard->unpollable_reported = true;
+    pc_events_push(&shard->pager->events, PC_EVENT_FATAL, 0, 0, EBADF, "the userfaultfd of shard %u cannot be waited for",
+                   shard->index);
+}

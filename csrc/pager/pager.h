@@ -1,0 +1,322 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What the files of the pager share: its records, which thread may touch them, and the invariants between them. How the whole
+ * works is told at the head of pager.c.
+ *
+ * Threads: the *fault thread* of each shard (urgent.c), the *bulk threads* (bulk.c), and the *callers* of postcopy/engine.h. What a
+ * record does not mark as shared belongs to the thread that its comment names.
+ */
+#ifndef PC_PAGER_H
+#define PC_PAGER_H
+
+#include <pthread.h>
+#include <semaphore.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "core/bits.h"
+#include "core/clock.h"
+#include "core/events.h"
+#include "core/runtime.h"
+#include "core/stream.h"
+#include "core/util.h"
+#include "memory/states.h"
+#include "pager/metrics.h"
+#include "postcopy/engine.h"
+#include "postcopy/uffd.h"
+
+#define PENDING_MAX 16384 /* threads of one shard that wait, as far as they are accounted */
+#define MAX_SEGMENTS 64
+#define MAX_RANGES (PC_MAX_BLOCKS * MAX_SEGMENTS)
+#define RECEIVE_BYTES (PC_FRAME_HEADER_BYTES + PC_FRAME_MAX_PAYLOAD_BYTES)
+#define SEND_BYTES (4096 * PC_FRAME_HEADER_BYTES)
+#define REQUEST_AHEAD ((uint32_t)PC_PAGER_REQUEST_AHEAD) /* nobody waits for it; the answer brings the bit back */
+
+/* What work costs, in estimated nanoseconds: a turn of the fault thread's loop does a bounded amount. */
+#define WORD_NS 4 /* 64 pages looked at in the maps */
+#define PLACE_NS 600
+#define BYTES_PER_NS 8
+/* A placement that the kernel refused for the moment is tried again after this, twice as late each time. */
+#define RETRY_NS 100000
+#define RETRY_MAX_NS 10000000
+/* Of how many repetitions of a fault one counts, see urgent.c: where events do not tell threads apart, it may be another thread. */
+#define PC_REPEAT_WEIGHT 16
+
+/* ---- memory: written by callers under pc_pager.lock, read by all ---- */
+
+struct segment { /* part of a block guarded by one shard */
+    uint64_t first_page, pages; /* no pages: arming it has failed */
+    uint32_t shard;
+};
+
+/* The maps change by atomic instructions only; the head of pager.c says what they mean. */
+struct block {
+    struct pc_memory memory;
+    uint64_t pages;
+    uint64_t *requested, *claimed, *received, *zero, *lost;
+    void *maps; /* where they are, but for those in `states`: */
+    uint64_t maps_bytes;
+    struct pc_states states; /* claimed, received and zero, when they are to outlive this pager */
+    struct segment segments[MAX_SEGMENTS];
+    uint32_t segment_count; /* published after the segment */
+};
+
+struct range { /* what one shard guards, found by address */
+    uint64_t address, bytes; /* no bytes: not any more */
+    uint64_t first_page, pages;
+    uint32_t block;
+};
+
+/* ---- a shard ---- */
+
+struct fault { /* a thread of the machine that waits */
+    uint64_t page;
+    uint64_t event_ns, sent_ns; /* sent_ns 0: its request has not been sent by this fault */
+    uint32_t block;
+    int32_t tid; /* 0: unknown */
+    int slot;    /* -1: not a tracked thread */
+    bool minor;
+    bool unrequested; /* no request for its page is under way: there was no channel, no room, or the page was claimed */
+    bool unresolved;  /* its page is received, and the kernel could not resolve the fault yet */
+};
+
+enum command_kind { COMMAND_ATTACH, COMMAND_PREFETCH, COMMAND_DISCONNECT, COMMAND_STOP };
+
+struct command { /* from a caller to a fault thread, which owns it from then on */
+    struct command *next;
+    enum command_kind kind;
+    struct pc_stream stream; /* attach */
+    uint64_t page, end;      /* prefetch: pages of a block; `page` moves on */
+    uint32_t block;
+    sem_t *done; /* disconnect */
+};
+
+struct channel { /* what urgent and bulk have in common; its thread's own */
+    struct shard *own; /* the shard whose fault thread this is; NULL: a bulk thread, or a caller */
+    int kind;
+    uint32_t index;
+    bool ended;          /* has said that every page was offered */
+    bool error_reported; /* that the source could not serve a page of it: once */
+};
+
+struct progress { /* of one frame, in one turn */
+    uint64_t done;    /* pages of it that are dealt with */
+    uint64_t work_ns; /* left of this turn */
+    uint64_t fresh;   /* pages that have become received */
+    char text[PC_ERROR_BYTES];
+};
+
+struct cursor { /* a walk once around all that a shard guards */
+    uint32_t range;
+    uint64_t page; /* from the range's first page on */
+    uint64_t left; /* pages to look at until all have been */
+};
+
+struct shard {
+    struct pc_pager *pager;
+    uint32_t index;
+    int uffd, control_fd;
+    uint64_t busy_poll_ns;
+    struct pc_uffd_api api;
+    bool gated; /* its userfaultfd tells what is taken away */
+    pthread_mutex_t gate;
+    pthread_t thread;
+
+    /* Shared, atomic: from other threads to the fault thread. */
+    struct command *commands;
+    struct range *ranges;    /* MAX_RANGES of them; never moved, never used again */
+    uint32_t range_count;    /* published after the range */
+    bool recheck;            /* pages that threads wait for have been received, or may be requested again */
+    bool answers_dropped;    /* set before `recheck`: answers to requests may have been */
+    bool sweep_again;        /* more missing pages may be requested */
+
+    /* The fault thread's own from here on. Who waits (faults.c): */
+    struct pc_shard_metrics *metrics;
+    struct fault *pending; /* PENDING_MAX of them */
+    size_t pending_count;
+    bool overflowed;  /* threads wait that found no place there */
+    bool send_full;   /* faults are unrequested only for want of room in `send` */
+    uint32_t repeats; /* faults in a row that were pending already */
+    uint64_t retry_at_ns, retry_ns; /* something could not be placed or resolved for the moment; 0: nothing */
+    uint64_t unpollable_until_ns;
+    bool unpollable_reported;
+
+    /* Its channel (urgent.c): */
+    struct pc_stream stream;
+    struct channel channel;
+    uint8_t *receive;
+    size_t receive_start, receive_end;
+    struct progress frame; /* of the first frame in `receive` */
+    bool frame_checked;    /* its payload */
+    bool frames_left;      /* more of them than the turn could take */
+    bool stalled;          /* it waits for retry_at_ns */
+    uint64_t useless_ns, read_at_ns;
+    uint8_t *send;
+    size_t send_bytes, send_done;
+    uint32_t next_request;
+
+    /* What is requested before a fault (prefetch.c): */
+    struct command *prefetches; /* the last of a ring; the first is next */
+    struct cursor lost, sweep;
+    bool lost_first;
+    bool ahead_left; /* pages to look at, more than the turn could */
+    uint64_t ahead_in_flight;
+};
+
+/* ---- the pager ---- */
+
+struct watch { /* a caller waits for all pages of a range; those below `page` are received */
+    uint64_t page, end;
+    int64_t ticket;
+    uint32_t block;
+    int fd;
+};
+
+struct bulk {
+    struct pc_pager *pager;
+    struct channel channel;
+    struct pc_stream stream;
+    uint8_t *buffer;
+    pthread_t thread;
+    bool started;         /* under channel_lock */
+    bool running, ending; /* atomic; the thread clears the first and obeys the second */
+};
+
+struct pc_pager {
+    pthread_mutex_t lock; /* adding blocks, shards and ranges */
+    struct pc_events events;
+    struct block *blocks[PC_MAX_BLOCKS];
+    uint32_t block_count; /* published after the block */
+    struct shard *shards[PC_MAX_SHARDS];
+    uint32_t shard_count; /* published after the shard */
+    void *zero_page;      /* as large as any page, for memory that has no ZEROPAGE */
+
+    pthread_mutex_t channel_lock; /* attaching and disconnecting */
+    pthread_cond_t disconnected;
+    bool disconnecting;
+    struct bulk bulks[PC_MAX_BULK_CHANNELS];
+    struct command *finished; /* for callers to free: a fault thread frees nothing */
+
+    pthread_mutex_t watch_lock;
+    struct watch *watches;
+    size_t watch_count, watch_capacity; /* the count is read without the lock */
+    int64_t last_ticket;
+
+    uint64_t missing;    /* atomic: pages not received; who takes the last one announces COMPLETE */
+    uint64_t sweep_left; /* atomic: missing pages that all shards together may request */
+    uint32_t completed;
+    struct pc_metrics metrics;
+};
+
+#define COUNT(pager, field, n) ((void)__atomic_fetch_add(&(pager)->metrics.map->count.field, (uint64_t)(n), __ATOMIC_RELAXED))
+
+static inline uint32_t pc_block_count(const struct pc_pager *pager)
+{
+    return __atomic_load_n(&pager->block_count, __ATOMIC_ACQUIRE);
+}
+
+static inline uint32_t pc_shard_count(const struct pc_pager *pager)
+{
+    return __atomic_load_n(&pager->shard_count, __ATOMIC_ACQUIRE);
+}
+
+static inline struct shard *pc_shard_at(struct pc_pager *pager, uint32_t index)
+{
+    return index < pc_shard_count(pager) ? pager->shards[index] : NULL;
+}
+
+/* Whether a block has these pages, of which there may be none. */
+static inline bool pc_block_has(const struct pc_pager *pager, uint32_t block, uint64_t first_page, uint64_t pages)
+{
+    return block < pc_block_count(pager) && first_page <= pager->blocks[block]->pages &&
+           pages <= pager->blocks[block]->pages - first_page;
+}
+
+static inline uint32_t pc_range_count(const struct shard *shard)
+{
+    return __atomic_load_n(&shard->range_count, __ATOMIC_ACQUIRE);
+}
+
+static inline uint64_t pc_page_address(const struct block *block, uint64_t page)
+{
+    return (uint64_t)(uintptr_t)block->memory.base + page * block->memory.page_bytes;
+}
+
+static inline void pc_wake_pages(const struct shard *shard, const struct block *block, uint64_t first, uint64_t pages)
+{
+    (void)pc_uffd_wake(shard->uffd, pc_page_address(block, first), pages * block->memory.page_bytes);
+}
+
+static inline void pc_spend(struct progress *progress, uint64_t ns)
+{
+    progress->work_ns -= progress->work_ns < ns ? progress->work_ns : ns;
+}
+
+/* The kernel refused, and has woken nobody: the same again, later. */
+static inline bool pc_is_temporary(int error)
+{
+    return error == -EAGAIN || error == -ENOMEM;
+}
+
+/* pager.c */
+int pc_pager_fatal(struct pc_pager *pager, int error, const char *what, uint32_t block, uint64_t page); /* any thread */
+
+/* registry.c: callers, but the first. */
+/* The shard that guards `page`, and how many of the next `pages` it guards as well; NULL when none does. Any thread. */
+struct shard *pc_find_shard(struct pc_pager *pager, const struct block *block, uint64_t page, uint64_t *pages);
+uint64_t pc_count_received(const struct block *block);
+void pc_block_free(struct block *block);
+void pc_shard_free(struct shard *shard);
+void pc_shard_unregister(struct pc_pager *pager, struct shard *shard);
+int pc_shard_poison(struct pc_pager *pager, struct shard *shard);
+
+/* placement.c: fault threads and bulk threads. */
+/* Resolves a fault on a received page. After an error that is temporary nobody has been woken. */
+int pc_resolve(struct shard *shard, const struct block *block, uint64_t page, bool minor);
+void pc_announce_received(struct pc_pager *pager, uint64_t pages);
+/* The pages are zero. Goes on at progress->done, and stops there when the turn's work is used up. Callers too. */
+void pc_place_zeros(struct pc_pager *pager, const struct channel *channel, uint32_t index, uint64_t first, uint64_t pages,
+                    uint64_t received_ns, struct progress *progress);
+/* Decodes a header and checks it against what this pager has. 0, or -EBADMSG with a line in progress->text; so the next. */
+int pc_decode_header(struct pc_pager *pager, const uint8_t *header, struct pc_frame *frame, struct progress *progress);
+int pc_check_payload(const struct pc_frame *frame, const uint8_t *payload, struct progress *progress);
+/* Does what a whole, checked frame says, as far as the turn's work reaches. 0, -EAGAIN (the same frame again, later), or
+ * an error that ends the channel, with a line in progress->text. */
+int pc_handle_frame(struct pc_pager *pager, struct channel *channel, const struct pc_frame *frame, const uint8_t *payload,
+                    struct progress *progress);
+
+/* faults.c: the shard's fault thread, but the first. */
+void pc_recheck_soon(struct shard *shard); /* any thread */
+void pc_read_events(struct shard *shard);
+void pc_uffd_unpollable(struct shard *shard);
+/* Accounts and forgets the threads that waited for these pages; they have been woken. */
+void pc_finish_faults(struct shard *shard, uint32_t block, uint64_t first, uint64_t pages, uint64_t received_ns);
+bool pc_resolve_zero(struct shard *shard, uint32_t index, uint64_t page, uint64_t received_ns);
+void pc_recheck_pending(struct shard *shard);
+void pc_request_pending(struct shard *shard);
+void pc_request_again(struct shard *shard);
+void pc_retry_later(struct shard *shard);
+
+/* urgent.c */
+struct command *pc_command_new(struct pc_pager *pager, enum command_kind kind); /* callers, as the next */
+void pc_command_send(struct shard *shard, struct command *command);
+void pc_command_push(struct command **stack, struct command *command); /* any thread, as the next two */
+void pc_commands_free(struct command **stack);
+void pc_shard_notify(struct shard *shard); /* its loop takes another turn */
+/* Fault thread. False: there is no room. */
+bool pc_queue_request(struct shard *shard, uint32_t block, uint64_t page, uint32_t id_bits);
+void *pc_fault_thread(void *shard);
+
+/* prefetch.c: the shard's fault thread. */
+void pc_prefetch_add(struct shard *shard, struct command *command);
+void pc_cursor_restart(const struct shard *shard, struct cursor *cursor);
+void pc_request_ahead(struct shard *shard);
+
+/* bulk.c: callers with channel_lock, or while `disconnecting` is theirs. */
+void pc_bulk_reap(struct bulk *bulk);
+
+/* watch.c: any thread. */
+void pc_watches_notify(struct pc_pager *pager);
+
+#endif

@@ -1,0 +1,366 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Placement: what a frame brought becomes memory, once for each page, and faults on pages that are there already are resolved.
+ *
+ * Owns the rules by which `claimed`, `received` and `zero` change (head of pager.c). Runs on fault threads and bulk threads at the
+ * same time; set_zero brings a caller here too.
+ */
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "pager/pager.h"
+
+#define FRAME_NS 100 /* the cost of a frame, as those in pager.h */
+
+/* So many pages have been received, and are counted: watches, and COMPLETE by who takes the last missing one. */
+void pc_announce_received(struct pc_pager *pager, uint64_t pages)
+{
+    if (!pages)
+        return;
+    pc_watches_notify(pager);
+    if (!__atomic_sub_fetch(&pager->missing, pages, __ATOMIC_SEQ_CST) &&
+        !__atomic_exchange_n(&pager->completed, 1, __ATOMIC_SEQ_CST))
+        pc_events_push(&pager->events, PC_EVENT_COMPLETE, 0, 0, 0, "every page is here");
+}
+
+/* ---- one page, or a run of them ----------------------------------------------------------------------------------- */
+
+/* Whether what the kernel refused may work later: memory that is short now, an address range that is not armed or not there. */
+static bool may_heal(int error)
+{
+    return error == -ENOMEM || error == -ENOSPC || error == -ENOENT || error == -EAGAIN;
+}
+
+/* What a fault on a received page means is told at the head of pager.c. */
+int pc_resolve(struct shard *shard, const struct block *block, uint64_t page, bool minor)
+{
+    uint64_t address = pc_page_address(block, page), bytes = block->memory.page_bytes, done;
+    int error;
+
+    if (minor)
+        error = pc_uffd_continue(shard->uffd, address, bytes, 0, &done);
+    else if (block->memory.kind == PC_MEMORY_HUGETLB)
+        error = pc_uffd_copy(shard->uffd, address, shard->pager->zero_page, bytes, 0, &done);
+    else
+        error = pc_uffd_zeropage(shard->uffd, address, bytes, 0, &done);
+    if (pc_is_temporary(error))
+        return error;
+    /* Whatever else the kernel says, let the thread look again: if the page still is not there, it faults anew. */
+    if (error)
+        pc_wake_pages(shard, block, page, 1);
+    /* EFAULT from CONTINUE: thrown away again since the fault, which comes back as a missing one. ENOENT, ESRCH: the memory, or its
+     * process, has gone. */
+    return error == -EEXIST || (minor && error == -EFAULT) || error == -ENOENT || error == -ESRCH ? 0 : error;
+}
+
+/* Changes a page in the page cache without going through the machine's mapping. */
+static int overwrite_page(const struct block *block, uint64_t page, const uint8_t *content)
+{
+    uint64_t bytes = block->memory.page_bytes;
+    void *alias;
+
+    if (block->memory.kind != PC_MEMORY_HUGETLB)
+        return pc_pwrite_all(block->memory.fd, content, bytes, page * bytes);
+    /* hugetlbfs has no write(2). */
+    alias = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, block->memory.fd, (off_t)(page * bytes));
+    if (alias == MAP_FAILED)
+        return -errno;
+    memcpy(alias, content, bytes);
+    return munmap(alias, bytes) ? -errno : 0;
+}
+
+/* The page is in the page cache although no pager has placed it: its content is not ours (zeros, most likely, see
+ * the head of pager.c), and nobody has it mapped through the userfaultfd. Overwrite it, then expose it. Until it is exposed
+ * this may be repeated. */
+static int place_over(struct shard *shard, const struct block *block, uint64_t page, const uint8_t *content)
+{
+    uint64_t address = pc_page_address(block, page), bytes = block->memory.page_bytes, done;
+    int error = -EEXIST; /* anonymous memory is nobody else's: a page there is a mistake worth stopping for */
+
+    if (block->memory.fd >= 0) {
+        error = overwrite_page(block, page, content);
+        if (!error)
+            error = pc_uffd_continue(shard->uffd, address, bytes, 0, &done);
+        if (error == -EAGAIN)
+            return error;
+        if (error == -EEXIST)
+            error = 0;
+    }
+    pc_wake_pages(shard, block, page, 1);
+    return error;
+}
+
+/* Places claimed pages that all belong to one shard. After an error *placed of them are there, and are not to be placed again:
+ * the machine may have written to them. -EAGAIN: not now. */
+static int place_run(struct shard *shard, struct block *block, uint64_t first, uint64_t pages, const uint8_t *content,
+                     uint64_t *placed)
+{
+    uint64_t page_bytes = block->memory.page_bytes, bytes = pages * page_bytes, at = 0;
+    int error = 0;
+
+    while (at < bytes && !error) {
+        uint64_t done = 0;
+
+        error = pc_uffd_copy(shard->uffd, pc_page_address(block, first) + at, content + at, bytes - at, 0, &done);
+        at += done;
+        if (error == -EEXIST && at < bytes) {
+            error = place_over(shard, block, first + at / page_bytes, content + at);
+            if (!error)
+                at += page_bytes;
+        } else if (error == -EAGAIN && done) {
+            error = 0; /* the kernel stopped half way: go on from where it stopped */
+        }
+    }
+    if (error == -ENOENT) /* the range has left the userfaultfd: who waited there is to look again */
+        pc_wake_pages(shard, block, first + at / page_bytes, 1);
+    *placed = at / page_bytes;
+    return at < bytes ? error : 0;
+}
+
+/* ---- what a frame brings ------------------------------------------------------------------------------------------ */
+
+/* Pages of a shard have been received by placing: lets those go who wait for them. */
+static void after_placing(struct shard *shard, const struct channel *channel, uint32_t index, uint64_t first, uint64_t pages,
+                         uint64_t received_ns)
+{
+    const struct block *block = shard->pager->blocks[index];
+
+    if (!pc_bits_any(block->requested, first, pages))
+        return;
+    if (shard == channel->own) {
+        pc_finish_faults(shard, index, first, pages, received_ns);
+        return;
+    }
+    pc_wake_pages(shard, block, first, pages); /* once more: see the head of pager.c */
+    if (__atomic_load_n(&shard->metrics->pending, __ATOMIC_SEQ_CST))
+        pc_recheck_soon(shard);
+}
+
+/* Places those pages of one word of the maps that this thread has claimed: *mine, from which what is dealt with is taken. How many
+ * were placed in *placed. */
+static int place_word(struct pc_pager *pager, const struct channel *channel, const struct pc_frame *frame, const uint8_t *content,
+                      uint64_t word, uint64_t *mine, uint64_t received_ns, uint64_t *placed)
+{
+    struct block *block = pager->blocks[frame->block];
+    int error = 0;
+
+    while (*mine && !error) {
+        uint64_t first = pc_bits_lowest(word, *mine), shifted = *mine >> (first % 64), done = 0;
+        uint64_t count = ~shifted ? (uint64_t)__builtin_ctzll(~shifted) : 64;
+        struct shard *shard = pc_find_shard(pager, block, first, &count);
+
+        if (!shard)
+            return -ENOENT;
+        if (shard->gated) {
+            uint64_t removed;
+
+            pthread_mutex_lock(&shard->gate);
+            removed = *mine & pc_bits_word(block->received, word);
+            if (removed) { /* taken away since they were claimed: look again at what is left */
+                pthread_mutex_unlock(&shard->gate);
+                *mine &= ~removed;
+                continue;
+            }
+        }
+        error = place_run(shard, block, first, count, content + (first - frame->first_page) * block->memory.page_bytes, &done);
+        if (done)
+            (void)pc_atomic_set(block->received, word, pc_bits_mask(word, first, done));
+        if (shard->gated)
+            pthread_mutex_unlock(&shard->gate);
+        if (done) {
+            after_placing(shard, channel, frame->block, first, done, received_ns);
+            *placed += done;
+            *mine &= ~pc_bits_mask(word, first, done);
+        }
+    }
+    return error;
+}
+
+/* Takes back a claim: another thread may bring what this one could not place. A thread that began to wait meanwhile has not requested
+ * it; one that requested it before may have had its answer dropped as a duplicate, unless the content is kept for another try. */
+static void unclaim(struct pc_pager *pager, const struct channel *channel, uint32_t index, uint64_t word, uint64_t pages, bool kept)
+{
+    struct block *block = pager->blocks[index];
+
+    pc_atomic_clear(block->claimed, word, pages);
+    for (uint64_t wanted = pages & pc_bits_word(block->requested, word); wanted; wanted &= wanted - 1) {
+        uint64_t one = 1;
+        struct shard *shard = pc_find_shard(pager, block, pc_bits_lowest(word, wanted), &one);
+
+        if (!shard)
+            continue;
+        if (!kept && shard != channel->own) /* its own channel ends by this: all of it is requested again on the next one */
+            __atomic_store_n(&shard->answers_dropped, true, __ATOMIC_SEQ_CST);
+        pc_recheck_soon(shard);
+    }
+}
+
+/* Claims each page of a frame and places those that nobody had. Goes on at progress->done, and stops there when the turn's work is used
+ * up, or at -EAGAIN. Any other error has a line in progress->text. */
+static int place_pages(struct pc_pager *pager, const struct channel *channel, const struct pc_frame *frame,
+                       const uint8_t *content, uint64_t received_ns, struct progress *progress)
+{
+    struct block *block = pager->blocks[frame->block];
+    uint64_t end = frame->first_page + frame->pages;
+    int error = 0;
+
+    while (progress->done < frame->pages && progress->work_ns && !error) {
+        uint64_t page = frame->first_page + progress->done, word = page / 64, mask = pc_bits_mask(word, page, end - page);
+        uint64_t placed = 0, claimed, mine, duplicates;
+
+        mine = claimed = pc_atomic_set(block->claimed, word, mask);
+        error = place_word(pager, channel, frame, content, word, &mine, received_ns, &placed);
+        if (error) {
+            uint64_t failed = pc_bits_lowest(word, mine);
+
+            unclaim(pager, channel, frame->block, word, mine, error == -EAGAIN);
+            mask &= (UINT64_C(1) << (failed % 64)) - 1; /* what is dealt with */
+            progress->done = failed - frame->first_page;
+            if (error != -EAGAIN) {
+                (void)pc_fail(-error, progress->text, sizeof(progress->text), "cannot place page %llu of RAM block %u: %s",
+                              (unsigned long long)failed, frame->block, strerror(-error));
+                if (!may_heal(error))
+                    (void)pc_pager_fatal(pager, error, "cannot place", frame->block, failed);
+            }
+        } else {
+            progress->done = (word + 1) * 64 - frame->first_page;
+        }
+        /* All counting before the announcement: who reads COMPLETE reads final figures. */
+        duplicates = pc_bits_popcount(mask & ~claimed);
+        if (duplicates)
+            COUNT(pager, duplicate_pages, duplicates);
+        if (frame->flags & PC_FRAME_DEMAND)
+            COUNT(pager, demand_pages, placed);
+        else
+            COUNT(pager, background_pages, placed);
+        pc_announce_received(pager, placed);
+        progress->fresh += placed;
+        pc_spend(progress, WORD_NS + placed * (PLACE_NS + block->memory.page_bytes / BYTES_PER_NS));
+    }
+    return error;
+}
+
+/* Pages have become known to be zero: nothing is placed but for those that a thread waits for. */
+static void after_zeroing(struct pc_pager *pager, const struct channel *channel, uint32_t index, uint64_t word, uint64_t waiting,
+                        uint64_t received_ns)
+{
+    const struct block *block = pager->blocks[index];
+
+    for (; waiting; waiting &= waiting - 1) {
+        uint64_t page = pc_bits_lowest(word, waiting), one = 1;
+        struct shard *shard = pc_find_shard(pager, block, page, &one);
+
+        if (!shard || (shard == channel->own && pc_resolve_zero(shard, index, page, received_ns)))
+            continue;
+        /* Requested, but by no thread of which this one knows: memory that is zero is to cost nothing. Should there be one all the
+         * same, it faults anew and finds the page received. */
+        pc_wake_pages(shard, block, page, 1);
+        if (shard != channel->own && __atomic_load_n(&shard->metrics->pending, __ATOMIC_SEQ_CST))
+            pc_recheck_soon(shard);
+    }
+}
+
+void pc_place_zeros(struct pc_pager *pager, const struct channel *channel, uint32_t index, uint64_t first, uint64_t pages,
+                    uint64_t received_ns, struct progress *progress)
+{
+    struct block *block = pager->blocks[index];
+    uint64_t end = first + pages, fresh = 0, duplicates = 0;
+
+    while (progress->done < pages && progress->work_ns) {
+        uint64_t page = first + progress->done, word = page / 64, mask = pc_bits_mask(word, page, end - page);
+        uint64_t mine = 0, waiting = 0;
+
+        if (mask & ~pc_bits_word(block->claimed, word)) {
+            mine = pc_atomic_set(block->claimed, word, mask);
+            (void)pc_atomic_set(block->zero, word, mine);
+            fresh += pc_bits_popcount(pc_atomic_set(block->received, word, mine));
+            waiting = mine & pc_bits_word(block->requested, word);
+            after_zeroing(pager, channel, index, word, waiting, received_ns);
+        }
+        duplicates += pc_bits_popcount(mask & ~mine);
+        pc_spend(progress, WORD_NS + pc_bits_popcount(waiting) * PLACE_NS);
+        progress->done = (word + 1) * 64 - first;
+    }
+    COUNT(pager, zero_pages, fresh);
+    if (duplicates)
+        COUNT(pager, duplicate_pages, duplicates);
+    progress->fresh += fresh;
+    pc_announce_received(pager, fresh);
+}
+
+/* ---- frames ------------------------------------------------------------------------------------------------------- */
+
+#define REFUSE(...) return pc_fail(EBADMSG, progress->text, sizeof(progress->text), __VA_ARGS__)
+
+int pc_decode_header(struct pc_pager *pager, const uint8_t *header, struct pc_frame *frame, struct progress *progress)
+{
+    int error = pc_frame_decode(header, frame, progress->text, sizeof(progress->text));
+    const struct block *block;
+
+    if (error || frame->type == PC_FRAME_END)
+        return error;
+    if (frame->type != PC_FRAME_PAGES && frame->type != PC_FRAME_ZERO && frame->type != PC_FRAME_ERROR)
+        REFUSE("a frame of type %u does not belong here", frame->type);
+    if (frame->block >= pc_block_count(pager))
+        REFUSE("a frame names RAM block %u, which there is not", frame->block);
+    block = pager->blocks[frame->block];
+    if (frame->first_page >= block->pages || frame->pages > block->pages - frame->first_page)
+        REFUSE("a frame names pages %llu+%u of RAM block %u, which has %llu", (unsigned long long)frame->first_page, frame->pages,
+               frame->block, (unsigned long long)block->pages);
+    if (frame->type == PC_FRAME_PAGES && frame->payload_bytes != frame->pages * block->memory.page_bytes)
+        REFUSE("a frame of %u pages carries %u bytes", frame->pages, frame->payload_bytes);
+    return 0;
+}
+
+int pc_check_payload(const struct pc_frame *frame, const uint8_t *payload, struct progress *progress)
+{
+    if (frame->payload_bytes && pc_crc32c(0, payload, frame->payload_bytes) != frame->payload_crc)
+        REFUSE("the content of a frame of %u pages is damaged (CRC32C differs)", frame->pages);
+    return 0;
+}
+
+/* The source cannot serve pages. That concerns nobody when they are here; otherwise it is reported, once for each channel, and the
+ * channel, by which other pages still come, goes on. */
+static void report_error(struct pc_pager *pager, struct channel *channel, const struct pc_frame *frame, const uint8_t *payload,
+                         struct progress *progress)
+{
+    uint64_t end = frame->first_page + frame->pages;
+    uint64_t page = pc_bits_next(pager->blocks[frame->block]->received, end, frame->first_page, false);
+
+    progress->done = frame->pages;
+    pc_spend(progress, (page / 64 - frame->first_page / 64 + 1) * WORD_NS);
+    if (page == end || channel->error_reported)
+        return;
+    channel->error_reported = true;
+    pc_events_push(&pager->events, PC_EVENT_FATAL, channel->kind, (int)channel->index, EIO,
+                   "the source cannot serve page %llu of RAM block %u: %.*s", (unsigned long long)page, frame->block,
+                   (int)(frame->payload_bytes < 120 ? frame->payload_bytes : 120), (const char *)payload);
+}
+
+int pc_handle_frame(struct pc_pager *pager, struct channel *channel, const struct pc_frame *frame, const uint8_t *payload,
+                    struct progress *progress)
+{
+    uint64_t received_ns = frame->flags & PC_FRAME_DEMAND ? pc_now_ns() : 0;
+
+    pc_spend(progress, FRAME_NS);
+    switch (frame->type) {
+    case PC_FRAME_PAGES:
+        return place_pages(pager, channel, frame, payload, received_ns, progress);
+    case PC_FRAME_ZERO:
+        pc_place_zeros(pager, channel, frame->block, frame->first_page, frame->pages, received_ns, progress);
+        return 0;
+    case PC_FRAME_END:
+        if (channel->kind != PC_CHANNEL_BULK)
+            REFUSE("a frame of type %u does not belong here", frame->type);
+        if (channel->ended)
+            REFUSE("the source says a second time that every page was offered");
+        channel->ended = true;
+        pc_events_push(&pager->events, PC_EVENT_BULK_END, channel->kind, (int)channel->index, 0, "every page has been offered");
+        return 0;
+    default:
+        report_error(pager, channel, frame, payload, progress);
+        return 0;
+    }
+}

@@ -1,0 +1,189 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Requests before a fault: pages that no thread waits for yet. They come from three places:
+ *
+ *   prefetch requests  ranges that a caller asked for, one page of each in turn: a small one must not wait for a large one
+ *   lost               pages that were requested on a channel that was lost, in turn with the former
+ *   the sweep          any missing page, as many as a caller allows all shards together; when there is nothing of the former
+ *
+ * A window of them is under way at a time, so that a fault never stands behind more than a window, and a turn of the loop looks at
+ * a bounded part of the maps. Without a channel nothing is requested: what cannot be sent now must not be marked.
+ *
+ * Owns the ring of prefetch requests and the cursors of each shard; all of it runs on the shard's fault thread, which alone sets
+ * `requested` for the shard's pages. The functions of postcopy/engine.h below run on callers and leave commands.
+ */
+#include <errno.h>
+#include <stdlib.h>
+
+#include "pager/pager.h"
+
+#define WINDOW 128        /* requests that may be under way without a fault */
+#define TURN_WORDS 2048   /* of the maps that a turn may look at */
+#define SEND_AHEAD_BYTES (SEND_BYTES / 2) /* the other half is kept for faults */
+
+void pc_prefetch_add(struct shard *shard, struct command *command)
+{
+    command->next = shard->prefetches ? shard->prefetches->next : command;
+    if (shard->prefetches)
+        shard->prefetches->next = command;
+    shard->prefetches = command;
+}
+
+void pc_cursor_restart(const struct shard *shard, struct cursor *cursor)
+{
+    uint32_t count = pc_range_count(shard);
+
+    cursor->left = 0;
+    for (uint32_t i = 0; i < count; i++)
+        cursor->left += shard->ranges[i].pages;
+}
+
+/* Moves *page to the first one before `end` that is missing and not requested, of all or of those in `only`. False: there is none, or
+ * *words, from which each word looked at is taken, are used up. */
+static bool find_wanted(const struct block *block, const uint64_t *only, uint64_t *page, uint64_t end, uint64_t *words)
+{
+    while (*page < end && *words) {
+        uint64_t word = *page / 64, wanted = pc_bits_mask(word, *page, end - *page);
+
+        wanted &= ~(pc_bits_word(block->claimed, word) | pc_bits_word(block->requested, word));
+        if (only)
+            wanted &= pc_bits_word(only, word);
+        --*words;
+        if (wanted) {
+            *page = pc_bits_lowest(word, wanted);
+            return true;
+        }
+        *page = (word + 1) * 64 < end ? (word + 1) * 64 : end;
+    }
+    return false;
+}
+
+static bool next_prefetch(struct shard *shard, uint64_t *words, uint32_t *index, uint64_t *page)
+{
+    bool found = false;
+
+    while (shard->prefetches && *words && !found) {
+        struct command *last = shard->prefetches, *first = last->next;
+
+        found = find_wanted(shard->pager->blocks[first->block], NULL, &first->page, first->end, words);
+        if (found) {
+            *index = first->block;
+            *page = first->page++;
+        }
+        shard->prefetches = first;
+        if (first->page < first->end)
+            continue;
+        shard->prefetches = first == last ? NULL : last;
+        last->next = first->next;
+        pc_command_push(&shard->pager->finished, first);
+    }
+    return found;
+}
+
+static bool next_at_cursor(struct shard *shard, struct cursor *cursor, bool lost, uint64_t *words, uint32_t *index, uint64_t *page)
+{
+    while (cursor->left && *words) {
+        const struct range *range = &shard->ranges[cursor->range];
+        const struct block *block;
+        uint64_t from;
+        bool found;
+
+        if (cursor->range >= pc_range_count(shard) || cursor->page >= range->pages) {
+            cursor->range = cursor->range >= pc_range_count(shard) ? 0 : cursor->range + 1;
+            cursor->page = 0;
+            --*words;
+            continue;
+        }
+        block = shard->pager->blocks[range->block];
+        from = *page = range->first_page + cursor->page;
+        found = find_wanted(block, lost ? block->lost : NULL, page, range->first_page + range->pages, words);
+        cursor->page = *page - range->first_page;
+        cursor->left -= *page - from < cursor->left ? *page - from : cursor->left;
+        *index = range->block;
+        if (found)
+            return true;
+    }
+    return false;
+}
+
+/* One of the pages that all shards together may request in a sweep. */
+static bool take_sweep(struct pc_pager *pager)
+{
+    uint64_t left = __atomic_load_n(&pager->sweep_left, __ATOMIC_RELAXED);
+
+    while (left)
+        if (__atomic_compare_exchange_n(&pager->sweep_left, &left, left - 1, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+            return true;
+    return false;
+}
+
+static bool next_ahead(struct shard *shard, uint64_t *words, uint32_t *index, uint64_t *page)
+{
+    shard->lost_first = !shard->lost_first;
+    return (shard->lost_first && next_at_cursor(shard, &shard->lost, true, words, index, page)) ||
+           next_prefetch(shard, words, index, page) || next_at_cursor(shard, &shard->lost, true, words, index, page) ||
+           (__atomic_load_n(&shard->pager->sweep_left, __ATOMIC_RELAXED) &&
+            next_at_cursor(shard, &shard->sweep, false, words, index, page) && take_sweep(shard->pager));
+}
+
+void pc_request_ahead(struct shard *shard)
+{
+    uint64_t words = TURN_WORDS, page;
+    uint32_t index;
+
+    shard->ahead_left = false;
+    while (shard->stream.fd >= 0 && shard->ahead_in_flight < WINDOW && shard->send_bytes < SEND_AHEAD_BYTES) {
+        if (!next_ahead(shard, &words, &index, &page)) {
+            shard->ahead_left = !words;
+            break;
+        }
+        (void)pc_atomic_test_and_set_bit(shard->pager->blocks[index]->requested, page);
+        (void)pc_queue_request(shard, index, page, REQUEST_AHEAD); /* there is room */
+        shard->ahead_in_flight++;
+    }
+}
+
+int64_t pc_pager_request_missing(struct pc_pager *pager, uint64_t limit)
+{
+    uint64_t missing = __atomic_load_n(&pager->missing, __ATOMIC_SEQ_CST);
+    uint32_t shards = pc_shard_count(pager);
+
+    __atomic_store_n(&pager->sweep_left, limit, __ATOMIC_SEQ_CST);
+    for (uint32_t i = 0; i < shards && limit; i++) {
+        __atomic_store_n(&pager->shards[i]->sweep_again, true, __ATOMIC_SEQ_CST);
+        pc_shard_notify(pager->shards[i]);
+    }
+    return (int64_t)(missing < limit ? missing : limit);
+}
+
+int64_t pc_pager_request_range(struct pc_pager *pager, uint32_t index, uint64_t first_page, uint64_t pages)
+{
+    struct block *block;
+    uint64_t end = first_page + pages, missing;
+    uint32_t segments;
+
+    if (!pc_block_has(pager, index, first_page, pages))
+        return -EINVAL;
+    block = pager->blocks[index];
+    missing = pages - pc_bits_count(block->received, first_page, pages);
+    segments = missing ? __atomic_load_n(&block->segment_count, __ATOMIC_ACQUIRE) : 0;
+    for (uint32_t i = 0; i < segments; i++) {
+        const struct segment *segment = &block->segments[i];
+        uint64_t low = segment->first_page, high = low + __atomic_load_n(&segment->pages, __ATOMIC_RELAXED);
+        uint64_t no_limit = UINT64_MAX;
+        struct command *command;
+
+        low = low > first_page ? low : first_page;
+        high = high < end ? high : end;
+        if (!find_wanted(block, NULL, &low, high, &no_limit))
+            continue;
+        command = pc_command_new(pager, COMMAND_PREFETCH);
+        if (!command)
+            return -ENOMEM;
+        command->block = index;
+        command->page = low;
+        command->end = high;
+        pc_command_send(pager->shards[segment->shard], command);
+    }
+    return (int64_t)missing;
+}

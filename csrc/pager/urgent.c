@@ -1,0 +1,408 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The fault thread: one for each shard, which waits for {userfaultfd, commands, urgent channel} and does everything in the path of
+ * a fault. Requests leave and answers arrive on the shard's urgent channel; a turn of the loop does a bounded piece of work, then
+ * looks at the userfaultfd again.
+ *
+ * Owns the urgent channel with its buffers, the commands that callers leave, and the loop. It ends with COMMAND_STOP.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "pager/pager.h"
+
+/* A thread with a signal pending does not wait in a fault that a system call raised, but raises it again and again. After so
+ * many repetitions in a row the fault thread rests between two reads of the userfaultfd, or it would burn a processor for as
+ * long as the page takes; meanwhile a new fault waits so much longer. */
+#define REPEATS_BEFORE_REST 64
+#define REST_NS 500000
+#define SMALL_RECEIVE_BYTES (64 * 1024)
+#define TURN_NS 200000 /* what a turn may do for the channel, as the costs in pager.h estimate it */
+/* So much work in a row that brought nothing new, and the channel is read at a sixteenth of the processor's time. */
+#define USELESS_NS 5000000
+#define USELESS_WEIGHT 16
+
+/* ---- commands ----------------------------------------------------------------------------------------------------- */
+
+void pc_command_push(struct command **stack, struct command *command)
+{
+    command->next = __atomic_load_n(stack, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(stack, &command->next, command, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) {
+    }
+}
+
+void pc_commands_free(struct command **stack)
+{
+    struct command *command = __atomic_exchange_n(stack, NULL, __ATOMIC_SEQ_CST);
+
+    while (command) {
+        struct command *next = command->next;
+
+        if (command->kind == COMMAND_ATTACH)
+            pc_stream_close(&command->stream);
+        free(command);
+        command = next;
+    }
+}
+
+void pc_shard_notify(struct shard *shard)
+{
+    uint64_t one = 1;
+
+    (void)!write(shard->control_fd, &one, sizeof(one));
+}
+
+void pc_command_send(struct shard *shard, struct command *command)
+{
+    pc_command_push(&shard->commands, command);
+    pc_shard_notify(shard);
+}
+
+struct command *pc_command_new(struct pc_pager *pager, enum command_kind kind)
+{
+    struct command *command;
+
+    pc_commands_free(&pager->finished);
+    command = calloc(1, sizeof(*command));
+    if (command) {
+        command->kind = kind;
+        command->stream.fd = -1;
+    }
+    return command;
+}
+
+int pc_pager_attach_urgent(struct pc_pager *pager, uint32_t shard_index, int fd)
+{
+    struct shard *shard = pc_shard_at(pager, shard_index);
+    struct command *command = shard ? pc_command_new(pager, COMMAND_ATTACH) : NULL;
+    int error = !shard ? -EINVAL : !command ? -ENOMEM : pc_stream_tcp(&command->stream, fd, true);
+
+    pthread_mutex_lock(&pager->channel_lock);
+    if (!error && pager->disconnecting)
+        error = -EBUSY;
+    if (!error)
+        pc_command_send(shard, command);
+    pthread_mutex_unlock(&pager->channel_lock);
+    if (error) {
+        free(command);
+        close(fd);
+    }
+    return error;
+}
+
+/* ---- the channel -------------------------------------------------------------------------------------------------- */
+
+bool pc_queue_request(struct shard *shard, uint32_t block, uint64_t page, uint32_t id_bits)
+{
+    struct pc_frame frame = {.type = PC_FRAME_REQUEST,
+                             .block = (uint16_t)block,
+                             .first_page = page,
+                             .pages = 1,
+                             .request_id = (shard->next_request++ & ~REQUEST_AHEAD) | id_bits};
+
+    if (shard->send_bytes + PC_FRAME_HEADER_BYTES > SEND_BYTES)
+        return false;
+    pc_frame_encode(&frame, shard->send + shard->send_bytes);
+    shard->send_bytes += PC_FRAME_HEADER_BYTES;
+    COUNT(shard->pager, requests, 1);
+    return true;
+}
+
+static void close_stream(struct shard *shard, int error, const char *text)
+{
+    for (size_t i = 0; i < shard->pending_count; i++)
+        shard->pending[i].sent_ns = 0;
+    pc_stream_close(&shard->stream);
+    shard->receive_start = shard->receive_end = 0;
+    shard->frame_checked = shard->frames_left = shard->stalled = false;
+    shard->useless_ns = shard->read_at_ns = 0;
+    shard->send_bytes = shard->send_done = 0;
+    if (text)
+        pc_events_push(&shard->pager->events, PC_EVENT_CHANNEL_DOWN, PC_CHANNEL_URGENT, (int)shard->index, -error, "%s", text);
+}
+
+static void flush_requests(struct shard *shard)
+{
+    size_t queued = shard->send_bytes;
+
+    while (shard->stream.fd >= 0 && shard->send_done < shard->send_bytes) {
+        struct iovec part = {.iov_base = shard->send + shard->send_done, .iov_len = shard->send_bytes - shard->send_done};
+        ssize_t sent = shard->stream.write(&shard->stream, &part, 1, false);
+
+        if (sent == -EAGAIN)
+            return; /* poll tells when there is room */
+        if (sent < 0) {
+            close_stream(shard, (int)sent, strerror((int)-sent));
+            return;
+        }
+        COUNT(shard->pager, bytes_sent, sent);
+        shard->send_done += (size_t)sent;
+    }
+    if (queued) {
+        uint64_t now_ns = pc_now_ns();
+
+        shard->send_bytes = shard->send_done = 0;
+        for (size_t i = shard->pending_count; i-- > 0;) {
+            struct fault *fault = &shard->pending[i];
+
+            if (fault->sent_ns == fault->event_ns)
+                fault->sent_ns = now_ns;
+        }
+        if (shard->send_full) {
+            pc_request_pending(shard);
+            shard->ahead_left = true; /* a turn at once: there is something to send */
+        }
+    }
+}
+
+static void receive_bytes(struct shard *shard)
+{
+    size_t room;
+    ssize_t got;
+
+    if (shard->receive_start == shard->receive_end)
+        shard->receive_start = shard->receive_end = 0;
+    room = RECEIVE_BYTES - shard->receive_end;
+    if (room < SMALL_RECEIVE_BYTES && shard->receive_start) {
+        memmove(shard->receive, shard->receive + shard->receive_start, shard->receive_end - shard->receive_start);
+        shard->receive_end -= shard->receive_start;
+        shard->receive_start = 0;
+        room = RECEIVE_BYTES - shard->receive_end;
+    }
+    /* Small reads first: untouched parts of the buffer cost nothing, and 4 KiB pages never need them. */
+    if (shard->receive_end - shard->receive_start < SMALL_RECEIVE_BYTES && room > SMALL_RECEIVE_BYTES)
+        room = SMALL_RECEIVE_BYTES;
+    got = shard->stream.read(&shard->stream, shard->receive + shard->receive_end, room, false);
+    if (got == -EAGAIN)
+        return;
+    if (got <= 0) {
+        if (!got && shard->receive_end > shard->receive_start)
+            close_stream(shard, -EPIPE, PC_STREAM_CUT_TEXT);
+        else
+            close_stream(shard, (int)got, got ? strerror((int)-got) : "the source closed the connection");
+        return;
+    }
+    COUNT(shard->pager, bytes_received, got);
+    shard->receive_end += (size_t)got;
+}
+
+/* The first frame that was received, if it is there as a whole. 1, 0, or an error with its line. */
+static int next_frame(struct shard *shard, struct pc_frame *frame, const uint8_t **payload)
+{
+    const uint8_t *at = shard->receive + shard->receive_start;
+    size_t have = shard->receive_end - shard->receive_start;
+    int error;
+
+    if (have < PC_FRAME_HEADER_BYTES)
+        return 0;
+    error = pc_decode_header(shard->pager, at, frame, &shard->frame);
+    if (error)
+        return error;
+    *payload = at + PC_FRAME_HEADER_BYTES;
+    if (have < PC_FRAME_HEADER_BYTES + (size_t)frame->payload_bytes)
+        return 0;
+    if (shard->frame_checked)
+        return 1;
+    error = pc_check_payload(frame, *payload, &shard->frame);
+    if (error)
+        return error;
+    pc_spend(&shard->frame, frame->payload_bytes / BYTES_PER_NS);
+    shard->frame.done = 0;
+    shard->frame_checked = true;
+    return 1;
+}
+
+/* Handles the frames that were received, as many as a turn may. */
+static void handle_frames(struct shard *shard)
+{
+    struct progress *progress = &shard->frame;
+    uint64_t spent_ns;
+    int result = 0;
+
+    progress->work_ns = TURN_NS;
+    progress->fresh = 0;
+    progress->text[0] = '\0';
+    shard->stalled = false;
+    while (progress->work_ns) {
+        struct pc_frame frame;
+        const uint8_t *payload = NULL;
+
+        result = next_frame(shard, &frame, &payload);
+        if (result <= 0)
+            break;
+        result = pc_handle_frame(shard->pager, &shard->channel, &frame, payload, progress);
+        if (result || (frame.type != PC_FRAME_END && progress->done < frame.pages))
+            break; /* the rest of it later */
+        shard->frame_checked = false;
+        shard->receive_start += PC_FRAME_HEADER_BYTES + (size_t)frame.payload_bytes;
+        if (frame.flags & PC_FRAME_DEMAND && frame.request_id & REQUEST_AHEAD && shard->ahead_in_flight)
+            shard->ahead_in_flight--;
+    }
+    shard->frames_left = !progress->work_ns;
+    spent_ns = TURN_NS - progress->work_ns;
+    shard->useless_ns = progress->fresh ? 0 : shard->useless_ns + spent_ns;
+    if (shard->useless_ns > USELESS_NS)
+        shard->read_at_ns = pc_now_ns() + USELESS_WEIGHT * spent_ns;
+    if (result == -EAGAIN) {
+        shard->stalled = true;
+        shard->frames_left = false;
+        pc_retry_later(shard);
+    } else if (result < 0) {
+        if (result == -EBADMSG)
+            COUNT(shard->pager, frames_refused, 1);
+        close_stream(shard, result, progress->text[0] ? progress->text : strerror(-result));
+    } else if (progress->fresh) {
+        shard->retry_ns = 0;
+    }
+}
+
+static void adopt_stream(struct shard *shard, const struct pc_stream *stream)
+{
+    if (shard->stream.fd >= 0)
+        close_stream(shard, 0, NULL);
+    shard->stream = *stream;
+    shard->channel.error_reported = false;
+    pc_request_again(shard);
+    shard->ahead_in_flight = 0;
+    pc_cursor_restart(shard, &shard->sweep);
+}
+
+/* ---- the loop ----------------------------------------------------------------------------------------------------- */
+
+static void handle_command(struct shard *shard, struct command *command, bool *go_on)
+{
+    switch (command->kind) {
+    case COMMAND_ATTACH:
+        adopt_stream(shard, &command->stream);
+        command->stream.fd = -1;
+        pc_command_push(&shard->pager->finished, command);
+        break;
+    case COMMAND_PREFETCH:
+        pc_prefetch_add(shard, command);
+        break;
+    case COMMAND_DISCONNECT: /* its caller waits for it, and has it on its stack */
+        if (shard->stream.fd >= 0)
+            close_stream(shard, 0, NULL);
+        (void)sem_post(command->done);
+        break;
+    default:
+        *go_on = false;
+    }
+}
+
+/* What callers want of this thread. False: stop. */
+static bool handle_commands(struct shard *shard)
+{
+    struct command *command, *first = NULL;
+    uint64_t drained;
+    bool go_on = true;
+
+    (void)!read(shard->control_fd, &drained, sizeof(drained));
+    command = __atomic_exchange_n(&shard->commands, NULL, __ATOMIC_SEQ_CST);
+    while (command) { /* the last one came first */
+        struct command *next = command->next;
+
+        command->next = first;
+        first = command;
+        command = next;
+    }
+    while (first) {
+        command = first;
+        first = first->next;
+        handle_command(shard, command, &go_on);
+    }
+    if (__atomic_exchange_n(&shard->sweep_again, false, __ATOMIC_SEQ_CST))
+        pc_cursor_restart(shard, &shard->sweep);
+    return go_on;
+}
+
+static void sooner(uint64_t *deadline_ns, uint64_t at_ns)
+{
+    if (at_ns && (!*deadline_ns || at_ns < *deadline_ns))
+        *deadline_ns = at_ns;
+}
+
+/* Waits for {userfaultfd, commands, channel}. How many of the three are ready; 0 when a time has come. */
+static int wait_for_work(struct shard *shard, struct pollfd fds[3], uint64_t spin_until_ns)
+{
+    uint64_t now_ns = shard->retry_at_ns || shard->read_at_ns || shard->unpollable_until_ns || spin_until_ns ? pc_now_ns() : 0;
+    uint64_t deadline_ns = 0;
+    struct timespec timeout;
+    bool reading = !shard->frames_left && !shard->stalled;
+    short wanted = 0;
+
+    if (shard->read_at_ns && now_ns >= shard->read_at_ns)
+        shard->read_at_ns = 0;
+    if (shard->unpollable_until_ns && now_ns >= shard->unpollable_until_ns)
+        shard->unpollable_until_ns = 0;
+    if (reading && !shard->read_at_ns)
+        wanted = POLLIN;
+    if (shard->send_bytes)
+        wanted |= POLLOUT;
+    fds[0] = (struct pollfd){.fd = shard->unpollable_until_ns ? -1 : shard->uffd, .events = POLLIN};
+    fds[1] = (struct pollfd){.fd = shard->control_fd, .events = POLLIN};
+    fds[2] = (struct pollfd){.fd = wanted ? shard->stream.fd : -1, .events = wanted};
+    sooner(&deadline_ns, shard->retry_at_ns);
+    sooner(&deadline_ns, shard->read_at_ns);
+    sooner(&deadline_ns, shard->unpollable_until_ns);
+    if (shard->repeats >= REPEATS_BEFORE_REST * PC_REPEAT_WEIGHT) {
+        shard->repeats -= PC_REPEAT_WEIGHT; /* one read, and if that brings another repetition, one more rest */
+        fds[0].fd = -1;
+        sooner(&deadline_ns, (now_ns ? now_ns : (now_ns = pc_now_ns())) + REST_NS);
+    } else if (spin_until_ns && now_ns < spin_until_ns) {
+        deadline_ns = now_ns;
+    }
+    if ((shard->frames_left && !shard->read_at_ns) || shard->ahead_left || __atomic_load_n(&shard->recheck, __ATOMIC_RELAXED))
+        return poll(fds, 3, 0);
+    if (!deadline_ns)
+        return poll(fds, 3, -1);
+    timeout = pc_time_left(deadline_ns, now_ns);
+    return ppoll(fds, 3, &timeout, NULL);
+}
+
+void *pc_fault_thread(void *argument)
+{
+    struct shard *shard = argument;
+    uint64_t spin_until_ns = 0;
+
+    pc_thread_name("pc-fault", shard->index);
+    pc_thread_prompt(shard->busy_poll_ns != 0);
+    for (;;) {
+        struct pollfd fds[3];
+        bool due = false;
+
+        if (wait_for_work(shard, fds, spin_until_ns) < 0)
+            continue;
+        if (fds[1].revents && !handle_commands(shard))
+            break;
+        if (fds[0].revents & POLLIN)
+            pc_read_events(shard);
+        else if (fds[0].revents)
+            pc_uffd_unpollable(shard);
+        if (shard->retry_at_ns && pc_now_ns() >= shard->retry_at_ns) {
+            due = true;
+            shard->retry_at_ns = 0;
+        }
+        if (due || __atomic_load_n(&shard->recheck, __ATOMIC_RELAXED))
+            pc_recheck_pending(shard);
+        /* a command may have put another stream there, even under the same number; then a read that finds nothing does no harm. */
+        if (fds[2].revents && fds[2].events & POLLIN && fds[2].fd == shard->stream.fd) {
+            receive_bytes(shard);
+            handle_frames(shard);
+        } else if ((shard->frames_left && !shard->read_at_ns) || (shard->stalled && due)) {
+            handle_frames(shard);
+        }
+        pc_request_ahead(shard);
+        flush_requests(shard);
+        if (!shard->retry_at_ns)
+            shard->retry_ns = 0;
+        if (shard->busy_poll_ns)
+            spin_until_ns = pc_now_ns() + shard->busy_poll_ns;
+    }
+    if (shard->stream.fd >= 0)
+        close_stream(shard, 0, NULL);
+    return NULL;
+}
