@@ -11,9 +11,10 @@ its order::
     <- {"error": {"class": "CommandNotFound", "desc": "there is no command 'sit'; there are ..."}}
     <- {"event": "status", "timestamp": {"seconds": 1700000000, "microseconds": 1}, "data": {...}}
 
-A client that sends nonsense is told so and may go on; one whose line is longer than `MAX_LINE_BYTES` is told so and
-hung up on, since nobody knows where its next line begins. `protocol` goes up when something that was right before
-becomes wrong; new commands, arguments and fields may come without that, so a client ignores what it does not know.
+A client that sends nonsense gets an error and may go on. One whose line is longer than `MAX_LINE_BYTES` gets an error
+and is disconnected, since it is unknown where its next line begins. `protocol` goes up when something that was right
+before becomes wrong; new commands, arguments and fields may come without that, so a client ignores what it does not
+know.
 """
 
 from __future__ import annotations

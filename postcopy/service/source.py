@@ -210,7 +210,7 @@ class Source(Service):
 
     def _why_refused(self, waiting: int) -> str:
         # A destination of an image that was lost takes no place: it may come back, or has begun anew. Nor does one
-        # from which the machine was taken back: it is waited for only to be told.
+        # from which the machine was taken back: it is waited for only to say so to it.
         leaving = self._leaving()
         reclaimed = sum(one.migration is not None and one.migration.state is State.RECLAIMED for one in leaving)
         busy = len(leaving) - len(self._lost()) - reclaimed + waiting
