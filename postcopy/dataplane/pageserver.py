@@ -2,7 +2,7 @@
 """The source's engine, as Python sees it: the twin of `pager`, with the same rules for resources, threads and
 cancellation.
 
-Requests are answered, and pages pushed in the background, by C threads (csrc/pageserver). Until `start()` they send
+Requests are answered, and pages pushed in the background, by C threads (csrc/pageserver/pageserver.c). Until `start()` they send
 nothing, since the machine may still change its memory.
 """
 
