@@ -148,6 +148,7 @@ int pc_pageserver_new(uint64_t max_bandwidth_bytes_per_s, struct pc_pageserver *
 /* Adds the next RAM block (index returned): memory->base is read where it is not NULL, else memory->fd by pread.
  * page_bytes is the unit of transfer; present_words (copied) has a bit for each page that may be non-zero. Locks. */
 int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory *memory, uint64_t page_bytes);
+/* Locks, as do pc_pageserver_start and pc_pageserver_set_bandwidth: for as long as a bulk thread looks for its next run. */
 int pc_pageserver_set_present(struct pc_pageserver *server, uint32_t block, const uint64_t *present_words);
 /* The descriptor is the server's from then on, also on failure. -EBUSY while the channel runs or a disconnect does. Locks, and joins
  * the thread of the channel that was there. */
