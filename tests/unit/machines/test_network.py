@@ -41,7 +41,7 @@ def test_net(text: str) -> None:
     "text", ["", "tap", "tap0", "tun:a", "tap:", "tap:a b", "tap:a/b", "tap:..", "tap:%d", "tap:ä"]
 )
 def test_bad_net(text: str) -> None:
-    with pytest.raises(ConfigurationError, match="--net"):
+    with pytest.raises(ConfigurationError, match="network"):
         tap.parse_net(text)
 
 
