@@ -149,6 +149,7 @@ class Acceptor:
                 except trio.WouldBlock:
                     break
                 link.control.socket.close()
+                self._waiting -= 1
 
     async def close(self) -> None:
         """Stops listening. `serve` must have ended."""
