@@ -258,11 +258,11 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         offer = await control.receive(wire.Offer, STEP_TIMEOUT_S)
         try:
             machine, pager = self._take_offer(link, offer)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # `explained` logs what it does not know
             # Kept as the reason first: the source may hang up, and that be noticed, before the sending has returned.
             refusal = self._scope.failure = explained(error)
             await control.send(protocol.send(wire.Reject(str(refusal))))
-            raise refusal from error
+            raise refusal from None  # (it may be the same error)
         units = tuple(block.memory.page_bytes for block in machine.blocks)
         self._bulk_channels = offer.bulk_channels
         if not self._background:

@@ -297,6 +297,20 @@ async def test_no_threads_is_told_before_anything_has_begun(monkeypatch: pytest.
     assert "no thread can be started" in str(pair.source.failure)
 
 
+@pytest.mark.parametrize("shortage", [MemoryError(), RuntimeError("can't start new thread")])
+async def test_what_the_host_lacks_is_no_mistake(shortage: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    def make_machine(*_: object) -> Machine:
+        raise shortage
+
+    pair = make_pair(make_machine)
+    async with running(pair):
+        pass
+    assert isinstance(pair.dest.failure, ResourceError)
+    assert pair.dest.failure.__cause__ is None
+    assert f"declined: {pair.dest.failure}" in str(pair.source.failure)
+    assert "a mistake" not in caplog.text
+
+
 async def lone_offer(version: int, background: bool) -> tuple[p.Accept, DestinationMigration]:
     here, there = socket.socketpair()
     twin, pager = FakeMachine(), FakePager()
