@@ -513,17 +513,17 @@ class Engine(abc.ABC, Generic[P, D]):
                 waits.append(come)
             if not self.over:
                 waits.append(self._search_ends)
-            again = self._look_again
+            again, first = self._look_again, None
             try:
-                await first_of(*waits)
+                first = await first_of(*waits)
             except EndedElsewhere as error:
-                self.failure = error
-                await self._ended_elsewhere(error, self._protocol.peer_ended(error.how))
-                self._change()
-                if self.state is not State.PAUSED:
-                    return None
+                if self.state in LOST:  # it was not reclaimed in this moment
+                    self.failure = error
+                    await self._ended_elsewhere(error, self._protocol.peer_ended(error.how))
+                    self._change()
             except Exception as error:  # noqa: BLE001  # `explained` logs what it does not know
-                self._fail_for_good(explained(error))
+                if self.state in LOST:
+                    self._fail_for_good(explained(error))
             except BaseException:  # cancelled in the moment in which the peer came
                 for link, _ in found:
                     link.control.socket.close()
@@ -539,9 +539,7 @@ class Engine(abc.ABC, Generic[P, D]):
                 found.clear()
                 reconnector.answered.set()
                 await trio.sleep(REFUSED_PAUSE_S)
-            elif not (
-                self.over or again.is_set() or self._unrecoverable or self._stop.is_set() or self._stop_looking()
-            ):
+            elif first == self._search_ends and not again.is_set() and not self._stop_looking():
                 return None
         return None
 
