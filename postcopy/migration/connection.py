@@ -96,7 +96,7 @@ class Control(Generic[P]):
                     with trio.fail_after(STEP_TIMEOUT_S):
                         await self._stream.send_all(data[at : at + SEND_BYTES])
             except trio.TooSlowError:
-                slow = PeerError(f"{self._peer} has taken nothing of a message within {STEP_TIMEOUT_S:g} s")
+                slow = PeerError(f"{self.protocol.PEER} has taken nothing of a message within {STEP_TIMEOUT_S:g} s")
                 self.protocol.connection_lost(str(slow))  # so that the receiver ends too, at the next sign of life
                 raise slow from None
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
@@ -118,7 +118,7 @@ class Control(Generic[P]):
         except trio.EndOfChannel:
             raise PeerError(self.protocol.reason or "the control connection has ended") from None
         except trio.TooSlowError:
-            raise PeerError(f"{self._peer} did not say {due} within {timeout_s:g} s") from None
+            raise PeerError(f"{self.protocol.PEER} did not say {due} within {timeout_s:g} s") from None
 
     async def run(self) -> None:
         """Receives, and keeps the connection alive, until the migration has ended in order. Raises `PeerError` or
@@ -159,7 +159,7 @@ class Control(Generic[P]):
                     protocol.connection_lost(str(lost))
                     raise lost from error
             if scope.cancelled_caught:
-                protocol.connection_lost(f"no sign of life from {self._peer} for {self._silence_s:g} s")
+                protocol.connection_lost(f"no sign of life from {self.protocol.PEER} for {self._silence_s:g} s")
             elif data:
                 protocol.receive_data(bytes(data))
             else:
@@ -192,10 +192,6 @@ class Control(Generic[P]):
             with contextlib.suppress(PeerError, MigrationError):
                 await self.send(data)
 
-    @property
-    def _peer(self) -> str:
-        return "the destination" if isinstance(self.protocol, SourceProtocol) else "the source"
-
     async def say_goodbye(self, reason: str) -> None:
         """Tells the peer why this side gives up, where the protocol still allows it. Bounded in time, never raises."""
         deadline = trio.current_time() + LAST_WORDS_S
@@ -222,6 +218,6 @@ class Control(Generic[P]):
         cause = error.__cause__
         reason = cause.strerror if isinstance(cause, OSError) else None
         if isinstance(error, trio.ClosedResourceError) or (isinstance(cause, OSError) and cause.errno not in _NETWORK):
-            where = f"the control connection with {self._peer}"
+            where = f"the control connection with {self.protocol.PEER}"
             return MigrationError(f"this host has lost {where}: {reason or 'it was closed here'}")
-        return PeerError(f"the control connection with {self._peer} broke{f' ({reason})' if reason else ''}")
+        return PeerError(f"the control connection with {self.protocol.PEER} broke{f' ({reason})' if reason else ''}")

@@ -72,8 +72,7 @@ log = logging.getLogger(__name__)
 class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
     """One migration to this host. Make it, `run` it once, `close` it; everything else may be looked at meanwhile."""
 
-    SIDE = "destination"
-    PEER = "source"
+    SIDE = DestinationProtocol.SIDE
 
     def __init__(
         self,

@@ -71,7 +71,6 @@ class Engine(abc.ABC, Generic[P, D]):
     """Make it, `run` it once; everything else may be looked at meanwhile."""
 
     SIDE: ClassVar[str]
-    PEER: ClassVar[str]
 
     def __init__(
         self,
@@ -391,7 +390,7 @@ class Engine(abc.ABC, Generic[P, D]):
         await self._until(lambda: self._reconnector is not None)
         assert self._reconnector is not None
         await self._reconnector.superseded()
-        raise PeerError(f"the {self.PEER} has come back on another connection")
+        raise PeerError(f"{self._protocol.PEER} has come back on another connection")
 
     async def _watch_data(self) -> None:
         await self._until(lambda: self._data is not None)
@@ -401,7 +400,7 @@ class Engine(abc.ABC, Generic[P, D]):
             if event.type is EventType.CHANNEL_DOWN and self._needs(event):
                 if not self._protocol.committed:  # it may be all that the peer could do to end it before the decision
                     await trio.sleep(PEER_SAYS_WHY_S)
-                why = event.text or f"closed by the {self.PEER}"
+                why = event.text or f"closed by {self._protocol.PEER}"
                 raise MigrationError(f"data channel lost: {event.channel_kind.name.lower()} {event.channel} ({why})")
 
     def _needs(self, event: Event) -> bool:
@@ -487,7 +486,7 @@ class Engine(abc.ABC, Generic[P, D]):
         assert self._reconnector is not None
         self.recoveries.add(now_ns() - self._lost_ns)
         self._reconnector.went_on()
-        log.warning("recovered: the %s is back after %.0f ms", self.PEER, self.recoveries.last_ns / 1e6)
+        log.warning("recovered: %s is back after %.0f ms", self._protocol.PEER, self.recoveries.last_ns / 1e6)
         self._change()
 
     async def _look(self) -> tuple[Link, Session] | None:

@@ -74,8 +74,7 @@ class SourceOptions:
 class SourceMigration(Engine[SourceProtocol, PageServer]):
     """One migration away from this host. Make it, `run` it once; everything else may be looked at meanwhile."""
 
-    SIDE = "source"
-    PEER = "destination"
+    SIDE = SourceProtocol.SIDE
 
     def __init__(
         self,

@@ -311,6 +311,28 @@ async def test_what_the_host_lacks_is_no_mistake(shortage: Exception, caplog: py
     assert "a mistake" not in caplog.text
 
 
+@pytest.mark.parametrize("version", [2, 3])
+async def test_a_destination_without_threads_gives_its_reason(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it has looked at the offer, so that it aborts instead of declining: each version understands that."""
+    from postcopy._blocking import Workers, no_thread
+
+    open_workers = Workers.open
+
+    def refuse(count: int, name: str, what: str) -> Workers:
+        if name.endswith("dest"):
+            raise no_thread(what)
+        return open_workers(count, name, what)
+
+    monkeypatch.setattr(FakeLink, "version", property(lambda _: version, lambda *_: None), raising=False)
+    monkeypatch.setattr(Workers, "open", refuse)
+    pair = make_pair()
+    async with running(pair):
+        pass
+    assert pair.source.state is pair.dest.state is State.ABORTED
+    assert pair.machine.state is MachineState.RUNNING
+    assert f"the destination aborted: {pair.dest.failure}" == str(pair.source.failure)
+
+
 async def lone_offer(version: int, background: bool) -> tuple[p.Accept, DestinationMigration]:
     here, there = socket.socketpair()
     twin, pager = FakeMachine(), FakePager()
