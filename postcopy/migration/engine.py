@@ -41,6 +41,7 @@ from postcopy.migration.statistics import Recoveries, Statistics
 from postcopy.migration.tasks import FirstFailure, Interrupted, explained, first_of, now_ns
 from postcopy.net import Address, CallingLink, ChannelSet, Link, Reconnector, Session, keep_alive
 from postcopy.wire import EndedElsewhere, State
+from postcopy.wire.states import LOST
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +53,8 @@ WORKERS = 3
 PEER_SAYS_WHY_S = 0.2
 """A peer that gives up says why on its control connection, and closes the others, which may be noticed first."""
 
-UNDECIDED = frozenset({State.SETUP, State.OFFERED, State.CHANNELS, State.READY, State.SWITCHOVER, State.HANDED})
-"""States in which either side can give a migration up without loss. The source still can in `PREPARED`; the destination
-does not know there whether it has been decided."""
 STEERABLE = frozenset({State.COMMITTED, State.POSTCOPY, State.PAUSED, State.IN_DOUBT, State.RECOVER, State.RECOVERING})
 """States in which a connection may be given up without giving up the migration."""
-LOST = frozenset({State.PAUSED, State.IN_DOUBT})
 
 D = TypeVar("D", bound=DataPlane)
 Plan = Callable[[Control[P], Link], Awaitable[None]]
@@ -154,7 +151,7 @@ class Engine(abc.ABC, Generic[P, D]):
     @property
     def cancellable(self) -> bool:
         """Whether giving it up now would lose nothing."""
-        return self.state in UNDECIDED
+        return self._protocol.may_abort
 
     def statistics(self) -> Statistics:
         """What has been counted; the last numbers when the data plane has ended."""

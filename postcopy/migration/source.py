@@ -138,10 +138,6 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
 
     # ---- steering it
 
-    @property
-    def cancellable(self) -> bool:
-        return super().cancellable or self.state is State.PREPARED
-
     def set_bandwidth(self, max_bandwidth_bytes_per_s: int) -> None:
         """Limits the background push from now on; 0: no limit."""
         if max_bandwidth_bytes_per_s != self._options.max_bandwidth_bytes_per_s:

@@ -146,7 +146,7 @@ def _table(sends: Table, receives: Table, events: Table) -> Table:
 SOURCE: Final = _table(_SAID_BY_SOURCE, _SAID_BY_DESTINATION, _SOURCE_EVENTS)
 DESTINATION: Final = _table(_SAID_BY_DESTINATION, _SAID_BY_SOURCE, _DESTINATION_EVENTS)
 
-_LOST: Final = frozenset({S.PAUSED, S.IN_DOUBT})
+LOST: Final = frozenset({S.PAUSED, S.IN_DOUBT})
 _CONNECTED: Final = frozenset(state for state, _ in (*_SAID_BY_SOURCE, *_SAID_BY_DESTINATION))
 
 
@@ -202,13 +202,13 @@ class _ControlProtocol:
     @property
     def recoverable(self) -> bool:
         """The connection is lost, and a new one could go on: see `reconnected`."""
-        return self._state in _LOST and not self._no_way_back
+        return self._state in LOST and not self._no_way_back
 
     @property
     def peer_gone(self) -> bool:
         """PAUSED, and no connection will ever end that: the peer has given up what it had, or the two do not agree.
         What is left is up to an operator."""
-        return self._state in _LOST and self._no_way_back
+        return self._state in LOST and self._no_way_back
 
     @property
     def may_run(self) -> bool:
@@ -306,14 +306,14 @@ class _ControlProtocol:
         A machine that is PAUSED stays so."""
         if self._state is State.IN_DOUBT:
             self._reason = one_line(reason)
-        if self._state in _LOST:
+        if self._state in LOST:
             self._state = self.TABLE.get((self._reached, "given up"), self._state)
         return self._state
 
     def peer_ended(self, how: Ended) -> State:
         """The peer has said and proven that the migration is over on its side: where that leaves this one. Only while
         the connection is lost (`recoverable` or `peer_gone`)."""
-        if self._state not in _LOST:
+        if self._state not in LOST:
             raise ProtocolError(f"nothing to end in state {self._state.value}")
         self._state = self.TABLE[self._reached, f"peer {how}"]
         self._must_announce = False

@@ -12,7 +12,6 @@ import pytest
 from postcopy.errors import ConfigurationError
 from postcopy.machines import BlockLayout, Machine
 from postcopy.migration.destination import DestinationMigration
-from postcopy.migration.engine import UNDECIDED
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.output import Output
 from postcopy.service.config import ArrivalOptions, DaemonConfig
@@ -32,7 +31,7 @@ def _job(state: State, kind: Any = SourceMigration) -> Mock:
     job = Mock(spec=kind)
     job.state = state
     job.status = "active"
-    job.cancellable = state in UNDECIDED
+    job.cancellable = state in (State.READY, State.HANDED)
     job.cancel.return_value = job.cancellable
     return job
 
