@@ -33,8 +33,8 @@ SEND_BYTES = 256 * 1024
 """The peer has `STEP_TIMEOUT_S` for so much of a message: a slow network is not taken for a peer that hangs."""
 MESSAGES_PER_S = 2000
 """More than a peer has to send; one that sends more has to wait."""
-LAST_WORDS_S = 0.5
-"""How long saying goodbye may take; a machine may be waiting to go on."""
+REASON_TIMEOUT_S = 0.5
+"""How long giving the reason of an end may take, and closing; a machine may be waiting to go on."""
 BULK_SILENCE_S = 30.0
 """See `data_silence_s`."""
 _NETWORK = frozenset(
@@ -192,9 +192,9 @@ class Control(Generic[P]):
             with contextlib.suppress(PeerError, MigrationError):
                 await self.send(data)
 
-    async def say_goodbye(self, reason: str) -> None:
+    async def give_reason(self, reason: str) -> None:
         """Tells the peer why this side gives up, where the protocol still allows it. Bounded in time, never raises."""
-        deadline = trio.current_time() + LAST_WORDS_S
+        deadline = trio.current_time() + REASON_TIMEOUT_S
         # (What is suppressed: the peer is gone, and will conclude the same.)
         with trio.CancelScope(shield=True, deadline=deadline), contextlib.suppress(PeerError, MigrationError):
             if self.protocol.may_abort and not self._torn:
@@ -205,7 +205,7 @@ class Control(Generic[P]):
         """Closes so that the peer still gets what was sent last. Bounded in time. `run` must have ended."""
         # Closing a socket with unread bytes in it (a ping is enough) resets the connection, and a reset takes back what
         # the peer has not read yet. So: say that no more comes, and read until the peer says so too.
-        broken, deadline = (trio.BrokenResourceError, trio.ClosedResourceError), trio.current_time() + LAST_WORDS_S
+        broken, deadline = (trio.BrokenResourceError, trio.ClosedResourceError), trio.current_time() + REASON_TIMEOUT_S
         with trio.CancelScope(shield=True, deadline=deadline), contextlib.suppress(*broken):
             await self._stream.send_eof()
             while await self._stream.receive_some(64 * 1024):

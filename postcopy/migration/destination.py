@@ -14,8 +14,8 @@ When the source or the network is lost after `commit`, the machine is *kept*: it
 missing, that thread then waits, and nothing is ever filled with zeros. The state is `PAUSED` until the two sides have
 found each other again, or the user ends it. Lost between `prepared` and `commit` it is `IN_DOUBT`: the machine does not
 run, and the source is asked, for a limited time: an arrival that is never decided must not keep its place. Lost
-when every page is here it is as good as completed: the machine is the caller's after a moment, and the source can be
-told later (`announce`).
+when every page is here it is as good as completed: the machine is the caller's after a moment, and the source can
+learn of it later (`announce`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 """One migration, seen from one side: what the source's and the destination's engine do alike.
 
 A migration is one connection after the other. Each has a plan (the main task of `tasks.FirstFailure`) and tasks that
-watch beside it; when it has ended the engine settles where that leaves the machine. If the protocol can go on from
+watch beside it; when it has ended the engine sees to where that leaves the machine. If the protocol can go on from
 there, the peer is looked for:
 
 - for `recover_for_s` (a destination in doubt has a time of its own). After that it is called no more, but a
@@ -222,7 +222,7 @@ class Engine(abc.ABC, Generic[P, D]):
             try:
                 try:
                     workers = Workers.open(WORKERS, f"pc-migr-{self.SIDE[:4]}", "a migration")
-                except ResourceError as error:  # nothing has begun: the peer is told why, where there is one
+                except ResourceError as error:  # nothing has begun: the peer gets the reason, where there is one
                     if self._link is not None:
                         await self._connected(self._link, partial(_refuse, error))
                     raise
@@ -316,7 +316,7 @@ class Engine(abc.ABC, Generic[P, D]):
     # ---- the life of a connection
 
     async def _connected(self, link: Link, plan: Plan[P]) -> None:
-        """The life of one connection: follows the plan, and settles where its end has left the machine."""
+        """The life of one connection: follows the plan, and sees to the machine when it has ended."""
         control: Control[P] = Control(link.control, self._protocol, self._heartbeat_s)
         self._protocol.receive_data(link.received)
         scope = self._scope = FirstFailure()
@@ -332,29 +332,29 @@ class Engine(abc.ABC, Generic[P, D]):
             ended = True
         finally:
             with trio.CancelScope(shield=True):  # each step of it is bounded
-                trouble = None
+                problem = None
                 if self._protocol.state is not State.COMPLETED:
                     where = "interrupted" if ended else "ended"
                     self.failure = scope.failure or Interrupted(f"{where} at the {self.SIDE}")
-                    trouble = await self._contained(self._settle, control, self.failure)
+                    problem = await self._contained(self._after_connection, control, self.failure)
                     if isinstance(scope.failure, Unrecoverable):
-                        trouble = scope.failure
+                        problem = scope.failure
                 await self._contained(control.close)
-            if trouble is not None and self._protocol.recoverable:
-                self._fail_for_good(trouble)
+            if problem is not None and self._protocol.recoverable:
+                self._fail_for_good(problem)
             if self._protocol.state is State.COMPLETED:
                 self.failure = None  # every page is there: that the peer misses our last message changes nothing
             self._change()
 
-    async def _settle(self, control: Control[P], failure: PostcopyError) -> None:
+    async def _after_connection(self, control: Control[P], failure: PostcopyError) -> None:
         """A connection has ended of `failure`. Shielded; bounded in time."""
         await self._take_back()
-        await control.say_goodbye(str(failure))
+        await control.give_reason(str(failure))
         if self._protocol.recoverable:
             await self._suspend()
 
     async def _take_back(self) -> None:
-        """Where the machine may run here it does, before the peer is told."""
+        """Where the machine may run here it does, before the peer gets the reason."""
 
     @abc.abstractmethod
     async def _suspend(self) -> None:

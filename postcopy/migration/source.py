@@ -3,18 +3,18 @@
 
 The plan: offer the machine, connect the data channels, wait until it is time; pause it, tell which pages there are,
 hand its state over; and when the destination says that it is prepared, decide. Up to that decision every failure ends
-the same way: the machine is resumed *first*, then the peer is told, then the rest is cleaned up. After it the machine
-never runs here again. A connection that is lost then leaves its memory as it is (but for pages that the destination has
-acknowledged, with `release_ram`: see `acknowledgements`), in the state `PAUSED`, and the two sides look for each other
-again: the destination says what it has, the rest is offered anew.
+the same way: the machine is resumed *first*, then the peer gets the reason, then the rest is cleaned up. After it the
+machine never runs here again. A connection that is lost then leaves its memory as it is (but for pages that the
+destination has acknowledged, with `release_ram`: see `acknowledgements`), in the state `PAUSED`, and the two sides look
+for each other again: the destination says what it has, the rest is offered anew.
 
 Resource handling: the machine stays the caller's, and is paused when the migration has been committed, else as it
 was before. The link's control connection and the page server are closed when `run` returns.
 
 **Taking it back.** A destination can die for good when the machine is its own. The operator, who knows that, has the
 machine go on here from the switchover (`reclaim`), unless a part of its memory has been given back. Should the
-destination live, there would be two machines: so it is looked for once more before, and is told when it comes back
-later.
+destination live, there would be two machines: so it is looked for once more before, and refused with that reason when
+it comes back later.
 
 Cancelling `run` before the decision resumes the machine; after it the pages are lost.
 """
@@ -114,7 +114,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self._releaser: Releaser | None = None  # with `release_ram`
         self._discarded: list[Bitmap] | None = None  # as it was when the page server ended
         self._accepted: wire.Accept | None = None
-        self._hold = True
+        self._keep = True
 
     # ---- looking at it
 
@@ -146,18 +146,18 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
                 self._data.set_bandwidth(max_bandwidth_bytes_per_s)
 
     def set_recover_for(self, recover_for_s: float) -> None:
-        super().set_recover_for(recover_for_s if self._hold else min(recover_for_s, RECOVER_UNOWNED_S))
+        super().set_recover_for(recover_for_s if self._keep else min(recover_for_s, RECOVER_UNOWNED_S))
 
     # ---- doing it
 
-    async def run(self, go: trio.Event, stop: trio.Event, *, hold: bool = True) -> None:
+    async def run(self, go: trio.Event, stop: trio.Event, *, keep: bool = True) -> None:
         """Migrates when `go` is set, and gives up when `stop` is.
 
         Returns when the migration has completed or aborted, or was reclaimed. One that is `PAUSED` goes on when the
-        destination is back, and otherwise stays so until `stop`; unless `hold` is false: what it could serve is then in
+        destination is back, and otherwise stays so until `stop`; unless `keep` is false: what it could serve is then in
         a file, nothing is lost by its end, and a minute is enough to come back.
         """
-        self._hold = hold
+        self._keep = keep
         self.set_recover_for(self._recover_for_s)
         try:
             await self._run(stop, partial(self._migrate, go=go))
@@ -199,9 +199,9 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             logging.WARNING if self.machine.live else logging.INFO,
             "the destination is lost for good (%s); what it has not got is kept here%s",
             self.failure,
-            f" {until}" if self._hold else "",
+            f" {until}" if self._keep else "",
         )
-        return self._hold
+        return self._keep
 
     async def _ended_elsewhere(self, error: EndedElsewhere, state: State) -> None:
         if state is State.ABORTED:
@@ -255,8 +255,8 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         switchover. Returns what is lost by that, one line.
 
         The destination is looked for before, for some seconds: one that answers keeps its machine, and the migration
-        goes on where it can. One that comes back later is told, and stops. `MigrationError` where it cannot be done;
-        nothing has changed then. May be cancelled until that is decided.
+        goes on where it can. One that comes back later learns of it, and stops. `MigrationError` where it cannot be
+        done; nothing has changed then. May be cancelled until that is decided.
         """
         self.check_reclaimable()
         assert self._reconnector is not None

@@ -6,7 +6,7 @@ One host listens (`acceptor`, `listening`), the other one connects (`calling`, `
 not matter. Every connection begins with the handshake of `postcopy.wire`. Then a control connection stays a Trio stream
 of its `Link`, while the descriptor of a data connection is detached, made blocking and given to the core.
 
-The room owns listeners, and connections until somebody has taken them. A `Link` lives until its stream is closed, a
+The room owns listeners, and connections until they are taken. A `Link` lives until its stream is closed, a
 channel set or reconnector as long as its `with` block, an `Acceptor` until `close`.
 """
 

@@ -3,7 +3,7 @@
 
 A lost peer is called at once, then several times a second, at another address when one is named (`Route`). What counts
 is not that a connection came about but that the migration *went on* over it: after calls that only connect, the pauses
-grow. Whoever answers there may be anybody: what does not prove that it knows the token decides nothing.
+grow. Any host may answer there: one that does not prove that it knows the token decides nothing.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class CallingReconnector(Reconnector):
                     return
 
     async def superseded(self) -> None:
-        while not self.is_paused():  # nobody but this side connects
+        while not self.is_paused():  # only this side connects
             await self._changed.wait()
         raise PeerError(PAUSED_BY_OPERATOR)
 

@@ -42,7 +42,7 @@ class Reconnector(abc.ABC):
     """A migration's place among the connections of this host, kept while it has none.
 
     An operator can *pause* it: the connection is then given up and none is made or let in, until `recover`. The other
-    side finds that somebody is there who does not take it back yet, and asks again.
+    side learns that its peer is there and does not take it back yet, and asks again.
     """
 
     def __init__(self) -> None:
@@ -62,12 +62,12 @@ class Reconnector(abc.ABC):
         return trio.current_time() - went_on_s >= LASTING_S
 
     def ended(self, how: Ended) -> None:  # noqa: B027  (only who is asked has to remember it)
-        """The migration is over here: whoever comes back for it is told how, and not let in. To be said before the
-        reconnector ends; the last word counts."""
+        """The migration is over here: a peer that comes back for it is refused, with how it has ended. To be called
+        before the reconnector ends; the last call counts."""
 
     async def announce(self, how: Ended) -> None:
         """Tells the peer that it is over here, where it would not come and ask: on the side that calls. Tries as long
-        as it takes; returns when the peer has heard it or has ended it itself, and at once on the side that listens,
+        as it takes; returns when the peer has answered or has ended it itself, and at once on the side that listens,
         which is asked. After `ended`. Cancellable."""
         await trio.lowlevel.checkpoint()
 

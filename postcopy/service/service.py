@@ -216,9 +216,9 @@ class Service(abc.ABC):
         return migration
 
     async def send(
-        self, owned: Owned, go: trio.Event, *beside: Callable[[Owned], Awaitable[None]], hold: bool = True
+        self, owned: Owned, go: trio.Event, *beside: Callable[[Owned], Awaitable[None]], keep: bool = True
     ) -> None:
-        """The whole of a migration that `leave` has made. `beside`: tasks for as long; `hold` as for
+        """The whole of a migration that `leave` has made. `beside`: tasks for as long; `keep` as for
         `SourceMigration.run`."""
         migration = owned.migration
         assert isinstance(migration, SourceMigration)
@@ -226,7 +226,7 @@ class Service(abc.ABC):
         async with trio.open_nursery() as nursery:
             for task in beside:
                 nursery.start_soon(task, owned)
-            await migration.run(go, owned.stop, hold=hold)
+            await migration.run(go, owned.stop, keep=keep)
             nursery.cancel_scope.cancel()
 
     def arrive(self, owned: Owned, link: Link) -> DestinationMigration:

@@ -139,9 +139,9 @@ class Source(Service):
         return owned, self._latest
 
     async def _migrate(self, owned: Owned, migration: SourceMigration) -> None:
-        hold = migration.machine.live or self._config.connect is not None
+        keep = migration.machine.live or self._config.connect is not None
         try:
-            await self.send(owned, self._go, self._end_with_process, self._announce, hold=hold)
+            await self.send(owned, self._go, self._end_with_process, self._announce, keep=keep)
         finally:
             owned.phase = Phase.HERE
             if len(self.machines) > 1:

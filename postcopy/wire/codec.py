@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Messages to bytes and back: a length, a checksum, msgpack.
 
-Whoever can connect can send anything. So the length of a message is checked before its first byte is kept: against what
-may come in this state, and against its type as soon as that is there. How deep it is and of how many parts is measured
-before one of them is made. Then each field has to be there, with its type and in its range. Whatever a peer sends,
-nothing but `ProtocolError` comes of it.
+Any host that can connect can send anything. So the length of a message is checked before its first byte is kept:
+against what may come in this state, and against its type as soon as that is there. How deep it is and of how many parts
+is measured before one of them is made. Then each field has to be there, with its type and in its range. Whatever a peer
+sends, nothing but `ProtocolError` comes of it.
 
 From version 3 on, fields that are not known are ignored.
 """

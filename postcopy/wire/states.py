@@ -15,7 +15,7 @@ The first comes before the second, so `may_run` is never true at both ends, what
 For a while neither may: `commit` was sent and has not arrived. The source is then PAUSED and keeps the memory. The
 destination, which has said `prepared`, may not abort by itself, since its `abort` could cross the `commit`: it is
 IN_DOUBT, and asks. `recovered` means that the source had decided; else the source tells that it has aborted. A
-destination that nobody answers gives up, and never runs the machine.
+destination that gets no answer gives up, and never runs the machine.
 
 **Recovery.** A connection that is lost after the commit ends nothing. The side that had connected connects again, with
 the migration's id, its token and a higher epoch; `reconnected` puts the same object onto the new connection. The
@@ -111,7 +111,7 @@ _SOURCE_EVENTS: Final[Table] = {
     **{(state, f"peer {how}"): S.PAUSED for state in (S.COMMITTED, S.POSTCOPY) for how in Ended},
     (S.COMMITTED, "peer completed"): S.COMPLETED,
     (S.POSTCOPY, "peer completed"): S.COMPLETED,
-    (S.COMMITTED, "peer aborted"): S.ABORTED,  # `commit` was never heard, and never will be: the machine goes on here
+    (S.COMMITTED, "peer aborted"): S.ABORTED,  # `commit` never arrived, and never will: the machine goes on here
     (S.COMMITTED, "go on"): S.COMMITTED,
     (S.POSTCOPY, "go on"): S.POSTCOPY,
 }
@@ -302,8 +302,8 @@ class _ControlProtocol:
         self._error = None
 
     def give_up(self, reason: str) -> State:
-        """Nobody will connect again: what IN_DOUBT comes to is ABORTED, and PAUSED where every page has come COMPLETED.
-        A machine that is PAUSED stays so."""
+        """No other connection will come: IN_DOUBT becomes ABORTED, and PAUSED becomes COMPLETED where every page has
+        come. Else a machine that is PAUSED stays so."""
         if self._state is State.IN_DOUBT:
             self._reason = one_line(reason)
         if self._state in LOST:
@@ -371,7 +371,7 @@ class SourceProtocol(_ControlProtocol):
 
     def reclaim(self) -> State:
         """The operator, who knows that the destination is dead, lets the machine go on here from the switchover.
-        Only while PAUSED; final. Should the destination live, there are two machines until it hears of it: whenever
+        Only while PAUSED; final. Should the destination live, there are two machines until it learns of that: whenever
         it comes back, it is answered so (`ending`)."""
         if self._state is not State.PAUSED:
             raise ProtocolError(f"nothing to reclaim in state {self._state.value}")
@@ -390,6 +390,6 @@ class DestinationProtocol(_ControlProtocol):
     RECEIVES = receivable(DESTINATION)
 
     def every_page_is_here(self) -> None:
-        """Nothing is missing any more, though the source has not heard of it: `give_up` then means COMPLETED. Only of
+        """Nothing is missing any more, though the source does not know: `give_up` then means COMPLETED. Only of
         a machine that runs here."""
         self._reached = State.CLOSING

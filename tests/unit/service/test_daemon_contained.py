@@ -254,7 +254,7 @@ async def test_mistake_of_an_arrivals_engine(
 @pytest.mark.parametrize("mistake", MISTAKES, ids=repr)
 async def test_mistake_of_a_departures_engine(monkeypatch: pytest.MonkeyPatch, mistake: Exception) -> None:
     class Mistaken(SourceMigration):
-        async def run(self, go: trio.Event, stop: trio.Event, *, hold: bool = True) -> None:
+        async def run(self, go: trio.Event, stop: trio.Event, *, keep: bool = True) -> None:
             await trio.lowlevel.checkpoint()
             raise mistake
 

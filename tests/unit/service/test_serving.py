@@ -40,7 +40,7 @@ class Engine:
         self.paused = trio.Event()
         self._on_change = on_change
 
-    async def run(self, go: trio.Event, stop: trio.Event, *, hold: bool) -> None:
+    async def run(self, go: trio.Event, stop: trio.Event, *, keep: bool) -> None:
         if self.link.peer == "served":
             self.state = State.COMPLETED
             return
