@@ -52,13 +52,13 @@ from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.destination import MakeMachine
 from postcopy.units import format_size
 from postcopy.wire import one_line
+from postcopy.wire.messages import MAX_BLOCKS
 
 SOURCE, DEST, MERGED = "source", "dest", "merged"  # sides
 STARTED = "started"  # a file in one that a machine has been started from
 PAUSE_TIMEOUT_S = 2.0
 COPY_BYTES = 4 << 20
 MAX_RANGES = 10_000  # of pages in doubt that are listed; their number is always given
-MAX_BLOCKS = 64
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_STATE_BYTES = 16 << 20
 MAX_STARTED_BYTES = 1000

@@ -294,7 +294,9 @@ async def test_the_side_that_calls_can_say_that_it_has_ended() -> None:
                 await called.next_link()
             assert told.value.how is Ended.ABORTED
             called.pause()
-            await caller.announce(Ended.LOST)  # it is no connection, so it is not held up
+            caller.pause()
+            with trio.fail_after(10):
+                await caller.announce(Ended.LOST)  # it makes no connection, so a pause on neither side delays it
             with pytest.raises(EndedElsewhere) as told:
                 await called.next_link()
             assert told.value.how is Ended.LOST
