@@ -40,7 +40,7 @@ from postcopy.migration.engine import Engine
 from postcopy.migration.maps import digest_of, receive_maps, send_map
 from postcopy.migration.statistics import Latency, Statistics, natural
 from postcopy.migration.tasks import explained, now_ns
-from postcopy.net import ChannelSet, Link, Session
+from postcopy.net import Link, OpenChannels, Session
 from postcopy.uffd import How
 from postcopy.wire import DestinationProtocol, EndedElsewhere, State
 
@@ -237,11 +237,11 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         for number, received in enumerate(here):
             maps += await send_map(control, wire.ReceivedMap, number, received)
         self._placed.acknowledged(here)
-        with link.channel_set(self._session) as channel_set:
+        with link.channel_set(self._session) as open_channels:
             await control.send(protocol.send(wire.Recover(self._resume_ns, maps, await digest_of(here))))
             await control.receive(wire.Recovered, STEP_TIMEOUT_S)
             self._change()
-            await self._attach_all(channel_set, machine, pager)
+            await self._attach_all(open_channels, machine, pager)
         self._recovered()
         if protocol.state is State.COMMITTED:
             await self._start(control, machine)
@@ -274,10 +274,10 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
                     link.version,
                 )
         assert self._session is not None
-        with link.channel_set(self._session) as channel_set:
+        with link.channel_set(self._session) as open_channels:
             await control.send(protocol.send(wire.Accept(units, machine.shards, self._bulk_channels)))
             self._change()
-            await self._attach_all(channel_set, machine, pager)
+            await self._attach_all(open_channels, machine, pager)
         await control.send(protocol.send(wire.Ready()))
         self._change()
 
@@ -288,10 +288,10 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         await self._start(control, machine)
         await self._finish(control, pager)
 
-    async def _attach_all(self, channel_set: ChannelSet, machine: Machine, pager: AnyPager) -> None:
+    async def _attach_all(self, open_channels: OpenChannels, machine: Machine, pager: AnyPager) -> None:
         """What is pending is requested (again) at once."""
         self._pushing = set(range(self._bulk_channels))
-        await self._attach(channel_set, machine.shards, self._bulk_channels, pager.attach_urgent, pager.attach_bulk)
+        await self._attach(open_channels, machine.shards, self._bulk_channels, pager.attach_urgent, pager.attach_bulk)
 
     async def _start(self, control: Control[DestinationProtocol], machine: Machine) -> None:
         """The machine has been committed to us."""

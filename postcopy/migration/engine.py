@@ -39,7 +39,7 @@ from postcopy.migration.connection import Control, P, data_silence_s
 from postcopy.migration.maps import Disagreement
 from postcopy.migration.statistics import Recoveries, Statistics
 from postcopy.migration.tasks import FirstFailure, Interrupted, explained, first_of, now_ns
-from postcopy.net import Address, CallingLink, ChannelSet, Link, Reconnector, Session, keep_alive
+from postcopy.net import Address, CallingLink, Link, OpenChannels, Reconnector, Session, keep_alive
 from postcopy.wire import EndedElsewhere, State
 from postcopy.wire.states import LOST
 
@@ -411,14 +411,14 @@ class Engine(abc.ABC, Generic[P, D]):
 
     async def _attach(
         self,
-        channel_set: ChannelSet,
+        open_channels: OpenChannels,
         shards: int,
         bulk_channels: int,
         attach_urgent: Callable[[int, int], None],
         attach_bulk: Callable[[int, int], None],
     ) -> None:
         """Gives the data plane its connections."""
-        channels = await channel_set.channels(shards, bulk_channels)
+        channels = await open_channels(shards, bulk_channels)
         try:
             for (kind, index), fd in channels.items():
                 keep_alive(fd, data_silence_s(kind, self._heartbeat_s))

@@ -43,7 +43,7 @@ from postcopy.migration.engine import Engine, Unrecoverable
 from postcopy.migration.maps import Disagreement, digest_of, receive_maps, send_map
 from postcopy.migration.statistics import Statistics
 from postcopy.migration.tasks import first_of, now_ns
-from postcopy.net import Address, ChannelSet, Link, Session
+from postcopy.net import Address, Link, OpenChannels, Session
 from postcopy.wire import EndedElsewhere, SourceProtocol, State
 
 DEFAULT_BULK_CHANNELS = 2  # while one of its threads copies a page into place, the other receives
@@ -292,9 +292,9 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         assert self._data is not None
         assert self._session is not None
         resume_ns = await self._receive_what_arrived(control, self._data)
-        with link.channel_set(self._session) as channel_set:
+        with link.channel_set(self._session) as open_channels:
             await control.send(self._protocol.send(wire.Recovered()))
-            await self._attach_all(channel_set)
+            await self._attach_all(open_channels)
         if resume_ns and not self.running_ns:
             self._runs_there(self.committed_ns + resume_ns)
         self._recovered()
@@ -321,7 +321,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         assert session is not None
         self._join(link, session)
         blocks = tuple(wire.Block(block.name, block.size_bytes, block.page_bytes) for block in machine.layout)
-        with link.channel_set(session) as channel_set:
+        with link.channel_set(session) as open_channels:
             offer = wire.Offer(
                 session.migration,
                 session.token,
@@ -341,7 +341,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             if self._options.release_ram:
                 self._releaser = Releaser(server, len(blocks))
             self._change()
-            await self._attach_all(channel_set)
+            await self._attach_all(open_channels)
         await control.receive(wire.Ready, STEP_TIMEOUT_S)
         self.ready_ns = now_ns()
         self._change()
@@ -349,12 +349,12 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         await self._switch_over(control, server)
         await self._follow(control)
 
-    async def _attach_all(self, channel_set: ChannelSet) -> None:
+    async def _attach_all(self, open_channels: OpenChannels) -> None:
         assert self._data is not None
         assert self._accepted is not None
         urgent = partial(self._data.attach_urgent, busy_poll_us=self._options.busy_poll_us)
         counts = self._accepted.shards, self._accepted.bulk_channels
-        await self._attach(channel_set, *counts, urgent, self._data.attach_bulk)
+        await self._attach(open_channels, *counts, urgent, self._data.attach_bulk)
 
     def _runs_there(self, since_ns: int) -> None:
         self.running_ns = since_ns

@@ -18,10 +18,10 @@ from postcopy.net.addresses import Address, Route, parse_address, read_peer_file
 from postcopy.net.calling import CallingLink
 from postcopy.net.connecting import HANDSHAKE_TIMEOUT_S, client_handshake, connect, keep_alive
 from postcopy.net.endings import Code, Endings, Session
-from postcopy.net.link import ChannelKey, ChannelSet, Link, PAUSED_BY_OPERATOR, Reconnector
+from postcopy.net.link import ChannelKey, Link, OpenChannels, PAUSED_BY_OPERATOR, Reconnector
 
 __all__ = [
     "HANDSHAKE_TIMEOUT_S", "MAX_HALF_OPEN", "MAX_WAITING", "OFFER_TIMEOUT_S", "PAUSED_BY_OPERATOR", "Acceptor",
-    "Address", "CallingLink", "ChannelKey", "ChannelSet", "Code", "Endings", "Link", "Reconnector", "Route",
+    "Address", "CallingLink", "ChannelKey", "Code", "Endings", "Link", "OpenChannels", "Reconnector", "Route",
     "Session", "client_handshake", "connect", "keep_alive", "parse_address", "read_peer_file",
 ]

@@ -29,7 +29,7 @@ from postcopy.net.addresses import Address, address_of
 from postcopy.net.backoff import LogLimit
 from postcopy.net.connecting import HANDSHAKE_TIMEOUT_S, NO_ROOM, broken
 from postcopy.net.endings import Code, Endings, Refusal, Session
-from postcopy.net.link import ChannelSet, Link, Reconnector
+from postcopy.net.link import Link, OpenChannels, Reconnector
 from postcopy.net.listening import ListeningChannelSet, ListeningReconnector
 from postcopy.wire import HEADER_BYTES, Ended, Hello, Offer, Reject, ServerHandshake, decode, encode, one_line
 
@@ -48,13 +48,13 @@ class ListeningLink(Link):
         self._acceptor = acceptor
 
     @contextlib.contextmanager
-    def channel_set(self, session: Session) -> Iterator[ChannelSet]:
+    def channel_set(self, session: Session) -> Iterator[OpenChannels]:
         channel_sets = self._acceptor.channel_sets
         if session.migration in channel_sets:
             raise PeerError(f"{self.peer}: the migration {session.migration.hex()} is in use here")
         channel_set = channel_sets[session.migration] = ListeningChannelSet(session, self.peer, self.version)
         try:
-            yield channel_set
+            yield channel_set.channels
         finally:
             del channel_sets[session.migration]  # ours, since the id was in use meanwhile
             channel_set.close()

@@ -13,7 +13,8 @@ import logging
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
 import trio
 
@@ -27,8 +28,8 @@ from postcopy.net.link import (
     CHANNELS_TIMEOUT_S,
     PAUSED_BY_OPERATOR,
     ChannelKey,
-    ChannelSet,
     Link,
+    OpenChannels,
     Reconnector,
     channel_keys,
 )
@@ -65,28 +66,19 @@ class CallingLink(Link):
         self._route.change(address)
 
     @contextlib.contextmanager
-    def channel_set(self, session: Session) -> Iterator[ChannelSet]:
-        yield CallingChannelSet(self.peer, self._side, session, self.version)
+    def channel_set(self, session: Session) -> Iterator[OpenChannels]:
+        yield partial(self._open_channels, session)
 
     @contextlib.contextmanager
     def reconnector(self, session: Session) -> Iterator[Reconnector]:
         yield CallingReconnector(self._route, self._side, session, self.version)
 
-
-@dataclass
-class CallingChannelSet(ChannelSet):
-    peer: Address
-    side: str
-    session: Session
-    version: int
-
-    async def channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
+    async def _open_channels(self, session: Session, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
         opened: dict[ChannelKey, FdHolder] = {}
-        session = self.session
         try:
             with trio.fail_after(CHANNELS_TIMEOUT_S):
                 for kind, index in channel_keys(shards, bulk_channels):
-                    hello = Hello(kind, self.side, index, session.migration, session.epoch)
+                    hello = Hello(kind, self._side, index, session.migration, session.epoch)
                     stream, _ = await connect(self.peer, hello, token=session.token, version=self.version)
                     opened[kind, index] = detach(stream)
         except BaseException as error:

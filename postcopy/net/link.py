@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import math
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -24,18 +25,13 @@ CHANNELS_TIMEOUT_S = 30.0
 PAUSED_BY_OPERATOR = "paused by the operator"
 
 ChannelKey = tuple[str, int]  # ("urgent", 3)
+OpenChannels = Callable[[int, int], Awaitable[dict[ChannelKey, FdHolder]]]
+"""With so many shards and bulk channels: all data channels, within `CHANNELS_TIMEOUT_S`. Called once; the descriptors
+are the caller's."""
 
 
 def channel_keys(shards: int, bulk_channels: int) -> list[ChannelKey]:
     return [("urgent", shard) for shard in range(shards)] + [("bulk", number) for number in range(bulk_channels)]
-
-
-class ChannelSet(abc.ABC):
-    """Open it before the peer can know the session, since the peer may be faster than our next line."""
-
-    @abc.abstractmethod
-    async def channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
-        """All data channels, within `CHANNELS_TIMEOUT_S`. Called once; the descriptors are the caller's."""
 
 
 class Reconnector(abc.ABC):
@@ -119,8 +115,9 @@ class Link(abc.ABC):
         raise ConfigurationError(f"this side listens; tell the other one to connect to {address} or wherever this is")
 
     @abc.abstractmethod
-    def channel_set(self, session: Session) -> contextlib.AbstractContextManager[ChannelSet]:
-        """Lets data channels of `session` come in as long as the block lasts. `PeerError` for an id that is in use."""
+    def channel_set(self, session: Session) -> contextlib.AbstractContextManager[OpenChannels]:
+        """Lets data channels of `session` come in as long as the block lasts. Begin it before the peer can know the
+        session, since the peer may be faster than our next line. `PeerError` for an id that is in use."""
 
     @abc.abstractmethod
     def reconnector(self, session: Session) -> contextlib.AbstractContextManager[Reconnector]:

@@ -23,7 +23,6 @@ from postcopy.net.link import (
     CHANNELS_TIMEOUT_S,
     PAUSED_BY_OPERATOR,
     ChannelKey,
-    ChannelSet,
     Link,
     Reconnector,
     channel_keys,
@@ -31,7 +30,7 @@ from postcopy.net.link import (
 from postcopy.wire import Ended, EndedElsewhere, Hello
 
 
-class ListeningChannelSet(ChannelSet):
+class ListeningChannelSet:
     """What has been collected when it closes unused, it closes."""
 
     def __init__(self, session: Session, peer: Address, version: int) -> None:

@@ -24,7 +24,7 @@ from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net import Address, ChannelKey, ChannelSet, Link, Reconnector, Session
+from postcopy.net import Address, ChannelKey, Link, OpenChannels, Reconnector, Session
 from postcopy.wire import State
 
 M = TypeVar("M", bound=p.Message)
@@ -270,16 +270,6 @@ class FakeServer(FakeEngine):
         return PageServerStatistics(*range(10))
 
 
-class FakeChannelSet(ChannelSet):
-    def __init__(self, take: Callable[[], dict[ChannelKey, FdHolder]]) -> None:
-        self._take = take
-
-    async def channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
-        await trio.lowlevel.checkpoint()
-        assert (shards, bulk_channels) == (2, 1)
-        return self._take()
-
-
 class Meeting:
     """Where two sides that have lost each other wait for each other; or one of them for a hand-made peer."""
 
@@ -347,18 +337,19 @@ class FakeLink(Link):
         yield FakeReconnector(self.meeting, session)
 
     @contextlib.contextmanager
-    def channel_set(self, session: Session) -> Iterator[ChannelSet]:
+    def channel_set(self, session: Session) -> Iterator[OpenChannels]:
         self.session = session
+        yield self.open_channels
 
-        def take() -> dict[ChannelKey, FdHolder]:
-            result = {}
-            for key in (("urgent", 0), ("urgent", 1), ("bulk", 0)):
-                here, there = socket.socketpair()
-                there.close()
-                result[key] = FdHolder(here.detach())
-            return result
-
-        yield FakeChannelSet(take)
+    async def open_channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
+        await trio.lowlevel.checkpoint()
+        assert (shards, bulk_channels) == (2, 1)
+        result = {}
+        for key in (("urgent", 0), ("urgent", 1), ("bulk", 0)):
+            here, there = socket.socketpair()
+            there.close()
+            result[key] = FdHolder(here.detach())
+        return result
 
 
 @dataclass

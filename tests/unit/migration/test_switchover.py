@@ -25,7 +25,6 @@ from tests.unit.migration._engines import (
     FULL,
     PAGES,
     UNIT,
-    FakeChannelSet,
     FakeLink,
     FakeMachine,
     FakePager,
@@ -363,7 +362,7 @@ async def test_without_background_there_are_no_bulk_channels(
         await trio.sleep_forever()
         raise AssertionError
 
-    monkeypatch.setattr(FakeChannelSet, "channels", no_channels)
+    monkeypatch.setattr(FakeLink, "open_channels", no_channels)
     accept, _ = await lone_offer(version, background)
     assert accept.bulk_channels == channels
     assert ("all pages are taken" in caplog.text) is (version == 2 and not background)

@@ -207,10 +207,14 @@ async def test_a_welcome_without_proof_is_nobodys(token: bytes, monkeypatch: pyt
             assert lies
             again, session = await caller.next_link()
             taken, _ = await called.next_link()
-            with taken.channel_set(session), again.channel_set(session) as channel_set, monkeypatch.context() as patch:
+            with (
+                taken.channel_set(session),
+                again.channel_set(session) as open_data,
+                monkeypatch.context() as patch,
+            ):
                 patch.setattr(p.ServerHandshake, "send_welcome", lie)
                 with pytest.raises(ProtocolError, match="without knowing the token"):
-                    await channel_set.channels(1, 0)
+                    await open_data(1, 0)
             await hang_up(again, taken)
 
 
