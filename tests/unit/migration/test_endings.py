@@ -60,7 +60,7 @@ async def test_a_mistake_is_contained(who: str, when: State, caplog: pytest.LogC
     assert any(record.exc_info for record in caplog.records if record.levelno == logging.ERROR)
 
 
-async def test_a_mistake_of_whoever_looks_on(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_mistake_in_the_callback(caplog: pytest.LogCaptureFixture) -> None:
     pair = make_pair()
     cast(Any, pair.source)._on_change = lambda: 1 / 0
     async with running(pair):

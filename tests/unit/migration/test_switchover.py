@@ -281,7 +281,7 @@ async def test_a_destination_that_is_cancelled_does_not_say_prepared() -> None:
     assert dest.status == "cancelled"
 
 
-async def test_no_threads_is_told_before_anything_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_threads_fails_before_anything_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     from postcopy._blocking import Workers, no_thread
 
     def refuse(count: int, name: str, what: str) -> Workers:

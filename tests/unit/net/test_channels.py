@@ -521,7 +521,7 @@ def test_route(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     c.Route(c.Address("first", 1)).refresh(by_user=True)  # where there is nothing to look up
 
 
-async def test_a_side_that_listens_is_told_so() -> None:
+async def test_a_side_that_listens_takes_no_address() -> None:
     async with open_acceptor() as (acceptor, address):
         link = await c.CallingLink.open(address, "dest")
         seen = await acceptor.next_link()

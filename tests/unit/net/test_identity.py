@@ -132,7 +132,7 @@ async def test_a_proof_is_for_one_hello_only() -> None:
 
 
 @pytest.mark.parametrize("how", list(Ended))
-async def test_who_comes_back_too_late_is_told(how: Ended) -> None:
+async def test_a_peer_that_comes_back_too_late_learns_how_it_has_ended(how: Ended) -> None:
     async with met() as (acceptor, _, here, there):
         with here.reconnector(SESSION) as caller:
             with there.reconnector(SESSION) as reconnector:
@@ -148,7 +148,7 @@ async def test_who_comes_back_too_late_is_told(how: Ended) -> None:
         await hang_up(here, there)
 
 
-async def test_who_comes_back_while_it_ends_is_told_too() -> None:
+async def test_a_peer_that_comes_back_while_it_ends_learns_it_too() -> None:
     """From the word on, not only when the migration has been cleared away; and the last word counts."""
     async with met() as (_, _, here, there):
         with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
@@ -188,7 +188,7 @@ async def test_a_refusal_without_proof_decides_nothing(code: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("token", [b"", OTHER_TOKEN.token])
-async def test_a_welcome_without_proof_is_nobodys(token: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_welcome_without_proof_decides_nothing(token: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is what is said after it, at the peer's address, on a control connection and on a data connection."""
     async with met() as (_, _, here, there):
         with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:

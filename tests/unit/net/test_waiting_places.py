@@ -59,7 +59,7 @@ async def test_a_hello_is_no_migration() -> None:
             await trio.aclose_forcefully(stream)
 
 
-async def test_who_offers_second_is_told(autojump_clock: MockClock) -> None:
+async def test_the_second_offer_is_declined(autojump_clock: MockClock) -> None:
     """And does not wait for nothing: two were welcome, and one place is left."""
     async with destination(one_place) as acceptor:
         first, second = await hello(acceptor), await hello(acceptor)
@@ -144,7 +144,7 @@ async def test_places_are_free_again_when_accepting_begins_anew() -> None:
         await acceptor.close()
 
 
-async def test_an_offer_that_is_too_long_is_somebody_elses_business() -> None:
+async def test_an_offer_that_is_too_long_is_left_to_the_protocol() -> None:
     """It is not waited for: the protocol refuses it with its first bytes."""
     async with destination() as acceptor:
         stream = await hello(acceptor)

@@ -183,7 +183,7 @@ async def test_an_old_source_listens() -> None:
 # ---- other versions
 
 
-async def test_a_newer_caller_is_told_the_version() -> None:
+async def test_a_newer_caller_gets_the_version() -> None:
     """And no byte that it has said is in the way of that: it hangs up itself, and comes again. No place is taken."""
     async with open_acceptor("dest") as acceptor:
         stream = await dial(acceptor)
