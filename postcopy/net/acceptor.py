@@ -297,7 +297,7 @@ class Acceptor:
         await stream.send_all(handshake.send_welcome(reconnector.session.token))
         # While we said welcome a peer with a higher epoch may have come, and the migration may have ended or paused.
         current = self.reconnectors.get(hello.migration) is reconnector and reconnector.session.epoch == hello.epoch
-        if hello.ended or not current or reconnector.over or reconnector.is_paused():
+        if hello.ended or not current or reconnector.over or reconnector.paused:
             return False
         reconnector.enter(ListeningLink(stream, self, handshake.version))
         self.accepted += 1

@@ -134,7 +134,7 @@ class CallingReconnector(Reconnector):
                     return
 
     async def superseded(self) -> None:
-        while not self.is_paused():  # only this side connects
+        while not self.paused:  # only this side connects
             await self._changed.wait()
         raise PeerError(PAUSED_BY_OPERATOR)
 
@@ -144,7 +144,7 @@ class CallingReconnector(Reconnector):
         self._lost_s = min(self._lost_s, now_s)
         if self._pause_s and await self._route.pause(self._pause_s * random.uniform(0.5, 1)):
             self._pause_s, self._lost_s, self._log_limit = 0.0, trio.current_time(), backoff.LogLimit()
-        while self.is_paused() and how is None:  # what is said with `how` makes no connection
+        while self.paused and how is None:  # what is said with `how` makes no connection
             await self._changed.wait()
         # Each attempt has an epoch of its own: one that was lost on its way must not be taken for the next one.
         session = self._session = replace(self._session, epoch=self._session.epoch + 1)
@@ -152,7 +152,7 @@ class CallingReconnector(Reconnector):
         asked = self._route.address
         try:
             stream, _ = await connect(asked, hello, RECONNECT_ATTEMPT_S, token=session.token, version=self._version)
-            if not self.is_paused() or how is not None:
+            if not self.paused or how is not None:
                 return asked, stream
             stream.socket.close()
         except (PeerError, ProtocolError, ResourceError) as error:

@@ -43,7 +43,7 @@ class Reconnector(abc.ABC):
 
     def __init__(self) -> None:
         self.answered = trio.Event()  # set when the peer is there, and only does not take us back now; may be replaced
-        self._paused = False
+        self.paused = False
         self._changed = trio.Event()
         self._went_on_s = math.inf
 
@@ -67,17 +67,14 @@ class Reconnector(abc.ABC):
         which is asked. After `ended`. Cancellable."""
         await trio.lowlevel.checkpoint()
 
-    def is_paused(self) -> bool:
-        return self._paused
-
     def pause(self) -> None:
         """Gives the connection up and makes no other one until `recover`."""
-        self._paused = True
+        self.paused = True
         self._notify()
 
     def recover(self) -> None:
         """Looks for the peer (again), now."""
-        self._paused = False
+        self.paused = False
         self._notify()
 
     def _notify(self) -> None:

@@ -117,7 +117,7 @@ class ListeningReconnector(Reconnector):
                 raise self._endings.refusal(hello, version)
             if self._ended is not None:  # it is waited for no more
                 raise Refusal(f"you have said that the migration has ended there: {self._ended}", Code.UNKNOWN, token)
-            if self.is_paused():
+            if self.paused:
                 raise Refusal(PAUSED_BY_OPERATOR, Code.PAUSED, token)
             self._count_return(token)
         self.session = replace(self.session, epoch=hello.epoch)
@@ -158,7 +158,7 @@ class ListeningReconnector(Reconnector):
 
     async def superseded(self) -> None:
         while self._arrived is None and self._ended is None:
-            if self.is_paused():
+            if self.paused:
                 raise PeerError(PAUSED_BY_OPERATOR)
             await self._changed.wait()
 

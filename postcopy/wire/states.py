@@ -74,7 +74,6 @@ Table = Mapping[tuple[State, str], State]  # of a state and an event, the state 
 _ORDER: Final = {state: number for number, state in enumerate(State)}
 _BEFORE_PREPARED: Final = (S.SETUP, S.OFFERED, S.CHANNELS, S.READY, S.SWITCHOVER, S.HANDED)
 _BEFORE_COMMIT: Final = (*_BEFORE_PREPARED, S.PREPARED)
-_PROGRESS: Final = frozenset({*_BEFORE_COMMIT, S.COMMITTED, S.POSTCOPY, S.CLOSING})
 
 # What a side may receive is what the other one may send in the same state. That one may be further back when it sends:
 # an abort crosses messages of ours on its way. But each state in which it could not have sent an abort any more begins
@@ -178,7 +177,7 @@ class _ControlProtocol:
         self._reason = ""
         self._placed_wanted = False  # the offer asked for `placed`
         self._no_way_back = False  # the peer has ended it, or the two do not agree
-        self._must_announce = False
+        self.must_announce = False  # the peer may wait for this side in vain, unless it learns of `ending`
 
     @property
     def state(self) -> State:
@@ -214,11 +213,6 @@ class _ControlProtocol:
     def may_run(self) -> bool:
         """Whether the machine may run on this side *now*. Never true at both ends."""
         return self.committed is (self.SIDE == "destination")
-
-    @property
-    def must_announce(self) -> bool:
-        """Whether the peer may wait for this side in vain, unless it hears of `ending`."""
-        return self._must_announce
 
     @property
     def ending(self) -> Ended:
@@ -258,7 +252,7 @@ class _ControlProtocol:
             self._error = error
             raise
         if isinstance(message, m.Abort | m.Reject | m.Complete | m.CompleteAck):
-            self._must_announce = False  # the peer's last word
+            self.must_announce = False  # the peer's last word
         if isinstance(message, m.Abort | m.Reject):
             self._reason = f"{self.PEER} {'aborted' if isinstance(message, m.Abort) else 'declined'}: {message.reason}"
         if message is None and self._eof:
@@ -316,7 +310,7 @@ class _ControlProtocol:
         if self._state not in LOST:
             raise ProtocolError(f"nothing to end in state {self._state.value}")
         self._state = self.TABLE[self._reached, f"peer {how}"]
-        self._must_announce = False
+        self.must_announce = False
         self._no_way_back = True
         self._reason = f"{self.PEER} says that the migration has ended there: {how}"
         return self._state
@@ -351,13 +345,13 @@ class _ControlProtocol:
         if isinstance(message, m.Offer):
             self._placed_wanted = bool(message.placed_every_ms)
         elif isinstance(message, m.Switchover):
-            self._must_announce = True  # the destination has it all, and may be prepared
+            self.must_announce = True  # the destination has it all, and may be prepared
         elif isinstance(message, m.Recover) and message.resume_ns and self._reached is State.COMMITTED:
             self._reached = State.POSTCOPY  # the machine runs there, though `running` was lost
         elif isinstance(message, m.Recovered):
             after = self.TABLE[self._reached, "go on"]
         self._state = after
-        if after in _PROGRESS and not self._has_reached(after):
+        if _ORDER[self._reached] < _ORDER[after] <= _ORDER[S.CLOSING]:
             self._reached = after
 
 
@@ -376,7 +370,7 @@ class SourceProtocol(_ControlProtocol):
         if self._state is not State.PAUSED:
             raise ProtocolError(f"nothing to reclaim in state {self._state.value}")
         self._state = State.RECLAIMED
-        self._must_announce = True
+        self.must_announce = True
         self._reason = "taken back at the source"
         return self._state
 
