@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import signal
@@ -35,7 +36,6 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
 
-import msgpack
 import trio
 
 from postcopy._blocking import END_TIMEOUT_S
@@ -45,7 +45,7 @@ from postcopy.dataplane._base import BlockInUse, ForeignMemory
 from postcopy.dataplane._events import ChannelKind, Event, EventType
 from postcopy.dataplane._pager_child import MESSAGE_BYTES
 from postcopy.dataplane.pager import PagerCounters, PagerStatistics
-from postcopy.errors import BusyError, CoreError, MigrationError, PostcopyError, c_text, check
+from postcopy.errors import BusyError, CoreError, MigrationError, PostcopyError, check
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.uffd import How, Userfaultfd, parse_how, probe
@@ -85,7 +85,7 @@ class _Call:
     def __init__(self, what: str, name: str, arguments: tuple[Any, ...], fds: tuple[int, ...]) -> None:
         self.what = what
         self.name = name
-        self.message = msgpack.packb([name, arguments])
+        self.message = json.dumps([name, arguments]).encode()
         self.fds = tuple(os.dup(fd) for fd in fds)  # this call's own until it is sent
         self.timeout_s = CALL_TIMEOUT_S
         self.awaited = False  # a task waits for it and takes its error
@@ -217,11 +217,10 @@ class _Process:
         if not message:
             self.kill()
             return False
-        what, *rest = msgpack.unpackb(message)
+        what, *rest = json.loads(message)
         if what:
             kind, channel_kind, channel, error, text = rest
-            line = c_text(ffi.new("char[]", text))
-            self.events.append(Event(EventType(kind), ChannelKind(channel_kind), channel, error, line))
+            self.events.append(Event(EventType(kind), ChannelKind(channel_kind), channel, error, text))
         else:
             self._answered(*rest)
         return True
