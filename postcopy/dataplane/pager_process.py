@@ -129,21 +129,24 @@ class _Process:
     """One process of the pager, and the socket to it. Only what is asynchronous waits here."""
 
     def __init__(self, metrics_fd: int) -> None:
-        link, its_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with its_link:
-            fds = (its_link.fileno(), metrics_fd)
-            command = python("-m", "postcopy.dataplane._pager_child", *map(str, fds))
+        with contextlib.ExitStack() as on_failure:
             try:
-                self._process = subprocess.Popen(
-                    command, pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True
-                )
+                self._link, its_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                on_failure.callback(self._link.close)
+                with its_link:
+                    fds = (its_link.fileno(), metrics_fd)
+                    command = python("-m", "postcopy.dataplane._pager_child", *map(str, fds))
+                    self._process = subprocess.Popen(
+                        command, pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True
+                    )
+                on_failure.callback(self._process.wait)
+                on_failure.callback(self._process.kill)
                 self._pidfd = os.pidfd_open(self._process.pid)
             except OSError as error:
-                link.close()
                 raise MigrationError(f"cannot start a process for the pager: {error.strerror}") from error
-        link.setblocking(False)
-        self._link = link
-        self._readable = _Readable(link.fileno())
+            on_failure.pop_all()
+        self._link.setblocking(False)
+        self._readable = _Readable(self._link.fileno())
         self._exited = _Readable(self._pidfd)
         self._unsent: deque[_Call] = deque()
         self._unanswered: deque[_Call] = deque()
@@ -294,7 +297,7 @@ class _Process:
     async def gone(self, timeout_s: float = END_TIMEOUT_S) -> bool:
         """Waits until a killed process has ended: from then on it places no page. False when it has not in time."""
         deadline = time.monotonic() + timeout_s
-        while not self.ended and time.monotonic() < deadline:
+        while not self.ended and not self._closed and time.monotonic() < deadline:
             with trio.move_on_after(deadline - time.monotonic()):
                 await self._exited.wait()
         return self.ended
@@ -521,7 +524,7 @@ class ProcessPager(PagerCounters):
             self._replaced.set()
             self._process.kill()
             if not await self._process.gone():
-                log.error("%s; its memory is kept", self._process.exit_reason())
+                log.error("%s", self._process.exit_reason())
             self._process.close()
         for shard in self._shards:
             os.close(shard.uffd)

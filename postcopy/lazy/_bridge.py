@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import fields
@@ -322,6 +323,9 @@ class BridgeServer(DataPlane):
         self._closing.set()
 
     def _attach(self, fd: int, serve: Callable[[trio.SocketStream], Awaitable[None]]) -> None:
+        if self._closed:
+            os.close(fd)  # ours from the call on
+            self._check_open()
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
         scope = trio.CancelScope()
         self._channels[scope] = trio.Event()

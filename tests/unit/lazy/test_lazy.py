@@ -9,14 +9,16 @@ from __future__ import annotations
 import errno
 import faulthandler
 import gc
+import inspect
 import os
 import random
 import signal
+import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -28,9 +30,10 @@ import postcopy
 from postcopy import LazyMemory, SourceBlock
 from postcopy._native import ffi, lib
 from postcopy.dataplane.pager import Pager
+from postcopy.dataplane.pageserver import PageServer
 from postcopy.errors import ConfigurationError, CoreError, PeerError, ProtocolError, ResourceError
 from postcopy.lazy import Server
-from postcopy.lazy._bridge import HEADER_BYTES, Bridge, plan_run
+from postcopy.lazy._bridge import HEADER_BYTES, Bridge, BridgeServer, plan_run
 from postcopy.lazy._memory import page_range
 from postcopy.memory import Memory, page_bytes_of
 from postcopy.net import parse_address
@@ -741,6 +744,26 @@ async def test_a_bad_request_ends_it(request_bytes: bytes, match: str) -> None:
     with pytest.RaisesGroup(pytest.RaisesExc(ProtocolError, match=match)):
         await run_bridge(source, request_bytes)
     assert source.calls == []
+
+
+def test_a_page_source_is_called_as_a_page_server() -> None:
+    """`serve` gives it to a migration as one, which mypy cannot see."""
+    for name, method in vars(BridgeServer).items():
+        if inspect.isfunction(method) and not name.startswith("_"):
+            assert inspect.signature(method) == inspect.signature(getattr(PageServer, name)), name
+
+
+async def test_a_closed_page_source_closes_a_descriptor_that_it_is_given() -> None:
+    async with trio.open_nursery() as nursery:
+        server = BridgeServer(cast(Any, None), nursery)
+        await server.close()
+        ours, theirs = socket.socketpair()
+        with ours:
+            for attach in (server.attach_urgent, server.attach_bulk):
+                with pytest.raises(trio.ClosedResourceError):
+                    attach(0, os.dup(theirs.fileno()))
+            theirs.close()
+            assert ours.recv(1) == b""  # no copy is left
 
 
 async def test_bad_arguments_are_named() -> None:
