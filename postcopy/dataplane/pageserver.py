@@ -10,7 +10,7 @@ from __future__ import annotations
 from postcopy._native import ffi
 from postcopy.dataplane._base import CoreDataPlane
 from postcopy.dataplane._events import ChannelKind, Event, EventStream, EventType
-from postcopy.dataplane.counters import PageServerStatistics
+from postcopy.dataplane.counters import PageServerStatistics, read
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 
@@ -101,4 +101,4 @@ class PageServer(CoreDataPlane):
 
     def statistics(self) -> PageServerStatistics:
         """Counters, each exact, but not of one instant."""
-        return PageServerStatistics.read(lambda struct: self._call("reading the counters", "stats", struct))
+        return read(PageServerStatistics, lambda struct: self._call("reading the counters", "stats", struct))
