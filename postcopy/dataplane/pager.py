@@ -95,7 +95,7 @@ class Pager(CoreDataPlane, PagerCounters):
         return self._add_block(memory, memory.pages, lambda: self._call(what, name, memory.struct, *states), states_fd)
 
     def set_zero(self, block: int, zero: Bitmap) -> None:
-        """Tells which pages of a block are zero at the source (`Bitmap.inverted` of those present): they are never
+        """Says which pages of a block are zero at the source (`Bitmap.inverted` of those present): they are never
         requested, a fault on them is answered at once. Before arming."""
         self._check_length(block, zero)
         self._call("marking zero pages", "set_zero", block, zero.words)

@@ -7,7 +7,7 @@ The same methods as `pager.Pager`. What must survive the pager's process stays h
 copies of the descriptors. A crash of one of its threads, SIGKILL, or a call that is not answered within
 `CALL_TIMEOUT_S` ends that process, and nothing else:
 
-- `events()` tells `EventType.DIED`; the data connections died with it, so for a migration it is a lost connection;
+- `events()` reports `EventType.DIED`; the data connections died with it, so for a migration it is a lost connection;
 - `disconnect()`, or `watch_over()`, waits until the old process has left the kernel, determines which of the pages
   that it was placing are there, starts the next process, gives it everything, and wakes all waiting threads: their
   faults are reported again.
@@ -16,7 +16,7 @@ What it costs: a Python process of some 12 MB, and 30 ms to start it; nothing on
 
 Threads and cancellation: as for `Pager`. Only asynchronous methods wait for the other process, so one that does not
 answer delays its own migration and no other. A plain method sends what is to be done, and returns; `confirm()` waits
-until all of it has been done, and raises what went wrong in setting up. Without `confirm`, `events()` tells it as
+until all of it has been done, and raises what went wrong in setting up. Without `confirm`, `events()` reports it as
 `EventType.FATAL`, and a channel that could not be attached as one that went down. Counters are read from memory that
 both processes share.
 """

@@ -89,7 +89,7 @@ class Bridge:
         fault_around_pages: int,
         on_failure: Callable[[PeerError], None] = lambda error: None,
     ) -> None:
-        """`on_failure` is called before the pager is told of a failed fetch."""
+        """`on_failure` is called before the pager gets the error frames of a failed fetch."""
         if max_fetches < 1 or max_fetch_pages < 1:
             raise ConfigurationError("at least one fetch, of at least one page, must be allowed at a time")
         if fault_around_pages < 1 or fault_around_pages & (fault_around_pages - 1):

@@ -340,7 +340,7 @@ class Userfaultfd:
         wakes its waiters, which the kernel does not. `bytes_done` counts skipped pages too.
 
         The outcome is DONE, GONE, NO_SPACE, or AGAIN without progress: an event is unread, read it and go on from
-        `bytes_done`. (To try again here would never end, if it is the caller who reads events.) `page_bytes`: of the
+        `bytes_done`. (Trying again here would never end where it is the caller who reads events.) `page_bytes`: of the
         memory, where it is not the system's page.
         """
         view: Any = ffi.from_buffer("char[]", data)

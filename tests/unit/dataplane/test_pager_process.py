@@ -98,7 +98,7 @@ async def frozen() -> None:
 
 
 async def idle() -> None:
-    """Nobody asks anything of it: that it does not answer is noticed all the same."""
+    """That it does not answer is noticed although nothing is asked of it."""
     pager_process.CALL_TIMEOUT_S = 0.5
     pager_process.PING_PERIOD_S = 0.2
     with Memory.create("memfd", 300 * PAGE) as memory:
@@ -126,7 +126,7 @@ async def disconnected() -> None:
 
 
 async def overtaken() -> None:
-    """Who watches over a pager is called off while the next process starts: what that one has to tell is told."""
+    """The task in `watch_over` is cancelled while the next process starts: no event of that process is lost."""
     with Memory.create("memfd", 300 * PAGE) as memory:
         pager = await armed(memory)
         known = bytes(Bitmap.full(300))

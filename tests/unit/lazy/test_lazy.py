@@ -154,7 +154,7 @@ async def what_is_served_arrives(kind: str, backing: str, how: str) -> None:
         if isinstance(served, Memory):
             served.close()
         else:
-            served.clear()  # nobody holds its buffer any more
+            served.clear()  # its buffer has no user any more
 
 
 async def everything_can_be_pushed() -> None:
@@ -238,7 +238,7 @@ async def a_lost_source_is_an_error_and_never_zeros() -> None:
             with pytest.raises(PeerError, match="lost"):
                 await memory.wait_complete()
             assert await memory.read(0, 2 * PAGE) == content[: 2 * PAGE]
-            # Whoever touches what is missing waits, and gets an error in the end, see below.
+            # A thread that touches a missing page waits, and gets an error in the end, see below.
             with trio.move_on_after(0.05) as scope:
                 await trio.to_thread.run_sync(write_to_pipe, memory.address + 9 * PAGE, abandon_on_cancel=True)
             assert scope.cancelled_caught
@@ -270,7 +270,7 @@ async def closing_releases_who_waits() -> None:
         async def ensure() -> None:
             with pytest.raises(trio.ClosedResourceError):
                 await memory.ensure(3 * PAGE, PAGE)
-            results.append("told")
+            results.append("lost")
 
         async def system_call() -> None:
             results.append(await trio.to_thread.run_sync(write_to_pipe, memory.address + 5 * PAGE))
@@ -279,7 +279,7 @@ async def closing_releases_who_waits() -> None:
             nursery.start_soon(ensure)
             nursery.start_soon(system_call)
             await until(lambda: memory.statistics().pending_faults == 1 and len(source.calls) == 2)
-    assert sorted(map(str, results)) == [str(errno.EFAULT), "told"]
+    assert sorted(map(str, results)) == [str(errno.EFAULT), "lost"]
     assert source.cancelled == 2
     for use in (memory.ensure, memory.read):
         with pytest.raises(trio.ClosedResourceError):
