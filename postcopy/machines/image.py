@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgpack
+import msgspec
 import trio
 
 from postcopy._blocking import run_sync
@@ -131,14 +131,13 @@ class ImageMachine(Machine):
         await self.boot()
         if self._file_stamp() != self._stamp:
             raise MigrationError(f"image {self._path} has changed since it was opened")
-        packed: bytes = msgpack.packb({"digest": self._digest})
-        return packed
+        return msgspec.msgpack.encode({"digest": self._digest})
 
     async def load_state(self, state: bytes) -> None:
         await trio.lowlevel.checkpoint()
         try:
-            fields = msgpack.unpackb(state)
-        except (ValueError, msgpack.UnpackException) as error:
+            fields = msgspec.msgpack.decode(state)
+        except ValueError as error:
             raise ProtocolError("the image's state is damaged") from error
         digest = fields.get("digest") if isinstance(fields, dict) else False
         if digest is not None and (type(digest) is not int or not 0 <= digest < 1 << 64):
