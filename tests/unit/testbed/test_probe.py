@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from postcopy.errors import ConfigurationError
 from postcopy.testbed import probe
 from postcopy.testbed.probe import Finding, _findings, _host, _needs, _supervise, _trials, migrations
 from postcopy.testbed.probe._needs import Use
+from postcopy.uffd import RegisterMode
 
 NOBODY = 65534
 
@@ -113,6 +115,22 @@ def test_a_trial_that_hangs_or_dies_costs_its_own_answer_only(run_in_child: Call
     assert answers["hangs"] == {"state": "unknown", "reason": "no answer within 3 s"}
     assert answers["dies"] == {"state": "unknown", "reason": "the trial died (SIGKILL)"}
     assert answers["last"]["facts"] == {"b": 2}
+
+
+def give_up_a_page() -> int:
+    access = None
+    with contextlib.suppress(_trials.Lacking), _trials._watched("anon", RegisterMode.MISSING) as page:
+        access = _trials._Access(page.address)
+        page.fault()
+        raise _trials.Lacking
+    assert access is not None
+    return access.done()
+
+
+@pytest.mark.needs("uffd-user")
+def test_a_trial_that_gives_up_does_not_kill_the_others(run_in_child: Callable[..., Any]) -> None:
+    done = run_in_child(give_up_a_page)
+    assert done.value == 0, done.stderr  # its thread went on, with a page of zeros
 
 
 def test_a_child_that_cannot_begin_is_not_started_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
