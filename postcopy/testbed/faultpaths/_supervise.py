@@ -108,7 +108,8 @@ class Runner(contextlib.AbstractAsyncContextManager["Runner"]):
     async def _started(self) -> Child:
         if self._child is None:
             self._fresh = True
-            self._stderr.truncate(0)
+            self._stderr.seek(0)  # the runners write where this file is
+            self._stderr.truncate()
             try:
                 self._child = await Child.start(
                     self._command,
