@@ -5,8 +5,8 @@ From Trio: `open_child` for one that is talked to, `run_json` for one that print
 be (`lab`, which enters namespaces): `read_json` and `hang_up`, of a `subprocess.Popen`.
 
 Resource handling: a `Child` owns its process and both ends of its pipes. `end` closes standard input, asks by a signal
-where there is one, waits, and then kills the process (its whole group, where it leads one). It is shielded and bounded: a
-process that does not answer SIGKILL, as it hangs in the kernel, is left behind.
+where there is one, waits, and then kills the process (its whole group, where it leads one). It is shielded and
+bounded: a process that hangs in the kernel, and so does not answer SIGKILL, is left behind.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ KILL_S = 10.0
 
 
 class Lines:
-    """Of a stream, decoded. An iterator for one task. `MigrationError` for a line that is too long; one that the stream's
-    end cuts off is dropped: a process was killed while it wrote it."""
+    """Of a stream, decoded. An iterator for one task. `MigrationError` for a line that is too long. A last line without
+    its end is dropped: a process was killed while it wrote it."""
 
     def __init__(self, stream: trio.abc.ReceiveStream) -> None:
         self._stream = stream

@@ -13,26 +13,35 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import functools
 import json
 import mmap
 import os
-import shutil
 import socket
 import struct
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from postcopy._native import ffi
 from postcopy.errors import CoreError, PostcopyError
 from postcopy.memory import Memory, page_bytes_of
 from postcopy.testbed import _linux
 from postcopy.testbed._linux import libc
-from postcopy.uffd import FaultFlag, How, PageFault, RegisterMode, Result, UffdFeature, UffdIoctl, Userfaultfd, probe
+from postcopy.testbed.probe import _host
+from postcopy.uffd import (
+    FaultFlag,
+    How,
+    PageFault,
+    RegisterMode,
+    Result,
+    UffdFeature,
+    UffdIoctl,
+    Userfaultfd,
+    explain_unavailable,
+    probe,
+)
 from postcopy.uffd.pagemap import PageCategory, pagemap_scan
 
 Facts = dict[str, Any]
@@ -297,7 +306,7 @@ def _kvm() -> Facts:
     with open("/dev/kvm", "r+b", buffering=0) as device:
         version = fcntl.ioctl(device, KVM_GET_API_VERSION)
         os.close(fcntl.ioctl(device, KVM_CREATE_VM, 0))
-    return {"api-version": version, "vm-made": True}
+    return {"api-version": version, "vm-made": True, "hardware": _host.cpu_virtualization()}
 
 
 # ---- the network and the rest of the kernel
@@ -306,7 +315,7 @@ def _kvm() -> Facts:
 def _new_network(user: bool) -> None:
     """This process, from now on, in a network of its own (and, with `user`, root in a user namespace of its own)."""
     if user:
-        _linux.new_user()  # as root there: an unmapped user would lose its capabilities by executing tc
+        _linux.new_user()
     os.close(_linux.new_network())
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
@@ -340,17 +349,8 @@ def _netns(user: bool) -> Facts:
     return _forked(trial)
 
 
-QDISCS = {
-    "netem": ("netem", "delay", "1ms"),
-    "tbf": ("tbf", "rate", "10mbit", "burst", "32k", "latency", "10ms"),
-    "htb": ("htb", "default", "1"),
-}
-
-
-def _qdisc(name: str) -> Facts:
-    tc = shutil.which("tc", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
-    if tc is None:
-        raise Unknown("there is no tc command to try it with")
+def _qdisc(kind: str) -> Facts:
+    from postcopy.testbed.lab import _netlink  # pyroute2, which nothing else here needs
 
     def trial() -> Facts:
         try:
@@ -360,11 +360,11 @@ def _qdisc(name: str) -> Facts:
                 _new_network(user=True)
             except OSError as error:
                 raise Unknown(f"no network of its own to try it in ({_words(error)})") from error
-        arguments = [tc, "qdisc", "add", "dev", "lo", "root", *QDISCS[name]]
-        made = subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if made.returncode:
-            words = " ".join(made.stderr.split()) or f"tc ended with status {made.returncode}"
-            raise Lacking(words.removeprefix("Error: "))
+        answer = _netlink.answer_to({"user": None, "actions": [["has-qdisc", "/proc/self/ns/net", kind]]})
+        if "error" in answer:
+            raise Unknown(answer["error"])
+        if answer["results"] == [False]:
+            raise Lacking(f"this kernel has no {kind}")
         return {}
 
     return _forked(trial)
@@ -427,26 +427,64 @@ def ioctl_names(mask: int) -> list[str]:
     return [known.get(1 << bit, f"bit {bit}") for bit in range(64) if mask >> bit & 1]
 
 
-_KINDS = ("anon", "memfd", "hugetlb")
-TRIALS: dict[str, Callable[[], Facts]] = {
-    **{f"{kind}-missing": functools.partial(_missing, kind) for kind in _KINDS},
-    **{f"{kind}-minor": functools.partial(_minor, kind) for kind in _KINDS},
-    **{f"{kind}-wp": functools.partial(_wp, kind) for kind in _KINDS},
-    "kernel-faults": _kernel_faults,
-    "uffd-poison": _poison,
-    "uffd-move": _move,
-    "kvm": _kvm,
-    "soft-dirty": _soft_dirty,
-    "pagemap-scan": _wp_async,
-    "netns": functools.partial(_netns, user=False),
-    "user-netns": functools.partial(_netns, user=True),
-    **{name: functools.partial(_qdisc, name) for name in QDISCS},
-    "tun": _tun,
-    "io-uring": _io_uring,
-    "ktls": _ktls,
-    "holes": _holes,
-    "ipv6": _ipv6,
+# ---- the table
+
+
+class Trial(NamedTuple):
+    """One thing to try, and what is said of the answer."""
+
+    run: Callable[[], Facts]
+    needed_for: str
+    remedy: Callable[[], str]
+    yes: str = ""
+
+
+def _served(kind: str, mode: str, run: Callable[[str], Facts], use: str) -> Trial:
+    def remedy() -> str:
+        if (kind, mode) == ("anon", "minor"):
+            return "none: anonymous memory has no page cache; use --backing memfd"
+        if explain_unavailable() is not None:
+            return _host.uffd_remedy()
+        return _host.huge_remedy() if kind == "hugetlb" else f"a kernel from {'5.14' if mode == 'minor' else '5.19'}"
+
+    return Trial(lambda: run(kind), f"--backing {kind}: {use}", remedy, "a page was served")
+
+
+_MODES: dict[str, tuple[Callable[[str], Facts], str]] = {
+    "missing": (_missing, "a page that has not arrived"),
+    "minor": (_minor, "placing pages by UFFDIO_CONTINUE, without a copy"),
+    "wp": (_wp, "write-protected memory (dirty tracking)"),
 }
+
+# fmt: off
+TRIALS: dict[str, Trial] = {
+    **{f"{kind}-{mode}": _served(kind, mode, *what) for kind in ("anon", "memfd", "hugetlb")
+       for mode, what in _MODES.items()},
+    "kernel-faults": Trial(_kernel_faults, "--machine kvm; O_DIRECT into memory", _host.uffd_remedy,
+                           "a fault of write(2) was served"),
+    "uffd-poison": Trial(_poison, "pages that can never come", lambda: "a kernel from 6.6",
+                         "a poisoned page gives EFAULT"),
+    "uffd-move": Trial(_move, "nothing yet: pages moved without a copy", lambda: "a kernel from 6.8",
+                       "a page was moved"),
+    "kvm": Trial(_kvm, "--machine kvm", lambda: _host.device_remedy("/dev/kvm", "kvm")),
+    "soft-dirty": Trial(_soft_dirty, "nothing yet: dirty tracking", lambda: "a kernel with CONFIG_MEM_SOFT_DIRTY=y"),
+    "pagemap-scan": Trial(_wp_async, "nothing yet: dirty tracking by WP_ASYNC", lambda: "a kernel from 6.7",
+                          "a write was seen"),
+    "netns": Trial(lambda: _netns(user=False), "postcopy lab, and demo --lab", _host.netns_remedy),
+    "user-netns": Trial(lambda: _netns(user=True), "the same without root",
+                        lambda: _host.as_root("sysctl -w user.max_user_namespaces=10000")),
+    "netem": Trial(lambda: _qdisc("netem"), "networks with delay and loss",
+                   lambda: _host.as_root("modprobe sch_netem")),
+    "tbf": Trial(lambda: _qdisc("tbf"), "networks with a rate", lambda: _host.as_root("modprobe sch_tbf")),
+    "htb": Trial(lambda: _qdisc("htb"), "networks with shared rates", lambda: _host.as_root("modprobe sch_htb")),
+    "tun": Trial(_tun, "the network device of a machine", lambda: _host.as_root("modprobe tun"), "can be opened"),
+    "io-uring": Trial(_io_uring, "a dozen rows of postcopy faultpaths",
+                      lambda: _host.as_root("sysctl -w kernel.io_uring_disabled=0")),
+    "ktls": Trial(_ktls, "nothing yet: TLS of data channels in the kernel", lambda: _host.as_root("modprobe tls")),
+    "holes": Trial(_holes, "sparse images and dumps", lambda: "export TMPDIR=/dev/shm"),
+    "ipv6": Trial(_ipv6, "addresses of IPv6", lambda: _host.as_root("sysctl -w net.ipv6.conf.lo.disable_ipv6=0")),
+}
+# fmt: on
 
 
 def _attempt(trial: Callable[[], Facts]) -> Facts:
@@ -473,6 +511,6 @@ def run(names: list[str], parent: int) -> None:
     _linux.die_with(parent)
     for name in names:
         print(json.dumps({"begin": name}), flush=True)
-        print(json.dumps({"name": name, **_attempt(TRIALS[name])}), flush=True)
+        print(json.dumps({"name": name, **_attempt(TRIALS[name].run)}), flush=True)
     sys.stdout.flush()
     os._exit(0)  # a thread that still sleeps in a page must not be waited for

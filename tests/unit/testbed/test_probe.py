@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -104,7 +105,8 @@ def _die() -> dict[str, Any]:
 def try_bad_ones() -> tuple[dict[str, Any], float]:
     sys.executable = "/nonexistent"  # forked then, with the trials below
     _trials.TRIALS.clear()
-    _trials.TRIALS.update({"first": lambda: {"a": 1}, "hangs": _sleep, "dies": _die, "last": lambda: {"b": 2}})
+    bad = {"first": lambda: {"a": 1}, "hangs": _sleep, "dies": _die, "last": lambda: {"b": 2}}
+    _trials.TRIALS.update({name: _trials.Trial(trial, "", str) for name, trial in bad.items()})
     began = time.monotonic()
     return _supervise.try_in_child(list(_trials.TRIALS), deadline_s=3), time.monotonic() - began
 
@@ -243,16 +245,18 @@ def test_the_smallest_limit_on_the_way_up(
 
 
 def test_a_qdisc_that_nobody_could_try_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
-    answer = _trials._attempt(_trials.TRIALS["tbf"])
-    finding = _findings._judge("tbf", answer)
+    def refuse(user: bool) -> None:
+        raise PermissionError(errno.EPERM, "no")
+
+    monkeypatch.setattr(_trials, "_new_network", refuse)
+    finding = _findings._judge("tbf", _trials._attempt(_trials.TRIALS["tbf"].run))
     assert finding.state == "unknown"
-    assert finding.remedy.endswith("apt-get install iproute2")
+    assert "no network of its own" in finding.detail
 
 
 def test_huge_pages_that_are_reserved_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "HugePages_Total: 4\nHugePages_Free: 2\nHugePages_Rsvd: 2\nHugepagesize: 2048 kB\n"
-    monkeypatch.setattr(_findings, "read", lambda path: text)
+    monkeypatch.setattr(_host, "read", lambda path: text)
     finding = _findings._hugetlb()
     assert finding.state == "no"
     assert finding.facts == {"total-pages": 4, "free-pages": 0, "page-bytes": 2 << 20}
