@@ -20,7 +20,8 @@ import trio
 
 from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.testbed import _linux
-from postcopy.testbed.lab import Lab, LabPlan, down, open_lab
+from postcopy.testbed.lab._lab import Lab, down, open_lab
+from postcopy.testbed.lab._plan import LabPlan
 
 pytestmark = pytest.mark.needs("netns")
 POSTCOPY = (sys.executable, "-m", "postcopy")

@@ -31,7 +31,7 @@ from postcopy.uffd import explain_unavailable
 from postcopy.units import format_size
 
 if TYPE_CHECKING:
-    from postcopy.testbed.lab import Host
+    from postcopy.testbed.lab._lab import Host
 
 MIN_IMAGE_BYTES = 1 << 20
 CHAOS_SECONDS = 6  # that the push of all memory takes where connections are to be cut meanwhile
@@ -139,7 +139,8 @@ class DemoCommand:
             await run_sync(_make_image, values["image"], self._image_bytes)
         if not self._lab:
             return await self._run(Side("source", []), Side("dest", self._dest_arguments("127.0.0.1")), stop)
-        from postcopy.testbed.lab import MAX_RATE, LabPlan, open_lab
+        from postcopy.testbed.lab._lab import open_lab
+        from postcopy.testbed.lab._plan import MAX_RATE, LabPlan
 
         # The cable is twice as fast as the push, so that requested pages find room, and yet slow enough to be cut in
         # the middle, however many pages the machine asks for.

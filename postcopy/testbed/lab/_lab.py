@@ -20,11 +20,13 @@ import signal
 import socket
 import subprocess
 import threading
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import trio
 
 from postcopy._child import python
 from postcopy.errors import ConfigurationError, PostcopyError, ResourceError
@@ -384,6 +386,23 @@ class Lab(contextlib.AbstractContextManager["Lab"]):
                 what, "it belongs to another user or user namespace: call `postcopy lab` from where it was made"
             )
         return ResourceError(what)
+
+
+@contextlib.asynccontextmanager
+async def open_lab(plan: LabPlan) -> AsyncIterator[Lab]:
+    """A laboratory that lasts as long as the block, and ends with this process, however that ends.
+
+    Its methods block: call them with `trio.to_thread.run_sync`. Making and ending it are shielded from cancellation;
+    both take a second or less, and are bounded (`WORK_S`, `members.KILL_S`).
+    """
+    with trio.CancelScope(shield=True):
+        lab = await trio.to_thread.run_sync(lambda: Lab.up(plan, keep=False))
+    try:
+        await trio.lowlevel.checkpoint()
+        yield lab
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(lab.down)
 
 
 def down(name: str = DEFAULT_NAME, mark: str | None = None) -> bool:
