@@ -27,7 +27,6 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import trio
@@ -57,14 +56,6 @@ _FEATURES = UffdFeature.THREAD_ID | UffdFeature.EXACT_ADDRESS  # as the child op
 Hook = Callable[[Pager], Awaitable[None]]
 
 
-@dataclass
-class HandOver:
-    """What a child sent: its memory, and its userfaultfd, ours to close."""
-
-    memory: ForeignMemory
-    uffd: int
-
-
 class Link:
     """The wire: our sockets, the proxy, and the source's port. Used for one cell after the other."""
 
@@ -83,8 +74,8 @@ class Link:
                     for fd in _fds(ancillary):
                         os.close(fd)
 
-    async def hand_over(self) -> HandOver:
-        """The next child's message."""
+    async def hand_over(self) -> tuple[ForeignMemory, int]:
+        """What the next child sends: its memory, and its userfaultfd, ours to close."""
         await trio.lowlevel.wait_readable(self._ours)
         data, ancillary, _, _ = self._ours.recvmsg(256, 256, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
         fds = _fds(ancillary)
@@ -97,7 +88,7 @@ class Link:
         memory = ForeignMemory(
             message.address, message.bytes, message.page_bytes, message.kind, fds[1] if len(fds) > 1 else -1
         )
-        return HandOver(memory, fds[0])
+        return memory, fds[0]
 
     def go(self) -> None:
         """Has the child begin. Nothing, where it is gone."""
@@ -154,11 +145,11 @@ async def run_cell(runner: Runner, link: Link, cell: Cell, while_pending: Hook |
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(run)
-        handed = await link.hand_over()
+        memory, uffd = await link.hand_over()
         # From here on the page's fate is ours. The child's end does not cancel what must be seen through.
         with trio.CancelScope(shield=True):
             try:
-                measures.append(await _serve(link, handed, over, while_pending))
+                measures.append(await _serve(link, memory, uffd, over, while_pending))
             except (PostcopyError, trio.TooSlowError) as error:
                 failures.append(str(error) or "a step of the recovery did not end in time")
             link.proxy.thaw()
@@ -177,18 +168,19 @@ async def run_cell(runner: Runner, link: Link, cell: Cell, while_pending: Hook |
     return replace(result, outcome=outcome, remote=measure, events=measure.faults, events_repeated=repeated)
 
 
-async def _serve(link: Link, handed: HandOver, over: trio.Event, while_pending: Hook | None) -> RemoteMeasure:
+async def _serve(
+    link: Link, memory: ForeignMemory, uffd: int, over: trio.Event, while_pending: Hook | None
+) -> RemoteMeasure:
     """From the hand-over until the child has ended."""
-    memory = handed.memory
     cuts = held_ns = reconnect_ns = 0
     with contextlib.ExitStack() as stack:
         if memory.fd >= 0:
             stack.callback(os.close, memory.fd)
         # Stays open until the child is gone: closing the last copy would show zeros to who still waits.
-        stack.callback(os.close, handed.uffd)
+        stack.callback(os.close, uffd)
         source = stack.enter_context(Memory.create("memfd", memory.size_bytes))
         source.write(0, _core.content(memory.size_bytes))
-        async with _engines(memory, source, handed.uffd) as (pager, shard, server):
+        async with _engines(memory, source, uffd) as (pager, shard, server):
             await link.connect(pager, shard, server)
             server.start()
             pager.arm(shard, 0, 0, memory.pages)

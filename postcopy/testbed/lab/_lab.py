@@ -70,11 +70,12 @@ class Host:
 
     def cut(self) -> None:
         """Pulls the cable out: the host's interface has no carrier, packets are lost, connections hear nothing."""
-        self.lab.work(["set-cable", self.lab.switch, self.name, False])
+        # At the switch's end: the host keeps its addresses and routes.
+        self.lab.work(["set-link", self.lab.switch, self.name, False])
 
     def heal(self) -> None:
         """Puts the cable back, and waits until the host has a carrier."""
-        self.lab.work(["set-cable", self.lab.switch, self.name, True], ["wait-for-carrier", self.network])
+        self.lab.work(["set-link", self.lab.switch, self.name, True], ["wait-for-carrier", self.network])
 
     def limit(self, rate: int | None) -> None:
         """Limits the cable to so many bytes a second in each direction; None: no limit."""
@@ -126,7 +127,7 @@ class Host:
         self.lab.work(["attach-tap", self.network, name])
 
     def set_tap(self, name: str, up: bool) -> None:
-        self.lab.work(["set-tap", self.network, name, up])
+        self.lab.work(["set-link", self.network, name, up])
 
     def remove_tap(self, name: str) -> None:
         self.lab.work(["remove-tap", self.network, name])

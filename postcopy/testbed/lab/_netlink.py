@@ -83,10 +83,9 @@ def make_host(switch: str, path: str, name: str, ipv4: str, ipv6: str | None, ma
             route.addr("add", index=bridge, address=ipv6, prefixlen=PREFIX6, flags=IFA_F_NODAD)
 
 
-def set_cable(switch: str, name: str, whole: bool) -> None:
-    # The switch's end: the host loses its carrier, and keeps its addresses and routes.
-    with network(switch) as route:
-        route.link("set", index=_index(route, name), state="up" if whole else "down")
+def set_link(path: str, name: str, up: bool) -> None:
+    with network(path) as route:
+        route.link("set", index=_index(route, name), state="up" if up else "down")
 
 
 def wait_for_carrier(path: str) -> None:
@@ -183,11 +182,6 @@ def attach_tap(path: str, name: str) -> None:
         route.link("set", index=tap, mtu=mtu, master=bridge, state="up")
 
 
-def set_tap(path: str, name: str, up: bool) -> None:
-    with network(path) as route:
-        route.link("set", index=_index(route, name), state="up" if up else "down")
-
-
 def remove_tap(path: str, name: str) -> None:
     with network(path) as route:
         route.link("del", index=_index(route, name))
@@ -198,13 +192,12 @@ VERBS: dict[str, Callable[..., Any]] = {
     for function in (
         make_switch,
         make_host,
-        set_cable,
+        set_link,
         wait_for_carrier,
         cables,
         has_qdisc,
         shape,
         attach_tap,
-        set_tap,
         remove_tap,
     )
 }

@@ -190,7 +190,7 @@ def test_without_namespaces_it_says_what_would_help(number: int, root: bool, rem
         ("shape", errno.ENOENT, "sch_tbf"),
         ("attach-tap", errno.ENOENT, "modprobe tun"),
         ("attach-tap", errno.EACCES, "/dev/net/tun"),
-        ("set-cable", errno.EPERM, "another user"),
+        ("set-link", errno.EPERM, "another user"),
     ],
 )
 def test_what_the_kernel_lacks(sleeper: subprocess.Popen[bytes], doing: str, number: int, remedy: str) -> None:
