@@ -46,6 +46,7 @@ RUN_PAGES = 64
 READ_BYTES = 64 * 1024  # as the control connection is read
 BEFORE_PAGES_BYTES = 4096  # more than the handshakes of a recovery take, less than the first page and they
 GIVE_UP_S = 30.0
+MACHINE = ["--machine", "kvm", "--memory", "256MiB", "--vcpus", "1", "--workload", "dirty", "--max-bandwidth", "2MiB/s"]
 
 
 async def recovery_times_ms(cuts: int, seed: int) -> list[float]:
@@ -56,24 +57,12 @@ async def recovery_times_ms(cuts: int, seed: int) -> list[float]:
     before pages: the clock of this measurement is the proxy's, as both sides live in other processes.
     """
     generator = random.Random(seed)
-    machine = [
-        "--machine",
-        "kvm",
-        "--memory",
-        "256MiB",
-        "--vcpus",
-        "1",
-        "--workload",
-        "dirty",
-        "--max-bandwidth",
-        "2MiB/s",
-    ]
     times_ms = []
     async with trio.open_nursery() as nursery, _side("dest", "--listen", "127.0.0.1:0") as dest:
         address = await _said(nursery, dest, "listening", "address")
         async with (
             open_chaos_proxy(address, ChaosPlan(seed=seed)) as proxy,
-            _side("source", *machine, "--max-bandwidth", "2MiB/s", "--connect", str(proxy.address)) as source,
+            _side("source", *MACHINE, "--connect", str(proxy.address)) as source,
         ):
             await _said(nursery, source, "progress", "status", "postcopy-active")
             for _ in range(cuts):

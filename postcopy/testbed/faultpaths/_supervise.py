@@ -137,7 +137,9 @@ class Runner(contextlib.AbstractAsyncContextManager["Runner"]):
     async def _end_session(session: int) -> None:
         """Kills what a guard that was itself killed has left behind. It goes to init, or to our subreaper, to reap."""
         with trio.move_on_after(_runner.SWEEP_S):
-            while left := [pid for pid in _linux.pids_with(_linux.SESSION, session) if not _linux.is_over(pid)]:
+            while left := [
+                pid for pid in _linux.pids_with(_linux.SESSION, session) if _linux.start_time(pid) is not None
+            ]:
                 for pid in left:
                     with contextlib.suppress(ProcessLookupError, PermissionError):
                         os.kill(pid, signal.SIGKILL)

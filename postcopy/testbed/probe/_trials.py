@@ -69,12 +69,6 @@ def _reason(number: int) -> str:
     return f"{os.strerror(number)} ({errno.errorcode.get(number, number)})"
 
 
-def _system(result: int, what: str) -> int:
-    if result < 0:
-        raise Lacking(f"{what}: {_reason(ctypes.get_errno())}")
-    return result
-
-
 # ---- userfaultfd: pages really served
 
 
@@ -372,17 +366,15 @@ def _qdisc(kind: str) -> Facts:
 
 def _io_uring() -> Facts:
     parameters = ctypes.create_string_buffer(120)
-    fd = _system(libc.syscall(ctypes.c_long(SYS_IO_URING_SETUP), ctypes.c_uint(1), parameters), "io_uring_setup(2)")
+    fd = libc.syscall(ctypes.c_long(SYS_IO_URING_SETUP), ctypes.c_uint(1), parameters)
+    if fd < 0:
+        raise Lacking(f"io_uring_setup(2): {_reason(ctypes.get_errno())}")
     os.close(fd)
     return {"features": struct.unpack_from("=I", parameters, 20)[0]}
 
 
 def _tun() -> Facts:
-    path = "/dev/net/tun"
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        raise Lacking(f"{path}: {_reason(error.errno or 0)}") from error
+    os.close(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC))
     return {}
 
 
