@@ -124,47 +124,40 @@ class _Access(threading.Thread):
 
     def __init__(self, address: int, write: int | None = None) -> None:
         super().__init__(daemon=True)
-        self._address = address
-        self._write = write
-        self._buffer = ctypes.create_string_buffer(1)
-        if write is not None:
-            self._buffer[0] = bytes([write])
+        self._address = ctypes.c_void_p(address)
+        self._writes = write is not None
+        self._buffer = ctypes.create_string_buffer(bytes([write or 0]), 1)
         self.start()
 
     def run(self) -> None:
-        if self._write is None:
-            libc.memcpy(self._buffer, ctypes.c_void_p(self._address), ctypes.c_size_t(1))
-        else:
-            libc.memcpy(ctypes.c_void_p(self._address), self._buffer, ctypes.c_size_t(1))
+        to, source = (self._address, self._buffer) if self._writes else (self._buffer, self._address)
+        libc.memcpy(to, source, ctypes.c_size_t(1))
 
     def done(self) -> int:
         """The byte."""
-        self.join(EVENT_DEADLINE_S)
-        if self.is_alive():
-            raise Lacking("the page was placed, but the access never went on")
+        self._wait("access")
         return self._buffer.raw[0]
 
+    def _wait(self, what: str) -> None:
+        self.join(EVENT_DEADLINE_S)
+        if self.is_alive():
+            raise Lacking(f"the page was placed, but the {what} never went on")
 
-class _KernelAccess(threading.Thread):
+
+class _KernelAccess(_Access):
     """The same inside the kernel: write(2) of one byte into a pipe."""
 
     def __init__(self, address: int) -> None:
-        super().__init__(daemon=True)
-        self._address = address
         self._pipe = os.pipe()
-        self._result = 0
-        self._errno = 0
-        self.start()
+        super().__init__(address)
 
     def run(self) -> None:
-        self._result = libc.write(self._pipe[1], ctypes.c_void_p(self._address), ctypes.c_size_t(1))
+        self._result = libc.write(self._pipe[1], self._address, ctypes.c_size_t(1))
         self._errno = ctypes.get_errno()
 
     def done(self) -> int:
         """The byte, or the negative errno."""
-        self.join(EVENT_DEADLINE_S)
-        if self.is_alive():
-            raise Lacking("the page was placed, but the system call never went on")
+        self._wait("system call")
         try:
             return -self._errno if self._result < 0 else os.read(self._pipe[0], 1)[0]
         finally:
