@@ -79,7 +79,7 @@ class Child:
         """`ask` and `end_s`: how `end` asks first, and how long it waits; `options` are those of `subprocess.Popen`.
         OSError when it cannot be started."""
         options = {"stdin": subprocess.DEVNULL, "start_new_session": start_new_session, **options}
-        # Shielded: cancelled half-way, this would leave a process that nobody knows.
+        # Shielded: cancelled half-way, this would leave a process without an owner.
         with trio.CancelScope(shield=True):
             process = await trio.lowlevel.open_process(list(command), stdout=subprocess.PIPE, **options)
         return cls(process, ask, end_s, start_new_session)

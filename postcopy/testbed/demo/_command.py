@@ -71,8 +71,7 @@ def make(given: Json, output: Output) -> Callable[[trio.Event], Awaitable[bool]]
 
 class DemoCommand:
     def __init__(self, given: Json, output: Output) -> None:
-        """`given`: what was said of `OPTIONS`. It becomes what the two sides are told, each as far as it has the
-        option."""
+        """`given`: the values of `OPTIONS`. The two sides get them, each those of the options that it has."""
         values = self._values = DEFAULTS | given
         self._output = output
         self._lab = "lab" in values

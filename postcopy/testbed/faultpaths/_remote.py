@@ -2,7 +2,7 @@
 """`--remote`: the page is on another host, and the engine fetches it while the network fails.
 
 Three parties. The *cell's child* (csrc/faultpaths) registers one page, hands its userfaultfd over a Unix socket, and
-runs the operation when it is told to. The *destination's engine*, a `Pager` here, serves that userfaultfd, with the
+runs the operation when it gets a byte. The *destination's engine*, a `Pager` here, serves that userfaultfd, with the
 page at an address of the child. The *source* is a `PageServer` behind a TCP port; between the two stands the chaos
 proxy of `postcopy.testbed`, with whatever delay its plan has.
 
@@ -10,8 +10,8 @@ What happens to each cell, in order, whatever the plan:
 
 1. The proxy holds everything back; the operation begins, faults, and waits; the engine's request is on its way.
 2. All connections are reset. The request is lost with them.
-3. Both sides are told, as in a recovery: the source what the destination has, the engine its new connection, on which
-   it asks again for what is pending.
+3. As in a recovery, the source learns what the destination has, and the engine gets its new connection, on which it
+   asks again for what is pending.
 4. The page comes, delayed, is verified and placed; the operation goes on, and the child compares content.
 
 So one request must reach the source, whatever the child's thread did meanwhile. An operation that does not fault, or

@@ -68,7 +68,7 @@ class Host:
             raise self.lab.explain("entering a host", error.errno or 0, error.strerror or str(error)) from error
 
     def cut(self) -> None:
-        """Pulls the cable out: the host's interface has no carrier, packets are lost, connections hear nothing."""
+        """Pulls the cable out: the host's interface has no carrier, packets are lost, connections are not closed."""
         # At the switch's end: the host keeps its addresses and routes.
         self.lab.work(["set-link", self.lab.switch, self.name, False])
 
@@ -204,7 +204,7 @@ class Lab(contextlib.AbstractContextManager["Lab"]):
     def _make(cls, plan: LabPlan, where: Path, keep: bool) -> Lab:
         mark = f"{plan.name}:{secrets.token_hex(8)}"
         hosts = plan.host_plans
-        # Who may not make the others makes a user namespace of his own first, in which he may.
+        # Without the right to make the others: a user namespace first, in which this user has it.
         user = not _linux.has_capabilities(_linux.CAP_NET_ADMIN, _linux.CAP_SYS_ADMIN)
         holder = subprocess.Popen(
             python(

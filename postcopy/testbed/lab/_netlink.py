@@ -6,7 +6,7 @@
 ``{"doing", "errno", "error"}`` of the action that failed; what came before it has been done.
 
 A process of its own, since pyroute2 runs an asyncio event loop in the thread that calls it, where Trio's would be;
-since its own way into a namespace is a fork of whoever calls it, which a process with threads and a userfaultfd must
+since its own way into a namespace is a fork of its caller, which a process with threads and a userfaultfd must
 not be exposed to; and since a user namespace can be entered by a process with a single thread only. Here the process
 enters a namespace and opens its socket there, which then belongs to that namespace whatever the process enters next.
 """
@@ -120,7 +120,7 @@ def has_qdisc(path: str, kind: str) -> bool:
         except NetlinkError as error:
             if error.code == errno.ENOENT:
                 return False
-            if error.code != errno.EEXIST:  # somebody else is trying one at this moment
+            if error.code != errno.EEXIST:  # another process is trying one at this moment
                 raise
         with contextlib.suppress(NetlinkError):
             route.tc("del", index=index, parent=TC_H_ROOT)
@@ -171,7 +171,7 @@ def attach_tap(path: str, name: str) -> None:
             fcntl.ioctl(fd, TUNSETIFF, request)
             fcntl.ioctl(fd, TUNSETPERSIST, 1)
         except OSError as error:
-            # Somebody has it open already: then it is there, and stays as long as he wants.
+            # Another program has it open: then it is there, and stays until that program closes it.
             if error.errno != errno.EBUSY:
                 raise
     finally:

@@ -108,7 +108,7 @@ def _chosen(path: str) -> str | None:
 
 
 def cpu_virtualization() -> bool | None:
-    """Whether the processor says that it can run guests; None where that cannot be told."""
+    """Whether the processor says that it can run guests; None where it does not say."""
     if platform.machine() not in ("x86_64", "i686"):
         return None
     for line in read("/proc/cpuinfo").splitlines():

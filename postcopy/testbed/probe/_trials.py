@@ -4,7 +4,8 @@
 `run` prints one JSON line before each trial (``{"begin": name}``) and one after it. The parent reads both, so it knows
 which trial a dead or hung child was in. Nothing here outlives the process: no file, no namespace, no queue, no memory.
 
-A trial returns its facts; it raises `Lacking` for what this host does not have, `Unknown` where it could not be told.
+A trial returns its facts; it raises `Lacking` for what this host does not have, `Unknown` where that could not be
+found out.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Lacking(Exception):
 
 
 class Unknown(Exception):
-    """Could not be told; the text says why."""
+    """It could not be found out; the text says why."""
 
 
 def _reason(number: int) -> str:
