@@ -244,6 +244,15 @@ def test_a_record_of_another_pid_namespace_is_left_alone(
     assert sleeper.poll() is None
 
 
+def test_one_that_cannot_be_ended_does_not_keep_the_others(directory: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    state.write(directory, record_of(sleeper, name="first", pid_namespace=1))
+    state.write(directory, record_of(sleeper, started=1))
+    with pytest.raises(ConfigurationError, match="another PID namespace"):
+        command.run(parsed("down", "--all"))
+    assert lab.names() == ["first"]
+    assert sleeper.poll() is None
+
+
 def test_another_process_with_the_holders_number_is_spared(directory: Path, sleeper: subprocess.Popen[bytes]) -> None:
     record = record_of(sleeper, inodes=(_linux.inode(f"/proc/{sleeper.pid}/ns/net"),))
     assert record.started
