@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * CRC-32C of pages and headers, and the question whether a page is all zero. Both see every byte that moves, so both have
- * a path for the CPU at hand, chosen at the first call.
+ * a path for the CPU at hand.
  *
  * x86-64: the crc32 instruction takes a new operand each cycle but needs three to answer. One dependent chain leaves two thirds
  * of it idle; so a buffer is cut into three lanes of equal length, checked side by side. A lane's checksum is then moved past the
@@ -13,10 +13,10 @@
  */
 #include "core/crc32c.h"
 
+#include <endian.h>
 #include <pthread.h>
 #include <string.h>
 
-#include "core/util.h"
 #include "postcopy/core.h"
 
 #if defined(__x86_64__)
@@ -46,6 +46,14 @@ static void make_table(void)
             table[slice][i] = (table[slice - 1][i] >> 8) ^ table[0][table[slice - 1][i] & 0xff];
 }
 
+static inline uint64_t load64(const uint8_t *at)
+{
+    uint64_t word;
+
+    memcpy(&word, at, sizeof(word));
+    return word;
+}
+
 static uint32_t crc32c_portable(uint32_t crc, const void *data, size_t bytes)
 {
     const uint8_t *at = data;
@@ -53,7 +61,8 @@ static uint32_t crc32c_portable(uint32_t crc, const void *data, size_t bytes)
     (void)pthread_once(&table_once, make_table);
     crc = ~crc;
     for (; bytes >= 8; bytes -= 8, at += 8) {
-        uint32_t low = crc ^ pc_get_le32(at), high = pc_get_le32(at + 4);
+        uint64_t word = le64toh(load64(at));
+        uint32_t low = crc ^ (uint32_t)word, high = (uint32_t)(word >> 32);
 
         crc = table[7][low & 0xff] ^ table[6][low >> 8 & 0xff] ^ table[5][low >> 16 & 0xff] ^ table[4][low >> 24] ^
               table[3][high & 0xff] ^ table[2][high >> 8 & 0xff] ^ table[1][high >> 16 & 0xff] ^ table[0][high >> 24];
@@ -89,14 +98,6 @@ static int is_zero_portable(const void *data, size_t bytes)
 #define LONG_BY_ONE 0x3F70CC6Fu
 #define SHORT_BY_TWO 0xA60CE07Bu
 #define SHORT_BY_ONE 0x1B3D8F29u
-
-static inline uint64_t load64(const uint8_t *at)
-{
-    uint64_t word;
-
-    memcpy(&word, at, sizeof(word));
-    return word;
-}
 
 __attribute__((target("sse4.2,pclmul"))) static inline uint64_t multiply(uint64_t crc, uint32_t constant)
 {
@@ -172,85 +173,68 @@ CRC_TARGET static uint32_t crc32c_armv8(uint32_t crc, const void *data, size_t b
 
     crc = ~crc;
     for (; bytes >= 8; bytes -= 8, at += 8)
-        crc = CRC_DOUBLE(crc, pc_get_le64(at));
+        crc = CRC_DOUBLE(crc, le64toh(load64(at)));
     for (; bytes; bytes--)
         crc = CRC_BYTE(crc, *at++);
     return ~crc;
 }
 #endif
 
-size_t pc_crc32c_paths(const struct pc_crc32c_path **paths)
+/* What the compiler's runtime and the C library have read from the CPU at the start: each question costs a load. */
+#if defined(__x86_64__)
+static int has_crc(void)
 {
-    static struct pc_crc32c_path all[] = {
-#if defined(__x86_64__)
-        {"sse4.2", 0, crc32c_sse42},
-#endif
-#if defined(__aarch64__)
-        {"armv8", 0, crc32c_armv8},
-#endif
-        {"portable", 1, crc32c_portable},
-    };
+    return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul");
+}
 
-#if defined(__x86_64__)
-    /* Threads that come here at once write the same value. */
-    __atomic_store_n(&all[0].usable, __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul"),
-                     __ATOMIC_RELAXED);
+static int has_avx2(void)
+{
+    return __builtin_cpu_supports("avx2");
+}
 #elif defined(__aarch64__)
-    __atomic_store_n(&all[0].usable, !!(getauxval(AT_HWCAP) & HWCAP_CRC32), __ATOMIC_RELAXED);
+static int has_crc(void)
+{
+    return !!(getauxval(AT_HWCAP) & HWCAP_CRC32);
+}
 #endif
-    *paths = all;
-    return PC_ARRAY_LENGTH(all);
+
+static int always(void)
+{
+    return 1;
 }
 
-size_t pc_is_zero_paths(const struct pc_is_zero_path **paths)
-{
-    static struct pc_is_zero_path all[] = {
+const struct pc_crc32c_path pc_crc32c_paths[] = {
 #if defined(__x86_64__)
-        {"avx2", 0, is_zero_avx2},
+    {has_crc, crc32c_sse42},
+#elif defined(__aarch64__)
+    {has_crc, crc32c_armv8},
 #endif
-        {"portable", 1, is_zero_portable},
-    };
+    {always, crc32c_portable},
+    {0},
+};
 
+const struct pc_is_zero_path pc_is_zero_paths[] = {
 #if defined(__x86_64__)
-    __atomic_store_n(&all[0].usable, !!__builtin_cpu_supports("avx2"), __ATOMIC_RELAXED);
+    {has_avx2, is_zero_avx2},
 #endif
-    *paths = all;
-    return PC_ARRAY_LENGTH(all);
-}
-
-static uint32_t crc32c_first_call(uint32_t crc, const void *data, size_t bytes);
-static int is_zero_first_call(const void *data, size_t bytes);
-static uint32_t (*crc32c_chosen)(uint32_t, const void *, size_t) = crc32c_first_call;
-static int (*is_zero_chosen)(const void *, size_t) = is_zero_first_call;
-
-static uint32_t crc32c_first_call(uint32_t crc, const void *data, size_t bytes)
-{
-    const struct pc_crc32c_path *path;
-
-    (void)pc_crc32c_paths(&path);
-    while (!__atomic_load_n(&path->usable, __ATOMIC_RELAXED))
-        path++;
-    __atomic_store_n(&crc32c_chosen, path->function, __ATOMIC_RELAXED);
-    return path->function(crc, data, bytes);
-}
-
-static int is_zero_first_call(const void *data, size_t bytes)
-{
-    const struct pc_is_zero_path *path;
-
-    (void)pc_is_zero_paths(&path);
-    while (!__atomic_load_n(&path->usable, __ATOMIC_RELAXED))
-        path++;
-    __atomic_store_n(&is_zero_chosen, path->function, __ATOMIC_RELAXED);
-    return path->function(data, bytes);
-}
+    {always, is_zero_portable},
+    {0},
+};
 
 uint32_t pc_crc32c(uint32_t crc, const void *data, size_t bytes)
 {
-    return __atomic_load_n(&crc32c_chosen, __ATOMIC_RELAXED)(crc, data, bytes);
+    const struct pc_crc32c_path *path = pc_crc32c_paths;
+
+    while (!path->usable())
+        path++;
+    return path->function(crc, data, bytes);
 }
 
 int pc_is_zero(const void *data, size_t bytes)
 {
-    return __atomic_load_n(&is_zero_chosen, __ATOMIC_RELAXED)(data, bytes);
+    const struct pc_is_zero_path *path = pc_is_zero_paths;
+
+    while (!path->usable())
+        path++;
+    return path->function(data, bytes);
 }

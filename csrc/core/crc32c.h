@@ -8,18 +8,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
-struct pc_crc32c_path {
-    const char *name;
-    int usable; /* on this CPU */
+/* Best first; the last is the portable one, and an empty entry follows it. */
+extern const struct pc_crc32c_path {
+    int (*usable)(void); /* on this CPU */
     uint32_t (*function)(uint32_t crc, const void *data, size_t bytes);
-};
-struct pc_is_zero_path {
-    const char *name;
-    int usable;
+} pc_crc32c_paths[];
+extern const struct pc_is_zero_path {
+    int (*usable)(void);
     int (*function)(const void *data, size_t bytes);
-};
-/* Number of paths compiled in, best first; the last is the portable one. */
-size_t pc_crc32c_paths(const struct pc_crc32c_path **paths);
-size_t pc_is_zero_paths(const struct pc_is_zero_path **paths);
+} pc_is_zero_paths[];
 
 #endif
