@@ -25,6 +25,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "core/bits.h"
 #include "core/runtime.h"
 #include "core/util.h"
 #include "memory/states.h"
@@ -103,8 +104,7 @@ int pc_states_received(int fd, uint64_t pages, uint64_t *words)
 
     if (error)
         return error;
-    for (uint64_t word = 0; word < pc_bitmap_words(pages); word++)
-        words[word] = __atomic_load_n(&states.received[word], __ATOMIC_SEQ_CST);
+    pc_bits_copy(words, states.received, pc_bitmap_words(pages));
     pc_states_unmap(&states);
     return 0;
 }
@@ -112,13 +112,12 @@ int pc_states_received(int fd, uint64_t pages, uint64_t *words)
 int64_t pc_states_count(int fd, uint64_t pages)
 {
     struct pc_states states;
-    int64_t received = 0;
+    int64_t received;
     int error = pc_states_map(fd, pages, &states);
 
     if (error)
         return error;
-    for (uint64_t word = 0; word < pc_bitmap_words(pages); word++)
-        received += __builtin_popcountll(__atomic_load_n(&states.received[word], __ATOMIC_RELAXED));
+    received = (int64_t)pc_bits_count(states.received, 0, pages);
     pc_states_unmap(&states);
     return received;
 }
@@ -161,7 +160,7 @@ int64_t pc_states_settle(int fd, const struct pc_memory *memory)
         uint64_t doubtful = states.claimed[word] & ~states.received[word];
 
         for (; doubtful && !error; doubtful &= doubtful - 1) {
-            uint64_t page = word * 64 + (uint64_t)__builtin_ctzll(doubtful), bit = doubtful & -doubtful;
+            uint64_t page = pc_bits_lowest(word, doubtful), bit = doubtful & -doubtful;
             bool there = false, unknown = false;
 
             error = in_page_table(pagemap_fd, (uint64_t)(uintptr_t)memory->base + page * memory->page_bytes, &there);
@@ -174,9 +173,9 @@ int64_t pc_states_settle(int fd, const struct pc_memory *memory)
             if (unknown)
                 continue;
             if (there)
-                (void)__atomic_fetch_or(&states.received[word], bit, __ATOMIC_SEQ_CST);
+                (void)pc_atomic_set(states.received, word, bit);
             else
-                (void)__atomic_fetch_and(&states.claimed[word], ~bit, __ATOMIC_SEQ_CST);
+                pc_atomic_clear(states.claimed, word, bit);
         }
     }
     if (pagemap_fd >= 0)
