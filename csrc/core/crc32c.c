@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * CRC-32C of pages and headers, and the question whether a page is all zero. Both see every byte that moves, so both have
- * a path for the CPU at hand.
+ * CRC-32C of pages and headers, and the question whether a page is all zero. Both see every byte that moves, so both use what the
+ * CPU at hand can do.
  *
  * x86-64: the crc32 instruction takes a new operand each cycle but needs three to answer. One dependent chain leaves two thirds
  * of it idle; so a buffer is cut into three lanes of equal length, checked side by side. A lane's checksum is then moved past the
@@ -54,7 +54,7 @@ static inline uint64_t load64(const uint8_t *at)
     return word;
 }
 
-static uint32_t crc32c_portable(uint32_t crc, const void *data, size_t bytes)
+uint32_t pc_crc32c_portable(uint32_t crc, const void *data, size_t bytes)
 {
     const uint8_t *at = data;
 
@@ -70,22 +70,6 @@ static uint32_t crc32c_portable(uint32_t crc, const void *data, size_t bytes)
     for (; bytes; bytes--)
         crc = (crc >> 8) ^ table[0][(crc ^ *at++) & 0xff];
     return ~crc;
-}
-
-static int is_zero_portable(const void *data, size_t bytes)
-{
-    const uint8_t *at = data;
-    uint64_t words[4];
-
-    for (; bytes >= sizeof(words); bytes -= sizeof(words), at += sizeof(words)) {
-        memcpy(words, at, sizeof(words));
-        if (words[0] | words[1] | words[2] | words[3])
-            return 0;
-    }
-    for (; bytes; bytes--)
-        if (*at++)
-            return 0;
-    return 1;
 }
 
 #if defined(__x86_64__)
@@ -123,7 +107,7 @@ three_lanes(uint64_t a, const uint8_t *at, size_t lane, uint32_t by_two, uint32_
     return _mm_crc32_u64(c, load64(at + 2 * lane) ^ multiply(a, by_two) ^ multiply(b, by_one));
 }
 
-__attribute__((target("sse4.2,pclmul"))) static uint32_t crc32c_sse42(uint32_t crc, const void *data, size_t bytes)
+__attribute__((target("sse4.2,pclmul"))) uint32_t pc_crc32c_by_cpu(uint32_t crc, const void *data, size_t bytes)
 {
     const uint8_t *at = data;
     uint64_t a = ~crc;
@@ -137,21 +121,6 @@ __attribute__((target("sse4.2,pclmul"))) static uint32_t crc32c_sse42(uint32_t c
     for (; bytes; bytes--)
         a = _mm_crc32_u8((uint32_t)a, *at++);
     return ~(uint32_t)a;
-}
-
-__attribute__((target("avx2"))) static int is_zero_avx2(const void *data, size_t bytes)
-{
-    const uint8_t *at = data;
-
-#define LOAD(offset) _mm256_loadu_si256((const __m256i *)(const void *)(at + (offset)))
-    for (; bytes >= 128; bytes -= 128, at += 128) {
-        __m256i all = _mm256_or_si256(_mm256_or_si256(LOAD(0), LOAD(32)), _mm256_or_si256(LOAD(64), LOAD(96)));
-
-        if (!_mm256_testz_si256(all, all))
-            return 0;
-    }
-#undef LOAD
-    return is_zero_portable(at, bytes);
 }
 #endif
 
@@ -167,7 +136,7 @@ __attribute__((target("avx2"))) static int is_zero_avx2(const void *data, size_t
 #define CRC_DOUBLE __builtin_aarch64_crc32cx
 #endif
 
-CRC_TARGET static uint32_t crc32c_armv8(uint32_t crc, const void *data, size_t bytes)
+CRC_TARGET uint32_t pc_crc32c_by_cpu(uint32_t crc, const void *data, size_t bytes)
 {
     const uint8_t *at = data;
 
@@ -180,61 +149,35 @@ CRC_TARGET static uint32_t crc32c_armv8(uint32_t crc, const void *data, size_t b
 }
 #endif
 
-/* What the compiler's runtime and the C library have read from the CPU at the start: each question costs a load. */
-#if defined(__x86_64__)
-static int has_crc(void)
+#if !defined(__x86_64__) && !defined(__aarch64__)
+uint32_t pc_crc32c_by_cpu(uint32_t crc, const void *data, size_t bytes)
 {
+    return pc_crc32c_portable(crc, data, bytes);
+}
+#endif
+
+int pc_crc32c_has_cpu(void)
+{
+#if defined(__x86_64__)
     return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul");
-}
-
-static int has_avx2(void)
-{
-    return __builtin_cpu_supports("avx2");
-}
 #elif defined(__aarch64__)
-static int has_crc(void)
-{
     return !!(getauxval(AT_HWCAP) & HWCAP_CRC32);
+#else
+    return 0;
+#endif
 }
-#endif
-
-static int always(void)
-{
-    return 1;
-}
-
-const struct pc_crc32c_path pc_crc32c_paths[] = {
-#if defined(__x86_64__)
-    {has_crc, crc32c_sse42},
-#elif defined(__aarch64__)
-    {has_crc, crc32c_armv8},
-#endif
-    {always, crc32c_portable},
-    {0},
-};
-
-const struct pc_is_zero_path pc_is_zero_paths[] = {
-#if defined(__x86_64__)
-    {has_avx2, is_zero_avx2},
-#endif
-    {always, is_zero_portable},
-    {0},
-};
 
 uint32_t pc_crc32c(uint32_t crc, const void *data, size_t bytes)
 {
-    const struct pc_crc32c_path *path = pc_crc32c_paths;
-
-    while (!path->usable())
-        path++;
-    return path->function(crc, data, bytes);
+    return pc_crc32c_has_cpu() ? pc_crc32c_by_cpu(crc, data, bytes) : pc_crc32c_portable(crc, data, bytes);
 }
 
 int pc_is_zero(const void *data, size_t bytes)
 {
-    const struct pc_is_zero_path *path = pc_is_zero_paths;
+    static const uint8_t zeros[64];
+    const uint8_t *at = data;
+    size_t head = bytes < sizeof(zeros) ? bytes : sizeof(zeros);
 
-    while (!path->usable())
-        path++;
-    return path->function(data, bytes);
+    /* The head is zero, and each byte equals the one so far before it. The C library has a loop for the CPU at hand. */
+    return !memcmp(at, zeros, head) && !memcmp(at, at + head, bytes - head);
 }
