@@ -146,6 +146,13 @@ struct pc_fp_operation {
 #define PC_FP_ROW(class, name, on, flags, what) \
     PC_FP_ROW_OF(class, name, PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS, on, flags, what)
 
+/* The function of a row that is a variant of another function. */
+#define PC_FP_VARIANT(name, function, ...)       \
+    static void name(struct pc_fp_cell *cell)    \
+    {                                            \
+        function(cell, __VA_ARGS__);             \
+    }
+
 /* Around the system call or the access itself. pc_fp_end takes the call's value and reads errno where that is -1. */
 void pc_fp_begin(struct pc_fp_cell *cell);
 void pc_fp_end(struct pc_fp_cell *cell, int64_t value);
@@ -194,9 +201,9 @@ bool pc_fp_page_comes(const struct pc_fp_cell *cell);
 
 /* PC_FP_BYTES other bytes than the page has. */
 const uint8_t *pc_fp_other(void);
-/* Another process, which shares no memory with this one but that of the result, runs `act` (which calls pc_fp_begin and
- * pc_fp_end). Returns when it is done. */
-void pc_fp_in_process(struct pc_fp_cell *cell, void (*act)(struct pc_fp_cell *cell, void *argument), void *argument);
+/* Another process, which shares no memory with this one but that of the result, and may look into this one, runs `act` (which calls
+ * pc_fp_begin and pc_fp_end). Returns when it is done. */
+void pc_fp_in_process(struct pc_fp_cell *cell, void (*act)(struct pc_fp_cell *cell));
 /* Makes what an operation works on. False: said why it is unavailable. */
 bool pc_fp_make(struct pc_fp_cell *cell, int on, int fds[2]);
 /* The name of a child's file for O_DIRECT. */

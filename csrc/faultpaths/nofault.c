@@ -94,70 +94,44 @@ static void nofault_mincore(struct pc_fp_cell *cell)
     verify_kept(cell);
 }
 
-static void advise(struct pc_fp_cell *cell, int advice)
+static void advise(struct pc_fp_cell *cell, int advice, void (*verify)(struct pc_fp_cell *cell))
 {
     PC_FP_ACT(cell, syscall(SYS_madvise, cell->page, cell->page_bytes, advice));
     PC_FP_UNAVAILABLE_IF(cell, "madvise", EINVAL); /* of this kernel, or of this memory: not about the page */
+    verify(cell);
 }
+PC_FP_VARIANT(nofault_madv_dontneed, advise, MADV_DONTNEED, verify_dropped)
+PC_FP_VARIANT(nofault_madv_free, advise, MADV_FREE, verify_dropped)
+PC_FP_VARIANT(nofault_madv_remove, advise, MADV_REMOVE, verify_dropped)
+PC_FP_VARIANT(nofault_madv_cold, advise, MADV_COLD, verify_kept)
+PC_FP_VARIANT(nofault_madv_pageout, advise, MADV_PAGEOUT, verify_kept)
+PC_FP_VARIANT(nofault_madv_willneed, advise, MADV_WILLNEED, verify_kept)
+PC_FP_VARIANT(nofault_madv_random, advise, MADV_RANDOM, verify_kept)
+PC_FP_VARIANT(nofault_madv_dontfork, advise, MADV_DONTFORK, verify_kept)
+PC_FP_VARIANT(nofault_madv_dontdump, advise, MADV_DONTDUMP, verify_kept)
+PC_FP_VARIANT(nofault_madv_hugepage, advise, MADV_HUGEPAGE, verify_kept)
+PC_FP_VARIANT(nofault_madv_mergeable, advise, MADV_MERGEABLE, verify_kept)
 
-#define ADVICE(name, advice, verify)                                                                                    \
-    static void name(struct pc_fp_cell *cell)                                                                           \
-    {                                                                                                                   \
-        advise(cell, advice);                                                                                           \
-        verify(cell);                                                                                                   \
-    }
-ADVICE(nofault_madv_dontneed, MADV_DONTNEED, verify_dropped)
-ADVICE(nofault_madv_free, MADV_FREE, verify_dropped)
-ADVICE(nofault_madv_remove, MADV_REMOVE, verify_dropped)
-ADVICE(nofault_madv_cold, MADV_COLD, verify_kept)
-ADVICE(nofault_madv_pageout, MADV_PAGEOUT, verify_kept)
-ADVICE(nofault_madv_willneed, MADV_WILLNEED, verify_kept)
-ADVICE(nofault_madv_random, MADV_RANDOM, verify_kept)
-ADVICE(nofault_madv_dontfork, MADV_DONTFORK, verify_kept)
-ADVICE(nofault_madv_dontdump, MADV_DONTDUMP, verify_kept)
-ADVICE(nofault_madv_hugepage, MADV_HUGEPAGE, verify_kept)
-ADVICE(nofault_madv_mergeable, MADV_MERGEABLE, verify_kept)
-
-/* Whether there is something to collapse is not the question, but whether it waits. */
+/* Whether there is something to collapse is not the question, but whether it waits: EINVAL is what Linux 6.1 and later say of a
+ * range without one whole huge page. */
 static void nofault_madv_collapse(struct pc_fp_cell *cell)
 {
-    int64_t value;
-
-    pc_fp_begin(cell);
-    value = syscall(SYS_madvise, cell->page, cell->page_bytes, MADV_COLLAPSE);
-    pc_fp_end_code(cell, value == -1 ? -errno : value);
-    if (cell->shared->result.error == EINVAL) {
-        /* As in Linux 6.1 and later for a range without one whole huge page: looked, found nothing, did nothing. */
-        cell->shared->result.error = 0;
-    }
+    PC_FP_ACT_EXPECTING(cell, EINVAL, syscall(SYS_madvise, cell->page, cell->page_bytes, MADV_COLLAPSE));
     verify_kept(cell);
-}
-
-static void move_status(struct pc_fp_cell *cell, const int *node)
-{
-    void *page = cell->page;
-    int status = -1;
-
-    PC_FP_ACT(cell, syscall(SYS_move_pages, 0, 1, &page, node, &status, MPOL_MF_MOVE));
-    PC_FP_UNAVAILABLE_IF(cell, "move_pages", ENOSYS);
-    verify_kept(cell);
-}
-
-static void nofault_move_pages_ask(struct pc_fp_cell *cell)
-{
-    move_status(cell, NULL);
 }
 
 /* The status says ENOENT for a page that is not there; the call itself may say so too. */
-static void nofault_move_pages(struct pc_fp_cell *cell)
+static void move_pages(struct pc_fp_cell *cell, const int *node)
 {
-    const int node = 0;
     void *page = cell->page;
     int status = -1;
-    PC_FP_ACT_EXPECTING(cell, ENOENT, syscall(SYS_move_pages, 0, 1, &page, &node, &status, MPOL_MF_MOVE));
+
+    PC_FP_ACT_EXPECTING(cell, ENOENT, syscall(SYS_move_pages, 0, 1, &page, node, &status, MPOL_MF_MOVE));
     PC_FP_UNAVAILABLE_IF(cell, "move_pages", ENOSYS);
     verify_kept(cell);
 }
+PC_FP_VARIANT(nofault_move_pages_ask, move_pages, NULL)
+PC_FP_VARIANT(nofault_move_pages, move_pages, &(const int){0})
 
 static void nofault_mbind(struct pc_fp_cell *cell)
 {
@@ -168,13 +142,13 @@ static void nofault_mbind(struct pc_fp_cell *cell)
     verify_kept(cell);
 }
 
-static void read_all(struct pc_fp_cell *cell, const char *path)
+static void nofault_smaps(struct pc_fp_cell *cell)
 {
     static char text[65536];
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    int64_t n = 0;
+    int fd = open("/proc/self/smaps", O_RDONLY | O_CLOEXEC);
+    ssize_t n;
 
-    if (!pc_fp_made(cell, fd, path))
+    if (!pc_fp_made(cell, fd, "/proc/self/smaps"))
         return;
     pc_fp_begin(cell);
     do
@@ -182,11 +156,6 @@ static void read_all(struct pc_fp_cell *cell, const char *path)
     while (n > 0);
     pc_fp_end(cell, n);
     verify_kept(cell);
-}
-
-static void nofault_smaps(struct pc_fp_cell *cell)
-{
-    read_all(cell, "/proc/self/smaps");
 }
 
 static void nofault_pagemap(struct pc_fp_cell *cell)

@@ -102,30 +102,25 @@ static void transfer(struct pc_fp_cell *cell, unsigned ring_flags, uint8_t opcod
     PC_FP_ACT_CODE(cell, ring_run(&ring, &sqe));
     if (direct)
         PC_FP_UNAVAILABLE_IF(cell, "a page by O_DIRECT", EINVAL);
-    if (opcode == IORING_OP_WRITE)
-        pc_fp_verify_taken(cell, sqe.fd);
     pc_fp_check_value(cell, PC_FP_BYTES);
     if (opcode == IORING_OP_READ)
         pc_fp_verify_page(cell, pc_fp_other(), 0, PC_FP_BYTES);
+    else
+        pc_fp_verify_taken(cell, sqe.fd);
 }
 
-#define TRANSFER(name, ring_flags, opcode, sqe_flags)                                                                   \
-    static void uring_##name(struct pc_fp_cell *cell)                                                                   \
-    {                                                                                                                   \
-        transfer(cell, ring_flags, opcode, sqe_flags);                                                                  \
-    }
-TRANSFER(direct_read, 0, IORING_OP_READ, 0)
-TRANSFER(direct_write, 0, IORING_OP_WRITE, 0)
-TRANSFER(buffered_read, 0, IORING_OP_READ, 0)
-TRANSFER(buffered_write, 0, IORING_OP_WRITE, 0)
-TRANSFER(async_read, 0, IORING_OP_READ, IOSQE_ASYNC)
-TRANSFER(async_write, 0, IORING_OP_WRITE, IOSQE_ASYNC)
-TRANSFER(async_direct_read, 0, IORING_OP_READ, IOSQE_ASYNC)
-TRANSFER(async_direct_write, 0, IORING_OP_WRITE, IOSQE_ASYNC)
-TRANSFER(sqpoll_read, IORING_SETUP_SQPOLL, IORING_OP_READ, 0)
-TRANSFER(sqpoll_write, IORING_SETUP_SQPOLL, IORING_OP_WRITE, 0)
-TRANSFER(sqpoll_direct_read, IORING_SETUP_SQPOLL, IORING_OP_READ, 0)
-TRANSFER(sqpoll_direct_write, IORING_SETUP_SQPOLL, IORING_OP_WRITE, 0)
+PC_FP_VARIANT(uring_direct_read, transfer, 0, IORING_OP_READ, 0)
+PC_FP_VARIANT(uring_direct_write, transfer, 0, IORING_OP_WRITE, 0)
+PC_FP_VARIANT(uring_buffered_read, transfer, 0, IORING_OP_READ, 0)
+PC_FP_VARIANT(uring_buffered_write, transfer, 0, IORING_OP_WRITE, 0)
+PC_FP_VARIANT(uring_async_read, transfer, 0, IORING_OP_READ, IOSQE_ASYNC)
+PC_FP_VARIANT(uring_async_write, transfer, 0, IORING_OP_WRITE, IOSQE_ASYNC)
+PC_FP_VARIANT(uring_async_direct_read, transfer, 0, IORING_OP_READ, IOSQE_ASYNC)
+PC_FP_VARIANT(uring_async_direct_write, transfer, 0, IORING_OP_WRITE, IOSQE_ASYNC)
+PC_FP_VARIANT(uring_sqpoll_read, transfer, IORING_SETUP_SQPOLL, IORING_OP_READ, 0)
+PC_FP_VARIANT(uring_sqpoll_write, transfer, IORING_SETUP_SQPOLL, IORING_OP_WRITE, 0)
+PC_FP_VARIANT(uring_sqpoll_direct_read, transfer, IORING_SETUP_SQPOLL, IORING_OP_READ, 0)
+PC_FP_VARIANT(uring_sqpoll_direct_write, transfer, IORING_SETUP_SQPOLL, IORING_OP_WRITE, 0)
 
 static void uring_sendmsg_msghdr(struct pc_fp_cell *cell)
 {
