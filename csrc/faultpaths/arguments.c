@@ -41,13 +41,7 @@
 #define SYS(name, ...) syscall(SYS_##name, __VA_ARGS__)
 /* One system call, and nothing to look at but that it succeeded. */
 #define ACT(name, ...) PC_FP_ACT(cell, SYS(name, __VA_ARGS__))
-/* An operation that is one system call; what is looked at afterwards does not depend on which one. */
-#define CALL(operation, verify, name, ...)                      \
-    static void copy_##operation(struct pc_fp_cell *cell)       \
-    {                                                           \
-        ACT(name, __VA_ARGS__);                                 \
-        verify(cell);                                           \
-    }
+#define CALL(operation, verify, name, ...) PC_FP_CALL(copy_##operation, verify, name, __VA_ARGS__)
 
 static void verify_zero(struct pc_fp_cell *cell)
 {
@@ -55,17 +49,6 @@ static void verify_zero(struct pc_fp_cell *cell)
 }
 
 /* ---- vectors and message headers ---- */
-
-static void verify_sent(struct pc_fp_cell *cell)
-{
-    uint8_t got[64];
-
-    pc_fp_check_value(cell, sizeof(got));
-    PC_FP_EXPECT(cell,
-                 read(cell->fds[0], got, sizeof(got)) == sizeof(got) &&
-                     !memcmp(got, PC_FP_SCRATCH + PC_FP_IN_DATA, sizeof(got)),
-                 "other bytes have been sent");
-}
 
 static void verify_received(struct pc_fp_cell *cell)
 {
@@ -81,11 +64,11 @@ static struct msghdr *header_of(struct pc_fp_cell *cell)
     return &header;
 }
 
-CALL(sendmsg_msghdr, verify_sent, sendmsg, cell->fds[1], IN(MSGHDR), 0)
+CALL(sendmsg_msghdr, pc_fp_verify_sent, sendmsg, cell->fds[1], IN(MSGHDR), 0)
 CALL(recvmsg_msghdr, verify_received, recvmsg, cell->fds[0], IN(MSGHDR), 0)
-CALL(sendmsg_iovec, verify_sent, sendmsg, cell->fds[1], header_of(cell), 0)
+CALL(sendmsg_iovec, pc_fp_verify_sent, sendmsg, cell->fds[1], header_of(cell), 0)
 CALL(recvmsg_iovec, verify_received, recvmsg, cell->fds[0], header_of(cell), 0)
-CALL(writev_iovec, verify_sent, writev, cell->fds[1], IN(IOVEC), 2)
+CALL(writev_iovec, pc_fp_verify_sent, writev, cell->fds[1], IN(IOVEC), 2)
 CALL(readv_iovec, verify_received, readv, cell->fds[0], IN(IOVEC), 2)
 
 /* ---- names of files ---- */
@@ -353,7 +336,7 @@ static void copy_select_set(struct pc_fp_cell *cell)
         return;
     ACT(pselect6, PC_FP_FD + 1, IN(FDSET), NULL, NULL, NULL, NULL);
     pc_fp_check_value(cell, 1);
-    pc_fp_verify_page(cell, NULL, 0, 0); /* what is ready is what was asked for */
+    pc_fp_verify_kept(cell); /* what is ready is what was asked for */
 }
 
 static void copy_epoll_ctl(struct pc_fp_cell *cell)

@@ -31,7 +31,7 @@ static void judge_direct(struct pc_fp_cell *cell, bool to_page)
     if (to_page)
         pc_fp_verify_page(cell, pc_fp_other(), 0, PC_FP_BYTES);
     else
-        pc_fp_verify_taken(cell, cell->fds[0]);
+        pc_fp_verify_taken(cell);
 }
 
 static void odirect(struct pc_fp_cell *cell, bool to_page)
@@ -101,7 +101,7 @@ static void vmsplice_out(struct pc_fp_cell *cell, unsigned flags)
     struct iovec vector = {cell->page, PC_FP_BYTES};
 
     PC_FP_ACT(cell, syscall(SYS_vmsplice, cell->fds[1], &vector, 1, flags));
-    pc_fp_verify_taken(cell, cell->fds[0]);
+    pc_fp_verify_taken(cell);
 }
 PC_FP_VARIANT(pin_vmsplice_to_pipe, vmsplice_out, 0)
 PC_FP_VARIANT(pin_vmsplice_gift, vmsplice_out, SPLICE_F_GIFT)
@@ -111,7 +111,7 @@ static void pin_vmsplice_from_pipe(struct pc_fp_cell *cell)
     struct iovec vector = {cell->page + PC_FP_AT_OUT, PC_FP_SMALL};
 
     PC_FP_ACT(cell, syscall(SYS_vmsplice, cell->fds[0], &vector, 1, 0));
-    pc_fp_verify_delivered(cell, PC_FP_SMALL);
+    pc_fp_verify_delivered(cell);
 }
 
 /* ---- only to have them there ---- */
@@ -125,20 +125,11 @@ static void verify_present(struct pc_fp_cell *cell)
         return;
     if (!mincore(cell->page, PC_FP_BYTES, &there) && !(there & 1))
         pc_fp_wrong(cell, "the page is not there afterwards");
-    pc_fp_verify_page(cell, NULL, 0, 0);
+    pc_fp_verify_kept(cell);
 }
 
-static void pin_mlock(struct pc_fp_cell *cell)
-{
-    PC_FP_ACT(cell, syscall(SYS_mlock, cell->page, cell->page_bytes));
-    verify_present(cell);
-}
-
-static void pin_mlock_onfault(struct pc_fp_cell *cell)
-{
-    PC_FP_ACT(cell, syscall(SYS_mlock2, cell->page, cell->page_bytes, MLOCK_ONFAULT));
-    pc_fp_verify_page(cell, NULL, 0, 0);
-}
+PC_FP_CALL(pin_mlock, verify_present, mlock, cell->page, cell->page_bytes)
+PC_FP_CALL(pin_mlock_onfault, pc_fp_verify_kept, mlock2, cell->page, cell->page_bytes, MLOCK_ONFAULT)
 
 static void populate(struct pc_fp_cell *cell, int advice)
 {

@@ -39,7 +39,7 @@ static void test_wrong(struct pc_fp_cell *cell)
 
     PC_FP_ACT(cell, PC_FP_SMALL);
     pc_fp_verify(cell, &other, 0, 1);
-    pc_fp_verify_taken(cell, cell->fds[0]); /* does not wait for what was not taken */
+    pc_fp_verify_taken(cell); /* does not wait for what was not taken */
 }
 
 static const struct pc_fp_operation tests[] = {
