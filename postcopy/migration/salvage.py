@@ -54,6 +54,7 @@ from postcopy.units import format_size
 from postcopy.wire import one_line
 from postcopy.wire.messages import MAX_BLOCKS
 
+VERSION = 1
 SOURCE, DEST, MERGED = "source", "dest", "merged"  # sides
 STARTED = "started"  # a file in one that a machine has been started from
 PAUSE_TIMEOUT_S = 2.0
@@ -86,6 +87,8 @@ async def write(path: str, machine: Machine, migration: str, side: str, maps: Se
         for block, known in zip(machine.blocks, maps, strict=True)
     )
     manifest = Manifest(
+        format="postcopy-salvage",
+        version=VERSION,
         migration=migration,
         side=side,
         machine=machine.kind,
@@ -168,8 +171,8 @@ class Block(Struct, frozen=True, rename="kebab"):
 class _Head(Struct, frozen=True):
     """What manifests of every version have."""
 
-    format: Literal["postcopy-salvage"] = "postcopy-salvage"
-    version: int = 1
+    format: Literal["postcopy-salvage"]
+    version: int
 
 
 class Manifest(_Head, frozen=True, kw_only=True):
@@ -224,7 +227,7 @@ def read(path: str) -> Salvage:
     in place of its files."""
     try:
         text = read_regular(Path(path) / "manifest.json", MAX_MANIFEST_BYTES, follow=False)
-        if msgspec.json.decode(text, type=_Head).version != _Head().version:
+        if msgspec.json.decode(text, type=_Head).version != VERSION:
             raise ConfigurationError(f"{path}: a salvage of another version; use the postcopy that wrote it")
         salvage = Salvage(Path(path), msgspec.json.decode(text, type=Manifest))
     except OSError as error:

@@ -143,6 +143,8 @@ def _change(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 DAMAGE: list[Callable[[dict[str, Any]], Any]] = [
     lambda manifest: [],
     lambda manifest: "text",
+    lambda manifest: manifest.pop("format") and None,
+    lambda manifest: manifest.pop("version") and None,
     lambda manifest: manifest.update(format="other"),
     lambda manifest: manifest.update(version=2),
     lambda manifest: manifest.update(version="1"),
