@@ -334,8 +334,10 @@ class Daemon(Service):
         """The name that its source says."""
         if kind == "image":
             raise ConfigurationError("a daemon takes machines that run; `postcopy dest` takes an image")
-        name = config.get("name", _new_name(kind))
-        if not is_name(name):
+        name = config.get("name")
+        if name is None:
+            name = _new_name(kind)
+        elif not is_name(name):
             raise ConfigurationError(f"{one_line(str(name), 80)!r} is no machine's name")
         self._check_name(name, owned)
         if owned.migration is not None:

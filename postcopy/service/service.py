@@ -248,10 +248,8 @@ class Service(abc.ABC):
     ) -> Machine:
         """The machine that a source offers. Errors as for `create_destination`."""
         arrival = self.arrival
-        name = self.name_arriving(owned, kind, config)
-        machine = create_destination(kind, config, layout, arrival.backing, disk=arrival.disk, net=arrival.net)
-        owned.name = name
-        return machine
+        owned.name = self.name_arriving(owned, kind, config)
+        return create_destination(kind, config, layout, arrival.backing, disk=arrival.disk, net=arrival.net)
 
     def name_arriving(self, owned: Owned, kind: str, config: Mapping[str, Any]) -> str:
         """`ConfigurationError` for a machine that cannot be taken."""
