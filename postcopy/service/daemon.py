@@ -56,9 +56,9 @@ from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import DaemonConfig
 from postcopy.service.control import find, process_status
 from postcopy.service.options import is_name, record
-from postcopy.service.report import Migration
+from postcopy.service.report import Json, Migration
 from postcopy.service.schema import COMMANDS, ControlError
-from postcopy.service.service import Json, Owned, Phase, Request, Row, Service, direction
+from postcopy.service.service import Owned, Phase, Request, Row, Service
 from postcopy.service.status import machine_status
 from postcopy.wire import State, one_line
 
@@ -79,6 +79,8 @@ log = logging.getLogger(__name__)
 
 class Daemon(Service):
     """Everything but its beginning and end is asked through the control socket."""
+
+    names_machines = True
 
     def __init__(self, config: DaemonConfig, output: Output) -> None:
         super().__init__(config.side, config.listen is not None, output, config.migration, config.arrival)
@@ -165,7 +167,7 @@ class Daemon(Service):
         for owned in self.machines:
             job = owned.migration
             if job is not None and job.status != owned.announced:
-                fields = {**report.ended(direction(job), job), "machine": owned.name, "from": owned.announced}
+                fields = {**report.ended(job), "machine": owned.name, "from": owned.announced}
                 owned.announced = job.status
                 self.output.emit("migration-status", fields)
 
@@ -349,7 +351,7 @@ class Daemon(Service):
             self.output.emit("machine-left", {"machine": owned.name})
         elif isinstance(migration, DestinationMigration) and owned.machine is not None:
             self.output.emit("machine-received", {"machine": owned.name, "kind": owned.machine.kind})
-        fields = {**report.ended(direction(migration), migration), "machine": owned.name}
+        fields = {**report.ended(migration), "machine": owned.name}
         fields["downtime-ms"] = milliseconds(migration.downtime_ns)
         fields["total-ms"] = milliseconds(migration.total_ns)
         self.output.emit("migration-ended", fields)
