@@ -472,7 +472,7 @@ class ToyMachine(Machine):
         config.disk_bytes = 0 if self._disk is None else self._disk.size_bytes
         if self._network is not None:
             config.has_net = 1
-            config.net_fd = self._network.tap.fd
+            config.net_fd = self._network.fd
             config.net_mac = self._network.mac
             config.net_address = self._network.address
         pointer: Any = ffi.new("struct pc_machine **")
