@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`postcopy daemon`: a process that owns machines, sends them away when it is told to, and takes those that come.
+"""`postcopy daemon`: a process that owns machines, sends them away on request, and takes those that come.
 
 A source ends when its machine has left, a destination has one machine and waits for it: neither can have the machine
 that it sent away come back. So this is the union of both. A machine is *here* from its start or arrival until it has
@@ -15,7 +15,7 @@ whose name is taken here is refused, and so goes on where it is.
 
 **Places.** An arriving machine has one of `MAX_INCOMING` from its offer until it is here, as far as it is not lost:
 one whose source is gone after its commit waits for it and moves nothing. Memory is promised once (`_admission`), and
-some descriptors are there for each before it is let in: what PREPARED says must hold.
+some descriptors are there for each before it is let in: what PREPARED promises must be possible.
 
 **Failures.** Each migration, and each machine's end, is contained (`contain`): whatever goes wrong in one, also a
 mistake of ours, is logged and ends that one. A machine that is this host's is never ended by it: it stays as it is, to

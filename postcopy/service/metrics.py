@@ -150,7 +150,7 @@ def check_file(path: str) -> None:
 
 
 class MetricsFile:
-    """A file with the metrics as they were last. A file system may hang: nobody waits for it but one thread, which
+    """A file with the metrics as they were last. A file system may hang: only one thread waits for it, which
     writes what is the latest when it comes to it."""
 
     END_S = 5.0
