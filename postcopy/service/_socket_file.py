@@ -28,7 +28,7 @@ async def listen(path: str) -> socket.socket:
     """A socket that listens there. `ConfigurationError` for a path that cannot be one, `ResourceError` where it cannot
     be had."""
     check_control_path(path)
-    directory = os.path.dirname(os.path.abspath(path))
+    directory = _directory(path)
     try:
         lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
@@ -38,6 +38,10 @@ async def listen(path: str) -> socket.socket:
         return _listen(path)
     finally:
         os.close(lock)
+
+
+def _directory(path: str) -> str:
+    return os.path.dirname(os.path.abspath(path))
 
 
 def identity(path: str) -> tuple[int, int]:
