@@ -390,8 +390,10 @@ class Daemon(Service):
             await self.changes.wait()
         if owned.phase is Phase.HERE:
             owned.phase = Phase.ENDING  # so that no other request sends it away, or ends it, meanwhile
-            await self._close(owned)
-            self.output.emit("machine-ended", {"machine": owned.name})
+            try:
+                await self._close(owned)
+            finally:  # it has ended, also when the client has left meanwhile
+                self.output.emit("machine-ended", {"machine": owned.name})
         return {"machine": owned.name}
 
     async def _request_migrate(self, arguments: Json) -> Json:

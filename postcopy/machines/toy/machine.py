@@ -234,10 +234,6 @@ class ToyMachine(Machine):
     def vcpus(self) -> int:
         return len(self._blocks) - 1
 
-    @property
-    def workload(self) -> str:
-        return self._workload
-
     def config(self) -> dict[str, Any]:
         config: dict[str, Any] = {
             "vcpus": self.vcpus,

@@ -60,7 +60,7 @@ async def test_a_machine_moves_and_goes_on(workload: str) -> None:
         assert check.ok, check.what
         async with twin_of(source, "anon" if workload == "random" else "memfd") as twin:
             assert twin.vcpus == 2
-            assert twin.workload == workload
+            assert twin.config()["workload"] == workload
             await twin.load_state(await source.save_state())
             copy_memory(source, twin)
             await source.close()
