@@ -46,7 +46,7 @@ def test_one_among_many_deaf_clients(daemon: Daemon) -> None:
 
 
 def test_a_client_that_waits_among_deaf_ones(daemon: Daemon) -> None:
-    """It came first and reads all that is sent to it: no other client may take its place."""
+    """It came first and reads all that it is told: nobody may take its place."""
     program, control = daemon("d", *RV64)
     with socket.socket(socket.AF_UNIX) as honest, honest.makefile("rb") as file:
         honest.settimeout(30)
@@ -56,7 +56,7 @@ def test_a_client_that_waits_among_deaf_ones(daemon: Daemon) -> None:
         clients = [deaf(control.path) for _ in range(200)]
         try:
             for _ in range(6):  # progress comes twice a second
-                assert file.readline(), "the honest client was disconnected"
+                assert file.readline(), "the honest client was hung up on"
         finally:
             for client in clients:
                 client.close()
