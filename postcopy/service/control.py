@@ -15,7 +15,6 @@ from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration
 from postcopy.net import parse_address
 from postcopy.service import schema
-from postcopy.service.options import Option
 from postcopy.service.report import Json, Migration
 from postcopy.service.schema import COMMANDS, ControlError, plain
 from postcopy.service.service import Owned, Request, Service
@@ -82,11 +81,17 @@ class ControlHandler:
         return _all_that_can(undecided, lambda migration: migration.recover(address))
 
     async def _set(self, arguments: Json) -> Json:
-        known = _settable(self._service)
-        if others := arguments.keys() - known.keys():
+        if not self._service.pushes and (others := arguments.keys() - {"recover-for"}):
             raise ControlError("BadArguments", f"a destination has no {min(others)}: it is the source that pushes")
-        given = {known[name].key: value for name, value in arguments.items()}
-        self._service.set_options(replace(self._service.options, **given))
+        options = self._service.options
+        self._service.set_options(
+            replace(
+                options,
+                max_bandwidth_bytes_per_s=arguments.get("max-bandwidth", options.max_bandwidth_bytes_per_s),
+                bulk_channels=arguments.get("bulk-channels", options.bulk_channels),
+                recover_for_s=arguments.get("recover-for", options.recover_for_s),
+            )
+        )
         return settings(self._service)
 
     async def _cancel(self, arguments: Json) -> Json:
@@ -163,13 +168,16 @@ def process_status(service: Service, name: str | None = None) -> Json:
 
 
 def settings(service: Service) -> Json:
-    """What `set` can change, as it is."""
-    return {name: plain(getattr(service.options, option.key)) for name, option in _settable(service).items()}
-
-
-def _settable(service: Service) -> Mapping[str, Option]:
-    every = COMMANDS["set"].arguments
-    return every if service.pushes else {"recover-for": every["recover-for"]}
+    """What `set` can change."""
+    options = service.options
+    recover_for = {"recover-for": plain(options.recover_for_s)}
+    if not service.pushes:
+        return recover_for
+    return {
+        "max-bandwidth": options.max_bandwidth_bytes_per_s,
+        "bulk-channels": options.bulk_channels,
+        **recover_for,
+    }
 
 
 def find(machines: Sequence[Owned], name: str | None) -> Owned:
