@@ -26,7 +26,7 @@ for tap in tap-a tap-b; do
 done
 
 work=$(mktemp -d)
-# Whatever happens nothing is left, and each side's last words are told.
+# Whatever happens nothing is left behind, and the last lines of each side are shown.
 trap 'kill $sides 2>/dev/null || true; wait; cat "$work"/*.log >&2; rm -rf "$work"' EXIT
 sides=
 "$postcopy" dest --listen 127.0.0.1:7777 --net tap:tap-b --run-for 4 2>"$work/dest.log" &

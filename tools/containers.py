@@ -5,8 +5,8 @@
     containers.py profile [--check]
 
 *The daemon.* One that DOCKER_HOST or the client's default reaches is used. Else, as root, one is started in a mount,
-network and process namespace of its own: its mounts, bridges and containers are nobody else's and end with the one
-process that is killed here. What outlives a namespace (a directory of files, control groups) is removed; when this
+network and process namespace of its own: its mounts, bridges and containers are seen by no other process and end with the
+one that is killed here. What outlives a namespace (a directory of files, control groups) is removed; when this
 program itself was killed, the next run removes it. Debian's docker.io, debootstrap and iproute2 are installed where
 they are missing and POSTCOPY_INSTALL=1 says that this may be done.
 
@@ -176,8 +176,8 @@ def daemon() -> Iterator[str | None]:
 
 
 def start(directory: Path) -> subprocess.Popen[bytes]:
-    # /run: containerd's shims make sockets there that nobody would remove. No bridge but those of networks that are
-    # asked for, and no firewall rules: here is nobody to keep apart, and not every kernel has the tables.
+    # /run: containerd's shims make sockets there that nothing would remove. No bridge but those of networks that are
+    # asked for, and no firewall rules: there are no tenants to keep apart, and not every kernel has the tables.
     # The shell stays as the first process, to reap what shims leave.
     script = 'ip link set lo up; mount -t tmpfs tmpfs /run || exit; "$@" & wait "$!"'
     command = [
@@ -363,7 +363,7 @@ def build_image(docker: Docker, name: str) -> None:
 
 
 def profile_of(docker: Docker, image: str) -> str:
-    """What runc was told for a container without capabilities, as a profile for --security-opt, with userfaultfd(2)."""
+    """What runc is given for a container without capabilities, as a profile for --security-opt, with userfaultfd(2)."""
     # The daemon does not tell its default; the configuration it writes for the runtime does.
     container = docker("create", "--network", "none", "--cap-drop", "ALL", "--entrypoint", "sleep", image, "60")
     try:

@@ -32,7 +32,7 @@ from postcopy._blocking import run_sync
 from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import ChannelKind, Event, EventType
 from postcopy.errors import MigrationError, PostcopyError
-from postcopy.machines import BlockLayout, Machine, MachineEventType, MachineState, MachineStatistics
+from postcopy.machines import BlockLayout, Machine, MachineState, MachineStatistics
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.acknowledgements import PlacedReporter
 from postcopy.migration.connection import HEARTBEAT_S, MISSED_HEARTBEATS, STEP_TIMEOUT_S, Control
@@ -427,15 +427,9 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
     async def _watch_machine(self) -> None:
         await self._until(lambda: self._data is not None)
         assert self.machine is not None
-        async for event in self.machine.events():
-            if event.type in (MachineEventType.FAILURE, MachineEventType.FAILED):
-                self._machine_failed(event.text)
-
-    def _machine_failed(self, text: str) -> None:
-        # The migration goes on: to find out why the machine failed one needs its memory.
-        if not self.machine_failure:
-            self.machine_failure = text or "a vCPU stopped"
-            log.error("the machine reports a failure: %s", self.machine_failure)
+        while True:
+            self.check_machine()
+            await self.machine.wait_changed()
 
     # ---- after it
 
@@ -472,8 +466,10 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
                     await self._contained(what.close)
 
     def check_machine(self) -> None:
-        """Looks once more whether the machine has found something wrong; sets `machine_failure`."""
-        if self.machine is not None:
+        """Looks whether the machine has found something wrong; sets `machine_failure`. The migration goes on: to find
+        out why the machine failed one needs its memory."""
+        if self.machine is not None and not self.machine_failure:
             statistics = self.machine.statistics()
             if statistics.failures or statistics.state is MachineState.FAILED:
-                self._machine_failed(statistics.failure_text)
+                self.machine_failure = statistics.failure_text or "a vCPU stopped"
+                log.error("the machine reports a failure: %s", self.machine_failure)

@@ -34,7 +34,7 @@ from postcopy import wire
 from postcopy._blocking import run_sync
 from postcopy.dataplane.pageserver import PageServer
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError
-from postcopy.machines import Machine, MachineEventType, MachineStatistics
+from postcopy.machines import Machine, MachineState, MachineStatistics
 from postcopy.memory import MemoryKind
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.acknowledgements import PLACED_EVERY_MS, Releaser
@@ -426,9 +426,11 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             await self._releaser.run()
 
     async def _watch_machine(self) -> None:
-        async for event in self.machine.events():
-            if event.type is MachineEventType.FAILED and not self._protocol.committed:
-                raise MigrationError(f"the machine has failed: {event.text}")
+        while not self._protocol.committed:
+            statistics = self.machine.statistics()
+            if statistics.state is MachineState.FAILED:
+                raise MigrationError(f"the machine has failed: {statistics.failure_text}")
+            await self.machine.wait_changed()
 
     # ---- when it ends
 

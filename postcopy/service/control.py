@@ -15,9 +15,9 @@ from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration
 from postcopy.net import parse_address
 from postcopy.service import schema
-from postcopy.service.report import Migration
-from postcopy.service.schema import COMMANDS, ControlError, plain
-from postcopy.service.service import Json, Owned, Request, Service
+from postcopy.service.report import Json, Migration
+from postcopy.service.schema import COMMANDS, SETTINGS, ControlError, plain
+from postcopy.service.service import Owned, Request, Service
 from postcopy.service.status import machine_status
 
 CANCEL_POLL_S = 0.01
@@ -83,22 +83,18 @@ class ControlHandler:
     async def _set(self, arguments: Json) -> Json:
         if not self._service.pushes and (others := arguments.keys() - {"recover-for"}):
             raise ControlError("BadArguments", f"a destination has no {min(others)}: it is the source that pushes")
-        options = self._service.options
-        self._service.set_options(
-            replace(
-                options,
-                max_bandwidth_bytes_per_s=arguments.get("max-bandwidth", options.max_bandwidth_bytes_per_s),
-                bulk_channels=arguments.get("bulk-channels", options.bulk_channels),
-                recover_for_s=arguments.get("recover-for", options.recover_for_s),
-            )
-        )
+        given = {option.key: arguments[option.name] for option in SETTINGS if option.name in arguments}
+        self._service.set_options(replace(self._service.options, **given))
         return settings(self._service)
 
     async def _cancel(self, arguments: Json) -> Json:
         undecided = self._undecided(arguments.get("machine"))
         if not undecided:
             raise ControlError("NotNow", "no migration is going on")
-        cancelled = [owned.name for owned, migration in undecided if migration.cancel()]
+        named = self._service.names_machines
+        cancelled = [
+            owned.name if named else migration.migration_id for owned, migration in undecided if migration.cancel()
+        ]
         if not cancelled:
             raise ControlError("NotNow", "the machine belongs to the destination already: that cannot be taken back")
         return {"cancelled": cancelled}
@@ -166,14 +162,10 @@ def process_status(service: Service, name: str | None = None) -> Json:
 
 def settings(service: Service) -> Json:
     """What `set` can change."""
-    options = service.options
-    recover_for = {"recover-for": plain(options.recover_for_s)}
-    if not service.pushes:
-        return recover_for
     return {
-        "max-bandwidth": options.max_bandwidth_bytes_per_s,
-        "bulk-channels": options.bulk_channels,
-        **recover_for,
+        option.name: plain(getattr(service.options, option.key))
+        for option in SETTINGS
+        if service.pushes or option.name == "recover-for"
     }
 
 

@@ -81,7 +81,7 @@ _NEW_MACHINE = (
     *(options.MEMORY, options.VCPUS, options.WORKLOAD, options.WORKING_SET, options.SEED, options.BACKING),
     *(options.DISK, options.IMAGE),
 )
-_SETTINGS = (
+SETTINGS = (  # each is a field of `SourceOptions`
     options.MAX_BANDWIDTH,
     replace(options.BULK_CHANNELS, help="of the next migration"),
     replace(options.RECOVER_FOR, help="from the next loss on"),
@@ -96,7 +96,7 @@ COMMANDS: Mapping[str, Command] = {
     "migrate": Command("send a machine away", (_MACHINE, _TO), required="to", bare="to"),
     "pause": Command("cut the connection of a migration that is past the point of no return", (_MACHINE,)),
     "recover": Command("connect it again, or to another address", (_MACHINE, _TO_NOW), bare="to"),
-    "set": Command("change what may be changed while it runs", _SETTINGS),
+    "set": Command("change what may be changed while it runs", SETTINGS),
     "cancel": Command("give a migration up before its point of no return", (_MACHINE,)),
     "reclaim": Command("let a machine go on here whose destination is dead for good", (_MACHINE, _FORCE)),
     "quit": Command("end in order", (_FORCE,)),

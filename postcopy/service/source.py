@@ -19,7 +19,8 @@ from postcopy.net import Acceptor, Link, Route
 from postcopy.output import Output
 from postcopy.service import report
 from postcopy.service.config import ArrivalOptions, SourceConfig
-from postcopy.service.service import Json, Owned, Phase, Service, why_not_completed
+from postcopy.service.report import Json
+from postcopy.service.service import Owned, Phase, Service, why_not_completed
 from postcopy.wire import State
 
 MAX_SESSIONS = 16  # destinations served at the same time
@@ -149,7 +150,7 @@ class Source(Service):
         if migration.failure is not None:
             fields = {"side": "source", "status": migration.status, "error": str(migration.failure)}
             self.output.emit("migration-failed", fields)
-        self.output.emit("migration-ended", report.ended("outgoing", migration))
+        self.output.emit("migration-ended", report.ended(migration))
 
     async def _end_with_process(self, owned: Owned) -> None:
         await self.stop.wait()

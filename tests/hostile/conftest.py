@@ -23,7 +23,7 @@ QUICK = frozenset(Path(__file__).with_name("quick.txt").read_text().split("\n"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A name in `quick.txt` that is no test would be one test less, and nobody would see it."""
+    """A name in `quick.txt` that is no test would be one test less, unnoticed."""
     here = Path(__file__).parent
     if any(Path(argument).resolve() == here for argument in config.args):  # all of them have been collected
         missing = QUICK - {item.name for item in items if item.path.parent == here}

@@ -19,7 +19,7 @@ Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]
 
 
-def deaf(path: Path) -> socket.socket:
+def unread_client(path: Path) -> socket.socket:
     """Asks for everything, and reads nothing."""
     client = socket.socket(socket.AF_UNIX)
     client.setblocking(False)
@@ -29,10 +29,10 @@ def deaf(path: Path) -> socket.socket:
     return client
 
 
-def test_one_among_many_deaf_clients(daemon: Daemon) -> None:
+def test_one_client_among_many_that_do_not_read(daemon: Daemon) -> None:
     program, control = daemon("d", *RV64)
     before = program.forget_peak()
-    clients = [deaf(control.path) for _ in range(200)]
+    clients = [unread_client(control.path) for _ in range(200)]
     try:
         with Pulse(control) as pulse:
             for _ in range(50):
@@ -46,14 +46,14 @@ def test_one_among_many_deaf_clients(daemon: Daemon) -> None:
 
 
 def test_a_client_that_waits_among_deaf_ones(daemon: Daemon) -> None:
-    """It came first and reads all that it is told: nobody may take its place."""
+    """It came first and reads all that it is sent: no other client may take its place."""
     program, control = daemon("d", *RV64)
     with socket.socket(socket.AF_UNIX) as honest, honest.makefile("rb") as file:
         honest.settimeout(30)
         honest.connect(str(control.path))
         honest.sendall(b'{"execute": "events"}\n')
         assert b"postcopy" in file.readline()
-        clients = [deaf(control.path) for _ in range(200)]
+        clients = [unread_client(control.path) for _ in range(200)]
         try:
             for _ in range(6):  # progress comes twice a second
                 assert file.readline(), "the honest client was hung up on"

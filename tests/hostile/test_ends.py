@@ -69,7 +69,7 @@ def test_dest_before_commit(start: Start, version: int, rv64: Machine, step: str
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_dest_in_doubt(start: Start, version: int, rv64: Machine, number: signal.Signals) -> None:
-    """It does not know whether the machine is its own, and has been told to end: it does, and says `failed`."""
+    """It does not know whether the machine is its own, and gets a signal to end: it does, and says `failed`."""
     dest = start("dest", "--json", "--listen", "127.0.0.1:0")
     source = Source(dest.address, rv64, version).until("prepared")
     source.lose()
@@ -134,7 +134,7 @@ def test_daemon_that_sends_after_commit(daemon: Daemon, version: int) -> None:
 
 
 def test_daemon_that_receives(daemon: Daemon, version: int, rv64: Machine) -> None:
-    """Before COMMIT it gives up; after it, it waits until all pages are there, unless it is told twice."""
+    """Before COMMIT it gives up; after it, it waits until all pages are there, unless there is a second signal."""
     program, control = daemon("d0")
     source = Source(program.address, rv64, version).until("ready")
     program.signal(signal.SIGTERM)

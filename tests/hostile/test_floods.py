@@ -21,7 +21,7 @@ Daemon = Callable[..., tuple[Program, Control]]
 Beside = Callable[[Program, Control], Neighbour]
 
 GROWTH_BYTES = 64 * MIB
-"""What any number of strangers may cost at the same time, a few messages in buffers among it."""
+"""What any number of unproven peers may cost at the same time, a few messages in buffers among it."""
 LATENCY_S = 2.0
 """How long a client may wait meanwhile, with both cores busy."""
 FLOOD_S = 2.0

@@ -168,7 +168,7 @@ def test_control_socket(daemon: Daemon, start: Start, neighbour: Beside, seeded:
 
 
 def test_command_line(start: Start, tmp_path: Path, node: Callable[[str, int], Path], seeded: random.Random) -> None:
-    """Every line ends, or waits for somebody and can be told to end; whatever is wrong is said in one line. What it
+    """Every command ends, or waits for a peer and ends by a signal; whatever is wrong is said in one line. What it
     names and is no file (`null` in VALUES) is not replaced."""
     null = node("null", 3)
     deadline = time.monotonic() + SECONDS
@@ -177,7 +177,7 @@ def test_command_line(start: Start, tmp_path: Path, node: Callable[[str, int], P
         program = start(*line, cwd=tmp_path)
         try:
             program.process.wait(3)
-        except subprocess.TimeoutExpired:  # it waits for somebody
+        except subprocess.TimeoutExpired:  # it waits for a peer
             program.signal(15)
         status = program.end(30)
         said = program.errors()

@@ -66,20 +66,14 @@ def instant(choose: random.Random) -> float:
 OVER = (None, "none", "failed", "cancelled", "reclaimed")
 
 
-def settled(control: Control, name: str = "x") -> bool:
+def is_free(control: Control, name: str = "x") -> bool:
     machine = control.machines().get(name)
-    return machine is None or (machine["migration"] or {}).get("status") in (
-        None,
-        "none",
-        "failed",
-        "cancelled",
-        "reclaimed",
-    )
+    return machine is None or (machine["migration"] or {}).get("status") in OVER
 
 
 def stays(pair: Pair) -> bool:
     """It has failed, and the machine is where it was."""
-    return settled(pair.at_source) and pair.guest(pair.at_source).get("state") == "running"
+    return is_free(pair.at_source) and pair.guest(pair.at_source).get("state") == "running"
 
 
 def arrived(pair: Pair) -> bool:
@@ -119,7 +113,7 @@ def test_the_destination_is_told_to_end(daemon: Daemon, start: Start, seeded: ra
             wait_until("run", lambda: pair.guest(pair.at_source).get("state") == "running", END_S)  # noqa: B023
             with contextlib.suppress(Refusal, AssertionError):
                 pair.asked.answer()
-            wait_until("place", lambda: settled(pair.at_source))  # noqa: B023
+            wait_until("place", lambda: is_free(pair.at_source))  # noqa: B023
             verify(start, pair.at_source, "x")
         pair.dest.kill()
         pair.source.kill()
@@ -180,7 +174,7 @@ def test_one_of_them_is_killed(daemon: Daemon, start: Start, seeded: random.Rand
                 print(pair.at_source.machines())
             if here is not None:
                 wait_until("run", lambda: pair.guest(pair.at_source).get("state") == "running", END_S)  # noqa: B023
-                wait_until("place", lambda: settled(pair.at_source))  # noqa: B023
+                wait_until("place", lambda: is_free(pair.at_source))  # noqa: B023
                 verify(start, pair.at_source, "x")
         pair.dest.kill()
         pair.source.kill()

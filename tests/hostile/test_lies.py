@@ -318,7 +318,7 @@ def begun(control: Control, listener: Listener) -> Asking:
 
 
 def test_absurd_answers_to_an_offer(daemon: Daemon, start: Start, version: int) -> None:
-    """The machine computes on where it is, and can be sent to somebody who makes sense."""
+    """The machine computes on where it is, and can be sent to a peer that answers correctly."""
     program, control = daemon("d", *RV64, "--name", "x")
     for what, wrong in ACCEPTS.items():
         with Listener(version) as listener:
@@ -481,7 +481,7 @@ def test_a_source_of_older_version_comes_back(start: Start, version: int) -> Non
 
 
 def test_a_hello_that_is_said_again(start: Start, version: int) -> None:
-    """Somebody has read it on its way: the epoch was used up by the one who said it first."""
+    """A hello that was recorded on its way: the epoch was used up by its first sender."""
     dest = start("dest", "--json", "--no-verify", "--listen", "127.0.0.1:0")
     source = Source(dest.address, Machine.image(1 << 20), version).until("running")
     source.lose()
@@ -502,7 +502,7 @@ def test_a_hello_that_is_said_again(start: Start, version: int) -> None:
 @pytest.mark.parametrize("ended", ["completed", "aborted", "lost"])
 def test_an_end_that_cannot_be(start: Start, version: int, ended: str) -> None:
     """The source proves that the migration has ended there, while the machine runs here and lacks pages: it is kept,
-    that is said, and the source, which may have nothing to serve any more, is told so when it comes back."""
+    that is said, and the source, which may have nothing to serve any more, gets that answer when it comes back."""
     if version < 3:
         pytest.skip("no such hello before version 3")
     dest = start("dest", "--json", "--no-verify", "--listen", "127.0.0.1:0")

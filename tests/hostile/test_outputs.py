@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nobody reads what the program says, or somebody reads it when he likes: no migration waits for that."""
+"""The output of the program is read late or never: no migration waits for that."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ END_S = 15.0
 
 
 class Stalled:
-    """A pipe, as small as there are any and full already, whose reader does nothing until it is told to."""
+    """A pipe, as small as there are any and full already, whose reader does nothing until the test asks it to."""
 
     def __init__(self) -> None:
         self.reading, self.writing = os.pipe()
@@ -105,7 +105,7 @@ def test_stalled_daemon(start: Start, stalled: Callable[[], Stalled], tmp_path: 
 
 @pytest.mark.parametrize("side", ["source", "dest"])
 def test_stalled_side(start: Start, stalled: Callable[[], Stalled], tmp_path: Path, side: str) -> None:
-    """The migration is completed, though neither can say so; the result is not lost when somebody reads it at last."""
+    """The migration is completed, though neither can say so; the result is not lost when it is read at last."""
     out, err = stalled(), stalled()
     pipes = {"stdout": out.writing, "stderr": err.writing}
     if side == "source":
@@ -128,7 +128,7 @@ def test_stalled_side(start: Start, stalled: Callable[[], Stalled], tmp_path: Pa
 def test_stalled_side_is_ended(
     start: Start, stalled: Callable[[], Stalled], tmp_path: Path, number: signal.Signals
 ) -> None:
-    """Somebody who reads nothing cannot keep a process from ending."""
+    """A reader that reads nothing cannot keep a process from ending."""
     out, err = stalled(), stalled()
     path = tmp_path / "d"
     dest = start(

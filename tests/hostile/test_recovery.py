@@ -24,7 +24,7 @@ Json = dict[str, object]
 @pytest.mark.parametrize("way", ["hangs up", "nonsense", "wrong digest"])
 def test_recovery_that_fails_again_and_again(start: Start, tmp_path: Path, version: int, way: str) -> None:
     """It connects, is welcome, and then fails: not hundreds of times a second, and not a log line each. Where it gives
-    that up, it says so, and tries again when it is told to."""
+    that up, it says so, and tries again on request."""
     seconds = 3.0
     with Listener(version) as listener:
         source = start("source", "--json", *RV64, "--connect", listener.where, "--control", tmp_path / "s")
@@ -77,7 +77,7 @@ def test_a_destination_that_fails_again_and_again(start: Start, version: int) ->
 
 
 def test_what_was_acknowledged_is_not_there(start: Start, version: int) -> None:
-    """The source has freed it, as it was told that it might: no recovery can ever succeed, and that is said, once."""
+    """The source has freed it, as the acknowledgement allowed: no recovery can ever succeed, and that is said, once."""
     with Listener(version) as listener:
         source = start("source", "--json", *RV64, "--connect", listener.where, "--release-ram")
         dest = listener.destination().until("run")
@@ -164,7 +164,7 @@ def test_a_source_that_had_not_decided(start: Start, version: int) -> None:
 
 
 def test_a_source_that_never_heard_of_the_end(daemon: Daemon, version: int, rv64: Machine) -> None:
-    """It comes back when all is over: it is told how, with proof, and nobody else is."""
+    """It comes back when all is over, and gets the outcome with a proof; a peer without the token does not."""
     if version < 3:
         pytest.skip("no proofs before version 3")
     program, control = daemon()
@@ -187,7 +187,7 @@ def test_a_source_that_never_heard_of_the_end(daemon: Daemon, version: int, rv64
 
 
 def test_a_real_source_that_never_heard_of_the_end(start: Start, version: int) -> None:
-    """It calls, and is told, with proof: then it has completed, as the destination has."""
+    """It calls, and gets the outcome with a proof: then it has completed, as the destination has."""
     if version < 3:
         pytest.skip("no proofs before version 3")
     with Listener(version) as listener:
@@ -196,7 +196,7 @@ def test_a_real_source_that_never_heard_of_the_end(start: Start, version: int) -
         dest.lose()
         line, hello = listener.hello()
         fields = wire.refused("completed", migration=dest.migration, epoch=hello["epoch"], token=os.urandom(16))
-        line.say("refused", **fields)  # by somebody who does not know the token
+        line.say("refused", **fields)  # by a peer that does not know the token
         line.close()
         line, hello = listener.hello()
         fields = wire.refused("completed", migration=dest.migration, epoch=hello["epoch"], token=dest.token)
@@ -247,7 +247,7 @@ def test_reclaim_while_the_destination_answers(daemon: Daemon, version: int) -> 
 
 
 def test_a_destination_that_comes_back_after_the_reclaim(start: Start, version: int, tmp_path: Path) -> None:
-    """It was not dead at all: it is told that the machine is not its own any more."""
+    """It was alive: it gets the answer that the machine is not its own any more."""
     if version < 3:
         pytest.skip("no proofs before version 3")
     path = tmp_path / "s"

@@ -130,7 +130,7 @@ def test_no_threads_at_the_source_after_prepared(pids: Group, start: Start, vers
 
 
 def test_no_descriptors(daemon: Daemon, start: Start, neighbour: Beside) -> None:
-    """EMFILE: strangers are kept out, a machine on its way is not touched, and the daemon can be operated."""
+    """EMFILE: new connections are refused, a machine on its way is not touched, and the daemon can be operated."""
     program, control = daemon("d")
     beside = neighbour(program, control)
     hard = resource.prlimit(program.pid, resource.RLIMIT_NOFILE)[1]

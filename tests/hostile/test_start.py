@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies around where the program is started, and where it is told to write."""
+"""What lies around where the program is started, and where it is asked to write."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Start = Callable[..., Program]
 
 @pytest.fixture
 def hostile_directory(tmp_path: Path) -> Path:
-    """Modules that are somebody else's, under names that the program imports: each leaves a mark when it is run."""
+    """Foreign modules under names that the program imports: each leaves a mark when it is run."""
     directory = tmp_path / "here"
     directory.mkdir()
     mark = f"open({str(tmp_path / 'mark')!r}, 'a').write(__name__ + '\\n')\nraise SystemExit(99)\n"
@@ -100,7 +100,7 @@ def received(start: Start, version: int, target: Path, *more: object) -> Program
 
 
 def test_dump_does_not_follow_a_link(start: Start, version: int, tmp_path: Path) -> None:
-    """Somebody who may write in the directory has guessed the name of the unfinished file."""
+    """Another user who may write in the directory has guessed the name of the unfinished file."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
     target = tmp_path / "copy"

@@ -211,7 +211,7 @@ def test_recover_after_patience_has_run_out(daemon: Start, operator: Callable[[s
     at.wait("it", lambda here: here["x"]["migration"]["status"] == "postcopy-active")
     to.ask("pause")
     for one in (at, to):
-        one.wait("end of patience", lambda here: here["x"]["migration"]["looking-for-peer"] is False)
+        one.wait("end of the search", lambda here: here["x"]["migration"]["looking-for-peer"] is False)
         assert "not looked for" in one.ask("status")[0]
     for one in (to, at):
         one.ask("recover")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A destination that listens takes a machine, whoever else has been there before."""
+"""A destination that listens takes a machine, whatever has connected before."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def hello() -> Iterator[Callable[[str], socket.socket]]:
         yield lambda address: stack.enter_context(socket.socket(fileno=trio.run(say, address)))
 
 
-@pytest.mark.parametrize("stranger", ["hangs up", "says nothing", "talks nonsense"])
-def test_after_a_good_hello(side: Start, image: Path, hello: Hello, stranger: str) -> None:
+@pytest.mark.parametrize("behaviour", ["hangs up", "says nothing", "talks nonsense"])
+def test_after_a_good_hello(side: Start, image: Path, hello: Hello, behaviour: str) -> None:
     dest = side("dest", "--json", "--listen", "127.0.0.1:0")
 
     for _ in range(3):
         connection = hello(dest.address)
-        if stranger == "hangs up":
+        if behaviour == "hangs up":
             connection.close()
-        elif stranger == "talks nonsense":
+        elif behaviour == "talks nonsense":
             connection.sendall(b"\0\0\0\x05nonsense")
     source = side("source", "--json", "--machine", "image", "--image", image, "--connect", dest.address)
     status, _, errors = source.end()
@@ -89,7 +89,7 @@ def test_after_offers_that_came_to_nothing(side: Start, image: Path, tmp_path: P
 
 
 def test_a_signal_ends_it(side: Start, hello: Hello) -> None:
-    """Also while somebody is there who says nothing."""
+    """Also while a peer is connected that says nothing."""
     dest = side("dest", "--json", "--listen", "127.0.0.1:0")
     hello(dest.address)
     dest.signal(signal.SIGTERM)

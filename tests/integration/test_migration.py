@@ -112,7 +112,7 @@ class TestImage:
         assert result["served"] == 1
 
     def test_source_lost_after_commit(self, side: Start, image: Path) -> None:
-        """The destination keeps everything, and says so, until it is told to end."""
+        """The destination keeps everything, and says so, until a signal ends it."""
         arguments = ("--machine", "image", "--image", image, "--listen", "127.0.0.1:0", "--max-bandwidth", "256KiB/s")
         source = side("source", "--json", *arguments)
         dest = side("dest", "--json", "--connect", source.address)
@@ -316,7 +316,7 @@ class TestKvm:
     @pytest.mark.parametrize("victim", ["source", "dest"])
     @pytest.mark.parametrize("listening", ["source", "dest"])
     def test_frozen_peer(self, side: Start, victim: str, listening: str) -> None:
-        """One that gives no sign of life is lost, whoever it is; when it wakes up both go on, and nothing was lost."""
+        """One that gives no sign of life is lost, on either side; when it wakes up both go on, and nothing was lost."""
         arguments = ("--workload", "random", "--working-set", "16MiB", "--max-bandwidth", "2MiB/s")
         calls = {"source": (*KVM, *arguments), "dest": ("dest", "--json", "--run-for", "0.5")}
         calling = "dest" if listening == "source" else "source"
@@ -338,7 +338,7 @@ class TestKvm:
 
     @pytest.mark.parametrize("policy", ["hold", "kill"])
     def test_source_lost_for_good(self, side: Start, policy: str) -> None:
-        """A machine whose missing pages are nowhere any more is kept until somebody looks, or ended, as was said."""
+        """A machine whose missing pages are nowhere any more is kept for an operator, or ended, as `--on-lost` says."""
         arguments = ("--workload", "idle", "--working-set", "8MiB", "--max-bandwidth", "16KiB/s")
         dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--recover-for", "0.3", "--on-lost", policy)
         source = side(*KVM, *arguments, "--connect", dest.address)
@@ -374,11 +374,11 @@ def test_garbage_at_a_listening_port(side: Start, image: Path, garbage: bytes) -
     source = side("source", "--json", "--machine", "image", "--image", image, "--listen", "127.0.0.1:0")
     host, _, port = source.address.rpartition(":")
     for _ in range(3):
-        with socket.create_connection((host, int(port)), timeout=20) as stranger:
-            stranger.sendall(garbage)
+        with socket.create_connection((host, int(port)), timeout=20) as peer:
+            peer.sendall(garbage)
             with contextlib.suppress(OSError):  # it may be refused, and reset, at any point from here on
-                stranger.shutdown(socket.SHUT_WR)
-                while stranger.recv(1000):
+                peer.shutdown(socket.SHUT_WR)
+                while peer.recv(1000):
                     pass
     assert side("dest", "--json", "--connect", source.address).end()[0] == 0
     assert source.end()[0] == 0

@@ -223,7 +223,7 @@ def test_without_rights(inside: Inside) -> None:
 
 @pytest.mark.needs("uffd-user")
 def test_a_tap_that_is_ready_needs_no_rights(inside: Inside, side: Start, inner_side: Start) -> None:
-    """Whoever may open the device can use a TAP that was made for him and set up; switching its link needs no more."""
+    """A user who may open the device can use a TAP that was made and set up for that user, and switch its link."""
 
     def without_rights(command: list[str]) -> Any:
         return inside(["setpriv", "--bounding-set=-net_admin", *command])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The path to the peer is gone for good, and there is another one: whoever connects is told, and both go on."""
+"""The path to the peer is gone for good, and there is another one: the side that connects reads it, and both go on."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_listener_takes_it_from_anywhere(side: Start, image: Path, tmp_path:
     listener = side("dest", "--json", "--listen", ":0", "--dump", tmp_path / "copy")
     listener.wait_for("address", lambda line: line["event"] == "listening")
     source = ("source", "--json", "--machine", "image", "--image", image, "--max-bandwidth", "2MiB/s")
-    listener.wait_status("setup")  # by then it has told all its addresses
+    listener.wait_status("setup")  # by then it has printed all its addresses
     addresses = [line["address"] for line in listener.events("listening")]
     six = next((f"[::1]:{address.rpartition(':')[2]}" for address in addresses if address.startswith("[")), None)
     four = next((f"127.0.0.1:{address.rpartition(':')[2]}" for address in addresses if address[0].isdigit()), None)

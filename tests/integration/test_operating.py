@@ -130,9 +130,9 @@ class TestBothSides:
         assert source.end()[0] == 1  # it did not do what it was started for
         watched = watcher.wait(DEADLINE_S)  # ends with the process that it watched
         assert watched.returncode == 0
-        told = [json.loads(line) for line in watched.stdout.splitlines()]
-        assert [event["data"]["status"] for event in told if event["event"] == "migration-failed"] == ["cancelled"]
-        assert told[-1]["event"] == "result"
+        seen = [json.loads(line) for line in watched.stdout.splitlines()]
+        assert [event["data"]["status"] for event in seen if event["event"] == "migration-failed"] == ["cancelled"]
+        assert seen[-1]["event"] == "result"
 
     def test_second_process_with_the_same_socket(self, side: Callable[..., Any], tmp_path: Path) -> None:
         first = side("dest", "--json", "--control", tmp_path / "d", "--listen", "127.0.0.1:0")
@@ -203,7 +203,7 @@ class TestDaemon:
         assert "error" not in errors
 
     async def test_back_at_once(self, daemon: Callable[..., Any], tmp_path: Path) -> None:
-        """Sent back in the moment in which the other side says that it has left: it may be told so first."""
+        """Sent back in the moment in which the other side says that it has left: that answer may come first."""
         first, second = daemon("a", *RV64, "--name", "x"), daemon("b")
         addresses = {"a": first.address, "b": second.address}
         here, there = "a", "b"

@@ -37,8 +37,8 @@ def full() -> Iterator[int]:
 
 
 @pytest.fixture
-def deaf(full: int) -> Iterator[Callable[..., Any]]:
-    """``deaf(*arguments)``: a `postcopy` process that says much, to nobody."""
+def unread(full: int) -> Iterator[Callable[..., Any]]:
+    """``unread(*arguments)``: a `postcopy` process that says much, and is not read."""
     with contextlib.ExitStack() as stack:
 
         def start(*arguments: object) -> subprocess.Popen[bytes]:
@@ -76,13 +76,13 @@ def _ctl(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.needs("uffd-user")
-def test_a_migration_completes(deaf: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_migration_completes(unread: Callable[..., Any], tmp_path: Path) -> None:
     image, dump = tmp_path / "image", tmp_path / "dump"
     image.write_bytes(os.urandom(4 * MIB))
     port = _free_port()
-    dest = deaf("dest", "--listen", f"127.0.0.1:{port}", "--dump", dump)
+    dest = unread("dest", "--listen", f"127.0.0.1:{port}", "--dump", dump)
     _wait_listening(port)
-    source = deaf(
+    source = unread(
         "source", "--machine", "image", "--image", image, "--connect", f"127.0.0.1:{port}", "--max-bandwidth", "2MiB/s"
     )
     assert source.wait(DEADLINE_S) == 0
@@ -92,20 +92,20 @@ def test_a_migration_completes(deaf: Callable[..., Any], tmp_path: Path) -> None
 
 @pytest.mark.needs("uffd-user")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_both_sides(deaf: Callable[..., Any], number: signal.Signals) -> None:
+def test_a_signal_ends_both_sides(unread: Callable[..., Any], number: signal.Signals) -> None:
     port = _free_port()
-    dest = deaf("dest", "--listen", f"127.0.0.1:{port}")
+    dest = unread("dest", "--listen", f"127.0.0.1:{port}")
     _wait_listening(port)
-    source = deaf("source", "--machine", "rv64", "--memory", "16MiB", "--listen", "127.0.0.1:0")
+    source = unread("source", "--machine", "rv64", "--memory", "16MiB", "--listen", "127.0.0.1:0")
     for one in (source, dest):
         one.send_signal(number)
     for one in (source, dest):
         assert one.wait(DEADLINE_S) in (1, -number)  # the signal itself: it came before there was a receiver
 
 
-def test_a_daemon_takes_orders(deaf: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_daemon_takes_orders(unread: Callable[..., Any], tmp_path: Path) -> None:
     at = tmp_path / "control"
-    daemon = deaf("daemon", "--control", at, "--machine", "rv64", "--memory", "16MiB", "--name", "vm")
+    daemon = unread("daemon", "--control", at, "--machine", "rv64", "--memory", "16MiB", "--name", "vm")
     assert "vm" in _ctl(at, "status").stdout
     assert _ctl(at, "start", "rv64", "--name", "other", "--memory", "16MiB").returncode == 0
     assert _ctl(at, "end", "--machine", "other").returncode == 0
@@ -113,9 +113,9 @@ def test_a_daemon_takes_orders(deaf: Callable[..., Any], tmp_path: Path) -> None
     assert daemon.wait(DEADLINE_S) == 0
 
 
-def test_an_error_is_no_reason_to_stay(deaf: Callable[..., Any]) -> None:
+def test_an_error_is_no_reason_to_stay(unread: Callable[..., Any]) -> None:
     for arguments in (("dest", "--listen", "nonsense"), ("source", "--nonsense")):
-        assert deaf(*arguments).wait(DEADLINE_S) == 2
+        assert unread(*arguments).wait(DEADLINE_S) == 2
 
 
 def test_descriptors_that_are_closed(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ MACHINE = ("--machine", "kvm", "--memory", "32MiB", "--vcpus", "2", "--workload"
 
 
 def seed() -> str:
-    """Of this run; told, so that a failure can be had again."""
+    """Of this run; printed, so that a failure can be repeated."""
     value = os.environ.get("POSTCOPY_SEED") or str(secrets.randbits(32))
     print(f"POSTCOPY_SEED={value}")
     return value

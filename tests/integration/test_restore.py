@@ -38,10 +38,10 @@ def _goes_on(side: Start, *arguments: Any) -> tuple[dict[str, Any], str]:
     """It is started, computes, moves, and every page of it is what it must be. The destination's result."""
     dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--run-for", "0.2")
     source = side("source", "--json", *arguments, "--connect", dest.address, "--migrate-after", "0.2")
-    status, told, said = source.end()
+    status, result, said = source.end()
     assert status == 0, said
-    assert told["status"] == "completed"
-    assert told["guest-at-pause"]["failures"] == 0
+    assert result["status"] == "completed"
+    assert result["guest-at-pause"]["failures"] == 0
     status, result, errors = dest.end()
     assert status == 0, errors
     assert result["verified"] is True

@@ -19,7 +19,7 @@ from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import ChannelKind, Event, EventType, Pager, PagerStatistics
 from postcopy.dataplane.pageserver import PageServer, PageServerStatistics
 from postcopy.errors import CoreError, PeerError
-from postcopy.machines import BlockLayout, Check, Machine, MachineEvent, MachineState, MachineStatistics, RamBlock
+from postcopy.machines import BlockLayout, Check, Machine, MachineState, MachineStatistics, RamBlock
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.destination import DestinationMigration
@@ -45,6 +45,7 @@ class FakeMachine(Machine):
         self.loaded: bytes | None = None
         self.refuses: Exception | None = None
         self.runs_again = trio.Event()
+        self._changed = trio.Event()
         self.resumed = 0
         self.closed = False
         self.log: list[str] = []
@@ -101,9 +102,13 @@ class FakeMachine(Machine):
     async def wait_ready(self) -> None:
         await trio.lowlevel.checkpoint()
 
-    async def events(self) -> AsyncIterator[MachineEvent]:
-        await trio.sleep_forever()
-        yield MachineEvent(cast(Any, None))
+    def fail(self) -> None:
+        self.state = MachineState.FAILED
+        self._changed.set()
+
+    async def wait_changed(self) -> None:
+        await self._changed.wait()
+        self._changed = trio.Event()
 
     async def close(self, timeout_s: float = 5.0) -> None:
         self.log.append("machine closed")

@@ -97,6 +97,24 @@ async def test_state_is_refused(error: Exception) -> None:
     assert str(error) in str(pair.source.failure)
 
 
+async def test_a_machine_that_fails_does_not_leave() -> None:
+    async with running(make_pair()) as pair:
+        await pair.until(lambda: pair.source.state is State.READY)
+        pair.machine.fail()
+    assert pair.source.state is State.ABORTED
+    assert str(pair.source.failure).startswith("the machine has failed: ")
+
+
+async def test_a_machine_that_fails_where_it_arrives_is_needed_whole() -> None:
+    async with running(make_pair()) as pair:
+        await pair.move()
+        pair.twin.fail()
+        await trio.testing.wait_all_tasks_blocked()
+        pair.pager.channel.tell(EventType.COMPLETE)
+    assert pair.source.state is pair.dest.state is State.COMPLETED
+    assert pair.dest.machine_failure == "a vCPU stopped"
+
+
 @pytest.mark.parametrize("who", ["source", "dest"])
 @pytest.mark.parametrize("when", [State.OFFERED, State.READY])
 @pytest.mark.parametrize("how", ["stop", "cancel"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whoever can reach the port can say anything: no migration but his own suffers from it, and no other machine."""
+"""Anybody who can reach the port can say anything: no migration but that peer's own suffers, and no other machine."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def test_two_offers_of_one_migration(daemon: Daemon, neighbour: Beside, version:
 
 @pytest.mark.parametrize("step", ["accepted", "ready", "prepared", "running"])
 def test_the_id_of_a_machine_that_is_here(daemon: Daemon, start: Start, version: int, rv64: Machine, step: str) -> None:
-    """A stranger has read it in a log, offers under it, and leaves. The migration goes on where it was."""
+    """A peer that has read it in a log offers under it, and leaves. The migration goes on where it was."""
     program, control = daemon()
     source = Source(program.address, rv64, version).until(step)
     for _ in range(2):
-        stranger = Source(program.address, rv64, version).connect()
-        stranger.migration = source.migration
-        stranger.offer()
+        other = Source(program.address, rv64, version).connect()
+        other.migration = source.migration
+        other.offer()
         with contextlib.suppress(Closed):
-            assert stranger.control.hear()["type"] != "accept"
-        stranger.control.close()
+            assert other.control.hear()["type"] != "accept"
+        other.control.close()
     if step == "accepted":
         source.ready().switch().prepared().commit().running()
     elif step == "ready":
@@ -68,7 +68,7 @@ def test_the_id_of_a_machine_that_is_here(daemon: Daemon, start: Start, version:
 def test_the_id_of_a_machine_whose_source_is_away(
     daemon: Daemon, start: Start, tmp_path: Path, version: int, rv64: Machine
 ) -> None:
-    """As above, with a real source, which must not hear that there is no such migration."""
+    """As above, with a real source, which must not be answered that there is no such migration."""
     program, control = daemon()
     source = start(
         "source", "--json", "--control", tmp_path / "s", *RV64, "--max-bandwidth", "64KiB/s", "--connect", program.where
@@ -76,12 +76,12 @@ def test_the_id_of_a_machine_whose_source_is_away(
     source.wait_status("postcopy-active")
     Control(tmp_path / "s").ask("pause")
     (name,) = control.machines()
-    stranger = Source(program.address, rv64, version).connect()
-    stranger.migration = bytes.fromhex(control.wait_status(name, "postcopy-paused")["id"])
-    stranger.offer()
+    other = Source(program.address, rv64, version).connect()
+    other.migration = bytes.fromhex(control.wait_status(name, "postcopy-paused")["id"])
+    other.offer()
     with contextlib.suppress(Closed):
-        assert stranger.control.hear()["type"] != "accept"
-    stranger.control.close()
+        assert other.control.hear()["type"] != "accept"
+    other.control.close()
     Control(tmp_path / "s").ask("recover")
     Control(tmp_path / "s").ask("set", max_bandwidth="none")
     assert source.end() == 0, source.tail()
@@ -90,7 +90,7 @@ def test_the_id_of_a_machine_whose_source_is_away(
 
 
 def test_refused_by_an_impostor(start: Start, version: int) -> None:
-    """Somebody else listens where the destination was, and says that he knows nothing. He may not know the token."""
+    """Another program listens where the destination was, and answers without a proof that there is no such migration."""
     with Listener(version) as listener:
         source = start("source", "--json", *RV64, "--connect", listener.where)
         dest = listener.destination().until("run")
@@ -104,7 +104,7 @@ def test_refused_by_an_impostor(start: Start, version: int) -> None:
 
 
 def test_refused_by_an_impostor_in_doubt(start: Start, version: int, tmp_path: Path) -> None:
-    """The same, to a destination that waits for COMMIT: the impostor does not make it give the machine up."""
+    """The same, to a destination that waits for COMMIT: it does not give the machine up."""
     with Listener(version) as listener:
         dest = start("dest", "--json", "--no-verify", "--connect", listener.where, "--dump", tmp_path / "copy")
         source = listener.source(Machine.image(1 << 20)).until("prepared")
@@ -118,12 +118,12 @@ def test_refused_by_an_impostor_in_doubt(start: Start, version: int, tmp_path: P
 
 
 def unproven(listener: Listener, way: str) -> Line:
-    """The next connection, welcomed by somebody who does not know the token."""
+    """The next connection, welcomed by a peer that does not know the token."""
     line = listener.accept()
     line.take(8)
     line.send(wire.preamble(2 if way == "older version" else 3))
     if way == "older version":
-        line.say("welcome")  # to a hello that he has not understood
+        line.say("welcome")  # to a hello that it has not understood
         return line
     hello = line.hear()
     line.say("welcome", proof=b"" if way == "no proof" else wire.welcome(hello, os.urandom(16))["proof"])
@@ -135,8 +135,8 @@ UNPROVEN = ["no proof", "wrong proof", "older version"]
 
 @pytest.mark.parametrize("way", UNPROVEN)
 def test_welcomed_by_an_impostor(start: Start, version: int, way: str) -> None:
-    """He listens where the destination was, welcomes, and disagrees about everything, again and again. That ends
-    nothing: the destination is found when it is back."""
+    """The impostor listens where the destination was, welcomes, and disagrees about everything, again and again. That
+    ends nothing: the destination is found when it is back."""
     with Listener(version) as listener:
         source = start("source", "--json", *RV64, "--connect", listener.where)
         dest = listener.destination().until("run")
@@ -148,7 +148,7 @@ def test_welcomed_by_an_impostor(start: Start, version: int, way: str) -> None:
                     line.say("received-map", block=number, first_page=0, pages=block["size-bytes"] // 4096, runs=b"")
                 line.say("recover", resume_ns=1, maps=len(dest.machine.blocks), digest=0xDEAD)
                 line.say("complete", stats={})
-            assert line.closed_within(10), "the source listens to somebody who has proven nothing"
+            assert line.closed_within(10), "the source listens to a peer that has proven nothing"
             line.close()
         statuses = {line["status"] for line in source.lines() if "status" in line}
         assert not statuses & {"postcopy-failed", "completed"}, statuses
@@ -158,7 +158,7 @@ def test_welcomed_by_an_impostor(start: Start, version: int, way: str) -> None:
 
 @pytest.mark.parametrize("way", UNPROVEN)
 def test_welcomed_by_an_impostor_in_doubt(start: Start, version: int, tmp_path: Path, way: str) -> None:
-    """His `recovered` would be a COMMIT: a second owner, if the real source runs the machine."""
+    """The impostor's `recovered` would be a COMMIT: a second owner, if the real source runs the machine."""
     with Listener(version) as listener:
         dest = start("dest", "--json", "--no-verify", "--connect", listener.where)
         source = listener.source(Machine.image(1 << 20)).until("prepared")
@@ -182,7 +182,7 @@ def refusal(version: int) -> Fields:
 
 
 def test_dest_goes_on_listening(start: Start, version: int, tmp_path: Path) -> None:
-    """A hello and no more, an offer that makes no sense, and and another one: none of them is the source."""
+    """A hello and no more, an offer that makes no sense, and another one: none of them is the source."""
     dest = start("dest", "--json", "--listen", "127.0.0.1:0", "--run-for", "0")
     address = dest.address
     Line.open(address, version).reset()
@@ -206,7 +206,7 @@ def test_dest_goes_on_listening(start: Start, version: int, tmp_path: Path) -> N
     unfit.config = {}
 
     def connected(source: Source) -> bool:
-        with contextlib.suppress(Refused):  # the one before is not quite over
+        with contextlib.suppress(Refused):  # the connection before has not quite ended
             source.connect()
             return True
         return False
@@ -224,7 +224,7 @@ def test_dest_goes_on_listening(start: Start, version: int, tmp_path: Path) -> N
 
 
 def test_a_silent_source(start: Start, version: int) -> None:
-    """It is welcome and offers nothing: the place is free again in bounded time."""
+    """It is welcomed and offers nothing: the place is free again in bounded time."""
     dest = start("dest", "--json", "--listen", "127.0.0.1:0", "--run-for", "0")
     Source(dest.address, Machine.image(1 << 20), version).connect()
 
@@ -237,7 +237,7 @@ def test_a_silent_source(start: Start, version: int) -> None:
 
 @pytest.mark.timeout(240)
 def test_sources_that_die_at_prepared(daemon: Daemon, start: Start, version: int, rv64: Machine) -> None:
-    """They have taken every place. An undecided machine has a limit of its own, after which there is room again."""
+    """They have taken every place. An undecided machine has a time limit, after which its place is free again."""
     program, control = daemon()
     for _ in range(16):
         Source(program.address, rv64, version).until("prepared").lose()
@@ -273,8 +273,8 @@ def test_lost_destinations_of_an_image(start: Start, version: int, tmp_path: Pat
     assert copy.read_bytes() == (tmp_path / "image").read_bytes()
 
 
-def test_strangers_of_all_kinds(daemon: Daemon, neighbour: Beside, version: int) -> None:
-    """Garbage, other protocols, half a hello, hellos that ask for what there is not."""
+def test_bad_handshakes_of_all_kinds(daemon: Daemon, neighbour: Beside, version: int) -> None:
+    """Garbage, other protocols, half a hello, hellos for migrations that do not exist."""
     program, control = daemon()
     beside = neighbour(program, control)
     for said in (
@@ -310,7 +310,7 @@ def test_strangers_of_all_kinds(daemon: Daemon, neighbour: Beside, version: int)
 
 
 def test_another_token(daemon: Daemon, neighbour: Beside, version: int) -> None:
-    """Wrong tokens, stale epochs and other sides, for a migration that there is."""
+    """Wrong tokens and stale epochs, for a migration that exists."""
     program, control = daemon()
     beside = neighbour(program, control)
     migration = bytes.fromhex(control.migration(beside.name)["id"])

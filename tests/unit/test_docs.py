@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documents name is there: files, pages, tests, targets of make, commands and options."""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from postcopy.cli import make_parser
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *PAGES]
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+ROOMS = r"postcopy|csrc|tests|docs|examples|docker|tools|wire|service|migration|machines|net|memory|cli|core|pager"
+NAMED_FILE = re.compile(rf"`((?:{ROOMS})/[\w./-]+\.(?:py|pyi|c|h|md|toml|json|yaml|txt|sh|svg))`")
+TEST_ROOTS = {"I": "tests/integration", "U": "tests/unit", "C": "csrc/tests", "H": "tests/hostile"}
+
+
+@each_document
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (document.parent / target.partition("#")[0]).exists(), target
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = re.findall(r"^\| \[[\w.-]+\]\(([\w./-]+)\) \|", (ROOT / "docs/README.md").read_text(), re.MULTILINE)
+    assert len(index) == len(set(index))
+    assert {page.name for page in PAGES} - {"README.md"} == {name for name in index if "/" not in name}
+
+
+@each_document
+def test_files_that_are_named(document: Path) -> None:
+    """By their path in the repository, or in the package or the core, as `wire/states.py`."""
+    if document.name == "CHANGELOG.md":
+        return  # it names what was there before, too
+    for name in NAMED_FILE.findall(document.read_text()):
+        assert any((ROOT / below / name).exists() for below in ("", "postcopy", "csrc", "csrc/include")), name
+
+
+@cache
+def names_of_tests(path: Path) -> frozenset[str]:
+    return frozenset(re.findall(r"\b(?:def|static \w+|TEST\()\s*(\w+)\b", path.read_text()))
+
+
+def shown_by() -> list[tuple[str, str, str]]:
+    """Root, file and test (or none), of each `I/test_x `test_y`, `test_z`` in docs/failures.md."""
+    rows = []
+    for root, file, tests in re.findall(
+        r"\b([IUCH])/(test_\w+)((?:,? `[^`]+`)*)", (ROOT / "docs/failures.md").read_text()
+    ):
+        rows += [(root, file, name.partition("[")[0]) for name in re.findall(r"`([^`]+)`", tests)] or [(root, file, "")]
+    return rows
+
+
+def test_the_tests_that_show_failures() -> None:
+    rows = shown_by()
+    assert len(rows) > 80
+    for root, file, pattern in rows:
+        paths = [path for path in (ROOT / TEST_ROOTS[root]).rglob(f"{file}.*") if path.suffix in (".py", ".c")]
+        assert paths, f"{root}/{file}"
+        names = frozenset[str]().union(*(names_of_tests(path) for path in paths))
+        assert not pattern or any(fnmatchcase(name, pattern) for name in names), f"{root}/{file} {pattern}"
+
+
+@each_document
+def test_targets_of_make(document: Path) -> None:
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for name in re.findall(r"(?:^|`)make ([a-z][a-z0-9-]*)(?![\w/-])", document.read_text(), re.MULTILINE):
+        assert name in targets, name
+
+
+@each_document
+def test_commands_and_their_options(document: Path) -> None:
+    text = document.read_text().replace("\\\n", " ")
+    listings = "".join(re.findall(r"^```sh\n.*?^```", text, re.MULTILINE | re.DOTALL))
+    lines = re.findall(r"^(?:[\w-]+\$ )?(?:\.venv/bin/)?postcopy ([a-z].*)$", listings, re.MULTILINE)
+    lines += re.findall(r"`(?:\.venv/bin/)?postcopy ([a-z][^`\n]*)`", text)
+    for line in lines:
+        command = re.split(r" #| && | -- |;|\|", line)[0]
+        help_text = help_of(command.split()[0])
+        assert help_text, line
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", command):
+            assert option in help_text, f"{option} in: postcopy {line}"
+
+
+@cache
+def help_of(command: str) -> str:
+    """Of a command and all that it is divided into; empty where there is none."""
+    parser = make_parser([command])
+    parsers, text = [parser], ""
+    while parsers:
+        found = parsers.pop()
+        for action in found._actions:
+            choices = action.choices if isinstance(action.choices, dict) else {}
+            parsers += [choices[name] for name in choices if found is not parser or name == command]
+        if found is not parser:
+            text += found.format_help()
+    return text
