@@ -3,6 +3,7 @@
  * What the page and the scratch area hold; fp.h says why it is always the same.
  */
 #include <arpa/inet.h>
+#include <endian.h>
 #include <fcntl.h>
 #include <linux/aio_abi.h>
 #include <linux/filter.h>
@@ -108,11 +109,11 @@ void pc_fp_content(uint8_t *page, uint64_t bytes)
     uint64_t state = 0x706f7374636f7079;
 
     for (uint64_t i = 0; i < bytes; i += 8) {
-        uint8_t word[8];
+        uint64_t word;
 
         state = state * 6364136223846793005u + 1442695040888963407u;
-        pc_put_le64(word, state | 0x0101010101010101); /* no byte is zero: zeros are what a lost page reads as */
-        memcpy(page + i, word, bytes - i < 8 ? bytes - i : 8);
+        word = htole64(state | 0x0101010101010101); /* no byte is zero: zeros are what a lost page reads as */
+        memcpy(page + i, &word, bytes - i < 8 ? bytes - i : 8);
     }
     put_arguments(page, bytes);
 }
