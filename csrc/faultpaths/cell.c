@@ -294,7 +294,7 @@ static int run_child(const struct pc_fp_spec *spec, uint32_t measure, struct pc_
     }
     if (!child)
         be_child(cell, parent);
-    (void)setpgid(child, child); /* here too: whoever comes first */
+    (void)setpgid(child, child); /* here too: the two race */
     pidfd = (int)syscall(SYS_pidfd_open, child, 0);
     if (pidfd < 0) {
         rc = -errno;

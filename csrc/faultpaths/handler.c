@@ -235,7 +235,7 @@ static void *serve(void *argument)
     return NULL;
 }
 
-/* Somebody else serves the faults: all that can be seen here is the thread. */
+/* Another process serves the faults: all that can be seen here is the thread. */
 static void *watch(void *argument)
 {
     struct pc_fp_handler *handler = argument;

@@ -30,7 +30,7 @@ static int begin_sharer(void *argument)
 {
     const struct sharer *sharer = argument;
 
-    /* It holds the userfaultfd open too: with nobody left to give the page it would wait for ever. */
+    /* It holds the userfaultfd open too: with no handler left to give the page it would wait for ever. */
     if (syscall(SYS_prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) || syscall(SYS_getppid) != sharer->parent)
         (void)syscall(SYS_exit_group, 1);
     atomic_store(&sharer->cell->shared->other_pid, (int32_t)syscall(SYS_getpid));
@@ -129,7 +129,7 @@ static void copy_execve_envp(struct pc_fp_cell *cell)
     run_program(cell, "/usr/bin/env", argv, envp, "NAME=postcopy\n");
 }
 
-/* ---- exit: the thread that ends has nobody to return an error to ---- */
+/* ---- exit: the thread that ends cannot return an error ---- */
 
 #define WITHOUT_ERROR ", without an error: a thread that exits does not wait"
 
@@ -155,7 +155,7 @@ static void copy_clear_child_tid(struct pc_fp_cell *cell)
 
 /* A robust list of two locks, of which the first one's entry is in the page: it is the struct iovec there, whose pointer leads
  * to the second one, in the scratch area. That one is marked when the kernel has come past the first. */
-#define LOCK_OFFSET 512 /* from an entry to its futex; what is there for the first one is nobody's */
+#define LOCK_OFFSET 512 /* from an entry to its futex; what is there for the first one does not matter */
 
 static int hold_and_exit(void *argument)
 {

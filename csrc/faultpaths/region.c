@@ -195,7 +195,7 @@ void pc_fp_region_give(struct pc_fp_cell *cell)
         rc = pc_uffd_copy(cell->uffd, address, cell->staging, bytes, 0, &done);
         break;
     }
-    /* It was there already, or is no longer registered (the operation has unmapped or moved it): whoever waits shall look
+    /* It was there already, or is no longer registered (the operation has unmapped or moved it): a thread that waits shall look
      * again. Also after a success, for a thread that was between its look and its sleep. */
     (void)rc;
     (void)pc_uffd_wake(cell->uffd, address, bytes);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Access to a process's memory by way of its mm: by /proc/PID/mem, ptrace and process_vm_readv. Whoever asks is the one that
+ * Access to a process's memory by way of its mm: by /proc/PID/mem, ptrace and process_vm_readv. The process that asks
  * waits, while the event goes to the userfaultfd of the process that is asked. That is the cell's child, whose number is cell->tid.
  */
 #include <fcntl.h>

@@ -101,7 +101,7 @@ struct pc_machine {
     bool want_run;
     _Atomic bool stop;    /* written under the lock; read without by what takes long */
     bool transition;      /* a pause, save, load, boot or verify is under way */
-    _Atomic uint32_t references; /* the handle, each thread, and whoever has `transition`: the last one to go frees */
+    _Atomic uint32_t references; /* the handle, each thread, and the call that has `transition`: the last to drop it frees */
     _Atomic bool leave;   /* vCPU threads must come out: read without the lock on the hot path */
     _Atomic int32_t state;
 

@@ -27,7 +27,7 @@ static const char *failure_name(uint64_t code)
     case PCG_FAIL_BOOT: return "boot info is not there";
     case PCG_FAIL_CHECK_WORD: return "page with a wrong check word";
     case PCG_FAIL_PASS: return "page with a wrong pass count";
-    case PCG_FAIL_XMM: return "a register changed that nobody wrote (XMM7; rv64: s9, s10, s11)";
+    case PCG_FAIL_XMM: return "a register changed that no instruction wrote (XMM7; rv64: s9, s10, s11)";
     case PCG_FAIL_GS_BASE: return "GS base (rv64: tp) changed";
     case PCG_FAIL_MSR: return "MSR (rv64: CSR) changed";
     case PCG_FAIL_DEBUGREG: return "debug register changed";
@@ -40,7 +40,7 @@ static const char *failure_name(uint64_t code)
     }
 }
 
-/* The first failure is kept, whoever reports it; later ones only count. */
+/* The first failure of any vCPU is kept; later ones only count. */
 static void keep_failure(struct pc_vcpu *vcpu, uint64_t code, uint64_t where, uint64_t expected, uint64_t found,
                          const char *text)
 {
@@ -102,7 +102,7 @@ static bool report(struct pc_vcpu *vcpu, uint32_t what, const uint64_t arguments
         atomic_fetch_add(&vcpu->marks, 1);
         atomic_store(&vcpu->operations, arguments[0]);
         atomic_store(&machine->nonce, arguments[1]);
-        /* A fast guest makes 100,000 marks a second; whoever waits for the event need not wake for each. */
+        /* A fast guest makes 100,000 marks a second; who waits for the event need not wake for each. */
         now_ns = pc_now_ns();
         if (now_ns - vcpu->mark_event_ns >= MARK_EVENT_INTERVAL_NS) {
             vcpu->mark_event_ns = now_ns;

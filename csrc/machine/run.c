@@ -39,7 +39,7 @@ static void on_kick(int signal_number)
 }
 
 /* The one thing here that is the process's and not a machine's: a signal has a single handler. Takes the highest
- * realtime signal that nobody uses, so the program's own choices are left alone. */
+ * realtime signal that is not in use, so the program's own choices are left alone. */
 static void choose_kick_signal(void)
 {
     for (int candidate = SIGRTMAX; candidate >= SIGRTMIN; candidate--) {
@@ -308,7 +308,7 @@ int pc_machine_pause(struct pc_machine *machine, uint32_t timeout_ms, char *erro
             name_stuck_vcpu(machine, timeout_ms, error, error_bytes);
             rc = -ETIMEDOUT;
             if (want_run && !machine->stop && atomic_load(&machine->state) != PC_MACHINE_FAILED) {
-                /* As if nothing had been: whoever is still inside has been kicked and would otherwise spin. */
+                /* The pause is undone: a vCPU that is still inside has been kicked and would otherwise spin. */
                 for (uint32_t i = 0; i < machine->vcpu_count; i++)
                     machine->engine->kick(&machine->vcpu[i], false);
                 atomic_store(&machine->leave, false);

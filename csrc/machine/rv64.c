@@ -21,7 +21,7 @@
  * rather do. A load may be
  * repeated. A store may not, since another hart could have written in between: it first reads its target, which
  * brings the page, and then happens outside of that window, where nothing is missing any more. Atomics likewise.
- * A signal that lands before the window opens is lost; whoever waits for the pause kicks again.
+ * A signal that lands before the window opens is lost; the thread that waits for the pause kicks again.
  *
  * The disk needs no buffer of its own: its pages are read in the same way, before the kernel is asked to transfer, so
  * that no fault is raised inside the kernel, where a user-mode-only userfaultfd would answer EFAULT.
@@ -452,7 +452,7 @@ op_PAUSE:
     NEXT;
 op_FENCE_I: NEXT;
 op_ECALL:
-    FAIL_WITH("environment call, which nobody answers%.0llu", 0);
+    FAIL_WITH("environment call, and there is nothing that answers it%.0llu", 0);
 op_EBREAK:
     FAIL_WITH("breakpoint%.0llu", 0);
 op_WFI:

@@ -53,7 +53,7 @@ static const uint64_t *guest_page(const struct verify *v, uint64_t gva)
     return pc_layout_gva(&v->machine->config, gva, PCG_PAGE_BYTES);
 }
 
-/* ---- what nobody writes ---- */
+/* ---- what is never written ---- */
 
 /* Pages of one block outside of [from, to) must be zero. Pages that were never touched are not touched now either: even
  * reading a hole of a memfd fills it. */
@@ -325,7 +325,7 @@ static int check_disk_vcpu(struct verify *v, uint32_t index, uint8_t *buffer)
     uint64_t pages = v->machine->layout.private_[index].pages + v->machine->layout.shared.pages;
 
     if (guest->next_tag == 0)
-        return 0; /* has not laid out its memory yet; that it wrote nothing else, nobody can tell */
+        return 0; /* has not laid out its memory yet; that it wrote nothing else cannot be checked */
     if (guest->slots > pages || guest->chunks > PCG_CHUNKS_MAX || guest->range_slots[0] > guest->slots) {
         bad(v, "vCPU %u: its bookkeeping is damaged", index);
         return 0;

@@ -113,7 +113,7 @@ struct pc_pagemap_query { /* addresses of the process that the pagemap is of */
     uint64_t inverted;  /* categories that count where they are absent, for both of the following */
     uint64_t all_of;    /* a page matches when it has all of these */
     uint64_t any_of;    /* and, unless 0, one of these */
-    uint64_t returned;  /* categories told in the answer; neighbours that agree in them are one region */
+    uint64_t returned;  /* categories that the answer has; neighbours that agree in them are one region */
     uint64_t max_pages; /* stop after so many; 0: no limit */
 };
 /* How many regions of matching pages, in order, or -errno (-ENOTTY before Linux 6.7). Where the array is full the walk ends

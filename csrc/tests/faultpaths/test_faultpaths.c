@@ -313,7 +313,7 @@ static void what_waits_too_long_is_ended_in_the_fault(void)
     }
 }
 
-/* Whoever runs the cells is killed while a page is withheld, by that page's own process among others: all of them go. */
+/* The process that runs the cells is killed while a page is withheld, by that page's own process among others: all of them go. */
 static void nothing_outlives_a_killed_runner(void)
 {
     static const char *const names[] = {"user.load",       "copy.write_pipe",         "copy.execve_string",
@@ -343,7 +343,7 @@ static void nothing_outlives_a_killed_runner(void)
     }
 }
 
-static void what_crashes_is_told(void)
+static void a_crash_is_reported(void)
 {
     struct pc_fp_spec spec = spec_of(PC_FP_TEST_CRASH, PC_FP_MISSING, PC_FP_ANON);
     struct pc_fp_result result;
@@ -355,7 +355,7 @@ static void what_crashes_is_told(void)
     check_no_process();
 }
 
-static void other_content_is_told(void)
+static void other_content_is_reported(void)
 {
     struct pc_fp_spec spec = spec_of(PC_FP_TEST_WRONG, PC_FP_MISSING, PC_FP_ANON);
     struct pc_fp_result result;
@@ -477,7 +477,7 @@ static void what_does_not_wait_is_not_measured(void)
     CHECK(!result.events && !result.state && !result.signal_measured && !result.kill_measured && !result.locks_measured);
 }
 
-/* ---- a page that somebody else gives ---- */
+/* ---- a page that another process gives ---- */
 
 static pid_t run_elsewhere(int socket, const char *name, int backing, int *status_pipe)
 {
@@ -556,7 +556,7 @@ static void hand_over(const char *name, int thread, int backing, int kind)
     CHECK_EQ(result.events, 0);
 }
 
-static void somebody_else_gives_the_page(void)
+static void another_process_gives_the_page(void)
 {
     static const struct {
         const char *name;
@@ -617,7 +617,7 @@ static void a_storm_of_signals_hits_a_page_that_was_handed_over(void)
     CHECK_EQ(result.value, 4096);
 }
 
-static void nobody_takes_the_page_over(void)
+static void a_page_that_is_not_taken_over(void)
 {
     int sockets[2];
     struct pc_fp_spec spec = spec_of(0, PC_FP_MISSING, PC_FP_ANON);
@@ -665,17 +665,17 @@ int main(int argc, char **argv)
     RUN(what_hangs_is_ended_with_all_that_it_started);
     RUN(what_waits_too_long_is_ended_in_the_fault);
     RUN_FOR(nothing_outlives_a_killed_runner, 70);
-    RUN(what_crashes_is_told);
-    RUN(other_content_is_told);
+    RUN(a_crash_is_reported);
+    RUN(other_content_is_reported);
     RUN(a_directory_that_is_not_there_is_a_reason);
     RUN(files_are_removed);
     RUN(a_signal_is_measured);
     RUN(a_kill_is_measured);
     RUN_FOR(locks_are_measured, 60);
     RUN(what_does_not_wait_is_not_measured);
-    RUN_FOR(somebody_else_gives_the_page, 60);
+    RUN_FOR(another_process_gives_the_page, 60);
     RUN(a_storm_of_signals_hits_a_page_that_was_handed_over);
-    RUN(nobody_takes_the_page_over);
+    RUN(a_page_that_is_not_taken_over);
     RUN_FOR(contention_is_measured, 60);
     RUN_FOR(MISSING_on_ANON, 100);
     RUN_FOR(MISSING_on_MEMFD, 100);

@@ -98,7 +98,7 @@ struct server {
     int uffd;
     struct pc_machine_config *from, *to;
     pthread_t thread;
-    _Atomic bool stop, hold;
+    _Atomic bool stop, withhold;
     _Atomic uint64_t served;
     _Atomic uint64_t events;
     _Atomic(struct pc_machine *) machine; /* whose vCPUs to look at when a fault comes */
@@ -136,7 +136,7 @@ static void *serve(void *argument)
         struct pc_uffd_event events[64];
         int n;
 
-        if (atomic_load(&server->hold)) {
+        if (atomic_load(&server->withhold)) {
             usleep(1000);
             continue;
         }
@@ -267,7 +267,7 @@ static void pause_blocked(uint32_t workload)
     b = open_machine(&there);
     save(a, &blob);
     load(b, &blob);
-    atomic_store(&server.hold, true);
+    atomic_store(&server.withhold, true);
     start_serving(&server);
     CHECK(pc_machine_resume(b) == 0);
     while (!has_event(server.uffd))
@@ -284,7 +284,7 @@ static void pause_blocked(uint32_t workload)
         CHECK(pc_machine_resume(b) == 0);
     }
     (void)printf("     pause while blocked: %s\n", rc ? error : "done");
-    atomic_store(&server.hold, false);
+    atomic_store(&server.withhold, false);
     run_until_operations(b, &before, some_operations[workload]);
     pause_machine(b);
     serve_the_rest(&server);

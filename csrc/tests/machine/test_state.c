@@ -187,7 +187,7 @@ static void *verify_in_thread(void *argument)
     return NULL;
 }
 
-/* Guest memory says that 2^62 operations were done: whoever recounts them can be called off. */
+/* Guest memory says that 2^62 operations were done: a verification that recounts them can be called off. */
 static void close_during_a_verification(void)
 {
     struct pc_machine_config config = make_small(PC_ENGINE_RV64, PC_WORKLOAD_RANDOM);

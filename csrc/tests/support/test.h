@@ -80,7 +80,7 @@ __attribute__((unused, noreturn)) static void test_exit_(int status)
                  (unsigned long long)actual_, #expected, expected_, (unsigned long long)expected_);                     \
     } while (0)
 
-/* For system calls of the test itself: the value, or the end of the case with errno told. */
+/* For system calls of the test itself: the value, or the end of the case, with errno. */
 #define CHECK_SYS(call)                                                                                                 \
     ({                                                                                                                  \
         __typeof__(call) value_ = (call);                                                                               \

@@ -43,7 +43,7 @@ static void event_fork(enum kind kind)
     CHECK(inherited.uffd >= 0);
     CHECK_FAULT(&inherited, 2, 0);
     CHECK(!readable(area.uffd, 0));
-    if (is_shared(kind)) { /* one page for both, whoever fills it; but only the child's userfaultfd wakes the child */
+    if (is_shared(kind)) { /* one page for both, whichever side fills it; but only the child's userfaultfd wakes the child */
         CHECK_EQ(copy(&area, 2, 5, 0), 0);
         CHECK_BLOCKED(&worker);
         CHECK_EQ(copy(&inherited, 2, 6, 0), -EEXIST);

@@ -107,7 +107,7 @@ static enum filled fill(struct stress *stress, uint64_t page, uint64_t mode)
     return filled;
 }
 
-/* Reads what is there. Faults go into the queue: whoever throws memory away must not wait for a page to be filled, as no
+/* Reads what is there. Faults go into the queue: the thread that throws memory away must not wait for a page to be filled, as no
  * page can be filled before its event has been read. */
 static void read_events(struct actor *handler)
 {
@@ -355,7 +355,7 @@ static void stress_kind(enum kind kind)
     CHECK_EQ(write(stress.stop, &(uint64_t){1}, sizeof(uint64_t)), sizeof(uint64_t));
     for (int i = 0; i < HANDLERS; i++)
         CHECK_EQ(pthread_join(handlers[i].thread, NULL), 0);
-    CHECK_EQ(atomic_load(&stress.discards), rounds * DISCARDS); /* each told once, not one twice */
+    CHECK_EQ(atomic_load(&stress.discards), rounds * DISCARDS); /* each reported once, none twice */
     CHECK(atomic_load(&stress.copied) >= rounds * stress.area.pages);
     (void)printf("     %" PRIu64 " rounds, %" PRIu64 " faults, %" PRIu64 " pages copied, %" PRIu64 " were there, %" PRIu64
                  " EAGAIN, %" PRIu64 " too late\n",
