@@ -5,8 +5,8 @@
     containers.py profile [--check]
 
 *The daemon.* One that DOCKER_HOST or the client's default reaches is used. Else, as root, one is started in a mount,
-network and process namespace of its own: its mounts, bridges and containers are seen by no other process and end with the
-one that is killed here. What outlives a namespace (a directory of files, control groups) is removed; when this
+network and process namespace of its own: its mounts, bridges and containers are its own and end with the one
+process that is killed here. What outlives a namespace (a directory of files, control groups) is removed; when this
 program itself was killed, the next run removes it. Debian's docker.io, debootstrap and iproute2 are installed where
 they are missing and POSTCOPY_INSTALL=1 says that this may be done.
 

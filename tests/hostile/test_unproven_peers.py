@@ -90,7 +90,7 @@ def test_the_id_of_a_machine_whose_source_is_away(
 
 
 def test_refused_by_an_impostor(start: Start, version: int) -> None:
-    """Another program listens where the destination was, and answers without a proof that there is no such migration."""
+    """An impostor listens where the destination was, and answers without a proof that there is no such migration."""
     with Listener(version) as listener:
         source = start("source", "--json", *RV64, "--connect", listener.where)
         dest = listener.destination().until("run")
