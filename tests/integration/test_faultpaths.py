@@ -40,7 +40,7 @@ def descendants(pid: int) -> list[int]:
 def wait_until_gone(pids: list[int]) -> None:
     """A pid that is used again in the meantime would fail it, which is not to be expected in these seconds."""
     deadline_s = time.monotonic() + GONE_S
-    # (an orphan that has ended stays a zombie until the process that adopts it, such as CI's subreaper, reaps it)
+    # (an orphan that has ended stays a zombie for as long as whoever adopts it, as CI's subreaper does, likes)
     while left := [pid for pid in pids if not _linux.is_over(pid)]:
         assert time.monotonic() < deadline_s, f"left behind: {left}"
         time.sleep(0.01)
