@@ -30,6 +30,7 @@ _NUMBER = re.compile(r"-?(?:0x[0-9a-fA-F]+|[0-9]+)")
 _PROTOTYPE = re.compile(
     r"^(?P<result>[A-Za-z_][^;{}#()]*?)\b(?P<name>pc_\w+)\s*\((?P<parameters>[^{};]*)\)\s*;", re.MULTILINE
 )
+_COUNTERS = re.compile(r"^struct (pc_page\w+_stats) \{([^}]*)\};", re.MULTILINE)
 _ENUM = re.compile(r"\benum\s+\w*\s*\{([^}]*)\}")
 STUB_LINE_LENGTH = 120
 _OUR_SYMBOL = re.compile(r"pc_[a-z]\w*")
@@ -89,6 +90,7 @@ _STUB_HEAD = """\
 # SPDX-License-Identifier: Apache-2.0
 # Written by `make stub` from csrc/include/postcopy/*.h, which say what everything means; not to be edited.
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from typing_extensions import Buffer
@@ -168,6 +170,9 @@ def stub(cdef: str) -> str:
                 inner = "\n".join(f"        {parameter}," for parameter in parameters)
             line = f"    def {match['name']}(\n{inner}\n    ) -> {result}: ..."
         lines.append(line)
+    for name, members in _COUNTERS.findall(cdef):  # which postcopy/dataplane/counters.py makes
+        lines += ["", "@dataclass(frozen=True)", f"class {name}:"]
+        lines += [f"    {field}: int" for field in re.findall(r"(\w+)[,;]", members)]
     return "\n".join([*lines, "", "ffi: _FFI", "lib: _Lib", ""])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The smallest handler: memory of which each page is made up at the moment somebody reads it."""
+"""The smallest handler: memory of which each page is made at its first access."""
 
 from __future__ import annotations
 

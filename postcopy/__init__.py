@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from postcopy.memory import Memory
     from postcopy.uffd import Userfaultfd
 
-# From the core, which CMake tells it: reading the metadata of an installed package costs two megabytes.
+# From the core, which has it from CMake: reading the metadata of an installed package costs two megabytes.
 __version__ = _ffi.string(_lib.pc_version()).decode()
 
 __all__ = [

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Written by `make stub` from csrc/include/postcopy/*.h, which say what everything means; not to be edited.
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from typing_extensions import Buffer
@@ -342,6 +343,39 @@ class _Lib:
         error_bytes: int,
         /,
     ) -> int: ...
+
+@dataclass(frozen=True)
+class pc_pager_stats:
+    total_pages: int
+    total_bytes: int
+    resident_pages: int
+    resident_bytes: int
+    demand_pages: int
+    background_pages: int
+    zero_pages: int
+    duplicate_pages: int
+    requests: int
+    faults: int
+    repeated_faults: int
+    event_reads: int
+    bytes_received: int
+    bytes_sent: int
+    pending_faults: int
+    oldest_pending_ns: int
+    frames_refused: int
+
+@dataclass(frozen=True)
+class pc_pageserver_stats:
+    total_pages: int
+    sent_pages: int
+    demand_pages: int
+    background_pages: int
+    zero_pages: int
+    requests: int
+    repeated_requests: int
+    bytes_sent: int
+    bytes_received: int
+    released_bytes: int
 
 ffi: _FFI
 lib: _Lib

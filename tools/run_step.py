@@ -105,11 +105,14 @@ def interrupt(signum: int, _frame: FrameType | None) -> None:
 
 
 def start(command: list[str], log: Path | None) -> subprocess.Popen[bytes]:
+    # (with the descriptors of make's job server, when make has started this)
     if log is None:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, close_fds=False)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, close_fds=False
+        )
 
 
 def show_end(log: Path) -> None:

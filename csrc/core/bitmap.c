@@ -123,32 +123,33 @@ static bool get_run(const uint8_t **data, const uint8_t *end, uint64_t *length)
     return false;
 }
 
-int pc_bitmap_rle_decode(const uint8_t *data, size_t bytes, uint64_t *words, uint64_t bits)
+/* Walks over an encoded map, and sets its bits in `words` unless that is NULL. */
+static int decode_runs(const uint8_t *data, size_t bytes, uint64_t *words, uint64_t bits)
 {
     const uint8_t *end = data + bytes, *at = data;
-    uint64_t done = 0;
+    uint64_t done = 0, zeros, ones;
 
-    /* Everything is checked before the first bit is written: what a refused map was to replace stays as it was. */
     while (at < end) {
-        uint64_t zeros, ones;
         bool first = at == data;
 
-        if (!get_run(&at, end, &zeros) || !get_run(&at, end, &ones))
-            return -EBADMSG;
-        if ((!zeros && !first) || !ones)
+        if (!get_run(&at, end, &zeros) || !get_run(&at, end, &ones) || (!zeros && !first) || !ones)
             return -EBADMSG;
         if (zeros > bits - done || ones > bits - done - zeros)
             return -EBADMSG;
-        done += zeros + ones;
-    }
-    pc_bitmap_clear_range(words, 0, bits);
-    for (at = data, done = 0; at < end;) {
-        uint64_t zeros = 0, ones = 0;
-
-        (void)get_run(&at, end, &zeros);
-        (void)get_run(&at, end, &ones);
-        pc_bitmap_set_range(words, done + zeros, ones);
+        if (words)
+            pc_bitmap_set_range(words, done + zeros, ones);
         done += zeros + ones;
     }
     return 0;
+}
+
+int pc_bitmap_rle_decode(const uint8_t *data, size_t bytes, uint64_t *words, uint64_t bits)
+{
+    /* Everything is checked before the first bit is written: what a refused map was to replace stays as it was. */
+    int error = decode_runs(data, bytes, NULL, bits);
+
+    if (error)
+        return error;
+    pc_bitmap_clear_range(words, 0, bits);
+    return decode_runs(data, bytes, words, bits);
 }

@@ -21,12 +21,6 @@ static inline struct timespec pc_timespec(uint64_t ns)
     return (struct timespec){.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
 }
 
-/* For a timeout: from now until a deadline, nothing when it is over. */
-static inline struct timespec pc_time_left(uint64_t deadline_ns, uint64_t now_ns)
-{
-    return pc_timespec(deadline_ns > now_ns ? deadline_ns - now_ns : 0);
-}
-
 /* May be shorter: a signal ends it. */
 static inline void pc_sleep_ns(uint64_t ns)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * CRC-32C of pages and headers, and the question whether a page is all zero. Both see every byte that moves, so both have
- * a path for the CPU at hand, chosen at the first call.
+ * CRC-32C of pages and headers, and the question whether a page is all zero. Both see every byte that moves, so both use what the
+ * CPU at hand can do.
  *
  * x86-64: the crc32 instruction takes a new operand each cycle but needs three to answer. One dependent chain leaves two thirds
  * of it idle; so a buffer is cut into three lanes of equal length, checked side by side. A lane's checksum is then moved past the
@@ -13,10 +13,10 @@
  */
 #include "core/crc32c.h"
 
+#include <endian.h>
 #include <pthread.h>
 #include <string.h>
 
-#include "core/util.h"
 #include "postcopy/core.h"
 
 #if defined(__x86_64__)
@@ -46,14 +46,23 @@ static void make_table(void)
             table[slice][i] = (table[slice - 1][i] >> 8) ^ table[0][table[slice - 1][i] & 0xff];
 }
 
-static uint32_t crc32c_portable(uint32_t crc, const void *data, size_t bytes)
+static inline uint64_t load64(const uint8_t *at)
+{
+    uint64_t word;
+
+    memcpy(&word, at, sizeof(word));
+    return word;
+}
+
+uint32_t pc_crc32c_portable(uint32_t crc, const void *data, size_t bytes)
 {
     const uint8_t *at = data;
 
     (void)pthread_once(&table_once, make_table);
     crc = ~crc;
     for (; bytes >= 8; bytes -= 8, at += 8) {
-        uint32_t low = crc ^ pc_get_le32(at), high = pc_get_le32(at + 4);
+        uint64_t word = le64toh(load64(at));
+        uint32_t low = crc ^ (uint32_t)word, high = (uint32_t)(word >> 32);
 
         crc = table[7][low & 0xff] ^ table[6][low >> 8 & 0xff] ^ table[5][low >> 16 & 0xff] ^ table[4][low >> 24] ^
               table[3][high & 0xff] ^ table[2][high >> 8 & 0xff] ^ table[1][high >> 16 & 0xff] ^ table[0][high >> 24];
@@ -61,22 +70,6 @@ static uint32_t crc32c_portable(uint32_t crc, const void *data, size_t bytes)
     for (; bytes; bytes--)
         crc = (crc >> 8) ^ table[0][(crc ^ *at++) & 0xff];
     return ~crc;
-}
-
-static int is_zero_portable(const void *data, size_t bytes)
-{
-    const uint8_t *at = data;
-    uint64_t words[4];
-
-    for (; bytes >= sizeof(words); bytes -= sizeof(words), at += sizeof(words)) {
-        memcpy(words, at, sizeof(words));
-        if (words[0] | words[1] | words[2] | words[3])
-            return 0;
-    }
-    for (; bytes; bytes--)
-        if (*at++)
-            return 0;
-    return 1;
 }
 
 #if defined(__x86_64__)
@@ -89,14 +82,6 @@ static int is_zero_portable(const void *data, size_t bytes)
 #define LONG_BY_ONE 0x3F70CC6Fu
 #define SHORT_BY_TWO 0xA60CE07Bu
 #define SHORT_BY_ONE 0x1B3D8F29u
-
-static inline uint64_t load64(const uint8_t *at)
-{
-    uint64_t word;
-
-    memcpy(&word, at, sizeof(word));
-    return word;
-}
 
 __attribute__((target("sse4.2,pclmul"))) static inline uint64_t multiply(uint64_t crc, uint32_t constant)
 {
@@ -122,7 +107,7 @@ three_lanes(uint64_t a, const uint8_t *at, size_t lane, uint32_t by_two, uint32_
     return _mm_crc32_u64(c, load64(at + 2 * lane) ^ multiply(a, by_two) ^ multiply(b, by_one));
 }
 
-__attribute__((target("sse4.2,pclmul"))) static uint32_t crc32c_sse42(uint32_t crc, const void *data, size_t bytes)
+__attribute__((target("sse4.2,pclmul"))) uint32_t pc_crc32c_by_cpu(uint32_t crc, const void *data, size_t bytes)
 {
     const uint8_t *at = data;
     uint64_t a = ~crc;
@@ -136,21 +121,6 @@ __attribute__((target("sse4.2,pclmul"))) static uint32_t crc32c_sse42(uint32_t c
     for (; bytes; bytes--)
         a = _mm_crc32_u8((uint32_t)a, *at++);
     return ~(uint32_t)a;
-}
-
-__attribute__((target("avx2"))) static int is_zero_avx2(const void *data, size_t bytes)
-{
-    const uint8_t *at = data;
-
-#define LOAD(offset) _mm256_loadu_si256((const __m256i *)(const void *)(at + (offset)))
-    for (; bytes >= 128; bytes -= 128, at += 128) {
-        __m256i all = _mm256_or_si256(_mm256_or_si256(LOAD(0), LOAD(32)), _mm256_or_si256(LOAD(64), LOAD(96)));
-
-        if (!_mm256_testz_si256(all, all))
-            return 0;
-    }
-#undef LOAD
-    return is_zero_portable(at, bytes);
 }
 #endif
 
@@ -166,91 +136,48 @@ __attribute__((target("avx2"))) static int is_zero_avx2(const void *data, size_t
 #define CRC_DOUBLE __builtin_aarch64_crc32cx
 #endif
 
-CRC_TARGET static uint32_t crc32c_armv8(uint32_t crc, const void *data, size_t bytes)
+CRC_TARGET uint32_t pc_crc32c_by_cpu(uint32_t crc, const void *data, size_t bytes)
 {
     const uint8_t *at = data;
 
     crc = ~crc;
     for (; bytes >= 8; bytes -= 8, at += 8)
-        crc = CRC_DOUBLE(crc, pc_get_le64(at));
+        crc = CRC_DOUBLE(crc, le64toh(load64(at)));
     for (; bytes; bytes--)
         crc = CRC_BYTE(crc, *at++);
     return ~crc;
 }
 #endif
 
-size_t pc_crc32c_paths(const struct pc_crc32c_path **paths)
+#if !defined(__x86_64__) && !defined(__aarch64__)
+uint32_t pc_crc32c_by_cpu(uint32_t crc, const void *data, size_t bytes)
 {
-    static struct pc_crc32c_path all[] = {
-#if defined(__x86_64__)
-        {"sse4.2", 0, crc32c_sse42},
+    return pc_crc32c_portable(crc, data, bytes);
+}
 #endif
-#if defined(__aarch64__)
-        {"armv8", 0, crc32c_armv8},
-#endif
-        {"portable", 1, crc32c_portable},
-    };
 
+int pc_crc32c_has_cpu(void)
+{
 #if defined(__x86_64__)
-    /* Threads that come here at once write the same value. */
-    __atomic_store_n(&all[0].usable, __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul"),
-                     __ATOMIC_RELAXED);
+    return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul");
 #elif defined(__aarch64__)
-    __atomic_store_n(&all[0].usable, !!(getauxval(AT_HWCAP) & HWCAP_CRC32), __ATOMIC_RELAXED);
+    return !!(getauxval(AT_HWCAP) & HWCAP_CRC32);
+#else
+    return 0;
 #endif
-    *paths = all;
-    return PC_ARRAY_LENGTH(all);
-}
-
-size_t pc_is_zero_paths(const struct pc_is_zero_path **paths)
-{
-    static struct pc_is_zero_path all[] = {
-#if defined(__x86_64__)
-        {"avx2", 0, is_zero_avx2},
-#endif
-        {"portable", 1, is_zero_portable},
-    };
-
-#if defined(__x86_64__)
-    __atomic_store_n(&all[0].usable, !!__builtin_cpu_supports("avx2"), __ATOMIC_RELAXED);
-#endif
-    *paths = all;
-    return PC_ARRAY_LENGTH(all);
-}
-
-static uint32_t crc32c_first_call(uint32_t crc, const void *data, size_t bytes);
-static int is_zero_first_call(const void *data, size_t bytes);
-static uint32_t (*crc32c_chosen)(uint32_t, const void *, size_t) = crc32c_first_call;
-static int (*is_zero_chosen)(const void *, size_t) = is_zero_first_call;
-
-static uint32_t crc32c_first_call(uint32_t crc, const void *data, size_t bytes)
-{
-    const struct pc_crc32c_path *path;
-
-    (void)pc_crc32c_paths(&path);
-    while (!__atomic_load_n(&path->usable, __ATOMIC_RELAXED))
-        path++;
-    __atomic_store_n(&crc32c_chosen, path->function, __ATOMIC_RELAXED);
-    return path->function(crc, data, bytes);
-}
-
-static int is_zero_first_call(const void *data, size_t bytes)
-{
-    const struct pc_is_zero_path *path;
-
-    (void)pc_is_zero_paths(&path);
-    while (!__atomic_load_n(&path->usable, __ATOMIC_RELAXED))
-        path++;
-    __atomic_store_n(&is_zero_chosen, path->function, __ATOMIC_RELAXED);
-    return path->function(data, bytes);
 }
 
 uint32_t pc_crc32c(uint32_t crc, const void *data, size_t bytes)
 {
-    return __atomic_load_n(&crc32c_chosen, __ATOMIC_RELAXED)(crc, data, bytes);
+    return pc_crc32c_has_cpu() ? pc_crc32c_by_cpu(crc, data, bytes) : pc_crc32c_portable(crc, data, bytes);
 }
 
 int pc_is_zero(const void *data, size_t bytes)
 {
-    return __atomic_load_n(&is_zero_chosen, __ATOMIC_RELAXED)(data, bytes);
+    static const uint8_t zeros[64];
+    const uint8_t *at = data;
+    size_t head = bytes < sizeof(zeros) ? bytes : sizeof(zeros);
+
+    /* The head is zero, and each byte equals the one so far before it. The C library has a loop for the CPU at hand. */
+    return !memcmp(at, zeros, head) && !memcmp(at, at + head, bytes - head);
 }

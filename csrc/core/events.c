@@ -49,7 +49,7 @@ void pc_events_push(struct pc_events *events, int type, int channel_kind, int ch
                                   events->items[at].channel != channel))
         at++;
     if (at < events->count && type == PC_EVENT_CHANNEL_DOWN) {
-        remove_at(events, at); /* what went down again since was up in between: the last state is told, where it belongs */
+        remove_at(events, at); /* what went down again since was up in between: the last state is reported, in its place */
         at = events->count;
     }
     if (at == events->count && at < PC_EVENTS_MAX) {

@@ -4,7 +4,7 @@
  * channel went down, the end came); pages and faults are counted, never queued.
  *
  * The queue is bounded whatever a peer does and however long nobody reads: there is one place for each (type, kind, channel), all
- * of them are there from the beginning, and what happens again before it was read is told once. So no event is ever dropped,
+ * of them are there from the beginning, and what happens again before it was read is reported once. So no event is ever dropped,
  * and none needs memory.
  */
 #ifndef PC_EVENTS_H
@@ -19,7 +19,7 @@
 #define PC_EVENTS_MAX (4 * (PC_MAX_SHARDS + PC_MAX_BULK_CHANNELS + 1))
 
 struct pc_events {
-    pthread_mutex_t lock; /* inherits priority: fault threads tell their events too. Held for microseconds */
+    pthread_mutex_t lock; /* inherits priority: fault threads report events too. Held for microseconds */
     int fd;
     struct pc_event items[PC_EVENTS_MAX]; /* oldest first */
     size_t count;
@@ -27,7 +27,7 @@ struct pc_events {
 
 int pc_events_init(struct pc_events *events);
 void pc_events_destroy(struct pc_events *events);
-/* Any thread. `format` makes the event's text. Of the same event untold, CHANNEL_DOWN keeps the later one, in its later place;
+/* Any thread. `format` makes the event's text. Of the same event unread, CHANNEL_DOWN keeps the later one, in its later place;
  * the others keep the first. */
 void pc_events_push(struct pc_events *events, int type, int channel_kind, int channel, int error, const char *format, ...)
     __attribute__((format(printf, 6, 7)));

@@ -4,65 +4,68 @@
  * passes here may be used without looking again, except that only the receiver knows how many blocks and pages there are and how
  * large a page is.
  */
+#include <endian.h>
 #include <errno.h>
 #include <inttypes.h>
+#include <stddef.h>
 
 #include "core/util.h"
 #include "postcopy/core.h"
 
-enum {
-    AT_MAGIC = 0,
-    AT_TYPE = 4,
-    AT_FLAGS = 5,
-    AT_BLOCK = 6,
-    AT_FIRST_PAGE = 8,
-    AT_PAGES = 16,
-    AT_REQUEST_ID = 20,
-    AT_PAYLOAD_BYTES = 24,
-    AT_PAYLOAD_CRC = 28,
-    AT_RESERVED = 32,
-    AT_HEADER_CRC = 36
+struct wire { /* little endian */
+    uint32_t magic;
+    uint8_t type, flags;
+    uint16_t block;
+    uint64_t first_page;
+    uint32_t pages, request_id, payload_bytes, payload_crc, reserved, header_crc;
 };
-_Static_assert(AT_HEADER_CRC + 4 == PC_FRAME_HEADER_BYTES, "frame header");
+_Static_assert(sizeof(struct wire) == PC_FRAME_HEADER_BYTES, "no padding");
+
+static uint32_t header_crc(const struct wire *wire)
+{
+    return pc_crc32c(0, wire, offsetof(struct wire, header_crc));
+}
 
 void pc_frame_encode(const struct pc_frame *frame, uint8_t *header)
 {
-    pc_put_le32(header + AT_MAGIC, PC_FRAME_MAGIC);
-    header[AT_TYPE] = frame->type;
-    header[AT_FLAGS] = frame->flags;
-    pc_put_le16(header + AT_BLOCK, frame->block);
-    pc_put_le64(header + AT_FIRST_PAGE, frame->first_page);
-    pc_put_le32(header + AT_PAGES, frame->pages);
-    pc_put_le32(header + AT_REQUEST_ID, frame->request_id);
-    pc_put_le32(header + AT_PAYLOAD_BYTES, frame->payload_bytes);
-    pc_put_le32(header + AT_PAYLOAD_CRC, frame->payload_crc);
-    pc_put_le32(header + AT_RESERVED, 0);
-    pc_put_le32(header + AT_HEADER_CRC, pc_crc32c(0, header, AT_HEADER_CRC));
+    struct wire wire = {
+        .magic = htole32(PC_FRAME_MAGIC),
+        .type = frame->type,
+        .flags = frame->flags,
+        .block = htole16(frame->block),
+        .first_page = htole64(frame->first_page),
+        .pages = htole32(frame->pages),
+        .request_id = htole32(frame->request_id),
+        .payload_bytes = htole32(frame->payload_bytes),
+        .payload_crc = htole32(frame->payload_crc),
+    };
+
+    wire.header_crc = htole32(header_crc(&wire));
+    memcpy(header, &wire, sizeof(wire));
 }
 
 int pc_frame_decode(const uint8_t *header, struct pc_frame *frame, char *error, size_t error_bytes)
 {
-    uint32_t magic = pc_get_le32(header + AT_MAGIC);
-    uint32_t header_crc = pc_get_le32(header + AT_HEADER_CRC);
-    uint32_t computed_crc;
+    struct wire wire;
     struct pc_frame got;
+
+    memcpy(&wire, header, sizeof(wire));
 
 #define REFUSE(...) return pc_fail(EBADMSG, error, error_bytes, __VA_ARGS__)
     /* The magic first, though the checksum covers it: "not a frame" and "a damaged frame" have different causes. */
-    if (magic != PC_FRAME_MAGIC)
-        REFUSE("frame: bad magic 0x%08" PRIx32 ", this is not a frame", magic);
-    computed_crc = pc_crc32c(0, header, AT_HEADER_CRC);
-    if (header_crc != computed_crc)
-        REFUSE("frame: header checksum is 0x%08" PRIx32 ", should be 0x%08" PRIx32, header_crc, computed_crc);
+    if (le32toh(wire.magic) != PC_FRAME_MAGIC)
+        REFUSE("frame: bad magic 0x%08" PRIx32 ", this is not a frame", le32toh(wire.magic));
+    if (le32toh(wire.header_crc) != header_crc(&wire))
+        REFUSE("frame: header checksum is 0x%08" PRIx32 ", should be 0x%08" PRIx32, le32toh(wire.header_crc), header_crc(&wire));
     got = (struct pc_frame){
-        .type = header[AT_TYPE],
-        .flags = header[AT_FLAGS],
-        .block = pc_get_le16(header + AT_BLOCK),
-        .pages = pc_get_le32(header + AT_PAGES),
-        .first_page = pc_get_le64(header + AT_FIRST_PAGE),
-        .request_id = pc_get_le32(header + AT_REQUEST_ID),
-        .payload_bytes = pc_get_le32(header + AT_PAYLOAD_BYTES),
-        .payload_crc = pc_get_le32(header + AT_PAYLOAD_CRC),
+        .type = wire.type,
+        .flags = wire.flags,
+        .block = le16toh(wire.block),
+        .pages = le32toh(wire.pages),
+        .first_page = le64toh(wire.first_page),
+        .request_id = le32toh(wire.request_id),
+        .payload_bytes = le32toh(wire.payload_bytes),
+        .payload_crc = le32toh(wire.payload_crc),
     };
     if (got.type < PC_FRAME_REQUEST || got.type > PC_FRAME_ERROR)
         REFUSE("frame: unknown type %u", got.type);
@@ -70,7 +73,7 @@ int pc_frame_decode(const uint8_t *header, struct pc_frame *frame, char *error, 
         REFUSE("frame: unknown flags 0x%02x", got.flags);
     if ((got.flags & PC_FRAME_DEMAND) && (got.type == PC_FRAME_REQUEST || got.type == PC_FRAME_END))
         REFUSE("frame: type %u cannot answer a request", got.type);
-    if (pc_get_le32(header + AT_RESERVED))
+    if (wire.reserved)
         REFUSE("frame: reserved field is not zero");
     if (got.type == PC_FRAME_END) {
         if (got.pages)

@@ -91,7 +91,7 @@ void pc_thread_background(void)
 }
 
 /* In the fair class a thread that has just served a fault is over its share of the processor by these microseconds. If it
- * wakes up again before the others have caught up, it is not eligible, and whoever runs goes on to the next tick, 4 ms
+ * wakes up again before the others have caught up, it is not eligible, and the thread that runs goes on to the next tick, 4 ms
  * later: that, and not the network, was the 99th percentile of a fault under bulk. Only a real-time thread is exempt. It
  * needs CAP_SYS_NICE or RLIMIT_RTPRIO; everybody else gets the shortest time slice there is. A thread that spins
  * stays in the fair class: on the machine's own processor it would keep out the very thread that it serves. */

@@ -32,7 +32,7 @@ static ssize_t tcp_write(struct pc_stream *stream, const struct iovec *parts, in
                              .msg_iovlen = (size_t)(count < IOV_MAX ? count : IOV_MAX)};
     ssize_t sent;
 
-    /* MSG_NOSIGNAL: the peer's death is a result, not a SIGPIPE for a process that may be somebody's VMM. */
+    /* MSG_NOSIGNAL: the peer's death is a result, not a SIGPIPE for a process that may be a VMM. */
     do
         sent = sendmsg(stream->fd, &message, MSG_NOSIGNAL | (wait ? 0 : MSG_DONTWAIT));
     while (sent < 0 && errno == EINTR);
@@ -52,7 +52,7 @@ int pc_stream_tcp(struct pc_stream *stream, int fd, bool urgent)
     /* A socket that comes from an event loop is non-blocking, and a read that is to wait would not. */
     if (flags < 0 || (flags & O_NONBLOCK && fcntl(fd, F_SETFL, flags & ~O_NONBLOCK)))
         return -errno;
-    /* Every option is a wish: a Unix socket pair in a test has none of them, and works. */
+    /* Every option may fail: a Unix socket pair in a test has none of them, and works. */
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
     if (urgent) {
         int priority = PRIORITY_INTERACTIVE, tos = IPTOS_LOWDELAY;
@@ -100,19 +100,6 @@ int pc_stream_read_all(struct pc_stream *stream, void *buffer, size_t bytes)
     return 0;
 }
 
-void pc_iov_advance(struct iovec **parts, int *count, size_t bytes)
-{
-    while (*count > 0 && bytes >= (*parts)->iov_len) {
-        bytes -= (*parts)->iov_len;
-        ++*parts;
-        --*count;
-    }
-    if (*count > 0) {
-        (*parts)->iov_base = (uint8_t *)(*parts)->iov_base + bytes;
-        (*parts)->iov_len -= bytes;
-    }
-}
-
 int pc_stream_write_all(struct pc_stream *stream, struct iovec *parts, int count)
 {
     while (count > 0) {
@@ -120,7 +107,12 @@ int pc_stream_write_all(struct pc_stream *stream, struct iovec *parts, int count
 
         if (sent < 0)
             return (int)sent;
-        pc_iov_advance(&parts, &count, (size_t)sent);
+        for (; count > 0 && (size_t)sent >= parts->iov_len; parts++, count--)
+            sent -= (ssize_t)parts->iov_len;
+        if (count > 0) {
+            parts->iov_base = (uint8_t *)parts->iov_base + sent;
+            parts->iov_len -= (size_t)sent;
+        }
     }
     return 0;
 }

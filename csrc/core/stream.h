@@ -33,7 +33,5 @@ int pc_stream_read_all(struct pc_stream *stream, void *buffer, size_t bytes);
 #define PC_STREAM_CUT_TEXT "the connection ended inside a frame" /* what -EPIPE of a read means to a person */
 /* Writes everything; `parts` is used up. 0 or -errno. */
 int pc_stream_write_all(struct pc_stream *stream, struct iovec *parts, int count);
-/* Drops the first `bytes` of the list *parts, *count. */
-void pc_iov_advance(struct iovec **parts, int *count, size_t bytes);
 
 #endif

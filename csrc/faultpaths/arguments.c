@@ -41,19 +41,14 @@
 #define SYS(name, ...) syscall(SYS_##name, __VA_ARGS__)
 /* One system call, and nothing to look at but that it succeeded. */
 #define ACT(name, ...) PC_FP_ACT(cell, SYS(name, __VA_ARGS__))
+#define CALL(operation, verify, name, ...) PC_FP_CALL(copy_##operation, verify, name, __VA_ARGS__)
+
+static void verify_zero(struct pc_fp_cell *cell)
+{
+    pc_fp_check_value(cell, 0);
+}
 
 /* ---- vectors and message headers ---- */
-
-static void verify_sent(struct pc_fp_cell *cell)
-{
-    uint8_t got[64];
-
-    pc_fp_check_value(cell, sizeof(got));
-    PC_FP_EXPECT(cell,
-                 read(cell->fds[0], got, sizeof(got)) == sizeof(got) &&
-                     !memcmp(got, PC_FP_SCRATCH + PC_FP_IN_DATA, sizeof(got)),
-                 "other bytes have been sent");
-}
 
 static void verify_received(struct pc_fp_cell *cell)
 {
@@ -61,45 +56,20 @@ static void verify_received(struct pc_fp_cell *cell)
     PC_FP_EXPECT(cell, !memcmp(pc_fp_other(), PC_FP_SCRATCH + PC_FP_IN_DATA, 64), "other bytes have been received");
 }
 
-static void copy_sendmsg_msghdr(struct pc_fp_cell *cell)
+static struct msghdr *header_of(struct pc_fp_cell *cell)
 {
-    ACT(sendmsg, cell->fds[1], IN(MSGHDR), 0);
-    verify_sent(cell);
+    static struct msghdr header = {.msg_iovlen = 2};
+
+    header.msg_iov = (struct iovec *)(void *)IN(IOVEC);
+    return &header;
 }
 
-static void copy_recvmsg_msghdr(struct pc_fp_cell *cell)
-{
-    ACT(recvmsg, cell->fds[0], IN(MSGHDR), 0);
-    verify_received(cell);
-}
-
-static void copy_sendmsg_iovec(struct pc_fp_cell *cell)
-{
-    struct msghdr header = {.msg_iov = (struct iovec *)(void *)IN(IOVEC), .msg_iovlen = 2};
-
-    ACT(sendmsg, cell->fds[1], &header, 0);
-    verify_sent(cell);
-}
-
-static void copy_recvmsg_iovec(struct pc_fp_cell *cell)
-{
-    struct msghdr header = {.msg_iov = (struct iovec *)(void *)IN(IOVEC), .msg_iovlen = 2};
-
-    ACT(recvmsg, cell->fds[0], &header, 0);
-    verify_received(cell);
-}
-
-static void copy_writev_iovec(struct pc_fp_cell *cell)
-{
-    ACT(writev, cell->fds[1], IN(IOVEC), 2);
-    verify_sent(cell);
-}
-
-static void copy_readv_iovec(struct pc_fp_cell *cell)
-{
-    ACT(readv, cell->fds[0], IN(IOVEC), 2);
-    verify_received(cell);
-}
+CALL(sendmsg_msghdr, pc_fp_verify_sent, sendmsg, cell->fds[1], IN(MSGHDR), 0)
+CALL(recvmsg_msghdr, verify_received, recvmsg, cell->fds[0], IN(MSGHDR), 0)
+CALL(sendmsg_iovec, pc_fp_verify_sent, sendmsg, cell->fds[1], header_of(cell), 0)
+CALL(recvmsg_iovec, verify_received, recvmsg, cell->fds[0], header_of(cell), 0)
+CALL(writev_iovec, pc_fp_verify_sent, writev, cell->fds[1], IN(IOVEC), 2)
+CALL(readv_iovec, verify_received, readv, cell->fds[0], IN(IOVEC), 2)
 
 /* ---- names of files ---- */
 
@@ -217,11 +187,7 @@ static void copy_getsockopt_value(struct pc_fp_cell *cell)
     pc_fp_verify_out(cell, &expected, sizeof(expected));
 }
 
-static void copy_attach_filter(struct pc_fp_cell *cell)
-{
-    ACT(setsockopt, cell->fds[0], SOL_SOCKET, SO_ATTACH_FILTER, IN(FILTER), 16);
-    pc_fp_check_value(cell, 0);
-}
+CALL(attach_filter, verify_zero, setsockopt, cell->fds[0], SOL_SOCKET, SO_ATTACH_FILTER, IN(FILTER), 16)
 
 static void copy_bind_address(struct pc_fp_cell *cell)
 {
@@ -309,11 +275,7 @@ static void copy_procfs_write(struct pc_fp_cell *cell)
     check_name(cell);
 }
 
-static void copy_prctl_name(struct pc_fp_cell *cell)
-{
-    ACT(prctl, PR_SET_NAME, IN(STRING), 0, 0, 0);
-    check_name(cell);
-}
+CALL(prctl_name, check_name, prctl, PR_SET_NAME, IN(STRING), 0, 0, 0)
 
 static void copy_getrandom(struct pc_fp_cell *cell)
 {
@@ -374,7 +336,7 @@ static void copy_select_set(struct pc_fp_cell *cell)
         return;
     ACT(pselect6, PC_FP_FD + 1, IN(FDSET), NULL, NULL, NULL, NULL);
     pc_fp_check_value(cell, 1);
-    pc_fp_verify_page(cell, NULL, 0, 0); /* what is ready is what was asked for */
+    pc_fp_verify_kept(cell); /* what is ready is what was asked for */
 }
 
 static void copy_epoll_ctl(struct pc_fp_cell *cell)
@@ -404,10 +366,7 @@ static void copy_epoll_wait(struct pc_fp_cell *cell)
 
 /* ---- time ---- */
 
-static void copy_nanosleep(struct pc_fp_cell *cell)
-{
-    ACT(nanosleep, IN(TIMESPEC), NULL);
-}
+CALL(nanosleep, verify_zero, nanosleep, IN(TIMESPEC), NULL)
 
 static void copy_clock_gettime(struct pc_fp_cell *cell)
 {
@@ -444,10 +403,7 @@ static void copy_utimensat(struct pc_fp_cell *cell)
 
 /* ---- processes and signals ---- */
 
-static void copy_sched_setaffinity(struct pc_fp_cell *cell)
-{
-    ACT(sched_setaffinity, 0, 64, IN(CPUS));
-}
+CALL(sched_setaffinity, verify_zero, sched_setaffinity, 0, 64, IN(CPUS))
 
 static void copy_set_mempolicy(struct pc_fp_cell *cell)
 {
@@ -518,11 +474,7 @@ static void copy_wait_status(struct pc_fp_cell *cell)
     pc_fp_verify_out(cell, &expected, sizeof(expected));
 }
 
-static void copy_fcntl_lock(struct pc_fp_cell *cell)
-{
-    ACT(fcntl, cell->fds[0], F_SETLK, IN(FLOCK));
-    pc_fp_check_value(cell, 0);
-}
+CALL(fcntl_lock, verify_zero, fcntl, cell->fds[0], F_SETLK, IN(FLOCK))
 
 /* ---- userfaultfd itself ---- */
 

@@ -325,30 +325,22 @@ out:
 /* The runs that measure. The cell's own result stays, but for the fields that each is for. */
 static int measure_more(const struct pc_fp_spec *spec, struct pc_fp_result *result)
 {
-    struct pc_fp_result other = {0};
+#define FIELDS(first, behind) offsetof(struct pc_fp_result, first), offsetof(struct pc_fp_result, behind)
+    static const struct {
+        uint32_t measure;
+        size_t from, to;
+    } runs[] = {{PC_FP_MEASURE_SIGNAL, FIELDS(signal_measured, kill_measured)},
+                {PC_FP_MEASURE_KILL, FIELDS(kill_measured, locks_measured)},
+                {PC_FP_MEASURE_LOCKS, FIELDS(locks_measured, text)}};
     int rc = 0;
 
-    if (spec->measure & PC_FP_MEASURE_SIGNAL) {
-        rc = run_child(spec, PC_FP_MEASURE_SIGNAL, &other);
-        result->signal_measured = other.signal_measured;
-        result->handler_before_page = other.handler_before_page;
-        result->signal_events = other.signal_events;
-        result->signal_cpu_ns = other.signal_cpu_ns;
-        result->signal_window_ns = other.signal_window_ns;
-    }
-    if (!rc && spec->measure & PC_FP_MEASURE_KILL) {
-        rc = run_child(spec, PC_FP_MEASURE_KILL, &other);
-        result->kill_measured = other.kill_measured;
-        result->killed = other.killed;
-        result->kill_ns = other.kill_ns;
-    }
-    if (!rc && spec->measure & PC_FP_MEASURE_LOCKS) {
-        rc = run_child(spec, PC_FP_MEASURE_LOCKS, &other);
-        result->locks_measured = other.locks_measured;
-        memcpy(result->lock_idle_ns, other.lock_idle_ns, sizeof(other.lock_idle_ns));
-        memcpy(result->lock_elsewhere_ns, other.lock_elsewhere_ns, sizeof(other.lock_elsewhere_ns));
-        memcpy(result->lock_idle_same_ns, other.lock_idle_same_ns, sizeof(other.lock_idle_same_ns));
-        memcpy(result->lock_same_ns, other.lock_same_ns, sizeof(other.lock_same_ns));
+    for (size_t i = 0; !rc && i < PC_ARRAY_LENGTH(runs); i++) {
+        struct pc_fp_result other = {0};
+
+        if (!(spec->measure & runs[i].measure))
+            continue;
+        rc = run_child(spec, runs[i].measure, &other);
+        memcpy((char *)result + runs[i].from, (char *)&other + runs[i].from, runs[i].to - runs[i].from);
     }
     return rc;
 }

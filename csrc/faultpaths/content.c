@@ -47,12 +47,6 @@ struct piece {
     size_t bytes;
 };
 
-static void put(uint8_t *page, uint64_t limit, uint64_t offset, const void *data, size_t bytes)
-{
-    if (offset + bytes <= limit)
-        memcpy(page + offset, data, bytes);
-}
-
 /* Structures with padding are static, so that it is zero. */
 static void put_arguments(uint8_t *page, uint64_t limit)
 {
@@ -105,17 +99,20 @@ static void put_arguments(uint8_t *page, uint64_t limit)
     FD_ZERO(&set);
     FD_SET(PC_FP_FD, &set);
     for (size_t i = 0; i < sizeof(pieces) / sizeof(pieces[0]); i++)
-        put(page, limit, pieces[i].offset, pieces[i].data, pieces[i].bytes);
+        if (pieces[i].offset + pieces[i].bytes <= limit)
+            memcpy(page + pieces[i].offset, pieces[i].data, pieces[i].bytes);
 }
 
 void pc_fp_content(uint8_t *page, uint64_t bytes)
 {
     uint64_t state = 0x706f7374636f7079;
 
-    for (uint64_t i = 0; i < bytes; i++) {
-        if (i % 8 == 0)
-            state = state * 6364136223846793005u + 1442695040888963407u;
-        page[i] = (uint8_t)(state >> (8 * (i % 8)) | 1); /* never zero: zeros are what a lost page reads as */
+    for (uint64_t i = 0; i < bytes; i += 8) {
+        uint8_t word[8];
+
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        pc_put_le64(word, state | 0x0101010101010101); /* no byte is zero: zeros are what a lost page reads as */
+        memcpy(page + i, word, bytes - i < 8 ? bytes - i : 8);
     }
     put_arguments(page, bytes);
 }

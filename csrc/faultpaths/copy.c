@@ -3,41 +3,22 @@
  * Copies: a system call reads or writes user memory by copy_from_user, copy_to_user and their relatives. The fault is taken in
  * the middle of the copy, as user mode's would be.
  */
-#include <sys/socket.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "faultpaths/fp.h"
 
-static void copy_write_pipe(struct pc_fp_cell *cell)
-{
-    PC_FP_ACT(cell, write(cell->fds[1], cell->page, PC_FP_BYTES));
-    pc_fp_verify_taken(cell, cell->fds[0]);
-}
-
-static void copy_read_pipe(struct pc_fp_cell *cell)
-{
-    PC_FP_ACT(cell, read(cell->fds[0], cell->page + PC_FP_AT_OUT, PC_FP_SMALL));
-    pc_fp_verify_delivered(cell, PC_FP_SMALL);
-}
-
-static void copy_send_socket(struct pc_fp_cell *cell)
-{
-    PC_FP_ACT(cell, send(cell->fds[1], cell->page, PC_FP_BYTES, 0));
-    pc_fp_verify_taken(cell, cell->fds[0]);
-}
-
-static void copy_recv_socket(struct pc_fp_cell *cell)
-{
-    PC_FP_ACT(cell, recv(cell->fds[0], cell->page + PC_FP_AT_OUT, PC_FP_SMALL, 0));
-    pc_fp_verify_delivered(cell, PC_FP_SMALL);
-}
+PC_FP_CALL(copy_write_pipe, pc_fp_verify_taken, write, cell->fds[1], cell->page, PC_FP_BYTES)
+PC_FP_CALL(copy_read_pipe, pc_fp_verify_delivered, read, cell->fds[0], cell->page + PC_FP_AT_OUT, PC_FP_SMALL)
+PC_FP_CALL(copy_send_socket, pc_fp_verify_taken, sendto, cell->fds[1], cell->page, PC_FP_BYTES, 0, NULL, 0)
+PC_FP_CALL(copy_recv_socket, pc_fp_verify_delivered, recvfrom, cell->fds[0], cell->page + PC_FP_AT_OUT, PC_FP_SMALL, 0, NULL, NULL)
 
 static void copy_write_file(struct pc_fp_cell *cell)
 {
     if (!pc_fp_made(cell, ftruncate(cell->fds[0], 0), "ftruncate"))
         return;
     PC_FP_ACT(cell, write(cell->fds[0], cell->page, PC_FP_BYTES));
-    pc_fp_verify_taken(cell, cell->fds[0]);
+    pc_fp_verify_taken(cell);
 }
 
 static void copy_read_file(struct pc_fp_cell *cell)
@@ -45,7 +26,7 @@ static void copy_read_file(struct pc_fp_cell *cell)
     if (!pc_fp_made(cell, pwrite(cell->fds[0], pc_fp_other(), PC_FP_SMALL, 0), "pwrite"))
         return;
     PC_FP_ACT(cell, pread(cell->fds[0], cell->page + PC_FP_AT_OUT, PC_FP_SMALL, 0));
-    pc_fp_verify_delivered(cell, PC_FP_SMALL);
+    pc_fp_verify_delivered(cell);
 }
 
 static const struct pc_fp_operation operations[] = {

@@ -146,6 +146,21 @@ struct pc_fp_operation {
 #define PC_FP_ROW(class, name, on, flags, what) \
     PC_FP_ROW_OF(class, name, PC_FP_ALL_MODES, PC_FP_ALL_BACKINGS, on, flags, what)
 
+/* The function of a row that is a variant of another function. */
+#define PC_FP_VARIANT(name, function, ...)       \
+    static void name(struct pc_fp_cell *cell)    \
+    {                                            \
+        function(cell, __VA_ARGS__);             \
+    }
+
+/* The function of a row that is one system call; what is looked at afterwards does not depend on which one. */
+#define PC_FP_CALL(function, verify, name, ...)                   \
+    static void function(struct pc_fp_cell *cell)                 \
+    {                                                             \
+        PC_FP_ACT(cell, syscall(SYS_##name, __VA_ARGS__));        \
+        verify(cell);                                             \
+    }
+
 /* Around the system call or the access itself. pc_fp_end takes the call's value and reads errno where that is -1. */
 void pc_fp_begin(struct pc_fp_cell *cell);
 void pc_fp_end(struct pc_fp_cell *cell, int64_t value);
@@ -184,19 +199,23 @@ void pc_fp_verify(struct pc_fp_cell *cell, const void *got, uint64_t offset, uin
 void pc_fp_verify_page(struct pc_fp_cell *cell, const void *data, uint64_t offset, uint64_t bytes);
 /* The same at PC_FP_AT_OUT. */
 void pc_fp_verify_out(struct pc_fp_cell *cell, const void *data, uint64_t bytes);
-/* The operation has taken all of the page: it returned PC_FP_BYTES, and they are in the file or come out of the stream. */
-void pc_fp_verify_taken(struct pc_fp_cell *cell, int fd);
-/* The operation has put so much of pc_fp_other at PC_FP_AT_OUT, and returned that. */
-void pc_fp_verify_delivered(struct pc_fp_cell *cell, uint64_t bytes);
+/* The page as it was given. */
+void pc_fp_verify_kept(struct pc_fp_cell *cell);
+/* The operation has taken all of the page: it returned PC_FP_BYTES, and they can be read from fds[0]. */
+void pc_fp_verify_taken(struct pc_fp_cell *cell);
+/* The operation has put PC_FP_SMALL bytes of pc_fp_other at PC_FP_AT_OUT, and returned that. */
+void pc_fp_verify_delivered(struct pc_fp_cell *cell);
+/* The operation has sent what the vectors in the page name. */
+void pc_fp_verify_sent(struct pc_fp_cell *cell);
 void pc_fp_check_value(struct pc_fp_cell *cell, int64_t expected);
 /* Whether the page comes at all, so that it can be looked at. */
 bool pc_fp_page_comes(const struct pc_fp_cell *cell);
 
 /* PC_FP_BYTES other bytes than the page has. */
 const uint8_t *pc_fp_other(void);
-/* Another process, which shares no memory with this one but that of the result, runs `act` (which calls pc_fp_begin and
- * pc_fp_end). Returns when it is done. */
-void pc_fp_in_process(struct pc_fp_cell *cell, void (*act)(struct pc_fp_cell *cell, void *argument), void *argument);
+/* Another process, which shares no memory with this one but that of the result, and may look into this one, runs `act` (which calls
+ * pc_fp_begin and pc_fp_end). Returns when it is done. */
+void pc_fp_in_process(struct pc_fp_cell *cell, void (*act)(struct pc_fp_cell *cell));
 /* Makes what an operation works on. False: said why it is unavailable. */
 bool pc_fp_make(struct pc_fp_cell *cell, int on, int fds[2]);
 /* The name of a child's file for O_DIRECT. */

@@ -15,7 +15,6 @@
 #define SYS_futex_waitv 449
 #endif
 
-
 static uint32_t *word(const struct pc_fp_cell *cell)
 {
     return (uint32_t *)(void *)(cell->page + PC_FP_AT_WORD);
@@ -26,26 +25,15 @@ static void wait_on(struct pc_fp_cell *cell, int flags)
 {
     PC_FP_ACT_EXPECTING(cell, EAGAIN, syscall(SYS_futex, word(cell), FUTEX_WAIT | flags, 1, NULL, NULL, 0));
 }
+PC_FP_VARIANT(futex_wait_private, wait_on, FUTEX_PRIVATE_FLAG)
+PC_FP_VARIANT(futex_wait_shared, wait_on, 0)
 
-static void futex_wait_private(struct pc_fp_cell *cell)
+static void wake(struct pc_fp_cell *cell, int flags)
 {
-    wait_on(cell, FUTEX_PRIVATE_FLAG);
+    PC_FP_ACT(cell, syscall(SYS_futex, word(cell), FUTEX_WAKE | flags, 1, NULL, NULL, 0));
 }
-
-static void futex_wait_shared(struct pc_fp_cell *cell)
-{
-    wait_on(cell, 0);
-}
-
-static void futex_wake_private(struct pc_fp_cell *cell)
-{
-    PC_FP_ACT(cell, syscall(SYS_futex, word(cell), FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0));
-}
-
-static void futex_wake_shared(struct pc_fp_cell *cell)
-{
-    PC_FP_ACT(cell, syscall(SYS_futex, word(cell), FUTEX_WAKE, 1, NULL, NULL, 0));
-}
+PC_FP_VARIANT(futex_wake_private, wake, FUTEX_PRIVATE_FLAG)
+PC_FP_VARIANT(futex_wake_shared, wake, 0)
 
 static void futex_wake_op_private(struct pc_fp_cell *cell)
 {
@@ -72,16 +60,8 @@ static void try_lock(struct pc_fp_cell *cell, int flags)
     PC_FP_UNAVAILABLE_IF(cell, "FUTEX_TRYLOCK_PI", ENOSYS);
     pc_fp_verify_page(cell, &owner, PC_FP_AT_WORD, sizeof(owner));
 }
-
-static void futex_trylock_pi_private(struct pc_fp_cell *cell)
-{
-    try_lock(cell, FUTEX_PRIVATE_FLAG);
-}
-
-static void futex_trylock_pi_shared(struct pc_fp_cell *cell)
-{
-    try_lock(cell, 0);
-}
+PC_FP_VARIANT(futex_trylock_pi_private, try_lock, FUTEX_PRIVATE_FLAG)
+PC_FP_VARIANT(futex_trylock_pi_shared, try_lock, 0)
 
 struct waiter { /* struct futex_waitv */
     uint64_t value;

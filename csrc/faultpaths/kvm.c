@@ -11,7 +11,6 @@
 
 #include "faultpaths/fp.h"
 
-
 #if defined(__x86_64__)
 #include <linux/kvm.h>
 
@@ -64,10 +63,8 @@ static bool guest_make(struct pc_fp_cell *cell, struct guest *guest, const uint8
 
 static bool guest_set(struct pc_fp_cell *cell, struct guest *guest)
 {
-    if (!ioctl(guest->vcpu, KVM_SET_SREGS, &guest->sregs) && !ioctl(guest->vcpu, KVM_SET_REGS, &guest->regs))
-        return true;
-    pc_fp_unavailable(cell, errno, "KVM_SET_SREGS");
-    return false;
+    return pc_fp_made(cell, ioctl(guest->vcpu, KVM_SET_SREGS, &guest->sregs), "KVM_SET_SREGS") &&
+           pc_fp_made(cell, ioctl(guest->vcpu, KVM_SET_REGS, &guest->regs), "KVM_SET_REGS");
 }
 
 /* The exit that means success; any other one is how KVM tells that the access failed. */
@@ -97,6 +94,22 @@ static uint16_t accumulator(struct guest *guest)
     return (uint16_t)regs.rax;
 }
 
+/* Code that comes by way of the page. */
+static void run_returning(struct pc_fp_cell *cell, struct guest *guest)
+{
+    if (guest_run(cell, guest, KVM_EXIT_HLT) && accumulator(guest) != PC_FP_CODE_RETURNS)
+        pc_fp_wrong(cell, "the guest ran other code: AX is 0x%04x", accumulator(guest));
+}
+
+/* Code that leaves `data` at PC_FP_AT_OUT. */
+static void run_storing(struct pc_fp_cell *cell, const uint8_t *code, size_t bytes, uint16_t data)
+{
+    struct guest guest;
+
+    if (guest_make(cell, &guest, code, bytes) && guest_run(cell, &guest, KVM_EXIT_HLT))
+        pc_fp_verify_out(cell, &data, sizeof(data));
+}
+
 static void kvm_load(struct pc_fp_cell *cell)
 {
     static const uint8_t code[] = {0xa1, 0x00, 0x08, /* mov PC_FP_AT_OUT, %ax */
@@ -115,24 +128,18 @@ static void kvm_store(struct pc_fp_cell *cell)
     static const uint8_t code[] = {0xb8, 0x34, 0x12, /* mov $0x1234, %ax */
                                    0xa3, 0x00, 0x08, /* mov %ax, PC_FP_AT_OUT */
                                    0xf4};
-    const uint16_t data = 0x1234;
-    struct guest guest;
 
-    if (guest_make(cell, &guest, code, sizeof(code)) && guest_run(cell, &guest, KVM_EXIT_HLT))
-        pc_fp_verify_out(cell, &data, sizeof(data));
+    run_storing(cell, code, sizeof(code), 0x1234);
 }
 
 static void kvm_locked_add(struct pc_fp_cell *cell)
 {
     static const uint8_t code[] = {0xf0, 0x83, 0x06, 0x00, 0x08, 0x01, /* lock addw $1, PC_FP_AT_OUT */
                                    0xf4};
-    struct guest guest;
     uint16_t data;
 
     memcpy(&data, cell->content + PC_FP_AT_OUT, sizeof(data));
-    data++;
-    if (guest_make(cell, &guest, code, sizeof(code)) && guest_run(cell, &guest, KVM_EXIT_HLT))
-        pc_fp_verify_out(cell, &data, sizeof(data));
+    run_storing(cell, code, sizeof(code), (uint16_t)(data + 1));
 }
 
 static void kvm_fetch(struct pc_fp_cell *cell)
@@ -145,13 +152,7 @@ static void kvm_fetch(struct pc_fp_cell *cell)
     guest.sregs.cs.base = PAGE;
     guest.sregs.cs.selector = PAGE >> 4;
     guest.regs.rip = PC_FP_AT_GUEST;
-    if (guest_run(cell, &guest, KVM_EXIT_HLT) && accumulator(&guest) != PC_FP_CODE_RETURNS)
-        pc_fp_wrong(cell, "the guest ran other code: AX is 0x%04x", accumulator(&guest));
-}
-
-static void put_entry(struct guest *guest, uint32_t at, uint64_t entry)
-{
-    memcpy(guest->low + at, &entry, sizeof(entry));
+    run_returning(cell, &guest);
 }
 
 /* 64-bit mode with the page as page directory: the program's own address is translated by it. */
@@ -170,15 +171,14 @@ static void kvm_walk(struct pc_fp_cell *cell)
     segment.l = 0;
     segment.db = 1;
     guest.sregs.ds = guest.sregs.es = guest.sregs.ss = guest.sregs.fs = guest.sregs.gs = segment;
-    put_entry(&guest, 0x2000, 0x3000 | 0x27); /* present, writable, user, accessed */
-    put_entry(&guest, 0x3000, PAGE | 0x27);
+    *(uint64_t *)(void *)(guest.low + 0x2000) = 0x3000 | 0x27; /* present, writable, user, accessed */
+    *(uint64_t *)(void *)(guest.low + 0x3000) = PAGE | 0x27;
     guest.sregs.cr3 = 0x2000;
     guest.sregs.cr4 |= 0x20;       /* PAE */
     guest.sregs.efer |= 0x500;     /* LMA, LME */
     guest.sregs.cr0 |= 0x80000001; /* PG, PE */
     guest.regs.rip = ((uint64_t)PC_FP_AT_PDE / 8 << 21) + CODE;
-    if (guest_run(cell, &guest, KVM_EXIT_HLT) && accumulator(&guest) != PC_FP_CODE_RETURNS)
-        pc_fp_wrong(cell, "the guest ran other code: AX is 0x%04x", accumulator(&guest));
+    run_returning(cell, &guest);
 }
 
 /* KVM itself has to read what a string instruction puts out. */
@@ -279,7 +279,7 @@ static void kvm_pre_fault(struct pc_fp_cell *cell)
         return;
     PC_FP_ACT(cell, ioctl(guest.vcpu, _IOWR(KVMIO, 0xd5, range), &range));
     PC_FP_UNAVAILABLE_IF(cell, "KVM_PRE_FAULT_MEMORY (Linux 6.11, with two-dimensional paging)", ENOTTY, EOPNOTSUPP, EINVAL);
-    pc_fp_verify_page(cell, NULL, 0, 0);
+    pc_fp_verify_kept(cell);
 }
 
 #else

@@ -20,18 +20,8 @@
 #define SOL_XDP_ 283
 #define XDP_UMEM_REG_ 4
 
-
-static void net_tcp_send(struct pc_fp_cell *cell)
-{
-    PC_FP_ACT(cell, syscall(SYS_sendto, cell->fds[1], cell->page, PC_FP_BYTES, 0, NULL, 0));
-    pc_fp_verify_taken(cell, cell->fds[0]);
-}
-
-static void net_tcp_recv(struct pc_fp_cell *cell)
-{
-    PC_FP_ACT(cell, syscall(SYS_recvfrom, cell->fds[0], cell->page + PC_FP_AT_OUT, PC_FP_SMALL, 0, NULL, NULL));
-    pc_fp_verify_delivered(cell, PC_FP_SMALL);
-}
+PC_FP_CALL(net_tcp_send, pc_fp_verify_taken, sendto, cell->fds[1], cell->page, PC_FP_BYTES, 0, NULL, 0)
+PC_FP_CALL(net_tcp_recv, pc_fp_verify_delivered, recvfrom, cell->fds[0], cell->page + PC_FP_AT_OUT, PC_FP_SMALL, 0, NULL, NULL)
 
 static void net_msg_zerocopy(struct pc_fp_cell *cell)
 {
@@ -41,7 +31,7 @@ static void net_msg_zerocopy(struct pc_fp_cell *cell)
         return;
     PC_FP_ACT(cell, syscall(SYS_sendto, cell->fds[1], cell->page, PC_FP_BYTES, MSG_ZEROCOPY, NULL, 0));
     PC_FP_UNAVAILABLE_IF(cell, "MSG_ZEROCOPY (the limit of locked memory)", ENOBUFS);
-    pc_fp_verify_taken(cell, cell->fds[0]);
+    pc_fp_verify_taken(cell);
 }
 
 /* An array of chunks that network cards are to write to; the kernel pins it for good. */
@@ -57,7 +47,7 @@ static void net_xdp_umem(struct pc_fp_cell *cell)
         return;
     PC_FP_ACT(cell, syscall(SYS_setsockopt, fd, SOL_XDP_, XDP_UMEM_REG_, &registration, sizeof(registration)));
     PC_FP_UNAVAILABLE_IF(cell, "XDP_UMEM_REG (the limit of locked memory)", ENOBUFS);
-    pc_fp_verify_page(cell, NULL, 0, 0);
+    pc_fp_verify_kept(cell);
 }
 
 static const struct pc_fp_operation operations[] = {

@@ -23,17 +23,11 @@
 
 #define ON(backing) (1u << PC_FP_##backing)
 
-/* The page is still withheld, or still there, and is what it was. Where the call may drop it, it is asked for in MISSING only:
- * elsewhere it would rightly be zeros. */
-static void verify_kept(struct pc_fp_cell *cell)
-{
-    pc_fp_verify_page(cell, NULL, 0, 0);
-}
-
+/* For a call that may drop the page: where it was there, it would rightly be zeros. */
 static void verify_dropped(struct pc_fp_cell *cell)
 {
     if (cell->spec->mode == PC_FP_MISSING || cell->spec->mode == PC_FP_USER_ONLY)
-        verify_kept(cell);
+        pc_fp_verify_kept(cell);
 }
 
 static void nofault_fork(struct pc_fp_cell *cell)
@@ -47,14 +41,11 @@ static void nofault_fork(struct pc_fp_cell *cell)
     pc_fp_end(cell, child);
     while (child > 0 && waitpid(child, NULL, 0) < 0 && errno == EINTR) {
     }
-    verify_kept(cell);
+    pc_fp_verify_kept(cell);
 }
 
-static void nofault_mprotect(struct pc_fp_cell *cell)
-{
-    PC_FP_ACT(cell, syscall(SYS_mprotect, cell->page, cell->page_bytes, PROT_READ));
-    verify_kept(cell);
-}
+PC_FP_CALL(nofault_mprotect, pc_fp_verify_kept, mprotect, cell->page, cell->page_bytes, PROT_READ)
+PC_FP_CALL(nofault_msync, pc_fp_verify_kept, msync, cell->page, cell->page_bytes, MS_SYNC)
 
 /* Without EVENT_REMAP the memory leaves the userfaultfd's care: what was missing is zeros from then on. */
 static void nofault_mremap(struct pc_fp_cell *cell)
@@ -80,84 +71,52 @@ static void nofault_mmap_fixed(struct pc_fp_cell *cell)
     PC_FP_ACT(cell, syscall(SYS_mmap, cell->page, cell->page_bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0));
 }
 
-static void nofault_msync(struct pc_fp_cell *cell)
-{
-    PC_FP_ACT(cell, syscall(SYS_msync, cell->page, cell->page_bytes, MS_SYNC));
-    verify_kept(cell);
-}
-
 static void nofault_mincore(struct pc_fp_cell *cell)
 {
     unsigned char vector[512];
 
     PC_FP_ACT(cell, syscall(SYS_mincore, cell->page, PC_FP_BYTES, vector));
-    verify_kept(cell);
+    pc_fp_verify_kept(cell);
 }
 
-static void advise(struct pc_fp_cell *cell, int advice)
+static void advise(struct pc_fp_cell *cell, int advice, void (*verify)(struct pc_fp_cell *cell))
 {
     PC_FP_ACT(cell, syscall(SYS_madvise, cell->page, cell->page_bytes, advice));
     PC_FP_UNAVAILABLE_IF(cell, "madvise", EINVAL); /* of this kernel, or of this memory: not about the page */
+    verify(cell);
 }
+PC_FP_VARIANT(nofault_madv_dontneed, advise, MADV_DONTNEED, verify_dropped)
+PC_FP_VARIANT(nofault_madv_free, advise, MADV_FREE, verify_dropped)
+PC_FP_VARIANT(nofault_madv_remove, advise, MADV_REMOVE, verify_dropped)
+PC_FP_VARIANT(nofault_madv_cold, advise, MADV_COLD, pc_fp_verify_kept)
+PC_FP_VARIANT(nofault_madv_pageout, advise, MADV_PAGEOUT, pc_fp_verify_kept)
+PC_FP_VARIANT(nofault_madv_willneed, advise, MADV_WILLNEED, pc_fp_verify_kept)
+PC_FP_VARIANT(nofault_madv_random, advise, MADV_RANDOM, pc_fp_verify_kept)
+PC_FP_VARIANT(nofault_madv_dontfork, advise, MADV_DONTFORK, pc_fp_verify_kept)
+PC_FP_VARIANT(nofault_madv_dontdump, advise, MADV_DONTDUMP, pc_fp_verify_kept)
+PC_FP_VARIANT(nofault_madv_hugepage, advise, MADV_HUGEPAGE, pc_fp_verify_kept)
+PC_FP_VARIANT(nofault_madv_mergeable, advise, MADV_MERGEABLE, pc_fp_verify_kept)
 
-#define ADVICE(name, advice, verify)                                                                                    \
-    static void name(struct pc_fp_cell *cell)                                                                           \
-    {                                                                                                                   \
-        advise(cell, advice);                                                                                           \
-        verify(cell);                                                                                                   \
-    }
-ADVICE(nofault_madv_dontneed, MADV_DONTNEED, verify_dropped)
-ADVICE(nofault_madv_free, MADV_FREE, verify_dropped)
-ADVICE(nofault_madv_remove, MADV_REMOVE, verify_dropped)
-ADVICE(nofault_madv_cold, MADV_COLD, verify_kept)
-ADVICE(nofault_madv_pageout, MADV_PAGEOUT, verify_kept)
-ADVICE(nofault_madv_willneed, MADV_WILLNEED, verify_kept)
-ADVICE(nofault_madv_random, MADV_RANDOM, verify_kept)
-ADVICE(nofault_madv_dontfork, MADV_DONTFORK, verify_kept)
-ADVICE(nofault_madv_dontdump, MADV_DONTDUMP, verify_kept)
-ADVICE(nofault_madv_hugepage, MADV_HUGEPAGE, verify_kept)
-ADVICE(nofault_madv_mergeable, MADV_MERGEABLE, verify_kept)
-
-/* Whether there is something to collapse is not the question, but whether it waits. */
+/* Whether there is something to collapse is not the question, but whether it waits: EINVAL is what Linux 6.1 and later say of a
+ * range without one whole huge page. */
 static void nofault_madv_collapse(struct pc_fp_cell *cell)
 {
-    int64_t value;
-
-    pc_fp_begin(cell);
-    value = syscall(SYS_madvise, cell->page, cell->page_bytes, MADV_COLLAPSE);
-    pc_fp_end_code(cell, value == -1 ? -errno : value);
-    if (cell->shared->result.error == EINVAL) {
-        /* As in Linux 6.1 and later for a range without one whole huge page: looked, found nothing, did nothing. */
-        cell->shared->result.error = 0;
-    }
-    verify_kept(cell);
-}
-
-static void move_status(struct pc_fp_cell *cell, const int *node)
-{
-    void *page = cell->page;
-    int status = -1;
-
-    PC_FP_ACT(cell, syscall(SYS_move_pages, 0, 1, &page, node, &status, MPOL_MF_MOVE));
-    PC_FP_UNAVAILABLE_IF(cell, "move_pages", ENOSYS);
-    verify_kept(cell);
-}
-
-static void nofault_move_pages_ask(struct pc_fp_cell *cell)
-{
-    move_status(cell, NULL);
+    PC_FP_ACT_EXPECTING(cell, EINVAL, syscall(SYS_madvise, cell->page, cell->page_bytes, MADV_COLLAPSE));
+    pc_fp_verify_kept(cell);
 }
 
 /* The status says ENOENT for a page that is not there; the call itself may say so too. */
-static void nofault_move_pages(struct pc_fp_cell *cell)
+static void move_pages(struct pc_fp_cell *cell, const int *node)
 {
-    const int node = 0;
     void *page = cell->page;
     int status = -1;
-    PC_FP_ACT_EXPECTING(cell, ENOENT, syscall(SYS_move_pages, 0, 1, &page, &node, &status, MPOL_MF_MOVE));
+
+    PC_FP_ACT_EXPECTING(cell, ENOENT, syscall(SYS_move_pages, 0, 1, &page, node, &status, MPOL_MF_MOVE));
     PC_FP_UNAVAILABLE_IF(cell, "move_pages", ENOSYS);
-    verify_kept(cell);
+    pc_fp_verify_kept(cell);
 }
+PC_FP_VARIANT(nofault_move_pages_ask, move_pages, NULL)
+PC_FP_VARIANT(nofault_move_pages, move_pages, &(const int){0})
 
 static void nofault_mbind(struct pc_fp_cell *cell)
 {
@@ -165,28 +124,23 @@ static void nofault_mbind(struct pc_fp_cell *cell)
 
     PC_FP_ACT(cell, syscall(SYS_mbind, cell->page, cell->page_bytes, MPOL_BIND, &nodes, 8 * sizeof(nodes), MPOL_MF_MOVE));
     PC_FP_UNAVAILABLE_IF(cell, "mbind", ENOSYS, EPERM);
-    verify_kept(cell);
+    pc_fp_verify_kept(cell);
 }
 
-static void read_all(struct pc_fp_cell *cell, const char *path)
+static void nofault_smaps(struct pc_fp_cell *cell)
 {
     static char text[65536];
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    int64_t n = 0;
+    int fd = open("/proc/self/smaps", O_RDONLY | O_CLOEXEC);
+    ssize_t n;
 
-    if (!pc_fp_made(cell, fd, path))
+    if (!pc_fp_made(cell, fd, "/proc/self/smaps"))
         return;
     pc_fp_begin(cell);
     do
         n = read(fd, text, sizeof(text));
     while (n > 0);
     pc_fp_end(cell, n);
-    verify_kept(cell);
-}
-
-static void nofault_smaps(struct pc_fp_cell *cell)
-{
-    read_all(cell, "/proc/self/smaps");
+    pc_fp_verify_kept(cell);
 }
 
 static void nofault_pagemap(struct pc_fp_cell *cell)
@@ -198,7 +152,7 @@ static void nofault_pagemap(struct pc_fp_cell *cell)
         return;
     PC_FP_ACT(cell, pread(fd, &entry, sizeof(entry), (off_t)((uintptr_t)cell->page / pc_page_bytes() * sizeof(entry))));
     pc_fp_check_value(cell, sizeof(entry));
-    verify_kept(cell);
+    pc_fp_verify_kept(cell);
 }
 
 static void nofault_pagemap_scan(struct pc_fp_cell *cell)
@@ -213,14 +167,14 @@ static void nofault_pagemap_scan(struct pc_fp_cell *cell)
         return;
     PC_FP_ACT_CODE(cell, pc_pagemap_scan(fd, &query, &region, 1, &end));
     PC_FP_UNAVAILABLE_IF(cell, "PAGEMAP_SCAN (Linux 6.7)", ENOTTY);
-    verify_kept(cell);
+    pc_fp_verify_kept(cell);
 }
 
 static void nofault_mlockall_onfault(struct pc_fp_cell *cell)
 {
     PC_FP_ACT(cell, syscall(SYS_mlockall, 1 /* MCL_CURRENT */ | 4 /* MCL_ONFAULT */));
     PC_FP_UNAVAILABLE_IF(cell, "mlockall", EPERM, ENOMEM);
-    verify_kept(cell);
+    pc_fp_verify_kept(cell);
 }
 
 static void nofault_pkey_mprotect(struct pc_fp_cell *cell)
@@ -230,7 +184,7 @@ static void nofault_pkey_mprotect(struct pc_fp_cell *cell)
     if (!pc_fp_made(cell, key, "pkey_alloc"))
         return;
     PC_FP_ACT(cell, syscall(SYS_pkey_mprotect, cell->page, cell->page_bytes, PROT_READ | PROT_WRITE, key));
-    verify_kept(cell);
+    pc_fp_verify_kept(cell);
 }
 
 static const struct pc_fp_operation operations[] = {

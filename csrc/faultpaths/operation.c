@@ -18,6 +18,10 @@
 
 #include "faultpaths/fp.h"
 
+#ifndef PR_SET_PTRACER
+#define PR_SET_PTRACER 0x59616d61
+#endif
+
 /* ---- around the operation ---- */
 
 void pc_fp_begin(struct pc_fp_cell *cell)
@@ -167,7 +171,12 @@ void pc_fp_check_value(struct pc_fp_cell *cell, int64_t expected)
                  (long long)cell->shared->result.value, (long long)expected);
 }
 
-void pc_fp_verify_taken(struct pc_fp_cell *cell, int fd)
+void pc_fp_verify_kept(struct pc_fp_cell *cell)
+{
+    pc_fp_verify_page(cell, NULL, 0, 0);
+}
+
+void pc_fp_verify_taken(struct pc_fp_cell *cell)
 {
     static uint8_t got[PC_FP_BYTES] __attribute__((aligned(PC_FP_BYTES))); /* as O_DIRECT wants it */
     ssize_t n = 1;
@@ -175,28 +184,43 @@ void pc_fp_verify_taken(struct pc_fp_cell *cell, int fd)
     if (!pc_fp_succeeded(cell))
         return;
     pc_fp_check_value(cell, PC_FP_BYTES);
-    (void)lseek(fd, 0, SEEK_SET);
+    if (cell->shared->result.value != PC_FP_BYTES)
+        return; /* a stream with less in it would be waited for */
+    (void)lseek(cell->fds[0], 0, SEEK_SET);
     for (size_t have = 0; have < sizeof(got) && n > 0; have += n > 0 ? (size_t)n : 0)
-        n = read(fd, got + have, sizeof(got) - have);
+        n = read(cell->fds[0], got + have, sizeof(got) - have);
     if (n <= 0)
         pc_fp_wrong(cell, "what was taken cannot be read: %s", n ? strerrordesc_np(errno) : "it is too short");
     else
         pc_fp_verify(cell, got, 0, sizeof(got));
 }
 
-void pc_fp_verify_delivered(struct pc_fp_cell *cell, uint64_t bytes)
+void pc_fp_verify_delivered(struct pc_fp_cell *cell)
 {
-    pc_fp_check_value(cell, (int64_t)bytes);
-    pc_fp_verify_out(cell, pc_fp_other(), bytes);
+    pc_fp_check_value(cell, PC_FP_SMALL);
+    pc_fp_verify_out(cell, pc_fp_other(), PC_FP_SMALL);
+}
+
+void pc_fp_verify_sent(struct pc_fp_cell *cell)
+{
+    uint8_t got[64];
+
+    pc_fp_check_value(cell, sizeof(got));
+    PC_FP_EXPECT(cell,
+                 read(cell->fds[0], got, sizeof(got)) == sizeof(got) &&
+                     !memcmp(got, PC_FP_SCRATCH + PC_FP_IN_DATA, sizeof(got)),
+                 "other bytes have been sent");
 }
 
 /* ---- what operations work on ---- */
 
-void pc_fp_in_process(struct pc_fp_cell *cell, void (*act)(struct pc_fp_cell *cell, void *argument), void *argument)
+void pc_fp_in_process(struct pc_fp_cell *cell, void (*act)(struct pc_fp_cell *cell))
 {
-    pid_t parent = getpid(), child = fork();
+    pid_t parent = getpid(), child;
     int status;
 
+    (void)prctl(PR_SET_PTRACER, -1L); /* a yama policy may allow ancestors only */
+    child = fork();
     if (child < 0) {
         pc_fp_unavailable(cell, errno, "fork");
         return;
@@ -205,7 +229,7 @@ void pc_fp_in_process(struct pc_fp_cell *cell, void (*act)(struct pc_fp_cell *ce
         (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
         atomic_store(&cell->shared->other_pid, getpid());
         if (getppid() == parent)
-            act(cell, argument);
+            act(cell);
         _exit(0);
     }
     while (waitpid(child, &status, 0) < 0 && errno == EINTR) {

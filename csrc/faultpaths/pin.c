@@ -21,31 +21,26 @@
 #define MLOCK_ONFAULT 1
 #endif
 
-
 /* ---- O_DIRECT ---- */
 
 /* A file system that has the flag but refuses the transfer says EINVAL, which is no answer to a missing page. */
 static void judge_direct(struct pc_fp_cell *cell, bool to_page)
 {
     PC_FP_UNAVAILABLE_IF(cell, "a page by O_DIRECT", EINVAL);
-    if (!to_page)
-        pc_fp_verify_taken(cell, cell->fds[0]);
     pc_fp_check_value(cell, PC_FP_BYTES);
     if (to_page)
         pc_fp_verify_page(cell, pc_fp_other(), 0, PC_FP_BYTES);
+    else
+        pc_fp_verify_taken(cell);
 }
 
-static void pin_odirect_read(struct pc_fp_cell *cell)
+static void odirect(struct pc_fp_cell *cell, bool to_page)
 {
-    PC_FP_ACT(cell, syscall(SYS_pread64, cell->fds[0], cell->page, PC_FP_BYTES, 0));
-    judge_direct(cell, true);
+    PC_FP_ACT(cell, syscall(to_page ? SYS_pread64 : SYS_pwrite64, cell->fds[0], cell->page, PC_FP_BYTES, 0));
+    judge_direct(cell, to_page);
 }
-
-static void pin_odirect_write(struct pc_fp_cell *cell)
-{
-    PC_FP_ACT(cell, syscall(SYS_pwrite64, cell->fds[0], cell->page, PC_FP_BYTES, 0));
-    judge_direct(cell, false);
-}
+PC_FP_VARIANT(pin_odirect_read, odirect, true)
+PC_FP_VARIANT(pin_odirect_write, odirect, false)
 
 /* ---- aio: the submission pins, the completion comes later ---- */
 
@@ -65,16 +60,8 @@ static void aio(struct pc_fp_cell *cell, bool to_page)
         pc_fp_end(cell, -1);
     judge_direct(cell, to_page);
 }
-
-static void pin_aio_read(struct pc_fp_cell *cell)
-{
-    aio(cell, true);
-}
-
-static void pin_aio_write(struct pc_fp_cell *cell)
-{
-    aio(cell, false);
-}
+PC_FP_VARIANT(pin_aio_read, aio, true)
+PC_FP_VARIANT(pin_aio_write, aio, false)
 
 /* io_submit's own argument, and its result: copies, here since this is where aio is. */
 static void copy_aio_iocb(struct pc_fp_cell *cell)
@@ -114,25 +101,17 @@ static void vmsplice_out(struct pc_fp_cell *cell, unsigned flags)
     struct iovec vector = {cell->page, PC_FP_BYTES};
 
     PC_FP_ACT(cell, syscall(SYS_vmsplice, cell->fds[1], &vector, 1, flags));
-    pc_fp_verify_taken(cell, cell->fds[0]);
+    pc_fp_verify_taken(cell);
 }
-
-static void pin_vmsplice_to_pipe(struct pc_fp_cell *cell)
-{
-    vmsplice_out(cell, 0);
-}
-
-static void pin_vmsplice_gift(struct pc_fp_cell *cell)
-{
-    vmsplice_out(cell, SPLICE_F_GIFT);
-}
+PC_FP_VARIANT(pin_vmsplice_to_pipe, vmsplice_out, 0)
+PC_FP_VARIANT(pin_vmsplice_gift, vmsplice_out, SPLICE_F_GIFT)
 
 static void pin_vmsplice_from_pipe(struct pc_fp_cell *cell)
 {
     struct iovec vector = {cell->page + PC_FP_AT_OUT, PC_FP_SMALL};
 
     PC_FP_ACT(cell, syscall(SYS_vmsplice, cell->fds[0], &vector, 1, 0));
-    pc_fp_verify_delivered(cell, PC_FP_SMALL);
+    pc_fp_verify_delivered(cell);
 }
 
 /* ---- only to have them there ---- */
@@ -146,20 +125,11 @@ static void verify_present(struct pc_fp_cell *cell)
         return;
     if (!mincore(cell->page, PC_FP_BYTES, &there) && !(there & 1))
         pc_fp_wrong(cell, "the page is not there afterwards");
-    pc_fp_verify_page(cell, NULL, 0, 0);
+    pc_fp_verify_kept(cell);
 }
 
-static void pin_mlock(struct pc_fp_cell *cell)
-{
-    PC_FP_ACT(cell, syscall(SYS_mlock, cell->page, cell->page_bytes));
-    verify_present(cell);
-}
-
-static void pin_mlock_onfault(struct pc_fp_cell *cell)
-{
-    PC_FP_ACT(cell, syscall(SYS_mlock2, cell->page, cell->page_bytes, MLOCK_ONFAULT));
-    pc_fp_verify_page(cell, NULL, 0, 0);
-}
+PC_FP_CALL(pin_mlock, verify_present, mlock, cell->page, cell->page_bytes)
+PC_FP_CALL(pin_mlock_onfault, pc_fp_verify_kept, mlock2, cell->page, cell->page_bytes, MLOCK_ONFAULT)
 
 static void populate(struct pc_fp_cell *cell, int advice)
 {
@@ -167,16 +137,8 @@ static void populate(struct pc_fp_cell *cell, int advice)
     PC_FP_UNAVAILABLE_IF(cell, "MADV_POPULATE (Linux 5.14)", EINVAL);
     verify_present(cell);
 }
-
-static void pin_populate_read(struct pc_fp_cell *cell)
-{
-    populate(cell, MADV_POPULATE_READ);
-}
-
-static void pin_populate_write(struct pc_fp_cell *cell)
-{
-    populate(cell, MADV_POPULATE_WRITE);
-}
+PC_FP_VARIANT(pin_populate_read, populate, MADV_POPULATE_READ)
+PC_FP_VARIANT(pin_populate_write, populate, MADV_POPULATE_WRITE)
 
 static void pin_get_mempolicy(struct pc_fp_cell *cell)
 {

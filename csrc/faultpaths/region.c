@@ -147,7 +147,7 @@ static bool fill_page_cache(struct pc_fp_cell *cell)
 
     if (alias == MAP_FAILED)
         return pc_fp_unavailable(cell, errno, "mmap");
-    pc_fp_content(alias, cell->page_bytes);
+    memcpy(alias, cell->staging, cell->page_bytes);
     (void)munmap(alias, cell->page_bytes);
     return true;
 }
@@ -163,9 +163,7 @@ bool pc_fp_region_open(struct pc_fp_cell *cell)
         return pc_fp_unavailable(cell, 0, "anonymous memory has no page cache, thus no minor faults");
     if (!open_uffd(cell) || !map_region(cell))
         return false;
-    if (mode == PC_FP_MINOR && !fill_page_cache(cell))
-        return false;
-    if (!populate(cell, wp))
+    if (!populate(cell, wp) || (mode == PC_FP_MINOR && !fill_page_cache(cell)))
         return false;
     rc = pc_uffd_register(cell->uffd, (uintptr_t)cell->region, cell->region_pages * cell->page_bytes, how, NULL);
     if (rc)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Access to a process's memory by way of its mm: by /proc/PID/mem, ptrace and process_vm_readv. Whoever asks is the one that
- * waits, while the event goes to the userfaultfd of the process that is asked.
+ * waits, while the event goes to the userfaultfd of the process that is asked. That is the cell's child, whose number is cell->tid.
  */
 #include <fcntl.h>
 #include <linux/prctl.h>
@@ -18,17 +18,6 @@
 
 #include "faultpaths/fp.h"
 
-#ifndef PR_SET_PTRACER
-#define PR_SET_PTRACER 0x59616d61
-#endif
-
-
-/* A yama policy may allow ancestors only; here the child asks about its parent. */
-static void allow_others(void)
-{
-    (void)prctl(PR_SET_PTRACER, -1L);
-}
-
 static void not_allowed(struct pc_fp_cell *cell, const char *what)
 {
     PC_FP_UNAVAILABLE_IF(cell, what, EPERM, EACCES, ENOSYS);
@@ -36,178 +25,101 @@ static void not_allowed(struct pc_fp_cell *cell, const char *what)
 
 /* ---- /proc/PID/mem ---- */
 
-static int open_mem(struct pc_fp_cell *cell, pid_t pid)
+/* The error of /proc/PID/mem for memory that cannot be had is EIO. */
+static void access_mem(struct pc_fp_cell *cell, bool write)
 {
+    off_t at = (off_t)(uintptr_t)(cell->page + PC_FP_AT_OUT);
+    uint8_t got[PC_FP_SMALL];
     char path[32];
     int fd;
 
-    (void)snprintf(path, sizeof(path), "/proc/%d/mem", pid);
+    (void)snprintf(path, sizeof(path), "/proc/%d/mem", cell->tid);
     fd = open(path, O_RDWR | O_CLOEXEC);
-    if (fd < 0)
-        pc_fp_unavailable(cell, errno, "%s", path);
-    return fd;
-}
-
-/* The error of /proc/PID/mem for memory that cannot be had is EIO. */
-static void read_mem(struct pc_fp_cell *cell, void *pid)
-{
-    uint8_t got[PC_FP_SMALL];
-    int fd = open_mem(cell, *(pid_t *)pid);
-
-    if (fd < 0)
+    if (!pc_fp_made(cell, fd, path))
         return;
-    PC_FP_ACT(cell, pread(fd, got, PC_FP_SMALL, (off_t)(uintptr_t)(cell->page + PC_FP_AT_OUT)));
+    PC_FP_ACT(cell, write ? pwrite(fd, pc_fp_other(), PC_FP_SMALL, at) : pread(fd, got, PC_FP_SMALL, at));
     pc_fp_check_value(cell, PC_FP_SMALL);
-    pc_fp_verify(cell, got, PC_FP_AT_OUT, PC_FP_SMALL);
+    if (!write)
+        pc_fp_verify(cell, got, PC_FP_AT_OUT, PC_FP_SMALL);
 }
 
-static void write_mem(struct pc_fp_cell *cell, void *pid)
+PC_FP_VARIANT(read_mem, access_mem, false)
+PC_FP_VARIANT(write_mem, access_mem, true)
+
+/* `bytes` of pc_fp_other are at PC_FP_AT_OUT afterwards. */
+static void by_itself(struct pc_fp_cell *cell, void (*act)(struct pc_fp_cell *cell), uint64_t bytes)
 {
-    int fd = open_mem(cell, *(pid_t *)pid);
-
-    if (fd < 0)
-        return;
-    PC_FP_ACT(cell, pwrite(fd, pc_fp_other(), PC_FP_SMALL, (off_t)(uintptr_t)(cell->page + PC_FP_AT_OUT)));
-    pc_fp_check_value(cell, PC_FP_SMALL);
+    act(cell);
+    if (bytes)
+        pc_fp_verify_out(cell, pc_fp_other(), bytes);
 }
 
-static void verify_written(struct pc_fp_cell *cell)
+static void by_another(struct pc_fp_cell *cell, void (*act)(struct pc_fp_cell *cell), uint64_t bytes)
 {
-    pc_fp_verify_out(cell, pc_fp_other(), PC_FP_SMALL);
+    pc_fp_in_process(cell, act);
+    if (bytes)
+        pc_fp_verify_out(cell, pc_fp_other(), bytes);
 }
 
-static void remote_mem_read_own(struct pc_fp_cell *cell)
-{
-    pid_t pid = getpid();
-
-    read_mem(cell, &pid);
-}
-
-static void remote_mem_write_own(struct pc_fp_cell *cell)
-{
-    pid_t pid = getpid();
-
-    write_mem(cell, &pid);
-    verify_written(cell);
-}
-
-static void remote_mem_read(struct pc_fp_cell *cell)
-{
-    pid_t pid = getpid();
-
-    allow_others();
-    pc_fp_in_process(cell, read_mem, &pid);
-}
-
-static void remote_mem_write(struct pc_fp_cell *cell)
-{
-    pid_t pid = getpid();
-
-    allow_others();
-    pc_fp_in_process(cell, write_mem, &pid);
-    verify_written(cell);
-}
+PC_FP_VARIANT(remote_mem_read_own, by_itself, read_mem, 0)
+PC_FP_VARIANT(remote_mem_write_own, by_itself, write_mem, PC_FP_SMALL)
+PC_FP_VARIANT(remote_mem_read, by_another, read_mem, 0)
+PC_FP_VARIANT(remote_mem_write, by_another, write_mem, PC_FP_SMALL)
 
 /* ---- ptrace: the thread that runs the operation is stopped by its own child, which it waits for ---- */
 
-struct traced {
-    pid_t tid;
-    bool write;
-};
-
-static void trace(struct pc_fp_cell *cell, void *argument)
+static void trace(struct pc_fp_cell *cell, bool write)
 {
-    const struct traced *traced = argument;
     uint64_t word = 0;
     int status;
 
-    if (ptrace(PTRACE_SEIZE, traced->tid, NULL, NULL) || ptrace(PTRACE_INTERRUPT, traced->tid, NULL, NULL) ||
-        waitpid(traced->tid, &status, __WALL) != traced->tid) {
+    if (ptrace(PTRACE_SEIZE, cell->tid, NULL, NULL) || ptrace(PTRACE_INTERRUPT, cell->tid, NULL, NULL) ||
+        waitpid(cell->tid, &status, __WALL) != cell->tid) {
         pc_fp_unavailable(cell, errno, "ptrace");
         return;
     }
-    if (traced->write) {
+    if (write) {
         memcpy(&word, pc_fp_other(), sizeof(word));
-        PC_FP_ACT(cell, syscall(SYS_ptrace, PTRACE_POKEDATA, traced->tid, cell->page + PC_FP_AT_OUT, word));
+        PC_FP_ACT(cell, syscall(SYS_ptrace, PTRACE_POKEDATA, cell->tid, cell->page + PC_FP_AT_OUT, word));
     } else {
-        PC_FP_ACT(cell, syscall(SYS_ptrace, PTRACE_PEEKDATA, traced->tid, cell->page + PC_FP_AT_OUT, &word));
-        if (pc_fp_succeeded(cell))
-            pc_fp_verify(cell, &word, PC_FP_AT_OUT, sizeof(word));
+        PC_FP_ACT(cell, syscall(SYS_ptrace, PTRACE_PEEKDATA, cell->tid, cell->page + PC_FP_AT_OUT, &word));
+        pc_fp_verify(cell, &word, PC_FP_AT_OUT, sizeof(word));
     }
-    (void)ptrace(PTRACE_DETACH, traced->tid, NULL, NULL);
+    (void)ptrace(PTRACE_DETACH, cell->tid, NULL, NULL);
 }
 
-static void remote_ptrace_peek(struct pc_fp_cell *cell)
-{
-    struct traced traced = {.tid = cell->tid};
-
-    allow_others();
-    pc_fp_in_process(cell, trace, &traced);
-}
-
-static void remote_ptrace_poke(struct pc_fp_cell *cell)
-{
-    struct traced traced = {.tid = cell->tid, .write = true};
-
-    allow_others();
-    pc_fp_in_process(cell, trace, &traced);
-    pc_fp_verify_out(cell, pc_fp_other(), sizeof(uint64_t));
-}
+PC_FP_VARIANT(peek, trace, false)
+PC_FP_VARIANT(poke, trace, true)
+PC_FP_VARIANT(remote_ptrace_peek, by_another, peek, 0)
+PC_FP_VARIANT(remote_ptrace_poke, by_another, poke, sizeof(uint64_t))
 
 /* ---- process_vm_readv, process_vm_writev ---- */
 
 /* The page is the memory that is asked for. */
-static void vm_read_from(struct pc_fp_cell *cell, void *pid)
+static void vm_read(struct pc_fp_cell *cell)
 {
     uint8_t got[PC_FP_SMALL];
     struct iovec local = {got, PC_FP_SMALL}, remote = {cell->page + PC_FP_AT_OUT, PC_FP_SMALL};
 
-    PC_FP_ACT(cell, syscall(SYS_process_vm_readv, *(pid_t *)pid, &local, 1, &remote, 1, 0));
+    PC_FP_ACT(cell, syscall(SYS_process_vm_readv, cell->tid, &local, 1, &remote, 1, 0));
     not_allowed(cell, "process_vm_readv");
     pc_fp_check_value(cell, PC_FP_SMALL);
     pc_fp_verify(cell, got, PC_FP_AT_OUT, PC_FP_SMALL);
 }
 
-static void vm_write_to(struct pc_fp_cell *cell, void *pid)
+static void vm_write(struct pc_fp_cell *cell)
 {
     struct iovec local = {(void *)(uintptr_t)pc_fp_other(), PC_FP_SMALL}, remote = {cell->page + PC_FP_AT_OUT, PC_FP_SMALL};
 
-    PC_FP_ACT(cell, syscall(SYS_process_vm_writev, *(pid_t *)pid, &local, 1, &remote, 1, 0));
+    PC_FP_ACT(cell, syscall(SYS_process_vm_writev, cell->tid, &local, 1, &remote, 1, 0));
     not_allowed(cell, "process_vm_writev");
     pc_fp_check_value(cell, PC_FP_SMALL);
 }
 
-static void pin_process_vm_readv_remote(struct pc_fp_cell *cell)
-{
-    pid_t pid = getpid();
-
-    vm_read_from(cell, &pid);
-}
-
-static void pin_process_vm_writev_remote(struct pc_fp_cell *cell)
-{
-    pid_t pid = getpid();
-
-    vm_write_to(cell, &pid);
-    verify_written(cell);
-}
-
-static void remote_process_vm_readv(struct pc_fp_cell *cell)
-{
-    pid_t pid = getpid();
-
-    allow_others();
-    pc_fp_in_process(cell, vm_read_from, &pid);
-}
-
-static void remote_process_vm_writev(struct pc_fp_cell *cell)
-{
-    pid_t pid = getpid();
-
-    allow_others();
-    pc_fp_in_process(cell, vm_write_to, &pid);
-    verify_written(cell);
-}
+PC_FP_VARIANT(pin_process_vm_readv_remote, by_itself, vm_read, 0)
+PC_FP_VARIANT(pin_process_vm_writev_remote, by_itself, vm_write, PC_FP_SMALL)
+PC_FP_VARIANT(remote_process_vm_readv, by_another, vm_read, 0)
+PC_FP_VARIANT(remote_process_vm_writev, by_another, vm_write, PC_FP_SMALL)
 
 /* The page is the caller's own end. */
 static void copy_process_vm_readv_local(struct pc_fp_cell *cell)
@@ -232,12 +144,12 @@ static void copy_process_vm_writev_local(struct pc_fp_cell *cell)
 
 /* ---- /proc/PID/cmdline ---- */
 
-static void read_cmdline(struct pc_fp_cell *cell, void *pid)
+static void read_cmdline(struct pc_fp_cell *cell)
 {
     char path[32], got[64];
     int fd;
 
-    (void)snprintf(path, sizeof(path), "/proc/%d/cmdline", *(pid_t *)pid);
+    (void)snprintf(path, sizeof(path), "/proc/%d/cmdline", cell->tid);
     fd = open(path, O_RDONLY | O_CLOEXEC);
     if (!pc_fp_made(cell, fd, path))
         return;
@@ -251,7 +163,7 @@ static void read_cmdline(struct pc_fp_cell *cell, void *pid)
     pc_fp_verify(cell, got, PC_FP_AT_STRING, 14);
 }
 
-/* Moves this process's arguments to `at`, for which the kernel wants to hear about everything else too. 0 or -errno. */
+/* Moves this process's arguments to `at`, for which the kernel wants to have all the other fields too. 0 or -errno. */
 static int move_arguments(uintptr_t at, uintptr_t end)
 {
     struct prctl_mm_map map = {.exe_fd = (uint32_t)-1, .brk = (uintptr_t)sbrk(0)};
@@ -259,6 +171,11 @@ static int move_arguments(uintptr_t at, uintptr_t end)
     int fd = open("/proc/self/stat", O_RDONLY | O_CLOEXEC);
     ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
     int number = 2; /* of the name, which may have spaces in it */
+    const struct {
+        int number; /* proc_pid_stat(5) */
+        __u64 *to;
+    } fields[] = {{26, &map.start_code}, {27, &map.end_code},  {28, &map.start_stack}, {45, &map.start_data},
+                  {46, &map.end_data},   {47, &map.start_brk}, {50, &map.env_start},   {51, &map.env_end}};
 
     if (fd >= 0)
         close(fd);
@@ -269,36 +186,10 @@ static int move_arguments(uintptr_t at, uintptr_t end)
     if (!field)
         return -ENODATA;
     for (field = strtok_r(field + 1, " \n", &rest); field; field = strtok_r(NULL, " \n", &rest)) {
-        uint64_t value = strtoull(field, NULL, 10);
-
-        switch (++number) { /* proc(5) */
-        case 26:
-            map.start_code = value;
-            break;
-        case 27:
-            map.end_code = value;
-            break;
-        case 28:
-            map.start_stack = value;
-            break;
-        case 45:
-            map.start_data = value;
-            break;
-        case 46:
-            map.end_data = value;
-            break;
-        case 47:
-            map.start_brk = value;
-            break;
-        case 50:
-            map.env_start = value;
-            break;
-        case 51:
-            map.env_end = value;
-            break;
-        default:
-            break;
-        }
+        number++;
+        for (size_t i = 0; i < PC_ARRAY_LENGTH(fields); i++)
+            if (fields[i].number == number)
+                *fields[i].to = strtoull(field, NULL, 10);
     }
     map.arg_start = at;
     map.arg_end = end;
@@ -308,7 +199,6 @@ static int move_arguments(uintptr_t at, uintptr_t end)
 /* What `ps` does to everybody. */
 static void remote_cmdline(struct pc_fp_cell *cell)
 {
-    pid_t pid = getpid();
     uintptr_t at = (uintptr_t)(cell->page + PC_FP_AT_STRING);
     int rc = move_arguments(at, at + 14);
 
@@ -316,7 +206,7 @@ static void remote_cmdline(struct pc_fp_cell *cell)
         pc_fp_unavailable(cell, -rc, "PR_SET_MM_MAP");
         return;
     }
-    pc_fp_in_process(cell, read_cmdline, &pid);
+    pc_fp_in_process(cell, read_cmdline);
 }
 
 static const struct pc_fp_operation operations[] = {

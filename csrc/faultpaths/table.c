@@ -37,14 +37,15 @@ static void test_wrong(struct pc_fp_cell *cell)
 {
     uint8_t other = (uint8_t)~cell->content[0];
 
-    PC_FP_ACT(cell, 0);
+    PC_FP_ACT(cell, PC_FP_SMALL);
     pc_fp_verify(cell, &other, 0, 1);
+    pc_fp_verify_taken(cell); /* does not wait for what was not taken */
 }
 
 static const struct pc_fp_operation tests[] = {
     PC_FP_ROW(test, hang, NOTHING, 0, "never ends"),
     PC_FP_ROW(test, crash, NOTHING, 0, "ends its process"),
-    PC_FP_ROW(test, wrong, NOTHING, 0, "finds other content"),
+    PC_FP_ROW(test, wrong, FULL_PIPE, 0, "finds other content, and less than it should"),
 };
 
 const struct pc_fp_operation *pc_fp_operation(uint32_t index)

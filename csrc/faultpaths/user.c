@@ -6,7 +6,6 @@
 
 #include "faultpaths/fp.h"
 
-
 /* Here the compiler must not move the access out of the bracket, nor a sanitizer look at it. */
 static volatile uint64_t *word_at(const struct pc_fp_cell *cell, uint64_t offset)
 {
@@ -21,7 +20,7 @@ static void user_load(struct pc_fp_cell *cell)
     got = *word_at(cell, PC_FP_AT_OUT);
     pc_fp_end(cell, 0);
     pc_fp_verify(cell, &got, PC_FP_AT_OUT, sizeof(got));
-    pc_fp_verify_page(cell, NULL, 0, 0);
+    pc_fp_verify_kept(cell);
 }
 
 static void user_store(struct pc_fp_cell *cell)
@@ -53,7 +52,7 @@ static void user_execute(struct pc_fp_cell *cell)
 
     PC_FP_ACT(cell, function());
     pc_fp_check_value(cell, PC_FP_CODE_RETURNS);
-    pc_fp_verify_page(cell, NULL, 0, 0);
+    pc_fp_verify_kept(cell);
 }
 #else
 static void user_execute(struct pc_fp_cell *cell)

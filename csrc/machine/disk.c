@@ -89,39 +89,22 @@ int pc_disk_geometry(struct pc_machine *machine, char *error, size_t error_bytes
     return 0;
 }
 
-/* All of it or -errno. */
-static int transfer(int fd, bool write, uint8_t *memory, uint64_t bytes, uint64_t offset)
-{
-    while (bytes) {
-        ssize_t n = write ? pwrite(fd, memory, bytes, (off_t)offset) : pread(fd, memory, bytes, (off_t)offset);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0)
-            return -errno;
-        if (n == 0)
-            return -EIO; /* the file has been cut */
-        memory += n;
-        bytes -= (uint64_t)n;
-        offset += (uint64_t)n;
-    }
-    return 0;
-}
-
 uint32_t pc_disk_request(struct pc_vcpu *vcpu, uint32_t op, uint64_t slice_offset, uint64_t gpa, uint64_t bytes)
 {
     struct pc_machine *machine = vcpu->machine;
     uint64_t slice_bytes = machine->layout.disk_slice_bytes;
     uint8_t *memory = pc_layout_gpa(&machine->layout, gpa, bytes);
+    int fd = machine->config.disk_fd;
     uint64_t offset;
 
-    if (machine->config.disk_fd < 0 || (op != PCG_DISK_READ && op != PCG_DISK_WRITE) || !memory || bytes == 0 ||
+    if (fd < 0 || (op != PCG_DISK_READ && op != PCG_DISK_WRITE) || !memory || bytes == 0 ||
         bytes > PCG_DISK_REQUEST_MAX || slice_offset >= slice_bytes || bytes > slice_bytes - slice_offset ||
         (slice_offset | bytes) % machine->disk_offset_align || gpa % machine->disk_memory_align) {
         atomic_fetch_add(&machine->disk_errors, 1);
         return PCG_DISK_BAD_REQUEST;
     }
     offset = vcpu->index * slice_bytes + slice_offset;
-    if (transfer(machine->config.disk_fd, op == PCG_DISK_WRITE, memory, bytes, offset)) {
+    if (op == PCG_DISK_WRITE ? pc_pwrite_all(fd, memory, bytes, offset) : pc_pread_all(fd, memory, bytes, offset)) {
         atomic_fetch_add(&machine->disk_errors, 1);
         return PCG_DISK_IO_ERROR;
     }
@@ -136,5 +119,5 @@ int pc_disk_inspect(const struct pc_machine *machine, uint32_t vcpu, uint64_t sl
 
     if (machine->config.disk_fd < 0 || slice_offset >= slice_bytes || bytes > slice_bytes - slice_offset)
         return -EINVAL;
-    return transfer(machine->config.disk_fd, false, into, bytes, vcpu * slice_bytes + slice_offset);
+    return pc_pread_all(machine->config.disk_fd, into, bytes, vcpu * slice_bytes + slice_offset);
 }

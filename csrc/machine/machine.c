@@ -189,22 +189,15 @@ int pc_machine_stats(struct pc_machine *machine, struct pc_machine_stats *stats)
     uint64_t failures = 0;
 
     memset(stats, 0, sizeof *stats);
-#define TAKE(field) stats->field = atomic_load(&machine->field)
-    TAKE(state);
+#define TAKE(field) stats->field = atomic_load(&machine->field);
+    TAKE(state)
     stats->vcpus = machine->config.vcpus;
     stats->ready = 1;
-    TAKE(nonce);
-    TAKE(first_run_ns);
-    TAKE(paused_ns);
-    TAKE(disk_reads);
-    TAKE(disk_writes);
-    TAKE(disk_bytes);
-    TAKE(disk_errors);
-    TAKE(serial_bytes);
-    TAKE(net_received);
-    TAKE(net_sent);
-    TAKE(net_dropped);
-    TAKE(net_errors);
+    TAKE(nonce)
+    TAKE(first_run_ns)
+    TAKE(paused_ns)
+    PC_MACHINE_COUNTERS(TAKE)
+    PC_NET_COUNTERS(TAKE)
 #undef TAKE
     for (uint32_t i = 0; i < machine->config.vcpus; i++) {
         struct pc_vcpu *vcpu = &machine->vcpu[i];

@@ -63,6 +63,10 @@ struct pc_layout {
 /* X(enumerator, name) for each guest program. */
 #define PC_WORKLOADS(X) X(IDLE, idle) X(DIRTY, dirty) X(RANDOM, random) X(DISK, disk) X(ECHO, echo)
 
+/* X(name) for each counter that moves with the machine: those of MACH, those of NETD (state.c). */
+#define PC_MACHINE_COUNTERS(X) X(disk_reads) X(disk_writes) X(disk_bytes) X(disk_errors) X(serial_bytes)
+#define PC_NET_COUNTERS(X) X(net_received) X(net_sent) X(net_dropped) X(net_errors)
+
 struct pc_engine;
 
 struct pc_vcpu {
@@ -102,8 +106,10 @@ struct pc_machine {
     _Atomic int32_t state;
 
     _Atomic uint64_t nonce, first_run_ns, paused_ns;
-    _Atomic uint64_t disk_reads, disk_writes, disk_bytes, disk_errors, serial_bytes;
-    _Atomic uint64_t net_received, net_sent, net_dropped, net_errors;
+#define COUNTER(name) _Atomic uint64_t name;
+    PC_MACHINE_COUNTERS(COUNTER)
+    PC_NET_COUNTERS(COUNTER)
+#undef COUNTER
     _Atomic uint32_t failure_claimed, failure_published;
     uint32_t failure_vcpu, failure_code;
     uint64_t failure_where, failure_expected, failure_found;

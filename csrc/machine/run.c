@@ -252,15 +252,13 @@ int pc_machine_resume(struct pc_machine *machine)
 
     pthread_mutex_lock(&machine->lock);
     state = atomic_load(&machine->state);
-    if (state == PC_MACHINE_RUNNING && !machine->transition) {
-        ;
-    } else if (machine->transition) {
+    if (machine->transition) {
         rc = -EBUSY;
     } else if (state == PC_MACHINE_FAILED) {
         rc = -EIO;
     } else if (state == PC_MACHINE_CREATED) {
         rc = -EINVAL;
-    } else {
+    } else if (state != PC_MACHINE_RUNNING) {
         atomic_store(&machine->first_run_ns, 0);
         atomic_store(&machine->leave, false);
         atomic_store(&machine->state, PC_MACHINE_RUNNING);

@@ -309,6 +309,15 @@ PC_RACY enum pc_rv64_outcome pc_rv64_run(struct pc_hart *h)
         write; \
         NEXT; \
     } while (0)
+#define ATOMICALLY(bytes, atomic, type) \
+    do { \
+        address = A; \
+        p = address % (bytes) ? NULL : store_address(h, address, bytes); \
+        if (!p) \
+            FAIL_WITH("atomic access to 0x%llx, which is not memory or not aligned", address); \
+        touch(h, op, p, bytes); \
+        SET(atomic(h, op, (type *)(void *)p, address, (type)B)); \
+    } while (0)
 #define FAIL_WITH(text, number) \
     do { \
         fail(h, text, number); \
@@ -454,20 +463,8 @@ op_CSR:
     if (!csr(h, op, bias + INDEX))
         FAIL_WITH("illegal instruction 0x%08llx", (uint32_t)op->imm);
     NEXT;
-op_AMO_W:
-    address = A;
-    p = address % 4 ? NULL : store_address(h, address, 4);
-    if (!p)
-        FAIL_WITH("atomic access to 0x%llx, which is not memory or not aligned", address);
-    touch(h, op, p, 4);
-    SET(atomic_word(h, op, (uint32_t *)(void *)p, address, (uint32_t)B));
-op_AMO_D:
-    address = A;
-    p = address % 8 ? NULL : store_address(h, address, 8);
-    if (!p)
-        FAIL_WITH("atomic access to 0x%llx, which is not memory or not aligned", address);
-    touch(h, op, p, 8);
-    SET(atomic_double(h, op, (uint64_t *)(void *)p, address, B));
+op_AMO_W: ATOMICALLY(4, atomic_word, uint32_t);
+op_AMO_D: ATOMICALLY(8, atomic_double, uint64_t);
 
 device_load:
     if (address - PCG_MMIO >= MMIO_BYTES)

@@ -40,11 +40,15 @@ struct section_header {
     uint64_t bytes;
 };
 
+#define FIELD(name) uint64_t name;
+#define SAVE(name) .name = atomic_load(&machine->name),
+#define LOAD(name) atomic_store(&machine->name, from->name);
+
 struct state_machine {
     uint32_t vcpus, workload;
     uint64_t shared_bytes, private_bytes[PC_MACHINE_MAX_VCPUS];
-    uint64_t working_set_bytes, seed, disk_bytes, disk_skew;
-    uint64_t disk_reads, disk_writes, disk_transferred_bytes, disk_errors, serial_bytes;
+    uint64_t working_set_bytes, seed, disk_size_bytes, disk_skew;
+    PC_MACHINE_COUNTERS(FIELD)
 };
 
 struct state_vcpu {
@@ -56,7 +60,7 @@ struct state_vcpu {
 struct state_net {
     uint64_t mac;
     uint32_t address, zero;
-    uint64_t received, sent, dropped, errors;
+    PC_NET_COUNTERS(FIELD)
     uint32_t status[PC_MACHINE_MAX_VCPUS];
 };
 
@@ -135,13 +139,9 @@ static struct state_machine describe(struct pc_machine *machine)
         .shared_bytes = config->shared.size_bytes,
         .working_set_bytes = config->working_set_bytes,
         .seed = config->seed,
-        .disk_bytes = config->disk_fd < 0 ? 0 : config->disk_bytes,
+        .disk_size_bytes = config->disk_fd < 0 ? 0 : config->disk_bytes,
         .disk_skew = machine->disk_skew,
-        .disk_reads = atomic_load(&machine->disk_reads),
-        .disk_writes = atomic_load(&machine->disk_writes),
-        .disk_transferred_bytes = atomic_load(&machine->disk_bytes),
-        .disk_errors = atomic_load(&machine->disk_errors),
-        .serial_bytes = atomic_load(&machine->serial_bytes),
+        PC_MACHINE_COUNTERS(SAVE)
     };
 
     for (uint32_t i = 0; i < config->vcpus; i++)
@@ -154,10 +154,7 @@ static struct state_net describe_net(struct pc_machine *machine)
     struct state_net s = {
         .mac = machine->config.net_mac,
         .address = machine->config.net_address,
-        .received = atomic_load(&machine->net_received),
-        .sent = atomic_load(&machine->net_sent),
-        .dropped = atomic_load(&machine->net_dropped),
-        .errors = atomic_load(&machine->net_errors),
+        PC_NET_COUNTERS(SAVE)
     };
 
     for (uint32_t i = 0; i < machine->vcpu_count; i++)
@@ -304,7 +301,7 @@ static int check_same_machine(struct pc_machine *machine, const struct state_mac
         { "shared memory bytes", there->shared_bytes, here.shared_bytes },
         { "working set bytes", there->working_set_bytes, here.working_set_bytes },
         { "seed", there->seed, here.seed },
-        { "disk bytes", there->disk_bytes, here.disk_bytes },
+        { "disk bytes", there->disk_size_bytes, here.disk_size_bytes },
     };
 
     for (size_t i = 0; i < sizeof same / sizeof *same; i++)
@@ -385,17 +382,14 @@ int pc_state_load(struct pc_machine *machine, const void *buf, size_t bytes, cha
     for (uint32_t i = 0; !rc && i < machine->vcpu_count; i++)
         rc = load_vcpu(&machine->vcpu[i], r->vcpu[i], error, error_bytes);
     if (!rc) {
-        atomic_store(&machine->disk_reads, own.disk_reads);
-        atomic_store(&machine->disk_writes, own.disk_writes);
-        atomic_store(&machine->disk_bytes, own.disk_transferred_bytes);
-        atomic_store(&machine->disk_errors, own.disk_errors);
-        atomic_store(&machine->serial_bytes, own.serial_bytes);
+        const struct state_machine *from = &own;
+
+        PC_MACHINE_COUNTERS(LOAD)
     }
     if (!rc && machine->config.has_net) {
-        atomic_store(&machine->net_received, net.received);
-        atomic_store(&machine->net_sent, net.sent);
-        atomic_store(&machine->net_dropped, net.dropped);
-        atomic_store(&machine->net_errors, net.errors);
+        const struct state_net *from = &net;
+
+        PC_NET_COUNTERS(LOAD)
         for (uint32_t i = 0; i < machine->vcpu_count; i++)
             machine->vcpu[i].net_status = net.status[i];
     }

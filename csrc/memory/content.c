@@ -26,9 +26,9 @@
 typedef int visit_fn(void *context, uint64_t offset, const uint8_t *data, uint64_t bytes);
 
 /* Shows `visit` everything that may not be zero, in order, in pieces that begin at a multiple of BLOCK_BYTES; zeros follow the
- * last byte of an odd size up to the block's end. `address`: read here instead of from `fd`. */
-static int walk(int fd, const uint8_t *address, uint64_t size_bytes, uint64_t page_bytes, const uint64_t *present,
-                visit_fn *visit, void *context)
+ * last byte of an odd size up to the block's end. Offset 0 is at `file_offset` of `fd`, or at `address` where that is not NULL. */
+static int walk(int fd, uint64_t file_offset, const uint8_t *address, uint64_t size_bytes, uint64_t page_bytes,
+                const uint64_t *present, visit_fn *visit, void *context)
 {
     uint64_t pages = size_bytes / page_bytes + (size_bytes % page_bytes != 0), first = 0, stop_page;
     uint8_t *chunk = NULL;
@@ -48,7 +48,7 @@ static int walk(int fd, const uint8_t *address, uint64_t size_bytes, uint64_t pa
                 result = visit(context, offset, address + offset, bytes);
                 continue;
             }
-            result = pc_read_full(fd, offset, chunk, bytes, size_bytes, page_bytes);
+            result = pc_read_full(fd, file_offset + offset, chunk, bytes, file_offset + size_bytes, page_bytes);
             if (result)
                 break;
             if (bytes % BLOCK_BYTES)
@@ -58,6 +58,20 @@ static int walk(int fd, const uint8_t *address, uint64_t size_bytes, uint64_t pa
         first = stop_page;
     }
     free(chunk);
+    return result;
+}
+
+static int walk_file(int fd, uint64_t file_offset, uint64_t bytes, uint64_t page_bytes, visit_fn *visit, void *context)
+{
+    uint64_t *present = pc_map_new(bytes / page_bytes + 1);
+    int result;
+
+    if (!present)
+        return -ENOMEM;
+    result = pc_range_present(fd, file_offset, bytes, page_bytes, present);
+    if (!result)
+        result = walk(fd, file_offset, NULL, bytes, page_bytes, present, visit, context);
+    free(present);
     return result;
 }
 
@@ -71,7 +85,7 @@ static int walk_memory(const struct pc_memory *memory, visit_fn *visit, void *co
         return -ENOMEM;
     result = pc_memory_present(memory, present);
     if (!result)
-        result = walk(memory->fd, address, memory->size_bytes, memory->page_bytes, present, visit, context);
+        result = walk(memory->fd, 0, address, memory->size_bytes, memory->page_bytes, present, visit, context);
     free(present);
     return result;
 }
@@ -117,49 +131,57 @@ int pc_memory_digest(const struct pc_memory *memory, uint64_t *digest)
 
 int pc_file_digest(int fd, uint64_t size_bytes, uint64_t page_bytes, uint64_t *digest)
 {
-    uint64_t sum = 0, *present;
+    uint64_t sum = 0;
     int result;
 
     if (!page_bytes || page_bytes % BLOCK_BYTES || size_bytes > INT64_MAX)
         return -EINVAL;
-    present = pc_map_new(size_bytes / page_bytes + 1);
-    if (!present)
-        return -ENOMEM;
-    result = pc_file_present(fd, size_bytes, page_bytes, present);
+    result = pc_file_holds(fd, size_bytes, page_bytes);
     if (!result)
-        result = walk(fd, NULL, size_bytes, page_bytes, present, digest_visit, &sum);
+        result = walk_file(fd, 0, size_bytes, page_bytes, digest_visit, &sum);
     if (!result)
         *digest = digest_end(sum, size_bytes);
-    free(present);
     return result;
 }
 
-/* ---- dump ---- */
+/* ---- copies ---- */
 
-struct dump {
+struct target { /* where offset 0 comes to be: in a file, or at an address where that is not NULL */
     int fd;
     uint64_t file_offset;
+    uint8_t *address;
 };
 
-static int dump_visit(void *context, uint64_t offset, const uint8_t *data, uint64_t bytes)
+static int write_run(const struct target *target, uint64_t offset, const uint8_t *data, uint64_t bytes)
 {
-    const struct dump *dump = context;
-    uint64_t at = 0;
+    uint64_t before, page = pc_page_bytes();
+    uint8_t *to;
 
-    while (at < bytes) {
-        uint64_t from;
-        int result;
+    if (!target->address)
+        return pc_pwrite_all(target->fd, data, bytes, target->file_offset + offset);
+    to = target->address + offset;
+    /* One system call instead of a fault for each page. Where it fails the faults do it. */
+    before = (uint64_t)(uintptr_t)to % page;
+    (void)madvise(to - before, pc_round_up(bytes + before, page), MADV_POPULATE_WRITE);
+    memcpy(to, data, bytes);
+    return 0;
+}
 
+/* Writes the blocks that are not zero. */
+static int copy_visit(void *context, uint64_t offset, const uint8_t *data, uint64_t bytes)
+{
+    int result = 0;
+
+    for (uint64_t at = 0, from; at < bytes && !result;) {
         while (at < bytes && pc_is_zero(data + at, BLOCK_BYTES))
             at += BLOCK_BYTES;
         from = at;
         while (at < bytes && !pc_is_zero(data + at, BLOCK_BYTES))
             at += BLOCK_BYTES;
-        result = pc_pwrite_all(dump->fd, data + from, at - from, dump->file_offset + offset + from);
-        if (result)
-            return result;
+        if (at > from)
+            result = write_run(context, offset + from, data + from, at - from);
     }
-    return 0;
+    return result;
 }
 
 static int write_zeros(int fd, uint64_t start, uint64_t stop)
@@ -204,37 +226,19 @@ static int make_hole(int fd, uint64_t start, uint64_t stop)
 
 int pc_memory_dump(const struct pc_memory *memory, int fd, uint64_t file_offset)
 {
-    struct dump dump = {.fd = fd, .file_offset = file_offset};
+    struct target target = {.fd = fd, .file_offset = file_offset};
     int result;
 
     if (file_offset > INT64_MAX || memory->size_bytes > INT64_MAX - file_offset)
         return -EFBIG;
     result = make_hole(fd, file_offset, file_offset + memory->size_bytes);
-    return result ? result : walk_memory(memory, dump_visit, &dump);
-}
-
-/* ---- load ---- */
-
-static int load_run(const struct pc_memory *memory, uint64_t offset, const uint8_t *data, uint64_t bytes)
-{
-    uint8_t *to = (uint8_t *)memory->base + offset;
-    uint64_t before, page = pc_page_bytes();
-
-    /* A memfd takes it without page faults. hugetlbfs has no write(2), anonymous memory no file. */
-    if (memory->kind == PC_MEMORY_MEMFD)
-        return pc_pwrite_all(memory->fd, data, bytes, offset);
-    /* One system call instead of a fault for each page. Where it fails the faults do it. */
-    before = (uint64_t)(uintptr_t)to % page;
-    (void)madvise(to - before, pc_round_up(bytes + before, page), MADV_POPULATE_WRITE);
-    memcpy(to, data, bytes);
-    return 0;
+    return result ? result : walk_memory(memory, copy_visit, &target);
 }
 
 int pc_memory_load(struct pc_memory *memory, int fd, uint64_t file_offset, uint64_t bytes)
 {
-    uint64_t end, start = file_offset, stop;
-    uint8_t *chunk;
-    off_t file_bytes;
+    /* A memfd takes it without page faults. hugetlbfs has no write(2), anonymous memory no file. */
+    struct target target = {.fd = memory->fd, .address = memory->kind == PC_MEMORY_MEMFD ? NULL : memory->base};
     int result;
 
     if (bytes > memory->size_bytes || file_offset > INT64_MAX || bytes > INT64_MAX - file_offset ||
@@ -242,49 +246,8 @@ int pc_memory_load(struct pc_memory *memory, int fd, uint64_t file_offset, uint6
         return -EINVAL;
     if (!bytes)
         return 0;
-    end = file_offset + bytes;
-    file_bytes = lseek(fd, 0, SEEK_END);
-    if (file_bytes < 0)
-        return -errno;
-    if ((uint64_t)file_bytes < end && end - (uint64_t)file_bytes >= memory->page_bytes)
-        return -ENODATA;
-    result = pc_memory_discard(memory, (uintptr_t)memory->base, pc_round_up(bytes, memory->page_bytes));
-    if (result)
-        return result;
-    chunk = aligned_alloc(BLOCK_BYTES, CHUNK_BYTES);
-    if (!chunk)
-        return -ENOMEM;
-    while ((result = pc_next_data(fd, &start, &stop, end)) > 0) {
-        uint64_t skew = (start - file_offset) % BLOCK_BYTES;
-
-        start -= skew; /* blocks of the memory, wherever the file's data begins */
-        while (start < stop && result >= 0) {
-            uint64_t n = pc_least(CHUNK_BYTES, end - start), whole = pc_round_up(n, BLOCK_BYTES), at = 0;
-
-            n = pc_least(n, pc_round_up(stop - start, BLOCK_BYTES));
-            whole = pc_least(whole, pc_round_up(n, BLOCK_BYTES));
-            result = pc_read_full(fd, start, chunk, n, end, memory->page_bytes);
-            if (result)
-                break;
-            memset(chunk + n, 0, whole - n);
-            while (at < whole && !result) {
-                uint64_t from;
-
-                while (at < whole && pc_is_zero(chunk + at, BLOCK_BYTES))
-                    at += BLOCK_BYTES;
-                from = at;
-                while (at < whole && !pc_is_zero(chunk + at, BLOCK_BYTES))
-                    at += BLOCK_BYTES;
-                if (at > from)
-                    result = load_run(memory, start - file_offset + from, chunk + from, at - from);
-            }
-            start += n;
-        }
-        if (result < 0)
-            break;
-        if (start < stop)
-            start = stop;
-    }
-    free(chunk);
-    return result;
+    result = pc_file_holds(fd, file_offset + bytes, memory->page_bytes);
+    if (!result)
+        result = pc_memory_discard(memory, (uintptr_t)memory->base, pc_round_up(bytes, memory->page_bytes));
+    return result ? result : walk_file(fd, file_offset, bytes, memory->page_bytes, copy_visit, &target);
 }

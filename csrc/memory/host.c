@@ -3,7 +3,6 @@
  * How much memory this host can give.
  */
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <limits.h>
 #include <stdbool.h>
@@ -14,26 +13,17 @@
 /* A small file of /proc or /sys as a string; its length or -errno. */
 static int read_text(const char *path, char *text, size_t cap)
 {
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    size_t used = 0;
-    int result = 0;
+    FILE *file = fopen(path, "re");
+    size_t used;
+    int error;
 
-    if (fd < 0)
+    if (!file)
         return -errno;
-    while (used < cap - 1) {
-        ssize_t got = read(fd, text + used, cap - 1 - used);
-
-        if (got < 0 && errno == EINTR)
-            continue;
-        if (got < 0)
-            result = -errno;
-        if (got <= 0)
-            break;
-        used += (size_t)got;
-    }
-    close(fd);
+    used = fread(text, 1, cap - 1, file);
     text[used] = '\0';
-    return result ? result : (int)used;
+    error = ferror(file) ? -EIO : (int)used;
+    (void)fclose(file);
+    return error;
 }
 
 /* The number after `key` at the start of a line; false when there is none. */

@@ -42,8 +42,9 @@ const char *pc_human(uint64_t bytes, char *out, size_t cap);
 /* Fills `buffer` from a file of which `end` bytes count. The file may end inside the last `slack` bytes of them, which then
  * read as zeros (an image need not be a whole number of pages); -ENODATA when it is shorter: it shrank. */
 int pc_read_full(int fd, uint64_t offset, void *buffer, uint64_t bytes, uint64_t end, uint64_t slack);
-/* The next range of data at or after *start and before `end`: 1, 0 when there is none, -errno. A file system that does not
- * tell has data everywhere. */
-int pc_next_data(int fd, uint64_t *start, uint64_t *stop, uint64_t end);
+/* Whether a file has `end` bytes, but for some of the last `slack`: 0, or -ENODATA. */
+int pc_file_holds(int fd, uint64_t end, uint64_t slack);
+/* Sets the bit of every page of a range of a file, which page 0 begins, that may hold data. 0 or -errno. */
+int pc_range_present(int fd, uint64_t first_byte, uint64_t bytes, uint64_t page_bytes, uint64_t *words);
 
 #endif

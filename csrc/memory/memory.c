@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "memory/internal.h"
@@ -16,7 +17,7 @@
 #define MFD_NOEXEC_SEAL 0x0008U /* Linux 6.3 */
 #endif
 
-/* A memfd that stays as large as it is: every process that maps it may rely on not getting SIGBUS, whoever else holds it. */
+/* A memfd that stays as large as it is: every process that maps it may rely on not getting SIGBUS, whatever other process has it. */
 int pc_memfd_new(const char *name, uint64_t size_bytes, unsigned int flags)
 {
     int fd = memfd_create(name, MFD_CLOEXEC | MFD_NOEXEC_SEAL | flags);
@@ -33,6 +34,21 @@ int pc_memfd_new(const char *name, uint64_t size_bytes, unsigned int flags)
     return -error;
 }
 
+int pc_memfd_map(int fd, uint64_t bytes, void **base)
+{
+    const int seals = F_SEAL_SHRINK | F_SEAL_GROW;
+    struct stat status;
+
+    /* Sealed, or another process that has it could take the memory away under a fault thread. */
+    if (fstat(fd, &status) || (uint64_t)status.st_size != bytes || (fcntl(fd, F_GET_SEALS) & seals) != seals)
+        return -EINVAL;
+    *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (*base == MAP_FAILED)
+        return -errno;
+    (void)madvise(*base, bytes, MADV_DONTFORK);
+    return 0;
+}
+
 /* No transparent huge pages: one page written would install 512, of which 511 have no content yet. And a forked child must not share,
  * nor copy on write, what a userfaultfd of its parent fills. */
 static int advise(const struct pc_memory *memory)
@@ -42,9 +58,26 @@ static int advise(const struct pc_memory *memory)
     return madvise(memory->base, memory->size_bytes, MADV_DONTFORK) ? -errno : 0;
 }
 
+/* Maps memory->fd, or anonymous memory where there is none. After an error nothing is left of either. */
+static int map(struct pc_memory *memory)
+{
+    /* NORESERVE: the size was checked against what is there; the kernel's guess would refuse sparse machines. */
+    int flags = memory->fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE : MAP_SHARED, error;
+
+    memory->base = mmap(NULL, memory->size_bytes, PROT_READ | PROT_WRITE, flags, memory->fd, 0);
+    if (memory->base == MAP_FAILED) {
+        error = -errno;
+        memory->base = NULL;
+    } else {
+        error = advise(memory);
+    }
+    if (error)
+        pc_memory_destroy(memory);
+    return error;
+}
+
 int pc_memory_create(int kind, uint64_t size_bytes, struct pc_memory *memory, char *error, size_t error_bytes)
 {
-    int protection = PROT_READ | PROT_WRITE, code;
     char size[32];
     int result = pc_memory_check(kind, size_bytes, error, error_bytes);
 
@@ -52,37 +85,23 @@ int pc_memory_create(int kind, uint64_t size_bytes, struct pc_memory *memory, ch
     if (result)
         return result;
     memory->page_bytes = kind == PC_MEMORY_HUGETLB ? pc_huge_page_bytes() : pc_page_bytes();
-    if (kind == PC_MEMORY_ANON) {
-        /* NORESERVE: the size was checked against what is there; the kernel's guess would refuse sparse machines. */
-        memory->base = mmap(NULL, size_bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    } else {
-        memory->fd = pc_memfd_new("postcopy", size_bytes, kind == PC_MEMORY_HUGETLB ? MFD_HUGETLB : 0);
-        if (memory->fd < 0) {
-            code = -memory->fd;
-            memory->fd = -1;
-            return pc_fail(code, error, error_bytes, "memory: cannot make a memfd of %s: %s",
-                           pc_human(size_bytes, size, sizeof(size)), strerror(code));
-        }
-        /* For huge pages this reserves them all: if somebody took them since the check, it fails here and not with
-         * SIGBUS in the middle of a machine's run. */
-        memory->base = mmap(NULL, size_bytes, protection, MAP_SHARED, memory->fd, 0);
+    if (kind != PC_MEMORY_ANON) {
+        result = pc_memfd_new("postcopy", size_bytes, kind == PC_MEMORY_HUGETLB ? MFD_HUGETLB : 0);
+        if (result < 0)
+            return pc_fail(-result, error, error_bytes, "memory: cannot make a memfd of %s: %s",
+                           pc_human(size_bytes, size, sizeof(size)), strerror(-result));
+        memory->fd = result;
     }
-    if (memory->base == MAP_FAILED) {
-        code = errno;
-        memory->base = NULL;
-        pc_memory_destroy(memory);
-        if (kind == PC_MEMORY_HUGETLB && code == ENOMEM)
-            return pc_fail(code, error, error_bytes,
-                           "hugetlb: cannot reserve %" PRIu64 " huge pages; remedy: a larger sysctl vm.nr_hugepages",
-                           size_bytes / pc_huge_page_bytes());
-        return pc_fail(code, error, error_bytes, "memory: cannot map %s: %s", pc_human(size_bytes, size, sizeof(size)),
-                       strerror(code));
-    }
-    code = -advise(memory);
-    if (!code)
-        return 0;
-    pc_memory_destroy(memory);
-    return pc_fail(code, error, error_bytes, "memory: madvise: %s", strerror(code));
+    /* For huge pages this reserves them all: if others took them since the check, it fails here and not with SIGBUS in the middle
+     * of a machine's run. */
+    result = map(memory);
+    if (result == -ENOMEM && kind == PC_MEMORY_HUGETLB)
+        return pc_fail(ENOMEM, error, error_bytes,
+                       "hugetlb: cannot reserve %" PRIu64 " huge pages; remedy: a larger sysctl vm.nr_hugepages",
+                       size_bytes / memory->page_bytes);
+    return result ? pc_fail(-result, error, error_bytes, "memory: cannot map %s: %s", pc_human(size_bytes, size, sizeof(size)),
+                            strerror(-result))
+                  : 0;
 }
 
 void pc_memory_destroy(struct pc_memory *memory)
@@ -97,22 +116,9 @@ void pc_memory_destroy(struct pc_memory *memory)
 
 int pc_memory_map(int fd, uint64_t size_bytes, uint64_t page_bytes, int kind, struct pc_memory *memory)
 {
-    int error;
-
     *memory = (struct pc_memory){.size_bytes = size_bytes, .page_bytes = page_bytes, .kind = kind};
     memory->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-    if (memory->fd < 0)
-        return -errno;
-    memory->base = mmap(NULL, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memory->fd, 0);
-    if (memory->base == MAP_FAILED) {
-        error = -errno;
-        memory->base = NULL;
-    } else {
-        error = advise(memory);
-    }
-    if (error)
-        pc_memory_destroy(memory);
-    return error;
+    return memory->fd < 0 ? -errno : map(memory);
 }
 
 int pc_memory_discard(const struct pc_memory *memory, uint64_t address, uint64_t bytes)

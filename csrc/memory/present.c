@@ -46,56 +46,51 @@ int pc_read_full(int fd, uint64_t offset, void *buffer, uint64_t bytes, uint64_t
     return 0;
 }
 
-int pc_next_data(int fd, uint64_t *start, uint64_t *stop, uint64_t end)
-{
-    off_t data, hole;
-
-    if (*start >= end)
-        return 0;
-    data = lseek(fd, (off_t)*start, SEEK_DATA);
-    if (data < 0 && errno == ENXIO)
-        return 0;
-    if (data < 0 && errno != EINVAL && errno != ENOTSUP)
-        return -errno;
-    if (data < 0) {
-        *stop = end;
-        return 1;
-    }
-    if ((uint64_t)data >= end)
-        return 0;
-    hole = lseek(fd, data, SEEK_HOLE);
-    /* ENXIO: the file was cut off just now; reading will say so. */
-    if (hole < 0 && errno != ENXIO)
-        return -errno;
-    *start = (uint64_t)data;
-    *stop = hole < 0 ? end : pc_least((uint64_t)hole, end);
-    return 1;
-}
-
 static void set_bytes(uint64_t *words, uint64_t start, uint64_t stop, uint64_t page_bytes)
 {
     if (stop > start)
         pc_bitmap_set_range(words, start / page_bytes, (stop - 1) / page_bytes - start / page_bytes + 1);
 }
 
-int pc_file_present(int fd, uint64_t size_bytes, uint64_t page_bytes, uint64_t *present_words)
+int pc_file_holds(int fd, uint64_t end, uint64_t slack)
 {
-    uint64_t start = 0, stop;
-    off_t file_bytes;
-    int result;
+    off_t file_bytes = lseek(fd, 0, SEEK_END);
 
-    if (!page_bytes || size_bytes > INT64_MAX)
-        return -EINVAL;
-    file_bytes = lseek(fd, 0, SEEK_END);
     if (file_bytes < 0)
         return -errno;
-    if ((uint64_t)file_bytes < size_bytes && size_bytes - (uint64_t)file_bytes >= page_bytes)
-        return -ENODATA;
-    while ((result = pc_next_data(fd, &start, &stop, size_bytes)) > 0) {
-        set_bytes(present_words, start, stop, page_bytes);
-        start = stop;
+    return (uint64_t)file_bytes < end && end - (uint64_t)file_bytes >= slack ? -ENODATA : 0;
+}
+
+int pc_range_present(int fd, uint64_t first_byte, uint64_t bytes, uint64_t page_bytes, uint64_t *words)
+{
+    uint64_t end = first_byte + bytes;
+    off_t data, hole;
+
+    for (uint64_t at = first_byte; at < end; at = (uint64_t)hole) {
+        data = lseek(fd, (off_t)at, SEEK_DATA);
+        if (data < 0 && errno != ENXIO && errno != EINVAL && errno != ENOTSUP)
+            return -errno;
+        if (data < 0 && errno != ENXIO) { /* a file system that does not tell has data everywhere */
+            set_bytes(words, at - first_byte, bytes, page_bytes);
+            return 0;
+        }
+        if (data < 0 || (uint64_t)data >= end)
+            return 0;
+        hole = lseek(fd, data, SEEK_HOLE);
+        if (hole < 0 && errno != ENXIO)
+            return -errno;
+        if (hole < 0) /* the file was cut off just now; reading will say so */
+            hole = (off_t)end;
+        set_bytes(words, (uint64_t)data - first_byte, pc_least((uint64_t)hole, end) - first_byte, page_bytes);
     }
-    return result;
+    return 0;
+}
+
+int pc_file_present(int fd, uint64_t size_bytes, uint64_t page_bytes, uint64_t *present_words)
+{
+    int error = page_bytes && size_bytes <= INT64_MAX ? pc_file_holds(fd, size_bytes, page_bytes) : -EINVAL;
+
+    return error ? error : pc_range_present(fd, 0, size_bytes, page_bytes, present_words);
 }
 
 /* By PAGEMAP_SCAN. -ENOTTY on kernels before 6.7. */

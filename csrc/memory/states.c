@@ -12,19 +12,18 @@
  * to a page that is not received waits. Hence: an entry is there, mapped or swapped out, and the page was placed.
  *
  * There is none: anonymous memory was not placed. Shared memory is taken out of a page table without a trace when it is swapped out,
- * or when somebody zaps the mapping; what tells then is the page cache. Nothing in it either: not placed. Something in it: the page was
- * placed and the machine may have written to it since, or somebody else has filled the hole. Nothing tells these apart, and
+ * or when the mapping is zapped; the page cache decides then. Nothing in it either: not placed. Something in it: the page was
+ * placed and the machine may have written to it since, or another process has filled the hole. Nothing tells these apart, and
  * the first would be overwritten by old content if it was fetched again. So that is refused: the page stays claimed, no pager takes such
- * states, and whoever wants the page waits.
+ * states, and a thread that wants the page waits.
  */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdbool.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
+#include "core/bits.h"
 #include "core/runtime.h"
 #include "core/util.h"
 #include "memory/states.h"
@@ -64,36 +63,24 @@ int pc_states_new(uint64_t pages)
 
 int pc_states_map(int fd, uint64_t pages, struct pc_states *states)
 {
-    const int seals = F_SEAL_SHRINK | F_SEAL_GROW;
     uint64_t words = pc_bitmap_words(pages);
     struct header header;
-    struct stat status;
     int error = pc_pread_all(fd, &header, sizeof(header), 0);
-    uint8_t *base;
+    void *base;
 
     if (error)
         return error == -ENODATA ? -EINVAL : error;
-    /* Sealed, or whoever else has it could take the memory away under a fault thread. */
-    if (fstat(fd, &status) || header.magic != MAGIC || header.pages != pages ||
-        (uint64_t)status.st_size != file_bytes(pages) || (fcntl(fd, F_GET_SEALS) & seals) != seals)
+    if (header.magic != MAGIC || header.pages != pages)
         return -EINVAL;
-    base = mmap(NULL, file_bytes(pages), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (base == MAP_FAILED)
-        return -errno;
-    (void)madvise(base, file_bytes(pages), MADV_DONTFORK);
+    error = pc_memfd_map(fd, file_bytes(pages), &base);
+    if (error)
+        return error;
     states->base = base;
     states->bytes = file_bytes(pages);
-    states->claimed = (uint64_t *)(void *)(base + HEADER_BYTES);
+    states->claimed = (uint64_t *)base + HEADER_BYTES / sizeof(uint64_t);
     states->received = states->claimed + words;
     states->zero = states->received + words;
     return 0;
-}
-
-void pc_states_unmap(struct pc_states *states)
-{
-    if (states->base)
-        munmap(states->base, states->bytes);
-    states->base = NULL;
 }
 
 int pc_states_received(int fd, uint64_t pages, uint64_t *words)
@@ -103,23 +90,21 @@ int pc_states_received(int fd, uint64_t pages, uint64_t *words)
 
     if (error)
         return error;
-    for (uint64_t word = 0; word < pc_bitmap_words(pages); word++)
-        words[word] = __atomic_load_n(&states.received[word], __ATOMIC_SEQ_CST);
-    pc_states_unmap(&states);
+    pc_bits_copy(words, states.received, pc_bitmap_words(pages));
+    pc_buffer_free(states.base, states.bytes);
     return 0;
 }
 
 int64_t pc_states_count(int fd, uint64_t pages)
 {
     struct pc_states states;
-    int64_t received = 0;
+    int64_t received;
     int error = pc_states_map(fd, pages, &states);
 
     if (error)
         return error;
-    for (uint64_t word = 0; word < pc_bitmap_words(pages); word++)
-        received += __builtin_popcountll(__atomic_load_n(&states.received[word], __ATOMIC_RELAXED));
-    pc_states_unmap(&states);
+    received = (int64_t)pc_bits_count(states.received, 0, pages);
+    pc_buffer_free(states.base, states.bytes);
     return received;
 }
 
@@ -161,7 +146,7 @@ int64_t pc_states_settle(int fd, const struct pc_memory *memory)
         uint64_t doubtful = states.claimed[word] & ~states.received[word];
 
         for (; doubtful && !error; doubtful &= doubtful - 1) {
-            uint64_t page = word * 64 + (uint64_t)__builtin_ctzll(doubtful), bit = doubtful & -doubtful;
+            uint64_t page = pc_bits_lowest(word, doubtful), bit = doubtful & -doubtful;
             bool there = false, unknown = false;
 
             error = in_page_table(pagemap_fd, (uint64_t)(uintptr_t)memory->base + page * memory->page_bytes, &there);
@@ -174,13 +159,13 @@ int64_t pc_states_settle(int fd, const struct pc_memory *memory)
             if (unknown)
                 continue;
             if (there)
-                (void)__atomic_fetch_or(&states.received[word], bit, __ATOMIC_SEQ_CST);
+                (void)pc_atomic_set(states.received, word, bit);
             else
-                (void)__atomic_fetch_and(&states.claimed[word], ~bit, __ATOMIC_SEQ_CST);
+                pc_atomic_clear(states.claimed, word, bit);
         }
     }
     if (pagemap_fd >= 0)
         close(pagemap_fd);
-    pc_states_unmap(&states);
+    pc_buffer_free(states.base, states.bytes);
     return error ? error : lost ? -ENOTRECOVERABLE : in_doubt;
 }

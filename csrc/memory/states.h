@@ -13,11 +13,12 @@ struct pc_states {
     uint64_t *claimed, *received, *zero; /* within base */
 };
 
-/* Maps what pc_states_new has made for as many pages. 0, -EINVAL when it is something else, or -errno. */
+/* Maps what pc_states_new has made for as many pages; pc_buffer_free(base, bytes) undoes it. 0, -EINVAL when it is something else, or -errno. */
 int pc_states_map(int fd, uint64_t pages, struct pc_states *states);
-void pc_states_unmap(struct pc_states *states);
 
 /* A memfd that stays as large as it is (memory.c). The descriptor, or -errno. */
 int pc_memfd_new(const char *name, uint64_t size_bytes, unsigned int flags);
+/* Maps one of that size; undone by pc_buffer_free. 0, -EINVAL when it is something else, or -errno. */
+int pc_memfd_map(int fd, uint64_t bytes, void **base);
 
 #endif

@@ -324,7 +324,7 @@ static void handle_fault(struct shard *shard, const struct uffd_msg *message, ui
         return; /* not armed yet, or not any more: arming and unregistering wake who waits there */
     block = pager->blocks[range->block];
     page = range->first_page + (address - range->address) / block->memory.page_bytes;
-    if (message->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP) { /* somebody else has registered for that: nothing is missing */
+    if (message->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP) { /* another owner of the descriptor has registered for that: nothing is missing */
         (void)pc_uffd_writeprotect(shard->uffd, pc_page_address(block, page), block->memory.page_bytes, 0);
         return;
     }

@@ -5,11 +5,8 @@
 #include "pager/metrics.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "core/clock.h"
@@ -23,29 +20,12 @@ static uint64_t load(const uint64_t *where)
 
 int pc_metrics_map(int fd, struct pc_metrics_map **map)
 {
-    const int seals = F_SEAL_SHRINK | F_SEAL_GROW;
-    struct stat status;
     void *base;
+    int error = pc_memfd_map(fd, sizeof(**map), &base);
 
-    /* Sealed, or whoever else has it could take the memory away under a fault thread. */
-    if (fstat(fd, &status) || status.st_size != sizeof(**map) || (fcntl(fd, F_GET_SEALS) & seals) != seals)
-        return -EINVAL;
-    base = mmap(NULL, sizeof(**map), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (base == MAP_FAILED)
-        return -errno;
-    (void)madvise(base, sizeof(**map), MADV_DONTFORK);
-    *map = base;
-    return 0;
-}
-
-struct pc_metrics_map *pc_metrics_map_private(void)
-{
-    return pc_buffer_new(sizeof(struct pc_metrics_map));
-}
-
-void pc_metrics_unmap(struct pc_metrics_map *map)
-{
-    pc_buffer_free(map, sizeof(*map));
+    if (!error)
+        *map = base;
+    return error;
 }
 
 void pc_metrics_none_waits(struct pc_metrics_map *map)
@@ -81,7 +61,7 @@ int pc_metrics_new(struct pc_metrics **out)
 
 void pc_metrics_free(struct pc_metrics *metrics)
 {
-    pc_metrics_unmap(metrics->map);
+    pc_buffer_free(metrics->map, sizeof(*metrics->map));
     close(metrics->fd);
     free(metrics);
 }

@@ -27,10 +27,8 @@ struct pc_metrics {
     struct pc_metrics_map *map;
 };
 
-/* Maps what pc_metrics_new has made. 0, or -EINVAL for something else. */
+/* Maps what pc_metrics_new has made; undone by pc_buffer_free. 0, or -EINVAL for something else. */
 int pc_metrics_map(int fd, struct pc_metrics_map **map);
-struct pc_metrics_map *pc_metrics_map_private(void); /* NULL without memory */
-void pc_metrics_unmap(struct pc_metrics_map *map);
 /* Nobody waits any more, as far as is known: before the first fault, and for the successor of a pager that died. */
 void pc_metrics_none_waits(struct pc_metrics_map *map);
 

@@ -36,13 +36,13 @@
  * here has mapped them: a hole which another process read through its own mapping fills with zeros. (Where the kernel has no
  * minor faults nothing would tell of such a hole: what is in the page cache is thrown away before such memory is armed.)
  *
- * After a page is received, a *missing* fault on it means that somebody threw it away: zeros are right. ZEROPAGE is atomic
+ * After a page is received, a *missing* fault on it means that it was thrown away: zeros are right. ZEROPAGE is atomic
  * against a placement that is being made visible, so that the answer to any fault on a received page is: CONTINUE for a minor
  * fault, ZEROPAGE for a missing one, and WAKE when the kernel says EEXIST, since EEXIST wakes nobody.
  *
  * Memory that is taken away (REMOVE, UNMAP)
  * -----------------------------------------
- * A userfaultfd of somebody else may tell what its process throws away. Such a page is received and zero from then on, whatever
+ * A userfaultfd of another process may report what that process throws away. Such a page is received and zero from then on, whatever
  * arrives later. The kernel lets the process go on as soon as the event has been *read*, and refuses placements (EAGAIN) as long as
  * it has not; so a placement that was decided before the read must not happen after it. Hence the gate: a placement holds it from
  * looking at `received` to setting it, the fault thread holds it from the read until what it read is in the maps. It is the one lock
@@ -56,7 +56,7 @@
  * fault thread, which takes no lock and no memory on its way: other threads leave *commands* in a list that is pushed to and emptied
  * by single atomic instructions, its tables have their size from the beginning, and its counters are read as they are
  * (metrics.h). Three locks it may meet, all with priority inheritance and held for microseconds: the gate, that of the events
- * (rare), and watch_lock (only while somebody watches).
+ * (rare), and watch_lock (only while there is a watch).
  *
  * What the peer may cost
  * ----------------------
@@ -91,7 +91,7 @@ static int new_pager(const struct pc_metrics *metrics, struct pc_pager **out)
 
     if (error) {
         free(pager);
-        pc_metrics_unmap(metrics->map);
+        pc_buffer_free(metrics->map, sizeof(*metrics->map));
         return error;
     }
     pc_metrics_none_waits(metrics->map);
@@ -111,7 +111,7 @@ static int new_pager(const struct pc_metrics *metrics, struct pc_pager **out)
 
 int pc_pager_new(struct pc_pager **pager)
 {
-    struct pc_metrics metrics = {.fd = -1, .map = pc_metrics_map_private()};
+    struct pc_metrics metrics = {.fd = -1, .map = pc_buffer_new(sizeof(*metrics.map))};
 
     return metrics.map ? new_pager(&metrics, pager) : -ENOMEM;
 }
@@ -165,7 +165,7 @@ int pc_pager_stats(struct pc_pager *pager, struct pc_pager_stats *stats)
     (void)pc_metrics_stats(&pager->metrics, stats);
     for (uint32_t i = 0; i < blocks; i++) {
         const struct block *block = pager->blocks[i];
-        uint64_t received = pc_count_received(block);
+        uint64_t received = pc_bits_count(block->received, 0, block->pages);
 
         stats->total_pages += block->pages;
         stats->total_bytes += block->memory.size_bytes;
@@ -257,7 +257,7 @@ int pc_pager_free(struct pc_pager *pager)
     pthread_mutex_destroy(&pager->channel_lock);
     pthread_cond_destroy(&pager->disconnected);
     pthread_mutex_destroy(&pager->lock);
-    pc_metrics_unmap(pager->metrics.map);
+    pc_buffer_free(pager->metrics.map, sizeof(*pager->metrics.map));
     free(pager);
     return 0;
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * What the files of the pager share: its records, which thread may touch them, and the invariants between them. How the whole
- * works is told at the head of pager.c.
+ * works is described at the head of pager.c.
  *
  * Threads: the *fault thread* of each shard (urgent.c), the *bulk threads* (bulk.c), and the *callers* of postcopy/engine.h. What a
  * record does not mark as shared belongs to the thread that its comment names.
@@ -55,8 +55,7 @@ struct block {
     struct pc_memory memory;
     uint64_t pages;
     uint64_t *requested, *claimed, *received, *zero, *lost;
-    void *maps; /* where they are, but for those in `states`: */
-    uint64_t maps_bytes;
+    uint64_t maps_bytes; /* of one buffer, which `requested` begins and which has those that are not in `states`: */
     struct pc_states states; /* claimed, received and zero, when they are to outlive this pager */
     struct segment segments[MAX_SEGMENTS];
     uint32_t segment_count; /* published after the segment */
@@ -265,7 +264,6 @@ int pc_pager_fatal(struct pc_pager *pager, int error, const char *what, uint32_t
 /* registry.c: callers, but the first. */
 /* The shard that guards `page`, and how many of the next `pages` it guards as well; NULL when none does. Any thread. */
 struct shard *pc_find_shard(struct pc_pager *pager, const struct block *block, uint64_t page, uint64_t *pages);
-uint64_t pc_count_received(const struct block *block);
 void pc_block_free(struct block *block);
 void pc_shard_free(struct shard *shard);
 void pc_shard_unregister(struct pc_pager *pager, struct shard *shard);

@@ -33,7 +33,7 @@ static bool may_heal(int error)
     return error == -ENOMEM || error == -ENOSPC || error == -ENOENT || error == -EAGAIN;
 }
 
-/* What a fault on a received page means is told at the head of pager.c. */
+/* What a fault on a received page means is described at the head of pager.c. */
 int pc_resolve(struct shard *shard, const struct block *block, uint64_t page, bool minor)
 {
     uint64_t address = pc_page_address(block, page), bytes = block->memory.page_bytes, done;

@@ -36,17 +36,12 @@ struct shard *pc_find_shard(struct pc_pager *pager, const struct block *block, u
     return NULL;
 }
 
-uint64_t pc_count_received(const struct block *block)
-{
-    return pc_bits_count(block->received, 0, block->pages);
-}
-
 /* ---- blocks ------------------------------------------------------------------------------------------------------- */
 
 void pc_block_free(struct block *block)
 {
-    pc_buffer_free(block->maps, block->maps_bytes);
-    pc_states_unmap(&block->states);
+    pc_buffer_free(block->requested, block->maps_bytes);
+    pc_buffer_free(block->states.base, block->states.bytes);
     free(block);
 }
 
@@ -59,8 +54,8 @@ static int make_maps(struct block *block, int states_fd)
     if (error)
         return error;
     block->maps_bytes = (states_fd < 0 ? 5 : 2) * words * sizeof(uint64_t);
-    block->requested = block->maps = pc_buffer_new(block->maps_bytes);
-    if (!block->maps)
+    block->requested = pc_buffer_new(block->maps_bytes);
+    if (!block->requested)
         return -ENOMEM;
     block->lost = block->requested + words;
     if (states_fd < 0) {
@@ -106,7 +101,7 @@ static int add_block(struct pc_pager *pager, const struct pc_memory *memory, int
     if (index == -ENOSPC && pager->block_count < PC_MAX_BLOCKS) {
         index = (int)pager->block_count;
         pager->blocks[index] = block;
-        (void)__atomic_fetch_add(&pager->missing, block->pages - pc_count_received(block), __ATOMIC_SEQ_CST);
+        (void)__atomic_fetch_add(&pager->missing, block->pages - pc_bits_count(block->received, 0, block->pages), __ATOMIC_SEQ_CST);
         __atomic_store_n(&pager->completed, 0, __ATOMIC_SEQ_CST); /* COMPLETE was announced for fewer blocks: it will be again */
         __atomic_store_n(&pager->block_count, pager->block_count + 1, __ATOMIC_RELEASE);
     }
@@ -156,13 +151,15 @@ void pc_shard_free(struct shard *shard)
     free(shard);
 }
 
-/* A shard whose thread does not run yet; the userfaultfd is its own. NULL without memory or descriptors. */
+/* A shard whose thread does not run yet; the userfaultfd is its own. NULL and errno without memory or descriptors. */
 static struct shard *new_shard(struct pc_pager *pager, int uffd, const struct pc_uffd_api *api, uint32_t busy_poll_us)
 {
     struct shard *shard = calloc(1, sizeof(*shard));
+    int error;
 
     if (!shard) {
         close(uffd);
+        errno = ENOMEM;
         return NULL;
     }
     pc_lock_init(&shard->gate);
@@ -180,7 +177,9 @@ static struct shard *new_shard(struct pc_pager *pager, int uffd, const struct pc
     shard->control_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (shard->send && shard->receive && shard->pending && shard->ranges && shard->control_fd >= 0)
         return shard;
+    error = errno;
     pc_shard_free(shard);
+    errno = error;
     return NULL;
 }
 
@@ -189,7 +188,7 @@ static int start_shard(struct pc_pager *pager, int uffd, const struct pc_uffd_ap
                        size_t error_bytes)
 {
     struct shard *shard = new_shard(pager, uffd, api, busy_poll_us);
-    int result = shard ? 0 : -ENOMEM;
+    int result = shard ? 0 : -errno;
 
     pthread_mutex_lock(&pager->lock);
     if (!result && pager->shard_count == PC_MAX_SHARDS)

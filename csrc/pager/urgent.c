@@ -359,7 +359,7 @@ static int wait_for_work(struct shard *shard, struct pollfd fds[3], uint64_t spi
         return poll(fds, 3, 0);
     if (!deadline_ns)
         return poll(fds, 3, -1);
-    timeout = pc_time_left(deadline_ns, now_ns);
+    timeout = pc_timespec(deadline_ns > now_ns ? deadline_ns - now_ns : 0);
     return ppoll(fds, 3, &timeout, NULL);
 }
 

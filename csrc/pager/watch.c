@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Watches: a caller is told, through an eventfd, when every page of a range has been received.
+ * Watches: an eventfd is written to when every page of a range has been received.
  *
  * Owns the watches, under watch_lock, which callers take and every thread by which pages are received, but only while there is a
  * watch. It is held for microseconds, and no memory is allocated under it.

@@ -29,8 +29,7 @@ static int refuse_released(struct channel *channel, struct batch *batch, struct 
         return pc_fail(ESTALE, text, text_bytes, "page %llu of RAM block %u was asked for and acknowledged at the same "
                        "time", (unsigned long long)frame->first_page, frame->block);
     frame->type = PC_FRAME_ERROR;
-    pc_frame_payload(frame, reason, sizeof(reason) - 1);
-    pc_batch_add(batch, frame, reason);
+    pc_batch_add(batch, *frame, reason, sizeof(reason) - 1);
     return 0;
 }
 
@@ -69,22 +68,20 @@ static int answer_page(struct channel *channel, struct batch *batch, const struc
         content = pc_page_content(channel, batch, block, page, 1, &error, text, sizeof(text));
         if (error) {
             frame.type = PC_FRAME_ERROR;
-            pc_frame_payload(&frame, text, strlen(text));
-            pc_batch_add(batch, &frame, text);
+            pc_batch_add(batch, frame, text, strlen(text));
             pc_pageserver_unreadable(channel, -error, text);
             return pc_batch_send(batch, channel); /* now: `text` lives on this stack */
         }
     }
     if (content && !pc_is_zero(content, block->page_bytes)) {
         frame.type = PC_FRAME_PAGES;
-        pc_frame_payload(&frame, content, block->page_bytes);
+        pc_batch_add(batch, frame, content, block->page_bytes);
         ADD(server, demand_pages, 1);
     } else {
         frame.type = PC_FRAME_ZERO;
-        content = NULL;
+        pc_batch_add(batch, frame, NULL, 0);
         ADD(server, zero_pages, 1);
     }
-    pc_batch_add(batch, &frame, content);
     mark_sent(server, block, page);
     return 0;
 }

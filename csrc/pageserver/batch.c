@@ -6,22 +6,17 @@
 
 #include "pageserver/server.h"
 
-void pc_batch_add(struct batch *batch, const struct pc_frame *frame, const void *payload)
+void pc_batch_add(struct batch *batch, struct pc_frame frame, const void *payload, uint64_t bytes)
 {
     uint8_t *header = batch->headers[batch->frame_count++];
 
-    pc_frame_encode(frame, header);
+    frame.payload_bytes = (uint32_t)bytes;
+    frame.payload_crc = bytes ? pc_crc32c(0, payload, bytes) : 0;
+    pc_frame_encode(&frame, header);
     batch->parts[batch->part_count++] = (struct iovec){.iov_base = header, .iov_len = PC_FRAME_HEADER_BYTES};
-    if (frame->payload_bytes)
-        batch->parts[batch->part_count++] =
-            (struct iovec){.iov_base = (void *)(uintptr_t)payload, .iov_len = frame->payload_bytes};
-    batch->bytes += PC_FRAME_HEADER_BYTES + (uint64_t)frame->payload_bytes;
-}
-
-void pc_frame_payload(struct pc_frame *frame, const void *payload, uint64_t bytes)
-{
-    frame->payload_bytes = (uint32_t)bytes;
-    frame->payload_crc = bytes ? pc_crc32c(0, payload, bytes) : 0;
+    if (bytes)
+        batch->parts[batch->part_count++] = (struct iovec){.iov_base = (void *)(uintptr_t)payload, .iov_len = bytes};
+    batch->bytes += PC_FRAME_HEADER_BYTES + bytes;
 }
 
 int pc_batch_send(struct batch *batch, struct channel *channel)

@@ -61,14 +61,6 @@ static void *channel_thread(void *argument)
 
 /* ---- blocks ---- */
 
-static void init_channel(struct pc_pageserver *server, struct channel *channel, int kind, uint32_t index)
-{
-    channel->server = server;
-    channel->kind = kind;
-    channel->index = index;
-    channel->stream.fd = -1;
-}
-
 int pc_pageserver_new(uint64_t max_bandwidth_bytes_per_s, struct pc_pageserver **out)
 {
     struct pc_pageserver *server = calloc(1, sizeof(*server));
@@ -92,17 +84,21 @@ int pc_pageserver_new(uint64_t max_bandwidth_bytes_per_s, struct pc_pageserver *
     pthread_condattr_destroy(&clock);
     server->bandwidth = max_bandwidth_bytes_per_s;
     server->push_from = NO_PLACE;
-    for (uint32_t i = 0; i < PC_MAX_SHARDS; i++)
-        init_channel(server, &server->urgent[i], PC_CHANNEL_URGENT, i);
-    for (uint32_t i = 0; i < PC_MAX_BULK_CHANNELS; i++)
-        init_channel(server, &server->bulk[i], PC_CHANNEL_BULK, i);
+    for (uint32_t i = 0; i < CHANNELS; i++) {
+        struct channel *channel = channel_number(server, i);
+
+        channel->server = server;
+        channel->kind = i < PC_MAX_SHARDS ? PC_CHANNEL_URGENT : PC_CHANNEL_BULK;
+        channel->index = i < PC_MAX_SHARDS ? i : i - PC_MAX_SHARDS;
+        channel->stream.fd = -1;
+    }
     *out = server;
     return 0;
 }
 
 static void free_block(struct source_block *block)
 {
-    pc_buffer_free(block->maps, BLOCK_MAPS * block->words * sizeof(uint64_t));
+    pc_buffer_free(block->present, BLOCK_MAPS * block->words * sizeof(uint64_t));
     free(block);
 }
 
@@ -122,12 +118,11 @@ int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory
     block->page_bytes = page_bytes;
     block->pages = (memory->size_bytes + page_bytes - 1) / page_bytes;
     block->words = pc_bitmap_words(block->pages);
-    block->maps = pc_buffer_new(BLOCK_MAPS * block->words * sizeof(uint64_t)); /* costs nothing until it is written to */
-    if (!block->maps) {
+    block->present = pc_buffer_new(BLOCK_MAPS * block->words * sizeof(uint64_t)); /* costs nothing until it is written to */
+    if (!block->present) {
         free_block(block);
         return -ENOMEM;
     }
-    block->present = block->maps;
     block->sent = block->present + block->words;
     block->demanded = block->sent + block->words;
     block->released = block->demanded + block->words;
@@ -157,7 +152,6 @@ int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory
 int pc_pageserver_set_present(struct pc_pageserver *server, uint32_t index, const uint64_t *present_words)
 {
     struct source_block *block;
-    uint64_t absent = 0;
     int error = 0;
 
     pthread_mutex_lock(&server->push_lock);
@@ -174,9 +168,8 @@ int pc_pageserver_set_present(struct pc_pageserver *server, uint32_t index, cons
             block->present[word] = present_words[word] & valid;
             block->sent[word] = ~present_words[word] & valid; /* the destination knows these from the page map */
         }
-        absent = pc_bitmap_count(block->sent, block->pages);
-        block->unsent = block->pages - absent;
-        ADD(server, zero_pages, absent);
+        block->unsent = block->pages - pc_bitmap_count(block->sent, block->pages);
+        ADD(server, zero_pages, block->pages - block->unsent);
     }
     pthread_mutex_unlock(&server->push_lock);
     return error;
@@ -217,7 +210,7 @@ int pc_pageserver_set_received(struct pc_pageserver *server, uint32_t index, con
 
 /* ---- channels ---- */
 
-/* Joins a thread that has ended or been shut down, and frees what its channel had. By whoever has the lock, or `disconnecting`. */
+/* Joins a thread that has ended or been shut down, and frees what its channel had. Its caller has the lock, or `disconnecting`. */
 static void reap(struct channel *channel)
 {
     if (channel->started)
@@ -251,11 +244,10 @@ static int start(struct channel *channel)
     return error;
 }
 
-static int attach(struct channel *channel, int fd, uint64_t busy_poll_ns)
+static int attach(struct pc_pageserver *server, struct channel *channel, int fd, uint32_t busy_poll_us)
 {
-    struct pc_pageserver *server = channel->server;
     struct pc_stream stream;
-    int error = pc_stream_tcp(&stream, fd, channel->kind == PC_CHANNEL_URGENT);
+    int error = channel ? pc_stream_tcp(&stream, fd, channel->kind == PC_CHANNEL_URGENT) : -EINVAL;
 
     if (error) {
         close(fd);
@@ -267,7 +259,7 @@ static int attach(struct channel *channel, int fd, uint64_t busy_poll_ns)
     } else {
         reap(channel);
         channel->stream = stream;
-        channel->busy_poll_ns = busy_poll_ns;
+        channel->busy_poll_ns = (uint64_t)busy_poll_us * 1000;
         error = start(channel);
         if (error) {
             channel->stream.fd = -1;
@@ -282,20 +274,12 @@ static int attach(struct channel *channel, int fd, uint64_t busy_poll_ns)
 
 int pc_pageserver_attach_urgent(struct pc_pageserver *server, uint32_t shard, int fd, uint32_t busy_poll_us)
 {
-    if (shard >= PC_MAX_SHARDS) {
-        close(fd);
-        return -EINVAL;
-    }
-    return attach(&server->urgent[shard], fd, (uint64_t)busy_poll_us * 1000);
+    return attach(server, shard < PC_MAX_SHARDS ? &server->urgent[shard] : NULL, fd, busy_poll_us);
 }
 
 int pc_pageserver_attach_bulk(struct pc_pageserver *server, uint32_t channel, int fd)
 {
-    if (channel >= PC_MAX_BULK_CHANNELS) {
-        close(fd);
-        return -EINVAL;
-    }
-    return attach(&server->bulk[channel], fd, 0);
+    return attach(server, channel < PC_MAX_BULK_CHANNELS ? &server->bulk[channel] : NULL, fd, 0);
 }
 
 int pc_pageserver_start(struct pc_pageserver *server)

@@ -100,9 +100,7 @@ static int push_run(struct channel *channel, struct batch *batch, const struct r
             pages++;
         frame.type = zero ? PC_FRAME_ZERO : PC_FRAME_PAGES;
         frame.pages = (uint32_t)pages;
-        if (!zero)
-            pc_frame_payload(&frame, begin, pages * block->page_bytes);
-        pc_batch_add(batch, &frame, zero ? NULL : begin);
+        pc_batch_add(batch, frame, begin, zero ? 0 : pages * block->page_bytes);
         if (zero)
             ADD(server, zero_pages, pages);
         else
@@ -116,7 +114,6 @@ int pc_channel_push(struct channel *channel, char *text, size_t text_bytes)
 {
     struct batch *batch = channel->batch;
     struct pc_pageserver *server = channel->server;
-    struct pc_frame end = {.type = PC_FRAME_END};
     uint8_t unexpected;
     int error = 0;
 
@@ -139,7 +136,7 @@ int pc_channel_push(struct channel *channel, char *text, size_t text_bytes)
         if (error)
             return error;
     }
-    pc_batch_add(batch, &end, NULL);
+    pc_batch_add(batch, (struct pc_frame){.type = PC_FRAME_END}, NULL, 0);
     error = pc_batch_send(batch, channel);
     if (error)
         return error;

@@ -10,37 +10,41 @@
 static uint64_t next_ready(const struct source_block *block, uint64_t from, uint64_t to, bool ready)
 {
     for (uint64_t word = from / 64; from < to; from = ++word * 64) {
-        uint64_t found = pc_bits_word(block->released, word) & ~block->discarded[word] &
-                         ~block->pinned[word];
+        uint64_t found = pc_bits_word(block->released, word) & ~block->discarded[word] & ~block->pinned[word];
 
         found = (ready ? found : ~found) & pc_bits_mask(word, from, to - from);
         if (found)
-            return word * 64 + (uint64_t)__builtin_ctzll(found);
+            return pc_bits_lowest(word, found);
     }
     return to;
 }
 
-/* Sets `pinned` for what the channels send of a block; how many entries of pins_seen say where. */
-static size_t look_at_pins(struct pc_pageserver *server, uint32_t index)
+/* These pages cannot be given back now: a later call looks at them again. */
+static void postpone(struct source_block *block, uint64_t first, uint64_t end)
 {
-    size_t seen = 0;
+    block->postponed_first = first < block->postponed_first ? first : block->postponed_first;
+    block->postponed_end = end > block->postponed_end ? end : block->postponed_end;
+}
+
+/* Sets `pinned` for what the channels send of a block, and postpones it. */
+static void look_at_pins(struct pc_pageserver *server, uint32_t index)
+{
+    struct source_block *block = server->blocks[index];
 
     for (uint32_t i = 0; i < CHANNELS; i++) {
         const struct channel *channel = channel_number(server, i);
         uint32_t count = __atomic_load_n(&channel->pin_count, __ATOMIC_SEQ_CST);
 
         /* One that is replaced meanwhile belongs to a batch that has looked at `released` since: nothing is missed. */
-        for (uint32_t j = 0; j < count && seen < PC_ARRAY_LENGTH(server->pins_seen); j++) {
-            uint64_t place = __atomic_load_n(&channel->pins[j], __ATOMIC_SEQ_CST);
+        for (uint32_t j = 0; j < count; j++) {
+            uint64_t place = __atomic_load_n(&channel->pins[j], __ATOMIC_SEQ_CST), first = PLACE_PAGE(place);
 
-            if (PLACE_BLOCK(place) == index)
-                server->pins_seen[seen++] = (struct run){
-                    .block = index, .first_page = PLACE_PAGE(place), .pages = PLACE_RUN_PAGES(place)};
+            if (PLACE_BLOCK(place) != index)
+                continue;
+            pc_bitmap_set_range(block->pinned, first, PLACE_RUN_PAGES(place));
+            postpone(block, first, first + PLACE_RUN_PAGES(place));
         }
     }
-    for (size_t i = 0; i < seen; i++)
-        pc_bitmap_set_range(server->blocks[index]->pinned, server->pins_seen[i].first_page, server->pins_seen[i].pages);
-    return seen;
 }
 
 /* Discards what is released in [from, to) and no longer pinned: whole pages of the memory, which may be larger than those of
@@ -49,7 +53,6 @@ static int give_back(struct pc_pageserver *server, uint32_t index, uint64_t from
 {
     struct source_block *block = server->blocks[index];
     uint64_t group = block->memory.page_bytes > block->page_bytes ? block->memory.page_bytes / block->page_bytes : 1;
-    size_t seen = look_at_pins(server, index);
     int error = 0;
 
     if (block->postponed_first < block->postponed_end) {
@@ -58,12 +61,7 @@ static int give_back(struct pc_pageserver *server, uint32_t index, uint64_t from
     }
     block->postponed_first = block->pages;
     block->postponed_end = 0;
-    for (size_t i = 0; i < seen; i++) {
-        uint64_t first = server->pins_seen[i].first_page, end = first + server->pins_seen[i].pages;
-
-        block->postponed_first = first < block->postponed_first ? first : block->postponed_first;
-        block->postponed_end = end > block->postponed_end ? end : block->postponed_end;
-    }
+    look_at_pins(server, index);
     from -= from % group;
     to = to + group - 1 - (to + group - 1) % group; /* the block is whole pages of memory */
     for (uint64_t page = from, end; (page = next_ready(block, page, to, true)) < to; page = end) {
@@ -77,19 +75,18 @@ static int give_back(struct pc_pageserver *server, uint32_t index, uint64_t from
                                     (end / group * group - first) * block->page_bytes);
         if (refused) {
             error = error ? error : refused;
-            block->postponed_first = page < block->postponed_first ? page : block->postponed_first;
-            block->postponed_end = end > block->postponed_end ? end : block->postponed_end;
+            postpone(block, page, end);
             continue;
         }
         for (uint64_t word = first / 64; word * 64 < end / group * group; word++) {
             uint64_t bits = pc_bits_mask(word, first, end / group * group - first);
 
             block->discarded[word] |= bits;
-            ADD(server, released_bytes, (uint64_t)__builtin_popcountll(bits & block->present[word]) * block->page_bytes);
+            ADD(server, released_bytes, pc_bits_popcount(bits & block->present[word]) * block->page_bytes);
         }
     }
-    for (size_t i = 0; i < seen; i++)
-        pc_bitmap_clear_range(block->pinned, server->pins_seen[i].first_page, server->pins_seen[i].pages);
+    if (block->postponed_first < block->postponed_end) /* all pins are in there */
+        pc_bitmap_clear_range(block->pinned, block->postponed_first, block->postponed_end - block->postponed_first);
     return error;
 }
 
@@ -108,7 +105,7 @@ int pc_pageserver_release(struct pc_pageserver *server, uint32_t index, uint64_t
         return -EINVAL;
     if (!block->memory.base || (block->memory.kind != PC_MEMORY_MEMFD && block->memory.kind != PC_MEMORY_ANON &&
                                 block->memory.kind != PC_MEMORY_HUGETLB))
-        return -ENOTSUP; /* somebody's file */
+        return -ENOTSUP; /* a file of its own */
     pthread_mutex_lock(&server->release_lock);
     for (uint64_t at = 0, end; (at = pc_bitmap_next(words, pages, at, 1)) < pages; at = end) {
         uint64_t from = first_page + at, to;

@@ -66,8 +66,8 @@ struct source_block {
     uint64_t page_bytes; /* the unit of transfer; may differ from the memory's own page */
     uint64_t pages, words;
     uint64_t unsent; /* atomic: pages that are not in `sent`, or more for a moment */
-    uint64_t *maps;     /* all of the following, in one buffer */
-    uint64_t *present, *sent, *demanded;
+    uint64_t *present; /* all maps are in one buffer, which this one begins */
+    uint64_t *sent, *demanded;
     uint64_t *released;             /* atomic: not read any more, since the destination has said that it is placed */
     uint64_t *released_before;      /* released before the present connections were made: no request for it crosses that */
     uint64_t *discarded, *pinned;   /* under release_lock; `pinned` is scratch */
@@ -116,7 +116,6 @@ struct pc_pageserver {
     uint64_t bandwidth, next_free_ns, bandwidth_changes;
 
     pthread_mutex_t release_lock;
-    struct run pins_seen[PC_MAX_SHARDS * REQUESTS_PER_TURN + PC_MAX_BULK_CHANNELS];
 
     bool unreadable_reported; /* atomic */
     struct pc_pageserver_stats count;
@@ -133,8 +132,8 @@ struct batch {
     size_t staged;
 };
 
-void pc_batch_add(struct batch *batch, const struct pc_frame *frame, const void *payload);
-void pc_frame_payload(struct pc_frame *frame, const void *payload, uint64_t bytes);
+/* The payload is pointed at until it is sent. */
+void pc_batch_add(struct batch *batch, struct pc_frame frame, const void *payload, uint64_t bytes);
 /* Sends and empties it. 0 or -errno. Blocks for as long as the destination does not read. */
 int pc_batch_send(struct batch *batch, struct channel *channel);
 /* Content of pages: where they lie, or read into the channel's staging buffer at batch->staged. NULL with -errno in
@@ -154,7 +153,7 @@ bool pc_pageserver_unreadable(struct channel *channel, int code, const char *tex
 
 /* ---- pins ---- */
 
-/* By the channel's thread. Whoever looks at released pages after this sees those of a release that does not see the pin. */
+/* By the channel's thread. A thread that looks at released pages after this sees those of a release that does not see the pin. */
 static inline void pin(struct channel *channel, uint32_t block, uint64_t first_page, uint64_t pages)
 {
     uint32_t count = __atomic_load_n(&channel->pin_count, __ATOMIC_RELAXED);

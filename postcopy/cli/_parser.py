@@ -28,7 +28,7 @@ from postcopy.wire import one_line
 COMMANDS = {
     "source": ("run a machine, or hold an image, and migrate it away", "postcopy.cli.sides"),
     "dest": ("receive what a source offers", "postcopy.cli.sides"),
-    "daemon": ("own machines, send them away when told to, take those that come", "postcopy.cli.sides"),
+    "daemon": ("own machines, send them away on request, take those that come", "postcopy.cli.sides"),
     "demo": ("both sides on this host, verified", "postcopy.testbed.demo"),
     "merge": ("join what both sides of a lost migration have salvaged into an image", "postcopy.cli.merge"),
     "ctl": ("ask or tell a running process with --control", "postcopy.cli.ctl"),

@@ -95,7 +95,8 @@ class CtlCommand:
             if data.get("migration") != migration or data.get("direction") != "outgoing":
                 continue
             if event["event"] == "migration-status":
-                self._output.say(f"{data['machine']}: {data['status']}{data['error'] and ': ' + data['error']}")
+                why = f": {data['error']}" if data["error"] else ""
+                self._output.say(f"{data['machine']}: {data['status']}{why}")
             elif event["event"] == "migration-ended":
                 if self._json:
                     self._print(json.dumps(data))

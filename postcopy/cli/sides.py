@@ -41,7 +41,7 @@ def make(given: dict[str, Any], output: Output) -> Run:
     operating = record(OperatingOptions, given)
     if operating == OperatingOptions() and not os.environ.get("NOTIFY_SOCKET"):
         return service.run
-    from postcopy.service.operation import Operation  # megabytes that nobody else needs
+    from postcopy.service.operation import Operation  # megabytes that no other command needs
 
     return Operation(service, operating, output).run
 
@@ -69,9 +69,9 @@ def _daemon(given: dict[str, Any], output: Output) -> Service:
     """A daemon, which for `source --hold` is one that takes no machines."""
     from postcopy.service.daemon import Daemon
 
-    if "control" not in given:  # nobody could tell it anything
+    if "control" not in given:
         what = "source --hold" if "hold" in given else "daemon"
-        raise ConfigurationError(f"{what} does what it is told through its control socket: say --control PATH")
+        raise ConfigurationError(f"{what} takes its orders through its control socket: say --control PATH")
     config = record(
         DaemonConfig,
         given,

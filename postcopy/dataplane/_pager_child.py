@@ -3,19 +3,20 @@
 
 It has no page of the machine mapped: what it gets over a Unix socket are userfaultfds, memfds, page states and
 connected sockets. Everything that happens for a page happens in the core's threads; this loop only passes on calls, and
-sends a message for each answer and for each event of the core. It ends when the other end is gone. Nothing but the core
-and msgpack is imported: the machine may be waiting for this process to begin.
+sends a message for each answer and for each event of the core. It ends when the other end is gone. Only what costs
+little is imported: the machine may be waiting for this process to begin.
 
-Messages: ``[name, arguments]`` with descriptors beside it; the answer is ``[0, result, text]``, `result` as the core's
-functions return it, in the order of the calls. ``[1, type, kind, channel, error, text]`` is an event. The names are
-those of the core's functions, without ``pc_pager_``. Of what the other end has not received yet, one event waits here,
-while the core coalesces the others.
+Messages, in JSON: ``[name, arguments]`` with descriptors beside it; the answer is ``[0, result, text]``, `result` as
+the core's functions return it, in the order of the calls. ``[1, type, kind, channel, error, text]`` is an event. The
+names are those of the core's functions, without ``pc_pager_``. Of what the other end has not received yet, one event
+waits here, while the core coalesces the others.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import mmap
 import os
 import select
@@ -25,9 +26,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import msgpack
-
 from postcopy._native import ffi, lib
+from postcopy.errors import c_text
 
 MESSAGE_BYTES = 128 * 1024
 DESCRIPTORS = 4
@@ -49,23 +49,21 @@ class PagerChild:
         self.event_fd: int = lib.pc_pager_event_fd(self._pager)
 
     def answer(self, message: bytes, fds: list[int]) -> bytes:
-        name, arguments = msgpack.unpackb(message)
+        name, arguments = json.loads(message)
         self._error[0] = b"\0"
         try:
             result = self._call(name, arguments, fds)
         finally:
             for fd in fds:  # those that no call has taken
                 os.close(fd)
-        packed: bytes = msgpack.packb([0, result, ffi.string(self._error).decode("utf-8", "replace")])
-        return packed
+        return json.dumps([0, result, c_text(self._error)]).encode()
 
     def next_event(self) -> bytes | None:
         event: Any = ffi.new("struct pc_event *")
         if lib.pc_pager_next_event(self._pager, event) != 1:
             return None
-        text = ffi.string(event.text)
-        packed: bytes = msgpack.packb([1, event.type, event.channel_kind, event.channel, event.error, text])
-        return packed
+        fields = [event.type, event.channel_kind, event.channel, event.error, c_text(event.text)]
+        return json.dumps([1, *fields]).encode()
 
     # ---- calls
 

@@ -1,42 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The counters of the core as frozen dataclasses, with the names of its structs: the header has the only list."""
+"""What was counted since a pager or page server was made, as frozen dataclasses of integers.
+
+csrc/include/postcopy/engine.h has the only list of them, and says what each counts. The fields are made from its
+structs: here, and for mypy in the stub (`make stub`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from dataclasses import fields, make_dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from postcopy._native import ffi
 
+if TYPE_CHECKING:
+    from postcopy._native import pc_pager_stats as PagerStatistics
+    from postcopy._native import pc_pageserver_stats as PageServerStatistics
+else:
+    PagerStatistics, PageServerStatistics = (
+        make_dataclass(name, [(field, int) for field, _ in ffi.typeof(f"struct {name}").fields], frozen=True)
+        for name in ("pc_pager_stats", "pc_pageserver_stats")
+    )
 
-class Counters:
-    """What was counted since a pager or page server was made: integers; csrc/include/postcopy/engine.h says of what."""
+__all__ = ["PageServerStatistics", "PagerStatistics", "read"]
 
-    if TYPE_CHECKING:
-        __dataclass_fields__: ClassVar[dict[str, Any]]
-
-        def __init__(self, *values: int, **named: int) -> None: ...
-        def __getattr__(self, name: str) -> int: ...
-
-    STRUCT: ClassVar[str]
-
-    def __init_subclass__(cls, struct: str) -> None:
-        cls.STRUCT = struct
-        cls.__annotations__ = {name: "int" for name, _ in ffi.typeof(struct).fields}
-        dataclass(frozen=True)(cls)
-
-    @classmethod
-    def read(cls, fill: Callable[[Any], object]) -> Self:
-        """Those that `fill` writes into a struct."""
-        struct: Any = ffi.new(f"{cls.STRUCT} *")
-        fill(struct)
-        return cls(*(int(getattr(struct, each.name)) for each in fields(cls)))
+T = TypeVar("T", PagerStatistics, PageServerStatistics)
 
 
-class PagerStatistics(Counters, struct="struct pc_pager_stats"):
-    pass
-
-
-class PageServerStatistics(Counters, struct="struct pc_pageserver_stats"):
-    pass
+def read(cls: type[T], fill: Callable[[Any], object]) -> T:
+    """Those that `fill` writes into a struct."""
+    struct = ffi.new(f"struct {cls.__name__} *")
+    fill(struct)
+    return cls(*(int(getattr(struct, each.name)) for each in fields(cls)))

@@ -25,12 +25,8 @@ class Histogram:
 
     @property
     def sum_ns(self) -> int:
+        """Exact: it is kept beside the buckets."""
         return int(self._struct.sum_ns)
-
-    @property
-    def mean_ns(self) -> float:
-        """Exact (the sum is kept beside the buckets); 0 when empty."""
-        return self.sum_ns / self.count if self.count else 0.0
 
     @property
     def max_ns(self) -> int:

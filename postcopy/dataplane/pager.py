@@ -16,7 +16,7 @@ import trio
 from postcopy._native import ffi, lib
 from postcopy.dataplane._base import CoreDataPlane, DataPlane, ForeignMemory
 from postcopy.dataplane._events import ChannelKind, Event, EventStream, EventType
-from postcopy.dataplane.counters import PagerStatistics
+from postcopy.dataplane.counters import PagerStatistics, read
 from postcopy.dataplane.histogram import Histogram
 from postcopy.errors import PostcopyError, check
 from postcopy.memory import Memory
@@ -51,7 +51,7 @@ class PagerCounters(DataPlane):
 
     def statistics(self) -> PagerStatistics:
         """Counters, each exact, but not of one instant."""
-        return PagerStatistics.read(lambda struct: self._count("reading the pager's counters", "stats", struct))
+        return read(PagerStatistics, lambda struct: self._count("reading the pager's counters", "stats", struct))
 
     def latency(self, stage: Stage = Stage.TOTAL) -> Histogram:
         """Latencies of demand faults, all shards together."""
@@ -95,7 +95,7 @@ class Pager(CoreDataPlane, PagerCounters):
         return self._add_block(memory, memory.pages, lambda: self._call(what, name, memory.struct, *states), states_fd)
 
     def set_zero(self, block: int, zero: Bitmap) -> None:
-        """Tells which pages of a block are zero at the source (`Bitmap.inverted` of those present): they are never
+        """Says which pages of a block are zero at the source (`Bitmap.inverted` of those present): they are never
         requested, a fault on them is answered at once. Before arming."""
         self._check_length(block, zero)
         self._call("marking zero pages", "set_zero", block, zero.words)

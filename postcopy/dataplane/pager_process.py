@@ -7,7 +7,7 @@ The same methods as `pager.Pager`. What must survive the pager's process stays h
 copies of the descriptors. A crash of one of its threads, SIGKILL, or a call that is not answered within
 `CALL_TIMEOUT_S` ends that process, and nothing else:
 
-- `events()` tells `EventType.DIED`; the data connections died with it, so for a migration it is a lost connection;
+- `events()` reports `EventType.DIED`; the data connections died with it, so for a migration it is a lost connection;
 - `disconnect()`, or `watch_over()`, waits until the old process has left the kernel, determines which of the pages
   that it was placing are there, starts the next process, gives it everything, and wakes all waiting threads: their
   faults are reported again.
@@ -16,7 +16,7 @@ What it costs: a Python process of some 12 MB, and 30 ms to start it; nothing on
 
 Threads and cancellation: as for `Pager`. Only asynchronous methods wait for the other process, so one that does not
 answer delays its own migration and no other. A plain method sends what is to be done, and returns; `confirm()` waits
-until all of it has been done, and raises what went wrong in setting up. Without `confirm`, `events()` tells it as
+until all of it has been done, and raises what went wrong in setting up. Without `confirm`, `events()` reports it as
 `EventType.FATAL`, and a channel that could not be attached as one that went down. Counters are read from memory that
 both processes share.
 """
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import signal
@@ -35,7 +36,6 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
 
-import msgpack
 import trio
 
 from postcopy._blocking import END_TIMEOUT_S
@@ -45,7 +45,7 @@ from postcopy.dataplane._base import BlockInUse, ForeignMemory
 from postcopy.dataplane._events import ChannelKind, Event, EventType
 from postcopy.dataplane._pager_child import MESSAGE_BYTES
 from postcopy.dataplane.pager import PagerCounters, PagerStatistics
-from postcopy.errors import BusyError, CoreError, MigrationError, PostcopyError, c_text, check
+from postcopy.errors import BusyError, CoreError, MigrationError, PostcopyError, check
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.uffd import How, Userfaultfd, parse_how, probe
@@ -85,7 +85,7 @@ class _Call:
     def __init__(self, what: str, name: str, arguments: tuple[Any, ...], fds: tuple[int, ...]) -> None:
         self.what = what
         self.name = name
-        self.message = msgpack.packb([name, arguments])
+        self.message = json.dumps([name, arguments]).encode()
         self.fds = tuple(os.dup(fd) for fd in fds)  # this call's own until it is sent
         self.timeout_s = CALL_TIMEOUT_S
         self.awaited = False  # a task waits for it and takes its error
@@ -129,21 +129,24 @@ class _Process:
     """One process of the pager, and the socket to it. Only what is asynchronous waits here."""
 
     def __init__(self, metrics_fd: int) -> None:
-        link, its_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with its_link:
-            fds = (its_link.fileno(), metrics_fd)
-            command = python("-m", "postcopy.dataplane._pager_child", *map(str, fds))
+        with contextlib.ExitStack() as on_failure:
             try:
-                self._process = subprocess.Popen(
-                    command, pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True
-                )
+                self._link, its_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                on_failure.callback(self._link.close)
+                with its_link:
+                    fds = (its_link.fileno(), metrics_fd)
+                    command = python("-m", "postcopy.dataplane._pager_child", *map(str, fds))
+                    self._process = subprocess.Popen(
+                        command, pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True
+                    )
+                on_failure.callback(self._process.wait)
+                on_failure.callback(self._process.kill)
                 self._pidfd = os.pidfd_open(self._process.pid)
             except OSError as error:
-                link.close()
                 raise MigrationError(f"cannot start a process for the pager: {error.strerror}") from error
-        link.setblocking(False)
-        self._link = link
-        self._readable = _Readable(link.fileno())
+            on_failure.pop_all()
+        self._link.setblocking(False)
+        self._readable = _Readable(self._link.fileno())
         self._exited = _Readable(self._pidfd)
         self._unsent: deque[_Call] = deque()
         self._unanswered: deque[_Call] = deque()
@@ -217,11 +220,10 @@ class _Process:
         if not message:
             self.kill()
             return False
-        what, *rest = msgpack.unpackb(message)
+        what, *rest = json.loads(message)
         if what:
             kind, channel_kind, channel, error, text = rest
-            line = c_text(ffi.new("char[]", text))
-            self.events.append(Event(EventType(kind), ChannelKind(channel_kind), channel, error, line))
+            self.events.append(Event(EventType(kind), ChannelKind(channel_kind), channel, error, text))
         else:
             self._answered(*rest)
         return True
@@ -295,7 +297,7 @@ class _Process:
     async def gone(self, timeout_s: float = END_TIMEOUT_S) -> bool:
         """Waits until a killed process has ended: from then on it places no page. False when it has not in time."""
         deadline = time.monotonic() + timeout_s
-        while not self.ended and time.monotonic() < deadline:
+        while not self.ended and not self._closed and time.monotonic() < deadline:
             with trio.move_on_after(deadline - time.monotonic()):
                 await self._exited.wait()
         return self.ended
@@ -522,7 +524,7 @@ class ProcessPager(PagerCounters):
             self._replaced.set()
             self._process.kill()
             if not await self._process.gone():
-                log.error("%s; its memory is kept", self._process.exit_reason())
+                log.error("%s", self._process.exit_reason())
             self._process.close()
         for shard in self._shards:
             os.close(shard.uffd)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from postcopy._native import ffi
 from postcopy.dataplane._base import CoreDataPlane
 from postcopy.dataplane._events import ChannelKind, Event, EventStream, EventType
-from postcopy.dataplane.counters import PageServerStatistics
+from postcopy.dataplane.counters import PageServerStatistics, read
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 
@@ -46,16 +46,16 @@ class PageServer(CoreDataPlane):
         return self._block(block).pages
 
     def set_present(self, block: int, present: Bitmap) -> None:
-        """Tells which pages (of transfer) may hold something but zeros; the others are never read. Without it: all."""
+        """Says which pages (of transfer) may hold something but zeros; the others are never read. Without it: all."""
         self._check_length(block, present)
-        self._call("telling the page server what is present", "set_present", block, present.words)
+        self._call("setting the map of present pages", "set_present", block, present.words)
 
     def set_received(self, block: int, received: Bitmap) -> None:
         """Recovery: the destination has these pages (of transfer) and no others, all others are offered again.
         `BusyError` while a channel is attached: `disconnect` first. `CoreError` when a page that was released is not
         among them: it is nowhere else, so nothing could be right any more."""
         self._check_length(block, received)
-        self._call("telling the page server what has arrived", "set_received", block, received.words)
+        self._call("setting the map of received pages", "set_received", block, received.words)
 
     def attach_urgent(self, shard: int, fd: int, busy_poll_us: int = 0) -> None:
         """Gives the shard's connected socket to the core, which owns it from now on, also on failure. `ResourceError`
@@ -101,4 +101,4 @@ class PageServer(CoreDataPlane):
 
     def statistics(self) -> PageServerStatistics:
         """Counters, each exact, but not of one instant."""
-        return PageServerStatistics.read(lambda struct: self._call("reading the counters", "stats", struct))
+        return read(PageServerStatistics, lambda struct: self._call("reading the counters", "stats", struct))

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import fields
@@ -88,7 +89,7 @@ class Bridge:
         fault_around_pages: int,
         on_failure: Callable[[PeerError], None] = lambda error: None,
     ) -> None:
-        """`on_failure` is called before the pager is told of a failed fetch."""
+        """`on_failure` is called before the pager gets the error frames of a failed fetch."""
         if max_fetches < 1 or max_fetch_pages < 1:
             raise ConfigurationError("at least one fetch, of at least one page, must be allowed at a time")
         if fault_around_pages < 1 or fault_around_pages & (fault_around_pages - 1):
@@ -322,6 +323,9 @@ class BridgeServer(DataPlane):
         self._closing.set()
 
     def _attach(self, fd: int, serve: Callable[[trio.SocketStream], Awaitable[None]]) -> None:
+        if self._closed:
+            os.close(fd)  # ours from the call on
+            self._check_open()
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
         scope = trio.CancelScope()
         self._channels[scope] = trio.Event()

@@ -130,7 +130,7 @@ async def _attacher(server: Server, migration: SourceMigration) -> None:
     go = trio.Event()
     go.set()
     try:
-        await migration.run(go, trio.Event(), hold=False)
+        await migration.run(go, trio.Event(), keep=False)
     finally:
         server._migrations.discard(migration)
         server.served += 1

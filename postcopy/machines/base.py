@@ -17,7 +17,7 @@ from __future__ import annotations
 import abc
 import enum
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -120,19 +120,6 @@ class Check:
         return asdict(self)
 
 
-class MachineEventType(enum.StrEnum):
-    READY = "ready"
-    MARK = "mark"  # the guest made progress; many marks may be one event
-    FAILURE = "failure"  # the guest reported something wrong
-    FAILED = "failed"  # a vCPU stopped for good
-
-
-@dataclass(frozen=True)
-class MachineEvent:
-    type: MachineEventType
-    text: str = ""
-
-
 class Machine(abc.ABC):
     """A machine on one side. An asynchronous context manager: leaving it closes it."""
 
@@ -218,9 +205,9 @@ class Machine(abc.ABC):
         """Returns when it has built up its working set; raises `MigrationError` when it fails before. Cancellable."""
 
     @abc.abstractmethod
-    def events(self) -> AsyncIterator[MachineEvent]:
-        """What happens from now on; never ends by itself. Any number of tasks may follow, each with its own iterator.
-        `trio.ClosedResourceError` when the machine is closed."""
+    async def wait_changed(self) -> None:
+        """Returns when `statistics` may say something else than before the call: ready, marks, failures, the state. Any
+        number of tasks may wait. Cancellable; `trio.ClosedResourceError` when the machine is closed."""
 
     @abc.abstractmethod
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:

@@ -11,11 +11,11 @@ with the digest of what has arrived. So an image that is overwritten while it is
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgpack
+import msgspec
 import trio
 
 from postcopy._blocking import run_sync
@@ -25,7 +25,6 @@ from postcopy.machines.base import (
     BlockLayout,
     Check,
     Machine,
-    MachineEvent,
     MachineState,
     MachineStatistics,
     RamBlock,
@@ -131,14 +130,13 @@ class ImageMachine(Machine):
         await self.boot()
         if self._file_stamp() != self._stamp:
             raise MigrationError(f"image {self._path} has changed since it was opened")
-        packed: bytes = msgpack.packb({"digest": self._digest})
-        return packed
+        return msgspec.msgpack.encode({"digest": self._digest})
 
     async def load_state(self, state: bytes) -> None:
         await trio.lowlevel.checkpoint()
         try:
-            fields = msgpack.unpackb(state)
-        except (ValueError, msgpack.UnpackException) as error:
+            fields = msgspec.msgpack.decode(state)
+        except ValueError as error:
             raise ProtocolError("the image's state is damaged") from error
         digest = fields.get("digest") if isinstance(fields, dict) else False
         if digest is not None and (type(digest) is not int or not 0 <= digest < 1 << 64):
@@ -165,8 +163,10 @@ class ImageMachine(Machine):
     async def wait_ready(self) -> None:
         await trio.lowlevel.checkpoint()
 
-    def events(self) -> AsyncIterator[MachineEvent]:
-        return _NoEvents(self._closed)
+    async def wait_changed(self) -> None:
+        """Nothing changes but by its end."""
+        await self._closed.wait()
+        raise trio.ClosedResourceError("the machine was closed")
 
     def detach_memory(self) -> Memory:
         """The memory, the caller's from now on: `close` does not unmap it."""
@@ -188,17 +188,3 @@ class ImageMachine(Machine):
             return 0, 0
         status = os.fstat(self._memory.fd)
         return status.st_size, status.st_mtime_ns
-
-
-class _NoEvents:
-    """An image has no events: a task that follows it waits for its end."""
-
-    def __init__(self, closed: trio.Event) -> None:
-        self._closed = closed
-
-    def __aiter__(self) -> _NoEvents:
-        return self
-
-    async def __anext__(self) -> MachineEvent:
-        await self._closed.wait()
-        raise trio.ClosedResourceError("the machine was closed")

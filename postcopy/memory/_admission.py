@@ -37,7 +37,7 @@ _MACHINE_SHARE = 64
 class Room:
     """What the host, or a control group, still lets this process have."""
 
-    who: str
+    name: str
     available_bytes: int
     remedy: str
 
@@ -81,7 +81,7 @@ class Promises:
             if wanted_bytes + promised_bytes > room.available_bytes:
                 promised = f", {format_size(promised_bytes)} of that are promised to machines here"
                 raise ResourceError(
-                    f"memory: {format_size(wanted_bytes)} wanted for a machine of {format_size(size_bytes)}, {room.who}"
+                    f"memory: {format_size(wanted_bytes)} wanted for a machine of {format_size(size_bytes)}, {room.name}"
                     f" has {format_size(max(0, room.available_bytes))} available{promised if promised_bytes else ''}",
                     f"end or migrate a machine, {room.remedy}",
                 )
@@ -107,7 +107,7 @@ def overhead_bytes(size_bytes: int) -> int:
 
 
 def find_rooms() -> Iterator[Room]:
-    """Who limits this process, as things are now."""
+    """What limits this process, as things are now."""
     numbers = _numbers(Path("/proc/meminfo"))
     swap_bytes = numbers.get("SwapFree", 0) * 1024
     if "MemAvailable" in numbers:

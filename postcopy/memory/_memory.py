@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Memory`: what it is made of, what is in it, its bytes, and who uses it."""
+"""`Memory`: what it is made of, what is in it, its bytes, and its users."""
 
 from __future__ import annotations
 
@@ -43,20 +43,21 @@ CORE_KINDS = {
 
 _READ_ONLY = frozenset({MemoryKind.FILE, MemoryKind.BUFFER})
 _BUFFER = "buffer"
-_LAZY_USERS = frozenset({"pager"})  # who may make pages missing behind a buffer
 
 
 class Memory:
     """Made by `create`, `from_fd`, `from_address`, `from_buffer` or `from_file`. A context manager; `close()` unmaps.
     Methods may run in any thread, and beside each other as far as they only read."""
 
-    def __init__(self, struct: Any, kind: MemoryKind, file_bytes: int, *, mapped: bool = True) -> None:
-        """`mapped`: the mapping is this object's, `close` unmaps it."""
+    def __init__(
+        self, struct: Any, kind: MemoryKind, file_bytes: int, *, mapped: bool = True, owner: object = None
+    ) -> None:
+        """`mapped`: the mapping is this object's, `close` unmaps it. `owner`: of another one, kept until then."""
         self._struct = struct
         self._kind = kind
         self._file_bytes = file_bytes
         self._mapped = mapped
-        self._owner: object = None  # of a mapping that is not this object's
+        self._owner = owner
         self._lock = threading.Lock()
         self._users: dict[str, int] = {}
         self._closed = False
@@ -105,7 +106,7 @@ class Memory:
         except BaseException:
             os.close(fd)
             raise
-        # The exact size: the core tells a short last page from a file that has shrunk.
+        # The exact size: by it the core distinguishes a short last page from a file that has shrunk.
         struct = _struct(ffi.NULL, status.st_size, unit, MemoryKind.FILE, fd)
         return cls(struct, MemoryKind.FILE, status.st_size, mapped=False)
 
@@ -121,18 +122,15 @@ class Memory:
         if address <= 0 or address % unit or size_bytes % unit or checked_size(size_bytes) + address > 1 << 63:
             raise ConfigurationError(f"memory: {size_bytes} bytes at {address:#x} are not whole pages of {unit} bytes")
         base = ffi.cast("void *", address)
-        memory = cls(_struct(base, size_bytes, unit, MemoryKind.ANON), MemoryKind.ANON, size_bytes, mapped=False)
-        memory._owner = owner
-        return memory
+        struct = _struct(base, size_bytes, unit, MemoryKind.ANON)
+        return cls(struct, MemoryKind.ANON, size_bytes, mapped=False, owner=owner)
 
     @classmethod
     def from_buffer(cls, buffer: Any) -> Memory:
         """A C-contiguous buffer of whole system pages, at any address, to be read in place. Kept until `close`."""
         owner: Any = ffi.from_buffer("char[]", buffer)  # holds the export
         struct = _struct(owner, len(owner), int(lib.pc_page_bytes()), MemoryKind.BUFFER)
-        memory = cls(struct, MemoryKind.BUFFER, len(owner), mapped=False)
-        memory._owner = owner
-        return memory
+        return cls(struct, MemoryKind.BUFFER, len(owner), mapped=False, owner=owner)
 
     @classmethod
     def without_content(cls, size_bytes: int, page_bytes: int) -> Memory:
@@ -383,7 +381,7 @@ class Memory:
         with self._lock:
             if self._closed:
                 raise ValueError("this memory is closed")
-            if user in _LAZY_USERS and _BUFFER in self._users:
+            if user == "pager" and _BUFFER in self._users:  # it would make pages missing behind the buffer
                 raise BusyError(f"no {user} can have this memory while Python has a buffer of it")
             self._users[user] = self._users.get(user, 0) + 1
 

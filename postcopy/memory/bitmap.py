@@ -71,7 +71,7 @@ class Bitmap:
         return self._bits
 
     def crc32c(self, crc: int = 0) -> int:
-        """CRC32C of the words in memory order, continuing `crc`: tells two copies of a map apart."""
+        """CRC32C of the words in memory order, continuing `crc`: two copies of a map can be compared by it."""
         return int(lib.pc_crc32c(crc, self._words, 8 * self._word_count))
 
     def __bytes__(self) -> bytes:

@@ -33,8 +33,8 @@ SEND_BYTES = 256 * 1024
 """The peer has `STEP_TIMEOUT_S` for so much of a message: a slow network is not taken for a peer that hangs."""
 MESSAGES_PER_S = 2000
 """More than a peer has to send; one that sends more has to wait."""
-LAST_WORDS_S = 0.5
-"""How long saying goodbye may take; a machine may be waiting to go on."""
+REASON_TIMEOUT_S = 0.5
+"""How long giving the reason of an end may take, and closing; a machine may be waiting to go on."""
 BULK_SILENCE_S = 30.0
 """See `data_silence_s`."""
 _NETWORK = frozenset(
@@ -96,7 +96,7 @@ class Control(Generic[P]):
                     with trio.fail_after(STEP_TIMEOUT_S):
                         await self._stream.send_all(data[at : at + SEND_BYTES])
             except trio.TooSlowError:
-                slow = PeerError(f"{self._peer} has taken nothing of a message within {STEP_TIMEOUT_S:g} s")
+                slow = PeerError(f"{self.protocol.PEER} has taken nothing of a message within {STEP_TIMEOUT_S:g} s")
                 self.protocol.connection_lost(str(slow))  # so that the receiver ends too, at the next sign of life
                 raise slow from None
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
@@ -118,7 +118,7 @@ class Control(Generic[P]):
         except trio.EndOfChannel:
             raise PeerError(self.protocol.reason or "the control connection has ended") from None
         except trio.TooSlowError:
-            raise PeerError(f"{self._peer} did not say {due} within {timeout_s:g} s") from None
+            raise PeerError(f"{self.protocol.PEER} did not say {due} within {timeout_s:g} s") from None
 
     async def run(self) -> None:
         """Receives, and keeps the connection alive, until the migration has ended in order. Raises `PeerError` or
@@ -159,7 +159,7 @@ class Control(Generic[P]):
                     protocol.connection_lost(str(lost))
                     raise lost from error
             if scope.cancelled_caught:
-                protocol.connection_lost(f"no sign of life from {self._peer} for {self._silence_s:g} s")
+                protocol.connection_lost(f"no sign of life from {self.protocol.PEER} for {self._silence_s:g} s")
             elif data:
                 protocol.receive_data(bytes(data))
             else:
@@ -192,13 +192,9 @@ class Control(Generic[P]):
             with contextlib.suppress(PeerError, MigrationError):
                 await self.send(data)
 
-    @property
-    def _peer(self) -> str:
-        return "the destination" if isinstance(self.protocol, SourceProtocol) else "the source"
-
-    async def say_goodbye(self, reason: str) -> None:
+    async def give_reason(self, reason: str) -> None:
         """Tells the peer why this side gives up, where the protocol still allows it. Bounded in time, never raises."""
-        deadline = trio.current_time() + LAST_WORDS_S
+        deadline = trio.current_time() + REASON_TIMEOUT_S
         # (What is suppressed: the peer is gone, and will conclude the same.)
         with trio.CancelScope(shield=True, deadline=deadline), contextlib.suppress(PeerError, MigrationError):
             if self.protocol.may_abort and not self._torn:
@@ -209,7 +205,7 @@ class Control(Generic[P]):
         """Closes so that the peer still gets what was sent last. Bounded in time. `run` must have ended."""
         # Closing a socket with unread bytes in it (a ping is enough) resets the connection, and a reset takes back what
         # the peer has not read yet. So: say that no more comes, and read until the peer says so too.
-        broken, deadline = (trio.BrokenResourceError, trio.ClosedResourceError), trio.current_time() + LAST_WORDS_S
+        broken, deadline = (trio.BrokenResourceError, trio.ClosedResourceError), trio.current_time() + REASON_TIMEOUT_S
         with trio.CancelScope(shield=True, deadline=deadline), contextlib.suppress(*broken):
             await self._stream.send_eof()
             while await self._stream.receive_some(64 * 1024):
@@ -222,6 +218,6 @@ class Control(Generic[P]):
         cause = error.__cause__
         reason = cause.strerror if isinstance(cause, OSError) else None
         if isinstance(error, trio.ClosedResourceError) or (isinstance(cause, OSError) and cause.errno not in _NETWORK):
-            where = f"the control connection with {self._peer}"
+            where = f"the control connection with {self.protocol.PEER}"
             return MigrationError(f"this host has lost {where}: {reason or 'it was closed here'}")
-        return PeerError(f"the control connection with {self._peer} broke{f' ({reason})' if reason else ''}")
+        return PeerError(f"the control connection with {self.protocol.PEER} broke{f' ({reason})' if reason else ''}")

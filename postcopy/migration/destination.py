@@ -14,8 +14,8 @@ When the source or the network is lost after `commit`, the machine is *kept*: it
 missing, that thread then waits, and nothing is ever filled with zeros. The state is `PAUSED` until the two sides have
 found each other again, or the user ends it. Lost between `prepared` and `commit` it is `IN_DOUBT`: the machine does not
 run, and the source is asked, for a limited time: an arrival that is never decided must not keep its place. Lost
-when every page is here it is as good as completed: the machine is the caller's after a moment, and the source can be
-told later (`announce`).
+when every page is here it is as good as completed: the machine is the caller's after a moment, and the source can
+learn of it later (`announce`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from postcopy._blocking import run_sync
 from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import ChannelKind, Event, EventType
 from postcopy.errors import MigrationError, PostcopyError
-from postcopy.machines import BlockLayout, Machine, MachineEventType, MachineState, MachineStatistics
+from postcopy.machines import BlockLayout, Machine, MachineState, MachineStatistics
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.acknowledgements import PlacedReporter
 from postcopy.migration.connection import HEARTBEAT_S, MISSED_HEARTBEATS, STEP_TIMEOUT_S, Control
@@ -40,7 +40,7 @@ from postcopy.migration.engine import Engine
 from postcopy.migration.maps import digest_of, receive_maps, send_map
 from postcopy.migration.statistics import Latency, Statistics, natural
 from postcopy.migration.tasks import explained, now_ns
-from postcopy.net import ChannelSet, Link, Session
+from postcopy.net import Link, OpenChannels, Session
 from postcopy.uffd import How
 from postcopy.wire import DestinationProtocol, EndedElsewhere, State
 
@@ -72,8 +72,7 @@ log = logging.getLogger(__name__)
 class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
     """One migration to this host. Make it, `run` it once, `close` it; everything else may be looked at meanwhile."""
 
-    SIDE = "destination"
-    PEER = "source"
+    SIDE = DestinationProtocol.SIDE
 
     def __init__(
         self,
@@ -238,11 +237,11 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         for number, received in enumerate(here):
             maps += await send_map(control, wire.ReceivedMap, number, received)
         self._placed.acknowledged(here)
-        with link.channel_set(self._session) as channel_set:
+        with link.channel_set(self._session) as open_channels:
             await control.send(protocol.send(wire.Recover(self._resume_ns, maps, await digest_of(here))))
             await control.receive(wire.Recovered, STEP_TIMEOUT_S)
             self._change()
-            await self._attach_all(channel_set, machine, pager)
+            await self._attach_all(open_channels, machine, pager)
         self._recovered()
         if protocol.state is State.COMMITTED:
             await self._start(control, machine)
@@ -258,11 +257,11 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         offer = await control.receive(wire.Offer, STEP_TIMEOUT_S)
         try:
             machine, pager = self._take_offer(link, offer)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # `explained` logs what it does not know
             # Kept as the reason first: the source may hang up, and that be noticed, before the sending has returned.
             refusal = self._scope.failure = explained(error)
             await control.send(protocol.send(wire.Reject(str(refusal))))
-            raise refusal from error
+            raise refusal from None  # (it may be the same error)
         units = tuple(block.memory.page_bytes for block in machine.blocks)
         self._bulk_channels = offer.bulk_channels
         if not self._background:
@@ -275,10 +274,10 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
                     link.version,
                 )
         assert self._session is not None
-        with link.channel_set(self._session) as channel_set:
+        with link.channel_set(self._session) as open_channels:
             await control.send(protocol.send(wire.Accept(units, machine.shards, self._bulk_channels)))
             self._change()
-            await self._attach_all(channel_set, machine, pager)
+            await self._attach_all(open_channels, machine, pager)
         await control.send(protocol.send(wire.Ready()))
         self._change()
 
@@ -289,10 +288,10 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         await self._start(control, machine)
         await self._finish(control, pager)
 
-    async def _attach_all(self, channel_set: ChannelSet, machine: Machine, pager: AnyPager) -> None:
+    async def _attach_all(self, open_channels: OpenChannels, machine: Machine, pager: AnyPager) -> None:
         """What is pending is requested (again) at once."""
         self._pushing = set(range(self._bulk_channels))
-        await self._attach(channel_set, machine.shards, self._bulk_channels, pager.attach_urgent, pager.attach_bulk)
+        await self._attach(open_channels, machine.shards, self._bulk_channels, pager.attach_urgent, pager.attach_bulk)
 
     async def _start(self, control: Control[DestinationProtocol], machine: Machine) -> None:
         """The machine has been committed to us."""
@@ -428,15 +427,9 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
     async def _watch_machine(self) -> None:
         await self._until(lambda: self._data is not None)
         assert self.machine is not None
-        async for event in self.machine.events():
-            if event.type in (MachineEventType.FAILURE, MachineEventType.FAILED):
-                self._machine_failed(event.text)
-
-    def _machine_failed(self, text: str) -> None:
-        # The migration goes on: to find out why the machine failed one needs its memory.
-        if not self.machine_failure:
-            self.machine_failure = text or "a vCPU stopped"
-            log.error("the machine reports a failure: %s", self.machine_failure)
+        while True:
+            self.check_machine()
+            await self.machine.wait_changed()
 
     # ---- after it
 
@@ -473,8 +466,10 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
                     await self._contained(what.close)
 
     def check_machine(self) -> None:
-        """Looks once more whether the machine has found something wrong; sets `machine_failure`."""
-        if self.machine is not None:
+        """Looks whether the machine has found something wrong; sets `machine_failure`. The migration goes on: to find
+        out why the machine failed one needs its memory."""
+        if self.machine is not None and not self.machine_failure:
             statistics = self.machine.statistics()
             if statistics.failures or statistics.state is MachineState.FAILED:
-                self._machine_failed(statistics.failure_text)
+                self.machine_failure = statistics.failure_text or "a vCPU stopped"
+                log.error("the machine reports a failure: %s", self.machine_failure)

@@ -2,7 +2,7 @@
 """One migration, seen from one side: what the source's and the destination's engine do alike.
 
 A migration is one connection after the other. Each has a plan (the main task of `tasks.FirstFailure`) and tasks that
-watch beside it; when it has ended the engine settles where that leaves the machine. If the protocol can go on from
+watch beside it; when it has ended the engine sees to where that leaves the machine. If the protocol can go on from
 there, the peer is looked for:
 
 - for `recover_for_s` (a destination in doubt has a time of its own). After that it is called no more, but a
@@ -39,8 +39,9 @@ from postcopy.migration.connection import Control, P, data_silence_s
 from postcopy.migration.maps import Disagreement
 from postcopy.migration.statistics import Recoveries, Statistics
 from postcopy.migration.tasks import FirstFailure, Interrupted, explained, first_of, now_ns
-from postcopy.net import Address, CallingLink, ChannelSet, Link, Reconnector, Session, keep_alive
+from postcopy.net import Address, CallingLink, Link, OpenChannels, Reconnector, Session, keep_alive
 from postcopy.wire import EndedElsewhere, State
+from postcopy.wire.states import LOST
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +53,8 @@ WORKERS = 3
 PEER_SAYS_WHY_S = 0.2
 """A peer that gives up says why on its control connection, and closes the others, which may be noticed first."""
 
-UNDECIDED = frozenset({State.SETUP, State.OFFERED, State.CHANNELS, State.READY, State.SWITCHOVER, State.HANDED})
-"""States in which either side can give a migration up without loss. The source still can in `PREPARED`; the destination
-does not know there whether it has been decided."""
 STEERABLE = frozenset({State.COMMITTED, State.POSTCOPY, State.PAUSED, State.IN_DOUBT, State.RECOVER, State.RECOVERING})
 """States in which a connection may be given up without giving up the migration."""
-LOST = frozenset({State.PAUSED, State.IN_DOUBT})
 
 D = TypeVar("D", bound=DataPlane)
 Plan = Callable[[Control[P], Link], Awaitable[None]]
@@ -71,7 +68,6 @@ class Engine(abc.ABC, Generic[P, D]):
     """Make it, `run` it once; everything else may be looked at meanwhile."""
 
     SIDE: ClassVar[str]
-    PEER: ClassVar[str]
 
     def __init__(
         self,
@@ -155,7 +151,7 @@ class Engine(abc.ABC, Generic[P, D]):
     @property
     def cancellable(self) -> bool:
         """Whether giving it up now would lose nothing."""
-        return self.state in UNDECIDED
+        return self._protocol.may_abort
 
     def statistics(self) -> Statistics:
         """What has been counted; the last numbers when the data plane has ended."""
@@ -226,7 +222,7 @@ class Engine(abc.ABC, Generic[P, D]):
             try:
                 try:
                     workers = Workers.open(WORKERS, f"pc-migr-{self.SIDE[:4]}", "a migration")
-                except ResourceError as error:  # nothing has begun: the peer is told why, where there is one
+                except ResourceError as error:  # nothing has begun: the peer gets the reason, where there is one
                     if self._link is not None:
                         await self._connected(self._link, partial(_refuse, error))
                     raise
@@ -320,7 +316,7 @@ class Engine(abc.ABC, Generic[P, D]):
     # ---- the life of a connection
 
     async def _connected(self, link: Link, plan: Plan[P]) -> None:
-        """The life of one connection: follows the plan, and settles where its end has left the machine."""
+        """The life of one connection: follows the plan, and sees to the machine when it has ended."""
         control: Control[P] = Control(link.control, self._protocol, self._heartbeat_s)
         self._protocol.receive_data(link.received)
         scope = self._scope = FirstFailure()
@@ -336,29 +332,29 @@ class Engine(abc.ABC, Generic[P, D]):
             ended = True
         finally:
             with trio.CancelScope(shield=True):  # each step of it is bounded
-                trouble = None
+                problem = None
                 if self._protocol.state is not State.COMPLETED:
                     where = "interrupted" if ended else "ended"
                     self.failure = scope.failure or Interrupted(f"{where} at the {self.SIDE}")
-                    trouble = await self._contained(self._settle, control, self.failure)
+                    problem = await self._contained(self._after_connection, control, self.failure)
                     if isinstance(scope.failure, Unrecoverable):
-                        trouble = scope.failure
+                        problem = scope.failure
                 await self._contained(control.close)
-            if trouble is not None and self._protocol.recoverable:
-                self._fail_for_good(trouble)
+            if problem is not None and self._protocol.recoverable:
+                self._fail_for_good(problem)
             if self._protocol.state is State.COMPLETED:
                 self.failure = None  # every page is there: that the peer misses our last message changes nothing
             self._change()
 
-    async def _settle(self, control: Control[P], failure: PostcopyError) -> None:
+    async def _after_connection(self, control: Control[P], failure: PostcopyError) -> None:
         """A connection has ended of `failure`. Shielded; bounded in time."""
         await self._take_back()
-        await control.say_goodbye(str(failure))
+        await control.give_reason(str(failure))
         if self._protocol.recoverable:
             await self._suspend()
 
     async def _take_back(self) -> None:
-        """Where the machine may run here it does, before the peer is told."""
+        """Where the machine may run here it does, before the peer gets the reason."""
 
     @abc.abstractmethod
     async def _suspend(self) -> None:
@@ -391,7 +387,7 @@ class Engine(abc.ABC, Generic[P, D]):
         await self._until(lambda: self._reconnector is not None)
         assert self._reconnector is not None
         await self._reconnector.superseded()
-        raise PeerError(f"the {self.PEER} has come back on another connection")
+        raise PeerError(f"{self._protocol.PEER} has come back on another connection")
 
     async def _watch_data(self) -> None:
         await self._until(lambda: self._data is not None)
@@ -401,7 +397,7 @@ class Engine(abc.ABC, Generic[P, D]):
             if event.type is EventType.CHANNEL_DOWN and self._needs(event):
                 if not self._protocol.committed:  # it may be all that the peer could do to end it before the decision
                     await trio.sleep(PEER_SAYS_WHY_S)
-                why = event.text or f"closed by the {self.PEER}"
+                why = event.text or f"closed by {self._protocol.PEER}"
                 raise MigrationError(f"data channel lost: {event.channel_kind.name.lower()} {event.channel} ({why})")
 
     def _needs(self, event: Event) -> bool:
@@ -415,14 +411,14 @@ class Engine(abc.ABC, Generic[P, D]):
 
     async def _attach(
         self,
-        channel_set: ChannelSet,
+        open_channels: OpenChannels,
         shards: int,
         bulk_channels: int,
         attach_urgent: Callable[[int, int], None],
         attach_bulk: Callable[[int, int], None],
     ) -> None:
         """Gives the data plane its connections."""
-        channels = await channel_set.channels(shards, bulk_channels)
+        channels = await open_channels(shards, bulk_channels)
         try:
             for (kind, index), fd in channels.items():
                 keep_alive(fd, data_silence_s(kind, self._heartbeat_s))
@@ -487,7 +483,7 @@ class Engine(abc.ABC, Generic[P, D]):
         assert self._reconnector is not None
         self.recoveries.add(now_ns() - self._lost_ns)
         self._reconnector.went_on()
-        log.warning("recovered: the %s is back after %.0f ms", self.PEER, self.recoveries.last_ns / 1e6)
+        log.warning("recovered: %s is back after %.0f ms", self._protocol.PEER, self.recoveries.last_ns / 1e6)
         self._change()
 
     async def _look(self) -> tuple[Link, Session] | None:
@@ -513,17 +509,17 @@ class Engine(abc.ABC, Generic[P, D]):
                 waits.append(come)
             if not self.over:
                 waits.append(self._search_ends)
-            again = self._look_again
+            again, first = self._look_again, None
             try:
-                await first_of(*waits)
+                first = await first_of(*waits)
             except EndedElsewhere as error:
-                self.failure = error
-                await self._ended_elsewhere(error, self._protocol.peer_ended(error.how))
-                self._change()
-                if self.state is not State.PAUSED:
-                    return None
+                if self.state in LOST:  # it was not reclaimed in this moment
+                    self.failure = error
+                    await self._ended_elsewhere(error, self._protocol.peer_ended(error.how))
+                    self._change()
             except Exception as error:  # noqa: BLE001  # `explained` logs what it does not know
-                self._fail_for_good(explained(error))
+                if self.state in LOST:
+                    self._fail_for_good(explained(error))
             except BaseException:  # cancelled in the moment in which the peer came
                 for link, _ in found:
                     link.control.socket.close()
@@ -539,9 +535,7 @@ class Engine(abc.ABC, Generic[P, D]):
                 found.clear()
                 reconnector.answered.set()
                 await trio.sleep(REFUSED_PAUSE_S)
-            elif not (
-                self.over or again.is_set() or self._unrecoverable or self._stop.is_set() or self._stop_looking()
-            ):
+            elif first == self._search_ends and not again.is_set() and not self._stop_looking():
                 return None
         return None
 

@@ -5,8 +5,8 @@ and a machine can be started again from it (`restore`).
 When the network fails after the point of no return and one host never comes back, the machine's memory is in two
 places: what has arrived is at the destination, where the machine may have changed it; the rest is at the source, as it
 was at the pause. A *salvage* is a directory with the memory of one side and a map of the pages for which that side can
-speak. A page of the destination's map comes from there, every other one from the source. A page for which nobody can
-speak is *in doubt*, and named.
+speak. A page of the destination's map comes from there, every other one from the source. A page for which neither
+can speak is *in doubt*, and named.
 
 Beside the memory is the state of the machine's devices, where the machine could be paused. State and memory must be of
 the same moment: that of the destination goes with what both sides have together, that of the source with the source's
@@ -52,13 +52,14 @@ from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.destination import MakeMachine
 from postcopy.units import format_size
 from postcopy.wire import one_line
+from postcopy.wire.messages import MAX_BLOCKS
 
+VERSION = 1
 SOURCE, DEST, MERGED = "source", "dest", "merged"  # sides
 STARTED = "started"  # a file in one that a machine has been started from
 PAUSE_TIMEOUT_S = 2.0
 COPY_BYTES = 4 << 20
 MAX_RANGES = 10_000  # of pages in doubt that are listed; their number is always given
-MAX_BLOCKS = 64
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_STATE_BYTES = 16 << 20
 MAX_STARTED_BYTES = 1000
@@ -86,6 +87,8 @@ async def write(path: str, machine: Machine, migration: str, side: str, maps: Se
         for block, known in zip(machine.blocks, maps, strict=True)
     )
     manifest = Manifest(
+        format="postcopy-salvage",
+        version=VERSION,
         migration=migration,
         side=side,
         machine=machine.kind,
@@ -96,7 +99,7 @@ async def write(path: str, machine: Machine, migration: str, side: str, maps: Se
     call = partial(_write, path, machine, maps, manifest, state)
     try:
         await run_sync(call)
-    except ResourceError:  # no thread: there is nothing else left that this one would hold up
+    except ResourceError:  # no thread: nothing else is left here that would have to wait
         call()
     return state is not None
 
@@ -154,7 +157,7 @@ class Block(Struct, frozen=True, rename="kebab"):
     name: _Name
     size_bytes: Annotated[int, Meta(ge=1, le=1 << 44)]
     page_bytes: Annotated[int, Meta(ge=512, le=1 << 30)]
-    pages: int = 0  # that are known, as the manifest says; the map has the last word
+    pages: int = 0  # that are known, as the manifest says; the map counts
 
     def __post_init__(self) -> None:
         if self.page_bytes & (self.page_bytes - 1):
@@ -168,8 +171,8 @@ class Block(Struct, frozen=True, rename="kebab"):
 class _Head(Struct, frozen=True):
     """What manifests of every version have."""
 
-    format: Literal["postcopy-salvage"] = "postcopy-salvage"
-    version: int = 1
+    format: Literal["postcopy-salvage"]
+    version: int
 
 
 class Manifest(_Head, frozen=True, kw_only=True):
@@ -224,7 +227,7 @@ def read(path: str) -> Salvage:
     in place of its files."""
     try:
         text = read_regular(Path(path) / "manifest.json", MAX_MANIFEST_BYTES, follow=False)
-        if msgspec.json.decode(text, type=_Head).version != _Head().version:
+        if msgspec.json.decode(text, type=_Head).version != VERSION:
             raise ConfigurationError(f"{path}: a salvage of another version; use the postcopy that wrote it")
         salvage = Salvage(Path(path), msgspec.json.decode(text, type=Manifest))
     except OSError as error:
@@ -470,9 +473,8 @@ def _load(salvage: Salvage, machine: Machine) -> None:
 
 
 def note_start(found: Restorable) -> None:
-    """Notes in a salvage that its machine has been started, so that this does not happen twice without anybody
-    noticing. Blocks on I/O. `ConfigurationError` when it has been since `examine` looked, `PostcopyError` when it
-    cannot be noted."""
+    """Notes in a salvage that its machine has been started, so that this does not happen twice unnoticed. Blocks on
+    I/O. `ConfigurationError` when it has been since `examine` looked, `PostcopyError` when it cannot be noted."""
     path = found.salvage.path
     text = f"{datetime.now(UTC).isoformat(timespec='microseconds')} on {socket.gethostname()}\n"
     try:

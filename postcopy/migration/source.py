@@ -3,18 +3,18 @@
 
 The plan: offer the machine, connect the data channels, wait until it is time; pause it, tell which pages there are,
 hand its state over; and when the destination says that it is prepared, decide. Up to that decision every failure ends
-the same way: the machine is resumed *first*, then the peer is told, then the rest is cleaned up. After it the machine
-never runs here again. A connection that is lost then leaves its memory as it is (but for pages that the destination has
-acknowledged, with `release_ram`: see `acknowledgements`), in the state `PAUSED`, and the two sides look for each other
-again: the destination says what it has, the rest is offered anew.
+the same way: the machine is resumed *first*, then the peer gets the reason, then the rest is cleaned up. After it the
+machine never runs here again. A connection that is lost then leaves its memory as it is (but for pages that the
+destination has acknowledged, with `release_ram`: see `acknowledgements`), in the state `PAUSED`, and the two sides look
+for each other again: the destination says what it has, the rest is offered anew.
 
 Resource handling: the machine stays the caller's, and is paused when the migration has been committed, else as it
 was before. The link's control connection and the page server are closed when `run` returns.
 
 **Taking it back.** A destination can die for good when the machine is its own. The operator, who knows that, has the
 machine go on here from the switchover (`reclaim`), unless a part of its memory has been given back. Should the
-destination live, there would be two machines: so it is looked for once more before, and is told when it comes back
-later.
+destination live, there would be two machines: so it is looked for once more before, and refused with that reason when
+it comes back later.
 
 Cancelling `run` before the decision resumes the machine; after it the pages are lost.
 """
@@ -34,7 +34,7 @@ from postcopy import wire
 from postcopy._blocking import run_sync
 from postcopy.dataplane.pageserver import PageServer
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError
-from postcopy.machines import Machine, MachineEventType, MachineStatistics
+from postcopy.machines import Machine, MachineState, MachineStatistics
 from postcopy.memory import MemoryKind
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.acknowledgements import PLACED_EVERY_MS, Releaser
@@ -43,7 +43,7 @@ from postcopy.migration.engine import Engine, Unrecoverable
 from postcopy.migration.maps import Disagreement, digest_of, receive_maps, send_map
 from postcopy.migration.statistics import Statistics
 from postcopy.migration.tasks import first_of, now_ns
-from postcopy.net import Address, ChannelSet, Link, Session
+from postcopy.net import Address, Link, OpenChannels, Session
 from postcopy.wire import EndedElsewhere, SourceProtocol, State
 
 DEFAULT_BULK_CHANNELS = 2  # while one of its threads copies a page into place, the other receives
@@ -74,8 +74,7 @@ class SourceOptions:
 class SourceMigration(Engine[SourceProtocol, PageServer]):
     """One migration away from this host. Make it, `run` it once; everything else may be looked at meanwhile."""
 
-    SIDE = "source"
-    PEER = "destination"
+    SIDE = SourceProtocol.SIDE
 
     def __init__(
         self,
@@ -115,7 +114,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self._releaser: Releaser | None = None  # with `release_ram`
         self._discarded: list[Bitmap] | None = None  # as it was when the page server ended
         self._accepted: wire.Accept | None = None
-        self._hold = True
+        self._keep = True
 
     # ---- looking at it
 
@@ -139,10 +138,6 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
 
     # ---- steering it
 
-    @property
-    def cancellable(self) -> bool:
-        return super().cancellable or self.state is State.PREPARED
-
     def set_bandwidth(self, max_bandwidth_bytes_per_s: int) -> None:
         """Limits the background push from now on; 0: no limit."""
         if max_bandwidth_bytes_per_s != self._options.max_bandwidth_bytes_per_s:
@@ -151,18 +146,18 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
                 self._data.set_bandwidth(max_bandwidth_bytes_per_s)
 
     def set_recover_for(self, recover_for_s: float) -> None:
-        super().set_recover_for(recover_for_s if self._hold else min(recover_for_s, RECOVER_UNOWNED_S))
+        super().set_recover_for(recover_for_s if self._keep else min(recover_for_s, RECOVER_UNOWNED_S))
 
     # ---- doing it
 
-    async def run(self, go: trio.Event, stop: trio.Event, *, hold: bool = True) -> None:
+    async def run(self, go: trio.Event, stop: trio.Event, *, keep: bool = True) -> None:
         """Migrates when `go` is set, and gives up when `stop` is.
 
         Returns when the migration has completed or aborted, or was reclaimed. One that is `PAUSED` goes on when the
-        destination is back, and otherwise stays so until `stop`; unless `hold` is false: what it could serve is then in
+        destination is back, and otherwise stays so until `stop`; unless `keep` is false: what it could serve is then in
         a file, nothing is lost by its end, and a minute is enough to come back.
         """
-        self._hold = hold
+        self._keep = keep
         self.set_recover_for(self._recover_for_s)
         try:
             await self._run(stop, partial(self._migrate, go=go))
@@ -204,9 +199,9 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             logging.WARNING if self.machine.live else logging.INFO,
             "the destination is lost for good (%s); what it has not got is kept here%s",
             self.failure,
-            f" {until}" if self._hold else "",
+            f" {until}" if self._keep else "",
         )
-        return self._hold
+        return self._keep
 
     async def _ended_elsewhere(self, error: EndedElsewhere, state: State) -> None:
         if state is State.ABORTED:
@@ -260,8 +255,8 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         switchover. Returns what is lost by that, one line.
 
         The destination is looked for before, for some seconds: one that answers keeps its machine, and the migration
-        goes on where it can. One that comes back later is told, and stops. `MigrationError` where it cannot be done;
-        nothing has changed then. May be cancelled until that is decided.
+        goes on where it can. One that comes back later learns of it, and stops. `MigrationError` where it cannot be
+        done; nothing has changed then. May be cancelled until that is decided.
         """
         self.check_reclaimable()
         assert self._reconnector is not None
@@ -297,9 +292,9 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         assert self._data is not None
         assert self._session is not None
         resume_ns = await self._receive_what_arrived(control, self._data)
-        with link.channel_set(self._session) as channel_set:
+        with link.channel_set(self._session) as open_channels:
             await control.send(self._protocol.send(wire.Recovered()))
-            await self._attach_all(channel_set)
+            await self._attach_all(open_channels)
         if resume_ns and not self.running_ns:
             self._runs_there(self.committed_ns + resume_ns)
         self._recovered()
@@ -326,7 +321,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         assert session is not None
         self._join(link, session)
         blocks = tuple(wire.Block(block.name, block.size_bytes, block.page_bytes) for block in machine.layout)
-        with link.channel_set(session) as channel_set:
+        with link.channel_set(session) as open_channels:
             offer = wire.Offer(
                 session.migration,
                 session.token,
@@ -346,7 +341,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             if self._options.release_ram:
                 self._releaser = Releaser(server, len(blocks))
             self._change()
-            await self._attach_all(channel_set)
+            await self._attach_all(open_channels)
         await control.receive(wire.Ready, STEP_TIMEOUT_S)
         self.ready_ns = now_ns()
         self._change()
@@ -354,12 +349,12 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         await self._switch_over(control, server)
         await self._follow(control)
 
-    async def _attach_all(self, channel_set: ChannelSet) -> None:
+    async def _attach_all(self, open_channels: OpenChannels) -> None:
         assert self._data is not None
         assert self._accepted is not None
         urgent = partial(self._data.attach_urgent, busy_poll_us=self._options.busy_poll_us)
         counts = self._accepted.shards, self._accepted.bulk_channels
-        await self._attach(channel_set, *counts, urgent, self._data.attach_bulk)
+        await self._attach(open_channels, *counts, urgent, self._data.attach_bulk)
 
     def _runs_there(self, since_ns: int) -> None:
         self.running_ns = since_ns
@@ -431,9 +426,11 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             await self._releaser.run()
 
     async def _watch_machine(self) -> None:
-        async for event in self.machine.events():
-            if event.type is MachineEventType.FAILED and not self._protocol.committed:
-                raise MigrationError(f"the machine has failed: {event.text}")
+        while not self._protocol.committed:
+            statistics = self.machine.statistics()
+            if statistics.state is MachineState.FAILED:
+                raise MigrationError(f"the machine has failed: {statistics.failure_text}")
+            await self.machine.wait_changed()
 
     # ---- when it ends
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from postcopy.dataplane.counters import Counters
+from postcopy.dataplane.counters import PagerStatistics, PageServerStatistics
 from postcopy.dataplane.histogram import Histogram
 
 
@@ -160,7 +160,7 @@ class Statistics:
         return self.total_bytes - self.resident_bytes
 
     @classmethod
-    def of(cls, counted: Counters, **more: Any) -> Statistics:
+    def of(cls, counted: PagerStatistics | PageServerStatistics, **more: Any) -> Statistics:
         """What the core has counted, under the same names."""
         same = {
             name: getattr(counted, name) for name in cls.__dataclass_fields__ if name in counted.__dataclass_fields__

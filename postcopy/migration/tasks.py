@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 
 import trio
 
-from postcopy.errors import MigrationError, PostcopyError
+from postcopy.errors import MigrationError, PostcopyError, leaves, shortage
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +30,19 @@ def now_ns() -> int:
     return time.monotonic_ns()
 
 
-async def first_of(*waits: Callable[[], Awaitable[object]]) -> None:
-    """Returns when one of them has returned; the others are cancelled. What one raises comes out as it is."""
+Wait = Callable[[], Awaitable[object]]
+
+
+async def first_of(*waits: Wait) -> Wait:
+    """The one that returned first; the others are cancelled. What one raises comes out as it is."""
     failures: list[Exception] = []
+    returned: list[Wait] = []
     async with trio.open_nursery() as nursery:
 
-        async def run(wait: Callable[[], Awaitable[object]]) -> None:
+        async def run(wait: Wait) -> None:
             try:
                 await wait()
+                returned.append(wait)
             except Exception as error:  # noqa: BLE001  # raised below, outside of the nursery, which would wrap it
                 failures.append(error)
             nursery.cancel_scope.cancel()
@@ -46,6 +51,7 @@ async def first_of(*waits: Callable[[], Awaitable[object]]) -> None:
             nursery.start_soon(run, wait)
     if failures:
         raise failures[0]
+    return returned[0]
 
 
 class FirstFailure:
@@ -87,20 +93,15 @@ class FirstFailure:
 def explained(error: Exception) -> PostcopyError:
     """What a migration fails with. An exception that is a mistake in this package is logged here, with its
     traceback."""
-    errors = list(_leaves(error))
-    for each in errors:
-        if not isinstance(each, PostcopyError | OSError):
+    errors: list[BaseException] = []
+    for each in leaves(error):
+        known = each if isinstance(each, PostcopyError | OSError) else shortage(each)
+        if known is None:
             log.error("a mistake in postcopy: this migration fails of it", exc_info=error)
             return MigrationError(f"a mistake in postcopy ({type(each).__name__}: {each}); the log has its traceback")
-    first = next((each for each in errors if isinstance(each, PostcopyError)), errors[0])
-    if isinstance(first, PostcopyError):
-        return first
-    return MigrationError(f"{type(first).__name__}: {first}")  # of a system call that was not expected to fail
-
-
-def _leaves(error: Exception) -> Iterator[Exception]:
-    if isinstance(error, ExceptionGroup):
-        for each in error.exceptions:
-            yield from _leaves(each)
-    else:
-        yield error
+        errors.append(known)
+    for each in errors:
+        if isinstance(each, PostcopyError):
+            return each
+    first = errors[0]  # of a system call that was not expected to fail
+    return MigrationError(f"{type(first).__name__}: {first}")

@@ -6,7 +6,7 @@ One host listens (`acceptor`, `listening`), the other one connects (`calling`, `
 not matter. Every connection begins with the handshake of `postcopy.wire`. Then a control connection stays a Trio stream
 of its `Link`, while the descriptor of a data connection is detached, made blocking and given to the core.
 
-The room owns listeners, and connections until somebody has taken them. A `Link` lives until its stream is closed, a
+The room owns listeners, and connections until they are taken. A `Link` lives until its stream is closed, a
 channel set or reconnector as long as its `with` block, an `Acceptor` until `close`.
 """
 
@@ -18,10 +18,10 @@ from postcopy.net.addresses import Address, Route, parse_address, read_peer_file
 from postcopy.net.calling import CallingLink
 from postcopy.net.connecting import HANDSHAKE_TIMEOUT_S, client_handshake, connect, keep_alive
 from postcopy.net.endings import Code, Endings, Session
-from postcopy.net.link import ChannelKey, ChannelSet, Link, PAUSED_BY_OPERATOR, Reconnector
+from postcopy.net.link import ChannelKey, Link, OpenChannels, PAUSED_BY_OPERATOR, Reconnector
 
 __all__ = [
     "HANDSHAKE_TIMEOUT_S", "MAX_HALF_OPEN", "MAX_WAITING", "OFFER_TIMEOUT_S", "PAUSED_BY_OPERATOR", "Acceptor",
-    "Address", "CallingLink", "ChannelKey", "ChannelSet", "Code", "Endings", "Link", "Reconnector", "Route",
+    "Address", "CallingLink", "ChannelKey", "Code", "Endings", "Link", "OpenChannels", "Reconnector", "Route",
     "Session", "client_handshake", "connect", "keep_alive", "parse_address", "read_peer_file",
 ]

@@ -7,8 +7,8 @@ oldest its place, since an honest peer needs one round trip only. A source that 
 is there (`OFFER_TIMEOUT_S`): a hello alone takes no place. A data connection has to prove the token of a migration that
 is going on. Whatever a peer does, the listener goes on.
 
-Resource handling: a stream belongs to whoever got it last: the acceptor, a channel set, a reconnector, or the caller of
-`next_link`. `close` ends the listeners; a control connection that nobody took is closed when `serve` ends.
+Resource handling: a stream belongs to the one that got it last: the acceptor, a channel set, a reconnector, or the
+caller of `next_link`. `close` ends the listeners; a control connection that was not taken is closed when `serve` ends.
 
 Error handling: `ResourceError` for an address that cannot be listened on. What a peer does wrong is counted and logged.
 """
@@ -29,7 +29,7 @@ from postcopy.net.addresses import Address, address_of
 from postcopy.net.backoff import LogLimit
 from postcopy.net.connecting import HANDSHAKE_TIMEOUT_S, NO_ROOM, broken
 from postcopy.net.endings import Code, Endings, Refusal, Session
-from postcopy.net.link import ChannelSet, Link, Reconnector
+from postcopy.net.link import Link, OpenChannels, Reconnector
 from postcopy.net.listening import ListeningChannelSet, ListeningReconnector
 from postcopy.wire import HEADER_BYTES, Ended, Hello, Offer, Reject, ServerHandshake, decode, encode, one_line
 
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 OFFER_TIMEOUT_S = 10.0
 MAX_HALF_OPEN = 64
-MAX_WAITING = 16  # control connections that nobody has taken yet
+MAX_WAITING = 16  # control connections that were not taken yet
 ACCEPT_PAUSE_S = 0.1
 UNREAD_BYTES = 64 * 1024
 
@@ -48,15 +48,15 @@ class ListeningLink(Link):
         self._acceptor = acceptor
 
     @contextlib.contextmanager
-    def channel_set(self, session: Session) -> Iterator[ChannelSet]:
+    def channel_set(self, session: Session) -> Iterator[OpenChannels]:
         channel_sets = self._acceptor.channel_sets
         if session.migration in channel_sets:
             raise PeerError(f"{self.peer}: the migration {session.migration.hex()} is in use here")
         channel_set = channel_sets[session.migration] = ListeningChannelSet(session, self.peer, self.version)
         try:
-            yield channel_set
+            yield channel_set.channels
         finally:
-            del channel_sets[session.migration]  # ours, since nobody else gets it meanwhile
+            del channel_sets[session.migration]  # ours, since the id was in use meanwhile
             channel_set.close()
 
     @contextlib.contextmanager
@@ -73,7 +73,7 @@ class ListeningLink(Link):
 
 
 class Acceptor:
-    """A listening side: welcomes control connections as long as somebody takes them, and sends data connections to the
+    """A listening side: welcomes control connections as long as they are taken, and sends data connections to the
     channel set of their migration.
 
     Statistics: `accepted`, `refused`, `bad_handshakes` count connections by what became of them.
@@ -87,8 +87,8 @@ class Acceptor:
         endings: Endings | None = None,
     ) -> None:
         """`why_refused` is asked for each control connection, at its hello and, where it has to offer something, when
-        the offer is there; with the number of those that nobody has taken yet. Empty to let it in, else the reason why
-        not. Who takes one (`next_link`) has to count it from then on, before anything else happens.
+        the offer is there; with the number of those that were not taken yet. Empty to let it in, else the reason why
+        not. The caller of `next_link` has to count what it takes from then on, before anything else happens.
 
         `endings` is what this process remembers."""
         self.endings = endings if endings is not None else Endings()
@@ -104,7 +104,7 @@ class Acceptor:
         self._why_refused = why_refused
         self._waiting = 0
         self._half_open: dict[object, trio.CancelScope] = {}  # oldest first
-        self._log_limit = LogLimit()  # whoever can connect could fill the log
+        self._log_limit = LogLimit()  # any host that can connect could fill the log
         self._send_link, self._links = trio.open_memory_channel[Link](MAX_WAITING)
 
     @classmethod
@@ -143,12 +143,13 @@ class Acceptor:
                 for listener in self._listeners:
                     nursery.start_soon(self._accept, listener, nursery)
         finally:
-            while True:  # control connections that nobody took
+            while True:  # control connections that were not taken
                 try:
                     link = self._links.receive_nowait()
                 except trio.WouldBlock:
                     break
                 link.control.socket.close()
+                self._waiting -= 1
 
     async def close(self) -> None:
         """Stops listening. `serve` must have ended."""
@@ -172,7 +173,7 @@ class Acceptor:
             nursery.start_soon(self._greet, stream)
 
     async def _greet(self, stream: trio.SocketStream) -> None:
-        """One connection from its first byte until somebody has it. Never raises, whatever the peer does."""
+        """One connection from its first byte until it is taken. Never raises, whatever the peer does."""
         peer = "a peer that left at once"
         key = object()
         taken = False
@@ -190,7 +191,7 @@ class Acceptor:
             self.bad_handshakes += 1
             if self._log_limit.due():
                 log.warning("%s: %s", peer, broken(error) if isinstance(error, trio.BrokenResourceError) else error)
-        except Exception:  # a mistake of ours: whoever is here already does not pay for it
+        except Exception:  # a mistake of ours, which must not end other connections
             log.exception("%s: cannot be greeted", peer)
         finally:
             self._half_open.pop(key, None)
@@ -203,7 +204,7 @@ class Acceptor:
         try:
             while wanted := handshake.wanted():
                 handshake.receive_data(await stream.receive_some(wanted))
-                if handshake.heard and not answered:
+                if handshake.has_preamble and not answered:
                     answered = True
                     await stream.send_all(handshake.send_preamble())
                 if handshake.newer:
@@ -276,7 +277,7 @@ class Acceptor:
             scope.deadline = trio.current_time() + OFFER_TIMEOUT_S
             offer = await _receive_offer(stream, handshake.version)
             link = ListeningLink(stream, self, handshake.version, offer)
-            if reason := why_refused():  # somebody was faster
+            if reason := why_refused():  # another one was faster
                 self.refused += 1
                 await stream.send_all(encode(Reject(reason), handshake.version))
                 await stream.send_eof()
@@ -294,9 +295,9 @@ class Acceptor:
         if hello.ended:
             reconnector.peer_ended(Ended(hello.ended))
         await stream.send_all(handshake.send_welcome(reconnector.session.token))
-        # While we said welcome somebody with a higher epoch may have come, and the migration may have ended or paused.
+        # While we said welcome a peer with a higher epoch may have come, and the migration may have ended or paused.
         current = self.reconnectors.get(hello.migration) is reconnector and reconnector.session.epoch == hello.epoch
-        if hello.ended or not current or reconnector.over or reconnector.is_paused():
+        if hello.ended or not current or reconnector.over or reconnector.paused:
             return False
         reconnector.enter(ListeningLink(stream, self, handshake.version))
         self.accepted += 1

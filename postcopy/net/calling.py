@@ -3,7 +3,7 @@
 
 A lost peer is called at once, then several times a second, at another address when one is named (`Route`). What counts
 is not that a connection came about but that the migration *went on* over it: after calls that only connect, the pauses
-grow. Whoever answers there may be anybody: what does not prove that it knows the token decides nothing.
+grow. Any host may answer there: one that does not prove that it knows the token decides nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import logging
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
 import trio
 
@@ -27,8 +28,8 @@ from postcopy.net.link import (
     CHANNELS_TIMEOUT_S,
     PAUSED_BY_OPERATOR,
     ChannelKey,
-    ChannelSet,
     Link,
+    OpenChannels,
     Reconnector,
     channel_keys,
 )
@@ -65,28 +66,19 @@ class CallingLink(Link):
         self._route.change(address)
 
     @contextlib.contextmanager
-    def channel_set(self, session: Session) -> Iterator[ChannelSet]:
-        yield CallingChannelSet(self.peer, self._side, session, self.version)
+    def channel_set(self, session: Session) -> Iterator[OpenChannels]:
+        yield partial(self._open_channels, session)
 
     @contextlib.contextmanager
     def reconnector(self, session: Session) -> Iterator[Reconnector]:
         yield CallingReconnector(self._route, self._side, session, self.version)
 
-
-@dataclass
-class CallingChannelSet(ChannelSet):
-    peer: Address
-    side: str
-    session: Session
-    version: int
-
-    async def channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
+    async def _open_channels(self, session: Session, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
         opened: dict[ChannelKey, FdHolder] = {}
-        session = self.session
         try:
             with trio.fail_after(CHANNELS_TIMEOUT_S):
                 for kind, index in channel_keys(shards, bulk_channels):
-                    hello = Hello(kind, self.side, index, session.migration, session.epoch)
+                    hello = Hello(kind, self._side, index, session.migration, session.epoch)
                     stream, _ = await connect(self.peer, hello, token=session.token, version=self.version)
                     opened[kind, index] = detach(stream)
         except BaseException as error:
@@ -142,7 +134,7 @@ class CallingReconnector(Reconnector):
                     return
 
     async def superseded(self) -> None:
-        while not self.is_paused():  # nobody but this side connects
+        while not self.paused:  # only this side connects
             await self._changed.wait()
         raise PeerError(PAUSED_BY_OPERATOR)
 
@@ -152,7 +144,7 @@ class CallingReconnector(Reconnector):
         self._lost_s = min(self._lost_s, now_s)
         if self._pause_s and await self._route.pause(self._pause_s * random.uniform(0.5, 1)):
             self._pause_s, self._lost_s, self._log_limit = 0.0, trio.current_time(), backoff.LogLimit()
-        while self.is_paused():
+        while self.paused and how is None:  # what is said with `how` makes no connection
             await self._changed.wait()
         # Each attempt has an epoch of its own: one that was lost on its way must not be taken for the next one.
         session = self._session = replace(self._session, epoch=self._session.epoch + 1)
@@ -160,7 +152,7 @@ class CallingReconnector(Reconnector):
         asked = self._route.address
         try:
             stream, _ = await connect(asked, hello, RECONNECT_ATTEMPT_S, token=session.token, version=self._version)
-            if not self.is_paused() or how is not None:
+            if not self.paused or how is not None:
                 return asked, stream
             stream.socket.close()
         except (PeerError, ProtocolError, ResourceError) as error:

@@ -2,7 +2,7 @@
 """Refusals, and what is remembered of migrations that have ended.
 
 Ids are no secret (they are in logs), tokens are. A hello proves that it knows the token of the migration that it names,
-and a refusal that says how that has ended proves it too: otherwise anybody at the peer's address could say so.
+and a refusal that says how that has ended proves it too: otherwise any host at the peer's address could say so.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Code(enum.StrEnum):
 
 
 class Refusal(Exception):
-    """Why a hello is not welcome; the peer is told. With `token` it is proven to come from the peer."""
+    """Why a hello is not welcome, sent to the peer. With `token` it is proven to come from the peer."""
 
     def __init__(self, reason: str, code: Code | Ended, token: bytes = b"") -> None:
         super().__init__(reason)
@@ -67,7 +67,7 @@ class Endings:
         return self._ended.get(migration)
 
     def refusal(self, hello: Hello, version: int) -> Refusal:
-        """What is to be said to somebody who asks for a migration that is not going on here (any more)."""
+        """The answer to a hello for a migration that is not going on here (any more)."""
         known = self.find(hello.migration)
         if known is None or version < 3:
             return Refusal("no such migration here", Code.UNKNOWN)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import math
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -24,30 +25,25 @@ CHANNELS_TIMEOUT_S = 30.0
 PAUSED_BY_OPERATOR = "paused by the operator"
 
 ChannelKey = tuple[str, int]  # ("urgent", 3)
+OpenChannels = Callable[[int, int], Awaitable[dict[ChannelKey, FdHolder]]]
+"""With so many shards and bulk channels: all data channels, within `CHANNELS_TIMEOUT_S`. Called once; the descriptors
+are the caller's."""
 
 
 def channel_keys(shards: int, bulk_channels: int) -> list[ChannelKey]:
     return [("urgent", shard) for shard in range(shards)] + [("bulk", number) for number in range(bulk_channels)]
 
 
-class ChannelSet(abc.ABC):
-    """Open it before the peer can know the session, since the peer may be faster than our next line."""
-
-    @abc.abstractmethod
-    async def channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
-        """All data channels, within `CHANNELS_TIMEOUT_S`. Called once; the descriptors are the caller's."""
-
-
 class Reconnector(abc.ABC):
     """A migration's place among the connections of this host, kept while it has none.
 
     An operator can *pause* it: the connection is then given up and none is made or let in, until `recover`. The other
-    side finds that somebody is there who does not take it back yet, and asks again.
+    side learns that its peer is there and does not take it back yet, and asks again.
     """
 
     def __init__(self) -> None:
         self.answered = trio.Event()  # set when the peer is there, and only does not take us back now; may be replaced
-        self._paused = False
+        self.paused = False
         self._changed = trio.Event()
         self._went_on_s = math.inf
 
@@ -62,26 +58,23 @@ class Reconnector(abc.ABC):
         return trio.current_time() - went_on_s >= LASTING_S
 
     def ended(self, how: Ended) -> None:  # noqa: B027  (only who is asked has to remember it)
-        """The migration is over here: whoever comes back for it is told how, and not let in. To be said before the
-        reconnector ends; the last word counts."""
+        """The migration is over here: a peer that comes back for it is refused, with how it has ended. To be called
+        before the reconnector ends; the last call counts."""
 
     async def announce(self, how: Ended) -> None:
         """Tells the peer that it is over here, where it would not come and ask: on the side that calls. Tries as long
-        as it takes; returns when the peer has heard it or has ended it itself, and at once on the side that listens,
+        as it takes; returns when the peer has answered or has ended it itself, and at once on the side that listens,
         which is asked. After `ended`. Cancellable."""
         await trio.lowlevel.checkpoint()
 
-    def is_paused(self) -> bool:
-        return self._paused
-
     def pause(self) -> None:
         """Gives the connection up and makes no other one until `recover`."""
-        self._paused = True
+        self.paused = True
         self._notify()
 
     def recover(self) -> None:
         """Looks for the peer (again), now."""
-        self._paused = False
+        self.paused = False
         self._notify()
 
     def _notify(self) -> None:
@@ -119,8 +112,9 @@ class Link(abc.ABC):
         raise ConfigurationError(f"this side listens; tell the other one to connect to {address} or wherever this is")
 
     @abc.abstractmethod
-    def channel_set(self, session: Session) -> contextlib.AbstractContextManager[ChannelSet]:
-        """Lets data channels of `session` come in as long as the block lasts. `PeerError` for an id that is in use."""
+    def channel_set(self, session: Session) -> contextlib.AbstractContextManager[OpenChannels]:
+        """Lets data channels of `session` come in as long as the block lasts. Begin it before the peer can know the
+        session, since the peer may be faster than our next line. `PeerError` for an id that is in use."""
 
     @abc.abstractmethod
     def reconnector(self, session: Session) -> contextlib.AbstractContextManager[Reconnector]:

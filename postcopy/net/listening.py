@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The side that listens: the places that it keeps for the peers of its migrations. `Acceptor` lets them in.
 
-Whoever knows the token of a migration and brings a higher epoch than anybody before gets its place, also while this
+A peer that knows the token of a migration and brings a higher epoch than all before gets its place, also while this
 side still believes in the old connection, which may be half open. From which address it comes does not matter. A peer
 that comes back without going on is let in less and less often.
 """
@@ -23,7 +23,6 @@ from postcopy.net.link import (
     CHANNELS_TIMEOUT_S,
     PAUSED_BY_OPERATOR,
     ChannelKey,
-    ChannelSet,
     Link,
     Reconnector,
     channel_keys,
@@ -31,7 +30,7 @@ from postcopy.net.link import (
 from postcopy.wire import Ended, EndedElsewhere, Hello
 
 
-class ListeningChannelSet(ChannelSet):
+class ListeningChannelSet:
     """What has been collected when it closes unused, it closes."""
 
     def __init__(self, session: Session, peer: Address, version: int) -> None:
@@ -91,7 +90,7 @@ class ListeningReconnector(Reconnector):
         self.over = False  # here: see `Endings`
         self._version = version
         self._endings = endings
-        self._arrived: tuple[Link, Session] | None = None  # that nobody has taken
+        self._arrived: tuple[Link, Session] | None = None  # and was not taken yet
         self._ended: Ended | None = None  # as the peer has come to say
         self._returns = 0  # since it went on
         self._next_s = -math.inf  # from when on it may come again
@@ -110,15 +109,15 @@ class ListeningReconnector(Reconnector):
     def reserve(self, hello: Hello, version: int) -> None:
         """`Refusal` unless the peer may come back with this. From here on its epoch is used up."""
         check_token(self.session, self._version, hello, version)
-        token = self.session.token  # which it knows, so that it is told with a proof who refuses
+        token = self.session.token  # which it knows, so that the refusal is proven to be ours
         if hello.epoch <= self.session.epoch:
             raise stale(hello, self.session, token)
         if not hello.ended:
             if self.over:
                 raise self._endings.refusal(hello, version)
-            if self._ended is not None:  # nobody waits for it any more
+            if self._ended is not None:  # it is waited for no more
                 raise Refusal(f"you have said that the migration has ended there: {self._ended}", Code.UNKNOWN, token)
-            if self.is_paused():
+            if self.paused:
                 raise Refusal(PAUSED_BY_OPERATOR, Code.PAUSED, token)
             self._count_return(token)
         self.session = replace(self.session, epoch=hello.epoch)
@@ -159,7 +158,7 @@ class ListeningReconnector(Reconnector):
 
     async def superseded(self) -> None:
         while self._arrived is None and self._ended is None:
-            if self.is_paused():
+            if self.paused:
                 raise PeerError(PAUSED_BY_OPERATOR)
             await self._changed.wait()
 

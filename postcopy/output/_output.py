@@ -37,8 +37,8 @@ class Output:
         self._began = time.monotonic()
         self._stdout = Writer(stdout, self._dropped_events)
         self._stderr = Writer(stderr, self._dropped_lines)
-        # A command whose results nobody will read may end. One whose messages nobody will read goes on: Rich, which
-        # raises SystemExit when a terminal has gone, must not see that.
+        # A command may end when the reader of its results has gone. It goes on when that of its messages has gone: Rich
+        # must not see that, since it raises SystemExit then.
         self._streams = (
             QueuedStream(self._stdout, stdout, loss_is_error=True),
             QueuedStream(self._stderr, stderr, loss_is_error=False),
@@ -55,10 +55,10 @@ class Output:
 
     @contextlib.contextmanager
     def standard_streams(self) -> Iterator[None]:
-        """Inside the block all that anybody prints in this process goes through the same queues, the interpreter's own
+        """Inside the block all that is printed in this process goes through the same queues, the interpreter's own
         messages too."""
         before = sys.stdout, sys.stderr
-        # (a reader that has gone is nobody's error: what is printed to nobody is dropped, as everything else is)
+        # (what is printed for a reader that has gone is dropped, as everything else is)
         sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in self._streams)
         try:
             yield

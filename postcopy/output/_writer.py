@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lines on their way to a descriptor that somebody else reads, or does not.
+"""Lines on their way to a descriptor whose reader may be slow, or gone.
 
-A terminal that was stopped with Ctrl-S, a pager, a log collector that hangs, a pipe that nobody empties: a write to any
+A terminal that was stopped with Ctrl-S, a pager, a log collector that hangs, a pipe that is not read: a write to any
 of them can wait forever, and the writer with it. So each descriptor has one thread that does nothing but write to it.
 All others put their lines into its queue, from any thread, and never wait.
 
 **What is dropped.** The queue has room for a little progress, for more log lines, and for very many lines of what must
-not be lost (results, endings, errors); a kind that has used up its room is dropped, and counted. When somebody reads
-again, the reader is told once how many lines are missing.
+not be lost (results, endings, errors); a kind that has used up its room is dropped, and counted. When the
+reader goes on, it gets one line that says how many are missing.
 
-**The end.** `close` waits for what is queued as long as somebody reads, for `STALLED_S` when nobody does, and for
+**The end.** `close` waits for what is queued as long as it is read, for `STALLED_S` when it is not, and for
 `CLOSE_S` in all. Then the thread is left in its write: it is a daemon thread, for which the end of the process does not
 wait. Where the system gives no thread, `close` itself writes, with the same bounds.
 
@@ -51,8 +51,8 @@ class Writer:
     def __init__(self, stream: TextIO | None, dropped: Callable[[int], str]) -> None:
         """`dropped` makes the line that says how many are missing.
 
-        A stream that has no descriptor (a `StringIO`) cannot make anybody wait: it is written to at once. None: nobody
-        is there, as where a process was started with the descriptor closed.
+        A stream that has no descriptor (a `StringIO`) never waits: it is written to at once. None: there is no reader,
+        as where a process was started with the descriptor closed.
         """
         self._stream: TextIO | None = None
         self._fd = -1
@@ -75,7 +75,7 @@ class Writer:
         self._thread: threading.Thread | None = None
 
     def put(self, text: str, kind: Kind) -> bool:
-        """Queues `text` as it is. False when it was dropped: there was no room, or nobody is there to read it."""
+        """Queues `text` as it is. False when it was dropped: there was no room, or there is no reader."""
         if self._stream is not None:
             return self._put_at_once(self._stream, text)
         data = text.encode(self._encoding, "backslashreplace")
@@ -100,8 +100,8 @@ class Writer:
             self._thread = thread
 
     def close(self, deadline_s: float = CLOSE_S) -> bool:
-        """Waits for what is queued, as long as it says above; starts it where nobody has. False when something was
-        left."""
+        """Waits for what is queued, as long as it says above; starts it where that was not done. False when something
+        was left."""
         if not self._queue and self._thread is None:
             return True
         began_s = time.monotonic()
@@ -119,7 +119,7 @@ class Writer:
 
     @property
     def gone(self) -> bool:
-        """Whether nobody will read any more."""
+        """Whether the reader has gone for good."""
         return self._gone
 
     @property
@@ -189,7 +189,7 @@ class Writer:
                 raise TimeoutError
             try:
                 rest = rest[os.write(self._fd, rest if deadline_s is None else rest[:_SURE_BYTES]) :]
-            except BlockingIOError:  # whoever shares the descriptor has made it so
+            except BlockingIOError:  # a process that shares the descriptor has made it so
                 poll.poll(RETRY_S * 1000)
                 continue
             self._torn = True  # until all of it is there
@@ -197,7 +197,7 @@ class Writer:
         self._torn = False
 
     def _failed(self, error: OSError, data: bytes, kind: Kind, note: int) -> bool:
-        """False when nobody will read any more."""
+        """False when the reader has gone for good."""
         with self._changed:
             self._failing = True
             if error.errno in _READER_IS_GONE:
@@ -220,7 +220,7 @@ class QueuedStream(io.TextIOBase):
     A line, or what was written before a `flush`, is queued in one piece."""
 
     def __init__(self, writer: Writer, stream: TextIO | None, *, loss_is_error: bool) -> None:
-        """`loss_is_error`: printing raises BrokenPipeError when nobody will read any more; else it does nothing."""
+        """`loss_is_error`: printing raises BrokenPipeError when the reader has gone for good; else it does nothing."""
         self.writer = writer
         self._stream = stream
         self._loss_is_error = loss_is_error

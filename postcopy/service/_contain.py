@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a mistake ends: what one task does wrong is logged with its traceback, and nothing else hears of it.
+"""Where a mistake ends: what one task does wrong is logged with its traceback, and affects nothing else.
 
 A nursery passes the failure of one task on to all others. That is right for tasks that do one thing together, and wrong
 for those that have nothing to do with each other: the machines of a daemon, its clients, its outputs. Each of these

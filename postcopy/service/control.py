@@ -15,9 +15,9 @@ from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration
 from postcopy.net import parse_address
 from postcopy.service import schema
-from postcopy.service.report import Migration
+from postcopy.service.report import Json, Migration
 from postcopy.service.schema import COMMANDS, SETTINGS, ControlError, plain
-from postcopy.service.service import Json, Owned, Request, Service
+from postcopy.service.service import Owned, Request, Service
 from postcopy.service.status import machine_status
 
 CANCEL_POLL_S = 0.01
@@ -91,7 +91,10 @@ class ControlHandler:
         undecided = self._undecided(arguments.get("machine"))
         if not undecided:
             raise ControlError("NotNow", "no migration is going on")
-        cancelled = [owned.name for owned, migration in undecided if migration.cancel()]
+        named = self._service.names_machines
+        cancelled = [
+            owned.name if named else migration.migration_id for owned, migration in undecided if migration.cancel()
+        ]
         if not cancelled:
             raise ControlError("NotNow", "the machine belongs to the destination already: that cannot be taken back")
         return {"cancelled": cancelled}

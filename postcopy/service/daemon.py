@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`postcopy daemon`: a process that owns machines, sends them away when it is told to, and takes those that come.
+"""`postcopy daemon`: a process that owns machines, sends them away on request, and takes those that come.
 
 A source ends when its machine has left, a destination has one machine and waits for it: neither can have the machine
 that it sent away come back. So this is the union of both. A machine is *here* from its start or arrival until it has
@@ -15,7 +15,7 @@ whose name is taken here is refused, and so goes on where it is.
 
 **Places.** An arriving machine has one of `MAX_INCOMING` from its offer until it is here, as far as it is not lost:
 one whose source is gone after its commit waits for it and moves nothing. Memory is promised once (`_admission`), and
-some descriptors are there for each before it is let in: what PREPARED says must hold.
+some descriptors are there for each before it is let in: what PREPARED promises must be possible.
 
 **Failures.** Each migration, and each machine's end, is contained (`contain`): whatever goes wrong in one, also a
 mistake of ours, is logged and ends that one. A machine that is this host's is never ended by it: it stays as it is, to
@@ -56,9 +56,9 @@ from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import DaemonConfig
 from postcopy.service.control import find, process_status
 from postcopy.service.options import is_name, record
-from postcopy.service.report import Migration
+from postcopy.service.report import Json, Migration
 from postcopy.service.schema import COMMANDS, ControlError
-from postcopy.service.service import Json, Owned, Phase, Request, Row, Service, direction
+from postcopy.service.service import Owned, Phase, Request, Row, Service
 from postcopy.service.status import machine_status
 from postcopy.wire import State, one_line
 
@@ -79,6 +79,8 @@ log = logging.getLogger(__name__)
 
 class Daemon(Service):
     """Everything but its beginning and end is asked through the control socket."""
+
+    names_machines = True
 
     def __init__(self, config: DaemonConfig, output: Output) -> None:
         super().__init__(config.side, config.listen is not None, output, config.migration, config.arrival)
@@ -165,7 +167,7 @@ class Daemon(Service):
         for owned in self.machines:
             job = owned.migration
             if job is not None and job.status != owned.announced:
-                fields = {**report.ended(direction(job), job), "machine": owned.name, "from": owned.announced}
+                fields = {**report.ended(job), "machine": owned.name, "from": owned.announced}
                 owned.announced = job.status
                 self.output.emit("migration-status", fields)
 
@@ -334,8 +336,10 @@ class Daemon(Service):
         """The name that its source says."""
         if kind == "image":
             raise ConfigurationError("a daemon takes machines that run; `postcopy dest` takes an image")
-        name = config.get("name", _new_name(kind))
-        if not is_name(name):
+        name = config.get("name")
+        if name is None:
+            name = _new_name(kind)
+        elif not is_name(name):
             raise ConfigurationError(f"{one_line(str(name), 80)!r} is no machine's name")
         self._check_name(name, owned)
         if owned.migration is not None:
@@ -347,7 +351,7 @@ class Daemon(Service):
             self.output.emit("machine-left", {"machine": owned.name})
         elif isinstance(migration, DestinationMigration) and owned.machine is not None:
             self.output.emit("machine-received", {"machine": owned.name, "kind": owned.machine.kind})
-        fields = {**report.ended(direction(migration), migration), "machine": owned.name}
+        fields = {**report.ended(migration), "machine": owned.name}
         fields["downtime-ms"] = milliseconds(migration.downtime_ns)
         fields["total-ms"] = milliseconds(migration.total_ns)
         self.output.emit("migration-ended", fields)
@@ -386,8 +390,10 @@ class Daemon(Service):
             await self.changes.wait()
         if owned.phase is Phase.HERE:
             owned.phase = Phase.ENDING  # so that no other request sends it away, or ends it, meanwhile
-            await self._close(owned)
-            self.output.emit("machine-ended", {"machine": owned.name})
+            try:
+                await self._close(owned)
+            finally:  # it has ended, also when the client has left meanwhile
+                self.output.emit("machine-ended", {"machine": owned.name})
         return {"machine": owned.name}
 
     async def _request_migrate(self, arguments: Json) -> Json:

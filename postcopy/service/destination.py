@@ -20,7 +20,8 @@ from postcopy.net import Acceptor, CallingLink, Link
 from postcopy.output import Output
 from postcopy.service import report
 from postcopy.service.config import DestinationConfig
-from postcopy.service.service import Json, Owned, Phase, Service, why_not_completed
+from postcopy.service.report import Json
+from postcopy.service.service import Owned, Phase, Service, why_not_completed
 from postcopy.wire import State
 
 
@@ -133,7 +134,7 @@ class Destination(Service):
             await migration.run(self.stop)
             nursery.cancel_scope.cancel()
         owned.phase = Phase.HERE
-        self.output.emit("migration-ended", report.ended("incoming", migration))
+        self.output.emit("migration-ended", report.ended(migration))
         return migration
 
     async def _announce(self, migration: DestinationMigration) -> None:

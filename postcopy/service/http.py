@@ -10,6 +10,7 @@ wrong in making the page, `serve` goes on.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import h11
@@ -22,7 +23,10 @@ from postcopy.service._contain import contained
 IDLE_TIMEOUT_S = 15.0
 MAX_CONNECTIONS = 32
 FRESH_S = 0.1
+ACCEPT_PAUSE_S = 0.1
 LOOPBACK = "127.0.0.1"
+
+log = logging.getLogger(__name__)
 
 
 def parse_metrics_address(text: str) -> Address:
@@ -61,13 +65,34 @@ class HttpServer:
 
     async def serve(self) -> None:
         """Until cancelled; closes the listeners then."""
-        await trio.serve_listeners(self._connection, self._listeners)
+        try:
+            async with trio.open_nursery() as nursery:
+                for listener in self._listeners:
+                    nursery.start_soon(self._accept, listener, nursery)
+        finally:
+            for listener in self._listeners:
+                listener.socket.close()
+
+    async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
+        # Not trio.serve_listeners, which logs a traceback for each attempt, ten a second while descriptors are short.
+        failing = False
+        while True:
+            try:
+                stream = await listener.accept()
+            except OSError as error:
+                if not failing:
+                    log.error("metrics: cannot accept a connection: %s", error.strerror)
+                failing = True
+                await trio.sleep(ACCEPT_PAUSE_S)
+                continue
+            failing = False
+            if len(self._waiting) >= MAX_CONNECTIONS:
+                oldest = next(iter(self._waiting))
+                self._waiting.pop(oldest).cancel()
+            self._waiting[stream] = trio.CancelScope()
+            nursery.start_soon(self._connection, stream)
 
     async def _connection(self, stream: trio.SocketStream) -> None:
-        if len(self._waiting) >= MAX_CONNECTIONS:
-            oldest = next(iter(self._waiting))
-            self._waiting.pop(oldest).cancel()
-        self._waiting[stream] = trio.CancelScope()
         connection = h11.Connection(h11.SERVER)
         go_on = True
 

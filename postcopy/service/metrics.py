@@ -26,8 +26,8 @@ from postcopy._files import check_new_file, replacing, write_all
 from postcopy.errors import ConfigurationError, PostcopyError, ResourceError
 from postcopy.machines import Machine
 from postcopy.migration.destination import DestinationMigration
-from postcopy.migration.source import SourceMigration
 from postcopy.migration.statistics import Recoveries, Statistics, figures, shown
+from postcopy.service import report
 from postcopy.service.report import Migration
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -117,7 +117,7 @@ def _migrations(jobs: list[tuple[str, Migration]]) -> Iterator[Metric]:
             counted[figure.metric] = family(prefix + figure.metric, figure.help, labels=[*labels, *kind])
     seen = set()
     for name, job in jobs:
-        key = [name, "outgoing" if isinstance(job, SourceMigration) else "incoming"]
+        key = [name, report.direction(job)]
         if tuple(key) in seen:  # several destinations of one image
             continue
         seen.add(tuple(key))
@@ -150,7 +150,7 @@ def check_file(path: str) -> None:
 
 
 class MetricsFile:
-    """A file with the metrics as they were last. A file system may hang: nobody waits for it but one thread, which
+    """A file with the metrics as they were last. A file system may hang: only one thread waits for it, which
     writes what is the latest when it comes to it."""
 
     END_S = 5.0

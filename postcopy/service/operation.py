@@ -15,8 +15,9 @@ from postcopy.service import notify
 from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import OperatingOptions
 from postcopy.service.control import ControlHandler
+from postcopy.service.report import Json
 from postcopy.service.server import ControlServer
-from postcopy.service.service import Json, Service
+from postcopy.service.service import Service
 
 if TYPE_CHECKING:
     from postcopy.service.metrics import Metrics, MetricsFile

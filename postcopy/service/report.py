@@ -28,9 +28,14 @@ def outcome(migration: Migration) -> Json:
     }
 
 
-def ended(direction: str, migration: Migration) -> Json:
+def direction(migration: Migration) -> str:
+    return "outgoing" if isinstance(migration, SourceMigration) else "incoming"
+
+
+def ended(migration: Migration) -> Json:
     """How one migration has ended, in short."""
-    return {"side": "source" if direction == "outgoing" else "dest", "direction": direction} | outcome(migration)
+    side = "source" if isinstance(migration, SourceMigration) else "dest"
+    return {"side": side, "direction": direction(migration)} | outcome(migration)
 
 
 def counted(migration: Migration) -> Json:

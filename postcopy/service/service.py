@@ -37,10 +37,9 @@ from postcopy.output import Output
 from postcopy.service import report
 from postcopy.service._contain import contained
 from postcopy.service.config import ArrivalOptions
-from postcopy.service.report import Migration
+from postcopy.service.report import Json, Migration
 from postcopy.wire import State
 
-Json = dict[str, Any]
 Row = tuple[str, Machine | None, Migration | None]
 Request = Callable[[Json], Awaitable[Json]]
 
@@ -126,6 +125,8 @@ class Service(abc.ABC):
 
     pushes: ClassVar[bool] = True
     """Whether it sends machines away, and so has a bandwidth."""
+    names_machines: ClassVar[bool] = False
+    """Whether clients know its machines by name; else they know its migrations by their ids."""
 
     def __init__(
         self, side: str, listens: bool, output: Output, options: SourceOptions, arrival: ArrivalOptions
@@ -216,9 +217,9 @@ class Service(abc.ABC):
         return migration
 
     async def send(
-        self, owned: Owned, go: trio.Event, *beside: Callable[[Owned], Awaitable[None]], hold: bool = True
+        self, owned: Owned, go: trio.Event, *beside: Callable[[Owned], Awaitable[None]], keep: bool = True
     ) -> None:
-        """The whole of a migration that `leave` has made. `beside`: tasks for as long; `hold` as for
+        """The whole of a migration that `leave` has made. `beside`: tasks for as long; `keep` as for
         `SourceMigration.run`."""
         migration = owned.migration
         assert isinstance(migration, SourceMigration)
@@ -226,7 +227,7 @@ class Service(abc.ABC):
         async with trio.open_nursery() as nursery:
             for task in beside:
                 nursery.start_soon(task, owned)
-            await migration.run(go, owned.stop, hold=hold)
+            await migration.run(go, owned.stop, keep=keep)
             nursery.cancel_scope.cancel()
 
     def arrive(self, owned: Owned, link: Link) -> DestinationMigration:
@@ -248,10 +249,8 @@ class Service(abc.ABC):
     ) -> Machine:
         """The machine that a source offers. Errors as for `create_destination`."""
         arrival = self.arrival
-        name = self.name_arriving(owned, kind, config)
-        machine = create_destination(kind, config, layout, arrival.backing, disk=arrival.disk, net=arrival.net)
-        owned.name = name
-        return machine
+        owned.name = self.name_arriving(owned, kind, config)
+        return create_destination(kind, config, layout, arrival.backing, disk=arrival.disk, net=arrival.net)
 
     def name_arriving(self, owned: Owned, kind: str, config: Mapping[str, Any]) -> str:
         """`ConfigurationError` for a machine that cannot be taken."""
@@ -325,10 +324,6 @@ def why_not_completed(migration: Migration) -> PostcopyError:
     if migration.state is State.RECLAIMED:
         return MigrationError("the machine was taken back from its destination, and is here")
     return MigrationError(f"the migration has ended: {migration.status}")
-
-
-def direction(migration: Migration) -> str:
-    return "outgoing" if isinstance(migration, SourceMigration) else "incoming"
 
 
 def _process_pager() -> Any:

@@ -19,7 +19,8 @@ from postcopy.net import Acceptor, Link, Route
 from postcopy.output import Output
 from postcopy.service import report
 from postcopy.service.config import ArrivalOptions, SourceConfig
-from postcopy.service.service import Json, Owned, Phase, Service, why_not_completed
+from postcopy.service.report import Json
+from postcopy.service.service import Owned, Phase, Service, why_not_completed
 from postcopy.wire import State
 
 MAX_SESSIONS = 16  # destinations served at the same time
@@ -139,9 +140,9 @@ class Source(Service):
         return owned, self._latest
 
     async def _migrate(self, owned: Owned, migration: SourceMigration) -> None:
-        hold = migration.machine.live or self._config.connect is not None
+        keep = migration.machine.live or self._config.connect is not None
         try:
-            await self.send(owned, self._go, self._end_with_process, self._announce, hold=hold)
+            await self.send(owned, self._go, self._end_with_process, self._announce, keep=keep)
         finally:
             owned.phase = Phase.HERE
             if len(self.machines) > 1:
@@ -149,7 +150,7 @@ class Source(Service):
         if migration.failure is not None:
             fields = {"side": "source", "status": migration.status, "error": str(migration.failure)}
             self.output.emit("migration-failed", fields)
-        self.output.emit("migration-ended", report.ended("outgoing", migration))
+        self.output.emit("migration-ended", report.ended(migration))
 
     async def _end_with_process(self, owned: Owned) -> None:
         await self.stop.wait()

@@ -12,8 +12,7 @@ from postcopy.machines import Machine
 from postcopy.migration.statistics import Statistics, figures, milliseconds
 from postcopy.migration.tasks import now_ns
 from postcopy.service import report
-from postcopy.service.report import Migration
-from postcopy.service.schema import Json
+from postcopy.service.report import Json, Migration
 from postcopy.units import format_size
 
 LOST = frozenset({"postcopy-paused", "in-doubt"})
@@ -38,7 +37,7 @@ def _migration(migration: Migration) -> Json:
         {"id": status.pop("migration")}
         | status
         | {
-            "direction": "outgoing" if migration.SIDE == "source" else "incoming",
+            "direction": report.direction(migration),
             "looking-for-peer": not migration.over if migration.status in LOST else None,
             "elapsed-ms": milliseconds(done_ns - migration.started_ns),
         }

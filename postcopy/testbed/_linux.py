@@ -110,13 +110,9 @@ def pids_with(field: int, value: int) -> list[int]:
     return [pid for pid in all_pids() if stat_of(pid)[field : field + 1] == [b"%d" % value]]
 
 
-def is_over(pid: int) -> bool:
-    """Whether it has ended: it is gone, or only waits to be reaped."""
-    return stat_of(pid)[:1] in ([], [b"Z"], [b"X"])
-
-
 def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since the boot: with its number, which process it is. None: it is over."""
+    """When a process started, in clock ticks since the boot: with its number, which process it is. None: it has
+    ended, or only waits to be reaped."""
     fields = stat_of(pid)
     return int(fields[STARTED]) if fields and fields[STATE] not in (b"Z", b"X") else None
 

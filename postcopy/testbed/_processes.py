@@ -5,7 +5,8 @@ From Trio: `open_child` for one that is talked to, `run_json` for one that print
 be (`lab`, which enters namespaces): `read_json` and `hang_up`, of a `subprocess.Popen`.
 
 Resource handling: a `Child` owns its process and both ends of its pipes. `end` closes standard input, asks by a signal
-where there is one, waits, and then kills the process (its whole group, where it leads one). It is shielded and bounded.
+where there is one, waits, and then kills the process (its whole group, where it leads one). It is shielded and
+bounded: a process that hangs in the kernel, and so does not answer SIGKILL, is left behind.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ Json = dict[str, Any]
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 MAX_LINE_BYTES = 1 << 20
+KILL_S = 10.0
 
 
 class Lines:
-    """Of a stream, decoded; `MigrationError` for one that does not end. An iterator for one task."""
+    """Of a stream, decoded. An iterator for one task. `MigrationError` for a line that is too long. A last line without
+    its end is dropped: a process was killed while it wrote it."""
 
     def __init__(self, stream: trio.abc.ReceiveStream) -> None:
         self._stream = stream
@@ -43,10 +46,8 @@ class Lines:
     async def __anext__(self) -> str:
         while b"\n" not in self._buffer:
             more = await self._stream.receive_some()
-            if not more and not self._buffer:
-                raise StopAsyncIteration
             if not more:
-                break
+                raise StopAsyncIteration
             self._buffer += more
             if len(self._buffer) > MAX_LINE_BYTES:
                 raise MigrationError("a child's line does not end")
@@ -78,7 +79,7 @@ class Child:
         """`ask` and `end_s`: how `end` asks first, and how long it waits; `options` are those of `subprocess.Popen`.
         OSError when it cannot be started."""
         options = {"stdin": subprocess.DEVNULL, "start_new_session": start_new_session, **options}
-        # Shielded: cancelled half-way, this would leave a process that nobody knows.
+        # Shielded: cancelled half-way, this would leave a process without an owner.
         with trio.CancelScope(shield=True):
             process = await trio.lowlevel.open_process(list(command), stdout=subprocess.PIPE, **options)
         return cls(process, ask, end_s, start_new_session)
@@ -115,7 +116,8 @@ class Child:
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     (os.killpg if self._leads_group else os.kill)(process.pid, signal.SIGKILL)
-                await process.wait()
+                with trio.move_on_after(KILL_S):
+                    await process.wait()
             for stream in (process.stdout, process.stderr):
                 if stream is not None:
                     await stream.aclose()

@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from postcopy.errors import PostcopyError
+
 _STYLES = {"good": "green", "muted": "dim", "warn": "yellow", "bad": "bold red"}
 UNBROKEN_WIDTH = 40  # a column of short words is not broken: the long ones beside it give way
 PLAIN_WIDTH = 160  # of what goes to a file: what is broken into lines can neither be searched for nor copied
@@ -59,13 +61,18 @@ class Section:
 
 
 def emit(write: Callable[[], object]) -> None:
-    """Calls what prints, and flushes."""
+    """Calls what prints, and flushes. `PostcopyError` when it cannot be written, as on a full disk; when nobody reads
+    it, the exit status says it too."""
+    if sys.stdout is None:  # it was closed when this process began
+        return
     try:
         write()
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Nobody reads it; the status says it too. What is left in the buffer must not fail again at exit.
+    except OSError as error:
+        # What is left in the buffer must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise PostcopyError(f"standard output: {error.strerror}") from error
 
 
 def emit_json(answer: object) -> None:

@@ -24,7 +24,7 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -169,7 +169,8 @@ class _Stream:
         statistics = self._statistics
         statistics.sent, statistics.answered = len(self._sent_at), len(self._answered)
         statistics.went_back = self._went_back()
-        statistics.reordered = _not_rising(self._answered)
+        latest = itertools.accumulate(self._answered, max)
+        statistics.reordered = sum(number < most for number, most in zip(self._answered, latest, strict=True))
         arrivals = [*self._answered.values()]
         if arrivals and len(self._sent_at) - 1 not in self._answered:
             statistics.silent_at_end_ms = round(max(0.0, self._sent_at[-1] - arrivals[-1]) * 1e3, 3)
@@ -184,15 +185,6 @@ class _Stream:
                 longest_loss = max(longest_loss, later - sooner)
         statistics.longest_gap_ms, statistics.longest_loss_ms = round(longest * 1e3, 3), round(longest_loss * 1e3, 3)
         return statistics
-
-
-def _not_rising(values: Iterable[int]) -> int:
-    """How many are not above all before them."""
-    highest, found = -1, 0
-    for value in values:
-        found += value <= highest
-        highest = max(highest, value)
-    return found
 
 
 class PingProcess:

@@ -59,8 +59,7 @@ class AddressTable:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # Keeps the owner: a userfaultfd that is garbage-collected with ranges registered would release its waiters,
-        # who would then read zeros.
+        # Keeps the owner: collecting a userfaultfd with ranges registered would let its waiters read zeros.
         self._registered: dict[object, RangeSet] = {}
         self._touchable: list[tuple[int, int]] = []
 

@@ -165,19 +165,20 @@ class Userfaultfd:
         self._owner = None if foreign else self
         self._lock = threading.Lock()
         self._users = 0
-        self._closed = False
+        self._closed = True  # until it has been made
         self._busy_poll_ns = 0
         self._buffered: deque[UffdEvent] = deque()
         self._waiting: list[trio.lowlevel.TrioToken] = []  # the Trio run of each task that waits for an event
         # Wakes `wait` in other threads when closing. Never read: once readable it stays so.
         self._closing_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._closed = False
 
     @classmethod
     def open(cls, how: How | str = How.ANY, features: int = 0) -> Userfaultfd:
         """A new one for the memory of this process, by default in the first way that works, with `features`
         (`UffdFeature`) enabled. `ResourceError`, with the remedy, when this user may not have it or the kernel lacks a
         feature."""
-        return cls(open_descriptor(how, features), features)
+        return cls.adopt(open_descriptor(how, features), features, foreign=False)
 
     @classmethod
     def adopt(cls, fd: int, features: int = 0, *, foreign: bool = True) -> Userfaultfd:
@@ -339,7 +340,7 @@ class Userfaultfd:
         wakes its waiters, which the kernel does not. `bytes_done` counts skipped pages too.
 
         The outcome is DONE, GONE, NO_SPACE, or AGAIN without progress: an event is unread, read it and go on from
-        `bytes_done`. (To try again here would never end, if it is the caller who reads events.) `page_bytes`: of the
+        `bytes_done`. (Trying again here would never end where it is the caller who reads events.) `page_bytes`: of the
         memory, where it is not the system's page.
         """
         view: Any = ffi.from_buffer("char[]", data)
@@ -472,7 +473,7 @@ class Userfaultfd:
             flags = _FAULT_FLAGS.get(c.flags)
             return PageFault(c.address, FaultFlag(c.flags) if flags is None else flags, c.tid)
         if c.type == lib.PC_UFFD_EVENT_FORK:
-            child = Userfaultfd(int(c.uffd), self._features, foreign=True)
+            child = Userfaultfd.adopt(int(c.uffd), self._features)
             for start, end in self.registered:
                 child._addresses.register(child._owner, start, end)
             return Fork(child)
@@ -508,11 +509,10 @@ class Userfaultfd:
         `BusyError` while ranges are registered (see above): unregister them first, or say ``abandon=True``. Then,
         unless there is another copy of the descriptor, threads that wait for a page read zeros.
         """
-        left_ranges = self.registered
         with self._lock:
             if self._closed:
                 return
-            if not abandon and left_ranges:
+            if not abandon and (left_ranges := self.registered):
                 start, end = left_ranges[0]
                 raise BusyError(
                     f"a userfaultfd with memory registered ({start:#x} to {end:#x}) cannot be closed: threads that wait"

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Messages to bytes and back: a length, a checksum, msgpack.
 
-Whoever can connect can send anything. So the length of a message is checked before its first byte is kept: against what
-may come in this state, and against its type as soon as that is there. How deep it is and of how many parts is measured
-before one of them is made. Then each field has to be there, with its type and in its range. Whatever a peer sends,
-nothing but `ProtocolError` comes of it.
+Any host that can connect can send anything. So the length of a message is checked before its first byte is kept:
+against what may come in this state, and against its type as soon as that is there. How deep it is and of how many parts
+is measured before one of them is made. Then each field has to be there, with its type and in its range. Whatever a peer
+sends, nothing but `ProtocolError` comes of it.
 
 From version 3 on, fields that are not known are ignored.
 """
@@ -12,9 +12,8 @@ From version 3 on, fields that are not known are ignored.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Final
+from typing import Any, Final
 
-import msgpack
 import msgspec
 
 from postcopy._native import ffi, lib
@@ -33,7 +32,8 @@ def encode(message: Message, version: int = PROTOCOL_VERSION) -> bytes:
     """The message as it goes over the wire. `ProtocolError` when it is longer than its type may be."""
     body = msgspec.to_builtins(message, builtin_types=(bytes,))
     # The type comes first: see `_type_of`.
-    packed: bytes = msgpack.packb({"type": message.TYPE, **{name: body[name] for name in _fields(message, version)}})
+    fields = {name: body[name] for name in _fields(message, version)}
+    packed = msgspec.msgpack.encode({"type": message.TYPE, **fields})
     _check_length(message, len(packed))
     length = len(packed).to_bytes(4, "big")
     return length + _crc(length, packed).to_bytes(4, "big") + packed
@@ -43,13 +43,9 @@ def decode(packed: bytes | memoryview, version: int = PROTOCOL_VERSION) -> Messa
     """The message in one length-delimited body. `ProtocolError` names what is wrong."""
     check_shape(packed)
     try:
-        body = msgpack.unpackb(packed, raw=False, use_list=True, strict_map_key=True)
-    except (ValueError, msgpack.UnpackException) as error:  # UnicodeDecodeError is a ValueError too
-        raise ProtocolError(
-            f"a message is not valid msgpack: {one_line(str(error), 120) or type(error).__name__}"
-        ) from error
-    if not isinstance(body, dict):
-        raise ProtocolError(f"a message is not a map, but of type {type(body).__name__}")
+        body = msgspec.msgpack.decode(packed, type=dict[str, Any])
+    except ValueError as error:  # as UnicodeDecodeError and those of msgspec are
+        raise ProtocolError(f"a message is not valid msgpack, or not a map: {one_line(str(error), 120)}") from error
     kind = body.pop("type", None)
     cls = MESSAGES.get(kind) if isinstance(kind, str) else None
     if cls is None:

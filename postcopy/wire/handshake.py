@@ -126,9 +126,8 @@ class _Handshake:
 class ClientHandshake(_Handshake):
     """The connecting side's, which speaks first. `OlderPeerError` when it should have spoken another version.
 
-    A hello that names a migration is for its peer only, and whoever answers it may be anybody: what does not know the
-    token, or speaks an older version than that migration does (the oldest would have the token sent in clear), is not
-    that peer."""
+    A hello that names a migration is for its peer only, but any host may answer: one that does not know the token, or
+    speaks an older version than that migration does (the oldest would get the token in clear), is not that peer."""
 
     _KINDS = frozenset({"welcome", "refused"})
 
@@ -163,19 +162,19 @@ class ClientHandshake(_Handshake):
 
 class ServerHandshake(_Handshake):
     """The listening side's, which answers: `send_preamble` when the client's is there, `send_welcome` or `send_refused`
-    when `hello` is there and somebody has decided."""
+    when `hello` is there and the acceptor has decided."""
 
     _KINDS = frozenset({"hello"})
 
     @property
-    def newer(self) -> bool:
-        """The client speaks a newer version: it closes when it has seen our preamble, and comes again with ours."""
-        return len(self._preamble) == len(PREAMBLE) and self._preamble[-1] > self.version
-
-    @property
-    def heard(self) -> bool:
+    def has_preamble(self) -> bool:
         """The client's preamble is there."""
         return len(self._preamble) == len(PREAMBLE)
+
+    @property
+    def newer(self) -> bool:
+        """The client speaks a newer version: it closes when it has seen our preamble, and comes again with ours."""
+        return self.has_preamble and self._preamble[-1] > self.version
 
     def send_preamble(self) -> bytes:
         return MAGIC + bytes([self.version])

@@ -76,7 +76,7 @@ class Ended(enum.StrEnum):
     """How a migration has ended on one side, as it tells the other one."""
 
     COMPLETED = "completed"
-    ABORTED = "aborted"  # never committed: the machine is the source's
+    ABORTED = "aborted"  # the machine is the source's: never committed, or reclaimed
     RECLAIMED = "reclaimed"  # by the operator of the source, who knew that the destination was dead
     LOST = "lost"  # that side has given up what it had of a machine that was committed
 
@@ -109,7 +109,7 @@ class Hello(Message, frozen=True):
         return replace(self, token=token) if version < 3 else replace(self, proof=self._proof(token))
 
     def is_signed(self, token: bytes, version: int) -> bool:
-        """Whether it comes from somebody who knows the token."""
+        """Whether the sender knows the token."""
         return same_secret(token, self.token) if version < 3 else hmac.compare_digest(self._proof(token), self.proof)
 
     def _proof(self, token: bytes) -> bytes:
@@ -118,7 +118,7 @@ class Hello(Message, frozen=True):
 
 
 class _Answer(Message, frozen=True, kw_only=True):
-    """To a hello. Its proof shows that it comes from somebody who knows the token, too."""
+    """To a hello. Its proof shows that the answering side knows the token, too."""
 
     NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {2: ("code", "proof")}
     proof: ProofOrEmpty = b""
@@ -308,7 +308,7 @@ def _proof(token: bytes, *words: str) -> bytes:
 
 
 def _make_printable(message: Refused | _Ending) -> None:
-    """Of the peer or for it, somebody will print it: one line, and nothing that moves a cursor."""
+    """It will be printed, here or at the peer: one line, and nothing that moves a cursor."""
     force_setattr(message, "reason", one_line(message.reason))
 
 

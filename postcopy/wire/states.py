@@ -15,7 +15,7 @@ The first comes before the second, so `may_run` is never true at both ends, what
 For a while neither may: `commit` was sent and has not arrived. The source is then PAUSED and keeps the memory. The
 destination, which has said `prepared`, may not abort by itself, since its `abort` could cross the `commit`: it is
 IN_DOUBT, and asks. `recovered` means that the source had decided; else the source tells that it has aborted. A
-destination that nobody answers gives up, and never runs the machine.
+destination that gets no answer gives up, and never runs the machine.
 
 **Recovery.** A connection that is lost after the commit ends nothing. The side that had connected connects again, with
 the migration's id, its token and a higher epoch; `reconnected` puts the same object onto the new connection. The
@@ -74,7 +74,6 @@ Table = Mapping[tuple[State, str], State]  # of a state and an event, the state 
 _ORDER: Final = {state: number for number, state in enumerate(State)}
 _BEFORE_PREPARED: Final = (S.SETUP, S.OFFERED, S.CHANNELS, S.READY, S.SWITCHOVER, S.HANDED)
 _BEFORE_COMMIT: Final = (*_BEFORE_PREPARED, S.PREPARED)
-_PROGRESS: Final = frozenset({*_BEFORE_COMMIT, S.COMMITTED, S.POSTCOPY, S.CLOSING})
 
 # What a side may receive is what the other one may send in the same state. That one may be further back when it sends:
 # an abort crosses messages of ours on its way. But each state in which it could not have sent an abort any more begins
@@ -111,7 +110,7 @@ _SOURCE_EVENTS: Final[Table] = {
     **{(state, f"peer {how}"): S.PAUSED for state in (S.COMMITTED, S.POSTCOPY) for how in Ended},
     (S.COMMITTED, "peer completed"): S.COMPLETED,
     (S.POSTCOPY, "peer completed"): S.COMPLETED,
-    (S.COMMITTED, "peer aborted"): S.ABORTED,  # `commit` was never heard, and never will be: the machine goes on here
+    (S.COMMITTED, "peer aborted"): S.ABORTED,  # `commit` never arrived, and never will: the machine goes on here
     (S.COMMITTED, "go on"): S.COMMITTED,
     (S.POSTCOPY, "go on"): S.POSTCOPY,
 }
@@ -146,7 +145,7 @@ def _table(sends: Table, receives: Table, events: Table) -> Table:
 SOURCE: Final = _table(_SAID_BY_SOURCE, _SAID_BY_DESTINATION, _SOURCE_EVENTS)
 DESTINATION: Final = _table(_SAID_BY_DESTINATION, _SAID_BY_SOURCE, _DESTINATION_EVENTS)
 
-_LOST: Final = frozenset({S.PAUSED, S.IN_DOUBT})
+LOST: Final = frozenset({S.PAUSED, S.IN_DOUBT})
 _CONNECTED: Final = frozenset(state for state, _ in (*_SAID_BY_SOURCE, *_SAID_BY_DESTINATION))
 
 
@@ -178,7 +177,7 @@ class _ControlProtocol:
         self._reason = ""
         self._placed_wanted = False  # the offer asked for `placed`
         self._no_way_back = False  # the peer has ended it, or the two do not agree
-        self._must_announce = False
+        self.must_announce = False  # the peer may wait for this side in vain, unless it learns of `ending`
 
     @property
     def state(self) -> State:
@@ -202,23 +201,18 @@ class _ControlProtocol:
     @property
     def recoverable(self) -> bool:
         """The connection is lost, and a new one could go on: see `reconnected`."""
-        return self._state in _LOST and not self._no_way_back
+        return self._state in LOST and not self._no_way_back
 
     @property
     def peer_gone(self) -> bool:
         """PAUSED, and no connection will ever end that: the peer has given up what it had, or the two do not agree.
         What is left is up to an operator."""
-        return self._state in _LOST and self._no_way_back
+        return self._state in LOST and self._no_way_back
 
     @property
     def may_run(self) -> bool:
         """Whether the machine may run on this side *now*. Never true at both ends."""
         return self.committed is (self.SIDE == "destination")
-
-    @property
-    def must_announce(self) -> bool:
-        """Whether the peer may wait for this side in vain, unless it hears of `ending`."""
-        return self._must_announce
 
     @property
     def ending(self) -> Ended:
@@ -258,7 +252,7 @@ class _ControlProtocol:
             self._error = error
             raise
         if isinstance(message, m.Abort | m.Reject | m.Complete | m.CompleteAck):
-            self._must_announce = False  # the peer's last word
+            self.must_announce = False  # the peer's last word
         if isinstance(message, m.Abort | m.Reject):
             self._reason = f"{self.PEER} {'aborted' if isinstance(message, m.Abort) else 'declined'}: {message.reason}"
         if message is None and self._eof:
@@ -302,21 +296,21 @@ class _ControlProtocol:
         self._error = None
 
     def give_up(self, reason: str) -> State:
-        """Nobody will connect again: what IN_DOUBT comes to is ABORTED, and PAUSED where every page has come COMPLETED.
-        A machine that is PAUSED stays so."""
+        """No other connection will come: IN_DOUBT becomes ABORTED, and PAUSED becomes COMPLETED where every page has
+        come. Else a machine that is PAUSED stays so."""
         if self._state is State.IN_DOUBT:
             self._reason = one_line(reason)
-        if self._state in _LOST:
+        if self._state in LOST:
             self._state = self.TABLE.get((self._reached, "given up"), self._state)
         return self._state
 
     def peer_ended(self, how: Ended) -> State:
         """The peer has said and proven that the migration is over on its side: where that leaves this one. Only while
         the connection is lost (`recoverable` or `peer_gone`)."""
-        if self._state not in _LOST:
+        if self._state not in LOST:
             raise ProtocolError(f"nothing to end in state {self._state.value}")
         self._state = self.TABLE[self._reached, f"peer {how}"]
-        self._must_announce = False
+        self.must_announce = False
         self._no_way_back = True
         self._reason = f"{self.PEER} says that the migration has ended there: {how}"
         return self._state
@@ -351,13 +345,13 @@ class _ControlProtocol:
         if isinstance(message, m.Offer):
             self._placed_wanted = bool(message.placed_every_ms)
         elif isinstance(message, m.Switchover):
-            self._must_announce = True  # the destination has it all, and may be prepared
+            self.must_announce = True  # the destination has it all, and may be prepared
         elif isinstance(message, m.Recover) and message.resume_ns and self._reached is State.COMMITTED:
             self._reached = State.POSTCOPY  # the machine runs there, though `running` was lost
         elif isinstance(message, m.Recovered):
             after = self.TABLE[self._reached, "go on"]
         self._state = after
-        if after in _PROGRESS and not self._has_reached(after):
+        if _ORDER[self._reached] < _ORDER[after] <= _ORDER[S.CLOSING]:
             self._reached = after
 
 
@@ -371,12 +365,12 @@ class SourceProtocol(_ControlProtocol):
 
     def reclaim(self) -> State:
         """The operator, who knows that the destination is dead, lets the machine go on here from the switchover.
-        Only while PAUSED; final. Should the destination live, there are two machines until it hears of it: whenever
+        Only while PAUSED; final. Should the destination live, there are two machines until it learns of that: whenever
         it comes back, it is answered so (`ending`)."""
         if self._state is not State.PAUSED:
             raise ProtocolError(f"nothing to reclaim in state {self._state.value}")
         self._state = State.RECLAIMED
-        self._must_announce = True
+        self.must_announce = True
         self._reason = "taken back at the source"
         return self._state
 
@@ -390,6 +384,6 @@ class DestinationProtocol(_ControlProtocol):
     RECEIVES = receivable(DESTINATION)
 
     def every_page_is_here(self) -> None:
-        """Nothing is missing any more, though the source has not heard of it: `give_up` then means COMPLETED. Only of
+        """Nothing is missing any more, though the source does not know: `give_up` then means COMPLETED. Only of
         a machine that runs here."""
         self._reached = State.CLOSING

@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 
 def seed() -> str:
-    """Of this run; told, so that a failure can be had again."""
+    """Of this run; printed, so that a failure can be had again."""
     value = os.environ.get("POSTCOPY_SEED") or str(secrets.randbits(32))
     print(f"POSTCOPY_SEED={value}")
     return value
@@ -31,7 +31,7 @@ def seed() -> str:
         ("dirty", "cut"),
         ("disk", "cut"),
         ("random", "all"),
-        # Nobody is told of a half-open connection: each takes a heartbeat to be found.
+        # A half-open connection is not reported: each takes a heartbeat to be found.
         pytest.param("disk", "freeze", marks=pytest.mark.slow),
     ],
 )
@@ -66,7 +66,7 @@ def test_image(side: Start, tmp_path: Path, plan: str) -> None:
 
 @pytest.mark.needs("uffd-user")
 def test_by_hand(side: Start, tmp_path: Path) -> None:
-    """`postcopy chaos` between two programs, told apart by nothing from a cable."""
+    """`postcopy chaos` between two programs, which see no difference to a cable."""
     image = tmp_path / "image"
     image.write_bytes(os.urandom(MIB))
     source = side("source", "--json", "--machine", "image", "--image", image, "--listen", "127.0.0.1:0")

@@ -40,8 +40,8 @@ def descendants(pid: int) -> list[int]:
 def wait_until_gone(pids: list[int]) -> None:
     """A pid that is used again in the meantime would fail it, which is not to be expected in these seconds."""
     deadline_s = time.monotonic() + GONE_S
-    # (an orphan that has ended stays a zombie for as long as whoever adopts it, as CI's subreaper does, likes)
-    while left := [pid for pid in pids if not _linux.is_over(pid)]:
+    # (an orphan that has ended stays a zombie until its new parent, such as CI's subreaper, reaps it)
+    while left := [pid for pid in pids if _linux.start_time(pid) is not None]:
         assert time.monotonic() < deadline_s, f"left behind: {left}"
         time.sleep(0.01)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The laboratory for real: hosts that hear each other, cables that are cut, and nothing left behind."""
+"""The laboratory for real: hosts that reach each other, cables that are cut, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ import trio
 
 from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.testbed import _linux
-from postcopy.testbed.lab import Lab, LabPlan, down, open_lab
+from postcopy.testbed.lab._lab import Lab, down, open_lab
+from postcopy.testbed.lab._plan import LabPlan
 
 pytestmark = pytest.mark.needs("netns")
 POSTCOPY = (sys.executable, "-m", "postcopy")
 DEADLINE_S = 60.0
 
-# One program for both families: it answers whoever speaks, by UDP and by TCP.
+# One program for both families: it answers everything, by UDP and by TCP.
 ANSWER = """
 import socket, sys, threading
 udp, tcp = (socket.socket(socket.AF_INET6, kind) for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM))
@@ -156,15 +157,15 @@ def await_sleep(process: subprocess.Popen[bytes]) -> None:
 def test_by_hand() -> None:
     """As the documentation has it."""
     postcopy("lab", "up", "--hosts", "3", "--mtu", "9000", "--rate", "1gbit")
-    told = json.loads(postcopy("lab", "status", "--json").stdout)["labs"]
-    assert [(one["name"], one["state"], one["mtu"], list(one["hosts"])) for one in told] == [
+    seen = json.loads(postcopy("lab", "status", "--json").stdout)["labs"]
+    assert [(one["name"], one["state"], one["mtu"], list(one["hosts"])) for one in seen] == [
         ("lab", "up", 9000, ["h1", "h2", "h3"])
     ]
-    assert {host["rate"] for host in told[0]["hosts"].values()} == {"1gbit"}
+    assert {host["rate"] for host in seen[0]["hosts"].values()} == {"1gbit"}
     done = postcopy("lab", "exec", "h2", "--", "ip", "-json", "address", "show", "br0")
     addresses = [entry["local"] for entry in json.loads(done.stdout)[0]["addr_info"] if entry["scope"] == "global"]
     assert addresses == [
-        address for address in (told[0]["hosts"]["h2"]["ipv4"], told[0]["hosts"]["h2"]["ipv6"]) if address
+        address for address in (seen[0]["hosts"]["h2"]["ipv4"], seen[0]["hosts"]["h2"]["ipv6"]) if address
     ]
     done = postcopy("lab", "exec", "h1", "--", "sh", "-c", "echo out; echo err >&2; exit 7", check=7)
     assert (done.stdout, done.stderr) == ("out\n", "err\n")
@@ -191,10 +192,10 @@ def test_in_a_user_namespace() -> None:
         {lab} link h2 rate 10mbit
         {lab} status --json
         """
-    told = json.loads(run("unshare", "-Urnm", "sh", "-c", script + f"{lab} down").stdout)["labs"][0]
-    assert told["user-namespace"] == "the caller's"
-    assert [host["cable"] for host in told["hosts"].values()] == ["cut", "whole"]
-    assert [host["rate"] for host in told["hosts"].values()] == ["100mbit", "10mbit"]
+    seen = json.loads(run("unshare", "-Urnm", "sh", "-c", script + f"{lab} down").stdout)["labs"][0]
+    assert seen["user-namespace"] == "the caller's"
+    assert [host["cable"] for host in seen["hosts"].values()] == ["cut", "whole"]
+    assert [host["rate"] for host in seen["hosts"].values()] == ["100mbit", "10mbit"]
     run("unshare", "-Urnm", "sh", "-c", script)
     postcopy("lab", "down", "--all")
 
@@ -262,8 +263,8 @@ def test_mtu() -> None:
         with answering(lab, "h2"):
             assert ask(lab, "h1", h2.ipv4, size=8900)
         for name in ("br0", "eth0"):
-            told = json.loads(run(*h2.command("ip", "-json", "link", "show", name)).stdout)
-            assert told[0]["mtu"] == 9000
+            seen = json.loads(run(*h2.command("ip", "-json", "link", "show", name)).stdout)
+            assert seen[0]["mtu"] == 9000
 
 
 def test_delay_or_why_not() -> None:
@@ -295,18 +296,18 @@ def test_a_tap_is_a_port_of_its_host() -> None:
     with Lab.up(LabPlan("tap", mtu=1400), keep=False) as lab:
         h1 = lab.host("h1")
 
-        def told(name: str) -> dict[str, Any]:
+        def link_of(name: str) -> dict[str, Any]:
             return dict(json.loads(run(*h1.command("ip", "-json", "-details", "link", "show", name)).stdout)[0])
 
-        address = told("br0")["address"]
+        address = link_of("br0")["address"]
         for _ in range(2):  # as often as one likes
             h1.attach_tap("guest0")
-        tap = told("guest0")
+        tap = link_of("guest0")
         assert (tap["master"], tap["mtu"], tap["linkinfo"]["info_kind"]) == ("br0", 1400, "tun")
         assert "UP" in tap["flags"]
-        assert told("br0")["address"] == address  # whatever is on it
+        assert link_of("br0")["address"] == address  # whatever is on it
         h1.set_tap("guest0", up=False)
-        assert "UP" not in told("guest0")["flags"]
+        assert "UP" not in link_of("guest0")["flags"]
         h1.remove_tap("guest0")
         with pytest.raises(ResourceError, match="there is no guest0"):
             h1.set_tap("guest0", up=True)

@@ -137,12 +137,12 @@ async def test_abandoned_call_keeps_its_thread() -> None:
 
 async def test_close_tells_those_who_wait() -> None:
     workers, gate = Workers.open(1, "test-workers", "a test"), Gate()
-    told = []
+    called = []
 
     async def wait() -> None:
         with pytest.raises(trio.ClosedResourceError):
             await workers.run(lambda: None)
-        told.append(True)
+        called.append(True)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(workers.run, gate)
@@ -153,7 +153,7 @@ async def test_close_tells_those_who_wait() -> None:
         nursery.start_soon(workers.close, DEADLINE_S)
         await wait_all_tasks_blocked()
         gate.opened.set()
-    assert told == [True, True]
+    assert called == [True, True]
 
 
 async def test_an_end_never_waits_for_a_worker(no_more_threads: list[str]) -> None:

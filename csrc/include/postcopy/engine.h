@@ -119,7 +119,7 @@ int pc_pager_latency(struct pc_pager *pager, int stage, struct pc_histogram *his
 int pc_pager_blocktime(struct pc_pager *pager, uint64_t *blocktime_ns, uint32_t slots);
 int pc_pager_received(struct pc_pager *pager, uint32_t block, uint64_t *words); /* copy of the resident bitmap */
 /* Closes every channel; memory stays armed and faults stay blocked. Blocks until the bulk threads have ended and every fault thread
- * has let go of its channel: milliseconds. */
+ * has closed its channel: milliseconds. */
 int pc_pager_disconnect(struct pc_pager *pager);
 /* Unregisters everything. -EBUSY while a page is missing: unregistering would show zeros. One caller at a time. Locks. */
 int pc_pager_disarm(struct pc_pager *pager);
@@ -136,7 +136,7 @@ struct pc_pageserver_stats {
     uint64_t sent_pages;     /* offered at least once, zero pages included */
     uint64_t demand_pages;   /* sent in answer to a request */
     uint64_t background_pages;
-    uint64_t zero_pages;     /* told as a run of nothing */
+    uint64_t zero_pages;     /* sent as a run of zeros, without content */
     uint64_t requests;
     uint64_t repeated_requests; /* asked again after having been answered on demand */
     uint64_t bytes_sent;     /* on data channels, headers included */

@@ -8,7 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "core/util.h"
 #include "postcopy/core.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
@@ -40,7 +39,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 
     if (bytes < 2)
         return 0;
-    bits = pc_get_le16(data);
+    bits = (uint64_t)(data[0] | data[1] << 8);
     data += 2;
     bytes -= 2;
     count = pc_bitmap_words(bits);

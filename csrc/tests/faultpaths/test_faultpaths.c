@@ -138,7 +138,8 @@ static void check_promise(const struct pc_faultpath *path, int mode, const struc
 
 static void all_of(int mode, int backing)
 {
-    uint32_t one_in = mode == PC_FP_MISSING && backing == PC_FP_ANON ? 1 : ONE_IN;
+    /* Huge pages are slow to make: each operation has one in one of the two modes. */
+    uint32_t one_in = mode == PC_FP_MISSING && backing == PC_FP_ANON ? 1 : ONE_IN == 1 && backing == PC_FP_HUGETLB ? 2 : ONE_IN;
     int64_t page_bytes = (int64_t)(backing == PC_FP_HUGETLB ? pc_huge_page_bytes() : pc_page_bytes());
     uint32_t tried = 0;
 

@@ -1,8 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The kvm machine: runs, moves by copy and by postcopy, is paused where that is hard, and refuses what it must.
- *
- * `test_kvm speed` measures, and is not run otherwise.
+ * The kvm machine: runs, moves by copy and by postcopy, is paused where that is hard.
  */
 #if !defined(__x86_64__)
 

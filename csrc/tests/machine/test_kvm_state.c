@@ -253,25 +253,24 @@ static void find_lost_registers(void)
         struct pc_machine_stats stats = stats_of(machine);
         /* XMM7 is dead between being read and being set again; if the machine stopped just there, once more. */
         for (int attempt = 0;; attempt++) {
-            uint64_t until_ns;
             static struct saved good, bad;
+            uint64_t marks;
 
             run_until_operations(machine, &stats, 256);
             pause_machine(machine);
-            stats = stats_of(machine);
+            marks = stats_of(machine).vcpu[0].marks;
             save(machine, &good);
-            save(machine, &bad);
+            bad = good;
             copy_memory(&frozen, &config);
             close_machine(machine);
             put_word(&bad, losses[i].tag, losses[i].offset, losses[i].msr, 0);
             machine = open_machine(&config);
             load(machine, &bad);
             CHECK(pc_machine_resume(machine) == 0);
-            until_ns = pc_now_ns() + 3000000000ull;
-            do {
-                usleep(1000);
+            do { /* the guest looks at all of them before each mark */
+                wait_event(machine);
                 stats = stats_of(machine);
-            } while (stats.state == PC_MACHINE_RUNNING && !stats.failure_text[0] && pc_now_ns() < until_ns);
+            } while (!stats.failure_text[0] && stats.vcpu[0].marks < marks + 2);
             close_machine(machine);
             /* Back to the last good moment. */
             copy_memory(&config, &frozen);

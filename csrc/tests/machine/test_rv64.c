@@ -509,20 +509,6 @@ static void refuses_a_damaged_state(void)
     close_machine(machine);
 }
 
-/* Prints; `postcopy bench rv64` judges. */
-static void speed(void)
-{
-    struct pc_machine_config config = make_config(PC_ENGINE_RV64, PC_WORKLOAD_RANDOM, 1, PC_MEMORY_MEMFD);
-    struct pc_machine *machine = boot_machine(&config);
-    uint64_t begin_ns = pc_now_ns(), took_ns;
-
-    run_until(machine, 100000000);
-    took_ns = pc_now_ns() - begin_ns;
-    (void)printf("     random: %llu million instructions a second\n", 100000000000ull / took_ns);
-    close_machine(machine);
-    drop_memory(&config);
-}
-
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
@@ -545,6 +531,5 @@ int main(int argc, char **argv)
     RUN(survives_many_pauses_random);
     RUN(survives_many_pauses_disk);
     RUN(refuses_a_damaged_state);
-    RUN(speed);
     return test_end();
 }

@@ -16,8 +16,7 @@ import os
 import platform
 import secrets
 import warnings
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
@@ -44,8 +43,6 @@ from postcopy.machines.base import (
     BlockLayout,
     Check,
     Machine,
-    MachineEvent,
-    MachineEventType,
     MachineState,
     MachineStatistics,
     RamBlock,
@@ -237,10 +234,6 @@ class ToyMachine(Machine):
     def vcpus(self) -> int:
         return len(self._blocks) - 1
 
-    @property
-    def workload(self) -> str:
-        return self._workload
-
     def config(self) -> dict[str, Any]:
         config: dict[str, Any] = {
             "vcpus": self.vcpus,
@@ -413,10 +406,10 @@ class ToyMachine(Machine):
                 raise MigrationError(f"the machine failed before it was ready: {statistics.failure_text}")
             if statistics.ready:
                 return await trio.lowlevel.checkpoint()
-            await self._event_fd.wait()
+            await self.wait_changed()
 
-    def events(self) -> AsyncIterator[MachineEvent]:
-        return _Events(self.statistics, self._event_fd)
+    async def wait_changed(self) -> None:
+        await self._event_fd.wait()
 
     # ---- the end
 
@@ -475,7 +468,7 @@ class ToyMachine(Machine):
         config.disk_bytes = 0 if self._disk is None else self._disk.size_bytes
         if self._network is not None:
             config.has_net = 1
-            config.net_fd = self._network.tap.fd
+            config.net_fd = self._network.fd
             config.net_mac = self._network.mac
             config.net_address = self._network.address
         pointer: Any = ffi.new("struct pc_machine **")
@@ -593,33 +586,3 @@ class SharedEventFd:
     def close(self) -> None:
         self._fd.close()
         self._others.unpark_all()
-
-
-class _Events:
-    """Compares counters with those it saw last."""
-
-    def __init__(self, statistics: Callable[[], MachineStatistics], event_fd: SharedEventFd) -> None:
-        self._statistics = statistics
-        self._event_fd = event_fd
-        self._seen = statistics()
-        self._pending: deque[MachineEvent] = deque()
-
-    def __aiter__(self) -> _Events:
-        return self
-
-    async def __anext__(self) -> MachineEvent:
-        await trio.lowlevel.checkpoint()
-        while not self._pending:
-            before, now = self._seen, self._statistics()
-            self._seen = now
-            if now.ready and not before.ready:
-                self._pending.append(MachineEvent(MachineEventType.READY))
-            if now.marks > before.marks:
-                self._pending.append(MachineEvent(MachineEventType.MARK, f"{now.operations} operations"))
-            if now.failures > before.failures:
-                self._pending.append(MachineEvent(MachineEventType.FAILURE, now.failure_text))
-            if now.state is MachineState.FAILED and before.state is not MachineState.FAILED:
-                self._pending.append(MachineEvent(MachineEventType.FAILED, now.failure_text))
-            if not self._pending:
-                await self._event_fd.wait()
-        return self._pending.popleft()

@@ -100,20 +100,30 @@ def _open_device() -> int:
     return int(lib.pc_device_open(lib.PC_DEVICE_TUN))
 
 
-class Tap:
-    """An open TAP. One at a time may have it open. Closing it ends the link, and the interface as well when it was
-    made by opening it."""
+ANNOUNCE_AFTER_S = (0.002, 0.01, 0.05, 0.2, 0.5, 1.0)
+"""Pauses between the announcements that follow the first one: each may be lost, and a bridge takes a moment to begin
+forwarding from a port that has come up."""
 
-    def __init__(self, name: str, fd: int) -> None:
-        """Takes over the descriptor of a TAP that is attached (IFF_TAP, IFF_NO_PI) and non-blocking."""
+
+class Network:
+    """A machine's network device as its host sees it: an open TAP, which no one else has open, and the machine's
+    addresses. Closing it ends the link, and the interface as well when it was made by opening it. Used from the Trio
+    thread."""
+
+    def __init__(self, name: str, fd: int, mac: int, address: int) -> None:
+        """Takes over the descriptor."""
         self.name = name
+        self.mac = mac
+        self.address = address
         self._fd = FdHolder(fd)
+        self._claims = 0  # a number for each claim, so that an old one notices that it is over
 
     @classmethod
-    def open(cls, name: str, *, connected: bool) -> Tap:
-        """Opens the TAP of that name in this thread's network namespace, and makes it when there is none; sets it up,
-        with its link on or off. `ResourceError` for what the host or the user's rights do not give, `BusyError` when it
-        is in use, `ConfigurationError` when it is no TAP."""
+    def open(cls, net: str, mac: int, address: int) -> Network:
+        """Opens the TAP that ``--net`` names in this thread's network namespace, and makes it when there is none; sets
+        it up, with its link off until `claim`. `ResourceError` for what the host or the user's rights do not give,
+        `BusyError` when it is in use, `ConfigurationError` when it is no TAP."""
+        name = parse_net(net)
         fd = _open_device()
         if fd < 0:
             if -fd in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
@@ -122,15 +132,15 @@ class Tap:
                 remedy = "run as a user who may open it"
             raise ResourceError(f"{DEVICE}: {os.strerror(-fd)}", remedy)
         os.set_blocking(fd, False)
-        tap = cls(name, fd)
+        network = cls(name, fd, mac, address)
         try:
-            tap._attach()
-            tap.connect(connected)  # first: an interface that was up already is not to flicker
-            tap.set_up(True)
+            network._attach()
+            network.connect(False)  # first: an interface that was up already is not to flicker
+            network.set_up(True)
         except BaseException:
-            tap.close()
+            network.close()
             raise
-        return tap
+        return network
 
     def _attach(self) -> None:
         by_admin = f"have root make it for this user: ip tuntap add dev {self.name} mode tap user $USER"
@@ -166,8 +176,37 @@ class Tap:
             ) from None
 
     @property
+    def net(self) -> str:
+        """As in ``--net``."""
+        return _SCHEME + self.name
+
+    @property
     def fd(self) -> int:
         return self._fd.fileno()
+
+    def claim(self) -> None:
+        """The machine runs here: its frames come here. Returns when it has been announced once; that is repeated in the
+        background. Frames from before are thrown away: they were another's to answer. `ResourceError`."""
+        self._claims += 1
+        self.drain()
+        self.connect(True)
+        self.set_up(True)
+        self.announce()
+        trio.lowlevel.spawn_system_task(self._announce_again, self._claims)
+
+    def release(self) -> None:
+        """The machine is another host's: no frame comes or goes here. `ResourceError`."""
+        self._claims += 1
+        self.connect(False)
+        with contextlib.suppress(ResourceError):
+            self.set_up(False)
+
+    async def _announce_again(self, claim: int) -> None:
+        for pause_s in ANNOUNCE_AFTER_S:
+            await trio.sleep(pause_s)
+            if claim != self._claims:
+                return
+            self.announce()
 
     def connect(self, on: bool) -> None:
         """Plugs the cable in, or pulls it out: while it is out no frame passes in either direction. Those that came
@@ -189,14 +228,15 @@ class Tap:
                 return count  # BlockingIOError: none is left
         return _MAX_QUEUED
 
-    def announce(self, mac: int, address: int) -> None:
-        """Tells the network where a station now is: an ARP announcement, sent as if by the station. Bridges and
+    def announce(self) -> None:
+        """Tells the network where the machine now is: an ARP announcement, sent as if by the machine. Bridges and
         switches learn the port from its source, neighbours the MAC from its content. Like every frame it may get
         lost."""
         with contextlib.suppress(OSError):  # no room, or no link: one more frame that is lost
-            os.write(self.fd, announcement(mac, address))
+            os.write(self.fd, announcement(self.mac, self.address))
 
     def close(self) -> None:
+        self._claims += 1
         self._fd.close()
 
 
@@ -204,57 +244,3 @@ def announcement(mac: int, address: int) -> bytes:
     """The frame: an ARP request of a station for its own address."""
     own, ip = mac.to_bytes(6, "big"), address.to_bytes(4, "big")
     return b"\xff" * 6 + own + struct.pack("!HHHBBH", 0x0806, 1, 0x0800, 6, 4, 1) + own + ip + b"\0" * 6 + ip
-
-
-ANNOUNCE_AFTER_S = (0.002, 0.01, 0.05, 0.2, 0.5, 1.0)
-"""Pauses between the announcements that follow the first one: each may be lost, and a bridge takes a moment to begin
-forwarding from a port that has come up."""
-
-
-class Network:
-    """A machine's network device as its host sees it: its addresses, and the TAP. Used from the Trio thread."""
-
-    def __init__(self, tap: Tap, mac: int, address: int) -> None:
-        """Takes over the TAP."""
-        self.tap = tap
-        self.mac = mac
-        self.address = address
-        self._claims = 0  # a number for each claim, so that an old one notices that it is over
-
-    @classmethod
-    def open(cls, net: str, mac: int, address: int) -> Network:
-        """`net` as in ``--net``. The link is off until `claim`. Errors as for `Tap.open`."""
-        return cls(Tap.open(parse_net(net), connected=False), mac, address)
-
-    @property
-    def net(self) -> str:
-        """As in ``--net``."""
-        return _SCHEME + self.tap.name
-
-    def claim(self) -> None:
-        """The machine runs here: its frames come here. Returns when it has been announced once; that is repeated in the
-        background. Frames from before are thrown away: they were another's to answer. `ResourceError`."""
-        self._claims += 1
-        self.tap.drain()
-        self.tap.connect(True)
-        self.tap.set_up(True)
-        self.tap.announce(self.mac, self.address)
-        trio.lowlevel.spawn_system_task(self._announce_again, self._claims)
-
-    def release(self) -> None:
-        """The machine is another host's: no frame comes or goes here. `ResourceError`."""
-        self._claims += 1
-        self.tap.connect(False)
-        with contextlib.suppress(ResourceError):
-            self.tap.set_up(False)
-
-    async def _announce_again(self, claim: int) -> None:
-        for pause_s in ANNOUNCE_AFTER_S:
-            await trio.sleep(pause_s)
-            if claim != self._claims:
-                return
-            self.tap.announce(self.mac, self.address)
-
-    def close(self) -> None:
-        self._claims += 1
-        self.tap.close()

@@ -63,12 +63,11 @@ def run(args: argparse.Namespace) -> int:
             reached &= figure.reached
             print(json.dumps(figure.as_json()) if args.json else _text(figure), flush=True)
         if name == "contention":
-            bars = _plot.bars(figures)
             if not args.json:
-                print(_plot.text_plot(bars), flush=True)
+                print(_plot.text_plot(figures), flush=True)
             if args.svg is not None:
                 with replacing(args.svg, 0o644) as fd:
-                    write_all(fd, _plot.svg_plot(bars).encode())
+                    write_all(fd, _plot.svg_plot(figures).encode())
     return 0 if reached else 1
 
 

@@ -122,7 +122,6 @@ async def _pair(
                 size_bytes,
                 fds[0],
                 tuple(fds[1:]),
-                complete=bool(bulk_channels),
                 cpus=halves[side],
                 **job,
             )

@@ -20,7 +20,7 @@ import trio
 
 from postcopy._native import ffi, lib
 from postcopy.dataplane.histogram import Histogram
-from postcopy.dataplane.pager import EventType, Pager, Stage
+from postcopy.dataplane.pager import EventType, Pager
 from postcopy.dataplane.pager_process import ProcessPager
 from postcopy.dataplane.pageserver import PageServer
 from postcopy.errors import check
@@ -38,12 +38,10 @@ class Job(msgspec.Struct, frozen=True):
     role: str  # "floor-source", "floor-dest", "engine-source", "engine-dest"
     size_bytes: int
     urgent_fd: int
-    bulk_fds: tuple[int, ...] = ()
+    bulk_fds: tuple[int, ...] = ()  # engine-dest: where there are some, it waits for the whole memory
     touches: int = 0
     busy_poll_us: int = 0  # the floor spins without end where this is not 0
-    backing: str = "memfd"
     pager_process: bool = False  # engine-dest: the pager apart from who touches
-    complete: bool = False  # wait for the whole memory
     cpus: tuple[int, ...] = ()  # the host's processors; any where empty
 
 
@@ -53,7 +51,7 @@ def _ready() -> None:
 
 
 def _filled(job: Job) -> Memory:
-    memory = Memory.create(job.backing, job.size_bytes)
+    memory = Memory.create("memfd", job.size_bytes)
     lib.pc_bench_fill(memory.struct.base, job.size_bytes, SEED)
     return memory
 
@@ -61,10 +59,6 @@ def _filled(job: Job) -> Memory:
 def percentiles_us(histogram: Histogram, *percentiles: float) -> dict[str, float]:
     """And the maximum."""
     return {f"p{p:g}": histogram.percentile(p) / 1e3 for p in percentiles} | {"max": histogram.max_ns / 1e3}
-
-
-def _latencies_us(histogram: Histogram) -> dict[str, float]:
-    return {"count": histogram.count, **percentiles_us(histogram, 50, 90, 99, 99.9)}
 
 
 def _touch(memory: Memory, touches: int) -> Histogram:
@@ -81,14 +75,13 @@ def _touch(memory: Memory, touches: int) -> Histogram:
 async def _floor_source(job: Job) -> dict[str, Any]:
     memory = _filled(job)
     _ready()
-    result = lib.pc_bench_floor_serve(
-        job.urgent_fd, memory.struct.base, memory.page_bytes, memory.pages, bool(job.busy_poll_us)
-    )
-    return {"error": -result}
+    # Until the destination is gone, in whatever way.
+    lib.pc_bench_floor_serve(job.urgent_fd, memory.struct.base, memory.page_bytes, memory.pages, bool(job.busy_poll_us))
+    return {}
 
 
 async def _floor_dest(job: Job) -> dict[str, Any]:
-    memory = Memory.create(job.backing, job.size_bytes)
+    memory = Memory.create("memfd", job.size_bytes)
     uffd = check(lib.pc_uffd_open(How.ANY, 0, ffi.NULL), "opening a userfaultfd")
     check(lib.pc_uffd_register(uffd, memory.address, job.size_bytes, 1, ffi.NULL), "registering memory")
     _ready()
@@ -105,7 +98,8 @@ async def _floor_dest(job: Job) -> dict[str, Any]:
             )
         )
     os.close(job.urgent_fd)
-    return {"error": -result, "touch-us": _latencies_us(touched[0])}
+    check(result, "serving faults as the floor")
+    return {"touch-us": percentiles_us(touched[0], 50, 99)}
 
 
 async def _engine_source(job: Job) -> dict[str, Any]:
@@ -122,7 +116,7 @@ async def _engine_source(job: Job) -> dict[str, Any]:
 
 
 async def _engine_dest(job: Job) -> dict[str, Any]:
-    memory = Memory.create(job.backing, job.size_bytes)
+    memory = Memory.create("memfd", job.size_bytes)
     async with ProcessPager() if job.pager_process else Pager() as pager:
         pager.add_block(memory)
         pager.add_shard(How.ANY, job.busy_poll_us)
@@ -135,18 +129,15 @@ async def _engine_dest(job: Job) -> dict[str, Any]:
         begin_s = time.perf_counter()
         result: dict[str, Any] = {}
         if job.touches:
-            histogram = await trio.to_thread.run_sync(_touch, memory, job.touches)
-            result["touch-us"] = _latencies_us(histogram)
-            result["stages-us"] = {stage.name.lower(): _latencies_us(pager.latency(stage)) for stage in Stage}
-        if job.complete:
+            result["touch-us"] = percentiles_us(await trio.to_thread.run_sync(_touch, memory, job.touches), 50, 99)
+        if job.bulk_fds:
             async for event in pager.events():
                 if event.type is EventType.COMPLETE:
                     break
                 if event.type is EventType.FATAL:
                     raise RuntimeError(event.text)
             result["bytes-per-s"] = job.size_bytes / (time.perf_counter() - begin_s)
-        result["requests"] = pager.statistics().requests
-        if not job.complete:
+        else:
             # The page server goes first, and closing a pager poisons what is missing: nobody looks here any more.
             print(json.dumps(result), flush=True)
             os._exit(0)

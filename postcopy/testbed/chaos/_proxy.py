@@ -162,7 +162,7 @@ class ChaosProxy:
                 raise ValueError(f"no way to cut a connection: {way!r}")
 
     def refuse(self) -> None:
-        """From now on whoever connects is reset, until `heal`."""
+        """New connections are reset from now on, until `heal`."""
         self._down = True
 
     def heal(self) -> None:
@@ -170,7 +170,7 @@ class ChaosProxy:
         self._down = False
 
     def freeze(self) -> None:
-        """Nothing passes any more, nobody is told, new connections are not answered, until `thaw`."""
+        """Until `thaw` nothing passes, no connection is closed, and new ones are not answered."""
         self._thaw = trio.Event()
 
     def thaw(self) -> None:

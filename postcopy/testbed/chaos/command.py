@@ -12,7 +12,6 @@ from typing import Any
 import trio
 
 from postcopy.errors import ResourceError
-from postcopy.net import Address
 from postcopy.output import Output
 from postcopy.service import options
 from postcopy.service.options import Group, Option
@@ -30,40 +29,31 @@ OPTIONS = (
 )
 
 
-def make(given: dict[str, Any], output: Output) -> Callable[[trio.Event], Awaitable[bool]]:
-    plan = parse_plan(given.get("plan", "cut"), given)
-    return ChaosCommand(plan, output, listen=given["listen"], target=given["to"]).run
-
-
 def parse_plan(text: str, given: dict[str, Any]) -> ChaosPlan:
     return ChaosPlan.parse(text, given["seed"] if "seed" in given else secrets.randbits(32))
 
 
-class ChaosCommand:
-    """Carries connections from `listen` to `target`, as badly as the plan says, until it is interrupted."""
+def make(given: dict[str, Any], output: Output) -> Callable[[trio.Event], Awaitable[bool]]:
+    """Carries connections, as badly as the plan says, until it is interrupted."""
+    plan = parse_plan(given.get("plan", "cut"), given)
+    listen, target = given["listen"], given["to"]
 
-    def __init__(self, plan: ChaosPlan, output: Output, *, listen: Address, target: Address) -> None:
-        self._plan = plan
-        self._output = output
-        self._listen = listen
-        self._target = target
-
-    async def run(self, stop: trio.Event) -> bool:
+    async def run(stop: trio.Event) -> bool:
         began_s = trio.current_time()
 
         def log(event: str, fields: dict[str, object]) -> None:
-            self._output.emit(event, fields)
+            output.emit(event, fields)
             words = ", ".join(f"{name} {value}" for name, value in fields.items())
-            self._output.say(f"{trio.current_time() - began_s:9.3f} s  {event}: {words}")
+            output.say(f"{trio.current_time() - began_s:9.3f} s  {event}: {words}")
 
         try:
-            async with open_chaos_proxy(self._target, self._plan, listen=self._listen, log=log) as proxy:
-                log("listening", {"address": str(proxy.address), "to": str(self._target), "seed": self._plan.seed})
+            async with open_chaos_proxy(target, plan, listen=listen, log=log) as proxy:
+                log("listening", {"address": str(proxy.address), "to": str(target), "seed": plan.seed})
                 await stop.wait()
-                self._output.emit("result", {"seed": self._plan.seed, **asdict(proxy.statistics)})
+                output.emit("result", {"seed": plan.seed, **asdict(proxy.statistics)})
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
-            raise ResourceError(
-                f"cannot listen on {self._listen}: {reason}", "choose another address or port"
-            ) from error
+            raise ResourceError(f"cannot listen on {listen}: {reason}", "choose another address or port") from error
         return True
+
+    return run

@@ -31,7 +31,7 @@ from postcopy.uffd import explain_unavailable
 from postcopy.units import format_size
 
 if TYPE_CHECKING:
-    from postcopy.testbed.lab import Host
+    from postcopy.testbed.lab._lab import Host
 
 MIN_IMAGE_BYTES = 1 << 20
 CHAOS_SECONDS = 6  # that the push of all memory takes where connections are to be cut meanwhile
@@ -71,8 +71,7 @@ def make(given: Json, output: Output) -> Callable[[trio.Event], Awaitable[bool]]
 
 class DemoCommand:
     def __init__(self, given: Json, output: Output) -> None:
-        """`given`: what was said of `OPTIONS`. It becomes what the two sides are told, each as far as it has the
-        option."""
+        """`given`: the values of `OPTIONS`. The two sides get them, each those of the options that it has."""
         values = self._values = DEFAULTS | given
         self._output = output
         self._lab = "lab" in values
@@ -139,7 +138,8 @@ class DemoCommand:
             await run_sync(_make_image, values["image"], self._image_bytes)
         if not self._lab:
             return await self._run(Side("source", []), Side("dest", self._dest_arguments("127.0.0.1")), stop)
-        from postcopy.testbed.lab import MAX_RATE, LabPlan, open_lab
+        from postcopy.testbed.lab._lab import open_lab
+        from postcopy.testbed.lab._plan import MAX_RATE, LabPlan
 
         # The cable is twice as fast as the push, so that requested pages find room, and yet slow enough to be cut in
         # the middle, however many pages the machine asks for.

@@ -17,7 +17,7 @@ from postcopy.output import Output
 from postcopy.testbed._processes import Child, Json, Lines, parse
 
 if TYPE_CHECKING:
-    from postcopy.testbed.lab import Host
+    from postcopy.testbed.lab._lab import Host
 
 END_S = 15.0  # for a child to end in order
 

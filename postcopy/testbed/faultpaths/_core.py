@@ -35,23 +35,10 @@ from postcopy.testbed.faultpaths._model import (
 HOLD_US = 3000
 """How long a page is withheld, so that the state of the blocked thread can be read."""
 
-TEST_OPERATIONS = {
-    "test.hang": lib.PC_FP_TEST_HANG,
-    "test.crash": lib.PC_FP_TEST_CRASH,
-    "test.wrong": lib.PC_FP_TEST_WRONG,
-}
+TEST_OPERATIONS = {f"test.{name}": getattr(lib, f"PC_FP_TEST_{name.upper()}") for name in ("hang", "crash", "wrong")}
 """Not in `operations`: for tests of the machinery."""
-_MEASURES = {
-    Measure.SIGNAL: lib.PC_FP_MEASURE_SIGNAL,
-    Measure.KILL: lib.PC_FP_MEASURE_KILL,
-    Measure.LOCKS: lib.PC_FP_MEASURE_LOCKS,
-}
-_FLAGS = {
-    lib.PC_FP_WRITES: Flag.WRITES,
-    lib.PC_FP_NEEDS_DIR: Flag.NEEDS_DIR,
-    lib.PC_FP_NEEDS_KVM: Flag.NEEDS_KVM,
-    lib.PC_FP_NOFAULT: Flag.NOFAULT,
-}
+_MEASURES = {measure: getattr(lib, f"PC_FP_MEASURE_{measure.name}") for measure in Measure}
+_FLAGS = {getattr(lib, f"PC_FP_{flag.name}"): flag for flag in Flag}
 _MODES, _BACKINGS, _OUTCOMES = tuple(Mode), tuple(Backing), tuple(Outcome)
 _ERRORS = {133: "EHWPOISON", **errno.errorcode}  # Python does not know that one everywhere
 

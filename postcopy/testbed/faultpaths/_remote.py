@@ -2,7 +2,7 @@
 """`--remote`: the page is on another host, and the engine fetches it while the network fails.
 
 Three parties. The *cell's child* (csrc/faultpaths) registers one page, hands its userfaultfd over a Unix socket, and
-runs the operation when it is told to. The *destination's engine*, a `Pager` here, serves that userfaultfd, with the
+runs the operation when it gets a byte. The *destination's engine*, a `Pager` here, serves that userfaultfd, with the
 page at an address of the child. The *source* is a `PageServer` behind a TCP port; between the two stands the chaos
 proxy of `postcopy.testbed`, with whatever delay its plan has.
 
@@ -10,8 +10,8 @@ What happens to each cell, in order, whatever the plan:
 
 1. The proxy holds everything back; the operation begins, faults, and waits; the engine's request is on its way.
 2. All connections are reset. The request is lost with them.
-3. Both sides are told, as in a recovery: the source what the destination has, the engine its new connection, on which
-   it asks again for what is pending.
+3. As in a recovery, the source learns what the destination has, and the engine gets its new connection, on which it
+   asks again for what is pending.
 4. The page comes, delayed, is verified and placed; the operation goes on, and the child compares content.
 
 So one request must reach the source, whatever the child's thread did meanwhile. An operation that does not fault, or
@@ -27,7 +27,6 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import trio
@@ -57,14 +56,6 @@ _FEATURES = UffdFeature.THREAD_ID | UffdFeature.EXACT_ADDRESS  # as the child op
 Hook = Callable[[Pager], Awaitable[None]]
 
 
-@dataclass
-class HandOver:
-    """What a child sent: its memory, and its userfaultfd, ours to close."""
-
-    memory: ForeignMemory
-    uffd: int
-
-
 class Link:
     """The wire: our sockets, the proxy, and the source's port. Used for one cell after the other."""
 
@@ -83,8 +74,8 @@ class Link:
                     for fd in _fds(ancillary):
                         os.close(fd)
 
-    async def hand_over(self) -> HandOver:
-        """The next child's message."""
+    async def hand_over(self) -> tuple[ForeignMemory, int]:
+        """What the next child sends: its memory, and its userfaultfd, ours to close."""
         await trio.lowlevel.wait_readable(self._ours)
         data, ancillary, _, _ = self._ours.recvmsg(256, 256, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
         fds = _fds(ancillary)
@@ -97,7 +88,7 @@ class Link:
         memory = ForeignMemory(
             message.address, message.bytes, message.page_bytes, message.kind, fds[1] if len(fds) > 1 else -1
         )
-        return HandOver(memory, fds[0])
+        return memory, fds[0]
 
     def go(self) -> None:
         """Has the child begin. Nothing, where it is gone."""
@@ -154,11 +145,11 @@ async def run_cell(runner: Runner, link: Link, cell: Cell, while_pending: Hook |
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(run)
-        handed = await link.hand_over()
+        memory, uffd = await link.hand_over()
         # From here on the page's fate is ours. The child's end does not cancel what must be seen through.
         with trio.CancelScope(shield=True):
             try:
-                measures.append(await _serve(link, handed, over, while_pending))
+                measures.append(await _serve(link, memory, uffd, over, while_pending))
             except (PostcopyError, trio.TooSlowError) as error:
                 failures.append(str(error) or "a step of the recovery did not end in time")
             link.proxy.thaw()
@@ -177,18 +168,19 @@ async def run_cell(runner: Runner, link: Link, cell: Cell, while_pending: Hook |
     return replace(result, outcome=outcome, remote=measure, events=measure.faults, events_repeated=repeated)
 
 
-async def _serve(link: Link, handed: HandOver, over: trio.Event, while_pending: Hook | None) -> RemoteMeasure:
+async def _serve(
+    link: Link, memory: ForeignMemory, uffd: int, over: trio.Event, while_pending: Hook | None
+) -> RemoteMeasure:
     """From the hand-over until the child has ended."""
-    memory = handed.memory
     cuts = held_ns = reconnect_ns = 0
     with contextlib.ExitStack() as stack:
         if memory.fd >= 0:
             stack.callback(os.close, memory.fd)
         # Stays open until the child is gone: closing the last copy would show zeros to who still waits.
-        stack.callback(os.close, handed.uffd)
+        stack.callback(os.close, uffd)
         source = stack.enter_context(Memory.create("memfd", memory.size_bytes))
         source.write(0, _core.content(memory.size_bytes))
-        async with _engines(memory, source, handed.uffd) as (pager, shard, server):
+        async with _engines(memory, source, uffd) as (pager, shard, server):
             await link.connect(pager, shard, server)
             server.start()
             pager.arm(shard, 0, 0, memory.pages)

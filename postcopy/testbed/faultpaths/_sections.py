@@ -212,7 +212,7 @@ def _uncovered(run: Run) -> Section:
         "Few places that remain uncovered",
         ("instead of waiting", "why"),
         cells,
-        "These cannot wait for a page; whoever hands them memory must have its pages there first.",
+        "These cannot wait for a page; memory that is given to them must have its pages there first.",
         across_modes=True,
     )
 

@@ -108,7 +108,8 @@ class Runner(contextlib.AbstractAsyncContextManager["Runner"]):
     async def _started(self) -> Child:
         if self._child is None:
             self._fresh = True
-            self._stderr.truncate(0)
+            self._stderr.seek(0)  # the runners write where this file is
+            self._stderr.truncate()
             try:
                 self._child = await Child.start(
                     self._command,
@@ -136,7 +137,9 @@ class Runner(contextlib.AbstractAsyncContextManager["Runner"]):
     async def _end_session(session: int) -> None:
         """Kills what a guard that was itself killed has left behind. It goes to init, or to our subreaper, to reap."""
         with trio.move_on_after(_runner.SWEEP_S):
-            while left := [pid for pid in _linux.pids_with(_linux.SESSION, session) if not _linux.is_over(pid)]:
+            while left := [
+                pid for pid in _linux.pids_with(_linux.SESSION, session) if _linux.start_time(pid) is not None
+            ]:
                 for pid in left:
                     with contextlib.suppress(ProcessLookupError, PermissionError):
                         os.kill(pid, signal.SIGKILL)

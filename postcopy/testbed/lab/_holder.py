@@ -5,7 +5,7 @@
 laboratory. The first line on standard output says what there is, as JSON; an ``error`` in it ends this process.
 
 A namespace lives as long as something refers to it. Names below /run/netns would do that, but they need a mount,
-which an ordinary user may make only in a mount namespace of his own, where the next command does not see it; and a
+which an ordinary user may make only in a mount namespace of their own, where the next command does not see it; and a
 maker that is killed half-way leaves names behind. Descriptors of a process need no right and no name, other
 processes reach them as /proc/PID/fd/N, and when this process dies, even by SIGKILL, the kernel takes namespaces,
 bridges and veth pairs down with it.

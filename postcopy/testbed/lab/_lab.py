@@ -17,14 +17,15 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import threading
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import trio
 
 from postcopy._child import python
 from postcopy.errors import ConfigurationError, PostcopyError, ResourceError
@@ -67,12 +68,13 @@ class Host:
             raise self.lab.explain("entering a host", error.errno or 0, error.strerror or str(error)) from error
 
     def cut(self) -> None:
-        """Pulls the cable out: the host's interface has no carrier, packets are lost, connections hear nothing."""
-        self.lab.work(["set-cable", self.lab.switch, self.name, False])
+        """Pulls the cable out: the host's interface has no carrier, packets are lost, connections are not closed."""
+        # At the switch's end: the host keeps its addresses and routes.
+        self.lab.work(["set-link", self.lab.switch, self.name, False])
 
     def heal(self) -> None:
         """Puts the cable back, and waits until the host has a carrier."""
-        self.lab.work(["set-cable", self.lab.switch, self.name, True], ["wait-for-carrier", self.network])
+        self.lab.work(["set-link", self.lab.switch, self.name, True], ["wait-for-carrier", self.network])
 
     def limit(self, rate: int | None) -> None:
         """Limits the cable to so many bytes a second in each direction; None: no limit."""
@@ -124,7 +126,7 @@ class Host:
         self.lab.work(["attach-tap", self.network, name])
 
     def set_tap(self, name: str, up: bool) -> None:
-        self.lab.work(["set-tap", self.network, name, up])
+        self.lab.work(["set-link", self.network, name, up])
 
     def remove_tap(self, name: str) -> None:
         self.lab.work(["remove-tap", self.network, name])
@@ -202,7 +204,7 @@ class Lab(contextlib.AbstractContextManager["Lab"]):
     def _make(cls, plan: LabPlan, where: Path, keep: bool) -> Lab:
         mark = f"{plan.name}:{secrets.token_hex(8)}"
         hosts = plan.host_plans
-        # Who may not make the others makes a user namespace of his own first, in which he may.
+        # Without the right to make the others: a user namespace first, in which this user has it.
         user = not _linux.has_capabilities(_linux.CAP_NET_ADMIN, _linux.CAP_SYS_ADMIN)
         holder = subprocess.Popen(
             python(
@@ -386,6 +388,23 @@ class Lab(contextlib.AbstractContextManager["Lab"]):
         return ResourceError(what)
 
 
+@contextlib.asynccontextmanager
+async def open_lab(plan: LabPlan) -> AsyncIterator[Lab]:
+    """A laboratory that lasts as long as the block, and ends with this process, however that ends.
+
+    Its methods block: call them with `trio.to_thread.run_sync`. Making and ending it are shielded from cancellation;
+    both take a second or less, and are bounded (`WORK_S`, `members.KILL_S`).
+    """
+    with trio.CancelScope(shield=True):
+        lab = await trio.to_thread.run_sync(lambda: Lab.up(plan, keep=False))
+    try:
+        await trio.lowlevel.checkpoint()
+        yield lab
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(lab.down)
+
+
 def down(name: str = DEFAULT_NAME, mark: str | None = None) -> bool:
     """Ends a laboratory, or what a crash has left of it; whether there was one. With `mark`, only that very one."""
     LabPlan(name)
@@ -427,13 +446,7 @@ def _clean(where: Path, record: state.Record) -> None:
 
 
 def _has_ipv6() -> bool:
-    if not socket.has_ipv6:
-        return False
-    try:
-        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
-    except OSError:
-        return False
-    try:
+    try:  # a kernel without IPv6 has no such file
         with open("/proc/sys/net/ipv6/conf/default/disable_ipv6", encoding="ascii") as file:
             return file.read().strip() == "0"
     except OSError:

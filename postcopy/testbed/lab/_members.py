@@ -21,7 +21,7 @@ KILL_S = 10.0
 
 def belongs(pid: int, mark: str, networks: Collection[int] = ()) -> bool:
     """Whether a process has the mark in its environment, or is in one of these network namespaces (inode numbers, only
-    to be trusted while somebody keeps them alive). Not when it is gone, or somebody else's."""
+    to be trusted while the holder keeps them alive). Not when it is gone, or another user's."""
     try:
         if networks and inode(f"/proc/{pid}/ns/net") in networks:
             return True
@@ -58,7 +58,7 @@ def end_processes(mark: str, networks: Collection[int] = (), spare: Collection[i
                 with contextlib.suppress(ProcessLookupError):
                     fd = os.pidfd_open(pid)
                     stack.callback(os.close, fd)
-                    # Between the look and the descriptor the number may have become somebody else's.
+                    # Between the look and the descriptor the number may have become another process's.
                     if not belongs(pid, mark, networks):
                         continue
                     fds.append(fd)

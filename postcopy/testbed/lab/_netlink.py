@@ -6,7 +6,7 @@
 ``{"doing", "errno", "error"}`` of the action that failed; what came before it has been done.
 
 A process of its own, since pyroute2 runs an asyncio event loop in the thread that calls it, where Trio's would be;
-since its own way into a namespace is a fork of whoever calls it, which a process with threads and a userfaultfd must
+since its own way into a namespace is a fork of its caller, which a process with threads and a userfaultfd must
 not be exposed to; and since a user namespace can be entered by a process with a single thread only. Here the process
 enters a namespace and opens its socket there, which then belongs to that namespace whatever the process enters next.
 """
@@ -83,10 +83,9 @@ def make_host(switch: str, path: str, name: str, ipv4: str, ipv6: str | None, ma
             route.addr("add", index=bridge, address=ipv6, prefixlen=PREFIX6, flags=IFA_F_NODAD)
 
 
-def set_cable(switch: str, name: str, whole: bool) -> None:
-    # The switch's end: the host loses its carrier, and keeps its addresses and routes.
-    with network(switch) as route:
-        route.link("set", index=_index(route, name), state="up" if whole else "down")
+def set_link(path: str, name: str, up: bool) -> None:
+    with network(path) as route:
+        route.link("set", index=_index(route, name), state="up" if up else "down")
 
 
 def wait_for_carrier(path: str) -> None:
@@ -121,7 +120,7 @@ def has_qdisc(path: str, kind: str) -> bool:
         except NetlinkError as error:
             if error.code == errno.ENOENT:
                 return False
-            if error.code != errno.EEXIST:  # somebody else is trying one at this moment
+            if error.code != errno.EEXIST:  # another process is trying one at this moment
                 raise
         with contextlib.suppress(NetlinkError):
             route.tc("del", index=index, parent=TC_H_ROOT)
@@ -172,7 +171,7 @@ def attach_tap(path: str, name: str) -> None:
             fcntl.ioctl(fd, TUNSETIFF, request)
             fcntl.ioctl(fd, TUNSETPERSIST, 1)
         except OSError as error:
-            # Somebody has it open already: then it is there, and stays as long as he wants.
+            # Another program has it open: then it is there, and stays until that program closes it.
             if error.errno != errno.EBUSY:
                 raise
     finally:
@@ -181,11 +180,6 @@ def attach_tap(path: str, name: str) -> None:
         bridge, tap = _index(route, BRIDGE), _index(route, name)
         mtu = route.get_links(bridge)[0].get("mtu")
         route.link("set", index=tap, mtu=mtu, master=bridge, state="up")
-
-
-def set_tap(path: str, name: str, up: bool) -> None:
-    with network(path) as route:
-        route.link("set", index=_index(route, name), state="up" if up else "down")
 
 
 def remove_tap(path: str, name: str) -> None:
@@ -198,13 +192,12 @@ VERBS: dict[str, Callable[..., Any]] = {
     for function in (
         make_switch,
         make_host,
-        set_cable,
+        set_link,
         wait_for_carrier,
         cables,
         has_qdisc,
         shape,
         attach_tap,
-        set_tap,
         remove_tap,
     )
 }

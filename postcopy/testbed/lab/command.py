@@ -122,9 +122,18 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _down(args: argparse.Namespace) -> int:
-    for name in names() if args.all else [args.name]:
-        if not down(name) and not args.all:
-            print(f"postcopy: laboratory {name} was not up", file=sys.stderr)
+    if not args.all:
+        if not down(args.name):
+            print(f"postcopy: laboratory {args.name} was not up", file=sys.stderr)
+        return 0
+    failures = []
+    for name in names():
+        try:
+            down(name)
+        except (ConfigurationError, ResourceError) as error:
+            failures.append(error)  # of one: the others end all the same
+    if failures:
+        raise failures[0]
     return 0
 
 

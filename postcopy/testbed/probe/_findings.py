@@ -14,8 +14,7 @@ from typing import Any, Literal
 from postcopy._native import ffi, lib
 from postcopy.errors import ConfigurationError
 from postcopy.testbed import _linux
-from postcopy.testbed.probe import _needs, _trials
-from postcopy.testbed.probe._host import container, cpu_virtualization, read
+from postcopy.testbed.probe import _host, _needs, _trials
 from postcopy.testbed.probe._supervise import try_in_child
 from postcopy.uffd import How, UffdApi, UffdFeature
 from postcopy.units import format_size
@@ -57,119 +56,18 @@ class Finding:
         return f"{self.name}: {self.detail or self.state}" + (f" (remedy: {self.remedy})" if self.remedy else "")
 
 
-# ---- remedies
-
-
-def _as_root(command: str) -> str:
-    return command if os.geteuid() == 0 else f"sudo {command}"
-
-
-def _device_remedy(device: str, module: str) -> str:
-    if os.path.exists(device):
-        # Root that may not open it is held by the container's device list.
-        return f"docker run --device {device} ..." if os.geteuid() == 0 else f"sudo chmod o+rw {device}"
-    if container() is not None:
-        return f"docker run --device {device} ..."
-    return _as_root(f"modprobe {module}") if module else "a kernel from 6.1 with CONFIG_USERFAULTFD=y"
-
-
-def _netns_remedy() -> str:
-    if os.geteuid() != 0:
-        return f"sudo {shlex.join(sys.argv)}"
-    if container() is not None:
-        return "docker run --cap-add SYS_ADMIN --cap-add NET_ADMIN ..."
-    return "a kernel with CONFIG_NET_NS=y"
-
-
 # ---- trials, by the child
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """What is said of a trial's answer."""
-
-    needed_for: str
-    remedy: Callable[[], str]
-    yes: str = ""
-
-
-_FOR_POSTCOPY = "postcopy: the destination's memory"
-
-
-def _uffd_remedy() -> str:
-    if os.path.exists("/dev/userfaultfd") or container() is not None:
-        return _device_remedy("/dev/userfaultfd", "")
-    return _as_root("sysctl -w vm.unprivileged_userfaultfd=1")
-
-
-def _newer(version: str) -> Callable[[], str]:
-    return _constant(f"a kernel from {version}")
-
-
-def _constant(text: str) -> Callable[[], str]:
-    return lambda: text
-
-
-def _huge_remedy() -> str:
-    return _as_root("sysctl -w vm.nr_hugepages=64")
-
-
-def _memory_remedy(kind: str, mode: str) -> Callable[[], str]:
-    if kind == "anon" and mode == "minor":
-        return _constant("none: anonymous memory has no page cache; use --backing memfd")
-
-    def remedy() -> str:
-        if not uffd_user():
-            return _uffd_remedy()
-        return _huge_remedy() if kind == "hugetlb" else f"a kernel from {'5.14' if mode == 'minor' else '5.19'}"
-
-    return remedy
-
-
-_MODE_USES = {
-    "missing": "a page that has not arrived",
-    "minor": "placing pages by UFFDIO_CONTINUE, without a copy",
-    "wp": "write-protected memory (dirty tracking)",
-}
-
-_TRIALS: dict[str, _Trial] = {
-    **{
-        f"{kind}-{mode}": _Trial(f"--backing {kind}: {use}", _memory_remedy(kind, mode), "a page was served")
-        for kind in ("anon", "memfd", "hugetlb")
-        for mode, use in _MODE_USES.items()
-    },
-    "kernel-faults": _Trial("--machine kvm; O_DIRECT into memory", _uffd_remedy, "a fault of write(2) was served"),
-    "uffd-poison": _Trial("pages that can never come", _newer("6.6"), "a poisoned page gives EFAULT"),
-    "uffd-move": _Trial("nothing yet: pages moved without a copy", _newer("6.8"), "a page was moved"),
-    "kvm": _Trial("--machine kvm", lambda: _device_remedy("/dev/kvm", "kvm")),
-    "soft-dirty": _Trial("nothing yet: dirty tracking", _constant("a kernel with CONFIG_MEM_SOFT_DIRTY=y")),
-    "pagemap-scan": _Trial("nothing yet: dirty tracking by WP_ASYNC", _newer("6.7"), "a write was seen"),
-    "netns": _Trial("postcopy lab, and demo --lab", _netns_remedy),
-    "user-netns": _Trial("the same without root", lambda: _as_root("sysctl -w user.max_user_namespaces=10000")),
-    "netem": _Trial("networks with delay and loss", lambda: _as_root("modprobe sch_netem")),
-    "tbf": _Trial("networks with a rate", lambda: _as_root("modprobe sch_tbf")),
-    "htb": _Trial("networks with shared rates", lambda: _as_root("modprobe sch_htb")),
-    "tun": _Trial("the network device of a machine", lambda: _as_root("modprobe tun"), "can be opened"),
-    "io-uring": _Trial("a dozen rows of postcopy faultpaths", lambda: _as_root("sysctl -w kernel.io_uring_disabled=0")),
-    "ktls": _Trial("nothing yet: TLS of data channels in the kernel", lambda: _as_root("modprobe tls")),
-    "holes": _Trial("sparse images and dumps", _constant("export TMPDIR=/dev/shm")),
-    "ipv6": _Trial("addresses of IPv6", lambda: _as_root("sysctl -w net.ipv6.conf.lo.disable_ipv6=0")),
-}  # fmt: skip
-
-
 def _judge(name: str, answer: Json) -> Finding:
-    trial = _TRIALS[name]
-    state: State = answer["state"]
-    facts = answer.get("facts", {})
-    if name in _trials.QDISCS and state == "unknown" and "tc" in answer["reason"]:
-        return Finding(name, state, answer["reason"], _as_root("apt-get install iproute2"), trial.needed_for)
-    if name == "kvm" and state == "yes":
-        facts = {**facts, "hardware": cpu_virtualization()}
-        return Finding(name, state, f"API {facts['api-version']}, a VM was made; {_KVM_IS[facts['hardware']]}", "",
-                       trial.needed_for, facts)  # fmt: skip
-    if state == "yes":
-        return Finding(name, state, trial.yes, "", trial.needed_for, facts)
-    return Finding(name, state, answer["reason"], trial.remedy(), trial.needed_for, facts)
+    trial = _trials.TRIALS[name]
+    if answer["state"] != "yes":
+        return Finding(name, answer["state"], answer["reason"], trial.remedy(), trial.needed_for)
+    facts = answer["facts"]
+    detail = trial.yes
+    if name == "kvm":
+        detail = f"API {facts['api-version']}, a VM was made; {_KVM_IS[facts['hardware']]}"
+    return Finding(name, "yes", detail, "", trial.needed_for, facts)
 
 
 _KVM_IS = {
@@ -200,16 +98,16 @@ def _api_facts(api: UffdApi) -> Json:
 
 
 def _user_only_remedy() -> str:
-    if container() is not None:
+    if _host.container() is not None:
         return "docker run --security-opt seccomp=docker/seccomp-userfaultfd.json ..."
     return "a kernel from 5.11 with CONFIG_USERFAULTFD=y"
 
 
 _HOW: dict[How, tuple[str, Callable[[], str]]] = {
-    How.DEVICE: ("/dev/userfaultfd", lambda: _device_remedy("/dev/userfaultfd", "")),
-    How.SYSCALL: ("userfaultfd(2)", lambda: _as_root("sysctl -w vm.unprivileged_userfaultfd=1")),
+    How.DEVICE: ("/dev/userfaultfd", lambda: _host.device_remedy("/dev/userfaultfd", "")),
+    How.SYSCALL: ("userfaultfd(2)", lambda: _host.as_root("sysctl -w vm.unprivileged_userfaultfd=1")),
     How.USER_ONLY: ("userfaultfd(2), UFFD_USER_MODE_ONLY", _user_only_remedy),
-    How.ANY: ("any userfaultfd", _uffd_remedy),
+    How.ANY: ("any userfaultfd", _host.uffd_remedy),
 }
 
 
@@ -227,12 +125,12 @@ def _uffd() -> Finding:
             return finding
     reasons = "; ".join(finding.detail for finding in ways)
     reason = f"no userfaultfd that serves faults of the kernel ({reasons})"
-    return Finding("uffd", "no", reason, _uffd_remedy(), "--machine kvm")
+    return Finding("uffd", "no", reason, _host.uffd_remedy(), "--machine kvm")
 
 
 def uffd_user() -> Finding:
     """At least one for faults of user code."""
-    return _open_uffd("uffd-user", How.ANY, _FOR_POSTCOPY)
+    return _open_uffd("uffd-user", How.ANY, "postcopy: the destination's memory")
 
 
 def _feature(name: str, flag: UffdFeature, needed_for: str, version: str) -> Finding:
@@ -266,7 +164,7 @@ def _change_user() -> Finding:
 def _hugetlb() -> Finding:
     uses = "--backing hugetlb"
     pool = {}
-    for line in read("/proc/meminfo").splitlines():
+    for line in _host.read("/proc/meminfo").splitlines():
         name, _, value = line.partition(":")
         if name in ("HugePages_Total", "HugePages_Free", "HugePages_Rsvd", "Hugepagesize"):
             pool[name] = int(value.split()[0])
@@ -275,7 +173,7 @@ def _hugetlb() -> Finding:
     free, size = pool["HugePages_Free"] - pool.get("HugePages_Rsvd", 0), pool.get("Hugepagesize", 0) * 1024
     facts = {"total-pages": pool.get("HugePages_Total", 0), "free-pages": free, "page-bytes": size}
     text = f"{free} of {facts['total-pages']} pages of {format_size(size)} are free"
-    return Finding("hugetlb", "yes" if free > 0 else "no", text, "" if free > 0 else _huge_remedy(), uses, facts)
+    return Finding("hugetlb", "yes" if free > 0 else "no", text, "" if free > 0 else _host.huge_remedy(), uses, facts)
 
 
 CHEAP: dict[str, Callable[[], Finding]] = {
@@ -294,7 +192,7 @@ ALIASES = {"uffd-kernel": "kernel-faults"}
 
 def names() -> list[str]:
     """All that `find` and ``--require`` know."""
-    return [*CHEAP, *_TRIALS, *ALIASES]
+    return [*CHEAP, *_trials.TRIALS, *ALIASES]
 
 
 @functools.cache
@@ -303,15 +201,15 @@ def find(name: str) -> Finding:
     name = ALIASES.get(name, name)
     if name in CHEAP:
         return CHEAP[name]()
-    if name not in _TRIALS:
+    if name not in _trials.TRIALS:
         raise ConfigurationError(f"probe: there is no {name!r} to ask for; there are {', '.join(names())}")
     return _judge(name, try_in_child([name])[name])
 
 
 def find_all() -> list[Finding]:
     """Every finding, tried afresh."""
-    answers = try_in_child(_TRIALS)
-    return [*(ask() for ask in CHEAP.values()), *(_judge(name, answers[name]) for name in _TRIALS)]
+    answers = try_in_child(_trials.TRIALS)
+    return [*(ask() for ask in CHEAP.values()), *(_judge(name, answers[name]) for name in _trials.TRIALS)]
 
 
 def uses(findings: Iterable[Finding]) -> list[Json]:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host is: kernel, container, limits and settings, read from /proc and /sys. Nothing here tries anything."""
+"""What this host is: kernel, container, limits and settings, read from /proc and /sys; and so which command would help.
+Nothing here tries anything."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import contextlib
 import os
 import platform
 import resource
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +108,44 @@ def _chosen(path: str) -> str | None:
 
 
 def cpu_virtualization() -> bool | None:
-    """Whether the processor says that it can run guests; None where that cannot be told."""
+    """Whether the processor says that it can run guests; None where it does not say."""
     if platform.machine() not in ("x86_64", "i686"):
         return None
     for line in read("/proc/cpuinfo").splitlines():
         if line.startswith("flags"):
             return not {"vmx", "svm"}.isdisjoint(line.split())
     return None
+
+
+# ---- remedies
+
+
+def as_root(command: str) -> str:
+    return command if os.geteuid() == 0 else f"sudo {command}"
+
+
+def device_remedy(device: str, module: str) -> str:
+    if os.path.exists(device):
+        # Root that may not open it is held by the container's device list.
+        return f"docker run --device {device} ..." if os.geteuid() == 0 else f"sudo chmod o+rw {device}"
+    if container() is not None:
+        return f"docker run --device {device} ..."
+    return as_root(f"modprobe {module}") if module else "a kernel from 6.1 with CONFIG_USERFAULTFD=y"
+
+
+def uffd_remedy() -> str:
+    if os.path.exists("/dev/userfaultfd") or container() is not None:
+        return device_remedy("/dev/userfaultfd", "")
+    return as_root("sysctl -w vm.unprivileged_userfaultfd=1")
+
+
+def netns_remedy() -> str:
+    if os.geteuid() != 0:
+        return f"sudo {shlex.join(sys.argv)}"
+    if container() is not None:
+        return "docker run --cap-add SYS_ADMIN --cap-add NET_ADMIN ..."
+    return "a kernel with CONFIG_NET_NS=y"
+
+
+def huge_remedy() -> str:
+    return as_root("sysctl -w vm.nr_hugepages=64")

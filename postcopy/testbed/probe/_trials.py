@@ -4,7 +4,8 @@
 `run` prints one JSON line before each trial (``{"begin": name}``) and one after it. The parent reads both, so it knows
 which trial a dead or hung child was in. Nothing here outlives the process: no file, no namespace, no queue, no memory.
 
-A trial returns its facts; it raises `Lacking` for what this host does not have, `Unknown` where it could not be told.
+A trial returns its facts; it raises `Lacking` for what this host does not have, `Unknown` where that could not be
+found out.
 """
 
 from __future__ import annotations
@@ -13,26 +14,35 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import functools
 import json
 import mmap
 import os
-import shutil
 import socket
 import struct
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from postcopy._native import ffi
 from postcopy.errors import CoreError, PostcopyError
 from postcopy.memory import Memory, page_bytes_of
 from postcopy.testbed import _linux
 from postcopy.testbed._linux import libc
-from postcopy.uffd import FaultFlag, How, PageFault, RegisterMode, Result, UffdFeature, UffdIoctl, Userfaultfd, probe
+from postcopy.testbed.probe import _host
+from postcopy.uffd import (
+    FaultFlag,
+    How,
+    PageFault,
+    RegisterMode,
+    Result,
+    UffdFeature,
+    UffdIoctl,
+    Userfaultfd,
+    explain_unavailable,
+    probe,
+)
 from postcopy.uffd.pagemap import PageCategory, pagemap_scan
 
 Facts = dict[str, Any]
@@ -53,17 +63,11 @@ class Lacking(Exception):
 
 
 class Unknown(Exception):
-    """Could not be told; the text says why."""
+    """It could not be found out; the text says why."""
 
 
 def _reason(number: int) -> str:
     return f"{os.strerror(number)} ({errno.errorcode.get(number, number)})"
-
-
-def _system(result: int, what: str) -> int:
-    if result < 0:
-        raise Lacking(f"{what}: {_reason(ctypes.get_errno())}")
-    return result
 
 
 # ---- userfaultfd: pages really served
@@ -102,6 +106,8 @@ def _watched(kind: str, mode: RegisterMode | None = None, features: int = 0) -> 
         uffd = Userfaultfd.open(How.ANY, features)
         stack.callback(uffd.close, abandon=True)  # whatever still waits there is not to make closing wait
         memory = stack.enter_context(Memory.create(kind, page_bytes_of(kind)))
+        # Before its memory: who still waits there then reads zeros, and would else die of an address that is gone.
+        stack.callback(uffd.close, abandon=True)
         watched = _Watched(uffd, memory, int(ffi.cast("uintptr_t", memory.struct.base)), memory.size_bytes)
         if mode is not None:
             watched.register(mode)
@@ -119,47 +125,40 @@ class _Access(threading.Thread):
 
     def __init__(self, address: int, write: int | None = None) -> None:
         super().__init__(daemon=True)
-        self._address = address
-        self._write = write
-        self._buffer = ctypes.create_string_buffer(1)
-        if write is not None:
-            self._buffer[0] = bytes([write])
+        self._address = ctypes.c_void_p(address)
+        self._writes = write is not None
+        self._buffer = ctypes.create_string_buffer(bytes([write or 0]), 1)
         self.start()
 
     def run(self) -> None:
-        if self._write is None:
-            libc.memcpy(self._buffer, ctypes.c_void_p(self._address), ctypes.c_size_t(1))
-        else:
-            libc.memcpy(ctypes.c_void_p(self._address), self._buffer, ctypes.c_size_t(1))
+        to, source = (self._address, self._buffer) if self._writes else (self._buffer, self._address)
+        libc.memcpy(to, source, ctypes.c_size_t(1))
 
     def done(self) -> int:
         """The byte."""
-        self.join(EVENT_DEADLINE_S)
-        if self.is_alive():
-            raise Lacking("the page was placed, but the access never went on")
+        self._wait("access")
         return self._buffer.raw[0]
 
+    def _wait(self, what: str) -> None:
+        self.join(EVENT_DEADLINE_S)
+        if self.is_alive():
+            raise Lacking(f"the page was placed, but the {what} never went on")
 
-class _KernelAccess(threading.Thread):
+
+class _KernelAccess(_Access):
     """The same inside the kernel: write(2) of one byte into a pipe."""
 
     def __init__(self, address: int) -> None:
-        super().__init__(daemon=True)
-        self._address = address
         self._pipe = os.pipe()
-        self._result = 0
-        self._errno = 0
-        self.start()
+        super().__init__(address)
 
     def run(self) -> None:
-        self._result = libc.write(self._pipe[1], ctypes.c_void_p(self._address), ctypes.c_size_t(1))
+        self._result = libc.write(self._pipe[1], self._address, ctypes.c_size_t(1))
         self._errno = ctypes.get_errno()
 
     def done(self) -> int:
         """The byte, or the negative errno."""
-        self.join(EVENT_DEADLINE_S)
-        if self.is_alive():
-            raise Lacking("the page was placed, but the system call never went on")
+        self._wait("system call")
         try:
             return -self._errno if self._result < 0 else os.read(self._pipe[0], 1)[0]
         finally:
@@ -295,7 +294,7 @@ def _kvm() -> Facts:
     with open("/dev/kvm", "r+b", buffering=0) as device:
         version = fcntl.ioctl(device, KVM_GET_API_VERSION)
         os.close(fcntl.ioctl(device, KVM_CREATE_VM, 0))
-    return {"api-version": version, "vm-made": True}
+    return {"api-version": version, "vm-made": True, "hardware": _host.cpu_virtualization()}
 
 
 # ---- the network and the rest of the kernel
@@ -304,7 +303,7 @@ def _kvm() -> Facts:
 def _new_network(user: bool) -> None:
     """This process, from now on, in a network of its own (and, with `user`, root in a user namespace of its own)."""
     if user:
-        _linux.new_user()  # as root there: an unmapped user would lose its capabilities by executing tc
+        _linux.new_user()
     os.close(_linux.new_network())
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
@@ -338,17 +337,8 @@ def _netns(user: bool) -> Facts:
     return _forked(trial)
 
 
-QDISCS = {
-    "netem": ("netem", "delay", "1ms"),
-    "tbf": ("tbf", "rate", "10mbit", "burst", "32k", "latency", "10ms"),
-    "htb": ("htb", "default", "1"),
-}
-
-
-def _qdisc(name: str) -> Facts:
-    tc = shutil.which("tc", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
-    if tc is None:
-        raise Unknown("there is no tc command to try it with")
+def _qdisc(kind: str) -> Facts:
+    from postcopy.testbed.lab import _netlink  # pyroute2, which nothing else here needs
 
     def trial() -> Facts:
         try:
@@ -358,11 +348,11 @@ def _qdisc(name: str) -> Facts:
                 _new_network(user=True)
             except OSError as error:
                 raise Unknown(f"no network of its own to try it in ({_words(error)})") from error
-        arguments = [tc, "qdisc", "add", "dev", "lo", "root", *QDISCS[name]]
-        made = subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if made.returncode:
-            words = " ".join(made.stderr.split()) or f"tc ended with status {made.returncode}"
-            raise Lacking(words.removeprefix("Error: "))
+        answer = _netlink.answer_to({"user": None, "actions": [["has-qdisc", "/proc/self/ns/net", kind]]})
+        if "error" in answer:
+            raise Unknown(answer["error"])
+        if answer["results"] == [False]:
+            raise Lacking(f"this kernel has no {kind}")
         return {}
 
     return _forked(trial)
@@ -370,17 +360,15 @@ def _qdisc(name: str) -> Facts:
 
 def _io_uring() -> Facts:
     parameters = ctypes.create_string_buffer(120)
-    fd = _system(libc.syscall(ctypes.c_long(SYS_IO_URING_SETUP), ctypes.c_uint(1), parameters), "io_uring_setup(2)")
+    fd = libc.syscall(ctypes.c_long(SYS_IO_URING_SETUP), ctypes.c_uint(1), parameters)
+    if fd < 0:
+        raise Lacking(f"io_uring_setup(2): {_reason(ctypes.get_errno())}")
     os.close(fd)
     return {"features": struct.unpack_from("=I", parameters, 20)[0]}
 
 
 def _tun() -> Facts:
-    path = "/dev/net/tun"
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        raise Lacking(f"{path}: {_reason(error.errno or 0)}") from error
+    os.close(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC))
     return {}
 
 
@@ -425,26 +413,64 @@ def ioctl_names(mask: int) -> list[str]:
     return [known.get(1 << bit, f"bit {bit}") for bit in range(64) if mask >> bit & 1]
 
 
-_KINDS = ("anon", "memfd", "hugetlb")
-TRIALS: dict[str, Callable[[], Facts]] = {
-    **{f"{kind}-missing": functools.partial(_missing, kind) for kind in _KINDS},
-    **{f"{kind}-minor": functools.partial(_minor, kind) for kind in _KINDS},
-    **{f"{kind}-wp": functools.partial(_wp, kind) for kind in _KINDS},
-    "kernel-faults": _kernel_faults,
-    "uffd-poison": _poison,
-    "uffd-move": _move,
-    "kvm": _kvm,
-    "soft-dirty": _soft_dirty,
-    "pagemap-scan": _wp_async,
-    "netns": functools.partial(_netns, user=False),
-    "user-netns": functools.partial(_netns, user=True),
-    **{name: functools.partial(_qdisc, name) for name in QDISCS},
-    "tun": _tun,
-    "io-uring": _io_uring,
-    "ktls": _ktls,
-    "holes": _holes,
-    "ipv6": _ipv6,
+# ---- the table
+
+
+class Trial(NamedTuple):
+    """One thing to try, and what is said of the answer."""
+
+    run: Callable[[], Facts]
+    needed_for: str
+    remedy: Callable[[], str]
+    yes: str = ""
+
+
+def _served(kind: str, mode: str, run: Callable[[str], Facts], use: str) -> Trial:
+    def remedy() -> str:
+        if (kind, mode) == ("anon", "minor"):
+            return "none: anonymous memory has no page cache; use --backing memfd"
+        if explain_unavailable() is not None:
+            return _host.uffd_remedy()
+        return _host.huge_remedy() if kind == "hugetlb" else f"a kernel from {'5.14' if mode == 'minor' else '5.19'}"
+
+    return Trial(lambda: run(kind), f"--backing {kind}: {use}", remedy, "a page was served")
+
+
+_MODES: dict[str, tuple[Callable[[str], Facts], str]] = {
+    "missing": (_missing, "a page that has not arrived"),
+    "minor": (_minor, "placing pages by UFFDIO_CONTINUE, without a copy"),
+    "wp": (_wp, "write-protected memory (dirty tracking)"),
 }
+
+# fmt: off
+TRIALS: dict[str, Trial] = {
+    **{f"{kind}-{mode}": _served(kind, mode, *what) for kind in ("anon", "memfd", "hugetlb")
+       for mode, what in _MODES.items()},
+    "kernel-faults": Trial(_kernel_faults, "--machine kvm; O_DIRECT into memory", _host.uffd_remedy,
+                           "a fault of write(2) was served"),
+    "uffd-poison": Trial(_poison, "pages that can never come", lambda: "a kernel from 6.6",
+                         "a poisoned page gives EFAULT"),
+    "uffd-move": Trial(_move, "nothing yet: pages moved without a copy", lambda: "a kernel from 6.8",
+                       "a page was moved"),
+    "kvm": Trial(_kvm, "--machine kvm", lambda: _host.device_remedy("/dev/kvm", "kvm")),
+    "soft-dirty": Trial(_soft_dirty, "nothing yet: dirty tracking", lambda: "a kernel with CONFIG_MEM_SOFT_DIRTY=y"),
+    "pagemap-scan": Trial(_wp_async, "nothing yet: dirty tracking by WP_ASYNC", lambda: "a kernel from 6.7",
+                          "a write was seen"),
+    "netns": Trial(lambda: _netns(user=False), "postcopy lab, and demo --lab", _host.netns_remedy),
+    "user-netns": Trial(lambda: _netns(user=True), "the same without root",
+                        lambda: _host.as_root("sysctl -w user.max_user_namespaces=10000")),
+    "netem": Trial(lambda: _qdisc("netem"), "networks with delay and loss",
+                   lambda: _host.as_root("modprobe sch_netem")),
+    "tbf": Trial(lambda: _qdisc("tbf"), "networks with a rate", lambda: _host.as_root("modprobe sch_tbf")),
+    "htb": Trial(lambda: _qdisc("htb"), "networks with shared rates", lambda: _host.as_root("modprobe sch_htb")),
+    "tun": Trial(_tun, "the network device of a machine", lambda: _host.as_root("modprobe tun"), "can be opened"),
+    "io-uring": Trial(_io_uring, "a dozen rows of postcopy faultpaths",
+                      lambda: _host.as_root("sysctl -w kernel.io_uring_disabled=0")),
+    "ktls": Trial(_ktls, "nothing yet: TLS of data channels in the kernel", lambda: _host.as_root("modprobe tls")),
+    "holes": Trial(_holes, "sparse images and dumps", lambda: "export TMPDIR=/dev/shm"),
+    "ipv6": Trial(_ipv6, "addresses of IPv6", lambda: _host.as_root("sysctl -w net.ipv6.conf.lo.disable_ipv6=0")),
+}
+# fmt: on
 
 
 def _attempt(trial: Callable[[], Facts]) -> Facts:
@@ -471,6 +497,6 @@ def run(names: list[str], parent: int) -> None:
     _linux.die_with(parent)
     for name in names:
         print(json.dumps({"begin": name}), flush=True)
-        print(json.dumps({"name": name, **_attempt(TRIALS[name])}), flush=True)
+        print(json.dumps({"name": name, **_attempt(TRIALS[name].run)}), flush=True)
     sys.stdout.flush()
     os._exit(0)  # a thread that still sleeps in a page must not be waited for

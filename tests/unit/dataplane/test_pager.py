@@ -338,12 +338,12 @@ async def it_is_watched_over_while_nobody_follows_its_events(where: str) -> None
         assert isinstance(pager, ProcessPager)
         both.connect_urgent()
         await both.server.disconnect()
-        await pager.wait_event()  # one that is not about its end, and that nobody takes
+        await pager.wait_event()  # one that is not about its end, and that no task takes
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pager.watch_over)
             for death in range(3):
                 os.kill(pager.pid, signal.SIGKILL)
-                # Zero pages need nobody but the pager.
+                # Zero pages need the pager only.
                 assert await touch_in_thread(both.destination, 4 + 3 * death) == lib.pc_crc32c(0, bytes(PAGE), PAGE)
             nursery.cancel_scope.cancel()
         assert 1 <= pager.deaths <= 3

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from postcopy._blocking import END_TIMEOUT_S
 from postcopy.dataplane import pager_process
@@ -97,7 +98,7 @@ async def frozen() -> None:
 
 
 async def idle() -> None:
-    """Nobody asks anything of it: that it does not answer is noticed all the same."""
+    """That it does not answer is noticed although nothing is asked of it."""
     pager_process.CALL_TIMEOUT_S = 0.5
     pager_process.PING_PERIOD_S = 0.2
     with Memory.create("memfd", 300 * PAGE) as memory:
@@ -125,7 +126,7 @@ async def disconnected() -> None:
 
 
 async def overtaken() -> None:
-    """Who watches over a pager is called off while the next process starts: what that one has to tell is told."""
+    """The task in `watch_over` is cancelled while the next process starts: no event of that process is lost."""
     with Memory.create("memfd", 300 * PAGE) as memory:
         pager = await armed(memory)
         known = bytes(Bitmap.full(300))
@@ -220,8 +221,43 @@ async def closed() -> None:
         assert pager.deaths == 1
 
 
+async def closed_while_waited_for() -> None:
+    """A task that waits for the end of a process does not use its descriptors once they are closed."""
+    with Memory.create("memfd", 300 * PAGE) as memory:
+        pager = await armed(memory)
+        process = pager._process
+        gone: list[bool] = []
+
+        async def wait() -> None:
+            gone.append(await process.gone())
+
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(wait)
+                await trio.testing.wait_all_tasks_blocked()
+                process.close()
+        assert gone == [False]
+        process.kill()
+        process._process.wait()
+        await pager.close()
+
+
+async def not_started() -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    first_free = os.dup(0)
+    os.close(first_free)
+    for more in range(1, 6):  # one step after the other fails
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first_free + more, limit[1]))
+        with pytest.raises(PostcopyError):
+            ProcessPager()
+    resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    last_free = os.dup(0)
+    os.close(last_free)
+    assert last_free == first_free
+
+
 async def failing() -> None:
-    """What went wrong is raised by `confirm`, and told to who follows the events."""
+    """What went wrong is raised by `confirm`, and reported to the task that follows the events."""
     with Memory.create("memfd", 300 * PAGE) as memory:
         pager = await armed(memory)
         pager.arm(0, 0, 0, 10)  # a second time
@@ -264,7 +300,20 @@ async def elsewhere(where: str) -> None:
 
 @pytest.mark.needs("uffd")
 @pytest.mark.parametrize(
-    "case", [frozen, idle, disconnected, overtaken, no_descriptors, unattached, full, closed, failing]
+    "case",
+    [
+        frozen,
+        idle,
+        disconnected,
+        overtaken,
+        no_descriptors,
+        unattached,
+        full,
+        closed,
+        closed_while_waited_for,
+        not_started,
+        failing,
+    ],
 )
 def test_it_delays_no_other(passes: Callable[..., None], case: Callable[..., Any]) -> None:
     passes(case)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An attachment that nobody looks at costs nothing, and lives for ever."""
+"""An attachment of which no page is touched costs nothing, and stays."""
 
 from __future__ import annotations
 

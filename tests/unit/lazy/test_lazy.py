@@ -9,14 +9,16 @@ from __future__ import annotations
 import errno
 import faulthandler
 import gc
+import inspect
 import os
 import random
 import signal
+import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -28,9 +30,10 @@ import postcopy
 from postcopy import LazyMemory, SourceBlock
 from postcopy._native import ffi, lib
 from postcopy.dataplane.pager import Pager
+from postcopy.dataplane.pageserver import PageServer
 from postcopy.errors import ConfigurationError, CoreError, PeerError, ProtocolError, ResourceError
 from postcopy.lazy import Server
-from postcopy.lazy._bridge import HEADER_BYTES, Bridge, plan_run
+from postcopy.lazy._bridge import HEADER_BYTES, Bridge, BridgeServer, plan_run
 from postcopy.lazy._memory import page_range
 from postcopy.memory import Memory, page_bytes_of
 from postcopy.net import parse_address
@@ -151,7 +154,7 @@ async def what_is_served_arrives(kind: str, backing: str, how: str) -> None:
         if isinstance(served, Memory):
             served.close()
         else:
-            served.clear()  # nobody holds its buffer any more
+            served.clear()  # its buffer has no user any more
 
 
 async def everything_can_be_pushed() -> None:
@@ -235,7 +238,7 @@ async def a_lost_source_is_an_error_and_never_zeros() -> None:
             with pytest.raises(PeerError, match="lost"):
                 await memory.wait_complete()
             assert await memory.read(0, 2 * PAGE) == content[: 2 * PAGE]
-            # Whoever touches what is missing waits, and gets an error in the end, see below.
+            # A thread that touches a missing page waits, and gets an error in the end, see below.
             with trio.move_on_after(0.05) as scope:
                 await trio.to_thread.run_sync(write_to_pipe, memory.address + 9 * PAGE, abandon_on_cancel=True)
             assert scope.cancelled_caught
@@ -267,7 +270,7 @@ async def closing_releases_who_waits() -> None:
         async def ensure() -> None:
             with pytest.raises(trio.ClosedResourceError):
                 await memory.ensure(3 * PAGE, PAGE)
-            results.append("told")
+            results.append("lost")
 
         async def system_call() -> None:
             results.append(await trio.to_thread.run_sync(write_to_pipe, memory.address + 5 * PAGE))
@@ -276,7 +279,7 @@ async def closing_releases_who_waits() -> None:
             nursery.start_soon(ensure)
             nursery.start_soon(system_call)
             await until(lambda: memory.statistics().pending_faults == 1 and len(source.calls) == 2)
-    assert sorted(map(str, results)) == [str(errno.EFAULT), "told"]
+    assert sorted(map(str, results)) == [str(errno.EFAULT), "lost"]
     assert source.cancelled == 2
     for use in (memory.ensure, memory.read):
         with pytest.raises(trio.ClosedResourceError):
@@ -741,6 +744,26 @@ async def test_a_bad_request_ends_it(request_bytes: bytes, match: str) -> None:
     with pytest.RaisesGroup(pytest.RaisesExc(ProtocolError, match=match)):
         await run_bridge(source, request_bytes)
     assert source.calls == []
+
+
+def test_a_page_source_is_called_as_a_page_server() -> None:
+    """`serve` gives it to a migration as one, which mypy cannot see."""
+    for name, method in vars(BridgeServer).items():
+        if inspect.isfunction(method) and not name.startswith("_"):
+            assert inspect.signature(method) == inspect.signature(getattr(PageServer, name)), name
+
+
+async def test_a_closed_page_source_closes_a_descriptor_that_it_is_given() -> None:
+    async with trio.open_nursery() as nursery:
+        server = BridgeServer(cast(Any, None), nursery)
+        await server.close()
+        ours, theirs = socket.socketpair()
+        with ours:
+            for attach in (server.attach_urgent, server.attach_bulk):
+                with pytest.raises(trio.ClosedResourceError):
+                    attach(0, os.dup(theirs.fileno()))
+            theirs.close()
+            assert ours.recv(1) == b""  # no copy is left
 
 
 async def test_bad_arguments_are_named() -> None:

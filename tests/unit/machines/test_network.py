@@ -137,7 +137,7 @@ def a_namespace_of_its_own() -> None:
     assert libc.unshare(CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
 
 
-def read_frame(of: tap.Tap) -> bytes | None:
+def read_frame(of: tap.Network) -> bytes | None:
     """The next frame that is not the host's own IPv6 chatter."""
     while True:
         try:
@@ -150,16 +150,16 @@ def read_frame(of: tap.Tap) -> bytes | None:
 
 def open_close_and_open_again() -> None:
     a_namespace_of_its_own()
-    one = tap.Tap.open("one", connected=True)
+    one = tap.Network.open("tap:one", MAC, ADDRESS)
     with pytest.raises(BusyError, match="in use"):
-        tap.Tap.open("one", connected=True)
+        tap.Network.open("tap:one", MAC, ADDRESS)
     with pytest.raises(ConfigurationError, match="no TAP"):
-        tap.Tap.open("lo", connected=True)
+        tap.Network.open("tap:lo", MAC, ADDRESS)
     one.close()
     one.close()
     with pytest.raises(trio.ClosedResourceError):
         _ = one.fd
-    tap.Tap.open("one", connected=False).close()
+    tap.Network.open("tap:one", MAC, ADDRESS).close()
 
 
 @pytest.mark.needs("root", "netns", "tun")
@@ -171,7 +171,7 @@ def test_tap(run_in_child: RunInChild) -> None:
 def carry_frames() -> None:
     """Between a TAP and an address of the host on it, by ARP: the kernel answers only while the link is up."""
     a_namespace_of_its_own()
-    one = tap.Tap.open("one", connected=False)
+    one = tap.Network.open("tap:one", MAC, ADDRESS)
     assert os.system("ip addr add 10.9.0.1/24 dev one") == 0
     question = bytearray(tap.announcement(MAC, ADDRESS))
     question[38:42] = bytes((10, 9, 0, 1))
@@ -200,7 +200,7 @@ def carry_frames() -> None:
     one.set_up(False)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         os.write(one.fd, question)
-    one.announce(MAC, ADDRESS)  # lost, and nobody minds
+    one.announce()  # lost, which is no error
     one.close()
 
 
@@ -217,7 +217,7 @@ def announce_while_it_is_ours() -> None:
         network = tap.Network.open("tap:one", MAC, ADDRESS)
         assert network.net == "tap:one"
         sent: list[float] = []
-        network.tap.announce = lambda mac, address: sent.append(trio.current_time())  # type: ignore[method-assign]
+        network.announce = lambda: sent.append(trio.current_time())  # type: ignore[method-assign]
         network.claim()
         assert len(sent) == 1
         await trio.sleep(sum(tap.ANNOUNCE_AFTER_S) + 1)
@@ -237,7 +237,7 @@ def announce_while_it_is_ours() -> None:
 
 
 def lose_the_interface() -> None:
-    """Somebody deletes it under the machine: errors with a name, and the machine does not mind."""
+    """It is deleted under the machine: errors name it, and the machine runs on."""
     a_namespace_of_its_own()
 
     async def main() -> None:
@@ -274,7 +274,7 @@ def test_announcements(run_in_child: RunInChild) -> None:
 def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tap, "_open_device", lambda: -errno.ENOENT)
     with pytest.raises(ResourceError, match="load the module tun"):
-        tap.Tap.open("one", connected=True)
+        tap.Network.open("tap:one", MAC, ADDRESS)
 
 
 # ---- the stream

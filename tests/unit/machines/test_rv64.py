@@ -45,9 +45,8 @@ async def test_a_machine_moves_and_goes_on(workload: str) -> None:
             await there.load_state(await here.save_state())
             await there.resume()
             with trio.fail_after(60):
-                async for _ in there.events():
-                    if there.statistics().marks > before.marks:
-                        break
+                while there.statistics().marks <= before.marks:
+                    await there.wait_changed()
             await there.pause()
             after = there.statistics()
             assert after.nonce == before.nonce != 0

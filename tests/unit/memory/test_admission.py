@@ -75,7 +75,7 @@ async def test_what_is_resident_is_counted_once(group: Group) -> None:
         group.used += 32 * MIB  # as the kernel says
         async with arriving(64 * MIB):
             pass
-        group.used += 64 * MIB  # somebody else's
+        group.used += 64 * MIB  # another process's
         with pytest.raises(ResourceError):
             arriving(64 * MIB)
     assert PROMISES.outstanding_bytes() == 0

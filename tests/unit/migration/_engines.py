@@ -19,12 +19,12 @@ from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import ChannelKind, Event, EventType, Pager, PagerStatistics
 from postcopy.dataplane.pageserver import PageServer, PageServerStatistics
 from postcopy.errors import CoreError, PeerError
-from postcopy.machines import BlockLayout, Check, Machine, MachineEvent, MachineState, MachineStatistics, RamBlock
+from postcopy.machines import BlockLayout, Check, Machine, MachineState, MachineStatistics, RamBlock
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net import Address, ChannelKey, ChannelSet, Link, Reconnector, Session
+from postcopy.net import Address, ChannelKey, Link, OpenChannels, Reconnector, Session
 from postcopy.wire import State
 
 M = TypeVar("M", bound=p.Message)
@@ -45,6 +45,7 @@ class FakeMachine(Machine):
         self.loaded: bytes | None = None
         self.refuses: Exception | None = None
         self.runs_again = trio.Event()
+        self._changed = trio.Event()
         self.resumed = 0
         self.closed = False
         self.log: list[str] = []
@@ -101,9 +102,13 @@ class FakeMachine(Machine):
     async def wait_ready(self) -> None:
         await trio.lowlevel.checkpoint()
 
-    async def events(self) -> AsyncIterator[MachineEvent]:
-        await trio.sleep_forever()
-        yield MachineEvent(cast(Any, None))
+    def fail(self) -> None:
+        self.state = MachineState.FAILED
+        self._changed.set()
+
+    async def wait_changed(self) -> None:
+        await self._changed.wait()
+        self._changed = trio.Event()
 
     async def close(self, timeout_s: float = 5.0) -> None:
         self.log.append("machine closed")
@@ -270,16 +275,6 @@ class FakeServer(FakeEngine):
         return PageServerStatistics(*range(10))
 
 
-class FakeChannelSet(ChannelSet):
-    def __init__(self, take: Callable[[], dict[ChannelKey, FdHolder]]) -> None:
-        self._take = take
-
-    async def channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
-        await trio.lowlevel.checkpoint()
-        assert (shards, bulk_channels) == (2, 1)
-        return self._take()
-
-
 class Meeting:
     """Where two sides that have lost each other wait for each other; or one of them for a hand-made peer."""
 
@@ -347,18 +342,19 @@ class FakeLink(Link):
         yield FakeReconnector(self.meeting, session)
 
     @contextlib.contextmanager
-    def channel_set(self, session: Session) -> Iterator[ChannelSet]:
+    def channel_set(self, session: Session) -> Iterator[OpenChannels]:
         self.session = session
+        yield self.open_channels
 
-        def take() -> dict[ChannelKey, FdHolder]:
-            result = {}
-            for key in (("urgent", 0), ("urgent", 1), ("bulk", 0)):
-                here, there = socket.socketpair()
-                there.close()
-                result[key] = FdHolder(here.detach())
-            return result
-
-        yield FakeChannelSet(take)
+    async def open_channels(self, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
+        await trio.lowlevel.checkpoint()
+        assert (shards, bulk_channels) == (2, 1)
+        result = {}
+        for key in (("urgent", 0), ("urgent", 1), ("bulk", 0)):
+            here, there = socket.socketpair()
+            there.close()
+            result[key] = FdHolder(here.detach())
+        return result
 
 
 @dataclass

@@ -114,7 +114,7 @@ async def test_half_a_message_is_not_followed_by_another() -> None:
     async with trio.open_nursery() as nursery:
 
         async def end() -> None:
-            await control.say_goodbye("no more")
+            await control.give_reason("no more")
             await control.close()
 
         nursery.start_soon(end)

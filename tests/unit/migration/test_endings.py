@@ -19,6 +19,7 @@ from postcopy.wire import Ended, EndedElsewhere, State
 from tests.unit.migration._engines import (
     PAGES,
     UNIT,
+    FakeReconnector,
     Meeting,
     assert_back_at_source,
     has_status,
@@ -59,7 +60,7 @@ async def test_a_mistake_is_contained(who: str, when: State, caplog: pytest.LogC
     assert any(record.exc_info for record in caplog.records if record.levelno == logging.ERROR)
 
 
-async def test_a_mistake_of_whoever_looks_on(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_mistake_in_the_callback(caplog: pytest.LogCaptureFixture) -> None:
     pair = make_pair()
     cast(Any, pair.source)._on_change = lambda: 1 / 0
     async with running(pair):
@@ -170,6 +171,28 @@ async def test_how_it_has_ended_at_the_destination(how: Ended) -> None:
     assert machine.resumed == runs
     assert source.may_run == runs
     assert machine.network_log == ["released", *["claimed"] * runs]
+
+
+@pytest.mark.parametrize("error", [EndedElsewhere(Ended.LOST), MigrationError("no connection helps")])
+async def test_reclaimed_in_the_moment_in_which_the_search_ends(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the peer says, or what fails, then changes nothing any more."""
+    async with lone_source(Meeting()) as (peer, source, _):
+
+        async def next_link(self: FakeReconnector) -> Any:
+            await trio.lowlevel.checkpoint()
+            source._protocol.reclaim()
+            raise error
+
+        monkeypatch.setattr(FakeReconnector, "next_link", next_link)
+        await peer.commit()
+        await trio.aclose_forcefully(peer.stream)
+        with trio.fail_after(10):
+            await source._until(lambda: source.over)
+    assert source.status == "reclaimed"
+    assert source.failure is None or source.failure is not error
+    assert "nothing to end" not in str(source.failure)
 
 
 async def test_the_machine_does_not_wait_for_a_source_that_is_dead(autojump_clock: MockClock) -> None:

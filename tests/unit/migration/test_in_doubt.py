@@ -115,7 +115,7 @@ async def test_a_source_that_lives_and_does_not_decide(mock_clock: MockClock) ->
 
 
 @pytest.mark.parametrize("runs", [True, False])
-async def test_lost_when_the_decision_was_heard(runs: bool) -> None:
+async def test_lost_when_the_decision_has_come(runs: bool) -> None:
     """Every page had come while it was in doubt; the source says that it had decided, and is gone before the data
     channels are there. A machine that does not run is not complete."""
     meeting, ended = Meeting(), trio.Event()

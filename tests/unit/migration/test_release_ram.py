@@ -75,7 +75,7 @@ async def test_released_as_acknowledged() -> None:
     assert [kept.count() for kept in pair.source.kept()] == [0, 0]
 
 
-async def test_lost_acknowledgement_is_told_by_the_recovery() -> None:
+async def test_lost_acknowledgement_is_in_the_received_maps_of_the_recovery() -> None:
     pair = make_pair(release_ram=True)
     pair.machine.memories[0].write(0, b"x" * PAGES * UNIT)
     pair.machine.memories[1].write(0, b"x" * 2 * PAGES * UNIT)

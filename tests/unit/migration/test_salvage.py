@@ -42,9 +42,8 @@ async def _computed(kind: str, operations: int = 50) -> Machine:
 async def _compute(machine: Machine, operations: int) -> None:
     """Until it has done so many."""
     with trio.fail_after(60):
-        async for _ in machine.events():
-            if machine.statistics().operations >= operations:
-                return
+        while machine.statistics().operations < operations:
+            await machine.wait_changed()
 
 
 def _even_and_odd(machine: Machine) -> tuple[list[Bitmap], list[Bitmap]]:
@@ -143,6 +142,8 @@ def _change(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 DAMAGE: list[Callable[[dict[str, Any]], Any]] = [
     lambda manifest: [],
     lambda manifest: "text",
+    lambda manifest: manifest.pop("format") and None,
+    lambda manifest: manifest.pop("version") and None,
     lambda manifest: manifest.update(format="other"),
     lambda manifest: manifest.update(version=2),
     lambda manifest: manifest.update(version="1"),

@@ -25,7 +25,6 @@ from tests.unit.migration._engines import (
     FULL,
     PAGES,
     UNIT,
-    FakeChannelSet,
     FakeLink,
     FakeMachine,
     FakePager,
@@ -96,6 +95,24 @@ async def test_state_is_refused(error: Exception) -> None:
     assert pair.machine.resumed == 1
     assert str(pair.source.failure).startswith("the destination aborted: ")
     assert str(error) in str(pair.source.failure)
+
+
+async def test_a_machine_that_fails_does_not_leave() -> None:
+    async with running(make_pair()) as pair:
+        await pair.until(lambda: pair.source.state is State.READY)
+        pair.machine.fail()
+    assert pair.source.state is State.ABORTED
+    assert str(pair.source.failure).startswith("the machine has failed: ")
+
+
+async def test_a_machine_that_fails_where_it_arrives_is_needed_whole() -> None:
+    async with running(make_pair()) as pair:
+        await pair.move()
+        pair.twin.fail()
+        await trio.testing.wait_all_tasks_blocked()
+        pair.pager.channel.tell(EventType.COMPLETE)
+    assert pair.source.state is pair.dest.state is State.COMPLETED
+    assert pair.dest.machine_failure == "a vCPU stopped"
 
 
 @pytest.mark.parametrize("who", ["source", "dest"])
@@ -282,7 +299,7 @@ async def test_a_destination_that_is_cancelled_does_not_say_prepared() -> None:
     assert dest.status == "cancelled"
 
 
-async def test_no_threads_is_told_before_anything_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_threads_fails_before_anything_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     from postcopy._blocking import Workers, no_thread
 
     def refuse(count: int, name: str, what: str) -> Workers:
@@ -295,6 +312,42 @@ async def test_no_threads_is_told_before_anything_has_begun(monkeypatch: pytest.
     assert pair.source.state is pair.dest.state is State.ABORTED
     assert pair.machine.state is MachineState.RUNNING
     assert "no thread can be started" in str(pair.source.failure)
+
+
+@pytest.mark.parametrize("shortage", [MemoryError(), RuntimeError("can't start new thread")])
+async def test_what_the_host_lacks_is_no_mistake(shortage: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    def make_machine(*_: object) -> Machine:
+        raise shortage
+
+    pair = make_pair(make_machine)
+    async with running(pair):
+        pass
+    assert isinstance(pair.dest.failure, ResourceError)
+    assert pair.dest.failure.__cause__ is None
+    assert f"declined: {pair.dest.failure}" in str(pair.source.failure)
+    assert "a mistake" not in caplog.text
+
+
+@pytest.mark.parametrize("version", [2, 3])
+async def test_a_destination_without_threads_gives_its_reason(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it has looked at the offer, so that it aborts instead of declining: each version understands that."""
+    from postcopy._blocking import Workers, no_thread
+
+    open_workers = Workers.open
+
+    def refuse(count: int, name: str, what: str) -> Workers:
+        if name.endswith("dest"):
+            raise no_thread(what)
+        return open_workers(count, name, what)
+
+    monkeypatch.setattr(FakeLink, "version", property(lambda _: version, lambda *_: None), raising=False)
+    monkeypatch.setattr(Workers, "open", refuse)
+    pair = make_pair()
+    async with running(pair):
+        pass
+    assert pair.source.state is pair.dest.state is State.ABORTED
+    assert pair.machine.state is MachineState.RUNNING
+    assert f"the destination aborted: {pair.dest.failure}" == str(pair.source.failure)
 
 
 async def lone_offer(version: int, background: bool) -> tuple[p.Accept, DestinationMigration]:
@@ -327,7 +380,7 @@ async def test_without_background_there_are_no_bulk_channels(
         await trio.sleep_forever()
         raise AssertionError
 
-    monkeypatch.setattr(FakeChannelSet, "channels", no_channels)
+    monkeypatch.setattr(FakeLink, "open_channels", no_channels)
     accept, _ = await lone_offer(version, background)
     assert accept.bulk_channels == channels
     assert ("all pages are taken" in caplog.text) is (version == 2 and not background)

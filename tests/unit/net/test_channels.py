@@ -95,8 +95,8 @@ async def test_all_channels(host: str) -> None:
             with link.channel_set(SESSION) as mine, seen.channel_set(SESSION) as theirs:
                 results: dict[str, dict[c.ChannelKey, FdHolder]] = {}
 
-                async def collect(name: str, channel_set: c.ChannelSet) -> None:
-                    results[name] = await channel_set.channels(2, 1)
+                async def collect(name: str, open_channels: c.OpenChannels) -> None:
+                    results[name] = await open_channels(2, 1)
 
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(collect, "theirs", theirs)
@@ -302,10 +302,10 @@ async def test_missing_channels(autojump_clock: MockClock) -> None:
         link = await c.CallingLink.open(address, "dest")
         seen = await acceptor.next_link()
         with (
-            seen.channel_set(SESSION) as channel_set,
+            seen.channel_set(SESSION) as open_channels,
             pytest.raises(PeerError, match=r"did not open .*: bulk 0, urgent 0"),
         ):
-            await channel_set.channels(1, 1)
+            await open_channels(1, 1)
         await link.control.aclose()
         await seen.control.aclose()
 
@@ -449,8 +449,10 @@ async def test_looked_for_at_a_new_address() -> None:
                 ):  # data channels go there as well
                     got: list[dict[c.ChannelKey, FdHolder]] = []
 
-                    async def collect(channel_set: c.ChannelSet, got: list[dict[c.ChannelKey, FdHolder]] = got) -> None:
-                        got.append(await channel_set.channels(1, 1))
+                    async def collect(
+                        open_channels: c.OpenChannels, got: list[dict[c.ChannelKey, FdHolder]] = got
+                    ) -> None:
+                        got.append(await open_channels(1, 1))
 
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(collect, mine)
@@ -519,7 +521,7 @@ def test_route(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     c.Route(c.Address("first", 1)).refresh(by_user=True)  # where there is nothing to look up
 
 
-async def test_a_side_that_listens_is_told_so() -> None:
+async def test_a_side_that_listens_takes_no_address() -> None:
     async with open_acceptor() as (acceptor, address):
         link = await c.CallingLink.open(address, "dest")
         seen = await acceptor.next_link()

@@ -132,7 +132,7 @@ async def test_a_proof_is_for_one_hello_only() -> None:
 
 
 @pytest.mark.parametrize("how", list(Ended))
-async def test_who_comes_back_too_late_is_told(how: Ended) -> None:
+async def test_a_peer_that_comes_back_too_late_learns_how_it_has_ended(how: Ended) -> None:
     async with met() as (acceptor, _, here, there):
         with here.reconnector(SESSION) as caller:
             with there.reconnector(SESSION) as reconnector:
@@ -148,7 +148,7 @@ async def test_who_comes_back_too_late_is_told(how: Ended) -> None:
         await hang_up(here, there)
 
 
-async def test_who_comes_back_while_it_ends_is_told_too() -> None:
+async def test_a_peer_that_comes_back_while_it_ends_learns_it_too() -> None:
     """From the word on, not only when the migration has been cleared away; and the last word counts."""
     async with met() as (_, _, here, there):
         with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
@@ -188,7 +188,7 @@ async def test_a_refusal_without_proof_decides_nothing(code: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("token", [b"", OTHER_TOKEN.token])
-async def test_a_welcome_without_proof_is_nobodys(token: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_welcome_without_proof_decides_nothing(token: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is what is said after it, at the peer's address, on a control connection and on a data connection."""
     async with met() as (_, _, here, there):
         with here.reconnector(SESSION) as caller, there.reconnector(SESSION) as called:
@@ -207,10 +207,14 @@ async def test_a_welcome_without_proof_is_nobodys(token: bytes, monkeypatch: pyt
             assert lies
             again, session = await caller.next_link()
             taken, _ = await called.next_link()
-            with taken.channel_set(session), again.channel_set(session) as channel_set, monkeypatch.context() as patch:
+            with (
+                taken.channel_set(session),
+                again.channel_set(session) as open_data,
+                monkeypatch.context() as patch,
+            ):
                 patch.setattr(p.ServerHandshake, "send_welcome", lie)
                 with pytest.raises(ProtocolError, match="without knowing the token"):
-                    await channel_set.channels(1, 0)
+                    await open_data(1, 0)
             await hang_up(again, taken)
 
 
@@ -294,7 +298,9 @@ async def test_the_side_that_calls_can_say_that_it_has_ended() -> None:
                 await called.next_link()
             assert told.value.how is Ended.ABORTED
             called.pause()
-            await caller.announce(Ended.LOST)  # it is no connection, so it is not held up
+            caller.pause()
+            with trio.fail_after(10):
+                await caller.announce(Ended.LOST)  # it makes no connection, so a pause on neither side delays it
             with pytest.raises(EndedElsewhere) as told:
                 await called.next_link()
             assert told.value.how is Ended.LOST

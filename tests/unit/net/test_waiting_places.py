@@ -59,7 +59,7 @@ async def test_a_hello_is_no_migration() -> None:
             await trio.aclose_forcefully(stream)
 
 
-async def test_who_offers_second_is_told(autojump_clock: MockClock) -> None:
+async def test_the_second_offer_is_declined(autojump_clock: MockClock) -> None:
     """And does not wait for nothing: two were welcome, and one place is left."""
     async with destination(one_place) as acceptor:
         first, second = await hello(acceptor), await hello(acceptor)
@@ -120,7 +120,31 @@ async def test_more_than_anybody_takes() -> None:
             await trio.aclose_forcefully(stream)
 
 
-async def test_an_offer_that_is_too_long_is_somebody_elses_business() -> None:
+async def test_places_are_free_again_when_accepting_begins_anew() -> None:
+    """A daemon serves again after a mistake: connections that it closed then take no place any more."""
+    acceptor = await c.Acceptor.open(c.Address("127.0.0.1", 0), "dest", one_place)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(acceptor.serve)
+            untaken = await hello(acceptor)
+            await untaken.send_all(p.encode(OFFER))
+            while not acceptor._waiting:  # noqa: ASYNC110  (a counter)
+                await trio.sleep(0.001)
+            nursery.cancel_scope.cancel()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(acceptor.serve)
+            second = await hello(acceptor)
+            await second.send_all(p.encode(OFFER))
+            with trio.fail_after(10):
+                link = await acceptor.next_link()
+            nursery.cancel_scope.cancel()
+        for stream in (untaken, second, link.control):
+            await trio.aclose_forcefully(stream)
+    finally:
+        await acceptor.close()
+
+
+async def test_an_offer_that_is_too_long_is_left_to_the_protocol() -> None:
     """It is not waited for: the protocol refuses it with its first bytes."""
     async with destination() as acceptor:
         stream = await hello(acceptor)

@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
-from postcopy.errors import ConfigurationError
+from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.machines import BlockLayout, Machine
 from postcopy.migration.destination import DestinationMigration
-from postcopy.migration.engine import UNDECIDED
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.output import Output
 from postcopy.service.config import ArrivalOptions, DaemonConfig
@@ -32,7 +32,7 @@ def _job(state: State, kind: Any = SourceMigration) -> Mock:
     job = Mock(spec=kind)
     job.state = state
     job.status = "active"
-    job.cancellable = state in UNDECIDED
+    job.cancellable = state in (State.READY, State.HANDED)
     job.cancel.return_value = job.cancellable
     return job
 
@@ -101,6 +101,16 @@ def test_names_that_a_peer_may_not_give(name: object) -> None:
     with pytest.raises(ConfigurationError, match="name"):
         daemon.make_arriving(owned, "rv64", {"name": name}, [BlockLayout("x", 4096, 4096)])
     assert owned.name == "arriving"
+
+
+async def test_one_that_cannot_be_made_has_failed_under_its_name() -> None:
+    """Also when it has none: it gets one from its kind then."""
+    for given, name in (({"name": "vm1"}, r"vm1\Z"), ({"name": None}, "rv64-"), ({}, "rv64-")):
+        daemon = _daemon()
+        owned = daemon._add("arriving", Phase.ARRIVING)
+        with pytest.raises(PostcopyError):
+            daemon.make_arriving(owned, "rv64", given, [BlockLayout("x", 4096, 4096)])
+        assert re.match(name, owned.name)
 
 
 @pytest.mark.parametrize(

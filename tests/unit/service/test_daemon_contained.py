@@ -195,6 +195,30 @@ async def test_a_machine_that_is_being_ended_is_nobody_elses(monkeypatch: pytest
         assert there.status("two") is None
 
 
+async def test_a_client_that_leaves_while_its_machine_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    closing, closed = trio.Event(), trio.Event()
+    close = ToyMachine.close
+
+    async def slowly(self: ToyMachine, *arguments: Any) -> None:
+        closing.set()
+        with trio.CancelScope(shield=True):
+            await closed.wait()
+        await close(self, *arguments)
+
+    async with running() as there:
+        await there.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+        said: list[tuple[str, Any]] = []
+        there.daemon.output.listeners.append(lambda event, fields: said.append((event, fields.get("machine"))))
+        monkeypatch.setattr(ToyMachine, "close", slowly)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(there.ask, "end", machine="two"))
+            await closing.wait()
+            nursery.cancel_scope.cancel()
+            closed.set()
+        assert there.status("two") is None
+        assert ("machine-ended", "two") in said
+
+
 # ---- engines that make mistakes
 
 
@@ -254,7 +278,7 @@ async def test_mistake_of_an_arrivals_engine(
 @pytest.mark.parametrize("mistake", MISTAKES, ids=repr)
 async def test_mistake_of_a_departures_engine(monkeypatch: pytest.MonkeyPatch, mistake: Exception) -> None:
     class Mistaken(SourceMigration):
-        async def run(self, go: trio.Event, stop: trio.Event, *, hold: bool = True) -> None:
+        async def run(self, go: trio.Event, stop: trio.Event, *, keep: bool = True) -> None:
             await trio.lowlevel.checkpoint()
             raise mistake
 

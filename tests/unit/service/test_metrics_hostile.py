@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metrics' port against those who only want to hold it up."""
+"""The metrics' port against clients that only take its connections."""
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -88,6 +90,26 @@ async def test_page_is_not_made_for_everybody() -> None:
         for _ in range(200):
             await ask(address)
         assert len(made) <= 2 + (trio.current_time() - began) / http_module.FRESH_S
+
+
+async def test_no_descriptors_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """One line for all attempts; a scraper is served when there are descriptors again."""
+    failures = [errno.EMFILE, errno.ENFILE, errno.EPROTO] * 5
+    accept = trio.SocketListener.accept
+
+    async def failing(self: trio.SocketListener) -> trio.SocketStream:
+        if failures:
+            number = failures.pop()
+            raise OSError(number, os.strerror(number))
+        return await accept(self)
+
+    monkeypatch.setattr(http_module, "ACCEPT_PAUSE_S", 0.001)
+    monkeypatch.setattr(trio.SocketListener, "accept", failing)
+    async with serving(lambda: b"the page") as (address, _):
+        assert (await ask(address)).endswith(b"the page")
+    (record,) = caplog.records
+    assert record.getMessage().startswith("metrics: cannot accept a connection: ")
+    assert record.exc_info is None
 
 
 async def test_page_that_cannot_be_made_ends_one_connection_only(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,10 +15,14 @@ import trio.testing
 from postcopy.errors import MigrationError
 from postcopy.machines import Machine
 from postcopy.machines.kinds import MachineOptions
-from postcopy.migration.source import SourceOptions
+from postcopy.migration.destination import DestinationMigration
+from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.output import Output
 from postcopy.service import service as service_module
-from postcopy.service.config import SourceConfig
+from postcopy.service.config import ArrivalOptions, DestinationConfig, SourceConfig
+from postcopy.service.control import ControlHandler
+from postcopy.service.destination import Destination
+from postcopy.service.schema import Request
 from postcopy.service.service import Owned, Phase
 from postcopy.service.source import Source
 from postcopy.wire import State
@@ -40,7 +44,7 @@ class Engine:
         self.paused = trio.Event()
         self._on_change = on_change
 
-    async def run(self, go: trio.Event, stop: trio.Event, *, hold: bool) -> None:
+    async def run(self, go: trio.Event, stop: trio.Event, *, keep: bool) -> None:
         if self.link.peer == "served":
             self.state = State.COMPLETED
             return
@@ -80,3 +84,17 @@ async def test_one_that_is_lost_when_all_are_served(monkeypatch: pytest.MonkeyPa
             await trio.testing.wait_all_tasks_blocked()
             Engine.lost.set()
     assert done
+
+
+@pytest.mark.parametrize("kind", [SourceMigration, DestinationMigration])
+async def test_cancel_answers_with_ids(kind: Any) -> None:
+    """A client of a source or a destination, which has one machine, knows the migration's id."""
+    output = Output(False, io.StringIO(), io.StringIO())
+    config = SourceConfig("image", MachineOptions(), SourceOptions())
+    service = (
+        Source(config, output) if kind is SourceMigration else Destination(DestinationConfig(ArrivalOptions()), output)
+    )
+    owned = Owned("rv64", Phase.LEAVING if kind is SourceMigration else Phase.ARRIVING)
+    owned.migration = Mock(spec=kind, migration_id="ff", state=State.READY)
+    service.machines.append(owned)
+    assert await ControlHandler(service).execute(Request("cancel", {})) == {"cancelled": ["ff"]}

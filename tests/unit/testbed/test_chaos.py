@@ -173,7 +173,7 @@ async def test_by_itself(autojump_clock: MockClock) -> None:
     """The same seed does the same again, another one something else."""
     autojump_clock.autojump_threshold = 0.05
 
-    async def told(seed: int) -> list[tuple[float, object]]:
+    async def events_of(seed: int) -> list[tuple[float, object]]:
         events: list[tuple[float, object]] = []
         began_s = trio.current_time()
 
@@ -185,11 +185,11 @@ async def test_by_itself(autojump_clock: MockClock) -> None:
             await trio.sleep(60)
         return events
 
-    first = await told(7)
+    first = await events_of(7)
     assert len(first) > 20
     assert {way for _, way in first} == {"reset", "close", "freeze", "truncate", "corrupt"}
-    assert await told(7) == first
-    assert await told(8) != first
+    assert await events_of(7) == first
+    assert await events_of(8) != first
 
 
 @pytest.mark.parametrize(

@@ -482,6 +482,9 @@ def work():
             pass
         if operation == "dies":
             os.kill(os.getpid(), signal.SIGSEGV)
+        if operation == "half":
+            os.write(1, b'{"outcome": ')
+            os.kill(os.getpid(), signal.SIGKILL)
         if operation == "raises":
             raise RuntimeError("of the fake")
         signal.pause()
@@ -521,6 +524,7 @@ def assert_gone(left_behind: Path) -> None:
     ("name", "outcome", "text"),
     [
         ("dies", Outcome.CRASHED, "the runner died: SIGSEGV"),
+        ("half", Outcome.CRASHED, "the runner died: SIGKILL"),
         ("raises", Outcome.CRASHED, "the runner ended with status 1: RuntimeError: of the fake"),
         ("hangs", Outcome.HUNG, "the runner gave no answer within"),
     ],
@@ -540,6 +544,14 @@ async def test_a_runner_that_fails_is_replaced(
         assert second.outcome is Outcome.BLOCKED
         assert second.text != first.text  # the pid: another process
         assert runner.restarts == 1
+
+
+async def test_each_runner_has_its_own_last_words() -> None:
+    command = [sys.executable, "-c", "import sys; sys.stderr.write('no room\\n'); sys.exit(7)"]
+    async with _supervise.Runner(command=command) as runner:
+        for _ in range(2):
+            result = await runner.run(named("answers"))
+            assert result.text == "the runner ended with status 7: no room"
 
 
 async def test_a_cancelled_run_leaves_nothing(left_behind: Path) -> None:

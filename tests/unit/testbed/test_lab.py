@@ -19,11 +19,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postcopy.errors import ConfigurationError, ResourceError
-from postcopy.testbed import _linux, lab
-from postcopy.testbed.lab import LabPlan, _lab, command, format_rate, parse_rate
+from postcopy.testbed import _linux
+from postcopy.testbed.lab import _lab as lab
 from postcopy.testbed.lab import _members as members
 from postcopy.testbed.lab import _state as state
-from postcopy.testbed.lab._plan import MAX_HOSTS, MAX_RATE, MIN_RATE, PREFIX4, PREFIX6, parse_delay_us
+from postcopy.testbed.lab import command
+from postcopy.testbed.lab._plan import (
+    MAX_HOSTS,
+    MAX_RATE,
+    MIN_RATE,
+    PREFIX4,
+    PREFIX6,
+    LabPlan,
+    format_rate,
+    parse_delay_us,
+    parse_rate,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +178,7 @@ def test_a_command_must_be_there() -> None:
     ],
 )
 def test_without_namespaces_it_says_what_would_help(number: int, root: bool, remedy: str) -> None:
-    error = _lab._no_namespaces(number, os.strerror(number), root=root)
+    error = lab._no_namespaces(number, os.strerror(number), root=root)
     assert remedy in error.remedy
     assert os.strerror(number) in error.message
 
@@ -179,7 +190,7 @@ def test_without_namespaces_it_says_what_would_help(number: int, root: bool, rem
         ("shape", errno.ENOENT, "sch_tbf"),
         ("attach-tap", errno.ENOENT, "modprobe tun"),
         ("attach-tap", errno.EACCES, "/dev/net/tun"),
-        ("set-cable", errno.EPERM, "another user"),
+        ("set-link", errno.EPERM, "another user"),
     ],
 )
 def test_what_the_kernel_lacks(sleeper: subprocess.Popen[bytes], doing: str, number: int, remedy: str) -> None:
@@ -220,8 +231,12 @@ def test_a_record_that_is_none(directory: Path, text: str) -> None:
             ask("unit")
 
 
-def test_a_record_of_another_pid_namespace_is_left_alone(directory: Path, sleeper: subprocess.Popen[bytes]) -> None:
-    state.write(directory, record_of(sleeper, pid_namespace=1))
+@pytest.mark.parametrize("changes", [{}, {"pid": 2**22 + 1}])
+def test_a_record_of_another_pid_namespace_is_left_alone(
+    directory: Path, sleeper: subprocess.Popen[bytes], changes: dict[str, int]
+) -> None:
+    """Whether or not there is a process of that number here."""
+    state.write(directory, record_of(sleeper, pid_namespace=1, **changes))
     for ask in (lab.Lab.find, lab.down):
         with pytest.raises(ConfigurationError, match="another PID namespace"):
             ask("unit")
@@ -229,7 +244,16 @@ def test_a_record_of_another_pid_namespace_is_left_alone(directory: Path, sleepe
     assert sleeper.poll() is None
 
 
-def test_a_stranger_with_the_holders_number_is_spared(directory: Path, sleeper: subprocess.Popen[bytes]) -> None:
+def test_one_that_cannot_be_ended_does_not_keep_the_others(directory: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    state.write(directory, record_of(sleeper, name="first", pid_namespace=1))
+    state.write(directory, record_of(sleeper, started=1))
+    with pytest.raises(ConfigurationError, match="another PID namespace"):
+        command.run(parsed("down", "--all"))
+    assert lab.names() == ["first"]
+    assert sleeper.poll() is None
+
+
+def test_another_process_with_the_holders_number_is_spared(directory: Path, sleeper: subprocess.Popen[bytes]) -> None:
     record = record_of(sleeper, inodes=(_linux.inode(f"/proc/{sleeper.pid}/ns/net"),))
     assert record.started
     record.started -= 1
@@ -241,7 +265,7 @@ def test_a_stranger_with_the_holders_number_is_spared(directory: Path, sleeper: 
     assert sleeper.poll() is None
 
 
-def test_whoever_bears_the_mark_is_ended(directory: Path, sleeper: subprocess.Popen[bytes]) -> None:
+def test_a_process_with_the_mark_is_ended(directory: Path, sleeper: subprocess.Popen[bytes]) -> None:
     holder = record_of(sleeper, mark=mark_of(sleeper), pid=2**22 + 1, started=1)
     state.write(directory, holder)
     assert lab.down("unit")

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import signal
@@ -20,6 +22,7 @@ from postcopy.errors import ConfigurationError
 from postcopy.testbed import probe
 from postcopy.testbed.probe import Finding, _findings, _host, _needs, _supervise, _trials, migrations
 from postcopy.testbed.probe._needs import Use
+from postcopy.uffd import RegisterMode
 
 NOBODY = 65534
 
@@ -102,7 +105,8 @@ def _die() -> dict[str, Any]:
 def try_bad_ones() -> tuple[dict[str, Any], float]:
     sys.executable = "/nonexistent"  # forked then, with the trials below
     _trials.TRIALS.clear()
-    _trials.TRIALS.update({"first": lambda: {"a": 1}, "hangs": _sleep, "dies": _die, "last": lambda: {"b": 2}})
+    bad = {"first": lambda: {"a": 1}, "hangs": _sleep, "dies": _die, "last": lambda: {"b": 2}}
+    _trials.TRIALS.update({name: _trials.Trial(trial, "", str) for name, trial in bad.items()})
     began = time.monotonic()
     return _supervise.try_in_child(list(_trials.TRIALS), deadline_s=3), time.monotonic() - began
 
@@ -113,6 +117,22 @@ def test_a_trial_that_hangs_or_dies_costs_its_own_answer_only(run_in_child: Call
     assert answers["hangs"] == {"state": "unknown", "reason": "no answer within 3 s"}
     assert answers["dies"] == {"state": "unknown", "reason": "the trial died (SIGKILL)"}
     assert answers["last"]["facts"] == {"b": 2}
+
+
+def give_up_a_page() -> int:
+    access = None
+    with contextlib.suppress(_trials.Lacking), _trials._watched("anon", RegisterMode.MISSING) as page:
+        access = _trials._Access(page.address)
+        page.fault()
+        raise _trials.Lacking
+    assert access is not None
+    return access.done()
+
+
+@pytest.mark.needs("uffd-user")
+def test_a_trial_that_gives_up_does_not_kill_the_others(run_in_child: Callable[..., Any]) -> None:
+    done = run_in_child(give_up_a_page)
+    assert done.value == 0, done.stderr  # its thread went on, with a page of zeros
 
 
 def test_a_child_that_cannot_begin_is_not_started_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,16 +245,18 @@ def test_the_smallest_limit_on_the_way_up(
 
 
 def test_a_qdisc_that_nobody_could_try_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
-    answer = _trials._attempt(_trials.TRIALS["tbf"])
-    finding = _findings._judge("tbf", answer)
+    def refuse(user: bool) -> None:
+        raise PermissionError(errno.EPERM, "no")
+
+    monkeypatch.setattr(_trials, "_new_network", refuse)
+    finding = _findings._judge("tbf", _trials._attempt(_trials.TRIALS["tbf"].run))
     assert finding.state == "unknown"
-    assert finding.remedy.endswith("apt-get install iproute2")
+    assert "no network of its own" in finding.detail
 
 
 def test_huge_pages_that_are_reserved_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "HugePages_Total: 4\nHugePages_Free: 2\nHugePages_Rsvd: 2\nHugepagesize: 2048 kB\n"
-    monkeypatch.setattr(_findings, "read", lambda path: text)
+    monkeypatch.setattr(_host, "read", lambda path: text)
     finding = _findings._hugetlb()
     assert finding.state == "no"
     assert finding.facts == {"total-pages": 4, "free-pages": 0, "page-bytes": 2 << 20}

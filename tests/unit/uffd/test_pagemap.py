@@ -66,18 +66,18 @@ def test_dirty_log() -> None:
 
 def test_another_process(spawn_child: Callable[..., Any], tmp_path: Any) -> None:
     """A child's own mapping, of which it tells the address, with two pages written."""
-    told, go = tmp_path / "told", tmp_path / "go"
-    os.mkfifo(told)
+    ready, go = tmp_path / "ready", tmp_path / "go"
+    os.mkfifo(ready)
     os.mkfifo(go)
     code = f"""
 from postcopy import Memory
 memory = Memory.create("anon", 8 * {PAGE})
 memory.write({PAGE}, b"x" * (2 * {PAGE}))
-open({str(told)!r}, "w").write(str(memory.address))
+open({str(ready)!r}, "w").write(str(memory.address))
 open({str(go)!r}).read()
 """
     child = spawn_child([sys.executable, "-c", code])
-    address = int(told.read_text())
+    address = int(ready.read_text())
     found = pagemap_scan(address, address + 8 * PAGE, pid=child.pid, all_of=PRESENT)
     assert found == [PageRegion(address + PAGE, address + 3 * PAGE, PRESENT)]
     go.write_text("")

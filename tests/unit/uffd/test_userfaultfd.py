@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 import threading
@@ -52,6 +53,30 @@ def uffd() -> Iterator[Userfaultfd]:
 def anon() -> Iterator[Memory]:
     with Memory.create("anon", 16 * PAGE) as memory:
         yield memory
+
+
+def test_one_that_cannot_be_made_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    before = os.listdir("/proc/self/fd")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "eventfd", refuse)
+        with pytest.raises(CoreError, match="Too many open files"):
+            Userfaultfd.open()
+    gc.collect()
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_one_that_no_variable_refers_to_stays_open_while_memory_is_registered(anon: Memory) -> None:
+    uffd = Userfaultfd.open()
+    fd = uffd.fileno()
+    uffd.register(anon.address, anon.size_bytes, MISSING)
+    del uffd
+    gc.collect()
+    assert os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[userfaultfd]"
+    (kept,) = (owner for owner in gc.get_objects() if isinstance(owner, Userfaultfd) and owner.registered)
+    kept.close(abandon=True)
 
 
 def test_register_says_what_can_be_done(uffd: Userfaultfd, anon: Memory) -> None:

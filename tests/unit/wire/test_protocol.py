@@ -384,7 +384,7 @@ class TestStates:
         message = p.Placed(0, 0, p.PLACED_PAGES, placed.rle_encode())
         assert p.decode(p.encode(message)[p.HEADER_BYTES :]) == message
 
-    def test_complete_that_the_source_never_heard_of(self) -> None:
+    def test_complete_that_never_reaches_the_source(self) -> None:
         dest = destination_in(State.POSTCOPY)
         dest.send(p.Complete({}))
         assert dest.connection_lost("cut") is State.PAUSED

@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Iterator
 
 import msgpack
+import msgspec
 import pytest
 
 from postcopy import wire as p
@@ -75,7 +76,7 @@ def test_shape(packed: bytes, reason: str, monkeypatch: pytest.MonkeyPatch) -> N
     def unpack(*arguments: object, **options: object) -> None:
         raise AssertionError("too late")
 
-    monkeypatch.setattr(msgpack, "unpackb", unpack)
+    monkeypatch.setattr(msgspec.msgpack, "decode", unpack)
     with pytest.raises(ProtocolError, match=reason):
         p.decode(packed)
 

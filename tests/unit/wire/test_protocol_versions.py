@@ -169,8 +169,8 @@ async def test_an_old_source_listens() -> None:
             with pytest.raises(ProtocolError, match="the source speaks version 2, which needs a bulk channel"):
                 dest.send(p.Accept((4096,), 1, 0))
             await link.control.send_all(dest.send(p.Accept((4096,), 1, 1)))
-            with link.channel_set(SESSION) as channel_set, link.reconnector(SESSION) as reconnector:
-                for fd in (await channel_set.channels(1, 1)).values():
+            with link.channel_set(SESSION) as open_channels, link.reconnector(SESSION) as reconnector:
+                for fd in (await open_channels(1, 1)).values():
                     fd.close()
                 back, _ = await reconnector.next_link()
             assert back.version == 2
@@ -183,7 +183,7 @@ async def test_an_old_source_listens() -> None:
 # ---- other versions
 
 
-async def test_a_newer_caller_is_told_the_version() -> None:
+async def test_a_newer_caller_gets_the_version() -> None:
     """And no byte that it has said is in the way of that: it hangs up itself, and comes again. No place is taken."""
     async with open_acceptor("dest") as acceptor:
         stream = await dial(acceptor)
