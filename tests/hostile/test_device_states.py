@@ -3,7 +3,7 @@
 
 A child process makes them: it saves the state of a machine that computes, damages it by its structure (sections, words,
 counts, additional MSRs), makes length and checksum right, and loads it as a destination does, into a machine all of
-whose memory is missing and is brought by nobody. What is refused is refused by name. What is accepted runs for a moment
+whose memory is missing and never comes. What is refused is refused by name. What is accepted runs for a moment
 over the memory of the machine that was saved, where it may do whatever it likes but to end or to hang the process. The
 parent is the supervisor: a child that is late is killed, and what it was at is in its output.
 

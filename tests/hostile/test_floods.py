@@ -114,7 +114,7 @@ FRAMES: dict[str, Callable[[], wire.Frame]] = {
     "error": lambda: wire.Frame(wire.ERROR, 0, 5, 1, 7, b"no " * 200, wire.ANSWERS),
     "error that answers nothing": lambda: wire.Frame(wire.ERROR, 0, 5, 1, 7, b"x"),
     "a page again and again": lambda: wire.Frame(wire.PAGES, 0, 5, 1, 0, bytes(range(256)) * 16),
-    "answers that nobody asked for": lambda: wire.Frame(wire.PAGES, 0, 5, 1, 7, b"\1" * 4096, wire.ANSWERS),
+    "answers without a request": lambda: wire.Frame(wire.PAGES, 0, 5, 1, 7, b"\1" * 4096, wire.ANSWERS),
     "zeros": lambda: wire.Frame(wire.ZERO, 0, 0, 2048),
     "a request to the one who asks": lambda: wire.Frame(wire.REQUEST, 0, 5, 1, 7),
 }

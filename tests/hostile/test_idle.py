@@ -27,7 +27,7 @@ HEARTBEATS = 10
 
 
 def test_attachment_that_is_left_alone(start: Start, tmp_path: Path) -> None:
-    content = os.urandom(16 * MIB)  # more than fits into the sockets of channels that nobody reads
+    content = os.urandom(16 * MIB)  # more than fits into the sockets of channels that are not read
     (tmp_path / "image").write_bytes(content)
     image = ("--machine", "image", "--image", tmp_path / "image", "--serve", "forever", "-v")
     source = start("source", "--json", *image, "--listen", "127.0.0.1:0", "--heartbeat", "1")

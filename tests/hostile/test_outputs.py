@@ -19,7 +19,7 @@ from hostile._program import DEADLINE_S, RV64, Control, Program, Pulse, verify, 
 
 Start = Callable[..., Program]
 END_S = 15.0
-"""How long an end may take that waits for nobody."""
+"""How long an end may take that waits for no reader."""
 
 
 class Stalled:

@@ -111,7 +111,7 @@ def test_what_was_acknowledged_is_not_there(start: Start, version: int) -> None:
 
 
 def test_in_doubt_is_said_everywhere(daemon: Daemon, version: int, rv64: Machine) -> None:
-    """Prepared, and the source is gone: nobody may take it for the owner of the machine."""
+    """Prepared, and the source is gone: nothing may take it for the owner of the machine."""
     program, control = daemon("d", "--metrics", "127.0.0.1:0", "-v")
     where = program.wait_for("metrics", lambda line: line["event"] == "metrics")["address"]
     source = Source(program.address, rv64, version).until("prepared")
@@ -322,7 +322,7 @@ def test_a_newer_version(start: Start, version: int) -> None:
         assert source.end() == 0, source.tail()
 
 
-def test_fields_that_nobody_knows(start: Start, version: int) -> None:
+def test_unknown_fields(start: Start, version: int) -> None:
     if version < 3:
         pytest.skip("an error before version 3")
     dest = start("dest", "--json", "--no-verify", "--listen", "127.0.0.1:0")

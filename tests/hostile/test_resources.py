@@ -210,7 +210,7 @@ def with_msr(state: bytes, index: int, value: int) -> bytes:
 def test_state_that_makes_the_kernel_write(
     daemon: Daemon, start: Start, version: int, rv64: Machine, index: int, value: int
 ) -> None:
-    """The page that it writes to is missing, and nobody answers. Refused, or loaded all the same, in bounded time; and
+    """The page that it writes to is missing, and does not come. Refused, or loaded all the same, in bounded time; and
     the daemon can be ended."""
     kvm = ("--machine", "kvm", "--memory", "16MiB", "--workload", "random", "--working-set", "4MiB")
     original = start("source", "--json", *kvm, "--listen", "127.0.0.1:0")

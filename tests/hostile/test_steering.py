@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an operator may do, in states in which nobody had thought of it."""
+"""What an operator may do, in unusual states."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_end_while_connecting(daemon: Daemon, silent: Listener, how: str) -> Non
         assert program.end(AT_ONCE_S) == 0
 
 
-def test_connecting_holds_up_nobody(daemon: Daemon, start: Start, silent: Listener) -> None:
+def test_connecting_delays_nothing_else(daemon: Daemon, start: Start, silent: Listener) -> None:
     """Another machine comes and goes meanwhile."""
     program, control = daemon("d", *RV64, "--name", "x")
     with silent:
@@ -144,7 +144,7 @@ def says_or_does(control: Control, listener: Listener) -> None:
         listener.accept().close()
 
 
-def test_recover_when_patience_has_run_out(start: Start, tmp_path: Path, version: int) -> None:
+def test_recover_when_the_search_has_ended(start: Start, tmp_path: Path, version: int) -> None:
     with Listener(version) as listener:
         source, control = lost_source(start, listener, tmp_path, "--recover-for", "1")
         source.wait_errors("lost for good")
@@ -172,7 +172,7 @@ def test_recover_when_a_destination_has_no_patience_left(start: Start, tmp_path:
         says_or_does(Control(tmp_path / "d"), listener)
 
 
-def test_patience_that_is_set_after_the_loss(start: Start, tmp_path: Path, version: int) -> None:
+def test_recover_for_that_is_set_after_the_loss(start: Start, tmp_path: Path, version: int) -> None:
     with Listener(version) as listener:
         source, control = lost_source(start, listener, tmp_path)
         control.ask("set", recover_for=1)

@@ -60,7 +60,7 @@ def test_probe(hostile_directory: Path) -> None:
     assert not (hostile_directory.parent / "witness").exists()
 
 
-def test_nobody_starts_python_otherwise() -> None:
+def test_python_is_started_in_no_other_way() -> None:
     """Every child of the package is started by `_child.python`, or with -P."""
     package = Path(postcopy.__file__).parent
     for path in package.rglob("*.py"):

@@ -200,7 +200,7 @@ class TestReclaim:
 
 
 @pytest.mark.needs("kvm", "uffd")
-def test_recover_after_patience_has_run_out(daemon: Start, operator: Callable[[str], Any]) -> None:
+def test_recover_after_the_search_has_ended(daemon: Start, operator: Callable[[str], Any]) -> None:
     first, second = daemon("a", *SLOW, "--name", "x"), daemon("b")
     assert first.address
     assert second.address

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every way in which a command can be ended, at every stage: the machine is where the state says, and so is the status.
 
-(Connecting: test_listening. Output that nobody reads: test_output. Losing the peer: test_migration.)
+(Connecting: test_listening. Output that is not read: test_output. Losing the peer: test_migration.)
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def test_an_image_is_attached(side: Callable[..., Any], run_in_child: Callable[.
     source = source_of(side, image)
     result = run_in_child(attach_and_read, source.address, deadline_s=DEADLINE_S)
     assert result.returncode == 0, result.stderr
-    # A quarter of the pages are zero, and known to be: nobody asks for them.
+    # A quarter of the pages are zero, and known to be: they are not asked for.
     assert 0 < result.value <= 1001
     status, report, _ = source.end()
     assert status == 0

@@ -116,7 +116,7 @@ def test_a_signal_ends_connecting(side: Start, name: str) -> None:
     assert errors.count("postcopy: error:") == 1
 
 
-def test_lost_destinations_take_nobodys_place(side: Start, tmp_path: Path) -> None:
+def test_lost_destinations_take_no_place(side: Start, tmp_path: Path) -> None:
     """Those of an image may come back, and are waited for: more of them than are served at a time."""
     image = tmp_path / "large"
     image.write_bytes(os.urandom(4 * MIB))

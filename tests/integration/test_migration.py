@@ -97,7 +97,7 @@ class TestImage:
         assert source.end()[0] == 1
 
     def test_destination_lost_then_another(self, side: Start, image: Path, tmp_path: Path) -> None:
-        """One that died takes nobody's place, and its source does not wait for it when all has been served."""
+        """One that died takes no place, and its source does not wait for it when all has been served."""
         arguments = ("--machine", "image", "--image", image, "--listen", "127.0.0.1:0", "--max-bandwidth", "1MiB/s")
         source = side("source", "--json", *arguments)
         first = side("dest", "--json", "--connect", source.address)

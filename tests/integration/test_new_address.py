@@ -40,7 +40,7 @@ def start(side: Start, calls: str, image: Path, peer: Path) -> tuple[Any, Any, A
 
 @pytest.mark.needs("uffd-user")
 @pytest.mark.parametrize("calls", ["source", "dest"])
-def test_told_by_a_signal(side: Start, image: Path, tmp_path: Path, calls: str) -> None:
+def test_read_again_at_a_signal(side: Start, image: Path, tmp_path: Path, calls: str) -> None:
     peer = tmp_path / "peer"
     caller, listener, cable = start(side, calls, image, peer)
     cable.signal(signal.SIGKILL)
