@@ -421,8 +421,7 @@ async def test_memory_is_promised_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PROMISES, "_promises", [])
     monkeypatch.setattr(_admission, "find_rooms", lambda: [Room("the control group", 255 * MIB, "or raise it")])
     async with AsyncExitStack() as stack:
-        # (these peers are silent, and a busy host takes its time over eight of them)
-        there = await stack.enter_async_context(running(SourceOptions(heartbeat_s=DEADLINE_S)))
+        there = await stack.enter_async_context(running())
         links = []
         for number in range(8):
             links.append(await offered(there.address, offer(f"m{number}", size_bytes=64 * MIB)))
