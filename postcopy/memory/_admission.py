@@ -81,8 +81,9 @@ class Promises:
             if wanted_bytes + promised_bytes > room.available_bytes:
                 promised = f", {format_size(promised_bytes)} of that are promised to machines here"
                 raise ResourceError(
-                    f"memory: {format_size(wanted_bytes)} wanted for a machine of {format_size(size_bytes)}, {room.name}"
-                    f" has {format_size(max(0, room.available_bytes))} available{promised if promised_bytes else ''}",
+                    f"memory: {format_size(wanted_bytes)} wanted for a machine of {format_size(size_bytes)},"
+                    f" {room.name} has {format_size(max(0, room.available_bytes))} available"
+                    f"{promised if promised_bytes else ''}",
                     f"end or migrate a machine, {room.remedy}",
                 )
 
