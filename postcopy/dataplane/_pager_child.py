@@ -81,7 +81,7 @@ class PagerChild:
         memory_fd = fds.pop() if len(fds) > 1 else -1
         base = ffi.cast("void *", address)
         memory: Any = ffi.new("struct pc_memory *", [base, size_bytes, page_bytes, kind, memory_fd])
-        result: int = lib.pc_pager_add_block_with_states(self._pager, memory, fds[0])
+        result = lib.pc_pager_add_block_with_states(self._pager, memory, fds[0])
         if result < 0 and memory_fd >= 0:
             os.close(memory_fd)
         return result
@@ -91,24 +91,20 @@ class PagerChild:
         with mmap.mmap(fds[0], 8 * words, prot=mmap.PROT_READ) as view:
             copy: Any = ffi.new("uint64_t[]", words)
             ffi.memmove(copy, view, 8 * words)
-        result: int = lib.pc_pager_set_zero(self._pager, block, copy)
-        return result
+        return lib.pc_pager_set_zero(self._pager, block, copy)
 
     def _adopt_shard(self, fds: list[int], features: int, busy_poll_us: int) -> int:
-        result: int = lib.pc_pager_adopt_shard(
-            self._pager, fds.pop(), features, busy_poll_us, self._error, len(self._error)
-        )
-        return result
+        fd, error = fds.pop(), self._error
+        return lib.pc_pager_adopt_shard(self._pager, fd, features, busy_poll_us, error, len(error))
 
     def _arm(self, _: list[int], shard: int, block: int, first_page: int, pages: int) -> int:
-        result: int = lib.pc_pager_arm(self._pager, shard, block, first_page, pages, self._error, len(self._error))
-        return result
+        return lib.pc_pager_arm(self._pager, shard, block, first_page, pages, self._error, len(self._error))
 
     def _ping(self, _: list[int]) -> int:
         return 0
 
     def _free(self, _: list[int]) -> int:
-        result: int = lib.pc_pager_free(self._pager)
+        result = lib.pc_pager_free(self._pager)
         self.freed = result >= 0
         return result
 

@@ -226,6 +226,7 @@ async def closed_while_waited_for() -> None:
     with Memory.create("memfd", 300 * PAGE) as memory:
         pager = await armed(memory)
         process = pager._process
+        os.kill(process.pid, signal.SIGSTOP)  # it does not end when its socket is closed
         gone: list[bool] = []
 
         async def wait() -> None:
