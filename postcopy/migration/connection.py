@@ -146,6 +146,11 @@ class Control(Generic[P]):
                     self._pinged.set()
                 elif not isinstance(message, Pong | Abort | Reject):  # the state says those two
                     await self._arrived.send(message)
+            if protocol.state is State.ABORTED:
+                # Our own `abort` or `reject` may be on its way, and what is raised here ends the task that sends it.
+                with trio.move_on_after(REASON_TIMEOUT_S):
+                    async with self._sending:
+                        pass
             if protocol.state is State.ABORTED or protocol.recoverable:
                 raise PeerError(protocol.reason)
             if protocol.ended:
