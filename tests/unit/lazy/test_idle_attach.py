@@ -21,6 +21,7 @@ HEARTBEATS = 10  # a reader that does not read was taken for a dead one after fo
 SIZE = 8 << 20
 
 
+@pytest.mark.slow
 async def test_an_idle_attachment_lives_for_ever() -> None:
     """Much longer than a connection may be silent, with more to push than sockets take: not once is it cut. What
     was wanted meanwhile has come, and nothing else."""

@@ -78,6 +78,7 @@ async def over_a_cable(direction: str, limit: int | None) -> tuple[Pair, Cable]:
     return pair, cable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["to-dest", "to-source"])
 async def test_cut_everywhere(direction: str) -> None:
     """The first connection breaks at any byte, in the middle of a message or between two: one side has the machine, and

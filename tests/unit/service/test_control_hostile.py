@@ -209,6 +209,7 @@ async def test_connecting_to_a_full_backlog_waits(path: Path, handler: ControlHa
                     pass
 
 
+@pytest.mark.slow
 async def test_pipelined_commands_are_all_answered(path: Path, handler: ControlHandler) -> None:
     """Also lines that are no requests: a client that reads its answers is not disconnected, however fast it asks."""
     async with serving(path, handler) as server, await trio.open_unix_socket(str(path)) as stream:

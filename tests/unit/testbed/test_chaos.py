@@ -169,6 +169,7 @@ async def test_corrupt() -> None:
         assert proxy.statistics.flipped == 1
 
 
+@pytest.mark.slow
 async def test_by_itself(autojump_clock: MockClock) -> None:
     """The same seed does the same again, another one something else."""
     autojump_clock.autojump_threshold = 0.05

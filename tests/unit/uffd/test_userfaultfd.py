@@ -512,6 +512,7 @@ def test_poison_kills_who_touches_it(run_in_child: Callable[..., Any]) -> None:
     assert run_in_child(touch_poison).returncode == -signal.SIGBUS
 
 
+@pytest.mark.slow
 @pytest.mark.needs("uffd-user")
 def test_churn_of_64_userfaultfds(run_in_child: Callable[..., Any]) -> None:
     child = run_in_child(churn, 64, 2.0, deadline_s=90)

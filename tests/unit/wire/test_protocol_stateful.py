@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -356,4 +357,4 @@ class TwoHosts(RuleBasedStateMachine):
 
 
 TwoHosts.TestCase.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
-TestTwoHosts = TwoHosts.TestCase
+TestTwoHosts = pytest.mark.slow(TwoHosts.TestCase)
