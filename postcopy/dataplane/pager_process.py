@@ -184,9 +184,9 @@ class _Process:
 
     def pump(self) -> None:
         """Sends and receives what can be without waiting, and kills a process that takes too long."""
-        while not self.dead and self._send_one():
-            pass
-        while not self.dead and self._receive_one():
+        # Until neither can be: the answers to all that was sent may come while the rest is still waiting here, and then
+        # no other answer would wake whoever sends it.
+        while not self.dead and (self._send_one() or self._receive_one()):
             pass
         if not self.dead and self._remaining_s() <= 0:
             limit_s = self._limit_s()
