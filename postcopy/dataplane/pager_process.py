@@ -184,8 +184,7 @@ class _Process:
 
     def pump(self) -> None:
         """Sends and receives what can be without waiting, and kills a process that takes too long."""
-        # Until neither can be: the answers to all that was sent may come while the rest is still waiting here, and then
-        # no other answer would wake whoever sends it.
+        # By turns: when all that was sent has been answered, no answer is left that would have the rest sent.
         while not self.dead and (self._send_one() or self._receive_one()):
             pass
         if not self.dead and self._remaining_s() <= 0:

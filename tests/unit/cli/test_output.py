@@ -179,6 +179,7 @@ def test_no_thread_and_no_reader(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) ->
     assert writer.lost == 1
 
 
+@pytest.mark.slow
 def test_results_that_could_not_be_written_are_named() -> None:
     read_fd, write_fd = os.pipe()
     with open("/dev/full", "w") as full:

@@ -316,6 +316,7 @@ async def elsewhere(where: str) -> None:
         failing,
     ],
 )
+@pytest.mark.slow
 def test_it_delays_no_other(passes: Callable[..., None], case: Callable[..., Any]) -> None:
     passes(case)
 

@@ -57,6 +57,7 @@ async def test_background_brings_all_of_it() -> None:
 
 
 @pytest.mark.parametrize(("kind", "outlives"), [("urgent", False), ("bulk", True)])
+@pytest.mark.slow
 async def test_a_slow_reader_of_what_is_pushed_is_waited_for(kind: str, outlives: bool) -> None:
     """The kernel counts the time in which nothing is read as silence: pages that are pushed have more of it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

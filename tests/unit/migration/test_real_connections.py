@@ -149,6 +149,7 @@ async def test_a_destination_that_answers_keeps_its_machine(calls: str) -> None:
 
 
 @CALLS
+@pytest.mark.slow
 async def test_a_destination_cut_off_learns_of_the_reclaim(calls: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The destination was only cut off. It is told as soon as it can be reached, and stops its machine at once."""
     monkeypatch.setattr(source_module, "RECLAIM_PROBE_S", 0.5)

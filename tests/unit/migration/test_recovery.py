@@ -136,6 +136,7 @@ async def test_what_cannot_go_on_is_not_tried_again(who: str) -> None:
         pair.stop_dest.set()
 
 
+@pytest.mark.slow
 async def test_request_that_is_never_answered(mock_clock: MockClock) -> None:
     """A data connection that is dead behind a control connection that lives."""
     async with running(make_pair()) as pair:

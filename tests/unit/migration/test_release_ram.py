@@ -35,6 +35,7 @@ from tests.unit.migration._engines import (
 
 
 @pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.slow
 async def test_destination_tells_what_has_arrived(wanted: bool) -> None:
     """Once, only what the source does not know already, and only where the source has asked."""
     async with lone_destination(placed_every_ms=200 * wanted) as (peer, dest, _):
@@ -154,6 +155,7 @@ async def test_acknowledgement_of_what_there_is_not(message: p.Message, reason: 
         assert not server.gone
 
 
+@pytest.mark.slow
 async def test_memory_that_cannot_be_given_back() -> None:
     """The migration goes on, and the memory is kept."""
     server = FakeServer(0)

@@ -107,6 +107,7 @@ def deaf(path: Path) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("says", [b"", b'{"execute": "events"}\n', b'{"execute": "status"}\n', b'{"execute": "end"}\n'])
+@pytest.mark.slow
 async def test_honest_client_among_deaf_ones(path: Path, handler: ControlHandler, deaf: Any, says: bytes) -> None:
     async with serving(path, handler) as server:
         await deaf(MAX_CLIENTS, says)
@@ -131,6 +132,7 @@ async def test_subscriber_that_reads_outlives_idle_ones(path: Path, handler: Con
             assert (await client.next_event())["data"] == {"n": number}
 
 
+@pytest.mark.slow
 async def test_one_that_has_read_everything_outlives_a_burst(path: Path, handler: ControlHandler, deaf: Any) -> None:
     """Whatever the deaf ones say, and although none of them has been silent for as long as the honest one."""
     async with serving(path, handler) as server, ControlClient.open(str(path)) as client:

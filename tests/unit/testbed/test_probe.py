@@ -111,6 +111,7 @@ def try_bad_ones() -> tuple[dict[str, Any], float]:
     return _supervise.try_in_child(list(_trials.TRIALS), deadline_s=3), time.monotonic() - began
 
 
+@pytest.mark.slow
 def test_a_trial_that_hangs_or_dies_costs_its_own_answer_only(run_in_child: Callable[..., Any]) -> None:
     answers, _ = run_in_child(try_bad_ones).value  # it returned at all: within the child's deadline
     assert answers["first"]["facts"] == {"a": 1}
