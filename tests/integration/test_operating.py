@@ -172,6 +172,7 @@ class TestDaemon:
         first = daemon("a", *_machine(kind, "--working-set", "8MiB"), *engine, "--name", "traveller")
         second = daemon("b", *engine)
         here, there = (operator("a"), first), (operator("b"), second)
+        assert first.address  # it is there, and can be asked
         operations = 0
         ids = set()
         for _ in range(times):
