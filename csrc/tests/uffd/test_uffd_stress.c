@@ -86,7 +86,9 @@ static uint64_t *words_of(const struct stress *stress, uint64_t page)
 
 enum filled { FILLED, EXISTED, TRY_AGAIN, OF_NO_USE };
 
-static enum filled fill(struct stress *stress, uint64_t page, uint64_t mode)
+/* `again`: a page that was filled is filled once more, as after a lost answer: that must find it and leave it alone. Within the
+ * same hold of the lock, since the next round begins with pages that are not there. */
+static enum filled fill(struct stress *stress, uint64_t page, uint64_t mode, bool again)
 {
     const struct area *area = &stress->area;
     enum filled filled = OF_NO_USE;
@@ -94,8 +96,12 @@ static enum filled fill(struct stress *stress, uint64_t page, uint64_t mode)
 
     CHECK_EQ(pthread_rwlock_rdlock(&stress->filling), 0);
     if (!stress->gap) {
-        result = pc_uffd_copy(area->uffd, address_of(area, page), stress->image + page * stress->words, area->unit, mode, NULL);
+        const uint64_t *content = stress->image + page * stress->words;
+
+        result = pc_uffd_copy(area->uffd, address_of(area, page), content, area->unit, mode, NULL);
         CHECK(!result || result == -EEXIST || result == -EAGAIN);
+        if (!result && again)
+            CHECK(pc_uffd_copy(area->uffd, address_of(area, page), content, area->unit, mode, NULL) != 0);
         filled = !result ? FILLED : result == -EEXIST ? EXISTED : TRY_AGAIN;
     }
     CHECK_EQ(pthread_rwlock_unlock(&stress->filling), 0);
@@ -143,7 +149,7 @@ static void answer(struct actor *handler, uint64_t page)
     const struct area *area = &stress->area;
 
     for (;;) {
-        switch (fill(stress, page, 0)) {
+        switch (fill(stress, page, 0, next(&handler->random) % 4 == 0)) {
         case TRY_AGAIN:
             read_events(handler);
             (void)sched_yield();
@@ -151,10 +157,7 @@ static void answer(struct actor *handler, uint64_t page)
         case EXISTED: /* the copier was here and has woken nobody */
             CHECK_EQ(pc_uffd_wake(area->uffd, address_of(area, page), area->unit), 0);
             return;
-        case FILLED: /* a retry, as after a lost answer: it must find the page and leave it alone */
-            if (next(&handler->random) % 4 == 0)
-                CHECK(fill(stress, page, 0) != FILLED);
-            return;
+        case FILLED:
         case OF_NO_USE:
             return;
         }
@@ -204,7 +207,7 @@ static void *copier_main(void *argument)
             order[other] = i;
         }
         for (uint64_t i = 0; i < pages; i++)
-            while (fill(stress, order[i], next(&copier->random) % 2 ? PC_UFFD_DONTWAKE : 0) == TRY_AGAIN)
+            while (fill(stress, order[i], next(&copier->random) % 2 ? PC_UFFD_DONTWAKE : 0, false) == TRY_AGAIN)
                 (void)sched_yield();
         (void)pthread_barrier_wait(&stress->end);
     }
