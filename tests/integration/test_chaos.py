@@ -36,7 +36,8 @@ def seed() -> str:
     ],
 )
 def test_machines(side: Start, workload: str, plan: str) -> None:
-    arguments = ("--memory", "32MiB", "--vcpus", "2", "--workload", workload, "--migrate-after", "0.2")
+    memory = "16MiB" if plan == "freeze" else "32MiB"
+    arguments = ("--memory", memory, "--vcpus", "2", "--workload", workload, "--migrate-after", "0.2")
     status, result, errors = side("demo", "--json", *arguments, "--chaos", plan, "--seed", seed()).end(100)
     assert status == 0, errors
     assert result["status"] == "completed"

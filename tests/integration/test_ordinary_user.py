@@ -44,7 +44,8 @@ def test_demo_without_any_right(package: list[str], spawn_child: Callable[..., A
     assert (found["uid"], found["groups"]) == (NOBODY, [])
     assert {int(capabilities, 16) for capabilities in found["caps"]} == {0}
     arguments = ["demo", "--json", "--memory", "32MiB", "--workload", workload]
-    arguments += ["--migrate-after", "0.1", "--run-for", "0.2"]
+    # So slow that the machine touches pages before they are pushed, however busy the host is.
+    arguments += ["--migrate-after", "0.1", "--run-for", "0.2", "--max-bandwidth", "16MiB/s"]
     if found["how"] != "USER_ONLY":  # a host where everybody has everything: still by hand
         arguments += ["--machine", "rv64"]
     child = spawn_child([*package, "-m", "postcopy", *arguments])
