@@ -52,7 +52,7 @@ check-1:
 	@$(STEP) 120 --log $(LOGS)/lint.log "lint" $(MAKE) --no-print-directory lint
 	@$(STEP) 120 --log $(LOGS)/c.log "C tests" ctest --test-dir $(B)-plain --output-on-failure -L unit -LE slow -j2
 check-2:
-	@$(STEP) 120 --log $(LOGS)/unit.log "unit tests" $(BIN)/pytest -q -n $(PYTEST_JOBS) --dist worksteal tests/unit -m "not slow" $(PYTEST_ARGS)
+	@$(STEP) 120 --log $(LOGS)/unit.log "unit tests" $(BIN)/pytest -q -n 4 --dist worksteal tests/unit -m "not slow" $(PYTEST_ARGS)
 
 # Each step has a log of its own, of which a step that fails shows the end.
 test: setup ## everything CI runs: lint, C tests plain and sanitized, fuzz corpus, pytest, hostile peers, containers

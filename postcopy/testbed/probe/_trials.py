@@ -105,13 +105,20 @@ def _watched(kind: str, mode: RegisterMode | None = None, features: int = 0) -> 
     with contextlib.ExitStack() as stack:
         uffd = Userfaultfd.open(How.ANY, features)
         stack.callback(uffd.close, abandon=True)  # whatever still waits there is not to make closing wait
-        memory = stack.enter_context(Memory.create(kind, page_bytes_of(kind)))
-        # Before its memory: who still waits there then reads zeros, and would else die of an address that is gone.
-        stack.callback(uffd.close, abandon=True)
-        watched = _Watched(uffd, memory, int(ffi.cast("uintptr_t", memory.struct.base)), memory.size_bytes)
-        if mode is not None:
-            watched.register(mode)
-        yield watched
+        memory = Memory.create(kind, page_bytes_of(kind))
+        try:
+            watched = _Watched(uffd, memory, int(ffi.cast("uintptr_t", memory.struct.base)), memory.size_bytes)
+            if mode is not None:
+                watched.register(mode)
+            yield watched
+        except BaseException:
+            _KEPT.append(memory)  # a thread that waits there goes on when `uffd` closes, and must find an address
+            raise
+        memory.close()
+
+
+_KEPT: list[Memory] = []
+"""Of trials that gave up; until their process ends."""
 
 
 def _done(result: Result, what: str) -> None:
