@@ -88,7 +88,7 @@ static void check_patched(const struct rig *rig, uint64_t page, uint64_t at, uin
 
 static void kernel_paths(int kind)
 {
-    const uint64_t pages[] = {kind == PC_MEMORY_HUGETLB ? 20 : 64};
+    const uint64_t pages[] = {kind == PC_MEMORY_HUGETLB ? 28 : 64};
     uint64_t page = UINT64_MAX, system_page = pc_page_bytes();
     uint8_t *buffer = aligned_alloc(system_page, system_page);
     struct timespec soon = {.tv_nsec = 5000000};
