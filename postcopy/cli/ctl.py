@@ -17,8 +17,8 @@ from postcopy.errors import ConfigurationError, MigrationError, PeerError
 from postcopy.output import Output
 from postcopy.service.client import ControlClient
 from postcopy.service.options import flag
+from postcopy.service.render import render_answer
 from postcopy.service.schema import COMMANDS, ControlError, Json, plain
-from postcopy.service.status import render_answer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

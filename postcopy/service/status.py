@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `status` answers, and how it reads: the names of docs/results.md, aligned as `virsh domjobinfo` has them."""
+"""What `status` answers: the names of docs/results.md. How it reads is in `render`."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import trio
 
 from postcopy.machines import Machine
-from postcopy.migration.statistics import Statistics, figures, milliseconds
+from postcopy.migration.statistics import milliseconds
 from postcopy.migration.tasks import now_ns
 from postcopy.service import report
 from postcopy.service.report import Json, Migration
-from postcopy.units import format_size
 
 LOST = frozenset({"postcopy-paused", "in-doubt"})
-_LABEL_WIDTH = 18
 
 
 def machine_status(name: str, machine: Machine | None, migration: Migration | None) -> Json:
@@ -42,112 +39,3 @@ def _migration(migration: Migration) -> Json:
             "elapsed-ms": milliseconds(done_ns - migration.started_ns),
         }
     )
-
-
-# ---- For people
-
-
-def render_answer(request: str, answer: Json) -> str:
-    """What a person wants to know of an answer; nothing where that it was done says it all."""
-    if request == "status":
-        return render(answer)
-    if request == "set":
-        return _rows(_setting_rows(answer))
-    if request == "commands":
-        return _rows([(command["name"], command["help"]) for command in answer["commands"]])
-    if request == "reclaim":
-        return f"{answer['machine']} runs here again: {answer['lost']}"
-    if request == "migrate":
-        return f"{answer['machine']} is on its way: migration {answer['migration']}"
-    return f"{answer['name']} runs" if request == "start" else ""
-
-
-def render(status: Json) -> str:
-    """A process's status as lines; an empty line between machines."""
-    parts = [_rows(_process_rows(status))]
-    parts += [_rows(_machine_rows(machine)) for machine in status.get("machines", [])]
-    return "\n\n".join(parts)
-
-
-def _rows(rows: list[tuple[str, str]]) -> str:
-    return "\n".join(f"{label + ':':<{_LABEL_WIDTH}} {value}" for label, value in rows)
-
-
-def _process_rows(status: Json) -> list[tuple[str, str]]:
-    rows = [("Side", str(status.get("side"))), ("Process", str(status.get("pid")))]
-    rows += [("Listening on", str(address)) for address in status.get("listening", [])]
-    rows += _setting_rows(status.get("settings", {}))
-    rows.append(("Machines", str(len(status.get("machines", [])))))
-    return rows
-
-
-def _setting_rows(settings: Json) -> list[tuple[str, str]]:
-    rows = []
-    if "max-bandwidth" in settings:
-        limit = settings["max-bandwidth"]
-        rows.append(("Max bandwidth", f"{_size(limit)}/s" if limit else "unlimited"))
-    if "bulk-channels" in settings:
-        rows.append(("Bulk channels", str(settings["bulk-channels"])))
-    if "recover-for" in settings:
-        patience = settings["recover-for"]
-        rows.append(("Recover for", patience if isinstance(patience, str) else f"{patience:g} s"))
-    return rows
-
-
-def _machine_rows(machine: Json) -> list[tuple[str, str]]:
-    rows = [("Machine", str(machine["name"]))]
-    if machine.get("machine"):
-        rows.append(("Kind", f"{machine['machine']}, {_size(machine.get('memory', 0))}"))
-    guest = machine.get("guest") or {}
-    if guest:
-        rows.append(("State", str(guest.get("state"))))
-    if "operations" in guest:
-        rows.append(("Operations", str(guest["operations"])))
-        if guest.get("failures"):
-            rows.append(("Guest failures", f"{guest['failures']}: {guest.get('failure')}"))
-    job = machine.get("migration")
-    return rows + (_job_rows(job) if job else [("Job type", "None")])
-
-
-def _job_rows(job: Json) -> list[tuple[str, str]]:
-    ram = job.get("ram") or {}
-    rows = [
-        ("Job type", f"{str(job['status']).capitalize()}, {job['direction']}"),
-        ("Migration", str(job.get("id") or "-")),
-        ("Peer", _peer(job)),
-        ("Time elapsed", f"{_ms(job.get('elapsed-ms'))} ms"),
-    ]
-    for figure in figures(Statistics):
-        value = ram.get(figure.key) if figure.ram else job.get(figure.key) or None  # what is not in `ram`: only if any
-        if figure.label and value is not None:
-            rows.append((figure.label, _number(figure.key, value)))
-    if (job.get("fault-latency-us") or {}).get("count"):
-        latency = job["fault-latency-us"]
-        rows.append(("Fault latency", f"{latency['p50']} µs median, {latency['p99']} µs 99 %"))
-    if (job.get("recoveries") or {}).get("count"):
-        rows.append(("Recoveries", str(job["recoveries"]["count"])))
-    if job.get("error"):
-        rows.append(("Error", str(job["error"])))
-    return rows
-
-
-def _peer(job: Json) -> str:
-    if job["status"] in LOST and job.get("looking-for-peer") is False:
-        return (
-            f"{job.get('peer')} (lost, and not looked for any more: `recover` does, and `recover HOST:PORT` elsewhere)"
-        )
-    return str(job.get("peer"))
-
-
-def _number(key: str, value: Any) -> str:
-    if key.endswith("-ms"):
-        return f"{_ms(value)} ms"
-    return str(value) if key.endswith(("-pages", "-requests", "-faults")) else _size(value)
-
-
-def _size(value: Any) -> str:
-    return format_size(value) if isinstance(value, int) else str(value)
-
-
-def _ms(value: Any) -> str:
-    return f"{value:.1f}" if isinstance(value, int | float) else "-"

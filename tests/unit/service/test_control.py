@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from postcopy.errors import ConfigurationError, MigrationError, PeerError, ResourceError
 from postcopy.service import server as server_module
 from postcopy.service.client import ControlClient
+from postcopy.service.render import render, render_answer
 from postcopy.service.schema import (
     COMMANDS,
     MAX_LINE_BYTES,
@@ -36,7 +37,6 @@ from postcopy.service.schema import (
     parse_request,
 )
 from postcopy.service.server import MAX_CLIENTS, QUEUE_LINES, ControlServer
-from postcopy.service.status import render, render_answer
 
 _ODD: list[Any] = [None, True, False, 0, 1, -1, 1 << 70, 0.0, 1.5, math.inf, "", "x", "1MiB", "none", "\0", [], {}]
 
