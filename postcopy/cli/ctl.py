@@ -15,10 +15,11 @@ from postcopy.cli._parser import add_option
 from postcopy.cli.sides import Run
 from postcopy.errors import ConfigurationError, MigrationError, PeerError
 from postcopy.output import Output
+from postcopy.records import Json
 from postcopy.service.client import ControlClient
 from postcopy.service.options import CONTROL, default_control, flag
 from postcopy.service.render import render_answer
-from postcopy.service.schema import COMMANDS, ControlError, Json, plain
+from postcopy.service.schema import COMMANDS, ControlError, plain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,12 +89,12 @@ class CtlCommand:
     async def _migrate(self, client: ControlClient) -> bool:
         """Until it has ended, one way or the other."""
         await client.execute("events", {"enable": True})
-        migration = (await client.execute("migrate", self._arguments))["migration"]
+        migration = (await client.execute("migrate", self._arguments))["migration-id"]
         while True:
             event = await client.next_event()
             data = event["data"]
             # (sent to where it is, it has one of each direction)
-            if data.get("migration") != migration or data.get("direction") != "outgoing":
+            if data.get("migration-id") != migration or data.get("direction") != "outgoing":
                 continue
             if event["event"] == "migration-status":
                 why = f": {data['error']}" if data["error"] else ""

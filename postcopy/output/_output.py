@@ -17,12 +17,13 @@ from postcopy._log import add_migration, json_line, json_record, plain_record
 from postcopy.errors import ResourceError
 from postcopy.output._view import LIVE_PERIOD_S, Rate, rows, summary
 from postcopy.output._writer import Kind, QueuedStream, Writer
+from postcopy.records import VERSION, Json, Record, as_json
+from postcopy.records.events import OutputDropped
 
 if TYPE_CHECKING:
     # Loaded only where there is a terminal: a daemon's megabytes are counted.
     from rich.console import Console
 
-Json = dict[str, Any]
 PERIOD_S = 0.5
 PLAIN_PERIOD_S = 2.0
 
@@ -47,6 +48,7 @@ class Output:
         self._stalled = False  # that stdout is not read has been said
         self._kick = trio.Event()
         self._last_line = ""
+        self._last_progress: dict[str, Json] = {}
         self._rate = Rate()
         self.listeners: list[Callable[[str, Json], None]] = []
         """Called with every event, whether or not JSON was asked for; must not block."""
@@ -88,7 +90,7 @@ class Output:
     def _dropped_events(self, count: int) -> str:
         self._stalled = False
         if self._as_json:
-            return self._event_line("output-dropped", {"lines": count})
+            return self._event_line("output-dropped", as_json(OutputDropped(lines=count)))
         return f"postcopy: {count} lines are missing here: nobody read them\n"
 
     def _dropped_lines(self, count: int) -> str:
@@ -122,8 +124,14 @@ class Output:
         self._console.print(text, markup=False)
         stream.as_kind(Kind.PROGRESS)
 
-    def emit(self, event: str, fields: Json) -> None:
-        """A JSON line, where they were asked for."""
+    def emit(self, event: str, record: Record) -> None:
+        """A JSON line, where they were asked for. Progress that says the same as before is left out."""
+        fields = as_json(record)
+        if event == "progress":
+            side = fields["side"]
+            if fields == self._last_progress.get(side):
+                return
+            self._last_progress[side] = fields
         for listener in self.listeners:
             listener(event, fields)
         if not self._as_json or self._stdout.gone:
@@ -137,27 +145,29 @@ class Output:
 
     def _event_line(self, event: str, fields: Json) -> str:
         elapsed_ms = round((time.monotonic() - self._began) * 1000, 1)
-        return json.dumps({"event": event, "elapsed-ms": elapsed_ms, **fields}) + "\n"
+        return json.dumps({"schema": VERSION, "event": event, "elapsed-ms": elapsed_ms, **fields}) + "\n"
 
     def kick(self) -> None:
         """Something changed: show it now."""
         self._kick.set()
 
-    async def follow(self, status: Callable[[], Json]) -> None:
+    async def follow(self, progress: Callable[[], Record]) -> None:
         """Shows progress until cancelled."""
         period_s = PERIOD_S if self._console is None else LIVE_PERIOD_S
         next_event = next_plain = 0.0
         last_status = None
         with self._live_view() as draw:
             while True:
-                now, at = status(), time.monotonic()
+                record, at = progress(), time.monotonic()
+                now = as_json(record)
                 if self._kick.is_set() or at >= next_event:
                     self._kick = trio.Event()
-                    self.emit("progress", now)
+                    self.emit("progress", record)
                     next_event = at + PERIOD_S
-                    if draw is None and (now["status"] != last_status or at >= next_plain):
+                    status = now.get("status") or now.get("summary")
+                    if draw is None and (status != last_status or at >= next_plain):
                         self._plain(now)
-                        last_status, next_plain = now["status"], at + PLAIN_PERIOD_S
+                        last_status, next_plain = status, at + PLAIN_PERIOD_S
                 if draw is not None and not self._stderr.gone:
                     draw(now)
                 with trio.move_on_after(period_s):
@@ -186,7 +196,7 @@ class Output:
             yield draw
 
     def _plain(self, now: Json) -> None:
-        if now["status"] == "setup":
+        if now.get("status") == "setup":
             return  # nothing to tell yet
         line = summary(now, self._rate)
         if line != self._last_line:

@@ -31,7 +31,7 @@ class Rate:
 def rows(now: Json, rate: Rate) -> list[tuple[str, str]]:
     """The live view: one line each."""
     ram = now.get("ram") or {}
-    result = [(now["side"], now["status"])]
+    result = [(now["side"], now.get("status") or now["summary"])]
     if "remaining" in ram and ram["total"]:
         resident = ram["total"] - ram["remaining"]
         share = resident / ram["total"]
@@ -49,7 +49,7 @@ def rows(now: Json, rate: Rate) -> list[tuple[str, str]]:
     if "operations" in guest:
         failures = f", {guest['failures']} FAILURES" if guest["failures"] else ""
         result.append(
-            ("machine", f"{guest['state']}, {guest['operations']} operations, {guest['marks']} marks{failures}")
+            ("machine", f"{guest['state']}, {guest['operations']} operations, {guest['reports']} reports{failures}")
         )
     return result
 

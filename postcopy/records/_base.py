@@ -9,7 +9,7 @@ from msgspec import Meta, Struct, to_builtins
 
 Json = dict[str, Any]
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of the schema: raised when a field, an event or a request that was there goes away or means something else. What is
 added does not raise it: who reads these lines ignores what he does not know."""
 

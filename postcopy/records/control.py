@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 from msgspec import field
 
 from postcopy.records._base import VERSION, Record, doc
-from postcopy.records.migration import Machine, MigrationId, Name, Side
+from postcopy.records.migration import Machine, Name, Side
 
-Id = Annotated[int | float | str | bool | None, doc("What the request had as its id; not there where it had none.")]
+Id = Annotated[object, doc("What the request had as its id; not there where it had none.")]
 
 
 class Settings(Record, kw_only=True):

@@ -111,22 +111,16 @@ class SideResult(Counted, kw_only=True):
     """What `source` and `dest` report at their end."""
 
     kind: Kind
-    blocktime_ms: Annotated[
-        list[float] | None,
-        doc("How long each vCPU was blocked on missing pages.", "ms",
-            metric="postcopy_migration_vcpu_blocked_seconds_total", vcpu="NUMBER",
-            help="How long a vCPU has waited for pages."),
-    ] = None  # fmt: skip
     guest: Annotated[Guest | None, doc("What the machine says of itself, at the end.")] = None
     verified: Annotated[bool | None, doc("Whether all that was verified held; null: it was not asked for.")]
     verification: Annotated[list[Check], doc("What was verified.")]
-    overhead_bytes: Annotated[int, doc("Peak of the process's own memory beside the machine's.", "bytes")] = 0
+    overhead_bytes: Annotated[int, doc("Peak of the process's own memory beside the machine's.", "bytes")]
 
 
 class SourceResult(SideResult, kw_only=True):
     """The last line of `source`."""
 
-    served: Annotated[int, doc("Destinations that have got everything.", "destinations")] = 0
+    served: Annotated[int, doc("Destinations that have got everything.", "destinations")]
     setup_ms: Annotated[float | None, doc("From the offer until all channels were there.", "ms")] = None
     paused_at_ns: Annotated[
         int | None, doc("The request to pause, by CLOCK_MONOTONIC of this host; 0 when there was none.", "ns")
@@ -155,29 +149,6 @@ class DaemonResult(Record, kw_only=True):
     machines_received: Annotated[int, doc("Since it began.", "machines")]
 
 
-class DoubtfulRange(Record, kw_only=True):
-    """Pages of which it is not known which host has had them last."""
-
-    block: Annotated[str, doc("Name of the memory block.")]
-    first_page: Annotated[int, doc("Number of the first page in the block.", "pages")]
-    pages: Annotated[int, doc("How many.", "pages")]
-    page_bytes: Annotated[int, doc("Size of a page.", "bytes")]
-
-
-class MergeResult(Record, kw_only=True):
-    """The last line of `merge`."""
-
-    side: Side
-    image: Annotated[str | None, doc("The file that was made; null: a directory was.")]
-    directory: Annotated[str | None, doc("The directory that was made; null: a file was.")]
-    from_dest: Annotated[int, doc("Memory of the destination's salvage.", "bytes")]
-    from_source: Annotated[int, doc("Memory of the source's salvage.", "bytes")]
-    in_doubt: Annotated[int, doc("Memory in the ranges in doubt.", "bytes")]
-    ranges_in_doubt: Annotated[list[DoubtfulRange], doc("Where this memory is.")]
-    torn: Annotated[bool, doc("Whether the machine ran on while the destination's pages were written.")]
-    state: Annotated[bool, doc("Whether there is a state of the machine's devices: it can be started.")]
-
-
 EVENTS: dict[str, tuple[type[Record], ...]] = {
     "listening": (Listening,),
     "metrics": (MetricsAddress,),
@@ -189,6 +160,6 @@ EVENTS: dict[str, tuple[type[Record], ...]] = {
     "machine-left": (MachineLeft,),
     "machine-ended": (MachineEnded,),
     "output-dropped": (OutputDropped,),
-    "result": (SourceResult, DestResult, DaemonResult, MergeResult),
+    "result": (SourceResult, DestResult, DaemonResult),
 }
-"""The records that an event may have."""
+"""The records that an event of `source`, `dest` and `daemon` may have."""

@@ -25,8 +25,11 @@ Kind = Annotated[str | None, doc("Kind of the machine: `kvm`, `rv64` or `image`;
 MigrationId = Annotated[str, doc("Of the migration: 32 hexadecimal digits, the same on both hosts.")]
 Peer = Annotated[str, doc("Address of the other side, as HOST:PORT.")]
 Direction = Annotated[str, doc("Whether the machine leaves or comes.", of="outgoing|incoming")]
-Status = Annotated[str, doc("Where the migration is.", of="|".join(STATUSES), metric="postcopy_migration_status",
-                            help="1 for the status that the migration has, 0 for the others.", status="STATUS")]  # fmt: skip
+Status = Annotated[
+    str,
+    doc("Where the migration is.", of="|".join(STATUSES), metric="postcopy_migration_status", status="STATUS",
+        help="1 for the status that the migration has, 0 for the others."),
+]  # fmt: skip
 Error = Annotated[str | None, doc("What went wrong, in one line; null when nothing has.")]
 
 
@@ -145,6 +148,12 @@ class Counted(OfMigration, kw_only=True):
         Latency | None,
         doc("How long demand faults took.", "us", metric="postcopy_migration_fault_latency_seconds",
             help="Of demand faults, event read until thread woken."),
+    ] = None  # fmt: skip
+    blocktime_ms: Annotated[
+        list[float] | None,
+        doc("How long each vCPU was blocked on missing pages.", "ms",
+            metric="postcopy_migration_vcpu_blocked_seconds_total", vcpu="NUMBER",
+            help="How long a vCPU has waited for pages."),
     ] = None  # fmt: skip
     recoveries: Annotated[Recoveries | None, doc("Connections lost and replaced.")] = None
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from postcopy.output import Output
+from postcopy.records.events import MetricsAddress
 from postcopy.service import notify
 from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import OperatingOptions
@@ -79,7 +80,7 @@ class Operation:
             parse_metrics_address(self._options.metrics), "/metrics", CONTENT_TYPE, self._metrics.text
         )
         for address in server.addresses:
-            self._output.emit("metrics", {"address": str(address)})
+            self._output.emit("metrics", MetricsAddress(side=self._side, address=str(address)))
             self._output.say(f"{self._side}: metrics at http://{address}/metrics")
         return [*tasks, server.serve]
 
@@ -92,12 +93,10 @@ class Operation:
         contained_call(f"publishing {event}", partial(self._publish, event, fields))
 
     def _publish(self, event: str, fields: Json) -> None:
-        status = str(fields.get("status", ""))
+        status = str(fields.get("status") or fields.get("summary") or "")
         if event == ("listening" if self._service.listens else "progress"):  # the process can be used
             self._notifier.ready()
         if event == "progress" and status != self._last_status:
-            if self._server is not None:
-                self._server.publish("status", {"side": self._side, "from": self._last_status, "to": status})
             self._notifier.status(status)
             self._last_status = status
         if self._server is not None:

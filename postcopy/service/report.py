@@ -130,7 +130,7 @@ def _migration(migration: Migration) -> MigrationRecord:
     return status
 
 
-def _count(into: Counted, migration: Migration) -> Statistics:
+def _count(into: Counted, migration: Migration) -> None:
     """Fills in which migration it is, how it stands, and all that both sides count."""
     statistics = migration.statistics()
     into.side, into.direction = side(migration), direction(migration)
@@ -139,8 +139,8 @@ def _count(into: Counted, migration: Migration) -> Statistics:
     into.downtime_ms, into.total_ms = _ms(statistics.downtime_ns), _ms(statistics.total_ns)
     into.ram, into.pending_faults = ram(statistics), statistics.pending_faults
     into.fault_latency_us = latency(statistics.latency)
+    into.blocktime_ms = [milliseconds(ns) for ns in statistics.blocktime_ns]
     into.recoveries = recoveries(migration.recoveries)
-    return statistics
 
 
 def _ms(ns: int | None) -> float | None:
@@ -207,23 +207,22 @@ def guest(machine: AnyMachine, statistics: MachineStatistics) -> Guest:
             bytes=statistics.disk_bytes,
             errors=statistics.disk_errors,
         ),
-        network=network
-        and Network(
+        network=Network(
             **network,
             received=statistics.net_received,
             sent=statistics.net_sent,
             dropped=statistics.net_dropped,
             errors=statistics.net_errors,
-        ),
+        )
+        if network is not None
+        else None,
     )
 
 
 # ---- results
 
 
-def source_result(
-    machine: AnyMachine | None, migration: SourceMigration | None, *, served: int, overhead_bytes: int
-) -> SourceResult:
+def source_result(machine: AnyMachine | None, migration: SourceMigration | None, served: int) -> SourceResult:
     result = SourceResult(
         side="source",
         status="failed",
@@ -233,10 +232,10 @@ def source_result(
         verified=None,
         verification=[],
         served=served,
-        overhead_bytes=overhead_bytes,
+        overhead_bytes=0,
     )
     if migration is not None and machine is not None:
-        result.blocktime_ms = [milliseconds(ns) for ns in _count(result, migration).blocktime_ns]
+        _count(result, migration)
         result.setup_ms = milliseconds(max(0, migration.ready_ns - migration.started_ns))
         result.paused_at_ns = migration.paused_ns
         if migration.at_pause is not None:
@@ -248,9 +247,7 @@ def destination_result(
     migration: DestinationMigration | None,
     statistics: MachineStatistics | None,
     check: Check | None,
-    *,
     dump: str | None,
-    overhead_bytes: int,
 ) -> DestResult:
     """`statistics`: the machine's last ones; `check`: the verdict over its memory, when it was asked for."""
     machine = migration.machine if migration is not None else None
@@ -262,11 +259,11 @@ def destination_result(
         verified=None,
         verification=[],
         dump=dump,
-        overhead_bytes=overhead_bytes,
+        overhead_bytes=0,
     )
     if migration is None:
         return result
-    result.blocktime_ms = [milliseconds(ns) for ns in _count(result, migration).blocktime_ns]
+    _count(result, migration)
     result.resume_ms = milliseconds(max(0, migration.running_ns - migration.committed_ns))
     result.pager = pager(migration.pager_process)
     result.error = result.error or migration.machine_failure or None

@@ -17,9 +17,9 @@ from postcopy.migration.source import SourceMigration, check_releasable
 from postcopy.migration.tasks import Interrupted, first_of
 from postcopy.net import Acceptor, Link, Route
 from postcopy.output import Output
+from postcopy.records.events import Progress
 from postcopy.service import report
 from postcopy.service.config import ArrivalOptions, SourceConfig
-from postcopy.service.report import Json
 from postcopy.service.service import Owned, Phase, Service, why_not_completed
 from postcopy.wire import State
 
@@ -70,28 +70,27 @@ class Source(Service):
         """The result, and the end of the machine."""
         owned = self.machines[-1] if self.machines else None
         if owned is None or owned.machine is None:
-            self.emit_result({"side": "source", "status": "failed", "error": str(self.failure)}, done)
+            self.emit_result(report.source_result(None, None, 0), done)
             return
         machine, latest = owned.machine, self._latest
         if latest is not None and latest.state is State.PAUSED:
             # The machine has been paused since it was given to the destination: its memory is as old as that, and
             # whole, but for what the destination had acknowledged.
             await self.write_salvage(self._config.salvage_to, machine, latest, latest.kept())
-        result = report.source_result(machine, machine.statistics(), latest)
-        result["served"] = self._completed
+        result = report.source_result(machine, latest, self._completed)
         if done and latest is None:
-            result["status"] = "completed"
+            result.status = "completed"
         self.emit_result(result, done)
         if done:
-            self.output.say(f"source: {result['status']}, down for {result.get('downtime-ms', 0):g} ms")
+            self.output.say(f"source: {result.status}, down for {result.downtime_ms or 0:g} ms")
         self.machines.clear()
         await self.close_machine(owned)
 
-    def _progress(self) -> Json:
+    def _progress(self) -> Progress:
         machine = self.machines[-1].machine
         assert machine is not None
         self.measure_overhead(machine)
-        return report.source_progress(machine, self._latest)
+        return report.progress("source", machine, self._latest)
 
     # ---- the machine
 
@@ -147,10 +146,7 @@ class Source(Service):
             owned.phase = Phase.HERE
             if len(self.machines) > 1:
                 self.machines.remove(owned)
-        if migration.failure is not None:
-            fields = {"side": "source", "status": migration.status, "error": str(migration.failure)}
-            self.output.emit("migration-failed", fields)
-        self.output.emit("migration-ended", report.ended(migration))
+        self.output.emit("migration-ended", report.ended(owned.name, migration))
 
     async def _end_with_process(self, owned: Owned) -> None:
         await self.stop.wait()
@@ -185,6 +181,7 @@ class Source(Service):
             nursery.start_soon(prepare)
             await self._migrate(owned, migration)
             if migration.state is State.COMPLETED:
+                self._completed += 1
                 return True
             reclaimed = migration.state is State.RECLAIMED
             self.failure = why_not_completed(migration)

@@ -127,7 +127,7 @@ def test_daemon_that_sends_after_commit(daemon: Daemon, version: int) -> None:
             if signals == 1:
                 dest.take_all()
                 assert program.end(END_S) == 0
-                assert program.result()["sent"] == 1
+                assert program.result()["machines-sent"] == 1
             else:
                 program.signal(signal.SIGTERM)
                 program.end(END_S)
@@ -149,7 +149,7 @@ def test_daemon_that_receives(daemon: Daemon, version: int, rv64: Machine) -> No
         if signals == 1:
             source.finish()
             assert program.end(END_S) == 0
-            assert program.result()["received"] == 1
+            assert program.result()["machines-received"] == 1
         else:
             program.signal(signal.SIGTERM)
             program.end(END_S)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import trio
+from msgspec import convert
 from rich.console import Console
 
 from postcopy._blocking import run_sync
@@ -20,6 +21,8 @@ from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, k
 from postcopy.machines.toy.machine import explain_no_kvm
 from postcopy.machines.toy.tap import format_ipv4, parse_ipv4, parse_net
 from postcopy.output import Output
+from postcopy.records import Record
+from postcopy.records.commands import DemoResult
 from postcopy.service import options
 from postcopy.service.options import Group, Option
 from postcopy.testbed.chaos import KINDS, ChaosPlan, open_chaos_proxy
@@ -122,9 +125,10 @@ class DemoCommand:
             result = {"status": "failed", "error": str(known_error(group))}
         except PostcopyError as error:
             result = {"status": "failed", "error": str(error)}
-        result.setdefault("verified", False)
+        for name, value in {"verified": False, "verification": [], "kind": None}.items():
+            result.setdefault(name, value)
         show(result, Console(stderr="json" in self._values, highlight=False))
-        self._output.emit("result", {"side": "demo", **result})
+        self._output.emit("result", convert({"side": "demo", "error": None, **result}, DemoResult))
         if result.get("error"):
             raise MigrationError(str(result["error"]))
         return result["status"] == "completed" and result["verified"] is True
@@ -172,7 +176,7 @@ class DemoCommand:
             "sent": statistics.sent,
             "answered": statistics.answered,
             "duplicates": statistics.duplicates,
-            "went-back": statistics.went_back,
+            "not-increasing": statistics.went_back,
             "reordered": statistics.reordered,
             "longest-gap-ms": statistics.longest_gap_ms,
         }
@@ -243,7 +247,7 @@ class DemoCommand:
                 yield child.listening, {"chaos": said}
                 await child.end()
             seen = child.result or {}
-            said |= {"connections": seen.get("connections"), "refused": seen.get("refused"), "cuts": seen.get("by_way")}
+            said |= {"connections": seen.get("connections"), "refused": seen.get("refused"), "cuts": seen.get("cuts")}
             return
         # Nothing is cut before the point of no return: that would only keep the machine where it is.
         async with open_chaos_proxy(address, self._chaos, begin=source.committed) as proxy:
@@ -256,9 +260,9 @@ class DemoCommand:
         plan = ["chaos", self._values["chaos"], "--seed", str(self._chaos.seed)]
         return [*plan, "--json", "--listen", "127.0.0.1:0", "--to", address]
 
-    def _progress(self, source: Side, dest: Side) -> Json:
+    def _progress(self, source: Side, dest: Side) -> Record:
         # What matters is at the source until the machine is not there any more.
-        return dest.progress if dest.progress["status"] not in ("setup", "active") else source.progress
+        return dest.record if dest.progress["status"] not in ("setup", "active") else source.record
 
     def _dest_arguments(self, host: str) -> list[str]:
         return self._arguments("dest", listen=f"{host}:0")

@@ -18,11 +18,11 @@ class Client:
     """A process that sends the machine `one` away."""
 
     def __init__(self, *events: tuple[str, dict[str, Any]]) -> None:
-        of = {"migration": "ff", "direction": "outgoing", "machine": "one", "peer": "192.0.2.7:7777", "error": None}
+        of = {"migration-id": "ff", "direction": "outgoing", "machine": "one", "peer": "192.0.2.7:7777", "error": None}
         self._events = [{"event": event, "data": of | data} for event, data in events]
 
     async def execute(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        return {"migration": "ff"}
+        return {"migration-id": "ff"}
 
     async def next_event(self) -> dict[str, Any]:
         return self._events.pop(0)
