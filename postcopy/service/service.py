@@ -33,7 +33,7 @@ from postcopy.memory.bitmap import Bitmap
 from postcopy.migration import salvage
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net import Acceptor, Address, CallingLink, Link, Route
+from postcopy.net import Acceptor, Address, CallingLink, Link, Route, everywhere
 from postcopy.output import Output
 from postcopy.service import report
 from postcopy.service._contain import contained
@@ -200,7 +200,10 @@ class Service(abc.ABC):
     def announce_listening(self) -> None:
         for address in self.listening:
             self.output.emit("listening", {"side": self.side, "address": str(address)})
-            self.output.say(f"{self.side}: listening on {address}")
+        where = ", ".join(map(str, self.listening))
+        if families := everywhere(self.listening):  # nobody could connect to that
+            where = f"port {self.listening[0].port} of every address of this host ({families})"
+        self.output.say(f"{self.side}: listening on {where}")
 
     # ---- migrations
 
