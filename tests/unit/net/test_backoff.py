@@ -139,4 +139,4 @@ async def test_bad_handshakes_do_not_fill_the_log(autojump_clock: MockClock, cap
             await trio.sleep(0.01)
         while acceptor.bad_handshakes < 300:  # noqa: ASYNC110  (a counter)
             await trio.sleep(0.01)
-        assert 1 <= sum("does not speak postcopy" in line for line in caplog.messages) < 10
+        assert 1 <= sum("not a postcopy peer" in line for line in caplog.messages) < 10
