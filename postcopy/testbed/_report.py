@@ -7,23 +7,17 @@ A report is titled tables (`Section`) of styled words (`Span`); the three forms 
 from __future__ import annotations
 
 import json
-import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape as escape_html
-from typing import IO
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from postcopy.errors import PostcopyError
+from postcopy.output.tables import Columns
 
 _STYLES = {"good": "green", "muted": "dim", "warn": "yellow", "bad": "bold red"}
-UNBROKEN_WIDTH = 40  # a column of short words is not broken: the long ones beside it give way
-PLAIN_WIDTH = 160  # of what goes to a file: what is broken into lines can neither be searched for nor copied
 
 
 @dataclass(frozen=True)
@@ -57,42 +51,14 @@ class Section:
     """For each row, what a reader with a mouse may want beside."""
 
 
-# ---- to standard output
-
-
-def emit(write: Callable[[], object]) -> None:
-    """Calls what prints, and flushes. `PostcopyError` when it cannot be written, as on a full disk; when nobody reads
-    it, the exit status says it too."""
-    if sys.stdout is None:  # it was closed when this process began
-        return
-    try:
-        write()
-        sys.stdout.flush()
-    except OSError as error:
-        # What is left in the buffer must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            raise PostcopyError(f"standard output: {error.strerror}") from error
+# ---- to standard output (which is an `Output`'s: what it cannot take is its business)
 
 
 def emit_json(answer: object) -> None:
-    emit(lambda: print(json.dumps(answer)))
+    print(json.dumps(answer))
 
 
 # ---- text
-
-
-def make_console(file: IO[str]) -> Console:
-    """Colours where `file` is a terminal."""
-    return Console(file=file, highlight=False, width=None if file.isatty() else PLAIN_WIDTH)
-
-
-def grid(rows: Iterable[Sequence[str]]) -> Table:
-    """Columns without a header, of Rich's markup."""
-    table = Table.grid(padding=(0, 2))
-    for cells in rows:
-        table.add_row(*cells)
-    return table
 
 
 def markup(words: Words) -> str:
@@ -113,15 +79,7 @@ def print_section(console: Console, section: Section) -> None:
     print_line(console, section.title, "bold")
     if section.note:
         print_line(console, section.note, "dim")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for number, name in enumerate(section.header):
-        widest = max((sum(len(span.text) for span in cells[number]) for cells in section.rows), default=0)
-        # The first column is a name, to be found again; the others are broken where the console is narrow.
-        whole = widest <= UNBROKEN_WIDTH and (number == 0 or console.width // 4 >= UNBROKEN_WIDTH)
-        table.add_column(escape(name), overflow="fold", no_wrap=whole)
-    for cells in section.rows:
-        table.add_row(*map(markup, cells))
-    console.print(table)
+    console.print(Columns(([*map(markup, cells)] for cells in section.rows), tuple(map(escape, section.header))))
 
 
 # ---- Markdown

@@ -16,7 +16,8 @@ import argparse
 import sys
 
 from postcopy.errors import ConfigurationError, ResourceError
-from postcopy.testbed._report import emit, emit_json, grid, make_console, markup
+from postcopy.output.tables import Columns, make_console
+from postcopy.testbed._report import emit_json, markup
 from postcopy.testbed.probe._findings import Finding, find, find_all, migrations, names, uses
 from postcopy.testbed.probe._host import system
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         answers = [finding.as_json() for finding in findings]
         emit_json({**system(), "migrations": ways, "uses": uses(findings), "findings": answers})
     else:
-        emit(lambda: _print(findings, ways))
+        _print(findings, ways)
     return 0 if any(ways.values()) else 1
 
 
@@ -71,11 +72,11 @@ def _print(findings: list[Finding], ways: dict[str, bool]) -> None:
         if finding.name == "uffd-user" and finding:
             about += [[f"uffd {name}", ", ".join(finding.facts[name])] for name in ("features", "ioctls")]
     table = [[finding.name, _MARKS[finding.state], markup(finding.detail)] for finding in findings]
-    console.print(grid(about), "", grid(table), sep="\n")
+    console.print(Columns(about), "", Columns(table), sep="\n")
     if missing := [finding for finding in findings if not finding]:
-        remedies = grid([finding.name, markup(finding.remedy), markup(finding.needed_for)] for finding in missing)
+        remedies = Columns([finding.name, markup(finding.remedy), markup(finding.needed_for)] for finding in missing)
         console.print("\nWhat is missing, what would give it, and what needs it:", remedies, sep="\n")
-    needs = grid(
+    needs = Columns(
         [_MARKS["yes" if use["here"] else "no"], markup(use["name"]), markup(use["needs"])] for use in uses(findings)
     )
     console.print("\nWhat each use needs, and whether it is here:", needs, sep="\n")
