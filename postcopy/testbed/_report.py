@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from html import escape as escape_html
 from typing import IO
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -22,7 +23,10 @@ from rich.table import Table
 from postcopy.errors import PostcopyError
 
 _STYLES = {"good": "green", "muted": "dim", "warn": "yellow", "bad": "bold red"}
-UNBROKEN_WIDTH = 40  # a column of short words is not broken: the long ones beside it give way
+EMPTY = ("", "-", "n/a")
+"""What a cell has that says nothing."""
+GAP = 2  # between two columns
+PROSE_WIDTH = 24  # a column of sentences is readable from here on
 PLAIN_WIDTH = 160  # of what goes to a file: what is broken into lines can neither be searched for nor copied
 
 
@@ -84,15 +88,8 @@ def emit_json(answer: object) -> None:
 
 def make_console(file: IO[str]) -> Console:
     """Colours where `file` is a terminal."""
-    return Console(file=file, highlight=False, width=None if file.isatty() else PLAIN_WIDTH)
-
-
-def grid(rows: Iterable[Sequence[str]]) -> Table:
-    """Columns without a header, of Rich's markup."""
-    table = Table.grid(padding=(0, 2))
-    for cells in rows:
-        table.add_row(*cells)
-    return table
+    own_width = file.isatty() or "COLUMNS" in os.environ
+    return Console(file=file, highlight=False, width=None if own_width else PLAIN_WIDTH)
 
 
 def markup(words: Words) -> str:
@@ -110,18 +107,92 @@ def print_line(console: Console, text: str, style: str | None = None) -> None:
 
 
 def print_section(console: Console, section: Section) -> None:
-    print_line(console, section.title, "bold")
+    if section.title:
+        print_line(console, section.title, "bold")
     if section.note:
         print_line(console, section.note, "dim")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for number, name in enumerate(section.header):
-        widest = max((sum(len(span.text) for span in cells[number]) for cells in section.rows), default=0)
-        # The first column is a name, to be found again; the others are broken where the console is narrow.
-        whole = widest <= UNBROKEN_WIDTH and (number == 0 or console.width // 4 >= UNBROKEN_WIDTH)
-        table.add_column(escape(name), overflow="fold", no_wrap=whole)
-    for cells in section.rows:
-        table.add_row(*map(markup, cells))
-    console.print(table)
+    print_table(console, section.header, section.rows)
+
+
+def print_table(console: Console, header: Sequence[str], rows: Sequence[Row]) -> None:
+    """As wide as the console. Lines are broken between words; where there is no room for the longest word of every
+    column, the table is written in parts, each with its first column. An empty `header`: none is shown."""
+    shown = bool(header)
+    header, rows = informative(header or [""] * max(map(len, rows), default=0), rows)
+    columns = [_Column.of(name, [cells[number] for cells in rows]) for number, name in enumerate(header)]
+    for part in _parts(columns, console.width):
+        table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim", show_header=shown)
+        widths = _widths([columns[number] for number in part], console.width)
+        for number, width in zip(part, widths, strict=True):
+            table.add_column(escape(header[number]), overflow="fold", width=width)
+        for cells in rows:
+            table.add_row(*(markup(cells[number]) for number in part))
+        console.print(table)
+
+
+def informative(header: Sequence[str], rows: Sequence[Row]) -> tuple[tuple[str, ...], tuple[Row, ...]]:
+    """Without the columns that say nothing in any row. The first one stays: it says what a row is about."""
+    if not rows:
+        return tuple(header), tuple(rows)
+    kept = [
+        number
+        for number in range(len(header))
+        if number == 0 or any(_text(cells[number]) not in EMPTY for cells in rows)
+    ]
+    return tuple(header[number] for number in kept), tuple(tuple(cells[number] for number in kept) for cells in rows)
+
+
+def _text(cell: Sequence[Span]) -> str:
+    return "".join(span.text for span in cell)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """How many characters a column takes."""
+
+    least: int
+    """Its longest word."""
+    good: int
+    """Few of its lines are broken, and those of prose not too often."""
+    full: int
+    """None is."""
+
+    @classmethod
+    def of(cls, name: str, cells: Sequence[Sequence[Span]]) -> _Column:
+        texts = [_text(cell) for cell in cells]
+        least = max(map(cell_len, (word for text in (name, *texts) for word in text.split())), default=1)
+        lengths = sorted(map(cell_len, texts)) or [0]
+        most = lengths[max(0, len(lengths) * 9 // 10 - 1)]
+        return cls(least, max(least, min(most, PROSE_WIDTH)), max(least, lengths[-1]))
+
+
+def _parts(columns: Sequence[_Column], width: int) -> list[list[int]]:
+    """The numbers of the columns that stand beside each other."""
+    parts = [[0]] if columns else []
+    for number in range(1, len(columns)):
+        if _together(columns[n].good for n in (*parts[-1], number)) > width and len(parts[-1]) > 1:
+            parts.append([0])
+        parts[-1].append(number)
+    return parts
+
+
+def _together(widths: Iterable[int]) -> int:
+    return sum(width + GAP for width in widths) - GAP
+
+
+def _widths(columns: Sequence[_Column], width: int) -> list[int]:
+    """Of columns beside each other: what is good for each, and then as much more as there is room for, to those first
+    that need the least."""
+    good = _together(column.good for column in columns) <= width
+    widths = [column.good if good else column.least for column in columns]
+    room = width - _together(widths)
+    order = sorted(range(len(columns)), key=lambda number: columns[number].full - widths[number])
+    for done, number in enumerate(order):
+        more = min(columns[number].full - widths[number], room // (len(order) - done))
+        if more > 0:
+            widths[number] += more
+            room -= more
+    return widths
 
 
 # ---- Markdown
@@ -132,10 +203,11 @@ def section_as_markdown(section: Section) -> list[str]:
     lines = [f"**{section.title}**", ""]
     if section.note:
         lines += [section.note, ""]
-    lines.append("| " + " | ".join(plain(name) for name in section.header) + " |")
-    lines.append("|" + "---|" * len(section.header))
-    for cells in section.rows:
-        lines.append("| " + " | ".join(plain("".join(span.text for span in cell)) for cell in cells) + " |")
+    header, rows = informative(section.header, section.rows)
+    lines.append("| " + " | ".join(plain(name) for name in header) + " |")
+    lines.append("|" + "---|" * len(header))
+    for cells in rows:
+        lines.append("| " + " | ".join(plain(_text(cell)) for cell in cells) + " |")
     return [*lines, ""]
 
 
@@ -182,9 +254,10 @@ def to_html(title: str, lead: Iterable[tuple[str, str]], sections: Iterable[Sect
 
 def _section_as_html(section: Section) -> str:
     note = f'<p class="note">{escape_html(section.note)}</p>' if section.note else ""
-    head = "".join(f"<th>{escape_html(name)}</th>" for name in section.header)
+    header, kept = informative(section.header, section.rows)
+    head = "".join(f"<th>{escape_html(name)}</th>" for name in header)
     rows = []
-    for number, cells in enumerate(section.rows):
+    for number, cells in enumerate(kept):
         words = (
             "".join(f'<span class="{span.kind}">{escape_html(span.text)}</span>' for span in cell) for cell in cells
         )
