@@ -8,35 +8,41 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape as escape_html
 
 from rich.console import Console
-from rich.markup import escape
 
-from postcopy.output.tables import Columns
+from postcopy.output.tables import (
+    Row,
+    Span,
+    Words,
+    informative,
+    make_console,
+    markup,
+    print_line,
+    print_table,
+    row,
+    text_of,
+)
 
-_STYLES = {"good": "green", "muted": "dim", "warn": "yellow", "bad": "bold red"}
-
-
-@dataclass(frozen=True)
-class Span:
-    """Words and how they are meant: good, plain, muted, warn or bad."""
-
-    text: str
-    kind: str = "plain"
-
-
-Words = str | Span | Sequence[Span]
-"""What a table's cell is written from."""
-Row = tuple[tuple[Span, ...], ...]
-
-
-def row(*cells: Words) -> Row:
-    return tuple(
-        (Span(cell),) if isinstance(cell, str) else (cell,) if isinstance(cell, Span) else tuple(cell) for cell in cells
-    )
+__all__ = [
+    "Row",
+    "Section",
+    "Span",
+    "Words",
+    "emit_json",
+    "make_console",
+    "markup",
+    "plain",
+    "print_line",
+    "print_section",
+    "print_table",
+    "row",
+    "section_as_markdown",
+    "to_html",
+]
 
 
 @dataclass(frozen=True)
@@ -51,35 +57,20 @@ class Section:
     """For each row, what a reader with a mouse may want beside."""
 
 
-# ---- to standard output (which is an `Output`'s: what it cannot take is its business)
-
-
-def emit_json(answer: object) -> None:
-    print(json.dumps(answer))
-
-
 # ---- text
 
 
-def markup(words: Words) -> str:
-    """In Rich's markup."""
-    return "".join(
-        f"[{_STYLES[span.kind]}]{escape(span.text)}[/{_STYLES[span.kind]}]"
-        if span.kind in _STYLES and span.text
-        else escape(span.text)
-        for span in row(words)[0]
-    )
-
-
-def print_line(console: Console, text: str, style: str | None = None) -> None:
-    console.print(text, style=style, markup=False)
+def emit_json(answer: object) -> None:
+    """On standard output, which is the command's `Output`: what cannot be written there is its business."""
+    print(json.dumps(answer))
 
 
 def print_section(console: Console, section: Section) -> None:
-    print_line(console, section.title, "bold")
+    if section.title:
+        print_line(console, section.title, "bold")
     if section.note:
         print_line(console, section.note, "dim")
-    console.print(Columns(([*map(markup, cells)] for cells in section.rows), tuple(map(escape, section.header))))
+    print_table(console, section.header, section.rows)
 
 
 # ---- Markdown
@@ -90,10 +81,11 @@ def section_as_markdown(section: Section) -> list[str]:
     lines = [f"**{section.title}**", ""]
     if section.note:
         lines += [section.note, ""]
-    lines.append("| " + " | ".join(plain(name) for name in section.header) + " |")
-    lines.append("|" + "---|" * len(section.header))
-    for cells in section.rows:
-        lines.append("| " + " | ".join(plain("".join(span.text for span in cell)) for cell in cells) + " |")
+    header, rows = informative(section.header, section.rows)
+    lines.append("| " + " | ".join(plain(name) for name in header) + " |")
+    lines.append("|" + "---|" * len(header))
+    for cells in rows:
+        lines.append("| " + " | ".join(plain(text_of(cell)) for cell in cells) + " |")
     return [*lines, ""]
 
 
@@ -140,9 +132,10 @@ def to_html(title: str, lead: Iterable[tuple[str, str]], sections: Iterable[Sect
 
 def _section_as_html(section: Section) -> str:
     note = f'<p class="note">{escape_html(section.note)}</p>' if section.note else ""
-    head = "".join(f"<th>{escape_html(name)}</th>" for name in section.header)
+    header, kept = informative(section.header, section.rows)
+    head = "".join(f"<th>{escape_html(name)}</th>" for name in header)
     rows = []
-    for number, cells in enumerate(section.rows):
+    for number, cells in enumerate(kept):
         words = (
             "".join(f'<span class="{span.kind}">{escape_html(span.text)}</span>' for span in cell) for cell in cells
         )

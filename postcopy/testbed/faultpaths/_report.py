@@ -10,7 +10,6 @@ from typing import IO
 import msgspec
 
 from postcopy.errors import ConfigurationError
-from postcopy.output.tables import make_console
 from postcopy.testbed import _report as report
 from postcopy.testbed.faultpaths._model import Cell, Json, Judged, Operation, Result, Run, Verdict
 from postcopy.testbed.faultpaths._sections import LEGEND, columns, sections, summary
@@ -103,7 +102,7 @@ def describe_system(system: Json) -> str:
 
 
 def print_text(run: Run, file: IO[str]) -> None:
-    console = make_console(file)
+    console = report.make_console(file)
     report.print_line(console, describe_system(run.system))
     report.print_line(console, columns(run), "dim")
     for section in sections(run):

@@ -17,9 +17,8 @@ from rich.status import Status
 
 from postcopy._files import check_new_file, replacing, write_all
 from postcopy.errors import ConfigurationError
-from postcopy.output.tables import make_console
 from postcopy.testbed import _processes
-from postcopy.testbed._report import emit_json, print_line, print_section
+from postcopy.testbed._report import emit_json, make_console, print_line, print_section
 from postcopy.testbed.chaos import ChaosPlan
 from postcopy.testbed.faultpaths import _compare, _expect, _report, _select, _system
 from postcopy.testbed.faultpaths._model import Backing, Cell, Json, Measure, Mode, Operation, Result, Run
