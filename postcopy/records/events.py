@@ -50,18 +50,14 @@ class OutputDropped(Record, kw_only=True):
 class Progress(OfMigration, kw_only=True):
     """How a migration stands: twice a second and whenever something has changed, as long as something changes."""
 
+    starts_in_ms: Annotated[
+        int | None, doc("Source: until it begins to migrate, while it waits (`--migrate-after`).", "ms")
+    ] = None
     guest: Annotated[Guest | None, doc("What the machine says of itself, once it is there.")] = None
     ram: Annotated[Ram | None, doc("Memory and pages.")] = None
     pending_faults: Annotated[int | None, doc("Destination: threads that wait for a page now.", "threads")] = None
     recoveries: Annotated[Recoveries | None, doc("Connections lost and replaced.")] = None
     pager: Annotated[Pager | None, doc("Destination: where its pager lives.")] = None
-
-
-class ProcessProgress(ProcessStatus, kw_only=True):
-    """How a daemon and its machines are: twice a second and whenever something has changed, as long as something
-    changes."""
-
-    summary: Annotated[str, doc("The same in a few words for a person.")]
 
 
 class MigrationStatus(OfMigration, kw_only=True):
@@ -152,7 +148,7 @@ class DaemonResult(Record, kw_only=True):
 EVENTS: dict[str, tuple[type[Record], ...]] = {
     "listening": (Listening,),
     "metrics": (MetricsAddress,),
-    "progress": (Progress, ProcessProgress),
+    "progress": (Progress, ProcessStatus),
     "migration-status": (MigrationStatus,),
     "migration-ended": (MigrationEnded,),
     "machine-started": (MachineStarted,),

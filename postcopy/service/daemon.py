@@ -42,7 +42,6 @@ from functools import partial
 from typing import Any
 
 import trio
-from msgspec import structs
 
 from postcopy._blocking import keep_reserve
 from postcopy.errors import ConfigurationError, PostcopyError
@@ -51,14 +50,13 @@ from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration
 from postcopy.net import Acceptor, Link, Route, parse_address
 from postcopy.output import Output
-from postcopy.records.control import Done, EndedMachine, Steered
+from postcopy.records.control import Done, EndedMachine, ProcessStatus, Steered
 from postcopy.records.events import (
     DaemonResult,
     MachineEnded,
     MachineLeft,
     MachineReceived,
     MachineStarted,
-    ProcessProgress,
 )
 from postcopy.records.migration import Machine
 from postcopy.service import report
@@ -165,11 +163,8 @@ class Daemon(Service):
         if deadline.cancelled_caught:
             log.error("these do not end: %s", ", ".join(owned.name for owned in busy))
 
-    def _progress(self) -> ProcessProgress:
-        now = process_status(self)
-        busy = sum(owned.busy for owned in self.machines)
-        word = "machine" if len(self.machines) == 1 else "machines"
-        return ProcessProgress(**structs.asdict(now), summary=f"{len(self.machines)} {word}, {busy} migrating")
+    def _progress(self) -> ProcessStatus:
+        return process_status(self)
 
     def changed(self) -> None:
         # Called from the middle of migrations, which are not to suffer from what is shown of them.

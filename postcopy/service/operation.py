@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from postcopy.net import everywhere
-from postcopy.output import Output
+from postcopy.output import Output, count_machines
 from postcopy.records.events import MetricsAddress
 from postcopy.service import notify
 from postcopy.service._contain import contained, contained_call
@@ -97,7 +97,7 @@ class Operation:
         contained_call(f"publishing {event}", partial(self._publish, event, fields))
 
     def _publish(self, event: str, fields: Json) -> None:
-        status = str(fields.get("status") or fields.get("summary") or "")
+        status = count_machines(fields) if "machines" in fields else str(fields.get("status", ""))
         if event == ("listening" if self._service.listens else "progress"):  # the process can be used
             self._notifier.ready()
         if event == "progress" and status != self._last_status:
