@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from msgspec import Meta, structs
 
@@ -46,8 +47,11 @@ class Figure:
     name: str  # the attribute
     key: str  # in JSON
     required: bool
+    text: str
     label: str
     unit: str
+    words: tuple[str, ...]  # that it may be, where they are few
+    type: str  # in words
     metric: Metric | None
     record: type[Record] | None  # that it has, or has a list of
 
@@ -92,13 +96,34 @@ def figures(record: type[Record]) -> tuple[Figure, ...]:
                 name=each.name,
                 key=each.encode_name,
                 required=each.required,
+                text=meta.description or "",
                 label=meta.title or "",
                 unit=extra.get("unit", ""),
+                words=tuple(extra.get("enum", ())),
+                type=_type(get_type_hints(record)[each.name], each.required),
                 metric=Metric(**extra["metric"]) if "metric" in extra else None,
                 record=next((part for part in parts if isinstance(part, type) and issubclass(part, Record)), None),
             )
         )
     return tuple(found)
+
+
+def _type(hint: Any, nullable: bool) -> str:
+    """`nullable`: whether None is written, as null; else the field is left out then."""
+    parts = get_args(hint)
+    if get_origin(hint) is list:
+        return f"list of {_type(parts[0], nullable)}"
+    if get_origin(hint) is dict:
+        return f"map of text to {_type(parts[1], nullable)}"
+    if get_origin(hint) is Literal:
+        return f'"{parts[0]}"'
+    if parts:
+        names = [_type(part, nullable) for part in parts if part is not NoneType]
+        return " or ".join([*names, *(["null"] if nullable and NoneType in parts else [])])
+    return _TYPES.get(hint) or str(hint.__name__)
+
+
+_TYPES = {str: "text", int: "integer", float: "number", bool: "boolean", object: "any"}
 
 
 def _parts(hint: Any) -> Iterator[Any]:

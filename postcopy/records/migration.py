@@ -19,7 +19,9 @@ LOST: Final = frozenset({"postcopy-paused", "in-doubt"})
 
 _PAGES = "Pages by how they came: demand, background, zero (never sent), duplicate."
 
-Side = Annotated[str, doc("The side that says this.", of="source|dest|daemon|demo|merge|chaos")]
+Side = Annotated[
+    str, doc("What this is about: a side of a migration, or a command.", of="source|dest|daemon|demo|merge|chaos")
+]
 Name = Annotated[str, doc("The machine's name; where a machine has none, as in `source` and `dest`, its kind.")]
 Kind = Annotated[str | None, doc("Kind of the machine: `kvm`, `rv64` or `image`; null where none has come.")]
 MigrationId = Annotated[str, doc("Of the migration: 32 hexadecimal digits, the same on both hosts.")]
