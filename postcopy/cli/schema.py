@@ -19,10 +19,8 @@ def make(given: dict[str, Any], output: Output) -> Callable[[trio.Event], Awaita
     async def run(stop: trio.Event) -> bool:
         from postcopy.records.document import document, markdown  # some megabytes that nothing else needs
 
-        print(
-            markdown() if "markdown" in given else json.dumps(document(), indent=2),
-            end="\n" * ("markdown" not in given),
-        )
+        await trio.lowlevel.checkpoint()
+        print(markdown() if "markdown" in given else json.dumps(document(), indent=2))
         return True
 
     return run

@@ -47,16 +47,14 @@ def document() -> Json:
         "description": "What `return` has depends on the request: " + _requests() + ".",
         **_object({"return": {"anyOf": _refs(control.ANSWERS.values())}, "id": {}}, ["return"]),
     }
-    line = [
-        {"$ref": f"#/$defs/{name}"} for name in ("Event", "LogLine", "Greeting", "Answer", "Refusal", "ControlEvent")
-    ]
+    lines = ("Event", "LogLine", "Greeting", "Answer", "Refusal", "ControlEvent")
     return {
         "$schema": DIALECT,
         "$id": f"urn:postcopy:schema:{VERSION}",
         "title": "Lines of JSON that postcopy writes",
         "description": f"As of postcopy {__version__}. Fields, events and requests may be added without a new version:"
         " ignore what you do not know.",
-        "anyOf": line,
+        "anyOf": [{"$ref": f"#/$defs/{name}"} for name in lines],
         "$defs": defs,
         "metrics": [
             {"name": metric.name, "type": metric.type, "help": metric.help, "labels": metric.all_labels}
@@ -130,8 +128,8 @@ def _plain(value: Any) -> Any:
 
 
 def markdown() -> str:
-    """docs/schema.md."""
-    return "\n".join(_page()) + "\n"
+    """docs/schema.md, without its last newline."""
+    return "\n".join(_page())
 
 
 def _page() -> Iterator[str]:
@@ -169,15 +167,17 @@ def _page() -> Iterator[str]:
 _HEAD = """\
 # Schema of the JSON output
 
-(Made by `postcopy schema --markdown` from the records that the program writes, `postcopy/records/`; `postcopy schema` prints the same as
-JSON Schema 2020-12, with units as `unit`. What the words mean, and how a command ends: [results.md](results.md).)
+(Made by `postcopy schema --markdown` from the records that the program writes, `postcopy/records/`; `postcopy schema`
+prints the same as JSON Schema 2020-12, with units as `unit`. What a status means, and how a command ends:
+[results.md](results.md).)
 
-**Version {version}.** Every line of `--json` and `--log-json` has it as `schema`, and so has the greeting of the control socket. It is raised when
-a field, an event or a request that was there goes away or means something else. What is added does not raise it: a program that reads these lines
-ignores what it does not know.
+**Version {version}.** Every line of `--json` and `--log-json` has it as `schema`, and so has the greeting of the
+control socket. It is raised when a field, an event or a request that was there goes away or means something else. What
+is added does not raise it: a program that reads these lines ignores what it does not know.
 
-Every line of `--json` has `schema`, `event` and `elapsed-ms` (ms since the command began), and the fields of its event's record. The control socket
-sends the same records as `data` of `{{"event": ..., "timestamp": ..., "data": ...}}`, where `timestamp` has `seconds` and `microseconds` since the
+Every line of `--json` has `schema`, `event` and `elapsed-ms` (ms since the command began), and the fields of its
+event's record. The control socket sends the same records as `data` of
+`{{"event": ..., "timestamp": ..., "data": ...}}`, where `timestamp` has `seconds` and `microseconds` since the
 beginning of 1970. A line of `--log-json` is a [LogLine](#logline)."""
 
 
@@ -217,4 +217,4 @@ def _words(figure: Figure) -> str:
 
 
 def _type(figure: Figure) -> str:
-    return figure.type if figure.record is None else figure.type.replace(figure.record.__name__, _link(figure.record))
+    return figure.kind if figure.record is None else figure.kind.replace(figure.record.__name__, _link(figure.record))

@@ -51,7 +51,7 @@ class Figure:
     label: str
     unit: str
     words: tuple[str, ...]  # that it may be, where they are few
-    type: str  # in words
+    kind: str  # its type, in words
     metric: Metric | None
     record: type[Record] | None  # that it has, or has a list of
 
@@ -100,7 +100,7 @@ def figures(record: type[Record]) -> tuple[Figure, ...]:
                 label=meta.title or "",
                 unit=extra.get("unit", ""),
                 words=tuple(extra.get("enum", ())),
-                type=_type(get_type_hints(record)[each.name], each.required),
+                kind=_type(get_type_hints(record)[each.name], each.required),
                 metric=Metric(**extra["metric"]) if "metric" in extra else None,
                 record=next((part for part in parts if isinstance(part, type) and issubclass(part, Record)), None),
             )
