@@ -147,7 +147,7 @@ def _page() -> Iterator[str]:
         yield f"| `{request}` | {_link(kind)} | {_first_sentence(kind)} |"
     yield from ("", "## Records", "")
     yield "*always*: the field is there in every such record. The others are left out where they are not known."
-    for kind in _all_records():
+    for kind in all_records():
         yield from ("", f"### {kind.__name__}", "", " ".join((kind.__doc__ or "").split()), "")
         if rows := [_row(figure) for figure in figures(kind)]:
             yield "| field | type | unit | | meaning |"
@@ -181,7 +181,7 @@ event's record. The control socket sends the same records as `data` of
 beginning of 1970. A line of `--log-json` is a [LogLine](#logline)."""
 
 
-def _all_records() -> list[type[Record]]:
+def all_records() -> list[type[Record]]:
     """Each once, what is made of others first."""
     found: dict[type[Record], None] = {}
 
