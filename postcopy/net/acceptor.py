@@ -85,12 +85,14 @@ class Acceptor:
         listeners: list[trio.SocketListener],
         why_refused: Callable[[int], str],
         endings: Endings | None = None,
+        instance: bytes = b"",
     ) -> None:
         """`why_refused` is asked for each control connection, at its hello and, where it has to offer something, when
         the offer is there; with the number of those that were not taken yet. Empty to let it in, else the reason why
         not. The caller of `next_link` has to count what it takes from then on, before anything else happens.
 
-        `endings` is what this process remembers."""
+        `endings` is what this process remembers. `instance`: the random number by which a process that calls, too
+        (`CallingLink.open`), knows that it has called itself."""
         self.endings = endings if endings is not None else Endings()
         self.channel_sets: dict[bytes, ListeningChannelSet] = {}
         self.reconnectors: dict[bytes, ListeningReconnector] = {}
@@ -100,6 +102,7 @@ class Acceptor:
             Address(str(name[0]), int(name[1])) for name in (one.socket.getsockname() for one in listeners)
         ]
         self._side = side
+        self._instance = instance
         self._listeners = listeners
         self._why_refused = why_refused
         self._waiting = 0
@@ -109,7 +112,12 @@ class Acceptor:
 
     @classmethod
     async def open(
-        cls, address: Address, side: str, why_refused: Callable[[int], str], endings: Endings | None = None
+        cls,
+        address: Address,
+        side: str,
+        why_refused: Callable[[int], str],
+        endings: Endings | None = None,
+        instance: bytes = b"",
     ) -> Acceptor:
         """Listens on every address that the host name has. `ResourceError` when that is not possible."""
         try:
@@ -128,7 +136,7 @@ class Acceptor:
             }.get(number or 0, "")
             reason = os.strerror(number) if number else str(error)
             raise ResourceError(f"cannot listen on {address}: {one_line(reason, 200)}", remedy) from error
-        return cls(side, listeners, why_refused, endings)
+        return cls(side, listeners, why_refused, endings, instance)
 
     async def next_link(self) -> Link:
         """The next control connection, the caller's from then on."""
@@ -223,11 +231,14 @@ class Acceptor:
             if hello.channel == "control":
                 if hello.epoch or hello.migration:
                     return await self._greet_returning(stream, handshake, hello)
+                if self._instance and hello.instance == self._instance:
+                    raise Refusal("this address is this daemon itself", Code.ITSELF)
                 return await self._greet_first(stream, handshake, scope)
             return await self._greet_data(stream, handshake, hello)
         except Refusal as refusal:
             self.refused += 1
-            if refusal.code not in (Code.PAUSED, Code.TOO_OFTEN) and self._log_limit.due():  # those ask again and again
+            # (The first two ask again and again; of the last one the caller tells.)
+            if refusal.code not in (Code.PAUSED, Code.TOO_OFTEN, Code.ITSELF) and self._log_limit.due():
                 log.warning("%s: refused a %s connection: %s", peer, hello.channel, refusal)
             await stream.send_all(handshake.send_refused(str(refusal), refusal.code, refusal.token))
             return False
