@@ -16,6 +16,7 @@ import trio
 from rich.console import Console
 
 from postcopy._blocking import run_sync
+from postcopy._stop import Stop
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, known_error
 from postcopy.machines.toy.machine import explain_no_kvm
 from postcopy.machines.toy.tap import format_ipv4, parse_ipv4, parse_net
@@ -65,7 +66,7 @@ DEFAULTS: Json = {"migrate_after_s": 1.0, "run_for_s": 2.0, "deadline_s": 300.0}
 MACHINE_DEFAULTS: Json = {"memory_bytes": 256 << 20, "vcpus": 2, "workload": "random"}  # of one that runs
 
 
-def make(given: Json, output: Output) -> Callable[[trio.Event], Awaitable[bool]]:
+def make(given: Json, output: Output) -> Callable[[Stop], Awaitable[bool]]:
     return DemoCommand(given, output).run
 
 
@@ -110,7 +111,7 @@ class DemoCommand:
             if self._image_bytes < MIN_IMAGE_BYTES:
                 raise ConfigurationError(f"an image for the demo needs at least {format_size(MIN_IMAGE_BYTES)}")
 
-    async def run(self, stop: trio.Event) -> bool:
+    async def run(self, stop: Stop) -> bool:
         result: Json
         try:
             with trio.fail_after(self._values["deadline_s"]):
@@ -129,7 +130,7 @@ class DemoCommand:
             raise MigrationError(str(result["error"]))
         return result["status"] == "completed" and result["verified"] is True
 
-    async def _both(self, directory: str, stop: trio.Event) -> Json:
+    async def _both(self, directory: str, stop: Stop) -> Json:
         values = self._values
         if values.get("workload") == "disk":
             values.setdefault("disk", os.path.join(directory, "disk.img"))
@@ -151,7 +152,7 @@ class DemoCommand:
                 return await self._run(source, dest, stop)
             return await self._watched(source, dest, others[0], stop)
 
-    async def _watched(self, source: Side, dest: Side, observer: Host, stop: trio.Event) -> Json:
+    async def _watched(self, source: Side, dest: Side, observer: Host, stop: Stop) -> Json:
         """The machine is on the laboratory's network, and a third host asks it all the time."""
         for side in (source, dest):
             assert side.host is not None
@@ -188,7 +189,7 @@ class DemoCommand:
         result["verified"] = result["verified"] and good
         return result
 
-    async def _run(self, source: Side, dest: Side, stop: trio.Event) -> Json:
+    async def _run(self, source: Side, dest: Side, stop: Stop) -> Json:
         cable: Json = {}
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._output.follow, lambda: self._progress(source, dest))

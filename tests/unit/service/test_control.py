@@ -397,7 +397,7 @@ class TestRendering:
 
     def test_nothing_known_yet(self) -> None:
         job = {"id": "", "direction": "incoming", "status": "setup", "peer": "x", "ram": {}}
-        machine = {"name": "arriving-1", "machine": None, "memory": 0, "guest": None, "migration": job}
+        machine = {"name": "vm1", "machine": None, "memory": 0, "guest": None, "migration": job}
         assert "Job type:          Setup, incoming" in render({"side": "daemon", "pid": 7, "machines": [machine]})
 
     def test_other_answers(self) -> None:
