@@ -25,7 +25,7 @@ CASES = [
     ("dest --listen 192.0.2.1:7", 1, "name an address of this host"),
     ("dest --listen :0 --backing tape", 2, "invalid choice: 'tape'"),
     ("dest --listen :0 --run-for soon", 2, "not a number of seconds"),
-    ("dest --listen :0 --dump /nonexistent/file", 2, "there is no directory"),
+    ("dest --listen :0 --dump /nonexistent/file", 2, "directory /nonexistent does not exist"),
     ("dest --listen :0 --dump /", 2, "that is a directory"),
     (f"{SOURCE} --memory 0", 2, "0 bytes"),
     (f"{SOURCE} --memory much", 2, "'much' is not a size"),

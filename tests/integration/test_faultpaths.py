@@ -116,7 +116,7 @@ def test_the_list(run_in_child: Callable[..., Any]) -> None:
         ("--direct-dir /proc", "no file can be made in '/proc'"),
         ("--direct-dir " + 300 * "x", "more than 255 bytes"),
         ("--json --markdown", "choose one"),
-        ("--html /nonexistent/page", "--html /nonexistent/page: there is no directory /nonexistent"),
+        ("--html /nonexistent/page", "--html /nonexistent/page: directory /nonexistent does not exist"),
         ("--html /dev/null", "--html /dev/null: that is a device, which would be replaced"),
         ("--expectations /nonexistent", "cannot read '/nonexistent': No such file"),
         ("--timeout 0", "'0' is not a number of seconds from 0.1 to 600"),
