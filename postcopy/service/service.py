@@ -20,6 +20,7 @@ from __future__ import annotations
 import abc
 import enum
 import logging
+import os
 import secrets
 import shlex
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -32,7 +33,7 @@ import trio
 
 from postcopy._stop import INSIST_S, Stop
 from postcopy.dataplane.pager import Pager
-from postcopy.errors import MigrationError, PostcopyError, known_error, out_of_memory
+from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, known_error, out_of_memory
 from postcopy.machines import BlockLayout, Machine, MachineState
 from postcopy.machines.kinds import create_destination
 from postcopy.memory.bitmap import Bitmap
@@ -271,6 +272,16 @@ class Service(abc.ABC):
             quit = f"`postcopy ctl --control {shlex.quote(self.control)} quit --force`"
             way = f"{way}, or {quit}," if self.stop.by else quit
         return f"{way} abandons {what}."
+
+    def check_arrival(self) -> None:
+        """`ConfigurationError` for what would have every machine refused that arrives."""
+        if (disk := self.arrival.disk) is not None:
+            try:
+                os.close(os.open(disk, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
+            except OSError as error:
+                raise ConfigurationError(
+                    f"--disk {disk}: {error.strerror}; it must be the file that the source uses"
+                ) from error
 
     # ---- listening
 
