@@ -101,6 +101,8 @@ class ControlHandler:
 
     async def _reclaim(self, arguments: Json) -> Json:
         """Takes a machine back, or says what would be lost by it."""
+        if self._service.stop.is_set():
+            raise ControlError("NotNow", "this process was asked to end, and the machine would end with it")
         here = self._service.machines
         if "machine" in arguments or len(here) == 1:
             owned = find(here, arguments.get("machine"))
