@@ -11,6 +11,7 @@ from typing import Any
 
 import trio
 
+from postcopy._stop import Stop
 from postcopy.cli._parser import add_command, add_option, with_default
 from postcopy.cli.sides import Run
 from postcopy.errors import ConfigurationError, MigrationError, PeerError
@@ -57,7 +58,7 @@ class CtlCommand:
         self._arguments = {name: plain(given[name]) for name in COMMANDS[self._request].arguments if name in given}
         self._output = output
 
-    async def run(self, stop: trio.Event) -> bool:
+    async def run(self, stop: Stop) -> bool:
         """True when it was done. `ConfigurationError` for what the process does not understand."""
         done = False
         async with trio.open_nursery() as nursery:

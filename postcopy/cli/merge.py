@@ -7,10 +7,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import trio
 from msgspec import convert
 
 from postcopy._blocking import run_sync
+from postcopy._stop import Stop
 from postcopy.cli.sides import Run
 from postcopy.migration import salvage
 from postcopy.migration.tasks import Interrupted
@@ -35,7 +35,7 @@ def make(given: dict[str, Any], output: Output) -> Run:
     return partial(merge, given["salvages"], given.get("output"), given.get("into"), output)
 
 
-async def merge(paths: list[str], image: str | None, directory: str | None, output: Output, stop: trio.Event) -> bool:
+async def merge(paths: list[str], image: str | None, directory: str | None, output: Output, stop: Stop) -> bool:
     """Into an image, or into a directory that a machine can be started from. True when no page is in doubt, and a
     machine could be started from what was to be one. What was made is there in either case, but not when it was
     interrupted."""

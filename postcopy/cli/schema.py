@@ -9,14 +9,15 @@ from typing import Any
 
 import trio
 
+from postcopy._stop import Stop
 from postcopy.output import Output
 from postcopy.service.options import Group, flag
 
 OPTIONS = (Group("", flag("markdown", "print a page for people instead of JSON Schema")),)
 
 
-def make(given: dict[str, Any], output: Output) -> Callable[[trio.Event], Awaitable[bool]]:
-    async def run(stop: trio.Event) -> bool:
+def make(given: dict[str, Any], output: Output) -> Callable[[Stop], Awaitable[bool]]:
+    async def run(stop: Stop) -> bool:
         from postcopy.records.document import document, markdown  # some megabytes that nothing else needs
 
         await trio.lowlevel.checkpoint()

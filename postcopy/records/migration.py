@@ -22,7 +22,9 @@ _PAGES = "Pages by how they came: demand, background, zero (never sent), duplica
 Side = Annotated[
     str, doc("What this is about: a side of a migration, or a command.", of="source|dest|daemon|demo|merge|chaos")
 ]
-Name = Annotated[str, doc("The machine's name; where a machine has none, as in `source` and `dest`, its kind.")]
+Name = Annotated[
+    str, doc("The machine's name; in `source` and `dest`, where machines have none, its kind; empty until it is known.")
+]
 Kind = Annotated[str | None, doc("Kind of the machine: `kvm`, `rv64` or `image`; null where none has come.")]
 MigrationId = Annotated[str, doc("Of the migration: 32 hexadecimal digits, the same on both hosts.")]
 Peer = Annotated[str, doc("Address of the other side, as HOST:PORT.")]

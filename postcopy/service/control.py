@@ -11,7 +11,6 @@ from dataclasses import replace
 import trio
 
 from postcopy.errors import MigrationError, PostcopyError
-from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration
 from postcopy.net import parse_address
 from postcopy.records import Record
@@ -29,8 +28,6 @@ from postcopy.service import report, schema
 from postcopy.service.report import Json, Migration
 from postcopy.service.schema import COMMANDS, SETTINGS, ControlError, plain
 from postcopy.service.service import Owned, Request, Service
-
-CANCEL_POLL_S = 0.01
 
 
 class ControlHandler:
@@ -54,7 +51,7 @@ class ControlHandler:
         handler = self._requests.get(request.command)
         if handler is None:
             called = {
-                "source": "a source that migrates once: `postcopy source --hold` takes orders",
+                "source": "a source that migrates once (see `postcopy source --hold`)",
                 "dest": "a destination",
             }.get(self._service.side, f"a {self._service.side}")
             raise ControlError("CommandNotFound", f"{request.command} has no meaning for {called}")
@@ -86,7 +83,8 @@ class ControlHandler:
     async def _recover(self, arguments: Json) -> AllSteered:
         undecided = self._undecided(arguments.get("machine"))
         if "to" in arguments and len(undecided) > 1:
-            raise ControlError("BadArguments", "say which machine's migration has a new address")
+            names = ", ".join(owned.name for owned, _ in undecided)
+            raise ControlError("BadArguments", f"several migrations: {names}; choose with --machine NAME")
         address = parse_address(arguments["to"]) if "to" in arguments else None
         return _all_that_can(undecided, lambda migration: migration.recover(address))
 
@@ -108,6 +106,8 @@ class ControlHandler:
 
     async def _reclaim(self, arguments: Json) -> Reclaimed:
         """Takes a machine back, or says what would be lost by it."""
+        if self._service.stop.is_set():
+            raise ControlError("NotNow", "this process was asked to end, and the machine would end with it")
         here = self._service.machines
         if "machine" in arguments or len(here) == 1:
             owned = find(here, arguments.get("machine"))
@@ -132,24 +132,14 @@ class ControlHandler:
         return Reclaimed(machine=owned.name, migration_id=migration.migration_id, lost=lost_there)
 
     async def _quit(self, arguments: Json) -> Done:
-        """Of a process that ends with its one migration."""
-        while not arguments.get("force"):
-            undecided = [migration for _, migration in self._undecided()]
-            decided = [migration for migration in undecided if not migration.cancellable]
-            # (the destination of an image can fetch it again)
-            if any(isinstance(one, DestinationMigration) or one.machine.live for one in decided):
-                raise ControlError(
-                    "NotNow",
-                    f"pages are still on their way ({decided[0].status}): wait, or quit with force and lose them",
-                )
-            if len(decided) == len(undecided):
-                break
-            # Given up first, and only then ended: it might be decided in this very moment, and lost with this process.
-            for migration in undecided:
-                migration.cancel()
-            with trio.CancelScope(shield=True):  # it may be the last that this process does: the client is answered
-                await trio.sleep(CANCEL_POLL_S)
-        self._service.stop.set()
+        service = self._service
+        if arguments.get("force"):
+            service.stop.insist()
+        elif lost := service.lost_by_quitting():
+            elsewhere = ", migrate or end the machine" if service.names_machines else ""
+            raise ControlError("NotNow", f"{lost}: wait{elsewhere}, or say quit --force, which loses it")
+        else:
+            service.stop.set()
         return Done()
 
 
@@ -188,7 +178,8 @@ def find(machines: Sequence[Owned], name: str | None) -> Owned:
 
 def _only(found: Sequence[Owned]) -> Owned:
     if len(found) > 1:
-        raise ControlError("BadArguments", f"which of them? {', '.join(owned.name for owned in found)}")
+        names = ", ".join(owned.name for owned in found)
+        raise ControlError("BadArguments", f"several machines: {names}; choose with --machine NAME")
     return found[0]
 
 

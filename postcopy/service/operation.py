@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from postcopy._stop import Stop
 from postcopy.net import everywhere
 from postcopy.output import Output, count_machines
 from postcopy.records.events import MetricsAddress
@@ -23,6 +24,10 @@ from postcopy.service.service import Service
 
 if TYPE_CHECKING:
     from postcopy.service.metrics import Metrics, MetricsFile
+
+
+EXTEND_S = 60.0
+EXTEND_EVERY_S = 5.0
 
 
 class Operation:
@@ -39,13 +44,14 @@ class Operation:
         self._notifier = notify.Notifier()
         self._last_status = ""
 
-    async def run(self, stop: trio.Event) -> bool:
+    async def run(self, stop: Stop) -> bool:
         """As the service's own `run`; what cannot be served is an error before anything else has begun."""
         options = self._options
         done = False
         async with contextlib.AsyncExitStack() as stack:
             tasks: list[Callable[[], Awaitable[None]]] = [partial(self._say_stopping, stop)]
             if options.control is not None:
+                self._service.control = options.control
                 execute = ControlHandler(self._service).execute
                 self._server = await ControlServer.open(options.control, self._side, execute)
                 stack.callback(self._server.close)
@@ -88,9 +94,16 @@ class Operation:
         self._output.say(f"{self._side}: metrics at http://{where}/metrics{note}")
         return [*tasks, server.serve]
 
-    async def _say_stopping(self, stop: trio.Event) -> None:
+    async def _say_stopping(self, stop: Stop) -> None:
+        """That it ends, and from then on that it still does: what is seen through may take longer than the service
+        manager allows. One that hangs does not say it, and is killed."""
         await stop.wait()
         self._notifier.stopping()
+        while True:
+            self._notifier.extend(EXTEND_S)
+            needed = self._service.needed()
+            self._notifier.status(f"ending, still needed: {needed}" if needed else "ending")
+            await trio.sleep(EXTEND_EVERY_S)
 
     def _on_event(self, event: str, fields: Json) -> None:
         # Called from the middle of migrations.

@@ -9,6 +9,7 @@ from functools import partial
 import trio
 
 from postcopy._blocking import run_sync
+from postcopy._stop import Stop
 from postcopy.errors import ConfigurationError
 from postcopy.machines import Machine
 from postcopy.machines.kinds import create_destination, create_source
@@ -20,7 +21,7 @@ from postcopy.output import Output
 from postcopy.records.events import Progress
 from postcopy.service import report
 from postcopy.service.config import ArrivalOptions, SourceConfig
-from postcopy.service.service import Owned, Phase, Service, why_not_completed
+from postcopy.service.service import Owned, Phase, Service, still_missing, why_not_completed
 from postcopy.wire import State
 
 MAX_SESSIONS = 16  # destinations served at the same time
@@ -36,11 +37,12 @@ class Source(Service):
         self._latest: SourceMigration | None = None
         self._starts_at_s = 0.0  # the migration, when the machine has computed for long enough
         self._completed = 0
+        self.salvage_to = config.salvage_to
 
-    async def run(self, stop: trio.Event) -> bool:
+    async def run(self, stop: Stop) -> bool:
         self.stop = stop
-        if self._config.salvage_to is not None:
-            salvage.check_target(self._config.salvage_to)
+        if self.salvage_to is not None:
+            salvage.check_target(self.salvage_to)
         return await self.run_to_result(self._run, self._end)
 
     async def _run(self) -> bool:
@@ -56,6 +58,7 @@ class Source(Service):
                 acceptor = await stack.enter_async_context(self.listen(config.listen, "source", self._why_refused))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.output.follow, self._progress)
+                nursery.start_soon(self.see_through)
                 if acceptor is None:
                     done = await self._connect(machine)
                 else:
@@ -77,7 +80,7 @@ class Source(Service):
         if latest is not None and latest.state is State.PAUSED:
             # The machine has been paused since it was given to the destination: its memory is as old as that, and
             # whole, but for what the destination had acknowledged.
-            await self.write_salvage(self._config.salvage_to, machine, latest, latest.kept())
+            await self.write_salvage(machine, latest, latest.kept())
         result = report.source_result(machine, latest, self._completed)
         if done and latest is None:
             result.status = "completed"
@@ -146,16 +149,12 @@ class Source(Service):
     async def _migrate(self, owned: Owned, migration: SourceMigration) -> None:
         keep = migration.machine.live or self._config.connect is not None
         try:
-            await self.send(owned, self._go, self._end_with_process, self._announce, keep=keep)
+            await self.send(owned, self._go, self._announce, keep=keep)
         finally:
             owned.phase = Phase.HERE
             if len(self.machines) > 1:
                 self.machines.remove(owned)
         self.output.emit("migration-ended", report.ended(owned.name, migration))
-
-    async def _end_with_process(self, owned: Owned) -> None:
-        await self.stop.wait()
-        owned.stop.set()
 
     async def _announce(self, owned: Owned) -> None:
         """Says that the machine is paused here while it is not known what became of it there, and that it was taken
@@ -163,10 +162,11 @@ class Source(Service):
         migration = owned.migration
         assert migration is not None
         await migration.paused.wait()
-        self.output.say(
-            f"postcopy: PAUSED: {migration.failure}; the machine belongs to the destination, its missing pages are kept"
-            " here until the destination is back, or this process is interrupted"
-        )
+        if not owned.stop.is_set():  # it was not abandoned
+            self.output.say(
+                f"source: PAUSED: {migration.failure}. Still needed: {still_missing(migration)}. It is kept here until"
+                " the destination is back"
+            )
         while migration.state is not State.RECLAIMED:
             await self.changes.wait()
         self.output.say("source: the machine was taken back; it goes on here until interrupted, or migrated again")

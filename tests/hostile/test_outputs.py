@@ -169,7 +169,7 @@ def test_closed_outputs(start: Start, tmp_path: Path) -> None:
 
 
 def test_terminal_that_hangs_up(start: Start, tmp_path: Path) -> None:
-    """The terminal is closed: SIGHUP ends a destination that waits, as it ends any program, and nothing is left."""
+    """The terminal is closed: the destination goes on without it."""
     address = free_port()
     controlling, terminal = pty.openpty()
     try:

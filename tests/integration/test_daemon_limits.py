@@ -77,7 +77,7 @@ def test_eight_machines_in_a_small_group(
         (to if name in came else at).wait(name, lambda here: here[name]["guest"]["operations"] > before[name])  # noqa: B023
     # What has ended is not promised any more.
     gone = sorted(came)[0]
-    to.ask("end", "--machine", gone)
+    to.ask("end", "--machine", gone, "--force")
     staying = next(name for name in names if name not in came)
     at.ask("migrate", address, "--machine", staying)
     for process in (home, small):

@@ -237,7 +237,7 @@ class TestKvm:
             assert now["status"] != "completed"  # which takes eight seconds at this bandwidth
             if now["status"] == "postcopy-paused":
                 assert now["guest"]["state"] == "paused"
-                source.signal(signal.SIGTERM)
+                source.abandon()
                 status, result, errors = source.end()
                 assert (status, result["status"]) == (1, "postcopy-paused")
                 assert result["guest"]["operations"] == result["guest-at-pause"]["operations"]
@@ -307,7 +307,7 @@ class TestKvm:
         paused = left.wait_status("postcopy-paused")
         if victim == "dest":
             assert paused["guest"]["state"] == "paused"
-        left.signal(signal.SIGTERM)
+        left.abandon()
         status, result, errors = left.end()
         assert status == 1
         assert result["status"] == "postcopy-paused"
@@ -350,7 +350,7 @@ class TestKvm:
         if policy == "hold":
             lost = dest.wait_status("postcopy-paused")
             dest.wait_for("later", lambda line: line["elapsed-ms"] > lost["elapsed-ms"] + 1000)
-            dest.signal(signal.SIGTERM)
+            dest.abandon()
         status, result, errors = dest.end()
         assert (status, result["status"]) == (1, "postcopy-paused")
         assert result["ram"]["remaining"] > 0
@@ -364,7 +364,7 @@ class TestKvm:
         source.wait_status("postcopy-active")
         dest.signal(signal.SIGKILL)
         source.wait_status("postcopy-paused")
-        source.signal(signal.SIGTERM)
+        source.abandon()
         status, result, _ = source.end()
         assert (status, result["status"]) == (1, "postcopy-paused")
         assert result["recoveries"]["count"] == 0

@@ -90,6 +90,16 @@ class Side:
     def signal(self, number: int) -> None:
         self._child.send_signal(number)
 
+    def abandon(self, number: int = 15) -> None:
+        """Asks it to end, and insists when it has said what would be lost."""
+        self.signal(number)
+        self.wait_for_errors("again within")
+        deadline = time.monotonic() + DEADLINE_S
+        while "Abandoning" not in self._child.errors():  # what comes right after the first one is part of it
+            self.signal(number)
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
     def end(self, deadline_s: float = DEADLINE_S) -> tuple[int, Json, str]:
         """Exit status, result, standard error."""
         done = self._child.wait(deadline_s)

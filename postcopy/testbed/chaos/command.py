@@ -11,6 +11,7 @@ from typing import Any
 
 import trio
 
+from postcopy._stop import Stop
 from postcopy.errors import ResourceError
 from postcopy.output import Output
 from postcopy.records import Record, as_json
@@ -36,12 +37,12 @@ def parse_plan(text: str, given: dict[str, Any]) -> ChaosPlan:
     return ChaosPlan.parse(text, given["seed"] if "seed" in given else secrets.randbits(32))
 
 
-def make(given: dict[str, Any], output: Output) -> Callable[[trio.Event], Awaitable[bool]]:
+def make(given: dict[str, Any], output: Output) -> Callable[[Stop], Awaitable[bool]]:
     """Carries connections, as badly as the plan says, until it is interrupted."""
     plan = parse_plan(given.get("plan", "cut"), given)
     listen, target = given["listen"], given["to"]
 
-    async def run(stop: trio.Event) -> bool:
+    async def run(stop: Stop) -> bool:
         began_s = trio.current_time()
 
         def log(event: str, record: Record) -> None:

@@ -15,6 +15,7 @@ import trio
 from msgspec import convert
 
 from postcopy._blocking import run_sync
+from postcopy._stop import Stop
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, known_error
 from postcopy.machines.toy.machine import explain_no_kvm
 from postcopy.machines.toy.tap import format_ipv4, parse_ipv4, parse_net
@@ -76,7 +77,7 @@ def defaults() -> Json:
     return options.defaults("source") | options.defaults("dest") | MACHINE_DEFAULTS | DEFAULTS
 
 
-def make(given: Json, output: Output) -> Callable[[trio.Event], Awaitable[bool]]:
+def make(given: Json, output: Output) -> Callable[[Stop], Awaitable[bool]]:
     return DemoCommand(given, output).run
 
 
@@ -156,7 +157,7 @@ class DemoCommand:
         vcpus = format_count(values["vcpus"], "vCPU")
         return f"{values['kind']}, {format_size(values['memory_bytes'])}, {vcpus}, workload {values['workload']}"
 
-    async def run(self, stop: trio.Event) -> bool:
+    async def run(self, stop: Stop) -> bool:
         result: Json
         try:
             with trio.fail_after(self._values["deadline_s"]):
@@ -176,7 +177,7 @@ class DemoCommand:
             raise MigrationError(str(result["error"]))
         return result["status"] == "completed" and result["verified"] is True
 
-    async def _both(self, directory: str, stop: trio.Event) -> Json:
+    async def _both(self, directory: str, stop: Stop) -> Json:
         values = self._values
         self._output.view.subject = self._subject()
         if values.get("workload") == "disk":
@@ -199,7 +200,7 @@ class DemoCommand:
                 return await self._run(source, dest, stop)
             return await self._watched(source, dest, others[0], stop)
 
-    async def _watched(self, source: Side, dest: Side, observer: Host, stop: trio.Event) -> Json:
+    async def _watched(self, source: Side, dest: Side, observer: Host, stop: Stop) -> Json:
         """The machine is on the laboratory's network, and a third host asks it all the time."""
         for side in (source, dest):
             assert side.host is not None
@@ -236,7 +237,7 @@ class DemoCommand:
         result["verified"] = result["verified"] and good
         return result
 
-    async def _run(self, source: Side, dest: Side, stop: trio.Event) -> Json:
+    async def _run(self, source: Side, dest: Side, stop: Stop) -> Json:
         cable: Json = {}
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._output.follow, lambda: self._progress(source, dest))

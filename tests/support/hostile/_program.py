@@ -224,6 +224,17 @@ class Program:
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
+    def abandon(self, number: int = 15) -> None:
+        """Asks it to end, and insists when it has said what would be lost."""
+        self.signal(number)
+        self.wait_errors("again within")
+
+        def insisted() -> bool:
+            self.signal(number)  # what comes right after the first one is part of it
+            return "Abandoning" in self.errors()
+
+        wait_until(f"{self} gives up", insisted)
+
     def end(self, deadline_s: float = DEADLINE_S) -> int:
         """Its exit status. It has ended by itself, in time, and without a traceback."""
         try:

@@ -403,7 +403,7 @@ class TestRendering:
 
     def test_nothing_known_yet(self) -> None:
         job = {"direction": "incoming", "status": "setup", "peer": "x", "ram": {}}
-        machine = {"name": "arriving-1", "kind": None, "memory": 0, "guest": None, "migration": job}
+        machine = {"name": "vm1", "kind": None, "memory": 0, "guest": None, "migration": job}
         assert "Job type:          Setup, incoming" in render({"side": "daemon", "pid": 7, "machines": [machine]})
 
     def test_other_answers(self) -> None:

@@ -79,14 +79,14 @@ async def test_set_reaches_those_under_way() -> None:
 def test_names() -> None:
     daemon = _daemon()
     daemon._add("a", Phase.HERE).machine = Mock(spec=Machine)
-    daemon._add("arriving", Phase.ARRIVING)  # nobody knows yet what it is: not meant by one who names none
+    daemon._add("", Phase.ARRIVING)  # nobody knows yet what it is: not meant by one who names none
     with pytest.raises(ConfigurationError, match="already"):
         daemon._add("a", Phase.HERE)
     with pytest.raises(ControlError, match="no machine 'b'"):
         find(daemon.machines, "b")
     assert find(daemon.machines, None).name == "a"
     daemon._add("b", Phase.HERE).machine = Mock(spec=Machine)
-    with pytest.raises(ControlError, match=r"which of them\? a, b"):
+    with pytest.raises(ControlError, match="several machines: a, b; choose with --machine NAME"):
         find(daemon.machines, None)
     # Its migration has completed, its end here has not: the name is free, so that it may come back at once.
     find(daemon.machines, "b").migration = _job(State.COMPLETED)
@@ -137,8 +137,8 @@ async def test_cancel_before_the_point_of_no_return_only(state: State, class_of_
 
 async def test_quit_loses_no_machine_unasked() -> None:
     daemon = _daemon()
-    daemon._add("a", Phase.HERE)
-    with pytest.raises(ControlError, match="these end with this process: a"):
+    daemon._add("a", Phase.HERE).machine = Mock(spec=Machine, live=True)
+    with pytest.raises(ControlError, match=r"a: the machine runs only here: .* or say quit --force"):
         await ControlHandler(daemon).execute(Request("quit", {}))
     assert not daemon.stop.is_set()
     await ControlHandler(daemon).execute(Request("quit", {"force": True}))

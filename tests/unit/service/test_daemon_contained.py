@@ -21,6 +21,7 @@ import trio
 import trio.testing
 
 from postcopy._blocking import run_sync
+from postcopy._stop import Stop
 from postcopy.dataplane.pager import Pager
 from postcopy.errors import MigrationError, PeerError, PostcopyError
 from postcopy.machines import Machine
@@ -52,7 +53,7 @@ MISTAKES = [KeyError("a mistake"), RuntimeError("can't start new thread"), Memor
 class Running:
     """A daemon in a task."""
 
-    def __init__(self, daemon: Daemon, stop: trio.Event) -> None:
+    def __init__(self, daemon: Daemon, stop: Stop) -> None:
         self.daemon = daemon
         self.stop = stop
         self.ended = trio.Event()
@@ -101,7 +102,7 @@ async def running(
     if with_machine:
         config = replace(config, kind="rv64", machine=SMALL, name="one")
     daemon = Daemon(config, Output(False, io.StringIO(), io.StringIO()))
-    handle = Running(daemon, trio.Event())
+    handle = Running(daemon, Stop())
     with trio.fail_after(DEADLINE_S):
         async with trio.open_nursery() as nursery:
 
@@ -123,8 +124,7 @@ async def running(
             if not handle.ended.is_set():
                 if with_machine:
                     await handle.computes("one")
-                daemon._forced = True
-                handle.stop.set()
+                handle.stop.insist()
                 await handle.ended.wait()
 
 
@@ -188,7 +188,7 @@ async def test_a_machine_that_is_being_ended_is_nobody_elses(monkeypatch: pytest
         monkeypatch.setattr(ToyMachine, "close", slowly)
         async with trio.open_nursery() as nursery:
             for _ in range(2):
-                nursery.start_soon(partial(there.ask, "end", machine="two"))
+                nursery.start_soon(partial(there.ask, "end", machine="two", force=True))
             await closing.wait()
             with pytest.raises(ControlError, match="is being ended"):
                 await there.ask("migrate", to="127.0.0.1:1", machine="two")
@@ -213,7 +213,7 @@ async def test_a_client_that_leaves_while_its_machine_ends(monkeypatch: pytest.M
         there.daemon.output.listeners.append(lambda event, fields: said.append((event, fields.get("machine"))))
         monkeypatch.setattr(ToyMachine, "close", slowly)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(partial(there.ask, "end", machine="two"))
+            nursery.start_soon(partial(there.ask, "end", machine="two", force=True))
             await closing.wait()
             nursery.cancel_scope.cancel()
             closed.set()
@@ -449,7 +449,7 @@ async def test_memory_is_promised_once(monkeypatch: pytest.MonkeyPatch) -> None:
         await there.until(lambda: len(there.daemon.machines) == 1)
         await there.ask("start", name="local", kind="rv64", memory=128 * MIB)
         await there.computes("local")
-        await there.ask("end", machine="local")
+        await there.ask("end", machine="local", force=True)
         await there.ask("start", name="local", kind="rv64", memory=128 * MIB)
 
 
@@ -519,8 +519,7 @@ async def test_connecting_is_shown_and_ends_at_once(frozen_peer: Address, end: s
             await there.computes("one")
         elif end == "end":
             await there.ask("end", machine="one", force=True)
-            there.daemon._forced = True
-            there.stop.set()
+            there.stop.insist()
             await there.ended.wait()
         elif end == "quit":
             await there.ask("quit", force=True)
