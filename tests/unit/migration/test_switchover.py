@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import socket
 from dataclasses import replace
 from typing import Any, cast
@@ -314,7 +316,10 @@ async def test_no_threads_fails_before_anything_has_begun(monkeypatch: pytest.Mo
     assert "no thread can be started" in str(pair.source.failure)
 
 
-@pytest.mark.parametrize("shortage", [MemoryError(), RuntimeError("can't start new thread")])
+@pytest.mark.parametrize(
+    "shortage",
+    [MemoryError(), RuntimeError("can't start new thread"), OSError(errno.EMFILE, os.strerror(errno.EMFILE))],
+)
 async def test_what_the_host_lacks_is_no_mistake(shortage: Exception, caplog: pytest.LogCaptureFixture) -> None:
     def make_machine(*_: object) -> Machine:
         raise shortage
