@@ -203,7 +203,7 @@ class Acceptor:
             self.refused += 1
             # (The first two ask again and again; of the last one the caller tells.)
             if refusal.code not in (Code.PAUSED, Code.TOO_OFTEN, Code.ITSELF) and self._log_limit.due():
-                log.warning("%s: refused a %s connection: %s", peer, hello.channel, refusal)
+                log.warning("%s: %s connection refused: %s", peer, hello.channel, refusal)
             await stream.send_all(handshake.send_refused(str(refusal), refusal.code, refusal.token))
             return False
 

@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 
 import trio
 
-from postcopy.errors import PeerError, ResourceError
+from postcopy.errors import NO_FILES, PeerError, ResourceError, out_of_files
 from postcopy.net.addresses import Address
 from postcopy.net.backoff import LogLimit
 from postcopy.wire import one_line
 
-NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+NO_ROOM = NO_FILES | {errno.ENOMEM, errno.ENOBUFS}
 ACCEPT_PAUSE_S = 0.1
 NEXT_ATTEMPT_S = 0.25
 """So long an address has before the next one of the same name is tried beside it (RFC 8305)."""
@@ -46,6 +46,8 @@ async def open_listeners(address: Address) -> list[trio.SocketListener]:
             "name an address of this host, or leave it out: :PORT",
         ) from error
     except (OSError, UnicodeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in NO_FILES:
+            raise out_of_files(error.errno, f"cannot listen on {address}") from error
         number = error.errno if isinstance(error, OSError) else None
         reason = os.strerror(number) if number else str(error)
         if number == errno.EAFNOSUPPORT:
@@ -55,13 +57,8 @@ async def open_listeners(address: Address) -> list[trio.SocketListener]:
             errno.EADDRNOTAVAIL: "name an address of this host: ip address",
             errno.EACCES: "choose a port from 1024 on",
             errno.EAFNOSUPPORT: f"leave the host out: :{address.port}, or name an address of IPv4",
-            errno.EMFILE: MORE_FILES,
-            errno.ENFILE: MORE_FILES,
         }.get(number or 0, "")
         raise ResourceError(f"cannot listen on {address}: {one_line(reason, 200)}", remedy) from error
-
-
-MORE_FILES = "allow this process more open files: ulimit -n 1024"
 
 
 async def _listeners(address: Address) -> list[trio.SocketListener]:
@@ -183,9 +180,8 @@ async def open_stream(address: Address, timeout_s: float) -> trio.SocketStream:
     except socket.gaierror as error:
         raise PeerError(f"{address}: the name {address.host!r} cannot be resolved ({error.strerror})") from error
     except (OSError, UnicodeError, ValueError) as error:  # ValueError: a name that IDNA cannot encode
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            remedy = MORE_FILES if error.errno in (errno.EMFILE, errno.ENFILE) else ""
-            raise ResourceError(f"cannot connect to {address}: {os.strerror(error.errno)}", remedy) from error
+        if isinstance(error, OSError) and error.errno in NO_FILES:
+            raise out_of_files(error.errno, f"cannot connect to {address}") from error
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
         raise PeerError(f"{address}: {one_line(reason, 200)}") from error
     if stream is None:
@@ -232,8 +228,8 @@ def _cause(error: OSError) -> OSError:
 def _none_answers(address: Address, tried: dict[str, OSError | None]) -> PeerError | ResourceError:
     numbers = {host: error.errno or 0 for host, error in tried.items() if error is not None}
     for number in NO_ROOM.intersection(numbers.values()):
-        remedy = MORE_FILES if number in (errno.EMFILE, errno.ENFILE) else ""
-        return ResourceError(f"cannot connect to {address}: {os.strerror(number)}", remedy)
+        what = f"cannot connect to {address}"
+        return out_of_files(number, what) if number in NO_FILES else ResourceError(f"{what}: {os.strerror(number)}")
     hosts: dict[str, list[str]] = {}  # by reason
     for host, number in numbers.items():
         reason = "connection refused" if number == errno.ECONNREFUSED else os.strerror(number)

@@ -176,5 +176,24 @@ def test_both_families_in_words(spawn_child: Start) -> None:
         for there in (metrics, port):
             with socket.create_connection((host, there), 30) as browser:
                 browser.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
-                assert browser.recv(12) == (b"HTTP/1.1 200" if there == metrics else p.PREAMBLE)
+                assert browser.recv(12).startswith(b"HTTP/1.1 200" if there == metrics else p.PREAMBLE)
     wait_for(r"( 127\.0\.0\.1:\d+: this is an HTTP client, not a postcopy peer)")
+
+
+@pytest.mark.parametrize("files", [6, 8, 14])
+def test_too_few_open_files(side: Start, image: Path, files: int) -> None:
+    """One line says what is short and what to do, whichever step of it fails."""
+    words = "Too many open files (remedy: allow this process more open files: ulimit -n 1024)"
+    shell = ("sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", sys.executable, "-m", "postcopy")
+    dest = side("dest", "--json", "--listen", "127.0.0.1:0", command=shell)
+    if files > 8:
+        source = side("source", "--json", "--machine", "image", "--image", image, "--connect", dest.address)
+        status, _, errors = source.end()
+        assert status == 1
+        assert words in errors
+        dest.signal(signal.SIGTERM)
+    status, _, errors = dest.end()
+    assert status == 1
+    assert f"{words}\n" in errors or f"{words})\n" in errors
+    assert "Traceback" not in errors
+    assert "OSError" not in errors
