@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,9 +34,8 @@ class Output:
     """Where a command's words go. `say`, `log`, `complain` and `emit` may be called from any thread, and never wait."""
 
     def __init__(self, as_json: bool, stdout: TextIO | None, stderr: TextIO | None, log_json: bool = False) -> None:
-        """`log_json`: every line on `stderr` is a JSON object too, and there is no live view."""
-        self._as_json = as_json
-        self._log_json = log_json
+        """`as_json`, `log_json`: see `configure`."""
+        self.configure(as_json, log_json)
         self._began = time.monotonic()
         self._stdout = Writer(stdout, self._dropped_events)
         self._stderr = Writer(stderr, self._dropped_lines)
@@ -43,13 +45,29 @@ class Output:
             QueuedStream(self._stdout, stdout, loss_is_error=True),
             QueuedStream(self._stderr, stderr, loss_is_error=False),
         )
-        self._console = None if log_json else _console_on(self._streams[1])
         self._stalled = False  # that stdout is not read has been said
         self._kick = trio.Event()
         self._last_line = ""
         self._rate = Rate()
         self.listeners: list[Callable[[str, Json], None]] = []
         """Called with every event, whether or not JSON was asked for; must not block."""
+
+    def configure(self, as_json: bool, log_json: bool) -> None:
+        """`as_json`: events are JSON lines on stdout. `log_json`: every line on stderr is a JSON object too, and there
+        is no live view."""
+        self._as_json = as_json
+        self._log_json = log_json
+
+    @functools.cached_property
+    def _console(self) -> Console | None:
+        """Where there is a terminal that can draw. (Rich is loaded only then, and only when there is something to
+        say.)"""
+        stream = self._streams[1]
+        if self._log_json or not stream.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
+            return None
+        from postcopy.output.tables import make_console
+
+        return make_console(cast(TextIO, stream), soft_wrap=True)
 
     # ---- its life
 
@@ -75,15 +93,21 @@ class Output:
                 f"no thread for the output: {error}", "allow this user, or its control group, more processes"
             ) from error
 
-    def close(self) -> None:
-        """Waits, for a bounded time, until what is queued has been read; says so when results have not been."""
-        self._stdout.close()
-        if self._as_json and self._stdout.lost and not self._stdout.gone:
-            self.complain(
-                f"{self._stdout.lost} lines of the result could not be written to the standard output, which nobody"
-                " reads, or which has no room"
-            )
+    def close(self) -> bool:
+        """Waits until what is queued has been read: events and messages for a bounded time, what was printed, a
+        command's answer, as long as its reader takes. Says so when something was lost; False when that was printed."""
+        printed = self._streams[0].used
+        if printed:
+            self._stdout.close(math.inf, math.inf)
+        else:
+            self._stdout.close()
+        complete = self._stdout.gone or not self._stdout.lost
+        if not complete:
+            error = self._stdout.error
+            why = error.strerror if error is not None else "nobody reads it"
+            self.complain(f"standard output: {why}: the result is not complete there")
         self._stderr.close()
+        return complete or not printed
 
     def _dropped_events(self, count: int) -> str:
         self._stalled = False
@@ -194,15 +218,6 @@ class Output:
             self.say(line, Kind.PROGRESS)
 
 
-def _console_on(stream: QueuedStream) -> Console | None:
-    """A console where there is a terminal."""
-    if not stream.isatty():
-        return None
-    from rich.console import Console
-
-    return Console(file=cast(TextIO, stream), highlight=False, soft_wrap=True)
-
-
 class LogHandler(logging.Handler):
     """Log lines through the console, so that they do not tear the live view."""
 
@@ -215,5 +230,6 @@ class LogHandler(logging.Handler):
         self._output.log(record)
 
 
-def make_output(as_json: bool, log_json: bool = False) -> Output:
-    return Output(as_json, sys.stdout, sys.stderr, log_json)
+def make_output() -> Output:
+    """On the standard streams of this process."""
+    return Output(False, sys.stdout, sys.stderr)

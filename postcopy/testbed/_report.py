@@ -7,46 +7,42 @@ A report is titled tables (`Section`) of styled words (`Span`); the three forms 
 from __future__ import annotations
 
 import json
-import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape as escape_html
-from typing import IO
 
-from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from postcopy.errors import PostcopyError
+from postcopy.output.tables import (
+    Row,
+    Span,
+    Words,
+    informative,
+    make_console,
+    markup,
+    print_line,
+    print_table,
+    row,
+    text_of,
+)
 
-_STYLES = {"good": "green", "muted": "dim", "warn": "yellow", "bad": "bold red"}
-EMPTY = ("", "-", "n/a")
-"""What a cell has that says nothing."""
-GAP = 2  # between two columns
-PROSE_WIDTH = 24  # a column of sentences is readable from here on
-PLAIN_WIDTH = 160  # of what goes to a file: what is broken into lines can neither be searched for nor copied
-
-
-@dataclass(frozen=True)
-class Span:
-    """Words and how they are meant: good, plain, muted, warn or bad."""
-
-    text: str
-    kind: str = "plain"
-
-
-Words = str | Span | Sequence[Span]
-"""What a table's cell is written from."""
-Row = tuple[tuple[Span, ...], ...]
-
-
-def row(*cells: Words) -> Row:
-    return tuple(
-        (Span(cell),) if isinstance(cell, str) else (cell,) if isinstance(cell, Span) else tuple(cell) for cell in cells
-    )
+__all__ = [
+    "Row",
+    "Section",
+    "Span",
+    "Words",
+    "emit_json",
+    "make_console",
+    "markup",
+    "plain",
+    "print_line",
+    "print_section",
+    "print_table",
+    "row",
+    "section_as_markdown",
+    "to_html",
+]
 
 
 @dataclass(frozen=True)
@@ -61,49 +57,12 @@ class Section:
     """For each row, what a reader with a mouse may want beside."""
 
 
-# ---- to standard output
-
-
-def emit(write: Callable[[], object]) -> None:
-    """Calls what prints, and flushes. `PostcopyError` when it cannot be written, as on a full disk; when nobody reads
-    it, the exit status says it too."""
-    if sys.stdout is None:  # it was closed when this process began
-        return
-    try:
-        write()
-        sys.stdout.flush()
-    except OSError as error:
-        # What is left in the buffer must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            raise PostcopyError(f"standard output: {error.strerror}") from error
-
-
-def emit_json(answer: object) -> None:
-    emit(lambda: print(json.dumps(answer)))
-
-
 # ---- text
 
 
-def make_console(file: IO[str]) -> Console:
-    """Colours where `file` is a terminal."""
-    own_width = file.isatty() or "COLUMNS" in os.environ
-    return Console(file=file, highlight=False, width=None if own_width else PLAIN_WIDTH)
-
-
-def markup(words: Words) -> str:
-    """In Rich's markup."""
-    return "".join(
-        f"[{_STYLES[span.kind]}]{escape(span.text)}[/{_STYLES[span.kind]}]"
-        if span.kind in _STYLES and span.text
-        else escape(span.text)
-        for span in row(words)[0]
-    )
-
-
-def print_line(console: Console, text: str, style: str | None = None) -> None:
-    console.print(text, style=style, markup=False)
+def emit_json(answer: object) -> None:
+    """On standard output, which is the command's `Output`: what cannot be written there is its business."""
+    print(json.dumps(answer))
 
 
 def print_section(console: Console, section: Section) -> None:
@@ -112,87 +71,6 @@ def print_section(console: Console, section: Section) -> None:
     if section.note:
         print_line(console, section.note, "dim")
     print_table(console, section.header, section.rows)
-
-
-def print_table(console: Console, header: Sequence[str], rows: Sequence[Row]) -> None:
-    """As wide as the console. Lines are broken between words; where there is no room for the longest word of every
-    column, the table is written in parts, each with its first column. An empty `header`: none is shown."""
-    shown = bool(header)
-    header, rows = informative(header or [""] * max(map(len, rows), default=0), rows)
-    columns = [_Column.of(name, [cells[number] for cells in rows]) for number, name in enumerate(header)]
-    for part in _parts(columns, console.width):
-        table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim", show_header=shown)
-        widths = _widths([columns[number] for number in part], console.width)
-        for number, width in zip(part, widths, strict=True):
-            table.add_column(escape(header[number]), overflow="fold", width=width)
-        for cells in rows:
-            table.add_row(*(markup(cells[number]) for number in part))
-        console.print(table)
-
-
-def informative(header: Sequence[str], rows: Sequence[Row]) -> tuple[tuple[str, ...], tuple[Row, ...]]:
-    """Without the columns that say nothing in any row. The first one stays: it says what a row is about."""
-    if not rows:
-        return tuple(header), tuple(rows)
-    kept = [
-        number
-        for number in range(len(header))
-        if number == 0 or any(_text(cells[number]) not in EMPTY for cells in rows)
-    ]
-    return tuple(header[number] for number in kept), tuple(tuple(cells[number] for number in kept) for cells in rows)
-
-
-def _text(cell: Sequence[Span]) -> str:
-    return "".join(span.text for span in cell)
-
-
-@dataclass(frozen=True)
-class _Column:
-    """How many characters a column takes."""
-
-    least: int
-    """Its longest word."""
-    good: int
-    """Few of its lines are broken, and those of prose not too often."""
-    full: int
-    """None is."""
-
-    @classmethod
-    def of(cls, name: str, cells: Sequence[Sequence[Span]]) -> _Column:
-        texts = [_text(cell) for cell in cells]
-        least = max(map(cell_len, (word for text in (name, *texts) for word in text.split())), default=1)
-        lengths = sorted(map(cell_len, texts)) or [0]
-        most = lengths[max(0, len(lengths) * 9 // 10 - 1)]
-        return cls(least, max(least, min(most, PROSE_WIDTH)), max(least, lengths[-1]))
-
-
-def _parts(columns: Sequence[_Column], width: int) -> list[list[int]]:
-    """The numbers of the columns that stand beside each other."""
-    parts = [[0]] if columns else []
-    for number in range(1, len(columns)):
-        if _together(columns[n].good for n in (*parts[-1], number)) > width and len(parts[-1]) > 1:
-            parts.append([0])
-        parts[-1].append(number)
-    return parts
-
-
-def _together(widths: Iterable[int]) -> int:
-    return sum(width + GAP for width in widths) - GAP
-
-
-def _widths(columns: Sequence[_Column], width: int) -> list[int]:
-    """Of columns beside each other: what is good for each, and then as much more as there is room for, to those first
-    that need the least."""
-    good = _together(column.good for column in columns) <= width
-    widths = [column.good if good else column.least for column in columns]
-    room = width - _together(widths)
-    order = sorted(range(len(columns)), key=lambda number: columns[number].full - widths[number])
-    for done, number in enumerate(order):
-        more = min(columns[number].full - widths[number], room // (len(order) - done))
-        if more > 0:
-            widths[number] += more
-            room -= more
-    return widths
 
 
 # ---- Markdown
@@ -207,7 +85,7 @@ def section_as_markdown(section: Section) -> list[str]:
     lines.append("| " + " | ".join(plain(name) for name in header) + " |")
     lines.append("|" + "---|" * len(header))
     for cells in rows:
-        lines.append("| " + " | ".join(plain(_text(cell)) for cell in cells) + " |")
+        lines.append("| " + " | ".join(plain(text_of(cell)) for cell in cells) + " |")
     return [*lines, ""]
 
 

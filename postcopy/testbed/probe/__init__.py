@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable
 
 from postcopy.errors import ConfigurationError, ResourceError
-from postcopy.testbed._report import Row, Section, Span, emit, emit_json, make_console, print_line, print_section, row
+from postcopy.testbed._report import Row, Section, Span, emit_json, make_console, print_line, print_section, row
 from postcopy.testbed.probe._findings import Finding, find, find_all, migrations, names, uses
 from postcopy.testbed.probe._host import system
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         answers = [finding.as_json() for finding in findings]
         emit_json({**system(), "migrations": ways, "uses": uses(findings), "findings": answers})
     else:
-        emit(lambda: _print(findings, ways))
+        _print(findings, ways)
     return 0 if any(ways.values()) else 1
 
 
