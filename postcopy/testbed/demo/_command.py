@@ -111,7 +111,7 @@ class DemoCommand:
         bandwidth = values.get("max_bandwidth_bytes_per_s", 0)
         if (self._lab or (self._chaos is not None and self._chaos.cut_every_s is not None)) and not bandwidth:
             # Slow enough that there is something to cut.
-            bandwidth = max(MIN_CUT_BANDWIDTH, round(content_bytes / CUT_PUSH_S))
+            bandwidth = max(MIN_CUT_BANDWIDTH, int(content_bytes / CUT_PUSH_S))
         values["max_bandwidth_bytes_per_s"] = bandwidth
         slowest = min(filter(None, (bandwidth, self._chaos.rate_bytes_per_s if self._chaos else 0)), default=0)
         push_s = content_bytes / slowest if slowest else 0.0
