@@ -12,11 +12,12 @@ from typing import Any
 
 import trio
 
-from postcopy.cli._parser import add_option
+from postcopy.cli._parser import add_command, add_option, with_default
 from postcopy.cli.sides import Run
 from postcopy.errors import ConfigurationError, MigrationError, PeerError
 from postcopy.output import Output
 from postcopy.output.words import format_duration
+from postcopy.service import options
 from postcopy.service.client import ControlClient
 from postcopy.service.options import CONTROL, default_control, flag
 from postcopy.service.render import render_answer
@@ -34,19 +35,21 @@ _REVERSIBLE = ("connecting", "setup", "active")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A parser for each request. What it may be given is checked here as it is by the process that is asked."""
     add_option(parser, CONTROL)
-    requests = parser.add_subparsers(dest="request", required=True, metavar="REQUEST")
+    requests = parser.add_subparsers(dest="request", required=True, metavar="REQUEST", title="requests")
     for name, command in COMMANDS.items():
-        help = "show what happens until it ends, or Ctrl-C" if name == "events" else command.help
-        request = requests.add_parser(name, help=help, allow_abbrev=False)
-        add_option(request, CONTROL)
-        add_option(request, flag("json", "the answer in JSON, as it came"))
+        help = "show events until the process ends, or Ctrl-C" if name == "events" else command.help
+        request = add_command(requests, name, help, examples=[(f"{help[0].upper()}{help[1:]}:", command.example)])
+        defaults = options.defaults("daemon") if name == "start" else {}
         for option in command.options if name != "events" else ():
             bare = option.name == command.bare
             nargs = "?" if bare and option.name != command.required else None
-            add_option(request, replace(option, field=option.name, positional=bare, nargs=nargs))
+            help = with_default(option, defaults.get(option.key))
+            add_option(request, replace(option, field=option.name, help=help, positional=bare, nargs=nargs))
         if name == "migrate":
-            add_option(request, flag("detach", "return when it is on its way; `ctl top` shows how it goes on"))
-    top = requests.add_parser("top", help=TOP_HELP, description=TOP_HELP, allow_abbrev=False)
+            add_option(request, flag("detach", "do not wait until the machine has moved; `ctl top` shows it"))
+        add_option(request, CONTROL)
+        add_option(request, flag("json", "print the answer as JSON"))
+    top = add_command(requests, TOP, TOP_HELP, examples=[("Watch the machines of a daemon:", "postcopy ctl top")])
     add_option(top, CONTROL)
 
 
