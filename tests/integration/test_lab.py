@@ -208,14 +208,16 @@ def test_hosts_know_each_other_by_name(prefix: tuple[str, ...], require: Callabl
     before = Path("/etc/hosts").read_bytes(), socket.gethostname()
     postcopy_ = f"{sys.executable} -m postcopy"
     script = f"""set -e
+        trap '{postcopy_} lab down' EXIT
         {postcopy_} lab up >/dev/null
         {postcopy_} lab exec h1 -- sh -c 'hostname; getent ahosts h2; cat /etc/hosts'
         {postcopy_} lab exec h2 -- hostname
         {postcopy_} lab exec h1 -- {sys.executable} -c "$ANSWER" >/dev/null &
         {postcopy_} lab exec h2 -- {sys.executable} -c "$ASK" h1 {MANY} 64
         {postcopy_} lab exec h2 -- {postcopy_} dest --listen :7777 --run-for 0 --json >dest.out &
+        until grep -q listening dest.out; do sleep 0.05; done
         {postcopy_} lab exec h1 -- {postcopy_} source --machine rv64 --memory 16MiB --connect h2:7777
-        {postcopy_} lab down
+        wait $!
         cat dest.out
         """
     done = run(
