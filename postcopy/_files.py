@@ -284,7 +284,7 @@ def _refuse_irregular(what: str, path: str) -> None:
 
 def _explain(error: OSError, directory: str) -> str:
     if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.isdir(directory):
-        return f"there is no directory {directory}"
+        return f"directory {directory} does not exist"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return f"no right to write into {directory}"
+        return f"this user may not write into directory {directory}"
     return f"cannot write into {directory}: {error.strerror}"

@@ -11,10 +11,11 @@ from typing import Any
 
 import trio
 
-from postcopy.cli._parser import add_option
+from postcopy.cli._parser import add_command, add_option, with_default
 from postcopy.cli.sides import Run
 from postcopy.errors import ConfigurationError, MigrationError, PeerError
 from postcopy.output import Output
+from postcopy.service import options
 from postcopy.service.client import ControlClient
 from postcopy.service.options import CONTROL, default_control, flag
 from postcopy.service.render import render_answer
@@ -24,18 +25,20 @@ from postcopy.service.schema import COMMANDS, ControlError, Json, plain
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A parser for each request. What it may be given is checked here as it is by the process that is asked."""
     add_option(parser, CONTROL)
-    requests = parser.add_subparsers(dest="request", required=True, metavar="REQUEST")
+    requests = parser.add_subparsers(dest="request", required=True, metavar="REQUEST", title="requests")
     for name, command in COMMANDS.items():
-        help = "show what happens until it ends, or Ctrl-C" if name == "events" else command.help
-        request = requests.add_parser(name, help=help, allow_abbrev=False)
-        add_option(request, CONTROL)
-        add_option(request, flag("json", "the answer in JSON, as it came"))
+        help = "show events until the process ends, or Ctrl-C" if name == "events" else command.help
+        request = add_command(requests, name, help, examples=[(f"{help[0].upper()}{help[1:]}:", command.example)])
+        defaults = options.defaults("daemon") if name == "start" else {}
         for option in command.options if name != "events" else ():
             bare = option.name == command.bare
             nargs = "?" if bare and option.name != command.required else None
-            add_option(request, replace(option, field=option.name, positional=bare, nargs=nargs))
+            help = with_default(option, defaults.get(option.key))
+            add_option(request, replace(option, field=option.name, help=help, positional=bare, nargs=nargs))
         if name == "migrate":
-            add_option(request, flag("detach", "do not wait until it has moved"))
+            add_option(request, flag("detach", "do not wait until the machine has moved"))
+        add_option(request, CONTROL)
+        add_option(request, flag("json", "print the answer as JSON"))
 
 
 def make(given: dict[str, Any], output: Output) -> Run:

@@ -139,12 +139,12 @@ def test_the_list(run_in_child: Callable[..., Any]) -> None:
         ("--direct-dir /proc", "no file can be made in '/proc'"),
         ("--direct-dir " + 300 * "x", "more than 255 bytes"),
         ("--json --markdown", "choose one"),
-        ("--html /nonexistent/page", "--html /nonexistent/page: there is no directory /nonexistent"),
+        ("--html /nonexistent/page", "--html /nonexistent/page: directory /nonexistent does not exist"),
         ("--html /dev/null", "--html /dev/null: that is a device, which would be replaced"),
         ("--expectations /nonexistent", "cannot read '/nonexistent': No such file"),
-        ("--timeout 0", "'0' is not a number of seconds from 0.1 to 600"),
-        ("compare a.json", "the following arguments are required: B.json"),
-        ("contrast", "invalid choice: 'contrast'"),
+        ("--timeout 0", "seconds from 0.1 to 600, as 2.5 or 200ms, not '0'"),
+        ("compare a.json", "faultpaths compare needs B.json"),
+        ("contrast", "unknown command 'contrast'"),
     ],
 )
 def test_one_line_for_a_mistake(run_in_child: Callable[..., Any], line: str, reason: str) -> None:

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"of {', '.join(MEASUREMENTS)}; all by default")
     parser.add_argument(
         "--rounds", type=argument(parse_whole, 1, 1000), default=5, metavar="N",
-        help="repetitions, medians are shown (default 5)",
+        help="repetitions, medians are shown",
     )  # fmt: skip
     parser.add_argument("--svg", default=None, metavar="FILE", help="draw the figures of contention there")
     parser.add_argument("--json", action="store_true", help="one JSON object a figure")

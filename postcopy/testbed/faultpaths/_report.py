@@ -63,7 +63,8 @@ def from_json(value: Json) -> Run:
             value.get("remote"),
         )
     except (KeyError, TypeError, ValueError, AttributeError, msgspec.ValidationError) as error:
-        raise ConfigurationError(f"not a report of `postcopy faultpaths --json` ({error!r})") from None
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ConfigurationError(f"not a report of `postcopy faultpaths --json`: {what}") from None
 
 
 def _judged(item: Json) -> Judged:

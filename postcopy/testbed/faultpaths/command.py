@@ -36,9 +36,6 @@ T = TypeVar("T", Mode, Backing, Measure)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `postcopy faultpaths`."""
-    parser.description = (
-        "Touches a page that is not there in every way the kernel has, and says which of them wait for it."
-    )
     parser.add_argument(
         "--only", action="append", default=[], metavar="PATTERN,...", help="operations or groups, as 'copy.*' or pin"
     )
@@ -62,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--expectations", default=None, metavar="FILE", help="instead of those that come with postcopy")
     parser.add_argument(
         "--timeout", type=argument(parse_seconds, 0.1, 600), default=DEFAULT_TIMEOUT_S, metavar="SECONDS",
-        help=f"after which a child is killed and its cell called hung (default {DEFAULT_TIMEOUT_S:g})",
+        help="after which a child is killed and its cell called hung",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--markdown", action="store_true", help="tables for a document")
@@ -70,10 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--remote", nargs="?", default=None, const=_DEFAULT_PLAN, metavar="PLAN",
         help="the page is fetched by the engine over TCP, cut off and recovered while the operation waits; PLAN: what"
-        f" the network does beside, as in docs/chaos.md (default {_DEFAULT_PLAN})",
+        f" the network does beside, as in docs/chaos.md (default: {_DEFAULT_PLAN})",
     )  # fmt: skip
     actions = parser.add_subparsers(dest="action", metavar="compare", title="instead of a run")
-    compare = actions.add_parser("compare", help="what differs between two reports of --json", allow_abbrev=False)
+    text = "show what differs between two reports of --json"
+    compare = actions.add_parser("compare", help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
     compare.add_argument("before", metavar="A.json")
     compare.add_argument("after", metavar="B.json")
     # No default: it would overwrite what stands before the word compare.
