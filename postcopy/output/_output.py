@@ -59,6 +59,11 @@ class Output:
         self._as_json = as_json
         self._log_json = log_json
 
+    @property
+    def draws(self) -> bool:
+        """Whether `follow` shows a live view."""
+        return self._console is not None
+
     @functools.cached_property
     def _console(self) -> Console | None:
         """Where there is a terminal that can draw. (Rich is loaded only then, and only when there is something to
@@ -174,8 +179,8 @@ class Output:
         """Something changed: show it now."""
         self._kick.set()
 
-    async def follow(self, progress: Callable[[], Record]) -> None:
-        """Shows progress until cancelled."""
+    async def follow(self, progress: Callable[[], Record | Json]) -> None:
+        """Shows progress until cancelled; and emits it, where it is not what another process has said."""
         period_s = PERIOD_S if self._console is None else LIVE_PERIOD_S
         next_event = next_plain = 0.0
         last_status = None
@@ -185,7 +190,8 @@ class Output:
                 now = as_json(record)
                 if self._kick.is_set() or at >= next_event:
                     self._kick = trio.Event()
-                    self.emit("progress", record)
+                    if isinstance(record, Record):
+                        self.emit("progress", record)
                     next_event = at + PERIOD_S
                     if draw is None and (now.get("status") != last_status or at >= next_plain):
                         self._plain(now)

@@ -64,7 +64,7 @@ OPTIONS = (
                  " cut:every=0.1..0.5,down=0.2 (docs/chaos.md); --seed repeats it", "PLAN"),
           options.flag("lab", "run each side in a host of a laboratory (docs/lab.md), and cut the cable between them in"
                        " the middle of postcopy"),
-          options.seconds("deadline", f"give up after SECONDS (default {DEADLINE_S:g}, more for a slow push)")),
+          options.seconds("deadline", "give up after SECONDS, or later where the push takes longer")),
     options.OUTPUT,
 )
 # fmt: on
@@ -74,7 +74,9 @@ MACHINE_DEFAULTS: Json = {"memory_bytes": 256 << 20, "vcpus": 2, "workload": "ra
 
 def defaults() -> Json:
     """Of `OPTIONS`: of both sides, and its own."""
-    return options.defaults("source") | options.defaults("dest") | MACHINE_DEFAULTS | DEFAULTS
+    return (
+        options.defaults("source") | options.defaults("dest") | MACHINE_DEFAULTS | DEFAULTS | {"deadline_s": DEADLINE_S}
+    )
 
 
 def make(given: Json, output: Output) -> Callable[[Stop], Awaitable[bool]]:
@@ -120,7 +122,7 @@ class DemoCommand:
         bandwidth = values.get("max_bandwidth_bytes_per_s", 0)
         if (self._lab or (self._chaos is not None and self._chaos.cut_every_s is not None)) and not bandwidth:
             # Slow enough that there is something to cut.
-            bandwidth = max(MIN_CUT_BANDWIDTH, round(content_bytes / CUT_PUSH_S))
+            bandwidth = max(MIN_CUT_BANDWIDTH, int(content_bytes / CUT_PUSH_S))
         values["max_bandwidth_bytes_per_s"] = bandwidth
         slowest = min(filter(None, (bandwidth, self._chaos.rate_bytes_per_s if self._chaos else 0)), default=0)
         push_s = content_bytes / slowest if slowest else 0.0
