@@ -136,6 +136,16 @@ COMMANDS: Mapping[str, Command] = {
         " or the most that is possible.",
         (("Two of them:", "postcopy bench fault throughput"),),
     ),
+    "schema": Command(
+        "print the schema of all JSON output",
+        "postcopy.cli.schema",
+        "Prints the schema of what postcopy writes as JSON: the lines of --json and --log-json, the answers and events"
+        " of the control socket. JSON Schema 2020-12, with units.",
+        (
+            ("Into a file:", "postcopy schema > postcopy.schema.json"),
+            ("For reading:", "postcopy schema --markdown | less"),
+        ),
+    ),
     "completion": Command(
         "print a completion script for bash, zsh or fish",
         "postcopy.cli.completion",

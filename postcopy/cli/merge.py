@@ -9,14 +9,16 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-import trio
+from msgspec import convert
 
 from postcopy._blocking import run_sync
+from postcopy._stop import Stop
 from postcopy.cli.sides import Run
 from postcopy.migration import salvage
 from postcopy.migration.salvage import MAX_RANGES
 from postcopy.migration.tasks import Interrupted
 from postcopy.output import Kind, Output
+from postcopy.records.commands import DoubtfulRange, MergeResult
 from postcopy.service.options import OUTPUT, Group, OneOf, Option, parse_path, path
 from postcopy.units import format_size
 
@@ -39,7 +41,7 @@ def make(given: dict[str, Any], output: Output) -> Run:
 
 
 async def merge(
-    paths: list[str], image: str | None, directory: str | None, all_ranges: bool, output: Output, stop: trio.Event
+    paths: list[str], image: str | None, directory: str | None, all_ranges: bool, output: Output, stop: Stop
 ) -> bool:
     """Into an image, or into a directory that a machine can be started from. True when no page is in doubt, and a
     machine could be started from what was to be one. What was made is there in either case, but not when it was
@@ -52,16 +54,17 @@ async def merge(
     merged = await run_sync(partial(salvage.merge, paths, image, directory, give_up=give_up))
     output.emit(
         "result",
-        {
-            "image": image,
-            "directory": directory,
-            "from-dest": merged.from_dest_bytes,
-            "from-source": merged.from_source_bytes,
-            "in-doubt": merged.doubtful_bytes,
-            "ranges-in-doubt": merged.doubtful,
-            "torn": merged.torn,
-            "state": merged.has_state,
-        },
+        MergeResult(
+            side="merge",
+            image=image,
+            directory=directory,
+            from_dest=merged.from_dest_bytes,
+            from_source=merged.from_source_bytes,
+            in_doubt=merged.doubtful_bytes,
+            ranges_in_doubt=convert(merged.doubtful, list[DoubtfulRange]),
+            torn=merged.torn,
+            device_state=merged.has_state,
+        ),
     )
     output.say(
         f"merge: {directory if image is None else image}: {format_size(merged.from_dest_bytes)} from the destination,"

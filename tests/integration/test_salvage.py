@@ -39,7 +39,7 @@ def salvages(side: Start, tmp_path: Path) -> dict[str, Any]:
     for one in (source, dest):
         status, result, errors = one.end()
         assert (status, result["status"]) == (1, "postcopy-paused"), errors
-        assert "what is here is in" in errors
+        assert "salvage written to" in errors
         remaining = result["ram"].get("remaining", 0)
     return {"image": image, "remaining": remaining, "source": tmp_path / "source", "dest": tmp_path / "dest"}
 

@@ -97,8 +97,8 @@ def describe_system(system: Json) -> str:
     parts = [f"Linux {system.get('kernel', '?')}", str(system.get("architecture", ""))]
     if (kvm := system.get("kvm")) is not None:
         parts.append(f"KVM {kvm}" if kvm != "none" else "no KVM")
-    if directory := system.get("direct-file-system"):
-        parts.append(f"O_DIRECT on {directory}")
+    if file_system := system.get("direct-file-system"):
+        parts.append(f"O_DIRECT on {file_system} ({system.get('direct-dir', '?')})")
     return ", ".join(filter(None, parts))
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from rich.status import Status
 from postcopy._files import check_new_file, replacing, write_all
 from postcopy.errors import ConfigurationError
 from postcopy.testbed import _processes
-from postcopy.testbed._report import emit, emit_json, make_console, print_line, print_section
+from postcopy.testbed._report import emit_json, make_console, print_line, print_section
 from postcopy.testbed.chaos import ChaosPlan
 from postcopy.testbed.faultpaths import _compare, _expect, _report, _select, _system
 from postcopy.testbed.faultpaths._model import Backing, Cell, Json, Measure, Mode, Operation, Result, Run
@@ -51,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="the operations, without running any")
     parser.add_argument(
-        "--direct-dir", default="", metavar="DIR", help="where O_DIRECT files are made (default: the current directory)"
+        "--direct-dir",
+        default="",
+        metavar="DIR",
+        help="where files for O_DIRECT are made (default: the current directory, or one for temporary files where the"
+        " file system of the current one copies pages instead of pinning them)",
     )
     parser.add_argument("--expectations", default=None, metavar="FILE", help="instead of those that come with postcopy")
     parser.add_argument(
@@ -92,10 +95,10 @@ def run(args: argparse.Namespace) -> int:
     if args.measure is not None:
         measure = () if args.measure.strip() == "none" else _chosen(args.measure, Measure, "--measure")
     expectations = _expect.load(args.expectations)
-    direct_dir = _select.check_direct_dir(args.direct_dir) if args.direct_dir else ""
+    direct_dir = _select.direct_dir(args.direct_dir)
     if args.html is not None:
         check_new_file("--html", args.html)
-    system = _system.this_system()
+    system = _system.this_system(direct_dir)
     plan = _plan(args.remote) if args.remote is not None else None
     measures = {}
     if plan is None:
@@ -124,9 +127,8 @@ def run(args: argparse.Namespace) -> int:
     with _progress(len(cells)) as progress:
         results, left_out, remote = _processes.run(work, progress)
     by_name = {operation.name: operation for operation in operations}
-    where = direct_dir or os.getcwd()  # the core, too, takes the current directory then
     found = Run(
-        system.as_json() | {"direct-dir": where, "direct-file-system": _system.file_system_of(where)},
+        system.as_json(),
         tuple(operation for operation in operations if any(cell.operation == operation.name for cell in cells)),
         tuple(expectations.judge(by_name[cell.operation], cell, result, system) for cell, result in results.items()),
         time.monotonic() - began_s,
@@ -187,9 +189,9 @@ def _write(found: Run, args: argparse.Namespace) -> None:
     if args.json:
         emit_json(_report.to_json(found))
     elif args.markdown:
-        emit(lambda: sys.stdout.write(_report.to_markdown(found)))
+        sys.stdout.write(_report.to_markdown(found))
     else:
-        emit(lambda: _report.print_text(found, sys.stdout))
+        _report.print_text(found, sys.stdout)
 
 
 def _list(operations: list[Operation], as_json: bool) -> int:
@@ -203,7 +205,7 @@ def _list(operations: list[Operation], as_json: bool) -> int:
     if as_json:
         emit_json({"operations": msgspec.to_builtins(operations)})
     else:
-        emit(write)
+        write()
     return 0
 
 
@@ -230,5 +232,5 @@ def _run_compare(before_path: str, after_path: str, as_json: bool) -> int:
             }
         )
     else:
-        emit(write)
+        write()
     return 1 if changes else 0
