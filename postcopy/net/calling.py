@@ -21,7 +21,7 @@ import trio
 from postcopy._fd import FdHolder
 from postcopy.errors import ConfigurationError, PeerError, PostcopyError, ProtocolError, ResourceError
 from postcopy.net import backoff
-from postcopy.net.addresses import Address, Route, address_of
+from postcopy.net.addresses import Address, Route
 from postcopy.net.connecting import connect, detach
 from postcopy.net.endings import Code, Session
 from postcopy.net.link import (
@@ -33,6 +33,7 @@ from postcopy.net.link import (
     Reconnector,
     channel_keys,
 )
+from postcopy.net.sockets import address_of
 from postcopy.wire import Ended, EndedElsewhere, Hello, RefusedError
 
 log = logging.getLogger(__name__)

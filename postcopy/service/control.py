@@ -13,11 +13,21 @@ import trio
 from postcopy.errors import MigrationError, PostcopyError
 from postcopy.migration.source import SourceMigration
 from postcopy.net import parse_address
-from postcopy.service import schema
+from postcopy.records import Record
+from postcopy.records.control import (
+    AllSteered,
+    Command,
+    Commands,
+    Done,
+    ProcessStatus,
+    Reclaimed,
+    Settings,
+    Steered,
+)
+from postcopy.service import report, schema
 from postcopy.service.report import Json, Migration
 from postcopy.service.schema import COMMANDS, SETTINGS, ControlError, plain
 from postcopy.service.service import Owned, Request, Service
-from postcopy.service.status import machine_status
 
 
 class ControlHandler:
@@ -35,7 +45,7 @@ class ControlHandler:
             **service.requests(),
         }
 
-    async def execute(self, request: schema.Request) -> Json:
+    async def execute(self, request: schema.Request) -> Record:
         """For `ControlServer`."""
         await trio.lowlevel.checkpoint()
         handler = self._requests.get(request.command)
@@ -47,17 +57,17 @@ class ControlHandler:
             raise ControlError("CommandNotFound", f"{request.command} has no meaning for {called}")
         return await handler(request.arguments)
 
-    async def _commands(self, arguments: Json) -> Json:
+    async def _commands(self, arguments: Json) -> Commands:
         known = {"events", *self._requests}
-        return {
-            "commands": [
-                {"name": name, "help": command.help, "arguments": list(command.arguments)}
+        return Commands(
+            commands=[
+                Command(name=name, help=command.help, arguments=list(command.arguments))
                 for name, command in COMMANDS.items()
                 if name in known
             ]
-        }
+        )
 
-    async def _status(self, arguments: Json) -> Json:
+    async def _status(self, arguments: Json) -> ProcessStatus:
         return process_status(self._service, arguments.get("machine"))
 
     def _undecided(self, name: str | None = None) -> list[tuple[Owned, Migration]]:
@@ -67,10 +77,10 @@ class ControlHandler:
             raise ControlError("BadArguments", f"there is no machine {name!r} here")
         return [(owned, owned.undecided) for owned in here if owned.undecided is not None]
 
-    async def _pause(self, arguments: Json) -> Json:
+    async def _pause(self, arguments: Json) -> AllSteered:
         return _all_that_can(self._undecided(arguments.get("machine")), lambda migration: migration.pause())
 
-    async def _recover(self, arguments: Json) -> Json:
+    async def _recover(self, arguments: Json) -> AllSteered:
         undecided = self._undecided(arguments.get("machine"))
         if "to" in arguments and len(undecided) > 1:
             names = ", ".join(owned.name for owned, _ in undecided)
@@ -78,28 +88,23 @@ class ControlHandler:
         address = parse_address(arguments["to"]) if "to" in arguments else None
         return _all_that_can(undecided, lambda migration: migration.recover(address))
 
-    async def _set(self, arguments: Json) -> Json:
+    async def _set(self, arguments: Json) -> Settings:
         if not self._service.pushes and (others := arguments.keys() - {"recover-for"}):
             raise ControlError("BadArguments", f"a destination has no {min(others)}: it is the source that pushes")
         given = {option.key: arguments[option.name] for option in SETTINGS if option.name in arguments}
         self._service.set_options(replace(self._service.options, **given))
         return settings(self._service)
 
-    async def _cancel(self, arguments: Json) -> Json:
+    async def _cancel(self, arguments: Json) -> AllSteered:
         undecided = self._undecided(arguments.get("machine"))
         if not undecided:
             raise ControlError("NotNow", "no migration is going on")
-        named = self._service.names_machines
-        cancelled = [
-            (owned.name if named else "") or migration.migration_id
-            for owned, migration in undecided
-            if migration.cancel()
-        ]
+        cancelled = [_steered(owned, migration) for owned, migration in undecided if migration.cancel()]
         if not cancelled:
             raise ControlError("NotNow", "the machine belongs to the destination already: that cannot be taken back")
-        return {"cancelled": cancelled}
+        return AllSteered(migrations=cancelled)
 
-    async def _reclaim(self, arguments: Json) -> Json:
+    async def _reclaim(self, arguments: Json) -> Reclaimed:
         """Takes a machine back, or says what would be lost by it."""
         if self._service.stop.is_set():
             raise ControlError("NotNow", "this process was asked to end, and the machine would end with it")
@@ -124,9 +129,9 @@ class ControlHandler:
             lost_there = await migration.reclaim()
         except MigrationError as error:
             raise ControlError("NotNow", f"{owned.name}: {error}") from error
-        return {"machine": owned.name, "migration": migration.migration_id, "lost": lost_there}
+        return Reclaimed(machine=owned.name, migration_id=migration.migration_id, lost=lost_there)
 
-    async def _quit(self, arguments: Json) -> Json:
+    async def _quit(self, arguments: Json) -> Done:
         service = self._service
         if arguments.get("force"):
             service.stop.insist()
@@ -135,30 +140,31 @@ class ControlHandler:
             raise ControlError("NotNow", f"{lost}: wait{elsewhere}, or say quit --force, which loses it")
         else:
             service.stop.set()
-        return {}
+        return Done()
 
 
-def process_status(service: Service, name: str | None = None) -> Json:
+def process_status(service: Service, name: str | None = None) -> ProcessStatus:
     """Of the process and all machines, or of the one with this name."""
-    machines = [machine_status(*row) for row in service.rows() if name in (None, row[0])]
+    machines = [report.machine_status(*row) for row in service.rows() if name in (None, row[0])]
     if name is not None and not machines:
         raise ControlError("BadArguments", f"there is no machine {name!r} here")
-    return {
-        "side": service.side,
-        "pid": os.getpid(),
-        "listening": [str(address) for address in service.listening],
-        "settings": settings(service),
-        "machines": machines,
-    }
+    return ProcessStatus(
+        side=service.side,
+        pid=os.getpid(),
+        listening=[str(address) for address in service.listening],
+        settings=settings(service),
+        machines=machines,
+    )
 
 
-def settings(service: Service) -> Json:
+def settings(service: Service) -> Settings:
     """What `set` can change."""
-    return {
-        option.name: plain(getattr(service.options, option.key))
-        for option in SETTINGS
-        if service.pushes or option.name == "recover-for"
-    }
+    now = {option.name: plain(getattr(service.options, option.key)) for option in SETTINGS}
+    return Settings(
+        max_bandwidth=now["max-bandwidth"] if service.pushes else None,
+        bulk_channels=now["bulk-channels"] if service.pushes else None,
+        recover_for=now["recover-for"],
+    )
 
 
 def find(machines: Sequence[Owned], name: str | None) -> Owned:
@@ -177,16 +183,20 @@ def _only(found: Sequence[Owned]) -> Owned:
     return found[0]
 
 
-def _all_that_can(migrations: list[tuple[Owned, Migration]], do: Callable[[Migration], None]) -> Json:
+def _steered(owned: Owned, migration: Migration) -> Steered:
+    return Steered(machine=owned.name, migration_id=migration.migration_id)
+
+
+def _all_that_can(migrations: list[tuple[Owned, Migration]], do: Callable[[Migration], None]) -> AllSteered:
     """`ControlError` when none can."""
-    done: list[str] = []
+    done: list[Steered] = []
     failure: PostcopyError | None = None
-    for _, migration in migrations:
+    for owned, migration in migrations:
         try:
             do(migration)
-            done.append(migration.migration_id)
+            done.append(_steered(owned, migration))
         except MigrationError as error:
             failure = error
     if not done:
         raise ControlError("NotNow", str(failure) if failure else "no migration is going on")
-    return {"migrations": done}
+    return AllSteered(migrations=done)

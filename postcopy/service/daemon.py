@@ -48,10 +48,18 @@ from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.machines.kinds import MachineOptions, create_source
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration
-from postcopy.migration.statistics import milliseconds
 from postcopy.migration.tasks import first_of
 from postcopy.net import Acceptor, Link, Route, parse_address
 from postcopy.output import Output
+from postcopy.records.control import EndedMachine, ProcessStatus, Steered
+from postcopy.records.events import (
+    DaemonResult,
+    MachineEnded,
+    MachineLeft,
+    MachineReceived,
+    MachineStarted,
+)
+from postcopy.records.migration import Machine
 from postcopy.service import report
 from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import DaemonConfig
@@ -60,7 +68,6 @@ from postcopy.service.options import is_name, record
 from postcopy.service.report import Json, Migration
 from postcopy.service.schema import COMMANDS, ControlError
 from postcopy.service.service import Owned, Phase, Request, Row, Service
-from postcopy.service.status import machine_status
 from postcopy.wire import State, one_line
 
 MAX_INCOMING = 16
@@ -130,8 +137,14 @@ class Daemon(Service):
                 async with trio.open_nursery() as nursery:
                     for owned in list(self.machines):
                         nursery.start_soon(self._close, owned)
-            counts = {"sent": self._sent, "received": self._received}
-            self.output.emit("result", {"side": self.side, "status": "completed" if done else "failed", **counts})
+            result = DaemonResult(
+                side=self.side,
+                status="completed" if done else "failed",
+                error=None,
+                machines_sent=self._sent,
+                machines_received=self._received,
+            )
+            self.output.emit("result", result)
         return done
 
     async def _drain(self) -> None:
@@ -145,24 +158,13 @@ class Daemon(Service):
         if deadline.cancelled_caught:
             log.error("these do not end: %s", ", ".join(owned.name for owned in busy))
 
-    def _progress(self) -> Json:
-        busy = sum(owned.busy for owned in self.machines)
-        word = "machine" if len(self.machines) == 1 else "machines"
-        return {**process_status(self), "status": f"{len(self.machines)} {word}, {busy} migrating"}
+    def _progress(self) -> ProcessStatus:
+        return process_status(self)
 
     def changed(self) -> None:
         # Called from the middle of migrations, which are not to suffer from what is shown of them.
         contained_call("sharing the bandwidth", self.share_bandwidth)
-        contained_call("announcing what has changed", self._announce_changes)
         super().changed()
-
-    def _announce_changes(self) -> None:
-        for owned in self.machines:
-            job = owned.migration
-            if job is not None and job.status != owned.announced:
-                fields = {**report.ended(job), "machine": owned.name, "from": owned.announced}
-                owned.announced = job.status
-                self.output.emit("migration-status", fields)
 
     def share_bandwidth(self) -> None:
         """One limit for all that push."""
@@ -201,7 +203,7 @@ class Daemon(Service):
             raise
         finally:
             self.changed()
-        self.output.emit("machine-started", {"machine": name, "kind": kind})
+        self.output.emit("machine-started", MachineStarted(machine=name, kind=kind))
         return owned
 
     def _add(self, name: str, phase: Phase) -> Owned:
@@ -351,13 +353,11 @@ class Daemon(Service):
 
     def _ended(self, owned: Owned, migration: Migration) -> None:
         if owned.has_left:
-            self.output.emit("machine-left", {"machine": owned.name})
+            self.output.emit("machine-left", MachineLeft(machine=owned.name, migration_id=migration.migration_id))
         elif isinstance(migration, DestinationMigration) and owned.machine is not None:
-            self.output.emit("machine-received", {"machine": owned.name, "kind": owned.machine.kind})
-        fields = {**report.ended(migration), "machine": owned.name}
-        fields["downtime-ms"] = milliseconds(migration.downtime_ns)
-        fields["total-ms"] = milliseconds(migration.total_ns)
-        self.output.emit("migration-ended", fields)
+            kind, id = owned.machine.kind, migration.migration_id
+            self.output.emit("machine-received", MachineReceived(machine=owned.name, kind=kind, migration_id=id))
+        self.output.emit("migration-ended", report.ended(owned.name, migration))
         if migration.state is not State.COMPLETED:
             why = f": {migration.failure}" if migration.failure is not None else ""  # none: it was taken back
             what = owned.name or f"a machine from {migration.peer}"
@@ -376,14 +376,14 @@ class Daemon(Service):
             "migrate": self._request_migrate,
         }
 
-    async def _request_start(self, arguments: Json) -> Json:
+    async def _request_start(self, arguments: Json) -> Machine:
         given = {COMMANDS["start"].arguments[name].key: value for name, value in arguments.items()}
         kind = given["kind"]
         self._check_not_ending()
         owned = await self._start(given.get("name") or _new_name(kind), kind, record(MachineOptions, given))
-        return machine_status(owned.name, owned.machine, None)
+        return report.machine_status(owned.name, owned.machine, None)
 
-    async def _request_end(self, arguments: Json) -> Json:
+    async def _request_end(self, arguments: Json) -> EndedMachine:
         owned = find(self.machines, arguments.get("machine"))
         while True:
             if not arguments.get("force") and (lost := owned.loses):
@@ -399,11 +399,11 @@ class Daemon(Service):
             try:
                 await self._close(owned)
             finally:  # it has ended, also when the client has left meanwhile
-                self.output.emit("machine-ended", {"machine": owned.name})
+                self.output.emit("machine-ended", MachineEnded(machine=owned.name))
             self._end_when_empty()
-        return {"machine": owned.name}
+        return EndedMachine(machine=owned.name)
 
-    async def _request_migrate(self, arguments: Json) -> Json:
+    async def _request_migrate(self, arguments: Json) -> Steered:
         address = parse_address(arguments["to"])
         owned = find(self.machines, arguments.get("machine"))
         # The last migration has ended, as `status` says, and only something of it has not been closed yet.
@@ -424,7 +424,7 @@ class Daemon(Service):
             await self.changes.wait()
         if migration.connecting:  # and never will be
             raise ControlError("Failed", f"{owned.name} is not on its way: {migration.status}: {migration.failure}")
-        return {"machine": owned.name, "migration": migration.migration_id}
+        return Steered(machine=owned.name, migration_id=migration.migration_id)
 
     def _check_not_ending(self) -> None:
         if self.stop.is_set():

@@ -19,9 +19,9 @@ from postcopy.migration.source import SourceOptions
 from postcopy.migration.tasks import Interrupted, first_of, now_ns
 from postcopy.net import Acceptor, CallingLink, Link
 from postcopy.output import Output
+from postcopy.records.events import Progress
 from postcopy.service import report
 from postcopy.service.config import DestinationConfig
-from postcopy.service.report import Json
 from postcopy.service.service import Owned, Phase, Service, still_missing, why_not_completed
 from postcopy.wire import State
 
@@ -88,13 +88,16 @@ class Destination(Service):
             if migration.state is State.PAUSED and machine is not None:
                 await self.write_salvage(machine, migration, migration.received())
             await migration.close()
-        result = self.emit_result(report.destination_result(migration, statistics, self._check, self._dumped), done)
+        result = report.destination_result(migration, statistics, self._check, self._dumped)
+        self.emit_result(result, done)
         if done:
-            self.output.say(f"dest: {result['status']}, verified: {result['verified']}")
+            self.output.say(f"dest: {result.status}, verified: {result.verified}")
 
-    def _progress(self) -> Json:
-        self.measure_overhead(self._migration.machine if self._migration else None)
-        return report.destination_progress(self._migration)
+    def _progress(self) -> Progress:
+        migration = self._migration
+        machine = migration.machine if migration is not None else None
+        self.measure_overhead(machine)
+        return report.progress("dest", machine, migration)
 
     # ---- arriving
 
@@ -140,7 +143,7 @@ class Destination(Service):
             await migration.run(owned.stop)
             nursery.cancel_scope.cancel()
         owned.phase = Phase.HERE
-        self.output.emit("migration-ended", report.ended(migration))
+        self.output.emit("migration-ended", report.ended(owned.name, migration))
         return migration
 
     async def _announce(self, owned: Owned, migration: DestinationMigration) -> None:

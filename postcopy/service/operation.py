@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import trio
 
 from postcopy._stop import Stop
-from postcopy.output import Output
+from postcopy.net import everywhere
+from postcopy.output import Output, count_machines
+from postcopy.records.events import MetricsAddress
 from postcopy.service import notify
 from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import OperatingOptions
@@ -85,8 +87,11 @@ class Operation:
             parse_metrics_address(self._options.metrics), "/metrics", CONTENT_TYPE, self._metrics.text
         )
         for address in server.addresses:
-            self._output.emit("metrics", {"address": str(address)})
-            self._output.say(f"{self._side}: metrics at http://{address}/metrics")
+            self._output.emit("metrics", MetricsAddress(side=self._side, address=str(address)))
+        families = everywhere(server.addresses)
+        where = f"HOST:{server.addresses[0].port}" if families else server.addresses[0]
+        note = f", on every address of this host ({families})" if families else ""
+        self._output.say(f"{self._side}: metrics at http://{where}/metrics{note}")
         return [*tasks, server.serve]
 
     async def _say_stopping(self, stop: Stop) -> None:
@@ -105,12 +110,10 @@ class Operation:
         contained_call(f"publishing {event}", partial(self._publish, event, fields))
 
     def _publish(self, event: str, fields: Json) -> None:
-        status = str(fields.get("status", ""))
+        status = count_machines(fields) if "machines" in fields else str(fields.get("status", ""))
         if event == ("listening" if self._service.listens else "progress"):  # the process can be used
             self._notifier.ready()
         if event == "progress" and status != self._last_status:
-            if self._server is not None:
-                self._server.publish("status", {"side": self._side, "from": self._last_status, "to": status})
             self._notifier.status(status)
             self._last_status = status
         if self._server is not None:

@@ -41,17 +41,19 @@ from postcopy.migration import salvage
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.migration.tasks import Interrupted, first_of
-from postcopy.net import Acceptor, Address, CallingLink, Link, Route
+from postcopy.net import Acceptor, Address, CallingLink, Link, Route, everywhere
 from postcopy.output import Output
+from postcopy.records import Record
+from postcopy.records.events import Listening, SideResult
 from postcopy.service import report
-from postcopy.service._contain import contained
+from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import ArrivalOptions
 from postcopy.service.report import Json, Migration
 from postcopy.units import format_size
 from postcopy.wire import ID_BYTES, State
 
 Row = tuple[str, Machine | None, Migration | None]
-Request = Callable[[Json], Awaitable[Json]]
+Request = Callable[[Json], Awaitable[Record]]
 
 OVER = frozenset({State.COMPLETED, State.ABORTED, State.RECLAIMED})
 _NO_END = frozenset({"connecting", "setup", "active"})
@@ -163,7 +165,7 @@ class Service(abc.ABC):
     pushes: ClassVar[bool] = True
     """Whether it sends machines away, and so has a bandwidth."""
     names_machines: ClassVar[bool] = False
-    """Whether clients know its machines by name; else they know its migrations by their ids."""
+    """Whether its machines have names of their own."""
 
     def __init__(
         self, side: str, listens: bool, output: Output, options: SourceOptions, arrival: ArrivalOptions
@@ -205,9 +207,19 @@ class Service(abc.ABC):
 
     def changed(self) -> None:
         """Something may have changed in a migration, or in the table."""
+        # Called from the middle of migrations, which are not to suffer from what is shown of them.
+        contained_call("announcing what has changed", self._announce_changes)
         self.output.kick()
         self.changes.set()
         self.changes = trio.Event()
+
+    def _announce_changes(self) -> None:
+        for owned in self.machines:
+            job = owned.migration
+            if job is not None and job.status != owned.announced:
+                event = report.changed(owned.name, job, owned.announced)
+                owned.announced = job.status
+                self.output.emit("migration-status", event)
 
     def share_bandwidth(self) -> None:
         """Gives the migrations under way what `options` say."""
@@ -298,8 +310,11 @@ class Service(abc.ABC):
 
     def announce_listening(self) -> None:
         for address in self.listening:
-            self.output.emit("listening", {"side": self.side, "address": str(address)})
-            self.output.say(f"{self.side}: listening on {address}")
+            self.output.emit("listening", Listening(side=self.side, address=str(address)))
+        where = ", ".join(map(str, self.listening))
+        if families := everywhere(self.listening):  # nobody could connect to that
+            where = f"port {self.listening[0].port} of every address of this host ({families})"
+        self.output.say(f"{self.side}: listening on {where}")
 
     # ---- migrations
 
@@ -314,7 +329,7 @@ class Service(abc.ABC):
             peer=to.address if isinstance(to, Route) else None,
             on_change=self.changed,
         )
-        owned.migration, owned.phase, owned.stop = migration, Phase.LEAVING, trio.Event()
+        owned.migration, owned.phase, owned.stop, owned.announced = migration, Phase.LEAVING, trio.Event(), ""
         return migration
 
     async def send(
@@ -343,6 +358,7 @@ class Service(abc.ABC):
             make_pager=_process_pager if self.arrival.pager_process else Pager,
             on_change=self.changed,
         )
+        owned.announced = ""
         return migration
 
     def make_arriving(
@@ -385,15 +401,14 @@ class Service(abc.ABC):
     def measure_overhead(self, machine: Machine | None) -> None:
         self._overhead_bytes = max(self._overhead_bytes, report.overhead_bytes(machine))
 
-    def emit_result(self, result: Json, done: bool) -> Json:
+    def emit_result(self, result: SideResult, done: bool) -> None:
         """The last event, completed with what all results have."""
-        result["overhead-bytes"] = self._overhead_bytes
+        result.overhead_bytes = self._overhead_bytes
         if self.failure is not None and not done:
-            result["error"] = str(self.failure)
-            if result["status"] in _NO_END:
-                result["status"] = "failed"
+            result.error = str(self.failure)
+            if result.status in _NO_END:
+                result.status = "failed"
         self.output.emit("result", result)
-        return result
 
     async def write_salvage(self, machine: Machine, migration: Migration, maps: list[Bitmap]) -> None:
         """What this side has, where that was asked for."""

@@ -18,9 +18,9 @@ from postcopy.migration.source import SourceMigration, check_releasable
 from postcopy.migration.tasks import Interrupted, first_of
 from postcopy.net import Acceptor, Link, Route
 from postcopy.output import Output
+from postcopy.records.events import Progress
 from postcopy.service import report
 from postcopy.service.config import ArrivalOptions, SourceConfig
-from postcopy.service.report import Json
 from postcopy.service.service import Owned, Phase, Service, still_missing, why_not_completed
 from postcopy.wire import State
 
@@ -35,6 +35,7 @@ class Source(Service):
         self._go = trio.Event()  # the machine is ready to leave
         self._restored: salvage.Restorable | None = None
         self._latest: SourceMigration | None = None
+        self._starts_at_s = 0.0  # the migration, when the machine has computed for long enough
         self._completed = 0
         self.salvage_to = config.salvage_to
 
@@ -73,28 +74,30 @@ class Source(Service):
         """The result, and the end of the machine."""
         owned = self.machines[-1] if self.machines else None
         if owned is None or owned.machine is None:
-            self.emit_result({"side": "source", "status": "failed", "error": str(self.failure)}, done)
+            self.emit_result(report.source_result(None, None, 0), done)
             return
         machine, latest = owned.machine, self._latest
         if latest is not None and latest.state is State.PAUSED:
             # The machine has been paused since it was given to the destination: its memory is as old as that, and
             # whole, but for what the destination had acknowledged.
             await self.write_salvage(machine, latest, latest.kept())
-        result = report.source_result(machine, machine.statistics(), latest)
-        result["served"] = self._completed
+        result = report.source_result(machine, latest, self._completed)
         if done and latest is None:
-            result["status"] = "completed"
+            result.status = "completed"
         self.emit_result(result, done)
         if done:
-            self.output.say(f"source: {result['status']}, down for {result.get('downtime-ms', 0):g} ms")
+            self.output.say(f"source: {result.status}, down for {result.downtime_ms or 0:g} ms")
         self.machines.clear()
         await self.close_machine(owned)
 
-    def _progress(self) -> Json:
+    def _progress(self) -> Progress:
         machine = self.machines[-1].machine
         assert machine is not None
         self.measure_overhead(machine)
-        return report.source_progress(machine, self._latest)
+        now = report.progress("source", machine, self._latest)
+        if (starts_in_s := self._starts_at_s - trio.current_time()) > 0:
+            now.starts_in_ms = round(1e3 * starts_in_s)
+        return now
 
     # ---- the machine
 
@@ -128,7 +131,8 @@ class Source(Service):
         await machine.resume()
         await machine.wait_ready()
         if machine.live:
-            await trio.sleep(self._config.migrate_after_s)
+            self._starts_at_s = trio.current_time() + self._config.migrate_after_s
+            await trio.sleep_until(self._starts_at_s)
         self._go.set()
 
     # ---- one migration
@@ -150,10 +154,7 @@ class Source(Service):
             owned.phase = Phase.HERE
             if len(self.machines) > 1:
                 self.machines.remove(owned)
-        if migration.failure is not None:
-            fields = {"side": "source", "status": migration.status, "error": str(migration.failure)}
-            self.output.emit("migration-failed", fields)
-        self.output.emit("migration-ended", report.ended(migration))
+        self.output.emit("migration-ended", report.ended(owned.name, migration))
 
     async def _announce(self, owned: Owned) -> None:
         """Says that the machine is paused here while it is not known what became of it there, and that it was taken
@@ -185,6 +186,7 @@ class Source(Service):
             nursery.start_soon(prepare)
             await self._migrate(owned, migration)
             if migration.state is State.COMPLETED:
+                self._completed += 1
                 return True
             reclaimed = migration.state is State.RECLAIMED
             self.failure = why_not_completed(migration)

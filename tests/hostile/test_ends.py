@@ -151,7 +151,7 @@ def test_daemon_that_sends_after_commit(daemon: Daemon, version: int) -> None:
             assert program.alive()
             dest.take_all()
             assert program.end(END_S) == 0
-            assert program.result()["sent"] == 1
+            assert program.result()["machines-sent"] == 1
 
 
 def test_daemon_that_receives(daemon: Daemon, version: int, rv64: Machine) -> None:
@@ -173,7 +173,7 @@ def test_daemon_that_receives(daemon: Daemon, version: int, rv64: Machine) -> No
         program.wait_errors("have not arrived")
         source.finish()
         assert program.end(END_S) == 0
-        assert program.result()["received"] == 1
+        assert program.result()["machines-received"] == 1
 
 
 @pytest.mark.parametrize("step", BEFORE_AT_DEST)

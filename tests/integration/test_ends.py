@@ -86,7 +86,7 @@ def test_before_the_decision(side: Start, who: str, number: signal.Signals) -> N
         dest.wait_for_errors("waiting for the next one")
         return
     _ended(dest, "cancelled")
-    failed = source.wait_for("failure", lambda line: line["event"] == "migration-failed")
+    failed = source.wait_for("failure", lambda line: line["event"] == "migration-ended")
     later = source.wait_for(
         "progress", lambda line: line["event"] == "progress" and line["elapsed-ms"] > failed["elapsed-ms"]
     )

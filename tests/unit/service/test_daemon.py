@@ -15,6 +15,7 @@ from postcopy.machines import BlockLayout, Machine
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.output import Output
+from postcopy.records.control import AllSteered, Settings
 from postcopy.service.config import ArrivalOptions, DaemonConfig
 from postcopy.service.control import ControlHandler, find
 from postcopy.service.daemon import MAX_LEFT, MAX_MACHINES, Daemon
@@ -67,7 +68,9 @@ async def test_set_reaches_those_under_way() -> None:
     daemon = _daemon()
     out, into = _move(daemon, "a", State.POSTCOPY), _move(daemon, "b", State.POSTCOPY, DestinationMigration)
     settings = {"max-bandwidth": 77, "recover-for": 5.0, "bulk-channels": 3}
-    assert await ControlHandler(daemon).execute(Request("set", dict(settings))) == settings
+    assert await ControlHandler(daemon).execute(Request("set", dict(settings))) == Settings(
+        max_bandwidth=77, bulk_channels=3, recover_for=5.0
+    )
     out.set_bandwidth.assert_called_with(77)
     for job in (out, into):
         job.set_recover_for.assert_called_with(5.0)
@@ -121,7 +124,9 @@ async def test_cancel_before_the_point_of_no_return_only(state: State, class_of_
     daemon = _daemon()
     job = _move(daemon, "a", state)
     if class_of_error is None:
-        assert await ControlHandler(daemon).execute(Request("migrate-cancel", {})) == {"cancelled": ["a"]}
+        cancelled = await ControlHandler(daemon).execute(Request("migrate-cancel", {}))
+        assert isinstance(cancelled, AllSteered)
+        assert [one.machine for one in cancelled.migrations] == ["a"]
     else:
         with pytest.raises(ControlError) as caught:
             await ControlHandler(daemon).execute(Request("migrate-cancel", {}))

@@ -33,6 +33,7 @@ from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.net import Acceptor, Address, CallingLink
 from postcopy.output import Output
+from postcopy.records import as_json
 from postcopy.service import daemon as daemon_module
 from postcopy.service import service as service_module
 from postcopy.service._contain import contained
@@ -59,14 +60,15 @@ class Running:
 
     async def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         given = {name.replace("_", "-"): value for name, value in arguments.items()}
-        return await ControlHandler(self.daemon).execute(Request(command, parse_arguments(command, given)))
+        answer = await ControlHandler(self.daemon).execute(Request(command, parse_arguments(command, given)))
+        return as_json(answer)
 
     @property
     def address(self) -> Address:
         return self.daemon.listening[0]
 
     def status(self, name: str) -> dict[str, Any] | None:
-        for machine in process_status(self.daemon)["machines"]:
+        for machine in as_json(process_status(self.daemon))["machines"]:
             if machine["name"] == name:
                 return dict(machine)
         return None
@@ -351,7 +353,8 @@ async def test_mistake_of_what_is_shown_or_heard(
     def fail(*_: Any) -> None:
         raise KeyError("a mistake")
 
-    monkeypatch.setattr("postcopy.service.report.ended", fail)
+    for what in ("changed", "ended"):
+        monkeypatch.setattr(f"postcopy.service.report.{what}", fail)
     async with running() as there, running(with_machine=False) as here:
         await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
         await here.ask("migrate", to=str(there.address))
@@ -510,7 +513,7 @@ async def test_connecting_is_shown_and_ends_at_once(frozen_peer: Address, end: s
         await there.until(lambda: ((there.status("one") or {})["migration"] or {}).get("status") == "connecting")
         began = trio.current_time()
         if end == "cancel":
-            assert await there.ask("migrate-cancel") == {"cancelled": ["one"]}
+            assert (await there.ask("migrate-cancel"))["migrations"][0]["machine"] == "one"
             await there.until(lambda: bool(refused))
             assert "cancelled" in str(refused[0])
             await there.computes("one")
@@ -539,7 +542,7 @@ async def test_previous_migration_is_not_the_one_that_is_cancelled(frozen_peer: 
 
         nursery.start_soon(migrate)
         await there.until(lambda: there.daemon.machines[0].migration is not previous)
-        assert await there.ask("migrate-cancel") == {"cancelled": ["one"]}
+        assert (await there.ask("migrate-cancel"))["migrations"][0]["machine"] == "one"
 
 
 # ---- a pager that does not end
