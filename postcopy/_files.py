@@ -33,6 +33,54 @@ _WHAT = {
 }
 
 
+def share_file(name: str) -> str:
+    """The path of a file that is installed with this package: a udev rule, a unit (``examples/systemd/``), a seccomp
+    profile. Its name alone where there is none, as after ``pip install --target``."""
+    from postcopy import (
+        _native,  # which is where it was installed; the modules may be elsewhere (pip install --editable)
+    )
+
+    # lib/python3.X/site-packages/postcopy/_native.abi3.so of a prefix: /usr/local, a virtual environment, ~/.local
+    above = Path(str(_native.__file__)).parents
+    path = above[min(4, len(above) - 1)] / "share" / "postcopy" / name
+    return str(path) if path.is_file() else name
+
+
+UDEV_RULE = "60-postcopy.rules"
+
+
+def explain_no_access(device: str) -> tuple[str, str]:
+    """Why this process may not open a device that is there (EACCES, EPERM), and what to do about it."""
+    try:
+        found = os.stat(device)
+    except OSError as error:
+        return f"{device}: {error.strerror}", "let this user see the directory of that device"
+    if os.access(device, os.R_OK | os.W_OK):
+        # The mode allows it: a container's list of devices, or a unit's, does not.
+        return (
+            f"{device} is not among the devices of this container or unit",
+            f"docker run --device {device} ..., or DeviceAllow={device} rw in the unit",
+        )
+    owner, group = _name_of("passwd", found.st_uid), _name_of("group", found.st_gid)
+    why = f"{device} is {owner}:{group} {stat.S_IMODE(found.st_mode):04o}"
+    if found.st_gid and found.st_mode & 0o060 == 0o060:
+        if not group.isdigit():
+            return why, f"usermod -a -G {group} {_name_of('passwd', os.geteuid())}, as root; then log in again"
+        return why, f"docker run --group-add {group} ... (that group owns the device)"
+    return why, f"install the udev rule {share_file(UDEV_RULE)} and join its group, kvm: see docs/privileges.md"
+
+
+def _name_of(table: str, number: int) -> str:
+    """Of a user or a group; the number where it has none."""
+    import grp  # only where something was refused
+    import pwd
+
+    try:
+        return pwd.getpwuid(number).pw_name if table == "passwd" else grp.getgrgid(number).gr_name
+    except KeyError:
+        return str(number)
+
+
 def explain_bad_name(path: str) -> str:
     """Why a path could be no file's, whatever there is; empty when it could."""
     if not path:
@@ -62,7 +110,7 @@ def check_new_file(what: str, path: str) -> None:
         finally:
             os.close(at)
     except OSError as error:
-        raise ConfigurationError(f"{what} {path}: {_explain(error, directory)}") from error
+        raise ConfigurationError(f"{what} {path}: {explain_unwritable(error, directory)}") from error
 
 
 def check_new_directory(what: str, path: str) -> None:
@@ -76,7 +124,7 @@ def check_new_directory(what: str, path: str) -> None:
         os.mkdir(part, 0o700)
         os.rmdir(part)
     except OSError as error:
-        raise ConfigurationError(f"{what} {path}: {_explain(error, directory)}") from error
+        raise ConfigurationError(f"{what} {path}: {explain_unwritable(error, directory)}") from error
 
 
 @contextlib.contextmanager
@@ -227,16 +275,17 @@ def _refuse_irregular(what: str, path: str) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise ConfigurationError(f"{what} {path}: {error.strerror}") from error
+        raise ConfigurationError(f"{what} {path}: {explain_unwritable(error, _split(path)[0])}") from error
     if kind != stat.S_IFREG:
         raise ConfigurationError(
             f"{what} {path}: that is {_WHAT.get(kind, 'no file')}, which would be replaced; name a file"
         )
 
 
-def _explain(error: OSError, directory: str) -> str:
+def explain_unwritable(error: OSError, directory: str) -> str:
+    """Why nothing can be made there."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.isdir(directory):
-        return f"there is no directory {directory}"
+        return f"directory {directory} does not exist"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return f"no right to write into {directory}"
+        return f"this user may not write into directory {directory}"
     return f"cannot write into {directory}: {error.strerror}"

@@ -7,13 +7,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import trio
+from msgspec import convert
 
 from postcopy._blocking import run_sync
+from postcopy._stop import Stop
 from postcopy.cli.sides import Run
 from postcopy.migration import salvage
 from postcopy.migration.tasks import Interrupted
 from postcopy.output import Kind, Output
+from postcopy.records.commands import DoubtfulRange, MergeResult
 from postcopy.service.options import OUTPUT, Group, OneOf, Option, parse_path, path
 
 # fmt: off
@@ -33,7 +35,7 @@ def make(given: dict[str, Any], output: Output) -> Run:
     return partial(merge, given["salvages"], given.get("output"), given.get("into"), output)
 
 
-async def merge(paths: list[str], image: str | None, directory: str | None, output: Output, stop: trio.Event) -> bool:
+async def merge(paths: list[str], image: str | None, directory: str | None, output: Output, stop: Stop) -> bool:
     """Into an image, or into a directory that a machine can be started from. True when no page is in doubt, and a
     machine could be started from what was to be one. What was made is there in either case, but not when it was
     interrupted."""
@@ -45,16 +47,17 @@ async def merge(paths: list[str], image: str | None, directory: str | None, outp
     merged = await run_sync(partial(salvage.merge, paths, image, directory, give_up=give_up))
     output.emit(
         "result",
-        {
-            "image": image,
-            "directory": directory,
-            "from-dest": merged.from_dest_bytes,
-            "from-source": merged.from_source_bytes,
-            "in-doubt": merged.doubtful_bytes,
-            "ranges-in-doubt": merged.doubtful,
-            "torn": merged.torn,
-            "state": merged.has_state,
-        },
+        MergeResult(
+            side="merge",
+            image=image,
+            directory=directory,
+            from_dest=merged.from_dest_bytes,
+            from_source=merged.from_source_bytes,
+            in_doubt=merged.doubtful_bytes,
+            ranges_in_doubt=convert(merged.doubtful, list[DoubtfulRange]),
+            torn=merged.torn,
+            device_state=merged.has_state,
+        ),
     )
     output.say(
         f"merge: {directory if image is None else image}: {merged.from_dest_bytes} bytes of the destination,"

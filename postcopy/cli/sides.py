@@ -7,8 +7,7 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import trio
-
+from postcopy._stop import Stop
 from postcopy.errors import ConfigurationError
 from postcopy.machines.kinds import MachineOptions
 from postcopy.migration.source import SourceOptions
@@ -22,10 +21,12 @@ from postcopy.service.config import (
     Origin,
     SourceConfig,
 )
-from postcopy.service.options import record
+from postcopy.service.options import default_control, record
 from postcopy.service.service import Service
 
-Run = Callable[[trio.Event], Awaitable[bool]]
+Run = Callable[[Stop], Awaitable[bool]]
+KEEPS_MACHINES = True
+"""A closed terminal does not end them."""
 
 
 def make(given: dict[str, Any], output: Output) -> Run:
@@ -35,6 +36,10 @@ def make(given: dict[str, Any], output: Output) -> Run:
     if command == "dest":
         service = _dest(given, output)
     elif command == "daemon" or "hold" in given:
+        if "control" not in given:
+            if "user" in given:
+                raise ConfigurationError("--user: say --control PATH, in a directory that this user may write to")
+            given["control"] = default_control()
         service = _daemon(given, output)
     else:
         service = _source(given, output)
@@ -69,9 +74,6 @@ def _daemon(given: dict[str, Any], output: Output) -> Service:
     """A daemon, which for `source --hold` is one that takes no machines."""
     from postcopy.service.daemon import Daemon
 
-    if "control" not in given:
-        what = "source --hold" if "hold" in given else "daemon"
-        raise ConfigurationError(f"{what} takes its orders through its control socket: say --control PATH")
     config = record(
         DaemonConfig,
         given,

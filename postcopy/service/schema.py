@@ -4,17 +4,16 @@
 One JSON object a line, UTF-8, in both directions, after QEMU's QMP. The server greets, then answers each request in
 its order::
 
-    <- {"postcopy": {"version": "0.1.0", "protocol": 1, "side": "source", "pid": 4711}}
+    <- {"postcopy": {"version": "0.1.0", "schema": 2, "side": "source", "pid": 4711}}
     -> {"execute": "set", "arguments": {"max-bandwidth": 104857600}, "id": 7}
     <- {"return": {"max-bandwidth": 104857600}, "id": 7}
     -> {"execute": "sit"}
     <- {"error": {"class": "CommandNotFound", "desc": "there is no command 'sit'; there are ..."}}
-    <- {"event": "status", "timestamp": {"seconds": 1700000000, "microseconds": 1}, "data": {...}}
+    <- {"event": "progress", "timestamp": {"seconds": 1700000000, "microseconds": 1}, "data": {...}}
 
 A client that sends nonsense gets an error and may go on. One whose line is longer than `MAX_LINE_BYTES` gets an error
-and is disconnected, since it is unknown where its next line begins. `protocol` goes up when something that was right
-before becomes wrong; new commands, arguments and fields may come without that, so a client ignores what it does not
-know.
+and is disconnected, since it is unknown where its next line begins. What the lines mean, and which version of that it
+is (`schema`), is in `postcopy.records`.
 """
 
 from __future__ import annotations
@@ -28,14 +27,13 @@ from typing import Any, NoReturn
 
 from postcopy import __version__
 from postcopy.errors import ConfigurationError, PostcopyError
+from postcopy.records import Json, Record, as_json
+from postcopy.records.control import Greeted, Greeting, Refusal, Refused
 from postcopy.service import options
 from postcopy.service.options import Option, flag, parse_name
 from postcopy.units import FOREVER
 from postcopy.wire import one_line
 
-Json = dict[str, Any]
-
-PROTOCOL = 1
 MAX_LINE_BYTES = 64 * 1024
 """Of a request. Answers may be longer: a daemon may have many machines."""
 MAX_ANSWER_BYTES = 16 << 20
@@ -65,41 +63,81 @@ class Command:
     options: tuple[Option, ...] = ()
     required: str = ""  # the option that must be given
     bare: str = ""
+    example: str = ""  # of `ctl`
 
     @property
     def arguments(self) -> Mapping[str, Option]:
         return {option.name: option for option in self.options}
 
 
-_MACHINE = Option("machine", "of a daemon that has several: which", "NAME", parse_name)
-_FORCE = flag("force", "also when something is lost with it: a machine, its pages")
-_TO = Option("to", "a daemon or a destination that listens", "HOST:PORT")
-_TO_NOW = replace(_TO, help="where the other side is now")
+_MACHINE = Option("machine", "name of the machine, where there are several", "NAME", parse_name)
+_FORCE = flag("force", "even if data is lost")
+_TO = Option("to", "where the other host takes machines", "HOST:PORT")
+_TO_NOW = replace(_TO, help="new address of the other side (default: as before)")
 _NEW_MACHINE = (
-    replace(options.NAME, help="what it is called (default: a new name)"),
-    replace(options.KIND, help="kvm or rv64", metavar="KIND"),
+    replace(options.NAME, help="name of the machine (default: its kind and random digits)"),
+    replace(options.KIND, name="kind", help="kind of machine: kvm or rv64", metavar="KIND", words=("kvm", "rv64")),
     *(options.MEMORY, options.VCPUS, options.WORKLOAD, options.WORKING_SET, options.SEED, options.BACKING),
     *(options.DISK, options.IMAGE),
 )
 SETTINGS = (  # each is a field of `SourceOptions`
     options.MAX_BANDWIDTH,
-    replace(options.BULK_CHANNELS, help="of the next migration"),
-    replace(options.RECOVER_FOR, help="from the next loss on"),
+    replace(options.BULK_CHANNELS, help="number of connections for the background push of the next migration"),
+    replace(options.RECOVER_FOR, help="how long to try to reach a lost peer, from its loss on"),
 )
 
 COMMANDS: Mapping[str, Command] = {
-    "commands": Command("what may be asked of this process"),
-    "status": Command("how it is", (replace(_MACHINE, help="of one machine only"),), bare="machine"),
-    "events": Command("from now on, tell this client what happens, or no more", (flag("enable", ""),)),
-    "start": Command("make a machine and let it run", _NEW_MACHINE, required="machine", bare="machine"),
-    "end": Command("end a machine that is here", (_MACHINE, _FORCE)),
-    "migrate": Command("send a machine away", (_MACHINE, _TO), required="to", bare="to"),
-    "pause": Command("cut the connection of a migration that is past the point of no return", (_MACHINE,)),
-    "recover": Command("connect it again, or to another address", (_MACHINE, _TO_NOW), bare="to"),
-    "set": Command("change what may be changed while it runs", SETTINGS),
-    "cancel": Command("give a migration up before its point of no return", (_MACHINE,)),
-    "reclaim": Command("let a machine go on here whose destination is dead for good", (_MACHINE, _FORCE)),
-    "quit": Command("end in order", (_FORCE,)),
+    "commands": Command("list the requests that this process takes", example="postcopy ctl commands"),
+    "status": Command(
+        "show state and progress",
+        (replace(_MACHINE, help="name of the only machine to show"),),
+        example="postcopy ctl status --machine vm1",
+    ),
+    "events": Command(
+        "report events to this client from now on",
+        (flag("enable", "false: no more"),),
+        example="postcopy ctl events --json",
+    ),
+    "start": Command(
+        "make a machine and run it",
+        _NEW_MACHINE,
+        required="kind",
+        bare="kind",
+        example="postcopy ctl start kvm --name vm1 --memory 1GiB",
+    ),
+    "end": Command("stop a machine and remove it", (_MACHINE, _FORCE), example="postcopy ctl end --machine vm1"),
+    "migrate": Command(
+        "migrate a machine to another host",
+        (_MACHINE, _TO),
+        required="to",
+        bare="to",
+        example="postcopy ctl migrate host-b:7777 --machine vm1",
+    ),
+    "migrate-cancel": Command(
+        "cancel a migration before its point of no return; the machine stays",
+        (_MACHINE,),
+        example="postcopy ctl migrate-cancel --machine vm1",
+    ),
+    "migrate-pause": Command(
+        "pause a migration past its point of no return: close its connections",
+        (_MACHINE,),
+        example="postcopy ctl migrate-pause --machine vm1",
+    ),
+    "migrate-recover": Command(
+        "resume a paused migration: connect again",
+        (_MACHINE, _TO_NOW),
+        bare="to",
+        example="postcopy ctl migrate-recover host-c:7777",
+    ),
+    "set": Command(
+        "change settings of the running process", SETTINGS, example="postcopy ctl set --max-bandwidth 100MiB/s"
+    ),
+    "reclaim": Command(
+        "run a machine here again whose destination is dead for good",
+        (_MACHINE, _FORCE),
+        example="postcopy ctl reclaim --machine vm1",
+    ),
+    "quit": Command("shut down cleanly", (_FORCE,), example="postcopy ctl quit"),
 }
 
 
@@ -190,24 +228,20 @@ def parse_arguments(command: str, given: Json) -> Json:
 # ---- What the server says
 
 
-def _line(value: Json) -> bytes:
-    return json.dumps(value, allow_nan=False).encode() + b"\n"
-
-
-def _with_id(value: Json, id: object) -> Json:
-    return value if id is None else {**value, "id": id}
+def _line(value: object) -> bytes:
+    return json.dumps(as_json(value), allow_nan=False).encode() + b"\n"
 
 
 def greeting(side: str, pid: int) -> bytes:
-    return _line({"postcopy": {"version": __version__, "protocol": PROTOCOL, "side": side, "pid": pid}})
+    return _line(Greeting(postcopy=Greeted(version=__version__, side=side, pid=pid)))
 
 
-def answer(value: Json, id: object = None) -> bytes:
-    return _line(_with_id({"return": value}, id))
+def answer(value: Record, id: object = None) -> bytes:
+    return _line({"return": value} if id is None else {"return": value, "id": id})
 
 
 def refusal(error: ControlError, id: object = None) -> bytes:
-    return _line(_with_id({"error": {"class": error.kind, "desc": one_line(str(error), 2000)}}, id))
+    return _line(Refusal(error=Refused(class_=error.kind, desc=one_line(str(error), 2000)), id=id))
 
 
 def event(what: str, data: Json) -> bytes:

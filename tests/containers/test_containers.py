@@ -49,7 +49,7 @@ def status_of_first_process(stage: Any, service: str) -> dict[str, str]:
 def test_migrates(stage: Any) -> None:
     source, dest = begin(stage, *PATIENT, dest=PATIENT)
     _, received = assert_moved(source, dest)
-    assert received["machine"] == ("kvm" if stage.file == "compose.yaml" else "rv64")
+    assert received["kind"] == ("kvm" if stage.file == "compose.yaml" else "rv64")
     assert received["ram"]["demand-pages"] > 0
 
 
@@ -157,7 +157,7 @@ def test_destination_killed_before_commit(stage: Any) -> None:
     source, _dest = begin(stage, "--migrate-after", "600")
     source.wait_status("active")
     stage.kill("dest")
-    failed = source.wait_for("failure", lambda line: line["event"] == "migration-failed")
+    failed = source.wait_for("failure", lambda line: line["event"] == "migration-ended")
     assert "destination" in failed["error"]
     progress = source.wait_for(
         "running",

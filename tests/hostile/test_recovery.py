@@ -51,7 +51,7 @@ def test_recovery_that_fails_again_and_again(start: Start, tmp_path: Path, versi
         assert source.cpu_s() - cpu_s < 0.7 * seconds
         status = [line["status"] for line in source.lines() if "status" in line][-1]
         if status == "postcopy-failed":
-            Control(tmp_path / "s").ask("recover")
+            Control(tmp_path / "s").ask("migrate-recover")
         dest.taken_back(listener.control()).say_what_is_here().recovered().take_all()
         assert source.end() == 0, source.tail()
 
@@ -151,7 +151,7 @@ def test_a_source_that_had_not_decided(start: Start, version: int) -> None:
     source = start("source", "--json", *RV64, "--listen", "127.0.0.1:0", "--migrate-after", "0")
     dest = Destination.connect(source.address, version).until("handed")
     dest.lose()  # before `prepared` has been heard
-    source.wait_for("failure", lambda line: line["event"] == "migration-failed")
+    source.wait_for("failure", lambda line: line["event"] == "migration-ended")
     with pytest.raises(Refused) as refused:
         dest.come_back(source.address, version)
     fields = refused.value.fields

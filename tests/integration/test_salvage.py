@@ -39,7 +39,7 @@ def salvages(side: Start, tmp_path: Path) -> dict[str, Any]:
     for one in (source, dest):
         status, result, errors = one.end()
         assert (status, result["status"]) == (1, "postcopy-paused"), errors
-        assert "what is here is in" in errors
+        assert "salvage written to" in errors
         remaining = result["ram"].get("remaining", 0)
     return {"image": image, "remaining": remaining, "source": tmp_path / "source", "dest": tmp_path / "dest"}
 
@@ -85,7 +85,7 @@ def test_what_does_not_belong_together(side: Start, salvages: dict[str, Any], tm
         assert errors.count("postcopy: error:") == 1
 
     refused("of the same side", salvages["dest"], salvages["dest"])
-    refused("not a salvage", tmp_path)
+    refused("is not a directory that --salvage has written", tmp_path)
     refused("exists already", salvages["dest"], output=salvages["image"])
     other = tmp_path / "other"
     shutil.copytree(salvages["source"], other)

@@ -4,8 +4,11 @@ lines of the demo's two sides."""
 
 from __future__ import annotations
 
+import argparse
 import math
+import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -13,7 +16,8 @@ from typing import Any
 import pytest
 
 from postcopy.cli import make_parser
-from postcopy.cli._parser import COMMANDS, options_of, values
+from postcopy.cli._commands import COMMANDS
+from postcopy.cli._parser import defaults_of, options_of, values
 from postcopy.errors import ConfigurationError
 from postcopy.machines.kinds import MachineOptions
 from postcopy.migration.source import SourceOptions
@@ -37,6 +41,7 @@ WRITTEN: dict[str, tuple[str, Any]] = {
     "from": ("salvage", "salvage"),
     "heartbeat": ("300ms", 0.3),
     "image": ("i.img", "i.img"),
+    "kind": ("rv64", "rv64"),
     "into": ("whole", "whole"),
     "listen": ("127.0.0.1:0", None),
     "log-level": ("debug", "debug"),
@@ -100,6 +105,41 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
             assert option.metavar is None or option.metavar in text
 
 
+@pytest.mark.parametrize("parser", list(make_parser(None).walk()), ids=lambda parser: parser.prog)
+def test_every_help_is_whole(parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A description, examples that are understood, and lines that fit a terminal."""
+    monkeypatch.setenv("COLUMNS", "80")
+    text = parser.format_help()
+    assert parser.description
+    assert not [line for line in text.splitlines() if len(line) > 80]
+    assert all(action.help for action in parser._actions if action.option_strings)
+    shown = re.sub(r"\\\n *", "", text.partition("\nexamples:\n")[2])
+    examples = re.findall(r"(?m)^ {4}(?:source <\()?postcopy (.*?)\)?$", shown)
+    assert examples or parser.prog.count(" ") == 0 or parser.prog.startswith(("postcopy lab ", "postcopy faultpaths "))
+    for example in examples:
+        words = shlex.split(re.split(" && | > ", example)[0])
+        assert vars(make_parser(words).parse_args(words))["command"] == words[0]
+
+
+@pytest.mark.parametrize("command", ["source", "dest", "daemon", "demo"])
+def test_help_shows_the_defaults_of_the_records(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(command, capsys=capsys)
+    shown = 0
+    for option in all_options(command):
+        default = defaults_of(command).get(option.key)
+        if default not in (None, "") and not option.flag and "(default" not in option.help:
+            assert f"{option.help} (default: {option.format(default)})" in text
+            assert option.parse(option.format(default)) == default
+            shown += 1
+    assert shown > 3
+    assert "(default: 256MiB)" in text or command == "dest"
+    assert "(default: forever)" in text or command == "demo"
+
+
+def test_ctl_shows_them_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "size of its memory, as 1GiB (default: 256MiB)" in help_of("ctl", "start", capsys=capsys)
+
+
 @pytest.mark.parametrize("command", TABLES)
 def test_each_option_is_there_once(command: str) -> None:
     keys = [option.key for option in all_options(command)]
@@ -137,7 +177,7 @@ def test_what_was_not_given_is_missing() -> None:
     """So that the defaults are those of the records."""
     assert parsed("dest", "--listen", ":0").keys() == {"command", "listen"}
     assert parsed("chaos", "--listen", ":0", "--to", "a:1").keys() == {"command", "listen", "to"}
-    assert parsed("ctl", "x.sock", "status").keys() == {"command", "socket", "request"}
+    assert parsed("ctl", "--control", "x.sock", "status").keys() == {"command", "control", "request"}
     assert record(ArrivalOptions, {}) == ArrivalOptions()
     assert record(SourceOptions, {"bulk_channels": 7, "json": True}) == SourceOptions(bulk_channels=7)
 
@@ -173,7 +213,7 @@ def test_requests_have_the_same_options(request_name: str, name: str) -> None:
             with pytest.raises(ConfigurationError):
                 option.from_json(no_flag)
         return
-    text, _ = WRITTEN[name] if name != "machine" or request_name == "start" else ("vm1", "vm1")
+    text, _ = WRITTEN[name] if name != "machine" else ("vm1", "vm1")
     value = option.parse(text)
     assert option.from_json(text) == value
     if isinstance(value, int):
@@ -186,7 +226,7 @@ def test_requests_have_the_same_options(request_name: str, name: str) -> None:
 
 @pytest.mark.parametrize("request_name", schema.COMMANDS)
 def test_ctl_takes_what_a_request_takes(request_name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = help_of("ctl", "x.sock", request_name, capsys=capsys)
+    text = help_of("ctl", "--control", "x.sock", request_name, capsys=capsys)
     command = schema.COMMANDS[request_name]
     for option in command.options if request_name != "events" else ():
         assert option.help in text
@@ -194,7 +234,7 @@ def test_ctl_takes_what_a_request_takes(request_name: str, capsys: pytest.Captur
 
 
 def test_ctl_sends_numbers() -> None:
-    given = parsed("ctl", "x.sock", "set", "--max-bandwidth", "1MiB/s", "--recover-for", "forever")
+    given = parsed("ctl", "--control", "x.sock", "set", "--max-bandwidth", "1MiB/s", "--recover-for", "forever")
     assert (given["max-bandwidth"], given["recover-for"]) == (1 << 20, math.inf)
     assert schema.parse_arguments("set", {"max-bandwidth": 1 << 20, "recover-for": schema.plain(math.inf)}) == {
         "max-bandwidth": 1 << 20,
@@ -244,3 +284,23 @@ def test_groups_have_titles_of_their_own() -> None:
     for command in options.COMMANDS:
         titles = [group.title for group in table(command) if group.title]
         assert len(titles) == len(set(titles))
+
+
+# ---- The default control socket
+
+
+def test_default_control_of_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    assert options.default_control() == "/run/user/1000/postcopy/control.sock"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    with pytest.raises(ConfigurationError, match=r"XDG_RUNTIME_DIR is not set.*say --control PATH"):
+        options.default_control()
+
+
+def test_default_control_of_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in a shell, which has XDG_RUNTIME_DIR, and in a system service, which has not."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    for runtime in ("/run/user/0", ""):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", runtime)
+        assert options.default_control() == "/run/postcopy/control.sock"
