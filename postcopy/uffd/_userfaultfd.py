@@ -28,14 +28,16 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
-
-import trio
+from typing import TYPE_CHECKING, Any
 
 from postcopy._native import ffi, lib
+from postcopy._trio import closed, require_trio
 from postcopy.errors import BusyError, CoreError, check
 from postcopy.uffd._probe import How, open_descriptor
 from postcopy.uffd._ranges import ADDRESSES, AddressTable
+
+if TYPE_CHECKING:
+    import trio  # imported where it is used: without it all works but what is asynchronous
 
 MAX_EVENTS = 64  # that one read takes
 
@@ -230,7 +232,7 @@ class Userfaultfd:
     def fileno(self) -> int:
         """The number, for select() and to be sent to another process; stays this object's."""
         if self._closed:
-            raise trio.ClosedResourceError("this userfaultfd is closed")
+            raise closed("this userfaultfd is closed")
         return self._fd
 
     def __repr__(self) -> str:
@@ -400,16 +402,17 @@ class Userfaultfd:
             left_ms = None if deadline_s is None else max(0.0, (deadline_s - time.monotonic()) * 1000)
             ready = poll.poll(left_ms)
             if self._closed:
-                raise trio.ClosedResourceError("closed while waiting for events")
+                raise closed("this userfaultfd was closed while it was waited for")
             return bool(ready) or bool(self._buffered)
 
     async def read_batch(self, max_events: int = MAX_EVENTS) -> list[UffdEvent]:
         """At least one event; waits for it. A cancellation loses none; `trio.ClosedResourceError` when closed before or
-        meanwhile. One task at a time in a Trio run (else `trio.BusyResourceError`)."""
+        meanwhile. One task at a time in a Trio run (else `trio.BusyResourceError`). `RuntimeError` outside of Trio."""
         if max_events < 1:
             raise ValueError("at least one event")
         # Before the read, not after: events that were read and not returned would be lost to a cancellation. And here
         # it runs while the threads that were woken last come to their next fault.
+        trio = require_trio("Userfaultfd.read_batch", "wait() and read() in a thread")
         await trio.lowlevel.checkpoint()
         spin_ns = self._busy_poll_ns
         while True:
@@ -430,6 +433,7 @@ class Userfaultfd:
         return event
 
     async def _wait_readable(self) -> None:
+        trio = require_trio("waiting for events")
         token = trio.lowlevel.current_trio_token()
         with self._use() as fd:
             # Until the end of this block the descriptor stays open, so that `close` can notify Trio of it from any
@@ -494,7 +498,7 @@ class Userfaultfd:
         """Gives the descriptor away, which the caller then closes. `BusyError` while another thread or task uses it."""
         with self._lock:
             if self._closed:
-                raise trio.ClosedResourceError("this userfaultfd is closed")
+                raise closed("this userfaultfd is closed")
             if self._users or self._buffered:
                 raise BusyError("a userfaultfd that is in use, or of which events are held here, cannot be given away")
             self._closed = True
@@ -529,6 +533,8 @@ class Userfaultfd:
         for child in forks:
             child.close(abandon=True)
         os.eventfd_write(self._closing_fd, 1)
+        if waiting:
+            import trio
         for token in waiting:
             if trio.lowlevel.in_trio_run() and trio.lowlevel.current_trio_token() is token:
                 trio.lowlevel.notify_closing(self._fd)
@@ -539,6 +545,8 @@ class Userfaultfd:
 
     def _notify(self, token: trio.lowlevel.TrioToken) -> None:
         # In the thread of the waiter: while it is still there, the number is ours.
+        import trio
+
         if token in self._waiting:
             trio.lowlevel.notify_closing(self._fd)
 
@@ -572,7 +580,7 @@ class Userfaultfd:
     def _enter(self) -> int:
         with self._lock:
             if self._closed:
-                raise trio.ClosedResourceError("this userfaultfd is closed")
+                raise closed("this userfaultfd is closed")
             self._users += 1
             return self._fd
 
