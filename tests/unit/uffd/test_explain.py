@@ -91,7 +91,7 @@ def test_register_says_that_a_shared_file_must_be_writable(uffd: Userfaultfd) ->
                 "is open for reading only: open it for writing too",
                 errno.EPERM,
             )
-            ffi.release(buffer)
+            del buffer
         os.close(fd)
 
 
