@@ -31,7 +31,7 @@ COMMANDS = {
     "daemon": ("own machines, send them away on request, take those that come", "postcopy.cli.sides"),
     "demo": ("both sides on this host, verified", "postcopy.testbed.demo"),
     "merge": ("join what both sides of a lost migration have salvaged into an image", "postcopy.cli.merge"),
-    "ctl": ("ask or tell a running process with --control", "postcopy.cli.ctl"),
+    "ctl": ("ask a running process, or tell it what to do", "postcopy.cli.ctl"),
     "probe": ("what this host allows, and what would help", "postcopy.testbed.probe"),
     "faultpaths": (
         "which kernel paths wait for a missing page here, and which do not",

@@ -16,18 +16,19 @@ from postcopy.cli.sides import Run
 from postcopy.errors import ConfigurationError, MigrationError, PeerError
 from postcopy.output import Output
 from postcopy.service.client import ControlClient
-from postcopy.service.options import flag
+from postcopy.service.options import CONTROL, default_control, flag
 from postcopy.service.render import render_answer
 from postcopy.service.schema import COMMANDS, ControlError, Json, plain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A parser for each request. What it may be given is checked here as it is by the process that is asked."""
-    parser.add_argument("socket", metavar="SOCKET", help="what the process was given as --control")
+    add_option(parser, CONTROL)
     requests = parser.add_subparsers(dest="request", required=True, metavar="REQUEST")
     for name, command in COMMANDS.items():
         help = "show what happens until it ends, or Ctrl-C" if name == "events" else command.help
         request = requests.add_parser(name, help=help, allow_abbrev=False)
+        add_option(request, CONTROL)
         add_option(request, flag("json", "the answer in JSON, as it came"))
         for option in command.options if name != "events" else ():
             bare = option.name == command.bare
@@ -46,7 +47,7 @@ class CtlCommand:
 
     def __init__(self, given: dict[str, Any], output: Output) -> None:
         self._request = str(given["request"])
-        self._socket = str(given["socket"])
+        self._socket = str(given.get("control") or default_control())
         self._json = "json" in given
         self._detach = "detach" in given
         self._arguments = {name: plain(given[name]) for name in COMMANDS[self._request].arguments if name in given}

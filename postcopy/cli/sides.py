@@ -22,7 +22,7 @@ from postcopy.service.config import (
     Origin,
     SourceConfig,
 )
-from postcopy.service.options import record
+from postcopy.service.options import default_control, record
 from postcopy.service.service import Service
 
 Run = Callable[[trio.Event], Awaitable[bool]]
@@ -35,6 +35,7 @@ def make(given: dict[str, Any], output: Output) -> Run:
     if command == "dest":
         service = _dest(given, output)
     elif command == "daemon" or "hold" in given:
+        given.setdefault("control", default_control())
         service = _daemon(given, output)
     else:
         service = _source(given, output)
@@ -69,9 +70,6 @@ def _daemon(given: dict[str, Any], output: Output) -> Service:
     """A daemon, which for `source --hold` is one that takes no machines."""
     from postcopy.service.daemon import Daemon
 
-    if "control" not in given:
-        what = "source --hold" if "hold" in given else "daemon"
-        raise ConfigurationError(f"{what} takes its orders through its control socket: say --control PATH")
     config = record(
         DaemonConfig,
         given,

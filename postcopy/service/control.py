@@ -29,10 +29,10 @@ class ControlHandler:
         self._requests: Mapping[str, Request] = {
             "commands": self._commands,
             "status": self._status,
-            "pause": self._pause,
-            "recover": self._recover,
+            "migrate-pause": self._pause,
+            "migrate-recover": self._recover,
             "set": self._set,
-            "cancel": self._cancel,
+            "migrate-cancel": self._cancel,
             "quit": self._quit,
             **({"reclaim": self._reclaim} if service.pushes else {}),
             **service.requests(),

@@ -122,6 +122,18 @@ def parse_path(text: str) -> str:
     return text
 
 
+def default_control() -> str:
+    """The control socket of a process that this user has started without ``--control``, and where `ctl` looks for it.
+    Root's does not depend on XDG_RUNTIME_DIR, which a shell has and a system service has not."""
+    if os.geteuid() == 0:
+        return "/run/postcopy/control.sock"
+    if not (runtime := os.environ.get("XDG_RUNTIME_DIR")):
+        raise ConfigurationError(
+            "XDG_RUNTIME_DIR is not set, so there is no default control socket: say --control PATH"
+        )
+    return check_control_path(os.path.join(runtime, "postcopy", "control.sock"), "the default control socket")
+
+
 def check_control_path(path: str, what: str = "--control") -> str:
     """The path, when a socket can have it. `ConfigurationError` otherwise; `what` is what the user calls it."""
     size_bytes = len(os.fsencode(path))
@@ -222,7 +234,7 @@ LISTEN = Option("listen", "wait for the other side here; port 0: any", "HOST:POR
 CONNECT = Option("connect", "the other side listens there", "HOST:PORT", parse_address)
 PEER_FILE = path("peer-file", "as --connect, with the HOST:PORT in a file, read again when the connection is lost and"
                  " at SIGHUP")
-HOLD = flag("hold", "run the machine until `postcopy ctl` says where it is to go (--control)")
+HOLD = flag("hold", "run the machine until `postcopy ctl` says where it is to go")
 
 BACKING = choice("backing", BACKINGS, "what memory is made of")
 BUSY_POLL = whole("busy-poll", "how long to poll an urgent channel before sleeping on it (default 0)", 0, 1_000_000,
@@ -264,6 +276,9 @@ USER = Option("user", "as root: open the devices, and then become this user, wit
 
 # ---- The commands
 
+CONTROL = Option("control", "the control socket of the process that is asked", "PATH",
+                 partial(check_control_path, what="a control socket"))
+
 FROM_OPTIONS = Group(
     "with --from",
     flag("reclaim", "DIR is of a source, and its destination is dead for good: go on from the switchover, without what"
@@ -272,8 +287,7 @@ FROM_OPTIONS = Group(
 )
 OPERATING = Group(
     "operating it",
-    Option("control", "a control socket for `postcopy ctl`, this user's and root's only", "PATH",
-           partial(check_control_path, what="a control socket")),
+    replace(CONTROL, help="a control socket for `postcopy ctl`, this user's and root's only"),
     Option("metrics", "Prometheus metrics at http://HOST:PORT/metrics; without HOST on the loopback interface only",
            "[HOST]:PORT"),
     path("metrics-file", "write the metrics there when a migration has ended", "FILE.prom"),

@@ -4,7 +4,7 @@
 One JSON object a line, UTF-8, in both directions, after QEMU's QMP. The server greets, then answers each request in
 its order::
 
-    <- {"postcopy": {"version": "0.1.0", "protocol": 1, "side": "source", "pid": 4711}}
+    <- {"postcopy": {"version": "0.1.0", "protocol": 2, "side": "source", "pid": 4711}}
     -> {"execute": "set", "arguments": {"max-bandwidth": 104857600}, "id": 7}
     <- {"return": {"max-bandwidth": 104857600}, "id": 7}
     -> {"execute": "sit"}
@@ -35,7 +35,7 @@ from postcopy.wire import one_line
 
 Json = dict[str, Any]
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_LINE_BYTES = 64 * 1024
 """Of a request. Answers may be longer: a daemon may have many machines."""
 MAX_ANSWER_BYTES = 16 << 20
@@ -71,13 +71,13 @@ class Command:
         return {option.name: option for option in self.options}
 
 
-_MACHINE = Option("machine", "of a daemon that has several: which", "NAME", parse_name)
+_MACHINE = Option("machine", "the machine, where there are several", "NAME", parse_name)
 _FORCE = flag("force", "also when something is lost with it: a machine, its pages")
 _TO = Option("to", "a daemon or a destination that listens", "HOST:PORT")
 _TO_NOW = replace(_TO, help="where the other side is now")
 _NEW_MACHINE = (
     replace(options.NAME, help="what it is called (default: a new name)"),
-    replace(options.KIND, help="kvm or rv64", metavar="KIND"),
+    replace(options.KIND, name="kind", help="kvm or rv64", metavar="KIND"),
     *(options.MEMORY, options.VCPUS, options.WORKLOAD, options.WORKING_SET, options.SEED, options.BACKING),
     *(options.DISK, options.IMAGE),
 )
@@ -89,15 +89,15 @@ SETTINGS = (  # each is a field of `SourceOptions`
 
 COMMANDS: Mapping[str, Command] = {
     "commands": Command("what may be asked of this process"),
-    "status": Command("how it is", (replace(_MACHINE, help="of one machine only"),), bare="machine"),
+    "status": Command("how it is", (replace(_MACHINE, help="of one machine only"),)),
     "events": Command("from now on, tell this client what happens, or no more", (flag("enable", ""),)),
-    "start": Command("make a machine and let it run", _NEW_MACHINE, required="machine", bare="machine"),
+    "start": Command("make a machine and let it run", _NEW_MACHINE, required="kind", bare="kind"),
     "end": Command("end a machine that is here", (_MACHINE, _FORCE)),
     "migrate": Command("send a machine away", (_MACHINE, _TO), required="to", bare="to"),
-    "pause": Command("cut the connection of a migration that is past the point of no return", (_MACHINE,)),
-    "recover": Command("connect it again, or to another address", (_MACHINE, _TO_NOW), bare="to"),
+    "migrate-pause": Command("cut the connection of a migration that is past the point of no return", (_MACHINE,)),
+    "migrate-recover": Command("connect it again, or to another address", (_MACHINE, _TO_NOW), bare="to"),
     "set": Command("change what may be changed while it runs", SETTINGS),
-    "cancel": Command("give a migration up before its point of no return", (_MACHINE,)),
+    "migrate-cancel": Command("give a migration up before its point of no return", (_MACHINE,)),
     "reclaim": Command("let a machine go on here whose destination is dead for good", (_MACHINE, _FORCE)),
     "quit": Command("end in order", (_FORCE,)),
 }

@@ -97,16 +97,16 @@ def test_what_is_no_request(daemon: Daemon) -> None:
         b'{"execute": "status", "x": 1}\n',
         b'{"execute": "set", "arguments": {"recover-for": 1e999}}\n',
         b'{"execute": "set", "arguments": {"recover-for": -1}}\n',
-        b'{"execute": "start", "arguments": {"machine": "rv64", "memory": 1e300}}\n',
+        b'{"execute": "start", "arguments": {"kind": "rv64", "memory": 1e300}}\n',
         b"\xff\xfe\n",
         os.urandom(3000) + b"\n",
-        b'{"execute": "start", "arguments": {"machine": "kvm", "memory": "900TiB"}}\n',
+        b'{"execute": "start", "arguments": {"kind": "kvm", "memory": "900TiB"}}\n',
         b'{"execute": "migrate"}\n',
         b'{"execute": "migrate", "arguments": {"to": "\\ud800:1"}}\n',
         b'{"execute": "status", "id": {"a": 1}}\n',
         b'{"execute": "end", "arguments": {"machine": "' + b"x" * 5000 + b'"}}\n',
         b"x" * 100_000,
-        b'{"execute": "start", "arguments": {"machine": "rv64", "memory": "16MiB", "vcpus": 999}}\n',
+        b'{"execute": "start", "arguments": {"kind": "rv64", "memory": "16MiB", "vcpus": 999}}\n',
     ]
     for line in said:
         with socket.socket(socket.AF_UNIX) as client, client.makefile("rb") as file:

@@ -179,7 +179,7 @@ def test_cancel_before_commit(daemon: Daemon, start: Start, tmp_path: Path, vers
             start("source", "--json", *RV64, "--connect", listener.where, "--control", tmp_path / "s")
             control = Control(tmp_path / "s")
         dest = listener.destination().until(step)
-        control.ask("cancel")
+        control.ask("migrate-cancel")
         assert "commit" not in [fields["type"] for fields in dest.control.wait_closed(END_S)]
     before = wait_until(
         "it runs", lambda: (guest := control.machines()["rv64"]["guest"])["state"] == "running" and guest["operations"]
@@ -204,7 +204,7 @@ def test_cancel_before_commit_at_the_destination(
         source.control.close()  # nothing to be cancelled yet
         return
     wait_until("migration", lambda: control.machines())
-    control.ask("cancel")
+    control.ask("migrate-cancel")
     assert "prepared" not in [fields["type"] for fields in source.control.wait_closed(END_S)]
     if side == "dest":
         assert program.end(END_S) == 1
@@ -220,13 +220,13 @@ def test_cancel_after_commit(start: Start, tmp_path: Path, version: int, rv64: M
         program = start("source", "--json", *RV64, "--listen", "127.0.0.1:0", "--control", path)
         dest = Destination.connect(program.address, version).until("run")
         program.wait_status("postcopy-active")
-        assert "NotNow" in Control(path).refused("cancel")
+        assert "NotNow" in Control(path).refused("migrate-cancel")
         dest.take_all()
         assert program.end() == 0
     else:
         program = start("dest", "--json", "--listen", "127.0.0.1:0", "--control", path, "--run-for", "0")
         source = Source(program.address, rv64, version).until("running")
-        assert "NotNow" in Control(path).refused("cancel")
+        assert "NotNow" in Control(path).refused("migrate-cancel")
         source.finish()
         assert program.end() == 0, program.tail()
 

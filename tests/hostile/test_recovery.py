@@ -51,7 +51,7 @@ def test_recovery_that_fails_again_and_again(start: Start, tmp_path: Path, versi
         assert source.cpu_s() - cpu_s < 0.7 * seconds
         status = [line["status"] for line in source.lines() if "status" in line][-1]
         if status == "postcopy-failed":
-            Control(tmp_path / "s").ask("recover")
+            Control(tmp_path / "s").ask("migrate-recover")
         dest.taken_back(listener.control()).say_what_is_here().recovered().take_all()
         assert source.end() == 0, source.tail()
 

@@ -95,7 +95,7 @@ def test_no_threads_for_another_machine(pids: Group, daemon: Daemon, start: Star
     with contextlib.suppress(Refusal):
         control.ask("migrate", machine="x", to=dest.where)
     with contextlib.suppress(Refusal):
-        control.ask("start", machine="rv64", name="y", memory="16MiB")
+        control.ask("start", kind="rv64", name="y", memory="16MiB")
     assert program.alive(), program.tail()
     program.check()
     pids.limit(1000)
@@ -138,7 +138,7 @@ def test_no_descriptors(daemon: Daemon, start: Start, neighbour: Beside) -> None
     for _ in range(3):
         start("source", "--json", *RV64, "--connect", program.where, "--on-failure", "exit").end()
     with contextlib.suppress(Refusal):
-        control.ask("start", machine="rv64", name="y", memory="16MiB")
+        control.ask("start", kind="rv64", name="y", memory="16MiB")
     control.ask("status")
     resource.prlimit(program.pid, resource.RLIMIT_NOFILE, (1024, hard))
     beside.finish(start)

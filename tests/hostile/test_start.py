@@ -177,8 +177,8 @@ USELESS = [
     (("source", "--machine", "rv64", "--disk", "", "--workload", "disk", "--listen", "127.0.0.1:0"), ""),
     (("dest", "--listen", "127.0.0.1:0", "--user", ""), ""),
     (("dest", "--peer-file", ""), "--peer-file"),
-    (("ctl", "", "status"), ""),
-    (("ctl", LONG, "status"), ""),
+    (("ctl", "--control", "", "status"), ""),
+    (("ctl", "--control", LONG, "status"), ""),
     (("merge", "", "--output", "/tmp/never"), ""),
 ]
 

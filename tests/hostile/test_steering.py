@@ -35,7 +35,7 @@ def test_cancel_while_connecting(daemon: Daemon, silent: Listener) -> None:
         asked = control.begin("migrate", machine="x", to=silent.where)
         wait_until("a migration that is shown", lambda: control.migration("x"), 8)
         began = time.monotonic()
-        assert control.ask("cancel", machine="x")
+        assert control.ask("migrate-cancel", machine="x")
         control.wait_status("x", "cancelled", "failed", deadline_s=AT_ONCE_S)
         with contextlib.suppress(Refusal):
             asked.answer(AT_ONCE_S)
@@ -60,7 +60,7 @@ def test_cancel_while_connecting_again(daemon: Daemon, start: Start, silent: Lis
     with silent:
         control.begin("migrate", machine="x", to=silent.where)
         wait_until("a new migration that is shown", lambda: control.migration("x")["id"] != before, 8)
-        control.ask("cancel")
+        control.ask("migrate-cancel")
         control.wait_status("x", "cancelled", "failed", deadline_s=AT_ONCE_S)
     assert control.machines()["x"]["guest"]["state"] == "running"
 
@@ -102,7 +102,7 @@ def test_cancel_with_a_frozen_destination(daemon: Daemon, version: int, step: st
         asked = control.begin("migrate", machine="x", to=listener.where)
         dest = listener.destination().until(step)
         dest.control.frozen.set()
-        assert control.ask("cancel", AT_ONCE_S, machine="x")
+        assert control.ask("migrate-cancel", AT_ONCE_S, machine="x")
         control.wait_status("x", "cancelled", deadline_s=AT_ONCE_S)
         with contextlib.suppress(Refusal):
             asked.answer(AT_ONCE_S)
@@ -116,7 +116,7 @@ def test_cancel_with_a_frozen_source(daemon: Daemon, version: int, rv64: Machine
     source.control.frozen.set()
     wait_until("arrival", control.machines)
     with contextlib.suppress(Refusal):
-        control.ask("cancel", AT_ONCE_S)
+        control.ask("migrate-cancel", AT_ONCE_S)
     wait_until("end", lambda: not control.machines(), AT_ONCE_S)
 
 
@@ -138,9 +138,9 @@ def lost_source(start: Start, listener: Listener, directory: Path, *arguments: o
 
 
 def says_or_does(control: Control, listener: Listener) -> None:
-    """`ctl recover` connects, or says why it does not."""
+    """`ctl migrate-recover` connects, or says why it does not."""
     with contextlib.suppress(Refusal):
-        control.ask("recover")
+        control.ask("migrate-recover")
         listener.accept().close()
 
 
@@ -205,7 +205,9 @@ def test_answers_that_never_come_after_the_push(start: Start, version: int, tmp_
     assert dest.end() == 0, dest.tail()
 
 
-@pytest.mark.parametrize("command", ["pause", "recover", "cancel", "end", "quit", "migrate", "reclaim"])
+@pytest.mark.parametrize(
+    "command", ["migrate-pause", "migrate-recover", "migrate-cancel", "end", "quit", "migrate", "reclaim"]
+)
 def test_anything_may_be_asked_of_an_idle_daemon(daemon: Daemon, command: str) -> None:
     _, control = daemon()
     arguments = {"to": "127.0.0.1:9"} if command == "migrate" else {}

@@ -74,7 +74,7 @@ def test_the_id_of_a_machine_whose_source_is_away(
         "source", "--json", "--control", tmp_path / "s", *RV64, "--max-bandwidth", "64KiB/s", "--connect", program.where
     )
     source.wait_status("postcopy-active")
-    Control(tmp_path / "s").ask("pause")
+    Control(tmp_path / "s").ask("migrate-pause")
     (name,) = control.machines()
     other = Source(program.address, rv64, version).connect()
     other.migration = bytes.fromhex(control.wait_status(name, "postcopy-paused")["id"])
@@ -82,7 +82,7 @@ def test_the_id_of_a_machine_whose_source_is_away(
     with contextlib.suppress(Closed):
         assert other.control.hear()["type"] != "accept"
     other.control.close()
-    Control(tmp_path / "s").ask("recover")
+    Control(tmp_path / "s").ask("migrate-recover")
     Control(tmp_path / "s").ask("set", max_bandwidth="none")
     assert source.end() == 0, source.tail()
     control.wait_status(name, "completed")

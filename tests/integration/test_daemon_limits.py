@@ -60,7 +60,7 @@ def test_eight_machines_in_a_small_group(
     )
     address = small.address
     sent = [subprocess.Popen(
-        [*POSTCOPY, "ctl", str(tmp_path / "a"), "migrate", address, "--machine", name],
+        [*POSTCOPY, "ctl", "--control", str(tmp_path / "a"), "migrate", address, "--machine", name],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) for name in names]  # fmt: skip
     errors = [process.communicate(timeout=120)[1] for process in sent]
@@ -105,7 +105,7 @@ def test_no_more_threads(
         before = at.machines()["x"]["guest"]["operations"] if "x" in at.machines() else None
         if before is None:
             break
-        arguments = [*POSTCOPY, "ctl", str(tmp_path / "a"), "migrate", address]
+        arguments = [*POSTCOPY, "ctl", "--control", str(tmp_path / "a"), "migrate", address]
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=90, check=False)
         assert "Traceback" not in done.stderr
         if done.returncode == 0:
@@ -134,12 +134,12 @@ def test_frozen_peer(
     assert first.address
     at, address = operator("a"), frozen.address
     frozen.signal(signal.SIGSTOP)
-    command = [*POSTCOPY, "ctl", str(tmp_path / "a"), "migrate", address]
+    command = [*POSTCOPY, "ctl", "--control", str(tmp_path / "a"), "migrate", address]
     migrate = spawn_child(command)
     at.wait("it", lambda here: (here["x"]["migration"] or {}).get("status") == "connecting")
     began = time.monotonic()
     if end == "cancel":
-        assert at.tell("cancel") == {"cancelled": ["x"]}
+        assert at.tell("migrate-cancel") == {"cancelled": ["x"]}
         done = migrate.wait(10)
         assert done.returncode == 1
         assert "cancelled" in done.stderr
@@ -193,7 +193,7 @@ class TestReclaim:
         at, to = operator("a"), operator("b")
         at.tell("migrate", second.address, "--detach")
         to.wait("it", lambda here: here.get("x", {}).get("migration", {}).get("status") == "postcopy-active")
-        at.ask("pause")
+        at.ask("migrate-pause")
         at.wait("pause", lambda here: here["x"]["migration"]["status"] == "postcopy-paused")
         assert "answers" in at.ask("reclaim", "--force", status=1)[1]
         at.wait("it", lambda here: here["x"]["migration"]["status"] == "postcopy-active")
@@ -209,10 +209,10 @@ def test_recover_after_the_search_has_ended(daemon: Start, operator: Callable[[s
         one.ask("set", "--recover-for", "0.5")
     at.tell("migrate", second.address, "--detach")
     at.wait("it", lambda here: here["x"]["migration"]["status"] == "postcopy-active")
-    to.ask("pause")
+    to.ask("migrate-pause")
     for one in (at, to):
         one.wait("end of the search", lambda here: here["x"]["migration"]["looking-for-peer"] is False)
         assert "not looked for" in one.ask("status")[0]
     for one in (to, at):
-        one.ask("recover")
+        one.ask("migrate-recover")
     at.wait("it", lambda here: here["x"]["migration"]["recoveries"]["count"] == 1)

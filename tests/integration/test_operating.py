@@ -44,7 +44,7 @@ class TestBothSides:
         assert to.ask("set", "--max-bandwidth", "1MiB/s", status=2)[1].count("\n") == 1
         source = side("source", "--json", "--control", tmp_path / "s", *SLOW, "--connect", address)
         source.wait_status("postcopy-active")
-        status = at.tell("status", "kvm")
+        status = at.tell("status", "--machine", "kvm")
         assert status["side"] == "source"
         assert status["settings"] == {"max-bandwidth": 64 << 10, "bulk-channels": 2, "recover-for": "forever"}
         job = status["machines"][0]["migration"]
@@ -55,18 +55,18 @@ class TestBothSides:
         assert {len(line) - len(line.partition(":")[2].lstrip()) for line in text.splitlines() if line} == {19}
 
         # Past the point of no return: not cancelled, not left alone, but cut and connected again.
-        assert "belongs to the destination" in at.ask("cancel", status=1)[1]
+        assert "belongs to the destination" in at.ask("migrate-cancel", status=1)[1]
         assert "pages are still on their way" in at.ask("quit", status=1)[1]
         assert "pages are still on their way" in to.ask("quit", status=1)[1]
-        at.ask("pause")
+        at.ask("migrate-pause")
         at.wait("pause", lambda here: here["kvm"]["migration"]["status"] == "postcopy-paused")
         to.wait("pause", lambda here: here["kvm"]["migration"]["status"] == "postcopy-paused")
-        at.ask("recover")
+        at.ask("migrate-recover")
         to.wait("recovery", lambda here: here["kvm"]["migration"]["recoveries"]["count"] == 1)
-        to.ask("pause")  # and from the side that listens
+        to.ask("migrate-pause")  # and from the side that listens
         at.wait("pause", lambda here: here["kvm"]["migration"]["status"] == "postcopy-paused")
-        assert "listens" in to.ask("recover", "127.0.0.1:9", status=2)[1]
-        to.ask("recover")
+        assert "listens" in to.ask("migrate-recover", "127.0.0.1:9", status=2)[1]
+        to.ask("migrate-recover")
         to.wait("recovery", lambda here: here["kvm"]["migration"]["recoveries"]["count"] == 2)
 
         at.ask("set", "--max-bandwidth", "none")  # which would have taken minutes
@@ -93,7 +93,7 @@ class TestBothSides:
         proxy.signal(signal.SIGKILL)
         source.wait_status("postcopy-paused")
         at = operator("s")
-        at.ask("recover", address)
+        at.ask("migrate-recover", address)
         at.wait("recovery", lambda here: here["kvm"]["migration"]["recoveries"]["count"] == 1)
         at.ask("set", "--max-bandwidth", "none")
         for one in (source, dest):
@@ -112,11 +112,11 @@ class TestBothSides:
         )
         source.wait_status("active")
         at = operator("s")
-        watcher = spawn_child([sys.executable, "-m", "postcopy", "ctl", str(at.path), "events", "--json"])
+        watcher = spawn_child([sys.executable, "-m", "postcopy", "ctl", "--control", str(at.path), "events", "--json"])
         deadline = time.monotonic() + DEADLINE_S
         while "progress" not in watcher.output():
             assert time.monotonic() < deadline
-        at.ask("cancel")
+        at.ask("migrate-cancel")
         failed = source.wait_for("end", lambda line: line["event"] == "migration-failed")
         assert failed["status"] == "cancelled"
         dest.wait_for_errors("waiting for the next one")
@@ -125,7 +125,7 @@ class TestBothSides:
         here = at.wait("going on", lambda here: here["rv64"]["guest"]["state"] == "running")
         before = here["rv64"]["guest"]["operations"]
         at.wait("operations", lambda here: here["rv64"]["guest"]["operations"] > before)
-        assert "no migration is going on" in at.ask("cancel", status=1)[1]
+        assert "no migration is going on" in at.ask("migrate-cancel", status=1)[1]
         at.ask("quit")
         assert source.end()[0] == 1  # it did not do what it was started for
         watched = watcher.wait(DEADLINE_S)  # ends with the process that it watched

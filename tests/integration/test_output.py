@@ -71,7 +71,11 @@ def _ctl(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return subprocess.run(
-        [*POSTCOPY, "ctl", str(path), *arguments], capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        [*POSTCOPY, "ctl", "--control", str(path), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
     )
 
 

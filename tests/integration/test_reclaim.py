@@ -20,7 +20,7 @@ pytestmark = pytest.mark.needs("uffd-user")
 
 
 def _ctl(at: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "postcopy", "ctl", str(at), *arguments]
+    command = [sys.executable, "-P", "-m", "postcopy", "ctl", "--control", str(at), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 

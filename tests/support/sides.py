@@ -100,7 +100,15 @@ class Operator:
 
     def ask(self, *arguments: object, status: int = 0) -> tuple[str, str]:
         """What it says on stdout and stderr."""
-        command = [sys.executable, "-m", "postcopy", "ctl", str(self.path), *(str(one) for one in arguments)]
+        command = [
+            sys.executable,
+            "-m",
+            "postcopy",
+            "ctl",
+            "--control",
+            str(self.path),
+            *(str(one) for one in arguments),
+        ]
         done = self._run(command, deadline_s=DEADLINE_S)
         assert done.returncode == status, done.stdout + done.stderr
         assert "Traceback" not in done.stderr

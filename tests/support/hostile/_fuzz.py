@@ -383,7 +383,7 @@ def command_line(choose: Choice) -> list[str]:
         line += {
             "source": ["--machine", choose.choice(("rv64", "image", "kvm")), "--connect", "127.0.0.1:1"],
             "dest": ["--connect", "127.0.0.1:1"],
-            "ctl": ["/nonexistent/x", choose.choice(("status", "end", "quit", "migrate"))],
+            "ctl": ["--control", "/nonexistent/x", choose.choice(("status", "end", "quit", "migrate"))],
             "merge": ["/nonexistent/x", "--output", "/nonexistent/y"],
         }.get(line[0], [])
     for _ in range(choose.randrange(1, 6)):
@@ -398,11 +398,11 @@ REQUESTS: dict[str, tuple[str, ...]] = {
     "events": ("enable",),
     "commands": (),
     "migrate": ("machine", "to"),
-    "pause": ("machine",),
-    "start": ("name", "machine", "memory", "vcpus", "workload", "working-set", "seed", "backing", "disk", "image"),
-    "recover": ("machine", "to"),
+    "migrate-pause": ("machine",),
+    "start": ("name", "kind", "memory", "vcpus", "workload", "working-set", "seed", "backing", "disk", "image"),
+    "migrate-recover": ("machine", "to"),
     "set": ("max-bandwidth", "bulk-channels", "recover-for"),
-    "cancel": ("machine",),
+    "migrate-cancel": ("machine",),
     "end": ("machine",),
     "reclaim": ("machine",),
     "nonsense": ("x",),
@@ -435,7 +435,7 @@ JSON_VALUES: tuple[Any, ...] = (
 )
 
 
-NAMED = ("end", "cancel", "pause", "recover", "migrate", "reclaim")
+NAMED = ("end", "migrate-cancel", "migrate-pause", "migrate-recover", "migrate", "reclaim")
 
 
 def request(choose: Choice) -> bytes:

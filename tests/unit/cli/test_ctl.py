@@ -30,7 +30,7 @@ class Client:
 
 async def migrate(*events: tuple[str, dict[str, Any]]) -> str:
     stderr = io.StringIO()
-    command = CtlCommand({"request": "migrate", "socket": "x"}, Output(False, io.StringIO(), stderr))
+    command = CtlCommand({"request": "migrate", "control": "x"}, Output(False, io.StringIO(), stderr))
     try:
         assert await command._migrate(cast(ControlClient, Client(*events)))
     finally:

@@ -5,6 +5,7 @@ lines of the demo's two sides."""
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields
@@ -37,6 +38,7 @@ WRITTEN: dict[str, tuple[str, Any]] = {
     "from": ("salvage", "salvage"),
     "heartbeat": ("300ms", 0.3),
     "image": ("i.img", "i.img"),
+    "kind": ("rv64", "rv64"),
     "into": ("whole", "whole"),
     "listen": ("127.0.0.1:0", None),
     "log-level": ("debug", "debug"),
@@ -137,7 +139,7 @@ def test_what_was_not_given_is_missing() -> None:
     """So that the defaults are those of the records."""
     assert parsed("dest", "--listen", ":0").keys() == {"command", "listen"}
     assert parsed("chaos", "--listen", ":0", "--to", "a:1").keys() == {"command", "listen", "to"}
-    assert parsed("ctl", "x.sock", "status").keys() == {"command", "socket", "request"}
+    assert parsed("ctl", "--control", "x.sock", "status").keys() == {"command", "control", "request"}
     assert record(ArrivalOptions, {}) == ArrivalOptions()
     assert record(SourceOptions, {"bulk_channels": 7, "json": True}) == SourceOptions(bulk_channels=7)
 
@@ -173,7 +175,7 @@ def test_requests_have_the_same_options(request_name: str, name: str) -> None:
             with pytest.raises(ConfigurationError):
                 option.from_json(no_flag)
         return
-    text, _ = WRITTEN[name] if name != "machine" or request_name == "start" else ("vm1", "vm1")
+    text, _ = WRITTEN[name] if name != "machine" else ("vm1", "vm1")
     value = option.parse(text)
     assert option.from_json(text) == value
     if isinstance(value, int):
@@ -186,7 +188,7 @@ def test_requests_have_the_same_options(request_name: str, name: str) -> None:
 
 @pytest.mark.parametrize("request_name", schema.COMMANDS)
 def test_ctl_takes_what_a_request_takes(request_name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = help_of("ctl", "x.sock", request_name, capsys=capsys)
+    text = help_of("ctl", "--control", "x.sock", request_name, capsys=capsys)
     command = schema.COMMANDS[request_name]
     for option in command.options if request_name != "events" else ():
         assert option.help in text
@@ -194,7 +196,7 @@ def test_ctl_takes_what_a_request_takes(request_name: str, capsys: pytest.Captur
 
 
 def test_ctl_sends_numbers() -> None:
-    given = parsed("ctl", "x.sock", "set", "--max-bandwidth", "1MiB/s", "--recover-for", "forever")
+    given = parsed("ctl", "--control", "x.sock", "set", "--max-bandwidth", "1MiB/s", "--recover-for", "forever")
     assert (given["max-bandwidth"], given["recover-for"]) == (1 << 20, math.inf)
     assert schema.parse_arguments("set", {"max-bandwidth": 1 << 20, "recover-for": schema.plain(math.inf)}) == {
         "max-bandwidth": 1 << 20,
@@ -244,3 +246,23 @@ def test_groups_have_titles_of_their_own() -> None:
     for command in options.COMMANDS:
         titles = [group.title for group in table(command) if group.title]
         assert len(titles) == len(set(titles))
+
+
+# ---- The default control socket
+
+
+def test_default_control_of_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    assert options.default_control() == "/run/user/1000/postcopy/control.sock"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    with pytest.raises(ConfigurationError, match=r"XDG_RUNTIME_DIR is not set.*say --control PATH"):
+        options.default_control()
+
+
+def test_default_control_of_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in a shell, which has XDG_RUNTIME_DIR, and in a system service, which has not."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    for runtime in ("/run/user/0", ""):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", runtime)
+        assert options.default_control() == "/run/postcopy/control.sock"

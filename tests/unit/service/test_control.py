@@ -146,7 +146,7 @@ async def _echo(request: Request) -> dict[str, Any]:
     await trio.lowlevel.checkpoint()
     if request.command == "quit":
         raise ControlError("NotNow", "not now")
-    if request.command == "cancel":
+    if request.command == "migrate-cancel":
         raise MigrationError("it did\nnot work")
     if request.command == "end":
         await trio.sleep_forever()
@@ -265,7 +265,7 @@ class TestServer:
         async with _serving(path) as server, ControlClient.open(str(path)) as client:
             assert client.greeting["side"] == "test"
             assert (await client.execute("set", {"bulk-channels": 3}))["arguments"] == {"bulk-channels": 3}
-            for command, kind in (("quit", "NotNow"), ("cancel", "Failed"), ("sit", "CommandNotFound")):
+            for command, kind in (("quit", "NotNow"), ("migrate-cancel", "Failed"), ("sit", "CommandNotFound")):
                 with pytest.raises(ControlError) as caught:
                     await client.execute(command)
                 assert caught.value.kind == kind

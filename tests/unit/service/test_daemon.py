@@ -121,10 +121,10 @@ async def test_cancel_before_the_point_of_no_return_only(state: State, class_of_
     daemon = _daemon()
     job = _move(daemon, "a", state)
     if class_of_error is None:
-        assert await ControlHandler(daemon).execute(Request("cancel", {})) == {"cancelled": ["a"]}
+        assert await ControlHandler(daemon).execute(Request("migrate-cancel", {})) == {"cancelled": ["a"]}
     else:
         with pytest.raises(ControlError) as caught:
-            await ControlHandler(daemon).execute(Request("cancel", {}))
+            await ControlHandler(daemon).execute(Request("migrate-cancel", {}))
         assert caught.value.kind == class_of_error
     assert job.cancel.called  # which does nothing to one that has been decided
     assert not daemon.machines[0].stop.is_set()  # which would end it in any case
@@ -139,7 +139,7 @@ async def test_quit_loses_no_machine_unasked() -> None:
     await ControlHandler(daemon).execute(Request("quit", {"force": True}))
     assert daemon.stop.is_set()
     with pytest.raises(ControlError, match="about to end"):
-        await ControlHandler(daemon).execute(Request("start", {"machine": "rv64"}))
+        await ControlHandler(daemon).execute(Request("start", {"kind": "rv64"}))
     assert daemon._why_refused(0)
 
 

@@ -159,7 +159,7 @@ async def test_the_only_machine_that_can_be_reclaimed_needs_no_name() -> None:
     async with running(options) as there:
         with pytest.raises(ControlError, match="one has not been sent away"):
             await there.ask("reclaim", force=True)
-        await there.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+        await there.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
         with pytest.raises(ControlError, match="no machine is here whose destination was lost"):
             await there.ask("reclaim", force=True)
         async with running(with_machine=False) as here:
@@ -182,7 +182,7 @@ async def test_a_machine_that_is_being_ended_is_nobody_elses(monkeypatch: pytest
         await close(self, *arguments)
 
     async with running() as there:
-        await there.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+        await there.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
         monkeypatch.setattr(ToyMachine, "close", slowly)
         async with trio.open_nursery() as nursery:
             for _ in range(2):
@@ -206,7 +206,7 @@ async def test_a_client_that_leaves_while_its_machine_ends(monkeypatch: pytest.M
         await close(self, *arguments)
 
     async with running() as there:
-        await there.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+        await there.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
         said: list[tuple[str, Any]] = []
         there.daemon.output.listeners.append(lambda event, fields: said.append((event, fields.get("machine"))))
         monkeypatch.setattr(ToyMachine, "close", slowly)
@@ -256,7 +256,7 @@ async def test_mistake_of_an_arrivals_engine(
     async with running() as there:
         if where == "release":
             async with running(with_machine=False) as here:
-                await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+                await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
                 await here.ask("migrate", to=str(there.address))
                 await there.until(lambda: (there.status("two") or {}).get("guest") is not None)
                 await there.until(lambda: not any(owned.busy for owned in there.daemon.machines))
@@ -303,7 +303,7 @@ async def test_mistake_past_the_point_of_no_return_keeps_the_machine(monkeypatch
 
     monkeypatch.setattr(service_module, "DestinationMigration", Mistaken)
     async with running() as there, running(with_machine=False) as here:
-        await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+        await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
         await here.ask("migrate", to=str(there.address))
         await here.until(lambda: here.status("two") is None)
         await there.computes("two")
@@ -353,7 +353,7 @@ async def test_mistake_of_what_is_shown_or_heard(
 
     monkeypatch.setattr("postcopy.service.report.ended", fail)
     async with running() as there, running(with_machine=False) as here:
-        await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+        await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
         await here.ask("migrate", to=str(there.address))
         await there.until(lambda: there.daemon._received == 1)
         await there.until(lambda: not any(owned.busy for owned in there.daemon.machines))
@@ -440,14 +440,14 @@ async def test_memory_is_promised_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert answers.count("accept") == 3, answers
         assert all("promised to machines here" in text for text in answers if text != "accept"), answers
         with pytest.raises(PostcopyError, match="promised"):
-            await there.ask("start", machine="rv64", memory=64 * MIB)
+            await there.ask("start", kind="rv64", memory=64 * MIB)
         for link in links:
             await trio.aclose_forcefully(link.control)
         await there.until(lambda: len(there.daemon.machines) == 1)
-        await there.ask("start", name="local", machine="rv64", memory=128 * MIB)
+        await there.ask("start", name="local", kind="rv64", memory=128 * MIB)
         await there.computes("local")
         await there.ask("end", machine="local")
-        await there.ask("start", name="local", machine="rv64", memory=128 * MIB)
+        await there.ask("start", name="local", kind="rv64", memory=128 * MIB)
 
 
 async def test_descriptors_are_there_before_a_machine_is_let_in() -> None:
@@ -460,17 +460,17 @@ async def test_descriptors_are_there_before_a_machine_is_let_in() -> None:
                 await offered(there.address, offer("two"))
             resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
             with pytest.raises(PostcopyError):
-                await there.ask("start", machine="rv64", memory=16 * MIB)
+                await there.ask("start", kind="rv64", memory=16 * MIB)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
         await there.until(lambda: len(there.daemon.machines) == 1)
-        await there.ask("start", machine="rv64", memory=16 * MIB)
+        await there.ask("start", kind="rv64", memory=16 * MIB)
 
 
 async def test_no_threads_for_an_arrival(no_more_threads: list[str]) -> None:
     """Refused before anything has begun; the machine computes on where it is."""
     async with running() as there, running(with_machine=False) as here:
-        await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+        await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
         no_more_threads.append("now")
         with suppress(ControlError):
             await here.ask("migrate", to=str(there.address))
@@ -510,7 +510,7 @@ async def test_connecting_is_shown_and_ends_at_once(frozen_peer: Address, end: s
         await there.until(lambda: ((there.status("one") or {})["migration"] or {}).get("status") == "connecting")
         began = trio.current_time()
         if end == "cancel":
-            assert await there.ask("cancel") == {"cancelled": ["one"]}
+            assert await there.ask("migrate-cancel") == {"cancelled": ["one"]}
             await there.until(lambda: bool(refused))
             assert "cancelled" in str(refused[0])
             await there.computes("one")
@@ -540,7 +540,7 @@ async def test_previous_migration_is_not_the_one_that_is_cancelled(frozen_peer: 
 
         nursery.start_soon(migrate)
         await there.until(lambda: there.daemon.machines[0].migration is not previous)
-        assert await there.ask("cancel") == {"cancelled": ["one"]}
+        assert await there.ask("migrate-cancel") == {"cancelled": ["one"]}
 
 
 # ---- a pager that does not end
@@ -556,7 +556,7 @@ async def test_stuck_pager_takes_no_machine_with_it(
 
     monkeypatch.setattr(service_module, "Pager", Stuck)
     async with running() as there, running(with_machine=False) as here:
-        await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+        await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
         await here.ask("migrate", to=str(there.address))
         await there.until(lambda: (there.status("two") or {}).get("guest") is not None)
         await there.until(lambda: not any(owned.busy for owned in there.daemon.machines))
@@ -583,7 +583,7 @@ async def test_load_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, end: st
     monkeypatch.setattr(ToyMachine, "load_state", load_state)
     try:
         async with running() as there, running(with_machine=False) as here:
-            await here.ask("start", name="two", machine="rv64", memory=16 * MIB, workload="random", working_set=MIB)
+            await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
             await here.ask("migrate", to=str(there.address))
             await there.until(hung.is_set)
             assert (there.status("two") or {})["migration"]["status"] == "active"

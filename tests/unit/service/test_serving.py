@@ -97,4 +97,4 @@ async def test_cancel_answers_with_ids(kind: Any) -> None:
     owned = Owned("rv64", Phase.LEAVING if kind is SourceMigration else Phase.ARRIVING)
     owned.migration = Mock(spec=kind, migration_id="ff", state=State.READY)
     service.machines.append(owned)
-    assert await ControlHandler(service).execute(Request("cancel", {})) == {"cancelled": ["ff"]}
+    assert await ControlHandler(service).execute(Request("migrate-cancel", {})) == {"cancelled": ["ff"]}
