@@ -28,7 +28,7 @@ ADDRESSES = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
 NOT_RUN = [  # page, a command or how it begins, reason
     ("*", r"make |pip(x)? |sudo |apt-get |python3? -m venv|~/postcopy/|export PATH", "installs or builds software"),
     ("*", r"systemctl |journalctl |docker ", "needs systemd, or Docker (tests/containers)"),
-    ("README.md", "postcopy demo --lab", "tests/integration/test_lab.py does it"),
+    ("README.md", "postcopy demo --lab|postcopy faultpaths", "test_lab and test_faultpaths do it"),
     ("docs/howto/daemon.md", "postcopy ctl events", "goes on until Ctrl-C"),
     (
         "docs/howto/recover.md",
@@ -67,6 +67,7 @@ class Command:
     host: str  # "" for one that is typed where the reader sits
     text: str
     line: int
+    first: bool = False  # of a block with prompts
 
 
 def fences(page: str, language: str) -> Iterator[tuple[int, str]]:
@@ -81,14 +82,15 @@ def commands(page: str) -> list[Command]:
     typed = []
     for first, block in fences(page, "sh"):
         prompts = re.search(r"^(host-[ab]|)\$ ", block, re.MULTILINE)
-        line = first
+        line, text_before = first, ""
         for joined in re.split(r"(?<!\\)\n", block):
             here, line = line, line + joined.count("\n") + 1
             text = joined.replace("\\\n", " ").strip()
             if prompts:
                 found = re.match(r"(host-[ab]|)\$ (.*)", text)
                 if found:
-                    typed.append(Command(found[1], found[2], here))
+                    typed.append(Command(found[1], found[2], here, first=not text_before))
+                    text_before = text
             elif text and not text.startswith("#"):
                 typed.append(Command("", text, here))
     return typed
@@ -143,7 +145,7 @@ class Reader:
         if command.host:
             if not self.hosts:
                 self.hosts = True
-                self.type(Command("", "postcopy lab up --hosts 2", command.line))
+                self.type(Command("", "postcopy lab up --name two --hosts 2", command.line))
             for name, address in ADDRESSES.items():
                 text = text.replace(name, address)
             text = re.sub(
@@ -151,11 +153,10 @@ class Reader:
                 rf"\1postcopy \2 --control {command.host}.sock",
                 text,
             )
-            text = f"postcopy lab exec h{'ab'.index(command.host[-1]) + 1} -- sh -c {shlex.quote(text)}"
+            text = f"postcopy lab exec --name two h{'ab'.index(command.host[-1]) + 1} -- sh -c {shlex.quote(text)}"
         serves = re.search(r"postcopy (?:daemon|source|dest)\b.* --listen (\S*:\d+)", text)
-        for before, process, _ in self.processes if serves else ():
-            # Another example: its reader has ended what had this port before.
-            if before.host == command.host and serves and f"--listen {serves[1]}" in before.text:
+        if serves and command.first:  # another example: its reader has ended what served before
+            for _, process, _ in self.processes:
                 self.kill(process)
         output = self.directory / f"output-{len(list(self.directory.glob('output-*')))}"
         with output.open("wb") as stream:
