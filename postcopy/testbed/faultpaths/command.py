@@ -18,7 +18,7 @@ from rich.status import Status
 from postcopy._files import check_new_file, replacing, write_all
 from postcopy.errors import ConfigurationError
 from postcopy.testbed import _processes
-from postcopy.testbed._report import emit, emit_json, make_console, print_line, print_section
+from postcopy.testbed._report import emit_json, make_console, print_line, print_section
 from postcopy.testbed.chaos import ChaosPlan
 from postcopy.testbed.faultpaths import _compare, _expect, _report, _select, _system
 from postcopy.testbed.faultpaths._model import Backing, Cell, Json, Measure, Mode, Operation, Result, Run
@@ -189,9 +189,9 @@ def _write(found: Run, args: argparse.Namespace) -> None:
     if args.json:
         emit_json(_report.to_json(found))
     elif args.markdown:
-        emit(lambda: sys.stdout.write(_report.to_markdown(found)))
+        sys.stdout.write(_report.to_markdown(found))
     else:
-        emit(lambda: _report.print_text(found, sys.stdout))
+        _report.print_text(found, sys.stdout)
 
 
 def _list(operations: list[Operation], as_json: bool) -> int:
@@ -205,7 +205,7 @@ def _list(operations: list[Operation], as_json: bool) -> int:
     if as_json:
         emit_json({"operations": msgspec.to_builtins(operations)})
     else:
-        emit(write)
+        write()
     return 0
 
 
@@ -232,5 +232,5 @@ def _run_compare(before_path: str, after_path: str, as_json: bool) -> int:
             }
         )
     else:
-        emit(write)
+        write()
     return 1 if changes else 0
