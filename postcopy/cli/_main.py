@@ -27,6 +27,7 @@ from postcopy.cli._parser import load, make_parser, values
 from postcopy.errors import ConfigurationError, PostcopyError, known_error, shortage
 from postcopy.net import Route, read_peer_file
 from postcopy.output import LogHandler, Output, make_output
+from postcopy.service.options import LOG_LEVEL
 from postcopy.wire import one_line
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -75,7 +76,7 @@ def _command(arguments: Sequence[str], output: Output) -> int:
 def _run(make: Callable[..., Callable[[trio.Event], Awaitable[bool]]], given: dict[str, Any], output: Output) -> int:
     """A command whose words all go through `output`."""
     try:
-        level = given.get("log_level", "warning").upper()
+        level = given.get("log_level", LOG_LEVEL).upper()
         logging.basicConfig(level=level, handlers=[LogHandler(output)], force=True)
         logging.captureWarnings(True)
         route: Route | None = None  # that may lead elsewhere after SIGHUP

@@ -57,6 +57,11 @@ class Output:
         self._as_json = as_json
         self._log_json = log_json
 
+    @property
+    def draws(self) -> bool:
+        """Whether `follow` shows a live view."""
+        return self._console is not None
+
     @functools.cached_property
     def _console(self) -> Console | None:
         """Where there is a terminal that can draw. (Rich is loaded only then, and only when there is something to

@@ -70,7 +70,7 @@ class View:
         side, ram, guest = str(now["side"]), now.get("ram") or {}, now.get("guest") or {}
         starts_in_ms = now.get("starts-in-ms")
         doing = phase(side, str(now["status"]), guest, None if starts_in_ms is None else starts_in_ms / 1e3)
-        result = [(side, doing)]
+        result = [(str(now.get("name", side)), doing)]
         if self.subject:
             result.append(("machine", self.subject))
         arrived, total, transferred = arrived_bytes(ram), ram.get("total") or 0, ram.get("transferred") or 0
@@ -88,7 +88,8 @@ class View:
             if now.get("pending-faults"):
                 demand += f" ({format_count(now['pending-faults'], 'thread')} waiting)"
             result.append(("pages", f"{demand}, {ram['background-pages']} in background"))
-        if guest.get("operations"):
+        gone = side == "source" and str(now["status"]).startswith(("postcopy", "completed"))
+        if guest.get("operations") and not gone:
             failures = f", {format_count(guest['failures'], 'FAILURE')}" if guest.get("failures") else ""
             result.append(("guest", f"{guest['state']}, {format_count(guest['operations'], 'operation')}{failures}"))
         return result

@@ -77,8 +77,8 @@ def table_parts(header: Sequence[str], rows: Sequence[Row], width: int) -> list[
     for part in _parts(columns, width):
         table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim", show_header=shown)
         widths = _widths([columns[number] for number in part], width)
-        for number, width in zip(part, widths, strict=True):
-            table.add_column(escape(header[number]), overflow="fold", width=width)
+        for number, own_width in zip(part, widths, strict=True):
+            table.add_column(escape(header[number]), overflow="fold", width=own_width)
         for cells in rows:
             table.add_row(*(markup(cells[number]) for number in part))
         tables.append(table)

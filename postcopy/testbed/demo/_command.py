@@ -48,24 +48,31 @@ LAB_CUT_AT = 1 / 3  # of the memory is at the destination when the cable is cut
 
 # fmt: off
 OPTIONS = (
-    Group("the machine",
-          replace(options.KIND, help="what to migrate (default: kvm, or rv64 where kvm cannot be used)"),
+    Group("machine",
+          replace(options.KIND, help="kind of machine to migrate (default: kvm, or rv64 where kvm cannot be used)"),
           *options.MACHINE),
-    Group("the engine", options.BACKING, options.BUSY_POLL, options.PAGER, *options.SENDING),
-    Group("",
-          replace(options.MIGRATE_AFTER, help="let the machine compute for so long when it is ready (default 1)"),
-          replace(options.RUN_FOR, help=options.RUN_FOR.help.replace("until interrupted", "2")),
+    Group("migration", options.BACKING, options.BUSY_POLL, options.PAGER, *options.SENDING),
+    Group("demonstration",
+          options.MIGRATE_AFTER,
+          replace(options.RUN_FOR, help=options.RUN_FOR.help.partition(" (")[0]),
           options.DUMP, options.VERIFY,
-          Option("chaos", f"a bad network between the two: {', '.join(KINDS)}; or more exactly, as"
+          Option("chaos", f"a bad network between the two sides: {', '.join(KINDS)}; or in detail, as"
                  " cut:every=0.1..0.5,down=0.2 (docs/chaos.md); --seed repeats it", "PLAN"),
-          options.flag("lab", "each side in a host of a laboratory of its own (docs/lab.md); the cable between them is"
-                       " cut in the middle of postcopy, and healed"),
-          options.seconds("deadline", f"give up after so long (default {DEADLINE_S:g}, more for a slow push)")),
+          options.flag("lab", "run each side in a host of a laboratory (docs/lab.md), and cut the cable between them in"
+                       " the middle of postcopy"),
+          options.seconds("deadline", "give up after SECONDS, or later where the push takes longer")),
     options.OUTPUT,
 )
 # fmt: on
 DEFAULTS: Json = {"migrate_after_s": 1.0, "run_for_s": 2.0}
 MACHINE_DEFAULTS: Json = {"memory_bytes": 256 << 20, "vcpus": 2, "workload": "random"}  # of one that runs
+
+
+def defaults() -> Json:
+    """Of `OPTIONS`: of both sides, and its own."""
+    return (
+        options.defaults("source") | options.defaults("dest") | MACHINE_DEFAULTS | DEFAULTS | {"deadline_s": DEADLINE_S}
+    )
 
 
 def make(given: Json, output: Output) -> Callable[[trio.Event], Awaitable[bool]]:
@@ -111,7 +118,7 @@ class DemoCommand:
         bandwidth = values.get("max_bandwidth_bytes_per_s", 0)
         if (self._lab or (self._chaos is not None and self._chaos.cut_every_s is not None)) and not bandwidth:
             # Slow enough that there is something to cut.
-            bandwidth = max(MIN_CUT_BANDWIDTH, round(content_bytes / CUT_PUSH_S))
+            bandwidth = max(MIN_CUT_BANDWIDTH, int(content_bytes / CUT_PUSH_S))
         values["max_bandwidth_bytes_per_s"] = bandwidth
         slowest = min(filter(None, (bandwidth, self._chaos.rate_bytes_per_s if self._chaos else 0)), default=0)
         push_s = content_bytes / slowest if slowest else 0.0
