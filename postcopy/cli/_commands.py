@@ -146,4 +146,10 @@ COMMANDS: Mapping[str, Command] = {
             ("fish:", "postcopy completion fish > ~/.config/fish/completions/postcopy.fish"),
         ),
     ),
+    "man": Command(
+        "write the manual pages to a directory",
+        "postcopy.cli.man",
+        "Writes postcopy(1) and a page for each command, as --help has it. An installation has them already.",
+        (("Read one of them:", "postcopy man /tmp && man /tmp/postcopy-ctl.1"),),
+    ),
 }
