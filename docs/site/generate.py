@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference, made of the program itself: the command line of its parsers, the C API of the public headers, the
-metrics of what a process serves. Each function returns Markdown (MyST), which takes the place of
+"""The reference, made of the program itself: the command line of its parsers, the C API of the public headers.
+Each function returns Markdown (MyST), which takes the place of
 ``<!-- generated: NAME ARGUMENTS -->`` in a page."""
 
 from __future__ import annotations
@@ -200,24 +200,6 @@ def _chunks(body: str) -> Iterator[str]:
         yield chunk.strip() if alone else chunk
 
 
-# ---- Metrics
-
-
-def metrics() -> str:
-    """What a process serves at /metrics: names, labels, meaning."""
-    from prometheus_client.core import Metric
-
-    from postcopy.service.metrics import Metrics
-
-    rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
-    family: Metric
-    for family in Metrics(lambda: ()).collect():
-        name = f"{family.name}_total" if family.type == "counter" else family.name
-        labels = ", ".join(f"`{label}`" for label in family._labelnames)  # type: ignore[attr-defined]
-        rows.append(f"| `{name}` | {family.type} | {labels} | {family.documentation} |")
-    return "\n".join(rows) + "\n"
-
-
 # ---- Python
 
 
@@ -230,6 +212,5 @@ def module(name: str, *options: str) -> str:
 PARTS: dict[str, Callable[..., str]] = {
     "command-line": command_line,
     "c-header": c_header,
-    "metrics": metrics,
     "module": module,
 }

@@ -103,3 +103,9 @@ def help_of(command: str) -> str:
         if found is not parser:
             text += found.format_help()
     return text
+
+
+def test_alerts_that_are_named() -> None:
+    rules = (ROOT / "examples/prometheus/postcopy.rules.yml").read_text()
+    named = re.findall(r"^ *\| `(Postcopy\w+)`", (ROOT / "docs/howto/prometheus.md").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(re.findall(r"- alert: (\w+)", rules))
