@@ -36,7 +36,7 @@ help: ## list these targets
 setup: $(VENV)/.installed ## build postcopy and install it into .venv, with what its tests need
 	@echo "setup: postcopy is installed in $(VENV): $(BIN)/postcopy"
 
-# An extra of pyproject.toml that only some targets need: docs, dist.
+# An extra of pyproject.toml that only some targets need: dist.
 $(VENV)/.extra-%: pyproject.toml tools/setup.sh | setup
 	@tools/setup.sh extra $(VENV) $*
 	@touch $@
@@ -142,15 +142,15 @@ hostile: setup ## attack the installed program from outside, all of it; SECONDS 
 check-hostile: setup
 	$(BIN)/pytest -n $(PYTEST_JOBS) --dist worksteal tests/hostile -m "not slow" $(PYTEST_ARGS)
 
+docs: setup ## build the documentation as a site into build/site; a warning is an error
+	$(BIN)/sphinx-build -q -E -a -W --keep-going -b html -c docs/site -d build/site.cache . build/site
+	@echo "docs: build/site/index.html"
+
 bench: setup ## measure fault latency, throughput and memory against their floors, medians of five
 	$(BIN)/postcopy bench
 
 soak: setup ## migrate over a network that is cut several times a second, for SECONDS (600); every page is verified
 	$(BIN)/python -m postcopy.testbed.soak --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED))
-
-docs: $(VENV)/.extra-docs ## build the documentation as a site into build/site; a warning is an error
-	$(BIN)/sphinx-build -W --keep-going -q -j auto -b html -c docs/site . build/site
-	@echo "docs: build/site/index.html"
 
 # Man pages and completions, made of the parsers, for packages: where CMake installs them from.
 SHARE := build/share

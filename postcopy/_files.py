@@ -45,6 +45,41 @@ def share_file(name: str) -> str:
     return str(path) if path.is_file() else name
 
 
+UDEV_RULE = "60-postcopy.rules"
+
+
+def explain_no_access(device: str) -> tuple[str, str]:
+    """Why this process may not open a device that is there (EACCES, EPERM), and what to do about it."""
+    try:
+        found = os.stat(device)
+    except OSError as error:
+        return f"{device}: {error.strerror}", "let this user see the directory of that device"
+    if os.access(device, os.R_OK | os.W_OK):
+        # The mode allows it: a container's list of devices, or a unit's, does not.
+        return (
+            f"{device} is not among the devices of this container or unit",
+            f"docker run --device {device} ..., or DeviceAllow={device} rw in the unit",
+        )
+    owner, group = _name_of("passwd", found.st_uid), _name_of("group", found.st_gid)
+    why = f"{device} is {owner}:{group} {stat.S_IMODE(found.st_mode):04o}"
+    if found.st_gid and found.st_mode & 0o060 == 0o060:
+        if not group.isdigit():
+            return why, f"usermod -a -G {group} {_name_of('passwd', os.geteuid())}, as root; then log in again"
+        return why, f"docker run --group-add {group} ... (that group owns the device)"
+    return why, f"install the udev rule {share_file(UDEV_RULE)} and join its group, kvm: see docs/privileges.md"
+
+
+def _name_of(table: str, number: int) -> str:
+    """Of a user or a group; the number where it has none."""
+    import grp  # only where something was refused
+    import pwd
+
+    try:
+        return pwd.getpwuid(number).pw_name if table == "passwd" else grp.getgrgid(number).gr_name
+    except KeyError:
+        return str(number)
+
+
 def explain_bad_name(path: str) -> str:
     """Why a path could be no file's, whatever there is; empty when it could."""
     if not path:
@@ -248,7 +283,7 @@ def _refuse_irregular(what: str, path: str) -> None:
 
 def _explain(error: OSError, directory: str) -> str:
     if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.isdir(directory):
-        return f"there is no directory {directory}"
+        return f"directory {directory} does not exist"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return f"no right to write into {directory}"
+        return f"this user may not write into directory {directory}"
     return f"cannot write into {directory}: {error.strerror}"

@@ -3,13 +3,16 @@
 
 A parser takes text and returns a number. `ConfigurationError` says what was wrong with the text and what to write in
 its place; the caller adds whose value it was.
+
+A size or a rate has its unit: 64 could be bytes or MiB, and 100 MiB/s or Mbit/s, so that a number alone is refused.
+Where only one unit can be meant (SECONDS, a number in JSON) a number alone is read in that one.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from postcopy.errors import ConfigurationError
@@ -22,8 +25,11 @@ MAX_SECONDS = 1e9
 FOREVER = "forever"
 NO_LIMIT = ("none", "off")
 
+_NUMBER = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?", re.IGNORECASE | re.ASCII)
-_BITS = re.compile(r"(\d+(?:\.\d+)?)([kmgt])?bit(?:/s)?", re.IGNORECASE | re.ASCII)
+_BITS = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt])?bit(?:/s)?", re.IGNORECASE | re.ASCII)
+_TIME = re.compile(r"([-+.\w]*?)\s*(us|ms|s|min|h)?", re.ASCII)
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 _MAX_CHARS = 40
 
 
@@ -50,12 +56,16 @@ def parse_whole(text: str, low: int, high: int) -> int:
 
 
 def parse_size(text: str, low: int = 0, high: int = MAX_SIZE) -> int:
-    """Bytes of ``4096``, ``512MiB``, ``1.5GiB``; ``K M G T`` alone are binary, as QEMU reads them, ``kB MB GB TB``
-    decimal."""
+    """Bytes of ``4096B``, ``512MiB``, ``1.5GiB``; ``K M G T`` alone are binary, as QEMU reads them, ``kB MB GB TB``
+    decimal. Of numbers alone only ``0`` is a size."""
     match = _SIZE.fullmatch(text.strip())
     if match is None or len(text) > _MAX_CHARS:
-        raise _wrong(text, "a size; write for instance 4096, 512MiB or 1.5GiB")
+        raise _wrong(text, "a size, as 512MiB, 1.5GiB or 4096B")
     number, prefix, suffix = match.groups()
+    if _is_bare(text):
+        small = float(number) < 1 << 20
+        readings = f"{number}MiB, or {number}B for bytes" if small else f"{number}B for bytes"
+        raise ConfigurationError(f"{_shown(text)} has no unit; write {readings}")
     value, rest = _times(number, (1000 if suffix and suffix.lower() == "b" else 1024) ** _power(prefix))
     if rest:
         raise _wrong(text, "a whole number of bytes")
@@ -78,18 +88,26 @@ def format_size(size_bytes: int) -> str:
     return f"{size_bytes / 1024**power:.1f} {units[power]}"
 
 
+def format_exact_size(size_bytes: int) -> str:
+    """What `parse_size` reads, of the same value, in the largest unit that has no fraction."""
+    power = next(power for power in (4, 3, 2, 1, 0) if not size_bytes % 1024**power) if size_bytes else 0
+    return f"{size_bytes // 1024**power}{('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
 def parse_rate(text: str, low: int = 0, high: int = MAX_RATE) -> int:
     """Bytes a second of ``10MiB/s`` (bytes; the ``/s`` may be left out) or ``100mbit`` (bits, as tc(8) reads it). No
     limit is ``none``, ``off`` or ``0``, and 0."""
     if text in NO_LIMIT:
         return 0
+    if len(text) <= _MAX_CHARS and _is_bare(text):
+        raise ConfigurationError(f"{_shown(text)} has no unit; write {text}MiB/s (bytes) or {text}mbit (bits)")
     try:
         if (match := _BITS.fullmatch(text)) and len(text) <= _MAX_CHARS:
             value = _times(match[1], 1000 ** _power(match[2]))[0] // 8
         else:
             value = parse_size(text.removesuffix("/s"))
     except ConfigurationError:
-        raise _wrong(text, "a rate; write for instance 100MiB/s, 100mbit or none") from None
+        raise _wrong(text, "a rate, as 100MiB/s or 100mbit, or none") from None
     if value and not low <= value <= high:
         raise _wrong(text, f"a rate from {format_rate(max(1, low))} to {format_rate(high)}, or none")
     return value
@@ -107,19 +125,26 @@ def format_rate(rate: int) -> str:
 
 
 def parse_seconds(text: str, low: float = 0.0, high: float = MAX_SECONDS, *, forever: bool = False) -> float:
-    """Seconds of ``2.5``, ``2.5s`` or ``200ms``; with `forever` also that word, which is infinity."""
+    """Seconds of ``2.5``, ``2.5s``, ``200ms``, ``50us``, ``5min`` or ``1h``; with `forever` also that word, which is
+    infinity."""
     if forever and text == FOREVER:
         return math.inf
-    number, factor = (text[:-2], 1e-3) if text.endswith("ms") else (text.removesuffix("s"), 1.0)
+    match = _TIME.fullmatch(text.strip())
     try:
-        value = float(number) * factor
+        value = float(match[1]) * _SECONDS[match[2] or "s"] if match is not None else math.nan
     except ValueError:
         value = math.nan
     if not low <= value <= high:
         bounds = f" from {low:g} to {high:g}" if (low, high) != (0.0, MAX_SECONDS) else ""
-        examples = f"2.5, 200ms or {FOREVER}" if forever else "2.5 or 200ms"
-        raise _wrong(text, f"a number of seconds{bounds}; write for instance {examples}")
+        raise _wrong(text, f'seconds{bounds} or "{FOREVER}"' if forever else f"seconds{bounds}, as 2.5 or 200ms")
     return value
+
+
+def parse_microseconds(text: str, high: int) -> int:
+    """Whole microseconds of ``50``, ``50us`` or ``0.05ms``."""
+    if text.isascii() and text.isdigit():
+        return parse_whole(text, 0, high)
+    return round(parse_seconds(text, high=high / 1e6) * 1e6)
 
 
 def format_seconds(seconds: float) -> str:
@@ -135,6 +160,32 @@ def parse_seconds_range(text: str) -> tuple[float, float]:
     if last < first:
         raise ConfigurationError(f"{_shown(text)}: the second time is before the first")
     return first, last
+
+
+def check_word(text: str, known: Iterable[str]) -> None:
+    """`ConfigurationError` unless `text` is one of the `known` words."""
+    words = tuple(known)
+    if text not in words:
+        raise ConfigurationError(f"{any_of(words)}, not {_shown(text)}{did_you_mean(text, words)}")
+
+
+def any_of(words: Iterable[str]) -> str:
+    """``a, b or c``."""
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def did_you_mean(text: str, known: Iterable[str]) -> str:
+    """``"; did you mean X?"`` for the known word that is most like `text`, or nothing where none is."""
+    from difflib import get_close_matches  # where something is wrong already
+
+    close = get_close_matches(text, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _is_bare(text: str) -> bool:
+    """A number without a unit; 0 is the same in all of them."""
+    return _NUMBER.fullmatch(text.strip()) is not None and float(text) != 0
 
 
 def _power(prefix: str | None) -> int:
@@ -154,4 +205,4 @@ def _shown(text: str) -> str:
 
 
 def _wrong(text: str, what: str) -> ConfigurationError:
-    return ConfigurationError(f"{_shown(text)} is not {what}")
+    return ConfigurationError(f"{what}, not {_shown(text)}")

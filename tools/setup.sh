@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # setup.sh check            name what this system lacks and the package that has it; installs nothing
-# setup.sh extra VENV NAME  install what an extra of pyproject.toml names into it (docs, dist)
+# setup.sh extra VENV NAME  install what an extra of pyproject.toml names into it (dist)
 # setup.sh install VENV     check, then make or bring up to date the environment VENV with postcopy in it
 #
 # $PYTHON (python3) and $CC (gcc) say which to use. Needs no root and writes into VENV and build/ only (and pip's cache).
@@ -85,7 +85,7 @@ print(*(need.replace(" ", "") for need in tomllib.load(open("pyproject.toml", "r
 	else
 		echo "setup: rebuilding postcopy, its sources have changed"
 	fi
-	CC=$cc "$venv/bin/pip" install --quiet --disable-pip-version-check --no-build-isolation --editable '.[test,dev]'
+	CC=$cc "$venv/bin/pip" install --quiet --disable-pip-version-check --no-build-isolation --editable '.[test,dev,docs]'
 	touch "$venv/.dependencies"
 }
 

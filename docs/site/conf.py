@@ -13,8 +13,6 @@ import re
 import sys
 from pathlib import Path
 
-from docutils.nodes import Element
-from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 
 HERE = Path(__file__).parent
@@ -35,6 +33,7 @@ exclude_patterns = ["build", ".venv"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
 myst_heading_anchors = 4
 myst_enable_extensions = ["attrs_inline"]
+smartquotes = False  # options begin with two dashes
 default_role = "py:obj"  # `name` in a docstring: a link where there is such a thing, else code
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
@@ -69,6 +68,13 @@ def complete(_app: Sphinx, page: str, source: list[str]) -> None:
     """What the page has on the site and not in the file."""
     if page == root_doc:
         source[0] += "\n" + contents(source[0])
+    here = (ROOT / page).parent
+    # A directory is something on a forge only: here a link to one is its text.
+    source[0] = re.sub(
+        r"\[([^]]+)\]\(([^)#:]+)\)",
+        lambda link: link[1] if (here / link[2]).is_dir() else link[0],
+        source[0],
+    )
     source[0] = re.sub(
         r"^<!-- generated: ([a-z-]+)(?: (.+?))? -->$",
         lambda found: generate.PARTS[found[1]](*(found[2] or "").split()),
@@ -77,12 +83,5 @@ def complete(_app: Sphinx, page: str, source: list[str]) -> None:
     )
 
 
-def directory(_app: Sphinx, _env: object, node: pending_xref, text: Element) -> Element | None:
-    """A link to a directory of the repository leads somewhere on a forge only: here it is its text."""
-    page = ROOT / str(node.get("refdoc", ""))
-    return text if (page.parent / str(node.get("reftarget", ""))).is_dir() else None
-
-
 def setup(app: Sphinx) -> None:
-    app.connect("missing-reference", directory)
     app.connect("source-read", complete)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference, made of the program itself: the command line of its parsers, the C API of the public headers, the
-metrics of what a process serves. Each function returns Markdown (MyST), which takes the place of
+"""The reference, made of the program itself: the command line of its parsers, the C API of the public headers.
+Each function returns Markdown (MyST), which takes the place of
 ``<!-- generated: NAME ARGUMENTS -->`` in a page."""
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ def _rst(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([*`_|\\])", r"\\\1", text)
+    """Plain text; what stands between backticks is code."""
+    parts = re.split(r"(?<!\w)`([^`\n]+)`(?!\w)", text)
+    escaped = [re.sub(r"([*`_|\\])", r"\\\1", part) for part in parts]
+    escaped[1::2] = [f"\\ ``{part}``\\ " for part in parts[1::2]]
+    return "".join(escaped)
 
 
 def _indented(text: str) -> str:
@@ -55,12 +59,12 @@ def commands() -> Iterator[argparse.ArgumentParser]:
 
 
 def command_line() -> str:
-    helps = {}
+    helps: dict[str, str | None] = {}
     for parser in (make_parser([]), *(dict(subparsers(make_parser([name])))[name] for name in COMMANDS)):
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
                 helps |= {f"{parser.prog} {item.dest}": item.help for item in action._choices_actions}
-    return "\n".join(_command(parser, helps.get(parser.prog, "")) for parser in commands())
+    return "\n".join(_command(parser, helps.get(parser.prog) or "") for parser in commands())
 
 
 def _command(parser: argparse.ArgumentParser, help: str) -> str:
@@ -72,7 +76,9 @@ def _command(parser: argparse.ArgumentParser, help: str) -> str:
     listed = [f".. program:: {parser.prog}\n"]
     for group in parser._action_groups:
         options = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
-        options = [action for action in options if not isinstance(action, argparse._SubParsersAction | argparse._HelpAction)]
+        options = [
+            action for action in options if not isinstance(action, argparse._SubParsersAction | argparse._HelpAction)
+        ]
         if not options:
             continue
         if group.title not in ("options", "positional arguments", None):
@@ -183,31 +189,15 @@ def _chunks(body: str) -> Iterator[str]:
             if text.count("/*") > text.count("*/"):
                 return True
             code = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
-            return not alone and not code.startswith("#") and (
-                code.count("{") > code.count("}") or not code.rstrip().endswith((";", "}"))
+            return (
+                not alone
+                and not code.startswith("#")
+                and (code.count("{") > code.count("}") or not code.rstrip().endswith((";", "}")))
             )
 
         while unfinished(chunk):
             chunk += "\n" + next(lines)
         yield chunk.strip() if alone else chunk
-
-
-# ---- Metrics
-
-
-def metrics() -> str:
-    """What a process serves at /metrics: names, labels, meaning."""
-    from prometheus_client.core import Metric
-
-    from postcopy.service.metrics import Metrics
-
-    rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
-    family: Metric
-    for family in Metrics(lambda: ()).collect():
-        name = f"{family.name}_total" if family.type == "counter" else family.name
-        labels = ", ".join(f"`{label}`" for label in family._labelnames)  # type: ignore[attr-defined]
-        rows.append(f"| `{name}` | {family.type} | {labels} | {family.documentation} |")
-    return "\n".join(rows) + "\n"
 
 
 # ---- Python
@@ -222,6 +212,5 @@ def module(name: str, *options: str) -> str:
 PARTS: dict[str, Callable[..., str]] = {
     "command-line": command_line,
     "c-header": c_header,
-    "metrics": metrics,
     "module": module,
 }

@@ -35,7 +35,9 @@ class Picture:
         )
 
     def text(self, x: float, y: float, text: str, *, anchor: str = "middle", fill: str = INK, more: str = "") -> None:
-        self.shapes.append(f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="{fill}"{more}>{escape(text)}</text>')
+        self.shapes.append(
+            f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="{fill}"{more}>{escape(text)}</text>'
+        )
 
     def path(self, points: str, *, dashed: bool = False, arrow: bool = True, stroke: str = INK) -> None:
         dash = ' stroke-dasharray="5 4"' if dashed else ""
@@ -86,7 +88,7 @@ def sequence(title: str, columns: list[tuple[str, str, str]], steps: list[Step],
             size = 6.8 * len(label) + 8
             x = min(max((start + end) / 2, size / 2 + 8), width - size / 2 - 8)
             picture.shapes.append(
-                f'<rect x="{x - size / 2:g}" y="{y - 19:g}" width="{size:g}" height="15" fill="#ffffff" opacity="0.85"/>'
+                f'<rect x="{x - size / 2:g}" y="{y - 19:g}" width="{size:g}" height="15" fill="#fff" opacity="0.85"/>'
             )
             picture.text(x, y - 7, label, more=bold)
     return picture.svg()
@@ -162,9 +164,8 @@ BOXES: dict[str, tuple[int, int, str]] = {  # centre, and who may run the machin
 def states() -> str:
     picture = Picture(820, 480, "The states of a migration, as status shows them")
     picture.text(20, 27, "The machine belongs to", anchor="start", fill=GREY)
-    for x, (fill, text) in zip(
-        (190, 300, 440), ((SOURCE, "the source"), (DESTINATION, "the destination"), (NEUTRAL, "not known here")), strict=True
-    ):
+    legend = ((190, SOURCE, "the source"), (300, DESTINATION, "the destination"), (440, NEUTRAL, "not known here"))
+    for x, fill, text in legend:
         picture.box(x, 15, 15, 15, fill)
         picture.text(x + 21, 27, text, anchor="start", fill=GREY)
 

@@ -27,6 +27,7 @@ from postcopy.cli._parser import load, make_parser, values
 from postcopy.errors import ConfigurationError, PostcopyError, known_error, shortage
 from postcopy.net import Route, read_peer_file
 from postcopy.output import LogHandler, Output, make_output
+from postcopy.service.options import LOG_LEVEL
 from postcopy.wire import one_line
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -34,39 +35,48 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script: the exit status."""
-    arguments = sys.argv[1:] if argv is None else argv
     _keep_standard_descriptors()
-    output = make_output(False)
+    output = make_output()
+    status = EXIT_FAILED
     try:
-        args = make_parser(arguments).parse_args(arguments)
-        module = load(args.command)
-        if hasattr(module, "run"):
-            status: int = module.run(args)
-            return status
-        given = values(args)
-        output = make_output(given.get("json", False), given.get("log_json", False))
-        with output.standard_streams():
-            return _run(module.make, given, output)
-    except KeyboardInterrupt:  # before or after the signal receiver
-        return EXIT_FAILED
+        with output.standard_streams():  # every word of every command, its help too
+            status = _command(sys.argv[1:] if argv is None else argv, output)
+    except (KeyboardInterrupt, BrokenPipeError):  # before or after the signal receiver; nobody reads the answer
+        pass
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else EXIT_OK
     except PostcopyError as error:
-        return _failed(error, output)
+        status = _failed(error, output)
     except Exception as error:  # noqa: BLE001 -- the end of everything
         want = shortage(error)
         if want is not None:
-            return _failed(want, output)
-        # A mistake in this package. It goes through the output: the interpreter's own message would wait for a reader.
-        output.say(traceback.format_exc().rstrip())
-        return EXIT_FAILED
+            status = _failed(want, output)
+        else:
+            # A mistake in this package. It goes through the output: the interpreter's own message would wait for a
+            # reader.
+            output.say(traceback.format_exc().rstrip())
     finally:
         with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C while a reader is waited for
-            output.close()
+            if not output.close() and status == EXIT_OK:
+                status = EXIT_FAILED
+    return status
+
+
+def _command(arguments: Sequence[str], output: Output) -> int:
+    args = make_parser(arguments).parse_args(arguments)
+    module = load(args.command)
+    if hasattr(module, "run"):
+        status: int = module.run(args)
+        return status
+    given = values(args)
+    output.configure(given.get("json", False), given.get("log_json", False))
+    return _run(module.make, given, output)
 
 
 def _run(make: Callable[..., Callable[[trio.Event], Awaitable[bool]]], given: dict[str, Any], output: Output) -> int:
     """A command whose words all go through `output`."""
     try:
-        level = given.get("log_level", "warning").upper()
+        level = given.get("log_level", LOG_LEVEL).upper()
         logging.basicConfig(level=level, handlers=[LogHandler(output)], force=True)
         logging.captureWarnings(True)
         route: Route | None = None  # that may lead elsewhere after SIGHUP

@@ -35,7 +35,8 @@ def make(given: dict[str, Any], output: Output) -> Run:
     if command == "dest":
         service = _dest(given, output)
     elif command == "daemon" or "hold" in given:
-        given.setdefault("control", default_control())
+        if "control" not in given:
+            given["control"] = default_control()
         service = _daemon(given, output)
     else:
         service = _source(given, output)

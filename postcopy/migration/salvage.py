@@ -231,7 +231,13 @@ def read(path: str) -> Salvage:
             raise ConfigurationError(f"{path}: a salvage of another version; use the postcopy that wrote it")
         salvage = Salvage(Path(path), msgspec.json.decode(text, type=Manifest))
     except OSError as error:
-        raise ConfigurationError(f"{path}: not a salvage: {_reason(error)}") from error
+        if not os.path.isdir(path):
+            what = "is not a directory" if os.path.lexists(path) else "does not exist"
+            raise ConfigurationError(f"{path} {what}; name a directory that --salvage has written") from error
+        why = "it has no" if isinstance(error, FileNotFoundError) else f"{_reason(error)}:"
+        raise ConfigurationError(
+            f"{path} is not a directory that --salvage has written: {why} manifest.json"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path}: its manifest is damaged: {error}") from error
     for number in range(len(salvage.manifest.blocks)):

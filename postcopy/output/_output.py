@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +18,7 @@ import trio
 
 from postcopy._log import add_migration, json_line, json_record, plain_record
 from postcopy.errors import ResourceError
-from postcopy.output._view import LIVE_PERIOD_S, Rate, rows, summary
+from postcopy.output._view import LIVE_PERIOD_S, View
 from postcopy.output._writer import Kind, QueuedStream, Writer
 
 if TYPE_CHECKING:
@@ -31,9 +34,8 @@ class Output:
     """Where a command's words go. `say`, `log`, `complain` and `emit` may be called from any thread, and never wait."""
 
     def __init__(self, as_json: bool, stdout: TextIO | None, stderr: TextIO | None, log_json: bool = False) -> None:
-        """`log_json`: every line on `stderr` is a JSON object too, and there is no live view."""
-        self._as_json = as_json
-        self._log_json = log_json
+        """`as_json`, `log_json`: see `configure`."""
+        self.configure(as_json, log_json)
         self._began = time.monotonic()
         self._stdout = Writer(stdout, self._dropped_events)
         self._stderr = Writer(stderr, self._dropped_lines)
@@ -43,13 +45,33 @@ class Output:
             QueuedStream(self._stdout, stdout, loss_is_error=True),
             QueuedStream(self._stderr, stderr, loss_is_error=False),
         )
-        self._console = None if log_json else _console_on(self._streams[1])
         self._stalled = False  # that stdout is not read has been said
         self._kick = trio.Event()
-        self._last_line = ""
-        self._rate = Rate()
+        self.view = View()
         self.listeners: list[Callable[[str, Json], None]] = []
         """Called with every event, whether or not JSON was asked for; must not block."""
+
+    def configure(self, as_json: bool, log_json: bool) -> None:
+        """`as_json`: events are JSON lines on stdout. `log_json`: every line on stderr is a JSON object too, and there
+        is no live view."""
+        self._as_json = as_json
+        self._log_json = log_json
+
+    @property
+    def draws(self) -> bool:
+        """Whether `follow` shows a live view."""
+        return self._console is not None
+
+    @functools.cached_property
+    def _console(self) -> Console | None:
+        """Where there is a terminal that can draw. (Rich is loaded only then, and only when there is something to
+        say.)"""
+        stream = self._streams[1]
+        if self._log_json or not stream.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
+            return None
+        from postcopy.output.tables import make_console
+
+        return make_console(cast(TextIO, stream), soft_wrap=True)
 
     # ---- its life
 
@@ -75,15 +97,21 @@ class Output:
                 f"no thread for the output: {error}", "allow this user, or its control group, more processes"
             ) from error
 
-    def close(self) -> None:
-        """Waits, for a bounded time, until what is queued has been read; says so when results have not been."""
-        self._stdout.close()
-        if self._as_json and self._stdout.lost and not self._stdout.gone:
-            self.complain(
-                f"{self._stdout.lost} lines of the result could not be written to the standard output, which nobody"
-                " reads, or which has no room"
-            )
+    def close(self) -> bool:
+        """Waits until what is queued has been read: events and messages for a bounded time, what was printed, a
+        command's answer, as long as its reader takes. Says so when something was lost; False when that was printed."""
+        printed = self._streams[0].used
+        if printed:
+            self._stdout.close(math.inf, math.inf)
+        else:
+            self._stdout.close()
+        complete = self._stdout.gone or not self._stdout.lost
+        if not complete:
+            error = self._stdout.error
+            why = error.strerror if error is not None else "nobody reads it"
+            self.complain(f"standard output: {why}: the result is not complete there")
         self._stderr.close()
+        return complete or not printed
 
     def _dropped_events(self, count: int) -> str:
         self._stalled = False
@@ -155,9 +183,9 @@ class Output:
                     self._kick = trio.Event()
                     self.emit("progress", now)
                     next_event = at + PERIOD_S
-                    if draw is None and (now["status"] != last_status or at >= next_plain):
+                    if draw is None and (now.get("status") != last_status or at >= next_plain):
                         self._plain(now)
-                        last_status, next_plain = now["status"], at + PLAIN_PERIOD_S
+                        last_status, next_plain = now.get("status"), at + PLAIN_PERIOD_S
                 if draw is not None and not self._stderr.gone:
                     draw(now)
                 with trio.move_on_after(period_s):
@@ -169,14 +197,19 @@ class Output:
         if self._console is None:
             yield None
             return
+        from rich.console import Group
         from rich.live import Live
-        from rich.table import Table
+
+        from postcopy.output.tables import Span, row, table_parts
 
         def draw(now: Json) -> None:
-            grid = Table.grid(padding=(0, 2))
-            for name, value in rows(now, self._rate):
-                grid.add_row(f"[bold]{name}[/bold]", value)
-            live.update(grid, refresh=True)
+            assert self._console is not None
+            lines = [row(Span(label, "strong"), text) for label, text in self.view.rows(now)]
+            parts = table_parts((), lines, self._console.width)
+            if now.get("machines"):
+                header, machines = self.view.machines(now)
+                parts += table_parts(header, [row(*cells) for cells in machines], self._console.width)
+            live.update(Group(*parts), refresh=True)
 
         # Drawn from this thread (no auto_refresh): Rich's own would look at an engine that is being closed.
         self._streams[1].as_kind(Kind.PROGRESS)
@@ -186,21 +219,8 @@ class Output:
             yield draw
 
     def _plain(self, now: Json) -> None:
-        if now["status"] == "setup":
-            return  # nothing to tell yet
-        line = summary(now, self._rate)
-        if line != self._last_line:
-            self._last_line = line
+        if line := self.view.line(now):
             self.say(line, Kind.PROGRESS)
-
-
-def _console_on(stream: QueuedStream) -> Console | None:
-    """A console where there is a terminal."""
-    if not stream.isatty():
-        return None
-    from rich.console import Console
-
-    return Console(file=cast(TextIO, stream), highlight=False, soft_wrap=True)
 
 
 class LogHandler(logging.Handler):
@@ -215,5 +235,6 @@ class LogHandler(logging.Handler):
         self._output.log(record)
 
 
-def make_output(as_json: bool, log_json: bool = False) -> Output:
-    return Output(as_json, sys.stdout, sys.stderr, log_json)
+def make_output() -> Output:
+    """On the standard streams of this process."""
+    return Output(False, sys.stdout, sys.stderr)

@@ -15,10 +15,17 @@ wait. Where the system gives no thread, `close` itself writes, with the same bou
 
 A descriptor whose reader is gone is given up. One with no room (a full disk) is not: what must not be lost is tried
 again, other lines are dropped.
+
+**Without the thread.** A command that prints its answer and ends needs no thread, and some must have one only (`lab`
+enters namespaces). What is printed (`QueuedStream`) before `start` is written at once by whoever prints it, who waits
+for the reader as any program does. Where that fails it is counted as lost, and `close` says so.
+
+**Characters.** What the stream's encoding does not have is written with characters that every encoding has.
 """
 
 from __future__ import annotations
 
+import codecs
 import enum
 import errno
 import io
@@ -35,6 +42,45 @@ CLOSE_S = 10.0
 RETRY_S = 1.0
 _SURE_BYTES = 512  # _POSIX_PIPE_BUF: what can be written to whatever poll(2) says has room, without waiting
 _READER_IS_GONE = frozenset({errno.EPIPE, errno.EBADF, errno.EIO, errno.ENXIO, errno.ECONNRESET})
+
+_IN_ASCII = {
+    "█": "#",
+    "░": ".",
+    "▒": ":",
+    "✓": "+",
+    "✗": "-",
+    "µ": "u",
+    "μ": "u",
+    "→": ">",
+    "…": "...",
+    "–": "-",
+    "—": "-",
+}
+_IN_ASCII |= {"“": '"', "”": '"', "‘": "'", "’": "'", "·": ".", "•": "*", "×": "x"}
+
+
+def _write_plainly(error: UnicodeError) -> tuple[str, int]:
+    """An error handler of `str.encode`."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end]
+    return "".join(
+        _IN_ASCII.get(char) or char.encode("ascii", "backslashreplace").decode() for char in missing
+    ), error.end
+
+
+codecs.register_error("postcopy-plain", _write_plainly)
+
+
+def encoding_of(stream: object) -> str:
+    """In which a stream is to be written. The user who asks for the C locale has a terminal for ASCII; Python does not
+    say so, since it takes UTF-8 there (PEP 538, PEP 540)."""
+    encoding: str = getattr(stream, "encoding", None) or "utf-8"
+    given = os.environ
+    if given.get("PYTHONUTF8") == "1" or given.get("PYTHONIOENCODING"):
+        return encoding
+    locale = given.get("LC_ALL") or given.get("LANG") if given.get("LC_CTYPE", "C.UTF-8") == "C.UTF-8" else ""
+    return "ascii" if locale in ("C", "POSIX") else encoding
 
 
 class Kind(enum.IntEnum):
@@ -60,14 +106,14 @@ class Writer:
             self._fd = stream.fileno() if stream is not None else -1
         except (OSError, ValueError, AttributeError):
             self._stream = stream
-        self._encoding = getattr(stream, "encoding", None) or "utf-8"
+        self.encoding = encoding_of(stream)
         self._dropped_line = dropped
         self._changed = threading.Condition()
         self._queue: deque[tuple[bytes, Kind]] = deque()
         self._queued_bytes = 0
         self._dropped = 0
         self._lost = 0  # of those dropped, what should have lasted
-        self._failing = False  # the last write failed: no use in saying how many were dropped
+        self._error: OSError | None = None  # of the last write: no use in saying how many were dropped
         self._torn = False  # the last line was written in part only
         self._gone = self._fd < 0 and self._stream is None
         self._busy = False  # the thread has a line that is not in the queue any more
@@ -78,9 +124,12 @@ class Writer:
         """Queues `text` as it is. False when it was dropped: there was no room, or there is no reader."""
         if self._stream is not None:
             return self._put_at_once(self._stream, text)
-        data = text.encode(self._encoding, "backslashreplace")
+        data = text.encode(self.encoding, "postcopy-plain")
         with self._changed:
             if self._gone:
+                return False
+            if self._error is not None and self._thread is None:  # what was to be written at once was not
+                self._lost += 1
                 return False
             if self._queued_bytes + len(data) > kind:
                 self._dropped += 1
@@ -99,28 +148,51 @@ class Writer:
             thread.start()
             self._thread = thread
 
-    def close(self, deadline_s: float = CLOSE_S) -> bool:
+    def write_here(self) -> None:
+        """Writes what is queued, as long as there is no thread that does: waits for the reader, for as long as it
+        takes. `lost` and `error` say what came of it."""
+        if self._thread is not None:
+            return
+        try:
+            while self._queue:
+                self._write(self._queue[0][0])
+                self._queue.popleft()
+        except OSError as error:
+            self._error = error
+            self._gone = error.errno in _READER_IS_GONE
+            self._lost += len(self._queue)
+            self._queue.clear()
+        self._queued_bytes = 0
+
+    def close(self, deadline_s: float = CLOSE_S, stalled_s: float | None = None) -> bool:
         """Waits for what is queued, as long as it says above; starts it where that was not done. False when something
-        was left."""
+        was left. `stalled_s`: how long a reader may pause, if not `STALLED_S`."""
         if not self._queue and self._thread is None:
             return True
         began_s = time.monotonic()
         try:
             self.start()
         except RuntimeError:
-            return self._write_here(began_s + min(STALLED_S, deadline_s))
+            return self._write_until(began_s + min(STALLED_S, deadline_s))
         with self._changed:
             while (self._queue or self._busy) and not self._gone:
-                give_up_s = min(max(began_s, self._progressed_s) + STALLED_S, began_s + deadline_s)
+                # (where there is no room, it is not the reader who is slow)
+                pause_s = STALLED_S if stalled_s is None or self._error is not None else stalled_s
+                give_up_s = min(max(began_s, self._progressed_s) + pause_s, began_s + deadline_s)
                 if give_up_s <= time.monotonic():
                     return False
-                self._changed.wait(give_up_s - time.monotonic())
+                self._changed.wait(min(RETRY_S, give_up_s - time.monotonic()))
         return True
 
     @property
     def gone(self) -> bool:
         """Whether the reader has gone for good."""
         return self._gone
+
+    @property
+    def error(self) -> OSError | None:
+        """Of the last write, when it failed."""
+        return self._error
 
     @property
     def lost(self) -> int:
@@ -140,7 +212,7 @@ class Writer:
             self._gone = True
         return not self._gone
 
-    def _write_here(self, deadline_s: float) -> bool:
+    def _write_until(self, deadline_s: float) -> bool:
         """What is queued, by the thread that calls, which must not wait for longer."""
         try:
             while self._queue:
@@ -159,7 +231,7 @@ class Writer:
                 if not self._failed(error, data, kind, note):
                     return
             else:
-                self._failing = False
+                self._error = None
 
     def _next(self) -> tuple[bytes, Kind, int]:
         """A line, or the one that says how many were dropped, and how many that are."""
@@ -170,11 +242,11 @@ class Writer:
                     self._queued_bytes -= len(data)
                     self._busy = True
                     return data, kind, 0
-                if self._dropped and not self._failing:
+                if self._dropped and self._error is None:
                     # They came after what was queued, all of which is written.
                     note, self._dropped = self._dropped, 0
                     self._busy = True
-                    return self._dropped_line(note).encode(), Kind.LOG, note
+                    return self._dropped_line(note).encode(self.encoding, "postcopy-plain"), Kind.LOG, note
                 self._busy = False
                 self._changed.notify_all()
                 self._changed.wait()
@@ -199,7 +271,7 @@ class Writer:
     def _failed(self, error: OSError, data: bytes, kind: Kind, note: int) -> bool:
         """False when the reader has gone for good."""
         with self._changed:
-            self._failing = True
+            self._error = error
             if error.errno in _READER_IS_GONE:
                 self._gone = True
                 self._queue.clear()
@@ -216,14 +288,16 @@ class Writer:
 
 
 class QueuedStream(io.TextIOBase):
-    """Stands in for a standard stream whose lines go through a `Writer`: for Rich, and for what the interpreter prints.
-    A line, or what was written before a `flush`, is queued in one piece."""
+    """Stands in for a standard stream whose lines go through a `Writer`: for Rich, and for what is printed. A line, or
+    what was written before a `flush`, is queued in one piece."""
 
     def __init__(self, writer: Writer, stream: TextIO | None, *, loss_is_error: bool) -> None:
-        """`loss_is_error`: printing raises BrokenPipeError when the reader has gone for good; else it does nothing."""
+        """`loss_is_error`: printing raises BrokenPipeError when the reader has gone for good; else it does nothing. A
+        stream that was never there has no reader that could go."""
         self.writer = writer
+        self.used = False
         self._stream = stream
-        self._loss_is_error = loss_is_error
+        self._loss_is_error = loss_is_error and stream is not None
         self._local = threading.local()
 
     def as_kind(self, kind: Kind) -> None:
@@ -232,7 +306,7 @@ class QueuedStream(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        return getattr(self._stream, "encoding", None) or "utf-8"
+        return self.writer.encoding
 
     def isatty(self) -> bool:
         return self._stream is not None and self._stream.isatty()
@@ -253,7 +327,10 @@ class QueuedStream(io.TextIOBase):
 
     def flush(self) -> None:
         text, self._local.text = getattr(self._local, "text", ""), ""
-        if text:
-            self.writer.put(text, getattr(self._local, "kind", Kind.LASTING))
-        if text and self._loss_is_error and self.writer.gone:
+        if not text:
+            return
+        self.used = True
+        self.writer.put(text, getattr(self._local, "kind", Kind.LASTING))
+        self.writer.write_here()
+        if self._loss_is_error and self.writer.gone:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))

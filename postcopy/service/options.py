@@ -14,22 +14,37 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
 from postcopy._files import explain_bad_name
 from postcopy.errors import ConfigurationError
 from postcopy.machines.kinds import BACKINGS, KINDS
-from postcopy.machines.toy.machine import WORKLOADS
+from postcopy.machines.toy.machine import WORKLOADS, ToyOptions
 from postcopy.machines.toy.tap import format_ipv4, format_mac, parse_ipv4, parse_mac, parse_net
-from postcopy.migration.connection import HEARTBEAT_S, MISSED_HEARTBEATS
-from postcopy.migration.source import DEFAULT_BULK_CHANNELS
+from postcopy.migration.connection import MISSED_HEARTBEATS
+from postcopy.migration.source import SourceOptions
 from postcopy.net import parse_address
-from postcopy.units import FOREVER, MAX_SECONDS, format_seconds, parse_rate, parse_seconds, parse_size, parse_whole
+from postcopy.service.config import ArrivalOptions, DaemonConfig, DestinationConfig, SourceConfig
+from postcopy.units import (
+    FOREVER,
+    MAX_SECONDS,
+    check_word,
+    format_exact_size,
+    format_rate,
+    format_seconds,
+    parse_microseconds,
+    parse_rate,
+    parse_seconds,
+    parse_size,
+    parse_whole,
+)
 from postcopy.wire import MAX_BULK_CHANNELS
 
 T = TypeVar("T")
+
+LOG_LEVEL = "warning"
 
 _MAX_TEXT_CHARS = 4096
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
@@ -50,6 +65,8 @@ class Option:
     nargs: str | None = None  # as argparse's
     positional: bool = False
     required: bool = False
+    words: tuple[str, ...] = ()  # of which the value is one
+    json_unit: str = ""  # of a number in JSON, which has no unit of its own
 
     @property
     def key(self) -> str:
@@ -69,7 +86,7 @@ class Option:
             return value
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise ConfigurationError("must be a number or a text")
-        text = str(value)
+        text = value if isinstance(value, str) else f"{value}{self.json_unit}"
         if not 0 < len(text) <= _MAX_TEXT_CHARS or "\0" in text:
             raise ConfigurationError(f"must be a text of 1 to {_MAX_TEXT_CHARS} characters")
         parsed = self.parse(text)
@@ -126,7 +143,7 @@ def default_control() -> str:
     """The control socket of a process that this user has started without ``--control``, and where `ctl` looks for it.
     Root's does not depend on XDG_RUNTIME_DIR, which a shell has and a system service has not."""
     if os.geteuid() == 0:
-        return "/run/postcopy/control.sock"
+        return _ROOT_CONTROL
     if not (runtime := os.environ.get("XDG_RUNTIME_DIR")):
         raise ConfigurationError(
             "XDG_RUNTIME_DIR is not set, so there is no default control socket: say --control PATH"
@@ -178,11 +195,10 @@ def choice(name: str, values: Mapping[str, Any] | tuple[str, ...], help: str = "
     words = {meaning: word for word, meaning in table.items()}
 
     def parse(text: str) -> Any:
-        if text not in table:
-            raise ConfigurationError(f"invalid choice: {text!r} (choose from {', '.join(map(repr, table))})")
+        check_word(text, table)
         return table[text]
 
-    return Option(name, help, f"{{{','.join(table)}}}", parse, words.__getitem__, field)
+    return Option(name, help, f"{{{','.join(table)}}}", parse, words.__getitem__, field, words=tuple(table))
 
 
 def seconds(name: str, help: str, low: float = 0.0, high: float = MAX_SECONDS, *, forever: bool = False) -> Option:
@@ -197,7 +213,8 @@ def path(name: str, help: str, metavar: str = "FILE", field: str = "") -> Option
 
 
 def size(name: str, help: str) -> Option:
-    return Option(name, help, "SIZE", parse_size, field=f"{name.replace('-', '_')}_bytes")
+    field = f"{name.replace('-', '_')}_bytes"
+    return Option(name, help, "SIZE", parse_size, format_exact_size, field, json_unit="B")
 
 
 def whole(name: str, help: str, low: int, high: int, metavar: str = "N", field: str = "") -> Option:
@@ -211,120 +228,144 @@ def flag(name: str, help: str) -> Option:
 # ---- The options
 # fmt: off
 
-KIND = choice("machine", KINDS, "what to migrate", "kind")
-MEMORY = size("memory", "kvm, rv64: its memory, as 1GiB")
-VCPUS = whole("vcpus", "kvm, rv64: its virtual CPUs", 0, 1000)
-WORKLOAD = choice("workload", tuple(WORKLOADS), "kvm, rv64: what it computes")
-WORKING_SET = size("working-set", "kvm, rv64: how much memory it uses")
-SEED = whole("seed", "kvm, rv64: makes its pages reproducible", 0, 2**64 - 1)
-DISK = path("disk", "workload disk: backing file, which both hosts must have")
-IMAGE = path("image", "image: the file")
-NET = Option("net", "workload echo: the TAP of its network device", "tap:NAME", _check_net)
+KIND = choice("machine", KINDS, "kind of machine to migrate", "kind")
+MEMORY = size("memory", "kvm, rv64: size of its memory, as 1GiB")
+VCPUS = whole("vcpus", "kvm, rv64: number of virtual CPUs", 0, 1000)
+WORKLOAD = choice("workload", tuple(WORKLOADS), "kvm, rv64: program that the guest runs")
+WORKING_SET = size("working-set", "kvm, rv64: how much of the memory that program uses (default: all)")
+SEED = whole("seed", "kvm, rv64: makes the content of the memory the same in each run (default: random)", 0, 2**64 - 1)
+DISK = path("disk", "workload disk: file of the guest's disk, which both hosts must have (default: a temporary file)")
+IMAGE = path("image", "image: memory image to serve")
+NET = Option("net", "workload echo: TAP device of the guest's network device", "tap:NAME", _check_net)
 MACHINE = (
     MEMORY, VCPUS, WORKLOAD, WORKING_SET, SEED, DISK, IMAGE, NET,
-    Option("net-mac", "its MAC address (default: from the seed)", "MAC", parse_mac, format_mac),
-    Option("net-address", "its address (default: from the seed)", "IPV4", parse_ipv4, format_ipv4),
+    Option("net-mac", "workload echo: MAC address of the guest (default: made from the seed)", "MAC",
+           parse_mac, format_mac),
+    Option("net-address", "workload echo: IPv4 address of the guest (default: made from the seed)", "IPV4",
+           parse_ipv4, format_ipv4),
 )
-NAME = Option("name", "of the machine that it begins with", "NAME", parse_name)
-FROM = path("from", "a machine whose migration was lost: DIR was written by --salvage, or by `postcopy merge --into`",
-            "DIR", "path")
+NAME = Option("name", "name of that machine (default: its kind and random digits)", "NAME", parse_name)
+FROM = path("from", "start the machine that DIR holds, which --salvage or `postcopy merge --into` has written", "DIR",
+            "path")
 
-LISTEN = Option("listen", "wait for the other side here; port 0: any", "HOST:PORT",
-                partial(parse_address, listening=True))
-CONNECT = Option("connect", "the other side listens there", "HOST:PORT", parse_address)
-PEER_FILE = path("peer-file", "as --connect, with the HOST:PORT in a file, read again when the connection is lost and"
-                 " at SIGHUP")
-HOLD = flag("hold", "run the machine until `postcopy ctl` says where it is to go")
+LISTEN = Option("listen", "wait for the other side at this address; without HOST, as [::], at every address of this"
+                " host; port 0: any free port", "[HOST]:PORT", partial(parse_address, listening=True))
+CONNECT = Option("connect", "connect to the other side, which listens at this address", "HOST:PORT", parse_address)
+PEER_FILE = path("peer-file", "as --connect, with HOST:PORT in FILE, which is read again when the connection is lost"
+                 " and at SIGHUP")
+HOLD = flag("hold", "keep the machine running here until `postcopy ctl migrate`")
 
-BACKING = choice("backing", BACKINGS, "what memory is made of")
-BUSY_POLL = whole("busy-poll", "how long to poll an urgent channel before sleeping on it (default 0)", 0, 1_000_000,
-                  "MICROSECONDS", "busy_poll_us")
+BACKING = choice("backing", BACKINGS, "kind of memory that the machine gets")
+BUSY_POLL = Option("busy-poll", "busy-wait up to N us on an urgent channel before sleeping on it", "N",
+                   partial(parse_microseconds, high=1_000_000), field="busy_poll_us")
 PAGER = choice("pager", {"thread": False, "process": True},
-               "where missing pages are fetched: in threads of the machine's process (default), or in a process of its"
-               " own, which the machine survives", "pager_process")
-BULK_CHANNELS = whole("bulk-channels", f"connections of the background push (default {DEFAULT_BULK_CHANNELS})",
-                      1, MAX_BULK_CHANNELS)
-MAX_BANDWIDTH = Option("max-bandwidth", "of the background push, as 100MiB/s; requested pages are never held up",
-                       "RATE|none", parse_rate, field="max_bandwidth_bytes_per_s")
-RELEASE_RAM = flag("release-ram", "kvm, rv64: after the point of no return give memory back to this host as the"
+               "fetch missing pages in threads of the machine's process, or in a process of its own, whose crash the"
+               " machine survives", "pager_process")
+BULK_CHANNELS = whole("bulk-channels", "number of connections for the background push", 1, MAX_BULK_CHANNELS)
+MAX_BANDWIDTH = Option("max-bandwidth", "limit of the background push, as 100MiB/s or 800mbit; pages that the machine"
+                       " waits for are not limited", "RATE|none", parse_rate, format_rate,
+                       field="max_bandwidth_bytes_per_s", json_unit="B/s")
+RELEASE_RAM = flag("release-ram", "kvm, rv64: past the point of no return, give memory back to this host as the"
                    " destination acknowledges its pages")
 SENDING = (BULK_CHANNELS, MAX_BANDWIDTH, RELEASE_RAM)
 
-HEARTBEAT = seconds("heartbeat", f"how often to give a sign of life; a peer silent for {MISSED_HEARTBEATS} times as"
-                    f" long is lost (default {HEARTBEAT_S:g})", 0.05, 3600)
-RECOVER_FOR = seconds("recover-for", "how long a peer that was lost after the point of no return is looked for"
-                      f" (default {FOREVER})", forever=True)
-SALVAGE = path("salvage", "when this side ends while the other one is lost: write what is here into this new directory,"
-               " for `postcopy merge`", "DIR", "salvage_to")
+HEARTBEAT = seconds("heartbeat", f"interval of signs of life; a peer that is silent for {MISSED_HEARTBEATS} intervals"
+                    " is lost", 0.05, 3600)
+RECOVER_FOR = seconds("recover-for", "how long to try to reach a peer that was lost past the point of no return",
+                      forever=True)
+SALVAGE = path("salvage", "when this side ends while the other one is lost, write what is here of the machine to DIR,"
+               " a new directory, for `postcopy merge`", "DIR", "salvage_to")
 
-MIGRATE_AFTER = seconds("migrate-after", "let the machine compute for so long when it is ready (default 0)")
-SERVE = Option("serve", "image with --listen: how many destinations to serve, also at the same time (default 1)",
+MIGRATE_AFTER = seconds("migrate-after", "run the machine for SECONDS before it is migrated")
+SERVE = Option("serve", "image with --listen: number of destinations to serve, also at the same time",
                f"N|{FOREVER}", _parse_serve, format_seconds)
 ON_FAILURE = choice("on-failure", {"keep": True, "exit": False},
-                    "when a migration under way fails and the machine is still here: keep running it (default), or end",
+                    "when a migration fails before the point of no return: keep the machine running here, or exit",
                     "keep")
 ON_LOST = choice("on-lost", {"hold": False, "kill": True},
-                 "when the source is given up (--recover-for, or it knows nothing of us) and pages are missing: keep"
-                 " the machine, blocked where it needs them (default), or end it", "kill_when_lost")
-RUN_FOR = seconds("run-for", "a live machine runs so long here, and until its last page has come, and is then paused"
-                  " and ended (default: until interrupted)")
-DUMP = path("dump", "write the memory there at the end, sparse where it is zero")
-VERIFY = Option("verify", "check all memory at the end, by what is known of the machine (default: yes)",
-                flag="set or not")
-USER = Option("user", "as root: open the devices, and then become this user, with no other right, before anything is"
+                 "when the source is lost for good and pages are missing: hold the machine, blocked where it needs"
+                 " them, or kill it", "kill_when_lost")
+RUN_FOR = seconds("run-for", "run for SECONDS, at least until the last page has arrived, then stop"
+                  " (default: until interrupted)")
+DUMP = path("dump", "at the end, write the machine's memory to FILE (sparse)")
+VERIFY = Option("verify", "at the end, verify all of the machine's memory", flag="set or not")
+USER = Option("user", "as root: open the devices, then become this user and give up all rights, before anything is"
               " received", "NAME[:GROUP]")
 
 # ---- The commands
 
-CONTROL = Option("control", "the control socket of the process that is asked", "PATH",
+_ROOT_CONTROL = "/run/postcopy/control.sock"
+DEFAULT_CONTROL = f"$XDG_RUNTIME_DIR/postcopy/control.sock, root: {_ROOT_CONTROL}"
+CONTROL = Option("control", f"control socket of the process (default: {DEFAULT_CONTROL})", "PATH",
                  partial(check_control_path, what="a control socket"))
 
 FROM_OPTIONS = Group(
     "with --from",
-    flag("reclaim", "DIR is of a source, and its destination is dead for good: go on from the switchover, without what"
-         " the machine has done since. If that host lives, the machine then runs twice"),
-    flag("force", "also when pages are missing, which are then zeros, or when it was started from DIR before"),
+    flag("reclaim", "DIR is of a source whose destination is dead for good: go on from the switchover, even if what the"
+         " machine has done since is lost. If that host is alive, the machine then runs twice"),
+    flag("force", "even if data is lost (missing pages become zeros), or a machine was started from DIR before"),
 )
-OPERATING = Group(
-    "operating it",
-    replace(CONTROL, help="a control socket for `postcopy ctl`, this user's and root's only"),
-    Option("metrics", "Prometheus metrics at http://HOST:PORT/metrics; without HOST on the loopback interface only",
-           "[HOST]:PORT"),
-    path("metrics-file", "write the metrics there when a migration has ended", "FILE.prom"),
-)
+
+
+def _operating(control_default: str) -> Group:
+    return Group(
+        "operation",
+        replace(CONTROL, help="control socket for `postcopy ctl`, accessible to this user and root only"
+                f" (default: {control_default})"),
+        Option("metrics", "serve Prometheus metrics at http://HOST:PORT/metrics; without HOST to this host only",
+               "[HOST]:PORT"),
+        path("metrics-file", "write the metrics to this file when a migration has ended", "FILE.prom"),
+        USER,
+    )
+
+
 OUTPUT = Group(
     "output",
-    flag("json", "one JSON object per line on stdout, the result last"),
-    choice("log-level", ("debug", "info", "warning", "error")),
-    flag("log-json", "one JSON object per line on stderr, with the migration's id"),
+    flag("json", "print one JSON object per line on stdout, the result last"),
+    choice("log-level", ("debug", "info", "warning", "error"), f"lowest severity to log (default: {LOG_LEVEL})"),
+    flag("log-json", "log one JSON object per line on stderr, with the id of the migration"),
 )
 _LOST = Group("when the network fails", HEARTBEAT, RECOVER_FOR, SALVAGE)
 COMMANDS: Mapping[str, tuple[Group, ...]] = {
     "source": (
-        Group("the machine", OneOf(KIND, FROM), *MACHINE),
+        Group("machine", OneOf(KIND, FROM), *MACHINE),
         FROM_OPTIONS,
-        Group("", OneOf(HOLD, LISTEN, CONNECT, PEER_FILE)),
-        Group("the engine", BACKING, BUSY_POLL, *SENDING),
+        Group("destination", OneOf(HOLD, LISTEN, CONNECT, PEER_FILE)),
+        Group("migration", MIGRATE_AFTER, SERVE, ON_FAILURE, BACKING, BUSY_POLL, *SENDING),
         _LOST,
-        Group("", MIGRATE_AFTER, SERVE, ON_FAILURE, USER),
-        OPERATING, OUTPUT,
+        _operating(f"none; with --hold {DEFAULT_CONTROL}"), OUTPUT,
     ),
     "dest": (
-        Group("", OneOf(LISTEN, CONNECT, PEER_FILE)),
-        Group("the engine", BACKING, BUSY_POLL, PAGER),
-        _LOST,
-        Group("", ON_LOST, replace(DISK, help="where the machine's disk is on this host, if not as on the source"),
-              replace(NET, help="where the machine's network device is attached on this host"),
-              RUN_FOR, DUMP, VERIFY, USER),
-        OPERATING, OUTPUT,
+        Group("source", OneOf(LISTEN, CONNECT, PEER_FILE)),
+        Group("machine",
+              replace(DISK, help="workload disk: file of the guest's disk on this host"),
+              replace(NET, help="workload echo: TAP device on this host"),
+              RUN_FOR, DUMP, VERIFY),
+        Group("migration", BACKING, BUSY_POLL, PAGER),
+        Group("when the network fails", HEARTBEAT, RECOVER_FOR, ON_LOST, SALVAGE),
+        _operating("none"), OUTPUT,
     ),
     "daemon": (
-        Group("", replace(LISTEN, help="take machines that come here; port 0: any")),
-        Group("the machine", replace(KIND, help="what to migrate (default: none to begin with)"), *MACHINE),
-        Group("", NAME),
-        Group("the engine", BACKING, BUSY_POLL, PAGER, *SENDING),
+        Group("other hosts", replace(LISTEN, help="receive machines at this address; without HOST, as [::], at every"
+                                     " address of this host; port 0: any free port")),
+        Group("machine to begin with", replace(KIND, help="kind of the machine (default: none)"), NAME, *MACHINE),
+        Group("migration", BACKING, BUSY_POLL, PAGER, *SENDING),
         Group("when the network fails", HEARTBEAT, RECOVER_FOR),
-        Group("", USER),
-        OPERATING, OUTPUT,
+        _operating(DEFAULT_CONTROL), OUTPUT,
     ),
 }
+_RECORDS: Mapping[str, tuple[Callable[..., Any], ...]] = {
+    "source": (SourceConfig, ToyOptions, SourceOptions),
+    "dest": (DestinationConfig, ArrivalOptions),
+    "daemon": (DaemonConfig, ToyOptions, SourceOptions, ArrivalOptions),
+}
+
+
+def defaults(command: str) -> dict[str, Any]:
+    """What the records that a command fills have where nothing was given, by their fields' names."""
+    return {
+        item.name: item.default
+        for kind in _RECORDS.get(command, ())
+        for item in fields(kind)  # type: ignore[arg-type]
+        if item.default is not MISSING
+    }

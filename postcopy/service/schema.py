@@ -65,41 +65,81 @@ class Command:
     options: tuple[Option, ...] = ()
     required: str = ""  # the option that must be given
     bare: str = ""
+    example: str = ""  # of `ctl`
 
     @property
     def arguments(self) -> Mapping[str, Option]:
         return {option.name: option for option in self.options}
 
 
-_MACHINE = Option("machine", "the machine, where there are several", "NAME", parse_name)
-_FORCE = flag("force", "also when something is lost with it: a machine, its pages")
-_TO = Option("to", "a daemon or a destination that listens", "HOST:PORT")
-_TO_NOW = replace(_TO, help="where the other side is now")
+_MACHINE = Option("machine", "name of the machine, where there are several", "NAME", parse_name)
+_FORCE = flag("force", "even if data is lost")
+_TO = Option("to", "where the other host takes machines", "HOST:PORT")
+_TO_NOW = replace(_TO, help="new address of the other side (default: as before)")
 _NEW_MACHINE = (
-    replace(options.NAME, help="what it is called (default: a new name)"),
-    replace(options.KIND, name="kind", help="kvm or rv64", metavar="KIND"),
+    replace(options.NAME, help="name of the machine (default: its kind and random digits)"),
+    replace(options.KIND, name="kind", help="kind of machine: kvm or rv64", metavar="KIND", words=("kvm", "rv64")),
     *(options.MEMORY, options.VCPUS, options.WORKLOAD, options.WORKING_SET, options.SEED, options.BACKING),
     *(options.DISK, options.IMAGE),
 )
 SETTINGS = (  # each is a field of `SourceOptions`
     options.MAX_BANDWIDTH,
-    replace(options.BULK_CHANNELS, help="of the next migration"),
-    replace(options.RECOVER_FOR, help="from the next loss on"),
+    replace(options.BULK_CHANNELS, help="number of connections for the background push of the next migration"),
+    replace(options.RECOVER_FOR, help="how long to try to reach a lost peer, from its loss on"),
 )
 
 COMMANDS: Mapping[str, Command] = {
-    "commands": Command("what may be asked of this process"),
-    "status": Command("how it is", (replace(_MACHINE, help="of one machine only"),)),
-    "events": Command("from now on, tell this client what happens, or no more", (flag("enable", ""),)),
-    "start": Command("make a machine and let it run", _NEW_MACHINE, required="kind", bare="kind"),
-    "end": Command("end a machine that is here", (_MACHINE, _FORCE)),
-    "migrate": Command("send a machine away", (_MACHINE, _TO), required="to", bare="to"),
-    "migrate-pause": Command("cut the connection of a migration that is past the point of no return", (_MACHINE,)),
-    "migrate-recover": Command("connect it again, or to another address", (_MACHINE, _TO_NOW), bare="to"),
-    "set": Command("change what may be changed while it runs", SETTINGS),
-    "migrate-cancel": Command("give a migration up before its point of no return", (_MACHINE,)),
-    "reclaim": Command("let a machine go on here whose destination is dead for good", (_MACHINE, _FORCE)),
-    "quit": Command("end in order", (_FORCE,)),
+    "commands": Command("list the requests that this process takes", example="postcopy ctl commands"),
+    "status": Command(
+        "show state and progress",
+        (replace(_MACHINE, help="name of the only machine to show"),),
+        example="postcopy ctl status --machine vm1",
+    ),
+    "events": Command(
+        "report events to this client from now on",
+        (flag("enable", "false: no more"),),
+        example="postcopy ctl events --json",
+    ),
+    "start": Command(
+        "make a machine and run it",
+        _NEW_MACHINE,
+        required="kind",
+        bare="kind",
+        example="postcopy ctl start kvm --name vm1 --memory 1GiB",
+    ),
+    "end": Command("stop a machine and remove it", (_MACHINE, _FORCE), example="postcopy ctl end --machine vm1"),
+    "migrate": Command(
+        "migrate a machine to another host",
+        (_MACHINE, _TO),
+        required="to",
+        bare="to",
+        example="postcopy ctl migrate host-b:7777 --machine vm1",
+    ),
+    "migrate-cancel": Command(
+        "cancel a migration before its point of no return; the machine stays",
+        (_MACHINE,),
+        example="postcopy ctl migrate-cancel --machine vm1",
+    ),
+    "migrate-pause": Command(
+        "pause a migration past its point of no return: close its connections",
+        (_MACHINE,),
+        example="postcopy ctl migrate-pause --machine vm1",
+    ),
+    "migrate-recover": Command(
+        "resume a paused migration: connect again",
+        (_MACHINE, _TO_NOW),
+        bare="to",
+        example="postcopy ctl migrate-recover host-c:7777",
+    ),
+    "set": Command(
+        "change settings of the running process", SETTINGS, example="postcopy ctl set --max-bandwidth 100MiB/s"
+    ),
+    "reclaim": Command(
+        "run a machine here again whose destination is dead for good",
+        (_MACHINE, _FORCE),
+        example="postcopy ctl reclaim --machine vm1",
+    ),
+    "quit": Command("shut down cleanly", (_FORCE,), example="postcopy ctl quit"),
 }
 
 

@@ -12,7 +12,8 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 
-CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x04000000, 0x10000000, 0x40000000
+MS_BIND, MS_REC, MS_SLAVE, MNT_DETACH = 0x1000, 0x4000, 0x80000, 2
 CAP_SETGID, CAP_SETUID, CAP_NET_ADMIN, CAP_SYS_ADMIN = 6, 7, 12, 21
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 STATE, PARENT, SESSION, STARTED = 0, 1, 3, 19
@@ -21,7 +22,7 @@ STATE, PARENT, SESSION, STARTED = 0, 1, 3, 19
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def call(name: str, *arguments: int) -> None:
+def call(name: str, *arguments: int | bytes | None) -> None:
     """A function of the C library that returns 0, or -1 and errno: then `OSError`, with its name as the file name."""
     if getattr(libc, name)(*arguments):
         number = ctypes.get_errno()
@@ -71,6 +72,28 @@ def _enter(path: str, kind: int) -> None:
         call("setns", fd, kind)
     finally:
         os.close(fd)
+
+
+def new_host_name(name: str) -> None:
+    """A UTS namespace for this process, of one thread, in which the host has that name. `OSError` when it may not."""
+    call("unshare", CLONE_NEWUTS)
+    call("sethostname", name.encode(), len(name))
+
+
+def new_hosts_file(text: str, scratch: str) -> None:
+    """A mount namespace for this process, of one thread, in which /etc/hosts has that text. `OSError` when it may not.
+
+    `scratch`: a directory, over which a file system in memory is mounted meanwhile: there is no file to be removed.
+    """
+    call("unshare", CLONE_NEWNS)
+    call("mount", None, b"/", None, MS_REC | MS_SLAVE, None)  # what is mounted from here on is seen here only
+    call("mount", b"hosts", os.fsencode(scratch), b"tmpfs", 0, b"size=64k,mode=0755")
+    try:
+        with open(f"{scratch}/hosts", "w", encoding="ascii") as file:
+            file.write(text)
+        call("mount", os.fsencode(f"{scratch}/hosts"), b"/etc/hosts", None, MS_BIND, None)
+    finally:
+        call("umount2", os.fsencode(scratch), MNT_DETACH)
 
 
 def inode(path: str) -> int:

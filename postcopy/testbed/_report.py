@@ -7,42 +7,42 @@ A report is titled tables (`Section`) of styled words (`Span`); the three forms 
 from __future__ import annotations
 
 import json
-import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape as escape_html
-from typing import IO
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from postcopy.errors import PostcopyError
+from postcopy.output.tables import (
+    Row,
+    Span,
+    Words,
+    informative,
+    make_console,
+    markup,
+    print_line,
+    print_table,
+    row,
+    text_of,
+)
 
-_STYLES = {"good": "green", "muted": "dim", "warn": "yellow", "bad": "bold red"}
-UNBROKEN_WIDTH = 40  # a column of short words is not broken: the long ones beside it give way
-PLAIN_WIDTH = 160  # of what goes to a file: what is broken into lines can neither be searched for nor copied
-
-
-@dataclass(frozen=True)
-class Span:
-    """Words and how they are meant: good, plain, muted, warn or bad."""
-
-    text: str
-    kind: str = "plain"
-
-
-Words = str | Span | Sequence[Span]
-"""What a table's cell is written from."""
-Row = tuple[tuple[Span, ...], ...]
-
-
-def row(*cells: Words) -> Row:
-    return tuple(
-        (Span(cell),) if isinstance(cell, str) else (cell,) if isinstance(cell, Span) else tuple(cell) for cell in cells
-    )
+__all__ = [
+    "Row",
+    "Section",
+    "Span",
+    "Words",
+    "emit_json",
+    "make_console",
+    "markup",
+    "plain",
+    "print_line",
+    "print_section",
+    "print_table",
+    "row",
+    "section_as_markdown",
+    "to_html",
+]
 
 
 @dataclass(frozen=True)
@@ -57,71 +57,20 @@ class Section:
     """For each row, what a reader with a mouse may want beside."""
 
 
-# ---- to standard output
-
-
-def emit(write: Callable[[], object]) -> None:
-    """Calls what prints, and flushes. `PostcopyError` when it cannot be written, as on a full disk; when nobody reads
-    it, the exit status says it too."""
-    if sys.stdout is None:  # it was closed when this process began
-        return
-    try:
-        write()
-        sys.stdout.flush()
-    except OSError as error:
-        # What is left in the buffer must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            raise PostcopyError(f"standard output: {error.strerror}") from error
-
-
-def emit_json(answer: object) -> None:
-    emit(lambda: print(json.dumps(answer)))
-
-
 # ---- text
 
 
-def make_console(file: IO[str]) -> Console:
-    """Colours where `file` is a terminal."""
-    return Console(file=file, highlight=False, width=None if file.isatty() else PLAIN_WIDTH)
-
-
-def grid(rows: Iterable[Sequence[str]]) -> Table:
-    """Columns without a header, of Rich's markup."""
-    table = Table.grid(padding=(0, 2))
-    for cells in rows:
-        table.add_row(*cells)
-    return table
-
-
-def markup(words: Words) -> str:
-    """In Rich's markup."""
-    return "".join(
-        f"[{_STYLES[span.kind]}]{escape(span.text)}[/{_STYLES[span.kind]}]"
-        if span.kind in _STYLES and span.text
-        else escape(span.text)
-        for span in row(words)[0]
-    )
-
-
-def print_line(console: Console, text: str, style: str | None = None) -> None:
-    console.print(text, style=style, markup=False)
+def emit_json(answer: object) -> None:
+    """On standard output, which is the command's `Output`: what cannot be written there is its business."""
+    print(json.dumps(answer))
 
 
 def print_section(console: Console, section: Section) -> None:
-    print_line(console, section.title, "bold")
+    if section.title:
+        print_line(console, section.title, "bold")
     if section.note:
         print_line(console, section.note, "dim")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for number, name in enumerate(section.header):
-        widest = max((sum(len(span.text) for span in cells[number]) for cells in section.rows), default=0)
-        # The first column is a name, to be found again; the others are broken where the console is narrow.
-        whole = widest <= UNBROKEN_WIDTH and (number == 0 or console.width // 4 >= UNBROKEN_WIDTH)
-        table.add_column(escape(name), overflow="fold", no_wrap=whole)
-    for cells in section.rows:
-        table.add_row(*map(markup, cells))
-    console.print(table)
+    print_table(console, section.header, section.rows)
 
 
 # ---- Markdown
@@ -132,10 +81,11 @@ def section_as_markdown(section: Section) -> list[str]:
     lines = [f"**{section.title}**", ""]
     if section.note:
         lines += [section.note, ""]
-    lines.append("| " + " | ".join(plain(name) for name in section.header) + " |")
-    lines.append("|" + "---|" * len(section.header))
-    for cells in section.rows:
-        lines.append("| " + " | ".join(plain("".join(span.text for span in cell)) for cell in cells) + " |")
+    header, rows = informative(section.header, section.rows)
+    lines.append("| " + " | ".join(plain(name) for name in header) + " |")
+    lines.append("|" + "---|" * len(header))
+    for cells in rows:
+        lines.append("| " + " | ".join(plain(text_of(cell)) for cell in cells) + " |")
     return [*lines, ""]
 
 
@@ -182,9 +132,10 @@ def to_html(title: str, lead: Iterable[tuple[str, str]], sections: Iterable[Sect
 
 def _section_as_html(section: Section) -> str:
     note = f'<p class="note">{escape_html(section.note)}</p>' if section.note else ""
-    head = "".join(f"<th>{escape_html(name)}</th>" for name in section.header)
+    header, kept = informative(section.header, section.rows)
+    head = "".join(f"<th>{escape_html(name)}</th>" for name in header)
     rows = []
-    for number, cells in enumerate(section.rows):
+    for number, cells in enumerate(kept):
         words = (
             "".join(f'<span class="{span.kind}">{escape_html(span.text)}</span>' for span in cell) for cell in cells
         )

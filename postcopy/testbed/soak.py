@@ -26,7 +26,8 @@ import trio
 from postcopy._child import python
 from postcopy.testbed import _processes
 from postcopy.testbed._processes import Json, open_child, parse
-from postcopy.units import argument, parse_seconds, parse_whole
+from postcopy.testbed.chaos import ChaosPlan
+from postcopy.units import argument, format_exact_size, parse_seconds, parse_size, parse_whole
 
 WORKLOADS = ("random", "dirty")
 PAGERS = ("thread", "process")
@@ -35,8 +36,24 @@ DEADLINE_S = 300
 PAGER_LIVES_S = (0.2, 1.0)
 
 
-def command(workload: str, memory: str, seed: int, plan: str, pager: str, release: bool) -> list[str]:
-    machine = ["--machine", "kvm", "--memory", memory, "--vcpus", "2", "--workload", workload, "--run-for", "0.5"]
+def _check_plan(text: str) -> str:
+    ChaosPlan.parse(text)
+    return text
+
+
+def command(workload: str, memory_bytes: int, seed: int, plan: str, pager: str, release: bool) -> list[str]:
+    machine = [
+        "--machine",
+        "kvm",
+        "--memory",
+        format_exact_size(memory_bytes),
+        "--vcpus",
+        "2",
+        "--workload",
+        workload,
+        "--run-for",
+        "0.5",
+    ]
     network = ["--migrate-after", "0.2", "--chaos", plan, "--seed", str(seed)]
     return ["demo", "--json", *machine, *network, "--pager", pager, *(["--release-ram"] if release else [])]
 
@@ -69,15 +86,22 @@ async def run_one(arguments: list[str], seed: int) -> tuple[Json | None, str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m postcopy.testbed.soak", description=__doc__)
-    parser.add_argument("--seconds", type=argument(parse_seconds), default=600, help="how long (default 600)")
+    parser.add_argument("--seconds", type=argument(parse_seconds), default=600, help="how long (default: 600)")
     parser.add_argument(
         "--seed",
         type=argument(parse_whole, 0, 2**32 - 1),
         default=None,
         help="of the first migration; the next ones count from it",
     )
-    parser.add_argument("--memory", default="32MiB", help="of each machine (default 32MiB)")
-    parser.add_argument("--plan", default=PLAN, help=f"what the network does (default {PLAN}; see docs/chaos.md)")
+    parser.add_argument(
+        "--memory", type=argument(parse_size), default=32 << 20, metavar="SIZE", help="of each machine (default: 32MiB)"
+    )
+    parser.add_argument(
+        "--plan",
+        type=argument(_check_plan),
+        default=PLAN,
+        help=f"what the network does, see docs/chaos.md (default: {PLAN})",
+    )
     args = parser.parse_args(argv)
     seed = args.seed if args.seed is not None else secrets.randbits(31)
     began_s = time.monotonic()

@@ -18,8 +18,9 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from postcopy._files import explain_no_access
 from postcopy._native import ffi, lib
-from postcopy.errors import CoreError, ResourceError
+from postcopy.errors import NO_FILES, CoreError, ResourceError, out_of_files
 
 
 class How(enum.IntEnum):
@@ -126,22 +127,23 @@ _DEVICE = "/dev/userfaultfd"
 
 
 def _unavailable(how: How, number: int) -> ResourceError:
-    if number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-        return ResourceError(f"userfaultfd: {os.strerror(number)}", "close files or free memory")
+    if number in NO_FILES:
+        return out_of_files(number, "userfaultfd")
+    if number == errno.ENOMEM:
+        return ResourceError(f"userfaultfd: {os.strerror(number)}", "free memory")
     if number == errno.ENOSYS or (number == errno.ENOENT and how is not How.DEVICE):
         return ResourceError("this kernel has no userfaultfd", "use a kernel with CONFIG_USERFAULTFD=y")
     if number == errno.ENOENT:
         return ResourceError(f"{_DEVICE} does not exist", f"use Linux 6.1 or newer; in a container: --device {_DEVICE}")
     if number in (errno.EPERM, errno.EACCES):
         # EPERM of the system call: the sysctl, or a seccomp profile (Docker's refuses the call, not the device).
-        device = (
-            f"give this user access to {_DEVICE} (chmod, a group, an ACL)"
-            if os.path.exists(_DEVICE)
-            else f"pass {_DEVICE} into this container (--device {_DEVICE})"
-        )
+        why = "this user may not have a userfaultfd that stops faults raised inside the kernel, as KVM raises them"
+        if os.path.exists(_DEVICE):
+            reason, remedy = explain_no_access(_DEVICE)
+            return ResourceError(f"{why}: {reason}", remedy)
         return ResourceError(
-            "this user may not have a userfaultfd that stops faults raised inside the kernel (one for user-mode faults"
-            " only is not enough: a virtual machine's memory is touched by KVM)",
-            f"{device}, or run with CAP_SYS_PTRACE, or as root: sysctl vm.unprivileged_userfaultfd=1",
+            why,
+            f"use Linux 6.1 or newer, which has {_DEVICE} (in a container: --device {_DEVICE}), run with"
+            " CAP_SYS_PTRACE, or as root: sysctl -w vm.unprivileged_userfaultfd=1",
         )
     raise CoreError(number, "asking for a userfaultfd")

@@ -88,7 +88,7 @@ def test_by_hand(side: Start, tmp_path: Path) -> None:
     [
         (("rain", "--to", "127.0.0.1:1"), "no chaos called 'rain'"),
         (("cut", "--to", "nowhere"), "is not an address"),
-        (("cut:every=often", "--to", "127.0.0.1:1"), "is not a number of seconds"),
+        (("cut:every=often", "--to", "127.0.0.1:1"), "every: seconds, as 2.5 or 200ms, not 'often'"),
     ],
 )
 def test_plans_that_make_no_sense(side: Start, arguments: tuple[str, ...], reason: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -24,6 +25,7 @@ from postcopy.testbed.faultpaths import _remote, _runner
 from postcopy.testbed.faultpaths._core import operations
 from postcopy.testbed.faultpaths._model import Backing, Cell, Mode, Operation, Outcome, Verdict
 from postcopy.testbed.faultpaths._supervise import Runner
+from postcopy.testbed.faultpaths._system import file_system_of
 
 FAULTPATHS = [sys.executable, "-m", "postcopy", "faultpaths"]
 SHORT = ["--only", "user.load,copy.write_pipe,copy.read_pipe", "--mode", "missing", "--backing", "anon,memfd"]
@@ -90,6 +92,27 @@ def test_every_operation_in_mode_missing_is_as_expected_or_has_a_reason(run_in_c
     assert all(cell["reason"] for cell in report["cells"])
 
 
+DIRECT = ("pin.odirect_*", "pin.aio_*", "uring.direct_*", "uring.async_direct_*")
+
+
+@pytest.mark.needs("uffd")
+@pytest.mark.parametrize("directory", ["/dev/shm", "/tmp", "/var/tmp", "."])
+@pytest.mark.parametrize("named", [True, False])
+def test_no_row_is_changed_whatever_file_system_it_runs_on(
+    run_in_child: Callable[..., Any], directory: str, named: bool
+) -> None:
+    command = [*FAULTPATHS, "--only", ",".join(DIRECT), "--mode", "missing", "--measure", "none"]
+    if named:
+        done = run_in_child([*command, "--direct-dir", directory])
+    else:
+        done = run_in_child(["env", "-C", directory, f"TMPDIR={directory}", "COLUMNS=80", *command])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "changed" not in done.stdout.splitlines()[-1]
+    kind = re.search(r"O_DIRECT on (\S+) \(([^)]*)\)", " ".join(done.stdout.split()))
+    assert kind is not None, done.stdout  # it says which one that was
+    assert file_system_of(kind[2]) == kind[1]
+
+
 def test_the_list(run_in_child: Callable[..., Any]) -> None:
     done = run_in_child([*FAULTPATHS, "--list"])
     assert done.returncode == 0, done.stderr
@@ -112,16 +135,16 @@ def test_the_list(run_in_child: Callable[..., Any]) -> None:
         ("--mode lost", "--mode: there is no 'lost'; there are missing, minor,"),
         ("--backing tape", "--backing: there is no 'tape'; there are anon,"),
         ("--measure all", "--measure: there is no 'all'; there are signal, kill, locks"),
-        ("--direct-dir /nonexistent", "--direct-dir: '/nonexistent' does not exist"),
+        ("--direct-dir /nonexistent", "--direct-dir: directory '/nonexistent' does not exist"),
         ("--direct-dir /proc", "no file can be made in '/proc'"),
         ("--direct-dir " + 300 * "x", "more than 255 bytes"),
         ("--json --markdown", "choose one"),
-        ("--html /nonexistent/page", "--html /nonexistent/page: there is no directory /nonexistent"),
+        ("--html /nonexistent/page", "--html /nonexistent/page: directory /nonexistent does not exist"),
         ("--html /dev/null", "--html /dev/null: that is a device, which would be replaced"),
         ("--expectations /nonexistent", "cannot read '/nonexistent': No such file"),
-        ("--timeout 0", "'0' is not a number of seconds from 0.1 to 600"),
-        ("compare a.json", "the following arguments are required: B.json"),
-        ("contrast", "invalid choice: 'contrast'"),
+        ("--timeout 0", "seconds from 0.1 to 600, as 2.5 or 200ms, not '0'"),
+        ("compare a.json", "faultpaths compare needs B.json"),
+        ("contrast", "unknown command 'contrast'"),
     ],
 )
 def test_one_line_for_a_mistake(run_in_child: Callable[..., Any], line: str, reason: str) -> None:

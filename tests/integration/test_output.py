@@ -136,3 +136,75 @@ def test_descriptors_that_are_closed(tmp_path: Path) -> None:
     finally:
         closed.kill()
         closed.wait()
+
+
+ANSWERS = (  # of commands that print and end
+    ("--help",),
+    ("source", "--help"),
+    ("probe", "--require", "root,netns", "--json"),
+    ("lab", "status"),
+    ("faultpaths", "--list"),
+    ("faultpaths", "--list", "--json"),
+)
+
+
+@pytest.mark.parametrize("arguments", ANSWERS, ids=" ".join)
+def test_an_answer_without_room(arguments: tuple[str, ...]) -> None:
+    """As `postcopy probe >/dev/full`."""
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*POSTCOPY, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=False
+        )
+    assert (
+        done.stderr == "postcopy: error: standard output: No space left on device: the result is not complete there\n"
+    )
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("arguments", ANSWERS, ids=" ".join)
+def test_an_answer_for_nobody(arguments: tuple[str, ...]) -> None:
+    """As `postcopy probe >&-`, and `postcopy probe | true`."""
+    command = [*POSTCOPY, *arguments]
+    closed = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert (closed.returncode, closed.stderr) == (0, "")
+    read_fd, write_fd = os.pipe()
+    os.close(read_fd)
+    with os.fdopen(write_fd, "wb") as gone:
+        broken = subprocess.run(
+            command, stdout=gone, stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=False
+        )
+    assert broken.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "environment"),
+    [
+        ("latin1", {"PYTHONIOENCODING": "latin1"}),
+        ("ascii", {"LANG": "C", "LC_ALL": ""}),
+        ("ascii", {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}),
+    ],
+)
+@pytest.mark.needs("uffd-user")
+def test_characters_that_the_terminal_does_not_have(encoding: str, environment: dict[str, str]) -> None:
+    for arguments in (
+        ("demo", "--machine", "rv64", "--memory", "16MiB", "--migrate-after", "0", "--run-for", "0"),
+        ("probe",),
+        ("demo", "--help"),
+    ):
+        done = subprocess.run(
+            [*POSTCOPY, *arguments],
+            capture_output=True,
+            timeout=DEADLINE_S,
+            check=False,
+            env={**os.environ, **environment},
+        )
+        assert done.returncode == 0, done
+        said = (done.stdout + done.stderr).decode(encoding)
+        assert "Traceback" not in said
+        assert "\\u" not in said

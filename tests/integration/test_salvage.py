@@ -85,7 +85,7 @@ def test_what_does_not_belong_together(side: Start, salvages: dict[str, Any], tm
         assert errors.count("postcopy: error:") == 1
 
     refused("of the same side", salvages["dest"], salvages["dest"])
-    refused("not a salvage", tmp_path)
+    refused("is not a directory that --salvage has written", tmp_path)
     refused("exists already", salvages["dest"], output=salvages["image"])
     other = tmp_path / "other"
     shutil.copytree(salvages["source"], other)

@@ -15,9 +15,12 @@ from postcopy.errors import ConfigurationError
 from postcopy.units import (
     MAX_RATE,
     MAX_SECONDS,
+    check_word,
+    format_exact_size,
     format_rate,
     format_seconds,
     format_size,
+    parse_microseconds,
     parse_rate,
     parse_seconds,
     parse_seconds_range,
@@ -30,7 +33,6 @@ from postcopy.units import (
     ("text", "size_bytes"),
     [
         ("0", 0),
-        ("4096", 4096),
         ("4096B", 4096),
         ("1k", 1024),
         ("512MiB", 512 << 20),
@@ -46,7 +48,9 @@ def test_parse_size(text: str, size_bytes: int) -> None:
     assert parse_size(text) == size_bytes
 
 
-@pytest.mark.parametrize("text", ["", "MiB", "-1", "1.2.3", "1e9", "0x10", "1 2", "1PiB", "٣", "nan", "1" * 50, "0.3"])
+@pytest.mark.parametrize(
+    "text", ["", "MiB", "-1", "1.2.3", "1e9", "0x10", "1 2", "1PiB", "٣", "nan", "1" * 50, "0.3B", "0.3"]
+)
 def test_parse_size_refuses(text: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         parse_size(text)
@@ -79,7 +83,8 @@ def test_format_size(size_bytes: int, text: str) -> None:
         ("1.5Mbit/s", 187_500),
         ("8000bit", 1000),
         ("10MiB/s", 10 << 20),
-        ("1000", 1000),
+        ("1000B/s", 1000),
+        ("100 Mbit", 12_500_000),
     ],
 )
 def test_parse_rate(text: str, rate: int) -> None:
@@ -88,8 +93,44 @@ def test_parse_rate(text: str, rate: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "fast", "-1mbit", "1e3bit", "nanbit", "/s", "1" * 30, "1" * 50 + "bit", "٣"])
 def test_parse_rate_refuses(text: str) -> None:
-    with pytest.raises(ConfigurationError, match="is not a rate"):
+    with pytest.raises(ConfigurationError, match=r"a rate, as .*, not '|has no unit"):
         parse_rate(text)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "readings"),
+    [
+        (parse_size, "64", "'64' has no unit; write 64MiB, or 64B for bytes"),
+        (parse_size, "1.5", "'1.5' has no unit; write 1.5MiB, or 1.5B for bytes"),
+        (parse_size, "1073741824", "'1073741824' has no unit; write 1073741824B for bytes"),
+        (parse_rate, "100", "'100' has no unit; write 100MiB/s (bytes) or 100mbit (bits)"),
+    ],
+)
+def test_a_bare_number_is_refused_with_its_readings(parse: Callable[[str], int], text: str, readings: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse(text)
+    assert str(caught.value) == readings
+
+
+@given(st.integers(0, 1 << 62) | st.integers(0, 1 << 22).map(lambda pages: pages << 12))
+def test_size_that_is_shown_can_be_written(size_bytes: int) -> None:
+    assert parse_size(format_exact_size(size_bytes)) == size_bytes
+
+
+@pytest.mark.parametrize(("text", "us"), [("0", 0), ("20", 20), ("20us", 20), ("0.5ms", 500)])
+def test_parse_microseconds(text: str, us: int) -> None:
+    assert parse_microseconds(text, 1000) == us
+    for wrong in ("-1", "1s", "x", "1001"):
+        with pytest.raises(ConfigurationError):
+            parse_microseconds(wrong, 1000)
+
+
+def test_a_word_that_is_none() -> None:
+    check_word("anon", ("memfd", "anon"))
+    with pytest.raises(ConfigurationError, match=r"^memfd or anon, not 'annon'; did you mean anon\?$"):
+        check_word("annon", ("memfd", "anon"))
+    with pytest.raises(ConfigurationError, match=r"^memfd or anon, not 'tape'$"):
+        check_word("tape", ("memfd", "anon"))
 
 
 @given(st.integers(0, MAX_RATE))
@@ -98,7 +139,18 @@ def test_rate_that_is_shown_can_be_written(rate: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("0", 0.0), ("2.5", 2.5), ("2.5s", 2.5), ("200ms", 0.2), ("1e-3", 0.001), ("1e9", 1e9)]
+    ("text", "seconds"),
+    [
+        ("0", 0.0),
+        ("2.5", 2.5),
+        ("2.5s", 2.5),
+        ("200ms", 0.2),
+        ("1e-3", 0.001),
+        ("1e9", 1e9),
+        ("50us", 50e-6),
+        ("5 min", 300.0),
+        ("1h", 3600.0),
+    ],
 )
 def test_parse_seconds(text: str, seconds: float) -> None:
     assert parse_seconds(text) == pytest.approx(seconds)
@@ -106,17 +158,17 @@ def test_parse_seconds(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "ms", "s", "-1", "-1ms", "nan", "inf", "1e10", "soon", "forever", "x" * 100])
 def test_parse_seconds_refuses(text: str) -> None:
-    with pytest.raises(ConfigurationError, match="is not a number of seconds") as caught:
+    with pytest.raises(ConfigurationError, match=r"seconds.*, as 2\.5 or 200ms, not") as caught:
         parse_seconds(text)
     assert len(str(caught.value)) < 160
 
 
 def test_bounds_are_said() -> None:
-    with pytest.raises(ConfigurationError, match=r"'4000' is not a number of seconds from 0\.05 to 3600;"):
+    with pytest.raises(ConfigurationError, match=r"seconds from 0\.05 to 3600, as 2\.5 or 200ms, not '4000'"):
         parse_seconds("4000", 0.05, 3600)
-    with pytest.raises(ConfigurationError, match="'0' is not a whole number from 1 to 16"):
+    with pytest.raises(ConfigurationError, match="a whole number from 1 to 16, not '0'"):
         parse_whole("0", 1, 16)
-    with pytest.raises(ConfigurationError, match="'8bit' is not a rate from 8kbit to 80kbit, or none"):
+    with pytest.raises(ConfigurationError, match="a rate from 8kbit to 80kbit, or none, not '8bit'"):
         parse_rate("8bit", 1000, 10_000)
 
 
@@ -135,7 +187,7 @@ def test_parse_seconds_range() -> None:
 
 @pytest.mark.parametrize("text", ["", "-1", "+1", "1.0", "1e1", " 1", "1_0", "٣", "9" * 30, "x"])
 def test_parse_whole_refuses(text: str) -> None:
-    with pytest.raises(ConfigurationError, match="is not a whole number from 0 to 100"):
+    with pytest.raises(ConfigurationError, match="a whole number from 0 to 100, not"):
         parse_whole(text, 0, 100)
 
 

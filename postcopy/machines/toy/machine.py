@@ -24,6 +24,7 @@ import trio
 
 from postcopy._blocking import END_TIMEOUT_S, no_thread, run_sync, run_to_end
 from postcopy._fd import FdHolder
+from postcopy._files import explain_no_access
 from postcopy._native import ffi, lib
 from postcopy.errors import (
     BusyError,
@@ -51,7 +52,7 @@ from postcopy.machines.base import (
 from postcopy.machines.toy.disk import Disk
 from postcopy.memory import Memory, check_memory, page_bytes_of
 from postcopy.uffd import explain_unavailable
-from postcopy.units import format_size
+from postcopy.units import format_exact_size, format_size
 
 if TYPE_CHECKING:
     from postcopy.machines.toy.tap import Network
@@ -166,6 +167,11 @@ class ToyMachine(Machine):
         if options.seed is not None and not 0 <= options.seed < 1 << 64:
             raise ConfigurationError("a seed is a number from 0 to 2^64 - 1")
         check_memory(options.backing, options.memory_bytes)
+        if options.working_set_bytes > options.memory_bytes:
+            raise ConfigurationError(
+                f"--working-set {format_exact_size(options.working_set_bytes)} is more than --memory"
+                f" {format_exact_size(options.memory_bytes)}; write at most that, or leave --working-set out"
+            )
         shared_bytes, private_bytes = split_memory(options.memory_bytes, options.vcpus, page_bytes_of(options.backing))
         blocks = [("shared", shared_bytes)] + [(f"vcpu{number}", private_bytes) for number in range(options.vcpus)]
         disk = None
@@ -485,7 +491,8 @@ def explain_no_kvm() -> ResourceError | None:
         return ResourceError("the kvm machine is for x86-64 hosts", "use --machine rv64")
     fd = lib.pc_device_open(lib.PC_DEVICE_KVM)
     if fd < 0:
-        return ResourceError(f"/dev/kvm: {os.strerror(-fd)}", "use --machine rv64")
+        error = _open_error(-fd, f"/dev/kvm: {os.strerror(-fd)}")
+        return error if isinstance(error, ResourceError) else ResourceError(str(error), "use --machine rv64")
     os.close(fd)
     return None
 
@@ -510,9 +517,8 @@ def _open_error(number: int, text: str) -> PostcopyError:
             " container pass the device in: --device /dev/kvm; --machine rv64 needs no such device",
         )
     if number in (errno.EACCES, errno.EPERM):
-        return ResourceError(
-            text, "add this user to the group that owns /dev/kvm (often kvm), run as root, or --machine rv64"
-        )
+        why, remedy = explain_no_access("/dev/kvm")
+        return ResourceError(why, f"{remedy}; or use --machine rv64")
     if number in (errno.ENOTSUP, errno.ENODEV, errno.ENXIO):
         return ResourceError(text, "use an x86-64 host whose KVM offers it, or --machine rv64")
     if number == errno.EINVAL:

@@ -129,7 +129,7 @@ class Network:
             if -fd in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
                 remedy = "load the module tun, and in a container pass the device in: --device /dev/net/tun"
             else:
-                remedy = "run as a user who may open it"
+                remedy = "as root, `chmod 0666 /dev/net/tun`; in a container, --device /dev/net/tun"
             raise ResourceError(f"{DEVICE}: {os.strerror(-fd)}", remedy)
         os.set_blocking(fd, False)
         network = cls(name, fd, mac, address)

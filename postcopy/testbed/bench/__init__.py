@@ -5,7 +5,7 @@ Every measurement is repeated in rounds, its parts one after the other within a 
 is reported is the median over the rounds of the ratio within a round, so that a slow spell of the host hits both parts.
 
 - ``fault``: a demand fault over loopback TCP, nothing else under way, against the least a C program can do (read the
-  userfaultfd, 8 byte request, 4 KiB reply, UFFDIO_COPY), sleeping and spinning. Seen by the thread that touches.
+  userfaultfd, 8 byte request, 4 KiB reply, UFFDIO_COPY), sleeping and busy polling. Seen by the thread that touches.
 - ``pager-process``: the same fault with the pager in a process of its own, against one in threads.
 - ``bulk-delay``: p99 of such a fault while everything else is pushed at full speed, against the idle p99.
 - ``throughput``: incompressible memory pushed over loopback, both ends included, against one iperf3 stream.
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"of {', '.join(MEASUREMENTS)}; all by default")
     parser.add_argument(
         "--rounds", type=argument(parse_whole, 1, 1000), default=5, metavar="N",
-        help="repetitions, medians are shown (default 5)",
+        help="repetitions, medians are shown",
     )  # fmt: skip
     parser.add_argument("--svg", default=None, metavar="FILE", help="draw the figures of contention there")
     parser.add_argument("--json", action="store_true", help="one JSON object a figure")

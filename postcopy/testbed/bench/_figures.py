@@ -166,9 +166,9 @@ async def _demo(*arguments: str) -> dict[str, Any]:
 
 
 async def measure_fault(rounds: int) -> list[Figure]:
-    """Demand fault p50 against the floor's, sleeping and spinning."""
+    """Demand fault p50 against the floor's, sleeping and busy polling."""
     figures = []
-    for how, busy_poll_us in (("sleeping", 0), ("spinning", 200)):
+    for how, busy_poll_us in (("sleeping", 0), ("busy polling", 200)):
         values = []
         for _ in range(rounds):
             floor, engine = [

@@ -40,7 +40,7 @@ class Job(msgspec.Struct, frozen=True):
     urgent_fd: int
     bulk_fds: tuple[int, ...] = ()  # engine-dest: where there are some, it waits for the whole memory
     touches: int = 0
-    busy_poll_us: int = 0  # the floor spins without end where this is not 0
+    busy_poll_us: int = 0  # the floor polls without end where this is not 0
     pager_process: bool = False  # engine-dest: the pager apart from who touches
     cpus: tuple[int, ...] = ()  # the host's processors; any where empty
 

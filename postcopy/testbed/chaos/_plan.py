@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from postcopy.errors import ConfigurationError
-from postcopy.units import parse_rate, parse_seconds, parse_seconds_range, parse_size
+from postcopy.units import did_you_mean, parse_rate, parse_seconds, parse_seconds_range, parse_size
 
 WAYS = ("reset", "close", "freeze", "truncate", "corrupt")
 """How a cable can be cut: with a reset, with an orderly end, without a word (half open), after a few more bytes, or by
@@ -33,7 +33,9 @@ class ChaosPlan:
         `ConfigurationError` says what is wrong."""
         kind, _, rest = text.partition(":")
         if kind not in KINDS:
-            raise ConfigurationError(f"no chaos called {kind!r}; there are {', '.join(KINDS)}")
+            raise ConfigurationError(
+                f"no chaos called {kind!r}{did_you_mean(kind, KINDS)}; there are {', '.join(KINDS)}"
+            )
         settings = dict(KINDS[kind])
         for item in filter(None, rest.split(",")):
             name, equals, value = item.partition("=")
@@ -42,7 +44,10 @@ class ChaosPlan:
                     f"chaos {text!r}: {item!r} is none of {', '.join(_SETTINGS)}, written NAME=VALUE"
                 )
             attribute, parse = _SETTINGS[name]
-            settings[attribute] = parse(value)
+            try:
+                settings[attribute] = parse(value)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"chaos {text!r}: {name}: {error}") from None
         return cls(seed=seed, **settings)  # type: ignore[arg-type]
 
 

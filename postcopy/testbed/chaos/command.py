@@ -20,7 +20,7 @@ from postcopy.testbed.chaos import KINDS, ChaosPlan, open_chaos_proxy
 OPTIONS = (
     Group(
         "",
-        Option("plan", f"{', '.join(KINDS)} (default cut)", "PLAN", nargs="?", positional=True),
+        Option("plan", f"{', '.join(KINDS)} (default: cut)", "PLAN", nargs="?", positional=True),
         replace(options.LISTEN, help="where the one side connects; port 0: any", required=True),
         replace(options.CONNECT, name="to", help="where the other side listens", required=True),
         replace(options.SEED, help="repeats what was drawn (default: random)"),

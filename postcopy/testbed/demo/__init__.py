@@ -14,6 +14,6 @@ Whatever happens, no process is left: the children are ended by the demo's own e
 
 from __future__ import annotations
 
-from postcopy.testbed.demo._command import OPTIONS, DemoCommand, make
+from postcopy.testbed.demo._command import OPTIONS, DemoCommand, defaults, make
 
-__all__ = ["OPTIONS", "DemoCommand", "make"]
+__all__ = ["OPTIONS", "DemoCommand", "defaults", "make"]

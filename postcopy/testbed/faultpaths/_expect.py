@@ -7,6 +7,7 @@ The file is TOML (expectations.toml in this package; `--expectations FILE` for a
 - ``kernel``: versions, as ``">=6.1, <6.6"``; ``kvm``: hardware, emulated or none, or a list;
   ``config``: a table of CONFIG_ names to y, m, n or a value, or a list. All may be left out. A kernel that does not
   tell its configuration satisfies no ``config``.
+- ``file-system``: a pattern of a shell, or a list of them, for the type of the one that files for O_DIRECT are on.
 - ``writes``: true or false: only operations that write the page, or only those that do not.
 - ``outcome``: one of `Outcome`, or a list of those that are right; ``error``, ``signal``, ``state``, ``thread``:
   what must be so beside, likewise, where it is given. ``error`` and ``signal`` count only where there is one, ``state``
@@ -55,7 +56,7 @@ Word = Annotated[str, Meta(min_length=1)]
 Words = Annotated[tuple[Word, ...], Meta(min_length=1)]
 
 
-class Expectation(Struct, frozen=True, forbid_unknown_fields=True):
+class Expectation(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
     """One table of the file."""
 
     operation: Words
@@ -66,6 +67,7 @@ class Expectation(Struct, frozen=True, forbid_unknown_fields=True):
     kernel: str = ""
     kvm: tuple[Literal["hardware", "emulated", "none"], ...] = ()
     config: dict[Annotated[str, Meta(pattern="^CONFIG_")], Words] = {}
+    file_system: Words = ()
     writes: bool | None = None
     error: Words = ()
     signal: Words = ()
@@ -104,12 +106,14 @@ class Expectation(Struct, frozen=True, forbid_unknown_fields=True):
             and any(fnmatchcase(cell.backing, pattern) for pattern in self.backing)
             and all(_compare(system.version, how, version) for how, version in _versions(self.kernel))
             and (not self.kvm or system.kvm in self.kvm)
+            and (not self.file_system or any(fnmatchcase(system.file_system, pattern) for pattern in self.file_system))
             and all(system.option(name) in values for name, values in self.config.items())
         )
 
     def specificity(self, cell: Cell) -> tuple[int, int, int, int]:
         """Orders expectations that match a cell, the one that holds last."""
-        conditions = len(_versions(self.kernel)) + bool(self.kvm) + len(self.config) + (self.writes is not None)
+        conditions = len(_versions(self.kernel)) + len(self.config) + (self.writes is not None)
+        conditions += bool(self.kvm) + bool(self.file_system)
         return (
             _literal(self.operation, cell.operation),
             _literal(self.mode, cell.mode),
@@ -224,7 +228,7 @@ class _File(Struct):
     expect: tuple[Expectation, ...]
 
 
-_LISTS = {"operation", "mode", "backing", "outcome", "kvm", "error", "signal", "state", "thread"}
+_LISTS = {"operation", "mode", "backing", "outcome", "kvm", "file-system", "error", "signal", "state", "thread"}
 """Keys whose single value is a list of one."""
 
 

@@ -46,7 +46,7 @@ class Outcome(StrEnum):
     PASSED = "passed"
     REFUSED = "refused"
     SIGNALLED = "signalled"
-    SPUN = "spun"
+    RETRIED = "retried"
     WRONG = "wrong"
     HUNG = "hung"
     CRASHED = "crashed"
@@ -244,7 +244,8 @@ class Judged:
     difference: str = ""
     """For `Verdict.CHANGED`: what differs."""
     uncovered: bool = False
-    """A place that cannot block on a page and should have: the operation failed, spun or went on without it."""
+    """A place that cannot block on a page and should have: the operation failed, retried without waiting, or went on
+    without the page."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ def from_json(value: Json) -> Run:
             value.get("remote"),
         )
     except (KeyError, TypeError, ValueError, AttributeError, msgspec.ValidationError) as error:
-        raise ConfigurationError(f"not a report of `postcopy faultpaths --json` ({error!r})") from None
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ConfigurationError(f"not a report of `postcopy faultpaths --json`: {what}") from None
 
 
 def _judged(item: Json) -> Judged:
@@ -96,8 +97,8 @@ def describe_system(system: Json) -> str:
     parts = [f"Linux {system.get('kernel', '?')}", str(system.get("architecture", ""))]
     if (kvm := system.get("kvm")) is not None:
         parts.append(f"KVM {kvm}" if kvm != "none" else "no KVM")
-    if directory := system.get("direct-file-system"):
-        parts.append(f"O_DIRECT on {directory}")
+    if file_system := system.get("direct-file-system"):
+        parts.append(f"O_DIRECT on {file_system} ({system.get('direct-dir', '?')})")
     return ", ".join(filter(None, parts))
 
 

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 
 from postcopy.errors import ConfigurationError
 from postcopy.testbed.faultpaths._model import Backing, Cell, Measure, Mode, Operation
+from postcopy.testbed.faultpaths._system import file_system_of
 
 DEFAULT_CELLS: tuple[tuple[Mode, tuple[Backing, ...]], ...] = (
     (Mode.MISSING, (Backing.ANON, Backing.MEMFD)),  # first: what a run that runs out of time must have
@@ -95,18 +96,30 @@ def measured(
 
 
 DIR_BYTES = 255  # of its name, for the core
+COPIES = ("tmpfs", "ramfs", "btrfs")
+"""File systems whose O_DIRECT pins no pages: what they tell of it is not what most do."""
 
 
-def check_direct_dir(path: str) -> str:
-    """The directory, absolute; `ConfigurationError` when no file can be made there."""
+def direct_dir(path: str) -> str:
+    """The directory that the user has named, absolute; `ConfigurationError` when no file can be made there. For an
+    empty one the current directory or, where it cannot tell, one for temporary files: `COPIES` only when all are."""
+    if path:
+        if reason := _no_file_in(path):
+            raise ConfigurationError(f"--direct-dir: {reason}; name a directory on the file system of interest")
+        return os.path.abspath(path)
+    usable = [here for here in (os.getcwd(), tempfile.gettempdir(), "/var/tmp") if not _no_file_in(here)]
+    telling = [here for here in usable if file_system_of(here) not in COPIES]
+    return (telling or usable or [os.getcwd()])[0]
+
+
+def _no_file_in(path: str) -> str:
+    """Why not; empty when one can be made there."""
     if len(os.fsencode(os.path.abspath(path))) > DIR_BYTES:
-        raise ConfigurationError(f"--direct-dir: a name of more than {DIR_BYTES} bytes; use a link to it")
+        return f"{path[:40]!r}... is a name of more than {DIR_BYTES} bytes, which a symbolic link would shorten"
     if not os.path.isdir(path):
-        what = "is not a directory" if os.path.exists(path) else "does not exist"
-        raise ConfigurationError(f"--direct-dir: {path!r} {what}; name one on the file system of interest")
+        return f"{path!r} is not a directory" if os.path.exists(path) else f"directory {path!r} does not exist"
     try:
         with tempfile.TemporaryFile(dir=path):
-            pass
+            return ""
     except OSError as error:
-        raise ConfigurationError(f"--direct-dir: no file can be made in {path!r}: {error.strerror}") from None
-    return os.path.abspath(path)
+        return f"no file can be made in {path!r}: {error.strerror}"

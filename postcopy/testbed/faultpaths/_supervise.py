@@ -120,7 +120,9 @@ class Runner(contextlib.AbstractAsyncContextManager["Runner"]):
                     pass_fds=[self._hand_over_fd] if self._hand_over_fd >= 0 else [],
                 )
             except OSError as error:
-                raise ResourceError(f"cannot start the runner process: {error.strerror}") from None
+                raise ResourceError(
+                    f"cannot start {self._command[0]}, which runs the operations: {error.strerror}"
+                ) from None
         return self._child
 
     async def _stop(self) -> None:

@@ -34,6 +34,10 @@ class System:
     config: Mapping[str, str] = field(default_factory=dict)
     """CONFIG_ names to y, m or a value; what is not set is not in it."""
     config_known: bool = False
+    direct_dir: str = ""
+    """Where files for O_DIRECT are made."""
+    file_system: str = ""
+    """Its type, as /proc/self/mountinfo names it; empty where that does not tell."""
 
     @property
     def version(self) -> tuple[int, ...]:
@@ -51,10 +55,12 @@ class System:
             "kvm": self.kvm,
             "kernel-config": self.config_known,
             "user": os.geteuid(),
+            "direct-dir": self.direct_dir,
+            "direct-file-system": self.file_system,
         }
 
 
-def this_system() -> System:
+def this_system(direct_dir: str = "") -> System:
     """Reads files, tries nothing."""
     kvm = "none"
     if os.access("/dev/kvm", os.R_OK | os.W_OK):
@@ -67,6 +73,8 @@ def this_system() -> System:
         kvm,
         parse_config(text or ""),
         text is not None,
+        direct_dir,
+        file_system_of(direct_dir),
     )
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from rich.status import Status
 from postcopy._files import check_new_file, replacing, write_all
 from postcopy.errors import ConfigurationError
 from postcopy.testbed import _processes
-from postcopy.testbed._report import emit, emit_json, make_console, print_line, print_section
+from postcopy.testbed._report import emit_json, make_console, print_line, print_section
 from postcopy.testbed.chaos import ChaosPlan
 from postcopy.testbed.faultpaths import _compare, _expect, _report, _select, _system
 from postcopy.testbed.faultpaths._model import Backing, Cell, Json, Measure, Mode, Operation, Result, Run
@@ -37,9 +36,6 @@ T = TypeVar("T", Mode, Backing, Measure)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `postcopy faultpaths`."""
-    parser.description = (
-        "Touches a page that is not there in every way the kernel has, and says which of them wait for it."
-    )
     parser.add_argument(
         "--only", action="append", default=[], metavar="PATTERN,...", help="operations or groups, as 'copy.*' or pin"
     )
@@ -54,12 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="the operations, without running any")
     parser.add_argument(
-        "--direct-dir", default="", metavar="DIR", help="where O_DIRECT files are made (default: the current directory)"
+        "--direct-dir",
+        default="",
+        metavar="DIR",
+        help="where files for O_DIRECT are made (default: the current directory, or one for temporary files where the"
+        " file system of the current one copies pages instead of pinning them)",
     )
     parser.add_argument("--expectations", default=None, metavar="FILE", help="instead of those that come with postcopy")
     parser.add_argument(
         "--timeout", type=argument(parse_seconds, 0.1, 600), default=DEFAULT_TIMEOUT_S, metavar="SECONDS",
-        help=f"after which a child is killed and its cell called hung (default {DEFAULT_TIMEOUT_S:g})",
+        help="after which a child is killed and its cell called hung",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--markdown", action="store_true", help="tables for a document")
@@ -67,10 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--remote", nargs="?", default=None, const=_DEFAULT_PLAN, metavar="PLAN",
         help="the page is fetched by the engine over TCP, cut off and recovered while the operation waits; PLAN: what"
-        f" the network does beside, as in docs/chaos.md (default {_DEFAULT_PLAN})",
+        f" the network does beside, as in docs/chaos.md (default: {_DEFAULT_PLAN})",
     )  # fmt: skip
     actions = parser.add_subparsers(dest="action", metavar="compare", title="instead of a run")
-    compare = actions.add_parser("compare", help="what differs between two reports of --json", allow_abbrev=False)
+    text = "show what differs between two reports of --json"
+    compare = actions.add_parser("compare", help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
     compare.add_argument("before", metavar="A.json")
     compare.add_argument("after", metavar="B.json")
     # No default: it would overwrite what stands before the word compare.
@@ -94,10 +95,10 @@ def run(args: argparse.Namespace) -> int:
     if args.measure is not None:
         measure = () if args.measure.strip() == "none" else _chosen(args.measure, Measure, "--measure")
     expectations = _expect.load(args.expectations)
-    direct_dir = _select.check_direct_dir(args.direct_dir) if args.direct_dir else ""
+    direct_dir = _select.direct_dir(args.direct_dir)
     if args.html is not None:
         check_new_file("--html", args.html)
-    system = _system.this_system()
+    system = _system.this_system(direct_dir)
     plan = _plan(args.remote) if args.remote is not None else None
     measures = {}
     if plan is None:
@@ -126,9 +127,8 @@ def run(args: argparse.Namespace) -> int:
     with _progress(len(cells)) as progress:
         results, left_out, remote = _processes.run(work, progress)
     by_name = {operation.name: operation for operation in operations}
-    where = direct_dir or os.getcwd()  # the core, too, takes the current directory then
     found = Run(
-        system.as_json() | {"direct-dir": where, "direct-file-system": _system.file_system_of(where)},
+        system.as_json(),
         tuple(operation for operation in operations if any(cell.operation == operation.name for cell in cells)),
         tuple(expectations.judge(by_name[cell.operation], cell, result, system) for cell, result in results.items()),
         time.monotonic() - began_s,
@@ -189,9 +189,9 @@ def _write(found: Run, args: argparse.Namespace) -> None:
     if args.json:
         emit_json(_report.to_json(found))
     elif args.markdown:
-        emit(lambda: sys.stdout.write(_report.to_markdown(found)))
+        sys.stdout.write(_report.to_markdown(found))
     else:
-        emit(lambda: _report.print_text(found, sys.stdout))
+        _report.print_text(found, sys.stdout)
 
 
 def _list(operations: list[Operation], as_json: bool) -> int:
@@ -205,7 +205,7 @@ def _list(operations: list[Operation], as_json: bool) -> int:
     if as_json:
         emit_json({"operations": msgspec.to_builtins(operations)})
     else:
-        emit(write)
+        write()
     return 0
 
 
@@ -232,5 +232,5 @@ def _run_compare(before_path: str, after_path: str, as_json: bool) -> int:
             }
         )
     else:
-        emit(write)
+        write()
     return 1 if changes else 0

@@ -59,13 +59,19 @@ class Host:
         return python("-m", "postcopy", "lab", "exec", "--name", self.lab.name, self.name, "--", *command)
 
     def enter(self) -> None:
-        """Moves this process, which must have one thread, into the host's namespaces: between fork(2) and execve(2)."""
+        """Moves this process, which must have one thread, into the host's namespaces: between fork(2) and execve(2).
+
+        There the host's name is its own, and /etc/hosts has the names of all, where this process may mount.
+        """
         try:
             if self.lab.user is not None:
                 _linux.enter_user(self.lab.user)
             _linux.enter_network(self.network)
+            _linux.new_host_name(self.name)
         except OSError as error:
             raise self.lab.explain("entering a host", error.errno or 0, error.strerror or str(error)) from error
+        with contextlib.suppress(OSError):  # AppArmor may forbid it in a container: then there are addresses
+            _linux.new_hosts_file(self.lab.hosts_file(), str(state.directory()))
 
     def cut(self) -> None:
         """Pulls the cable out: the host's interface has no carrier, packets are lost, connections are not closed."""
@@ -175,6 +181,13 @@ class Lab(contextlib.AbstractContextManager["Lab"]):
             name: Host(self, name, host.ipv4, host.ipv6, f"/proc/{self.pid}/fd/{host.fd}")
             for name, host in record.hosts.items()
         }
+
+    def hosts_file(self) -> str:
+        """hosts(5) in each host."""
+        lines = ["127.0.0.1 localhost", "::1 localhost"]
+        for host in self.hosts.values():
+            lines += [f"{address} {host.name}" for address in (host.ipv4, host.ipv6) if address]
+        return "\n".join([*lines, ""])
 
     def host(self, name: str) -> Host:
         if name not in self.hosts:

@@ -71,5 +71,10 @@ def format_rate(rate: int | None) -> str:
 
 
 def parse_delay_us(text: str) -> int:
-    """Microseconds, of ``5ms``, ``0.005`` or ``0.005s``; 0 for ``off``."""
-    return 0 if text == "off" else round(units.parse_seconds(text, high=MAX_DELAY_US / 1e6) * 1e6)
+    """Microseconds, of ``5ms`` or ``0.005s``; 0 for ``off``. A number alone could be any of them."""
+    if text == "off":
+        return 0
+    delay_us = round(units.parse_seconds(text, high=MAX_DELAY_US / 1e6) * 1e6)
+    if delay_us and text[-1].isdigit():
+        raise ConfigurationError(f"{text!r} has no unit; write {text}ms or {text}s")
+    return delay_us

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 
 from postcopy.errors import ConfigurationError, ResourceError
-from postcopy.testbed._report import emit, emit_json, grid, make_console, markup
+from postcopy.testbed._report import Row, Section, Span, emit_json, make_console, print_line, print_section, row
 from postcopy.testbed.probe._findings import Finding, find, find_all, migrations, names, uses
 from postcopy.testbed.probe._host import system
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         answers = [finding.as_json() for finding in findings]
         emit_json({**system(), "migrations": ways, "uses": uses(findings), "findings": answers})
     else:
-        emit(lambda: _print(findings, ways))
+        _print(findings, ways)
     return 0 if any(ways.values()) else 1
 
 
@@ -61,25 +62,33 @@ def _require(wanted: list[str], as_json: bool) -> int:
     return 0
 
 
-_MARKS = {"yes": "[green]yes[/green]", "no": "[red]no[/red]", "unknown": "[yellow]unknown[/yellow]"}
+_KINDS = {"yes": "good", "no": "bad", "unknown": "warn"}
 
 
 def _print(findings: list[Finding], ways: dict[str, bool]) -> None:
     console = make_console(sys.stdout)
-    about = [[name, markup(_plain(value))] for name, value in system().items()]
+
+    def table(title: str, rows: Iterable[Row]) -> None:
+        print_section(console, Section(title, (), tuple(rows)))
+        console.print()
+
+    about = [row(name, _plain(value)) for name, value in system().items()]
     for finding in findings:
         if finding.name == "uffd-user" and finding:
-            about += [[f"uffd {name}", ", ".join(finding.facts[name])] for name in ("features", "ioctls")]
-    table = [[finding.name, _MARKS[finding.state], markup(finding.detail)] for finding in findings]
-    console.print(grid(about), "", grid(table), sep="\n")
+            about += [row(f"uffd {name}", ", ".join(finding.facts[name])) for name in ("features", "ioctls")]
+    table("This host", about)
+    table("What works here", (row(finding.name, _mark(finding.state), finding.detail) for finding in findings))
     if missing := [finding for finding in findings if not finding]:
-        remedies = grid([finding.name, markup(finding.remedy), markup(finding.needed_for)] for finding in missing)
-        console.print("\nWhat is missing, what would give it, and what needs it:", remedies, sep="\n")
-    needs = grid(
-        [_MARKS["yes" if use["here"] else "no"], markup(use["name"]), markup(use["needs"])] for use in uses(findings)
-    )
-    console.print("\nWhat each use needs, and whether it is here:", needs, sep="\n")
-    console.print(f"\nmigrations that work here: {', '.join(name for name, works in ways.items() if works) or 'none'}")
+        remedies = (row(finding.name, finding.remedy, finding.needed_for) for finding in missing)
+        table("What is missing, what would give it, and what needs it", remedies)
+    needs = (row(use["name"], _mark("yes" if use["here"] else "no"), use["needs"]) for use in uses(findings))
+    table("What each use needs, and whether it is here", needs)
+    can = ", ".join(name for name, works in ways.items() if works)
+    print_line(console, f"Machines that can be received here: {can or 'none'}", "bold")
+
+
+def _mark(state: str) -> Span:
+    return Span(state, _KINDS[state])
 
 
 def _plain(value: object) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shlex
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -62,7 +60,7 @@ class Finding:
 def _judge(name: str, answer: Json) -> Finding:
     trial = _trials.TRIALS[name]
     if answer["state"] != "yes":
-        return Finding(name, answer["state"], answer["reason"], trial.remedy(), trial.needed_for)
+        return Finding(name, answer["state"], answer["reason"], trial.remedy(answer["errno"]), trial.needed_for)
     facts = answer["facts"]
     detail = trial.yes
     if name == "kvm":
@@ -84,7 +82,7 @@ def _open_uffd(name: str, how: How, needed_for: str) -> Finding:
     answer: Any = ffi.new("struct pc_uffd_api *")
     result = lib.pc_uffd_probe(how, answer)
     if result < 0:
-        return Finding(name, "no", f"{_HOW[how][0]}: {os.strerror(-result)}", _HOW[how][1](), needed_for)
+        return Finding(name, "no", f"{_HOW[how][0]}: {os.strerror(-result)}", _HOW[how][1](-result), needed_for)
     facts = _api_facts(UffdApi(How(answer.how), UffdFeature(answer.features), int(answer.ioctls)))
     return Finding(name, "yes", f"opened: {facts['how']}", "", needed_for, facts)
 
@@ -97,17 +95,11 @@ def _api_facts(api: UffdApi) -> Json:
     }
 
 
-def _user_only_remedy() -> str:
-    if _host.container() is not None:
-        return "docker run --security-opt seccomp=docker/seccomp-userfaultfd.json ..."
-    return "a kernel from 5.11 with CONFIG_USERFAULTFD=y"
-
-
-_HOW: dict[How, tuple[str, Callable[[], str]]] = {
-    How.DEVICE: ("/dev/userfaultfd", lambda: _host.device_remedy("/dev/userfaultfd", "")),
-    How.SYSCALL: ("userfaultfd(2)", lambda: _host.as_root("sysctl -w vm.unprivileged_userfaultfd=1")),
-    How.USER_ONLY: ("userfaultfd(2), UFFD_USER_MODE_ONLY", _user_only_remedy),
-    How.ANY: ("any userfaultfd", _host.uffd_remedy),
+_HOW: dict[How, tuple[str, Callable[[int], str]]] = {
+    How.DEVICE: ("/dev/userfaultfd", lambda number: _host.device_remedy("/dev/userfaultfd", number)),
+    How.SYSCALL: ("userfaultfd(2)", _host.uffd_syscall_remedy),
+    How.USER_ONLY: ("userfaultfd(2), UFFD_USER_MODE_ONLY", _host.user_only_remedy),
+    How.ANY: ("any userfaultfd", _host.user_only_remedy),
 }
 
 
@@ -139,15 +131,14 @@ def _feature(name: str, flag: UffdFeature, needed_for: str, version: str) -> Fin
         return Finding(name, "unknown", any_way.detail, any_way.remedy, needed_for)
     if flag.name in any_way.facts["features"]:
         return Finding(name, "yes", "a feature bit", "", needed_for)
-    return Finding(name, "no", f"this kernel's userfaultfd has no {flag.name}", f"a kernel from {version}", needed_for)
+    return Finding(name, "no", f"this kernel's userfaultfd has no {flag.name}", f"Linux {version} or newer", needed_for)
 
 
 def _root() -> Finding:
     if os.geteuid() == 0:
         return Finding("root", "yes", "user 0")
-    return Finding(
-        "root", "no", f"not root: user {os.geteuid()}", f"sudo {shlex.join(sys.argv)}", "tests with networks"
-    )
+    detail = f"not root: user {os.geteuid()}"
+    return Finding("root", "no", detail, _host.again_as_root(), "the tests of networks and of --user")
 
 
 def _change_user() -> Finding:
@@ -156,9 +147,9 @@ def _change_user() -> Finding:
     if os.geteuid() == 0 and not lacking:
         return Finding("change-user", "yes", "user 0 with CAP_SETUID and CAP_SETGID", "", "--user")
     if os.geteuid() != 0:
-        return Finding("change-user", "no", f"user {os.geteuid()}", f"sudo {shlex.join(sys.argv)}", "--user")
+        return Finding("change-user", "no", f"user {os.geteuid()}", _host.again_as_root(), "--user")
     detail = f"user 0 without {' and '.join(lacking)}"
-    return Finding("change-user", "no", detail, "docker run --cap-add SETUID --cap-add SETGID ...", "--user")
+    return Finding("change-user", "no", detail, _host.container_option("--cap-add SETUID --cap-add SETGID"), "--user")
 
 
 def _hugetlb() -> Finding:
@@ -219,7 +210,8 @@ def uses(findings: Iterable[Finding]) -> list[Json]:
 
 
 def migrations(findings: Iterable[Finding]) -> dict[str, bool]:
-    """What can be a destination here: `image` needs pages served to user code, `kvm` those of the kernel as well."""
+    """Which machines can be received here: `image` and `rv64` need pages served to user code, `kvm` those of the
+    kernel as well."""
     seen = {finding.name: bool(finding) for finding in findings}
-    image = seen["uffd-user"] and (seen["memfd-missing"] or seen["anon-missing"])
-    return {"image": image, "kvm": image and seen["kernel-faults"] and seen["kvm"]}
+    user = seen["uffd-user"] and (seen["memfd-missing"] or seen["anon-missing"])
+    return {"image": user, "rv64": user, "kvm": user and seen["kernel-faults"] and seen["kvm"]}

@@ -37,7 +37,7 @@ def try_in_child(names: Iterable[str], deadline_s: float = TRIAL_DEADLINE_S) -> 
         if stuck is None and not done:
             stuck = left[0]  # it has not even begun: do not start it for ever
         if stuck is not None:
-            answers[stuck] = {"state": "unknown", "reason": why}
+            answers[stuck] = {"state": "unknown", "reason": why, "errno": 0}
         left = [name for name in left if name not in answers]
     return answers
 

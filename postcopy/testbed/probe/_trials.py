@@ -23,6 +23,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from postcopy._native import ffi
@@ -59,10 +60,14 @@ SOFT_DIRTY = 1 << 55  # of an entry of /proc/PID/pagemap
 
 
 class Lacking(Exception):
-    """This host does not have it; the text says what it said."""
+    """This host does not have it; the text says what it said. `number`: the errno that said so, 0: none."""
+
+    def __init__(self, text: str = "", number: int = 0) -> None:
+        super().__init__(text)
+        self.number = number
 
 
-class Unknown(Exception):
+class Unknown(Lacking):
     """It could not be found out; the text says why."""
 
 
@@ -332,7 +337,7 @@ def _forked(trial: Callable[[], Facts]) -> Facts:
     if answer is None:
         raise Unknown("the trial died")
     if answer["state"] != "yes":
-        raise (Lacking if answer["state"] == "no" else Unknown)(answer["reason"])
+        raise (Lacking if answer["state"] == "no" else Unknown)(answer["reason"], answer["errno"])
     return dict(answer["facts"])
 
 
@@ -354,7 +359,8 @@ def _qdisc(kind: str) -> Facts:
             try:
                 _new_network(user=True)
             except OSError as error:
-                raise Unknown(f"no network of its own to try it in ({_words(error)})") from error
+                why = f"no network of its own to try it in ({_words(error)})"
+                raise Unknown(why, error.errno or 0) from error
         answer = _netlink.answer_to({"user": None, "actions": [["has-qdisc", "/proc/self/ns/net", kind]]})
         if "error" in answer:
             raise Unknown(answer["error"])
@@ -369,7 +375,7 @@ def _io_uring() -> Facts:
     parameters = ctypes.create_string_buffer(120)
     fd = libc.syscall(ctypes.c_long(SYS_IO_URING_SETUP), ctypes.c_uint(1), parameters)
     if fd < 0:
-        raise Lacking(f"io_uring_setup(2): {_reason(ctypes.get_errno())}")
+        raise Lacking(f"io_uring_setup(2): {_reason(ctypes.get_errno())}", ctypes.get_errno())
     os.close(fd)
     return {"features": struct.unpack_from("=I", parameters, 20)[0]}
 
@@ -428,19 +434,25 @@ class Trial(NamedTuple):
 
     run: Callable[[], Facts]
     needed_for: str
-    remedy: Callable[[], str]
+    remedy: Callable[[int], str]
+    """By the errno that was met; 0: none."""
     yes: str = ""
 
 
 def _served(kind: str, mode: str, run: Callable[[str], Facts], use: str) -> Trial:
-    def remedy() -> str:
+    def remedy(number: int) -> str:
         if (kind, mode) == ("anon", "minor"):
             return "none: anonymous memory has no page cache; use --backing memfd"
-        if explain_unavailable() is not None:
-            return _host.uffd_remedy()
-        return _host.huge_remedy() if kind == "hugetlb" else f"a kernel from {'5.14' if mode == 'minor' else '5.19'}"
+        if explain_unavailable(kernel_faults=False) is not None:
+            return _host.uffd_remedy(number)
+        return _host.huge_remedy() if kind == "hugetlb" else f"Linux {'5.14' if mode == 'minor' else '5.19'} or newer"
 
     return Trial(lambda: run(kind), f"--backing {kind}: {use}", remedy, "a page was served")
+
+
+def _newer(version: str) -> Callable[[int], str]:
+    """The remedy for what came with a version of the kernel; without any userfaultfd, that first."""
+    return lambda number: _host.uffd_remedy(number) if number in _host.DENIED else f"Linux {version} or newer"
 
 
 _MODES: dict[str, tuple[Callable[[str], Facts], str]] = {
@@ -455,27 +467,23 @@ TRIALS: dict[str, Trial] = {
        for mode, what in _MODES.items()},
     "kernel-faults": Trial(_kernel_faults, "--machine kvm; O_DIRECT into memory", _host.uffd_remedy,
                            "a fault of write(2) was served"),
-    "uffd-poison": Trial(_poison, "pages that can never come", lambda: "a kernel from 6.6",
-                         "a poisoned page gives EFAULT"),
-    "uffd-move": Trial(_move, "nothing yet: pages moved without a copy", lambda: "a kernel from 6.8",
-                       "a page was moved"),
-    "kvm": Trial(_kvm, "--machine kvm", lambda: _host.device_remedy("/dev/kvm", "kvm")),
-    "soft-dirty": Trial(_soft_dirty, "nothing yet: dirty tracking", lambda: "a kernel with CONFIG_MEM_SOFT_DIRTY=y"),
-    "pagemap-scan": Trial(_wp_async, "nothing yet: dirty tracking by WP_ASYNC", lambda: "a kernel from 6.7",
-                          "a write was seen"),
-    "netns": Trial(lambda: _netns(user=False), "postcopy lab, and demo --lab", _host.netns_remedy),
-    "user-netns": Trial(lambda: _netns(user=True), "the same without root",
-                        lambda: _host.as_root("sysctl -w user.max_user_namespaces=10000")),
-    "netem": Trial(lambda: _qdisc("netem"), "networks with delay and loss",
-                   lambda: _host.as_root("modprobe sch_netem")),
-    "tbf": Trial(lambda: _qdisc("tbf"), "networks with a rate", lambda: _host.as_root("modprobe sch_tbf")),
-    "htb": Trial(lambda: _qdisc("htb"), "networks with shared rates", lambda: _host.as_root("modprobe sch_htb")),
-    "tun": Trial(_tun, "the network device of a machine", lambda: _host.as_root("modprobe tun"), "can be opened"),
-    "io-uring": Trial(_io_uring, "a dozen rows of postcopy faultpaths",
-                      lambda: _host.as_root("sysctl -w kernel.io_uring_disabled=0")),
-    "ktls": Trial(_ktls, "nothing yet: TLS of data channels in the kernel", lambda: _host.as_root("modprobe tls")),
-    "holes": Trial(_holes, "sparse images and dumps", lambda: "export TMPDIR=/dev/shm"),
-    "ipv6": Trial(_ipv6, "addresses of IPv6", lambda: _host.as_root("sysctl -w net.ipv6.conf.lo.disable_ipv6=0")),
+    "uffd-poison": Trial(_poison, "pages that can never come", _newer("6.6"), "a poisoned page gives EFAULT"),
+    "uffd-move": Trial(_move, "nothing yet: pages moved without a copy", _newer("6.8"), "a page was moved"),
+    "kvm": Trial(_kvm, "--machine kvm", _host.kvm_remedy),
+    "soft-dirty": Trial(_soft_dirty, "nothing yet: dirty tracking", lambda _: "a kernel with CONFIG_MEM_SOFT_DIRTY=y"),
+    "pagemap-scan": Trial(_wp_async, "nothing yet: dirty tracking by WP_ASYNC", _newer("6.7"), "a write was seen"),
+    "netns": Trial(lambda: _netns(user=False), "postcopy lab, and demo --lab, as root", _host.netns_remedy),
+    "user-netns": Trial(lambda: _netns(user=True), "the same without root", _host.user_netns_remedy),
+    "netem": Trial(lambda: _qdisc("netem"), "networks with delay and loss", partial(_host.qdisc_remedy, "netem")),
+    "tbf": Trial(lambda: _qdisc("tbf"), "networks with a rate", partial(_host.qdisc_remedy, "tbf")),
+    "htb": Trial(lambda: _qdisc("htb"), "networks with shared rates", partial(_host.qdisc_remedy, "htb")),
+    "tun": Trial(_tun, "the network device of a machine", partial(_host.device_remedy, "/dev/net/tun"),
+                 "can be opened"),
+    "io-uring": Trial(_io_uring, "a dozen rows of postcopy faultpaths", _host.io_uring_remedy),
+    "ktls": Trial(_ktls, "nothing yet: TLS of data channels in the kernel",
+                  lambda _: _host.module_remedy("tls", "CONFIG_TLS")),
+    "holes": Trial(_holes, "sparse images and dumps", lambda _: "export TMPDIR=/dev/shm"),
+    "ipv6": Trial(_ipv6, "addresses of IPv6", _host.ipv6_remedy),
 }
 # fmt: on
 
@@ -484,11 +492,10 @@ def _attempt(trial: Callable[[], Facts]) -> Facts:
     try:
         return {"state": "yes", "facts": trial()}
     except Lacking as error:
-        return {"state": "no", "reason": str(error)}
-    except Unknown as error:
-        return {"state": "unknown", "reason": str(error)}
+        state = "unknown" if isinstance(error, Unknown) else "no"
+        return {"state": state, "reason": str(error), "errno": error.number}
     except (PostcopyError, OSError) as error:
-        return {"state": "no", "reason": _words(error)}
+        return {"state": "no", "reason": _words(error), "errno": getattr(error, "errno", None) or 0}
 
 
 def _words(error: PostcopyError | OSError) -> str:

@@ -33,7 +33,7 @@ SOURCE = ("source", "--machine", "rv64", *LISTEN)
 )
 def test_refused_by_name(command: tuple[str, ...], option: str, name: str) -> None:
     arguments = [*command, option, name]
-    with pytest.raises(ConfigurationError, match=f"argument {option}"):
+    with pytest.raises(ConfigurationError, match=f"^{option}: "):
         make_parser(arguments).parse_args(arguments)
 
 
@@ -47,7 +47,7 @@ def test_refused_by_name(command: tuple[str, ...], option: str, name: str) -> No
 )
 @pytest.mark.parametrize("command", [("dest", *LISTEN), SOURCE, ("daemon",)])
 def test_refused_for_what_it_is(command: tuple[str, ...], option: str, value: str, reason: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"argument {option}: .*{reason}"):
+    with pytest.raises(ConfigurationError, match=f"^{option}: .*{reason}"):
         make_parser(command).parse_args([*command, option, value])
 
 

@@ -4,9 +4,11 @@ lines of the demo's two sides."""
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -14,7 +16,8 @@ from typing import Any
 import pytest
 
 from postcopy.cli import make_parser
-from postcopy.cli._parser import COMMANDS, options_of, values
+from postcopy.cli._commands import COMMANDS
+from postcopy.cli._parser import defaults_of, options_of, values
 from postcopy.errors import ConfigurationError
 from postcopy.machines.kinds import MachineOptions
 from postcopy.migration.source import SourceOptions
@@ -100,6 +103,41 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
             assert option.positional or re.search(rf"--{option.name}[ ,]", text), option.name
             assert option.help in text
             assert option.metavar is None or option.metavar in text
+
+
+@pytest.mark.parametrize("parser", list(make_parser(None).walk()), ids=lambda parser: parser.prog)
+def test_every_help_is_whole(parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A description, examples that are understood, and lines that fit a terminal."""
+    monkeypatch.setenv("COLUMNS", "80")
+    text = parser.format_help()
+    assert parser.description
+    assert not [line for line in text.splitlines() if len(line) > 80]
+    assert all(action.help for action in parser._actions if action.option_strings)
+    shown = re.sub(r"\\\n *", "", text.partition("\nexamples:\n")[2])
+    examples = re.findall(r"(?m)^ {4}(?:source <\()?postcopy (.*?)\)?$", shown)
+    assert examples or parser.prog.count(" ") == 0 or parser.prog.startswith(("postcopy lab ", "postcopy faultpaths "))
+    for example in examples:
+        words = shlex.split(re.split(" && | > ", example)[0])
+        assert vars(make_parser(words).parse_args(words))["command"] == words[0]
+
+
+@pytest.mark.parametrize("command", ["source", "dest", "daemon", "demo"])
+def test_help_shows_the_defaults_of_the_records(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(command, capsys=capsys)
+    shown = 0
+    for option in all_options(command):
+        default = defaults_of(command).get(option.key)
+        if default not in (None, "") and not option.flag and "(default" not in option.help:
+            assert f"{option.help} (default: {option.format(default)})" in text
+            assert option.parse(option.format(default)) == default
+            shown += 1
+    assert shown > 3
+    assert "(default: 256MiB)" in text or command == "dest"
+    assert "(default: forever)" in text or command == "demo"
+
+
+def test_ctl_shows_them_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "size of its memory, as 1GiB (default: 256MiB)" in help_of("ctl", "start", capsys=capsys)
 
 
 @pytest.mark.parametrize("command", TABLES)

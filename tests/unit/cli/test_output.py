@@ -189,7 +189,7 @@ def test_results_that_could_not_be_written_are_named() -> None:
         output.close()
     os.close(write_fd)
     with os.fdopen(read_fd) as file:
-        assert "1 lines of the result could not be written" in file.readline()
+        assert "standard output: No space left on device" in file.readline()
 
 
 def test_no_room_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:

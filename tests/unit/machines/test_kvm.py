@@ -192,7 +192,7 @@ async def test_a_disk_of_ones_own_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [("ENOENT", "--device /dev/kvm"), ("EACCES", "group"), ("ENOTSUP", "x86-64")]
+    ("number", "words"), [("ENOENT", "--device /dev/kvm"), ("EACCES", "or use --machine rv64"), ("ENOTSUP", "x86-64")]
 )
 def test_without_kvm_there_is_a_remedy(number: str, words: str) -> None:
     error = toy._open_error(getattr(errno, number), "/dev/kvm: something")

@@ -233,7 +233,7 @@ def test_targets(whole: Path, tmp_path: Path) -> None:
     for path, reason in (
         (there, "exists already"),
         (tmp_path, "exists already"),
-        (tmp_path / "no" / "directory", "there is no directory"),
+        (tmp_path / "no" / "directory", "does not exist"),
         (tmp_path / ("x" * 256), "too long"),
     ):
         with pytest.raises(ConfigurationError, match=reason):

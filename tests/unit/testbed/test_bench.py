@@ -48,4 +48,4 @@ def test_svg_is_for_plot_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "fault", "--svg", "/nonexistent/x"]) == 2
     assert "not among those asked for" in capsys.readouterr().err
     assert main(["bench", "contention", "--svg", "/nonexistent/x"]) == 2
-    assert "there is no directory /nonexistent" in capsys.readouterr().err
+    assert "directory /nonexistent does not exist" in capsys.readouterr().err

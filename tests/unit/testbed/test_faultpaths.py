@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,7 +180,7 @@ def test_a_bad_file_is_told_with_its_place(text: str, complaint: str) -> None:
     [
         (LOAD, Mode.MISSING, Outcome.BLOCKED, False),
         (LOAD, Mode.MISSING, Outcome.REFUSED, True),
-        (LOAD, Mode.MISSING, Outcome.SPUN, True),
+        (LOAD, Mode.MISSING, Outcome.RETRIED, True),
         (LOAD, Mode.MISSING, Outcome.PASSED, True),
         (LOAD, Mode.MISSING, Outcome.UNAVAILABLE, False),
         (LOAD, Mode.WP, Outcome.PASSED, False),
@@ -219,6 +221,46 @@ def test_a_configuration_file() -> None:
 
 def test_the_file_system_of_a_directory() -> None:
     assert _system.file_system_of("/proc/self") == "proc"
+
+
+O_DIRECT = ("pin.odirect_read", "pin.odirect_write", "pin.aio_read", "pin.aio_write", "uring.direct_read",
+            "uring.direct_write", "uring.async_direct_read", "uring.async_direct_write")  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", O_DIRECT)
+@pytest.mark.parametrize(
+    ("file_system", "expected"),
+    [("ext4", "D"), ("xfs", "D"), ("tmpfs", "S"), ("btrfs", "S"), ("overlay", "SD"), ("nfs4", "SD"), ("", "SD")],
+)
+def test_what_is_expected_of_o_direct_depends_on_the_file_system(
+    operation: str, file_system: str, expected: str
+) -> None:
+    cell = Cell(operation, Mode.MISSING, Backing.ANON)
+    system = dataclasses.replace(SYSTEM, file_system=file_system)
+    for state in "SD":
+        result = replace(BLOCKED, state=state, event_thread="none")
+        judged = _expect.load().judge(Operation(*operation.split(".")[::-1], "x"), cell, result, system)
+        assert (judged.verdict is Verdict.AS_EXPECTED) == (state in expected), judged
+
+
+def test_the_directory_for_o_direct_is_one_that_can_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kinds = {name: tmp_path / name for name in ("here", "tmp")}
+    for path in kinds.values():
+        path.mkdir()
+    known = {str(kinds["here"]): "tmpfs", str(kinds["tmp"]): "tmpfs", "/var/tmp": "ext4"}
+    monkeypatch.setattr(_select, "file_system_of", lambda path: known[path])
+    monkeypatch.setattr(tempfile, "tempdir", str(kinds["tmp"]))
+    monkeypatch.chdir(kinds["here"])
+    assert _select.direct_dir("") == "/var/tmp"
+    known["/var/tmp"] = "btrfs"
+    assert _select.direct_dir("") == str(kinds["here"])  # none can: the one that the user is in
+    known[str(kinds["tmp"])] = "xfs"
+    assert _select.direct_dir("") == str(kinds["tmp"])
+    known[str(kinds["here"])] = "ext4"
+    assert _select.direct_dir("") == str(kinds["here"])
+    assert _select.direct_dir(".") == str(kinds["here"])
+    known[str(kinds["here"])] = "tmpfs"
+    assert _select.direct_dir(".") == str(kinds["here"])  # what was named is taken
 
 
 # ---- choosing
@@ -577,5 +619,5 @@ async def test_cells_without_time_are_left_out(left_behind: Path) -> None:
 
 async def test_an_interpreter_that_is_not_there() -> None:
     async with _supervise.Runner(command=["/nonexistent/python"]) as runner:
-        with pytest.raises(ResourceError, match="cannot start the runner process: No such file"):
+        with pytest.raises(ResourceError, match="which runs the operations: No such file"):
             await runner.run(named("answers"))

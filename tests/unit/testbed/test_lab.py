@@ -122,7 +122,7 @@ def test_rates(text: str, rate: int | None) -> None:
 
 @pytest.mark.parametrize("text", ["", "100", "1kbit", "fast", "-1mbit", "1e3bit", "nanbit", "40gbit"])
 def test_words_that_are_no_rates(text: str) -> None:
-    with pytest.raises(ConfigurationError, match="is not a rate"):
+    with pytest.raises(ConfigurationError, match=r"a rate|has no unit"):
         parse_rate(text)
 
 
@@ -131,15 +131,20 @@ def test_a_rate_that_is_shown_can_be_asked_for(rate: int | None) -> None:
     assert parse_rate(format_rate(rate)) == rate
 
 
-@pytest.mark.parametrize(("text", "delay_us"), [("off", 0), ("5ms", 5000), ("0.005", 5000), ("2s", 2_000_000)])
+@pytest.mark.parametrize(("text", "delay_us"), [("off", 0), ("5ms", 5000), ("0.005s", 5000), ("2s", 2_000_000)])
 def test_delays(text: str, delay_us: int) -> None:
     assert parse_delay_us(text) == delay_us
 
 
 @pytest.mark.parametrize("text", ["", "ms", "-1ms", "61s", "nan", "inf", "soon"])
 def test_words_that_are_no_delays(text: str) -> None:
-    with pytest.raises(ConfigurationError, match="is not a number of seconds"):
+    with pytest.raises(ConfigurationError, match="seconds from 0 to 60"):
         parse_delay_us(text)
+
+
+def test_a_delay_has_its_unit() -> None:
+    with pytest.raises(ConfigurationError, match="'5' has no unit; write 5ms or 5s"):
+        parse_delay_us("5")
 
 
 def parsed(*arguments: str) -> argparse.Namespace:

@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import grp
 import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from postcopy._files import explain_no_access
 from postcopy.cli import main
 from postcopy.errors import ConfigurationError
 from postcopy.testbed import probe
@@ -83,13 +86,21 @@ def test_without_rights_it_says_what_rights_would_help(run_in_child: Callable[..
     assert findings["netns"].state == "no"
     for name in ("root", "netns"):
         assert findings[name].remedy.startswith("sudo ")
+    for name, device in (("kvm", "/dev/kvm"), ("uffd-device", "/dev/userfaultfd"), ("tun", "/dev/net/tun")):
+        if os.path.exists(device) and not findings[name]:
+            assert "EACCES" in findings[name].detail or "Permission denied" in findings[name].detail
+            assert "modprobe" not in findings[name].remedy  # the device is there
+            assert ("chmod" in findings[name].remedy) == (name == "tun")
+    if os.path.exists("/dev/kvm") and not findings["kvm"]:
+        assert "udev rule" in findings["kvm"].remedy or "usermod" in findings["kvm"].remedy
+        assert findings["kvm"].remedy.endswith("or use --machine rv64")
     if not findings["uffd"]:
         assert not findings["kernel-faults"]
         assert "/dev/userfaultfd" in findings["uffd"].detail
     if findings["uffd-user-only"] and not findings["uffd"]:
         assert findings["uffd-user"].facts["how"] == "user-only"
         assert findings["memfd-missing"], "faults of user code need no right"
-        assert migrations(findings.values()) == {"image": True, "kvm": False}
+        assert migrations(findings.values()) == {"image": True, "rv64": True, "kvm": False}
 
 
 def _sleep() -> dict[str, Any]:
@@ -115,8 +126,8 @@ def try_bad_ones() -> tuple[dict[str, Any], float]:
 def test_a_trial_that_hangs_or_dies_costs_its_own_answer_only(run_in_child: Callable[..., Any]) -> None:
     answers, _ = run_in_child(try_bad_ones).value  # it returned at all: within the child's deadline
     assert answers["first"]["facts"] == {"a": 1}
-    assert answers["hangs"] == {"state": "unknown", "reason": "no answer within 3 s"}
-    assert answers["dies"] == {"state": "unknown", "reason": "the trial died (SIGKILL)"}
+    assert answers["hangs"] == {"state": "unknown", "reason": "no answer within 3 s", "errno": 0}
+    assert answers["dies"] == {"state": "unknown", "reason": "the trial died (SIGKILL)", "errno": 0}
     assert answers["last"]["facts"] == {"b": 2}
 
 
@@ -167,7 +178,7 @@ def test_bits_of_a_newer_kernel_keep_their_number() -> None:
 def test_what_a_migration_needs(there: str, image: bool, kvm: bool) -> None:
     every = ("uffd-user", "memfd-missing", "anon-missing", "kernel-faults", "kvm")
     findings = [Finding(name, "yes" if name in there.split() else "no") for name in every]
-    assert migrations(findings) == {"image": image, "kvm": kvm}
+    assert migrations(findings) == {"image": image, "rv64": image, "kvm": kvm}
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, findings: dict[str, Finding]) -> None:
@@ -191,7 +202,7 @@ def test_the_status_tells_whether_any_migration_works(
     assert ("do [this]" in text) == (state != "yes")
     assert main(["probe", "--json"]) == status
     answer = json.loads(capsys.readouterr().out)
-    assert answer["migrations"] == {"image": state == "yes", "kvm": state == "yes"}
+    assert answer["migrations"] == dict.fromkeys(("image", "rv64", "kvm"), state == "yes")
     assert answer["kernel"] == os.uname().release
     assert [finding["name"] for finding in answer["findings"]] == list(NEEDED)
 
@@ -295,3 +306,125 @@ def test_changing_the_user_needs_two_capabilities(
     done = run_in_child(command)
     assert done.stdout.startswith(state), done.stderr
     assert detail in done.stdout
+
+
+# ---- remedies, as the user who must follow them reads them
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """Which other users see, as they do not see `tmp_path`."""
+    with tempfile.TemporaryDirectory() as path:
+        os.chmod(path, 0o755)
+        yield Path(path)
+
+
+def device_node(path: Path, owner: int, group: int, mode: int) -> str:
+    path.touch()
+    os.chown(path, owner, group)
+    path.chmod(mode)
+    return str(path)
+
+
+def explain_as_nobody(device: str, groups: list[int]) -> tuple[str, str]:
+    os.setgroups(groups)
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    return explain_no_access(device)
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize(
+    ("group", "mode", "why", "remedy"),
+    [
+        (0, 0o600, "is root:root 0600", "install the udev rule"),
+        (0, 0o660, "is root:root 0660", "install the udev rule"),
+        (grp.getgrnam("disk").gr_gid, 0o660, "is root:disk 0660", "usermod -a -G disk nobody"),
+        (54321, 0o660, "is root:54321 0660", "docker run --group-add 54321 ..."),
+    ],
+)
+def test_what_an_ordinary_user_is_told_about_a_device(
+    run_in_child: Callable[..., Any], open_path: Path, group: int, mode: int, why: str, remedy: str
+) -> None:
+    device = device_node(open_path / "device", 0, group, mode)
+    said = run_in_child(explain_as_nobody, device, []).value
+    assert said[0] == f"{device} {why}"
+    assert said[1].startswith(remedy)
+
+
+def test_a_device_that_root_may_not_open_is_kept_by_a_container_or_a_unit(tmp_path: Path) -> None:
+    device = device_node(tmp_path / "device", os.geteuid(), os.getegid(), 0o600)
+    why, remedy = explain_no_access(device)
+    assert why == f"{device} is not among the devices of this container or unit"
+    assert f"--device {device}" in remedy
+    assert f"DeviceAllow={device} rw" in remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "files", "remedy"),
+    [
+        ("user-netns", errno.ENOSPC, {"/proc/sys/user/max_user_namespaces": "0"}, "user.max_user_namespaces=10000"),
+        (
+            "user-netns",
+            errno.EPERM,
+            {"/proc/sys/user/max_user_namespaces": "99", "/proc/sys/kernel/unprivileged_userns_clone": "0"},
+            "kernel.unprivileged_userns_clone=1",
+        ),
+        (
+            "user-netns",
+            errno.EACCES,
+            {"/proc/sys/kernel/apparmor_restrict_unprivileged_userns": "1"},
+            "kernel.apparmor_restrict_unprivileged_userns=0",
+        ),
+        ("user-netns", errno.EINVAL, {}, "a kernel with CONFIG_USER_NS=y and CONFIG_NET_NS=y"),
+        ("io-uring", errno.EPERM, {"/proc/sys/kernel/io_uring_disabled": "2"}, "kernel.io_uring_disabled=0"),
+        ("io-uring", errno.EPERM, {"/proc/sys/kernel/io_uring_disabled": "0"}, "seccomp=unconfined"),
+        ("io-uring", errno.ENOSYS, {}, "CONFIG_IO_URING=y"),
+        ("netem", 0, {}, "CONFIG_NET_SCH_NETEM"),
+        (
+            "netem",
+            0,
+            {f"/lib/modules/{os.uname().release}/modules.dep": "kernel/net/sched/sch_netem.ko.xz:"},
+            "modprobe sch_netem",
+        ),
+        ("tbf", errno.ENOSPC, {"/proc/sys/user/max_user_namespaces": "0"}, "user.max_user_namespaces=10000"),
+        ("ipv6", errno.EAFNOSUPPORT, {}, "a kernel with IPv6"),
+        ("ipv6", errno.EADDRNOTAVAIL, {}, "disable_ipv6=0"),
+        ("uffd-poison", errno.EOPNOTSUPP, {}, "Linux 6.6 or newer"),
+    ],
+)
+def test_the_remedy_follows_from_what_was_met(
+    monkeypatch: pytest.MonkeyPatch, name: str, number: int, files: dict[str, str], remedy: str
+) -> None:
+    monkeypatch.setattr(_host, "read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(_host, "in_container", lambda: False)
+    assert remedy in _trials.TRIALS[name].remedy(number)
+
+
+@pytest.mark.needs("root")
+def test_a_kernel_that_refuses_user_namespaces_is_told_from_one_without_netem(run_in_child: Callable[..., Any]) -> None:
+    # (a user namespace with no room for another one, where this user is no root)
+    code = (
+        "import os, json; from postcopy.testbed import _linux; _linux.new_user()\n"
+        "open('/proc/sys/user/max_user_namespaces', 'w').write('0')\n"
+        "open('/proc/sys/user/max_net_namespaces', 'w').write('0')\n"
+        "from postcopy.testbed import probe\n"
+        "print(json.dumps({name: probe.find(name).as_json() for name in ('netns', 'user-netns', 'netem')}))"
+    )
+    done = run_in_child([sys.executable, "-P", "-c", code])
+    said = json.loads(done.stdout)
+    assert "max_net_namespaces=10000" in said["netns"]["remedy"]
+    assert "max_user_namespaces=10000" in said["user-netns"]["remedy"]
+    assert said["netem"]["state"] == "unknown"
+    assert "namespaces=10000" in said["netem"]["remedy"]
+
+
+@pytest.mark.parametrize("columns", ["80", "100"])
+def test_the_report_fits_the_terminal(run_in_child: Callable[..., Any], columns: str) -> None:
+    done = run_in_child(["env", f"COLUMNS={columns}", sys.executable, "-m", "postcopy", "probe"], deadline_s=90)
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= int(columns)
+    assert "Machines that can be received here: " in lines[-1]
+    words = set(done.stdout.split())
+    for use in _needs.USES:  # no word is broken
+        assert set(use.needs.split()) <= words

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands: what each is for, and the module that does it. Their parsers, ``--help``, completion and man pages are
+made of this table and of the tables of options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    help: str
+    module: str
+    description: str
+    examples: tuple[tuple[str, str], ...] = ()  # what it does, and the command line
+
+
+COMMANDS: Mapping[str, Command] = {
+    "source": Command(
+        "run a machine, or serve a memory image, and migrate it",
+        "postcopy.cli.sides",
+        "Runs a machine, or serves a memory image, and migrates it to a destination: at once, after --migrate-after, or"
+        " with --hold when `postcopy ctl migrate` says so. It ends when all of the memory has arrived there.",
+        (
+            (
+                "Run a machine for 5 seconds, then migrate it to host-b:",
+                "postcopy source --machine kvm --memory 1GiB --connect host-b:7777 \\\n  --migrate-after 5",
+            ),
+            (
+                "Serve a memory image to one destination:",
+                "postcopy source --machine image --image a.img --listen :7777",
+            ),
+            ("Run a machine until `postcopy ctl migrate host-b:7777`:", "postcopy source --machine rv64 --hold"),
+        ),
+    ),
+    "dest": Command(
+        "receive a machine and run it",
+        "postcopy.cli.sides",
+        "Receives a machine from a source and runs it. A page that it touches before the page has arrived is fetched at"
+        " that moment; all other pages arrive meanwhile.",
+        (
+            ("Receive a machine, run it until interrupted:", "postcopy dest --listen :7777"),
+            ("Receive a memory image into a file:", "postcopy dest --connect host-a:7777 --dump copy.img"),
+        ),
+    ),
+    "daemon": Command(
+        "run machines, migrate them on request, receive others",
+        "postcopy.cli.sides",
+        "Runs any number of machines. `postcopy ctl` starts and ends them and migrates them to other daemons; with"
+        " --listen it receives machines from those. It ends at `postcopy ctl quit`, Ctrl-C or SIGTERM.",
+        (
+            (
+                "Run a machine that can be migrated away and back:",
+                "postcopy daemon --listen :7777 --machine kvm --memory 1GiB --name vm1",
+            ),
+            ("Wait for machines of other hosts:", "postcopy daemon --listen :7777"),
+        ),
+    ),
+    "ctl": Command(
+        "control a running daemon, source or destination",
+        "postcopy.cli.ctl",
+        "Sends one request to a running process, through its control socket, and shows the answer."
+        " `postcopy ctl REQUEST --help` describes a request.",
+        (
+            ("Show the machines of this user's daemon:", "postcopy ctl status"),
+            ("Migrate its machine vm1 to another daemon:", "postcopy ctl migrate host-b:7777 --machine vm1"),
+            ("Ask the process with another control socket:", "postcopy ctl --control ./a.sock status --json"),
+        ),
+    ),
+    "demo": Command(
+        "migrate a machine between two processes here, and verify it",
+        "postcopy.testbed.demo",
+        "Starts a source and a destination on this host, migrates a running machine between them, and verifies the"
+        " machine afterwards.",
+        (
+            ("A machine with two virtual CPUs:", "postcopy demo --machine kvm --memory 256MiB --vcpus 2"),
+            ("As any user, over a network that is cut:", "postcopy demo --machine rv64 --chaos cut --seed 7"),
+        ),
+    ),
+    "merge": Command(
+        "join what both sides of a lost migration have salvaged",
+        "postcopy.cli.merge",
+        "Joins the directories that --salvage has written on both sides of a migration that was lost, and counts the"
+        " pages that are in neither of them (in doubt). Exit status 0: none is.",
+        (
+            ("Into a memory image:", "postcopy merge source.salvage dest.salvage --output memory.img"),
+            ("Into a directory for `postcopy source --from`:", "postcopy merge source.salvage dest.salvage --into vm1"),
+        ),
+    ),
+    "probe": Command(
+        "show what this host allows, and what would help",
+        "postcopy.testbed.probe",
+        "Tries what postcopy needs of this host, kernel and user, and says for what is missing how to get it.",
+        (
+            ("Everything:", "postcopy probe"),
+            ("In a script, for two things only:", "postcopy probe --require kvm,uffd"),
+        ),
+    ),
+    "chaos": Command(
+        "run a TCP proxy that is a bad network",
+        "postcopy.testbed.chaos.command",
+        "Carries TCP connections, and delays, slows down and cuts them as PLAN says (docs/chaos.md).",
+        (
+            (
+                "Cut all connections to port 7777 twice a second:",
+                "postcopy chaos cut:every=500ms --listen :7000 --to 127.0.0.1:7777",
+            ),
+        ),
+    ),
+    "lab": Command(
+        "make hosts with a network between them on this machine",
+        "postcopy.testbed.lab.command",
+        "Makes hosts on this machine that are isolated from each other but for a network of cables and a switch, which"
+        " can be cut and slowed down (docs/lab.md).",
+        (
+            ("Two hosts, h1 and h2:", "postcopy lab up"),
+            ("A command in one of them:", "postcopy lab exec h1 -- ip address"),
+            ("Cut its cable, and end it all:", "postcopy lab link h2 cut && postcopy lab down"),
+        ),
+    ),
+    "faultpaths": Command(
+        "test which kernel paths wait for a missing page",
+        "postcopy.testbed.faultpaths.command",
+        "Touches a page that is missing in every way the kernel has, and says which of them wait for it"
+        " (docs/faultpaths.md).",
+        (
+            ("A choice of all, in three minutes at most:", "postcopy faultpaths"),
+            ("Some, with the page on another host:", "postcopy faultpaths --remote --only pin,futex"),
+        ),
+    ),
+    "bench": Command(
+        "measure, each figure against a floor of the same run",
+        "postcopy.testbed.bench",
+        "Measures the figures of docs/measurements.md. Each is a ratio to what the same run has measured as the least"
+        " or the most that is possible.",
+        (("Two of them:", "postcopy bench fault throughput"),),
+    ),
+    "completion": Command(
+        "print a completion script for bash, zsh or fish",
+        "postcopy.cli.completion",
+        "Prints a script that makes a shell complete the commands, options and values of postcopy.",
+        (
+            ("bash, for this session:", "source <(postcopy completion bash)"),
+            ("zsh, into a directory of $fpath:", "postcopy completion zsh > ~/.zfunc/_postcopy"),
+            ("fish:", "postcopy completion fish > ~/.config/fish/completions/postcopy.fish"),
+        ),
+    ),
+    "man": Command(
+        "write the manual pages to a directory",
+        "postcopy.cli.man",
+        "Writes postcopy(1) and a page for each command, as --help has it. An installation has them already.",
+        (("Read one of them:", "postcopy man /tmp && man /tmp/postcopy-ctl.1"),),
+    ),
+}

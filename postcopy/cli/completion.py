@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`postcopy completion`: a script that teaches a shell the commands, options and values, made by shtab of the parsers.
+
+The script knows everything by itself: nothing of postcopy runs when Tab is pressed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from postcopy.cli._parser import make_parser
+from postcopy.errors import ResourceError
+from postcopy.service.options import Group, choice
+
+SHELLS = ("bash", "zsh", "fish")
+OPTIONS = (Group("", replace(choice("shell", SHELLS, "shell that the script is for"), positional=True)),)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints it. `ResourceError` where shtab is not installed."""
+    try:
+        import shtab
+    except ImportError:
+        raise ResourceError("completion is made by shtab, which is not installed", "pip install shtab") from None
+    parser = make_parser(None)
+    for command in parser.walk():
+        for action in command._actions:
+            # On a parser that parses nothing, so that what is said of values does not limit them.
+            if words := getattr(action, "words", ()):
+                action.choices = words
+            kind = str(action.metavar).rpartition(".")[0] or str(action.metavar)
+            if kind in ("FILE", "PATH", "DIR"):
+                action.complete = shtab.DIRECTORY if kind == "DIR" else shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(parser, args.shell))
+    return 0
