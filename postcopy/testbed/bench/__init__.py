@@ -31,7 +31,7 @@ from postcopy.errors import ConfigurationError
 from postcopy.testbed import _processes
 from postcopy.testbed.bench import _plot
 from postcopy.testbed.bench._figures import MEASUREMENTS, Figure
-from postcopy.units import argument, parse_whole
+from postcopy.units import among, argument, did_you_mean, parse_whole
 
 __all__ = ["Figure", "add_arguments", "run"]
 
@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     """0 when every figure kept to its target, 1 otherwise. `ConfigurationError` for what was asked wrongly."""
     names = args.figures or list(MEASUREMENTS)
     if unknown := [name for name in names if name not in MEASUREMENTS]:
-        raise ConfigurationError(f"no figure called {unknown[0]}; there are {', '.join(MEASUREMENTS)}")
+        hint = did_you_mean(unknown[0], MEASUREMENTS) or among(MEASUREMENTS)
+        raise ConfigurationError(f"no figure is called {unknown[0]!r}{hint}")
     if args.svg is not None:  # now, not after minutes of measuring
         if "contention" not in names:
             raise ConfigurationError("--svg: it draws the figures of contention, which are not among those asked for")
