@@ -105,11 +105,20 @@ def c_text(array: Any) -> str:
     return "".join(char if char.isprintable() else " " for char in text).strip()
 
 
+NO_FILES = frozenset({errno.EMFILE, errno.ENFILE})
+
+
 def out_of_memory() -> ResourceError:
     """The `ResourceError` for a MemoryError."""
     return ResourceError(
         "this process has run out of memory", "allow it more (ulimit -v, the control group), or use a host with more"
     )
+
+
+def out_of_files(number: int, what: str = "") -> ResourceError:
+    """The `ResourceError` for EMFILE or ENFILE."""
+    reason = f"{what}: {os.strerror(number)}" if what else os.strerror(number)
+    return ResourceError(reason, "allow this process more open files: ulimit -n 1024")
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:
@@ -122,13 +131,15 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 def shortage(error: BaseException | None) -> ResourceError | None:
-    """The `ResourceError` for an error, or a group of them, that only says that memory or threads are short, itself or
-    as the cause of another one. None for any other."""
+    """The `ResourceError` for an error, or a group of them, that only says that memory, threads or descriptors are
+    short, itself or as the cause of another one. None for any other."""
     if isinstance(error, BaseExceptionGroup):
         found = [shortage(each) for each in leaves(error)]
         return found[0] if all(found) else None
     if isinstance(error, MemoryError):
         return out_of_memory()
+    if isinstance(error, OSError) and error.errno in NO_FILES:
+        return out_of_files(error.errno or 0)
     if isinstance(error, RuntimeError) and "start new thread" in str(error):  # CPython has no class for it
         return ResourceError("no thread can be started", "allow this user, or its control group, more processes")
     return shortage(error.__cause__) if error is not None else None

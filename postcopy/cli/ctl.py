@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +16,20 @@ from postcopy.cli._parser import add_command, add_option, with_default
 from postcopy.cli.sides import Run
 from postcopy.errors import ConfigurationError, MigrationError, PeerError
 from postcopy.output import Output
+from postcopy.output.words import format_duration
 from postcopy.service import options
 from postcopy.service.client import ControlClient
 from postcopy.service.options import CONTROL, default_control, flag
 from postcopy.service.render import render_answer
 from postcopy.service.schema import COMMANDS, ControlError, Json, plain
+from postcopy.units import format_size
+
+TOP = "top"
+TOP_HELP = "show all machines and migrations of the process, again and again, until it ends, or Ctrl-C"
+TOP_PERIOD_S = 1.0
+PLAIN_TOP_PERIOD_S = 2.0
+_REVERSIBLE = ("connecting", "setup", "active")
+"""Statuses before the point of no return."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help = with_default(option, defaults.get(option.key))
             add_option(request, replace(option, field=option.name, help=help, positional=bare, nargs=nargs))
         if name == "migrate":
-            add_option(request, flag("detach", "do not wait until the machine has moved"))
+            add_option(request, flag("detach", "do not wait until the machine has moved; `ctl top` shows it"))
         add_option(request, CONTROL)
         add_option(request, flag("json", "print the answer as JSON"))
+    top = add_command(requests, TOP, TOP_HELP, examples=[("Watch the machines of a daemon:", "postcopy ctl top")])
+    add_option(top, CONTROL)
 
 
 def make(given: dict[str, Any], output: Output) -> Run:
@@ -53,8 +65,12 @@ class CtlCommand:
         self._socket = str(given.get("control") or default_control())
         self._json = "json" in given
         self._detach = "detach" in given
-        self._arguments = {name: plain(given[name]) for name in COMMANDS[self._request].arguments if name in given}
+        known = COMMANDS[self._request].arguments if self._request in COMMANDS else ()
+        self._arguments = {name: plain(given[name]) for name in known if name in given}
         self._output = output
+        self._migration = ""  # the id of the one that is waited for
+        self._now: Json = {}  # how that stands, or with `top` the process
+        self._asked = f"postcopy ctl --control {self._socket}" if "control" in given else "postcopy ctl"
 
     async def run(self, stop: trio.Event) -> bool:
         """True when it was done. `ConfigurationError` for what the process does not understand."""
@@ -74,10 +90,14 @@ class CtlCommand:
                     raise ConfigurationError(str(error)) from error
                 raise
             nursery.cancel_scope.cancel()
-        # Events are followed until interrupted: that is how it succeeds.
-        return done or (self._request == "events" and stop.is_set())
+        if self._migration and not done and stop.is_set():
+            self._say_that_it_goes_on()
+        # What is followed until interrupted succeeds so.
+        return done or (self._request in ("events", TOP) and stop.is_set())
 
     async def _do(self, client: ControlClient) -> bool:
+        if self._request == TOP:
+            return await self._top(client)
         if self._request == "events":
             return await self._follow(client)
         if self._request == "migrate" and not self._detach:
@@ -91,27 +111,85 @@ class CtlCommand:
     async def _migrate(self, client: ControlClient) -> bool:
         """Until it has ended, one way or the other."""
         await client.execute("events", {"enable": True})
-        migration = (await client.execute("migrate", self._arguments))["migration"]
+        answer = await client.execute("migrate", self._arguments)
+        self._migration = str(answer.get("migration-id") or answer["migration"])
+        self._now = {"side": "source", "name": answer["machine"], "status": "connecting"}
+        async with trio.open_nursery() as nursery:
+            if not self._json:
+                nursery.start_soon(self._output.follow, lambda: self._now)
+            ended = await self._until_ended(client)
+            nursery.cancel_scope.cancel()
+        name, status = ended["machine"], ended["status"]
+        if self._json:
+            self._print(json.dumps(ended))
+        if status != "completed":
+            raise MigrationError(f"{name} has not moved: {status}{': ' + ended['error'] if ended['error'] else ''}")
+        if not self._json:
+            times = (format_duration(ended[key] / 1e3) for key in ("downtime-ms", "total-ms"))
+            self._print("{} has moved to {}: downtime {}, total time {}".format(name, ended["peer"], *times))
+        return True
+
+    async def _until_ended(self, client: ControlClient) -> Json:
+        """Takes what is told of the migration; how it has ended."""
         while True:
             event = await client.next_event()
-            data = event["data"]
-            # (sent to where it is, it has one of each direction)
-            if data.get("migration") != migration or data.get("direction") != "outgoing":
-                continue
-            if event["event"] == "migration-status":
-                why = f": {data['error']}" if data["error"] else ""
-                self._output.say(f"{data['machine']}: {data['status']}{why}")
-            elif event["event"] == "migration-ended":
-                if self._json:
-                    self._print(json.dumps(data))
-                elif data["status"] == "completed":
-                    self._print(
-                        f"{data['machine']} has moved to {data['peer']}: down for {data['downtime-ms']:.1f} ms,"
-                        f" all of it there after {data['total-ms']:.1f} ms"
-                    )
-                if data["status"] != "completed":
-                    raise MigrationError(f"{data['machine']}: {data['status']}: {data['error']}")
-                return True
+            kind, data = event["event"], event["data"]
+            if kind == "progress":
+                for machine in data.get("machines", []):
+                    job = machine.get("migration") or {}
+                    if self._is_it(job):
+                        size = format_size(machine["memory"])
+                        self._output.view.subject = f"{machine['name']}, {size}, to {job['peer']}"
+                        self._now |= {key: job.get(key) for key in ("status", "ram", "pending-faults")}
+                        self._now["guest"] = machine.get("guest") or {}
+            elif self._is_it(data) and kind == "migration-ended":
+                return dict(data)
+            elif self._is_it(data) and kind == "migration-status":
+                self._now["status"] = data["status"]
+                if data["error"]:
+                    self._output.say(f"{data['machine']}: {data['status']}: {data['error']}")
+                self._output.kick()
+
+    def _is_it(self, data: Json) -> bool:
+        # (sent to where it is, a machine has a migration of each direction)
+        found = data.get("migration-id") or data.get("migration") or data.get("id")
+        return found == self._migration and data.get("direction") == "outgoing"
+
+    def _say_that_it_goes_on(self) -> None:
+        name = self._now["name"]
+        self._output.say(f"postcopy: the migration of {name} goes on; `{self._asked} top` shows it")
+        if self._now["status"] in _REVERSIBLE:
+            self._output.say(f"postcopy: to stop it: {self._asked} migrate-cancel --machine {name}")
+        else:
+            self._output.say("postcopy: it cannot be stopped any more: it is past its point of no return")
+
+    async def _top(self, client: ControlClient) -> bool:
+        """Until the process ends."""
+        self._now = await client.execute("status")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._output.follow if self._output.draws else self._print_tables, lambda: self._now)
+            while True:
+                await trio.sleep(TOP_PERIOD_S)
+                try:
+                    self._now = await client.execute("status")
+                except PeerError:
+                    break
+            nursery.cancel_scope.cancel()
+        self._output.say(f"postcopy: the process at {self._socket} has ended")
+        return True
+
+    async def _print_tables(self, status: Callable[[], Json]) -> None:
+        """As `top` without a terminal: one table after the other."""
+        from postcopy.output.tables import make_console, print_line, print_table, row
+
+        console = make_console(sys.stdout)
+        while True:
+            for label, text in self._output.view.rows(status()):
+                print_line(console, f"{label}: {text}")
+            header, machines = self._output.view.machines(status())
+            print_table(console, header, [row(*cells) for cells in machines])
+            print_line(console, "")
+            await trio.sleep(PLAIN_TOP_PERIOD_S)
 
     async def _follow(self, client: ControlClient) -> bool:
         """Until the process ends, which is an end in order, or this one is interrupted."""

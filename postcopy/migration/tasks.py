@@ -93,15 +93,17 @@ class FirstFailure:
 def explained(error: Exception) -> PostcopyError:
     """What a migration fails with. An exception that is a mistake in this package is logged here, with its
     traceback."""
-    errors: list[BaseException] = []
+    known: list[PostcopyError] = []
+    others: list[PostcopyError] = []  # of system calls that were not expected to fail
     for each in leaves(error):
-        known = each if isinstance(each, PostcopyError | OSError) else shortage(each)
-        if known is None:
+        if isinstance(each, PostcopyError):
+            known.append(each)
+        elif (lacking := shortage(each)) is not None:
+            known.append(lacking)
+        elif isinstance(each, OSError):
+            reason = each.strerror or f"{type(each).__name__}: {each}"
+            others.append(MigrationError(f"{each.filename}: {reason}" if each.filename else reason))
+        else:
             log.error("a mistake in postcopy: this migration fails of it", exc_info=error)
             return MigrationError(f"a mistake in postcopy ({type(each).__name__}: {each}); the log has its traceback")
-        errors.append(known)
-    for each in errors:
-        if isinstance(each, PostcopyError):
-            return each
-    first = errors[0]  # of a system call that was not expected to fail
-    return MigrationError(f"{type(first).__name__}: {first}")
+    return (known + others)[0]

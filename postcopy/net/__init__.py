@@ -2,9 +2,10 @@
 # ruff: noqa: I001  (the names side by side, not one a line)
 """The connections between two hosts: who may open one, what becomes of it, and the way back after it was lost.
 
-One host listens (`acceptor`, `listening`), the other one connects (`calling`, `connecting`); which is the source does
-not matter. Every connection begins with the handshake of `postcopy.wire`. Then a control connection stays a Trio stream
-of its `Link`, while the descriptor of a data connection is detached, made blocking and given to the core.
+One host listens (`acceptor`, `listening`), the other one connects (`calling`, `connecting`), both by `sockets`; which
+is the source does not matter. Every connection begins with the handshake of `postcopy.wire`. Then a control connection
+stays a Trio stream of its `Link`, while the descriptor of a data connection is detached, made blocking and given to the
+core.
 
 The room owns listeners, and connections until they are taken. A `Link` lives until its stream is closed, a
 channel set or reconnector as long as its `with` block, an `Acceptor` until `close`.
@@ -19,9 +20,11 @@ from postcopy.net.calling import CallingLink
 from postcopy.net.connecting import HANDSHAKE_TIMEOUT_S, client_handshake, connect, keep_alive
 from postcopy.net.endings import Code, Endings, Session
 from postcopy.net.link import ChannelKey, Link, OpenChannels, PAUSED_BY_OPERATOR, Reconnector
+from postcopy.net.sockets import accept_from, everywhere, listening_addresses, open_listeners
 
 __all__ = [
     "HANDSHAKE_TIMEOUT_S", "MAX_HALF_OPEN", "MAX_WAITING", "OFFER_TIMEOUT_S", "PAUSED_BY_OPERATOR", "Acceptor",
     "Address", "CallingLink", "ChannelKey", "Code", "Endings", "Link", "OpenChannels", "Reconnector", "Route",
-    "Session", "client_handshake", "connect", "keep_alive", "parse_address", "read_peer_file",
+    "Session", "accept_from", "client_handshake", "connect", "everywhere", "keep_alive", "listening_addresses",
+    "open_listeners", "parse_address", "read_peer_file",
 ]

@@ -16,29 +16,26 @@ Error handling: `ResourceError` for an address that cannot be listened on. What 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
-import os
-import socket
 from collections.abc import Callable, Iterator
 
 import trio
 
-from postcopy.errors import PeerError, ProtocolError, ResourceError
-from postcopy.net.addresses import Address, address_of
+from postcopy.errors import PeerError, ProtocolError
+from postcopy.net.addresses import Address
 from postcopy.net.backoff import LogLimit
-from postcopy.net.connecting import HANDSHAKE_TIMEOUT_S, NO_ROOM, broken
+from postcopy.net.connecting import HANDSHAKE_TIMEOUT_S, broken
 from postcopy.net.endings import Code, Endings, Refusal, Session
 from postcopy.net.link import Link, OpenChannels, Reconnector
 from postcopy.net.listening import ListeningChannelSet, ListeningReconnector
-from postcopy.wire import HEADER_BYTES, Ended, Hello, Offer, Reject, ServerHandshake, decode, encode, one_line
+from postcopy.net.sockets import accept_from, address_of, listening_addresses, open_listeners
+from postcopy.wire import HEADER_BYTES, Ended, Hello, Offer, Reject, ServerHandshake, decode, encode
 
 log = logging.getLogger(__name__)
 
 OFFER_TIMEOUT_S = 10.0
 MAX_HALF_OPEN = 64
 MAX_WAITING = 16  # control connections that were not taken yet
-ACCEPT_PAUSE_S = 0.1
 UNREAD_BYTES = 64 * 1024
 
 
@@ -85,21 +82,22 @@ class Acceptor:
         listeners: list[trio.SocketListener],
         why_refused: Callable[[int], str],
         endings: Endings | None = None,
+        instance: bytes = b"",
     ) -> None:
         """`why_refused` is asked for each control connection, at its hello and, where it has to offer something, when
         the offer is there; with the number of those that were not taken yet. Empty to let it in, else the reason why
         not. The caller of `next_link` has to count what it takes from then on, before anything else happens.
 
-        `endings` is what this process remembers."""
+        `endings` is what this process remembers. `instance`: the random number by which a process that calls, too
+        (`CallingLink.open`), knows that it has called itself."""
         self.endings = endings if endings is not None else Endings()
         self.channel_sets: dict[bytes, ListeningChannelSet] = {}
         self.reconnectors: dict[bytes, ListeningReconnector] = {}
         self.accepted = self.refused = self.bad_handshakes = 0
         # Where it listens, or has: with port 0 the port that the system chose.
-        self.addresses = [
-            Address(str(name[0]), int(name[1])) for name in (one.socket.getsockname() for one in listeners)
-        ]
+        self.addresses = listening_addresses(listeners)
         self._side = side
+        self._instance = instance
         self._listeners = listeners
         self._why_refused = why_refused
         self._waiting = 0
@@ -109,26 +107,15 @@ class Acceptor:
 
     @classmethod
     async def open(
-        cls, address: Address, side: str, why_refused: Callable[[int], str], endings: Endings | None = None
+        cls,
+        address: Address,
+        side: str,
+        why_refused: Callable[[int], str],
+        endings: Endings | None = None,
+        instance: bytes = b"",
     ) -> Acceptor:
         """Listens on every address that the host name has. `ResourceError` when that is not possible."""
-        try:
-            listeners = await trio.open_tcp_listeners(address.port, host=address.host or None)
-        except socket.gaierror as error:
-            raise ResourceError(
-                f"cannot listen on {address}: the name cannot be resolved ({error.strerror})",
-                "name an address of this host, or leave it out: --listen :PORT",
-            ) from error
-        except (OSError, UnicodeError, ValueError) as error:
-            number = error.errno if isinstance(error, OSError) else None
-            remedy = {
-                errno.EADDRINUSE: "choose another port, or end who has it: ss -ltnp",
-                errno.EADDRNOTAVAIL: "name an address of this host: ip address",
-                errno.EACCES: "choose a port from 1024 on",
-            }.get(number or 0, "")
-            reason = os.strerror(number) if number else str(error)
-            raise ResourceError(f"cannot listen on {address}: {one_line(reason, 200)}", remedy) from error
-        return cls(side, listeners, why_refused, endings)
+        return cls(side, await open_listeners(address), why_refused, endings, instance)
 
     async def next_link(self) -> Link:
         """The next control connection, the caller's from then on."""
@@ -140,8 +127,9 @@ class Acceptor:
         """Accepts connections until cancelled, then closes the listeners."""
         try:
             async with trio.open_nursery() as nursery:
-                for listener in self._listeners:
-                    nursery.start_soon(self._accept, listener, nursery)
+                await accept_from(
+                    self._listeners, "a connection", lambda stream: nursery.start_soon(self._greet, stream)
+                )
         finally:
             while True:  # control connections that were not taken
                 try:
@@ -155,22 +143,6 @@ class Acceptor:
         """Stops listening. `serve` must have ended."""
         for listener in self._listeners:
             await listener.aclose()
-
-    async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
-        # Not trio.serve_listeners: that closes a listener when it ends, and a daemon serves again after a mistake. It
-        # would also log each attempt with a traceback, ten times a second while descriptors are short.
-        log_limit = LogLimit()
-        while True:
-            try:
-                stream = await listener.accept()
-            except OSError as error:
-                if error.errno not in NO_ROOM:
-                    raise
-                if log_limit.due():
-                    log.error("cannot accept a connection: %s", error.strerror)
-                await trio.sleep(ACCEPT_PAUSE_S)  # descriptors may become free
-                continue
-            nursery.start_soon(self._greet, stream)
 
     async def _greet(self, stream: trio.SocketStream) -> None:
         """One connection from its first byte until it is taken. Never raises, whatever the peer does."""
@@ -223,12 +195,15 @@ class Acceptor:
             if hello.channel == "control":
                 if hello.epoch or hello.migration:
                     return await self._greet_returning(stream, handshake, hello)
+                if self._instance and hello.instance == self._instance:
+                    raise Refusal("this address is this daemon itself", Code.ITSELF)
                 return await self._greet_first(stream, handshake, scope)
             return await self._greet_data(stream, handshake, hello)
         except Refusal as refusal:
             self.refused += 1
-            if refusal.code not in (Code.PAUSED, Code.TOO_OFTEN) and self._log_limit.due():  # those ask again and again
-                log.warning("%s: refused a %s connection: %s", peer, hello.channel, refusal)
+            # (The first two ask again and again; of the last one the caller tells.)
+            if refusal.code not in (Code.PAUSED, Code.TOO_OFTEN, Code.ITSELF) and self._log_limit.due():
+                log.warning("%s: %s connection refused: %s", peer, hello.channel, refusal)
             await stream.send_all(handshake.send_refused(str(refusal), refusal.code, refusal.token))
             return False
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import trio
 
 from postcopy._files import read_regular
-from postcopy.errors import ConfigurationError, PeerError
+from postcopy.errors import ConfigurationError
 from postcopy.wire import one_line
 
 log = logging.getLogger(__name__)
@@ -125,12 +125,3 @@ class Route:
             await self._changed.wait()
             return True
         return False
-
-
-def address_of(stream: trio.SocketStream) -> Address:
-    """Where the other end is. `PeerError` when it is already gone."""
-    try:
-        name = stream.socket.getpeername()
-    except OSError as error:
-        raise PeerError("the connection was closed") from error
-    return Address(str(name[0]), int(name[1])) if isinstance(name, tuple) else Address("local", 0)

@@ -19,11 +19,11 @@ from functools import partial
 import trio
 
 from postcopy._fd import FdHolder
-from postcopy.errors import PeerError, PostcopyError, ProtocolError, ResourceError
+from postcopy.errors import ConfigurationError, PeerError, PostcopyError, ProtocolError, ResourceError
 from postcopy.net import backoff
-from postcopy.net.addresses import Address, Route, address_of
+from postcopy.net.addresses import Address, Route
 from postcopy.net.connecting import connect, detach
-from postcopy.net.endings import Session
+from postcopy.net.endings import Code, Session
 from postcopy.net.link import (
     CHANNELS_TIMEOUT_S,
     PAUSED_BY_OPERATOR,
@@ -33,6 +33,7 @@ from postcopy.net.link import (
     Reconnector,
     channel_keys,
 )
+from postcopy.net.sockets import address_of
 from postcopy.wire import Ended, EndedElsewhere, Hello, RefusedError
 
 log = logging.getLogger(__name__)
@@ -55,11 +56,19 @@ class CallingLink(Link):
         route.answered(asked, self.peer)
 
     @classmethod
-    async def open(cls, where: Address | Route, side: str) -> CallingLink:
-        """Connects to a listening peer. `side` is what we are: ``source`` or ``dest``."""
+    async def open(cls, where: Address | Route, side: str, instance: bytes = b"") -> CallingLink:
+        """Connects to a listening peer. `side` is what we are: ``source`` or ``dest``. `instance`: that of the
+        `Acceptor` of the same process, where there is one; `ConfigurationError` when it is what answers."""
         route = where if isinstance(where, Route) else Route(where)
         asked = route.address
-        stream, version = await connect(asked, Hello("control", side, 0, b"", 0))
+        try:
+            stream, version = await connect(asked, Hello("control", side, 0, b"", 0, instance=instance))
+        except RefusedError as error:
+            if instance and error.code == Code.ITSELF:
+                raise ConfigurationError(
+                    f"{asked}: this address is this daemon itself; name the address of another host"
+                ) from error
+            raise
         return cls(stream, route, asked, side, version)
 
     def reconnect_to(self, address: Address) -> None:

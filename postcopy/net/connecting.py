@@ -16,13 +16,12 @@ import socket
 import trio
 
 from postcopy._fd import FdHolder
-from postcopy.errors import PeerError, ProtocolError, ResourceError
+from postcopy.errors import PeerError, ProtocolError
 from postcopy.net.addresses import Address
-from postcopy.wire import PROTOCOL_VERSION, ClientHandshake, Hello, OlderPeerError, RefusedError, one_line
+from postcopy.net.sockets import open_stream
+from postcopy.wire import PROTOCOL_VERSION, ClientHandshake, Hello, OlderPeerError, RefusedError
 
 HANDSHAKE_TIMEOUT_S = 10.0
-
-NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 
 async def connect(
@@ -41,19 +40,7 @@ async def connect(
     `ProtocolError`, `ResourceError`.
     """
     while True:
-        try:
-            with trio.fail_after(timeout_s):
-                stream = await trio.open_tcp_stream(address.host, address.port)
-        except trio.TooSlowError:
-            raise PeerError(f"{address}: no answer within {timeout_s:g} s") from None
-        except socket.gaierror as error:
-            raise PeerError(f"{address}: the name {address.host!r} cannot be resolved ({error.strerror})") from error
-        except (OSError, UnicodeError, ValueError) as error:  # ValueError: a name that IDNA cannot encode
-            cause = _first_cause(error)
-            if isinstance(cause, OSError) and cause.errno in NO_ROOM:
-                remedy = "let it have more of them: ulimit -n" if cause.errno in (errno.EMFILE, errno.ENFILE) else ""
-                raise ResourceError(f"cannot connect to {address}: {cause.strerror}", remedy) from error
-            raise PeerError(f"{address}: {_connect_reason(cause)}") from error
+        stream = await open_stream(address, timeout_s)
         try:
             return await client_handshake(stream, hello, timeout_s, token=token, version=version), version
         except OlderPeerError as older:
@@ -87,21 +74,6 @@ async def client_handshake(
             raise PeerError(broken(error)) from error
         raise
     return stream
-
-
-def _first_cause(error: Exception) -> BaseException:
-    """What the first address said: `open_tcp_stream` wraps what each of them did."""
-    cause: BaseException = error.__cause__ or error
-    while isinstance(cause, BaseExceptionGroup):
-        cause = cause.exceptions[0]
-    return cause
-
-
-def _connect_reason(cause: BaseException) -> str:
-    if isinstance(cause, ConnectionRefusedError):
-        return "connection refused; start the other side first, with --listen"
-    text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
-    return one_line(text or type(cause).__name__, 200)
 
 
 def broken(error: trio.BrokenResourceError) -> str:

@@ -37,6 +37,7 @@ class Code(enum.StrEnum):
     PAUSED = "held"
     TOO_OFTEN = "too-often"
     MALFORMED = "malformed"
+    ITSELF = "itself"
 
 
 class Refusal(Exception):

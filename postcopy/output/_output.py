@@ -18,7 +18,7 @@ import trio
 
 from postcopy._log import add_migration, json_line, json_record, plain_record
 from postcopy.errors import ResourceError
-from postcopy.output._view import LIVE_PERIOD_S, Rate, rows, summary
+from postcopy.output._view import LIVE_PERIOD_S, View
 from postcopy.output._writer import Kind, QueuedStream, Writer
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ class Output:
         )
         self._stalled = False  # that stdout is not read has been said
         self._kick = trio.Event()
-        self._last_line = ""
-        self._rate = Rate()
+        self.view = View()
         self.listeners: list[Callable[[str, Json], None]] = []
         """Called with every event, whether or not JSON was asked for; must not block."""
 
@@ -57,6 +56,11 @@ class Output:
         is no live view."""
         self._as_json = as_json
         self._log_json = log_json
+
+    @property
+    def draws(self) -> bool:
+        """Whether `follow` shows a live view."""
+        return self._console is not None
 
     @functools.cached_property
     def _console(self) -> Console | None:
@@ -179,9 +183,9 @@ class Output:
                     self._kick = trio.Event()
                     self.emit("progress", now)
                     next_event = at + PERIOD_S
-                    if draw is None and (now["status"] != last_status or at >= next_plain):
+                    if draw is None and (now.get("status") != last_status or at >= next_plain):
                         self._plain(now)
-                        last_status, next_plain = now["status"], at + PLAIN_PERIOD_S
+                        last_status, next_plain = now.get("status"), at + PLAIN_PERIOD_S
                 if draw is not None and not self._stderr.gone:
                     draw(now)
                 with trio.move_on_after(period_s):
@@ -193,14 +197,19 @@ class Output:
         if self._console is None:
             yield None
             return
+        from rich.console import Group
         from rich.live import Live
-        from rich.table import Table
+
+        from postcopy.output.tables import Span, row, table_parts
 
         def draw(now: Json) -> None:
-            grid = Table.grid(padding=(0, 2))
-            for name, value in rows(now, self._rate):
-                grid.add_row(f"[bold]{name}[/bold]", value)
-            live.update(grid, refresh=True)
+            assert self._console is not None
+            lines = [row(Span(label, "strong"), text) for label, text in self.view.rows(now)]
+            parts = table_parts((), lines, self._console.width)
+            if now.get("machines"):
+                header, machines = self.view.machines(now)
+                parts += table_parts(header, [row(*cells) for cells in machines], self._console.width)
+            live.update(Group(*parts), refresh=True)
 
         # Drawn from this thread (no auto_refresh): Rich's own would look at an engine that is being closed.
         self._streams[1].as_kind(Kind.PROGRESS)
@@ -210,11 +219,7 @@ class Output:
             yield draw
 
     def _plain(self, now: Json) -> None:
-        if now["status"] == "setup":
-            return  # nothing to tell yet
-        line = summary(now, self._rate)
-        if line != self._last_line:
-            self._last_line = line
+        if line := self.view.line(now):
             self.say(line, Kind.PROGRESS)
 
 

@@ -6,57 +6,110 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from postcopy.output.words import (
+    Rate,
+    arrived_bytes,
+    format_coarsely,
+    format_count,
+    format_duration,
+    format_speed,
+    phase,
+)
 from postcopy.units import format_size
 
 Json = dict[str, Any]
 LIVE_PERIOD_S = 0.1
+_BAR = 30
+_MACHINES = ("machine", "memory", "state", "migration", "arrived", "rate", "remaining", "faults", "fault p99")
 
 
-class Rate:
-    """Bytes a second between two looks at a counter."""
+class View:
+    """Of one migration, or of a process with several."""
 
-    def __init__(self) -> None:
-        self._when = time.monotonic()
-        self._value = 0
-        self._rate = 0.0
+    def __init__(self, subject: str = "") -> None:
+        """`subject`: what is migrated, in words."""
+        self.subject = subject
+        self._told: list[tuple[str, str]] = []
+        self._began_s = time.monotonic()
+        self._rate = Rate()
+        self._rates: dict[tuple[str, str], Rate] = {}  # by machine and migration
 
-    def of(self, value: int) -> float:
-        now = time.monotonic()
-        if now - self._when >= LIVE_PERIOD_S:
-            self._rate = max(0, value - self._value) / (now - self._when)
-            self._when, self._value = now, value
-        return self._rate
+    def machines(self, now: Json) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """The machines of a process, as `status` has them: a header, and a row for each."""
+        rows: list[tuple[str, ...]] = []
+        for machine in now["machines"]:
+            job, guest = machine.get("migration") or {}, machine.get("guest") or {}
+            ram, latency = job.get("ram") or {}, job.get("fault-latency-us") or {}
+            arrived, total = arrived_bytes(ram), ram.get("total") or 0
+            moving = job.get("status", "").startswith(("postcopy", "active"))
+            key = (str(machine["name"]), str(job.get("migration-id") or job.get("id")))
+            rate = self._rates.setdefault(key, Rate()).of(ram.get("transferred") or 0) if moving else 0.0
+            left = format_coarsely((total - arrived) / rate) if moving and arrived is not None and rate else ""
+            faults = str(ram.get("demand-pages") or "")
+            if job.get("pending-faults"):
+                faults += f" ({job['pending-faults']} waiting)"
+            rows.append(
+                (
+                    str(machine["name"]),
+                    format_size(machine["memory"]) if machine.get("memory") else "",
+                    str(guest.get("state", "")),
+                    f"{job['status']}, {job['direction']}" if job else "",
+                    f"{100 * arrived / total:.0f} %" if moving and arrived is not None else "",
+                    format_speed(rate) if moving else "",
+                    left,
+                    faults,
+                    format_duration(latency["p99"] / 1e6) if latency.get("count") else "",
+                )
+            )
+        return _MACHINES, rows
+
+    def rows(self, now: Json) -> list[tuple[str, str]]:
+        """The live view: a label and its text for each line. The first one says what is done."""
+        if "machines" in now:
+            return [(str(now["side"]), _count_machines(now))]
+        side, ram, guest = str(now["side"]), now.get("ram") or {}, now.get("guest") or {}
+        starts_in_ms = now.get("starts-in-ms")
+        doing = phase(side, str(now["status"]), guest, None if starts_in_ms is None else starts_in_ms / 1e3)
+        result = [(str(now.get("name", side)), doing)]
+        if self.subject:
+            result.append(("machine", self.subject))
+        arrived, total, transferred = arrived_bytes(ram), ram.get("total") or 0, ram.get("transferred") or 0
+        rate, remaining = 0.0, None
+        if transferred:
+            rate = self._rate.of(transferred)
+            if arrived is not None:
+                share, remaining = arrived / total, total - arrived
+                bar = "█" * round(_BAR * share) + "░" * (_BAR - round(_BAR * share))
+                result.append(("memory", f"{bar} {100 * share:3.0f} %, {format_size(arrived)} of {format_size(total)}"))
+            result.append(("network", f"{format_size(transferred)} transferred, {format_speed(rate)}"))
+        result.append(("time", self._time(rate, remaining)))
+        if ram.get("demand-pages") or ram.get("background-pages"):
+            demand = f"{ram['demand-pages']} on demand"
+            if now.get("pending-faults"):
+                demand += f" ({format_count(now['pending-faults'], 'thread')} waiting)"
+            result.append(("pages", f"{demand}, {ram['background-pages']} in background"))
+        gone = side == "source" and str(now["status"]).startswith(("postcopy", "completed"))
+        if guest.get("operations") and not gone:
+            failures = f", {format_count(guest['failures'], 'FAILURE')}" if guest.get("failures") else ""
+            result.append(("guest", f"{guest['state']}, {format_count(guest['operations'], 'operation')}{failures}"))
+        return result
+
+    def _time(self, rate: float, remaining: int | None) -> str:
+        elapsed = f"{format_coarsely(time.monotonic() - self._began_s)} elapsed"
+        return f"{elapsed}, about {format_coarsely(remaining / rate)} remaining" if remaining and rate else elapsed
+
+    def line(self, now: Json) -> str:
+        """The plain line: the same in one; empty when nothing has happened since the last one."""
+        rows = self.rows(now)
+        news = [row for row in rows if row[0] not in ("time", "guest")]
+        if news == self._told:
+            return ""
+        first, self._told = not self._told, news
+        (side, doing), *rest = rows if first else (row for row in rows if row[0] != "machine")
+        return f"{side}: {doing}" + "".join(f"; {label}: {text.lstrip('█░ ')}" for label, text in rest)
 
 
-def rows(now: Json, rate: Rate) -> list[tuple[str, str]]:
-    """The live view: one line each."""
-    ram = now.get("ram") or {}
-    result = [(now["side"], now["status"])]
-    if "remaining" in ram and ram["total"]:
-        resident = ram["total"] - ram["remaining"]
-        share = resident / ram["total"]
-        bar = "█" * round(30 * share) + "░" * (30 - round(30 * share))
-        result.append(
-            ("resident", f"{bar} {100 * share:5.1f} %  {format_size(resident)} of {format_size(ram['total'])}")
-        )
-    if "transferred" in ram:
-        speed = format_size(round(rate.of(ram["transferred"])))
-        result.append(("network", f"{format_size(ram['transferred'])}, {speed}/s"))
-    if "demand-pages" in ram:
-        waiting = f", {now['pending-faults']} waiting" if now.get("pending-faults") else ""
-        result.append(("pages", f"{ram['demand-pages']} on demand{waiting}, {ram['background-pages']} in background"))
-    guest = now.get("guest") or {}
-    if "operations" in guest:
-        failures = f", {guest['failures']} FAILURES" if guest["failures"] else ""
-        result.append(
-            ("machine", f"{guest['state']}, {guest['operations']} operations, {guest['marks']} marks{failures}")
-        )
-    return result
-
-
-def summary(now: Json, rate: Rate) -> str:
-    """The plain line: the same in one."""
-    (side, status), *rest = rows(now, rate)
-    return f"{side}: {status}" + "".join(
-        f"; {name}: {text.lstrip('█░ ')}" if name == "resident" else f"; {text}" for name, text in rest
-    )
+def _count_machines(now: Json) -> str:
+    jobs = [machine.get("migration") or {} for machine in now["machines"]]
+    moving = sum(job.get("status", "").startswith(("connecting", "setup", "active", "postcopy")) for job in jobs)
+    return f"{format_count(len(jobs), 'machine')}, {moving} migrating"

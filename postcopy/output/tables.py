@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_STYLES = {"good": "green", "muted": "dim", "warn": "yellow", "bad": "bold red"}
+_STYLES = {"strong": "bold", "good": "green", "muted": "dim", "warn": "yellow", "bad": "bold red"}
 EMPTY = ("", "-", "n/a")
 """What a cell has that says nothing."""
 GAP = 2  # between two columns
@@ -24,7 +24,7 @@ PLAIN_WIDTH = 160  # of what goes to a file: what is broken into lines can neith
 
 @dataclass(frozen=True)
 class Span:
-    """Words and how they are meant: good, plain, muted, warn or bad."""
+    """Words and how they are meant: strong, good, plain, muted, warn or bad."""
 
     text: str
     kind: str = "plain"

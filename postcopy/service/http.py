@@ -10,23 +10,20 @@ wrong in making the page, `serve` goes on.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import h11
 import trio
 
 from postcopy.errors import ResourceError
-from postcopy.net import Address, parse_address
+from postcopy.net import Address, accept_from, listening_addresses, open_listeners, parse_address
 from postcopy.service._contain import contained
+from postcopy.wire import MAGIC
 
 IDLE_TIMEOUT_S = 15.0
 MAX_CONNECTIONS = 32
 FRESH_S = 0.1
-ACCEPT_PAUSE_S = 0.1
 LOOPBACK = "127.0.0.1"
-
-log = logging.getLogger(__name__)
 
 
 def parse_metrics_address(text: str) -> Address:
@@ -40,6 +37,7 @@ class HttpServer:
     def __init__(
         self, listeners: list[trio.SocketListener], path: str, content_type: str, body: Callable[[], bytes]
     ) -> None:
+        self.addresses = listening_addresses(listeners)
         self._listeners = listeners
         self._path = path
         self._content_type = content_type
@@ -52,45 +50,27 @@ class HttpServer:
     async def open(cls, address: Address, path: str, content_type: str, body: Callable[[], bytes]) -> HttpServer:
         """`body` makes what is at `path`, at each request. `ResourceError` where it cannot listen."""
         try:
-            listeners = await trio.open_tcp_listeners(address.port, host=address.host or None)
-        except (OSError, UnicodeError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise ResourceError(f"--metrics {address}: {reason}", "choose another address or port") from error
+            listeners = await open_listeners(address)
+        except ResourceError as error:
+            raise ResourceError(f"--metrics: {error.message}", error.remedy) from error
         return cls(listeners, path, content_type, body)
-
-    @property
-    def addresses(self) -> list[Address]:
-        names = [listener.socket.getsockname() for listener in self._listeners]
-        return [Address(str(name[0]), int(name[1])) for name in names]
 
     async def serve(self) -> None:
         """Until cancelled; closes the listeners then."""
         try:
             async with trio.open_nursery() as nursery:
-                for listener in self._listeners:
-                    nursery.start_soon(self._accept, listener, nursery)
+
+                def take(stream: trio.SocketStream) -> None:
+                    if len(self._waiting) >= MAX_CONNECTIONS:
+                        oldest = next(iter(self._waiting))
+                        self._waiting.pop(oldest).cancel()
+                    self._waiting[stream] = trio.CancelScope()
+                    nursery.start_soon(self._connection, stream)
+
+                await accept_from(self._listeners, "a connection for metrics", take)
         finally:
             for listener in self._listeners:
                 listener.socket.close()
-
-    async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
-        # Not trio.serve_listeners, which logs a traceback for each attempt, ten a second while descriptors are short.
-        failing = False
-        while True:
-            try:
-                stream = await listener.accept()
-            except OSError as error:
-                if not failing:
-                    log.error("metrics: cannot accept a connection: %s", error.strerror)
-                failing = True
-                await trio.sleep(ACCEPT_PAUSE_S)
-                continue
-            failing = False
-            if len(self._waiting) >= MAX_CONNECTIONS:
-                oldest = next(iter(self._waiting))
-                self._waiting.pop(oldest).cancel()
-            self._waiting[stream] = trio.CancelScope()
-            nursery.start_soon(self._connection, stream)
 
     async def _connection(self, stream: trio.SocketStream) -> None:
         connection = h11.Connection(h11.SERVER)
@@ -130,7 +110,11 @@ class HttpServer:
             while True:
                 event = connection.next_event()
                 if event is h11.NEED_DATA:
-                    connection.receive_data(bytes(await stream.receive_some(16 * 1024)))
+                    data = bytes(await stream.receive_some(16 * 1024))
+                    if data.startswith(MAGIC):  # which would wait for an answer, and h11 for the end of its line
+                        await self._answer(connection, stream, 400, b"these are the metrics: migrate to --listen\n")
+                        return False
+                    connection.receive_data(data)
                 elif isinstance(event, h11.Request):
                     request = event
                 elif isinstance(event, h11.EndOfMessage):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from postcopy.net import everywhere
 from postcopy.output import Output
 from postcopy.service import notify
 from postcopy.service._contain import contained, contained_call
@@ -80,7 +81,10 @@ class Operation:
         )
         for address in server.addresses:
             self._output.emit("metrics", {"address": str(address)})
-            self._output.say(f"{self._side}: metrics at http://{address}/metrics")
+        families = everywhere(server.addresses)
+        where = f"HOST:{server.addresses[0].port}" if families else server.addresses[0]
+        note = f", on every address of this host ({families})" if families else ""
+        self._output.say(f"{self._side}: metrics at http://{where}/metrics{note}")
         return [*tasks, server.serve]
 
     async def _say_stopping(self, stop: trio.Event) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import abc
 import enum
 import logging
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -32,13 +33,13 @@ from postcopy.memory.bitmap import Bitmap
 from postcopy.migration import salvage
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
-from postcopy.net import Acceptor, Address, CallingLink, Link, Route
+from postcopy.net import Acceptor, Address, CallingLink, Link, Route, everywhere
 from postcopy.output import Output
 from postcopy.service import report
 from postcopy.service._contain import contained
 from postcopy.service.config import ArrivalOptions
 from postcopy.service.report import Json, Migration
-from postcopy.wire import State
+from postcopy.wire import ID_BYTES, State
 
 Row = tuple[str, Machine | None, Migration | None]
 Request = Callable[[Json], Awaitable[Json]]
@@ -140,6 +141,7 @@ class Service(abc.ABC):
         self.stop = trio.Event()  # set when the process is to end
         self.machines: list[Owned] = []
         self.listening: list[Address] = []
+        self.instance = secrets.token_bytes(ID_BYTES)  # by which it knows itself at an address that it calls
         self.failure: PostcopyError | None = None
         self.changes = trio.Event()  # replaced at each change
         self._overhead_bytes = 0
@@ -187,7 +189,7 @@ class Service(abc.ABC):
     @asynccontextmanager
     async def listen(self, address: Address, side: str, why_refused: Callable[[int], str]) -> AsyncIterator[Acceptor]:
         """Open for as long as the block lasts; its `serve` is the caller's to run. `why_refused` as for `Acceptor`."""
-        acceptor = await Acceptor.open(address, side, why_refused)
+        acceptor = await Acceptor.open(address, side, why_refused, instance=self.instance)
         self.listening = list(acceptor.addresses)
         try:
             yield acceptor
@@ -198,7 +200,10 @@ class Service(abc.ABC):
     def announce_listening(self) -> None:
         for address in self.listening:
             self.output.emit("listening", {"side": self.side, "address": str(address)})
-            self.output.say(f"{self.side}: listening on {address}")
+        where = ", ".join(map(str, self.listening))
+        if families := everywhere(self.listening):  # nobody could connect to that
+            where = f"port {self.listening[0].port} of every address of this host ({families})"
+        self.output.say(f"{self.side}: listening on {where}")
 
     # ---- migrations
 
@@ -208,7 +213,7 @@ class Service(abc.ABC):
         assert owned.machine is not None
         migration = SourceMigration(
             owned.machine,
-            partial(CallingLink.open, to, "source") if isinstance(to, Route) else to,
+            partial(CallingLink.open, to, "source", self.instance) if isinstance(to, Route) else to,
             replace(self.options, name=name),
             peer=to.address if isinstance(to, Route) else None,
             on_change=self.changed,

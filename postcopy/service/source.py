@@ -34,6 +34,7 @@ class Source(Service):
         self._go = trio.Event()  # the machine is ready to leave
         self._restored: salvage.Restorable | None = None
         self._latest: SourceMigration | None = None
+        self._starts_at_s = 0.0  # the migration, when the machine has computed for long enough
         self._completed = 0
 
     async def run(self, stop: trio.Event) -> bool:
@@ -91,7 +92,10 @@ class Source(Service):
         machine = self.machines[-1].machine
         assert machine is not None
         self.measure_overhead(machine)
-        return report.source_progress(machine, self._latest)
+        progress = report.source_progress(machine, self._latest)
+        if (starts_in_s := self._starts_at_s - trio.current_time()) > 0:
+            progress["starts-in-ms"] = round(1e3 * starts_in_s)
+        return progress
 
     # ---- the machine
 
@@ -125,7 +129,8 @@ class Source(Service):
         await machine.resume()
         await machine.wait_ready()
         if machine.live:
-            await trio.sleep(self._config.migrate_after_s)
+            self._starts_at_s = trio.current_time() + self._config.migrate_after_s
+            await trio.sleep_until(self._starts_at_s)
         self._go.set()
 
     # ---- one migration

@@ -20,7 +20,7 @@ from typing import Any
 
 from postcopy._files import explain_no_access
 from postcopy._native import ffi, lib
-from postcopy.errors import CoreError, ResourceError
+from postcopy.errors import NO_FILES, CoreError, ResourceError, out_of_files
 
 
 class How(enum.IntEnum):
@@ -127,8 +127,10 @@ _DEVICE = "/dev/userfaultfd"
 
 
 def _unavailable(how: How, number: int) -> ResourceError:
-    if number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-        return ResourceError(f"userfaultfd: {os.strerror(number)}", "close files or free memory")
+    if number in NO_FILES:
+        return out_of_files(number, "userfaultfd")
+    if number == errno.ENOMEM:
+        return ResourceError(f"userfaultfd: {os.strerror(number)}", "free memory")
     if number == errno.ENOSYS or (number == errno.ENOENT and how is not How.DEVICE):
         return ResourceError("this kernel has no userfaultfd", "use a kernel with CONFIG_USERFAULTFD=y")
     if number == errno.ENOENT:

@@ -53,12 +53,12 @@ def decode(packed: bytes | memoryview, version: int = PROTOCOL_VERSION) -> Messa
     _check_length(cls, len(packed))
     names = _fields(cls, version)
     for name in names:
-        if name not in body:
+        if name not in body and name not in cls.MAY_LACK:
             raise ProtocolError(f"{kind}: field {name} is missing")
     if version < 3 and len(body) > len(names):  # later versions may say more than we know
         raise ProtocolError(f"{kind}: unknown field {shown(next(name for name in body if name not in names))}")
     try:
-        message = msgspec.convert({name: body[name] for name in names}, cls, builtin_types=(bytes,))
+        message = msgspec.convert({name: body[name] for name in names if name in body}, cls, builtin_types=(bytes,))
         message.check()
     except msgspec.ValidationError as error:
         what, _, where = str(error).rpartition(" - at ")  # as in: Expected `int`, got `str` - at `$.blocks[0].name`

@@ -8,7 +8,7 @@ migration that the hello names; ids are no secret (they are in logs), tokens are
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import ClassVar, cast
+from typing import ClassVar, Final, cast
 
 from postcopy.errors import PeerError, ProtocolError
 from postcopy.wire.codec import MessageBuffer, encode, shown
@@ -23,6 +23,17 @@ from postcopy.wire.messages import (
     Refused,
     Welcome,
 )
+
+_HTTP_CLIENT: Final = "an HTTP client"
+_OTHERS: Final = {  # what may be at the other end by mistake, by what it says first
+    b"HTTP/": "an HTTP server",
+    **dict.fromkeys((b"GET ", b"HEAD ", b"POST ", b"PUT ", b"OPTIONS ", b"CONNECT ", b"PRI * HT"), _HTTP_CLIENT),
+    b"\x15\x03": "a TLS server",  # an alert: it was not greeted in TLS
+    b"\x16\x03": "a TLS client",
+    b"SSH-": "SSH",
+    b"QEVM": "a QEMU migration stream",
+    b'{"QMP"': "a QEMU monitor (QMP)",
+}
 
 
 class RefusedError(PeerError):
@@ -104,7 +115,12 @@ class _Handshake:
     def _check_preamble(self) -> None:
         got = bytes(self._preamble)
         if not MAGIC.startswith(got[: len(MAGIC)]):
-            raise ProtocolError(f"does not speak postcopy (it sent {shown(got)})")
+            for beginning, who in _OTHERS.items():
+                if got.startswith(beginning):
+                    raise ProtocolError(f"this is {who}, not a postcopy peer")
+                if beginning.startswith(got):
+                    return  # it may be: the rest will say
+            raise ProtocolError(f"this is not a postcopy peer: it began with {shown(got)}")
         if len(got) == len(PREAMBLE):
             if got[-1] < OLDEST_VERSION:
                 self._wrong_version(got[-1])

@@ -61,6 +61,7 @@ class Message(Struct, frozen=True, rename="kebab"):
     TYPE: ClassVar[str] = ""
     MAX_BYTES: ClassVar[int] = SMALL_MESSAGE_BYTES
     NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {}  # the fields that a version of the protocol does not have
+    MAY_LACK: ClassVar[Collection[str]] = ()  # the fields that were added to a version that was spoken already
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -82,7 +83,8 @@ class Ended(enum.StrEnum):
 
 
 class Hello(Message, frozen=True):
-    NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {2: ("ended", "proof"), 3: ("token",)}
+    NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {2: ("ended", "proof", "instance"), 3: ("token",)}
+    MAY_LACK: ClassVar[Collection[str]] = ("instance",)
     channel: Annotated[str, Meta(pattern=r"\A(control|urgent|bulk)\Z")]
     side: Annotated[str, Meta(pattern=r"\A(source|dest)\Z")]  # what the connecting host is
     index: Annotated[int, Meta(ge=0, le=MAX_SHARDS - 1)]
@@ -91,9 +93,10 @@ class Hello(Message, frozen=True):
     ended: Annotated[str, Meta(pattern=rf"\A({'|'.join(Ended)}|)\Z")] = ""  # the caller only comes to say that
     token: IdOrEmpty = b""
     proof: ProofOrEmpty = b""
+    instance: IdOrEmpty = b""  # of a caller that listens too: it knows by that when it has called itself
 
     def check(self) -> None:
-        _check_empty_or(ID_BYTES, migration=self.migration, token=self.token)
+        _check_empty_or(ID_BYTES, migration=self.migration, token=self.token, instance=self.instance)
         _check_empty_or(PROOF_BYTES, proof=self.proof)
         if self.channel == "bulk" and self.index >= MAX_BULK_CHANNELS:
             raise ValueError(f"index must be 0 to {MAX_BULK_CHANNELS - 1}, not {self.index}")

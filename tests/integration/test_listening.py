@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 import pytest
 import trio
 
+from postcopy import wire as p
 from postcopy.net import CallingLink, parse_address
 
 Start = Callable[..., Any]
@@ -134,3 +138,62 @@ def test_lost_destinations_take_no_place(side: Start, tmp_path: Path) -> None:
     last.end()
     source.signal(signal.SIGTERM)
     source.end()
+
+
+@pytest.mark.needs("ipv6")
+@pytest.mark.parametrize("listen", ["[::]:0", ":0", "*:0"])
+def test_both_families(side: Start, image: Path, hello: Hello, listen: str) -> None:
+    """As README and the systemd units have it: a source finds it by IPv4 and by IPv6, at one port."""
+    dest = side("dest", "--json", "--listen", listen)
+    port = dest.address.rpartition(":")[2]
+    assert [line["address"] for line in dest.events("listening")] == [f"0.0.0.0:{port}", f"[::]:{port}"]
+    hello(f"[::1]:{port}").close()
+    source = ("source", "--json", "--machine", "image", "--image", image)
+    status, _, errors = side(*source, "--connect", f"127.0.0.1:{port}").end()
+    assert status == 0, errors
+    status, result, errors = dest.end()
+    assert status == 0, errors
+    assert "::ffff:" not in errors + str(result)
+
+
+@pytest.mark.needs("ipv6")
+def test_both_families_in_words(spawn_child: Start) -> None:
+    """What a person is told is something to connect to."""
+    dest = spawn_child([sys.executable, "-m", "postcopy", "dest", "--listen", "[::]:0", "--metrics", "*:0"])
+
+    def wait_for(pattern: str) -> str:
+        deadline = time.monotonic() + 60
+        while not (found := re.search(pattern, dest.output() + dest.errors())):
+            assert time.monotonic() < deadline, (pattern, dest.output(), dest.errors())
+            assert dest.process.poll() is None, dest.errors()
+            time.sleep(0.02)
+        return found[1]
+
+    every = r"every address of this host \(IPv4 and IPv6\)"
+    metrics = int(wait_for(rf"metrics at http://HOST:(\d+)/metrics, on {every}\n"))
+    port = int(wait_for(rf"listening on port (\d+) of {every}\n"))
+    for host in ("127.0.0.1", "::1"):
+        for there in (metrics, port):
+            with socket.create_connection((host, there), 30) as browser:
+                browser.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+                assert browser.recv(12).startswith(b"HTTP/1.1 200" if there == metrics else p.PREAMBLE)
+    wait_for(r"( 127\.0\.0\.1:\d+: this is an HTTP client, not a postcopy peer)")
+
+
+@pytest.mark.parametrize("files", [6, 8, 14])
+def test_too_few_open_files(side: Start, image: Path, files: int) -> None:
+    """One line says what is short and what to do, whichever step of it fails."""
+    words = "Too many open files (remedy: allow this process more open files: ulimit -n 1024)"
+    shell = ("sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", sys.executable, "-m", "postcopy")
+    dest = side("dest", "--json", "--listen", "127.0.0.1:0", command=shell)
+    if files > 8:
+        source = side("source", "--json", "--machine", "image", "--image", image, "--connect", dest.address)
+        status, _, errors = source.end()
+        assert status == 1
+        assert words in errors
+        dest.signal(signal.SIGTERM)
+    status, _, errors = dest.end()
+    assert status == 1
+    assert f"{words}\n" in errors or f"{words})\n" in errors
+    assert "Traceback" not in errors
+    assert "OSError" not in errors

@@ -394,4 +394,4 @@ def test_random_bytes_from_a_listening_port(side: Start) -> None:
             status, result, errors = dest.end()
     assert status == 1
     assert result["status"] == "failed"
-    assert "does not speak postcopy" in errors
+    assert "not a postcopy peer" in errors

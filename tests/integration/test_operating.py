@@ -283,6 +283,7 @@ class TestDaemon:
         target = second.address
         assert first.address
         assert "already" in at.ask("migrate", target, status=1)[1]  # b has an x of its own
+        assert f"{first.address}: this address is this daemon itself" in at.ask("migrate", first.address, status=1)[1]
         assert at.machines()["x"]["guest"]["state"] == "running"
         assert "no machine 'y'" in at.ask("migrate", target, "--machine", "y", status=2)[1]
         assert "refused" in at.ask("migrate", "127.0.0.1:1", status=1)[1]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import tempfile
@@ -13,13 +12,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import trio
-from rich.console import Console
 
 from postcopy._blocking import run_sync
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, known_error
 from postcopy.machines.toy.machine import explain_no_kvm
 from postcopy.machines.toy.tap import format_ipv4, parse_ipv4, parse_net
 from postcopy.output import Output
+from postcopy.output.tables import make_console
+from postcopy.output.words import format_count
 from postcopy.service import options
 from postcopy.service.options import Group, Option
 from postcopy.testbed.chaos import KINDS, ChaosPlan, open_chaos_proxy
@@ -34,12 +34,15 @@ if TYPE_CHECKING:
     from postcopy.testbed.lab._lab import Host
 
 MIN_IMAGE_BYTES = 1 << 20
-CHAOS_SECONDS = 6  # that the push of all memory takes where connections are to be cut meanwhile
-MIN_CHAOS_BANDWIDTH = 2 << 20
+CUT_PUSH_S = 6.0  # that the push of all memory takes where connections are to be cut meanwhile, whatever its size
+MIN_CUT_BANDWIDTH = 256 << 10
+DEADLINE_S = 300.0
+DEADLINE_PUSHES = 4  # the deadline is so many times as long as the push should take, where that is more
 LAB_HEARTBEAT_S = 0.5  # a cable that is pulled out tells nobody: silence does
 LAB_HEADROOM = 2
 LAB_NET = "tap:guest0"  # of both hosts
 LAB_ADDRESS = "10.77.0.200"  # of the machine, beyond all hosts
+IMAGE_CONTENT = 8  # of an image that the demo makes, one part in so many is content
 LAB_CUT_AT = 1 / 3  # of the memory is at the destination when the cable is cut
 
 
@@ -57,17 +60,19 @@ OPTIONS = (
                  " cut:every=0.1..0.5,down=0.2 (docs/chaos.md); --seed repeats it", "PLAN"),
           options.flag("lab", "run each side in a host of a laboratory (docs/lab.md), and cut the cable between them in"
                        " the middle of postcopy"),
-          options.seconds("deadline", "give up after SECONDS")),
+          options.seconds("deadline", "give up after SECONDS, or later where the push takes longer")),
     options.OUTPUT,
 )
 # fmt: on
-DEFAULTS: Json = {"migrate_after_s": 1.0, "run_for_s": 2.0, "deadline_s": 300.0}
+DEFAULTS: Json = {"migrate_after_s": 1.0, "run_for_s": 2.0}
 MACHINE_DEFAULTS: Json = {"memory_bytes": 256 << 20, "vcpus": 2, "workload": "random"}  # of one that runs
 
 
 def defaults() -> Json:
     """Of `OPTIONS`: of both sides, and its own."""
-    return options.defaults("source") | options.defaults("dest") | MACHINE_DEFAULTS | DEFAULTS
+    return (
+        options.defaults("source") | options.defaults("dest") | MACHINE_DEFAULTS | DEFAULTS | {"deadline_s": DEADLINE_S}
+    )
 
 
 def make(given: Json, output: Output) -> Callable[[trio.Event], Awaitable[bool]]:
@@ -81,7 +86,7 @@ class DemoCommand:
         self._output = output
         self._lab = "lab" in values
         if "kind" not in values:
-            values["kind"] = _usable_machine()
+            values["kind"] = self._usable_machine()
         image = self._image = values["kind"] == "image"
         if "release_ram" in values and image:
             raise ConfigurationError("--release-ram: an image is a file, which stays as it is; leave the option out")
@@ -105,15 +110,50 @@ class DemoCommand:
                 )
         if self._lab:
             values["heartbeat_s"] = LAB_HEARTBEAT_S
+        if image and "image" not in values:
+            self._image_bytes: int = values.pop("memory_bytes", 256 << 20)  # for the file, which says it from then on
+            if self._image_bytes < MIN_IMAGE_BYTES:
+                raise ConfigurationError(f"an image for the demo needs at least {format_size(MIN_IMAGE_BYTES)}")
+        content_bytes = self._content_bytes()
         bandwidth = values.get("max_bandwidth_bytes_per_s", 0)
         if (self._lab or (self._chaos is not None and self._chaos.cut_every_s is not None)) and not bandwidth:
             # Slow enough that there is something to cut.
-            bandwidth = max(MIN_CHAOS_BANDWIDTH, values.get("memory_bytes", 0) // CHAOS_SECONDS)
+            bandwidth = max(MIN_CUT_BANDWIDTH, int(content_bytes / CUT_PUSH_S))
         values["max_bandwidth_bytes_per_s"] = bandwidth
-        if image and "image" not in values:
-            self._image_bytes = values.pop("memory_bytes", 256 << 20)  # for the file, which says it from then on
-            if self._image_bytes < MIN_IMAGE_BYTES:
-                raise ConfigurationError(f"an image for the demo needs at least {format_size(MIN_IMAGE_BYTES)}")
+        slowest = min(filter(None, (bandwidth, self._chaos.rate_bytes_per_s if self._chaos else 0)), default=0)
+        push_s = content_bytes / slowest if slowest else 0.0
+        values.setdefault("deadline_s", max(DEADLINE_S, DEADLINE_PUSHES * push_s))
+
+    def _usable_machine(self) -> str:
+        """kvm where this user can run and migrate one, else rv64, which needs no rights; says so."""
+        why = explain_no_kvm() or explain_unavailable(kernel_faults=True)
+        if why is None:
+            return "kvm"
+        self._output.say(f"demo: --machine kvm cannot be used here ({why.message}): showing --machine rv64")
+        return "rv64"
+
+    def _content_bytes(self) -> int:
+        """How much there is to push."""
+        if not self._image:
+            return int(self._values["memory_bytes"])
+        if "image" not in self._values:
+            return self._image_bytes // IMAGE_CONTENT
+        try:
+            found = os.stat(self._values["image"])
+        except (OSError, ValueError):
+            return 0  # the source says what is wrong with it
+        return min(found.st_size, found.st_blocks * 512)  # the rest is holes
+
+    def _subject(self) -> str:
+        """What is migrated."""
+        values = self._values
+        if self._image:
+            if "image" not in values:
+                return f"image of {format_size(self._image_bytes)}"
+            size = f", {format_size(os.path.getsize(values['image']))}" if os.path.exists(values["image"]) else ""
+            return f"image {values['image']}{size}"
+        vcpus = format_count(values["vcpus"], "vCPU")
+        return f"{values['kind']}, {format_size(values['memory_bytes'])}, {vcpus}, workload {values['workload']}"
 
     async def run(self, stop: trio.Event) -> bool:
         result: Json
@@ -128,7 +168,7 @@ class DemoCommand:
         except PostcopyError as error:
             result = {"status": "failed", "error": str(error)}
         result.setdefault("verified", False)
-        show(result, Console(stderr="json" in self._values, highlight=False))
+        show(result, self._output.view.subject, make_console(sys.stderr if "json" in self._values else sys.stdout))
         self._output.emit("result", {"side": "demo", **result})
         if result.get("error"):
             raise MigrationError(str(result["error"]))
@@ -136,6 +176,7 @@ class DemoCommand:
 
     async def _both(self, directory: str, stop: trio.Event) -> Json:
         values = self._values
+        self._output.view.subject = self._subject()
         if values.get("workload") == "disk":
             values.setdefault("disk", os.path.join(directory, "disk.img"))
         if self._image and "image" not in values:
@@ -276,16 +317,6 @@ class DemoCommand:
         return [command, *options.to_arguments(options.COMMANDS[command], values | {"json": True} | more)]
 
 
-def _usable_machine() -> str:
-    """kvm where this user can run and migrate one, else rv64, which needs no rights; says so."""
-    why = explain_no_kvm() or explain_unavailable(kernel_faults=True)
-    if why is None:
-        return "kvm"
-    with contextlib.suppress(OSError):
-        print(f"postcopy: --machine kvm cannot be used here ({why.message}): showing --machine rv64", file=sys.stderr)
-    return "rv64"
-
-
 async def _pull_the_cable(source: Side, dest: Side, host: Host, said: Json) -> None:
     """Cuts the destination's cable in the middle of postcopy, heals it when both sides have noticed, and says so."""
 
@@ -324,8 +355,8 @@ async def _pull_the_cable(source: Side, dest: Side, host: Host, said: Json) -> N
 
 
 def _make_image(path: str, size_bytes: int) -> None:
-    """A sparse image: an eighth of it is random, in four pieces."""
-    piece_bytes = size_bytes // 32
+    """A sparse image: one part in `IMAGE_CONTENT` is random, in four pieces."""
+    piece_bytes = size_bytes // (4 * IMAGE_CONTENT)
     with open(path, "wb") as image:
         image.truncate(size_bytes)
         for piece in range(4):

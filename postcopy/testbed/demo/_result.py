@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from postcopy.output.tables import Span, print_line, print_table, row
+from postcopy.output.words import format_count, format_duration
 from postcopy.units import format_size
 
 Json = dict[str, Any]
@@ -50,44 +51,65 @@ def merge(source: Json, dest: Json) -> Json:
     return result
 
 
-def show(result: Json, console: Console) -> None:
-    """The table at the end."""
-    table = Table(title="postcopy demo", show_header=False, title_justify="left")
+def show(result: Json, subject: str, console: Console) -> None:
+    """The result for a person, without its error, which the command ends with."""
+    error = str(result.get("error") or "")
+    rows = [row(label, text) for label, text in _rows(result)]
+    if "verification" in result:
+        rows.append(row("verified", {True: "yes", False: "NO"}.get(result["verified"], "was not asked for")))
+    for item in result.get("verification", []):
+        if item["ok"] or item["what"] not in error:
+            rows.append(row(Span("  ok", "good") if item["ok"] else Span("  FAILED", "bad"), item["what"]))
+    if rows:
+        print_line(console, f"postcopy demo: {subject}: {result['status']}", "bold")
+        print_table(console, (), rows)
+
+
+def _rows(result: Json) -> Iterator[tuple[str, str]]:
     ram, latency = result.get("ram") or {}, result.get("fault-latency-us") or {}
-    table.add_row("status", str(result["status"]))
-    if "downtime-ms" in result:
-        table.add_row("downtime", f"{result['downtime-ms']:g} ms")
-        if pings := result.get("pings"):
-            gap_ms = pings["switchover-gap-ms"]
-            gap = "no answers" if gap_ms is None else f"{gap_ms:g} ms between two answers"
-            table.add_row("network gap", f"{gap}; with the cut cable {pings['longest-gap-ms']:g} ms")
-        table.add_row("total", f"{result['total-ms']:g} ms")
+    if result.get("downtime-ms"):
+        yield "downtime", _ms(result["downtime-ms"])
+    if pings := result.get("pings"):
+        gap_ms = pings["switchover-gap-ms"]
+        gap = "no answers" if gap_ms is None else f"{_ms(gap_ms)} between two answers"
+        yield "network gap", f"{gap}; with the cut cable {_ms(pings['longest-gap-ms'])}"
+    if result.get("total-ms"):
+        yield "total time", _ms(result["total-ms"])
     if ram:
-        table.add_row("memory", f"{format_size(ram['total'])}, {format_size(ram['transferred'])} transferred")
-        table.add_row("pages on demand", f"{ram['demand-pages']}")
-        table.add_row("pages in background", f"{ram['background-pages']} ({ram['duplicate-pages']} came twice)")
-        table.add_row("pages of zeros", f"{ram['zero-pages']}")
+        yield "memory", f"{format_size(ram['total'])}, {format_size(ram['transferred'])} transferred"
+        again = f" ({ram['duplicate-pages']} twice)" if ram["duplicate-pages"] else ""
+        yield (
+            "pages",
+            (
+                f"{ram['demand-pages']} on demand, {ram['background-pages']} in background{again},"
+                f" {ram['zero-pages']} zero"
+            ),
+        )
     if released := ((result.get("source") or {}).get("ram") or {}).get("released"):
-        table.add_row("given back at the source", format_size(released))
+        yield "released at the source", format_size(released)
     if latency.get("count"):
-        numbers = ", ".join(f"{name} {latency[name]:g} us" for name in ("p50", "p99", "max"))
-        table.add_row("demand fault", numbers)
-    if result.get("recoveries", {}).get("count"):
-        recovered = result["recoveries"]
-        table.add_row("recoveries", f"{recovered['count']}, the longest took {recovered['max-ms']:g} ms")
+        times = (f"{word} {format_duration(latency[key] / 1e6)}" for key, word in _LATENCY.items())
+        yield "fault latency", ", ".join(times)
+    if result.get("blocktime-ms"):
+        yield "blocked, by vCPU", ", ".join(_ms(ms) for ms in result["blocktime-ms"])
+    if (recovered := result.get("recoveries") or {}).get("count"):
+        yield "recoveries", f"{recovered['count']}, the longest took {_ms(recovered['max-ms'])}"
     if deaths := (result.get("pager") or {}).get("deaths"):
-        table.add_row("pager", f"its process died {deaths} times, and another one took over")
+        yield "pager", f"its process died {format_count(deaths, 'time')}, and another one took over"
     if chaos := result.get("chaos"):
         cuts = ", ".join(f"{count} by {way}" for way, count in chaos.get("cuts", {}).items())
-        table.add_row("network", f"{chaos['plan']}, seed {chaos['seed']}: {cuts or 'nothing was cut'}")
+        yield "network", f"{chaos['plan']}, seed {chaos['seed']}: {f'disconnected: {cuts}' if cuts else 'never cut'}"
     if lab := result.get("lab"):
         cut, hosts = lab["cut"], " to ".join(f"{host['name']} ({host['ipv4']})" for host in lab["hosts"].values())
-        table.add_row("laboratory", f"{hosts}, MTU {lab['mtu']}, {format_size(lab['rate-bytes-per-s'])}/s")
-        table.add_row("cable", f"cut at {cut['at-percent']:g} %, noticed after {cut['noticed-ms']:g} ms, healed")
-    if result.get("blocktime-ms"):
-        table.add_row("blocked, by vCPU", ", ".join(f"{ms:g} ms" for ms in result["blocktime-ms"]))
-    table.add_row("verified", {True: "yes", False: "NO"}.get(result["verified"], "was not asked for"))
-    for item in result.get("verification", []):
-        table.add_row("  " + ("✓" if item["ok"] else "✗"), item["what"])
-    with contextlib.suppress(OSError):
-        console.print(table)
+        yield "laboratory", f"{hosts}, MTU {lab['mtu']}, {format_size(lab['rate-bytes-per-s'])}/s"
+        yield (
+            "cable",
+            (f"cut when {cut['at-percent']:g} % had arrived, noticed after {_ms(cut['noticed-ms'])}, connected again"),
+        )
+
+
+_LATENCY = {"p50": "median", "p99": "99 % within", "max": "longest"}
+
+
+def _ms(milliseconds: float) -> str:
+    return format_duration(milliseconds / 1e3)

@@ -22,8 +22,9 @@ async def open_acceptor(
     *,
     host: str = "127.0.0.1",
     endings: c.Endings | None = None,
+    instance: bytes = b"",
 ) -> AsyncIterator[c.Acceptor]:
-    acceptor = await c.Acceptor.open(c.Address(host, 0), side, why_refused, endings)
+    acceptor = await c.Acceptor.open(c.Address(host, 0), side, why_refused, endings, instance)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(acceptor.serve)

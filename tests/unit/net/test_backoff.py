@@ -127,7 +127,7 @@ async def test_what_is_logged_meanwhile(autojump_clock: MockClock, caplog: pytes
         with trio.move_on_after(120):
             await caller.next_link()
         assert 3 < sum("not connected again yet" in line for line in caplog.messages) < 12
-        assert sum("refused a control connection" in line for line in caplog.messages) < 12
+        assert sum("control connection refused" in line for line in caplog.messages) < 12
 
 
 async def test_bad_handshakes_do_not_fill_the_log(autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
@@ -139,4 +139,4 @@ async def test_bad_handshakes_do_not_fill_the_log(autojump_clock: MockClock, cap
             await trio.sleep(0.01)
         while acceptor.bad_handshakes < 300:  # noqa: ASYNC110  (a counter)
             await trio.sleep(0.01)
-        assert 1 <= sum("does not speak postcopy" in line for line in caplog.messages) < 10
+        assert 1 <= sum("not a postcopy peer" in line for line in caplog.messages) < 10

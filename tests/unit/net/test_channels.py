@@ -216,7 +216,7 @@ async def test_address_of_another_host() -> None:
 @pytest.mark.parametrize(
     ("said", "reason"),
     [
-        (b"SSH-2.0-OpenSSH_9.2p1\r\n", "does not speak postcopy"),
+        (b"SSH-2.0-OpenSSH_9.2p1\r\n", "not a postcopy peer"),
         (b"postcpy\x09", "version 9"),
         (b"", "closed the connection"),
         (p.PREAMBLE + b"\xff\xff\xff\xff", "4294967295 bytes"),

@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
+import msgpack
 import pytest
 import trio
 from trio.testing import MockClock
 
 from postcopy import net as c
 from postcopy import wire as p
-from postcopy.errors import PeerError, ProtocolError
+from postcopy.errors import ConfigurationError, PeerError, ProtocolError
 from postcopy.net import listening
 from postcopy.wire import Ended, EndedElsewhere
 from tests.unit.net.support import OFFER, SESSION, hang_up, open_acceptor
@@ -335,3 +337,26 @@ def test_endings_are_bounded() -> None:
     endings.remember(c.Session(bytes([9]) * 16, b"t" * 16, 0), Ended.LOST)
     assert endings.find(bytes([2]) * 16) == (b"t" * 16, Ended.LOST)
     assert endings.find(bytes([3]) * 16) is None
+
+
+async def test_a_call_to_itself() -> None:
+    """A process that listens and calls learns that it has called itself, and takes no place by it. Others are let in:
+    those with another number, and those of a release that has none."""
+    mine = b"i" * 16
+    async with open_acceptor("dest", instance=mine) as acceptor:
+        address = acceptor.addresses[0]
+        with pytest.raises(ConfigurationError, match=rf"^{re.escape(str(address))}: .* this daemon itself; name"):
+            await c.CallingLink.open(address, "source", mine)
+        assert acceptor._waiting == 0
+        for instance in (b"j" * 16, b""):
+            other = await c.CallingLink.open(address, "source", instance)
+            await other.control.send_all(p.encode(OFFER))
+            await hang_up(other, await acceptor.next_link())
+    async with open_acceptor("dest") as acceptor:  # one that does not call
+        await hang_up(await c.CallingLink.open(acceptor.addresses[0], "source", b""))
+
+
+def test_a_hello_of_a_release_without_instance() -> None:
+    body = msgpack.unpackb(p.encode(p.Hello("control", "source", 0, b"", 0))[p.HEADER_BYTES :])
+    del body["instance"]
+    assert p.decode(msgpack.packb(body)) == p.Hello("control", "source", 0, b"", 0)

@@ -11,9 +11,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 import trio
 
-from postcopy.net import Address
+from postcopy.errors import ProtocolError
+from postcopy.net import Address, CallingLink, sockets
 from postcopy.service import http as http_module
 from postcopy.service.http import MAX_CONNECTIONS, HttpServer
+from postcopy.wire import PREAMBLE
 
 REQUEST = b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
@@ -103,12 +105,12 @@ async def test_no_descriptors_left(monkeypatch: pytest.MonkeyPatch, caplog: pyte
             raise OSError(number, os.strerror(number))
         return await accept(self)
 
-    monkeypatch.setattr(http_module, "ACCEPT_PAUSE_S", 0.001)
+    monkeypatch.setattr(sockets, "ACCEPT_PAUSE_S", 0.001)
     monkeypatch.setattr(trio.SocketListener, "accept", failing)
     async with serving(lambda: b"the page") as (address, _):
         assert (await ask(address)).endswith(b"the page")
     (record,) = caplog.records
-    assert record.getMessage().startswith("metrics: cannot accept a connection: ")
+    assert record.getMessage().startswith("cannot accept a connection for metrics: ")
     assert record.exc_info is None
 
 
@@ -124,3 +126,11 @@ async def test_page_that_cannot_be_made_ends_one_connection_only(caplog: pytest.
         assert b"the page" not in await ask(address)
         assert "KeyError" in caplog.text
         assert (await ask(address)).endswith(b"the page")
+
+
+async def test_migration_that_is_sent_to_the_metrics() -> None:
+    """Both are told at once, and not when a request has taken too long."""
+    async with serving(lambda: b"the page") as (address, _):
+        with pytest.raises(ProtocolError, match="this is an HTTP server, not a postcopy peer"):
+            await CallingLink.open(address, "source")
+        assert b"400" in await ask(address, PREAMBLE)

@@ -59,7 +59,7 @@ def test_user_mode_only_is_not_enough_for_kvm(monkeypatch: pytest.MonkeyPatch) -
         (errno.ENOENT, "CONFIG_USERFAULTFD"),
         (errno.EPERM, "CAP_SYS_PTRACE"),
         (errno.EACCES, "/dev/userfaultfd"),
-        (errno.EMFILE, "close files"),
+        (errno.EMFILE, "ulimit -n 1024"),
     ],
 )
 def test_each_refusal_has_a_remedy(monkeypatch: pytest.MonkeyPatch, number: int, words: str) -> None:

@@ -22,6 +22,7 @@ MESSAGES: list[p.Message] = [
     HELLO,
     p.Hello("urgent", "dest", 63, b"i" * 16, 7).signed(SECRET, 3),
     p.Hello("control", "dest", 0, b"i" * 16, 7, "completed").signed(SECRET, 3),
+    p.Hello("control", "source", 0, b"", 0, instance=b"n" * 16),
     p.Welcome(),
     p.Refused("busy", "busy"),
     p.Refused("it has ended", "aborted").signed(SECRET, HELLO),
