@@ -206,6 +206,15 @@ def test_a_signal_at_any_instant(side: Start, who: str) -> None:
             source.operations_after(failed)
 
 
+def test_a_daemon_names_the_machines_that_end_with_it(side: Start, tmp_path: Path) -> None:
+    daemon = side("daemon", "--json", "--control", tmp_path / "d", *RV64, "--name", "vm1")
+    daemon.wait_for("vm1", lambda line: line["event"] == "machine-started")
+    daemon.signal(signal.SIGTERM)
+    status, _, errors = daemon.end()
+    assert status == 0
+    assert "machines that end with this process: vm1" in errors
+
+
 def test_an_image_can_be_had_again(side: Start, tmp_path: Path) -> None:
     """Nothing is lost with a copy of a file: one signal ends either side, which says that it was interrupted."""
     image = tmp_path / "image"
