@@ -12,7 +12,7 @@ from postcopy._blocking import run_sync
 from postcopy._stop import Stop
 from postcopy.errors import ConfigurationError
 from postcopy.machines import Machine
-from postcopy.machines.kinds import create_destination, create_source
+from postcopy.machines.kinds import create_destination, create_source, is_live
 from postcopy.migration import salvage
 from postcopy.migration.source import SourceMigration, check_releasable
 from postcopy.migration.tasks import Interrupted, first_of
@@ -105,7 +105,7 @@ class Source(Service):
         config, origin = self._config, self._config.origin
         if origin is None:
             return create_source(config.kind, config.machine)
-        found = await run_sync(partial(salvage.examine, origin.path, reclaim=origin.reclaim))
+        found = await run_sync(partial(salvage.examine, origin.path, reclaim=origin.reclaim, is_live=is_live))
         if found.doubts and not origin.force:
             raise ConfigurationError(
                 f"--from {origin.path}: in doubt: {'; '.join(found.doubts)}; --force starts the machine all the same"
