@@ -206,8 +206,8 @@ class Machine(abc.ABC):
 
     @abc.abstractmethod
     async def wait_changed(self) -> None:
-        """Returns when `statistics` may say something else than before the call: ready, reports, failures, the state. Any
-        number of tasks may wait. Cancellable; `trio.ClosedResourceError` when the machine is closed."""
+        """Returns when `statistics` may say something else than before the call: ready, reports, failures, the state.
+        Any number of tasks may wait. Cancellable; `trio.ClosedResourceError` when the machine is closed."""
 
     @abc.abstractmethod
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
