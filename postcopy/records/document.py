@@ -15,7 +15,7 @@ from postcopy import __version__
 from postcopy.records import control, events, log
 from postcopy.records._base import VERSION, Json, Record
 from postcopy.records.figures import OF_PROCESS, Figure, Metric, figures, metrics
-from postcopy.records.migration import Machine
+from postcopy.records.migration import STATUSES, Machine
 from postcopy.records.reading import EVENTS
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -213,6 +213,8 @@ def _row(figure: Figure) -> str:
 
 
 def _words(figure: Figure) -> str:
+    if figure.words == STATUSES:
+        return " What each status means: [results.md](results.md)."
     return f" One of {', '.join(f'`{word}`' for word in figure.words)}." if figure.words else ""
 
 
