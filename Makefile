@@ -19,14 +19,14 @@ PYTEST_ARGS ?=
 PYTEST_JOBS ?= 3
 
 # What the installed package is built from. Python modules are not in this list: the install is an editable one.
-BUILT_FROM := pyproject.toml CMakeLists.txt tools/setup.sh docker/seccomp-userfaultfd.json $(wildcard examples/systemd/*) \
+BUILT_FROM := pyproject.toml CMakeLists.txt tools/setup.sh \
 	$(shell find csrc -path csrc/tests -prune -o -type f \( -name '*.[chS]' -o -name '*.txt' -o -name '*.ld' -o -name '*.inc' -o -name '*.sh' -o -name cdef.py \) -print)
 
 # Where the C core is built for tests: one directory for each compiler and kind.
 B := build/$(notdir $(CC))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check check-1 check-2 test test-1 test-2 lint cross-aarch64 format stub check-c sanitize stress fuzz fuzz-replay guests-rv64 test-containers check-python hostile check-hostile docs bench soak wheel clean
+.PHONY: help setup demo check check-1 check-2 test test-1 test-2 lint cross-aarch64 format stub check-c sanitize stress fuzz fuzz-replay guests-rv64 test-containers check-python hostile check-hostile bench soak wheel clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)/  \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-16s%s\n", $$1, $$2 }'
@@ -67,7 +67,6 @@ test-1:
 test-2:
 	@$(STEP) 300 --log $(LOGS)/lint.log "lint" $(MAKE) --no-print-directory lint
 	@$(STEP) 1200 --log $(LOGS)/pytest.log "pytest" $(MAKE) --no-print-directory check-python
-	@$(STEP) 120 --log $(LOGS)/docs.log "documentation" $(MAKE) --no-print-directory docs
 	@$(STEP) 400 --log $(LOGS)/hostile.log "hostile peers" $(MAKE) --no-print-directory check-hostile PYTEST_ARGS=
 
 lint: setup $(B)-plain ## ruff, mypy --strict, the rooms' imports, the C core with all warnings as errors
@@ -135,10 +134,6 @@ hostile: setup ## attack the installed program from outside, all of it; SECONDS 
 
 check-hostile: setup
 	$(BIN)/pytest -n $(PYTEST_JOBS) --dist worksteal tests/hostile -m "not slow" $(PYTEST_ARGS)
-
-docs: setup ## build the documentation as a site into build/site; a warning is an error
-	$(BIN)/sphinx-build -q -E -a -W --keep-going -b html -c docs/site -d build/site.cache . build/site
-	@echo "docs: build/site/index.html"
 
 bench: setup ## measure fault latency, throughput and memory against their floors, medians of five
 	$(BIN)/postcopy bench
