@@ -36,11 +36,10 @@ _WHAT = {
 def share_file(name: str) -> str:
     """The path of a file that is installed with this package: a udev rule, a unit (``examples/systemd/``), a seccomp
     profile. Its name alone where there is none, as after ``pip install --target``."""
-    from postcopy import (
-        _native,  # which is where it was installed; the modules may be elsewhere (pip install --editable)
-    )
+    from postcopy import _native
 
-    # lib/python3.X/site-packages/postcopy/_native.abi3.so of a prefix: /usr/local, a virtual environment, ~/.local
+    # lib/python3.X/site-packages/postcopy/_native.abi3.so of a prefix: /usr/local, a virtual environment, ~/.local.
+    # (Of the extension: where this is an editable installation the modules are elsewhere.)
     above = Path(str(_native.__file__)).parents
     path = above[min(4, len(above) - 1)] / "share" / "postcopy" / name
     return str(path) if path.is_file() else name

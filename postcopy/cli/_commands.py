@@ -82,7 +82,7 @@ COMMANDS: Mapping[str, Command] = {
         "join what both sides of a lost migration have salvaged",
         "postcopy.cli.merge",
         "Joins the directories that --salvage has written on both sides of a migration that was lost, and counts the"
-        " pages that are in neither of them (in doubt). Exit status 0: none is.",
+        " pages that are in neither of them (in doubt); --verbose lists all of those. Exit status 0: none is in doubt.",
         (
             ("Into a memory image:", "postcopy merge source.salvage dest.salvage --output memory.img"),
             ("Into a directory for `postcopy source --from`:", "postcopy merge source.salvage dest.salvage --into vm1"),
