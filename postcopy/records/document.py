@@ -11,7 +11,6 @@ from typing import Any
 
 from msgspec import json
 
-from postcopy import __version__
 from postcopy.records import control, events, log
 from postcopy.records._base import VERSION, Json, Record
 from postcopy.records.figures import OF_PROCESS, Figure, Metric, figures, metrics
@@ -29,8 +28,8 @@ _STAMP: Json = {
 """What every line of `--json` has, before what its event says."""
 
 
-def document() -> Json:
-    """The JSON Schema. An instance is a line: of `--json`, of `--log-json`, or of the control socket."""
+def document(version: str) -> Json:
+    """The JSON Schema, as this version of postcopy writes it. An instance is a line: of `--json`, of `--log-json`, or of the control socket."""
     records = [kind for kinds in EVENTS.values() for kind in kinds]
     records += [*control.ANSWERS.values(), control.Greeting, control.Refusal, control.Timestamp, log.LogLine, *REPORTS]
     _, definitions = json.schema_components(dict.fromkeys(records), ref_template="#/$defs/{name}")
@@ -53,7 +52,7 @@ def document() -> Json:
         "$schema": DIALECT,
         "$id": f"urn:postcopy:schema:{VERSION}",
         "title": "Lines of JSON that postcopy writes",
-        "description": f"As of postcopy {__version__}. Fields, events and requests may be added without a new version:"
+        "description": f"As of postcopy {version}. Fields, events and requests may be added without a new version:"
         " ignore what you do not know.",
         "anyOf": [{"$ref": f"#/$defs/{name}"} for name in (*lines, *(report.__name__ for report in REPORTS))],
         "$defs": defs,
