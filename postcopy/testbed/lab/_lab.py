@@ -393,7 +393,7 @@ class Lab(contextlib.AbstractContextManager["Lab"]):
                 what, "there is no /dev/net/tun: as root, `modprobe tun`; in a container, --device /dev/net/tun"
             )
         if doing == "attach-tap" and number in (errno.EACCES, errno.EPERM):
-            return ResourceError(what, "as root, `chmod o+rw /dev/net/tun`")
+            return ResourceError(what, "as root, `chmod 0666 /dev/net/tun`")
         if number in (errno.EPERM, errno.EACCES):
             return ResourceError(
                 what, "it belongs to another user or user namespace: call `postcopy lab` from where it was made"
