@@ -36,8 +36,8 @@ from postcopy.testbed.lab import _state as state
 from postcopy.testbed.lab._plan import DEFAULT_NAME, LabPlan, format_rate
 
 Json = dict[str, Any]
-START_S = 20.0
-WORK_S = 30.0
+START_S = 60.0
+WORK_S = 60.0
 HOLDER_END_S = members.TERM_S + members.KILL_S  # its input has ended: it ends what runs in the laboratory first
 HOLDER = "postcopy-lab"  # begins the argument that says, in a list of processes, which laboratory it is
 

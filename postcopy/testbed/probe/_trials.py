@@ -48,7 +48,7 @@ from postcopy.uffd.pagemap import PageCategory, pagemap_scan
 
 Facts = dict[str, Any]
 
-EVENT_DEADLINE_S = 3.0
+EVENT_DEADLINE_S = 10.0
 """For a fault that is on its way: a healthy one takes microseconds, a kernel that never tells takes for ever."""
 
 SYS_IO_URING_SETUP = 425  # the same number on every architecture
