@@ -26,15 +26,20 @@ BUILT_FROM := pyproject.toml CMakeLists.txt tools/setup.sh docker/seccomp-userfa
 B := build/$(notdir $(CC))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check check-1 check-2 test test-1 test-2 lint cross-aarch64 format stub check-c sanitize stress fuzz fuzz-replay guests-rv64 test-containers check-python hostile check-hostile bench soak wheel clean
+.PHONY: help setup demo check check-1 check-2 test test-1 test-2 lint cross-aarch64 format stub check-c sanitize stress fuzz fuzz-replay guests-rv64 test-containers check-python hostile check-hostile bench soak docs man completion sdist wheel check-packages clean
 
 help: ## list these targets
-	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)/  \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-16s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)/  \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-17s%s\n", $$1, $$2 }'
 	@echo
 	@echo "  PYTHON=python3.12 and CC=clang say what to build with; PYTEST_ARGS='-k pager' goes to pytest."
 
 setup: $(VENV)/.installed ## build postcopy and install it into .venv, with what its tests need
 	@echo "setup: postcopy is installed in $(VENV): $(BIN)/postcopy"
+
+# An extra of pyproject.toml that only some targets need: dist.
+$(VENV)/.extra-%: pyproject.toml tools/setup.sh | setup
+	@tools/setup.sh extra $(VENV) $*
+	@touch $@
 
 $(VENV)/.installed: $(BUILT_FROM)
 	@tools/setup.sh install $(VENV)
@@ -55,7 +60,7 @@ check-2:
 	@$(STEP) 120 --log $(LOGS)/unit.log "unit tests" $(BIN)/pytest -q -n 4 --dist worksteal tests/unit -m "not slow" $(PYTEST_ARGS)
 
 # Each step has a log of its own, of which a step that fails shows the end.
-test: setup ## everything CI runs: lint, C tests plain and sanitized, fuzz corpus, pytest, hostile peers, containers
+test: setup ## everything CI runs: lint, C tests, sanitizers, fuzzing, pytest, hostile peers, containers, docs, packages
 	@$(STEP) 400 --log $(LOGS)/build.log "C builds" $(MAKE) --no-print-directory $(C_BUILDS) cross-aarch64
 	@$(MAKE) --no-print-directory -j2 test-1 test-2
 
@@ -64,9 +69,11 @@ test-1:
 	@$(STEP) 600 --log $(LOGS)/sanitize.log "C tests, sanitized" $(MAKE) --no-print-directory sanitize
 	@$(STEP) 180 --log $(LOGS)/fuzz.log "fuzz targets: corpus and a short run" $(MAKE) --no-print-directory fuzz-replay
 	@$(STEP) 500 --log $(LOGS)/containers.log "containers" $(MAKE) --no-print-directory test-containers OR_SKIP=--or-skip PYTEST_ARGS=
+	@$(STEP) 400 --log $(LOGS)/packages.log "packages" $(MAKE) --no-print-directory check-packages PYTEST_ARGS=
 test-2:
 	@$(STEP) 300 --log $(LOGS)/lint.log "lint" $(MAKE) --no-print-directory lint
 	@$(STEP) 1200 --log $(LOGS)/pytest.log "pytest" $(MAKE) --no-print-directory check-python
+	@$(STEP) 200 --log $(LOGS)/docs.log "documentation" $(MAKE) --no-print-directory docs
 	@$(STEP) 400 --log $(LOGS)/hostile.log "hostile peers" $(MAKE) --no-print-directory check-hostile PYTEST_ARGS=
 
 lint: setup $(B)-plain ## ruff, mypy --strict, the rooms' imports, the C core with all warnings as errors
@@ -126,7 +133,7 @@ test-containers: setup ## migrate between containers; as root it starts its own 
 	$(BIN)/python tools/containers.py test $(OR_SKIP) -- $(PYTEST_ARGS)
 
 check-python: setup ## pytest, PYTEST_JOBS (3) at a time, without the containers and the hostile peers
-	$(BIN)/pytest -n $(PYTEST_JOBS) --dist worksteal --ignore=tests/hostile $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(PYTEST_JOBS) --dist worksteal --ignore=tests/hostile --ignore=tests/packages $(PYTEST_ARGS)
 
 # POSTCOPY_COMMAND: attack another installation than the one here. POSTCOPY_SEED=N: repeat a fuzz test.
 hostile: setup ## attack the installed program from outside, all of it; SECONDS (60) for each fuzz test
@@ -135,14 +142,44 @@ hostile: setup ## attack the installed program from outside, all of it; SECONDS 
 check-hostile: setup
 	$(BIN)/pytest -n $(PYTEST_JOBS) --dist worksteal tests/hostile -m "not slow" $(PYTEST_ARGS)
 
+docs: setup ## build the documentation as a site into build/site; a warning is an error
+	$(BIN)/sphinx-build -q -E -a -W --keep-going -b html -c docs/site -d build/site.cache . build/site
+	@echo "docs: build/site/index.html"
+
 bench: setup ## measure fault latency, throughput and memory against their floors, medians of five
 	$(BIN)/postcopy bench
 
 soak: setup ## migrate over a network that is cut several times a second, for SECONDS (600); every page is verified
 	$(BIN)/python -m postcopy.testbed.soak --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED))
 
-wheel: setup ## build the abi3 wheel into dist/
-	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+# Man pages and completions, made of the parsers, for packages: where CMake installs them from.
+SHARE := build/share
+man: setup ## write the man pages into build/share
+	@mkdir -p $(SHARE)/man/man1
+	$(BIN)/postcopy man $(SHARE)/man/man1
+
+completion: setup ## write the completions of bash, zsh and fish into build/share
+	@mkdir -p $(addprefix $(SHARE)/,bash-completion/completions zsh/site-functions fish/vendor_completions.d)
+	$(BIN)/postcopy completion bash >$(SHARE)/bash-completion/completions/postcopy
+	$(BIN)/postcopy completion zsh >$(SHARE)/zsh/site-functions/_postcopy
+	$(BIN)/postcopy completion fish >$(SHARE)/fish/vendor_completions.d/postcopy.fish
+
+sdist: $(VENV)/.extra-dist man completion ## write the source distribution into dist/, and check it
+	@rm -f dist/*.tar.gz
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist . >build/sdist.log 2>&1 || { cat build/sdist.log; exit 1; }
+	$(BIN)/twine --no-color check --strict dist/*.tar.gz
+
+# From the source distribution, so that it is known to be whole. The platform's tag says which C library it needs.
+wheel: sdist ## build the abi3 wheel from it into dist/, tag it for manylinux, and check it
+	@rm -rf build/wheel dist/*.whl
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir build/wheel dist/*.tar.gz
+	$(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	$(BIN)/abi3audit --strict dist/*.whl
+	$(BIN)/twine --no-color check --strict dist/*.whl
+
+# In minimal Debian 12 and 13, which are made here as root (POSTCOPY_INSTALL=1: installs debootstrap).
+check-packages: wheel ## look into the packages, and install them in fresh Debian 12 and 13 as root and as a user
+	$(BIN)/pytest -n 2 --dist loadgroup tests/packages $(PYTEST_ARGS)
 
 clean: ## remove everything that was built, .venv too
 	rm -rf build dist $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -14,9 +14,6 @@ import fsspec
 import trio
 
 import postcopy
-from postcopy._native import lib
-
-PAGE = lib.pc_page_bytes()
 
 
 class FsspecSource:
@@ -29,7 +26,7 @@ class FsspecSource:
         self.reads = 0
 
     async def fetch(self, block: int, first_page: int, count: int) -> bytes:
-        start = first_page * PAGE
+        start = first_page * self.blocks[0].unit_bytes
         end = start + self.blocks[0].bytes_of(first_page, count)
         self.reads += 1
         # fsspec's own face is synchronous. An error, and a file that has become shorter, end the memory with PeerError.

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moves the memory of a running machine after the machine has moved.
 
-The parts can be used alone: `postcopy.memory` and `postcopy.uffd` for memory that is filled on demand,
-`postcopy.dataplane` for an engine that brings it over a network, `postcopy.migration` for a machine as a whole.
-`attach`, `serve` and `attach_source` (`postcopy.lazy`) are lazily mapped memory for Python.
+`Userfaultfd` and `Memory` (`postcopy.uffd`, `postcopy.memory`) are memory that is filled on demand; they need cffi and
+nothing else. `attach`, `attach_source` and `serve` (`postcopy.lazy`) are memory that fills itself, from another host or
+by a coroutine. `postcopy.migration` moves a machine as a whole, `postcopy.dataplane` is the engine that brings its
+pages.
+
+Names and submodules are imported when they are first used. What is asynchronous runs under Trio.
 """
 
 from __future__ import annotations
@@ -14,6 +17,17 @@ from postcopy._native import ffi as _ffi
 from postcopy._native import lib as _lib
 
 if TYPE_CHECKING:
+    from postcopy import dataplane as dataplane
+    from postcopy import errors as errors
+    from postcopy import lazy as lazy
+    from postcopy import machines as machines
+    from postcopy import memory as memory
+    from postcopy import migration as migration
+    from postcopy import net as net
+    from postcopy import uffd as uffd
+    from postcopy import units as units
+    from postcopy import wire as wire
+    from postcopy.errors import PostcopyError
     from postcopy.lazy import LazyMemory, PageSource, SourceBlock, attach, attach_source, serve
     from postcopy.memory import Memory
     from postcopy.uffd import Userfaultfd
@@ -25,6 +39,7 @@ __all__ = [
     "LazyMemory",
     "Memory",
     "PageSource",
+    "PostcopyError",
     "SourceBlock",
     "Userfaultfd",
     "__version__",
@@ -33,13 +48,23 @@ __all__ = [
     "serve",
 ]
 
-_WHERE = {"Memory": "memory", "Userfaultfd": "uffd"}  # everything else is in `lazy`
+_WHERE = {"Memory": "memory", "PostcopyError": "errors", "Userfaultfd": "uffd"}  # everything else is in `lazy`
+_SUBMODULES = ("dataplane", "errors", "lazy", "machines", "memory", "migration", "net", "uffd", "units", "wire")
 
 
 def __getattr__(name: str) -> Any:
     # Only when asked for: a command that needs none of it should not pay for the import.
-    if name in __all__:
-        from importlib import import_module
+    if name not in __all__ and name not in _SUBMODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
+    from postcopy.errors import naming_missing_packages
+
+    with naming_missing_packages(f"{__name__}.{name}"):
+        if name in _SUBMODULES:
+            return import_module(f".{name}", __name__)
         return getattr(import_module(f".{_WHERE.get(name, 'lazy')}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_SUBMODULES])

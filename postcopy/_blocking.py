@@ -37,6 +37,7 @@ from typing import Any, TypeVar
 import outcome
 import trio
 
+from postcopy._trio import require_trio
 from postcopy.errors import MigrationError, ResourceError
 
 END_TIMEOUT_S = 30.0
@@ -249,6 +250,7 @@ class Workers:
 async def run_sync(function: Callable[..., T], *args: Any, abandon_on_cancel: bool = False) -> T:
     """`function(*args)` on one of the threads that serve this task, see `Workers.run`; on one of Trio's where none do:
     `ResourceError` when there is none, in which case it has not been called."""
+    require_trio("a blocking call of postcopy")
     workers = _serving.get()
     if workers is not None and not workers.closed:
         return await workers.run(function, *args, abandon_on_cancel=abandon_on_cancel)

@@ -36,11 +36,10 @@ _WHAT = {
 def share_file(name: str) -> str:
     """The path of a file that is installed with this package: a udev rule, a unit (``examples/systemd/``), a seccomp
     profile. Its name alone where there is none, as after ``pip install --target``."""
-    from postcopy import (
-        _native,  # which is where it was installed; the modules may be elsewhere (pip install --editable)
-    )
+    from postcopy import _native
 
-    # lib/python3.X/site-packages/postcopy/_native.abi3.so of a prefix: /usr/local, a virtual environment, ~/.local
+    # lib/python3.X/site-packages/postcopy/_native.abi3.so of a prefix: /usr/local, a virtual environment, ~/.local.
+    # (Of the extension: where this is an editable installation the modules are elsewhere.)
     above = Path(str(_native.__file__)).parents
     path = above[min(4, len(above) - 1)] / "share" / "postcopy" / name
     return str(path) if path.is_file() else name
@@ -110,7 +109,7 @@ def check_new_file(what: str, path: str) -> None:
         finally:
             os.close(at)
     except OSError as error:
-        raise ConfigurationError(f"{what} {path}: {_explain(error, directory)}") from error
+        raise ConfigurationError(f"{what} {path}: {explain_unwritable(error, directory)}") from error
 
 
 def check_new_directory(what: str, path: str) -> None:
@@ -124,7 +123,7 @@ def check_new_directory(what: str, path: str) -> None:
         os.mkdir(part, 0o700)
         os.rmdir(part)
     except OSError as error:
-        raise ConfigurationError(f"{what} {path}: {_explain(error, directory)}") from error
+        raise ConfigurationError(f"{what} {path}: {explain_unwritable(error, directory)}") from error
 
 
 @contextlib.contextmanager
@@ -275,14 +274,15 @@ def _refuse_irregular(what: str, path: str) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise ConfigurationError(f"{what} {path}: {error.strerror}") from error
+        raise ConfigurationError(f"{what} {path}: {explain_unwritable(error, _split(path)[0])}") from error
     if kind != stat.S_IFREG:
         raise ConfigurationError(
             f"{what} {path}: that is {_WHAT.get(kind, 'no file')}, which would be replaced; name a file"
         )
 
 
-def _explain(error: OSError, directory: str) -> str:
+def explain_unwritable(error: OSError, directory: str) -> str:
+    """Why nothing can be made there."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.isdir(directory):
         return f"directory {directory} does not exist"
     if error.errno in (errno.EACCES, errno.EPERM):

@@ -8,6 +8,7 @@ should be seen with its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -62,6 +63,10 @@ class CoreError(PostcopyError, OSError):
 
     def __str__(self) -> str:
         return f"{self.what}: {self.reason or self.strerror}"
+
+
+class MissingPackageError(ResourceError, ImportError):
+    """A Python package that this needs is not installed. Also an `ImportError`: `name` is the module."""
 
 
 def check(result: int, what: str, reason: str = "") -> int:
@@ -121,6 +126,44 @@ def out_of_files(number: int, what: str = "") -> ResourceError:
     return ResourceError(reason, "allow this process more open files: ulimit -n 1024")
 
 
+_PACKAGES = {  # by their modules: what pyproject.toml names, and what each is for
+    "trio": ("trio", "all that moves memory over a network"),
+    "outcome": ("trio", "all that moves memory over a network"),
+    "msgspec": ("msgspec", "the migration protocol"),
+    "rich": ("rich", "what is shown on a terminal"),
+    "h11": ("h11", "the HTTP server of --metrics"),
+    "prometheus_client": ("prometheus-client", "the metrics"),
+    "pyroute2": ("pyroute2", "the lab"),
+    "shtab": ("shtab", "completion"),
+}
+
+
+def missing_package(error: BaseException, what: str = "") -> MissingPackageError | None:
+    """The error for a package of `_PACKAGES` that `what` wanted to import and that is not installed, as after
+    ``pip install --no-deps``; None for any other error."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if name not in _PACKAGES:
+        return None
+    package, purpose = _PACKAGES[name]
+    found = MissingPackageError(
+        f"{what or purpose} needs the Python package {package}, which is not installed",
+        f"python -m pip install {package}; `python -m pip install postcopy` installs all that postcopy needs",
+    )
+    found.name = name
+    return found
+
+
+@contextlib.contextmanager
+def naming_missing_packages(what: str) -> Iterator[None]:
+    """Around imports: `MissingPackageError` for a package that `what` needs and that is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if found := missing_package(error, what):
+            raise found from error
+        raise
+
+
 def leaves(error: BaseException) -> Iterator[BaseException]:
     """The errors in a group and the groups in it; an error that is no group is its own only leaf."""
     if isinstance(error, BaseExceptionGroup):
@@ -131,8 +174,8 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 def shortage(error: BaseException | None) -> ResourceError | None:
-    """The `ResourceError` for an error, or a group of them, that only says that memory, threads or descriptors are
-    short, itself or as the cause of another one. None for any other."""
+    """The `ResourceError` for an error, or a group of them, that only says that memory, threads, descriptors or an
+    installed package are missing, itself or as the cause of another one. None for any other."""
     if isinstance(error, BaseExceptionGroup):
         found = [shortage(each) for each in leaves(error)]
         return found[0] if all(found) else None
@@ -142,7 +185,9 @@ def shortage(error: BaseException | None) -> ResourceError | None:
         return out_of_files(error.errno or 0)
     if isinstance(error, RuntimeError) and "start new thread" in str(error):  # CPython has no class for it
         return ResourceError("no thread can be started", "allow this user, or its control group, more processes")
-    return shortage(error.__cause__) if error is not None else None
+    if error is None:
+        return None
+    return missing_package(error) or shortage(error.__cause__)
 
 
 def known_error(group: BaseExceptionGroup[BaseException]) -> PostcopyError:

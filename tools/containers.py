@@ -10,9 +10,9 @@ the one that is killed here. What outlives a namespace (a directory of files, co
 program itself was killed, the next run removes it. Debian's docker.io, debootstrap and iproute2 are installed where
 they are missing and POSTCOPY_INSTALL=1 says that this may be done.
 
-*The base image.* Debian's minimal system with Python, by debootstrap from the mirror that apt uses here, and kept in
-build/containers. *The wheels*: postcopy's own is built with .venv, those it needs come from pip's index. So no image
-registry is needed. The image is the one that docker/Dockerfile describes, every step without a network.
+*The base image.* Debian's minimal system with Python (tools/debian.py). *The wheels*: postcopy's own is built with
+.venv, those it needs come from pip's index. So no image registry is needed. The image is the one that docker/Dockerfile
+describes, every step without a network.
 
 *profile* writes docker/seccomp-userfaultfd.json anew: what this daemon's own default allows a container without
 capabilities, and userfaultfd(2) with UFFD_USER_MODE_ONLY.
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -32,111 +31,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+
+from debian import NAMESPACE, PYTHONS, Failed, NotFetched, base_archive, ensure_installed, remove_stale, run, scratch
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "containers"
 PROFILE = ROOT / "docker" / "seccomp-userfaultfd.json"
-PACKAGES = {"dockerd": "docker.io", "docker": "docker.io", "debootstrap": "debootstrap", "ip": "iproute2",
-            "unshare": "util-linux", "setpriv": "util-linux"}  # fmt: skip
-SUITES = {(3, 11): "bookworm", (3, 13): "trixie"}  # the Debian that has this Python
 PREFIX = "postcopy-docker-"
 DAEMON_START_S = 60.0
 UFFD_USER_MODE_ONLY = 1
-
-# Everything that mounts or starts processes is the first process of namespaces of its own, or below it. It dies with
-# `unshare`, which dies with this program, however that ends, and the mounts with them.
-NAMESPACE = (
-    "setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
-)  # fmt: skip
-
-
-class Failed(Exception):
-    """One line for a person: what is missing or went wrong, and the remedy."""
-
-
-class NotFetched(Failed):
-    """A mirror of Debian's does not give what is needed: no fault of what is tested here."""
-
-
-class Interrupted(Exception):
-    """A signal asked for an end."""
 
 
 def say(text: str) -> None:
     print(f"containers: {text}", flush=True)
 
 
-def run(command: Sequence[str | os.PathLike[str]], timeout_s: float, what: str, **keywords: Any) -> str:
-    """Its standard output; `Failed` with the end of its standard error when it fails or takes too long."""
-    try:
-        done = subprocess.run(
-            command,
-            timeout=timeout_s,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            **keywords,
-        )
-    except subprocess.TimeoutExpired:
-        raise Failed(f"{what}: not done after {timeout_s:g} s") from None
-    except OSError as error:
-        raise Failed(f"{what}: {error}") from None
-    if done.returncode:
-        tail = f"{done.stdout.strip()[-1000:]}\n{done.stderr.strip()[-1000:]}".strip()
-        raise Failed(f"{what}: exit status {done.returncode}: {tail}")
-    return str(done.stdout)
-
-
-# ---- what must be installed
-
-
-def ensure_installed(commands: Sequence[str]) -> None:
-    """Installs from Debian what is missing, as root and when POSTCOPY_INSTALL=1 allows it; `Failed` otherwise."""
-    packages = {PACKAGES[command] for command in commands if shutil.which(command) is None}
-    if not packages:
-        return
-    if shutil.which("docker") is None and platform.freedesktop_os_release().get("VERSION_CODENAME") != "bookworm":
-        packages.add("docker-cli")  # which Debian 12 has in docker.io
-    words = " ".join(sorted(packages))
-    install = f"apt-get install --no-install-recommends {words}"
-    if os.geteuid() != 0 or os.environ.get("POSTCOPY_INSTALL") != "1":
-        raise Failed(
-            f"no Docker daemon answers, and to start one, as root, Debian's {words} is missing:"
-            f" `{install}`, or say POSTCOPY_INSTALL=1 to have it installed"
-        )
-    say(f"installing from Debian: {words}")
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    apt = ("apt-get", "--quiet", "--yes", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=60")
-    with no_services():
-        try:
-            run([*apt, "install", *packages], 180, "apt-get install", env=environment)
-        except Failed:
-            # Lists that are missing, or name versions that the mirror no longer has.
-            try:
-                run(["apt-get", "--quiet", "update"], 120, "apt-get update", env=environment)
-                run([*apt, "install", *packages], 180, "apt-get install", env=environment)
-            except Failed as error:
-                raise NotFetched(str(error)) from None
-
-
-@contextlib.contextmanager
-def no_services() -> Iterator[None]:
-    """A package that is installed meanwhile starts no daemon of its own (invoke-rc.d(8): status 101 of policy-rc.d)."""
-    policy = Path("/usr/sbin/policy-rc.d")
-    if policy.exists():
-        yield
-        return
-    policy.write_text("#!/bin/sh\nexit 101\n")
-    policy.chmod(0o755)
-    try:
-        yield
-    finally:
-        policy.unlink()
+class Interrupted(Exception):
+    """A signal asked for an end."""
 
 
 # ---- the daemon
@@ -164,8 +78,8 @@ def daemon() -> Iterator[str | None]:
     if os.geteuid() != 0:
         raise Failed("no Docker daemon answers: name one by DOCKER_HOST, or run this as root, which starts one")
     ensure_installed(["dockerd", "docker", "ip", "unshare", "setpriv"])
-    remove_stale()
-    with scratch() as directory:
+    remove_stale(PREFIX, remove_cgroups)
+    with scratch(PREFIX) as directory:
         process = None
         try:
             process = start(directory)
@@ -225,30 +139,6 @@ def remove_cgroups(name: str) -> bool:
     return done
 
 
-@contextlib.contextmanager
-def scratch() -> Iterator[Path]:
-    """A private directory, with a lock that says for how long it is in use. In /tmp: a socket's path must be short."""
-    directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir="/tmp"))
-    try:
-        with (directory / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def remove_stale() -> None:
-    """What runs that were killed have left."""
-    for directory in Path("/tmp").glob(f"{PREFIX}*"):
-        if directory.is_symlink() or directory.stat().st_uid != os.geteuid():
-            continue
-        with contextlib.suppress(OSError), (directory / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            say(f"removing {directory}, left by a run that was killed")
-            remove_cgroups(directory.name)
-            shutil.rmtree(directory, ignore_errors=True)
-
-
 class Docker:
     """The client, for one daemon."""
 
@@ -273,7 +163,7 @@ def suite() -> str:
     """The Debian release whose Python the wheels of this environment fit."""
     version = sys.version_info[:2]
     release = platform.freedesktop_os_release()
-    codename = SUITES.get(version)
+    codename = next((name for name, python in PYTHONS.items() if python == version), None)
     if codename is None or (release.get("ID") == "debian" and release.get("VERSION_CODENAME") != codename):
         raise Failed(
             f"no base image can be made for Python {version[0]}.{version[1]}"
@@ -283,59 +173,11 @@ def suite() -> str:
     return codename
 
 
-def mirror() -> str:
-    """Debian's mirror that apt uses here; none where apt does not tell: debootstrap knows one."""
-    if shutil.which("apt-get") is None:
-        return ""
-    listed = run(
-        ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Origin: Debian", f"Codename: {suite()}"],
-        20, "apt-get indextargets",
-    )  # fmt: skip
-    return next(iter(listed.split()), "")
-
-
-def base_archive() -> Path:
-    """The base image as a tar file, made where it is not there yet."""
-    release = suite()
-    archive = CACHE / f"base-{release}-{platform.machine()}.tar"
-    if archive.exists():
-        return archive
-    if os.geteuid() != 0:
-        raise Failed("the base image can be made by root only: run this once as root, or name a base by POSTCOPY_BASE")
-    ensure_installed(["debootstrap", "unshare", "setpriv"])
-    begin = time.monotonic()
-    say(f"making a base image of Debian {release} with debootstrap")
-    leave_out = [
-        *(f"usr/share/{name}" for name in ("doc", "man", "locale", "info")),
-        "var/cache/apt",
-        "var/lib/apt/lists",
-    ]
-    leave_out.append("dev")
-    with scratch() as directory:
-        log = directory / "debootstrap.log"
-        # Package files that apt has here already are not fetched again.
-        script = '"$@" >"$0" 2>&1'
-        command = ["debootstrap", "--variant=minbase", "--include=python3,python3-venv", release, f"{directory}/base"]
-        if where := mirror():
-            command.append(where)
-        try:
-            run([*NAMESPACE, "sh", "-c", script, str(log), *command], 240, "debootstrap")
-        except Failed as error:
-            tail = log.read_text(errors="replace")[-1000:] if log.exists() else ""
-            raise NotFetched(f"{error}{tail}") from None
-        excluded = [f"--exclude=./{name}/*" for name in leave_out]
-        part = archive.with_suffix(".part")
-        run(["tar", "-C", f"{directory}/base", *excluded, "-cf", part, "."], 60, "tar")
-        part.replace(archive)
-    say(f"base image: {time.monotonic() - begin:.0f} s, {archive.stat().st_size >> 20} MiB")
-    return archive
-
-
 def base_image(docker: Docker) -> str:
     """The name of an image with Python: the one that POSTCOPY_BASE names, or ours."""
     if name := os.environ.get("POSTCOPY_BASE"):
         return name
-    archive = base_archive()
+    archive = base_archive(suite())
     name = f"postcopy-test-base:{archive.stat().st_mtime_ns}"
     if not docker.has_image(name):
         docker("import", archive, name, timeout_s=120)

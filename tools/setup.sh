@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # setup.sh check            name what this system lacks and the package that has it; installs nothing
+# setup.sh extra VENV NAME  install what an extra of pyproject.toml names into it (dist)
 # setup.sh install VENV     check, then make or bring up to date the environment VENV with postcopy in it
 #
 # $PYTHON (python3) and $CC (gcc) say which to use. Needs no root and writes into VENV and build/ only (and pip's cache).
@@ -84,7 +85,7 @@ print(*(need.replace(" ", "") for need in tomllib.load(open("pyproject.toml", "r
 	else
 		echo "setup: rebuilding postcopy, its sources have changed"
 	fi
-	CC=$cc "$venv/bin/pip" install --quiet --disable-pip-version-check --no-build-isolation --editable '.[test,dev]'
+	CC=$cc "$venv/bin/pip" install --quiet --disable-pip-version-check --no-build-isolation --editable '.[test,dev,docs]'
 	touch "$venv/.dependencies"
 }
 
@@ -102,8 +103,14 @@ install)
 	fi
 	install "$2"
 	;;
+extra)
+	echo "setup: installing what pyproject.toml names for $3"
+	"$2/bin/python" -c 'import sys, tomllib
+print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")' "$3" |
+		"$2/bin/pip" install --quiet --disable-pip-version-check --requirement /dev/stdin
+	;;
 *)
-	echo "usage: setup.sh check | install VENV" >&2
+	echo "usage: setup.sh check | install VENV | extra VENV NAME" >&2
 	exit 2
 	;;
 esac

@@ -82,7 +82,7 @@ COMMANDS: Mapping[str, Command] = {
         "join what both sides of a lost migration have salvaged",
         "postcopy.cli.merge",
         "Joins the directories that --salvage has written on both sides of a migration that was lost, and counts the"
-        " pages that are in neither of them (in doubt). Exit status 0: none is.",
+        " pages that are in neither of them (in doubt); --verbose lists all of those. Exit status 0: none is in doubt.",
         (
             ("Into a memory image:", "postcopy merge source.salvage dest.salvage --output memory.img"),
             ("Into a directory for `postcopy source --from`:", "postcopy merge source.salvage dest.salvage --into vm1"),
@@ -136,6 +136,16 @@ COMMANDS: Mapping[str, Command] = {
         " or the most that is possible.",
         (("Two of them:", "postcopy bench fault throughput"),),
     ),
+    "schema": Command(
+        "print the schema of all JSON output",
+        "postcopy.cli.schema",
+        "Prints the schema of what postcopy writes as JSON: the lines of --json and --log-json, the answers and events"
+        " of the control socket. JSON Schema 2020-12, with units.",
+        (
+            ("Into a file:", "postcopy schema > postcopy.schema.json"),
+            ("For reading:", "postcopy schema --markdown | less"),
+        ),
+    ),
     "completion": Command(
         "print a completion script for bash, zsh or fish",
         "postcopy.cli.completion",
@@ -145,5 +155,11 @@ COMMANDS: Mapping[str, Command] = {
             ("zsh, into a directory of $fpath:", "postcopy completion zsh > ~/.zfunc/_postcopy"),
             ("fish:", "postcopy completion fish > ~/.config/fish/completions/postcopy.fish"),
         ),
+    ),
+    "man": Command(
+        "write the manual pages to a directory",
+        "postcopy.cli.man",
+        "Writes postcopy(1) and a page for each command, as --help has it. An installation has them already.",
+        (("Read one of them:", "postcopy man /tmp && man /tmp/postcopy-ctl.1"),),
     ),
 }

@@ -66,12 +66,13 @@ _SAID_BETTER: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (  # what
 )
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """One line instead of a page of usage, in words that name what was typed. `usage` names what must be given."""
 
     def __init__(self, *, formatter_class: Any = _Help, allow_abbrev: bool = False, **more: Any) -> None:
         super().__init__(formatter_class=formatter_class, allow_abbrev=allow_abbrev, **more)
         self._positionals.title = "arguments"
+        self.examples: tuple[tuple[str, str], ...] = ()
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -90,33 +91,40 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigurationError(f"{one_line(message)} (see `{self.prog} --help`)")
 
     def format_help(self) -> str:
-        self.usage = self.usage or self._usage()
+        self.usage = self.usage or self.short_usage()
         return super().format_help()
+
+    def help_of(self, action: argparse.Action) -> str:
+        """What is said of an argument, with its default."""
+        return self._get_formatter()._expand_help(action) if action.help else ""
+
+    def value_of(self, action: argparse.Action) -> str:
+        """What is to be written for its value."""
+        if action.nargs in (0, argparse.REMAINDER):
+            return str(action.metavar) if action.nargs else ""
+        return self._get_formatter()._format_args(action, action.dest.upper())
 
     @property
     def _name(self) -> str:
         return self.prog.partition(" ")[2] or self.prog
 
     @property
-    def subcommands(self) -> Mapping[str, _Parser]:
+    def subcommands(self) -> Mapping[str, Parser]:
         found = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
         return found[0].choices if found else {}
 
-    def walk(self) -> Iterator[_Parser]:
+    def walk(self) -> Iterator[Parser]:
         """This parser, and those of all commands under it."""
         yield self
         for parser in self.subcommands.values():
             yield from parser.walk()
 
-    def _usage(self) -> str:
+    def short_usage(self) -> str:
         """What must be given, and that there are options."""
         formatter = self._get_formatter()
 
         def written(action: argparse.Action) -> str:
-            value = formatter._format_args(action, action.dest.upper()) if action.nargs != 0 else ""
-            if action.nargs == argparse.REMAINDER:
-                value = str(action.metavar)
-            text = " ".join(filter(None, (*action.option_strings[:1], value)))
+            text = " ".join(filter(None, (*action.option_strings[:1], self.value_of(action))))
             return f"[{text}]" if action.nargs == argparse.PARSER and not action.required else text
 
         words = []
@@ -159,7 +167,7 @@ class _Parser(argparse.ArgumentParser):
             elif self.subcommands:
                 if word not in self.subcommands:
                     known = "; there are " + ", ".join(self.subcommands)
-                    asked = self._subparsers_metavar.lower()
+                    asked = self.subcommands_metavar.lower()
                     self.error(f"unknown {asked} {word!r}{did_you_mean(word, self.subcommands) or known}")
                 self.subcommands[word]._check_words(words)
                 return
@@ -169,7 +177,7 @@ class _Parser(argparse.ArgumentParser):
                 positional.pop(0)
 
     @property
-    def _subparsers_metavar(self) -> str:
+    def subcommands_metavar(self) -> str:
         return next(str(one.metavar) for one in self._actions if isinstance(one, argparse._SubParsersAction))
 
     def _no_option(self, name: str) -> NoReturn:
@@ -182,10 +190,10 @@ class _Parser(argparse.ArgumentParser):
         self.error(f"unknown option {name}{did_you_mean(name, known)}")
 
 
-def make_parser(arguments: Sequence[str] | None) -> _Parser:
+def make_parser(arguments: Sequence[str] | None) -> Parser:
     """The parser for these arguments: of the commands that they do not name it knows the names only. None: all of it,
     but for the commands that are not installed."""
-    parser = _Parser(
+    parser = Parser(
         prog="postcopy",
         description="Migrates a running machine to another host, and its memory after it: the machine runs there at"
         " once, and each page that it touches before the page has arrived is fetched at that moment.",
@@ -205,16 +213,17 @@ def make_parser(arguments: Sequence[str] | None) -> _Parser:
 
 
 def add_command(
-    commands: Any, name: str, help: str, description: str = "", examples: Iterable[tuple[str, str]] = ()
-) -> argparse.ArgumentParser:
+    commands: Any, name: str, help: str, description: str = "", examples: Sequence[tuple[str, str]] = ()
+) -> Parser:
     """The parser of a command among others (an action of `add_subparsers`)."""
     shown = [f"  {what}\n{textwrap.indent(line, '    ')}" for what, line in examples]
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser: Parser = commands.add_parser(
         name,
         help=help,
         description=description or f"{help[0].upper()}{help[1:]}.",
         epilog="\n".join(["examples:", *shown]) if shown else None,
     )
+    parser.examples = tuple(examples)
     return parser
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import trio
 
+from postcopy._trio import require_trio
 from postcopy.dataplane.pager import EventType, Pager
 from postcopy.errors import ConfigurationError, PeerError, PostcopyError
 from postcopy.lazy._bridge import Bridge
@@ -73,6 +74,7 @@ async def attach(
     Errors on the way in: `ConfigurationError`, `ResourceError`, and `PeerError` or `ProtocolError` when the source
     cannot be reached or refuses. Afterwards: see `LazyMemory`. Cancellable; closing is shielded and bounded in time.
     """
+    require_trio("postcopy.attach", "postcopy.lazy.blocking.attach")
     where = parse_address(address) if isinstance(address, str) else address
 
     def make_machine(kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout]) -> Machine:
@@ -157,6 +159,7 @@ async def attach_source(
     right to a userfaultfd. Cancellable. Closing cancels the fetches and waits until they have ended; the rest of it is
     shielded and bounded in time.
     """
+    require_trio("postcopy.attach_source", "postcopy.lazy.blocking.attach_source")
     layout = check_layout(source.blocks)
     for block in layout:
         if block.unit_bytes != page_bytes_of(backing):

@@ -28,6 +28,7 @@ import trio
 
 from postcopy._fd import FdHolder
 from postcopy._native import ffi
+from postcopy._trio import require_trio
 from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import Pager, PagerStatistics, Stage
 from postcopy.errors import PostcopyError
@@ -156,6 +157,7 @@ class LazyMemory:
         Any number of tasks at once, for overlapping ranges too. Cancellable: what was asked for then still comes.
         `PeerError` when a page is missing and the source lost, `trio.ClosedResourceError` when closed meanwhile.
         """
+        require_trio("LazyMemory.ensure", "postcopy.lazy.blocking")
         number, first, pages, _ = self._locate(offset, size, block)
         self._check_open()
         await trio.lowlevel.checkpoint_if_cancelled()

@@ -17,6 +17,7 @@ from typing import Any, cast
 import trio
 
 from postcopy._native import ffi, lib
+from postcopy._trio import require_trio
 from postcopy.dataplane.pageserver import PageServer
 from postcopy.errors import ConfigurationError
 from postcopy.lazy._bridge import Bridge, BridgeServer
@@ -84,6 +85,7 @@ async def serve(
     Errors: `ConfigurationError` for memory that cannot be served or an address that makes no sense, `ResourceError` for
     one that cannot be listened on. Trouble with one attacher is logged and ends only that one.
     """
+    require_trio("postcopy.serve", "postcopy.lazy.blocking.serve")
     where = parse_address(listen, listening=True) if isinstance(listen, str) else listen
     with _served(memory) as (served, size_bytes):
         machine = ImageMachine(served, size_bytes, verify=False, path="(served memory)")

@@ -12,8 +12,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from postcopy._blocking import run_sync
 from postcopy._native import ffi, lib
+from postcopy._trio import require_trio
 from postcopy.errors import BusyError, ConfigurationError, CoreError, ErrorLine, PostcopyError, ResourceError, check
 from postcopy.memory.bitmap import Bitmap
 from postcopy.uffd._ranges import ADDRESSES
@@ -316,11 +316,17 @@ class Memory:
     async def aread(self, offset: int, size_bytes: int) -> bytes:
         """`read` in a worker thread. Cancelled, it raises at once; the thread is left behind until the page comes, and
         the memory stays in use (`close` refuses) until then."""
+        require_trio("Memory.aread", "read() in a thread")
+        from postcopy._blocking import run_sync
+
         return await run_sync(self.read, offset, size_bytes, abandon_on_cancel=True)
 
     async def awrite(self, offset: int, data: Any) -> None:
         """`write` in a worker thread. Cancelled, it raises at once; the thread is left behind, and may still write when
         the page comes: `data` must not change until then, so bytes are best."""
+        require_trio("Memory.awrite", "write() in a thread")
+        from postcopy._blocking import run_sync
+
         await run_sync(self.write, offset, data, abandon_on_cancel=True)
 
     def discard(self, offset: int, size_bytes: int) -> None:

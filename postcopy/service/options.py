@@ -295,8 +295,8 @@ USER = Option("user", "as root: open the devices, then become this user and give
 # ---- The commands
 
 _ROOT_CONTROL = "/run/postcopy/control.sock"
-_DEFAULT_CONTROL = f"$XDG_RUNTIME_DIR/postcopy/control.sock, root: {_ROOT_CONTROL}"
-CONTROL = Option("control", f"control socket of the process (default: {_DEFAULT_CONTROL})", "PATH",
+DEFAULT_CONTROL = f"$XDG_RUNTIME_DIR/postcopy/control.sock, root: {_ROOT_CONTROL}"
+CONTROL = Option("control", f"control socket of the process (default: {DEFAULT_CONTROL})", "PATH",
                  partial(check_control_path, what="a control socket"))
 
 FROM_OPTIONS = Group(
@@ -333,7 +333,7 @@ COMMANDS: Mapping[str, tuple[Group, ...]] = {
         Group("destination", OneOf(HOLD, LISTEN, CONNECT, PEER_FILE)),
         Group("migration", MIGRATE_AFTER, SERVE, ON_FAILURE, BACKING, BUSY_POLL, *SENDING),
         _LOST,
-        _operating(f"none; with --hold {_DEFAULT_CONTROL}"), OUTPUT,
+        _operating(f"none; with --hold {DEFAULT_CONTROL}"), OUTPUT,
     ),
     "dest": (
         Group("source", OneOf(LISTEN, CONNECT, PEER_FILE)),
@@ -351,7 +351,7 @@ COMMANDS: Mapping[str, tuple[Group, ...]] = {
         Group("machine to begin with", replace(KIND, help="kind of the machine (default: none)"), NAME, *MACHINE),
         Group("migration", BACKING, BUSY_POLL, PAGER, *SENDING),
         Group("when the network fails", HEARTBEAT, RECOVER_FOR),
-        _operating(_DEFAULT_CONTROL), OUTPUT,
+        _operating(DEFAULT_CONTROL), OUTPUT,
     ),
 }
 _RECORDS: Mapping[str, tuple[Callable[..., Any], ...]] = {

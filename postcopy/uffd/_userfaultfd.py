@@ -28,14 +28,16 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
-
-import trio
+from typing import TYPE_CHECKING, Any
 
 from postcopy._native import ffi, lib
+from postcopy._trio import closed, require_trio
 from postcopy.errors import BusyError, CoreError, check
 from postcopy.uffd._probe import How, open_descriptor
 from postcopy.uffd._ranges import ADDRESSES, AddressTable
+
+if TYPE_CHECKING:
+    import trio  # imported where it is used: without it all works but what is asynchronous
 
 MAX_EVENTS = 64  # that one read takes
 
@@ -80,6 +82,21 @@ class Outcome(enum.Enum):
     NO_SPACE = "no space"  # ENOSPC, ENOMEM: no memory for it now
     NOT_PRESENT = "not present"  # EFAULT of CONTINUE: the page cache has no page there
 
+    @property
+    def reason(self) -> str:
+        """The same in words for a person."""
+        return _REASONS[self.name]
+
+
+_REASONS = {
+    "DONE": "done",
+    "EXISTS": "EEXIST: a page is there already; wake its waiters and go on behind it, as place() does",
+    "AGAIN": "EAGAIN: an event of this userfaultfd is unread; read it, then go on behind bytes_done",
+    "GONE": "ENOENT: the range is not registered with this userfaultfd, or its process has ended",
+    "NO_SPACE": "ENOMEM: there is no memory for it now",
+    "NOT_PRESENT": "EFAULT: the page cache has no page there; write it through another mapping first",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -91,6 +108,9 @@ class Result:
     @property
     def done(self) -> bool:
         return self.outcome is Outcome.DONE
+
+    def __str__(self) -> str:
+        return f"{self.bytes_done} bytes, {self.outcome.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +250,7 @@ class Userfaultfd:
     def fileno(self) -> int:
         """The number, for select() and to be sent to another process; stays this object's."""
         if self._closed:
-            raise trio.ClosedResourceError("this userfaultfd is closed")
+            raise closed("this userfaultfd is closed")
         return self._fd
 
     def __repr__(self) -> str:
@@ -240,15 +260,16 @@ class Userfaultfd:
 
     def register(self, address: int, size_bytes: int, mode: RegisterMode) -> UffdIoctl:
         """Reports faults on a page-aligned range from now on; what it allows. Errors: `BusyError` when another
-        userfaultfd has it or Python has a buffer of it (`Memory.buffer`), `CoreError` (EINVAL: not aligned, not mapped,
-        or a mode that this kind of memory has not)."""
+        userfaultfd has it or Python has a buffer of it (`Memory.buffer`), `CoreError` whose text names what is wrong
+        (EINVAL: address or length not aligned, nothing mapped, a mode that this kind of memory has not)."""
         ioctls: Any = ffi.new("uint64_t *")
         end = _end(address, size_bytes)
         with self._use() as fd:
             # Before the kernel has it: a buffer of it that is asked for meanwhile must be refused.
             known = self._addresses.register(self._owner, address, end)
             try:
-                check(lib.pc_uffd_register(fd, address, size_bytes, mode, ioctls), "registering memory")
+                result = lib.pc_uffd_register(fd, address, size_bytes, mode, ioctls)
+                self._check(result, "registering memory", "register", address, size_bytes, mode=mode)
             except BaseException:
                 self._addresses.unregister(self._owner, address, end)
                 for low, high in known:
@@ -260,7 +281,8 @@ class Userfaultfd:
         """Ends that. Threads that wait in the range go on, and find zeros where no page has been placed."""
         end = _end(address, size_bytes)
         with self._use() as fd:
-            check(lib.pc_uffd_unregister(fd, address, size_bytes), "unregistering memory")
+            result = lib.pc_uffd_unregister(fd, address, size_bytes)
+            self._check(result, "unregistering memory", "unregister", address, size_bytes)
             self._addresses.unregister(self._owner, address, end)
 
     # ---- filling
@@ -288,50 +310,65 @@ class Userfaultfd:
                 size_bytes = len(data)
             elif not 0 <= size_bytes <= len(data):
                 raise ValueError(f"{size_bytes} bytes of a source of {len(data)}")
-        return self._fill(lib.pc_uffd_copy, "placing pages", address, data, size_bytes, _mode(dont_wake, write_protect))
+        mode = _mode(dont_wake, write_protect)
+        return self._fill(lib.pc_uffd_copy, "placing pages", "copy", address, data, size_bytes, mode)
 
     def zeropage(self, address: int, size_bytes: int, *, dont_wake: bool = False) -> Result:
         """UFFDIO_ZEROPAGE: places pages of zeros. Not on huge pages."""
-        return self._fill(lib.pc_uffd_zeropage, "placing zero pages", address, size_bytes, _mode(dont_wake))
+        return self._fill(lib.pc_uffd_zeropage, "placing zero pages", "zeropage", address, size_bytes, _mode(dont_wake))
 
     def continue_(
         self, address: int, size_bytes: int, *, dont_wake: bool = False, write_protect: bool = False
     ) -> Result:
         """UFFDIO_CONTINUE: maps pages that are in the page cache already, written through another mapping."""
         mode = _mode(dont_wake, write_protect)
-        return self._fill(lib.pc_uffd_continue, "mapping pages", address, size_bytes, mode, efault=Outcome.NOT_PRESENT)
+        return self._fill(lib.pc_uffd_continue, "mapping pages", "continue", address, size_bytes, mode)
 
     def poison(self, address: int, size_bytes: int, *, dont_wake: bool = False) -> Result:
         """UFFDIO_POISON (Linux 6.6): a thread that touches these pages gets SIGBUS, in the kernel EFAULT or
         EHWPOISON."""
-        return self._fill(lib.pc_uffd_poison, "poisoning pages", address, size_bytes, _mode(dont_wake))
+        return self._fill(lib.pc_uffd_poison, "poisoning pages", "poison", address, size_bytes, _mode(dont_wake))
 
     def move(
         self, address: int, source: int, size_bytes: int, *, dont_wake: bool = False, allow_holes: bool = False
     ) -> Result:
         """UFFDIO_MOVE (Linux 6.8): moves private anonymous pages from the address `source` without copying them."""
         mode = _mode(dont_wake) | (int(lib.PC_UFFD_ALLOW_SRC_HOLES) if allow_holes else 0)
-        return self._fill(lib.pc_uffd_move, "moving pages", address, source, size_bytes, mode)
+        return self._fill(lib.pc_uffd_move, "moving pages", "move", address, source, size_bytes, mode)
 
-    def _fill(self, function: Any, what: str, *arguments: Any, efault: Outcome | None = None) -> Result:
+    def _fill(self, function: Any, what: str, call: str, address: int, *arguments: Any) -> Result:
         done: Any = ffi.new("uint64_t *")
         with self._use() as fd:
-            result = function(fd, *arguments, done)
-        outcome = efault if result == -errno.EFAULT else _OUTCOMES.get(-result)
+            result = function(fd, address, *arguments, done)
+        outcome = _OUTCOMES.get(-result)
+        if call == "continue" and result == -errno.EFAULT:
+            outcome = Outcome.NOT_PRESENT
         if outcome is None:
-            raise CoreError(-result, what)
+            source = int(ffi.cast("uintptr_t", arguments[0])) if len(arguments) == 3 else 0
+            self._check(result, what, call, address, arguments[-2], source=source)
+        assert outcome is not None
         return Result(int(done[0]), outcome)
+
+    def _check(self, result: int, what: str, call: str, address: int, size_bytes: int, **more: int) -> None:
+        """Raises what a negative result means, with the argument that was wrong."""
+        if result < 0:
+            from postcopy.uffd._explain import explain
+
+            reason = explain(call, -result, address, size_bytes, foreign=self._owner is None, **more)
+            check(result, what, reason)
 
     def writeprotect(self, address: int, size_bytes: int, *, protect: bool = True, dont_wake: bool = False) -> None:
         """UFFDIO_WRITEPROTECT: protects a range, or lifts the protection and wakes the writers. All or nothing."""
         mode = int(lib.PC_UFFD_PROTECT) if protect else int(lib.PC_UFFD_PROTECT_DONTWAKE) if dont_wake else 0
         with self._use() as fd:
-            check(lib.pc_uffd_writeprotect(fd, address, size_bytes, mode), "write-protecting memory")
+            result = lib.pc_uffd_writeprotect(fd, address, size_bytes, mode)
+        self._check(result, "write-protecting memory", "writeprotect", address, size_bytes)
 
     def wake(self, address: int, size_bytes: int) -> None:
         """UFFDIO_WAKE: waiters in the range try again; those whose page is still missing raise a new fault."""
         with self._use() as fd:
-            check(lib.pc_uffd_wake(fd, address, size_bytes), "waking threads")
+            result = lib.pc_uffd_wake(fd, address, size_bytes)
+        self._check(result, "waking threads", "wake", address, size_bytes)
 
     # ---- filling, with everything that can come between
 
@@ -400,16 +437,17 @@ class Userfaultfd:
             left_ms = None if deadline_s is None else max(0.0, (deadline_s - time.monotonic()) * 1000)
             ready = poll.poll(left_ms)
             if self._closed:
-                raise trio.ClosedResourceError("closed while waiting for events")
+                raise closed("this userfaultfd was closed while it was waited for")
             return bool(ready) or bool(self._buffered)
 
     async def read_batch(self, max_events: int = MAX_EVENTS) -> list[UffdEvent]:
         """At least one event; waits for it. A cancellation loses none; `trio.ClosedResourceError` when closed before or
-        meanwhile. One task at a time in a Trio run (else `trio.BusyResourceError`)."""
+        meanwhile. One task at a time in a Trio run (else `trio.BusyResourceError`). `RuntimeError` outside of Trio."""
         if max_events < 1:
             raise ValueError("at least one event")
         # Before the read, not after: events that were read and not returned would be lost to a cancellation. And here
         # it runs while the threads that were woken last come to their next fault.
+        trio = require_trio("Userfaultfd.read_batch", "wait() and read() in a thread")
         await trio.lowlevel.checkpoint()
         spin_ns = self._busy_poll_ns
         while True:
@@ -430,6 +468,7 @@ class Userfaultfd:
         return event
 
     async def _wait_readable(self) -> None:
+        trio = require_trio("waiting for events")
         token = trio.lowlevel.current_trio_token()
         with self._use() as fd:
             # Until the end of this block the descriptor stays open, so that `close` can notify Trio of it from any
@@ -494,7 +533,7 @@ class Userfaultfd:
         """Gives the descriptor away, which the caller then closes. `BusyError` while another thread or task uses it."""
         with self._lock:
             if self._closed:
-                raise trio.ClosedResourceError("this userfaultfd is closed")
+                raise closed("this userfaultfd is closed")
             if self._users or self._buffered:
                 raise BusyError("a userfaultfd that is in use, or of which events are held here, cannot be given away")
             self._closed = True
@@ -529,6 +568,8 @@ class Userfaultfd:
         for child in forks:
             child.close(abandon=True)
         os.eventfd_write(self._closing_fd, 1)
+        if waiting:
+            import trio
         for token in waiting:
             if trio.lowlevel.in_trio_run() and trio.lowlevel.current_trio_token() is token:
                 trio.lowlevel.notify_closing(self._fd)
@@ -539,6 +580,8 @@ class Userfaultfd:
 
     def _notify(self, token: trio.lowlevel.TrioToken) -> None:
         # In the thread of the waiter: while it is still there, the number is ours.
+        import trio
+
         if token in self._waiting:
             trio.lowlevel.notify_closing(self._fd)
 
@@ -572,7 +615,7 @@ class Userfaultfd:
     def _enter(self) -> int:
         with self._lock:
             if self._closed:
-                raise trio.ClosedResourceError("this userfaultfd is closed")
+                raise closed("this userfaultfd is closed")
             self._users += 1
             return self._fd
 

@@ -22,34 +22,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="lab", required=True, metavar="up|exec|link|status|down")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.add_argument("--name", default=DEFAULT_NAME, help="of the laboratory")
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+        command.add_argument("--name", default=DEFAULT_NAME, help="name of the laboratory")
         return command
 
-    up = add("up", "make hosts, joined by cables and a switch")
-    up.add_argument("--hosts", type=argument(parse_whole, 1, MAX_HOSTS), default=2, metavar="N", help="h1 to hN")
+    up = add("up", "make hosts that are joined by cables and a switch")
+    up.add_argument(
+        "--hosts",
+        type=argument(parse_whole, 1, MAX_HOSTS),
+        default=2,
+        metavar="N",
+        help="number of hosts, which are h1 to hN",
+    )
     up.add_argument(
         "--mtu",
         type=argument(parse_whole, MIN_MTU, MAX_MTU),
         default=1500,
         metavar="BYTES",
-        help="of all of it",
+        help="MTU of the network",
     )
     up.add_argument(
         "--rate",
         type=argument(parse_rate),
         metavar="RATE|off",
-        help="of every cable and direction, as 100mbit or 10MiB/s (default: off)",
+        help="rate of each cable in each direction, as 100mbit or 10MiB/s (default: off)",
     )
-    up.add_argument("--json", action="store_true", help="say what there is as JSON")
+    up.add_argument("--json", action="store_true", help="print what there is as JSON")
 
     execute = add("exec", "run a command in a host; the exit status is the command's")
-    execute.add_argument("host", metavar="HOST")
-    execute.add_argument("command_line", nargs=argparse.REMAINDER, metavar="-- COMMAND...")
+    execute.add_argument("host", metavar="HOST", help="host, as h1")
+    execute.add_argument("command_line", nargs=argparse.REMAINDER, metavar="-- COMMAND...", help="what is run there")
 
     link = add("link", "change a host's cable")
-    link.add_argument("host", metavar="HOST")
-    link.add_argument("change", metavar="cut|heal|rate|delay")
+    link.add_argument("host", metavar="HOST", help="host whose cable it is, as h1")
+    link.add_argument("change", metavar="cut|heal|rate|delay", help="what happens to it")
     link.add_argument("value", nargs="?", metavar="VALUE", help="rate: 100mbit, 10MiB/s or off; delay: 5ms or off")
     link.add_argument(
         "--to",
@@ -57,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="delay, where the kernel has no netem: a proxy in HOST delays connections to there; says where it listens",
     )
 
-    status = add("status", "what is up")
-    status.add_argument("--json", action="store_true", help="as JSON")
+    status = add("status", "show the laboratories and their hosts")
+    status.add_argument("--json", action="store_true", help="print it as JSON")
 
     end = add("down", "stop its processes and remove it")
     end.add_argument("--all", action="store_true", help="every laboratory of this user, whatever its name")

@@ -15,6 +15,8 @@ from trio.testing import MockClock
 
 from postcopy.errors import ConfigurationError
 from postcopy.net import Address
+from postcopy.records import Record
+from postcopy.records.commands import Cut
 from postcopy.testbed.chaos import ChaosPlan, ChaosProxy, open_chaos_proxy
 
 
@@ -182,8 +184,9 @@ async def test_by_itself(autojump_clock: MockClock) -> None:
         events: list[tuple[float, object]] = []
         began_s = trio.current_time()
 
-        def log(event: str, fields: dict[str, object]) -> None:
-            events.append((round(trio.current_time() - began_s, 6), fields["way"]))
+        def log(event: str, record: Record) -> None:
+            assert isinstance(record, Cut)
+            events.append((round(trio.current_time() - began_s, 6), record.way))
 
         plan = ChaosPlan.parse("all:every=1..2,down=0.5", seed)
         async with open_chaos_proxy("127.0.0.1:9", plan, log=log):
