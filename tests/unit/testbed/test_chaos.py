@@ -19,7 +19,6 @@ from postcopy.records import Record
 from postcopy.records.commands import Cut
 from postcopy.testbed.chaos import ChaosPlan, ChaosProxy, open_chaos_proxy
 
-
 JUMP_S = 0.5
 """A clock that jumps sooner would do so while the kernel of a busy host still has bytes on their way."""
 
