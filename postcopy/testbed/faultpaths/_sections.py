@@ -36,8 +36,8 @@ MARKS = {Verdict.CHANGED: " !", Verdict.NOT_EXPECTED: " ?"}
 LEGEND = (
     "blocked: waited for the page and went on with it; passed: went on without an event; retried: came back again and"
     " again instead of waiting; ! changed: another outcome than expected; ? there is no expectation for it; n/a not"
-    " available here; waits: state of the blocked thread (S interruptible, D killable only), and where it sleeps if not in"
-    f" {WAITS_IN}; fault of: the thread that raised it"
+    " available here; waits: state of the blocked thread (S interruptible, D killable only), and where it sleeps if"
+    f" not in {WAITS_IN}; fault of: the thread that raised it"
 )
 
 
