@@ -37,7 +37,7 @@ def test_the_source_distribution_has_every_file(sdist: Path) -> None:
 
 def test_the_wheel_has_the_package_and_what_is_shared(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
+        names = {name for name in archive.namelist() if not name.endswith("/")}
     info, data = f"postcopy-{VERSION}.dist-info", f"postcopy-{VERSION}.data/data"
     assert {"postcopy/_native.abi3.so", "postcopy/_native.pyi", "postcopy/py.typed"} <= names
     assert [file for file in names if file.endswith((".so", ".a"))] == ["postcopy/_native.abi3.so"]
