@@ -12,16 +12,18 @@ from typing import Any
 
 import trio
 
+from postcopy._stop import Stop
 from postcopy.cli._parser import add_command, add_option, with_default
 from postcopy.cli.sides import Run
 from postcopy.errors import ConfigurationError, MigrationError, PeerError
 from postcopy.output import Output
 from postcopy.output.words import format_duration
+from postcopy.records import Json
 from postcopy.service import options
 from postcopy.service.client import ControlClient
 from postcopy.service.options import CONTROL, default_control, flag
 from postcopy.service.render import render_answer
-from postcopy.service.schema import COMMANDS, ControlError, Json, plain
+from postcopy.service.schema import COMMANDS, ControlError, plain
 from postcopy.units import format_size
 
 TOP = "top"
@@ -72,7 +74,7 @@ class CtlCommand:
         self._now: Json = {}  # how that stands, or with `top` the process
         self._asked = f"postcopy ctl --control {self._socket}" if "control" in given else "postcopy ctl"
 
-    async def run(self, stop: trio.Event) -> bool:
+    async def run(self, stop: Stop) -> bool:
         """True when it was done. `ConfigurationError` for what the process does not understand."""
         done = False
         async with trio.open_nursery() as nursery:
@@ -112,7 +114,7 @@ class CtlCommand:
         """Until it has ended, one way or the other."""
         await client.execute("events", {"enable": True})
         answer = await client.execute("migrate", self._arguments)
-        self._migration = str(answer.get("migration-id") or answer["migration"])
+        self._migration = str(answer["migration-id"])
         self._now = {"side": "source", "name": answer["machine"], "status": "connecting"}
         async with trio.open_nursery() as nursery:
             if not self._json:
@@ -152,8 +154,7 @@ class CtlCommand:
 
     def _is_it(self, data: Json) -> bool:
         # (sent to where it is, a machine has a migration of each direction)
-        found = data.get("migration-id") or data.get("migration") or data.get("id")
-        return found == self._migration and data.get("direction") == "outgoing"
+        return data.get("migration-id") == self._migration and data.get("direction") == "outgoing"
 
     def _say_that_it_goes_on(self) -> None:
         name = self._now["name"]

@@ -7,8 +7,7 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import trio
-
+from postcopy._stop import Stop
 from postcopy.errors import ConfigurationError
 from postcopy.machines.kinds import MachineOptions
 from postcopy.migration.source import SourceOptions
@@ -25,7 +24,9 @@ from postcopy.service.config import (
 from postcopy.service.options import default_control, record
 from postcopy.service.service import Service
 
-Run = Callable[[trio.Event], Awaitable[bool]]
+Run = Callable[[Stop], Awaitable[bool]]
+KEEPS_MACHINES = True
+"""A closed terminal does not end them."""
 
 
 def make(given: dict[str, Any], output: Output) -> Run:
@@ -36,6 +37,8 @@ def make(given: dict[str, Any], output: Output) -> Run:
         service = _dest(given, output)
     elif command == "daemon" or "hold" in given:
         if "control" not in given:
+            if "user" in given:
+                raise ConfigurationError("--user: say --control PATH, in a directory that this user may write to")
             given["control"] = default_control()
         service = _daemon(given, output)
     else:
