@@ -254,6 +254,7 @@ class TestDaemon:
         limit = 4 * MIB
         first = daemon("a", "--max-bandwidth", f"{limit // MIB}MiB/s")
         target = daemon("b").address
+        assert first.address  # after which its control socket is there
         at = operator("a")
         names = ["one", "two"]
         for name in names:
