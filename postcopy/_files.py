@@ -109,7 +109,7 @@ def check_new_file(what: str, path: str) -> None:
         finally:
             os.close(at)
     except OSError as error:
-        raise ConfigurationError(f"{what} {path}: {_explain(error, directory)}") from error
+        raise ConfigurationError(f"{what} {path}: {explain_unwritable(error, directory)}") from error
 
 
 def check_new_directory(what: str, path: str) -> None:
@@ -123,7 +123,7 @@ def check_new_directory(what: str, path: str) -> None:
         os.mkdir(part, 0o700)
         os.rmdir(part)
     except OSError as error:
-        raise ConfigurationError(f"{what} {path}: {_explain(error, directory)}") from error
+        raise ConfigurationError(f"{what} {path}: {explain_unwritable(error, directory)}") from error
 
 
 @contextlib.contextmanager
@@ -274,14 +274,15 @@ def _refuse_irregular(what: str, path: str) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise ConfigurationError(f"{what} {path}: {error.strerror}") from error
+        raise ConfigurationError(f"{what} {path}: {explain_unwritable(error, _split(path)[0])}") from error
     if kind != stat.S_IFREG:
         raise ConfigurationError(
             f"{what} {path}: that is {_WHAT.get(kind, 'no file')}, which would be replaced; name a file"
         )
 
 
-def _explain(error: OSError, directory: str) -> str:
+def explain_unwritable(error: OSError, directory: str) -> str:
+    """Why nothing can be made there."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.isdir(directory):
         return f"directory {directory} does not exist"
     if error.errno in (errno.EACCES, errno.EPERM):

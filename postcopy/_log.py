@@ -16,6 +16,9 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
+from postcopy.records import as_json
+from postcopy.records.log import LogLine
+
 
 class _Migration(Protocol):
     machine_name: str
@@ -47,10 +50,10 @@ def add_migration(record: logging.LogRecord) -> bool:
 
 
 def json_line(level: str, logger: str, message: str, when_s: float, **more: Any) -> str:
-    """A log line as an object: time (RFC 3339, UTC), level, logger, message, and what else is known."""
+    """A log line as an object (`LogLine`), with what else is known."""
     time = datetime.fromtimestamp(when_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     known = {name: value for name, value in more.items() if value}
-    return json.dumps({"time": time, "level": level, "logger": logger, "message": message, **known})
+    return json.dumps(as_json(LogLine(time=time, level=level, logger=logger, message=message, **known)))
 
 
 def plain_record(record: logging.LogRecord) -> str:
@@ -76,7 +79,7 @@ def json_record(record: logging.LogRecord) -> str:
         record.name,
         record.getMessage(),
         record.created,
-        migration=getattr(record, "migration", ""),
+        migration_id=getattr(record, "migration", ""),
         machine=getattr(record, "machine", ""),
         exception=exception,
     )

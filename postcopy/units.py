@@ -175,6 +175,11 @@ def any_of(words: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
+def among(known: Iterable[str]) -> str:
+    """``"; there are a, b, c"``, for a word that is none of them."""
+    return f"; there are {', '.join(known)}"
+
+
 def did_you_mean(text: str, known: Iterable[str]) -> str:
     """``"; did you mean X?"`` for the known word that is most like `text`, or nothing where none is."""
     from difflib import get_close_matches  # where something is wrong already

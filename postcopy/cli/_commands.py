@@ -82,7 +82,7 @@ COMMANDS: Mapping[str, Command] = {
         "join what both sides of a lost migration have salvaged",
         "postcopy.cli.merge",
         "Joins the directories that --salvage has written on both sides of a migration that was lost, and counts the"
-        " pages that are in neither of them (in doubt). Exit status 0: none is.",
+        " pages that are in neither of them (in doubt); --verbose lists all of those. Exit status 0: none is in doubt.",
         (
             ("Into a memory image:", "postcopy merge source.salvage dest.salvage --output memory.img"),
             ("Into a directory for `postcopy source --from`:", "postcopy merge source.salvage dest.salvage --into vm1"),
@@ -135,6 +135,16 @@ COMMANDS: Mapping[str, Command] = {
         "Measures the figures of docs/measurements.md. Each is a ratio to what the same run has measured as the least"
         " or the most that is possible.",
         (("Two of them:", "postcopy bench fault throughput"),),
+    ),
+    "schema": Command(
+        "print the schema of all JSON output",
+        "postcopy.cli.schema",
+        "Prints the schema of what postcopy writes as JSON: the lines of --json and --log-json, the answers and events"
+        " of the control socket. JSON Schema 2020-12, with units.",
+        (
+            ("Into a file:", "postcopy schema > postcopy.schema.json"),
+            ("For reading:", "postcopy schema --markdown | less"),
+        ),
     ),
     "completion": Command(
         "print a completion script for bash, zsh or fish",

@@ -4,9 +4,10 @@
 Exit status: 0 when what was asked has happened, 1 when it has not, 2 when it was asked in a way that makes no sense. An
 error meant for a person is one line on stderr, ``postcopy: error: ...``; a traceback is a mistake in this package.
 
-Ctrl-C, SIGTERM and a closed terminal (SIGHUP) mean: end in order, now. Where a command runs until it is interrupted (a
-destination without ``--run-for``, a source that serves forever), that is how it succeeds. A second signal ends the
-command without waiting.
+Ctrl-C and SIGTERM mean: end in order, now. Where a command runs until it is interrupted (a destination without
+``--run-for``, a source that serves forever), that is how it succeeds. What is lost when it ends now, and cannot be had
+again, is seen through first, unless the signal comes again (`postcopy._stop`). A closed terminal (SIGHUP) ends what
+keeps no machines; the others go on without it, and with ``--peer-file`` read that again.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from typing import Any
 
 import trio
 
+from postcopy._stop import Stop
 from postcopy.cli._parser import load, make_parser, values
 from postcopy.errors import ConfigurationError, PostcopyError, known_error, shortage
 from postcopy.net import Route, read_peer_file
 from postcopy.output import LogHandler, Output, make_output
 from postcopy.service.options import LOG_LEVEL
 from postcopy.wire import one_line
+
+log = logging.getLogger(__name__)
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
@@ -70,11 +74,13 @@ def _command(arguments: Sequence[str], output: Output) -> int:
         return status
     given = values(args)
     output.configure(given.get("json", False), given.get("log_json", False))
-    return _run(module.make, given, output)
+    return _run(module.make, given, output, getattr(module, "KEEPS_MACHINES", False))
 
 
-def _run(make: Callable[..., Callable[[trio.Event], Awaitable[bool]]], given: dict[str, Any], output: Output) -> int:
-    """A command whose words all go through `output`."""
+def _run(
+    make: Callable[..., Callable[[Stop], Awaitable[bool]]], given: dict[str, Any], output: Output, keeps: bool
+) -> int:
+    """A command whose words all go through `output`. `keeps`: what it has is lost with it."""
     try:
         level = given.get("log_level", LOG_LEVEL).upper()
         logging.basicConfig(level=level, handlers=[LogHandler(output)], force=True)
@@ -93,37 +99,44 @@ def _run(make: Callable[..., Callable[[trio.Event], Awaitable[bool]]], given: di
         with contextlib.suppress(AttributeError):  # glibc only
             ctypes.CDLL(None).malloc_trim(0)  # a megabyte that imports have used and freed
         output.start()
-        done = trio.run(_with_signals, run, route, strict_exception_groups=True)
+        done = trio.run(_with_signals, run, keeps, route, strict_exception_groups=True)
         return EXIT_OK if done else EXIT_FAILED
     except BaseExceptionGroup as group:
         return _failed(known_error(group), output)
 
 
-async def _with_signals(run: Callable[[trio.Event], Awaitable[bool]], route: Route | None) -> bool:
-    """Runs a command. The first signal asks it to end, the second one ends it. SIGHUP makes the `route` look its
-    address up again. Where there is no route it means that the terminal was closed: then it counts as the first
-    signal, and never as the second one, since both the shell and the kernel may send it."""
-    stop = trio.Event()
+async def _with_signals(run: Callable[[Stop], Awaitable[bool]], keeps: bool, route: Route | None) -> bool:
+    """Runs a command. Ctrl-C and SIGTERM ask it to end (`Stop`), SIGHUP too where it `keeps` nothing; else that makes
+    the `route` look its address up again, and changes nothing where there is none."""
+    stop = Stop()
     done = False
-    # (under nohup it is ignored, and stays so)
-    hangup = (signal.SIGHUP,) if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else ()
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, *hangup) as signals:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, *_hangup(keeps)) as signals:
         async with trio.open_nursery() as nursery:
 
             async def listen() -> None:
                 async for number in signals:
-                    if number == signal.SIGHUP and route is not None:
-                        route.refresh(by_user=True)
-                        continue
-                    logging.getLogger(__name__).info("%s: ending in order", signal.Signals(number).name)
-                    if stop.is_set() and number != signal.SIGHUP:
+                    by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+                    if number == signal.SIGHUP and keeps:
+                        log.info("SIGHUP: %s", "reading the peer's address again" if route else "nothing to read again")
+                        if route is not None:
+                            route.refresh(by_user=True)
+                    elif stop.ask(by):
                         nursery.cancel_scope.cancel()
-                    stop.set()
 
             nursery.start_soon(listen)
             done = await run(stop)
             nursery.cancel_scope.cancel()
     return done
+
+
+def _hangup(keeps: bool) -> tuple[signal.Signals, ...]:
+    """SIGHUP, unless it is ignored, as under nohup. From now on it does not end a command that `keeps` something, also
+    before and after the signals are received."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        return ()
+    if keeps:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    return (signal.SIGHUP,)
 
 
 def _failed(error: PostcopyError, output: Output) -> int:

@@ -12,16 +12,18 @@ from typing import Any
 
 import trio
 
+from postcopy._stop import Stop
 from postcopy.cli._parser import add_command, add_option, with_default
 from postcopy.cli.sides import Run
 from postcopy.errors import ConfigurationError, MigrationError, PeerError
 from postcopy.output import Output
 from postcopy.output.words import format_duration
+from postcopy.records import Json
 from postcopy.service import options
 from postcopy.service.client import ControlClient
 from postcopy.service.options import CONTROL, default_control, flag
 from postcopy.service.render import render_answer
-from postcopy.service.schema import COMMANDS, ControlError, Json, plain
+from postcopy.service.schema import COMMANDS, ControlError, plain
 from postcopy.units import format_size
 
 TOP = "top"
@@ -72,7 +74,7 @@ class CtlCommand:
         self._now: Json = {}  # how that stands, or with `top` the process
         self._asked = f"postcopy ctl --control {self._socket}" if "control" in given else "postcopy ctl"
 
-    async def run(self, stop: trio.Event) -> bool:
+    async def run(self, stop: Stop) -> bool:
         """True when it was done. `ConfigurationError` for what the process does not understand."""
         done = False
         async with trio.open_nursery() as nursery:
@@ -90,7 +92,7 @@ class CtlCommand:
                     raise ConfigurationError(str(error)) from error
                 raise
             nursery.cancel_scope.cancel()
-        if self._migration and not done and stop.is_set():
+        if self._request == "migrate" and self._now and not done and stop.is_set():
             self._say_that_it_goes_on()
         # What is followed until interrupted succeeds so.
         return done or (self._request in ("events", TOP) and stop.is_set())
@@ -111,12 +113,14 @@ class CtlCommand:
     async def _migrate(self, client: ControlClient) -> bool:
         """Until it has ended, one way or the other."""
         await client.execute("events", {"enable": True})
-        answer = await client.execute("migrate", self._arguments)
-        self._migration = str(answer.get("migration-id") or answer["migration"])
-        self._now = {"side": "source", "name": answer["machine"], "status": "connecting"}
+        # (which machine that is, when it has but one, the process says with its answer: when it is on its way)
+        self._now = {"side": "source", "name": self._arguments.get("machine", "migration"), "status": "connecting"}
         async with trio.open_nursery() as nursery:
             if not self._json:
                 nursery.start_soon(self._output.follow, lambda: self._now)
+            answer = await client.execute("migrate", self._arguments)
+            self._migration = str(answer["migration-id"])
+            self._now["name"] = self._arguments["machine"] = answer["machine"]
             ended = await self._until_ended(client)
             nursery.cancel_scope.cancel()
         name, status = ended["machine"], ended["status"]
@@ -152,14 +156,14 @@ class CtlCommand:
 
     def _is_it(self, data: Json) -> bool:
         # (sent to where it is, a machine has a migration of each direction)
-        found = data.get("migration-id") or data.get("migration") or data.get("id")
-        return found == self._migration and data.get("direction") == "outgoing"
+        return data.get("migration-id") == self._migration and data.get("direction") == "outgoing"
 
     def _say_that_it_goes_on(self) -> None:
-        name = self._now["name"]
-        self._output.say(f"postcopy: the migration of {name} goes on; `{self._asked} top` shows it")
+        name = self._arguments.get("machine", "")
+        of, which = (f" of {name}", f" --machine {name}") if name else ("", "")
+        self._output.say(f"postcopy: the migration{of} goes on; `{self._asked} top` shows it")
         if self._now["status"] in _REVERSIBLE:
-            self._output.say(f"postcopy: to stop it: {self._asked} migrate-cancel --machine {name}")
+            self._output.say(f"postcopy: to stop it: {self._asked} migrate-cancel{which}")
         else:
             self._output.say("postcopy: it cannot be stopped any more: it is past its point of no return")
 

@@ -7,10 +7,9 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import trio
-
+from postcopy._stop import Stop
 from postcopy.errors import ConfigurationError
-from postcopy.machines.kinds import MachineOptions
+from postcopy.machines.kinds import MachineOptions, is_live
 from postcopy.migration.source import SourceOptions
 from postcopy.output import Output
 from postcopy.service import options
@@ -25,7 +24,9 @@ from postcopy.service.config import (
 from postcopy.service.options import default_control, record
 from postcopy.service.service import Service
 
-Run = Callable[[trio.Event], Awaitable[bool]]
+Run = Callable[[Stop], Awaitable[bool]]
+KEEPS_MACHINES = True
+"""A closed terminal does not end them."""
 
 
 def make(given: dict[str, Any], output: Output) -> Run:
@@ -36,6 +37,8 @@ def make(given: dict[str, Any], output: Output) -> Run:
         service = _dest(given, output)
     elif command == "daemon" or "hold" in given:
         if "control" not in given:
+            if "user" in given:
+                raise ConfigurationError("--user: say --control PATH, in a directory that this user may write to")
             given["control"] = default_control()
         service = _daemon(given, output)
     else:
@@ -96,8 +99,8 @@ def _check_source(given: dict[str, Any]) -> None:
         if "salvage_to" in given or given.get("migrate_after_s"):
             raise ConfigurationError("--salvage and --migrate-after have no meaning with --hold")
         return
-    is_image = given.get("kind") == "image"
-    if given.get("serve", 1) != 1 and not (is_image and "listen" in given):
+    live = "kind" not in given or is_live(given["kind"])
+    if given.get("serve", 1) != 1 and (live or "listen" not in given):
         raise ConfigurationError("--serve goes with --machine image and --listen only")
-    if is_image:
+    if not live:
         given.pop("backing", None)  # its memory is the file

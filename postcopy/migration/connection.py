@@ -29,6 +29,8 @@ MISSED_HEARTBEATS = 3
 """A peer that was silent for so many heartbeats is lost."""
 STEP_TIMEOUT_S = 30.0
 """How long a peer may take for one step of the set-up."""
+LAST_LOOK_S = 0.02
+"""For what has come while this process did not run."""
 SEND_BYTES = 256 * 1024
 """The peer has `STEP_TIMEOUT_S` for so much of a message: a slow network is not taken for a peer that hangs."""
 MESSAGES_PER_S = 2000
@@ -155,20 +157,22 @@ class Control(Generic[P]):
                 raise PeerError(protocol.reason)
             if protocol.ended:
                 return
-            data: bytes | bytearray = b""
-            with trio.move_on_after(self._silence_s) as scope:
-                try:
-                    data = await self._stream.receive_some(64 * 1024)
-                except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                    lost = self._lost(error)
-                    protocol.connection_lost(str(lost))
-                    raise lost from error
-            if scope.cancelled_caught:
-                protocol.connection_lost(f"no sign of life from {self.protocol.PEER} for {self._silence_s:g} s")
-            elif data:
-                protocol.receive_data(bytes(data))
+            if data := await self._receive_some():
+                protocol.receive_data(data)
             else:
                 protocol.receive_eof()
+
+    async def _receive_some(self) -> bytes:
+        """What comes next; empty at the end. Raises when the connection is broken or the peer silent; the protocol is
+        not told here, so that the peer can still get the reason: see `give_reason`."""
+        try:
+            # A second look, since it may have been this process that has not run for so long.
+            for within_s in (self._silence_s, LAST_LOOK_S):
+                with trio.move_on_after(within_s):
+                    return bytes(await self._stream.receive_some(64 * 1024))
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise self._lost(error) from error
+        raise PeerError(f"no sign of life from {self.protocol.PEER} for {self._silence_s:g} s")
 
     async def _take_turns(self) -> None:
         """At every message. One read may hold thousands of empty messages, and a peer may send nothing else: the other

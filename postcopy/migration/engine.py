@@ -35,7 +35,7 @@ from postcopy._log import about
 from postcopy.dataplane._base import DataPlane
 from postcopy.dataplane._events import Event, EventType
 from postcopy.errors import ConfigurationError, MigrationError, PeerError, PostcopyError, ResourceError
-from postcopy.migration.connection import Control, P, data_silence_s
+from postcopy.migration.connection import LAST_LOOK_S, Control, P, data_silence_s
 from postcopy.migration.maps import Disagreement
 from postcopy.migration.statistics import Recoveries, Statistics
 from postcopy.migration.tasks import FirstFailure, Interrupted, explained, first_of, now_ns
@@ -62,6 +62,14 @@ Plan = Callable[[Control[P], Link], Awaitable[None]]
 
 class Unrecoverable(PostcopyError):
     """No other connection would help."""
+
+
+class ChannelLost(MigrationError):
+    """A data channel has ended: of a network that fails, or because the peer gives up."""
+
+    def __init__(self, event: Event, peer: str) -> None:
+        channel = f"data channel ({event.channel_kind.name.lower()} {event.channel})"
+        super().__init__(f"a {channel} broke: {event.text}" if event.text else f"{peer} closed a {channel}")
 
 
 class Engine(abc.ABC, Generic[P, D]):
@@ -336,6 +344,8 @@ class Engine(abc.ABC, Generic[P, D]):
                 if self._protocol.state is not State.COMPLETED:
                     where = "interrupted" if ended else "ended"
                     self.failure = scope.failure or Interrupted(f"{where} at the {self.SIDE}")
+                    if isinstance(self.failure, ChannelLost) and self._protocol.ended:
+                        self.failure = PeerError(self._protocol.reason)  # the peer has said why
                     problem = await self._contained(self._after_connection, control, self.failure)
                     if isinstance(scope.failure, Unrecoverable):
                         problem = scope.failure
@@ -396,9 +406,9 @@ class Engine(abc.ABC, Generic[P, D]):
             self._note(event)
             if event.type is EventType.CHANNEL_DOWN and self._needs(event):
                 if not self._protocol.committed:  # it may be all that the peer could do to end it before the decision
-                    await trio.sleep(PEER_SAYS_WHY_S)
-                why = event.text or f"closed by {self._protocol.PEER}"
-                raise MigrationError(f"data channel lost: {event.channel_kind.name.lower()} {event.channel} ({why})")
+                    for within_s in (PEER_SAYS_WHY_S, LAST_LOOK_S):
+                        await trio.sleep(within_s)
+                raise ChannelLost(event, self._protocol.PEER)
 
     def _needs(self, event: Event) -> bool:
         """Whether the channel that went down is still needed."""

@@ -9,6 +9,7 @@ and errors are kept as long as the process lives, and for a few seconds at its e
 from __future__ import annotations
 
 from postcopy.output._output import LogHandler, Output, make_output
+from postcopy.output._view import count_machines
 from postcopy.output._writer import Kind
 
-__all__ = ["Kind", "LogHandler", "Output", "make_output"]
+__all__ = ["Kind", "LogHandler", "Output", "count_machines", "make_output"]

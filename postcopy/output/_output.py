@@ -20,12 +20,13 @@ from postcopy._log import add_migration, json_line, json_record, plain_record
 from postcopy.errors import ResourceError
 from postcopy.output._view import LIVE_PERIOD_S, View
 from postcopy.output._writer import Kind, QueuedStream, Writer
+from postcopy.records import VERSION, Json, Record, as_json
+from postcopy.records.events import OutputDropped
 
 if TYPE_CHECKING:
     # Loaded only where there is a terminal: a daemon's megabytes are counted.
     from rich.console import Console
 
-Json = dict[str, Any]
 PERIOD_S = 0.5
 PLAIN_PERIOD_S = 2.0
 
@@ -47,6 +48,7 @@ class Output:
         )
         self._stalled = False  # that stdout is not read has been said
         self._kick = trio.Event()
+        self._last_progress: dict[str, Json] = {}
         self.view = View()
         self.listeners: list[Callable[[str, Json], None]] = []
         """Called with every event, whether or not JSON was asked for; must not block."""
@@ -116,7 +118,7 @@ class Output:
     def _dropped_events(self, count: int) -> str:
         self._stalled = False
         if self._as_json:
-            return self._event_line("output-dropped", {"lines": count})
+            return self._event_line("output-dropped", as_json(OutputDropped(lines=count)))
         return f"postcopy: {count} lines are missing here: nobody read them\n"
 
     def _dropped_lines(self, count: int) -> str:
@@ -150,8 +152,14 @@ class Output:
         self._console.print(text, markup=False)
         stream.as_kind(Kind.PROGRESS)
 
-    def emit(self, event: str, fields: Json) -> None:
-        """A JSON line, where they were asked for."""
+    def emit(self, event: str, record: Record) -> None:
+        """A JSON line, where they were asked for. Progress that says the same as before is left out."""
+        fields = as_json(record)
+        if event == "progress":
+            side = fields["side"]
+            if fields == self._last_progress.get(side):
+                return
+            self._last_progress[side] = fields
         for listener in self.listeners:
             listener(event, fields)
         if not self._as_json or self._stdout.gone:
@@ -165,23 +173,25 @@ class Output:
 
     def _event_line(self, event: str, fields: Json) -> str:
         elapsed_ms = round((time.monotonic() - self._began) * 1000, 1)
-        return json.dumps({"event": event, "elapsed-ms": elapsed_ms, **fields}) + "\n"
+        return json.dumps({"schema": VERSION, "event": event, "elapsed-ms": elapsed_ms, **fields}) + "\n"
 
     def kick(self) -> None:
         """Something changed: show it now."""
         self._kick.set()
 
-    async def follow(self, status: Callable[[], Json]) -> None:
-        """Shows progress until cancelled."""
+    async def follow(self, progress: Callable[[], Record | Json]) -> None:
+        """Shows progress until cancelled; and emits it, where it is not what another process has said."""
         period_s = PERIOD_S if self._console is None else LIVE_PERIOD_S
         next_event = next_plain = 0.0
         last_status = None
         with self._live_view() as draw:
             while True:
-                now, at = status(), time.monotonic()
+                record, at = progress(), time.monotonic()
+                now = as_json(record)
                 if self._kick.is_set() or at >= next_event:
                     self._kick = trio.Event()
-                    self.emit("progress", now)
+                    if isinstance(record, Record):
+                        self.emit("progress", record)
                     next_event = at + PERIOD_S
                     if draw is None and (now.get("status") != last_status or at >= next_plain):
                         self._plain(now)

@@ -42,7 +42,7 @@ class View:
             ram, latency = job.get("ram") or {}, job.get("fault-latency-us") or {}
             arrived, total = arrived_bytes(ram), ram.get("total") or 0
             moving = job.get("status", "").startswith(("postcopy", "active"))
-            key = (str(machine["name"]), str(job.get("migration-id") or job.get("id")))
+            key = (str(machine["name"]), str(job.get("migration-id")))
             rate = self._rates.setdefault(key, Rate()).of(ram.get("transferred") or 0) if moving else 0.0
             left = format_coarsely((total - arrived) / rate) if moving and arrived is not None and rate else ""
             faults = str(ram.get("demand-pages") or "")
@@ -66,7 +66,7 @@ class View:
     def rows(self, now: Json) -> list[tuple[str, str]]:
         """The live view: a label and its text for each line. The first one says what is done."""
         if "machines" in now:
-            return [(str(now["side"]), _count_machines(now))]
+            return [(str(now["side"]), count_machines(now))]
         side, ram, guest = str(now["side"]), now.get("ram") or {}, now.get("guest") or {}
         starts_in_ms = now.get("starts-in-ms")
         doing = phase(side, str(now["status"]), guest, None if starts_in_ms is None else starts_in_ms / 1e3)
@@ -109,7 +109,8 @@ class View:
         return f"{side}: {doing}" + "".join(f"; {label}: {text.lstrip('█░ ')}" for label, text in rest)
 
 
-def _count_machines(now: Json) -> str:
+def count_machines(now: Json) -> str:
+    """A process in a few words."""
     jobs = [machine.get("migration") or {} for machine in now["machines"]]
     moving = sum(job.get("status", "").startswith(("connecting", "setup", "active", "postcopy")) for job in jobs)
     return f"{format_count(len(jobs), 'machine')}, {moving} migrating"

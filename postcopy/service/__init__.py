@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from postcopy._log import add_migration
 from postcopy.service.client import ControlClient
-from postcopy.service.schema import PROTOCOL, ControlError
+from postcopy.service.schema import ControlError
 from postcopy.service.server import ControlServer
 
-__all__ = ["PROTOCOL", "ControlClient", "ControlError", "ControlServer", "add_migration"]
+__all__ = ["ControlClient", "ControlError", "ControlServer", "add_migration"]

@@ -4,12 +4,14 @@
 A client may do everything, so the socket is made with mode 0600, for this user and root only, and listens only when
 that has been checked. A socket that a dead process left behind is replaced, one that answers is not, and nothing that
 is not a socket is ever removed. Checking and replacing happen under a lock on the directory, so that of two processes
-that start at the same time one gets the name and the other one the error.
+that start at the same time one gets the name and the other one the error. The directory of the default path is made
+for this user alone, and must be this user's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -17,10 +19,12 @@ import stat
 
 import trio
 
+from postcopy._files import explain_unwritable
 from postcopy.errors import ConfigurationError, ResourceError
-from postcopy.service.options import check_control_path
+from postcopy.service.options import check_control_path, default_control
 
 BACKLOG = 128
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 LOCK_TIMEOUT_S = 5.0
 
 
@@ -30,9 +34,10 @@ async def listen(path: str) -> socket.socket:
     check_control_path(path)
     directory = _directory(path)
     try:
-        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        lock = _open_default(directory) if _is_default(path) else os.open(directory, _DIRECTORY)
     except OSError as error:
-        raise ConfigurationError(f"--control {path}: {directory}: {error.strerror}") from error
+        where = os.path.dirname(directory) if _is_default(path) else directory
+        raise ConfigurationError(f"--control {path}: {explain_unwritable(error, where)}") from error
     try:
         await _lock(lock, directory)
         return _listen(path)
@@ -42,6 +47,33 @@ async def listen(path: str) -> socket.socket:
 
 def _directory(path: str) -> str:
     return os.path.dirname(os.path.abspath(path))
+
+
+def _is_default(path: str) -> bool:
+    with contextlib.suppress(ConfigurationError):
+        return path == default_control()
+    return False
+
+
+def _open_default(directory: str) -> int:
+    """That of the default path, made where it is not there. `ConfigurationError` for one in which another user could
+    put a socket of this name: `ctl` would tell that one what it is asked."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(directory, 0o700)
+    try:
+        fd = os.open(directory, _DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+            raise
+        raise ConfigurationError(f"{directory} is not a directory; remove it, or say --control PATH") from error
+    status = os.fstat(fd)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        os.close(fd)
+        whose = f"belongs to user {status.st_uid}" if status.st_uid != os.geteuid() else "can be written to by others"
+        raise ConfigurationError(
+            f"{directory}, where the default control socket is, {whose}; say --control PATH, or remove the directory"
+        )
+    return fd
 
 
 def identity(path: str) -> tuple[int, int]:
@@ -97,6 +129,8 @@ def _listen(path: str) -> socket.socket:
         listener.listen(BACKLOG)  # before which no client can connect
     except BaseException as error:
         listener.close()
+        if isinstance(error, PermissionError):
+            raise ConfigurationError(f"--control {path}: {explain_unwritable(error, _directory(path))}") from error
         if isinstance(error, OSError):
             raise ResourceError(f"--control {path}: {error.strerror}") from error
         raise

@@ -12,8 +12,9 @@ from contextlib import asynccontextmanager
 import trio
 
 from postcopy.errors import PeerError
+from postcopy.records import VERSION, Json
 from postcopy.service.options import check_control_path
-from postcopy.service.schema import MAX_ANSWER_BYTES, PROTOCOL, ControlError, Json, LineSplitter, parse_json
+from postcopy.service.schema import MAX_ANSWER_BYTES, ControlError, LineSplitter, parse_json
 
 ANSWER_TIMEOUT_S = 60.0
 BUSY_POLL_S = 0.02
@@ -84,12 +85,12 @@ class ControlClient:
             self.greeting = line.get("postcopy", {})
             if "error" in line:
                 self._value(line)
-            if not isinstance(self.greeting, dict) or "protocol" not in self.greeting:
+            if not isinstance(self.greeting, dict) or "version" not in self.greeting:
                 raise PeerError(f"{self._path}: that is not a postcopy control socket")
-            if self.greeting["protocol"] != PROTOCOL:
+            if (theirs := self.greeting.get("schema", 1)) != VERSION:
                 raise PeerError(
-                    f"{self._path}: it speaks version {self.greeting['protocol']} of the control protocol, this is"
-                    f" {PROTOCOL}: use the postcopy that it is of"
+                    f"{self._path}: it speaks version {theirs} of the control protocol, this is {VERSION}: use the"
+                    f" postcopy that it is of ({self.greeting['version']})"
                 )
             return
         raise PeerError(f"{self._path}: no greeting within {timeout_s:g} s")

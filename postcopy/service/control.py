@@ -11,16 +11,23 @@ from dataclasses import replace
 import trio
 
 from postcopy.errors import MigrationError, PostcopyError
-from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration
 from postcopy.net import parse_address
-from postcopy.service import schema
+from postcopy.records import Record
+from postcopy.records.control import (
+    AllSteered,
+    Command,
+    Commands,
+    Done,
+    ProcessStatus,
+    Reclaimed,
+    Settings,
+    Steered,
+)
+from postcopy.service import report, schema
 from postcopy.service.report import Json, Migration
 from postcopy.service.schema import COMMANDS, SETTINGS, ControlError, plain
 from postcopy.service.service import Owned, Request, Service
-from postcopy.service.status import machine_status
-
-CANCEL_POLL_S = 0.01
 
 
 class ControlHandler:
@@ -38,29 +45,29 @@ class ControlHandler:
             **service.requests(),
         }
 
-    async def execute(self, request: schema.Request) -> Json:
+    async def execute(self, request: schema.Request) -> Record:
         """For `ControlServer`."""
         await trio.lowlevel.checkpoint()
         handler = self._requests.get(request.command)
         if handler is None:
             called = {
-                "source": "a source that migrates once: `postcopy source --hold` takes orders",
+                "source": "a source that migrates once (see `postcopy source --hold`)",
                 "dest": "a destination",
             }.get(self._service.side, f"a {self._service.side}")
             raise ControlError("CommandNotFound", f"{request.command} has no meaning for {called}")
         return await handler(request.arguments)
 
-    async def _commands(self, arguments: Json) -> Json:
+    async def _commands(self, arguments: Json) -> Commands:
         known = {"events", *self._requests}
-        return {
-            "commands": [
-                {"name": name, "help": command.help, "arguments": list(command.arguments)}
+        return Commands(
+            commands=[
+                Command(name=name, help=command.help, arguments=list(command.arguments))
                 for name, command in COMMANDS.items()
                 if name in known
             ]
-        }
+        )
 
-    async def _status(self, arguments: Json) -> Json:
+    async def _status(self, arguments: Json) -> ProcessStatus:
         return process_status(self._service, arguments.get("machine"))
 
     def _undecided(self, name: str | None = None) -> list[tuple[Owned, Migration]]:
@@ -70,37 +77,37 @@ class ControlHandler:
             raise ControlError("BadArguments", f"there is no machine {name!r} here")
         return [(owned, owned.undecided) for owned in here if owned.undecided is not None]
 
-    async def _pause(self, arguments: Json) -> Json:
+    async def _pause(self, arguments: Json) -> AllSteered:
         return _all_that_can(self._undecided(arguments.get("machine")), lambda migration: migration.pause())
 
-    async def _recover(self, arguments: Json) -> Json:
+    async def _recover(self, arguments: Json) -> AllSteered:
         undecided = self._undecided(arguments.get("machine"))
         if "to" in arguments and len(undecided) > 1:
-            raise ControlError("BadArguments", "say which machine's migration has a new address")
+            names = ", ".join(owned.name for owned, _ in undecided)
+            raise ControlError("BadArguments", f"several migrations: {names}; choose with --machine NAME")
         address = parse_address(arguments["to"]) if "to" in arguments else None
         return _all_that_can(undecided, lambda migration: migration.recover(address))
 
-    async def _set(self, arguments: Json) -> Json:
+    async def _set(self, arguments: Json) -> Settings:
         if not self._service.pushes and (others := arguments.keys() - {"recover-for"}):
             raise ControlError("BadArguments", f"a destination has no {min(others)}: it is the source that pushes")
         given = {option.key: arguments[option.name] for option in SETTINGS if option.name in arguments}
         self._service.set_options(replace(self._service.options, **given))
         return settings(self._service)
 
-    async def _cancel(self, arguments: Json) -> Json:
+    async def _cancel(self, arguments: Json) -> AllSteered:
         undecided = self._undecided(arguments.get("machine"))
         if not undecided:
             raise ControlError("NotNow", "no migration is going on")
-        named = self._service.names_machines
-        cancelled = [
-            owned.name if named else migration.migration_id for owned, migration in undecided if migration.cancel()
-        ]
+        cancelled = [_steered(owned, migration) for owned, migration in undecided if migration.cancel()]
         if not cancelled:
             raise ControlError("NotNow", "the machine belongs to the destination already: that cannot be taken back")
-        return {"cancelled": cancelled}
+        return AllSteered(migrations=cancelled)
 
-    async def _reclaim(self, arguments: Json) -> Json:
+    async def _reclaim(self, arguments: Json) -> Reclaimed:
         """Takes a machine back, or says what would be lost by it."""
+        if self._service.stop.is_set():
+            raise ControlError("NotNow", "this process was asked to end, and the machine would end with it")
         here = self._service.machines
         if "machine" in arguments or len(here) == 1:
             owned = find(here, arguments.get("machine"))
@@ -122,51 +129,42 @@ class ControlHandler:
             lost_there = await migration.reclaim()
         except MigrationError as error:
             raise ControlError("NotNow", f"{owned.name}: {error}") from error
-        return {"machine": owned.name, "migration": migration.migration_id, "lost": lost_there}
+        return Reclaimed(machine=owned.name, migration_id=migration.migration_id, lost=lost_there)
 
-    async def _quit(self, arguments: Json) -> Json:
-        """Of a process that ends with its one migration."""
-        while not arguments.get("force"):
-            undecided = [migration for _, migration in self._undecided()]
-            decided = [migration for migration in undecided if not migration.cancellable]
-            # (the destination of an image can fetch it again)
-            if any(isinstance(one, DestinationMigration) or one.machine.live for one in decided):
-                raise ControlError(
-                    "NotNow",
-                    f"pages are still on their way ({decided[0].status}): wait, or quit with force and lose them",
-                )
-            if len(decided) == len(undecided):
-                break
-            # Given up first, and only then ended: it might be decided in this very moment, and lost with this process.
-            for migration in undecided:
-                migration.cancel()
-            with trio.CancelScope(shield=True):  # it may be the last that this process does: the client is answered
-                await trio.sleep(CANCEL_POLL_S)
-        self._service.stop.set()
-        return {}
+    async def _quit(self, arguments: Json) -> Done:
+        service = self._service
+        if arguments.get("force"):
+            service.stop.insist()
+        elif lost := service.lost_by_quitting():
+            elsewhere = ", migrate or end the machine" if service.names_machines else ""
+            raise ControlError("NotNow", f"{lost}: wait{elsewhere}, or say quit --force, which loses it")
+        else:
+            service.stop.set()
+        return Done()
 
 
-def process_status(service: Service, name: str | None = None) -> Json:
+def process_status(service: Service, name: str | None = None) -> ProcessStatus:
     """Of the process and all machines, or of the one with this name."""
-    machines = [machine_status(*row) for row in service.rows() if name in (None, row[0])]
+    machines = [report.machine_status(*row) for row in service.rows() if name in (None, row[0])]
     if name is not None and not machines:
         raise ControlError("BadArguments", f"there is no machine {name!r} here")
-    return {
-        "side": service.side,
-        "pid": os.getpid(),
-        "listening": [str(address) for address in service.listening],
-        "settings": settings(service),
-        "machines": machines,
-    }
+    return ProcessStatus(
+        side=service.side,
+        pid=os.getpid(),
+        listening=[str(address) for address in service.listening],
+        settings=settings(service),
+        machines=machines,
+    )
 
 
-def settings(service: Service) -> Json:
+def settings(service: Service) -> Settings:
     """What `set` can change."""
-    return {
-        option.name: plain(getattr(service.options, option.key))
-        for option in SETTINGS
-        if service.pushes or option.name == "recover-for"
-    }
+    now = {option.name: plain(getattr(service.options, option.key)) for option in SETTINGS}
+    return Settings(
+        max_bandwidth=now["max-bandwidth"] if service.pushes else None,
+        bulk_channels=now["bulk-channels"] if service.pushes else None,
+        recover_for=now["recover-for"],
+    )
 
 
 def find(machines: Sequence[Owned], name: str | None) -> Owned:
@@ -180,20 +178,25 @@ def find(machines: Sequence[Owned], name: str | None) -> Owned:
 
 def _only(found: Sequence[Owned]) -> Owned:
     if len(found) > 1:
-        raise ControlError("BadArguments", f"which of them? {', '.join(owned.name for owned in found)}")
+        names = ", ".join(owned.name for owned in found)
+        raise ControlError("BadArguments", f"several machines: {names}; choose with --machine NAME")
     return found[0]
 
 
-def _all_that_can(migrations: list[tuple[Owned, Migration]], do: Callable[[Migration], None]) -> Json:
+def _steered(owned: Owned, migration: Migration) -> Steered:
+    return Steered(machine=owned.name, migration_id=migration.migration_id)
+
+
+def _all_that_can(migrations: list[tuple[Owned, Migration]], do: Callable[[Migration], None]) -> AllSteered:
     """`ControlError` when none can."""
-    done: list[str] = []
+    done: list[Steered] = []
     failure: PostcopyError | None = None
-    for _, migration in migrations:
+    for owned, migration in migrations:
         try:
             do(migration)
-            done.append(migration.migration_id)
+            done.append(_steered(owned, migration))
         except MigrationError as error:
             failure = error
     if not done:
         raise ControlError("NotNow", str(failure) if failure else "no migration is going on")
-    return {"migrations": done}
+    return AllSteered(migrations=done)

@@ -21,9 +21,8 @@ some descriptors are there for each before it is let in: what PREPARED promises 
 mistake of ours, is logged and ends that one. A machine that is this host's is never ended by it: it stays as it is, to
 be looked at, until an operator ends it.
 
-**The end.** `stop` gives up what is not decided: such a machine is still here, and ends with this process, as all
-others here do. What is past its point of no return is seen through, however long that takes, since its pages are
-nowhere else; unless that is asked for twice.
+**The end.** Machines that are here end with this process, which says which ones; see `Service` for those that are on
+their way.
 
 Resource handling: `run` owns the machines and closes all of them, beside each other, each in the order that its state
 demands, and bounded in time.
@@ -44,13 +43,23 @@ from typing import Any
 import trio
 
 from postcopy._blocking import keep_reserve
+from postcopy._stop import Stop
 from postcopy.errors import ConfigurationError, PostcopyError
-from postcopy.machines.kinds import MachineOptions, create_source
+from postcopy.machines.kinds import MachineOptions, create_source, is_live
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration
-from postcopy.migration.statistics import milliseconds
+from postcopy.migration.tasks import first_of
 from postcopy.net import Acceptor, Link, Route, parse_address
 from postcopy.output import Output
+from postcopy.records.control import EndedMachine, ProcessStatus, Steered
+from postcopy.records.events import (
+    DaemonResult,
+    MachineEnded,
+    MachineLeft,
+    MachineReceived,
+    MachineStarted,
+)
+from postcopy.records.migration import Machine
 from postcopy.service import report
 from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import DaemonConfig
@@ -59,7 +68,6 @@ from postcopy.service.options import is_name, record
 from postcopy.service.report import Json, Migration
 from postcopy.service.schema import COMMANDS, ControlError
 from postcopy.service.service import Owned, Phase, Request, Row, Service
-from postcopy.service.status import machine_status
 from postcopy.wire import State, one_line
 
 MAX_INCOMING = 16
@@ -89,15 +97,16 @@ class Daemon(Service):
         self._config = config
         self._nursery: trio.Nursery | None = None
         self._left: OrderedDict[str, Owned] = OrderedDict()
-        self._forced = False
         self._sent = self._received = 0
 
     # ---- running
 
-    async def run(self, stop: trio.Event) -> bool:
+    async def run(self, stop: Stop) -> bool:
         """Until `stop`. True: that is how it succeeds."""
         self.stop = stop
         config, done = self._config, False
+        if config.kind is None:  # whose machine makes the file
+            self.check_arrival()
         _raise_descriptor_limit()
         keep_reserve()
         try:
@@ -116,8 +125,11 @@ class Daemon(Service):
                         nursery.start_soon(_for_ever, "receiving machines", receive)
                         self.announce_listening()
                     nursery.start_soon(_for_ever, "showing progress", partial(self.output.follow, self._progress))
+                    nursery.start_soon(_for_ever, "giving up migrations", self.see_through)
                     await stop.wait()
                     await self._drain()
+                    if here := [owned.name for owned in self.machines if owned.loses]:
+                        self.output.say(f"{self.side}: ending with this process: {', '.join(here)}")
                     nursery.cancel_scope.cancel()
             done = True
         finally:
@@ -125,51 +137,34 @@ class Daemon(Service):
                 async with trio.open_nursery() as nursery:
                     for owned in list(self.machines):
                         nursery.start_soon(self._close, owned)
-            counts = {"sent": self._sent, "received": self._received}
-            self.output.emit("result", {"side": self.side, "status": "completed" if done else "failed", **counts})
+            result = DaemonResult(
+                side=self.side,
+                status="completed" if done else "failed",
+                error=None,
+                machines_sent=self._sent,
+                machines_received=self._received,
+            )
+            self.output.emit("result", result)
         return done
 
     async def _drain(self) -> None:
         """Until no machine is on its way any more."""
-        said = False
         deadline = trio.CancelScope()
         with deadline:
             while busy := [owned for owned in self.machines if owned.busy]:
-                if self._forced:
+                if self.stop.insisted:
                     deadline.deadline = min(deadline.deadline, trio.current_time() + FORCED_END_S)
-                for owned in busy:
-                    if self._forced:
-                        owned.stop.set()
-                    elif not owned.decided:
-                        owned.cancel()
-                    elif not said:
-                        said = True
-                        self.output.say(
-                            f"{self.side}: {owned.name} is past its point of no return: waiting until it has moved;"
-                            " a second signal, or quit --force, ends it and loses what is missing"
-                        )
-                await self.changes.wait()
+                await first_of(self.changes.wait, self.stop.changes.wait)
         if deadline.cancelled_caught:
             log.error("these do not end: %s", ", ".join(owned.name for owned in busy))
 
-    def _progress(self) -> Json:
-        busy = sum(owned.busy for owned in self.machines)
-        word = "machine" if len(self.machines) == 1 else "machines"
-        return {**process_status(self), "status": f"{len(self.machines)} {word}, {busy} migrating"}
+    def _progress(self) -> ProcessStatus:
+        return process_status(self)
 
     def changed(self) -> None:
         # Called from the middle of migrations, which are not to suffer from what is shown of them.
         contained_call("sharing the bandwidth", self.share_bandwidth)
-        contained_call("announcing what has changed", self._announce_changes)
         super().changed()
-
-    def _announce_changes(self) -> None:
-        for owned in self.machines:
-            job = owned.migration
-            if job is not None and job.status != owned.announced:
-                fields = {**report.ended(job), "machine": owned.name, "from": owned.announced}
-                owned.announced = job.status
-                self.output.emit("migration-status", fields)
 
     def share_bandwidth(self) -> None:
         """One limit for all that push."""
@@ -183,6 +178,10 @@ class Daemon(Service):
 
     # ---- machines here
 
+    def rows(self) -> list[Row]:
+        """Without the machines of which it is not known yet what they are: their source says it within moments."""
+        return [row for row in super().rows() if row[0]]
+
     def all_rows(self) -> list[Row]:
         here = self.rows()
         names = {name for name, _, _ in here}
@@ -190,7 +189,7 @@ class Daemon(Service):
 
     async def _start(self, name: str, kind: str, options: MachineOptions) -> Owned:
         """`ConfigurationError` and `ResourceError` as `create_source`."""
-        if kind == "image":
+        if not is_live(kind):
             raise ConfigurationError("a daemon has machines that run; `postcopy source` serves an image")
         owned = self._add(name, Phase.STARTING)
         try:
@@ -204,7 +203,7 @@ class Daemon(Service):
             raise
         finally:
             self.changed()
-        self.output.emit("machine-started", {"machine": name, "kind": kind})
+        self.output.emit("machine-started", MachineStarted(machine=name, kind=kind))
         return owned
 
     def _add(self, name: str, phase: Phase) -> Owned:
@@ -218,7 +217,7 @@ class Daemon(Service):
 
     def _check_name(self, name: str, owned: Owned | None = None) -> None:
         """Whether this one may be called so."""
-        if any(other.name == name and other is not owned and not other.has_left for other in self.machines):
+        if name and any(other.name == name and other is not owned and not other.has_left for other in self.machines):
             raise ConfigurationError(f"there is a machine {name!r} here already")
 
     async def _close(self, owned: Owned) -> None:
@@ -232,7 +231,7 @@ class Daemon(Service):
         owned.phase = Phase.GONE
         if owned in self.machines:
             self.machines.remove(owned)
-        if owned.migration is not None:
+        if owned.migration is not None and owned.name:
             self._left[owned.name] = owned
             self._left.move_to_end(owned.name)
             while len(self._left) > MAX_LEFT:
@@ -251,7 +250,7 @@ class Daemon(Service):
                 go.set()
             except PostcopyError as error:
                 log.error("%s", error)
-                owned.cancel()
+                migration.cancel()
 
         try:
             await contained(f"sending {owned.name}", partial(self.send, owned, go, ready))
@@ -265,6 +264,12 @@ class Daemon(Service):
             self.changed()
         # Nothing waits for it: the machine can be sent again, or has been forgotten.
         await contained(f"telling the destination of {owned.name}", migration.announce)
+        self._end_when_empty()
+
+    def _end_when_empty(self) -> None:
+        """A `source --hold` takes no machines: without one there is nothing left to do."""
+        if self.side == "source" and not self.machines:
+            self.stop.set()
 
     # ---- receiving
 
@@ -288,7 +293,7 @@ class Daemon(Service):
             link = await acceptor.next_link()
             # Counted in this very step: the next one may be let in before its task has begun.
             try:
-                owned = self._add(_new_name("arriving"), Phase.ARRIVING)
+                owned = self._add("", Phase.ARRIVING)  # which its source names
             except ConfigurationError as error:
                 log.error("%s: %s", link.peer, error)
                 link.control.socket.close()
@@ -298,7 +303,7 @@ class Daemon(Service):
     async def _receive(self, owned: Owned, link: Link) -> None:
         """One machine's way to here; contained."""
         try:
-            await contained(f"receiving {owned.name}", partial(self._take, owned, link))
+            await contained(f"receiving a machine from {link.peer}", partial(self._take, owned, link))
             migration = owned.migration
             ours = owned.machine is None and migration is not None and migration.may_run
             if ours and not owned.stop.is_set():
@@ -309,14 +314,14 @@ class Daemon(Service):
                 migration = owned.migration
                 if owned.machine is None:
                     if isinstance(migration, DestinationMigration):
-                        await contained(f"the end of {owned.name}", migration.close)
+                        await contained(f"the end of what came from {link.peer}", migration.close)
                     link.control.socket.close()  # where the migration has not come to it
                     self._forget(owned)
                 else:
                     owned.phase = Phase.HERE
                     self.changed()
         if migration is not None:
-            contained_call(f"announcing the end of receiving {owned.name}", partial(self._ended, owned, migration))
+            contained_call(f"announcing the end of what came from {link.peer}", partial(self._ended, owned, migration))
 
     async def _take(self, owned: Owned, link: Link) -> None:
         migration = self.arrive(owned, link)
@@ -334,7 +339,7 @@ class Daemon(Service):
 
     def name_arriving(self, owned: Owned, kind: str, config: Mapping[str, Any]) -> str:
         """The name that its source says."""
-        if kind == "image":
+        if not is_live(kind):
             raise ConfigurationError("a daemon takes machines that run; `postcopy dest` takes an image")
         name = config.get("name")
         if name is None:
@@ -348,55 +353,57 @@ class Daemon(Service):
 
     def _ended(self, owned: Owned, migration: Migration) -> None:
         if owned.has_left:
-            self.output.emit("machine-left", {"machine": owned.name})
+            self.output.emit("machine-left", MachineLeft(machine=owned.name, migration_id=migration.migration_id))
         elif isinstance(migration, DestinationMigration) and owned.machine is not None:
-            self.output.emit("machine-received", {"machine": owned.name, "kind": owned.machine.kind})
-        fields = {**report.ended(migration), "machine": owned.name}
-        fields["downtime-ms"] = milliseconds(migration.downtime_ns)
-        fields["total-ms"] = milliseconds(migration.total_ns)
-        self.output.emit("migration-ended", fields)
+            kind, id = owned.machine.kind, migration.migration_id
+            self.output.emit("machine-received", MachineReceived(machine=owned.name, kind=kind, migration_id=id))
+        self.output.emit("migration-ended", report.ended(owned.name, migration))
         if migration.state is not State.COMPLETED:
             why = f": {migration.failure}" if migration.failure is not None else ""  # none: it was taken back
-            self.output.say(f"{self.side}: {owned.name}: {migration.status}{why}")
+            what = owned.name or f"a machine from {migration.peer}"
+            self.output.say(f"{self.side}: {what}: {migration.status}{why}")
 
-    # ---- what only a daemon may be asked
+    # ---- what only a daemon may be asked, or is asked in another sense
+
+    def lost_by_quitting(self) -> str:
+        """Also the machines that are here."""
+        return "; ".join(f"{owned.name}: {owned.loses}" for owned in self.machines if owned.loses)
 
     def requests(self) -> Mapping[str, Request]:
         return {
             "start": self._request_start,
             "end": self._request_end,
             "migrate": self._request_migrate,
-            "quit": self._request_quit,
         }
 
-    async def _request_start(self, arguments: Json) -> Json:
+    async def _request_start(self, arguments: Json) -> Machine:
         given = {COMMANDS["start"].arguments[name].key: value for name, value in arguments.items()}
         kind = given["kind"]
         self._check_not_ending()
         owned = await self._start(given.get("name") or _new_name(kind), kind, record(MachineOptions, given))
-        return machine_status(owned.name, owned.machine, None)
+        return report.machine_status(owned.name, owned.machine, None)
 
-    async def _request_end(self, arguments: Json) -> Json:
+    async def _request_end(self, arguments: Json) -> EndedMachine:
         owned = find(self.machines, arguments.get("machine"))
-        while owned.busy:
-            if arguments.get("force"):
-                owned.stop.set()
-            elif owned.decided:
+        while True:
+            if not arguments.get("force") and (lost := owned.loses):
                 raise ControlError(
-                    "NotNow", f"pages of {owned.name} are still on their way: wait, or end it with force"
+                    "NotNow", f"{owned.name}: {lost}, and would be destroyed: wait, send it away, or say end --force"
                 )
-            else:
-                owned.cancel()
+            if not owned.busy:
+                break
+            owned.stop.set()
             await self.changes.wait()
         if owned.phase is Phase.HERE:
             owned.phase = Phase.ENDING  # so that no other request sends it away, or ends it, meanwhile
             try:
                 await self._close(owned)
             finally:  # it has ended, also when the client has left meanwhile
-                self.output.emit("machine-ended", {"machine": owned.name})
-        return {"machine": owned.name}
+                self.output.emit("machine-ended", MachineEnded(machine=owned.name))
+            self._end_when_empty()
+        return EndedMachine(machine=owned.name)
 
-    async def _request_migrate(self, arguments: Json) -> Json:
+    async def _request_migrate(self, arguments: Json) -> Steered:
         address = parse_address(arguments["to"])
         owned = find(self.machines, arguments.get("machine"))
         # The last migration has ended, as `status` says, and only something of it has not been closed yet.
@@ -417,19 +424,7 @@ class Daemon(Service):
             await self.changes.wait()
         if migration.connecting:  # and never will be
             raise ControlError("Failed", f"{owned.name} is not on its way: {migration.status}: {migration.failure}")
-        return {"machine": owned.name, "migration": migration.migration_id}
-
-    async def _request_quit(self, arguments: Json) -> Json:
-        await trio.lowlevel.checkpoint()
-        if arguments.get("force"):
-            self._forced = True
-        elif here := [owned.name for owned in self.machines if not owned.has_left]:
-            raise ControlError(
-                "NotNow", f"these end with this process: {', '.join(here)}: migrate or end them, or quit with force"
-            )
-        self.stop.set()
-        self.changed()
-        return {}
+        return Steered(machine=owned.name, migration_id=migration.migration_id)
 
     def _check_not_ending(self) -> None:
         if self.stop.is_set():

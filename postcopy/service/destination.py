@@ -10,6 +10,7 @@ from typing import ClassVar
 import trio
 
 from postcopy._files import check_new_file
+from postcopy._stop import Stop
 from postcopy.errors import MigrationError
 from postcopy.machines import Check, Machine
 from postcopy.migration import salvage
@@ -18,10 +19,10 @@ from postcopy.migration.source import SourceOptions
 from postcopy.migration.tasks import Interrupted, first_of, now_ns
 from postcopy.net import Acceptor, CallingLink, Link
 from postcopy.output import Output
+from postcopy.records.events import Progress
 from postcopy.service import report
 from postcopy.service.config import DestinationConfig
-from postcopy.service.report import Json
-from postcopy.service.service import Owned, Phase, Service, why_not_completed
+from postcopy.service.service import Owned, Phase, Service, still_missing, why_not_completed
 from postcopy.wire import State
 
 
@@ -34,23 +35,26 @@ class Destination(Service):
         self._config = config
         self._check: Check | None = None
         self._dumped: str | None = None
+        self.salvage_to = config.salvage_to
 
     @property
     def _migration(self) -> DestinationMigration | None:
         migration = self.machines[0].migration if self.machines else None
         return migration if isinstance(migration, DestinationMigration) else None
 
-    async def run(self, stop: trio.Event) -> bool:
+    async def run(self, stop: Stop) -> bool:
         self.stop = stop
+        self.check_arrival()
         if self._config.dump is not None:
             check_new_file("--dump", self._config.dump)
-        if self._config.salvage_to is not None:
-            salvage.check_target(self._config.salvage_to)
+        if self.salvage_to is not None:
+            salvage.check_target(self.salvage_to)
         return await self.run_to_result(self._run, self._end)
 
     async def _run(self) -> bool:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.output.follow, self._progress)
+            nursery.start_soon(self.see_through)
             done = await self._receive_and_keep()
             nursery.cancel_scope.cancel()
         return done
@@ -82,15 +86,18 @@ class Destination(Service):
         statistics = machine.statistics() if machine is not None else None
         if migration is not None:
             if migration.state is State.PAUSED and machine is not None:
-                await self.write_salvage(self._config.salvage_to, machine, migration, migration.received())
+                await self.write_salvage(machine, migration, migration.received())
             await migration.close()
-        result = self.emit_result(report.destination_result(migration, statistics, self._check, self._dumped), done)
+        result = report.destination_result(migration, statistics, self._check, self._dumped)
+        self.emit_result(result, done)
         if done:
-            self.output.say(f"dest: {result['status']}, verified: {result['verified']}")
+            self.output.say(f"dest: {result.status}, verified: {result.verified}")
 
-    def _progress(self) -> Json:
-        self.measure_overhead(self._migration.machine if self._migration else None)
-        return report.destination_progress(self._migration)
+    def _progress(self) -> Progress:
+        migration = self._migration
+        machine = migration.machine if migration is not None else None
+        self.measure_overhead(machine)
+        return report.progress("dest", machine, migration)
 
     # ---- arriving
 
@@ -104,7 +111,9 @@ class Destination(Service):
             decided = migration.state is not State.ABORTED or migration.committed_ns
             if decided or isinstance(migration.failure, Interrupted):
                 return migration
-            self.output.say(f"dest: nothing came of {migration.peer}: {migration.failure}; waiting for the next one")
+            self.output.say(
+                f"dest: the migration from {migration.peer} failed: {migration.failure}; waiting for the next one"
+            )
             last = f" (the last one that was offered: {migration.failure})"
             self.machines[0].migration = None
             await migration.close()  # before another one may have the memory that it had
@@ -130,25 +139,26 @@ class Destination(Service):
         (owned,) = self.machines
         migration = self.arrive(owned, link)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._announce, migration)
-            await migration.run(self.stop)
+            nursery.start_soon(self._announce, owned, migration)
+            await migration.run(owned.stop)
             nursery.cancel_scope.cancel()
         owned.phase = Phase.HERE
-        self.output.emit("migration-ended", report.ended(migration))
+        self.output.emit("migration-ended", report.ended(owned.name, migration))
         return migration
 
-    async def _announce(self, migration: DestinationMigration) -> None:
+    async def _announce(self, owned: Owned, migration: DestinationMigration) -> None:
         await migration.paused.wait()
+        if owned.stop.is_set():  # it was abandoned
+            return
         if migration.state is State.IN_DOUBT:
             self.output.say(
-                f"postcopy: IN DOUBT: {migration.failure}; the source is asked whether the machine belongs to this"
+                f"dest: IN DOUBT: {migration.failure}; the source is asked whether the machine belongs to this"
                 " host, which does not run it meanwhile"
             )
             return
         self.output.say(
-            f"postcopy: PAUSED: {migration.failure}; the machine is kept, {migration.statistics().remaining_bytes}"
-            " bytes of it are missing, and whatever touches them waits until the source is back, or this process is"
-            " interrupted"
+            f"dest: PAUSED: {migration.failure}. Still needed: {still_missing(migration)}. What touches missing memory"
+            " waits until the source is back"
         )
 
     # ---- all of it is here

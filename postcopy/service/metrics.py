@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is counted, for Prometheus (docs/operating.md lists the names).
+"""What is counted, for Prometheus. Names, types and help are those of the records (`postcopy.records.figures`).
 
 Base units (seconds, bytes), counters end in ``_total``. The counters of a migration begin at 0 with each migration of a
 machine, which Prometheus takes for the restart that it is. Labels are few and bounded: the machine's name, the
@@ -17,31 +17,32 @@ from collections.abc import Callable, Iterable, Iterator
 
 import trio
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from postcopy import __version__
 from postcopy._blocking import Workers
 from postcopy._files import check_new_file, replacing, write_all
 from postcopy.errors import ConfigurationError, PostcopyError, ResourceError
-from postcopy.machines import Machine
+from postcopy.machines import Machine as AnyMachine
 from postcopy.migration.destination import DestinationMigration
-from postcopy.migration.statistics import Recoveries, Statistics, figures, shown
+from postcopy.records import Record
+from postcopy.records.figures import OF_PROCESS, Metric, figures, metrics
+from postcopy.records.migration import STATUSES, Machine
+from postcopy.records.migration import Migration as MigrationRecord
 from postcopy.service import report
 from postcopy.service.report import Migration
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-STATUSES = (
-    "connecting", "setup", "active", "in-doubt", "postcopy-active", "postcopy-paused", "postcopy-recover",
-    "postcopy-failed", "completed", "failed", "cancelled", "reclaimed",
-)  # fmt: skip
 ENDS = ("completed", "failed", "cancelled", "reclaimed", "in-doubt", "postcopy-paused", "postcopy-failed")
 """Those that a migration may have when its process gives it up."""
 _FIRST_EXPONENT, _LAST_EXPONENT = 13, 34  # 8 µs to 17 s, doubling
 
 log = logging.getLogger(__name__)
 
-Machines = Callable[[], Iterable[tuple[str, Machine | None, Migration | None]]]
+Family = CounterMetricFamily | GaugeMetricFamily
+
+Machines = Callable[[], Iterable[tuple[str, AnyMachine | None, Migration | None]]]
 
 
 class Metrics(Collector):
@@ -62,84 +63,86 @@ class Metrics(Collector):
         """All of it, in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> Iterator[Family | HistogramMetricFamily]:
         """For the registry."""
-        info = GaugeMetricFamily("postcopy_build_info", "Always 1; the version is a label.", labels=["version"])
+        info, ended = map(_family, OF_PROCESS)
         info.add_metric([__version__], 1)
-        yield info
-        ended = CounterMetricFamily(
-            "postcopy_migrations", "Migrations that have ended in this process.", labels=["direction", "status"]
-        )
         for direction in ("incoming", "outgoing"):
             for status in ENDS:
                 ended.add_metric([direction, status], self._ended[direction, status])
-        yield ended
-        items = list(self._machines())
-        yield from _machines(items)
-        yield from _migrations([(name, job) for name, _, job in items if job is not None])
+        families = _Families()
+        for row in self._machines():
+            families.fill(*row)
+        yield from (info, ended, *families)
 
 
-def _machines(items: list[tuple[str, Machine | None, Migration | None]]) -> Iterator[Metric]:
-    memory = GaugeMetricFamily("postcopy_machine_memory_bytes", "Memory of a machine.", labels=["machine"])
-    operations = CounterMetricFamily(
-        "postcopy_guest_operations", "Operations of the guest; the count moves with it.", labels=["machine"]
-    )
-    failures = CounterMetricFamily("postcopy_guest_failures", "Failures that the guest reported.", labels=["machine"])
-    seen = set()
-    for name, machine, _ in items:
-        if machine is None or name in seen:  # several destinations of one image
-            continue
-        seen.add(name)
-        memory.add_metric([name], machine.memory_bytes)
-        if machine.live:
-            try:
-                statistics = machine.statistics()
-            except trio.ClosedResourceError:
+class _Families:
+    """The metrics of the records, filled from them. What is there twice counts once: an image may have several
+    destinations."""
+
+    def __init__(self) -> None:
+        named = {metric.name: metric for metric in metrics(Machine)}
+        latency = named.pop("postcopy_migration_fault_latency_seconds")
+        self._latency = HistogramMetricFamily(latency.name, latency.help, labels=latency.all_labels)
+        self._by_name = {name: _family(metric) for name, metric in named.items()}
+        self._seen: set[tuple[str, ...]] = set()
+
+    def __iter__(self) -> Iterator[Family | HistogramMetricFamily]:
+        return iter((*self._by_name.values(), self._latency))
+
+    def fill(self, name: str, machine: AnyMachine | None, job: Migration | None) -> None:
+        """With the numbers of a machine, and of its migration."""
+        status = report.machine_status(name, machine, job)
+        if machine is not None:
+            self._add(status, [name])
+            if status.guest is not None:
+                self._add(status.guest, [name])
+        if status.migration is not None and job is not None:
+            labels = [name, report.direction(job)]
+            self._add(status.migration, labels)
+            if isinstance(job, DestinationMigration):
+                self._add_latency(labels, job)
+
+    def _add(self, record: Record, labels: list[str]) -> None:
+        for figure in figures(type(record)):
+            value = getattr(record, figure.name)
+            if isinstance(value, Record):
+                if isinstance(record, MigrationRecord):
+                    self._add(value, labels)
+            elif figure.metric is None or value is None:
                 continue
-            operations.add_metric([name], statistics.operations)
-            failures.add_metric([name], statistics.failures)
-    yield from (memory, operations, failures)
+            elif figure.name == "status":
+                for word in STATUSES:
+                    self._sample(figure.metric, [*labels, word], word == value)
+            elif isinstance(value, list):  # by vCPU
+                for number, each in enumerate(value):
+                    self._sample(figure.metric, [*labels, str(number)], figure.base(each))
+            else:
+                self._sample(figure.metric, [*labels, *figure.metric.labels.values()], figure.base(value))
+
+    def _sample(self, metric: Metric, labels: list[str], value: float) -> None:
+        key = (metric.name, *labels)
+        if key not in self._seen:
+            self._seen.add(key)
+            self._by_name[metric.name].add_metric(labels, value)
+
+    def _add_latency(self, labels: list[str], job: DestinationMigration) -> None:
+        key = (self._latency.name, *labels)
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        buckets: list[tuple[str, float]] = [
+            (f"{(1 << exponent) / 1e9:g}", job.latency.below(exponent))
+            for exponent in range(_FIRST_EXPONENT, _LAST_EXPONENT + 1)
+        ]
+        # The count is that of the buckets: a value may have been added while they were read.
+        everything = max(job.latency.count, int(buckets[-1][1]))
+        self._latency.add_metric(labels, [*buckets, ("+Inf", everything)], sum_value=job.latency.sum_ns / 1e9)
 
 
-def _migrations(jobs: list[tuple[str, Migration]]) -> Iterator[Metric]:
-    prefix, labels = "postcopy_migration_", ["machine", "direction"]
-    text = "1 for the status that the migration has, 0 for the others."
-    status = GaugeMetricFamily(prefix + "status", text, labels=[*labels, "status"])
-    text = "How long a vCPU has waited for pages."
-    blocked = CounterMetricFamily(prefix + "vcpu_blocked_seconds", text, labels=[*labels, "vcpu"])
-    text = "Of demand faults, event read until thread woken."
-    latency = HistogramMetricFamily(prefix + "fault_latency_seconds", text, labels=labels)
-    counted: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
-    for figure in (*figures(Statistics), *figures(Recoveries)):
-        if figure.metric:
-            family = CounterMetricFamily if figure.counter else GaugeMetricFamily
-            kind = ["kind"] if figure.kind else []
-            counted[figure.metric] = family(prefix + figure.metric, figure.help, labels=[*labels, *kind])
-    seen = set()
-    for name, job in jobs:
-        key = [name, report.direction(job)]
-        if tuple(key) in seen:  # several destinations of one image
-            continue
-        seen.add(tuple(key))
-        for word in STATUSES:
-            status.add_metric([*key, word], word == job.status)
-        statistics = job.statistics()
-        for figure, value in (*shown(statistics), *shown(job.recoveries)):
-            if figure.metric:
-                kind = [figure.kind] if figure.kind else []
-                seconds = figure.metric.endswith("_seconds")
-                counted[figure.metric].add_metric([*key, *kind], value / 1e9 if seconds else value)
-        if isinstance(job, DestinationMigration):
-            for vcpu, blocked_ns in enumerate(statistics.blocktime_ns):
-                blocked.add_metric([*key, str(vcpu)], blocked_ns / 1e9)
-            buckets: list[tuple[str, float]] = [
-                (f"{(1 << exponent) / 1e9:g}", job.latency.below(exponent))
-                for exponent in range(_FIRST_EXPONENT, _LAST_EXPONENT + 1)
-            ]
-            # The count is that of the buckets: a value may have been added while they were read.
-            everything = max(job.latency.count, int(buckets[-1][1]))
-            latency.add_metric(key, [*buckets, ("+Inf", everything)], sum_value=job.latency.sum_ns / 1e9)
-    yield from (status, *counted.values(), blocked, latency)
+def _family(metric: Metric) -> Family:
+    kind = CounterMetricFamily if metric.type == "counter" else GaugeMetricFamily
+    return kind(metric.name.removesuffix("_total"), metric.help, labels=metric.all_labels)
 
 
 def check_file(path: str) -> None:

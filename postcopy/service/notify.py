@@ -40,6 +40,10 @@ class Notifier:
     def stopping(self) -> None:
         self._send("STOPPING=1")
 
+    def extend(self, seconds: float) -> None:
+        """It goes on ending for at least so long from now, whatever the unit's TimeoutStopSec= says."""
+        self._send(f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}")
+
     def close(self) -> None:
         if self._socket is not None:
             self._socket.close()

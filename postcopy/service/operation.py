@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from postcopy._stop import Stop
 from postcopy.net import everywhere
-from postcopy.output import Output
+from postcopy.output import Output, count_machines
+from postcopy.records.events import MetricsAddress
 from postcopy.service import notify
 from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import OperatingOptions
@@ -22,6 +24,10 @@ from postcopy.service.service import Service
 
 if TYPE_CHECKING:
     from postcopy.service.metrics import Metrics, MetricsFile
+
+
+EXTEND_S = 60.0
+EXTEND_EVERY_S = 5.0
 
 
 class Operation:
@@ -38,13 +44,14 @@ class Operation:
         self._notifier = notify.Notifier()
         self._last_status = ""
 
-    async def run(self, stop: trio.Event) -> bool:
+    async def run(self, stop: Stop) -> bool:
         """As the service's own `run`; what cannot be served is an error before anything else has begun."""
         options = self._options
         done = False
         async with contextlib.AsyncExitStack() as stack:
             tasks: list[Callable[[], Awaitable[None]]] = [partial(self._say_stopping, stop)]
             if options.control is not None:
+                self._service.control = options.control
                 execute = ControlHandler(self._service).execute
                 self._server = await ControlServer.open(options.control, self._side, execute)
                 stack.callback(self._server.close)
@@ -80,28 +87,33 @@ class Operation:
             parse_metrics_address(self._options.metrics), "/metrics", CONTENT_TYPE, self._metrics.text
         )
         for address in server.addresses:
-            self._output.emit("metrics", {"address": str(address)})
+            self._output.emit("metrics", MetricsAddress(side=self._side, address=str(address)))
         families = everywhere(server.addresses)
         where = f"HOST:{server.addresses[0].port}" if families else server.addresses[0]
         note = f", on every address of this host ({families})" if families else ""
         self._output.say(f"{self._side}: metrics at http://{where}/metrics{note}")
         return [*tasks, server.serve]
 
-    async def _say_stopping(self, stop: trio.Event) -> None:
+    async def _say_stopping(self, stop: Stop) -> None:
+        """That it ends, and from then on that it still does: what is seen through may take longer than the service
+        manager allows. One that hangs does not say it, and is killed."""
         await stop.wait()
         self._notifier.stopping()
+        while True:
+            self._notifier.extend(EXTEND_S)
+            needed = self._service.needed()
+            self._notifier.status(f"ending, still needed: {needed}" if needed else "ending")
+            await trio.sleep(EXTEND_EVERY_S)
 
     def _on_event(self, event: str, fields: Json) -> None:
         # Called from the middle of migrations.
         contained_call(f"publishing {event}", partial(self._publish, event, fields))
 
     def _publish(self, event: str, fields: Json) -> None:
-        status = str(fields.get("status", ""))
+        status = count_machines(fields) if "machines" in fields else str(fields.get("status", ""))
         if event == ("listening" if self._service.listens else "progress"):  # the process can be used
             self._notifier.ready()
         if event == "progress" and status != self._last_status:
-            if self._server is not None:
-                self._server.publish("status", {"side": self._side, "from": self._last_status, "to": status})
             self._notifier.status(status)
             self._last_status = status
         if self._server is not None:

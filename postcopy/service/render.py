@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from postcopy.migration.statistics import Statistics, figures
-from postcopy.service.report import Json
-from postcopy.service.status import LOST
+from postcopy.records import Json, Record
+from postcopy.records.figures import figures
+from postcopy.records.migration import LOST
+from postcopy.records.migration import Migration as MigrationRecord
 from postcopy.units import format_size
 
 _LABEL_WIDTH = 18
@@ -24,7 +25,7 @@ def render_answer(request: str, answer: Json) -> str:
     if request == "reclaim":
         return f"{answer['machine']} runs here again: {answer['lost']}"
     if request == "migrate":
-        return f"{answer['machine']} is on its way: migration {answer['migration']}"
+        return f"{answer['machine']} is on its way: migration {answer['migration-id']}"
     return f"{answer['name']} runs" if request == "start" else ""
 
 
@@ -62,8 +63,8 @@ def _setting_rows(settings: Json) -> list[tuple[str, str]]:
 
 def _machine_rows(machine: Json) -> list[tuple[str, str]]:
     rows = [("Machine", str(machine["name"]))]
-    if machine.get("machine"):
-        rows.append(("Kind", f"{machine['machine']}, {_size(machine.get('memory', 0))}"))
+    if machine.get("kind"):
+        rows.append(("Kind", f"{machine['kind']}, {_size(machine.get('memory', 0))}"))
     guest = machine.get("guest") or {}
     if guest:
         rows.append(("State", str(guest.get("state"))))
@@ -76,17 +77,13 @@ def _machine_rows(machine: Json) -> list[tuple[str, str]]:
 
 
 def _job_rows(job: Json) -> list[tuple[str, str]]:
-    ram = job.get("ram") or {}
     rows = [
         ("Job type", f"{str(job['status']).capitalize()}, {job['direction']}"),
-        ("Migration", str(job.get("id") or "-")),
+        ("Migration", str(job.get("migration-id") or "-")),
         ("Peer", _peer(job)),
         ("Time elapsed", f"{_ms(job.get('elapsed-ms'))} ms"),
     ]
-    for figure in figures(Statistics):
-        value = ram.get(figure.key) if figure.ram else job.get(figure.key) or None  # what is not in `ram`: only if any
-        if figure.label and value is not None:
-            rows.append((figure.label, _number(figure.key, value)))
+    rows += _figure_rows(MigrationRecord, job)
     if (job.get("fault-latency-us") or {}).get("count"):
         latency = job["fault-latency-us"]
         rows.append(("Fault latency", f"{latency['p50']} µs median, {latency['p99']} µs 99 %"))
@@ -94,6 +91,18 @@ def _job_rows(job: Json) -> list[tuple[str, str]]:
         rows.append(("Recoveries", str(job["recoveries"]["count"])))
     if job.get("error"):
         rows.append(("Error", str(job["error"])))
+    return rows
+
+
+def _figure_rows(record: type[Record], values: Json) -> list[tuple[str, str]]:
+    """What has a label, in the order of the fields."""
+    rows = []
+    for figure in figures(record):
+        value = values.get(figure.key)
+        if figure.record is not None and isinstance(value, dict):
+            rows += _figure_rows(figure.record, value)
+        elif figure.label and value is not None and (value or record is not MigrationRecord):  # there: only if any
+            rows.append((figure.label, _number(figure.unit, value)))
     return rows
 
 
@@ -105,10 +114,10 @@ def _peer(job: Json) -> str:
     return str(job.get("peer"))
 
 
-def _number(key: str, value: Any) -> str:
-    if key.endswith("-ms"):
+def _number(unit: str, value: Any) -> str:
+    if unit == "ms":
         return f"{_ms(value)} ms"
-    return str(value) if key.endswith(("-pages", "-requests", "-faults")) else _size(value)
+    return _size(value) if unit == "bytes" else str(value)
 
 
 def _size(value: Any) -> str:

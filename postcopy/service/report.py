@@ -1,167 +1,294 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results and progress as JSON objects.
+"""Machines and migrations as records (`postcopy.records`, which says what each field means).
 
 Names and units follow QEMU's ``query-migrate`` where it has them: times in milliseconds, memory in bytes, pages as
-numbers. `fault-latency-us` is in microseconds. docs/results.md lists them all.
+numbers.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from typing import TypeVar
 
-from postcopy.machines import Check, Machine, MachineStatistics
+import trio
+
+from postcopy import records
+from postcopy.machines import Check, MachineStatistics
+from postcopy.machines import Machine as AnyMachine
+from postcopy.migration import statistics as counts
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, offered
-from postcopy.migration.statistics import as_json, milliseconds
+from postcopy.migration.statistics import Statistics, milliseconds
+from postcopy.migration.tasks import now_ns
+from postcopy.records.events import DestResult, MigrationEnded, MigrationStatus, Progress, SourceResult
+from postcopy.records.migration import (
+    LOST,
+    Counted,
+    Disk,
+    Guest,
+    Latency,
+    Machine,
+    Network,
+    Pager,
+    Ram,
+    Recoveries,
+    Vcpu,
+)
+from postcopy.records.migration import Check as CheckRecord
+from postcopy.records.migration import Migration as MigrationRecord
 
-Json = dict[str, Any]
+Json = records.Json
 Migration = SourceMigration | DestinationMigration
-
-
-def outcome(migration: Migration) -> Json:
-    """Which migration it is, and how it stands."""
-    return {
-        "migration": migration.migration_id,
-        "peer": str(migration.peer),
-        "status": migration.status,
-        "error": str(migration.failure) if migration.failure else None,
-    }
+C = TypeVar("C", bound=Counted)
 
 
 def direction(migration: Migration) -> str:
     return "outgoing" if isinstance(migration, SourceMigration) else "incoming"
 
 
-def ended(migration: Migration) -> Json:
+def side(migration: Migration) -> str:
+    return "source" if isinstance(migration, SourceMigration) else "dest"
+
+
+def _error(migration: Migration) -> str | None:
+    return str(migration.failure) if migration.failure else None
+
+
+# ---- what happens
+
+
+def changed(machine: str, migration: Migration, before: str) -> MigrationStatus:
+    """That a migration has another status than `before`."""
+    return MigrationStatus(
+        side=side(migration),
+        direction=direction(migration),
+        migration_id=migration.migration_id or None,
+        peer=str(migration.peer),
+        status=migration.status,
+        error=_error(migration),
+        machine=machine,
+        from_=before,
+    )
+
+
+def ended(machine: str, migration: Migration) -> MigrationEnded:
     """How one migration has ended, in short."""
-    side = "source" if isinstance(migration, SourceMigration) else "dest"
-    return {"side": side, "direction": direction(migration)} | outcome(migration)
+    return MigrationEnded(
+        side=side(migration),
+        direction=direction(migration),
+        migration_id=migration.migration_id or None,
+        peer=str(migration.peer),
+        status=migration.status,
+        error=_error(migration),
+        machine=machine,
+        downtime_ms=milliseconds(migration.downtime_ns),
+        total_ms=milliseconds(migration.total_ns),
+    )
 
 
-def counted(migration: Migration) -> Json:
-    """All that both sides count."""
+def progress(own: str, machine: AnyMachine | None, migration: Migration | None) -> Progress:
+    """How the machine and the migration of a `source` or `dest` stand. `own`: which of both it is."""
+    now = Progress(side=own, status="setup", error=None)
+    if machine is not None:
+        now.guest = guest(machine, machine.statistics())
+        now.ram = ram(offered(machine)) if migration is None else None
+    if migration is not None:
+        statistics = migration.statistics()
+        now.direction, now.migration_id = direction(migration), migration.migration_id or None
+        now.peer, now.status, now.error = str(migration.peer), migration.status, _error(migration)
+        now.ram, now.pending_faults = ram(statistics), statistics.pending_faults
+        now.recoveries = recoveries(migration.recoveries)
+        if isinstance(migration, DestinationMigration) and machine is not None:
+            now.pager = pager(migration.pager_process)
+    return now
+
+
+# ---- machines and migrations
+
+
+def machine_status(name: str, machine: AnyMachine | None, migration: Migration | None) -> Machine:
+    """One machine, and the migration that it is in or was in last."""
+    said = None
+    if machine is not None:
+        with contextlib.suppress(trio.ClosedResourceError):  # it has ended, what it was in has not
+            said = guest(machine, machine.statistics())
+    return Machine(
+        name=name,
+        kind=machine.kind if machine is not None else None,
+        memory=machine.memory_bytes if machine is not None else 0,
+        guest=said,
+        migration=_migration(migration) if migration is not None else None,
+    )
+
+
+def _migration(migration: Migration) -> MigrationRecord:
+    elapsed_ns = (migration.completed_ns or now_ns()) - migration.started_ns
+    status = MigrationRecord(side="", status="", error=None, elapsed_ms=milliseconds(elapsed_ns))
+    _count(status, migration)
+    if migration.status in LOST:
+        status.looking_for_peer = not migration.over
+    return status
+
+
+def _count(into: Counted, migration: Migration) -> None:
+    """Fills in which migration it is, how it stands, and all that both sides count."""
     statistics = migration.statistics()
-    return as_json(statistics, ram=False) | {
-        "ram": as_json(statistics),
-        "fault-latency-us": statistics.latency.as_json(),
-        "recoveries": as_json(migration.recoveries),
-    }
+    into.side, into.direction = side(migration), direction(migration)
+    into.migration_id, into.peer = migration.migration_id or None, str(migration.peer)
+    into.status, into.error = migration.status, _error(migration)
+    into.downtime_ms, into.total_ms = _ms(statistics.downtime_ns), _ms(statistics.total_ns)
+    into.ram, into.pending_faults = ram(statistics), statistics.pending_faults
+    into.fault_latency_us = latency(statistics.latency)
+    into.blocktime_ms = [milliseconds(ns) for ns in statistics.blocktime_ns]
+    into.recoveries = recoveries(migration.recoveries)
 
 
-def _result(migration: Migration) -> Json:
-    """The part of a result that is the same on both sides."""
-    blocked = migration.statistics().blocktime_ns
-    return outcome(migration) | counted(migration) | {"blocktime-ms": [milliseconds(ns) for ns in blocked]}
+def _ms(ns: int | None) -> float | None:
+    return None if ns is None else milliseconds(ns)
 
 
-def pager(process: tuple[int, int] | None) -> Json:
+def ram(statistics: Statistics) -> Ram:
+    return Ram(
+        total=statistics.total_bytes,
+        remaining=statistics.remaining_bytes,
+        transferred=statistics.transferred_bytes,
+        page_size=statistics.page_bytes,
+        demand_pages=statistics.demand_pages,
+        background_pages=statistics.background_pages,
+        zero_pages=statistics.zero_pages,
+        duplicate_pages=statistics.duplicate_pages,
+        postcopy_requests=statistics.requests,
+        released=statistics.released_bytes,
+    )
+
+
+def latency(counted: counts.Latency) -> Latency:
+    p50, p99, p99_9, most = (
+        round(ns / 1e3, 1) for ns in (counted.p50_ns, counted.p99_ns, counted.p999_ns, counted.max_ns)
+    )
+    return Latency(count=counted.count, p50=p50, p99=p99, p99_9=p99_9, max=most)
+
+
+def recoveries(counted: counts.Recoveries) -> Recoveries:
+    return Recoveries(
+        count=counted.count,
+        last_ms=milliseconds(counted.last_ns),
+        max_ms=milliseconds(counted.max_ns),
+        total_ms=milliseconds(counted.total_ns),
+    )
+
+
+def pager(process: tuple[int, int] | None) -> Pager:
     """Where the pager lives; see `DestinationMigration.pager_process`."""
     if process is None:
-        return {"where": "thread"}
-    return {"where": "process", "pid": process[0] or None, "deaths": process[1]}
+        return Pager(where="thread")
+    return Pager(where="process", pid=process[0] or None, deaths=process[1])
 
 
-def guest(machine: Machine, statistics: MachineStatistics) -> Json:
+def guest(machine: AnyMachine, statistics: MachineStatistics) -> Guest:
     """What the machine says of itself."""
     if not machine.live:
-        return {"state": statistics.state.value}
-    result: Json = {
-        "state": statistics.state.value,
-        "nonce": f"{statistics.nonce:#018x}" if statistics.nonce else None,
-        "operations": statistics.operations,
-        "marks": statistics.marks,
-        "failures": statistics.failures,
-        "failure": statistics.failure_text or None,
-        "vcpus": [
-            {"activity": vcpu.activity.value, "operations": vcpu.operations, "marks": vcpu.marks, "exits": vcpu.exits}
+        return Guest(state=statistics.state.value)
+    network = machine.network
+    return Guest(
+        state=statistics.state.value,
+        nonce=f"{statistics.nonce:#018x}" if statistics.nonce else None,
+        operations=statistics.operations,
+        reports=statistics.marks,
+        failures=statistics.failures,
+        failure=statistics.failure_text or None,
+        vcpus=[
+            Vcpu(activity=vcpu.activity.value, operations=vcpu.operations, reports=vcpu.marks, exits=vcpu.exits)
             for vcpu in statistics.vcpus
         ],
-        "disk": _part(statistics, "disk_"),
-    }
-    if machine.network is not None:
-        result["network"] = machine.network | _part(statistics, "net_")
+        disk=Disk(
+            reads=statistics.disk_reads,
+            writes=statistics.disk_writes,
+            bytes=statistics.disk_bytes,
+            errors=statistics.disk_errors,
+        ),
+        network=Network(
+            **network,
+            received=statistics.net_received,
+            sent=statistics.net_sent,
+            dropped=statistics.net_dropped,
+            errors=statistics.net_errors,
+        )
+        if network is not None
+        else None,
+    )
+
+
+# ---- results
+
+
+def source_result(machine: AnyMachine | None, migration: SourceMigration | None, served: int) -> SourceResult:
+    result = SourceResult(
+        side="source",
+        status="failed",
+        error=None,
+        kind=machine.kind if machine is not None else None,
+        guest=guest(machine, machine.statistics()) if machine is not None else None,
+        verified=None,
+        verification=[],
+        served=served,
+        overhead_bytes=0,
+    )
+    if migration is not None and machine is not None:
+        _count(result, migration)
+        result.setup_ms = milliseconds(max(0, migration.ready_ns - migration.started_ns))
+        result.paused_at_ns = migration.paused_ns
+        if migration.at_pause is not None:
+            result.guest_at_pause = guest(machine, migration.at_pause)
     return result
-
-
-def _part(statistics: MachineStatistics, prefix: str) -> Json:
-    return {name.removeprefix(prefix): n for name, n in vars(statistics).items() if name.startswith(prefix)}
-
-
-def source_progress(machine: Machine, migration: SourceMigration | None) -> Json:
-    return {
-        "side": "source",
-        "status": "setup" if migration is None else migration.status,
-        "guest": guest(machine, machine.statistics()),
-        "ram": as_json(offered(machine) if migration is None else migration.statistics()),
-    }
-
-
-def source_result(machine: Machine, statistics: MachineStatistics, migration: SourceMigration | None) -> Json:
-    result: Json = {"side": "source", "status": "failed", "machine": machine.kind, "guest": guest(machine, statistics)}
-    if migration is None:
-        return result
-    result |= _result(migration) | {
-        "setup-ms": milliseconds(max(0, migration.ready_ns - migration.started_ns)),
-        "paused-at-ns": migration.paused_ns,
-        "verified": None,
-        "verification": [],
-    }
-    if migration.at_pause is not None:
-        result["guest-at-pause"] = guest(machine, migration.at_pause)
-    return result
-
-
-def destination_progress(migration: DestinationMigration | None) -> Json:
-    result: Json = {"side": "dest", "status": "setup" if migration is None else migration.status}
-    if migration is None or migration.machine is None:
-        return result
-    now = counted(migration)
-    return result | {
-        "guest": guest(migration.machine, migration.machine.statistics()),
-        "ram": now["ram"],
-        "pending-faults": now["pending-faults"],
-        "recoveries": migration.recoveries.count,
-        "pager": pager(migration.pager_process),
-    }
 
 
 def destination_result(
-    migration: DestinationMigration | None, statistics: MachineStatistics | None, check: Check | None, dump: str | None
-) -> Json:
+    migration: DestinationMigration | None,
+    statistics: MachineStatistics | None,
+    check: Check | None,
+    dump: str | None,
+) -> DestResult:
     """`statistics`: the machine's last ones; `check`: the verdict over its memory, when it was asked for."""
-    result: Json = {"side": "dest", "status": "failed", "machine": None}
+    machine = migration.machine if migration is not None else None
+    result = DestResult(
+        side="dest",
+        status="failed",
+        error=None,
+        kind=machine.kind if machine is not None else None,
+        verified=None,
+        verification=[],
+        dump=dump,
+        overhead_bytes=0,
+    )
     if migration is None:
         return result
-    machine = migration.machine
-    verification = []
+    _count(result, migration)
+    result.resume_ms = milliseconds(max(0, migration.running_ns - migration.committed_ns))
+    result.pager = pager(migration.pager_process)
+    result.error = result.error or migration.machine_failure or None
     if check is not None:
-        verification.append(check.as_dict())
-    if machine is not None and machine.live and migration.state.value == "completed":
-        verification.append(
-            {
-                "ok": not migration.machine_failure,
-                "what": migration.machine_failure or "the guest found no stale, torn or zeroed page here",
-                "how": "the guest checks what it touches, and reports through a port",
-                "counts": {},
-            }
+        result.verification.append(
+            CheckRecord(ok=check.ok, what=check.what, how=check.how, counts=dict(check.counts) or None)
         )
-    result |= _result(migration) | {
-        "machine": machine.kind if machine else None,
-        "resume-ms": milliseconds(max(0, migration.running_ns - migration.committed_ns)),
-        "pager": pager(migration.pager_process),
-        "verified": all(item["ok"] for item in verification) if check is not None else None,
-        "verification": verification,
-        "dump": dump,
-    }
-    result["error"] = result["error"] or migration.machine_failure or None
+    if machine is not None and machine.live and migration.state.value == "completed":
+        result.verification.append(
+            CheckRecord(
+                ok=not migration.machine_failure,
+                what=migration.machine_failure or "the guest found no stale, torn or zeroed page here",
+                how="the guest checks what it touches, and reports through a port",
+            )
+        )
+    if check is not None:
+        result.verified = all(item.ok for item in result.verification)
     if machine is not None and statistics is not None:
-        result["guest"] = guest(machine, statistics)
-    if machine is not None and migration.at_switchover is not None:
-        result["guest-at-switchover"] = guest(machine, migration.at_switchover)
+        result.guest = guest(machine, statistics)
+        if migration.at_switchover is not None:
+            result.guest_at_switchover = guest(machine, migration.at_switchover)
     return result
 
 
-def overhead_bytes(machine: Machine | None) -> int:
+def overhead_bytes(machine: AnyMachine | None) -> int:
     """Memory of this process beside the machine's own, now. 0 where the kernel does not say."""
     resident: dict[str, int] = {}
     try:

@@ -4,17 +4,16 @@
 One JSON object a line, UTF-8, in both directions, after QEMU's QMP. The server greets, then answers each request in
 its order::
 
-    <- {"postcopy": {"version": "0.1.0", "protocol": 2, "side": "source", "pid": 4711}}
+    <- {"postcopy": {"version": "0.1.0", "schema": 2, "side": "source", "pid": 4711}}
     -> {"execute": "set", "arguments": {"max-bandwidth": 104857600}, "id": 7}
     <- {"return": {"max-bandwidth": 104857600}, "id": 7}
     -> {"execute": "sit"}
     <- {"error": {"class": "CommandNotFound", "desc": "there is no command 'sit'; there are ..."}}
-    <- {"event": "status", "timestamp": {"seconds": 1700000000, "microseconds": 1}, "data": {...}}
+    <- {"event": "progress", "timestamp": {"seconds": 1700000000, "microseconds": 1}, "data": {...}}
 
 A client that sends nonsense gets an error and may go on. One whose line is longer than `MAX_LINE_BYTES` gets an error
-and is disconnected, since it is unknown where its next line begins. `protocol` goes up when something that was right
-before becomes wrong; new commands, arguments and fields may come without that, so a client ignores what it does not
-know.
+and is disconnected, since it is unknown where its next line begins. What the lines mean, and which version of that it
+is (`schema`), is in `postcopy.records`.
 """
 
 from __future__ import annotations
@@ -28,14 +27,13 @@ from typing import Any, NoReturn
 
 from postcopy import __version__
 from postcopy.errors import ConfigurationError, PostcopyError
+from postcopy.records import Json, Record, as_json
+from postcopy.records.control import Greeted, Greeting, Refusal, Refused
 from postcopy.service import options
 from postcopy.service.options import Option, flag, parse_name
 from postcopy.units import FOREVER
 from postcopy.wire import one_line
 
-Json = dict[str, Any]
-
-PROTOCOL = 2
 MAX_LINE_BYTES = 64 * 1024
 """Of a request. Answers may be longer: a daemon may have many machines."""
 MAX_ANSWER_BYTES = 16 << 20
@@ -230,24 +228,20 @@ def parse_arguments(command: str, given: Json) -> Json:
 # ---- What the server says
 
 
-def _line(value: Json) -> bytes:
-    return json.dumps(value, allow_nan=False).encode() + b"\n"
-
-
-def _with_id(value: Json, id: object) -> Json:
-    return value if id is None else {**value, "id": id}
+def _line(value: object) -> bytes:
+    return json.dumps(as_json(value), allow_nan=False).encode() + b"\n"
 
 
 def greeting(side: str, pid: int) -> bytes:
-    return _line({"postcopy": {"version": __version__, "protocol": PROTOCOL, "side": side, "pid": pid}})
+    return _line(Greeting(postcopy=Greeted(version=__version__, side=side, pid=pid)))
 
 
-def answer(value: Json, id: object = None) -> bytes:
-    return _line(_with_id({"return": value}, id))
+def answer(value: Record, id: object = None) -> bytes:
+    return _line({"return": value} if id is None else {"return": value, "id": id})
 
 
 def refusal(error: ControlError, id: object = None) -> bytes:
-    return _line(_with_id({"error": {"class": error.kind, "desc": one_line(str(error), 2000)}}, id))
+    return _line(Refusal(error=Refused(class_=error.kind, desc=one_line(str(error), 2000)), id=id))
 
 
 def event(what: str, data: Json) -> bytes:

@@ -32,11 +32,12 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from postcopy.errors import ConfigurationError, PostcopyError
+from postcopy.records import Json, Record
+from postcopy.records.control import Subscription
 from postcopy.service._contain import contained
 from postcopy.service._socket_file import identity, listen
 from postcopy.service.schema import (
     ControlError,
-    Json,
     LineSplitter,
     Request,
     RequestError,
@@ -64,7 +65,7 @@ ACCEPT_PAUSE_S = 0.1
 
 log = logging.getLogger(__name__)
 
-Execute = Callable[[Request], Awaitable[Json]]
+Execute = Callable[[Request], Awaitable[Record]]
 
 
 class ControlServer:
@@ -164,7 +165,7 @@ class ControlServer:
             return refusal(error.error, error.id)
         if request.command == "events":
             client.wants_events = request.arguments.get("enable", True)
-            return answer({"enabled": client.wants_events}, request.id)
+            return answer(Subscription(enabled=client.wants_events), request.id)
         line = b""
 
         async def execute() -> None:

@@ -7,6 +7,10 @@ The owner has a table of machines (`machines`), each with its present or last mi
 is sent to several destinations has a row for each. Here is what all policies need: listening, a migration in either
 direction, the settings that may be changed meanwhile, what is shown. `control.ControlHandler` answers for any of them.
 
+**The end.** `stop` asks for it (`Stop`). A migration that is not decided is given up; so is one by which nothing is
+lost that cannot be had again (`Owned.loses`). Any other one is seen through (`see_through`), however long that takes,
+unless whoever asks insists.
+
 Resource handling: a policy's `run` closes the machines that it owns, however it ends.
 Error handling: an error that ends a policy is kept in `failure`, and raised when the result has been emitted.
 """
@@ -16,7 +20,9 @@ from __future__ import annotations
 import abc
 import enum
 import logging
+import os
 import secrets
+import shlex
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -25,24 +31,29 @@ from typing import Any, ClassVar
 
 import trio
 
+from postcopy._stop import INSIST_S, Stop
 from postcopy.dataplane.pager import Pager
-from postcopy.errors import MigrationError, PostcopyError, known_error, out_of_memory
-from postcopy.machines import BlockLayout, Machine
+from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, known_error, out_of_memory
+from postcopy.machines import BlockLayout, Machine, MachineState
 from postcopy.machines.kinds import create_destination
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration import salvage
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
+from postcopy.migration.tasks import Interrupted, first_of
 from postcopy.net import Acceptor, Address, CallingLink, Link, Route, everywhere
 from postcopy.output import Output
+from postcopy.records import Record
+from postcopy.records.events import Listening, SideResult
 from postcopy.service import report
-from postcopy.service._contain import contained
+from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import ArrivalOptions
 from postcopy.service.report import Json, Migration
+from postcopy.units import format_size
 from postcopy.wire import ID_BYTES, State
 
 Row = tuple[str, Machine | None, Migration | None]
-Request = Callable[[Json], Awaitable[Json]]
+Request = Callable[[Json], Awaitable[Record]]
 
 OVER = frozenset({State.COMPLETED, State.ABORTED, State.RECLAIMED})
 _NO_END = frozenset({"connecting", "setup", "active"})
@@ -112,13 +123,40 @@ class Owned:
 
     @property
     def decided(self) -> bool:
-        """Whether ending it now would lose pages that are needed elsewhere, or here."""
+        """Whether its migration is past its point of no return, and not at its end."""
         job = self.undecided
         return job is not None and not job.cancellable
 
-    def cancel(self) -> bool:
-        """Gives its migration up, and says whether that was still possible."""
-        return self.migration is not None and self.migration.cancel()
+    @property
+    def loses(self) -> str:
+        """What would be lost if it ended now, and could not be had again; empty when nothing would. An image is still
+        a file at its source; a machine that has failed does not run anywhere."""
+        machine, job = self.shown, self.migration
+        if machine is None or self.has_left or not machine.live or _is_dead(machine):
+            return ""
+        if job is None or job.state in OVER or job.cancellable:
+            return "the machine runs only here" if self.machine is not None else ""
+        return still_missing(job)
+
+
+def _is_dead(machine: Machine) -> bool:
+    """Whether it has failed, or was closed."""
+    try:
+        return machine.statistics().state is MachineState.FAILED
+    except trio.ClosedResourceError:
+        return True
+
+
+def still_missing(job: Migration) -> str:
+    """What a migration past its point of no return is not at its end for."""
+    if isinstance(job, SourceMigration):
+        lost = "is lost, and " if job.state is State.PAUSED else ""
+        return f"the destination {lost}has not received all of the memory"
+    if not job.may_run:
+        return "it is not known yet whether the machine was given to this host"
+    if job.complete:
+        return "the source does not know yet that all of the memory has arrived"
+    return f"{format_size(job.statistics().remaining_bytes or 0)} have not arrived"
 
 
 class Service(abc.ABC):
@@ -127,7 +165,7 @@ class Service(abc.ABC):
     pushes: ClassVar[bool] = True
     """Whether it sends machines away, and so has a bandwidth."""
     names_machines: ClassVar[bool] = False
-    """Whether clients know its machines by name; else they know its migrations by their ids."""
+    """Whether its machines have names of their own."""
 
     def __init__(
         self, side: str, listens: bool, output: Output, options: SourceOptions, arrival: ArrivalOptions
@@ -138,7 +176,10 @@ class Service(abc.ABC):
         self.output = output
         self.options = options
         self.arrival = arrival
-        self.stop = trio.Event()  # set when the process is to end
+        self.stop = Stop()
+        self.control: str | None = None  # the path of its control socket
+        self.salvage_to: str | None = None  # where what is here is written when a lost migration ends
+        self.abandoned = ""  # what was lost because somebody insisted
         self.machines: list[Owned] = []
         self.listening: list[Address] = []
         self.instance = secrets.token_bytes(ID_BYTES)  # by which it knows itself at an address that it calls
@@ -147,7 +188,7 @@ class Service(abc.ABC):
         self._overhead_bytes = 0
 
     @abc.abstractmethod
-    async def run(self, stop: trio.Event) -> bool:
+    async def run(self, stop: Stop) -> bool:
         """Until it is done, or `stop`; whether what was asked has happened. Errors that end it are `PostcopyError`s."""
 
     # ---- what is here
@@ -166,9 +207,19 @@ class Service(abc.ABC):
 
     def changed(self) -> None:
         """Something may have changed in a migration, or in the table."""
+        # Called from the middle of migrations, which are not to suffer from what is shown of them.
+        contained_call("announcing what has changed", self._announce_changes)
         self.output.kick()
         self.changes.set()
         self.changes = trio.Event()
+
+    def _announce_changes(self) -> None:
+        for owned in self.machines:
+            job = owned.migration
+            if job is not None and job.status != owned.announced:
+                event = report.changed(owned.name, job, owned.announced)
+                owned.announced = job.status
+                self.output.emit("migration-status", event)
 
     def share_bandwidth(self) -> None:
         """Gives the migrations under way what `options` say."""
@@ -183,6 +234,66 @@ class Service(abc.ABC):
             if owned.moving is not None:
                 owned.moving.set_recover_for(options.recover_for_s)
         self.share_bandwidth()
+
+    # ---- the end
+
+    def needed(self) -> str:
+        """What `see_through` waits for: what would be lost by an end now, of migrations that were decided. Empty when
+        nothing would be."""
+        waits = [
+            f"{owned.name}: {what}" if self.names_machines else what
+            for owned in self.machines
+            if (what := self._needed_of(owned))
+        ]
+        return "; ".join(waits)
+
+    def lost_by_quitting(self) -> str:
+        """What `quit` refuses to lose; empty when there is nothing of the kind."""
+        return self.needed()
+
+    def _needed_of(self, owned: Owned) -> str:
+        if not owned.decided:
+            return ""
+        assert owned.migration is not None
+        salvaged = self.salvage_to is not None and owned.migration.state is State.PAUSED
+        return "" if salvaged else owned.loses
+
+    async def see_through(self) -> None:
+        """From `stop` on gives up the migrations by which nothing is lost, in one step with the question whether they
+        are decided; the others only when somebody insists. Says what it waits for. Until cancelled."""
+        await self.stop.wait()
+        said = 0
+        while True:
+            needed = self.needed()
+            if self.stop.insisted and needed and not self.abandoned:
+                self.abandoned = needed
+                self.output.say(f"{self.side}: Abandoning what was still needed: {needed}")
+            for owned in self.machines:
+                if self.stop.insisted or not self._needed_of(owned):
+                    owned.stop.set()
+            if needed and not self.stop.insisted and said != self.stop.warnings_due:
+                said = self.stop.warnings_due
+                self.stop.warned()
+                self.output.say(f"{self.side}: Still needed: {needed}. {self._how_to_insist()}")
+            await first_of(self.changes.wait, self.stop.changes.wait)
+
+    def _how_to_insist(self) -> str:
+        what = "these machines" if len(self.machines) > 1 else "the machine"
+        way = f"{self.stop.by} again within {INSIST_S:g} s"
+        if self.control is not None:
+            quit = f"`postcopy ctl --control {shlex.quote(self.control)} quit --force`"
+            way = f"{way}, or {quit}," if self.stop.by else quit
+        return f"{way} abandons {what}."
+
+    def check_arrival(self) -> None:
+        """`ConfigurationError` for what would have every machine refused that arrives."""
+        if (disk := self.arrival.disk) is not None:
+            try:
+                os.close(os.open(disk, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
+            except OSError as error:
+                raise ConfigurationError(
+                    f"--disk {disk}: {error.strerror}; it must be the file that the source uses"
+                ) from error
 
     # ---- listening
 
@@ -199,7 +310,7 @@ class Service(abc.ABC):
 
     def announce_listening(self) -> None:
         for address in self.listening:
-            self.output.emit("listening", {"side": self.side, "address": str(address)})
+            self.output.emit("listening", Listening(side=self.side, address=str(address)))
         where = ", ".join(map(str, self.listening))
         if families := everywhere(self.listening):  # nobody could connect to that
             where = f"port {self.listening[0].port} of every address of this host ({families})"
@@ -218,7 +329,7 @@ class Service(abc.ABC):
             peer=to.address if isinstance(to, Route) else None,
             on_change=self.changed,
         )
-        owned.migration, owned.phase, owned.stop = migration, Phase.LEAVING, trio.Event()
+        owned.migration, owned.phase, owned.stop, owned.announced = migration, Phase.LEAVING, trio.Event(), ""
         return migration
 
     async def send(
@@ -247,6 +358,7 @@ class Service(abc.ABC):
             make_pager=_process_pager if self.arrival.pager_process else Pager,
             on_change=self.changed,
         )
+        owned.announced = ""
         return migration
 
     def make_arriving(
@@ -278,6 +390,8 @@ class Service(abc.ABC):
         except BaseExceptionGroup as group:
             self.failure = self.failure or known_error(group)
         finally:
+            if not done and self.abandoned:
+                self.failure = Interrupted(f"abandoned: {self.abandoned}")
             with trio.CancelScope(shield=True):
                 await end(done)
         if not done and self.failure is not None:
@@ -287,18 +401,18 @@ class Service(abc.ABC):
     def measure_overhead(self, machine: Machine | None) -> None:
         self._overhead_bytes = max(self._overhead_bytes, report.overhead_bytes(machine))
 
-    def emit_result(self, result: Json, done: bool) -> Json:
+    def emit_result(self, result: SideResult, done: bool) -> None:
         """The last event, completed with what all results have."""
-        result["overhead-bytes"] = self._overhead_bytes
+        result.overhead_bytes = self._overhead_bytes
         if self.failure is not None and not done:
-            result["error"] = str(self.failure)
-            if result["status"] in _NO_END:
-                result["status"] = "failed"
+            result.error = str(self.failure)
+            if result.status in _NO_END:
+                result.status = "failed"
         self.output.emit("result", result)
-        return result
 
-    async def write_salvage(self, path: str | None, machine: Machine, migration: Migration, maps: list[Bitmap]) -> None:
+    async def write_salvage(self, machine: Machine, migration: Migration, maps: list[Bitmap]) -> None:
         """What this side has, where that was asked for."""
+        path = self.salvage_to
         if path is None:
             return
         try:
@@ -310,7 +424,7 @@ class Service(abc.ABC):
             log.error("salvage to %s: %s", path, out_of_memory())
             return
         self.output.say(
-            f"{self.side}: what is here is in {path}"
+            f"{self.side}: salvage written to {path}"
             + ("" if paused else "; the machine could not be paused while it was written")
         )
 

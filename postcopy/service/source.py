@@ -9,18 +9,19 @@ from functools import partial
 import trio
 
 from postcopy._blocking import run_sync
+from postcopy._stop import Stop
 from postcopy.errors import ConfigurationError
 from postcopy.machines import Machine
-from postcopy.machines.kinds import create_destination, create_source
+from postcopy.machines.kinds import create_destination, create_source, is_live
 from postcopy.migration import salvage
 from postcopy.migration.source import SourceMigration, check_releasable
 from postcopy.migration.tasks import Interrupted, first_of
 from postcopy.net import Acceptor, Link, Route
 from postcopy.output import Output
+from postcopy.records.events import Progress
 from postcopy.service import report
 from postcopy.service.config import ArrivalOptions, SourceConfig
-from postcopy.service.report import Json
-from postcopy.service.service import Owned, Phase, Service, why_not_completed
+from postcopy.service.service import Owned, Phase, Service, still_missing, why_not_completed
 from postcopy.wire import State
 
 MAX_SESSIONS = 16  # destinations served at the same time
@@ -36,11 +37,12 @@ class Source(Service):
         self._latest: SourceMigration | None = None
         self._starts_at_s = 0.0  # the migration, when the machine has computed for long enough
         self._completed = 0
+        self.salvage_to = config.salvage_to
 
-    async def run(self, stop: trio.Event) -> bool:
+    async def run(self, stop: Stop) -> bool:
         self.stop = stop
-        if self._config.salvage_to is not None:
-            salvage.check_target(self._config.salvage_to)
+        if self.salvage_to is not None:
+            salvage.check_target(self.salvage_to)
         return await self.run_to_result(self._run, self._end)
 
     async def _run(self) -> bool:
@@ -56,6 +58,7 @@ class Source(Service):
                 acceptor = await stack.enter_async_context(self.listen(config.listen, "source", self._why_refused))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.output.follow, self._progress)
+                nursery.start_soon(self.see_through)
                 if acceptor is None:
                     done = await self._connect(machine)
                 else:
@@ -71,31 +74,30 @@ class Source(Service):
         """The result, and the end of the machine."""
         owned = self.machines[-1] if self.machines else None
         if owned is None or owned.machine is None:
-            self.emit_result({"side": "source", "status": "failed", "error": str(self.failure)}, done)
+            self.emit_result(report.source_result(None, None, 0), done)
             return
         machine, latest = owned.machine, self._latest
         if latest is not None and latest.state is State.PAUSED:
             # The machine has been paused since it was given to the destination: its memory is as old as that, and
             # whole, but for what the destination had acknowledged.
-            await self.write_salvage(self._config.salvage_to, machine, latest, latest.kept())
-        result = report.source_result(machine, machine.statistics(), latest)
-        result["served"] = self._completed
+            await self.write_salvage(machine, latest, latest.kept())
+        result = report.source_result(machine, latest, self._completed)
         if done and latest is None:
-            result["status"] = "completed"
+            result.status = "completed"
         self.emit_result(result, done)
         if done:
-            self.output.say(f"source: {result['status']}, down for {result.get('downtime-ms', 0):g} ms")
+            self.output.say(f"source: {result.status}, down for {result.downtime_ms or 0:g} ms")
         self.machines.clear()
         await self.close_machine(owned)
 
-    def _progress(self) -> Json:
+    def _progress(self) -> Progress:
         machine = self.machines[-1].machine
         assert machine is not None
         self.measure_overhead(machine)
-        progress = report.source_progress(machine, self._latest)
+        now = report.progress("source", machine, self._latest)
         if (starts_in_s := self._starts_at_s - trio.current_time()) > 0:
-            progress["starts-in-ms"] = round(1e3 * starts_in_s)
-        return progress
+            now.starts_in_ms = round(1e3 * starts_in_s)
+        return now
 
     # ---- the machine
 
@@ -103,7 +105,7 @@ class Source(Service):
         config, origin = self._config, self._config.origin
         if origin is None:
             return create_source(config.kind, config.machine)
-        found = await run_sync(partial(salvage.examine, origin.path, reclaim=origin.reclaim))
+        found = await run_sync(partial(salvage.examine, origin.path, reclaim=origin.reclaim, is_live=is_live))
         if found.doubts and not origin.force:
             raise ConfigurationError(
                 f"--from {origin.path}: in doubt: {'; '.join(found.doubts)}; --force starts the machine all the same"
@@ -147,19 +149,12 @@ class Source(Service):
     async def _migrate(self, owned: Owned, migration: SourceMigration) -> None:
         keep = migration.machine.live or self._config.connect is not None
         try:
-            await self.send(owned, self._go, self._end_with_process, self._announce, keep=keep)
+            await self.send(owned, self._go, self._announce, keep=keep)
         finally:
             owned.phase = Phase.HERE
             if len(self.machines) > 1:
                 self.machines.remove(owned)
-        if migration.failure is not None:
-            fields = {"side": "source", "status": migration.status, "error": str(migration.failure)}
-            self.output.emit("migration-failed", fields)
-        self.output.emit("migration-ended", report.ended(migration))
-
-    async def _end_with_process(self, owned: Owned) -> None:
-        await self.stop.wait()
-        owned.stop.set()
+        self.output.emit("migration-ended", report.ended(owned.name, migration))
 
     async def _announce(self, owned: Owned) -> None:
         """Says that the machine is paused here while it is not known what became of it there, and that it was taken
@@ -167,10 +162,11 @@ class Source(Service):
         migration = owned.migration
         assert migration is not None
         await migration.paused.wait()
-        self.output.say(
-            f"postcopy: PAUSED: {migration.failure}; the machine belongs to the destination, its missing pages are kept"
-            " here until the destination is back, or this process is interrupted"
-        )
+        if not owned.stop.is_set():  # it was not abandoned
+            self.output.say(
+                f"source: PAUSED: {migration.failure}. Still needed: {still_missing(migration)}. It is kept here until"
+                " the destination is back"
+            )
         while migration.state is not State.RECLAIMED:
             await self.changes.wait()
         self.output.say("source: the machine was taken back; it goes on here until interrupted, or migrated again")
@@ -190,6 +186,7 @@ class Source(Service):
             nursery.start_soon(prepare)
             await self._migrate(owned, migration)
             if migration.state is State.COMPLETED:
+                self._completed += 1
                 return True
             reclaimed = migration.state is State.RECLAIMED
             self.failure = why_not_completed(migration)

@@ -6,7 +6,8 @@ be (`lab`, which enters namespaces): `read_json` and `hang_up`, of a `subprocess
 
 Resource handling: a `Child` owns its process and both ends of its pipes. `end` closes standard input, asks by a signal
 where there is one, waits, and then kills the process (its whole group, where it leads one). It is shielded and
-bounded: a process that hangs in the kernel, and so does not answer SIGKILL, is left behind.
+bounded: a process that hangs in the kernel, and so does not answer SIGKILL, is left behind. It asks twice: a side that
+has a machine past its point of no return sees that through when it is asked once.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 MAX_LINE_BYTES = 1 << 20
 KILL_S = 10.0
+ASK_AGAIN_S = 1.0
 
 
 class Lines:
@@ -111,6 +113,10 @@ class Child:
                 await process.stdin.aclose()
             if process.returncode is None and self._ask is not None:
                 self.signal(self._ask)
+                with trio.move_on_after(min(ASK_AGAIN_S, self._end_s)):
+                    await process.wait()
+                if process.returncode is None:
+                    self.signal(self._ask)
             with trio.move_on_after(self._end_s):
                 await process.wait()
             if process.returncode is None:

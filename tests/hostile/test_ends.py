@@ -17,14 +17,14 @@ from hostile._program import RV64, Control, Program, Refusal, verify, wait_until
 
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
 END_S = 15.0
 BEFORE_AT_SOURCE = ["offered", "accept", "ready", "handed"]
 BEFORE_AT_DEST = ["connect", "offer", "accepted", "ready"]
 
 
 def ended_as_told(program: Program) -> None:
-    """In order, also by SIGHUP: a terminal that was closed."""
+    """In order."""
     assert program.end(END_S) == 1
     assert program.result()["status"] in ("cancelled", "failed"), program.result()
 
@@ -44,13 +44,23 @@ def test_source_before_commit(start: Start, version: int, step: str, number: sig
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_source_after_commit(start: Start, version: int, tmp_path: Path, number: signal.Signals) -> None:
-    """The machine is the destination's: the source ends, says that pages are lost with it, and salvages what it has."""
-    salvage = tmp_path / "s"
-    source = start("source", "--json", *RV64, "--listen", "127.0.0.1:0", "--salvage", salvage)
-    Destination.connect(source.address, version).until("run")
-    source.wait_status("postcopy-active")
-    source.signal(number)
+    """The machine is the destination's: the source waits until all of it is there; when somebody insists it says what
+    is lost, and salvages what it has."""
+    for insist in (False, True):
+        salvage = tmp_path / "s"
+        source = start("source", "--json", *RV64, "--listen", "127.0.0.1:0", "--salvage", salvage)
+        dest = Destination.connect(source.address, version).until("run")
+        source.wait_status("postcopy-active")
+        if insist:
+            source.abandon(number)
+            continue
+        source.signal(signal.SIGHUP)  # of a terminal that was closed: nothing ends
+        source.signal(number)
+        source.wait_errors("has not received all of the memory")
+        dest.take_all()
+        assert source.end(END_S) == 0
     assert source.end(END_S) == 1
+    assert "abandoned" in source.result()["error"]
     assert source.result()["status"] == "postcopy-paused"
     assert (salvage / "manifest.json").exists()
 
@@ -69,24 +79,35 @@ def test_dest_before_commit(start: Start, version: int, rv64: Machine, step: str
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_dest_in_doubt(start: Start, version: int, rv64: Machine, number: signal.Signals) -> None:
-    """It does not know whether the machine is its own, and gets a signal to end: it does, and says `failed`."""
+    """It does not know whether the machine is its own: it goes on asking, unless somebody insists."""
     dest = start("dest", "--json", "--listen", "127.0.0.1:0")
     source = Source(dest.address, rv64, version).until("prepared")
     source.lose()
     dest.wait_status("in-doubt")
-    dest.signal(number)
+    dest.abandon(number)
+    assert "not known yet whether the machine was given to this host" in dest.errors()
     assert dest.end(END_S) == 1
     assert dest.result()["status"] in ("failed", "cancelled", "in-doubt")
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_dest_after_commit(start: Start, version: int, rv64: Machine, tmp_path: Path, number: signal.Signals) -> None:
-    """Pages are missing: the machine ends with the process, what is there is salvaged, the source keeps the rest."""
-    salvage = tmp_path / "s"
-    dest = start("dest", "--json", "--listen", "127.0.0.1:0", "--salvage", salvage)
-    source = Source(dest.address, rv64, version).until("running")
-    dest.wait_status("postcopy-active")
-    dest.signal(number)
+    """Pages are missing: it waits for them; when somebody insists the machine ends with the process, what is there is
+    salvaged, the source keeps the rest."""
+    for insist in (False, True):
+        salvage = tmp_path / "s"
+        dest = start("dest", "--json", "--listen", "127.0.0.1:0", "--salvage", salvage)
+        source = Source(dest.address, rv64, version).until("running")
+        dest.wait_status("postcopy-active")
+        if insist:
+            dest.abandon(number)
+            continue
+        dest.signal(signal.SIGHUP)
+        dest.signal(number)
+        dest.wait_errors("have not arrived")
+        source.finish()
+        assert dest.end(END_S) == 0
+        assert dest.result()["verified"] is True
     assert dest.end(END_S) == 1
     assert dest.result()["status"] == "postcopy-paused"
     assert (salvage / "manifest.json").exists()
@@ -121,16 +142,16 @@ def test_daemon_that_sends_after_commit(daemon: Daemon, version: int) -> None:
         with Listener(version) as listener:
             control.begin("migrate", machine="x", to=listener.where)
             dest = listener.destination().until("run")
-            program.signal(signal.SIGTERM)
-            program.wait_errors("waiting until it has moved")
-            assert program.alive()
-            if signals == 1:
-                dest.take_all()
-                assert program.end(END_S) == 0
-                assert program.result()["sent"] == 1
-            else:
-                program.signal(signal.SIGTERM)
+            if signals == 2:
+                program.abandon()
                 program.end(END_S)
+                continue
+            program.signal(signal.SIGTERM)
+            program.wait_errors("x: the destination has not received all of the memory")
+            assert program.alive()
+            dest.take_all()
+            assert program.end(END_S) == 0
+            assert program.result()["machines-sent"] == 1
 
 
 def test_daemon_that_receives(daemon: Daemon, version: int, rv64: Machine) -> None:
@@ -144,15 +165,15 @@ def test_daemon_that_receives(daemon: Daemon, version: int, rv64: Machine) -> No
         program, control = daemon(f"d{signals}")
         source = Source(program.address, rv64, version).until("running")
         wait_until("arrival", control.machines)
-        program.signal(signal.SIGTERM)
-        program.wait_errors("waiting until it has moved")
-        if signals == 1:
-            source.finish()
-            assert program.end(END_S) == 0
-            assert program.result()["received"] == 1
-        else:
-            program.signal(signal.SIGTERM)
+        if signals == 2:
+            program.abandon()
             program.end(END_S)
+            continue
+        program.signal(signal.SIGTERM)
+        program.wait_errors("have not arrived")
+        source.finish()
+        assert program.end(END_S) == 0
+        assert program.result()["machines-received"] == 1
 
 
 @pytest.mark.parametrize("step", BEFORE_AT_DEST)
@@ -234,16 +255,16 @@ def test_cancel_after_commit(start: Start, tmp_path: Path, version: int, rv64: M
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("side", ["source", "dest"])
 def test_frozen_peer_and_a_signal(start: Start, version: int, rv64: Machine, side: str, number: signal.Signals) -> None:
-    """Nobody waits for a peer that does not answer, before COMMIT or after it."""
+    """Nobody waits for a peer that does not answer, before COMMIT or, when somebody insists, after it."""
     if side == "source":
         for step in ("ready", "run"):
             program = start("source", "--json", *RV64, "--listen", "127.0.0.1:0")
             Destination.connect(program.address, version).until(step).control.frozen.set()
-            program.signal(number)
+            program.signal(number) if step == "ready" else program.abandon(number)
             assert program.end(END_S) == 1
     else:
         for step in ("ready", "running"):
             program = start("dest", "--json", "--listen", "127.0.0.1:0")
             Source(program.address, rv64, version).until(step).control.frozen.set()
-            program.signal(number)
+            program.signal(number) if step == "ready" else program.abandon(number)
             assert program.end(END_S) == 1

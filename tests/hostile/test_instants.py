@@ -89,7 +89,7 @@ def test_the_source_is_told_to_end(daemon: Daemon, start: Start, seeded: random.
         pair.source.signal(seeded.choice((signal.SIGTERM, signal.SIGINT)))
         pair.watch_until("end", lambda: not pair.source.alive())  # noqa: B023
         assert pair.source.end() == 0, pair.source.tail()
-        if pair.source.result()["sent"]:
+        if pair.source.result()["machines-sent"]:
             (name,) = pair.at_dest.machines()
             pair.at_dest.wait_status(name, "completed")
             verify(start, pair.at_dest, name)
@@ -107,7 +107,7 @@ def test_the_destination_is_told_to_end(daemon: Daemon, start: Start, seeded: ra
         pair.dest.signal(seeded.choice((signal.SIGTERM, signal.SIGINT)))
         pair.watch_until("end", lambda: not pair.dest.alive())  # noqa: B023
         assert pair.dest.end() == 0, pair.dest.tail()
-        if pair.dest.result()["received"]:
+        if pair.dest.result()["machines-received"]:
             wait_until("no machine", lambda: pair.at_source.migration("x").get("status") in (None, "completed"))  # noqa: B023
         else:
             wait_until("run", lambda: pair.guest(pair.at_source).get("state") == "running", END_S)  # noqa: B023

@@ -151,7 +151,7 @@ def test_a_source_that_had_not_decided(start: Start, version: int) -> None:
     source = start("source", "--json", *RV64, "--listen", "127.0.0.1:0", "--migrate-after", "0")
     dest = Destination.connect(source.address, version).until("handed")
     dest.lose()  # before `prepared` has been heard
-    source.wait_for("failure", lambda line: line["event"] == "migration-failed")
+    source.wait_for("failure", lambda line: line["event"] == "migration-ended")
     with pytest.raises(Refused) as refused:
         dest.come_back(source.address, version)
     fields = refused.value.fields

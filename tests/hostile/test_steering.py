@@ -56,10 +56,10 @@ def test_cancel_while_connecting_again(daemon: Daemon, start: Start, silent: Lis
             first.answer()
         line.close()
     control.wait_status("x", "failed", "cancelled")
-    before = control.migration("x")["id"]
+    before = control.migration("x").get("migration-id")
     with silent:
         control.begin("migrate", machine="x", to=silent.where)
-        wait_until("a new migration that is shown", lambda: control.migration("x")["id"] != before, 8)
+        wait_until("a new migration that is shown", lambda: control.migration("x").get("migration-id") != before, 8)
         control.ask("migrate-cancel")
         control.wait_status("x", "cancelled", "failed", deadline_s=AT_ONCE_S)
     assert control.machines()["x"]["guest"]["state"] == "running"

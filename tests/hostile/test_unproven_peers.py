@@ -77,7 +77,7 @@ def test_the_id_of_a_machine_whose_source_is_away(
     Control(tmp_path / "s").ask("migrate-pause")
     (name,) = control.machines()
     other = Source(program.address, rv64, version).connect()
-    other.migration = bytes.fromhex(control.wait_status(name, "postcopy-paused")["id"])
+    other.migration = bytes.fromhex(control.wait_status(name, "postcopy-paused")["migration-id"])
     other.offer()
     with contextlib.suppress(Closed):
         assert other.control.hear()["type"] != "accept"
@@ -313,7 +313,7 @@ def test_another_token(daemon: Daemon, neighbour: Beside, version: int) -> None:
     """Wrong tokens and stale epochs, for a migration that exists."""
     program, control = daemon()
     beside = neighbour(program, control)
-    migration = bytes.fromhex(control.migration(beside.name)["id"])
+    migration = bytes.fromhex(control.migration(beside.name)["migration-id"])
     for channel in ("control", "urgent", "bulk"):
         for epoch in (0, 1, 7, 2**32 - 1):
             for token in (b"", os.urandom(16)):

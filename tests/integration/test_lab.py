@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import trio
+from lines import parse_line
 
 from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.testbed import _linux
@@ -436,7 +437,7 @@ def test_up_that_is_killed_half_way(directory: Path, moment: str) -> None:
 
 def shown(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result = parse_line(done.stdout.splitlines()[-1])
     assert result["event"] == "result"
     assert result["status"] == "completed"
     assert result["verified"] is True

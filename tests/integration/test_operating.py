@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import socket
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lines import parse_control_line, parse_log_line
 from prometheus_client.parser import text_string_to_metric_families
 
 from postcopy.service import ControlClient, ControlError
@@ -49,15 +49,15 @@ class TestBothSides:
         assert status["settings"] == {"max-bandwidth": 64 << 10, "bulk-channels": 2, "recover-for": "forever"}
         job = status["machines"][0]["migration"]
         assert (job["status"], job["direction"]) == ("postcopy-active", "outgoing")
-        assert to.machines()["kvm"]["migration"]["id"] == job["id"]
+        assert to.machines()["kvm"]["migration"]["migration-id"] == job["migration-id"]
         text, _ = at.ask("status")
         assert "Postcopy-active, outgoing" in text
         assert {len(line) - len(line.partition(":")[2].lstrip()) for line in text.splitlines() if line} == {19}
 
         # Past the point of no return: not cancelled, not left alone, but cut and connected again.
         assert "belongs to the destination" in at.ask("migrate-cancel", status=1)[1]
-        assert "pages are still on their way" in at.ask("quit", status=1)[1]
-        assert "pages are still on their way" in to.ask("quit", status=1)[1]
+        assert "has not received all of the memory" in at.ask("quit", status=1)[1]
+        assert "have not arrived: wait" in to.ask("quit", status=1)[1]
         at.ask("migrate-pause")
         at.wait("pause", lambda here: here["kvm"]["migration"]["status"] == "postcopy-paused")
         to.wait("pause", lambda here: here["kvm"]["migration"]["status"] == "postcopy-paused")
@@ -117,7 +117,7 @@ class TestBothSides:
         while "progress" not in watcher.output():
             assert time.monotonic() < deadline
         at.ask("migrate-cancel")
-        failed = source.wait_for("end", lambda line: line["event"] == "migration-failed")
+        failed = source.wait_for("end", lambda line: line["event"] == "migration-ended")
         assert failed["status"] == "cancelled"
         dest.wait_for_errors("waiting for the next one")
         dest.signal(signal.SIGTERM)
@@ -130,8 +130,8 @@ class TestBothSides:
         assert source.end()[0] == 1  # it did not do what it was started for
         watched = watcher.wait(DEADLINE_S)  # ends with the process that it watched
         assert watched.returncode == 0
-        seen = [json.loads(line) for line in watched.stdout.splitlines()]
-        assert [event["data"]["status"] for event in seen if event["event"] == "migration-failed"] == ["cancelled"]
+        seen = [parse_control_line(line) for line in watched.stdout.splitlines()]
+        assert [event["data"]["status"] for event in seen if event["event"] == "migration-ended"] == ["cancelled"]
         assert seen[-1]["event"] == "result"
 
     def test_second_process_with_the_same_socket(self, side: Callable[..., Any], tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ class TestDaemon:
             moved = at.tell("migrate", target.address)
             assert moved["status"] == "completed"
             assert moved["downtime-ms"] > 0
-            ids.add(moved["migration"])
+            ids.add(moved["migration-id"])
             assert at.machines() == {}
             arrived = to.wait("arrival", lambda here: here["traveller"]["migration"]["status"] == "completed")
             guest = arrived["traveller"]["guest"]
@@ -275,7 +275,7 @@ class TestDaemon:
         to = operator("b")
         to.wait("both", lambda here: {here[n]["migration"]["status"] for n in here} == {"completed"} and len(here) == 2)
         at.ask("quit")
-        assert first.end()[1]["sent"] == 2
+        assert first.end()[1]["machines-sent"] == 2
 
     def test_what_is_refused(self, daemon: Callable[..., Any], operator: Callable[[str], Operator]) -> None:
         first, second = daemon("a", *RV64, "--name", "x"), daemon("b", *RV64, "--name", "x")
@@ -290,8 +290,10 @@ class TestDaemon:
         assert "not an address" in at.ask("migrate", "nowhere", status=2)[1]
         assert "here already" in at.ask("start", "rv64", "--name", "x", status=2)[1]
         assert "`postcopy source` serves an image" in at.ask("start", "image", "--name", "y", status=2)[1]
-        assert "these end with this process: x" in at.ask("quit", status=1)[1]
-        to.ask("end")
+        assert "x: the machine runs only here" in at.ask("quit", status=1)[1]
+        assert "x: the machine runs only here" in to.ask("end", status=1)[1]
+        assert to.machines()["x"]["guest"]["state"] == "running"
+        to.ask("end", "--force")
         at.ask("migrate", target)
         assert list(to.machines()) == ["x"]
         at.ask("quit")
@@ -313,7 +315,7 @@ class TestDaemon:
         here = at.wait("pause", lambda here: here["x"]["migration"]["status"] == "postcopy-paused")
         assert here["x"]["guest"]["state"] == "paused"
         assert "is being moved already" in at.ask("migrate", "127.0.0.1:1", status=1)[1]
-        assert "still on their way" in at.ask("end", status=1)[1]
+        assert "has not received all of the memory" in at.ask("end", status=1)[1]
         at.ask("end", "--force")
         assert at.machines() == {}
         first.signal(signal.SIGTERM)
@@ -331,8 +333,9 @@ class TestDaemon:
         at.ask("set", "--max-bandwidth", "none")
         status, result, errors = first.end()
         assert status == 0
-        assert "waiting until it has moved" in errors
-        assert result["sent"] == 1
+        assert "x: the destination has not received all of the memory" in errors
+        assert "Still needed" in errors
+        assert result["machines-sent"] == 1
         to = operator("b")
         assert to.machines()["x"]["migration"]["status"] == "completed"
         assert to.machines()["x"]["guest"]["failures"] == 0
@@ -348,8 +351,9 @@ class TestDaemon:
         text, _ = at.ask("migrate", dest.address)
         assert text.startswith(f"{name} has moved to 127.0.0.1:")
         assert dest.end()[1]["verified"] is True
-        at.ask("quit")
-        assert source.end()[0] == 0
+        status, result, _ = source.end()  # it takes no machines: without one there is nothing left to do
+        assert (status, result["sent"]) == (0, 1)
+        assert not (tmp_path / "s").exists()
 
 
 async def _try_to_move(control: Path, to: str) -> str:
@@ -357,12 +361,12 @@ async def _try_to_move(control: Path, to: str) -> str:
     async with ControlClient.open(str(control)) as client:
         await client.execute("events")
         try:
-            moved = (await client.execute("migrate", {"to": to}))["migration"]
+            moved = (await client.execute("migrate", {"to": to}))["migration-id"]
         except ControlError:
             return "refused"
         while True:
             event = await client.next_event()
-            if event["event"] == "migration-ended" and event["data"]["migration"] == moved:
+            if event["event"] == "migration-ended" and event["data"]["migration-id"] == moved:
                 return str(event["data"]["status"])
 
 
@@ -395,7 +399,7 @@ class TestObserving:
         text = urllib.request.urlopen(f"http://{metrics}/metrics", timeout=DEADLINE_S).read()
         assert _sample(text, "postcopy_build_info") == 1
         source = side("source", "--json", *RV64, "--connect", dest.address)
-        migration = source.end()[1]["migration"]
+        migration = source.end()[1]["migration-id"]
         status, result, errors = dest.end()
         assert status == 0
         text = (tmp_path / "dest.prom").read_bytes()
@@ -405,10 +409,10 @@ class TestObserving:
         assert _sample(text, "postcopy_migration_pages_total", kind="background") == result["ram"]["background-pages"]
         latency = "postcopy_migration_fault_latency_seconds_count"
         assert _sample(text, latency) == result["fault-latency-us"]["count"]
-        lines = [json.loads(line) for line in errors.splitlines()]
+        lines = [parse_log_line(line) for line in errors.splitlines()]
         assert lines
         assert all(line.keys() >= {"time", "level", "logger", "message"} for line in lines)
-        assert {line["migration"] for line in lines if "migration" in line} <= {migration}
+        assert {line["migration-id"] for line in lines if "migration-id" in line} <= {migration}
 
 
 def _sample(text: bytes, name: str, **labels: str) -> float:

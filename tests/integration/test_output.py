@@ -112,7 +112,7 @@ def test_a_daemon_takes_orders(unread: Callable[..., Any], tmp_path: Path) -> No
     daemon = unread("daemon", "--control", at, "--machine", "rv64", "--memory", "16MiB", "--name", "vm")
     assert "vm" in _ctl(at, "status").stdout
     assert _ctl(at, "start", "rv64", "--name", "other", "--memory", "16MiB").returncode == 0
-    assert _ctl(at, "end", "--machine", "other").returncode == 0
+    assert _ctl(at, "end", "--machine", "other", "--force").returncode == 0
     daemon.send_signal(signal.SIGTERM)
     assert daemon.wait(DEADLINE_S) == 0
 

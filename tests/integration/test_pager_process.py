@@ -110,7 +110,7 @@ def test_pager_dies_before_commit(side: Start) -> None:
     status, result, _ = dest.end()
     assert status == 1
     assert "the pager's process has died (SIGKILL)" in result["error"]
-    failed = source.wait_for("failure", lambda line: line["event"] == "migration-failed")
+    failed = source.wait_for("failure", lambda line: line["event"] == "migration-ended")
     assert failed["error"]  # that a data channel is lost, or why: whichever it hears first
     later = source.wait_for(
         "progress", lambda line: line["event"] == "progress" and line["elapsed-ms"] > failed["elapsed-ms"]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lines import parse_answer
 
 Start = Callable[..., Any]
 RV64 = ("--machine", "rv64", "--memory", "192MiB", "--workload", "random", "--max-bandwidth", "64KiB/s")
@@ -35,7 +35,7 @@ def _wait_running(at: Path) -> int:
     """How many operations it has done when it is seen to do more."""
     seen = None
     for _ in range(60):
-        guest = json.loads(_ctl(at, "status", "--json").stdout)["machines"][0]["guest"]
+        guest = parse_answer(_ctl(at, "status", "--json").stdout, ["status"])["machines"][0]["guest"]
         if seen is not None and guest["state"] == "running" and guest["operations"] > seen:
             return int(guest["operations"])
         seen = guest["operations"]

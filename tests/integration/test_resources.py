@@ -108,7 +108,7 @@ def test_killed_for_want_of_memory(side: Start, spawn_child: Callable[..., Any],
     assert dest.wait(60).returncode == -signal.SIGKILL
     paused = source.wait_status("postcopy-paused")
     assert paused["guest"]["state"] == "paused"
-    source.signal(signal.SIGTERM)
+    source.abandon()
     status, result, errors = source.end()
     assert status == 1, errors
     assert result["guest"]["operations"] == result["guest-at-pause"]["operations"]

@@ -68,12 +68,12 @@ def test_from_both_sides(side: Start, tmp_path: Path, kind: str) -> None:
         # On many hosts no signal reaches a vCPU that waits for a page in KVM. (U/test_salvage has one that was paused.)
         assert kind == "kvm"
         status, result, _ = side("merge", "--json", source, dest, "--into", tmp_path / "whole").end()
-        assert (status, result["state"], result["torn"]) == (1, False, True)
+        assert (status, result["device-state"], result["torn"]) == (1, False, True)
         return
     whole = tmp_path / "whole"
     status, result, errors = side("merge", "--json", source, dest, "--into", whole).end()
     assert status == 0, errors
-    assert (result["state"], result["in-doubt"], result["torn"]) == (True, 0, False)
+    assert (result["device-state"], result["in-doubt"], result["torn"]) == (True, 0, False)
     _refused(side, "would be zeros", "--from", dest)
     _refused(side, "--reclaim is for the salvage of a source", "--from", whole, "--reclaim")
     _goes_on(side, "--from", whole)
@@ -109,7 +109,7 @@ def test_what_cannot_be_started(side: Start, tmp_path: Path) -> None:
         return other
 
     _refused(side, "could not be paused", "--from", changed(paused=False), "--reclaim")
-    _refused(side, "an image is no machine", "--from", changed(machine="image"), "--reclaim")
+    _refused(side, "a machine of kind image does not run", "--from", changed(machine="image"), "--reclaim")
     _refused(side, "is not a directory that --salvage has written", "--from", tmp_path)
     _refused(side, "does not go with --from", "--from", source, "--memory", "1GiB")
     _refused(side, "--reclaim and --force go with --from", "--machine", "rv64", "--reclaim")
@@ -132,7 +132,7 @@ def test_what_cannot_be_started(side: Start, tmp_path: Path) -> None:
     (torn / "manifest.json").write_text(json.dumps(there | {"paused": False}))
     status, result, errors = side("merge", "--json", source, torn, "--into", tmp_path / "merged").end()
     assert status == 1
-    assert (result["state"], result["torn"]) == (False, True)
+    assert (result["device-state"], result["torn"]) == (False, True)
     _refused(side, "could not be paused", "--from", tmp_path / "merged")
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -12,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-Json = dict[str, Any]
+from lines import Json, parse_answer, parse_control_line, parse_lines
+
 DEADLINE_S = 60.0
 
 
@@ -26,11 +26,16 @@ class Side:
         command: Sequence[str] = (sys.executable, "-m", "postcopy"),
     ) -> None:
         self._child = spawn_child([*command, *arguments])
+        self._lines: list[Json] = []  # each is parsed once
+        self._parsed = 0
 
     @property
     def lines(self) -> list[Json]:
-        whole, _, _ = self._child.output().rpartition("\n")
-        return [json.loads(line) for line in whole.split("\n") if line]
+        text = self._child.output()
+        size = text.rfind("\n") + 1
+        self._lines += parse_lines(text[self._parsed : size])
+        self._parsed = size
+        return self._lines
 
     def events(self, name: str) -> list[Json]:
         return [line for line in self.lines if line["event"] == name]
@@ -55,7 +60,10 @@ class Side:
             time.sleep(0.005)
 
     def wait_status(self, status: str) -> Json:
-        return self.wait_for(f"status {status}", lambda line: line.get("status") == status)
+        """The first line of progress, or the result, that has it."""
+        return self.wait_for(
+            f"status {status}", lambda line: line["event"] in ("progress", "result") and line.get("status") == status
+        )
 
     @property
     def address(self) -> str:
@@ -81,6 +89,16 @@ class Side:
 
     def signal(self, number: int) -> None:
         self._child.send_signal(number)
+
+    def abandon(self, number: int = 15) -> None:
+        """Asks it to end, and insists when it has said what would be lost."""
+        self.signal(number)
+        self.wait_for_errors("again within")
+        deadline = time.monotonic() + DEADLINE_S
+        while "Abandoning" not in self._child.errors():  # what comes right after the first one is part of it
+            self.signal(number)
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
     def end(self, deadline_s: float = DEADLINE_S) -> tuple[int, Json, str]:
         """Exit status, result, standard error."""
@@ -115,8 +133,7 @@ class Operator:
         return done.stdout, done.stderr
 
     def tell(self, *arguments: object) -> Json:
-        answer: Json = json.loads(self.ask(*arguments, "--json")[0])
-        return answer
+        return parse_answer(self.ask(*arguments, "--json")[0], [str(one) for one in arguments])
 
     def machines(self) -> dict[str, Json]:
         """Asked without a process in between, since it is asked often."""
@@ -125,8 +142,9 @@ class Operator:
             connection.connect(str(self.path))
             file.write('{"execute": "status"}\n')
             file.flush()
-            assert "postcopy" in json.loads(file.readline())
-            return {machine["name"]: machine for machine in json.loads(file.readline())["return"]["machines"]}
+            assert "postcopy" in parse_control_line(file.readline())
+            answer = parse_control_line(file.readline(), "status")
+            return {machine["name"]: machine for machine in answer["return"]["machines"]}
 
     def wait(self, what: str, found: Callable[[dict[str, Json]], bool]) -> dict[str, Json]:
         deadline = time.monotonic() + DEADLINE_S

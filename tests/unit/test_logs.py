@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import re
 from collections.abc import Iterator
 
 import pytest
 import trio
+from lines import parse_log_line
 
 from postcopy._log import about
 from postcopy.output import LogHandler, Output
@@ -39,7 +39,7 @@ def _output(log: logging.Logger, *, log_json: bool) -> tuple[Output, io.StringIO
 
 
 def _lines(stderr: io.StringIO) -> list[dict[str, str]]:
-    return [json.loads(line) for line in stderr.getvalue().splitlines()]
+    return [parse_log_line(line) for line in stderr.getvalue().splitlines()]
 
 
 def test_json_lines(log: logging.Logger) -> None:
@@ -81,7 +81,7 @@ async def test_each_task_logs_its_own_migration(log: logging.Logger) -> None:
         for text in ("one", "two"):
             nursery.start_soon(engine, Job("", machine_name="m" + text), text)
     lines = _lines(stderr)
-    said = {(line["message"], line.get("migration"), line.get("machine")) for line in lines}
+    said = {(line["message"], line.get("migration-id"), line.get("machine")) for line in lines}
     assert said == {("one", "one", "mone"), ("two", "two", "mtwo"), ("after", None, None)}
 
 

@@ -31,7 +31,7 @@ class Disk:
         fd = lib.pc_disk_open(os.fsencode(self.path), size_bytes, line.buffer, line.size)
         if fd < 0:
             self._remove()
-            raise ConfigurationError(f"disk {self.path}: {str(line) or os.strerror(-fd)}")
+            raise ConfigurationError(f"disk {str(line) or f'{self.path}: {os.strerror(-fd)}'}")
         self._fd = FdHolder(fd)
 
     @classmethod

@@ -401,7 +401,6 @@ class ToyMachine(Machine):
                 "bad-pages": int(struct.bad_pages),
                 "operations": int(struct.operations),
                 "disk-bytes-checked": int(struct.disk_bytes_checked),
-                "nonce": int(struct.nonce),
             },
         )
 

@@ -25,13 +25,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
+import textwrap
 
 from postcopy._files import check_new_file, replacing, write_all
 from postcopy.errors import ConfigurationError
 from postcopy.testbed import _processes
+from postcopy.testbed._report import make_console
 from postcopy.testbed.bench import _plot
 from postcopy.testbed.bench._figures import MEASUREMENTS, Figure
-from postcopy.units import argument, parse_whole
+from postcopy.units import among, argument, did_you_mean, parse_whole
 
 __all__ = ["Figure", "add_arguments", "run"]
 
@@ -51,29 +54,32 @@ def run(args: argparse.Namespace) -> int:
     """0 when every figure kept to its target, 1 otherwise. `ConfigurationError` for what was asked wrongly."""
     names = args.figures or list(MEASUREMENTS)
     if unknown := [name for name in names if name not in MEASUREMENTS]:
-        raise ConfigurationError(f"no figure called {unknown[0]}; there are {', '.join(MEASUREMENTS)}")
+        hint = did_you_mean(unknown[0], MEASUREMENTS) or among(MEASUREMENTS)
+        raise ConfigurationError(f"no figure is called {unknown[0]!r}{hint}")
     if args.svg is not None:  # now, not after minutes of measuring
         if "contention" not in names:
             raise ConfigurationError("--svg: it draws the figures of contention, which are not among those asked for")
         check_new_file("--svg", args.svg)
+    width = make_console(sys.stdout).width
     reached = True
     for name in names:
         figures = _processes.run(MEASUREMENTS[name], args.rounds)
         for figure in figures:
             reached &= figure.reached
-            print(json.dumps(figure.as_json()) if args.json else _text(figure), flush=True)
+            print(json.dumps(figure.as_json()) if args.json else _text(figure, width), flush=True)
         if name == "contention":
             if not args.json:
-                print(_plot.text_plot(figures), flush=True)
+                print(_plot.text_plot(figures, width), flush=True)
             if args.svg is not None:
                 with replacing(args.svg, 0o644) as fd:
                     write_all(fd, _plot.svg_plot(figures).encode())
     return 0 if reached else 1
 
 
-def _text(figure: Figure) -> str:
-    bound, verdict = "at most" if figure.at_most else "at least", "reached" if figure.reached else "MISSED"
-    lines = [f"{figure.name}: {figure.ratio:.2f}  ({bound} {figure.target:g}: {verdict})"]
+def _text(figure: Figure, width: int) -> str:
+    bound, beyond = ("at most", "OVER THE LIMIT") if figure.at_most else ("at least", "BELOW THE LIMIT")
+    verdict = "within limit" if figure.reached else beyond
+    lines = [figure.name, f"    {figure.ratio:.2f}, {bound} {figure.target:g}: {verdict}"]
     for name in figure.rounds[0]:
         values = [values[name] for values in figure.rounds]
         median = statistics.median(values)
@@ -81,5 +87,5 @@ def _text(figure: Figure) -> str:
             f"    {name:<12} median {median:9.2f} {figure.unit}   range {min(values):.2f} .. {max(values):.2f}"
         )
     if figure.note:
-        lines.append(f"    {figure.note}")
+        lines += textwrap.wrap(figure.note, min(width, 100), initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)

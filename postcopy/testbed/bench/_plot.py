@@ -14,14 +14,15 @@ from rich.console import Console
 from postcopy.testbed.bench._contention import IDLE
 from postcopy.testbed.bench._figures import Figure
 
-WIDTH = 48  # of the longest bar
+WIDTH = 107  # of the picture
+_LABELS, _NUMBERS = 26, 31  # characters of a line that are not its bar
 _PARTS = ("p50", "p99", "max")
 _TITLE = "mmap and munmap of one thread while others wait for a page: solid to p50, shaded to p99, dots to the maximum"
 
 
-def text_plot(figures: Sequence[Figure]) -> str:
-    """A bar for each scene of each call, of medians in microseconds: solid to p50, shaded to p99, dots to the maximum.
-    The rounds of the figures hold these, and ``idle-`` of each."""
+def text_plot(figures: Sequence[Figure], width: int = WIDTH) -> str:
+    """A bar for each scene of each call, of medians in microseconds: solid to p50, shaded to p99, dots to the maximum;
+    not wider than `width`. The rounds of the figures hold these, and ``idle-`` of each."""
     bars: list[tuple[str, str, list[float], float]] = []
     for figure in figures:
         call, scene = figure.name.removesuffix(" / none").split(" p50, ")
@@ -31,13 +32,22 @@ def text_plot(figures: Sequence[Figure]) -> str:
         bars.append((call, scene, [median[part] for part in _PARTS], figure.ratio))
     low = math.floor(math.log10(min(us[0] for _, _, us, _ in bars)))
     high = max(math.ceil(math.log10(max(us[2] for _, _, us, _ in bars))), low + 1)
-    lines = [f"{'':<28}{10**low:g} us {'.' * (WIDTH - 14)} {10**high:g} us   p50 / p99 / max us, p50 to idle"]
+    longest = max(16, min(width, WIDTH) - _LABELS - _NUMBERS)
+    first, last = f"{_time(low)} ", f" {_time(high)}"
+    axis = first + "." * (longest - len(first) - len(last)) + last
+    lines = [f"{'':<{_LABELS}}{axis:<{longest}}  {'p50 / p99 / max us':<23} ratio"]
     for call, scene, (p50, p99, most), ratio in bars:
-        ends = [max(1, round((math.log10(us) - low) / (high - low) * WIDTH)) for us in (p50, p99, most)]
+        ends = [max(1, round((math.log10(us) - low) / (high - low) * longest)) for us in (p50, p99, most)]
         drawn = "█" * ends[0] + "▒" * (ends[1] - ends[0]) + "·" * (ends[2] - ends[1])
         numbers = f"{p50:.2f} / {p99:.2f} / {most:.0f}"
-        lines.append(f"{call:<7} {scene:<20}{drawn:<{WIDTH}}  {numbers:<24} {ratio:.2f}")
+        lines.append(f"{call:<6} {scene:<{_LABELS - 7}}{drawn:<{longest}}  {numbers:<23} {ratio:5.2f}")
     return "\n".join(lines)
+
+
+def _time(power: int) -> str:
+    """So many powers of ten of a microsecond, in the unit that has no exponent."""
+    unit = min(max(power // 3, -1), 2)
+    return f"{10 ** (power - 3 * unit)} {('us', 'ms', 's', 'ns')[unit]}"
 
 
 def svg_plot(figures: Sequence[Figure]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from postcopy.errors import ConfigurationError
-from postcopy.units import did_you_mean, parse_rate, parse_seconds, parse_seconds_range, parse_size
+from postcopy.units import among, did_you_mean, parse_rate, parse_seconds, parse_seconds_range, parse_size
 
 WAYS = ("reset", "close", "freeze", "truncate", "corrupt")
 """How a cable can be cut: with a reset, with an orderly end, without a word (half open), after a few more bytes, or by
@@ -33,15 +33,16 @@ class ChaosPlan:
         `ConfigurationError` says what is wrong."""
         kind, _, rest = text.partition(":")
         if kind not in KINDS:
-            raise ConfigurationError(
-                f"no chaos called {kind!r}{did_you_mean(kind, KINDS)}; there are {', '.join(KINDS)}"
-            )
+            raise ConfigurationError(f"no plan begins with {kind!r}{did_you_mean(kind, KINDS) or among(KINDS)}")
         settings = dict(KINDS[kind])
         for item in filter(None, rest.split(",")):
             name, equals, value = item.partition("=")
             if not equals or name not in _SETTINGS:
+                why = f"{name!r} has no value" if name in _SETTINGS else f"no setting is called {name!r}"
+                hint = "" if name in _SETTINGS else did_you_mean(name, _SETTINGS)
                 raise ConfigurationError(
-                    f"chaos {text!r}: {item!r} is none of {', '.join(_SETTINGS)}, written NAME=VALUE"
+                    f"chaos {text!r}: {why}{hint}; write for instance cut:every=0.2..0.5,down=100ms (settings:"
+                    f" {', '.join(_SETTINGS)})"
                 )
             attribute, parse = _SETTINGS[name]
             try:
@@ -56,7 +57,8 @@ def ways(text: str) -> tuple[str, ...]:
     words = tuple(text.split("+"))
     for word in words:
         if word not in WAYS:
-            raise ConfigurationError(f"{word!r} is no way to cut a connection; there are {', '.join(WAYS)}")
+            known = did_you_mean(word, WAYS) or f"{among(WAYS)}, joined by +"
+            raise ConfigurationError(f"{word!r} is no way to cut a connection{known}")
     return words
 
 

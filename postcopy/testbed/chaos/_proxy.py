@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 import trio
 
 from postcopy.net import Address, parse_address
+from postcopy.records import Record
+from postcopy.records.commands import Cut, Unreachable
 from postcopy.testbed.chaos._plan import ChaosPlan
 
 CHUNK_BYTES = 64 * 1024
 QUEUED_CHUNKS = 16
 CONNECT_TIMEOUT_S = 10.0
-Log = Callable[[str, dict[str, object]], None]
+Log = Callable[[str, Record], None]
 
 
 @dataclass
@@ -141,7 +143,7 @@ class ChaosProxy:
         """Does to every connection that there is now what `way` says (see `WAYS`). New ones are not affected."""
         self.statistics.cuts += 1
         self.statistics.by_way[way] = self.statistics.by_way.get(way, 0) + 1
-        self._log("cut", {"way": way, "connections": len(self._connections)})
+        self._log("cut", Cut(way=way, connections=len(self._connections)))
         victims = list(self._connections)
         if way in ("truncate", "corrupt") and victims:
             victims = [self._random.choice(victims)]  # one of them lies; the cable is fine
@@ -216,7 +218,7 @@ class ChaosProxy:
                 with trio.fail_after(CONNECT_TIMEOUT_S):
                     far = await trio.open_tcp_stream(self._target.host, self._target.port)
             except (OSError, trio.TooSlowError) as error:
-                self._log("unreachable", {"connection": number, "error": str(error)})
+                self._log("unreachable", Unreachable(connection=number, error=str(error)))
                 return
             async with far:
                 for stream in (near, far):

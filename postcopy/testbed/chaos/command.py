@@ -6,16 +6,20 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import trio
 
+from postcopy._stop import Stop
 from postcopy.errors import ResourceError
 from postcopy.output import Output
+from postcopy.records import Record, as_json
+from postcopy.records.commands import ChaosListening, ChaosResult
 from postcopy.service import options
 from postcopy.service.options import Group, Option
 from postcopy.testbed.chaos import KINDS, ChaosPlan, open_chaos_proxy
+from postcopy.testbed.chaos._proxy import Statistics
 
 OPTIONS = (
     Group(
@@ -33,27 +37,41 @@ def parse_plan(text: str, given: dict[str, Any]) -> ChaosPlan:
     return ChaosPlan.parse(text, given["seed"] if "seed" in given else secrets.randbits(32))
 
 
-def make(given: dict[str, Any], output: Output) -> Callable[[trio.Event], Awaitable[bool]]:
+def make(given: dict[str, Any], output: Output) -> Callable[[Stop], Awaitable[bool]]:
     """Carries connections, as badly as the plan says, until it is interrupted."""
     plan = parse_plan(given.get("plan", "cut"), given)
     listen, target = given["listen"], given["to"]
 
-    async def run(stop: trio.Event) -> bool:
+    async def run(stop: Stop) -> bool:
         began_s = trio.current_time()
 
-        def log(event: str, fields: dict[str, object]) -> None:
-            output.emit(event, fields)
-            words = ", ".join(f"{name} {value}" for name, value in fields.items())
+        def log(event: str, record: Record) -> None:
+            output.emit(event, record)
+            words = ", ".join(f"{name} {value}" for name, value in as_json(record).items() if name != "side")
             output.say(f"{trio.current_time() - began_s:9.3f} s  {event}: {words}")
 
         try:
             async with open_chaos_proxy(target, plan, listen=listen, log=log) as proxy:
-                log("listening", {"address": str(proxy.address), "to": str(target), "seed": plan.seed})
+                address = str(proxy.address)
+                log("listening", ChaosListening(side="chaos", address=address, to=str(target), seed=plan.seed))
                 await stop.wait()
-                output.emit("result", {"seed": plan.seed, **asdict(proxy.statistics)})
+                output.emit("result", _result(plan, proxy.statistics))
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise ResourceError(f"cannot listen on {listen}: {reason}", "choose another address or port") from error
         return True
 
     return run
+
+
+def _result(plan: ChaosPlan, counted: Statistics) -> ChaosResult:
+    return ChaosResult(
+        side="chaos",
+        seed=plan.seed,
+        connections=counted.connections,
+        refused=counted.refused,
+        cuts=counted.by_way,
+        bytes_out=counted.bytes_out,
+        bytes_back=counted.bytes_back,
+        flipped=counted.flipped,
+    )

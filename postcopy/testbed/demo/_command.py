@@ -12,14 +12,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import trio
+from msgspec import convert
 
 from postcopy._blocking import run_sync
+from postcopy._stop import Stop
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, known_error
 from postcopy.machines.toy.machine import explain_no_kvm
 from postcopy.machines.toy.tap import format_ipv4, parse_ipv4, parse_net
 from postcopy.output import Output
 from postcopy.output.tables import make_console
 from postcopy.output.words import format_count
+from postcopy.records import Record
+from postcopy.records.commands import DemoResult
 from postcopy.service import options
 from postcopy.service.options import Group, Option
 from postcopy.testbed.chaos import KINDS, ChaosPlan, open_chaos_proxy
@@ -75,7 +79,7 @@ def defaults() -> Json:
     )
 
 
-def make(given: Json, output: Output) -> Callable[[trio.Event], Awaitable[bool]]:
+def make(given: Json, output: Output) -> Callable[[Stop], Awaitable[bool]]:
     return DemoCommand(given, output).run
 
 
@@ -155,7 +159,7 @@ class DemoCommand:
         vcpus = format_count(values["vcpus"], "vCPU")
         return f"{values['kind']}, {format_size(values['memory_bytes'])}, {vcpus}, workload {values['workload']}"
 
-    async def run(self, stop: trio.Event) -> bool:
+    async def run(self, stop: Stop) -> bool:
         result: Json
         try:
             with trio.fail_after(self._values["deadline_s"]):
@@ -167,14 +171,15 @@ class DemoCommand:
             result = {"status": "failed", "error": str(known_error(group))}
         except PostcopyError as error:
             result = {"status": "failed", "error": str(error)}
-        result.setdefault("verified", False)
+        for name, value in {"verified": False, "verification": [], "kind": None}.items():
+            result.setdefault(name, value)
         show(result, self._output.view.subject, make_console(sys.stderr if "json" in self._values else sys.stdout))
-        self._output.emit("result", {"side": "demo", **result})
+        self._output.emit("result", convert({"side": "demo", "error": None, **result}, DemoResult))
         if result.get("error"):
             raise MigrationError(str(result["error"]))
         return result["status"] == "completed" and result["verified"] is True
 
-    async def _both(self, directory: str, stop: trio.Event) -> Json:
+    async def _both(self, directory: str, stop: Stop) -> Json:
         values = self._values
         self._output.view.subject = self._subject()
         if values.get("workload") == "disk":
@@ -197,7 +202,7 @@ class DemoCommand:
                 return await self._run(source, dest, stop)
             return await self._watched(source, dest, others[0], stop)
 
-    async def _watched(self, source: Side, dest: Side, observer: Host, stop: trio.Event) -> Json:
+    async def _watched(self, source: Side, dest: Side, observer: Host, stop: Stop) -> Json:
         """The machine is on the laboratory's network, and a third host asks it all the time."""
         for side in (source, dest):
             assert side.host is not None
@@ -218,7 +223,7 @@ class DemoCommand:
             "sent": statistics.sent,
             "answered": statistics.answered,
             "duplicates": statistics.duplicates,
-            "went-back": statistics.went_back,
+            "not-increasing": statistics.went_back,
             "reordered": statistics.reordered,
             "longest-gap-ms": statistics.longest_gap_ms,
         }
@@ -234,7 +239,7 @@ class DemoCommand:
         result["verified"] = result["verified"] and good
         return result
 
-    async def _run(self, source: Side, dest: Side, stop: trio.Event) -> Json:
+    async def _run(self, source: Side, dest: Side, stop: Stop) -> Json:
         cable: Json = {}
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._output.follow, lambda: self._progress(source, dest))
@@ -289,7 +294,7 @@ class DemoCommand:
                 yield child.listening, {"chaos": said}
                 await child.end()
             seen = child.result or {}
-            said |= {"connections": seen.get("connections"), "refused": seen.get("refused"), "cuts": seen.get("by_way")}
+            said |= {"connections": seen.get("connections"), "refused": seen.get("refused"), "cuts": seen.get("cuts")}
             return
         # Nothing is cut before the point of no return: that would only keep the machine where it is.
         async with open_chaos_proxy(address, self._chaos, begin=source.committed) as proxy:
@@ -302,9 +307,9 @@ class DemoCommand:
         plan = ["chaos", self._values["chaos"], "--seed", str(self._chaos.seed)]
         return [*plan, "--json", "--listen", "127.0.0.1:0", "--to", address]
 
-    def _progress(self, source: Side, dest: Side) -> Json:
+    def _progress(self, source: Side, dest: Side) -> Record:
         # What matters is at the source until the machine is not there any more.
-        return dest.progress if dest.progress["status"] not in ("setup", "active") else source.progress
+        return dest.record if dest.progress["status"] not in ("setup", "active") else source.record
 
     def _dest_arguments(self, host: str) -> list[str]:
         return self._arguments("dest", listen=f"{host}:0")

@@ -39,8 +39,20 @@ def merge(source: Json, dest: Json) -> Json:
         verification.append(check(after >= before, what, what, "counters of the guest, by vCPU, which move with it"))
     completed = source["status"] == dest["status"] == "completed"
     status = "completed" if completed else next(s for s in (dest["status"], source["status"]) if s != "completed")
-    result: Json = {"status": status, "machine": dest.get("machine") or source.get("machine")}
-    for name in ("downtime-ms", "total-ms", "ram", "fault-latency-us", "blocktime-ms", "recoveries", "pager", "dump"):
+    result: Json = {"status": status, "kind": dest.get("kind") or source.get("kind")}
+    for name in (
+        "migration-id",
+        "peer",
+        "downtime-ms",
+        "total-ms",
+        "ram",
+        "pending-faults",
+        "fault-latency-us",
+        "blocktime-ms",
+        "recoveries",
+        "pager",
+        "dump",
+    ):
         result[name] = dest.get(name)
     asked = dest.get("verified") is not None
     good = all(item["ok"] for item in verification)
@@ -55,7 +67,7 @@ def show(result: Json, subject: str, console: Console) -> None:
     """The result for a person, without its error, which the command ends with."""
     error = str(result.get("error") or "")
     rows = [row(label, text) for label, text in _rows(result)]
-    if "verification" in result:
+    if rows:
         rows.append(row("verified", {True: "yes", False: "NO"}.get(result["verified"], "was not asked for")))
     for item in result.get("verification", []):
         if item["ok"] or item["what"] not in error:

@@ -14,6 +14,9 @@ import trio
 from postcopy._child import python
 from postcopy.errors import MigrationError
 from postcopy.output import Output
+from postcopy.records import Record, as_json
+from postcopy.records.events import Progress
+from postcopy.records.reading import read_event
 from postcopy.testbed._processes import Child, Json, Lines, parse
 
 if TYPE_CHECKING:
@@ -30,7 +33,8 @@ class Side:
         self.arguments = arguments
         self.host = host  # where it runs, in a laboratory
         self.listening: str | None = None
-        self.progress: Json = {"side": name, "status": "setup"}
+        self.record: Record = Progress(side=name, status="setup", error=None)
+        self.progress: Json = as_json(self.record)
         self.result: Json | None = None
         self.address_known = trio.Event()
         self.committed = trio.Event()  # behind the point of no return, as far as it has said
@@ -83,7 +87,8 @@ class Side:
 
     def _take(self, message: Json, output: Output) -> None:
         event = message.pop("event", None)
-        message.pop("elapsed-ms", None)
+        for key in ("schema", "elapsed-ms"):
+            message.pop(key, None)
         if event == "result":
             self.result = message
         elif event == "listening":
@@ -93,7 +98,8 @@ class Side:
             self.progress = message
             if message["status"].startswith("postcopy"):
                 self.committed.set()
-            output.emit("progress", message)
+            self.record = read_event(event, message)
+            output.emit("progress", self.record)
         output.kick()
         self._news.set()
 

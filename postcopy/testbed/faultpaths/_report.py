@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 
@@ -48,11 +49,13 @@ def _cell_json(item: Judged) -> Json:
     }
 
 
-def from_json(value: Json) -> Run:
+def from_json(value: Any) -> Run:
     """What `to_json` made. `ConfigurationError` when it is something else."""
+    if not isinstance(value, dict):
+        raise ConfigurationError(f"{_kind_of(value)}: {NOT_OURS}")
     try:
         if value["schema"] != SCHEMA:
-            raise ConfigurationError(f"its schema is {value['schema']!r}, and this version reads {SCHEMA}")
+            raise ConfigurationError(f"a report of schema {value['schema']!r}, and this version reads {SCHEMA}")
         return Run(
             value["system"],
             msgspec.convert(value["operations"], tuple[Operation, ...]),
@@ -63,8 +66,18 @@ def from_json(value: Json) -> Run:
             value.get("remote"),
         )
     except (KeyError, TypeError, ValueError, AttributeError, msgspec.ValidationError) as error:
-        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise ConfigurationError(f"not a report of `postcopy faultpaths --json`: {what}") from None
+        what = f"without {error}" if isinstance(error, KeyError) else f"in which {error}"
+        raise ConfigurationError(f"{_kind_of(value)}, {what}: {NOT_OURS}") from None
+
+
+NOT_OURS = "not a report that `postcopy faultpaths --json` has written"
+
+
+def _kind_of(value: object) -> str:
+    """What a JSON file has in it."""
+    if not isinstance(value, dict):
+        return "a JSON " + {list: "array", str: "string", type(None): "null"}.get(type(value), "number")
+    return f"a JSON object with {', '.join(map(repr, [*value][:4]))}" if value else "an empty JSON object"
 
 
 def _judged(item: Json) -> Judged:
@@ -86,10 +99,15 @@ def read_report(path: str) -> Run:
             return from_json(json.load(file))
     except OSError as error:
         raise ConfigurationError(f"cannot read {path!r}: {error.strerror}") from None
-    except ValueError:
-        raise ConfigurationError(f"{path!r} is not JSON") from None
+    except ValueError as error:
+        what = "is not JSON"
+        if os.path.getsize(path) == 0:
+            what = "is empty"
+        elif isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+            what = "has several JSON values, one behind the other"
+        raise ConfigurationError(f"{path!r} {what}: {NOT_OURS}") from None
     except ConfigurationError as error:
-        raise ConfigurationError(f"{path!r}: {error}") from None
+        raise ConfigurationError(f"{path!r} is {error}") from None
 
 
 def describe_system(system: Json) -> str:

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from postcopy.errors import ConfigurationError
 from postcopy.testbed.faultpaths._model import Backing, Cell, Measure, Mode, Operation
 from postcopy.testbed.faultpaths._system import file_system_of
+from postcopy.units import did_you_mean
 
 DEFAULT_CELLS: tuple[tuple[Mode, tuple[Backing, ...]], ...] = (
     (Mode.MISSING, (Backing.ANON, Backing.MEMFD)),  # first: what a run that runs out of time must have
@@ -32,10 +33,10 @@ def chosen_operations(operations: Sequence[Operation], only: Sequence[str]) -> l
         return list(operations)
     for pattern in only:
         if not any(_matches(operation, pattern) for operation in operations):
-            groups = ", ".join(dict.fromkeys(operation.group for operation in operations))
-            raise ConfigurationError(
-                f"--only: no operation or group is called {pattern!r}; the groups are {groups} (names: --list)"
-            )
+            groups = tuple(dict.fromkeys(operation.group for operation in operations))
+            hint = did_you_mean(pattern, [*groups, *(operation.name for operation in operations)])
+            known = f"; the groups are {', '.join(groups)} (names: --list)"
+            raise ConfigurationError(f"--only: no operation or group is called {pattern!r}{hint or known}")
     return [operation for operation in operations if any(_matches(operation, pattern) for pattern in only)]
 
 

@@ -23,7 +23,7 @@ from postcopy.testbed.faultpaths import _compare, _expect, _report, _select, _sy
 from postcopy.testbed.faultpaths._model import Backing, Cell, Json, Measure, Mode, Operation, Result, Run
 from postcopy.testbed.faultpaths._sections import operation_list
 from postcopy.testbed.faultpaths._supervise import DEFAULT_TIMEOUT_S, Progress, Runner, run_cells
-from postcopy.units import argument, parse_seconds
+from postcopy.units import among, argument, did_you_mean, parse_seconds
 
 DEFAULT_BUDGET_S = 165.0
 """Of a run without --all, so that it ends within three minutes whatever hangs."""
@@ -172,7 +172,9 @@ def _chosen(text: str, kind: type[T], option: str) -> list[T]:
         try:
             chosen.append(kind(word))
         except ValueError:
-            raise ConfigurationError(f"{option}: there is no {word!r}; there are {', '.join(kind)}") from None
+            raise ConfigurationError(
+                f"{option}: there is no {word!r}{did_you_mean(word, kind) or among(kind)}"
+            ) from None
     return chosen
 
 

@@ -13,7 +13,7 @@ from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.testbed.lab import _members as members
 from postcopy.testbed.lab._lab import Lab, down, names
 from postcopy.testbed.lab._plan import DEFAULT_NAME, MAX_HOSTS, MAX_MTU, MIN_MTU, LabPlan, parse_delay_us, parse_rate
-from postcopy.units import argument, parse_whole
+from postcopy.units import argument, check_word, parse_whole
 
 Json = dict[str, Any]
 
@@ -55,9 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     link = add("link", "change a host's cable")
     link.add_argument("host", metavar="HOST", help="host whose cable it is, as h1")
-    link.add_argument(
-        "change", choices=("cut", "heal", "rate", "delay"), metavar="cut|heal|rate|delay", help="what happens to it"
-    )
+    link.add_argument("change", metavar="cut|heal|rate|delay", help="what happens to it")
     link.add_argument("value", nargs="?", metavar="VALUE", help="rate: 100mbit, 10MiB/s or off; delay: 5ms or off")
     link.add_argument(
         "--to",
@@ -101,6 +99,7 @@ def _exec(args: argparse.Namespace) -> int:
 
 
 def _link(args: argparse.Namespace) -> int:
+    check_word(args.change, ("cut", "heal", "rate", "delay"))
     if (args.value is None) == (args.change in ("rate", "delay")):
         takes = "a value" if args.value is None else "no value"
         raise ConfigurationError(f"link {args.change} takes {takes}: cut, heal, rate RATE or delay TIME")

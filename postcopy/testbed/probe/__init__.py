@@ -20,6 +20,7 @@ from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.testbed._report import Row, Section, Span, emit_json, make_console, print_line, print_section, row
 from postcopy.testbed.probe._findings import Finding, find, find_all, migrations, names, uses
 from postcopy.testbed.probe._host import system
+from postcopy.units import among, did_you_mean
 
 __all__ = ["Finding", "add_arguments", "find", "find_all", "migrations", "names", "run", "system", "uses"]
 
@@ -52,7 +53,8 @@ def _require(wanted: list[str], as_json: bool) -> int:
     if not wanted:
         raise ConfigurationError(f"--require needs names; there are {', '.join(names())}")
     if unknown := [name for name in wanted if name not in names()]:
-        raise ConfigurationError(f"--require: there is no {unknown[0]!r}; there are {', '.join(names())}")
+        hint = did_you_mean(unknown[0], names()) or among(names())
+        raise ConfigurationError(f"--require: there is no {unknown[0]!r}{hint}")
     findings = [find(name) for name in wanted]
     if as_json:
         emit_json({"findings": [finding.as_json() for finding in findings]})

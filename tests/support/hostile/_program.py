@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from lines import parse_control_line, parse_line
+
 Json = dict[str, Any]
 DEADLINE_S = 60.0
 """For whatever is certain to come; long, since it is waited for beside other tests."""
@@ -114,7 +116,7 @@ class Program:
             whole, newline, _ = os.pread(
                 self._stdout.fileno(), size - self._parsed_bytes, self._parsed_bytes
             ).rpartition(b"\n")
-            self._parsed += [json.loads(line) for line in whole.split(b"\n") if line]
+            self._parsed += [parse_line(line) for line in whole.split(b"\n") if line]
             self._parsed_bytes += len(whole) + len(newline)
         return self._parsed
 
@@ -139,8 +141,12 @@ class Program:
             time.sleep(POLL_S)
 
     def wait_status(self, *statuses: str, deadline_s: float = DEADLINE_S, after: int = 0) -> Json:
+        """The first line of progress, or the result, that has one of them."""
         return self.wait_for(
-            f"status {' or '.join(statuses)}", lambda line: line.get("status") in statuses, deadline_s, after
+            f"status {' or '.join(statuses)}",
+            lambda line: line["event"] in ("progress", "result") and line.get("status") in statuses,
+            deadline_s,
+            after,
         )
 
     def wait_errors(self, text: str, deadline_s: float = DEADLINE_S) -> None:
@@ -218,6 +224,17 @@ class Program:
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
+    def abandon(self, number: int = 15) -> None:
+        """Asks it to end, and insists when it has said what would be lost."""
+        self.signal(number)
+        self.wait_errors("again within")
+
+        def insisted() -> bool:
+            self.signal(number)  # what comes right after the first one is part of it
+            return "Abandoning" in self.errors()
+
+        wait_until(f"{self} gives up", insisted)
+
     def end(self, deadline_s: float = DEADLINE_S) -> int:
         """Its exit status. It has ended by itself, in time, and without a traceback."""
         try:
@@ -277,10 +294,11 @@ class Control:
             connection.connect(str(self.path))  # blocking: without, a full backlog is an error at once (unix(7))
             connection.settimeout(deadline_s)
             with connection.makefile("rwb") as file:
-                assert b"postcopy" in file.readline()
+                assert "postcopy" in parse_control_line(file.readline())
                 file.write(json.dumps(request).encode() + b"\n")
                 file.flush()
-                answer = json.loads(file.readline() or b'{"error": {"class": "HungUp"}}')
+                said = file.readline()
+                answer = parse_control_line(said, execute) if said else {"error": {"class": "HungUp"}}
         if "return" not in answer:
             raise Refusal(answer["error"])
         returned: Json = answer["return"]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
 import threading
@@ -14,10 +13,14 @@ from typing import TextIO
 
 import pytest
 import trio
+from lines import parse_line
 
 from postcopy.errors import ResourceError
 from postcopy.output import LogHandler, Output, _writer
 from postcopy.output._writer import Kind, QueuedStream, Writer
+from postcopy.records.events import DaemonResult, Progress
+
+RESULT = DaemonResult(side="daemon", status="completed", error=None, machines_sent=0, machines_received=0)
 
 
 class _Stream(io.StringIO):
@@ -139,13 +142,13 @@ async def test_a_terminal_that_hangs_up_ends_nothing() -> None:
         output.say("a word")
         shown = 0
 
-        def status() -> dict[str, object]:
+        def progress() -> Progress:
             nonlocal shown
             shown += 1
-            return {"side": "dest", "status": f"{shown}"}
+            return Progress(side="dest", status=f"{shown}", error=None)
 
         with trio.move_on_after(1.0) as scope:
-            await output.follow(status)
+            await output.follow(progress)
         assert scope.cancelled_caught
         output.say("another one")
         output.close()
@@ -185,7 +188,7 @@ def test_results_that_could_not_be_written_are_named() -> None:
     with open("/dev/full", "w") as full:
         output = Output(True, full, _Stream(write_fd))
         output.start()
-        output.emit("result", {"status": "completed"})
+        output.emit("result", RESULT)
         output.close()
     os.close(write_fd)
     with os.fdopen(read_fd) as file:
@@ -213,7 +216,7 @@ def test_a_descriptor_that_does_not_block(pipe: Pipe) -> None:
 def test_no_stream_at_all() -> None:
     output = Output(True, None, None)
     output.start()
-    output.emit("result", {})
+    output.emit("result", RESULT)
     output.say("a word")
     output.close()
 
@@ -235,12 +238,12 @@ def test_output_says_once_that_nobody_reads(pipe: Pipe) -> None:
     output = Output(True, pipe.stream, stderr)
     output.start()
     for number in range(1000):
-        output.emit("progress", {"number": number, "padding": "x" * 200})
-    output.emit("result", {"status": "completed"})
+        output.emit("progress", Progress(side="dest", status="active", error=f"{number} {'x' * 200}"))
+    output.emit("result", RESULT)
     assert stderr.getvalue().count("nobody reads") == 1
     pipe.unstuff()
     lines = pipe.read_until(lambda text: "output-dropped" in text and text.endswith("\n")).splitlines()
-    events = [json.loads(line) for line in lines]
+    events = [parse_line(line) for line in lines]
     assert [event["event"] for event in events[-2:]] == ["result", "output-dropped"]
     assert events[-1]["lines"] + len(events) - 2 == 1000
 

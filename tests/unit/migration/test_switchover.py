@@ -16,11 +16,12 @@ import trio.testing
 from trio.testing import MockClock
 
 from postcopy import wire as p
-from postcopy.dataplane.pager import ChannelKind, EventType, Pager
+from postcopy.dataplane.pager import ChannelKind, Event, EventType, Pager
 from postcopy.errors import PeerError, ProtocolError, ResourceError
 from postcopy.machines import Machine, MachineState
 from postcopy.migration.connection import Control
 from postcopy.migration.destination import DestinationMigration
+from postcopy.migration.engine import ChannelLost
 from postcopy.migration.source import PREPARE_TIMEOUT_S, SourceMigration
 from postcopy.wire import State
 from tests.unit.migration._engines import (
@@ -182,7 +183,7 @@ async def test_data_channel_lost_before_commit(who: str) -> None:
         engine.channel.tell(EventType.CHANNEL_DOWN, ChannelKind.URGENT, 1, "reset by peer")
     assert_back_at_source(pair)
     for side in (pair.source, pair.dest):
-        assert "data channel lost: urgent 1 (reset by peer)" in str(side.failure)
+        assert "a data channel (urgent 1) broke: reset by peer" in str(side.failure)
 
 
 async def test_destination_that_dies_in_the_switchover() -> None:
@@ -219,6 +220,39 @@ async def test_network_that_swallows_everything(mock_clock: MockClock) -> None:
         mock_clock.autojump_threshold = 0.1
         await machine.runs_again.wait()
     assert isinstance(source.failure, PeerError)
+
+
+async def test_a_silent_peer_is_told_that_it_is_given_up(mock_clock: MockClock) -> None:
+    """It may be a host that was too busy, and would else only see that its connections are closed."""
+    async with lone_source() as (peer, source, machine):
+        mock_clock.autojump_threshold = 0.1
+        told = await peer.read(p.Abort)
+    assert told.reason == str(source.failure) == "no sign of life from the destination for 3 s"
+    assert machine.state is MachineState.RUNNING
+
+
+async def test_what_came_while_this_process_did_not_run(mock_clock: MockClock) -> None:
+    """As after SIGSTOP, or on a host without a free processor: the peer has spoken, and is not given up."""
+    async with lone_source() as (peer, source, _):
+        for _ in range(2):
+            await peer.say(p.Ping(1))
+            mock_clock.jump(4)
+            await peer.read(p.Pong)
+        assert source.failure is None
+        assert source.state is State.HANDED
+        mock_clock.autojump_threshold = 0.1
+
+
+@pytest.mark.parametrize("who", ["source", "dest"])
+async def test_the_peers_reason_goes_before_the_end_of_its_channels(who: str) -> None:
+    """Both are noticed in one moment, as on a busy host."""
+    async with running(make_pair()) as pair:
+        await pair.until(lambda: pair.source.state is State.READY)
+        here, there = pair.side(who), pair.side("dest" if who == "source" else "source")
+        (pair.stop_dest if who == "source" else pair.stop_source).set()
+        await pair.until(lambda: there.state is State.ABORTED)
+        here._scope.fail(ChannelLost(Event(EventType.CHANNEL_DOWN, ChannelKind.URGENT), "the peer"))
+    assert f"aborted: interrupted at the {there.SIDE}" in str(here.failure)
 
 
 @pytest.mark.parametrize(

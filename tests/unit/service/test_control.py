@@ -20,13 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postcopy.errors import ConfigurationError, MigrationError, PeerError, ResourceError
+from postcopy.records import VERSION, Record
+from postcopy.records.control import EndedMachine
 from postcopy.service import server as server_module
 from postcopy.service.client import ControlClient
 from postcopy.service.render import render, render_answer
 from postcopy.service.schema import (
     COMMANDS,
     MAX_LINE_BYTES,
-    PROTOCOL,
     ControlError,
     LineSplitter,
     Request,
@@ -132,7 +133,7 @@ class TestSchema:
             LineSplitter().feed(b"x" * (MAX_LINE_BYTES + 1) + b"\n")
 
     def test_what_the_server_says(self) -> None:
-        assert json.loads(answer({"a": 1}, 3)) == {"return": {"a": 1}, "id": 3}
+        assert json.loads(answer(EndedMachine(machine="a"), 3)) == {"return": {"machine": "a"}, "id": 3}
         told = json.loads(event("status", {"to": "active"}))
         assert told["event"] == "status"
         assert told["data"] == {"to": "active"}
@@ -142,7 +143,12 @@ class TestSchema:
 # ---- The server
 
 
-async def _echo(request: Request) -> dict[str, Any]:
+class _Echo(Record):
+    command: str
+    arguments: dict[str, Any]
+
+
+async def _echo(request: Request) -> Record:
     await trio.lowlevel.checkpoint()
     if request.command == "quit":
         raise ControlError("NotNow", "not now")
@@ -150,7 +156,7 @@ async def _echo(request: Request) -> dict[str, Any]:
         raise MigrationError("it did\nnot work")
     if request.command == "end":
         await trio.sleep_forever()
-    return {"command": request.command, "arguments": request.arguments}
+    return _Echo(command=request.command, arguments=request.arguments)
 
 
 @asynccontextmanager
@@ -188,7 +194,7 @@ async def _raw(path: Path) -> AsyncIterator[_Raw]:
     async with await trio.open_unix_socket(str(path)) as stream:
         client = _Raw(stream)
         greeting = await client.line()
-        assert greeting["postcopy"]["protocol"] == PROTOCOL
+        assert greeting["postcopy"]["schema"] == VERSION
         assert greeting["postcopy"]["side"] == "test"
         yield client
 
@@ -368,7 +374,7 @@ class TestServer:
 
 class TestRendering:
     JOB: dict[str, Any] = {  # noqa: RUF012
-        "id": "ab" * 16, "direction": "incoming", "status": "postcopy-active", "peer": "192.0.2.7:7777",
+        "migration-id": "ab" * 16, "direction": "incoming", "status": "postcopy-active", "peer": "192.0.2.7:7777",
         "elapsed-ms": 1234.56, "downtime-ms": 12.5, "total-ms": 0, "recoveries": {"count": 2}, "error": "it broke",
         "ram": {"total": 64 << 20, "remaining": 32 << 20, "transferred": 33 << 20, "demand-pages": 7},
         "pending-faults": 3, "fault-latency-us": {"count": 7, "p50": 80.5, "p99": 200.0},
@@ -376,8 +382,8 @@ class TestRendering:
 
     def test_status(self) -> None:
         guest = {"state": "running", "operations": 99, "failures": 1, "failure": "a torn page"}
-        machine = {"name": "vm1", "machine": "kvm", "memory": 64 << 20, "guest": guest, "migration": self.JOB}
-        idle = {"name": "vm2", "machine": "rv64", "memory": 16 << 20, "guest": {"state": "paused"}, "migration": None}
+        machine = {"name": "vm1", "kind": "kvm", "memory": 64 << 20, "guest": guest, "migration": self.JOB}
+        idle = {"name": "vm2", "kind": "rv64", "memory": 16 << 20, "guest": {"state": "paused"}, "migration": None}
         settings = {"max-bandwidth": 10 << 20, "bulk-channels": 2, "recover-for": 60.0}
         text = render(
             {"side": "daemon", "pid": 7, "listening": ["*:1"], "settings": settings, "machines": [machine, idle]}
@@ -396,12 +402,12 @@ class TestRendering:
         assert {len(line) - len(line.split(":", 1)[1].lstrip()) for line in text.splitlines() if line} == {19}
 
     def test_nothing_known_yet(self) -> None:
-        job = {"id": "", "direction": "incoming", "status": "setup", "peer": "x", "ram": {}}
-        machine = {"name": "arriving-1", "machine": None, "memory": 0, "guest": None, "migration": job}
+        job = {"direction": "incoming", "status": "setup", "peer": "x", "ram": {}}
+        machine = {"name": "vm1", "kind": None, "memory": 0, "guest": None, "migration": job}
         assert "Job type:          Setup, incoming" in render({"side": "daemon", "pid": 7, "machines": [machine]})
 
     def test_other_answers(self) -> None:
         assert render_answer("quit", {}) == ""
-        assert render_answer("migrate", {"machine": "a", "migration": "ff"}) == "a is on its way: migration ff"
+        assert render_answer("migrate", {"machine": "a", "migration-id": "ff"}) == "a is on its way: migration ff"
         assert "unlimited" in render_answer("set", {"max-bandwidth": 0})
         assert "how it is" in render_answer("commands", {"commands": [{"name": "status", "help": "how it is"}]})

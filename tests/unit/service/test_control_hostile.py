@@ -21,6 +21,7 @@ import trio
 import trio.testing
 
 from postcopy.errors import ConfigurationError, PeerError, ResourceError
+from postcopy.records import Record
 from postcopy.service import server as server_module
 from postcopy.service.client import ControlClient, _connect
 from postcopy.service.options import check_control_path
@@ -31,6 +32,10 @@ DEADLINE_S = 120.0
 PIPELINED = 100_000
 
 
+class Big(Record):
+    big: str
+
+
 class ControlHandler:
     """What is asked."""
 
@@ -38,14 +43,14 @@ class ControlHandler:
         self.big = 0
         self.asked = 0
 
-    async def execute(self, request: Request) -> dict[str, Any]:
+    async def execute(self, request: Request) -> Record:
         await trio.lowlevel.checkpoint()
         self.asked += 1
         if request.command == "quit":
             raise KeyError("a mistake")
         if request.command == "end":
             await trio.sleep_forever()
-        return {"big": "x" * self.big}
+        return Big(big="x" * self.big)
 
 
 @pytest.fixture

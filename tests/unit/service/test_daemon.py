@@ -15,6 +15,7 @@ from postcopy.machines import BlockLayout, Machine
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.output import Output
+from postcopy.records.control import AllSteered, Settings
 from postcopy.service.config import ArrivalOptions, DaemonConfig
 from postcopy.service.control import ControlHandler, find
 from postcopy.service.daemon import MAX_LEFT, MAX_MACHINES, Daemon
@@ -67,7 +68,9 @@ async def test_set_reaches_those_under_way() -> None:
     daemon = _daemon()
     out, into = _move(daemon, "a", State.POSTCOPY), _move(daemon, "b", State.POSTCOPY, DestinationMigration)
     settings = {"max-bandwidth": 77, "recover-for": 5.0, "bulk-channels": 3}
-    assert await ControlHandler(daemon).execute(Request("set", dict(settings))) == settings
+    assert await ControlHandler(daemon).execute(Request("set", dict(settings))) == Settings(
+        max_bandwidth=77, bulk_channels=3, recover_for=5.0
+    )
     out.set_bandwidth.assert_called_with(77)
     for job in (out, into):
         job.set_recover_for.assert_called_with(5.0)
@@ -76,14 +79,14 @@ async def test_set_reaches_those_under_way() -> None:
 def test_names() -> None:
     daemon = _daemon()
     daemon._add("a", Phase.HERE).machine = Mock(spec=Machine)
-    daemon._add("arriving", Phase.ARRIVING)  # nobody knows yet what it is: not meant by one who names none
+    daemon._add("", Phase.ARRIVING)  # nobody knows yet what it is: not meant by one who names none
     with pytest.raises(ConfigurationError, match="already"):
         daemon._add("a", Phase.HERE)
     with pytest.raises(ControlError, match="no machine 'b'"):
         find(daemon.machines, "b")
     assert find(daemon.machines, None).name == "a"
     daemon._add("b", Phase.HERE).machine = Mock(spec=Machine)
-    with pytest.raises(ControlError, match=r"which of them\? a, b"):
+    with pytest.raises(ControlError, match="several machines: a, b; choose with --machine NAME"):
         find(daemon.machines, None)
     # Its migration has completed, its end here has not: the name is free, so that it may come back at once.
     find(daemon.machines, "b").migration = _job(State.COMPLETED)
@@ -121,7 +124,9 @@ async def test_cancel_before_the_point_of_no_return_only(state: State, class_of_
     daemon = _daemon()
     job = _move(daemon, "a", state)
     if class_of_error is None:
-        assert await ControlHandler(daemon).execute(Request("migrate-cancel", {})) == {"cancelled": ["a"]}
+        cancelled = await ControlHandler(daemon).execute(Request("migrate-cancel", {}))
+        assert isinstance(cancelled, AllSteered)
+        assert [one.machine for one in cancelled.migrations] == ["a"]
     else:
         with pytest.raises(ControlError) as caught:
             await ControlHandler(daemon).execute(Request("migrate-cancel", {}))
@@ -132,8 +137,8 @@ async def test_cancel_before_the_point_of_no_return_only(state: State, class_of_
 
 async def test_quit_loses_no_machine_unasked() -> None:
     daemon = _daemon()
-    daemon._add("a", Phase.HERE)
-    with pytest.raises(ControlError, match="these end with this process: a"):
+    daemon._add("a", Phase.HERE).machine = Mock(spec=Machine, live=True)
+    with pytest.raises(ControlError, match=r"a: the machine runs only here: .* or say quit --force"):
         await ControlHandler(daemon).execute(Request("quit", {}))
     assert not daemon.stop.is_set()
     await ControlHandler(daemon).execute(Request("quit", {"force": True}))

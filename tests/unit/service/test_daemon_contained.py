@@ -21,6 +21,7 @@ import trio
 import trio.testing
 
 from postcopy._blocking import run_sync
+from postcopy._stop import Stop
 from postcopy.dataplane.pager import Pager
 from postcopy.errors import MigrationError, PeerError, PostcopyError
 from postcopy.machines import Machine
@@ -32,6 +33,7 @@ from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.net import Acceptor, Address, CallingLink
 from postcopy.output import Output
+from postcopy.records import as_json
 from postcopy.service import daemon as daemon_module
 from postcopy.service import service as service_module
 from postcopy.service._contain import contained
@@ -51,21 +53,22 @@ MISTAKES = [KeyError("a mistake"), RuntimeError("can't start new thread"), Memor
 class Running:
     """A daemon in a task."""
 
-    def __init__(self, daemon: Daemon, stop: trio.Event) -> None:
+    def __init__(self, daemon: Daemon, stop: Stop) -> None:
         self.daemon = daemon
         self.stop = stop
         self.ended = trio.Event()
 
     async def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         given = {name.replace("_", "-"): value for name, value in arguments.items()}
-        return await ControlHandler(self.daemon).execute(Request(command, parse_arguments(command, given)))
+        answer = await ControlHandler(self.daemon).execute(Request(command, parse_arguments(command, given)))
+        return as_json(answer)
 
     @property
     def address(self) -> Address:
         return self.daemon.listening[0]
 
     def status(self, name: str) -> dict[str, Any] | None:
-        for machine in process_status(self.daemon)["machines"]:
+        for machine in as_json(process_status(self.daemon))["machines"]:
             if machine["name"] == name:
                 return dict(machine)
         return None
@@ -99,7 +102,7 @@ async def running(
     if with_machine:
         config = replace(config, kind="rv64", machine=SMALL, name="one")
     daemon = Daemon(config, Output(False, io.StringIO(), io.StringIO()))
-    handle = Running(daemon, trio.Event())
+    handle = Running(daemon, Stop())
     with trio.fail_after(DEADLINE_S):
         async with trio.open_nursery() as nursery:
 
@@ -121,8 +124,7 @@ async def running(
             if not handle.ended.is_set():
                 if with_machine:
                     await handle.computes("one")
-                daemon._forced = True
-                handle.stop.set()
+                handle.stop.insist()
                 await handle.ended.wait()
 
 
@@ -186,7 +188,7 @@ async def test_a_machine_that_is_being_ended_is_nobody_elses(monkeypatch: pytest
         monkeypatch.setattr(ToyMachine, "close", slowly)
         async with trio.open_nursery() as nursery:
             for _ in range(2):
-                nursery.start_soon(partial(there.ask, "end", machine="two"))
+                nursery.start_soon(partial(there.ask, "end", machine="two", force=True))
             await closing.wait()
             with pytest.raises(ControlError, match="is being ended"):
                 await there.ask("migrate", to="127.0.0.1:1", machine="two")
@@ -211,7 +213,7 @@ async def test_a_client_that_leaves_while_its_machine_ends(monkeypatch: pytest.M
         there.daemon.output.listeners.append(lambda event, fields: said.append((event, fields.get("machine"))))
         monkeypatch.setattr(ToyMachine, "close", slowly)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(partial(there.ask, "end", machine="two"))
+            nursery.start_soon(partial(there.ask, "end", machine="two", force=True))
             await closing.wait()
             nursery.cancel_scope.cancel()
             closed.set()
@@ -351,7 +353,8 @@ async def test_mistake_of_what_is_shown_or_heard(
     def fail(*_: Any) -> None:
         raise KeyError("a mistake")
 
-    monkeypatch.setattr("postcopy.service.report.ended", fail)
+    for what in ("changed", "ended"):
+        monkeypatch.setattr(f"postcopy.service.report.{what}", fail)
     async with running() as there, running(with_machine=False) as here:
         await here.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
         await here.ask("migrate", to=str(there.address))
@@ -446,7 +449,7 @@ async def test_memory_is_promised_once(monkeypatch: pytest.MonkeyPatch) -> None:
         await there.until(lambda: len(there.daemon.machines) == 1)
         await there.ask("start", name="local", kind="rv64", memory=128 * MIB)
         await there.computes("local")
-        await there.ask("end", machine="local")
+        await there.ask("end", machine="local", force=True)
         await there.ask("start", name="local", kind="rv64", memory=128 * MIB)
 
 
@@ -510,14 +513,13 @@ async def test_connecting_is_shown_and_ends_at_once(frozen_peer: Address, end: s
         await there.until(lambda: ((there.status("one") or {})["migration"] or {}).get("status") == "connecting")
         began = trio.current_time()
         if end == "cancel":
-            assert await there.ask("migrate-cancel") == {"cancelled": ["one"]}
+            assert (await there.ask("migrate-cancel"))["migrations"][0]["machine"] == "one"
             await there.until(lambda: bool(refused))
             assert "cancelled" in str(refused[0])
             await there.computes("one")
         elif end == "end":
             await there.ask("end", machine="one", force=True)
-            there.daemon._forced = True
-            there.stop.set()
+            there.stop.insist()
             await there.ended.wait()
         elif end == "quit":
             await there.ask("quit", force=True)
@@ -540,7 +542,7 @@ async def test_previous_migration_is_not_the_one_that_is_cancelled(frozen_peer: 
 
         nursery.start_soon(migrate)
         await there.until(lambda: there.daemon.machines[0].migration is not previous)
-        assert await there.ask("migrate-cancel") == {"cancelled": ["one"]}
+        assert (await there.ask("migrate-cancel"))["migrations"][0]["machine"] == "one"
 
 
 # ---- a pager that does not end

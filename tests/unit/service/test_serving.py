@@ -18,6 +18,7 @@ from postcopy.machines.kinds import MachineOptions
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.output import Output
+from postcopy.records.control import AllSteered, Steered
 from postcopy.service import service as service_module
 from postcopy.service.config import ArrivalOptions, DestinationConfig, SourceConfig
 from postcopy.service.control import ControlHandler
@@ -87,8 +88,7 @@ async def test_one_that_is_lost_when_all_are_served(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("kind", [SourceMigration, DestinationMigration])
-async def test_cancel_answers_with_ids(kind: Any) -> None:
-    """A client of a source or a destination, which has one machine, knows the migration's id."""
+async def test_cancel_answers_with_what_it_was_for(kind: Any) -> None:
     output = Output(False, io.StringIO(), io.StringIO())
     config = SourceConfig("image", MachineOptions(), SourceOptions())
     service = (
@@ -97,4 +97,5 @@ async def test_cancel_answers_with_ids(kind: Any) -> None:
     owned = Owned("rv64", Phase.LEAVING if kind is SourceMigration else Phase.ARRIVING)
     owned.migration = Mock(spec=kind, migration_id="ff", state=State.READY)
     service.machines.append(owned)
-    assert await ControlHandler(service).execute(Request("migrate-cancel", {})) == {"cancelled": ["ff"]}
+    cancelled = await ControlHandler(service).execute(Request("migrate-cancel", {}))
+    assert cancelled == AllSteered(migrations=[Steered(machine="rv64", migration_id="ff")])

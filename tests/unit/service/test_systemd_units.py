@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from postcopy.cli import make_parser
+from postcopy.service.daemon import FORCED_END_S
+from postcopy.service.operation import EXTEND_EVERY_S, EXTEND_S
 from postcopy.service.options import MAX_SOCKET_PATH_BYTES
+from postcopy.units import parse_seconds
 
 UNITS = sorted((Path(__file__).parents[3] / "examples" / "systemd").glob("*.service"))
 
@@ -19,6 +22,20 @@ def _settings(unit: Path) -> list[tuple[str, str]]:
     text = re.sub(r"\\\n\s*", "", unit.read_text())
     lines = [line for line in text.splitlines() if line and not line.startswith(("#", "["))]
     return [(name, value) for name, _, value in (line.partition("=") for line in lines)]
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_stopping_loses_nothing(unit: Path) -> None:
+    """The process asks for more time before the unit's is over, again and again; nothing else ends it, or a pager of
+    its. (Under signals: test_ends `test_what_systemd_does`.)"""
+    settings = dict(_settings(unit))
+    assert settings["KillMode"] == "mixed"
+    assert settings.keys().isdisjoint({"ExecStop", "KillSignal", "RestartKillSignal", "SendSIGHUP", "SendSIGKILL"})
+    stop_s = parse_seconds(settings["TimeoutStopSec"])
+    assert stop_s > FORCED_END_S + EXTEND_EVERY_S
+    assert EXTEND_S > FORCED_END_S > EXTEND_EVERY_S
+    # Machines that run in a daemon end with it: so systemd refuses to stop it, and `postcopy ctl quit` does it.
+    assert ("RefuseManualStop" in settings) == (" daemon " in settings["ExecStart"])
 
 
 def test_there_are_units() -> None:

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from postcopy.cli import main
-from postcopy.testbed.bench import Figure, _plot
+from postcopy.testbed.bench import Figure, _plot, _text
 
 
 def figures() -> list[Figure]:
@@ -22,7 +22,7 @@ def test_the_plot_has_medians_and_the_ratio_to_idle() -> None:
     _, *lines = _plot.text_plot(figures()).splitlines()
     assert [line.split()[0] for line in lines] == ["mmap", "mmap", "munmap", "munmap"]
     assert lines[0].split("none pending")[1].split() == [
-        "█" + "▒" * 3 + "·" * 16,
+        "█" + "▒" * 3 + "·" * 17,
         "1.00",
         "/",
         "2.00",
@@ -30,9 +30,28 @@ def test_the_plot_has_medians_and_the_ratio_to_idle() -> None:
         "50",
         "1.00",
     ]
-    assert lines[1].count("█") < lines[1].count("▒") + lines[1].count("█") < 48
+    assert lines[1].count("█") < lines[1].count("▒") + lines[1].count("█") < 50
     assert lines[1].count("·") > lines[0].count("·")
     assert lines[1].split("2.00 / 20.00 / 4000")[1].split() == ["2.00"]
+
+
+def test_a_plot_in_a_narrow_terminal() -> None:
+    lines = _plot.text_plot(figures(), 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].endswith("ratio")
+    assert all(line.split()[-1] == f"{float(line.split()[-1]):.2f}" for line in lines[1:])
+
+
+def test_a_figure_in_words() -> None:
+    name = "faults 0.5 ms apart, Trio handler busy polling / C handler sleeping, p50"
+    note = "4 KiB pages, half of them received, in random runs of 64; simulated on bitmaps"
+    rounds = [{"trio-us": 113.0, "c-us": 84.0}] * 3
+    lines = _text(Figure(name, 1.345, 1.5, True, rounds, note), 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[:2] == [name, "    1.34, at most 1.5: within limit"]
+    assert " ".join(" ".join(lines[4:]).split()) == note
+    assert "1.60, at most 1.5: OVER THE LIMIT" in _text(Figure(name, 1.6, 1.5, True, rounds), 80)
+    assert "0.40, at least 0.5: BELOW THE LIMIT" in _text(Figure(name, 0.4, 0.5, False, rounds), 80)
 
 
 def test_the_plot_as_svg() -> None:

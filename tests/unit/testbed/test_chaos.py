@@ -15,6 +15,8 @@ from trio.testing import MockClock
 
 from postcopy.errors import ConfigurationError
 from postcopy.net import Address
+from postcopy.records import Record
+from postcopy.records.commands import Cut
 from postcopy.testbed.chaos import ChaosPlan, ChaosProxy, open_chaos_proxy
 
 
@@ -178,8 +180,9 @@ async def test_by_itself(autojump_clock: MockClock) -> None:
         events: list[tuple[float, object]] = []
         began_s = trio.current_time()
 
-        def log(event: str, fields: dict[str, object]) -> None:
-            events.append((round(trio.current_time() - began_s, 6), fields["way"]))
+        def log(event: str, record: Record) -> None:
+            assert isinstance(record, Cut)
+            events.append((round(trio.current_time() - began_s, 6), record.way))
 
         plan = ChaosPlan.parse("all:every=1..2,down=0.5", seed)
         async with open_chaos_proxy("127.0.0.1:9", plan, log=log):
@@ -212,12 +215,15 @@ def test_words(text: str, plan: ChaosPlan) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "no chaos called ''"),
-        ("rain", "no chaos called 'rain'; there are none, slow"),
+        ("", "no plan begins with ''; there are none, slow"),
+        ("rain", "no plan begins with 'rain'; there are none, slow"),
         ("slow:delay=5ms,rate=100", "rate: '100' has no unit; write 100MiB/s"),
         ("split:split=7", "split: '7' has no unit; write 7MiB, or 7B for bytes"),
         ("frezee", "did you mean freeze?"),
-        ("cut:often", "'often' is none of delay, jitter"),
+        ("cut:often", "no setting is called 'often'; write for instance cut:every=0.2..0.5,down=100ms"),
+        ("cut:evry=1", "no setting is called 'evry'; did you mean every"),
+        ("cut:every", "'every' has no value; write for instance cut:every="),
+        ("cut:ways=rset", "'rset' is no way to cut a connection; did you mean reset"),
         ("cut:every=x", "every: seconds, as 2.5 or 200ms, not 'x'"),
         ("cut:every=2..1", "the second time is before the first"),
         ("cut:every=-1", "not '-1'"),

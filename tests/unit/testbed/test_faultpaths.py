@@ -461,7 +461,17 @@ def test_the_compare_command(found: Run, tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [(None, "No such file"), ("{", "is not JSON"), ("[]", "not a report"), ('{"schema": 9}', "schema is 9")],
+    [
+        (None, "No such file"),
+        ("", "is empty: not a report that `postcopy faultpaths --json` has written"),
+        ("{", "is not JSON"),
+        ("{}\n{}\n", "has several JSON values, one behind the other"),
+        ("[]", "is a JSON array: not a report"),
+        ("{}", "is an empty JSON object, without 'schema': not a report"),
+        ('{"event": "result", "status": "completed"}', "is a JSON object with 'event', 'status', without 'schema'"),
+        ('{"schema": 1}', "is a JSON object with 'schema', without 'system'"),
+        ('{"schema": 9}', "is a report of schema 9, and this version reads 1"),
+    ],
 )
 def test_compare_with_something_else(
     content: str | None, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""That a command is to end, and whether whatever is lost.
+
+To *ask* is to have it end in order: what is under way and cannot be had again is seen through. A command that has
+something of the kind says so (`warned`). Only who asks again after that, within `INSIST_S`, *insists*: then it ends
+now. Asked later than that it warns again, since whoever asks may not have seen the first warning.
+
+Signals that come together are one: a terminal sends Ctrl-C to a command and to what started it, which may pass it on;
+timeout(1) sends SIGTERM to its command, then to its process group.
+"""
+
+from __future__ import annotations
+
+import math
+
+import trio
+
+INSIST_S = 10.0
+TOGETHER_S = 0.3
+
+
+class Stop:
+    """For whoever only has to end in order it is an event."""
+
+    def __init__(self) -> None:
+        self.by = ""  # what asked last, as it is told to people: "Ctrl-C"
+        self.warnings_due = 0  # counts how often it was asked for what it must be told again what would be lost
+        self._asked, self._insisted = trio.Event(), trio.Event()
+        self.changes = trio.Event()  # replaced whenever it is asked again, or insisted
+        self._warned = False
+        self._last_s = -math.inf
+
+    def is_set(self) -> bool:
+        return self._asked.is_set()
+
+    async def wait(self) -> None:
+        """Until it is asked to end."""
+        await self._asked.wait()
+
+    @property
+    def insisted(self) -> bool:
+        """Whether it is to end whatever is lost."""
+        return self._insisted.is_set()
+
+    def ask(self, by: str) -> bool:
+        """Returns whether the command is to be ended from outside: it was asked to end before, and has nothing (more)
+        to see through."""
+        since_s = trio.current_time() - self._last_s
+        if self._asked.is_set():
+            if since_s < TOGETHER_S:
+                return False
+            if self._insisted.is_set() or not self._warned:
+                return True
+            if since_s <= INSIST_S:
+                self.insist()
+        self._last_s = trio.current_time()
+        self.by = by
+        self.warnings_due += 1
+        self._asked.set()
+        self._notify()
+        return False
+
+    def insist(self) -> None:
+        self._insisted.set()
+        self._asked.set()
+        self._notify()
+
+    def warned(self) -> None:
+        """It has been said what would be lost, and how to insist."""
+        self._warned = True
+        self._last_s = trio.current_time()
+
+    def set(self) -> None:
+        """Asks, for what is no signal."""
+        if not self._asked.is_set():
+            self._asked.set()
+            self._notify()
+
+    def _notify(self) -> None:
+        self.changes.set()
+        self.changes = trio.Event()

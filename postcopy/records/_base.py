@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all records have, and how a field says what it is."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from msgspec import Meta, Struct, to_builtins
+
+Json = dict[str, Any]
+
+VERSION: Final = 2
+"""Of the schema: raised when a field, an event or a request that was there goes away or means something else. What is
+added does not raise it: who reads these lines ignores what he does not know."""
+
+
+class Record(Struct, rename="kebab", kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """One kind of object that is written as JSON.
+
+    A field without a default is always there. One with the default None is left out where its value is not known, or
+    does not apply.
+    """
+
+
+def as_json(record: object) -> Json:
+    """A record as JSON has it."""
+    fields: Json = to_builtins(record)
+    return fields
+
+
+def doc(
+    text: str, unit: str = "", *, label: str = "", metric: str = "", of: str = "", help: str = "", **labels: str
+) -> Meta:
+    """What a field means, for its annotation.
+
+    `label`: how `ctl status` calls it. `metric`: Prometheus' name for it, `labels` those that are not the machine and
+    the direction, `help` its text where several fields are one metric. `of`: the words that it may be, as `a|b`.
+    """
+    more: Json = {}
+    if unit:
+        more["unit"] = unit
+    if metric:
+        more["metric"] = {"name": metric, "help": help or text, "labels": labels}
+    if of:
+        more["enum"] = of.split("|")
+    return Meta(
+        title=label or None,
+        description=text,
+        pattern=rf"\A(?:{of})\Z" if of else None,
+        extra_json_schema=more or None,
+    )
