@@ -43,6 +43,7 @@ from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.migration.tasks import Interrupted, first_of
 from postcopy.net import Acceptor, Address, CallingLink, Link, Route, everywhere
 from postcopy.output import Output
+from postcopy.output.words import format_count
 from postcopy.records import Record
 from postcopy.records.events import Listening, SideResult
 from postcopy.service import report
@@ -145,6 +146,14 @@ def _is_dead(machine: Machine) -> bool:
         return machine.statistics().state is MachineState.FAILED
     except trio.ClosedResourceError:
         return True
+
+
+def describe(machine: Machine) -> str:
+    """As ``kvm, 256 MiB, 2 vCPUs, workload random``."""
+    config, words = machine.config, [machine.kind, format_size(machine.memory_bytes)]
+    if "workload" in config:
+        words += [format_count(config["vcpus"], "vCPU"), f"workload {config['workload']}"]
+    return ", ".join(words)
 
 
 def still_missing(job: Migration) -> str:
