@@ -92,7 +92,7 @@ class CtlCommand:
                     raise ConfigurationError(str(error)) from error
                 raise
             nursery.cancel_scope.cancel()
-        if self._migration and not done and stop.is_set():
+        if self._request == "migrate" and self._now and not done and stop.is_set():
             self._say_that_it_goes_on()
         # What is followed until interrupted succeeds so.
         return done or (self._request in ("events", TOP) and stop.is_set())
@@ -113,12 +113,14 @@ class CtlCommand:
     async def _migrate(self, client: ControlClient) -> bool:
         """Until it has ended, one way or the other."""
         await client.execute("events", {"enable": True})
-        answer = await client.execute("migrate", self._arguments)
-        self._migration = str(answer["migration-id"])
-        self._now = {"side": "source", "name": answer["machine"], "status": "connecting"}
+        # (which machine that is, when it has but one, the process says with its answer: when it is on its way)
+        self._now = {"side": "source", "name": self._arguments.get("machine", "migration"), "status": "connecting"}
         async with trio.open_nursery() as nursery:
             if not self._json:
                 nursery.start_soon(self._output.follow, lambda: self._now)
+            answer = await client.execute("migrate", self._arguments)
+            self._migration = str(answer["migration-id"])
+            self._now["name"] = self._arguments["machine"] = answer["machine"]
             ended = await self._until_ended(client)
             nursery.cancel_scope.cancel()
         name, status = ended["machine"], ended["status"]
@@ -157,10 +159,11 @@ class CtlCommand:
         return data.get("migration-id") == self._migration and data.get("direction") == "outgoing"
 
     def _say_that_it_goes_on(self) -> None:
-        name = self._now["name"]
-        self._output.say(f"postcopy: the migration of {name} goes on; `{self._asked} top` shows it")
+        name = self._arguments.get("machine", "")
+        of, which = (f" of {name}", f" --machine {name}") if name else ("", "")
+        self._output.say(f"postcopy: the migration{of} goes on; `{self._asked} top` shows it")
         if self._now["status"] in _REVERSIBLE:
-            self._output.say(f"postcopy: to stop it: {self._asked} migrate-cancel --machine {name}")
+            self._output.say(f"postcopy: to stop it: {self._asked} migrate-cancel{which}")
         else:
             self._output.say("postcopy: it cannot be stopped any more: it is past its point of no return")
 

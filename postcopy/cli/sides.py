@@ -9,7 +9,7 @@ from typing import Any
 
 from postcopy._stop import Stop
 from postcopy.errors import ConfigurationError
-from postcopy.machines.kinds import MachineOptions
+from postcopy.machines.kinds import MachineOptions, is_live
 from postcopy.migration.source import SourceOptions
 from postcopy.output import Output
 from postcopy.service import options
@@ -99,8 +99,8 @@ def _check_source(given: dict[str, Any]) -> None:
         if "salvage_to" in given or given.get("migrate_after_s"):
             raise ConfigurationError("--salvage and --migrate-after have no meaning with --hold")
         return
-    is_image = given.get("kind") == "image"
-    if given.get("serve", 1) != 1 and not (is_image and "listen" in given):
+    live = "kind" not in given or is_live(given["kind"])
+    if given.get("serve", 1) != 1 and (live or "listen" not in given):
         raise ConfigurationError("--serve goes with --machine image and --listen only")
-    if is_image:
+    if not live:
         given.pop("backing", None)  # its memory is the file

@@ -44,18 +44,24 @@ def _image_from_file(options: ImageOptions) -> Machine:
 
 @dataclass(frozen=True)
 class _Kind:
+    machine: type[Machine]
     options: type[Any]  # a dataclass: what may be said about such a machine
     source: Callable[[Any], Machine]
     destination: Callable[..., Machine]  # config, layout, backing, disk, net
 
 
 _KINDS = {
-    "kvm": _Kind(ToyOptions, partial(ToyMachine.create, KVM), partial(ToyMachine.for_destination, KVM)),
-    "rv64": _Kind(ToyOptions, partial(ToyMachine.create, RV64), partial(ToyMachine.for_destination, RV64)),
-    "image": _Kind(ImageOptions, _image_from_file, ImageMachine.for_destination),
+    "kvm": _Kind(ToyMachine, ToyOptions, partial(ToyMachine.create, KVM), partial(ToyMachine.for_destination, KVM)),
+    "rv64": _Kind(ToyMachine, ToyOptions, partial(ToyMachine.create, RV64), partial(ToyMachine.for_destination, RV64)),
+    "image": _Kind(ImageMachine, ImageOptions, _image_from_file, ImageMachine.for_destination),
 }
 
 KINDS = tuple(_KINDS)
+
+
+def is_live(kind: str) -> bool:
+    """Whether machines of this kind run (`Machine.live`). One that is not known is refused where it is made."""
+    return kind not in _KINDS or _KINDS[kind].machine.live
 
 
 def create_source(kind: str, options: MachineOptions) -> Machine:

@@ -395,16 +395,17 @@ class Restorable:
     started: str  # when and where it was started before; empty when it was not
 
 
-def examine(path: str, *, reclaim: bool) -> Restorable:
+def examine(path: str, *, reclaim: bool, is_live: Callable[[str], bool]) -> Restorable:
     """Reads a salvage, or what `merge` has made. Blocks on I/O.
 
     `ConfigurationError` for one that no machine can be started from, and for a source's without `reclaim`: its machine
-    was committed to the destination, may be running there, and only the user can know that it is not.
+    was committed to the destination, may be running there, and only the user can know that it is not. `is_live` says
+    whether machines of a kind run.
     """
     salvage = read(path)
-    if salvage.manifest.machine == "image":
+    if not is_live(kind := salvage.manifest.machine):
         raise ConfigurationError(
-            f"{path}: an image is no machine that runs; `postcopy merge {path} --output FILE`, and serve that with"
+            f"{path}: a machine of kind {kind} does not run; `postcopy merge {path} --output FILE`, and serve that with"
             " --machine image --image FILE"
         )
     if not salvage.manifest.paused:

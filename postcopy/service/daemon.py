@@ -45,7 +45,7 @@ import trio
 from postcopy._blocking import keep_reserve
 from postcopy._stop import Stop
 from postcopy.errors import ConfigurationError, PostcopyError
-from postcopy.machines.kinds import MachineOptions, create_source
+from postcopy.machines.kinds import MachineOptions, create_source, is_live
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration
 from postcopy.migration.tasks import first_of
@@ -189,7 +189,7 @@ class Daemon(Service):
 
     async def _start(self, name: str, kind: str, options: MachineOptions) -> Owned:
         """`ConfigurationError` and `ResourceError` as `create_source`."""
-        if kind == "image":
+        if not is_live(kind):
             raise ConfigurationError("a daemon has machines that run; `postcopy source` serves an image")
         owned = self._add(name, Phase.STARTING)
         try:
@@ -339,7 +339,7 @@ class Daemon(Service):
 
     def name_arriving(self, owned: Owned, kind: str, config: Mapping[str, Any]) -> str:
         """The name that its source says."""
-        if kind == "image":
+        if not is_live(kind):
             raise ConfigurationError("a daemon takes machines that run; `postcopy dest` takes an image")
         name = config.get("name")
         if name is None:

@@ -109,7 +109,7 @@ def test_what_cannot_be_started(side: Start, tmp_path: Path) -> None:
         return other
 
     _refused(side, "could not be paused", "--from", changed(paused=False), "--reclaim")
-    _refused(side, "an image is no machine", "--from", changed(machine="image"), "--reclaim")
+    _refused(side, "a machine of kind image does not run", "--from", changed(machine="image"), "--reclaim")
     _refused(side, "is not a directory that --salvage has written", "--from", tmp_path)
     _refused(side, "does not go with --from", "--from", source, "--memory", "1GiB")
     _refused(side, "--reclaim and --force go with --from", "--machine", "rv64", "--reclaim")

@@ -67,7 +67,7 @@ def show(result: Json, subject: str, console: Console) -> None:
     """The result for a person, without its error, which the command ends with."""
     error = str(result.get("error") or "")
     rows = [row(label, text) for label, text in _rows(result)]
-    if "verification" in result:
+    if rows:
         rows.append(row("verified", {True: "yes", False: "NO"}.get(result["verified"], "was not asked for")))
     for item in result.get("verification", []):
         if item["ok"] or item["what"] not in error:

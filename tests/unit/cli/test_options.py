@@ -117,7 +117,7 @@ def test_every_help_is_whole(parser: argparse.ArgumentParser, monkeypatch: pytes
     examples = re.findall(r"(?m)^ {4}(?:source <\()?postcopy (.*?)\)?$", shown)
     assert examples or parser.prog.count(" ") == 0 or parser.prog.startswith(("postcopy lab ", "postcopy faultpaths "))
     for example in examples:
-        words = shlex.split(re.split(" && | > ", example)[0])
+        words = shlex.split(re.split(r" && | [>|] ", example)[0])
         assert vars(make_parser(words).parse_args(words))["command"] == words[0]
 
 

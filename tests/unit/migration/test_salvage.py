@@ -17,7 +17,7 @@ import trio
 from postcopy._files import locked_directory
 from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.machines import Machine
-from postcopy.machines.kinds import MachineOptions, create_destination, create_source
+from postcopy.machines.kinds import MachineOptions, create_destination, create_source, is_live
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration import salvage
 
@@ -70,7 +70,7 @@ async def test_a_machine_goes_on_from_two(kind: str, tmp_path: Path) -> None:
     assert (merged.doubtful_bytes, merged.torn, merged.has_state) == (0, False, True)
     assert merged.from_dest_bytes + merged.from_source_bytes == 16 * MIB
     assert salvage.merge([str(tmp_path / "whole")], output=str(tmp_path / "image")).doubtful_bytes == 0
-    found = salvage.examine(str(tmp_path / "whole"), reclaim=False)
+    found = salvage.examine(str(tmp_path / "whole"), reclaim=False, is_live=is_live)
     assert found.doubts == ()
     async with await salvage.restore(found, partial(create_destination, backing="anon")) as machine:
         assert machine.statistics().operations == before.operations
@@ -89,15 +89,15 @@ async def test_half_of_a_machine(kind: str, tmp_path: Path) -> None:
     async with await _computed(kind) as machine:
         even, _ = _even_and_odd(machine)
         await salvage.write(str(tmp_path / "dest"), machine, "ab" * 16, "dest", even)
-    found = salvage.examine(str(tmp_path / "dest"), reclaim=False)
+    found = salvage.examine(str(tmp_path / "dest"), reclaim=False, is_live=is_live)
     (doubt,) = found.doubts
     assert doubt.startswith("8 MiB of its memory are not there")
     salvage.note_start(found)
-    _, before = salvage.examine(str(tmp_path / "dest"), reclaim=False).doubts
+    _, before = salvage.examine(str(tmp_path / "dest"), reclaim=False, is_live=is_live).doubts
     assert "has been started before" in before
     # What was made of it would be a second one of the same machine.
     salvage.merge([str(tmp_path / "dest")], into=str(tmp_path / "merged"))
-    assert salvage.examine(str(tmp_path / "merged"), reclaim=False).doubts == (doubt, before)
+    assert salvage.examine(str(tmp_path / "merged"), reclaim=False, is_live=is_live).doubts == (doubt, before)
 
 
 async def test_two_that_start_it_at_the_same_time(tmp_path: Path) -> None:
@@ -106,11 +106,11 @@ async def test_two_that_start_it_at_the_same_time(tmp_path: Path) -> None:
         whole = [Bitmap.full(block.memory.pages) for block in machine.blocks]
         await salvage.write(str(tmp_path / "dest"), machine, "ab" * 16, "dest", whole)
     for _ in range(2):
-        first, second = (salvage.examine(str(tmp_path / "dest"), reclaim=False) for _ in range(2))
+        first, second = (salvage.examine(str(tmp_path / "dest"), reclaim=False, is_live=is_live) for _ in range(2))
         salvage.note_start(first)
         with pytest.raises(ConfigurationError, match="started from there meanwhile"):
             salvage.note_start(second)
-    third = salvage.examine(str(tmp_path / "dest"), reclaim=False)
+    third = salvage.examine(str(tmp_path / "dest"), reclaim=False, is_live=is_live)
     with locked_directory(tmp_path / "dest"), pytest.raises(ConfigurationError, match="at this moment"):
         salvage.note_start(third)
 

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person sees: a terminal of 80 columns, or plain lines where there is none."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.needs("uffd-user"), pytest.mark.slow]
+DEADLINE_S = 60.0
+POSTCOPY = (sys.executable, "-P", "-m", "postcopy")
+MACHINE = ("--machine", "rv64", "--memory", "16MiB", "--vcpus", "1")
+# Under KVM, whose guest asks for its pages one by one, a migration with a small bandwidth lasts for many seconds.
+SLOW = ("--machine", "kvm", "--memory", "16MiB", "--vcpus", "1", "--workload", "random", "--max-bandwidth", "64KiB/s")
+DEMO = ("demo", *MACHINE, "--run-for", "0.2")
+_CONTROLS = re.compile(r"\x1b\[[?0-9;]*[A-Za-z]|\r")
+
+
+class Terminal:
+    """A process on a terminal of its own, and all that it has written there."""
+
+    def __init__(self, *arguments: str, columns: int = 80, **environment: str) -> None:
+        self._controlling, terminal = os.openpty()
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        given = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+        self.process = subprocess.Popen(
+            [*POSTCOPY, *arguments], stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+            env={**given, "TERM": "xterm", **environment},
+        )  # fmt: skip
+        os.close(terminal)
+        self.raw = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):  # EIO: nobody has it open any more
+            while more := os.read(self._controlling, 65536):
+                self.raw += more.decode()
+
+    @property
+    def text(self) -> str:
+        return _CONTROLS.sub("", self.raw)
+
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while text not in self.text:
+            assert self.process.poll() is None or self._reader.is_alive(), self.text
+            assert time.monotonic() < deadline, self.text
+            time.sleep(0.01)
+
+    def end(self) -> tuple[int, str]:
+        status = self.process.wait(DEADLINE_S)
+        self._reader.join(DEADLINE_S)
+        return status, self.text
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(DEADLINE_S)
+        os.close(self._controlling)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Callable[..., Terminal]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments: str, **more: Any) -> Terminal:
+            opened = Terminal(*arguments, **more)
+            stack.callback(opened.close)
+            return opened
+
+        yield start
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*POSTCOPY, *arguments], capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_a_demo_on_a_terminal(terminal: Callable[..., Terminal]) -> None:
+    status, text = terminal(*DEMO, "--migrate-after", "1.5", "--max-bandwidth", "8MiB/s").end()
+    assert status == 0, text
+    for words in ("booting the machine", "before migrating", "fetching pages; the machine runs here", "elapsed"):
+        assert words in text
+    assert re.search(r"about \d+\.\d s remaining", text)
+    assert not re.search(r"\d\.\d+e[+-]\d", text)
+    _, title, result = text.partition("postcopy demo: rv64, 16 MiB, 1 vCPU, workload random: completed")
+    assert title
+    assert all(len(line) <= 80 for line in result.splitlines())
+    assert "fault latency" in result
+    assert "marks" not in text
+    assert "n/a" not in text
+
+
+def test_a_demo_without_a_terminal() -> None:
+    done = run(*DEMO, "--migrate-after", "0", COLUMNS="80")
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("source: ")
+    assert all(re.match(r"(source|dest): [a-z]", line) and "; time: " in line for line in lines), lines
+    assert len(lines) == len(set(lines))
+    assert done.stdout.startswith("postcopy demo: rv64, 16 MiB, 1 vCPU, workload random: completed\n")
+    assert "\x1b" not in done.stdout + done.stderr
+    # No word is broken: all that a wide terminal shows is there.
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
+    assert "the machine is the one that was booted at the source" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"TERM": "dumb", "LANG": "C", "LC_ALL": ""}]
+)
+def test_colours_are_not_forced_on_anybody(environment: dict[str, str], terminal: Callable[..., Terminal]) -> None:
+    one = terminal(*DEMO, "--migrate-after", "0", **environment)
+    status, text = one.end()
+    assert status == 0, text
+    assert not re.search(r"\x1b\[[0-9;]*(3|4|9)[0-7]m", one.raw)  # a colour
+    if environment.get("TERM") == "dumb":
+        assert "\x1b" not in one.raw
+    if environment.get("LANG") == "C":
+        assert text.isascii()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--memory", "4MiB"), "16 MiB"),
+        (("--deadline", "0.2"), "--deadline"),
+        (("--machine", "image", "--image", "/nonexistent/file"), "/nonexistent"),
+    ],
+)
+def test_a_demo_that_fails_says_why_once(arguments: tuple[str, ...], reason: str) -> None:
+    done = run("demo", "--machine", "rv64", *arguments)
+    assert done.returncode == 1
+    said = [
+        line for line in (done.stdout + done.stderr).splitlines() if reason in line and not line.startswith("source: ")
+    ]
+    assert len(said) == 1, said
+    assert said[0].startswith("postcopy: error: ")
+    assert "Traceback" not in done.stderr
+
+
+def _two(daemon: Callable[..., Any]) -> tuple[Any, Any, str]:
+    """Two daemons, the first with a machine that takes long to move."""
+    there = daemon("b")
+    here = daemon("a", *SLOW, "--name", "vm1")
+    assert here.address  # once it listens
+    return here, there, there.address
+
+
+def test_migrate_shows_progress_and_what_came_of_it(
+    daemon: Callable[..., Any], operator: Callable[[str], Any], terminal: Callable[..., Terminal]
+) -> None:
+    address = daemon("b").address
+    assert daemon("a", *MACHINE, "--name", "vm1", "--workload", "random").address  # once it listens
+    socket = str(operator("a").path)
+    operator("a").wait("machine", lambda machines: "vm1" in machines)
+    one = terminal("ctl", "--control", socket, "migrate", address, "--machine", "vm1")
+    status, text = one.end()
+    assert status == 0, text
+    assert "sending pages; the machine runs at the destination" in text
+    assert re.search(r"memory +[█░]{30} +\d+ %, .* of 16 MiB", text)
+    assert re.search(r"vm1 has moved to 127\.0\.0\.1:\d+: downtime [0-9.]+ ms, total time [0-9.]+ m?s", text)
+
+
+@pytest.mark.needs("kvm", "uffd")
+def test_ctrl_c_in_migrate_says_that_it_goes_on(
+    daemon: Callable[..., Any], operator: Callable[[str], Any], terminal: Callable[..., Terminal]
+) -> None:
+    """Before the point of no return, how to stop it; after it, that this cannot be."""
+    _, there, address = _two(daemon)
+    at = operator("a")
+    at.wait("machine", lambda machines: "vm1" in machines)
+    there.signal(signal.SIGSTOP)  # it cannot answer
+    try:
+        early = terminal("ctl", "--control", str(at.path), "migrate", address, "--machine", "vm1", columns=200)
+        early.wait_for("connecting to the destination")
+        at.wait("migration", lambda machines: machines["vm1"]["migration"] is not None)
+        early.process.send_signal(signal.SIGINT)
+        status, text = early.end()
+        at.ask("migrate-cancel", "--machine", "vm1")
+        at.wait("end", lambda machines: machines["vm1"]["migration"]["status"] == "cancelled")
+    finally:
+        there.signal(signal.SIGCONT)
+    assert status == 1
+    assert "postcopy: the migration of vm1 goes on" in text
+    assert f"postcopy ctl --control {at.path} migrate-cancel --machine vm1" in text
+
+    late = terminal("ctl", "--control", str(at.path), "migrate", address, columns=200)
+    late.wait_for("sending pages")
+    late.process.send_signal(signal.SIGINT)
+    status, text = late.end()
+    assert status == 1
+    assert "the migration of vm1 goes on" in text
+    assert "cannot be stopped any more: it is past its point of no return" in text
+    at.ask("set", "--max-bandwidth", "none")
+    at.wait("departure", lambda machines: "vm1" not in machines)
+
+
+@pytest.mark.needs("kvm", "uffd")
+def test_top(daemon: Callable[..., Any], operator: Callable[[str], Any], terminal: Callable[..., Terminal]) -> None:
+    here, _, address = _two(daemon)
+    at = operator("a")
+    at.wait("machine", lambda machines: "vm1" in machines)
+    live = terminal("ctl", "--control", str(at.path), "top")
+    live.wait_for("1 machine, 0 migrating")
+    plain = subprocess.Popen(
+        [*POSTCOPY, "ctl", "--control", str(at.path), "top"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        at.ask("migrate", address, "--detach")
+        live.wait_for("postcopy-active, outgoing")
+        live.wait_for("arrived")
+        at.ask("set", "--max-bandwidth", "none")
+        at.wait("departure", lambda machines: "vm1" not in machines)
+        live.wait_for("0 machines, 0 migrating")
+        live.process.send_signal(signal.SIGINT)
+        assert live.end()[0] == 0
+        here.signal(signal.SIGTERM)
+        out, errors = plain.communicate(timeout=DEADLINE_S)
+    finally:
+        plain.kill()
+        plain.wait()
+    assert plain.returncode == 0  # the process has ended, which is an end in order
+    assert "has ended" in errors
+    assert "daemon: 1 machine, " in out
+    assert re.search(r"^vm1 +16 MiB +running", out, re.MULTILINE)
+    assert "\x1b" not in out
