@@ -18,6 +18,7 @@ from postcopy.units import argument, check_word, parse_whole
 
 CHANGES = ("cut", "heal", "rate", "delay")  # of a cable
 
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="lab", required=True, metavar="COMMAND", title="commands")
 
