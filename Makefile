@@ -19,7 +19,7 @@ PYTEST_ARGS ?=
 PYTEST_JOBS ?= 3
 
 # What the installed package is built from. Python modules are not in this list: the install is an editable one.
-BUILT_FROM := pyproject.toml CMakeLists.txt tools/setup.sh docker/seccomp-userfaultfd.json $(wildcard examples/systemd/*) \
+BUILT_FROM := pyproject.toml CMakeLists.txt tools/setup.sh \
 	$(shell find csrc -path csrc/tests -prune -o -type f \( -name '*.[chS]' -o -name '*.txt' -o -name '*.ld' -o -name '*.inc' -o -name '*.sh' -o -name cdef.py \) -print)
 
 # Where the C core is built for tests: one directory for each compiler and kind.
@@ -141,10 +141,6 @@ hostile: setup ## attack the installed program from outside, all of it; SECONDS 
 
 check-hostile: setup
 	$(BIN)/pytest -n $(PYTEST_JOBS) --dist worksteal tests/hostile -m "not slow" $(PYTEST_ARGS)
-
-docs: setup ## build the documentation as a site into build/site; a warning is an error
-	$(BIN)/sphinx-build -q -E -a -W --keep-going -b html -c docs/site -d build/site.cache . build/site
-	@echo "docs: build/site/index.html"
 
 bench: setup ## measure fault latency, throughput and memory against their floors, medians of five
 	$(BIN)/postcopy bench
