@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -83,5 +84,11 @@ def complete(_app: Sphinx, page: str, source: list[str]) -> None:
     )
 
 
+def made_anew(_app: Sphinx, env: BuildEnvironment, *_: object) -> list[str]:
+    """Pages that change with the program, whose files may be the same."""
+    return [page for page in env.found_docs if page.startswith("docs/reference/")]
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("env-get-outdated", made_anew)
     app.connect("source-read", complete)

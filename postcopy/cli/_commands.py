@@ -143,7 +143,7 @@ COMMANDS: Mapping[str, Command] = {
         " of the control socket. JSON Schema 2020-12, with units.",
         (
             ("Into a file:", "postcopy schema > postcopy.schema.json"),
-            ("For reading:", "postcopy schema --markdown | less"),
+            ("As a page for people:", "postcopy schema --markdown > schema.md"),
         ),
     ),
     "completion": Command(

@@ -9,6 +9,7 @@ from typing import Any
 
 import trio
 
+from postcopy import __version__
 from postcopy._stop import Stop
 from postcopy.output import Output
 from postcopy.service.options import Group, flag
@@ -21,7 +22,7 @@ def make(given: dict[str, Any], output: Output) -> Callable[[Stop], Awaitable[bo
         from postcopy.records.document import document, markdown  # some megabytes that nothing else needs
 
         await trio.lowlevel.checkpoint()
-        print(markdown() if "markdown" in given else json.dumps(document(), indent=2))
+        print(markdown() if "markdown" in given else json.dumps(document(__version__), indent=2))
         return True
 
     return run

@@ -11,12 +11,12 @@ from typing import Any
 
 from msgspec import json
 
-from postcopy import __version__
 from postcopy.records import control, events, log
 from postcopy.records._base import VERSION, Json, Record
 from postcopy.records.figures import OF_PROCESS, Figure, Metric, figures, metrics
-from postcopy.records.migration import Machine
+from postcopy.records.migration import STATUSES, Machine
 from postcopy.records.reading import EVENTS
+from postcopy.records.reports import REPORTS
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -28,10 +28,11 @@ _STAMP: Json = {
 """What every line of `--json` has, before what its event says."""
 
 
-def document() -> Json:
-    """The JSON Schema. An instance is a line: of `--json`, of `--log-json`, or of the control socket."""
+def document(version: str) -> Json:
+    """The JSON Schema, as this version of postcopy has it. An instance is a line: of `--json`, of `--log-json`, of the
+    control socket; or a report."""
     records = [kind for kinds in EVENTS.values() for kind in kinds]
-    records += [*control.ANSWERS.values(), control.Greeting, control.Refusal, control.Timestamp, log.LogLine]
+    records += [*control.ANSWERS.values(), control.Greeting, control.Refusal, control.Timestamp, log.LogLine, *REPORTS]
     _, definitions = json.schema_components(dict.fromkeys(records), ref_template="#/$defs/{name}")
     defs = {name: _plain(definition) for name, definition in sorted(definitions.items())}
     defs["Event"] = {
@@ -52,9 +53,9 @@ def document() -> Json:
         "$schema": DIALECT,
         "$id": f"urn:postcopy:schema:{VERSION}",
         "title": "Lines of JSON that postcopy writes",
-        "description": f"As of postcopy {__version__}. Fields, events and requests may be added without a new version:"
+        "description": f"As of postcopy {version}. Fields, events and requests may be added without a new version:"
         " ignore what you do not know.",
-        "anyOf": [{"$ref": f"#/$defs/{name}"} for name in lines],
+        "anyOf": [{"$ref": f"#/$defs/{name}"} for name in (*lines, *(report.__name__ for report in REPORTS))],
         "$defs": defs,
         "metrics": [
             {"name": metric.name, "type": metric.type, "help": metric.help, "labels": metric.all_labels}
@@ -145,6 +146,10 @@ def _page() -> Iterator[str]:
     yield "|---|---|---|"
     for request, kind in control.ANSWERS.items():
         yield f"| `{request}` | {_link(kind)} | {_first_sentence(kind)} |"
+    yield from ("", "## Reports", "", "`probe`, `lab` and `bench` print objects without `event`.", "")
+    yield from ("| record | |", "|---|---|")
+    for kind in REPORTS:
+        yield f"| {_link(kind)} | {_first_sentence(kind)} |"
     yield from ("", "## Records", "")
     yield "*always*: the field is there in every such record. The others are left out where they are not known."
     for kind in all_records():
@@ -175,8 +180,8 @@ prints the same as JSON Schema 2020-12, with units as `unit`. What a status mean
 control socket. It is raised when a field, an event or a request that was there goes away or means something else. What
 is added does not raise it: a program that reads these lines ignores what it does not know.
 
-Every line of `--json` has `schema`, `event` and `elapsed-ms` (ms since the command began), and the fields of its
-event's record. The control socket sends the same records as `data` of
+A command that goes on writes lines: each has `schema`, `event` and `elapsed-ms` (ms since the command began), and the
+fields of its event's record. The control socket sends the same records as `data` of
 `{{"event": ..., "timestamp": ..., "data": ...}}`, where `timestamp` has `seconds` and `microseconds` since the
 beginning of 1970. A line of `--log-json` is a [LogLine](#logline)."""
 
@@ -192,7 +197,12 @@ def all_records() -> list[type[Record]]:
                 if figure.record is not None:
                     add(figure.record)
 
-    for kinds in (*EVENTS.values(), control.ANSWERS.values(), (control.Greeting, control.Refusal, log.LogLine)):
+    for kinds in (
+        *EVENTS.values(),
+        control.ANSWERS.values(),
+        (control.Greeting, control.Refusal, log.LogLine),
+        REPORTS,
+    ):
         for kind in kinds:
             add(kind)
     return list(found)
@@ -213,6 +223,8 @@ def _row(figure: Figure) -> str:
 
 
 def _words(figure: Figure) -> str:
+    if figure.words == STATUSES:
+        return " What each status means: [results.md](results.md)."
     return f" One of {', '.join(f'`{word}`' for word in figure.words)}." if figure.words else ""
 
 

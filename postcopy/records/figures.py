@@ -123,7 +123,7 @@ def _type(hint: Any, nullable: bool) -> str:
     return _TYPES.get(hint) or str(hint.__name__)
 
 
-_TYPES = {str: "text", int: "integer", float: "number", bool: "boolean", object: "any"}
+_TYPES = {str: "text", int: "integer", float: "number", bool: "boolean", object: "any", Any: "any"}
 
 
 def _parts(hint: Any) -> Iterator[Any]:

@@ -11,6 +11,7 @@ from postcopy.records import commands, events
 from postcopy.records._base import VERSION, Json, Record
 from postcopy.records.control import ANSWERS, Greeting, Refusal, Timestamp
 from postcopy.records.log import LogLine
+from postcopy.records.reports import REPORTS
 
 EVENTS = {
     event: (*events.EVENTS.get(event, ()), *commands.EVENTS.get(event, ()))
@@ -58,6 +59,11 @@ def read_control_line(line: Json, request: str) -> Record:
         convert(line.get("timestamp"), Timestamp)
         return read_event(line["event"], line["data"])
     return read_answer(request, line["return"])
+
+
+def read_report(report: Json) -> Record:
+    """What a command prints as one object."""
+    return _one_of(REPORTS, report, "report")
 
 
 def _one_of(kinds: Iterable[type[Record]], data: Json, what: str) -> Record:

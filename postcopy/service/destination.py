@@ -22,7 +22,7 @@ from postcopy.output import Output
 from postcopy.records.events import Progress
 from postcopy.service import report
 from postcopy.service.config import DestinationConfig
-from postcopy.service.service import Owned, Phase, Service, still_missing, why_not_completed
+from postcopy.service.service import Owned, Phase, Service, describe, still_missing, why_not_completed
 from postcopy.wire import State
 
 
@@ -91,7 +91,9 @@ class Destination(Service):
         result = report.destination_result(migration, statistics, self._check, self._dumped)
         self.emit_result(result, done)
         if done:
-            self.output.say(f"dest: {result.status}, verified: {result.verified}")
+            what = describe(machine) if machine is not None else "no machine"
+            verified = "all of its memory is as it must be" if result.verified else "its memory was not verified"
+            self.output.say(f"dest: {what}: {result.status}; {verified}")
 
     def _progress(self) -> Progress:
         migration = self._migration

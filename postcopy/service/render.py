@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from postcopy.output.words import format_duration
 from postcopy.records import Json, Record
 from postcopy.records.figures import figures
 from postcopy.records.migration import LOST
@@ -81,12 +82,12 @@ def _job_rows(job: Json) -> list[tuple[str, str]]:
         ("Job type", f"{str(job['status']).capitalize()}, {job['direction']}"),
         ("Migration", str(job.get("migration-id") or "-")),
         ("Peer", _peer(job)),
-        ("Time elapsed", f"{_ms(job.get('elapsed-ms'))} ms"),
+        ("Time elapsed", format_duration(job.get("elapsed-ms", 0) / 1e3)),
     ]
     rows += _figure_rows(MigrationRecord, job)
     if (job.get("fault-latency-us") or {}).get("count"):
-        latency = job["fault-latency-us"]
-        rows.append(("Fault latency", f"{latency['p50']} µs median, {latency['p99']} µs 99 %"))
+        median, most = (format_duration(job["fault-latency-us"][key] / 1e6) for key in ("p50", "p99"))
+        rows.append(("Fault latency", f"median {median}, 99 % within {most}"))
     if (job.get("recoveries") or {}).get("count"):
         rows.append(("Recoveries", str(job["recoveries"]["count"])))
     if job.get("error"):
@@ -108,21 +109,15 @@ def _figure_rows(record: type[Record], values: Json) -> list[tuple[str, str]]:
 
 def _peer(job: Json) -> str:
     if job["status"] in LOST and job.get("looking-for-peer") is False:
-        return (
-            f"{job.get('peer')} (lost, and not looked for any more: `recover` does, and `recover HOST:PORT` elsewhere)"
-        )
+        return f"{job.get('peer')} (disconnected, and not looked for any more: `migrate-recover` connects again)"
     return str(job.get("peer"))
 
 
 def _number(unit: str, value: Any) -> str:
     if unit == "ms":
-        return f"{_ms(value)} ms"
+        return format_duration(value / 1e3)
     return _size(value) if unit == "bytes" else str(value)
 
 
 def _size(value: Any) -> str:
     return format_size(value) if isinstance(value, int) else str(value)
-
-
-def _ms(value: Any) -> str:
-    return f"{value:.1f}" if isinstance(value, int | float) else "-"

@@ -29,6 +29,7 @@ from postcopy.records.migration import (
     Latency,
     Machine,
     Network,
+    OfMigration,
     Pager,
     Ram,
     Recoveries,
@@ -39,19 +40,11 @@ from postcopy.records.migration import Migration as MigrationRecord
 
 Json = records.Json
 Migration = SourceMigration | DestinationMigration
-C = TypeVar("C", bound=Counted)
+R = TypeVar("R", bound=OfMigration)
 
 
 def direction(migration: Migration) -> str:
     return "outgoing" if isinstance(migration, SourceMigration) else "incoming"
-
-
-def side(migration: Migration) -> str:
-    return "source" if isinstance(migration, SourceMigration) else "dest"
-
-
-def _error(migration: Migration) -> str | None:
-    return str(migration.failure) if migration.failure else None
 
 
 # ---- what happens
@@ -59,31 +52,23 @@ def _error(migration: Migration) -> str | None:
 
 def changed(machine: str, migration: Migration, before: str) -> MigrationStatus:
     """That a migration has another status than `before`."""
-    return MigrationStatus(
-        side=side(migration),
-        direction=direction(migration),
-        migration_id=migration.migration_id or None,
-        peer=str(migration.peer),
-        status=migration.status,
-        error=_error(migration),
-        machine=machine,
-        from_=before,
-    )
+    return _identify(MigrationStatus(side="", status="", error=None, machine=machine, from_=before), migration)
 
 
 def ended(machine: str, migration: Migration) -> MigrationEnded:
     """How one migration has ended, in short."""
-    return MigrationEnded(
-        side=side(migration),
-        direction=direction(migration),
-        migration_id=migration.migration_id or None,
-        peer=str(migration.peer),
-        status=migration.status,
-        error=_error(migration),
-        machine=machine,
-        downtime_ms=milliseconds(migration.downtime_ns),
-        total_ms=milliseconds(migration.total_ns),
-    )
+    downtime_ms, total_ms = milliseconds(migration.downtime_ns), milliseconds(migration.total_ns)
+    event = MigrationEnded(side="", status="", error=None, machine=machine, downtime_ms=downtime_ms, total_ms=total_ms)
+    return _identify(event, migration)
+
+
+def _identify(into: R, migration: Migration) -> R:
+    """Fills in which migration it is, and how it stands."""
+    into.side = "source" if isinstance(migration, SourceMigration) else "dest"
+    into.direction = direction(migration)
+    into.migration_id, into.peer = migration.migration_id or None, str(migration.peer)
+    into.status, into.error = migration.status, str(migration.failure) if migration.failure else None
+    return into
 
 
 def progress(own: str, machine: AnyMachine | None, migration: Migration | None) -> Progress:
@@ -93,9 +78,8 @@ def progress(own: str, machine: AnyMachine | None, migration: Migration | None) 
         now.guest = guest(machine, machine.statistics())
         now.ram = ram(offered(machine)) if migration is None else None
     if migration is not None:
+        _identify(now, migration)
         statistics = migration.statistics()
-        now.direction, now.migration_id = direction(migration), migration.migration_id or None
-        now.peer, now.status, now.error = str(migration.peer), migration.status, _error(migration)
         now.ram, now.pending_faults = ram(statistics), statistics.pending_faults
         now.recoveries = recoveries(migration.recoveries)
         if isinstance(migration, DestinationMigration) and machine is not None:
@@ -131,11 +115,9 @@ def _migration(migration: Migration) -> MigrationRecord:
 
 
 def _count(into: Counted, migration: Migration) -> None:
-    """Fills in which migration it is, how it stands, and all that both sides count."""
+    """... and all that both sides count."""
+    _identify(into, migration)
     statistics = migration.statistics()
-    into.side, into.direction = side(migration), direction(migration)
-    into.migration_id, into.peer = migration.migration_id or None, str(migration.peer)
-    into.status, into.error = migration.status, _error(migration)
     into.downtime_ms, into.total_ms = _ms(statistics.downtime_ns), _ms(statistics.total_ns)
     into.ram, into.pending_faults = ram(statistics), statistics.pending_faults
     into.fault_latency_us = latency(statistics.latency)
@@ -194,11 +176,11 @@ def guest(machine: AnyMachine, statistics: MachineStatistics) -> Guest:
         state=statistics.state.value,
         nonce=f"{statistics.nonce:#018x}" if statistics.nonce else None,
         operations=statistics.operations,
-        reports=statistics.marks,
+        reports=statistics.reports,
         failures=statistics.failures,
         failure=statistics.failure_text or None,
         vcpus=[
-            Vcpu(activity=vcpu.activity.value, operations=vcpu.operations, reports=vcpu.marks, exits=vcpu.exits)
+            Vcpu(activity=vcpu.activity.value, operations=vcpu.operations, reports=vcpu.reports, exits=vcpu.exits)
             for vcpu in statistics.vcpus
         ],
         disk=Disk(

@@ -18,10 +18,11 @@ from postcopy.migration.source import SourceMigration, check_releasable
 from postcopy.migration.tasks import Interrupted, first_of
 from postcopy.net import Acceptor, Link, Route
 from postcopy.output import Output
+from postcopy.output.words import format_duration
 from postcopy.records.events import Progress
 from postcopy.service import report
 from postcopy.service.config import ArrivalOptions, SourceConfig
-from postcopy.service.service import Owned, Phase, Service, still_missing, why_not_completed
+from postcopy.service.service import Owned, Phase, Service, describe, still_missing, why_not_completed
 from postcopy.wire import State
 
 MAX_SESSIONS = 16  # destinations served at the same time
@@ -86,7 +87,12 @@ class Source(Service):
             result.status = "completed"
         self.emit_result(result, done)
         if done:
-            self.output.say(f"source: {result.status}, down for {result.downtime_ms or 0:g} ms")
+            times = (
+                f"{name} {format_duration(ms / 1e3)}"
+                for name, ms in (("downtime", result.downtime_ms), ("total time", result.total_ms))
+                if ms
+            )
+            self.output.say("; ".join([f"source: {describe(machine)}: {result.status}", *times]))
         self.machines.clear()
         await self.close_machine(owned)
 

@@ -3,7 +3,7 @@
 
 Each datagram has a number, and the guest program `echo` (docs/machines.md) answers it with one of its own, kept
 in its memory and raised with each answer, and with the nonce that it made when it booted. So the stream shows more than
-the gap: that the same machine answers in the end as in the beginning, and that it never went back.
+the gap: that the same machine answers in the end as in the beginning, and that its numbers only increase.
 
     python -m postcopy.testbed.pinger ADDRESS [--interval SECONDS] [--seconds SECONDS]
 
@@ -49,7 +49,9 @@ class PingStatistics(msgspec.Struct):
     sent: int = 0
     answered: int = 0
     duplicates: int = 0  # answers to what was answered before
-    went_back: int = 0  # answers whose number another one had, or one that was here before this was asked had passed
+    not_increasing: int = (
+        0  # answers whose number another one had, or one that was here before this was asked had passed
+    )
     reordered: int = 0  # answers that one to a later datagram has overtaken, somewhere on its way or on theirs
     longest_gap_ms: float = 0.0  # between two answers that follow each other
     longest_loss_ms: float = 0.0  # the longest of those gaps in which a datagram was lost, and not only late
@@ -154,7 +156,7 @@ class _Stream:
             with trio.move_on_after(LINGER_S):
                 await self._all.wait()
 
-    def _went_back(self) -> int:
+    def _not_increasing(self) -> int:
         """A network may overtake itself, on the way there and back: what holds all the same is that no number is given
         twice, and that who asks after an answer has come gets a higher number than was in it."""
         came = [*self._answered.values()]
@@ -168,7 +170,7 @@ class _Stream:
     def figures(self) -> PingStatistics:
         statistics = self._statistics
         statistics.sent, statistics.answered = len(self._sent_at), len(self._answered)
-        statistics.went_back = self._went_back()
+        statistics.not_increasing = self._not_increasing()
         latest = itertools.accumulate(self._answered, max)
         statistics.reordered = sum(number < most for number, most in zip(self._answered, latest, strict=True))
         arrivals = [*self._answered.values()]

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import trio
-from lines import parse_line
+from lines import parse_line, parse_report
 
 from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.testbed import _linux
@@ -158,7 +158,7 @@ def await_sleep(process: subprocess.Popen[bytes]) -> None:
 def test_by_hand() -> None:
     """As the documentation has it."""
     postcopy("lab", "up", "--hosts", "3", "--mtu", "9000", "--rate", "1gbit")
-    seen = json.loads(postcopy("lab", "status", "--json").stdout)["labs"]
+    seen = parse_report(postcopy("lab", "status", "--json").stdout)["labs"]
     assert [(one["name"], one["state"], one["mtu"], list(one["hosts"])) for one in seen] == [
         ("lab", "up", 9000, ["h1", "h2", "h3"])
     ]
@@ -193,7 +193,7 @@ def test_in_a_user_namespace() -> None:
         {lab} link h2 rate 10mbit
         {lab} status --json
         """
-    seen = json.loads(run("unshare", "-Urnm", "sh", "-c", script + f"{lab} down").stdout)["labs"][0]
+    seen = parse_report(run("unshare", "-Urnm", "sh", "-c", script + f"{lab} down").stdout)["labs"][0]
     assert seen["user-namespace"] == "the caller's"
     assert [host["cable"] for host in seen["hosts"].values()] == ["cut", "whole"]
     assert [host["rate"] for host in seen["hosts"].values()] == ["100mbit", "10mbit"]
@@ -252,7 +252,7 @@ def test_cut_and_heal() -> None:
             for address in filter(None, (h2.ipv4, h2.ipv6)):
                 assert ask(lab, "h1", address)
             h2.cut()
-            assert {name: host["cable"] for name, host in lab.status()["hosts"].items()} == {
+            assert {name: host.cable for name, host in lab.status().hosts.items()} == {
                 "h1": "whole",
                 "h2": "cut",
                 "h3": "whole",
@@ -277,7 +277,7 @@ def test_rate() -> None:
             assert send(lab, "h1", h2.ipv4, 750_000) > 1.4
             for host in (h1, h2):
                 host.limit(None)
-            assert [host["rate"] for host in lab.status()["hosts"].values()] == ["off", "off"]
+            assert [host.rate for host in lab.status().hosts.values()] == ["off", "off"]
             assert "tbf" not in run(*h1.command("ip", "link", "show")).stdout
             assert send(lab, "h1", h2.ipv4, 750_000) > 0
 
@@ -313,7 +313,7 @@ def test_delay_or_why_not() -> None:
         else:
             with pytest.raises(ResourceError, match=r"no netem .*`postcopy lab link --name delay h1 delay 20ms --to "):
                 h1.delay(20_000)
-        assert lab.status()["hosts"]["h1"]["delay-us"] == 0
+        assert lab.status().hosts["h1"].delay_us == 0
 
 
 def test_a_delayed_connection() -> None:

@@ -127,7 +127,7 @@ def test_it_answers_on_at_the_destination(inner_side: Start, inside: Inside, kin
     assert status == 0, errors
     assert received["verified"] is True
     assert figures["same_machine"]
-    assert figures["went_back"] == figures["duplicates"] == 0
+    assert figures["not_increasing"] == figures["duplicates"] == 0
     assert figures["longest_gap_ms"] > 0
     assert 0 < figures["gap_after"] < figures["answered"]
     network, left = received["guest"]["network"], result["guest-at-pause"]["network"]
@@ -150,7 +150,7 @@ def test_the_demo_in_the_laboratory(side: Start, kind: str) -> None:
     assert 0 < pings["switchover-gap-ms"] <= pings["longest-gap-ms"]
     assert 0 < pings["answered"] < pings["sent"]  # it is asked before it is there, and while the cable is out
     assert pings["not-increasing"] == pings["duplicates"] == 0
-    assert any("never went back" in item["what"] for item in result["verification"])
+    assert any("only increased" in item["what"] for item in result["verification"])
 
 
 def test_the_demo_needs_a_laboratory(side: Start) -> None:
@@ -178,7 +178,7 @@ def test_a_failed_migration_leaves_the_network_as_it_was(inner_side: Start, insi
     dest.signal(signal.SIGKILL)
     figures = pings.end()
     assert figures["same_machine"]
-    assert figures["went_back"] == figures["duplicates"] == 0
+    assert figures["not_increasing"] == figures["duplicates"] == 0
     assert figures["gap_after"] < figures["answered"]
 
 
@@ -245,7 +245,7 @@ def test_a_tap_that_is_ready_needs_no_rights(inside: Inside, side: Start, inner_
     pings.wait_for_more()
     figures = pings.end()
     assert figures["same_machine"]
-    assert figures["went_back"] == figures["duplicates"] == 0
+    assert figures["not_increasing"] == figures["duplicates"] == 0
 
 
 def test_a_destination_without_a_network(inner_side: Start) -> None:

@@ -48,3 +48,10 @@ def parse_answer(text: str | bytes, request: Sequence[str]) -> Json:
     else:
         reading.read_answer(request[0], answer)
     return answer
+
+
+def parse_report(text: str | bytes) -> Json:
+    """What `probe`, `lab` and `bench` print with --json."""
+    report: Json = json.loads(text)
+    reading.read_report(report)
+    return report

@@ -29,7 +29,7 @@ from postcopy.wire import State
 
 ROOT = Path(__file__).parents[2]
 LINE: dict[str, Any] = {"schema": VERSION, "event": "output-dropped", "elapsed-ms": 1.5, "lines": 3}
-NO_UNIT = {"pid", "seed", "schema", "connection", "bulk-channels"}
+NO_UNIT = {"pid", "holder", "user", "seed", "schema", "connection", "bulk-channels"}
 """Numbers that are names, and a setting that counts what it is named for."""
 SEVERAL_TYPES = {"error"}
 """A sentence, but for a refusal of the control socket, which QMP has made an object."""
@@ -62,7 +62,10 @@ class TestFields:
         units: dict[str, set[str]] = defaultdict(set)
         for record in all_records():
             for figure in figures(record):
-                types[figure.key].add(figure.kind.removesuffix(" or null"))
+                kind = figure.kind.removesuffix(" or null")
+                if figure.record is not None:  # which one depends on what has it
+                    kind = kind.replace(figure.record.__name__, "object")
+                types[figure.key].add(kind)
                 if figure.unit in ("ms", "us", "ns", "s", "bytes", "bytes/s", "%"):
                     units[figure.key].add(figure.unit)
         assert {key for key, found in types.items() if len(found) > 1} == SEVERAL_TYPES

@@ -30,6 +30,7 @@ import textwrap
 
 from postcopy._files import check_new_file, replacing, write_all
 from postcopy.errors import ConfigurationError
+from postcopy.records import as_json
 from postcopy.testbed import _processes
 from postcopy.testbed._report import make_console
 from postcopy.testbed.bench import _plot
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     names = args.figures or list(MEASUREMENTS)
     if unknown := [name for name in names if name not in MEASUREMENTS]:
         hint = did_you_mean(unknown[0], MEASUREMENTS) or among(MEASUREMENTS)
-        raise ConfigurationError(f"no figure is called {unknown[0]!r}{hint}")
+        raise ConfigurationError(f"no figure called {unknown[0]}{hint}")
     if args.svg is not None:  # now, not after minutes of measuring
         if "contention" not in names:
             raise ConfigurationError("--svg: it draws the figures of contention, which are not among those asked for")
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         figures = _processes.run(MEASUREMENTS[name], args.rounds)
         for figure in figures:
             reached &= figure.reached
-            print(json.dumps(figure.as_json()) if args.json else _text(figure, width), flush=True)
+            print(json.dumps(as_json(figure.record())) if args.json else _text(figure, width), flush=True)
         if name == "contention":
             if not args.json:
                 print(_plot.text_plot(figures, width), flush=True)

@@ -22,6 +22,7 @@ from postcopy._child import python
 from postcopy.errors import MigrationError, ResourceError
 from postcopy.machines.toy.machine import RV64, ToyMachine, ToyOptions
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS
+from postcopy.records.reports import BenchFigure
 from postcopy.testbed._processes import open_child, parse, run_json
 from postcopy.testbed.bench import _contention as contention
 from postcopy.testbed.bench._recovery import recovery_map, recovery_times_ms
@@ -50,17 +51,17 @@ class Figure:
         """Whether the ratio keeps to its target."""
         return self.ratio <= self.target if self.at_most else self.ratio >= self.target
 
-    def as_json(self) -> dict[str, Any]:
+    def record(self) -> BenchFigure:
         """For ``--json``; `rounds` hold the absolute values, in `unit`."""
-        return {
-            "name": self.name,
-            "ratio": round(self.ratio, 3),
-            "target": ("<= " if self.at_most else ">= ") + str(self.target),
-            "reached": self.reached,
-            "unit": self.unit,
-            "rounds": self.rounds,
-            "note": self.note,
-        }
+        return BenchFigure(
+            name=self.name,
+            ratio=round(self.ratio, 3),
+            target=("<= " if self.at_most else ">= ") + str(self.target),
+            reached=self.reached,
+            unit=self.unit,
+            rounds=self.rounds,
+            note=self.note,
+        )
 
 
 def _ratio(

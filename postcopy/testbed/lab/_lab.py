@@ -29,6 +29,7 @@ import trio
 
 from postcopy._child import python
 from postcopy.errors import ConfigurationError, PostcopyError, ResourceError
+from postcopy.records import reports
 from postcopy.testbed import _linux
 from postcopy.testbed._processes import hang_up, read_json
 from postcopy.testbed.lab import _members as members
@@ -36,8 +37,8 @@ from postcopy.testbed.lab import _state as state
 from postcopy.testbed.lab._plan import DEFAULT_NAME, LabPlan, format_rate
 
 Json = dict[str, Any]
-START_S = 20.0
-WORK_S = 30.0
+START_S = 60.0
+WORK_S = 60.0
 HOLDER_END_S = members.TERM_S + members.KILL_S  # its input has ended: it ends what runs in the laboratory first
 HOLDER = "postcopy-lab"  # begins the argument that says, in a list of processes, which laboratory it is
 
@@ -353,31 +354,31 @@ class Lab(contextlib.AbstractContextManager["Lab"]):
     def has_netem(self) -> bool:
         return bool(self.work(["has-qdisc", self.switch, "netem"])[0])
 
-    def status(self) -> Json:
+    def status(self) -> reports.Lab:
         """What there is, for people and `--json`."""
         whole, netem = self.work(["cables", self.switch], ["has-qdisc", self.switch, "netem"])
         record = state.read(state.directory(), self.name) or self._record
-        return {
-            "name": self.name,
-            "state": "up",
-            "holder": self.pid,
-            "kept": record.kept,
-            "user-namespace": "own" if record.user else "the caller's",
-            "mtu": self.mtu,
-            "netem": netem,
-            "hosts": {
-                name: {
-                    "ipv4": host.ipv4,
-                    "ipv6": host.ipv6,
-                    "network": self.hosts[name].network,
-                    "cable": "whole" if whole[name] else "cut",
-                    "rate": format_rate(host.rate),
-                    "rate-bytes-per-s": host.rate,
-                    "delay-us": host.delay_us,
-                }
+        return reports.Lab(
+            name=self.name,
+            state="up",
+            holder=self.pid,
+            kept=record.kept,
+            user_namespace="own" if record.user else "the caller's",
+            mtu=self.mtu,
+            netem=netem,
+            hosts={
+                name: reports.LabHostStatus(
+                    ipv4=host.ipv4,
+                    ipv6=host.ipv6,
+                    network_namespace=self.hosts[name].network,
+                    cable="whole" if whole[name] else "cut",
+                    rate=format_rate(host.rate),
+                    rate_bytes_per_s=host.rate,
+                    delay_us=host.delay_us,
+                )
                 for name, host in record.hosts.items()
             },
-        }
+        )
 
     def explain(self, doing: str, number: int, text: str) -> PostcopyError:
         """An error of the kernel as one for people."""
@@ -393,7 +394,7 @@ class Lab(contextlib.AbstractContextManager["Lab"]):
                 what, "there is no /dev/net/tun: as root, `modprobe tun`; in a container, --device /dev/net/tun"
             )
         if doing == "attach-tap" and number in (errno.EACCES, errno.EPERM):
-            return ResourceError(what, "as root, `chmod o+rw /dev/net/tun`")
+            return ResourceError(what, "as root, `chmod 0666 /dev/net/tun`")
         if number in (errno.EPERM, errno.EACCES):
             return ResourceError(
                 what, "it belongs to another user or user namespace: call `postcopy lab` from where it was made"

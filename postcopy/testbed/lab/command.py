@@ -7,15 +7,15 @@ import argparse
 import json
 import os
 import sys
-from typing import Any
 
+from postcopy import records
 from postcopy.errors import ConfigurationError, ResourceError
+from postcopy.records import reports
 from postcopy.testbed.lab import _members as members
 from postcopy.testbed.lab._lab import Lab, down, names
 from postcopy.testbed.lab._plan import DEFAULT_NAME, MAX_HOSTS, MAX_MTU, MIN_MTU, LabPlan, parse_delay_us, parse_rate
 from postcopy.units import argument, check_word, parse_whole
 
-Json = dict[str, Any]
 CHANGES = ("cut", "heal", "rate", "delay")  # of a cable
 
 
@@ -88,7 +88,7 @@ def _up(args: argparse.Namespace) -> int:
 def _exec(args: argparse.Namespace) -> int:
     command = args.command_line[1:] if args.command_line[:1] == ["--"] else args.command_line
     if not command:
-        raise ConfigurationError("which command? `postcopy lab exec HOST -- COMMAND...`")
+        raise ConfigurationError("exec needs a command: `postcopy lab exec HOST -- COMMAND...`")
     lab = Lab.find(args.name)
     lab.host(args.host).enter()
     environment = {**os.environ, members.MARK: lab.mark, "POSTCOPY_LAB_HOST": args.host}
@@ -124,12 +124,12 @@ def _link(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    labs: list[Json] = []
+    labs: list[reports.Lab] = []
     for name in names():
         try:
             labs.append(Lab.find(name).status())
         except (ConfigurationError, ResourceError) as error:
-            labs.append({"name": name, "state": "gone", "error": str(error), "hosts": {}})
+            labs.append(reports.Lab(name=name, state="gone", error=str(error), hosts={}))
     _tell(labs, as_json=args.json)
     return 0
 
@@ -150,17 +150,17 @@ def _down(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tell(labs: list[Json], *, as_json: bool) -> None:
+def _tell(labs: list[reports.Lab], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"labs": labs}))
+        print(json.dumps(records.as_json(reports.Labs(labs=labs))))
         return
     if not labs:
         print("no laboratory is up")
     for lab in labs:
-        netem = "" if lab.get("netem", True) else ", no netem in this kernel"
-        more = f"MTU {lab['mtu']}{netem}, held by process {lab['holder']}" if lab["state"] == "up" else lab["error"]
-        print(f"{lab['name']}: {lab['state']}, {more}")
-        for name, host in lab["hosts"].items():
-            delay = f", delay {host['delay-us'] / 1000:g} ms" if host["delay-us"] else ""
-            rate = "" if host["rate"] == "off" else f", {host['rate']}"
-            print(f"  {name}  {host['ipv4']}  {host['ipv6'] or 'no IPv6'}  cable {host['cable']}{rate}{delay}")
+        netem = "" if lab.netem is not False else ", no netem in this kernel"
+        more = f"MTU {lab.mtu}{netem}, held by process {lab.holder}" if lab.state == "up" else lab.error
+        print(f"{lab.name}: {lab.state}, {more}")
+        for name, host in lab.hosts.items():
+            delay = f", delay {host.delay_us / 1000:g} ms" if host.delay_us else ""
+            rate = "" if host.rate == "off" else f", {host.rate}"
+            print(f"  {name}  {host.ipv4}  {host.ipv6 or 'no IPv6'}  cable {host.cable}{rate}{delay}")

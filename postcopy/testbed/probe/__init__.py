@@ -16,7 +16,10 @@ import argparse
 import sys
 from collections.abc import Iterable
 
+from msgspec import structs
+
 from postcopy.errors import ConfigurationError, ResourceError
+from postcopy.records import as_json, reports
 from postcopy.testbed._report import Row, Section, Span, emit_json, make_console, print_line, print_section, row
 from postcopy.testbed.probe._findings import Finding, find, find_all, migrations, names, uses
 from postcopy.testbed.probe._host import system
@@ -42,22 +45,23 @@ def run(args: argparse.Namespace) -> int:
     findings = find_all()
     ways = migrations(findings)
     if args.json:
-        answers = [finding.as_json() for finding in findings]
-        emit_json({**system(), "migrations": ways, "uses": uses(findings), "findings": answers})
+        found = [finding.record() for finding in findings]
+        here = structs.asdict(system())
+        emit_json(as_json(reports.Probe(**here, receivable=ways, uses=uses(findings), findings=found)))
     else:
         _print(findings, ways)
     return 0 if any(ways.values()) else 1
 
 
-def _require(wanted: list[str], as_json: bool) -> int:
+def _require(wanted: list[str], in_json: bool) -> int:
     if not wanted:
         raise ConfigurationError(f"--require needs names; there are {', '.join(names())}")
     if unknown := [name for name in wanted if name not in names()]:
         hint = did_you_mean(unknown[0], names()) or among(names())
         raise ConfigurationError(f"--require: there is no {unknown[0]!r}{hint}")
     findings = [find(name) for name in wanted]
-    if as_json:
-        emit_json({"findings": [finding.as_json() for finding in findings]})
+    if in_json:
+        emit_json(as_json(reports.Findings(findings=[finding.record() for finding in findings])))
     missing = [complaint for finding in findings if (complaint := finding.complaint())]
     if missing:
         raise ResourceError("; ".join(missing))
@@ -74,7 +78,7 @@ def _print(findings: list[Finding], ways: dict[str, bool]) -> None:
         print_section(console, Section(title, (), tuple(rows)))
         console.print()
 
-    about = [row(name, _plain(value)) for name, value in system().items()]
+    about = [row(name, _plain(value)) for name, value in as_json(system()).items() if name != "schema"]
     for finding in findings:
         if finding.name == "uffd-user" and finding:
             about += [row(f"uffd {name}", ", ".join(finding.facts[name])) for name in ("features", "ioctls")]
@@ -83,7 +87,7 @@ def _print(findings: list[Finding], ways: dict[str, bool]) -> None:
     if missing := [finding for finding in findings if not finding]:
         remedies = (row(finding.name, finding.remedy, finding.needed_for) for finding in missing)
         table("What is missing, what would give it, and what needs it", remedies)
-    needs = (row(use["name"], _mark("yes" if use["here"] else "no"), use["needs"]) for use in uses(findings))
+    needs = (row(use.name, _mark("yes" if use.here else "no"), use.needs) for use in uses(findings))
     table("What each use needs, and whether it is here", needs)
     can = ", ".join(name for name, works in ways.items() if works)
     print_line(console, f"Machines that can be received here: {can or 'none'}", "bold")

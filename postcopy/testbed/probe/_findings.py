@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from postcopy._native import ffi, lib
 from postcopy.errors import ConfigurationError
+from postcopy.records import reports
 from postcopy.testbed import _linux
 from postcopy.testbed.probe import _host, _needs, _trials
 from postcopy.testbed.probe._supervise import try_in_child
@@ -37,15 +38,15 @@ class Finding:
     def __bool__(self) -> bool:
         return self.state == "yes"
 
-    def as_json(self) -> Json:
-        return {
-            "name": self.name,
-            "state": self.state,
-            "detail": self.detail,
-            "remedy": self.remedy,
-            "needed-for": self.needed_for,
-            **self.facts,
-        }
+    def record(self) -> reports.Finding:
+        return reports.Finding(
+            name=self.name,
+            state=self.state,
+            detail=self.detail,
+            remedy=self.remedy,
+            needed_for=self.needed_for,
+            facts=self.facts,
+        )
 
     def complaint(self) -> str | None:
         """None when it is there, else one line with the remedy."""
@@ -203,10 +204,10 @@ def find_all() -> list[Finding]:
     return [*(ask() for ask in CHEAP.values()), *(_judge(name, answers[name]) for name in _trials.TRIALS)]
 
 
-def uses(findings: Iterable[Finding]) -> list[Json]:
+def uses(findings: Iterable[Finding]) -> list[reports.Use]:
     """What each use of postcopy needs, and whether that is here (`_needs.USES`)."""
     seen = {finding.name: bool(finding) for finding in findings}
-    return [{"name": use.name, "needs": use.needs, "here": use.here(seen)} for use in _needs.USES]
+    return [reports.Use(name=use.name, needs=use.needs, here=use.here(seen)) for use in _needs.USES]
 
 
 def migrations(findings: Iterable[Finding]) -> dict[str, bool]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from postcopy._files import explain_no_access, share_file
+from postcopy.records.reports import System
 from postcopy.testbed import _linux
 
 Json = dict[str, Any]
@@ -69,7 +70,7 @@ def _cgroup_limit_bytes() -> int | None:
     return min((limit for limit in limits if limit < 1 << 60), default=None)
 
 
-def system() -> Json:
+def system() -> System:
     """Kernel, user, limits and settings, as `--json` has them. Reads files, tries nothing."""
     status = dict(line.split(":", 1) for line in read("/proc/self/status").splitlines() if ":" in line)
     held = _linux.capability_mask()
@@ -82,25 +83,25 @@ def system() -> Json:
         text = read("/proc/sys/" + name.replace(".", "/"))
         return int(text) if text.lstrip("-").isdigit() else None
 
-    return {
-        "kernel": platform.release(),
-        "architecture": platform.machine(),
-        "user": os.geteuid(),
-        "container": container(),
-        "seccomp": _SECCOMP.get(status.get("Seccomp", "").strip()),
-        "capabilities": [name for bit, name in CAPABILITIES.items() if held >> bit & 1],
-        "capability-mask": f"{held:#x}",
-        "memlock-soft-bytes": limit(soft),
-        "memlock-hard-bytes": limit(hard),
-        "cgroup-memory-limit-bytes": _cgroup_limit_bytes(),
-        "sysctl": {
+    return System(
+        kernel=platform.release(),
+        architecture=platform.machine(),
+        user=os.geteuid(),
+        container=container(),
+        seccomp=_SECCOMP.get(status.get("Seccomp", "").strip()),
+        capabilities=[name for bit, name in CAPABILITIES.items() if held >> bit & 1],
+        capability_mask=f"{held:#x}",
+        memlock_soft_bytes=limit(soft),
+        memlock_hard_bytes=limit(hard),
+        cgroup_memory_limit_bytes=_cgroup_limit_bytes(),
+        sysctl={
             name: sysctl(name)
             for name in ("vm.unprivileged_userfaultfd", "vm.overcommit_memory", "vm.nr_hugepages",
                          "kernel.io_uring_disabled", "user.max_user_namespaces")
         },
-        "thp": _chosen("/sys/kernel/mm/transparent_hugepage/enabled"),
-        "thp-shmem": _chosen("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
-    }  # fmt: skip
+        thp=_chosen("/sys/kernel/mm/transparent_hugepage/enabled"),
+        thp_shmem=_chosen("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
+    )  # fmt: skip
 
 
 def _chosen(path: str) -> str | None:
