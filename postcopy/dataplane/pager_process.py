@@ -86,7 +86,12 @@ class _Call:
         self.what = what
         self.name = name
         self.message = json.dumps([name, arguments]).encode()
-        self.fds = tuple(os.dup(fd) for fd in fds)  # this call's own until it is sent
+        self.fds: list[int] = []  # this call's own until it is sent
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.close)
+            for fd in fds:
+                self.fds.append(os.dup(fd))
+            on_failure.pop_all()
         self.timeout_s = CALL_TIMEOUT_S
         self.awaited = False  # a task waits for it and takes its error
         self.channel: tuple[ChannelKind, int] | None = None  # that it attaches
@@ -94,9 +99,8 @@ class _Call:
         self.error: PostcopyError | None = None
 
     def close(self) -> None:
-        for fd in self.fds:
-            os.close(fd)
-        self.fds = ()
+        while self.fds:
+            os.close(self.fds.pop())
 
 
 class _Readable:

@@ -11,6 +11,7 @@ From version 3 on, fields that are not known are ignored.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any, Final
 
@@ -25,6 +26,11 @@ MAX_ELEMENTS: Final = 4096  # of one message: whatever becomes a Python object
 MAX_DEPTH: Final = 8
 _NUMBER_BYTES: Final = {0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}
 _LENGTH_BYTES: Final = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDC: 2, 0xDD: 4, 0xDE: 2, 0xDF: 4}
+_KINDS: Final = {
+    "str": "text", "bytes": "bytes", "int": "a whole number", "float": "a fraction", "bool": "true or false",
+    "array": "a list", "object": "a map", "null": "nothing",
+}  # fmt: skip
+_PARTS: Final = {"str": "character", "bytes": "byte", "array": "element"}
 _TYPE_WITHIN_BYTES: Final = 5 + 5 + 1 + 31  # the map, the key, the text's length, the text
 
 
@@ -63,10 +69,25 @@ def decode(packed: bytes | memoryview, version: int = PROTOCOL_VERSION) -> Messa
     except msgspec.ValidationError as error:
         what, _, where = str(error).rpartition(" - at ")  # as in: Expected `int`, got `str` - at `$.blocks[0].name`
         field = where.partition("$.")[2].rstrip("`")
-        raise ProtocolError(f"{kind}: field {field} is wrong: {one_line(what, 120)}") from error
+        raise ProtocolError(f"{kind}: field {field} {_in_words(what)}") from error
     except ValueError as error:
         raise ProtocolError(f"{kind}: field {error}") from error
     return message
+
+
+def _in_words(what: str) -> str:
+    """What msgspec says about a value, for people."""
+    if found := re.fullmatch(r"Expected `(\w+)`, got `(\w+)`", what):
+        expected, got = (_KINDS.get(name, name) for name in found.groups())
+        return f"must be {expected}, not {got}"
+    if found := re.fullmatch(r"Expected `(\w+)`( of length)? (<=|>=) (-?\d+)", what):
+        kind, length, sign, limit = found.groups()
+        bound = f"{'at most' if sign == '<=' else 'at least'} {limit}"
+        part = _PARTS.get(kind, "part") + ("s" if limit != "1" else "")
+        return f"must have {bound} {part}" if length else f"must be {bound}"
+    if found := re.fullmatch(r"Object missing required field `(.+)`", what):
+        return f"has no {found[1]}"
+    return f"is wrong: {one_line(what, 120)}"
 
 
 def check_shape(packed: bytes | memoryview) -> None:

@@ -85,17 +85,20 @@ class Ended(enum.StrEnum):
 class Hello(Message, frozen=True):
     NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {2: ("ended", "proof", "instance"), 3: ("token",)}
     MAY_LACK: ClassVar[Collection[str]] = ("instance",)
-    channel: Annotated[str, Meta(pattern=r"\A(control|urgent|bulk)\Z")]
-    side: Annotated[str, Meta(pattern=r"\A(source|dest)\Z")]  # what the connecting host is
+    channel: str
+    side: str  # what the connecting host is
     index: Annotated[int, Meta(ge=0, le=MAX_SHARDS - 1)]
     migration: IdOrEmpty
     epoch: U32
-    ended: Annotated[str, Meta(pattern=rf"\A({'|'.join(Ended)}|)\Z")] = ""  # the caller only comes to say that
+    ended: str = ""  # the caller only comes to say that
     token: IdOrEmpty = b""
     proof: ProofOrEmpty = b""
     instance: IdOrEmpty = b""  # of a caller that listens too: it knows by that when it has called itself
 
     def check(self) -> None:
+        _check_one_of(("control", "urgent", "bulk"), channel=self.channel)
+        _check_one_of(("source", "dest"), side=self.side)
+        _check_one_of(("", *Ended), ended=self.ended)
         _check_empty_or(ID_BYTES, migration=self.migration, token=self.token, instance=self.instance)
         _check_empty_or(PROOF_BYTES, proof=self.proof)
         if self.channel == "bulk" and self.index >= MAX_BULK_CHANNELS:
@@ -162,7 +165,7 @@ class _Ending(Message, frozen=True):
         _make_printable(self)
 
 
-class Block(Struct, frozen=True, rename="kebab", forbid_unknown_fields=True):
+class Block(Struct, frozen=True, rename="kebab"):
     """A RAM block as the source has it."""
 
     name: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -313,6 +316,14 @@ def _proof(token: bytes, *words: str) -> bytes:
 def _make_printable(message: Refused | _Ending) -> None:
     """It will be printed, here or at the peer: one line, and nothing that moves a cursor."""
     force_setattr(message, "reason", one_line(message.reason))
+
+
+def _check_one_of(allowed: Collection[str], **fields: str) -> None:
+    for name, value in fields.items():
+        if value not in allowed:
+            named = [each or "empty" for each in allowed]
+            shown = one_line(repr(value), 60)
+            raise ValueError(f"{name} must be {', '.join(named[:-1])} or {named[-1]}, not {shown}")
 
 
 def _check_empty_or(size: int, **fields: bytes) -> None:

@@ -7,6 +7,7 @@ Everything runs in a child with a deadline: what waits for a frozen process may 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import signal
@@ -332,3 +333,20 @@ def test_it_imports_nothing_from_where_it_is_started(passes: Callable[..., None]
     (tmp_path / "postcopy").mkdir()
     (tmp_path / "postcopy" / "__init__.py").write_text("raise SystemExit('another postcopy was imported')\n")
     passes(elsewhere, str(tmp_path))
+
+
+def test_a_call_that_gets_one_descriptor_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps none of the others."""
+    made, dup = list[int](), os.dup
+
+    def scarce(fd: int) -> int:
+        if made:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        made.append(dup(fd))
+        return made[0]
+
+    monkeypatch.setattr(os, "dup", scarce)
+    with pytest.raises(OSError, match="Too many open files"):
+        pager_process._Call("giving memory", "add_block", (), (0, 0))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(made[0])

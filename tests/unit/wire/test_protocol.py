@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -87,17 +88,36 @@ class TestMessages:
                     p.decode(msgpack.packb({**whole, name: wrong}))
 
     @pytest.mark.parametrize(
+        ("message", "wrong", "words"),
+        [
+            (HELLO, {"channel": "x"}, "hello: field channel must be control, urgent or bulk, not 'x'"),
+            (HELLO, {"ended": "x"}, "field ended must be empty, completed, aborted, reclaimed or lost, not 'x'"),
+            (HELLO, {"side": 1}, "hello: field side must be text, not a whole number"),
+            (HELLO, {"index": 64}, "hello: field index must be at most 63"),
+            (HELLO, {"proof": b"x" * 33}, "hello: field proof must have at most 32 bytes"),
+            (OFFER, {"machine": ""}, "offer: field machine must have at least 1 character"),
+            (OFFER, {"blocks": []}, "offer: field blocks must have at least 1 element"),
+            (OFFER, {"blocks": [{"name": "ram"}]}, "offer: field blocks[0] has no size-bytes"),
+            (OFFER, {"config": []}, "offer: field config must be a map, not a list"),
+        ],
+    )
+    def test_wrong_fields_in_words(self, message: p.Message, wrong: dict[str, object], words: str) -> None:
+        whole = msgpack.unpackb(p.encode(message)[8:])
+        with pytest.raises(ProtocolError, match=rf"{re.escape(words)}$"):
+            p.decode(msgpack.packb({**whole, **wrong}))
+
+    @pytest.mark.parametrize(
         ("body", "reason"),
         [
             ([], "not a map"),
             ({}, "unknown message type None"),
             ({"type": "explode"}, "unknown message type 'explode'"),
             ({"type": ["ready"]}, "unknown message type"),
-            ({"type": "ping", "nonce": 2**63}, "field nonce is wrong: Expected `int` <= 9223372036854775807"),
+            ({"type": "ping", "nonce": 2**63}, "field nonce must be at most 9223372036854775807$"),
             ({"type": "accept", "page-bytes": [4095], "shards": 1, "bulk-channels": 1}, "power of two"),
             (
                 {"type": "accept", "page-bytes": [4096] * 65, "shards": 1, "bulk-channels": 1},
-                "field page-bytes is wrong: Expected `array` of length <= 64",
+                "field page-bytes must have at most 64 elements$",
             ),
             ({"type": "ready", 1: 2}, "not valid msgpack"),
         ],

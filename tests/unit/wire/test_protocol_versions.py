@@ -313,3 +313,9 @@ def test_no_bulk_channel_where_it_is_not_understood() -> None:
     source.send(offer)
     source.receive_data(dest.send(p.Accept((4096,), 1, 0)))
     assert source.next_message() == p.Accept((4096,), 1, 0)
+
+
+def test_a_later_release_may_say_more() -> None:
+    """Also about a block."""
+    newer = {**OFFER_2, "colour": 1, "blocks": [{**OFFER_2["blocks"][0], "numa-node": 1}]}  # type: ignore[index]
+    assert p.decode(msgpack.packb(newer)) == p.decode(msgpack.packb(OFFER_2))
