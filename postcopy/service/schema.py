@@ -28,7 +28,6 @@ from typing import Any, NoReturn
 from postcopy import __version__
 from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.records import Json, Record, as_json
-from postcopy.records.control import Greeted, Greeting, Refusal, Refused
 from postcopy.service import options
 from postcopy.service.options import Option, check_address, flag, parse_name
 from postcopy.units import FOREVER
@@ -233,6 +232,8 @@ def _line(value: object) -> bytes:
 
 
 def greeting(side: str, pid: int) -> bytes:
+    from postcopy.records.control import Greeted, Greeting  # which no parser needs
+
     return _line(Greeting(postcopy=Greeted(version=__version__, side=side, pid=pid)))
 
 
@@ -241,6 +242,8 @@ def answer(value: Record, id: object = None) -> bytes:
 
 
 def refusal(error: ControlError, id: object = None) -> bytes:
+    from postcopy.records.control import Refusal, Refused
+
     return _line(Refusal(error=Refused(class_=error.kind, desc=one_line(str(error), 2000)), id=id))
 
 
