@@ -86,7 +86,7 @@ def test_by_hand(side: Start, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("rain", "--to", "127.0.0.1:1"), "no chaos called 'rain'"),
+        (("rain", "--to", "127.0.0.1:1"), "no plan begins with 'rain'"),
         (("cut", "--to", "nowhere"), "is not an address"),
         (("cut:every=often", "--to", "127.0.0.1:1"), "every: seconds, as 2.5 or 200ms, not 'often'"),
     ],

@@ -244,7 +244,7 @@ def test_pages_of_another_host_through_a_cut(run_in_child: Callable[..., Any]) -
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("--remote=quick", "no chaos called 'quick'"),
+        ("--remote=quick", "no plan begins with 'quick'"),
         ("--remote=cut", "cuts by itself"),
         ("--remote --mode wp", "a page of another host is a missing one"),
         ("--remote --measure kill", "nothing is measured beside"),

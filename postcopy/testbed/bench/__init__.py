@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     names = args.figures or list(MEASUREMENTS)
     if unknown := [name for name in names if name not in MEASUREMENTS]:
         hint = did_you_mean(unknown[0], MEASUREMENTS) or among(MEASUREMENTS)
-        raise ConfigurationError(f"no figure is called {unknown[0]!r}{hint}")
+        raise ConfigurationError(f"no figure called {unknown[0]}{hint}")
     if args.svg is not None:  # now, not after minutes of measuring
         if "contention" not in names:
             raise ConfigurationError("--svg: it draws the figures of contention, which are not among those asked for")

@@ -226,7 +226,7 @@ class Verdict(StrEnum):
     CHANGED = "changed"
     """Another outcome than expected."""
     NOT_EXPECTED = "not expected"
-    """Nothing is known of this cell: no expectation matches."""
+    """No expectation matches this cell."""
     NOT_AVAILABLE = "not available here"
 
 

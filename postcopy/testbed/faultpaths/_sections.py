@@ -35,9 +35,9 @@ TITLES = {
 MARKS = {Verdict.CHANGED: " !", Verdict.NOT_EXPECTED: " ?"}
 LEGEND = (
     "blocked: waited for the page and went on with it; passed: went on without an event; retried: came back again and"
-    " again instead of waiting; ! changed: another outcome than expected; ? nothing is known of it; n/a not available"
-    " here; waits: state of the blocked thread (S interruptible, D killable only), and where it sleeps if not in"
-    f" {WAITS_IN}; fault of: the thread that raised it"
+    " again instead of waiting; ! changed: another outcome than expected; ? there is no expectation for it; n/a not"
+    " available here; waits: state of the blocked thread (S interruptible, D killable only), and where it sleeps if"
+    f" not in {WAITS_IN}; fault of: the thread that raised it"
 )
 
 
@@ -47,7 +47,7 @@ def summary(run: Run) -> str:
     operations = len({item.cell.operation for item in run.judged})
     parts = [f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict]]
     text = f"{operations} operations, {len(run.judged)} cells in {run.seconds:.1f} s: {', '.join(parts) or 'nothing'}"
-    return text + (f"; {len(run.left_out)} left out for want of time" if run.left_out else "")
+    return text + (f"; {len(run.left_out)} left out, since the time was over" if run.left_out else "")
 
 
 def sections(run: Run) -> list[Section]:

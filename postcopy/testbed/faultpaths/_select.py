@@ -65,7 +65,7 @@ def choose(
         if mode in operation.modes and backing in operation.backings
     ]
     if not cells:
-        raise ConfigurationError("nothing to run: the operations chosen make no sense in that mode on that backing")
+        raise ConfigurationError("nothing to run: none of the operations chosen has that mode on that backing")
     return cells
 
 

@@ -26,7 +26,7 @@ from postcopy.testbed._processes import Child
 from postcopy.testbed.faultpaths import _runner
 from postcopy.testbed.faultpaths._model import Cell, Measure, Order, Outcome, Result
 
-DEFAULT_TIMEOUT_S = 3.0
+DEFAULT_TIMEOUT_S = 10.0
 """For each child of a cell."""
 START_S = 20.0
 """Added to the first order: a Python starts on a busy machine."""

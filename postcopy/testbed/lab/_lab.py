@@ -37,8 +37,8 @@ from postcopy.testbed.lab import _state as state
 from postcopy.testbed.lab._plan import DEFAULT_NAME, LabPlan, format_rate
 
 Json = dict[str, Any]
-START_S = 20.0
-WORK_S = 30.0
+START_S = 60.0
+WORK_S = 60.0
 HOLDER_END_S = members.TERM_S + members.KILL_S  # its input has ended: it ends what runs in the laboratory first
 HOLDER = "postcopy-lab"  # begins the argument that says, in a list of processes, which laboratory it is
 
@@ -394,7 +394,7 @@ class Lab(contextlib.AbstractContextManager["Lab"]):
                 what, "there is no /dev/net/tun: as root, `modprobe tun`; in a container, --device /dev/net/tun"
             )
         if doing == "attach-tap" and number in (errno.EACCES, errno.EPERM):
-            return ResourceError(what, "as root, `chmod o+rw /dev/net/tun`")
+            return ResourceError(what, "as root, `chmod 0666 /dev/net/tun`")
         if number in (errno.EPERM, errno.EACCES):
             return ResourceError(
                 what, "it belongs to another user or user namespace: call `postcopy lab` from where it was made"

@@ -84,7 +84,7 @@ def _up(args: argparse.Namespace) -> int:
 def _exec(args: argparse.Namespace) -> int:
     command = args.command_line[1:] if args.command_line[:1] == ["--"] else args.command_line
     if not command:
-        raise ConfigurationError("which command? `postcopy lab exec HOST -- COMMAND...`")
+        raise ConfigurationError("exec needs a command: `postcopy lab exec HOST -- COMMAND...`")
     lab = Lab.find(args.name)
     lab.host(args.host).enter()
     environment = {**os.environ, members.MARK: lab.mark, "POSTCOPY_LAB_HOST": args.host}

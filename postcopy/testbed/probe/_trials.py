@@ -48,7 +48,7 @@ from postcopy.uffd.pagemap import PageCategory, pagemap_scan
 
 Facts = dict[str, Any]
 
-EVENT_DEADLINE_S = 3.0
+EVENT_DEADLINE_S = 10.0
 """For a fault that is on its way: a healthy one takes microseconds, a kernel that never tells takes for ever."""
 
 SYS_IO_URING_SETUP = 425  # the same number on every architecture
@@ -468,10 +468,11 @@ TRIALS: dict[str, Trial] = {
     "kernel-faults": Trial(_kernel_faults, "--machine kvm; O_DIRECT into memory", _host.uffd_remedy,
                            "a fault of write(2) was served"),
     "uffd-poison": Trial(_poison, "pages that can never come", _newer("6.6"), "a poisoned page gives EFAULT"),
-    "uffd-move": Trial(_move, "nothing yet: pages moved without a copy", _newer("6.8"), "a page was moved"),
+    "uffd-move": Trial(_move, "not used yet (pages moved without a copy)", _newer("6.8"), "a page was moved"),
     "kvm": Trial(_kvm, "--machine kvm", _host.kvm_remedy),
-    "soft-dirty": Trial(_soft_dirty, "nothing yet: dirty tracking", lambda _: "a kernel with CONFIG_MEM_SOFT_DIRTY=y"),
-    "pagemap-scan": Trial(_wp_async, "nothing yet: dirty tracking by WP_ASYNC", _newer("6.7"), "a write was seen"),
+    "soft-dirty": Trial(_soft_dirty, "not used yet (dirty tracking)",
+                        lambda _: "a kernel with CONFIG_MEM_SOFT_DIRTY=y"),
+    "pagemap-scan": Trial(_wp_async, "not used yet (dirty tracking by WP_ASYNC)", _newer("6.7"), "a write was seen"),
     "netns": Trial(lambda: _netns(user=False), "postcopy lab, and demo --lab, as root", _host.netns_remedy),
     "user-netns": Trial(lambda: _netns(user=True), "the same without root", _host.user_netns_remedy),
     "netem": Trial(lambda: _qdisc("netem"), "networks with delay and loss", partial(_host.qdisc_remedy, "netem")),
@@ -480,7 +481,7 @@ TRIALS: dict[str, Trial] = {
     "tun": Trial(_tun, "the network device of a machine", partial(_host.device_remedy, "/dev/net/tun"),
                  "can be opened"),
     "io-uring": Trial(_io_uring, "a dozen rows of postcopy faultpaths", _host.io_uring_remedy),
-    "ktls": Trial(_ktls, "nothing yet: TLS of data channels in the kernel",
+    "ktls": Trial(_ktls, "not used yet (TLS of data channels in the kernel)",
                   lambda _: _host.module_remedy("tls", "CONFIG_TLS")),
     "holes": Trial(_holes, "sparse images and dumps", lambda _: "export TMPDIR=/dev/shm"),
     "ipv6": Trial(_ipv6, "addresses of IPv6", _host.ipv6_remedy),

@@ -239,7 +239,7 @@ def test_what_is_expected_of_o_direct_depends_on_the_file_system(
     system = dataclasses.replace(SYSTEM, file_system=file_system)
     for state in "SD":
         result = replace(BLOCKED, state=state, event_thread="none")
-        judged = _expect.load().judge(Operation(*operation.split(".")[::-1], "x"), cell, result, system)
+        judged = _expect.load().judge(Operation(operation, operation.partition(".")[0], "x"), cell, result, system)
         assert (judged.verdict is Verdict.AS_EXPECTED) == (state in expected), judged
 
 
