@@ -212,6 +212,8 @@ class Root:
 @contextlib.contextmanager
 def system(release: str) -> Iterator[Root]:
     """A fresh system of a release, with an ordinary user, for as long as the block lasts."""
+    if os.geteuid() != 0:
+        raise Failed("a Debian system can be run by root only: run this as root")
     archive = base_archive(release)
     ensure_installed(["unshare", "setpriv", "chroot"])
     remove_stale(PREFIX)
