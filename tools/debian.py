@@ -177,7 +177,7 @@ def base_archive(release: str) -> Path:
             ' tar -C "$0/base" $3 -cf "$4" .'
         )
         excluded = " ".join(f"--exclude=./{name}/*" for name in leave_out)
-        command = ["sh", "-fc", script, directory, release, mirror(), excluded, part]
+        command = ["sh", "-fc", script, str(directory), release, mirror(), excluded, str(part)]
         try:
             run([*NAMESPACE, *command], 300, "debootstrap")
         except Failed as error:
