@@ -19,7 +19,7 @@ PYTEST_ARGS ?=
 PYTEST_JOBS ?= 3
 
 # What the installed package is built from. Python modules are not in this list: the install is an editable one.
-BUILT_FROM := pyproject.toml CMakeLists.txt tools/setup.sh \
+BUILT_FROM := pyproject.toml CMakeLists.txt tools/setup.sh docker/seccomp-userfaultfd.json $(wildcard examples/systemd/* examples/prometheus/*) \
 	$(shell find csrc -path csrc/tests -prune -o -type f \( -name '*.[chS]' -o -name '*.txt' -o -name '*.ld' -o -name '*.inc' -o -name '*.sh' -o -name cdef.py \) -print)
 
 # Where the C core is built for tests: one directory for each compiler and kind.
@@ -69,7 +69,7 @@ test-1:
 	@$(STEP) 600 --log $(LOGS)/sanitize.log "C tests, sanitized" $(MAKE) --no-print-directory sanitize
 	@$(STEP) 180 --log $(LOGS)/fuzz.log "fuzz targets: corpus and a short run" $(MAKE) --no-print-directory fuzz-replay
 	@$(STEP) 500 --log $(LOGS)/containers.log "containers" $(MAKE) --no-print-directory test-containers OR_SKIP=--or-skip PYTEST_ARGS=
-	@$(STEP) 400 --log $(LOGS)/packages.log "packages" $(MAKE) --no-print-directory check-packages PYTEST_ARGS=
+	@$(STEP) 600 --log $(LOGS)/packages.log "packages" $(MAKE) --no-print-directory check-packages PYTEST_ARGS=
 test-2:
 	@$(STEP) 300 --log $(LOGS)/lint.log "lint" $(MAKE) --no-print-directory lint
 	@$(STEP) 1200 --log $(LOGS)/pytest.log "pytest" $(MAKE) --no-print-directory check-python
@@ -142,6 +142,10 @@ hostile: setup ## attack the installed program from outside, all of it; SECONDS 
 check-hostile: setup
 	$(BIN)/pytest -n $(PYTEST_JOBS) --dist worksteal tests/hostile -m "not slow" $(PYTEST_ARGS)
 
+docs: setup ## build the documentation as a site into build/site; a warning is an error
+	$(BIN)/sphinx-build -q -E -a -W --keep-going -b html -c docs/site -d build/site.cache . build/site
+	@echo "docs: build/site/index.html"
+
 bench: setup ## measure fault latency, throughput and memory against their floors, medians of five
 	$(BIN)/postcopy bench
 
@@ -175,7 +179,7 @@ wheel: sdist ## build the abi3 wheel from it into dist/, tag it for manylinux, a
 
 # In minimal Debian 12 and 13, which are made here as root (POSTCOPY_INSTALL=1: installs debootstrap).
 check-packages: wheel ## look into the packages, and install them in fresh Debian 12 and 13 as root and as a user
-	$(BIN)/pytest -n 2 --dist loadgroup tests/packages $(PYTEST_ARGS)
+	$(BIN)/pytest tests/packages $(PYTEST_ARGS)
 
 clean: ## remove everything that was built, .venv too
 	rm -rf build dist $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

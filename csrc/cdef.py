@@ -183,6 +183,15 @@ def symbols(nm: str, path: Path, *options: str) -> set[str]:
     return {name for name in names if _OUR_SYMBOL.fullmatch(name)}
 
 
+def unresolved(nm: str, module: Path) -> list[str]:
+    """What a built extension lacks: undefined symbols, but for those of the interpreter, those of the C library, which
+    have a version, and weak ones. (``-Wl,--no-undefined`` would refuse the interpreter's too.)"""
+    command = [nm, "--format=posix", "--dynamic", "--undefined-only", str(module)]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    undefined = (line.split()[0] for line in lines if line.split()[1] not in "wv")
+    return sorted(name for name in undefined if not name.startswith(("Py", "_Py")) and "@GLIBC_" not in name)
+
+
 def write_glue(header: Path, libraries: list[Path], nm: str, output: Path) -> None:
     """Writes the extension's C source, for which every function must be defined in one of the libraries."""
     import cffi
@@ -210,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.add_argument("--output", type=Path, required=True)
     command.add_argument("--nm", default="nm")
-    command = commands.add_parser("check", help="fail when a symbol of ours is undefined in the built extension")
+    command = commands.add_parser("check", help="fail when the built extension needs a symbol that nothing has")
     command.add_argument("module", type=Path)
     command.add_argument("--nm", default="nm")
     command = commands.add_parser("stub", help="write or check the module's type stub")
@@ -230,8 +239,8 @@ def main(argv: list[str] | None = None) -> int:
                 args.output.write_text(text, encoding="utf-8")
             elif args.check.read_text(encoding="utf-8") != text:
                 raise HeaderError(f"{args.check} does not agree with {args.header}: run `make stub`")
-        elif undefined := symbols(args.nm, args.module, "--undefined-only", "--dynamic"):
-            raise HeaderError(f"{args.module.name}: undefined: {', '.join(sorted(undefined))}")
+        elif undefined := unresolved(args.nm, args.module):
+            raise HeaderError(f"{args.module.name}: undefined: {', '.join(undefined)}")
     except (HeaderError, OSError, subprocess.CalledProcessError) as error:
         print(f"cdef.py: {error}", file=sys.stderr)
         return 1

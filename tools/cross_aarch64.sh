@@ -1,10 +1,11 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 #
-# cross_aarch64.sh DIR      compile and link the C core, its tests and fuzz targets for AArch64, every warning an error
+# cross_aarch64.sh DIR      compile and link the C core for AArch64, every warning an error: its tests, its fuzz targets and
+#                           the Python extension
 #
-# Nothing of it is run. Where there is no cross compiler it is installed if POSTCOPY_INSTALL=1 says so and this is root on
-# Debian; else this says loudly that it was skipped.
+# Nothing of it is run; of the extension it is looked at what it is and what it needs. Where there is no cross compiler it
+# is installed if POSTCOPY_INSTALL=1 says so and this is root on Debian; else this says loudly that it was skipped.
 set -eu
 cd -- "$(dirname -- "$0")/.."
 dir=$1
@@ -27,7 +28,26 @@ if ! works; then
 	[ "${POSTCOPY_INSTALL:-0}" = 1 ] && exit 1 # it was to be there
 	exit 0
 fi
+# The headers of this system's Python will do: all of the limited API is the same on every 64-bit Linux, but Debian's
+# pyconfig.h includes the one of the processor, which is given here.
+python=.venv/bin/python
+include=$($python -c 'import sysconfig; print(sysconfig.get_path("include"))')
+mkdir -p "$dir/python/aarch64-linux-gnu/${include##*/}"
+cp "$($python -c 'import sysconfig; print(sysconfig.get_config_h_filename())')" "$dir/python/aarch64-linux-gnu/${include##*/}/"
 [ -f "$dir/build.ninja" ] ||
 	cmake -S . -B "$dir" -G Ninja -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER="$cc" \
-		-DPOSTCOPY_WERROR=ON -DPOSTCOPY_BUILD_TESTS=ON -DPOSTCOPY_FUZZ=ON >"$dir.log" 2>&1 || { cat "$dir.log"; exit 1; }
+		-DCMAKE_C_FLAGS="-isystem $PWD/$dir/python" -DPOSTCOPY_WERROR=ON -DPOSTCOPY_BUILD_TESTS=ON -DPOSTCOPY_FUZZ=ON \
+		-DPOSTCOPY_BUILD_PYTHON=ON -DPython_EXECUTABLE="$PWD/$python" -DPython_INCLUDE_DIR="$include" \
+		>"$dir.log" 2>&1 || { cat "$dir.log"; exit 1; }
 ninja -C "$dir" --quiet
+
+# The build has refused symbols that neither Python nor the C library has (csrc/cdef.py check).
+module=$dir/csrc/_native.abi3.so
+found=$(readelf --file-header --dynamic "$module")
+for wanted in 'Machine:  *AArch64' 'Type:  *DYN' '(NEEDED).*\[libc\.so\.6\]'; do
+	echo "$found" | grep -q "$wanted" || { echo "cross-aarch64: $module: no '$wanted' in readelf's answer"; exit 1; }
+done
+if echo "$found" | grep '(NEEDED)' | grep -v 'libc\.so\.6\|ld-linux-aarch64'; then
+	echo "cross-aarch64: $module needs more than the C library" && exit 1
+fi
+echo "cross-aarch64: linked $module"

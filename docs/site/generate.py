@@ -204,8 +204,8 @@ def _chunks(body: str) -> Iterator[str]:
 
 
 def module(name: str, *options: str) -> str:
-    """A module and what it exports."""
-    flags = "".join(f"   :{option}:\n" for option in options or ("members",))
+    """What a module says of itself, and with `members` what it exports."""
+    flags = "".join(f"   :{option}:\n" for option in options)
     return _rst(f".. automodule:: {name}\n{flags}")
 
 

@@ -31,6 +31,7 @@ from typing import Any, ClassVar
 
 import trio
 
+from postcopy._files import explain_unwritable
 from postcopy._stop import INSIST_S, Stop
 from postcopy.dataplane.pager import Pager
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, known_error, out_of_memory
@@ -295,14 +296,18 @@ class Service(abc.ABC):
         return f"{way} abandons {what}."
 
     def check_arrival(self) -> None:
-        """`ConfigurationError` for what would have every machine refused that arrives."""
-        if (disk := self.arrival.disk) is not None:
-            try:
-                os.close(os.open(disk, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
-            except OSError as error:
-                raise ConfigurationError(
-                    f"--disk {disk}: {error.strerror}; it must be the file that the source uses"
-                ) from error
+        """`ConfigurationError` for what would have every machine refused that arrives. A disk need not be there yet:
+        its source may make it."""
+        if (disk := self.arrival.disk) is None:
+            return
+        directory = os.path.dirname(os.path.abspath(disk))
+        try:
+            os.close(os.open(disk, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and os.path.isdir(directory):
+                return
+            why = explain_unwritable(error, directory) if isinstance(error, FileNotFoundError) else error.strerror
+            raise ConfigurationError(f"--disk {disk}: {why}; it must be the file that the source uses") from error
 
     # ---- listening
 

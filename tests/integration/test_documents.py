@@ -60,6 +60,20 @@ PAGES = [
     "docs/tutorial.md",
     *(f"docs/howto/{path.name}" for path in sorted((ROOT / "docs/howto").glob("*.md"))),
 ]
+ELSEWHERE = {  # page: the tests that do what it says; that its commands and options are there, test_docs.py tests
+    "CONTRIBUTING.md": "make test",
+    "docs/chaos.md": "tests/integration/test_chaos.py",
+    "docs/containers.md": "tests/containers/test_containers.py",
+    "docs/faultpaths.md": "tests/integration/test_faultpaths.py",
+    "docs/lab.md": "tests/integration/test_lab.py",
+    "docs/lazy-memory.md": "tests/integration/test_lazy.py",
+    "docs/machines.md": "tests/integration/test_network.py",
+    "docs/measurements.md": "tests/unit/testbed/test_bench.py",
+    "docs/operating.md": "tests/integration/test_operating.py",
+    "docs/privileges.md": "tests/integration/test_privileges.py",
+    "docs/probe.md": "tests/unit/testbed/test_probe.py",
+    "docs/salvage.md": "tests/integration/test_salvage.py",
+}
 
 
 @dataclass(frozen=True)
@@ -216,6 +230,7 @@ def reader(tmp_path: Path) -> Iterator[Reader]:
 
 
 @pytest.mark.needs("netns")
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("page", PAGES)
 def test_commands(page: str, reader: Reader) -> None:
     said = {known: iter(words) for known, words in SAYS.items()}
@@ -236,3 +251,10 @@ def test_programs(page: str, line: int, program: str, reader: Reader) -> None:
         reader.type(served)
     (reader.directory / "program.py").write_text(program)
     reader.type(Command("", "python program.py 127.0.0.1:7781", line))
+
+
+def test_all_pages_with_commands() -> None:
+    documents = [path.relative_to(ROOT) for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))]
+    shown = {str(page) for page in documents if list(fences(str(page), "sh")) or list(fences(str(page), "python"))}
+    assert shown <= set(PAGES) | set(ELSEWHERE)
+    assert all((ROOT / where).exists() for where in ELSEWHERE.values() if "/" in where)

@@ -252,8 +252,9 @@ class TestDaemon:
     ) -> None:
         """Counted in what was pushed of each while both were under way, not in time."""
         limit = 4 * MIB
-        first = daemon("a", "--max-bandwidth", str(limit))
+        first = daemon("a", "--max-bandwidth", f"{limit // MIB}MiB/s")
         target = daemon("b").address
+        assert first.address  # after which its control socket is there
         at = operator("a")
         names = ["one", "two"]
         for name in names:
@@ -352,7 +353,7 @@ class TestDaemon:
         assert text.startswith(f"{name} has moved to 127.0.0.1:")
         assert dest.end()[1]["verified"] is True
         status, result, _ = source.end()  # it takes no machines: without one there is nothing left to do
-        assert (status, result["sent"]) == (0, 1)
+        assert (status, result["machines-sent"]) == (0, 1)
         assert not (tmp_path / "s").exists()
 
 

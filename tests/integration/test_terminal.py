@@ -15,6 +15,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -212,16 +213,22 @@ def test_ctrl_c_in_migrate_says_that_it_goes_on(
 
 
 @pytest.mark.needs("kvm", "uffd")
-def test_top(daemon: Callable[..., Any], operator: Callable[[str], Any], terminal: Callable[..., Terminal]) -> None:
+def test_top(
+    daemon: Callable[..., Any], operator: Callable[[str], Any], terminal: Callable[..., Terminal], tmp_path: Path
+) -> None:
     here, _, address = _two(daemon)
     at = operator("a")
     at.wait("machine", lambda machines: "vm1" in machines)
     live = terminal("ctl", "--control", str(at.path), "top")
     live.wait_for("1 machine, 0 migrating")
-    plain = subprocess.Popen(
-        [*POSTCOPY, "ctl", "--control", str(at.path), "top"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    shown, said = tmp_path / "shown", tmp_path / "said"
+    with shown.open("w") as out, said.open("w") as errors:
+        plain = subprocess.Popen([*POSTCOPY, "ctl", "--control", str(at.path), "top"], stdout=out, stderr=errors)
     try:
+        deadline = time.monotonic() + DEADLINE_S
+        while "vm1" not in shown.read_text():
+            assert time.monotonic() < deadline, said.read_text()
+            time.sleep(0.02)
         at.ask("migrate", address, "--detach")
         live.wait_for("postcopy-active, outgoing")
         live.wait_for("arrived")
@@ -231,12 +238,12 @@ def test_top(daemon: Callable[..., Any], operator: Callable[[str], Any], termina
         live.process.send_signal(signal.SIGINT)
         assert live.end()[0] == 0
         here.signal(signal.SIGTERM)
-        out, errors = plain.communicate(timeout=DEADLINE_S)
+        assert plain.wait(DEADLINE_S) == 0  # the process has ended, which is an end in order
     finally:
         plain.kill()
         plain.wait()
-    assert plain.returncode == 0  # the process has ended, which is an end in order
-    assert "has ended" in errors
-    assert "daemon: 1 machine, " in out
-    assert re.search(r"^vm1 +16 MiB +running", out, re.MULTILINE)
-    assert "\x1b" not in out
+    assert "has ended" in said.read_text()
+    text = shown.read_text()
+    assert "daemon: 1 machine, " in text
+    assert re.search(r"^vm1 +16 MiB +running", text, re.MULTILINE)
+    assert "\x1b" not in text

@@ -54,6 +54,7 @@ def system(
             wheels = tmp_path_factory.mktemp("wheels")
             fetch_wheels(wheel, request.param, wheels)
             shutil.copytree(wheels, root.path / "wheels")
+            (root.path / "wheels").chmod(0o755)
             assert not shutil.which("gcc", path=str(root.path / "usr/bin"))
             yield root
     except debian.Failed as error:

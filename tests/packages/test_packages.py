@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 VERSION = importlib.metadata.version("postcopy")
 PAGES = {"share/man/man1/postcopy.1", "share/bash-completion/completions/postcopy"}
 PAGES |= {"share/zsh/site-functions/_postcopy", "share/fish/vendor_completions.d/postcopy.fish"}
-SHARED = {f"share/postcopy/{path.name}" for path in (ROOT / "examples" / "systemd").iterdir()}
+SHARED = {
+    f"share/postcopy/{path.name}" for name in ("systemd", "prometheus") for path in (ROOT / "examples" / name).iterdir()
+}
 SHARED |= {"share/postcopy/seccomp-userfaultfd.json"}
 
 
@@ -37,7 +39,7 @@ def test_the_source_distribution_has_every_file(sdist: Path) -> None:
 
 def test_the_wheel_has_the_package_and_what_is_shared(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
+        names = {name for name in archive.namelist() if not name.endswith("/")}
     info, data = f"postcopy-{VERSION}.dist-info", f"postcopy-{VERSION}.data/data"
     assert {"postcopy/_native.abi3.so", "postcopy/_native.pyi", "postcopy/py.typed"} <= names
     assert [file for file in names if file.endswith((".so", ".a"))] == ["postcopy/_native.abi3.so"]

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import runpy
+import textwrap
 from fnmatch import fnmatchcase
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -109,3 +113,29 @@ def test_alerts_that_are_named() -> None:
     rules = (ROOT / "examples/prometheus/postcopy.rules.yml").read_text()
     named = re.findall(r"^ *\| `(Postcopy\w+)`", (ROOT / "docs/howto/prometheus.md").read_text(), re.MULTILINE)
     assert sorted(named) == sorted(re.findall(r"- alert: (\w+)", rules))
+
+
+@each_document
+def test_python_examples(document: Path) -> None:
+    """Whole programs are run by tests/integration/test_documents.py; of a part of one, what it names is there."""
+    for block in re.findall(r"^ *```python\n(.*?)^ *```", document.read_text(), re.MULTILINE | re.DOTALL):
+        code = textwrap.dedent(block)
+        tree = compile(code, str(document), "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("postcopy"):
+                for name in node.names:
+                    assert hasattr(import_module(str(node.module)), name.name) or import_module(
+                        f"{node.module}.{name.name}"
+                    )
+        for name in re.findall(r"(?<![\w.])postcopy((?:\.\w+)+)", re.sub(r"(?m)^ *(?:from|import) .*$", "", code)):
+            found: object = import_module("postcopy")
+            for part in name[1:].split("."):
+                found = getattr(found, part, None) or import_module(f"postcopy.{part}")
+
+
+def test_pictures() -> None:
+    """They are what is drawn today, and know every state that `status` shows."""
+    pictures = runpy.run_path(str(ROOT / "docs/site/pictures.py"))
+    for name, draw in pictures["DRAWN"].items():
+        assert (ROOT / f"docs/pictures/{name}.svg").read_text() == draw(), f"run python docs/site/pictures.py: {name}"
+    assert set(pictures["BOXES"]) == set(import_module("postcopy.service.metrics").STATUSES)
