@@ -177,7 +177,7 @@ def base_archive(release: str) -> Path:
             ' tar -C "$0/base" $3 -cf "$4" .'
         )
         excluded = " ".join(f"--exclude=./{name}/*" for name in leave_out)
-        command = ["sh", "-fc", script, directory, release, mirror(), excluded, part]
+        command = ["sh", "-fc", script, str(directory), release, mirror(), excluded, str(part)]
         try:
             run([*NAMESPACE, *command], 300, "debootstrap")
         except Failed as error:
@@ -212,6 +212,8 @@ class Root:
 @contextlib.contextmanager
 def system(release: str) -> Iterator[Root]:
     """A fresh system of a release, with an ordinary user, for as long as the block lasts."""
+    if os.geteuid() != 0:
+        raise Failed("a Debian system can be run by root only: run this as root")
     archive = base_archive(release)
     ensure_installed(["unshare", "setpriv", "chroot"])
     remove_stale(PREFIX)
