@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _keep_standard_descriptors()
     output = make_output()
     status = EXIT_FAILED
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         with output.standard_streams():  # every word of every command, its help too
             status = _command(sys.argv[1:] if argv is None else argv, output)
@@ -63,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C while a reader is waited for
             if not output.close() and status == EXIT_OK:
                 status = EXIT_FAILED
+        if argv is not None:  # this process goes on
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return status
 
 
@@ -99,7 +103,10 @@ def _run(
         with contextlib.suppress(AttributeError):  # glibc only
             ctypes.CDLL(None).malloc_trim(0)  # a megabyte that imports have used and freed
         output.start()
-        done = trio.run(_with_signals, run, keeps, route, strict_exception_groups=True)
+        try:
+            done = trio.run(_with_signals, run, keeps, route, strict_exception_groups=True)
+        finally:  # a signal that comes with the last one must not end the process while it writes its result
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return EXIT_OK if done else EXIT_FAILED
     except BaseExceptionGroup as group:
         return _failed(known_error(group), output)
@@ -110,6 +117,8 @@ async def _with_signals(run: Callable[[Stop], Awaitable[bool]], keeps: bool, rou
     the `route` look its address up again, and changes nothing where there is none."""
     stop = Stop()
     done = False
+    early: list[int] = []  # those that come before they are received; one that comes afterwards changes nothing
+    signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, *_hangup(keeps)) as signals:
         async with trio.open_nursery() as nursery:
 
@@ -124,6 +133,8 @@ async def _with_signals(run: Callable[[Stop], Awaitable[bool]], keeps: bool, rou
                         nursery.cancel_scope.cancel()
 
             nursery.start_soon(listen)
+            if early:
+                stop.ask("SIGTERM")
             done = await run(stop)
             nursery.cancel_scope.cancel()
     return done
