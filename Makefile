@@ -19,7 +19,7 @@ PYTEST_ARGS ?=
 PYTEST_JOBS ?= 3
 
 # What the installed package is built from. Python modules are not in this list: the install is an editable one.
-BUILT_FROM := pyproject.toml CMakeLists.txt tools/setup.sh docker/seccomp-userfaultfd.json $(wildcard examples/systemd/*) \
+BUILT_FROM := pyproject.toml CMakeLists.txt tools/setup.sh docker/seccomp-userfaultfd.json $(wildcard examples/systemd/* examples/prometheus/*) \
 	$(shell find csrc -path csrc/tests -prune -o -type f \( -name '*.[chS]' -o -name '*.txt' -o -name '*.ld' -o -name '*.inc' -o -name '*.sh' -o -name cdef.py \) -print)
 
 # Where the C core is built for tests: one directory for each compiler and kind.

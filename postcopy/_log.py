@@ -17,7 +17,6 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from postcopy.records import as_json
-from postcopy.records.log import LogLine
 
 
 class _Migration(Protocol):
@@ -51,6 +50,8 @@ def add_migration(record: logging.LogRecord) -> bool:
 
 def json_line(level: str, logger: str, message: str, when_s: float, **more: Any) -> str:
     """A log line as an object (`LogLine`), with what else is known."""
+    from postcopy.records.log import LogLine  # milliseconds at every start
+
     time = datetime.fromtimestamp(when_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     known = {name: value for name, value in more.items() if value}
     return json.dumps(as_json(LogLine(time=time, level=level, logger=logger, message=message, **known)))

@@ -156,7 +156,7 @@ class _Lib:
     PC_FP_PASSED: int
     PC_FP_REFUSED: int
     PC_FP_SIGNALLED: int
-    PC_FP_SPUN: int
+    PC_FP_RETRIED: int
     PC_FP_WRONG: int
     PC_FP_HUNG: int
     PC_FP_CRASHED: int

@@ -73,6 +73,7 @@ class Stop:
     def set(self) -> None:
         """Asks, for what is no signal."""
         if not self._asked.is_set():
+            self.warnings_due += 1
             self._asked.set()
             self._notify()
 

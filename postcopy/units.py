@@ -162,11 +162,12 @@ def parse_seconds_range(text: str) -> tuple[float, float]:
     return first, last
 
 
-def check_word(text: str, known: Iterable[str]) -> None:
-    """`ConfigurationError` unless `text` is one of the `known` words."""
+def check_word(text: str, known: Iterable[str]) -> str:
+    """`text`, which is one of the `known` words; `ConfigurationError` otherwise."""
     words = tuple(known)
     if text not in words:
         raise ConfigurationError(f"{any_of(words)}, not {_shown(text)}{did_you_mean(text, words)}")
+    return text
 
 
 def any_of(words: Iterable[str]) -> str:
@@ -184,7 +185,8 @@ def did_you_mean(text: str, known: Iterable[str]) -> str:
     """``"; did you mean X?"`` for the known word that is most like `text`, or nothing where none is."""
     from difflib import get_close_matches  # where something is wrong already
 
-    close = get_close_matches(text, list(known), n=1)
+    words = list(known)
+    close = get_close_matches(text, words, n=1) or [word for word in words if len(text) > 2 and text in word]
     return f"; did you mean {close[0]}?" if close else ""
 
 

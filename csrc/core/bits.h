@@ -2,7 +2,7 @@
  *
  * Bitmaps that threads share. A map is an array of 64-bit words, bit i = bit (i % 64) of word i / 64 (postcopy/core.h).
  *
- * Reading takes each word with one atomic load and serves maps that nobody else changes as well. What changes a map is named after
+ * Reading takes each word with one atomic load and serves maps that do not change as well. What changes a map is named after
  * how: pc_atomic_* here, for shared maps; pc_bitmap_set_range and pc_bitmap_clear_range, plain, for private ones. All of it is
  * sequentially consistent: the order of two maps is what the pager and the page server rely on, and on x86 only the changes
  * cost anything.
@@ -90,7 +90,7 @@ static inline void pc_bits_copy(uint64_t *to, const uint64_t *words, uint64_t co
 
 /* ---- changing what others read and change at the same time ---- */
 
-/* Sets bits of one word; those that this call has set, and nobody before. */
+/* Sets bits of one word; those that this call has set, and no call before. */
 static inline uint64_t pc_atomic_set(uint64_t *words, uint64_t word, uint64_t bits)
 {
     return bits & ~__atomic_fetch_or(&words[word], bits, __ATOMIC_SEQ_CST);

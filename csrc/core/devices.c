@@ -4,7 +4,7 @@
  *
  * A process that gives its rights up before it listens to anybody needs /dev/userfaultfd and /dev/kvm afterwards: how often, and
  * whether at all, depends on requests from the network. Both devices make new descriptors (USERFAULTFD_IOC_NEW,
- * KVM_CREATE_VM) and look at the rights of nobody while they do, so one that was opened in time is enough. A TAP is another
+ * KVM_CREATE_VM) and check no rights while they do, so one that was opened in time is enough. A TAP is another
  * matter: the descriptor of /dev/net/tun becomes the interface, and so one that was kept serves once.
  *
  * This is the one state of the whole process in this library, since rights are the process's too.

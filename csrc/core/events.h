@@ -3,7 +3,7 @@
  * The way from the C threads to the control plane: a queue of struct pc_event behind an eventfd. Events are rare (a
  * channel went down, the end came); pages and faults are counted, never queued.
  *
- * The queue is bounded whatever a peer does and however long nobody reads: there is one place for each (type, kind, channel), all
+ * The queue is bounded whatever a peer does and however long they are not read: there is one place for each (type, kind, channel), all
  * of them are there from the beginning, and what happens again before it was read is reported once. So no event is ever dropped,
  * and none needs memory.
  */

@@ -93,13 +93,13 @@ void pc_thread_background(void)
 /* In the fair class a thread that has just served a fault is over its share of the processor by these microseconds. If it
  * wakes up again before the others have caught up, it is not eligible, and the thread that runs goes on to the next tick, 4 ms
  * later: that, and not the network, was the 99th percentile of a fault under bulk. Only a real-time thread is exempt. It
- * needs CAP_SYS_NICE or RLIMIT_RTPRIO; everybody else gets the shortest time slice there is. A thread that spins
+ * needs CAP_SYS_NICE or RLIMIT_RTPRIO; a thread without that right gets the shortest time slice there is. A thread that busy-waits
  * stays in the fair class: on the machine's own processor it would keep out the very thread that it serves. */
-void pc_thread_prompt(bool spins)
+void pc_thread_prompt(bool busy_waits)
 {
     struct sched_attributes attributes = {.size = sizeof(attributes), .policy = SCHED_FIFO, .priority = 1};
 
-    if (!spins && !set_scheduling(&attributes))
+    if (!busy_waits && !set_scheduling(&attributes))
         return;
     attributes = (struct sched_attributes){.size = sizeof(attributes),
                                            .policy = SCHED_OTHER,

@@ -20,8 +20,8 @@ int pc_thread_start(pthread_t *thread, void *(*body)(void *), void *argument);
 void pc_thread_name(const char *name, unsigned index); /* of the calling thread, as top and gdb show it */
 /* The calling thread moves bulk: where both want a core, threads that serve a fault go first. */
 void pc_thread_background(void);
-/* The calling thread serves faults: it runs for microseconds, but at once. `spins`: it looks for a while before it sleeps. */
-void pc_thread_prompt(bool spins);
+/* The calling thread serves faults: it runs for microseconds, but at once. `busy_waits`: it looks for a while before it sleeps. */
+void pc_thread_prompt(bool busy_waits);
 
 /* A lock that lends its holder the priority of who waits for it: for what a fault thread shares with threads of lower priority and
  * holds for microseconds. */

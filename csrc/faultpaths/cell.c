@@ -258,8 +258,8 @@ static void judge(struct pc_fp_shared *shared, bool late, int status, bool hande
         result->outcome = PC_FP_REFUSED;
     else if (atomic_load(&shared->wrong))
         result->outcome = PC_FP_WRONG;
-    else if (atomic_load(&shared->spun))
-        result->outcome = PC_FP_SPUN;
+    else if (atomic_load(&shared->retried))
+        result->outcome = PC_FP_RETRIED;
     else if (handed_over ? atomic_load(&shared->saw_wait) : atomic_load(&shared->given_in_time))
         result->outcome = PC_FP_BLOCKED;
     else

@@ -90,7 +90,7 @@ struct pc_fp_shared {
     _Atomic uint32_t saw_wait;     /* a sample found the thread in handle_userfault */
     _Atomic uint32_t early;        /* the page was touched before the operation began */
     _Atomic uint32_t finished;     /* the child is through */
-    _Atomic uint32_t unavailable, wrong, spun;
+    _Atomic uint32_t unavailable, wrong, retried;
     _Atomic uint32_t signalled;    /* SIGSEGV, SIGBUS ...: in the result */
     _Atomic uint32_t handler_ran;  /* of SIGUSR1, PC_FP_MEASURE_SIGNAL */
     _Atomic uint64_t first_event_ns, begin_ns, end_ns;

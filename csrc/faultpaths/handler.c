@@ -200,7 +200,7 @@ static void answer_first(struct pc_fp_handler *handler)
 
     wait_for(handler, (uint64_t)cell->spec->hold_us * 1000);
     if (shared->result.events >= SPIN_EVENTS)
-        atomic_store(&shared->spun, 1);
+        atomic_store(&shared->retried, 1);
     atomic_store(&shared->blocked, 1);
     if (cell->measure == PC_FP_MEASURE_SIGNAL)
         measure_signal(handler);

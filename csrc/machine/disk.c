@@ -3,7 +3,7 @@
  * The block device: O_DIRECT transfers between a backing file and guest memory, in the thread of the vCPU that asked.
  *
  * The kernel pins the guest's pages (get_user_pages) and the block layer moves the data. Where a page is missing that
- * pin faults into userfaultfd and waits, killably but deaf to other signals, so a vCPU in a transfer can only be paused
+ * pin faults into userfaultfd and waits, killably but ignoring other signals, so a vCPU in a transfer can only be paused
  * once its pages have come. Nothing here touches guest memory by itself.
  *
  * Every argument comes from the guest and may be hostile: a request is checked whole before any of it is done.

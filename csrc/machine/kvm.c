@@ -4,7 +4,7 @@
  *
  * A kick sets immediate_exit in the page shared with KVM: run.c has the order that makes this safe. A vCPU on a missing
  * page: KVM waits for it interruptibly (x86, since 6.2), so the signal brings the thread out with the access not yet
- * done. Two waits are deaf: a disk transfer (disk.c), and copy_from_user inside a KVM that emulates the guest: there the
+ * done. Two waits ignore signals: a disk transfer (disk.c), and copy_from_user inside a KVM that emulates the guest: there the
  * kernel repeats the fault as long as a signal is pending. Then the pause fails after its timeout.
  */
 #include "machine/kvm.h"

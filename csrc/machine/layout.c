@@ -5,7 +5,7 @@
  * guest-virtual                       guest-physical
  * 0            shared block           0 .. 3 GiB, then from 4 GiB on
  *   0x1000       boot info, GDT, IDT, vCPU pages, stacks, image, page tables: the boot area (guest/abi.h)
- *   boot_bytes   working set, then memory that nobody uses
+ *   boot_bytes   working set, then memory that is not used
  * 1 << 46      private block of vCPU 0, the next ones 1 TiB apart
  *                                     each from the next multiple of 2 MiB
  *

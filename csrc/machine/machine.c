@@ -205,7 +205,7 @@ int pc_machine_stats(struct pc_machine *machine, struct pc_machine_stats *stats)
         to->tid = atomic_load(&vcpu->tid);
         to->activity = atomic_load(&vcpu->activity);
         to->exits = atomic_load(&vcpu->exits);
-        to->marks = atomic_load(&vcpu->marks);
+        to->reports = atomic_load(&vcpu->reports);
         to->operations = atomic_load(&vcpu->operations);
         to->failures = atomic_load(&vcpu->failures);
         failures += to->failures;

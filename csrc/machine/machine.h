@@ -78,11 +78,11 @@ struct pc_vcpu {
     bool parked, at_limit;  /* under machine->lock */
     uint32_t disk_status;   /* enum pcg_disk_status, device state */
     uint32_t net_status;    /* enum pcg_net_status, device state */
-    uint64_t mark_event_ns; /* when a mark last raised the eventfd */
+    uint64_t report_event_ns; /* when a report last raised the eventfd */
     _Atomic int32_t tid;
     _Atomic int32_t activity;
     _Atomic uint64_t exits;
-    _Atomic uint64_t marks;
+    _Atomic uint64_t reports;
     _Atomic uint64_t operations;
     _Atomic uint64_t failures;
     _Atomic uint32_t ready;

@@ -8,7 +8,7 @@
 
 #include "machine/machine.h"
 
-#define MARK_EVENT_INTERVAL_NS 50000000ull
+#define REPORT_EVENT_INTERVAL_NS 50000000ull
 
 /* ---- reports and failures ---- */
 
@@ -32,7 +32,7 @@ static const char *failure_name(uint64_t code)
     case PCG_FAIL_MSR: return "MSR (rv64: CSR) changed";
     case PCG_FAIL_DEBUGREG: return "debug register changed";
     case PCG_FAIL_CR2: return "CR2 changed";
-    case PCG_FAIL_TSC: return "time stamp (rv64: instruction) counter went back";
+    case PCG_FAIL_TSC: return "time stamp (rv64: instruction) counter decreased";
     case PCG_FAIL_DISK_STATUS: return "disk request failed";
     case PCG_FAIL_DISK_DATA: return "wrong data from the disk";
     case PCG_FAIL_REQUESTS: return "number of answered requests in memory is not that in the register";
@@ -98,14 +98,14 @@ static bool report(struct pc_vcpu *vcpu, uint32_t what, const uint64_t arguments
         atomic_store(&vcpu->ready, 1);
         raise_event(machine);
         return true;
-    case PCG_MARK:
-        atomic_fetch_add(&vcpu->marks, 1);
+    case PCG_PROGRESS:
+        atomic_fetch_add(&vcpu->reports, 1);
         atomic_store(&vcpu->operations, arguments[0]);
         atomic_store(&machine->nonce, arguments[1]);
-        /* A fast guest makes 100,000 marks a second; who waits for the event need not wake for each. */
+        /* A fast guest makes 100,000 reports a second; who waits for the event need not wake for each. */
         now_ns = pc_now_ns();
-        if (now_ns - vcpu->mark_event_ns >= MARK_EVENT_INTERVAL_NS) {
-            vcpu->mark_event_ns = now_ns;
+        if (now_ns - vcpu->report_event_ns >= REPORT_EVENT_INTERVAL_NS) {
+            vcpu->report_event_ns = now_ns;
             raise_event(machine);
         }
         return true;

@@ -52,7 +52,7 @@ struct state_machine {
 };
 
 struct state_vcpu {
-    uint64_t marks, operations, failures;
+    uint64_t reports, operations, failures;
     uint32_t ready, disk_status;
 };
 
@@ -119,7 +119,7 @@ int pc_state_put(struct pc_state_writer *w, const struct pc_section_kind *kind, 
 static int save_vcpu(struct pc_state_writer *w, struct pc_vcpu *vcpu, char *error, size_t error_bytes)
 {
     struct state_vcpu own = {
-        .marks = atomic_load(&vcpu->marks),
+        .reports = atomic_load(&vcpu->reports),
         .operations = atomic_load(&vcpu->operations),
         .failures = atomic_load(&vcpu->failures),
         .ready = atomic_load(&vcpu->ready),
@@ -346,7 +346,7 @@ static int load_vcpu(struct pc_vcpu *vcpu, const struct pc_section *sections, ch
     if (rc)
         return rc;
     memcpy(&own, sections[VCPU].payload, sizeof own);
-    atomic_store(&vcpu->marks, own.marks);
+    atomic_store(&vcpu->reports, own.reports);
     atomic_store(&vcpu->operations, own.operations);
     atomic_store(&vcpu->failures, own.failures);
     atomic_store(&vcpu->ready, own.ready != 0);

@@ -3,7 +3,7 @@
  * The invariants of every workload, checked over all guest memory of a paused machine, from outside.
  *
  * The guest programs already check what they touch; this finds what they have not touched since the move, updates that
- * were lost as a whole, and pages that are not zero where nobody ever wrote. It goes by what the guest's bookkeeping
+ * were lost as a whole, and pages that are not zero where nothing was ever written. It goes by what the guest's bookkeeping
  * says was completed, and allows for exactly the one operation each vCPU may be in the middle of.
  *
  * Guest memory is read, never written, and never believed to be in bounds.

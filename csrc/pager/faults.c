@@ -113,7 +113,7 @@ static void replace_pending(struct shard *shard, struct fault *fault, uint64_t n
         if (other)
             other->unrequested = true;
         else
-            pc_atomic_clear_bit(shard->pager->blocks[was.block]->requested, was.page); /* nobody will request it */
+            pc_atomic_clear_bit(shard->pager->blocks[was.block]->requested, was.page); /* it will not be requested */
     }
 }
 
@@ -184,7 +184,7 @@ void pc_request_pending(struct shard *shard)
         fault->unrequested = false;
         if (pc_atomic_test_and_set_bit(shard->pager->blocks[fault->block]->requested, fault->page))
             continue;
-        /* Who received it while the bit was clear has notified nobody. */
+        /* Who received it while the bit was clear has notified no thread. */
         if (pc_bits_test(shard->pager->blocks[fault->block]->received, fault->page))
             __atomic_store_n(&shard->recheck, true, __ATOMIC_SEQ_CST);
         else
@@ -244,7 +244,7 @@ static bool resolve_or_retry(struct shard *shard, uint32_t index, uint64_t page,
     return true;
 }
 
-/* The page is zero: shown to those who wait for it. False: nobody does. */
+/* The page is zero: shown to those who wait for it. False: no thread does. */
 bool pc_resolve_zero(struct shard *shard, uint32_t index, uint64_t page, uint64_t received_ns)
 {
     struct fault *fault = find_pending(shard, index, page);
@@ -339,7 +339,7 @@ static void handle_fault(struct shard *shard, const struct uffd_msg *message, ui
     if (!received)
         shard->repeats = again ? shard->repeats + (tid ? PC_REPEAT_WEIGHT : 1) : 0;
     if (!fault) {
-        if (fresh) /* nobody would request it; its thread comes back */
+        if (fresh) /* it would not be requested; its thread comes back */
             pc_atomic_clear_bit(block->requested, page);
         return;
     }

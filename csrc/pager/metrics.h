@@ -16,20 +16,20 @@ struct pc_shard_metrics { /* written by the shard's fault thread */
 
 struct pc_metrics_map {
     struct pc_pager_stats count; /* only its counters, each by atomic add; the rest stays 0 */
-    int32_t tids[PC_MAX_TRACKED_THREADS]; /* whose faults are accounted to a slot; 0: nobody's */
+    int32_t tids[PC_MAX_TRACKED_THREADS]; /* whose faults are accounted to a slot; 0: no thread's */
     uint64_t blocked_ns[PC_MAX_TRACKED_THREADS];
     uint64_t blocked_since_ns[PC_MAX_TRACKED_THREADS]; /* 0: not now */
     struct pc_shard_metrics shards[PC_MAX_SHARDS];
 };
 
 struct pc_metrics {
-    int fd; /* the memfd of `map`; -1: it is nobody else's */
+    int fd; /* the memfd of `map`; -1: it is not shared */
     struct pc_metrics_map *map;
 };
 
 /* Maps what pc_metrics_new has made; undone by pc_buffer_free. 0, or -EINVAL for something else. */
 int pc_metrics_map(int fd, struct pc_metrics_map **map);
-/* Nobody waits any more, as far as is known: before the first fault, and for the successor of a pager that died. */
+/* No thread waits any more, as far as is known: before the first fault, and for the successor of a pager that died. */
 void pc_metrics_none_waits(struct pc_metrics_map *map);
 
 #endif

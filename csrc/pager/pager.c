@@ -32,13 +32,13 @@
  * ------------------------------
  * Filling an alias mapping and then exposing the page with UFFDIO_CONTINUE saves no copy, since a frame is verified
  * before any of it is placed, and costs a page fault in the alias. COPY takes half the time (docs/measurements.md) and is
- * atomic: content and page appear together. CONTINUE is for pages that are in the page cache already although nobody
+ * atomic: content and page appear together. CONTINUE is for pages that are in the page cache already although no thread
  * here has mapped them: a hole which another process read through its own mapping fills with zeros. (Where the kernel has no
  * minor faults nothing would tell of such a hole: what is in the page cache is thrown away before such memory is armed.)
  *
  * After a page is received, a *missing* fault on it means that it was thrown away: zeros are right. ZEROPAGE is atomic
  * against a placement that is being made visible, so that the answer to any fault on a received page is: CONTINUE for a minor
- * fault, ZEROPAGE for a missing one, and WAKE when the kernel says EEXIST, since EEXIST wakes nobody.
+ * fault, ZEROPAGE for a missing one, and WAKE when the kernel says EEXIST, since EEXIST wakes no thread.
  *
  * Memory that is taken away (REMOVE, UNMAP)
  * -----------------------------------------
@@ -126,7 +126,7 @@ int pc_pager_new_with_metrics(int metrics_fd, struct pc_pager **pager)
 
 int pc_pager_set_zero(struct pc_pager *pager, uint32_t block, const uint64_t *zero_words)
 {
-    const struct channel nobody = {0};
+    const struct channel none = {0};
     uint64_t pages, end = 0;
 
     if (block >= pc_block_count(pager))
@@ -139,7 +139,7 @@ int pc_pager_set_zero(struct pc_pager *pager, uint32_t block, const uint64_t *ze
         if (first == pages)
             return 0;
         end = pc_bits_next(zero_words, pages, first, false);
-        pc_place_zeros(pager, &nobody, block, first, end - first, 0, &progress);
+        pc_place_zeros(pager, &none, block, first, end - first, 0, &progress);
     }
 }
 

@@ -31,7 +31,7 @@
 #define MAX_RANGES (PC_MAX_BLOCKS * MAX_SEGMENTS)
 #define RECEIVE_BYTES (PC_FRAME_HEADER_BYTES + PC_FRAME_MAX_PAYLOAD_BYTES)
 #define SEND_BYTES (4096 * PC_FRAME_HEADER_BYTES)
-#define REQUEST_AHEAD ((uint32_t)PC_PAGER_REQUEST_AHEAD) /* nobody waits for it; the answer brings the bit back */
+#define REQUEST_AHEAD ((uint32_t)PC_PAGER_REQUEST_AHEAD) /* no thread waits for it; the answer brings the bit back */
 
 /* What work costs, in estimated nanoseconds: a turn of the fault thread's loop does a bounded amount. */
 #define WORD_NS 4 /* 64 pages looked at in the maps */
@@ -252,7 +252,7 @@ static inline void pc_spend(struct progress *progress, uint64_t ns)
     progress->work_ns -= progress->work_ns < ns ? progress->work_ns : ns;
 }
 
-/* The kernel refused, and has woken nobody: the same again, later. */
+/* The kernel refused, and has woken no thread: the same again, later. */
 static inline bool pc_is_temporary(int error)
 {
     return error == -EAGAIN || error == -ENOMEM;
@@ -270,7 +270,7 @@ void pc_shard_unregister(struct pc_pager *pager, struct shard *shard);
 int pc_shard_poison(struct pc_pager *pager, struct shard *shard);
 
 /* placement.c: fault threads and bulk threads. */
-/* Resolves a fault on a received page. After an error that is temporary nobody has been woken. */
+/* Resolves a fault on a received page. After an error that is temporary no thread has been woken. */
 int pc_resolve(struct shard *shard, const struct block *block, uint64_t page, bool minor);
 void pc_announce_received(struct pc_pager *pager, uint64_t pages);
 /* The pages are zero. Goes on at progress->done, and stops there when the turn's work is used up. Callers too. */

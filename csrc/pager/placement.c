@@ -72,12 +72,12 @@ static int overwrite_page(const struct block *block, uint64_t page, const uint8_
 }
 
 /* The page is in the page cache although no pager has placed it: its content is not ours (zeros, most likely, see
- * the head of pager.c), and nobody has it mapped through the userfaultfd. Overwrite it, then expose it. Until it is exposed
+ * the head of pager.c), and no thread has it mapped through the userfaultfd. Overwrite it, then expose it. Until it is exposed
  * this may be repeated. */
 static int place_over(struct shard *shard, const struct block *block, uint64_t page, const uint8_t *content)
 {
     uint64_t address = pc_page_address(block, page), bytes = block->memory.page_bytes, done;
-    int error = -EEXIST; /* anonymous memory is nobody else's: a page there is a mistake worth stopping for */
+    int error = -EEXIST; /* anonymous memory is not shared: a page there is a mistake worth stopping for */
 
     if (block->memory.fd >= 0) {
         error = overwrite_page(block, page, content);
@@ -197,7 +197,7 @@ static void unclaim(struct pc_pager *pager, const struct channel *channel, uint3
     }
 }
 
-/* Claims each page of a frame and places those that nobody had. Goes on at progress->done, and stops there when the turn's work is used
+/* Claims each page of a frame and places those that were not claimed. Goes on at progress->done, and stops there when the turn's work is used
  * up, or at -EAGAIN. Any other error has a line in progress->text. */
 static int place_pages(struct pc_pager *pager, const struct channel *channel, const struct pc_frame *frame,
                        const uint8_t *content, uint64_t received_ns, struct progress *progress)
@@ -321,7 +321,7 @@ int pc_check_payload(const struct pc_frame *frame, const uint8_t *payload, struc
     return 0;
 }
 
-/* The source cannot serve pages. That concerns nobody when they are here; otherwise it is reported, once for each channel, and the
+/* The source cannot serve pages. That does not matter when they are here; otherwise it is reported, once for each channel, and the
  * channel, by which other pages still come, goes on. */
 static void report_error(struct pc_pager *pager, struct channel *channel, const struct pc_frame *frame, const uint8_t *payload,
                          struct progress *progress)

@@ -265,7 +265,7 @@ int pc_pager_adopt_shard(struct pc_pager *pager, int uffd, uint64_t features, ui
 
 /* Without minor faults nothing tells of a page that is in the page cache without having been placed: the machine would see it as it
  * is. What is there of pages that were not received was put there by others, and is discarded. (What they put there later is seen; such
- * a kernel, before 5.13, needs memory that nobody else has mapped.) 0 or -errno. */
+ * a kernel, before 5.13, needs memory that is mapped once.) 0 or -errno. */
 static int drop_unplaced(const struct block *block, uint64_t first, uint64_t pages)
 {
     uint64_t end = first + pages, page = first;
@@ -406,7 +406,7 @@ int pc_shard_poison(struct pc_pager *pager, struct shard *shard)
 
                 at += done;
                 if (error == -ESRCH)
-                    return 0; /* of another process, which has ended: nobody is left to see zeros */
+                    return 0; /* of another process, which has ended: no thread is left to see zeros */
                 if (error == -EEXIST)
                     at += block->memory.page_bytes;
                 else if (error == -EAGAIN && !done)

@@ -18,7 +18,7 @@ static void mark_sent(struct pc_pageserver *server, struct source_block *block, 
 }
 
 /* The page was given back, or is about to be. A request that was under way when the page came by push and was acknowledged
- * is nobody's fault: this connection ends, and the next one begins with both sides knowing. A page that was released before
+ * is no error of either side: this connection ends, and the next one begins with both sides knowing. A page that was released before
  * this connection began cannot be asked for by a destination that keeps its word, and not be had by one that does not. */
 static int refuse_released(struct channel *channel, struct batch *batch, struct pc_frame *frame, char *text,
                            size_t text_bytes)

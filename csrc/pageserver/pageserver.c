@@ -335,7 +335,7 @@ int pc_pageserver_disconnect(struct pc_pageserver *server)
     pthread_mutex_lock(&server->lock);
     while (server->disconnecting)
         pthread_cond_wait(&server->connectable, &server->lock);
-    server->disconnecting = true; /* so that nobody waits for the lock while threads are joined */
+    server->disconnecting = true; /* so that no thread waits for the lock while threads are joined */
     pthread_mutex_unlock(&server->lock);
     set_stopping(server, true);
     for (uint32_t i = 0; i < CHANNELS; i++)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Bulk channels: pages that nobody has sent yet, in runs, at no more than the bandwidth.
+ * Bulk channels: pages that have not been sent yet, in runs, at no more than the bandwidth.
  */
 #include <errno.h>
 
@@ -8,7 +8,7 @@
 
 #define BURST_NS UINT64_C(20000000) /* bandwidth not used for this long is lost */
 
-/* The next run of pages that nobody has sent, marked as sent. False when there is none. Under push_lock. */
+/* The next run of pages that have not been sent, marked as sent. False when there is none. Under push_lock. */
 static bool claim_run(struct pc_pageserver *server, struct run *run)
 {
     uint64_t push_from = __atomic_exchange_n(&server->push_from, NO_PLACE, __ATOMIC_RELAXED);

@@ -22,7 +22,7 @@
  * next bulk thread to find; what it is sending it says in atomic words. Bulk threads share the cursor and the bandwidth under
  * push_lock, which is held for the search of a run, never over a send.
  *
- * Giving memory back (pc_pageserver_release) takes three steps. A page that the destination has is marked `released`: nobody
+ * Giving memory back (pc_pageserver_release) takes three steps. A page that the destination has is marked `released`: no thread
  * reads it any more. Then, unless a send still points at it, its memory goes, and it is `discarded`; else that is left to
  * a later call. A sender *pins* what it is about to read and then looks at `released`; a release sets `released` and
  * then looks at the pins, all of it sequentially consistent: so one of the two sees the other.

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * userfaultfd, one function for each thing the kernel can be asked. No policy: nothing is retried and nobody is woken here.
+ * userfaultfd, one function for each thing the kernel can be asked. No policy: nothing is retried and no thread is woken here.
  *
  * Two properties of the interface shape this file. A descriptor takes one successful UFFDIO_API only, so that asking what a
  * kernel has needs a descriptor to throw away. And the ioctls which fill pages report twice: by their return value and by a

@@ -57,7 +57,7 @@ class _Help(argparse.HelpFormatter):
 
 
 _SAID_BETTER: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (  # what argparse says, and what is said here
-    (r"the following arguments are required: (.*)", lambda found: f"needs {found[1]}"),
+    (r"the following arguments are required: (.*)", lambda found: f"needs {found[1].replace(', ', ' and ')}"),
     (r"one of the arguments (.*) is required", lambda found: f"needs {any_of(found[1].split())}"),
     (r"argument ([^ /]*)\S*: expected (?:one|at least one) argument", lambda found: f"{found[1]}: a value is missing"),
     (r"argument ([^ /]*)\S*: not allowed with argument (\S+)", lambda found: f"{found[1]} does not go with {found[2]}"),
@@ -167,12 +167,15 @@ class Parser(argparse.ArgumentParser):
             elif self.subcommands:
                 if word not in self.subcommands:
                     known = "; there are " + ", ".join(self.subcommands)
-                    asked = self.subcommands_metavar.lower()
+                    asked = "request" if self.subcommands_metavar == "REQUEST" else "command"
                     self.error(f"unknown {asked} {word!r}{did_you_mean(word, self.subcommands) or known}")
                 self.subcommands[word]._check_words(words)
                 return
             elif not positional:
-                self.error(f"{self._name} has no use for {word!r}")
+                named = "--machine" in self._option_string_actions
+                self.error(
+                    f"{self._name} has no use for {word!r}{f'; did you mean --machine {word}?' if named else ''}"
+                )
             elif positional[0].nargs in (None, "?"):
                 positional.pop(0)
 

@@ -14,7 +14,7 @@ from postcopy.errors import ResourceError
 from postcopy.service.options import Group, choice
 
 SHELLS = ("bash", "zsh", "fish")
-OPTIONS = (Group("", replace(choice("shell", SHELLS, "shell that the script is for"), positional=True)),)
+OPTIONS = (Group("", replace(choice("shell", SHELLS, "bash, zsh or fish"), metavar="SHELL", positional=True)),)
 
 
 def run(args: argparse.Namespace) -> int:

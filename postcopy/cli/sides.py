@@ -96,8 +96,8 @@ def _check_source(given: dict[str, Any]) -> None:
     elif given.keys() & {"reclaim", "force"}:
         raise ConfigurationError("--reclaim and --force go with --from")
     if "hold" in given:
-        if "salvage_to" in given or given.get("migrate_after_s"):
-            raise ConfigurationError("--salvage and --migrate-after have no meaning with --hold")
+        if given.keys() & {"salvage_to", "serve"} or given.get("migrate_after_s"):
+            raise ConfigurationError("--salvage, --serve and --migrate-after have no meaning with --hold")
         return
     live = "kind" not in given or is_live(given["kind"])
     if given.get("serve", 1) != 1 and (live or "listen" not in given):

@@ -101,8 +101,8 @@ class Pager(CoreDataPlane, PagerCounters):
         self._call("marking zero pages", "set_zero", block, zero.words)
 
     def add_shard(self, how: How | str = How.ANY, busy_poll_us: int = 0) -> int:
-        """Opens a userfaultfd and starts its fault thread; its index. `busy_poll_us`: how long the thread spins after
-        each event before it sleeps, which saves a wake-up on the path of a fault and costs a CPU meanwhile.
+        """Opens a userfaultfd and starts its fault thread; its index. `busy_poll_us`: how long the thread busy-waits
+        after each event before it sleeps, which saves a wake-up on the path of a fault and costs a CPU meanwhile.
 
         `ResourceError` with the remedy where the user may not have a userfaultfd (see `uffd.explain_unavailable`).
         """

@@ -72,7 +72,7 @@ class VcpuStatistics:
     tid: int  # kernel thread
     activity: Activity
     exits: int  # from the guest, on this host
-    marks: int  # this and the following move with the machine
+    reports: int  # this and the following move with the machine
     operations: int
     failures: int  # reported by the guest
 
@@ -102,8 +102,8 @@ class MachineStatistics:
         return sum(vcpu.operations for vcpu in self.vcpus)
 
     @property
-    def marks(self) -> int:
-        return sum(vcpu.marks for vcpu in self.vcpus)
+    def reports(self) -> int:
+        return sum(vcpu.reports for vcpu in self.vcpus)
 
 
 @dataclass(frozen=True)
@@ -206,8 +206,8 @@ class Machine(abc.ABC):
 
     @abc.abstractmethod
     async def wait_changed(self) -> None:
-        """Returns when `statistics` may say something else than before the call: ready, marks, failures, the state. Any
-        number of tasks may wait. Cancellable; `trio.ClosedResourceError` when the machine is closed."""
+        """Returns when `statistics` may say something else than before the call: ready, reports, failures, the state.
+        Any number of tasks may wait. Cancellable; `trio.ClosedResourceError` when the machine is closed."""
 
     @abc.abstractmethod
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:

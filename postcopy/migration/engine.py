@@ -485,7 +485,7 @@ class Engine(abc.ABC, Generic[P, D]):
             elif isinstance(self.failure, Disagreement):
                 if str(self.failure) == disagreed and self._protocol.recoverable:
                     self._disagreed = True
-                    log.error("this cannot be recovered: twice: %s", disagreed)
+                    log.error("this cannot be recovered, both sides disagreed twice in the same way: %s", disagreed)
                 disagreed = str(self.failure)
 
     def _recovered(self) -> None:

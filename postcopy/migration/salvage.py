@@ -443,7 +443,7 @@ def _started(salvage: Salvage) -> str:
         return ""
     except OSError as error:
         raise ConfigurationError(f"{salvage.path}: {STARTED}: {_reason(error)}") from error
-    return one_line(text, 200) or "nobody knows when"
+    return one_line(text, 200) or "when is not known"
 
 
 async def restore(found: Restorable, make_machine: MakeMachine) -> Machine:

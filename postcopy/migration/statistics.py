@@ -2,7 +2,7 @@
 """What a migration counts.
 
 `Statistics` is what a side knows of a migration. The destination knows what a fault cost and what arrived, the source
-for how long nobody ran the machine; they tell each other with `complete` (`to_wire`, `from_wire`) and `complete-ack`,
+for how long the machine did not run; they exchange this with `complete` (`to_wire`, `from_wire`) and `complete-ack`,
 so both report the same numbers. A number that this side does not know is None.
 
 How a number is called where it is shown, and its unit there, say the records (`postcopy.records.migration`), which

@@ -201,7 +201,7 @@ class Acceptor:
             return await self._greet_data(stream, handshake, hello)
         except Refusal as refusal:
             self.refused += 1
-            # (The first two ask again and again; of the last one the caller tells.)
+            # (The first two ask again and again; the last one is reported by the caller.)
             if refusal.code not in (Code.PAUSED, Code.TOO_OFTEN, Code.ITSELF) and self._log_limit.due():
                 log.warning("%s: %s connection refused: %s", peer, hello.channel, refusal)
             await stream.send_all(handshake.send_refused(str(refusal), refusal.code, refusal.token))

@@ -36,6 +36,8 @@ def parse_address(text: str, *, listening: bool = False) -> Address:
         )
 
     host, colon, port_text = text.rpartition(":")
+    if listening and text.isascii() and text.isdigit():
+        raise unusable(f"a port alone is :{text}")
     if not colon or text.endswith("]"):
         raise unusable("it has no port")
     if host.startswith("["):

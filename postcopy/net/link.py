@@ -109,7 +109,9 @@ class Link(abc.ABC):
     def reconnect_to(self, address: Address) -> None:
         """When the connection is lost (or has been), the peer is looked for there. `ConfigurationError` on the side
         that listens: it takes the peer from wherever it comes."""
-        raise ConfigurationError(f"this side listens; tell the other one to connect to {address} or wherever this is")
+        raise ConfigurationError(
+            f"this side listens, and takes its peer from any address: {address} can only be named at the other side"
+        )
 
     @abc.abstractmethod
     def channel_set(self, session: Session) -> contextlib.AbstractContextManager[OpenChannels]:

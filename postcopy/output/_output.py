@@ -21,7 +21,6 @@ from postcopy.errors import ResourceError
 from postcopy.output._view import LIVE_PERIOD_S, View
 from postcopy.output._writer import Kind, QueuedStream, Writer
 from postcopy.records import VERSION, Json, Record, as_json
-from postcopy.records.events import OutputDropped
 
 if TYPE_CHECKING:
     # Loaded only where there is a terminal: a daemon's megabytes are counted.
@@ -118,6 +117,8 @@ class Output:
     def _dropped_events(self, count: int) -> str:
         self._stalled = False
         if self._as_json:
+            from postcopy.records.events import OutputDropped  # milliseconds at every start
+
             return self._event_line("output-dropped", as_json(OutputDropped(lines=count)))
         return f"postcopy: {count} lines are missing here: nobody read them\n"
 

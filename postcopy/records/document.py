@@ -29,7 +29,8 @@ _STAMP: Json = {
 
 
 def document(version: str) -> Json:
-    """The JSON Schema, as this version of postcopy writes it. An instance is a line: of `--json`, of `--log-json`, or of the control socket."""
+    """The JSON Schema, as this version of postcopy has it. An instance is a line: of `--json`, of `--log-json`, of the
+    control socket; or a report."""
     records = [kind for kinds in EVENTS.values() for kind in kinds]
     records += [*control.ANSWERS.values(), control.Greeting, control.Refusal, control.Timestamp, log.LogLine, *REPORTS]
     _, definitions = json.schema_components(dict.fromkeys(records), ref_template="#/$defs/{name}")

@@ -129,7 +129,7 @@ class Daemon(Service):
                     await stop.wait()
                     await self._drain()
                     if here := [owned.name for owned in self.machines if owned.loses]:
-                        self.output.say(f"{self.side}: ending with this process: {', '.join(here)}")
+                        self.output.say(f"{self.side}: machines that end with this process: {', '.join(here)}")
                     nursery.cancel_scope.cancel()
             done = True
         finally:

@@ -185,6 +185,17 @@ def _check_net(text: str) -> str:
     return text
 
 
+def check_address(text: str, *, listening: bool = False) -> str:
+    """It is looked up when it is needed."""
+    parse_address(text, listening=listening)
+    return text
+
+
+def _check_metrics(text: str) -> str:
+    check_address(f"*{text}" if text.startswith(":") else text, listening=True)
+    return text
+
+
 def _parse_serve(text: str) -> float:
     return math.inf if text == FOREVER else parse_whole(text, 1, 1_000_000)
 
@@ -313,7 +324,7 @@ def _operating(control_default: str) -> Group:
         replace(CONTROL, help="control socket for `postcopy ctl`, accessible to this user and root only"
                 f" (default: {control_default})"),
         Option("metrics", "serve Prometheus metrics at http://HOST:PORT/metrics; without HOST to this host only",
-               "[HOST]:PORT"),
+               "[HOST]:PORT", _check_metrics),
         path("metrics-file", "write the metrics to this file when a migration has ended", "FILE.prom"),
         USER,
     )

@@ -176,11 +176,11 @@ def guest(machine: AnyMachine, statistics: MachineStatistics) -> Guest:
         state=statistics.state.value,
         nonce=f"{statistics.nonce:#018x}" if statistics.nonce else None,
         operations=statistics.operations,
-        reports=statistics.marks,
+        reports=statistics.reports,
         failures=statistics.failures,
         failure=statistics.failure_text or None,
         vcpus=[
-            Vcpu(activity=vcpu.activity.value, operations=vcpu.operations, reports=vcpu.marks, exits=vcpu.exits)
+            Vcpu(activity=vcpu.activity.value, operations=vcpu.operations, reports=vcpu.reports, exits=vcpu.exits)
             for vcpu in statistics.vcpus
         ],
         disk=Disk(

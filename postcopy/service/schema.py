@@ -28,9 +28,8 @@ from typing import Any, NoReturn
 from postcopy import __version__
 from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.records import Json, Record, as_json
-from postcopy.records.control import Greeted, Greeting, Refusal, Refused
 from postcopy.service import options
-from postcopy.service.options import Option, flag, parse_name
+from postcopy.service.options import Option, check_address, flag, parse_name
 from postcopy.units import FOREVER
 from postcopy.wire import one_line
 
@@ -72,7 +71,7 @@ class Command:
 
 _MACHINE = Option("machine", "name of the machine, where there are several", "NAME", parse_name)
 _FORCE = flag("force", "even if data is lost")
-_TO = Option("to", "where the other host takes machines", "HOST:PORT")
+_TO = Option("to", "where the other host takes machines", "HOST:PORT", check_address)
 _TO_NOW = replace(_TO, help="new address of the other side (default: as before)")
 _NEW_MACHINE = (
     replace(options.NAME, help="name of the machine (default: its kind and random digits)"),
@@ -233,6 +232,8 @@ def _line(value: object) -> bytes:
 
 
 def greeting(side: str, pid: int) -> bytes:
+    from postcopy.records.control import Greeted, Greeting  # which no parser needs
+
     return _line(Greeting(postcopy=Greeted(version=__version__, side=side, pid=pid)))
 
 
@@ -241,6 +242,8 @@ def answer(value: Record, id: object = None) -> bytes:
 
 
 def refusal(error: ControlError, id: object = None) -> bytes:
+    from postcopy.records.control import Refusal, Refused
+
     return _line(Refusal(error=Refused(class_=error.kind, desc=one_line(str(error), 2000)), id=id))
 
 

@@ -33,7 +33,6 @@ import trio
 
 from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.records import Json, Record
-from postcopy.records.control import Subscription
 from postcopy.service._contain import contained
 from postcopy.service._socket_file import identity, listen
 from postcopy.service.schema import (
@@ -164,6 +163,8 @@ class ControlServer:
         except RequestError as error:
             return refusal(error.error, error.id)
         if request.command == "events":
+            from postcopy.records.control import Subscription  # which no parser needs
+
             client.wants_events = request.arguments.get("enable", True)
             return answer(Subscription(enabled=client.wants_events), request.id)
         line = b""

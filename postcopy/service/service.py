@@ -151,7 +151,7 @@ def _is_dead(machine: Machine) -> bool:
 
 def describe(machine: Machine) -> str:
     """As ``kvm, 256 MiB, 2 vCPUs, workload random``."""
-    config, words = machine.config, [machine.kind, format_size(machine.memory_bytes)]
+    config, words = machine.config(), [machine.kind, format_size(machine.memory_bytes)]
     if "workload" in config:
         words += [format_count(config["vcpus"], "vCPU"), f"workload {config['workload']}"]
     return ", ".join(words)

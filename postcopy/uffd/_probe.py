@@ -18,7 +18,6 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from postcopy._files import explain_no_access
 from postcopy._native import ffi, lib
 from postcopy.errors import NO_FILES, CoreError, ResourceError, out_of_files
 
@@ -139,6 +138,8 @@ def _unavailable(how: How, number: int) -> ResourceError:
         # EPERM of the system call: the sysctl, or a seccomp profile (Docker's refuses the call, not the device).
         why = "this user may not have a userfaultfd that stops faults raised inside the kernel, as KVM raises them"
         if os.path.exists(_DEVICE):
+            from postcopy._files import explain_no_access
+
             reason, remedy = explain_no_access(_DEVICE)
             return ResourceError(f"{why}: {reason}", remedy)
         return ResourceError(

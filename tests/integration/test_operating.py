@@ -252,8 +252,9 @@ class TestDaemon:
     ) -> None:
         """Counted in what was pushed of each while both were under way, not in time."""
         limit = 4 * MIB
-        first = daemon("a", "--max-bandwidth", str(limit))
+        first = daemon("a", "--max-bandwidth", f"{limit // MIB}MiB/s")
         target = daemon("b").address
+        assert first.address  # after which its control socket is there
         at = operator("a")
         names = ["one", "two"]
         for name in names:

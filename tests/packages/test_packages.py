@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 VERSION = importlib.metadata.version("postcopy")
 PAGES = {"share/man/man1/postcopy.1", "share/bash-completion/completions/postcopy"}
 PAGES |= {"share/zsh/site-functions/_postcopy", "share/fish/vendor_completions.d/postcopy.fish"}
-SHARED = {f"share/postcopy/{path.name}" for path in (ROOT / "examples" / "systemd").iterdir()}
+SHARED = {
+    f"share/postcopy/{path.name}" for name in ("systemd", "prometheus") for path in (ROOT / "examples" / name).iterdir()
+}
 SHARED |= {"share/postcopy/seccomp-userfaultfd.json"}
 
 

@@ -72,7 +72,7 @@ int pc_pager_add_block_with_states(struct pc_pager *pager, const struct pc_memor
 /* Pages of a block that are zero at the source: a fault on them is answered here. Before arming only, and one
  * caller at a time. */
 int pc_pager_set_zero(struct pc_pager *pager, uint32_t block, const uint64_t *zero_words);
-/* Opens a userfaultfd with its fault thread (index returned). busy_poll_us: how long the thread spins after each
+/* Opens a userfaultfd with its fault thread (index returned). busy_poll_us: how long the thread busy-waits after each
  * event before it sleeps. The thread runs from now on, with or without a channel. Locks. */
 int pc_pager_add_shard(struct pc_pager *pager, int how, uint32_t busy_poll_us, char *error, size_t error_bytes);
 /* The same around a userfaultfd that exists, of this or another process, with the features that it was opened with. The

@@ -37,7 +37,7 @@ enum pc_fp_outcome {
     PC_FP_PASSED,      /* succeeded without waiting for the page; with the right content, where there is any */
     PC_FP_REFUSED,     /* failed: `error` (EFAULT ...), with or without an event */
     PC_FP_SIGNALLED,   /* the thread got a signal: signal_number, signal_code */
-    PC_FP_SPUN,        /* returned, or raised its event, again and again without waiting: progress only by spinning */
+    PC_FP_RETRIED,     /* returned, or raised its event, again and again without waiting: progress only by trying again */
     PC_FP_WRONG,       /* content differs after the page was given, a bug of the kernel or of ours: `text` says where */
     PC_FP_HUNG,        /* the watchdog had to kill it */
     PC_FP_CRASHED      /* the child ended otherwise: `text` */

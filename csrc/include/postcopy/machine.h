@@ -61,7 +61,7 @@ struct pc_vcpu_stats {
     int32_t tid;         /* kernel thread, for blocktime accounting; known as soon as pc_machine_open returns */
     int32_t activity;    /* enum pc_vcpu_activity */
     uint64_t exits;      /* from KVM_RUN, or rv64: device accesses; on this host */
-    uint64_t marks;      /* the counters from here on move with the machine */
+    uint64_t reports;    /* the counters from here on move with the machine */
     uint64_t operations; /* as last announced by the guest */
     uint64_t failures;   /* reported by the guest */
 };
@@ -127,7 +127,7 @@ int pc_machine_stats(struct pc_machine *machine, struct pc_machine_stats *stats)
 /* Checks all guest memory (and the disk) of a paused machine from outside. All memory must be resident: this thread would
  * block on a missing page. 0 with the verdict in *check, or -errno when there is none. Blocks on I/O; takes seconds. */
 int pc_machine_verify(struct pc_machine *machine, struct pc_machine_check *check);
-/* eventfd: readable after ready, mark (at most 20/s), guest failure and vCPU failure. Belongs to the machine. */
+/* eventfd: readable after ready, report (at most 20/s), guest failure and vCPU failure. Belongs to the machine. */
 int pc_machine_event_fd(struct pc_machine *machine);
 /* Ends the vCPU threads, waits for calls under way in other threads (a verification is called off: -ECANCELED), and frees the
  * machine. -ETIMEDOUT after timeout_ms: a vCPU, or a load, is blocked where no signal reaches it, on a missing page. Nothing is

@@ -66,7 +66,7 @@
 
 enum pcg_report {
     PCG_READY = 1,   /* RBX nonce: this vCPU's initial pass is complete */
-    PCG_MARK = 2,    /* RBX operations so far, RCX nonce */
+    PCG_PROGRESS = 2, /* RBX operations so far, RCX nonce */
     PCG_FAILURE = PCG_REPORT_FAILURE, /* RBX enum pcg_failure, RCX gva, RSI expected, RDI found */
 };
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * rv64: the state that no memory holds, set once and compared at each mark: tp, s9 (which the compiler is told to leave
+ * rv64: the state that no memory holds, set once and compared at each report: tp, s9 (which the compiler is told to leave
  * alone) and mscratch. The machine has no clock; what must not go back is the count of instructions. */
 #include "guest.h"
 

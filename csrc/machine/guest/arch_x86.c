@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * x86-64: the state that no memory holds, set once and compared at each mark. */
+ * x86-64: the state that no memory holds, set once and compared at each report. */
 #include "guest.h"
 
 #define MSR_SYSENTER_CS    0x174
@@ -16,7 +16,7 @@
 #define MSR_KERNEL_GS_BASE 0xc0000102
 
 /*
- * MSRs set once and compared at each mark, with the bits that every vendor keeps: addresses must be canonical, and
+ * MSRs set once and compared at each report, with the bits that every vendor keeps: addresses must be canonical, and
  * AMD keeps 32 bits of the SYSENTER ones.
  */
 static const struct {

@@ -15,10 +15,10 @@ void report_ready(struct pcg_vcpu *v)
     out32(PCG_PORT_REPORT, PCG_READY, boot->nonce, 0, 0, 0);
 }
 
-void report_mark(struct pcg_vcpu *v)
+void report_progress(struct pcg_vcpu *v)
 {
     check_kept_registers(v);
-    out32(PCG_PORT_REPORT, PCG_MARK, v->operations, boot->nonce, 0, 0);
+    out32(PCG_PORT_REPORT, PCG_PROGRESS, v->operations, boot->nonce, 0, 0);
 }
 
 void wait_for_all(struct pcg_vcpu *v)

@@ -34,6 +34,6 @@ void workload(struct pcg_vcpu *v)
             report_ready(v);
         }
         out8(PCG_PORT_SERIAL, (uint8_t)('a' + v->id));
-        report_mark(v);
+        report_progress(v);
     }
 }

@@ -185,6 +185,6 @@ void workload(struct pcg_vcpu *v)
         }
         v->operations++;
         if ((v->operations & 15) == 0)
-            report_mark(v);
+            report_progress(v);
     }
 }

@@ -199,7 +199,7 @@ static uint32_t answer(struct pcg_vcpu *v, struct ethernet *frame, uint32_t byte
     uint32_t length = 0;
 
     if (frame->source[0] & 1)
-        return 0; /* nobody can be answered who claims to be a group */
+        return 0; /* the address of a group cannot be answered */
     if (frame->type == NET16(0x806))
         length = answer_arp(v, (struct arp *)frame, bytes);
     else if (frame->type == NET16(0x800))
@@ -233,7 +233,7 @@ static void serve(struct pcg_vcpu *v)
         uint32_t bytes = ask_device(PCG_NET_RECEIVE, at, PCG_NET_FRAME_MAX);
 
         if (bytes == PCG_NET_OK) {
-            report_mark(v);
+            report_progress(v);
             ask_device(PCG_NET_WAIT, 0, 0);
             continue;
         }
@@ -268,6 +268,6 @@ void workload(struct pcg_vcpu *v)
     for (;;) {
         halt();
         visit(v, 1);
-        report_mark(v);
+        report_progress(v);
     }
 }

@@ -18,7 +18,7 @@ void workload(struct pcg_vcpu *v) __attribute__((noreturn));
 
 void report_ready(struct pcg_vcpu *v);
 /* Also checks the registers that no instruction of the workload changes. */
-void report_mark(struct pcg_vcpu *v);
+void report_progress(struct pcg_vcpu *v);
 void report_failure(struct pcg_vcpu *v, uint64_t code, uint64_t where, uint64_t expected, uint64_t found);
 /* Every vCPU's initial pass is complete when this returns. */
 void wait_for_all(struct pcg_vcpu *v);

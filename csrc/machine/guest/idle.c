@@ -10,6 +10,6 @@ void workload(struct pcg_vcpu *v)
     for (;;) {
         halt();
         v->operations++;
-        report_mark(v);
+        report_progress(v);
     }
 }

@@ -88,6 +88,6 @@ void workload(struct pcg_vcpu *v)
             change_page(v, shared_gva + (i - private_pages) * PCG_PAGE_BYTES, 1);
         v->operations++;
         if ((v->operations & 255) == 0)
-            report_mark(v);
+            report_progress(v);
     }
 }

@@ -26,7 +26,7 @@ static void need_userfaultfd(void)
 }
 
 static const char *const outcomes[] = {"unavailable", "blocked", "passed", "refused", "signalled",
-                                       "spun",        "wrong",   "hung",   "crashed"};
+                                       "retried",     "wrong",   "hung",   "crashed"};
 static const char *const modes[] = {"missing", "minor", "wp", "wp-async", "user-only", "sigbus", "poison"};
 static const char *const backings[] = {"anon", "memfd", "memfd-private", "hugetlb"};
 
@@ -153,7 +153,7 @@ static void all_of(int mode, int backing)
         CHECK_EQ(pc_faultpath_run(&spec, &result), 0);
         print_result(path.name, &spec, &result);
         EXPECT(&path, result.outcome != PC_FP_CRASHED && result.outcome != PC_FP_HUNG && result.outcome != PC_FP_WRONG &&
-                          result.outcome != PC_FP_SPUN);
+                          result.outcome != PC_FP_RETRIED);
         EXPECT(&path, result.outcome != PC_FP_UNAVAILABLE || result.text[0]);
         if (result.outcome == PC_FP_UNAVAILABLE)
             continue;

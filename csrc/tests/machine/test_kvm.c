@@ -34,7 +34,7 @@ static void not_backwards(const struct pc_machine_stats *before, const struct pc
     CHECK(after->serial_bytes >= before->serial_bytes);
     CHECK(after->disk_reads >= before->disk_reads && after->disk_writes >= before->disk_writes);
     for (uint32_t i = 0; i < before->vcpus; i++) {
-        CHECK(after->vcpu[i].marks >= before->vcpu[i].marks);
+        CHECK(after->vcpu[i].reports >= before->vcpu[i].reports);
         CHECK(after->vcpu[i].operations >= before->vcpu[i].operations);
     }
 }

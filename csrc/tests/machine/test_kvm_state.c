@@ -254,11 +254,11 @@ static void find_lost_registers(void)
         /* XMM7 is dead between being read and being set again; if the machine stopped just there, once more. */
         for (int attempt = 0;; attempt++) {
             static struct saved good, bad;
-            uint64_t marks;
+            uint64_t reports;
 
             run_until_operations(machine, &stats, 256);
             pause_machine(machine);
-            marks = stats_of(machine).vcpu[0].marks;
+            reports = stats_of(machine).vcpu[0].reports;
             save(machine, &good);
             bad = good;
             copy_memory(&frozen, &config);
@@ -270,7 +270,7 @@ static void find_lost_registers(void)
             do { /* the guest looks at all of them before each mark */
                 wait_event(machine);
                 stats = stats_of(machine);
-            } while (!stats.failure_text[0] && stats.vcpu[0].marks < marks + 2);
+            } while (!stats.failure_text[0] && stats.vcpu[0].reports < reports + 2);
             close_machine(machine);
             /* Back to the last good moment. */
             copy_memory(&config, &frozen);

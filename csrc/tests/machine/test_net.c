@@ -517,13 +517,13 @@ static void a_dead_network_costs_nothing(void)
     int outside;
     struct pc_machine_config config = make_networked(1, &outside);
     struct pc_machine *machine = boot_and_run(&config, 0);
-    uint64_t marks;
+    uint64_t reports;
 
     close(outside);
-    marks = healthy_stats_of(machine).vcpu[0].marks;
+    reports = healthy_stats_of(machine).vcpu[0].reports;
     for (int i = 0; i < 4; i++)
         wait_event(machine);
-    CHECK(healthy_stats_of(machine).vcpu[0].marks < marks + 50); /* one for each tick: asking on and on it makes thousands */
+    CHECK(healthy_stats_of(machine).vcpu[0].reports < reports + 50); /* one for each tick: asking on and on it makes thousands */
     pause_machine(machine);
     verify_ok(machine);
     close_machine(machine);

@@ -160,23 +160,26 @@ class DemoCommand:
         return f"{values['kind']}, {format_size(values['memory_bytes'])}, {vcpus}, workload {values['workload']}"
 
     async def run(self, stop: Stop) -> bool:
-        result: Json
+        result: Json = {}
+        failure: PostcopyError | None = None
         try:
             with trio.fail_after(self._values["deadline_s"]):
                 with tempfile.TemporaryDirectory(prefix="postcopy-demo-") as directory:
                     result = await self._both(directory, stop)
         except trio.TooSlowError:
-            result = {"status": "failed", "error": f"not done after {self._values['deadline_s']:g} s (--deadline)"}
+            failure = MigrationError(f"not done after {self._values['deadline_s']:g} s (--deadline)")
         except BaseExceptionGroup as group:
-            result = {"status": "failed", "error": str(known_error(group))}
+            failure = known_error(group)
         except PostcopyError as error:
-            result = {"status": "failed", "error": str(error)}
+            failure = error
+        if failure is not None:
+            result = {"status": "failed", "error": str(failure)}
         for name, value in {"verified": False, "verification": [], "kind": None}.items():
             result.setdefault(name, value)
         show(result, self._output.view.subject, make_console(sys.stderr if "json" in self._values else sys.stdout))
         self._output.emit("result", convert({"side": "demo", "error": None, **result}, DemoResult))
-        if result.get("error"):
-            raise MigrationError(str(result["error"]))
+        if failure is not None or result.get("error"):
+            raise failure or MigrationError(str(result["error"]))
         return result["status"] == "completed" and result["verified"] is True
 
     async def _both(self, directory: str, stop: Stop) -> Json:

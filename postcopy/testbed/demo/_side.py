@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from postcopy._child import python
-from postcopy.errors import MigrationError
+from postcopy.errors import ConfigurationError, MigrationError
 from postcopy.output import Output
 from postcopy.records import Record, as_json
 from postcopy.records.events import Progress
@@ -70,11 +70,12 @@ class Side:
         await self._done.wait()
 
     async def good_end(self) -> None:
-        """Waits for its end; `MigrationError` when that is none with a result."""
+        """Waits for its end; `MigrationError` without a result, `ConfigurationError` when it was asked for wrongly."""
         await self._done.wait()
         assert self._child is not None
         if self._child.process.returncode or self.result is None:
-            raise MigrationError(f"{self.name}: {self.last_error}")
+            asked_wrongly = self._child.process.returncode == 2
+            raise (ConfigurationError if asked_wrongly else MigrationError)(f"{self.name}: {self.last_error}")
 
     async def until(self, what: str, found: Callable[[Json], bool]) -> None:
         """Waits for a progress of which `found` is true; `MigrationError` when its end comes first. One waiter."""

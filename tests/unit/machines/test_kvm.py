@@ -41,8 +41,8 @@ async def running(options: MachineOptions) -> AsyncIterator[Machine]:
 
 async def make_progress(machine: Machine) -> None:
     with trio.fail_after(60):
-        before = machine.statistics().marks
-        while machine.statistics().marks == before:
+        before = machine.statistics().reports
+        while machine.statistics().reports == before:
             await machine.wait_changed()
 
 

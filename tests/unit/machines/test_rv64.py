@@ -45,7 +45,7 @@ async def test_a_machine_moves_and_goes_on(workload: str) -> None:
             await there.load_state(await here.save_state())
             await there.resume()
             with trio.fail_after(60):
-                while there.statistics().marks <= before.marks:
+                while there.statistics().reports <= before.reports:
                     await there.wait_changed()
             await there.pause()
             after = there.statistics()

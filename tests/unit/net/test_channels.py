@@ -78,6 +78,14 @@ class TestAddresses:
             c.parse_address(text)
         assert "\n" not in str(caught.value)
 
+    def test_a_bare_port(self) -> None:
+        with pytest.raises(
+            ConfigurationError, match="'7777' is not an address: a port alone is :7777; write HOST:PORT"
+        ):
+            c.parse_address("7777", listening=True)
+        with pytest.raises(ConfigurationError, match="no port"):
+            c.parse_address("7777")
+
     @given(st.text(max_size=30))
     def test_anything(self, text: str) -> None:
         for listening in (False, True):

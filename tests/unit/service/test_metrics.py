@@ -41,7 +41,7 @@ def _machine() -> Mock:
     machine = Mock(spec=Machine)
     machine.live, machine.kind, machine.network = True, "kvm", None
     machine.memory_bytes = 64 * MIB
-    vcpu = VcpuStatistics(tid=1, activity=Activity.GUEST, exits=1, marks=2, operations=700, failures=0)
+    vcpu = VcpuStatistics(tid=1, activity=Activity.GUEST, exits=1, reports=2, operations=700, failures=0)
     machine.statistics.return_value = MachineStatistics(MachineState.RUNNING, vcpus=(vcpu,), failures=0)
     return machine
 

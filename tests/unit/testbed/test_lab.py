@@ -166,7 +166,7 @@ def test_changes_of_a_cable_with_a_value_too_many_or_too_few(arguments: tuple[st
 
 
 def test_a_command_must_be_there() -> None:
-    with pytest.raises(ConfigurationError, match="which command"):
+    with pytest.raises(ConfigurationError, match="exec needs a command"):
         command.run(parsed("exec", "h1", "--"))
 
 

@@ -22,6 +22,8 @@ def answer(monkeypatch: pytest.MonkeyPatch, results: dict[int, int], how: int = 
             return results[wanted]
 
     monkeypatch.setattr(_probe, "lib", Lib)
+    # Not that of this host, whose owner and mode a remedy would follow.
+    monkeypatch.setattr(_probe, "_DEVICE", "/nonexistent/userfaultfd")
 
 
 def test_the_real_thing_answers_or_explains() -> None:
@@ -48,8 +50,17 @@ def test_user_mode_only_is_not_enough_for_kvm(monkeypatch: pytest.MonkeyPatch) -
     problem = explain_unavailable()
     assert problem is not None
     assert "KVM" in str(problem)
-    assert "/dev/userfaultfd" in problem.remedy
+    assert "--device /nonexistent/userfaultfd" in problem.remedy
     assert "vm.unprivileged_userfaultfd" in problem.remedy
+
+
+def test_a_device_that_this_user_may_not_open_is_named_with_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, {0: -errno.EPERM})
+    monkeypatch.setattr(_probe, "_DEVICE", "/dev/null")
+    problem = explain_unavailable()
+    assert problem is not None
+    assert "as KVM raises them: /dev/null" in str(problem)
+    assert problem.remedy
 
 
 @pytest.mark.parametrize(
@@ -58,7 +69,7 @@ def test_user_mode_only_is_not_enough_for_kvm(monkeypatch: pytest.MonkeyPatch) -
         (errno.ENOSYS, "CONFIG_USERFAULTFD"),
         (errno.ENOENT, "CONFIG_USERFAULTFD"),
         (errno.EPERM, "CAP_SYS_PTRACE"),
-        (errno.EACCES, "/dev/userfaultfd"),
+        (errno.EACCES, "--device /nonexistent/userfaultfd"),
         (errno.EMFILE, "ulimit -n 1024"),
     ],
 )
