@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import postcopy
-from postcopy.cli import make_parser
-from postcopy.cli._parser import COMMANDS
+from postcopy.cli._parser import Parser, make_parser
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,69 +41,42 @@ def _indented(text: str) -> str:
 # ---- The command line
 
 
-def subparsers(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """The parsers that one is divided into, by the words that choose them."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            yield from action.choices.items()
-
-
-def commands() -> Iterator[argparse.ArgumentParser]:
-    """The parser of each command, and of each request of one that has such."""
-    for name in COMMANDS:
-        command = dict(subparsers(make_parser([name])))[name]
-        yield command
-        for _, request in subparsers(command):
-            yield request
-
-
 def command_line() -> str:
-    helps: dict[str, str | None] = {}
-    for parser in (make_parser([]), *(dict(subparsers(make_parser([name])))[name] for name in COMMANDS)):
-        for action in parser._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                helps |= {f"{parser.prog} {item.dest}": item.help for item in action._choices_actions}
-    return "\n".join(_command(parser, helps.get(parser.prog) or "") for parser in commands())
-
-
-def _command(parser: argparse.ArgumentParser, help: str) -> str:
-    level = "##" if parser.prog.count(" ") == 1 else "###"
-    formatter = argparse.HelpFormatter(parser.prog, width=88)
-    formatter.add_usage(parser.usage, parser._actions, parser._mutually_exclusive_groups, prefix="")
-    said = parser.description or f"{help[:1].upper()}{help[1:]}."
-    parts = [f"{level} {parser.prog}\n", f"{said}\n", f"```text\n{formatter.format_help().rstrip()}\n```\n"]
-    listed = [f".. program:: {parser.prog}\n"]
-    for group in parser._action_groups:
-        options = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
-        options = [
-            action for action in options if not isinstance(action, argparse._SubParsersAction | argparse._HelpAction)
-        ]
-        if not options:
-            continue
-        if group.title not in ("options", "positional arguments", None):
-            listed.append(f"**{_escaped(group.title.capitalize())}**\n")
-        for action in options:
-            listed.append(_option(parser, action))
-    if len(listed) > 1:
-        parts.append(_rst("\n".join(listed)))
-    if parser.epilog:
-        parts.append(f"```text\n{parser.epilog.rstrip()}\n```\n")
+    """Every command, and every request or command that one is divided into."""
+    parts = []
+    for command in make_parser(None).subcommands.values():
+        parts += [_command(command, "##"), *(_command(each, "###", command) for each in command.subcommands.values())]
     return "\n".join(parts)
 
 
-def _option(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
-    formatter = parser._get_formatter()
-    if action.option_strings:
-        value = "" if action.nargs == 0 else " " + formatter._format_args(action, action.dest.upper().replace("_", "-"))
-        names = ", ".join(f"{name}{value}" for name in action.option_strings)
-    else:
-        names = formatter._format_args(action, action.dest.upper().replace("_", "-"))
-    return f".. option:: {names}\n\n{_indented(_escaped(formatter._expand_help(action) if action.help else ''))}\n"
+def _command(parser: Parser, level: str, above: Parser | None = None) -> str:
+    words = " ".join(parser.short_usage().split())
+    usage = textwrap.fill(words, 88, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    parts = [f"{level} {parser.prog}\n", f"{parser.description}\n", f"```text\n{usage}\n```\n"]
+    known = set(above._option_string_actions if above else ()) | {"-h"}
+    listed = [f".. program:: {parser.prog}\n"]
+    for group in parser._action_groups:
+        actions = [
+            action
+            for action in group._group_actions
+            if not (isinstance(action, argparse._SubParsersAction) or known.intersection(action.option_strings))
+        ]
+        if actions and group.title not in ("options", "arguments"):
+            listed.append(f"**{_escaped(str(group.title).capitalize())}**\n")
+        for action in actions:
+            value = parser.value_of(action)
+            names = ", ".join(filter(None, (f"{name} {value}".strip() for name in action.option_strings))) or value
+            listed.append(f".. option:: {names}\n\n{_indented(_escaped(parser.help_of(action)))}\n")
+    if len(listed) > 1:
+        parts.append(_rst("\n".join(listed)))
+    if parser.examples:
+        shown = "\n\n".join(f"# {what}\n{line}" for what, line in parser.examples)
+        parts.append(f"**Examples**\n\n```sh\n{shown}\n```\n")
+    return "\n".join(parts)
 
 
 # ---- The C API
 
-_TOKEN = re.compile(r"/\*.*?\*/|#define[^\n]*|[^/#]+|.", re.DOTALL)
 _FUNCTION = re.compile(r"^[A-Za-z_][^;{}]*?\b(pc_\w+)\s*\([^{}]*\)\s*;$", re.DOTALL)
 _TYPE = re.compile(r"^(struct|enum) (\w+)")
 

@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the page is fetched by the engine over TCP, cut off and recovered while the operation waits; PLAN: what"
         f" the network does beside, as in docs/chaos.md (default: {_DEFAULT_PLAN})",
     )  # fmt: skip
-    actions = parser.add_subparsers(dest="action", metavar="compare", title="instead of a run")
+    actions = parser.add_subparsers(dest="action", metavar="COMMAND", title="instead of a run")
     text = "show what differs between two reports of --json"
     compare = actions.add_parser("compare", help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
     compare.add_argument("before", metavar="A.json")

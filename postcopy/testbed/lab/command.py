@@ -18,7 +18,7 @@ from postcopy.units import argument, check_word, parse_whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(dest="lab", required=True, metavar="up|exec|link|status|down")
+    commands = parser.add_subparsers(dest="lab", required=True, metavar="COMMAND")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
