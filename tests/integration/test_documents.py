@@ -86,7 +86,9 @@ class Command:
 
 def fences(page: str, language: str) -> Iterator[tuple[int, str]]:
     """Line number and text of each block of a language."""
-    text = "\n".join(["```sh", *BEFORE.get(page, ()), "```", "", (ROOT / page).read_text()])
+    text = (ROOT / page).read_text()
+    if page in BEFORE:
+        text = "\n".join(["```sh", *BEFORE[page], "```", text])
     for found in re.finditer(rf"^( *)```{language}\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL):
         yield text[: found.start(2)].count("\n") + 1, textwrap.dedent(found[2])
 
