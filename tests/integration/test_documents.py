@@ -73,6 +73,7 @@ ELSEWHERE = {  # page: the tests that do what it says; that its commands and opt
     "docs/privileges.md": "tests/integration/test_privileges.py",
     "docs/probe.md": "tests/unit/testbed/test_probe.py",
     "docs/salvage.md": "tests/integration/test_salvage.py",
+    "docs/userfaultfd.md": "tests/packages/test_install.py",
 }
 
 
