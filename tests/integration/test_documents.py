@@ -73,6 +73,7 @@ ELSEWHERE = {  # page: the tests that do what it says; that its commands and opt
     "docs/privileges.md": "tests/integration/test_privileges.py",
     "docs/probe.md": "tests/unit/testbed/test_probe.py",
     "docs/salvage.md": "tests/integration/test_salvage.py",
+    "docs/userfaultfd.md": "tests/packages/test_install.py",
 }
 
 
@@ -86,7 +87,9 @@ class Command:
 
 def fences(page: str, language: str) -> Iterator[tuple[int, str]]:
     """Line number and text of each block of a language."""
-    text = "\n".join(["```sh", *BEFORE.get(page, ()), "```", "", (ROOT / page).read_text()])
+    text = (ROOT / page).read_text()
+    if page in BEFORE:
+        text = "\n".join(["```sh", *BEFORE[page], "```", text])
     for found in re.finditer(rf"^( *)```{language}\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL):
         yield text[: found.start(2)].count("\n") + 1, textwrap.dedent(found[2])
 
