@@ -97,16 +97,8 @@ def test_commands_and_their_options(document: Path) -> None:
 @cache
 def help_of(command: str) -> str:
     """Of a command and all that it is divided into; empty where there is none."""
-    parser = make_parser([command])
-    parsers, text = [parser], ""
-    while parsers:
-        found = parsers.pop()
-        for action in found._actions:
-            choices = action.choices if isinstance(action.choices, dict) else {}
-            parsers += [choices[name] for name in choices if found is not parser or name == command]
-        if found is not parser:
-            text += found.format_help()
-    return text
+    found = make_parser([command]).subcommands.get(command)
+    return "".join(parser.format_help() for parser in found.walk()) if found else ""
 
 
 def test_alerts_that_are_named() -> None:

@@ -42,7 +42,7 @@ def test_a_page_has_what_help_has(pages: Path, name: str) -> None:
     words = {word.rstrip(",") for word in text.split()}
     command = whole.subcommands[name] if name else whole
     for parser in command.walk() if name else (whole,):
-        assert set(parser._option_string_actions) <= words
+        assert set(parser.options) <= words
     for _, example in command.examples:
         assert example.splitlines()[0] in text
     for other in whole.subcommands if not name else ():
