@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     requests = parser.add_subparsers(dest="request", required=True, metavar="REQUEST", title="requests")
     for name, command in COMMANDS.items():
         help = "show events until the process ends, or Ctrl-C" if name == "events" else command.help
-        request = add_command(requests, name, help, examples=[(f"{help[0].upper()}{help[1:]}:", command.example)])
+        request = add_command(requests, name, help, examples=[("", command.example)])
         defaults = options.defaults("daemon") if name == "start" else {}
         for option in command.options if name != "events" else ():
             bare = option.name == command.bare
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             add_option(request, flag("detach", "do not wait until the machine has moved; `ctl top` shows it"))
         add_option(request, CONTROL)
         add_option(request, flag("json", "print the answer as JSON"))
-    top = add_command(requests, TOP, TOP_HELP, examples=[("Watch the machines of a daemon:", "postcopy ctl top")])
+    top = add_command(requests, TOP, TOP_HELP, examples=[("", "postcopy ctl top")])
     add_option(top, CONTROL)
 
 

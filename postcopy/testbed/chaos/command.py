@@ -24,10 +24,16 @@ from postcopy.testbed.chaos._proxy import Statistics
 OPTIONS = (
     Group(
         "",
-        Option("plan", f"{', '.join(KINDS)} (default: cut)", "PLAN", nargs="?", positional=True),
-        replace(options.LISTEN, help="where the one side connects; port 0: any", required=True),
-        replace(options.CONNECT, name="to", help="where the other side listens", required=True),
-        replace(options.SEED, help="repeats what was drawn (default: random)"),
+        Option(
+            "plan",
+            f"{', '.join(KINDS)}; or in detail, as cut:every=0.1..0.5,down=0.2 (default: cut)",
+            "PLAN",
+            nargs="?",
+            positional=True,
+        ),
+        replace(options.LISTEN, help="take connections at this address; port 0: any free port", required=True),
+        replace(options.CONNECT, name="to", help="carry them to this address", required=True),
+        replace(options.SEED, help="makes the plan's random choices the same in each run (default: random)"),
     ),
     options.OUTPUT,
 )
