@@ -266,8 +266,8 @@ FROM = path("from", "start the machine that DIR holds, which --salvage or `postc
 LISTEN = Option("listen", "wait for the other side at this address; without HOST, as [::], at every address of this"
                 " host; port 0: any free port", "[HOST]:PORT", partial(parse_address, listening=True))
 CONNECT = Option("connect", "connect to the other side, which listens at this address", "HOST:PORT", parse_address)
-PEER_FILE = path("peer-file", "as --connect, with HOST:PORT in FILE, which is read again when the connection is lost"
-                 " and at SIGHUP")
+PEER_FILE = path("peer-file", "connect to the HOST:PORT in FILE, which is read again when the connection is lost and"
+                 " at SIGHUP")
 HOLD = flag("hold", "keep the machine running here until `postcopy ctl migrate`")
 
 BACKING = choice("backing", BACKINGS, "kind of memory that the machine gets")

@@ -89,7 +89,7 @@ COMMANDS: Mapping[str, Command] = {
     "commands": Command("list the requests that this process takes", example="postcopy ctl commands"),
     "status": Command(
         "show state and progress",
-        (replace(_MACHINE, help="name of the only machine to show"),),
+        (replace(_MACHINE, help="show this machine only"),),
         example="postcopy ctl status --machine vm1",
     ),
     "events": Command(
