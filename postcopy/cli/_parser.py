@@ -20,9 +20,8 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from postcopy import __version__
 from postcopy.cli._commands import COMMANDS
@@ -71,8 +70,7 @@ _VALUES = {None: "{0}", "?": "[{0}]", "*": "[{0} ...]", "+": "{0} [{0} ...]", ar
 """How often a value is written, by ``nargs``."""
 
 
-@dataclass(frozen=True)
-class Argument:
+class Argument(NamedTuple):
     """What ``--help`` says of an argument, for other forms of it."""
 
     names: list[str]  # none where it is given by its place
