@@ -65,7 +65,7 @@ def _help_with_default(action: argparse.Action) -> str:
 
 
 _LIKE_OPTION = re.compile(r"--|-[a-zA-Z]|[\u2013\u2014]")
-"""A word that is meant for an option; one with a dash is of a text that an editor has improved."""
+"""A word that is meant for an option: editors and web pages turn -- into a dash."""
 _VALUES = {None: "{0}", "?": "[{0}]", "*": "[{0} ...]", "+": "{0} [{0} ...]", argparse.PARSER: "{0} ..."}
 """How often a value is written, by ``nargs``."""
 
@@ -209,7 +209,7 @@ class Parser(argparse.ArgumentParser):
                 return
             if _LIKE_OPTION.match(word):
                 name, equals, _ = word.partition("=")
-                several = word[1:] if word[1] != "-" else ""  # as -vh
+                several = "" if word.startswith("--") else word[1:]  # as -vh
                 action = options.get(name)
                 if action is None and not (several and all(f"-{letter}" in options for letter in several)):
                     if {"-h", "--help"}.isdisjoint(words):

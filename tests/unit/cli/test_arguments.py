@@ -65,6 +65,8 @@ MISTYPED = [
     ("source --machin rv64", "unknown option --machin; did you mean --machine? (see `postcopy source --help`)"),
     ("source -machine rv64", "unknown option -machine; did you mean --machine?"),
     ("source \u2014machine rv64 --hold", "unknown option \u2014machine; did you mean --machine?"),
+    ("source \u2014", "unknown option \u2014 (see"),
+    ("source -", "source has no use for '-'"),
     ("source --machine rv64 --memory -vcpus 2", "unknown option -vcpus; did you mean --vcpus?"),
     ("source --hold -vx --machine rv64", "unknown option -vx"),
     ("source --hold -v=1 --machine rv64", "-v/--verbose takes no value"),
