@@ -112,7 +112,7 @@ COMMANDS: Mapping[str, Command] = {
     "lab": Command(
         "make hosts with a network between them on this machine",
         "postcopy.testbed.lab.command",
-        "Makes hosts on this machine, joined by cables that can be cut and slowed down and a switch, and otherwise"
+        "Makes hosts on this machine, joined by a switch and cables, which can be cut and slowed down, and otherwise"
         " isolated from each other (docs/lab.md).",
         (
             ("Two hosts, h1 and h2:", "postcopy lab up"),
