@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Any
 
+from postcopy.records import Json
 from postcopy.units import format_size
 
-Json = dict[str, Any]
 WINDOW_S = 3.0
 """A rate is that of the last so many seconds: a push comes in bursts, and a reader wants to know when it ends."""
 _MINUTE, _HOUR = 60, 3600
