@@ -81,8 +81,8 @@ codecs.register_error("postcopy-plain", _write_plainly)
 
 def encoding_of(stream: object) -> str:
     """The encoding for what is written to `stream`: ASCII where the environment asks for the C locale, else that of the
-    stream. Python has UTF-8 in both cases: in the C locale it sets LC_CTYPE to C.UTF-8 (PEP 538), or takes UTF-8 without
-    that (PEP 540). Where the environment asks for no locale, as in a container, UTF-8 is right."""
+    stream. Python has UTF-8 in both cases: in the C locale it sets LC_CTYPE to C.UTF-8 (PEP 538), or takes UTF-8
+    without that (PEP 540). Where the environment asks for no locale, as in a container, UTF-8 is right."""
     encoding: str = getattr(stream, "encoding", None) or "utf-8"
     given = os.environ
     if given.get("PYTHONUTF8") == "1" or given.get("PYTHONIOENCODING"):
