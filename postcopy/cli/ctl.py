@@ -162,8 +162,8 @@ class CtlCommand:
     def _say_that_it_goes_on(self) -> None:
         name = self._arguments.get("machine", "")
         of, which = (f" of {name}", f" --machine {name}") if name else ("", "")
-        known = "goes on" if self._migration else "was asked for, and that was not answered yet"
-        self._output.say(f"postcopy: the migration{of} {known}; `{self._asked} top` shows it")
+        known = "" if self._migration else ", if it has begun"  # (the answer comes when it is connected)
+        self._output.say(f"postcopy: the migration{of} goes on{known}; `{self._asked} top` shows it")
         if self._now["status"] in _REVERSIBLE:
             self._output.say(f"postcopy: to stop it: {self._asked} migrate-cancel{which}")
         else:
