@@ -29,7 +29,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_coarsely(seconds: float) -> str:
-    """Of a time that goes on: seconds at the least."""
+    """Of a time that is still counting: in seconds at least, as ``0.0 s``."""
     return f"{seconds:.1f} s" if seconds < 59.95 else format_duration(seconds)
 
 
