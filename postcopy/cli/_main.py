@@ -61,9 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             # reader.
             output.say(traceback.format_exc().rstrip())
     finally:
-        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C while a reader is waited for
-            if not output.close() and status == EXIT_OK:
-                status = EXIT_FAILED
+        if output.has_answered:  # its reader is waited for, however long it takes: that must have an end
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            complete = output.close()
+        except KeyboardInterrupt:
+            complete = False
+        if not complete and status == EXIT_OK:
+            status = EXIT_FAILED
         if argv is not None:  # this process goes on
             for number, handler in handlers.items():
                 signal.signal(number, handler)

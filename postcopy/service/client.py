@@ -20,6 +20,10 @@ ANSWER_TIMEOUT_S = 60.0
 BUSY_POLL_S = 0.02
 
 
+class ProcessGoneError(PeerError):
+    """The process has ended, or has closed the connection."""
+
+
 class ControlClient:
     """One conversation, used from one task at a time. `open` gives one that has been greeted."""
 
@@ -54,13 +58,14 @@ class ControlClient:
             yield client
 
     async def execute(self, command: str, arguments: Json | None = None, timeout_s: float = ANSWER_TIMEOUT_S) -> Json:
-        """The answer. `ControlError` when it was refused, `PeerError` when none came."""
+        """The answer. `ControlError` when it was refused, `PeerError` when none came: `ProcessGoneError` when none can
+        come."""
         self._requests += 1
         request = {"execute": command, "arguments": arguments or {}, "id": self._requests}
         try:
             await self._stream.send_all(json.dumps(request).encode() + b"\n")
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise PeerError(f"{self._path}: the process is gone") from error
+            raise ProcessGoneError(f"{self._path}: the process is gone") from error
         with trio.move_on_after(timeout_s):
             while True:
                 line = await self._next()
@@ -71,13 +76,16 @@ class ControlClient:
         raise PeerError(f"{self._path}: {command} was not answered within {timeout_s:g} s")
 
     async def next_event(self) -> Json:
-        """The next event; `events` must have been executed before. `PeerError` when no more comes."""
+        """The next event; `events` must have been executed before. `ProcessGoneError` when no more comes,
+        `ControlError` when the process says why it does not send any more."""
         if self._events:
             return self._events.pop(0)
         while True:
             line = await self._next()
             if "event" in line:
                 return line
+            if "error" in line:
+                self._value(line)
 
     async def _greeted(self, timeout_s: float) -> None:
         with trio.move_on_after(timeout_s):
@@ -89,8 +97,8 @@ class ControlClient:
                 raise PeerError(f"{self._path}: that is not a postcopy control socket")
             if (theirs := self.greeting.get("schema", 1)) != VERSION:
                 raise PeerError(
-                    f"{self._path}: it speaks version {theirs} of the control protocol, this is {VERSION}: use the"
-                    f" postcopy that it is of ({self.greeting['version']})"
+                    f"{self._path}: the process is of postcopy {self.greeting['version']}, and speaks version {theirs}"
+                    f" of the control protocol, not {VERSION}: use `postcopy ctl` of that release"
                 )
             return
         raise PeerError(f"{self._path}: no greeting within {timeout_s:g} s")
@@ -100,9 +108,9 @@ class ControlClient:
             try:
                 data = await self._stream.receive_some(64 * 1024)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise PeerError(f"{self._path}: the process is gone") from error
+                raise ProcessGoneError(f"{self._path}: the process is gone") from error
             if not data:
-                raise PeerError(f"{self._path}: the process has closed the connection")
+                raise ProcessGoneError(f"{self._path}: the process has closed the connection")
             try:
                 self._lines += [parse_json(line) for line in self._splitter.feed(bytes(data))]
             except ControlError as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from postcopy.net import Address, parse_address
+from postcopy.net import Address, open_listeners, parse_address
 from postcopy.records import Record
 from postcopy.records.commands import Cut, Unreachable
 from postcopy.testbed.chaos._plan import ChaosPlan
@@ -260,14 +260,14 @@ async def open_chaos_proxy(
     begin: trio.Event | None = None,
     log: Log = lambda event, fields: None,
 ) -> AsyncIterator[ChaosProxy]:
-    """A proxy to `target` that serves as long as the block lasts; `OSError` when it cannot listen there.
+    """A proxy to `target` that serves as long as the block lasts; `ResourceError` when it cannot listen there.
 
     It cuts nothing by itself before `begin` is set, where one is given. `log` is called with what it does: a word, and
     fields.
     """
     where = parse_address(listen, listening=True) if isinstance(listen, str) else listen
     there = parse_address(target) if isinstance(target, str) else target
-    listeners = await trio.open_tcp_listeners(where.port, host=where.host or None)
+    listeners = await open_listeners(where)
     proxy = ChaosProxy(listeners, there, plan or ChaosPlan(), begin, log)
     try:
         async with trio.open_nursery() as nursery:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -22,13 +23,13 @@ from postcopy.machines.toy.tap import format_ipv4, parse_ipv4, parse_net
 from postcopy.output import Output
 from postcopy.output.tables import make_console
 from postcopy.output.words import format_count, format_duration
-from postcopy.records import Record
+from postcopy.records import Json, Record
 from postcopy.records.commands import DemoResult
 from postcopy.service import options
 from postcopy.service.options import Group, Option
 from postcopy.testbed.chaos import KINDS, ChaosPlan, open_chaos_proxy
 from postcopy.testbed.chaos.command import parse_plan
-from postcopy.testbed.demo._result import Json, check, merge, show
+from postcopy.testbed.demo._result import check, merge, show
 from postcopy.testbed.demo._side import Side
 from postcopy.testbed.pinger import open_ping_process
 from postcopy.uffd import explain_unavailable
@@ -176,7 +177,8 @@ class DemoCommand:
             result = {"status": "failed", "error": str(failure)}
         for name, value in {"verified": False, "verification": [], "kind": None}.items():
             result.setdefault(name, value)
-        show(result, self._output.view.subject, make_console(sys.stderr if "json" in self._values else sys.stdout))
+        with contextlib.suppress(BrokenPipeError):  # nobody reads it; the status tells
+            show(result, self._output.view.subject, make_console(sys.stderr if "json" in self._values else sys.stdout))
         self._output.emit("result", convert({"side": "demo", "error": None, **result}, DemoResult))
         if failure is not None or result.get("error"):
             raise failure or MigrationError(str(result["error"]))

@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from rich.console import Console
 
 from postcopy.output.tables import Span, print_line, print_table, row
 from postcopy.output.words import format_count, format_duration
+from postcopy.records import Json
 from postcopy.units import format_size
-
-Json = dict[str, Any]
 
 
 def check(ok: bool, good: str, bad: str, how: str) -> Json:

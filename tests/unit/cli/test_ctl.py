@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+from collections.abc import AsyncIterator
 from typing import Any, cast
 
 import pytest
 import trio
 
+from postcopy._stop import Stop
 from postcopy.cli.ctl import CtlCommand
-from postcopy.errors import MigrationError
+from postcopy.errors import ConfigurationError, MigrationError, PeerError, known_error
 from postcopy.output import Output
-from postcopy.service.client import ControlClient
+from postcopy.service.client import ControlClient, ProcessGoneError
+from postcopy.service.schema import ControlError
 
 OF = {"migration-id": "ff", "direction": "outgoing", "machine": "one", "peer": "192.0.2.7:7777", "error": None}
 ENDED = {"status": "completed", "downtime-ms": 24.71, "total-ms": 219.2}
@@ -31,6 +35,20 @@ class Client:
     async def next_event(self) -> dict[str, Any]:
         await trio.testing.wait_all_tasks_blocked()  # what there is to show is shown
         return self._events.pop(0)
+
+
+@contextlib.asynccontextmanager
+async def connected(client: Client) -> AsyncIterator[ControlClient]:
+    yield cast(ControlClient, client)
+
+
+async def run(monkeypatch: pytest.MonkeyPatch, client: Client, stop: Stop, **given: Any) -> tuple[bool, str]:
+    """A command, on a socket that `client` stands for: whether it was done, and what it said on stderr."""
+    monkeypatch.setattr(ControlClient, "open", lambda path: connected(client))
+    stderr = io.StringIO()
+    output = Output(False, io.StringIO(), stderr)
+    done = await CtlCommand({"control": "x", **given}, output).run(stop)
+    return done, stderr.getvalue()
 
 
 async def migrate(*events: tuple[str, dict[str, Any]], **given: Any) -> str:
@@ -75,3 +93,85 @@ async def test_json_of_a_migration(capsys: pytest.CaptureFixture[str]) -> None:
 async def test_migration_that_fails() -> None:
     with pytest.raises(MigrationError, match="one has not moved: failed: no such host"):
         await migrate(("migration-ended", OF | {"status": "failed", "error": "no such host"}))
+
+
+@pytest.mark.parametrize("request_name", ["migrate", "migrate-cancel"])
+async def test_what_the_process_does_not_understand(request_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its exit status is 2, whether or not progress is shown beside."""
+
+    class Refuses(Client):
+        async def execute(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+            if command == "events":
+                return {}
+            raise ControlError("BadArguments", "there is no machine 'two' here")
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await run(monkeypatch, Refuses(), Stop(), request=request_name)
+    error = known_error(caught.value)
+    assert isinstance(error, ConfigurationError)
+    assert str(error) == "there is no machine 'two' here"
+
+
+async def test_ctrl_c_before_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not known then whether there is a migration."""
+    stop = Stop()
+
+    class Hangs(Client):
+        async def execute(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+            if command == "migrate":
+                stop.set()
+                await trio.sleep_forever()
+            return {}
+
+    done, said = await run(monkeypatch, Hangs(), stop, request="migrate", machine="one")
+    assert not done
+    assert "postcopy: the migration of one goes on, if it has begun; `postcopy ctl --control x top` shows it" in said
+    assert "to stop it: postcopy ctl --control x migrate-cancel --machine one" in said
+
+
+class Broken(io.StringIO):
+    """A pipe whose reader has gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+class Busy(Client):
+    """Sends events, and shows its machines, for as long as it is asked."""
+
+    async def execute(self, command: str, arguments: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {"side": "daemon", "machines": []}
+
+    async def next_event(self) -> dict[str, Any]:
+        await trio.lowlevel.checkpoint()
+        return {"event": "machine-left", "data": OF}
+
+
+@pytest.mark.parametrize("request_name", ["events", "top"])
+async def test_nobody_reads(request_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `ctl events | head -1`: an end in order, and no traceback."""
+    monkeypatch.setattr("sys.stdout", Broken())
+    with trio.fail_after(30):
+        assert await run(monkeypatch, Busy(), Stop(), request=request_name) == (True, "")
+
+
+async def test_top_of_a_process_that_hangs_is_not_its_end(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.abc.Clock
+) -> None:
+    class Hangs(Busy):
+        error: PeerError = ProcessGoneError("x: the process is gone")
+        asked = 0
+
+        async def execute(self, command: str, arguments: dict[str, Any] | None = None) -> dict[str, Any]:
+            self.asked += 1
+            if self.asked > 1:
+                raise self.error
+            return await super().execute(command, arguments)
+
+    assert await run(monkeypatch, Hangs(), Stop(), request="top") == (
+        True, "postcopy: the process at x has ended\n"
+    )  # fmt: skip
+    Hangs.error = PeerError("x: status was not answered within 60 s")
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await run(monkeypatch, Hangs(), Stop(), request="top")
+    assert str(known_error(caught.value)) == "x: status was not answered within 60 s"
