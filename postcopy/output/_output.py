@@ -47,7 +47,8 @@ class Output:
         )
         self._stalled = False  # that stdout is not read has been said
         self._kick = trio.Event()
-        self._last_progress: dict[str, Json] = {}
+        self._last_progress: dict[str, Json] = {}  # by side
+        self._untold: set[str] = set()  # sides whose last progress was dropped
         self.view = View()
         self.listeners: list[Callable[[str, Json], None]] = []
         """Called with every event, whether or not JSON was asked for; must not block."""
@@ -156,18 +157,21 @@ class Output:
     def emit(self, event: str, record: Record) -> None:
         """A JSON line, where they were asked for. Progress that says the same as before is left out."""
         fields = as_json(record)
-        if event == "progress":
-            side = fields["side"]
-            if fields == self._last_progress.get(side):
-                return
+        kind, side = (Kind.PROGRESS, fields["side"]) if event == "progress" else (Kind.LASTING, "")
+        if kind is Kind.LASTING or fields != self._last_progress.get(side):
+            for listener in self.listeners:
+                listener(event, fields)
+        elif side not in self._untold:
+            return
+        if kind is Kind.PROGRESS:
             self._last_progress[side] = fields
-        for listener in self.listeners:
-            listener(event, fields)
         if not self._as_json or self._stdout.gone:
             return
-        taken = self._stdout.put(
-            self._event_line(event, fields), Kind.PROGRESS if event == "progress" else Kind.LASTING
-        )
+        taken = self._stdout.put(self._event_line(event, fields), kind)
+        if taken:
+            self._untold.discard(side)
+        elif kind is Kind.PROGRESS:
+            self._untold.add(side)
         if not taken and not self._stalled and not self._stdout.gone:
             self._stalled = True
             self.say("postcopy: nobody reads the standard output: progress is dropped until somebody does")

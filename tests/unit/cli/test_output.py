@@ -248,6 +248,45 @@ def test_output_says_once_that_nobody_reads(pipe: Pipe) -> None:
     assert events[-1]["lines"] + len(events) - 2 == 1000
 
 
+def test_progress_that_says_the_same_is_left_out() -> None:
+    stdout = io.StringIO()
+    output = Output(True, stdout, None)
+    told: list[str] = []
+    output.listeners.append(lambda event, data: told.append(data["status"]))
+    for side, status in (("source", "active"), ("dest", "active"), ("source", "active"), ("source", "completed")):
+        output.emit("progress", Progress(side=side, status=status, error=None))
+    output.emit("result", RESULT)
+    output.emit("result", RESULT)
+    said = [(line["event"], line["side"], line["status"]) for line in map(parse_line, stdout.getvalue().splitlines())]
+    assert said[:3] == [("progress", side, "active") for side in ("source", "dest")] + [
+        ("progress", "source", "completed")
+    ]
+    assert len(said) == 5
+    assert told == ["active", "active", "completed", "completed", "completed"]
+
+
+def test_progress_that_was_dropped_is_said_again(pipe: Pipe) -> None:
+    """Although nothing changes any more: who reads again learns how it stands. Other listeners have been told."""
+    output = Output(True, pipe.stream, io.StringIO())
+    output.start()
+    told: list[str] = []
+    output.listeners.append(lambda event, data: told.append(data["error"]))
+    filling = Progress(side="dest", status="active", error="x" * 1000)
+    last = Progress(side="dest", status="completed", error="the last" + "x" * 2000)
+    for number in range(100):
+        filling.error = f"{number} {'x' * 1000}"
+        output.emit("progress", filling)
+    output.emit("progress", last)
+    pipe.unstuff()
+    pipe.read_until(lambda text: "output-dropped" in text and text.endswith("\n"))
+    output.emit("progress", last)
+    output.emit("progress", last)
+    output.emit("result", RESULT)
+    text = pipe.read_until(lambda text: "result" in text and text.endswith("\n"))
+    assert [parse_line(line)["event"] for line in text.splitlines()] == ["progress", "result"]
+    assert told.count(last.error or "") == 1
+
+
 def test_logging_from_threads_does_not_wait(pipe: Pipe) -> None:
     output = Output(False, io.StringIO(), pipe.stream)
     output.start()
