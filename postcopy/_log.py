@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-from postcopy.records import as_json
+from postcopy.records import VERSION, as_json
 
 
 class _Migration(Protocol):
@@ -54,7 +54,8 @@ def json_line(level: str, logger: str, message: str, when_s: float, **more: Any)
 
     time = datetime.fromtimestamp(when_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     known = {name: value for name, value in more.items() if value}
-    return json.dumps(as_json(LogLine(time=time, level=level, logger=logger, message=message, **known)))
+    line = LogLine(schema=VERSION, time=time, level=level, logger=logger, message=message, **known)
+    return json.dumps(as_json(line))
 
 
 def plain_record(record: logging.LogRecord) -> str:

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from msgspec import field
-
-from postcopy.records._base import VERSION, Record, doc
+from postcopy.records._base import Record, Schema, doc
 from postcopy.records.migration import MigrationId, Name
 
 
 class LogLine(Record, kw_only=True):
     """A line on stderr with `--log-json`."""
 
-    schema: Annotated[int, doc("Version of all that is described here.")] = field(default_factory=lambda: VERSION)
+    schema: Schema
     time: Annotated[str, doc("RFC 3339, UTC, with milliseconds.")]
     level: Annotated[str, doc("As Python's logging has it.", of="debug|info|warning|error|critical")]
     logger: Annotated[str, doc("Name of the part of the program.")]

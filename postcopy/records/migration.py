@@ -19,9 +19,8 @@ LOST: Final = frozenset({"postcopy-paused", "in-doubt"})
 
 _PAGES = "Pages by how they came: demand, background, zero (never sent), duplicate."
 
-Side = Annotated[
-    str, doc("What this is about: a side of a migration, or a command.", of="source|dest|daemon|demo|merge|chaos")
-]
+Side = Annotated[str, doc("Which side of the migration this is about.", of="source|dest")]
+Process = Annotated[str, doc("What the process is; `source` with --hold, too.", of="source|dest|daemon")]
 Name = Annotated[
     str, doc("The machine's name; in `source` and `dest`, where machines have none, its kind; empty until it is known.")
 ]

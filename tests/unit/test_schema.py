@@ -96,16 +96,27 @@ class TestCommand:
             {"return": {"migrations": [{"machine": "a", "migration-id": "ff"}]}, "id": 7},
             {"return": {"recover-for": "forever"}},
             {"error": {"class": "NotNow", "desc": "no"}, "id": "a"},
+            {"return": {}, "id": 1},
             {"event": "machine-ended", "timestamp": {"seconds": 1, "microseconds": 2}, "data": {"machine": "a"}},
+        ]
+        # What a later release may add without a new version.
+        good += [
+            {**LINE, "more": 1},
+            {**LINE, "event": "unheard-of"},
+            {"return": {"migrations": [{"machine": "a", "migration-id": "ff", "more": 1}]}},
+            {"event": "unheard-of", "timestamp": {"seconds": 1, "microseconds": 2}, "data": {"more": 1}},
         ]
         for line in good:
             validator.validate(line)
         for wrong in (
             {**LINE, "lines": "3"},
-            {**LINE, "more": 1},
             {key: value for key, value in LINE.items() if key != "lines"},
             {**LINE, "schema": VERSION - 1},
+            {key: value for key, value in good[1].items() if key != "schema"},
+            {**good[1], "schema": VERSION + 1},
             {"return": {"recover-for": "never"}},
+            {"return": {"more": 1}},
+            {"event": "machine-ended", "timestamp": {"seconds": 1, "microseconds": 2}, "data": {}},
             {"error": {"class": "Whatever", "desc": "no"}},
         ):
             assert not validator.is_valid(wrong), wrong
@@ -128,6 +139,16 @@ class TestCommand:
         ids = {line["migration-id"] for line in lines if "migration-id" in line}
         assert len(ids) == 1
 
+    def test_each_result_is_of_its_own_command(self) -> None:
+        """A result with a mistake in it is not taken for that of another command, which has fewer fields."""
+        validator = jsonschema.Draft202012Validator(json.loads(_postcopy("schema")))
+        line: dict[str, Any] = {"schema": VERSION, "event": "result", "elapsed-ms": 1.5}
+        line |= {"status": "completed", "error": None, "kind": "kvm", "verified": None, "verification": []}
+        source = {**line, "side": "source", "overhead-bytes": 1, "served": 1}
+        validator.validate(source)
+        assert not validator.is_valid(source | {"served": "1"})
+        assert not validator.is_valid(source | {"side": "merge"})
+
     def test_page(self) -> None:
         """`postcopy schema --markdown > docs/schema.md` brings it up to date."""
         assert _postcopy("schema", "--markdown") == (ROOT / "docs" / "schema.md").read_text()
@@ -137,7 +158,7 @@ class TestCommand:
         code = (
             "import sys, postcopy.service.daemon, postcopy.service.control, postcopy.service.server;"
             "print([name for name in sys.modules if name in"
-            " ('postcopy.records.figures', 'postcopy.records.document', 'postcopy.records.reading')])"
+            " ('postcopy.records.figures', 'postcopy.records.document', 'postcopy.records.commands')])"
         )
         done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, timeout=60, text=True)
         assert done.stdout == "[]\n"
