@@ -148,6 +148,16 @@ class TestText:
         text = Metrics(lambda: [("a", machine, _source(machine)), ("a", machine, _source(machine))]).text()
         assert _key("postcopy_guest_operations_total", machine="a") not in _samples(text)
 
+    def test_numbers_of_several_destinations_are_not_mixed(self) -> None:
+        """What is said of an image is one of its migrations, whole."""
+        machine = _machine()
+        running, ended = _source(machine), _source(machine)
+        ended.statistics.return_value = Statistics(total_bytes=64 * MIB, resident_bytes=64 * MIB, transferred_bytes=7)
+        labels = {"machine": "a", "direction": "outgoing"}
+        samples = _samples(Metrics(lambda: [("a", machine, running), ("a", machine, ended)]).text())
+        assert samples[_key("postcopy_migration_transferred_bytes_total", **labels)] == 4192
+        assert _key("postcopy_migration_remaining_bytes", **labels) not in samples
+
     def test_elapsed_time_ends_with_the_migration(self) -> None:
         """Also of one that has failed, whose machine stays."""
         job = _source(_machine())
