@@ -41,8 +41,8 @@ class ChaosResult(Record, kw_only=True):
     connections: Annotated[int, doc("That were carried.", "connections")]
     refused: Annotated[int, doc("While the network was down.", "connections")]
     cuts: Annotated[dict[str, int], doc("How often connections were cut, by way.", "cuts")]
-    bytes_out: Annotated[int, doc("From who connected to who listens.", "bytes")]
-    bytes_back: Annotated[int, doc("The other way.", "bytes")]
+    bytes_out: Annotated[int, doc("From the side that connects to the side that listens.", "bytes")]
+    bytes_back: Annotated[int, doc("From the side that listens to the side that connects.", "bytes")]
     flipped: Annotated[int, doc("Bits that were changed.", "bits")]
 
 

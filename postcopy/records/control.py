@@ -96,7 +96,7 @@ class Greeted(Record, kw_only=True):
 class Greeting(Record, kw_only=True):
     """The first line of the control socket."""
 
-    postcopy: Annotated[Greeted, doc("Who it is.")]
+    postcopy: Annotated[Greeted, doc("Which process this is.")]
 
 
 class Refused(Record, kw_only=True):

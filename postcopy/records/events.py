@@ -71,8 +71,10 @@ class MigrationEnded(OfMigration, kw_only=True):
     """A migration has ended, one way or the other; a source or daemon may go on after it."""
 
     machine: Name
-    downtime_ms: Annotated[float, doc("As in the result.", "ms")]
-    total_ms: Annotated[float, doc("As in the result.", "ms")]
+    downtime_ms: Annotated[
+        float, doc("From the request to pause until the destination said `running`; 0: it did not.", "ms")
+    ]
+    total_ms: Annotated[float, doc("From the request to pause until every page had arrived; 0: they did not.", "ms")]
 
 
 class MachineStarted(Record, kw_only=True):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the annotations of the records say, for those who ask: `ctl status`, the metrics, the schema.
+"""What the annotations of the records say, for `ctl status`, the metrics and the schema.
 
 Looking at them costs some milliseconds; a process that only writes records never does.
 """

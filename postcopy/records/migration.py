@@ -164,9 +164,9 @@ class Counted(OfMigration, kw_only=True):
 class Migration(Counted, kw_only=True):
     """The migration that a machine is in, or was in last."""
 
-    looking_for_peer: Annotated[
-        bool | None, doc("Whether a peer that was lost is looked for still; only where one was lost.")
-    ] = None
+    looking_for_peer: Annotated[bool | None, doc("Whether the peer is still looked for; only where it was lost.")] = (
+        None
+    )
     elapsed_ms: Annotated[float, doc("Since the migration began, until its end.", "ms")]
 
 

@@ -39,7 +39,7 @@ class System(Record, kw_only=True):
 
     kernel: Annotated[str, doc("Its release.")]
     architecture: Annotated[str, doc("Of this host.")]
-    user: Annotated[int, doc("Number of the user.")]
+    user: Annotated[int, doc("Number (uid) of the user.")]
     container: Annotated[str | None, doc("What kind of container this is; null: none was detected.")]
     seccomp: Annotated[str | None, doc("How this process is confined; null where the kernel does not say.")]
     capabilities: Annotated[list[str], doc("Those that matter here and that this process has.")]
@@ -79,7 +79,7 @@ class Lab(Record, kw_only=True):
     name: Annotated[str, doc("Of the laboratory.")]
     state: Annotated[str, doc("Whether it is up.", of="up|gone")]
     error: Annotated[str | None, doc("What became of it.")] = None
-    holder: Annotated[int | None, doc("Number of the process that holds it.")] = None
+    holder: Annotated[int | None, doc("Number (pid) of the process that keeps it up.")] = None
     kept: Annotated[bool | None, doc("Whether it stays when the command that made it has ended.")] = None
     user_namespace: Annotated[str | None, doc("own, or the caller's.")] = None
     mtu: Annotated[int | None, doc("Of its cables.", "bytes")] = None

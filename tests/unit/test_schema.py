@@ -153,7 +153,7 @@ class TestCommand:
         """`postcopy schema --markdown > docs/schema.md` brings it up to date."""
         assert _postcopy("schema", "--markdown") == (ROOT / "docs" / "schema.md").read_text()
 
-    def test_records_are_looked_at_by_who_asks_only(self) -> None:
+    def test_annotations_are_not_evaluated_by_a_daemon(self) -> None:
         """A daemon does not pay for the schema."""
         code = (
             "import sys, postcopy.service.daemon, postcopy.service.control, postcopy.service.server;"
