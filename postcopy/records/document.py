@@ -6,13 +6,13 @@ Only `postcopy schema` and tests import it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from msgspec import json
 
 from postcopy.records import commands, control, events, log
 from postcopy.records._base import VERSION, Json, Record
-from postcopy.records.figures import OF_PROCESS, Figure, Metric, figures, metrics
+from postcopy.records.figures import OF_PROCESS, Metric, figures, metrics
 from postcopy.records.migration import STATUSES, Machine
 from postcopy.records.reports import REPORTS
 
@@ -34,8 +34,7 @@ _STAMP: Json = {
 def document(version: str) -> Json:
     """The JSON Schema, as this version of postcopy has it. An instance is a line: of `--json`, of `--log-json`, of the
     control socket; or a report. What may be added without a new version passes: fields and events."""
-    _, definitions = json.schema_components(all_records(), ref_template="#/$defs/{name}")
-    defs = {name: _plain(definition) for name, definition in sorted(definitions.items())}
+    defs = definitions()
     defs["Event"] = {
         "title": "A line of --json",
         "anyOf": [
@@ -71,6 +70,13 @@ def document(version: str) -> Json:
             for metric in all_metrics()
         ],
     }
+
+
+def definitions() -> Json:
+    """The schema of each record, by its name, in the order of `all_records`."""
+    records = all_records()
+    _, found = json.schema_components(records, ref_template="#/$defs/{name}")
+    return {record.__name__: _plain(found[record.__name__]) for record in records}
 
 
 def all_metrics() -> list[Metric]:
@@ -164,9 +170,9 @@ def _page() -> Iterator[str]:
         yield f"| {_link(kind)} | {_first_sentence(kind)} |"
     yield from ("", "## Records", "")
     yield "*always*: the field is there in every such record. The others are left out where they are not known."
-    for kind in all_records():
-        yield from ("", f"### {kind.__name__}", "", " ".join((kind.__doc__ or "").split()), "")
-        if rows := [_row(figure) for figure in figures(kind)]:
+    for name, record in definitions().items():
+        yield from ("", f"### {name}", "", " ".join(record["description"].split()), "")
+        if rows := [_row(key, field, key in record["required"]) for key, field in record["properties"].items()]:
             yield "| field | type | unit | | meaning |"
             yield "|---|---|---|---|---|"
             yield from rows
@@ -232,17 +238,30 @@ def _first_sentence(kind: type[Record]) -> str:
     return " ".join((kind.__doc__ or "").split()).partition(". ")[0].removesuffix(".")
 
 
-def _row(figure: Figure) -> str:
-    always = "*always*" if figure.required else ""
-    unit = {"us": "µs"}.get(figure.unit, figure.unit)
-    return f"| `{figure.key}` | {_type(figure)} | {unit} | {always} | {figure.text}{_words(figure)} |"
+def _row(key: str, field: Json, required: bool) -> str:
+    always = "*always*" if required else ""
+    unit = "µs" if field.get("unit") == "us" else field.get("unit", "")
+    return f"| `{key}` | {type_of(field)} | {unit} | {always} | {field['description']}{_words(field.get('enum', ()))} |"
 
 
-def _words(figure: Figure) -> str:
-    if figure.words == STATUSES:
+def _words(words: Sequence[str]) -> str:
+    if tuple(words) == STATUSES:
         return " What each status means: [results.md](results.md)."
-    return f" One of {', '.join(f'`{word}`' for word in figure.words)}." if figure.words else ""
+    return f" One of {', '.join(f'`{word}`' for word in words)}." if words else ""
 
 
-def _type(figure: Figure) -> str:
-    return figure.kind if figure.record is None else figure.kind.replace(figure.record.__name__, _link(figure.record))
+def type_of(schema: Json) -> str:
+    """In words; of a record with a link to it."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return f"[{name}](#{name.lower()})"
+    if "anyOf" in schema:
+        return " or ".join(map(type_of, schema["anyOf"]))
+    kind = schema.get("type")
+    if kind == "array":
+        return f"list of {type_of(schema['items'])}"
+    if kind == "object":
+        return f"map of text to {type_of(schema.get('additionalProperties', {}))}"
+    if kind is None and "enum" in schema:
+        return f'"{schema["enum"][0]}"'
+    return {None: "any", "string": "text"}.get(kind) or str(kind)

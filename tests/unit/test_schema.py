@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ from msgspec import ValidationError
 from postcopy.migration.engine import STATUS
 from postcopy.records import VERSION
 from postcopy.records.control import ANSWERS
-from postcopy.records.document import all_metrics, all_records
-from postcopy.records.figures import figures
+from postcopy.records.document import all_metrics, definitions, type_of
 from postcopy.records.migration import STATUSES
 from postcopy.service.schema import COMMANDS
 from postcopy.wire import State
@@ -40,19 +40,24 @@ def _postcopy(*arguments: str) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=60, text=True).stdout
 
 
+def _fields() -> Iterator[tuple[str, dict[str, Any]]]:
+    """All fields of all records."""
+    for record in definitions().values():
+        yield from record["properties"].items()
+
+
 class TestFields:
     def test_each_says_what_it_is(self) -> None:
-        for record in all_records():
-            assert record.__doc__, record
-            for figure in figures(record):
-                assert figure.text, (record, figure.key)
+        for record in definitions().values():
+            assert record["description"], record
+            for key, field in record["properties"].items():
+                assert field["description"], (record["title"], key)
 
     def test_each_number_has_a_unit(self) -> None:
         missing = {
-            figure.key
-            for record in all_records()
-            for figure in figures(record)
-            if figure.kind.split()[0] in ("integer", "number") and not figure.unit
+            key
+            for key, field in _fields()
+            if type_of(field).split()[0] in ("integer", "number") and not field.get("unit")
         }
         assert missing == NO_UNIT
 
@@ -60,22 +65,18 @@ class TestFields:
         """Whatever record it is in; and in one unit, where it is a measure (a count may be of different things)."""
         types: dict[str, set[str]] = defaultdict(set)
         units: dict[str, set[str]] = defaultdict(set)
-        for record in all_records():
-            for figure in figures(record):
-                kind = figure.kind.removesuffix(" or null")
-                if figure.record is not None:  # which one depends on what has it
-                    kind = kind.replace(figure.record.__name__, "object")
-                types[figure.key].add(kind)
-                if figure.unit in ("ms", "us", "ns", "s", "bytes", "bytes/s", "%"):
-                    units[figure.key].add(figure.unit)
+        for key, field in _fields():
+            # (of several records, which one depends on what has it)
+            types[key].add(re.sub(r"\[\w+\]\(#\w+\)", "object", type_of(field)).removesuffix(" or null"))
+            if field.get("unit") in ("ms", "us", "ns", "s", "bytes", "bytes/s", "%"):
+                units[key].add(field["unit"])
         assert {key for key, found in types.items() if len(found) > 1} == SEVERAL_TYPES
         assert not [key for key, found in units.items() if len(found) > 1]
 
     def test_the_unit_is_in_the_name_of_a_time(self) -> None:
-        for record in all_records():
-            for figure in figures(record):
-                if figure.key.endswith(("-ms", "-us", "-ns")):
-                    assert figure.unit == figure.key[-2:], figure.key
+        for key, field in _fields():
+            if key.endswith(("-ms", "-us", "-ns")):
+                assert field["unit"] == key[-2:], key
 
     def test_requests_and_statuses(self) -> None:
         assert ANSWERS.keys() == COMMANDS.keys()
