@@ -102,6 +102,5 @@ def figures(record: type[Record]) -> tuple[Figure, ...]:
 def _parts(hint: Any) -> Iterator[Any]:
     """All that an annotation is made of."""
     yield hint
-    for part in (*get_args(hint), *getattr(hint, "__metadata__", ())):
-        if part is not hint:
-            yield from _parts(part)
+    for part in get_args(hint):
+        yield from _parts(part)

@@ -16,7 +16,7 @@ class LogLine(Record, kw_only=True):
     time: Annotated[str, doc("RFC 3339, UTC, with milliseconds.")]
     level: Annotated[str, doc("As Python's logging has it.", of="debug|info|warning|error|critical")]
     logger: Annotated[str, doc("Name of the part of the program.")]
-    message: Annotated[str, doc("One line.")]
+    message: Annotated[str, doc("What is said, for a person.")]
     machine: Name | None = None
     migration_id: MigrationId | None = None
     exception: Annotated[str | None, doc("Traceback of a mistake in postcopy, several lines.")] = None
