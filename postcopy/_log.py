@@ -19,18 +19,20 @@ from typing import Any, Protocol
 from postcopy.records import VERSION, as_json
 
 
-class _Migration(Protocol):
+class Loggable(Protocol):
+    """A migration, as far as a log line says which one it is."""
+
     machine_name: str
 
     @property
     def migration_id(self) -> str: ...
 
 
-_current: ContextVar[_Migration | None] = ContextVar("migration", default=None)
+_current: ContextVar[Loggable | None] = ContextVar("migration", default=None)
 
 
 @contextmanager
-def about(migration: _Migration) -> Iterator[None]:
+def about(migration: Loggable) -> Iterator[None]:
     """What this task, and those that it starts, log inside the block is about `migration`, which may not know its id
     yet."""
     token = _current.set(migration)

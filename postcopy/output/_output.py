@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import trio
 
-from postcopy._log import add_migration, json_line, json_record, plain_record
+from postcopy._log import Loggable, add_migration, json_line, json_record, plain_record
 from postcopy.errors import ResourceError
 from postcopy.output._view import LIVE_PERIOD_S, View
 from postcopy.output._writer import Kind, QueuedStream, Writer
@@ -47,8 +47,7 @@ class Output:
         )
         self._stalled = False  # that stdout is not read has been said
         self._kick = trio.Event()
-        self._last_progress: dict[str, Json] = {}  # by side
-        self._untold: set[str] = set()  # sides whose last progress was dropped
+        self._last_progress: dict[str, Json] = {}
         self.view = View()
         self.listeners: list[Callable[[str, Json], None]] = []
         """Called with every event, whether or not JSON was asked for; must not block."""
@@ -129,9 +128,10 @@ class Output:
 
     # ---- words
 
-    def say(self, text: str, kind: Kind = Kind.LASTING) -> None:
-        """A line for a person."""
-        self._write(self._line("info", text, text), kind)
+    def say(self, text: str, kind: Kind = Kind.LASTING, *, about: Loggable | None = None) -> None:
+        """A line for a person; `about`: the migration that it is about."""
+        known = {} if about is None else {"migration_id": about.migration_id, "machine": about.machine_name}
+        self._write(self._line("info", text, text, **known), kind)
 
     def complain(self, text: str) -> None:
         """The error that a command ends with."""
@@ -157,21 +157,18 @@ class Output:
     def emit(self, event: str, record: Record) -> None:
         """A JSON line, where they were asked for. Progress that says the same as before is left out."""
         fields = as_json(record)
-        kind, side = (Kind.PROGRESS, fields["side"]) if event == "progress" else (Kind.LASTING, "")
-        if kind is Kind.LASTING or fields != self._last_progress.get(side):
-            for listener in self.listeners:
-                listener(event, fields)
-        elif side not in self._untold:
-            return
-        if kind is Kind.PROGRESS:
+        if event == "progress":
+            side = fields["side"]
+            if fields == self._last_progress.get(side):
+                return
             self._last_progress[side] = fields
+        for listener in self.listeners:
+            listener(event, fields)
         if not self._as_json or self._stdout.gone:
             return
-        taken = self._stdout.put(self._event_line(event, fields), kind)
-        if taken:
-            self._untold.discard(side)
-        elif kind is Kind.PROGRESS:
-            self._untold.add(side)
+        taken = self._stdout.put(
+            self._event_line(event, fields), Kind.PROGRESS if event == "progress" else Kind.LASTING
+        )
         if not taken and not self._stalled and not self._stdout.gone:
             self._stalled = True
             self.say("postcopy: nobody reads the standard output: progress is dropped until somebody does")

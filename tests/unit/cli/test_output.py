@@ -265,28 +265,6 @@ def test_progress_that_says_the_same_is_left_out() -> None:
     assert told == ["active", "active", "completed", "completed", "completed"]
 
 
-def test_progress_that_was_dropped_is_said_again(pipe: Pipe) -> None:
-    """Although nothing changes any more: who reads again learns how it stands. Other listeners have been told."""
-    output = Output(True, pipe.stream, io.StringIO())
-    output.start()
-    told: list[str] = []
-    output.listeners.append(lambda event, data: told.append(data["error"]))
-    filling = Progress(side="dest", status="active", error="x" * 1000)
-    last = Progress(side="dest", status="completed", error="the last" + "x" * 2000)
-    for number in range(100):
-        filling.error = f"{number} {'x' * 1000}"
-        output.emit("progress", filling)
-    output.emit("progress", last)
-    pipe.unstuff()
-    pipe.read_until(lambda text: "output-dropped" in text and text.endswith("\n"))
-    output.emit("progress", last)
-    output.emit("progress", last)
-    output.emit("result", RESULT)
-    text = pipe.read_until(lambda text: "result" in text and text.endswith("\n"))
-    assert [parse_line(line)["event"] for line in text.splitlines()] == ["progress", "result"]
-    assert told.count(last.error or "") == 1
-
-
 def test_logging_from_threads_does_not_wait(pipe: Pipe) -> None:
     output = Output(False, io.StringIO(), pipe.stream)
     output.start()
