@@ -56,6 +56,7 @@ async def merge(
         "result",
         MergeResult(
             side="merge",
+            migration_id=merged.migration_id,
             image=image,
             directory=directory,
             from_dest=merged.from_dest_bytes,

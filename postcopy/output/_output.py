@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import trio
 
-from postcopy._log import add_migration, json_line, json_record, plain_record
+from postcopy._log import Loggable, add_migration, json_line, json_record, plain_record
 from postcopy.errors import ResourceError
 from postcopy.output._view import LIVE_PERIOD_S, View
 from postcopy.output._writer import Kind, QueuedStream, Writer
@@ -136,9 +136,10 @@ class Output:
 
     # ---- words
 
-    def say(self, text: str, kind: Kind = Kind.LASTING) -> None:
-        """A line for a person."""
-        self._write(self._line("info", text, text), kind)
+    def say(self, text: str, kind: Kind = Kind.LASTING, *, about: Loggable | None = None) -> None:
+        """A line for a person; `about`: the migration that it is about."""
+        known = {} if about is None else {"migration_id": about.migration_id, "machine": about.machine_name}
+        self._write(self._line("info", text, text, **known), kind)
 
     def complain(self, text: str) -> None:
         """The error that a command ends with."""

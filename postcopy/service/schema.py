@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 from postcopy import __version__
 from postcopy.errors import ConfigurationError, PostcopyError
-from postcopy.records import Json, Record, as_json
+from postcopy.records import VERSION, Json, Record, as_json
 from postcopy.service import options
 from postcopy.service.options import Option, check_address, flag, parse_name
 from postcopy.units import FOREVER
@@ -234,7 +234,7 @@ def _line(value: object) -> bytes:
 def greeting(side: str, pid: int) -> bytes:
     from postcopy.records.control import Greeted, Greeting  # which no parser needs
 
-    return _line(Greeting(postcopy=Greeted(version=__version__, side=side, pid=pid)))
+    return _line(Greeting(postcopy=Greeted(version=__version__, schema=VERSION, side=side, pid=pid)))
 
 
 def answer(value: Record, id: object = None) -> bytes:

@@ -439,7 +439,8 @@ class Service(abc.ABC):
             return
         self.output.say(
             f"{self.side}: salvage written to {path}"
-            + ("" if paused else "; the machine could not be paused while it was written")
+            + ("" if paused else "; the machine could not be paused while it was written"),
+            about=migration,
         )
 
     async def close_machine(self, owned: Owned) -> None:

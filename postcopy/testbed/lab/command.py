@@ -150,7 +150,7 @@ def _down(args: argparse.Namespace) -> int:
 
 def _tell(labs: list[reports.Lab], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(records.as_json(reports.Labs(labs=labs))))
+        print(json.dumps(records.as_json(reports.Labs(schema=records.VERSION, labs=labs))))
         return
     if not labs:
         print("no laboratory is up")

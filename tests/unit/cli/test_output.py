@@ -326,6 +326,23 @@ def test_progress_that_may_have_been_dropped_is_told_again(pipe: Pipe) -> None:
     assert parse_line(pipe.read_until(lambda text: text.endswith("\n")))["event"] == "result"
 
 
+def test_progress_that_says_the_same_is_left_out() -> None:
+    stdout = io.StringIO()
+    output = Output(True, stdout, None)
+    told: list[str] = []
+    output.listeners.append(lambda event, data: told.append(data["status"]))
+    for side, status in (("source", "active"), ("dest", "active"), ("source", "active"), ("source", "completed")):
+        output.emit("progress", Progress(side=side, status=status, error=None))
+    output.emit("result", RESULT)
+    output.emit("result", RESULT)
+    said = [(line["event"], line["side"], line["status"]) for line in map(parse_line, stdout.getvalue().splitlines())]
+    assert said[:3] == [("progress", side, "active") for side in ("source", "dest")] + [
+        ("progress", "source", "completed")
+    ]
+    assert len(said) == 5
+    assert told == ["active", "active", "completed", "completed", "completed"]
+
+
 def test_logging_from_threads_does_not_wait(pipe: Pipe) -> None:
     output = Output(False, io.StringIO(), pipe.stream)
     output.start()

@@ -68,6 +68,7 @@ async def test_a_connection_that_does_not_come(error: Exception) -> None:
     source = SourceMigration(machine, refused, SourceOptions(), peer=Address("far.example", 7))
     await source.run(trio.Event(), trio.Event())
     assert source.status == "failed"
+    assert source.ended_ns >= source.started_ns
     assert source.connected.is_set()
     assert str(error) in str(source.failure)
     await machine.close()

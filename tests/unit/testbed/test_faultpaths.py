@@ -469,8 +469,8 @@ def test_the_compare_command(found: Run, tmp_path: Path, capsys: pytest.CaptureF
         ("[]", "is a JSON array: not a report"),
         ("{}", "is an empty JSON object, without 'schema': not a report"),
         ('{"event": "result", "status": "completed"}', "is a JSON object with 'event', 'status', without 'schema'"),
-        ('{"schema": 1}', "is a JSON object with 'schema', without 'system'"),
-        ('{"schema": 9}', "is a report of schema 9, and this version reads 1"),
+        ('{"schema": 2}', "is a JSON object with 'schema', without 'system'"),
+        ('{"schema": 1}', "is a report of schema 1, and this version reads 2"),
     ],
 )
 def test_compare_with_something_else(
