@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any
 import trio
 
 from postcopy._stop import Stop
-from postcopy.errors import ResourceError
 from postcopy.output import Output
 from postcopy.records import Record, as_json
 from postcopy.records.commands import ChaosListening, ChaosResult
@@ -50,15 +48,11 @@ def make(given: dict[str, Any], output: Output) -> Callable[[Stop], Awaitable[bo
             words = ", ".join(f"{name} {value}" for name, value in as_json(record).items() if name != "side")
             output.say(f"{trio.current_time() - began_s:9.3f} s  {event}: {words}")
 
-        try:
-            async with open_chaos_proxy(target, plan, listen=listen, log=log) as proxy:
-                address = str(proxy.address)
-                log("listening", ChaosListening(side="chaos", address=address, to=str(target), seed=plan.seed))
-                await stop.wait()
-                output.emit("result", _result(plan, proxy.statistics))
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            raise ResourceError(f"cannot listen on {listen}: {reason}", "choose another address or port") from error
+        async with open_chaos_proxy(target, plan, listen=listen, log=log) as proxy:
+            address = str(proxy.address)
+            log("listening", ChaosListening(side="chaos", address=address, to=str(target), seed=plan.seed))
+            await stop.wait()
+            output.emit("result", _result(plan, proxy.statistics))
         return True
 
     return run
