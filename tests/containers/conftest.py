@@ -116,6 +116,8 @@ class Stage:
         assert settings.pop("restart") == "no"
         if settings.pop("read_only", False):
             arguments.append("--read-only")
+        if grace := settings.pop("stop_grace_period", ""):
+            arguments += ["--stop-timeout", grace.removesuffix("s")]
         for device in settings.pop("devices", []):
             if device in self._devices:
                 arguments += ["--device", f"{self._devices[device]}:{device}"]
