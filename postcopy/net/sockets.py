@@ -53,7 +53,7 @@ async def open_listeners(address: Address) -> list[trio.SocketListener]:
         if number == errno.EAFNOSUPPORT:
             reason = "this host has no IPv6"
         remedy = {
-            errno.EADDRINUSE: "choose another port, or end who has it: ss -ltnp",
+            errno.EADDRINUSE: "choose another port, or end the process that has it: ss -ltnp",
             errno.EADDRNOTAVAIL: "name an address of this host: ip address",
             errno.EACCES: "choose a port from 1024 on",
             errno.EAFNOSUPPORT: f"leave the host out: :{address.port}, or name an address of IPv4",
