@@ -38,8 +38,9 @@ log = logging.getLogger(__name__)
 async def open_listeners(address: Address) -> list[trio.SocketListener]:
     """Listens on every address that the host has by that name, at one port; without a host on every address of this
     host, in both families where it has both. `ResourceError` when that is not possible."""
+    families: list[str] = []
     try:
-        return await _listeners(address)
+        return await _listeners(address, families)
     except socket.gaierror as error:
         raise ResourceError(
             f"cannot listen on {address}: the name cannot be resolved ({error.strerror})",
@@ -58,16 +59,20 @@ async def open_listeners(address: Address) -> list[trio.SocketListener]:
             errno.EACCES: "choose a port from 1024 on",
             errno.EAFNOSUPPORT: f"leave the host out: :{address.port}, or name an address of IPv4",
         }.get(number or 0, "")
-        raise ResourceError(f"cannot listen on {address}: {one_line(reason, 200)}", remedy) from error
+        where = f" ({families[-1]})" if families and number != errno.EAFNOSUPPORT else ""
+        raise ResourceError(f"cannot listen on {address}{where}: {one_line(reason, 200)}", remedy) from error
 
 
-async def _listeners(address: Address) -> list[trio.SocketListener]:
+async def _listeners(address: Address, families: list[str]) -> list[trio.SocketListener]:
+    """`families`: what was tried, where the address does not say it."""
     if _is_everywhere(address.host):
+        families.append("IPv4 and IPv6")
         try:
             return [await _listener(socket.AF_INET6, "::", address.port, both=True)]
         except OSError as error:
             if address.host or error.errno != errno.EAFNOSUPPORT:
                 raise
+        families.append("IPv4")
         return [await _listener(socket.AF_INET, "0.0.0.0", address.port)]
     found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     targets = list(dict.fromkeys((family, _numeric(name)) for family, _, _, _, name in found))

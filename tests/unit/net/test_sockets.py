@@ -68,11 +68,12 @@ async def test_a_name_with_two_addresses_has_one_port() -> None:
         assert len({address.port for address in acceptor.addresses}) == 1
 
 
+@pytest.mark.needs("ipv6")
 @pytest.mark.parametrize("host", EVERYWHERE)
 async def test_a_port_that_has_an_owner_in_one_family(host: str) -> None:
     with socket.create_server(("0.0.0.0", 0)) as owner:
         address = c.Address(host, owner.getsockname()[1])
-        with pytest.raises(ResourceError, match=r"Address already in use.*choose another port"):
+        with pytest.raises(ResourceError, match=r"\(IPv4 and IPv6\): Address already in use.*choose another port"):
             await c.open_listeners(address)
 
 
@@ -237,6 +238,11 @@ async def _without_the_family() -> None:
             assert len(acceptor.addresses) == 1
             assert await called(acceptor, "127.0.0.1") == "127.0.0.1"
             assert c.everywhere(acceptor.addresses) == ("" if host else "IPv4")
+    with (
+        socket.create_server(("0.0.0.0", 0)) as owner,
+        pytest.raises(ResourceError, match=r"\*:\d+ \(IPv4\): Address alr"),
+    ):
+        await c.open_listeners(c.Address("", owner.getsockname()[1]))
     for host in ("::", "::1"):
         with pytest.raises(ResourceError, match=r"cannot listen on \[\S*\]:7: this host has no IPv6 .*: :7, or"):
             await c.open_listeners(c.Address(host, 7))
