@@ -163,6 +163,22 @@ def test_a_header_that_cffi_would_misread_is_refused(cdef: Any, header: str, rea
         cdef.extract(header)
 
 
+@pytest.mark.parametrize(
+    ("printed", "lacking"),
+    [
+        ("memcpy@GLIBC_2.14 U\n__umodti3@GCC_3.0 U\nPyList_New U\n__gmon_start__ w\n", []),
+        ("memcpy@GLIBC_2.14 U\nPyList_New U\nhelper U\npc_lost U\n", ["helper", "pc_lost"]),
+        ("memcpy U\nPyList_New U\n", []),  # musl
+        ("memcpy U\nPyList_New U\npc_lost U\n", ["pc_lost"]),
+    ],
+)
+def test_what_a_built_extension_lacks(cdef: Any, tmp_path: Path, printed: str, lacking: list[str]) -> None:
+    nm = tmp_path / "nm"
+    nm.write_text(f"#!/bin/sh\ncat <<'END'\n{printed}END\n")
+    nm.chmod(0o755)
+    assert cdef.unresolved(str(nm), tmp_path / "module.so") == lacking
+
+
 def test_a_function_that_no_c_file_defines_fails_the_build(tmp_path: Path) -> None:
     (tmp_path / "a.h").write_text(SMALL)
     (tmp_path / "a.c").write_text(
