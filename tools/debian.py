@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Minimal Debian systems for tests, made here: no registry of images is needed.
+"""Minimal Debian systems for tests, made here: no registry of images is needed; and what tests lack of Debian's.
+
+    debian.py install COMMAND...
 
 `base_archive` is Debian's minimal system with Python, by debootstrap from the mirror that apt uses here, as a tar file
 that is kept in build/debian. `Root` is a directory with such a system in which commands run, in namespaces of their
@@ -14,6 +16,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +26,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "debian"
 PACKAGES = {"dockerd": "docker.io", "docker": "docker.io", "debootstrap": "debootstrap", "ip": "iproute2",
-            "unshare": "util-linux", "setpriv": "util-linux", "chroot": "coreutils"}  # fmt: skip
+            "unshare": "util-linux", "setpriv": "util-linux", "chroot": "coreutils",
+            "zsh": "zsh", "fish": "fish", "man": "man-db"}  # fmt: skip
 PYTHONS = {"bookworm": (3, 11), "trixie": (3, 13)}  # that the releases have
 PREFIX = "postcopy-debian-"
 
@@ -224,3 +228,19 @@ def system(release: str) -> Iterator[Root]:
         root = Root(path)
         root(f"useradd --create-home --uid {Root.UID} user")
         yield root
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Installs the packages of commands that are missing, or says why not and that tests of them will skip."""
+    try:
+        ensure_installed(arguments)
+    except Failed as error:
+        say(str(error))
+        return int(os.environ.get("POSTCOPY_INSTALL") == "1")
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["install"]:
+        sys.exit("usage: debian.py install COMMAND...")
+    sys.exit(main(sys.argv[2:]))
