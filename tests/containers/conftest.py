@@ -114,6 +114,8 @@ class Stage:
         ):  # of no meaning for a single `docker run`
             settings.pop(key, None)
         assert settings.pop("restart") == "no"
+        hours = settings.pop("stop_grace_period").removesuffix("h")
+        arguments += ["--stop-timeout", str(int(hours) * 3600)]
         if settings.pop("read_only", False):
             arguments.append("--read-only")
         for device in settings.pop("devices", []):
