@@ -59,6 +59,7 @@ def run(command: Sequence[str | os.PathLike[str]], timeout_s: float, what: str, 
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            errors="replace",
             check=False,
             **keywords,
         )
@@ -172,7 +173,10 @@ def base_archive(release: str) -> Path:
         "dev",
     ]
     part = archive.with_suffix(".part")
-    with scratch(PREFIX) as directory:
+    with (CACHE / "lock").open("w") as lock, scratch(PREFIX) as directory:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if archive.exists():  # another run has made it meanwhile
+            return archive
         log = directory / "debootstrap.log"
         # In memory: dpkg syncs every file. (Package files that apt has here already are not fetched again.)
         script = (
@@ -208,8 +212,8 @@ class Root:
             'mount --rbind /dev "$0/dev" && mount -t proc proc "$0/proc" && exec chroot ${1:+--userspec="$1"} "$0"'
             ' env -i HOME="$2" PATH="$3" LANG=C.UTF-8 sh -c "$4"'
         )
-        who, home = (f"{self.UID}:{self.UID}", "/home/user") if user else ("", "/root")
-        words = ["sh", "-c", script, str(self.path), who, home, self.PATH, f"cd; exec 2>&1; {command}"]
+        ids, home = (f"{self.UID}:{self.UID}", "/home/user") if user else ("", "/root")
+        words = ["sh", "-c", script, str(self.path), ids, home, self.PATH, f"cd; exec 2>&1; {command}"]
         return run([*NAMESPACE, *words], timeout_s, command)
 
 
