@@ -7,6 +7,7 @@ The client has no `compose` everywhere, so the few settings that these files use
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -62,6 +63,23 @@ def substitute(value: Any, variables: dict[str, str]) -> Any:
         return variables.get(name, rest)
 
     return re.sub(r"\$\{(\w+)(:[-?])([^}]*)\}", replace, value)
+
+
+class ContainedSide(sides.Side):
+    """One whose signals go to the process in the container."""
+
+    def __init__(self, spawn_child: Callable[..., Any], name: str, *arguments: str, command: list[str]) -> None:
+        super().__init__(spawn_child, *arguments, command=command)
+        self._name = name
+
+    def signal(self, number: int) -> None:
+        docker("kill", "--signal", str(number), self._name, check=False)  # it may have ended
+
+
+class Observer(ContainedSide):
+    """docker/observer.py, whose lines are its own."""
+
+    parse = staticmethod(lambda text: [json.loads(line) for line in text.splitlines()])
 
 
 class Stage:
@@ -141,10 +159,11 @@ class Stage:
         self._containers.append(name)
         command = self._compose["services"][service]["command"]
         entrypoint = self._compose["services"][service].get("entrypoint")
+        kind = ContainedSide if entrypoint is None else Observer
         if entrypoint is not None:
             options, command = (*options, "--entrypoint", entrypoint[0]), [*entrypoint[1:], *command]
         run = ["docker", "run", "--name", name, *options, *self.arguments(service, seccomp)]
-        return sides.Side(self._spawn_child, *command, *more, command=run)
+        return kind(self._spawn_child, name, *command, *more, command=run)
 
     def run(self, service: str, entrypoint: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Another program in a container that is set up as `service`; what it wrote."""
@@ -156,9 +175,6 @@ class Stage:
 
     def kill(self, service: str) -> None:
         docker("kill", "--signal", "KILL", self.name_of(service))
-
-    def terminate(self, service: str) -> None:
-        docker("kill", "--signal", "TERM", self.name_of(service))
 
     def disconnect(self, service: str) -> None:
         docker("network", "disconnect", self._name, self.name_of(service))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
@@ -83,7 +84,7 @@ def test_holds_no_rights(stage: Any) -> None:
     assert status["NoNewPrivs"] == "1"
     assert status["Seccomp"] == "2"  # a filter
     assert status["Groups"].split() == ["65010", *(["65011"] if stage.file == "compose.yaml" else [])]
-    stage.terminate("dest")
+    dest.signal(signal.SIGTERM)
     dest.end()
 
 
@@ -120,7 +121,7 @@ def test_without_the_profile_nothing_can_be_received(stage: Any) -> None:
     assert dest.address
     source = stage.start("source", *QUICK_SOURCE, seccomp=False)
     dest.wait_for_errors("waiting for the next one")
-    stage.terminate("dest")
+    dest.signal(signal.SIGTERM)
     status, _, errors = dest.end()
     assert status == 1
     assert "userfaultfd" in errors
@@ -168,7 +169,7 @@ def test_destination_killed_before_commit(stage: Any) -> None:
         ),
     )
     source.operations_after(progress)
-    stage.terminate("source")
+    source.signal(signal.SIGTERM)
     status, result, _ = source.end()
     assert status == 1
     assert result["status"] == "failed"
@@ -183,7 +184,7 @@ def test_source_killed_after_commit(stage: Any) -> None:
     stage.kill("source")
     paused = dest.wait_status("postcopy-paused")
     assert paused["ram"]["remaining"] > 0
-    stage.terminate("dest")
+    dest.abandon()
     status, result, errors = dest.end()
     assert status == 1
     assert result["status"] == "postcopy-paused"

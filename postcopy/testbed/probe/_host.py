@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from postcopy._child import python
 from postcopy._files import explain_no_access, share_file
 from postcopy.records.reports import System
 from postcopy.testbed import _linux
@@ -143,7 +144,7 @@ def again_as_root() -> str:
         return container_option("--user 0")
     program, *arguments = sys.argv
     # (`python -m postcopy` has the file of the module there)
-    command = [sys.executable, "-m", "postcopy"] if program.endswith("__main__.py") else [program]
+    command = python("-m", "postcopy") if program.endswith("__main__.py") else [program]
     return f"sudo {shlex.join([*command, *arguments])}"
 
 

@@ -418,7 +418,7 @@ def test_the_module_of_a_device_is_named(
     files = {"/proc/cpuinfo": f"flags : fpu {flag}", f"/lib/modules/{os.uname().release}/modules.dep": file}
     monkeypatch.setattr(_host, "read", lambda path: files.get(path, ""))
     monkeypatch.setattr(_host, "in_container", lambda: False)
-    monkeypatch.setattr(_host.os.path, "exists", lambda path: there)
+    monkeypatch.setattr(os.path, "exists", lambda path: there)
     assert remedy in _host.kvm_remedy(errno.ENODEV if there else errno.ENOENT)
 
 
