@@ -65,19 +65,8 @@ def substitute(value: Any, variables: dict[str, str]) -> Any:
     return re.sub(r"\$\{(\w+)(:[-?])([^}]*)\}", replace, value)
 
 
-class ContainedSide(sides.Side):
-    """One whose signals go to the process in the container."""
-
-    def __init__(self, spawn_child: Callable[..., Any], name: str, *arguments: str, command: list[str]) -> None:
-        super().__init__(spawn_child, *arguments, command=command)
-        self._name = name
-
-    def signal(self, number: int) -> None:
-        docker("kill", "--signal", str(number), self._name, check=False)  # it may have ended
-
-
-class Observer(ContainedSide):
-    """docker/observer.py, whose lines are its own."""
+class Observer(sides.Side):
+    """docker/observer.py: its lines are no output of `postcopy`, and have no schema."""
 
     parse = staticmethod(lambda text: [json.loads(line) for line in text.splitlines()])
 
@@ -132,10 +121,10 @@ class Stage:
         ):  # of no meaning for a single `docker run`
             settings.pop(key, None)
         assert settings.pop("restart") == "no"
-        hours = settings.pop("stop_grace_period").removesuffix("h")
-        arguments += ["--stop-timeout", str(int(hours) * 3600)]
         if settings.pop("read_only", False):
             arguments.append("--read-only")
+        if grace := settings.pop("stop_grace_period", ""):
+            arguments += ["--stop-timeout", grace.removesuffix("s")]
         for device in settings.pop("devices", []):
             if device in self._devices:
                 arguments += ["--device", f"{self._devices[device]}:{device}"]
@@ -159,11 +148,11 @@ class Stage:
         self._containers.append(name)
         command = self._compose["services"][service]["command"]
         entrypoint = self._compose["services"][service].get("entrypoint")
-        kind = ContainedSide if entrypoint is None else Observer
         if entrypoint is not None:
             options, command = (*options, "--entrypoint", entrypoint[0]), [*entrypoint[1:], *command]
         run = ["docker", "run", "--name", name, *options, *self.arguments(service, seccomp)]
-        return kind(self._spawn_child, name, *command, *more, command=run)
+        kind = Observer if service == "observer" else sides.Side
+        return kind(self._spawn_child, *command, *more, command=run)
 
     def run(self, service: str, entrypoint: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Another program in a container that is set up as `service`; what it wrote."""
@@ -175,6 +164,9 @@ class Stage:
 
     def kill(self, service: str) -> None:
         docker("kill", "--signal", "KILL", self.name_of(service))
+
+    def terminate(self, service: str) -> None:
+        docker("kill", "--signal", "TERM", self.name_of(service))
 
     def disconnect(self, service: str) -> None:
         docker("network", "disconnect", self._name, self.name_of(service))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import signal
 from typing import Any
 
 import pytest
@@ -84,7 +83,7 @@ def test_holds_no_rights(stage: Any) -> None:
     assert status["NoNewPrivs"] == "1"
     assert status["Seccomp"] == "2"  # a filter
     assert status["Groups"].split() == ["65010", *(["65011"] if stage.file == "compose.yaml" else [])]
-    dest.signal(signal.SIGTERM)
+    stage.terminate("dest")
     dest.end()
 
 
@@ -121,7 +120,7 @@ def test_without_the_profile_nothing_can_be_received(stage: Any) -> None:
     assert dest.address
     source = stage.start("source", *QUICK_SOURCE, seccomp=False)
     dest.wait_for_errors("waiting for the next one")
-    dest.signal(signal.SIGTERM)
+    stage.terminate("dest")
     status, _, errors = dest.end()
     assert status == 1
     assert "userfaultfd" in errors
@@ -169,7 +168,7 @@ def test_destination_killed_before_commit(stage: Any) -> None:
         ),
     )
     source.operations_after(progress)
-    source.signal(signal.SIGTERM)
+    stage.terminate("source")
     status, result, _ = source.end()
     assert status == 1
     assert result["status"] == "failed"
@@ -184,7 +183,7 @@ def test_source_killed_after_commit(stage: Any) -> None:
     stage.kill("source")
     paused = dest.wait_status("postcopy-paused")
     assert paused["ram"]["remaining"] > 0
-    dest.abandon()
+    dest.abandon()  # the client passes the signals on
     status, result, errors = dest.end()
     assert status == 1
     assert result["status"] == "postcopy-paused"

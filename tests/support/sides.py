@@ -19,7 +19,7 @@ DEADLINE_S = 60.0
 class Side:
     """One `postcopy` process; killed with its test by `spawn_child`."""
 
-    parse: Callable[[str], list[Json]] = staticmethod(parse_lines)
+    parse = staticmethod(parse_lines)
 
     def __init__(
         self,
