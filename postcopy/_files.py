@@ -48,8 +48,9 @@ def share_file(name: str) -> str:
 UDEV_RULE = "60-postcopy.rules"
 
 
-def explain_no_access(device: str) -> tuple[str, str]:
-    """Why this process may not open a device that is there (EACCES, EPERM), and what to do about it."""
+def explain_no_access(device: str, *, contained: bool = False) -> tuple[str, str]:
+    """Why this process may not open a device that is there (EACCES, EPERM), and what to do about it. `contained`: in a
+    container, whose groups and files are not its host's."""
     try:
         found = os.stat(device)
     except OSError as error:
@@ -63,9 +64,12 @@ def explain_no_access(device: str) -> tuple[str, str]:
     owner, group = _name_of("passwd", found.st_uid), _name_of("group", found.st_gid)
     why = f"{device} is {owner}:{group} {stat.S_IMODE(found.st_mode):04o}"
     if found.st_gid and found.st_mode & 0o060 == 0o060:
-        if not group.isdigit():
-            return why, f"usermod -a -G {group} {_name_of('passwd', os.geteuid())}, as root; then log in again"
-        return why, f"docker run --group-add {group} ... (that group owns the device)"
+        if contained or group.isdigit():
+            return why, f"docker run --group-add {found.st_gid} ... (that group owns the device)"
+        return why, f"usermod -a -G {group} {_name_of('passwd', os.geteuid())}, as root; then log in again"
+    if contained:
+        rule = f"on the host: install the udev rule {UDEV_RULE}, then docker run --group-add GID ..."
+        return why, f"{rule} (docs/containers.md)"
     return why, f"install the udev rule {share_file(UDEV_RULE)} and join its group, kvm: see docs/privileges.md"
 
 

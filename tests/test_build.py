@@ -272,6 +272,14 @@ def test_setup_names_missing_headers(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].split()[-2:] == ["libc6-dev", "linux-libc-dev"]
 
 
+def test_packages_that_tests_need_are_named_and_not_installed_unasked(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "debian.py"), "install", "man", "zsh"]
+    environment = {"PATH": str(_bin_without(tmp_path)), "POSTCOPY_INSTALL": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0  # their tests will skip
+    assert "Debian's man-db zsh is missing: `apt-get install --no-install-recommends man-db zsh`" in done.stdout
+
+
 # --- run_step.py ------------------------------------------------------------------------------------------------------
 
 

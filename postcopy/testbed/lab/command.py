@@ -16,6 +16,8 @@ from postcopy.testbed.lab._lab import Lab, down, names
 from postcopy.testbed.lab._plan import DEFAULT_NAME, MAX_HOSTS, MAX_MTU, MIN_MTU, LabPlan, parse_delay_us, parse_rate
 from postcopy.units import argument, check_word, parse_whole
 
+CHANGES = ("cut", "heal", "rate", "delay")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="lab", required=True, metavar="COMMAND")
@@ -55,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     link = add("link", "change a host's cable", "link h2 cut", "link h2 delay 5ms")
     link.add_argument("host", metavar="HOST", help="host whose cable it is, as h1")
-    link.add_argument("change", metavar="cut|heal|rate|delay", help="what happens to it")
+    change = link.add_argument("change", metavar="|".join(CHANGES), help="what happens to it")
+    change.words = CHANGES  # type: ignore[attr-defined] # which completion offers
     link.add_argument("value", nargs="?", metavar="VALUE", help="rate: 100mbit, 10MiB/s or off; delay: 5ms or off")
     link.add_argument(
         "--to",
@@ -99,7 +102,7 @@ def _exec(args: argparse.Namespace) -> int:
 
 
 def _link(args: argparse.Namespace) -> int:
-    check_word(args.change, ("cut", "heal", "rate", "delay"))
+    check_word(args.change, CHANGES)
     if (args.value is None) == (args.change in ("rate", "delay")):
         takes = "a value" if args.value is None else "no value"
         raise ConfigurationError(f"link {args.change} takes {takes}: cut, heal, rate RATE or delay TIME")
