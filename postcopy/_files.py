@@ -84,6 +84,15 @@ def _name_of(table: str, number: int) -> str:
         return str(number)
 
 
+def absolute(path: str) -> str:
+    """`ConfigurationError` where that cannot be said: what runs here may outlive the directory it was started in."""
+    try:
+        return os.path.abspath(path)
+    except OSError as error:
+        why = f"{path or '.'}: the current directory is gone ({error.strerror})"
+        raise ConfigurationError(f"{why}; go to another one, or name an absolute path") from error
+
+
 def explain_bad_name(path: str) -> str:
     """Why a path could be no file's, whatever there is; empty when it could."""
     if not path:
@@ -237,7 +246,7 @@ def _check_name(what: str, path: str) -> None:
 
 
 def _split(path: str) -> tuple[str, str]:
-    return os.path.split(os.path.abspath(path))
+    return os.path.split(absolute(path))
 
 
 def _other_name(name: str) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import sys
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ import trio
 from postcopy._stop import Stop
 from postcopy.cli._parser import add_command, add_option, with_default
 from postcopy.cli.sides import Run
-from postcopy.errors import ConfigurationError, MigrationError, known_error
+from postcopy.errors import ConfigurationError, MigrationError, PeerError, known_error, leaves
 from postcopy.output import Output
 from postcopy.output.words import format_duration
 from postcopy.records import Json
@@ -25,6 +26,8 @@ from postcopy.service.options import CONTROL, default_control, flag
 from postcopy.service.render import render_answer
 from postcopy.service.schema import COMMANDS, ControlError, plain
 from postcopy.units import format_size
+
+log = logging.getLogger(__name__)
 
 TOP = "top"
 TOP_HELP = "show all machines and migrations of the process, again and again, until it ends, or Ctrl-C"
@@ -56,7 +59,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make(given: dict[str, Any], output: Output) -> Run:
-    return CtlCommand(given, output).run
+    command = CtlCommand(given, output)
+
+    async def run(stop: Stop) -> bool:
+        try:
+            return await command.run(stop)
+        except* (AttributeError, LookupError, TypeError, ValueError) as mistakes:
+            # An answer that is not as it should be: the socket may be of anything.
+            log.debug("an answer that is not understood", exc_info=mistakes)
+            mistake = next(leaves(mistakes))
+            what = f"{type(mistake).__name__}: {mistake}"
+            raise PeerError(f"the process does not answer as postcopy does ({what})") from None
+
+    return run
 
 
 class CtlCommand:

@@ -233,6 +233,8 @@ def read(path: str) -> Salvage:
     except OSError as error:
         if not os.path.isdir(path):
             what = "is not a directory" if os.path.lexists(path) else "does not exist"
+            if error.errno == errno.EACCES:  # nothing is known of it
+                what = f"cannot be read: {error.strerror}"
             raise ConfigurationError(f"{path} {what}; name a directory that --salvage has written") from error
         why = "it has no" if isinstance(error, FileNotFoundError) else f"{_reason(error)}:"
         raise ConfigurationError(

@@ -8,6 +8,7 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import trio
 
@@ -15,6 +16,7 @@ from postcopy.errors import PeerError
 from postcopy.records import VERSION, Json
 from postcopy.service.options import check_control_path
 from postcopy.service.schema import MAX_ANSWER_BYTES, ControlError, LineSplitter, parse_json
+from postcopy.wire import one_line
 
 ANSWER_TIMEOUT_S = 60.0
 BUSY_POLL_S = 0.02
@@ -112,10 +114,13 @@ class ControlClient:
             if not data:
                 raise ProcessGoneError(f"{self._path}: the process has closed the connection")
             try:
-                self._lines += [parse_json(line) for line in self._splitter.feed(bytes(data))]
-            except ControlError as error:
+                self._lines += [_printable(parse_json(line)) for line in self._splitter.feed(bytes(data))]
+            except (ControlError, RecursionError) as error:
                 raise PeerError(f"{self._path}: that is not a postcopy control socket ({error})") from None
-        return self._lines.pop(0)
+        line = self._lines.pop(0)
+        if "event" in line and not (isinstance(line["event"], str) and isinstance(line.get("data"), dict)):
+            raise PeerError(f"{self._path}: an event without a name or data")
+        return line
 
     def _value(self, line: Json) -> Json:
         error = line.get("error")
@@ -125,6 +130,18 @@ class ControlClient:
         if not isinstance(value, dict):
             raise PeerError(f"{self._path}: an answer without a return value")
         return value
+
+
+def _printable(value: Any) -> Any:
+    """All text in it made one line each, with nothing that moves a cursor: it is shown in a terminal, and any process
+    may have made a socket of this path."""
+    if isinstance(value, str):
+        return value if value.isprintable() else one_line(value, len(value))
+    if isinstance(value, list):
+        return [_printable(part) for part in value]
+    if isinstance(value, dict):
+        return {_printable(key): _printable(part) for key, part in value.items()}
+    return value
 
 
 async def _connect(path: str) -> trio.SocketStream:

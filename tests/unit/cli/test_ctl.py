@@ -6,16 +6,20 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import socket
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import trio
 
 from postcopy._stop import Stop
-from postcopy.cli.ctl import CtlCommand
-from postcopy.errors import ConfigurationError, MigrationError, PeerError, known_error
+from postcopy.cli.ctl import CtlCommand, make
+from postcopy.errors import ConfigurationError, MigrationError, PeerError, PostcopyError, known_error
 from postcopy.output import Output
+from postcopy.records import VERSION
 from postcopy.service.client import ControlClient, ProcessGoneError
 from postcopy.service.schema import ControlError
 
@@ -175,3 +179,83 @@ async def test_top_of_a_process_that_hangs_is_not_its_end(
     with pytest.raises(BaseExceptionGroup) as caught:
         await run(monkeypatch, Hangs(), Stop(), request="top")
     assert str(known_error(caught.value)) == "x: status was not answered within 60 s"
+
+
+ESCAPES = "\x1b]0;title\x07\x1b[31mred\u202eder\nline\r\x9b"
+
+
+@asynccontextmanager
+async def answering(path: str, *answers: dict[str, Any]) -> AsyncIterator[None]:
+    """A socket with a greeting, on which anything is answered with these lines."""
+
+    async def serve(stream: trio.SocketStream) -> None:
+        await stream.send_all(b'{"postcopy": {"version": "1", "schema": %d}}\n' % VERSION)
+        with suppress(trio.BrokenResourceError):
+            async for asked in stream:
+                for line in asked.splitlines():
+                    for answer in answers:
+                        await stream.send_all(json.dumps({"id": json.loads(line)["id"], **answer}).encode() + b"\n")
+
+    listener = trio.socket.socket(socket.AF_UNIX)
+    await listener.bind(path)
+    listener.listen()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, serve, [trio.SocketListener(listener)])
+        yield
+        nursery.cancel_scope.cancel()
+
+
+async def ask(path: str, request: str, **given: Any) -> None:
+    """`PostcopyError` as the command line takes it from there; a traceback is anything else."""
+    output = Output(False, io.StringIO(), io.StringIO())
+    try:
+        with trio.fail_after(60):
+            await make({"request": request, "control": path, **given}, output)(Stop())
+    except BaseExceptionGroup as group:
+        raise known_error(group) from group
+    finally:
+        output.close()
+
+
+@pytest.mark.parametrize("answer", [{}, {"machines": "x"}, {"machines": [{}]}, {"commands": [1]}])
+@pytest.mark.parametrize("request_", ["status", "commands", "migrate", "start", "top"])
+async def test_answers_that_are_none(tmp_path: Path, request_: str, answer: dict[str, Any]) -> None:
+    """Of a socket that is no postcopy's. What is missing may be no matter; it is never a traceback."""
+    path = str(tmp_path / "socket")
+    async with answering(path, {"return": answer}, {"event": "migration-ended", "data": {"migration-id": None}}):
+        with suppress(PostcopyError):
+            if request_ == "top":
+                with trio.move_on_after(1.5):
+                    await ask(path, request_)
+            else:
+                await ask(path, request_, to="a:1", kind="rv64")
+
+
+async def test_event_without_data(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    async with answering(path, {"return": {}}, {"event": "progress"}):
+        with pytest.raises(PeerError, match="an event without a name or data"):
+            await ask(path, "migrate", to="a:1")
+
+
+@pytest.mark.parametrize("request_", ["status", "commands", "end", "migrate"])
+async def test_no_escapes(tmp_path: Path, capsys: pytest.CaptureFixture[str], request_: str) -> None:
+    """What the process says moves no cursor, whatever it is."""
+    path = str(tmp_path / "socket")
+    answer = {
+        "side": ESCAPES,
+        "listening": [ESCAPES],
+        "machines": [{"name": ESCAPES, "kind": ESCAPES, "guest": {"state": ESCAPES}}],
+        "commands": [{"name": ESCAPES, "help": ESCAPES}],
+        "machine": ESCAPES,
+        "migration-id": "ff",
+    }
+    async with answering(path, {"return": answer}):
+        await ask(path, request_, **({"to": "a:1", "detach": True} if request_ == "migrate" else {}))
+    async with answering(path + "2", {"error": {"class": "Failed", "desc": ESCAPES}}):
+        with pytest.raises(ControlError):
+            await ask(path + "2", request_, to="a:1")
+    text = capsys.readouterr().out
+    assert all(char.isprintable() or char == "\n" for char in text), repr(text)
+    assert request_ == "end" or "red" in text
+    assert "\nline" not in text
