@@ -153,6 +153,7 @@ def test_python_examples(document: Path) -> None:
         tree = compile(code, str(document), "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("postcopy"):
+                assert "._" not in f"{node.module}", f"{node.module} is private"
                 for name in node.names:
                     if not hasattr(import_module(str(node.module)), name.name):
                         import_module(f"{node.module}.{name.name}")
