@@ -169,8 +169,8 @@ def _chunks(body: str) -> Iterator[str]:
 
 
 def module(name: str, *options: str) -> str:
-    """What a module says of itself, and with `members` what it exports."""
-    flags = "".join(f"   :{option}:\n" for option in options)
+    """What a module says of itself, and with `members` what it exports; an option may have a value, as `NAME=A,B`."""
+    flags = "".join(f"   :{name}: {value}\n" for name, _, value in (option.partition("=") for option in options))
     return _rst(f".. automodule:: {name}\n{flags}")
 
 

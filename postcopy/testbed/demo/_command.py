@@ -349,6 +349,8 @@ async def _pull_the_cable(source: Side[SourceResult], dest: Side[DestResult], ho
     noticed_s = trio.current_time()
     await trio.to_thread.run_sync(host.heal)
     healed_s = trio.current_time()
+    rate = host.lab.rate_of(host.name)
+    assert rate is not None  # the demo has set it
     hosts = {"source": source.host, "dest": dest.host}
     cut = LabCut(
         host=host.name,
@@ -360,7 +362,7 @@ async def _pull_the_cable(source: Side[SourceResult], dest: Side[DestResult], ho
         DemoLab(
             name=host.lab.name,
             mtu=host.lab.mtu,
-            rate_bytes_per_s=host.lab.rate_of(host.name),
+            rate_bytes_per_s=rate,
             hosts={
                 side: LabHost(name=one.name, ipv4=one.ipv4, ipv6=one.ipv6)
                 for side, one in hosts.items()
