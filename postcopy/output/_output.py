@@ -37,8 +37,11 @@ class Output:
         """`as_json`, `log_json`: see `configure`."""
         self.configure(as_json, log_json)
         self._began = time.monotonic()
-        self._stdout = Writer(stdout, self._dropped_events)
         self._stderr = Writer(stderr, self._dropped_lines)
+        # On one terminal one thread writes both, in order: what takes the live view away must not take away the result,
+        # which comes after it.
+        one = _same_terminal(stdout, stderr)
+        self._stdout = self._stderr if one else Writer(stdout, self._dropped_events)
         # A command may end when the reader of its results has gone. It goes on when that of its messages has gone: Rich
         # must not see that, since it raises SystemExit then.
         self._streams = (
@@ -121,9 +124,13 @@ class Output:
         self._stderr.close()
         return complete or not self.has_answered
 
-    def _dropped_events(self, count: int) -> str:
+    def _read_again(self) -> None:
+        """Lines were dropped, and there is a reader again."""
         self._stalled = False
-        self._last_progress = {}  # the last one may be among those: it is due again, even if nothing has changed
+        self._last_progress = {}  # the last one may be among them: it is due again, even if nothing has changed
+
+    def _dropped_events(self, count: int) -> str:
+        self._read_again()
         if self._as_json:
             from postcopy.records.events import OutputDropped  # milliseconds at every start
 
@@ -131,6 +138,7 @@ class Output:
         return f"postcopy: {count} lines are missing here: nobody read them\n"
 
     def _dropped_lines(self, count: int) -> str:
+        self._read_again()
         text = f"{count} lines are missing here: nobody read them"
         return self._line("warning", text, f"postcopy: warning: {text}", dropped=count) + "\n"
 
@@ -240,6 +248,15 @@ class Output:
     def _plain(self, now: Json) -> None:
         if line := self.view.line(now):
             self.say(line, Kind.PROGRESS)
+
+
+def _same_terminal(one: TextIO | None, other: TextIO | None) -> bool:
+    if one is None or other is None:
+        return False
+    try:
+        return one.isatty() and other.isatty() and os.path.sameopenfile(one.fileno(), other.fileno())
+    except (OSError, ValueError):  # closed, or without a descriptor
+        return False
 
 
 class LogHandler(logging.Handler):

@@ -84,7 +84,8 @@ class View:
                 share, remaining = arrived / total, total - arrived
                 bar = "█" * round(_BAR * share) + "░" * (_BAR - round(_BAR * share))
                 result.append(("memory", f"{bar} {100 * share:3.0f} %, {format_size(arrived)} of {format_size(total)}"))
-            result.append(("network", f"{format_size(transferred)} transferred, {format_speed(rate)}"))
+            speed = f", {format_speed(rate)}" if rate else ""  # not known yet, or nothing moves
+            result.append(("network", f"{format_size(transferred)} transferred{speed}"))
         result.append(("time", self._time(rate, remaining)))
         if ram.get("demand-pages") or ram.get("background-pages"):
             demand = f"{ram['demand-pages']} on demand"

@@ -198,7 +198,7 @@ def test_an_answer_that_is_not_read_can_be_given_up(number: signal.Signals) -> N
             assert time.monotonic() < deadline
             process.send_signal(number)
             time.sleep(0.05)
-        assert process.returncode == 1
+        assert process.returncode in (1, -number)  # the signal itself: another one came after its end
         assert process.stderr is not None
         assert b"Traceback" not in process.stderr.read()
     finally:

@@ -219,7 +219,7 @@ def test_top(
     here, _, address = _two(daemon)
     at = operator("a")
     at.wait("machine", lambda machines: "vm1" in machines)
-    live = terminal("ctl", "--control", str(at.path), "top")
+    live = terminal("ctl", "--control", str(at.path), "top", columns=120)  # where no cell is broken into lines
     live.wait_for("1 machine, 0 migrating")
     shown, said = tmp_path / "shown", tmp_path / "said"
     with shown.open("w") as out, said.open("w") as errors:

@@ -257,6 +257,30 @@ def test_the_cursor_is_shown_again(monkeypatch: pytest.MonkeyPatch) -> None:
         assert output.close()
 
 
+def test_a_result_comes_after_the_live_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one terminal: what takes the view away would take the result away that was written before."""
+    monkeypatch.setenv("TERM", "xterm")
+    controlling, terminal = os.openpty()
+    with (
+        os.fdopen(terminal, "w") as stderr,
+        os.fdopen(os.dup(terminal), "w") as stdout,
+        os.fdopen(controlling, "rb", buffering=0) as screen,
+    ):
+        output = Output(False, stdout, stderr)
+        output.start()
+        with output.standard_streams():
+            with output._live_view() as draw:
+                assert draw is not None
+                for number in range(20):  # more than the terminal takes before it is read
+                    draw({"side": "dest", "status": f"{number} {'x' * 1000}"})
+            print("the result")
+        text = b""
+        while b"the result\r\n" not in text or b"\x1b[?25h" not in text:
+            text += screen.read(65536)
+        assert text.endswith(b"the result\r\n")
+        assert output.close()
+
+
 def test_no_room_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tried again, whole, as long as there is time; progress is dropped."""
     monkeypatch.setattr(_writer, "STALLED_S", 0.1)

@@ -101,6 +101,11 @@ def test_a_plain_line_has_labels_and_says_nothing_twice() -> None:
     assert "machine: " not in view.line(now | {"status": "completed"})  # what it is was said
 
 
+def test_a_rate_that_is_not_known_is_not_zero() -> None:
+    now = {"side": "dest", "status": "postcopy-active", "ram": RAM}
+    assert dict(View().rows(now))["network"] == "48 MiB transferred"
+
+
 def test_a_table_of_machines() -> None:
     job = {
         "migration-id": "ff", "status": "postcopy-active", "direction": "incoming", "ram": RAM, "pending-faults": 2,
