@@ -98,10 +98,15 @@ class Output:
                 f"no thread for the output: {error}", "allow this user, or its control group, more processes"
             ) from error
 
+    @property
+    def has_printed(self) -> bool:
+        """Whether there is more on stdout than events."""
+        return self._streams[0].used
+
     def close(self) -> bool:
         """Waits until what is queued has been read: events and messages for a bounded time, what was printed, a
         command's answer, as long as its reader takes. Says so when something was lost; False when that was printed."""
-        printed = self._streams[0].used
+        printed = self.has_printed
         if printed:
             self._stdout.close(math.inf, math.inf)
         else:
