@@ -19,21 +19,21 @@ POSTCOPY = [sys.executable, "-m", "postcopy"]
 RV64 = "source --machine rv64 --listen 127.0.0.1:0"
 DEST = "dest --listen 127.0.0.1:0"
 LINES = [
-    (f"{DEST} --salvage", "no right to write into"),
-    (f"{DEST} --dump", "no right to write into"),
-    (f"{DEST} --metrics-file", "no right to write into"),
-    (f"{DEST} --control", "no right to write into"),
+    (f"{DEST} --salvage", "this user may not write into directory"),
+    (f"{DEST} --dump", "this user may not write into directory"),
+    (f"{DEST} --metrics-file", "this user may not write into directory"),
+    (f"{DEST} --control", "this user may not write into directory"),
     (f"{DEST} --disk", "Permission denied"),
     ("dest --peer-file", "Permission denied"),
     ("source --machine image --listen 127.0.0.1:0 --image", "Permission denied"),
     (f"{RV64} --workload disk --disk", "Permission denied"),
-    (f"{RV64} --salvage", "no right to write into"),
-    (f"{RV64} --control", "no right to write into"),
-    (f"{RV64} --metrics-file", "no right to write into"),
+    (f"{RV64} --salvage", "this user may not write into directory"),
+    (f"{RV64} --control", "this user may not write into directory"),
+    (f"{RV64} --metrics-file", "this user may not write into directory"),
     ("source --machine rv64 --peer-file", "Permission denied"),
     ("source --listen 127.0.0.1:0 --from", "Permission denied"),
-    ("daemon --control", "no right to write into"),
-    ("daemon --control SOCKET --metrics-file", "no right to write into"),
+    ("daemon --control", "this user may not write into directory"),
+    ("daemon --control SOCKET --metrics-file", "this user may not write into directory"),
     ("daemon --control SOCKET --disk", "Permission denied"),
 ]
 
@@ -70,7 +70,7 @@ def test_directory_that_does_not_exist(tmp_path: Path, line: str, reason: str) -
     words = [str(tmp_path / "socket") if one == "SOCKET" else one for one in line.split()]
     command = [*POSTCOPY, *words, str(missing / "x.prom")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    made = reason.startswith("no right") or (line.endswith("--disk") and not line.startswith("source"))
+    made = reason.startswith("this user") or (line.endswith("--disk") and not line.startswith("source"))
     _complains(done, 2, f"directory {missing} does not exist" if made else "No such file", str(missing))
 
 
