@@ -16,21 +16,23 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-from postcopy.records import as_json
+from postcopy.records import VERSION, as_json
 
 
-class _Migration(Protocol):
+class Loggable(Protocol):
+    """A migration, as far as a log line says which one it is."""
+
     machine_name: str
 
     @property
     def migration_id(self) -> str: ...
 
 
-_current: ContextVar[_Migration | None] = ContextVar("migration", default=None)
+_current: ContextVar[Loggable | None] = ContextVar("migration", default=None)
 
 
 @contextmanager
-def about(migration: _Migration) -> Iterator[None]:
+def about(migration: Loggable) -> Iterator[None]:
     """What this task, and those that it starts, log inside the block is about `migration`, which may not know its id
     yet."""
     token = _current.set(migration)
@@ -54,7 +56,8 @@ def json_line(level: str, logger: str, message: str, when_s: float, **more: Any)
 
     time = datetime.fromtimestamp(when_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     known = {name: value for name, value in more.items() if value}
-    return json.dumps(as_json(LogLine(time=time, level=level, logger=logger, message=message, **known)))
+    line = LogLine(schema=VERSION, time=time, level=level, logger=logger, message=message, **known)
+    return json.dumps(as_json(line))
 
 
 def plain_record(record: logging.LogRecord) -> str:

@@ -61,9 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             # reader.
             output.say(traceback.format_exc().rstrip())
     finally:
-        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C while a reader is waited for
-            if not output.close() and status == EXIT_OK:
-                status = EXIT_FAILED
+        if output.has_answered:  # its reader is waited for, however long it takes: that must have an end
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.default_int_handler)
+        try:
+            complete = output.close()
+        except KeyboardInterrupt:
+            complete = False
+        if not complete and status == EXIT_OK:
+            status = EXIT_FAILED
         if argv is not None:  # this process goes on
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -106,10 +112,9 @@ def _run(
         try:
             done = trio.run(_with_signals, run, keeps, route, strict_exception_groups=True)
         finally:
-            # A signal that comes with the last one must not end the process while it writes its result, which takes a
-            # bounded time; a reader of what was printed may take any time.
+            # A signal that comes with the last one must not end the process while it writes its result.
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.default_int_handler if output.has_printed else signal.SIG_IGN)
+                signal.signal(number, signal.SIG_IGN)
         return EXIT_OK if done else EXIT_FAILED
     except BaseExceptionGroup as group:
         return _failed(known_error(group), output)

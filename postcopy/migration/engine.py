@@ -94,7 +94,7 @@ class Engine(abc.ABC, Generic[P, D]):
         self.over = False  # there is no connection, and none is looked for
         self.recoveries = Recoveries()
         self.started_ns = now_ns()
-        self.committed_ns = self.running_ns = self.completed_ns = 0  # when; 0: not yet
+        self.committed_ns = self.running_ns = self.completed_ns = self.ended_ns = 0  # when; 0: not yet
         self.downtime_ns = self.total_ns = 0  # as the source has measured them
         self._protocol: P = protocol
         self._link = link
@@ -245,7 +245,7 @@ class Engine(abc.ABC, Generic[P, D]):
                 log.error("%s", self.failure)
                 self._protocol.connection_lost(str(self.failure))
             finally:
-                self.over = True
+                self.over, self.ended_ns = True, now_ns()
                 self._change()
 
     async def _converse(self, plan: Plan[P]) -> None:

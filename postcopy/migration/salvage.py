@@ -233,6 +233,8 @@ def read(path: str) -> Salvage:
     except OSError as error:
         if not os.path.isdir(path):
             what = "is not a directory" if os.path.lexists(path) else "does not exist"
+            if error.errno == errno.EACCES:  # nothing is known of it
+                what = f"cannot be read: {error.strerror}"
             raise ConfigurationError(f"{path} {what}; name a directory that --salvage has written") from error
         why = "it has no" if isinstance(error, FileNotFoundError) else f"{_reason(error)}:"
         raise ConfigurationError(
@@ -253,6 +255,7 @@ def _reason(error: Exception) -> str:
 class Merged:
     """What became of two salvages. Pages are the smaller ones of the two sides."""
 
+    migration_id: str
     from_dest_bytes: int
     from_source_bytes: int
     doubtful_bytes: int
@@ -355,7 +358,8 @@ def _merge(
     counts = dict.fromkeys((DEST, SOURCE, MERGED), 0)
     doubtful: list[dict[str, Any]] = []
     doubtful_bytes = 0
-    for number, block in enumerate(next(iter(salvages.values())).manifest.blocks):
+    first_manifest = next(iter(salvages.values())).manifest
+    for number, block in enumerate(first_manifest.blocks):
         unit = _unit(salvages, number)
         left = Bitmap.full(-(-block.size_bytes // unit))
         with place(number) as (image, start):
@@ -380,7 +384,10 @@ def _merge(
         if known is not None:
             known.append(left.inverted())
     torn = DEST in salvages and not salvages[DEST].manifest.paused
-    return Merged(counts[DEST] + counts[MERGED], counts[SOURCE], doubtful_bytes, doubtful, torn, False)
+    from_dest_bytes = counts[DEST] + counts[MERGED]
+    return Merged(
+        first_manifest.migration, from_dest_bytes, counts[SOURCE], doubtful_bytes, doubtful, torn, has_state=False
+    )
 
 
 # ---- starting a machine from one

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import trio
 
-from postcopy._log import add_migration, json_line, json_record, plain_record
+from postcopy._log import Loggable, add_migration, json_line, json_record, plain_record
 from postcopy.errors import ResourceError
 from postcopy.output._view import LIVE_PERIOD_S, View
 from postcopy.output._writer import Kind, QueuedStream, Writer
@@ -49,6 +49,9 @@ class Output:
         self._kick = trio.Event()
         self._last_progress: dict[str, Json] = {}
         self.view = View()
+        self.patient = True
+        """Whether `close` waits for the reader of what was printed: it is the answer of a command. To be set to False
+        where a command prints until it is interrupted."""
         self.listeners: list[Callable[[str, Json], None]] = []
         """Called with every event, whether or not JSON was asked for; must not block."""
 
@@ -99,15 +102,14 @@ class Output:
             ) from error
 
     @property
-    def has_printed(self) -> bool:
-        """Whether there is more on stdout than events."""
-        return self._streams[0].used
+    def has_answered(self) -> bool:
+        """Whether there is an answer on stdout, for which `close` waits."""
+        return self.patient and self._streams[0].used
 
     def close(self) -> bool:
-        """Waits until what is queued has been read: events and messages for a bounded time, what was printed, a
-        command's answer, as long as its reader takes. Says so when something was lost; False when that was printed."""
-        printed = self.has_printed
-        if printed:
+        """Waits until what is queued has been read: events and messages for a bounded time, an answer as long as its
+        reader takes. Says so when a result or a part of the answer was lost; False for the answer only."""
+        if self.has_answered:
             self._stdout.close(math.inf, math.inf)
         else:
             self._stdout.close()
@@ -117,10 +119,11 @@ class Output:
             why = error.strerror if error is not None else "nobody reads it"
             self.complain(f"standard output: {why}: the result is not complete there")
         self._stderr.close()
-        return complete or not printed
+        return complete or not self.has_answered
 
     def _dropped_events(self, count: int) -> str:
         self._stalled = False
+        self._last_progress = {}  # the last one may be among those: it is due again, even if nothing has changed
         if self._as_json:
             from postcopy.records.events import OutputDropped  # milliseconds at every start
 
@@ -133,9 +136,10 @@ class Output:
 
     # ---- words
 
-    def say(self, text: str, kind: Kind = Kind.LASTING) -> None:
-        """A line for a person."""
-        self._write(self._line("info", text, text), kind)
+    def say(self, text: str, kind: Kind = Kind.LASTING, *, about: Loggable | None = None) -> None:
+        """A line for a person; `about`: the migration that it is about."""
+        known = {} if about is None else {"migration_id": about.migration_id, "machine": about.machine_name}
+        self._write(self._line("info", text, text, **known), kind)
 
     def complain(self, text: str) -> None:
         """The error that a command ends with."""
@@ -153,10 +157,8 @@ class Output:
         if self._console is None:
             self._stderr.put(text + "\n", kind)
             return
-        stream = self._streams[1]
-        stream.as_kind(kind)
-        self._console.print(text, markup=False)
-        stream.as_kind(Kind.PROGRESS)
+        with self._streams[1].as_kind(kind):
+            self._console.print(text, markup=False)
 
     def emit(self, event: str, record: Record) -> None:
         """A JSON line, where they were asked for. Progress that says the same as before is left out."""
@@ -228,10 +230,11 @@ class Output:
             live.update(Group(*parts), refresh=True)
 
         # Drawn from this thread (no auto_refresh): Rich's own would look at an engine that is being closed.
-        self._streams[1].as_kind(Kind.PROGRESS)
-        with Live(
+        # What hides the cursor, and shows it again, is not progress: it must not be dropped.
+        live = Live(
             console=self._console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
-        ) as live:
+        )
+        with live, self._streams[1].as_kind(Kind.PROGRESS):
             yield draw
 
     def _plain(self, now: Json) -> None:

@@ -4,14 +4,14 @@
 
 A field's annotation says what it means, in which unit, how `ctl status` calls it and which metric it is. That is the
 only place: the schema (`postcopy schema`), docs/schema.md and the metrics are made from it (`document`, `figures`). The
-program itself writes records and never looks at the annotations, which are evaluated only by who asks for them; a
-record that is made is not checked. Tests check every line that they see (`check`).
+program that writes records never looks at the annotations, and does not check what it writes: the tests check every
+line that they see (`tests/support/lines.py`).
 
 Owns nothing; imports msgspec only.
 """
 
 from __future__ import annotations
 
-from postcopy.records._base import VERSION, Json, Record, as_json, doc
+from postcopy.records._base import VERSION, Json, Record, Schema, as_json, doc
 
-__all__ = ["VERSION", "Json", "Record", "as_json", "doc"]
+__all__ = ["VERSION", "Json", "Record", "Schema", "as_json", "doc"]

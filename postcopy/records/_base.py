@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 from msgspec import Meta, Struct, to_builtins
 
 Json = dict[str, Any]
 
 VERSION: Final = 2
-"""Of the schema: raised when a field, an event or a request that was there goes away or means something else. What is
-added does not raise it: who reads these lines ignores what he does not know."""
+"""Of the schema: raised when a field, an event, a request or one of the words that a field may be goes away or means
+something else, and when such a word is added. Fields, events and requests that are added do not raise it: a reader
+ignores those that it does not know."""
+
+Schema = Annotated[int, Meta(description="Version of all that is described here.", ge=VERSION, le=VERSION)]
 
 
 class Record(Struct, rename="kebab", kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

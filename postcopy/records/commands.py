@@ -7,13 +7,13 @@ from typing import Annotated
 
 from postcopy.records._base import Record, doc
 from postcopy.records.events import DestResult, SourceResult
-from postcopy.records.migration import Check, Counted, Kind, Pager, Side
+from postcopy.records.migration import Check, Counted, Kind, MigrationId, Pager
 
 
 class ChaosListening(Record, kw_only=True):
     """The proxy takes connections from now on."""
 
-    side: Side
+    side: Annotated[str, doc("Which command this is.", of="chaos")]
     address: Annotated[str, doc("As HOST:PORT, with the port that the system chose.")]
     to: Annotated[str, doc("Where it connects to, as HOST:PORT.")]
     seed: Annotated[int, doc("Repeats what was drawn.")]
@@ -36,13 +36,13 @@ class Unreachable(Record, kw_only=True):
 class ChaosResult(Record, kw_only=True):
     """The last line of `chaos`."""
 
-    side: Side
+    side: Annotated[str, doc("Which command this is.", of="chaos")]
     seed: Annotated[int, doc("Repeats what was drawn.")]
     connections: Annotated[int, doc("That were carried.", "connections")]
     refused: Annotated[int, doc("While the network was down.", "connections")]
     cuts: Annotated[dict[str, int], doc("How often connections were cut, by way.", "cuts")]
-    bytes_out: Annotated[int, doc("From who connected to who listens.", "bytes")]
-    bytes_back: Annotated[int, doc("The other way.", "bytes")]
+    bytes_out: Annotated[int, doc("From the side that connects to the side that listens.", "bytes")]
+    bytes_back: Annotated[int, doc("From the side that listens to the side that connects.", "bytes")]
     flipped: Annotated[int, doc("Bits that were changed.", "bits")]
 
 
@@ -107,6 +107,7 @@ class Pings(Record, kw_only=True):
 class DemoResult(Counted, kw_only=True):
     """The last line of `demo`: the numbers of the destination, with checks that need both sides, and both results."""
 
+    side: Annotated[str, doc("Which command this is.", of="demo")]
     kind: Kind
     pager: Annotated[Pager | None, doc("Where the pager was.")] = None
     dump: Annotated[str | None, doc("The file that the memory was written to.")] = None
@@ -131,13 +132,14 @@ class DoubtfulRange(Record, kw_only=True):
 class MergeResult(Record, kw_only=True):
     """The last line of `merge`."""
 
-    side: Side
+    side: Annotated[str, doc("Which command this is.", of="merge")]
+    migration_id: MigrationId
     image: Annotated[str | None, doc("The file that was made; null: a directory was.")]
     directory: Annotated[str | None, doc("The directory that was made; null: a file was.")]
     from_dest: Annotated[int, doc("Memory of the destination's salvage.", "bytes")]
     from_source: Annotated[int, doc("Memory of the source's salvage.", "bytes")]
     in_doubt: Annotated[int, doc("Memory in the ranges in doubt.", "bytes")]
-    ranges_in_doubt: Annotated[list[DoubtfulRange], doc("Where this memory is.")]
+    ranges_in_doubt: Annotated[list[DoubtfulRange], doc("Where this memory is: the first 10000 of them.")]
     torn: Annotated[bool, doc("Whether the machine ran on while the destination's pages were written.")]
     device_state: Annotated[
         bool, doc("Whether there is a state of the machine's devices, without which it cannot start.")

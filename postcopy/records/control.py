@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from msgspec import field
 
-from postcopy.records._base import VERSION, Record, doc
-from postcopy.records.migration import Machine, Name, Side
+from postcopy.records._base import Record, Schema, doc
+from postcopy.records.migration import Machine, Name, Process
 
 Id = Annotated[object, doc("What the request had as its id; not there where it had none.")]
 
@@ -28,7 +28,7 @@ class Settings(Record, kw_only=True):
 class ProcessStatus(Record, kw_only=True):
     """How the process and its machines are."""
 
-    side: Side
+    side: Process
     pid: Annotated[int, doc("Of the process.")]
     listening: Annotated[list[str], doc("Addresses, as HOST:PORT.")]
     settings: Annotated[Settings, doc("What `set` can change.")]
@@ -81,22 +81,22 @@ class Reclaimed(Steered, kw_only=True):
 
 
 class Done(Record):
-    """It was done, and there is no more to say."""
+    """It was done. No more is said, and never will be."""
 
 
 class Greeted(Record, kw_only=True):
     """The process that was connected to."""
 
     version: Annotated[str, doc("Of postcopy.")]
-    schema: Annotated[int, doc("Version of all that is described here.")] = field(default_factory=lambda: VERSION)
-    side: Side
+    schema: Schema
+    side: Process
     pid: Annotated[int, doc("Of the process.")]
 
 
 class Greeting(Record, kw_only=True):
     """The first line of the control socket."""
 
-    postcopy: Annotated[Greeted, doc("Who it is.")]
+    postcopy: Annotated[Greeted, doc("Which process this is.")]
 
 
 class Refused(Record, kw_only=True):

@@ -6,19 +6,22 @@ Only `postcopy schema` and tests import it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 from msgspec import json
 
-from postcopy.records import control, events, log
+from postcopy.records import commands, control, events, log
 from postcopy.records._base import VERSION, Json, Record
-from postcopy.records.figures import OF_PROCESS, Figure, Metric, figures, metrics
+from postcopy.records.figures import OF_PROCESS, Metric, figures, metrics
 from postcopy.records.migration import STATUSES, Machine
-from postcopy.records.reading import EVENTS
 from postcopy.records.reports import REPORTS
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+EVENTS = {
+    event: (*events.EVENTS.get(event, ()), *commands.EVENTS.get(event, ())) for event in events.EVENTS | commands.EVENTS
+}
+"""The records that a line of `--json` may be, by its event."""
 
 _STAMP: Json = {
     "schema": {"const": VERSION, "description": "Version of all that is described here."},
@@ -30,22 +33,27 @@ _STAMP: Json = {
 
 def document(version: str) -> Json:
     """The JSON Schema, as this version of postcopy has it. An instance is a line: of `--json`, of `--log-json`, of the
-    control socket; or a report."""
-    records = [kind for kinds in EVENTS.values() for kind in kinds]
-    records += [*control.ANSWERS.values(), control.Greeting, control.Refusal, control.Timestamp, log.LogLine, *REPORTS]
-    _, definitions = json.schema_components(dict.fromkeys(records), ref_template="#/$defs/{name}")
-    defs = {name: _plain(definition) for name, definition in sorted(definitions.items())}
+    control socket; or a report. What may be added without a new version passes: fields and events."""
+    defs = definitions()
     defs["Event"] = {
         "title": "A line of --json",
-        "oneOf": [_line(event, kind, defs) for event, kinds in EVENTS.items() for kind in kinds],
+        "anyOf": [
+            *(_line(event, kind, defs) for event, kinds in EVENTS.items() for kind in kinds),
+            {"title": "An event that was added", **_object(_STAMP | {"event": _added(EVENTS)}, [*_STAMP])},
+        ],
     }
     defs["ControlEvent"] = {
         "title": "An event of the control socket",
-        "oneOf": [_control_event(event, kinds) for event, kinds in events.EVENTS.items()],
+        "anyOf": [
+            *(_control_event({"const": event}, _refs(kinds)) for event, kinds in events.EVENTS.items()),
+            {"title": "An event that was added", **_control_event(_added(events.EVENTS), [{"type": "object"}])},
+        ],
     }
     defs["Answer"] = {
         "title": "An answer of the control socket",
-        "description": "What `return` has depends on the request: " + _requests() + ".",
+        "description": "What `return` has depends on the request, and `postcopy ctl REQUEST --json` prints only that: "
+        + ", ".join(f"{request}: {record.__name__}" for request, record in control.ANSWERS.items())
+        + ".",
         **_object({"return": {"anyOf": _refs(control.ANSWERS.values())}, "id": {}}, ["return"]),
     }
     lines = ("Event", "LogLine", "Greeting", "Answer", "Refusal", "ControlEvent")
@@ -64,12 +72,15 @@ def document(version: str) -> Json:
     }
 
 
+def definitions() -> Json:
+    """The schema of each record, by its name, in the order of `all_records`."""
+    records = all_records()
+    _, found = json.schema_components(records, ref_template="#/$defs/{name}")
+    return {record.__name__: _plain(found[record.__name__]) for record in records}
+
+
 def all_metrics() -> list[Metric]:
     return [*OF_PROCESS, *metrics(Machine)]
-
-
-def _requests() -> str:
-    return ", ".join(f"{request}: {record.__name__}" for request, record in control.ANSWERS.items())
 
 
 def _refs(records: Iterable[type[Record]]) -> list[Json]:
@@ -77,52 +88,55 @@ def _refs(records: Iterable[type[Record]]) -> list[Json]:
 
 
 def _object(properties: Json, required: list[str]) -> Json:
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def _added(known: Iterable[str]) -> Json:
+    """The name of an event that is none of these."""
+    return {"type": "string", "not": {"enum": [*known]}}
 
 
 def _line(event: str, kind: type[Record], defs: Json) -> Json:
     """An event's record with what every line has."""
     record = defs[kind.__name__]
-    stamp = {**_STAMP, "event": {"const": event, **_STAMP["event"]}}
+    stamp = _STAMP | {"event": {"const": event, **_STAMP["event"]}}
     return {
         "title": event,
         "description": record["description"],
-        **_object(stamp | record["properties"], [*stamp, *record.get("required", [])]),
+        **_object(stamp | record["properties"], [*stamp, *record["required"]]),
     }
 
 
-def _control_event(event: str, kinds: tuple[type[Record], ...]) -> Json:
-    properties = {
-        "event": {"const": event},
-        "timestamp": {"$ref": "#/$defs/Timestamp"},
-        "data": {"anyOf": _refs(kinds)},
-    }
-    return {"title": event, **_object(properties, ["event", "timestamp", "data"])}
+def _control_event(name: Json, data: list[Json]) -> Json:
+    properties = {"event": name, "timestamp": {"$ref": "#/$defs/Timestamp"}, "data": {"anyOf": data}}
+    return _object(properties, [*properties])
 
 
-def _plain(value: Any) -> Any:
-    """Without what only says how records are written: a field that may be left out is never null, and has no default.
-    A description that msgspec leaves inside of a choice belongs to the field."""
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    value = {key: _plain(item) for key, item in value.items()}
-    if "enum" in value:
-        value.pop("pattern", None)  # says the same, in Python's regular expressions
-    if "default" in value:
-        left_out = value.pop("default") is None
-        if left_out and "anyOf" in value:
-            value["anyOf"] = [item for item in value["anyOf"] if item != {"type": "null"}]
-    if "anyOf" in value and len(value["anyOf"]) == 1:
-        (only,) = value.pop("anyOf")
-        value = {**only, **value}
-    elif "anyOf" in value:
+def _plain(schema: Json) -> Json:
+    """A schema that msgspec has made, without what only says how records are written and read here: a field that may be
+    left out is never null, and has no default; one that is not known passes. A field's description may be inside of
+    what it may be, where msgspec leaves it: it belongs to the field."""
+    plain = dict(schema)
+    if "properties" in plain:
+        plain["properties"] = {key: _plain(field) for key, field in plain["properties"].items()}
+    for word in ("items", "additionalProperties"):
+        if isinstance(plain.get(word), dict):
+            plain[word] = _plain(plain[word])
+    if plain.get("additionalProperties") is False and plain["properties"]:  # (without fields it would be anything)
+        del plain["additionalProperties"]
+    if "enum" in plain:
+        plain.pop("pattern", None)  # says the same, in Python's regular expressions
+    left_out = plain.pop("default", ...) is None
+    if "anyOf" in plain:
+        choice = [_plain(item) for item in plain.pop("anyOf") if not (left_out and item == {"type": "null"})]
+        if len(choice) == 1:
+            return {**choice[0], **plain}
         for word in ("title", "description", "unit", "metric"):
-            found = [item.pop(word) for item in value["anyOf"] if word in item]
+            found = [item.pop(word) for item in choice if word in item]
             if found:
-                value.setdefault(word, found[0])
-    return value
+                plain.setdefault(word, found[0])
+        plain["anyOf"] = choice
+    return plain
 
 
 # ---- a page
@@ -142,19 +156,23 @@ def _page() -> Iterator[str]:
         for kind in kinds:
             yield f"| `{event}` | {_link(kind)} | {_first_sentence(kind)} |"
     yield from ("", "## Answers of the control socket", "")
+    yield "`postcopy ctl REQUEST --json` prints what `return` has. `ctl migrate --json` waits for the end, and prints a"
+    yield "[MigrationEnded](#migrationended); `ctl events --json` prints events as they come."
+    yield ""
     yield "| request | `return` | what it says |"
     yield "|---|---|---|"
     for request, kind in control.ANSWERS.items():
         yield f"| `{request}` | {_link(kind)} | {_first_sentence(kind)} |"
-    yield from ("", "## Reports", "", "`probe`, `lab` and `bench` print objects without `event`.", "")
+    yield from ("", "## Reports", "")
+    yield from (*_REPORTS_HEAD.splitlines(), "")
     yield from ("| record | |", "|---|---|")
     for kind in REPORTS:
         yield f"| {_link(kind)} | {_first_sentence(kind)} |"
     yield from ("", "## Records", "")
     yield "*always*: the field is there in every such record. The others are left out where they are not known."
-    for kind in all_records():
-        yield from ("", f"### {kind.__name__}", "", " ".join((kind.__doc__ or "").split()), "")
-        if rows := [_row(figure) for figure in figures(kind)]:
+    for name, record in definitions().items():
+        yield from ("", f"### {name}", "", " ".join(record["description"].split()), "")
+        if rows := [_row(key, field, key in record["required"]) for key, field in record["properties"].items()]:
             yield "| field | type | unit | | meaning |"
             yield "|---|---|---|---|---|"
             yield from rows
@@ -177,13 +195,21 @@ prints the same as JSON Schema 2020-12, with units as `unit`. What a status mean
 [results.md](results.md).)
 
 **Version {version}.** Every line of `--json` and `--log-json` has it as `schema`, and so has the greeting of the
-control socket. It is raised when a field, an event or a request that was there goes away or means something else. What
-is added does not raise it: a program that reads these lines ignores what it does not know.
+control socket. It is raised when a field, an event, a request or one of the words that a field may be goes away or
+means something else, and when such a word is added. Fields, events and requests that are added do not raise it: a
+program that reads these lines ignores those that it does not know, and the JSON Schema lets them pass.
 
 A command that goes on writes lines: each has `schema`, `event` and `elapsed-ms` (ms since the command began), and the
 fields of its event's record. The control socket sends the same records as `data` of
 `{{"event": ..., "timestamp": ..., "data": ...}}`, where `timestamp` has `seconds` and `microseconds` since the
 beginning of 1970. A line of `--log-json` is a [LogLine](#logline)."""
+
+
+_REPORTS_HEAD = """\
+`probe`, `lab` and `bench` print objects without `event`. That of `faultpaths` is not one of them: it is a file that is
+kept, and compared with those of other kernels. So its `schema` is a number of its own, which changes only when such a
+file can no longer be read; [faultpaths.md](faultpaths.md#--json) has its fields.
+"""
 
 
 def all_records() -> list[type[Record]]:
@@ -197,12 +223,8 @@ def all_records() -> list[type[Record]]:
                 if figure.record is not None:
                     add(figure.record)
 
-    for kinds in (
-        *EVENTS.values(),
-        control.ANSWERS.values(),
-        (control.Greeting, control.Refusal, log.LogLine),
-        REPORTS,
-    ):
+    greeting = (control.Greeting, control.Refusal, control.Timestamp)
+    for kinds in (*EVENTS.values(), control.ANSWERS.values(), greeting, (log.LogLine,), REPORTS):
         for kind in kinds:
             add(kind)
     return list(found)
@@ -216,17 +238,30 @@ def _first_sentence(kind: type[Record]) -> str:
     return " ".join((kind.__doc__ or "").split()).partition(". ")[0].removesuffix(".")
 
 
-def _row(figure: Figure) -> str:
-    always = "*always*" if figure.required else ""
-    unit = {"us": "µs"}.get(figure.unit, figure.unit)
-    return f"| `{figure.key}` | {_type(figure)} | {unit} | {always} | {figure.text}{_words(figure)} |"
+def _row(key: str, field: Json, required: bool) -> str:
+    always = "*always*" if required else ""
+    unit = "µs" if field.get("unit") == "us" else field.get("unit", "")
+    return f"| `{key}` | {type_of(field)} | {unit} | {always} | {field['description']}{_words(field.get('enum', ()))} |"
 
 
-def _words(figure: Figure) -> str:
-    if figure.words == STATUSES:
+def _words(words: Sequence[str]) -> str:
+    if tuple(words) == STATUSES:
         return " What each status means: [results.md](results.md)."
-    return f" One of {', '.join(f'`{word}`' for word in figure.words)}." if figure.words else ""
+    return f" One of {', '.join(f'`{word}`' for word in words)}." if words else ""
 
 
-def _type(figure: Figure) -> str:
-    return figure.kind if figure.record is None else figure.kind.replace(figure.record.__name__, _link(figure.record))
+def type_of(schema: Json) -> str:
+    """In words; of a record with a link to it."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return f"[{name}](#{name.lower()})"
+    if "anyOf" in schema:
+        return " or ".join(map(type_of, schema["anyOf"]))
+    kind = schema.get("type")
+    if kind == "array":
+        return f"list of {type_of(schema['items'])}"
+    if kind == "object":
+        return f"map of text to {type_of(schema.get('additionalProperties', {}))}"
+    if kind is None and "enum" in schema:
+        return f'"{schema["enum"][0]}"'
+    return {None: "any", "string": "text"}.get(kind) or str(kind)

@@ -19,9 +19,9 @@ from postcopy.records.migration import (
     Name,
     OfMigration,
     Pager,
+    Process,
     Ram,
     Recoveries,
-    Side,
 )
 
 _Ended = Annotated[str, doc("How it ended.", of="completed|failed")]
@@ -30,14 +30,14 @@ _Ended = Annotated[str, doc("How it ended.", of="completed|failed")]
 class Listening(Record, kw_only=True):
     """It takes connections from now on."""
 
-    side: Side
+    side: Process
     address: Annotated[str, doc("As HOST:PORT, with the port that the system chose.")]
 
 
 class MetricsAddress(Record, kw_only=True):
     """Metrics are served from now on."""
 
-    side: Side
+    side: Process
     address: Annotated[str, doc("As HOST:PORT, with the port that the system chose.")]
 
 
@@ -71,8 +71,10 @@ class MigrationEnded(OfMigration, kw_only=True):
     """A migration has ended, one way or the other; a source or daemon may go on after it."""
 
     machine: Name
-    downtime_ms: Annotated[float, doc("As in the result.", "ms")]
-    total_ms: Annotated[float, doc("As in the result.", "ms")]
+    downtime_ms: Annotated[
+        float, doc("From the request to pause until the destination said `running`; 0: it did not.", "ms")
+    ]
+    total_ms: Annotated[float, doc("From the request to pause until every page had arrived; 0: they did not.", "ms")]
 
 
 class MachineStarted(Record, kw_only=True):
@@ -116,6 +118,7 @@ class SideResult(Counted, kw_only=True):
 class SourceResult(SideResult, kw_only=True):
     """The last line of `source`."""
 
+    side: Annotated[str, doc("Which side this is.", of="source")]
     served: Annotated[int, doc("Destinations that have got everything.", "destinations")]
     setup_ms: Annotated[float | None, doc("From the offer until all channels were there.", "ms")] = None
     paused_at_ns: Annotated[
@@ -127,6 +130,7 @@ class SourceResult(SideResult, kw_only=True):
 class DestResult(SideResult, kw_only=True):
     """The last line of `dest`."""
 
+    side: Annotated[str, doc("Which side this is.", of="dest")]
     resume_ms: Annotated[float | None, doc("From `commit` received to the first vCPU in the machine.", "ms")] = None
     pager: Annotated[Pager | None, doc("Where the pager was.")] = None
     dump: Annotated[str | None, doc("The file that the memory was written to; null: that was not asked for.")]
@@ -138,7 +142,7 @@ class DestResult(SideResult, kw_only=True):
 class DaemonResult(Record, kw_only=True):
     """The last line of `daemon` and of `source --hold`."""
 
-    side: Side
+    side: Annotated[str, doc("What the process is.", of="source|daemon")]
     status: _Ended
     error: Error
     machines_sent: Annotated[int, doc("Since it began.", "machines")]

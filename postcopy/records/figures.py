@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the annotations of the records say, for those who ask: `ctl status`, the metrics, the schema.
+"""What the annotations of the records say, for `ctl status`, the metrics and the schema.
 
 Looking at them costs some milliseconds; a process that only writes records never does.
 """
@@ -9,10 +9,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
-from msgspec import Meta, structs
+from msgspec import Meta
 
 from postcopy.records._base import Record
 
@@ -46,12 +45,8 @@ class Figure:
 
     name: str  # the attribute
     key: str  # in JSON
-    required: bool
-    text: str
     label: str
     unit: str
-    words: tuple[str, ...]  # that it may be, where they are few
-    kind: str  # its type, in words
     metric: Metric | None
     record: type[Record] | None  # that it has, or has a list of
 
@@ -87,20 +82,16 @@ def figures(record: type[Record]) -> tuple[Figure, ...]:
     """The fields of a record, in order."""
     hints = get_type_hints(record, include_extras=True)
     found = []
-    for each in structs.fields(record):
-        parts = list(_parts(hints[each.name]))
+    for name, key in zip(record.__struct_fields__, record.__struct_encode_fields__, strict=True):
+        parts = list(_parts(hints[name]))
         meta = next((part for part in parts if isinstance(part, Meta)), Meta())
         extra = meta.extra_json_schema or {}
         found.append(
             Figure(
-                name=each.name,
-                key=each.encode_name,
-                required=each.required,
-                text=meta.description or "",
+                name=name,
+                key=key,
                 label=meta.title or "",
                 unit=extra.get("unit", ""),
-                words=tuple(extra.get("enum", ())),
-                kind=_type(get_type_hints(record)[each.name], each.required),
                 metric=Metric(**extra["metric"]) if "metric" in extra else None,
                 record=next((part for part in parts if isinstance(part, type) and issubclass(part, Record)), None),
             )
@@ -108,27 +99,8 @@ def figures(record: type[Record]) -> tuple[Figure, ...]:
     return tuple(found)
 
 
-def _type(hint: Any, nullable: bool) -> str:
-    """`nullable`: whether None is written, as null; else the field is left out then."""
-    parts = get_args(hint)
-    if get_origin(hint) is list:
-        return f"list of {_type(parts[0], nullable)}"
-    if get_origin(hint) is dict:
-        return f"map of text to {_type(parts[1], nullable)}"
-    if get_origin(hint) is Literal:
-        return f'"{parts[0]}"'
-    if parts:
-        names = [_type(part, nullable) for part in parts if part is not NoneType]
-        return " or ".join([*names, *(["null"] if nullable and NoneType in parts else [])])
-    return _TYPES.get(hint) or str(hint.__name__)
-
-
-_TYPES = {str: "text", int: "integer", float: "number", bool: "boolean", object: "any", Any: "any"}
-
-
 def _parts(hint: Any) -> Iterator[Any]:
     """All that an annotation is made of."""
     yield hint
-    for part in (*get_args(hint), *getattr(hint, "__metadata__", ())):
-        if part is not hint:
-            yield from _parts(part)
+    for part in get_args(hint):
+        yield from _parts(part)

@@ -5,20 +5,18 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from msgspec import field
-
-from postcopy.records._base import VERSION, Record, doc
+from postcopy.records._base import Record, Schema, doc
 from postcopy.records.migration import MigrationId, Name
 
 
 class LogLine(Record, kw_only=True):
     """A line on stderr with `--log-json`."""
 
-    schema: Annotated[int, doc("Version of all that is described here.")] = field(default_factory=lambda: VERSION)
+    schema: Schema
     time: Annotated[str, doc("RFC 3339, UTC, with milliseconds.")]
     level: Annotated[str, doc("As Python's logging has it.", of="debug|info|warning|error|critical")]
     logger: Annotated[str, doc("Name of the part of the program.")]
-    message: Annotated[str, doc("One line.")]
+    message: Annotated[str, doc("What is said, for a person.")]
     machine: Name | None = None
     migration_id: MigrationId | None = None
     exception: Annotated[str | None, doc("Traceback of a mistake in postcopy, several lines.")] = None

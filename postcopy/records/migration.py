@@ -19,9 +19,8 @@ LOST: Final = frozenset({"postcopy-paused", "in-doubt"})
 
 _PAGES = "Pages by how they came: demand, background, zero (never sent), duplicate."
 
-Side = Annotated[
-    str, doc("What this is about: a side of a migration, or a command.", of="source|dest|daemon|demo|merge|chaos")
-]
+Side = Annotated[str, doc("Which side of the migration this is about.", of="source|dest")]
+Process = Annotated[str, doc("What the process is; `source` with --hold, too.", of="source|dest|daemon")]
 Name = Annotated[
     str, doc("The machine's name; in `source` and `dest`, where machines have none, its kind; empty until it is known.")
 ]
@@ -165,9 +164,9 @@ class Counted(OfMigration, kw_only=True):
 class Migration(Counted, kw_only=True):
     """The migration that a machine is in, or was in last."""
 
-    looking_for_peer: Annotated[
-        bool | None, doc("Whether a peer that was lost is looked for still; only where one was lost.")
-    ] = None
+    looking_for_peer: Annotated[bool | None, doc("Whether the peer is still looked for; only where it was lost.")] = (
+        None
+    )
     elapsed_ms: Annotated[float, doc("Since the migration began, until its end.", "ms")]
 
 

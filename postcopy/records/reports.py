@@ -5,15 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from msgspec import field
-
-from postcopy.records._base import VERSION, Record, doc
-
-
-class Report(Record, kw_only=True):
-    """What stands alone."""
-
-    schema: Annotated[int, doc("Version of all that is described here.")] = field(default_factory=lambda: VERSION)
+from postcopy.records._base import Record, Schema, doc
 
 
 class Use(Record, kw_only=True):
@@ -35,18 +27,19 @@ class Finding(Record, kw_only=True):
     facts: Annotated[dict[str, Any], doc("What else was seen, by name; docs/probe.md has the names and units.")]
 
 
-class Findings(Report, kw_only=True):
+class Findings(Record, kw_only=True):
     """What `probe --require` prints."""
 
+    schema: Schema
     findings: Annotated[list[Finding], doc("What was asked for.")]
 
 
-class System(Report, kw_only=True):
+class System(Record, kw_only=True):
     """Kernel, user, limits and settings of a host."""
 
     kernel: Annotated[str, doc("Its release.")]
     architecture: Annotated[str, doc("Of this host.")]
-    user: Annotated[int, doc("Number of the user.")]
+    user: Annotated[int, doc("Number (uid) of the user.")]
     container: Annotated[str | None, doc("What kind of container this is; null: none was detected.")]
     seccomp: Annotated[str | None, doc("How this process is confined; null where the kernel does not say.")]
     capabilities: Annotated[list[str], doc("Those that matter here and that this process has.")]
@@ -62,6 +55,7 @@ class System(Report, kw_only=True):
 class Probe(System, kw_only=True):
     """What `probe` prints."""
 
+    schema: Schema
     receivable: Annotated[dict[str, bool], doc("Kinds of machines, and whether they can be received here.")]
     uses: Annotated[list[Use], doc("What each use needs.")]
     findings: Annotated[list[Finding], doc("What was tried.")]
@@ -85,7 +79,7 @@ class Lab(Record, kw_only=True):
     name: Annotated[str, doc("Of the laboratory.")]
     state: Annotated[str, doc("Whether it is up.", of="up|gone")]
     error: Annotated[str | None, doc("What became of it.")] = None
-    holder: Annotated[int | None, doc("Number of the process that holds it.")] = None
+    holder: Annotated[int | None, doc("Number (pid) of the process that keeps it up.")] = None
     kept: Annotated[bool | None, doc("Whether it stays when the command that made it has ended.")] = None
     user_namespace: Annotated[str | None, doc("own, or the caller's.")] = None
     mtu: Annotated[int | None, doc("Of its cables.", "bytes")] = None
@@ -93,15 +87,17 @@ class Lab(Record, kw_only=True):
     hosts: Annotated[dict[str, LabHostStatus], doc("By name.")]
 
 
-class Labs(Report, kw_only=True):
+class Labs(Record, kw_only=True):
     """What `lab status` and `lab up` print."""
 
+    schema: Schema
     labs: Annotated[list[Lab], doc("Of this user.")]
 
 
-class BenchFigure(Report, kw_only=True):
+class BenchFigure(Record, kw_only=True):
     """A line of `bench`."""
 
+    schema: Schema
     name: Annotated[str, doc("Of the figure; docs/measurements.md has them all.")]
     ratio: Annotated[float, doc("Median of the rounds.", "1")]
     target: Annotated[str, doc("What the ratio is to be, as `<= 2`.")]
@@ -111,4 +107,4 @@ class BenchFigure(Report, kw_only=True):
     note: Annotated[str, doc("What else there is to say.")]
 
 
-REPORTS: tuple[type[Report], ...] = (Probe, Findings, Labs, BenchFigure)
+REPORTS: tuple[type[Record], ...] = (Probe, Findings, Labs, BenchFigure)

@@ -19,7 +19,7 @@ import stat
 
 import trio
 
-from postcopy._files import explain_unwritable
+from postcopy._files import absolute, explain_unwritable
 from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.service.options import check_control_path, default_control
 
@@ -46,7 +46,7 @@ async def listen(path: str) -> socket.socket:
 
 
 def _directory(path: str) -> str:
-    return os.path.dirname(os.path.abspath(path))
+    return os.path.dirname(absolute(path))
 
 
 def _is_default(path: str) -> bool:

@@ -361,7 +361,7 @@ class Daemon(Service):
         if migration.state is not State.COMPLETED:
             why = f": {migration.failure}" if migration.failure is not None else ""  # none: it was taken back
             what = owned.name or f"a machine from {migration.peer}"
-            self.output.say(f"{self.side}: {what}: {migration.status}{why}")
+            self.output.say(f"{self.side}: {what}: {migration.status}{why}", about=migration)
 
     # ---- what only a daemon may be asked, or is asked in another sense
 

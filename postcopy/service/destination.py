@@ -93,7 +93,7 @@ class Destination(Service):
         if done:
             what = describe(machine) if machine is not None else "no machine"
             verified = "all of its memory is as it must be" if result.verified else "its memory was not verified"
-            self.output.say(f"dest: {what}: {result.status}; {verified}")
+            self.output.say(f"dest: {what}: {result.status}; {verified}", about=migration)
 
     def _progress(self) -> Progress:
         migration = self._migration
@@ -114,7 +114,8 @@ class Destination(Service):
             if decided or isinstance(migration.failure, Interrupted):
                 return migration
             self.output.say(
-                f"dest: the migration from {migration.peer} failed: {migration.failure}; waiting for the next one"
+                f"dest: the migration from {migration.peer} failed: {migration.failure}; waiting for the next one",
+                about=migration,
             )
             last = f" (the last one that was offered: {migration.failure})"
             self.machines[0].migration = None
@@ -155,12 +156,14 @@ class Destination(Service):
         if migration.state is State.IN_DOUBT:
             self.output.say(
                 f"dest: IN DOUBT: {migration.failure}; the source is asked whether the machine belongs to this"
-                " host, which does not run it meanwhile"
+                " host, which does not run it meanwhile",
+                about=migration,
             )
             return
         self.output.say(
             f"dest: PAUSED: {migration.failure}. Still needed: {still_missing(migration)}. What touches missing memory"
-            " waits until the source is back"
+            " waits until the source is back",
+            about=migration,
         )
 
     # ---- all of it is here
@@ -179,7 +182,7 @@ class Destination(Service):
             raise Interrupted(f"interrupted before it had run here for {config.run_for_s:g} s")
         await machine.pause()
         if config.verify:
-            self.output.say("dest: checking all memory")
+            self.output.say("dest: checking all memory", about=migration)
             self._check = await machine.verify()
         if config.dump is not None:
             await machine.dump(config.dump)

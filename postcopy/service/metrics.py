@@ -77,8 +77,8 @@ class Metrics(Collector):
 
 
 class _Families:
-    """The metrics of the records, filled from them. What is there twice counts once: an image may have several
-    destinations."""
+    """The metrics of the records, filled from them. An image may have several destinations: the machine, and its
+    migration of either direction, count once, as the first row has them."""
 
     def __init__(self) -> None:
         named = {metric.name: metric for metric in metrics(Machine)}
@@ -93,15 +93,19 @@ class _Families:
     def fill(self, name: str, machine: AnyMachine | None, job: Migration | None) -> None:
         """With the numbers of a machine, and of its migration."""
         status = report.machine_status(name, machine, job)
-        if machine is not None:
+        if machine is not None and self._is_new(name):
             self._add(status, [name])
             if status.guest is not None:
                 self._add(status.guest, [name])
-        if status.migration is not None and job is not None:
-            labels = [name, report.direction(job)]
-            self._add(status.migration, labels)
+        if status.migration is not None and job is not None and self._is_new(name, direction := report.direction(job)):
+            self._add(status.migration, [name, direction])
             if isinstance(job, DestinationMigration):
-                self._add_latency(labels, job)
+                self._add_latency([name, direction], job)
+
+    def _is_new(self, *labels: str) -> bool:
+        new = labels not in self._seen
+        self._seen.add(labels)
+        return new
 
     def _add(self, record: Record, labels: list[str]) -> None:
         for figure in figures(type(record)):
@@ -113,24 +117,15 @@ class _Families:
                 continue
             elif figure.name == "status":
                 for word in STATUSES:
-                    self._sample(figure.metric, [*labels, word], word == value)
+                    self._by_name[figure.metric.name].add_metric([*labels, word], word == value)
             elif isinstance(value, list):  # by vCPU
                 for number, each in enumerate(value):
-                    self._sample(figure.metric, [*labels, str(number)], figure.base(each))
+                    self._by_name[figure.metric.name].add_metric([*labels, str(number)], figure.base(each))
             else:
-                self._sample(figure.metric, [*labels, *figure.metric.labels.values()], figure.base(value))
-
-    def _sample(self, metric: Metric, labels: list[str], value: float) -> None:
-        key = (metric.name, *labels)
-        if key not in self._seen:
-            self._seen.add(key)
-            self._by_name[metric.name].add_metric(labels, value)
+                words = figure.metric.labels.values()
+                self._by_name[figure.metric.name].add_metric([*labels, *words], figure.base(value))
 
     def _add_latency(self, labels: list[str], job: DestinationMigration) -> None:
-        key = (self._latency.name, *labels)
-        if key in self._seen:
-            return
-        self._seen.add(key)
         buckets: list[tuple[str, float]] = [
             (f"{(1 << exponent) / 1e9:g}", job.latency.below(exponent))
             for exponent in range(_FIRST_EXPONENT, _LAST_EXPONENT + 1)

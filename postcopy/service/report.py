@@ -106,7 +106,7 @@ def machine_status(name: str, machine: AnyMachine | None, migration: Migration |
 
 
 def _migration(migration: Migration) -> MigrationRecord:
-    elapsed_ns = (migration.completed_ns or now_ns()) - migration.started_ns
+    elapsed_ns = (migration.completed_ns or migration.ended_ns or now_ns()) - migration.started_ns
     status = MigrationRecord(side="", status="", error=None, elapsed_ms=milliseconds(elapsed_ns))
     _count(status, migration)
     if migration.status in LOST:

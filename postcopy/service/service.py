@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 
 import trio
 
-from postcopy._files import explain_unwritable
+from postcopy._files import absolute, explain_unwritable
 from postcopy._stop import INSIST_S, Stop
 from postcopy.dataplane.pager import Pager
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, known_error, out_of_memory
@@ -300,7 +300,7 @@ class Service(abc.ABC):
         its source may make it."""
         if (disk := self.arrival.disk) is None:
             return
-        directory = os.path.dirname(os.path.abspath(disk))
+        directory = os.path.dirname(absolute(disk))
         try:
             os.close(os.open(disk, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
         except OSError as error:
@@ -439,7 +439,8 @@ class Service(abc.ABC):
             return
         self.output.say(
             f"{self.side}: salvage written to {path}"
-            + ("" if paused else "; the machine could not be paused while it was written")
+            + ("" if paused else "; the machine could not be paused while it was written"),
+            about=migration,
         )
 
     async def close_machine(self, owned: Owned) -> None:

@@ -92,7 +92,7 @@ class Source(Service):
                 for name, ms in (("downtime", result.downtime_ms), ("total time", result.total_ms))
                 if ms
             )
-            self.output.say("; ".join([f"source: {describe(machine)}: {result.status}", *times]))
+            self.output.say("; ".join([f"source: {describe(machine)}: {result.status}", *times]), about=latest)
         self.machines.clear()
         await self.close_machine(owned)
 
@@ -171,11 +171,14 @@ class Source(Service):
         if not owned.stop.is_set():  # it was not abandoned
             self.output.say(
                 f"source: PAUSED: {migration.failure}. Still needed: {still_missing(migration)}. It is kept here until"
-                " the destination is back"
+                " the destination is back",
+                about=migration,
             )
         while migration.state is not State.RECLAIMED:
             await self.changes.wait()
-        self.output.say("source: the machine was taken back; it goes on here until interrupted, or migrated again")
+        self.output.say(
+            "source: the machine was taken back; it goes on here until interrupted, or migrated again", about=migration
+        )
 
     # ---- connecting
 
@@ -200,7 +203,8 @@ class Source(Service):
             if keep and machine.live and not self.stop.is_set():
                 if not reclaimed:
                     self.output.say(
-                        f"source: migration failed: {self.failure}; the machine goes on here until interrupted"
+                        f"source: migration failed: {self.failure}; the machine goes on here until interrupted",
+                        about=migration,
                     )
                 await self.stop.wait()
             nursery.cancel_scope.cancel()
@@ -239,7 +243,7 @@ class Source(Service):
                 if self._completed >= serve:
                     enough.set()
             elif migration.state is not State.RECLAIMED and not self.stop.is_set():
-                self.output.say(f"source: migration to {migration.peer} failed: {migration.failure}")
+                self.output.say(f"source: migration to {migration.peer} failed: {migration.failure}", about=migration)
             keep = migration.state is State.RECLAIMED or (migration.may_run and self._config.keep)
             if machine.live and migration.state is not State.COMPLETED and not keep:
                 self.failure = why_not_completed(migration)

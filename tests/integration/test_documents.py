@@ -256,6 +256,16 @@ def test_programs(page: str, line: int, program: str, reader: Reader) -> None:
     reader.type(Command("", "python program.py 127.0.0.1:7781", line))
 
 
+def test_what_is_expected_is_on_its_page() -> None:
+    """A command that a page has no more, or has once more, would not be looked at."""
+    for page, typed in [*STATUS, *SAYS]:
+        known = [f"{command.host}$ {command.text}" if command.host else command.text for command in commands(page)]
+        assert known.count(typed) == len(SAYS.get((page, typed), [""])), f"{page}: {typed}"
+    for where, beginning, _ in NOT_RUN:
+        typed_there = [command.text for page in PAGES if where in ("*", page) for command in commands(page)]
+        assert any(re.match(beginning, text) for text in typed_there), beginning
+
+
 def test_all_pages_with_commands() -> None:
     documents = [path.relative_to(ROOT) for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))]
     shown = {str(page) for page in documents if list(fences(str(page), "sh")) or list(fences(str(page), "python"))}

@@ -438,7 +438,8 @@ class TestObserving:
         lines = [parse_log_line(line) for line in errors.splitlines()]
         assert lines
         assert all(line.keys() >= {"time", "level", "logger", "message"} for line in lines)
-        assert {line["migration-id"] for line in lines if "migration-id" in line} <= {migration}
+        assert {line["migration-id"] for line in lines if "migration-id" in line} == {migration}
+        assert lines[-1]["migration-id"] == migration  # what came of it, for a person
 
 
 def _sample(text: bytes, name: str, **labels: str) -> float:

@@ -75,6 +75,8 @@ def test_laboratory_without_any_right(package: list[str]) -> None:
     run("lab", "up", "--rate", "100mbit")
     try:
         assert run("lab", "exec", "h1", "--", "id", "-u") == "0\n"
+        assert run("lab", "exec", "h1", "--", "hostname") == "h1\n"
+        assert run("lab", "exec", "h1", "--", "getent", "hosts", "h2").split()[1:] == ["h2"]
         run("lab", "link", "h1", "cut")
         status = parse_report(run("lab", "status", "--json"))["labs"][0]
         assert (status["user-namespace"], status["hosts"]["h1"]["cable"]) == ("own", "cut")

@@ -41,7 +41,8 @@ def salvages(side: Start, tmp_path: Path) -> dict[str, Any]:
         assert (status, result["status"]) == (1, "postcopy-paused"), errors
         assert "salvage written to" in errors
         remaining = result["ram"].get("remaining", 0)
-    return {"image": image, "remaining": remaining, "source": tmp_path / "source", "dest": tmp_path / "dest"}
+    found: dict[str, Any] = {"image": image, "remaining": remaining, "id": result["migration-id"]}
+    return found | {"source": tmp_path / "source", "dest": tmp_path / "dest"}
 
 
 @pytest.mark.needs("uffd-user")
@@ -50,6 +51,7 @@ def test_both_make_a_whole(side: Start, salvages: dict[str, Any], tmp_path: Path
     status, result, errors = side("merge", "--json", salvages["source"], salvages["dest"], "--output", merged).end()
     assert status == 0, errors
     assert result["in-doubt"] == 0
+    assert result["migration-id"] == salvages["id"]
     assert result["from-source"] == salvages["remaining"] > 0
     assert result["from-dest"] == 24 * MIB - salvages["remaining"]
     assert merged.read_bytes() == salvages["image"].read_bytes()

@@ -19,6 +19,8 @@ DEADLINE_S = 60.0
 class Side:
     """One `postcopy` process; killed with its test by `spawn_child`."""
 
+    parse = staticmethod(parse_lines)
+
     def __init__(
         self,
         spawn_child: Callable[..., Any],
@@ -33,7 +35,7 @@ class Side:
     def lines(self) -> list[Json]:
         text = self._child.output()
         size = text.rfind("\n") + 1
-        self._lines += parse_lines(text[self._parsed : size])
+        self._lines += self.parse(text[self._parsed : size])
         self._parsed = size
         return self._lines
 

@@ -46,11 +46,14 @@ def test_json_lines(log: logging.Logger) -> None:
     output, stderr = _output(log, log_json=True)
     log.warning("%s:\nof %d", "two lines", 1)
     output.say("a word to a person")
-    first, second = _lines(stderr)
+    output.say("a word about a migration", about=Job("ab", "vm1"))
+    output.say("another one, which has no connection yet", about=Job(""))
+    first, second, third, fourth = _lines(stderr)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", first["time"])
     assert first.items() >= {"level": "warning", "logger": log.name, "message": "two lines:\nof 1"}.items()
-    assert "migration" not in first
+    assert "migration-id" not in first.keys() | second.keys() | fourth.keys()
     assert second["message"] == "a word to a person"
+    assert (third["migration-id"], third["machine"]) == ("ab", "vm1")
 
 
 def test_exception_in_json(log: logging.Logger) -> None:

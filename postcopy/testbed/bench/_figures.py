@@ -22,6 +22,7 @@ from postcopy._child import python
 from postcopy.errors import MigrationError, ResourceError
 from postcopy.machines.toy.machine import RV64, ToyMachine, ToyOptions
 from postcopy.migration.source import DEFAULT_BULK_CHANNELS
+from postcopy.records import VERSION
 from postcopy.records.reports import BenchFigure
 from postcopy.testbed._processes import open_child, parse, run_json
 from postcopy.testbed.bench import _contention as contention
@@ -54,6 +55,7 @@ class Figure:
     def record(self) -> BenchFigure:
         """For ``--json``; `rounds` hold the absolute values, in `unit`."""
         return BenchFigure(
+            schema=VERSION,
             name=self.name,
             ratio=round(self.ratio, 3),
             target=("<= " if self.at_most else ">= ") + str(self.target),

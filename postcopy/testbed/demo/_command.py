@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -12,7 +13,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import trio
-from msgspec import convert
 
 from postcopy._blocking import run_sync
 from postcopy._stop import Stop
@@ -22,13 +22,14 @@ from postcopy.machines.toy.tap import format_ipv4, parse_ipv4, parse_net
 from postcopy.output import Output
 from postcopy.output.tables import make_console
 from postcopy.output.words import format_count, format_duration
-from postcopy.records import Record
-from postcopy.records.commands import DemoResult
+from postcopy.records import Json
+from postcopy.records.commands import Chaos, ChaosResult, DemoLab, DemoResult, LabCut, LabHost, Pings
+from postcopy.records.events import DestResult, Progress, SourceResult
 from postcopy.service import options
 from postcopy.service.options import Group, Option
 from postcopy.testbed.chaos import KINDS, ChaosPlan, open_chaos_proxy
 from postcopy.testbed.chaos.command import parse_plan
-from postcopy.testbed.demo._result import Json, check, merge, show
+from postcopy.testbed.demo._result import check, merge, show
 from postcopy.testbed.demo._side import Side
 from postcopy.testbed.pinger import open_ping_process
 from postcopy.uffd import explain_unavailable
@@ -160,7 +161,7 @@ class DemoCommand:
         return f"{values['kind']}, {format_size(values['memory_bytes'])}, {vcpus}, workload {values['workload']}"
 
     async def run(self, stop: Stop) -> bool:
-        result: Json = {}
+        result: DemoResult | None = None
         failure: PostcopyError | None = None
         try:
             with trio.fail_after(self._values["deadline_s"]):
@@ -172,17 +173,18 @@ class DemoCommand:
             failure = known_error(group)
         except PostcopyError as error:
             failure = error
-        if failure is not None:
-            result = {"status": "failed", "error": str(failure)}
-        for name, value in {"verified": False, "verification": [], "kind": None}.items():
-            result.setdefault(name, value)
-        show(result, self._output.view.subject, make_console(sys.stderr if "json" in self._values else sys.stdout))
-        self._output.emit("result", convert({"side": "demo", "error": None, **result}, DemoResult))
-        if failure is not None or result.get("error"):
-            raise failure or MigrationError(str(result["error"]))
-        return result["status"] == "completed" and result["verified"] is True
+        if result is None:
+            result = DemoResult(
+                side="demo", status="failed", error=str(failure), kind=None, verified=False, verification=[]
+            )
+        with contextlib.suppress(BrokenPipeError):  # nobody reads it; the status tells
+            show(result, self._output.view.subject, make_console(sys.stderr if "json" in self._values else sys.stdout))
+        self._output.emit("result", result)
+        if result.error:
+            raise failure or MigrationError(result.error)
+        return result.status == "completed" and result.verified is True
 
-    async def _both(self, directory: str, stop: Stop) -> Json:
+    async def _both(self, directory: str, stop: Stop) -> DemoResult:
         values = self._values
         self._output.view.subject = self._subject()
         if values.get("workload") == "disk":
@@ -191,7 +193,8 @@ class DemoCommand:
             values["image"] = os.path.join(directory, "image.raw")
             await run_sync(_make_image, values["image"], self._image_bytes)
         if not self._lab:
-            return await self._run(Side("source", []), Side("dest", self._dest_arguments("127.0.0.1")), stop)
+            dest = Side("dest", DestResult, self._dest_arguments("127.0.0.1"))
+            return await self._run(Side("source", SourceResult, []), dest, stop)
         from postcopy.testbed.lab._lab import open_lab
         from postcopy.testbed.lab._plan import MAX_RATE, LabPlan
 
@@ -200,37 +203,39 @@ class DemoCommand:
         rate = min(LAB_HEADROOM * values["max_bandwidth_bytes_per_s"], MAX_RATE)
         async with open_lab(LabPlan(f"demo-{os.getpid()}", hosts=2 + self._echo, rate=rate)) as lab:
             here, there, *others = lab.hosts.values()
-            source, dest = Side("source", [], here), Side("dest", self._dest_arguments(there.ipv4), there)
+            source = Side("source", SourceResult, [], here)
+            dest = Side("dest", DestResult, self._dest_arguments(there.ipv4), there)
             if not self._echo:
                 return await self._run(source, dest, stop)
             return await self._watched(source, dest, others[0], stop)
 
-    async def _watched(self, source: Side, dest: Side, observer: Host, stop: Stop) -> Json:
+    async def _watched(
+        self, source: Side[SourceResult], dest: Side[DestResult], observer: Host, stop: Stop
+    ) -> DemoResult:
         """The machine is on the laboratory's network, and a third host asks it all the time."""
-        for side in (source, dest):
-            assert side.host is not None
-            await trio.to_thread.run_sync(side.host.attach_tap, parse_net(self._values["net"]))
+        for host in (source.host, dest.host):
+            assert host is not None
+            await trio.to_thread.run_sync(host.attach_tap, parse_net(self._values["net"]))
         address = format_ipv4(self._values["net_address"])
         async with open_ping_process(address, wrap=lambda command: observer.command(*command)) as pings:
             result = await self._run(source, dest, stop)
             statistics = await pings.stop()
-        source_result = result["source"]
-        begin_ns = source_result.get("paused-at-ns", 0)
-        gap_ms = pings.gap_ms(begin_ns, begin_ns + round(source_result.get("downtime-ms", 0) * 1e6))
+        begin_ns, down_ms = (result.source.paused_at_ns, result.source.downtime_ms) if result.source else (0, 0)
+        gap_ms = pings.gap_ms(begin_ns or 0, (begin_ns or 0) + round((down_ms or 0) * 1e6))
         one_machine = statistics.same_machine and statistics.not_increasing == statistics.duplicates == 0
         good = one_machine and gap_ms is not None
-        result["pings"] = {
-            "address": address,
-            "observer": observer.name,
-            "switchover-gap-ms": gap_ms,
-            "sent": statistics.sent,
-            "answered": statistics.answered,
-            "duplicates": statistics.duplicates,
-            "not-increasing": statistics.not_increasing,
-            "reordered": statistics.reordered,
-            "longest-gap-ms": statistics.longest_gap_ms,
-        }
-        result["verification"].append(
+        result.pings = Pings(
+            address=address,
+            observer=observer.name,
+            switchover_gap_ms=gap_ms,
+            sent=statistics.sent,
+            answered=statistics.answered,
+            duplicates=statistics.duplicates,
+            not_increasing=statistics.not_increasing,
+            reordered=statistics.reordered,
+            longest_gap_ms=statistics.longest_gap_ms,
+        )
+        result.verification.append(
             check(
                 good,
                 f"{address} answered {statistics.answered} of {statistics.sent} echoes, before and after, with numbers"
@@ -239,11 +244,11 @@ class DemoCommand:
                 f"numbered datagrams from {observer.name}, answered with the guest's own number and nonce",
             )
         )
-        result["verified"] = result["verified"] and good
+        result.verified = result.verified and good
         return result
 
-    async def _run(self, source: Side, dest: Side, stop: Stop) -> Json:
-        cable: Json = {}
+    async def _run(self, source: Side[SourceResult], dest: Side[DestResult], stop: Stop) -> DemoResult:
+        seen: list[DemoLab] = []
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._output.follow, lambda: self._progress(source, dest))
             nursery.start_soon(dest.run, self._output)
@@ -262,59 +267,57 @@ class DemoCommand:
                 # Whichever ends first with an error ends it all; the other one would wait for it.
                 async with trio.open_nursery() as waiting:
                     if dest.host is not None:
-                        waiting.start_soon(_pull_the_cable, source, dest, dest.host, cable)
-                    for child in (source, dest):
-                        waiting.start_soon(child.good_end)
+                        waiting.start_soon(_pull_the_cable, source, dest, dest.host, seen)
+                    waiting.start_soon(source.good_end)
+                    waiting.start_soon(dest.good_end)
             nursery.cancel_scope.cancel()
-        assert source.result is not None
-        assert dest.result is not None
-        result = merge(source.result, dest.result) | chaos
-        if dest.host is not None:
-            result["lab"] = cable
-            count = (result["recoveries"] or {}).get("count", 0)
-            cut = cable["cut"]
-            out = f"the cable was cut for {format_duration(cut['healed-ms'] / 1e3)}"
+        result = merge(await source.good_end(), await dest.good_end())
+        result.chaos = chaos
+        for lab in seen:
+            result.lab = lab
+            count = result.recoveries.count if result.recoveries is not None else 0
+            out = f"the cable was cut for {format_duration(lab.cut.healed_ms / 1e3)}"
             how = "the port of the destination's cable was down until both sides said that they were paused"
-            result["verification"].append(
+            result.verification.append(
                 check(count > 0, f"{out}, and both sides went on", f"{out}, and no side noticed", how)
             )
-            result["verified"] = result["verified"] and count > 0
+            result.verified = result.verified and count > 0
         return result
 
     @asynccontextmanager
-    async def _cable(self, address: str, source: Side) -> AsyncIterator[tuple[str, Json]]:
+    async def _cable(self, address: str, source: Side[SourceResult]) -> AsyncIterator[tuple[str, Chaos | None]]:
         """Where the source is to connect, and what there will be to say about the network afterwards."""
         if self._chaos is None:
-            yield address, {}
+            yield address, None
             return
-        said: Json = {"plan": self._values["chaos"], "seed": self._chaos.seed}
+        said = Chaos(plan=self._values["chaos"], seed=self._chaos.seed)
         if source.host is not None:
             # There the proxy has to be, too. Where the kernel has no netem, this is how the network becomes slow.
-            child = Side("chaos", self._chaos_arguments(address), source.host)
+            child = Side("chaos", ChaosResult, self._chaos_arguments(address), source.host)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(child.run, self._output)
                 await child.address_known.wait()
                 if child.listening is None:
                     raise MigrationError(f"the proxy did not start: {child.last_error}")
-                yield child.listening, {"chaos": said}
+                yield child.listening, said
                 await child.end()
-            seen = child.result or {}
-            said |= {"connections": seen.get("connections"), "refused": seen.get("refused"), "cuts": seen.get("cuts")}
+            if (seen := child.result) is not None:
+                said.connections, said.refused, said.cuts = seen.connections, seen.refused, seen.cuts
             return
         # Nothing is cut before the point of no return: that would only keep the machine where it is.
         async with open_chaos_proxy(address, self._chaos, begin=source.committed) as proxy:
-            yield str(proxy.address), {"chaos": said}
-            statistics = proxy.statistics
-            said |= {"connections": statistics.connections, "refused": statistics.refused, "cuts": statistics.by_way}
+            yield str(proxy.address), said
+            counted = proxy.statistics
+            said.connections, said.refused, said.cuts = counted.connections, counted.refused, counted.by_way
 
     def _chaos_arguments(self, address: str) -> list[str]:
         assert self._chaos is not None
         plan = ["chaos", self._values["chaos"], "--seed", str(self._chaos.seed)]
         return [*plan, "--json", "--listen", "127.0.0.1:0", "--to", address]
 
-    def _progress(self, source: Side, dest: Side) -> Record:
+    def _progress(self, source: Side[SourceResult], dest: Side[DestResult]) -> Progress:
         # What matters is at the source until the machine is not there any more.
-        return dest.record if dest.progress["status"] not in ("setup", "active") else source.record
+        return dest.progress if dest.progress.status not in ("setup", "active") else source.progress
 
     def _dest_arguments(self, host: str) -> list[str]:
         return self._arguments("dest", listen=f"{host}:0")
@@ -327,41 +330,47 @@ class DemoCommand:
         return [command, *options.to_arguments(options.COMMANDS[command], values | {"json": True} | more)]
 
 
-async def _pull_the_cable(source: Side, dest: Side, host: Host, said: Json) -> None:
+async def _pull_the_cable(source: Side[SourceResult], dest: Side[DestResult], host: Host, seen: list[DemoLab]) -> None:
     """Cuts the destination's cable in the middle of postcopy, heals it when both sides have noticed, and says so."""
 
-    def resident(progress: Json) -> float:
-        ram = progress.get("ram") or {}
-        return 1 - ram["remaining"] / ram["total"] if ram.get("total") and "remaining" in ram else 0.0
+    def resident(progress: Progress) -> float:
+        ram = progress.ram
+        return 1 - ram.remaining / ram.total if ram is not None and ram.total and ram.remaining is not None else 0.0
 
     await dest.until(
         "the cable was cut: give it more --memory or a lower --max-bandwidth",
-        lambda now: now["status"] == "postcopy-active" and resident(now) >= LAB_CUT_AT,
+        lambda now: now.status == "postcopy-active" and resident(now) >= LAB_CUT_AT,
     )
     at_percent = round(100 * resident(dest.progress), 1)
     await trio.to_thread.run_sync(host.cut)
     cut_s = trio.current_time()
-    for side in (source, dest):
-        await side.until("it noticed the cut cable", lambda now: now["status"] == "postcopy-paused")
+    await source.until("it noticed the cut cable", lambda now: now.status == "postcopy-paused")
+    await dest.until("it noticed the cut cable", lambda now: now.status == "postcopy-paused")
     noticed_s = trio.current_time()
     await trio.to_thread.run_sync(host.heal)
     healed_s = trio.current_time()
-    said |= {
-        "name": host.lab.name,
-        "mtu": host.lab.mtu,
-        "rate-bytes-per-s": host.lab.rate_of(host.name),
-        "hosts": {
-            side.name: {"name": side.host.name, "ipv4": side.host.ipv4, "ipv6": side.host.ipv6}
-            for side in (source, dest)
-            if side.host is not None
-        },
-        "cut": {
-            "host": host.name,
-            "at-percent": at_percent,
-            "noticed-ms": round(1000 * (noticed_s - cut_s), 1),
-            "healed-ms": round(1000 * (healed_s - cut_s), 1),
-        },
-    }
+    rate = host.lab.rate_of(host.name)
+    assert rate is not None  # the demo has set it
+    hosts = {"source": source.host, "dest": dest.host}
+    cut = LabCut(
+        host=host.name,
+        at_percent=at_percent,
+        noticed_ms=round(1000 * (noticed_s - cut_s), 1),
+        healed_ms=round(1000 * (healed_s - cut_s), 1),
+    )
+    seen.append(
+        DemoLab(
+            name=host.lab.name,
+            mtu=host.lab.mtu,
+            rate_bytes_per_s=rate,
+            hosts={
+                side: LabHost(name=one.name, ipv4=one.ipv4, ipv6=one.ipv6)
+                for side, one in hosts.items()
+                if one is not None
+            },
+            cut=cut,
+        )
+    )
 
 
 def _make_image(path: str, size_bytes: int) -> None:

@@ -4,123 +4,116 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from rich.console import Console
 
 from postcopy.output.tables import Span, print_line, print_table, row
 from postcopy.output.words import format_count, format_duration
+from postcopy.records.commands import DemoResult
+from postcopy.records.events import DestResult, SourceResult
+from postcopy.records.migration import Check
 from postcopy.units import format_size
 
-Json = dict[str, Any]
 
-
-def check(ok: bool, good: str, bad: str, how: str) -> Json:
+def check(ok: bool, good: str, bad: str, how: str) -> Check:
     """An entry of `verification`."""
-    return {"ok": ok, "what": good if ok else bad, "how": how}
+    return Check(ok=ok, what=good if ok else bad, how=how)
 
 
-def merge(source: Json, dest: Json) -> Json:
+def merge(source: SourceResult, dest: DestResult) -> DemoResult:
     """Both results as one, with the checks that need both."""
-    verification = list(dest.get("verification") or [])
-    here, there = dest.get("guest") or {}, source.get("guest-at-pause") or {}
-    if there.get("nonce") and (here.get("nonce") or dest.get("verified") is not None):
+    verification = list(dest.verification)
+    here, there = dest.guest, source.guest_at_pause
+    nonce = here.nonce if here is not None else None
+    if there is not None and there.nonce and (nonce or dest.verified is not None):
         verification.append(
             check(
-                here.get("nonce") == there["nonce"],
-                f"the machine is the one that was booted at the source (nonce {there['nonce']})",
-                f"the nonce was {there['nonce']} at the source, and is {here.get('nonce')} at the destination",
+                nonce == there.nonce,
+                f"the machine is the one that was booted at the source (nonce {there.nonce})",
+                f"the nonce was {there.nonce} at the source, and is {nonce} at the destination",
                 "made by the guest at boot, kept in its memory only; announced by the guest, or read from there",
             )
         )
-    if "operations" in there:
-        before, after = there["operations"], here.get("operations", 0)
+    if there is not None and there.operations is not None:
+        before, after = there.operations, (here.operations if here is not None else None) or 0
         what = f"it went on where it was: {before} operations at the pause, {after} at the end"
         verification.append(check(after >= before, what, what, "counters of the guest, by vCPU, which move with it"))
-    completed = source["status"] == dest["status"] == "completed"
-    status = "completed" if completed else next(s for s in (dest["status"], source["status"]) if s != "completed")
-    result: Json = {"status": status, "kind": dest.get("kind") or source.get("kind")}
-    for name in (
-        "migration-id",
-        "peer",
-        "downtime-ms",
-        "total-ms",
-        "ram",
-        "pending-faults",
-        "fault-latency-us",
-        "blocktime-ms",
-        "recoveries",
-        "pager",
-        "dump",
-    ):
-        result[name] = dest.get(name)
-    asked = dest.get("verified") is not None
-    good = all(item["ok"] for item in verification)
-    result["verified"] = (good if asked else None) if completed else False
-    result["verification"] = verification
-    result["error"] = dest.get("error") or source.get("error")
-    result["source"], result["dest"] = source, dest
-    return result
+    completed = source.status == dest.status == "completed"
+    good = all(item.ok for item in verification)
+    asked = dest.verified is not None
+    return DemoResult(
+        side="demo",
+        status="completed" if completed else next(s for s in (dest.status, source.status) if s != "completed"),
+        error=dest.error or source.error,
+        migration_id=dest.migration_id,
+        peer=dest.peer,
+        kind=dest.kind or source.kind,
+        downtime_ms=dest.downtime_ms,
+        total_ms=dest.total_ms,
+        ram=dest.ram,
+        pending_faults=dest.pending_faults,
+        fault_latency_us=dest.fault_latency_us,
+        blocktime_ms=dest.blocktime_ms,
+        recoveries=dest.recoveries,
+        pager=dest.pager,
+        dump=dest.dump,
+        verified=(good if asked else None) if completed else False,
+        verification=verification,
+        source=source,
+        dest=dest,
+    )
 
 
-def show(result: Json, subject: str, console: Console) -> None:
+def show(result: DemoResult, subject: str, console: Console) -> None:
     """The result for a person, without its error, which the command ends with."""
-    error = str(result.get("error") or "")
+    error = result.error or ""
     rows = [row(label, text) for label, text in _rows(result)]
     if rows:
-        rows.append(row("verified", {True: "yes", False: "NO"}.get(result["verified"], "was not asked for")))
-    for item in result.get("verification", []):
-        if item["ok"] or item["what"] not in error:
-            rows.append(row(Span("  ok", "good") if item["ok"] else Span("  FAILED", "bad"), item["what"]))
+        verified = "was not asked for" if result.verified is None else "yes" if result.verified else "NO"
+        rows.append(row("verified", verified))
+    for item in result.verification:
+        if item.ok or item.what not in error:
+            rows.append(row(Span("  ok", "good") if item.ok else Span("  FAILED", "bad"), item.what))
     if rows:
-        print_line(console, f"postcopy demo: {subject}: {result['status']}", "bold")
+        print_line(console, f"postcopy demo: {subject}: {result.status}", "bold")
         print_table(console, (), rows)
 
 
-def _rows(result: Json) -> Iterator[tuple[str, str]]:
-    ram, latency = result.get("ram") or {}, result.get("fault-latency-us") or {}
-    if result.get("downtime-ms"):
-        yield "downtime", _ms(result["downtime-ms"])
-    if pings := result.get("pings"):
-        gap_ms = pings["switchover-gap-ms"]
+def _rows(result: DemoResult) -> Iterator[tuple[str, str]]:
+    if result.downtime_ms:
+        yield "downtime", _ms(result.downtime_ms)
+    if pings := result.pings:
+        gap_ms = pings.switchover_gap_ms
         gap = "no answers" if gap_ms is None else f"{_ms(gap_ms)} between two answers"
-        yield "network gap", f"{gap}; with the cut cable {_ms(pings['longest-gap-ms'])}"
-    if result.get("total-ms"):
-        yield "total time", _ms(result["total-ms"])
-    if ram:
-        yield "memory", f"{format_size(ram['total'])}, {format_size(ram['transferred'])} transferred"
-        again = f" ({ram['duplicate-pages']} twice)" if ram["duplicate-pages"] else ""
-        yield (
-            "pages",
-            (
-                f"{ram['demand-pages']} on demand, {ram['background-pages']} in background{again},"
-                f" {ram['zero-pages']} zero"
-            ),
-        )
-    if released := ((result.get("source") or {}).get("ram") or {}).get("released"):
-        yield "released at the source", format_size(released)
-    if latency.get("count"):
-        times = (f"{word} {format_duration(latency[key] / 1e6)}" for key, word in _LATENCY.items())
-        yield "fault latency", ", ".join(times)
-    if result.get("blocktime-ms"):
-        yield "blocked, by vCPU", ", ".join(_ms(ms) for ms in result["blocktime-ms"])
-    if (recovered := result.get("recoveries") or {}).get("count"):
-        yield "recoveries", f"{recovered['count']}, the longest took {_ms(recovered['max-ms'])}"
-    if deaths := (result.get("pager") or {}).get("deaths"):
-        yield "pager", f"its process died {format_count(deaths, 'time')}, and another one took over"
-    if chaos := result.get("chaos"):
-        cuts = ", ".join(f"{count} by {way}" for way, count in chaos.get("cuts", {}).items())
-        yield "network", f"{chaos['plan']}, seed {chaos['seed']}: {f'disconnected: {cuts}' if cuts else 'never cut'}"
-    if lab := result.get("lab"):
-        cut, hosts = lab["cut"], " to ".join(f"{host['name']} ({host['ipv4']})" for host in lab["hosts"].values())
-        yield "laboratory", f"{hosts}, MTU {lab['mtu']}, {format_size(lab['rate-bytes-per-s'])}/s"
+        yield "network gap", f"{gap}; with the cut cable {_ms(pings.longest_gap_ms)}"
+    if result.total_ms:
+        yield "total time", _ms(result.total_ms)
+    if ram := result.ram:
+        yield "memory", f"{format_size(ram.total or 0)}, {format_size(ram.transferred or 0)} transferred"
+        again = f" ({ram.duplicate_pages} twice)" if ram.duplicate_pages else ""
+        background = f"{ram.background_pages} in background{again}"
+        yield "pages", f"{ram.demand_pages} on demand, {background}, {ram.zero_pages} zero"
+    if result.source is not None and result.source.ram is not None and result.source.ram.released:
+        yield "released at the source", format_size(result.source.ram.released)
+    if (latency := result.fault_latency_us) is not None and latency.count:
+        times = (("median", latency.p50), ("99 % within", latency.p99), ("longest", latency.max))
+        yield "fault latency", ", ".join(f"{word} {format_duration(us / 1e6)}" for word, us in times)
+    if result.blocktime_ms:
+        yield "blocked, by vCPU", ", ".join(_ms(ms) for ms in result.blocktime_ms)
+    if (recovered := result.recoveries) is not None and recovered.count:
+        yield "recoveries", f"{recovered.count}, the longest took {_ms(recovered.max_ms)}"
+    if result.pager is not None and result.pager.deaths:
+        yield "pager", f"its process died {format_count(result.pager.deaths, 'time')}, and another one took over"
+    if chaos := result.chaos:
+        cuts = ", ".join(f"{count} by {way}" for way, count in (chaos.cuts or {}).items())
+        yield "network", f"{chaos.plan}, seed {chaos.seed}: {f'disconnected: {cuts}' if cuts else 'never cut'}"
+    if lab := result.lab:
+        cut, hosts = lab.cut, " to ".join(f"{host.name} ({host.ipv4})" for host in lab.hosts.values())
+        yield "laboratory", f"{hosts}, MTU {lab.mtu}, {format_size(lab.rate_bytes_per_s)}/s"
         yield (
             "cable",
-            (f"cut when {cut['at-percent']:g} % had arrived, noticed after {_ms(cut['noticed-ms'])}, connected again"),
+            f"cut when {cut.at_percent:g} % had arrived, noticed after {_ms(cut.noticed_ms)}, connected again",
         )
-
-
-_LATENCY = {"p50": "median", "p99": "99 % within", "max": "longest"}
 
 
 def _ms(milliseconds: float) -> str:

@@ -7,35 +7,37 @@ import signal
 from collections import deque
 from collections.abc import Callable
 from subprocess import PIPE, SubprocessError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import trio
+from msgspec import convert
 
 from postcopy._child import python
 from postcopy.errors import ConfigurationError, MigrationError
 from postcopy.output import Output
-from postcopy.records import Record, as_json
+from postcopy.records import Record
 from postcopy.records.events import Progress
-from postcopy.records.reading import read_event
 from postcopy.testbed._processes import Child, Json, Lines, parse
 
 if TYPE_CHECKING:
     from postcopy.testbed.lab._lab import Host
 
 END_S = 15.0  # for a child to end in order
+R = TypeVar("R", bound=Record)
 
 
-class Side:
+class Side(Generic[R]):
     """One side, or the proxy between them: its progress as it comes, its result, its last words."""
 
-    def __init__(self, name: str, arguments: list[str], host: Host | None = None) -> None:
+    def __init__(self, name: str, result: type[R], arguments: list[str], host: Host | None = None) -> None:
+        """`result`: what its last line says."""
         self.name = name
+        self._result_type = result
         self.arguments = arguments
         self.host = host  # where it runs, in a laboratory
         self.listening: str | None = None
-        self.record: Record = Progress(side=name, status="setup", error=None)
-        self.progress: Json = as_json(self.record)
-        self.result: Json | None = None
+        self.progress = Progress(side=name, status="setup", error=None)
+        self.result: R | None = None
         self.address_known = trio.Event()
         self.committed = trio.Event()  # behind the point of no return, as far as it has said
         self._done = trio.Event()
@@ -69,15 +71,17 @@ class Side:
             self._child.signal(signal.SIGTERM)
         await self._done.wait()
 
-    async def good_end(self) -> None:
-        """Waits for its end; `MigrationError` without a result, `ConfigurationError` when it was asked for wrongly."""
+    async def good_end(self) -> R:
+        """Waits for its end, and its result; `MigrationError` without one, `ConfigurationError` when it was asked for
+        wrongly."""
         await self._done.wait()
         assert self._child is not None
         if self._child.process.returncode or self.result is None:
             asked_wrongly = self._child.process.returncode == 2
             raise (ConfigurationError if asked_wrongly else MigrationError)(f"{self.name}: {self.last_error}")
+        return self.result
 
-    async def until(self, what: str, found: Callable[[Json], bool]) -> None:
+    async def until(self, what: str, found: Callable[[Progress], bool]) -> None:
         """Waits for a progress of which `found` is true; `MigrationError` when its end comes first. One waiter."""
         while not found(self.progress):
             if self._done.is_set():
@@ -91,16 +95,15 @@ class Side:
         for key in ("schema", "elapsed-ms"):
             message.pop(key, None)
         if event == "result":
-            self.result = message
+            self.result = convert(message, self._result_type)
         elif event == "listening":
             self.listening = message["address"]
             self.address_known.set()
         elif event == "progress":
-            self.progress = message
-            if message["status"].startswith("postcopy"):
+            self.progress = convert(message, Progress)
+            if self.progress.status.startswith("postcopy"):
                 self.committed.set()
-            self.record = read_event(event, message)
-            output.emit("progress", self.record)
+            output.emit("progress", self.progress)
         output.kick()
         self._news.set()
 
@@ -114,4 +117,5 @@ class Side:
         for line in reversed(self._stderr):
             if line.startswith("postcopy: error: "):
                 return line.removeprefix("postcopy: error: ")
-        return str((self.result or {}).get("error") or (self._stderr[-1] if self._stderr else "it said nothing"))
+        said = getattr(self.result, "error", None) or (self._stderr[-1] if self._stderr else "it said nothing")
+        return str(said)

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from msgspec import structs
 
 from postcopy.errors import ConfigurationError, ResourceError
-from postcopy.records import as_json, reports
+from postcopy.records import VERSION, as_json, reports
 from postcopy.testbed._report import Row, Section, Span, emit_json, make_console, print_line, print_section, row
 from postcopy.testbed.probe._findings import Finding, find, find_all, migrations, names, uses
 from postcopy.testbed.probe._host import system
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         found = [finding.record() for finding in findings]
         here = structs.asdict(system())
-        emit_json(as_json(reports.Probe(**here, receivable=ways, uses=uses(findings), findings=found)))
+        emit_json(as_json(reports.Probe(schema=VERSION, **here, receivable=ways, uses=uses(findings), findings=found)))
     else:
         _print(findings, ways)
     return 0 if any(ways.values()) else 1
@@ -61,7 +61,8 @@ def _require(wanted: list[str], in_json: bool) -> int:
         raise ConfigurationError(f"--require: there is no {unknown[0]!r}{hint}")
     findings = [find(name) for name in wanted]
     if in_json:
-        emit_json(as_json(reports.Findings(findings=[finding.record() for finding in findings])))
+        found = [finding.record() for finding in findings]
+        emit_json(as_json(reports.Findings(schema=VERSION, findings=found)))
     missing = [complaint for finding in findings if (complaint := finding.complaint())]
     if missing:
         raise ResourceError("; ".join(missing))
@@ -78,7 +79,7 @@ def _print(findings: list[Finding], ways: dict[str, bool]) -> None:
         print_section(console, Section(title, (), tuple(rows)))
         console.print()
 
-    about = [row(name, _plain(value)) for name, value in as_json(system()).items() if name != "schema"]
+    about = [row(name, _plain(value)) for name, value in as_json(system()).items()]
     for finding in findings:
         if finding.name == "uffd-user" and finding:
             about += [row(f"uffd {name}", ", ".join(finding.facts[name])) for name in ("features", "ioctls")]

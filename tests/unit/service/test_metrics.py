@@ -29,6 +29,7 @@ from postcopy.net import Address
 from postcopy.records.migration import STATUSES
 from postcopy.service import http as http_module
 from postcopy.service import metrics as metrics_module
+from postcopy.service import report
 from postcopy.service.http import HttpServer, parse_metrics_address
 from postcopy.service.metrics import CONTENT_TYPE, Metrics, MetricsFile, check_file, write_file
 from postcopy.service.notify import Notifier
@@ -49,7 +50,7 @@ def _machine() -> Mock:
 def _source(machine: Mock) -> Mock:
     job = Mock(spec=SourceMigration)
     job.machine, job.migration_id, job.peer, job.failure = machine, "ff", "192.0.2.7:7777", None
-    job.started_ns = job.completed_ns = 0
+    job.started_ns = job.completed_ns = job.ended_ns = 0
     job.status = "postcopy-active"
     job.recoveries = Recoveries()
     job.statistics.return_value = Statistics(
@@ -62,7 +63,7 @@ def _source(machine: Mock) -> Mock:
 def _dest(machine: Mock) -> Mock:
     job = Mock(spec=DestinationMigration)
     job.machine, job.migration_id, job.peer, job.failure = machine, "ff", "192.0.2.7:7777", None
-    job.started_ns = job.completed_ns = 0
+    job.started_ns = job.completed_ns = job.ended_ns = 0
     job.status = "completed"
     job.recoveries = Recoveries(2, 5, 9, 500_000_000)
     job.latency = Histogram()
@@ -146,6 +147,24 @@ class TestText:
         machine.statistics.side_effect = trio.ClosedResourceError
         text = Metrics(lambda: [("a", machine, _source(machine)), ("a", machine, _source(machine))]).text()
         assert _key("postcopy_guest_operations_total", machine="a") not in _samples(text)
+
+    def test_numbers_of_several_destinations_are_not_mixed(self) -> None:
+        """What is said of an image is one of its migrations, whole."""
+        machine = _machine()
+        running, ended = _source(machine), _source(machine)
+        ended.statistics.return_value = Statistics(total_bytes=64 * MIB, resident_bytes=64 * MIB, transferred_bytes=7)
+        labels = {"machine": "a", "direction": "outgoing"}
+        samples = _samples(Metrics(lambda: [("a", machine, running), ("a", machine, ended)]).text())
+        assert samples[_key("postcopy_migration_transferred_bytes_total", **labels)] == 4192
+        assert _key("postcopy_migration_remaining_bytes", **labels) not in samples
+
+    def test_elapsed_time_ends_with_the_migration(self) -> None:
+        """Also of one that has failed, whose machine stays."""
+        job = _source(_machine())
+        job.started_ns, job.ended_ns, job.status = 1_000_000, 5_000_000, "failed"
+        status = report.machine_status("a", job.machine, job)
+        assert status.migration is not None
+        assert status.migration.elapsed_ms == 4
 
     def test_histogram_edges(self) -> None:
         histogram = Histogram()

@@ -7,13 +7,21 @@ from typing import Any
 
 import pytest
 
+from postcopy.records.commands import DemoResult
+from postcopy.records.events import DestResult, SourceResult
+from postcopy.records.migration import Guest
 from postcopy.testbed.demo._result import merge
 
 
-def _merged(here: str | None, verified: bool | None) -> dict[str, Any]:
-    source = {"status": "completed", "guest-at-pause": {"nonce": "0x05", "operations": 0}}
-    guest = {"operations": 0} | ({"nonce": here} if here else {})
-    return merge(source, {"status": "completed", "guest": guest, "verified": verified, "verification": []})
+def _merged(here: str | None, verified: bool | None) -> DemoResult:
+    both: dict[str, Any] = {
+        "status": "completed", "error": None, "kind": "kvm", "verified": verified, "verification": [], "overhead_bytes": 0,
+    }  # fmt: skip
+    there = Guest(state="paused", nonce="0x05", operations=0)
+    source = SourceResult(side="source", served=1, guest_at_pause=there, **both)
+    return merge(
+        source, DestResult(side="dest", dump=None, guest=Guest(state="paused", nonce=here, operations=0), **both)
+    )
 
 
 @pytest.mark.parametrize(
@@ -30,5 +38,5 @@ def test_whether_it_is_the_same_machine(
     here: str | None, verified: bool | None, asked: int, verdict: bool | None
 ) -> None:
     result = _merged(here, verified)
-    assert len(result["verification"]) == asked
-    assert result["verified"] is verdict
+    assert len(result.verification) == asked
+    assert result.verified is verdict

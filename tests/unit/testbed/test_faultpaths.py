@@ -263,6 +263,15 @@ def test_the_directory_for_o_direct_is_one_that_can_tell(monkeypatch: pytest.Mon
     assert _select.direct_dir(".") == str(kinds["here"])  # what was named is taken
 
 
+def test_the_directory_for_o_direct_where_the_current_one_has_been_removed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert os.path.isdir(_select.direct_dir(""))
+
+
 # ---- choosing
 
 
@@ -469,8 +478,8 @@ def test_the_compare_command(found: Run, tmp_path: Path, capsys: pytest.CaptureF
         ("[]", "is a JSON array: not a report"),
         ("{}", "is an empty JSON object, without 'schema': not a report"),
         ('{"event": "result", "status": "completed"}', "is a JSON object with 'event', 'status', without 'schema'"),
-        ('{"schema": 1}', "is a JSON object with 'schema', without 'system'"),
-        ('{"schema": 9}', "is a report of schema 9, and this version reads 1"),
+        ('{"schema": 2}', "is a JSON object with 'schema', without 'system'"),
+        ('{"schema": 1}', "is a report of schema 1, and this version reads 2"),
     ],
 )
 def test_compare_with_something_else(

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from postcopy.cli import make_parser
 from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.testbed import _linux
 from postcopy.testbed.lab import _lab as lab
@@ -148,9 +149,7 @@ def test_a_delay_has_its_unit() -> None:
 
 
 def parsed(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return parser.parse_args(arguments)
+    return make_parser(("lab",)).parse_args(("lab", *arguments))
 
 
 def test_a_command_keeps_its_own_options() -> None:
