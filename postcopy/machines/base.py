@@ -114,6 +114,7 @@ class Check:
     what: str  # what was verified, or what is wrong: one line
     how: str  # by what means
     counts: Mapping[str, int] = field(default_factory=dict)
+    nonce: int = 0  # that of `MachineStatistics`, as it is in the machine's memory
 
     def as_dict(self) -> dict[str, Any]:
         """For a report."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control socket as a file: who has its name, and who may connect.
+"""The control socket as a file: which process has its name, and which user may connect.
 
 A client may do everything, so the socket is made with mode 0600, for this user and root only, and listens only when
 that has been checked. A socket that a dead process left behind is replaced, one that answers is not, and nothing that

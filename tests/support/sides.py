@@ -99,7 +99,7 @@ class Side:
         deadline = time.monotonic() + DEADLINE_S
         while "Abandoning" not in self._child.errors():  # what comes right after the first one is part of it
             self.signal(number)
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, f"it was not abandoned:\n{self._child.errors()}"
             time.sleep(0.02)
 
     def end(self, deadline_s: float = DEADLINE_S) -> tuple[int, Json, str]:

@@ -408,6 +408,7 @@ class ToyMachine(Machine):
                 "operations": int(struct.operations),
                 "disk-bytes-checked": int(struct.disk_bytes_checked),
             },
+            nonce=int(struct.nonce),
         )
 
     async def wait_ready(self) -> None:
