@@ -78,7 +78,7 @@ class DemoLab(Record, kw_only=True):
 
     name: Annotated[str, doc("Of the laboratory.")]
     mtu: Annotated[int, doc("Of its cables.", "bytes")]
-    rate_bytes_per_s: Annotated[int, doc("Of its cables, each way.", "bytes/s")]
+    rate_bytes_per_s: Annotated[int | None, doc("Of its cables, each way; null: no limit.", "bytes/s")]
     hosts: Annotated[dict[str, LabHost], doc("By side: `source`, `dest`.")]
     cut: Annotated[LabCut, doc("What happened to the cable.")]
 

@@ -109,7 +109,8 @@ def _rows(result: DemoResult) -> Iterator[tuple[str, str]]:
         yield "network", f"{chaos.plan}, seed {chaos.seed}: {f'disconnected: {cuts}' if cuts else 'never cut'}"
     if lab := result.lab:
         cut, hosts = lab.cut, " to ".join(f"{host.name} ({host.ipv4})" for host in lab.hosts.values())
-        yield "laboratory", f"{hosts}, MTU {lab.mtu}, {format_size(lab.rate_bytes_per_s)}/s"
+        rate = f", {format_size(lab.rate_bytes_per_s)}/s" if lab.rate_bytes_per_s else ""
+        yield "laboratory", f"{hosts}, MTU {lab.mtu}{rate}"
         yield (
             "cable",
             f"cut when {cut.at_percent:g} % had arrived, noticed after {_ms(cut.noticed_ms)}, connected again",
