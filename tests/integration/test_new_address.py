@@ -118,8 +118,8 @@ def test_the_listener_takes_it_from_anywhere(side: Start, image: Path, tmp_path:
         (("--peer-file", "{directory}/none"), "No such file"),
         (("--peer-file", "{directory}"), "a directory, not a regular file"),
         (("--peer-file", "{directory}/image"), "more than 4096 bytes"),
-        (("--peer-file", "{directory}/image", "--connect", "127.0.0.1:1"), "not allowed with"),
-        ((), "one of the arguments --listen --connect --peer-file is required"),
+        (("--peer-file", "{directory}/image", "--connect", "127.0.0.1:1"), "--connect does not go with --peer-file"),
+        ((), "dest needs --listen, --connect or --peer-file"),
     ],
 )
 def test_files_that_say_nothing(
