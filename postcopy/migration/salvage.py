@@ -230,6 +230,8 @@ def read(path: str) -> Salvage:
         if msgspec.json.decode(text, type=_Head).version != VERSION:
             raise ConfigurationError(f"{path}: a salvage of another version; use the postcopy that wrote it")
         salvage = Salvage(Path(path), msgspec.json.decode(text, type=Manifest))
+    except PermissionError as error:  # what is there cannot be seen, or not read
+        raise ConfigurationError(f"{path}: {_reason(error)}") from error
     except OSError as error:
         if not os.path.isdir(path):
             what = "is not a directory" if os.path.lexists(path) else "does not exist"
