@@ -86,7 +86,7 @@ def test_without_rights_it_says_what_rights_would_help(run_in_child: Callable[..
     assert findings["root"].state == "no"
     assert findings["netns"].state == "no"
     for name in ("root", "netns"):
-        assert findings[name].remedy.startswith("sudo ")
+        assert findings[name].remedy.startswith("docker run --user 0 " if _host.container() else "sudo ")
     for name, device in (("kvm", "/dev/kvm"), ("uffd-device", "/dev/userfaultfd"), ("tun", "/dev/net/tun")):
         if os.path.exists(device) and not findings[name]:
             assert "EACCES" in findings[name].detail or "Permission denied" in findings[name].detail
