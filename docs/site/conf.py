@@ -92,7 +92,8 @@ def made_anew(_app: Sphinx, env: BuildEnvironment, *_: object) -> list[str]:
 
 def members(_app: Sphinx, _what: str, name: str, member: object, _skip: bool, _options: object) -> bool | None:
     """Of `postcopy.errors` what a caller may get; its helpers are for this package."""
-    helper = getattr(member, "__module__", "") == "postcopy.errors" and not isinstance(member, type)
+    raised = isinstance(member, type) and issubclass(member, BaseException)
+    helper = getattr(member, "__module__", "") == "postcopy.errors" and not raised
     inherited = name in ("with_traceback", "add_note") or name.startswith("_")
     return True if helper or inherited else None
 
@@ -100,11 +101,11 @@ def members(_app: Sphinx, _what: str, name: str, member: object, _skip: bool, _o
 def signature(
     _app: Sphinx, what: str, _name: str, found: object, _options: object, arguments: str | None, returned: str | None
 ) -> tuple[str | None, str | None]:
-    """None for a class that its users do not make by calling it."""
+    """Empty for a class that its users do not make by calling it."""
     if what == "class" and isinstance(found, type):
         made = (found.__doc__ or "").startswith("Made by") or getattr(found, "_is_protocol", False)
         if made or issubclass(found, Enum) or "'" in (arguments or ""):
-            return None, returned
+            return "", ""
     return arguments, returned
 
 
