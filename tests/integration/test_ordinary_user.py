@@ -58,7 +58,7 @@ def test_demo_without_any_right(package: list[str], spawn_child: Callable[..., A
     if workload != "idle":  # which touches so little that the push may be faster
         assert result["ram"]["demand-pages"] > 0
     if found["how"] == "USER_ONLY":
-        assert done.stderr.count("postcopy: --machine kvm cannot be used here") == 1
+        assert done.stderr.count("demo: --machine kvm cannot be used here") == 1
 
 
 @pytest.mark.needs("root", "uffd-user", "user-netns")
