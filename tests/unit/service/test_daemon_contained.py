@@ -38,7 +38,7 @@ from postcopy.service import daemon as daemon_module
 from postcopy.service import service as service_module
 from postcopy.service._contain import contained
 from postcopy.service.config import ArrivalOptions, DaemonConfig
-from postcopy.service.control import ControlHandler, process_status
+from postcopy.service.control import ControlHandler, find, process_status
 from postcopy.service.daemon import MAX_INCOMING, Daemon
 from postcopy.service.schema import ControlError, Request, parse_arguments
 from postcopy.service.service import Phase
@@ -166,9 +166,13 @@ async def test_the_only_machine_that_can_be_reclaimed_needs_no_name() -> None:
         async with running(with_machine=False) as here:
 
             def lose_it(event: str, fields: dict[str, Any]) -> None:
-                # In the very step of its COMMIT: the machine cannot have arrived before the destination ends.
+                # In the very step of its COMMIT, which is not sent any more: no page can arrive before the end.
                 if event == "migration-status" and fields["status"] == "postcopy-active":
                     here.stop.insist()
+                    migration = find(there.daemon.machines, "two").migration
+                    assert migration is not None
+                    assert migration._link is not None
+                    migration._link.control.socket.shutdown(socket.SHUT_RDWR)
 
             there.daemon.output.listeners.append(lose_it)
             await there.ask("migrate", to=str(here.address), machine="two")

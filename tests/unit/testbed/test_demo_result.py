@@ -15,7 +15,8 @@ from postcopy.testbed.demo._result import merge
 
 def _merged(here: str | None, verified: bool | None) -> DemoResult:
     both: dict[str, Any] = {
-        "status": "completed", "error": None, "kind": "kvm", "verified": verified, "verification": [], "overhead_bytes": 0,
+        "status": "completed", "error": None, "kind": "kvm", "verified": verified, "verification": [],
+        "overhead_bytes": 0,
     }  # fmt: skip
     there = Guest(state="paused", nonce="0x05", operations=0)
     source = SourceResult(side="source", served=1, guest_at_pause=there, **both)
