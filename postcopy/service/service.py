@@ -20,6 +20,7 @@ from __future__ import annotations
 import abc
 import enum
 import logging
+import math
 import os
 import secrets
 import shlex
@@ -409,6 +410,8 @@ class Service(abc.ABC):
         finally:
             if not done and self.abandoned:
                 self.failure = Interrupted(f"abandoned: {self.abandoned}")
+            if trio.current_effective_deadline() == -math.inf:  # ended from outside: no signal comes any more
+                self.stop.insist()
             with trio.CancelScope(shield=True):
                 await end(done)
         if not done and self.failure is not None:
@@ -434,6 +437,7 @@ class Service(abc.ABC):
         if path is None:
             return
         asked: trio.Event | None = None
+        self.stop.warned()  # to ask again is to insist from here on: what ends it from outside ends no shielded step
         while True:
             changes = self.stop.changes
             try:

@@ -71,6 +71,41 @@ async def test_disk_that_is_full_for_a_while(
     assert "dest: salvage written to DIR" in text.getvalue()
 
 
+async def test_ended_from_outside(monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock) -> None:
+    """Nothing would end it any more."""
+    disk = Disk(float("inf"))
+    monkeypatch.setattr(salvage, "write", disk.write)
+    policy, _ = service()
+
+    async def end(done: bool) -> None:
+        await write(policy)
+
+    async def run() -> bool:
+        await trio.sleep_forever()
+        return True
+
+    with trio.fail_after(1000), trio.move_on_after(1):
+        await policy.run_to_result(run, end)
+    assert disk.attempts == 1
+
+
+async def test_asked_again_while_it_is_tried(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    policy, _ = service()
+
+    async def slow(*_: object) -> bool:
+        await trio.sleep(1)
+        assert not policy.stop.ask("SIGTERM")  # which would cancel, and no signal would come any more
+        raise MigrationError("no")
+
+    monkeypatch.setattr(salvage, "write", slow)
+    policy.stop.ask("SIGTERM")
+    with trio.fail_after(1000):
+        await write(policy)
+    assert policy.stop.insisted
+
+
 async def test_giving_it_up(monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock) -> None:
     """One signal loses nothing; the next one after the warning does."""
     disk = Disk(float("inf"))
