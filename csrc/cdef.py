@@ -184,12 +184,16 @@ def symbols(nm: str, path: Path, *options: str) -> set[str]:
 
 
 def unresolved(nm: str, module: Path) -> list[str]:
-    """What a built extension lacks: undefined symbols, but for those of the interpreter, those of the C library, which
-    have a version, and weak ones. (``-Wl,--no-undefined`` would refuse the interpreter's too.)"""
+    """What a built extension lacks: undefined symbols, but for weak ones, those of the interpreter, and those of a
+    shared library, which have a version. (``-Wl,--no-undefined`` would refuse the interpreter's too.) Where no symbol
+    has one (musl, an `nm` before binutils 2.35) only ours can be told from those of the C library."""
     command = [nm, "--format=posix", "--dynamic", "--undefined-only", str(module)]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    undefined = (line.split()[0] for line in lines if line.split()[1] not in "wv")
-    return sorted(name for name in undefined if not name.startswith(("Py", "_Py")) and "@GLIBC_" not in name)
+    undefined = {line.split()[0] for line in lines if line.split()[1] not in "wv"}
+    without = {name for name in undefined if "@" not in name}
+    if without == undefined:
+        return sorted(name for name in without if _OUR_SYMBOL.fullmatch(name))
+    return sorted(name for name in without if not name.startswith(("Py", "_Py")))
 
 
 def write_glue(header: Path, libraries: list[Path], nm: str, output: Path) -> None:

@@ -61,8 +61,8 @@ async def attach(address: str) -> None:
         # C code needs no care: it may touch what is missing, in a worker thread, in a call that has released the GIL.
         table = make_table()  # what is expected
         rows = table[1500:1600]
-        address, size = memory.address + 1500 * row_bytes, 100 * row_bytes
-        difference = await trio.to_thread.run_sync(memcmp, address, rows.ctypes.data, size)
+        start, size = memory.address + 1500 * row_bytes, 100 * row_bytes
+        difference = await trio.to_thread.run_sync(memcmp, start, rows.ctypes.data, size)
         statistics = memory.statistics()
         print(
             f"100 rows compared by C; {statistics.faults} faults were served, p50 {memory.latency().percentile(50)} ns"

@@ -48,8 +48,9 @@ def share_file(name: str) -> str:
 UDEV_RULE = "60-postcopy.rules"
 
 
-def explain_no_access(device: str) -> tuple[str, str]:
-    """Why this process may not open a device that is there (EACCES, EPERM), and what to do about it."""
+def explain_no_access(device: str, *, contained: bool = False) -> tuple[str, str]:
+    """Why this process may not open a device that is there (EACCES, EPERM), and what to do about it. `contained`: in a
+    container, whose groups and files are not its host's."""
     try:
         found = os.stat(device)
     except OSError as error:
@@ -63,9 +64,12 @@ def explain_no_access(device: str) -> tuple[str, str]:
     owner, group = _name_of("passwd", found.st_uid), _name_of("group", found.st_gid)
     why = f"{device} is {owner}:{group} {stat.S_IMODE(found.st_mode):04o}"
     if found.st_gid and found.st_mode & 0o060 == 0o060:
-        if not group.isdigit():
-            return why, f"usermod -a -G {group} {_name_of('passwd', os.geteuid())}, as root; then log in again"
-        return why, f"docker run --group-add {group} ... (that group owns the device)"
+        if contained or group.isdigit():
+            return why, f"docker run --group-add {found.st_gid} ... (that group owns the device)"
+        return why, f"usermod -a -G {group} {_name_of('passwd', os.geteuid())}, as root; then log in again"
+    if contained:
+        rule = f"on the host: install the udev rule {UDEV_RULE}, then docker run --group-add GID ..."
+        return why, f"{rule} (docs/containers.md)"
     return why, f"install the udev rule {share_file(UDEV_RULE)} and join its group, kvm: see docs/privileges.md"
 
 
@@ -78,6 +82,15 @@ def _name_of(table: str, number: int) -> str:
         return pwd.getpwuid(number).pw_name if table == "passwd" else grp.getgrgid(number).gr_name
     except KeyError:
         return str(number)
+
+
+def absolute(path: str) -> str:
+    """`ConfigurationError` where that cannot be said: what runs here may outlive the directory it was started in."""
+    try:
+        return os.path.abspath(path)
+    except OSError as error:
+        why = f"{path or '.'}: the current directory is gone ({error.strerror})"
+        raise ConfigurationError(f"{why}; go to another one, or name an absolute path") from error
 
 
 def explain_bad_name(path: str) -> str:
@@ -233,7 +246,7 @@ def _check_name(what: str, path: str) -> None:
 
 
 def _split(path: str) -> tuple[str, str]:
-    return os.path.split(os.path.abspath(path))
+    return os.path.split(absolute(path))
 
 
 def _other_name(name: str) -> str:

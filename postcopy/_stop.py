@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""That a command is to end, and whether whatever is lost.
+"""That a command is to end, and whether that may lose something.
 
 To *ask* is to have it end in order: what is under way and cannot be had again is seen through. A command that has
-something of the kind says so (`warned`). Only who asks again after that, within `INSIST_S`, *insists*: then it ends
-now. Asked later than that it warns again, since whoever asks may not have seen the first warning.
+something of the kind says so (`warned`), and when it has no more of it (`settled`). To ask again within `INSIST_S` of
+that warning is to *insist*: the command ends now. Later than that it warns again, since the first warning may not have
+been seen. Where nothing would be lost, to ask again ends the command from outside.
 
 Signals that come together are one: a terminal sends Ctrl-C to a command and to what started it, which may pass it on;
 timeout(1) sends SIGTERM to its command, then to its process group.
@@ -20,14 +21,13 @@ TOGETHER_S = 0.3
 
 
 class Stop:
-    """For whoever only has to end in order it is an event."""
+    """For a command that only has to end in order it is an event."""
 
     def __init__(self) -> None:
         self.by = ""  # what asked last, as it is told to people: "Ctrl-C"
-        self.warnings_due = 0  # counts how often it was asked for what it must be told again what would be lost
+        self.has_warned = False  # since it was asked last, and something would still be lost
         self._asked, self._insisted = trio.Event(), trio.Event()
         self.changes = trio.Event()  # replaced whenever it is asked again, or insisted
-        self._warned = False
         self._last_s = -math.inf
 
     def is_set(self) -> bool:
@@ -49,34 +49,31 @@ class Stop:
         if self._asked.is_set():
             if since_s < TOGETHER_S:
                 return False
-            if self._insisted.is_set() or not self._warned:
+            if self._insisted.is_set() or not self.has_warned:
                 return True
             if since_s <= INSIST_S:
-                self.insist()
+                self._insisted.set()
         self._last_s = trio.current_time()
         self.by = by
-        self.warnings_due += 1
-        self._asked.set()
-        self._notify()
+        self.has_warned = False
+        self.set()
         return False
 
     def insist(self) -> None:
         self._insisted.set()
-        self._asked.set()
-        self._notify()
-
-    def warned(self) -> None:
-        """It has been said what would be lost, and how to insist."""
-        self._warned = True
-        self._last_s = trio.current_time()
+        self.set()
 
     def set(self) -> None:
         """Asks, for what is no signal."""
-        if not self._asked.is_set():
-            self.warnings_due += 1
-            self._asked.set()
-            self._notify()
-
-    def _notify(self) -> None:
+        self._asked.set()
         self.changes.set()
         self.changes = trio.Event()
+
+    def warned(self) -> None:
+        """It has been said what would be lost, and how to insist."""
+        self.has_warned = True
+        self._last_s = trio.current_time()
+
+    def settled(self) -> None:
+        """Nothing would be lost any more."""
+        self.has_warned = False

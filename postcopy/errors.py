@@ -123,6 +123,8 @@ def out_of_memory() -> ResourceError:
 def out_of_files(number: int, what: str = "") -> ResourceError:
     """The `ResourceError` for EMFILE or ENFILE."""
     reason = f"{what}: {os.strerror(number)}" if what else os.strerror(number)
+    if number == errno.ENFILE:
+        return ResourceError(reason, "close files of other programs, or allow this host more: sysctl fs.file-max")
     return ResourceError(reason, "allow this process more open files: ulimit -n 1024")
 
 

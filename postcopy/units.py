@@ -28,7 +28,7 @@ NO_LIMIT = ("none", "off")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?", re.IGNORECASE | re.ASCII)
 _BITS = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt])?bit(?:/s)?", re.IGNORECASE | re.ASCII)
-_TIME = re.compile(r"([-+.\w]*?)\s*(us|ms|s|min|h)?", re.ASCII)
+_TIME = re.compile(r"([-+.\deE]*?)\s*(us|ms|s|min|h)?", re.ASCII)
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 _MAX_CHARS = 40
 
@@ -94,6 +94,16 @@ def format_exact_size(size_bytes: int) -> str:
     return f"{size_bytes // 1024**power}{('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
+def whole_units(size_bytes: int, unit_bytes: int) -> str:
+    """A size of whole units for one that is not: that with a binary unit where it has a decimal one (1GiB for 1 GB),
+    else the next larger one."""
+    for power in (4, 3, 2, 1):
+        meant, rest = divmod(size_bytes * 1024**power, 1000**power)
+        if size_bytes % 1000**power == rest == meant % unit_bytes == 0:
+            return format_exact_size(meant)
+    return format_exact_size(-(-size_bytes // unit_bytes) * unit_bytes)
+
+
 def parse_rate(text: str, low: int = 0, high: int = MAX_RATE) -> int:
     """Bytes a second of ``10MiB/s`` (bytes; the ``/s`` may be left out) or ``100mbit`` (bits, as tc(8) reads it). No
     limit is ``none``, ``off`` or ``0``, and 0."""
@@ -103,7 +113,8 @@ def parse_rate(text: str, low: int = 0, high: int = MAX_RATE) -> int:
         raise ConfigurationError(f"{_shown(text)} has no unit; write {text}MiB/s (bytes) or {text}mbit (bits)")
     try:
         if (match := _BITS.fullmatch(text)) and len(text) <= _MAX_CHARS:
-            value = _times(match[1], 1000 ** _power(match[2]))[0] // 8
+            bits, rest = _times(match[1], 1000 ** _power(match[2]))
+            value = -(-(bits + bool(rest)) // 8)  # rounded up: 0 would be no limit
         else:
             value = parse_size(text.removesuffix("/s"))
     except ConfigurationError:
@@ -141,10 +152,13 @@ def parse_seconds(text: str, low: float = 0.0, high: float = MAX_SECONDS, *, for
 
 
 def parse_microseconds(text: str, high: int) -> int:
-    """Whole microseconds of ``50``, ``50us`` or ``0.05ms``."""
-    if text.isascii() and text.isdigit():
-        return parse_whole(text, 0, high)
-    return round(parse_seconds(text, high=high / 1e6) * 1e6)
+    """Whole microseconds of ``50``, ``50us`` or ``0.05ms``. A number alone is not read as seconds."""
+    try:
+        if not text[-1:].isalpha():
+            return parse_whole(text, 0, high)
+        return round(parse_seconds(text, high=high / 1e6) * 1e6)
+    except ConfigurationError:
+        raise _wrong(text, f"microseconds from 0 to {high}, as 50, 50us or 0.05ms") from None
 
 
 def format_seconds(seconds: float) -> str:
@@ -178,16 +192,18 @@ def any_of(words: Iterable[str]) -> str:
 
 def among(known: Iterable[str]) -> str:
     """``"; there are a, b, c"``, for a word that is none of them."""
-    return f"; there are {', '.join(known)}"
+    words = tuple(known)
+    return f"; there {'are' if len(words) > 1 else 'is only'} {', '.join(words)}"
 
 
-def did_you_mean(text: str, known: Iterable[str]) -> str:
-    """``"; did you mean X?"`` for the known word that is most like `text`, or nothing where none is."""
+def did_you_mean(text: str, known: Iterable[str], prefix: str = "") -> str:
+    """``"; did you mean X?"`` for the known word that is most like `text`, or nothing where none is. `prefix`: what the
+    words begin with, `text` too, and what is left out of both, since it would make all of them alike."""
     from difflib import get_close_matches  # where something is wrong already
 
     words = list(known)
     close = get_close_matches(text, words, n=1) or [word for word in words if len(text) > 2 and text in word]
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _is_bare(text: str) -> bool:

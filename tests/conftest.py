@@ -59,6 +59,10 @@ def _netns() -> str | None:
     return _probed("netns")()
 
 
+def _command(name: str, package: str) -> Callable[[], str | None]:
+    return lambda: None if shutil.which(name) else f"no {name} command: install {package}"
+
+
 CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "uffd": _probed("uffd"),  # a userfaultfd that serves faults raised by the kernel too
     "uffd-device": _probed("uffd-device"),
@@ -73,6 +77,9 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "user-netns": _probed("user-netns"),
     "hugetlb": _probed("hugetlb"),
     "ipv6": _probed("ipv6"),
+    "zsh": _command("zsh", "zsh"),
+    "fish": _command("fish", "fish"),
+    "man": _command("man", "man-db"),
 }
 
 

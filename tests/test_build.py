@@ -163,6 +163,22 @@ def test_a_header_that_cffi_would_misread_is_refused(cdef: Any, header: str, rea
         cdef.extract(header)
 
 
+@pytest.mark.parametrize(
+    ("printed", "lacking"),
+    [
+        ("memcpy@GLIBC_2.14 U\n__umodti3@GCC_3.0 U\nPyList_New U\n__gmon_start__ w\n", []),
+        ("memcpy@GLIBC_2.14 U\nPyList_New U\nhelper U\npc_lost U\n", ["helper", "pc_lost"]),
+        ("memcpy U\nPyList_New U\n", []),  # musl
+        ("memcpy U\nPyList_New U\npc_lost U\n", ["pc_lost"]),
+    ],
+)
+def test_what_a_built_extension_lacks(cdef: Any, tmp_path: Path, printed: str, lacking: list[str]) -> None:
+    nm = tmp_path / "nm"
+    nm.write_text(f"#!/bin/sh\ncat <<'END'\n{printed}END\n")
+    nm.chmod(0o755)
+    assert cdef.unresolved(str(nm), tmp_path / "module.so") == lacking
+
+
 def test_a_function_that_no_c_file_defines_fails_the_build(tmp_path: Path) -> None:
     (tmp_path / "a.h").write_text(SMALL)
     (tmp_path / "a.c").write_text(
@@ -254,6 +270,14 @@ def test_setup_names_missing_headers(tmp_path: Path) -> None:
     done = _setup_check(directory)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].split()[-2:] == ["libc6-dev", "linux-libc-dev"]
+
+
+def test_packages_that_tests_need_are_named_and_not_installed_unasked(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "debian.py"), "install", "man", "zsh"]
+    environment = {"PATH": str(_bin_without(tmp_path)), "POSTCOPY_INSTALL": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0  # their tests will skip
+    assert "Debian's man-db zsh is missing: `apt-get install --no-install-recommends man-db zsh`" in done.stdout
 
 
 # --- run_step.py ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Minimal Debian systems for tests, made here: no registry of images is needed.
+"""Minimal Debian systems for tests, made here: no registry of images is needed; and what tests lack of Debian's.
+
+    debian.py install COMMAND...
 
 `base_archive` is Debian's minimal system with Python, by debootstrap from the mirror that apt uses here, as a tar file
 that is kept in build/debian. `Root` is a directory with such a system in which commands run, in namespaces of their
@@ -14,6 +16,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +26,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "debian"
 PACKAGES = {"dockerd": "docker.io", "docker": "docker.io", "debootstrap": "debootstrap", "ip": "iproute2",
-            "unshare": "util-linux", "setpriv": "util-linux", "chroot": "coreutils"}  # fmt: skip
+            "unshare": "util-linux", "setpriv": "util-linux", "chroot": "coreutils",
+            "zsh": "zsh", "fish": "fish", "man": "man-db"}  # fmt: skip
 PYTHONS = {"bookworm": (3, 11), "trixie": (3, 13)}  # that the releases have
 PREFIX = "postcopy-debian-"
 
@@ -55,6 +59,7 @@ def run(command: Sequence[str | os.PathLike[str]], timeout_s: float, what: str, 
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            errors="replace",
             check=False,
             **keywords,
         )
@@ -168,7 +173,10 @@ def base_archive(release: str) -> Path:
         "dev",
     ]
     part = archive.with_suffix(".part")
-    with scratch(PREFIX) as directory:
+    with (CACHE / "lock").open("w") as lock, scratch(PREFIX) as directory:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if archive.exists():  # another run has made it meanwhile
+            return archive
         log = directory / "debootstrap.log"
         # In memory: dpkg syncs every file. (Package files that apt has here already are not fetched again.)
         script = (
@@ -204,8 +212,8 @@ class Root:
             'mount --rbind /dev "$0/dev" && mount -t proc proc "$0/proc" && exec chroot ${1:+--userspec="$1"} "$0"'
             ' env -i HOME="$2" PATH="$3" LANG=C.UTF-8 sh -c "$4"'
         )
-        who, home = (f"{self.UID}:{self.UID}", "/home/user") if user else ("", "/root")
-        words = ["sh", "-c", script, str(self.path), who, home, self.PATH, f"cd; exec 2>&1; {command}"]
+        ids, home = (f"{self.UID}:{self.UID}", "/home/user") if user else ("", "/root")
+        words = ["sh", "-c", script, str(self.path), ids, home, self.PATH, f"cd; exec 2>&1; {command}"]
         return run([*NAMESPACE, *words], timeout_s, command)
 
 
@@ -224,3 +232,19 @@ def system(release: str) -> Iterator[Root]:
         root = Root(path)
         root(f"useradd --create-home --uid {Root.UID} user")
         yield root
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Installs the packages of commands that are missing, or says why not and that tests of them will skip."""
+    try:
+        ensure_installed(arguments)
+    except Failed as error:
+        say(str(error))
+        return int(os.environ.get("POSTCOPY_INSTALL") == "1")
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["install"]:
+        sys.exit("usage: debian.py install COMMAND...")
+    sys.exit(main(sys.argv[2:]))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
+from enum import Enum
 from pathlib import Path
 
 from sphinx.application import Sphinx
@@ -89,6 +90,27 @@ def made_anew(_app: Sphinx, env: BuildEnvironment, *_: object) -> list[str]:
     return [page for page in env.found_docs if page.startswith("docs/reference/")]
 
 
+def members(_app: Sphinx, _what: str, name: str, member: object, _skip: bool, _options: object) -> bool | None:
+    """Of `postcopy.errors` what a caller may get; its helpers are for this package."""
+    raised = isinstance(member, type) and issubclass(member, BaseException)
+    helper = getattr(member, "__module__", "") == "postcopy.errors" and not raised
+    inherited = name in ("with_traceback", "add_note") or name.startswith("_")
+    return True if helper or inherited else None
+
+
+def signature(
+    _app: Sphinx, what: str, _name: str, found: object, _options: object, arguments: str | None, returned: str | None
+) -> tuple[str | None, str | None]:
+    """Empty for a class that its users do not make by calling it."""
+    if what == "class" and isinstance(found, type):
+        made = (found.__doc__ or "").startswith("Made by") or getattr(found, "_is_protocol", False)
+        if made or issubclass(found, Enum) or "'" in (arguments or ""):
+            return "", ""
+    return arguments, returned
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-skip-member", members)
+    app.connect("autodoc-process-signature", signature)
     app.connect("env-get-outdated", made_anew)
     app.connect("source-read", complete)

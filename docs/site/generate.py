@@ -5,7 +5,6 @@ Each function returns Markdown (MyST), which takes the place of
 
 from __future__ import annotations
 
-import argparse
 import re
 import textwrap
 from collections.abc import Callable, Iterator
@@ -53,24 +52,18 @@ def _command(parser: Parser, level: str, above: Parser | None = None) -> str:
     words = " ".join(parser.short_usage().split())
     usage = textwrap.fill(words, 88, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
     parts = [f"{level} {parser.prog}\n", f"{parser.description}\n", f"```text\n{usage}\n```\n"]
-    known = set(above._option_string_actions if above else ()) | {"-h"}
     listed = [f".. program:: {parser.prog}\n"]
-    for group in parser._action_groups:
-        actions = [
-            action
-            for action in group._group_actions
-            if not (isinstance(action, argparse._SubParsersAction) or known.intersection(action.option_strings))
-        ]
-        if actions and group.title not in ("options", "arguments"):
-            listed.append(f"**{_escaped(str(group.title).capitalize())}**\n")
-        for action in actions:
-            value = parser.value_of(action)
-            names = ", ".join(filter(None, (f"{name} {value}".strip() for name in action.option_strings))) or value
-            listed.append(f".. option:: {names}\n\n{_indented(_escaped(parser.help_of(action)))}\n")
+    for title, arguments in parser.sections(above):
+        if title:
+            listed.append(f"**{_escaped(title.capitalize())}**\n")
+        for each in arguments:
+            if "--help" not in each.names:
+                names = ", ".join(f"{name} {each.value}".strip() for name in each.names) or each.value
+                listed.append(f".. option:: {names}\n\n{_indented(_escaped(each.help))}\n")
     if len(listed) > 1:
         parts.append(_rst("\n".join(listed)))
     if parser.examples:
-        shown = "\n\n".join(f"# {what}\n{line}" for what, line in parser.examples)
+        shown = "\n\n".join(f"# {what}\n" * bool(what) + line for what, line in parser.examples)
         parts.append(f"**Examples**\n\n```sh\n{shown}\n```\n")
     return "\n".join(parts)
 
@@ -176,8 +169,8 @@ def _chunks(body: str) -> Iterator[str]:
 
 
 def module(name: str, *options: str) -> str:
-    """What a module says of itself, and with `members` what it exports."""
-    flags = "".join(f"   :{option}:\n" for option in options)
+    """What a module says of itself, and with `members` what it exports; an option may have a value, as `NAME=A,B`."""
+    flags = "".join(f"   :{name}: {value}\n" for name, _, value in (option.partition("=") for option in options))
     return _rst(f".. automodule:: {name}\n{flags}")
 
 

@@ -82,7 +82,8 @@ COMMANDS: Mapping[str, Command] = {
         "join what both sides of a lost migration have salvaged",
         "postcopy.cli.merge",
         "Joins the directories that --salvage has written on both sides of a migration that was lost, and counts the"
-        " pages that are in neither of them (in doubt); --verbose lists all of those. Exit status 0: none is in doubt.",
+        " pages that are in neither of them (in doubt); --verbose lists these. The exit status is 0 when no page is in"
+        " doubt.",
         (
             ("Into a memory image:", "postcopy merge source.salvage dest.salvage --output memory.img"),
             ("Into a directory for `postcopy source --from`:", "postcopy merge source.salvage dest.salvage --into vm1"),
@@ -91,7 +92,7 @@ COMMANDS: Mapping[str, Command] = {
     "probe": Command(
         "show what this host allows, and what would help",
         "postcopy.testbed.probe",
-        "Tries what postcopy needs of this host, kernel and user, and says for what is missing how to get it.",
+        "Tries what postcopy needs of this host, its kernel and this user. For what is missing it says how to get it.",
         (
             ("Everything:", "postcopy probe"),
             ("In a script, for two things only:", "postcopy probe --require kvm,uffd"),
@@ -111,8 +112,8 @@ COMMANDS: Mapping[str, Command] = {
     "lab": Command(
         "make hosts with a network between them on this machine",
         "postcopy.testbed.lab.command",
-        "Makes hosts on this machine that are isolated from each other but for a network of cables and a switch, which"
-        " can be cut and slowed down (docs/lab.md).",
+        "Makes hosts on this machine, joined by a switch and cables, which can be cut and slowed down, and otherwise"
+        " isolated from each other (docs/lab.md).",
         (
             ("Two hosts, h1 and h2:", "postcopy lab up"),
             ("A command in one of them:", "postcopy lab exec h1 -- ip address"),
@@ -122,18 +123,18 @@ COMMANDS: Mapping[str, Command] = {
     "faultpaths": Command(
         "test which kernel paths wait for a missing page",
         "postcopy.testbed.faultpaths.command",
-        "Touches a page that is missing in every way the kernel has, and says which of them wait for it"
-        " (docs/faultpaths.md).",
+        "Touches a missing page in every way that the kernel has, and says which of these ways wait until the page is"
+        " there (docs/faultpaths.md).",
         (
             ("A choice of all, in three minutes at most:", "postcopy faultpaths"),
             ("Some, with the page on another host:", "postcopy faultpaths --remote --only pin,futex"),
         ),
     ),
     "bench": Command(
-        "measure, each figure against a floor of the same run",
+        "measure how fast postcopy is, against what this host can do",
         "postcopy.testbed.bench",
-        "Measures the figures of docs/measurements.md. Each is a ratio to what the same run has measured as the least"
-        " or the most that is possible.",
+        "Measures the figures of docs/measurements.md. Most are ratios to the best that is possible on this host, which"
+        " the same run measures; the others have fixed targets.",
         (("Two of them:", "postcopy bench fault throughput"),),
     ),
     "schema": Command(

@@ -42,11 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _keep_standard_descriptors()
     output = make_output()
     status = EXIT_FAILED
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         with output.standard_streams():  # every word of every command, its help too
             status = _command(sys.argv[1:] if argv is None else argv, output)
-    except (KeyboardInterrupt, BrokenPipeError):  # before or after the signal receiver; nobody reads the answer
+    except (KeyboardInterrupt, BrokenPipeError):  # before the signal receiver; the reader of the answer has gone
         pass
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else EXIT_OK
@@ -61,9 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             # reader.
             output.say(traceback.format_exc().rstrip())
     finally:
-        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C while a reader is waited for
-            if not output.close() and status == EXIT_OK:
-                status = EXIT_FAILED
+        if output.has_answered:  # its reader is waited for, however long it takes: that must have an end
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.default_int_handler)
+        try:
+            complete = output.close()
+        except KeyboardInterrupt:
+            complete = False
+        if not complete and status == EXIT_OK:
+            status = EXIT_FAILED
         if argv is not None:  # this process goes on
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -105,8 +111,10 @@ def _run(
         output.start()
         try:
             done = trio.run(_with_signals, run, keeps, route, strict_exception_groups=True)
-        finally:  # a signal that comes with the last one must not end the process while it writes its result
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        finally:
+            # A signal that comes with the last one must not end the process while it writes its result.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
         return EXIT_OK if done else EXIT_FAILED
     except BaseExceptionGroup as group:
         return _failed(known_error(group), output)
@@ -116,28 +124,37 @@ async def _with_signals(run: Callable[[Stop], Awaitable[bool]], keeps: bool, rou
     """Runs a command. Ctrl-C and SIGTERM ask it to end (`Stop`), SIGHUP too where it `keeps` nothing; else that makes
     the `route` look its address up again, and changes nothing where there is none."""
     stop = Stop()
-    done = False
+    done = ended = False
     early: list[int] = []  # those that come before they are received; one that comes afterwards changes nothing
-    signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: early.append(number))
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, *_hangup(keeps)) as signals:
         async with trio.open_nursery() as nursery:
 
             async def listen() -> None:
+                nonlocal ended
                 async for number in signals:
-                    by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
                     if number == signal.SIGHUP and keeps:
                         log.info("SIGHUP: %s", "reading the peer's address again" if route else "nothing to read again")
                         if route is not None:
                             route.refresh(by_user=True)
-                    elif stop.ask(by):
+                    elif stop.ask(_told(number)):
+                        ended = True
                         nursery.cancel_scope.cancel()
 
             nursery.start_soon(listen)
             if early:
-                stop.ask("SIGTERM")
+                stop.ask(_told(early[0]))
             done = await run(stop)
             nursery.cancel_scope.cancel()
+    if ended and not done:
+        raise PostcopyError("ended at once, since it was asked to end again")
     return done
+
+
+def _told(number: int) -> str:
+    """A signal, as it is told to people."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 def _hangup(keeps: bool) -> tuple[signal.Signals, ...]:

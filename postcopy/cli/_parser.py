@@ -16,18 +16,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from postcopy import __version__
 from postcopy.cli._commands import COMMANDS
 from postcopy.errors import ConfigurationError
 from postcopy.service import options
-from postcopy.service.options import OUTPUT, Group, OneOf, Option
-from postcopy.units import any_of, argument, did_you_mean
+from postcopy.service.options import OUTPUT, Group, OneOf, Option, is_name
+from postcopy.units import among, any_of, argument, did_you_mean
 from postcopy.wire import one_line
 
 MAX_WIDTH = 100  # of help on a wide terminal
@@ -37,8 +38,7 @@ class _Help(argparse.HelpFormatter):
     """Text with paragraphs, examples as they are, and the defaults of options."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=26)
-        self._width = min(self._width, MAX_WIDTH)
+        super().__init__(prog, max_help_position=26, width=_help_width())
 
     def add_argument(self, action: argparse.Action) -> None:
         super().add_argument(action)
@@ -49,69 +49,104 @@ class _Help(argparse.HelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else super()._fill_text(text, width, indent)
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        shown = action.option_strings and action.nargs != 0 and action.default not in (None, argparse.SUPPRESS, "", [])
-        if not shown or "(default" in (action.help or ""):
-            return action.help
-        return f"{action.help} (default: %(default)s)"
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return _help_with_default(action)
 
 
-_SAID_BETTER: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (  # what argparse says, and what is said here
-    (r"the following arguments are required: (.*)", lambda found: f"needs {found[1].replace(', ', ' and ')}"),
-    (r"one of the arguments (.*) is required", lambda found: f"needs {any_of(found[1].split())}"),
-    (r"argument ([^ /]*)\S*: expected (?:one|at least one) argument", lambda found: f"{found[1]}: a value is missing"),
-    (r"argument ([^ /]*)\S*: not allowed with argument (\S+)", lambda found: f"{found[1]} does not go with {found[2]}"),
-    (r"argument ([^ /]*)\S*: ignored explicit argument .*", lambda found: f"{found[1]} takes no value"),
-    (r"argument ([^ /]*)\S*: (.*)", lambda found: f"{found[1]}: {found[2]}"),
-)
+def _help_width() -> int:
+    return min(shutil.get_terminal_size().columns - 2, MAX_WIDTH)
+
+
+def _help_with_default(action: argparse.Action) -> str:
+    """A template, as argparse fills in with the action's own values."""
+    text = action.help or ""
+    shown = action.option_strings and action.nargs != 0 and action.default not in (None, argparse.SUPPRESS, "", [])
+    return f"{text} (default: %(default)s)" if shown and "(default" not in text else text
+
+
+_LIKE_OPTION = re.compile(r"--|-[a-zA-Z]|[\u2013\u2014]")
+"""A word that is meant for an option: editors and web pages turn -- into a dash."""
+_VALUES = {None: "{0}", "?": "[{0}]", "*": "[{0} ...]", "+": "{0} [{0} ...]", argparse.PARSER: "{0} ..."}
+"""How often a value is written, by ``nargs``."""
+
+
+class Argument(NamedTuple):
+    """What ``--help`` says of an argument, for other forms of it."""
+
+    names: list[str]  # none where it is given by its place
+    value: str
+    help: str
 
 
 class Parser(argparse.ArgumentParser):
-    """One line instead of a page of usage, in words that name what was typed. `usage` names what must be given."""
+    """One line instead of a page of usage, in words that name what was typed. `usage` names what must be given.
 
-    def __init__(self, *, formatter_class: Any = _Help, allow_abbrev: bool = False, **more: Any) -> None:
+    argparse has no public way to list the arguments of a parser. The attributes that it has for that, which other
+    packages use too (shtab is one), are used in this class only."""
+
+    def __init__(
+        self, *, formatter_class: Any = _Help, allow_abbrev: bool = False, examples: Sequence[tuple[str, str]] = (),
+        **more: Any,
+    ) -> None:  # fmt: skip
+        """`examples`: what each does, or nothing, and the command line."""
         super().__init__(formatter_class=formatter_class, allow_abbrev=allow_abbrev, **more)
         self._positionals.title = "arguments"
-        self.examples: tuple[tuple[str, str], ...] = ()
+        self.examples = tuple(examples)
+        if examples:
+            shown = [f"  {what}\n" * bool(what) + textwrap.indent(line, "    ") for what, line in examples]
+            self.epilog = "\n".join([f"example{'s' * (len(shown) > 1)}:", *shown])
 
-    def parse_args(  # type: ignore[override]
+    def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> argparse.Namespace:
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse calls it for the parser of each command. All that is given must be known."""
         words = list(sys.argv[1:] if args is None else args)
-        self._check_words(words.copy())
-        return super().parse_args(words, namespace)
+        self._check_words(words)
+        known, rest = super().parse_known_args(words, namespace)
+        if rest:
+            self._no_use(rest[0])
+        return known, rest
 
     def error(self, message: str) -> NoReturn:
-        for pattern, say in _SAID_BETTER:
-            if found := re.fullmatch(pattern, message, re.DOTALL):
-                message = say(found)
-                if message.startswith("needs"):
-                    message = f"{self._name} {message}"
-                break
+        """`message` is argparse's. One that is not known here, as of another version of Python, is said as it is."""
+        if found := re.fullmatch(r"the following arguments are required: (.*)", message):
+            message = f"{self.name} needs {found[1].replace(', ', ' and ')}"
+        elif found := re.fullmatch(r"one of the arguments (.*) is required", message):
+            message = f"{self.name} needs {any_of(found[1].split())}"
+        elif found := re.fullmatch(r"argument (.+?): (.*)", message, re.DOTALL):
+            argument, problem = found.groups()
+            if problem in ("expected one argument", "expected at least one argument"):
+                message = f"{argument}: a value is missing"
+            elif problem.startswith("ignored explicit argument"):
+                message = f"{argument} takes no value"
+            elif other := re.fullmatch(r"not allowed with argument (.*)", problem):
+                message = f"{argument} does not go with {other[1]}"
+            else:
+                message = f"{argument}: {problem}"
         raise ConfigurationError(f"{one_line(message)} (see `{self.prog} --help`)")
 
     def format_help(self) -> str:
-        self.usage = self.usage or self.short_usage()
+        self.usage = self.usage or self.short_usage().replace("%", "%%")
         return super().format_help()
 
-    def help_of(self, action: argparse.Action) -> str:
-        """What is said of an argument, with its default."""
-        return self._get_formatter()._expand_help(action) if action.help else ""
-
-    def value_of(self, action: argparse.Action) -> str:
-        """What is to be written for its value."""
-        if action.nargs in (0, argparse.REMAINDER):
-            return str(action.metavar) if action.nargs else ""
-        return self._get_formatter()._format_args(action, action.dest.upper())
-
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
+        """Without the name of the program."""
         return self.prog.partition(" ")[2] or self.prog
 
     @property
+    def options(self) -> Mapping[str, argparse.Action]:
+        return {name: action for action in self._actions for name in action.option_strings}
+
+    @property
     def subcommands(self) -> Mapping[str, Parser]:
-        found = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
-        return found[0].choices if found else {}
+        """The parsers of what this one is divided into."""
+        return next((action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)), {})
+
+    @property
+    def subcommand_is(self) -> str:
+        """What a user calls one of them, in capitals."""
+        return next(str(one.metavar) for one in self._actions if isinstance(one, argparse._SubParsersAction))
 
     def walk(self) -> Iterator[Parser]:
         """This parser, and those of all commands under it."""
@@ -119,12 +154,28 @@ class Parser(argparse.ArgumentParser):
         for parser in self.subcommands.values():
             yield from parser.walk()
 
+    def sections(self, above: Parser | None = None) -> Iterator[tuple[str, list[Argument]]]:
+        """The arguments as ``--help`` groups them, with the title of the group where it is not argparse's; without
+        those that the command `above` has, and without the commands."""
+        known = set(above.options) if above is not None else set()
+        for group in self._action_groups:
+            arguments = [
+                Argument(
+                    list(action.option_strings),
+                    _value_of(action),
+                    _help_with_default(action) % {**vars(action), "prog": self.prog},
+                )
+                for action in group._group_actions
+                if not (isinstance(action, argparse._SubParsersAction) or known.intersection(action.option_strings))
+            ]
+            if arguments:
+                yield "" if group.title in ("options", "arguments") else str(group.title), arguments
+
     def short_usage(self) -> str:
         """What must be given, and that there are options."""
-        formatter = self._get_formatter()
 
         def written(action: argparse.Action) -> str:
-            text = " ".join(filter(None, (*action.option_strings[:1], self.value_of(action))))
+            text = " ".join(filter(None, (*action.option_strings[:1], _value_of(action))))
             return f"[{text}]" if action.nargs == argparse.PARSER and not action.required else text
 
         words = []
@@ -138,59 +189,80 @@ class Parser(argparse.ArgumentParser):
                 words += [written(action)] if action.required else []
         words += ["[OPTION]..."] if optional else []
         words += [written(action) for action in self._actions if not action.option_strings]
-        first = f"usage: {self.prog} "
         text = textwrap.wrap(
-            first + " ".join(words),
-            formatter._width,
+            f"usage: {self.prog} {' '.join(words)}",
+            _help_width(),
             subsequent_indent=" " * 11,
             break_long_words=False,
             break_on_hyphens=False,
         )
-        return "\n".join(text).removeprefix("usage: ").replace("%", "%%")
+        return "\n".join(text).removeprefix("usage: ")
 
-    def _check_words(self, words: list[str]) -> None:
-        """Options and commands that there are not, before argparse, which would ask for what is missing first."""
-        positional = [action for action in self._actions if not action.option_strings]
-        while words:
-            word = words.pop(0)
-            if word == "--" or (positional and positional[0].nargs == argparse.REMAINDER):
+    def _check_words(self, words: Sequence[str]) -> None:
+        """Finds an option or a command that there is not, before argparse does, which would say first what is missing,
+        and take the value of a mistyped option for an argument of its own. What is not sure is left to argparse."""
+        options, positional = self.options, [action for action in self._actions if not action.option_strings]
+        left = list(words)
+        while left:
+            word = left.pop(0)
+            if word == "--":
                 return
-            if re.match(r"--|-[a-zA-Z]", word):
+            if _LIKE_OPTION.match(word):
                 name, equals, _ = word.partition("=")
-                action = self._option_string_actions.get(name) or self._option_string_actions.get(
-                    "" if name.startswith("--") else name[:2]
-                )
-                if action is None:
-                    self._no_option(name)
-                if action.nargs != 0 and not equals and words and not words[0].startswith("--"):
-                    words.pop(0)
+                several = "" if word.startswith("--") else word[1:]  # as -vh
+                action = options.get(name)
+                if action is None and not (several and all(f"-{letter}" in options for letter in several)):
+                    if {"-h", "--help"}.isdisjoint(words):
+                        self._no_option(name)
+                    return
+                if action is not None and action.nargs != 0 and not equals and left and not _LIKE_OPTION.match(left[0]):
+                    left.pop(0)
             elif self.subcommands:
                 if word not in self.subcommands:
-                    known = "; there are " + ", ".join(self.subcommands)
-                    asked = "request" if self.subcommands_metavar == "REQUEST" else "command"
-                    self.error(f"unknown {asked} {word!r}{did_you_mean(word, self.subcommands) or known}")
-                self.subcommands[word]._check_words(words)
-                return
+                    known = did_you_mean(word, self.subcommands) or among(self.subcommands)
+                    self.error(f"unknown {self.subcommand_is.lower()} {word!r}{known}")
+                return  # the rest is for its parser
             elif not positional:
-                named = "--machine" in self._option_string_actions
-                self.error(
-                    f"{self._name} has no use for {word!r}{f'; did you mean --machine {word}?' if named else ''}"
-                )
-            elif positional[0].nargs in (None, "?"):
-                positional.pop(0)
-
-    @property
-    def subcommands_metavar(self) -> str:
-        return next(str(one.metavar) for one in self._actions if isinstance(one, argparse._SubParsersAction))
+                self._no_use(word)
+            elif any(action.nargs == argparse.REMAINDER for action in positional):
+                return
 
     def _no_option(self, name: str) -> NoReturn:
-        elsewhere = [one for one in make_parser(None).walk() if name in one._option_string_actions]
-        beside = [one for one in elsewhere if one.prog.rpartition(" ")[0] == self.prog.rpartition(" ")[0]]
-        if found := [one._name for one in beside or elsewhere]:
-            others = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-            self.error(f"{self._name} has no {name}; {others} {'has' if len(found) == 1 else 'have'}")
-        known = [option for option in self._option_string_actions if option.startswith("--")]
-        self.error(f"unknown option {name}{did_you_mean(name, known)}")
+        def above(parser: Parser) -> str:
+            return parser.prog.rpartition(" ")[0]
+
+        others = [one for one in make_parser(None).walk() if name in one.options]
+        under = [one.name for one in others if above(one) == self.prog]
+        if found := under or [one.name for one in others if above(one) == above(self)]:
+            shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+            self.error(f"{self.name} has no {name}; {shown} {'has' if len(found) == 1 else 'have'}")
+        bare = name.lstrip("-\u2013\u2014")
+        for action in self._actions:
+            if action.dest == bare and not action.option_strings:
+                self.error(f"{self.name} has no {name}; write {action.metavar} without it")
+        known = [option[2:] for option in self.options if option.startswith("--")]
+        self.error(f"unknown option {name}{did_you_mean(bare, known, '--')}")
+
+    def _no_use(self, word: str) -> NoReturn:
+        hint = ""
+        for option, action in self.options.items():
+            metavars = {
+                "NAME": is_name(word),
+                "HOST:PORT": bool(re.match(r".+:\d+$", word)),
+                "[HOST]:PORT": bool(re.match(r":\d+$", word)),
+            }
+            if word in getattr(action, "words", ()) or metavars.get(_value_of(action)):
+                hint = f"; did you mean {option} {word}?"
+                break
+        self.error(f"{self.name} has no use for {word!r}{hint}")
+
+
+def _value_of(action: argparse.Action) -> str:
+    """What is to be written for its value."""
+    metavar = str(action.metavar or action.dest.upper())
+    if action.nargs == argparse.REMAINDER:
+        return metavar
+    return "" if action.nargs == 0 else _VALUES[action.nargs].format(metavar)  # type: ignore[index]
 
 
 def make_parser(arguments: Sequence[str] | None) -> Parser:
@@ -219,14 +291,8 @@ def add_command(
     commands: Any, name: str, help: str, description: str = "", examples: Sequence[tuple[str, str]] = ()
 ) -> Parser:
     """The parser of a command among others (an action of `add_subparsers`)."""
-    shown = [f"  {what}\n{textwrap.indent(line, '    ')}" for what, line in examples]
-    parser: Parser = commands.add_parser(
-        name,
-        help=help,
-        description=description or f"{help[0].upper()}{help[1:]}.",
-        epilog="\n".join(["examples:", *shown]) if shown else None,
-    )
-    parser.examples = tuple(examples)
+    description = description or f"{help[0].upper()}{help[1:]}."
+    parser: Parser = commands.add_parser(name, help=help, description=description, examples=examples)
     return parser
 
 

@@ -10,7 +10,6 @@ import argparse
 from dataclasses import replace
 
 from postcopy.cli._parser import make_parser
-from postcopy.errors import ResourceError
 from postcopy.service.options import Group, choice
 
 SHELLS = ("bash", "zsh", "fish")
@@ -18,11 +17,9 @@ OPTIONS = (Group("", replace(choice("shell", SHELLS, "bash, zsh or fish"), metav
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints it. `ResourceError` where shtab is not installed."""
-    try:
-        import shtab
-    except ImportError:
-        raise ResourceError("completion is made by shtab, which is not installed", "pip install shtab") from None
+    """Prints it."""
+    import shtab
+
     parser = make_parser(None)
     for command in parser.walk():
         for action in command._actions:

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import logging
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,16 +16,18 @@ import trio
 from postcopy._stop import Stop
 from postcopy.cli._parser import add_command, add_option, with_default
 from postcopy.cli.sides import Run
-from postcopy.errors import ConfigurationError, MigrationError, PeerError
+from postcopy.errors import ConfigurationError, MigrationError, PeerError, known_error, leaves
 from postcopy.output import Output
 from postcopy.output.words import format_duration
 from postcopy.records import Json
 from postcopy.service import options
-from postcopy.service.client import ControlClient
+from postcopy.service.client import ControlClient, ProcessGoneError
 from postcopy.service.options import CONTROL, default_control, flag
 from postcopy.service.render import render_answer
 from postcopy.service.schema import COMMANDS, ControlError, plain
 from postcopy.units import format_size
+
+log = logging.getLogger(__name__)
 
 TOP = "top"
 TOP_HELP = "show all machines and migrations of the process, again and again, until it ends, or Ctrl-C"
@@ -40,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     requests = parser.add_subparsers(dest="request", required=True, metavar="REQUEST", title="requests")
     for name, command in COMMANDS.items():
         help = "show events until the process ends, or Ctrl-C" if name == "events" else command.help
-        request = add_command(requests, name, help, examples=[(f"{help[0].upper()}{help[1:]}:", command.example)])
+        request = add_command(requests, name, help, examples=[("", command.example)])
         defaults = options.defaults("daemon") if name == "start" else {}
         for option in command.options if name != "events" else ():
             bare = option.name == command.bare
@@ -51,12 +54,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             add_option(request, flag("detach", "do not wait until the machine has moved; `ctl top` shows it"))
         add_option(request, CONTROL)
         add_option(request, flag("json", "print the answer as JSON"))
-    top = add_command(requests, TOP, TOP_HELP, examples=[("Watch the machines of a daemon:", "postcopy ctl top")])
+    top = add_command(requests, TOP, TOP_HELP, examples=[("", "postcopy ctl top")])
     add_option(top, CONTROL)
 
 
 def make(given: dict[str, Any], output: Output) -> Run:
-    return CtlCommand(given, output).run
+    command = CtlCommand(given, output)
+
+    async def run(stop: Stop) -> bool:
+        try:
+            return await command.run(stop)
+        except* (AttributeError, LookupError, TypeError, ValueError) as mistakes:
+            # An answer that is not as it should be: the socket may be of anything.
+            log.debug("an answer that is not understood", exc_info=mistakes)
+            mistake = next(leaves(mistakes))
+            what = f"{type(mistake).__name__}: {mistake}"
+            raise PeerError(f"the process does not answer as postcopy does ({what})") from None
+
+    return run
 
 
 class CtlCommand:
@@ -87,8 +102,9 @@ class CtlCommand:
             try:
                 async with ControlClient.open(self._socket) as client:
                     done = await self._do(client)
-            except ControlError as error:
-                if error.kind in ("BadArguments", "CommandNotFound"):
+            except* ControlError as group:
+                error = known_error(group)
+                if isinstance(error, ControlError) and error.kind in ("BadArguments", "CommandNotFound"):
                     raise ConfigurationError(str(error)) from error
                 raise
             nursery.cancel_scope.cancel()
@@ -161,59 +177,71 @@ class CtlCommand:
     def _say_that_it_goes_on(self) -> None:
         name = self._arguments.get("machine", "")
         of, which = (f" of {name}", f" --machine {name}") if name else ("", "")
-        self._output.say(f"postcopy: the migration{of} goes on; `{self._asked} top` shows it")
+        known = "" if self._migration else ", if it has begun"  # (the answer comes when it is connected)
+        self._output.say(f"postcopy: the migration{of} goes on{known}; `{self._asked} top` shows it")
         if self._now["status"] in _REVERSIBLE:
             self._output.say(f"postcopy: to stop it: {self._asked} migrate-cancel{which}")
         else:
             self._output.say("postcopy: it cannot be stopped any more: it is past its point of no return")
 
     async def _top(self, client: ControlClient) -> bool:
-        """Until the process ends."""
+        """Until the process ends, nobody reads the tables, or this one is interrupted."""
+        self._output.patient = False
         self._now = await client.execute("status")
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._output.follow if self._output.draws else self._print_tables, lambda: self._now)
+
+            async def show() -> None:
+                if self._output.draws:
+                    await self._output.follow(lambda: self._now)
+                with contextlib.suppress(BrokenPipeError):
+                    await self._print_tables()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(show)
             while True:
                 await trio.sleep(TOP_PERIOD_S)
                 try:
                     self._now = await client.execute("status")
-                except PeerError:
+                except ProcessGoneError:
+                    self._output.say(f"postcopy: the process at {self._socket} has ended")
                     break
             nursery.cancel_scope.cancel()
-        self._output.say(f"postcopy: the process at {self._socket} has ended")
         return True
 
-    async def _print_tables(self, status: Callable[[], Json]) -> None:
-        """As `top` without a terminal: one table after the other."""
+    async def _print_tables(self) -> None:
+        """As `top` without a terminal: one table after the other. BrokenPipeError when nobody reads them."""
         from postcopy.output.tables import make_console, print_line, print_table, row
 
         console = make_console(sys.stdout)
         while True:
-            for label, text in self._output.view.rows(status()):
+            for label, text in self._output.view.rows(self._now):
                 print_line(console, f"{label}: {text}")
-            header, machines = self._output.view.machines(status())
-            print_table(console, header, [row(*cells) for cells in machines])
+            header, machines = self._output.view.machines(self._now)
+            if machines:
+                print_table(console, header, [row(*cells) for cells in machines])
             print_line(console, "")
             await trio.sleep(PLAIN_TOP_PERIOD_S)
 
     async def _follow(self, client: ControlClient) -> bool:
-        """Until the process ends, which is an end in order, or this one is interrupted."""
+        """Until the process ends, nobody reads the events, or this one is interrupted: each is an end in order."""
+        self._output.patient = False
         await client.execute("events", {"enable": True})
         while True:
             try:
                 event = await client.next_event()
-            except PeerError:
+            except ProcessGoneError:
                 return True
-            if self._json:
-                self._print(json.dumps(event))
-            elif event["event"] != "progress":
-                self._print(_event_line(event))
+            text = json.dumps(event) if self._json else "" if event["event"] == "progress" else _event_line(event)
+            if text and not self._print(text):
+                return True
 
-    def _print(self, text: str) -> None:
+    def _print(self, text: str) -> bool:
+        """False when nobody reads it."""
         try:
-            sys.stdout.write(text + "\n")
-            sys.stdout.flush()
+            print(text)
         except BrokenPipeError:
-            raise PeerError("nobody reads the output any more") from None
+            return False
+        return True
 
 
 def _event_line(event: Json) -> str:

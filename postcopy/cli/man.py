@@ -21,9 +21,9 @@ from postcopy.service.options import DEFAULT_CONTROL, Group, Option, parse_path
 OPTIONS = (Group("", Option("directory", "existing directory to write to", "DIR", parse_path, positional=True)),)
 
 _EXIT_STATUS = (
-    ("0", "What was asked for has happened."),
+    ("0", "The command has done what was asked for."),
     ("1", "It has not; standard error says why."),
-    ("2", "It was asked for wrongly."),
+    ("2", "The command line is wrong; standard error says what is wrong with it."),
 )
 
 
@@ -71,14 +71,15 @@ def _page(parser: Parser, help: str, commands: Iterable[str] = ()) -> str:
     lines.append(".SH OPTIONS")
     lines += _options(parser)
     if not commands and parser.subcommands:
-        lines.append(".SH REQUESTS" if parser.subcommands_metavar == "REQUEST" else ".SH COMMANDS")
+        lines.append(".SH REQUESTS" if parser.subcommand_is == "REQUEST" else ".SH COMMANDS")
         for name_of_it, command in parser.subcommands.items():
             lines += [f".SS {_text(name_of_it)}", _text(command.description or ""), ".PP", _synopsis(command)]
             lines += _options(command, parser)
     if parser.examples:
         lines.append(".SH EXAMPLES")
         for what, line in parser.examples:
-            lines += [".PP", _text(what), ".PP", ".EX", *(f"    {_text(one)}" for one in line.splitlines()), ".EE"]
+            lines += [".PP", _text(what)] if what else []
+            lines += [".PP", ".EX", *(f"    {_text(one)}" for one in line.splitlines()), ".EE"]
     lines.append(".SH EXIT STATUS")
     for status, what in _EXIT_STATUS:
         lines += _item(f"\\fB{status}\\fR", what)
@@ -93,27 +94,19 @@ def _page(parser: Parser, help: str, commands: Iterable[str] = ()) -> str:
 
 
 def _synopsis(parser: Parser) -> str:
-    words = " ".join(parser.short_usage().split()).replace("%%", "%")
+    words = " ".join(parser.short_usage().split())
     return f"\\fB{_text(parser.prog)}\\fR {_text(words.removeprefix(parser.prog).strip())}"
 
 
 def _options(parser: Parser, above: Parser | None = None) -> Iterator[str]:
-    """Group by group, but for those that the command `above` has, and the commands."""
-    known = set(above._option_string_actions) if above is not None else set()
-    for group in parser._action_groups:
-        actions = [
-            action
-            for action in group._group_actions
-            if not (isinstance(action, argparse._SubParsersAction) or known.intersection(action.option_strings))
-        ]
-        if actions and group.title not in ("options", "arguments"):
-            yield f".SS {_text(str(group.title).capitalize())}"
-        for action in actions:
-            value = parser.value_of(action)
-            names = ", ".join(f"\\fB{_text(name)}\\fR" for name in action.option_strings)
-            yield from _item(
-                " ".join(filter(None, (names, value and f"\\fI{_text(value)}\\fR"))), parser.help_of(action)
-            )
+    """Group by group, but for those that the command `above` has."""
+    for title, arguments in parser.sections(above):
+        if title:
+            yield f".SS {_text(title.capitalize())}"
+        for argument in arguments:
+            names = ", ".join(f"\\fB{_text(name)}\\fR" for name in argument.names)
+            value = argument.value and f"\\fI{_text(argument.value)}\\fR"
+            yield from _item(" ".join(filter(None, (names, value))), argument.help)
 
 
 def _item(term: str, text: str) -> list[str]:

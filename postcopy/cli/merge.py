@@ -28,8 +28,8 @@ OPTIONS = (
           Option("salvages", "directory that --salvage has written: the source's, the destination's, or both", "DIR",
                  parse_path, nargs="+", positional=True),
           OneOf(path("output", "write a memory image (sparse): one RAM block after the other"),
-                path("into", "write a new directory with what is there of the machine, for `postcopy source --from`",
-                     "DIR"))),
+                path("into", "write a new directory with all that was salvaged of the machine, for `postcopy source"
+                     " --from`", "DIR"))),
     OUTPUT,
 )
 # fmt: on

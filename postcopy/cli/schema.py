@@ -3,26 +3,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Awaitable, Callable
-from typing import Any
-
-import trio
 
 from postcopy import __version__
-from postcopy._stop import Stop
-from postcopy.output import Output
 from postcopy.service.options import Group, flag
 
 OPTIONS = (Group("", flag("markdown", "print a page for people instead of JSON Schema")),)
 
 
-def make(given: dict[str, Any], output: Output) -> Callable[[Stop], Awaitable[bool]]:
-    async def run(stop: Stop) -> bool:
-        from postcopy.records.document import document, markdown  # some megabytes that nothing else needs
+def run(args: argparse.Namespace) -> int:
+    """Prints it."""
+    from postcopy.records.document import document, markdown  # some megabytes that nothing else needs
 
-        await trio.lowlevel.checkpoint()
-        print(markdown() if "markdown" in given else json.dumps(document(__version__), indent=2))
-        return True
-
-    return run
+    print(markdown() if "markdown" in args else json.dumps(document(__version__), indent=2))
+    return 0

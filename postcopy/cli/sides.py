@@ -95,11 +95,14 @@ def _check_source(given: dict[str, Any]) -> None:
                 raise ConfigurationError(f"--{option.name} does not go with --from: the machine is what it was")
     elif given.keys() & {"reclaim", "force"}:
         raise ConfigurationError("--reclaim and --force go with --from")
-    if "hold" in given:
-        if given.keys() & {"salvage_to", "serve"} or given.get("migrate_after_s"):
-            raise ConfigurationError("--salvage, --serve and --migrate-after have no meaning with --hold")
-        return
     live = "kind" not in given or is_live(given["kind"])
+    if "hold" in given:
+        if not live:
+            raise ConfigurationError("--hold keeps a machine running, which an image is not: say --listen or --connect")
+        for option in (options.SALVAGE, options.SERVE, options.MIGRATE_AFTER):
+            if given.get(option.key):
+                raise ConfigurationError(f"--{option.name} has no meaning with --hold")
+        return
     if given.get("serve", 1) != 1 and (live or "listen" not in given):
         raise ConfigurationError("--serve goes with --machine image and --listen only")
     if not live:

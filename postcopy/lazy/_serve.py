@@ -79,7 +79,7 @@ async def serve(
 
     `listen` is HOST:PORT, port 0 lets the system choose; without it only this host can attach. Every program that can
     reach the port can read the memory, and pages are not encrypted. `max_bandwidth_bytes_per_s` limits what is pushed
-    to those who attach with `background`, 0 is no limit; requested pages are never held up. `heartbeat_s` as with
+    to those that attach with `background`, 0 is no limit; requested pages are never held up. `heartbeat_s` as with
     `attach`.
 
     Errors: `ConfigurationError` for memory that cannot be served or an address that makes no sense, `ResourceError` for

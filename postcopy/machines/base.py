@@ -114,6 +114,7 @@ class Check:
     what: str  # what was verified, or what is wrong: one line
     how: str  # by what means
     counts: Mapping[str, int] = field(default_factory=dict)
+    nonce: int = 0  # that of `MachineStatistics`, as it is in the machine's memory
 
     def as_dict(self) -> dict[str, Any]:
         """For a report."""
@@ -185,7 +186,7 @@ class Machine(abc.ABC):
     @abc.abstractmethod
     async def load_state(self, state: bytes) -> None:
         """Destination only, once: from created to paused, without touching memory. `state` comes from a peer and is
-        checked; errors are `PostcopyError`s, after one the machine can only be closed. Bounded in time:
+        checked; an error is a `PostcopyError`, after which the machine can only be closed. Bounded in time:
         `MigrationError` when the kernel does not come back; cancellable at once, what hangs is left to `close`."""
 
     @abc.abstractmethod

@@ -175,9 +175,11 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             try:
                 await first_of(connect, self._stop.wait, self._cancelled.wait)
                 self._check_wanted()
-            except PostcopyError as error:
+            except BaseException as error:  # also when this is cancelled in the moment in which the peer answers
                 for link in found:
-                    await trio.aclose_forcefully(link.control)
+                    link.control.socket.close()
+                if not isinstance(error, PostcopyError):
+                    raise
                 self.failure = error
                 self._protocol.connection_lost(str(error))
                 return None

@@ -124,7 +124,7 @@ class Acceptor:
         return link
 
     async def serve(self) -> None:
-        """Accepts connections until cancelled, then closes the listeners."""
+        """Accepts connections until cancelled, then closes those that were not taken."""
         try:
             async with trio.open_nursery() as nursery:
                 await accept_from(

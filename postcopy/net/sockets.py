@@ -38,8 +38,9 @@ log = logging.getLogger(__name__)
 async def open_listeners(address: Address) -> list[trio.SocketListener]:
     """Listens on every address that the host has by that name, at one port; without a host on every address of this
     host, in both families where it has both. `ResourceError` when that is not possible."""
+    families: list[str] = []
     try:
-        return await _listeners(address)
+        return await _listeners(address, families)
     except socket.gaierror as error:
         raise ResourceError(
             f"cannot listen on {address}: the name cannot be resolved ({error.strerror})",
@@ -53,21 +54,25 @@ async def open_listeners(address: Address) -> list[trio.SocketListener]:
         if number == errno.EAFNOSUPPORT:
             reason = "this host has no IPv6"
         remedy = {
-            errno.EADDRINUSE: "choose another port, or end who has it: ss -ltnp",
+            errno.EADDRINUSE: "choose another port, or end the process that has it: ss -ltnp",
             errno.EADDRNOTAVAIL: "name an address of this host: ip address",
             errno.EACCES: "choose a port from 1024 on",
             errno.EAFNOSUPPORT: f"leave the host out: :{address.port}, or name an address of IPv4",
         }.get(number or 0, "")
-        raise ResourceError(f"cannot listen on {address}: {one_line(reason, 200)}", remedy) from error
+        where = f" ({families[-1]})" if families and number != errno.EAFNOSUPPORT else ""
+        raise ResourceError(f"cannot listen on {address}{where}: {one_line(reason, 200)}", remedy) from error
 
 
-async def _listeners(address: Address) -> list[trio.SocketListener]:
+async def _listeners(address: Address, families: list[str]) -> list[trio.SocketListener]:
+    """`families`: what was tried, where the address does not say it."""
     if _is_everywhere(address.host):
+        families.append("IPv4 and IPv6")
         try:
             return [await _listener(socket.AF_INET6, "::", address.port, both=True)]
         except OSError as error:
             if address.host or error.errno != errno.EAFNOSUPPORT:
                 raise
+        families.append("IPv4")
         return [await _listener(socket.AF_INET, "0.0.0.0", address.port)]
     found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     targets = list(dict.fromkeys((family, _numeric(name)) for family, _, _, _, name in found))
@@ -118,7 +123,8 @@ def listening_addresses(listeners: Sequence[trio.SocketListener]) -> list[Addres
     """Where they listen: with port 0 the port that the system chose. A socket for both families has two addresses."""
     addresses = []
     for listener in listeners:
-        host, port = listener.socket.getsockname()[:2]
+        name = listener.socket.getsockname()
+        host, port = _numeric(name), int(name[1])
         if host == "::" and not listener.socket.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
             addresses.append(Address("0.0.0.0", port))
         addresses.append(Address(host, port))
@@ -226,19 +232,20 @@ def _cause(error: OSError) -> OSError:
 
 
 def _none_answers(address: Address, tried: dict[str, OSError | None]) -> PeerError | ResourceError:
-    numbers = {host: error.errno or 0 for host, error in tried.items() if error is not None}
-    for number in NO_ROOM.intersection(numbers.values()):
+    errors = {host: error for host, error in tried.items() if error is not None}
+    numbers = {error.errno or 0 for error in errors.values()}
+    for number in NO_ROOM & numbers:
         what = f"cannot connect to {address}"
         return out_of_files(number, what) if number in NO_FILES else ResourceError(f"{what}: {os.strerror(number)}")
     hosts: dict[str, list[str]] = {}  # by reason
-    for host, number in numbers.items():
-        reason = "connection refused" if number == errno.ECONNREFUSED else os.strerror(number)
-        hosts.setdefault(reason, []).append(host)
+    for host, error in errors.items():
+        reason = os.strerror(error.errno) if error.errno else one_line(str(error), 200)
+        hosts.setdefault("connection refused" if error.errno == errno.ECONNREFUSED else reason, []).append(host)
     if len(hosts) == 1:
         text = f"{next(iter(hosts))}{_tried(address, tried)}"
     else:
         text = ", ".join(f"{reason} ({' and '.join(those)})" for reason, those in hosts.items())
-    hint = "; start the other side first, with --listen" if errno.ECONNREFUSED in numbers.values() else ""
+    hint = "; start the other side first, with --listen" if errno.ECONNREFUSED in numbers else ""
     return PeerError(f"{address}: {text}{hint}")
 
 
@@ -248,7 +255,7 @@ def _tried(address: Address, tried: dict[str, OSError | None]) -> str:
 
 
 def _numeric(name: tuple[object, ...]) -> str:
-    """The host of a socket address, with its scope where it has one."""
+    """The host of a socket address. A link-local one means nothing without its interface (``%2``)."""
     host = str(name[0])
     return f"{host}%{name[3]}" if len(name) == 4 and name[3] and "%" not in host else host
 
@@ -261,4 +268,5 @@ def address_of(stream: trio.SocketStream) -> Address:
         raise PeerError("the connection was closed") from error
     if not isinstance(name, tuple):
         return Address("local", 0)
-    return Address(str(name[0]).removeprefix("::ffff:") if "." in str(name[0]) else str(name[0]), int(name[1]))
+    host = _numeric(name)
+    return Address(host.removeprefix("::ffff:") if "." in host else host, int(name[1]))

@@ -37,8 +37,11 @@ class Output:
         """`as_json`, `log_json`: see `configure`."""
         self.configure(as_json, log_json)
         self._began = time.monotonic()
-        self._stdout = Writer(stdout, self._dropped_events)
         self._stderr = Writer(stderr, self._dropped_lines)
+        # On one terminal one thread writes both, in order: what takes the live view away must not take away the result,
+        # which comes after it.
+        one = _same_terminal(stdout, stderr)
+        self._stdout = self._stderr if one else Writer(stdout, self._dropped_events)
         # A command may end when the reader of its results has gone. It goes on when that of its messages has gone: Rich
         # must not see that, since it raises SystemExit then.
         self._streams = (
@@ -49,6 +52,9 @@ class Output:
         self._kick = trio.Event()
         self._last_progress: dict[str, Json] = {}
         self.view = View()
+        self.patient = True
+        """Whether `close` waits for the reader of what was printed: it is the answer of a command. To be set to False
+        where a command prints until it is interrupted."""
         self.listeners: list[Callable[[str, Json], None]] = []
         """Called with every event, whether or not JSON was asked for; must not block."""
 
@@ -98,11 +104,15 @@ class Output:
                 f"no thread for the output: {error}", "allow this user, or its control group, more processes"
             ) from error
 
+    @property
+    def has_answered(self) -> bool:
+        """Whether there is an answer on stdout, for which `close` waits."""
+        return self.patient and self._streams[0].used
+
     def close(self) -> bool:
-        """Waits until what is queued has been read: events and messages for a bounded time, what was printed, a
-        command's answer, as long as its reader takes. Says so when something was lost; False when that was printed."""
-        printed = self._streams[0].used
-        if printed:
+        """Waits until what is queued has been read: events and messages for a bounded time, an answer as long as its
+        reader takes. Says so when a result or a part of the answer was lost; False for the answer only."""
+        if self.has_answered:
             self._stdout.close(math.inf, math.inf)
         else:
             self._stdout.close()
@@ -112,10 +122,15 @@ class Output:
             why = error.strerror if error is not None else "nobody reads it"
             self.complain(f"standard output: {why}: the result is not complete there")
         self._stderr.close()
-        return complete or not printed
+        return complete or not self.has_answered
+
+    def _read_again(self) -> None:
+        """Lines were dropped, and there is a reader again."""
+        self._stalled = False
+        self._last_progress = {}  # the last one may be among them: it is due again, even if nothing has changed
 
     def _dropped_events(self, count: int) -> str:
-        self._stalled = False
+        self._read_again()
         if self._as_json:
             from postcopy.records.events import OutputDropped  # milliseconds at every start
 
@@ -123,6 +138,7 @@ class Output:
         return f"postcopy: {count} lines are missing here: nobody read them\n"
 
     def _dropped_lines(self, count: int) -> str:
+        self._read_again()
         text = f"{count} lines are missing here: nobody read them"
         return self._line("warning", text, f"postcopy: warning: {text}", dropped=count) + "\n"
 
@@ -149,10 +165,8 @@ class Output:
         if self._console is None:
             self._stderr.put(text + "\n", kind)
             return
-        stream = self._streams[1]
-        stream.as_kind(kind)
-        self._console.print(text, markup=False)
-        stream.as_kind(Kind.PROGRESS)
+        with self._streams[1].as_kind(kind):
+            self._console.print(text, markup=False)
 
     def emit(self, event: str, record: Record) -> None:
         """A JSON line, where they were asked for. Progress that says the same as before is left out."""
@@ -224,15 +238,25 @@ class Output:
             live.update(Group(*parts), refresh=True)
 
         # Drawn from this thread (no auto_refresh): Rich's own would look at an engine that is being closed.
-        self._streams[1].as_kind(Kind.PROGRESS)
-        with Live(
+        # What hides the cursor, and shows it again, is not progress: it must not be dropped.
+        live = Live(
             console=self._console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
-        ) as live:
+        )
+        with live, self._streams[1].as_kind(Kind.PROGRESS):
             yield draw
 
     def _plain(self, now: Json) -> None:
         if line := self.view.line(now):
             self.say(line, Kind.PROGRESS)
+
+
+def _same_terminal(one: TextIO | None, other: TextIO | None) -> bool:
+    if one is None or other is None:
+        return False
+    try:
+        return one.isatty() and other.isatty() and os.path.sameopenfile(one.fileno(), other.fileno())
+    except (OSError, ValueError):  # closed, or without a descriptor
+        return False
 
 
 class LogHandler(logging.Handler):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from postcopy.output.words import (
     Rate,
@@ -15,9 +14,9 @@ from postcopy.output.words import (
     format_speed,
     phase,
 )
+from postcopy.records import Json
 from postcopy.units import format_size
 
-Json = dict[str, Any]
 LIVE_PERIOD_S = 0.1
 _BAR = 30
 _MACHINES = ("machine", "memory", "state", "migration", "arrived", "rate", "remaining", "faults", "fault p99")
@@ -37,13 +36,17 @@ class View:
     def machines(self, now: Json) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """The machines of a process, as `status` has them: a header, and a row for each."""
         rows: list[tuple[str, ...]] = []
+        before, self._rates = self._rates, {}
         for machine in now["machines"]:
             job, guest = machine.get("migration") or {}, machine.get("guest") or {}
             ram, latency = job.get("ram") or {}, job.get("fault-latency-us") or {}
             arrived, total = arrived_bytes(ram), ram.get("total") or 0
             moving = job.get("status", "").startswith(("postcopy", "active"))
             key = (str(machine["name"]), str(job.get("migration-id")))
-            rate = self._rates.setdefault(key, Rate()).of(ram.get("transferred") or 0) if moving else 0.0
+            rate = 0.0
+            if moving:
+                self._rates[key] = before.get(key) or Rate()
+                rate = self._rates[key].of(ram.get("transferred") or 0)
             left = format_coarsely((total - arrived) / rate) if moving and arrived is not None and rate else ""
             faults = str(ram.get("demand-pages") or "")
             if job.get("pending-faults"):
@@ -81,7 +84,8 @@ class View:
                 share, remaining = arrived / total, total - arrived
                 bar = "█" * round(_BAR * share) + "░" * (_BAR - round(_BAR * share))
                 result.append(("memory", f"{bar} {100 * share:3.0f} %, {format_size(arrived)} of {format_size(total)}"))
-            result.append(("network", f"{format_size(transferred)} transferred, {format_speed(rate)}"))
+            speed = f", {format_speed(rate)}" if rate else ""  # not known yet, or nothing moves
+            result.append(("network", f"{format_size(transferred)} transferred{speed}"))
         result.append(("time", self._time(rate, remaining)))
         if ram.get("demand-pages") or ram.get("background-pages"):
             demand = f"{ram['demand-pages']} on demand"

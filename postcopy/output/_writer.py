@@ -26,6 +26,7 @@ for the reader as any program does. Where that fails it is counted as lost, and 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import enum
 import errno
 import io
@@ -34,7 +35,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 STALLED_S = 2.0
@@ -55,8 +56,14 @@ _IN_ASCII = {
     "…": "...",
     "–": "-",
     "—": "-",
+    "“": '"',
+    "”": '"',
+    "‘": "'",
+    "’": "'",
+    "·": ".",
+    "•": "*",
+    "×": "x",
 }
-_IN_ASCII |= {"“": '"', "”": '"', "‘": "'", "’": "'", "·": ".", "•": "*", "×": "x"}
 
 
 def _write_plainly(error: UnicodeError) -> tuple[str, int]:
@@ -73,13 +80,15 @@ codecs.register_error("postcopy-plain", _write_plainly)
 
 
 def encoding_of(stream: object) -> str:
-    """In which a stream is to be written. The user who asks for the C locale has a terminal for ASCII; Python does not
-    say so, since it takes UTF-8 there (PEP 538, PEP 540)."""
+    """The encoding for what is written to `stream`: ASCII where the environment asks for the C locale, else that of the
+    stream. Python has UTF-8 in both cases: in the C locale it sets LC_CTYPE to C.UTF-8 (PEP 538), or takes UTF-8
+    without that (PEP 540). Where the environment asks for no locale, as in a container, UTF-8 is right."""
     encoding: str = getattr(stream, "encoding", None) or "utf-8"
     given = os.environ
     if given.get("PYTHONUTF8") == "1" or given.get("PYTHONIOENCODING"):
         return encoding
-    locale = given.get("LC_ALL") or given.get("LANG") if given.get("LC_CTYPE", "C.UTF-8") == "C.UTF-8" else ""
+    ctype = given.get("LC_CTYPE", "")
+    locale = given.get("LC_ALL") or (ctype if ctype != "C.UTF-8" else "") or given.get("LANG")
     return "ascii" if locale in ("C", "POSIX") else encoding
 
 
@@ -116,7 +125,7 @@ class Writer:
         self._error: OSError | None = None  # of the last write: no use in saying how many were dropped
         self._torn = False  # the last line was written in part only
         self._gone = self._fd < 0 and self._stream is None
-        self._busy = False  # the thread has a line that is not in the queue any more
+        self._writing: Kind | None = None  # of the line that the thread has taken out of the queue, until it is written
         self._progressed_s = time.monotonic()
         self._thread: threading.Thread | None = None
 
@@ -128,8 +137,8 @@ class Writer:
         with self._changed:
             if self._gone:
                 return False
-            if self._error is not None and self._thread is None:  # what was to be written at once was not
-                self._lost += 1
+            if self._error is not None and self._thread is None:  # `write_here` has failed, and is not tried again
+                self._lost += kind is Kind.LASTING
                 return False
             if self._queued_bytes + len(data) > kind:
                 self._dropped += 1
@@ -149,20 +158,22 @@ class Writer:
             self._thread = thread
 
     def write_here(self) -> None:
-        """Writes what is queued, as long as there is no thread that does: waits for the reader, for as long as it
-        takes. `lost` and `error` say what came of it."""
-        if self._thread is not None:
-            return
-        try:
-            while self._queue:
-                self._write(self._queue[0][0])
-                self._queue.popleft()
-        except OSError as error:
-            self._error = error
-            self._gone = error.errno in _READER_IS_GONE
-            self._lost += len(self._queue)
-            self._queue.clear()
-        self._queued_bytes = 0
+        """Writes what is queued, unless there is a thread that does: waits for the reader, for as long as it takes.
+        `lost` and `error` say what came of it."""
+        with self._changed:  # others that print wait too
+            if self._thread is not None:
+                return
+            try:
+                while self._queue:
+                    self._write(self._queue[0][0])
+                    self._queue.popleft()
+            except OSError as error:
+                self._error = error
+                self._gone = error.errno in _READER_IS_GONE
+                self._lost += sum(kind is Kind.LASTING for _, kind in self._queue)
+            finally:  # after Ctrl-C too: a line that was written in part is not written again
+                self._queue.clear()
+                self._queued_bytes = 0
 
     def close(self, deadline_s: float = CLOSE_S, stalled_s: float | None = None) -> bool:
         """Waits for what is queued, as long as it says above; starts it where that was not done. False when something
@@ -175,7 +186,7 @@ class Writer:
         except RuntimeError:
             return self._write_until(began_s + min(STALLED_S, deadline_s))
         with self._changed:
-            while (self._queue or self._busy) and not self._gone:
+            while (self._queue or self._writing is not None) and not self._gone:
                 # (where there is no room, it is not the reader who is slow)
                 pause_s = STALLED_S if stalled_s is None or self._error is not None else stalled_s
                 give_up_s = min(max(began_s, self._progressed_s) + pause_s, began_s + deadline_s)
@@ -198,7 +209,8 @@ class Writer:
     def lost(self) -> int:
         """Of the lines that should have lasted, how many have not been written and, after `close`, never will be."""
         with self._changed:
-            return self._lost + sum(kind is Kind.LASTING for _, kind in self._queue)
+            kinds = [kind for _, kind in self._queue] + [self._writing]
+            return self._lost + kinds.count(Kind.LASTING)
 
     # ---- private
 
@@ -240,14 +252,14 @@ class Writer:
                 if self._queue:
                     data, kind = self._queue.popleft()
                     self._queued_bytes -= len(data)
-                    self._busy = True
+                    self._writing = kind
                     return data, kind, 0
                 if self._dropped and self._error is None:
                     # They came after what was queued, all of which is written.
                     note, self._dropped = self._dropped, 0
-                    self._busy = True
+                    self._writing = Kind.LOG
                     return self._dropped_line(note).encode(self.encoding, "postcopy-plain"), Kind.LOG, note
-                self._busy = False
+                self._writing = None
                 self._changed.notify_all()
                 self._changed.wait()
 
@@ -275,12 +287,13 @@ class Writer:
             if error.errno in _READER_IS_GONE:
                 self._gone = True
                 self._queue.clear()
-                self._busy = False
+                self._writing = None
                 self._changed.notify_all()
                 return False
             if kind is Kind.LASTING:
                 self._queue.appendleft((data, kind))
                 self._queued_bytes += len(data)
+                self._writing = None
                 self._changed.wait(RETRY_S)
             else:
                 self._dropped += note or 1
@@ -300,9 +313,19 @@ class QueuedStream(io.TextIOBase):
         self._loss_is_error = loss_is_error and stream is not None
         self._local = threading.local()
 
-    def as_kind(self, kind: Kind) -> None:
-        """What this thread writes from now on is of this kind, which decides only when it is dropped."""
-        self._local.kind = kind
+    @contextlib.contextmanager
+    def as_kind(self, kind: Kind) -> Iterator[None]:
+        """What this thread writes in the block is of this kind, not `Kind.LASTING`."""
+        before, self._local.kind = self._kind, kind
+        try:
+            yield
+        finally:
+            self._local.kind = before
+
+    @property
+    def _kind(self) -> Kind:
+        kind: Kind = getattr(self._local, "kind", Kind.LASTING)
+        return kind
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -330,7 +353,7 @@ class QueuedStream(io.TextIOBase):
         if not text:
             return
         self.used = True
-        self.writer.put(text, getattr(self._local, "kind", Kind.LASTING))
+        self.writer.put(text, self._kind)
         self.writer.write_here()
         if self._loss_is_error and self.writer.gone:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))

@@ -4,6 +4,7 @@ write."""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -43,8 +44,15 @@ def row(*cells: Words) -> Row:
 
 def make_console(file: IO[str], *, soft_wrap: bool = False) -> Console:
     """Colours where `file` is a terminal that has them (TERM) and the user wants them (NO_COLOR)."""
-    own_width = file.isatty() or "COLUMNS" in os.environ
-    return Console(file=file, highlight=False, width=None if own_width else PLAIN_WIDTH, soft_wrap=soft_wrap)
+    width = None if file.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH
+    # (no emoji: the address 2001:b::1 has the name of one in it)
+    return _Console(file=file, highlight=False, emoji=False, width=width, soft_wrap=soft_wrap)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich's own ends the program, from wherever it has got to."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 def markup(words: Words) -> str:

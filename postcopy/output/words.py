@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Any
 
+from postcopy.records import Json
 from postcopy.units import format_size
 
-Json = dict[str, Any]
 WINDOW_S = 3.0
 """A rate is that of the last so many seconds: a push comes in bursts, and a reader wants to know when it ends."""
 _MINUTE, _HOUR = 60, 3600
@@ -30,7 +29,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_coarsely(seconds: float) -> str:
-    """Of a time that goes on: seconds at the least."""
+    """Of a time that is still counting: in seconds at least, as ``0.0 s``."""
     return f"{seconds:.1f} s" if seconds < 59.95 else format_duration(seconds)
 
 

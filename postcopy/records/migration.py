@@ -207,7 +207,7 @@ class Guest(Record, kw_only=True):
     nonce: Annotated[
         str | None,
         doc("Made by the guest at boot, kept in its memory only: 0x and 16 hexadecimal digits; not there until the"
-            " guest has announced it on this host."),
+            " guest has announced it on this host, or its memory was verified here."),
     ] = None  # fmt: skip
     operations: Annotated[
         int | None,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control socket as a file: who has its name, and who may connect.
+"""The control socket as a file: which process has its name, and which user may connect.
 
 A client may do everything, so the socket is made with mode 0600, for this user and root only, and listens only when
 that has been checked. A socket that a dead process left behind is replaced, one that answers is not, and nothing that
@@ -19,7 +19,7 @@ import stat
 
 import trio
 
-from postcopy._files import explain_unwritable
+from postcopy._files import absolute, explain_unwritable
 from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.service.options import check_control_path, default_control
 
@@ -46,7 +46,7 @@ async def listen(path: str) -> socket.socket:
 
 
 def _directory(path: str) -> str:
-    return os.path.dirname(os.path.abspath(path))
+    return os.path.dirname(absolute(path))
 
 
 def _is_default(path: str) -> bool:

@@ -8,6 +8,7 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import trio
 
@@ -15,9 +16,14 @@ from postcopy.errors import PeerError
 from postcopy.records import VERSION, Json
 from postcopy.service.options import check_control_path
 from postcopy.service.schema import MAX_ANSWER_BYTES, ControlError, LineSplitter, parse_json
+from postcopy.wire import one_line
 
 ANSWER_TIMEOUT_S = 60.0
 BUSY_POLL_S = 0.02
+
+
+class ProcessGoneError(PeerError):
+    """The process has ended, or has closed the connection."""
 
 
 class ControlClient:
@@ -54,13 +60,14 @@ class ControlClient:
             yield client
 
     async def execute(self, command: str, arguments: Json | None = None, timeout_s: float = ANSWER_TIMEOUT_S) -> Json:
-        """The answer. `ControlError` when it was refused, `PeerError` when none came."""
+        """The answer. `ControlError` when it was refused, `PeerError` when none came: `ProcessGoneError` when none can
+        come."""
         self._requests += 1
         request = {"execute": command, "arguments": arguments or {}, "id": self._requests}
         try:
             await self._stream.send_all(json.dumps(request).encode() + b"\n")
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise PeerError(f"{self._path}: the process is gone") from error
+            raise ProcessGoneError(f"{self._path}: the process is gone") from error
         with trio.move_on_after(timeout_s):
             while True:
                 line = await self._next()
@@ -71,13 +78,16 @@ class ControlClient:
         raise PeerError(f"{self._path}: {command} was not answered within {timeout_s:g} s")
 
     async def next_event(self) -> Json:
-        """The next event; `events` must have been executed before. `PeerError` when no more comes."""
+        """The next event; `events` must have been executed before. `ProcessGoneError` when no more comes,
+        `ControlError` when the process says why it does not send any more."""
         if self._events:
             return self._events.pop(0)
         while True:
             line = await self._next()
             if "event" in line:
                 return line
+            if "error" in line:
+                self._value(line)
 
     async def _greeted(self, timeout_s: float) -> None:
         with trio.move_on_after(timeout_s):
@@ -89,8 +99,8 @@ class ControlClient:
                 raise PeerError(f"{self._path}: that is not a postcopy control socket")
             if (theirs := self.greeting.get("schema", 1)) != VERSION:
                 raise PeerError(
-                    f"{self._path}: it speaks version {theirs} of the control protocol, this is {VERSION}: use the"
-                    f" postcopy that it is of ({self.greeting['version']})"
+                    f"{self._path}: the process is of postcopy {self.greeting['version']}, and speaks version {theirs}"
+                    f" of the control protocol, not {VERSION}: use `postcopy ctl` of that release"
                 )
             return
         raise PeerError(f"{self._path}: no greeting within {timeout_s:g} s")
@@ -100,14 +110,17 @@ class ControlClient:
             try:
                 data = await self._stream.receive_some(64 * 1024)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise PeerError(f"{self._path}: the process is gone") from error
+                raise ProcessGoneError(f"{self._path}: the process is gone") from error
             if not data:
-                raise PeerError(f"{self._path}: the process has closed the connection")
+                raise ProcessGoneError(f"{self._path}: the process has closed the connection")
             try:
-                self._lines += [parse_json(line) for line in self._splitter.feed(bytes(data))]
-            except ControlError as error:
+                self._lines += [_printable(parse_json(line)) for line in self._splitter.feed(bytes(data))]
+            except (ControlError, RecursionError) as error:
                 raise PeerError(f"{self._path}: that is not a postcopy control socket ({error})") from None
-        return self._lines.pop(0)
+        line = self._lines.pop(0)
+        if "event" in line and not (isinstance(line["event"], str) and isinstance(line.get("data"), dict)):
+            raise PeerError(f"{self._path}: an event without a name or data")
+        return line
 
     def _value(self, line: Json) -> Json:
         error = line.get("error")
@@ -117,6 +130,18 @@ class ControlClient:
         if not isinstance(value, dict):
             raise PeerError(f"{self._path}: an answer without a return value")
         return value
+
+
+def _printable(value: Any) -> Any:
+    """All text in it made one line each, with nothing that moves a cursor: it is shown in a terminal, and any process
+    may have made a socket of this path."""
+    if isinstance(value, str):
+        return value if value.isprintable() else one_line(value, len(value))
+    if isinstance(value, list):
+        return [_printable(part) for part in value]
+    if isinstance(value, dict):
+        return {_printable(key): _printable(part) for key, part in value.items()}
+    return value
 
 
 async def _connect(path: str) -> trio.SocketStream:

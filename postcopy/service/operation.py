@@ -43,6 +43,7 @@ class Operation:
         self._file: MetricsFile | None = None
         self._notifier = notify.Notifier()
         self._last_status = ""
+        self._ending = False  # which is what the service manager is told from then on
 
     async def run(self, stop: Stop) -> bool:
         """As the service's own `run`; what cannot be served is an error before anything else has begun."""
@@ -96,8 +97,9 @@ class Operation:
 
     async def _say_stopping(self, stop: Stop) -> None:
         """That it ends, and from then on that it still does: what is seen through may take longer than the service
-        manager allows. One that hangs does not say it, and is killed."""
+        manager allows. A process whose event loop is stuck does not say it, and is killed."""
         await stop.wait()
+        self._ending = True
         self._notifier.stopping()
         while True:
             self._notifier.extend(EXTEND_S)
@@ -113,7 +115,7 @@ class Operation:
         status = count_machines(fields) if "machines" in fields else str(fields.get("status", ""))
         if event == ("listening" if self._service.listens else "progress"):  # the process can be used
             self._notifier.ready()
-        if event == "progress" and status != self._last_status:
+        if event == "progress" and status != self._last_status and not self._ending:
             self._notifier.status(status)
             self._last_status = status
         if self._server is not None:

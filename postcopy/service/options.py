@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 
 from postcopy._files import explain_bad_name
 from postcopy.errors import ConfigurationError
-from postcopy.machines.kinds import BACKINGS, KINDS
+from postcopy.machines.kinds import BACKINGS, KINDS, is_live
 from postcopy.machines.toy.machine import WORKLOADS, ToyOptions
 from postcopy.machines.toy.tap import format_ipv4, format_mac, parse_ipv4, parse_mac, parse_net
 from postcopy.migration.connection import MISSED_HEARTBEATS
@@ -152,17 +152,19 @@ def default_control() -> str:
 
 
 def check_control_path(path: str, what: str = "--control") -> str:
-    """The path, when a socket can have it. `ConfigurationError` otherwise; `what` is what the user calls it."""
+    """The path, when a socket can have it. `ConfigurationError` otherwise; `what` is what the user calls it, where the
+    caller does not say it."""
     size_bytes = len(os.fsencode(path))
     shown = path if len(path) <= 120 else f"{path[:100]}..."
+    reason = ""
     if not path:
-        raise ConfigurationError(f"{what}: the path is empty; name a socket in a directory of yours")
-    if "\0" in path:
-        raise ConfigurationError(f"{what} {shown!r}: a path has no NUL in it")
-    if size_bytes > MAX_SOCKET_PATH_BYTES:
-        raise ConfigurationError(
-            f"{what} {shown}: the path of a socket has at most {MAX_SOCKET_PATH_BYTES} bytes, this one has {size_bytes}"
-        )
+        reason = "the path is empty; name a socket in a directory of yours"
+    elif "\0" in path:
+        reason = f"{shown!r}: a path has no NUL in it"
+    elif size_bytes > MAX_SOCKET_PATH_BYTES:
+        reason = f"{shown}: the path of a socket has at most {MAX_SOCKET_PATH_BYTES} bytes, this one has {size_bytes}"
+    if reason:
+        raise ConfigurationError(f"{what}: {reason}" if what else reason)
     return path
 
 
@@ -240,6 +242,7 @@ def flag(name: str, help: str) -> Option:
 # fmt: off
 
 KIND = choice("machine", KINDS, "kind of machine to migrate", "kind")
+LIVE_KIND = choice("machine", tuple(filter(is_live, KINDS)), "kind of the machine (default: none)", "kind")
 MEMORY = size("memory", "kvm, rv64: size of its memory, as 1GiB")
 VCPUS = whole("vcpus", "kvm, rv64: number of virtual CPUs", 0, 1000)
 WORKLOAD = choice("workload", tuple(WORKLOADS), "kvm, rv64: program that the guest runs")
@@ -248,13 +251,14 @@ SEED = whole("seed", "kvm, rv64: makes the content of the memory the same in eac
 DISK = path("disk", "workload disk: file of the guest's disk, which both hosts must have (default: a temporary file)")
 IMAGE = path("image", "image: memory image to serve")
 NET = Option("net", "workload echo: TAP device of the guest's network device", "tap:NAME", _check_net)
-MACHINE = (
-    MEMORY, VCPUS, WORKLOAD, WORKING_SET, SEED, DISK, IMAGE, NET,
+LIVE_MACHINE = (
+    MEMORY, VCPUS, WORKLOAD, WORKING_SET, SEED, DISK, NET,
     Option("net-mac", "workload echo: MAC address of the guest (default: made from the seed)", "MAC",
            parse_mac, format_mac),
     Option("net-address", "workload echo: IPv4 address of the guest (default: made from the seed)", "IPV4",
            parse_ipv4, format_ipv4),
 )
+MACHINE = (*LIVE_MACHINE, IMAGE)
 NAME = Option("name", "name of that machine (default: its kind and random digits)", "NAME", parse_name)
 FROM = path("from", "start the machine that DIR holds, which --salvage or `postcopy merge --into` has written", "DIR",
             "path")
@@ -262,8 +266,8 @@ FROM = path("from", "start the machine that DIR holds, which --salvage or `postc
 LISTEN = Option("listen", "wait for the other side at this address; without HOST, as [::], at every address of this"
                 " host; port 0: any free port", "[HOST]:PORT", partial(parse_address, listening=True))
 CONNECT = Option("connect", "connect to the other side, which listens at this address", "HOST:PORT", parse_address)
-PEER_FILE = path("peer-file", "as --connect, with HOST:PORT in FILE, which is read again when the connection is lost"
-                 " and at SIGHUP")
+PEER_FILE = path("peer-file", "connect to the HOST:PORT in FILE, which is read again when the connection is lost and"
+                 " at SIGHUP")
 HOLD = flag("hold", "keep the machine running here until `postcopy ctl migrate`")
 
 BACKING = choice("backing", BACKINGS, "kind of memory that the machine gets")
@@ -308,7 +312,7 @@ USER = Option("user", "as root: open the devices, then become this user and give
 _ROOT_CONTROL = "/run/postcopy/control.sock"
 DEFAULT_CONTROL = f"$XDG_RUNTIME_DIR/postcopy/control.sock, root: {_ROOT_CONTROL}"
 CONTROL = Option("control", f"control socket of the process (default: {DEFAULT_CONTROL})", "PATH",
-                 partial(check_control_path, what="a control socket"))
+                 partial(check_control_path, what=""))
 
 FROM_OPTIONS = Group(
     "with --from",
@@ -359,7 +363,7 @@ COMMANDS: Mapping[str, tuple[Group, ...]] = {
     "daemon": (
         Group("other hosts", replace(LISTEN, help="receive machines at this address; without HOST, as [::], at every"
                                      " address of this host; port 0: any free port")),
-        Group("machine to begin with", replace(KIND, help="kind of the machine (default: none)"), NAME, *MACHINE),
+        Group("machine to begin with", LIVE_KIND, NAME, *LIVE_MACHINE),
         Group("migration", BACKING, BUSY_POLL, PAGER, *SENDING),
         Group("when the network fails", HEARTBEAT, RECOVER_FOR),
         _operating(DEFAULT_CONTROL), OUTPUT,

@@ -102,7 +102,7 @@ def _figure_rows(record: type[Record], values: Json) -> list[tuple[str, str]]:
         value = values.get(figure.key)
         if figure.record is not None and isinstance(value, dict):
             rows += _figure_rows(figure.record, value)
-        elif figure.label and value is not None and (value or record is not MigrationRecord):  # there: only if any
+        elif figure.label and value is not None and (value or record is not MigrationRecord):  # its own only if not 0
             rows.append((figure.label, _number(figure.unit, value)))
     return rows
 

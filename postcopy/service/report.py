@@ -167,6 +167,10 @@ def pager(process: tuple[int, int] | None) -> Pager:
     return Pager(where="process", pid=process[0] or None, deaths=process[1])
 
 
+def _nonce(nonce: int) -> str | None:
+    return f"{nonce:#018x}" if nonce else None
+
+
 def guest(machine: AnyMachine, statistics: MachineStatistics) -> Guest:
     """What the machine says of itself."""
     if not machine.live:
@@ -174,7 +178,7 @@ def guest(machine: AnyMachine, statistics: MachineStatistics) -> Guest:
     network = machine.network
     return Guest(
         state=statistics.state.value,
-        nonce=f"{statistics.nonce:#018x}" if statistics.nonce else None,
+        nonce=_nonce(statistics.nonce),
         operations=statistics.operations,
         reports=statistics.reports,
         failures=statistics.failures,
@@ -265,6 +269,8 @@ def destination_result(
         result.verified = all(item.ok for item in result.verification)
     if machine is not None and statistics is not None:
         result.guest = guest(machine, statistics)
+        if check is not None and result.guest.nonce is None:  # it had no time to announce it
+            result.guest.nonce = _nonce(check.nonce)
         if migration.at_switchover is not None:
             result.guest_at_switchover = guest(machine, migration.at_switchover)
     return result

@@ -75,9 +75,9 @@ _TO = Option("to", "where the other host takes machines", "HOST:PORT", check_add
 _TO_NOW = replace(_TO, help="new address of the other side (default: as before)")
 _NEW_MACHINE = (
     replace(options.NAME, help="name of the machine (default: its kind and random digits)"),
-    replace(options.KIND, name="kind", help="kind of machine: kvm or rv64", metavar="KIND", words=("kvm", "rv64")),
+    replace(options.LIVE_KIND, name="kind", help="kind of machine: kvm or rv64", metavar="KIND"),
     *(options.MEMORY, options.VCPUS, options.WORKLOAD, options.WORKING_SET, options.SEED, options.BACKING),
-    *(options.DISK, options.IMAGE),
+    options.DISK,
 )
 SETTINGS = (  # each is a field of `SourceOptions`
     options.MAX_BANDWIDTH,
@@ -89,7 +89,7 @@ COMMANDS: Mapping[str, Command] = {
     "commands": Command("list the requests that this process takes", example="postcopy ctl commands"),
     "status": Command(
         "show state and progress",
-        (replace(_MACHINE, help="name of the only machine to show"),),
+        (replace(_MACHINE, help="show this machine only"),),
         example="postcopy ctl status --machine vm1",
     ),
     "events": Command(

@@ -9,7 +9,7 @@ direction, the settings that may be changed meanwhile, what is shown. `control.C
 
 **The end.** `stop` asks for it (`Stop`). A migration that is not decided is given up; so is one by which nothing is
 lost that cannot be had again (`Owned.loses`). Any other one is seen through (`see_through`), however long that takes,
-unless whoever asks insists.
+unless it is asked for again and so insisted on.
 
 Resource handling: a policy's `run` closes the machines that it owns, however it ends.
 Error handling: an error that ends a policy is kept in `failure`, and raised when the result has been emitted.
@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 
 import trio
 
-from postcopy._files import explain_unwritable
+from postcopy._files import absolute, explain_unwritable
 from postcopy._stop import INSIST_S, Stop
 from postcopy.dataplane.pager import Pager
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, known_error, out_of_memory
@@ -189,7 +189,7 @@ class Service(abc.ABC):
         self.stop = Stop()
         self.control: str | None = None  # the path of its control socket
         self.salvage_to: str | None = None  # where what is here is written when a lost migration ends
-        self.abandoned = ""  # what was lost because somebody insisted
+        self.abandoned = ""  # what was lost by insisting
         self.machines: list[Owned] = []
         self.listening: list[Address] = []
         self.instance = secrets.token_bytes(ID_BYTES)  # by which it knows itself at an address that it calls
@@ -270,9 +270,8 @@ class Service(abc.ABC):
 
     async def see_through(self) -> None:
         """From `stop` on gives up the migrations by which nothing is lost, in one step with the question whether they
-        are decided; the others only when somebody insists. Says what it waits for. Until cancelled."""
+        are decided; the others only when that is insisted on. Says what it waits for. Until cancelled."""
         await self.stop.wait()
-        said = 0
         while True:
             needed = self.needed()
             if self.stop.insisted and needed and not self.abandoned:
@@ -281,26 +280,27 @@ class Service(abc.ABC):
             for owned in self.machines:
                 if self.stop.insisted or not self._needed_of(owned):
                     owned.stop.set()
-            if needed and not self.stop.insisted and said != self.stop.warnings_due:
-                said = self.stop.warnings_due
+            if not needed:
+                self.stop.settled()
+            elif not self.stop.insisted and not self.stop.has_warned:
                 self.stop.warned()
                 self.output.say(f"{self.side}: Still needed: {needed}. {self._how_to_insist()}")
             await first_of(self.changes.wait, self.stop.changes.wait)
 
     def _how_to_insist(self) -> str:
-        what = "these machines" if len(self.machines) > 1 else "the machine"
+        several = sum(bool(self._needed_of(owned)) for owned in self.machines) > 1
         way = f"{self.stop.by} again within {INSIST_S:g} s"
         if self.control is not None:
             quit = f"`postcopy ctl --control {shlex.quote(self.control)} quit --force`"
             way = f"{way}, or {quit}," if self.stop.by else quit
-        return f"{way} abandons {what}."
+        return f"{way} abandons {'these machines' if several else 'the machine'}."
 
     def check_arrival(self) -> None:
         """`ConfigurationError` for what would have every machine refused that arrives. A disk need not be there yet:
         its source may make it."""
         if (disk := self.arrival.disk) is None:
             return
-        directory = os.path.dirname(os.path.abspath(disk))
+        directory = os.path.dirname(absolute(disk))
         try:
             os.close(os.open(disk, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
         except OSError as error:
@@ -326,7 +326,7 @@ class Service(abc.ABC):
         for address in self.listening:
             self.output.emit("listening", Listening(side=self.side, address=str(address)))
         where = ", ".join(map(str, self.listening))
-        if families := everywhere(self.listening):  # nobody could connect to that
+        if families := everywhere(self.listening):  # to which one cannot connect
             where = f"port {self.listening[0].port} of every address of this host ({families})"
         self.output.say(f"{self.side}: listening on {where}")
 

@@ -258,11 +258,11 @@ class Source(Service):
                     owned.stop.set()
 
         async def give_up_lost() -> None:
-            """Those that were waited for while there was something else to do, also one that is lost only now."""
+            """Of an image, those that were waited for while there was something else to do, also one that is lost only
+            now. A machine that runs is seen through."""
             while self._leaving():
-                for owned in self.machines:
-                    if owned.lost:
-                        owned.stop.set()
+                for owned in self._lost():
+                    owned.stop.set()
                 await self.changes.wait()
 
         async with trio.open_nursery() as sessions:  # each ends by itself, or by `stop`

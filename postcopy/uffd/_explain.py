@@ -16,7 +16,7 @@ from postcopy._native import lib
 
 _HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) [0-9a-f]+ (\S+) (\d+) *(.*)")
 _SHARED_MEMORY = ("/memfd:", "/SYSV", "/dev/zero (deleted)", "[anon_shmem:")
-_MAPPABLE = "only anonymous memory, shared memory (memfd, tmpfs) and huge pages can be"
+_REGISTRABLE = "only anonymous memory, shared memory (memfd, tmpfs) and huge pages can be registered"
 
 
 @dataclass
@@ -60,19 +60,29 @@ def explain(
     """The reason for ``-number`` of the ioctl `call` (``register``, ``copy`` ...), in a clause; empty where nothing is
     known. `foreign`: the addresses are another process's, whose mappings are not looked at."""
     what = f"{address:#x} to {address + size_bytes:#x}"
-    if number == errno.ENOENT:
-        needed = "RegisterMode.WP" if call == "writeprotect" else "it"
-        return f"{what} is not registered with this userfaultfd, or not all of it: register {needed} first"
+    if number == errno.ENOENT and call == "writeprotect":
+        return f"{what} is not registered with this userfaultfd, or not all of it: register RegisterMode.WP first"
     if number == errno.EBUSY and call == "register":
         return f"{what} is registered with another userfaultfd, at least a part of it: unregister it there first"
     if number == errno.EPERM and call == "register":
         return f"{what} is a shared mapping of a file that is open for reading only: open it for writing too"
+    if number == errno.EBUSY and call == "move":
+        return f"a page of the source, {size_bytes} bytes at {source:#x}, is pinned, or shared since a fork"
     if number == errno.EAGAIN:
         return "an event of this userfaultfd is unread: read it, then call again"
     if number == errno.EFAULT and call == "copy":
         return f"the source, {size_bytes} bytes at {source:#x}, cannot be read"
     if number != errno.EINVAL:
         return ""
+    try:
+        return _explain_invalid(call, address, size_bytes, mode, source, foreign)
+    except OSError:  # /proc does not tell, as when no more files can be opened: no reason to hide what happened
+        return ""
+
+
+def _explain_invalid(call: str, address: int, size_bytes: int, mode: int, source: int, foreign: bool) -> str:
+    """The reason for EINVAL."""
+    what = f"{address:#x} to {address + size_bytes:#x}"
     mappings = [] if foreign else list(_mappings(address, address + size_bytes))
     page_bytes = max([mapping.page_bytes for mapping in mappings], default=0) or int(lib.pc_page_bytes())
     ranges = {"address": address, "length": size_bytes} | ({"source": source} if call == "move" else {})
@@ -89,13 +99,22 @@ def explain(
         return ""
     if not mappings:
         return f"nothing is mapped from {what}"
-    return next((reason for mapping in mappings if (reason := _refused(call, mode, mapping))), "")
+    if call == "move":
+        mappings += _mappings(source, source + size_bytes)
+    if reason := next((reason for mapping in mappings if (reason := _refused(call, mode, mapping))), ""):
+        return reason
+    if call in ("copy", "continue") and mode & lib.PC_UFFD_FILL_WP:
+        return f"{what} is not registered for write protection: register RegisterMode.WP first"
+    if call == "unregister":  # since Linux 6.17; an older one takes it away from the other
+        return f"{what} is registered with another userfaultfd, at least a part of it: unregister it there"
+    return ""
 
 
 def _refused(call: str, mode: int, mapping: Mapping) -> str:
     """Why the kernel does not do this to such a mapping; empty when it would."""
     if not (mapping.anonymous or mapping.shared_memory or mapping.huge):
-        return f"{mapping} is of a file: {_MAPPABLE} registered"
+        whose = "the kernel's own" if mapping.name.startswith("[v") else "of a file"
+        return f"{mapping} is {whose}: {_REGISTRABLE}"
     minor = {"continue": "continue_()", "register": "RegisterMode.MINOR" if mode & lib.PC_UFFD_MINOR else ""}.get(call)
     if minor and mapping.anonymous and not mapping.huge:
         use = f"{minor} is for shared memory (memfd, tmpfs) and huge pages"
@@ -105,7 +124,7 @@ def _refused(call: str, mode: int, mapping: Mapping) -> str:
     if call == "move" and not mapping.anonymous:
         return f"{mapping} is not private anonymous memory, which alone can be moved"
     if call == "register" and mode & lib.PC_UFFD_WP and not mapping.anonymous:
-        return f"{mapping} is shared: RegisterMode.WP on it needs Linux 5.19 or newer"
+        return f"{mapping} is not private anonymous memory: RegisterMode.WP on it needs Linux 5.19 or newer"
     return ""
 
 

@@ -119,7 +119,7 @@ def explain_unavailable(*, kernel_faults: bool = True) -> ResourceError | None:
         return error
     if api.kernel_faults or not kernel_faults:
         return None
-    return _unavailable(How.SYSCALL, errno.EPERM)
+    return _unavailable(How.ANY, errno.EPERM)
 
 
 _DEVICE = "/dev/userfaultfd"
@@ -136,10 +136,15 @@ def _unavailable(how: How, number: int) -> ResourceError:
         return ResourceError(f"{_DEVICE} does not exist", f"use Linux 6.1 or newer; in a container: --device {_DEVICE}")
     if number in (errno.EPERM, errno.EACCES):
         # EPERM of the system call: the sysctl, or a seccomp profile (Docker's refuses the call, not the device).
-        why = "this user may not have a userfaultfd that stops faults raised inside the kernel, as KVM raises them"
-        if os.path.exists(_DEVICE):
-            from postcopy._files import explain_no_access
+        from postcopy._files import explain_no_access
 
+        if how is How.USER_ONLY:  # for which no right is needed
+            return ResourceError(
+                "userfaultfd(2) is refused even for faults of user code, as a seccomp filter refuses it",
+                "in a container: --security-opt seccomp=seccomp-userfaultfd.json (docs/containers.md)",
+            )
+        why = "this user may not have a userfaultfd that stops faults raised inside the kernel, as KVM raises them"
+        if how is not How.SYSCALL and os.path.exists(_DEVICE):
             reason, remedy = explain_no_access(_DEVICE)
             return ResourceError(f"{why}: {reason}", remedy)
         return ResourceError(

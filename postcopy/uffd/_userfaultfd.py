@@ -92,7 +92,8 @@ _REASONS = {
     "DONE": "done",
     "EXISTS": "EEXIST: a page is there already; wake its waiters and go on behind it, as place() does",
     "AGAIN": "EAGAIN: an event of this userfaultfd is unread; read it, then go on behind bytes_done",
-    "GONE": "ENOENT: the range is not registered with this userfaultfd, or its process has ended",
+    "GONE": "ENOENT: the range is not registered with this userfaultfd, its process has ended, or what should be moved"
+    " is not there",
     "NO_SPACE": "ENOMEM: there is no memory for it now",
     "NOT_PRESENT": "EFAULT: the page cache has no page there; write it through another mapping first",
 }
@@ -345,7 +346,7 @@ class Userfaultfd:
             outcome = Outcome.NOT_PRESENT
         if outcome is None:
             source = int(ffi.cast("uintptr_t", arguments[0])) if len(arguments) == 3 else 0
-            self._check(result, what, call, address, arguments[-2], source=source)
+            self._check(result, what, call, address, arguments[-2], mode=arguments[-1], source=source)
         assert outcome is not None
         return Result(int(done[0]), outcome)
 

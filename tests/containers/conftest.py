@@ -7,6 +7,7 @@ The client has no `compose` everywhere, so the few settings that these files use
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -64,6 +65,12 @@ def substitute(value: Any, variables: dict[str, str]) -> Any:
     return re.sub(r"\$\{(\w+)(:[-?])([^}]*)\}", replace, value)
 
 
+class Observer(sides.Side):
+    """docker/observer.py: its lines are no output of `postcopy`, and have no schema."""
+
+    parse = staticmethod(lambda text: [json.loads(line) for line in text.splitlines()])
+
+
 class Stage:
     """A network of its own, and the containers on it; all of it goes when the test ends."""
 
@@ -116,6 +123,8 @@ class Stage:
         assert settings.pop("restart") == "no"
         if settings.pop("read_only", False):
             arguments.append("--read-only")
+        if grace := settings.pop("stop_grace_period", ""):
+            arguments += ["--stop-timeout", grace.removesuffix("s")]
         for device in settings.pop("devices", []):
             if device in self._devices:
                 arguments += ["--device", f"{self._devices[device]}:{device}"]
@@ -142,7 +151,8 @@ class Stage:
         if entrypoint is not None:
             options, command = (*options, "--entrypoint", entrypoint[0]), [*entrypoint[1:], *command]
         run = ["docker", "run", "--name", name, *options, *self.arguments(service, seccomp)]
-        return sides.Side(self._spawn_child, *command, *more, command=run)
+        kind = Observer if service == "observer" else sides.Side
+        return kind(self._spawn_child, *command, *more, command=run)
 
     def run(self, service: str, entrypoint: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Another program in a container that is set up as `service`; what it wrote."""

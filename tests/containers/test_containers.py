@@ -183,7 +183,7 @@ def test_source_killed_after_commit(stage: Any) -> None:
     stage.kill("source")
     paused = dest.wait_status("postcopy-paused")
     assert paused["ram"]["remaining"] > 0
-    stage.terminate("dest")
+    dest.abandon()  # the client passes the signals on
     status, result, errors = dest.end()
     assert status == 1
     assert result["status"] == "postcopy-paused"

@@ -44,8 +44,8 @@ def test_source_before_commit(start: Start, version: int, step: str, number: sig
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_source_after_commit(start: Start, version: int, tmp_path: Path, number: signal.Signals) -> None:
-    """The machine is the destination's: the source waits until all of it is there; when somebody insists it says what
-    is lost, and salvages what it has."""
+    """The machine is the destination's: the source waits until all of it is there; when the signal is sent again
+    it says what is lost, and salvages what it has."""
     for insist in (False, True):
         salvage = tmp_path / "s"
         source = start("source", "--json", *RV64, "--listen", "127.0.0.1:0", "--salvage", salvage)
@@ -79,7 +79,7 @@ def test_dest_before_commit(start: Start, version: int, rv64: Machine, step: str
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_dest_in_doubt(start: Start, version: int, rv64: Machine, number: signal.Signals) -> None:
-    """It does not know whether the machine is its own: it goes on asking, unless somebody insists."""
+    """It does not know whether the machine is its own: it goes on asking, unless the signal is sent again."""
     dest = start("dest", "--json", "--listen", "127.0.0.1:0")
     source = Source(dest.address, rv64, version).until("prepared")
     source.lose()
@@ -92,8 +92,8 @@ def test_dest_in_doubt(start: Start, version: int, rv64: Machine, number: signal
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_dest_after_commit(start: Start, version: int, rv64: Machine, tmp_path: Path, number: signal.Signals) -> None:
-    """Pages are missing: it waits for them; when somebody insists the machine ends with the process, what is there is
-    salvaged, the source keeps the rest."""
+    """Pages are missing: it waits for them; when the signal is sent again the machine ends with the process, what is
+    there is salvaged, the source keeps the rest."""
     for insist in (False, True):
         salvage = tmp_path / "s"
         dest = start("dest", "--json", "--listen", "127.0.0.1:0", "--salvage", salvage)
@@ -144,7 +144,7 @@ def test_daemon_that_sends_after_commit(daemon: Daemon, version: int) -> None:
             dest = listener.destination().until("run")
             if signals == 2:
                 program.abandon()
-                program.end(END_S)
+                assert program.end(END_S) == 0
                 continue
             program.signal(signal.SIGTERM)
             program.wait_errors("x: the destination has not received all of the memory")
@@ -167,7 +167,7 @@ def test_daemon_that_receives(daemon: Daemon, version: int, rv64: Machine) -> No
         wait_until("arrival", control.machines)
         if signals == 2:
             program.abandon()
-            program.end(END_S)
+            assert program.end(END_S) == 0
             continue
         program.signal(signal.SIGTERM)
         program.wait_errors("have not arrived")
@@ -255,7 +255,7 @@ def test_cancel_after_commit(start: Start, tmp_path: Path, version: int, rv64: M
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("side", ["source", "dest"])
 def test_frozen_peer_and_a_signal(start: Start, version: int, rv64: Machine, side: str, number: signal.Signals) -> None:
-    """Nobody waits for a peer that does not answer, before COMMIT or, when somebody insists, after it."""
+    """A peer that does not answer is not waited for, before COMMIT or, when the signal is sent again, after it."""
     if side == "source":
         for step in ("ready", "run"):
             program = start("source", "--json", *RV64, "--listen", "127.0.0.1:0")

@@ -32,7 +32,12 @@ CASES = [
     (f"{SOURCE} --memory much", 2, "--memory: a size, as 512MiB, 1.5GiB or 4096B, not 'much'"),
     (f"{SOURCE} --memory -1", 2, "--memory"),
     (f"{SOURCE} --memory 900TiB", 1, "remedy"),
-    (f"{SOURCE} --memory 12345B", 2, "12345"),
+    (
+        f"{SOURCE} --memory 12345B",
+        2,
+        "--memory: 12345 bytes are not a multiple of the page size, 4 KiB; did you mean 16KiB?",
+    ),
+    (f"{SOURCE} --memory 1GB", 2, "did you mean 1GiB?"),
     (f"{SOURCE} --memory 64", 2, "--memory: '64' has no unit; write 64MiB, or 64B for bytes"),
     (f"{SOURCE} --memory 64MiB --working-set 65MiB", 2, "--working-set 65MiB is more than --memory 64MiB"),
     (f"{SOURCE} --max-bandwidth 100", 2, "'100' has no unit; write 100MiB/s (bytes) or 100mbit (bits)"),
@@ -72,7 +77,7 @@ CASES = [
     ("ctl status vm1", 2, "ctl status has no use for 'vm1'; did you mean --machine vm1?"),
     ("ctl --control /nonexist migrate nowhere", 2, "HOST:PORT: 'nowhere' is not an address: it has no port"),
     ("dest --listen :0 --metrics 9707", 2, "--metrics: '9707' is not an address"),
-    ("source --machine rv64 --hold --serve 2", 2, "--serve and --migrate-after have no meaning with --hold"),
+    ("source --machine rv64 --hold --serve 2", 2, "--serve has no meaning with --hold"),
     ("lab link h1 braek", 2, "cut, heal, rate or delay, not 'braek'"),
     ("ctl migrate", 2, "ctl migrate needs HOST:PORT"),
     ("ctl status --force", 2, "ctl status has no --force; ctl end, ctl reclaim, ctl quit have"),
@@ -106,6 +111,17 @@ def test_one_line(run_in_child: Callable[..., Any], tmp_path: Path, line: str, s
     assert lines[-1].startswith("postcopy: error: ")
     assert reason in lines[-1]
     assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("memory", "status", "reason"), [("1GB", 2, "source: --memory: 1000000000 bytes"), ("900TiB", 1, "remedy")]
+)
+def test_a_demo_ends_as_its_side_did(run_in_child: Callable[..., Any], memory: str, status: int, reason: str) -> None:
+    done = run_in_child([sys.executable, "-m", "postcopy", "demo", "--machine", "rv64", "--memory", memory])
+    assert done.returncode == status, done.stderr
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    assert len(errors) == 1, done.stderr
+    assert reason in errors[0]
 
 
 @pytest.mark.parametrize("text", ["{}", '{"schema": 1}', "[]"])

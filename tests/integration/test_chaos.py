@@ -79,8 +79,8 @@ def test_by_hand(side: Start, tmp_path: Path) -> None:
     status, result, _ = proxy.end()
     assert status == 0
     assert result["seed"] == 1
-    assert result["bytes_out"] > 0
-    assert result["bytes_back"] > 0
+    assert result["bytes-out"] > 0
+    assert result["bytes-back"] > 0
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import contextlib
 import os
 import pty
 import select
-import shutil
 import signal
 import sys
 import time
@@ -20,7 +19,6 @@ import pytest
 from postcopy.cli.completion import SHELLS
 
 DEADLINE_S = 60.0
-pytest.importorskip("shtab")
 
 TYPED = [
     ("so\t--help", "source --help"),
@@ -64,10 +62,12 @@ class Terminal:
 
 
 @pytest.fixture(params=SHELLS)
-def shell(request: pytest.FixtureRequest, tmp_path: Path, run_in_child: Callable[..., Any]) -> Iterator[Terminal]:
+def shell(
+    request: pytest.FixtureRequest, tmp_path: Path, run_in_child: Callable[..., Any], require: Callable[..., None]
+) -> Iterator[Terminal]:
     name = str(request.param)
-    if shutil.which(name) is None:
-        pytest.skip(f"{name} is not installed")
+    if name != "bash":
+        require(name)
     script = run_in_child([sys.executable, "-m", "postcopy", "completion", name], deadline_s=DEADLINE_S)
     assert script.returncode == 0, script.stderr
     stand_in = tmp_path / "bin" / "postcopy"

@@ -26,7 +26,7 @@ DEADLINE_S = 120.0
 ADDRESSES = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
 
 NOT_RUN = [  # page, a command or how it begins, reason
-    ("*", r"make |pip(x)? |sudo |apt-get |python3? -m venv|~/postcopy/|export PATH", "installs or builds software"),
+    ("*", r"make |pip(x)? |sudo |apt-get |python3? -m venv|~/postcopy-venv/|export PATH", "installs or builds software"),
     ("*", r"systemctl |journalctl |docker ", "needs systemd, or Docker (tests/containers)"),
     ("README.md", "postcopy demo --lab|postcopy faultpaths", "test_lab and test_faultpaths do it"),
     ("docs/howto/daemon.md", "postcopy ctl events", "goes on until Ctrl-C"),
@@ -254,6 +254,16 @@ def test_programs(page: str, line: int, program: str, reader: Reader) -> None:
         reader.type(served)
     (reader.directory / "program.py").write_text(program)
     reader.type(Command("", "python program.py 127.0.0.1:7781", line))
+
+
+def test_what_is_expected_is_on_its_page() -> None:
+    """A command that a page has no more, or has once more, would not be looked at."""
+    for page, typed in [*STATUS, *SAYS]:
+        known = [f"{command.host}$ {command.text}" if command.host else command.text for command in commands(page)]
+        assert known.count(typed) == len(SAYS.get((page, typed), [""])), f"{page}: {typed}"
+    for where, beginning, _ in NOT_RUN:
+        typed_there = [command.text for page in PAGES if where in ("*", page) for command in commands(page)]
+        assert any(re.match(beginning, text) for text in typed_there), beginning
 
 
 def test_all_pages_with_commands() -> None:

@@ -22,11 +22,22 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
+def source_of(image: Path) -> tuple[Any, ...]:
+    """That would take more than a minute, until `quickly`."""
+    slowly = ("--max-bandwidth", "64KiB/s", "--control", image.with_name("source"))
+    return ("source", "--json", "--machine", "image", "--image", image, *slowly)
+
+
+def quickly(operator: Callable[[str], Any]) -> None:
+    """The rest may come at once."""
+    operator("source").ask("set", "--max-bandwidth", "none")
+
+
 def start(side: Start, calls: str, image: Path, peer: Path) -> tuple[Any, Any, Any]:
     """A slow migration through a first cable, with `calls` (source or dest) reading its peer's address from a file. The
     caller, the other side, the cable."""
     arguments: dict[str, tuple[Any, ...]] = {
-        "source": ("source", "--json", "--machine", "image", "--image", image, "--max-bandwidth", "2MiB/s"),
+        "source": source_of(image),
         "dest": ("dest", "--json", "--dump", image.with_name("copy")),
     }
     listener = side(*arguments["source" if calls == "dest" else "dest"], "--listen", "127.0.0.1:0")
@@ -40,7 +51,9 @@ def start(side: Start, calls: str, image: Path, peer: Path) -> tuple[Any, Any, A
 
 @pytest.mark.needs("uffd-user")
 @pytest.mark.parametrize("calls", ["source", "dest"])
-def test_read_again_at_a_signal(side: Start, image: Path, tmp_path: Path, calls: str) -> None:
+def test_read_again_at_a_signal(
+    side: Start, operator: Callable[[str], Any], image: Path, tmp_path: Path, calls: str
+) -> None:
     peer = tmp_path / "peer"
     caller, listener, cable = start(side, calls, image, peer)
     cable.signal(signal.SIGKILL)
@@ -52,6 +65,7 @@ def test_read_again_at_a_signal(side: Start, image: Path, tmp_path: Path, calls:
     other = side("chaos", "none", "--json", "--listen", "127.0.0.1:0", "--to", listener.address)
     peer.write_text(other.address)
     caller.signal(signal.SIGHUP)
+    quickly(operator)
     for one in (caller, listener):
         status, result, errors = one.end()
         assert status == 0, errors
@@ -64,7 +78,9 @@ def test_read_again_at_a_signal(side: Start, image: Path, tmp_path: Path, calls:
 
 @pytest.mark.needs("uffd-user")
 @pytest.mark.parametrize("calls", ["source", "dest"])
-def test_read_again_when_it_is_lost(side: Start, image: Path, tmp_path: Path, calls: str) -> None:
+def test_read_again_when_it_is_lost(
+    side: Start, operator: Callable[[str], Any], image: Path, tmp_path: Path, calls: str
+) -> None:
     """Nobody says anything: the file says it when it is needed. What works meanwhile is left alone."""
     peer = tmp_path / "peer"
     caller, listener, cable = start(side, calls, image, peer)
@@ -78,6 +94,8 @@ def test_read_again_when_it_is_lost(side: Start, image: Path, tmp_path: Path, ca
     caller.wait_for_errors(f"the peer is now looked for at {cable.address}")
     peer.write_text(other.address)
     cable.signal(signal.SIGKILL)
+    caller.wait_status("postcopy-paused")
+    quickly(operator)
     for one in (caller, listener):
         status, result, errors = one.end()
         assert status == 0, errors
@@ -86,11 +104,12 @@ def test_read_again_when_it_is_lost(side: Start, image: Path, tmp_path: Path, ca
 
 
 @pytest.mark.needs("uffd-user")
-def test_the_listener_takes_it_from_anywhere(side: Start, image: Path, tmp_path: Path) -> None:
+def test_the_listener_takes_it_from_anywhere(
+    side: Start, operator: Callable[[str], Any], image: Path, tmp_path: Path
+) -> None:
     """It knows its peer by the migration's token, not by where it calls from."""
     listener = side("dest", "--json", "--listen", ":0", "--dump", tmp_path / "copy")
     listener.wait_for("address", lambda line: line["event"] == "listening")
-    source = ("source", "--json", "--machine", "image", "--image", image, "--max-bandwidth", "2MiB/s")
     listener.wait_status("setup")  # by then it has printed all its addresses
     addresses = [line["address"] for line in listener.events("listening")]
     six = next((f"[::1]:{address.rpartition(':')[2]}" for address in addresses if address.startswith("[")), None)
@@ -100,10 +119,12 @@ def test_the_listener_takes_it_from_anywhere(side: Start, image: Path, tmp_path:
     first = side("chaos", "none", "--json", "--listen", "127.0.0.1:0", "--to", four)
     peer = tmp_path / "peer"
     peer.write_text(first.address)
-    caller = side(*source, "--peer-file", peer)
+    caller = side(*source_of(image), "--peer-file", peer)
     caller.wait_status("postcopy-active")
     peer.write_text(six)
     first.signal(signal.SIGKILL)
+    caller.wait_status("postcopy-paused")
+    quickly(operator)
     for one in (caller, listener):
         status, result, errors = one.end()
         assert status == 0, errors
@@ -118,8 +139,8 @@ def test_the_listener_takes_it_from_anywhere(side: Start, image: Path, tmp_path:
         (("--peer-file", "{directory}/none"), "No such file"),
         (("--peer-file", "{directory}"), "a directory, not a regular file"),
         (("--peer-file", "{directory}/image"), "more than 4096 bytes"),
-        (("--peer-file", "{directory}/image", "--connect", "127.0.0.1:1"), "not allowed with"),
-        ((), "one of the arguments --listen --connect --peer-file is required"),
+        (("--peer-file", "{directory}/image", "--connect", "127.0.0.1:1"), "--connect does not go with --peer-file"),
+        ((), "dest needs --listen, --connect or --peer-file"),
     ],
 )
 def test_files_that_say_nothing(

@@ -58,7 +58,7 @@ def test_demo_without_any_right(package: list[str], spawn_child: Callable[..., A
     if workload != "idle":  # which touches so little that the push may be faster
         assert result["ram"]["demand-pages"] > 0
     if found["how"] == "USER_ONLY":
-        assert done.stderr.count("postcopy: --machine kvm cannot be used here") == 1
+        assert done.stderr.count("demo: --machine kvm cannot be used here") == 1
 
 
 @pytest.mark.needs("root", "uffd-user", "user-netns")
@@ -75,6 +75,8 @@ def test_laboratory_without_any_right(package: list[str]) -> None:
     run("lab", "up", "--rate", "100mbit")
     try:
         assert run("lab", "exec", "h1", "--", "id", "-u") == "0\n"
+        assert run("lab", "exec", "h1", "--", "hostname") == "h1\n"
+        assert run("lab", "exec", "h1", "--", "getent", "hosts", "h2").split()[1:] == ["h2"]
         run("lab", "link", "h1", "cut")
         status = parse_report(run("lab", "status", "--json"))["labs"][0]
         assert (status["user-namespace"], status["hosts"]["h1"]["cable"]) == ("own", "cut")

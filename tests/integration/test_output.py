@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -180,6 +182,69 @@ def test_an_answer_for_nobody(arguments: tuple[str, ...]) -> None:
             command, stdout=gone, stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=False
         )
     assert broken.stderr == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_answer_that_is_not_read_can_be_given_up(number: signal.Signals) -> None:
+    """As `postcopy schema | less`, whose reader has not come to its end."""
+    process = subprocess.Popen([*POSTCOPY, "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        deadline = time.monotonic() + DEADLINE_S
+        while int.from_bytes(fcntl.ioctl(process.stdout, termios.FIONREAD, bytes(4)), sys.byteorder) < 1 << 15:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        while process.poll() is None:  # also when it was not at its end yet
+            assert time.monotonic() < deadline
+            process.send_signal(number)
+            time.sleep(0.05)
+        assert process.returncode in (1, -number)  # the signal itself: another one came after its end
+        assert process.stderr is not None
+        assert b"Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def nobody() -> Iterator[int]:
+    """A pipe whose reader has gone."""
+    read_fd, write_fd = os.pipe()
+    os.close(read_fd)
+    yield write_fd
+    os.close(write_fd)
+
+
+@pytest.mark.needs("uffd-user")
+def test_a_demo_for_nobody(nobody: int) -> None:
+    """As `postcopy demo | true`: its status is that of the migration."""
+    demo = ("demo", "--machine", "rv64", "--memory", "16MiB", "--migrate-after", "0", "--run-for", "0")
+    done = subprocess.run(
+        [*POSTCOPY, *demo], stdout=nobody, stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=False
+    )
+    assert "Traceback" not in done.stderr
+    assert "error" not in done.stderr
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("request_name", ["events", "top"])
+def test_what_goes_on_ends_when_nobody_reads(request_name: str, nobody: int, tmp_path: Path) -> None:
+    """As `postcopy ctl top | head -1`."""
+    at = tmp_path / "control"
+    with subprocess.Popen([*POSTCOPY, "daemon", "--control", str(at)], stderr=subprocess.DEVNULL) as daemon:
+        try:
+            assert _ctl(at, "status").returncode == 0
+            shown = subprocess.Popen(
+                [*POSTCOPY, "ctl", "--control", str(at), request_name], stdout=nobody, stderr=subprocess.PIPE
+            )
+            deadline = time.monotonic() + DEADLINE_S
+            while shown.poll() is None:  # something to tell: machines come and go
+                assert time.monotonic() < deadline
+                assert _ctl(at, "start", "rv64", "--name", "vm", "--memory", "16MiB").returncode == 0
+                assert _ctl(at, "end", "--machine", "vm", "--force").returncode == 0
+            assert (shown.returncode, shown.communicate()[1]) == (0, b"")
+        finally:
+            daemon.kill()
 
 
 @pytest.mark.parametrize(

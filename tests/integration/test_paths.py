@@ -19,21 +19,21 @@ POSTCOPY = [sys.executable, "-m", "postcopy"]
 RV64 = "source --machine rv64 --listen 127.0.0.1:0"
 DEST = "dest --listen 127.0.0.1:0"
 LINES = [
-    (f"{DEST} --salvage", "no right to write into"),
-    (f"{DEST} --dump", "no right to write into"),
-    (f"{DEST} --metrics-file", "no right to write into"),
-    (f"{DEST} --control", "no right to write into"),
+    (f"{DEST} --salvage", "this user may not write into"),
+    (f"{DEST} --dump", "this user may not write into"),
+    (f"{DEST} --metrics-file", "this user may not write into"),
+    (f"{DEST} --control", "this user may not write into"),
     (f"{DEST} --disk", "Permission denied"),
     ("dest --peer-file", "Permission denied"),
     ("source --machine image --listen 127.0.0.1:0 --image", "Permission denied"),
     (f"{RV64} --workload disk --disk", "Permission denied"),
-    (f"{RV64} --salvage", "no right to write into"),
-    (f"{RV64} --control", "no right to write into"),
-    (f"{RV64} --metrics-file", "no right to write into"),
+    (f"{RV64} --salvage", "this user may not write into"),
+    (f"{RV64} --control", "this user may not write into"),
+    (f"{RV64} --metrics-file", "this user may not write into"),
     ("source --machine rv64 --peer-file", "Permission denied"),
     ("source --listen 127.0.0.1:0 --from", "Permission denied"),
-    ("daemon --control", "no right to write into"),
-    ("daemon --control SOCKET --metrics-file", "no right to write into"),
+    ("daemon --control", "this user may not write into"),
+    ("daemon --control SOCKET --metrics-file", "this user may not write into"),
     ("daemon --control SOCKET --disk", "Permission denied"),
 ]
 
@@ -70,8 +70,31 @@ def test_directory_that_does_not_exist(tmp_path: Path, line: str, reason: str) -
     words = [str(tmp_path / "socket") if one == "SOCKET" else one for one in line.split()]
     command = [*POSTCOPY, *words, str(missing / "x.prom")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    made = reason.startswith("no right") or (line.endswith("--disk") and not line.startswith("source"))
-    _complains(done, 2, f"directory {missing} does not exist" if made else "No such file", str(missing))
+    made = reason.startswith("this user") or (line.endswith("--disk") and not line.startswith("source"))
+    why = "does not exist" if "--from" in line else "No such file"
+    _complains(done, 2, f"directory {missing} does not exist" if made else why, str(missing))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"{DEST} --salvage x",
+        f"{DEST} --dump x",
+        f"{DEST} --metrics-file x.prom",
+        f"{DEST} --control x",
+        f"{DEST} --disk x",
+        f"{RV64} --workload disk --disk x",
+        "source --machine rv64 --hold --control x",
+        "merge a --output b",
+        "merge a --into b",
+    ],
+)
+def test_current_directory_that_is_gone(tmp_path: Path, line: str) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    command = ["sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh", *POSTCOPY, *line.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=here, check=False)
+    _complains(done, 2, "the current directory is gone")
 
 
 class TestDefaultControlSocket:

@@ -89,7 +89,7 @@ def test_from_both_sides(side: Start, tmp_path: Path, kind: str) -> None:
     ],
 )
 def test_from_the_source_alone(side: Start, tmp_path: Path, kind: str) -> None:
-    """As it was at the switchover; only for who says that the destination is dead."""
+    """As it was at the switchover; only where it is said that the destination is dead."""
     source, _ = _cut_for_good(side, tmp_path, kind)
     _refused(side, "may be running there", "--from", source)
     _, said = _goes_on(side, "--from", source, "--reclaim")

@@ -19,6 +19,8 @@ DEADLINE_S = 60.0
 class Side:
     """One `postcopy` process; killed with its test by `spawn_child`."""
 
+    parse = staticmethod(parse_lines)
+
     def __init__(
         self,
         spawn_child: Callable[..., Any],
@@ -33,7 +35,7 @@ class Side:
     def lines(self) -> list[Json]:
         text = self._child.output()
         size = text.rfind("\n") + 1
-        self._lines += parse_lines(text[self._parsed : size])
+        self._lines += self.parse(text[self._parsed : size])
         self._parsed = size
         return self._lines
 
@@ -97,7 +99,7 @@ class Side:
         deadline = time.monotonic() + DEADLINE_S
         while "Abandoning" not in self._child.errors():  # what comes right after the first one is part of it
             self.signal(number)
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, f"it was not abandoned:\n{self._child.errors()}"
             time.sleep(0.02)
 
     def end(self, deadline_s: float = DEADLINE_S) -> tuple[int, Json, str]:

@@ -29,8 +29,20 @@ TEST_ROOTS = {"I": "tests/integration", "U": "tests/unit", "C": "csrc/tests", "H
 @each_document
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
-        if not target.startswith(("http://", "https://", "#")):
-            assert (document.parent / target.partition("#")[0]).exists(), target
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, heading = target.partition("#")
+        path = document.parent / name if name else document
+        assert path.exists(), target
+        assert not heading or heading in headings(path), target
+
+
+@cache
+def headings(path: Path) -> frozenset[str]:
+    """As a forge, and MyST, make anchors of them."""
+    text = re.sub(r"^ *```.*?^ *```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return frozenset(re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles)
 
 
 def test_every_page_is_in_the_index() -> None:
@@ -97,16 +109,26 @@ def test_commands_and_their_options(document: Path) -> None:
 @cache
 def help_of(command: str) -> str:
     """Of a command and all that it is divided into; empty where there is none."""
-    parser = make_parser([command])
-    parsers, text = [parser], ""
-    while parsers:
-        found = parsers.pop()
-        for action in found._actions:
-            choices = action.choices if isinstance(action.choices, dict) else {}
-            parsers += [choices[name] for name in choices if found is not parser or name == command]
-        if found is not parser:
-            text += found.format_help()
-    return text
+    found = make_parser([command]).subcommands.get(command)
+    return "".join(parser.format_help() for parser in found.walk()) if found else ""
+
+
+def test_every_status_is_explained() -> None:
+    status = (ROOT / "docs/results.md").read_text().partition("\n## Status\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.+?`) \|", status, re.MULTILINE)
+    assert sorted(re.findall(r"`([^`]+)`", " ".join(rows))) == sorted(
+        import_module("postcopy.records.migration").STATUSES
+    )
+
+
+@each_document
+def test_packages_that_examples_need(document: Path) -> None:
+    """`pip install postcopy` does not bring them: the page says how to get them."""
+    text = document.read_text()
+    installed = " ".join(re.findall(r"pip install ([^#`\n]+)", text)).split()
+    for example in re.findall(r"python (examples/\w+\.py)", text):
+        imported = re.findall(r"^(?:import|from) (numpy|fsspec)\b", (ROOT / example).read_text(), re.MULTILINE)
+        assert set(imported) <= set(installed), example
 
 
 def test_alerts_that_are_named() -> None:
@@ -123,6 +145,7 @@ def test_python_examples(document: Path) -> None:
         tree = compile(code, str(document), "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("postcopy"):
+                assert "._" not in f"{node.module}", f"{node.module} is private"
                 for name in node.names:
                     if not hasattr(import_module(str(node.module)), name.name):
                         import_module(f"{node.module}.{name.name}")

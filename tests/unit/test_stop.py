@@ -24,7 +24,7 @@ async def test_insisting(autojump_clock: trio.testing.MockClock) -> None:
     stop.ask("Ctrl-C")
     await trio.sleep(5)  # it takes a while until there is something to be said
     stop.warned()
-    assert not stop.ask("Ctrl-C")  # nobody can have read that
+    assert not stop.ask("Ctrl-C")  # too soon for an answer to that
     assert not stop.insisted
     await trio.sleep(INSIST_S)
     changes = stop.changes
@@ -36,11 +36,11 @@ async def test_insisting(autojump_clock: trio.testing.MockClock) -> None:
 
 
 async def test_too_late(autojump_clock: trio.testing.MockClock) -> None:
-    """It warns again: who asks now may not have seen the first warning."""
+    """It warns again: the first warning may not have been seen."""
     stop = Stop()
     for number in range(1, 4):
         assert not stop.ask(f"signal {number}")
-        assert (stop.warnings_due, stop.by) == (number, f"signal {number}")
+        assert (stop.has_warned, stop.by) == (False, f"signal {number}")
         stop.warned()
         await trio.sleep(INSIST_S + 1)
     assert not stop.insisted
@@ -51,12 +51,24 @@ async def test_too_late(autojump_clock: trio.testing.MockClock) -> None:
     assert stop.insisted
 
 
+async def test_nothing_more_to_lose(autojump_clock: trio.testing.MockClock) -> None:
+    """What was warned of has arrived: the next signal does not insist on losing it, nor is it ignored."""
+    stop = Stop()
+    stop.ask("Ctrl-C")
+    stop.warned()
+    stop.settled()
+    assert not stop.ask("Ctrl-C")
+    await trio.sleep(2 * TOGETHER_S)
+    assert stop.ask("Ctrl-C")
+    assert not stop.insisted
+
+
 async def test_requests() -> None:
     stop = Stop()
     stop.set()
     assert stop.is_set()
     assert not stop.insisted
-    assert stop.warnings_due == 1  # it may be decided in this very moment what would be lost
+    assert not stop.has_warned  # it may be decided in this very moment what would be lost
     with trio.testing.assert_checkpoints():
         await stop.wait()
     stop.insist()

@@ -15,6 +15,7 @@ from postcopy.errors import ConfigurationError
 from postcopy.units import (
     MAX_RATE,
     MAX_SECONDS,
+    among,
     check_word,
     format_exact_size,
     format_rate,
@@ -26,6 +27,7 @@ from postcopy.units import (
     parse_seconds_range,
     parse_size,
     parse_whole,
+    whole_units,
 )
 
 
@@ -82,6 +84,9 @@ def test_format_size(size_bytes: int, text: str) -> None:
         ("100mbit", 12_500_000),
         ("1.5Mbit/s", 187_500),
         ("8000bit", 1000),
+        ("7bit", 1),
+        ("0.9bit", 1),
+        ("0bit", 0),
         ("10MiB/s", 10 << 20),
         ("1000B/s", 1000),
         ("100 Mbit", 12_500_000),
@@ -120,8 +125,8 @@ def test_size_that_is_shown_can_be_written(size_bytes: int) -> None:
 @pytest.mark.parametrize(("text", "us"), [("0", 0), ("20", 20), ("20us", 20), ("0.5ms", 500)])
 def test_parse_microseconds(text: str, us: int) -> None:
     assert parse_microseconds(text, 1000) == us
-    for wrong in ("-1", "1s", "x", "1001"):
-        with pytest.raises(ConfigurationError):
+    for wrong in ("-1", "1s", "x", "1001", "0.5", ""):
+        with pytest.raises(ConfigurationError, match=r"microseconds from 0 to 1000, as 50, 50us or 0\.05ms, not"):
             parse_microseconds(wrong, 1000)
 
 
@@ -131,6 +136,25 @@ def test_a_word_that_is_none() -> None:
         check_word("annon", ("memfd", "anon"))
     with pytest.raises(ConfigurationError, match=r"^memfd or anon, not 'tape'$"):
         check_word("tape", ("memfd", "anon"))
+
+
+def test_words_that_there_are() -> None:
+    assert among(("a", "b")) == "; there are a, b"
+    assert among(["a"]) == "; there is only a"
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "unit_bytes", "text"),
+    [
+        (10**9, 4096, "1GiB"),
+        (1_500_000_000, 4096, "1500MiB"),
+        (12345, 4096, "16KiB"),
+        (10**6, 2 << 20, "2MiB"),
+        (3 << 20, 2 << 20, "4MiB"),
+    ],
+)
+def test_size_of_whole_pages(size_bytes: int, unit_bytes: int, text: str) -> None:
+    assert whole_units(size_bytes, unit_bytes) == text
 
 
 @given(st.integers(0, MAX_RATE))
@@ -156,7 +180,9 @@ def test_parse_seconds(text: str, seconds: float) -> None:
     assert parse_seconds(text) == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize("text", ["", "ms", "s", "-1", "-1ms", "nan", "inf", "1e10", "soon", "forever", "x" * 100])
+@pytest.mark.parametrize(
+    "text", ["", "ms", "s", "-1", "-1ms", "nan", "inf", "1e10", "soon", "forever", "1_0", "x" * 100]
+)
 def test_parse_seconds_refuses(text: str) -> None:
     with pytest.raises(ConfigurationError, match=r"seconds.*, as 2\.5 or 200ms, not") as caught:
         parse_seconds(text)

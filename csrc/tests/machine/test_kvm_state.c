@@ -267,7 +267,7 @@ static void find_lost_registers(void)
             machine = open_machine(&config);
             load(machine, &bad);
             CHECK(pc_machine_resume(machine) == 0);
-            do { /* the guest looks at all of them before each mark */
+            do { /* the guest looks at all of them before each report */
                 wait_event(machine);
                 stats = stats_of(machine);
             } while (!stats.failure_text[0] && stats.vcpu[0].reports < reports + 2);

@@ -8,6 +8,7 @@ import os
 import tempfile
 
 from postcopy._fd import FdHolder
+from postcopy._files import absolute
 from postcopy._native import lib
 from postcopy.errors import ConfigurationError, ErrorLine, ProtocolError
 from postcopy.units import format_size
@@ -26,7 +27,7 @@ class Disk:
         if path is None:
             fd, path = tempfile.mkstemp(prefix="postcopy-disk-", suffix=".img")
             os.close(fd)
-        self.path = os.path.abspath(path)
+        self.path = absolute(path)
         line = ErrorLine()
         fd = lib.pc_disk_open(os.fsencode(self.path), size_bytes, line.buffer, line.size)
         if fd < 0:

@@ -52,7 +52,7 @@ from postcopy.machines.base import (
 from postcopy.machines.toy.disk import Disk
 from postcopy.memory import Memory, check_memory, page_bytes_of
 from postcopy.uffd import explain_unavailable
-from postcopy.units import format_exact_size, format_size
+from postcopy.units import format_exact_size, format_size, whole_units
 
 if TYPE_CHECKING:
     from postcopy.machines.toy.tap import Network
@@ -166,13 +166,19 @@ class ToyMachine(Machine):
             raise ConfigurationError("a working set cannot be less than 0 bytes")
         if options.seed is not None and not 0 <= options.seed < 1 << 64:
             raise ConfigurationError("a seed is a number from 0 to 2^64 - 1")
+        unit = page_bytes_of(options.backing)
+        if options.memory_bytes > 0 and options.memory_bytes % unit:
+            raise ConfigurationError(
+                f"--memory: {options.memory_bytes} bytes are not a multiple of the page size, {format_size(unit)};"
+                f" did you mean {whole_units(options.memory_bytes, unit)}?"
+            )
         check_memory(options.backing, options.memory_bytes)
         if options.working_set_bytes > options.memory_bytes:
             raise ConfigurationError(
                 f"--working-set {format_exact_size(options.working_set_bytes)} is more than --memory"
                 f" {format_exact_size(options.memory_bytes)}; write at most that, or leave --working-set out"
             )
-        shared_bytes, private_bytes = split_memory(options.memory_bytes, options.vcpus, page_bytes_of(options.backing))
+        shared_bytes, private_bytes = split_memory(options.memory_bytes, options.vcpus, unit)
         blocks = [("shared", shared_bytes)] + [(f"vcpu{number}", private_bytes) for number in range(options.vcpus)]
         disk = None
         if options.workload == "disk":
@@ -402,6 +408,7 @@ class ToyMachine(Machine):
                 "operations": int(struct.operations),
                 "disk-bytes-checked": int(struct.disk_bytes_checked),
             },
+            nonce=int(struct.nonce),
         )
 
     async def wait_ready(self) -> None:

@@ -41,7 +41,7 @@ class Job(msgspec.Struct, frozen=True):
     bulk_fds: tuple[int, ...] = ()  # engine-dest: where there are some, it waits for the whole memory
     touches: int = 0
     busy_poll_us: int = 0  # the floor polls without end where this is not 0
-    pager_process: bool = False  # engine-dest: the pager apart from who touches
+    pager_process: bool = False  # engine-dest: the pager apart from the thread that touches
     cpus: tuple[int, ...] = ()  # the host's processors; any where empty
 
 
@@ -138,7 +138,7 @@ async def _engine_dest(job: Job) -> dict[str, Any]:
                     raise RuntimeError(event.text)
             result["bytes-per-s"] = job.size_bytes / (time.perf_counter() - begin_s)
         else:
-            # The page server goes first, and closing a pager poisons what is missing: nobody looks here any more.
+            # The page server goes first, and closing a pager poisons what is missing: nothing is read here any more.
             print(json.dumps(result), flush=True)
             os._exit(0)
         return result

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import trio
 
-from postcopy.net import Address, parse_address
+from postcopy.errors import PeerError, ResourceError
+from postcopy.net import Address, listening_addresses, open_listeners, open_stream, parse_address
 from postcopy.records import Record
 from postcopy.records.commands import Cut, Unreachable
 from postcopy.testbed.chaos._plan import ChaosPlan
@@ -134,8 +135,7 @@ class ChaosProxy:
 
     @property
     def address(self) -> Address:
-        name = self._listeners[0].socket.getsockname()
-        return Address(str(name[0]), int(name[1]))
+        return listening_addresses(self._listeners)[0]
 
     # ---- by hand
 
@@ -215,9 +215,8 @@ class ChaosProxy:
                 return
             await self._thaw.wait()
             try:
-                with trio.fail_after(CONNECT_TIMEOUT_S):
-                    far = await trio.open_tcp_stream(self._target.host, self._target.port)
-            except (OSError, trio.TooSlowError) as error:
+                far = await open_stream(self._target, CONNECT_TIMEOUT_S)
+            except (PeerError, ResourceError) as error:
                 self._log("unreachable", Unreachable(connection=number, error=str(error)))
                 return
             async with far:
@@ -260,14 +259,14 @@ async def open_chaos_proxy(
     begin: trio.Event | None = None,
     log: Log = lambda event, fields: None,
 ) -> AsyncIterator[ChaosProxy]:
-    """A proxy to `target` that serves as long as the block lasts; `OSError` when it cannot listen there.
+    """A proxy to `target` that serves as long as the block lasts; `ResourceError` when it cannot listen there.
 
     It cuts nothing by itself before `begin` is set, where one is given. `log` is called with what it does: a word, and
     fields.
     """
     where = parse_address(listen, listening=True) if isinstance(listen, str) else listen
     there = parse_address(target) if isinstance(target, str) else target
-    listeners = await trio.open_tcp_listeners(where.port, host=where.host or None)
+    listeners = await open_listeners(where)
     proxy = ChaosProxy(listeners, there, plan or ChaosPlan(), begin, log)
     try:
         async with trio.open_nursery() as nursery:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any
 import trio
 
 from postcopy._stop import Stop
-from postcopy.errors import ResourceError
 from postcopy.output import Output
 from postcopy.records import Record, as_json
 from postcopy.records.commands import ChaosListening, ChaosResult
@@ -24,10 +22,16 @@ from postcopy.testbed.chaos._proxy import Statistics
 OPTIONS = (
     Group(
         "",
-        Option("plan", f"{', '.join(KINDS)} (default: cut)", "PLAN", nargs="?", positional=True),
-        replace(options.LISTEN, help="where the one side connects; port 0: any", required=True),
-        replace(options.CONNECT, name="to", help="where the other side listens", required=True),
-        replace(options.SEED, help="repeats what was drawn (default: random)"),
+        Option(
+            "plan",
+            f"{', '.join(KINDS)}; or in detail, as cut:every=0.1..0.5,down=0.2 (default: cut)",
+            "PLAN",
+            nargs="?",
+            positional=True,
+        ),
+        replace(options.LISTEN, help="take connections at this address; port 0: any free port", required=True),
+        replace(options.CONNECT, name="to", help="carry them to this address", required=True),
+        replace(options.SEED, help="makes the plan's random choices the same in each run (default: random)"),
     ),
     options.OUTPUT,
 )
@@ -50,15 +54,11 @@ def make(given: dict[str, Any], output: Output) -> Callable[[Stop], Awaitable[bo
             words = ", ".join(f"{name} {value}" for name, value in as_json(record).items() if name != "side")
             output.say(f"{trio.current_time() - began_s:9.3f} s  {event}: {words}")
 
-        try:
-            async with open_chaos_proxy(target, plan, listen=listen, log=log) as proxy:
-                address = str(proxy.address)
-                log("listening", ChaosListening(side="chaos", address=address, to=str(target), seed=plan.seed))
-                await stop.wait()
-                output.emit("result", _result(plan, proxy.statistics))
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            raise ResourceError(f"cannot listen on {listen}: {reason}", "choose another address or port") from error
+        async with open_chaos_proxy(target, plan, listen=listen, log=log) as proxy:
+            address = str(proxy.address)
+            log("listening", ChaosListening(side="chaos", address=address, to=str(target), seed=plan.seed))
+            await stop.wait()
+            output.emit("result", _result(plan, proxy.statistics))
         return True
 
     return run

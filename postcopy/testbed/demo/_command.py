@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -176,7 +177,8 @@ class DemoCommand:
             result = DemoResult(
                 side="demo", status="failed", error=str(failure), kind=None, verified=False, verification=[]
             )
-        show(result, self._output.view.subject, make_console(sys.stderr if "json" in self._values else sys.stdout))
+        with contextlib.suppress(BrokenPipeError):  # nobody reads it; the status tells
+            show(result, self._output.view.subject, make_console(sys.stderr if "json" in self._values else sys.stdout))
         self._output.emit("result", result)
         if result.error:
             raise failure or MigrationError(result.error)
@@ -347,6 +349,8 @@ async def _pull_the_cable(source: Side[SourceResult], dest: Side[DestResult], ho
     noticed_s = trio.current_time()
     await trio.to_thread.run_sync(host.heal)
     healed_s = trio.current_time()
+    rate = host.lab.rate_of(host.name)
+    assert rate is not None  # the demo has set it
     hosts = {"source": source.host, "dest": dest.host}
     cut = LabCut(
         host=host.name,
@@ -358,7 +362,7 @@ async def _pull_the_cable(source: Side[SourceResult], dest: Side[DestResult], ho
         DemoLab(
             name=host.lab.name,
             mtu=host.lab.mtu,
-            rate_bytes_per_s=host.lab.rate_of(host.name),
+            rate_bytes_per_s=rate,
             hosts={
                 side: LabHost(name=one.name, ipv4=one.ipv4, ipv6=one.ipv6)
                 for side, one in hosts.items()

@@ -24,14 +24,14 @@ def merge(source: SourceResult, dest: DestResult) -> DemoResult:
     """Both results as one, with the checks that need both."""
     verification = list(dest.verification)
     here, there = dest.guest, source.guest_at_pause
-    if there is not None and there.nonce:
-        nonce = here.nonce if here is not None else None
+    nonce = here.nonce if here is not None else None
+    if there is not None and there.nonce and (nonce or dest.verified is not None):
         verification.append(
             check(
                 nonce == there.nonce,
                 f"the machine is the one that was booted at the source (nonce {there.nonce})",
                 f"the nonce was {there.nonce} at the source, and is {nonce} at the destination",
-                "made by the guest at boot, kept in its memory only, announced by the guest on both hosts",
+                "made by the guest at boot, kept in its memory only; announced by the guest, or read from there",
             )
         )
     if there is not None and there.operations is not None:

@@ -176,7 +176,7 @@ async def _serve(
     with contextlib.ExitStack() as stack:
         if memory.fd >= 0:
             stack.callback(os.close, memory.fd)
-        # Stays open until the child is gone: closing the last copy would show zeros to who still waits.
+        # Stays open until the child is gone: closing the last copy would show zeros to a thread that still waits.
         stack.callback(os.close, uffd)
         source = stack.enter_context(Memory.create("memfd", memory.size_bytes))
         source.write(0, _core.content(memory.size_bytes))

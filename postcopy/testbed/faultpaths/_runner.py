@@ -70,7 +70,7 @@ def main() -> int:
         _linux.die_with(guard)
         _work()
         return 0
-    os.close(1)  # its end is the worker's end, for who reads
+    os.close(1)  # the reader takes its end for the worker's
     pidfd = os.pidfd_open(worker)
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)

@@ -108,9 +108,13 @@ def direct_dir(path: str) -> str:
         if reason := _no_file_in(path):
             raise ConfigurationError(f"--direct-dir: {reason}; name a directory on the file system of interest")
         return os.path.abspath(path)
-    usable = [here for here in (os.getcwd(), tempfile.gettempdir(), "/var/tmp") if not _no_file_in(here)]
-    telling = [here for here in usable if file_system_of(here) not in COPIES]
-    return (telling or usable or [os.getcwd()])[0]
+    try:
+        here = os.getcwd()
+    except OSError:  # it has been removed
+        here = "/"
+    usable = [place for place in (here, tempfile.gettempdir(), "/var/tmp") if not _no_file_in(place)]
+    telling = [place for place in usable if file_system_of(place) not in COPIES]
+    return (telling or usable or [here])[0]
 
 
 def _no_file_in(path: str) -> str:

@@ -71,9 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     actions = parser.add_subparsers(dest="action", metavar="COMMAND", title="instead of a run")
     text = "show what differs between two reports of --json"
-    compare = actions.add_parser("compare", help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
-    compare.add_argument("before", metavar="A.json")
-    compare.add_argument("after", metavar="B.json")
+    example = ("", "postcopy faultpaths compare before.json after.json")
+    compare = actions.add_parser("compare", help=text, description=f"{text.capitalize()}.", examples=[example])
+    compare.add_argument("before", metavar="A.json", help="report of one kernel or host")
+    compare.add_argument("after", metavar="B.json", help="report of another")
     # No default: it would overwrite what stands before the word compare.
     compare.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object")
 

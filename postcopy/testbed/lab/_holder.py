@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process that keeps a laboratory alive: it makes the namespaces, holds their descriptors, and waits.
 
-``python -m postcopy.testbed.lab._holder postcopy-lab:NAME COUNT user|- STATE``, with standard input from who makes the
-laboratory. The first line on standard output says what there is, as JSON; an ``error`` in it ends this process.
+``python -m postcopy.testbed.lab._holder postcopy-lab:NAME COUNT user|- STATE``, with standard input from the process
+that makes the laboratory. The first line on standard output says what there is, as JSON; an ``error`` in it ends this
+process.
 
 A namespace lives as long as something refers to it. Names below /run/netns would do that, but they need a mount,
 which an ordinary user may make only in a mount namespace of their own, where the next command does not see it; and a

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A laboratory that is up, and its hosts. Blocking calls, of any thread: most start a process and wait for it.
 
-The parts: the *holder* (`_holder`) keeps the namespaces alive, the *record* (`_state`) says who it is, and a
+The parts: the *holder* (`_holder`) keeps the namespaces alive, the *record* (`_state`) names it, and a
 *worker* (`_netlink`) talks to the kernel. This process itself never leaves its namespaces.
 
 Error handling: an error while a laboratory is made ends its holder, and with it all that was made. A record whose
@@ -116,7 +116,7 @@ class Host:
             assert proxy.stderr is not None
             line = proxy.stdout.readline()
             if line:
-                proxy.returncode = 0  # it is the laboratory's from here on: nobody waits for it
+                proxy.returncode = 0  # it is the laboratory's from here on: it is not waited for
                 return str(json.loads(line)["address"])
             reason = proxy.stderr.read().decode("utf-8", "replace").strip().removeprefix("postcopy: error: ")
         raise ResourceError(f"the proxy in {self.name} did not start: {reason}")
@@ -279,7 +279,7 @@ class Lab(contextlib.AbstractContextManager["Lab"]):
                 read_json(holder, "the process that holds the laboratory", START_S)
                 holder.stdin.close()
                 holder.stdout.close()
-                # It is not ours any more: nobody here is to wait for it.
+                # It is not ours any more: it is not to be waited for here.
                 holder.returncode = 0
         except BaseException:
             if made is not None and made._worker is not None:

@@ -220,8 +220,10 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    for line in sys.stdin:
-        print(json.dumps(answer_to(json.loads(line))), flush=True)
+    with contextlib.suppress(BrokenPipeError):  # the process that asked was killed meanwhile
+        for line in sys.stdin:
+            # (print would keep the answer, and try again at the end of the interpreter)
+            os.write(sys.stdout.fileno(), json.dumps(answer_to(json.loads(line))).encode() + b"\n")
     return 0
 
 

@@ -107,7 +107,7 @@ def _user() -> int:
 
 @contextlib.contextmanager
 def locked() -> Iterator[Path]:
-    """The directory, while nobody else changes it. Blocks until then."""
+    """The directory, while no other process changes it. Blocks until then."""
     path = directory()
     fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

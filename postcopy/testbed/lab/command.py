@@ -16,16 +16,19 @@ from postcopy.testbed.lab._lab import Lab, down, names
 from postcopy.testbed.lab._plan import DEFAULT_NAME, MAX_HOSTS, MAX_MTU, MIN_MTU, LabPlan, parse_delay_us, parse_rate
 from postcopy.units import argument, check_word, parse_whole
 
+CHANGES = ("cut", "heal", "rate", "delay")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="lab", required=True, metavar="COMMAND")
 
-    def add(name: str, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+    def add(name: str, text: str, *lines: str) -> argparse.ArgumentParser:
+        examples = [("", f"postcopy lab {line}") for line in lines]
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", examples=examples)
         command.add_argument("--name", default=DEFAULT_NAME, help="name of the laboratory")
         return command
 
-    up = add("up", "make hosts that are joined by cables and a switch")
+    up = add("up", "make hosts that are joined by cables and a switch", "up --hosts 3 --rate 100mbit")
     up.add_argument(
         "--hosts",
         type=argument(parse_whole, 1, MAX_HOSTS),
@@ -48,13 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     up.add_argument("--json", action="store_true", help="print what there is as JSON")
 
-    execute = add("exec", "run a command in a host; the exit status is the command's")
+    execute = add("exec", "run a command in a host; the exit status is the command's", "exec h1 -- ping h2")
     execute.add_argument("host", metavar="HOST", help="host, as h1")
-    execute.add_argument("command_line", nargs=argparse.REMAINDER, metavar="-- COMMAND...", help="what is run there")
+    execute.add_argument("command_line", nargs=argparse.REMAINDER, metavar="-- COMMAND...", help="command to run there")
 
-    link = add("link", "change a host's cable")
+    link = add("link", "change a host's cable", "link h2 cut", "link h2 delay 5ms")
     link.add_argument("host", metavar="HOST", help="host whose cable it is, as h1")
-    link.add_argument("change", metavar="cut|heal|rate|delay", help="what happens to it")
+    change = link.add_argument("change", metavar="|".join(CHANGES), help="what happens to it")
+    change.words = CHANGES  # type: ignore[attr-defined] # which completion offers
     link.add_argument("value", nargs="?", metavar="VALUE", help="rate: 100mbit, 10MiB/s or off; delay: 5ms or off")
     link.add_argument(
         "--to",
@@ -62,10 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="delay, where the kernel has no netem: a proxy in HOST delays connections to there; says where it listens",
     )
 
-    status = add("status", "show the laboratories and their hosts")
+    status = add("status", "show the laboratories and their hosts", "status")
     status.add_argument("--json", action="store_true", help="print it as JSON")
 
-    end = add("down", "stop its processes and remove it")
+    end = add("down", "stop the processes of a laboratory and remove it", "down")
     end.add_argument("--all", action="store_true", help="every laboratory of this user, whatever its name")
 
 
@@ -98,7 +102,7 @@ def _exec(args: argparse.Namespace) -> int:
 
 
 def _link(args: argparse.Namespace) -> int:
-    check_word(args.change, ("cut", "heal", "rate", "delay"))
+    check_word(args.change, CHANGES)
     if (args.value is None) == (args.change in ("rate", "delay")):
         takes = "a value" if args.value is None else "no value"
         raise ConfigurationError(f"link {args.change} takes {takes}: cut, heal, rate RATE or delay TIME")

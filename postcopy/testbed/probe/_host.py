@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from postcopy._child import python
 from postcopy._files import explain_no_access, share_file
 from postcopy.records.reports import System
 from postcopy.testbed import _linux
@@ -139,9 +140,11 @@ def as_root(command: str) -> str:
 
 def again_as_root() -> str:
     """The same command, by root."""
+    if in_container():
+        return container_option("--user 0")
     program, *arguments = sys.argv
     # (`python -m postcopy` has the file of the module there)
-    command = [sys.executable, "-m", "postcopy"] if program.endswith("__main__.py") else [program]
+    command = python("-m", "postcopy") if program.endswith("__main__.py") else [program]
     return f"sudo {shlex.join([*command, *arguments])}"
 
 
@@ -152,7 +155,8 @@ def container_option(option: str) -> str:
 def module_remedy(module: str, config: str) -> str:
     """For what a module of the kernel gives: the module where it is installed, else another kernel."""
     modules = Path("/lib/modules", platform.release())
-    if f"/{module}.ko" in read(str(modules / "modules.dep")):
+    # Files have either of - and _, names have _: kvm_intel is in kvm-intel.ko.
+    if f"/{module}.ko" in read(str(modules / "modules.dep")).replace("-", "_"):
         return as_root(f"modprobe {module}")
     if in_container():  # whose /lib/modules is not the host's
         return f"on the host, as root: modprobe {module}, or a kernel with {config}"
@@ -160,11 +164,12 @@ def module_remedy(module: str, config: str) -> str:
 
 
 def device_remedy(device: str, number: int) -> str:
-    if os.path.exists(device):
+    there = os.path.exists(device)
+    if there and number not in (errno.ENODEV, errno.ENXIO):  # which a node without its driver gives
         if device == "/dev/net/tun" and number in DENIED and not os.access(device, os.R_OK | os.W_OK):
             return as_root(f"chmod 0666 {device}")  # what udev makes it; interfaces have their own rights
-        return explain_no_access(device)[1]
-    if in_container():
+        return explain_no_access(device, contained=in_container())[1]
+    if not there and in_container():
         return container_option(f"--device {device}")
     if device == "/dev/kvm":
         return _kvm_module()
@@ -200,7 +205,8 @@ def uffd_syscall_remedy(number: int) -> str:
 
 def user_only_remedy(number: int) -> str:
     if number in DENIED:  # no right is needed: a seccomp filter stands in the way
-        profile = share_file("seccomp-userfaultfd.json")
+        # (the path of a file on the host, which only its copy of the source distribution tells)
+        profile = "docker/seccomp-userfaultfd.json" if in_container() else share_file("seccomp-userfaultfd.json")
         return container_option(f"--security-opt seccomp={profile}")
     return "Linux 5.11 or newer with CONFIG_USERFAULTFD=y"
 
@@ -210,9 +216,9 @@ def netns_remedy(number: int) -> str:
         return "a kernel with CONFIG_NET_NS=y"
     if number == errno.ENOSPC:
         return as_root("sysctl -w user.max_net_namespaces=10000")
-    if os.geteuid() != 0:
+    if os.geteuid() != 0 and not in_container():
         return again_as_root()
-    return container_option("--cap-add SYS_ADMIN --cap-add NET_ADMIN --security-opt apparmor=unconfined")
+    return container_option("--user 0 --cap-add SYS_ADMIN --cap-add NET_ADMIN --security-opt apparmor=unconfined")
 
 
 def user_netns_remedy(number: int) -> str:

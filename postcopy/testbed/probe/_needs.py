@@ -2,7 +2,8 @@
 """What each use of postcopy needs of a host, exactly; `postcopy probe` tells it, docs/privileges.md has the same words.
 
 A need is a device, a capability, a system call that a seccomp filter must let through, or a limit. Whatever is not
-named here is not needed: nothing locks memory (RLIMIT_MEMLOCK may be 0), sets a real-time priority or traces a process.
+named here is not needed: nothing locks memory (RLIMIT_MEMLOCK may be 0) or traces a process, and a real-time priority
+only makes page faults shorter.
 """
 
 from __future__ import annotations

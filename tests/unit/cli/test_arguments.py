@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that no file can have are refused where they are said, by the option's name."""
+"""What is wrong with a command line is said in the words of the user, and what was probably meant."""
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
-from postcopy.cli import make_parser
+from postcopy.cli import make_parser, sides
+from postcopy.cli._parser import values
 from postcopy.errors import ConfigurationError
+from postcopy.output import Output
 
 LISTEN = ("--listen", "127.0.0.1:0")
 SOURCE = ("source", "--machine", "rv64", *LISTEN)
@@ -55,3 +59,78 @@ def test_one_of_each() -> None:
     for arguments in (["merge", "salvage"], ["merge", "salvage", "--output", "a", "--into", "b"], ["source", *LISTEN]):
         with pytest.raises(ConfigurationError):
             make_parser(arguments).parse_args(arguments)
+
+
+MISTYPED = [
+    ("source --machin rv64", "unknown option --machin; did you mean --machine? (see `postcopy source --help`)"),
+    ("source -machine rv64", "unknown option -machine; did you mean --machine?"),
+    ("source \u2014machine rv64 --hold", "unknown option \u2014machine; did you mean --machine?"),
+    ("source \u2014", "unknown option \u2014 (see"),
+    ("source -", "source has no use for '-'"),
+    ("source --machine rv64 --memory -vcpus 2", "unknown option -vcpus; did you mean --vcpus?"),
+    ("source --hold -vx --machine rv64", "unknown option -vx"),
+    ("source --hold -v=1 --machine rv64", "-v/--verbose takes no value"),
+    ("dest --listen :0 --no-verify=1", "--verify/--no-verify takes no value"),
+    ("source kvm --listen :0", "source has no use for 'kvm'; did you mean --machine kvm?"),
+    ("source --machine rv64 host-b:7777", "source has no use for 'host-b:7777'; did you mean --connect host-b:7777?"),
+    ("dest :7777", "dest has no use for ':7777'; did you mean --listen :7777?"),
+    ("dest --listen :0 ''", "dest has no use for '' (see"),
+    ("daemon vm1", "daemon has no use for 'vm1'; did you mean --name vm1?"),
+    ("ctl end vm1", "ctl end has no use for 'vm1'; did you mean --machine vm1?"),
+    ("ctl start kvm vm1", "ctl start has no use for 'vm1'; did you mean --name vm1?"),
+    ("ctl migrate vm1 host-b:7777", "HOST:PORT: 'vm1' is not an address"),
+    ("ctl migrate --machin vm1 host-b:7777", "unknown option --machin; did you mean --machine?"),
+    ("ctl migrate --to host-b:7777", "ctl migrate has no --to; write HOST:PORT without it"),
+    ("ctl --json status", "ctl has no --json; ctl commands, ctl status, ctl events, ... have"),
+    ("ctl --control= status", "--control: the path is empty;"),
+    ("ctl start image", "KIND: kvm or rv64, not 'image'"),
+    ("ctl start kvm --image a.img", "unknown option --image"),
+    ("daemon --machine image", "--machine: kvm or rv64, not 'image'"),
+    ("lab link h1 delay -5ms", "lab link has no use for '-5ms' (see `postcopy lab link --help`)"),
+    ("lab up mine", "lab up has no use for 'mine'; did you mean --name mine?"),
+    ("faultpaths pin", "unknown command 'pin'; there is only compare"),
+    ("chaos --listen :0", "chaos needs --to"),
+    ("merge", "merge needs DIR"),
+    ("lab exec", "lab exec needs HOST"),
+    ("source --machine rv64 --from x --hold", "--from does not go with --machine"),
+]
+
+
+@pytest.mark.parametrize(("line", "said"), MISTYPED)
+def test_what_was_meant(line: str, said: str) -> None:
+    arguments = shlex.split(line)
+    with pytest.raises(ConfigurationError) as caught:
+        make_parser(arguments).parse_args(arguments)
+    assert str(caught.value).startswith(said)
+    assert " --help`)" in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["source --help", "source --bogus x --help", "lab up --nme x -h", "-h"])
+def test_help_is_given_whatever_else_is_wrong(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        make_parser(line.split()).parse_args(line.split())
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: postcopy")
+
+
+def test_the_command_in_a_host_is_left_alone() -> None:
+    for line in ("lab exec h1 -- ip --bogus -x", "lab exec h1 ip --bogus -x"):
+        told = make_parser(line.split()).parse_args(line.split())
+        assert [word for word in told.command_line if word != "--"] == ["ip", "--bogus", "-x"]
+
+
+def test_what_argparse_says_in_other_words_is_said_as_it_is() -> None:
+    with pytest.raises(ConfigurationError, match=r"^something new \(see `postcopy --help`\)$"):
+        make_parser([]).error("something new")
+
+
+def test_hold_is_for_machines_that_run() -> None:
+    for line, said in (
+        ("source --machine image --image a.img --hold", "--hold keeps a machine running, which an image is not"),
+        ("source --machine rv64 --hold --salvage s", "--salvage has no meaning with --hold"),
+        ("source --machine rv64 --hold --serve 2", "--serve has no meaning with --hold"),
+        ("source --machine rv64 --hold --migrate-after 1", "--migrate-after has no meaning with --hold"),
+    ):
+        given = values(make_parser(line.split()).parse_args(line.split()))
+        with pytest.raises(ConfigurationError, match=said):
+            sides.make(given, Output(False, None, None))

@@ -3,17 +3,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import trio
 
-from postcopy.cli.ctl import CtlCommand
-from postcopy.errors import MigrationError
+from postcopy._stop import Stop
+from postcopy.cli.ctl import CtlCommand, make
+from postcopy.errors import ConfigurationError, MigrationError, PeerError, PostcopyError, known_error
 from postcopy.output import Output
-from postcopy.service.client import ControlClient
+from postcopy.records import VERSION
+from postcopy.service.client import ControlClient, ProcessGoneError
+from postcopy.service.schema import ControlError
 
 OF = {"migration-id": "ff", "direction": "outgoing", "machine": "one", "peer": "192.0.2.7:7777", "error": None}
 ENDED = {"status": "completed", "downtime-ms": 24.71, "total-ms": 219.2}
@@ -31,6 +39,20 @@ class Client:
     async def next_event(self) -> dict[str, Any]:
         await trio.testing.wait_all_tasks_blocked()  # what there is to show is shown
         return self._events.pop(0)
+
+
+@contextlib.asynccontextmanager
+async def connected(client: Client) -> AsyncIterator[ControlClient]:
+    yield cast(ControlClient, client)
+
+
+async def run(monkeypatch: pytest.MonkeyPatch, client: Client, stop: Stop, **given: Any) -> tuple[bool, str]:
+    """A command, on a socket that `client` stands for: whether it was done, and what it said on stderr."""
+    monkeypatch.setattr(ControlClient, "open", lambda path: connected(client))
+    stderr = io.StringIO()
+    output = Output(False, io.StringIO(), stderr)
+    done = await CtlCommand({"control": "x", **given}, output).run(stop)
+    return done, stderr.getvalue()
 
 
 async def migrate(*events: tuple[str, dict[str, Any]], **given: Any) -> str:
@@ -75,3 +97,165 @@ async def test_json_of_a_migration(capsys: pytest.CaptureFixture[str]) -> None:
 async def test_migration_that_fails() -> None:
     with pytest.raises(MigrationError, match="one has not moved: failed: no such host"):
         await migrate(("migration-ended", OF | {"status": "failed", "error": "no such host"}))
+
+
+@pytest.mark.parametrize("request_name", ["migrate", "migrate-cancel"])
+async def test_what_the_process_does_not_understand(request_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its exit status is 2, whether or not progress is shown beside."""
+
+    class Refuses(Client):
+        async def execute(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+            if command == "events":
+                return {}
+            raise ControlError("BadArguments", "there is no machine 'two' here")
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await run(monkeypatch, Refuses(), Stop(), request=request_name)
+    error = known_error(caught.value)
+    assert isinstance(error, ConfigurationError)
+    assert str(error) == "there is no machine 'two' here"
+
+
+async def test_ctrl_c_before_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not known then whether there is a migration."""
+    stop = Stop()
+
+    class Hangs(Client):
+        async def execute(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+            if command == "migrate":
+                stop.set()
+                await trio.sleep_forever()
+            return {}
+
+    done, said = await run(monkeypatch, Hangs(), stop, request="migrate", machine="one")
+    assert not done
+    assert "postcopy: the migration of one goes on, if it has begun; `postcopy ctl --control x top` shows it" in said
+    assert "to stop it: postcopy ctl --control x migrate-cancel --machine one" in said
+
+
+class Broken(io.StringIO):
+    """A pipe whose reader has gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+class Busy(Client):
+    """Sends events, and shows its machines, for as long as it is asked."""
+
+    async def execute(self, command: str, arguments: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {"side": "daemon", "machines": []}
+
+    async def next_event(self) -> dict[str, Any]:
+        await trio.lowlevel.checkpoint()
+        return {"event": "machine-left", "data": OF}
+
+
+@pytest.mark.parametrize("request_name", ["events", "top"])
+async def test_nobody_reads(request_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `ctl events | head -1`: an end in order, and no traceback."""
+    monkeypatch.setattr("sys.stdout", Broken())
+    with trio.fail_after(30):
+        assert await run(monkeypatch, Busy(), Stop(), request=request_name) == (True, "")
+
+
+async def test_top_of_a_process_that_hangs_is_not_its_end(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.abc.Clock
+) -> None:
+    class Hangs(Busy):
+        error: PeerError = ProcessGoneError("x: the process is gone")
+        asked = 0
+
+        async def execute(self, command: str, arguments: dict[str, Any] | None = None) -> dict[str, Any]:
+            self.asked += 1
+            if self.asked > 1:
+                raise self.error
+            return await super().execute(command, arguments)
+
+    assert await run(monkeypatch, Hangs(), Stop(), request="top") == (
+        True, "postcopy: the process at x has ended\n"
+    )  # fmt: skip
+    Hangs.error = PeerError("x: status was not answered within 60 s")
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await run(monkeypatch, Hangs(), Stop(), request="top")
+    assert str(known_error(caught.value)) == "x: status was not answered within 60 s"
+
+
+ESCAPES = "\x1b]0;title\x07\x1b[31mred\u202eder\nline\r\x9b"
+
+
+@asynccontextmanager
+async def answering(path: str, *answers: dict[str, Any]) -> AsyncIterator[None]:
+    """A socket with a greeting, on which anything is answered with these lines."""
+
+    async def serve(stream: trio.SocketStream) -> None:
+        await stream.send_all(b'{"postcopy": {"version": "1", "schema": %d}}\n' % VERSION)
+        with suppress(trio.BrokenResourceError):
+            async for asked in stream:
+                for line in asked.splitlines():
+                    for answer in answers:
+                        await stream.send_all(json.dumps({"id": json.loads(line)["id"], **answer}).encode() + b"\n")
+
+    listener = trio.socket.socket(socket.AF_UNIX)
+    await listener.bind(path)
+    listener.listen()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, serve, [trio.SocketListener(listener)])
+        yield
+        nursery.cancel_scope.cancel()
+
+
+async def ask(path: str, request: str, **given: Any) -> None:
+    """`PostcopyError` as the command line takes it from there; a traceback is anything else."""
+    output = Output(False, io.StringIO(), io.StringIO())
+    try:
+        with trio.fail_after(60):
+            await make({"request": request, "control": path, **given}, output)(Stop())
+    except BaseExceptionGroup as group:
+        raise known_error(group) from group
+    finally:
+        output.close()
+
+
+@pytest.mark.parametrize("answer", [{}, {"machines": "x"}, {"machines": [{}]}, {"commands": [1]}])
+@pytest.mark.parametrize("request_", ["status", "commands", "migrate", "start", "top"])
+async def test_answers_that_are_none(tmp_path: Path, request_: str, answer: dict[str, Any]) -> None:
+    """Of a socket that is no postcopy's. What is missing may be no matter; it is never a traceback."""
+    path = str(tmp_path / "socket")
+    async with answering(path, {"return": answer}, {"event": "migration-ended", "data": {"migration-id": None}}):
+        with suppress(PostcopyError):
+            if request_ == "top":
+                with trio.move_on_after(1.5):
+                    await ask(path, request_)
+            else:
+                await ask(path, request_, to="a:1", kind="rv64")
+
+
+async def test_event_without_data(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    async with answering(path, {"return": {}}, {"event": "progress"}):
+        with pytest.raises(PeerError, match="an event without a name or data"):
+            await ask(path, "migrate", to="a:1")
+
+
+@pytest.mark.parametrize("request_", ["status", "commands", "end", "migrate"])
+async def test_no_escapes(tmp_path: Path, capsys: pytest.CaptureFixture[str], request_: str) -> None:
+    """What the process says moves no cursor, whatever it is."""
+    path = str(tmp_path / "socket")
+    answer = {
+        "side": ESCAPES,
+        "listening": [ESCAPES],
+        "machines": [{"name": ESCAPES, "kind": ESCAPES, "guest": {"state": ESCAPES}}],
+        "commands": [{"name": ESCAPES, "help": ESCAPES}],
+        "machine": ESCAPES,
+        "migration-id": "ff",
+    }
+    async with answering(path, {"return": answer}):
+        await ask(path, request_, **({"to": "a:1", "detach": True} if request_ == "migrate" else {}))
+    async with answering(path + "2", {"error": {"class": "Failed", "desc": ESCAPES}}):
+        with pytest.raises(ControlError):
+            await ask(path + "2", request_, to="a:1")
+    text = capsys.readouterr().out
+    assert all(char.isprintable() or char == "\n" for char in text), repr(text)
+    assert request_ == "end" or "red" in text
+    assert "\nline" not in text

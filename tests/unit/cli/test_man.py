@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def test_a_page_for_each_command(pages: Path) -> None:
     assert {page.name for page in pages.iterdir()} == {"postcopy.1", *(f"postcopy-{name}.1" for name in COMMANDS)}
 
 
-@pytest.mark.skipif(shutil.which("man") is None or shutil.which("groff") is None, reason="needs man-db and groff")
+@pytest.mark.needs("man")
 @pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_a_page_has_what_help_has(pages: Path, name: str) -> None:
     whole = make_parser(None)
@@ -42,7 +41,7 @@ def test_a_page_has_what_help_has(pages: Path, name: str) -> None:
     words = {word.rstrip(",") for word in text.split()}
     command = whole.subcommands[name] if name else whole
     for parser in command.walk() if name else (whole,):
-        assert set(parser._option_string_actions) <= words
+        assert set(parser.options) <= words
     for _, example in command.examples:
         assert example.splitlines()[0] in text
     for other in whole.subcommands if not name else ():

@@ -195,6 +195,92 @@ def test_results_that_could_not_be_written_are_named() -> None:
         assert "standard output: No space left on device" in file.readline()
 
 
+def test_a_result_that_nobody_reads_is_named(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the only one, which the thread has taken out of the queue and cannot write."""
+    monkeypatch.setattr(_writer, "STALLED_S", 0.1)
+    stderr = io.StringIO()
+    output = Output(True, pipe.stream, stderr)
+    output.start()
+    output.emit("result", RESULT)
+    assert output.close()  # what was asked has happened all the same
+    assert stderr.getvalue() == (
+        "postcopy: error: standard output: nobody reads it: the result is not complete there\n"
+    )
+
+
+def test_an_answer_without_end_is_not_waited_for(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of `ctl events`: an interrupted command must not wait for a reader that does not read."""
+    monkeypatch.setattr(_writer, "STALLED_S", 0.1)
+    output = Output(False, pipe.stream, io.StringIO())
+    output.start()
+    output.patient = False
+    with output.standard_streams():
+        print("an event")
+    assert output.close()
+
+
+def test_an_interrupted_answer_is_not_written_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_fd, write_fd = os.pipe()
+    os_write = os.write
+
+    def write(fd: int, data: bytes) -> int:
+        if len(data) < len(b"an answer\n"):
+            raise KeyboardInterrupt
+        return os_write(fd, data[:3])
+
+    output = Output(False, _Stream(write_fd), io.StringIO())
+    monkeypatch.setattr(os, "write", write)
+    with output.standard_streams(), pytest.raises(KeyboardInterrupt):
+        print("an answer")
+    monkeypatch.undo()
+    output.close()
+    os.close(write_fd)
+    with os.fdopen(read_fd) as file:
+        assert file.read() == "an "
+
+
+def test_the_cursor_is_shown_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a terminal that was stopped (Ctrl-S), where what is drawn is dropped."""
+    monkeypatch.setenv("TERM", "xterm")
+    controlling, terminal = os.openpty()
+    with os.fdopen(terminal, "w") as stream, os.fdopen(controlling, "rb", buffering=0) as screen:
+        output = Output(False, None, stream)
+        output.start()
+        with output._live_view() as draw:
+            assert draw is not None
+            for number in range(200):
+                draw({"side": "dest", "status": f"{number} {'x' * 1000}"})
+        assert output._stderr._dropped
+        text = b""
+        while b"\x1b[?25h" not in text:
+            text += screen.read(65536)
+        assert output.close()
+
+
+def test_a_result_comes_after_the_live_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one terminal: what takes the view away would take the result away that was written before."""
+    monkeypatch.setenv("TERM", "xterm")
+    controlling, terminal = os.openpty()
+    with (
+        os.fdopen(terminal, "w") as stderr,
+        os.fdopen(os.dup(terminal), "w") as stdout,
+        os.fdopen(controlling, "rb", buffering=0) as screen,
+    ):
+        output = Output(False, stdout, stderr)
+        output.start()
+        with output.standard_streams():
+            with output._live_view() as draw:
+                assert draw is not None
+                for number in range(20):  # more than the terminal takes before it is read
+                    draw({"side": "dest", "status": f"{number} {'x' * 1000}"})
+            print("the result")
+        text = b""
+        while b"the result\r\n" not in text or b"\x1b[?25h" not in text:
+            text += screen.read(65536)
+        assert text.endswith(b"the result\r\n")
+        assert output.close()
+
+
 def test_no_room_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tried again, whole, as long as there is time; progress is dropped."""
     monkeypatch.setattr(_writer, "STALLED_S", 0.1)
@@ -246,6 +332,22 @@ def test_output_says_once_that_nobody_reads(pipe: Pipe) -> None:
     events = [parse_line(line) for line in lines]
     assert [event["event"] for event in events[-2:]] == ["result", "output-dropped"]
     assert events[-1]["lines"] + len(events) - 2 == 1000
+
+
+def test_progress_that_may_have_been_dropped_is_told_again(pipe: Pipe) -> None:
+    output = Output(True, pipe.stream, io.StringIO())
+    output.start()
+    last = Progress(side="dest", status="postcopy-paused", error=None)
+    for number in range(1000):
+        output.emit("progress", Progress(side="dest", status="active", error=f"{number} {'x' * 200}"))
+    output.emit("progress", last)
+    pipe.unstuff()
+    pipe.read_until(lambda text: "output-dropped" in text and text.endswith("\n"))
+    output.emit("progress", last)
+    assert parse_line(pipe.read_until(lambda text: text.endswith("\n")))["status"] == "postcopy-paused"
+    output.emit("progress", last)
+    output.emit("result", RESULT)
+    assert parse_line(pipe.read_until(lambda text: text.endswith("\n")))["event"] == "result"
 
 
 def test_progress_that_says_the_same_is_left_out() -> None:

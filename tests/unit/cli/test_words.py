@@ -13,7 +13,8 @@ import trio
 from postcopy.cli._parser import make_parser, values
 from postcopy.output import Output
 from postcopy.output._view import View
-from postcopy.output._writer import Writer
+from postcopy.output._writer import Writer, encoding_of
+from postcopy.output.tables import make_console, print_line, print_table, row
 from postcopy.output.words import Rate, arrived_bytes, format_coarsely, format_count, format_duration, phase
 from postcopy.testbed.demo import DemoCommand
 
@@ -100,6 +101,11 @@ def test_a_plain_line_has_labels_and_says_nothing_twice() -> None:
     assert "machine: " not in view.line(now | {"status": "completed"})  # what it is was said
 
 
+def test_a_rate_that_is_not_known_is_not_zero() -> None:
+    now = {"side": "dest", "status": "postcopy-active", "ram": RAM}
+    assert dict(View().rows(now))["network"] == "48 MiB transferred"
+
+
 def test_a_table_of_machines() -> None:
     job = {
         "migration-id": "ff", "status": "postcopy-active", "direction": "incoming", "ram": RAM, "pending-faults": 2,
@@ -133,6 +139,42 @@ def test_what_an_encoding_lacks(encoding: str, text: str, monkeypatch: pytest.Mo
         assert writer.close()
     with os.fdopen(read_fd, encoding=encoding) as file:
         assert file.read() == text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "encoding"),
+    [
+        ({}, "utf-8"),  # a container
+        ({"LANG": "en_US.UTF-8"}, "utf-8"),
+        ({"LANG": "C.UTF-8"}, "utf-8"),
+        ({"LANG": "C"}, "ascii"),
+        ({"LC_ALL": "POSIX", "LANG": "en_US.UTF-8"}, "ascii"),
+        ({"LC_ALL": "en_US.UTF-8", "LANG": "C"}, "utf-8"),
+        ({"LC_ALL": "C", "LC_CTYPE": "en_US.UTF-8", "LANG": "en_US.UTF-8"}, "ascii"),
+        ({"LC_CTYPE": "en_US.UTF-8", "LANG": "C"}, "utf-8"),
+        ({"LC_CTYPE": "C", "LANG": "en_US.UTF-8"}, "ascii"),  # with PYTHONCOERCECLOCALE=0
+        ({"LC_CTYPE": "C.UTF-8", "LANG": "C"}, "ascii"),  # so Python leaves it where only LANG was given
+        ({"LANG": "C", "PYTHONIOENCODING": "utf-8"}, "utf-8"),
+        ({"LANG": "C", "PYTHONUTF8": "1"}, "utf-8"),
+    ],
+)
+def test_the_encoding_that_the_locale_means(
+    environment: dict[str, str], encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LC_ALL", "LC_CTYPE", "LANG", "PYTHONIOENCODING", "PYTHONUTF8"):
+        monkeypatch.delenv(name, raising=False)
+        if name in environment:
+            monkeypatch.setenv(name, environment[name])
+    with open(os.devnull, "w", encoding="utf-8") as stream:
+        assert encoding_of(stream) == encoding
+
+
+def test_an_address_is_no_emoji() -> None:
+    file = io.StringIO()
+    console = make_console(file)
+    print_line(console, "listening on [2001:b:1::2]:7777")
+    print_table(console, ("peer",), [row("[2001:b:1::2]:7777")])
+    assert file.getvalue().count("[2001:b:1::2]:7777") == 2
 
 
 def demo(*arguments: str) -> dict[str, Any]:

@@ -374,7 +374,7 @@ async def test_figures(
     assert result.silent_at_end_ms == pytest.approx(silent)
 
 
-async def test_a_machine_that_not_increasing() -> None:
+async def test_a_machine_whose_counts_decrease() -> None:
     def go_back(echo: Echo, statistics: PingStatistics) -> None:
         if statistics.answered == 10:
             echo.count = 5

@@ -21,6 +21,7 @@ from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.net import Address, Link
 from postcopy.wire import State
 from tests.unit.migration._engines import (
+    FakeLink,
     FakeMachine,
     lone_source,
     make_pair,
@@ -95,6 +96,28 @@ async def test_a_connection_that_comes() -> None:
         await pair.move()
         pair.pager.channel.tell(EventType.COMPLETE)
     assert pair.source.state is pair.dest.state is State.COMPLETED
+
+
+async def test_a_connection_that_comes_in_the_moment_of_the_end() -> None:
+    """It is closed: the caller of `run` has never seen it."""
+    here, there = socket.socketpair()
+    link, machine, asked, answer = FakeLink(here), FakeMachine(), trio.Event(), trio.Event()
+
+    async def connect() -> Link:
+        asked.set()
+        await answer.wait()
+        return link
+
+    source = SourceMigration(machine, connect, SourceOptions())
+    with there, trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(source.run, trio.Event(), trio.Event())
+            await asked.wait()
+            answer.set()
+            scope.cancel()
+    assert scope.cancelled_caught
+    assert link.control.socket.fileno() == -1
+    await machine.close()
 
 
 async def test_half_a_message_is_not_followed_by_another() -> None:

@@ -316,7 +316,7 @@ async def test_missing_channels(autojump_clock: MockClock) -> None:
         await seen.control.aclose()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.binary(max_size=200), well_begun=st.booleans())
 def test_arbitrary_server(data: bytes, well_begun: bool) -> None:
     async def main() -> None:

@@ -10,11 +10,15 @@ import os
 import platform
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from postcopy import net as c
 from postcopy.errors import PeerError, ResourceError
@@ -64,11 +68,12 @@ async def test_a_name_with_two_addresses_has_one_port() -> None:
         assert len({address.port for address in acceptor.addresses}) == 1
 
 
+@pytest.mark.needs("ipv6")
 @pytest.mark.parametrize("host", EVERYWHERE)
 async def test_a_port_that_has_an_owner_in_one_family(host: str) -> None:
     with socket.create_server(("0.0.0.0", 0)) as owner:
         address = c.Address(host, owner.getsockname()[1])
-        with pytest.raises(ResourceError, match=r"Address already in use.*choose another port"):
+        with pytest.raises(ResourceError, match=r"\(IPv4 and IPv6\): Address already in use.*choose another port"):
             await c.open_listeners(address)
 
 
@@ -129,6 +134,78 @@ async def test_the_second_address_answers() -> None:
         assert isinstance(tried["127.0.0.1"], ConnectionRefusedError)
 
 
+@asynccontextmanager
+async def answers(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[trio.Event, list[trio.SocketStream]]]:
+    """Every address but 192.0.2.1, which never answers, answers when the event is set; the connections made so."""
+    event, made = trio.Event(), list[trio.SocketStream]()
+    peers = []
+
+    async def connect(host: str, port: int) -> trio.SocketStream:
+        await (trio.Event() if host == "192.0.2.1" else event).wait()
+        ours, theirs = trio.socket.socketpair()
+        made.append(trio.SocketStream(ours))
+        peers.append(theirs)
+        return made[-1]
+
+    monkeypatch.setattr(trio, "open_tcp_stream", connect)
+    yield event, made
+    for sock in (*peers, *(stream.socket for stream in made)):
+        sock.close()
+
+
+async def test_an_address_that_leads_nowhere(monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
+    """The next one is tried beside it, soon."""
+    async with answers(monkeypatch) as (event, made):
+        event.set()
+        began_s = trio.current_time()
+        assert await c.sockets._first_stream(["192.0.2.1", "192.0.2.2"], 7, {}) is made[0]
+        assert trio.current_time() - began_s == pytest.approx(c.sockets.NEXT_ATTEMPT_S)
+
+
+async def test_two_that_answer_in_one_moment(monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
+    async with answers(monkeypatch) as (event, made), trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def both() -> None:
+            await trio.sleep(2 * c.sockets.NEXT_ATTEMPT_S)
+            event.set()
+
+        stream = await c.sockets._first_stream(["192.0.2.2", "192.0.2.3"], 7, {})
+        assert [one.socket.fileno() >= 0 for one in made] == [one is stream for one in made]
+        assert (len(made), stream in made) == (2, True)
+
+
+async def test_cancelled_in_the_moment_of_the_answer(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    async with answers(monkeypatch) as (event, made):
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+
+                @nursery.start_soon
+                async def both() -> None:
+                    await trio.sleep(3 * c.sockets.NEXT_ATTEMPT_S)
+                    event.set()
+                    scope.cancel()
+
+                await c.sockets._first_stream(["192.0.2.1", "192.0.2.2", "192.0.2.3"], 7, {})
+        assert [one.socket.fileno() for one in made] == [-1, -1]
+
+
+def test_the_interface_of_a_link_local_address() -> None:
+    """Without it the peer could not be called again."""
+    for name, shown in {
+        ("fe80::1", 7, 0, 3): "[fe80::1%3]:7",
+        ("2001:db8::1", 7, 0, 0): "[2001:db8::1]:7",
+        ("::ffff:192.0.2.1", 7, 0, 0): "192.0.2.1:7",
+        ("192.0.2.1", 7): "192.0.2.1:7",
+    }.items():
+        stream = SimpleNamespace(socket=SimpleNamespace(getpeername=lambda name=name: name))
+        address = c.sockets.address_of(cast("trio.SocketStream", stream))
+        assert str(address) == shown
+        assert c.parse_address(shown) == address
+
+
 # ---- on hosts without IPv6
 
 
@@ -161,6 +238,11 @@ async def _without_the_family() -> None:
             assert len(acceptor.addresses) == 1
             assert await called(acceptor, "127.0.0.1") == "127.0.0.1"
             assert c.everywhere(acceptor.addresses) == ("" if host else "IPv4")
+    with (
+        socket.create_server(("0.0.0.0", 0)) as owner,
+        pytest.raises(ResourceError, match=r"\*:\d+ \(IPv4\): Address alr"),
+    ):
+        await c.open_listeners(c.Address("", owner.getsockname()[1]))
     for host in ("::", "::1"):
         with pytest.raises(ResourceError, match=r"cannot listen on \[\S*\]:7: this host has no IPv6 .*: :7, or"):
             await c.open_listeners(c.Address(host, 7))

@@ -31,10 +31,11 @@ def test_stopping_loses_nothing(unit: Path) -> None:
     settings = dict(_settings(unit))
     assert settings["KillMode"] == "mixed"
     assert settings.keys().isdisjoint({"ExecStop", "KillSignal", "RestartKillSignal", "SendSIGHUP", "SendSIGKILL"})
+    assert settings.keys().isdisjoint({"Requires", "Requisite", "BindsTo", "PartOf"})  # it ends with no other unit
     stop_s = parse_seconds(settings["TimeoutStopSec"])
     assert stop_s > FORCED_END_S + EXTEND_EVERY_S
     assert EXTEND_S > FORCED_END_S > EXTEND_EVERY_S
-    # Machines that run in a daemon end with it: so systemd refuses to stop it, and `postcopy ctl quit` does it.
+    # Machines that run in a daemon end with it: so systemd is not to stop it, and `postcopy ctl quit` does.
     assert ("RefuseManualStop" in settings) == (" daemon " in settings["ExecStart"])
 
 

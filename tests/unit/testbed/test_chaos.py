@@ -13,7 +13,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from postcopy.errors import ConfigurationError
+from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.net import Address
 from postcopy.records import Record
 from postcopy.records.commands import Cut
@@ -67,6 +67,20 @@ async def test_what_it_must_not_change(kind: str) -> None:
         assert await exchange(stream, data) == data
         assert proxy.statistics.bytes_out == proxy.statistics.bytes_back == len(data)
         assert proxy.statistics.connections == 1
+
+
+@pytest.mark.needs("ipv6")
+async def test_it_listens_in_both_families() -> None:
+    async with open_chaos_proxy("127.0.0.1:1", listen="[::]:0") as proxy:
+        for host in ("127.0.0.1", "::1"):
+            with trio.fail_after(30):
+                await (await trio.open_tcp_stream(host, proxy.address.port)).aclose()
+
+
+async def test_an_address_that_cannot_be_listened_on() -> None:
+    with pytest.raises(ResourceError, match=r"cannot listen on 192\.0\.2\.1:0"):
+        async with open_chaos_proxy("127.0.0.1:1", listen="192.0.2.1:0"):
+            pass
 
 
 async def test_an_end_is_passed_on() -> None:

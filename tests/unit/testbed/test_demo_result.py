@@ -57,3 +57,22 @@ def test_what_was_not_asked_for_and_what_failed() -> None:
     assert merge(SOURCE, replace(DEST, verified=None)).verified is None
     failed = merge(replace(SOURCE, status="failed", error="the cable"), DEST)
     assert (failed.status, failed.error, failed.verified) == ("failed", "the cable", False)
+
+
+@pytest.mark.parametrize(
+    ("here", "verified", "checks", "verdict"),
+    [
+        ("0x1", True, 2, True),
+        ("0x1", None, 2, None),
+        ("0x2", True, 2, False),
+        (None, True, 2, False),  # its memory was read
+        (None, None, 1, None),  # it was not, and the guest had no time to say it
+    ],
+)
+def test_whether_it_is_the_same_machine(
+    here: str | None, verified: bool | None, checks: int, verdict: bool | None
+) -> None:
+    guest = Guest(state="running", nonce=here, operations=9)
+    result = merge(SOURCE, replace(DEST, verified=verified, verification=[], guest=guest))
+    assert len(result.verification) == checks
+    assert result.verified is verdict

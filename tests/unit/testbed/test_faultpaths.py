@@ -263,6 +263,15 @@ def test_the_directory_for_o_direct_is_one_that_can_tell(monkeypatch: pytest.Mon
     assert _select.direct_dir(".") == str(kinds["here"])  # what was named is taken
 
 
+def test_the_directory_for_o_direct_where_the_current_one_has_been_removed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert os.path.isdir(_select.direct_dir(""))
+
+
 # ---- choosing
 
 

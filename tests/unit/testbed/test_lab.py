@@ -18,6 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from postcopy._child import python
+from postcopy.cli import make_parser
 from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.testbed import _linux
 from postcopy.testbed.lab import _lab as lab
@@ -148,9 +150,7 @@ def test_a_delay_has_its_unit() -> None:
 
 
 def parsed(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return parser.parse_args(arguments)
+    return make_parser(("lab",)).parse_args(("lab", *arguments))
 
 
 def test_a_command_keeps_its_own_options() -> None:
@@ -301,3 +301,21 @@ def test_a_process_is_known_by_its_start() -> None:
     with subprocess.Popen(["true"]) as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert _linux.start_time(process.pid) is None  # a zombie holds nothing
+
+
+def test_a_maker_that_was_killed_leaves_no_traceback() -> None:
+    """The process that sets up interfaces has no reader for its answer any more."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            python("-m", "postcopy.testbed.lab._netlink"),
+            input=b'{"user": null, "actions": []}\n',
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -86,7 +86,7 @@ def test_without_rights_it_says_what_rights_would_help(run_in_child: Callable[..
     assert findings["root"].state == "no"
     assert findings["netns"].state == "no"
     for name in ("root", "netns"):
-        assert findings[name].remedy.startswith("sudo ")
+        assert findings[name].remedy.startswith("docker run --user 0 " if _host.container() else "sudo ")
     for name, device in (("kvm", "/dev/kvm"), ("uffd-device", "/dev/userfaultfd"), ("tun", "/dev/net/tun")):
         if os.path.exists(device) and not findings[name]:
             assert "EACCES" in findings[name].detail or "Permission denied" in findings[name].detail
@@ -400,6 +400,41 @@ def test_the_remedy_follows_from_what_was_met(
     monkeypatch.setattr(_host, "read", lambda path: files.get(path, ""))
     monkeypatch.setattr(_host, "in_container", lambda: False)
     assert remedy in _trials.TRIALS[name].remedy(number)
+
+
+@pytest.mark.parametrize(
+    ("flag", "file", "remedy"),
+    [
+        ("vmx", "kernel/arch/x86/kvm/kvm-intel.ko.zst:", "modprobe kvm_intel"),
+        ("svm", "kernel/arch/x86/kvm/kvm-amd.ko:", "modprobe kvm_amd"),
+        ("svm", "", "a kernel with CONFIG_KVM_AMD"),
+        ("sse", "", "switch virtualization on in the firmware"),
+    ],
+)
+@pytest.mark.parametrize("there", [False, True])  # without a driver a node answers ENODEV
+def test_the_module_of_a_device_is_named(
+    monkeypatch: pytest.MonkeyPatch, flag: str, file: str, remedy: str, there: bool
+) -> None:
+    files = {"/proc/cpuinfo": f"flags : fpu {flag}", f"/lib/modules/{os.uname().release}/modules.dep": file}
+    monkeypatch.setattr(_host, "read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(_host, "in_container", lambda: False)
+    monkeypatch.setattr(os.path, "exists", lambda path: there)
+    assert remedy in _host.kvm_remedy(errno.ENODEV if there else errno.ENOENT)
+
+
+@pytest.mark.needs("root")
+def test_a_container_is_told_what_its_host_can_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(_host, "in_container", lambda: True)
+    # Its own groups, udev, root and files are of no use.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    of_root = _host.device_remedy(device_node(tmp_path / "a", 0, 0, 0o600), errno.EACCES)
+    assert of_root.startswith("on the host: install the udev rule 60-postcopy.rules, then docker run --group-add")
+    of_disk = _host.device_remedy(device_node(tmp_path / "b", 0, grp.getgrnam("disk").gr_gid, 0o660), errno.EACCES)
+    assert of_disk.startswith(f"docker run --group-add {grp.getgrnam('disk').gr_gid} ...")
+    assert _host.device_remedy(str(tmp_path / "c"), errno.ENOENT).startswith("docker run --device ")
+    assert _host.again_as_root() == "docker run --user 0 ..."
+    assert _host.netns_remedy(errno.EPERM).startswith("docker run --user 0 --cap-add SYS_ADMIN")
+    assert "seccomp=docker/seccomp-userfaultfd.json" in _host.user_only_remedy(errno.EPERM)
 
 
 @pytest.mark.needs("root")

@@ -71,6 +71,7 @@ def test_a_device_that_this_user_may_not_open_is_named_with_its_owner(monkeypatc
         (errno.EPERM, "CAP_SYS_PTRACE"),
         (errno.EACCES, "--device /nonexistent/userfaultfd"),
         (errno.EMFILE, "ulimit -n 1024"),
+        (errno.ENFILE, "fs.file-max"),
     ],
 )
 def test_each_refusal_has_a_remedy(monkeypatch: pytest.MonkeyPatch, number: int, words: str) -> None:
@@ -85,6 +86,17 @@ def test_a_missing_device_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None
     answer(monkeypatch, {1: -errno.ENOENT})
     with pytest.raises(ResourceError, match=r"does not exist.*--device"):
         probe(How.DEVICE)
+
+
+def test_a_refused_system_call_does_not_blame_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, {2: -errno.EPERM, 3: -errno.EPERM})
+    monkeypatch.setattr(_probe, "_DEVICE", "/dev/null")  # it is there, and this user may open it
+    with pytest.raises(ResourceError, match="CAP_SYS_PTRACE") as caught:
+        probe(How.SYSCALL)
+    assert "/dev/null is" not in str(caught.value)
+    # Needs no right, so that only a filter of system calls can have refused it.
+    with pytest.raises(ResourceError, match=r"seccomp filter.*seccomp=\S*seccomp-userfaultfd.json"):
+        probe(How.USER_ONLY)
 
 
 def test_what_nobody_expects_stays_an_error_of_the_core(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(nearly(), VERSIONS)
 def test_messages(packed: bytes, version: int) -> None:
     reason = ""
@@ -80,7 +80,7 @@ def test_messages(packed: bytes, version: int) -> None:
     assert len(reason) < 400
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(nearly())
 @example(b"\x81\xa4type\xa4ping\xc1")
 def test_the_measure_agrees_with_the_reader(packed: bytes) -> None:
@@ -98,7 +98,7 @@ def test_the_measure_agrees_with_the_reader(packed: bytes) -> None:
     assert not measured or "more than" in measured or "unknown tag" in measured  # of extension types
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(nearly(), st.sampled_from([None, 0, 1, 70_000, 2**24, 2**32 - 1]), st.integers(0, 20)), max_size=4
@@ -132,7 +132,7 @@ def test_sessions(
             assert side.may_run <= before
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(nearly(), min_size=1, max_size=2),
     st.sampled_from([b"", b"postcpy", b"postcpy\x02", p.PREAMBLE, b"postcpy\x04", b"postcpx\x03"]),

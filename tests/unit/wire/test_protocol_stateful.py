@@ -356,5 +356,5 @@ class TwoHosts(RuleBasedStateMachine):
         assert self.source.may_run == (self.source.state is State.ABORTED)
 
 
-TwoHosts.TestCase.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
+TwoHosts.TestCase.settings = settings(max_examples=300, stateful_step_count=60)
 TestTwoHosts = pytest.mark.slow(TwoHosts.TestCase)

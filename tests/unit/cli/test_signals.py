@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signals, from before the first thing that is done to after the last one. (What is seen through: test_stopping.)"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+import trio
+
+from postcopy import _stop
+from postcopy._stop import Stop
+from postcopy.cli import _main
+from postcopy.output import Output
+
+Run = Callable[[Stop], Awaitable[bool]]
+NUMBERS = [signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (*NUMBERS, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def status(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], tuple[int, str]]:
+    """Of a command that does this, and what it says."""
+
+    def status(run: Run) -> tuple[int, str]:
+        said = io.StringIO()
+        output = Output(False, io.StringIO(), said)
+        monkeypatch.setattr(_main, "make_output", lambda: output)
+        for name in ("basicConfig", "captureWarnings"):  # of the whole process
+            monkeypatch.setattr(_main.logging, name, lambda *_, **__: None)
+        monkeypatch.setattr(_main, "_command", lambda *_: _main._run(lambda *_: run, {}, output, True))
+        try:
+            return _main.main(), said.getvalue()
+        finally:
+            output.close()
+
+    return status
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_first_one_asks(status: Any, number: signal.Signals) -> None:
+    async def run(stop: Stop) -> bool:
+        os.kill(os.getpid(), number)
+        await stop.wait()
+        return stop.by == ("Ctrl-C" if number == signal.SIGINT else "SIGTERM") and not stop.insisted
+
+    assert status(run) == (0, "")
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_second_one_ends_what_has_nothing_to_lose(
+    status: Any, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setattr(_stop, "TOGETHER_S", 0)
+
+    async def run(stop: Stop) -> bool:
+        os.kill(os.getpid(), number)
+        await stop.wait()
+        os.kill(os.getpid(), number)
+        await trio.sleep_forever()
+        return True
+
+    assert status(run) == (1, "postcopy: error: ended at once, since it was asked to end again\n")
+
+
+@pytest.mark.parametrize("number", [*NUMBERS, signal.SIGHUP])
+def test_one_that_comes_when_all_is_done_changes_nothing(
+    status: Any, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """Neither the status, nor that the result is written: when Trio has ended, too."""
+    run_trio = trio.run
+
+    def run_and_signal(*arguments: Any, **keywords: Any) -> Any:
+        done = run_trio(*arguments, **keywords)
+        os.kill(os.getpid(), number)
+        return done
+
+    monkeypatch.setattr(trio, "run", run_and_signal)
+
+    async def run(stop: Stop) -> bool:
+        await trio.lowlevel.checkpoint()
+        os.kill(os.getpid(), number)  # which is seen when `run` has returned
+        return True
+
+    assert status(run) == (0, "")
