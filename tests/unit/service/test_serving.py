@@ -33,7 +33,7 @@ class Engine:
     """A migration to a destination that comes back, and is lost again when the other one has been served."""
 
     lost = trio.Event()
-    migration_id = peer = ""
+    migration_id = machine_name = peer = ""
 
     def __init__(self, machine: Machine, link: Any, options: Any, *, peer: Any, on_change: Callable[[], None]) -> None:
         self.machine = machine
