@@ -231,12 +231,10 @@ def read(path: str) -> Salvage:
             raise ConfigurationError(f"{path}: a salvage of another version; use the postcopy that wrote it")
         salvage = Salvage(Path(path), msgspec.json.decode(text, type=Manifest))
     except PermissionError as error:  # what is there cannot be seen, or not read
-        raise ConfigurationError(f"{path}: {_reason(error)}") from error
+        raise ConfigurationError(f"{path} cannot be read: {_reason(error)}") from error
     except OSError as error:
         if not os.path.isdir(path):
             what = "is not a directory" if os.path.lexists(path) else "does not exist"
-            if error.errno == errno.EACCES:  # nothing is known of it
-                what = f"cannot be read: {error.strerror}"
             raise ConfigurationError(f"{path} {what}; name a directory that --salvage has written") from error
         why = "it has no" if isinstance(error, FileNotFoundError) else f"{_reason(error)}:"
         raise ConfigurationError(

@@ -20,6 +20,7 @@ from __future__ import annotations
 import abc
 import enum
 import logging
+import math
 import os
 import secrets
 import shlex
@@ -60,6 +61,9 @@ Request = Callable[[Json], Awaitable[Record]]
 OVER = frozenset({State.COMPLETED, State.ABORTED, State.RECLAIMED})
 _NO_END = frozenset({"connecting", "setup", "active"})
 """Statuses that cannot be the last one: what ends there has failed."""
+
+SALVAGE_AGAIN_S = 5.0
+"""Pause before a salvage that could not be written is tried again."""
 
 log = logging.getLogger(__name__)
 
@@ -406,6 +410,8 @@ class Service(abc.ABC):
         finally:
             if not done and self.abandoned:
                 self.failure = Interrupted(f"abandoned: {self.abandoned}")
+            if trio.current_effective_deadline() == -math.inf:  # ended from outside: no signal comes any more
+                self.stop.insist()
             with trio.CancelScope(shield=True):
                 await end(done)
         if not done and self.failure is not None:
@@ -425,18 +431,35 @@ class Service(abc.ABC):
         self.output.emit("result", result)
 
     async def write_salvage(self, machine: Machine, migration: Migration, maps: list[Bitmap]) -> None:
-        """What this side has, where that was asked for."""
+        """What this side has, where that was asked for. A machine is lost without it: where it cannot be written (the
+        disk is full) that is tried again, until it has been, or an end without it is insisted on."""
         path = self.salvage_to
         if path is None:
             return
-        try:
-            paused = await salvage.write(path, machine, migration.migration_id, self.side, maps)
-        except PostcopyError as error:
-            log.error("%s", error)
-            return
-        except MemoryError:
-            log.error("salvage to %s: %s", path, out_of_memory())
-            return
+        asked: trio.Event | None = None
+        self.stop.warned()  # to ask again is to insist from here on: what ends it from outside ends no shielded step
+        while True:
+            changes = self.stop.changes
+            try:
+                paused = await salvage.write(path, machine, migration.migration_id, self.side, maps)
+                break
+            except PostcopyError as error:
+                why = str(error)
+            except MemoryError:
+                why = f"salvage to {path}: {out_of_memory()}"
+            if self.stop.insisted or not machine.live:  # an image can be fetched again
+                log.error("%s", why)
+                return
+            if changes is not asked:  # for the first time, or it was asked to end again
+                asked = changes
+                log.error("%s", why)
+                how = self._how_to_insist() if self.stop.by else "Ctrl-C twice abandons the machine."
+                self.stop.warned()
+                self.output.say(
+                    f"{self.side}: Still needed: the salvage, which is tried again every {SALVAGE_AGAIN_S:g} s. {how}"
+                )
+            with trio.move_on_after(SALVAGE_AGAIN_S):
+                await changes.wait()
         self.output.say(
             f"{self.side}: salvage written to {path}"
             + ("" if paused else "; the machine could not be paused while it was written"),

@@ -26,7 +26,7 @@ DEADLINE_S = 120.0
 ADDRESSES = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
 
 NOT_RUN = [  # page, a command or how it begins, reason
-    ("*", r"make |pip(x)? |sudo |apt-get |python3? -m venv|~/postcopy-venv/|export PATH", "installs or builds software"),
+    ("*", r"make |pip(x)? |sudo |apt-get |python3? -m venv|~/postcopy|export PATH", "installs or builds software"),
     ("*", r"systemctl |journalctl |docker ", "needs systemd, or Docker (tests/containers)"),
     ("README.md", "postcopy demo --lab|postcopy faultpaths", "test_lab and test_faultpaths do it"),
     ("docs/howto/daemon.md", "postcopy ctl events", "goes on until Ctrl-C"),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,28 @@ def test_disk_full_under_a_salvage(side: Start, tmp_path: Path, small_disk: Path
     assert f"salvage to {small_disk / 'source'}: No space left on device" in errors
     assert list(small_disk.iterdir()) == []
     assert (tmp_path / "dest" / "manifest.json").exists()
+
+
+@pytest.mark.needs("root", "uffd-user")
+def test_disk_full_under_the_salvage_of_a_machine(side: Start, small_disk: Path) -> None:
+    """One signal does not lose it: it is kept until there is room."""
+    dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--salvage", small_disk / "dest")
+    machine = ("--machine", "rv64", "--memory", "256MiB", "--workload", "random", "--max-bandwidth", "1MiB/s")
+    source = side("source", "--json", *machine, "--connect", dest.address)
+    dest.wait_status("postcopy-active")
+    source.signal(signal.SIGKILL)
+    dest.wait_status("postcopy-paused")
+    other = small_disk / "other"
+    with suppress(OSError):
+        other.write_bytes(bytes(8 * MIB))
+    dest.signal(signal.SIGTERM)
+    dest.wait_for_errors("Still needed: the salvage")
+    assert list(small_disk.iterdir()) == [other]
+    subprocess.run(["mount", "-o", "remount,size=1g", small_disk], check=True)
+    status, _, errors = dest.end()
+    assert status == 1
+    assert "salvage written to" in errors
+    assert (small_disk / "dest" / "manifest.json").exists()
 
 
 @pytest.mark.needs("root", "uffd-user")

@@ -145,7 +145,6 @@ def test_colours_are_not_forced_on_anybody(environment: dict[str, str], terminal
     ],
 )
 def test_a_demo_that_fails_says_why_once(arguments: tuple[str, ...], reason: str, status: int) -> None:
-    """Its exit status is that of the side that failed."""
     done = run("demo", "--machine", "rv64", *arguments)
     assert done.returncode == status
     said = [

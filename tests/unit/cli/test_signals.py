@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator
@@ -38,7 +39,7 @@ def status(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], tuple[int, str]]:
         output = Output(False, io.StringIO(), said)
         monkeypatch.setattr(_main, "make_output", lambda: output)
         for name in ("basicConfig", "captureWarnings"):  # of the whole process
-            monkeypatch.setattr(_main.logging, name, lambda *_, **__: None)
+            monkeypatch.setattr(logging, name, lambda *_, **__: None)
         monkeypatch.setattr(_main, "_command", lambda *_: _main._run(lambda *_: run, {}, output, True))
         try:
             return _main.main(), said.getvalue()

@@ -23,7 +23,7 @@ from postcopy.errors import ConfigurationError, MigrationError, PeerError, Resou
 from postcopy.records import VERSION, Record
 from postcopy.records.control import EndedMachine
 from postcopy.service import server as server_module
-from postcopy.service.client import ControlClient
+from postcopy.service.client import ControlClient, ProcessGoneError
 from postcopy.service.render import render, render_answer
 from postcopy.service.schema import (
     COMMANDS,
@@ -285,6 +285,16 @@ class TestServer:
             await client.execute("events", {"enable": True})
             server.publish("status", {"n": 4})
             assert (await client.next_event())["data"]["n"] == 4
+
+    async def test_a_client_learns_why_no_more_events_come(self, path: Path) -> None:
+        async with _serving(path) as server, ControlClient.open(str(path)) as client:
+            await client.execute("events")
+            for each in server._clients:
+                each.disconnect(ControlError("NotNow", "disconnected: 32 clients"))
+            with pytest.raises(ControlError, match="disconnected: 32 clients"):
+                await client.next_event()
+            with pytest.raises(ProcessGoneError):
+                await client.next_event()
 
     async def test_nonsense_and_on(self, path: Path) -> None:
         async with _serving(path), _raw(path) as client:

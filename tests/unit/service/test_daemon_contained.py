@@ -152,27 +152,32 @@ OPEN: list[CallingLink] = []
 # ---- who is meant, and who is not there any more
 
 
-async def test_the_only_machine_that_can_be_reclaimed_needs_no_name() -> None:
+async def test_the_only_machine_that_can_be_reclaimed_needs_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def is_in(*statuses: str) -> bool:
         machine = there.status("two")
         return machine is not None and machine["migration"]["status"] in statuses
 
-    async with running() as there:
+    def lose_it(event: str, fields: dict[str, Any]) -> None:
+        if event == "migration-status" and fields["status"] == "postcopy-active":
+            here.stop.insist()
+
+    async def resume(self: ToyMachine) -> None:
+        await trio.lowlevel.checkpoint()
+
+    options = SourceOptions(heartbeat_s=0.5, max_bandwidth_bytes_per_s=4096)
+    async with running(options) as there:
         with pytest.raises(ControlError, match="one has not been sent away"):
             await there.ask("reclaim", force=True)
         await there.ask("start", name="two", kind="rv64", memory=16 * MIB, workload="random", working_set=MIB)
         with pytest.raises(ControlError, match="no machine is here whose destination was lost"):
             await there.ask("reclaim", force=True)
         async with running(with_machine=False) as here:
-
-            def lose_it(event: str, fields: dict[str, Any]) -> None:
-                # In the very step of its COMMIT: the machine cannot have arrived before the destination ends.
-                if event == "migration-status" and fields["status"] == "postcopy-active":
-                    here.stop.insist()
-
-            there.daemon.output.listeners.append(lose_it)
+            # One that ran would ask for all of its pages within milliseconds, which may be before its host ends.
+            monkeypatch.setattr(ToyMachine, "resume", resume)
+            here.daemon.output.listeners.append(lose_it)
             await there.ask("migrate", to=str(here.address), machine="two")
             await here.ended.wait()
+        monkeypatch.undo()
         await there.until(partial(is_in, "postcopy-paused", "postcopy-failed"))
         assert (await there.ask("reclaim", force=True))["machine"] == "two"
         await there.computes("two")

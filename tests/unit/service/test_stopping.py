@@ -19,7 +19,7 @@ from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceOptions
 from postcopy.migration.statistics import Statistics
 from postcopy.output import Output
-from postcopy.service import service as service_module
+from postcopy.service import report
 from postcopy.service.config import ArrivalOptions, DaemonConfig
 from postcopy.service.daemon import Daemon
 from postcopy.service.service import Owned, Phase
@@ -167,9 +167,12 @@ async def test_a_machine_that_fails_meanwhile(stopping: Start) -> None:
 async def test_what_is_announced(stopping: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each status once, whatever else changes; of each machine."""
     told: list[tuple[str, str, str]] = []
-    monkeypatch.setattr(
-        service_module.report, "changed", lambda name, job, before: told.append((name, before, job.status)) or Mock()
-    )
+
+    def changed(name: str, job: Any, before: str) -> Any:
+        told.append((name, before, job.status))
+        return Mock()
+
+    monkeypatch.setattr(report, "changed", changed)
     async with stopping() as one:
         monkeypatch.setattr(one.daemon.output, "emit", lambda *_: None)
         a = one.arriving("a")
