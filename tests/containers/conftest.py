@@ -166,7 +166,7 @@ class Stage:
         docker("kill", "--signal", "KILL", self.name_of(service))
 
     def terminate(self, service: str) -> None:
-        docker("kill", "--signal", "TERM", self.name_of(service))
+        docker("kill", "--signal", "TERM", self.name_of(service), check=False)  # it may have ended meanwhile
 
     def disconnect(self, service: str) -> None:
         docker("network", "disconnect", self._name, self.name_of(service))

@@ -183,7 +183,7 @@ def test_source_killed_after_commit(stage: Any) -> None:
     stage.kill("source")
     paused = dest.wait_status("postcopy-paused")
     assert paused["ram"]["remaining"] > 0
-    dest.abandon()  # the client passes the signals on
+    dest.abandon(send=lambda: stage.terminate("dest"))  # the client ends at its third signal
     status, result, errors = dest.end()
     assert status == 1
     assert result["status"] == "postcopy-paused"

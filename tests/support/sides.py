@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,15 @@ class Side:
     def signal(self, number: int) -> None:
         self._child.send_signal(number)
 
-    def abandon(self, number: int = 15) -> None:
-        """Asks it to end, and insists when it has said what would be lost."""
-        self.signal(number)
+    def abandon(self, number: int = 15, send: Callable[[], None] | None = None) -> None:
+        """Asks it to end, and insists when it has said what would be lost. `send`: how a signal reaches it, where its
+        process is not the one that was started here."""
+        ask = send or partial(self.signal, number)
+        ask()
         self.wait_for_errors("again within")
         deadline = time.monotonic() + DEADLINE_S
         while "Abandoning" not in self._child.errors():  # what comes right after the first one is part of it
-            self.signal(number)
+            ask()
             assert time.monotonic() < deadline, f"it was not abandoned:\n{self._child.errors()}"
             time.sleep(0.02)
 
