@@ -124,7 +124,7 @@ def test_a_demo_ends_as_its_side_did(run_in_child: Callable[..., Any], memory: s
     assert reason in errors[0]
 
 
-@pytest.mark.parametrize("text", ["{}", '{"schema": 1}', "[]"])
+@pytest.mark.parametrize("text", ["{}", '{"schema": 2}', "[]"])
 def test_what_is_no_report(run_in_child: Callable[..., Any], tmp_path: Path, text: str) -> None:
     report = tmp_path / "a.json"
     report.write_text(text)

@@ -162,17 +162,20 @@ async def cancelled_after(who: str, moment: int) -> Pair:
 async def test_cancelled_at_any_moment(who: str) -> None:
     """Also in the very moment of the decision: the machine is then at the one side or at the other one, with all its
     pages. A `stop` would end this side in any case."""
-    ends = set()
-    for moment in range(0, 120, 2):
+    moment = cancelled = completed = 0
+    while completed < 10:  # how many steps there are before the decision depends on the threads that work meanwhile
         pair = await cancelled_after(who, moment)
         assert pair.source.state is pair.dest.state
-        ends.add(pair.source.state)
         if pair.source.state is State.ABORTED:
+            cancelled += 1
             assert_back_at_source(pair)
         else:
+            completed += 1
             assert pair.twin.resumed == 1
             assert pair.machine.resumed == 0
-    assert ends == {State.COMPLETED, State.ABORTED}  # the moments were on both sides of the decision
+        moment += 2
+        assert moment < 2000
+    assert cancelled
 
 
 @pytest.mark.parametrize("who", ["source", "dest"])

@@ -44,6 +44,7 @@ class Disk:
 
 class Lost:
     migration_id = "ff"
+    machine_name = "vm1"
 
 
 def service() -> tuple[Policy, io.StringIO]:

@@ -98,7 +98,7 @@ async def test_insisting(stopping: Start) -> None:
         assert await one.ask()
 
 
-async def test_later(stopping: Start) -> None:
+async def test_later(stopping: Start, autojump_clock: trio.abc.Clock) -> None:
     async with stopping() as one:
         one.arriving("a")
         one.arriving("b")
