@@ -325,6 +325,7 @@ class TestDaemon:
         first = daemon("a", *SLOW, "--name", "x")
         at = operator("a")
         victim = daemon("b")
+        assert first.address  # it can be asked now
         at.tell("migrate", victim.address, "--detach")
         at.wait("it", lambda here: here["x"]["migration"]["status"] == "postcopy-active")
         victim.signal(signal.SIGKILL)
