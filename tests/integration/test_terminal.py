@@ -96,7 +96,8 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 def test_a_demo_on_a_terminal(terminal: Callable[..., Terminal]) -> None:
     status, text = terminal(*DEMO, "--migrate-after", "1.5", "--max-bandwidth", "8MiB/s").end()
     assert status == 0, text
-    for words in ("booting the machine", "before migrating", "fetching pages; the machine runs here", "elapsed"):
+    # (What lasts for less than a picture, as booting may, is not always seen.)
+    for words in ("before migrating", "fetching pages; the machine runs here", "elapsed"):
         assert words in text
     assert re.search(r"about \d+\.\d s remaining", text)
     assert not re.search(r"\d\.\d+e[+-]\d", text)
