@@ -63,6 +63,8 @@ class TestAddresses:
             ("::1:7777", "needs brackets"),
             ("[::1:7777", "not closed"),
             ("[localhost]:7777", "not an IPv6 address"),
+            ("[fe80::1]:7777", r"needs the interface .* \[fe80::1%eth0\]:PORT"),
+            ("[fe80::1%]:7777", r"needs the interface"),
             ("host:http", "not a number"),
             ("host:-1", "not a number"),
             ("host:", "not a number"),
