@@ -194,7 +194,7 @@ static void copy_logged(struct pc_dirty_log *log, const struct pc_memory *memory
 
 static void a_copy_follows_the_log(int kind)
 {
-    struct pc_memory memory = make(kind, kind == PC_MEMORY_HUGETLB ? PAGES : 1024);
+    struct pc_memory memory = make(kind, kind == PC_MEMORY_HUGETLB ? 3 : 1024);
     struct writer writers[2];
     struct pc_dirty_log *log = open_log(&memory);
     uint64_t *copy = calloc(1, memory.size_bytes);
@@ -204,7 +204,7 @@ static void a_copy_follows_the_log(int kind)
         writers[i] = (struct writer){.memory = &memory, .seed = test_random()};
         CHECK_EQ(pthread_create(&writers[i].thread, NULL, write_about, &writers[i]), 0);
     }
-    for (int round = 0; round < 40; round++) {
+    for (int round = 0; round < (kind == PC_MEMORY_HUGETLB ? 8 : 40); round++) {
         copy_logged(log, &memory, copy);
         if (kind == PC_MEMORY_MEMFD && round % 8 == 7) /* out of the page tables, into the page cache: as when memory is short */
             CHECK_SYS(madvise(memory.base, memory.size_bytes, MADV_DONTNEED));
