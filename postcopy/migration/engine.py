@@ -37,7 +37,7 @@ from postcopy.dataplane._events import Event, EventType
 from postcopy.errors import ConfigurationError, MigrationError, PeerError, PostcopyError, ResourceError
 from postcopy.migration.connection import LAST_LOOK_S, Control, P, data_silence_s
 from postcopy.migration.maps import Disagreement
-from postcopy.migration.statistics import Recoveries, Statistics
+from postcopy.migration.statistics import Breakdown, Recoveries, Statistics
 from postcopy.migration.tasks import FirstFailure, Interrupted, explained, first_of, now_ns
 from postcopy.net import Address, CallingLink, Link, OpenChannels, Reconnector, Session, keep_alive
 from postcopy.wire import EndedElsewhere, State
@@ -96,6 +96,7 @@ class Engine(abc.ABC, Generic[P, D]):
         self.started_ns = now_ns()
         self.committed_ns = self.running_ns = self.completed_ns = self.ended_ns = 0  # when; 0: not yet
         self.downtime_ns = self.total_ns = 0  # as the source has measured them
+        self.breakdown = Breakdown()  # of `downtime_ns`; the peer's parts when the migration has completed
         self._protocol: P = protocol
         self._link = link
         self._heartbeat_s = heartbeat_s

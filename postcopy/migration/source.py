@@ -41,6 +41,7 @@ from postcopy.migration.acknowledgements import PLACED_EVERY_MS, Releaser
 from postcopy.migration.connection import HEARTBEAT_S, MISSED_HEARTBEATS, STEP_TIMEOUT_S, Control
 from postcopy.migration.engine import Engine, Unrecoverable
 from postcopy.migration.maps import Disagreement, digest_of, receive_maps, send_map
+from postcopy.migration.precopy import Mode, Policy
 from postcopy.migration.statistics import Statistics
 from postcopy.migration.tasks import first_of, now_ns
 from postcopy.net import Address, Link, OpenChannels, Session
@@ -69,6 +70,11 @@ class SourceOptions:
     recover_for_s: float = math.inf  # how long a lost destination is waited for
     release_ram: bool = False  # give memory back as the destination acknowledges it, after `commit`
     name: str = ""  # of the machine, sent with its configuration
+    mode: Mode = Mode.POSTCOPY
+    precopy_s: float = 0.0  # for how long pages are sent in rounds (precopy, hybrid); inf: as long as it makes sense
+    max_downtime_s: float = 0.3  # what is left after a round and fits is sent while the machine is paused
+    precopy_rounds: int = 30  # at most, where `precopy_s` is inf
+    compress: str = "off"  # background pages: off, lz4, zstd, auto
 
 
 class SourceMigration(Engine[SourceProtocol, PageServer]):
@@ -115,6 +121,8 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self._discarded: list[Bitmap] | None = None  # as it was when the page server ended
         self._accepted: wire.Accept | None = None
         self._keep = True
+        self._policy = Policy(options.mode, options.precopy_s, options.max_downtime_s, options.precopy_rounds)
+        self._policy.limit_bytes_per_s = options.max_bandwidth_bytes_per_s
 
     # ---- looking at it
 
@@ -142,8 +150,33 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         """Limits the background push from now on; 0: no limit."""
         if max_bandwidth_bytes_per_s != self._options.max_bandwidth_bytes_per_s:
             self._options = replace(self._options, max_bandwidth_bytes_per_s=max_bandwidth_bytes_per_s)
+            self._policy.limit_bytes_per_s = max_bandwidth_bytes_per_s
             if self._data is not None:
                 self._data.set_bandwidth(max_bandwidth_bytes_per_s)
+
+    def set_precopy(self, precopy_s: float) -> None:
+        """For how long pages are sent in rounds, from the first one on; 0: no other round. `MigrationError` where the
+        migration is of a mode without rounds."""
+        if precopy_s and not self._policy.mode.has_rounds:
+            raise MigrationError(
+                f"this migration is of mode {self._policy.mode}, in which no page is sent before the switchover; cancel"
+                " it, and migrate with --precopy"
+            )
+        self._policy.precopy_s = precopy_s
+        self._wake()
+
+    def set_max_downtime(self, max_downtime_s: float) -> None:
+        """How much may be sent while the machine is paused, see `SourceOptions`."""
+        self._policy.max_downtime_s = max_downtime_s
+        self._wake()
+
+    def switch_over(self) -> None:
+        """Ends precopy: the machine is paused as soon as what has been sent is there. `MigrationError` where that has
+        been done, or the migration is of a mode without precopy."""
+        if not self._policy.mode.has_rounds or self.paused_ns or self.over:
+            raise MigrationError(f"there is no precopy to end: the migration is {self.status}")
+        self._policy.ended = True
+        self._wake()
 
     def set_recover_for(self, recover_for_s: float) -> None:
         super().set_recover_for(recover_for_s if self._keep else min(recover_for_s, RECOVER_UNOWNED_S))

@@ -56,6 +56,32 @@ class Recoveries:
 
 
 @dataclass(frozen=True)
+class Breakdown:
+    """Where the downtime went. The source's parts follow each other and are all of it, by the source's clock; those of
+    the destination, by its own clock, are a part of `prepared_ns` (arm, load) and of `commit_ns` (first run). None: not
+    known."""
+
+    stop_ns: int | None = None  # source: until the machine had stopped
+    dirty_ns: int | None = None  # until it was known what had changed
+    state_ns: int | None = None  # until the state was saved
+    send_ns: int | None = None  # until that was sent, with what had to be told about pages before
+    prepared_ns: int | None = None  # until the destination was prepared; with the pages that are sent meanwhile
+    commit_ns: int | None = None  # until it was known that the machine runs there
+    arm_ns: int | None = None  # destination: what had changed was made missing
+    load_ns: int | None = None  # the state was loaded
+    first_run_ns: int | None = None  # from `commit` to a vCPU in the machine
+
+    def to_wire(self) -> dict[str, int]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def with_wire(self, table: object) -> Breakdown:
+        """With the peer's parts, where it has told them and they are not known here."""
+        theirs = table if isinstance(table, Mapping) else {}
+        known = self.to_wire()
+        return Breakdown(**{name: natural(theirs[name]) for name in vars(self) if name in theirs} | known)
+
+
+@dataclass(frozen=True)
 class Statistics:
     """Of one migration."""
 
@@ -72,6 +98,13 @@ class Statistics:
     requests: int | None = None
     released_bytes: int | None = None
     pending_faults: int | None = None
+    iteration: int | None = None  # rounds of precopy that were begun
+    dirty_sync_count: int | None = None  # how often it was looked which pages had been written
+    dirty_pages_rate: int | None = None  # pages a second, of the last round
+    precopy_bytes: int | None = None  # before the commit
+    postcopy_bytes: int | None = None
+    compressed_bytes: int | None = None  # payloads as they were on the wire, and
+    uncompressed_bytes: int | None = None  # what they stand for
     latency: Latency = Latency()
     blocktime_ns: tuple[int, ...] = ()  # by vCPU
 
