@@ -587,7 +587,7 @@ STATUS = {
     state: word
     for word, states in {
         "setup": (State.SETUP, State.OFFERED, State.CHANNELS),
-        "active": (State.READY, State.SWITCHOVER, State.HANDED, State.PREPARED),
+        "active": (State.READY, State.MAPS, State.ROUND, State.HANDED, State.PREPARED),
         "postcopy-active": (State.COMMITTED, State.POSTCOPY, State.CLOSING),
         "postcopy-paused": (State.PAUSED,),
         "postcopy-recover": (State.RECOVER, State.RECOVERING),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Precopy: whether another round of pages is sent before the machine is paused, and what is sent while it is paused.
 
-Sans-IO: the engine says what a round has sent and left, and asks. A *round* sends all pages that the destination does not
-have (the first one: all there are) while the machine runs, and then finds out which of them were written meanwhile;
+Sans-IO: the engine says what a round has sent and left, and asks. A *round* sends all pages that the destination does
+not have (the first one: all there are) while the machine runs, and then finds out which of them were written meanwhile;
 these are *left*.
 """
 
