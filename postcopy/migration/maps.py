@@ -20,7 +20,7 @@ HEAVY_PAGES = 256 * 1024
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 Part = PageMap | StaleMap | ReceivedMap
-Last = TypeVar("Last", Switchover | Round, Recover)
+Last = TypeVar("Last", bound=Switchover | Round | Recover)
 
 
 class Disagreement(ProtocolError):
