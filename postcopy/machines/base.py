@@ -28,8 +28,8 @@ from typing import Any, Self
 
 from postcopy._blocking import run_sync
 from postcopy._files import replacing
-from postcopy.errors import PostcopyError
-from postcopy.memory import Memory
+from postcopy.errors import PostcopyError, ResourceError
+from postcopy.memory import DirtyLog, Memory
 
 CLOSE_TIMEOUT_S = 5.0
 """How long the end of a machine waits for its threads, by default."""
@@ -183,6 +183,15 @@ class Machine(abc.ABC):
 
     async def release_network(self) -> None:  # noqa: B027
         """Source, once it was committed to the destination: the link goes down. Raises as little."""
+
+    def dirty_log(self) -> DirtyLog:
+        """From here on every page of `blocks` that is written, by the machine or on its behalf, is in the log, whose
+        indices are those of the blocks. Source only; closed by the caller, before the machine. `ResourceError` where
+        that cannot be known. Takes as long as the page tables are large: for a worker thread."""
+        raise ResourceError(
+            f"a machine of kind {self.kind} cannot tell what it writes: it cannot be copied while it runs",
+            "leave precopy out (--precopy off)",
+        )
 
     @abc.abstractmethod
     async def save_state(self) -> bytes:

@@ -50,7 +50,7 @@ from postcopy.machines.base import (
     VcpuStatistics,
 )
 from postcopy.machines.toy.disk import Disk
-from postcopy.memory import Memory, check_memory, page_bytes_of
+from postcopy.memory import DirtyLog, Memory, check_memory, page_bytes_of
 from postcopy.uffd import explain_unavailable
 from postcopy.units import format_exact_size, format_size, whole_units
 
@@ -333,6 +333,14 @@ class ToyMachine(Machine):
         if result in (-errno.ETIMEDOUT, -errno.EIO):
             raise MigrationError(f"{what}: {line}")
         line.check(result, what)
+
+    def dirty_log(self) -> DirtyLog:
+        def tell(log: Any) -> None:
+            if self._machine is not None:  # closed meanwhile, it writes nothing
+                check(lib.pc_machine_set_dirty_log(self._machine, log), "having the disk mark what it writes")
+
+        self._alive()
+        return DirtyLog([block.memory for block in self._blocks], tell)
 
     async def save_state(self) -> bytes:
         machine, line = self._alive(), ErrorLine()
