@@ -646,7 +646,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             )
 
     async def _after_commit(self) -> None:
-        """What can wait until the machine runs there does: it would compete with that, on this host or in this thread."""
+        """What can wait until the machine runs there: it would compete with that, on this host or in this thread."""
         await self._until(lambda: self.committed_ns > 0)
         with trio.move_on_after(RUNS_WITHIN_S):
             await self._until(lambda: self.running_ns > 0)
