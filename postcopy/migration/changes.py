@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from postcopy._blocking import run_sync, run_to_end
+from postcopy._blocking import run_briefly, run_sync, run_to_end
 from postcopy.machines import Machine
 from postcopy.memory import DirtyLog
 from postcopy.memory.bitmap import Bitmap
-from postcopy.migration.maps import HEAVY_PAGES
 
 
 class Changes:
@@ -26,7 +25,6 @@ class Changes:
         self._page_bytes = page_bytes
         self._log = log
         self._present: list[Bitmap] = []
-        self._heavy = False  # looking takes long enough for a thread of its own
 
     @classmethod
     async def open(cls, machine: Machine, page_bytes: Sequence[int], logged: bool) -> Changes:
@@ -41,13 +39,11 @@ class Changes:
     async def begin(self) -> list[Bitmap]:
         """The pages that may hold something other than zeros."""
         self._present = await run_sync(self._look)
-        # A log walks all page tables that are there; looking for what is present, the runs of it.
-        self._heavy = sum(bitmap.count() for bitmap in self._present) >= HEAVY_PAGES
         return self._present
 
     async def collect(self) -> list[Bitmap]:
         """The pages that have changed since the last call, or since `begin`."""
-        return await run_sync(self._collect) if self._heavy else self._collect()
+        return await run_briefly(self._collect)
 
     def _look(self) -> list[Bitmap]:
         blocks = self._machine.blocks

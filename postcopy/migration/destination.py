@@ -360,7 +360,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
     async def _take_machine(self, control: Control[DestinationProtocol], machine: Machine, pager: AnyPager) -> None:
         """Page maps, rounds and state; when it returns, the machine could run and every missing page would fault."""
         pages = [block.memory.pages for block in machine.blocks]
-        ends = (wire.Round, wire.Switchover)
+        ends: tuple[type[wire.Round | wire.Switchover], ...] = (wire.Round, wire.Switchover)
         # For the first part there is no limit: until then the machine runs at the source, as long as that likes.
         maps, message = await receive_maps(control, wire.PageMap, ends, pages, math.inf)
         began_ns = now_ns()
@@ -373,6 +373,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
                 await self._until(lambda: not self._pushing)  # nothing that is older can arrive from here on
             await self._forget(pager, maps)
         assert isinstance(message, wire.Switchover)
+        self._forgets = False
         armed_ns = now_ns()
         if message.whole:
             await self._gather(pager)
@@ -425,12 +426,11 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
                 first_run_ns = machine.statistics().first_run_ns
                 if first_run_ns >= self.committed_ns:
                     return first_run_ns
-                await trio.sleep(0.0005)
+                await machine.wait_changed()
         return resumed_ns
 
     async def _gather(self, pager: AnyPager) -> None:
         """Until nothing is missing any more."""
-        self._forgets = False
         self._look_for_all()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._request_the_rest, pager)

@@ -15,7 +15,7 @@ from postcopy.migration.connection import SEND_BYTES, STEP_TIMEOUT_S, Control, P
 from postcopy.wire import PAGE_MAP_PAGES, Message, PageMap, ReceivedMap, Recover, Round, StaleMap, Switchover
 
 HEAVY_PAGES = 256 * 1024
-"""From so many pages on a map is packed, unpacked and added up in a thread: that takes a millisecond and more."""
+"""From so many runs or pages on a map is packed, unpacked and added up in a thread: it takes a millisecond and more."""
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -37,7 +37,7 @@ def disagreeing() -> Iterator[None]:
 
 
 async def if_heavy(pages: int, function: Callable[[*Ts], T], *args: *Ts) -> T:
-    """`function(*args)`, which looks at a map of so many pages: here, or in a thread where it would take long."""
+    """`function(*args)`, which looks at so many pages or runs: here, or in a thread where it would take long."""
     return await run_sync(function, *args) if pages >= HEAVY_PAGES else function(*args)
 
 
@@ -81,7 +81,7 @@ async def send_maps(
     send, maps, unsent = control.protocol.send, 0, b""
     for block, bitmap in enumerate(bitmaps):
         for first_page, piece in bitmap.parts(PAGE_MAP_PAGES):
-            runs = await if_heavy(len(piece), piece.rle_encode)
+            runs = await if_heavy(2 * piece.count(), piece.rle_encode)
             unsent += send(part(block, first_page, len(piece), runs))
             maps += 1
             if len(unsent) >= SEND_BYTES:
@@ -93,22 +93,22 @@ async def send_maps(
 async def receive_maps(
     control: Control[P],
     part: type[Part],
-    last: type[Last] | tuple[type[Last], ...],
+    last: tuple[type[Last], ...],
     pages: Sequence[int],
     first_timeout_s: float,
 ) -> tuple[list[Bitmap], Last]:
     """The maps of all blocks, of so many `pages`, and the message that follows them. `first_timeout_s`: for how long
     the first part is waited for. `Disagreement` for maps that do not fit. No bitmap where a `switchover` says that
     what it would have had to tell was told before."""
-    due = last if isinstance(last, tuple) else (last,)
+    due = last[-1].TYPE
     collector, timeout_s = MapCollector(pages), first_timeout_s
-    while isinstance(message := await control.receive_any(timeout_s, due[-1].TYPE), part):
+    while isinstance(message := await control.receive_any(timeout_s, due), part):
         timeout_s = STEP_TIMEOUT_S
         with disagreeing():
-            await if_heavy(message.pages, collector.add, message)
-    if not isinstance(message, due):
-        raise ProtocolError(f"{message.TYPE} came where {due[-1].TYPE} was due")
-    if part is StaleMap and isinstance(message, Switchover) and not message.maps and not collector.maps:
+            await if_heavy(len(message.runs), collector.add, message)
+    if not isinstance(message, last):
+        raise ProtocolError(f"{message.TYPE} came where {due} was due")
+    if part is StaleMap and last[-1] is Switchover and not message.maps and not collector.maps:
         return [], message
     with disagreeing():
         collector.finish(message.TYPE, message.maps)

@@ -375,7 +375,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
     async def _receive_what_arrived(self, control: Control[SourceProtocol], server: PageServer) -> int:
         """What the destination has, to the page server; returns `resume_ns`. `Disagreement` where that cannot be."""
         pages = [server.block_pages(number) for number in range(len(self.machine.blocks))]
-        bitmaps, message = await receive_maps(control, wire.ReceivedMap, wire.Recover, pages, STEP_TIMEOUT_S)
+        bitmaps, message = await receive_maps(control, wire.ReceivedMap, (wire.Recover,), pages, STEP_TIMEOUT_S)
         if await digest_of(bitmaps) != message.digest:
             raise Disagreement("recover: the received maps do not have the digest that was sent with them")
         if self._releaser is not None:
