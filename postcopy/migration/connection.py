@@ -113,7 +113,8 @@ class Control(Generic[P]):
         """`PeerError` when the connection is broken, or the peer takes nothing: signs of life are not enough while a
         machine is paused for it. When it is cancelled a part of the message may have been sent: this connection can
         then only be closed."""
-        async with self._sending:
+        await self._acquire_sending()
+        try:
             if self._torn:
                 raise PeerError(self.protocol.reason or "the control connection is broken: a message was sent in part")
             await trio.lowlevel.checkpoint_if_cancelled()  # here, where nothing is torn by it
@@ -129,6 +130,14 @@ class Control(Generic[P]):
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise self._lost(error) from error
             self._torn = False
+        finally:
+            self._sending.release()
+
+    async def _acquire_sending(self) -> None:
+        try:
+            self._sending.acquire_nowait()  # no other task need run before a message leaves
+        except trio.WouldBlock:
+            await self._sending.acquire()
 
     async def receive(self, kind: type[M], timeout_s: float = math.inf) -> M:
         """The next message, which must be of this kind. `PeerError` when none will come any more, or not in time."""
@@ -140,6 +149,8 @@ class Control(Generic[P]):
     async def receive_any(self, timeout_s: float = math.inf, due: str = "what comes next") -> Message:
         """The next message, of any kind; `due` is the one that is expected."""
         try:
+            with contextlib.suppress(trio.WouldBlock):
+                return self._messages.receive_nowait()  # several may have come at once
             with trio.fail_after(timeout_s):
                 return await self._messages.receive()
         except trio.EndOfChannel:
@@ -173,7 +184,10 @@ class Control(Generic[P]):
                     self._unanswered = message
                     self._pinged.set()
                 elif not isinstance(message, Pong | Abort | Reject):  # the state says those two
-                    await self._arrived.send(message)
+                    try:
+                        self._arrived.send_nowait(message)
+                    except trio.WouldBlock:
+                        await self._arrived.send(message)
             if protocol.state is State.ABORTED:
                 # Our own `abort` or `reject` may be on its way, and what is raised here ends the task that sends it.
                 with trio.move_on_after(REASON_TIMEOUT_S):
