@@ -357,12 +357,11 @@ static void handle_removal(struct shard *shard, uint64_t start, uint64_t end)
 {
     struct pc_pager *pager = shard->pager;
     uint32_t count = pc_range_count(shard);
-    uint64_t fresh_pages = 0;
 
     for (uint32_t i = 0; i < count; i++) {
         const struct range *range = &shard->ranges[i];
         struct block *block = pager->blocks[range->block];
-        uint64_t page_bytes = block->memory.page_bytes, bytes = __atomic_load_n(&range->bytes, __ATOMIC_RELAXED);
+        uint64_t page_bytes = block->memory.page_bytes, bytes = __atomic_load_n(&range->bytes, __ATOMIC_RELAXED), fresh_pages = 0;
         uint64_t low = start > range->address ? start - range->address : 0, high, first, pages;
 
         if (!bytes || end <= range->address || low >= bytes)
@@ -388,9 +387,10 @@ static void handle_removal(struct shard *shard, uint64_t start, uint64_t end)
         __atomic_store_n(&shard->recheck, true, __ATOMIC_SEQ_CST);
         if (pc_bits_any(block->requested, first, pages))
             pc_wake_pages(shard, block, first, pages);
+        pc_count_received(block, fresh_pages);
+        COUNT(pager, zero_pages, fresh_pages);
+        pc_announce_received(pager, fresh_pages);
     }
-    COUNT(pager, zero_pages, fresh_pages);
-    pc_announce_received(pager, fresh_pages);
 }
 
 /* Handles as many events as one read gives; the loop comes back for more. */

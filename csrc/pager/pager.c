@@ -165,7 +165,7 @@ int pc_pager_stats(struct pc_pager *pager, struct pc_pager_stats *stats)
     (void)pc_metrics_stats(&pager->metrics, stats);
     for (uint32_t i = 0; i < blocks; i++) {
         const struct block *block = pager->blocks[i];
-        uint64_t received = pc_bits_count(block->received, 0, block->pages);
+        uint64_t received = block->pages - __atomic_load_n(&block->missing, __ATOMIC_SEQ_CST);
 
         stats->total_pages += block->pages;
         stats->total_bytes += block->memory.size_bytes;

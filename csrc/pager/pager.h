@@ -54,6 +54,7 @@ struct segment { /* part of a block guarded by one shard */
 struct block {
     struct pc_memory memory;
     uint64_t pages;
+    uint64_t missing; /* atomic: pages not received, or some more for a moment */
     uint64_t *requested, *claimed, *received, *zero, *lost;
     uint64_t maps_bytes; /* of one buffer, which `requested` begins and which has those that are not in `states`: */
     struct pc_states states; /* claimed, received and zero, when they are to outlive this pager */
@@ -202,7 +203,7 @@ struct pc_pager {
     size_t watch_count, watch_capacity; /* the count is read without the lock */
     int64_t last_ticket;
 
-    uint64_t missing;    /* atomic: pages not received; who takes the last one announces COMPLETE */
+    uint64_t missing;    /* atomic: the sum of those of the blocks; who takes the last one announces COMPLETE */
     uint64_t sweep_left; /* atomic: missing pages that all shards together may request */
     uint32_t completed;
     struct pc_metrics metrics;
@@ -235,6 +236,12 @@ static inline bool pc_block_has(const struct pc_pager *pager, uint32_t block, ui
 static inline uint32_t pc_range_count(const struct shard *shard)
 {
     return __atomic_load_n(&shard->range_count, __ATOMIC_ACQUIRE);
+}
+
+/* So many pages have just been set in `received`. */
+static inline void pc_count_received(struct block *block, uint64_t pages)
+{
+    (void)__atomic_fetch_sub(&block->missing, pages, __ATOMIC_SEQ_CST);
 }
 
 static inline uint64_t pc_page_address(const struct block *block, uint64_t page)

@@ -165,8 +165,10 @@ static int place_word(struct pc_pager *pager, const struct channel *channel, con
             }
         }
         error = place_run(shard, block, first, count, content + (first - frame->first_page) * block->memory.page_bytes, &done);
-        if (done)
+        if (done) {
             (void)pc_atomic_set(block->received, word, pc_bits_mask(word, first, done));
+            pc_count_received(block, done);
+        }
         if (shard->gated)
             pthread_mutex_unlock(&shard->gate);
         if (done) {
@@ -283,6 +285,7 @@ void pc_place_zeros(struct pc_pager *pager, const struct channel *channel, uint3
         pc_spend(progress, WORD_NS + pc_bits_popcount(waiting) * PLACE_NS);
         progress->done = (word + 1) * 64 - first;
     }
+    pc_count_received(block, fresh);
     COUNT(pager, zero_pages, fresh);
     if (duplicates)
         COUNT(pager, duplicate_pages, duplicates);

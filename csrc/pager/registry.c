@@ -101,7 +101,8 @@ static int add_block(struct pc_pager *pager, const struct pc_memory *memory, int
     if (index == -ENOSPC && pager->block_count < PC_MAX_BLOCKS) {
         index = (int)pager->block_count;
         pager->blocks[index] = block;
-        (void)__atomic_fetch_add(&pager->missing, block->pages - pc_bits_count(block->received, 0, block->pages), __ATOMIC_SEQ_CST);
+        block->missing = block->pages - pc_bits_count(block->received, 0, block->pages);
+        (void)__atomic_fetch_add(&pager->missing, block->missing, __ATOMIC_SEQ_CST);
         __atomic_store_n(&pager->completed, 0, __ATOMIC_SEQ_CST); /* COMPLETE was announced for fewer blocks: it will be again */
         __atomic_store_n(&pager->block_count, pager->block_count + 1, __ATOMIC_RELEASE);
     }
