@@ -27,6 +27,8 @@
 #include "postcopy/uffd.h"
 
 #define PENDING_MAX 16384 /* threads of one shard that wait, as far as they are accounted */
+#define PENDING_BUCKET_BITS 12
+#define PENDING_BUCKETS (1u << PENDING_BUCKET_BITS)
 #define MAX_SEGMENTS 64
 #define MAX_RANGES (PC_MAX_BLOCKS * MAX_SEGMENTS)
 #define RECEIVE_BYTES (PC_FRAME_HEADER_BYTES + PC_FRAME_MAX_PAYLOAD_BYTES)
@@ -76,9 +78,19 @@ struct fault { /* a thread of the machine that waits */
     uint32_t block;
     int32_t tid; /* 0: unknown */
     int slot;    /* -1: not a tracked thread */
+    uint16_t next_by_page, next_by_tid, older, newer; /* numbers of entries; a free one has the next free in `newer` */
     bool minor;
     bool unrequested; /* no request for its page is under way: there was no channel, no room, or the page was claimed */
     bool unresolved;  /* its page is received, and the kernel could not resolve the fault yet */
+};
+
+struct pending { /* the table of them, faults.c; 0 is the number of no entry */
+    struct fault faults[PENDING_MAX + 1];
+    uint16_t by_page[PENDING_BUCKETS], by_tid[PENDING_BUCKETS];
+    uint64_t marks[PENDING_BUCKETS / 64]; /* atomic, set by other threads: who waits for such a page is to be looked at */
+    uint16_t queued[SEND_BYTES / PC_FRAME_HEADER_BYTES]; /* whose requests are in shard.send */
+    uint32_t queued_count, count;
+    uint16_t used, free;
 };
 
 enum command_kind { COMMAND_ATTACH, COMMAND_PREFETCH, COMMAND_DISCONNECT, COMMAND_STOP };
@@ -133,8 +145,7 @@ struct shard {
 
     /* The fault thread's own from here on. Who waits (faults.c): */
     struct pc_shard_metrics *metrics;
-    struct fault *pending; /* PENDING_MAX of them */
-    size_t pending_count;
+    struct pending *pending;
     bool overflowed;  /* threads wait that found no place there */
     bool send_full;   /* faults are unrequested only for want of room in `send` */
     uint32_t repeats; /* faults in a row that were pending already */
@@ -292,13 +303,15 @@ int pc_handle_frame(struct pc_pager *pager, struct channel *channel, const struc
                     struct progress *progress);
 
 /* faults.c: the shard's fault thread, but the first. */
-void pc_recheck_soon(struct shard *shard); /* any thread */
+void pc_recheck_page(struct shard *shard, uint32_t block, uint64_t page); /* any thread: who waits for it is looked at, soon */
 void pc_read_events(struct shard *shard);
 void pc_uffd_unpollable(struct shard *shard);
 /* Accounts and forgets the threads that waited for these pages; they have been woken. */
 void pc_finish_faults(struct shard *shard, uint32_t block, uint64_t first, uint64_t pages, uint64_t received_ns);
 bool pc_resolve_zero(struct shard *shard, uint32_t index, uint64_t page, uint64_t received_ns);
 void pc_recheck_pending(struct shard *shard);
+void pc_requests_sent(struct shard *shard);
+void pc_requests_lost(struct shard *shard);
 void pc_request_pending(struct shard *shard);
 void pc_request_again(struct shard *shard);
 void pc_retry_later(struct shard *shard);

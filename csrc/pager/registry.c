@@ -146,7 +146,7 @@ void pc_shard_free(struct shard *shard)
         close(shard->control_fd);
     pc_buffer_free(shard->receive, RECEIVE_BYTES);
     pc_buffer_free(shard->send, SEND_BYTES);
-    pc_buffer_free(shard->pending, PENDING_MAX * sizeof(*shard->pending));
+    pc_buffer_free(shard->pending, sizeof(*shard->pending));
     pc_buffer_free(shard->ranges, MAX_RANGES * sizeof(*shard->ranges));
     pthread_mutex_destroy(&shard->gate);
     free(shard);
@@ -173,7 +173,7 @@ static struct shard *new_shard(struct pc_pager *pager, int uffd, const struct pc
     shard->channel = (struct channel){.own = shard, .kind = PC_CHANNEL_URGENT};
     shard->send = pc_buffer_new(SEND_BYTES);
     shard->receive = pc_buffer_new(RECEIVE_BYTES);
-    shard->pending = pc_buffer_new(PENDING_MAX * sizeof(*shard->pending));
+    shard->pending = pc_buffer_new(sizeof(*shard->pending));
     shard->ranges = pc_buffer_new(MAX_RANGES * sizeof(*shard->ranges));
     shard->control_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (shard->send && shard->receive && shard->pending && shard->ranges && shard->control_fd >= 0)

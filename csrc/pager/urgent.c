@@ -113,8 +113,7 @@ bool pc_queue_request(struct shard *shard, uint32_t block, uint64_t page, uint32
 
 static void close_stream(struct shard *shard, int error, const char *text)
 {
-    for (size_t i = 0; i < shard->pending_count; i++)
-        shard->pending[i].sent_ns = 0;
+    pc_requests_lost(shard);
     pc_stream_close(&shard->stream);
     shard->receive_start = shard->receive_end = 0;
     shard->frame_checked = shard->frames_left = shard->stalled = false;
@@ -142,15 +141,8 @@ static void flush_requests(struct shard *shard)
         shard->send_done += (size_t)sent;
     }
     if (queued) {
-        uint64_t now_ns = pc_now_ns();
-
         shard->send_bytes = shard->send_done = 0;
-        for (size_t i = shard->pending_count; i-- > 0;) {
-            struct fault *fault = &shard->pending[i];
-
-            if (fault->sent_ns == fault->event_ns)
-                fault->sent_ns = now_ns;
-        }
+        pc_requests_sent(shard);
         if (shard->send_full) {
             pc_request_pending(shard);
             shard->ahead_left = true; /* a turn at once: there is something to send */
