@@ -508,8 +508,8 @@ static void handle_removal(struct shard *shard, uint64_t start, uint64_t end)
     }
 }
 
-/* Handles as many events as one read gives; the loop comes back for more. */
-void pc_read_events(struct shard *shard)
+/* Handles as many events as one read gives; the loop comes back for more. Whether there were any. */
+bool pc_read_events(struct shard *shard)
 {
     struct uffd_msg messages[EVENTS_PER_READ];
     uint64_t now_ns;
@@ -527,7 +527,7 @@ void pc_read_events(struct shard *shard)
     if (shard->gated)
         pthread_mutex_unlock(&shard->gate);
     if (!count)
-        return;
+        return false;
     now_ns = pc_now_ns();
     COUNT(shard->pager, event_reads, 1);
     for (size_t i = 0; i < count; i++)
@@ -535,6 +535,7 @@ void pc_read_events(struct shard *shard)
             handle_fault(shard, &messages[i], now_ns);
     if (shard->gated && shard->retry_at_ns)
         shard->retry_at_ns = now_ns; /* what had to wait may have waited for this */
+    return true;
 }
 
 /* poll(2) says POLLERR of a blocking userfaultfd; another process that has the descriptor may have made it one. */

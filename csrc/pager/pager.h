@@ -129,6 +129,7 @@ struct shard {
     struct pc_pager *pager;
     uint32_t index;
     int uffd, control_fd;
+    int poll_fd; /* epoll(7) of what its thread waits for */
     uint64_t busy_poll_ns;
     struct pc_uffd_api api;
     bool gated; /* its userfaultfd tells what is taken away */
@@ -152,6 +153,8 @@ struct shard {
     uint64_t retry_at_ns, retry_ns; /* something could not be placed or resolved for the moment; 0: nothing */
     uint64_t unpollable_until_ns;
     bool unpollable_reported;
+    uint32_t uffd_watched, stream_watched; /* for what epoll(7) looks at them; 0: not at all */
+    uint32_t busy_turns;
 
     /* Its channel (urgent.c): */
     struct pc_stream stream;
@@ -305,7 +308,7 @@ int pc_handle_frame(struct pc_pager *pager, struct channel *channel, const struc
 
 /* faults.c: the shard's fault thread, but the first. */
 void pc_recheck_page(struct shard *shard, uint32_t block, uint64_t page); /* any thread: who waits for it is looked at, soon */
-void pc_read_events(struct shard *shard);
+bool pc_read_events(struct shard *shard);
 void pc_uffd_unpollable(struct shard *shard);
 /* Accounts and forgets the threads that waited for these pages; they have been woken. */
 void pc_finish_faults(struct shard *shard, uint32_t block, uint64_t first, uint64_t pages, uint64_t received_ns);
@@ -325,6 +328,7 @@ void pc_commands_free(struct command **stack);
 void pc_shard_notify(struct shard *shard); /* its loop takes another turn */
 /* Fault thread. False: there is no room. */
 bool pc_queue_request(struct shard *shard, uint32_t block, uint64_t page, uint32_t id_bits);
+bool pc_loop_init(struct shard *shard); /* before the thread; false and errno */
 void *pc_fault_thread(void *shard);
 
 /* prefetch.c: the shard's fault thread. */

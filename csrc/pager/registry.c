@@ -144,6 +144,8 @@ void pc_shard_free(struct shard *shard)
         close(shard->uffd);
     if (shard->control_fd >= 0)
         close(shard->control_fd);
+    if (shard->poll_fd >= 0)
+        close(shard->poll_fd);
     pc_buffer_free(shard->receive, RECEIVE_BYTES);
     pc_buffer_free(shard->send, SEND_BYTES);
     pc_buffer_free(shard->pending, sizeof(*shard->pending));
@@ -166,6 +168,7 @@ static struct shard *new_shard(struct pc_pager *pager, int uffd, const struct pc
     pc_lock_init(&shard->gate);
     shard->pager = pager;
     shard->uffd = uffd;
+    shard->poll_fd = -1;
     shard->api = *api;
     shard->stream.fd = -1;
     shard->busy_poll_ns = (uint64_t)busy_poll_us * 1000;
@@ -176,7 +179,8 @@ static struct shard *new_shard(struct pc_pager *pager, int uffd, const struct pc
     shard->pending = pc_buffer_new(sizeof(*shard->pending));
     shard->ranges = pc_buffer_new(MAX_RANGES * sizeof(*shard->ranges));
     shard->control_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-    if (shard->send && shard->receive && shard->pending && shard->ranges && shard->control_fd >= 0)
+    if (shard->send && shard->receive && shard->pending && shard->ranges && shard->control_fd >= 0 &&
+        pc_loop_init(shard))
         return shard;
     error = errno;
     pc_shard_free(shard);
