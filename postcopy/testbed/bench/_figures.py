@@ -203,7 +203,7 @@ async def measure_bulk_delay(rounds: int) -> list[Figure]:
     return [_ratio("fault p99 under bulk / idle", values, "p99", "idle-p99", 4.0)]
 
 
-async def _iperf3_bytes_per_s(size_bytes: int) -> float:
+async def iperf3_bytes_per_s(size_bytes: int) -> float:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         where = ("127.0.0.1", "-p", str(probe.getsockname()[1]))
     async with open_child(["iperf3", "-s", "-1", "-B", *where]):
@@ -225,7 +225,7 @@ async def measure_throughput(rounds: int) -> list[Figure]:
     size_bytes = 1 << 30
 
     async def iperf3() -> float:
-        return await _iperf3_bytes_per_s(size_bytes) / 1e9
+        return await iperf3_bytes_per_s(size_bytes) / 1e9
 
     async def engine() -> float:
         return float((await _warm_pair(size_bytes, bulk_channels=DEFAULT_BULK_CHANNELS))["bytes-per-s"]) / 1e9
