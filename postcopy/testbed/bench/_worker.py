@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process of a measurement: a source or a destination, of the engine or of the floor.
 
-Started by `_figures` with its connected sockets inherited; it prints ``ready``, waits for a line on its
+Started by `_common.pair` with its connected sockets inherited; it prints ``ready``, waits for a line on its
 standard input, does its part, prints one JSON object. A source serves until its standard input ends.
 
 Memory is made and filled here, in the process that uses it, and touched by C threads only.
