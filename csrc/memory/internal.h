@@ -7,6 +7,7 @@
  *   present.c  what is in it, without touching it
  *   content.c  digest, dump and load
  *   states.c   a state for each page that outlives its pager
+ *   dirty.c    which pages were written
  */
 #ifndef PC_MEMORY_INTERNAL_H
 #define PC_MEMORY_INTERNAL_H
