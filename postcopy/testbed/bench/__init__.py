@@ -10,6 +10,8 @@ is reported is the median over the rounds of the ratio within a round, so that a
 - ``bulk-delay``: p99 of such a fault while everything else is pushed at full speed, against the idle p99.
 - ``bulk``: incompressible memory pushed over loopback, against the least C program that receives and places as many
   bytes over as many connections, and against one iperf3 stream.
+- ``compress``: memory that compresses, and memory that does not, pushed over 100 Mbit/s and 1 Gbit/s with ``auto``,
+  against without compression.
 - ``sparse``: total time of a large kvm machine of which 256 MiB were touched, against a machine of 256 MiB.
 - ``rv64``: instructions a second of the interpreter, in the workloads dirty and random, against 100 million.
 - ``overhead``: resident memory of source and destination beside the machine's own, against its allowance.
@@ -49,6 +51,7 @@ FIGURES = {
     "pager-process": "_fault",
     "bulk-delay": "_fault",
     "bulk": "_bulk",
+    "compress": "_compress",
     "sparse": "_machine",
     "overhead": "_machine",
     "recovery-time": "_recovery",

@@ -13,6 +13,7 @@ both get the same share of it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -23,14 +24,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import trio
 
 from postcopy._native import ffi, lib
+from postcopy.dataplane.compression import ALL, Compression
 from postcopy.dataplane.pager import EventType, Pager
 from postcopy.dataplane.pageserver import PageServer
 from postcopy.errors import MigrationError, ResourceError, check
@@ -52,12 +55,14 @@ class Job(msgspec.Struct, frozen=True):
     host: str = "127.0.0.1"
     port: int = 0  # of the source; 0: this is the source
     cpus: tuple[int, ...] = ()  # the host's processors; any where empty
+    content: str = "random"  # or "text": Python's own sources, which compress as programs do
 
 
 class Take(msgspec.Struct, frozen=True):
     """One transfer of the whole memory."""
 
     kind: str  # "floor", "engine"
+    compress: str = "off"  # "lz4", "zstd", or "auto" for both and none of them
 
 
 # ---- in the worker
@@ -113,6 +118,9 @@ async def _send(job: Job, take: Take, memory: Memory, sockets: list[socket.socke
         server.attach_urgent(0, sockets[0].detach())
         for index, each in enumerate(sockets[1:]):
             server.attach_bulk(index, each.detach())
+        if take.compress != "off":
+            adaptive = take.compress == "auto"
+            server.set_compression(ALL if adaptive else Compression[take.compress.upper()], adaptive=adaptive)
         _say(ready=True)
         _line()
         server.start()
@@ -153,9 +161,22 @@ async def _receive(job: Job, take: Take, sockets: list[socket.socket]) -> float:
             return seconds
 
 
+def _fill(memory: Memory, content: str) -> None:
+    if content == "random":
+        lib.pc_bench_fill(memory.struct.base, memory.size_bytes, SEED)
+        return
+    at = 0
+    for path in itertools.cycle(sorted(Path(os.__file__).parent.glob("**/*.py"))):
+        data = path.read_bytes()[: memory.size_bytes - at]
+        ffi.memmove(memory.struct.base + at, data, len(data))
+        at += len(data)
+        if at == memory.size_bytes:
+            return
+
+
 async def _source(job: Job) -> None:
     with Memory.create("memfd", job.size_bytes) as memory, socket.create_server((job.host, 0)) as listener:
-        lib.pc_bench_fill(memory.struct.base, job.size_bytes, SEED)
+        _fill(memory, job.content)
         _say(port=listener.getsockname()[1])
         while line := _line():
             take = msgspec.json.decode(line, type=Take)
@@ -225,21 +246,36 @@ class Sides:
         raise MigrationError(f"a transfer did not end within {DEADLINE_S:.0f} s")
 
 
+Wrap = Callable[..., list[str]]
+"""Of a command: the command that runs it elsewhere."""
+
+
+def _here(*command: str) -> list[str]:
+    return list(command)
+
+
 @asynccontextmanager
 async def open_sides(
-    size_bytes: int, channels: int, *, host: str = "127.0.0.1", pin: bool = False
+    size_bytes: int,
+    channels: int,
+    *,
+    where: tuple[Wrap, Wrap] = (_here, _here),
+    host: str = "127.0.0.1",
+    content: str = "random",
+    pin: bool = False,
 ) -> AsyncIterator[Sides]:
-    """`pin`: each side has half of the processors to itself."""
+    """`where`: source and destination; `host`: the source's address there. `pin`: each side has half of the processors
+    to itself."""
     cpus = tuple(sorted(os.sched_getaffinity(0)))
     halves = (cpus[: len(cpus) // 2], cpus[len(cpus) // 2 :]) if pin and len(cpus) > 1 else ((), ())
 
-    def command(job: Job) -> list[str]:
-        return worker("_bulk", msgspec.json.encode(job).decode())
+    def side(number: int, port: int) -> AbstractAsyncContextManager[Child]:
+        job = Job(size_bytes, channels, host, port, halves[number], content)
+        command = where[number](*worker("_bulk", msgspec.json.encode(job).decode()))
+        return open_child(command, stdin=subprocess.PIPE)
 
-    async with open_child(command(Job(size_bytes, channels, host, cpus=halves[0])), stdin=subprocess.PIPE) as source:
-        job = Job(size_bytes, channels, host, (await _answer(source))["port"], cpus=halves[1])
-        async with open_child(command(job), stdin=subprocess.PIPE) as destination:
-            yield Sides(source, destination, size_bytes)
+    async with side(0, 0) as source, side(1, (await _answer(source))["port"]) as destination:
+        yield Sides(source, destination, size_bytes)
 
 
 async def _iperf3_bytes_per_s(size_bytes: int) -> float:
