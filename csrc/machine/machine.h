@@ -95,6 +95,8 @@ struct pc_machine {
     void *of_engine; /* struct pc_kvm */
     int event_fd;
     uint64_t disk_memory_align, disk_offset_align, disk_skew;
+    pthread_mutex_t dirty_lock;
+    struct pc_dirty_log *dirty_log; /* under dirty_lock; NULL: none */
 
     pthread_mutex_t lock;
     pthread_cond_t changed; /* want_run, stop, parked, transition */

@@ -5,8 +5,12 @@
  * The memory is registered with a userfaultfd for write-protection, with WP_ASYNC: the kernel lifts the protection of a page at the
  * first write by itself, wakes nothing and sends no event. PAGEMAP_SCAN then tells which pages are there without protection, that
  * is, were written, and protects them again in the same step; the next write of any thread is seen by the next scan. (Linux 6.7;
- * KVM's own page tables follow these. As no fault ever waits, a userfaultfd for faults of user mode only is as good.) A page that
- * is in no page table is not protected: the access that brings it there, be it a read, has it in the log.
+ * KVM's own page tables follow these. As no fault ever waits, a userfaultfd for faults of user mode only is as good.)
+ *
+ * A page that is in no page table was not written, with one exception: shared memory is taken out of them when it is swapped out, and
+ * leaves no trace there unless it was protected. So for a memfd the scan takes an empty entry for a written page too, and the file
+ * says which of those it holds. That scan protects empty entries by filling them, and makes page tables for it: hence it looks only
+ * at parts of the memory of which the file holds something, and a sparse machine costs what is in it.
  *
  * What a page table does not show is marked: in a map that `collect` takes at the same time, before it scans. A writer marks after it
  * has written, so that a mark which is taken too early is of a write that the scan's caller reads.
@@ -23,6 +27,7 @@
 #include "uffd/uffd_abi.h"
 
 #define REGIONS 2048 /* of one scan */
+#define PART_BYTES (UINT64_C(16) << 20)
 
 struct logged {
     struct pc_memory memory;
@@ -47,36 +52,64 @@ int pc_dirty_log_new(struct pc_dirty_log **out)
     return 0;
 }
 
-/* Write-protects what was written of a memory, and adds it to `words` unless that is NULL. */
-static int scan(const struct pc_dirty_log *log, const struct pc_memory *memory, uint64_t *words)
+/* Write-protects what was written of a part of a memory, and adds it to `words` unless that is NULL. */
+static int scan_part(const struct pc_dirty_log *log, const struct pc_memory *memory, uint64_t first_byte, uint64_t bytes,
+                     struct pc_pagemap_region *regions, uint64_t *words)
 {
-    struct pc_pagemap_region *regions = malloc(REGIONS * sizeof(*regions));
-    uint64_t base = (uint64_t)(uintptr_t)memory->base;
+    const uint64_t base = (uint64_t)(uintptr_t)memory->base, there = PC_PAGE_PRESENT | PC_PAGE_SWAPPED;
+    bool evictable = memory->kind == PC_MEMORY_MEMFD;
     struct pc_pagemap_query query = {
-        .start = base,
-        .end = base + memory->size_bytes,
+        .start = base + first_byte,
+        .end = base + first_byte + bytes,
         .flags = PC_SCAN_WP_MATCHING | PC_SCAN_CHECK_WPASYNC,
         .all_of = PC_PAGE_WRITTEN,
-        .returned = PC_PAGE_WRITTEN,
+        .any_of = evictable ? 0 : there,
+        .returned = PC_PAGE_WRITTEN | there,
     };
-    int error = regions ? 0 : -ENOMEM;
 
-    while (!error && query.start < query.end) {
+    while (query.start < query.end) {
         uint64_t walk_end = 0;
         int64_t got = pc_pagemap_scan(log->pagemap, &query, regions, REGIONS, &walk_end);
 
         if (got == -EINTR)
             continue;
         if (got < 0)
-            error = (int)got;
-        else if (walk_end <= query.start)
-            error = -EIO;
+            return (int)got;
+        if (walk_end <= query.start)
+            return -EIO;
         for (int64_t i = 0; i < got && words; i++) {
-            uint64_t first = (regions[i].start - base) / memory->page_bytes;
+            uint64_t first = regions[i].start - base, end = regions[i].end - base, page = first / memory->page_bytes;
+            int error = 0;
 
-            pc_bitmap_set_range(words, first, (regions[i].end - base - 1) / memory->page_bytes + 1 - first);
+            if (regions[i].categories & there)
+                pc_bitmap_set_range(words, page, (end - 1) / memory->page_bytes + 1 - page);
+            else
+                error = pc_range_present(memory->fd, 0, first, end - first, memory->page_bytes, words);
+            if (error)
+                return error;
         }
         query.start = walk_end;
+    }
+    return 0;
+}
+
+/* The same for all of a memory. */
+static int scan(const struct pc_dirty_log *log, const struct pc_memory *memory, uint64_t *words)
+{
+    struct pc_pagemap_region *regions = malloc(REGIONS * sizeof(*regions));
+    int error = regions ? 0 : -ENOMEM;
+
+    for (uint64_t first = 0, end; !error && first < memory->size_bytes; first = end) {
+        end = memory->size_bytes;
+        if (memory->kind == PC_MEMORY_MEMFD) { /* where the file has nothing, nothing was written */
+            off_t data = lseek(memory->fd, (off_t)first, SEEK_DATA);
+
+            if (data < 0 && errno == ENXIO)
+                break;
+            first = data < 0 ? first : (uint64_t)data - (uint64_t)data % PART_BYTES;
+            end = pc_least(first + PART_BYTES, end);
+        }
+        error = scan_part(log, memory, first, end - first, regions, words);
     }
     free(regions);
     return error;

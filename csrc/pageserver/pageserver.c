@@ -255,6 +255,7 @@ static void begin_push(struct pc_pageserver *server)
     const uint64_t one = 1;
 
     server->last_push = is_serving(server);
+    server->push_stopped = false;
     __atomic_store_n(&server->pushes, server->pushes + 1, __ATOMIC_RELEASE);
     for (uint32_t i = 0; i < PC_MAX_BULK_CHANNELS; i++)
         if (server->bulk[i].wake_fd >= 0)
@@ -272,6 +273,14 @@ int pc_pageserver_push(struct pc_pageserver *server)
         begin_push(server);
     pthread_mutex_unlock(&server->push_lock);
     return error;
+}
+
+int pc_pageserver_stop_push(struct pc_pageserver *server)
+{
+    pthread_mutex_lock(&server->push_lock);
+    server->push_stopped = !is_serving(server);
+    pthread_mutex_unlock(&server->push_lock);
+    return 0;
 }
 
 /* Under push_lock. */

@@ -160,7 +160,7 @@ static int push(struct channel *channel, char *text, size_t text_bytes)
         bool found;
 
         pthread_mutex_lock(&server->push_lock);
-        found = !is_stopping(server) && claim_run(server, &run);
+        found = !is_stopping(server) && !server->push_stopped && claim_run(server, &run);
         if (found)
             pace(server, run.pages * server->blocks[run.block]->page_bytes);
         changes = server->bandwidth_changes;

@@ -136,6 +136,7 @@ struct pc_pageserver {
     bool serving, stopping; /* atomic, changed under push_lock */
     uint64_t pushes;        /* how many there were, the one that is running included; atomic, changed under push_lock */
     bool last_push;         /* it began when the server was serving: none follows it; under push_lock */
+    bool push_stopped;      /* the present push is to end where it is, to be gone on with by the next one; under push_lock */
     uint64_t push_from;         /* atomic: where the push is to go on, as PLACE, or NO_PLACE */
     uint32_t cursor_block;
     uint64_t cursor_page;

@@ -87,6 +87,11 @@ class PageServer(CoreDataPlane):
         is attached later joins the next push, or this one when the server serves. `BusyError` during a push."""
         self._call("pushing pages", "push")
 
+    def stop_push(self) -> None:
+        """Has a push before `serve` end soon: what it has not sent is left to the next one. The channels end it as
+        always."""
+        self._call("stopping a push", "stop_push")
+
     def serve(self) -> None:
         """From here on memory must not change: requests are answered. Twice does no harm. `BusyError` during a push."""
         self._call("starting to serve pages", "serve")

@@ -172,6 +172,9 @@ int pc_pageserver_set_stale(struct pc_pageserver *server, uint32_t block, const 
  * memory may be written meanwhile: each run is copied first, and what was written is to be named by pc_pageserver_set_stale before
  * the next push. A channel attached later joins the next push, or this one where the server serves. -EBUSY during a push. */
 int pc_pageserver_push(struct pc_pageserver *server);
+/* Each bulk channel ends its push after the run that it is sending; what was not sent is left to the next push. No effect when there is
+ * no push, and from pc_pageserver_serve on. */
+int pc_pageserver_stop_push(struct pc_pageserver *server);
 /* The memory does not change any more: requests are answered from here on. Again: no effect. -EBUSY during a push. */
 int pc_pageserver_serve(struct pc_pageserver *server);
 /* Both: all of postcopy, after the pause. Again: no effect. */
