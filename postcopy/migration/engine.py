@@ -83,6 +83,8 @@ class Engine(abc.ABC, Generic[P, D]):
     """Make it, `run` it once; everything else may be looked at meanwhile."""
 
     SIDE: ClassVar[str]
+    attempt = 1
+    """Of its owner, who may have begun it again: see `may_try_again`."""
 
     def __init__(
         self,

@@ -126,6 +126,10 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
 
     # ---- looking at it
 
+    @property
+    def mode(self) -> Mode:
+        return self._policy.mode
+
     def _count(self, data: PageServer) -> Statistics:
         counted = data.statistics()
         if self._reported is not None:

@@ -52,7 +52,8 @@ def _source(machine: Mock) -> Mock:
     job.machine, job.migration_id, job.peer, job.failure = machine, "ff", "192.0.2.7:7777", None
     job.started_ns = job.completed_ns = job.ended_ns = 0
     job.status = "postcopy-active"
-    job.recoveries = Recoveries()
+    job.recoveries, job.attempt, job.mode = Recoveries(), 1, Mode.HYBRID
+    job.breakdown = Breakdown(stop_ns=90_000, first_run_ns=4_000)
     job.statistics.return_value = Statistics(
         downtime_ns=12_000_000, total_ns=0, total_bytes=64 * MIB, transferred_bytes=4192, page_bytes=4096,
         demand_pages=10, background_pages=50, zero_pages=40, requests=11, released_bytes=8192,
@@ -65,7 +66,8 @@ def _dest(machine: Mock) -> Mock:
     job.machine, job.migration_id, job.peer, job.failure = machine, "ff", "192.0.2.7:7777", None
     job.started_ns = job.completed_ns = job.ended_ns = 0
     job.status = "completed"
-    job.recoveries = Recoveries(2, 5, 9, 500_000_000)
+    job.recoveries, job.attempt = Recoveries(2, 5, 9, 500_000_000), 1
+    job.breakdown = Breakdown()
     job.latency = Histogram()
     for ns in (1000, 20_000, 70_000, 70_000, 2_000_000_000):
         job.latency.add(ns)
