@@ -6,6 +6,9 @@
  * pin faults into userfaultfd and waits, killably but ignoring other signals, so a vCPU in a transfer can only be paused
  * once its pages have come. Nothing here touches guest memory by itself.
  *
+ * What a transfer writes to pinned pages no page table shows: the pin has them in a dirty log as written, once, and the data may come
+ * after the log was read. So a read marks them, after it, whatever became of it.
+ *
  * Every argument comes from the guest and may be hostile: a request is checked whole before any of it is done.
  */
 #include <errno.h>
@@ -89,6 +92,26 @@ int pc_disk_geometry(struct pc_machine *machine, char *error, size_t error_bytes
     return 0;
 }
 
+int pc_machine_set_dirty_log(struct pc_machine *machine, struct pc_dirty_log *log)
+{
+    pthread_mutex_lock(&machine->dirty_lock);
+    machine->dirty_log = log;
+    pthread_mutex_unlock(&machine->dirty_lock);
+    return 0;
+}
+
+/* From the disk to guest memory. 0 or -errno. */
+static int read_disk(struct pc_machine *machine, uint8_t *memory, uint64_t bytes, uint64_t offset)
+{
+    int error = pc_pread_all(machine->config.disk_fd, memory, bytes, offset);
+
+    pthread_mutex_lock(&machine->dirty_lock);
+    if (machine->dirty_log)
+        pc_dirty_log_mark(machine->dirty_log, (uint64_t)(uintptr_t)memory, bytes);
+    pthread_mutex_unlock(&machine->dirty_lock);
+    return error;
+}
+
 uint32_t pc_disk_request(struct pc_vcpu *vcpu, uint32_t op, uint64_t slice_offset, uint64_t gpa, uint64_t bytes)
 {
     struct pc_machine *machine = vcpu->machine;
@@ -104,7 +127,7 @@ uint32_t pc_disk_request(struct pc_vcpu *vcpu, uint32_t op, uint64_t slice_offse
         return PCG_DISK_BAD_REQUEST;
     }
     offset = vcpu->index * slice_bytes + slice_offset;
-    if (op == PCG_DISK_WRITE ? pc_pwrite_all(fd, memory, bytes, offset) : pc_pread_all(fd, memory, bytes, offset)) {
+    if (op == PCG_DISK_WRITE ? pc_pwrite_all(fd, memory, bytes, offset) : read_disk(machine, memory, bytes, offset)) {
         atomic_fetch_add(&machine->disk_errors, 1);
         return PCG_DISK_IO_ERROR;
     }

@@ -26,6 +26,7 @@ static void destroy(struct pc_machine *machine)
     if (machine->event_fd >= 0)
         close(machine->event_fd);
     pthread_cond_destroy(&machine->changed);
+    pthread_mutex_destroy(&machine->dirty_lock);
     pthread_mutex_destroy(&machine->lock);
     free(machine);
 }
@@ -87,6 +88,7 @@ int pc_machine_open(const struct pc_machine_config *config, struct pc_machine **
     machine->event_fd = -1;
     atomic_store(&machine->references, 1);
     pthread_mutex_init(&machine->lock, NULL);
+    pthread_mutex_init(&machine->dirty_lock, NULL);
     pthread_condattr_init(&attributes);
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
     pthread_cond_init(&machine->changed, &attributes);

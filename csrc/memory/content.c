@@ -68,7 +68,7 @@ static int walk_file(int fd, uint64_t file_offset, uint64_t bytes, uint64_t page
 
     if (!present)
         return -ENOMEM;
-    result = pc_range_present(fd, file_offset, bytes, page_bytes, present);
+    result = pc_range_present(fd, file_offset, file_offset, bytes, page_bytes, present);
     if (!result)
         result = walk(fd, file_offset, NULL, bytes, page_bytes, present, visit, context);
     free(present);

@@ -7,6 +7,7 @@
  *   present.c  what is in it, without touching it
  *   content.c  digest, dump and load
  *   states.c   a state for each page that outlives its pager
+ *   dirty.c    which pages were written
  */
 #ifndef PC_MEMORY_INTERNAL_H
 #define PC_MEMORY_INTERNAL_H
@@ -44,7 +45,7 @@ const char *pc_human(uint64_t bytes, char *out, size_t cap);
 int pc_read_full(int fd, uint64_t offset, void *buffer, uint64_t bytes, uint64_t end, uint64_t slack);
 /* Whether a file has `end` bytes, but for some of the last `slack`: 0, or -ENODATA. */
 int pc_file_holds(int fd, uint64_t end, uint64_t slack);
-/* Sets the bit of every page of a range of a file, which page 0 begins, that may hold data. 0 or -errno. */
-int pc_range_present(int fd, uint64_t first_byte, uint64_t bytes, uint64_t page_bytes, uint64_t *words);
+/* Sets the bit of every page of [first_byte, first_byte + bytes) of a file that may hold data; page 0 begins at `origin`. 0 or -errno. */
+int pc_range_present(int fd, uint64_t origin, uint64_t first_byte, uint64_t bytes, uint64_t page_bytes, uint64_t *words);
 
 #endif

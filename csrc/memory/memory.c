@@ -131,6 +131,18 @@ int pc_memory_discard(const struct pc_memory *memory, uint64_t address, uint64_t
     return result ? -errno : 0;
 }
 
+int pc_memory_discard_pages(const struct pc_memory *memory, const uint64_t *words)
+{
+    uint64_t pages = memory->size_bytes / memory->page_bytes, base = (uint64_t)(uintptr_t)memory->base, end;
+    int error = 0;
+
+    for (uint64_t page = 0; !error && (page = pc_bitmap_next(words, pages, page, 1)) < pages; page = end) {
+        end = pc_bitmap_next(words, pages, page, 0);
+        error = pc_memory_discard(memory, base + page * memory->page_bytes, (end - page) * memory->page_bytes);
+    }
+    return error;
+}
+
 void pc_bytes_copy(uint64_t to_address, uint64_t from_address, uint64_t bytes)
 {
     memcpy((void *)(uintptr_t)to_address, (const void *)(uintptr_t)from_address, bytes);

@@ -61,7 +61,7 @@ int pc_file_holds(int fd, uint64_t end, uint64_t slack)
     return (uint64_t)file_bytes < end && end - (uint64_t)file_bytes >= slack ? -ENODATA : 0;
 }
 
-int pc_range_present(int fd, uint64_t first_byte, uint64_t bytes, uint64_t page_bytes, uint64_t *words)
+int pc_range_present(int fd, uint64_t origin, uint64_t first_byte, uint64_t bytes, uint64_t page_bytes, uint64_t *words)
 {
     uint64_t end = first_byte + bytes;
     off_t data, hole;
@@ -71,7 +71,7 @@ int pc_range_present(int fd, uint64_t first_byte, uint64_t bytes, uint64_t page_
         if (data < 0 && errno != ENXIO && errno != EINVAL && errno != ENOTSUP)
             return -errno;
         if (data < 0 && errno != ENXIO) { /* a file system that does not tell has data everywhere */
-            set_bytes(words, at - first_byte, bytes, page_bytes);
+            set_bytes(words, at - origin, end - origin, page_bytes);
             return 0;
         }
         if (data < 0 || (uint64_t)data >= end)
@@ -81,7 +81,7 @@ int pc_range_present(int fd, uint64_t first_byte, uint64_t bytes, uint64_t page_
             return -errno;
         if (hole < 0) /* the file was cut off just now; reading will say so */
             hole = (off_t)end;
-        set_bytes(words, (uint64_t)data - first_byte, pc_least((uint64_t)hole, end) - first_byte, page_bytes);
+        set_bytes(words, (uint64_t)data - origin, pc_least((uint64_t)hole, end) - origin, page_bytes);
     }
     return 0;
 }
@@ -90,7 +90,7 @@ int pc_file_present(int fd, uint64_t size_bytes, uint64_t page_bytes, uint64_t *
 {
     int error = page_bytes && size_bytes <= INT64_MAX ? pc_file_holds(fd, size_bytes, page_bytes) : -EINVAL;
 
-    return error ? error : pc_range_present(fd, 0, size_bytes, page_bytes, present_words);
+    return error ? error : pc_range_present(fd, 0, 0, size_bytes, page_bytes, present_words);
 }
 
 /* By PAGEMAP_SCAN. -ENOTTY on kernels before 6.7. */

@@ -85,7 +85,8 @@ void pc_bulk_reap(struct bulk *bulk)
 {
     if (bulk->started)
         pthread_join(bulk->thread, NULL);
-    bulk->started = bulk->channel.ended = bulk->channel.error_reported = false;
+    bulk->started = bulk->channel.error_reported = false;
+    bulk->channel.ended = 0;
     pc_stream_close(&bulk->stream);
     pc_buffer_free(bulk->buffer, PC_FRAME_MAX_PAYLOAD_BYTES);
     bulk->buffer = NULL;

@@ -18,7 +18,7 @@
  *   claimed    one thread places this page, or the page is zero: a second writer drops its copy. Content reaches a page
  *              once, so a late duplicate can never overwrite what the machine wrote. Taken back where the page could not
  *              be placed.
- *   received   the content is there, or is known to be zero. Never cleared. `missing` counts the pages without it.
+ *   received   the content is there, or is known to be zero. Cleared only before the machine runs (precopy): pc_pager_forget. `missing` counts the pages without it.
  *   zero       received, and zero: nothing was placed. A fault on it is answered here with UFFDIO_ZEROPAGE.
  *   lost       requested on a channel that was lost, and to be requested again ahead of any fault. The fault thread's own
  *
@@ -96,6 +96,7 @@ static int new_pager(const struct pc_metrics *metrics, struct pc_pager **out)
     }
     pc_metrics_none_waits(metrics->map);
     pager->metrics = *metrics;
+    pager->pushes = 1;
     pthread_mutex_init(&pager->lock, NULL);
     pthread_mutex_init(&pager->channel_lock, NULL);
     pthread_cond_init(&pager->disconnected, NULL);
@@ -141,6 +142,49 @@ int pc_pager_set_zero(struct pc_pager *pager, uint32_t block, const uint64_t *ze
         end = pc_bits_next(zero_words, pages, first, false);
         pc_place_zeros(pager, &none, block, first, end - first, 0, &progress);
     }
+}
+
+int pc_pager_forget(struct pc_pager *pager, uint32_t index, const uint64_t *stale_words)
+{
+    struct block *block;
+    uint64_t stale, forgotten = 0, zeros = 0;
+    int error = 0;
+
+    if (index >= pc_block_count(pager))
+        return -EINVAL;
+    block = pager->blocks[index];
+    stale = pc_bits_count(stale_words, 0, block->pages);
+    pthread_mutex_lock(&pager->watch_lock);
+    if (pager->watch_count) /* one knows no more where it began */
+        error = -EBUSY;
+    pthread_mutex_unlock(&pager->watch_lock);
+    if (error || !stale)
+        return error;
+    /* As if all of them were forgotten, then what is not: `missing` is never less than what is missing. */
+    (void)__atomic_fetch_add(&pager->missing, stale, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&pager->completed, 0, __ATOMIC_SEQ_CST);
+    for (uint64_t word = 0; word < pc_bitmap_words(block->pages); word++) {
+        uint64_t here = stale_words[word] & pc_bits_mask(word, 0, block->pages) & pc_bits_word(block->received, word);
+
+        if (!here)
+            continue;
+        /* A thread that waited for one of them has been woken: nothing waits for what is received, so no request is lost. And none of them
+         * is placed by anyone before `claimed`, the last of it, is cleared. */
+        here &= __atomic_fetch_and(&block->received[word], ~here, __ATOMIC_SEQ_CST);
+        zeros += pc_bits_popcount(here & __atomic_fetch_and(&block->zero[word], ~here, __ATOMIC_SEQ_CST));
+        pc_atomic_clear(block->requested, word, here);
+        pc_atomic_clear(block->claimed, word, here);
+        forgotten += pc_bits_popcount(here);
+    }
+    COUNT(pager, zero_pages, -zeros);
+    pc_announce_received(pager, stale - forgotten);
+    return 0;
+}
+
+int pc_pager_expect_push(struct pc_pager *pager)
+{
+    (void)__atomic_fetch_add(&pager->pushes, 1, __ATOMIC_SEQ_CST);
+    return 0;
 }
 
 int pc_pager_track_thread(struct pc_pager *pager, uint32_t slot, int32_t tid)

@@ -95,7 +95,7 @@ struct channel { /* what urgent and bulk have in common; its thread's own */
     struct shard *own; /* the shard whose fault thread this is; NULL: a bulk thread, or a caller */
     int kind;
     uint32_t index;
-    bool ended;          /* has said that every page was offered */
+    uint64_t ended;      /* the last push that it has ended */
     bool error_reported; /* that the source could not serve a page of it: once */
 };
 
@@ -205,6 +205,7 @@ struct pc_pager {
     uint64_t missing;    /* atomic: pages not received; who takes the last one announces COMPLETE */
     uint64_t sweep_left; /* atomic: missing pages that all shards together may request */
     uint32_t completed;
+    uint64_t pushes; /* atomic: how many the source may have begun */
     struct pc_metrics metrics;
 };
 

@@ -343,6 +343,7 @@ int pc_handle_frame(struct pc_pager *pager, struct channel *channel, const struc
                     struct progress *progress)
 {
     uint64_t received_ns = frame->flags & PC_FRAME_DEMAND ? pc_now_ns() : 0;
+    uint64_t pushes = __atomic_load_n(&pager->pushes, __ATOMIC_SEQ_CST);
 
     pc_spend(progress, FRAME_NS);
     switch (frame->type) {
@@ -354,9 +355,9 @@ int pc_handle_frame(struct pc_pager *pager, struct channel *channel, const struc
     case PC_FRAME_END:
         if (channel->kind != PC_CHANNEL_BULK)
             REFUSE("a frame of type %u does not belong here", frame->type);
-        if (channel->ended)
+        if (channel->ended == pushes)
             REFUSE("the source says a second time that every page was offered");
-        channel->ended = true;
+        channel->ended = pushes;
         pc_events_push(&pager->events, PC_EVENT_BULK_END, channel->kind, (int)channel->index, 0, "every page has been offered");
         return 0;
     default:

@@ -4,6 +4,7 @@
  */
 #include <errno.h>
 #include <stdlib.h>
+#include <sys/eventfd.h>
 #include <unistd.h>
 
 #include "pageserver/server.h"
@@ -91,6 +92,7 @@ int pc_pageserver_new(uint64_t max_bandwidth_bytes_per_s, struct pc_pageserver *
         channel->kind = i < PC_MAX_SHARDS ? PC_CHANNEL_URGENT : PC_CHANNEL_BULK;
         channel->index = i < PC_MAX_SHARDS ? i : i - PC_MAX_SHARDS;
         channel->stream.fd = -1;
+        channel->wake_fd = -1;
     }
     *out = server;
     return 0;
@@ -134,7 +136,7 @@ int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory
     block->unsent = block->pages;
     pthread_mutex_lock(&server->lock);
     pthread_mutex_lock(&server->push_lock);
-    if (is_serving(server)) {
+    if (is_serving(server) || server->pushes) {
         index = -EBUSY;
     } else if (block_count(server) < PC_MAX_BLOCKS) {
         index = (int)block_count(server);
@@ -157,7 +159,7 @@ int pc_pageserver_set_present(struct pc_pageserver *server, uint32_t index, cons
     pthread_mutex_lock(&server->push_lock);
     if (index >= block_count(server)) {
         error = -EINVAL;
-    } else if (is_serving(server)) {
+    } else if (is_serving(server) || server->pushes) {
         error = -EBUSY;
     } else {
         block = server->blocks[index];
@@ -208,6 +210,113 @@ int pc_pageserver_set_received(struct pc_pageserver *server, uint32_t index, con
     return error;
 }
 
+/* ---- pushing ---- */
+
+/* Under push_lock. A channel that is lost has ended its push. */
+static bool is_pushing(const struct pc_pageserver *server)
+{
+    for (uint32_t i = 0; i < PC_MAX_BULK_CHANNELS; i++)
+        if (is_running(&server->bulk[i]) && __atomic_load_n(&server->bulk[i].pushed, __ATOMIC_ACQUIRE) != server->pushes)
+            return true;
+    return false;
+}
+
+int pc_pageserver_set_stale(struct pc_pageserver *server, uint32_t index, const uint64_t *stale_words)
+{
+    int error = 0;
+
+    pthread_mutex_lock(&server->push_lock);
+    if (index >= block_count(server)) {
+        error = -EINVAL;
+    } else if (is_serving(server) || is_pushing(server)) {
+        error = -EBUSY;
+    } else {
+        struct source_block *block = server->blocks[index];
+
+        for (uint64_t word = 0; word < block->words; word++) {
+            uint64_t again = stale_words[word] & block->sent[word];
+
+            if (!again)
+                continue;
+            ADD(server, sent_pages, -pc_bits_popcount(again & block->present[word]));
+            ADD(server, zero_pages, -pc_bits_popcount(again & ~block->present[word]));
+            block->unsent += pc_bits_popcount(again);
+            block->present[word] |= again;
+            block->sent[word] &= ~again;
+        }
+    }
+    pthread_mutex_unlock(&server->push_lock);
+    return error;
+}
+
+/* Under push_lock. */
+static void begin_push(struct pc_pageserver *server)
+{
+    const uint64_t one = 1;
+
+    server->last_push = is_serving(server);
+    server->push_stopped = false;
+    __atomic_store_n(&server->pushes, server->pushes + 1, __ATOMIC_RELEASE);
+    for (uint32_t i = 0; i < PC_MAX_BULK_CHANNELS; i++)
+        if (server->bulk[i].wake_fd >= 0)
+            (void)!write(server->bulk[i].wake_fd, &one, sizeof(one));
+}
+
+int pc_pageserver_push(struct pc_pageserver *server)
+{
+    int error = 0;
+
+    pthread_mutex_lock(&server->push_lock);
+    if (is_pushing(server))
+        error = -EBUSY;
+    else
+        begin_push(server);
+    pthread_mutex_unlock(&server->push_lock);
+    return error;
+}
+
+int pc_pageserver_stop_push(struct pc_pageserver *server)
+{
+    pthread_mutex_lock(&server->push_lock);
+    server->push_stopped = !is_serving(server);
+    pthread_mutex_unlock(&server->push_lock);
+    return 0;
+}
+
+/* Under push_lock. */
+static int serve(struct pc_pageserver *server)
+{
+    if (is_serving(server))
+        return 0;
+    if (is_pushing(server))
+        return -EBUSY;
+    __atomic_store_n(&server->serving, true, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&server->push_changed);
+    return 0;
+}
+
+int pc_pageserver_serve(struct pc_pageserver *server)
+{
+    int error;
+
+    pthread_mutex_lock(&server->push_lock);
+    error = serve(server);
+    pthread_mutex_unlock(&server->push_lock);
+    return error;
+}
+
+int pc_pageserver_start(struct pc_pageserver *server)
+{
+    int error;
+
+    pthread_mutex_lock(&server->push_lock);
+    error = serve(server);
+    if (!error && !server->last_push)
+        begin_push(server);
+    pthread_mutex_unlock(&server->push_lock);
+    return error;
+}
+
 /* ---- channels ---- */
 
 /* Joins a thread that has ended or been shut down, and frees what its channel had. Its caller has the lock, or `disconnecting`. */
@@ -224,6 +333,23 @@ static void reap(struct channel *channel)
     channel->batch = NULL;
 }
 
+/* In which push a new bulk channel takes part first. */
+static int join_push(struct channel *channel)
+{
+    struct pc_pageserver *server = channel->server;
+    int error = 0;
+
+    pthread_mutex_lock(&server->push_lock);
+    if (channel->wake_fd < 0)
+        channel->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (channel->wake_fd < 0)
+        error = -errno;
+    __atomic_store_n(&channel->pushed, server->last_push ? 0 : server->pushes, __ATOMIC_RELEASE);
+    __atomic_store_n(&channel->running, !error, __ATOMIC_RELEASE); /* with that: who begins a push sees that it is not over */
+    pthread_mutex_unlock(&server->push_lock);
+    return error;
+}
+
 /* All that the channel will need, before it is one. */
 static int start(struct channel *channel)
 {
@@ -234,9 +360,12 @@ static int start(struct channel *channel)
     channel->batch = calloc(1, sizeof(*channel->batch));
     if (!channel->staging || !channel->batch)
         return -ENOMEM;
+    error = channel->kind == PC_CHANNEL_BULK ? join_push(channel) : 0;
+    if (error)
+        return error;
     channel->repetitions = 0;
     channel->has_reported = false;
-    __atomic_store_n(&channel->running, true, __ATOMIC_RELAXED);
+    __atomic_store_n(&channel->running, true, __ATOMIC_RELEASE);
     error = pc_thread_start(&channel->thread, channel_thread, channel);
     channel->started = !error;
     if (error)
@@ -280,15 +409,6 @@ int pc_pageserver_attach_urgent(struct pc_pageserver *server, uint32_t shard, in
 int pc_pageserver_attach_bulk(struct pc_pageserver *server, uint32_t channel, int fd)
 {
     return attach(server, channel < PC_MAX_BULK_CHANNELS ? &server->bulk[channel] : NULL, fd, 0);
-}
-
-int pc_pageserver_start(struct pc_pageserver *server)
-{
-    pthread_mutex_lock(&server->push_lock);
-    __atomic_store_n(&server->serving, true, __ATOMIC_RELEASE);
-    pthread_cond_broadcast(&server->push_changed);
-    pthread_mutex_unlock(&server->push_lock);
-    return 0;
 }
 
 int pc_pageserver_set_bandwidth(struct pc_pageserver *server, uint64_t max_bandwidth_bytes_per_s)
@@ -356,6 +476,9 @@ void pc_pageserver_free(struct pc_pageserver *server)
     (void)pc_pageserver_disconnect(server);
     for (uint32_t i = 0; i < block_count(server); i++)
         free_block(server->blocks[i]);
+    for (uint32_t i = 0; i < PC_MAX_BULK_CHANNELS; i++)
+        if (server->bulk[i].wake_fd >= 0)
+            close(server->bulk[i].wake_fd);
     pc_events_destroy(&server->events);
     pthread_cond_destroy(&server->push_changed);
     pthread_cond_destroy(&server->connectable);

@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Bulk channels: pages that have not been sent yet, in runs, at no more than the bandwidth.
+ * Bulk channels: pages that have not been sent yet, in runs, at no more than the bandwidth, push by push.
  */
 #include <errno.h>
+#include <poll.h>
+#include <unistd.h>
 
 #include "pageserver/server.h"
 
@@ -68,22 +70,36 @@ static void pace(struct pc_pageserver *server, uint64_t bytes)
     }
 }
 
+/* A copy of memory that may be written meanwhile. By words that are loaded once each: checksum and content are those of the copy. */
+static const uint8_t *copy_live(struct channel *channel, const uint8_t *memory, uint64_t bytes)
+{
+    const uint64_t *from = (const uint64_t *)(const void *)memory;
+    uint64_t *to = (uint64_t *)(void *)channel->staging;
+
+    for (uint64_t i = 0; i < bytes / sizeof(*to); i++)
+        to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
+    return channel->staging;
+}
+
 /* Sends a run as frames of content and of nothing, alternating as the pages do. */
 static int push_run(struct channel *channel, struct batch *batch, const struct run *run, char *text, size_t text_bytes)
 {
     struct pc_pageserver *server = channel->server;
     const struct source_block *block = server->blocks[run->block];
+    bool live = !is_serving(server);
     const uint8_t *content;
     uint64_t at = 0;
     int error;
 
-    if (block->memory.base)
+    if (block->memory.base && !live)
         pin(channel, run->block, run->first_page, run->pages);
     content = pc_page_content(channel, batch, block, run->first_page, run->pages, &error, text, text_bytes);
     if (!content) {
         channel->has_reported = pc_pageserver_unreadable(channel, -error, text);
         return error;
     }
+    if (block->memory.base && live)
+        content = copy_live(channel, content, run->pages * block->page_bytes);
     while (at < run->pages) {
         const uint8_t *begin = content + at * block->page_bytes;
         struct pc_frame frame = {.block = (uint16_t)run->block, .first_page = run->first_page + at};
@@ -110,21 +126,18 @@ static int push_run(struct channel *channel, struct batch *batch, const struct r
     return pc_batch_send(batch, channel);
 }
 
-int pc_channel_push(struct channel *channel, char *text, size_t text_bytes)
+/* Sends what has not been sent, by turns with the other channels, and that this was all. */
+static int push(struct channel *channel, char *text, size_t text_bytes)
 {
-    struct batch *batch = channel->batch;
     struct pc_pageserver *server = channel->server;
-    uint8_t unexpected;
     int error = 0;
 
-    if (!pc_pageserver_wait_serving(server))
-        return -ECANCELED;
-    for (;;) {
+    while (!error) {
         struct run run;
         bool found;
 
         pthread_mutex_lock(&server->push_lock);
-        found = !is_stopping(server) && claim_run(server, &run);
+        found = !is_stopping(server) && !server->push_stopped && claim_run(server, &run);
         if (found)
             pace(server, run.pages * server->blocks[run.block]->page_bytes);
         pthread_mutex_unlock(&server->push_lock);
@@ -132,17 +145,54 @@ int pc_channel_push(struct channel *channel, char *text, size_t text_bytes)
             return -ECANCELED;
         if (!found)
             break;
-        error = push_run(channel, batch, &run, text, text_bytes);
-        if (error)
-            return error;
+        error = push_run(channel, channel->batch, &run, text, text_bytes);
     }
-    pc_batch_add(batch, (struct pc_frame){.type = PC_FRAME_END}, NULL, 0);
-    error = pc_batch_send(batch, channel);
     if (error)
         return error;
-    pc_events_push(&server->events, PC_EVENT_BULK_END, PC_CHANNEL_BULK, (int)channel->index, 0,
-                   "every page has been offered");
-    /* The destination says nothing here: this is the wait for its end. */
-    error = pc_stream_read_all(&channel->stream, &unexpected, 1);
-    return error ? error : pc_fail(EBADMSG, text, text_bytes, "the destination spoke on a bulk channel");
+    pc_batch_add(channel->batch, (struct pc_frame){.type = PC_FRAME_END}, NULL, 0);
+    return pc_batch_send(channel->batch, channel);
+}
+
+/* Waits until there is a push that this channel has not ended: its number in *number. Else why the connection ends; the destination
+ * says nothing here but that. */
+static int wait_push(struct channel *channel, uint64_t *number, char *text, size_t text_bytes)
+{
+    struct pc_pageserver *server = channel->server;
+    struct pollfd ready[] = {{.fd = channel->stream.fd, .events = POLLIN}, {.fd = channel->wake_fd, .events = POLLIN}};
+
+    for (;;) {
+        uint64_t wakes;
+        uint8_t unexpected;
+
+        if (is_stopping(server))
+            return -ECANCELED;
+        *number = __atomic_load_n(&server->pushes, __ATOMIC_ACQUIRE);
+        if (*number != channel->pushed)
+            return 0;
+        if (poll(ready, 2, -1) < 0 && errno != EINTR)
+            return -errno;
+        if (ready[1].revents)
+            (void)!read(channel->wake_fd, &wakes, sizeof(wakes));
+        if (ready[0].revents) {
+            int error = pc_stream_read_all(&channel->stream, &unexpected, 1);
+
+            return error ? error : pc_fail(EBADMSG, text, text_bytes, "the destination spoke on a bulk channel");
+        }
+    }
+}
+
+int pc_channel_push(struct channel *channel, char *text, size_t text_bytes)
+{
+    for (;;) {
+        uint64_t number;
+        int error = wait_push(channel, &number, text, text_bytes);
+
+        if (!error)
+            error = push(channel, text, text_bytes);
+        if (error)
+            return error;
+        __atomic_store_n(&channel->pushed, number, __ATOMIC_RELEASE); /* before the event: its reader may push again */
+        pc_events_push(&channel->server->events, PC_EVENT_BULK_END, PC_CHANNEL_BULK, (int)channel->index, 0,
+                       "every page has been offered");
+    }
 }

@@ -7,8 +7,10 @@
  * connection. A bulk channel has a thread that claims runs of pages not yet sent, from a cursor that all bulk threads
  * share and every request moves to the page after its own: what the machine touches next is most likely near.
  *
- * The machine is paused for good when the server is started, so that memory is read without a lock and sent straight
- * from where it lies. Pages that are absent (never touched) are known to be zero without being read; those that turn out
+ * From pc_pageserver_serve on the machine is paused for good, so that memory is read without a lock and sent straight
+ * from where it lies. Before that it may be pushed (precopy), in rounds: each run is copied first, and zeros, checksum and
+ * content are those of the copy; one that was torn by a write goes again, since who pushes asks the dirty log afterwards.
+ * Pages that are absent (never touched) are known to be zero without being read; those that turn out
  * to be all zero are sent as a run of zeros.
  *
  *   pageserver.c  blocks, channels and their threads, the public calls
@@ -88,6 +90,8 @@ struct channel {
     uint8_t *staging; /* where pages of a block without a mapping are read to */
     size_t staging_bytes;
     struct batch *batch;
+    int wake_fd;     /* bulk: an eventfd, from its first connection until the server is freed; under push_lock */
+    uint64_t pushed; /* bulk: the last push that it has ended; atomic */
     uint64_t pins[REQUESTS_PER_TURN]; /* atomic: what the batch on its way out points at, as PLACE_RUN */
     uint32_t pin_count;               /* atomic */
     uint64_t repetitions;
@@ -110,6 +114,9 @@ struct pc_pageserver {
     pthread_mutex_t push_lock;
     pthread_cond_t push_changed; /* CLOCK_MONOTONIC */
     bool serving, stopping; /* atomic, changed under push_lock */
+    uint64_t pushes;        /* how many there were, the one that is running included; atomic, changed under push_lock */
+    bool last_push;         /* it began when the server was serving: none follows it; under push_lock */
+    bool push_stopped;      /* the present push is to end where it is, to be gone on with by the next one; under push_lock */
     uint64_t push_from;         /* atomic: where the push is to go on, as PLACE, or NO_PLACE */
     uint32_t cursor_block;
     uint64_t cursor_page;
@@ -145,7 +152,7 @@ const uint8_t *pc_page_content(struct channel *channel, struct batch *batch, con
 int pc_channel_answer(struct channel *channel, char *text, size_t text_bytes);
 int pc_channel_push(struct channel *channel, char *text, size_t text_bytes);
 
-/* pageserver.c. Waits until the server is started: true, or false when it is being stopped. Without a lock once it is. */
+/* pageserver.c. Waits until the server serves: true, or false when it is being stopped. Without a lock once it does. */
 bool pc_pageserver_wait_serving(struct pc_pageserver *server);
 /* A page's content cannot be had, and no other connection would serve it. Reported once between two disconnections: events wait in
  * memory for who takes them, and a peer may ask as often as it likes. Whether it was now. */

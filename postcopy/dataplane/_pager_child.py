@@ -87,11 +87,10 @@ class PagerChild:
         return result
 
     def _set_zero(self, fds: list[int], block: int, words: int) -> int:
-        """Descriptor: a memfd with the map."""
-        with mmap.mmap(fds[0], 8 * words, prot=mmap.PROT_READ) as view:
-            copy: Any = ffi.new("uint64_t[]", words)
-            ffi.memmove(copy, view, 8 * words)
-        return lib.pc_pager_set_zero(self._pager, block, copy)
+        return lib.pc_pager_set_zero(self._pager, block, _map(fds[0], words))
+
+    def _forget(self, fds: list[int], block: int, words: int) -> int:
+        return lib.pc_pager_forget(self._pager, block, _map(fds[0], words))
 
     def _adopt_shard(self, fds: list[int], features: int, busy_poll_us: int) -> int:
         fd, error = fds.pop(), self._error
@@ -107,6 +106,14 @@ class PagerChild:
         result = lib.pc_pager_free(self._pager)
         self.freed = result >= 0
         return result
+
+
+def _map(fd: int, words: int) -> Any:
+    """A copy of the page map in a memfd."""
+    with mmap.mmap(fd, 8 * words, prot=mmap.PROT_READ) as view:
+        copy: Any = ffi.new("uint64_t[]", words)
+        ffi.memmove(copy, view, 8 * words)
+    return copy
 
 
 def main() -> None:

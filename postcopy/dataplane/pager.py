@@ -8,11 +8,13 @@ holds for resources, threads, cancellation.
 
 from __future__ import annotations
 
+import abc
 import enum
 from typing import Any, ClassVar
 
 import trio
 
+from postcopy._blocking import run_to_end
 from postcopy._native import ffi, lib
 from postcopy.dataplane._base import CoreDataPlane, DataPlane, ForeignMemory
 from postcopy.dataplane._events import ChannelKind, Event, EventStream, EventType
@@ -43,6 +45,25 @@ class PagerCounters(DataPlane):
 
     _counters: Any  # the struct
     _slots = 0
+
+    async def forget(self, block: int, stale: Bitmap) -> None:
+        """Precopy, before the machine runs here: these pages of a block have changed at the source. What was received
+        of them is discarded and missing again, and `EventType.COMPLETE` will be reported again.
+
+        Only when every bulk channel has ended its push (`EventType.BULK_END`) and nothing has been requested, so that
+        no old page is under way. `BusyError` while there is a watch. Seen through when cancelled.
+        """
+        self._check_length(block, stale)
+        memory = self._block(block).memory
+        if not isinstance(memory, Memory):
+            raise ValueError("memory of another process cannot be discarded here")
+        await self._forget(block, stale)
+        # After it: a pager that dies in between has content too much, which stops it, and never too little.
+        await run_to_end(lambda: memory.discard_pages(stale), "discarding pages that have changed at the source")
+
+    @abc.abstractmethod
+    async def _forget(self, block: int, stale: Bitmap) -> None:
+        """In the pager's maps."""
 
     def track_thread(self, slot: int, tid: int) -> None:
         """Accounts the faults of kernel thread `tid` to `slot` (a vCPU number), see `blocktime_ns`."""
@@ -96,7 +117,7 @@ class Pager(CoreDataPlane, PagerCounters):
 
     def set_zero(self, block: int, zero: Bitmap) -> None:
         """Says which pages of a block are zero at the source (`Bitmap.inverted` of those present): they are never
-        requested, a fault on them is answered at once. Before arming."""
+        requested, a fault on them is answered at once."""
         self._check_length(block, zero)
         self._call("marking zero pages", "set_zero", block, zero.words)
 
@@ -122,6 +143,14 @@ class Pager(CoreDataPlane, PagerCounters):
     def arm(self, shard: int, block: int, first_page: int, pages: int) -> None:
         """Registers pages with a shard: from here on the first touch of a missing one waits for it."""
         self._call_explained("registering memory with a userfaultfd", "arm", shard, block, first_page, pages)
+
+    def expect_push(self) -> None:
+        """The source may begin another push: each bulk channel may end once more. One that ends twice in one push goes
+        down."""
+        self._call("expecting a push", "expect_push")
+
+    async def _forget(self, block: int, stale: Bitmap) -> None:
+        self._call("forgetting pages", "forget", block, stale.words)
 
     def attach_urgent(self, shard: int, fd: int) -> None:
         """Gives a shard its connected socket, the core's from now on. After the old one went down: all that is pending

@@ -103,6 +103,15 @@ class _Call:
             os.close(self.fds.pop())
 
 
+def _map_call(what: str, name: str, block: int, bitmap: Bitmap) -> _Call:
+    """One with a page map, in a memfd."""
+    words = bytes(bitmap)
+    with open(os.memfd_create("postcopy-map", os.MFD_CLOEXEC), "w+b") as file:
+        file.write(words)
+        file.flush()
+        return _Call(what, name, (block, len(words) // 8), (file.fileno(),))
+
+
 class _Readable:
     """A descriptor that several tasks wait for. Trio allows one task a descriptor, and a copy for each task might be
     refused in the middle of a migration, when the process has no descriptors left."""
@@ -368,11 +377,18 @@ class ProcessPager(PagerCounters):
 
     def set_zero(self, block: int, zero: Bitmap) -> None:
         self._check_length(block, zero)
-        words = bytes(zero)
-        with open(os.memfd_create("postcopy-zero", os.MFD_CLOEXEC), "w+b") as file:
-            file.write(words)
-            file.flush()
-            self._post("marking zero pages", "set_zero", block, len(words) // 8, fds=(file.fileno(),))
+        self._check_open()
+        self._process.post(_map_call("marking zero pages", "set_zero", block, zero))
+
+    def expect_push(self) -> None:
+        self._post("expecting a push", "expect_push")
+
+    async def _forget(self, block: int, stale: Bitmap) -> None:
+        """`PagerDied` when the process does: what it had received is not to be used then."""
+        with trio.CancelScope(shield=True):  # bounded: `finish` is
+            async with self._ending:
+                self._check_open()
+                await self._finish(_map_call("forgetting pages", "forget", block, stale))
 
     def add_shard(self, how: How | str = How.ANY, busy_poll_us: int = 0) -> int:
         self._check_open()
@@ -566,6 +582,9 @@ class ProcessPager(PagerCounters):
         call = _Call(what, name, (), ())
         if name == "free" and not self._disarmed:
             call.timeout_s = END_TIMEOUT_S  # it may poison every missing page, one by one
+        await self._finish(call)
+
+    async def _finish(self, call: _Call) -> None:
         call.awaited = True
         process = self._process
         await process.finish(process.post(call))

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The source's engine, as Python sees it: a `struct pc_pageserver`.
 
-Requests are answered, and pages pushed in the background, by C threads (csrc/pageserver). Until `start()` they send
-nothing, since the machine may still change its memory. `_base` says what holds for resources, threads, cancellation.
+Requests are answered, and pages pushed in the background, by C threads (csrc/pageserver). Until `serve()` they answer
+nothing, since the machine may still change its memory; what is pushed before may have to be pushed again. `_base` says
+what holds for resources, threads, cancellation.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ __all__ = ["ChannelKind", "Event", "EventStream", "EventType", "PageServer", "Pa
 class PageServer(CoreDataPlane):
     """Make it, `add_block` each RAM block in order, `attach_*` the connections; with the machine paused `set_present`
     each block and `start`; follow `events()`; `close`.
+
+    Precopy, while the machine runs: `set_present`, then in each round `push`, wait until every bulk channel has ended
+    it (`EventType.BULK_END`), `set_stale` what was written since. With the machine paused: `set_stale`, `serve`, and
+    `push` for what is left.
 
     Several page servers may serve the same memory, for several destinations.
     """
@@ -68,8 +73,30 @@ class PageServer(CoreDataPlane):
 
     # ---- while it runs
 
+    def set_stale(self, block: int, stale: Bitmap) -> None:
+        """Says which pages (of transfer) were written since they were pushed, or since `set_present`: the next push
+        offers them again. Before `serve`. `BusyError` during a push."""
+        self._check_length(block, stale)
+        self._call("setting the map of stale pages", "set_stale", block, stale.words)
+
+    def push(self) -> None:
+        """Has each bulk channel push what has not been sent, and end the push (`EventType.BULK_END`).
+
+        Before `serve` the memory may be written meanwhile: what was is then to be named by `set_stale`. A channel that
+        is attached later joins the next push, or this one when the server serves. `BusyError` during a push."""
+        self._call("pushing pages", "push")
+
+    def stop_push(self) -> None:
+        """Has a push before `serve` end soon: what it has not sent is left to the next one. The channels end it as
+        always."""
+        self._call("stopping a push", "stop_push")
+
+    def serve(self) -> None:
+        """From here on memory must not change: requests are answered. Twice does no harm. `BusyError` during a push."""
+        self._call("starting to serve pages", "serve")
+
     def start(self) -> None:
-        """From here on memory must not change: requests are answered, the rest is pushed."""
+        """`serve` and `push`, as after the pause of postcopy. Twice does no harm."""
         self._call("starting the page server", "start")
 
     def release(self, block: int, first_page: int, placed: Bitmap) -> None:
@@ -77,7 +104,7 @@ class PageServer(CoreDataPlane):
 
         None of them is read again, a request for one is never answered with content. What a channel is sending right
         now, and what shares a larger page of memory with a page that is not released, stays until a later call. After
-        `start` only. Takes as long as the kernel needs, without the GIL: call it in a worker thread. `CoreError` for
+        `serve` only. Takes as long as the kernel needs, without the GIL: call it in a worker thread. `CoreError` for
         memory that is a file (ENOTSUP) and where the kernel does not take it back: it is then kept.
         """
         self._check_range(block, first_page, len(placed))

@@ -338,6 +338,14 @@ class Memory:
             address = self._checked(offset, size_bytes)
             check(lib.pc_memory_discard(self._struct, address, size_bytes), "discarding memory")
 
+    def discard_pages(self, pages: Bitmap) -> None:
+        """The same for every page in a map."""
+        if len(pages) != self.pages:
+            raise ValueError(f"a map of {len(pages)} pages for memory of {self.pages}")
+        self._checked(0, self.size_bytes)
+        with self.in_use("discard"):
+            check(lib.pc_memory_discard_pages(self._struct, pages.words), "discarding memory")
+
     @contextlib.contextmanager
     def buffer(self) -> Iterator[memoryview]:
         """The memory itself as a writable buffer, for numpy and the like, inside the block.

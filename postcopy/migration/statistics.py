@@ -12,7 +12,7 @@ How a number is called where it is shown, and its unit there, say the records (`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from postcopy.dataplane.counters import PagerStatistics, PageServerStatistics
@@ -122,6 +122,14 @@ class Statistics:
         }
         return cls(transferred_bytes=counted.bytes_received + counted.bytes_sent, **same, **more)
 
+    def told_by_source(self) -> dict[str, int]:
+        """What only the source knows, for `complete-ack`."""
+        return {name: value for name in _OF_SOURCE if (value := getattr(self, name)) is not None}
+
+    def with_source(self, table: Mapping[str, Any]) -> Statistics:
+        theirs: dict[str, Any] = {name: natural(table[name]) for name in _OF_SOURCE if name in table}
+        return replace(self, **theirs)
+
     def to_wire(self) -> dict[str, Any]:
         table: dict[str, Any] = {name: getattr(self, name) for name in _ON_WIRE}
         return table | {"latency": vars(self.latency), "blocktime_ns": list(self.blocktime_ns)}
@@ -140,9 +148,12 @@ class Statistics:
 
 _ON_WIRE = (
     "transferred_bytes", "resident_bytes", "total_bytes", "page_bytes", "demand_pages", "background_pages",
-    "zero_pages", "duplicate_pages", "requests", "pending_faults",
+    "zero_pages", "duplicate_pages", "requests", "pending_faults", "precopy_bytes", "postcopy_bytes",
 )  # fmt: skip
 """What is told as it was counted. The source's times go with `complete-ack`, and the rest is of one side's host."""
+
+
+_OF_SOURCE = ("iteration", "dirty_sync_count", "dirty_pages_rate", "compressed_bytes", "uncompressed_bytes")
 
 
 def natural(value: object) -> int:

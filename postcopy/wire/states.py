@@ -17,9 +17,10 @@ destination, which has said `prepared`, may not abort by itself, since its `abor
 IN_DOUBT, and asks. `recovered` means that the source had decided; else the source tells that it has aborted. A
 destination that gets no answer gives up, and never runs the machine.
 
-**Rounds.** Before that decision is due the destination learns, while the machine runs at the source, which pages there are
-(`page-map`), gets some of them, and is told which it has to forget since they have changed (`stale-map`). Each `round` is
-answered by `round-done`. Nothing of it moves the right to run the machine, and after `prepared` there is none.
+**Rounds.** Before that decision is due the destination learns, while the machine runs at the source, which pages there
+are (`page-map`), gets some of them, and is told which it has to forget since they have changed (`stale-map`). Each
+`round` is answered by `round-done`. Nothing of it moves the right to run the machine, and after `prepared` there is
+none.
 
 **Recovery.** A connection that is lost after the commit ends nothing. The side that had connected connects again, with
 the migration's id, its token and a higher epoch; `reconnected` puts the same object onto the new connection. The
@@ -349,7 +350,7 @@ class _ControlProtocol:
         said = "sent" if verb == "send" else "received"
         if after is None:
             raise ProtocolError(f"{message.TYPE} must not be {said} by the {self.SIDE} in state {self._state.value}")
-        if message.SINCE > self.version:
+        if self.version < message.SINCE:
             raise ProtocolError(f"{message.TYPE} must not be {said}: version {self.version} is spoken, which has none")
         if isinstance(message, m.Placed) and not self._placed_wanted:
             raise ProtocolError(f"placed must not be {said} by the {self.SIDE}: the offer did not ask for it")

@@ -74,7 +74,7 @@ enum pc_frame_type {
     PC_FRAME_REQUEST = 1, /* destination -> source: send these pages */
     PC_FRAME_PAGES = 2,   /* source -> destination: their content */
     PC_FRAME_ZERO = 3,    /* source -> destination: these pages are all zero; no payload */
-    PC_FRAME_END = 4,     /* source -> destination, bulk: every page has been offered once */
+    PC_FRAME_END = 4,     /* source -> destination, bulk: the end of a push, in which every page not sent before was offered */
     PC_FRAME_ERROR = 5    /* source -> destination: these pages cannot be served; payload is the reason, UTF-8 */
 };
 enum pc_frame_flags {
@@ -102,7 +102,7 @@ int pc_frame_decode(const uint8_t *header, struct pc_frame *frame, char *error, 
 enum pc_channel_kind { PC_CHANNEL_URGENT = 1, PC_CHANNEL_BULK = 2 };
 enum pc_event_type {
     PC_EVENT_CHANNEL_DOWN = 1, /* a data channel ended: `error` and `text` say why; 0 is an orderly end by the peer */
-    PC_EVENT_BULK_END = 2,     /* pager: the source says it has offered every page on this channel; page server: it has */
+    PC_EVENT_BULK_END = 2,     /* pager: the source says that this channel has ended its push; page server: it has */
     PC_EVENT_COMPLETE = 3,     /* pager: no page is missing any more */
     PC_EVENT_FATAL = 4         /* this pager or page server cannot go on: `error`, `text` */
 };

@@ -69,8 +69,7 @@ int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory);
  * another process then, of which this one has a userfaultfd (pc_pager_adopt_shard); this pager touches no memory through it.
  * Locks. */
 int pc_pager_add_block_with_states(struct pc_pager *pager, const struct pc_memory *memory, int states_fd);
-/* Pages of a block that are zero at the source: a fault on them is answered here. Before arming only, and one
- * caller at a time. */
+/* Pages of a block that are zero at the source: a fault on them is answered here. At any time: what has been placed stays. */
 int pc_pager_set_zero(struct pc_pager *pager, uint32_t block, const uint64_t *zero_words);
 /* Opens a userfaultfd with its fault thread (index returned). busy_poll_us: how long the thread busy-waits after each
  * event before it sleeps. The thread runs from now on, with or without a channel. Locks. */
@@ -121,6 +120,13 @@ int pc_pager_received(struct pc_pager *pager, uint32_t block, uint64_t *words); 
 /* Closes every channel; memory stays armed and faults stay blocked. Blocks until the bulk threads have ended and every fault thread
  * has closed its channel: milliseconds. */
 int pc_pager_disconnect(struct pc_pager *pager);
+/* Precopy, before the machine runs here: these pages have changed at the source. Those that are received are missing again (and COMPLETE
+ * will be announced again); the others stay as they are. What they hold is discarded by pc_memory_discard_pages, *after* this, in the
+ * process that has the memory. No page of the block may be under way, since it would count as the new one: each bulk channel has ended
+ * its push (PC_EVENT_BULK_END), and nothing is requested. -EBUSY while there is a watch. Locks. */
+int pc_pager_forget(struct pc_pager *pager, uint32_t block, const uint64_t *stale_words);
+/* Another push begins: each bulk channel may end once more. (A second END in one push ends its channel: -EBADMSG in the event.) */
+int pc_pager_expect_push(struct pc_pager *pager);
 /* Unregisters everything. -EBUSY while a page is missing: unregistering would show zeros. One caller at a time. Locks. */
 int pc_pager_disarm(struct pc_pager *pager);
 /* Ends all threads and closes the userfaultfds. Where pages are still missing they are poisoned first (or, on kernels
@@ -148,7 +154,8 @@ int pc_pageserver_new(uint64_t max_bandwidth_bytes_per_s, struct pc_pageserver *
 /* Adds the next RAM block (index returned): memory->base is read where it is not NULL, else memory->fd by pread.
  * page_bytes is the unit of transfer; present_words (copied) has a bit for each page that may be non-zero. Locks. */
 int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory *memory, uint64_t page_bytes);
-/* Locks, as do pc_pageserver_start and pc_pageserver_set_bandwidth: for as long as a bulk thread looks for its next run. */
+/* Locks, as do the next calls and pc_pageserver_set_bandwidth: for as long as a bulk thread looks for its next run. -EBUSY after
+ * the first push, and from pc_pageserver_serve on. */
 int pc_pageserver_set_present(struct pc_pageserver *server, uint32_t block, const uint64_t *present_words);
 /* The descriptor is the server's from then on, also on failure. -EBUSY while the channel runs or a disconnect does. Locks, and joins
  * the thread of the channel that was there. */
@@ -157,12 +164,24 @@ int pc_pageserver_attach_bulk(struct pc_pageserver *server, uint32_t channel, in
 /* Recovery: the destination has these pages and no others; all others are offered again. -EBUSY while a channel is attached,
  * -ENODATA when a page that was released is not among them. Locks. */
 int pc_pageserver_set_received(struct pc_pageserver *server, uint32_t block, const uint64_t *received_words);
-/* Urgent requests are answered and bulk is pushed only from here on (until then the machine may still change). */
+/* The next push offers these pages again, those that were absent too: they have been written since the last one. -EBUSY during a
+ * push, and from pc_pageserver_serve on. */
+int pc_pageserver_set_stale(struct pc_pageserver *server, uint32_t block, const uint64_t *stale_words);
+/* Each bulk channel pushes what has not been sent, then ends the push (a frame, and PC_EVENT_BULK_END). Before pc_pageserver_serve the
+ * memory may be written meanwhile: each run is copied first, and what was written is to be named by pc_pageserver_set_stale before
+ * the next push. A channel attached later joins the next push, or this one where the server serves. -EBUSY during a push. */
+int pc_pageserver_push(struct pc_pageserver *server);
+/* Each bulk channel ends its push after the run that it is sending; what was not sent is left to the next push. No effect when there is
+ * no push, and from pc_pageserver_serve on. */
+int pc_pageserver_stop_push(struct pc_pageserver *server);
+/* The memory does not change any more: requests are answered from here on. Again: no effect. -EBUSY during a push. */
+int pc_pageserver_serve(struct pc_pageserver *server);
+/* Both: all of postcopy, after the pause. Again: no effect. */
 int pc_pageserver_start(struct pc_pageserver *server);
 /* The destination has these pages for good: bit i of `words` is page first_page + i. None of them is read again, and their
  * memory is given back, except for those that a channel is sending right now and those that share a larger page of memory
  * with one that is not released: later calls see to them. A request for a released page is never answered with content.
- * -EBUSY before the start, -ENOTSUP for memory that is a file. Blocks for as long as the kernel takes. */
+ * -EBUSY before pc_pageserver_serve, -ENOTSUP for memory that is a file. Blocks for as long as the kernel takes. */
 int pc_pageserver_release(struct pc_pageserver *server, uint32_t block, uint64_t first_page, uint64_t pages,
                           const uint64_t *words);
 /* Copies of two maps, either of which may be NULL: pages that are released, and those of them whose memory is gone. */

@@ -115,6 +115,9 @@ int pc_machine_resume(struct pc_machine *machine);
 /* Returns when every vCPU is outside of the guest and of device emulation. Blocks up to timeout_ms. -ETIMEDOUT: `error`
  * names the vCPU that is stuck and where, and the machine runs on. 0 when paused already; -EIO when failed. */
 int pc_machine_pause(struct pc_machine *machine, uint32_t timeout_ms, char *error, size_t error_bytes);
+/* Marks in the log what the disk writes to guest memory (O_DIRECT: page tables do not show it), after each request; NULL: does not
+ * any more, from its return on. What was written before the call is not marked: set the log before any page is read. Any thread. */
+int pc_machine_set_dirty_log(struct pc_machine *machine, struct pc_dirty_log *log);
 /* State of a paused machine, without guest memory. The bytes needed (call with cap 0 to measure), or -errno; nothing is
  * written unless cap suffices. */
 int64_t pc_machine_save_state(struct pc_machine *machine, void *buf, size_t cap, char *error, size_t error_bytes);
@@ -127,7 +130,8 @@ int pc_machine_stats(struct pc_machine *machine, struct pc_machine_stats *stats)
 /* Checks all guest memory (and the disk) of a paused machine from outside. All memory must be resident: this thread would
  * block on a missing page. 0 with the verdict in *check, or -errno when there is none. Blocks on I/O; takes seconds. */
 int pc_machine_verify(struct pc_machine *machine, struct pc_machine_check *check);
-/* eventfd: readable after ready, report (at most 20/s), guest failure and vCPU failure. Belongs to the machine. */
+/* eventfd: readable after the first run that follows a resume, ready, report (at most 20/s), guest failure and vCPU failure. Belongs
+ * to the machine. */
 int pc_machine_event_fd(struct pc_machine *machine);
 /* Ends the vCPU threads, waits for calls under way in other threads (a verification is called off: -ECANCELED), and frees the
  * machine. -ETIMEDOUT after timeout_ms: a vCPU, or a load, is blocked where no signal reaches it, on a missing page. Nothing is

@@ -39,6 +39,8 @@ int pc_memory_map(int fd, uint64_t size_bytes, uint64_t page_bytes, int kind, st
 /* Gives back pages from `address` on: punches holes in a file, MADV_DONTNEED where there is none. Blocks until a REMOVE event of
  * it was read where such are enabled. */
 int pc_memory_discard(const struct pc_memory *memory, uint64_t address, uint64_t bytes);
+/* The same for every page whose bit is set. */
+int pc_memory_discard_pages(const struct pc_memory *memory, const uint64_t *words);
 /* Sets the bit of every page that may hold something other than zeros, without touching a page: SEEK_DATA on a file or
  * memfd, PAGEMAP_SCAN or /proc/self/pagemap on anonymous memory. The map must be zeroed. Blocks on I/O. */
 int pc_memory_present(const struct pc_memory *memory, uint64_t *present_words);
@@ -57,6 +59,27 @@ int pc_file_digest(int fd, uint64_t size_bytes, uint64_t page_bytes, uint64_t *d
 int pc_memory_resident(const struct pc_memory *memory, uint64_t *resident_bytes);
 /* memcpy for callers who may not touch memory themselves, since a page of it may be missing; blocks until it is there. */
 void pc_bytes_copy(uint64_t to_address, uint64_t from_address, uint64_t bytes);
+
+/* ---- dirty log ---- */
+/* Which pages of a machine were written, while it runs: by its threads, by KVM for its vCPUs, by system calls (csrc/memory/dirty.c).
+ * Any user may have one who may have a userfaultfd, or userfaultfd(2) with UFFD_USER_MODE_ONLY. */
+struct pc_dirty_log;
+#define PC_DIRTY_LOG_MEMORIES 64
+int pc_dirty_log_new(struct pc_dirty_log **log); /* 0, -ENOMEM; free with pc_dirty_log_free */
+/* Logs from here on what is written to a memory, through its mapping in this process, which must outlive the log; its index. One
+ * caller at a time. -EOPNOTSUPP where the kernel has not what it takes, -EBUSY where another userfaultfd has a part of the
+ * memory, with a line in `error`. Blocks for as long as the kernel walks the page tables. */
+int pc_dirty_log_add(struct pc_dirty_log *log, const struct pc_memory *memory, char *error, size_t error_bytes);
+/* Adds to `words`, a map of the memory's pages, those that were written or marked since the last call, or since the memory was added;
+ * how many it added, or -errno, after which nothing is known of this memory. Never one too few; one that was read for the first time
+ * may be among them. One caller at a time for each memory. Blocks as pc_dirty_log_add. */
+int64_t pc_dirty_log_collect(struct pc_dirty_log *log, uint32_t memory, uint64_t *words);
+/* For writes that page tables do not show, after each of them: by the kernel through pages that it had pinned before (O_DIRECT, fixed
+ * buffers of io_uring), through another mapping or by write(2) to a memfd; and for memory that was given back. Bytes in no
+ * memory of the log are skipped. Any thread, beside all but pc_dirty_log_free. */
+void pc_dirty_log_mark(struct pc_dirty_log *log, uint64_t address, uint64_t bytes);
+/* Ends the logging: writes cost nothing any more. Alone, and last. */
+void pc_dirty_log_free(struct pc_dirty_log *log);
 
 /* ---- page states ---- */
 /* What has become of each page of a RAM block, in a sealed memfd that a pager writes and that outlives it: when the pager's process

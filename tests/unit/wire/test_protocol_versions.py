@@ -343,7 +343,7 @@ def test_no_rounds_before_version_4(version: int) -> None:
         dest.next_message()
     dest = DestinationProtocol(version)
     dest._state = State.READY
-    for message in (p.PageMap(0, 0, 2, b"\x01"), p.Switchover(b"", 1, True)):
-        dest.receive_data(source.send(message))
+    for last in (p.PageMap(0, 0, 2, b"\x01"), p.Switchover(b"", 1, True)):
+        dest.receive_data(source.send(last))
         heard = dest.next_message()
     assert heard == p.Switchover(b"", 1)
