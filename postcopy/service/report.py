@@ -23,6 +23,7 @@ from postcopy.migration.tasks import now_ns
 from postcopy.records.events import DestResult, MigrationEnded, MigrationStatus, Progress, SourceResult
 from postcopy.records.migration import (
     LOST,
+    Breakdown,
     Disk,
     Guest,
     Latency,
@@ -63,6 +64,7 @@ def _identity(migration: Migration) -> dict[str, Any]:
     return {
         "side": "source" if isinstance(migration, SourceMigration) else "dest",
         "direction": direction(migration),
+        "attempts": migration.attempt,
         "migration_id": migration.migration_id or None,
         "peer": str(migration.peer),
         "status": migration.status,
@@ -124,6 +126,8 @@ def _counted(migration: Migration) -> dict[str, Any]:
         **_identity(migration),
         "downtime_ms": _ms(statistics.downtime_ns),
         "total_ms": _ms(statistics.total_ns),
+        "downtime_breakdown_us": breakdown(migration.breakdown),
+        "mode": migration.mode.value if isinstance(migration, SourceMigration) else None,
         "ram": ram(statistics),
         "pending_faults": statistics.pending_faults,
         "fault_latency_us": latency(statistics.latency),
@@ -147,8 +151,21 @@ def ram(statistics: Statistics) -> Ram:
         zero_pages=statistics.zero_pages,
         duplicate_pages=statistics.duplicate_pages,
         postcopy_requests=statistics.requests,
+        iteration=statistics.iteration,
+        dirty_sync_count=statistics.dirty_sync_count,
+        dirty_pages_rate=statistics.dirty_pages_rate,
+        precopy_bytes=statistics.precopy_bytes,
+        postcopy_bytes=statistics.postcopy_bytes,
+        compressed_bytes=statistics.compressed_bytes,
+        uncompressed_bytes=statistics.uncompressed_bytes,
         released=statistics.released_bytes,
     )
+
+
+def breakdown(counted: counts.Breakdown) -> Breakdown | None:
+    """None where nothing of it is known yet."""
+    parts = {name.removesuffix("_ns"): round(ns / 1e3, 1) for name, ns in vars(counted).items() if ns is not None}
+    return Breakdown(**parts) if parts else None
 
 
 def latency(counted: counts.Latency) -> Latency:
