@@ -37,7 +37,7 @@ from postcopy.dataplane._events import Event, EventType
 from postcopy.errors import ConfigurationError, MigrationError, PeerError, PostcopyError, ResourceError
 from postcopy.migration.connection import LAST_LOOK_S, Control, P, data_silence_s
 from postcopy.migration.maps import Disagreement
-from postcopy.migration.statistics import Recoveries, Statistics
+from postcopy.migration.statistics import Breakdown, Recoveries, Statistics
 from postcopy.migration.tasks import FirstFailure, Interrupted, explained, first_of, now_ns
 from postcopy.net import Address, CallingLink, Link, OpenChannels, Reconnector, Session, keep_alive
 from postcopy.wire import EndedElsewhere, State
@@ -96,6 +96,8 @@ class Engine(abc.ABC, Generic[P, D]):
         self.started_ns = now_ns()
         self.committed_ns = self.running_ns = self.completed_ns = self.ended_ns = 0  # when; 0: not yet
         self.downtime_ns = self.total_ns = 0  # as the source has measured them
+        self.iteration = 0  # rounds of precopy that were begun
+        self.breakdown = Breakdown()  # of `downtime_ns`; the peer's parts when the migration has completed
         self._protocol: P = protocol
         self._link = link
         self._heartbeat_s = heartbeat_s
@@ -105,6 +107,7 @@ class Engine(abc.ABC, Generic[P, D]):
         self._changed = trio.Event()
         self._data: D | None = None  # from the offer accepted to the end
         self._counted = Statistics()  # by the data plane, as it was last looked at
+        self._precopy_bytes: int | None = None  # transferred before the commit
         self._session: Session | None = None
         self._reconnector: Reconnector | None = None
         self._stack = contextlib.ExitStack()  # of the reconnector
@@ -165,7 +168,16 @@ class Engine(abc.ABC, Generic[P, D]):
         """What has been counted; the last numbers when the data plane has ended."""
         if self._data is not None:
             self._counted = self._count(self._data)
-        return replace(self._counted, downtime_ns=self.downtime_ns, total_ns=self.total_ns)
+        counted = replace(self._counted, downtime_ns=self.downtime_ns, total_ns=self.total_ns)
+        if counted.precopy_bytes is None and (transferred := counted.transferred_bytes) is not None:
+            precopy = transferred if self._precopy_bytes is None else self._precopy_bytes
+            counted = replace(counted, precopy_bytes=precopy, postcopy_bytes=transferred - precopy)
+        return counted
+
+    def _count_precopy(self) -> None:
+        """Now, at the commit."""
+        if self._precopy_bytes is None and self._data is not None:
+            self._precopy_bytes = self._count(self._data).transferred_bytes
 
     @abc.abstractmethod
     def _count(self, data: D) -> Statistics: ...
@@ -586,7 +598,7 @@ STATUS = {
     state: word
     for word, states in {
         "setup": (State.SETUP, State.OFFERED, State.CHANNELS),
-        "active": (State.READY, State.SWITCHOVER, State.HANDED, State.PREPARED),
+        "active": (State.READY, State.MAPS, State.ROUND, State.HANDED, State.PREPARED),
         "postcopy-active": (State.COMMITTED, State.POSTCOPY, State.CLOSING),
         "postcopy-paused": (State.PAUSED,),
         "postcopy-recover": (State.RECOVER, State.RECOVERING),

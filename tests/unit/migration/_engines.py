@@ -121,7 +121,10 @@ class FakeEvents:
     def __init__(self) -> None:
         self.send, self.receive = trio.open_memory_channel[Event](100)
 
+        self.complete = False  # nothing is missing, as far as it was told
+
     def tell(self, type_: EventType, kind: ChannelKind = ChannelKind.NONE, channel: int = 0, text: str = "") -> None:
+        self.complete |= type_ is EventType.COMPLETE
         self.send.send_nowait(Event(type_, kind, channel, 0, text))
 
 
@@ -200,7 +203,17 @@ class FakePager(FakeEngine):
         return 3
 
     def statistics(self) -> PagerStatistics:
-        return replace(PagerStatistics(*range(1, 18)), oldest_pending_ns=self.oldest_pending_ns)
+        there = 100 if self.channel.complete else 0
+        counted = PagerStatistics(*range(1, 18))
+        return replace(counted, oldest_pending_ns=self.oldest_pending_ns, resident_pages=there, total_pages=100)
+
+    async def forget(self, block: int, stale: Bitmap) -> None:
+        self.log.append(f"forgot {stale.count()} of block {block}")
+        self.channel.complete = False
+        await trio.lowlevel.checkpoint()
+
+    def expect_push(self) -> None:
+        self.log.append("expects a push")
 
     def received(self, block: int) -> Bitmap:
         bitmap = Bitmap((block + 1) * PAGES)
@@ -229,7 +242,8 @@ class FakeServer(FakeEngine):
         self.gone: dict[int, Bitmap] = {}
         self.changed = trio.Event()
         self.release_error: CoreError | None = None
-        self.started = False
+        self.stale: dict[int, Bitmap] = {}
+        self.serving = self.started = False
         self.token = trio.lowlevel.current_trio_token()
 
     def add_block(self, memory: Memory, unit: int) -> int:
@@ -246,8 +260,24 @@ class FakeServer(FakeEngine):
         assert not self.fds  # the core says EBUSY
         self.received[block] = received
 
+    def set_stale(self, block: int, stale: Bitmap) -> None:
+        assert not self.serving
+        self.stale[block] = stale
+
+    def push(self) -> None:
+        self.log.append("pushes")
+        for kind, index in self.fds:
+            if kind == "bulk":
+                self.channel.tell(EventType.BULK_END, ChannelKind.BULK, index)
+
+    def stop_push(self) -> None:
+        self.log.append("stops")
+
+    def serve(self) -> None:
+        self.serving = True
+
     def start(self) -> None:
-        self.started = True
+        self.serving = self.started = True
 
     def release(self, block: int, first_page: int, placed: Bitmap) -> None:
         if self.release_error is not None:
@@ -475,7 +505,8 @@ def assert_back_at_source(pair: Pair) -> None:
 class Peer:
     """A hand-made other side."""
 
-    def __init__(self, side: socket.socket) -> None:
+    def __init__(self, side: socket.socket, version: int = p.PROTOCOL_VERSION) -> None:
+        self.version = version
         self.stream = trio.SocketStream(trio.socket.from_stdlib_socket(side))
         self._buffer = b""
 
@@ -483,11 +514,14 @@ class Peer:
         while True:
             size = p.HEADER_BYTES + int.from_bytes(self._buffer[:4], "big")
             if len(self._buffer) >= max(size, p.HEADER_BYTES + 1):
-                message = p.decode(self._buffer[p.HEADER_BYTES : size])
+                message = p.decode(self._buffer[p.HEADER_BYTES : size], self.version)
                 self._buffer = self._buffer[size:]
                 if isinstance(message, kind):
                     return message
-                assert isinstance(message, p.Ping | p.Pong | p.PageMap | p.ReceivedMap), message
+                if isinstance(message, p.Round):  # as a destination that takes part
+                    await self.say(p.RoundDone(message.number))
+                elif not isinstance(message, p.StaleMap):
+                    assert isinstance(message, p.Ping | p.Pong | p.PageMap | p.ReceivedMap), message
                 continue
             data = await self.stream.receive_some()
             assert data
@@ -499,7 +533,7 @@ class Peer:
         await self.read(p.Commit)
 
     async def say(self, message: p.Message) -> None:
-        await self.stream.send_all(p.encode(message))
+        await self.stream.send_all(p.encode(message, self.version))
 
 
 @contextlib.asynccontextmanager

@@ -275,7 +275,7 @@ async def test_who_has_said_that_it_is_over_is_not_welcome_again() -> None:
 @pytest.mark.parametrize("handed", [True, False])
 def test_who_must_announce(message: p.Message | None, handed: bool) -> None:
     """A destination that has said no knows it, and so does one that was handed nothing."""
-    source = source_in(p.State.SWITCHOVER if handed else p.State.OFFERED)
+    source = source_in(p.State.MAPS if handed else p.State.OFFERED)
     if handed:
         source.send(p.Switchover(b"", 1))
         if isinstance(message, p.Reject):
