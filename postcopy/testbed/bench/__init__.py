@@ -16,6 +16,8 @@ is reported is the median over the rounds of the ratio within a round, so that a
 - ``recovery-map``: what a destination of 1 TiB, half of it there, has to say when it comes back, against 10 MB and 1 s.
 - ``contention``: mmap and munmap of one thread while others wait for a page, against none waiting: is a lock held?
 - ``userfaultfd``: a fault served by the Python binding under Trio against the smallest C handler; events per read.
+- ``dirty``: operations of a guest that writes, with its dirty log read every 100 ms, against those without; and what
+  reading the log takes for each page.
 - ``qemu``: QEMU's postcopy (TCG; with and without preempt) with the same memory and way through it, against ours.
 
 A figure's module (`FIGURES`) has what measures it, an async function `measure_NAME` of the number of rounds, which
@@ -56,6 +58,7 @@ FIGURES = {
     "rv64": "_machine",
     "userfaultfd": "_uffd",
     "contention": "_contention",
+    "dirty": "_dirty",
     "qemu": "_qemu",
 }
 """The module that measures it; imported then."""
