@@ -27,10 +27,13 @@ pytestmark = [pytest.mark.needs("qemu", "uffd"), pytest.mark.slow]
 
 async def test_both_by_turns() -> None:
     figures = await compare(1, (MEMORY_BYTES,), kvm=False)
-    assert [figure.name.split(",")[0] for figure in figures[:3]] == ["downtime", "total time", "blocktime"]
+    names = [figure.name.split(",")[0] for figure in figures]
+    times = ["downtime", "total time", "blocktime", "fault p50", "fault p99"]
+    assert names == [*times, "downtime of precopy", "total time of precopy"]
     for figure in figures:
-        assert {"rv64", "qemu", "qemu-preempt", "qemu-better"} <= figure.rounds[0].keys()
-        assert all(value > 0 for name, value in figure.rounds[0].items() if "says" not in name)
+        assert {"rv64", "qemu"} <= figure.rounds[0].keys()
+        if "blocktime" not in figure.name:  # in whole milliseconds, as "QEMU says" too
+            assert all(value > 0 for name, value in figure.rounds[0].items() if "says" not in name)
 
 
 @pytest.mark.parametrize("killed", ["the process that looks after them", "who has started that"])
