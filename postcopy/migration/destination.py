@@ -401,6 +401,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             self.iteration += 1
             self._pushing = set(range(self._bulk_channels))
             pager.expect_push()
+            await pager.confirm()  # the source pushes as soon as it has heard of it
         await control.send(self._protocol.send(wire.RoundDone(message.number)))
 
     async def _forget(self, pager: AnyPager, stale: Sequence[Bitmap]) -> None:
