@@ -460,7 +460,7 @@ class Destination:
     def accept(self) -> Destination:
         self.machine.page_bytes = [block["page-bytes"] for block in self.machine.blocks]
         self.bulk_channels = min(self.bulk_channels, self.offer["bulk-channels"])
-        more = {"compress": []} if self.version >= 4 else {}
+        more = {"compress": []} if self.control.line.version >= 4 else {}
         self.control.say(
             "accept", page_bytes=self.machine.page_bytes, shards=self.shards, bulk_channels=self.bulk_channels, **more
         )
@@ -492,7 +492,7 @@ class Destination:
         return self
 
     def run(self) -> Destination:
-        self.control.say("running", resume_ns=1, **({"ago_ns": 0} if self.version >= 4 else {}))
+        self.control.say("running", resume_ns=1, **({"ago_ns": 0} if self.control.line.version >= 4 else {}))
         return self
 
     def until(self, step: str) -> Destination:
