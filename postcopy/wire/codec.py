@@ -79,8 +79,8 @@ def decode(packed: bytes | memoryview, version: int = PROTOCOL_VERSION) -> Messa
 
 @functools.cache
 def prepare() -> None:
-    """What msgspec makes of each type at its first message, once and now: it takes 100 to 400 us, and the first messages
-    of most types come while a machine is paused."""
+    """What msgspec makes of each type at its first message, once and now: it takes 100 to 400 us, and most types come
+    for the first time while a machine is paused."""
     for cls in MESSAGES.values():
         with contextlib.suppress(msgspec.ValidationError):
             msgspec.convert({}, cls)
