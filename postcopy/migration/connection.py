@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 import trio
 
-from postcopy.errors import MigrationError, PeerError, PostcopyError, ProtocolError
+from postcopy.errors import ConnectionLost, MigrationError, PeerError, PostcopyError, ProtocolError
 from postcopy.wire import (
     Abort,
     DestinationProtocol,
@@ -194,7 +194,7 @@ class Control(Generic[P]):
                     async with self._sending:
                         pass
             if protocol.state is State.ABORTED or protocol.recoverable:
-                raise PeerError(protocol.reason)
+                raise (PeerError if protocol.peer_said_why else ConnectionLost)(protocol.reason)
             if protocol.ended:
                 return
             if data := await self._receive_some():
@@ -212,7 +212,7 @@ class Control(Generic[P]):
                     return bytes(await self._stream.receive_some(64 * 1024))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise self._lost(error) from error
-        raise PeerError(f"no sign of life from {self.protocol.PEER} for {self._silence_s:g} s")
+        raise ConnectionLost(f"no sign of life from {self.protocol.PEER} for {self._silence_s:g} s")
 
     async def _take_turns(self) -> None:
         """At every message. One read may hold thousands of empty messages, and a peer may send nothing else: the other
@@ -269,4 +269,6 @@ class Control(Generic[P]):
         if isinstance(error, trio.ClosedResourceError) or (isinstance(cause, OSError) and cause.errno not in _NETWORK):
             where = f"the control connection with {self.protocol.PEER}"
             return MigrationError(f"this host has lost {where}: {reason or 'it was closed here'}")
-        return PeerError(f"the control connection with {self.protocol.PEER} broke{f' ({reason})' if reason else ''}")
+        return ConnectionLost(
+            f"the control connection with {self.protocol.PEER} broke{f' ({reason})' if reason else ''}"
+        )

@@ -156,6 +156,10 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
 
     # ---- looking at it
 
+    @property
+    def mode(self) -> Mode:
+        return self._policy.mode
+
     def _count(self, data: PageServer) -> Statistics:
         counted = data.statistics()
         mine: dict[str, Any] = {

@@ -185,6 +185,7 @@ class _ControlProtocol:
         self._error: ProtocolError | None = None
         self._reason = ""
         self._placed_wanted = False  # the offer asked for `placed`
+        self.peer_said_why = False  # it has sent `abort` or `reject`: `reason` is its word
         self._no_way_back = False  # the peer has ended it, or the two do not agree
         self.must_announce = False  # the peer may wait for this side in vain, unless it learns of `ending`
 
@@ -263,6 +264,7 @@ class _ControlProtocol:
         if isinstance(message, m.Abort | m.Reject | m.Complete | m.CompleteAck):
             self.must_announce = False  # the peer's last word
         if isinstance(message, m.Abort | m.Reject):
+            self.peer_said_why = True
             self._reason = f"{self.PEER} {'aborted' if isinstance(message, m.Abort) else 'declined'}: {message.reason}"
         if message is None and self._eof:
             cut = " in the middle of a message" if len(self._buffer) else ""
