@@ -24,7 +24,7 @@ from postcopy.service import options
 from postcopy.service.client import ControlClient, ProcessGoneError
 from postcopy.service.options import CONTROL, default_control, flag
 from postcopy.service.render import render_answer
-from postcopy.service.schema import COMMANDS, ControlError, plain
+from postcopy.service.schema import COMMANDS, ControlError
 from postcopy.units import format_size
 
 log = logging.getLogger(__name__)
@@ -82,8 +82,8 @@ class CtlCommand:
         self._socket = str(given.get("control") or default_control())
         self._json = "json" in given
         self._detach = "detach" in given
-        known = COMMANDS[self._request].arguments if self._request in COMMANDS else ()
-        self._arguments = {name: plain(given[name]) for name in known if name in given}
+        known = COMMANDS[self._request].arguments if self._request in COMMANDS else {}
+        self._arguments = {name: option.to_json(given[name]) for name, option in known.items() if name in given}
         self._output = output
         self._migration = ""  # the id of the one that is waited for
         self._now: Json = {}  # how that stands, or with `top` the process
@@ -160,8 +160,13 @@ class CtlCommand:
                     if self._is_it(job):
                         size = format_size(machine["memory"])
                         self._output.view.subject = f"{machine['name']}, {size}, to {job['peer']}"
-                        self._now |= {key: job.get(key) for key in ("status", "ram", "pending-faults")}
+                        self._now |= {key: job.get(key) for key in ("status", "ram", "pending-faults", "attempts")}
                         self._now["guest"] = machine.get("guest") or {}
+            elif kind == "migration-status" and data["machine"] == self._now["name"] and data.get("attempts", 1) > 1:
+                self._migration = data["migration-id"]  # begun again, under another one
+                self._now |= {key: data.get(key) for key in ("status", "attempts")}
+                self._output.say(f"{data['machine']}: {data['error']}; trying again")
+                self._output.kick()
             elif self._is_it(data) and kind == "migration-ended":
                 return dict(data)
             elif self._is_it(data) and kind == "migration-status":

@@ -34,13 +34,20 @@ from postcopy._blocking import Workers
 from postcopy._log import about
 from postcopy.dataplane._base import DataPlane
 from postcopy.dataplane._events import Event, EventType
-from postcopy.errors import ConfigurationError, MigrationError, PeerError, PostcopyError, ResourceError
+from postcopy.errors import (
+    ConfigurationError,
+    ConnectionLost,
+    MigrationError,
+    PeerError,
+    PostcopyError,
+    ResourceError,
+)
 from postcopy.migration.connection import LAST_LOOK_S, Control, P, data_silence_s
 from postcopy.migration.maps import Disagreement
 from postcopy.migration.statistics import Breakdown, Recoveries, Statistics
 from postcopy.migration.tasks import FirstFailure, Interrupted, explained, first_of, now_ns
 from postcopy.net import Address, CallingLink, Link, OpenChannels, Reconnector, Session, keep_alive
-from postcopy.wire import EndedElsewhere, State
+from postcopy.wire import Ended, EndedElsewhere, RefusedError, State
 from postcopy.wire.states import LOST
 
 log = logging.getLogger(__name__)
@@ -64,7 +71,7 @@ class Unrecoverable(PostcopyError):
     """No other connection would help."""
 
 
-class ChannelLost(MigrationError):
+class ChannelLost(ConnectionLost):
     """A data channel has ended: of a network that fails, or because the peer gives up."""
 
     def __init__(self, event: Event, peer: str) -> None:
@@ -76,6 +83,8 @@ class Engine(abc.ABC, Generic[P, D]):
     """Make it, `run` it once; everything else may be looked at meanwhile."""
 
     SIDE: ClassVar[str]
+    attempt = 1
+    """Of its owner, who may have begun it again: see `may_try_again`."""
 
     def __init__(
         self,
@@ -163,6 +172,12 @@ class Engine(abc.ABC, Generic[P, D]):
     def cancellable(self) -> bool:
         """Whether giving it up now would lose nothing."""
         return self._protocol.may_abort
+
+    @property
+    def may_try_again(self) -> bool:
+        """It has ended, undecided, since a connection was lost, and for no other reason: the machine is as it was."""
+        how = self.failure.how if isinstance(self.failure, EndedElsewhere) else None
+        return self.state is State.ABORTED and (isinstance(self.failure, ConnectionLost) or how is Ended.ABORTED)
 
     def statistics(self) -> Statistics:
         """What has been counted; the last numbers when the data plane has ended."""
@@ -356,8 +371,8 @@ class Engine(abc.ABC, Generic[P, D]):
                 if self._protocol.state is not State.COMPLETED:
                     where = "interrupted" if ended else "ended"
                     self.failure = scope.failure or Interrupted(f"{where} at the {self.SIDE}")
-                    if isinstance(self.failure, ChannelLost) and self._protocol.ended:
-                        self.failure = PeerError(self._protocol.reason)  # the peer has said why
+                    if isinstance(self.failure, ConnectionLost) and self._protocol.peer_said_why:
+                        self.failure = PeerError(self._protocol.reason)
                     problem = await self._contained(self._after_connection, control, self.failure)
                     if isinstance(scope.failure, Unrecoverable):
                         problem = scope.failure
@@ -440,7 +455,12 @@ class Engine(abc.ABC, Generic[P, D]):
         attach_bulk: Callable[[int, int], None],
     ) -> None:
         """Gives the data plane its connections."""
-        channels = await open_channels(shards, bulk_channels)
+        try:
+            channels = await open_channels(shards, bulk_channels)
+        except RefusedError:
+            raise
+        except PeerError as error:
+            raise ConnectionLost(str(error)) from error
         try:
             for (kind, index), fd in channels.items():
                 keep_alive(fd, data_silence_s(kind, self._heartbeat_s))

@@ -56,6 +56,12 @@ def _setting_rows(settings: Json) -> list[tuple[str, str]]:
         rows.append(("Max bandwidth", f"{_size(limit)}/s" if limit else "unlimited"))
     if "bulk-channels" in settings:
         rows.append(("Bulk channels", str(settings["bulk-channels"])))
+    if settings.get("mode"):
+        precopy = settings["precopy"]
+        rounds = f", precopy {precopy if isinstance(precopy, str) else f'for {precopy:g} s'}" if precopy else ""
+        rows.append(("Mode", settings["mode"] + rounds))
+        if precopy:
+            rows.append(("Max downtime", format_duration(settings["max-downtime"])))
     if "recover-for" in settings:
         patience = settings["recover-for"]
         rows.append(("Recover for", patience if isinstance(patience, str) else f"{patience:g} s"))

@@ -23,6 +23,7 @@ from postcopy.migration.tasks import now_ns
 from postcopy.records.events import DestResult, MigrationEnded, MigrationStatus, Progress, SourceResult
 from postcopy.records.migration import (
     LOST,
+    Breakdown,
     Counted,
     Disk,
     Guest,
@@ -65,7 +66,7 @@ def ended(machine: str, migration: Migration) -> MigrationEnded:
 def _identify(into: R, migration: Migration) -> R:
     """Fills in which migration it is, and how it stands."""
     into.side = "source" if isinstance(migration, SourceMigration) else "dest"
-    into.direction = direction(migration)
+    into.direction, into.attempts = direction(migration), migration.attempt
     into.migration_id, into.peer = migration.migration_id or None, str(migration.peer)
     into.status, into.error = migration.status, str(migration.failure) if migration.failure else None
     return into
@@ -119,6 +120,8 @@ def _count(into: Counted, migration: Migration) -> None:
     _identify(into, migration)
     statistics = migration.statistics()
     into.downtime_ms, into.total_ms = _ms(statistics.downtime_ns), _ms(statistics.total_ns)
+    into.downtime_breakdown_us = breakdown(migration.breakdown)
+    into.mode = migration.mode.value if isinstance(migration, SourceMigration) else None
     into.ram, into.pending_faults = ram(statistics), statistics.pending_faults
     into.fault_latency_us = latency(statistics.latency)
     into.blocktime_ms = [milliseconds(ns) for ns in statistics.blocktime_ns]
@@ -140,8 +143,21 @@ def ram(statistics: Statistics) -> Ram:
         zero_pages=statistics.zero_pages,
         duplicate_pages=statistics.duplicate_pages,
         postcopy_requests=statistics.requests,
+        iteration=statistics.iteration,
+        dirty_sync_count=statistics.dirty_sync_count,
+        dirty_pages_rate=statistics.dirty_pages_rate,
+        precopy_bytes=statistics.precopy_bytes,
+        postcopy_bytes=statistics.postcopy_bytes,
+        compressed_bytes=statistics.compressed_bytes,
+        uncompressed_bytes=statistics.uncompressed_bytes,
         released=statistics.released_bytes,
     )
+
+
+def breakdown(counted: counts.Breakdown) -> Breakdown | None:
+    """None where nothing of it is known yet."""
+    parts = {name.removesuffix("_ns"): round(ns / 1e3, 1) for name, ns in vars(counted).items() if ns is not None}
+    return Breakdown(**parts) if parts else None
 
 
 def latency(counted: counts.Latency) -> Latency:

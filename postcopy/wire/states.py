@@ -46,7 +46,7 @@ from typing import ClassVar, Final
 
 from postcopy.errors import ProtocolError
 from postcopy.wire import messages as m
-from postcopy.wire.codec import MessageBuffer, encode
+from postcopy.wire.codec import MessageBuffer, encode, prepare
 from postcopy.wire.messages import PROTOCOL_VERSION, Ended, Message, one_line
 
 
@@ -176,6 +176,7 @@ class _ControlProtocol:
     RECEIVES: ClassVar[Mapping[State, frozenset[str]]]
 
     def __init__(self, version: int = PROTOCOL_VERSION) -> None:
+        prepare()
         self.version = version  # as it was spoken in the handshake; may be set until the first message
         self._state = State.SETUP
         self._reached = State.SETUP  # how far it has come: of the states up to CLOSING the furthest one
@@ -184,6 +185,7 @@ class _ControlProtocol:
         self._error: ProtocolError | None = None
         self._reason = ""
         self._placed_wanted = False  # the offer asked for `placed`
+        self.peer_said_why = False  # it has sent `abort` or `reject`: `reason` is its word
         self._no_way_back = False  # the peer has ended it, or the two do not agree
         self.must_announce = False  # the peer may wait for this side in vain, unless it learns of `ending`
 
@@ -262,6 +264,7 @@ class _ControlProtocol:
         if isinstance(message, m.Abort | m.Reject | m.Complete | m.CompleteAck):
             self.must_announce = False  # the peer's last word
         if isinstance(message, m.Abort | m.Reject):
+            self.peer_said_why = True
             self._reason = f"{self.PEER} {'aborted' if isinstance(message, m.Abort) else 'declined'}: {message.reason}"
         if message is None and self._eof:
             cut = " in the middle of a message" if len(self._buffer) else ""

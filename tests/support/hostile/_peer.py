@@ -460,7 +460,7 @@ class Destination:
     def accept(self) -> Destination:
         self.machine.page_bytes = [block["page-bytes"] for block in self.machine.blocks]
         self.bulk_channels = min(self.bulk_channels, self.offer["bulk-channels"])
-        more = {"compress": []} if self.control.line.version >= 4 else {}
+        more: dict[str, Any] = {"compress": []} if self.control.line.version >= 4 else {}
         self.control.say(
             "accept", page_bytes=self.machine.page_bytes, shards=self.shards, bulk_channels=self.bulk_channels, **more
         )
