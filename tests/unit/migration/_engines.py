@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar, cast
 
 import trio
@@ -223,7 +223,7 @@ class FakePager(FakeEngine):
 
     def statistics(self) -> PagerStatistics:
         there = 100 if self.channel.complete else 0
-        counted = PagerStatistics(*range(1, 18))
+        counted = PagerStatistics(*range(1, 1 + len(fields(PagerStatistics))))
         return replace(counted, oldest_pending_ns=self.oldest_pending_ns, resident_pages=there, total_pages=100)
 
     async def forget(self, block: int, stale: Bitmap) -> None:
@@ -330,7 +330,7 @@ class FakeServer(FakeEngine):
     discarded = released
 
     def statistics(self) -> PageServerStatistics:
-        return replace(PageServerStatistics(*range(10)), sent_pages=self.sent)
+        return replace(PageServerStatistics(*range(len(fields(PageServerStatistics)))), sent_pages=self.sent)
 
 
 class Meeting:
