@@ -214,6 +214,26 @@ int pc_memory_present(const struct pc_memory *memory, uint64_t *present_words)
     }
 }
 
+int pc_memory_appeared(const struct pc_memory *memory, const uint64_t *before_words, uint64_t *words)
+{
+    uint64_t pages = memory->size_bytes / memory->page_bytes, first, stop;
+    int result = 0;
+
+    if (memory->kind != PC_MEMORY_MEMFD) {
+        result = pc_memory_present(memory, words);
+        if (!result)
+            pc_bitmap_clear_those(words, before_words, pages);
+        return result;
+    }
+    /* SEEK_HOLE goes from page to page, 0.2 us each; what was a hole is passed over in one step where it still is one. */
+    for (first = pc_bitmap_next(before_words, pages, 0, 0); first < pages && !result; first = pc_bitmap_next(before_words, pages, stop, 0)) {
+        stop = pc_bitmap_next(before_words, pages, first, 1);
+        result = pc_range_present(memory->fd, 0, first * memory->page_bytes, (stop - first) * memory->page_bytes, memory->page_bytes,
+                                  words);
+    }
+    return result;
+}
+
 int pc_memory_resident(const struct pc_memory *memory, uint64_t *resident_bytes)
 {
     uint64_t pages = memory->size_bytes / memory->page_bytes, *words;

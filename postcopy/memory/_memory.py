@@ -233,6 +233,17 @@ class Memory:
             check(lib.pc_memory_present(self._struct, bitmap.words), "looking for populated memory")
         return bitmap.rescaled(self.page_bytes, unit)
 
+    def appeared(self, before: Bitmap, page_bytes: int | None = None) -> Bitmap:
+        """`present`, without the pages in `before`, a map in the same units. Of a memfd in its own pages it costs what is
+        not in `before`."""
+        unit = page_bytes or self.page_bytes
+        if unit != self.page_bytes or self._kind in (MemoryKind.FILE, MemoryKind.BUFFER):
+            return self.present(unit).without(before)
+        bitmap = Bitmap(self.pages)
+        with self.in_use("present"):
+            check(lib.pc_memory_appeared(self._struct, before.words, bitmap.words), "looking for populated memory")
+        return bitmap
+
     def unpopulated_bytes(self) -> int:
         """How much of it the kernel has not given yet, and will when it is touched. Of huge pages, which it reserves,
         and of a file nothing."""

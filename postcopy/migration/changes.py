@@ -52,7 +52,7 @@ class Changes:
         return self._present
 
     async def collect(self) -> list[Bitmap]:
-        """The pages that have changed since the last call, or since `begin`."""
+        """The pages that have changed: since the last call, or since `begin`; without a log always since `begin`."""
         # It takes about as long as the last time: as the memory is that holds something. A thread would double that.
         if self._took_s < QUICK_S:
             changed, self._took_s = _timed(self._collect)
@@ -68,8 +68,10 @@ class Changes:
         if not self._machine.live:
             return [Bitmap(len(bitmap)) for bitmap in self._present]
         if self._log is None:
-            before, self._present = self._present, self._look()
-            return [now.without(was) for now, was in zip(self._present, before, strict=True)]
+            return [
+                block.memory.appeared(was, unit)
+                for was, block, unit in zip(self._present, self._machine.blocks, self._page_bytes, strict=True)
+            ]
         return [
             self._log.collect(number).rescaled(block.memory.page_bytes, unit)
             for number, (block, unit) in enumerate(zip(self._machine.blocks, self._page_bytes, strict=True))

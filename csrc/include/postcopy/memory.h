@@ -44,6 +44,8 @@ int pc_memory_discard_pages(const struct pc_memory *memory, const uint64_t *word
 /* Sets the bit of every page that may hold something other than zeros, without touching a page: SEEK_DATA on a file or
  * memfd, PAGEMAP_SCAN or /proc/self/pagemap on anonymous memory. The map must be zeroed. Blocks on I/O. */
 int pc_memory_present(const struct pc_memory *memory, uint64_t *present_words);
+/* The same for pages that are not in `before_words`, at the cost of these. */
+int pc_memory_appeared(const struct pc_memory *memory, const uint64_t *before_words, uint64_t *words);
 int pc_file_present(int fd, uint64_t size_bytes, uint64_t page_bytes, uint64_t *present_words);
 /* Writes the memory to fd at file_offset, leaving a hole for every page that is all zero; reading never populates.
  * Every page must be resident or absent for good: a missing page would block this thread. Blocks on I/O. */

@@ -73,7 +73,7 @@ static uint64_t digest(const struct pc_memory *memory)
 static void present_and_resident(int kind, uint64_t pages)
 {
     struct pc_memory memory = make(kind, pages);
-    uint64_t words[PAGES / 64 + 1] = {0}, expected[PAGES / 64 + 1] = {0};
+    uint64_t words[PAGES / 64 + 1] = {0}, expected[PAGES / 64 + 1] = {0}, since[PAGES / 64 + 1] = {0};
 
     CHECK_EQ(resident(&memory), 0);
     CHECK_EQ(pc_memory_present(&memory, words), 0);
@@ -90,6 +90,17 @@ static void present_and_resident(int kind, uint64_t pages)
     CHECK_EQ(resident(&memory), pc_bitmap_count(expected, pages) * memory.page_bytes);
     (void)digest(&memory);
     CHECK_EQ(resident(&memory), pc_bitmap_count(expected, pages) * memory.page_bytes);
+    /* And what has come since. */
+    memset(expected, 0, sizeof(expected));
+    for (uint64_t i = 0; i < pages / 8 + 1; i++) {
+        uint64_t page = test_below(pages);
+
+        page_at(&memory, page)[test_below(memory.page_bytes)] = 1;
+        pc_bitmap_set_range(expected, page, 1);
+    }
+    pc_bitmap_clear_those(expected, words, pages);
+    CHECK_EQ(pc_memory_appeared(&memory, words, since), 0);
+    CHECK(!memcmp(since, expected, sizeof(since)));
     pc_memory_destroy(&memory);
     CHECK(!memory.base && memory.fd == -1);
     pc_memory_destroy(&memory); /* again: harmless */
