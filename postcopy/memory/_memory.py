@@ -234,8 +234,8 @@ class Memory:
         return bitmap.rescaled(self.page_bytes, unit)
 
     def appeared(self, before: Bitmap, page_bytes: int | None = None) -> Bitmap:
-        """`present`, without the pages in `before`, a map in the same units. Of a memfd in its own pages it costs what is
-        not in `before`."""
+        """`present`, without the pages in `before`, a map in the same units. Of a memfd in its own pages it costs what
+        is not in `before`."""
         unit = page_bytes or self.page_bytes
         if unit != self.page_bytes or self._kind in (MemoryKind.FILE, MemoryKind.BUFFER):
             return self.present(unit).without(before)
