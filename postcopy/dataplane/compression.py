@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Collection
 
 from postcopy._native import lib
 from postcopy.errors import ErrorLine, ResourceError
@@ -33,3 +34,17 @@ def require(wanted: Compression) -> None:
     if lib.pc_compression_available(wanted.value, line.buffer, line.size) != wanted.value:
         problem, _, remedy = str(line).partition("; Debian: ")
         raise ResourceError(f"compression: {problem}", remedy)
+
+
+def names(ways: Compression) -> tuple[str, ...]:
+    """As they are called on the wire."""
+    return tuple(each.name.lower() for each in Compression if each in ways and each.name is not None)
+
+
+def named(words: Collection[str]) -> Compression:
+    """Those of these names; one that is not known here is left out."""
+    found = Compression(0)
+    for each in Compression:
+        if each.name is not None and each.name.lower() in words:
+            found |= each
+    return found

@@ -32,6 +32,7 @@ import trio
 
 from postcopy import wire
 from postcopy._blocking import run_sync
+from postcopy.dataplane import compression
 from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import ChannelKind, Event, EventType
 from postcopy.errors import MigrationError, PostcopyError, ProtocolError
@@ -284,7 +285,8 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
                 )
         assert self._session is not None
         with link.channel_set(self._session) as open_channels:
-            await control.send(protocol.send(wire.Accept(units, machine.shards, self._bulk_channels)))
+            compress = compression.names(compression.available(compression.named(offer.compress)))
+            await control.send(protocol.send(wire.Accept(units, machine.shards, self._bulk_channels, compress)))
             self._change()
             await self._attach_all(open_channels, machine, pager)
         await control.send(protocol.send(wire.Ready()))
@@ -403,6 +405,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             self.iteration += 1
             self._pushing = set(range(self._bulk_channels))
             pager.expect_push()
+            await pager.confirm()  # the source pushes as soon as it has heard of it
         control.stay_awake()  # the last round is just before the pause
         await control.send(self._protocol.send(wire.RoundDone(message.number)))
 
