@@ -17,6 +17,7 @@
 
 #include "core/bits.h"
 #include "core/clock.h"
+#include "core/codec.h"
 #include "core/events.h"
 #include "core/runtime.h"
 #include "core/stream.h"
@@ -191,7 +192,8 @@ struct bulk {
     struct pc_pager *pager;
     struct channel channel;
     struct pc_stream stream;
-    uint8_t *buffer;
+    uint8_t *buffer, *content; /* what is received; what it is when it was compressed, from the first such frame on */
+    struct pc_codec codec;
     pthread_t thread;
     bool started;         /* under channel_lock */
     bool running, ending; /* atomic; the thread clears the first and obeys the second */

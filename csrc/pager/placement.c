@@ -303,6 +303,7 @@ int pc_decode_header(struct pc_pager *pager, const uint8_t *header, struct pc_fr
 {
     int error = pc_frame_decode(header, frame, progress->text, sizeof(progress->text));
     const struct block *block;
+    uint32_t content_bytes;
 
     if (error || frame->type == PC_FRAME_END)
         return error;
@@ -314,8 +315,9 @@ int pc_decode_header(struct pc_pager *pager, const uint8_t *header, struct pc_fr
     if (frame->first_page >= block->pages || frame->pages > block->pages - frame->first_page)
         REFUSE("a frame names pages %llu+%u of RAM block %u, which has %llu", (unsigned long long)frame->first_page, frame->pages,
                frame->block, (unsigned long long)block->pages);
-    if (frame->type == PC_FRAME_PAGES && frame->payload_bytes != frame->pages * block->memory.page_bytes)
-        REFUSE("a frame of %u pages carries %u bytes", frame->pages, frame->payload_bytes);
+    content_bytes = frame->content_bytes ? frame->content_bytes : frame->payload_bytes;
+    if (frame->type == PC_FRAME_PAGES && content_bytes != frame->pages * block->memory.page_bytes)
+        REFUSE("a frame of %u pages carries %u bytes", frame->pages, content_bytes);
     return 0;
 }
 
@@ -353,6 +355,8 @@ int pc_handle_frame(struct pc_pager *pager, struct channel *channel, const struc
     pc_spend(progress, FRAME_NS);
     switch (frame->type) {
     case PC_FRAME_PAGES:
+        if (frame->content_bytes) /* on a bulk channel it has been decompressed; no thread that serves faults does that */
+            REFUSE("a compressed frame does not belong here");
         return place_pages(pager, channel, frame, payload, received_ns, progress);
     case PC_FRAME_ZERO:
         pc_place_zeros(pager, channel, frame->block, frame->first_page, frame->pages, received_ns, progress);

@@ -255,6 +255,7 @@ static void begin_push(struct pc_pageserver *server)
     const uint64_t one = 1;
 
     server->last_push = is_serving(server);
+    server->push_stopped = false;
     __atomic_store_n(&server->pushes, server->pushes + 1, __ATOMIC_RELEASE);
     for (uint32_t i = 0; i < PC_MAX_BULK_CHANNELS; i++)
         if (server->bulk[i].wake_fd >= 0)
@@ -272,6 +273,14 @@ int pc_pageserver_push(struct pc_pageserver *server)
         begin_push(server);
     pthread_mutex_unlock(&server->push_lock);
     return error;
+}
+
+int pc_pageserver_stop_push(struct pc_pageserver *server)
+{
+    pthread_mutex_lock(&server->push_lock);
+    server->push_stopped = !is_serving(server);
+    pthread_mutex_unlock(&server->push_lock);
+    return 0;
 }
 
 /* Under push_lock. */
@@ -322,6 +331,7 @@ static void reap(struct channel *channel)
     channel->staging_bytes = 0;
     free(channel->batch);
     channel->batch = NULL;
+    pc_choice_free(&channel->choice);
 }
 
 /* In which push a new bulk channel takes part first. */
@@ -410,6 +420,16 @@ int pc_pageserver_set_bandwidth(struct pc_pageserver *server, uint64_t max_bandw
     server->bandwidth_changes++; /* who waits for the old rate waits no longer */
     pthread_cond_broadcast(&server->push_changed);
     pthread_mutex_unlock(&server->push_lock);
+    return 0;
+}
+
+int pc_pageserver_set_compression(struct pc_pageserver *server, uint32_t how, int adaptive)
+{
+    if (how & ~(uint32_t)(PC_COMPRESSION_LZ4 | PC_COMPRESSION_ZSTD) || (!adaptive && how & (how - 1)))
+        return -EINVAL;
+    if (pc_compression_available(how, NULL, 0) != how)
+        return -ENOENT;
+    __atomic_store_n(&server->compression, how | (how && adaptive ? COMPRESSION_ADAPTIVE : 0), __ATOMIC_RELAXED);
     return 0;
 }
 

@@ -135,7 +135,7 @@ COMMANDS: Mapping[str, Command] = {
         "postcopy.testbed.bench",
         "Measures the figures of docs/measurements.md. Most are ratios to the best that is possible on this host, which"
         " the same run measures; the others have fixed targets.",
-        (("Two of them:", "postcopy bench fault throughput"),),
+        (("Two of them:", "postcopy bench fault bulk"),),
     ),
     "schema": Command(
         "print the schema of all JSON output",

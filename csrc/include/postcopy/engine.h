@@ -148,6 +148,7 @@ struct pc_pageserver_stats {
     uint64_t bytes_sent;     /* on data channels, headers included */
     uint64_t bytes_received;
     uint64_t released_bytes; /* content given back to the host, see pc_pageserver_release */
+    uint64_t compressed_bytes, uncompressed_bytes; /* payload of frames that were compressed, and what it stands for */
 };
 /* The limit is for bulk only; 0: none. */
 int pc_pageserver_new(uint64_t max_bandwidth_bytes_per_s, struct pc_pageserver **server);
@@ -171,6 +172,9 @@ int pc_pageserver_set_stale(struct pc_pageserver *server, uint32_t block, const 
  * memory may be written meanwhile: each run is copied first, and what was written is to be named by pc_pageserver_set_stale before
  * the next push. A channel attached later joins the next push, or this one where the server serves. -EBUSY during a push. */
 int pc_pageserver_push(struct pc_pageserver *server);
+/* Each bulk channel ends its push after the run that it is sending; what was not sent is left to the next push. No effect when there is
+ * no push, and from pc_pageserver_serve on. */
+int pc_pageserver_stop_push(struct pc_pageserver *server);
 /* The memory does not change any more: requests are answered from here on. Again: no effect. -EBUSY during a push. */
 int pc_pageserver_serve(struct pc_pageserver *server);
 /* Both: all of postcopy, after the pause. Again: no effect. */
@@ -185,6 +189,10 @@ int pc_pageserver_release(struct pc_pageserver *server, uint32_t block, uint64_t
 int pc_pageserver_released(struct pc_pageserver *server, uint32_t block, uint64_t *released_words,
                            uint64_t *discarded_words);
 int pc_pageserver_set_bandwidth(struct pc_pageserver *server, uint64_t max_bandwidth_bytes_per_s);
+/* How pushed pages go from the next run on: `how` is one of enum pc_compression, or 0. With `adaptive` it is a set, and each bulk channel
+ * sends in the way, compressed or not, by which most content a second goes out. What does not become smaller is never compressed.
+ * -EINVAL, or -ENOENT where a library is not here (pc_compression_available). */
+int pc_pageserver_set_compression(struct pc_pageserver *server, uint32_t how, int adaptive);
 int pc_pageserver_event_fd(struct pc_pageserver *server);
 int pc_pageserver_next_event(struct pc_pageserver *server, struct pc_event *event);
 int pc_pageserver_stats(struct pc_pageserver *server, struct pc_pageserver_stats *stats);

@@ -8,7 +8,10 @@ is reported is the median over the rounds of the ratio within a round, so that a
   userfaultfd, 8 byte request, 4 KiB reply, UFFDIO_COPY), sleeping and busy polling. Seen by the thread that touches.
 - ``pager-process``: the same fault with the pager in a process of its own, against one in threads.
 - ``bulk-delay``: p99 of such a fault while everything else is pushed at full speed, against the idle p99.
-- ``throughput``: incompressible memory pushed over loopback, both ends included, against one iperf3 stream.
+- ``bulk``: incompressible memory pushed over loopback, against the least C program that receives and places as many
+  bytes over as many connections, and against one iperf3 stream.
+- ``compress``: memory that compresses, and memory that does not, pushed over 100 Mbit/s and 1 Gbit/s with ``auto``,
+  against without compression.
 - ``sparse``: total time of a large kvm machine of which 256 MiB were touched, against a machine of 256 MiB.
 - ``rv64``: instructions a second of the interpreter, in the workloads dirty and random, against 100 million.
 - ``overhead``: resident memory of source and destination beside the machine's own, against its allowance.
@@ -47,7 +50,8 @@ FIGURES = {
     "fault": "_fault",
     "pager-process": "_fault",
     "bulk-delay": "_fault",
-    "throughput": "_throughput",
+    "bulk": "_bulk",
+    "compress": "_compress",
     "sparse": "_machine",
     "overhead": "_machine",
     "recovery-time": "_recovery",
