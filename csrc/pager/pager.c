@@ -162,6 +162,7 @@ int pc_pager_forget(struct pc_pager *pager, uint32_t index, const uint64_t *stal
         return error;
     /* As if all of them were forgotten, then what is not: `missing` is never less than what is missing. */
     (void)__atomic_fetch_add(&pager->missing, stale, __ATOMIC_SEQ_CST);
+    (void)__atomic_fetch_add(&block->missing, stale, __ATOMIC_SEQ_CST);
     __atomic_store_n(&pager->completed, 0, __ATOMIC_SEQ_CST);
     for (uint64_t word = 0; word < pc_bitmap_words(block->pages); word++) {
         uint64_t here = stale_words[word] & pc_bits_mask(word, 0, block->pages) & pc_bits_word(block->received, word);
@@ -177,6 +178,7 @@ int pc_pager_forget(struct pc_pager *pager, uint32_t index, const uint64_t *stal
         forgotten += pc_bits_popcount(here);
     }
     COUNT(pager, zero_pages, -zeros);
+    pc_count_received(block, stale - forgotten);
     pc_announce_received(pager, stale - forgotten);
     return 0;
 }
@@ -209,7 +211,7 @@ int pc_pager_stats(struct pc_pager *pager, struct pc_pager_stats *stats)
     (void)pc_metrics_stats(&pager->metrics, stats);
     for (uint32_t i = 0; i < blocks; i++) {
         const struct block *block = pager->blocks[i];
-        uint64_t received = pc_bits_count(block->received, 0, block->pages);
+        uint64_t received = block->pages - __atomic_load_n(&block->missing, __ATOMIC_SEQ_CST);
 
         stats->total_pages += block->pages;
         stats->total_bytes += block->memory.size_bytes;
