@@ -129,7 +129,9 @@ async def _engine_dest(job: Job) -> dict[str, Any]:
         begin_s = time.perf_counter()
         result: dict[str, Any] = {}
         if job.touches:
-            result["touch-us"] = percentiles_us(await trio.to_thread.run_sync(_touch, memory, job.touches), 50, 99, 99.9)
+            result["touch-us"] = percentiles_us(
+                await trio.to_thread.run_sync(_touch, memory, job.touches), 50, 99, 99.9
+            )
         if job.bulk_fds:
             async for event in pager.events():
                 if event.type is EventType.COMPLETE:
