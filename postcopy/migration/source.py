@@ -450,6 +450,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
     async def _follow(self, control: Control[SourceProtocol]) -> None:
         """The machine is the destination's: follows it until its last page has arrived."""
         message = await control.receive_any()
+        control.may_sleep()
         if isinstance(message, wire.Running):
             now = now_ns()
             self._runs_there(max(self.committed_ns, now - message.ago_ns))
@@ -557,6 +558,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         """In the pause nothing is done that could be done before or after: no statistics, no callback."""
         machine, protocol, options = self.machine, self._protocol, self._options
         assert self._accepted is not None
+        control.stay_awake()
         parts = {"paused": now_ns()}
         self.paused_ns = parts["paused"]
         await machine.pause()
@@ -588,6 +590,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         else:
             await send_maps(control, part, changed, lambda maps: wire.Switchover(state, maps))
         parts["send_ns"] = now_ns()
+        control.stay_awake()
         self.at_pause = machine.statistics()
         await self._until_prepared(control, server, rest_bytes if whole else 0)
         parts["prepared_ns"] = now_ns()
@@ -597,6 +600,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         commit = protocol.send(wire.Commit())
         try:
             self.committed_ns = now_ns()
+            control.stay_awake()
             await control.send(commit)
         finally:  # whether it arrives or not, the machine never answers here again
             self._count_precopy()
@@ -650,7 +654,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             )
 
     async def _after_commit(self) -> None:
-        """What can wait until the machine runs there does: it would compete with that, on this host or in this thread."""
+        """What can wait until the machine runs there: it would compete with that, on this host or in this thread."""
         await self._until(lambda: self.committed_ns > 0)
         with trio.move_on_after(RUNS_WITHIN_S):
             await self._until(lambda: self.running_ns > 0)

@@ -91,7 +91,7 @@ class Reclaimed(Steered, kw_only=True):
     lost: Annotated[str, doc("What is lost by that, for a person.")]
 
 
-class Done(Record):
+class Done(Record, forbid_unknown_fields=True):
     """It was done. No more is said, and never will be."""
 
 

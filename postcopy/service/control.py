@@ -74,7 +74,7 @@ class ControlHandler:
         """The migrations that have not come to their end, of all machines or of the one that is named."""
         here = [owned for owned in self._service.machines if name in (None, owned.name)]
         if name is not None and not here:
-            raise ControlError("BadArguments", f"there is no machine {name!r} here")
+            raise no_machine(name)
         return [(owned, owned.undecided) for owned in here if owned.undecided is not None]
 
     async def _pause(self, arguments: Json) -> AllSteered:
@@ -163,7 +163,7 @@ def process_status(service: Service, name: str | None = None) -> ProcessStatus:
     """Of the process and all machines, or of the one with this name."""
     machines = [report.machine_status(*row) for row in service.rows() if name in (None, row[0])]
     if name is not None and not machines:
-        raise ControlError("BadArguments", f"there is no machine {name!r} here")
+        raise no_machine(name)
     return ProcessStatus(
         side=service.side,
         pid=os.getpid(),
@@ -192,8 +192,13 @@ def find(machines: Sequence[Owned], name: str | None) -> Owned:
     here = [owned for owned in machines if not owned.has_left]
     found = [owned for owned in here if (owned.name == name if name else owned.shown is not None)]
     if not found:
-        raise ControlError("BadArguments", f"there is no machine {name!r} here" if name else "no machine is here")
+        raise no_machine(name)
     return _only(found)
+
+
+def no_machine(name: str | None) -> ControlError:
+    """None of this name, or none at all."""
+    return ControlError("BadArguments", f"there is no machine {name!r} here" if name else "no machine is here")
 
 
 def _only(found: Sequence[Owned]) -> Owned:

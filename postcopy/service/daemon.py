@@ -63,7 +63,7 @@ from postcopy.records.migration import Machine
 from postcopy.service import report
 from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import DaemonConfig
-from postcopy.service.control import find, given_by_key, process_status
+from postcopy.service.control import find, given_by_key, no_machine, process_status
 from postcopy.service.options import ONE_WAY, check_sending, is_name, record, sending
 from postcopy.service.report import Json, Migration
 from postcopy.service.schema import COMMANDS, ControlError
@@ -415,7 +415,7 @@ class Daemon(Service):
             await self.changes.wait()
         self._check_not_ending()
         if owned.phase is Phase.GONE:
-            raise ControlError("BadArguments", f"there is no machine {owned.name!r} here")
+            raise no_machine(owned.name)
         if owned.busy or owned.machine is None:
             raise ControlError("NotNow", f"{owned.name} is being {owned.phase.value} already")
         if isinstance(owned.migration, SourceMigration) and not owned.migration.may_run:

@@ -85,7 +85,7 @@ def _machine_rows(machine: Json) -> list[tuple[str, str]]:
 
 def _job_rows(job: Json) -> list[tuple[str, str]]:
     rows = [
-        ("Job type", f"{str(job['status']).capitalize()}, {job['direction']}"),
+        ("Job type", f"{str(job['status']).capitalize()}, {job.get('direction')}"),
         ("Migration", str(job.get("migration-id") or "-")),
         ("Peer", _peer(job)),
         ("Time elapsed", format_duration(job.get("elapsed-ms", 0) / 1e3)),

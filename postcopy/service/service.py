@@ -536,6 +536,7 @@ class Service(abc.ABC):
             except MemoryError:
                 why = f"salvage to {path}: {out_of_memory()}"
             if self.stop.insisted or not machine.live:  # an image can be fetched again
+                self.stop.settled()
                 log.error("%s", why)
                 return
             if changes is not asked:  # for the first time, or it was asked to end again
@@ -548,6 +549,7 @@ class Service(abc.ABC):
                 )
             with trio.move_on_after(SALVAGE_AGAIN_S):
                 await changes.wait()
+        self.stop.settled()  # to ask again ends what still takes time
         self.output.say(
             f"{self.side}: salvage written to {path}"
             + ("" if paused else "; the machine could not be paused while it was written"),
