@@ -12,6 +12,8 @@ is reported is the median over the rounds of the ratio within a round, so that a
   bytes over as many connections, and against one iperf3 stream.
 - ``compress``: memory that compresses, and memory that does not, pushed over 100 Mbit/s and 1 Gbit/s with ``auto``,
   against without compression.
+- ``switchover``: from the pause at the source to the first run at the destination, by machine, workload and memory,
+  against 2 ms; and 8 GiB against 64 MiB.
 - ``sparse``: total time of a large kvm machine of which 256 MiB were touched, against a machine of 256 MiB.
 - ``rv64``: instructions a second of the interpreter, in the workloads dirty and random, against 100 million.
 - ``overhead``: resident memory of source and destination beside the machine's own, against its allowance.
@@ -62,6 +64,7 @@ FIGURES = {
     "rv64": "_machine",
     "userfaultfd": "_uffd",
     "contention": "_contention",
+    "switchover": "_switchover",
     "dirty": "_dirty",
     "qemu": "_qemu",
 }
