@@ -61,12 +61,14 @@ def test_what_is_written_is_there_once(kind: str) -> None:
             assert pages(log.collect(0)) == [0]
 
 
-def test_pages_that_are_given_back_are_marked_by_who_does_it() -> None:
-    with Memory.create("memfd", PAGES * PAGE) as memory:
+@pytest.mark.parametrize("kind", ["memfd", "anon"])
+def test_pages_that_are_given_back_are_marked_by_who_does_it(kind: str) -> None:
+    with Memory.create(kind, PAGES * PAGE) as memory:
         memory.write(0, bytes([1]) * PAGE * 8)
+        memory.write(30 * PAGE, b"x")
         some = Bitmap(PAGES)
-        some.set_range(2, 3)
-        some.set_range(7, 1)
+        for first, count in (2, 3), (7, 1), (10, 2), (20, 5), (28, 3), (40, 1):  # some hold nothing
+            some.set_range(first, count)
         with DirtyLog([memory]) as log:
             memory.discard_pages(some)
             log.mark(0, 2, 3)
