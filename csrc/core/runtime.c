@@ -11,8 +11,8 @@
 #include <unistd.h>
 
 #define BACKGROUND_NICE 5
-#define BACKGROUND_SLICE_NS 20000000
-#define PROMPT_SLICE_NS 100000 /* the least the kernel grants */
+#define SLICE_NS 100000 /* the least the kernel grants */
+#define QUIET_PIECES 64 /* without urgent work between them, and that is over */
 
 /* sched_setattr(2) as far as it is used here; glibc has it only since 2.41. */
 struct sched_attributes {
@@ -77,17 +77,30 @@ static int set_scheduling(const struct sched_attributes *attributes)
     return syscall(SYS_sched_setattr, 0, attributes, 0) ? -errno : 0;
 }
 
-/* Since Linux 6.12 a thread of the fair class may ask for its time slice: one with a shorter slice preempts one with a
- * longer slice when it wakes up. Older kernels ignore the value; a sandbox may refuse the call; neither is an error. */
+/* Since Linux 6.12 a thread of the fair class may ask for its time slice. Older kernels ignore the value; a sandbox may refuse the call;
+ * neither is an error. This one is short, since pc_background_pause forfeits what is left of it: with 20 ms a thread that computes
+ * beside it would leave it next to nothing. */
 void pc_thread_background(void)
 {
     int nice = getpriority(PRIO_PROCESS, 0) + BACKGROUND_NICE;
     struct sched_attributes attributes = {.size = sizeof(attributes),
                                           .policy = SCHED_BATCH,
                                           .nice = nice < 19 ? nice : 19,
-                                          .runtime_ns = BACKGROUND_SLICE_NS};
+                                          .runtime_ns = SLICE_NS};
 
     (void)set_scheduling(&attributes);
+}
+
+/* Who wakes up while this thread runs, and has had its share, waits for the next tick, up to 4 ms, unless this one gives way. All the time
+ * would be too much: two threads of bulk would only take turns. */
+void pc_background_pause(struct pc_background *background, uint64_t urgent)
+{
+    if (background->urgent != urgent)
+        *background = (struct pc_background){.urgent = urgent};
+    if (background->quiet == QUIET_PIECES)
+        return;
+    background->quiet++;
+    (void)sched_yield();
 }
 
 /* In the fair class a thread that has just served a fault is over its share of the processor by these microseconds. If it
@@ -104,7 +117,7 @@ void pc_thread_prompt(bool busy_waits)
     attributes = (struct sched_attributes){.size = sizeof(attributes),
                                            .policy = SCHED_OTHER,
                                            .nice = getpriority(PRIO_PROCESS, 0),
-                                           .runtime_ns = PROMPT_SLICE_NS};
+                                           .runtime_ns = SLICE_NS};
     (void)set_scheduling(&attributes);
 }
 

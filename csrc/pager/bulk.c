@@ -85,13 +85,15 @@ static void *bulk_thread(void *argument)
     struct bulk *bulk = argument;
     struct pc_pager *pager = bulk->pager;
     struct progress progress = {0};
+    struct pc_background background = {0};
     int error;
 
     pc_thread_name("pc-bulk-in", bulk->channel.index);
     pc_thread_background();
-    do
+    do {
         error = receive_frame(bulk, &progress);
-    while (!error);
+        pc_background_pause(&background, __atomic_load_n(&pager->metrics.map->count.faults, __ATOMIC_RELAXED));
+    } while (!error);
     if (error == -EBADMSG)
         COUNT(pager, frames_refused, 1);
     pc_stream_shutdown(&bulk->stream); /* the peer learns at once; the descriptor stays until the thread is joined */

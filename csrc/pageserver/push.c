@@ -151,6 +151,7 @@ static int push(struct channel *channel, char *text, size_t text_bytes)
 {
     struct pc_pageserver *server = channel->server;
     const struct choice *choice = &channel->choice;
+    struct pc_background background = {0};
     int error = 0;
 
     channel->choice.sent_ns = pc_now_ns(); /* the time before this push was no time of sending */
@@ -172,6 +173,7 @@ static int push(struct channel *channel, char *text, size_t text_bytes)
         error = push_run(channel, channel->batch, &run, text, text_bytes);
         if (!error)
             give_back(server, choice->run_content_bytes - choice->run_wire_bytes, changes);
+        pc_background_pause(&background, __atomic_load_n(&server->count.requests, __ATOMIC_RELAXED));
     }
     if (error)
         return error;
