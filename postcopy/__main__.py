@@ -21,9 +21,12 @@ def main() -> int:
     except MissingPackageError as error:
         print(f"postcopy: error: {error}", file=sys.stderr)
         return 1
-    if interruptible:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    return run()
+    try:
+        if interruptible:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        return run()
+    except KeyboardInterrupt:  # before that could take it
+        return 1
 
 
 if __name__ == "__main__":

@@ -15,6 +15,11 @@ is promised: as many threads as will be needed at a time, which exist when `open
         await run_to_end(end_threads, "closing it")  # shielded, bounded; never waits for one of the two
     await workers.close()
 
+**In a pause** the way through the event loop costs more than most calls: two wake-ups, and whatever other tasks are
+ready then. `run_briefly` is for a call that takes well under a millisecond, but that nobody can vouch for: one of the
+threads makes it, and the Trio thread waits in place, for `BRIEF_S` at most; a call that takes longer is then waited for
+as any other. A call that is certain to return at once needs no thread at all.
+
 `run_sync` outside of any `serving` is `trio.to_thread.run_sync`, but a thread that cannot be had is a `ResourceError`.
 `run_to_end` takes a worker that is idle, else a thread of its own, else the one thread that the process keeps for this
 (made by the first `open`): an end must always be possible.
@@ -43,6 +48,8 @@ from postcopy.errors import MigrationError, ResourceError
 END_TIMEOUT_S = 30.0
 """How long ending C threads may take. They are woken through an eventfd and answer within milliseconds; a thread that
 is still there after this hangs in the kernel."""
+BRIEF_S = 0.002
+"""How long `run_briefly` may keep all other tasks waiting."""
 CLOSE_TIMEOUT_S = 1.0
 """How long `Workers.close` waits for calls that were abandoned."""
 
@@ -57,6 +64,8 @@ class _Job:
         self.context = contextvars.copy_context()
         self.token = trio.lowlevel.current_trio_token()
         self.finished = trio.Event()
+        self._worked = threading.Lock()  # until then it is held
+        self._worked.acquire()
         self.after: Callable[[], None] | None = None  # called in the Trio thread, also when no task waits any more
         self._outcome: outcome.Outcome[Any] | None = None
 
@@ -64,6 +73,7 @@ class _Job:
         """In the worker."""
         self._outcome = outcome.capture(self.context.run, self.function)
         del self.function, self.context  # what they hold may be wanted free as soon as the call has ended
+        self._worked.release()
         with contextlib.suppress(trio.RunFinishedError):
             self.token.run_sync_soon(self._finish)
 
@@ -71,6 +81,10 @@ class _Job:
         self.finished.set()
         if self.after is not None:
             self.after()
+
+    def wait_briefly(self) -> bool:
+        """Whether it has worked within `BRIEF_S`, in which no task runs. Once."""
+        return self._worked.acquire(timeout=BRIEF_S)
 
     def result(self) -> Any:
         """What the call returned; raises what it raised."""
@@ -181,33 +195,39 @@ class Workers:
         finally:
             _serving.reset(token)
 
-    async def run(self, function: Callable[..., T], *args: Any, abandon_on_cancel: bool = False) -> T:
+    async def run(
+        self, function: Callable[..., T], *args: Any, abandon_on_cancel: bool = False, briefly: bool = False
+    ) -> T:
         """What `function(*args)` returns or raises, from one of the threads; waits, cancellably, for a free one.
+        `briefly`: as `run_briefly`; where it succeeds, no other task has run meanwhile.
 
         Once it runs, cancelling does not interrupt it: without `abandon_on_cancel` the call is waited for, with it it
         is left to itself, its result is thrown away, and the thread is free again only when it has ended.
         `trio.ClosedResourceError` after `close`.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        await self._free.acquire()
+        if not (briefly and self._acquire_at_once()):
+            await self._free.acquire()
         if self._closed:
             self._free.release()  # and so wakes the next one that waits
             raise trio.ClosedResourceError("these workers were closed")
         job = self._begin(lambda: function(*args))
-        with trio.CancelScope(shield=not abandon_on_cancel):
-            await job.finished.wait()
+        if not (briefly and job.wait_briefly()):
+            with trio.CancelScope(shield=not abandon_on_cancel):
+                await job.finished.wait()
         value: T = job.result()
         return value
 
     def begin_at_once(self, function: Callable[[], Any]) -> _Job | None:
         """For `run_to_end`: the call on a thread that is idle now, if there is one."""
-        if self._closed or not self._idle:
-            return None
+        return self._begin(function) if not self._closed and self._acquire_at_once() else None
+
+    def _acquire_at_once(self) -> bool:
         try:
             self._free.acquire_nowait()
         except trio.WouldBlock:
-            return None
-        return self._begin(function)
+            return False
+        return True
 
     def _begin(self, function: Callable[[], Any]) -> _Job:
         worker = self._idle.pop()
@@ -267,6 +287,16 @@ async def run_sync(function: Callable[..., T], *args: Any, abandon_on_cancel: bo
         if called:
             raise
         raise no_thread("a blocking call") from error
+
+
+async def run_briefly(function: Callable[..., T], *args: Any, abandon_on_cancel: bool = False) -> T:
+    """`run_sync` for a call that nearly always takes less than a millisecond: where it does, and a thread of those that
+    serve this task is idle, its result is here without another task having run meanwhile."""
+    require_trio("a blocking call of postcopy")
+    workers = _serving.get()
+    if workers is None or workers.closed:
+        return await run_sync(function, *args, abandon_on_cancel=abandon_on_cancel)
+    return await workers.run(function, *args, abandon_on_cancel=abandon_on_cancel, briefly=True)
 
 
 async def run_to_end(call: Callable[[], T], what: str, timeout_s: float = END_TIMEOUT_S) -> T:

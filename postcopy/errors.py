@@ -45,6 +45,10 @@ class PeerError(PostcopyError):
     """The peer refused, aborted or went away; the text is its reason where it gave one."""
 
 
+class ConnectionLost(PeerError):
+    """The connection with the peer has ended, and the peer has not said why: another one may be all that is needed."""
+
+
 class MigrationError(PostcopyError):
     """The migration as a whole cannot go on."""
 

@@ -59,6 +59,17 @@ def _netns() -> str | None:
     return _probed("netns")()
 
 
+def _qemu() -> str | None:
+    from postcopy.errors import ResourceError
+    from postcopy.testbed.bench._qemu import check_qemu
+
+    try:
+        check_qemu()
+    except ResourceError as error:
+        return str(error)
+    return None
+
+
 def _command(name: str, package: str) -> Callable[[], str | None]:
     return lambda: None if shutil.which(name) else f"no {name} command: install {package}"
 
@@ -80,6 +91,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "zsh": _command("zsh", "zsh"),
     "fish": _command("fish", "fish"),
     "man": _command("man", "man-db"),
+    "qemu": _qemu,  # that postcopy is measured beside
 }
 
 
@@ -179,6 +191,16 @@ class DeadlineExpired(AssertionError):
     """A child was not done at its deadline and has been killed; the message has its output."""
 
 
+def _runs_in_group(group: int) -> bool:
+    """Whether a process of this group has not ended yet."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            state, _, its_group = stat.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                return True
+    return False
+
+
 class Child:
     """A running child in a process group of its own; leaving the ``with`` block kills the whole group.
 
@@ -251,11 +273,14 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(KILL_TIMEOUT_S)
-        # Members that the child has left behind: killed too, but nobody here can wait for them.
+        # Members that the child has left behind: killed too, but nobody here can wait for them, nor in some containers
+        # anybody else.
         while time.monotonic() < deadline:
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
+                return
+            if not _runs_in_group(self.process.pid):
                 return
             time.sleep(0.005)
 

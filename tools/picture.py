@@ -9,6 +9,7 @@ its end, in the colours that it has there. Whoever changes the output runs this 
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.text import Text
 
 COLUMNS, LINES = 80, 40
-_ERASES = re.compile(r"(?:\x1b\[(?:\d*[AJKG]|1A|2K))+")  # where a live view is drawn anew
+_ERASES = re.compile(r"(?:\x1b\[\d*[AJKG])+")  # where a live view is drawn anew
 _CONTROLS = re.compile(r"\x1b\[[?0-9;]*[A-Za-ln-z]|\r")
 _SHARE = re.compile(r"(\d+) %")
 WANTED_SHARE = 60
@@ -58,9 +59,8 @@ def moments(written: str) -> tuple[list[str], str]:
 
 def main(target: str, *command: str) -> None:
     drawn, end = moments(run(list(command)))
-    shown = [f"[bold green]$[/bold green] {' '.join(command)}"]
-    console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), color_system="truecolor", highlight=False)  # noqa: SIM115
-    console.print(*shown)
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), color_system="truecolor", highlight=False)
+    console.print(Text("$", "bold green"), Text(" ".join(command)))
     if drawn:
         best = min(drawn, key=lambda part: abs(int(_SHARE.search(Text.from_ansi(part).plain)[1]) - WANTED_SHARE))  # type: ignore[index]
         console.print(Text.from_ansi(best), "", sep="\n")
@@ -72,4 +72,6 @@ def main(target: str, *command: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit("picture: name the SVG to be written, and the command")
     main(*sys.argv[1:])

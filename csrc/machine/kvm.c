@@ -270,11 +270,34 @@ static int get_host_cpuid(struct pc_kvm *kvm, uint64_t guest_end, char *error, s
     return 0;
 }
 
+/* What the guest sees of the processor: all that the host supports, with its own topology. At creation, since KVM takes its time for
+ * it, which a machine that is about to arrive has then. */
+static int set_cpuid(struct pc_vcpu *vcpu)
+{
+    const struct kvm_cpuid2 *host = pc_kvm(vcpu->machine)->host_cpuid;
+    struct pc_kvm_vcpu *own = pc_kvm_vcpu(vcpu);
+    size_t cpuid_bytes = sizeof *host + host->nent * sizeof host->entries[0];
+
+    own->cpuid = malloc(cpuid_bytes);
+    if (!own->cpuid)
+        return -ENOMEM;
+    memcpy(own->cpuid, host, cpuid_bytes);
+    for (uint32_t i = 0; i < own->cpuid->nent; i++) {
+        struct kvm_cpuid_entry2 *entry = &own->cpuid->entries[i];
+        if (entry->function == 1)
+            entry->ebx = (entry->ebx & 0xffff) | vcpu->index << 24 | vcpu->machine->config.vcpus << 16;
+        else if (entry->function == 0xb || entry->function == 0x1f)
+            entry->edx = vcpu->index;
+    }
+    return pc_kvm_ioctl(own->fd, KVM_SET_CPUID2, own->cpuid);
+}
+
 static int make_vcpu(struct pc_vcpu *vcpu, char *error, size_t error_bytes)
 {
     const struct pc_kvm *kvm = pc_kvm(vcpu->machine);
     struct pc_kvm_vcpu *own = calloc(1, sizeof *own);
     void *run;
+    int rc;
 
     if (!own)
         return pc_fail(ENOMEM, error, error_bytes, "out of memory");
@@ -288,6 +311,11 @@ static int make_vcpu(struct pc_vcpu *vcpu, char *error, size_t error_bytes)
     own->run = run;
     if (kvm->has_sync_regs)
         own->run->kvm_valid_regs = KVM_SYNC_X86_REGS;
+    rc = pc_kvm_ioctl(own->fd, KVM_GET_TSC_KHZ, NULL);
+    own->tsc_khz = rc > 0 ? (uint64_t)rc : 0;
+    rc = set_cpuid(vcpu);
+    if (rc)
+        return pc_fail(-rc, error, error_bytes, "vCPU %u: KVM_SET_CPUID2: %s", vcpu->index, strerrordesc_np(-rc));
     return 0;
 }
 
@@ -341,9 +369,8 @@ static int set_up(struct pc_machine *machine, char *error, size_t error_bytes)
 /* 64-bit mode with paging on, as a loader would leave it; the vCPU's number in RDI. */
 static int set_start_state(struct pc_vcpu *vcpu)
 {
-    const struct pc_machine *machine = vcpu->machine;
-    const struct pc_kvm *kvm = pc_kvm(machine);
-    struct pc_kvm_vcpu *own = pc_kvm_vcpu(vcpu);
+    const struct pc_kvm *kvm = pc_kvm(vcpu->machine);
+    const struct pc_kvm_vcpu *own = pc_kvm_vcpu(vcpu);
     struct kvm_segment code = { .limit = 0xffffffff, .selector = PCG_CODE_SELECTOR, .type = 11, .present = 1, .s = 1,
                                 .l = 1, .g = 1 };
     struct kvm_segment data = { .limit = 0xffffffff, .selector = PCG_DATA_SELECTOR, .type = 3, .present = 1, .s = 1,
@@ -352,29 +379,13 @@ static int set_start_state(struct pc_vcpu *vcpu)
                              .rsp = PCG_STACKS + (vcpu->index + 1) * PCG_STACK_BYTES };
     struct kvm_sregs sregs;
     struct kvm_xcrs xcrs;
-    struct kvm_cpuid2 *cpuid;
-    size_t cpuid_bytes = sizeof *cpuid + kvm->host_cpuid->nent * sizeof cpuid->entries[0];
     bool has_xsave = false;
     int rc;
 
-    cpuid = malloc(cpuid_bytes);
-    if (!cpuid)
-        return -ENOMEM;
-    memcpy(cpuid, kvm->host_cpuid, cpuid_bytes);
-    for (uint32_t i = 0; i < cpuid->nent; i++) {
-        struct kvm_cpuid_entry2 *entry = &cpuid->entries[i];
-        if (entry->function == 1) {
-            entry->ebx = (entry->ebx & 0xffff) | vcpu->index << 24 | machine->config.vcpus << 16;
-            has_xsave = kvm->has_xcrs && (entry->ecx & 1u << 26);
-        } else if (entry->function == 0xb || entry->function == 0x1f) {
-            entry->edx = vcpu->index;
-        }
-    }
-    free(own->cpuid); /* of a boot that failed half way */
-    own->cpuid = cpuid;
-    rc = pc_kvm_ioctl(own->fd, KVM_SET_CPUID2, cpuid);
-    if (!rc)
-        rc = pc_kvm_ioctl(own->fd, KVM_GET_SREGS, &sregs);
+    for (uint32_t i = 0; i < own->cpuid->nent; i++)
+        if (own->cpuid->entries[i].function == 1)
+            has_xsave = kvm->has_xcrs && (own->cpuid->entries[i].ecx & 1u << 26);
+    rc = pc_kvm_ioctl(own->fd, KVM_GET_SREGS, &sregs);
     if (rc)
         return rc;
     sregs.cs = code;

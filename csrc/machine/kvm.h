@@ -23,6 +23,7 @@ struct pc_kvm_vcpu {
     int fd;
     struct kvm_run *run;
     struct kvm_cpuid2 *cpuid; /* as given to KVM, which adds to it what it likes */
+    uint64_t tsc_khz;         /* 0: KVM does not say */
     bool io_pending;          /* the last exit's instruction is not complete before the next KVM_RUN */
 };
 

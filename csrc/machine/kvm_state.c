@@ -99,39 +99,44 @@ static bool is_among(uint32_t index, const uint32_t *msrs, size_t count)
     return count;
 }
 
-/* KVM_GET_MSRS or KVM_SET_MSRS of one. 0 or -errno. */
-static int one_msr(int fd, unsigned long request, uint32_t index, uint64_t *value)
-{
-    struct {
-        struct kvm_msrs header;
-        struct kvm_msr_entry entry;
-    } one = {.header = {.nmsrs = 1}, .entry = {.index = index, .data = *value}};
-    int rc = pc_kvm_ioctl(fd, request, &one);
+/* KVM_GET_MSRS or KVM_SET_MSRS: all of them in one call, since each loads the vCPU and puts it away again. How many were done, in
+ * their order, up to the first that KVM refuses; or -errno. */
+struct msr_list {
+    struct kvm_msrs header;
+    struct kvm_msr_entry entries[NEEDED_MSRS];
+};
 
-    *value = one.entry.data;
-    return rc == 1 ? 0 : rc < 0 ? rc : -ENOENT;
+static int do_msrs(const struct pc_vcpu *vcpu, unsigned long request, struct msr_list *list, uint32_t count)
+{
+    list->header = (struct kvm_msrs){.nmsrs = count};
+    return pc_kvm_ioctl(pc_kvm_vcpu(vcpu)->fd, request, list);
 }
 
-static int get_msr(int fd, uint32_t index, uint64_t *value)
+static bool get_msr(const struct pc_vcpu *vcpu, uint32_t index, uint64_t *value)
 {
-    *value = 0;
-    return one_msr(fd, KVM_GET_MSRS, index, value);
+    struct msr_list one = {.entries = {{.index = index}}};
+    bool done = do_msrs(vcpu, KVM_GET_MSRS, &one, 1) == 1;
+
+    *value = one.entries[0].data;
+    return done;
 }
 
 /* ---- save ---- */
 
 static int save_msrs(struct pc_state_writer *writer, const struct pc_vcpu *vcpu, char *error, size_t error_bytes)
 {
+    struct msr_list list = {0};
     struct state_msr msrs[NEEDED_MSRS];
-    int rc;
+    int done;
 
-    memset(msrs, 0, sizeof msrs);
-    for (size_t i = 0; i < NEEDED_MSRS; i++) {
-        msrs[i].index = needed_msrs[i];
-        rc = get_msr(pc_kvm_vcpu(vcpu)->fd, needed_msrs[i], &msrs[i].value);
-        if (rc)
-            return pc_fail(-rc, error, error_bytes, "vCPU %u: MSR 0x%x cannot be read", vcpu->index, needed_msrs[i]);
-    }
+    for (size_t i = 0; i < NEEDED_MSRS; i++)
+        list.entries[i].index = needed_msrs[i];
+    done = do_msrs(vcpu, KVM_GET_MSRS, &list, NEEDED_MSRS);
+    if (done != NEEDED_MSRS)
+        return pc_fail(done < 0 ? -done : ENOENT, error, error_bytes, "vCPU %u: MSR 0x%x cannot be read", vcpu->index,
+                       needed_msrs[done < 0 ? 0 : done]);
+    for (size_t i = 0; i < NEEDED_MSRS; i++)
+        msrs[i] = (struct state_msr){.index = needed_msrs[i], .value = list.entries[i].data};
     return pc_state_put(writer, &pc_kvm_sections[MSRS], vcpu->index, msrs, sizeof msrs);
 }
 
@@ -159,8 +164,8 @@ static bool has_section(const struct pc_kvm *kvm, int kind)
 int pc_kvm_save_vcpu(struct pc_vcpu *vcpu, struct pc_state_writer *writer, char *error, size_t error_bytes)
 {
     const struct pc_kvm_vcpu *own = pc_kvm_vcpu(vcpu);
-    uint64_t buffer[PLAIN_MAX_BYTES / sizeof(uint64_t)], tsc_khz;
-    int rc = 0, khz;
+    uint64_t buffer[PLAIN_MAX_BYTES / sizeof(uint64_t)];
+    int rc = 0;
 
     for (int kind = 0; !rc && kind < PC_KVM_SECTIONS; kind++) {
         const struct pc_section_kind *section = &pc_kvm_sections[kind];
@@ -181,9 +186,7 @@ int pc_kvm_save_vcpu(struct pc_vcpu *vcpu, struct pc_state_writer *writer, char 
             rc = save_msrs(writer, vcpu, error, error_bytes);
             break;
         case TSC_KHZ:
-            khz = pc_kvm_ioctl(own->fd, KVM_GET_TSC_KHZ, NULL);
-            tsc_khz = khz > 0 ? (uint64_t)khz : 0;
-            rc = pc_state_put(writer, section, vcpu->index, &tsc_khz, sizeof tsc_khz);
+            rc = pc_state_put(writer, section, vcpu->index, &own->tsc_khz, sizeof own->tsc_khz);
             break;
         default:
             memset(buffer, 0, sizeof buffer);
@@ -327,26 +330,45 @@ int pc_kvm_check_vcpu(struct pc_vcpu *vcpu, const struct pc_section *sections, c
 
 static int load_msrs(const struct pc_vcpu *vcpu, const struct pc_section *section, char *error, size_t error_bytes)
 {
-    for (uint64_t at = 0; at < section->bytes; at += sizeof(struct state_msr)) {
-        struct state_msr msr;
-        uint64_t now;
+    struct msr_list list = {0};
+    uint64_t now, tsc = 0;
+    uint32_t count = 0;
+    int done;
 
-        memcpy(&msr, section->payload + at, sizeof msr);
-        if (!is_among(msr.index, needed_msrs, NEEDED_MSRS))
-            continue; /* older versions sent all that KVM lists */
-        if (one_msr(pc_kvm_vcpu(vcpu)->fd, KVM_SET_MSRS, msr.index, &msr.value) == 0) {
-            /* A KVM that cannot offset the counter takes the value and forgets it. Ahead of the guest's time is well; behind it
-             * the guest would see time run backwards. */
-            if (msr.index == MSR_TSC && get_msr(pc_kvm_vcpu(vcpu)->fd, MSR_TSC, &now) == 0 && now < msr.value)
-                return pc_fail(ENOTSUP, error, error_bytes, "vCPU %u: this host's KVM cannot set the time stamp counter, "
-                               "and it is behind the machine's", vcpu->index);
-            continue;
+    /* By our own list, which is as long as there is room: in a blob one may come twice, and older versions sent all that KVM lists. */
+    for (size_t i = 0; i < NEEDED_MSRS; i++)
+        for (uint64_t at = 0; at < section->bytes; at += sizeof(struct state_msr)) {
+            struct state_msr msr;
+
+            memcpy(&msr, section->payload + at, sizeof msr);
+            if (msr.index != needed_msrs[i])
+                continue;
+            list.entries[count++] = (struct kvm_msr_entry){.index = msr.index, .data = msr.value};
+            if (msr.index == MSR_TSC)
+                tsc = msr.value;
+            break;
         }
+    while (count) {
+        const struct kvm_msr_entry *refused;
+
+        done = do_msrs(vcpu, KVM_SET_MSRS, &list, count);
+        if (done < 0)
+            return pc_fail(-done, error, error_bytes, "vCPU %u: this host takes no MSRs: %s", vcpu->index, strerrordesc_np(-done));
+        if ((uint32_t)done >= count)
+            break;
         /* Read-only, but right already? */
-        if (get_msr(pc_kvm_vcpu(vcpu)->fd, msr.index, &now) || now != msr.value)
-            return pc_fail(ENOTSUP, error, error_bytes, "vCPU %u: this host refuses MSR 0x%x = 0x%llx", vcpu->index,
-                           msr.index, (unsigned long long)msr.value);
+        refused = &list.entries[done];
+        if (!get_msr(vcpu, refused->index, &now) || now != refused->data)
+            return pc_fail(ENOTSUP, error, error_bytes, "vCPU %u: this host refuses MSR 0x%x = 0x%llx", vcpu->index, refused->index,
+                           (unsigned long long)refused->data);
+        count -= (uint32_t)done + 1;
+        memmove(list.entries, refused + 1, count * sizeof *refused);
     }
+    /* A KVM that cannot offset the counter takes the value and forgets it. Ahead of the guest's time is well; behind it the guest
+     * would see time run backwards. */
+    if (get_msr(vcpu, MSR_TSC, &now) && now < tsc)
+        return pc_fail(ENOTSUP, error, error_bytes, "vCPU %u: this host's KVM cannot set the time stamp counter, and it is behind the "
+                       "machine's", vcpu->index);
     return 0;
 }
 
@@ -375,15 +397,25 @@ int pc_kvm_load_vcpu(struct pc_vcpu *vcpu, const struct pc_section *sections, ch
 
     for (size_t i = 0; i < PC_KVM_SECTIONS; i++) {
         const struct pc_section *section = &sections[order[i]];
-        int rc = 0, khz;
+        struct kvm_cpuid2 *cpuid;
+        int rc = 0;
 
         if (!section->payload)
             continue;
         switch (order[i]) {
         case CPUID:
+            /* From a host like this one it is what the vCPU was made with. */
+            if (section->bytes == own->cpuid->nent * sizeof own->cpuid->entries[0] &&
+                memcmp(section->payload, own->cpuid->entries, section->bytes) == 0)
+                break;
+            cpuid = copy_cpuid(section);
+            if (!cpuid) {
+                rc = -ENOMEM;
+                break;
+            }
             free(own->cpuid);
-            own->cpuid = copy_cpuid(section);
-            rc = own->cpuid ? pc_kvm_ioctl(own->fd, KVM_SET_CPUID2, own->cpuid) : -ENOMEM;
+            own->cpuid = cpuid;
+            rc = pc_kvm_ioctl(own->fd, KVM_SET_CPUID2, cpuid);
             break;
         case XSAVE:
             rc = load_xsave(vcpu, section);
@@ -397,9 +429,10 @@ int pc_kvm_load_vcpu(struct pc_vcpu *vcpu, const struct pc_section *sections, ch
             /* Where the counter cannot be scaled it runs at this host's speed: still monotonic, and the guest programs
              * measure nothing by it. */
             memcpy(&tsc_khz, section->payload, sizeof tsc_khz);
-            khz = pc_kvm_ioctl(own->fd, KVM_GET_TSC_KHZ, NULL);
-            if (pc_kvm(vcpu->machine)->has_tsc_control && tsc_khz && tsc_khz <= UINT32_MAX && khz > 0 && (uint64_t)khz != tsc_khz)
-                rc = pc_kvm_ioctl(own->fd, KVM_SET_TSC_KHZ, (void *)(uintptr_t)tsc_khz);
+            if (!pc_kvm(vcpu->machine)->has_tsc_control || !tsc_khz || tsc_khz > UINT32_MAX || !own->tsc_khz || own->tsc_khz == tsc_khz)
+                break;
+            rc = pc_kvm_ioctl(own->fd, KVM_SET_TSC_KHZ, (void *)(uintptr_t)tsc_khz);
+            own->tsc_khz = tsc_khz;
             break;
         default:
             memcpy(buffer, section->payload, section->bytes);

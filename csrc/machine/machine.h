@@ -195,7 +195,9 @@ void pc_vcpu_touch_kicked(void);
 /* rv64.c: in the kick's signal handler. Does not come back when the thread waits for a missing page. */
 void pc_rv64_kicked(void);
 
-/* ports.c, for engines. This vCPU cannot go on: the whole machine stops. */
+/* ports.c. Something that pc_machine_stats shows has changed. */
+void pc_machine_raise_event(struct pc_machine *machine);
+/* For engines. This vCPU cannot go on: the whole machine stops. */
 void pc_vcpu_failed(struct pc_vcpu *vcpu, const char *what);
 /* Device registers; `arguments` are those that travel in registers (guest/abi.h). False: the vCPU is to stop. */
 bool pc_device_out(struct pc_vcpu *vcpu, uint16_t port, uint32_t value, const uint64_t arguments[4]);

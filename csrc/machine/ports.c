@@ -12,7 +12,7 @@
 
 /* ---- reports and failures ---- */
 
-static void raise_event(struct pc_machine *machine)
+void pc_machine_raise_event(struct pc_machine *machine)
 {
     uint64_t one = 1;
     /* EAGAIN means 2^64 - 2 unread events: readable anyway. */
@@ -81,7 +81,7 @@ void pc_vcpu_failed(struct pc_vcpu *vcpu, const char *what)
     machine->want_run = false;
     pc_machine_kick_all(machine);
     pthread_mutex_unlock(&machine->lock);
-    raise_event(machine);
+    pc_machine_raise_event(machine);
 }
 
 /* ---- devices ---- */
@@ -96,7 +96,7 @@ static bool report(struct pc_vcpu *vcpu, uint32_t what, const uint64_t arguments
     case PCG_READY:
         atomic_store(&machine->nonce, arguments[0]);
         atomic_store(&vcpu->ready, 1);
-        raise_event(machine);
+        pc_machine_raise_event(machine);
         return true;
     case PCG_PROGRESS:
         atomic_fetch_add(&vcpu->reports, 1);
@@ -106,7 +106,7 @@ static bool report(struct pc_vcpu *vcpu, uint32_t what, const uint64_t arguments
         now_ns = pc_now_ns();
         if (now_ns - vcpu->report_event_ns >= REPORT_EVENT_INTERVAL_NS) {
             vcpu->report_event_ns = now_ns;
-            raise_event(machine);
+            pc_machine_raise_event(machine);
         }
         return true;
     case PCG_FAILURE:
@@ -115,7 +115,7 @@ static bool report(struct pc_vcpu *vcpu, uint32_t what, const uint64_t arguments
             pc_vcpu_failed(vcpu, "stopped by an exception");
             return false;
         }
-        raise_event(machine);
+        pc_machine_raise_event(machine);
         return true;
     default:
         return true; /* like a write to a port where nothing is */

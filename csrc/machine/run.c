@@ -115,7 +115,8 @@ static void *vcpu_thread(void *argument)
 
     while (park(vcpu)) {
         uint64_t never = 0;
-        atomic_compare_exchange_strong(&machine->first_run_ns, &never, pc_now_ns());
+        if (atomic_compare_exchange_strong(&machine->first_run_ns, &never, pc_now_ns()))
+            pc_machine_raise_event(machine);
         while (!atomic_load(&machine->leave))
             if (!machine->engine->run(vcpu))
                 break;

@@ -31,7 +31,7 @@
  * Why UFFDIO_COPY, for memfd too
  * ------------------------------
  * Filling an alias mapping and then exposing the page with UFFDIO_CONTINUE saves no copy, since a frame is verified
- * before any of it is placed, and costs a page fault in the alias. COPY takes half the time (docs/measurements.md) and is
+ * before any of it is placed, and costs a page fault in the alias. COPY takes half the time (docs/performance.md) and is
  * atomic: content and page appear together. CONTINUE is for pages that are in the page cache already although no thread
  * here has mapped them: a hole which another process read through its own mapping fills with zeros. (Where the kernel has no
  * minor faults nothing would tell of such a hole: what is in the page cache is thrown away before such memory is armed.)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import sys
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,7 @@ import trio
 from postcopy._stop import Stop
 from postcopy.cli._parser import add_command, add_option, with_default
 from postcopy.cli.sides import Run
-from postcopy.errors import ConfigurationError, MigrationError, PeerError, known_error, leaves
+from postcopy.errors import ConfigurationError, MigrationError, known_error
 from postcopy.output import Output
 from postcopy.output.words import format_duration
 from postcopy.records import Json
@@ -24,10 +23,8 @@ from postcopy.service import options
 from postcopy.service.client import ControlClient, ProcessGoneError
 from postcopy.service.options import CONTROL, default_control, flag
 from postcopy.service.render import render_answer
-from postcopy.service.schema import COMMANDS, ControlError, plain
+from postcopy.service.schema import COMMANDS, ControlError
 from postcopy.units import format_size
-
-log = logging.getLogger(__name__)
 
 TOP = "top"
 TOP_HELP = "show all machines and migrations of the process, again and again, until it ends, or Ctrl-C"
@@ -59,19 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make(given: dict[str, Any], output: Output) -> Run:
-    command = CtlCommand(given, output)
-
-    async def run(stop: Stop) -> bool:
-        try:
-            return await command.run(stop)
-        except* (AttributeError, LookupError, TypeError, ValueError) as mistakes:
-            # An answer that is not as it should be: the socket may be of anything.
-            log.debug("an answer that is not understood", exc_info=mistakes)
-            mistake = next(leaves(mistakes))
-            what = f"{type(mistake).__name__}: {mistake}"
-            raise PeerError(f"the process does not answer as postcopy does ({what})") from None
-
-    return run
+    return CtlCommand(given, output).run
 
 
 class CtlCommand:
@@ -82,8 +67,8 @@ class CtlCommand:
         self._socket = str(given.get("control") or default_control())
         self._json = "json" in given
         self._detach = "detach" in given
-        known = COMMANDS[self._request].arguments if self._request in COMMANDS else ()
-        self._arguments = {name: plain(given[name]) for name in known if name in given}
+        known = COMMANDS[self._request].arguments if self._request in COMMANDS else {}
+        self._arguments = {name: option.to_json(given[name]) for name, option in known.items() if name in given}
         self._output = output
         self._migration = ""  # the id of the one that is waited for
         self._now: Json = {}  # how that stands, or with `top` the process
@@ -100,7 +85,7 @@ class CtlCommand:
 
             nursery.start_soon(interruption)
             try:
-                async with ControlClient.open(self._socket) as client:
+                async with ControlClient.open(self._socket, checks=True) as client:
                     done = await self._do(client)
             except* ControlError as group:
                 error = known_error(group)
@@ -146,7 +131,7 @@ class CtlCommand:
             raise MigrationError(f"{name} has not moved: {status}{': ' + ended['error'] if ended['error'] else ''}")
         if not self._json:
             times = (format_duration(ended[key] / 1e3) for key in ("downtime-ms", "total-ms"))
-            self._print("{} has moved to {}: downtime {}, total time {}".format(name, ended["peer"], *times))
+            self._print("{} has moved to {}: downtime {}, total time {}".format(name, ended.get("peer"), *times))
         return True
 
     async def _until_ended(self, client: ControlClient) -> Json:
@@ -159,9 +144,14 @@ class CtlCommand:
                     job = machine.get("migration") or {}
                     if self._is_it(job):
                         size = format_size(machine["memory"])
-                        self._output.view.subject = f"{machine['name']}, {size}, to {job['peer']}"
-                        self._now |= {key: job.get(key) for key in ("status", "ram", "pending-faults")}
+                        self._output.view.subject = f"{machine['name']}, {size}, to {job.get('peer')}"
+                        self._now |= {key: job.get(key) for key in ("status", "ram", "pending-faults", "attempts")}
                         self._now["guest"] = machine.get("guest") or {}
+            elif kind == "migration-status" and data["machine"] == self._now["name"] and data.get("attempts", 1) > 1:
+                self._migration = data["migration-id"]  # begun again, under another one
+                self._now |= {key: data.get(key) for key in ("status", "attempts")}
+                self._output.say(f"{data['machine']}: {data['error']}; trying again")
+                self._output.kick()
             elif self._is_it(data) and kind == "migration-ended":
                 return dict(data)
             elif self._is_it(data) and kind == "migration-status":

@@ -58,10 +58,16 @@ def _source(given: dict[str, Any], output: Output) -> Service:
         SourceConfig,
         {"kind": "", **given},
         machine=record(MachineOptions, given),
-        migration=record(SourceOptions, given),
+        migration=_sending(given),
         origin=record(Origin, given) if "path" in given else None,
     )
     return Source(config, output)
+
+
+def _sending(given: dict[str, Any]) -> SourceOptions:
+    sending = options.sending(given)
+    options.check_sending(given, sending, given.get("kind", ""))
+    return sending
 
 
 def _dest(given: dict[str, Any], output: Output) -> Service:
@@ -78,7 +84,7 @@ def _daemon(given: dict[str, Any], output: Output) -> Service:
         DaemonConfig,
         given,
         machine=record(MachineOptions, given) if "kind" in given else None,
-        migration=record(SourceOptions, given, name=""),
+        migration=options.sending(given),
         arrival=record(ArrivalOptions, given),
         side=given["command"],
     )

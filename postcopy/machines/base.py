@@ -4,6 +4,11 @@
 The engine never asks which machine it moves; all it may use is here. A machine belongs to one side of one migration (an
 image at the source, which nothing changes, may be shared by several). All methods run in the Trio thread.
 
+The pause. From `pause` at the source to the first run after `resume` at the destination nobody runs the machine, so
+these calls, `save_state` and `load_state` do only what cannot be done before: what a machine can have made earlier
+(threads, vCPUs, what its configuration says of them) is there when its constructor returns. They may return without a
+checkpoint: other tasks run when the pause is over.
+
 Order of the end: a machine whose memory is complete can be closed before or after its pager. One whose memory is still
 missing pages must be closed *before*: a vCPU is brought out by a signal where the kernel lets it, while a pager that
 ends first must poison what is missing, and a vCPU that meets a poisoned page takes the whole process with it (SIGBUS).
@@ -23,8 +28,8 @@ from typing import Any, Self
 
 from postcopy._blocking import run_sync
 from postcopy._files import replacing
-from postcopy.errors import PostcopyError
-from postcopy.memory import Memory
+from postcopy.errors import PostcopyError, ResourceError
+from postcopy.memory import DirtyLog, Memory
 
 CLOSE_TIMEOUT_S = 5.0
 """How long the end of a machine waits for its threads, by default."""
@@ -179,15 +184,28 @@ class Machine(abc.ABC):
     async def release_network(self) -> None:  # noqa: B027
         """Source, once it was committed to the destination: the link goes down. Raises as little."""
 
+    def dirty_log(self) -> DirtyLog:
+        """From here on every page of `blocks` that is written, by the machine or on its behalf, is in the log, whose
+        indices are those of the blocks. Source only; closed by the caller, before the machine. `ResourceError` where
+        that cannot be known. Takes as long as the page tables are large: for a worker thread."""
+        raise ResourceError(
+            f"a machine of kind {self.kind} cannot tell what it writes: it cannot be copied while it runs",
+            "leave precopy out (--precopy off)",
+        )
+
     @abc.abstractmethod
     async def save_state(self) -> bytes:
         """All state outside of memory of the paused machine."""
 
     @abc.abstractmethod
     async def load_state(self, state: bytes) -> None:
-        """Destination only, once: from created to paused, without touching memory. `state` comes from a peer and is
-        checked; an error is a `PostcopyError`, after which the machine can only be closed. Bounded in time:
-        `MigrationError` when the kernel does not come back; cancellable at once, what hangs is left to `close`."""
+        """Destination only, once: from created to paused. `state` comes from a peer and is checked; an error is a
+        `PostcopyError`, after which the machine can only be closed.
+
+        It may touch memory, as real machines do: the page server answers by then (protocol 4), and a page that is
+        missing comes as any other. With an older peer it does not, and nothing says that one ever will: so it never
+        runs in the Trio thread, and is bounded in time (`MigrationError`); cancellable at once, what hangs is left to
+        `close`."""
 
     @abc.abstractmethod
     def vcpu_threads(self) -> list[int]:
@@ -207,7 +225,8 @@ class Machine(abc.ABC):
 
     @abc.abstractmethod
     async def wait_changed(self) -> None:
-        """Returns when `statistics` may say something else than before the call: ready, reports, failures, the state.
+        """Returns when `statistics` may say something else than before the call: the first run after a `resume`, ready,
+        reports, failures, the state.
         Any number of tasks may wait. Cancellable; `trio.ClosedResourceError` when the machine is closed."""
 
     @abc.abstractmethod

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The destination's engine: one machine received, from the offer until its last page is here.
 
-The plan: make the machine that is offered, or say why not; connect the data channels; take the page maps and the
-state; register all memory with userfaultfds; say `prepared`. From then on this side waits for a decision that is
-not its own. On `commit` the machine runs, and every page comes: because it was touched, because the source pushed
-it, or because this side asked for what was left when the source had nothing more to push.
+The plan: make the machine that is offered, or say why not; connect the data channels; take the page maps, and register
+all memory with userfaultfds. In each round that follows pages come, and those that have changed since are forgotten:
+they are missing again, so that no old page is ever seen. Then take the state, with all pages that are to be here before
+the machine runs, and say `prepared`. From then on this side waits for a decision that is not its own. On `commit` the
+machine runs, and every page comes: because it was touched, because the source pushed it, or because this side asked for
+what was left when the source had nothing more to push.
 
 Resource handling: machine and pager belong to the engine. `close` ends them in the order that the state demands: a
 machine whose memory is not complete is closed first, since its vCPUs may be blocked on pages that only the pager can
@@ -23,6 +25,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import trio
@@ -31,14 +34,14 @@ from postcopy import wire
 from postcopy._blocking import run_sync
 from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import ChannelKind, Event, EventType
-from postcopy.errors import MigrationError, PostcopyError
+from postcopy.errors import MigrationError, PostcopyError, ProtocolError
 from postcopy.machines import BlockLayout, Machine, MachineState, MachineStatistics
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.acknowledgements import PlacedReporter
 from postcopy.migration.connection import HEARTBEAT_S, MISSED_HEARTBEATS, STEP_TIMEOUT_S, Control
 from postcopy.migration.engine import Engine
-from postcopy.migration.maps import digest_of, receive_maps, send_map
-from postcopy.migration.statistics import Latency, Statistics, natural
+from postcopy.migration.maps import digest_of, receive_maps, send_maps
+from postcopy.migration.statistics import Breakdown, Latency, Statistics, natural
 from postcopy.migration.tasks import explained, now_ns
 from postcopy.net import Link, OpenChannels, Session
 from postcopy.uffd import How
@@ -115,8 +118,12 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         self._placed_every_s = 0.0  # as the offer has asked for
         self._placed = PlacedReporter()
         self._all_here = trio.Event()
+        self._zero: list[Bitmap] = []  # what the source has no content of
+        self._rounds = 0  # that have ended
+        self._forgets = True  # pages that are here may still have to be forgotten
+        self._of_source: Mapping[str, Any] = {}  # what that has counted, at the end
         self._bulk_channels = 0
-        self._pushing: set[int] = set()  # bulk channels that have not sent their `end`
+        self._pushing: set[int] = set()  # bulk channels that have not sent the `end` of this push
         self._doubt_for_s = doubt_for_s
         self._last_word_s = LAST_WORD_S if link.version >= 3 else ACK_TIMEOUT_S
 
@@ -143,7 +150,11 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             page_bytes=self.machine.blocks[0].memory.page_bytes if self.machine is not None else 0,
             latency=Latency.of(self.latency),
             blocktime_ns=tuple(data.blocktime_ns()),
+            iteration=self.iteration,
         )
+
+    def statistics(self) -> Statistics:
+        return super().statistics().with_source(self._of_source)
 
     # ---- steering it
 
@@ -232,13 +243,11 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         assert machine is not None
         assert pager is not None
         assert self._session is not None
-        maps = 0
         here = [await run_sync(pager.received, number) for number in range(len(machine.blocks))]
-        for number, received in enumerate(here):
-            maps += await send_map(control, wire.ReceivedMap, number, received)
         self._placed.acknowledged(here)
+        digest = await digest_of(here)
         with link.channel_set(self._session) as open_channels:
-            await control.send(protocol.send(wire.Recover(self._resume_ns, maps, await digest_of(here))))
+            await send_maps(control, wire.ReceivedMap, here, lambda maps: wire.Recover(self._resume_ns, maps, digest))
             await control.receive(wire.Recovered, STEP_TIMEOUT_S)
             self._change()
             await self._attach_all(open_channels, machine, pager)
@@ -282,8 +291,12 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         self._change()
 
         await self._take_machine(control, machine, pager)
+        self._placed.acknowledged(self._zero)
         self._check_wanted()  # in one step with `prepared`: `cancel` promises that it will not be decided
+        control.stay_awake()
         await control.send(protocol.send(wire.Prepared()))
+        self.at_switchover = machine.statistics()
+        self._count_precopy()
         await control.receive(wire.Commit, STEP_TIMEOUT_S)
         await self._start(control, machine)
         await self._finish(control, pager)
@@ -296,7 +309,8 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
     async def _start(self, control: Control[DestinationProtocol], machine: Machine) -> None:
         """The machine has been committed to us."""
         await self._run_machine(machine)
-        await control.send(self._protocol.send(wire.Running(self._resume_ns)))
+        await control.send(self._protocol.send(wire.Running(self._resume_ns, max(0, now_ns() - self.running_ns))))
+        control.may_sleep()
         self._change()
 
     async def _run_machine(self, machine: Machine) -> None:
@@ -304,20 +318,23 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         connection would help."""
         self.committed_ns = now_ns()
         self._searching_since_s = None  # it is in doubt no more
-        self._change()
         with trio.CancelScope(shield=True):
             await machine.resume()
             await machine.claim_network()
             self.running_ns = await self._first_run(machine)
+        self.breakdown = replace(self.breakdown, first_run_ns=self._resume_ns)
 
     async def _finish(self, control: Control[DestinationProtocol], pager: AnyPager) -> None:
         """Gathers what is missing, and says so when nothing is."""
         await self._gather(pager)
         await self._disarm(pager)
-        await control.send(self._protocol.send(wire.Complete(self.statistics().to_wire())))
+        stats = self.statistics().to_wire() | {"breakdown": self.breakdown.to_wire()}
+        await control.send(self._protocol.send(wire.Complete(stats)))
         acknowledgement = await control.receive(wire.CompleteAck, ACK_TIMEOUT_S)
         self.downtime_ns = natural(acknowledgement.stats.get("downtime_ns"))
         self.total_ns = natural(acknowledgement.stats.get("total_ns"))
+        self.breakdown = self.breakdown.with_wire(acknowledgement.stats.get("breakdown"))
+        self._of_source = acknowledgement.stats
 
     async def _disarm(self, pager: AnyPager) -> None:
         """Nothing is missing: the machine does not depend on the pager any more."""
@@ -343,21 +360,65 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         return machine, pager
 
     async def _take_machine(self, control: Control[DestinationProtocol], machine: Machine, pager: AnyPager) -> None:
-        """Page maps and state; when it returns, the machine could run and every missing page would fault."""
+        """Page maps, rounds and state; when it returns, the machine could run and every missing page would fault."""
         pages = [block.memory.pages for block in machine.blocks]
+        ends: tuple[type[wire.Round | wire.Switchover], ...] = (wire.Round, wire.Switchover)
         # For the first part there is no limit: until then the machine runs at the source, as long as that likes.
-        bitmaps, message = await receive_maps(control, wire.PageMap, wire.Switchover, pages, math.inf)
-        zero = [bitmap.inverted() for bitmap in bitmaps]
+        maps, message = await receive_maps(control, wire.PageMap, ends, pages, math.inf)
+        began_ns = now_ns()
+        await self._arm(machine, pager, maps)
+        while isinstance(message, wire.Round):
+            await self._end_round(control, pager, message)
+            maps, message = await receive_maps(control, wire.StaleMap, ends, pages, math.inf)
+            began_ns = now_ns()
+            if isinstance(message, wire.Round) and message.pushed:
+                await self._until(lambda: not self._pushing)  # nothing that is older can arrive from here on
+            await self._forget(pager, maps)
+        assert isinstance(message, wire.Switchover)
+        self._forgets = False
+        armed_ns = now_ns()
+        if message.whole:
+            await self._gather(pager)
+        gathered_ns = now_ns()
+        await machine.load_state(message.state)
+        self.breakdown = Breakdown(arm_ns=armed_ns - began_ns, load_ns=now_ns() - gathered_ns)
+
+    async def _arm(self, machine: Machine, pager: AnyPager, present: Sequence[Bitmap]) -> None:
+        """From here on every page that is missing would fault."""
+        zero = [bitmap.inverted() for bitmap in present]
         for number, bitmap in enumerate(zero):
             pager.set_zero(number, bitmap)
-        self._placed.acknowledged(zero)
+        self._zero = zero
         for number, block in enumerate(machine.blocks):
             pager.arm(block.shard, number, 0, block.memory.pages)
         for vcpu, tid in enumerate(machine.vcpu_threads()):
             pager.track_thread(vcpu, tid)
         await pager.confirm()  # before the first touch, and before anything is promised
-        await machine.load_state(message.state)
-        self.at_switchover = machine.statistics()
+
+    async def _end_round(self, control: Control[DestinationProtocol], pager: AnyPager, message: wire.Round) -> None:
+        if message.number != self._rounds:
+            raise ProtocolError(f"round: number {message.number} came, {self._rounds} was due")
+        self._rounds += 1
+        if message.pushed:
+            self.iteration += 1
+            self._pushing = set(range(self._bulk_channels))
+            pager.expect_push()
+        control.stay_awake()  # the last round is just before the pause
+        await control.send(self._protocol.send(wire.RoundDone(message.number)))
+
+    async def _forget(self, pager: AnyPager, stale: Sequence[Bitmap]) -> None:
+        """These pages have changed at the source: whatever is here of them is gone when this returns."""
+        for number, bitmap in enumerate(stale):
+            if bitmap.next(0) < len(bitmap):
+                await pager.forget(number, bitmap)
+                self._zero[number] = self._zero[number].without(bitmap)
+
+    def _look_for_all(self) -> None:
+        """Whether every page is here, for good."""
+        if not self._forgets and self._data is not None:
+            counted = self._data.statistics()
+            if counted.resident_pages >= counted.total_pages:
+                self._all_here.set()
 
     async def _first_run(self, machine: Machine) -> int:
         resumed_ns = now_ns()
@@ -368,11 +429,12 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
                 first_run_ns = machine.statistics().first_run_ns
                 if first_run_ns >= self.committed_ns:
                     return first_run_ns
-                await trio.sleep(0.0005)
+                await machine.wait_changed()
         return resumed_ns
 
     async def _gather(self, pager: AnyPager) -> None:
         """Until nothing is missing any more."""
+        self._look_for_all()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._request_the_rest, pager)
             await self._all_here.wait()
@@ -400,7 +462,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
     def _note(self, event: Event) -> None:
         super()._note(event)
         if event.type is EventType.COMPLETE:
-            self._all_here.set()
+            self._look_for_all()
         elif event.type is EventType.BULK_END:
             self._pushing.discard(event.channel)
             self._wake()

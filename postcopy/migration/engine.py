@@ -34,13 +34,20 @@ from postcopy._blocking import Workers
 from postcopy._log import about
 from postcopy.dataplane._base import DataPlane
 from postcopy.dataplane._events import Event, EventType
-from postcopy.errors import ConfigurationError, MigrationError, PeerError, PostcopyError, ResourceError
+from postcopy.errors import (
+    ConfigurationError,
+    ConnectionLost,
+    MigrationError,
+    PeerError,
+    PostcopyError,
+    ResourceError,
+)
 from postcopy.migration.connection import LAST_LOOK_S, Control, P, data_silence_s
 from postcopy.migration.maps import Disagreement
-from postcopy.migration.statistics import Recoveries, Statistics
+from postcopy.migration.statistics import Breakdown, Recoveries, Statistics
 from postcopy.migration.tasks import FirstFailure, Interrupted, explained, first_of, now_ns
 from postcopy.net import Address, CallingLink, Link, OpenChannels, Reconnector, Session, keep_alive
-from postcopy.wire import EndedElsewhere, State
+from postcopy.wire import Ended, EndedElsewhere, RefusedError, State
 from postcopy.wire.states import LOST
 
 log = logging.getLogger(__name__)
@@ -64,7 +71,7 @@ class Unrecoverable(PostcopyError):
     """No other connection would help."""
 
 
-class ChannelLost(MigrationError):
+class ChannelLost(ConnectionLost):
     """A data channel has ended: of a network that fails, or because the peer gives up."""
 
     def __init__(self, event: Event, peer: str) -> None:
@@ -76,6 +83,8 @@ class Engine(abc.ABC, Generic[P, D]):
     """Make it, `run` it once; everything else may be looked at meanwhile."""
 
     SIDE: ClassVar[str]
+    attempt = 1
+    """Of its owner, who may have begun it again: see `may_try_again`."""
 
     def __init__(
         self,
@@ -96,6 +105,8 @@ class Engine(abc.ABC, Generic[P, D]):
         self.started_ns = now_ns()
         self.committed_ns = self.running_ns = self.completed_ns = self.ended_ns = 0  # when; 0: not yet
         self.downtime_ns = self.total_ns = 0  # as the source has measured them
+        self.iteration = 0  # rounds of precopy that were begun
+        self.breakdown = Breakdown()  # of `downtime_ns`; the peer's parts when the migration has completed
         self._protocol: P = protocol
         self._link = link
         self._heartbeat_s = heartbeat_s
@@ -105,6 +116,7 @@ class Engine(abc.ABC, Generic[P, D]):
         self._changed = trio.Event()
         self._data: D | None = None  # from the offer accepted to the end
         self._counted = Statistics()  # by the data plane, as it was last looked at
+        self._precopy_bytes: int | None = None  # transferred before the commit
         self._session: Session | None = None
         self._reconnector: Reconnector | None = None
         self._stack = contextlib.ExitStack()  # of the reconnector
@@ -161,11 +173,26 @@ class Engine(abc.ABC, Generic[P, D]):
         """Whether giving it up now would lose nothing."""
         return self._protocol.may_abort
 
+    @property
+    def may_try_again(self) -> bool:
+        """It has ended, undecided, since a connection was lost, and for no other reason: the machine is as it was."""
+        how = self.failure.how if isinstance(self.failure, EndedElsewhere) else None
+        return self.state is State.ABORTED and (isinstance(self.failure, ConnectionLost) or how is Ended.ABORTED)
+
     def statistics(self) -> Statistics:
         """What has been counted; the last numbers when the data plane has ended."""
         if self._data is not None:
             self._counted = self._count(self._data)
-        return replace(self._counted, downtime_ns=self.downtime_ns, total_ns=self.total_ns)
+        counted = replace(self._counted, downtime_ns=self.downtime_ns, total_ns=self.total_ns)
+        if counted.precopy_bytes is None and (transferred := counted.transferred_bytes) is not None:
+            precopy = transferred if self._precopy_bytes is None else self._precopy_bytes
+            counted = replace(counted, precopy_bytes=precopy, postcopy_bytes=transferred - precopy)
+        return counted
+
+    def _count_precopy(self) -> None:
+        """Now, at the commit."""
+        if self._precopy_bytes is None and self._data is not None:
+            self._precopy_bytes = self._count(self._data).transferred_bytes
 
     @abc.abstractmethod
     def _count(self, data: D) -> Statistics: ...
@@ -344,8 +371,8 @@ class Engine(abc.ABC, Generic[P, D]):
                 if self._protocol.state is not State.COMPLETED:
                     where = "interrupted" if ended else "ended"
                     self.failure = scope.failure or Interrupted(f"{where} at the {self.SIDE}")
-                    if isinstance(self.failure, ChannelLost) and self._protocol.ended:
-                        self.failure = PeerError(self._protocol.reason)  # the peer has said why
+                    if isinstance(self.failure, ConnectionLost) and self._protocol.peer_said_why:
+                        self.failure = PeerError(self._protocol.reason)
                     problem = await self._contained(self._after_connection, control, self.failure)
                     if isinstance(scope.failure, Unrecoverable):
                         problem = scope.failure
@@ -428,7 +455,12 @@ class Engine(abc.ABC, Generic[P, D]):
         attach_bulk: Callable[[int, int], None],
     ) -> None:
         """Gives the data plane its connections."""
-        channels = await open_channels(shards, bulk_channels)
+        try:
+            channels = await open_channels(shards, bulk_channels)
+        except RefusedError:
+            raise
+        except PeerError as error:
+            raise ConnectionLost(str(error)) from error
         try:
             for (kind, index), fd in channels.items():
                 keep_alive(fd, data_silence_s(kind, self._heartbeat_s))
@@ -586,7 +618,7 @@ STATUS = {
     state: word
     for word, states in {
         "setup": (State.SETUP, State.OFFERED, State.CHANNELS),
-        "active": (State.READY, State.SWITCHOVER, State.HANDED, State.PREPARED),
+        "active": (State.READY, State.MAPS, State.ROUND, State.HANDED, State.PREPARED),
         "postcopy-active": (State.COMMITTED, State.POSTCOPY, State.CLOSING),
         "postcopy-paused": (State.PAUSED,),
         "postcopy-recover": (State.RECOVER, State.RECOVERING),

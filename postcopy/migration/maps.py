@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Maps of pages on their way over the control connection, in parts that fit into a message each: which pages may hold
-something (`page-map`), and which have arrived (`received-map`)."""
+something (`page-map`), which have changed since (`stale-map`), and which have arrived (`received-map`)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import TypeVar, TypeVarTuple
 from postcopy._blocking import run_sync
 from postcopy.errors import ProtocolError
 from postcopy.memory.bitmap import Bitmap
-from postcopy.migration.connection import STEP_TIMEOUT_S, Control, P
-from postcopy.wire import PAGE_MAP_PAGES, PageMap, ReceivedMap, Recover, Switchover
+from postcopy.migration.connection import SEND_BYTES, STEP_TIMEOUT_S, Control, P
+from postcopy.wire import PAGE_MAP_PAGES, Message, PageMap, ReceivedMap, Recover, Round, StaleMap, Switchover
 
 HEAVY_PAGES = 256 * 1024
-"""From so many pages on a map is packed, unpacked and added up in a thread: that takes a millisecond and more."""
+"""From so many runs or pages on a map is packed, unpacked and added up in a thread: it takes a millisecond and more."""
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
-Part = TypeVar("Part", PageMap, ReceivedMap)
-Last = TypeVar("Last", Switchover, Recover)
+Part = PageMap | StaleMap | ReceivedMap
+Last = TypeVar("Last", bound=Switchover | Round | Recover)
 
 
 class Disagreement(ProtocolError):
@@ -37,7 +37,7 @@ def disagreeing() -> Iterator[None]:
 
 
 async def if_heavy(pages: int, function: Callable[[*Ts], T], *args: *Ts) -> T:
-    """`function(*args)`, which looks at a map of so many pages: here, or in a thread where it would take long."""
+    """`function(*args)`, which looks at so many pages or runs: here, or in a thread where it would take long."""
     return await run_sync(function, *args) if pages >= HEAVY_PAGES else function(*args)
 
 
@@ -49,7 +49,7 @@ class MapCollector:
         self.maps = 0
         self._described = [0] * len(pages)  # pages
 
-    def add(self, message: PageMap | ReceivedMap) -> None:
+    def add(self, message: Part) -> None:
         """`ProtocolError` for a part that does not fit."""
         self.maps += 1
         if message.block >= len(self.bitmaps):
@@ -73,28 +73,43 @@ class MapCollector:
                 raise ProtocolError(f"{message}: the page map of block {number} ends at {self._described[number]}")
 
 
-async def send_map(control: Control[P], message: type[PageMap] | type[ReceivedMap], block: int, bitmap: Bitmap) -> int:
-    """Sends the map of a block. Returns in how many parts."""
-    maps = 0
-    for first_page, part in bitmap.parts(PAGE_MAP_PAGES):
-        runs = await if_heavy(len(part), part.rle_encode)
-        await control.send(control.protocol.send(message(block, first_page, len(part), runs)))
-        maps += 1
-    return maps
+async def send_maps(
+    control: Control[P], part: type[Part], bitmaps: Sequence[Bitmap], last: Callable[[int], Message]
+) -> None:
+    """Sends the maps of all blocks, and the message that follows so many parts. What is short goes out at once, and
+    wakes the peer once."""
+    send, maps, unsent = control.protocol.send, 0, b""
+    for block, bitmap in enumerate(bitmaps):
+        for first_page, piece in bitmap.parts(PAGE_MAP_PAGES):
+            runs = await if_heavy(2 * piece.count(), piece.rle_encode)
+            unsent += send(part(block, first_page, len(piece), runs))
+            maps += 1
+            if len(unsent) >= SEND_BYTES:
+                await control.send(unsent)
+                unsent = b""
+    await control.send(unsent + send(last(maps)))
 
 
 async def receive_maps(
-    control: Control[P], part: type[Part], last: type[Last], pages: Sequence[int], first_timeout_s: float
+    control: Control[P],
+    part: type[Part],
+    last: tuple[type[Last], ...],
+    pages: Sequence[int],
+    first_timeout_s: float,
 ) -> tuple[list[Bitmap], Last]:
     """The maps of all blocks, of so many `pages`, and the message that follows them. `first_timeout_s`: for how long
-    the first part is waited for. `Disagreement` for maps that do not fit."""
+    the first part is waited for. `Disagreement` for maps that do not fit. No bitmap where a `switchover` says that
+    what it would have had to tell was told before."""
+    due = last[-1].TYPE
     collector, timeout_s = MapCollector(pages), first_timeout_s
-    while isinstance(message := await control.receive_any(timeout_s, last.TYPE), part):
+    while isinstance(message := await control.receive_any(timeout_s, due), part):
         timeout_s = STEP_TIMEOUT_S
         with disagreeing():
-            await if_heavy(message.pages, collector.add, message)
+            await if_heavy(len(message.runs), collector.add, message)
     if not isinstance(message, last):
-        raise ProtocolError(f"{message.TYPE} came where {last.TYPE} was due")
+        raise ProtocolError(f"{message.TYPE} came where {due} was due")
+    if part is StaleMap and last[-1] is Switchover and not message.maps and not collector.maps:
+        return [], message
     with disagreeing():
         collector.finish(message.TYPE, message.maps)
     return collector.bitmaps, message

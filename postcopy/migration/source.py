@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The source's engine: one migration, from the offer to the last page.
 
-The plan: offer the machine, connect the data channels, wait until it is time; pause it, tell which pages there are,
-hand its state over; and when the destination says that it is prepared, decide. Up to that decision every failure ends
+The plan: offer the machine, connect the data channels, wait until it is time. While the machine runs: tell which pages
+there are, so that the destination arms all of its memory; with precopy, send pages in rounds (`precopy` says how many),
+each time followed by what was written meanwhile, which the destination forgets. Then pause the machine, tell what has
+changed since, hand its state over; and when the destination says that it is prepared, decide. Nothing is done in the
+pause that could be done before (a peer of an older version gets the maps then). Up to that decision every failure ends
 the same way: the machine is resumed *first*, then the peer gets the reason, then the rest is cleaned up. After it the
 machine never runs here again. A connection that is lost then leaves its memory as it is (but for pages that the
 destination has acknowledged, with `release_ram`: see `acknowledgements`), in the state `PAUSED`, and the two sides look
@@ -16,6 +19,10 @@ machine go on here from the switchover (`reclaim`), unless a part of its memory 
 destination live, there would be two machines: so it is looked for once more before, and refused with that reason when
 it comes back later.
 
+**Requests** are answered from the moment in which the destination gets the state, since a machine may touch its memory
+while it is loaded. Nothing changes that memory any more, unless the migration is aborted; then all that was sent is
+thrown away.
+
 Cancelling `run` before the decision resumes the machine; after it the pages are lost.
 """
 
@@ -27,28 +34,37 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import trio
 
 from postcopy import wire
-from postcopy._blocking import run_sync
-from postcopy.dataplane.pageserver import PageServer
-from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError
+from postcopy.dataplane.pageserver import ChannelKind, Event, EventType, PageServer
+from postcopy.errors import ConfigurationError, MigrationError, PeerError, PostcopyError, ProtocolError
 from postcopy.machines import Machine, MachineState, MachineStatistics
 from postcopy.memory import MemoryKind
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.acknowledgements import PLACED_EVERY_MS, Releaser
+from postcopy.migration.changes import Changes
 from postcopy.migration.connection import HEARTBEAT_S, MISSED_HEARTBEATS, STEP_TIMEOUT_S, Control
 from postcopy.migration.engine import Engine, Unrecoverable
-from postcopy.migration.maps import Disagreement, digest_of, receive_maps, send_map
-from postcopy.migration.statistics import Statistics
+from postcopy.migration.maps import Disagreement, Part, digest_of, receive_maps, send_maps
+from postcopy.migration.precopy import ROUND_S, Mode, Policy
+from postcopy.migration.statistics import Breakdown, Statistics
 from postcopy.migration.tasks import first_of, now_ns
 from postcopy.net import Address, Link, OpenChannels, Session
 from postcopy.wire import EndedElsewhere, SourceProtocol, State
 
 DEFAULT_BULK_CHANNELS = 2  # while one of its threads copies a page into place, the other receives
 PREPARE_TIMEOUT_S = 10.0
-"""How long a paused machine waits for the destination's `prepared` before it goes on here."""
+"""How long a paused machine waits for the destination's `prepared` before it goes on here; where the rest of its memory
+is sent first, how long nothing of that may be taken."""
+SLOWEST_BYTES_PER_S = 1 << 20
+"""How fast the rest has to be taken at least, unless it is sent more slowly than that."""
+RUNS_WITHIN_S = 0.05
+"""How long the news of the commit is held back for that of the machine running: see `_after_commit`."""
+ROUND_TIMEOUT_S = 30.0
+"""How long a destination may take over a round, which costs it milliseconds."""
 
 RESUME_TIMEOUT_S = 10.0
 RECOVER_UNOWNED_S = 60.0
@@ -69,6 +85,11 @@ class SourceOptions:
     recover_for_s: float = math.inf  # how long a lost destination is waited for
     release_ram: bool = False  # give memory back as the destination acknowledges it, after `commit`
     name: str = ""  # of the machine, sent with its configuration
+    mode: Mode = Mode.POSTCOPY
+    precopy_s: float = 0.0  # for how long pages are sent in rounds (precopy, hybrid); inf: as long as it makes sense
+    max_downtime_s: float = 0.3  # what is left after a round and fits is sent while the machine is paused
+    precopy_rounds: int = 30  # at most, where `precopy_s` is inf
+    compress: str = "off"  # background pages: off, lz4, zstd, auto
 
 
 class SourceMigration(Engine[SourceProtocol, PageServer]):
@@ -91,6 +112,15 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         `ConfigurationError` for `release_ram` with a machine whose memory is a file of the user."""
         if options.release_ram:
             check_releasable(machine)
+        if options.mode.has_rounds and not machine.live:
+            raise ConfigurationError(
+                f"--mode {options.mode}: a machine of kind {machine.kind} does not run, so that nothing of it changes"
+                " while it is sent; use --mode postcopy or stop-and-copy"
+            )
+        if options.mode is not Mode.POSTCOPY and not options.bulk_channels:
+            raise ConfigurationError(
+                f"--mode {options.mode}: pages are sent on bulk channels; allow one (--bulk-channels)"
+            )
         given = link if isinstance(link, Link) else None
         super().__init__(
             SourceProtocol(),
@@ -115,15 +145,34 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self._discarded: list[Bitmap] | None = None  # as it was when the page server ended
         self._accepted: wire.Accept | None = None
         self._keep = True
+        self._changes: Changes | None = None  # until the machine is the destination's, or goes on here
+        self._pushing: set[int] = set()  # bulk channels that have not ended the present push
+        self._prepared_ns = 0  # when the destination was
+        self._rounds = 0  # that were told
+        self._left_pages = 0  # that the destination does not have, some perhaps counted twice
+        self._synchronised = self._dirty_rate = 0
+        self._policy = Policy(options.mode, options.precopy_s, options.max_downtime_s, options.precopy_rounds)
+        self._policy.limit_bytes_per_s = options.max_bandwidth_bytes_per_s
 
     # ---- looking at it
 
+    @property
+    def mode(self) -> Mode:
+        return self._policy.mode
+
     def _count(self, data: PageServer) -> Statistics:
         counted = data.statistics()
+        mine: dict[str, Any] = {
+            "iteration": self.iteration,
+            "dirty_sync_count": self._synchronised,
+            "dirty_pages_rate": self._dirty_rate,
+            **{name: getattr(counted, name, None) for name in ("compressed_bytes", "uncompressed_bytes")},
+        }
         if self._reported is not None:
-            return replace(self._reported, released_bytes=counted.released_bytes)
+            return replace(self._reported, released_bytes=counted.released_bytes, **mine)
         before = offered(self.machine)
-        return Statistics.of(counted, total_bytes=before.total_bytes, page_bytes=before.page_bytes)
+        both = Statistics.of(counted, total_bytes=before.total_bytes, page_bytes=before.page_bytes)
+        return replace(both, **mine)
 
     def kept(self) -> list[Bitmap]:
         """For each RAM block what is (still) here, in the memory's own pages: all of it, but for what `release_ram` has
@@ -142,8 +191,33 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         """Limits the background push from now on; 0: no limit."""
         if max_bandwidth_bytes_per_s != self._options.max_bandwidth_bytes_per_s:
             self._options = replace(self._options, max_bandwidth_bytes_per_s=max_bandwidth_bytes_per_s)
+            self._policy.limit_bytes_per_s = max_bandwidth_bytes_per_s
             if self._data is not None:
                 self._data.set_bandwidth(max_bandwidth_bytes_per_s)
+
+    def set_precopy(self, precopy_s: float) -> None:
+        """For how long pages are sent in rounds, from the first one on; 0: no other round. `MigrationError` where the
+        migration is of a mode without rounds."""
+        if precopy_s and not self._policy.mode.has_rounds:
+            raise MigrationError(
+                f"this migration is of mode {self._policy.mode}, in which no page is sent before the switchover; cancel"
+                " it, and migrate with --precopy"
+            )
+        self._policy.precopy_s = precopy_s
+        self._wake()
+
+    def set_max_downtime(self, max_downtime_s: float) -> None:
+        """How much may be sent while the machine is paused, see `SourceOptions`."""
+        self._policy.max_downtime_s = max_downtime_s
+        self._wake()
+
+    def switch_over(self) -> None:
+        """Ends precopy: the machine is paused as soon as what has been sent is there. `MigrationError` where that has
+        been done, or the migration is of a mode without precopy."""
+        if not self._policy.mode.has_rounds or self.paused_ns or self.over:
+            raise MigrationError(f"there is no precopy to end: the migration is {self.status}")
+        self._policy.ended = True
+        self._wake()
 
     def set_recover_for(self, recover_for_s: float) -> None:
         super().set_recover_for(recover_for_s if self._keep else min(recover_for_s, RECOVER_UNOWNED_S))
@@ -194,7 +268,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         return self._link
 
     def _watchers(self, control: Control[SourceProtocol]) -> Sequence[Callable[[], Awaitable[None]]]:
-        return self._watch_machine, self._release_acknowledged
+        return self._watch_machine, self._release_acknowledged, self._after_commit
 
     def _peer_lost(self, until: str) -> bool:
         log.log(
@@ -305,7 +379,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
     async def _receive_what_arrived(self, control: Control[SourceProtocol], server: PageServer) -> int:
         """What the destination has, to the page server; returns `resume_ns`. `Disagreement` where that cannot be."""
         pages = [server.block_pages(number) for number in range(len(self.machine.blocks))]
-        bitmaps, message = await receive_maps(control, wire.ReceivedMap, wire.Recover, pages, STEP_TIMEOUT_S)
+        bitmaps, message = await receive_maps(control, wire.ReceivedMap, (wire.Recover,), pages, STEP_TIMEOUT_S)
         if await digest_of(bitmaps) != message.digest:
             raise Disagreement("recover: the received maps do not have the digest that was sent with them")
         if self._releaser is not None:
@@ -321,6 +395,11 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
     async def _migrate(self, control: Control[SourceProtocol], link: Link, go: trio.Event) -> None:
         machine, protocol, session = self.machine, self._protocol, self._session
         assert session is not None
+        if self._options.mode is not Mode.POSTCOPY and link.version < 4:
+            raise MigrationError(
+                f"--mode {self._options.mode}: the destination speaks version {link.version} of the protocol, in which"
+                " all pages are sent after the switchover; use --mode postcopy, or a newer release there"
+            )
         self._join(link, session)
         blocks = tuple(wire.Block(block.name, block.size_bytes, block.page_bytes) for block in machine.layout)
         with link.channel_set(session) as open_channels:
@@ -348,6 +427,9 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self.ready_ns = now_ns()
         self._change()
         await go.wait()
+        if link.version >= 4:
+            self._left_pages = await self._tell(control, server)
+            await self._precopy(control, server)
         await self._switch_over(control, server)
         await self._follow(control)
 
@@ -361,13 +443,17 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
     def _runs_there(self, since_ns: int) -> None:
         self.running_ns = since_ns
         self.downtime_ns = since_ns - self.paused_ns
+        self._push_the_rest()
+        self.breakdown = replace(self.breakdown, commit_ns=since_ns - self._prepared_ns)
         self._change()
 
     async def _follow(self, control: Control[SourceProtocol]) -> None:
         """The machine is the destination's: follows it until its last page has arrived."""
         message = await control.receive_any()
+        control.may_sleep()
         if isinstance(message, wire.Running):
-            self._runs_there(now_ns())
+            now = now_ns()
+            self._runs_there(max(self.committed_ns, now - message.ago_ns))
             log.info("the machine runs at the destination, %.3f ms after `commit`", message.resume_ns / 1e6)
             message = await control.receive_any()
         while isinstance(message, wire.Placed) and self._releaser is not None:
@@ -379,48 +465,214 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self.total_ns = self.completed_ns - self.paused_ns
         self._reported = replace(Statistics.from_wire(message.stats), pending_faults=None)
         with trio.CancelScope(shield=True, deadline=trio.current_time() + STEP_TIMEOUT_S):
-            stats = {"downtime_ns": self.downtime_ns, "total_ns": self.total_ns}
+            stats: dict[str, object] = {"downtime_ns": self.downtime_ns, "total_ns": self.total_ns}
+            stats |= self.statistics().told_by_source() | {"breakdown": self.breakdown.to_wire()}
+            self.breakdown = self.breakdown.with_wire(message.stats.get("breakdown"))
             await control.send(self._protocol.send(wire.CompleteAck(stats)))
 
-    async def _switch_over(self, control: Control[SourceProtocol], server: PageServer) -> None:
-        machine, protocol = self.machine, self._protocol
+    # ---- while the machine runs here
+
+    async def _tell(self, control: Control[SourceProtocol], server: PageServer) -> int:
+        """Which pages there are: how many."""
         assert self._accepted is not None
-        self.paused_ns = now_ns()
+        policy, units = self._policy, self._accepted.page_bytes
+        logged = policy.mode.has_rounds and policy.precopy_s > 0
+        changes = self._changes = await Changes.open(self.machine, units, logged)
+        present = await changes.begin()
+        for number, bitmap in enumerate(present):
+            server.set_present(number, bitmap)
+        await self._round(control, wire.PageMap, present)
+        return _count(present)
+
+    async def _precopy(self, control: Control[SourceProtocol], server: PageServer) -> None:
+        """Sends pages in rounds, as long as the policy wants."""
+        assert self._accepted is not None
+        assert self._changes is not None
+        if not self._changes.logged:
+            return
+        policy, unit_bytes = self._policy, min(self._accepted.page_bytes)
+        began_s = looked_s = trio.current_time()
+
+        def since_s() -> float:
+            return trio.current_time() - began_s
+
+        while not (why := policy.why_no_other(since_s())):
+            before = server.statistics().sent_pages
+            self.iteration += 1
+            self._change()
+            push_s = await self._push(server, since_s)
+            sent = server.statistics().sent_pages - before
+            changed = await self._changes.collect()
+            before_s, looked_s = looked_s, trio.current_time()
+            await self._round(control, wire.StaleMap, changed, pushed=True)
+            for number, bitmap in enumerate(changed):
+                server.set_stale(number, bitmap)
+            dirty = _count(changed)
+            self._synchronised += 1
+            self._dirty_rate = round(dirty / max(looked_s - before_s, 1e-3))
+            self._left_pages = max(0, self._left_pages - sent) + dirty
+            policy.round_ended(sent * unit_bytes, self._left_pages * unit_bytes, push_s)
+        log.info("precopy ends after %d rounds, with %d pages left: %s", policy.rounds, self._left_pages, why)
+
+    async def _push(self, server: PageServer, since_s: Callable[[], float]) -> float:
+        """One push of what the destination does not have, which ends early where precopy does: how long it took. A
+        precopy of a given time does not begin the next one at once."""
+        assert self._accepted is not None
+        policy, began_s = self._policy, trio.current_time()
+        self._pushing = set(range(self._accepted.bulk_channels))
+        server.push()
+        while self._pushing:
+            left_s = policy.time_left_s(since_s())
+            if not left_s:
+                server.stop_push()
+            with trio.move_on_after(left_s or math.inf):
+                await self._changed.wait()
+        push_s = trio.current_time() - began_s
+        while policy.precopy_s < math.inf:
+            left_s = min(policy.time_left_s(since_s()), began_s + ROUND_S - trio.current_time())
+            if left_s <= 0:
+                break
+            with trio.move_on_after(left_s):
+                await self._changed.wait()
+        return push_s
+
+    async def _round(
+        self,
+        control: Control[SourceProtocol],
+        part: type[Part],
+        maps: Sequence[Bitmap],
+        pushed: bool = False,
+        timeout_s: float = ROUND_TIMEOUT_S,
+    ) -> None:
+        """Tells the destination what there is, or what has changed, and waits until it has taken note of that."""
+        number = self._rounds
+        self._rounds += 1
+        await send_maps(control, part, maps, lambda count: wire.Round(number, count, pushed))
+        done = await control.receive(wire.RoundDone, timeout_s)
+        if done.number != number:
+            raise ProtocolError(f"round-done: of round {done.number}, {number} was due")
+
+    # ---- the pause
+
+    async def _switch_over(self, control: Control[SourceProtocol], server: PageServer) -> None:
+        """In the pause nothing is done that could be done before or after: no statistics, no callback."""
+        machine, protocol, options = self.machine, self._protocol, self._options
+        assert self._accepted is not None
+        control.stay_awake()
+        parts = {"paused": now_ns()}
+        self.paused_ns = parts["paused"]
         await machine.pause()
-        self.at_pause = machine.statistics()
-        # Before the memory is looked at: a machine that cannot be moved (an image that has changed) says best why.
+        parts["stop_ns"] = now_ns()
+        part: type[Part] = wire.StaleMap
+        tell: Callable[[int, Bitmap], None] = server.set_stale
+        if (changes := self._changes) is None:  # the peer is of a version without rounds
+            part, changes = wire.PageMap, await Changes.open(machine, self._accepted.page_bytes, logged=False)
+            changed, tell = await changes.begin(), server.set_present
+        else:
+            changed = await changes.collect()
+            self._synchronised += changes.logged
+        for number, bitmap in enumerate(changed):
+            tell(number, bitmap)
+        server.serve()
+        dirty = _count(changed)
+        rest_bytes = (self._left_pages + dirty) * max(self._accepted.page_bytes)
+        whole = protocol.version >= 4 and self._policy.whole(rest_bytes)
+        parts["dirty_ns"] = now_ns()
         state = await machine.save_state()
-        maps = 0
-        for number, (block, unit) in enumerate(zip(machine.blocks, self._accepted.page_bytes, strict=True)):
-            present: Bitmap = await run_sync(block.memory.present, unit)
-            server.set_present(number, present)
-            maps += await send_map(control, wire.PageMap, number, present)
-        await control.send(protocol.send(wire.Switchover(state, maps)))
-        self._change()
-        await control.receive(wire.Prepared, self._options.prepare_timeout_s)
+        parts["state_ns"] = now_ns()
+        if whole:
+            # What has changed is forgotten before the rest can arrive.
+            await self._round(control, part, changed, timeout_s=options.prepare_timeout_s)
+            server.push()
+            await control.send(protocol.send(wire.Switchover(state, 0, whole=True)))
+        elif part is wire.StaleMap and not dirty:
+            await control.send(protocol.send(wire.Switchover(state, 0)))
+        else:
+            await send_maps(control, part, changed, lambda maps: wire.Switchover(state, maps))
+        parts["send_ns"] = now_ns()
+        control.stay_awake()
+        self.at_pause = machine.statistics()
+        await self._until_prepared(control, server, rest_bytes if whole else 0)
+        parts["prepared_ns"] = now_ns()
         # Checked in one step with the decision: `cancel` promises that it will not be decided. From
-        # `Commit` on the machine belongs to the destination, whether `commit` arrives or not. The page server is
-        # started before the bytes leave, so that it can answer the first fault.
+        # `Commit` on the machine belongs to the destination, whether `commit` arrives or not.
         self._check_wanted()
         commit = protocol.send(wire.Commit())
         try:
             self.committed_ns = now_ns()
-            server.start()
-            self._change()
+            control.stay_awake()
             await control.send(commit)
         finally:  # whether it arrives or not, the machine never answers here again
+            self._count_precopy()
+            self._took(parts)
             with trio.CancelScope(shield=True):
                 await machine.release_network()
+            self._wake()
+
+    async def _until_prepared(self, control: Control[SourceProtocol], server: PageServer, rest_bytes: int) -> None:
+        """Until the destination is prepared, which has `rest_bytes` to gather before. It has some time for that, and no
+        longer than some time without taking anything."""
+        timeout_s = self._options.prepare_timeout_s
+        if not rest_bytes:
+            await control.receive(wire.Prepared, timeout_s)
+            return
+        limit = self._options.max_bandwidth_bytes_per_s
+        slowest = min(SLOWEST_BYTES_PER_S, limit) if limit else SLOWEST_BYTES_PER_S
+
+        async def progress() -> None:
+            seen = -1
+            while (now := server.statistics().bytes_sent) != seen:
+                seen = now
+                await trio.sleep(timeout_s)
+            raise PeerError(f"the destination has taken no page within {timeout_s:g} s, and did not say prepared")
+
+        async def prepared() -> None:
+            await control.receive(wire.Prepared, timeout_s + rest_bytes / slowest)
+
+        await first_of(prepared, progress)
+
+    def _took(self, at_ns: dict[str, int]) -> None:
+        """The parts of the downtime up to the commit, from when each ended."""
+        ends = list(at_ns.values())
+        parts = {name: end - begin for name, begin, end in zip(list(at_ns)[1:], ends, ends[1:], strict=False)}
+        self._prepared_ns = ends[-1]
+        self.breakdown = Breakdown(**parts)
 
     def _check_accept(self, accept: wire.Accept, blocks: tuple[wire.Block, ...]) -> None:
         if len(accept.page_bytes) != len(blocks):
             raise ProtocolError(f"accept: {len(accept.page_bytes)} page sizes for {len(blocks)} blocks")
-        if accept.shards != self.machine.shards:
+        if accept.shards != self.machine.shards and self._protocol.version < 4:
             raise ProtocolError(f"accept: {accept.shards} shards for a machine of {self.machine.shards}")
         if accept.bulk_channels > self._options.bulk_channels:
             raise ProtocolError(
                 f"accept: {accept.bulk_channels} bulk channels, {self._options.bulk_channels} were offered"
             )
+        if self._options.mode is not Mode.POSTCOPY and not accept.bulk_channels:
+            raise MigrationError(
+                f"--mode {self._options.mode}: the destination takes no page that is not asked for (--no background);"
+                " leave that out there, or use --mode postcopy"
+            )
+
+    async def _after_commit(self) -> None:
+        """What can wait until the machine runs there: it would compete with that, on this host or in this thread."""
+        await self._until(lambda: self.committed_ns > 0)
+        with trio.move_on_after(RUNS_WITHIN_S):
+            await self._until(lambda: self.running_ns > 0)
+        self._push_the_rest()
+        await self._close_changes()
+        self._change()
+
+    def _push_the_rest(self) -> None:
+        """What has not been sent, and was not asked for; also on the connections of a recovery. No effect when that
+        has begun."""
+        assert self._data is not None
+        self._data.start()
+
+    def _note(self, event: Event) -> None:
+        super()._note(event)
+        if event.type is EventType.BULK_END and event.channel_kind is ChannelKind.BULK:
+            self._pushing.discard(event.channel)
+            self._wake()
 
     async def _release_acknowledged(self) -> None:
         await self._until(lambda: self._data is not None)
@@ -439,9 +691,16 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
     async def _take_back(self) -> None:
         if self.may_run and self.paused_ns:
             await self._contained(self._resume)
+        await self._close_changes()
+
+    async def _close_changes(self) -> None:
+        changes, self._changes = self._changes, None
+        if changes is not None:
+            await self._contained(changes.close)
 
     async def _suspend(self) -> None:
         assert self._data is not None
+        self._push_the_rest()
         self.statistics()
         self.paused.set()
         # An image's destination may leave when it has what it wanted.
@@ -462,6 +721,10 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
                 self._discarded = self._releaser.discarded()
             self._data = None
             await self._contained(server.close)
+
+
+def _count(bitmaps: Sequence[Bitmap]) -> int:
+    return sum(bitmap.count() for bitmap in bitmaps)
 
 
 def offered(machine: Machine) -> Statistics:

@@ -12,7 +12,7 @@ How a number is called where it is shown, and its unit there, say the records (`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from postcopy.dataplane.counters import PagerStatistics, PageServerStatistics
@@ -56,6 +56,32 @@ class Recoveries:
 
 
 @dataclass(frozen=True)
+class Breakdown:
+    """Where the downtime went. The source's parts follow each other and are all of it, by the source's clock; those of
+    the destination, by its own clock, are a part of `prepared_ns` (arm, load) and of `commit_ns` (first run). None: not
+    known."""
+
+    stop_ns: int | None = None  # source: until the machine had stopped
+    dirty_ns: int | None = None  # until it was known what had changed
+    state_ns: int | None = None  # until the state was saved
+    send_ns: int | None = None  # until that was sent, with what had to be told about pages before
+    prepared_ns: int | None = None  # until the destination was prepared; with the pages that are sent meanwhile
+    commit_ns: int | None = None  # until it was known that the machine runs there
+    arm_ns: int | None = None  # destination: what had changed was made missing
+    load_ns: int | None = None  # the state was loaded
+    first_run_ns: int | None = None  # from `commit` to a vCPU in the machine
+
+    def to_wire(self) -> dict[str, int]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def with_wire(self, table: object) -> Breakdown:
+        """With the peer's parts, where it has told them and they are not known here."""
+        theirs = table if isinstance(table, Mapping) else {}
+        known = self.to_wire()
+        return Breakdown(**{name: natural(theirs[name]) for name in vars(self) if name in theirs} | known)
+
+
+@dataclass(frozen=True)
 class Statistics:
     """Of one migration."""
 
@@ -72,6 +98,13 @@ class Statistics:
     requests: int | None = None
     released_bytes: int | None = None
     pending_faults: int | None = None
+    iteration: int | None = None  # rounds of precopy that were begun
+    dirty_sync_count: int | None = None  # how often it was looked which pages had been written
+    dirty_pages_rate: int | None = None  # pages a second, of the last round
+    precopy_bytes: int | None = None  # before the commit
+    postcopy_bytes: int | None = None
+    compressed_bytes: int | None = None  # payloads as they were on the wire, and
+    uncompressed_bytes: int | None = None  # what they stand for
     latency: Latency = Latency()
     blocktime_ns: tuple[int, ...] = ()  # by vCPU
 
@@ -88,6 +121,14 @@ class Statistics:
             name: getattr(counted, name) for name in cls.__dataclass_fields__ if name in counted.__dataclass_fields__
         }
         return cls(transferred_bytes=counted.bytes_received + counted.bytes_sent, **same, **more)
+
+    def told_by_source(self) -> dict[str, int]:
+        """What only the source knows, for `complete-ack`."""
+        return {name: value for name in _OF_SOURCE if (value := getattr(self, name)) is not None}
+
+    def with_source(self, table: Mapping[str, Any]) -> Statistics:
+        theirs: dict[str, Any] = {name: natural(table[name]) for name in _OF_SOURCE if name in table}
+        return replace(self, **theirs)
 
     def to_wire(self) -> dict[str, Any]:
         table: dict[str, Any] = {name: getattr(self, name) for name in _ON_WIRE}
@@ -107,9 +148,12 @@ class Statistics:
 
 _ON_WIRE = (
     "transferred_bytes", "resident_bytes", "total_bytes", "page_bytes", "demand_pages", "background_pages",
-    "zero_pages", "duplicate_pages", "requests", "pending_faults",
+    "zero_pages", "duplicate_pages", "requests", "pending_faults", "precopy_bytes", "postcopy_bytes",
 )  # fmt: skip
 """What is told as it was counted. The source's times go with `complete-ack`, and the rest is of one side's host."""
+
+
+_OF_SOURCE = ("iteration", "dirty_sync_count", "dirty_pages_rate", "compressed_bytes", "uncompressed_bytes")
 
 
 def natural(value: object) -> int:

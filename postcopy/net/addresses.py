@@ -44,10 +44,15 @@ def parse_address(text: str, *, listening: bool = False) -> Address:
         if not host.endswith("]"):
             raise unusable("the bracket is not closed")
         host = host[1:-1]
+        number, _, interface = host.partition("%")
         try:
-            ipaddress.IPv6Address(host.partition("%")[0])
+            lacks_interface = ipaddress.IPv6Address(number).is_link_local and not interface
         except ValueError:
             raise unusable(f"{host!r} is not an IPv6 address") from None
+        if lacks_interface:
+            raise ConfigurationError(
+                f"{number} is a link-local address, which needs the interface that leads there: [{number}%eth0]:PORT"
+            )
     elif ":" in host:
         raise unusable("an IPv6 address needs brackets")
     if not (port_text.isascii() and port_text.isdigit()):

@@ -56,7 +56,7 @@ class View:
                     str(machine["name"]),
                     format_size(machine["memory"]) if machine.get("memory") else "",
                     str(guest.get("state", "")),
-                    f"{job['status']}, {job['direction']}" if job else "",
+                    f"{job['status']}, {job.get('direction')}" if job else "",
                     f"{100 * arrived / total:.0f} %" if moving and arrived is not None else "",
                     format_speed(rate) if moving else "",
                     left,
@@ -88,10 +88,10 @@ class View:
             result.append(("network", f"{format_size(transferred)} transferred{speed}"))
         result.append(("time", self._time(rate, remaining)))
         if ram.get("demand-pages") or ram.get("background-pages"):
-            demand = f"{ram['demand-pages']} on demand"
+            demand = f"{ram.get('demand-pages') or 0} on demand"
             if now.get("pending-faults"):
                 demand += f" ({format_count(now['pending-faults'], 'thread')} waiting)"
-            result.append(("pages", f"{demand}, {ram['background-pages']} in background"))
+            result.append(("pages", f"{demand}, {ram.get('background-pages') or 0} in background"))
         gone = side == "source" and str(now["status"]).startswith(("postcopy", "completed"))
         if guest.get("operations") and not gone:
             failures = f", {format_count(guest['failures'], 'FAILURE')}" if guest.get("failures") else ""

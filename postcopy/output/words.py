@@ -108,7 +108,7 @@ def arrived_bytes(ram: Json) -> int | None:
     if not total:
         return None
     if ram.get("remaining") is not None:
-        return int(total - ram["remaining"])
+        return int(min(total, max(0, total - ram["remaining"])))
     counts = [ram.get(f"{kind}-pages") for kind in ("demand", "background", "zero")]
     if not ram.get("page-size") or all(count is None for count in counts):
         return None

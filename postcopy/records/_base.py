@@ -17,11 +17,11 @@ ignores those that it does not know."""
 Schema = Annotated[int, Meta(description="Version of all that is described here.", ge=VERSION, le=VERSION)]
 
 
-class Record(Struct, rename="kebab", kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class Record(Struct, rename="kebab", kw_only=True, omit_defaults=True):
     """One kind of object that is written as JSON.
 
     A field without a default is always there. One with the default None is left out where its value is not known, or
-    does not apply.
+    does not apply. A reader ignores fields that it does not know.
     """
 
 

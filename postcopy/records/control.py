@@ -22,6 +22,17 @@ class Settings(Record, kw_only=True):
     bulk_channels: Annotated[
         int | None, doc("Connections for background pages, of the next migration. Not there at a destination.")
     ] = None
+    mode: Annotated[
+        str | None, doc("How the next migrations send the memory, as `--mode`. Not there at a destination.")
+    ] = None
+    precopy: Annotated[
+        float | Literal["auto"] | None,
+        doc("For how long memory is sent before the switchover; 0: not at all. Not there at a destination.", "s"),
+    ] = None
+    max_downtime: Annotated[
+        float | None,
+        doc("The machine is paused when what is left can be sent in this time. Not there at a destination.", "s"),
+    ] = None
     recover_for: Annotated[float | Literal["forever"], doc("How long a peer that was lost is looked for.", "s")]
 
 
@@ -80,7 +91,7 @@ class Reclaimed(Steered, kw_only=True):
     lost: Annotated[str, doc("What is lost by that, for a person.")]
 
 
-class Done(Record):
+class Done(Record, forbid_unknown_fields=True):
     """It was done. No more is said, and never will be."""
 
 
@@ -133,6 +144,7 @@ ANSWERS: dict[str, type[Record]] = {
     "migrate": Steered,
     "migrate-pause": AllSteered,
     "migrate-recover": AllSteered,
+    "switchover": AllSteered,
     "set": Settings,
     "migrate-cancel": AllSteered,
     "reclaim": Reclaimed,

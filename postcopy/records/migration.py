@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final
 
-from msgspec import field
+from msgspec import Meta, field
 
 from postcopy.records._base import Record, doc
 
@@ -17,6 +17,8 @@ STATUSES: Final = (
 LOST: Final = frozenset({"postcopy-paused", "in-doubt"})
 """Those in which a peer is looked for."""
 
+_SENT = "What was sent before the machine was given to the destination, and after it."
+_PART = "Where the downtime went."
 _PAGES = "Pages by how they came: demand, background, zero (never sent), duplicate."
 
 Side = Annotated[str, doc("Which side of the migration this is about.", of="source|dest")]
@@ -33,6 +35,9 @@ Status = Annotated[
     doc("Where the migration is.", of="|".join(STATUSES), metric="postcopy_migration_status", status="STATUS",
         help="1 for the status that the migration has, 0 for the others."),
 ]  # fmt: skip
+SentAs = Annotated[
+    str, doc("Source: when the memory is sent, as `--mode`.", of="stop-and-copy|precopy|postcopy|hybrid")
+]
 Error = Annotated[str | None, doc("What went wrong, in one line; null when nothing has.")]
 
 
@@ -45,8 +50,8 @@ class Ram(Record):
     ] = None
     remaining: Annotated[
         int | None,
-        doc("Memory that has not arrived; a source knows it only when all has.", "bytes", label="Data remaining",
-            metric="postcopy_migration_remaining_bytes"),
+        doc("Memory that has not arrived; a source knows it in precopy, and when all has.", "bytes",
+            label="Data remaining", metric="postcopy_migration_remaining_bytes"),
     ] = None  # fmt: skip
     transferred: Annotated[
         int | None,
@@ -81,6 +86,41 @@ class Ram(Record):
         doc("Requests for pages.", "requests", label="Page requests",
             metric="postcopy_migration_page_requests_total"),
     ] = None  # fmt: skip
+    iteration: Annotated[
+        int | None,
+        doc("Rounds of precopy that were begun.", "rounds", label="Rounds",
+            metric="postcopy_migration_precopy_rounds"),
+    ] = None  # fmt: skip
+    dirty_sync_count: Annotated[
+        int | None,
+        doc("How often it was looked which pages had been written.", "looks", label="Dirty sync count",
+            metric="postcopy_migration_dirty_syncs_total"),
+    ] = None  # fmt: skip
+    dirty_pages_rate: Annotated[
+        int | None,
+        doc("Pages that the machine has written in a second, in the last round.", "pages/s", label="Dirty pages rate",
+            metric="postcopy_migration_dirty_pages_per_second"),
+    ] = None  # fmt: skip
+    precopy_bytes: Annotated[
+        int | None,
+        doc("Sent before the machine was given to the destination.", "bytes", label="Precopy data", help=_SENT,
+            metric="postcopy_migration_sent_bytes_total", phase="precopy"),
+    ] = None  # fmt: skip
+    postcopy_bytes: Annotated[
+        int | None,
+        doc("Sent after that.", "bytes", label="Postcopy data", help=_SENT,
+            metric="postcopy_migration_sent_bytes_total", phase="postcopy"),
+    ] = None  # fmt: skip
+    compressed_bytes: Annotated[
+        int | None,
+        doc("Pages that were compressed, as they were on the wire.", "bytes", label="Compressed to",
+            metric="postcopy_migration_compressed_bytes_total"),
+    ] = None  # fmt: skip
+    uncompressed_bytes: Annotated[
+        int | None,
+        doc("The same pages, as they are in memory.", "bytes", label="Compressed from",
+            metric="postcopy_migration_uncompressed_bytes_total"),
+    ] = None  # fmt: skip
     released: Annotated[
         int | None,
         doc("Memory that `--release-ram` has given back to the source's host.", "bytes",
@@ -97,6 +137,31 @@ class Latency(Record, kw_only=True):
     p99: Annotated[float, doc("Not exceeded by 99 % of them.", "us")]
     p99_9: Annotated[float, doc("Not exceeded by 99.9 % of them.", "us")] = field(name="p99.9")
     max: Annotated[float, doc("The longest.", "us")]
+
+
+def _part(text: str, part: str) -> Meta:
+    return doc(text, "us", help=_PART, metric="postcopy_migration_downtime_part_seconds", part=part)
+
+
+class Breakdown(Record, kw_only=True):
+    """Where the downtime went. The parts of the source follow each other, and are all of it; those of the destination,
+    by its own clock, lie within `prepared` (arm, load) and `commit` (first-run). What is not known is not there."""
+
+    stop: Annotated[float | None, _part("Source: until the machine stood still.", "stop")] = None
+    dirty: Annotated[float | None, _part("Source: until it was known what it had written since.", "dirty")] = None
+    state: Annotated[float | None, _part("Source: until its state was saved.", "state")] = None
+    send: Annotated[float | None, _part("Source: until that was sent.", "send")] = None
+    prepared: Annotated[
+        float | None, _part("Source: until the destination was prepared, with pages sent meanwhile.", "prepared")
+    ] = None
+    commit: Annotated[
+        float | None, _part("Source: from the decision until it was known that the machine runs there.", "commit")
+    ] = None
+    arm: Annotated[float | None, _part("Destination: what had been written was made missing.", "arm")] = None
+    load: Annotated[float | None, _part("Destination: the state was loaded.", "load")] = None
+    first_run: Annotated[
+        float | None, _part("Destination: from the decision until a vCPU was in the machine.", "first-run")
+    ] = None
 
 
 class Recoveries(Record, kw_only=True):
@@ -124,6 +189,10 @@ class OfMigration(Record, kw_only=True):
     direction: Direction | None = None
     migration_id: MigrationId | None = None
     peer: Peer | None = None
+    attempts: Annotated[
+        int | None,
+        doc("How often it was begun: again when a connection was lost before the machine had left.", "attempts"),
+    ] = None
     status: Status
     error: Error
 
@@ -141,6 +210,8 @@ class Counted(OfMigration, kw_only=True):
         doc("At the source, from the request to pause until every page had arrived; 0 until then.", "ms",
             label="Total time", metric="postcopy_migration_duration_seconds"),
     ] = None  # fmt: skip
+    downtime_breakdown_us: Annotated[Breakdown | None, doc("Where the downtime went.", "us")] = None
+    mode: SentAs | None = None
     ram: Annotated[Ram | None, doc("Memory and pages.")] = None
     pending_faults: Annotated[
         int | None,

@@ -98,7 +98,7 @@ class BenchFigure(Record, kw_only=True):
     """A line of `bench`."""
 
     schema: Schema
-    name: Annotated[str, doc("Of the figure; docs/measurements.md has them all.")]
+    name: Annotated[str, doc("Of the figure; docs/performance.md has them all.")]
     ratio: Annotated[float, doc("Median of the rounds.", "1")]
     target: Annotated[str, doc("What the ratio is to be, as `<= 2`; empty: a comparison without a goal.")]
     reached: Annotated[bool, doc("Whether it is.")]

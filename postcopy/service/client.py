@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import trio
+from msgspec import ValidationError, convert
 
 from postcopy.errors import PeerError
-from postcopy.records import VERSION, Json
+from postcopy.records import VERSION, Json, Record
+from postcopy.records.control import ANSWERS
+from postcopy.records.events import EVENTS
 from postcopy.service.options import check_control_path
 from postcopy.service.schema import MAX_ANSWER_BYTES, ControlError, LineSplitter, parse_json
 from postcopy.wire import one_line
@@ -29,8 +33,9 @@ class ProcessGoneError(PeerError):
 class ControlClient:
     """One conversation, used from one task at a time. `open` gives one that has been greeted."""
 
-    def __init__(self, stream: trio.SocketStream, path: str) -> None:
+    def __init__(self, stream: trio.SocketStream, path: str, checks: bool = False) -> None:
         self.greeting: Json = {}
+        self._checks = checks
         self._stream = stream
         self._path = path
         self._splitter = LineSplitter(MAX_ANSWER_BYTES)
@@ -40,9 +45,10 @@ class ControlClient:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, path: str, timeout_s: float = 10.0) -> AsyncIterator[ControlClient]:
+    async def open(cls, path: str, timeout_s: float = 10.0, *, checks: bool = False) -> AsyncIterator[ControlClient]:
         """`PeerError` when no process answers there, or not in this protocol; `ConfigurationError` for a path that no
-        socket can have."""
+        socket can have. `checks`: answers and events are as the records have them, with what was added to these since;
+        anything else is a `PeerError`, since the socket may be of anything."""
         check_control_path(path, "the control socket")
         try:
             with trio.fail_after(timeout_s):
@@ -55,7 +61,7 @@ class ControlClient:
                 f"{path}: {reason}; is there a process with --control {path}, and is it this user's?"
             ) from error
         async with stream:
-            client = cls(stream, path)
+            client = cls(stream, path, checks)
             await client._greeted(timeout_s)
             yield client
 
@@ -74,17 +80,18 @@ class ControlClient:
                 if "event" in line:
                     self._events.append(line)
                 elif line.get("id") in (self._requests, None):
-                    return self._value(line)
+                    value = self._value(line)
+                    self._check(f"the answer to {command}", value, [ANSWERS[command]] if command in ANSWERS else [])
+                    return value
         raise PeerError(f"{self._path}: {command} was not answered within {timeout_s:g} s")
 
     async def next_event(self) -> Json:
         """The next event; `events` must have been executed before. `ProcessGoneError` when no more comes,
         `ControlError` when the process says why it does not send any more."""
-        if self._events:
-            return self._events.pop(0)
         while True:
-            line = await self._next()
+            line = self._events.pop(0) if self._events else await self._next()
             if "event" in line:
+                self._check(f"the event {line['event']}", line["data"], EVENTS.get(line["event"], ()))
                 return line
             if "error" in line:
                 self._value(line)
@@ -131,10 +138,24 @@ class ControlClient:
             raise PeerError(f"{self._path}: an answer without a return value")
         return value
 
+    def _check(self, what: str, value: Json, kinds: Iterable[type[Record]]) -> None:
+        """That it is of one of these kinds; of none there may be anything."""
+        problem: ValidationError | None = None
+        for kind in kinds if self._checks else ():
+            try:
+                convert(value, kind)
+                return
+            except ValidationError as error:
+                problem = error
+        if problem is not None:
+            raise PeerError(f"{self._path}: {what} is none that postcopy gives: {one_line(str(problem), 200)}")
+
 
 def _printable(value: Any) -> Any:
     """All text in it made one line each, with nothing that moves a cursor: it is shown in a terminal, and any process
-    may have made a socket of this path."""
+    may have made a socket of this path. A number without an end, as 1e999, is none."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     if isinstance(value, str):
         return value if value.isprintable() else one_line(value, len(value))
     if isinstance(value, list):

@@ -5,13 +5,12 @@ can do it says itself (`Service.requests`)."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import trio
 
 from postcopy.errors import MigrationError, PostcopyError
-from postcopy.migration.source import SourceMigration
+from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.net import parse_address
 from postcopy.records import Record
 from postcopy.records.control import (
@@ -25,8 +24,9 @@ from postcopy.records.control import (
     Steered,
 )
 from postcopy.service import report, schema
+from postcopy.service.options import Option
 from postcopy.service.report import Json, Migration
-from postcopy.service.schema import COMMANDS, SETTINGS, ControlError, plain
+from postcopy.service.schema import COMMANDS, SETTINGS, ControlError
 from postcopy.service.service import Owned, Request, Service
 
 
@@ -41,7 +41,7 @@ class ControlHandler:
             "set": self._set,
             "migrate-cancel": self._cancel,
             "quit": self._quit,
-            **({"reclaim": self._reclaim} if service.pushes else {}),
+            **({"reclaim": self._reclaim, "switchover": self._switchover} if service.pushes else {}),
             **service.requests(),
         }
 
@@ -74,7 +74,7 @@ class ControlHandler:
         """The migrations that have not come to their end, of all machines or of the one that is named."""
         here = [owned for owned in self._service.machines if name in (None, owned.name)]
         if name is not None and not here:
-            raise ControlError("BadArguments", f"there is no machine {name!r} here")
+            raise no_machine(name)
         return [(owned, owned.undecided) for owned in here if owned.undecided is not None]
 
     async def _pause(self, arguments: Json) -> AllSteered:
@@ -89,11 +89,27 @@ class ControlHandler:
         return _all_that_can(undecided, lambda migration: migration.recover(address))
 
     async def _set(self, arguments: Json) -> Settings:
+        given = given_by_key(SETTINGS, arguments)
+        if "machine" in arguments:
+            if others := given.keys() - {"precopy_s", "max_downtime_s"}:
+                name = next(option.name for option in SETTINGS if option.key in others)
+                raise ControlError("BadArguments", f"{name} is of the process: leave --machine out")
+            owned = find(self._service.machines, arguments["machine"])
+            try:
+                owned.set_precopy(given)
+            except MigrationError as error:
+                raise ControlError("NotNow", str(error)) from error
+            return settings(self._service, owned.sending)
         if not self._service.pushes and (others := arguments.keys() - {"recover-for"}):
             raise ControlError("BadArguments", f"a destination has no {min(others)}: it is the source that pushes")
-        given = {option.key: arguments[option.name] for option in SETTINGS if option.name in arguments}
-        self._service.set_options(replace(self._service.options, **given))
+        self._service.set_options(given)
         return settings(self._service)
+
+    async def _switchover(self, arguments: Json) -> AllSteered:
+        undecided = self._undecided(arguments.get("machine"))
+        if not undecided:
+            raise ControlError("NotNow", "no migration is going on")
+        return _all_that_can(undecided, _switch_over)
 
     async def _cancel(self, arguments: Json) -> AllSteered:
         undecided = self._undecided(arguments.get("machine"))
@@ -147,7 +163,7 @@ def process_status(service: Service, name: str | None = None) -> ProcessStatus:
     """Of the process and all machines, or of the one with this name."""
     machines = [report.machine_status(*row) for row in service.rows() if name in (None, row[0])]
     if name is not None and not machines:
-        raise ControlError("BadArguments", f"there is no machine {name!r} here")
+        raise no_machine(name)
     return ProcessStatus(
         side=service.side,
         pid=os.getpid(),
@@ -157,14 +173,18 @@ def process_status(service: Service, name: str | None = None) -> ProcessStatus:
     )
 
 
-def settings(service: Service) -> Settings:
-    """What `set` can change."""
-    now = {option.name: plain(getattr(service.options, option.key)) for option in SETTINGS}
-    return Settings(
-        max_bandwidth=now["max-bandwidth"] if service.pushes else None,
-        bulk_channels=now["bulk-channels"] if service.pushes else None,
-        recover_for=now["recover-for"],
-    )
+def settings(service: Service, of: SourceOptions | None = None) -> Settings:
+    """What `set` can change: of the process, or of one migration."""
+    options = service.options if of is None else of
+    now = {option.name: option.to_json(getattr(options, option.key)) for option in SETTINGS}
+    if not service.pushes:
+        return Settings(recover_for=now["recover-for"])
+    return Settings(mode=options.mode.value, **{name.replace("-", "_"): value for name, value in now.items()})
+
+
+def given_by_key(known: Iterable[Option], arguments: Json) -> Json:
+    """By the names of the records' fields."""
+    return {option.key: arguments[option.name] for option in known if option.name in arguments}
 
 
 def find(machines: Sequence[Owned], name: str | None) -> Owned:
@@ -172,8 +192,13 @@ def find(machines: Sequence[Owned], name: str | None) -> Owned:
     here = [owned for owned in machines if not owned.has_left]
     found = [owned for owned in here if (owned.name == name if name else owned.shown is not None)]
     if not found:
-        raise ControlError("BadArguments", f"there is no machine {name!r} here" if name else "no machine is here")
+        raise no_machine(name)
     return _only(found)
+
+
+def no_machine(name: str | None) -> ControlError:
+    """None of this name, or none at all."""
+    return ControlError("BadArguments", f"there is no machine {name!r} here" if name else "no machine is here")
 
 
 def _only(found: Sequence[Owned]) -> Owned:
@@ -185,6 +210,12 @@ def _only(found: Sequence[Owned]) -> Owned:
 
 def _steered(owned: Owned, migration: Migration) -> Steered:
     return Steered(machine=owned.name, migration_id=migration.migration_id)
+
+
+def _switch_over(migration: Migration) -> None:
+    if not isinstance(migration, SourceMigration):
+        raise MigrationError("the machine comes from another host: it is its source that switches over")
+    migration.switch_over()
 
 
 def _all_that_can(migrations: list[tuple[Owned, Migration]], do: Callable[[Migration], None]) -> AllSteered:

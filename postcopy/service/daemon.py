@@ -63,8 +63,8 @@ from postcopy.records.migration import Machine
 from postcopy.service import report
 from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import DaemonConfig
-from postcopy.service.control import find, process_status
-from postcopy.service.options import is_name, record
+from postcopy.service.control import find, given_by_key, no_machine, process_status
+from postcopy.service.options import ONE_WAY, check_sending, is_name, record, sending
 from postcopy.service.report import Json, Migration
 from postcopy.service.schema import COMMANDS, ControlError
 from postcopy.service.service import Owned, Phase, Request, Row, Service
@@ -169,12 +169,12 @@ class Daemon(Service):
     def share_bandwidth(self) -> None:
         """One limit for all that push."""
         limit = self.options.max_bandwidth_bytes_per_s
-        outgoing = [owned.moving for owned in self.machines if isinstance(owned.moving, SourceMigration)]
-        pushing = [job for job in outgoing if job.state in (State.COMMITTED, State.POSTCOPY)]
-        for job in outgoing:
-            # One that does not push yet is given the part that it will have when it begins.
-            parts = len(pushing) + (job not in pushing)
-            job.set_bandwidth(max(1, limit // parts) if limit else 0)
+        pushing = sum(owned.pushing for owned in self.machines)
+        for owned in self.machines:
+            if isinstance(owned.moving, SourceMigration):
+                # One that does not push yet is given the part that it will have when it begins.
+                parts = pushing + (not owned.pushing)
+                owned.moving.set_bandwidth(max(1, limit // parts) if limit else 0)
 
     # ---- machines here
 
@@ -240,20 +240,24 @@ class Daemon(Service):
 
     # ---- sending
 
-    async def _send(self, owned: Owned, migration: SourceMigration) -> None:
+    async def _send(self, owned: Owned, to: Route) -> None:
         """One machine's way from here; contained."""
         go = trio.Event()
 
         async def ready(owned: Owned) -> None:
+            assert owned.machine is not None
             try:
-                await migration.machine.wait_ready()
+                await owned.machine.wait_ready()
                 go.set()
             except PostcopyError as error:
                 log.error("%s", error)
-                migration.cancel()
+                assert owned.migration is not None
+                owned.migration.cancel()
 
         try:
-            await contained(f"sending {owned.name}", partial(self.send, owned, go, ready))
+            await contained(f"sending {owned.name}", partial(self.send, owned, to, go, ready))
+            migration = owned.migration  # the last attempt
+            assert isinstance(migration, SourceMigration)
             if owned.has_left:
                 self._sent += 1
                 await self._close(owned)
@@ -411,14 +415,21 @@ class Daemon(Service):
             await self.changes.wait()
         self._check_not_ending()
         if owned.phase is Phase.GONE:
-            raise ControlError("BadArguments", f"there is no machine {owned.name!r} here")
+            raise no_machine(owned.name)
         if owned.busy or owned.machine is None:
             raise ControlError("NotNow", f"{owned.name} is being {owned.phase.value} already")
         if isinstance(owned.migration, SourceMigration) and not owned.migration.may_run:
             raise ControlError("NotNow", f"{owned.name} belongs to the destination that it was sent to")
-        migration = self.leave(owned, Route(address), owned.name)
+        given = given_by_key(ONE_WAY, arguments)
+        try:
+            how = sending(given, self.options)
+            check_sending(given, how)
+        except ConfigurationError as error:
+            raise ControlError("BadArguments", str(error)) from error
+        to = Route(address)
+        migration = self.leave(owned, to, owned.name, how)
         assert self._nursery is not None
-        self._nursery.start_soon(self._send, owned, migration)
+        self._nursery.start_soon(self._send, owned, to)
         self.changed()
         while owned.phase is Phase.LEAVING and migration.connecting:
             await self.changes.wait()

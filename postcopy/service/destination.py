@@ -3,24 +3,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import ClassVar
 
 import trio
 
 from postcopy._files import check_new_file
 from postcopy._stop import Stop
-from postcopy.errors import MigrationError
+from postcopy.errors import MigrationError, PeerError, PostcopyError
 from postcopy.machines import Check, Machine
 from postcopy.migration import salvage
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceOptions
 from postcopy.migration.tasks import Interrupted, first_of, now_ns
-from postcopy.net import Acceptor, CallingLink, Link
+from postcopy.net import Acceptor, CallingLink, Link, Route
 from postcopy.output import Output
 from postcopy.records.events import Progress
 from postcopy.service import report
+from postcopy.service._attempts import Attempts
 from postcopy.service.config import DestinationConfig
 from postcopy.service.service import Owned, Phase, Service, describe, still_missing, why_not_completed
 from postcopy.wire import State
@@ -62,8 +63,7 @@ class Destination(Service):
     async def _receive_and_keep(self) -> bool:
         config = self._config
         if config.connect is not None:
-            open_link = partial(CallingLink.open, config.connect, "dest")
-            migration = await self._receive(await self._link(open_link, "there was a connection"))
+            migration = await self._call(config.connect)
         else:
             assert config.listen is not None
             async with (
@@ -118,9 +118,52 @@ class Destination(Service):
                 about=migration,
             )
             last = f" (the last one that was offered: {migration.failure})"
+            await self._forget(migration)
+
+    async def _call(self, route: Route) -> DestinationMigration:
+        """The migration that came of calling the source; it is called again as often as the connection is lost before
+        the machine is this host's."""
+        attempts, pause_s, left_s = Attempts(self.options.heartbeat_s), 0.0, math.inf
+
+        async def open_link() -> Link:
+            with trio.move_on_after(left_s):
+                await trio.sleep(pause_s)
+                route.refresh()
+                return await CallingLink.open(route, "dest")
+            raise PeerError(f"{route.address}: not reached again within {left_s:g} s (--recover-for)")
+
+        while True:
+            migration = None
+            try:
+                link = await self._link(open_link, "there was a connection")
+            except PeerError as error:
+                failure: PostcopyError | None = error
+            else:
+                migration = await self._receive(link, attempts.count)
+                failure = migration.failure
+                if migration.state is not State.ABORTED:
+                    return migration
+            lost, connected = migration is not None and migration.may_try_again, migration is not None
+            left_s = attempts.left_s(failure, lost, connected, self.options.recover_for_s)
+            if left_s <= 0:
+                if migration is not None:
+                    return migration
+                assert failure is not None
+                raise failure
+            pause_s = attempts.again(lost)
+            self.output.say(
+                f"dest: {failure}; the machine has stayed at the source, which is called again (attempt"
+                f" {attempts.count})",
+                about=migration,
+            )
+            await self._forget(migration)
+
+    async def _forget(self, migration: DestinationMigration | None) -> None:
+        """Of an arrival that did not come about: before another one may have the memory that it had."""
+        if migration is not None:
             self.machines[0].migration = None
-            await migration.close()  # before another one may have the memory that it had
-            self.machines.clear()
+            await migration.close()
+        self.machines.clear()
 
     async def _link(self, open_link: Callable[[], Awaitable[Link]], what: str) -> Link:
         """The next control connection, which has the only place from then on."""
@@ -138,9 +181,10 @@ class Destination(Service):
     def _why_refused(self, waiting: int) -> str:
         return "busy with another source" if self.machines or waiting else ""
 
-    async def _receive(self, link: Link) -> DestinationMigration:
+    async def _receive(self, link: Link, attempt: int = 1) -> DestinationMigration:
         (owned,) = self.machines
         migration = self.arrive(owned, link)
+        migration.attempt = attempt
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._announce, owned, migration)
             await migration.run(owned.stop)

@@ -23,7 +23,9 @@ from postcopy.errors import ConfigurationError
 from postcopy.machines.kinds import BACKINGS, KINDS, is_live
 from postcopy.machines.toy.machine import WORKLOADS, ToyOptions
 from postcopy.machines.toy.tap import format_ipv4, format_mac, parse_ipv4, parse_mac, parse_net
+from postcopy.migration.channels import bulk_channels_for_host
 from postcopy.migration.connection import MISSED_HEARTBEATS
+from postcopy.migration.precopy import Mode
 from postcopy.migration.source import SourceOptions
 from postcopy.net import parse_address
 from postcopy.service.config import ArrivalOptions, DaemonConfig, DestinationConfig, SourceConfig
@@ -31,6 +33,7 @@ from postcopy.units import (
     FOREVER,
     MAX_SECONDS,
     check_word,
+    did_you_mean,
     format_exact_size,
     format_rate,
     format_seconds,
@@ -45,6 +48,7 @@ from postcopy.wire import MAX_BULK_CHANNELS
 T = TypeVar("T")
 
 LOG_LEVEL = "warning"
+DEFAULTS = SourceOptions()
 
 _MAX_TEXT_CHARS = 4096
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
@@ -77,6 +81,10 @@ class Option:
         if self.flag:
             return [f"--{self.name}"] if value else [f"--no-{self.name}"] if self.flag == "set or not" else []
         return [f"--{self.name}", self.format(value)]
+
+    def to_json(self, value: Any) -> Any:
+        """What `from_json` reads: a value as JSON has it, which knows no infinity."""
+        return self.format(value) if isinstance(value, float) and math.isinf(value) else value
 
     def from_json(self, value: object) -> Any:
         """The value of one in JSON: true or false, a number, or the text that a user would write."""
@@ -118,6 +126,42 @@ def record(kind: Callable[..., T], given: Mapping[str, Any], **more: Any) -> T:
     """A record (a dataclass) of what was given, and of `more`; the rest is the record's own default."""
     names = [item.name for item in fields(kind)]  # type: ignore[arg-type]
     return kind(**{name: given[name] for name in names if name in given} | more)
+
+
+def sending(given: Mapping[str, Any], base: SourceOptions = DEFAULTS) -> SourceOptions:
+    """How machines are sent: as `base` says, but for what was given. Of mode and precopy each follows the other one
+    where only that was given; `ConfigurationError` where both were, and contradict each other."""
+    names = {item.name for item in fields(SourceOptions)} - {"name"}  # of the machine
+    options = replace(base, **{name: value for name, value in given.items() if name in names})
+    mode, precopy_s = options.mode, options.precopy_s
+    if "mode" not in given and mode.has_rounds is not precopy_s > 0:
+        return replace(options, mode=Mode.HYBRID if precopy_s else Mode.POSTCOPY)
+    if "precopy_s" not in given and mode.has_rounds is not precopy_s > 0:
+        return replace(options, precopy_s=math.inf if mode.has_rounds else 0.0)
+    if precopy_s and not mode.has_rounds:
+        raise ConfigurationError(
+            f"--precopy {PRECOPY.format(precopy_s)}: --mode {mode} sends nothing before the switchover; say --mode"
+            " hybrid or precopy, or leave --precopy out"
+        )
+    if mode.has_rounds and not precopy_s:
+        raise ConfigurationError(
+            f"--precopy off: --mode {mode} sends memory before the switchover; say --precopy SECONDS or auto, or --mode"
+            f" {Mode.POSTCOPY if mode is Mode.HYBRID else Mode.STOP_AND_COPY}"
+        )
+    return options
+
+
+def check_sending(given: Mapping[str, Any], options: SourceOptions, kind: str = "") -> None:
+    """`ConfigurationError` for what was given for one migration and says nothing there; `kind`: of its machine."""
+    if kind and options.mode.has_rounds and not is_live(kind):
+        raise ConfigurationError(
+            f"--mode {options.mode}, --precopy: nothing writes to an {kind} while it is sent; leave them out, or say"
+            " --mode stop-and-copy"
+        )
+    if MAX_DOWNTIME.key in given and not options.mode.has_rounds:
+        raise ConfigurationError("--max-downtime goes with --precopy")
+    if PRECOPY_ROUNDS.key in given and not math.isinf(options.precopy_s):
+        raise ConfigurationError("--precopy-rounds goes with --precopy auto")
 
 
 def to_arguments(groups: tuple[Group, ...], values: Mapping[str, Any]) -> list[str]:
@@ -198,6 +242,31 @@ def _check_metrics(text: str) -> str:
     return text
 
 
+def _parse_precopy(text: str) -> float:
+    if text in _PRECOPY:
+        return _PRECOPY[text]
+    try:
+        return parse_seconds(text)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"off, seconds or auto: {error}{did_you_mean(text, _PRECOPY)}") from None
+
+
+def _format_precopy(precopy_s: float) -> str:
+    return next((word for word, meaning in _PRECOPY.items() if meaning == precopy_s), "") or format_seconds(precopy_s)
+
+
+_PRECOPY = {"off": 0.0, "auto": math.inf}
+
+
+def _parse_bulk_channels(text: str) -> int:
+    if text == "auto":
+        return bulk_channels_for_host()
+    try:
+        return parse_whole(text, 1, MAX_BULK_CHANNELS)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{error}, or auto") from None
+
+
 def _parse_serve(text: str) -> float:
     return math.inf if text == FOREVER else parse_whole(text, 1, 1_000_000)
 
@@ -276,13 +345,26 @@ BUSY_POLL = Option("busy-poll", "busy-wait up to N us on an urgent channel befor
 PAGER = choice("pager", {"thread": False, "process": True},
                "fetch missing pages in threads of the machine's process, or in a process of its own, whose crash the"
                " machine survives", "pager_process")
-BULK_CHANNELS = whole("bulk-channels", "number of connections for the background push", 1, MAX_BULK_CHANNELS)
+MODE = choice("mode", {mode.value: mode for mode in Mode}, "when the memory is sent: all while the machine is paused;"
+              " in rounds before that, and the rest while it is paused; all after the switchover; or in rounds, and"
+              " what then does not fit --max-downtime after it (default: hybrid with --precopy, else postcopy)")
+PRECOPY = Option("precopy", "before the switchover, send the memory in rounds, each what was written since the last"
+                 " one: for SECONDS, or as long as it makes sense", "off|SECONDS|auto", _parse_precopy, _format_precopy,
+                 "precopy_s")
+MAX_DOWNTIME = seconds("max-downtime", "with --precopy: pause the machine when what is left can be sent in this time,"
+                       " as 300ms", 0.001, 3600)
+PRECOPY_ROUNDS = whole("precopy-rounds", "with --precopy auto: so many rounds at most", 1, 10_000)
+COMPRESS = choice("compress", ("off", "lz4", "zstd", "auto"), "compress pages that are pushed; auto: where that is"
+                  " faster")
+BULK_CHANNELS = Option("bulk-channels", "number of connections for the background push, or auto: by the processors of"
+                       " this host", "N|auto", _parse_bulk_channels)
 MAX_BANDWIDTH = Option("max-bandwidth", "limit of the background push, as 100MiB/s or 800mbit; pages that the machine"
                        " waits for are not limited", "RATE|none", parse_rate, format_rate,
                        field="max_bandwidth_bytes_per_s", json_unit="B/s")
 RELEASE_RAM = flag("release-ram", "kvm, rv64: past the point of no return, give memory back to this host as the"
                    " destination acknowledges its pages")
-SENDING = (BULK_CHANNELS, MAX_BANDWIDTH, RELEASE_RAM)
+ONE_WAY = (MODE, PRECOPY, MAX_DOWNTIME, PRECOPY_ROUNDS, COMPRESS, BULK_CHANNELS)  # of one migration
+SENDING = (*ONE_WAY, MAX_BANDWIDTH, RELEASE_RAM)
 
 HEARTBEAT = seconds("heartbeat", f"interval of signs of life; a peer that is silent for {MISSED_HEARTBEATS} intervals"
                     " is lost", 0.05, 3600)

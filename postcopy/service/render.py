@@ -56,6 +56,12 @@ def _setting_rows(settings: Json) -> list[tuple[str, str]]:
         rows.append(("Max bandwidth", f"{_size(limit)}/s" if limit else "unlimited"))
     if "bulk-channels" in settings:
         rows.append(("Bulk channels", str(settings["bulk-channels"])))
+    if settings.get("mode"):
+        precopy = settings["precopy"]
+        rounds = f", precopy {precopy if isinstance(precopy, str) else f'for {precopy:g} s'}" if precopy else ""
+        rows.append(("Mode", settings["mode"] + rounds))
+        if precopy:
+            rows.append(("Max downtime", format_duration(settings["max-downtime"])))
     if "recover-for" in settings:
         patience = settings["recover-for"]
         rows.append(("Recover for", patience if isinstance(patience, str) else f"{patience:g} s"))
@@ -79,7 +85,7 @@ def _machine_rows(machine: Json) -> list[tuple[str, str]]:
 
 def _job_rows(job: Json) -> list[tuple[str, str]]:
     rows = [
-        ("Job type", f"{str(job['status']).capitalize()}, {job['direction']}"),
+        ("Job type", f"{str(job['status']).capitalize()}, {job.get('direction')}"),
         ("Migration", str(job.get("migration-id") or "-")),
         ("Peer", _peer(job)),
         ("Time elapsed", format_duration(job.get("elapsed-ms", 0) / 1e3)),

@@ -8,7 +8,7 @@ numbers.
 from __future__ import annotations
 
 import contextlib
-from typing import TypeVar
+from typing import Any
 
 import trio
 
@@ -23,13 +23,12 @@ from postcopy.migration.tasks import now_ns
 from postcopy.records.events import DestResult, MigrationEnded, MigrationStatus, Progress, SourceResult
 from postcopy.records.migration import (
     LOST,
-    Counted,
+    Breakdown,
     Disk,
     Guest,
     Latency,
     Machine,
     Network,
-    OfMigration,
     Pager,
     Ram,
     Recoveries,
@@ -40,7 +39,6 @@ from postcopy.records.migration import Migration as MigrationRecord
 
 Json = records.Json
 Migration = SourceMigration | DestinationMigration
-R = TypeVar("R", bound=OfMigration)
 
 
 def direction(migration: Migration) -> str:
@@ -52,33 +50,40 @@ def direction(migration: Migration) -> str:
 
 def changed(machine: str, migration: Migration, before: str) -> MigrationStatus:
     """That a migration has another status than `before`."""
-    return _identify(MigrationStatus(side="", status="", error=None, machine=machine, from_=before), migration)
+    return MigrationStatus(machine=machine, from_=before, **_identity(migration))
 
 
 def ended(machine: str, migration: Migration) -> MigrationEnded:
     """How one migration has ended, in short."""
     downtime_ms, total_ms = milliseconds(migration.downtime_ns), milliseconds(migration.total_ns)
-    event = MigrationEnded(side="", status="", error=None, machine=machine, downtime_ms=downtime_ms, total_ms=total_ms)
-    return _identify(event, migration)
+    return MigrationEnded(machine=machine, downtime_ms=downtime_ms, total_ms=total_ms, **_identity(migration))
 
 
-def _identify(into: R, migration: Migration) -> R:
-    """Fills in which migration it is, and how it stands."""
-    into.side = "source" if isinstance(migration, SourceMigration) else "dest"
-    into.direction = direction(migration)
-    into.migration_id, into.peer = migration.migration_id or None, str(migration.peer)
-    into.status, into.error = migration.status, str(migration.failure) if migration.failure else None
-    return into
+def _identity(migration: Migration) -> dict[str, Any]:
+    """The fields of `OfMigration`."""
+    return {
+        "side": "source" if isinstance(migration, SourceMigration) else "dest",
+        "direction": direction(migration),
+        "attempts": migration.attempt,
+        "migration_id": migration.migration_id or None,
+        "peer": str(migration.peer),
+        "status": migration.status,
+        "error": str(migration.failure) if migration.failure else None,
+    }
+
+
+def _nothing(side: str, status: str) -> dict[str, Any]:
+    """The same, where there is no migration."""
+    return {"side": side, "status": status, "error": None}
 
 
 def progress(own: str, machine: AnyMachine | None, migration: Migration | None) -> Progress:
     """How the machine and the migration of a `source` or `dest` stand. `own`: which of both it is."""
-    now = Progress(side=own, status="setup", error=None)
+    now = Progress(**_identity(migration) if migration is not None else _nothing(own, "setup"))
     if machine is not None:
         now.guest = guest(machine, machine.statistics())
         now.ram = ram(offered(machine)) if migration is None else None
     if migration is not None:
-        _identify(now, migration)
         statistics = migration.statistics()
         now.ram, now.pending_faults = ram(statistics), statistics.pending_faults
         now.recoveries = recoveries(migration.recoveries)
@@ -107,22 +112,28 @@ def machine_status(name: str, machine: AnyMachine | None, migration: Migration |
 
 def _migration(migration: Migration) -> MigrationRecord:
     elapsed_ns = (migration.completed_ns or migration.ended_ns or now_ns()) - migration.started_ns
-    status = MigrationRecord(side="", status="", error=None, elapsed_ms=milliseconds(elapsed_ns))
-    _count(status, migration)
-    if migration.status in LOST:
-        status.looking_for_peer = not migration.over
-    return status
+    return MigrationRecord(
+        elapsed_ms=milliseconds(elapsed_ns),
+        looking_for_peer=not migration.over if migration.status in LOST else None,
+        **_counted(migration),
+    )
 
 
-def _count(into: Counted, migration: Migration) -> None:
-    """... and all that both sides count."""
-    _identify(into, migration)
+def _counted(migration: Migration) -> dict[str, Any]:
+    """The fields of `Counted`."""
     statistics = migration.statistics()
-    into.downtime_ms, into.total_ms = _ms(statistics.downtime_ns), _ms(statistics.total_ns)
-    into.ram, into.pending_faults = ram(statistics), statistics.pending_faults
-    into.fault_latency_us = latency(statistics.latency)
-    into.blocktime_ms = [milliseconds(ns) for ns in statistics.blocktime_ns]
-    into.recoveries = recoveries(migration.recoveries)
+    return {
+        **_identity(migration),
+        "downtime_ms": _ms(statistics.downtime_ns),
+        "total_ms": _ms(statistics.total_ns),
+        "downtime_breakdown_us": breakdown(migration.breakdown),
+        "mode": migration.mode.value if isinstance(migration, SourceMigration) else None,
+        "ram": ram(statistics),
+        "pending_faults": statistics.pending_faults,
+        "fault_latency_us": latency(statistics.latency),
+        "blocktime_ms": [milliseconds(ns) for ns in statistics.blocktime_ns],
+        "recoveries": recoveries(migration.recoveries),
+    }
 
 
 def _ms(ns: int | None) -> float | None:
@@ -140,8 +151,21 @@ def ram(statistics: Statistics) -> Ram:
         zero_pages=statistics.zero_pages,
         duplicate_pages=statistics.duplicate_pages,
         postcopy_requests=statistics.requests,
+        iteration=statistics.iteration,
+        dirty_sync_count=statistics.dirty_sync_count,
+        dirty_pages_rate=statistics.dirty_pages_rate,
+        precopy_bytes=statistics.precopy_bytes,
+        postcopy_bytes=statistics.postcopy_bytes,
+        compressed_bytes=statistics.compressed_bytes,
+        uncompressed_bytes=statistics.uncompressed_bytes,
         released=statistics.released_bytes,
     )
+
+
+def breakdown(counted: counts.Breakdown) -> Breakdown | None:
+    """None where nothing of it is known yet."""
+    parts = {name.removesuffix("_ns"): round(ns / 1e3, 1) for name, ns in vars(counted).items() if ns is not None}
+    return Breakdown(**parts) if parts else None
 
 
 def latency(counted: counts.Latency) -> Latency:
@@ -210,9 +234,7 @@ def guest(machine: AnyMachine, statistics: MachineStatistics) -> Guest:
 
 def source_result(machine: AnyMachine | None, migration: SourceMigration | None, served: int) -> SourceResult:
     result = SourceResult(
-        side="source",
-        status="failed",
-        error=None,
+        **_counted(migration) if migration is not None and machine is not None else _nothing("source", "failed"),
         kind=machine.kind if machine is not None else None,
         guest=guest(machine, machine.statistics()) if machine is not None else None,
         verified=None,
@@ -221,7 +243,6 @@ def source_result(machine: AnyMachine | None, migration: SourceMigration | None,
         overhead_bytes=0,
     )
     if migration is not None and machine is not None:
-        _count(result, migration)
         result.setup_ms = milliseconds(max(0, migration.ready_ns - migration.started_ns))
         result.paused_at_ns = migration.paused_ns
         if migration.at_pause is not None:
@@ -238,9 +259,7 @@ def destination_result(
     """`statistics`: the machine's last ones; `check`: the verdict over its memory, when it was asked for."""
     machine = migration.machine if migration is not None else None
     result = DestResult(
-        side="dest",
-        status="failed",
-        error=None,
+        **_counted(migration) if migration is not None else _nothing("dest", "failed"),
         kind=machine.kind if machine is not None else None,
         verified=None,
         verification=[],
@@ -249,7 +268,6 @@ def destination_result(
     )
     if migration is None:
         return result
-    _count(result, migration)
     result.resume_ms = milliseconds(max(0, migration.running_ns - migration.committed_ns))
     result.pager = pager(migration.pager_process)
     result.error = result.error or migration.machine_failure or None

@@ -30,7 +30,6 @@ from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.records import VERSION, Json, Record, as_json
 from postcopy.service import options
 from postcopy.service.options import Option, check_address, flag, parse_name
-from postcopy.units import FOREVER
 from postcopy.wire import one_line
 
 MAX_LINE_BYTES = 64 * 1024
@@ -82,6 +81,11 @@ _NEW_MACHINE = (
 SETTINGS = (  # each is a field of `SourceOptions`
     options.MAX_BANDWIDTH,
     replace(options.BULK_CHANNELS, help="number of connections for the background push of the next migration"),
+    replace(
+        options.PRECOPY,
+        help="for how long memory is sent in rounds before the switchover, in this migration and the next ones",
+    ),
+    options.MAX_DOWNTIME,
     replace(options.RECOVER_FOR, help="how long to try to reach a lost peer, from its loss on"),
 )
 
@@ -107,10 +111,15 @@ COMMANDS: Mapping[str, Command] = {
     "end": Command("stop a machine and remove it", (_MACHINE, _FORCE), example="postcopy ctl end --machine vm1"),
     "migrate": Command(
         "migrate a machine to another host",
-        (_MACHINE, _TO),
+        (_MACHINE, _TO, *options.ONE_WAY),
         required="to",
         bare="to",
-        example="postcopy ctl migrate host-b:7777 --machine vm1",
+        example="postcopy ctl migrate host-b:7777 --machine vm1 --precopy auto",
+    ),
+    "switchover": Command(
+        "end the precopy of a migration: switch over now, and send the rest after it",
+        (_MACHINE,),
+        example="postcopy ctl switchover --machine vm1",
     ),
     "migrate-cancel": Command(
         "cancel a migration before its point of no return; the machine stays",
@@ -129,7 +138,9 @@ COMMANDS: Mapping[str, Command] = {
         example="postcopy ctl migrate-recover host-c:7777",
     ),
     "set": Command(
-        "change settings of the running process", SETTINGS, example="postcopy ctl set --max-bandwidth 100MiB/s"
+        "change settings of the running process, or of one migration",
+        (replace(_MACHINE, help="change precopy or max-downtime of this machine's migration only"), *SETTINGS),
+        example="postcopy ctl set --max-bandwidth 100MiB/s",
     ),
     "reclaim": Command(
         "run a machine here again whose destination is dead for good",
@@ -251,11 +262,6 @@ def event(what: str, data: Json) -> bytes:
     now_us = time.time_ns() // 1000
     timestamp = {"seconds": now_us // 1_000_000, "microseconds": now_us % 1_000_000}
     return _line({"event": what, "timestamp": timestamp, "data": data})
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON has it, which knows no infinity."""
-    return FOREVER if value == math.inf else value
 
 
 class LineSplitter:

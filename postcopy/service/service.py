@@ -18,6 +18,7 @@ Error handling: an error that ends a policy is kept in `failure`, and raised whe
 from __future__ import annotations
 
 import abc
+import contextlib
 import enum
 import logging
 import math
@@ -35,12 +36,20 @@ import trio
 from postcopy._files import absolute, explain_unwritable
 from postcopy._stop import INSIST_S, Stop
 from postcopy.dataplane.pager import Pager
-from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, known_error, out_of_memory
+from postcopy.errors import (
+    ConfigurationError,
+    MigrationError,
+    PeerError,
+    PostcopyError,
+    known_error,
+    out_of_memory,
+)
 from postcopy.machines import BlockLayout, Machine, MachineState
 from postcopy.machines.kinds import create_destination
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration import salvage
 from postcopy.migration.destination import DestinationMigration
+from postcopy.migration.precopy import Mode
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.migration.tasks import Interrupted, first_of
 from postcopy.net import Acceptor, Address, CallingLink, Link, Route, everywhere
@@ -49,8 +58,10 @@ from postcopy.output.words import format_count
 from postcopy.records import Record
 from postcopy.records.events import Listening, SideResult
 from postcopy.service import report
+from postcopy.service._attempts import Attempts
 from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import ArrivalOptions
+from postcopy.service.options import sending
 from postcopy.service.report import Json, Migration
 from postcopy.units import format_size
 from postcopy.wire import ID_BYTES, State
@@ -87,6 +98,8 @@ class Owned:
         self.phase = phase
         self.machine = machine  # once it is this process's
         self.migration: Migration | None = None  # the present one, or the last
+        self.sending: SourceOptions | None = None  # how it was sent away last
+        self.attempts: Attempts | None = None  # of a migration that calls its destination
         self.stop = trio.Event()  # gives the migration up, whatever is lost by it
         self.announced = ""  # the migration's status, as it was last announced
 
@@ -117,6 +130,30 @@ class Owned:
         return isinstance(self.migration, SourceMigration) and self.migration.state is State.COMPLETED
 
     @property
+    def pushing(self) -> bool:
+        """Whether its pages are pushed to another host."""
+        job = self.undecided
+        if not isinstance(job, SourceMigration):
+            return False
+        early = self.sending is not None and self.sending.mode is not Mode.POSTCOPY
+        return job.state in (State.COMMITTED, State.POSTCOPY) or (early and job.ready_ns > 0 and not job.committed_ns)
+
+    def set_precopy(self, given: Json) -> None:
+        """What can be changed of the precopy of the migration under way, `given` by the fields' names.
+        `MigrationError` where it has none (any more)."""
+        job = self.undecided
+        if not isinstance(job, SourceMigration) or self.sending is None:
+            raise MigrationError(f"{self.name} is not on its way from here: it is its source that sends in rounds")
+        changed = {name: given[name] for name in ("max_downtime_s", "precopy_s") if name in given}
+        if changed and job.paused_ns:
+            raise MigrationError(f"the precopy of {self.name} is over: its migration is {job.status}")
+        if "precopy_s" in changed:
+            job.set_precopy(changed["precopy_s"])
+        if "max_downtime_s" in changed:
+            job.set_max_downtime(changed["max_downtime_s"])
+        self.sending = replace(self.sending, **changed)
+
+    @property
     def finishing(self) -> bool:
         """Whether its migration has come to its end, and something of it has not been closed yet."""
         job = self.moving
@@ -132,6 +169,16 @@ class Owned:
         """Whether its migration is past its point of no return, and not at its end."""
         job = self.undecided
         return job is not None and not job.cancellable
+
+    @property
+    def tries_for_s(self) -> float:
+        """How long its migration, which has been lost before the machine had left, is begun again; 0: it is not."""
+        job, attempts = self.migration, self.attempts
+        if attempts is None or job is None or self.sending is None or self.stop.is_set():
+            return 0.0
+        if self.phase is not Phase.LEAVING or job.state is not State.ABORTED:
+            return 0.0
+        return attempts.left_s(job.failure, job.may_try_again, not job.connecting, self.sending.recover_for_s)
 
     @property
     def loses(self) -> str:
@@ -230,7 +277,7 @@ class Service(abc.ABC):
     def _announce_changes(self) -> None:
         for owned in self.machines:
             job = owned.migration
-            if job is not None and job.status != owned.announced:
+            if job is not None and job.status != owned.announced and owned.tries_for_s <= 0:
                 event = report.changed(owned.name, job, owned.announced)
                 owned.announced = job.status
                 self.output.emit("migration-status", event)
@@ -241,12 +288,17 @@ class Service(abc.ABC):
             if isinstance(owned.moving, SourceMigration):
                 owned.moving.set_bandwidth(self.options.max_bandwidth_bytes_per_s)
 
-    def set_options(self, options: SourceOptions) -> None:
-        """From now on, also for the migrations under way, as far as it can be changed there."""
-        self.options = options
+    def set_options(self, given: Json) -> None:
+        """From now on (`given` by the fields' names), also for the migrations under way, as far as it can be changed
+        there."""
+        self.options = sending(given, self.options)
         for owned in self.machines:
             if owned.moving is not None:
-                owned.moving.set_recover_for(options.recover_for_s)
+                owned.moving.set_recover_for(self.options.recover_for_s)
+                if owned.sending is not None:
+                    owned.sending = replace(owned.sending, recover_for_s=self.options.recover_for_s)
+                with contextlib.suppress(MigrationError):  # it comes, has no precopy, or is past it
+                    owned.set_precopy(given)
         self.share_bandwidth()
 
     # ---- the end
@@ -336,33 +388,69 @@ class Service(abc.ABC):
 
     # ---- migrations
 
-    def leave(self, owned: Owned, to: Link | Route, name: str = "") -> SourceMigration:
+    def leave(
+        self, owned: Owned, to: Link | Route, name: str = "", how: SourceOptions | None = None
+    ) -> SourceMigration:
         """The migration with which a machine leaves, over this connection or one to be made; `send` runs it. `name`
-        goes with the machine."""
-        assert owned.machine is not None
-        migration = SourceMigration(
-            owned.machine,
-            partial(CallingLink.open, to, "source", self.instance) if isinstance(to, Route) else to,
-            replace(self.options, name=name),
-            peer=to.address if isinstance(to, Route) else None,
-            on_change=self.changed,
+        goes with the machine; `how`, where it is not as `options` say."""
+        owned.sending = replace(self.options if how is None else how, name=name)
+        owned.attempts = Attempts(self.options.heartbeat_s) if isinstance(to, Route) else None
+        migration = self._make_leaving(
+            owned, partial(CallingLink.open, to, "source", self.instance) if isinstance(to, Route) else to, to
         )
         owned.migration, owned.phase, owned.stop, owned.announced = migration, Phase.LEAVING, trio.Event(), ""
         return migration
 
+    def _make_leaving(
+        self, owned: Owned, link: Link | Callable[[], Awaitable[Link]], to: Link | Route
+    ) -> SourceMigration:
+        assert owned.machine is not None
+        assert owned.sending is not None
+        peer = to.address if isinstance(to, Route) else None
+        return SourceMigration(owned.machine, link, owned.sending, peer=peer, on_change=self.changed)
+
     async def send(
-        self, owned: Owned, go: trio.Event, *beside: Callable[[Owned], Awaitable[None]], keep: bool = True
-    ) -> None:
-        """The whole of a migration that `leave` has made. `beside`: tasks for as long; `keep` as for
+        self,
+        owned: Owned,
+        to: Link | Route,
+        go: trio.Event,
+        *beside: Callable[[Owned], Awaitable[None]],
+        keep: bool = True,
+    ) -> SourceMigration:
+        """The whole of a migration that `leave` has made; with a `Route` it is begun again as often as it is lost
+        before the machine has left. Returns the last one. `beside`: tasks for as long as each; `keep` as for
         `SourceMigration.run`."""
-        migration = owned.migration
-        assert isinstance(migration, SourceMigration)
-        self.changed()
-        async with trio.open_nursery() as nursery:
-            for task in beside:
-                nursery.start_soon(task, owned)
-            await migration.run(go, owned.stop, keep=keep)
-            nursery.cancel_scope.cancel()
+        while True:
+            migration = owned.migration
+            assert isinstance(migration, SourceMigration)
+            self.changed()
+            async with trio.open_nursery() as nursery:
+                for task in beside:
+                    nursery.start_soon(task, owned)
+                await migration.run(go, owned.stop, keep=keep)
+                nursery.cancel_scope.cancel()
+            left_s = owned.tries_for_s
+            if left_s <= 0 or not isinstance(to, Route):
+                return migration
+            assert owned.attempts is not None
+            pause_s = owned.attempts.again(migration.may_try_again)
+            self.output.say(
+                f"{self.side}: {owned.name}: {migration.failure}; the machine has stayed here, and the migration is"
+                f" begun again (attempt {owned.attempts.count})",
+                about=migration,
+            )
+            again = self._make_leaving(owned, partial(self._open_again, to, migration, pause_s, left_s), to)
+            again.attempt, again.failure = owned.attempts.count, migration.failure
+            owned.migration = again
+
+    async def _open_again(self, route: Route, last: SourceMigration, pause_s: float, within_s: float) -> Link:
+        """A connection for a new attempt. The destination may wait to learn that the last one is over."""
+        with trio.move_on_after(within_s):
+            await trio.sleep(pause_s)
+            await last.announce()
+            route.refresh()
+            return await CallingLink.open(route, "source", self.instance)
+        raise PeerError(f"{route.address}: not reached again within {within_s:g} s (--recover-for)")
 
     def arrive(self, owned: Owned, link: Link) -> DestinationMigration:
         """The migration with which a machine comes; its `run` and `close` are the caller's."""
@@ -448,6 +536,7 @@ class Service(abc.ABC):
             except MemoryError:
                 why = f"salvage to {path}: {out_of_memory()}"
             if self.stop.insisted or not machine.live:  # an image can be fetched again
+                self.stop.settled()
                 log.error("%s", why)
                 return
             if changes is not asked:  # for the first time, or it was asked to end again
@@ -460,6 +549,7 @@ class Service(abc.ABC):
                 )
             with trio.move_on_after(SALVAGE_AGAIN_S):
                 await changes.wait()
+        self.stop.settled()  # to ask again ends what still takes time
         self.output.say(
             f"{self.side}: salvage written to {path}"
             + ("" if paused else "; the machine could not be paused while it was written"),

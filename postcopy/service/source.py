@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from contextlib import AsyncExitStack
 from functools import partial
+from typing import Any
 
 import trio
 
@@ -149,18 +150,23 @@ class Source(Service):
         if owned.busy:  # an image is sent to several destinations at the same time
             owned = Owned(machine.kind, Phase.HERE, machine)
             self.machines.append(owned)
-        self._latest = self.leave(owned, to)
-        return owned, self._latest
+        return owned, self.leave(owned, to)
 
-    async def _migrate(self, owned: Owned, migration: SourceMigration) -> None:
-        keep = migration.machine.live or self._config.connect is not None
+    def _make_leaving(self, *arguments: Any) -> SourceMigration:
+        self._latest = super()._make_leaving(*arguments)
+        return self._latest
+
+    async def _migrate(self, owned: Owned, to: Link | Route) -> SourceMigration:
+        assert owned.machine is not None
+        keep = owned.machine.live or self._config.connect is not None
         try:
-            await self.send(owned, self._go, self._announce, keep=keep)
+            migration = await self.send(owned, to, self._go, self._announce, keep=keep)
         finally:
             owned.phase = Phase.HERE
             if len(self.machines) > 1:
                 self.machines.remove(owned)
         self.output.emit("migration-ended", report.ended(owned.name, migration))
+        return migration
 
     async def _announce(self, owned: Owned) -> None:
         """Says that the machine is paused here while it is not known what became of it there, and that it was taken
@@ -184,16 +190,16 @@ class Source(Service):
 
     async def _connect(self, machine: Machine) -> bool:
         assert self._config.connect is not None
-        owned, migration = self._begin(machine, self._config.connect)
+        owned, first = self._begin(machine, self._config.connect)
         async with trio.open_nursery() as nursery:
 
             async def prepare() -> None:
-                await migration.connected.wait()  # before that a machine need not be booted
-                if migration.failure is None:
+                await first.connected.wait()  # before that a machine need not be booted
+                if not first.connecting:
                     await self._prepare(machine)
 
             nursery.start_soon(prepare)
-            await self._migrate(owned, migration)
+            migration = await self._migrate(owned, self._config.connect)
             if migration.state is State.COMPLETED:
                 self._completed += 1
                 return True
@@ -236,15 +242,24 @@ class Source(Service):
         serve = self._config.serve
         enough = trio.Event()
 
-        async def session(owned: Owned, migration: SourceMigration) -> None:
-            await self._migrate(owned, migration)
+        async def session(owned: Owned, link: Link) -> None:
+            migration = await self._migrate(owned, link)
             if migration.state is State.COMPLETED:
                 self._completed += 1
                 if self._completed >= serve:
                     enough.set()
             elif migration.state is not State.RECLAIMED and not self.stop.is_set():
-                self.output.say(f"source: migration to {migration.peer} failed: {migration.failure}", about=migration)
+                waiting = "; waiting for it to come again" if migration.may_try_again and machine.live else ""
+                self.output.say(
+                    f"source: migration to {migration.peer} failed: {migration.failure}{waiting}", about=migration
+                )
             keep = migration.state is State.RECLAIMED or (migration.may_run and self._config.keep)
+            if machine.live and migration.may_try_again and not keep:
+                self.changed()
+                with trio.move_on_after(self.options.recover_for_s):
+                    while self._latest is migration and not self.stop.is_set():
+                        await first_of(self.changes.wait, self.stop.wait)
+                    return
             if machine.live and migration.state is not State.COMPLETED and not keep:
                 self.failure = why_not_completed(migration)
                 enough.set()
@@ -253,7 +268,8 @@ class Source(Service):
         async def take() -> None:
             while True:
                 link = await acceptor.next_link()
-                sessions.start_soon(session, *self._begin(machine, link))
+                owned, _ = self._begin(machine, link)
+                sessions.start_soon(session, owned, link)
                 for owned in self._lost()[:-MAX_LOST]:  # each keeps a page server
                     owned.stop.set()
 

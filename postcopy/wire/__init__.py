@@ -12,8 +12,8 @@ from __future__ import annotations
 from postcopy.wire.messages import (
     Abort, Accept, Block, Commit, Complete, CompleteAck, Ended, Hello, ID_BYTES, MAGIC, MAX_BULK_CHANNELS,
     MAX_MESSAGE_BYTES, MAX_REASON_CHARS, Message, Offer, PAGE_MAP_PAGES, PLACED_PAGES, PREAMBLE, PROTOCOL_VERSION,
-    PageMap, Ping, Placed, Pong, Prepared, Ready, ReceivedMap, Recover, Recovered, Refused, Reject, Running,
-    SMALL_MESSAGE_BYTES, Switchover, Welcome, one_line, same_secret,
+    PageMap, Ping, Placed, Pong, Prepared, Ready, ReceivedMap, Recover, Recovered, Refused, Reject, Round, RoundDone,
+    Running, SMALL_MESSAGE_BYTES, StaleMap, Switchover, Welcome, one_line, same_secret,
 )
 from postcopy.wire.codec import HEADER_BYTES, decode, encode
 from postcopy.wire.handshake import ClientHandshake, EndedElsewhere, OlderPeerError, RefusedError, ServerHandshake
@@ -24,7 +24,7 @@ __all__ = [
     "PAGE_MAP_PAGES", "PLACED_PAGES", "PREAMBLE", "PROTOCOL_VERSION", "SMALL_MESSAGE_BYTES", "Abort", "Accept",
     "Block", "ClientHandshake", "Commit", "Complete", "CompleteAck", "DestinationProtocol", "Ended",
     "EndedElsewhere", "Hello", "Message", "Offer", "OlderPeerError", "PageMap", "Ping", "Placed", "Pong",
-    "Prepared", "Ready", "ReceivedMap", "Recover", "Recovered", "Refused", "RefusedError", "Reject", "Running",
-    "ServerHandshake", "SourceProtocol", "State", "Switchover", "Welcome", "decode", "encode", "one_line",
-    "same_secret",
+    "Prepared", "Ready", "ReceivedMap", "Recover", "Recovered", "Refused", "RefusedError", "Reject", "Round",
+    "RoundDone", "Running", "ServerHandshake", "SourceProtocol", "StaleMap", "State", "Switchover", "Welcome", "decode",
+    "encode", "one_line", "same_secret",
 ]

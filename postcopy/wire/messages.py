@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Final, Self
 from msgspec import Meta, Struct
 from msgspec.structs import force_setattr, replace
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 OLDEST_VERSION: Final = 2  # that is still spoken
 MAGIC: Final = b"postcpy"
 PREAMBLE: Final = MAGIC + bytes([PROTOCOL_VERSION])
@@ -50,6 +50,7 @@ IdOrEmpty = Annotated[bytes, Meta(max_length=ID_BYTES)]  # see `_check_empty_or`
 ProofOrEmpty = Annotated[bytes, Meta(max_length=PROOF_BYTES)]
 Reason = Annotated[str, Meta(max_length=4 * MAX_REASON_CHARS)]  # made one line: see `_make_printable`
 Text32 = Annotated[str, Meta(min_length=1, max_length=32)]
+Compressions = Annotated[tuple[Text32, ...], Meta(max_length=8)]  # names; one that is not known is ignored
 
 
 MESSAGES: Final[dict[str, type[Message]]] = {}  # by type
@@ -62,6 +63,7 @@ class Message(Struct, frozen=True, rename="kebab"):
     MAX_BYTES: ClassVar[int] = SMALL_MESSAGE_BYTES
     NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {}  # the fields that a version of the protocol does not have
     MAY_LACK: ClassVar[Collection[str]] = ()  # the fields that were added to a version that was spoken already
+    SINCE: ClassVar[int] = OLDEST_VERSION  # the version that has brought it
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -179,6 +181,7 @@ class Block(Struct, frozen=True, rename="kebab"):
 
 class Offer(Message, frozen=True):
     MAX_BYTES: ClassVar[int] = 64 * 1024
+    NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {2: ("compress",), 3: ("compress",)}
     migration: Id
     token: Id
     machine: Text32
@@ -186,6 +189,7 @@ class Offer(Message, frozen=True):
     blocks: Annotated[tuple[Block, ...], Meta(min_length=1, max_length=MAX_BLOCKS)]
     bulk_channels: BulkChannels
     placed_every_ms: Annotated[int, Meta(ge=0, le=60_000)]  # how often `placed` is wanted, 0: never
+    compress: Compressions = ()  # how pages may be compressed that are pushed
 
     def check(self) -> None:
         for block in self.blocks:
@@ -195,9 +199,11 @@ class Offer(Message, frozen=True):
 
 
 class Accept(Message, frozen=True):
+    NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {2: ("compress",), 3: ("compress",)}
     page_bytes: Annotated[tuple[PageBytes, ...], Meta(min_length=1, max_length=MAX_BLOCKS)]
     shards: Annotated[int, Meta(ge=1, le=MAX_SHARDS)]
     bulk_channels: BulkChannels
+    compress: Compressions = ()  # those of the offer that can be taken here
 
     def check(self) -> None:
         for size in self.page_bytes:
@@ -234,10 +240,32 @@ class PageMap(_Map, frozen=True):
     """What the source has; all else is zeros."""
 
 
+class StaleMap(_Map, frozen=True):
+    """Pages that have changed since the destination was told of them, or got them: it has none of them any more."""
+
+    SINCE: ClassVar[int] = 4
+
+
+class Round(Message, frozen=True):
+    """Ends what the source says while the machine runs there."""
+
+    SINCE: ClassVar[int] = 4
+    number: U32
+    maps: Positive
+    pushed: bool  # on each bulk channel an `end` was sent since the last round, which is to be waited for
+
+
+class RoundDone(Message, frozen=True):
+    SINCE: ClassVar[int] = 4
+    number: U32
+
+
 class Switchover(Message, frozen=True):
     MAX_BYTES: ClassVar[int] = MAX_MESSAGE_BYTES
+    NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {2: ("whole",), 3: ("whole",)}
     state: Annotated[bytes, Meta(max_length=MAX_STATE_BYTES)]
-    maps: Positive
+    maps: U32
+    whole: bool = False  # every page is to be here before `prepared`
 
 
 class Prepared(Message, frozen=True):
@@ -249,7 +277,9 @@ class Commit(Message, frozen=True):
 
 
 class Running(Message, frozen=True):
+    NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {2: ("ago_ns",), 3: ("ago_ns",)}
     resume_ns: U63
+    ago_ns: U63 = 0  # when that was, as this was sent
 
 
 class Placed(_Map, frozen=True):

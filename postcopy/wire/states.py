@@ -17,6 +17,11 @@ destination, which has said `prepared`, may not abort by itself, since its `abor
 IN_DOUBT, and asks. `recovered` means that the source had decided; else the source tells that it has aborted. A
 destination that gets no answer gives up, and never runs the machine.
 
+**Rounds.** Before that decision is due the destination learns, while the machine runs at the source, which pages there
+are (`page-map`), gets some of them, and is told which it has to forget since they have changed (`stale-map`). Each
+`round` is answered by `round-done`. Nothing of it moves the right to run the machine, and after `prepared` there is
+none.
+
 **Recovery.** A connection that is lost after the commit ends nothing. The side that had connected connects again, with
 the migration's id, its token and a higher epoch; `reconnected` puts the same object onto the new connection. The
 destination says what it has (`received-map`, then `recover` with a digest over all of them), the source answers
@@ -41,7 +46,7 @@ from typing import ClassVar, Final
 
 from postcopy.errors import ProtocolError
 from postcopy.wire import messages as m
-from postcopy.wire.codec import MessageBuffer, encode
+from postcopy.wire.codec import MessageBuffer, encode, prepare
 from postcopy.wire.messages import PROTOCOL_VERSION, Ended, Message, one_line
 
 
@@ -51,7 +56,8 @@ class State(enum.Enum):
     OFFERED = "offered"
     CHANNELS = "channels"  # accepted; data channels are being opened
     READY = "ready"  # all is there; the machine still runs at the source
-    SWITCHOVER = "switchover"  # paused; the page maps are on their way
+    MAPS = "maps"  # maps of pages are on their way: of a round, or of the switchover
+    ROUND = "round"  # the destination takes the maps of a round
     HANDED = "handed"  # the destination has the device state and loads it
     PREPARED = "prepared"
     COMMITTED = "committed"
@@ -72,7 +78,7 @@ S = State
 Table = Mapping[tuple[State, str], State]  # of a state and an event, the state that follows
 
 _ORDER: Final = {state: number for number, state in enumerate(State)}
-_BEFORE_PREPARED: Final = (S.SETUP, S.OFFERED, S.CHANNELS, S.READY, S.SWITCHOVER, S.HANDED)
+_BEFORE_PREPARED: Final = (S.SETUP, S.OFFERED, S.CHANNELS, S.READY, S.MAPS, S.ROUND, S.HANDED)
 _BEFORE_COMMIT: Final = (*_BEFORE_PREPARED, S.PREPARED)
 
 # What a side may receive is what the other one may send in the same state. That one may be further back when it sends:
@@ -80,9 +86,10 @@ _BEFORE_COMMIT: Final = (*_BEFORE_PREPARED, S.PREPARED)
 # with something that it has said.
 _SAID_BY_SOURCE: Final[Table] = {
     (S.SETUP, "offer"): S.OFFERED,
-    (S.READY, "page-map"): S.SWITCHOVER,
-    (S.SWITCHOVER, "page-map"): S.SWITCHOVER,
-    (S.SWITCHOVER, "switchover"): S.HANDED,
+    **{(state, f"{kind}-map"): S.MAPS for state in (S.READY, S.MAPS) for kind in ("page", "stale")},
+    (S.MAPS, "round"): S.ROUND,
+    (S.MAPS, "switchover"): S.HANDED,
+    (S.READY, "switchover"): S.HANDED,  # what had changed was told in a round just before
     (S.PREPARED, "commit"): S.COMMITTED,  # the point of no return
     (S.CLOSING, "complete-ack"): S.COMPLETED,
     (S.RECOVERING, "recovered"): S.COMMITTED,  # or POSTCOPY: see "go on" below
@@ -92,6 +99,7 @@ _SAID_BY_DESTINATION: Final[Table] = {
     (S.OFFERED, "accept"): S.CHANNELS,
     (S.OFFERED, "reject"): S.ABORTED,
     (S.CHANNELS, "ready"): S.READY,
+    (S.ROUND, "round-done"): S.READY,  # the machine runs on at the source
     (S.HANDED, "prepared"): S.PREPARED,
     (S.COMMITTED, "running"): S.POSTCOPY,
     (S.POSTCOPY, "placed"): S.POSTCOPY,  # only where the offer asked for it
@@ -168,6 +176,7 @@ class _ControlProtocol:
     RECEIVES: ClassVar[Mapping[State, frozenset[str]]]
 
     def __init__(self, version: int = PROTOCOL_VERSION) -> None:
+        prepare()
         self.version = version  # as it was spoken in the handshake; may be set until the first message
         self._state = State.SETUP
         self._reached = State.SETUP  # how far it has come: of the states up to CLOSING the furthest one
@@ -176,6 +185,7 @@ class _ControlProtocol:
         self._error: ProtocolError | None = None
         self._reason = ""
         self._placed_wanted = False  # the offer asked for `placed`
+        self.peer_said_why = False  # it has sent `abort` or `reject`: `reason` is its word
         self._no_way_back = False  # the peer has ended it, or the two do not agree
         self.must_announce = False  # the peer may wait for this side in vain, unless it learns of `ending`
 
@@ -254,6 +264,7 @@ class _ControlProtocol:
         if isinstance(message, m.Abort | m.Reject | m.Complete | m.CompleteAck):
             self.must_announce = False  # the peer's last word
         if isinstance(message, m.Abort | m.Reject):
+            self.peer_said_why = True
             self._reason = f"{self.PEER} {'aborted' if isinstance(message, m.Abort) else 'declined'}: {message.reason}"
         if message is None and self._eof:
             cut = " in the middle of a message" if len(self._buffer) else ""
@@ -269,7 +280,7 @@ class _ControlProtocol:
     def send(self, message: Message) -> bytes:
         """The bytes of a message, which moves the state. The point of no return is the *call* with `Commit`: from its
         return on `may_run` of the source is false, for ever. `ProtocolError` for what the state does not allow, and for
-        an offer without bulk channels to a peer that needs one: see `version`."""
+        an offer without bulk channels to a peer that needs one, a message that it does not know: see `version`."""
         if isinstance(message, m.Offer | m.Accept) and not message.bulk_channels and self.version < 3:
             raise ProtocolError(f"{self.PEER} speaks version {self.version}, which needs a bulk channel")
         data = encode(message, self.version)  # first: what cannot be encoded must not move the state
@@ -340,6 +351,8 @@ class _ControlProtocol:
         said = "sent" if verb == "send" else "received"
         if after is None:
             raise ProtocolError(f"{message.TYPE} must not be {said} by the {self.SIDE} in state {self._state.value}")
+        if self.version < message.SINCE:
+            raise ProtocolError(f"{message.TYPE} must not be {said}: version {self.version} is spoken, which has none")
         if isinstance(message, m.Placed) and not self._placed_wanted:
             raise ProtocolError(f"placed must not be {said} by the {self.SIDE}: the offer did not ask for it")
         if isinstance(message, m.Offer):

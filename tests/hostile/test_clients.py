@@ -76,7 +76,7 @@ def test_slow_clients_of_the_metrics(daemon: Daemon) -> None:
         slow.append(client)
     try:
         for _ in range(3):
-            with urllib.request.urlopen(f"http://{where}/metrics", timeout=20) as answer:
+            with urllib.request.urlopen(f"http://{where}/metrics", timeout=60) as answer:
                 assert b"postcopy_build_info" in answer.read()
             for client in slow:
                 with contextlib.suppress(OSError):

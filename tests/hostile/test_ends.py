@@ -18,7 +18,7 @@ from hostile._program import RV64, Control, Program, Refusal, verify, wait_until
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
-END_S = 15.0
+END_S = 25.0
 BEFORE_AT_SOURCE = ["offered", "accept", "ready", "handed"]
 BEFORE_AT_DEST = ["connect", "offer", "accepted", "ready"]
 

@@ -31,7 +31,7 @@ from hostile._wire import Fields, Frame
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]
 Beside = Callable[[Program, Control], Neighbour]
-REFUSED_S = 15.0
+REFUSED_S = 25.0
 
 
 def refused(source: Source, *, expected: tuple[str, ...] = ("reject", "abort")) -> None:
@@ -313,7 +313,7 @@ def begun(control: Control, listener: Listener) -> Asking:
         wait_until("a connection", lambda: listener.backlog() or not asked.is_alive())
         return asked if listener.backlog() else None
 
-    found: Asking = wait_until("a migration", attempt, 10)
+    found: Asking = wait_until("a migration", attempt)
     return found
 
 
@@ -441,7 +441,7 @@ def test_channels_that_never_speak(daemon: Daemon, start: Start, version: int, r
     program, control = daemon("d", "--heartbeat", "0.5")
     source = Source(program.address, rv64, version).until("running")
     (name,) = control.machines()
-    control.wait_status(name, "postcopy-paused", deadline_s=20)
+    control.wait_status(name, "postcopy-paused")
     source.lose()
     wait_until("recovery", lambda: comes_back(source), 30)
     source.finish()

@@ -18,7 +18,7 @@ from lines import parse_line
 from hostile._program import DEADLINE_S, RV64, Control, Program, Pulse, verify, wait_until
 
 Start = Callable[..., Program]
-END_S = 15.0
+END_S = 25.0
 """How long an end may take that waits for no reader."""
 
 

@@ -16,8 +16,8 @@ from hostile._program import RV64, Control, Program, Pulse, Refusal, wait_until
 
 Start = Callable[..., Program]
 Daemon = Callable[..., tuple[Program, Control]]
-AT_ONCE_S = 3.0
-"""Beside other tests; without them it takes milliseconds."""
+AT_ONCE_S = 8.0
+"""Milliseconds on an idle host; less than any time limit that might be waited for instead."""
 
 
 @pytest.fixture(params=["silent", "frozen"])
@@ -33,7 +33,7 @@ def test_cancel_while_connecting(daemon: Daemon, silent: Listener) -> None:
     program, control = daemon("d", *RV64, "--name", "x")
     with silent:
         asked = control.begin("migrate", machine="x", to=silent.where)
-        wait_until("a migration that is shown", lambda: control.migration("x"), 8)
+        wait_until("a migration that is shown", lambda: control.migration("x"))
         began = time.monotonic()
         assert control.ask("migrate-cancel", machine="x")
         control.wait_status("x", "cancelled", "failed", deadline_s=AT_ONCE_S)
@@ -59,7 +59,7 @@ def test_cancel_while_connecting_again(daemon: Daemon, start: Start, silent: Lis
     before = control.migration("x").get("migration-id")
     with silent:
         control.begin("migrate", machine="x", to=silent.where)
-        wait_until("a new migration that is shown", lambda: control.migration("x").get("migration-id") != before, 8)
+        wait_until("a new migration that is shown", lambda: control.migration("x").get("migration-id") != before)
         control.ask("migrate-cancel")
         control.wait_status("x", "cancelled", "failed", deadline_s=AT_ONCE_S)
     assert control.machines()["x"]["guest"]["state"] == "running"
@@ -70,7 +70,7 @@ def test_end_while_connecting(daemon: Daemon, silent: Listener, how: str) -> Non
     program, control = daemon("d", *RV64, "--name", "x")
     with silent:
         control.begin("migrate", machine="x", to=silent.where)
-        wait_until("connection", lambda: silent.backlog() or control.migration("x"), 10)
+        wait_until("connection", lambda: silent.backlog() or control.migration("x"))
         if how == "end":
             control.ask("end", AT_ONCE_S, machine="x", force=True)
             assert control.machines() == {}

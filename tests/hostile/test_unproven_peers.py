@@ -212,13 +212,13 @@ def test_dest_goes_on_listening(start: Start, version: int, tmp_path: Path) -> N
         return False
 
     source = Source(address, unfit, version)
-    wait_until("place", lambda: connected(source), 20)
-    source.offer().control.wait_closed(20)
+    wait_until("place", lambda: connected(source))
+    source.offer().control.wait_closed()
 
     def moved() -> bool:
-        return start("source", "--json", *RV64, "--connect", dest.where, "--on-failure", "exit").end(30) == 0
+        return start("source", "--json", *RV64, "--connect", dest.where, "--on-failure", "exit").end() == 0
 
-    wait_until("place", moved, 20)
+    wait_until("place", moved)
     assert dest.end() == 0, dest.tail()
     assert dest.result()["verified"] is True
 
@@ -229,7 +229,7 @@ def test_a_silent_source(start: Start, version: int) -> None:
     Source(dest.address, Machine.image(1 << 20), version).connect()
 
     def moved() -> bool:
-        return start("source", "--json", *RV64, "--connect", dest.where, "--on-failure", "exit").end(30) == 0
+        return start("source", "--json", *RV64, "--connect", dest.where, "--on-failure", "exit").end() == 0
 
     wait_until("place", moved, 60)
     assert dest.end() == 0, dest.tail()

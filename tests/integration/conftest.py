@@ -45,6 +45,14 @@ def daemon(side: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
 
 
 @pytest.fixture
+def slow_way(side: Callable[..., Any]) -> Callable[[str], str]:
+    """``slow_way(address)``: another address for it, behind a network on which 16 MiB take at least 5 s. A limit of the
+    push alone promises no such time, since the guest may ask for all of its memory."""
+    plan = "slow:rate=1MiB/s"  # of each connection: one urgent, two bulk
+    return lambda address: str(side("chaos", plan, "--json", "--listen", "127.0.0.1:0", "--to", address).address)
+
+
+@pytest.fixture
 def readable_package() -> Iterator[list[str]]:
     """The start of a command that runs python with the package, and that an ordinary user can run too.
 

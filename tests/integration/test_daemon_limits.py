@@ -7,7 +7,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -137,10 +136,9 @@ def test_frozen_peer(
     command = [*POSTCOPY, "ctl", "--control", str(tmp_path / "a"), "migrate", address]
     migrate = spawn_child(command)
     at.wait("it", lambda here: (here["x"]["migration"] or {}).get("status") == "connecting")
-    began = time.monotonic()
     if end == "cancel":
         assert [one["machine"] for one in at.tell("migrate-cancel")["migrations"]] == ["x"]
-        done = migrate.wait(10)
+        done = migrate.wait(60)
         assert done.returncode == 1
         assert "cancelled" in done.stderr
         before = at.machines()["x"]["guest"]["operations"]
@@ -155,7 +153,8 @@ def test_frozen_peer(
     else:
         first.signal(signal.SIGTERM)
     assert first.end()[0] == 0
-    assert time.monotonic() - began < 10  # a connection is waited for for longer
+    # A connection that had been waited for to its time limit would have failed instead.
+    assert [line["status"] for line in first.events("migration-ended")] == ["cancelled"]
     frozen.signal(signal.SIGCONT)
 
 

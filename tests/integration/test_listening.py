@@ -114,7 +114,7 @@ def test_a_signal_ends_connecting(side: Start, name: str) -> None:
         peer, _ = silent.accept()
         with peer:
             one.signal(signal.SIGTERM)
-            status, result, errors = one.end(5)
+            status, result, errors = one.end()
     assert status == 1
     assert "interrupted" in result["error"]
     assert errors.count("postcopy: error:") == 1

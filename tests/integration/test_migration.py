@@ -107,7 +107,7 @@ class TestImage:
         copy = tmp_path / "copy"
         assert side("dest", "--json", "--connect", source.address, "--dump", copy).end()[0] == 0
         assert copy.read_bytes() == image.read_bytes()
-        status, result, errors = source.end(20)
+        status, result, errors = source.end()
         assert status == 0, errors
         assert result["served"] == 1
 

@@ -9,7 +9,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from msgspec import ValidationError, convert
+import msgspec
+from msgspec import ValidationError
 
 from postcopy.records import VERSION, Record
 from postcopy.records.control import ANSWERS, Greeting, Refusal, Timestamp
@@ -18,6 +19,13 @@ from postcopy.records.log import LogLine
 from postcopy.records.reports import REPORTS
 
 Json = dict[str, Any]
+
+
+def convert(value: Any, kind: Any) -> None:
+    """That it is one, with no key beside those that one has, which a reader would ignore."""
+    read = msgspec.to_builtins(msgspec.convert(value, kind))
+    if read != value:
+        raise ValidationError(f"{value} is read as {read}")
 
 
 def parse_lines(text: str | bytes) -> list[Json]:

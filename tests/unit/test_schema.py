@@ -31,8 +31,9 @@ ROOT = Path(__file__).parents[2]
 LINE: dict[str, Any] = {"schema": VERSION, "event": "output-dropped", "elapsed-ms": 1.5, "lines": 3}
 NO_UNIT = {"pid", "holder", "user", "seed", "schema", "connection", "bulk-channels"}
 """Numbers that are names, and a setting that counts what it is named for."""
-SEVERAL_TYPES = {"error"}
-"""A sentence, but for a refusal of the control socket, which QMP has made an object."""
+SEVERAL_TYPES = {"error", "state"}
+"""A sentence, but for a refusal of the control socket, which QMP has made an object; a machine's, and the time that it
+takes to save it."""
 
 
 def _postcopy(*arguments: str) -> str:

@@ -130,7 +130,8 @@ int pc_machine_stats(struct pc_machine *machine, struct pc_machine_stats *stats)
 /* Checks all guest memory (and the disk) of a paused machine from outside. All memory must be resident: this thread would
  * block on a missing page. 0 with the verdict in *check, or -errno when there is none. Blocks on I/O; takes seconds. */
 int pc_machine_verify(struct pc_machine *machine, struct pc_machine_check *check);
-/* eventfd: readable after ready, report (at most 20/s), guest failure and vCPU failure. Belongs to the machine. */
+/* eventfd: readable after the first run that follows a resume, ready, report (at most 20/s), guest failure and vCPU failure. Belongs
+ * to the machine. */
 int pc_machine_event_fd(struct pc_machine *machine);
 /* Ends the vCPU threads, waits for calls under way in other threads (a verification is called off: -ECANCELED), and frees the
  * machine. -ETIMEDOUT after timeout_ms: a vCPU, or a load, is blocked where no signal reaches it, on a missing page. Nothing is

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import trio
 
-from postcopy._blocking import END_TIMEOUT_S, no_thread, run_sync, run_to_end
+from postcopy._blocking import BRIEF_S, END_TIMEOUT_S, no_thread, run_briefly, run_sync, run_to_end
 from postcopy._fd import FdHolder
 from postcopy._files import explain_no_access
 from postcopy._native import ffi, lib
@@ -50,7 +50,7 @@ from postcopy.machines.base import (
     VcpuStatistics,
 )
 from postcopy.machines.toy.disk import Disk
-from postcopy.memory import Memory, check_memory, page_bytes_of
+from postcopy.memory import DirtyLog, Memory, check_memory, page_bytes_of
 from postcopy.uffd import explain_unavailable
 from postcopy.units import format_exact_size, format_size, whole_units
 
@@ -67,8 +67,9 @@ _COUNTERS, _VCPU_COUNTERS = (
     tuple(field.name for field in fields(table) if field.type == "int") for table in (MachineStatistics, VcpuStatistics)
 )
 _MAX_STATE_BYTES = 1 << 20  # eight vCPUs with as much of everything as the core takes
+_STATE_BYTES = 16384  # of one vCPU, as a rule
 LOAD_TIMEOUT_S = 10.0
-"""How long KVM may take over a state: milliseconds, unless it waits for guest memory, which cannot come yet."""
+"""How long KVM may take over a state: a part of a millisecond, unless it waits for guest memory that does not come."""
 _MAX_TIMEOUT_MS = 3_600_000
 
 log = logging.getLogger(__name__)
@@ -276,7 +277,6 @@ class ToyMachine(Machine):
                 self._network.claim()
             except (PostcopyError, trio.ClosedResourceError) as error:
                 log.error("the machine runs, but is not on the network: %s", error)
-        await trio.lowlevel.checkpoint()
 
     async def release_network(self) -> None:
         if self._network is not None:
@@ -285,7 +285,6 @@ class ToyMachine(Machine):
             except (PostcopyError, trio.ClosedResourceError) as error:
                 # It reads and answers nothing any more, and the destination's announcement moves its address.
                 log.warning("the machine has left, but its link stays up: %s", error)
-        await trio.lowlevel.checkpoint()
 
     # ---- running
 
@@ -294,15 +293,20 @@ class ToyMachine(Machine):
         check(await run_sync(lib.pc_machine_boot, machine), "booting the machine")
         await self.claim_network()
 
+    # In a pause every wake-up of a thread counts. What cannot block is therefore called in the Trio thread: `resume`
+    # only wakes the vCPUs, `save_state` reads registers of vCPUs that are parked. `pause` waits for them there for as
+    # long as one that is computing or halted may need.
+
     async def resume(self) -> None:
-        machine = self._alive()
-        result = await run_sync(lib.pc_machine_resume, machine)
+        result = lib.pc_machine_resume(self._alive())
         if result == -errno.EIO:
             raise MigrationError(f"the machine has failed: {self.statistics().failure_text}")
         check(result, "resuming the machine")
 
     async def pause(self, timeout_s: float = 10.0) -> None:
-        await self._until("pausing the machine", timeout_s, lib.pc_machine_pause, self._alive())
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if lib.pc_machine_pause(self._alive(), round(min(timeout_s, BRIEF_S) * 1000), ffi.NULL, 0) != 0:
+            await self._until("pausing the machine", timeout_s, lib.pc_machine_pause, self._alive())
 
     async def run_until(self, instructions: int, timeout_s: float = 60.0) -> None:
         """rv64, from paused to paused: each vcpu runs until it has executed `instructions` since its boot, in all.
@@ -330,20 +334,24 @@ class ToyMachine(Machine):
             raise MigrationError(f"{what}: {line}")
         line.check(result, what)
 
+    def dirty_log(self) -> DirtyLog:
+        def tell(log: Any) -> None:
+            if self._machine is not None:  # closed meanwhile, it writes nothing
+                check(lib.pc_machine_set_dirty_log(self._machine, log), "having the disk mark what it writes")
+
+        self._alive()
+        return DirtyLog([block.memory for block in self._blocks], tell)
+
     async def save_state(self) -> bytes:
-        machine = self._alive()
-        line = ErrorLine()
-
-        def call() -> bytes:
-            what = "saving the machine's state"
-            needed = line.check(lib.pc_machine_save_state(machine, ffi.NULL, 0, line.buffer, line.size), what)
-            buffer = ffi.new("uint8_t[]", max(1, needed))
-            used = line.check(lib.pc_machine_save_state(machine, buffer, needed, line.buffer, line.size), what)
-            if used > needed:
-                raise PostcopyError(f"{what}: it grew while it was saved")
-            return bytes(ffi.buffer(buffer, used))
-
-        return await run_sync(call)
+        machine, line = self._alive(), ErrorLine()
+        room = _STATE_BYTES * (1 + self.vcpus)
+        while True:
+            buffer = ffi.new("uint8_t[]", room)
+            used = lib.pc_machine_save_state(machine, buffer, room, line.buffer, line.size)
+            line.check(used, "saving the machine's state")
+            if used <= room:
+                return bytes(ffi.buffer(buffer, used))
+            room = used
 
     async def load_state(self, state: bytes) -> None:
         machine = self._alive()
@@ -358,7 +366,7 @@ class ToyMachine(Machine):
         what = "loading the machine's state"
         result = None
         with trio.move_on_after(LOAD_TIMEOUT_S):
-            result = await run_sync(call, abandon_on_cancel=True)
+            result = await run_briefly(call, abandon_on_cancel=True)
         if result is None:
             raise MigrationError(f"{what}: not done after {LOAD_TIMEOUT_S:g} s; it hangs in the kernel")
         if result in (-errno.EBADMSG, -errno.EPROTO, -errno.EINVAL):

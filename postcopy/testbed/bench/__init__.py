@@ -14,6 +14,8 @@ is reported is the median over the rounds of the ratio within a round, so that a
   bytes over as many connections, and against one iperf3 stream.
 - ``compress``: memory that compresses, and memory that does not, pushed over 100 Mbit/s and 1 Gbit/s with ``auto``,
   against without compression.
+- ``switchover``: from the pause at the source to the first run at the destination, by machine, workload and memory,
+  against 2 ms; and 8 GiB against 64 MiB.
 - ``sparse``: total time of a large kvm machine of which 256 MiB were touched, against a machine of 256 MiB.
 - ``rv64``: instructions a second of the interpreter, in the workloads dirty and random, against 100 million.
 - ``overhead``: resident memory of source and destination beside the machine's own, against its allowance.
@@ -21,6 +23,9 @@ is reported is the median over the rounds of the ratio within a round, so that a
 - ``recovery-map``: what a destination of 1 TiB, half of it there, has to say when it comes back, against 10 MB and 1 s.
 - ``contention``: mmap and munmap of one thread while others wait for a page, against none waiting: is a lock held?
 - ``userfaultfd``: a fault served by the Python binding under Trio against the smallest C handler; events per read.
+- ``dirty``: operations of a guest that writes, with its dirty log read every 100 ms, against those without; and what
+  reading the log takes for each page.
+- ``qemu``: QEMU's postcopy (TCG; with and without preempt) with the same memory and way through it, against ours.
 
 A figure's module (`FIGURES`) has what measures it, an async function `measure_NAME` of the number of rounds, which
 returns a list of `Figure`; `_common` has what they share, `_worker` most of the processes. Here are options and output.
@@ -62,6 +67,9 @@ FIGURES = {
     "rv64": "_machine",
     "userfaultfd": "_uffd",
     "contention": "_contention",
+    "switchover": "_switchover",
+    "dirty": "_dirty",
+    "qemu": "_qemu",
 }
 """The module that measures it; imported then."""
 _BAR = 20

@@ -17,7 +17,7 @@ import trio
 
 from postcopy._stop import Stop
 from postcopy.cli.ctl import CtlCommand, make
-from postcopy.errors import ConfigurationError, MigrationError, PeerError, PostcopyError, known_error
+from postcopy.errors import ConfigurationError, MigrationError, PeerError, known_error
 from postcopy.output import Output
 from postcopy.records import VERSION
 from postcopy.service.client import ControlClient, ProcessGoneError
@@ -48,7 +48,7 @@ async def connected(client: Client) -> AsyncIterator[ControlClient]:
 
 async def run(monkeypatch: pytest.MonkeyPatch, client: Client, stop: Stop, **given: Any) -> tuple[bool, str]:
     """A command, on a socket that `client` stands for: whether it was done, and what it said on stderr."""
-    monkeypatch.setattr(ControlClient, "open", lambda path: connected(client))
+    monkeypatch.setattr(ControlClient, "open", lambda path, checks: connected(client))
     stderr = io.StringIO()
     output = Output(False, io.StringIO(), stderr)
     done = await CtlCommand({"control": "x", **given}, output).run(stop)
@@ -217,39 +217,69 @@ async def ask(path: str, request: str, **given: Any) -> None:
         output.close()
 
 
-@pytest.mark.parametrize("answer", [{}, {"machines": "x"}, {"machines": [{}]}, {"commands": [1]}])
+STEERED = {"enabled": True, "machine": "one", "migration-id": "ff", "added": "since"}
+"""What `events` and `migrate` are answered with."""
+STATUS = {
+    "side": "daemon",
+    "pid": 7,
+    "listening": [ESCAPES],
+    "settings": {"recover-for": "forever", "added": {"since": 1}},
+    "machines": [
+        {"name": ESCAPES, "kind": ESCAPES, "memory": 0, "guest": {"state": "running", "failure": ESCAPES},
+         "migration": {"side": "source", "status": "active", "error": ESCAPES, "elapsed-ms": 1, "added": None}},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "answer", [{}, {"machines": "x"}, {"machines": [{}]}, {"commands": [1]}, STATUS | {"pid": float("1e999")}]
+)
 @pytest.mark.parametrize("request_", ["status", "commands", "migrate", "start", "top"])
 async def test_answers_that_are_none(tmp_path: Path, request_: str, answer: dict[str, Any]) -> None:
-    """Of a socket that is no postcopy's. What is missing may be no matter; it is never a traceback."""
+    """Of a socket that is no postcopy's."""
     path = str(tmp_path / "socket")
-    async with answering(path, {"return": answer}, {"event": "migration-ended", "data": {"migration-id": None}}):
-        with suppress(PostcopyError):
-            if request_ == "top":
-                with trio.move_on_after(1.5):
-                    await ask(path, request_)
-            else:
-                await ask(path, request_, to="a:1", kind="rv64")
+    async with answering(path, {"return": answer}):
+        with pytest.raises(PeerError, match=f"{path}: "):
+            await ask(path, request_, to="a:1", kind="rv64")
 
 
-async def test_event_without_data(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("event", "problem"),
+    [
+        ({"event": "progress"}, "an event without a name or data"),
+        ({"event": "progress", "data": {}}, "the event progress is none that postcopy gives: .*`side`"),
+        ({"event": "migration-ended", "data": {"machine": 1}}, "the event migration-ended is none"),
+    ],
+)
+async def test_events_that_are_none(tmp_path: Path, event: dict[str, Any], problem: str) -> None:
     path = str(tmp_path / "socket")
-    async with answering(path, {"return": {}}, {"event": "progress"}):
-        with pytest.raises(PeerError, match="an event without a name or data"):
+    async with answering(path, {"return": STEERED}, {"event": "added", "data": {}}, event):
+        with pytest.raises(PeerError, match=problem):
             await ask(path, "migrate", to="a:1")
+
+
+async def test_what_need_not_be_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mistake in what is shown would be a traceback."""
+    path = str(tmp_path / "socket")
+    ended = {"side": "source", "status": "completed", "error": None, "machine": "one", "downtime-ms": 1, "total-ms": 2}
+    event = {"event": "migration-ended", "data": ended | {"migration-id": "ff", "direction": "outgoing"}}
+    async with answering(path, {"return": STEERED}, {"event": "progress", "data": STATUS}, event):
+        await ask(path, "migrate", to="a:1")
+    assert "one has moved" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("request_", ["status", "commands", "end", "migrate"])
 async def test_no_escapes(tmp_path: Path, capsys: pytest.CaptureFixture[str], request_: str) -> None:
     """What the process says moves no cursor, whatever it is."""
     path = str(tmp_path / "socket")
-    answer = {
-        "side": ESCAPES,
-        "listening": [ESCAPES],
-        "machines": [{"name": ESCAPES, "kind": ESCAPES, "guest": {"state": ESCAPES}}],
-        "commands": [{"name": ESCAPES, "help": ESCAPES}],
-        "machine": ESCAPES,
-        "migration-id": "ff",
-    }
+    answer = (
+        STATUS
+        | STEERED
+        | {
+            "commands": [{"name": ESCAPES, "help": ESCAPES, "arguments": []}],
+            "machine": ESCAPES,
+        }
+    )
     async with answering(path, {"return": answer}):
         await ask(path, request_, **({"to": "a:1", "detach": True} if request_ == "migrate" else {}))
     async with answering(path + "2", {"error": {"class": "Failed", "desc": ESCAPES}}):

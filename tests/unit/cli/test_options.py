@@ -45,11 +45,14 @@ WRITTEN: dict[str, tuple[str, Any]] = {
     "listen": ("127.0.0.1:0", None),
     "log-level": ("debug", "debug"),
     "machine": ("rv64", "rv64"),
+    "compress": ("zstd", "zstd"),
     "max-bandwidth": ("8mbit", 1_000_000),
+    "max-downtime": ("50ms", 0.05),
     "memory": ("64MiB", 64 << 20),
     "metrics": (":9100", ":9100"),
     "metrics-file": ("x.prom", "x.prom"),
     "migrate-after": ("0.25", 0.25),
+    "mode": ("stop-and-copy", "stop-and-copy"),
     "name": ("vm1", "vm1"),
     "net": ("tap:tap0", "tap:tap0"),
     "net-address": ("10.0.0.9", (10 << 24) + 9),
@@ -59,6 +62,8 @@ WRITTEN: dict[str, tuple[str, Any]] = {
     "output": ("whole.img", "whole.img"),
     "pager": ("process", True),
     "peer-file": ("peer", "peer"),
+    "precopy": ("auto", math.inf),
+    "precopy-rounds": ("7", 7),
     "recover-for": ("forever", math.inf),
     "run-for": ("1.5", 1.5),
     "salvage": ("s", "s"),
@@ -235,7 +240,8 @@ def test_ctl_takes_what_a_request_takes(request_name: str, capsys: pytest.Captur
 def test_ctl_sends_numbers() -> None:
     given = parsed("ctl", "--control", "x.sock", "set", "--max-bandwidth", "1MiB/s", "--recover-for", "forever")
     assert (given["max-bandwidth"], given["recover-for"]) == (1 << 20, math.inf)
-    assert schema.parse_arguments("set", {"max-bandwidth": 1 << 20, "recover-for": schema.plain(math.inf)}) == {
+    forever = options.RECOVER_FOR.to_json(math.inf)
+    assert schema.parse_arguments("set", {"max-bandwidth": 1 << 20, "recover-for": forever}) == {
         "max-bandwidth": 1 << 20,
         "recover-for": math.inf,
     }

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import trio
 
-from postcopy import _stop
+from postcopy import __main__, _stop
 from postcopy._stop import Stop
 from postcopy.cli import _main
 from postcopy.output import Output
@@ -95,3 +95,13 @@ def test_one_that_comes_when_all_is_done_changes_nothing(
         return True
 
     assert status(run) == (0, "")
+
+
+def test_ctrl_c_before_anything_could_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main() -> int:
+        signal.raise_signal(signal.SIGINT)
+        return 0
+
+    monkeypatch.setattr("postcopy.cli.main", main)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert __main__.main() == 1

@@ -74,7 +74,7 @@ async def test_a_load_has_a_deadline(monkeypatch: pytest.MonkeyPatch, release: t
 async def test_a_load_is_cancelled_at_once(monkeypatch: pytest.MonkeyPatch, release: threading.Event) -> None:
     twin, state = await twin_and_state()
     monkeypatch.setattr(toy, "lib", Core(pc_machine_load_state=hanging(release)))
-    with trio.fail_after(5):  # half of the load's own time
+    with trio.fail_after(toy.LOAD_TIMEOUT_S * 0.8):
         with trio.move_on_after(0.1) as scope:
             await twin.load_state(state)
         assert scope.cancelled_caught

@@ -20,7 +20,7 @@ from postcopy.dataplane.pager import ChannelKind, Event, EventType, Pager, Pager
 from postcopy.dataplane.pageserver import PageServer, PageServerStatistics
 from postcopy.errors import CoreError, PeerError
 from postcopy.machines import BlockLayout, Check, Machine, MachineState, MachineStatistics, RamBlock
-from postcopy.memory import Memory
+from postcopy.memory import DirtyLog, Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
@@ -33,6 +33,20 @@ PAGES = 40
 
 
 UNIT = 4096
+
+
+class FakeLog:
+    """Of a machine that writes its first page all the time."""
+
+    def __init__(self, machine: FakeMachine) -> None:
+        self.machine = machine
+        self.closed = False
+
+    def collect(self, index: int) -> Bitmap:
+        return bits(self.machine.memories[index].pages, (0, 1))
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class FakeMachine(Machine):
@@ -50,6 +64,11 @@ class FakeMachine(Machine):
         self.closed = False
         self.log: list[str] = []
         self.network_log: list[str] = []
+        self.logs: list[FakeLog] = []
+
+    def dirty_log(self) -> DirtyLog:
+        self.logs.append(FakeLog(self))
+        return cast(DirtyLog, self.logs[-1])
 
     @property
     def blocks(self) -> Sequence[RamBlock]:
@@ -121,7 +140,10 @@ class FakeEvents:
     def __init__(self) -> None:
         self.send, self.receive = trio.open_memory_channel[Event](100)
 
+        self.complete = False  # nothing is missing, as far as it was told
+
     def tell(self, type_: EventType, kind: ChannelKind = ChannelKind.NONE, channel: int = 0, text: str = "") -> None:
+        self.complete |= type_ is EventType.COMPLETE
         self.send.send_nowait(Event(type_, kind, channel, 0, text))
 
 
@@ -200,7 +222,17 @@ class FakePager(FakeEngine):
         return 3
 
     def statistics(self) -> PagerStatistics:
-        return replace(PagerStatistics(*range(1, 18)), oldest_pending_ns=self.oldest_pending_ns)
+        there = 100 if self.channel.complete else 0
+        counted = PagerStatistics(*range(1, 18))
+        return replace(counted, oldest_pending_ns=self.oldest_pending_ns, resident_pages=there, total_pages=100)
+
+    async def forget(self, block: int, stale: Bitmap) -> None:
+        self.log.append(f"forgot {stale.count()} of block {block}")
+        self.channel.complete = False
+        await trio.lowlevel.checkpoint()
+
+    def expect_push(self) -> None:
+        self.log.append("expects a push")
 
     def received(self, block: int) -> Bitmap:
         bitmap = Bitmap((block + 1) * PAGES)
@@ -229,7 +261,9 @@ class FakeServer(FakeEngine):
         self.gone: dict[int, Bitmap] = {}
         self.changed = trio.Event()
         self.release_error: CoreError | None = None
-        self.started = False
+        self.pager: FakePager | None = None  # which gets what is pushed
+        self.stale: dict[int, Bitmap] = {}
+        self.serving = self.started = False
         self.token = trio.lowlevel.current_trio_token()
 
     def add_block(self, memory: Memory, unit: int) -> int:
@@ -246,8 +280,28 @@ class FakeServer(FakeEngine):
         assert not self.fds  # the core says EBUSY
         self.received[block] = received
 
+    def set_stale(self, block: int, stale: Bitmap) -> None:
+        assert not self.serving
+        self.stale[block] = stale
+
+    def push(self) -> None:
+        self.log.append("pushes")
+        for kind, index in self.fds:
+            if kind == "bulk":
+                self.channel.tell(EventType.BULK_END, ChannelKind.BULK, index)
+                if self.pager is not None:
+                    self.pager.channel.tell(EventType.BULK_END, ChannelKind.BULK, index)
+        if self.pager is not None and self.serving:
+            self.pager.channel.tell(EventType.COMPLETE)
+
+    def stop_push(self) -> None:
+        self.log.append("stops")
+
+    def serve(self) -> None:
+        self.serving = True
+
     def start(self) -> None:
-        self.started = True
+        self.serving = self.started = True
 
     def release(self, block: int, first_page: int, placed: Bitmap) -> None:
         if self.release_error is not None:
@@ -403,7 +457,9 @@ def make_pair(
     make_machine: Callable[..., Machine] | None = None,
     controls: tuple[socket.socket, socket.socket] | None = None,
     release_ram: bool = False,
+    **options: Any,
 ) -> Pair:
+    """`options`: more of `SourceOptions`."""
     here, there = controls or socket.socketpair()
     machine, twin, pager, meeting = FakeMachine(), FakeMachine(), FakePager(), Meeting()
     machine.state = MachineState.RUNNING
@@ -411,6 +467,7 @@ def make_pair(
 
     def make_server(bandwidth: int) -> PageServer:
         servers.append(FakeServer(bandwidth))
+        servers[-1].pager = pager
         return cast(PageServer, servers[-1])
 
     def make_twin(kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout]) -> Machine:
@@ -427,7 +484,7 @@ def make_pair(
         SourceMigration(
             machine,
             FakeLink(here, meeting),
-            SourceOptions(bulk_channels=1, release_ram=release_ram),
+            SourceOptions(bulk_channels=1, release_ram=release_ram, **options),
             make_server=make_server,
             on_change=look,
         ),
@@ -475,7 +532,8 @@ def assert_back_at_source(pair: Pair) -> None:
 class Peer:
     """A hand-made other side."""
 
-    def __init__(self, side: socket.socket) -> None:
+    def __init__(self, side: socket.socket, version: int = p.PROTOCOL_VERSION) -> None:
+        self.version = version
         self.stream = trio.SocketStream(trio.socket.from_stdlib_socket(side))
         self._buffer = b""
 
@@ -483,11 +541,14 @@ class Peer:
         while True:
             size = p.HEADER_BYTES + int.from_bytes(self._buffer[:4], "big")
             if len(self._buffer) >= max(size, p.HEADER_BYTES + 1):
-                message = p.decode(self._buffer[p.HEADER_BYTES : size])
+                message = p.decode(self._buffer[p.HEADER_BYTES : size], self.version)
                 self._buffer = self._buffer[size:]
                 if isinstance(message, kind):
                     return message
-                assert isinstance(message, p.Ping | p.Pong | p.PageMap | p.ReceivedMap), message
+                if isinstance(message, p.Round):  # as a destination that takes part
+                    await self.say(p.RoundDone(message.number))
+                elif not isinstance(message, p.StaleMap):
+                    assert isinstance(message, p.Ping | p.Pong | p.PageMap | p.ReceivedMap), message
                 continue
             data = await self.stream.receive_some()
             assert data
@@ -499,21 +560,24 @@ class Peer:
         await self.read(p.Commit)
 
     async def say(self, message: p.Message) -> None:
-        await self.stream.send_all(p.encode(message))
+        await self.stream.send_all(p.encode(message, self.version))
 
 
 @contextlib.asynccontextmanager
 async def lone_source(
-    meeting: Meeting | None = None, server: FakeServer | None = None
+    meeting: Meeting | None = None,
+    server: FakeServer | None = None,
+    until: type[p.Message] = p.Switchover,
+    **options: Any,
 ) -> AsyncIterator[tuple[Peer, SourceMigration, FakeMachine]]:
-    """With a `server` of the caller's: one that gives memory back."""
+    """With a `server` of the caller's: one that gives memory back. `until`: what it has said when this begins."""
     here, there = socket.socketpair()
     machine = FakeMachine()
     machine.state = MachineState.RUNNING
     source = SourceMigration(
         machine,
         FakeLink(here, meeting),
-        SourceOptions(bulk_channels=1, release_ram=server is not None),
+        SourceOptions(bulk_channels=1, release_ram=server is not None, **options),
         make_server=lambda bandwidth: cast(PageServer, server or FakeServer(bandwidth)),
     )
     peer, stop, go = Peer(there), trio.Event(), trio.Event()
@@ -523,8 +587,8 @@ async def lone_source(
         await peer.read(p.Offer)
         await peer.say(p.Accept((UNIT, UNIT), 2, 1))
         await peer.say(p.Ready())
-        await peer.read(p.Switchover)
-        assert machine.state is MachineState.PAUSED
+        await peer.read(until)
+        assert machine.state is (MachineState.PAUSED if until is p.Switchover else MachineState.RUNNING)
         yield peer, source, machine
         stop.set()
     await peer.stream.aclose()

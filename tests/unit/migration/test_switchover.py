@@ -286,7 +286,7 @@ async def test_destination_that_is_ahead_of_itself(message: p.Message, reason: s
         ([FULL[0], p.Switchover(b"", 1)], "the page map of block 1 ends at 0"),
         ([*FULL, p.Switchover(b"", 3)], "speaks of 3 page maps, 2 came"),
         ([p.Commit()], "commit must not be received by the destination in state ready"),
-        ([*FULL, p.Commit()], "commit must not be received by the destination in state switchover"),
+        ([*FULL, p.Commit()], "commit must not be received by the destination in state maps"),
     ],
 )
 async def test_source_that_makes_no_sense(messages: list[p.Message], reason: str) -> None:
@@ -400,7 +400,7 @@ async def lone_offer(version: int, background: bool) -> tuple[p.Accept, Destinat
     dest = DestinationMigration(
         link, background=background, make_machine=lambda *_: twin, make_pager=lambda: cast(Pager, pager)
     )
-    peer, stop = Peer(there), trio.Event()
+    peer, stop = Peer(there, version), trio.Event()
     blocks = tuple(p.Block(block.name, block.size_bytes, block.page_bytes) for block in twin.layout)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(dest.run, stop)

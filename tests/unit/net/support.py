@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import trio
 
@@ -37,3 +38,18 @@ async def open_acceptor(
 async def hang_up(*links: c.Link) -> None:
     for link in links:
         await trio.aclose_forcefully(link.control)
+
+
+async def looks_again(caller: Any, refused: Callable[[], int]) -> None:
+    """Until the caller has come back after a refusal: it has ended nothing. `refused` counts them."""
+
+    async def look() -> None:
+        raise AssertionError(await caller.next_link())
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
+            before = refused()
+            while refused() < before + 2:  # noqa: ASYNC110  (a counter)
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()

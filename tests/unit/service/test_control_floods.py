@@ -81,7 +81,7 @@ async def test_a_peer_that_lives_and_takes_nothing(autojump_clock: MockClock) ->
     life. One that takes a little in time is waited for, however long all of it takes."""
     here, there = lockstep_stream_pair()
     protocol = SourceProtocol()
-    protocol._state = State.SWITCHOVER
+    protocol._state = State.MAPS
     side = Control(here, protocol)
     data = bytes(4 * SEND_BYTES)
 

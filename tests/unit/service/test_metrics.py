@@ -23,8 +23,9 @@ from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.machines import Activity, Machine, MachineState, MachineStatistics, VcpuStatistics
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.engine import STATUS
+from postcopy.migration.precopy import Mode
 from postcopy.migration.source import SourceMigration
-from postcopy.migration.statistics import Recoveries, Statistics
+from postcopy.migration.statistics import Breakdown, Recoveries, Statistics
 from postcopy.net import Address
 from postcopy.records.migration import STATUSES
 from postcopy.service import http as http_module
@@ -52,10 +53,12 @@ def _source(machine: Mock) -> Mock:
     job.machine, job.migration_id, job.peer, job.failure = machine, "ff", "192.0.2.7:7777", None
     job.started_ns = job.completed_ns = job.ended_ns = 0
     job.status = "postcopy-active"
-    job.recoveries = Recoveries()
+    job.recoveries, job.attempt, job.mode = Recoveries(), 1, Mode.HYBRID
+    job.breakdown = Breakdown(stop_ns=90_000, first_run_ns=4_000)
     job.statistics.return_value = Statistics(
         downtime_ns=12_000_000, total_ns=0, total_bytes=64 * MIB, transferred_bytes=4192, page_bytes=4096,
         demand_pages=10, background_pages=50, zero_pages=40, requests=11, released_bytes=8192,
+        iteration=3, dirty_sync_count=4, dirty_pages_rate=500, precopy_bytes=7000, postcopy_bytes=0,
     )  # fmt: skip
     return job
 
@@ -65,7 +68,8 @@ def _dest(machine: Mock) -> Mock:
     job.machine, job.migration_id, job.peer, job.failure = machine, "ff", "192.0.2.7:7777", None
     job.started_ns = job.completed_ns = job.ended_ns = 0
     job.status = "completed"
-    job.recoveries = Recoveries(2, 5, 9, 500_000_000)
+    job.recoveries, job.attempt = Recoveries(2, 5, 9, 500_000_000), 1
+    job.breakdown = Breakdown()
     job.latency = Histogram()
     for ns in (1000, 20_000, 70_000, 70_000, 2_000_000_000):
         job.latency.add(ns)
@@ -119,6 +123,13 @@ class TestText:
             _key(prefix + "status", status="completed", **out): 0,
             _key(prefix + "transferred_bytes_total", **out): 4192,
             _key(prefix + "released_bytes", **out): 8192,
+            _key(prefix + "precopy_rounds", **out): 3,
+            _key(prefix + "dirty_syncs_total", **out): 4,
+            _key(prefix + "dirty_pages_per_second", **out): 500,
+            _key(prefix + "sent_bytes_total", phase="precopy", **out): 7000,
+            _key(prefix + "sent_bytes_total", phase="postcopy", **out): 0,
+            _key(prefix + "downtime_part_seconds", part="stop", **out): 90e-6,
+            _key(prefix + "downtime_part_seconds", part="first-run", **out): 4e-6,
             _key(prefix + "pages_total", kind="background", **out): 50,
             _key(prefix + "pages_total", kind="duplicate", **into): 1,
             _key(prefix + "remaining_bytes", **into): MIB,

@@ -70,6 +70,9 @@ async def test_disk_that_is_full_for_a_while(
     assert trio.current_time() - began_s == pytest.approx(3 * SALVAGE_AGAIN_S)
     assert text.getvalue().count("Still needed: the salvage") == 1
     assert "dest: salvage written to DIR" in text.getvalue()
+    policy.stop.ask("SIGTERM")
+    await trio.sleep(2 * TOGETHER_S)
+    assert policy.stop.ask("SIGTERM")  # nothing would be lost any more
 
 
 async def test_ended_from_outside(monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock) -> None:
@@ -122,4 +125,5 @@ async def test_giving_it_up(monkeypatch: pytest.MonkeyPatch, autojump_clock: tri
         assert text.getvalue().count("Still needed: the salvage") == 2
         assert not policy.stop.ask("SIGTERM")
         assert policy.stop.insisted
+    assert not policy.stop.has_warned
     assert "salvage written" not in text.getvalue()

@@ -82,7 +82,7 @@ class TestMessages:
                     continue
                 if isinstance(wrong, dict):
                     wrong = "\n" if name in ("config", "stats") else {"a": 1}
-                if name == "runs" and isinstance(wrong, bytes):
+                if (name == "runs" and isinstance(wrong, bytes)) or (name in ("pushed", "whole") and wrong is True):
                     wrong = 1
                 with pytest.raises(ProtocolError, match=rf"{message.TYPE}: field {name}[ \[.]"):
                     p.decode(msgpack.packb({**whole, name: wrong}))
@@ -114,9 +114,9 @@ class TestMessages:
             ({"type": "explode"}, "unknown message type 'explode'"),
             ({"type": ["ready"]}, "unknown message type"),
             ({"type": "ping", "nonce": 2**63}, "field nonce must be at most 9223372036854775807$"),
-            ({"type": "accept", "page-bytes": [4095], "shards": 1, "bulk-channels": 1}, "power of two"),
+            ({"type": "accept", "page-bytes": [4095], "shards": 1, "bulk-channels": 1, "compress": []}, "power of two"),
             (
-                {"type": "accept", "page-bytes": [4096] * 65, "shards": 1, "bulk-channels": 1},
+                {"type": "accept", "page-bytes": [4096] * 65, "shards": 1, "bulk-channels": 1, "compress": []},
                 "field page-bytes must have at most 64 elements$",
             ),
             ({"type": "ready", 1: 2}, "not valid msgpack"),
@@ -222,7 +222,7 @@ class TestHandshake:
         [
             (b"\x00", "this is not a postcopy peer: it began with b'\\\\x00'"),
             (b"HTCPCP/1.0", "this is not a postcopy peer: it began with b'HTC"),
-            (b"postcpy\x01", "speaks version 1 of the postcopy protocol, this is version 3, which speaks 2 too"),
+            (b"postcpy\x01", "speaks version 1 of the postcopy protocol, this is version 4, which speaks 2 too"),
             (p.PREAMBLE + b"\x00\x00\x40\x01", "a message of 16385 bytes"),
             (p.PREAMBLE + b"\x00\x00\x00\x00", "a message of 0 bytes"),
             (p.PREAMBLE + b"\xff\xff\xff\xff", "a message of 4294967295 bytes"),
@@ -475,7 +475,7 @@ class TestStates:
             assert dest.state is State.READY
 
     def test_message_too_long(self) -> None:
-        dest = destination_in(State.SWITCHOVER)
+        dest = destination_in(State.MAPS)
         dest.receive_data((p.MAX_MESSAGE_BYTES + 1).to_bytes(4, "big"))
         with pytest.raises(ProtocolError, match="a message of 16777217 bytes"):
             dest.next_message()

@@ -100,8 +100,15 @@ def with_queue(world: World, name: str, queue: tuple[bytes, ...]) -> World:
 SAYS: dict[str, dict[State, list[Callable[[Any], bytes]]]] = {
     "source": {
         State.SETUP: [lambda side: side.send(OFFER)],
-        State.READY: [lambda side: side.send(p.PageMap(0, 0, 1, b"\x01"))],
-        State.SWITCHOVER: [lambda side: side.send(p.Switchover(b"", 1))],
+        State.READY: [
+            lambda side: side.send(p.PageMap(0, 0, 1, b"\x01")),
+            lambda side: side.send(p.StaleMap(0, 0, 1, b"\x01")),
+            lambda side: side.send(p.Switchover(b"", 0)),
+        ],
+        State.MAPS: [
+            lambda side: side.send(p.Round(0, 1, False)),
+            lambda side: side.send(p.Switchover(b"", 1)),
+        ],
         State.PREPARED: [lambda side: side.send(p.Commit())],
         State.RECOVERING: [lambda side: side.send(p.Recovered())],
         State.CLOSING: [lambda side: side.send(p.CompleteAck({}))],
@@ -109,6 +116,7 @@ SAYS: dict[str, dict[State, list[Callable[[Any], bytes]]]] = {
     "dest": {
         State.OFFERED: [lambda side: side.send(p.Accept((4096,), 1, 0)), lambda side: side.send(p.Reject("no"))],
         State.CHANNELS: [lambda side: side.send(p.Ready())],
+        State.ROUND: [lambda side: side.send(p.RoundDone(0))],
         State.HANDED: [lambda side: side.send(p.Prepared())],
         State.COMMITTED: [lambda side: side.send(p.Running(1))],
         State.POSTCOPY: [lambda side: side.send(p.Complete({}))],

@@ -121,17 +121,17 @@ def test_before_an_offer_is_accepted_only_small_messages() -> None:
 @pytest.mark.parametrize(
     ("side", "state", "body"),
     [
-        (DestinationProtocol, State.SWITCHOVER, {"type": "ping", "nonce": 1}),
-        (DestinationProtocol, State.SWITCHOVER, {"type": "abort", "reason": "x"}),
-        (DestinationProtocol, State.SWITCHOVER, {"type": "offer"}),
-        (DestinationProtocol, State.READY, {"type": "switchover", "maps": 1}),  # a long one, at the wrong time
+        (DestinationProtocol, State.MAPS, {"type": "ping", "nonce": 1}),
+        (DestinationProtocol, State.MAPS, {"type": "abort", "reason": "x"}),
+        (DestinationProtocol, State.MAPS, {"type": "offer"}),
+        (DestinationProtocol, State.PREPARED, {"type": "switchover", "maps": 1}),  # a long one, at the wrong time
         (SourceProtocol, State.RECOVER, {"type": "recover", "maps": 1}),
         (SourceProtocol, State.POSTCOPY, {"type": "complete", "stats": {}}),
         (SourceProtocol, State.POSTCOPY, {"type": "received-map"}),
-        (DestinationProtocol, State.SWITCHOVER, {"nonce": 1, "type": "ping"}),
-        (DestinationProtocol, State.SWITCHOVER, {"typo": "page-map"}),
-        (DestinationProtocol, State.SWITCHOVER, {"type": 5}),
-        (DestinationProtocol, State.SWITCHOVER, {"type": "x" * 200}),
+        (DestinationProtocol, State.MAPS, {"nonce": 1, "type": "ping"}),
+        (DestinationProtocol, State.MAPS, {"typo": "page-map"}),
+        (DestinationProtocol, State.MAPS, {"type": 5}),
+        (DestinationProtocol, State.MAPS, {"type": "x" * 200}),
     ],
 )
 def test_each_type_has_its_length(
@@ -146,7 +146,7 @@ def test_each_type_has_its_length(
 def test_long_lists_are_refused_where_long_bytes_may_come() -> None:
     """16 MiB of empty lists in the place of a device state: a gigabyte of objects, if somebody made them."""
     packed = b"\x82\xa4type\xaaswitchover\xa5state\xdd" + (15 * MIB).to_bytes(4, "big") + b"\x90" * (15 * MIB)
-    protocol = destination_in(State.SWITCHOVER)
+    protocol = destination_in(State.MAPS)
     taken(protocol, framed(packed))
     with pytest.raises(ProtocolError, match="more than 4096 elements"):
         protocol.next_message()
@@ -160,7 +160,7 @@ def test_a_map_is_no_longer_than_its_pages(kind: type[p.PageMap] | type[p.Receiv
 
 
 def test_nothing_is_kept_of_a_lost_connection() -> None:
-    dest = destination_in(State.SWITCHOVER)
+    dest = destination_in(State.MAPS)
     dest.receive_data(p.encode(p.Switchover(b"x" * MIB, 1))[:-1])
     assert dest.next_message() is None
     dest.connection_lost("cut")

@@ -29,8 +29,9 @@ class TwoHosts(RuleBasedStateMachine):
         first=st.one_of(st.integers(6, 9), st.integers(0, 14)),
         more=st.lists(st.integers(0, 4), max_size=5),
         frees=st.booleans(),
+        rounds=st.integers(0, 2),
     )
-    def begin(self, first: int, more: list[int], frees: bool) -> None:
+    def begin(self, first: int, more: list[int], frees: bool, rounds: int) -> None:
         """Steps that go well, with a cut and a new connection between one run and the next: without them hardly any
         example would get near the decision, or behind it."""
         self.source = SourceProtocol()
@@ -44,6 +45,7 @@ class TwoHosts(RuleBasedStateMachine):
         self.told = Bitmap(PAGES)  # of them: to the source, as the destination believes
         self.released = Bitmap(PAGES)  # at the source: not there any more
         self.heard: Bitmap | None = None  # the received map of a recovery that is under way
+        self.rounds = rounds  # that are still to come
         self.killed = False
         self.returned = False  # the destination has proven that it never took it
         self.proceed(first)
@@ -104,12 +106,23 @@ class TwoHosts(RuleBasedStateMachine):
     def ready(self) -> None:
         self.send("source", self.dest.send(p.Ready()))
 
-    @precondition(lambda self: self.source.state in (State.READY, State.SWITCHOVER))
+    @precondition(lambda self: self.source.state in (State.READY, State.MAPS))
     @rule()
     def page_map(self) -> None:
         self.send("dest", self.source.send(p.PageMap(0, 0, 256, b"\x01")))
 
-    @precondition(lambda self: self.source.state is State.SWITCHOVER)
+    @precondition(lambda self: self.source.state is State.MAPS)
+    @rule()
+    def round(self) -> None:
+        self.rounds -= 1
+        self.send("dest", self.source.send(p.Round(0, 1, False)))
+
+    @precondition(lambda self: self.dest.state is State.ROUND)
+    @rule()
+    def round_done(self) -> None:
+        self.send("source", self.dest.send(p.RoundDone(0)))
+
+    @precondition(lambda self: self.source.state in (State.READY, State.MAPS))
     @rule()
     def switchover(self) -> None:
         self.send("dest", self.source.send(p.Switchover(b"", 1)))
@@ -217,7 +230,8 @@ class TwoHosts(RuleBasedStateMachine):
             (self.dest, State.OFFERED): lambda: self.answer(1),
             (self.dest, State.CHANNELS): self.ready,
             (self.source, State.READY): self.page_map,
-            (self.source, State.SWITCHOVER): self.switchover,
+            (self.source, State.MAPS): self.round if self.rounds > 0 else self.switchover,
+            (self.dest, State.ROUND): self.round_done,
             (self.dest, State.HANDED): self.prepared,
             (self.source, State.PREPARED): self.commit,
             (self.dest, State.COMMITTED): self.running,

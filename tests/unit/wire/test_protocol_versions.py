@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Version 3 and version 2: what is said first, and a peer of version 2 that is played from its bytes.
+"""Versions 4 and 3, and version 2: what is said first, and a peer of version 2 that is played from its bytes.
 
 The bytes of version 2 below are written down by hand, as docs/protocol.md of that version has them, and not made by the
 package.
@@ -211,7 +211,7 @@ async def test_a_version_that_is_too_old_is_refused_by_name(version: int) -> Non
         await peer.stream.aclose()
 
 
-@pytest.mark.parametrize("answer", [b"postcpy\x01", b"postcpy\x04", b"postcpy\xff"])
+@pytest.mark.parametrize("answer", [b"postcpy\x01", b"postcpy\x05", b"postcpy\xff"])
 def test_answers_that_make_no_sense(answer: bytes) -> None:
     """A listening side may go down to what is spoken here, and never up: that would go round in circles."""
     client = p.ClientHandshake(p.Hello("control", "dest", 0, b"", 0))
@@ -318,4 +318,32 @@ def test_no_bulk_channel_where_it_is_not_understood() -> None:
 def test_a_later_release_may_say_more() -> None:
     """Also about a block."""
     newer = {**OFFER_2, "colour": 1, "blocks": [{**OFFER_2["blocks"][0], "numa-node": 1}]}  # type: ignore[index]
-    assert p.decode(msgpack.packb(newer)) == p.decode(msgpack.packb(OFFER_2))
+    assert p.decode(msgpack.packb(newer), 3) == p.decode(msgpack.packb(OFFER_2), 3)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_no_rounds_before_version_4(version: int) -> None:
+    """Neither said nor taken; what was added to messages that are older is not said, and the migration is as before."""
+    source, dest = SourceProtocol(version), DestinationProtocol(version)
+    offer = p.Offer(b"m" * 16, b"t" * 16, "kvm", {}, (p.Block("ram", 8192, 4096),), 1, 0, ("lz4",))
+    dest.receive_data(source.send(offer))
+    taken = dest.next_message()
+    assert isinstance(taken, p.Offer)
+    assert taken.compress == ()
+    for message in (p.Accept((4096,), 1, 1, ("lz4",)), p.Ready()):
+        source.receive_data(dest.send(message))
+        heard = source.next_message()
+        assert heard == (p.Accept((4096,), 1, 1) if isinstance(message, p.Accept) else message)
+    for said in (p.StaleMap(0, 0, 2, b"\x01"), p.Round(0, 1, False)):
+        with pytest.raises(ProtocolError, match=rf"(version {version} is spoken, which has none|in state ready)"):
+            source.send(said)
+        assert source.state is State.READY
+    dest.receive_data(p.encode(p.StaleMap(0, 0, 2, b"\x01")))
+    with pytest.raises(ProtocolError, match=f"stale-map must not be received: version {version} is spoken"):
+        dest.next_message()
+    dest = DestinationProtocol(version)
+    dest._state = State.READY
+    for last in (p.PageMap(0, 0, 2, b"\x01"), p.Switchover(b"", 1, True)):
+        dest.receive_data(source.send(last))
+        heard = dest.next_message()
+    assert heard == p.Switchover(b"", 1)

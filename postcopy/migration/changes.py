@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the memory of a machine at the source holds, and what of it has changed since that was asked last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from postcopy._blocking import run_briefly, run_sync, run_to_end
+from postcopy.machines import Machine
+from postcopy.memory import DirtyLog
+from postcopy.memory.bitmap import Bitmap
+
+
+class Changes:
+    """In pages of transfer, a map for each RAM block. Open it, `begin` once, `collect` again and again, `close`.
+
+    Without a dirty log a page counts as changed when it holds something, and was all zeros before: enough for a
+    destination that has been sent no page. With one, a page that was written.
+
+    Resource handling: the log slows the machine's writes down until `close`; memory is in use until then.
+    """
+
+    def __init__(self, machine: Machine, page_bytes: Sequence[int], log: DirtyLog | None) -> None:
+        self._machine = machine
+        self._page_bytes = page_bytes
+        self._log = log
+        self._present: list[Bitmap] = []
+
+    @classmethod
+    async def open(cls, machine: Machine, page_bytes: Sequence[int], logged: bool) -> Changes:
+        """`ResourceError` where the kernel has no dirty log, or the machine's kind."""
+        return cls(machine, page_bytes, await run_sync(machine.dirty_log) if logged else None)
+
+    @property
+    def logged(self) -> bool:
+        """Whether pages may be sent while the machine runs."""
+        return self._log is not None
+
+    async def begin(self) -> list[Bitmap]:
+        """The pages that may hold something other than zeros."""
+        self._present = await run_sync(self._look)
+        return self._present
+
+    async def collect(self) -> list[Bitmap]:
+        """The pages that have changed since the last call, or since `begin`."""
+        return await run_briefly(self._collect)
+
+    def _look(self) -> list[Bitmap]:
+        blocks = self._machine.blocks
+        return [block.memory.present(unit) for block, unit in zip(blocks, self._page_bytes, strict=True)]
+
+    def _collect(self) -> list[Bitmap]:
+        if not self._machine.live:
+            return [Bitmap(len(bitmap)) for bitmap in self._present]
+        if self._log is None:
+            before, self._present = self._present, self._look()
+            return [now.without(was) for now, was in zip(self._present, before, strict=True)]
+        return [
+            self._log.collect(number).rescaled(block.memory.page_bytes, unit)
+            for number, (block, unit) in enumerate(zip(self._machine.blocks, self._page_bytes, strict=True))
+        ]
+
+    async def close(self) -> None:
+        """Shielded. Twice does no harm."""
+        log, self._log = self._log, None
+        if log is not None:
+            await run_to_end(log.close, "ending the dirty log")
