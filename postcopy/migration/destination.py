@@ -403,6 +403,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             self.iteration += 1
             self._pushing = set(range(self._bulk_channels))
             pager.expect_push()
+            await pager.confirm()  # the source pushes as soon as it has heard of it
         control.stay_awake()  # the last round is just before the pause
         await control.send(self._protocol.send(wire.RoundDone(message.number)))
 

@@ -262,6 +262,7 @@ class FakeServer(FakeEngine):
         self.changed = trio.Event()
         self.release_error: CoreError | None = None
         self.pager: FakePager | None = None  # which gets what is pushed
+        self.unsent = self.sent = 0
         self.stale: dict[int, Bitmap] = {}
         self.serving = self.started = False
         self.token = trio.lowlevel.current_trio_token()
@@ -272,6 +273,7 @@ class FakeServer(FakeEngine):
 
     def set_present(self, block: int, present: Bitmap) -> None:
         self.present[block] = present
+        self.unsent += present.count()
 
     def block_pages(self, block: int) -> int:
         return (block + 1) * PAGES
@@ -283,9 +285,11 @@ class FakeServer(FakeEngine):
     def set_stale(self, block: int, stale: Bitmap) -> None:
         assert not self.serving
         self.stale[block] = stale
+        self.unsent += stale.count()
 
     def push(self) -> None:
         self.log.append("pushes")
+        self.sent, self.unsent = self.sent + self.unsent, 0
         for kind, index in self.fds:
             if kind == "bulk":
                 self.channel.tell(EventType.BULK_END, ChannelKind.BULK, index)
@@ -326,7 +330,7 @@ class FakeServer(FakeEngine):
     discarded = released
 
     def statistics(self) -> PageServerStatistics:
-        return PageServerStatistics(*range(10))
+        return replace(PageServerStatistics(*range(10)), sent_pages=self.sent)
 
 
 class Meeting:
