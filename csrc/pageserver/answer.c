@@ -11,7 +11,7 @@
 
 static void mark_sent(struct pc_pageserver *server, struct source_block *block, uint64_t page)
 {
-    if (!pc_atomic_test_and_set_bit(block->sent, page)) {
+    if (!set_sent(block, page)) {
         (void)__atomic_fetch_sub(&block->unsent, 1, __ATOMIC_RELAXED);
         ADD(server, sent_pages, 1);
     }

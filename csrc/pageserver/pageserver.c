@@ -98,9 +98,14 @@ int pc_pageserver_new(uint64_t max_bandwidth_bytes_per_s, struct pc_pageserver *
     return 0;
 }
 
+static size_t maps_bytes(const struct source_block *block)
+{
+    return (BLOCK_MAPS * block->words + pc_summary_size(block->words)) * sizeof(uint64_t);
+}
+
 static void free_block(struct source_block *block)
 {
-    pc_buffer_free(block->present, BLOCK_MAPS * block->words * sizeof(uint64_t));
+    pc_buffer_free(block->present, maps_bytes(block));
     free(block);
 }
 
@@ -120,7 +125,7 @@ int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory
     block->page_bytes = page_bytes;
     block->pages = (memory->size_bytes + page_bytes - 1) / page_bytes;
     block->words = pc_bitmap_words(block->pages);
-    block->present = pc_buffer_new(BLOCK_MAPS * block->words * sizeof(uint64_t)); /* costs nothing until it is written to */
+    block->present = pc_buffer_new(maps_bytes(block)); /* costs nothing until it is written to */
     if (!block->present) {
         free_block(block);
         return -ENOMEM;
@@ -131,6 +136,7 @@ int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory
     block->released_before = block->released + block->words;
     block->discarded = block->released_before + block->words;
     block->pinned = block->discarded + block->words;
+    pc_summary_init(&block->sent_words, block->words, block->pinned + block->words);
     /* Until set_present says otherwise every page may have content. */
     pc_bitmap_set_range(block->present, 0, block->pages);
     block->unsent = block->pages;
@@ -171,6 +177,7 @@ int pc_pageserver_set_present(struct pc_pageserver *server, uint32_t index, cons
             block->sent[word] = ~present_words[word] & valid; /* the destination knows these from the page map */
         }
         block->unsent = block->pages - pc_bitmap_count(block->sent, block->pages);
+        pc_summary_make(&block->sent_words, block->sent, block->pages);
         ADD(server, zero_pages, block->pages - block->unsent);
     }
     pthread_mutex_unlock(&server->push_lock);
@@ -204,6 +211,7 @@ int pc_pageserver_set_received(struct pc_pageserver *server, uint32_t index, con
             block->released_before[word] = pc_bits_word(block->released, word);
         }
         block->unsent = block->pages - pc_bitmap_count(block->sent, block->pages);
+        pc_summary_make(&block->sent_words, block->sent, block->pages);
     }
     pthread_mutex_unlock(&server->push_lock);
     pthread_mutex_unlock(&server->lock);
@@ -244,6 +252,7 @@ int pc_pageserver_set_stale(struct pc_pageserver *server, uint32_t index, const 
             block->present[word] |= again;
             block->sent[word] &= ~again;
         }
+        pc_summary_make(&block->sent_words, block->sent, block->pages);
     }
     pthread_mutex_unlock(&server->push_lock);
     return error;

@@ -10,8 +10,20 @@
 
 #define BURST_NS UINT64_C(20000000) /* bandwidth not used for this long is lost */
 
-/* The next run of pages that have not been sent, marked as sent. False when there is none. Under push_lock. */
-static bool claim_run(struct pc_pageserver *server, struct run *run)
+/* The first page from `from` on that has not been sent; as many as the block has when there is none. */
+static uint64_t next_unsent(const struct source_block *block, uint64_t from)
+{
+    while (from < block->pages) {
+        uint64_t word = from / 64, unsent = ~pc_bits_word(block->sent, word) & pc_bits_mask(word, from, block->pages - from);
+
+        if (unsent)
+            return pc_bits_lowest(word, unsent);
+        from = pc_summary_next(&block->sent_words, word + 1) * 64;
+    }
+    return block->pages;
+}
+
+bool pc_claim_run(struct pc_pageserver *server, struct run *run)
 {
     uint64_t push_from = __atomic_exchange_n(&server->push_from, NO_PLACE, __ATOMIC_RELAXED);
 
@@ -28,14 +40,14 @@ static bool claim_run(struct pc_pageserver *server, struct run *run)
             server->cursor_block = 0;
         block = server->blocks[server->cursor_block];
         while (__atomic_load_n(&block->unsent, __ATOMIC_RELAXED) &&
-               (page = pc_bits_next(block->sent, block->pages, server->cursor_page, false)) < block->pages) {
+               (page = next_unsent(block, server->cursor_page)) < block->pages) {
             uint64_t limit = RUN_BYTES / block->page_bytes ? RUN_BYTES / block->page_bytes : 1;
 
             run->block = server->cursor_block;
             run->first_page = page;
             run->pages = 0;
             /* An urgent thread may take a page in between: the run ends there. */
-            while (run->pages < limit && page < block->pages && !pc_atomic_test_and_set_bit(block->sent, page)) {
+            while (run->pages < limit && page < block->pages && !set_sent(block, page)) {
                 run->pages++;
                 page++;
             }
@@ -161,7 +173,7 @@ static int push(struct channel *channel, char *text, size_t text_bytes)
         bool found;
 
         pthread_mutex_lock(&server->push_lock);
-        found = !is_stopping(server) && !server->push_stopped && claim_run(server, &run);
+        found = !is_stopping(server) && !server->push_stopped && pc_claim_run(server, &run);
         if (found)
             pace(server, run.pages * server->blocks[run.block]->page_bytes);
         changes = server->bandwidth_changes;

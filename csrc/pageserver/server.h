@@ -46,6 +46,7 @@
 #include "core/events.h"
 #include "core/runtime.h"
 #include "core/stream.h"
+#include "core/summary.h"
 #include "core/util.h"
 #include "postcopy/engine.h"
 
@@ -72,6 +73,7 @@ struct source_block {
     uint64_t unsent; /* atomic: pages that are not in `sent`, or more for a moment */
     uint64_t *present; /* all maps are in one buffer, which this one begins */
     uint64_t *sent, *demanded;
+    struct pc_summary sent_words;   /* those of `sent` that are full */
     uint64_t *released;             /* atomic: not read any more, since the destination has said that it is placed */
     uint64_t *released_before;      /* released before the present connections were made: no request for it crosses that */
     uint64_t *discarded, *pinned;   /* under release_lock; `pinned` is scratch */
@@ -178,6 +180,8 @@ const uint8_t *pc_page_content(struct channel *channel, struct batch *batch, con
 
 /* answer.c, push.c: all that a channel's thread does. The reason of its end as -errno, with the text for a person. */
 int pc_channel_answer(struct channel *channel, char *text, size_t text_bytes);
+/* The next run of pages that have not been sent, marked as sent. False when there is none. Under push_lock. */
+bool pc_claim_run(struct pc_pageserver *server, struct run *run);
 int pc_channel_push(struct channel *channel, char *text, size_t text_bytes);
 
 /* pageserver.c. Waits until the server serves: true, or false when it is being stopped. Without a lock once it does. */
@@ -200,6 +204,17 @@ static inline void pin(struct channel *channel, uint32_t block, uint64_t first_p
 static inline void unpin_all(struct channel *channel)
 {
     __atomic_store_n(&channel->pin_count, 0, __ATOMIC_SEQ_CST);
+}
+
+/* Says that a page is sent; whether it was before. */
+static inline bool set_sent(struct source_block *block, uint64_t page)
+{
+    uint64_t word = page / 64, bit = UINT64_C(1) << (page % 64);
+    uint64_t before = __atomic_fetch_or(&block->sent[word], bit, __ATOMIC_SEQ_CST);
+
+    if ((before | bit) == pc_bits_mask(word, 0, block->pages))
+        pc_summary_fill(&block->sent_words, word);
+    return before & bit;
 }
 
 /* After a pin. */

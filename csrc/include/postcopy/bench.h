@@ -28,6 +28,9 @@ int pc_bench_floor_fault(int uffd, int fd, void *base, uint64_t page_bytes, uint
 /* The floor of the bulk push: `bytes` into a connection, and out of it by UFFDIO_COPY into pages that are missing. 0 or -errno. */
 int pc_bench_floor_push(int fd, const void *base, uint64_t bytes);
 int pc_bench_floor_place(int uffd, int fd, void *base, uint64_t bytes);
+/* Nanoseconds for each of `claims` runs of a page that a page server finds in a memory of so many pages of which all others are sent,
+ * looking from the beginning each time; simulated, no memory is read. -errno where it cannot be. */
+int64_t pc_bench_claim(uint64_t pages, uint64_t claims);
 /* The least a program can do that serves faults of its own process: poll, read one event, COPY, `count` times. */
 int pc_bench_uffd_serve(int uffd, const void *page, uint64_t page_bytes, uint64_t count);
 /* ==== end cffi ==== */

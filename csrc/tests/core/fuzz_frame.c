@@ -40,12 +40,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
         require(result == -EBADMSG && error[0] && memchr(error, '\0', sizeof(error)));
     } else {
         require(frame.type >= PC_FRAME_REQUEST && frame.type <= PC_FRAME_ERROR);
-        require(!(frame.flags & ~PC_FRAME_DEMAND));
+        const int compressed = frame.flags & (PC_FRAME_LZ4 | PC_FRAME_ZSTD);
+
+        require(!(frame.flags & ~(PC_FRAME_DEMAND | PC_FRAME_LZ4 | PC_FRAME_ZSTD)));
+        require(!compressed == !frame.content_bytes && frame.content_bytes <= PC_FRAME_MAX_PAYLOAD_BYTES);
+        require(!compressed || (frame.type == PC_FRAME_PAGES && frame.payload_bytes < frame.content_bytes));
         require(!frame.pages == (frame.type == PC_FRAME_END));
         require(frame.payload_bytes <= PC_FRAME_MAX_PAYLOAD_BYTES);
         require(frame.first_page + frame.pages >= frame.first_page || frame.type == PC_FRAME_END);
         if (frame.type == PC_FRAME_PAGES)
-            require(frame.payload_bytes && frame.payload_bytes % frame.pages == 0);
+            require(frame.payload_bytes && (compressed ? frame.content_bytes : frame.payload_bytes) % frame.pages == 0);
         pc_frame_encode(&frame, again);
         require(!memcmp(again, header, sizeof(again)));
     }

@@ -6,6 +6,7 @@
 #include <endian.h>
 
 #include "core/crc32c.h"
+#include "core/summary.h"
 #include "core/util.h"
 #include "postcopy/core.h"
 #include "tests/support/test.h"
@@ -501,6 +502,40 @@ static void frame_refuses_what_makes_no_sense(void)
     CHECK_EQ(strlen(tiny), 3);
 }
 
+/* Against a look at every bit, with words that are full and not yet said to be among them. */
+static void summary_finds_what_is_not_full(void)
+{
+    static const uint64_t sizes[] = {1, 63, 64, 65, 4096, 4097, 70000, 300000};
+
+    for (size_t i = 0; i < PC_ARRAY_LENGTH(sizes); i++) {
+        uint64_t bits = sizes[i], words = pc_bitmap_words(bits);
+        uint64_t *map = calloc(words, sizeof(*map)), *levels = calloc(pc_summary_size(words), sizeof(*levels));
+        struct pc_summary summary;
+
+        CHECK(map && levels);
+        pc_summary_init(&summary, words, levels);
+        CHECK_EQ(pc_summary_next(&summary, 0), 0);
+        pc_bitmap_set_range(map, 0, bits);
+        pc_bitmap_clear_range(map, test_below(bits), 1);
+        pc_bitmap_clear_range(map, test_below(bits), 1);
+        pc_summary_make(&summary, map, bits);
+        for (int turn = 0; turn < 200; turn++) {
+            uint64_t from = test_below(words + 1), next = from;
+
+            while (next < words && map[next] == pc_bits_mask(next, 0, bits))
+                next++;
+            CHECK_EQ(pc_summary_next(&summary, from), next);
+            if (turn % 50 == 49 && next < words) { /* filled, one after the other */
+                map[next] = pc_bits_mask(next, 0, bits);
+                CHECK_EQ(pc_summary_next(&summary, from), next);
+                pc_summary_fill(&summary, next);
+            }
+        }
+        free(map);
+        free(levels);
+    }
+}
+
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
@@ -512,6 +547,7 @@ int main(int argc, char **argv)
     RUN(bitmap_next_and_count_agree_with_single_bits);
     RUN(bitmap_ranges_change_what_they_name_only);
     RUN(bitmaps_of_bitmaps_agree_with_single_bits);
+    RUN(summary_finds_what_is_not_full);
     RUN(rle_round_trip);
     RUN(rle_has_the_documented_form);
     RUN(rle_refuses_what_is_malformed);

@@ -7,8 +7,8 @@ makes its memory anew for each take, out of the pages that the take before has g
 memory away from its virtual machines within seconds (free page reporting), and whose page faults would otherwise be
 measured, has no time for it: the first takes, which are thrown away, find the memory.
 
-The threads of the floor have the priority of the engine's bulk threads: on a host that does something else meanwhile
-both get the same share of it.
+The floor's threads and iperf3 have the priority of the engine's bulk threads: on a host that does something else
+meanwhile all get the same share of it.
 """
 
 from __future__ import annotations
@@ -281,10 +281,11 @@ async def open_sides(
 async def _iperf3_bytes_per_s(size_bytes: int) -> float:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         where = ("127.0.0.1", "-p", str(probe.getsockname()[1]))
-    async with open_child(["iperf3", "-s", "-1", "-B", *where]):
+    nice = ["nice", "-n", str(BACKGROUND_NICE)]
+    async with open_child([*nice, "iperf3", "-s", "-1", "-B", *where]):
         deadline_s = time.monotonic() + 10
         while True:
-            command = ["iperf3", "-c", *where, "-n", str(size_bytes), "-J"]
+            command = [*nice, "iperf3", "-c", *where, "-n", str(size_bytes), "-J"]
             done = await trio.run_process(command, capture_stdout=True, check=False)
             result = json.loads(done.stdout)
             if "error" not in result:

@@ -11,22 +11,16 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import tempfile
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import msgspec
-import trio
 
-from postcopy._child import python
-from postcopy.errors import MigrationError, ResourceError
-from postcopy.records import Json
-from postcopy.service.client import ControlClient
+from postcopy.errors import ResourceError
 from postcopy.testbed import probe
-from postcopy.testbed._processes import Child, open_child, parse, run_json
+from postcopy.testbed._processes import run_json
 from postcopy.testbed.bench._common import DEADLINE_S, Figure, ratio, worker
+from postcopy.testbed.bench._daemons import move
 from postcopy.testbed.bench._qemu_run import QEMU, Run
 from postcopy.units import format_size
 
@@ -35,7 +29,6 @@ OLDEST = (7, 1)
 SIZES = (256 << 20, 1 << 30)
 OPERATIONS = {"rv64": 100_000, "kvm": 1}
 """That the guest does, after it has filled its memory, before it is migrated. An emulated KVM does few a second."""
-LOOK_S = 0.02
 MODES = {"qemu": "postcopy", "qemu-preempt": "preempt"}
 
 DOWNTIME = (
@@ -138,75 +131,15 @@ async def _qemu(run: Run) -> dict[str, float]:
     return dict(await run_json(worker("_qemu_run", msgspec.json.encode(run).decode()), what, DEADLINE_S))
 
 
-# ---- ours
-
-
 async def _ours(kind: str, size_bytes: int, **migrate: str) -> dict[str, float]:
-    """One migration between two daemons; `migrate`: more arguments of that request."""
-    with tempfile.TemporaryDirectory(prefix="postcopy-bench-") as directory, trio.move_on_after(DEADLINE_S):
-        paths = [f"{directory}/{side}" for side in ("source", "dest")]
-        async with (
-            _daemon(paths[0]),
-            _daemon(paths[1]) as to,
-            ControlClient.open(paths[0]) as source,
-            ControlClient.open(paths[1]) as dest,
-        ):
-            await source.execute("start", {"kind": kind, "memory": size_bytes, "workload": "random", "seed": 1})
-            await _has_done(source, OPERATIONS[kind])
-            await source.execute("events", {"enable": True})
-            began_s = time.perf_counter()
-            await source.execute("migrate", {"to": to} | migrate)
-            await _completed(source)
-            total_ms = (time.perf_counter() - began_s) * 1e3
-            arrived = await _has_done(dest, 0)
-            await _has_done(dest, arrived["guest"]["operations"] + 1)  # it works on
-            counted = arrived["migration"]
-            return {
-                "downtime-ms": counted["downtime-ms"],
-                "total-ms": total_ms,
-                "from-pause-ms": counted["total-ms"],
-                "blocktime-ms": max(counted["blocktime-ms"], default=0.0),
-                "p50": counted["fault-latency-us"]["p50"],
-                "p99": counted["fault-latency-us"]["p99"],
-            }
-    raise MigrationError(f"a migration of {kind}, {format_size(size_bytes)}, did not end within {DEADLINE_S:g} s")
-
-
-@asynccontextmanager
-async def _daemon(path: str) -> AsyncIterator[str]:
-    """Where it takes machines."""
-    command = python("-m", "postcopy", "daemon", "--json", "--listen", "127.0.0.1:0", "--control", path)
-    async with open_child(command, stderr=subprocess.DEVNULL) as child, trio.open_nursery() as nursery:
-        async for line in child.stdout:
-            if (message := parse(line))["event"] == "listening":
-                nursery.start_soon(_read_on, child)  # a full pipe would stop it
-                yield str(message["address"])
-                nursery.cancel_scope.cancel()
-                return
-        raise MigrationError("`postcopy daemon` ended before it listened")
-
-
-async def _read_on(child: Child) -> None:
-    async for _ in child.stdout:
-        pass
-
-
-async def _completed(source: ControlClient) -> None:
-    while True:
-        event = await source.next_event()
-        status = event["data"].get("status")
-        if event["event"] == "migration-status" and status == "completed":
-            return
-        if event["event"] == "migration-ended":  # which comes last, when the machine's memory is given back
-            raise MigrationError(f"a migration of postcopy: {status}: {event['data']['error']}")
-
-
-async def _has_done(client: ControlClient, operations: int) -> Json:
-    """The machine, when its guest has done so many."""
-    while True:
-        machine: Json = (await client.execute("status"))["machines"][0]
-        if machine["guest"]["failures"]:
-            raise MigrationError(f"the guest has found {machine['guest']['failures']} failures")
-        if machine["guest"]["operations"] >= operations:
-            return machine
-        await trio.sleep(LOOK_S)
+    """In daemons that are new, as QEMU's processes are; `migrate`: more arguments of that request."""
+    moved = await move(kind, size_bytes, "random", OPERATIONS[kind], **migrate)
+    counted = moved.counted
+    return {
+        "downtime-ms": counted["downtime-ms"],
+        "total-ms": moved.total_ms,
+        "from-pause-ms": counted["total-ms"],
+        "blocktime-ms": max(counted["blocktime-ms"], default=0.0),
+        "p50": counted["fault-latency-us"]["p50"],
+        "p99": counted["fault-latency-us"]["p99"],
+    }
