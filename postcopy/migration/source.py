@@ -443,6 +443,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
     def _runs_there(self, since_ns: int) -> None:
         self.running_ns = since_ns
         self.downtime_ns = since_ns - self.paused_ns
+        self._push_the_rest()
         self.breakdown = replace(self.breakdown, commit_ns=since_ns - self._prepared_ns)
         self._change()
 
@@ -571,7 +572,8 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         for number, bitmap in enumerate(changed):
             tell(number, bitmap)
         server.serve()
-        rest_bytes = (self._left_pages + _count(changed)) * max(self._accepted.page_bytes)
+        dirty = _count(changed)
+        rest_bytes = (self._left_pages + dirty) * max(self._accepted.page_bytes)
         whole = protocol.version >= 4 and self._policy.whole(rest_bytes)
         parts["dirty_ns"] = now_ns()
         state = await machine.save_state()
@@ -581,6 +583,8 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             await self._round(control, part, changed, timeout_s=options.prepare_timeout_s)
             server.push()
             await control.send(protocol.send(wire.Switchover(state, 0, whole=True)))
+        elif part is wire.StaleMap and not dirty:
+            await control.send(protocol.send(wire.Switchover(state, 0)))
         else:
             await send_maps(control, part, changed, lambda maps: wire.Switchover(state, maps))
         parts["send_ns"] = now_ns()
@@ -595,7 +599,6 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             self.committed_ns = now_ns()
             await control.send(commit)
         finally:  # whether it arrives or not, the machine never answers here again
-            server.start()
             self._count_precopy()
             self._took(parts)
             with trio.CancelScope(shield=True):
@@ -647,12 +650,19 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             )
 
     async def _after_commit(self) -> None:
-        """What can wait until the machine runs there does: the news of it, too, which others take up in this thread."""
+        """What can wait until the machine runs there: it would compete with that, on this host or in this thread."""
         await self._until(lambda: self.committed_ns > 0)
         with trio.move_on_after(RUNS_WITHIN_S):
             await self._until(lambda: self.running_ns > 0)
+        self._push_the_rest()
         await self._close_changes()
         self._change()
+
+    def _push_the_rest(self) -> None:
+        """What has not been sent, and was not asked for; also on the connections of a recovery. No effect when that
+        has begun."""
+        assert self._data is not None
+        self._data.start()
 
     def _note(self, event: Event) -> None:
         super()._note(event)
@@ -686,6 +696,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
 
     async def _suspend(self) -> None:
         assert self._data is not None
+        self._push_the_rest()
         self.statistics()
         self.paused.set()
         # An image's destination may leave when it has what it wanted.

@@ -20,7 +20,7 @@ from postcopy.dataplane.pager import ChannelKind, Event, EventType, Pager, Pager
 from postcopy.dataplane.pageserver import PageServer, PageServerStatistics
 from postcopy.errors import CoreError, PeerError
 from postcopy.machines import BlockLayout, Check, Machine, MachineState, MachineStatistics, RamBlock
-from postcopy.memory import Memory
+from postcopy.memory import DirtyLog, Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceMigration, SourceOptions
@@ -33,6 +33,20 @@ PAGES = 40
 
 
 UNIT = 4096
+
+
+class FakeLog:
+    """Of a machine that writes its first page all the time."""
+
+    def __init__(self, machine: FakeMachine) -> None:
+        self.machine = machine
+        self.closed = False
+
+    def collect(self, index: int) -> Bitmap:
+        return bits(self.machine.memories[index].pages, (0, 1))
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class FakeMachine(Machine):
@@ -50,6 +64,11 @@ class FakeMachine(Machine):
         self.closed = False
         self.log: list[str] = []
         self.network_log: list[str] = []
+        self.logs: list[FakeLog] = []
+
+    def dirty_log(self) -> DirtyLog:
+        self.logs.append(FakeLog(self))
+        return cast(DirtyLog, self.logs[-1])
 
     @property
     def blocks(self) -> Sequence[RamBlock]:
@@ -242,6 +261,7 @@ class FakeServer(FakeEngine):
         self.gone: dict[int, Bitmap] = {}
         self.changed = trio.Event()
         self.release_error: CoreError | None = None
+        self.pager: FakePager | None = None  # which gets what is pushed
         self.stale: dict[int, Bitmap] = {}
         self.serving = self.started = False
         self.token = trio.lowlevel.current_trio_token()
@@ -269,6 +289,10 @@ class FakeServer(FakeEngine):
         for kind, index in self.fds:
             if kind == "bulk":
                 self.channel.tell(EventType.BULK_END, ChannelKind.BULK, index)
+                if self.pager is not None:
+                    self.pager.channel.tell(EventType.BULK_END, ChannelKind.BULK, index)
+        if self.pager is not None and self.serving:
+            self.pager.channel.tell(EventType.COMPLETE)
 
     def stop_push(self) -> None:
         self.log.append("stops")
@@ -433,7 +457,9 @@ def make_pair(
     make_machine: Callable[..., Machine] | None = None,
     controls: tuple[socket.socket, socket.socket] | None = None,
     release_ram: bool = False,
+    **options: Any,
 ) -> Pair:
+    """`options`: more of `SourceOptions`."""
     here, there = controls or socket.socketpair()
     machine, twin, pager, meeting = FakeMachine(), FakeMachine(), FakePager(), Meeting()
     machine.state = MachineState.RUNNING
@@ -441,6 +467,7 @@ def make_pair(
 
     def make_server(bandwidth: int) -> PageServer:
         servers.append(FakeServer(bandwidth))
+        servers[-1].pager = pager
         return cast(PageServer, servers[-1])
 
     def make_twin(kind: str, config: Mapping[str, Any], layout: Sequence[BlockLayout]) -> Machine:
@@ -457,7 +484,7 @@ def make_pair(
         SourceMigration(
             machine,
             FakeLink(here, meeting),
-            SourceOptions(bulk_channels=1, release_ram=release_ram),
+            SourceOptions(bulk_channels=1, release_ram=release_ram, **options),
             make_server=make_server,
             on_change=look,
         ),
@@ -538,16 +565,19 @@ class Peer:
 
 @contextlib.asynccontextmanager
 async def lone_source(
-    meeting: Meeting | None = None, server: FakeServer | None = None
+    meeting: Meeting | None = None,
+    server: FakeServer | None = None,
+    until: type[p.Message] = p.Switchover,
+    **options: Any,
 ) -> AsyncIterator[tuple[Peer, SourceMigration, FakeMachine]]:
-    """With a `server` of the caller's: one that gives memory back."""
+    """With a `server` of the caller's: one that gives memory back. `until`: what it has said when this begins."""
     here, there = socket.socketpair()
     machine = FakeMachine()
     machine.state = MachineState.RUNNING
     source = SourceMigration(
         machine,
         FakeLink(here, meeting),
-        SourceOptions(bulk_channels=1, release_ram=server is not None),
+        SourceOptions(bulk_channels=1, release_ram=server is not None, **options),
         make_server=lambda bandwidth: cast(PageServer, server or FakeServer(bandwidth)),
     )
     peer, stop, go = Peer(there), trio.Event(), trio.Event()
@@ -557,8 +587,8 @@ async def lone_source(
         await peer.read(p.Offer)
         await peer.say(p.Accept((UNIT, UNIT), 2, 1))
         await peer.say(p.Ready())
-        await peer.read(p.Switchover)
-        assert machine.state is MachineState.PAUSED
+        await peer.read(until)
+        assert machine.state is (MachineState.PAUSED if until is p.Switchover else MachineState.RUNNING)
         yield peer, source, machine
         stop.set()
     await peer.stream.aclose()

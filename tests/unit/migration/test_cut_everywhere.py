@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 
 import pytest
@@ -12,6 +13,7 @@ import trio.testing
 from postcopy import wire as p
 from postcopy.dataplane.pager import EventType
 from postcopy.machines import MachineState
+from postcopy.migration.precopy import Mode
 from postcopy.wire import State
 from tests.unit.migration._engines import (
     Pair,
@@ -54,10 +56,10 @@ class Cable:
             self.scope.cancel()
 
 
-async def over_a_cable(direction: str, limit: int | None) -> tuple[Pair, Cable]:
+async def over_a_cable(direction: str, limit: int | None, mode: Mode) -> tuple[Pair, Cable]:
     """A whole migration; whoever comes back to one that is over is told so, as a listener would."""
     cable = Cable(direction, limit)
-    pair = make_pair(controls=(cable.ends[0][0], cable.ends[1][0]))
+    pair = make_pair(controls=(cable.ends[0][0], cable.ends[1][0]), mode=mode, precopy_s=math.inf)
     pair.meeting.open.set()
     pair.go.set()
 
@@ -79,15 +81,18 @@ async def over_a_cable(direction: str, limit: int | None) -> tuple[Pair, Cable]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", [Mode.POSTCOPY, Mode.HYBRID])
 @pytest.mark.parametrize("direction", ["to-dest", "to-source"])
-async def test_cut_everywhere(direction: str) -> None:
-    """The first connection breaks at any byte, in the middle of a message or between two: one side has the machine, and
-    runs it; behind the point of no return everything comes all the same."""
-    pair, cable = await over_a_cable(direction, None)
+async def test_cut_everywhere(direction: str, mode: Mode) -> None:
+    """The first connection breaks at any byte (with precopy: at many), in a message or between two: one side has the
+    machine, and runs it; behind the point of no return everything comes all the same."""
+    pair, cable = await over_a_cable(direction, None, mode)
+    assert [log.closed for log in pair.machine.logs] == [True] * (mode is Mode.HYBRID)
     assert pair.source.state is pair.dest.state is State.COMPLETED
     ends = []
-    for limit in range(cable.passed[direction]):
-        pair, _ = await over_a_cable(direction, limit)
+    for limit in range(0, cable.passed[direction], 1 if mode is Mode.POSTCOPY else 7):
+        pair, _ = await over_a_cable(direction, limit, mode)
+        assert all(log.closed for log in pair.machine.logs), limit
         assert pair.source.state is pair.dest.state, limit
         here, there = pair.machine.state is MachineState.RUNNING, pair.twin.resumed == 1
         assert (here, there) == ((True, False) if pair.source.state is State.ABORTED else (False, True)), limit
