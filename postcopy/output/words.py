@@ -78,7 +78,7 @@ AT_DESTINATION = ("arm", "load", "first-run")
 
 
 def in_round(status: str, ram: Json) -> str:
-    """What precopy does at the moment: ``round 3: 12 MiB left, 5.1 MiB/s dirtied``. Empty: there is none, or no more."""
+    """What precopy does at the moment: ``round 3: 12 MiB left, 5.1 MiB/s dirtied``; empty where there is none."""
     if status != "active" or not ram.get("iteration"):
         return ""
     left = f"{format_size(ram['remaining'])} left" if ram.get("remaining") is not None else ""
