@@ -170,9 +170,9 @@ class TestKvm:
         else:
             source.wait_status("active")
         if moment == "switchover":
-            # Stopped, it takes what the source sends and never answers: the machine is paused, and waits for it.
+            # Stopped, it takes what the source sends and never answers: the source gives it up.
             dest.signal(signal.SIGSTOP)
-            source.wait_for("pause", lambda line: line.get("guest", {}).get("state") == "paused")
+            source.wait_for("failure", lambda line: line["event"] == "migration-ended")
         dest.signal(signal.SIGKILL)
         if moment == "setup":
             # Which of the two it is depends on who was faster; either way it ends in order, or computes on.
