@@ -3,8 +3,8 @@
 
 ``python -m postcopy.testbed.soak --seconds 600`` runs one `postcopy demo` after the other, each with its own seed; each
 verifies every page of its machine. Every other one has its pager in a process of its own, which is killed a few times;
-half of either kind have a source that gives its memory back as it goes. The seed chooses the mode. The first one that fails ends it, and is named
-so that it can be run again.
+half of either kind have a source that gives its memory back as it goes. The seed chooses the mode. The first one that
+fails ends it, and is named so that it can be run again.
 """
 
 from __future__ import annotations
