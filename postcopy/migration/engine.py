@@ -386,7 +386,10 @@ class Engine(abc.ABC, Generic[P, D]):
     async def _after_connection(self, control: Control[P], failure: PostcopyError) -> None:
         """A connection has ended of `failure`. Shielded; bounded in time."""
         await self._take_back()
-        await control.give_reason(str(failure))
+        if isinstance(failure, ChannelLost):  # the control connection ends without a word, too: it may be tried again
+            self._protocol.connection_lost(str(failure))
+        else:
+            await control.give_reason(str(failure))
         if self._protocol.recoverable:
             await self._suspend()
 

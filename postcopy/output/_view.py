@@ -12,6 +12,7 @@ from postcopy.output.words import (
     format_count,
     format_duration,
     format_speed,
+    in_round,
     phase,
 )
 from postcopy.records import Json
@@ -42,6 +43,7 @@ class View:
             ram, latency = job.get("ram") or {}, job.get("fault-latency-us") or {}
             arrived, total = arrived_bytes(ram), ram.get("total") or 0
             moving = job.get("status", "").startswith(("postcopy", "active"))
+            copying = in_round(job.get("status", ""), ram)
             key = (str(machine["name"]), str(job.get("migration-id")))
             rate = 0.0
             if moving:
@@ -56,7 +58,7 @@ class View:
                     str(machine["name"]),
                     format_size(machine["memory"]) if machine.get("memory") else "",
                     str(guest.get("state", "")),
-                    f"{job['status']}, {job.get('direction')}" if job else "",
+                    f"{copying.partition(':')[0] or job['status']}, {job.get('direction')}" if job else "",
                     f"{100 * arrived / total:.0f} %" if moving and arrived is not None else "",
                     format_speed(rate) if moving else "",
                     left,
@@ -71,9 +73,7 @@ class View:
         if "machines" in now:
             return [(str(now["side"]), count_machines(now))]
         side, ram, guest = str(now["side"]), now.get("ram") or {}, now.get("guest") or {}
-        starts_in_ms = now.get("starts-in-ms")
-        doing = phase(side, str(now["status"]), guest, None if starts_in_ms is None else starts_in_ms / 1e3)
-        result = [(str(now.get("name", side)), doing)]
+        result = [(str(now.get("name", side)), phase(now))]
         if self.subject:
             result.append(("machine", self.subject))
         arrived, total, transferred = arrived_bytes(ram), ram.get("total") or 0, ram.get("transferred") or 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable
 
 from postcopy.records import Json
 from postcopy.units import format_size
@@ -67,9 +68,34 @@ class Rate:
         return (value - seen[0][1]) / elapsed_s if elapsed_s > 0 else 0.0
 
 
-def phase(side: str, status: str, guest: Json, starts_in_s: float | None = None) -> str:
-    """What a migration of this status (docs/results.md) does at the moment; `guest`: what the machine says of itself,
-    where there is one."""
+def format_parts(parts: Json, names: Iterable[str]) -> str:
+    """Of `downtime-breakdown-us`, those that are known, without their unit: ``stop 90, state 460``."""
+    return ", ".join(f"{name} {parts[name]:.0f}" for name in names if parts.get(name) is not None)
+
+
+AT_SOURCE = ("stop", "dirty", "state", "send", "prepared", "commit")
+AT_DESTINATION = ("arm", "load", "first-run")
+
+
+def in_round(status: str, ram: Json) -> str:
+    """What precopy does at the moment: ``round 3: 12 MiB left, 5.1 MiB/s dirtied``; empty where there is none."""
+    if status != "active" or not ram.get("iteration"):
+        return ""
+    left = f"{format_size(ram['remaining'])} left" if ram.get("remaining") is not None else ""
+    rate = (ram.get("dirty-pages-rate") or 0) * (ram.get("page-size") or 0)
+    dirtied = f"{format_speed(rate)} dirtied" if ram.get("dirty-sync-count") else ""  # it has been looked
+    known = ", ".join(filter(None, (left, dirtied)))
+    return f"round {ram['iteration']}{known and ': '}{known}"
+
+
+def phase(now: Json) -> str:
+    """What a migration of this status (docs/results.md) does at the moment. `now`: its progress, as `--json` has it."""
+    side, status, guest = str(now["side"]), str(now["status"]), now.get("guest") or {}
+    if (now.get("attempts") or 1) > 1 and status in ("connecting", "setup"):
+        return f"connection lost; the machine has stayed here; trying again (attempt {now['attempts']})"
+    if side == "source" and (copying := in_round(status, now.get("ram") or {})):
+        return f"copying, {copying}"
+    starts_in_s = (now.get("starts-in-ms") or 0) / 1e3
     live = "operations" in guest or not guest
     if live and side == "source" and status in ("setup", "active") and guest.get("state") in ("created", "running"):
         if guest["state"] == "created":
@@ -88,7 +114,7 @@ _PHASES = {
     ("dest", "setup"): "waiting for the source",
     ("", "setup"): "setting up",
     ("source", "active"): "switching over",
-    ("dest", "active"): "receiving the state of the machine",
+    ("dest", "active"): "receiving; the machine runs at the source",
     ("source", "postcopy-active"): "sending pages; the machine runs at the destination",
     ("dest", "postcopy-active"): "fetching pages; the machine runs here",
     ("source", "postcopy-paused"): "disconnected; waiting for the destination",

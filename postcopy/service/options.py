@@ -134,9 +134,9 @@ def sending(given: Mapping[str, Any], base: SourceOptions = DEFAULTS) -> SourceO
     names = {item.name for item in fields(SourceOptions)} - {"name"}  # of the machine
     options = replace(base, **{name: value for name, value in given.items() if name in names})
     mode, precopy_s = options.mode, options.precopy_s
-    if "mode" not in given and mode.has_rounds is not precopy_s > 0:
+    if "mode" not in given and mode.has_rounds is not (precopy_s > 0):
         return replace(options, mode=Mode.HYBRID if precopy_s else Mode.POSTCOPY)
-    if "precopy_s" not in given and mode.has_rounds is not precopy_s > 0:
+    if "precopy_s" not in given and mode.has_rounds is not (precopy_s > 0):
         return replace(options, precopy_s=math.inf if mode.has_rounds else 0.0)
     if precopy_s and not mode.has_rounds:
         raise ConfigurationError(

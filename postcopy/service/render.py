@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from postcopy.output.words import format_duration
+from postcopy.output.words import AT_DESTINATION, AT_SOURCE, format_duration, format_parts, in_round
 from postcopy.records import Json, Record
 from postcopy.records.figures import figures
 from postcopy.records.migration import LOST
@@ -13,6 +13,9 @@ from postcopy.records.migration import Migration as MigrationRecord
 from postcopy.units import format_size
 
 _LABEL_WIDTH = 18
+_OF_PRECOPY = ("iteration", "dirty-sync-count", "dirty-pages-rate", "precopy-bytes", "compressed-bytes",
+               "uncompressed-bytes")  # fmt: skip
+"""Not shown where they are 0: there is none, or no compression."""
 
 
 def render_answer(request: str, answer: Json) -> str:
@@ -90,7 +93,18 @@ def _job_rows(job: Json) -> list[tuple[str, str]]:
         ("Peer", _peer(job)),
         ("Time elapsed", format_duration(job.get("elapsed-ms", 0) / 1e3)),
     ]
-    rows += _figure_rows(MigrationRecord, job)
+    ram, parts = job.get("ram") or {}, job.get("downtime-breakdown-us") or {}
+    if (job.get("attempts") or 1) > 1:
+        rows.append(("Attempts", str(job["attempts"])))
+    if job.get("mode"):
+        rows.append(("Mode", str(job["mode"])))
+    if copying := in_round(str(job["status"]), ram):
+        rows.append(("Precopy", copying))
+    of_precopy = {key for key in _OF_PRECOPY if not ram.get(key)}
+    rows += _figure_rows(MigrationRecord, job | {"ram": {key: ram[key] for key in ram if key not in of_precopy}})
+    for label, names in (("Of it here, us", AT_SOURCE), ("Of it there, us", AT_DESTINATION)):
+        if shown := format_parts(parts, names):
+            rows.append((label, shown))
     if (job.get("fault-latency-us") or {}).get("count"):
         median, most = (format_duration(job["fault-latency-us"][key] / 1e6) for key in ("p50", "p99"))
         rows.append(("Fault latency", f"median {median}, 99 % within {most}"))

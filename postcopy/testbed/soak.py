@@ -3,8 +3,8 @@
 
 ``python -m postcopy.testbed.soak --seconds 600`` runs one `postcopy demo` after the other, each with its own seed; each
 verifies every page of its machine. Every other one has its pager in a process of its own, which is killed a few times;
-half of either kind have a source that gives its memory back as it goes. The first one that fails ends it, and is named
-so that it can be run again.
+half of either kind have a source that gives its memory back as it goes. The seed chooses the mode. The first one that
+fails ends it, and is named so that it can be run again.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from postcopy.testbed.chaos import ChaosPlan
 from postcopy.units import argument, format_exact_size, parse_seconds, parse_size, parse_whole
 
 WORKLOADS = ("random", "dirty")
+MODES = ("postcopy", "hybrid", "hybrid", "precopy", "stop-and-copy")  # chosen by the seed
 PAGERS = ("thread", "process")
 PLAN = "cut:every=0.05..0.25,down=0..0.05,ways=reset+reset+reset+close+truncate"
 DEADLINE_S = 300
@@ -55,6 +56,7 @@ def command(workload: str, memory_bytes: int, seed: int, plan: str, pager: str, 
         "0.5",
     ]
     network = ["--migrate-after", "0.2", "--chaos", plan, "--seed", str(seed)]
+    network += ["--mode", MODES[seed % len(MODES)]]
     return ["demo", "--json", *machine, *network, "--pager", pager, *(["--release-ram"] if release else [])]
 
 

@@ -65,6 +65,16 @@ def test_image(side: Start, tmp_path: Path, plan: str) -> None:
         assert result["recoveries"]["count"] > 0
 
 
+@pytest.mark.needs("uffd", "kvm")
+def test_hybrid(side: Start) -> None:
+    """Cut in the rounds of precopy, it is begun again; cut after the switchover, it recovers."""
+    arguments = ("--memory", "16MiB", "--max-bandwidth", "16MiB/s", "--mode", "hybrid", "--run-for", "0.1")
+    plan = ("--migrate-after", "0.1", "--chaos", "cut", "--seed", seed())
+    status, result, errors = side("demo", "--json", *arguments, *plan).end(100)
+    assert status == 0, errors
+    assert (result["status"], result["verified"]) == ("completed", True)
+
+
 @pytest.mark.needs("uffd-user")
 def test_by_hand(side: Start, tmp_path: Path) -> None:
     """`postcopy chaos` between two programs, which see no difference to a cable."""

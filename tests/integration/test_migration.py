@@ -163,15 +163,16 @@ class TestKvm:
         """SIGKILL at the destination, whenever: the machine goes on at the source."""
         dest = side("dest", "--json", "--listen", "127.0.0.1:0")
         after = {"setup": "60", "ready": "60", "switchover": "1.5"}[moment]
-        source = side(*KVM, "--workload", "dirty", "--connect", dest.address, "--migrate-after", after)
+        given_up = ("--migrate-after", after, "--recover-for", "0")
+        source = side(*KVM, "--workload", "dirty", "--connect", dest.address, *given_up)
         if moment == "setup":
             dest.wait_for("source", lambda line: line.get("ram") is not None)
         else:
             source.wait_status("active")
         if moment == "switchover":
-            # Stopped, it takes what the source sends and never answers: the machine is paused, and waits for it.
+            # Stopped, it takes what the source sends and never answers: the source gives it up.
             dest.signal(signal.SIGSTOP)
-            source.wait_for("pause", lambda line: line.get("guest", {}).get("state") == "paused")
+            source.wait_for("failure", lambda line: line["event"] == "migration-ended")
         dest.signal(signal.SIGKILL)
         if moment == "setup":
             # Which of the two it is depends on who was faster; either way it ends in order, or computes on.
@@ -195,6 +196,55 @@ class TestKvm:
         assert result["status"] == "failed"
         assert result["guest"]["failures"] == 0
         assert errors.count("postcopy: error:") == 1
+
+    def test_begun_again(self, side: Start, operator: Callable[[str], Any], tmp_path: Path) -> None:
+        """A destination that dies in the middle of precopy costs nothing but the work done: another one at its address
+        gets the machine, which has run on."""
+        dest = side("dest", "--json", "--listen", "127.0.0.1:0")
+        slowly = ("--precopy", "auto", "--max-bandwidth", "1MiB/s", "--control", tmp_path / "s")
+        source = side(*KVM, "--workload", "random", "--connect", dest.address, "--migrate-after", "0", *slowly)
+        source.wait_for("rounds", lambda line: (line.get("ram") or {}).get("iteration"))
+        dest.signal(signal.SIGKILL)
+        source.wait_for("another attempt", lambda line: line.get("attempts", 1) > 1)
+        source.operations_after(source.lines[-1])
+        last = side("dest", "--json", "--listen", dest.address, "--run-for", "0.1")
+        source.wait_for("rounds", lambda line: line.get("attempts", 1) > 1 and (line.get("ram") or {}).get("iteration"))
+        operator("s").ask("set", "--max-bandwidth", "none")
+        for one in (last, source):
+            status, result, errors = one.end()
+            assert status == 0, errors
+            assert result["status"] == "completed"
+        assert last.end()[1]["verified"] is True
+        assert result["attempts"] > 1
+        assert "begun again" in errors
+        assert len(source.events("migration-ended")) == 1
+
+    @pytest.mark.parametrize("mode", ["precopy", "stop-and-copy"])
+    def test_modes_without_postcopy(self, side: Start, mode: str) -> None:
+        machine = ("--memory", "16MiB", "--workload", "dirty", "--working-set", "4MiB")
+        arguments = (*machine, "--migrate-after", "0.1", "--run-for", "0.1", "--mode", mode)
+        status, result, errors = side("demo", "--json", *arguments).end(100)
+        assert status == 0, errors
+        assert (result["verified"], result["mode"]) == (True, mode)
+        ram = result["ram"]
+        assert ram["postcopy-requests"] == ram["demand-pages"] == 0
+        assert ram["precopy-bytes"] > 4 * MIB
+        assert ram["postcopy-bytes"] < ram["page-size"]  # nothing but the end of the push
+        assert bool(ram["iteration"]) is (mode == "precopy")
+        assert {"stop", "state", "send", "prepared", "commit", "load"} <= result["downtime-breakdown-us"].keys()
+
+    def test_precopy_saves_requests(self, side: Start) -> None:
+        """What the machine has written since the last round fits the downtime that is allowed, however slow the host:
+        so no page is missing when it goes on. Without precopy it goes on before any has come."""
+        machine = ("--memory", "16MiB", "--workload", "dirty", "--working-set", "4MiB", "--max-bandwidth", "16MiB/s")
+        requests = []
+        for precopy in (("auto", "--max-downtime", "1min"), ("off",)):
+            arguments = (*machine, "--migrate-after", "0.1", "--run-for", "0.1", "--precopy", *precopy)
+            status, result, errors = side("demo", "--json", *arguments).end(100)
+            assert status == 0, errors
+            assert result["verified"] is True
+            requests.append(result["ram"]["postcopy-requests"])
+        assert requests[0] < requests[1]
 
     def test_destinations_killed_at_random_instants(self, side: Start) -> None:
         """Whenever its destination dies, the machine is computing at the source, or belongs to the dead and says so."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -27,7 +29,7 @@ from postcopy.records.commands import Chaos, ChaosResult, DemoLab, DemoResult, L
 from postcopy.records.events import DestResult, Progress, SourceResult
 from postcopy.service import options
 from postcopy.service.options import Group, Option
-from postcopy.testbed.chaos import KINDS, ChaosPlan, open_chaos_proxy
+from postcopy.testbed.chaos import KINDS, ChaosPlan, ChaosProxy, open_chaos_proxy
 from postcopy.testbed.chaos.command import parse_plan
 from postcopy.testbed.demo._result import check, merge, show
 from postcopy.testbed.demo._side import Side
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 MIN_IMAGE_BYTES = 1 << 20
 CUT_PUSH_S = 6.0  # that the push of all memory takes where connections are to be cut meanwhile, whatever its size
 MIN_CUT_BANDWIDTH = 256 << 10
+MOST_CUT_ATTEMPTS = 3
+CUT_WITHIN_S = 0.3  # of the first round
 DEADLINE_S = 300.0
 DEADLINE_PUSHES = 4  # the deadline is so many times as long as the push should take, where that is more
 LAB_HEARTBEAT_S = 0.5  # a cable that is pulled out tells nobody: silence does
@@ -97,6 +101,7 @@ class DemoCommand:
             raise ConfigurationError("--release-ram: an image is a file, which stays as it is; leave the option out")
         if not image:
             values |= MACHINE_DEFAULTS | values
+        options.check_sending(values, options.sending(values), values["kind"])
         self._echo = not image and values["workload"] == "echo"
         if self._echo:
             if not self._lab:
@@ -304,11 +309,31 @@ class DemoCommand:
             if (seen := child.result) is not None:
                 said.connections, said.refused, said.cuts = seen.connections, seen.refused, seen.cuts
             return
-        # Nothing is cut before the point of no return: that would only keep the machine where it is.
-        async with open_chaos_proxy(address, self._chaos, begin=source.committed) as proxy:
+        # By itself nothing is cut before the point of no return: that would only keep the machine where it is.
+        async with (
+            open_chaos_proxy(address, self._chaos, begin=source.committed) as proxy,
+            trio.open_nursery() as nursery,
+        ):
+            if self._chaos.cut_every_s is not None:
+                nursery.start_soon(self._cut_rounds, self._chaos, proxy, source)
             yield str(proxy.address), said
+            nursery.cancel_scope.cancel()
             counted = proxy.statistics
             said.connections, said.refused, said.cuts = counted.connections, counted.refused, counted.by_way
+
+    async def _cut_rounds(self, plan: ChaosPlan, proxy: ChaosProxy, source: Side[SourceResult]) -> None:
+        """Cuts some of the attempts in the middle of precopy, each once; then lets one come through."""
+        choose = random.Random(plan.seed)
+        for attempt in range(1, 1 + choose.randint(1, MOST_CUT_ATTEMPTS)):
+            if not await source.comes_to(partial(_copies, attempt)):
+                return
+            await trio.sleep(choose.uniform(0, CUT_WITHIN_S))
+            if not _copies(attempt, source.progress):
+                return  # it has come through
+            proxy.cut(choose.choice(plan.ways))
+            proxy.refuse()
+            await trio.sleep(choose.uniform(*plan.down_s))
+            proxy.heal()
 
     def _chaos_arguments(self, address: str) -> list[str]:
         assert self._chaos is not None
@@ -317,7 +342,8 @@ class DemoCommand:
 
     def _progress(self, source: Side[SourceResult], dest: Side[DestResult]) -> Progress:
         # What matters is at the source until the machine is not there any more.
-        return dest.progress if dest.progress.status not in ("setup", "active") else source.progress
+        begun = dest.progress.status not in ("setup", "active", "in-doubt", "failed")
+        return dest.progress if begun else source.progress
 
     def _dest_arguments(self, host: str) -> list[str]:
         return self._arguments("dest", listen=f"{host}:0")
@@ -328,6 +354,11 @@ class DemoCommand:
     def _arguments(self, command: str, **more: Any) -> list[str]:
         values = {name: value for name, value in self._values.items() if name != "log_json"}
         return [command, *options.to_arguments(options.COMMANDS[command], values | {"json": True} | more)]
+
+
+def _copies(attempt: int, now: Progress) -> bool:
+    """Whether this attempt is in the rounds of its precopy."""
+    return now.attempts == attempt and now.status == "active" and bool(now.ram and now.ram.iteration)
 
 
 async def _pull_the_cable(source: Side[SourceResult], dest: Side[DestResult], host: Host, seen: list[DemoLab]) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from postcopy.output.tables import Span, print_line, print_table, row
-from postcopy.output.words import format_count, format_duration
+from postcopy.output.words import AT_DESTINATION, AT_SOURCE, format_count, format_duration, format_parts
+from postcopy.records import as_json
 from postcopy.records.commands import DemoResult
 from postcopy.records.events import DestResult, SourceResult
 from postcopy.records.migration import Check
@@ -46,10 +47,13 @@ def merge(source: SourceResult, dest: DestResult) -> DemoResult:
         status="completed" if completed else next(s for s in (dest.status, source.status) if s != "completed"),
         error=dest.error or source.error,
         migration_id=dest.migration_id,
+        attempts=source.attempts,
+        mode=source.mode,
         peer=dest.peer,
         kind=dest.kind or source.kind,
         downtime_ms=dest.downtime_ms,
         total_ms=dest.total_ms,
+        downtime_breakdown_us=dest.downtime_breakdown_us,
         ram=dest.ram,
         pending_faults=dest.pending_faults,
         fault_latency_us=dest.fault_latency_us,
@@ -82,6 +86,11 @@ def show(result: DemoResult, subject: str, console: Console) -> None:
 def _rows(result: DemoResult) -> Iterator[tuple[str, str]]:
     if result.downtime_ms:
         yield "downtime", _ms(result.downtime_ms)
+    if result.downtime_breakdown_us is not None:
+        parts = as_json(result.downtime_breakdown_us)
+        for label, names in (("of it, in µs", AT_SOURCE), ("there, in µs", AT_DESTINATION)):
+            if shown := format_parts(parts, names):
+                yield label, shown
     if pings := result.pings:
         gap_ms = pings.switchover_gap_ms
         gap = "no answers" if gap_ms is None else f"{_ms(gap_ms)} between two answers"
@@ -93,8 +102,17 @@ def _rows(result: DemoResult) -> Iterator[tuple[str, str]]:
         again = f" ({ram.duplicate_pages} twice)" if ram.duplicate_pages else ""
         background = f"{ram.background_pages} in background{again}"
         yield "pages", f"{ram.demand_pages} on demand, {background}, {ram.zero_pages} zero"
+        if ram.iteration:
+            after = f"{format_size(ram.postcopy_bytes)} after it" if ram.postcopy_bytes else "nothing after it"
+            rounds = format_count(ram.iteration, "round")
+            yield "precopy", f"{rounds}, {format_size(ram.precopy_bytes or 0)} before the switchover, {after}"
+        if ram.compressed_bytes and ram.uncompressed_bytes:
+            yield "compressed", f"{format_size(ram.uncompressed_bytes)} to {format_size(ram.compressed_bytes)}"
     if result.source is not None and result.source.ram is not None and result.source.ram.released:
         yield "released at the source", format_size(result.source.ram.released)
+    if (result.attempts or 1) > 1:
+        lost = format_count((result.attempts or 1) - 1, "connection")
+        yield "attempts", f"{result.attempts}: {lost} lost before the switchover, the machine ran on"
     if (latency := result.fault_latency_us) is not None and latency.count:
         times = (("median", latency.p50), ("99 % within", latency.p99), ("longest", latency.max))
         yield "fault latency", ", ".join(f"{word} {format_duration(us / 1e6)}" for word, us in times)

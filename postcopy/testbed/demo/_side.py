@@ -82,13 +82,19 @@ class Side(Generic[R]):
         return self.result
 
     async def until(self, what: str, found: Callable[[Progress], bool]) -> None:
-        """Waits for a progress of which `found` is true; `MigrationError` when its end comes first. One waiter."""
+        """Waits for a progress of which `found` is true; `MigrationError` when its end comes first."""
+        if not await self.comes_to(found):
+            await self.good_end()  # what it has died of says more
+            raise MigrationError(f"{self.name} was at its end before {what}")
+
+    async def comes_to(self, found: Callable[[Progress], bool]) -> bool:
+        """Waits for a progress of which `found` is true; False when its end comes first. One waiter."""
         while not found(self.progress):
             if self._done.is_set():
-                await self.good_end()  # what it has died of says more
-                raise MigrationError(f"{self.name} was at its end before {what}")
+                return False
             self._news = trio.Event()
             await self._news.wait()
+        return True
 
     def _take(self, message: Json, output: Output) -> None:
         event = message.pop("event", None)

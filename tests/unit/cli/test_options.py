@@ -52,7 +52,7 @@ WRITTEN: dict[str, tuple[str, Any]] = {
     "metrics": (":9100", ":9100"),
     "metrics-file": ("x.prom", "x.prom"),
     "migrate-after": ("0.25", 0.25),
-    "mode": ("stop-and-copy", "stop-and-copy"),
+    "mode": ("hybrid", "hybrid"),
     "name": ("vm1", "vm1"),
     "net": ("tap:tap0", "tap:tap0"),
     "net-address": ("10.0.0.9", (10 << 24) + 9),

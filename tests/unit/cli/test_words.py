@@ -15,7 +15,17 @@ from postcopy.output import Output
 from postcopy.output._view import View
 from postcopy.output._writer import Writer, encoding_of
 from postcopy.output.tables import make_console, print_line, print_table, row
-from postcopy.output.words import Rate, arrived_bytes, format_coarsely, format_count, format_duration, phase
+from postcopy.output.words import (
+    AT_DESTINATION,
+    AT_SOURCE,
+    Rate,
+    arrived_bytes,
+    format_coarsely,
+    format_count,
+    format_duration,
+    format_parts,
+    phase,
+)
 from postcopy.testbed.demo import DemoCommand
 
 MIB = 1 << 20
@@ -72,7 +82,34 @@ def test_a_rate_begins_when_something_moves() -> None:
     ],
 )
 def test_phases(side: str, status: str, guest: dict[str, Any], starts_in_s: float | None, words: str) -> None:
-    assert phase(side, status, guest, starts_in_s) == words
+    waits = {} if starts_in_s is None else {"starts-in-ms": 1e3 * starts_in_s}
+    assert phase({"side": side, "status": status, "guest": guest} | waits) == words
+
+
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        ({"status": "active", "ram": {"iteration": 1, "remaining": 64 * MIB}}, "copying, round 1: 64 MiB left"),
+        (
+            {"status": "active", "ram": {"iteration": 3, "dirty-sync-count": 2, "remaining": 12 * MIB,
+             "dirty-pages-rate": 2611, "page-size": 4096}},
+            "copying, round 3: 12 MiB left, 10.2 MiB/s dirtied",
+        ),
+        ({"status": "active", "ram": {"iteration": 2}}, "copying, round 2"),
+        ({"status": "active", "ram": {"iteration": 0}}, "waiting until the machine is ready"),
+        ({"status": "postcopy-active", "ram": {"iteration": 3}}, "sending pages; the machine runs at the destination"),
+        ({"status": "connecting", "attempts": 3},
+         "connection lost; the machine has stayed here; trying again (attempt 3)"),
+    ],
+)  # fmt: skip
+def test_phases_of_precopy(now: dict[str, Any], words: str) -> None:
+    assert phase({"side": "source", "guest": {"state": "running", "operations": 1}} | now) == words
+
+
+def test_parts_of_the_downtime() -> None:
+    parts = {"stop": 90.4, "commit": 640.0, "load": 345.2, "first-run": 0.0}
+    assert format_parts(parts, AT_SOURCE) == "stop 90, commit 640"
+    assert format_parts(parts, AT_DESTINATION) == "load 345, first-run 0"
 
 
 def test_what_has_arrived() -> None:
