@@ -93,8 +93,8 @@ int pc_file_present(int fd, uint64_t size_bytes, uint64_t page_bytes, uint64_t *
     return error ? error : pc_range_present(fd, 0, 0, size_bytes, page_bytes, present_words);
 }
 
-/* By PAGEMAP_SCAN. -ENOTTY on kernels before 6.7. */
-static int scan_mapping(int pagemap, uint64_t address, uint64_t bytes, uint64_t page_bytes, uint64_t *words)
+/* By PAGEMAP_SCAN. -ENOTTY on kernels before 6.7. Page 0 is at `origin`. */
+static int scan_mapping(int pagemap, uint64_t origin, uint64_t address, uint64_t bytes, uint64_t page_bytes, uint64_t *words)
 {
     struct pc_pagemap_region regions[256];
     struct pc_pagemap_query query = {
@@ -115,7 +115,7 @@ static int scan_mapping(int pagemap, uint64_t address, uint64_t bytes, uint64_t 
         if (got < 0)
             return (int)got;
         for (int64_t i = 0; i < got; i++)
-            set_bytes(words, regions[i].start - address, regions[i].end - address, page_bytes);
+            set_bytes(words, regions[i].start - origin, regions[i].end - origin, page_bytes);
         if (walk_end <= query.start)
             return -EIO;
         query.start = walk_end;
@@ -124,9 +124,9 @@ static int scan_mapping(int pagemap, uint64_t address, uint64_t bytes, uint64_t 
 }
 
 /* By /proc/self/pagemap: the same, except that it cannot tell the zero page. */
-static int read_pagemap(int pagemap, uint64_t address, uint64_t bytes, uint64_t page_bytes, uint64_t *words)
+static int read_pagemap(int pagemap, uint64_t origin, uint64_t address, uint64_t bytes, uint64_t page_bytes, uint64_t *words)
 {
-    uint64_t entries[512], system_page = pc_page_bytes();
+    uint64_t entries[512], system_page = pc_page_bytes(), offset = address - origin;
 
     for (uint64_t page = 0; page < bytes / system_page;) {
         uint64_t n = pc_least(PC_ARRAY_LENGTH(entries), bytes / system_page - page);
@@ -140,26 +140,49 @@ static int read_pagemap(int pagemap, uint64_t address, uint64_t bytes, uint64_t 
         n = (uint64_t)got / sizeof(entries[0]);
         for (uint64_t i = 0; i < n; i++)
             if (entries[i] & (PAGEMAP_PRESENT | PAGEMAP_SWAPPED))
-                set_bytes(words, (page + i) * system_page, (page + i + 1) * system_page, page_bytes);
+                set_bytes(words, offset + (page + i) * system_page, offset + (page + i + 1) * system_page, page_bytes);
         page += n;
     }
     return 0;
+}
+
+/* The next bytes, from *first on, of pages whose bit is not set: how many, 0 for none. */
+static uint64_t unknown_bytes(const struct pc_memory *memory, const uint64_t *words, uint64_t *first)
+{
+    uint64_t pages = memory->size_bytes / memory->page_bytes;
+    uint64_t page = pc_bitmap_next(words, pages, *first / memory->page_bytes, 0);
+
+    *first = page * memory->page_bytes;
+    return page < pages ? (pc_bitmap_next(words, pages, page, 1) - page) * memory->page_bytes : 0;
 }
 
 /* Pages in the page tables of this process. Without /proc: -errno. (mincore(2) is no substitute: it calls a page that was
  * swapped out absent, and its content would be taken for zeros.) */
 static int mapping_present(const struct pc_memory *memory, uint64_t *words)
 {
-    uint64_t address = (uint64_t)(uintptr_t)memory->base;
+    uint64_t base = (uint64_t)(uintptr_t)memory->base, first = 0, bytes;
     int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    int result;
+    int result = 0;
 
     if (pagemap < 0)
         return -errno;
-    result = scan_mapping(pagemap, address, memory->size_bytes, memory->page_bytes, words);
-    if (result == -ENOTTY || result == -EINVAL)
-        result = read_pagemap(pagemap, address, memory->size_bytes, memory->page_bytes, words);
+    for (; !result && (bytes = unknown_bytes(memory, words, &first)); first += bytes) {
+        result = scan_mapping(pagemap, base, base + first, bytes, memory->page_bytes, words);
+        if (result == -ENOTTY || result == -EINVAL)
+            result = read_pagemap(pagemap, base, base + first, bytes, memory->page_bytes, words);
+    }
     close(pagemap);
+    return result;
+}
+
+/* What the memory file holds. */
+static int memfd_present(const struct pc_memory *memory, uint64_t *words)
+{
+    uint64_t first = 0, bytes;
+    int result = pc_file_holds(memory->fd, memory->size_bytes, memory->page_bytes);
+
+    for (; !result && (bytes = unknown_bytes(memory, words, &first)); first += bytes)
+        result = pc_range_present(memory->fd, 0, first, bytes, memory->page_bytes, words);
     return result;
 }
 
@@ -204,7 +227,7 @@ int pc_memory_present(const struct pc_memory *memory, uint64_t *present_words)
 {
     switch (memory->kind) {
     case PC_MEMORY_MEMFD:
-        return pc_file_present(memory->fd, memory->size_bytes, memory->page_bytes, present_words);
+        return memfd_present(memory, present_words);
     case PC_MEMORY_HUGETLB:
         return huge_present(memory, present_words);
     case PC_MEMORY_ANON:

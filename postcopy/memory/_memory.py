@@ -217,9 +217,10 @@ class Memory:
 
     # ---- what is in it
 
-    def present(self, page_bytes: int | None = None) -> Bitmap:
+    def present(self, page_bytes: int | None = None, known: Bitmap | None = None) -> Bitmap:
         """Which pages may hold something other than zeros, found without touching or populating any. In units of
-        `page_bytes`, by default the memory's own. Blocks on I/O."""
+        `page_bytes`, by default the memory's own. `known`: pages that do, in the same units; to ask again then takes
+        as long as there are others. Blocks on I/O."""
         unit = page_bytes or self.page_bytes
         with self.in_use("present"):
             if self._kind is MemoryKind.FILE:
@@ -229,7 +230,7 @@ class Memory:
                 return bitmap
             if self._kind is MemoryKind.BUFFER:  # looking for holes would mean reading all of it
                 return Bitmap.full(-(-self.size_bytes // unit))
-            bitmap = Bitmap(self.pages)
+            bitmap = known.rescaled(unit, self.page_bytes) if known is not None else Bitmap(self.pages)
             check(lib.pc_memory_present(self._struct, bitmap.words), "looking for populated memory")
         return bitmap.rescaled(self.page_bytes, unit)
 

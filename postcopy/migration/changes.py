@@ -38,22 +38,25 @@ class Changes:
 
     async def begin(self) -> list[Bitmap]:
         """The pages that may hold something other than zeros."""
-        self._present = await run_sync(self._look)
+        self._present = await run_sync(self._look, [None] * len(self._page_bytes))
         return self._present
 
     async def collect(self) -> list[Bitmap]:
         """The pages that have changed since the last call, or since `begin`."""
         return await run_briefly(self._collect)
 
-    def _look(self) -> list[Bitmap]:
+    def _look(self, known: Sequence[Bitmap | None]) -> list[Bitmap]:
         blocks = self._machine.blocks
-        return [block.memory.present(unit) for block, unit in zip(blocks, self._page_bytes, strict=True)]
+        return [
+            block.memory.present(unit, bitmap)
+            for block, unit, bitmap in zip(blocks, self._page_bytes, known, strict=True)
+        ]
 
     def _collect(self) -> list[Bitmap]:
         if not self._machine.live:
             return [Bitmap(len(bitmap)) for bitmap in self._present]
         if self._log is None:
-            before, self._present = self._present, self._look()
+            before, self._present = self._present, self._look(self._present)
             return [now.without(was) for now, was in zip(self._present, before, strict=True)]
         return [
             self._log.collect(number).rescaled(block.memory.page_bytes, unit)

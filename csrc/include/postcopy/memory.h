@@ -42,7 +42,8 @@ int pc_memory_discard(const struct pc_memory *memory, uint64_t address, uint64_t
 /* The same for every page whose bit is set. */
 int pc_memory_discard_pages(const struct pc_memory *memory, const uint64_t *words);
 /* Sets the bit of every page that may hold something other than zeros, without touching a page: SEEK_DATA on a file or
- * memfd, PAGEMAP_SCAN or /proc/self/pagemap on anonymous memory. The map must be zeroed. Blocks on I/O. */
+ * memfd, PAGEMAP_SCAN or /proc/self/pagemap on anonymous memory. Pages whose bit is set already are not looked at: to ask again
+ * costs what was absent. Blocks on I/O. */
 int pc_memory_present(const struct pc_memory *memory, uint64_t *present_words);
 int pc_file_present(int fd, uint64_t size_bytes, uint64_t page_bytes, uint64_t *present_words);
 /* Writes the memory to fd at file_offset, leaving a hole for every page that is all zero; reading never populates.

@@ -78,6 +78,23 @@ def test_hugetlb_without_a_pool_says_how_to_get_one() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_asked_again_it_tells_what_was_added(kind: str, tmp_path: Path) -> None:
+    image, random_ = tmp_path / "image", random.Random(5)
+    content: dict[int, bytes] = {}
+    with Memory.create(kind, 4096 * PAGE) as memory:
+        known = memory.present(2 * PAGE)
+        for part in range(3):
+            content |= {number: page(part) for number in random_.sample(range(4096), 300)}
+            write_image(image, content, 4096 * PAGE)
+            with image.open("rb") as file:
+                memory.load(file.fileno())
+            known = memory.present(2 * PAGE, known)
+            assert known == memory.present(2 * PAGE)
+            assert memory.present(PAGE, memory.present()) == memory.present()
+    assert known.count() > 500
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_load_and_dump_give_the_same_file_and_the_same_holes(kind: str, tmp_path: Path) -> None:
     source, copy = tmp_path / "source", tmp_path / "copy"
     write_image(source, {0: page(1), 7: page(2), 8: bytes(PAGE), 40: page(3)}, 256 * PAGE)
