@@ -4,6 +4,8 @@
  * whatever it writes meanwhile, and every thread and byte accounted.
  */
 #include "tests/support/huge_pool.h"
+#include <dirent.h>
+
 #include "tests/support/rig.h"
 
 static struct pc_histogram latency(const struct rig *rig, int stage)
@@ -417,6 +419,84 @@ static void a_crowd_waits(void)
     close_rig(&rig);
 }
 
+/* The state of the one fault thread, as /proc says it; 0: there is none. */
+static char fault_thread_state(void)
+{
+    DIR *tasks = opendir("/proc/self/task");
+    char state = 0;
+
+    CHECK(tasks != NULL);
+    for (struct dirent *entry; (entry = readdir(tasks));) {
+        char path[300], line[300] = "", *end;
+        FILE *file;
+
+        (void)snprintf(path, sizeof(path), "/proc/self/task/%s/stat", entry->d_name);
+        file = fopen(path, "r");
+        if (!file)
+            continue;
+        end = fgets(line, sizeof(line), file) ? strrchr(line, ')') : NULL;
+        (void)fclose(file);
+        if (end && strstr(line, "(pc-fault/0)"))
+            state = end[2];
+    }
+    (void)closedir(tasks);
+    return state;
+}
+
+/* It busy-waits after an event, and then sleeps: also without a channel, and when nothing came at all. */
+static void busy_poll_ends(void)
+{
+    const uint64_t pages[] = {16};
+    struct toucher toucher;
+    struct rig rig;
+    int fd;
+
+    open_pager(&rig, PC_MEMORY_MEMFD, 1, pages);
+    arm_all(&rig, 2000);
+    WAIT_UNTIL(fault_thread_state() == 'S');
+    touch_one(&toucher, &rig, 0, 0);
+    wait_pending(&rig, 1);
+    WAIT_UNTIL(fault_thread_state() == 'S');
+    fd = script_urgent(&rig, 0);
+    serve_page(&rig, fd, 0, 0);
+    join_toucher(&toucher);
+    WAIT_UNTIL(fault_thread_state() == 'S');
+    for (uint64_t page = 1; page < pages[0]; page++)
+        serve_page(&rig, fd, 0, page);
+    EXPECT_EVENT(&rig.from_pager, PC_EVENT_COMPLETE, 0, 0, NULL);
+    close(fd);
+    close_rig(&rig);
+}
+
+/* What was forgotten is missing in the counters, of its block and of all. */
+static void forgotten_pages_are_counted(void)
+{
+    const uint64_t pages[] = {80, 16};
+    uint64_t stale[2] = {UINT64_C(0xf0), 0x3};
+    struct rig rig;
+    int fd;
+
+    open_pager(&rig, PC_MEMORY_MEMFD, 2, pages);
+    arm_all(&rig, 0);
+    fd = script_bulk(&rig, 0);
+    for (uint32_t block = 0; block < 2; block++)
+        for (uint64_t page = 0; page < pages[block]; page++)
+            serve_page(&rig, fd, block, page);
+    EXPECT_EVENT(&rig.from_pager, PC_EVENT_COMPLETE, 0, 0, NULL);
+    CHECK_EQ(pager_stats(&rig).resident_pages, 96);
+    CHECK_EQ(pc_pager_forget(rig.pager, 0, stale), 0);
+    CHECK_EQ(pc_memory_discard_pages(&rig.dest[0], stale), 0);
+    CHECK_EQ(pager_stats(&rig).resident_pages, 90);
+    CHECK_EQ(pager_stats(&rig).resident_bytes, 90 * rig.page_bytes);
+    for (uint64_t page = 0; page < pages[0]; page++)
+        serve_page(&rig, fd, 0, page);
+    EXPECT_EVENT(&rig.from_pager, PC_EVENT_COMPLETE, 0, 0, NULL);
+    CHECK_EQ(pager_stats(&rig).resident_pages, 96);
+    check_content(&rig);
+    close(fd);
+    close_rig(&rig);
+}
+
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
@@ -427,5 +507,7 @@ int main(int argc, char **argv)
     RUN_KINDS(three_bulk_channels);
     RUN_KINDS(no_write_is_lost);
     RUN_CASE(a_crowd_waits);
+    RUN_CASE(busy_poll_ends);
+    RUN_CASE(forgotten_pages_are_counted);
     return test_end();
 }

@@ -6,8 +6,8 @@ is reported is the median over the rounds of the ratio within a round, so that a
 
 - ``fault``: a demand fault over loopback TCP, nothing else under way, against the least a C program can do (read the
   userfaultfd, 8 byte request, 4 KiB reply, UFFDIO_COPY), sleeping and busy polling. Seen by the thread that touches.
-- ``scale``: a fault with 1 to 10,000 others pending; a look at the counters of 64 MiB to 1 TiB; one memory with 1 to 8
-  userfaultfds.
+- ``scale``: a fault with 1 to 10,000 others pending, a look at the counters of 64 MiB to 1 TiB, one memory with 1 to 8
+  userfaultfds, as curves.
 - ``pager-process``: the same fault with the pager in a process of its own, against one in threads.
 - ``bulk-delay``: p99 of such a fault while everything else is pushed at full speed, against the idle p99.
 - ``bulk``: incompressible memory pushed over loopback, against the least C program that receives and places as many

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Costs that must not grow: of a fault with the number of those that wait, of a look at the counters with the memory. And what it
-gives to serve one memory by several userfaultfds.
+"""Costs that must not grow: of a fault with the number of those that wait, of a look at the counters with the memory.
+And what it gives to serve one memory by several userfaultfds.
 
 Waiting faults are real threads, of which the source answers none; a large memory is simulated by its bitmaps.
 """
@@ -120,7 +120,7 @@ def _each_us(call: Any) -> float:
 
 
 async def _pending(pending: int) -> dict[str, float]:
-    """What the fault thread takes to request a page, and the kernel to wake who waits for it: that looks at all who wait."""
+    """What the fault thread takes to request a page, and the kernel to wake who waits for it, of all who wait."""
 
     page_bytes = int(lib.pc_page_bytes())
     threading.stack_size(64 << 10)
@@ -139,7 +139,7 @@ async def _pending(pending: int) -> dict[str, float]:
     for page in range(pending):
         threading.Thread(target=memory.read, args=(page * page_bytes, 1), daemon=True).start()
     with trio.fail_after(DEADLINE_S / 2):
-        while pager.statistics().pending_faults < pending:
+        while pager.statistics().pending_faults < pending:  # noqa: ASYNC110 -- nothing tells of it
             await trio.sleep(0.01)
     for page in range(pending, pending + ANSWERED):
         await trio.to_thread.run_sync(memory.read, page * page_bytes, 1)
