@@ -39,7 +39,7 @@ async def _downtime_us(kind: str, workload: str, memory: str) -> dict[str, float
     working_set = ("--working-set", WORKING_SET) if workload == "random" else ()
     result: dict[str, Any] = await demo(
         "--machine", kind, "--vcpus", "1", "--workload", workload, "--memory", memory, *working_set,
-        "--migrate-after", "0.2", "--run-for", "0.1", "--no-verify",
+        "--migrate-after", "0.2", "--run-for", "0.1",
     )  # fmt: skip
     parts = result.get("downtime-breakdown-us") or {}
     return {"downtime": 1e3 * result["downtime-ms"], "allowed": ALLOWED_US[workload]} | {

@@ -19,7 +19,7 @@ from postcopy.cli import main
         ("faultpaths --remote ct", "no plan begins with 'ct'; did you mean cut?"),
         ("faultpaths compere a b", "compere"),
         ("bench falt", "no figure called falt; did you mean fault?"),
-        ("bench warp", "there are fault, pager-process"),
+        ("bench warp", "there are fault, scale, "),
         ("bench --rounds 0", "--rounds: a whole number from 1 to 1000, not '0'"),
         ("probe --require kwm", "there is no 'kwm'; did you mean kvm?"),
         ("chaos frezee --listen :1 --to a:1", "did you mean freeze?"),
