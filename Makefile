@@ -62,7 +62,7 @@ check-2:
 # Each step has a log of its own, of which a step that fails shows the end.
 test: setup ## everything CI runs: lint, C tests, sanitizers, fuzzing, pytest, hostile peers, containers, docs, packages
 	@$(STEP) 400 --log $(LOGS)/build.log "C builds" $(MAKE) --no-print-directory $(C_BUILDS) cross-aarch64
-	@$(STEP) 200 --log $(LOGS)/install.log "Debian packages that tests need" $(BIN)/python tools/debian.py install zsh fish man
+	@$(STEP) 200 --log $(LOGS)/install.log "Debian packages that tests need" $(BIN)/python tools/debian.py install zsh fish man qemu-system-x86_64
 	@$(MAKE) --no-print-directory -j2 test-1 test-2
 
 # All steps of a lane, whatever fails: one run shows all that is wrong.

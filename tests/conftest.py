@@ -59,6 +59,17 @@ def _netns() -> str | None:
     return _probed("netns")()
 
 
+def _qemu() -> str | None:
+    from postcopy.errors import ResourceError
+    from postcopy.testbed.bench._qemu import check_qemu
+
+    try:
+        check_qemu()
+    except ResourceError as error:
+        return str(error)
+    return None
+
+
 def _command(name: str, package: str) -> Callable[[], str | None]:
     return lambda: None if shutil.which(name) else f"no {name} command: install {package}"
 
@@ -80,6 +91,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "zsh": _command("zsh", "zsh"),
     "fish": _command("fish", "fish"),
     "man": _command("man", "man-db"),
+    "qemu": _qemu,  # that postcopy is measured beside
 }
 
 

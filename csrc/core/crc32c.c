@@ -76,6 +76,7 @@ uint32_t pc_crc32c_portable(uint32_t crc, const void *data, size_t bytes)
 /* Three lanes of 1360 bytes are a 4 KiB page but for two words; three of 168 keep what is left of other lengths fast. */
 #define LONG_LANE 1360
 #define SHORT_LANE 168
+#define CACHE_LINE_BYTES 64
 /* x^(8 * bytes - 33) modulo the polynomial, reflected, for the distance a lane's checksum is moved; 33, since a carry-less
  * product of two reflected numbers is one bit off and the crc32 instruction multiplies by x^32. */
 #define LONG_BY_TWO 0x5AA1F3CFu
@@ -107,13 +108,23 @@ three_lanes(uint64_t a, const uint8_t *at, size_t lane, uint32_t by_two, uint32_
     return _mm_crc32_u64(c, load64(at + 2 * lane) ^ multiply(a, by_two) ^ multiply(b, by_one));
 }
 
+/* Memory that is in no cache is fetched ahead by the processor when it is read in order, not when it is read in three lanes: three times
+ * as fast, and what is sent next is copied from the cache. */
+static inline void fetch(const uint8_t *at, size_t bytes)
+{
+    for (size_t line = 0; line < bytes; line += CACHE_LINE_BYTES)
+        (void)*(const volatile uint8_t *)(at + line);
+}
+
 __attribute__((target("sse4.2,pclmul"))) uint32_t pc_crc32c_by_cpu(uint32_t crc, const void *data, size_t bytes)
 {
     const uint8_t *at = data;
     uint64_t a = ~crc;
 
-    for (; bytes >= 3 * LONG_LANE; bytes -= 3 * LONG_LANE, at += 3 * LONG_LANE)
+    for (; bytes >= 3 * LONG_LANE; bytes -= 3 * LONG_LANE, at += 3 * LONG_LANE) {
+        fetch(at, 3 * LONG_LANE);
         a = three_lanes(a, at, LONG_LANE, LONG_BY_TWO, LONG_BY_ONE);
+    }
     for (; bytes >= 3 * SHORT_LANE; bytes -= 3 * SHORT_LANE, at += 3 * SHORT_LANE)
         a = three_lanes(a, at, SHORT_LANE, SHORT_BY_TWO, SHORT_BY_ONE);
     for (; bytes >= 8; bytes -= 8, at += 8)

@@ -12,12 +12,14 @@
 #include "core/util.h"
 #include "postcopy/core.h"
 
+#define PC_FRAME_COMPRESSED (PC_FRAME_LZ4 | PC_FRAME_ZSTD)
+
 struct wire { /* little endian */
     uint32_t magic;
     uint8_t type, flags;
     uint16_t block;
     uint64_t first_page;
-    uint32_t pages, request_id, payload_bytes, payload_crc, reserved, header_crc;
+    uint32_t pages, request_id, payload_bytes, payload_crc, content_bytes, header_crc;
 };
 _Static_assert(sizeof(struct wire) == PC_FRAME_HEADER_BYTES, "no padding");
 
@@ -38,6 +40,7 @@ void pc_frame_encode(const struct pc_frame *frame, uint8_t *header)
         .request_id = htole32(frame->request_id),
         .payload_bytes = htole32(frame->payload_bytes),
         .payload_crc = htole32(frame->payload_crc),
+        .content_bytes = htole32(frame->content_bytes),
     };
 
     wire.header_crc = htole32(header_crc(&wire));
@@ -48,6 +51,7 @@ int pc_frame_decode(const uint8_t *header, struct pc_frame *frame, char *error, 
 {
     struct wire wire;
     struct pc_frame got;
+    uint8_t compressed;
 
     memcpy(&wire, header, sizeof(wire));
 
@@ -66,15 +70,20 @@ int pc_frame_decode(const uint8_t *header, struct pc_frame *frame, char *error, 
         .request_id = le32toh(wire.request_id),
         .payload_bytes = le32toh(wire.payload_bytes),
         .payload_crc = le32toh(wire.payload_crc),
+        .content_bytes = le32toh(wire.content_bytes),
     };
+    compressed = got.flags & PC_FRAME_COMPRESSED;
     if (got.type < PC_FRAME_REQUEST || got.type > PC_FRAME_ERROR)
         REFUSE("frame: unknown type %u", got.type);
-    if (got.flags & ~PC_FRAME_DEMAND)
+    if (got.flags & ~(PC_FRAME_DEMAND | PC_FRAME_COMPRESSED))
         REFUSE("frame: unknown flags 0x%02x", got.flags);
     if ((got.flags & PC_FRAME_DEMAND) && (got.type == PC_FRAME_REQUEST || got.type == PC_FRAME_END))
         REFUSE("frame: type %u cannot answer a request", got.type);
-    if (wire.reserved)
-        REFUSE("frame: reserved field is not zero");
+    if (compressed && (compressed == PC_FRAME_COMPRESSED || got.type != PC_FRAME_PAGES || got.flags & PC_FRAME_DEMAND))
+        REFUSE("frame: type %u with flags 0x%02x cannot be compressed", got.type, got.flags);
+    if (!compressed != !got.content_bytes || got.content_bytes > PC_FRAME_MAX_PAYLOAD_BYTES ||
+        (compressed && got.payload_bytes >= got.content_bytes))
+        REFUSE("frame: %" PRIu32 " bytes of content in a payload of %" PRIu32, got.content_bytes, got.payload_bytes);
     if (got.type == PC_FRAME_END) {
         if (got.pages)
             REFUSE("frame: end with %" PRIu32 " pages", got.pages);
@@ -87,8 +96,10 @@ int pc_frame_decode(const uint8_t *header, struct pc_frame *frame, char *error, 
     if (got.payload_bytes > PC_FRAME_MAX_PAYLOAD_BYTES)
         REFUSE("frame: payload of %" PRIu32 " bytes is too long", got.payload_bytes);
     if (got.type == PC_FRAME_PAGES) {
-        if (!got.payload_bytes || got.payload_bytes % got.pages)
-            REFUSE("frame: %" PRIu32 " pages in %" PRIu32 " bytes", got.pages, got.payload_bytes);
+        uint32_t content_bytes = compressed ? got.content_bytes : got.payload_bytes;
+
+        if (!got.payload_bytes || content_bytes % got.pages)
+            REFUSE("frame: %" PRIu32 " pages in %" PRIu32 " bytes", got.pages, content_bytes);
     } else if (got.type != PC_FRAME_ERROR && got.payload_bytes) {
         REFUSE("frame: type %u with a payload of %" PRIu32 " bytes", got.type, got.payload_bytes);
     }

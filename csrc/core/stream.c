@@ -4,10 +4,12 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/sockios.h>
 #include <netinet/in.h>
 #include <netinet/ip.h>
 #include <netinet/tcp.h>
 #include <stdint.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -67,6 +69,13 @@ int pc_stream_tcp(struct pc_stream *stream, int fd, bool urgent)
     stream->read = tcp_read;
     stream->write = tcp_write;
     return 0;
+}
+
+uint64_t pc_stream_unsent(const struct pc_stream *stream)
+{
+    int unsent = 0;
+
+    return ioctl(stream->fd, SIOCOUTQNSD, &unsent) || unsent < 0 ? 0 : (uint64_t)unsent;
 }
 
 void pc_stream_shutdown(struct pc_stream *stream)

@@ -10,6 +10,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 
@@ -25,6 +26,8 @@ struct pc_stream {
  * from waiting: no Nagle, and the interactive band of the host's queueing discipline; otherwise little unsent data is
  * kept in the socket. */
 int pc_stream_tcp(struct pc_stream *stream, int fd, bool urgent);
+/* How much of what was written has not been sent yet, as far as the kernel says. */
+uint64_t pc_stream_unsent(const struct pc_stream *stream);
 void pc_stream_shutdown(struct pc_stream *stream); /* any thread: a blocked read or write returns at once */
 void pc_stream_close(struct pc_stream *stream);
 

@@ -207,14 +207,15 @@ void pc_dirty_log_mark(struct pc_dirty_log *log, uint64_t address, uint64_t byte
 {
     uint32_t count = __atomic_load_n(&log->count, __ATOMIC_ACQUIRE);
 
-    for (uint32_t i = 0; i < count && bytes; i++) {
+    for (uint32_t i = 0; i < count; i++) {
         const struct logged *logged = &log->memories[i];
-        uint64_t offset = address - (uint64_t)(uintptr_t)logged->memory.base, first, pages;
+        uint64_t base = (uint64_t)(uintptr_t)logged->memory.base, unit = logged->memory.page_bytes, first, pages;
+        uint64_t from = address > base ? address : base, to = pc_least(address + bytes, base + logged->memory.size_bytes);
 
-        if (offset >= logged->memory.size_bytes)
+        if (from >= to)
             continue;
-        first = offset / logged->memory.page_bytes;
-        pages = (offset + pc_least(bytes, logged->memory.size_bytes - offset) - 1) / logged->memory.page_bytes + 1 - first;
+        first = (from - base) / unit;
+        pages = (to - base - 1) / unit + 1 - first;
         for (uint64_t word = first / 64; word * 64 < first + pages; word++)
             (void)pc_atomic_set(logged->marks, word, pc_bits_mask(word, first, pages));
     }

@@ -3,9 +3,10 @@
  * What has become of each page, where it outlives the pager that wrote it.
  *
  * A pager may be killed at any instruction. What the next one must know is in a sealed memfd: for each page whether it was
- * claimed, is received, is zero (pager.c says what the words mean). Bits are only ever set, one atomic or each, so there is no
- * half-written state; but between `claimed` and `received` lies the placement itself, and a pager that died there leaves
- * pages of which the map alone does not tell whether they were placed.
+ * claimed, is received, is zero (pager.c says what the words mean). Once the machine may run bits are only ever set, one atomic or
+ * each, so there is no half-written state. (Before that pages may be forgotten, pc_pager_forget: a pager that dies meanwhile ends its
+ * migration, which has lost nothing yet.) But between `claimed` and `received` lies the placement itself, and a pager that died there
+ * leaves pages of which the map alone does not tell whether they were placed.
  *
  * Those are settled by looking at the machine's page table. UFFDIO_COPY puts content and page table entry there together, in
  * one step that a SIGKILL does not interrupt, and only it (or CONTINUE, after the content) does so, as every access by anyone else

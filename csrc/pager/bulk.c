@@ -13,7 +13,7 @@
 #include "pager/pager.h"
 
 /* All of a frame; what the kernel refuses for the moment as often as it takes. */
-static int handle_whole_frame(struct bulk *bulk, const struct pc_frame *frame, struct progress *progress)
+static int handle_whole_frame(struct bulk *bulk, const struct pc_frame *frame, const uint8_t *payload, struct progress *progress)
 {
     uint64_t wait_ns = RETRY_NS;
 
@@ -22,7 +22,7 @@ static int handle_whole_frame(struct bulk *bulk, const struct pc_frame *frame, s
         int error;
 
         progress->work_ns = UINT64_MAX;
-        error = pc_handle_frame(bulk->pager, &bulk->channel, frame, bulk->buffer, progress);
+        error = pc_handle_frame(bulk->pager, &bulk->channel, frame, payload, progress);
         if (error != -EAGAIN)
             return error;
         if (__atomic_load_n(&bulk->ending, __ATOMIC_SEQ_CST))
@@ -30,6 +30,29 @@ static int handle_whole_frame(struct bulk *bulk, const struct pc_frame *frame, s
         wait_ns = progress->done > before ? RETRY_NS : wait_ns < RETRY_MAX_NS ? wait_ns * 2 : RETRY_MAX_NS;
         pc_sleep_ns(wait_ns);
     }
+}
+
+/* Its sizes fit together and into the block (pc_decode_header). */
+static int handle_compressed(struct bulk *bulk, struct pc_frame *frame, struct progress *progress)
+{
+    uint32_t how = frame->flags & PC_FRAME_LZ4 ? PC_COMPRESSION_LZ4 : PC_COMPRESSION_ZSTD;
+    int error;
+
+    if (!bulk->content)
+        bulk->content = pc_buffer_new(PC_FRAME_MAX_PAYLOAD_BYTES);
+    if (!bulk->content)
+        return -ENOMEM;
+    error = pc_codec_decompress(&bulk->codec, how, bulk->buffer, frame->payload_bytes, bulk->content, frame->content_bytes);
+    if (error == -ENOENT)
+        return pc_fail(ENOENT, progress->text, sizeof(progress->text), "a frame is compressed by a library that is not here");
+    if (error == -EBADMSG)
+        return pc_fail(EBADMSG, progress->text, sizeof(progress->text), "%u bytes of a frame do not decompress to its %u pages",
+                       frame->payload_bytes, frame->pages);
+    if (error)
+        return error;
+    frame->payload_bytes = frame->content_bytes;
+    frame->content_bytes = 0;
+    return handle_whole_frame(bulk, frame, bulk->content, progress);
 }
 
 /* One frame from the wire to the memory. 0, or why the channel ends: -ENODATA at its orderly end. */
@@ -52,7 +75,9 @@ static int receive_frame(struct bulk *bulk, struct progress *progress)
         return error;
     COUNT(bulk->pager, bytes_received, sizeof(header) + frame.payload_bytes);
     error = pc_check_payload(&frame, bulk->buffer, progress);
-    return error ? error : handle_whole_frame(bulk, &frame, progress);
+    if (!error && frame.content_bytes)
+        return handle_compressed(bulk, &frame, progress);
+    return error ? error : handle_whole_frame(bulk, &frame, bulk->buffer, progress);
 }
 
 static void *bulk_thread(void *argument)
@@ -89,7 +114,9 @@ void pc_bulk_reap(struct bulk *bulk)
     bulk->channel.ended = 0;
     pc_stream_close(&bulk->stream);
     pc_buffer_free(bulk->buffer, PC_FRAME_MAX_PAYLOAD_BYTES);
-    bulk->buffer = NULL;
+    pc_buffer_free(bulk->content, PC_FRAME_MAX_PAYLOAD_BYTES);
+    bulk->buffer = bulk->content = NULL;
+    pc_codec_free(&bulk->codec);
 }
 
 int pc_pager_attach_bulk(struct pc_pager *pager, uint32_t channel, int fd)

@@ -19,24 +19,102 @@
 
 /* ---- the pending table -------------------------------------------------------------------------------------------- */
 
+/* Entries are found by page and by thread, and are a ring in the order in which they came, which entry 0 closes. Whatever the number
+ * of those that wait, a fault costs the same. */
+
+static uint32_t page_bucket(uint32_t block, uint64_t page)
+{
+    return (uint32_t)((page ^ (uint64_t)block << 48) * UINT64_C(0x9E3779B97F4A7C15) >> (64 - PENDING_BUCKET_BITS));
+}
+
+static uint32_t tid_bucket(int32_t tid)
+{
+    return (uint32_t)tid % PENDING_BUCKETS;
+}
+
 /* Before `received` is looked at: who sets it looks here afterwards. */
 static void publish_pending(struct shard *shard)
 {
-    uint64_t oldest_ns = 0;
+    const struct pending *pending = shard->pending;
 
-    for (size_t i = 0; i < shard->pending_count; i++)
-        if (!oldest_ns || shard->pending[i].event_ns < oldest_ns)
-            oldest_ns = shard->pending[i].event_ns;
-    __atomic_store_n(&shard->metrics->oldest_ns, oldest_ns, __ATOMIC_RELAXED);
-    __atomic_store_n(&shard->metrics->pending, shard->pending_count, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&shard->metrics->oldest_ns, pending->count ? pending->faults[pending->faults[0].newer].event_ns : 0,
+                     __ATOMIC_RELAXED);
+    __atomic_store_n(&shard->metrics->pending, pending->count, __ATOMIC_SEQ_CST);
+}
+
+static bool is_for(const struct fault *fault, uint32_t block, uint64_t page)
+{
+    return fault->page == page && fault->block == block;
 }
 
 static struct fault *find_pending(const struct shard *shard, uint32_t block, uint64_t page)
 {
-    for (size_t i = 0; i < shard->pending_count; i++)
-        if (shard->pending[i].block == block && shard->pending[i].page == page)
-            return &shard->pending[i];
+    struct pending *pending = shard->pending;
+
+    for (uint16_t i = pending->by_page[page_bucket(block, page)]; i; i = pending->faults[i].next_by_page)
+        if (is_for(&pending->faults[i], block, page))
+            return &pending->faults[i];
     return NULL;
+}
+
+/* The entry of a thread, or where threads are not told apart the one entry of a page. */
+static struct fault *find_waiting(const struct shard *shard, uint32_t block, uint64_t page, int32_t tid)
+{
+    struct pending *pending = shard->pending;
+
+    if (!tid)
+        return find_pending(shard, block, page);
+    for (uint16_t i = pending->by_tid[tid_bucket(tid)]; i; i = pending->faults[i].next_by_tid)
+        if (pending->faults[i].tid == tid)
+            return &pending->faults[i];
+    return NULL;
+}
+
+/* A new entry, the last of all; NULL when there is no room. */
+static struct fault *insert_pending(struct pending *pending, uint32_t block, uint64_t page, int32_t tid, uint64_t now_ns)
+{
+    uint16_t *by_page = &pending->by_page[page_bucket(block, page)], *by_tid = &pending->by_tid[tid_bucket(tid)];
+    uint16_t number = pending->free, newest = pending->faults[0].older;
+    struct fault *fault;
+
+    if (pending->count == PENDING_MAX)
+        return NULL;
+    if (number)
+        pending->free = pending->faults[number].newer;
+    else
+        number = ++pending->used;
+    fault = &pending->faults[number];
+    *fault = (struct fault){.page = page, .event_ns = now_ns, .block = block, .tid = tid, .next_by_page = *by_page,
+                            .older = newest};
+    *by_page = number;
+    if (tid) {
+        fault->next_by_tid = *by_tid;
+        *by_tid = number;
+    }
+    pending->faults[newest].newer = number;
+    pending->faults[0].older = number;
+    pending->count++;
+    return fault;
+}
+
+static void remove_pending(struct pending *pending, struct fault *fault)
+{
+    uint16_t number = (uint16_t)(fault - pending->faults), *at = &pending->by_page[page_bucket(fault->block, fault->page)];
+
+    while (*at != number)
+        at = &pending->faults[*at].next_by_page;
+    *at = fault->next_by_page;
+    if (fault->tid) {
+        at = &pending->by_tid[tid_bucket(fault->tid)];
+        while (*at != number)
+            at = &pending->faults[*at].next_by_tid;
+        *at = fault->next_by_tid;
+    }
+    pending->faults[fault->older].newer = fault->newer;
+    pending->faults[fault->newer].older = fault->older;
+    fault->newer = pending->free;
+    pending->free = number;
+    pending->count--;
 }
 
 static int thread_slot(const struct pc_metrics_map *metrics, int32_t tid)
@@ -71,8 +149,8 @@ static void finish_fault(struct shard *shard, struct fault *fault, uint64_t plac
         pc_histogram_add(&stages[PC_STAGE_PLACED], placed_ns - received_ns);
     }
     account_blocked(shard, fault, placed_ns);
-    *fault = shard->pending[--shard->pending_count];
-    if (shard->overflowed && shard->pending_count < PENDING_MAX / 2) {
+    remove_pending(shard->pending, fault);
+    if (shard->overflowed && shard->pending->count < PENDING_MAX / 2) {
         uint32_t count = pc_range_count(shard);
 
         shard->overflowed = false;
@@ -87,63 +165,48 @@ static void finish_fault(struct shard *shard, struct fault *fault, uint64_t plac
 void pc_finish_faults(struct shard *shard, uint32_t block, uint64_t first, uint64_t pages, uint64_t received_ns)
 {
     uint64_t placed_ns = pc_now_ns();
-    size_t before = shard->pending_count;
+    uint32_t before = shard->pending->count;
+    struct fault *fault;
 
-    for (size_t i = 0; i < shard->pending_count;) {
-        struct fault *fault = &shard->pending[i];
-
-        if (fault->block != block || fault->page - first >= pages)
-            i++;
-        else
+    for (uint64_t page = first; page < first + pages && shard->pending->count; page++)
+        while ((fault = find_pending(shard, block, page)))
             finish_fault(shard, fault, placed_ns, received_ns);
-    }
-    if (shard->pending_count != before)
+    if (shard->pending->count != before)
         publish_pending(shard);
 }
 
-/* Its one thread waits for another page now: it was interrupted. */
-static void replace_pending(struct shard *shard, struct fault *fault, uint64_t now_ns)
+/* The thread of this entry waits for another page now: it was interrupted. */
+static void forget_pending(struct shard *shard, struct fault *fault, uint64_t now_ns)
 {
-    account_blocked(shard, fault, now_ns);
-    if (fault->unrequested) {
-        struct fault was = *fault, *other;
+    const struct fault was = *fault;
+    struct fault *other;
 
-        fault->block = UINT32_MAX;
-        other = find_pending(shard, was.block, was.page);
-        if (other)
-            other->unrequested = true;
-        else
-            pc_atomic_clear_bit(shard->pager->blocks[was.block]->requested, was.page); /* it will not be requested */
-    }
+    account_blocked(shard, fault, now_ns);
+    remove_pending(shard->pending, fault);
+    other = was.unrequested ? find_pending(shard, was.block, was.page) : NULL;
+    if (other)
+        other->unrequested = true;
+    else if (was.unrequested)
+        pc_atomic_clear_bit(shard->pager->blocks[was.block]->requested, was.page); /* it will not be requested */
 }
 
 /* The entry of a fault, NULL when there is no room. *again: it was there. */
 static struct fault *add_pending(struct shard *shard, uint32_t block, uint64_t page, int32_t tid, uint64_t now_ns, bool *again)
 {
     struct pc_metrics_map *metrics = shard->pager->metrics.map;
-    struct fault *fault = NULL;
+    struct fault *fault = find_waiting(shard, block, page, tid);
 
-    *again = false;
-    for (size_t i = 0; i < shard->pending_count && !fault; i++) {
-        struct fault *other = &shard->pending[i];
-
-        if (other->tid != tid || (!tid && (other->page != page || other->block != block)))
-            continue;
-        if (other->page == page && other->block == block) {
-            *again = true;
-            return other;
-        }
-        fault = other; /* a thread waits for one page at a time */
-        replace_pending(shard, fault, now_ns);
-    }
+    *again = fault && is_for(fault, block, page);
+    if (*again)
+        return fault;
+    if (fault)
+        forget_pending(shard, fault, now_ns); /* a thread waits for one page at a time */
+    fault = insert_pending(shard->pending, block, page, tid, now_ns);
     if (!fault) {
-        if (shard->pending_count == PENDING_MAX) {
-            shard->overflowed = true;
-            return NULL;
-        }
-        fault = &shard->pending[shard->pending_count++];
+        shard->overflowed = true;
+        return NULL;
     }
-    *fault = (struct fault){.page = page, .event_ns = now_ns, .block = block, .tid = tid, .slot = thread_slot(metrics, tid)};
+    fault->slot = thread_slot(metrics, tid);
     if (fault->slot >= 0)
         __atomic_store_n(&metrics->blocked_since_ns[fault->slot], now_ns, __ATOMIC_RELAXED);
     publish_pending(shard);
@@ -155,6 +218,8 @@ static struct fault *add_pending(struct shard *shard, uint32_t block, uint64_t p
 /* Requests the page of a thread that waits, unless it is claimed: then a request would bring it twice. */
 static void request_page(struct shard *shard, struct fault *fault)
 {
+    struct pending *pending = shard->pending;
+
     fault->unrequested = true;
     if (shard->stream.fd < 0 || pc_bits_test(shard->pager->blocks[fault->block]->claimed, fault->page))
         return;
@@ -164,38 +229,66 @@ static void request_page(struct shard *shard, struct fault *fault)
     }
     fault->unrequested = false;
     fault->sent_ns = fault->event_ns; /* corrected when the request has left */
+    pending->queued[pending->queued_count++] = (uint16_t)(fault - pending->faults);
+}
+
+/* What is queued has left. */
+void pc_requests_sent(struct shard *shard)
+{
+    struct pending *pending = shard->pending;
+    uint64_t now_ns = pending->queued_count ? pc_now_ns() : 0;
+
+    while (pending->queued_count) {
+        struct fault *fault = &pending->faults[pending->queued[--pending->queued_count]];
+
+        if (fault->sent_ns == fault->event_ns)
+            fault->sent_ns = now_ns;
+    }
+}
+
+/* The channel is lost, and with it what was requested by it. */
+void pc_requests_lost(struct shard *shard)
+{
+    struct pending *pending = shard->pending;
+
+    pending->queued_count = 0;
+    for (uint16_t i = pending->faults[0].newer; i; i = pending->faults[i].newer)
+        pending->faults[i].sent_ns = 0;
+}
+
+/* Requests a page once for all who wait for it, of whom `fault` is one. */
+static void request_for_all(struct shard *shard, struct fault *fault)
+{
+    struct block *block = shard->pager->blocks[fault->block];
+    struct pending *pending = shard->pending;
+
+    for (uint16_t i = pending->by_page[page_bucket(fault->block, fault->page)]; i; i = pending->faults[i].next_by_page)
+        if (is_for(&pending->faults[i], fault->block, fault->page))
+            pending->faults[i].unrequested = false;
+    (void)pc_atomic_test_and_set_bit(block->requested, fault->page);
+    /* Who received it while the bit was clear has notified no thread. */
+    if (pc_bits_test(block->received, fault->page))
+        pc_recheck_page(shard, fault->block, fault->page);
+    else
+        request_page(shard, fault);
 }
 
 /* Requests what threads wait for and what could not be requested when they came. */
 void pc_request_pending(struct shard *shard)
 {
-    shard->send_full = false;
-    if (shard->stream.fd < 0)
-        return;
-    /* `requested` is cleared and set again, so that of several threads that wait for one page the first requests it. */
-    for (size_t i = 0; i < shard->pending_count; i++)
-        if (shard->pending[i].unrequested)
-            pc_atomic_clear_bit(shard->pager->blocks[shard->pending[i].block]->requested, shard->pending[i].page);
-    for (size_t i = 0; i < shard->pending_count; i++) {
-        struct fault *fault = &shard->pending[i];
+    struct pending *pending = shard->pending;
 
-        if (!fault->unrequested)
-            continue;
-        fault->unrequested = false;
-        if (pc_atomic_test_and_set_bit(shard->pager->blocks[fault->block]->requested, fault->page))
-            continue;
-        /* Who received it while the bit was clear has notified no thread. */
-        if (pc_bits_test(shard->pager->blocks[fault->block]->received, fault->page))
-            __atomic_store_n(&shard->recheck, true, __ATOMIC_SEQ_CST);
-        else
-            request_page(shard, fault);
-    }
+    shard->send_full = false;
+    for (uint16_t i = pending->faults[0].newer; i && !shard->send_full; i = pending->faults[i].newer)
+        if (pending->faults[i].unrequested)
+            request_for_all(shard, &pending->faults[i]);
 }
 
 /* All that was requested and did not come is requested again: at once what threads wait for, the rest, which becomes `lost`, ahead of
  * faults. A few hundred microseconds for 64 GiB, once for each channel that was lost. */
 void pc_request_again(struct shard *shard)
 {
+    struct pending *pending = shard->pending;
     uint32_t count = pc_range_count(shard);
 
     for (uint32_t i = 0; i < count; i++) {
@@ -214,12 +307,25 @@ void pc_request_again(struct shard *shard)
         }
     }
     pc_cursor_restart(shard, &shard->lost);
-    for (size_t i = 0; i < shard->pending_count; i++)
-        shard->pending[i].unrequested = true;
+    for (uint16_t i = pending->faults[0].newer; i; i = pending->faults[i].newer)
+        pending->faults[i].unrequested = true;
     pc_request_pending(shard);
 }
 
 /* ---- pages that are there ----------------------------------------------------------------------------------------- */
+
+/* Threads that wait for pages which other threads have received are found by *marks*: one for each bucket of pages. */
+static void mark_bucket(struct shard *shard, uint32_t bucket)
+{
+    (void)pc_atomic_test_and_set_bit(shard->pending->marks, bucket);
+}
+
+void pc_recheck_page(struct shard *shard, uint32_t block, uint64_t page)
+{
+    mark_bucket(shard, page_bucket(block, page));
+    if (!__atomic_exchange_n(&shard->recheck, true, __ATOMIC_SEQ_CST))
+        pc_shard_notify(shard);
+}
 
 /* The kernel says that not now: the loop comes back, after the next events or after a moment. */
 void pc_retry_later(struct shard *shard)
@@ -236,6 +342,7 @@ static bool resolve_or_retry(struct shard *shard, uint32_t index, uint64_t page,
     int error = pc_resolve(shard, shard->pager->blocks[index], page, minor);
 
     if (pc_is_temporary(error)) {
+        mark_bucket(shard, page_bucket(index, page));
         pc_retry_later(shard);
         return false;
     }
@@ -257,28 +364,20 @@ bool pc_resolve_zero(struct shard *shard, uint32_t index, uint64_t page, uint64_
     return true;
 }
 
-void pc_recheck_soon(struct shard *shard)
+/* Those of a bucket whose pages were received by other threads, or whose faults could not be resolved before, are resolved; what may
+ * be requested again is. */
+static void recheck_bucket(struct shard *shard, uint64_t bucket, uint64_t now_ns)
 {
-    if (!__atomic_exchange_n(&shard->recheck, true, __ATOMIC_SEQ_CST))
-        pc_shard_notify(shard);
-}
+    struct pending *pending = shard->pending;
 
-/* Looks at all who wait. Those whose pages were received by other threads, or whose faults could not be resolved before, are
- * resolved; what may be requested again is. */
-void pc_recheck_pending(struct shard *shard)
-{
-    uint64_t now_ns = pc_now_ns();
-    size_t before = shard->pending_count;
-    bool unrequested = false;
-
-    __atomic_store_n(&shard->recheck, false, __ATOMIC_SEQ_CST);
-    for (size_t i = 0; i < shard->pending_count;) {
-        struct fault *fault = &shard->pending[i];
+    for (uint16_t number = pending->by_page[bucket], next; number; number = next) {
+        struct fault *fault = &pending->faults[number];
         const struct block *block = shard->pager->blocks[fault->block];
 
+        next = fault->next_by_page;
         if (!pc_bits_test(block->received, fault->page)) {
-            unrequested = unrequested || fault->unrequested;
-            i++;
+            if (fault->unrequested)
+                request_for_all(shard, fault);
         } else if (!fault->unresolved && !pc_bits_test(block->zero, fault->page)) { /* placed */
             pc_wake_pages(shard, block, fault->page, 1);
             finish_fault(shard, fault, now_ns, 0);
@@ -286,15 +385,29 @@ void pc_recheck_pending(struct shard *shard)
             finish_fault(shard, fault, now_ns, 0);
         } else {
             fault->unresolved = true;
-            i++;
         }
     }
-    if (shard->pending_count != before)
-        publish_pending(shard);
+}
+
+void pc_recheck_pending(struct shard *shard)
+{
+    uint64_t marks[PENDING_BUCKETS / 64], now_ns = pc_now_ns();
+    uint32_t before = shard->pending->count;
+
+    __atomic_store_n(&shard->recheck, false, __ATOMIC_SEQ_CST);
+    for (uint64_t word = 0; word < PENDING_BUCKETS / 64; word++) {
+        marks[word] = pc_bits_word(shard->pending->marks, word);
+        if (marks[word])
+            marks[word] = __atomic_exchange_n(&shard->pending->marks[word], 0, __ATOMIC_SEQ_CST);
+    }
+    /* After the marks, which are set later, and before those pages are requested one by one: once. */
     if (__atomic_exchange_n(&shard->answers_dropped, false, __ATOMIC_SEQ_CST))
         pc_request_again(shard);
-    else if (unrequested)
-        pc_request_pending(shard);
+    for (uint64_t word = 0; word < PENDING_BUCKETS / 64; word++)
+        for (; marks[word]; marks[word] &= marks[word] - 1)
+            recheck_bucket(shard, pc_bits_lowest(word, marks[word]), now_ns);
+    if (shard->pending->count != before)
+        publish_pending(shard);
 }
 
 /* ---- events ------------------------------------------------------------------------------------------------------- */
@@ -348,7 +461,7 @@ static void handle_fault(struct shard *shard, const struct uffd_msg *message, ui
     if (fresh)
         request_page(shard, fault);
     if (!received && pc_bits_test(block->received, page))
-        __atomic_store_n(&shard->recheck, true, __ATOMIC_SEQ_CST);
+        pc_recheck_page(shard, range->block, page);
 }
 
 /* Memory that has been taken away is zero from now on: what is missing of it will never be requested, what is under way for it
@@ -357,12 +470,11 @@ static void handle_removal(struct shard *shard, uint64_t start, uint64_t end)
 {
     struct pc_pager *pager = shard->pager;
     uint32_t count = pc_range_count(shard);
-    uint64_t fresh_pages = 0;
 
     for (uint32_t i = 0; i < count; i++) {
         const struct range *range = &shard->ranges[i];
         struct block *block = pager->blocks[range->block];
-        uint64_t page_bytes = block->memory.page_bytes, bytes = __atomic_load_n(&range->bytes, __ATOMIC_RELAXED);
+        uint64_t page_bytes = block->memory.page_bytes, bytes = __atomic_load_n(&range->bytes, __ATOMIC_RELAXED), fresh_pages = 0;
         uint64_t low = start > range->address ? start - range->address : 0, high, first, pages;
 
         if (!bytes || end <= range->address || low >= bytes)
@@ -385,16 +497,19 @@ static void handle_removal(struct shard *shard, uint64_t start, uint64_t end)
             fresh_pages += pc_bits_popcount(pc_atomic_set(block->received, word, fresh));
         }
         /* Who waits there: with an entry it is shown zeros, without one it comes again. */
+        for (uint64_t word = 0; word < PENDING_BUCKETS / 64; word++)
+            (void)pc_atomic_set(shard->pending->marks, word, ~UINT64_C(0));
         __atomic_store_n(&shard->recheck, true, __ATOMIC_SEQ_CST);
         if (pc_bits_any(block->requested, first, pages))
             pc_wake_pages(shard, block, first, pages);
+        pc_count_received(block, fresh_pages);
+        COUNT(pager, zero_pages, fresh_pages);
+        pc_announce_received(pager, fresh_pages);
     }
-    COUNT(pager, zero_pages, fresh_pages);
-    pc_announce_received(pager, fresh_pages);
 }
 
-/* Handles as many events as one read gives; the loop comes back for more. */
-void pc_read_events(struct shard *shard)
+/* Handles as many events as one read gives; the loop comes back for more. Whether there were any. */
+bool pc_read_events(struct shard *shard)
 {
     struct uffd_msg messages[EVENTS_PER_READ];
     uint64_t now_ns;
@@ -412,7 +527,7 @@ void pc_read_events(struct shard *shard)
     if (shard->gated)
         pthread_mutex_unlock(&shard->gate);
     if (!count)
-        return;
+        return false;
     now_ns = pc_now_ns();
     COUNT(shard->pager, event_reads, 1);
     for (size_t i = 0; i < count; i++)
@@ -420,6 +535,7 @@ void pc_read_events(struct shard *shard)
             handle_fault(shard, &messages[i], now_ns);
     if (shard->gated && shard->retry_at_ns)
         shard->retry_at_ns = now_ns; /* what had to wait may have waited for this */
+    return true;
 }
 
 /* poll(2) says POLLERR of a blocking userfaultfd; another process that has the descriptor may have made it one. */

@@ -31,7 +31,7 @@
  * Why UFFDIO_COPY, for memfd too
  * ------------------------------
  * Filling an alias mapping and then exposing the page with UFFDIO_CONTINUE saves no copy, since a frame is verified
- * before any of it is placed, and costs a page fault in the alias. COPY takes half the time (docs/measurements.md) and is
+ * before any of it is placed, and costs a page fault in the alias. COPY takes half the time (docs/performance.md) and is
  * atomic: content and page appear together. CONTINUE is for pages that are in the page cache already although no thread
  * here has mapped them: a hole which another process read through its own mapping fills with zeros. (Where the kernel has no
  * minor faults nothing would tell of such a hole: what is in the page cache is thrown away before such memory is armed.)
@@ -162,6 +162,7 @@ int pc_pager_forget(struct pc_pager *pager, uint32_t index, const uint64_t *stal
         return error;
     /* As if all of them were forgotten, then what is not: `missing` is never less than what is missing. */
     (void)__atomic_fetch_add(&pager->missing, stale, __ATOMIC_SEQ_CST);
+    (void)__atomic_fetch_add(&block->missing, stale, __ATOMIC_SEQ_CST);
     __atomic_store_n(&pager->completed, 0, __ATOMIC_SEQ_CST);
     for (uint64_t word = 0; word < pc_bitmap_words(block->pages); word++) {
         uint64_t here = stale_words[word] & pc_bits_mask(word, 0, block->pages) & pc_bits_word(block->received, word);
@@ -177,6 +178,7 @@ int pc_pager_forget(struct pc_pager *pager, uint32_t index, const uint64_t *stal
         forgotten += pc_bits_popcount(here);
     }
     COUNT(pager, zero_pages, -zeros);
+    pc_count_received(block, stale - forgotten);
     pc_announce_received(pager, stale - forgotten);
     return 0;
 }
@@ -209,7 +211,7 @@ int pc_pager_stats(struct pc_pager *pager, struct pc_pager_stats *stats)
     (void)pc_metrics_stats(&pager->metrics, stats);
     for (uint32_t i = 0; i < blocks; i++) {
         const struct block *block = pager->blocks[i];
-        uint64_t received = pc_bits_count(block->received, 0, block->pages);
+        uint64_t received = block->pages - __atomic_load_n(&block->missing, __ATOMIC_SEQ_CST);
 
         stats->total_pages += block->pages;
         stats->total_bytes += block->memory.size_bytes;

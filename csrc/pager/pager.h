@@ -17,6 +17,7 @@
 
 #include "core/bits.h"
 #include "core/clock.h"
+#include "core/codec.h"
 #include "core/events.h"
 #include "core/runtime.h"
 #include "core/stream.h"
@@ -27,6 +28,8 @@
 #include "postcopy/uffd.h"
 
 #define PENDING_MAX 16384 /* threads of one shard that wait, as far as they are accounted */
+#define PENDING_BUCKET_BITS 12
+#define PENDING_BUCKETS (1u << PENDING_BUCKET_BITS)
 #define MAX_SEGMENTS 64
 #define MAX_RANGES (PC_MAX_BLOCKS * MAX_SEGMENTS)
 #define RECEIVE_BYTES (PC_FRAME_HEADER_BYTES + PC_FRAME_MAX_PAYLOAD_BYTES)
@@ -54,6 +57,7 @@ struct segment { /* part of a block guarded by one shard */
 struct block {
     struct pc_memory memory;
     uint64_t pages;
+    uint64_t missing; /* atomic: pages not received, or some more for a moment */
     uint64_t *requested, *claimed, *received, *zero, *lost;
     uint64_t maps_bytes; /* of one buffer, which `requested` begins and which has those that are not in `states`: */
     struct pc_states states; /* claimed, received and zero, when they are to outlive this pager */
@@ -75,9 +79,19 @@ struct fault { /* a thread of the machine that waits */
     uint32_t block;
     int32_t tid; /* 0: unknown */
     int slot;    /* -1: not a tracked thread */
+    uint16_t next_by_page, next_by_tid, older, newer; /* numbers of entries; a free one has the next free in `newer` */
     bool minor;
     bool unrequested; /* no request for its page is under way: there was no channel, no room, or the page was claimed */
     bool unresolved;  /* its page is received, and the kernel could not resolve the fault yet */
+};
+
+struct pending { /* the table of them, faults.c; 0 is the number of no entry */
+    struct fault faults[PENDING_MAX + 1];
+    uint16_t by_page[PENDING_BUCKETS], by_tid[PENDING_BUCKETS];
+    uint64_t marks[PENDING_BUCKETS / 64]; /* atomic, set by other threads: who waits for such a page is to be looked at */
+    uint16_t queued[SEND_BYTES / PC_FRAME_HEADER_BYTES]; /* whose requests are in shard.send */
+    uint32_t queued_count, count;
+    uint16_t used, free;
 };
 
 enum command_kind { COMMAND_ATTACH, COMMAND_PREFETCH, COMMAND_DISCONNECT, COMMAND_STOP };
@@ -116,6 +130,7 @@ struct shard {
     struct pc_pager *pager;
     uint32_t index;
     int uffd, control_fd;
+    int poll_fd; /* epoll(7) of what its thread waits for */
     uint64_t busy_poll_ns;
     struct pc_uffd_api api;
     bool gated; /* its userfaultfd tells what is taken away */
@@ -132,14 +147,15 @@ struct shard {
 
     /* The fault thread's own from here on. Who waits (faults.c): */
     struct pc_shard_metrics *metrics;
-    struct fault *pending; /* PENDING_MAX of them */
-    size_t pending_count;
+    struct pending *pending;
     bool overflowed;  /* threads wait that found no place there */
     bool send_full;   /* faults are unrequested only for want of room in `send` */
     uint32_t repeats; /* faults in a row that were pending already */
     uint64_t retry_at_ns, retry_ns; /* something could not be placed or resolved for the moment; 0: nothing */
     uint64_t unpollable_until_ns;
     bool unpollable_reported;
+    uint32_t uffd_watched, stream_watched; /* for what epoll(7) looks at them; 0: not at all */
+    uint32_t busy_turns;
 
     /* Its channel (urgent.c): */
     struct pc_stream stream;
@@ -176,7 +192,8 @@ struct bulk {
     struct pc_pager *pager;
     struct channel channel;
     struct pc_stream stream;
-    uint8_t *buffer;
+    uint8_t *buffer, *content; /* what is received; what it is when it was compressed, from the first such frame on */
+    struct pc_codec codec;
     pthread_t thread;
     bool started;         /* under channel_lock */
     bool running, ending; /* atomic; the thread clears the first and obeys the second */
@@ -202,7 +219,7 @@ struct pc_pager {
     size_t watch_count, watch_capacity; /* the count is read without the lock */
     int64_t last_ticket;
 
-    uint64_t missing;    /* atomic: pages not received; who takes the last one announces COMPLETE */
+    uint64_t missing;    /* atomic: the sum of those of the blocks; who takes the last one announces COMPLETE */
     uint64_t sweep_left; /* atomic: missing pages that all shards together may request */
     uint32_t completed;
     uint64_t pushes; /* atomic: how many the source may have begun */
@@ -236,6 +253,12 @@ static inline bool pc_block_has(const struct pc_pager *pager, uint32_t block, ui
 static inline uint32_t pc_range_count(const struct shard *shard)
 {
     return __atomic_load_n(&shard->range_count, __ATOMIC_ACQUIRE);
+}
+
+/* So many pages have just been set in `received`. */
+static inline void pc_count_received(struct block *block, uint64_t pages)
+{
+    (void)__atomic_fetch_sub(&block->missing, pages, __ATOMIC_SEQ_CST);
 }
 
 static inline uint64_t pc_page_address(const struct block *block, uint64_t page)
@@ -286,13 +309,15 @@ int pc_handle_frame(struct pc_pager *pager, struct channel *channel, const struc
                     struct progress *progress);
 
 /* faults.c: the shard's fault thread, but the first. */
-void pc_recheck_soon(struct shard *shard); /* any thread */
-void pc_read_events(struct shard *shard);
+void pc_recheck_page(struct shard *shard, uint32_t block, uint64_t page); /* any thread: who waits for it is looked at, soon */
+bool pc_read_events(struct shard *shard);
 void pc_uffd_unpollable(struct shard *shard);
 /* Accounts and forgets the threads that waited for these pages; they have been woken. */
 void pc_finish_faults(struct shard *shard, uint32_t block, uint64_t first, uint64_t pages, uint64_t received_ns);
 bool pc_resolve_zero(struct shard *shard, uint32_t index, uint64_t page, uint64_t received_ns);
 void pc_recheck_pending(struct shard *shard);
+void pc_requests_sent(struct shard *shard);
+void pc_requests_lost(struct shard *shard);
 void pc_request_pending(struct shard *shard);
 void pc_request_again(struct shard *shard);
 void pc_retry_later(struct shard *shard);
@@ -305,6 +330,7 @@ void pc_commands_free(struct command **stack);
 void pc_shard_notify(struct shard *shard); /* its loop takes another turn */
 /* Fault thread. False: there is no room. */
 bool pc_queue_request(struct shard *shard, uint32_t block, uint64_t page, uint32_t id_bits);
+bool pc_loop_init(struct shard *shard); /* before the thread; false and errno */
 void *pc_fault_thread(void *shard);
 
 /* prefetch.c: the shard's fault thread. */

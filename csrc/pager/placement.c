@@ -121,13 +121,14 @@ static int place_run(struct shard *shard, struct block *block, uint64_t first, u
 
 /* ---- what a frame brings ------------------------------------------------------------------------------------------ */
 
-/* Pages of a shard have been received by placing: lets those go who wait for them. */
+/* Pages of a shard, of one word of the maps, have been received by placing: lets those go who wait for them. */
 static void after_placing(struct shard *shard, const struct channel *channel, uint32_t index, uint64_t first, uint64_t pages,
                          uint64_t received_ns)
 {
     const struct block *block = shard->pager->blocks[index];
+    uint64_t word = first / 64, wanted = pc_bits_word(block->requested, word) & pc_bits_mask(word, first, pages);
 
-    if (!pc_bits_any(block->requested, first, pages))
+    if (!wanted)
         return;
     if (shard == channel->own) {
         pc_finish_faults(shard, index, first, pages, received_ns);
@@ -135,7 +136,8 @@ static void after_placing(struct shard *shard, const struct channel *channel, ui
     }
     pc_wake_pages(shard, block, first, pages); /* once more: see the head of pager.c */
     if (__atomic_load_n(&shard->metrics->pending, __ATOMIC_SEQ_CST))
-        pc_recheck_soon(shard);
+        for (; wanted; wanted &= wanted - 1)
+            pc_recheck_page(shard, index, pc_bits_lowest(word, wanted));
 }
 
 /* Places those pages of one word of the maps that this thread has claimed: *mine, from which what is dealt with is taken. How many
@@ -165,8 +167,10 @@ static int place_word(struct pc_pager *pager, const struct channel *channel, con
             }
         }
         error = place_run(shard, block, first, count, content + (first - frame->first_page) * block->memory.page_bytes, &done);
-        if (done)
+        if (done) {
             (void)pc_atomic_set(block->received, word, pc_bits_mask(word, first, done));
+            pc_count_received(block, done);
+        }
         if (shard->gated)
             pthread_mutex_unlock(&shard->gate);
         if (done) {
@@ -186,14 +190,14 @@ static void unclaim(struct pc_pager *pager, const struct channel *channel, uint3
 
     pc_atomic_clear(block->claimed, word, pages);
     for (uint64_t wanted = pages & pc_bits_word(block->requested, word); wanted; wanted &= wanted - 1) {
-        uint64_t one = 1;
-        struct shard *shard = pc_find_shard(pager, block, pc_bits_lowest(word, wanted), &one);
+        uint64_t page = pc_bits_lowest(word, wanted), one = 1;
+        struct shard *shard = pc_find_shard(pager, block, page, &one);
 
         if (!shard)
             continue;
         if (!kept && shard != channel->own) /* its own channel ends by this: all of it is requested again on the next one */
             __atomic_store_n(&shard->answers_dropped, true, __ATOMIC_SEQ_CST);
-        pc_recheck_soon(shard);
+        pc_recheck_page(shard, index, page);
     }
 }
 
@@ -258,7 +262,7 @@ static void after_zeroing(struct pc_pager *pager, const struct channel *channel,
          * same, it faults anew and finds the page received. */
         pc_wake_pages(shard, block, page, 1);
         if (shard != channel->own && __atomic_load_n(&shard->metrics->pending, __ATOMIC_SEQ_CST))
-            pc_recheck_soon(shard);
+            pc_recheck_page(shard, index, page);
     }
 }
 
@@ -283,6 +287,7 @@ void pc_place_zeros(struct pc_pager *pager, const struct channel *channel, uint3
         pc_spend(progress, WORD_NS + pc_bits_popcount(waiting) * PLACE_NS);
         progress->done = (word + 1) * 64 - first;
     }
+    pc_count_received(block, fresh);
     COUNT(pager, zero_pages, fresh);
     if (duplicates)
         COUNT(pager, duplicate_pages, duplicates);
@@ -298,6 +303,7 @@ int pc_decode_header(struct pc_pager *pager, const uint8_t *header, struct pc_fr
 {
     int error = pc_frame_decode(header, frame, progress->text, sizeof(progress->text));
     const struct block *block;
+    uint32_t content_bytes;
 
     if (error || frame->type == PC_FRAME_END)
         return error;
@@ -309,8 +315,9 @@ int pc_decode_header(struct pc_pager *pager, const uint8_t *header, struct pc_fr
     if (frame->first_page >= block->pages || frame->pages > block->pages - frame->first_page)
         REFUSE("a frame names pages %llu+%u of RAM block %u, which has %llu", (unsigned long long)frame->first_page, frame->pages,
                frame->block, (unsigned long long)block->pages);
-    if (frame->type == PC_FRAME_PAGES && frame->payload_bytes != frame->pages * block->memory.page_bytes)
-        REFUSE("a frame of %u pages carries %u bytes", frame->pages, frame->payload_bytes);
+    content_bytes = frame->content_bytes ? frame->content_bytes : frame->payload_bytes;
+    if (frame->type == PC_FRAME_PAGES && content_bytes != frame->pages * block->memory.page_bytes)
+        REFUSE("a frame of %u pages carries %u bytes", frame->pages, content_bytes);
     return 0;
 }
 
@@ -348,6 +355,8 @@ int pc_handle_frame(struct pc_pager *pager, struct channel *channel, const struc
     pc_spend(progress, FRAME_NS);
     switch (frame->type) {
     case PC_FRAME_PAGES:
+        if (frame->content_bytes) /* on a bulk channel it has been decompressed; no thread that serves faults does that */
+            REFUSE("a compressed frame does not belong here");
         return place_pages(pager, channel, frame, payload, received_ns, progress);
     case PC_FRAME_ZERO:
         pc_place_zeros(pager, channel, frame->block, frame->first_page, frame->pages, received_ns, progress);

@@ -101,7 +101,8 @@ static int add_block(struct pc_pager *pager, const struct pc_memory *memory, int
     if (index == -ENOSPC && pager->block_count < PC_MAX_BLOCKS) {
         index = (int)pager->block_count;
         pager->blocks[index] = block;
-        (void)__atomic_fetch_add(&pager->missing, block->pages - pc_bits_count(block->received, 0, block->pages), __ATOMIC_SEQ_CST);
+        block->missing = block->pages - pc_bits_count(block->received, 0, block->pages);
+        (void)__atomic_fetch_add(&pager->missing, block->missing, __ATOMIC_SEQ_CST);
         __atomic_store_n(&pager->completed, 0, __ATOMIC_SEQ_CST); /* COMPLETE was announced for fewer blocks: it will be again */
         __atomic_store_n(&pager->block_count, pager->block_count + 1, __ATOMIC_RELEASE);
     }
@@ -143,9 +144,11 @@ void pc_shard_free(struct shard *shard)
         close(shard->uffd);
     if (shard->control_fd >= 0)
         close(shard->control_fd);
+    if (shard->poll_fd >= 0)
+        close(shard->poll_fd);
     pc_buffer_free(shard->receive, RECEIVE_BYTES);
     pc_buffer_free(shard->send, SEND_BYTES);
-    pc_buffer_free(shard->pending, PENDING_MAX * sizeof(*shard->pending));
+    pc_buffer_free(shard->pending, sizeof(*shard->pending));
     pc_buffer_free(shard->ranges, MAX_RANGES * sizeof(*shard->ranges));
     pthread_mutex_destroy(&shard->gate);
     free(shard);
@@ -165,6 +168,7 @@ static struct shard *new_shard(struct pc_pager *pager, int uffd, const struct pc
     pc_lock_init(&shard->gate);
     shard->pager = pager;
     shard->uffd = uffd;
+    shard->poll_fd = -1;
     shard->api = *api;
     shard->stream.fd = -1;
     shard->busy_poll_ns = (uint64_t)busy_poll_us * 1000;
@@ -172,10 +176,11 @@ static struct shard *new_shard(struct pc_pager *pager, int uffd, const struct pc
     shard->channel = (struct channel){.own = shard, .kind = PC_CHANNEL_URGENT};
     shard->send = pc_buffer_new(SEND_BYTES);
     shard->receive = pc_buffer_new(RECEIVE_BYTES);
-    shard->pending = pc_buffer_new(PENDING_MAX * sizeof(*shard->pending));
+    shard->pending = pc_buffer_new(sizeof(*shard->pending));
     shard->ranges = pc_buffer_new(MAX_RANGES * sizeof(*shard->ranges));
     shard->control_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-    if (shard->send && shard->receive && shard->pending && shard->ranges && shard->control_fd >= 0)
+    if (shard->send && shard->receive && shard->pending && shard->ranges && shard->control_fd >= 0 &&
+        pc_loop_init(shard))
         return shard;
     error = errno;
     pc_shard_free(shard);

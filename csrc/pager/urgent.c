@@ -10,6 +10,7 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <unistd.h>
 
 #include "pager/pager.h"
@@ -19,6 +20,7 @@
  * long as the page takes; meanwhile a new fault waits so much longer. */
 #define REPEATS_BEFORE_REST 64
 #define REST_NS 500000
+#define BUSY_TURNS 8 /* of a thread that busy-waits: in one of so many it looks at everything */
 #define SMALL_RECEIVE_BYTES (64 * 1024)
 #define TURN_NS 200000 /* what a turn may do for the channel, as the costs in pager.h estimate it */
 /* So much work in a row that brought nothing new, and the channel is read at a sixteenth of the processor's time. */
@@ -93,6 +95,25 @@ int pc_pager_attach_urgent(struct pc_pager *pager, uint32_t shard_index, int fd)
     return error;
 }
 
+/* ---- what is waited for ------------------------------------------------------------------------------------------ */
+
+/* What a turn of the loop looks at, and what of it is ready. */
+enum { READY_UFFD = 1, READY_COMMANDS = 2, READY_CHANNEL = 4 };
+
+/* Has one descriptor waited for by the next wait: *watched says for what until now. That is the same from one fault to the next, so
+ * that a wait costs one system call, which looks at what is ready only. False: the kernel has no memory for it now. */
+static bool watch_fd(const struct shard *shard, int fd, uint32_t ready, uint32_t *watched, uint32_t wanted)
+{
+    struct epoll_event event = {.events = wanted, .data.u32 = ready};
+
+    if (*watched == wanted)
+        return true;
+    if (epoll_ctl(shard->poll_fd, !*watched ? EPOLL_CTL_ADD : wanted ? EPOLL_CTL_MOD : EPOLL_CTL_DEL, fd, &event))
+        return false;
+    *watched = wanted;
+    return true;
+}
+
 /* ---- the channel -------------------------------------------------------------------------------------------------- */
 
 bool pc_queue_request(struct shard *shard, uint32_t block, uint64_t page, uint32_t id_bits)
@@ -113,8 +134,8 @@ bool pc_queue_request(struct shard *shard, uint32_t block, uint64_t page, uint32
 
 static void close_stream(struct shard *shard, int error, const char *text)
 {
-    for (size_t i = 0; i < shard->pending_count; i++)
-        shard->pending[i].sent_ns = 0;
+    pc_requests_lost(shard);
+    (void)watch_fd(shard, shard->stream.fd, 0, &shard->stream_watched, 0); /* others may have the connection open */
     pc_stream_close(&shard->stream);
     shard->receive_start = shard->receive_end = 0;
     shard->frame_checked = shard->frames_left = shard->stalled = false;
@@ -142,15 +163,8 @@ static void flush_requests(struct shard *shard)
         shard->send_done += (size_t)sent;
     }
     if (queued) {
-        uint64_t now_ns = pc_now_ns();
-
         shard->send_bytes = shard->send_done = 0;
-        for (size_t i = shard->pending_count; i-- > 0;) {
-            struct fault *fault = &shard->pending[i];
-
-            if (fault->sent_ns == fault->event_ns)
-                fault->sent_ns = now_ns;
-        }
+        pc_requests_sent(shard);
         if (shard->send_full) {
             pc_request_pending(shard);
             shard->ahead_left = true; /* a turn at once: there is something to send */
@@ -158,7 +172,8 @@ static void flush_requests(struct shard *shard)
     }
 }
 
-static void receive_bytes(struct shard *shard)
+/* Whether there were any. */
+static bool receive_bytes(struct shard *shard)
 {
     size_t room;
     ssize_t got;
@@ -177,16 +192,17 @@ static void receive_bytes(struct shard *shard)
         room = SMALL_RECEIVE_BYTES;
     got = shard->stream.read(&shard->stream, shard->receive + shard->receive_end, room, false);
     if (got == -EAGAIN)
-        return;
+        return false;
     if (got <= 0) {
         if (!got && shard->receive_end > shard->receive_start)
             close_stream(shard, -EPIPE, PC_STREAM_CUT_TEXT);
         else
             close_stream(shard, (int)got, got ? strerror((int)-got) : "the source closed the connection");
-        return;
+        return false;
     }
     COUNT(shard->pager, bytes_received, got);
     shard->receive_end += (size_t)got;
+    return true;
 }
 
 /* The first frame that was received, if it is there as a whole. 1, 0, or an error with its line. */
@@ -325,42 +341,77 @@ static void sooner(uint64_t *deadline_ns, uint64_t at_ns)
         *deadline_ns = at_ns;
 }
 
-/* Waits for {userfaultfd, commands, channel}. How many of the three are ready; 0 when a time has come. */
-static int wait_for_work(struct shard *shard, struct pollfd fds[3], uint64_t spin_until_ns)
+bool pc_loop_init(struct shard *shard)
+{
+    uint32_t unwatched = 0;
+
+    shard->poll_fd = epoll_create1(EPOLL_CLOEXEC);
+    return shard->poll_fd >= 0 && watch_fd(shard, shard->control_fd, READY_COMMANDS, &unwatched, EPOLLIN);
+}
+
+/* Looks with the reads themselves, which are cheaper than to ask before: at the channel while an answer is due, else mostly at the
+ * userfaultfd. */
+static uint32_t look_busily(struct shard *shard)
+{
+    uint32_t often = shard->pending->count ? READY_CHANNEL : READY_UFFD, seldom = READY_UFFD | READY_CHANNEL;
+
+    if (__atomic_load_n(&shard->commands, __ATOMIC_RELAXED) || __atomic_load_n(&shard->sweep_again, __ATOMIC_RELAXED))
+        seldom |= READY_COMMANDS;
+    return ++shard->busy_turns % BUSY_TURNS ? often : seldom;
+}
+
+/* Waits for {userfaultfd, commands, channel}: those that are ready, none when a time has come. */
+static uint32_t wait_for_work(struct shard *shard, uint64_t spin_until_ns)
 {
     uint64_t now_ns = shard->retry_at_ns || shard->read_at_ns || shard->unpollable_until_ns || spin_until_ns ? pc_now_ns() : 0;
     uint64_t deadline_ns = 0;
-    struct timespec timeout;
-    bool reading = !shard->frames_left && !shard->stalled;
-    short wanted = 0;
+    struct epoll_event events[3];
+    bool reading = !shard->frames_left && !shard->stalled, resting, spinning, watched;
+    uint32_t wanted = 0, ready = 0;
+    int timeout_ms = -1, count;
 
     if (shard->read_at_ns && now_ns >= shard->read_at_ns)
         shard->read_at_ns = 0;
     if (shard->unpollable_until_ns && now_ns >= shard->unpollable_until_ns)
         shard->unpollable_until_ns = 0;
     if (reading && !shard->read_at_ns)
-        wanted = POLLIN;
+        wanted = EPOLLIN;
     if (shard->send_bytes)
-        wanted |= POLLOUT;
-    fds[0] = (struct pollfd){.fd = shard->unpollable_until_ns ? -1 : shard->uffd, .events = POLLIN};
-    fds[1] = (struct pollfd){.fd = shard->control_fd, .events = POLLIN};
-    fds[2] = (struct pollfd){.fd = wanted ? shard->stream.fd : -1, .events = wanted};
+        wanted |= EPOLLOUT;
+    resting = shard->repeats >= REPEATS_BEFORE_REST * PC_REPEAT_WEIGHT;
+    spinning = now_ns < spin_until_ns && !resting;
+    if (spinning && shard->api.how) /* opened here: no other process makes a blocking one of it */
+        return look_busily(shard);
+    watched = watch_fd(shard, shard->uffd, READY_UFFD, &shard->uffd_watched, shard->unpollable_until_ns || resting ? 0 : EPOLLIN);
+    if (shard->stream.fd >= 0)
+        watched = watch_fd(shard, shard->stream.fd, READY_CHANNEL, &shard->stream_watched, wanted) && watched;
+    if (!watched)
+        sooner(&deadline_ns, pc_now_ns() + RETRY_MAX_NS);
     sooner(&deadline_ns, shard->retry_at_ns);
     sooner(&deadline_ns, shard->read_at_ns);
     sooner(&deadline_ns, shard->unpollable_until_ns);
-    if (shard->repeats >= REPEATS_BEFORE_REST * PC_REPEAT_WEIGHT) {
+    if (resting) {
         shard->repeats -= PC_REPEAT_WEIGHT; /* one read, and if that brings another repetition, one more rest */
-        fds[0].fd = -1;
         sooner(&deadline_ns, (now_ns ? now_ns : (now_ns = pc_now_ns())) + REST_NS);
-    } else if (spin_until_ns && now_ns < spin_until_ns) {
-        deadline_ns = now_ns;
     }
-    if ((shard->frames_left && !shard->read_at_ns) || shard->ahead_left || __atomic_load_n(&shard->recheck, __ATOMIC_RELAXED))
-        return poll(fds, 3, 0);
-    if (!deadline_ns)
-        return poll(fds, 3, -1);
-    timeout = pc_timespec(deadline_ns > now_ns ? deadline_ns - now_ns : 0);
-    return ppoll(fds, 3, &timeout, NULL);
+    if (spinning || (shard->frames_left && !shard->read_at_ns) || shard->ahead_left || __atomic_load_n(&shard->recheck, __ATOMIC_RELAXED)) {
+        timeout_ms = 0;
+    } else if (deadline_ns) { /* finer than milliseconds */
+        struct timespec timeout = pc_timespec(deadline_ns > now_ns ? deadline_ns - now_ns : 0);
+        struct pollfd any = {.fd = shard->poll_fd, .events = POLLIN};
+
+        if (ppoll(&any, 1, &timeout, NULL) <= 0)
+            return 0;
+        timeout_ms = 0;
+    }
+    count = epoll_wait(shard->poll_fd, events, 3, timeout_ms);
+    for (int i = 0; i < count; i++) {
+        if (events[i].data.u32 == READY_UFFD && !(events[i].events & EPOLLIN))
+            pc_uffd_unpollable(shard);
+        else
+            ready |= events[i].data.u32;
+    }
+    return ready;
 }
 
 void *pc_fault_thread(void *argument)
@@ -371,17 +422,14 @@ void *pc_fault_thread(void *argument)
     pc_thread_name("pc-fault", shard->index);
     pc_thread_prompt(shard->busy_poll_ns != 0);
     for (;;) {
-        struct pollfd fds[3];
-        bool due = false;
+        uint32_t ready = wait_for_work(shard, spin_until_ns);
+        int stream_fd = shard->stream.fd;
+        bool due = false, found = false;
 
-        if (wait_for_work(shard, fds, spin_until_ns) < 0)
-            continue;
-        if (fds[1].revents && !handle_commands(shard))
+        if (ready & READY_COMMANDS && !handle_commands(shard))
             break;
-        if (fds[0].revents & POLLIN)
-            pc_read_events(shard);
-        else if (fds[0].revents)
-            pc_uffd_unpollable(shard);
+        if (ready & READY_UFFD)
+            found = pc_read_events(shard);
         if (shard->retry_at_ns && pc_now_ns() >= shard->retry_at_ns) {
             due = true;
             shard->retry_at_ns = 0;
@@ -389,8 +437,9 @@ void *pc_fault_thread(void *argument)
         if (due || __atomic_load_n(&shard->recheck, __ATOMIC_RELAXED))
             pc_recheck_pending(shard);
         /* a command may have put another stream there, even under the same number; then a read that finds nothing does no harm. */
-        if (fds[2].revents && fds[2].events & POLLIN && fds[2].fd == shard->stream.fd) {
-            receive_bytes(shard);
+        if (ready & READY_CHANNEL && stream_fd >= 0 && stream_fd == shard->stream.fd && !shard->frames_left && !shard->stalled &&
+            !shard->read_at_ns) {
+            found = receive_bytes(shard) || found;
             handle_frames(shard);
         } else if ((shard->frames_left && !shard->read_at_ns) || (shard->stalled && due)) {
             handle_frames(shard);
@@ -399,7 +448,7 @@ void *pc_fault_thread(void *argument)
         flush_requests(shard);
         if (!shard->retry_at_ns)
             shard->retry_ns = 0;
-        if (shard->busy_poll_ns)
+        if (shard->busy_poll_ns && found)
             spin_until_ns = pc_now_ns() + shard->busy_poll_ns;
     }
     if (shard->stream.fd >= 0)

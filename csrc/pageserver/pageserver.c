@@ -331,6 +331,7 @@ static void reap(struct channel *channel)
     channel->staging_bytes = 0;
     free(channel->batch);
     channel->batch = NULL;
+    pc_choice_free(&channel->choice);
 }
 
 /* In which push a new bulk channel takes part first. */
@@ -419,6 +420,16 @@ int pc_pageserver_set_bandwidth(struct pc_pageserver *server, uint64_t max_bandw
     server->bandwidth_changes++; /* who waits for the old rate waits no longer */
     pthread_cond_broadcast(&server->push_changed);
     pthread_mutex_unlock(&server->push_lock);
+    return 0;
+}
+
+int pc_pageserver_set_compression(struct pc_pageserver *server, uint32_t how, int adaptive)
+{
+    if (how & ~(uint32_t)(PC_COMPRESSION_LZ4 | PC_COMPRESSION_ZSTD) || (!adaptive && how & (how - 1)))
+        return -EINVAL;
+    if (pc_compression_available(how, NULL, 0) != how)
+        return -ENOENT;
+    __atomic_store_n(&server->compression, how | (how && adaptive ? COMPRESSION_ADAPTIVE : 0), __ATOMIC_RELAXED);
     return 0;
 }
 

@@ -70,6 +70,20 @@ static void pace(struct pc_pageserver *server, uint64_t bytes)
     }
 }
 
+/* What compression has saved of a run that was paced when the bandwidth had changed so often: bandwidth is that of the wire. */
+static void give_back(struct pc_pageserver *server, uint64_t bytes, uint64_t changes)
+{
+    if (!bytes)
+        return;
+    pthread_mutex_lock(&server->push_lock);
+    if (server->bandwidth && changes == server->bandwidth_changes) {
+        uint64_t ns = (uint64_t)((double)bytes * 1e9 / (double)server->bandwidth);
+
+        server->next_free_ns -= ns < server->next_free_ns ? ns : server->next_free_ns;
+    }
+    pthread_mutex_unlock(&server->push_lock);
+}
+
 /* A copy of memory that may be written meanwhile. By words that are loaded once each: checksum and content are those of the copy. */
 static const uint8_t *copy_live(struct channel *channel, const uint8_t *memory, uint64_t bytes)
 {
@@ -100,6 +114,7 @@ static int push_run(struct channel *channel, struct batch *batch, const struct r
     }
     if (block->memory.base && live)
         content = copy_live(channel, content, run->pages * block->page_bytes);
+    pc_run_begin(channel);
     while (at < run->pages) {
         const uint8_t *begin = content + at * block->page_bytes;
         struct pc_frame frame = {.block = (uint16_t)run->block, .first_page = run->first_page + at};
@@ -116,36 +131,47 @@ static int push_run(struct channel *channel, struct batch *batch, const struct r
             pages++;
         frame.type = zero ? PC_FRAME_ZERO : PC_FRAME_PAGES;
         frame.pages = (uint32_t)pages;
-        pc_batch_add(batch, frame, begin, zero ? 0 : pages * block->page_bytes);
-        if (zero)
+        if (zero) {
+            pc_batch_add(batch, frame, NULL, 0);
             ADD(server, zero_pages, pages);
-        else
+        } else {
+            pc_run_add(channel, batch, frame, begin, pages * block->page_bytes);
             ADD(server, background_pages, pages);
+        }
         at += pages;
     }
-    return pc_batch_send(batch, channel);
+    error = pc_batch_send(batch, channel);
+    if (!error)
+        pc_run_sent(channel);
+    return error;
 }
 
 /* Sends what has not been sent, by turns with the other channels, and that this was all. */
 static int push(struct channel *channel, char *text, size_t text_bytes)
 {
     struct pc_pageserver *server = channel->server;
+    const struct choice *choice = &channel->choice;
     int error = 0;
 
+    channel->choice.sent_ns = pc_now_ns(); /* the time before this push was no time of sending */
     while (!error) {
         struct run run;
+        uint64_t changes;
         bool found;
 
         pthread_mutex_lock(&server->push_lock);
         found = !is_stopping(server) && !server->push_stopped && claim_run(server, &run);
         if (found)
             pace(server, run.pages * server->blocks[run.block]->page_bytes);
+        changes = server->bandwidth_changes;
         pthread_mutex_unlock(&server->push_lock);
         if (is_stopping(server))
             return -ECANCELED;
         if (!found)
             break;
         error = push_run(channel, channel->batch, &run, text, text_bytes);
+        if (!error)
+            give_back(server, choice->run_content_bytes - choice->run_wire_bytes, changes);
     }
     if (error)
         return error;

@@ -17,6 +17,7 @@
  *   answer.c      urgent channels
  *   push.c        bulk channels
  *   release.c     memory given back
+ *   compress.c    whether a run goes compressed, and how
  *   batch.c       frames on their way out
  *
  * Nothing of a lower priority delays an answer: an urgent thread takes no lock once the server serves. `sent`
@@ -41,6 +42,7 @@
 
 #include "core/bits.h"
 #include "core/clock.h"
+#include "core/codec.h"
 #include "core/events.h"
 #include "core/runtime.h"
 #include "core/stream.h"
@@ -81,6 +83,23 @@ struct run {
     uint64_t first_page, pages;
 };
 
+/* compress.c: what a bulk channel knows of the ways to send a run. */
+enum way { WAY_RAW, WAY_LZ4, WAY_ZSTD, WAYS };
+struct sums {
+    uint64_t runs, ns, drained_bytes, wire_bytes, content_bytes;
+};
+struct choice {
+    struct pc_codec codec;
+    uint8_t *out; /* compressed frames of one run */
+    size_t out_bytes, out_used;
+    enum way way, best; /* of this run; of the last that was measured */
+    double ns[WAYS];    /* for a byte of content, as it goes on and on; 0: not known */
+    uint32_t wait[WAYS], interval[WAYS]; /* runs until a way is tried again, and the next time */
+    struct sums sums;   /* since `way` was taken */
+    uint64_t sent_ns, queued_bytes; /* when the last run had been sent, and what of it was in the socket */
+    uint64_t run_content_bytes, run_wire_bytes, run_ns; /* of this run: its content, the same as it goes out, and the time it took to make */
+};
+
 struct channel {
     struct pc_pageserver *server;
     uint32_t index;
@@ -90,6 +109,7 @@ struct channel {
     uint8_t *staging; /* where pages of a block without a mapping are read to */
     size_t staging_bytes;
     struct batch *batch;
+    struct choice choice; /* bulk */
     int wake_fd;     /* bulk: an eventfd, from its first connection until the server is freed; under push_lock */
     uint64_t pushed; /* bulk: the last push that it has ended; atomic */
     uint64_t pins[REQUESTS_PER_TURN]; /* atomic: what the batch on its way out points at, as PLACE_RUN */
@@ -124,6 +144,7 @@ struct pc_pageserver {
 
     pthread_mutex_t release_lock;
 
+    uint32_t compression; /* atomic: a set of enum pc_compression, and COMPRESSION_ADAPTIVE */
     bool unreadable_reported; /* atomic */
     struct pc_pageserver_stats count;
 };
@@ -138,6 +159,13 @@ struct batch {
     uint64_t bytes;
     size_t staged;
 };
+
+/* compress.c: the bulk channel's thread. A run: begun, each frame of content added, sent, and then accounted. */
+#define COMPRESSION_ADAPTIVE 0x80000000u
+void pc_run_begin(struct channel *channel);
+void pc_run_add(struct channel *channel, struct batch *batch, struct pc_frame frame, const uint8_t *content, uint64_t bytes);
+void pc_run_sent(struct channel *channel);
+void pc_choice_free(struct choice *choice);
 
 /* The payload is pointed at until it is sent. */
 void pc_batch_add(struct batch *batch, struct pc_frame frame, const void *payload, uint64_t bytes);

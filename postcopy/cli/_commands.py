@@ -133,9 +133,9 @@ COMMANDS: Mapping[str, Command] = {
     "bench": Command(
         "measure how fast postcopy is, against what this host can do",
         "postcopy.testbed.bench",
-        "Measures the figures of docs/measurements.md. Most are ratios to the best that is possible on this host, which"
+        "Measures the figures of docs/performance.md. Most are ratios to the best that is possible on this host, which"
         " the same run measures; the others have fixed targets.",
-        (("Two of them:", "postcopy bench fault throughput"),),
+        (("Two of them:", "postcopy bench fault bulk"),),
     ),
     "schema": Command(
         "print the schema of all JSON output",

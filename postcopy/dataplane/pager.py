@@ -25,6 +25,9 @@ from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.uffd import How, parse_how, probe
 
+DISCARDED_AT_ONCE = 64
+"""Discarding so many pages takes no longer than having another thread do it, and the machine may be waiting for it."""
+
 __all__ = ["ChannelKind", "Event", "EventStream", "EventType", "ForeignMemory", "Pager", "PagerStatistics", "Stage"]
 
 
@@ -59,7 +62,10 @@ class PagerCounters(DataPlane):
             raise ValueError("memory of another process cannot be discarded here")
         await self._forget(block, stale)
         # After it: a pager that dies in between has content too much, which stops it, and never too little.
-        await run_to_end(lambda: memory.discard_pages(stale), "discarding pages that have changed at the source")
+        if stale.count() <= DISCARDED_AT_ONCE:
+            memory.discard_pages(stale)
+        else:
+            await run_to_end(lambda: memory.discard_pages(stale), "discarding pages that have changed at the source")
 
     @abc.abstractmethod
     async def _forget(self, block: int, stale: Bitmap) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from postcopy._native import ffi
 from postcopy.dataplane._base import CoreDataPlane
 from postcopy.dataplane._events import ChannelKind, Event, EventStream, EventType
+from postcopy.dataplane.compression import Compression
 from postcopy.dataplane.counters import PageServerStatistics, read
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
@@ -125,6 +126,13 @@ class PageServer(CoreDataPlane):
     def set_bandwidth(self, max_bandwidth_bytes_per_s: int) -> None:
         """Changes the limit on what is pushed; 0 is none."""
         self._call("setting the bandwidth", "set_bandwidth", max_bandwidth_bytes_per_s)
+
+    def set_compression(self, how: Compression, *, adaptive: bool = False) -> None:
+        """How pages are pushed from now on; the destination must know it. `adaptive`: `how` is a set, and each channel
+        sends in the way, compressed or not, by which most content goes out. Pages that do not become smaller are sent
+        as they are, requested ones always. `CoreError` for what this host has no library for
+        (`postcopy.dataplane.compression`), and for a set that is not `adaptive`."""
+        self._call("setting the compression", "set_compression", how.value, adaptive)
 
     def statistics(self) -> PageServerStatistics:
         """Counters, each exact, but not of one instant."""

@@ -3,12 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from postcopy._blocking import run_briefly, run_sync, run_to_end
 from postcopy.machines import Machine
 from postcopy.memory import DirtyLog
 from postcopy.memory.bitmap import Bitmap
+
+QUICK_S = 0.0005
+"""Looking at the memory may keep the Trio thread for about so long."""
+
+
+def _timed(look: Callable[[], list[Bitmap]]) -> tuple[list[Bitmap], float]:
+    began_s = time.monotonic()
+    return look(), time.monotonic() - began_s
 
 
 class Changes:
@@ -25,6 +34,7 @@ class Changes:
         self._page_bytes = page_bytes
         self._log = log
         self._present: list[Bitmap] = []
+        self._took_s = 0.0  # looking, the last time
 
     @classmethod
     async def open(cls, machine: Machine, page_bytes: Sequence[int], logged: bool) -> Changes:
@@ -38,12 +48,17 @@ class Changes:
 
     async def begin(self) -> list[Bitmap]:
         """The pages that may hold something other than zeros."""
-        self._present = await run_sync(self._look)
+        self._present, self._took_s = await run_sync(_timed, self._look)
         return self._present
 
     async def collect(self) -> list[Bitmap]:
         """The pages that have changed since the last call, or since `begin`."""
-        return await run_briefly(self._collect)
+        # It takes about as long as the last time: as the memory is that holds something. A thread would double that.
+        if self._took_s < QUICK_S:
+            changed, self._took_s = _timed(self._collect)
+        else:
+            changed, self._took_s = await run_briefly(_timed, self._collect)
+        return changed
 
     def _look(self) -> list[Bitmap]:
         blocks = self._machine.blocks

@@ -32,6 +32,7 @@ import trio
 
 from postcopy import wire
 from postcopy._blocking import run_sync
+from postcopy.dataplane import compression
 from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import ChannelKind, Event, EventType
 from postcopy.errors import MigrationError, PostcopyError, ProtocolError
@@ -284,7 +285,8 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
                 )
         assert self._session is not None
         with link.channel_set(self._session) as open_channels:
-            await control.send(protocol.send(wire.Accept(units, machine.shards, self._bulk_channels)))
+            compress = compression.names(compression.available(compression.named(offer.compress)))
+            await control.send(protocol.send(wire.Accept(units, machine.shards, self._bulk_channels, compress)))
             self._change()
             await self._attach_all(open_channels, machine, pager)
         await control.send(protocol.send(wire.Ready()))
@@ -293,6 +295,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         await self._take_machine(control, machine, pager)
         self._placed.acknowledged(self._zero)
         self._check_wanted()  # in one step with `prepared`: `cancel` promises that it will not be decided
+        control.stay_awake()
         await control.send(protocol.send(wire.Prepared()))
         self.at_switchover = machine.statistics()
         self._count_precopy()
@@ -309,6 +312,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         """The machine has been committed to us."""
         await self._run_machine(machine)
         await control.send(self._protocol.send(wire.Running(self._resume_ns, max(0, now_ns() - self.running_ns))))
+        control.may_sleep()
         self._change()
 
     async def _run_machine(self, machine: Machine) -> None:
@@ -401,6 +405,8 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             self.iteration += 1
             self._pushing = set(range(self._bulk_channels))
             pager.expect_push()
+            await pager.confirm()  # the source pushes as soon as it has heard of it
+        control.stay_awake()  # the last round is just before the pause
         await control.send(self._protocol.send(wire.RoundDone(message.number)))
 
     async def _forget(self, pager: AnyPager, stale: Sequence[Bitmap]) -> None:

@@ -39,6 +39,8 @@ from typing import Any
 import trio
 
 from postcopy import wire
+from postcopy.dataplane import compression
+from postcopy.dataplane.compression import Compression
 from postcopy.dataplane.pageserver import ChannelKind, Event, EventType, PageServer
 from postcopy.errors import ConfigurationError, MigrationError, PeerError, PostcopyError, ProtocolError
 from postcopy.machines import Machine, MachineState, MachineStatistics
@@ -401,6 +403,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
                 " all pages are sent after the switchover; use --mode postcopy, or a newer release there"
             )
         self._join(link, session)
+        wanted = self._compression()
         blocks = tuple(wire.Block(block.name, block.size_bytes, block.page_bytes) for block in machine.layout)
         with link.channel_set(session) as open_channels:
             offer = wire.Offer(
@@ -411,12 +414,20 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
                 blocks,
                 self._options.bulk_channels,
                 PLACED_EVERY_MS if self._options.release_ram else 0,
+                compression.names(wanted),
             )
             await control.send(protocol.send(offer))
             self._change()
             accept = self._accepted = await control.receive(wire.Accept, STEP_TIMEOUT_S)
             self._check_accept(accept, blocks)
             server = self._data = self._make_server(self._options.max_bandwidth_bytes_per_s)
+            if how := wanted & compression.named(accept.compress):
+                server.set_compression(how, adaptive=self._options.compress == "auto")
+            elif self._options.compress not in ("off", "auto"):
+                raise MigrationError(
+                    f"--compress {self._options.compress}: the destination cannot take that; install its library there,"
+                    " or use --compress auto"
+                )
             for block, unit in zip(machine.blocks, accept.page_bytes, strict=True):
                 server.add_block(block.memory, unit)
             if self._options.release_ram:
@@ -432,6 +443,18 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             await self._precopy(control, server)
         await self._switch_over(control, server)
         await self._follow(control)
+
+    def _compression(self) -> Compression:
+        """What pages may be compressed with, as far as it depends on this host. `ResourceError` where that has not what
+        the user wants."""
+        asked = self._options.compress
+        if asked == "off":
+            return Compression(0)
+        if asked == "auto":
+            return compression.available()
+        wanted = compression.named((asked,))
+        compression.require(wanted)
+        return wanted
 
     async def _attach_all(self, open_channels: OpenChannels) -> None:
         assert self._data is not None
@@ -450,6 +473,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
     async def _follow(self, control: Control[SourceProtocol]) -> None:
         """The machine is the destination's: follows it until its last page has arrived."""
         message = await control.receive_any()
+        control.may_sleep()
         if isinstance(message, wire.Running):
             now = now_ns()
             self._runs_there(max(self.committed_ns, now - message.ago_ns))
@@ -541,13 +565,13 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         part: type[Part],
         maps: Sequence[Bitmap],
         pushed: bool = False,
-        timeout_s: float = ROUND_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> None:
         """Tells the destination what there is, or what has changed, and waits until it has taken note of that."""
         number = self._rounds
         self._rounds += 1
         await send_maps(control, part, maps, lambda count: wire.Round(number, count, pushed))
-        done = await control.receive(wire.RoundDone, timeout_s)
+        done = await control.receive(wire.RoundDone, timeout_s or ROUND_TIMEOUT_S)
         if done.number != number:
             raise ProtocolError(f"round-done: of round {done.number}, {number} was due")
 
@@ -557,6 +581,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         """In the pause nothing is done that could be done before or after: no statistics, no callback."""
         machine, protocol, options = self.machine, self._protocol, self._options
         assert self._accepted is not None
+        control.stay_awake()
         parts = {"paused": now_ns()}
         self.paused_ns = parts["paused"]
         await machine.pause()
@@ -588,6 +613,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         else:
             await send_maps(control, part, changed, lambda maps: wire.Switchover(state, maps))
         parts["send_ns"] = now_ns()
+        control.stay_awake()
         self.at_pause = machine.statistics()
         await self._until_prepared(control, server, rest_bytes if whole else 0)
         parts["prepared_ns"] = now_ns()
@@ -597,6 +623,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         commit = protocol.send(wire.Commit())
         try:
             self.committed_ns = now_ns()
+            control.stay_awake()
             await control.send(commit)
         finally:  # whether it arrives or not, the machine never answers here again
             self._count_precopy()

@@ -98,12 +98,13 @@ class BenchFigure(Record, kw_only=True):
     """A line of `bench`."""
 
     schema: Schema
-    name: Annotated[str, doc("Of the figure; docs/measurements.md has them all.")]
+    name: Annotated[str, doc("Of the figure; docs/performance.md has them all.")]
     ratio: Annotated[float, doc("Median of the rounds.", "1")]
-    target: Annotated[str, doc("What the ratio is to be, as `<= 2`.")]
+    target: Annotated[str, doc("What the ratio is to be, as `<= 2`; empty: a comparison without a goal.")]
     reached: Annotated[bool, doc("Whether it is.")]
     unit: Annotated[str, doc("Of the values in the rounds.")]
     rounds: Annotated[list[dict[str, float]], doc("What was measured, by name, in each round.")]
+    curve: Annotated[str, doc("What the names in the rounds count, where they are the points of a curve; else empty.")]
     note: Annotated[str, doc("What else there is to say.")]
 
 

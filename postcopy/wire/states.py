@@ -46,7 +46,7 @@ from typing import ClassVar, Final
 
 from postcopy.errors import ProtocolError
 from postcopy.wire import messages as m
-from postcopy.wire.codec import MessageBuffer, encode
+from postcopy.wire.codec import MessageBuffer, encode, prepare
 from postcopy.wire.messages import PROTOCOL_VERSION, Ended, Message, one_line
 
 
@@ -176,6 +176,7 @@ class _ControlProtocol:
     RECEIVES: ClassVar[Mapping[State, frozenset[str]]]
 
     def __init__(self, version: int = PROTOCOL_VERSION) -> None:
+        prepare()
         self.version = version  # as it was spoken in the handshake; may be set until the first message
         self._state = State.SETUP
         self._reached = State.SETUP  # how far it has come: of the states up to CLOSING the furthest one

@@ -68,7 +68,7 @@ ELSEWHERE = {  # page: the tests that do what it says; that its commands and opt
     "docs/lab.md": "tests/integration/test_lab.py",
     "docs/lazy-memory.md": "tests/integration/test_lazy.py",
     "docs/machines.md": "tests/integration/test_network.py",
-    "docs/measurements.md": "tests/unit/testbed/test_bench.py",
+    "docs/performance.md": "tests/unit/testbed/test_bench.py",
     "docs/operating.md": "tests/integration/test_operating.py",
     "docs/privileges.md": "tests/integration/test_privileges.py",
     "docs/probe.md": "tests/unit/testbed/test_probe.py",

@@ -11,7 +11,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from postcopy import _blocking
-from postcopy._blocking import Workers, run_sync, run_to_end
+from postcopy._blocking import Workers, run_briefly, run_sync, run_to_end
 from postcopy.errors import MigrationError, ResourceError
 
 DEADLINE_S = 20.0
@@ -201,3 +201,56 @@ async def test_context_and_closed_workers() -> None:
     with workers.serving():
         await workers.close()
         assert await run_sync(word.get) == "here"  # on one of Trio's
+
+
+async def test_no_task_runs_during_a_brief_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_blocking, "BRIEF_S", DEADLINE_S)
+    workers = Workers.open(2, "test-workers", "a test")
+    ran: list[str] = []
+
+    async def other() -> None:
+        ran.append("other")
+
+    def fail() -> None:
+        raise KeyError("x")
+
+    async with trio.open_nursery() as nursery:
+        with workers.serving():
+            nursery.start_soon(other)
+            assert await run_briefly(lambda: threading.current_thread().name) == "test-workers"
+            with pytest.raises(KeyError):
+                await run_briefly(fail)
+            assert not ran
+            assert await run_briefly(lambda: 3) == 3  # both have to be given back first
+            assert ran == ["other"]
+    assert workers.idle == 2
+    assert await workers.close()
+    assert await run_briefly(lambda: 4) == 4  # on one of Trio's
+
+
+async def test_a_brief_call_that_takes_long_is_waited_for_as_any_other() -> None:
+    workers, gate, names = Workers.open(1, "test-workers", "a test"), Gate(), list[str]()
+
+    async def call() -> None:
+        with workers.serving():
+            names.append(await run_briefly(gate))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(call)
+        await gate.wait_entered()
+        await wait_all_tasks_blocked()
+        assert not names
+        gate.opened.set()
+    assert names == ["test-workers"]
+    assert await workers.close()
+
+
+async def test_a_brief_call_is_left_to_itself_when_it_is_cancelled() -> None:
+    workers, gate = Workers.open(1, "test-workers", "a test"), Gate()
+    with workers.serving(), trio.move_on_after(0.05) as scope:
+        await run_briefly(gate, abandon_on_cancel=True)
+    assert scope.cancelled_caught
+    assert not gate.done
+    gate.opened.set()
+    assert await workers.close(DEADLINE_S)
+    assert gate.done

@@ -25,6 +25,9 @@ void pc_bench_fill(void *base, uint64_t bytes, uint64_t seed); /* incompressible
 int pc_bench_floor_serve(int fd, const void *base, uint64_t page_bytes, uint64_t pages, int spin);
 /* The floor's other end: event in, request, reply, UFFDIO_COPY, `count` times. */
 int pc_bench_floor_fault(int uffd, int fd, void *base, uint64_t page_bytes, uint64_t count, int spin);
+/* The floor of the bulk push: `bytes` into a connection, and out of it by UFFDIO_COPY into pages that are missing. 0 or -errno. */
+int pc_bench_floor_push(int fd, const void *base, uint64_t bytes);
+int pc_bench_floor_place(int uffd, int fd, void *base, uint64_t bytes);
 /* The least a program can do that serves faults of its own process: poll, read one event, COPY, `count` times. */
 int pc_bench_uffd_serve(int uffd, const void *page, uint64_t page_bytes, uint64_t count);
 /* ==== end cffi ==== */

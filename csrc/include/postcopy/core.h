@@ -62,10 +62,16 @@ void pc_histogram_merge(struct pc_histogram *into, const struct pc_histogram *fr
 /* Value at a percentile in 0..100 (upper edge of its bucket, never above max_ns); 0 when empty. */
 uint64_t pc_histogram_percentile(const struct pc_histogram *h, double percentile);
 
+/* ---- compression ---- */
+enum pc_compression { PC_COMPRESSION_LZ4 = 1, PC_COMPRESSION_ZSTD = 2 }; /* bits of a set */
+/* Those of the set `wanted` that can be used here; their libraries are loaded now. `error` says what one of the others lacks. Locks while
+ * it loads. */
+uint32_t pc_compression_available(uint32_t wanted, char *error, size_t error_bytes);
+
 /* ---- frame ---- */
 /* The data channels' frame: a fixed header of PC_FRAME_HEADER_BYTES, little endian, then payload_bytes of payload.
  *   0 u32 magic   4 u8 type   5 u8 flags   6 u16 block   8 u64 first_page   16 u32 pages   20 u32 request_id
- *   24 u32 payload_bytes   28 u32 payload_crc   32 u32 reserved (zero)   36 u32 header_crc (CRC32C of bytes 0..35)
+ *   24 u32 payload_bytes   28 u32 payload_crc   32 u32 content_bytes   36 u32 header_crc (CRC32C of bytes 0..35)
  * docs/protocol.md says what each type means. */
 #define PC_FRAME_HEADER_BYTES 40
 #define PC_FRAME_MAGIC 0x46504350 /* "PCPF" */
@@ -78,7 +84,9 @@ enum pc_frame_type {
     PC_FRAME_ERROR = 5    /* source -> destination: these pages cannot be served; payload is the reason, UTF-8 */
 };
 enum pc_frame_flags {
-    PC_FRAME_DEMAND = 1 /* answers a request (as opposed to being pushed) */
+    PC_FRAME_DEMAND = 1, /* answers a request (as opposed to being pushed) */
+    PC_FRAME_LZ4 = 2,    /* pages that were pushed: the payload is an LZ4 block of content_bytes */
+    PC_FRAME_ZSTD = 4    /* the same, one Zstandard frame */
 };
 struct pc_frame {
     uint8_t type;
@@ -89,6 +97,7 @@ struct pc_frame {
     uint32_t request_id;
     uint32_t payload_bytes;
     uint32_t payload_crc;
+    uint32_t content_bytes; /* of a payload that is compressed; else 0 */
 };
 void pc_frame_encode(const struct pc_frame *frame, uint8_t *header);
 /* 0, or -EBADMSG with the reason in `error`. Checks magic, type, flags, sizes and header CRC; not the payload. */

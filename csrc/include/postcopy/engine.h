@@ -148,6 +148,7 @@ struct pc_pageserver_stats {
     uint64_t bytes_sent;     /* on data channels, headers included */
     uint64_t bytes_received;
     uint64_t released_bytes; /* content given back to the host, see pc_pageserver_release */
+    uint64_t compressed_bytes, uncompressed_bytes; /* payload of frames that were compressed, and what it stands for */
 };
 /* The limit is for bulk only; 0: none. */
 int pc_pageserver_new(uint64_t max_bandwidth_bytes_per_s, struct pc_pageserver **server);
@@ -188,6 +189,10 @@ int pc_pageserver_release(struct pc_pageserver *server, uint32_t block, uint64_t
 int pc_pageserver_released(struct pc_pageserver *server, uint32_t block, uint64_t *released_words,
                            uint64_t *discarded_words);
 int pc_pageserver_set_bandwidth(struct pc_pageserver *server, uint64_t max_bandwidth_bytes_per_s);
+/* How pushed pages go from the next run on: `how` is one of enum pc_compression, or 0. With `adaptive` it is a set, and each bulk channel
+ * sends in the way, compressed or not, by which most content a second goes out. What does not become smaller is never compressed.
+ * -EINVAL, or -ENOENT where a library is not here (pc_compression_available). */
+int pc_pageserver_set_compression(struct pc_pageserver *server, uint32_t how, int adaptive);
 int pc_pageserver_event_fd(struct pc_pageserver *server);
 int pc_pageserver_next_event(struct pc_pageserver *server, struct pc_event *event);
 int pc_pageserver_stats(struct pc_pageserver *server, struct pc_pageserver_stats *stats);

@@ -371,6 +371,52 @@ static void no_write_is_lost(int kind)
 }
 OF_EACH_KIND(no_write_is_lost)
 
+/* ---- many who wait ---- */
+
+#define CROWD_PAGES 200
+
+/* Two threads wait for each of many pages: each page is requested once by each channel, whichever channel brings it lets both go. */
+static void a_crowd_waits(void)
+{
+    const uint64_t pages[] = {CROWD_PAGES};
+    static struct toucher touchers[2 * CROWD_PAGES];
+    struct rig rig;
+    int fd = -1, bulk_fd;
+
+    open_pager(&rig, PC_MEMORY_MEMFD, 1, pages);
+    arm_all(&rig, 0);
+    for (int i = 0; i < 2 * CROWD_PAGES; i++)
+        touch_one(&touchers[i], &rig, 0, (uint64_t)i % CROWD_PAGES);
+    wait_pending(&rig, 2 * CROWD_PAGES);
+    for (int channel = 0; channel < 2; channel++) {
+        bool requested[CROWD_PAGES] = {false};
+
+        if (fd >= 0)
+            close(fd);
+        fd = script_urgent(&rig, 0);
+        for (int i = 0; i < CROWD_PAGES; i++) {
+            struct pc_frame frame;
+
+            CHECK(receive_frame(fd, &frame));
+            CHECK(!requested[frame.first_page]);
+            requested[frame.first_page] = true;
+        }
+        CHECK(!speaks(fd, SERVED_MS));
+    }
+    bulk_fd = script_bulk(&rig, 0);
+    for (uint64_t page = 0; page < CROWD_PAGES; page++)
+        serve_page(&rig, page % 3 ? bulk_fd : fd, 0, page);
+    for (int i = 0; i < 2 * CROWD_PAGES; i++)
+        join_toucher(&touchers[i]);
+    wait_pending(&rig, 0);
+    CHECK_EQ(pager_stats(&rig).oldest_pending_ns, 0);
+    CHECK_EQ(pager_stats(&rig).requests, 2 * CROWD_PAGES);
+    CHECK_EQ(pager_stats(&rig).resident_pages, CROWD_PAGES);
+    close(fd);
+    close(bulk_fd);
+    close_rig(&rig);
+}
+
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
@@ -380,5 +426,6 @@ int main(int argc, char **argv)
     RUN_KINDS(one_bulk_channel);
     RUN_KINDS(three_bulk_channels);
     RUN_KINDS(no_write_is_lost);
+    RUN_CASE(a_crowd_waits);
     return test_end();
 }

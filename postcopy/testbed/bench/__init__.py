@@ -8,7 +8,12 @@ is reported is the median over the rounds of the ratio within a round, so that a
   userfaultfd, 8 byte request, 4 KiB reply, UFFDIO_COPY), sleeping and busy polling. Seen by the thread that touches.
 - ``pager-process``: the same fault with the pager in a process of its own, against one in threads.
 - ``bulk-delay``: p99 of such a fault while everything else is pushed at full speed, against the idle p99.
-- ``throughput``: incompressible memory pushed over loopback, both ends included, against one iperf3 stream.
+- ``bulk``: incompressible memory pushed over loopback, against the least C program that receives and places as many
+  bytes over as many connections, and against one iperf3 stream.
+- ``compress``: memory that compresses, and memory that does not, pushed over 100 Mbit/s and 1 Gbit/s with ``auto``,
+  against without compression.
+- ``switchover``: from the pause at the source to the first run at the destination, by machine, workload and memory,
+  against 2 ms; and 8 GiB against 64 MiB.
 - ``sparse``: total time of a large kvm machine of which 256 MiB were touched, against a machine of 256 MiB.
 - ``rv64``: instructions a second of the interpreter, in the workloads dirty and random, against 100 million.
 - ``overhead``: resident memory of source and destination beside the machine's own, against its allowance.
@@ -16,33 +21,61 @@ is reported is the median over the rounds of the ratio within a round, so that a
 - ``recovery-map``: what a destination of 1 TiB, half of it there, has to say when it comes back, against 10 MB and 1 s.
 - ``contention``: mmap and munmap of one thread while others wait for a page, against none waiting: is a lock held?
 - ``userfaultfd``: a fault served by the Python binding under Trio against the smallest C handler; events per read.
+- ``dirty``: operations of a guest that writes, with its dirty log read every 100 ms, against those without; and what
+  reading the log takes for each page.
+- ``qemu``: QEMU's postcopy (TCG; with and without preempt) with the same memory and way through it, against ours.
 
-`_figures` has what is measured; `_worker`, `_uffd`, `_contention` and `_recovery` measure; here are options and output.
+A figure's module (`FIGURES`) has what measures it, an async function `measure_NAME` of the number of rounds, which
+returns a list of `Figure`; `_common` has what they share, `_worker` most of the processes. Here are options and output.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-import statistics
 import sys
 import textwrap
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 from postcopy._files import check_new_file, replacing, write_all
 from postcopy.errors import ConfigurationError
 from postcopy.records import as_json
 from postcopy.testbed import _processes
 from postcopy.testbed._report import make_console
-from postcopy.testbed.bench import _plot
-from postcopy.testbed.bench._figures import MEASUREMENTS, Figure
 from postcopy.units import among, argument, did_you_mean, parse_whole
 
-__all__ = ["Figure", "add_arguments", "run"]
+if TYPE_CHECKING:
+    from postcopy.testbed.bench._common import Figure
+
+__all__ = ["FIGURES", "add_arguments", "run"]
+
+FIGURES = {
+    "fault": "_fault",
+    "pager-process": "_fault",
+    "bulk-delay": "_fault",
+    "bulk": "_bulk",
+    "compress": "_compress",
+    "sparse": "_machine",
+    "overhead": "_machine",
+    "recovery-time": "_recovery",
+    "recovery-map": "_recovery",
+    "rv64": "_machine",
+    "userfaultfd": "_uffd",
+    "contention": "_contention",
+    "switchover": "_switchover",
+    "dirty": "_dirty",
+    "qemu": "_qemu",
+}
+"""The module that measures it; imported then."""
+_BAR = 20
+"""Characters of the longest bar of a curve."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `postcopy bench`."""
-    parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"of {', '.join(MEASUREMENTS)}; all by default")
+    parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"of {', '.join(FIGURES)}; all by default")
     parser.add_argument(
         "--rounds", type=argument(parse_whole, 1, 1000), default=5, metavar="N",
         help="repetitions, medians are shown",
@@ -53,9 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when every figure kept to its target, 1 otherwise. `ConfigurationError` for what was asked wrongly."""
-    names = args.figures or list(MEASUREMENTS)
-    if unknown := [name for name in names if name not in MEASUREMENTS]:
-        hint = did_you_mean(unknown[0], MEASUREMENTS) or among(MEASUREMENTS)
+    names = args.figures or list(FIGURES)
+    if unknown := [name for name in names if name not in FIGURES]:
+        hint = did_you_mean(unknown[0], FIGURES) or among(FIGURES)
         raise ConfigurationError(f"no figure called {unknown[0]}{hint}")
     if args.svg is not None:  # now, not after minutes of measuring
         if "contention" not in names:
@@ -64,11 +97,13 @@ def run(args: argparse.Namespace) -> int:
     width = make_console(sys.stdout).width
     reached = True
     for name in names:
-        figures = _processes.run(MEASUREMENTS[name], args.rounds)
+        figures = _processes.run(_measurement(name), args.rounds)
         for figure in figures:
             reached &= figure.reached
             print(json.dumps(as_json(figure.record())) if args.json else _text(figure, width), flush=True)
         if name == "contention":
+            from postcopy.testbed.bench import _plot
+
             if not args.json:
                 print(_plot.text_plot(figures, width), flush=True)
             if args.svg is not None:
@@ -77,16 +112,30 @@ def run(args: argparse.Namespace) -> int:
     return 0 if reached else 1
 
 
+def _measurement(name: str) -> Callable[[int], Awaitable[list[Figure]]]:
+    module = importlib.import_module(f"{__name__}.{FIGURES[name]}")
+    measure: Callable[[int], Awaitable[list[Figure]]] = getattr(module, f"measure_{name.replace('-', '_')}")
+    return measure
+
+
 def _text(figure: Figure, width: int) -> str:
-    bound, beyond = ("at most", "OVER THE LIMIT") if figure.at_most else ("at least", "BELOW THE LIMIT")
-    verdict = "within limit" if figure.reached else beyond
-    lines = [figure.name, f"    {figure.ratio:.2f}, {bound} {figure.target:g}: {verdict}"]
-    for name in figure.rounds[0]:
+    """Its name, the ratio and the goal; of each value the median, and the least and the most of the rounds."""
+    width = min(width, 100)
+    if figure.target is None:
+        goal = "no goal"
+    else:
+        bound = "at most" if figure.at_most else "at least"
+        goal = f"{bound} {figure.target:g}: {'goal reached' if figure.reached else 'GOAL NOT REACHED'}"
+    lines = [*textwrap.wrap(figure.name, width), f"    {figure.ratio:.2f}, {goal}"]
+    if figure.curve:
+        lines.append(f"    over {figure.curve}:")
+    medians = figure.medians()
+    longest, most = max(map(len, medians)), max(medians.values())
+    for name, median in medians.items():
         values = [values[name] for values in figure.rounds]
-        median = statistics.median(values)
-        lines.append(
-            f"    {name:<12} median {median:9.2f} {figure.unit}   range {min(values):.2f} .. {max(values):.2f}"
-        )
+        bar = f"{'█' * round(median / most * _BAR):<{_BAR}}  " if figure.curve else ""
+        between = f"  {min(values):.2f} .. {max(values):.2f}" if len(values) > 1 else ""
+        lines.append(f"    {name:<{longest}}  {bar}{median:10.2f} {figure.unit}{between}")
     if figure.note:
-        lines += textwrap.wrap(figure.note, min(width, 100), initial_indent="    ", subsequent_indent="    ")
+        lines += textwrap.wrap(figure.note, width, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)

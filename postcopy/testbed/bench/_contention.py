@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from postcopy._native import lib
 from postcopy.dataplane.histogram import Histogram
 from postcopy.errors import ErrorLine
+from postcopy.testbed._processes import run_json
+from postcopy.testbed.bench._common import DEADLINE_S, Figure, ratio, worker
 from postcopy.testbed.bench._worker import percentiles_us
 
 CALLS = 4000
@@ -42,3 +44,24 @@ def main(pending_faults: str, bulk: str) -> None:
     result = lib.pc_fp_contention(int(pending_faults), int(bulk), CALLS, mmap, munmap, line.buffer, line.size)
     line.check(result, "measuring mmap beside pending faults")
     print(json.dumps({call: percentiles_us(histogram, 50, 99) for call, histogram in histograms.items()}))
+
+
+async def measure_contention(rounds: int) -> list[Figure]:
+    """mmap and munmap beside pending faults and bulk placement, against neither."""
+    # One round has all scenes, each in a process of its own, so that a slow spell of the host hits them alike.
+    measured: dict[str, list[dict[str, dict[str, float]]]] = {scene.name: [] for scene in SCENES}
+    for _ in range(rounds):
+        for scene in SCENES:
+            command = worker("_contention", str(scene.pending_faults), str(int(scene.bulk)))
+            what = f"the measurement of mmap and munmap with {scene.name}"
+            measured[scene.name].append(await run_json(command, what, DEADLINE_S))
+    idle = measured[IDLE.name]
+    figures = []
+    for call in ("mmap", "munmap"):
+        for scene in SCENES[1:]:
+            values = [
+                here[call] | {f"idle-{name}": us for name, us in before[call].items()}
+                for here, before in zip(measured[scene.name], idle, strict=True)
+            ]
+            figures.append(ratio(f"{call} p50, {scene.name} / none", values, "p50", "idle-p50", 1.5))
+    return figures

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from postcopy.testbed.bench._common import Figure
 from postcopy.testbed.bench._contention import IDLE
-from postcopy.testbed.bench._figures import Figure
 
 WIDTH = 107  # of the picture
 _LABELS, _NUMBERS = 26, 31  # characters of a line that are not its bar

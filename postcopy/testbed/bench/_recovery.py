@@ -23,6 +23,7 @@ from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.maps import MapCollector
 from postcopy.testbed._processes import Child, open_child, parse
+from postcopy.testbed.bench._common import Figure, ratio
 from postcopy.testbed.chaos import ChaosPlan, open_chaos_proxy
 from postcopy.wire import (
     ID_BYTES,
@@ -173,3 +174,34 @@ def _cut_off(size_bytes: int) -> tuple[SourceProtocol, DestinationProtocol]:
         side.connection_lost("cut")
         side.reconnected()
     return source, dest
+
+
+async def measure_recovery_time(rounds: int) -> list[Figure]:
+    """A running machine that is cut off again and again."""
+    times_ms = sorted([ms for number in range(rounds) for ms in await recovery_times_ms(25, number)])
+    note = f"{len(times_ms)} cuts of 0.1 to 1 s, all connections reset"
+    return [
+        Figure(
+            f"first page after the network's return, {name} / {allowed_ms} ms",
+            value / allowed_ms,
+            1.0,
+            True,
+            [{name: value}],
+            note,
+            "ms",
+        )
+        for name, value, allowed_ms in (
+            ("p50", times_ms[len(times_ms) // 2], 150),
+            ("p99", times_ms[min(len(times_ms) - 1, int(len(times_ms) * 0.99))], 500),
+        )
+    ]
+
+
+async def measure_recovery_map(rounds: int) -> list[Figure]:
+    """The maps of a machine of 1 TiB, from one side's bitmap to the other's."""
+    values = [await recovery_map(1 << 40, number) | {"MB-allowed": 10.0, "s-allowed": 1.0} for number in range(rounds)]
+    note = "4 KiB pages, half of them received, in random runs of 64; simulated on bitmaps"
+    return [
+        ratio(f"recovery map of 1 TiB, {name} / allowance", values, unit, f"{unit}-allowed", 1.0, note=note, unit="")
+        for name, unit in (("size", "MB"), ("time", "s"))
+    ]

@@ -15,6 +15,8 @@ from postcopy._native import ffi, lib
 from postcopy.dataplane.histogram import Histogram
 from postcopy.errors import MigrationError, check
 from postcopy.memory import Memory
+from postcopy.testbed._processes import run_json
+from postcopy.testbed.bench._common import DEADLINE_S, Figure, ratio, worker
 from postcopy.uffd import PageFault, RegisterMode, Userfaultfd
 
 PAGES = 2000
@@ -105,3 +107,19 @@ def _system_reads(call: Any) -> int:
     before = count()
     call()
     return count() - before
+
+
+async def measure_userfaultfd(rounds: int) -> list[Figure]:
+    """The Python binding against the smallest C handler, and how many events one read brings."""
+
+    async def part(what: str, pause_s: float = 0.0) -> float:
+        return float(await run_json(worker("_uffd", what, str(pause_s)), f"the measurement of {what}", DEADLINE_S))
+
+    reads = [{"reads": await part("reads"), "wanted": 1.0} for _ in range(rounds)]
+    figures = [ratio("system calls that read 64 pending events", reads, "reads", "wanted", 1.0, unit="")]
+    for when, pause_s in (("0.5 ms apart", 0.0005), ("back to back", 0.0)):
+        for how in ("sleeping", "busy polling"):
+            values = [{"c-us": await part("c", pause_s), "trio-us": await part(how, pause_s)} for _ in range(rounds)]
+            name = f"faults {when}, Trio handler {how} / C handler sleeping, p50"
+            figures.append(ratio(name, values, "trio-us", "c-us", 1.5))
+    return figures

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process of a measurement: a source or a destination, of the engine or of the floor.
 
-Started by `_figures` with its connected sockets inherited; it prints ``ready``, waits for a line on its
+Started by `_common.pair` with its connected sockets inherited; it prints ``ready``, waits for a line on its
 standard input, does its part, prints one JSON object. A source serves until its standard input ends.
 
 Memory is made and filled here, in the process that uses it, and touched by C threads only.
@@ -99,7 +99,7 @@ async def _floor_dest(job: Job) -> dict[str, Any]:
         )
     os.close(job.urgent_fd)
     check(result, "serving faults as the floor")
-    return {"touch-us": percentiles_us(touched[0], 50, 99)}
+    return {"touch-us": percentiles_us(touched[0], 50, 99, 99.9)}
 
 
 async def _engine_source(job: Job) -> dict[str, Any]:
@@ -129,7 +129,9 @@ async def _engine_dest(job: Job) -> dict[str, Any]:
         begin_s = time.perf_counter()
         result: dict[str, Any] = {}
         if job.touches:
-            result["touch-us"] = percentiles_us(await trio.to_thread.run_sync(_touch, memory, job.touches), 50, 99)
+            result["touch-us"] = percentiles_us(
+                await trio.to_thread.run_sync(_touch, memory, job.touches), 50, 99, 99.9
+            )
         if job.bulk_fds:
             async for event in pager.events():
                 if event.type is EventType.COMPLETE:

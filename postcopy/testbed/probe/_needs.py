@@ -49,6 +49,7 @@ USES = (
     Use("source of kvm", "read and write on /dev/kvm", ("kvm",)),
     Use("destination of image, rv64", _ANY_UFFD, ("uffd-user",)),
     Use("destination of kvm", f"read and write on /dev/kvm; and {_WHOLE_UFFD}", ("kvm", "kernel-faults")),
+    Use("--precopy, at the source", f"Linux 6.7; and {_ANY_UFFD}", ("pagemap-scan",)),
     Use("--backing hugetlb", "free huge pages (vm.nr_hugepages); no right", ("hugetlb",)),
     Use("--user", "start as user 0 with CAP_SETUID and CAP_SETGID; devices that user 0 may open", ("change-user",)),
     Use("postcopy lab, as root", "CAP_SYS_ADMIN and CAP_NET_ADMIN", ("netns",)),

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from postcopy._native import ffi
 from postcopy.errors import CoreError, PostcopyError
-from postcopy.memory import Memory, page_bytes_of
+from postcopy.memory import DirtyLog, Memory, page_bytes_of
 from postcopy.testbed import _linux
 from postcopy.testbed._linux import libc
 from postcopy.testbed.probe import _host
@@ -38,13 +38,11 @@ from postcopy.uffd import (
     PageFault,
     RegisterMode,
     Result,
-    UffdFeature,
     UffdIoctl,
     Userfaultfd,
     explain_unavailable,
     probe,
 )
-from postcopy.uffd.pagemap import PageCategory, pagemap_scan
 
 Facts = dict[str, Any]
 
@@ -260,20 +258,12 @@ def _move() -> Facts:
 
 
 def _wp_async() -> Facts:
-    features = UffdFeature.WP_ASYNC | UffdFeature.WP_UNPOPULATED | UffdFeature.WP_HUGETLBFS_SHMEM
-    with _watched("memfd", features=features) as page:
-        ctypes.memset(page.address, 1, 1)
-        page.register(RegisterMode.WP)
-        page.uffd.writeprotect(page.address, page.size)
-
-        def written() -> bool:
-            end, category = page.address + page.size, PageCategory.WRITTEN
-            return bool(pagemap_scan(page.address, end, all_of=category, wp_matching=True, check_wp_async=True))
-
-        clean = not written()
-        libc.memset(ctypes.c_void_p(page.address), 2, ctypes.c_size_t(1))  # the kernel resolves it: no fault to serve
-        if not clean or not written() or written():
-            raise Lacking("a write was not seen once and only once")
+    with Memory.create("memfd", 4 * page_bytes_of("memfd")) as memory, DirtyLog([memory]) as log:
+        seen = [log.collect(0).count()]
+        libc.memset(ctypes.c_void_p(memory.address), 1, ctypes.c_size_t(1))  # no fault has to be served for it
+        seen += [log.collect(0).count(), log.collect(0).count()]
+    if seen != [0, 1, 0]:
+        raise Lacking("a write was not seen once and only once")
     return {}
 
 
@@ -458,7 +448,7 @@ def _newer(version: str) -> Callable[[int], str]:
 _MODES: dict[str, tuple[Callable[[str], Facts], str]] = {
     "missing": (_missing, "a page that has not arrived"),
     "minor": (_minor, "placing pages by UFFDIO_CONTINUE, without a copy"),
-    "wp": (_wp, "write-protected memory (dirty tracking)"),
+    "wp": (_wp, "write protection with events, for programs"),
 }
 
 # fmt: off
@@ -470,9 +460,9 @@ TRIALS: dict[str, Trial] = {
     "uffd-poison": Trial(_poison, "pages that can never come", _newer("6.6"), "a poisoned page gives EFAULT"),
     "uffd-move": Trial(_move, "not used yet (pages moved without a copy)", _newer("6.8"), "a page was moved"),
     "kvm": Trial(_kvm, "--machine kvm", _host.kvm_remedy),
-    "soft-dirty": Trial(_soft_dirty, "not used yet (dirty tracking)",
+    "soft-dirty": Trial(_soft_dirty, "nothing: --precopy uses pagemap-scan",
                         lambda _: "a kernel with CONFIG_MEM_SOFT_DIRTY=y"),
-    "pagemap-scan": Trial(_wp_async, "not used yet (dirty tracking by WP_ASYNC)", _newer("6.7"), "a write was seen"),
+    "pagemap-scan": Trial(_wp_async, "--precopy: what a machine writes is seen", _newer("6.7"), "a write was seen"),
     "netns": Trial(lambda: _netns(user=False), "postcopy lab, and demo --lab, as root", _host.netns_remedy),
     "user-netns": Trial(lambda: _netns(user=True), "the same without root", _host.user_netns_remedy),
     "netem": Trial(lambda: _qdisc("netem"), "networks with delay and loss", partial(_host.qdisc_remedy, "netem")),

@@ -175,6 +175,9 @@ OTHERS: list[Say] = [
     ("accept", {"page-bytes": [4096], "shards": 1, "bulk-channels": 1}),
     ("received-map", {"block": 0, "first-page": 0, "pages": 256, "runs": b""}),
     ("placed", {"block": 0, "first-page": 0, "pages": 1, "runs": b"\0\1"}),
+    ("stale-map", {"block": 0, "first-page": 0, "pages": 256, "runs": b""}),
+    ("round", {"number": 0, "maps": 1, "pushed": True}),
+    ("round-done", {"number": 0}),
 ]
 
 
@@ -189,11 +192,12 @@ def source_session(choose: Choice, address: tuple[str, int], machine: Machine, v
         "blocks": machine.blocks,
         "bulk-channels": 1,
         "placed-every-ms": choose.choice((0, 10)),
+        "compress": [],
     }
     script: list[Say] = [("offer", offer)]
     script += [("page-map", page_map) for page_map in machine.maps]
     script += [
-        ("switchover", {"state": machine.state, "maps": len(machine.maps)}),
+        ("switchover", {"state": machine.state, "maps": len(machine.maps), "whole": choose.random() < 0.2}),
         ("commit", {}),
         ("complete-ack", {"stats": {}}),
     ]
@@ -234,8 +238,9 @@ def destination_session(choose: Choice, address: tuple[str, int], version: int) 
         page_bytes = [block["page-bytes"] for block in offer["blocks"]]
         shards, bulk = len(page_bytes), min(1, offer["bulk-channels"])
         script: list[Say] = [
-            ("accept", {"page-bytes": page_bytes, "shards": shards, "bulk-channels": bulk}),
+            ("accept", {"page-bytes": page_bytes, "shards": shards, "bulk-channels": bulk, "compress": []}),
             ("ready", {}),
+            *([("round-done", {"number": 0})] if spoken >= 4 else []),
             ("prepared", {}),
             ("running", {"resume-ns": 5}),
             ("complete", {"stats": {}}),
@@ -248,9 +253,9 @@ def destination_session(choose: Choice, address: tuple[str, int], version: int) 
                         channel = Line.open(address, spoken)
                         data.append(channel)
                         channel.greet(name, "dest", index=index, migration=offer["migration"], token=offer["token"])
-            elif kind in ("ready", "prepared"):
+            elif kind in ("ready", "round-done", "prepared"):
                 with contextlib.suppress(AssertionError):
-                    while control.hear(timeout_s=OUR_WAIT_S)["type"] == "page-map":
+                    while control.hear(timeout_s=OUR_WAIT_S)["type"] in ("page-map", "stale-map"):
                         pass
             elif kind == "running":
                 for channel in data:

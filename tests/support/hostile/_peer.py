@@ -281,6 +281,8 @@ class Source:
         return self
 
     def offer(self) -> Source:
+        if self.version >= 4:
+            self.more.setdefault("compress", [])
         self.control.say(
             "offer",
             migration=self.migration,
@@ -317,9 +319,11 @@ class Source:
         return line
 
     def switch(self) -> Source:
+        """As in version 3, which version 4 allows, too: all in the pause."""
         for page_map in self.machine.maps:
             self.control.line.say("page-map", **page_map)
-        self.control.say("switchover", state=self.machine.state, maps=len(self.machine.maps))
+        more = {"whole": False} if self.version >= 4 else {}
+        self.control.say("switchover", state=self.machine.state, maps=len(self.machine.maps), **more)
         return self
 
     def prepared(self) -> Source:
@@ -456,8 +460,9 @@ class Destination:
     def accept(self) -> Destination:
         self.machine.page_bytes = [block["page-bytes"] for block in self.machine.blocks]
         self.bulk_channels = min(self.bulk_channels, self.offer["bulk-channels"])
+        more: dict[str, Any] = {"compress": []} if self.control.line.version >= 4 else {}
         self.control.say(
-            "accept", page_bytes=self.machine.page_bytes, shards=self.shards, bulk_channels=self.bulk_channels
+            "accept", page_bytes=self.machine.page_bytes, shards=self.shards, bulk_channels=self.bulk_channels, **more
         )
         return self
 
@@ -468,8 +473,13 @@ class Destination:
         return self
 
     def handed(self) -> Destination:
-        while (fields := self.control.hear("page-map", "switchover"))["type"] == "page-map":
-            self.machine.maps.append({key: value for key, value in fields.items() if key != "type"})
+        """Takes part in rounds. What is stale was all zeros in the page maps, and is not asked for by itself."""
+        kinds = ("page-map", "stale-map", "round", "switchover")
+        while (fields := self.control.hear(*kinds))["type"] != "switchover":
+            if fields["type"] == "page-map":
+                self.machine.maps.append({key: value for key, value in fields.items() if key != "type"})
+            elif fields["type"] == "round":
+                self.control.say("round-done", number=fields["number"])
         self.machine.state = fields["state"]
         return self
 
@@ -482,7 +492,7 @@ class Destination:
         return self
 
     def run(self) -> Destination:
-        self.control.say("running", resume_ns=1)
+        self.control.say("running", resume_ns=1, **({"ago_ns": 0} if self.control.line.version >= 4 else {}))
         return self
 
     def until(self, step: str) -> Destination:

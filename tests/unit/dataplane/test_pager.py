@@ -28,7 +28,7 @@ from postcopy.dataplane.pager import ChannelKind, Event, EventType, Pager, Pager
 from postcopy.dataplane.pager_process import DEATHS_IN_A_ROW, ProcessPager
 from postcopy.dataplane.pageserver import PageServer, PageServerStatistics
 from postcopy.errors import BusyError, CoreError, MigrationError
-from postcopy.memory import Memory, page_bytes_of
+from postcopy.memory import DirtyLog, Memory, page_bytes_of
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.destination import AnyPager
 
@@ -167,6 +167,61 @@ async def missing_pages_can_be_asked_for(where: str) -> None:
         await next_event(both.pager.events(), EventType.COMPLETE)
         await both.pager.disarm()
         assert both.destination.digest() == both.source.digest()
+
+
+async def rounds_before_the_rest(where: str) -> None:
+    """Precopy: pushed while it is written, forgotten where it was, and the end of it as ever."""
+    pages = 600
+    async with pair(where, pages) as both:
+        server, pager = both.server, both.pager
+        with DirtyLog([both.source]) as dirty:
+            both.connect_urgent()
+            both.connect_bulk()
+            for number, many in enumerate((1, 100, 1)):
+                server.push()
+                await next_event(server.events(), EventType.BULK_END)
+                await next_event(pager.events(), EventType.BULK_END)
+                assert pager.received(0) == Bitmap.full(pages)
+                both.source.write(number * PAGE, bytes([number + 1]))
+                both.source.write(400 * PAGE, b"new" * (many * PAGE // 3))
+                stale = dirty.collect(0)
+                assert list(stale.runs()) == [(number, 1), (400, many)]
+                pager.expect_push()
+                await pager.forget(0, stale)
+                assert pager.received(0) == stale.inverted()
+                assert both.destination.present().without(stale.inverted()) == Bitmap(pages)
+                server.set_stale(0, stale)
+            pager.drain_events()
+            server.serve()
+            with pytest.raises(BusyError):
+                server.set_stale(0, stale)
+            assert await trio.to_thread.run_sync(both.destination.read, 400 * PAGE, 3) == b"new"
+            server.push()
+            await next_event(pager.events(), EventType.COMPLETE)
+        with pytest.raises(ValueError, match="a map of"):
+            await pager.forget(0, Bitmap(pages - 1))
+        await pager.disarm()
+        assert both.destination.digest() == both.source.digest()
+        assert server.statistics().sent_pages == pager.statistics().resident_pages - pager.statistics().zero_pages
+
+
+async def a_second_end_in_one_push_is_refused(where: str) -> None:
+    async with pair(where, 10) as both:
+        ours, theirs = tcp_pair()
+        both.pager.attach_bulk(0, ours)
+        end: Any = ffi.new("uint8_t[]", lib.PC_FRAME_HEADER_BYTES)
+        lib.pc_frame_encode(ffi.new("struct pc_frame *", {"type": lib.PC_FRAME_END}), end)
+        with socket.socket(fileno=theirs) as source:
+            for _ in range(2):
+                source.sendall(ffi.buffer(end))
+                await next_event(both.pager.events(), EventType.BULK_END)
+                both.pager.expect_push()
+                await both.pager.confirm()
+            source.sendall(2 * bytes(ffi.buffer(end)))
+            event = await next_event(both.pager.events(), EventType.CHANNEL_DOWN)
+            assert (event.error, event.channel) == (errno.EBADMSG, 0)
+        both.pager.set_zero(0, Bitmap.full(10))
+        await both.pager.confirm()
 
 
 async def a_lost_channel_can_be_replaced(where: str) -> None:
@@ -376,6 +431,8 @@ def test_pager_process(passes: Passes, case: Callable[..., Any]) -> None:
     "case",
     [
         missing_pages_can_be_asked_for,
+        rounds_before_the_rest,
+        a_second_end_in_one_push_is_refused,
         a_lost_channel_can_be_replaced,
         a_cancelled_close_still_closes,
         a_shrinking_image_is_a_named_error,

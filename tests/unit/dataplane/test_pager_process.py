@@ -148,6 +148,30 @@ async def overtaken() -> None:
         await pager.close()
 
 
+async def forgetful() -> None:
+    """One that dies before it has forgotten: nothing is discarded, so that no page that counts as received is zero."""
+    pager_process.CALL_TIMEOUT_S = 0.5
+    with Memory.create("memfd", 300 * PAGE) as memory:
+        pager = await armed(memory)
+        pager.set_zero(0, Bitmap.full(300))
+        await pager.confirm()
+        memory.write(7 * PAGE, b"old")
+        os.kill(pager.pid, signal.SIGSTOP)
+        with pytest.raises(PagerDied, match="has not answered"):
+            await pager.forget(0, Bitmap.full(300))
+        assert memory.read(7 * PAGE, 3) == b"old"
+        await pager.disconnect()
+        assert pager.received(0).count() == 300
+        some = Bitmap(300)
+        some.set_range(7, 2)
+        await pager.forget(0, some)
+        assert pager.received(0) == some.inverted()
+        assert memory.present().count() == 0
+        pager.set_zero(0, some)
+        await pager.disarm()
+        await pager.close()
+
+
 async def no_descriptors() -> None:
     """Once it is set up it needs no further descriptor: neither to be followed, nor to lose its channels."""
     pager_process.PING_PERIOD_S = 0.2
@@ -308,6 +332,7 @@ async def elsewhere(where: str) -> None:
         idle,
         disconnected,
         overtaken,
+        forgetful,
         no_descriptors,
         unattached,
         full,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar, cast
 
 import trio
@@ -223,7 +223,7 @@ class FakePager(FakeEngine):
 
     def statistics(self) -> PagerStatistics:
         there = 100 if self.channel.complete else 0
-        counted = PagerStatistics(*range(1, 18))
+        counted = PagerStatistics(*range(1, 1 + len(fields(PagerStatistics))))
         return replace(counted, oldest_pending_ns=self.oldest_pending_ns, resident_pages=there, total_pages=100)
 
     async def forget(self, block: int, stale: Bitmap) -> None:
@@ -262,6 +262,7 @@ class FakeServer(FakeEngine):
         self.changed = trio.Event()
         self.release_error: CoreError | None = None
         self.pager: FakePager | None = None  # which gets what is pushed
+        self.unsent = self.sent = 0
         self.stale: dict[int, Bitmap] = {}
         self.serving = self.started = False
         self.token = trio.lowlevel.current_trio_token()
@@ -272,6 +273,7 @@ class FakeServer(FakeEngine):
 
     def set_present(self, block: int, present: Bitmap) -> None:
         self.present[block] = present
+        self.unsent += present.count()
 
     def block_pages(self, block: int) -> int:
         return (block + 1) * PAGES
@@ -283,9 +285,11 @@ class FakeServer(FakeEngine):
     def set_stale(self, block: int, stale: Bitmap) -> None:
         assert not self.serving
         self.stale[block] = stale
+        self.unsent += stale.count()
 
     def push(self) -> None:
         self.log.append("pushes")
+        self.sent, self.unsent = self.sent + self.unsent, 0
         for kind, index in self.fds:
             if kind == "bulk":
                 self.channel.tell(EventType.BULK_END, ChannelKind.BULK, index)
@@ -326,7 +330,7 @@ class FakeServer(FakeEngine):
     discarded = released
 
     def statistics(self) -> PageServerStatistics:
-        return PageServerStatistics(*range(10))
+        return replace(PageServerStatistics(*range(len(fields(PageServerStatistics)))), sent_pages=self.sent)
 
 
 class Meeting:

@@ -46,7 +46,7 @@ async def test_the_whole_way() -> None:
         await pair.until(lambda: pair.source.state is State.READY)
         assert pair.machine.state is MachineState.RUNNING
         await pair.move()
-        assert pair.servers[0].started
+        await pair.until(lambda: pair.servers[0].started)
         pair.pager.channel.tell(EventType.COMPLETE)
     assert pair.source.state is State.COMPLETED
     assert pair.dest.state is State.COMPLETED

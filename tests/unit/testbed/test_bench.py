@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 import pytest
 
 from postcopy.cli import main
-from postcopy.testbed.bench import Figure, _plot, _text
+from postcopy.testbed.bench import FIGURES, _measurement, _plot, _text
+from postcopy.testbed.bench._common import Figure
 
 
 def figures() -> list[Figure]:
@@ -48,10 +49,24 @@ def test_a_figure_in_words() -> None:
     rounds = [{"trio-us": 113.0, "c-us": 84.0}] * 3
     lines = _text(Figure(name, 1.345, 1.5, True, rounds, note), 80).splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[:2] == [name, "    1.34, at most 1.5: within limit"]
+    assert lines[:2] == [name, "    1.34, at most 1.5: goal reached"]
     assert " ".join(" ".join(lines[4:]).split()) == note
-    assert "1.60, at most 1.5: OVER THE LIMIT" in _text(Figure(name, 1.6, 1.5, True, rounds), 80)
-    assert "0.40, at least 0.5: BELOW THE LIMIT" in _text(Figure(name, 0.4, 0.5, False, rounds), 80)
+    assert "1.60, at most 1.5: GOAL NOT REACHED" in _text(Figure(name, 1.6, 1.5, True, rounds), 80)
+    assert "0.40, at least 0.5: GOAL NOT REACHED" in _text(Figure(name, 0.4, 0.5, False, rounds), 80)
+    assert "0.40, no goal" in _text(Figure(name, 0.4, None, False, rounds), 80)
+
+
+def test_a_curve_in_words() -> None:
+    rounds = [{"1": us, "100": us, "10000": 2 * us} for us in (10.0, 12.0, 14.0)]
+    *_, one, hundred, most = _text(Figure("a fault", 2.0, 1.5, True, rounds, curve="faults pending"), 80).splitlines()
+    assert one.count("█") * 2 == hundred.count("█") * 2 == most.count("█")
+    assert [line.split()[0] for line in (one, hundred, most)] == ["1", "100", "10000"]
+    assert most.split("█")[-1].split() == ["24.00", "us", "20.00", "..", "28.00"]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_can_be_measured(name: str) -> None:
+    assert callable(_measurement(name))
 
 
 def test_the_plot_as_svg() -> None:

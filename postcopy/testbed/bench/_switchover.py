@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``switchover``: from the pause at the source to the first run at the destination, two processes on loopback."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from postcopy.testbed.bench._common import Figure, Rounds, demo, ratio
+
+KINDS = ("kvm", "rv64") if os.path.exists("/dev/kvm") else ("rv64",)
+SIZES = ("64MiB", "1GiB", "8GiB")  # sparse: the guest touches a part of them
+ALLOWED_US = {"idle": 2000.0, "random": 4000.0}
+"""``random`` works on `WORKING_SET` meanwhile; QEMU's postcopy takes 4 to 8 ms for such a guest (``bench qemu``)."""
+WORKING_SET = "32MiB"
+GROWTH = 1.25
+"""Of 8 GiB against 64 MiB: a step of the pause that looked at all memory would make it many times that."""
+
+
+async def measure_switchover(rounds: int) -> list[Figure]:
+    """Downtimes by machine, workload and memory against what is allowed; and how they grow with the memory."""
+    cases = [(kind, "idle", size) for kind in KINDS for size in SIZES]
+    cases += [(kind, "random", SIZES[0]) for kind in KINDS]
+    found: dict[tuple[str, str, str], Rounds] = {case: [] for case in cases}
+    for _ in range(rounds):
+        for case in cases:
+            found[case].append(await _downtime_us(*case))
+    figures = [ratio(f"switchover: {', '.join(case)}", found[case], "downtime", "allowed", 1.0) for case in cases]
+    for kind in KINDS:
+        by_size: Rounds = [
+            {size: found[kind, "idle", size][number]["downtime"] for size in SIZES} for number in range(rounds)
+        ]
+        figures.append(ratio(f"switchover: {kind}, growth", by_size, SIZES[-1], SIZES[0], GROWTH, curve="memory"))
+    return figures
+
+
+async def _downtime_us(kind: str, workload: str, memory: str) -> dict[str, float]:
+    """Of one migration, and its parts, each on the clock of the side that has it (docs/results.md)."""
+    working_set = ("--working-set", WORKING_SET) if workload == "random" else ()
+    result: dict[str, Any] = await demo(
+        "--machine", kind, "--vcpus", "1", "--workload", workload, "--memory", memory, *working_set,
+        "--migrate-after", "0.2", "--run-for", "0.1", "--no-verify",
+    )  # fmt: skip
+    parts = result.get("downtime-breakdown-us") or {}
+    return {"downtime": 1e3 * result["downtime-ms"], "allowed": ALLOWED_US[workload]} | {
+        name: float(us) for name, us in parts.items() if us is not None
+    }
