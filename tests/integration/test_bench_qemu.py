@@ -32,7 +32,7 @@ async def test_both_by_turns() -> None:
     assert names == [*times, "downtime of precopy", "total time of precopy"]
     for figure in figures:
         assert {"rv64", "qemu"} <= figure.rounds[0].keys()
-        if "blocktime" not in figure.name:  # in whole milliseconds, as "QEMU says" too
+        if figure.name.startswith(("downtime", "total")):  # nobody need have missed a page of a memory that is small
             assert all(value > 0 for name, value in figure.rounds[0].items() if "says" not in name)
 
 
