@@ -163,7 +163,6 @@ int pc_pager_forget(struct pc_pager *pager, uint32_t index, const uint64_t *stal
     /* As if all of them were forgotten, then what is not: `missing` is never less than what is missing. */
     (void)__atomic_fetch_add(&pager->missing, stale, __ATOMIC_SEQ_CST);
     (void)__atomic_fetch_add(&block->missing, stale, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&pager->completed, 0, __ATOMIC_SEQ_CST);
     for (uint64_t word = 0; word < pc_bitmap_words(block->pages); word++) {
         uint64_t here = stale_words[word] & pc_bits_mask(word, 0, block->pages) & pc_bits_word(block->received, word);
 

@@ -219,9 +219,8 @@ struct pc_pager {
     size_t watch_count, watch_capacity; /* the count is read without the lock */
     int64_t last_ticket;
 
-    uint64_t missing;    /* atomic: the sum of those of the blocks; who takes the last one announces COMPLETE */
+    uint64_t missing;    /* atomic: the sum of those of the blocks, or some more for a moment; the thread that makes it 0 announces COMPLETE */
     uint64_t sweep_left; /* atomic: missing pages that all shards together may request */
-    uint32_t completed;
     uint64_t pushes; /* atomic: how many the source may have begun */
     struct pc_metrics metrics;
 };
