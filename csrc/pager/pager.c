@@ -189,6 +189,16 @@ int pc_pager_expect_push(struct pc_pager *pager)
 }
 
 int pc_pager_track_thread(struct pc_pager *pager, uint32_t slot, int32_t tid)
+int pc_pager_accept_compression(struct pc_pager *pager, uint32_t accepted)
+{
+    if (accepted & ~(uint32_t)(PC_COMPRESSION_LZ4 | PC_COMPRESSION_ZSTD))
+        return -EINVAL;
+    if (pc_compression_available(accepted, NULL, 0) != accepted)
+        return -ENOENT;
+    __atomic_store_n(&pager->accepted_compression, accepted, __ATOMIC_SEQ_CST);
+    return 0;
+}
+
 {
     return pc_metrics_track_thread(&pager->metrics, slot, tid);
 }

@@ -222,6 +222,7 @@ struct pc_pager {
     uint64_t missing;    /* atomic: the sum of those of the blocks, or some more for a moment; the thread that makes it 0 announces COMPLETE */
     uint64_t sweep_left; /* atomic: missing pages that all shards together may request */
     uint64_t pushes; /* atomic: how many the source may have begun */
+    uint32_t accepted_compression; /* atomic: a set of enum pc_compression */
     struct pc_metrics metrics;
 };
 
