@@ -356,7 +356,7 @@ static int join_push(struct channel *channel)
     if (channel->wake_fd < 0)
         error = -errno;
     __atomic_store_n(&channel->pushed, server->last_push ? 0 : server->pushes, __ATOMIC_RELEASE);
-    __atomic_store_n(&channel->running, !error, __ATOMIC_RELEASE); /* with that: who begins a push sees that it is not over */
+    __atomic_store_n(&channel->running, !error, __ATOMIC_RELEASE); /* under the lock: a push that begins now includes it */
     pthread_mutex_unlock(&server->push_lock);
     return error;
 }
