@@ -69,7 +69,7 @@ static void adaptive(void)
     is_placed_as_it_was(PC_MEMORY_MEMFD, PC_COMPRESSION_LZ4 | PC_COMPRESSION_ZSTD, 1);
 }
 
-/* On a wire of two megabytes a second every compressor is worth it; the bandwidth is that of the wire. */
+/* On a wire of four megabytes a second every compressor is worth it; the bandwidth is that of the wire. */
 static void adaptive_compresses_where_the_wire_is_slow(void)
 {
     const uint64_t pages[] = {3072};
