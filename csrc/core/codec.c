@@ -127,7 +127,7 @@ size_t pc_codec_compress(struct pc_codec *codec, uint32_t how, const void *data,
     }
 }
 
-/* One frame and nothing but it, of the format since 1.0: the decoders of older ones, which a library may have, are not for strangers. */
+/* Exactly one frame, of the format since 1.0. A library may also decode older formats; data from a peer is not given to those decoders. */
 static bool is_one_zstd_frame(const void *data, size_t bytes)
 {
     uint32_t magic;
@@ -142,8 +142,6 @@ int pc_codec_decompress(struct pc_codec *codec, uint32_t how, const void *data, 
 {
     if (bytes > PC_FRAME_MAX_PAYLOAD_BYTES || out_bytes > PC_FRAME_MAX_PAYLOAD_BYTES)
         return -EBADMSG;
-    if (!pc_compression_available(how, NULL, 0))
-        return -ENOENT;
     if (how == PC_COMPRESSION_LZ4)
         return lz4.decompress(data, out, (int)bytes, (int)out_bytes) == (int)out_bytes ? 0 : -EBADMSG;
     if (!codec->zstd_decoder)

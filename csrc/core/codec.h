@@ -19,7 +19,7 @@ struct pc_codec {
 /* How many bytes of `out`, at most `cap`; 0 where they would not suffice, or there is no memory. `how` is one of enum pc_compression
  * that is available. `data` does not change meanwhile. */
 size_t pc_codec_compress(struct pc_codec *codec, uint32_t how, const void *data, size_t bytes, void *out, size_t cap);
-/* Exactly `out_bytes`, or -EBADMSG; -ENOENT: the library is not here; -ENOMEM. `data` may be anything. */
+/* Exactly `out_bytes`, or -EBADMSG; -ENOMEM. `how` as above; `data` may be anything. */
 int pc_codec_decompress(struct pc_codec *codec, uint32_t how, const void *data, size_t bytes, void *out, size_t out_bytes);
 void pc_codec_free(struct pc_codec *codec);
 

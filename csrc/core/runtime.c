@@ -91,8 +91,8 @@ void pc_thread_background(void)
     (void)set_scheduling(&attributes);
 }
 
-/* Who wakes up while this thread runs, and has had its share, waits for the next tick, up to 4 ms, unless this one gives way. All the time
- * would be too much: two threads of bulk would only take turns. */
+/* A thread that wakes up while this one runs, and has used its own share of the processor, waits for the next tick, up to 4 ms, unless this
+ * one gives way. It does not do so when nothing is urgent: two bulk threads would only take turns. */
 void pc_background_pause(struct pc_background *background, uint64_t urgent)
 {
     if (background->urgent != urgent)

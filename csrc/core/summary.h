@@ -3,8 +3,8 @@
  * Which words of a shared bitmap are full, in levels: a bit of a level stands for a word of the one below it, the first level for the
  * words of the map. So the next bit that is clear is found in a number of steps that does not depend on how far it is away.
  *
- * Bits of the map may be set meanwhile, by any thread; who fills a word says so. A word that is full and not yet said to be costs a step.
- * Bits are cleared, and the levels made anew, when nobody sets any.
+ * Any thread may set bits of the map meanwhile; the one that sets the last of a word calls pc_summary_fill. A full word for which that has
+ * not happened yet costs a step. Bits are cleared, and the levels made anew, only while no thread sets any.
  */
 #ifndef PC_SUMMARY_H
 #define PC_SUMMARY_H
@@ -82,7 +82,7 @@ static inline uint64_t pc_summary_next(const struct pc_summary *summary, uint64_
     }
 }
 
-/* Anew, from a map of so many bits, which nobody changes. */
+/* Anew, from a map of so many bits, which does not change meanwhile. */
 static inline void pc_summary_make(struct pc_summary *summary, const uint64_t *map, uint64_t map_bits)
 {
     for (uint32_t level = 0; level < summary->count; level++)

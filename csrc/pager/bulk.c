@@ -38,13 +38,14 @@ static int handle_compressed(struct bulk *bulk, struct pc_frame *frame, struct p
     uint32_t how = frame->flags & PC_FRAME_LZ4 ? PC_COMPRESSION_LZ4 : PC_COMPRESSION_ZSTD;
     int error;
 
+    if (!(__atomic_load_n(&bulk->pager->accepted_compression, __ATOMIC_SEQ_CST) & how))
+        return pc_fail(EBADMSG, progress->text, sizeof(progress->text), "a frame is compressed in a way that was not accepted (%s)",
+                       how == PC_COMPRESSION_LZ4 ? "lz4" : "zstd");
     if (!bulk->content)
         bulk->content = pc_buffer_new(PC_FRAME_MAX_PAYLOAD_BYTES);
     if (!bulk->content)
         return -ENOMEM;
     error = pc_codec_decompress(&bulk->codec, how, bulk->buffer, frame->payload_bytes, bulk->content, frame->content_bytes);
-    if (error == -ENOENT)
-        return pc_fail(ENOENT, progress->text, sizeof(progress->text), "a frame is compressed by a library that is not here");
     if (error == -EBADMSG)
         return pc_fail(EBADMSG, progress->text, sizeof(progress->text), "%u bytes of a frame do not decompress to its %u pages",
                        frame->payload_bytes, frame->pages);

@@ -266,7 +266,7 @@ static void request_for_all(struct shard *shard, struct fault *fault)
         if (is_for(&pending->faults[i], fault->block, fault->page))
             pending->faults[i].unrequested = false;
     (void)pc_atomic_test_and_set_bit(block->requested, fault->page);
-    /* Who received it while the bit was clear has notified no thread. */
+    /* A thread that received it while the bit was clear has notified no other. */
     if (pc_bits_test(block->received, fault->page))
         pc_recheck_page(shard, fault->block, fault->page);
     else

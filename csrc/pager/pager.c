@@ -18,7 +18,8 @@
  *   claimed    one thread places this page, or the page is zero: a second writer drops its copy. Content reaches a page
  *              once, so a late duplicate can never overwrite what the machine wrote. Taken back where the page could not
  *              be placed.
- *   received   the content is there, or is known to be zero. Cleared only before the machine runs (precopy): pc_pager_forget. `missing` counts the pages without it.
+ *   received   the content is there, or is known to be zero. Cleared only before the machine runs (precopy): pc_pager_forget.
+ *              `missing` counts the pages without it.
  *   zero       received, and zero: nothing was placed. A fault on it is answered here with UFFDIO_ZEROPAGE.
  *   lost       requested on a channel that was lost, and to be requested again ahead of any fault. The fault thread's own
  *
@@ -155,7 +156,7 @@ int pc_pager_forget(struct pc_pager *pager, uint32_t index, const uint64_t *stal
     block = pager->blocks[index];
     stale = pc_bits_count(stale_words, 0, block->pages);
     pthread_mutex_lock(&pager->watch_lock);
-    if (pager->watch_count) /* one knows no more where it began */
+    if (pager->watch_count) /* of the pages that it has passed it looks at none again */
         error = -EBUSY;
     pthread_mutex_unlock(&pager->watch_lock);
     if (error || !stale)
@@ -163,7 +164,6 @@ int pc_pager_forget(struct pc_pager *pager, uint32_t index, const uint64_t *stal
     /* As if all of them were forgotten, then what is not: `missing` is never less than what is missing. */
     (void)__atomic_fetch_add(&pager->missing, stale, __ATOMIC_SEQ_CST);
     (void)__atomic_fetch_add(&block->missing, stale, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&pager->completed, 0, __ATOMIC_SEQ_CST);
     for (uint64_t word = 0; word < pc_bitmap_words(block->pages); word++) {
         uint64_t here = stale_words[word] & pc_bits_mask(word, 0, block->pages) & pc_bits_word(block->received, word);
 
@@ -186,6 +186,16 @@ int pc_pager_forget(struct pc_pager *pager, uint32_t index, const uint64_t *stal
 int pc_pager_expect_push(struct pc_pager *pager)
 {
     (void)__atomic_fetch_add(&pager->pushes, 1, __ATOMIC_SEQ_CST);
+    return 0;
+}
+
+int pc_pager_accept_compression(struct pc_pager *pager, uint32_t accepted)
+{
+    if (accepted & ~(uint32_t)(PC_COMPRESSION_LZ4 | PC_COMPRESSION_ZSTD))
+        return -EINVAL;
+    if (pc_compression_available(accepted, NULL, 0) != accepted)
+        return -ENOENT;
+    __atomic_store_n(&pager->accepted_compression, accepted, __ATOMIC_SEQ_CST);
     return 0;
 }
 

@@ -88,7 +88,7 @@ struct fault { /* a thread of the machine that waits */
 struct pending { /* the table of them, faults.c; 0 is the number of no entry */
     struct fault faults[PENDING_MAX + 1];
     uint16_t by_page[PENDING_BUCKETS], by_tid[PENDING_BUCKETS];
-    uint64_t marks[PENDING_BUCKETS / 64]; /* atomic, set by other threads: who waits for such a page is to be looked at */
+    uint64_t marks[PENDING_BUCKETS / 64]; /* atomic, set by other threads: faults on such pages are to be looked at */
     uint16_t queued[SEND_BYTES / PC_FRAME_HEADER_BYTES]; /* whose requests are in shard.send */
     uint32_t queued_count, count;
     uint16_t used, free;
@@ -219,10 +219,10 @@ struct pc_pager {
     size_t watch_count, watch_capacity; /* the count is read without the lock */
     int64_t last_ticket;
 
-    uint64_t missing;    /* atomic: the sum of those of the blocks; who takes the last one announces COMPLETE */
+    uint64_t missing;    /* atomic: the sum of those of the blocks, or some more for a moment; the thread that makes it 0 announces COMPLETE */
     uint64_t sweep_left; /* atomic: missing pages that all shards together may request */
-    uint32_t completed;
     uint64_t pushes; /* atomic: how many the source may have begun */
+    uint32_t accepted_compression; /* atomic: a set of enum pc_compression */
     struct pc_metrics metrics;
 };
 
@@ -309,7 +309,7 @@ int pc_handle_frame(struct pc_pager *pager, struct channel *channel, const struc
                     struct progress *progress);
 
 /* faults.c: the shard's fault thread, but the first. */
-void pc_recheck_page(struct shard *shard, uint32_t block, uint64_t page); /* any thread: who waits for it is looked at, soon */
+void pc_recheck_page(struct shard *shard, uint32_t block, uint64_t page); /* any thread: the faults on it are looked at, soon */
 bool pc_read_events(struct shard *shard);
 void pc_uffd_unpollable(struct shard *shard);
 /* Accounts and forgets the threads that waited for these pages; they have been woken. */

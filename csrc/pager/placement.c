@@ -14,14 +14,13 @@
 
 #define FRAME_NS 100 /* the cost of a frame, as those in pager.h */
 
-/* So many pages have been received, and are counted: watches, and COMPLETE by who takes the last missing one. */
+/* So many pages have been received, and are counted in their block: tells watches, and that none is missing any more. */
 void pc_announce_received(struct pc_pager *pager, uint64_t pages)
 {
     if (!pages)
         return;
     pc_watches_notify(pager);
-    if (!__atomic_sub_fetch(&pager->missing, pages, __ATOMIC_SEQ_CST) &&
-        !__atomic_exchange_n(&pager->completed, 1, __ATOMIC_SEQ_CST))
+    if (!__atomic_sub_fetch(&pager->missing, pages, __ATOMIC_SEQ_CST)) /* one thread alone takes the last */
         pc_events_push(&pager->events, PC_EVENT_COMPLETE, 0, 0, 0, "every page is here");
 }
 

@@ -103,7 +103,6 @@ static int add_block(struct pc_pager *pager, const struct pc_memory *memory, int
         pager->blocks[index] = block;
         block->missing = block->pages - pc_bits_count(block->received, 0, block->pages);
         (void)__atomic_fetch_add(&pager->missing, block->missing, __ATOMIC_SEQ_CST);
-        __atomic_store_n(&pager->completed, 0, __ATOMIC_SEQ_CST); /* COMPLETE was announced for fewer blocks: it will be again */
         __atomic_store_n(&pager->block_count, pager->block_count + 1, __ATOMIC_RELEASE);
     }
     pthread_mutex_unlock(&pager->lock);

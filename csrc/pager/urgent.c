@@ -385,14 +385,17 @@ static uint32_t wait_for_work(struct shard *shard, uint64_t spin_until_ns)
     watched = watch_fd(shard, shard->uffd, READY_UFFD, &shard->uffd_watched, shard->unpollable_until_ns || resting ? 0 : EPOLLIN);
     if (shard->stream.fd >= 0)
         watched = watch_fd(shard, shard->stream.fd, READY_CHANNEL, &shard->stream_watched, wanted) && watched;
-    if (!watched)
-        sooner(&deadline_ns, pc_now_ns() + RETRY_MAX_NS);
+    if (!watched) {
+        now_ns = pc_now_ns();
+        sooner(&deadline_ns, now_ns + RETRY_MAX_NS);
+    }
     sooner(&deadline_ns, shard->retry_at_ns);
     sooner(&deadline_ns, shard->read_at_ns);
     sooner(&deadline_ns, shard->unpollable_until_ns);
     if (resting) {
         shard->repeats -= PC_REPEAT_WEIGHT; /* one read, and if that brings another repetition, one more rest */
-        sooner(&deadline_ns, (now_ns ? now_ns : (now_ns = pc_now_ns())) + REST_NS);
+        now_ns = pc_now_ns();
+        sooner(&deadline_ns, now_ns + REST_NS);
     }
     if (spinning || (shard->frames_left && !shard->read_at_ns) || shard->ahead_left || __atomic_load_n(&shard->recheck, __ATOMIC_RELAXED)) {
         timeout_ms = 0;
@@ -436,7 +439,7 @@ void *pc_fault_thread(void *argument)
         }
         if (due || __atomic_load_n(&shard->recheck, __ATOMIC_RELAXED))
             pc_recheck_pending(shard);
-        /* a command may have put another stream there, even under the same number; then a read that finds nothing does no harm. */
+        /* A command may have put another stream there, even under the same number; then a read that finds nothing does no harm. */
         if (ready & READY_CHANNEL && stream_fd >= 0 && stream_fd == shard->stream.fd && !shard->frames_left && !shard->stalled &&
             !shard->read_at_ns) {
             found = receive_bytes(shard) || found;

@@ -288,6 +288,7 @@ int pc_pageserver_stop_push(struct pc_pageserver *server)
 {
     pthread_mutex_lock(&server->push_lock);
     server->push_stopped = !is_serving(server);
+    pthread_cond_broadcast(&server->push_changed);
     pthread_mutex_unlock(&server->push_lock);
     return 0;
 }
@@ -355,7 +356,7 @@ static int join_push(struct channel *channel)
     if (channel->wake_fd < 0)
         error = -errno;
     __atomic_store_n(&channel->pushed, server->last_push ? 0 : server->pushes, __ATOMIC_RELEASE);
-    __atomic_store_n(&channel->running, !error, __ATOMIC_RELEASE); /* with that: who begins a push sees that it is not over */
+    __atomic_store_n(&channel->running, !error, __ATOMIC_RELEASE); /* under the lock: a push that begins now includes it */
     pthread_mutex_unlock(&server->push_lock);
     return error;
 }
@@ -426,7 +427,7 @@ int pc_pageserver_set_bandwidth(struct pc_pageserver *server, uint64_t max_bandw
     pthread_mutex_lock(&server->push_lock);
     server->bandwidth = max_bandwidth_bytes_per_s;
     server->next_free_ns = 0;
-    server->bandwidth_changes++; /* who waits for the old rate waits no longer */
+    server->bandwidth_changes++; /* a thread that waits for the old rate waits no longer */
     pthread_cond_broadcast(&server->push_changed);
     pthread_mutex_unlock(&server->push_lock);
     return 0;

@@ -64,7 +64,8 @@ bool pc_claim_run(struct pc_pageserver *server, struct run *run)
     return false;
 }
 
-/* Waits until `bytes` may be sent. Under push_lock. */
+/* Waits until `bytes` may be sent. A push that is stopped does not wait for its last runs; the next one waits longer for them. Under
+ * push_lock. */
 static void pace(struct pc_pageserver *server, uint64_t bytes)
 {
     uint64_t now_ns = pc_now_ns(), changes = server->bandwidth_changes, start_ns;
@@ -75,7 +76,7 @@ static void pace(struct pc_pageserver *server, uint64_t bytes)
         server->next_free_ns = now_ns - BURST_NS;
     start_ns = server->next_free_ns;
     server->next_free_ns += (uint64_t)((double)bytes * 1e9 / (double)server->bandwidth);
-    while (!is_stopping(server) && changes == server->bandwidth_changes && pc_now_ns() < start_ns) {
+    while (!is_stopping(server) && !server->push_stopped && changes == server->bandwidth_changes && pc_now_ns() < start_ns) {
         struct timespec until = pc_timespec(start_ns);
 
         (void)pthread_cond_timedwait(&server->push_changed, &server->push_lock, &until);
@@ -166,7 +167,9 @@ static int push(struct channel *channel, char *text, size_t text_bytes)
     struct pc_background background = {0};
     int error = 0;
 
-    channel->choice.sent_ns = pc_now_ns(); /* the time before this push was no time of sending */
+    /* What was before this push was no time of sending, and what was queued then has left meanwhile. */
+    channel->choice.sent_ns = pc_now_ns();
+    channel->choice.queued_bytes = pc_stream_unsent(&channel->stream);
     while (!error) {
         struct run run;
         uint64_t changes;

@@ -9,7 +9,7 @@
  *
  * From pc_pageserver_serve on the machine is paused for good, so that memory is read without a lock and sent straight
  * from where it lies. Before that it may be pushed (precopy), in rounds: each run is copied first, and zeros, checksum and
- * content are those of the copy; one that was torn by a write goes again, since who pushes asks the dirty log afterwards.
+ * content are those of the copy. A page that was written meanwhile goes again: the dirty log names it after the push.
  * Pages that are absent (never touched) are known to be zero without being read; those that turn out
  * to be all zero are sent as a run of zeros.
  *

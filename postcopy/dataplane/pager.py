@@ -18,6 +18,7 @@ from postcopy._blocking import run_to_end
 from postcopy._native import ffi, lib
 from postcopy.dataplane._base import CoreDataPlane, DataPlane, ForeignMemory
 from postcopy.dataplane._events import ChannelKind, Event, EventStream, EventType
+from postcopy.dataplane.compression import Compression
 from postcopy.dataplane.counters import PagerStatistics, read
 from postcopy.dataplane.histogram import Histogram
 from postcopy.errors import PostcopyError, check
@@ -154,6 +155,11 @@ class Pager(CoreDataPlane, PagerCounters):
         """The source may begin another push: each bulk channel may end once more. One that ends twice in one push goes
         down."""
         self._call("expecting a push", "expect_push")
+
+    def accept_compression(self, ways: Compression) -> None:
+        """Says how pages that are pushed may be compressed, from now on; at first in no way. A channel on which another
+        one comes goes down. `CoreError` for what this host has no library for (`postcopy.dataplane.compression`)."""
+        self._call("accepting compression", "accept_compression", ways.value)
 
     async def _forget(self, block: int, stale: Bitmap) -> None:
         self._call("forgetting pages", "forget", block, stale.words)

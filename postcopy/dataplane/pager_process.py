@@ -44,6 +44,7 @@ from postcopy._native import ffi, lib
 from postcopy.dataplane._base import BlockInUse, ForeignMemory
 from postcopy.dataplane._events import ChannelKind, Event, EventType
 from postcopy.dataplane._pager_child import MESSAGE_BYTES
+from postcopy.dataplane.compression import Compression
 from postcopy.dataplane.pager import PagerCounters, PagerStatistics
 from postcopy.errors import BusyError, CoreError, MigrationError, PostcopyError, check
 from postcopy.memory import Memory
@@ -351,6 +352,7 @@ class ProcessPager(PagerCounters):
         self._armed: list[tuple[int, int, int, int]] = []
         self._pending: deque[Event] = deque()  # events that do not come from the process
         self._replaced = trio.Event()
+        self._compression = Compression(0)
         self._disarmed = False
         self._deaths_in_a_row = 0
         self._received_at_death = 0
@@ -382,6 +384,10 @@ class ProcessPager(PagerCounters):
 
     def expect_push(self) -> None:
         self._post("expecting a push", "expect_push")
+
+    def accept_compression(self, ways: Compression) -> None:
+        self._give_compression(ways)
+        self._compression = ways
 
     async def _forget(self, block: int, stale: Bitmap) -> None:
         """`PagerDied` when the process does: what it had received is not to be used then."""
@@ -609,6 +615,9 @@ class ProcessPager(PagerCounters):
         what = "giving a userfaultfd to the pager"
         self._post(what, "adopt_shard", shard.features, shard.busy_poll_us, fds=(shard.uffd,))
 
+    def _give_compression(self, ways: Compression) -> None:
+        self._post("accepting compression", "accept_compression", ways.value)
+
     def _give_arming(self, *armed: int) -> None:
         self._post("registering memory with a userfaultfd", "arm", *armed)
 
@@ -629,6 +638,7 @@ class ProcessPager(PagerCounters):
                     self._give_block(block.memory, block.states_fd)
                 for shard in self._shards:
                     self._give_shard(shard)
+                self._give_compression(self._compression)
                 for armed in () if self._disarmed else self._armed:
                     self._give_arming(*armed)
                 await self.confirm()

@@ -60,17 +60,18 @@ class DirtyLog:
     def collect(self, index: int) -> Bitmap:
         """The pages of a memory (by its place in what was given) that were written since the last call, or since the
         log was made. One call at a time for each memory. After an error nothing is known any more."""
+        struct = self._open()
         written = Bitmap(self._memories[index].pages)
-        check(lib.pc_dirty_log_collect(self._open(), index, written.words), "reading the dirty log")
+        check(lib.pc_dirty_log_collect(struct, index, written.words), "reading the dirty log")
         return written
 
     def mark(self, index: int, first_page: int, pages: int) -> None:
         """Pages that were changed in a way which page tables do not show: by the kernel through pages that it had
         pinned before, by write(2) to a memfd, by giving them back. After the change."""
-        memory = self._memories[index]
+        struct, memory = self._open(), self._memories[index]
         if first_page < 0 or pages < 0 or first_page + pages > memory.pages:
             raise IndexError(f"pages {first_page} to {first_page + pages} of {memory.pages}")
-        lib.pc_dirty_log_mark(self._open(), memory.address + first_page * memory.page_bytes, pages * memory.page_bytes)
+        lib.pc_dirty_log_mark(struct, memory.address + first_page * memory.page_bytes, pages * memory.page_bytes)
 
     def close(self) -> None:
         """Ends the logging: writes cost nothing any more. Twice does no harm. Nothing else may be calling."""

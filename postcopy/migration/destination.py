@@ -285,8 +285,10 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
                 )
         assert self._session is not None
         with link.channel_set(self._session) as open_channels:
-            compress = compression.names(compression.available(compression.named(offer.compress)))
-            await control.send(protocol.send(wire.Accept(units, machine.shards, self._bulk_channels, compress)))
+            ways = compression.available(compression.named(offer.compress))
+            pager.accept_compression(ways)
+            accept = wire.Accept(units, machine.shards, self._bulk_channels, compression.names(ways))
+            await control.send(protocol.send(accept))
             self._change()
             await self._attach_all(open_channels, machine, pager)
         await control.send(protocol.send(wire.Ready()))

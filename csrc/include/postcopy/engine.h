@@ -93,6 +93,9 @@ int pc_pager_arm(struct pc_pager *pager, uint32_t shard, uint32_t block, uint64_
 int pc_pager_attach_urgent(struct pc_pager *pager, uint32_t shard, int fd);
 /* Adds a bulk channel with its own thread. There may be none. Locks, and joins the thread of the channel that was there. */
 int pc_pager_attach_bulk(struct pc_pager *pager, uint32_t channel, int fd);
+/* Which compressed frames may come on bulk channels: a set of enum pc_compression, at first none. Another one ends its channel. -EINVAL,
+ * or -ENOENT where a library is not here (pc_compression_available). */
+int pc_pager_accept_compression(struct pc_pager *pager, uint32_t accepted);
 /* Accounts the faults of kernel thread `tid` to `slot` (a vCPU). */
 int pc_pager_track_thread(struct pc_pager *pager, uint32_t slot, int32_t tid);
 /* Requests, through the urgent channels, pages that are missing and not requested, at most `limit` of all shards together, in place

@@ -63,7 +63,7 @@ void pc_bytes_copy(uint64_t to_address, uint64_t from_address, uint64_t bytes);
 
 /* ---- dirty log ---- */
 /* Which pages of a machine were written, while it runs: by its threads, by KVM for its vCPUs, by system calls (csrc/memory/dirty.c).
- * Any user may have one who may have a userfaultfd, or userfaultfd(2) with UFFD_USER_MODE_ONLY. */
+ * It takes no more than the right to a userfaultfd, be it one with UFFD_USER_MODE_ONLY. */
 struct pc_dirty_log;
 #define PC_DIRTY_LOG_MEMORIES 64
 int pc_dirty_log_new(struct pc_dirty_log **log); /* 0, -ENOMEM; free with pc_dirty_log_free */

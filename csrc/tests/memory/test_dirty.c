@@ -313,7 +313,7 @@ static void transparent_huge_pages(void)
     CHECK_SYS(munmap(area, 3 * huge));
 }
 
-/* ---- who may have it, and where it cannot be had ------------------------------------------------------------------ */
+/* ---- rights, and where there is no log --------------------------------------------------------------------------- */
 
 static void memory_of_another_userfaultfd(int kind)
 {
@@ -354,7 +354,7 @@ static void what_is_no_memory(void)
     pc_dirty_log_free(log);
 }
 
-/* As whoever may have nothing but UFFD_USER_MODE_ONLY: the writes of system calls are seen all the same, as no fault waits. */
+/* With no right but to UFFD_USER_MODE_ONLY: the writes of system calls are seen all the same, as no fault waits. */
 static void an_ordinary_user(int kind)
 {
     struct pc_memory memory;

@@ -3,10 +3,25 @@
  * What a machine sees of its memory while it comes over TCP, by requests alone and beside bulk channels: the right content once,
  * whatever it writes meanwhile, and every thread and byte accounted.
  */
-#include "tests/support/huge_pool.h"
 #include <dirent.h>
+#include <sys/epoll.h>
 
+#include "tests/support/huge_pool.h"
 #include "tests/support/rig.h"
+
+int __real_epoll_ctl(int epoll_fd, int operation, int fd, struct epoll_event *event);
+int __wrap_epoll_ctl(int epoll_fd, int operation, int fd, struct epoll_event *event);
+
+static atomic_int epoll_calls, epoll_refused; /* so many, then so many are refused */
+
+int __wrap_epoll_ctl(int epoll_fd, int operation, int fd, struct epoll_event *event)
+{
+    if (atomic_fetch_sub(&epoll_calls, 1) <= 0 && atomic_load(&epoll_refused) > 0 && atomic_fetch_sub(&epoll_refused, 1) > 0) {
+        errno = ENOSPC;
+        return -1;
+    }
+    return __real_epoll_ctl(epoll_fd, operation, fd, event);
+}
 
 static struct pc_histogram latency(const struct rig *rig, int stage)
 {
@@ -468,6 +483,34 @@ static void busy_poll_ends(void)
     close_rig(&rig);
 }
 
+/* A thread that cannot watch its userfaultfd, or its channel, for want of memory tries again after a moment. */
+static void what_cannot_be_watched_is_watched_later(void)
+{
+    const uint64_t pages[] = {2};
+    struct toucher touchers[2];
+    struct rig rig;
+    int fd;
+
+    open_pager(&rig, PC_MEMORY_MEMFD, 1, pages);
+    atomic_store(&epoll_calls, 1); /* that of the commands, without which there is no thread */
+    atomic_store(&epoll_refused, 3);
+    arm_all(&rig, 0);
+    touch_one(&touchers[0], &rig, 0, 0);
+    wait_pending(&rig, 1);
+    CHECK_EQ(atomic_load(&epoll_refused), 0);
+    atomic_store(&epoll_refused, 3);
+    fd = script_urgent(&rig, 0);
+    serve_page(&rig, fd, 0, 0);
+    join_toucher(&touchers[0]);
+    CHECK(atomic_load(&epoll_refused) <= 0);
+    touch_one(&touchers[1], &rig, 0, 1);
+    wait_pending(&rig, 1);
+    serve_page(&rig, fd, 0, 1);
+    join_toucher(&touchers[1]);
+    close(fd);
+    close_rig(&rig);
+}
+
 /* What was forgotten is missing in the counters, of its block and of all. */
 static void forgotten_pages_are_counted(void)
 {
@@ -508,6 +551,7 @@ int main(int argc, char **argv)
     RUN_KINDS(no_write_is_lost);
     RUN_CASE(a_crowd_waits);
     RUN_CASE(busy_poll_ends);
+    RUN_CASE(what_cannot_be_watched_is_watched_later);
     RUN_CASE(forgotten_pages_are_counted);
     return test_end();
 }

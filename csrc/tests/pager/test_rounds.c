@@ -195,7 +195,7 @@ static void *send_on(void *argument)
     return NULL;
 }
 
-/* One that pushes while pages are forgotten gets what it deserves in content, but every page is counted once. */
+/* A source that pushes while pages are forgotten: which content stays is undefined, but every page is counted once. */
 static void pages_pushed_while_they_are_forgotten(int kind)
 {
     const uint64_t pages[] = {256};

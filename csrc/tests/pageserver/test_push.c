@@ -158,13 +158,14 @@ static void a_push_that_is_stopped(void)
     CHECK_EQ(pc_pageserver_serve(rig.server), -EBUSY);
     CHECK_EQ(pc_pageserver_start(rig.server), -EBUSY);
     CHECK_EQ(set_stale(&rig, 0, 1), -EBUSY);
+    WAIT_UNTIL(server_stats(&rig).sent_pages > 64); /* the second run waits for its turn */
     CHECK_EQ(pc_pageserver_stop_push(rig.server), 0);
-    CHECK_EQ(pc_pageserver_set_bandwidth(rig.server, 0), 0); /* for the run that waits */
     receive_push(&rig, fd, times);
     EXPECT_EVENT(&rig.from_server, PC_EVENT_BULK_END, PC_CHANNEL_BULK, 0, NULL);
     CHECK(server_stats(&rig).sent_pages < PAGES);
     CHECK_EQ(set_stale(&rig, 0, 1), 0);
     memset(times, 0, 1); /* whether it was sent or not, once more */
+    CHECK_EQ(pc_pageserver_set_bandwidth(rig.server, 0), 0);
     CHECK_EQ(pc_pageserver_push(rig.server), 0);
     receive_push(&rig, fd, times);
     expect_times(times, 0, PAGES, 1);

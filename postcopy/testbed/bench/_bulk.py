@@ -106,6 +106,10 @@ async def _floor(function: Any, memory: Memory, fds: list[int], *first: int) -> 
         check(result, "pushing as the floor")
 
 
+def _ways(take: Take) -> Compression:
+    return ALL if take.compress == "auto" else Compression[take.compress.upper()]
+
+
 async def _send(job: Job, take: Take, memory: Memory, sockets: list[socket.socket]) -> None:
     if take.kind == "floor":
         _say(ready=True)
@@ -119,8 +123,7 @@ async def _send(job: Job, take: Take, memory: Memory, sockets: list[socket.socke
         for index, each in enumerate(sockets[1:]):
             server.attach_bulk(index, each.detach())
         if take.compress != "off":
-            adaptive = take.compress == "auto"
-            server.set_compression(ALL if adaptive else Compression[take.compress.upper()], adaptive=adaptive)
+            server.set_compression(_ways(take), adaptive=take.compress == "auto")
         _say(ready=True)
         _line()
         server.start()
@@ -144,6 +147,8 @@ async def _receive(job: Job, take: Take, sockets: list[socket.socket]) -> float:
             pager.add_block(memory)
             pager.add_shard(How.ANY, 0)
             pager.arm(0, 0, 0, memory.pages)
+            if take.compress != "off":
+                pager.accept_compression(_ways(take))
             pager.attach_urgent(0, sockets[0].detach())
             for index, each in enumerate(sockets[1:]):
                 pager.attach_bulk(index, each.detach())

@@ -24,6 +24,7 @@ import pytest
 import trio
 
 from postcopy._native import ffi, lib
+from postcopy.dataplane.compression import Compression, available
 from postcopy.dataplane.pager import ChannelKind, Event, EventType, Pager, PagerStatistics, Stage
 from postcopy.dataplane.pager_process import DEATHS_IN_A_ROW, ProcessPager
 from postcopy.dataplane.pageserver import PageServer, PageServerStatistics
@@ -222,6 +223,33 @@ async def a_second_end_in_one_push_is_refused(where: str) -> None:
             assert (event.error, event.channel) == (errno.EBADMSG, 0)
         both.pager.set_zero(0, Bitmap.full(10))
         await both.pager.confirm()
+
+
+async def compressed_pages_have_to_be_accepted(where: str) -> None:
+    async with pair(where, 10) as both:
+        server, pager = both.server, both.pager
+        if not available(Compression.LZ4):
+            with pytest.raises(CoreError):
+                pager.accept_compression(Compression.LZ4)
+                await pager.confirm()
+            return
+        both.source.write(0, b"text" * (PAGE // 4))
+        server.set_compression(Compression.LZ4)
+        both.connect_bulk()
+        server.start()
+        event = await next_event(pager.events(), EventType.CHANNEL_DOWN)
+        assert event.error == errno.EBADMSG
+        assert "not accepted" in event.text
+        assert not pager.received(0).part(0, 1).count()
+        pager.accept_compression(Compression.LZ4)
+        await pager.disconnect()
+        await server.disconnect()
+        server.set_received(0, pager.received(0))
+        both.connect_bulk()
+        await next_event(pager.events(), EventType.COMPLETE)
+        await pager.disarm()
+        assert both.destination.digest() == both.source.digest()
+        assert server.statistics().compressed_bytes < server.statistics().uncompressed_bytes
 
 
 async def a_lost_channel_can_be_replaced(where: str) -> None:
@@ -433,6 +461,7 @@ def test_pager_process(passes: Passes, case: Callable[..., Any]) -> None:
         missing_pages_can_be_asked_for,
         rounds_before_the_rest,
         a_second_end_in_one_push_is_refused,
+        compressed_pages_have_to_be_accepted,
         a_lost_channel_can_be_replaced,
         a_cancelled_close_still_closes,
         a_shrinking_image_is_a_named_error,

@@ -15,6 +15,7 @@ import trio.testing
 
 from postcopy import wire as p
 from postcopy._fd import FdHolder
+from postcopy.dataplane.compression import Compression
 from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import ChannelKind, Event, EventType, Pager, PagerStatistics
 from postcopy.dataplane.pageserver import PageServer, PageServerStatistics
@@ -192,6 +193,7 @@ class FakePager(FakeEngine):
         super().__init__()
         self.zero: dict[int, Bitmap] = {}
         self.armed: list[tuple[int, int, int, int]] = []
+        self.accepted = Compression(0)
         self.requested = 0
         self.oldest_pending_ns = 0
 
@@ -230,6 +232,9 @@ class FakePager(FakeEngine):
         self.log.append(f"forgot {stale.count()} of block {block}")
         self.channel.complete = False
         await trio.lowlevel.checkpoint()
+
+    def accept_compression(self, ways: Compression) -> None:
+        self.accepted = ways
 
     def expect_push(self) -> None:
         self.log.append("expects a push")
