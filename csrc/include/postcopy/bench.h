@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What `postcopy bench` measures with; nothing of the engine is used. See csrc/bench/bench.c.
+ * What `postcopy bench` measures with; nothing of the engine is used, but by pc_bench_claim. See csrc/bench/.
  *
  * Threads: no locks, no state. Each function may block for as long as a page is missing.
  */

@@ -6,8 +6,8 @@ is reported is the median over the rounds of the ratio within a round, so that a
 
 - ``fault``: a demand fault over loopback TCP, nothing else under way, against the least a C program can do (read the
   userfaultfd, 8 byte request, 4 KiB reply, UFFDIO_COPY), sleeping and busy polling. Seen by the thread that touches.
-- ``scale``: a fault with 1 to 10,000 others pending, a look at the counters of 64 MiB to 1 TiB, one memory with 1 to 8
-  userfaultfds, as curves.
+- ``scale``: a fault with 1 to 10,000 others pending; a look at the counters, and the choice of the next run to push, of
+  64 MiB to 1 TiB; one memory with 1 to 8 userfaultfds; as curves.
 - ``pager-process``: the same fault with the pager in a process of its own, against one in threads.
 - ``bulk-delay``: p99 of such a fault while everything else is pushed at full speed, against the idle p99.
 - ``bulk``: incompressible memory pushed over loopback, against the least C program that receives and places as many
@@ -27,8 +27,10 @@ is reported is the median over the rounds of the ratio within a round, so that a
   reading the log takes for each page.
 - ``qemu``: QEMU's postcopy (TCG; with and without preempt) with the same memory and way through it, against ours.
 
-A figure's module (`FIGURES`) has what measures it, an async function `measure_NAME` of the number of rounds, which
-returns a list of `Figure`; `_common` has what they share, `_worker` most of the processes. Here are options and output.
+The module of a figure (`FIGURES`) has an async function `measure_NAME` of the number of rounds, which returns a list of
+`Figure`, and where it needs a program of others a function `check_NAME`, which raises `ResourceError` without it before
+anything is measured. `_common` has what the modules share, `_worker` most of the processes. Options and output are
+here.
 """
 
 from __future__ import annotations
@@ -39,10 +41,11 @@ import json
 import sys
 import textwrap
 from collections.abc import Awaitable, Callable
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from postcopy._files import check_new_file, replacing, write_all
-from postcopy.errors import ConfigurationError
+from postcopy.errors import ConfigurationError, MigrationError, ResourceError
 from postcopy.records import as_json
 from postcopy.testbed import _processes
 from postcopy.testbed._report import make_console
@@ -88,7 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when every figure kept to its target, 1 otherwise. `ConfigurationError` for what was asked wrongly."""
+    """0 when every figure was measured and kept to its target, 1 otherwise. `ConfigurationError` for what was asked
+    wrongly, `ResourceError` for what this host lacks."""
     names = args.figures or list(FIGURES)
     if unknown := [name for name in names if name not in FIGURES]:
         hint = did_you_mean(unknown[0], FIGURES) or among(FIGURES)
@@ -97,10 +101,16 @@ def run(args: argparse.Namespace) -> int:
         if "contention" not in names:
             raise ConfigurationError("--svg: it draws the figures of contention, which are not among those asked for")
         check_new_file("--svg", args.svg)
+    names = [name for name in names if _can_be_measured(name, asked=bool(args.figures))]
     width = make_console(sys.stdout).width
     reached = True
     for name in names:
-        figures = _processes.run(_measurement(name), args.rounds)
+        try:
+            figures = _processes.run(_measurement(name), args.rounds)
+        except MigrationError as error:  # the others are worth having
+            print(f"postcopy: error: {name}: {error}", file=sys.stderr)
+            reached = False
+            continue
         for figure in figures:
             reached &= figure.reached
             print(json.dumps(as_json(figure.record())) if args.json else _text(figure, width), flush=True)
@@ -115,9 +125,24 @@ def run(args: argparse.Namespace) -> int:
     return 0 if reached else 1
 
 
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{FIGURES[name]}")
+
+
+def _can_be_measured(name: str, *, asked: bool) -> bool:
+    """`ResourceError` when a program is missing that a figure needs that was `asked` for; else a line about it."""
+    try:
+        getattr(_module(name), f"check_{name}", lambda: None)()
+    except ResourceError as error:
+        if asked:
+            raise
+        print(f"postcopy: warning: {name} is left out: {error}", file=sys.stderr)
+        return False
+    return True
+
+
 def _measurement(name: str) -> Callable[[int], Awaitable[list[Figure]]]:
-    module = importlib.import_module(f"{__name__}.{FIGURES[name]}")
-    measure: Callable[[int], Awaitable[list[Figure]]] = getattr(module, f"measure_{name.replace('-', '_')}")
+    measure: Callable[[int], Awaitable[list[Figure]]] = getattr(_module(name), f"measure_{name.replace('-', '_')}")
     return measure
 
 

@@ -104,6 +104,8 @@ async def _floor(function: Any, memory: Memory, fds: list[int], *first: int) -> 
         await trio.to_thread.run_sync(thread.join)
     for result in results:
         check(result, "pushing as the floor")
+    if len(results) != len(threads):
+        raise MigrationError("a thread of the floor failed (its error is above)")
 
 
 def _ways(take: Take) -> Compression:
@@ -299,10 +301,14 @@ async def _iperf3_bytes_per_s(size_bytes: int) -> float:
                 raise MigrationError(f"iperf3 failed: {result['error']}")
 
 
-async def measure_bulk(rounds: int) -> list[Figure]:
-    """The push against the least that could do it, and against one stream of iperf3."""
+def check_bulk() -> None:
+    """`ResourceError` when iperf3 is not here."""
     if not shutil.which("iperf3"):
         raise ResourceError("iperf3 is not installed", "apt-get install iperf3")
+
+
+async def measure_bulk(rounds: int) -> list[Figure]:
+    """The push against the least that could do it, and against one stream of iperf3."""
     channels = 2
     values: Rounds = []
     async with open_sides(SIZE_BYTES, channels) as sides:

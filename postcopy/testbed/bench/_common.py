@@ -48,8 +48,9 @@ class Figure:
         return self.ratio <= self.target if self.at_most else self.ratio >= self.target
 
     def medians(self) -> dict[str, float]:
-        """Of each value over the rounds."""
-        return {name: statistics.median(values[name] for values in self.rounds) for name in self.rounds[0]}
+        """Of each value that all rounds have; a part of a downtime is left out where a side has not told it."""
+        names = [name for name in self.rounds[0] if all(name in values for values in self.rounds)]
+        return {name: statistics.median(values[name] for values in self.rounds) for name in names}
 
     def record(self) -> BenchFigure:
         """For ``--json``; `rounds` hold the absolute values, in `unit`."""

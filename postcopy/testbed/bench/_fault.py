@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import resource
 
+from postcopy.testbed import _linux
 from postcopy.testbed.bench._common import Figure, ratio, side_by_side, touch_us, warm_pair
 
-CAP_SYS_NICE = 23  # its number in linux/capability.h
+CAP_SYS_NICE = 23  # linux/capability.h
 
 
 async def measure_fault(rounds: int) -> list[Figure]:
@@ -38,7 +39,8 @@ async def measure_pager_process(rounds: int) -> list[Figure]:
 async def measure_bulk_delay(rounds: int) -> list[Figure]:
     """The tail of a demand fault while bulk runs at full speed: p99 against the idle p99, and p99.9 against what is
     allowed, which is more without the right to real-time scheduling."""
-    allowed_us, who = (1000.0, "with") if _may_be_real_time() else (2000.0, "without")
+    real_time = _linux.has_capabilities(CAP_SYS_NICE) or resource.getrlimit(resource.RLIMIT_RTPRIO)[0] > 0
+    allowed_us, how = (1000.0, "with") if real_time else (2000.0, "without")
     values = []
     for _ in range(rounds):
         idle = await touch_us("engine", 64 << 20, touches=8000)
@@ -51,15 +53,6 @@ async def measure_bulk_delay(rounds: int) -> list[Figure]:
         ratio("fault p99 under bulk / idle", values, "p99", "idle-p99", 4.0),
         ratio(
             f"fault p99.9 under bulk / {allowed_us / 1000:g} ms", values, "p99.9", "allowed", 1.0,
-            note=f"{who} the right to real-time scheduling (CAP_SYS_NICE or RLIMIT_RTPRIO)",
+            note=f"{how} the right to real-time scheduling (CAP_SYS_NICE or RLIMIT_RTPRIO)",
         ),
     ]  # fmt: skip
-
-
-def _may_be_real_time() -> bool:
-    try:
-        with open("/proc/self/status", encoding="ascii") as status:
-            held = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
-    except (OSError, StopIteration):
-        held = 0
-    return bool(held >> CAP_SYS_NICE & 1) or resource.getrlimit(resource.RLIMIT_RTPRIO)[0] > 0

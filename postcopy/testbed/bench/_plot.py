@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import math
 import re
-import statistics
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -26,7 +25,7 @@ def text_plot(figures: Sequence[Figure], width: int = WIDTH) -> str:
     bars: list[tuple[str, str, list[float], float]] = []
     for figure in figures:
         call, scene = figure.name.removesuffix(" / none").split(" p50, ")
-        median = {name: statistics.median(values[name] for values in figure.rounds) for name in figure.rounds[0]}
+        median = figure.medians()
         if not any(bar[0] == call for bar in bars):  # the first scene of a call brings the idle one with it
             bars.append((call, IDLE.name, [median[f"idle-{part}"] for part in _PARTS], 1.0))
         bars.append((call, scene, [median[part] for part in _PARTS], figure.ratio))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Costs that must not grow: of a fault with the number of those that wait, of a look at the counters with the memory.
-And what it gives to serve one memory by several userfaultfds.
+"""Costs that must not grow: of a fault with the number of those that wait, of a look at the counters and of the choice
+of the next run to push with the memory. And what it gives to serve one memory by several userfaultfds.
 
 Waiting faults are real threads, of which the source answers none; a large memory is simulated by its bitmaps.
 """
@@ -36,6 +36,7 @@ PENDING = (1, 100, 10_000)
 ANSWERED = 1000
 MEMORIES = (64 << 20, 1 << 30, 64 << 30, 1 << 40)
 CALLS = 2000
+CLAIMS, CLAIM_PAGE_BYTES = 4096, 4096
 STRIPES = (1, 2, 4, 8)
 TOUCHERS = 8
 STRIPED_BYTES = 64 << 20
@@ -50,7 +51,10 @@ async def measure_scale(rounds: int) -> list[Figure]:
 
     waiting = [{size: await part("pending", size) for size in PENDING} for _ in range(rounds)]
     sent, wakes = [[{str(size): both[size][what] for size in PENDING} for both in waiting] for what in ("sent", "wake")]
-    counters = [{format_size(size): float(await part("counters", size)) for size in MEMORIES} for _ in range(rounds)]
+    counters, claims = [
+        [{format_size(size): float(await part(what, size)) for size in MEMORIES} for _ in range(rounds)]
+        for what in ("counters", "claim")
+    ]
     striped = [{str(stripes): await _striped_us(stripes) for stripes in STRIPES} for _ in range(rounds)]
     most = format_size(MEMORIES[-1])
     return [
@@ -65,6 +69,11 @@ async def measure_scale(rounds: int) -> list[Figure]:
         ratio(
             f"reading the counters, {most} / {format_size(MEMORIES[0])}", counters, most, format_size(MEMORIES[0]), 1.5,
             curve="memory, simulated on bitmaps",
+        ),
+        ratio(
+            f"claiming a run, {most} / {format_size(MEMORIES[0])}", claims, most, format_size(MEMORIES[0]), 1.5,
+            curve="memory, simulated on bitmaps", unit="ns",
+            note=f"the next page to push, of {CLAIMS} that are left, spread over all of the memory",
         ),
         ratio(
             f"a fault in shared memory, {STRIPES[-1]} userfaultfds / 1", striped, str(STRIPES[-1]), "1", None,
@@ -89,6 +98,9 @@ def main(what: str, size: str = "") -> None:
         os._exit(0)  # with all those that wait
     if what == "counters":
         print(_counters_us(int(size)))
+        return
+    if what == "claim":
+        print(check(lib.pc_bench_claim(int(size) // CLAIM_PAGE_BYTES, CLAIMS), "claiming runs"))
         return
     job = msgspec.json.decode(what, type=Job)
     if job.cpus:

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
+from postcopy.testbed import probe
 from postcopy.testbed.bench._common import Figure, Rounds, demo, ratio
 
-KINDS = ("kvm", "rv64") if os.path.exists("/dev/kvm") else ("rv64",)
 SIZES = ("64MiB", "1GiB", "8GiB")  # sparse: the guest touches a part of them
 ALLOWED_US = {"idle": 2000.0, "random": 4000.0}
 """``random`` works on `WORKING_SET` meanwhile; QEMU's postcopy takes 4 to 8 ms for such a guest (``bench qemu``)."""
@@ -19,14 +18,15 @@ GROWTH = 1.25
 
 async def measure_switchover(rounds: int) -> list[Figure]:
     """Downtimes by machine, workload and memory against what is allowed; and how they grow with the memory."""
-    cases = [(kind, "idle", size) for kind in KINDS for size in SIZES]
-    cases += [(kind, "random", SIZES[0]) for kind in KINDS]
+    kinds = ("kvm", "rv64") if probe.find("kvm") else ("rv64",)
+    cases = [(kind, "idle", size) for kind in kinds for size in SIZES]
+    cases += [(kind, "random", SIZES[0]) for kind in kinds]
     found: dict[tuple[str, str, str], Rounds] = {case: [] for case in cases}
     for _ in range(rounds):
         for case in cases:
             found[case].append(await _downtime_us(*case))
     figures = [ratio(f"switchover: {', '.join(case)}", found[case], "downtime", "allowed", 1.0) for case in cases]
-    for kind in KINDS:
+    for kind in kinds:
         by_size: Rounds = [
             {size: found[kind, "idle", size][number]["downtime"] for size in SIZES} for number in range(rounds)
         ]

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from postcopy.cli import main
+from postcopy.errors import MigrationError
 from postcopy.testbed.bench import FIGURES, _measurement, _plot, _text
 from postcopy.testbed.bench._common import Figure
 
@@ -62,6 +63,30 @@ def test_a_curve_in_words() -> None:
     assert one.count("█") * 2 == hundred.count("█") * 2 == most.count("█")
     assert [line.split()[0] for line in (one, hundred, most)] == ["1", "100", "10000"]
     assert most.split("█")[-1].split() == ["24.00", "us", "20.00", "..", "28.00"]
+
+
+def test_a_part_that_one_round_lacks() -> None:
+    figure = Figure("a downtime", 0.5, 1.0, True, [{"downtime": 1.0, "load": 0.5}, {"downtime": 3.0}])
+    assert figure.medians() == {"downtime": 2.0}
+    assert "load" not in _text(figure, 80)
+
+
+def test_one_that_fails_does_not_end_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def measure_fault(rounds: int) -> list[Figure]:
+        raise MigrationError("a process of a measurement failed")
+
+    async def measure_scale(rounds: int) -> list[Figure]:
+        return [Figure("a cost", 1.0, 1.5, True, [{"1": 2.0}] * rounds)]
+
+    monkeypatch.setattr("postcopy.testbed.bench._fault.measure_fault", measure_fault)
+    monkeypatch.setattr("postcopy.testbed.bench._scale.measure_scale", measure_scale)
+    assert main(["bench", "fault", "scale", "--rounds", "2"]) == 1
+    printed = capsys.readouterr()
+    assert "fault: a process of a measurement failed" in printed.err
+    assert "goal reached" in printed.out
+    assert main(["bench", "scale"]) == 0
 
 
 @pytest.mark.parametrize("name", FIGURES)

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from postcopy.cli import main
 from postcopy.errors import ResourceError
 from postcopy.testbed.bench._qemu import check_qemu
-from postcopy.testbed.bench._qemu_run import GUEST, PLACED, QEMU, REQUEST, latencies_us, percentiles_us
+from postcopy.testbed.bench._qemu_run import GUEST, PLACED, QEMU, REQUEST, Qemu, Run, latencies_us, percentiles_us
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="its assembler is for another processor")
@@ -49,6 +52,41 @@ def test_a_qemu_that_is_new_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / QEMU).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     check_qemu()
+
+
+def test_without_qemu_nothing_is_measured_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("postcopy.testbed.bench._measurement", None)
+    assert main(["bench", "fault", "qemu"]) == 1
+    assert "QEMU is not installed" in capsys.readouterr().err
+
+
+def test_events_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = [("MIGRATION", 1, "active"), ("MIGRATION", 2, "completed"), ("RESUME", 3, None)]
+    lines = [
+        json.dumps({"event": name, "timestamp": {"seconds": 1, "microseconds": us}, "data": {"status": status}})
+        for name, us, status in [*events, ("MIGRATION", 4, "failed")]
+    ]
+    (tmp_path / QEMU).write_text(
+        f"""#!{sys.executable}
+import os, re, sys, time
+monitor = int(re.search(r"id=monitor,fd=(\\d+)", " ".join(sys.argv))[1])
+os.write(monitor, {chr(10).join([*lines, ""]).encode()!r})
+time.sleep(1000)
+"""
+    )
+    (tmp_path / QEMU).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    qemu = Qemu(Run(32 << 20, "postcopy"), incoming=True, log=None)
+    try:
+        assert qemu.event_us("MIGRATION", "completed") == 1_000_002
+        assert qemu.event_us("RESUME") == 1_000_003
+        with pytest.raises(SystemExit, match="destination: the migration is failed"):
+            qemu.event_us("STOP")
+    finally:
+        qemu.close()
 
 
 def test_latencies_of_a_trace() -> None:
