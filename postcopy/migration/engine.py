@@ -23,6 +23,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -309,12 +310,13 @@ class Engine(abc.ABC, Generic[P, D]):
         self._change()
 
     async def announce(self) -> None:
-        """Tells the peer how the migration has ended here, where that may not know it and would not come and ask: on
-        the side that connects. For a minute at most (less if less is the time that a lost peer is looked for), or until
-        the peer knows. After `run`; the machine is not needed for it. Cancellable."""
-        if self._reconnector is None or not self._calls or not self._protocol.must_announce:
+        """Tells the peer how the migration has ended here, where that may not know it: calls it, for a minute at most
+        (less if less is the time that a lost peer is looked for), or waits until it comes (the acceptor must be
+        served). Returns when the peer knows. After `run`; the machine is not needed for it. Cancellable."""
+        if self._reconnector is None or not self._protocol.must_announce:
             return
-        with about(self), trio.move_on_after(min(ANNOUNCE_FOR_S, self._recover_for_s)):
+        for_s = min(ANNOUNCE_FOR_S, self._recover_for_s) if self._calls else math.inf
+        with about(self), trio.move_on_after(for_s):
             await self._reconnector.announce(self._protocol.ending)
 
     @property
