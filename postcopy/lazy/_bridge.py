@@ -293,9 +293,16 @@ class BridgeServer(DataPlane):
     def attach_bulk(self, channel: int, fd: int) -> None:
         self._attach(fd, self._offer_nothing)
 
-    def start(self) -> None:
+    def set_stale(self, block: int, stale: Bitmap) -> None:
+        """A page of the source does not change."""
+
+    def serve(self) -> None:
         """Requests are answered from here on. What is not asked for is not offered: the destination may ask."""
         self._started.set()
+
+    def start(self) -> None:
+        """The same: there is no push that could begin."""
+        self.serve()
 
     def statistics(self) -> PageServerStatistics:
         """All zero: nothing is counted here."""

@@ -507,6 +507,8 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         assert self._accepted is not None
         policy, units = self._policy, self._accepted.page_bytes
         logged = policy.mode.has_rounds and policy.precopy_s > 0
+        if not self.machine.live:  # an image that has changed says so best before its memory is looked at
+            await self.machine.save_state()
         changes = self._changes = await Changes.open(self.machine, units, logged)
         began_s = trio.current_time()
         present = await changes.begin()

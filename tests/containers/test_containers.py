@@ -154,7 +154,7 @@ def test_root_becomes_a_user_inside(stage: Any) -> None:
 
 def test_destination_killed_before_commit(stage: Any) -> None:
     """The machine computes on at the source."""
-    source, _dest = begin(stage, "--migrate-after", "600")
+    source, _dest = begin(stage, "--migrate-after", "600", "--recover-for", "0s")
     source.wait_status("active")
     stage.kill("dest")
     failed = source.wait_for("failure", lambda line: line["event"] == "migration-ended")

@@ -51,7 +51,10 @@ class TestBothSides:
         source.wait_status("postcopy-active")
         status = at.tell("status", "--machine", "kvm")
         assert status["side"] == "source"
-        assert status["settings"] == {"max-bandwidth": 64 << 10, "bulk-channels": 2, "recover-for": "forever"}
+        assert status["settings"] == {
+            "max-bandwidth": 64 << 10, "bulk-channels": 2, "recover-for": "forever",
+            "mode": "postcopy", "precopy": 0.0, "max-downtime": 0.3,
+        }  # fmt: skip
         job = status["machines"][0]["migration"]
         assert (job["status"], job["direction"]) == ("postcopy-active", "outgoing")
         assert to.machines()["kvm"]["migration"]["migration-id"] == job["migration-id"]
