@@ -40,10 +40,11 @@ MESSAGES_PER_S = 2000
 REASON_TIMEOUT_S = 0.5
 """How long giving the reason of an end may take, and closing; a machine may be waiting to go on."""
 AWAKE_S = 0.005
+AWAKE_MOST_S, AWAKE_SHARE = 0.05, 0.05
 """See `Control.stay_awake`."""
 BULK_SILENCE_S = 30.0
 """See `data_silence_s`."""
-_NETWORK = frozenset(
+NETWORK_ERRORS = frozenset(
     {
         errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT, errno.ECONNABORTED, errno.ENETRESET, errno.ENETDOWN,
         errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.ESHUTDOWN, errno.EPROTO,
@@ -88,14 +89,24 @@ class Control(Generic[P]):
         self._received = 0  # messages, in the present second
         self._torn = False  # a message was sent in part: nothing that follows would be understood
         self._awake_until_s = -math.inf  # real time
+        self._awake_left_s, self._awake_counted_s = AWAKE_MOST_S, time.monotonic()  # what may be spent, as of when
         self._roused = trio.Event()
 
     def stay_awake(self) -> None:
         """The pause has begun, or is about to: this thread looks for the peer's next message without sleeping, for
         `AWAKE_S` from the last call. A thread that sleeps takes longer to wake, and to find what it needs in the
-        processor's caches again, than most of what it does in a pause."""
-        self._awake_until_s = time.monotonic() + AWAKE_S
-        self._roused.set()
+        processor's caches again, than most of what it does in a pause.
+
+        A peer decides how often that is. So no more than `AWAKE_SHARE` of all time is spent on it, `AWAKE_MOST_S` at a
+        time; beyond that the thread sleeps as ever."""
+        now_s = time.monotonic()
+        earned_s = (now_s - self._awake_counted_s) * AWAKE_SHARE
+        self._awake_left_s, self._awake_counted_s = min(AWAKE_MOST_S, self._awake_left_s + earned_s), now_s
+        more_s = now_s + AWAKE_S - max(now_s, self._awake_until_s)
+        if more_s <= self._awake_left_s:
+            self._awake_left_s -= more_s
+            self._awake_until_s = now_s + AWAKE_S
+            self._roused.set()
 
     def may_sleep(self) -> None:
         """The pause is over."""
@@ -266,7 +277,9 @@ class Control(Generic[P]):
         memory)."""
         cause = error.__cause__
         reason = cause.strerror if isinstance(cause, OSError) else None
-        if isinstance(error, trio.ClosedResourceError) or (isinstance(cause, OSError) and cause.errno not in _NETWORK):
+        if isinstance(error, trio.ClosedResourceError) or (
+            isinstance(cause, OSError) and cause.errno not in NETWORK_ERRORS
+        ):
             where = f"the control connection with {self.protocol.PEER}"
             return MigrationError(f"this host has lost {where}: {reason or 'it was closed here'}")
         return ConnectionLost(

@@ -191,6 +191,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             if self.state is State.PAUSED and not self.running_ns:  # lost in the very moment in which it became ours
                 assert self.machine is not None
                 await self._run_machine(self.machine)
+            self._look_for_all()  # the last page may have come in precopy
             if self._all_here.is_set() and self.state is State.PAUSED:
                 await self._disarm(self._data)
         finally:

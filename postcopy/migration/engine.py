@@ -23,6 +23,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -42,7 +43,7 @@ from postcopy.errors import (
     PostcopyError,
     ResourceError,
 )
-from postcopy.migration.connection import LAST_LOOK_S, Control, P, data_silence_s
+from postcopy.migration.connection import LAST_LOOK_S, NETWORK_ERRORS, Control, P, data_silence_s
 from postcopy.migration.maps import Disagreement
 from postcopy.migration.statistics import Breakdown, Recoveries, Statistics
 from postcopy.migration.tasks import FirstFailure, Interrupted, explained, first_of, now_ns
@@ -74,9 +75,13 @@ class Unrecoverable(PostcopyError):
 class ChannelLost(ConnectionLost):
     """A data channel has ended: of a network that fails, or because the peer gives up."""
 
-    def __init__(self, event: Event, peer: str) -> None:
-        channel = f"data channel ({event.channel_kind.name.lower()} {event.channel})"
-        super().__init__(f"a {channel} broke: {event.text}" if event.text else f"{peer} closed a {channel}")
+
+def channel_down(event: Event, peer: str) -> PostcopyError:
+    """What a data channel that has ended means. What came on it and made no sense, or what this host lacks, is a reason
+    that the peer's operator needs, too, and another connection would only repeat it."""
+    channel = f"data channel ({event.channel_kind.name.lower()} {event.channel})"
+    text = f"a {channel} broke: {event.text}" if event.text else f"{peer} closed a {channel}"
+    return (ChannelLost if not event.error or event.error in NETWORK_ERRORS else MigrationError)(text)
 
 
 class Engine(abc.ABC, Generic[P, D]):
@@ -309,12 +314,13 @@ class Engine(abc.ABC, Generic[P, D]):
         self._change()
 
     async def announce(self) -> None:
-        """Tells the peer how the migration has ended here, where that may not know it and would not come and ask: on
-        the side that connects. For a minute at most (less if less is the time that a lost peer is looked for), or until
-        the peer knows. After `run`; the machine is not needed for it. Cancellable."""
-        if self._reconnector is None or not self._calls or not self._protocol.must_announce:
+        """Tells the peer how the migration has ended here, where that may not know it: calls it, for a minute at most
+        (less if less is the time that a lost peer is looked for), or waits until it comes (the acceptor must be
+        served). Returns when the peer knows. After `run`; the machine is not needed for it. Cancellable."""
+        if self._reconnector is None or not self._protocol.must_announce:
             return
-        with about(self), trio.move_on_after(min(ANNOUNCE_FOR_S, self._recover_for_s)):
+        for_s = min(ANNOUNCE_FOR_S, self._recover_for_s) if self._calls else math.inf
+        with about(self), trio.move_on_after(for_s):
             await self._reconnector.announce(self._protocol.ending)
 
     @property
@@ -438,7 +444,7 @@ class Engine(abc.ABC, Generic[P, D]):
                 if not self._protocol.committed:  # it may be all that the peer could do to end it before the decision
                     for within_s in (PEER_SAYS_WHY_S, LAST_LOOK_S):
                         await trio.sleep(within_s)
-                raise ChannelLost(event, self._protocol.PEER)
+                raise channel_down(event, self._protocol.PEER)
 
     def _needs(self, event: Event) -> bool:
         """Whether the channel that went down is still needed."""

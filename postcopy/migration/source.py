@@ -66,7 +66,9 @@ SLOWEST_BYTES_PER_S = 1 << 20
 RUNS_WITHIN_S = 0.05
 """How long the news of the commit is held back for that of the machine running: see `_after_commit`."""
 ROUND_TIMEOUT_S = 30.0
-"""How long a destination may take over a round, which costs it milliseconds."""
+"""How long a destination may take over a round, which costs it milliseconds; beside the time for what is under way."""
+UNDER_WAY_BYTES = 64 << 20
+"""So much of a push that has ended may still be in the queues of both systems."""
 
 RESUME_TIMEOUT_S = 10.0
 RECOVER_UNOWNED_S = 60.0
@@ -151,7 +153,8 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self._pushing: set[int] = set()  # bulk channels that have not ended the present push
         self._prepared_ns = 0  # when the destination was
         self._rounds = 0  # that were told
-        self._left_pages = 0  # that the destination does not have, some perhaps counted twice
+        self._left_pages = 0  # that the destination does not have, some perhaps counted twice,
+        self._left_at: int | None = None  # when the page server had sent so many; None: this was not told yet
         self._synchronised = self._dirty_rate = 0
         self._policy = Policy(options.mode, options.precopy_s, options.max_downtime_s, options.precopy_rounds)
         self._policy.limit_bytes_per_s = options.max_bandwidth_bytes_per_s
@@ -173,6 +176,10 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         if self._reported is not None:
             return replace(self._reported, released_bytes=counted.released_bytes, **mine)
         before = offered(self.machine)
+        if self._left_at is not None and self._accepted is not None and not self.committed_ns:
+            left_pages = max(0, self._left_pages + self._left_at - counted.sent_pages)
+            left_bytes = left_pages * min(self._accepted.page_bytes)
+            mine["resident_bytes"] = max(0, self.machine.memory_bytes - left_bytes)
         both = Statistics.of(counted, total_bytes=before.total_bytes, page_bytes=before.page_bytes)
         return replace(both, **mine)
 
@@ -439,7 +446,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self._change()
         await go.wait()
         if link.version >= 4:
-            self._left_pages = await self._tell(control, server)
+            await self._tell(control, server)
             await self._precopy(control, server)
         await self._switch_over(control, server)
         await self._follow(control)
@@ -495,19 +502,25 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
 
     # ---- while the machine runs here
 
-    async def _tell(self, control: Control[SourceProtocol], server: PageServer) -> int:
-        """Which pages there are: how many."""
+    async def _tell(self, control: Control[SourceProtocol], server: PageServer) -> None:
+        """Which pages there are."""
         assert self._accepted is not None
         policy, units = self._policy, self._accepted.page_bytes
         logged = policy.mode.has_rounds and policy.precopy_s > 0
         if not self.machine.live:  # an image that has changed says so best before its memory is looked at
             await self.machine.save_state()
         changes = self._changes = await Changes.open(self.machine, units, logged)
+        began_s = trio.current_time()
         present = await changes.begin()
         for number, bitmap in enumerate(present):
             server.set_present(number, bitmap)
-        await self._round(control, wire.PageMap, present)
-        return _count(present)
+        await self._round(control, wire.PageMap, present, timeout_s=_time_for(0))
+        policy.telling_s = trio.current_time() - began_s
+        self._left(_count(present), server)
+
+    def _left(self, pages: int, server: PageServer) -> None:
+        """So many are left now."""
+        self._left_pages, self._left_at = pages, server.statistics().sent_pages
 
     async def _precopy(self, control: Control[SourceProtocol], server: PageServer) -> None:
         """Sends pages in rounds, as long as the policy wants."""
@@ -522,21 +535,25 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             return trio.current_time() - began_s
 
         while not (why := policy.why_no_other(since_s())):
-            before = server.statistics().sent_pages
+            before = server.statistics()
             self.iteration += 1
             self._change()
             push_s = await self._push(server, since_s)
-            sent = server.statistics().sent_pages - before
+            pushed = server.statistics()
+            sent = pushed.sent_pages - before.sent_pages
+            content_bytes = (pushed.background_pages - before.background_pages) * unit_bytes
+            ended_s = trio.current_time()
             changed = await self._changes.collect()
             before_s, looked_s = looked_s, trio.current_time()
-            await self._round(control, wire.StaleMap, changed, pushed=True)
+            await self._round(control, wire.StaleMap, changed, pushed=True, timeout_s=_time_for(content_bytes))
             for number, bitmap in enumerate(changed):
                 server.set_stale(number, bitmap)
+            answer_s = trio.current_time() - ended_s
             dirty = _count(changed)
             self._synchronised += 1
             self._dirty_rate = round(dirty / max(looked_s - before_s, 1e-3))
-            self._left_pages = max(0, self._left_pages - sent) + dirty
-            policy.round_ended(sent * unit_bytes, self._left_pages * unit_bytes, push_s)
+            self._left(max(0, self._left_pages - sent) + dirty, server)
+            policy.round_ended(sent * unit_bytes, self._left_pages * unit_bytes, push_s, answer_s, content_bytes)
         log.info("precopy ends after %d rounds, with %d pages left: %s", policy.rounds, self._left_pages, why)
 
     async def _push(self, server: PageServer, since_s: Callable[[], float]) -> float:
@@ -567,13 +584,14 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         part: type[Part],
         maps: Sequence[Bitmap],
         pushed: bool = False,
-        timeout_s: float | None = None,
+        *,
+        timeout_s: float,
     ) -> None:
         """Tells the destination what there is, or what has changed, and waits until it has taken note of that."""
         number = self._rounds
         self._rounds += 1
         await send_maps(control, part, maps, lambda count: wire.Round(number, count, pushed))
-        done = await control.receive(wire.RoundDone, timeout_s or ROUND_TIMEOUT_S)
+        done = await control.receive(wire.RoundDone, timeout_s)
         if done.number != number:
             raise ProtocolError(f"round-done: of round {done.number}, {number} was due")
 
@@ -746,6 +764,11 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
                 self._discarded = self._releaser.discarded()
             self._data = None
             await self._contained(server.close)
+
+
+def _time_for(sent_bytes: int) -> float:
+    """How long the destination may take to answer a round in which so much was sent."""
+    return ROUND_TIMEOUT_S + min(sent_bytes, UNDER_WAY_BYTES) / SLOWEST_BYTES_PER_S
 
 
 def _count(bitmaps: Sequence[Bitmap]) -> int:

@@ -205,6 +205,9 @@ class Acceptor:
             if refusal.code not in (Code.PAUSED, Code.TOO_OFTEN, Code.ITSELF) and self._log_limit.due():
                 log.warning("%s: %s connection refused: %s", peer, hello.channel, refusal)
             await stream.send_all(handshake.send_refused(str(refusal), refusal.code, refusal.token))
+            if isinstance(refusal.code, Ended):  # proven to a peer that has proven itself
+                await self._wait_for_end(stream)
+                self.endings.note_told(hello.migration)
             return False
 
     async def _wait_for_end(self, stream: trio.SocketStream) -> bool:

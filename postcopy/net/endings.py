@@ -11,6 +11,8 @@ import enum
 from collections import OrderedDict
 from dataclasses import dataclass
 
+import trio
+
 from postcopy.wire import Ended, Hello
 
 MAX_ENDINGS = 1024
@@ -56,16 +58,28 @@ class Endings:
     def __init__(self, limit: int = MAX_ENDINGS) -> None:
         self._limit = limit
         self._ended: OrderedDict[bytes, tuple[bytes, Ended]] = OrderedDict()
+        self._told: dict[bytes, trio.Event] = {}  # of the migrations that are remembered
 
     def remember(self, session: Session, how: Ended) -> None:
         self._ended[session.migration] = (session.token, how)
+        self._told.setdefault(session.migration, trio.Event())
         self._ended.move_to_end(session.migration)
         while len(self._ended) > self._limit:
-            self._ended.popitem(last=False)
+            migration, _ = self._ended.popitem(last=False)
+            del self._told[migration]
 
     def find(self, migration: bytes) -> tuple[bytes, Ended] | None:
         """Its token, and how it has ended; None for one that is not known."""
         return self._ended.get(migration)
+
+    async def told(self, migration: bytes) -> None:
+        """Waits until the peer of a migration that is remembered has come back for it, and learned how it ended."""
+        if (told := self._told.get(migration)) is not None:
+            await told.wait()
+
+    def note_told(self, migration: bytes) -> None:
+        if migration in self._told:  # not forgotten meanwhile
+            self._told[migration].set()
 
     def refusal(self, hello: Hello, version: int) -> Refusal:
         """The answer to a hello for a migration that is not going on here (any more)."""

@@ -62,9 +62,9 @@ class Reconnector(abc.ABC):
         before the reconnector ends; the last call counts."""
 
     async def announce(self, how: Ended) -> None:
-        """Tells the peer that it is over here, where it would not come and ask: on the side that calls. Tries as long
-        as it takes; returns when the peer has answered or has ended it itself, and at once on the side that listens,
-        which is asked. After `ended`. Cancellable."""
+        """Tells the peer that it is over here: calls it, or waits until it comes and asks. Takes as long as it takes;
+        returns when the peer knows, has ended it itself, or speaks a version in which it cannot be told. After `ended`.
+        Cancellable."""
         await trio.lowlevel.checkpoint()
 
     def pause(self) -> None:

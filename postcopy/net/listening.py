@@ -101,6 +101,10 @@ class ListeningReconnector(Reconnector):
         self._returns = min(self._returns, backoff.FREE_RETURNS + 3)
         self._next_s = -math.inf
 
+    async def announce(self, how: Ended) -> None:
+        if self._version >= 3:  # else it could not be understood
+            await self._endings.told(self.session.migration)
+
     def ended(self, how: Ended) -> None:
         self._endings.remember(self.session, how)
         self.over = True

@@ -17,14 +17,19 @@ from postcopy.migration import salvage
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.source import SourceOptions
 from postcopy.migration.tasks import Interrupted, first_of, now_ns
-from postcopy.net import Acceptor, CallingLink, Link, Route
+from postcopy.net import Acceptor, Address, CallingLink, Link, Route
 from postcopy.output import Output
 from postcopy.records.events import Progress
 from postcopy.service import report
 from postcopy.service._attempts import Attempts
+from postcopy.service._contain import contained
 from postcopy.service.config import DestinationConfig
 from postcopy.service.service import Owned, Phase, Service, describe, still_missing, why_not_completed
 from postcopy.wire import State
+
+TELLING = "telling the source how the migration has ended"
+TELL_FOR_S = 10.0
+"""How long the end of this process is put off for that. A source that calls does so every 2 s."""
 
 
 class Destination(Service):
@@ -62,22 +67,30 @@ class Destination(Service):
 
     async def _receive_and_keep(self) -> bool:
         config = self._config
-        if config.connect is not None:
-            migration = await self._call(config.connect)
-        else:
-            assert config.listen is not None
-            async with (
-                self.listen(config.listen, "dest", self._why_refused) as acceptor,
-                trio.open_nursery() as nursery,
-            ):
-                nursery.start_soon(acceptor.serve)
-                self.announce_listening()
-                migration = await self._accept(acceptor)
-                nursery.cancel_scope.cancel()
-        if migration.state is not State.COMPLETED:
-            raise why_not_completed(migration)
-        assert migration.machine is not None
-        return await self._afterwards(migration, migration.machine)
+        async with trio.open_nursery() as nursery:
+            if config.connect is not None:
+                migration = await self._call(config.connect)
+                nursery.start_soon(contained, TELLING, migration.announce)
+            else:
+                assert config.listen is not None
+                migration = await nursery.start(self._listen, config.listen)
+            if migration.state is not State.COMPLETED:
+                raise why_not_completed(migration)
+            assert migration.machine is not None
+            done = await self._afterwards(migration, migration.machine)
+            # Nobody else could tell a source that was lost at the very end.
+            nursery.cancel_scope.deadline = trio.current_time() + TELL_FOR_S
+        return done
+
+    async def _listen(self, address: Address, task_status: trio.TaskStatus[DestinationMigration]) -> None:
+        """Until a migration has ended, and its source knows how."""
+        async with self.listen(address, "dest", self._why_refused) as acceptor, trio.open_nursery() as nursery:
+            nursery.start_soon(acceptor.serve)
+            self.announce_listening()
+            migration = await self._accept(acceptor)
+            task_status.started(migration)
+            await contained(TELLING, migration.announce)
+            nursery.cancel_scope.cancel()
 
     async def _end(self, done: bool) -> None:
         """The end of the machine, and the result."""

@@ -21,7 +21,7 @@ import msgspec
 
 from postcopy._native import ffi, lib
 from postcopy.errors import ProtocolError
-from postcopy.wire.messages import MESSAGES, PROTOCOL_VERSION, SMALL_MESSAGE_BYTES, Message, one_line
+from postcopy.wire.messages import MESSAGES, OLDEST_VERSION, PROTOCOL_VERSION, SMALL_MESSAGE_BYTES, Message, one_line
 
 HEADER_BYTES: Final = 8  # of a message: its length, and the CRC32C of the length and of what follows
 MAX_ELEMENTS: Final = 4096  # of one message: whatever becomes a Python object
@@ -203,8 +203,11 @@ def _type_of(beginning: bytes) -> str:
 
 def _fields(message: Message | type[Message], version: int) -> list[str]:
     """Those that this version has, by their names on the wire."""
-    without = message.NOT_IN.get(version, ())
-    return [name for name in message.__struct_encode_fields__ if name not in without]
+    return [
+        name
+        for name in message.__struct_encode_fields__
+        if message.FIELDS_FROM.get(name, OLDEST_VERSION) <= version <= message.FIELDS_UNTIL.get(name, PROTOCOL_VERSION)
+    ]
 
 
 def _check_length(message: Message | type[Message], length: int) -> None:

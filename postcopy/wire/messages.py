@@ -61,7 +61,8 @@ class Message(Struct, frozen=True, rename="kebab"):
 
     TYPE: ClassVar[str] = ""
     MAX_BYTES: ClassVar[int] = SMALL_MESSAGE_BYTES
-    NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {}  # the fields that a version of the protocol does not have
+    FIELDS_FROM: ClassVar[Mapping[str, int]] = {}  # by its name on the wire, the version that has brought a field
+    FIELDS_UNTIL: ClassVar[Mapping[str, int]] = {}  # and the last version that has it, where a later one does not
     MAY_LACK: ClassVar[Collection[str]] = ()  # the fields that were added to a version that was spoken already
     SINCE: ClassVar[int] = OLDEST_VERSION  # the version that has brought it
 
@@ -85,7 +86,8 @@ class Ended(enum.StrEnum):
 
 
 class Hello(Message, frozen=True):
-    NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {2: ("ended", "proof", "instance"), 3: ("token",)}
+    FIELDS_FROM: ClassVar[Mapping[str, int]] = {"ended": 3, "proof": 3, "instance": 3}
+    FIELDS_UNTIL: ClassVar[Mapping[str, int]] = {"token": 2}
     MAY_LACK: ClassVar[Collection[str]] = ("instance",)
     channel: str
     side: str  # what the connecting host is
@@ -128,7 +130,7 @@ class Hello(Message, frozen=True):
 class _Answer(Message, frozen=True, kw_only=True):
     """To a hello. Its proof shows that the answering side knows the token, too."""
 
-    NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {2: ("code", "proof")}
+    FIELDS_FROM: ClassVar[Mapping[str, int]] = {"proof": 3}
     proof: ProofOrEmpty = b""
 
     def check(self) -> None:
@@ -150,6 +152,7 @@ class Welcome(_Answer, frozen=True):
 
 
 class Refused(_Answer, frozen=True):
+    FIELDS_FROM: ClassVar[Mapping[str, int]] = {"code": 3, "proof": 3}
     reason: Reason
     code: Text32 = "other"
 
@@ -181,7 +184,7 @@ class Block(Struct, frozen=True, rename="kebab"):
 
 class Offer(Message, frozen=True):
     MAX_BYTES: ClassVar[int] = 64 * 1024
-    NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {2: ("compress",), 3: ("compress",)}
+    FIELDS_FROM: ClassVar[Mapping[str, int]] = {"compress": 4}
     migration: Id
     token: Id
     machine: Text32
@@ -199,7 +202,7 @@ class Offer(Message, frozen=True):
 
 
 class Accept(Message, frozen=True):
-    NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {2: ("compress",), 3: ("compress",)}
+    FIELDS_FROM: ClassVar[Mapping[str, int]] = {"compress": 4}
     page_bytes: Annotated[tuple[PageBytes, ...], Meta(min_length=1, max_length=MAX_BLOCKS)]
     shards: Annotated[int, Meta(ge=1, le=MAX_SHARDS)]
     bulk_channels: BulkChannels
@@ -262,7 +265,7 @@ class RoundDone(Message, frozen=True):
 
 class Switchover(Message, frozen=True):
     MAX_BYTES: ClassVar[int] = MAX_MESSAGE_BYTES
-    NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {2: ("whole",), 3: ("whole",)}
+    FIELDS_FROM: ClassVar[Mapping[str, int]] = {"whole": 4}
     state: Annotated[bytes, Meta(max_length=MAX_STATE_BYTES)]
     maps: U32
     whole: bool = False  # every page is to be here before `prepared`
@@ -277,7 +280,7 @@ class Commit(Message, frozen=True):
 
 
 class Running(Message, frozen=True):
-    NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {2: ("ago_ns",), 3: ("ago_ns",)}
+    FIELDS_FROM: ClassVar[Mapping[str, int]] = {"ago-ns": 4}
     resume_ns: U63
     ago_ns: U63 = 0  # when that was, as this was sent
 

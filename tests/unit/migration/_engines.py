@@ -143,9 +143,11 @@ class FakeEvents:
 
         self.complete = False  # nothing is missing, as far as it was told
 
-    def tell(self, type_: EventType, kind: ChannelKind = ChannelKind.NONE, channel: int = 0, text: str = "") -> None:
+    def tell(
+        self, type_: EventType, kind: ChannelKind = ChannelKind.NONE, channel: int = 0, text: str = "", error: int = 0
+    ) -> None:
         self.complete |= type_ is EventType.COMPLETE
-        self.send.send_nowait(Event(type_, kind, channel, 0, text))
+        self.send.send_nowait(Event(type_, kind, channel, error, text))
 
 
 class FakeEngine:

@@ -65,7 +65,7 @@ def test_it_always_ends(mode: Mode, precopy_s: float, rounds: list[tuple[int, in
         if decides.why_no_other(since_s):
             break
         since_s += took_s
-        decides.round_ended(sent, left, took_s)
+        decides.round_ended(sent, left, took_s, 0.001)
     assert decides.rounds <= (most if precopy_s == math.inf else len(rounds))
     if not mode.has_rounds or not precopy_s:
         assert not decides.rounds
@@ -79,7 +79,7 @@ def test_it_always_ends(mode: Mode, precopy_s: float, rounds: list[tuple[int, in
 def test_auto_goes_on_while_it_shrinks() -> None:
     decides, left = policy(), 1000 * MIB
     while not (why := decides.why_no_other(1)):
-        decides.round_ended(left, left // 2, left / (10 * MIB))
+        decides.round_ended(left, left // 2, left / (10 * MIB), 0)
         left //= 2
     assert why == "what is left fits 0.3 s"
     assert left <= 3 * MIB < 2 * left
@@ -91,7 +91,7 @@ def test_auto_gives_up_what_does_not_shrink() -> None:
     decides = policy()
     for _ in range(STUBBORN_ROUNDS):
         assert not decides.why_no_other(1)
-        decides.round_ended(100 * MIB, 95 * MIB, 10)
+        decides.round_ended(100 * MIB, 95 * MIB, 10, 0)
     assert decides.why_no_other(1) == "what is left no longer shrinks"
     assert not decides.whole(95 * MIB)
     decides.mode = Mode.PRECOPY
@@ -101,26 +101,56 @@ def test_auto_gives_up_what_does_not_shrink() -> None:
 def test_one_bad_round_is_none() -> None:
     decides = policy()
     for sent, left in ((80, 79), (79, 40), (40, 39), (39, 20)):
-        decides.round_ended(sent * MIB, left * MIB, 10)
+        decides.round_ended(sent * MIB, left * MIB, 10, 0)
         assert not decides.why_no_other(1)
 
 
 def test_the_limit_counts_as_the_bandwidth() -> None:
     decides = policy()
-    decides.round_ended(100 * MIB, 10 * MIB, 1)
+    decides.round_ended(100 * MIB, 10 * MIB, 1, 0)
     assert decides.fits(30 * MIB)
     decides.limit_bytes_per_s = 10 * MIB
     assert not decides.fits(30 * MIB)
     decides.max_downtime_s = 3
     assert decides.fits(30 * MIB)
     decides.limit_bytes_per_s = 0
-    decides.round_ended(4096, 4096, 10)  # too little to say anything about the network
+    decides.round_ended(4096, 4096, 10, 0)  # too little to say anything about the network
     assert decides.fits(30 * MIB)
+    decides.round_ended(100 * MIB, 4096, 0.001, 0.001, content_bytes=4096)  # zeros cost next to nothing
+    assert decides.fits(30 * MIB)
+    assert not decides.fits(301 * MIB)
+
+
+def test_a_push_has_ended_when_the_destination_has_it() -> None:
+    """Its end here means only that the system has taken all of it."""
+    decides = policy()
+    decides.round_ended(100 * MIB, 0, 0.01, 0.99)
+    assert decides.bytes_per_s == 100 * MIB
+
+
+def test_the_machine_writes_on_until_the_pause() -> None:
+    decides = policy()
+    decides.round_ended(100 * MIB, 20 * MIB, 0.5, 0.5)  # so 10 MiB more
+    assert decides.why_no_other(1) == "what is left fits 0.3 s"
+    decides.round_ended(100 * MIB, 21 * MIB, 0.5, 0.5)
+    assert not decides.why_no_other(1)
+    assert decides.whole(30 * MIB)  # nothing is written in the pause
+
+
+def test_telling_takes_time_too() -> None:
+    decides = policy()
+    decides.telling_s = 0.1
+    decides.round_ended(100 * MIB, 20 * MIB, 1, 0)
+    assert decides.fits(19 * MIB)
+    assert not decides.fits(21 * MIB)
+    decides.telling_s = 0.5
+    assert not decides.fits(1)
+    assert decides.fits(0)  # there is nothing to tell
 
 
 def test_a_given_time_is_used() -> None:
     decides = policy(precopy_s=5)
-    decides.round_ended(MIB, 0, 0.001)
+    decides.round_ended(MIB, 0, 0.001, 0)
     assert not decides.why_no_other(4.9)
     assert decides.time_left_s(4) == 1
     assert decides.why_no_other(5) == "precopy has taken 5 s"
@@ -216,6 +246,25 @@ async def test_the_user_ends_precopy() -> None:
         assert not pair.source.cancellable
         pair.pager.channel.tell(EventType.COMPLETE)
     assert pair.dest.state is State.COMPLETED
+
+
+async def test_the_source_knows_what_remains_while_the_machine_is_here() -> None:
+    pair = make_pair(mode=Mode.HYBRID, precopy_s=3600)
+    pair.machine.memories[0].write(0, b"x" * 3 * 4096)
+    async with running(pair):
+        await pair.until(lambda: pair.source.state is State.READY)
+        assert pair.source.statistics().remaining_bytes is None
+        pair.go.set()
+        await pair.until(lambda: pair.source.iteration == 1)
+        seen = {pair.source.statistics().remaining_bytes}
+        await pair.until(lambda: pair.source.iteration == 2)
+        seen.add(pair.source.statistics().remaining_bytes)
+        assert seen <= {3 * 4096, 2 * 4096, 0}  # not sent yet, written since, sent
+        pair.source.switch_over()
+        await pair.until(lambda: pair.source.state is State.POSTCOPY)
+        assert pair.source.statistics().remaining_bytes is None
+        pair.pager.channel.tell(EventType.COMPLETE)
+    assert pair.source.state is State.COMPLETED
 
 
 async def test_a_mode_without_rounds_gets_none() -> None:

@@ -21,7 +21,7 @@ from postcopy.errors import PeerError, ProtocolError, ResourceError
 from postcopy.machines import Machine, MachineState
 from postcopy.migration.connection import Control
 from postcopy.migration.destination import DestinationMigration
-from postcopy.migration.engine import ChannelLost
+from postcopy.migration.engine import channel_down
 from postcopy.migration.source import PREPARE_TIMEOUT_S, SourceMigration
 from postcopy.wire import State
 from tests.unit.migration._engines import (
@@ -191,6 +191,19 @@ async def test_data_channel_lost_before_commit(who: str) -> None:
         assert side.may_try_again, side.failure  # neither has given a reason why it should not
 
 
+@pytest.mark.parametrize("who", ["source", "dest"])
+async def test_a_data_channel_that_made_no_sense(who: str) -> None:
+    """Both operators get the reason, and it is not tried again and again."""
+    async with running(make_pair()) as pair:
+        await pair.until(lambda: pair.source.state is State.READY)
+        event = EventType.CHANNEL_DOWN, ChannelKind.BULK, 0, "bad magic", errno.EBADMSG
+        pair.engine(who).channel.tell(*event)
+    assert_back_at_source(pair)
+    for side in (pair.source, pair.dest):
+        assert "a data channel (bulk 0) broke: bad magic" in str(side.failure)
+        assert not side.may_try_again
+
+
 async def test_destination_that_dies_in_the_switchover(mock_clock: MockClock) -> None:
     """Time stands still here: nothing is waited for, since the users of the machine are."""
     async with lone_source() as (peer, source, machine):
@@ -256,7 +269,7 @@ async def test_the_peers_reason_goes_before_the_end_of_its_channels(who: str) ->
         side = pair.side(who)
         side._protocol.receive_data(p.encode(p.Abort("no memory")))
         assert isinstance(side._protocol.next_message(), p.Abort)
-        side._scope.fail(ChannelLost(Event(EventType.CHANNEL_DOWN, ChannelKind.URGENT), "the peer"))
+        side._scope.fail(channel_down(Event(EventType.CHANNEL_DOWN, ChannelKind.URGENT), "the peer"))
     assert str(side.failure).endswith("aborted: no memory")
 
 

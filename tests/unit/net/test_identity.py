@@ -309,6 +309,26 @@ async def test_the_side_that_calls_can_say_that_it_has_ended() -> None:
         await hang_up(here, there)
 
 
+async def test_the_side_that_listens_knows_when_it_was_told() -> None:
+    """By a peer that knows the token, and has got the answer."""
+    async with met() as (acceptor, _, here, there):
+        with there.reconnector(SESSION) as called:
+            called.ended(Ended.COMPLETED)
+        stranger = c.Session(SESSION.migration, b"x" * 16, 0)
+        with here.reconnector(stranger) as caller:
+            await looks_again(caller, lambda: acceptor.refused)
+        with trio.move_on_after(0) as scope:
+            await called.announce(Ended.COMPLETED)
+        assert scope.cancelled_caught
+        with here.reconnector(SESSION) as caller, trio.fail_after(10):
+            with pytest.raises(EndedElsewhere) as told:
+                await caller.next_link()
+            assert told.value.how is Ended.COMPLETED
+            await called.announce(Ended.COMPLETED)
+            await called.announce(Ended.COMPLETED)  # nobody need come again
+        await hang_up(here, there)
+
+
 async def test_it_is_said_as_often_as_it_takes(autojump_clock: MockClock) -> None:
     """The other side may be away for long, and somebody else there meanwhile."""
     async with met() as (acceptor, _, here, there):

@@ -18,8 +18,9 @@ from postcopy import net as c
 from postcopy import wire as p
 from postcopy.errors import PeerError, ProtocolError
 from postcopy.wire import DestinationProtocol, SourceProtocol, State
+from postcopy.wire.messages import OLDEST_VERSION
 from tests.unit.net.support import SESSION, open_acceptor
-from tests.unit.wire.support import framed
+from tests.unit.wire.support import MESSAGES, body, framed
 
 OLD = b"postcpy\x02"
 HELLO_2 = {
@@ -31,8 +32,37 @@ OFFER_2 = {
 }  # fmt: skip
 
 
-def said(body: dict[str, object]) -> bytes:
-    return framed(msgpack.packb(body))
+HELLO_3 = {"channel", "side", "index", "migration", "epoch", "ended", "proof", "instance"}
+OFFER_3 = {"migration", "token", "machine", "config", "blocks", "bulk-channels", "placed-every-ms"}
+ACCEPT_3 = {"page-bytes", "shards", "bulk-channels"}
+DIFFERENT = {
+    "hello": {2: set(HELLO_2) - {"type"}, 3: HELLO_3, 4: HELLO_3},
+    "welcome": {2: set[str](), 3: {"proof"}, 4: {"proof"}},
+    "refused": {2: {"reason"}, 3: {"reason", "code", "proof"}, 4: {"reason", "code", "proof"}},
+    "offer": {2: OFFER_3, 3: OFFER_3, 4: OFFER_3 | {"compress"}},
+    "accept": {2: ACCEPT_3, 3: ACCEPT_3, 4: ACCEPT_3 | {"compress"}},
+    "switchover": {2: {"state", "maps"}, 3: {"state", "maps"}, 4: {"state", "maps", "whole"}},
+    "running": {2: {"resume-ns"}, 3: {"resume-ns"}, 4: {"resume-ns", "ago-ns"}},
+}
+"""The fields of those messages that are not the same in all versions, as docs/protocol.md has them."""
+
+
+@pytest.mark.parametrize("version", range(OLDEST_VERSION, p.PROTOCOL_VERSION + 1))
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: str(message.TYPE))
+def test_the_fields_of_each_version(message: p.Message, version: int) -> None:
+    """What is said has these and no others, and what is heard may have these and no others."""
+    if version < message.SINCE:
+        return
+    fields = msgpack.unpackb(body(message, version), strict_map_key=False)
+    every = set(message.__struct_encode_fields__)
+    assert set(fields) - {"type"} == DIFFERENT.get(message.TYPE, {}).get(version, every)
+    assert isinstance(p.decode(msgpack.packb(fields), version), type(message))
+    assert not set(message.FIELDS_FROM) - every
+    assert not set(message.FIELDS_UNTIL) - every
+
+
+def said(fields: dict[str, object]) -> bytes:
+    return framed(msgpack.packb(fields))
 
 
 class OldPeer:
@@ -53,11 +83,11 @@ class OldPeer:
 
     async def hear(self) -> dict[str, object]:
         length = int.from_bytes((await self.bytes(8))[:4], "big")
-        body: dict[str, object] = msgpack.unpackb(await self.bytes(length))
-        return body
+        heard: dict[str, object] = msgpack.unpackb(await self.bytes(length))
+        return heard
 
-    async def say(self, **body: object) -> None:
-        await self.stream.send_all(said(body))
+    async def say(self, **fields: object) -> None:
+        await self.stream.send_all(said(fields))
 
 
 async def dial(acceptor: c.Acceptor) -> trio.SocketStream:
@@ -284,8 +314,8 @@ async def test_the_caller_waits_for_nothing() -> None:
 
 def test_unknown_fields() -> None:
     """Ignored from version 3 on, whatever is in them; an error in version 2."""
-    body = {"type": "ready", "more": {"and": [1, 2, None]}, "5": b"x"}
-    packed = msgpack.packb(body)
+    ready = {"type": "ready", "more": {"and": [1, 2, None]}, "5": b"x"}
+    packed = msgpack.packb(ready)
     assert p.decode(packed, 3) == p.Ready()
     with pytest.raises(ProtocolError, match="ready: unknown field 'more'"):
         p.decode(packed, 2)
