@@ -85,7 +85,7 @@ class Ended(enum.StrEnum):
 
 
 class Hello(Message, frozen=True):
-    NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {2: ("ended", "proof", "instance"), 3: ("token",)}
+    NOT_IN: ClassVar[Mapping[int, Collection[str]]] = {2: ("ended", "proof", "instance"), 3: ("token",), 4: ("token",)}
     MAY_LACK: ClassVar[Collection[str]] = ("instance",)
     channel: str
     side: str  # what the connecting host is
