@@ -23,8 +23,8 @@ MAX_MESSAGE_BYTES = 16 << 20
 FRAME_MAGIC = 0x46504350
 FRAME_BYTES = 40
 REQUEST, PAGES, ZERO, END, ERROR = 1, 2, 3, 4, 5
-ANSWERS = 1
-"""Flag of a frame that answers a request."""
+ANSWERS, LZ4, ZSTD = 1, 2, 4
+"""Flags of a frame: it answers a request; its payload is compressed."""
 
 Fields = dict[str, Any]
 
@@ -162,6 +162,7 @@ class Frame:
     request_id: int = 0
     payload: bytes = b""
     flags: int = 0
+    content_bytes: int = 0  # of a compressed payload
 
     def pack(self) -> bytes:
         crc = _crc_of_payload(self.payload) if self.payload else 0
@@ -176,7 +177,7 @@ class Frame:
             self.request_id,
             len(self.payload),
             crc,
-            0,
+            self.content_bytes,
         )
         return header + struct.pack("<I", crc32c(header)) + self.payload
 
@@ -195,6 +196,22 @@ def unpack_frame(header: bytes) -> tuple[Frame, int]:
     if magic != FRAME_MAGIC:
         raise ValueError(f"no frame: {header.hex()}")
     return Frame(kind, block, first, pages, request_id, b"", flags), size
+
+
+def lz4_run(byte: bytes, size: int) -> bytes:
+    """The LZ4 block of `size` equal bytes, at least 20."""
+    match = size - 1 - 5 - 4 - 15  # what the first token and the last five literals leave
+    return b"\x1f" + byte + b"\x01\x00" + b"\xff" * (match // 255) + bytes([match % 255]) + b"\x50" + byte * 5
+
+
+def zstd_run(byte: bytes, size: int, claimed: int | None = None) -> bytes:
+    """The Zstandard frame of `size` equal bytes, whose header says that it has `claimed`."""
+    frame = b"\x28\xb5\x2f\xfd\xa0" + struct.pack("<I", size if claimed is None else claimed)
+    while size:
+        part = min(size, 128 << 10)
+        size -= part
+        frame += struct.pack("<I", part << 3 | 1 << 1 | (not size))[:3] + byte
+    return frame
 
 
 # ---- Bitmaps: lengths of runs of zeros and ones in turn, LEB128, up to the last one
