@@ -13,6 +13,7 @@
 #define BACKGROUND_NICE 5
 #define SLICE_NS 100000 /* the least the kernel grants */
 #define QUIET_PIECES 64 /* without urgent work between them, and that is over */
+#define PIECES_A_PAUSE 4 /* less, and bulk gets no processor beside a machine that computes; more, and a fault waits for them */
 
 /* sched_setattr(2) as far as it is used here; glibc has it only since 2.41. */
 struct sched_attributes {
@@ -99,8 +100,8 @@ void pc_background_pause(struct pc_background *background, uint64_t urgent)
         *background = (struct pc_background){.urgent = urgent};
     if (background->quiet == QUIET_PIECES)
         return;
-    background->quiet++;
-    (void)sched_yield();
+    if (background->quiet++ % PIECES_A_PAUSE == 0) /* the first after urgent work, too */
+        (void)sched_yield();
 }
 
 /* In the fair class a thread that has just served a fault is over its share of the processor by these microseconds. If it

@@ -20,8 +20,8 @@ int pc_thread_start(pthread_t *thread, void *(*body)(void *), void *argument);
 void pc_thread_name(const char *name, unsigned index); /* of the calling thread, as top and gdb show it */
 /* The calling thread moves bulk: where both want a core, threads that serve a fault go first. */
 void pc_thread_background(void);
-/* Between two pieces of its work, of some 100 us: gives way while urgent work is being done, of which `urgent` is a count. It starts as
- * zeros. */
+/* Between two pieces of its work, of some 100 us: gives way, now and then, while urgent work is being done, of which `urgent` is a count.
+ * It starts as zeros. */
 struct pc_background {
     uint64_t urgent;
     uint32_t quiet; /* pieces since that count has changed */
