@@ -37,7 +37,7 @@ REQUEST, PLACED = "postcopy_ram_fault_thread_request", "postcopy_place_page"
 PAGE_BYTES = 4096
 WORKING = 4  # lines that the guest writes before it is migrated, a quarter of a million pages changed
 NO_LIMIT = 1 << 40  # of bandwidth, bytes/s
-ANSWER_S = 30.0
+ANSWER_S = 60.0
 
 
 class Run(msgspec.Struct, frozen=True):
