@@ -186,6 +186,26 @@ def test_a_source_that_never_heard_of_the_end(daemon: Daemon, version: int, rv64
         line.close()
 
 
+def test_a_process_that_ends_stays_until_its_source_knows(start: Start, version: int) -> None:
+    """No other process remembers how it ended."""
+    if version < 3:
+        pytest.skip("no proofs before version 3")
+    dest = start("dest", "--json", "--no-verify", "--listen", "127.0.0.1:0")
+    source = Source(dest.address, Machine.image(1 << 20), version).until("running")
+    source.serve()
+    source.push_all()
+    source.control.hear("complete")
+    source.lose()  # the acknowledgement never comes
+    assert dest.wait_for("end", lambda line: line["event"] == "migration-ended")["status"] == "completed"
+    for token, code in ((os.urandom(16), "wrong-token"), (source.token, "completed")):
+        line = Line.open(dest.address, version)
+        with pytest.raises(Refused) as refused:
+            line.greet("control", "source", migration=source.migration, epoch=9, token=token)
+        assert refused.value.fields["code"] == code
+        line.close()
+    assert dest.end() == 0, dest.tail()
+
+
 def test_a_real_source_that_never_heard_of_the_end(start: Start, version: int) -> None:
     """It calls, and gets the outcome with a proof: then it has completed, as the destination has."""
     if version < 3:

@@ -326,6 +326,26 @@ class Source:
         self.control.say("switchover", state=self.machine.state, maps=len(self.machine.maps), **more)
         return self
 
+    def told(self) -> Source:
+        """While the machine runs: which pages there are."""
+        for page_map in self.machine.maps:
+            self.control.line.say("page-map", **page_map)
+        self.round(0, pushed=False, maps=len(self.machine.maps))
+        return self
+
+    def stale(self, *pages: int) -> Source:
+        """These pages of the first block have changed."""
+        for block, fields in enumerate(self.machine.blocks):
+            count = fields["size-bytes"] // self.machine.page_bytes[block]
+            runs = wire.encode_runs(not block and page in pages for page in range(count))
+            self.control.say("stale-map", block=block, first_page=0, pages=count, runs=runs)
+        return self
+
+    def round(self, number: int, *, pushed: bool, maps: int | None = None) -> None:
+        """Which the destination answers."""
+        self.control.say("round", number=number, maps=len(self.machine.blocks) if maps is None else maps, pushed=pushed)
+        assert self.control.hear("round-done")["number"] == number
+
     def prepared(self) -> Source:
         self.control.hear("prepared")
         return self
