@@ -163,16 +163,16 @@ class TestKvm:
         """SIGKILL at the destination, whenever: the machine goes on at the source."""
         dest = side("dest", "--json", "--listen", "127.0.0.1:0")
         after = {"setup": "60", "ready": "60", "switchover": "1.5"}[moment]
-        given_up = ("--migrate-after", after, "--recover-for", "0")
+        given_up = ["--migrate-after", after, "--recover-for", "0"]
+        if moment == "switchover":  # the pause is long, since all of the memory is sent in it
+            given_up += ["--mode", "stop-and-copy", "--max-bandwidth", "1MiB/s"]
         source = side(*KVM, "--workload", "dirty", "--connect", dest.address, *given_up)
         if moment == "setup":
             dest.wait_for("source", lambda line: line.get("ram") is not None)
         else:
             source.wait_status("active")
         if moment == "switchover":
-            # Stopped, it takes what the source sends and never answers: the source gives it up.
-            dest.signal(signal.SIGSTOP)
-            source.wait_for("failure", lambda line: line["event"] == "migration-ended")
+            source.wait_for("pause", lambda line: line.get("guest", {}).get("state") == "paused")
         dest.signal(signal.SIGKILL)
         if moment == "setup":
             # Which of the two it is depends on who was faster; either way it ends in order, or computes on.
@@ -218,6 +218,23 @@ class TestKvm:
         assert result["attempts"] > 1
         assert "begun again" in errors
         assert len(source.events("migration-ended")) == 1
+
+    def test_kept_when_it_is_not_reached_again(self, side: Start) -> None:
+        """The destination dies for good in the rounds of precopy: when the time is over, the machine runs on."""
+        dest = side("dest", "--json", "--listen", "127.0.0.1:0")
+        slowly = ("--precopy", "auto", "--max-bandwidth", "1MiB/s", "--recover-for", "0.3", "--migrate-after", "0")
+        source = side(*KVM, "--workload", "random", "--connect", dest.address, *slowly)
+        source.wait_for("rounds", lambda line: (line.get("ram") or {}).get("iteration"))
+        dest.signal(signal.SIGKILL)
+        failed = source.wait_for("failure", lambda line: line["event"] == "migration-ended")
+        assert failed["attempts"] > 1
+        source.wait_for_errors("the machine goes on here until interrupted")
+        source.operations_after(source.wait_status("failed"))
+        # Between two attempts it had not failed.
+        told = [line["status"] for line in source.lines if line["event"] == "progress" and "attempts" in line]
+        assert set(told[told.index("failed") :]) == {"failed"}
+        source.signal(signal.SIGTERM)
+        assert source.end()[0] == 1
 
     @pytest.mark.parametrize("mode", ["precopy", "stop-and-copy"])
     def test_modes_without_postcopy(self, side: Start, mode: str) -> None:
