@@ -51,7 +51,10 @@ class TestBothSides:
         source.wait_status("postcopy-active")
         status = at.tell("status", "--machine", "kvm")
         assert status["side"] == "source"
-        assert status["settings"] == {"max-bandwidth": 64 << 10, "bulk-channels": 2, "recover-for": "forever"}
+        assert status["settings"] == {
+            "max-bandwidth": 64 << 10, "bulk-channels": 2, "mode": "postcopy", "precopy": 0.0, "max-downtime": 0.3,
+            "recover-for": "forever",
+        }  # fmt: skip
         job = status["machines"][0]["migration"]
         assert (job["status"], job["direction"]) == ("postcopy-active", "outgoing")
         assert to.machines()["kvm"]["migration"]["migration-id"] == job["migration-id"]
@@ -61,6 +64,7 @@ class TestBothSides:
 
         # Past the point of no return: not cancelled, not left alone, but cut and connected again.
         assert "belongs to the destination" in at.ask("migrate-cancel", status=1)[1]
+        assert "there is no precopy to end: the migration is postcopy-active" in at.ask("switchover", status=1)[1]
         assert "has not received all of the memory" in at.ask("quit", status=1)[1]
         assert "have not arrived: wait" in to.ask("quit", status=1)[1]
         at.ask("migrate-pause")
