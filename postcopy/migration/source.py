@@ -151,7 +151,8 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         self._pushing: set[int] = set()  # bulk channels that have not ended the present push
         self._prepared_ns = 0  # when the destination was
         self._rounds = 0  # that were told
-        self._left_pages = 0  # that the destination does not have, some perhaps counted twice
+        self._left_pages = 0  # that the destination does not have, some perhaps counted twice; and
+        self._sent_pages = 0  # how many had been sent when they were counted
         self._synchronised = self._dirty_rate = 0
         self._policy = Policy(options.mode, options.precopy_s, options.max_downtime_s, options.precopy_rounds)
         self._policy.limit_bytes_per_s = options.max_bandwidth_bytes_per_s
@@ -174,6 +175,9 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             return replace(self._reported, released_bytes=counted.released_bytes, **mine)
         before = offered(self.machine)
         both = Statistics.of(counted, total_bytes=before.total_bytes, page_bytes=before.page_bytes)
+        if self.iteration and not self.committed_ns and self._accepted is not None and before.total_bytes is not None:
+            left_pages = max(0, self._left_pages - (counted.sent_pages - self._sent_pages))
+            mine["resident_bytes"] = max(0, before.total_bytes - left_pages * min(self._accepted.page_bytes))
         return replace(both, **mine)
 
     def kept(self) -> list[Bitmap]:
@@ -533,7 +537,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
             dirty = _count(changed)
             self._synchronised += 1
             self._dirty_rate = round(dirty / max(looked_s - before_s, 1e-3))
-            self._left_pages = max(0, self._left_pages - sent) + dirty
+            self._left_pages, self._sent_pages = max(0, self._left_pages - sent) + dirty, before + sent
             policy.round_ended(sent * unit_bytes, self._left_pages * unit_bytes, push_s)
         log.info("precopy ends after %d rounds, with %d pages left: %s", policy.rounds, self._left_pages, why)
 

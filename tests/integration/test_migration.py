@@ -203,10 +203,11 @@ class TestKvm:
         dest = side("dest", "--json", "--listen", "127.0.0.1:0")
         slowly = ("--precopy", "auto", "--max-bandwidth", "1MiB/s", "--control", tmp_path / "s")
         source = side(*KVM, "--workload", "random", "--connect", dest.address, "--migrate-after", "0", *slowly)
-        source.wait_for("rounds", lambda line: (line.get("ram") or {}).get("iteration"))
+        ram = source.wait_for("rounds", lambda line: (line.get("ram") or {}).get("iteration"))["ram"]
+        assert 0 < ram["remaining"] < ram["total"]
         dest.signal(signal.SIGKILL)
-        source.wait_for("another attempt", lambda line: line.get("attempts", 1) > 1)
-        source.operations_after(source.lines[-1])
+        again = source.wait_for("another attempt", lambda line: line.get("attempts", 1) > 1 and "guest" in line)
+        source.operations_after(again)
         last = side("dest", "--json", "--listen", dest.address, "--run-for", "0.1")
         source.wait_for("rounds", lambda line: line.get("attempts", 1) > 1 and (line.get("ram") or {}).get("iteration"))
         operator("s").ask("set", "--max-bandwidth", "none")
