@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from postcopy.dataplane import compression
+
 MIB = 1 << 20
 Start = Callable[..., Any]
 KVM = ("source", "--json", "--machine", "kvm", "--memory", "32MiB", "--vcpus", "2")
@@ -237,16 +239,22 @@ class TestKvm:
         source.signal(signal.SIGTERM)
         assert source.end()[0] == 1
 
-    @pytest.mark.parametrize("mode", ["precopy", "stop-and-copy"])
-    def test_modes_without_postcopy(self, side: Start, mode: str) -> None:
+    @pytest.mark.parametrize(("mode", "library"), [("precopy", "zstd"), ("stop-and-copy", "lz4")])
+    def test_modes_without_postcopy(self, side: Start, mode: str, library: str) -> None:
+        """Compressed with one library each, where that is installed."""
+        compress = library if library in compression.names(compression.available()) else "off"
         machine = ("--memory", "16MiB", "--workload", "dirty", "--working-set", "4MiB")
-        arguments = (*machine, "--migrate-after", "0.1", "--run-for", "0.1", "--mode", mode)
+        arguments = (*machine, "--migrate-after", "0.1", "--run-for", "0.1", "--mode", mode, "--compress", compress)
         status, result, errors = side("demo", "--json", *arguments).end(100)
         assert status == 0, errors
         assert (result["verified"], result["mode"]) == (True, mode)
         ram = result["ram"]
         assert ram["postcopy-requests"] == ram["demand-pages"] == 0
-        assert ram["precopy-bytes"] > 4 * MIB
+        assert ram["background-pages"] * ram["page-size"] > 4 * MIB
+        if compress == "off":
+            assert ram["precopy-bytes"] > 4 * MIB
+        else:
+            assert 0 < ram["compressed-bytes"] < ram["precopy-bytes"] < ram["uncompressed-bytes"]
         assert ram["postcopy-bytes"] < ram["page-size"]  # nothing but the end of the push
         assert bool(ram["iteration"]) is (mode == "precopy")
         assert {"stop", "state", "send", "prepared", "commit", "load"} <= result["downtime-breakdown-us"].keys()
