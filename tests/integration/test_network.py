@@ -164,7 +164,7 @@ def test_a_failed_migration_leaves_the_network_as_it_was(inner_side: Start, insi
     """The destination stops before it is prepared: the paused machine goes on at the source, and answers as before. The
     pause is long, since all of the memory is sent in it."""
     dest = inner_side("dest", "--json", "--listen", "127.0.0.1:0", "--net", "tap:tap-b")
-    slowly = ("--mode", "stop-and-copy", "--max-bandwidth", "256KiB/s", "--recover-for", "0")
+    slowly = ("--mode", "stop-and-copy", "--max-bandwidth", "16KiB/s", "--recover-for", "0")
     arguments = machine("rv64", "--migrate-after", "1", "--heartbeat", "0.7", *slowly)
     source = inner_side("source", "--json", "--connect", dest.address, *arguments)
     source.wait_for("accepted", lambda line: line.get("status") == "active")
