@@ -142,27 +142,26 @@ class CtlCommand:
             if kind == "progress":
                 for machine in data.get("machines", []):
                     job = machine.get("migration") or {}
-                    if self._is_it(job):
+                    if self._is_it(machine["name"], job):
                         size = format_size(machine["memory"])
                         self._output.view.subject = f"{machine['name']}, {size}, to {job.get('peer')}"
                         self._now |= {key: job.get(key) for key in ("status", "ram", "pending-faults", "attempts")}
                         self._now["guest"] = machine.get("guest") or {}
-            elif kind == "migration-status" and data["machine"] == self._now["name"] and data.get("attempts", 1) > 1:
-                self._migration = data["migration-id"]  # begun again, under another one
-                self._now |= {key: data.get(key) for key in ("status", "attempts")}
-                self._output.say(f"{data['machine']}: {data['error']}; trying again")
-                self._output.kick()
-            elif self._is_it(data) and kind == "migration-ended":
+            elif kind == "migration-ended" and self._is_it(data["machine"], data):
                 return dict(data)
-            elif self._is_it(data) and kind == "migration-status":
-                self._now["status"] = data["status"]
-                if data["error"]:
+            elif kind == "migration-status" and self._is_it(data["machine"], data):
+                self._now |= {key: data.get(key) for key in ("status", "attempts")}
+                if data["error"] and data["status"] == "connecting":
+                    self._output.say(f"{data['machine']}: {data['error']}; trying again (attempt {data['attempts']})")
+                elif data["error"]:
                     self._output.say(f"{data['machine']}: {data['status']}: {data['error']}")
                 self._output.kick()
 
-    def _is_it(self, data: Json) -> bool:
-        # (sent to where it is, a machine has a migration of each direction)
-        return data.get("migration-id") == self._migration and data.get("direction") == "outgoing"
+    def _is_it(self, machine: str, data: Json) -> bool:
+        # Another attempt has another id, or none yet. (Sent to where it is, a machine has a migration of each
+        # direction.)
+        same = data.get("migration-id") == self._migration or (data.get("attempts") or 1) > 1
+        return same and machine == self._now["name"] and data.get("direction") == "outgoing"
 
     def _say_that_it_goes_on(self) -> None:
         name = self._arguments.get("machine", "")

@@ -102,6 +102,8 @@ class Engine(abc.ABC, Generic[P, D]):
         on_change: Callable[[], None],
     ) -> None:
         self.machine_name = ""
+        # Whether its owner begins it again, now that it has ended: see `may_try_again`. It is `connecting` until then.
+        self.is_begun_again: Callable[[], bool] = lambda: False
         self.peer = peer
         self.failure: PostcopyError | None = None
         self.paused = trio.Event()  # set when the peer was lost behind the point of no return, the first time
@@ -155,6 +157,8 @@ class Engine(abc.ABC, Generic[P, D]):
         """QEMU's word (MigrationStatus) for the state. Ours are `connecting`, `in-doubt`, `reclaimed`, and
         `postcopy-failed`: paused, and no connection would help."""
         state = self.state
+        if state is State.ABORTED and self.is_begun_again():
+            return "connecting"
         if state is State.ABORTED:
             return "cancelled" if isinstance(self.failure, Interrupted) else "failed"
         if state is State.SETUP and self.connecting:

@@ -28,6 +28,7 @@ class Attempts:
 
     def __init__(self, heartbeat_s: float) -> None:
         self.count = 1
+        self.said = backoff.LogLimit()  # of what is said of each
         self._notices_s = MISSED_HEARTBEATS * heartbeat_s + LAST_LOOK_S + END_S
         self._lost_s = math.inf  # when
         self._begun_s = trio.current_time()  # the present one

@@ -112,10 +112,12 @@ class ControlHandler:
         return _all_that_can(undecided, _switch_over)
 
     async def _cancel(self, arguments: Json) -> AllSteered:
-        undecided = self._undecided(arguments.get("machine"))
+        name = arguments.get("machine")
+        here = [owned for owned in self._service.machines if name in (None, owned.name)]
+        undecided = [owned for owned in here if owned.is_begun_again] + [owned for owned, _ in self._undecided(name)]
         if not undecided:
             raise ControlError("NotNow", "no migration is going on")
-        cancelled = [_steered(owned, migration) for owned, migration in undecided if migration.cancel()]
+        cancelled = [_steered(owned) for owned in undecided if owned.cancel()]
         if not cancelled:
             raise ControlError("NotNow", "the machine belongs to the destination already: that cannot be taken back")
         return AllSteered(migrations=cancelled)
@@ -208,8 +210,9 @@ def _only(found: Sequence[Owned]) -> Owned:
     return found[0]
 
 
-def _steered(owned: Owned, migration: Migration) -> Steered:
-    return Steered(machine=owned.name, migration_id=migration.migration_id)
+def _steered(owned: Owned) -> Steered:
+    assert owned.migration is not None
+    return Steered(machine=owned.name, migration_id=owned.migration.migration_id)
 
 
 def _switch_over(migration: Migration) -> None:
@@ -225,7 +228,7 @@ def _all_that_can(migrations: list[tuple[Owned, Migration]], do: Callable[[Migra
     for owned, migration in migrations:
         try:
             do(migration)
-            done.append(_steered(owned, migration))
+            done.append(_steered(owned))
         except MigrationError as error:
             failure = error
     if not done:

@@ -146,30 +146,35 @@ class Destination(Service):
             raise PeerError(f"{route.address}: not reached again within {left_s:g} s (--recover-for)")
 
         while True:
-            migration = None
+            migration, lost = None, False
+            failure: PostcopyError | None
             try:
                 link = await self._link(open_link, "there was a connection")
             except PeerError as error:
-                failure: PostcopyError | None = error
+                failure = error
+                left_s = attempts.left_s(error, False, False, self.options.recover_for_s)
+                if left_s <= 0:
+                    raise
             else:
-                migration = await self._receive(link, attempts.count)
-                failure = migration.failure
-                if migration.state is not State.ABORTED:
+                migration = await self._receive(link, attempts)
+                failure, lost = migration.failure, migration.may_try_again
+                left_s = self._tries_for_s(attempts, migration)
+                if left_s <= 0:
                     return migration
-            lost, connected = migration is not None and migration.may_try_again, migration is not None
-            left_s = attempts.left_s(failure, lost, connected, self.options.recover_for_s)
-            if left_s <= 0:
-                if migration is not None:
-                    return migration
-                assert failure is not None
-                raise failure
             pause_s = attempts.again(lost)
-            self.output.say(
-                f"dest: {failure}; the machine has stayed at the source, which is called again (attempt"
-                f" {attempts.count})",
-                about=migration,
-            )
+            if attempts.said.due():
+                self.output.say(
+                    f"dest: {failure}; the machine has stayed at the source, which is called again (attempt"
+                    f" {attempts.count})",
+                    about=migration,
+                )
             await self._forget(migration)
+
+    def _tries_for_s(self, attempts: Attempts, migration: DestinationMigration) -> float:
+        """How long the source is called again after this attempt; 0: it is not."""
+        if migration.state is not State.ABORTED or self.stop.is_set():
+            return 0.0
+        return attempts.left_s(migration.failure, migration.may_try_again, True, self.options.recover_for_s)
 
     async def _forget(self, migration: DestinationMigration | None) -> None:
         """Of an arrival that did not come about: before another one may have the memory that it had."""
@@ -194,10 +199,12 @@ class Destination(Service):
     def _why_refused(self, waiting: int) -> str:
         return "busy with another source" if self.machines or waiting else ""
 
-    async def _receive(self, link: Link, attempt: int = 1) -> DestinationMigration:
+    async def _receive(self, link: Link, attempts: Attempts | None = None) -> DestinationMigration:
         (owned,) = self.machines
         migration = self.arrive(owned, link)
-        migration.attempt = attempt
+        if attempts is not None:
+            migration.attempt = attempts.count
+            migration.is_begun_again = lambda: self._tries_for_s(attempts, migration) > 0
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._announce, owned, migration)
             await migration.run(owned.stop)

@@ -102,7 +102,7 @@ def _job_rows(job: Json) -> list[tuple[str, str]]:
         rows.append(("Precopy", copying))
     of_precopy = {key for key in _OF_PRECOPY if not ram.get(key)}
     rows += _figure_rows(MigrationRecord, job | {"ram": {key: ram[key] for key in ram if key not in of_precopy}})
-    for label, names in (("Of it here, us", AT_SOURCE), ("Of it there, us", AT_DESTINATION)):
+    for label, names in (("At source, us", AT_SOURCE), ("At dest, us", AT_DESTINATION)):
         if shown := format_parts(parts, names):
             rows.append((label, shown))
     if (job.get("fault-latency-us") or {}).get("count"):

@@ -145,6 +145,10 @@ class Owned:
         if not isinstance(job, SourceMigration) or self.sending is None:
             raise MigrationError(f"{self.name} is not on its way from here: it is its source that sends in rounds")
         changed = {name: given[name] for name in ("max_downtime_s", "precopy_s") if name in given}
+        if "max_downtime_s" in changed and not job.mode.has_rounds:
+            raise MigrationError(
+                f"--max-downtime goes with --precopy: the migration of {self.name} is of mode {job.mode}"
+            )
         if changed and job.paused_ns:
             raise MigrationError(f"the precopy of {self.name} is over: its migration is {job.status}")
         if "precopy_s" in changed:
@@ -179,6 +183,18 @@ class Owned:
         if self.phase is not Phase.LEAVING or job.state is not State.ABORTED:
             return 0.0
         return attempts.left_s(job.failure, job.may_try_again, not job.connecting, self.sending.recover_for_s)
+
+    @property
+    def is_begun_again(self) -> bool:
+        """Whether its migration has ended, and another attempt follows."""
+        return self.tries_for_s > 0
+
+    def cancel(self) -> bool:
+        """Gives its migration up, also between two attempts. False: that cannot be done any more, or there is none."""
+        if self.is_begun_again:
+            self.stop.set()
+            return True
+        return self.undecided is not None and self.undecided.cancel()
 
     @property
     def loses(self) -> str:
@@ -277,7 +293,7 @@ class Service(abc.ABC):
     def _announce_changes(self) -> None:
         for owned in self.machines:
             job = owned.migration
-            if job is not None and job.status != owned.announced and owned.tries_for_s <= 0:
+            if job is not None and job.status != owned.announced and not owned.is_begun_again:
                 event = report.changed(owned.name, job, owned.announced)
                 owned.announced = job.status
                 self.output.emit("migration-status", event)
@@ -295,8 +311,12 @@ class Service(abc.ABC):
         for owned in self.machines:
             if owned.moving is not None:
                 owned.moving.set_recover_for(self.options.recover_for_s)
-                if owned.sending is not None:
-                    owned.sending = replace(owned.sending, recover_for_s=self.options.recover_for_s)
+                if owned.sending is not None:  # the next attempt
+                    owned.sending = replace(
+                        owned.sending,
+                        recover_for_s=self.options.recover_for_s,
+                        max_bandwidth_bytes_per_s=self.options.max_bandwidth_bytes_per_s,
+                    )
                 with contextlib.suppress(MigrationError):  # it comes, has no precopy, or is past it
                     owned.set_precopy(given)
         self.share_bandwidth()
@@ -407,7 +427,9 @@ class Service(abc.ABC):
         assert owned.machine is not None
         assert owned.sending is not None
         peer = to.address if isinstance(to, Route) else None
-        return SourceMigration(owned.machine, link, owned.sending, peer=peer, on_change=self.changed)
+        migration = SourceMigration(owned.machine, link, owned.sending, peer=peer, on_change=self.changed)
+        migration.is_begun_again = lambda: owned.migration is migration and owned.is_begun_again
+        return migration
 
     async def send(
         self,
@@ -431,14 +453,16 @@ class Service(abc.ABC):
                 nursery.cancel_scope.cancel()
             left_s = owned.tries_for_s
             if left_s <= 0 or not isinstance(to, Route):
+                self.changed()  # its end may not have been announced yet
                 return migration
             assert owned.attempts is not None
             pause_s = owned.attempts.again(migration.may_try_again)
-            self.output.say(
-                f"{self.side}: {owned.name}: {migration.failure}; the machine has stayed here, and the migration is"
-                f" begun again (attempt {owned.attempts.count})",
-                about=migration,
-            )
+            if owned.attempts.said.due():
+                self.output.say(
+                    f"{self.side}: {owned.name}: {migration.failure}; the machine has stayed here, and the migration is"
+                    f" begun again (attempt {owned.attempts.count})",
+                    about=migration,
+                )
             again = self._make_leaving(owned, partial(self._open_again, to, migration, pause_s, left_s), to)
             again.attempt, again.failure = owned.attempts.count, migration.failure
             owned.migration = again

@@ -37,6 +37,7 @@ class Source(Service):
         self._go = trio.Event()  # the machine is ready to leave
         self._restored: salvage.Restorable | None = None
         self._latest: SourceMigration | None = None
+        self._was_ready = False  # before the latest
         self._starts_at_s = 0.0  # the migration, when the machine has computed for long enough
         self._completed = 0
         self.salvage_to = config.salvage_to
@@ -153,6 +154,7 @@ class Source(Service):
         return owned, self.leave(owned, to)
 
     def _make_leaving(self, *arguments: Any) -> SourceMigration:
+        self._was_ready = self._was_ready or (self._latest is not None and self._latest.ready_ns > 0)
         self._latest = super()._make_leaving(*arguments)
         return self._latest
 
@@ -205,7 +207,8 @@ class Source(Service):
                 return True
             reclaimed = migration.state is State.RECLAIMED
             self.failure = why_not_completed(migration)
-            keep = reclaimed or (migration.may_run and migration.ready_ns > 0 and self._config.keep)
+            was_ready = self._was_ready or migration.ready_ns > 0  # in any attempt
+            keep = reclaimed or (migration.may_run and was_ready and self._config.keep)
             if keep and machine.live and not self.stop.is_set():
                 if not reclaimed:
                     self.output.say(
@@ -249,7 +252,8 @@ class Source(Service):
                 if self._completed >= serve:
                     enough.set()
             elif migration.state is not State.RECLAIMED and not self.stop.is_set():
-                waiting = "; waiting for it to come again" if migration.may_try_again and machine.live else ""
+                waits = migration.may_try_again and machine.live and (self._config.keep or self.options.recover_for_s)
+                waiting = "; waiting for it to come again" if waits else ""
                 self.output.say(
                     f"source: migration to {migration.peer} failed: {migration.failure}{waiting}", about=migration
                 )

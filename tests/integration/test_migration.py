@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from postcopy.dataplane import compression
+
 MIB = 1 << 20
 Start = Callable[..., Any]
 KVM = ("source", "--json", "--machine", "kvm", "--memory", "32MiB", "--vcpus", "2")
@@ -163,16 +165,16 @@ class TestKvm:
         """SIGKILL at the destination, whenever: the machine goes on at the source."""
         dest = side("dest", "--json", "--listen", "127.0.0.1:0")
         after = {"setup": "60", "ready": "60", "switchover": "1.5"}[moment]
-        given_up = ("--migrate-after", after, "--recover-for", "0")
+        given_up = ["--migrate-after", after, "--recover-for", "0"]
+        if moment == "switchover":  # the pause is long, since all of the memory is sent in it
+            given_up += ["--mode", "stop-and-copy", "--max-bandwidth", "1MiB/s"]
         source = side(*KVM, "--workload", "dirty", "--connect", dest.address, *given_up)
         if moment == "setup":
             dest.wait_for("source", lambda line: line.get("ram") is not None)
         else:
             source.wait_status("active")
         if moment == "switchover":
-            # Stopped, it takes what the source sends and never answers: the source gives it up.
-            dest.signal(signal.SIGSTOP)
-            source.wait_for("failure", lambda line: line["event"] == "migration-ended")
+            source.wait_for("pause", lambda line: line.get("guest", {}).get("state") == "paused")
         dest.signal(signal.SIGKILL)
         if moment == "setup":
             # Which of the two it is depends on who was faster; either way it ends in order, or computes on.
@@ -203,10 +205,11 @@ class TestKvm:
         dest = side("dest", "--json", "--listen", "127.0.0.1:0")
         slowly = ("--precopy", "auto", "--max-bandwidth", "1MiB/s", "--control", tmp_path / "s")
         source = side(*KVM, "--workload", "random", "--connect", dest.address, "--migrate-after", "0", *slowly)
-        source.wait_for("rounds", lambda line: (line.get("ram") or {}).get("iteration"))
+        ram = source.wait_for("rounds", lambda line: (line.get("ram") or {}).get("iteration"))["ram"]
+        assert 0 < ram["remaining"] < ram["total"]
         dest.signal(signal.SIGKILL)
-        source.wait_for("another attempt", lambda line: line.get("attempts", 1) > 1)
-        source.operations_after(source.lines[-1])
+        again = source.wait_for("another attempt", lambda line: line.get("attempts", 1) > 1 and "guest" in line)
+        source.operations_after(again)
         last = side("dest", "--json", "--listen", dest.address, "--run-for", "0.1")
         source.wait_for("rounds", lambda line: line.get("attempts", 1) > 1 and (line.get("ram") or {}).get("iteration"))
         operator("s").ask("set", "--max-bandwidth", "none")
@@ -219,16 +222,39 @@ class TestKvm:
         assert "begun again" in errors
         assert len(source.events("migration-ended")) == 1
 
-    @pytest.mark.parametrize("mode", ["precopy", "stop-and-copy"])
-    def test_modes_without_postcopy(self, side: Start, mode: str) -> None:
+    def test_kept_when_it_is_not_reached_again(self, side: Start) -> None:
+        """The destination dies for good in the rounds of precopy: when the time is over, the machine runs on."""
+        dest = side("dest", "--json", "--listen", "127.0.0.1:0")
+        slowly = ("--precopy", "auto", "--max-bandwidth", "1MiB/s", "--recover-for", "0.3", "--migrate-after", "0")
+        source = side(*KVM, "--workload", "random", "--connect", dest.address, *slowly)
+        source.wait_for("rounds", lambda line: (line.get("ram") or {}).get("iteration"))
+        dest.signal(signal.SIGKILL)
+        failed = source.wait_for("failure", lambda line: line["event"] == "migration-ended")
+        assert failed["attempts"] > 1
+        source.wait_for_errors("the machine goes on here until interrupted")
+        source.operations_after(source.wait_status("failed"))
+        # Between two attempts it had not failed.
+        told = [line["status"] for line in source.lines if line["event"] == "progress" and "attempts" in line]
+        assert set(told[told.index("failed") :]) == {"failed"}
+        source.signal(signal.SIGTERM)
+        assert source.end()[0] == 1
+
+    @pytest.mark.parametrize(("mode", "library"), [("precopy", "zstd"), ("stop-and-copy", "lz4")])
+    def test_modes_without_postcopy(self, side: Start, mode: str, library: str) -> None:
+        """Compressed with one library each, where that is installed."""
+        compress = library if library in compression.names(compression.available()) else "off"
         machine = ("--memory", "16MiB", "--workload", "dirty", "--working-set", "4MiB")
-        arguments = (*machine, "--migrate-after", "0.1", "--run-for", "0.1", "--mode", mode)
+        arguments = (*machine, "--migrate-after", "0.1", "--run-for", "0.1", "--mode", mode, "--compress", compress)
         status, result, errors = side("demo", "--json", *arguments).end(100)
         assert status == 0, errors
         assert (result["verified"], result["mode"]) == (True, mode)
         ram = result["ram"]
         assert ram["postcopy-requests"] == ram["demand-pages"] == 0
-        assert ram["precopy-bytes"] > 4 * MIB
+        assert ram["background-pages"] * ram["page-size"] > 4 * MIB
+        if compress == "off":
+            assert ram["precopy-bytes"] > 4 * MIB
+        else:
+            assert 0 < ram["compressed-bytes"] < ram["precopy-bytes"] < ram["uncompressed-bytes"]
         assert ram["postcopy-bytes"] < ram["page-size"]  # nothing but the end of the push
         assert bool(ram["iteration"]) is (mode == "precopy")
         assert {"stop", "state", "send", "prepared", "commit", "load"} <= result["downtime-breakdown-us"].keys()

@@ -161,13 +161,16 @@ def test_the_demo_needs_a_laboratory(side: Start) -> None:
 
 @pytest.mark.needs("uffd-user")
 def test_a_failed_migration_leaves_the_network_as_it_was(inner_side: Start, inside: Inside) -> None:
-    """The destination stops before it is prepared: the machine goes on at the source, and answers as before."""
+    """The destination stops before it is prepared: the paused machine goes on at the source, and answers as before. The
+    pause is long, since all of the memory is sent in it."""
     dest = inner_side("dest", "--json", "--listen", "127.0.0.1:0", "--net", "tap:tap-b")
-    arguments = machine("rv64", "--migrate-after", "1", "--heartbeat", "0.7", "--recover-for", "0")
+    slowly = ("--mode", "stop-and-copy", "--max-bandwidth", "16KiB/s", "--recover-for", "0")
+    arguments = machine("rv64", "--migrate-after", "1", "--heartbeat", "0.7", *slowly)
     source = inner_side("source", "--json", "--connect", dest.address, *arguments)
     source.wait_for("accepted", lambda line: line.get("status") == "active")
     pings = Pings(inside)
     pings.wait_for_more(10)
+    source.wait_for("pause", lambda line: line.get("guest", {}).get("state") == "paused")
     dest.signal(signal.SIGSTOP)
     source.wait_status("failed")
     pings.wait_for_more()

@@ -64,6 +64,7 @@ class TestBothSides:
 
         # Past the point of no return: not cancelled, not left alone, but cut and connected again.
         assert "belongs to the destination" in at.ask("migrate-cancel", status=1)[1]
+        assert "there is no precopy to end: the migration is postcopy-active" in at.ask("switchover", status=1)[1]
         assert "has not received all of the memory" in at.ask("quit", status=1)[1]
         assert "have not arrived: wait" in to.ask("quit", status=1)[1]
         at.ask("migrate-pause")

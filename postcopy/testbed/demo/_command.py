@@ -187,7 +187,7 @@ class DemoCommand:
         self._output.emit("result", result)
         if result.error:
             raise failure or MigrationError(result.error)
-        return result.status == "completed" and result.verified is True
+        return result.status == "completed" and result.verified is not False
 
     async def _both(self, directory: str, stop: Stop) -> DemoResult:
         values = self._values
@@ -249,7 +249,7 @@ class DemoCommand:
                 f"numbered datagrams from {observer.name}, answered with the guest's own number and nonce",
             )
         )
-        result.verified = result.verified and good
+        result.verified = result.verified if good else False
         return result
 
     async def _run(self, source: Side[SourceResult], dest: Side[DestResult], stop: Stop) -> DemoResult:
@@ -286,7 +286,7 @@ class DemoCommand:
             result.verification.append(
                 check(count > 0, f"{out}, and both sides went on", f"{out}, and no side noticed", how)
             )
-            result.verified = result.verified and count > 0
+            result.verified = result.verified if count > 0 else False
         return result
 
     @asynccontextmanager

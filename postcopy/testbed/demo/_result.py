@@ -61,7 +61,7 @@ def merge(source: SourceResult, dest: DestResult) -> DemoResult:
         recoveries=dest.recoveries,
         pager=dest.pager,
         dump=dest.dump,
-        verified=(good if asked else None) if completed else False,
+        verified=completed and good if asked or not (completed and good) else None,
         verification=verification,
         source=source,
         dest=dest,

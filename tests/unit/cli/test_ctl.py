@@ -89,6 +89,22 @@ async def test_progress_of_a_migration(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == "one has moved to 192.0.2.7:7777: downtime 24.7 ms, total time 219 ms\n"
 
 
+async def test_one_that_is_begun_again() -> None:
+    """Another attempt has another id, and none before it is connected. That it goes on is said once for each loss."""
+    again = OF | {"attempts": 2, "migration-id": None}
+    other = {"machine": "two", "migration-id": None}
+    text = await migrate(
+        ("migration-status", OF | {"status": "active", "attempts": 1}),
+        ("migration-status", again | {"status": "connecting", "error": "the cable is out"}),
+        ("migration-ended", again | other | {"status": "failed", "error": "of another machine"}),
+        ("migration-status", again | {"status": "setup", "migration-id": "ee"}),
+        ("migration-status", again | {"status": "active", "migration-id": "ee"}),
+        ("migration-ended", again | ENDED | {"migration-id": "ee"}),
+    )
+    said = [line for line in text.splitlines() if "again" in line or "None" in line]
+    assert [line for line in said if "time:" not in line] == ["one: the cable is out; trying again (attempt 2)"]
+
+
 async def test_json_of_a_migration(capsys: pytest.CaptureFixture[str]) -> None:
     assert await migrate(("migration-ended", OF | ENDED), json=True) == ""
     assert json.loads(capsys.readouterr().out) == OF | ENDED

@@ -26,6 +26,7 @@ from postcopy.output.words import (
     format_parts,
     phase,
 )
+from postcopy.service.render import _job_rows
 from postcopy.testbed.demo import DemoCommand
 
 MIB = 1 << 20
@@ -246,3 +247,12 @@ async def test_the_live_view_is_for_terminals_that_can_draw(monkeypatch: pytest.
             monkeypatch.setenv("TERM", term)
             assert Output(False, None, stream).draws is draws
     await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize("direction", ["incoming", "outgoing"])
+def test_whose_parts_they_are(direction: str) -> None:
+    """`ctl status` names the side, which is the same on both."""
+    parts = {"stop": 90.4, "load": 345.2}
+    job = {"status": "completed", "direction": direction, "migration-id": "ff", "peer": "192.0.2.7:7777"}
+    rows = dict(_job_rows(job | {"downtime-breakdown-us": parts}))
+    assert (rows["At source, us"], rows["At dest, us"]) == ("stop 90", "load 345")

@@ -10,12 +10,14 @@ from unittest.mock import Mock
 
 import pytest
 
-from postcopy.errors import ConfigurationError, PostcopyError
+from postcopy.errors import ConfigurationError, ConnectionLost, PostcopyError
 from postcopy.machines import BlockLayout, Machine
 from postcopy.migration.destination import DestinationMigration
+from postcopy.migration.precopy import Mode
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.output import Output
-from postcopy.records.control import AllSteered, Settings
+from postcopy.records.control import AllSteered, Settings, Steered
+from postcopy.service._attempts import Attempts
 from postcopy.service.config import ArrivalOptions, DaemonConfig
 from postcopy.service.control import ControlHandler, find
 from postcopy.service.daemon import MAX_LEFT, MAX_MACHINES, Daemon
@@ -74,6 +76,36 @@ async def test_set_reaches_those_under_way() -> None:
     out.set_bandwidth.assert_called_with(77)
     for job in (out, into):
         job.set_recover_for.assert_called_with(5.0)
+
+
+async def test_between_two_attempts() -> None:
+    """A migration whose connection was lost, and that is begun again, has not failed; it can be cancelled."""
+    daemon = _daemon()
+    job = _move(daemon, "a", State.ABORTED)
+    [owned] = daemon.machines
+    job.failure, job.may_try_again, job.connecting, job.migration_id = ConnectionLost("cut"), True, False, "ff"
+    owned.sending, owned.attempts = SourceOptions(), Attempts(1.0)
+    assert owned.is_begun_again
+    control = ControlHandler(daemon)
+    await control.execute(Request("set", {"max-bandwidth": 77, "recover-for": 5.0}))
+    assert (owned.sending.max_bandwidth_bytes_per_s, owned.sending.recover_for_s) == (77, 5.0)
+    cancelled = await control.execute(Request("migrate-cancel", {}))
+    assert cancelled == AllSteered(migrations=[Steered(machine="a", migration_id="ff")])
+    assert owned.stop.is_set()
+    assert not owned.is_begun_again
+    with pytest.raises(ControlError, match="no migration is going on"):
+        await control.execute(Request("migrate-cancel", {}))
+
+
+@pytest.mark.parametrize("mode", [Mode.POSTCOPY, Mode.STOP_AND_COPY])
+async def test_no_rounds_no_downtime_to_set(mode: Mode) -> None:
+    daemon = _daemon()
+    job = _move(daemon, "a", State.READY)
+    job.mode, job.paused_ns = mode, 0
+    [owned] = daemon.machines
+    owned.machine, owned.sending = Mock(spec=Machine), SourceOptions(mode=mode)
+    with pytest.raises(ControlError, match=f"--max-downtime goes with --precopy: .* of mode {mode}"):
+        await ControlHandler(daemon).execute(Request("set", {"machine": "a", "max-downtime": 1.0}))
 
 
 def test_names() -> None:

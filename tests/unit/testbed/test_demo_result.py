@@ -55,6 +55,8 @@ def test_another_machine(guest: Guest | None, wrong: str) -> None:
 
 def test_what_was_not_asked_for_and_what_failed() -> None:
     assert merge(SOURCE, replace(DEST, verified=None)).verified is None
+    rebooted = Guest(state="running", nonce="0x2", operations=9)
+    assert merge(SOURCE, replace(DEST, verified=None, guest=rebooted)).verified is False  # seen without being asked
     failed = merge(replace(SOURCE, status="failed", error="the cable"), DEST)
     assert (failed.status, failed.error, failed.verified) == ("failed", "the cable", False)
 
