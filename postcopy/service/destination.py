@@ -141,7 +141,7 @@ class Destination(Service):
             else:
                 migration = await self._receive(link, attempts.count)
                 failure = migration.failure
-                if migration.state is not State.ABORTED:
+                if migration.state is not State.ABORTED or migration.cancelled:
                     return migration
             lost, connected = migration is not None and migration.may_try_again, migration is not None
             left_s = attempts.left_s(failure, lost, connected, self.options.recover_for_s)
