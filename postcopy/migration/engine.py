@@ -186,7 +186,13 @@ class Engine(abc.ABC, Generic[P, D]):
     def may_try_again(self) -> bool:
         """It has ended, undecided, since a connection was lost, and for no other reason: the machine is as it was."""
         how = self.failure.how if isinstance(self.failure, EndedElsewhere) else None
-        return self.state is State.ABORTED and (isinstance(self.failure, ConnectionLost) or how is Ended.ABORTED)
+        lost = isinstance(self.failure, ConnectionLost) or how is Ended.ABORTED
+        return self.state is State.ABORTED and lost and not self.cancelled
+
+    @property
+    def cancelled(self) -> bool:
+        """`cancel` has said that it gives it up, perhaps when it had failed already, and that was being dealt with."""
+        return self._cancelled.is_set()
 
     def statistics(self) -> Statistics:
         """What has been counted; the last numbers when the data plane has ended."""

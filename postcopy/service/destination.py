@@ -172,7 +172,7 @@ class Destination(Service):
 
     def _tries_for_s(self, attempts: Attempts, migration: DestinationMigration) -> float:
         """How long the source is called again after this attempt; 0: it is not."""
-        if migration.state is not State.ABORTED or self.stop.is_set():
+        if migration.state is not State.ABORTED or migration.cancelled or self.stop.is_set():
             return 0.0
         return attempts.left_s(migration.failure, migration.may_try_again, True, self.options.recover_for_s)
 

@@ -180,7 +180,7 @@ class Owned:
         job, attempts = self.migration, self.attempts
         if attempts is None or job is None or self.sending is None or self.stop.is_set():
             return 0.0
-        if self.phase is not Phase.LEAVING or job.state is not State.ABORTED:
+        if self.phase is not Phase.LEAVING or job.state is not State.ABORTED or job.cancelled:
             return 0.0
         return attempts.left_s(job.failure, job.may_try_again, not job.connecting, self.sending.recover_for_s)
 

@@ -204,6 +204,24 @@ async def test_a_data_channel_that_made_no_sense(who: str) -> None:
         assert not side.may_try_again
 
 
+async def test_cancelled_when_it_is_lost_already() -> None:
+    """`cancel` says that it will not be decided, while the end of the lost connection is not dealt with yet: it is not
+    begun again."""
+    async with running(make_pair()) as pair:
+        await pair.until(lambda: pair.source.state is State.READY)
+        resume, cancelled = pair.source._take_back, list[bool]()
+
+        async def take_back() -> None:
+            cancelled.append(pair.source.cancel())
+            await resume()
+
+        pair.source._take_back = take_back  # type: ignore[method-assign]
+        pair.engine("source").channel.tell(EventType.CHANNEL_DOWN, ChannelKind.URGENT, 1, "reset by peer")
+    assert_back_at_source(pair)
+    assert cancelled == [True]
+    assert not pair.source.may_try_again
+
+
 async def test_destination_that_dies_in_the_switchover(mock_clock: MockClock) -> None:
     """Time stands still here: nothing is waited for, since the users of the machine are."""
     async with lone_source() as (peer, source, machine):
