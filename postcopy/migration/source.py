@@ -475,8 +475,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         message = await control.receive_any()
         control.may_sleep()
         if isinstance(message, wire.Running):
-            now = now_ns()
-            self._runs_there(max(self.committed_ns, now - message.ago_ns))
+            self._runs_there(max(self.committed_ns, control.received_ns - message.ago_ns))
             log.info("the machine runs at the destination, %.3f ms after `commit`", message.resume_ns / 1e6)
             message = await control.receive_any()
         while isinstance(message, wire.Placed) and self._releaser is not None:
