@@ -731,6 +731,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         await self._disconnect(self._data)  # so that the destination notices it on every channel
 
     async def _close_data(self) -> None:
+        await self._close_changes()
         if (server := self._data) is None:
             return
         try:
