@@ -40,8 +40,8 @@ MESSAGES_PER_S = 2000
 """More than a peer has to send; one that sends more has to wait."""
 REASON_TIMEOUT_S = 0.5
 """How long giving the reason of an end may take, and closing; a machine may be waiting to go on."""
-AWAKE_S = 0.005
-"""See `Control.stay_awake`."""
+HURRY_S = 0.005
+"""See `Control.hurry`."""
 IN_PLACE_S = 0.002
 """How long a message may be waited for in place, with no other task running."""
 PATIENCE_S = 0.05
@@ -94,8 +94,7 @@ class Control(Generic[P]):
         self._received = 0  # messages, in the present second
         self._torn = False  # a message was sent in part: nothing that follows would be understood
         self.received_ns = 0  # when something came, the last time
-        self._awake_until_s = -math.inf  # real time
-        self._roused = trio.Event()
+        self._hurry_until_s = -math.inf  # real time
         self._patience_s = PATIENCE_S
         # A socket is read here, in one step with handing the bytes to the protocol, so that two tasks may do so.
         self._socket = stream.socket if isinstance(stream, trio.SocketStream) else None
@@ -105,28 +104,15 @@ class Control(Generic[P]):
         self._at_once = False  # what came last was not waited for
         self._idle: trio.CancelScope | None = None  # of the receiver, which has delivered all and waits for the socket
 
-    def stay_awake(self) -> None:
-        """The pause has begun, or is about to: this thread looks for the peer's next message without sleeping, for
-        `AWAKE_S` from the last call. A thread that sleeps takes longer to wake, and to find what it needs in the
-        processor's caches again, than most of what it does in a pause.
+    def hurry(self) -> None:
+        """The pause has begun, or is about to. For `HURRY_S` from the last call messages are sent and received *in
+        place*, by the task that has or wants them: each pass of the event loop, in which other tasks run, costs as much
+        as a message. What does not come within `IN_PLACE_S` is waited for as ever."""
+        self._hurry_until_s = time.monotonic() + HURRY_S
 
-        Meanwhile messages are sent and received *in place*, by the task that has or wants them: each pass of the event
-        loop, in which other tasks run, costs as much as a message. For `IN_PLACE_S` at most; then this waits as ever.
-        """
-        self._awake_until_s = time.monotonic() + AWAKE_S
-        self._roused.set()
-
-    def may_sleep(self) -> None:
+    def no_hurry(self) -> None:
         """The pause is over."""
-        self._awake_until_s = -math.inf
-
-    async def _stay_awake(self) -> None:
-        while True:
-            await self._roused.wait()
-            self._roused = trio.Event()
-            while time.monotonic() < self._awake_until_s:
-                os.sched_yield()  # to the peer, where the two share a processor
-                await trio.lowlevel.checkpoint()
+        self._hurry_until_s = -math.inf
 
     async def send(self, data: bytes) -> None:
         """`PeerError` when the connection is broken, or the peer takes nothing: signs of life are not enough while a
@@ -155,7 +141,7 @@ class Control(Generic[P]):
 
     def _send_in_place(self, data: bytes) -> int:
         """How much of it has been sent at once."""
-        if self._socket is None or time.monotonic() >= self._awake_until_s:
+        if self._socket is None or time.monotonic() >= self._hurry_until_s:
             return 0
         try:
             return os.write(self._socket.fileno(), data)
@@ -195,7 +181,6 @@ class Control(Generic[P]):
         failure: PostcopyError | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._heartbeat)
-            nursery.start_soon(self._stay_awake)
             try:
                 await self._receive()
             except PostcopyError as error:
@@ -278,29 +263,29 @@ class Control(Generic[P]):
         self.protocol.receive_data(data)
 
     def _receive_in_place(self) -> Message | None:
-        """The next message, where it comes while this side is to stay awake. Only messages are taken so: ends and
-        errors the receiver finds, when it runs again."""
+        """The next message, where it comes while there is a hurry. Only messages are taken so: ends and errors the
+        receiver finds, when it runs again.
+
+        The thread sleeps meanwhile. One that looks again and again has used up its share of a busy processor when the
+        message comes."""
         receiver, socket, began_s = self._idle, self._socket, time.monotonic()
-        until_s = min(self._awake_until_s, began_s + min(IN_PLACE_S, self._patience_s))
-        if receiver is None or socket is None or began_s >= until_s:
+        until_s = min(self._hurry_until_s, began_s + min(IN_PLACE_S, self._patience_s))
+        if receiver is None or socket is None:
             return None
-        message, now_s = None, began_s
+        message = None
         try:
-            while message is None and now_s < until_s and not self.protocol.ended:
+            while message is None and not self.protocol.ended and (left_s := until_s - time.monotonic()) > 0:
                 if (next_message := self.protocol.next_message()) is not None:
                     message = self._sorted(next_message)
-                elif events := self._poll.poll(0):
+                elif events := self._poll.poll(left_s * 1000):
                     data = self._read_now(socket) if events[0][1] == select.POLLIN else None
                     if not data:
                         break
                     self._take(data)
-                else:
-                    os.sched_yield()  # to the peer, where the two share a processor
-                now_s = time.monotonic()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # seen again at the next reading
         finally:
-            self._patience_s -= now_s - began_s
+            self._patience_s -= time.monotonic() - began_s
             if self.protocol.unread or self.protocol.ended:
                 receiver.cancel()  # it has to look
         return message

@@ -37,12 +37,12 @@ class Side:
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test here is about how long it is."""
-    for name in ("IN_PLACE_S", "PATIENCE_S", "AWAKE_S"):
+    for name in ("IN_PLACE_S", "PATIENCE_S", "HURRY_S"):
         monkeypatch.setattr(connection, name, 60.0)
 
 
 @asynccontextmanager
-async def awake(ends: type[Exception] | None = None, match: str | None = None) -> AsyncIterator[Side]:
+async def in_a_hurry(ends: type[Exception] | None = None, match: str | None = None) -> AsyncIterator[Side]:
     """`ends`: what its connection ends with, and then what is inside is cancelled."""
     here, there = socket.socketpair()
     there.setblocking(False)
@@ -64,7 +64,7 @@ async def awake(ends: type[Exception] | None = None, match: str | None = None) -
                 nursery.start_soon(run)
                 await wait_all_tasks_blocked()  # the receiver is idle
                 nursery.start_soon(side.others)
-                side.control.stay_awake()
+                side.control.hurry()
                 yield side
                 nursery.cancel_scope.cancel()
         assert found == [ends] * (ends is not None)
@@ -72,7 +72,7 @@ async def awake(ends: type[Exception] | None = None, match: str | None = None) -
 
 
 async def test_a_message_is_sent_and_received_while_no_other_task_runs() -> None:
-    async with awake() as side:
+    async with in_a_hurry() as side:
         side.peer.send(p.encode(p.Commit()))
         assert isinstance(await side.control.receive(p.Commit), p.Commit)
         assert side.control.received_ns > 0
@@ -85,11 +85,11 @@ async def test_a_message_is_sent_and_received_while_no_other_task_runs() -> None
 async def test_what_follows_a_message_is_received_after_it() -> None:
     """Also what was in the same read, and the first half of something."""
     pong = p.encode(p.Pong(1))
-    async with awake() as side:
+    async with in_a_hurry() as side:
         placed = p.encode(p.Ping(7)) + p.encode(p.CompleteAck({}))
         side.peer.send(p.encode(p.Commit()) + p.encode(p.Ping(1)) + pong[:5])
         await side.control.receive(p.Commit)
-        side.control.may_sleep()
+        side.control.no_hurry()
         side.protocol._state = State.CLOSING
         await wait_all_tasks_blocked_but(side)
         assert p.encode(p.Pong(1)) in side.peer.recv(1024)
@@ -107,7 +107,7 @@ async def wait_all_tasks_blocked_but(side: Side) -> None:
 
 
 async def test_a_sign_of_life_is_answered_and_passed_over() -> None:
-    async with awake() as side:
+    async with in_a_hurry() as side:
         side.peer.send(p.encode(p.Ping(3)) + p.encode(p.Pong(1)) + p.encode(p.Commit()))
         await side.control.receive(p.Commit)
         assert side.steps == 0
@@ -116,19 +116,19 @@ async def test_a_sign_of_life_is_answered_and_passed_over() -> None:
 
 
 async def test_an_abort_ends_the_connection_with_its_reason() -> None:
-    async with awake(PeerError, "the source aborted: enough") as side:
+    async with in_a_hurry(PeerError, "the source aborted: enough") as side:
         side.peer.send(p.encode(p.Abort("enough")))
         await side.control.receive(p.Commit)
 
 
 async def test_an_end_is_the_receivers_to_find() -> None:
-    async with awake(ConnectionLost, "the source closed the control connection") as side:
+    async with in_a_hurry(ConnectionLost, "the source closed the control connection") as side:
         side.peer.shutdown(socket.SHUT_WR)
         await side.control.receive(p.Commit)
 
 
 async def test_what_is_no_message_is_refused() -> None:
-    async with awake(ProtocolError) as side:
+    async with in_a_hurry(ProtocolError) as side:
         side.peer.send(bytes(64))
         with pytest.raises(ProtocolError):
             await side.control.receive(p.Commit)
@@ -138,7 +138,7 @@ async def test_what_is_no_message_is_refused() -> None:
 @pytest.mark.parametrize("limit", ["IN_PLACE_S", "PATIENCE_S"])
 async def test_a_peer_that_says_nothing_is_waited_for_as_ever(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, limit, 0.002)
-    async with awake() as side:
+    async with in_a_hurry() as side:
         with trio.move_on_after(0.01):
             await side.control.receive(p.Commit)
         assert side.steps > 0
@@ -147,13 +147,13 @@ async def test_a_peer_that_says_nothing_is_waited_for_as_ever(limit: str, monkey
 
 
 async def test_patience_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A peer that has this side stay awake again and again does not keep its thread."""
+    """A peer that has this side hurry again and again does not keep its thread."""
     monkeypatch.setattr(connection, "PATIENCE_S", 0.002)
-    async with awake() as side:
+    async with in_a_hurry() as side:
         with trio.move_on_after(0.01):
             await side.control.receive(p.Commit)
         assert side.control._patience_s <= 0
-        side.control.stay_awake()
+        side.control.hurry()
         before = side.steps
         side.peer.send(p.encode(p.Commit()))
         await side.control.receive(p.Commit)
@@ -161,7 +161,7 @@ async def test_patience_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_message_that_does_not_fit_into_the_socket() -> None:
-    async with awake() as side:
+    async with in_a_hurry() as side:
         data, got = bytes(range(256)) * 16384, bytearray()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(side.control.send, data)
