@@ -8,6 +8,7 @@ import contextlib
 import errno
 import math
 import os
+import select
 import time
 from typing import Generic, TypeVar
 
@@ -39,9 +40,13 @@ MESSAGES_PER_S = 2000
 """More than a peer has to send; one that sends more has to wait."""
 REASON_TIMEOUT_S = 0.5
 """How long giving the reason of an end may take, and closing; a machine may be waiting to go on."""
-AWAKE_S = 0.005
-AWAKE_MOST_S, AWAKE_SHARE = 0.05, 0.05
-"""See `Control.stay_awake`."""
+HURRY_S = 0.005
+"""See `Control.hurry`."""
+IN_PLACE_S = 0.002
+"""How long a message may be waited for in place, with no other task running."""
+PATIENCE_S = 0.05
+"""That in all, on one connection: a peer may call for it again and again."""
+RECEIVE_BYTES = 64 * 1024
 BULK_SILENCE_S = 30.0
 """See `data_silence_s`."""
 NETWORK_ERRORS = frozenset(
@@ -88,37 +93,26 @@ class Control(Generic[P]):
         self._second_s = -math.inf  # when the present second began
         self._received = 0  # messages, in the present second
         self._torn = False  # a message was sent in part: nothing that follows would be understood
-        self._awake_until_s = -math.inf  # real time
-        self._awake_left_s, self._awake_counted_s = AWAKE_MOST_S, time.monotonic()  # what may be spent, as of when
-        self._roused = trio.Event()
+        self.received_ns = 0  # when something came, the last time
+        self._hurry_until_s = -math.inf  # real time
+        self._patience_s = PATIENCE_S
+        # A socket is read here, in one step with handing the bytes to the protocol, so that two tasks may do so.
+        self._socket = stream.socket if isinstance(stream, trio.SocketStream) else None
+        self._poll = select.poll()
+        if self._socket is not None:
+            self._poll.register(self._socket.fileno(), select.POLLIN)
+        self._at_once = False  # what came last was not waited for
+        self._idle: trio.CancelScope | None = None  # of the receiver, which has delivered all and waits for the socket
 
-    def stay_awake(self) -> None:
-        """The pause has begun, or is about to: this thread looks for the peer's next message without sleeping, for
-        `AWAKE_S` from the last call. A thread that sleeps takes longer to wake, and to find what it needs in the
-        processor's caches again, than most of what it does in a pause.
+    def hurry(self) -> None:
+        """The pause has begun, or is about to. For `HURRY_S` from the last call messages are sent and received *in
+        place*, by the task that has or wants them: each pass of the event loop, in which other tasks run, costs as much
+        as a message. What does not come within `IN_PLACE_S` is waited for as ever."""
+        self._hurry_until_s = time.monotonic() + HURRY_S
 
-        A peer decides how often that is. So no more than `AWAKE_SHARE` of all time is spent on it, `AWAKE_MOST_S` at a
-        time; beyond that the thread sleeps as ever."""
-        now_s = time.monotonic()
-        earned_s = (now_s - self._awake_counted_s) * AWAKE_SHARE
-        self._awake_left_s, self._awake_counted_s = min(AWAKE_MOST_S, self._awake_left_s + earned_s), now_s
-        more_s = now_s + AWAKE_S - max(now_s, self._awake_until_s)
-        if more_s <= self._awake_left_s:
-            self._awake_left_s -= more_s
-            self._awake_until_s = now_s + AWAKE_S
-            self._roused.set()
-
-    def may_sleep(self) -> None:
+    def no_hurry(self) -> None:
         """The pause is over."""
-        self._awake_until_s = -math.inf
-
-    async def _stay_awake(self) -> None:
-        while True:
-            await self._roused.wait()
-            self._roused = trio.Event()
-            while time.monotonic() < self._awake_until_s:
-                os.sched_yield()  # to the peer, where the two share a processor
-                await trio.lowlevel.checkpoint()
+        self._hurry_until_s = -math.inf
 
     async def send(self, data: bytes) -> None:
         """`PeerError` when the connection is broken, or the peer takes nothing: signs of life are not enough while a
@@ -130,8 +124,9 @@ class Control(Generic[P]):
                 raise PeerError(self.protocol.reason or "the control connection is broken: a message was sent in part")
             await trio.lowlevel.checkpoint_if_cancelled()  # here, where nothing is torn by it
             self._torn = True
+            sent = self._send_in_place(data)
             try:
-                for at in range(0, len(data), SEND_BYTES):
+                for at in range(sent, len(data), SEND_BYTES):
                     with trio.fail_after(STEP_TIMEOUT_S):
                         await self._stream.send_all(data[at : at + SEND_BYTES])
             except trio.TooSlowError:
@@ -143,6 +138,15 @@ class Control(Generic[P]):
             self._torn = False
         finally:
             self._sending.release()
+
+    def _send_in_place(self, data: bytes) -> int:
+        """How much of it has been sent at once."""
+        if self._socket is None or time.monotonic() >= self._hurry_until_s:
+            return 0
+        try:
+            return os.write(self._socket.fileno(), data)
+        except OSError:  # not now; or what the stream will say in its own words
+            return 0
 
     async def _acquire_sending(self) -> None:
         try:
@@ -162,6 +166,8 @@ class Control(Generic[P]):
         try:
             with contextlib.suppress(trio.WouldBlock):
                 return self._messages.receive_nowait()  # several may have come at once
+            if (message := self._receive_in_place()) is not None:
+                return message
             with trio.fail_after(timeout_s):
                 return await self._messages.receive()
         except trio.EndOfChannel:
@@ -175,7 +181,6 @@ class Control(Generic[P]):
         failure: PostcopyError | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._heartbeat)
-            nursery.start_soon(self._stay_awake)
             try:
                 await self._receive()
             except PostcopyError as error:
@@ -190,11 +195,7 @@ class Control(Generic[P]):
         while True:
             while (message := protocol.next_message()) is not None:
                 await self._take_turns()
-                if isinstance(message, Ping):
-                    # Sent by the other task: a receiver that waits to send may face a peer that does the same.
-                    self._unanswered = message
-                    self._pinged.set()
-                elif not isinstance(message, Pong | Abort | Reject):  # the state says those two
+                if self._sorted(message) is not None:
                     try:
                         self._arrived.send_nowait(message)
                     except trio.WouldBlock:
@@ -209,21 +210,93 @@ class Control(Generic[P]):
             if protocol.ended:
                 return
             if data := await self._receive_some():
-                protocol.receive_data(data)
-            else:
+                self._take(data)
+            elif data is not None:
                 protocol.receive_eof()
 
-    async def _receive_some(self) -> bytes:
-        """What comes next; empty at the end. Raises when the connection is broken or the peer silent; the protocol is
-        not told here, so that the peer can still get the reason: see `give_reason`."""
+    async def _receive_some(self) -> bytes | None:
+        """What comes next; empty at the end, None when something was received in place. Raises when the connection is
+        broken or the peer silent; the protocol is not told here, so that the peer can still get the reason: see
+        `give_reason`."""
         try:
             # A second look, since it may have been this process that has not run for so long.
             for within_s in (self._silence_s, LAST_LOOK_S):
                 with trio.move_on_after(within_s):
-                    return bytes(await self._stream.receive_some(64 * 1024))
+                    if self._socket is None:
+                        return bytes(await self._stream.receive_some(RECEIVE_BYTES))
+                    return await self._read(self._socket)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise self._lost(error) from error
         raise ConnectionLost(f"no sign of life from {self.protocol.PEER} for {self._silence_s:g} s")
+
+    async def _read(self, socket: trio.socket.SocketType) -> bytes | None:
+        """As `_receive_some`. No task runs between the reading of bytes and the return."""
+        if self._at_once:  # the others get their turn, however fast the peer sends
+            self._at_once = False
+            await trio.lowlevel.checkpoint()
+        self._at_once = True
+        while (data := self._read_now(socket)) is None:
+            self._at_once = False
+            with trio.CancelScope() as scope:
+                self._idle = scope
+                try:
+                    await trio.lowlevel.wait_readable(socket)
+                finally:
+                    self._idle = None
+            if scope.cancel_called:
+                return None
+        return data
+
+    def _read_now(self, socket: trio.socket.SocketType) -> bytes | None:
+        """What has come; empty at the end, None when there is nothing yet."""
+        try:
+            return os.read(socket.fileno(), RECEIVE_BYTES)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                raise trio.ClosedResourceError("it was closed here") from None
+            raise trio.BrokenResourceError(str(error)) from error
+
+    def _take(self, data: bytes) -> None:
+        self.received_ns = time.monotonic_ns()
+        self.protocol.receive_data(data)
+
+    def _receive_in_place(self) -> Message | None:
+        """The next message, where it comes while there is a hurry. Only messages are taken so: ends and errors the
+        receiver finds, when it runs again.
+
+        The thread sleeps meanwhile. One that looks again and again has used up its share of a busy processor when the
+        message comes."""
+        receiver, socket, began_s = self._idle, self._socket, time.monotonic()
+        until_s = min(self._hurry_until_s, began_s + min(IN_PLACE_S, self._patience_s))
+        if receiver is None or socket is None:
+            return None
+        message = None
+        try:
+            while message is None and not self.protocol.ended and (left_s := until_s - time.monotonic()) > 0:
+                if (next_message := self.protocol.next_message()) is not None:
+                    message = self._sorted(next_message)
+                elif events := self._poll.poll(left_s * 1000):
+                    data = self._read_now(socket) if events[0][1] == select.POLLIN else None
+                    if not data:
+                        break
+                    self._take(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # seen again at the next reading
+        finally:
+            self._patience_s -= time.monotonic() - began_s
+            if self.protocol.unread or self.protocol.ended:
+                receiver.cancel()  # it has to look
+        return message
+
+    def _sorted(self, message: Message) -> Message | None:
+        """The message, if it is for the plan."""
+        if isinstance(message, Ping):
+            # Answered by the other task: a receiver that waits to send may face a peer that does the same.
+            self._unanswered = message
+            self._pinged.set()
+        return None if isinstance(message, Ping | Pong | Abort | Reject) else message  # the state says the last two
 
     async def _take_turns(self) -> None:
         """At every message. One read may hold thousands of empty messages, and a peer may send nothing else: the other

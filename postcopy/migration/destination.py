@@ -298,7 +298,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         await self._take_machine(control, machine, pager)
         self._placed.acknowledged(self._zero)
         self._check_wanted()  # in one step with `prepared`: `cancel` promises that it will not be decided
-        control.stay_awake()
+        control.hurry()
         await control.send(protocol.send(wire.Prepared()))
         self.at_switchover = machine.statistics()
         self._count_precopy()
@@ -315,7 +315,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         """The machine has been committed to us."""
         await self._run_machine(machine)
         await control.send(self._protocol.send(wire.Running(self._resume_ns, max(0, now_ns() - self.running_ns))))
-        control.may_sleep()
+        control.no_hurry()
         self._change()
 
     async def _run_machine(self, machine: Machine) -> None:
@@ -409,7 +409,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             self._pushing = set(range(self._bulk_channels))
             pager.expect_push()
             await pager.confirm()  # the source pushes as soon as it has heard of it
-        control.stay_awake()  # the last round is just before the pause
+        control.hurry()  # the last round is just before the pause
         await control.send(self._protocol.send(wire.RoundDone(message.number)))
 
     async def _forget(self, pager: AnyPager, stale: Sequence[Bitmap]) -> None:

@@ -480,10 +480,9 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
     async def _follow(self, control: Control[SourceProtocol]) -> None:
         """The machine is the destination's: follows it until its last page has arrived."""
         message = await control.receive_any()
-        control.may_sleep()
+        control.no_hurry()
         if isinstance(message, wire.Running):
-            now = now_ns()
-            self._runs_there(max(self.committed_ns, now - message.ago_ns))
+            self._runs_there(max(self.committed_ns, control.received_ns - message.ago_ns))
             log.info("the machine runs at the destination, %.3f ms after `commit`", message.resume_ns / 1e6)
             message = await control.receive_any()
         while isinstance(message, wire.Placed) and self._releaser is not None:
@@ -601,7 +600,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         """In the pause nothing is done that could be done before or after: no statistics, no callback."""
         machine, protocol, options = self.machine, self._protocol, self._options
         assert self._accepted is not None
-        control.stay_awake()
+        control.hurry()
         parts = {"paused": now_ns()}
         self.paused_ns = parts["paused"]
         await machine.pause()
@@ -633,7 +632,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         else:
             await send_maps(control, part, changed, lambda maps: wire.Switchover(state, maps))
         parts["send_ns"] = now_ns()
-        control.stay_awake()
+        control.hurry()
         self.at_pause = machine.statistics()
         await self._until_prepared(control, server, rest_bytes if whole else 0)
         parts["prepared_ns"] = now_ns()
@@ -643,7 +642,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         commit = protocol.send(wire.Commit())
         try:
             self.committed_ns = now_ns()
-            control.stay_awake()
+            control.hurry()
             await control.send(commit)
         finally:  # whether it arrives or not, the machine never answers here again
             self._count_precopy()
@@ -752,6 +751,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         await self._disconnect(self._data)  # so that the destination notices it on every channel
 
     async def _close_data(self) -> None:
+        await self._close_changes()
         if (server := self._data) is None:
             return
         try:

@@ -238,6 +238,11 @@ class _ControlProtocol:
         if data and not self.ended and self._error is None:
             self._buffer.feed(data)
 
+    @property
+    def unread(self) -> bool:
+        """Whether there may be more for `next_message`."""
+        return len(self._buffer) > 0
+
     def receive_eof(self) -> None:
         """The peer closed the connection. Takes effect when `next_message` has returned what came before."""
         self._eof = True

@@ -51,6 +51,41 @@ static struct saved with_msr(const struct saved *of, uint32_t index, uint64_t va
     return more;
 }
 
+/* Where in the blob the first value of an MSR is. */
+static uint8_t *msr_in(struct saved *saved, uint32_t index)
+{
+    size_t at = find_section(saved, "MSRS"), end = at + 16 + section_bytes(saved, at);
+
+    for (at += 16; at < end; at += 16)
+        if (!memcmp(saved->bytes + at, &index, sizeof index))
+            return saved->bytes + at + 8;
+    FAIL("no MSR 0x%x", index);
+}
+
+/* All are set in one call, which ends at the first that KVM refuses: that one is named. Of one that comes twice the first counts. */
+static void msrs_that_are_refused_or_come_twice(void)
+{
+    struct pc_machine_config here = make_small(PC_ENGINE_KVM, PC_WORKLOAD_IDLE);
+    struct pc_machine_config there = make_small(PC_ENGINE_KVM, PC_WORKLOAD_IDLE);
+    struct saved good = saved_state(&here), other = good, again;
+    struct pc_machine *machine = open_machine(&there);
+
+    memset(msr_in(&other, 0xc0000080), 0xff, 8); /* EFER */
+    seal(&other);
+    CHECK_EQ(try_load_into(machine, &other), -ENOTSUP);
+    if (!strstr(error, "MSR 0xc0000080"))
+        FAIL("EFER is not in: %s", error);
+    close_machine(machine);
+
+    machine = open_machine(&there);
+    other = with_msr(&good, 0x175, 0x1234); /* SYSENTER_ESP */
+    load(machine, &other);
+    save(machine, &again);
+    CHECK(!memcmp(msr_in(&again, 0x175), msr_in(&good, 0x175), 8));
+    CHECK_EQ(again.count, good.count);
+    close_machine(machine);
+}
+
 /* A machine over memory that is missing, and that nobody brings. */
 static struct pc_machine *open_missing(struct pc_machine_config *config, int *uffd)
 {
@@ -236,6 +271,7 @@ int main(int argc, char **argv)
     test_begin(argc, argv);
 #if defined(__x86_64__)
     RUN(msrs_that_write_memory);
+    RUN(msrs_that_are_refused_or_come_twice);
     RUN(registers_that_read_memory);
 #endif
     RUN(counter_at_its_end);

@@ -5,7 +5,6 @@ descriptor."""
 from __future__ import annotations
 
 import socket
-from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -17,7 +16,6 @@ from postcopy import wire as p
 from postcopy.dataplane.pager import EventType
 from postcopy.errors import MigrationError, PeerError
 from postcopy.machines import MachineState
-from postcopy.migration import connection
 from postcopy.migration.connection import Control
 from postcopy.migration.source import SourceMigration, SourceOptions
 from postcopy.net import Address, Link
@@ -120,27 +118,6 @@ async def test_a_connection_that_comes_in_the_moment_of_the_end() -> None:
     assert scope.cancelled_caught
     assert link.control.socket.fileno() == -1
     await machine.close()
-
-
-async def test_a_peer_does_not_keep_this_thread_awake(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a round every few milliseconds, for ever, it could. A pause now and then is granted at once."""
-    now_s = 1000.0
-    monkeypatch.setattr(connection, "time", SimpleNamespace(monotonic=lambda: now_s))
-    here, there = socket.socketpair()
-    there.close()
-    control = Control(trio.SocketStream(trio.socket.from_stdlib_socket(here)), p.DestinationProtocol())
-    awake_s = 0.0
-    for _ in range(10_000):
-        control.stay_awake()
-        awake_s += min(0.006, max(0.0, control._awake_until_s - now_s))
-        now_s += 0.006
-    assert awake_s <= 0.06 * 60
-    now_s += 10
-    for _ in range(3):
-        control.stay_awake()
-        assert control._awake_until_s == now_s + connection.AWAKE_S
-        now_s += 0.006
-    await trio.aclose_forcefully(control._stream)
 
 
 async def test_half_a_message_is_not_followed_by_another() -> None:

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages that are sent and received in a pause, past the event loop."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from postcopy import wire as p
+from postcopy.errors import ConnectionLost, PeerError, ProtocolError
+from postcopy.migration import connection
+from postcopy.migration.connection import Control
+from postcopy.wire import DestinationProtocol, State
+
+
+class Side:
+    """A destination in a pause, which waits for a `commit`, and its peer's socket."""
+
+    def __init__(self, here: socket.socket, there: socket.socket) -> None:
+        self.protocol = DestinationProtocol()
+        self.protocol._state = State.PREPARED
+        self.control = Control(trio.SocketStream(trio.socket.from_stdlib_socket(here)), self.protocol)
+        self.peer = there
+        self.steps = 0  # of the other tasks of this thread
+
+    async def others(self) -> None:
+        while True:
+            await trio.lowlevel.checkpoint()
+            self.steps += 1
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test here is about how long it is."""
+    for name in ("IN_PLACE_S", "PATIENCE_S", "HURRY_S"):
+        monkeypatch.setattr(connection, name, 60.0)
+
+
+@asynccontextmanager
+async def in_a_hurry(ends: type[Exception] | None = None, match: str | None = None) -> AsyncIterator[Side]:
+    """`ends`: what its connection ends with, and then what is inside is cancelled."""
+    here, there = socket.socketpair()
+    there.setblocking(False)
+    found: list[type[Exception]] = []
+    with there:
+        side = Side(here, there)
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+
+                async def run() -> None:
+                    if ends is None:
+                        await side.control.run()
+                    else:
+                        with pytest.raises(ends, match=match):
+                            await side.control.run()
+                        found.append(ends)
+                        nursery.cancel_scope.cancel()
+
+                nursery.start_soon(run)
+                await wait_all_tasks_blocked()  # the receiver is idle
+                nursery.start_soon(side.others)
+                side.control.hurry()
+                yield side
+                nursery.cancel_scope.cancel()
+        assert found == [ends] * (ends is not None)
+        await side.control._stream.aclose()
+
+
+async def test_a_message_is_sent_and_received_while_no_other_task_runs() -> None:
+    async with in_a_hurry() as side:
+        side.peer.send(p.encode(p.Commit()))
+        assert isinstance(await side.control.receive(p.Commit), p.Commit)
+        assert side.control.received_ns > 0
+        running = side.protocol.send(p.Running(1, 1))
+        await side.control.send(running)
+        assert side.peer.recv(1024) == running
+        assert side.steps == 0
+
+
+async def test_what_follows_a_message_is_received_after_it() -> None:
+    """Also what was in the same read, and the first half of something."""
+    pong = p.encode(p.Pong(1))
+    async with in_a_hurry() as side:
+        placed = p.encode(p.Ping(7)) + p.encode(p.CompleteAck({}))
+        side.peer.send(p.encode(p.Commit()) + p.encode(p.Ping(1)) + pong[:5])
+        await side.control.receive(p.Commit)
+        side.control.no_hurry()
+        side.protocol._state = State.CLOSING
+        await wait_all_tasks_blocked_but(side)
+        assert p.encode(p.Pong(1)) in side.peer.recv(1024)
+        side.peer.send(pong[5:] + placed)
+        await side.control.receive(p.CompleteAck)
+
+
+async def wait_all_tasks_blocked_but(side: Side) -> None:
+    """Until the peer has been sent something."""
+    while True:
+        with suppress(BlockingIOError):
+            if side.peer.recv(1, socket.MSG_PEEK):
+                return
+        await trio.lowlevel.checkpoint()
+
+
+async def test_a_sign_of_life_is_answered_and_passed_over() -> None:
+    async with in_a_hurry() as side:
+        side.peer.send(p.encode(p.Ping(3)) + p.encode(p.Pong(1)) + p.encode(p.Commit()))
+        await side.control.receive(p.Commit)
+        assert side.steps == 0
+        await wait_all_tasks_blocked_but(side)
+        assert side.peer.recv(1024) == p.encode(p.Pong(3))
+
+
+async def test_an_abort_ends_the_connection_with_its_reason() -> None:
+    async with in_a_hurry(PeerError, "the source aborted: enough") as side:
+        side.peer.send(p.encode(p.Abort("enough")))
+        await side.control.receive(p.Commit)
+
+
+async def test_an_end_is_the_receivers_to_find() -> None:
+    async with in_a_hurry(ConnectionLost, "the source closed the control connection") as side:
+        side.peer.shutdown(socket.SHUT_WR)
+        await side.control.receive(p.Commit)
+
+
+async def test_what_is_no_message_is_refused() -> None:
+    async with in_a_hurry(ProtocolError) as side:
+        side.peer.send(bytes(64))
+        with pytest.raises(ProtocolError):
+            await side.control.receive(p.Commit)
+        await trio.sleep_forever()  # until the receiver has found the same
+
+
+@pytest.mark.parametrize("limit", ["IN_PLACE_S", "PATIENCE_S"])
+async def test_a_peer_that_says_nothing_is_waited_for_as_ever(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, limit, 0.002)
+    async with in_a_hurry() as side:
+        with trio.move_on_after(0.01):
+            await side.control.receive(p.Commit)
+        assert side.steps > 0
+        side.peer.send(p.encode(p.Commit()))
+        await side.control.receive(p.Commit)
+
+
+async def test_patience_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that has this side hurry again and again does not keep its thread."""
+    monkeypatch.setattr(connection, "PATIENCE_S", 0.002)
+    async with in_a_hurry() as side:
+        with trio.move_on_after(0.01):
+            await side.control.receive(p.Commit)
+        assert side.control._patience_s <= 0
+        side.control.hurry()
+        before = side.steps
+        side.peer.send(p.encode(p.Commit()))
+        await side.control.receive(p.Commit)
+        assert side.steps > before
+
+
+async def test_a_message_that_does_not_fit_into_the_socket() -> None:
+    async with in_a_hurry() as side:
+        data, got = bytes(range(256)) * 16384, bytearray()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(side.control.send, data)
+            while len(got) < len(data):
+                with suppress(BlockingIOError):
+                    got += side.peer.recv(1 << 20)
+                await trio.lowlevel.checkpoint()
+        assert got == data
