@@ -232,7 +232,7 @@ class Memory:
                 return Bitmap.full(-(-self.size_bytes // unit))
             bitmap = known.rescaled(unit, self.page_bytes) if known is not None else Bitmap(self.pages)
             check(lib.pc_memory_present(self._struct, bitmap.words), "looking for populated memory")
-        return bitmap.rescaled(self.page_bytes, unit)
+        return bitmap if unit == self.page_bytes else bitmap.rescaled(self.page_bytes, unit)
 
     def unpopulated_bytes(self) -> int:
         """How much of it the kernel has not given yet, and will when it is touched. Of huge pages, which it reserves,

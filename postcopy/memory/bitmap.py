@@ -58,7 +58,9 @@ class Bitmap:
         return bitmap
 
     def copy(self) -> Bitmap:
-        return self.part(0, self._bits)
+        other = Bitmap(self._bits)
+        ffi.memmove(other._words, self._words, 8 * self._word_count)
+        return other
 
     # ---- looking at it
 
@@ -162,6 +164,8 @@ class Bitmap:
     def rescaled(self, from_page_bytes: int, to_page_bytes: int) -> Bitmap:
         """The same map for another page size, one a multiple of the other. A large page is set when any of its small
         ones is (right for "may hold something"; do not use it for "has arrived")."""
+        if from_page_bytes == to_page_bytes:
+            return self.copy()
         if max(from_page_bytes, to_page_bytes) % min(from_page_bytes, to_page_bytes):
             raise ValueError(f"page sizes {from_page_bytes} and {to_page_bytes} do not divide each other")
         other = Bitmap(-(-self._bits * from_page_bytes // to_page_bytes))
