@@ -83,7 +83,8 @@ static void a_transfer_that_failed_is_marked(void) { what_a_transfer_brings_is_m
 
 /* ---- a machine that runs ---- */
 
-static void follow(struct pc_dirty_log *log, struct pc_machine_config *config, struct pc_machine_config *copy)
+/* What a device writes meanwhile may be copied in part: the log names it, and it is copied again. */
+PC_RACY static void follow(struct pc_dirty_log *log, struct pc_machine_config *config, struct pc_machine_config *copy)
 {
     for (uint32_t i = 0; i <= config->vcpus; i++) {
         const struct pc_memory *memory = block(config, i);

@@ -2,7 +2,7 @@
 """A load, a verification or a vCPU that hangs in the kernel holds up nobody: deadline, cancellation, and an end that
 can be tried again once the kernel has let go.
 
-The rv64 machine stands for both: the Python side is the same. What hangs is a core of which one function is replaced;
+The rv64 machine stands for both: the Python side is the same (`as_kvm`, where that loads its state in a worker). What hangs is a core of which one function is replaced;
 csrc/tests/machine/test_state.c shows that the real one stays whole beneath it.
 """
 
@@ -48,10 +48,12 @@ def release() -> Iterator[threading.Event]:
     event.set()
 
 
-async def twin_and_state() -> tuple[Machine, bytes]:
+async def twin_and_state(*, as_kvm: bool = False) -> tuple[Machine, bytes]:
     async with create_source("rv64", OPTIONS) as source:
         await source.boot()
-        return create_destination("rv64", source.config(), source.layout), await source.save_state()
+        twin = create_destination("rv64", source.config(), source.layout)
+        twin.kernel_faults = as_kvm
+        return twin, await source.save_state()
 
 
 def hanging(release: threading.Event) -> Callable[..., int]:
@@ -63,7 +65,7 @@ def hanging(release: threading.Event) -> Callable[..., int]:
 
 
 async def test_a_load_has_a_deadline(monkeypatch: pytest.MonkeyPatch, release: threading.Event) -> None:
-    twin, state = await twin_and_state()
+    twin, state = await twin_and_state(as_kvm=True)
     monkeypatch.setattr(toy, "lib", Core(pc_machine_load_state=hanging(release)))
     monkeypatch.setattr(toy, "LOAD_TIMEOUT_S", 0.1)
     with trio.fail_after(20), pytest.raises(MigrationError, match="not done after"):
@@ -72,7 +74,7 @@ async def test_a_load_has_a_deadline(monkeypatch: pytest.MonkeyPatch, release: t
 
 
 async def test_a_load_is_cancelled_at_once(monkeypatch: pytest.MonkeyPatch, release: threading.Event) -> None:
-    twin, state = await twin_and_state()
+    twin, state = await twin_and_state(as_kvm=True)
     monkeypatch.setattr(toy, "lib", Core(pc_machine_load_state=hanging(release)))
     with trio.fail_after(toy.LOAD_TIMEOUT_S * 0.8):
         with trio.move_on_after(0.1) as scope:
