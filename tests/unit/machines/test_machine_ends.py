@@ -2,8 +2,9 @@
 """A load, a verification or a vCPU that hangs in the kernel holds up nobody: deadline, cancellation, and an end that
 can be tried again once the kernel has let go.
 
-The rv64 machine stands for both: the Python side is the same (`as_kvm`, where that loads its state in a worker). What hangs is a core of which one function is replaced;
-csrc/tests/machine/test_state.c shows that the real one stays whole beneath it.
+The rv64 machine stands for both: the Python side is the same (`as_kvm`, where that loads its state in a worker). What
+hangs is a core of which one function is replaced; csrc/tests/machine/test_state.c shows that the real one stays whole
+beneath it.
 """
 
 from __future__ import annotations
