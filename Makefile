@@ -13,6 +13,7 @@ export PYTHON CC
 # STEP SECONDS NAME COMMAND: what it may take before all of it is killed.
 STEP := $(BIN)/python tools/run_step.py --timeout
 LOGS := build/logs
+ONCE_MORE := $(BIN)/python tools/once_more.py --log $(LOGS)/unstable.log --
 FUZZ_SECONDS ?= 60
 PYTEST_ARGS ?=
 # Processes that share the tests: more than there are processors, since most of what the tests do is to wait.
@@ -63,7 +64,8 @@ check-2:
 test: setup ## everything CI runs: lint, C tests, sanitizers, fuzzing, pytest, hostile peers, containers, docs, packages
 	@$(STEP) 400 --log $(LOGS)/build.log "C builds" $(MAKE) --no-print-directory $(C_BUILDS) cross-aarch64
 	@$(STEP) 200 --log $(LOGS)/install.log "Debian packages that tests need" $(BIN)/python tools/debian.py install zsh fish man qemu-system-x86_64
-	@$(MAKE) --no-print-directory -j2 test-1 test-2
+	@rm -f $(LOGS)/unstable.log
+	@status=0; $(MAKE) --no-print-directory -j2 test-1 test-2 || status=$$?; cat $(LOGS)/unstable.log 2>/dev/null; exit $$status
 
 # All steps of a lane, whatever fails: one run shows all that is wrong.
 test-1:
@@ -72,6 +74,7 @@ test-1:
 	$(STEP) 600 --log $(LOGS)/sanitize.log "C tests, sanitized" $(MAKE) --no-print-directory sanitize || failed=1; \
 	$(STEP) 180 --log $(LOGS)/fuzz.log "fuzz targets: corpus and a short run" $(MAKE) --no-print-directory fuzz-replay || failed=1; \
 	$(STEP) 500 --log $(LOGS)/containers.log "containers" $(MAKE) --no-print-directory test-containers OR_SKIP=--or-skip PYTEST_ARGS= || failed=1; \
+	$(STEP) 400 --log $(LOGS)/hostile.log "hostile peers" $(MAKE) --no-print-directory check-hostile PYTEST_ARGS= || failed=1; \
 	$(STEP) 600 --log $(LOGS)/packages.log "packages" $(MAKE) --no-print-directory check-packages PYTEST_ARGS= || failed=1; \
 	[ -z "$$failed" ]
 test-2:
@@ -79,7 +82,6 @@ test-2:
 	$(STEP) 300 --log $(LOGS)/lint.log "lint" $(MAKE) --no-print-directory lint || failed=1; \
 	$(STEP) 200 --log $(LOGS)/docs.log "documentation" $(MAKE) --no-print-directory docs || failed=1; \
 	$(STEP) 1200 --log $(LOGS)/pytest.log "pytest" $(MAKE) --no-print-directory check-python || failed=1; \
-	$(STEP) 400 --log $(LOGS)/hostile.log "hostile peers" $(MAKE) --no-print-directory check-hostile PYTEST_ARGS= || failed=1; \
 	[ -z "$$failed" ]
 
 lint: setup $(B)-plain ## ruff, mypy --strict, the rooms' imports, the C core with all warnings as errors
@@ -139,14 +141,14 @@ test-containers: setup ## migrate between containers; as root it starts its own 
 	$(BIN)/python tools/containers.py test $(OR_SKIP) -- $(PYTEST_ARGS)
 
 check-python: setup ## pytest, PYTEST_JOBS (3) at a time, without the containers and the hostile peers
-	$(BIN)/pytest -n $(PYTEST_JOBS) --dist worksteal --ignore=tests/hostile --ignore=tests/packages --ignore=tests/containers --durations=25 $(PYTEST_ARGS)
+	$(ONCE_MORE) $(BIN)/pytest -n $(PYTEST_JOBS) --dist worksteal --ignore=tests/hostile --ignore=tests/packages --ignore=tests/containers --durations=25 $(PYTEST_ARGS)
 
 # POSTCOPY_COMMAND: attack another installation than the one here. POSTCOPY_SEED=N: repeat a fuzz test.
 hostile: setup ## attack the installed program from outside, all of it; SECONDS (60) for each fuzz test
 	POSTCOPY_FUZZ_SECONDS=$(or $(SECONDS),60) $(BIN)/pytest tests/hostile $(PYTEST_ARGS)
 
 check-hostile: setup
-	$(BIN)/pytest -n $(PYTEST_JOBS) --dist worksteal tests/hostile -m "not slow" $(PYTEST_ARGS)
+	$(ONCE_MORE) $(BIN)/pytest -n $(PYTEST_JOBS) --dist worksteal tests/hostile -m "not slow" $(PYTEST_ARGS)
 
 docs: setup ## build the documentation as a site into build/site; a warning is an error
 	$(BIN)/sphinx-build -q -E -a -W --keep-going -b html -c docs/site -d build/site.cache . build/site
