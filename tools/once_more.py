@@ -3,11 +3,11 @@
 
     once_more.py --log FILE -- PYTEST [ARGUMENT...]
 
-Some three thousand tests of processes, networks and races share a machine with who knows what else. A test that fails
-beside all of them and passes alone has met a chance that its author did not think of: that is a defect, of the test or
-of what it tests, and is to be mended; its name is added to the log, which `make test` shows last. It says nothing about the change that
-is being tested, though, which is why it does not fail the run. One that fails twice does, and so do more than
-`MOST` at a time.
+Some three thousand tests of processes, networks and races share a machine with whatever else runs there. A test that
+fails beside all of them and passes alone has met a chance that its author did not think of: that is a defect, of the
+test or of what it tests, and is to be mended; its name is added to the log, which `make test` shows last. It says
+nothing about the change that is being tested, though, which is why it does not fail the run. One that fails twice does,
+and so do more than `MOST` at a time.
 """
 
 from __future__ import annotations
