@@ -6,11 +6,11 @@
  * another place shows, and so does one that holds old content after the balloon has had it.
  *
  *   guest: ready pages=8192 ballooned=0 ...        memory is filled
- *   guest: pass=1 errors=0 stale=0 touched=8192 ballooned=0 tsc=... p50=... p99=... max=...
+ *   guest: pass=1 errors=0 stale=0 touched=8192 ballooned=0 tsc=... ticks=... p50=... p99=... max=...
  *   guest: wrong page=17 word=0 expected=... found=...           the first of them only
  *
  * errors: words that were not as they must be; stale: pages that came back from the balloon with anything but zeros.
- * p50, p99 and max are of what the first access to a page took, in ticks of the time stamp counter.
+ * ticks, p50, p99 and max are of what the first access to a page took in this pass, by the time stamp counter `tsc`.
  *
  * On the kernel's command line: pages=N (to work on; all by default), spread=1 (these are spread over all memory),
  * touches=N (pages a pass; all), stride=N (1: in order of address; else scattered, each once), write=0 (only looks),
@@ -181,29 +181,36 @@ static void wrong(const char *what, uint64_t page, uint64_t word, uint64_t expec
     say("\n");
 }
 
-/* ---- what accesses took: a histogram with 8 buckets for each power of two */
+/* ---- what accesses took: a histogram with 64 buckets for each power of two */
 
-static uint32_t buckets[64 * 8];
-static uint64_t longest;
+#define STEPS        64u
+#define FIRST_POWER  6u
+#define BUCKETS      (STEPS * 24u)
 
-static void note(uint64_t ticks)
+static uint32_t buckets[BUCKETS];
+static uint64_t longest, ticks;
+
+static void note(uint64_t took)
 {
-    unsigned power = ticks < 8 ? 3 : 63 - (unsigned)__builtin_clzll(ticks);
+    unsigned power = took < STEPS ? FIRST_POWER : 63 - (unsigned)__builtin_clzll(took);
+    unsigned bucket = (power - FIRST_POWER) * STEPS + ((took >> (power - FIRST_POWER)) & (STEPS - 1));
 
-    buckets[(power - 3) * 8 + ((ticks >> (power - 3)) & 7)]++;
-    if (ticks > longest)
-        longest = ticks;
+    buckets[bucket < BUCKETS ? bucket : BUCKETS - 1]++;
+    ticks += took;
+    if (took > longest)
+        longest = took;
 }
 
 static uint64_t percentile(uint64_t of, unsigned percent)
 {
     uint64_t seen = 0;
 
-    for (unsigned i = 0; i < sizeof buckets / sizeof *buckets; i++) {
-        seen += buckets[i];
-        if (seen * 100 >= of * percent && seen)
-            return (uint64_t)(8 + (i & 7)) << (i / 8);
-    }
+    if (of)
+        for (unsigned i = 0; i < BUCKETS; i++) {
+            seen += buckets[i];
+            if (seen * 100 >= of * percent)
+                return (uint64_t)(STEPS + i % STEPS) << (i / STEPS);
+        }
     return 0;
 }
 
@@ -338,6 +345,7 @@ static void report(const char *what, uint64_t of)
     say_value(" ballooned=", ballooned);
     say_value(" pages=", pages);
     say_value(" tsc=", rdtsc());
+    say_value(" ticks=", ticks);
     say_value(" p50=", percentile(of, 50));
     say_value(" p99=", percentile(of, 99));
     say_value(" max=", longest);
@@ -415,9 +423,9 @@ void guest_main(const uint8_t *boot)
                 order = in8(COM1);
             follow_balloon(); /* last: what was wanted before the order came is done when the pass begins */
         } while (waits && order != 'r' && order != 'w');
-        for (unsigned i = 0; i < sizeof buckets / sizeof *buckets; i++)
+        for (unsigned i = 0; i < BUCKETS; i++)
             buckets[i] = 0;
-        longest = 0;
+        longest = ticks = 0;
         uint64_t before = touched;
         for (uint64_t i = 0; i < touches; i++) {
             cursor += stride;

@@ -41,7 +41,7 @@ class ApiError(MigrationError):
 class GuestLine:
     """One line of the guest: ``ready`` once, ``pass`` after each pass, ``wrong`` and ``stale`` for the first pages that
     were not as they must be. `values`: the numbers of it, by name; those of a pass are `errors`, `stale`, `touched`,
-    `ballooned`, `pages`, `pass`, and in ticks of its clock `tsc`, `p50`, `p99`, `max`."""
+    `ballooned`, `pages`, `pass`, and in ticks of its clock `tsc`, `ticks`, `p50`, `p99`, `max`."""
 
     kind: str
     values: dict[str, int]
