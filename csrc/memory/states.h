@@ -14,13 +14,14 @@
  * is being killed; an event of memory that was taken away is erased when it is in the maps, and applied again by the next pager where
  * it is not. That changes nothing where it was. One page, so that it can be locked. */
 #define PC_JOURNAL_EVENTS 64
-#define PC_JOURNAL_EARLY 64
+#define PC_JOURNAL_EXTENTS 64
+struct pc_extent { /* of addresses; end 0: none */
+    uint64_t start, end;
+};
 struct pc_journal {
     struct uffd_msg events[PC_JOURNAL_EVENTS];
-    struct pc_extent { /* what was taken away of memory that is not armed yet; end 0: no entry */
-        uint64_t start, end;
-    } early[PC_JOURNAL_EARLY];
-    uint8_t unused[4096 - PC_JOURNAL_EVENTS * sizeof(struct uffd_msg) - PC_JOURNAL_EARLY * sizeof(struct pc_extent)];
+    struct pc_extent early[PC_JOURNAL_EXTENTS];      /* what was taken away of memory that is not armed yet */
+    struct pc_extent registered[PC_JOURNAL_EXTENTS]; /* by the first pager: another one registers nothing that has left since */
 };
 
 struct pc_states {
