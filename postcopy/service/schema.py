@@ -153,9 +153,9 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "upgrade": Command(
         "pager: have another process go on with the virtual machines, of this or of another installation",
-        (Option("command", "what to start in place of `postcopy`, as the program of another installation"
+        (Option("program", "what to start in place of `postcopy`, as the program of another installation"
                 " (default: what this one was started with)", "PROGRAM"),),
-        bare="command",
+        bare="program",
         example="postcopy ctl --control ./pager.ctl upgrade /opt/postcopy-0.2/bin/postcopy",
     ),
     "quit": Command("shut down cleanly", (_FORCE,), example="postcopy ctl quit"),
