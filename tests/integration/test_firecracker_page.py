@@ -80,6 +80,7 @@ class Shell:
         deadline = time.monotonic() + DEADLINE_S
         while not true():
             assert self._bash.poll() is None, f"{what}: the shell has ended: {self.said()}"
+            assert "postcopy: " not in self.said(), self.said()
             assert time.monotonic() < deadline, f"{what}: {self.said()}"
             time.sleep(0.01)
 
