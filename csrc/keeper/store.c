@@ -12,15 +12,11 @@
 #include <sys/stat.h>
 #include <sys/time.h>
 #include <sys/un.h>
-#include <sys/vfs.h>
 #include <unistd.h>
-
-#include <linux/magic.h>
 
 #include "keeper/keeper.h"
 
-#define FIRST_PASSED_FD 3          /* SD_LISTEN_FDS_START */
-#define PID_FS_MAGIC_ 0x50494446   /* of <linux/magic.h> since 6.9 */
+#define FIRST_PASSED_FD 3 /* SD_LISTEN_FDS_START */
 #define WHY_BYTES sizeof(((struct engine *)NULL)->answer)
 #define ENTRY_OF_CONNECTION "%.42s.%llu" /* fits into a name */
 
@@ -103,20 +99,17 @@ static bool has_option(int fd, int option, int value)
     return !getsockopt(fd, SOL_SOCKET, option, &found, &(socklen_t){sizeof(found)}) && found == value;
 }
 
-/* Files whose last close returns at once: local sockets, memory files, and what has no file system (userfaultfd, eventfd, pidfd). */
+/* Files whose last close returns at once: local sockets, regular and memory files, and what has no file system (userfaultfd, eventfd,
+ * pidfd). */
 static bool can_be_kept(int fd)
 {
     struct stat status;
-    struct statfs system;
 
     if (fstat(fd, &status))
         return false;
     if (S_ISSOCK(status.st_mode))
         return has_option(fd, SO_DOMAIN, AF_UNIX);
-    if ((status.st_mode & S_IFMT) == 0)
-        return true;
-    return S_ISREG(status.st_mode) && !fstatfs(fd, &system) &&
-           (system.f_type == TMPFS_MAGIC || system.f_type == HUGETLBFS_MAGIC || system.f_type == PID_FS_MAGIC_);
+    return S_ISREG(status.st_mode) || (status.st_mode & S_IFMT) == 0;
 }
 
 /* ---- entries ---- */
@@ -166,7 +159,7 @@ static int add(struct store *store, const char *name, const int *fds, uint32_t c
         return refuse(EINVAL, why, "a name can have 1 to %d descriptors", PC_KEEPER_FDS);
     for (uint32_t i = 0; i < count; i++) {
         if (!can_be_kept(fds[i]))
-            return refuse(EBADF, why, "a descriptor is neither a local socket, nor a memory file, nor an anonymous one");
+            return refuse(EBADF, why, "a descriptor is neither a local socket, nor a file, nor an anonymous one");
         listening += has_option(fds[i], SO_ACCEPTCONN, 1);
     }
     if (listening && (listening < count || (entry && !entry->listens)))
