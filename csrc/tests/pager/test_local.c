@@ -713,7 +713,7 @@ static void leaving(bool staging)
     CHECK_EQ(pthread_join(looker.thread, NULL), 0);
     look_at_parts(&rig, &parts);
     CHECK_EQ(pc_pager_prefetch_all(rig.pager), 0);
-    EXPECT_EVENT(&rig.from_pager, PC_EVENT_COMPLETE, 0, 0, NULL);
+    WAIT_UNTIL(pager_stats(&rig).resident_pages == rig.pages[0]);
     CHECK_EQ(pc_pager_leave(rig.pager), 0); /* and nothing has been unregistered by that */
     CHECK_SYS(madvise(parts.low, rig.page_bytes, MADV_NORMAL));
     CHECK_LEAKS();
