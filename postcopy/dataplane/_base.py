@@ -34,8 +34,8 @@ from postcopy.memory.bitmap import Bitmap
 
 @dataclass(frozen=True)
 class ForeignMemory:
-    """Memory of another process: where it is there, and the memfd it is made of (-1: anonymous), which stays the
-    caller's."""
+    """Memory of another process: where it is there (0: where `Pager.arm_at` says), and the memfd it is made of (-1:
+    anonymous), which stays the caller's."""
 
     address: int
     size_bytes: int
@@ -178,6 +178,8 @@ class CoreDataPlane(DataPlane):
 
     PREFIX: ClassVar[str]  # of the struct's name and its functions'
 
+    _end_by = "free"
+
     def __init__(self, *arguments: int) -> None:
         pointer: Any = ffi.new(f"struct {self.PREFIX} **")
         what = f"making a {self.NAME}"
@@ -209,7 +211,7 @@ class CoreDataPlane(DataPlane):
     async def _end(self) -> None:
         self._closed = True  # before another thread frees what the other methods use
         self._event_fd.close()
-        await self._run("free", f"ending the {self.NAME}")
+        await self._run(self._end_by, f"ending the {self.NAME}")
 
     # ---- calling the core
 
