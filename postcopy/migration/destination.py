@@ -40,6 +40,7 @@ from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import ChannelKind, Event, EventType
 from postcopy.errors import MigrationError, PostcopyError, ProtocolError
 from postcopy.machines import BlockLayout, Extent, Machine, MachineState, MachineStatistics
+from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.acknowledgements import PlacedReporter
 from postcopy.migration.connection import HEARTBEAT_S, MISSED_HEARTBEATS, STEP_TIMEOUT_S, Control
@@ -417,7 +418,8 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         self._zero = zero
         for number, block in enumerate(machine.blocks):
             if machine.maps_late:
-                pager.stage(number)
+                with Memory.create("memfd", block.memory.size_bytes) as staged:
+                    pager.stage(number, staged.fd)
             else:
                 pager.arm(block.shard, number, 0, block.memory.pages)
         for vcpu, tid in enumerate(machine.vcpu_threads()):
