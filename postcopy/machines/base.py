@@ -151,7 +151,7 @@ class Machine(abc.ABC):
     """Whether the kernel touches missing memory on its behalf, as KVM does: a userfaultfd for user-mode faults only,
     which every user may have, is then not enough."""
     outlives: ClassVar[bool] = False
-    """Whether it is a process of its own, which runs on when this one lets go of it (`close`), and ends by `destroy`."""
+    """Whether it is a process of its own, which runs on when this one lets go of it (`close`), until `destroy`."""
     maps_late: ClassVar[bool] = False
     """Whether a destination's memory is mapped, and its userfaultfd made, only while the state is loaded
     (`load_and_map`): its blocks have sizes until then, and no address."""

@@ -68,9 +68,7 @@ def _firecracker_source(options: FirecrackerOptions) -> Machine:
     return FirecrackerMachine.create(options.api_socket)
 
 
-def _firecracker_destination(
-    config: Mapping[str, Any], layout: Sequence[BlockLayout], host: HostOptions
-) -> Machine:
+def _firecracker_destination(config: Mapping[str, Any], layout: Sequence[BlockLayout], host: HostOptions) -> Machine:
     from postcopy.machines.firecracker.destination import ArrivingFirecracker, FirecrackerHost
 
     drives, nets = parse_pairs(host.drive or "", "--drive ID=PATH"), parse_pairs(host.net or "", "--net IFACE=TAP")

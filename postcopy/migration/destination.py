@@ -3,9 +3,9 @@
 
 The plan: make the machine that is offered, or say why not; connect the data channels; take the page maps, and register
 all memory with userfaultfds. (A machine whose memory is mapped only while its state is loaded has its pages staged
-until then, and gives its userfaultfd away in the middle of that: `Machine.load_and_map`.) In each round that follows pages come, and those that have changed since are forgotten:
-they are missing again, so that no old page is ever seen. Then take the state, with all pages that are to be here before
-the machine runs, and say `prepared`. From then on this side waits for a decision that is not its own. On `commit` the
+until then, and gives its userfaultfd away in the middle of that: `Machine.load_and_map`.) In each round that follows
+pages come, and those that have changed since are forgotten: they are missing again, so that no old page is ever seen.
+Then take the state, with all pages that are to be here before the machine runs, and say `prepared`. From then on this side waits for a decision that is not its own. On `commit` the
 machine runs, and every page comes: because it was touched, because the source pushed it, or because this side asked for
 what was left when the source had nothing more to push.
 

@@ -233,7 +233,7 @@ def _check_net(text: str) -> str:
 
 def _check_nets(text: str) -> str:
     """Of any kind of machine."""
-    if text.startswith("tap:"):
+    if "=" not in text:
         return _check_net(text)
     for tap in parse_pairs(text, "tap:NAME, or IFACE=TAP").values():
         parse_net(f"tap:{tap}")
@@ -469,7 +469,7 @@ COMMANDS: Mapping[str, tuple[Group, ...]] = {
     "daemon": (
         Group("other hosts", replace(LISTEN, help="receive machines at this address; without HOST, as [::], at every"
                                      " address of this host; port 0: any free port")),
-        Group("machine to begin with", LIVE_KIND, NAME, *(_NETS if option is NET else option for option in LIVE_MACHINE)),
+        Group("machine to begin with", LIVE_KIND, NAME, *(_NETS if each is NET else each for each in LIVE_MACHINE)),
         Group("machines that come", FIRECRACKER, DRIVE),
         Group("migration", BACKING, BUSY_POLL, PAGER, *SENDING),
         Group("when the network fails", HEARTBEAT, RECOVER_FOR),
