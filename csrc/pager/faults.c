@@ -213,15 +213,33 @@ static struct fault *add_pending(struct shard *shard, uint32_t block, uint64_t p
     return fault;
 }
 
+/* Threads that wait for pages which other threads have received, or for what can be tried again, are found by *marks*: one for each
+ * bucket of pages. */
+static void mark_bucket(struct shard *shard, uint32_t bucket)
+{
+    (void)pc_atomic_test_and_set_bit(shard->pending->marks, bucket);
+}
+
 /* ---- requests for those who wait ---------------------------------------------------------------------------------- */
 
-/* Requests the page of a thread that waits, unless it is claimed: then a request would bring it twice. */
+/* Requests the page of a thread that waits, of the readers or of the source, unless it is claimed: then a request would bring it twice. */
 static void request_page(struct shard *shard, struct fault *fault)
 {
+    const struct block *block = shard->pager->blocks[fault->block];
     struct pending *pending = shard->pending;
 
     fault->unrequested = true;
-    if (shard->stream.fd < 0 || pc_bits_test(shard->pager->blocks[fault->block]->claimed, fault->page))
+    if (pc_bits_test(block->claimed, fault->page))
+        return;
+    if (pc_is_local(block, fault->page)) {
+        fault->unrequested = !pc_local_request(shard->pager, fault->block, fault->page);
+        if (fault->unrequested) {
+            mark_bucket(shard, page_bucket(fault->block, fault->page));
+            pc_retry_later(shard);
+        }
+        return;
+    }
+    if (shard->stream.fd < 0)
         return;
     if (!pc_queue_request(shard, fault->block, fault->page, 0)) {
         shard->send_full = true;
@@ -313,12 +331,6 @@ void pc_request_again(struct shard *shard)
 }
 
 /* ---- pages that are there ----------------------------------------------------------------------------------------- */
-
-/* Threads that wait for pages which other threads have received are found by *marks*: one for each bucket of pages. */
-static void mark_bucket(struct shard *shard, uint32_t bucket)
-{
-    (void)pc_atomic_test_and_set_bit(shard->pending->marks, bucket);
-}
 
 void pc_recheck_page(struct shard *shard, uint32_t block, uint64_t page)
 {
@@ -446,6 +458,8 @@ static void handle_fault(struct shard *shard, const struct uffd_msg *message, ui
         fresh = !pc_atomic_test_and_set_bit(block->requested, page);
     if (received ? !pc_bits_test(block->zero, page) : !fresh)
         COUNT(pager, repeated_faults, 1);
+    if (received ? pc_bits_test(block->zero, page) : fresh)
+        pc_touch(pager, range->block, page);
     if (received && resolve_or_retry(shard, range->block, page, minor))
         return;
     fault = add_pending(shard, range->block, page, tid, now_ns, &again);
@@ -458,6 +472,8 @@ static void handle_fault(struct shard *shard, const struct uffd_msg *message, ui
     }
     fault->minor = minor;
     fault->unresolved = fault->unresolved || received;
+    if (fresh && pc_is_local(block, page) && pc_local_serve(shard, range->block, page))
+        return;
     if (fresh)
         request_page(shard, fault);
     if (!received && pc_bits_test(block->received, page))

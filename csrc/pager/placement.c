@@ -139,6 +139,25 @@ static void after_placing(struct shard *shard, const struct channel *channel, ui
             pc_recheck_page(shard, index, pc_bits_lowest(word, wanted));
 }
 
+/* Takes back a claim: another thread may bring what this one could not place. A thread that began to wait meanwhile has not requested
+ * it; one that requested it before may have had its answer dropped as a duplicate, unless the content is kept for another try. */
+static void unclaim(struct pc_pager *pager, const struct channel *channel, uint32_t index, uint64_t word, uint64_t pages, bool kept)
+{
+    struct block *block = pager->blocks[index];
+
+    pc_atomic_clear(block->claimed, word, pages);
+    for (uint64_t wanted = pages & pc_bits_word(block->requested, word); wanted; wanted &= wanted - 1) {
+        uint64_t page = pc_bits_lowest(word, wanted), one = 1;
+        struct shard *shard = pc_find_shard(pager, block, page, &one);
+
+        if (!shard)
+            continue;
+        if (!kept && shard != channel->own) /* its own channel ends by this: all of it is requested again on the next one */
+            __atomic_store_n(&shard->answers_dropped, true, __ATOMIC_SEQ_CST);
+        pc_recheck_page(shard, index, page);
+    }
+}
+
 /* Places those pages of one word of the maps that this thread has claimed: *mine, from which what is dealt with is taken. How many
  * were placed in *placed. */
 static int place_word(struct pc_pager *pager, const struct channel *channel, const struct pc_frame *frame, const uint8_t *content,
@@ -152,8 +171,16 @@ static int place_word(struct pc_pager *pager, const struct channel *channel, con
         uint64_t count = ~shifted ? (uint64_t)__builtin_ctzll(~shifted) : 64;
         struct shard *shard = pc_find_shard(pager, block, first, &count);
 
-        if (!shard)
-            return -ENOENT;
+        if (!shard) { /* it has no memory yet: staged, its claim is taken back */
+            uint64_t mask = pc_bits_mask(word, first, count);
+
+            error = pc_local_stage(pager, frame->block, first, count, content + (first - frame->first_page) * block->memory.page_bytes);
+            if (!error) {
+                unclaim(pager, channel, frame->block, word, mask, false);
+                *mine &= ~mask;
+            }
+            continue;
+        }
         if (shard->gated) {
             uint64_t removed;
 
@@ -179,25 +206,6 @@ static int place_word(struct pc_pager *pager, const struct channel *channel, con
         }
     }
     return error;
-}
-
-/* Takes back a claim: another thread may bring what this one could not place. A thread that began to wait meanwhile has not requested
- * it; one that requested it before may have had its answer dropped as a duplicate, unless the content is kept for another try. */
-static void unclaim(struct pc_pager *pager, const struct channel *channel, uint32_t index, uint64_t word, uint64_t pages, bool kept)
-{
-    struct block *block = pager->blocks[index];
-
-    pc_atomic_clear(block->claimed, word, pages);
-    for (uint64_t wanted = pages & pc_bits_word(block->requested, word); wanted; wanted &= wanted - 1) {
-        uint64_t page = pc_bits_lowest(word, wanted), one = 1;
-        struct shard *shard = pc_find_shard(pager, block, page, &one);
-
-        if (!shard)
-            continue;
-        if (!kept && shard != channel->own) /* its own channel ends by this: all of it is requested again on the next one */
-            __atomic_store_n(&shard->answers_dropped, true, __ATOMIC_SEQ_CST);
-        pc_recheck_page(shard, index, page);
-    }
 }
 
 /* Claims each page of a frame and places those that were not claimed. Goes on at progress->done, and stops there when the turn's work is used

@@ -73,6 +73,7 @@ FIGURES = {
     "switchover": "_switchover",
     "dirty": "_dirty",
     "qemu": "_qemu",
+    "firecracker": "_firecracker",
 }
 """The module that measures it; imported then."""
 _BAR = 20
