@@ -4,13 +4,11 @@
  *
  * That userfaultfd was opened by others, without WP_ASYNC, so each first write to a protected page is a fault that waits for an
  * answer. The thread here gives it: it lifts the protection of the page, and the writer goes on. What was written is then seen in
- * the page tables: a page that is there and not protected was written since it was protected, or has come since. So nothing is
- * noted in between, and nothing can be lost there. `collect` takes such pages and protects them again; a write after that is in
- * the next answer, one before it is in the content that the caller reads afterwards.
- *
- * Page tables do not show one thing, that a page was given back (MADV_DONTNEED: a balloon), where it was not written again. The
- * kernel tells of it *before* it happens, and waits only until that was read. So a page that was told of stays marked until it is
- * seen to be gone; then it is in the answer, once.
+ * the page tables: a page that is there and not protected was written since it was protected, or has come since; one that was there
+ * and is no more was given back (MADV_DONTNEED: a balloon). So nothing is noted in between, no lock is taken, and nothing can be lost
+ * there. `collect` names such pages and protects them; a write after that is in the next answer, one before it is in the content
+ * that the caller reads afterwards. (An event tells of memory that is given back, but before it happens: it may be there still when
+ * `collect` looks, and is gone at the next look.)
  *
  * While such an event has not been read, and for a moment after, no protection changes (EAGAIN): the thread keeps what it could not
  * lift and reads on; `collect` tries again.
@@ -26,7 +24,6 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#include "core/bits.h"
 #include "core/clock.h"
 #include "core/runtime.h"
 #include "memory/internal.h"
@@ -46,7 +43,8 @@ struct pc_write_log {
     bool ending;        /* atomic */
     int error;          /* atomic: why nothing is known any more, as -errno; 0: all is well */
     uint64_t words;
-    uint64_t *removed;  /* atomic: told to be given back, and not yet seen to be gone */
+    uint64_t *maps;              /* two of them: */
+    uint64_t *there, *was_there; /* pages, at this look and the last one */
     struct pc_pagemap_region *regions;
 };
 
@@ -57,24 +55,6 @@ struct waiting {
     uint32_t count;
     bool more; /* than fit: wake all */
 };
-
-static void mark_removed(struct pc_write_log *log, uint64_t start, uint64_t end)
-{
-    const struct pc_remote *remote = log->remote;
-
-    for (uint32_t i = 0; i < remote->count; i++) {
-        const struct pc_extent *extent = &remote->extents[i];
-        uint64_t from = start > extent->address ? start : extent->address, to = pc_least(end, extent->address + extent->bytes);
-        uint64_t first, pages;
-
-        if (from >= to)
-            continue;
-        first = (extent->first_byte + (from - extent->address)) / remote->page_bytes;
-        pages = (extent->first_byte + (to - 1 - extent->address)) / remote->page_bytes + 1 - first;
-        for (uint64_t word = first / 64; word * 64 < first + pages; word++)
-            (void)pc_atomic_set(log->removed, word, pc_bits_mask(word, first, pages));
-    }
-}
 
 static void wake_all(const struct pc_write_log *log)
 {
@@ -105,9 +85,7 @@ static int read_events(struct pc_write_log *log, struct waiting *waiting)
     for (int i = 0; i < count; i++) {
         const struct pc_uffd_event *event = &events[i];
 
-        if (event->type == PC_UFFD_EVENT_REMOVE || event->type == PC_UFFD_EVENT_UNMAP)
-            mark_removed(log, event->address, event->end);
-        else if (event->type == PC_UFFD_EVENT_FORK)
+        if (event->type == PC_UFFD_EVENT_FORK)
             close(event->uffd);
         else if (event->type == PC_UFFD_EVENT_PAGEFAULT && waiting->count < PENDING)
             waiting->address[waiting->count++] = event->address - event->address % log->remote->page_bytes;
@@ -208,55 +186,17 @@ static int register_all(struct pc_write_log *log, char *error, size_t error_byte
     return 0;
 }
 
-int pc_write_log_new(int uffd, const struct pc_remote *remote, struct pc_write_log **out, char *error, size_t error_bytes)
+/* Looks at a part that lies in one piece: sets `there`, adds what was written to `words`, and protects that unless all is stopped. */
+static int look(struct pc_write_log *log, const struct pc_extent *extent, uint64_t *words, bool stopped)
 {
-    struct pc_write_log *log = calloc(1, sizeof(*log));
-    int result;
-
-    if (!log)
-        return -ENOMEM;
-    log->remote = remote;
-    log->words = pc_bitmap_words(remote->size_bytes / remote->page_bytes);
-    log->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-    log->uffd = fcntl(uffd, F_DUPFD_CLOEXEC, 0);
-    result = log->wake_fd < 0 || log->uffd < 0 ? -errno : 0;
-    log->removed = pc_buffer_new(log->words * sizeof(uint64_t));
-    log->regions = malloc(REGIONS * sizeof(*log->regions));
-    if (!result && (!log->removed || !log->regions))
-        result = -ENOMEM;
-    if (result)
-        (void)pc_fail(-result, error, error_bytes, "write log: %s", strerror(-result));
-    else
-        result = register_all(log, error, error_bytes);
-    if (!result) {
-        result = pc_thread_start(&log->thread, log_thread, log);
-        log->started = !result;
-        for (uint32_t i = 0; !result && i < remote->count; i++)
-            result = protect(log, remote->extents[i].address, remote->extents[i].bytes);
-        if (result)
-            (void)pc_fail(-result, error, error_bytes, "write log: the memory of process %d cannot be write-protected: %s",
-                          remote->pid, strerror(-result));
-        if (result && !log->started)
-            unregister_all(log, remote->count);
-    }
-    if (result)
-        pc_write_log_free(log);
-    else
-        *out = log;
-    return result;
-}
-
-/* Adds what was written of a part that lies in one piece, and protects it again unless all is stopped. */
-static int collect_written(const struct pc_write_log *log, uint64_t address, uint64_t first_byte, uint64_t bytes, uint64_t *words,
-                           bool stopped)
-{
-    const uint64_t origin = address - first_byte, page_bytes = log->remote->page_bytes;
+    const uint64_t origin = extent->address - extent->first_byte, page_bytes = log->remote->page_bytes;
     struct pc_pagemap_query query = {
-        .start = address,
-        .end = address + bytes,
-        .inverted = PC_PAGE_PFNZERO, /* the zero page, which a read maps, was not written */
-        .all_of = PC_PAGE_WRITTEN | PC_PAGE_PFNZERO,
+        .start = extent->address,
+        .end = extent->address + extent->bytes,
+        .inverted = PC_PAGE_PFNZERO, /* the zero page, which a read maps, is none of its own */
+        .all_of = PC_PAGE_PFNZERO,
         .any_of = PC_PAGE_PRESENT | PC_PAGE_SWAPPED,
+        .returned = PC_PAGE_WRITTEN,
     };
 
     while (query.start < query.end) {
@@ -270,56 +210,96 @@ static int collect_written(const struct pc_write_log *log, uint64_t address, uin
         if (walk_end <= query.start)
             return -EIO;
         for (int64_t i = 0; i < got; i++) {
-            uint64_t start = log->regions[i].start, end = log->regions[i].end;
-            int error = stopped ? 0 : protect(log, start, end - start);
+            const struct pc_pagemap_region *region = &log->regions[i];
+            uint64_t first = (region->start - origin) / page_bytes, pages = (region->end - region->start) / page_bytes;
+            int error = 0;
 
+            pc_bitmap_set_range(log->there, first, pages);
+            if (!(region->categories & PC_PAGE_WRITTEN))
+                continue;
+            pc_bitmap_set_range(words, first, pages);
+            error = stopped ? 0 : protect(log, region->start, region->end - region->start);
             if (error)
                 return error;
-            pc_bitmap_set_range(words, (start - origin) / page_bytes, (end - start) / page_bytes);
         }
         query.start = walk_end;
     }
     return 0;
 }
 
-/* Adds what has been given back and is gone. What is there, again or still, stays marked. */
-static int collect_removed(struct pc_write_log *log, uint64_t *words)
+static int collect(struct pc_write_log *log, uint64_t *words, bool stopped)
 {
-    const struct pc_remote *remote = log->remote;
+    uint64_t *there = log->was_there;
     int error = 0;
 
-    for (uint64_t word = 0; word < log->words && !error; word++) {
-        uint64_t marked, first_byte = word * 64 * remote->page_bytes, there = 0;
-
-        if (!pc_bits_word(log->removed, word))
-            continue;
-        marked = __atomic_exchange_n(&log->removed[word], 0, __ATOMIC_SEQ_CST); /* before the look: another may come meanwhile */
-        for (uint64_t bytes = pc_least(64 * remote->page_bytes, remote->size_bytes - first_byte), at = 0, part; bytes && !error;
-             bytes -= part, at += part) {
-            uint64_t address;
-
-            part = pc_remote_part(remote, first_byte + at, bytes, &address);
-            error = pc_mapping_present(remote->pagemap, address - at, address, part, remote->page_bytes, &there);
-        }
-        words[word] |= marked & ~there;
-        (void)pc_atomic_set(log->removed, word, marked & there);
-    }
+    log->was_there = log->there;
+    log->there = there;
+    memset(there, 0, log->words * sizeof(*there));
+    for (uint32_t i = 0; !error && i < log->remote->count; i++)
+        error = look(log, &log->remote->extents[i], words, stopped);
+    for (uint64_t word = 0; !error && word < log->words; word++)
+        words[word] |= log->was_there[word] & ~there[word];
+    if (__atomic_load_n(&log->error, __ATOMIC_ACQUIRE)) /* after the look: what was unregistered meanwhile shows nothing */
+        error = log->error;
     return error;
+}
+
+/* From here on its writes are seen. */
+static int begin(struct pc_write_log *log, char *error, size_t error_bytes)
+{
+    uint64_t *scratch = pc_buffer_new(log->words * sizeof(*scratch));
+    int result = scratch ? pc_thread_start(&log->thread, log_thread, log) : -ENOMEM;
+
+    log->started = !result;
+    if (!result) {
+        wake_all(log); /* one that died may have left some who wait */
+        result = collect(log, scratch, false);
+    }
+    pc_buffer_free(scratch, log->words * sizeof(*scratch));
+    if (!log->started)
+        unregister_all(log, log->remote->count);
+    return result ? pc_fail(-result, error, error_bytes, "write log: the memory of process %d cannot be write-protected: %s",
+                            log->remote->pid, strerror(-result))
+                  : 0;
+}
+
+int pc_write_log_new(int uffd, const struct pc_remote *remote, struct pc_write_log **out, char *error, size_t error_bytes)
+{
+    struct pc_write_log *log = calloc(1, sizeof(*log));
+    int result;
+
+    if (!log)
+        return pc_fail(ENOMEM, error, error_bytes, "write log: %s", strerror(ENOMEM));
+    log->remote = remote;
+    log->words = pc_bitmap_words(remote->size_bytes / remote->page_bytes);
+    log->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    log->uffd = fcntl(uffd, F_DUPFD_CLOEXEC, 0);
+    result = log->wake_fd < 0 || log->uffd < 0 ? -errno : 0;
+    log->maps = pc_buffer_new(2 * log->words * sizeof(uint64_t));
+    log->regions = malloc(REGIONS * sizeof(*log->regions));
+    if (!result && (!log->maps || !log->regions))
+        result = -ENOMEM;
+    if (result) {
+        (void)pc_fail(-result, error, error_bytes, "write log: %s", strerror(-result));
+    } else {
+        log->there = log->maps;
+        log->was_there = log->maps + log->words;
+        result = register_all(log, error, error_bytes);
+        if (!result)
+            result = begin(log, error, error_bytes);
+    }
+    if (result)
+        pc_write_log_free(log);
+    else
+        *out = log;
+    return result;
 }
 
 int64_t pc_write_log_collect(struct pc_write_log *log, uint64_t *words, int stopped)
 {
-    const struct pc_remote *remote = log->remote;
-    uint64_t pages = remote->size_bytes / remote->page_bytes, before = pc_bitmap_count(words, pages);
-    int error = 0;
+    uint64_t pages = log->remote->size_bytes / log->remote->page_bytes, before = pc_bitmap_count(words, pages);
+    int error = collect(log, words, stopped);
 
-    for (uint32_t i = 0; !error && i < remote->count; i++)
-        error = collect_written(log, remote->extents[i].address, remote->extents[i].first_byte, remote->extents[i].bytes, words,
-                                stopped);
-    if (!error)
-        error = collect_removed(log, words);
-    if (__atomic_load_n(&log->error, __ATOMIC_ACQUIRE)) /* after the look: what was unregistered meanwhile shows nothing */
-        error = log->error;
     return error ? error : (int64_t)(pc_bitmap_count(words, pages) - before);
 }
 
@@ -337,8 +317,8 @@ void pc_write_log_free(struct pc_write_log *log)
         close(log->uffd);
     if (log->wake_fd >= 0)
         close(log->wake_fd);
-    if (log->removed)
-        pc_buffer_free(log->removed, log->words * sizeof(uint64_t));
+    if (log->maps)
+        pc_buffer_free(log->maps, 2 * log->words * sizeof(uint64_t));
     free(log->regions);
     free(log);
 }

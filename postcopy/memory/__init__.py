@@ -9,8 +9,9 @@ call them as ``await trio.to_thread.run_sync(memory.digest)``.
 A `Memory` counts its users. `close()` refuses with `BusyError` while a pager, a page server or a machine works on it,
 or while a call is still running in another thread: what the core may still write to is never unmapped.
 
-Modules: `_memory` the memory itself, `bitmap` a bit for each page, `_dirty` which of them were written, `_remote` memory
-of another process, `_admission` what machines of this process have been promised. Above `postcopy.uffd`, below everything that moves memory.
+Modules: `_memory` the memory itself, `bitmap` a bit for each page, `_dirty` which of them were written, `_remote`
+memory of another process, `_admission` what machines of this process have been promised. Above `postcopy.uffd`, below
+everything that moves memory.
 """
 
 from __future__ import annotations

@@ -48,9 +48,7 @@ class RemoteMemory(Memory):
         pieces = ffi.new("struct pc_extent[]", [(one.address, one.first_byte, one.size_bytes) for one in extents])
         pointer: Any = ffi.new("struct pc_remote **")
         line = ErrorLine()
-        result = lib.pc_remote_new(
-            pid, pidfd, pieces, len(extents), self.page_bytes, pointer, line.buffer, line.size
-        )
+        result = lib.pc_remote_new(pid, pidfd, pieces, len(extents), self.page_bytes, pointer, line.buffer, line.size)
         if result in (-errno.EPERM, -errno.EACCES):
             raise ResourceError(
                 str(line),
