@@ -8,16 +8,12 @@ design of the example in Firecracker's documentation (one thread, synchronous).
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 import socket
-import sys
 import tempfile
 import threading
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +44,9 @@ PLACED_RUN_BYTES = 2 << 20
 FAULT = "seen by the guest: its first access to each page of a working set, in random order, from an image in the cache"
 TOUCH = "what all first accesses took together; example: one thread, synchronous, as Firecracker's documentation has it"
 SET = "faults that were read with the working set replayed, of those without"
-POPULATE = "rate from 10 % to 90 % of the memory, by what is resident in Firecracker; ceiling: the faster of 1 and 2 threads"
+POPULATE = (
+    "rate from 10 % to 90 % of the memory, by what is resident in Firecracker; ceiling: the faster of 1 and 2 threads"
+)
 DEATH = "SIGKILL of the engine; the longest access of the guest then: it touches missing pages all the time"
 
 
