@@ -74,9 +74,10 @@ _TO = Option("to", "where the other host takes machines", "HOST:PORT", check_add
 _TO_NOW = replace(_TO, help="new address of the other side (default: as before)")
 _NEW_MACHINE = (
     replace(options.NAME, help="name of the machine (default: its kind and random digits)"),
-    replace(options.LIVE_KIND, name="kind", help="kind of machine: kvm or rv64", metavar="KIND"),
+    replace(options.LIVE_KIND, name="kind", help="kind of machine: kvm, rv64 or firecracker", metavar="KIND"),
     *(options.MEMORY, options.VCPUS, options.WORKLOAD, options.WORKING_SET, options.SEED, options.BACKING),
     options.DISK,
+    replace(options.API_SOCKET, help="firecracker: API socket of the one that runs it, which is taken over"),
 )
 SETTINGS = (  # each is a field of `SourceOptions`
     options.MAX_BANDWIDTH,

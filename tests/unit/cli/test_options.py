@@ -28,6 +28,9 @@ from postcopy.testbed.demo import DemoCommand
 
 # A value of every option that has one, as a user writes it, and what it is to a record.
 WRITTEN: dict[str, tuple[str, Any]] = {
+    "api-socket": ("fc.sock", "fc.sock"),
+    "drive": ("root=/a,b=/c", "root=/a,b=/c"),
+    "firecracker": ("fc", "fc"),
     "backing": ("anon", "anon"),
     "bulk-channels": ("3", 3),
     "busy-poll": ("20", 20),
