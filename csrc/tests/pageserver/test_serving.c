@@ -289,7 +289,7 @@ static void start_other(struct other *other, const struct pc_memory *memory, uin
 {
     uint64_t half = memory->size_bytes / 2;
     uint8_t *there = mmap(NULL, memory->size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    struct pc_extent extents[2];
+    struct pc_remote_extent extents[2];
     int pair[2], uffd = -1;
 
     CHECK(there != MAP_FAILED);
@@ -323,8 +323,8 @@ static void start_other(struct other *other, const struct pc_memory *memory, uin
     other->pidfd = (int)syscall(SYS_pidfd_open, other->pid, 0);
     other->uffd = pc_remote_descriptor(other->pidfd, uffd);
     CHECK(other->pidfd >= 0 && other->uffd >= 0);
-    extents[0] = (struct pc_extent){other->base + half, 0, half};
-    extents[1] = (struct pc_extent){other->base, half, half};
+    extents[0] = (struct pc_remote_extent){other->base + half, 0, half};
+    extents[1] = (struct pc_remote_extent){other->base, half, half};
     if (pc_remote_new(other->pid, other->pidfd, extents, 2, memory->page_bytes, &other->remote, message, sizeof(message)))
         FAIL("%s", message);
 }
