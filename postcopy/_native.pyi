@@ -62,6 +62,12 @@ class _Lib:
     PC_FP_TEST_HANG: int
     PC_FP_TEST_CRASH: int
     PC_FP_TEST_WRONG: int
+    PC_KEEPER_PROTOCOL: int
+    PC_KEEPER_FD: int
+    PC_KEEPER_NAME_BYTES: int
+    PC_KEEPER_FDS: int
+    PC_KEEPER_ENTRIES: int
+    PC_KEEPER_TEXT_BYTES: int
     PC_COMPRESSION_LZ4: int
     PC_COMPRESSION_ZSTD: int
     PC_FRAME_REQUEST: int
@@ -184,6 +190,17 @@ class _Lib:
     PC_FP_LOCK_MPROTECT: int
     PC_FP_LOCK_FORK: int
     PC_FP_LOCK_REGISTER: int
+    PC_KEEPER_HELLO: int
+    PC_KEEPER_PUT: int
+    PC_KEEPER_DROP: int
+    PC_KEEPER_READY: int
+    PC_KEEPER_UPGRADE: int
+    PC_KEEPER_END: int
+    PC_KEEPER_ENTRY: int
+    PC_KEEPER_GO: int
+    PC_KEEPER_ANSWER: int
+    PC_KEEPER_SPARE: int
+    PC_KEEPER_LEAVE: int
     def pc_version(self) -> CData: ...
     def pc_crc32c(self, crc: int, data: CData | bytes, bytes: int, /) -> int: ...
     def pc_crc64(self, crc: int, data: CData | bytes, bytes: int, /) -> int: ...
@@ -208,6 +225,7 @@ class _Lib:
     def pc_device_open(self, device: int, /) -> int: ...
     def pc_uffd_probe(self, how: int, api: CData, /) -> int: ...
     def pc_uffd_open(self, how: int, features: int, api: CData, /) -> int: ...
+    def pc_uffd_features(self, uffd: int, features: CData, /) -> int: ...
     def pc_uffd_register(self, uffd: int, address: int, bytes: int, mode: int, ioctls: CData, /) -> int: ...
     def pc_uffd_unregister(self, uffd: int, address: int, bytes: int, /) -> int: ...
     def pc_uffd_wake(self, uffd: int, address: int, bytes: int, /) -> int: ...

@@ -59,7 +59,7 @@ struct pc_remote {
     int pid, pidfd, pagemap;
     uint32_t count;
     uint64_t size_bytes, page_bytes;
-    struct pc_extent extents[PC_REMOTE_EXTENTS];
+    struct pc_remote_extent extents[PC_REMOTE_EXTENTS];
 };
 /* The part of [first_byte, first_byte + bytes) in its first extent: where that is, and how long. */
 uint64_t pc_remote_part(const struct pc_remote *remote, uint64_t first_byte, uint64_t bytes, uint64_t *address);

@@ -21,12 +21,12 @@
 #endif
 
 /* Whole pages, in the order of the memory and without a gap, apart from each other there. */
-static bool make_up_memory(const struct pc_extent *extents, uint32_t count, uint64_t page_bytes)
+static bool make_up_memory(const struct pc_remote_extent *extents, uint32_t count, uint64_t page_bytes)
 {
     uint64_t next = 0;
 
     for (uint32_t i = 0; i < count; i++) {
-        const struct pc_extent *extent = &extents[i];
+        const struct pc_remote_extent *extent = &extents[i];
 
         if (extent->first_byte != next || !extent->bytes || !extent->address || extent->bytes > INT64_MAX - next ||
             extent->address > INT64_MAX - extent->bytes || (extent->address | extent->bytes) % page_bytes)
@@ -46,7 +46,7 @@ static bool has_ended(const struct pc_remote *remote)
     return poll(&pidfd, 1, 0) == 1;
 }
 
-int pc_remote_new(int pid, int pidfd, const struct pc_extent *extents, uint32_t count, uint64_t page_bytes,
+int pc_remote_new(int pid, int pidfd, const struct pc_remote_extent *extents, uint32_t count, uint64_t page_bytes,
                   struct pc_remote **out, char *error, size_t error_bytes)
 {
     struct pc_remote *remote;
@@ -106,7 +106,7 @@ int pc_remote_descriptor(int pidfd, int fd)
 
 uint64_t pc_remote_part(const struct pc_remote *remote, uint64_t first_byte, uint64_t bytes, uint64_t *address)
 {
-    const struct pc_extent *extent = remote->extents;
+    const struct pc_remote_extent *extent = remote->extents;
 
     while (first_byte - extent->first_byte >= extent->bytes)
         extent++;

@@ -174,7 +174,7 @@ static int protect(const struct pc_write_log *log, uint64_t address, uint64_t by
 static int register_all(struct pc_write_log *log, char *error, size_t error_bytes)
 {
     for (uint32_t i = 0; i < log->remote->count; i++) {
-        const struct pc_extent *extent = &log->remote->extents[i];
+        const struct pc_remote_extent *extent = &log->remote->extents[i];
         int result = pc_uffd_register(log->uffd, extent->address, extent->bytes, PC_UFFD_WP, NULL);
 
         if (!result)
@@ -187,7 +187,7 @@ static int register_all(struct pc_write_log *log, char *error, size_t error_byte
 }
 
 /* Looks at a part that lies in one piece: sets `there`, adds what was written to `words`, and protects that unless all is stopped. */
-static int look(struct pc_write_log *log, const struct pc_extent *extent, uint64_t *words, bool stopped)
+static int look(struct pc_write_log *log, const struct pc_remote_extent *extent, uint64_t *words, bool stopped)
 {
     const uint64_t origin = extent->address - extent->first_byte, page_bytes = log->remote->page_bytes;
     struct pc_pagemap_query query = {

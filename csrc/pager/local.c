@@ -122,11 +122,6 @@ static void report_unreadable(struct pc_pager *pager, uint32_t index, uint64_t f
                    error == -ENODATA ? "it ends before them" : strerror(-error));
 }
 
-static bool is_zero(const uint8_t *page, uint64_t bytes)
-{
-    return !page[0] && !memcmp(page, page + 1, bytes - 1);
-}
-
 struct placed { /* pages that were not there before */
     uint64_t pages, zeros;
 };
@@ -139,14 +134,14 @@ static int place(struct pc_pager *pager, struct channel *channel, uint32_t index
     int error = 0;
 
     for (uint64_t at = 0, end; at < pages && !error; at = end) {
-        bool zero = is_zero(content + at * page_bytes, page_bytes);
+        bool zero = pc_is_zero(content + at * page_bytes, page_bytes);
         struct pc_frame frame = {.type = zero ? PC_FRAME_ZERO : PC_FRAME_PAGES,
                                  .flags = flags,
                                  .block = (uint16_t)index,
                                  .first_page = first + at};
         struct progress progress;
 
-        for (end = at + 1; end < pages && is_zero(content + end * page_bytes, page_bytes) == zero;)
+        for (end = at + 1; end < pages && pc_is_zero(content + end * page_bytes, page_bytes) == zero;)
             end++;
         frame.pages = (uint32_t)(end - at);
         progress.done = progress.fresh = 0;

@@ -81,7 +81,7 @@
 int pc_pager_fatal(struct pc_pager *pager, int error, const char *what, uint32_t block, uint64_t page)
 {
     pc_events_push(&pager->events, PC_EVENT_FATAL, 0, 0, -error, "%s page %llu of RAM block %u: %s", what,
-                   (unsigned long long)page, block, strerror(-error));
+                   (unsigned long long)page, block, error == -ESRCH ? "the process that it belongs to has ended" : strerror(-error));
     return error;
 }
 

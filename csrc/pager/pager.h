@@ -49,7 +49,7 @@
 /* ---- memory: written by callers under pc_pager.lock, read by all ---- */
 
 struct segment { /* part of a block, in one piece of its process's memory and guarded by one shard */
-    uint64_t first_page, pages; /* no pages: arming it has failed */
+    uint64_t first_page, pages;
     uint64_t address;
     uint32_t shard;
 };
@@ -145,6 +145,8 @@ struct shard {
     struct pc_uffd_api api;
     bool gated; /* its userfaultfd tells what is taken away */
     pthread_mutex_t gate;
+    struct pc_journal *journal; /* what is read of it, removed.c; with the gate: `own_journal`, or in the states of the block armed first */
+    struct pc_journal own_journal;
     pthread_t thread;
 
     /* Shared, atomic: from other threads to the fault thread. */
@@ -154,6 +156,7 @@ struct shard {
     bool recheck;            /* pages that threads wait for have been received, or may be requested again */
     bool answers_dropped;    /* set before `recheck`: answers to requests may have been */
     bool sweep_again;        /* more missing pages may be requested */
+    bool journal_full;       /* nothing is read before more memory is armed */
 
     /* The fault thread's own from here on. Who waits (faults.c): */
     struct pc_shard_metrics *metrics;
@@ -164,6 +167,7 @@ struct shard {
     uint64_t retry_at_ns, retry_ns; /* something could not be placed or resolved for the moment; 0: nothing */
     uint64_t unpollable_until_ns;
     bool unpollable_reported;
+    bool meddled_with; /* another process has made the userfaultfd a blocking one */
     uint32_t uffd_watched, stream_watched; /* for what epoll(7) looks at them; 0: not at all */
     uint32_t busy_turns;
 
@@ -281,11 +285,11 @@ static inline const struct segment *pc_find_segment(const struct block *block, u
 
     for (uint32_t i = 0; i < count; i++) {
         const struct segment *segment = &block->segments[i];
-        uint64_t guarded = __atomic_load_n(&segment->pages, __ATOMIC_RELAXED);
+        uint64_t at = page - segment->first_page;
 
-        if (page - segment->first_page < guarded) {
-            if (*pages > guarded - (page - segment->first_page))
-                *pages = guarded - (page - segment->first_page);
+        if (at < segment->pages) {
+            if (*pages > segment->pages - at)
+                *pages = segment->pages - at;
             return segment;
         }
     }
@@ -300,7 +304,7 @@ static inline uint64_t pc_page_address(const struct block *block, uint64_t page)
 
     if (!segment)
         return 0;
-    return __atomic_load_n(&segment->address, __ATOMIC_RELAXED) + (page - segment->first_page) * block->memory.page_bytes;
+    return segment->address + (page - segment->first_page) * block->memory.page_bytes;
 }
 
 /* Which pages are staged, or NULL. */
@@ -327,6 +331,12 @@ static inline void pc_wake_pages(const struct shard *shard, const struct block *
 static inline void pc_spend(struct progress *progress, uint64_t ns)
 {
     progress->work_ns -= progress->work_ns < ns ? progress->work_ns : ns;
+}
+
+/* The memory may be another process's, with pages in it and out of it of which nobody here knows. */
+static inline bool pc_is_adopted(const struct shard *shard)
+{
+    return !shard->api.how;
 }
 
 /* The kernel refused, and has woken no thread: the same again, later. */
@@ -360,6 +370,17 @@ int pc_check_payload(const struct pc_frame *frame, const uint8_t *payload, struc
  * an error that ends the channel, with a line in progress->text. */
 int pc_handle_frame(struct pc_pager *pager, struct channel *channel, const struct pc_frame *frame, const uint8_t *payload,
                     struct progress *progress);
+
+/* removed.c: with the gate, but for those that callers use to arm. */
+/* Fault thread. Puts into the maps what the first events of the journal say was taken away; how many say so. */
+size_t pc_apply_removals(struct shard *shard, size_t count);
+/* Arming, in this order. Before anything is armed: which journal it is. */
+void pc_journal_open(struct shard *shard, const struct block *block);
+/* Whether an earlier pager has registered this range: what has left the userfaultfd since is not ours any more. */
+bool pc_journal_knows(const struct shard *shard, const struct range *range);
+void pc_journal_registered(struct shard *shard, const struct range *range);
+void pc_journal_apply(struct shard *shard); /* with the gate: what has been taken away of the range that was added */
+void pc_journal_unregistered(struct shard *shard);
 
 /* faults.c: the shard's fault thread, but the first. */
 void pc_recheck_page(struct shard *shard, uint32_t block, uint64_t page); /* any thread: the faults on it are looked at, soon */

@@ -38,6 +38,8 @@ int pc_resolve(struct shard *shard, const struct block *block, uint64_t page, bo
     uint64_t address = pc_page_address(block, page), bytes = block->memory.page_bytes, done;
     int error;
 
+    if (!address)
+        return 0; /* being armed, which wakes all who wait */
     if (minor)
         error = pc_uffd_continue(shard->uffd, address, bytes, 0, &done);
     else if (block->memory.kind == PC_MEMORY_HUGETLB)
@@ -49,9 +51,8 @@ int pc_resolve(struct shard *shard, const struct block *block, uint64_t page, bo
     /* Whatever else the kernel says, let the thread look again: if the page still is not there, it faults anew. */
     if (error)
         pc_wake_pages(shard, block, page, 1);
-    /* EFAULT from CONTINUE: thrown away again since the fault, which comes back as a missing one. ENOENT, ESRCH: the memory, or its
-     * process, has gone. */
-    return error == -EEXIST || (minor && error == -EFAULT) || error == -ENOENT || error == -ESRCH ? 0 : error;
+    /* EFAULT from CONTINUE: thrown away again since the fault, which comes back as a missing one. ENOENT: the memory has gone. */
+    return error == -EEXIST || (minor && error == -EFAULT) || error == -ENOENT ? 0 : error;
 }
 
 /* Changes a page in the page cache without going through the machine's mapping. */
@@ -76,7 +77,9 @@ static int overwrite_page(const struct block *block, uint64_t page, const uint8_
 static int place_over(struct shard *shard, const struct block *block, uint64_t page, const uint8_t *content)
 {
     uint64_t address = pc_page_address(block, page), bytes = block->memory.page_bytes, done;
-    int error = -EEXIST; /* anonymous memory is not shared: a page there is a mistake worth stopping for */
+    /* Private memory is not shared: a page there is a mistake worth stopping for. Unless it is another process's: then an earlier pager may
+     * have placed it, or its process, and it has been written to since. */
+    int error = pc_is_adopted(shard) ? 0 : -EEXIST;
 
     if (block->memory.fd >= 0) {
         error = overwrite_page(block, page, content);
@@ -96,13 +99,13 @@ static int place_over(struct shard *shard, const struct block *block, uint64_t p
 static int place_run(struct shard *shard, struct block *block, uint64_t first, uint64_t pages, const uint8_t *content,
                      uint64_t *placed)
 {
-    uint64_t page_bytes = block->memory.page_bytes, bytes = pages * page_bytes, at = 0;
+    uint64_t page_bytes = block->memory.page_bytes, bytes = pages * page_bytes, at = 0, most = bytes;
     int error = 0;
 
     while (at < bytes && !error) {
-        uint64_t done = 0;
+        uint64_t page = first + at / page_bytes, done = 0;
 
-        error = pc_uffd_copy(shard->uffd, pc_page_address(block, first) + at, content + at, bytes - at, 0, &done);
+        error = pc_uffd_copy(shard->uffd, pc_page_address(block, page), content + at, bytes - at < most ? bytes - at : most, 0, &done);
         at += done;
         if (error == -EEXIST && at < bytes) {
             error = place_over(shard, block, first + at / page_bytes, content + at);
@@ -110,10 +113,19 @@ static int place_run(struct shard *shard, struct block *block, uint64_t first, u
                 at += page_bytes;
         } else if (error == -EAGAIN && done) {
             error = 0; /* the kernel stopped half way: go on from where it stopped */
+        } else if (error == -ENOENT && most > page_bytes) {
+            most = page_bytes; /* it says so of a run with an edge of two mappings in it, too */
+            error = 0;
+        } else if (error == -ENOENT) { /* the page has left the userfaultfd: who waited there is to look again */
+            pc_wake_pages(shard, block, page, 1);
+            if (pc_is_adopted(shard)) { /* its process needs nobody for it any more */
+                (void)pc_atomic_set(block->zero, page / 64, UINT64_C(1) << (page % 64));
+                COUNT(shard->pager, removed_pages, 1);
+                at += page_bytes;
+                error = 0;
+            }
         }
     }
-    if (error == -ENOENT) /* the range has left the userfaultfd: who waited there is to look again */
-        pc_wake_pages(shard, block, first + at / page_bytes, 1);
     *placed = at / page_bytes;
     return at < bytes ? error : 0;
 }
@@ -229,7 +241,9 @@ static int place_pages(struct pc_pager *pager, const struct channel *channel, co
             unclaim(pager, channel, frame->block, word, mine, error == -EAGAIN);
             mask &= (UINT64_C(1) << (failed % 64)) - 1; /* what is dealt with */
             progress->done = failed - frame->first_page;
-            if (error != -EAGAIN) {
+            if (error == -EAGAIN) {
+                COUNT(pager, retries, 1);
+            } else {
                 (void)pc_fail(-error, progress->text, sizeof(progress->text), "cannot place page %llu of RAM block %u: %s",
                               (unsigned long long)failed, frame->block, strerror(-error));
                 if (!may_heal(error))

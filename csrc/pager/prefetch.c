@@ -173,7 +173,7 @@ int64_t pc_pager_request_range(struct pc_pager *pager, uint32_t index, uint64_t 
     segments = missing ? __atomic_load_n(&block->segment_count, __ATOMIC_ACQUIRE) : 0;
     for (uint32_t i = 0; i < segments; i++) {
         const struct segment *segment = &block->segments[i];
-        uint64_t low = segment->first_page, high = low + __atomic_load_n(&segment->pages, __ATOMIC_RELAXED);
+        uint64_t low = segment->first_page, high = low + segment->pages;
         uint64_t no_limit = UINT64_MAX;
         struct command *command;
 

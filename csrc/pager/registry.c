@@ -56,6 +56,8 @@ static int make_maps(struct block *block, int states_fd)
     block->claimed = block->states.claimed;
     block->received = block->states.received;
     block->zero = block->states.zero;
+    if (block->memory.fd < 0)
+        pc_states_unclaim(&block->states, block->pages);
     for (uint64_t word = 0; word < words; word++)
         if (block->claimed[word] & ~block->received[word])
             return -EUCLEAN; /* pc_states_settle comes first */
@@ -159,6 +161,7 @@ static struct shard *new_shard(struct pc_pager *pager, int uffd, const struct pc
     shard->pager = pager;
     shard->uffd = uffd;
     shard->poll_fd = -1;
+    shard->journal = &shard->own_journal;
     shard->api = *api;
     shard->stream.fd = -1;
     shard->busy_poll_ns = (uint64_t)busy_poll_us * 1000;
@@ -246,8 +249,11 @@ static int check_uffd(int uffd, uint64_t features, char *error, size_t error_byt
 int pc_pager_adopt_shard(struct pc_pager *pager, int uffd, uint64_t features, uint32_t busy_poll_us, char *error,
                          size_t error_bytes)
 {
-    const struct pc_uffd_api api = {.features = features};
-    int result = check_uffd(uffd, features, error, error_bytes);
+    struct pc_uffd_api api = {.features = features};
+    int result;
+
+    (void)pc_uffd_features(uffd, &api.features); /* what it has, where that can be known, and not what somebody says */
+    result = check_uffd(uffd, api.features, error, error_bytes);
 
     if (result) {
         if (result != -EBADF)
@@ -279,35 +285,37 @@ static int drop_unplaced(const struct block *block, uint64_t first, uint64_t pag
     return 0;
 }
 
-/* Publishes segment and range, then registers: the first fault may come before this thread is back from the kernel. */
-static int register_range(struct shard *shard, struct block *block, struct range new_range, uint64_t mode)
+/* Registers, then publishes: range and segment at once with what was taken away of it already. */
+static int register_range(struct shard *shard, struct block *block, const struct range *range, uint64_t mode)
 {
     const uint64_t needed = UINT64_C(1) << PC_UFFD_IOCTL_COPY | UINT64_C(1) << PC_UFFD_IOCTL_WAKE;
-    struct segment *segment = &block->segments[block->segment_count];
-    struct range *range = &shard->ranges[shard->range_count];
     uint64_t ioctls = 0;
     int error;
 
-    *segment = (struct segment){.first_page = new_range.first_page,
-                                .pages = new_range.pages,
-                                .address = new_range.address,
-                                .shard = shard->index};
-    __atomic_store_n(&block->segment_count, block->segment_count + 1, __ATOMIC_SEQ_CST); /* see pc_local_stage */
-    *range = new_range;
+    pc_journal_open(shard, block);
+    if (!pc_journal_knows(shard, range)) {
+        error = pc_uffd_register(shard->uffd, range->address, range->bytes, mode, &ioctls);
+        if (!error && (ioctls & needed) != needed) {
+            (void)pc_uffd_unregister(shard->uffd, range->address, range->bytes);
+            error = -EOPNOTSUPP;
+        }
+        if (error)
+            return error;
+        pc_journal_registered(shard, range);
+    }
+    pthread_mutex_lock(&shard->gate);
+    shard->ranges[shard->range_count] = *range;
     __atomic_store_n(&shard->range_count, shard->range_count + 1, __ATOMIC_RELEASE);
-    error = pc_uffd_register(shard->uffd, range->address, range->bytes, mode, &ioctls);
-    if (!error && (ioctls & needed) != needed) {
-        (void)pc_uffd_unregister(shard->uffd, range->address, range->bytes);
-        error = -EOPNOTSUPP;
-    }
-    if (error) { /* other threads may be reading both: they stay, empty */
-        __atomic_store_n(&range->bytes, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&segment->pages, 0, __ATOMIC_RELAXED);
-    } else {
-        /* Faults that an earlier pager has read, those that it has not, and those that came before this: they happen again. */
-        (void)pc_uffd_wake(shard->uffd, range->address, range->bytes);
-    }
-    return error;
+    if (shard->gated)
+        pc_journal_apply(shard);
+    block->segments[block->segment_count] =
+        (struct segment){.first_page = range->first_page, .pages = range->pages, .address = range->address, .shard = shard->index};
+    __atomic_store_n(&block->segment_count, block->segment_count + 1, __ATOMIC_SEQ_CST); /* see pc_local_stage */
+    pthread_mutex_unlock(&shard->gate);
+    /* Faults that an earlier pager has read, those that it has not, and those that came before this: they happen again. */
+    (void)pc_uffd_wake(shard->uffd, range->address, range->bytes);
+    pc_shard_notify(shard); /* it looks at its userfaultfd from now on */
+    return 0;
 }
 
 /* With the lock. */
@@ -339,7 +347,7 @@ static int arm(struct shard *shard, struct block *block, const struct range *ran
         result = drop_unplaced(block, first, range->pages);
     if (result)
         return pc_fail(-result, error, error_bytes, "cannot empty RAM block %u: %s", range->block, strerror(-result));
-    result = register_range(shard, block, *range, mode);
+    result = register_range(shard, block, range, mode);
     if (result)
         return pc_fail(-result, error, error_bytes, "cannot register RAM block %u with a userfaultfd: %s", range->block,
                        strerror(-result));
@@ -390,6 +398,7 @@ void pc_shard_unregister(struct pc_pager *pager, struct shard *shard)
         if (!shard->ranges[i].bytes)
             continue;
         (void)pc_uffd_unregister(shard->uffd, shard->ranges[i].address, shard->ranges[i].bytes);
+        pc_journal_unregistered(shard);
         __atomic_store_n(&shard->ranges[i].bytes, 0, __ATOMIC_RELAXED);
     }
     pthread_mutex_unlock(&pager->lock);

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import enum
+import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -39,6 +40,8 @@ __all__ = [
     "Pager",
     "PagerStatistics",
     "Stage",
+    "new_metrics",
+    "new_states",
     "new_touches",
     "read_touches",
 ]
@@ -117,8 +120,12 @@ class Pager(CoreDataPlane, PagerCounters):
 
     PREFIX = COUNTERS = "pc_pager"
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, metrics_fd: int = -1) -> None:
+        """`metrics_fd`: where it counts (`new_metrics`), so that its successor goes on counting; stays the caller's."""
+        if metrics_fd < 0:
+            super().__init__()
+        else:
+            super().__init__(metrics_fd, made_by="new_with_metrics")
         self._counters = self._struct
 
     # ---- setting it up
@@ -312,6 +319,21 @@ class Pager(CoreDataPlane, PagerCounters):
         from here on. Closed already: no effect."""
         self._end_by = "leave"
         await self.close()
+
+
+def new_metrics() -> int:
+    """A memfd for what pagers count, one after the other, which outlives them."""
+    pointer: Any = ffi.new("struct pc_metrics **")
+    check(lib.pc_metrics_new(pointer), "making counters")
+    try:
+        return os.dup(lib.pc_metrics_fd(pointer[0]))
+    finally:
+        lib.pc_metrics_free(pointer[0])
+
+
+def new_states(pages: int) -> int:
+    """A memfd for the states of so many pages, which outlives pagers."""
+    return check(lib.pc_states_new(pages), "making page states")
 
 
 def new_touches(pages: int) -> int:

@@ -9,8 +9,9 @@ process without one, where nothing outlives anything.
 **Ownership.** Descriptors in `taken`, `listeners` and those that `accept` returns are the caller's, to close. `put`
 stores copies; the caller keeps its own.
 
-**Names** have letters, digits, ``.``, ``_`` and ``-``, at most `MAX_NAME_BYTES` of them. A connection that was accepted
-has a name already, under which the store holds it: what belongs to its VM is `put` to the same name.
+**Names** have letters, digits, ``.``, ``_``, ``-``, ``@`` and a backslash (units of systemd have such names), at most
+`MAX_NAME_BYTES` of them. A connection that was accepted has a name already, under which the store holds it: what
+belongs to its VM is `put` to the same name.
 
 **The order that loses nothing.** A connection is in the store before the engine sees it. Its first message, with the
 userfaultfd, is looked at with MSG_PEEK, which gives a copy of the descriptor too; then everything is `put` in one call;
@@ -20,6 +21,7 @@ connection with its message unread, or a VM that is whole.
 
 from __future__ import annotations
 
+import collections
 import itertools
 import os
 import re
@@ -29,16 +31,15 @@ from typing import Protocol
 
 import trio
 
+from postcopy._native import lib
 from postcopy.errors import ConfigurationError
 from postcopy.net.sockets import accept_from
 
-MAX_NAME_BYTES = 63
-MAX_FDS = 16
+MAX_NAME_BYTES: int = lib.PC_KEEPER_NAME_BYTES
+MAX_FDS: int = lib.PC_KEEPER_FDS
 """Of one `put`, and of one name."""
-MAX_WAITING = 64
-"""Connections that were accepted and that nobody has taken; more wait in the socket's own queue."""
 
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,63}")
+_NAME = re.compile(rf"[A-Za-z0-9._@\\-]{{1,{MAX_NAME_BYTES}}}")
 
 
 class Store(Protocol):
@@ -118,47 +119,51 @@ def is_listening(fd: int) -> bool:
 
 
 class LocalStore:
-    """For a process without a keeper: it accepts by itself, and nothing outlives it. To be used as a context manager
-    in a Trio task, in which `run` accepts."""
+    """For a process without a keeper: it accepts by itself, and nothing outlives it."""
 
     def __init__(self, listeners: Mapping[str, socket.socket]) -> None:
-        """The sockets stay the caller's."""
+        """The sockets stay the caller's; they are made non-blocking."""
         self.taken: dict[str, list[int]] = {}
         self.listeners = {check_name(name): sock.fileno() for name, sock in listeners.items()}
         self.deaths = 0
         self.reason = ""
         self.leave = trio.Event()
         self._numbers = itertools.count(1)
-        self._send, self._receive = trio.open_memory_channel[tuple[str, int]](MAX_WAITING)
-        self._added: list[int] = []  # copies of listeners that were put
+        self._send, self._receive = trio.open_memory_channel[tuple[str, int]](0)
+        self._accepting: dict[str, trio.CancelScope] = {}
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Accepts until it is cancelled."""
-        try:
-            async with trio.open_nursery() as self._nursery:
-                for name, fd in self.listeners.items():
-                    self._nursery.start_soon(self._accept, name, os.dup(fd))
-                task_status.started()
-                await trio.sleep_forever()
-        finally:
-            self._nursery = None
-            while True:
-                try:
-                    os.close(self._receive.receive_nowait()[1])
-                except trio.WouldBlock:
-                    break
+        async with trio.open_nursery() as self._nursery:
+            for name, fd in self.listeners.items():
+                self._nursery.start_soon(self._accept, name, os.dup(fd))
+            task_status.started()
+            await trio.sleep_forever()
 
     async def _accept(self, name: str, fd: int) -> None:
-        with socket.socket(fileno=fd) as sock:
-            sock.setblocking(False)
-            listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+        sock = socket.socket(fileno=fd)
+        sock.setblocking(False)
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+        waiting = collections.deque[trio.SocketStream]()
 
-            def take(stream: trio.SocketStream) -> None:
-                waiting.append(stream)
+        def take(stream: trio.SocketStream) -> None:
+            waiting.append(stream)
+            accepting.cancel()
 
-            waiting: list[trio.SocketStream] = []
-            await accept_from([listener], f"connections of {name}", take)
+        try:
+            with trio.CancelScope() as self._accepting[name]:
+                while True:
+                    # One after the other: those that nobody takes wait in the socket's own queue.
+                    with trio.CancelScope() as accepting:
+                        await accept_from([listener], f"connections of {name}", take)
+                    while waiting:
+                        await self._send.send((f"{name}.{next(self._numbers)}", waiting[0].socket.fileno()))
+                        waiting.popleft().socket.detach()
+        finally:
+            for stream in waiting:
+                stream.socket.close()
+            listener.socket.close()
 
     async def accept(self) -> tuple[str, int]:
         return await self._receive.receive()
@@ -166,9 +171,13 @@ class LocalStore:
     async def put(self, name: str, fds: Sequence[int]) -> None:
         check_name(name)
         await trio.lowlevel.checkpoint()
+        if is_listening(fds[0]) and self._nursery is not None:
+            self._nursery.start_soon(self._accept, name, os.dup(fds[0]))
 
     async def drop(self, name: str) -> None:
         await trio.lowlevel.checkpoint()
+        if name in self._accepting:
+            self._accepting.pop(name).cancel()
 
     async def ready(self) -> None:
         await trio.lowlevel.checkpoint()

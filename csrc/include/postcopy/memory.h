@@ -66,7 +66,7 @@ void pc_bytes_copy(uint64_t to_address, uint64_t from_address, uint64_t bytes);
 /* ---- memory of another process ---- */
 /* Looked at and read from outside, while that process knows nothing of it (csrc/memory/remote.c). Reading takes the right to trace
  * it. Reading a page that its process waits for too, since another pager has not brought it yet, waits as well. */
-struct pc_extent {
+struct pc_remote_extent {
     uint64_t address;    /* in that process */
     uint64_t first_byte; /* of the memory */
     uint64_t bytes;
@@ -74,7 +74,7 @@ struct pc_extent {
 #define PC_REMOTE_EXTENTS 64
 /* Extents in the order of the memory, which they make up without a gap, in whole pages. pidfd, which is duplicated, is that of `pid`:
  * so that nothing is read of a process that has its number later. 0 or -errno with a line in `error`. */
-int pc_remote_new(int pid, int pidfd, const struct pc_extent *extents, uint32_t count, uint64_t page_bytes,
+int pc_remote_new(int pid, int pidfd, const struct pc_remote_extent *extents, uint32_t count, uint64_t page_bytes,
                   struct pc_remote **remote, char *error, size_t error_bytes);
 void pc_remote_free(struct pc_remote *remote);
 /* 0 when all was read, else -errno: -ESRCH when the process has ended, -EFAULT where it has no memory, -EPERM without the right. Blocks

@@ -146,7 +146,7 @@ static void tell(struct other *other, enum order order, uint64_t page, uint64_t 
 static void start(struct other *other)
 {
     uint64_t bytes = PAGES * pc_page_bytes();
-    struct pc_extent extents[2];
+    struct pc_remote_extent extents[2];
     int pair[2], fd;
 
     other->shared = mmap(NULL, sizeof(*other->shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -178,8 +178,8 @@ static void start(struct other *other)
         SKIP("uffd", "the other process may not have a userfaultfd");
     other->uffd = pc_remote_descriptor(other->pidfd, atomic_load(&other->shared->uffd));
     CHECK_SYS(other->uffd);
-    extents[0] = (struct pc_extent){(uintptr_t)other->base + bytes / 4, 0, bytes / 4 * 3};
-    extents[1] = (struct pc_extent){(uintptr_t)other->base, bytes / 4 * 3, bytes / 4};
+    extents[0] = (struct pc_remote_extent){(uintptr_t)other->base + bytes / 4, 0, bytes / 4 * 3};
+    extents[1] = (struct pc_remote_extent){(uintptr_t)other->base, bytes / 4 * 3, bytes / 4};
     if (pc_remote_new(other->pid, other->pidfd, extents, 2, pc_page_bytes(), &other->remote, message, sizeof(message)))
         FAIL("%s", message);
     other->memory = (struct pc_memory){
@@ -255,7 +255,7 @@ static void extents_must_make_up_the_memory(void)
 {
     const uint64_t page = pc_page_bytes();
     const struct {
-        struct pc_extent extents[2];
+        struct pc_remote_extent extents[2];
         uint32_t count;
     } bad[] = {
         {{{page, 0, 0}}, 1},
@@ -274,8 +274,8 @@ static void extents_must_make_up_the_memory(void)
 
     for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++)
         CHECK_EQ(pc_remote_new(getpid(), pidfd, bad[i].extents, bad[i].count, page, &remote, message, sizeof(message)), -EINVAL);
-    CHECK_EQ(pc_remote_new(0, pidfd, &(struct pc_extent){page, 0, page}, 1, page, &remote, message, sizeof(message)), -EINVAL);
-    CHECK_EQ(pc_remote_new(getpid(), pidfd, &(struct pc_extent){page, 0, page}, 1, 0, &remote, message, sizeof(message)), -EINVAL);
+    CHECK_EQ(pc_remote_new(0, pidfd, &(struct pc_remote_extent){page, 0, page}, 1, page, &remote, message, sizeof(message)), -EINVAL);
+    CHECK_EQ(pc_remote_new(getpid(), pidfd, &(struct pc_remote_extent){page, 0, page}, 1, 0, &remote, message, sizeof(message)), -EINVAL);
     close(pidfd);
 }
 
@@ -331,7 +331,7 @@ static void a_process_that_has_ended_is_not_read(void)
 {
     uint64_t words[WORDS] = {0};
     uint8_t byte;
-    struct pc_extent extent = {pc_page_bytes(), 0, pc_page_bytes()};
+    struct pc_remote_extent extent = {pc_page_bytes(), 0, pc_page_bytes()};
     struct pc_remote *remote;
     struct other other;
 
@@ -348,14 +348,14 @@ static void a_hole_in_its_memory_is_an_error(void)
 {
     const uint64_t page = pc_page_bytes();
     uint8_t content[4 * 65536];
-    struct pc_extent extent;
+    struct pc_remote_extent extent;
     struct pc_remote *remote;
     struct other other;
 
     start(&other);
     tell(&other, WRITE, 0, 8);
     /* Beyond what it has mapped: nothing is behind the last page but what is not to be read. */
-    extent = (struct pc_extent){(UINT64_C(1) << 46), 0, 2 * page};
+    extent = (struct pc_remote_extent){(UINT64_C(1) << 46), 0, 2 * page};
     CHECK_EQ(pc_remote_new(other.pid, other.pidfd, &extent, 1, page, &remote, message, sizeof(message)), 0);
     CHECK_EQ(pc_remote_read(remote, 0, content, page), -EFAULT);
     pc_remote_free(remote);

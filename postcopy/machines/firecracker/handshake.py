@@ -23,6 +23,7 @@ Resource handling: a `Handshake` owns its userfaultfd until `detach` or `close`.
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import itertools
 import os
@@ -48,6 +49,8 @@ MAX_REGIONS = 32
 _MAX_DESCRIPTORS = 8  # so many are received, to be counted
 _ADDRESSES = 1 << 57  # of a process, with five levels of page tables
 _PAGE_SIZES = (4 << 10, 2 << 20, 1 << 30)
+_SO_PEEK_OFF = 42  # <asm-generic/socket.h>
+_PEEK_AGAIN_S = 0.005
 _KERNEL_FEATURES = 1 << 31  # not a feature: that there was a UFFDIO_API
 
 
@@ -117,18 +120,25 @@ def peer_credentials(connection: socket.socket | trio.socket.SocketType) -> Cred
     return Credentials(*fields.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, fields.size)))
 
 
-async def receive_handshake(connection: trio.socket.SocketType, timeout_s: float = HANDSHAKE_S) -> Handshake:
+async def receive_handshake(
+    connection: trio.socket.SocketType, timeout_s: float = HANDSHAKE_S, *, peek: bool = False
+) -> Handshake:
     """The handshake that comes on a connection, checked against what the kernel says about the userfaultfd.
+
+    `peek`: it stays in the connection, so that another process that has a copy of it may receive it too; what comes of
+    it has a copy of the userfaultfd. `consume_handshake` takes it out then.
 
     `ConnectionLost` when the peer closes it before, `ProtocolError` that names what is wrong with the message,
     `PeerError` when none has come in time. Then nothing is kept.
     """
     received = bytearray()
     descriptors: list[int] = []
+    if peek:
+        connection.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, 0)  # from here on each look goes on behind the last one
     try:
         with trio.move_on_after(timeout_s):
             while (sent := _decode(received)) is None:
-                received += await _receive(connection, descriptors)
+                received += await _receive(connection, descriptors, peek)
             if len(descriptors) != 1:
                 raise ProtocolError(
                     f"{len(descriptors)} descriptors came with the handshake where one was expected, the userfaultfd:"
@@ -141,12 +151,37 @@ async def receive_handshake(connection: trio.socket.SocketType, timeout_s: float
             os.close(fd)
 
 
-async def _receive(connection: trio.socket.SocketType, descriptors: list[int]) -> bytes:
+def consume_handshake(connection: trio.socket.SocketType) -> None:
+    """Takes a handshake that was looked at out of the connection. Never blocks."""
+    descriptors: list[int] = []
+    with contextlib.suppress(BlockingIOError, ProtocolError, ConnectionLost):
+        while True:
+            _receive_now(connection, descriptors, 0)
+    for fd in descriptors:
+        os.close(fd)
+
+
+async def _receive(connection: trio.socket.SocketType, descriptors: list[int], peek: bool) -> bytes:
+    while True:
+        await trio.lowlevel.wait_readable(connection)
+        try:
+            return _receive_now(connection, descriptors, socket.MSG_PEEK if peek else 0)
+        except BlockingIOError:  # (what was looked at already makes it readable)
+            await trio.sleep(_PEEK_AGAIN_S)
+
+
+def _receive_now(connection: trio.socket.SocketType, descriptors: list[int], flags: int) -> bytes:
     space = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
+    flags |= socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+    plain = socket.socket(fileno=connection.fileno())
     try:
-        data, ancillary, flags, _ = await connection.recvmsg(MAX_MESSAGE_BYTES, space, socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, flags, _ = plain.recvmsg(MAX_MESSAGE_BYTES, space, flags)
+    except BlockingIOError:
+        raise
     except OSError as error:
         raise ConnectionLost(f"the connection was lost before the handshake: {error.strerror}") from error
+    finally:
+        plain.detach()
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             numbers = array.array("i")

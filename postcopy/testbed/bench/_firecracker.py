@@ -8,17 +8,19 @@ design of the example in Firecracker's documentation (one thread, synchronous).
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
 import tempfile
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
@@ -29,7 +31,9 @@ from postcopy.machines.firecracker.handshake import Handshake, receive_handshake
 from postcopy.testbed import probe
 from postcopy.testbed._processes import Child, open_child, parse
 from postcopy.testbed.bench._common import DEADLINE_S, Figure, Rounds, ratio, worker
-from postcopy.testbed.firecracker import Firecracker, GuestLine, find, guest_path, version_of
+from postcopy.testbed.firecracker import Firecracker, GuestLine, find, guest_path, serving_engine, version_of
+
+T = TypeVar("T")
 
 MEMORY_MIB = 128
 PAGES = 8192
@@ -37,8 +41,9 @@ PAGES = 8192
 POPULATED_MIB = 512
 KILLS = 20
 """Of the engine in a round."""
-SOME_PAGES = 256
-"""That a guest touches during one of them."""
+STEP_PAGES = 400
+"""That a guest touches for the first time during one of them."""
+DEATH_MS = 300.0
 PLACED_RUN_BYTES = 2 << 20
 
 FAULT = "seen by the guest: its first access to each page of a working set, in random order, from an image in the cache"
@@ -116,23 +121,35 @@ def _touched(snapshot: Snapshot, path: str) -> dict[str, float]:
 # ---- who serves it
 
 
+@dataclass(frozen=True)
+class Handler:
+    """Listens at `path`."""
+
+    path: str
+    child: Child
+    ours: bool
+
+
 @asynccontextmanager
-async def _floor(path: str, snapshot: Snapshot, what: str) -> AsyncIterator[Child]:
+async def _floor(snapshot: Snapshot, what: str) -> AsyncIterator[Handler]:
     """``plain`` or ``example``, see the head of this file; ``place N``: puts all of the image there, by N threads."""
-    command = worker("_firecracker", path, str(snapshot.memory), what)
-    async with open_child(command) as child:
-        if await child.line() != "ready":
-            raise MigrationError("a handler of a measurement ended early (its error is above)")
-        yield child
+    with tempfile.TemporaryDirectory(dir=snapshot.directory) as directory:
+        path = f"{directory}/socket"
+        async with open_child(worker("_firecracker", path, str(snapshot.memory), what)) as child:
+            if await child.line() != "ready":
+                raise MigrationError("a handler of a measurement ended early (its error is above)")
+            yield Handler(path, child, False)
 
 
 @asynccontextmanager
-async def _pager(path: str, snapshot: Snapshot, *options: str) -> AsyncIterator[Child]:
-    """`postcopy pager`, that listens."""
-    command = python("-m", "postcopy", "pager", "--json", "--socket", path, "--image", str(snapshot.memory), *options)
-    async with open_child(command, ask=signal.SIGTERM, end_s=10.0) as child:
-        await _event(child, "listening")
-        yield child
+async def _pager(snapshot: Snapshot, *options: str) -> AsyncIterator[Handler]:
+    """`postcopy pager`."""
+    with tempfile.TemporaryDirectory(dir=snapshot.directory) as directory:
+        path = f"{directory}/socket"
+        command = ("-m", "postcopy", "pager", "--json", "--socket", path, "--image", str(snapshot.memory), *options)
+        async with open_child(python(*command), ask=signal.SIGTERM, end_s=10.0) as child:
+            await _event(child, "listening")
+            yield Handler(path, child, True)
 
 
 async def _event(child: Child, name: str) -> dict[str, Any]:
@@ -158,6 +175,7 @@ def main(path: str, image: str, what: str) -> None:
                 to.address, to.bytes, to.offset = region.address, region.size_bytes, region.offset
             if what.startswith("place"):
                 _place(handshake, file.fileno(), int(what.split()[1]))
+                connection.setblocking(True)
                 connection.recv(1)  # until it has ended
                 return
             example = what == "example"
@@ -181,12 +199,10 @@ def _place(handshake: Handshake, image_fd: int, threads: int) -> None:
 
     def place(number: int) -> None:
         at = number * part
-        check(
-            lib.pc_bench_image_place(
-                handshake.uffd, image_fd, region.offset + at, region.address + at, part, PLACED_RUN_BYTES
-            ),
-            "placing an image",
-        )
+        place = lib.pc_bench_image_place
+        done = place(handshake.uffd, image_fd, region.offset + at, region.address + at, part, PLACED_RUN_BYTES)
+        if done != -errno.ESRCH:  # it has been seen for long enough, and was ended
+            check(done, "placing an image")
 
     running = [threading.Thread(target=place, args=(number,)) for number in range(threads)]
     for thread in running:
@@ -203,28 +219,149 @@ async def measure_firecracker(rounds: int) -> list[Figure]:
     with tempfile.TemporaryDirectory(prefix="postcopy-bench-") as name:
         directory = Path(name)
         small = await _thread(take_snapshot, directory / "small", MEMORY_MIB, f"pages={PAGES} spread=1")
-        figures = await _faults(rounds, directory, small)
-        return figures
+        steps = await _thread(take_snapshot, directory / "steps", MEMORY_MIB, f"touches={STEP_PAGES}")
+        large = await _thread(take_snapshot, directory / "large", POPULATED_MIB, "pages=16")
+        await _thread(_fill, large)
+        return [
+            *await _faults(rounds, small),
+            *await _populate(rounds, large),
+            await _death(rounds, steps),
+        ]
 
 
-async def _thread(function: Any, *arguments: Any) -> Any:
+async def _thread(function: Callable[..., T], *arguments: Any) -> T:
     return await trio.to_thread.run_sync(partial(function, *arguments))
 
 
-async def _faults(rounds: int, directory: Path, snapshot: Snapshot) -> list[Figure]:
-    path = str(directory / "socket")
+async def _faults(rounds: int, snapshot: Snapshot) -> list[Figure]:
+    """First accesses of the guest, by who serves it; and what a working set is worth: each round records one."""
+    working_set = str(snapshot.directory / "working-set")
     ways = {
-        "c": partial(_floor, path, snapshot, "plain"),
-        "example": partial(_floor, path, snapshot, "example"),
+        "c": partial(_floor, snapshot, "plain"),
+        "example": partial(_floor, snapshot, "example"),
+        "ours": partial(_pager, snapshot, "--record-working-set", working_set),
+        "ours, all": partial(_pager, snapshot, "--prefetch", "all"),
+        "ours, working set": partial(_pager, snapshot, "--working-set", working_set),
     }
     turns: list[dict[str, dict[str, float]]] = []
     for number in range(rounds):
-        turn = {}
-        for name, way in list(ways.items())[:: 1 if number % 2 else -1]:
-            async with way():
-                turn[name] = await _thread(_touched, snapshot, path)
-            Path(path).unlink(missing_ok=True)
+        turn: dict[str, dict[str, float]] = {}
+        for name in sorted(ways, reverse=bool(number % 2)):
+            if name == "ours, working set":
+                continue
+            turn[name] = await _served(ways[name], snapshot)
+        turn["ours, working set"] = await _served(ways["ours, working set"], snapshot)
         turns.append(turn)
-    print(turns)
-    p50: Rounds = [{name: values["p50"] for name, values in turn.items()} for turn in turns]
-    return [ratio("example / c", p50, "example", "c", None)]
+
+    def rounds_of(value: str, *names: str, scale: float = 1.0) -> Rounds:
+        return [{name: turn[name][value] * scale for name in names} for turn in turns]
+
+    p50 = rounds_of("p50", "ours", "c", "example")
+    total = rounds_of("ticks", "ours, all", "example", "c", "ours", "ours, working set", scale=1e-3)
+    gone = [
+        {"ours, working set": turn["ours, working set"]["faults"], "ours": turn["ours"]["faults"]} for turn in turns
+    ]
+    return [
+        ratio("fault of a guest, p50, postcopy pager / C handler", p50, "ours", "c", 1.06, note=FAULT),
+        ratio("time to touch a working set, all prefetched / example", total, "ours, all", "example", 1.0, note=TOUCH,
+              unit="ms"),
+        ratio("faults with a working set / without", gone, "ours, working set", "ours", 0.03, note=SET, unit="faults"),
+    ]  # fmt: skip
+
+
+Way = Callable[[], AbstractAsyncContextManager[Handler]]
+
+
+async def _served(way: Way, snapshot: Snapshot) -> dict[str, float]:
+    """What a guest saw that it served; of ours, with the faults that it read."""
+    async with way() as handler:
+        seen = await _thread(_touched, snapshot, handler.path)
+        if not handler.ours:
+            return seen
+        ended = await _event(handler.child, "vm-ended")
+        return seen | {"faults": float(ended["figures"]["faults"])}
+
+
+# ---- how fast all of it comes
+
+
+def _fill(snapshot: Snapshot) -> None:
+    """Content for memory of which nobody looks at what is in it: all is there."""
+    size = os.stat(snapshot.memory).st_size
+    content = os.urandom(1 << 20)
+    with open(snapshot.memory, "r+b") as file:
+        for _ in range(size >> 20):
+            file.write(content)
+
+
+def _rate(snapshot: Snapshot, path: str) -> float:
+    """Bytes for each microsecond, from a tenth to nine tenths of its memory, of a microVM that does not run."""
+    size = os.stat(snapshot.memory).st_size
+    with Firecracker.start() as vm:
+        before = _resident(vm.pid)
+        loading = threading.Thread(target=vm.load, args=(snapshot.state,), kwargs={"uffd": path})
+        loading.start()
+        times = []
+        for part in (0.1, 0.9):
+            deadline = time.monotonic() + DEADLINE_S
+            while (now := _resident(vm.pid) - before) < part * size:
+                if time.monotonic() > deadline:
+                    raise MigrationError(f"{now} of {size} bytes of a microVM are there after {DEADLINE_S:.0f} s")
+                time.sleep(0.0002)
+            times.append((time.perf_counter(), now))
+        loading.join()
+    (begin_s, least), (end_s, most) = times
+    return float((most - least) / (end_s - begin_s) / 1e6)
+
+
+def _resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+async def _populate(rounds: int, snapshot: Snapshot) -> list[Figure]:
+    ways = {
+        "1 thread": partial(_floor, snapshot, "place 1"),
+        "2 threads": partial(_floor, snapshot, "place 2"),
+        "ours": partial(_pager, snapshot, "--prefetch", "all"),
+    }
+    turns: Rounds = []
+    for number in range(rounds):
+        turn: dict[str, float] = {}
+        for name in sorted(ways, reverse=bool(number % 2)):
+            async with ways[name]() as handler:
+                turn[name] = await _thread(_rate, snapshot, handler.path)
+        turns.append(turn | {"ceiling": max(turn["1 thread"], turn["2 threads"])})
+    name = f"memory of {POPULATED_MIB} MiB, populated / UFFDIO_COPY"
+    return [ratio(name, turns, "ours", "ceiling", 0.8, at_most=False, note=POPULATE, unit="MB/s")]
+
+
+# ---- when the engine dies
+
+
+def _killed(snapshot: Snapshot, path: str, keeper: int) -> list[float]:
+    """Milliseconds of the longest access of the guest, for each time that the engine was killed."""
+    longest = []
+    with Firecracker.start() as vm:
+        vm.load(snapshot.state, uffd=path, resume=True)
+        vm.order("r")
+        for _ in range(KILLS):
+            engine = serving_engine(keeper)
+            passes = len(vm.passes())
+            vm.send("r")
+            time.sleep(0.005)  # it is on its way: a pass takes several times that
+            os.kill(engine, signal.SIGKILL)
+            line = vm.wait_pass(passes + 1)
+            if line.values["errors"]:
+                raise MigrationError(f"the guest found {line.values['errors']} wrong words:\n{vm.said()}")
+            longest.append(line.values["max"] / snapshot.ticks_per_us / 1e3)
+    return longest
+
+
+async def _death(rounds: int, snapshot: Snapshot) -> Figure:
+    turns: Rounds = []
+    for _ in range(rounds):
+        async with _pager(snapshot) as handler:
+            longest: list[float] = sorted(await _thread(_killed, snapshot, handler.path, handler.child.pid))
+        p99 = longest[-1] if len(longest) < 100 else longest[len(longest) * 99 // 100]
+        turns.append({"p99": p99, "p50": longest[len(longest) // 2], "allowed": DEATH_MS})
+    return ratio("death of the engine to the next page / allowed", turns, "p99", "allowed", 1.0, note=DEATH, unit="ms")
