@@ -27,10 +27,13 @@ class ArrivalOptions:
 
     backing: str = "memfd"
     disk: str | None = None
-    net: str | None = None  # tap:NAME, where the network device of a machine that has one is attached
+    net: str | None = None  # tap:NAME or IFACE=TAP,...: where network devices are attached
     busy_poll_us: int = 0
     pager_process: bool = False  # the pager in a process of its own
     kill_when_lost: bool = False
+    api_socket: str | None = None  # where a microVM is loaded: that of a Firecracker which was told nothing yet,
+    firecracker: str | None = None  # or the binary, which is started
+    drive: str | None = None  # ID=PATH,...
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class DestinationConfig:
     """One arrival, and what is done with the machine when all of it is here: either `listen` or `connect`."""
 
     arrival: ArrivalOptions
+    takes: str | None = None  # machines of this kind only
     listen: Address | None = None
     connect: Route | None = None
     heartbeat_s: float = HEARTBEAT_S

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 
 from postcopy._files import explain_bad_name
 from postcopy.errors import ConfigurationError
-from postcopy.machines.kinds import BACKINGS, KINDS, is_live
+from postcopy.machines.kinds import BACKINGS, KINDS, is_live, parse_pairs
 from postcopy.machines.toy.machine import WORKLOADS, ToyOptions
 from postcopy.machines.toy.tap import format_ipv4, format_mac, parse_ipv4, parse_mac, parse_net
 from postcopy.migration.channels import bulk_channels_for_host
@@ -231,6 +231,21 @@ def _check_net(text: str) -> str:
     return text
 
 
+def _check_nets(text: str) -> str:
+    """Of any kind of machine."""
+    if "=" not in text:
+        return _check_net(text)
+    for tap in parse_pairs(text, "tap:NAME, or IFACE=TAP").values():
+        parse_net(f"tap:{tap}")
+    return text
+
+
+def _check_drives(text: str) -> str:
+    for path in parse_pairs(text, "ID=PATH").values():
+        parse_path(path)
+    return text
+
+
 def check_address(text: str, *, listening: bool = False) -> str:
     """It is looked up when it is needed."""
     parse_address(text, listening=listening)
@@ -328,14 +343,19 @@ SEED = whole("seed", "kvm, rv64: makes the content of the memory the same in eac
 DISK = path("disk", "workload disk: file of the guest's disk, which both hosts must have (default: a temporary file)")
 IMAGE = path("image", "image: memory image to serve")
 NET = Option("net", "workload echo: TAP device of the guest's network device", "tap:NAME", _check_net)
+API_SOCKET = path("api-socket", "firecracker: its API socket", "PATH")
 LIVE_MACHINE = (
     MEMORY, VCPUS, WORKLOAD, WORKING_SET, SEED, DISK, NET,
     Option("net-mac", "workload echo: MAC address of the guest (default: made from the seed)", "MAC",
            parse_mac, format_mac),
     Option("net-address", "workload echo: IPv4 address of the guest (default: made from the seed)", "IPV4",
            parse_ipv4, format_ipv4),
+    API_SOCKET,
 )
 MACHINE = (*LIVE_MACHINE, IMAGE)
+FIRECRACKER = path("firecracker", "firecracker: start this binary for a machine that comes", "BINARY")
+DRIVE = Option("drive", "firecracker: where a disk is on this host, if not under the name that it has at the source",
+               "ID=PATH[,...]", _check_drives)
 NAME = Option("name", "name of that machine (default: its kind and random digits)", "NAME", parse_name)
 FROM = path("from", "start the machine that DIR holds, which --salvage or `postcopy merge --into` has written", "DIR",
             "path")
@@ -459,6 +479,8 @@ OUTPUT = Group(
     choice("log-level", ("debug", "info", "warning", "error"), f"lowest severity to log (default: {LOG_LEVEL})"),
     flag("log-json", "log one JSON object per line on stderr, with the id of the migration"),
 )
+_NETS = replace(NET, help="workload echo: TAP device on this host; firecracker: that of each interface, where it is"
+                " another one than at the source", metavar="tap:NAME|IFACE=TAP[,...]", parse=_check_nets)
 _LOST = Group("when the network fails", HEARTBEAT, RECOVER_FOR, SALVAGE)
 COMMANDS: Mapping[str, tuple[Group, ...]] = {
     "source": (
@@ -472,9 +494,11 @@ COMMANDS: Mapping[str, tuple[Group, ...]] = {
     "dest": (
         Group("source", OneOf(LISTEN, CONNECT, PEER_FILE)),
         Group("machine",
+              replace(KIND, help="take a machine of this kind only (default: any)", field="takes"),
               replace(DISK, help="workload disk: file of the guest's disk on this host"),
-              replace(NET, help="workload echo: TAP device on this host"),
-              RUN_FOR, DUMP, VERIFY),
+              _NETS,
+              replace(API_SOCKET, help="firecracker: API socket of one that was started and told nothing yet"),
+              FIRECRACKER, DRIVE, RUN_FOR, DUMP, VERIFY),
         Group("migration", BACKING, BUSY_POLL, PAGER),
         Group("when the network fails", HEARTBEAT, RECOVER_FOR, ON_LOST, SALVAGE),
         _operating("none"), OUTPUT,
@@ -482,7 +506,8 @@ COMMANDS: Mapping[str, tuple[Group, ...]] = {
     "daemon": (
         Group("other hosts", replace(LISTEN, help="receive machines at this address; without HOST, as [::], at every"
                                      " address of this host; port 0: any free port")),
-        Group("machine to begin with", LIVE_KIND, NAME, *LIVE_MACHINE),
+        Group("machine to begin with", LIVE_KIND, NAME, *(_NETS if each is NET else each for each in LIVE_MACHINE)),
+        Group("machines that come", FIRECRACKER, DRIVE),
         Group("migration", BACKING, BUSY_POLL, PAGER, *SENDING),
         Group("when the network fails", HEARTBEAT, RECOVER_FOR),
         _operating(DEFAULT_CONTROL), OUTPUT,

@@ -74,9 +74,10 @@ _TO = Option("to", "where the other host takes machines", "HOST:PORT", check_add
 _TO_NOW = replace(_TO, help="new address of the other side (default: as before)")
 _NEW_MACHINE = (
     replace(options.NAME, help="name of the machine (default: its kind and random digits)"),
-    replace(options.LIVE_KIND, name="kind", help="kind of machine: kvm or rv64", metavar="KIND"),
+    replace(options.LIVE_KIND, name="kind", help="kind of machine: kvm, rv64 or firecracker", metavar="KIND"),
     *(options.MEMORY, options.VCPUS, options.WORKLOAD, options.WORKING_SET, options.SEED, options.BACKING),
     options.DISK,
+    replace(options.API_SOCKET, help="firecracker: API socket of the one that runs it, which is taken over"),
 )
 SETTINGS = (  # each is a field of `SourceOptions`
     options.MAX_BANDWIDTH,
@@ -153,8 +154,14 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "upgrade": Command(
         "pager: have another process go on with the virtual machines, of this or of another installation",
-        (Option("program", "what to start in place of `postcopy`, as the program of another installation"
-                " (default: what this one was started with)", "PROGRAM"),),
+        (
+            Option(
+                "program",
+                "what to start in place of `postcopy`, as the program of another installation"
+                " (default: what this one was started with)",
+                "PROGRAM",
+            ),
+        ),
         bare="program",
         example="postcopy ctl --control ./pager.ctl upgrade /opt/postcopy-0.2/bin/postcopy",
     ),

@@ -112,7 +112,14 @@ class Source(Service):
     async def _make_machine(self) -> Machine:
         config, origin = self._config, self._config.origin
         if origin is None:
-            return create_source(config.kind, config.machine)
+            machine = create_source(config.kind, config.machine)
+            try:
+                await machine.prepare()
+            except BaseException:
+                with trio.CancelScope(shield=True):  # bounded
+                    await machine.close()
+                raise
+            return machine
         found = await run_sync(partial(salvage.examine, origin.path, reclaim=origin.reclaim, is_live=is_live))
         if found.doubts and not origin.force:
             raise ConfigurationError(
@@ -209,7 +216,9 @@ class Source(Service):
             self.failure = why_not_completed(migration)
             was_ready = self._was_ready or migration.ready_ns > 0  # in any attempt
             keep = reclaimed or (migration.may_run and was_ready and self._config.keep)
-            if keep and machine.live and not self.stop.is_set():
+            if machine.outlives and migration.may_run:
+                self.output.say(f"source: migration failed: {self.failure}; the machine goes on", about=migration)
+            elif keep and machine.live and not self.stop.is_set():
                 if not reclaimed:
                     self.output.say(
                         f"source: migration failed: {self.failure}; the machine goes on here until interrupted",

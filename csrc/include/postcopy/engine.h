@@ -213,7 +213,8 @@ struct pc_pageserver_stats {
 };
 /* The limit is for bulk only; 0: none. */
 int pc_pageserver_new(uint64_t max_bandwidth_bytes_per_s, struct pc_pageserver **server);
-/* Adds the next RAM block (index returned): memory->base is read where it is not NULL, else memory->fd by pread.
+/* Adds the next RAM block (index returned): memory->base is read where it is not NULL, else memory->remote
+ * (another process) where that is not, else memory->fd by pread.
  * page_bytes is the unit of transfer; present_words (copied) has a bit for each page that may be non-zero. Locks. */
 int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory *memory, uint64_t page_bytes);
 /* Locks, as do the next calls and pc_pageserver_set_bandwidth: for as long as a bulk thread looks for its next run. -EBUSY after
@@ -243,7 +244,7 @@ int pc_pageserver_start(struct pc_pageserver *server);
 /* The destination has these pages for good: bit i of `words` is page first_page + i. None of them is read again, and their
  * memory is given back, except for those that a channel is sending right now and those that share a larger page of memory
  * with one that is not released: later calls see to them. A request for a released page is never answered with content.
- * -EBUSY before pc_pageserver_serve, -ENOTSUP for memory that is a file. Blocks for as long as the kernel takes. */
+ * -EBUSY before pc_pageserver_serve, -ENOTSUP for memory that is a file or another process's. Blocks for as long as the kernel takes. */
 int pc_pageserver_release(struct pc_pageserver *server, uint32_t block, uint64_t first_page, uint64_t pages,
                           const uint64_t *words);
 /* Copies of two maps, either of which may be NULL: pages that are released, and those of them whose memory is gone. */

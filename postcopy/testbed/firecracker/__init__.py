@@ -9,6 +9,6 @@ own. From Trio call it in a worker thread. A `Firecracker` owns its process and 
 from __future__ import annotations
 
 from postcopy.testbed.firecracker._find import BINARY, find, guest_path, version_of
-from postcopy.testbed.firecracker._process import ApiError, Firecracker, GuestLine
+from postcopy.testbed.firecracker._process import ApiError, Firecracker, GuestLine, serving_engine
 
-__all__ = ["BINARY", "ApiError", "Firecracker", "GuestLine", "find", "guest_path", "version_of"]
+__all__ = ["BINARY", "ApiError", "Firecracker", "GuestLine", "find", "guest_path", "serving_engine", "version_of"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import re
 import shutil
 import socket
@@ -223,12 +224,16 @@ class Firecracker:
         self._until(f"{count} passes", lambda: len(self.passes()) >= before + count, deadline_s)
         return self.passes()[before:]
 
+    def wait_pass(self, number: int, *, deadline_s: float = WAIT_S) -> GuestLine:
+        """The line of the pass with this number, counted from 1 for this process."""
+        self._until(f"pass {number}", lambda: len(self.passes()) >= number, deadline_s)
+        return self.passes()[number - 1]
+
     def order(self, byte: str, *, deadline_s: float = WAIT_S) -> GuestLine:
         """Has a guest that was booted with ``wait=1`` do one pass: ``r`` looks only, ``w`` writes too. Its line."""
         before = len(self.passes())
         self.send(byte)
-        self._until("end of a pass", lambda: len(self.passes()) > before, deadline_s)
-        return self.passes()[before]
+        return self.wait_pass(before + 1, deadline_s=deadline_s)
 
     def send(self, text: str) -> None:
         """To the serial port."""
@@ -278,3 +283,17 @@ class Firecracker:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def serving_engine(keeper: int) -> int:
+    """Of a `postcopy pager` that serves a microVM: the process below its keeper that has a userfaultfd now, as a spare
+    has not. Waits until there is one; `MigrationError`."""
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        for child in Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split():
+            with contextlib.suppress(OSError):  # one that ends
+                fds = Path(f"/proc/{child}/fd")
+                if any(os.readlink(fds / name) == "anon_inode:[userfaultfd]" for name in os.listdir(fds)):
+                    return int(child)
+        time.sleep(0.001)
+    raise MigrationError(f"no process of the pager {keeper} has a userfaultfd")

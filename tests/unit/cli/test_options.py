@@ -36,6 +36,9 @@ from postcopy.testbed.demo import DemoCommand
 # A value of every option that has one, as a user writes it, and what it is to a record.
 WRITTEN: dict[str, tuple[str, Any]] = {
     "allow-uid": ("4,65534", (4, 65534)),
+    "api-socket": ("fc.sock", "fc.sock"),
+    "drive": ("root=/a,b=/c", "root=/a,b=/c"),
+    "firecracker": ("fc", "fc"),
     "backing": ("anon", "anon"),
     "bulk-channels": ("3", 3),
     "busy-poll": ("20", 20),
