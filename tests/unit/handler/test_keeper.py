@@ -155,7 +155,7 @@ def test_another_version_goes_on(toy: Callable[..., Toy]) -> None:
 
 def test_an_engine_ends_in_order(toy: Callable[..., Toy]) -> None:
     here = toy()
-    here.ask("exit", status=0)
+    here.ask("exit")
     assert here.child.wait(DEADLINE_S).returncode == 0
 
 

@@ -21,7 +21,7 @@ from postcopy.handler._keeper import in_keeper, keep, open_store
 from postcopy.handler._store import Store, kind_of
 
 
-async def answer(store: Store, name: str, sock: trio.socket.SocketType) -> None:
+async def answer(store: Store, name: str, sock: trio.socket.SocketType, leave: trio.Event) -> None:
     data = await sock.recv(4096)
     if not data:  # the engine before this one has answered, and died before it dropped the name
         sock.close()
@@ -55,27 +55,33 @@ async def answer(store: Store, name: str, sock: trio.socket.SocketType) -> None:
     if request["do"] != "put" or "name" in request:
         await store.drop(name)
     if request["do"] == "exit":
-        raise SystemExit(request["status"])
+        leave.set()
 
 
 async def engine() -> None:
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
         async with open_store(spare="--no-spare" not in sys.argv) as store, trio.open_nursery() as nursery:
+            leave = trio.Event()
+
+            @nursery.start_soon
+            async def replaced() -> None:
+                await store.leave.wait()
+                leave.set()
 
             @nursery.start_soon
             async def end() -> None:
-                await store.leave.wait()
+                await leave.wait()
                 nursery.cancel_scope.cancel()
 
             @nursery.start_soon
             async def stop() -> None:
                 async for _ in signals:
-                    nursery.cancel_scope.cancel()
+                    leave.set()
 
             await store.ready()
             while True:
                 name, fd = await store.accept()
-                nursery.start_soon(answer, store, name, trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
+                nursery.start_soon(answer, store, name, trio.socket.from_stdlib_socket(socket.socket(fileno=fd)), leave)
 
 
 def main() -> None:
