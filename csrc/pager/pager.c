@@ -81,16 +81,21 @@
 int pc_pager_fatal(struct pc_pager *pager, int error, const char *what, uint32_t block, uint64_t page)
 {
     pc_events_push(&pager->events, PC_EVENT_FATAL, 0, 0, -error, "%s page %llu of RAM block %u: %s", what,
-                   (unsigned long long)page, block, strerror(-error));
+                   (unsigned long long)page, block, error == -ESRCH ? "the process that it belongs to has ended" : strerror(-error));
     return error;
 }
 
 static int new_pager(const struct pc_metrics *metrics, struct pc_pager **out)
 {
     struct pc_pager *pager = calloc(1, sizeof(*pager));
-    int error = pager ? pc_events_init(&pager->events) : -ENOMEM;
+    struct readers *readers = pager ? pc_readers_new() : NULL;
+    int error = readers ? pc_events_init(&pager->events) : -ENOMEM;
 
+    if (pager)
+        pager->readers = readers;
     if (error) {
+        if (readers)
+            pc_readers_free(pager);
         free(pager);
         pc_buffer_free(metrics->map, sizeof(*metrics->map));
         return error;
@@ -159,6 +164,8 @@ int pc_pager_forget(struct pc_pager *pager, uint32_t index, const uint64_t *stal
     if (pager->watch_count) /* of the pages that it has passed it looks at none again */
         error = -EBUSY;
     pthread_mutex_unlock(&pager->watch_lock);
+    if (!block->memory.base && __atomic_load_n(&block->segment_count, __ATOMIC_SEQ_CST)) /* nobody discards here what that process has */
+        error = -EBUSY;
     if (error || !stale)
         return error;
     /* As if all of them were forgotten, then what is not: `missing` is never less than what is missing. */
@@ -177,6 +184,7 @@ int pc_pager_forget(struct pc_pager *pager, uint32_t index, const uint64_t *stal
         pc_atomic_clear(block->claimed, word, here);
         forgotten += pc_bits_popcount(here);
     }
+    pc_local_forget(block, stale_words);
     COUNT(pager, zero_pages, -zeros);
     pc_count_received(block, stale - forgotten);
     pc_announce_received(pager, stale - forgotten);
@@ -243,9 +251,16 @@ int pc_pager_blocktime(struct pc_pager *pager, uint64_t *blocktime_ns, uint32_t 
 
 int pc_pager_received(struct pc_pager *pager, uint32_t block, uint64_t *words)
 {
+    const uint64_t *staged;
+
     if (block >= pc_block_count(pager))
         return -EINVAL;
-    pc_bits_copy(words, pager->blocks[block]->received, pc_bitmap_words(pager->blocks[block]->pages));
+    /* Before `received`: a page that leaves the one is in the other already. */
+    staged = pc_staged(pager->blocks[block]);
+    for (uint64_t word = 0; word < pc_bitmap_words(pager->blocks[block]->pages); word++) {
+        words[word] = staged ? pc_bits_word(staged, word) : 0;
+        words[word] |= pc_bits_word(pager->blocks[block]->received, word);
+    }
     return 0;
 }
 
@@ -282,21 +297,13 @@ int pc_pager_disconnect(struct pc_pager *pager)
     return 0;
 }
 
-int pc_pager_free(struct pc_pager *pager)
+/* After channels and readers: ends the fault threads, and frees all there is. */
+static int free_pager(struct pc_pager *pager)
 {
-    uint32_t shards = pager->shard_count;
-    bool missing = __atomic_load_n(&pager->missing, __ATOMIC_SEQ_CST) > 0;
-
-    (void)pc_pager_disconnect(pager);
-    for (uint32_t i = 0; i < shards && missing; i++)
-        if (pc_shard_poison(pager, pager->shards[i]))
-            return -EBUSY; /* kept whole, on purpose: see the header */
-    for (uint32_t i = 0; i < shards; i++) {
+    for (uint32_t i = 0; i < pager->shard_count; i++) {
         struct shard *shard = pager->shards[i];
         struct command stop = {.kind = COMMAND_STOP};
 
-        if (!missing)
-            pc_shard_unregister(pager, shard);
         pc_command_send(shard, &stop);
         pthread_join(shard->thread, NULL);
         pc_shard_free(shard);
@@ -304,6 +311,7 @@ int pc_pager_free(struct pc_pager *pager)
     pc_commands_free(&pager->finished);
     for (uint32_t i = 0; i < pager->block_count; i++)
         pc_block_free(pager->blocks[i]);
+    pc_readers_free(pager);
     pc_buffer_free(pager->zero_page, PC_FRAME_MAX_PAYLOAD_BYTES);
     pc_events_destroy(&pager->events);
     for (size_t i = pager->watch_count; i-- > 0;)
@@ -316,4 +324,26 @@ int pc_pager_free(struct pc_pager *pager)
     pc_buffer_free(pager->metrics.map, sizeof(*pager->metrics.map));
     free(pager);
     return 0;
+}
+
+int pc_pager_free(struct pc_pager *pager)
+{
+    bool missing;
+
+    (void)pc_pager_disconnect(pager);
+    pc_readers_end(pager);
+    missing = __atomic_load_n(&pager->missing, __ATOMIC_SEQ_CST) > 0;
+    for (uint32_t i = 0; i < pager->shard_count && missing; i++)
+        if (pc_shard_poison(pager, pager->shards[i]))
+            return -EBUSY; /* kept whole, on purpose: see the header */
+    for (uint32_t i = 0; i < pager->shard_count && !missing; i++)
+        pc_shard_unregister(pager, pager->shards[i]);
+    return free_pager(pager);
+}
+
+int pc_pager_leave(struct pc_pager *pager)
+{
+    (void)pc_pager_disconnect(pager);
+    pc_readers_end(pager);
+    return free_pager(pager);
 }

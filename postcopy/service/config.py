@@ -78,6 +78,30 @@ class DaemonConfig:
 
 
 @dataclass(frozen=True)
+class PagerConfig:
+    """A process that serves the page faults of virtual machines: pages of `image`, of the files in `images`, or of the
+    source at `connect`. None of them: of a program."""
+
+    socket: str | None = None  # path; with `images` a directory of sockets. None: as the service manager gives them
+    image: str | None = None
+    images: str | None = None
+    connect: Route | None = None
+    prefetch: str | None = None  # None: working-set where there is one, else none
+    working_set: str | None = None  # path; with `images` a directory
+    record_working_set: str | None = None  # the same
+    record_for_s: float = math.inf
+    kill_when_lost: bool = False
+    allow_uid: tuple[int, ...] = ()  # beside root and this process's user
+    max_vms: int = 1000
+    max_memory_bytes: int | None = None  # of all virtual machines together
+    readers: int = 2
+    busy_poll_us: int = 0
+    recover_for_s: float = math.inf
+    keeper: bool = True
+    restart_burst: int = 5
+
+
+@dataclass(frozen=True)
 class OperatingOptions:
     """What is around a service that is operated."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of `source`, `dest` and `daemon` and of the control socket's requests, each described once.
+"""The options of `source`, `dest`, `daemon` and `pager`, and of the control socket's requests, each described once.
 
 From this table are made the parsers of the command line (`postcopy.cli`), the records that say what a command is to do
 (`record`), the arguments of the requests on the control socket (`schema`), and the command lines of the two sides that
@@ -28,7 +28,7 @@ from postcopy.migration.connection import MISSED_HEARTBEATS
 from postcopy.migration.precopy import Mode
 from postcopy.migration.source import SourceOptions
 from postcopy.net import parse_address
-from postcopy.service.config import ArrivalOptions, DaemonConfig, DestinationConfig, SourceConfig
+from postcopy.service.config import ArrivalOptions, DaemonConfig, DestinationConfig, PagerConfig, SourceConfig
 from postcopy.units import (
     FOREVER,
     MAX_SECONDS,
@@ -267,6 +267,14 @@ def _parse_bulk_channels(text: str) -> int:
         raise ConfigurationError(f"{error}, or auto") from None
 
 
+def _parse_uids(text: str) -> tuple[int, ...]:
+    return tuple(parse_whole(part.strip(), 0, 2**32 - 2) for part in text.split(","))
+
+
+def _format_uids(uids: tuple[int, ...]) -> str:
+    return ",".join(map(str, uids))
+
+
 def _parse_serve(text: str) -> float:
     return math.inf if text == FOREVER else parse_whole(text, 1, 1_000_000)
 
@@ -389,6 +397,35 @@ VERIFY = Option("verify", "at the end, verify all of the machine's memory", flag
 USER = Option("user", "as root: open the devices, then become this user and give up all rights, before anything is"
               " received", "NAME[:GROUP]")
 
+PAGER_SOCKET = path("socket", "listen on this Unix socket, for Firecracker's mem_backend; with --images: on NAME.sock"
+                    " in this directory for each NAME.mem (default: as systemd gives it)", "PATH")
+PAGER_SOURCE = OneOf(
+    path("image", "memory file of a snapshot: all virtual machines have its pages"),
+    path("images", "directory of memory files NAME.mem, each with a socket of its own; new ones are found while it"
+         " runs", "DIR"),
+    replace(CONNECT, help="get the pages from a `postcopy source --machine image --listen` or `postcopy.serve`, which"
+            " listens at this address"),
+)
+PREFETCH = choice("prefetch", ("none", "all", "working-set"), "place pages behind those that are waited for: none, the"
+                  " working set, or that and then all (default: working-set where there is one, else none)")
+SET_FILE = path("working-set", "place these pages first, which --record-working-set has written; with --images: NAME.ws"
+                " in this directory")
+RECORD_SET = path("record-working-set", "write which pages a virtual machine touches, and in what order, to FILE when"
+                  " it ends, or after --record-for; with --images: to NAME.ws in this directory")
+RECORD_FOR = seconds("record-for", "how long it is recorded", forever=True)
+PAGER_LOST = choice("on-lost", {"hold": False, "kill": True}, "when pages cannot be had any more: hold the virtual"
+                    " machine where it needs them, or kill its process", "kill_when_lost")
+ALLOW_UID = Option("allow-uid", "take virtual machines of these users too, beside those of this user and root",
+                   "UID[,UID]...", _parse_uids, _format_uids)
+MAX_VMS = whole("max-vms", "number of virtual machines at the same time", 1, 100_000)
+MAX_MEMORY = size("max-memory", "memory of all virtual machines together (default: no limit)")
+READERS = whole("readers", "threads for each virtual machine that read its image from disk, and again as many that"
+                " prefetch", 1, 16)
+RESTART_BURST = whole("restart-burst", "how many deaths of this process in short order are followed by the next one at"
+                      " once; one is forgotten every 2 s", 1, 1_000_000)
+KEEPER = Option("keeper", "have a small process hold the virtual machines, so that they survive the death and the"
+                " upgrade of this one", flag="set or not")
+
 # ---- The commands
 
 _ROOT_CONTROL = "/run/postcopy/control.sock"
@@ -450,11 +487,18 @@ COMMANDS: Mapping[str, tuple[Group, ...]] = {
         Group("when the network fails", HEARTBEAT, RECOVER_FOR),
         _operating(DEFAULT_CONTROL), OUTPUT,
     ),
+    "pager": (
+        Group("virtual machines", PAGER_SOCKET, PAGER_SOURCE, ALLOW_UID, MAX_VMS, MAX_MEMORY),
+        Group("pages", PREFETCH, SET_FILE, RECORD_SET, RECORD_FOR, READERS, BUSY_POLL),
+        Group("when something fails", PAGER_LOST, RECOVER_FOR, KEEPER, RESTART_BURST),
+        _operating("none"), OUTPUT,
+    ),
 }
 _RECORDS: Mapping[str, tuple[Callable[..., Any], ...]] = {
     "source": (SourceConfig, ToyOptions, SourceOptions),
     "dest": (DestinationConfig, ArrivalOptions),
     "daemon": (DaemonConfig, ToyOptions, SourceOptions, ArrivalOptions),
+    "pager": (PagerConfig,),
 }
 
 

@@ -108,7 +108,11 @@ COMMANDS: Mapping[str, Command] = {
         bare="kind",
         example="postcopy ctl start kvm --name vm1 --memory 1GiB",
     ),
-    "end": Command("stop a machine and remove it", (_MACHINE, _FORCE), example="postcopy ctl end --machine vm1"),
+    "end": Command(
+        "stop a machine and remove it; pager: kill the process of a virtual machine",
+        (_MACHINE, _FORCE),
+        example="postcopy ctl end --machine vm1",
+    ),
     "migrate": Command(
         "migrate a machine to another host",
         (_MACHINE, _TO, *options.ONE_WAY),
@@ -146,6 +150,13 @@ COMMANDS: Mapping[str, Command] = {
         "run a machine here again whose destination is dead for good",
         (_MACHINE, _FORCE),
         example="postcopy ctl reclaim --machine vm1",
+    ),
+    "upgrade": Command(
+        "pager: have another process go on with the virtual machines, of this or of another installation",
+        (Option("command", "what to start in place of `postcopy`, as the program of another installation"
+                " (default: what this one was started with)", "PROGRAM"),),
+        bare="command",
+        example="postcopy ctl --control ./pager.ctl upgrade /opt/postcopy-0.2/bin/postcopy",
     ),
     "quit": Command("shut down cleanly", (_FORCE,), example="postcopy ctl quit"),
 }
