@@ -84,16 +84,27 @@ async def engine() -> None:
                 nursery.start_soon(answer, store, name, trio.socket.from_stdlib_socket(socket.socket(fileno=fd)), leave)
 
 
+def become(fds: list[int], names: str, command: list[str]) -> None:
+    """As systemd starts a service that it has descriptors for."""
+    high = [os.dup2(fd, 100 + index, inheritable=False) for index, fd in enumerate(fds)]
+    for index, fd in enumerate(high):
+        os.dup2(fd, 3 + index)
+    os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(fds)), "LISTEN_FDNAMES": names}
+    os.execv(command[0], command)
+
+
 def main() -> None:
     if in_keeper():
         logging.basicConfig(level=logging.INFO)
         trio.run(engine)
         return
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(sys.argv[1])
-    listener.listen()
+    listeners = {}
+    if "--passed" not in sys.argv:
+        listener = listeners["pager"] = socket.socket(socket.AF_UNIX)
+        listener.bind(sys.argv[1])
+        listener.listen()
     command = [sys.executable, "-P", os.path.abspath(__file__), *sys.argv[1:]]
-    keep(command, {"pager": listener}, spare="--no-spare" not in sys.argv, burst=1000)
+    keep(command, listeners, spare="--no-spare" not in sys.argv, burst=1000)
 
 
 if __name__ == "__main__":

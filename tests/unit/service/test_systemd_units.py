@@ -68,9 +68,8 @@ def test_the_pager_comes_back_with_its_virtual_machines() -> None:
     assert settings["Restart"] == "on-failure"
     assert int(settings["LimitNOFILE"]) > int(settings["FileDescriptorStoreMax"])
     sockets = dict(_settings(unit.with_suffix(".socket")))
-    assert not sockets["ListenStream"].startswith(
-        f"/run/{settings['RuntimeDirectory']}/"
-    )  # which goes with the service
+    own = f"/run/{settings['RuntimeDirectory']}/"  # which goes with the service
+    assert not sockets["ListenStream"].startswith(own)
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
