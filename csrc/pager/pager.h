@@ -170,6 +170,7 @@ struct shard {
     bool meddled_with; /* another process has made the userfaultfd a blocking one */
     uint32_t uffd_watched, stream_watched; /* for what epoll(7) looks at them; 0: not at all */
     uint32_t busy_turns;
+    bool fair; /* its thread is no real-time one, see pc_local_serve */
 
     /* Its channel (urgent.c): */
     struct pc_stream stream;
