@@ -3,7 +3,8 @@
  * A userfaultfd of another process, as a VMM hands it over: that process is a child of the case, and does with its memory what it is
  * ordered to, or at random. Pagers come, are killed, and others take over, without any right over the VMM but its userfaultfd.
  *
- * Linked with --wrap: a pager can be killed at the instant at which it has read that memory was taken away, and knows nothing of it yet.
+ * Linked with --wrap: a pager can be killed at the instant at which it has read that memory was taken away, or has placed a page, and
+ * has not put it into the maps.
  */
 #include "tests/support/huge_pool.h"
 #include "tests/support/rig.h"
@@ -15,11 +16,11 @@
 #define WORKERS 40
 #define RANDOM_PAGES 3000
 #define RANDOM_WORKERS 3
-#define KILLS 60
+#define KILLS (200 / SLOW)
 
 /* ---- the VMM ------------------------------------------------------------------------------------------------------ */
 
-enum op { IDLE, READ, WRITE, REMOVE, REPLACE, PROTECT, MEDDLE, DONE };
+enum op { IDLE, READ, WRITE, REMOVE, REMOVE_EACH, REPLACE, PROTECT, MEDDLE, DONE };
 enum seen { SEEN_ZERO, SEEN_SOURCE, SEEN_OWN, SEEN_ELSE };
 
 struct order {
@@ -76,6 +77,10 @@ static void obey(const struct vmm *vmm, struct order *order)
         break;
     case REMOVE:
         CHECK_SYS(madvise(at, bytes, MADV_DONTNEED));
+        break;
+    case REMOVE_EACH: /* in many system calls */
+        for (uint64_t i = 0; i < 100 * order->pages; i++)
+            CHECK_SYS(madvise(vmm_page(vmm, order->page + i % order->pages), vmm->page_bytes, MADV_DONTNEED));
         break;
     case REPLACE: /* new memory, that no userfaultfd knows of */
         CHECK(mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == at);
@@ -319,6 +324,22 @@ static uint64_t data_page(const struct rig *rig, uint64_t from)
     return next_data_page(rig, &page);
 }
 
+/* So many faults have not been read, says the kernel. */
+static unsigned unread_faults(const struct guest *guest)
+{
+    char path[64], line[128];
+    unsigned count = 0;
+    FILE *info;
+
+    (void)snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", guest->uffd);
+    info = fopen(path, "re");
+    CHECK(info != NULL);
+    while (fgets(line, sizeof(line), info))
+        (void)sscanf(line, "pending: %u", &count);
+    (void)fclose(info);
+    return count;
+}
+
 /* ---- memory that is taken away ------------------------------------------------------------------------------------ */
 
 /* The kernel gives the fault before the event that came first: nobody is asked, and the thread sees zeros. */
@@ -332,11 +353,10 @@ static void fault_and_removal_in_one_read(void)
     open_adopted(&rig, &guest);
     fd = script_urgent(&rig, 0);
     start_order(&guest, 0, REMOVE, 0, 1);
+    CHECK(speaks(guest.uffd, PATIENCE_MS)); /* the event, which nobody reads before something is armed */
     start_order(&guest, 1, READ, 0, 1);
-    while (!speaks(guest.uffd, 0)) /* there: not read before it is armed */
-        pc_sleep_ns(50000);
+    WAIT_UNTIL(unread_faults(&guest) == 1);
     CHECK(!is_done(&guest, 0));
-    pc_sleep_ns(SERVED_MS * 1000000); /* for the second one; where it comes later the rest holds all the same */
     arm(&rig, 0, 0, 0, 64);
     (void)finish_order(&guest, 0);
     CHECK_EQ(finish_order(&guest, 1), SEEN_ZERO);
@@ -409,7 +429,7 @@ static void what_a_dead_pager_had_read(bool huge)
     journal->events[3].event = UFFD_EVENT_REMOVE;
     journal->events[3].arg.remove.start = address + 2 * page_bytes - edge; /* pages 2 and 3, and not what is around them */
     journal->events[3].arg.remove.end = address + 4 * page_bytes + edge;
-    journal->early[7] = (struct pc_extent){.start = address + 6 * page_bytes, .end = address + 7 * page_bytes};
+    journal->early[7] = (struct pc_journal_extent){.start = address + 6 * page_bytes, .end = address + 7 * page_bytes};
     pc_bitmap_set_range(states.claimed, 5, 3); /* and what was under way: nothing of it had been placed */
     open_adopted(&rig, &guest);
     fd = script_urgent(&rig, 0);
@@ -520,6 +540,47 @@ static void left_without_a_word(void)
     CHECK_EQ(pc_pager_free(next.pager), 0);
     end_vmm(&guest);
     CHECK_EQ(pc_pager_free(rig.pager), 0);
+}
+
+static struct guest *gives_back; /* when its pager ends */
+
+void __real_pc_drain_removals(struct shard *shard);
+void __wrap_pc_drain_removals(struct shard *shard);
+
+void __wrap_pc_drain_removals(struct shard *shard)
+{
+    if (gives_back) {
+        start_order(gives_back, 1, REMOVE, 100, 1);
+        CHECK(speaks(gives_back->uffd, PATIENCE_MS));
+    }
+    __real_pc_drain_removals(shard);
+}
+
+/* The VMM gives memory back all the time, while the pager, which is done, ends: nobody waits for it afterwards. Nor does he who told of
+ * it when everything was unregistered already and the thread had read for the last time, as is arranged by memory that was never armed. */
+static void taken_away_while_the_pager_ends(void)
+{
+    uint64_t rest[2] = {0, ~UINT64_C(0)};
+    struct guest guest;
+    struct rig rig;
+    int fd;
+
+    start_vmm(&guest, (struct vmm){.features = EVENT_REMOVE, .pages = 128});
+    open_adopted(&rig, &guest);
+    CHECK_EQ(pc_pager_set_zero(rig.pager, 0, rest), 0);
+    arm(&rig, 0, 0, 0, 64);
+    fd = script_urgent(&rig, 0);
+    serve_all(&rig, fd);
+    close(fd);
+    for (int i = 2; i < WORKERS; i++)
+        start_order(&guest, i, REMOVE_EACH, (uint64_t)i, 10);
+    WAIT_UNTIL(pager_stats(&rig).removes > WORKERS); /* it has begun */
+    CHECK_EQ(pc_pager_disarm(rig.pager), 0);
+    gives_back = &guest;
+    CHECK_EQ(pc_pager_free(rig.pager), 0);
+    for (int i = 1; i < WORKERS; i++)
+        (void)finish_order(&guest, i);
+    end_vmm(&guest);
 }
 
 static void vmm_ends(void)
@@ -654,14 +715,28 @@ static void many_at_once(void)
 
 /* ---- pagers that are killed --------------------------------------------------------------------------------------- */
 
-static bool dies_of_a_removal; /* as soon as it has read one */
+enum death { AT_ANY_TIME, OF_A_REMOVAL, OF_A_PLACEMENT }; /* when it has read one, when it has done one */
+
+static enum death death;
+
+int __real_pc_uffd_copy(int uffd, uint64_t address, const void *source, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);
+int __wrap_pc_uffd_copy(int uffd, uint64_t address, const void *source, uint64_t bytes, uint64_t mode, uint64_t *done_bytes);
+
+int __wrap_pc_uffd_copy(int uffd, uint64_t address, const void *source, uint64_t bytes, uint64_t mode, uint64_t *done_bytes)
+{
+    int result = __real_pc_uffd_copy(uffd, address, source, bytes, mode, done_bytes);
+
+    if (death == OF_A_PLACEMENT)
+        (void)raise(SIGKILL);
+    return result;
+}
 
 size_t __real_pc_apply_removals(struct shard *shard, size_t count);
 size_t __wrap_pc_apply_removals(struct shard *shard, size_t count);
 
 size_t __wrap_pc_apply_removals(struct shard *shard, size_t count)
 {
-    for (size_t i = 0; i < count && dies_of_a_removal; i++)
+    for (size_t i = 0; i < count && death == OF_A_REMOVAL; i++)
         if (shard->journal->events[i].event == UFFD_EVENT_REMOVE)
             (void)raise(SIGKILL);
     return __real_pc_apply_removals(shard, count);
@@ -683,7 +758,7 @@ static int pager_process(char **arguments)
                                 .page_bytes = number[4],
                                 .kind = (int)number[5],
                                 .fd = -1};
-    dies_of_a_removal = number[8];
+    death = (enum death)number[8];
     CHECK_EQ(pc_pager_new(&pager), 0);
     CHECK_EQ(pc_pager_add_block_with_states(pager, &memory, (int)number[1]), 0);
     if (pc_pager_adopt_shard(pager, (int)number[0], 0, 0, message, sizeof(message)) ||
@@ -702,7 +777,7 @@ static int pager_process(char **arguments)
 }
 
 /* This program again, with nothing of this process but the descriptors: they are the urgent and the bulk connection. */
-static pid_t start_pager(const struct guest *guest, int urgent, int bulk, bool dies)
+static pid_t start_pager(const struct guest *guest, int urgent, int bulk, enum death when)
 {
     const int fds[] = {guest->uffd, guest->states, urgent, bulk};
     const uint64_t number[] = {(uint64_t)fds[0],
@@ -713,7 +788,7 @@ static pid_t start_pager(const struct guest *guest, int urgent, int bulk, bool d
                                (uint64_t)guest->memory.kind,
                                (uint64_t)fds[2],
                                (uint64_t)fds[3],
-                               dies};
+                               when};
     char text[9][24], *arguments[12] = {(char *)(uintptr_t)"test_adopted", (char *)(uintptr_t)pager_argument};
     pid_t child;
 
@@ -754,7 +829,7 @@ static void killed_between_the_read_and_the_maps(void)
     tcp_pair(urgent);
     tcp_pair(bulk);
     start_order(&guest, 0, REMOVE, 8, 16);
-    reap_pager(start_pager(&guest, urgent[1], bulk[1], true));
+    reap_pager(start_pager(&guest, urgent[1], bulk[1], OF_A_REMOVAL));
     close(urgent[0]);
     close(bulk[0]);
     (void)finish_order(&guest, 0);
@@ -771,6 +846,35 @@ static void killed_between_the_read_and_the_maps(void)
     close_adopted(&rig, &guest);
 }
 
+/* Its last act was to place a page, which the VMM writes to. The next one is given it again. */
+static void killed_between_a_placement_and_the_maps(void)
+{
+    struct guest guest;
+    struct rig rig;
+    int urgent[2], bulk[2];
+    pid_t pager;
+
+    start_vmm(&guest, (struct vmm){.features = EVENT_REMOVE, .pages = 64});
+    tcp_pair(urgent);
+    tcp_pair(bulk);
+    pager = start_pager(&guest, urgent[1], bulk[1], OF_A_PLACEMENT);
+    rig = (struct rig){.page_bytes = guest.memory.page_bytes};
+    start_order(&guest, 0, WRITE, 9, 1);
+    serve_page(&rig, bulk[0], 0, 9);
+    reap_pager(pager);
+    close(urgent[0]);
+    close(bulk[0]);
+    (void)finish_order(&guest, 0);
+    CHECK_EQ(pc_states_count(guest.states, 64), 0);
+    open_adopted(&rig, &guest);
+    arm(&rig, 0, 0, 0, 64);
+    urgent[0] = script_urgent(&rig, 0);
+    serve_all(&rig, urgent[0]);
+    CHECK_EQ(do_order(&guest, READ, 9, 1), SEEN_OWN);
+    close(urgent[0]);
+    close_adopted(&rig, &guest);
+}
+
 /* Pagers are killed at any instant, with reads, writes and removals of other pages under way all the time. */
 static void killed_at_random(void)
 {
@@ -783,7 +887,7 @@ static void killed_at_random(void)
     start_vmm(&guest, (struct vmm){.features = EVENT_REMOVE, .pages = RANDOM_PAGES, .at_random = true});
     source = make_memory(PC_MEMORY_ANON, RANDOM_PAGES);
     fill_source(&source, 0);
-    CHECK_EQ(pc_pageserver_new(20000000, &server), 0);
+    CHECK_EQ(pc_pageserver_new(8000000, &server), 0);
     CHECK_EQ(pc_pageserver_add_block(server, &source, pc_page_bytes()), 0);
     CHECK_EQ(pc_pageserver_start(server), 0);
     for (int i = 0; i <= KILLS; i++) {
@@ -795,7 +899,7 @@ static void killed_at_random(void)
         tcp_pair(bulk);
         CHECK_EQ(pc_pageserver_attach_urgent(server, 0, urgent[0], 0), 0);
         CHECK_EQ(pc_pageserver_attach_bulk(server, 0, bulk[0]), 0);
-        pager = start_pager(&guest, urgent[1], bulk[1], false);
+        pager = start_pager(&guest, urgent[1], bulk[1], AT_ANY_TIME);
         if (i < KILLS) {
             WAIT_UNTIL(atomic_load(&guest.vmm->steps) > before + RANDOM_WORKERS); /* somebody was served: it has begun */
             pc_sleep_ns(test_below(i % 2 ? 200000 : 3000000));
@@ -831,12 +935,14 @@ int main(int argc, char **argv)
     RUN_CASE(what_a_dead_pager_had_read_huge);
     RUN_CASE(placed_and_not_known);
     RUN_CASE(left_without_a_word);
+    RUN_CASE(taken_away_while_the_pager_ends);
     RUN_CASE(vmm_ends);
     RUN_CASE(write_protected_by_its_owner);
     RUN_CASE(minor_faults_that_nobody_asked_for);
     RUN_CASE(made_blocking_all_the_time);
     RUN_CASE(many_at_once);
     RUN_CASE(killed_between_the_read_and_the_maps);
+    RUN_CASE(killed_between_a_placement_and_the_maps);
     RUN_FOR(killed_at_random, 60);
     return test_end();
 }
