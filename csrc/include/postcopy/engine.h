@@ -139,7 +139,7 @@ int pc_pager_set_local(struct pc_pager *pager, uint32_t block, int fd, uint64_t 
  * first page arrives. The descriptor is duplicated. -EINVAL: it is too small, -EBUSY: the block has a local source. */
 int pc_pager_stage(struct pc_pager *pager, uint32_t block, int fd);
 /* How many threads read what the page cache does not have for those who wait, and how many read and place what is prefetched; at first
- * 2 and 1. They start when they are first needed. -EBUSY after that, -EINVAL above PC_MAX_READERS or for 0. */
+ * 2 of each. They start when they are first needed. -EBUSY after that, -EINVAL above PC_MAX_READERS or for 0. */
 #define PC_MAX_READERS 16
 int pc_pager_set_readers(struct pc_pager *pager, uint32_t demand, uint32_t background);
 /* Places all local pages that are armed, in the background: in runs, behind what threads wait for, after the working set. */
@@ -180,7 +180,8 @@ int pc_pager_disconnect(struct pc_pager *pager);
 /* Precopy, before the machine runs here: these pages have changed at the source. Those that are received are missing again (and COMPLETE
  * will be announced again); the others stay as they are. What they hold is discarded by pc_memory_discard_pages, *after* this, in the
  * process that has the memory. No page of the block may be under way, since it would count as the new one: each bulk channel has ended
- * its push (PC_EVENT_BULK_END), and nothing is requested. -EBUSY while there is a watch. Locks. */
+ * its push (PC_EVENT_BULK_END), and nothing is requested. -EBUSY while there is a watch, and when a block without an address has been
+ * armed: nobody can discard what it holds. What is staged is removed here, and blocks for that. Locks. */
 int pc_pager_forget(struct pc_pager *pager, uint32_t block, const uint64_t *stale_words);
 /* Another push begins: each bulk channel may end once more. (A second END in one push ends its channel: -EBADMSG in the event.) */
 int pc_pager_expect_push(struct pc_pager *pager);
