@@ -419,7 +419,7 @@ class _Started:
         """`ConfigurationError` when it cannot be started. What it says, and the guest on its serial port, goes to this
         process's standard error."""
         directory = tempfile.mkdtemp(prefix="postcopy-fc-", dir=os.environ.get("XDG_RUNTIME_DIR") or None)
-        command = [os.path.abspath(binary), "--api-sock", os.path.join(directory, "api.sock")]
+        command = [os.path.abspath(binary), "--level", "Warning", "--api-sock", os.path.join(directory, "api.sock")]
         try:
             pid = os.posix_spawn(
                 command[0],
