@@ -67,6 +67,8 @@ if TYPE_CHECKING:
 
 MAX_ARRIVING = 64
 """Connections that have not said what they are; further ones wait."""
+THREADS_OF_IMAGE = 4
+"""That may wait at a time for the disk on which an image is, beside those of pagers."""
 SCAN_S = 1.0
 """How often a directory of images is looked at."""
 PROGRESS_S = 0.5
@@ -108,10 +110,10 @@ class Handler:
         self._make_source = make_source
         self._arriving = trio.Semaphore(MAX_ARRIVING)
         self._promised_bytes = 0
+        self._limiters: dict[str, trio.CapacityLimiter] = {}
         self._listening: dict[str, str] = {}  # by path: the name in the store
         self._own: set[str] = set()  # paths of those that are removed at the end
         self._refused = self._ended = self._served = self._left = 0
-        self._deaths: dict[Vm, int] = {}
 
     # ---- its life
 
@@ -314,7 +316,9 @@ class Handler:
                 handshake.close()
             if pidfd >= 0:
                 os.close(pidfd)
-            if not self._leaves():
+            if vm is not None:
+                await self._drop(vm)
+            elif not self._leaves():
                 await _shielded(self._store.drop, key)
 
     def _check_peer(self, peer: Credentials) -> None:
@@ -338,7 +342,7 @@ class Handler:
         if not_served := UffdFeature(handshake.features) & _NOT_SERVED:
             raise ProtocolError(f"its userfaultfd has {not_served.name}, which cannot be served from outside")
         image = self._image_of(path)
-        about = About.of(handshake, peer, self._name(image, peer), path, image)
+        about = About.of(handshake, peer, self._name(image, peer), path, image, self._store.deaths)
         source = await self._open_source(about)
         try:
             source.check(about)
@@ -364,7 +368,9 @@ class Handler:
 
     async def _open_source(self, about: About) -> Source:
         if about.image is not None:
-            return ImageSource(await run_sync(Image.open, about.image))
+            limiter = self._limiter_of(about.image)
+            image = await trio.to_thread.run_sync(Image.open, about.image, limiter=limiter)
+            return ImageSource(image, limiter)
         config = self._config
         if config.connect is not None:
             return ConnectSource(
@@ -373,6 +379,9 @@ class Handler:
         if self._make_source is not None:
             return ProgramSource(self._make_source(about))
         raise ConfigurationError("there is nothing to take its pages from")
+
+    def _limiter_of(self, image: str) -> trio.CapacityLimiter:
+        return self._limiters.setdefault(image, trio.CapacityLimiter(THREADS_OF_IMAGE))
 
     def _promise(self, about: About) -> None:
         """A place, and memory."""
@@ -421,7 +430,8 @@ class Handler:
             await self._store.drop(key)
             return
         if descriptors.image >= 0 and about.image is not None:
-            source: Source = ImageSource(Image(about.image, os.dup(descriptors.image)))
+            image = Image(about.image, os.dup(descriptors.image))
+            source: Source = ImageSource(image, self._limiter_of(about.image))
         else:
             try:
                 source = await self._open_source(about)
@@ -431,14 +441,12 @@ class Handler:
                 return
         self._promised_bytes += about.memory_bytes
         vm = self._new(key, descriptors, about, source)
-        self._deaths[vm] = self._store.deaths
 
         async def serve() -> None:
             try:
                 await self._serve(vm, taken_over=True)
             finally:
-                if not self._leaves():
-                    await _shielded(self._store.drop, key)
+                await self._drop(vm)
 
         tasks.start_soon(contained, f"serving {about.name}", serve)
 
@@ -484,20 +492,28 @@ class Handler:
                 nursery.start_soon(announce)
                 await vm.run()
                 nursery.cancel_scope.cancel()
+        except Exception:
+            vm.lose("a mistake in postcopy, see its log")
+            raise
         finally:
             self.vms.remove(vm)
             self._promised_bytes -= about.memory_bytes
             _close_source(vm.source)
             self._finished(vm)
-            self._deaths.pop(vm, None)
             self._changed()
+
+    async def _drop(self, vm: Vm) -> None:
+        """It needs nothing any more, or nobody: one that cannot be served by a mistake in this process is left to the
+        next one."""
+        if not self._leaves() and (vm.error is None or vm.ended):
+            await _shielded(self._store.drop, vm.key)
 
     def _finished(self, vm: Vm) -> None:
         if self._leaves() and not vm.ended:
             return  # another process goes on
         if vm.ended:
             self._ended += 1
-        reason = vm.ended or ("it needs nobody any more" if vm.complete else "this process has ended")
+        reason = vm.ended or vm.error or ("it needs nobody any more" if vm.complete else "this process has ended")
         if not vm.ended and not vm.complete:
             self._left += 1
         self._output.emit("vm-ended", records.VmEnded(vm=vm.about.name, reason=reason, figures=self._record(vm)))
@@ -530,7 +546,7 @@ class Handler:
     # ---- what is shown
 
     def _record(self, vm: Vm) -> records.Vm:
-        return vm_record(vm, self._store.deaths - self._deaths.get(vm, self._store.deaths))
+        return vm_record(vm, self._store.deaths - vm.about.deaths)
 
     def status(self, name: str | None = None) -> records.PagerStatus:
         """Of the process and all virtual machines, or of the one with this name."""

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from postcopy._blocking import run_sync
 from postcopy.dataplane.pager import Event, EventType, Pager
 from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.handler import _workingset as workingset
@@ -38,6 +37,8 @@ class Source(abc.ABC):
     """In the order in which a virtual machine calls them."""
 
     image: Image | None = None
+    limiter: trio.CapacityLimiter | None = None
+    """Of threads that may wait for the image's disk: those of other images are not among them."""
 
     @abc.abstractmethod
     def check(self, about: About) -> None:
@@ -70,8 +71,9 @@ class Source(abc.ABC):
 class ImageSource(Source):
     """A memory file on this host."""
 
-    def __init__(self, image: Image) -> None:
+    def __init__(self, image: Image, limiter: trio.CapacityLimiter) -> None:
         self.image: Image = image
+        self.limiter = limiter
 
     def check(self, about: About) -> None:
         if about.memory_bytes > self.image.size_bytes:
@@ -103,7 +105,7 @@ class ImageSource(Source):
 
     async def working_set(self, vm: Vm, path: str) -> workingset.WorkingSet | None:
         try:
-            found = await run_sync(workingset.read, path, self.image)
+            found = await trio.to_thread.run_sync(workingset.read, path, self.image, limiter=self.limiter)
         except workingset.DamagedError as error:
             log.warning("%s; it is not used", error)
             return None

@@ -33,7 +33,6 @@ from dataclasses import dataclass, fields
 import msgspec
 import trio
 
-from postcopy._blocking import run_sync
 from postcopy._native import lib
 from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import (
@@ -74,9 +73,12 @@ class About(msgspec.Struct, frozen=True):
     features: int
     regions: list[tuple[int, int, int]]  # address, bytes, offset
     connected_ns: int  # CLOCK_MONOTONIC of this host
+    deaths: int  # of processes that have served, before it connected
 
     @classmethod
-    def of(cls, handshake: Handshake, peer: Credentials, name: str, socket_path: str, image: str | None) -> About:
+    def of(
+        cls, handshake: Handshake, peer: Credentials, name: str, socket_path: str, image: str | None, deaths: int
+    ) -> About:
         return cls(
             version=_RECORD_VERSION,
             name=name,
@@ -89,6 +91,7 @@ class About(msgspec.Struct, frozen=True):
             features=handshake.features,
             regions=[(region.address, region.size_bytes, region.offset) for region in handshake.regions],
             connected_ns=time.monotonic_ns(),
+            deaths=deaths,
         )
 
     @property
@@ -261,7 +264,7 @@ class Vm:
         finally:
             with trio.CancelScope(shield=True):
                 await self._end_pager()
-                if self._options.record_to is not None:
+                if self._options.record_to is not None and not self._options.leave():
                     await self._write_working_set(self._options.record_to)
             self.fds.close()
 
@@ -353,7 +356,9 @@ class Vm:
             found = await self.source.working_set(self, self._options.working_set)
             if found is not None and found.runs:
                 self.replays = True
-                pager.prefetch_runs([(0, first, count) for first, count in _within(found.runs, self.about.pages)])
+                # What a process before this one has looked at is not looked at, and counted, again.
+                runs = _within(found.runs, self.about.pages, pager.statistics().set_pages)
+                pager.prefetch_runs([(0, first, count) for first, count in runs])
         if self._options.prefetch_all:
             self.source.prefetch_all(pager)
 
@@ -375,16 +380,23 @@ class Vm:
             return found.pages
 
         try:
-            pages = await run_sync(write)
+            pages = await trio.to_thread.run_sync(write, limiter=self.source.limiter)
         except PostcopyError as error:
             log.error("%s: %s", about.name, error)
         else:
             self._options.recorded(self, path, pages)
 
 
-def _within(runs: Sequence[tuple[int, int]], pages: int) -> list[tuple[int, int]]:
-    """Those parts that memory of so many pages has: an image may be longer."""
-    return [(first, min(count, pages - first)) for first, count in runs if first < pages]
+def _within(runs: Sequence[tuple[int, int]], pages: int, skipped: int) -> list[tuple[int, int]]:
+    """Those parts that memory of so many pages has: an image may be longer; without the first pages, `skipped`."""
+    found = []
+    for first, whole in runs:
+        count = min(whole, pages - first)
+        gone = min(max(count, 0), skipped)
+        skipped -= gone
+        if count > gone:
+            found.append((first + gone, count - gone))
+    return found
 
 
 @dataclass
