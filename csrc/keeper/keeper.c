@@ -20,6 +20,7 @@
 #define HELLO_NS (60000 * MS) /* in which an engine has imported what it needs, on a busy host */
 #define TRIAL_NS (60000 * MS) /* in which one of another version serves */
 #define LEAVE_NS (30000 * MS) /* in which one has let go of everything */
+#define CLOSED_NS (1000 * MS) /* in which one has ended that does not talk to the keeper any more */
 #define FIRST_DELAY_NS (100 * MS)
 #define LONGEST_DELAY_NS (10000 * MS)
 #define COOL_MS 2000 /* in which one death is forgotten */
@@ -236,10 +237,12 @@ static bool listen_to(struct engine *engine, bool dead)
         return true;
     }
     if (error == ESHUTDOWN && !dead) {
-        /* It may be on its way to its end, or be without its senses; in both cases it is over. */
+        /* It is on its way to its end, and may want to say why; if it stays, it has lost its senses. */
+        bool told = engine->ordered || engine->leave || keeper.stop_signal || !keeper.ever_ready;
+
         engine->closed = true;
         engine->answering = false;
-        engine_signal(engine, SIGKILL);
+        engine->deadline_ns = pc_now_ns() + (told ? LEAVE_NS : CLOSED_NS);
     }
     return false;
 }
@@ -312,7 +315,7 @@ static void tell(struct engine *engine)
     if (error == EBUSY)
         engine->send_after_ns = pc_now_ns() + 2 * MS;
     else if (error && error != EAGAIN)
-        engine->closed = true, engine_signal(engine, SIGKILL);
+        engine->answering = false; /* it has ended, as will be seen */
 }
 
 /* ---- ends of engines ---- */
@@ -442,11 +445,11 @@ static void step(void)
     if (keeper.ending)
         return;
     if (now_ns >= keeper.spare.deadline_ns) {
-        kill_spare("it took too long to start");
+        kill_spare(keeper.spare.closed ? "it does not talk to its keeper any more" : "it took too long to start");
         keeper.spare.deadline_ns = NEVER;
     }
     if (now_ns >= keeper.serving.deadline_ns) {
-        say(WARNING, "engine %d takes too long to %s, and is killed", (int)keeper.serving.pid, keeper.serving.leave ? "leave" : "serve");
+        say(WARNING, "engine %d takes too long to %s, and is killed", (int)keeper.serving.pid, keeper.serving.leave || keeper.serving.closed ? "end" : "serve");
         engine_signal(&keeper.serving, SIGKILL);
         keeper.serving.deadline_ns = NEVER;
     }

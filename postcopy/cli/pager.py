@@ -25,7 +25,7 @@ def make(given: dict[str, Any], output: Output) -> Run:
     config = record(PagerConfig, given)
     check(config)
     if config.keeper and not in_keeper():
-        keep([sys.executable, *sys.orig_argv[1:]], {}, log_json="log_json" in given)
+        keep([sys.executable, *sys.orig_argv[1:]], {}, log_json="log_json" in given, burst=config.restart_burst)
     operating = record(OperatingOptions, given)
     if operating.metrics is not None or operating.metrics_file is not None:
         import postcopy.handler._metrics  # noqa: F401  # before there is a virtual machine that waits for it

@@ -204,7 +204,7 @@ class Pager(CoreDataPlane, PagerCounters):
         self._call("giving the pager a file to stage pages in", "stage", block, fd)
 
     def set_readers(self, demand: int, background: int) -> None:
-        """How many threads read local pages that the page cache does not have, and how many prefetch; at first 2 and 1.
+        """How many threads read local pages that the page cache does not have, and how many prefetch; at first 2 of each.
         `BusyError` once there are any."""
         self._call("setting the number of readers", "set_readers", demand, background)
 

@@ -34,6 +34,7 @@ from postcopy._files import absolute, check_new_file
 from postcopy._stop import INSIST_S, Stop
 from postcopy.errors import ConfigurationError, ConnectionLost, PostcopyError, ProtocolError, ResourceError
 from postcopy.handler import _workingset as workingset
+from postcopy.handler._connect import ConnectSource
 from postcopy.handler._image import Image
 from postcopy.handler._report import vm_record
 from postcopy.handler._source import ImageSource, ProgramSource, Source
@@ -121,9 +122,13 @@ class Handler:
             for key, fds in list(self._store.taken.items()):
                 await self._take_over(tasks, key, fds)
             await self._store.ready()
-            if self._config.images is None:
+            try:
                 await self._open_socket()
                 self._check_working_set()
+            except PostcopyError as error:
+                if not self.vms:
+                    raise
+                log.error("%s", error)  # those that are here are served in any case
             tasks.start_soon(contained, "watching the directory of images", self._watch_images)
             tasks.start_soon(contained, "telling progress", self._tell_progress)
             tasks.start_soon(self._accept, tasks)
@@ -189,6 +194,8 @@ class Handler:
         """That of ``--socket``, or those that a service manager has given."""
         for name, fd in self._store.listeners.items():
             self._listening[_path_of(fd)] = name
+        if self._config.images is not None:
+            return  # see `_watch_images`
         if self._config.socket is not None:
             await self._listen("socket", absolute(self._config.socket))
         elif not self._listening:
@@ -209,7 +216,8 @@ class Handler:
     def _announce(self, path: str) -> None:
         image = self._image_of(path)
         self._output.emit("listening", records.PagerListening(side=self.side, socket=path, image=image))
-        of = image or (f"the source at {self._config.connect}" if self._config.connect is not None else "a program")
+        source = self._config.connect
+        of = image or ("a program" if source is None else f"the source at {source.address}")
         self._output.say(f"{self.side}: listening on {path} for virtual machines with the pages of {of}")
 
     def _image_of(self, path: str) -> str | None:
@@ -242,8 +250,6 @@ class Handler:
         """Has a socket for each image, as long as there is one."""
         if self._config.images is None:
             return
-        for name, fd in self._store.listeners.items():
-            self._listening[_path_of(fd)] = name
         told: set[str] = set()
         while True:
             found = await run_sync(_names_in, absolute(self._config.images))
@@ -359,6 +365,11 @@ class Handler:
     async def _open_source(self, about: About) -> Source:
         if about.image is not None:
             return ImageSource(await run_sync(Image.open, about.image))
+        config = self._config
+        if config.connect is not None:
+            return ConnectSource(
+                config.connect, recover_for_s=config.recover_for_s, background=config.prefetch == "all"
+            )
         if self._make_source is not None:
             return ProgramSource(self._make_source(about))
         raise ConfigurationError("there is nothing to take its pages from")

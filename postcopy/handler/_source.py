@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import abc
 import logging
+import os
 import socket
 from typing import TYPE_CHECKING
 
 import trio
 
 from postcopy._blocking import run_sync
-from postcopy.dataplane.pager import Pager
+from postcopy.dataplane.pager import Event, EventType, Pager
 from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.handler import _workingset as workingset
 from postcopy.handler._image import Image
@@ -55,6 +56,11 @@ class Source(abc.ABC):
     async def working_set(self, vm: Vm, path: str) -> workingset.WorkingSet | None:
         """The one in a file, in the pages of the virtual machine; None, and a line in the log, when there is none."""
         return None
+
+    def take(self, event: Event, vm: Vm) -> None:
+        """An event of the pager about where its pages come from."""
+        if event.type in (EventType.FATAL, EventType.CHANNEL_DOWN):
+            vm.lose(event.text or os.strerror(event.error))
 
     @abc.abstractmethod
     def prefetch_all(self, pager: Pager) -> None:

@@ -37,7 +37,6 @@ from postcopy._blocking import run_sync
 from postcopy._native import lib
 from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import (
-    Event,
     EventType,
     ForeignMemory,
     Pager,
@@ -311,15 +310,11 @@ class Vm:
         if self._options.record_to is not None and self._options.record_for_s < float("inf"):
             nursery.start_soon(self._record_for_a_while)
         async for event in pager.events():
-            await self._take(event, pager)
-
-    async def _take(self, event: Event, pager: Pager) -> None:
-        if event.type is EventType.COMPLETE:
-            self._options.changed()
-        elif event.type in (EventType.FATAL, EventType.CHANNEL_DOWN):
             if event.error == errno.ESRCH:
                 raise Ended("its process has ended")
-            self.lose(event.text or os.strerror(event.error))
+            self.source.take(event, self)
+            if event.type is EventType.COMPLETE:
+                self._options.changed()
 
     def lose(self, reason: str) -> None:
         """Its pages cannot be had any more, for now."""

@@ -11,7 +11,7 @@ from typing import Any
 from postcopy.errors import ConfigurationError, ProtocolError
 from postcopy.machines.base import BlockLayout, Machine
 from postcopy.machines.image import ImageMachine, ImageOptions
-from postcopy.machines.toy.machine import KVM, RV64, ToyMachine, ToyOptions
+from postcopy.machines.toy.machine import KVM, RV64, Engine, ToyMachine, ToyOptions
 from postcopy.memory import MemoryKind
 from postcopy.memory._admission import PROMISES
 
@@ -85,7 +85,7 @@ class _Kind:
     destination: Callable[[Mapping[str, Any], Sequence[BlockLayout], HostOptions], Machine]
 
 
-def _toy(engine: str) -> _Kind:
+def _toy(engine: Engine) -> _Kind:
     def destination(config: Mapping[str, Any], layout: Sequence[BlockLayout], host: HostOptions) -> Machine:
         return ToyMachine.for_destination(engine, config, layout, host.backing, host.disk, host.net)
 

@@ -5,9 +5,10 @@ The plan: make the machine that is offered, or say why not; connect the data cha
 all memory with userfaultfds. (A machine whose memory is mapped only while its state is loaded has its pages staged
 until then, and gives its userfaultfd away in the middle of that: `Machine.load_and_map`.) In each round that follows
 pages come, and those that have changed since are forgotten: they are missing again, so that no old page is ever seen.
-Then take the state, with all pages that are to be here before the machine runs, and say `prepared`. From then on this side waits for a decision that is not its own. On `commit` the
-machine runs, and every page comes: because it was touched, because the source pushed it, or because this side asked for
-what was left when the source had nothing more to push.
+Then take the state, with all pages that are to be here before the machine runs, and say `prepared`. From then on this
+side waits for a decision that is not its own. On `commit` the machine runs, and every page comes: because it was
+touched, because the source pushed it, or because this side asked for what was left when the source had nothing more to
+push.
 
 Resource handling: machine and pager belong to the engine. `close` ends them in the order that the state demands: a
 machine whose memory is not complete is closed first, since its vCPUs may be blocked on pages that only the pager can
@@ -28,7 +29,7 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import trio
 
@@ -325,6 +326,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
 
     async def _adopt(self, pager: AnyPager, uffd: int, features: int, extents: Sequence[Extent]) -> None:
         """The machine's memory is there, and is registered with a userfaultfd of its own."""
+        pager = cast("Pager", pager)  # one in a process of its own is not for such machines
         shard = pager.adopt_shard(uffd, features, self._busy_poll_us)
         for extent in extents:
             pager.arm_at(shard, extent.block, extent.first_page, extent.pages, extent.address)
@@ -419,7 +421,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         for number, block in enumerate(machine.blocks):
             if machine.maps_late:
                 with Memory.create("memfd", block.memory.size_bytes) as staged:
-                    pager.stage(number, staged.fd)
+                    cast("Pager", pager).stage(number, staged.fd)
             else:
                 pager.arm(block.shard, number, 0, block.memory.pages)
         for vcpu, tid in enumerate(machine.vcpu_threads()):

@@ -102,6 +102,7 @@ class PagerConfig:
     busy_poll_us: int = 0
     recover_for_s: float = math.inf
     keeper: bool = True
+    restart_burst: int = 5
 
 
 @dataclass(frozen=True)

@@ -441,6 +441,8 @@ MAX_VMS = whole("max-vms", "number of virtual machines at the same time", 1, 100
 MAX_MEMORY = size("max-memory", "memory of all virtual machines together (default: no limit)")
 READERS = whole("readers", "threads for each virtual machine that read its image from disk, and again as many that"
                 " prefetch", 1, 16)
+RESTART_BURST = whole("restart-burst", "how many deaths of this process in short order are followed by the next one at"
+                      " once; one is forgotten every 2 s", 1, 1_000_000)
 KEEPER = Option("keeper", "have a small process hold the virtual machines, so that they survive the death and the"
                 " upgrade of this one", flag="set or not")
 
@@ -513,7 +515,7 @@ COMMANDS: Mapping[str, tuple[Group, ...]] = {
     "pager": (
         Group("virtual machines", PAGER_SOCKET, PAGER_SOURCE, ALLOW_UID, MAX_VMS, MAX_MEMORY),
         Group("pages", PREFETCH, SET_FILE, RECORD_SET, RECORD_FOR, READERS, BUSY_POLL),
-        Group("when something fails", PAGER_LOST, RECOVER_FOR, KEEPER),
+        Group("when something fails", PAGER_LOST, RECOVER_FOR, KEEPER, RESTART_BURST),
         _operating("none"), OUTPUT,
     ),
 }

@@ -315,6 +315,6 @@ def overhead_bytes(machine: AnyMachine | None) -> int:
     except OSError:
         return 0
     own = sum(resident.values())  # a machine in a memfd is in RssShmem, once for each mapping
-    if machine is not None:
+    if machine is not None and not machine.outlives:
         own -= sum(block.memory.resident_bytes() for block in machine.blocks if block.memory.kind == "anon")
     return max(0, own)

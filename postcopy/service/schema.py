@@ -154,8 +154,14 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "upgrade": Command(
         "pager: have another process go on with the virtual machines, of this or of another installation",
-        (Option("command", "what to start in place of `postcopy`, as the program of another installation"
-                " (default: what this one was started with)", "PROGRAM"),),
+        (
+            Option(
+                "command",
+                "what to start in place of `postcopy`, as the program of another installation"
+                " (default: what this one was started with)",
+                "PROGRAM",
+            ),
+        ),
         bare="command",
         example="postcopy ctl --control ./pager.ctl upgrade /opt/postcopy-0.2/bin/postcopy",
     ),

@@ -139,7 +139,7 @@ int pc_pager_set_local(struct pc_pager *pager, uint32_t block, int fd, uint64_t 
  * first page arrives. The descriptor is duplicated. -EINVAL: it is too small, -EBUSY: the block has a local source. */
 int pc_pager_stage(struct pc_pager *pager, uint32_t block, int fd);
 /* How many threads read what the page cache does not have for those who wait, and how many read and place what is prefetched; at first
- * 2 and 1. They start when they are first needed. -EBUSY after that, -EINVAL above PC_MAX_READERS or for 0. */
+ * 2 of each. They start when they are first needed. -EBUSY after that, -EINVAL above PC_MAX_READERS or for 0. */
 #define PC_MAX_READERS 16
 int pc_pager_set_readers(struct pc_pager *pager, uint32_t demand, uint32_t background);
 /* Places all local pages that are armed, in the background: in runs, behind what threads wait for, after the working set. */

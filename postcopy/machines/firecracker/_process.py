@@ -266,6 +266,10 @@ class Exchange:
             raise
         return cls(at, name, f"/{place}/{name}" if place else f"/{name}", directory)
 
+    def inside(self, name: str) -> str:
+        """A path by which this process comes to a file of that name, which it removes itself."""
+        return f"/proc/self/fd/{self._directory.fileno()}/{name}"
+
     def new_name(self) -> str:
         """Of a file that is not there."""
         self._files += 1

@@ -3,13 +3,13 @@
 
 | step | what is done |
 |---|---|
-| `prepare` | Firecracker is found, or started; its version, disks, TAPs and vsock path are those that the state will name; a socket listens for its page faults |
-| `load_and_map` | ``PUT /snapshot/load`` with that socket as its memory; Firecracker hands over its userfaultfd, and touches the first page before it answers |
+| `prepare` | it is found, or started; what its state will name must be here; a socket listens for its page faults |
+| `load_and_map` | ``PUT /snapshot/load``: it hands over its userfaultfd, and touches a page before it answers |
 | `resume` | ``PATCH /vm`` Resumed |
 | `made_whole` | its memory is complete and not registered any more: Firecracker runs on without us |
 
-What it needs as files, the state and the socket, is for some milliseconds in a directory beside its API socket, where
-any Firecracker can have it: also a jailed one, which sees another root directory.
+What it needs as files, the state and the socket, is in a directory of our own until it has loaded, inside its root
+directory: a jailed one sees no other.
 
 Resource handling: a Firecracker that has begun to load and is not whole is killed by `close`, whoever has started it.
 It could not be used for anything else, and resumed by mistake it would be a second one. One that we have started runs
@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -33,7 +32,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -44,6 +42,7 @@ from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
 from postcopy.machines.base import CLOSE_TIMEOUT_S, Adopt, BlockLayout, Extent, MachineState
+from postcopy.machines.firecracker._process import Exchange
 from postcopy.machines.firecracker.api import (
     Api,
     FirecrackerInDoubt,
@@ -51,7 +50,7 @@ from postcopy.machines.firecracker.api import (
     Process,
 )
 from postcopy.machines.firecracker.handshake import Handshake, peer_credentials, receive_handshake
-from postcopy.machines.firecracker.source import BLOCK_NAME, FirecrackerMachine
+from postcopy.machines.firecracker.source import BLOCK_NAME, FirecrackerMachine, version_of
 from postcopy.machines.firecracker.state import with_disks
 from postcopy.memory import check_memory
 from postcopy.units import did_you_mean, format_size
@@ -64,7 +63,7 @@ RESUME_S = 2.0
 """How long it may take to resume, or to say how it is; a few tenths of a millisecond, unless it waits for a page."""
 KILL_S = 5.0
 POLL_S = 0.005
-DEFAULT_API_SOCKET = "/run/firecracker.socket"  # Firecracker's
+STATE, SOCKET = "state", "memory.sock"
 PAGE_SIZES = {4096: "anon", 2 << 20: "hugetlb"}
 MAX_REGIONS = 32
 
@@ -116,7 +115,6 @@ class ArrivingFirecracker(FirecrackerMachine):
         self._files: _Files | None = None
         self._process: Process | None = None
         self._touched = False  # it has been told something
-        self._version = config.version
         self._whole = False
         self._unconfirmed = False  # it was told to resume, and has not answered
 
@@ -124,8 +122,8 @@ class ArrivingFirecracker(FirecrackerMachine):
     def for_destination(
         cls, config: Mapping[str, Any], layout: Sequence[BlockLayout], host: FirecrackerHost
     ) -> ArrivingFirecracker:
-        """`ProtocolError` for an offer that makes no sense, `ConfigurationError` and `ResourceError` for one that cannot
-        be taken here."""
+        """`ProtocolError` for an offer that makes no sense, `ConfigurationError` and `ResourceError` for one that
+        cannot be taken here."""
         try:
             known = msgspec.convert(config, Config)
         except msgspec.ValidationError as error:
@@ -162,7 +160,7 @@ class ArrivingFirecracker(FirecrackerMachine):
                 " that was told nothing yet; start a new one there"
             )
         self._check_version(str(said.get("vmm_version", "")))
-        self._files = await run_sync(_Files.make, self._api.path, process)
+        self._files = await run_sync(_Files.make, process)
         await run_sync(self._check_devices, process)
 
     async def _until_it_answers(self, own: _Started) -> None:
@@ -173,8 +171,8 @@ class ArrivingFirecracker(FirecrackerMachine):
                     return
                 if (status := own.ended()) is not None:
                     raise ConfigurationError(
-                        f"--firecracker {self._host.binary}: it has ended with status {status} before it took a request;"
-                        " what it said is on standard error"
+                        f"--firecracker {self._host.binary}: it has ended with status {status} before it took a"
+                        " request; what it said is on standard error"
                     )
                 await trio.sleep(POLL_S)
         raise ConfigurationError(f"--firecracker {self._host.binary}: it took no request within {START_S:g} s")
@@ -184,12 +182,13 @@ class ArrivingFirecracker(FirecrackerMachine):
         self._version = here or there
         if _format_of(here) < _format_of(there):
             raise ConfigurationError(
-                f"the source's Firecracker is of version {there}, the one here of {here or 'an unknown one'}, which does"
-                f" not load its state; use {there} or a newer one here"
+                f"the source's Firecracker is of version {there}, the one here of {here or 'an unknown one'}, which"
+                f" does not load its state; use {there} or a newer one here"
             )
-        if self._offered.nets and self._host.nets and _minor(here) < (1, 12):
+        if self._offered.nets and self._host.nets and version_of(here) < (1, 12):
             raise ConfigurationError(
-                f"--net: Firecracker {here} cannot be given other TAPs than at the source; that is possible from 1.12 on"
+                f"--net: Firecracker {here} cannot be given other TAPs than at the source; that is possible from 1.12"
+                " on"
             )
 
     def _check_devices(self, process: Process) -> None:
@@ -208,8 +207,8 @@ class ArrivingFirecracker(FirecrackerMachine):
                 raise ConfigurationError(f"drive {name}: {path} is neither a file nor a block device")
             if not root and not os.access(path, os.R_OK if drive.read_only else os.R_OK | os.W_OK):
                 raise ConfigurationError(f"drive {name}: {path}: this user may not use it; Firecracker must")
-        for name, tap in self._offered.nets.items():
-            tap = self._host.nets.get(name, tap)
+        for name, there in self._offered.nets.items():
+            tap = self._host.nets.get(name, there)
             if not os.path.exists(f"/sys/class/net/{tap}/tun_flags"):
                 raise ConfigurationError(
                     f"interface {name}: there is no TAP device {tap!r} on this host; make it (ip tuntap add {tap} mode"
@@ -231,7 +230,9 @@ class ArrivingFirecracker(FirecrackerMachine):
         here = msgspec.structs.replace(
             self._offered,
             version=self._version,
-            drives={name: _Drive(self._path_here(name), drive.read_only) for name, drive in self._offered.drives.items()},
+            drives={
+                name: _Drive(self._path_here(name), drive.read_only) for name, drive in self._offered.drives.items()
+            },
             nets=self._offered.nets | dict(self._host.nets),
         )
         return dict(msgspec.to_builtins(here))
@@ -248,8 +249,8 @@ class ArrivingFirecracker(FirecrackerMachine):
         files, failures = self._files, list[PostcopyError]()
         assert files is not None
         assert self._process is not None
-        moved = {drive.path: self._path_here(name) for name, drive in self._offered.drives.items()}
-        if moved := {old: new for old, new in moved.items() if old != new}:
+        disks = {drive.path: self._path_here(name) for name, drive in self._offered.drives.items()}
+        if moved := {old: new for old, new in disks.items() if old != new}:
             state = with_disks(state, moved)
         files.write_state(state)
         self._touched = True
@@ -338,7 +339,7 @@ class ArrivingFirecracker(FirecrackerMachine):
             return
         if self._state is MachineState.RUNNING:
             return
-        tell = True
+        tell: bool | None = True
         with trio.move_on_after(RESUME_S) as deadline:
             while tell is not None:
                 tell = await self._told_to_run(tell)
@@ -383,19 +384,21 @@ class ArrivingFirecracker(FirecrackerMachine):
         if not self._whole and (self._touched or self._own is not None):
             await self.destroy()
             return
-        await self._let_go()
+        self._let_go()
         await super().close(timeout_s)
 
     async def destroy(self) -> None:
+        own, self._own, self._touched = self._own, None, False
         with trio.CancelScope(shield=True):  # bounded
-            if self._process is not None:
-                self._process.kill()
-            await self._let_go()
+            if self._process is not None and not self._process.pidfd.closed:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self._process.pidfd.fd, signal.SIGKILL)
+            self._let_go()
             await super().destroy()
-            if self._own is not None:
-                await run_sync(self._own.remove)
+            if own is not None:
+                await run_sync(own.remove)
 
-    async def _let_go(self) -> None:
+    def _let_go(self) -> None:
         if self._files is not None:
             self._files.remove()
         if self._process is not None:
@@ -416,7 +419,7 @@ class _Started:
         """`ConfigurationError` when it cannot be started. What it says, and the guest on its serial port, goes to this
         process's standard error."""
         directory = tempfile.mkdtemp(prefix="postcopy-fc-", dir=os.environ.get("XDG_RUNTIME_DIR") or None)
-        command = [os.path.abspath(binary), "--api-sock", os.path.join(directory, "api.sock")]
+        command = [os.path.abspath(binary), "--level", "Warning", "--api-sock", os.path.join(directory, "api.sock")]
         try:
             pid = os.posix_spawn(
                 command[0],
@@ -453,81 +456,49 @@ class _Started:
 
 
 class _Files:
-    """The state, and the socket on which Firecracker asks for its memory, in a directory beside its API socket."""
+    """What Firecracker is told to open: the state, and the socket on which it asks for its memory. Until `remove`."""
 
-    def __init__(self, directory: str, seen_as: str, listener: trio.socket.SocketType, owner: tuple[int, int]) -> None:
-        self._directory = directory
-        self._seen_as = seen_as  # by Firecracker
+    def __init__(self, exchange: Exchange, listener: socket.socket, owner: tuple[int, int]) -> None:
+        self._exchange = exchange
         self._owner = owner
-        self.listener = listener
-
-    @property
-    def state_path(self) -> str:
-        """As Firecracker sees it."""
-        return os.path.join(self._seen_as, "state")
-
-    @property
-    def socket_path(self) -> str:
-        return os.path.join(self._seen_as, "memory.sock")
+        self.listener = trio.socket.from_stdlib_socket(listener)
+        self.state_path = f"{exchange.path}/{STATE}"  # as Firecracker sees it
+        self.socket_path = f"{exchange.path}/{SOCKET}"
 
     @classmethod
-    def make(cls, api_socket: str, process: Process) -> _Files:
-        name = f"postcopy-{secrets.token_hex(4)}"
-        directory = os.path.join(os.path.dirname(api_socket), name)
-        seen_as = os.path.join(os.path.dirname(_api_socket_of(process.pid, api_socket)), name)
+    def make(cls, process: Process) -> _Files:
+        exchange = Exchange.open(process.pid)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         owner = (process.uid, process.gid) if os.geteuid() == 0 else (-1, -1)
         try:
-            os.mkdir(directory, 0o700)
-        except OSError as error:
-            raise ConfigurationError(
-                f"{directory} cannot be made: {error.strerror}; the state and a socket are put beside Firecracker's API"
-                " socket for a moment: this user must be able to write there"
-            ) from error
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            fd = os.open(directory, os.O_PATH | os.O_DIRECTORY)
-            try:
-                listener.bind(f"/proc/self/fd/{fd}/memory.sock")  # the path of a jailed one is often too long
-            finally:
-                os.close(fd)
+            path = exchange.inside(SOCKET)
+            listener.bind(path)
+            os.chown(path, *owner)
             listener.listen(4)
-            for path in (directory, os.path.join(directory, "memory.sock")):
-                os.chown(path, *owner)
         except OSError as error:
             listener.close()
-            shutil.rmtree(directory, ignore_errors=True)
-            raise ResourceError(f"a socket in {directory}: {error.strerror}") from error
-        return cls(directory, seen_as, trio.socket.from_stdlib_socket(listener), owner)
+            exchange.close()
+            raise ResourceError(f"a socket for Firecracker (process {process.pid}): {error.strerror}") from error
+        return cls(exchange, listener, owner)
 
     def write_state(self, state: bytes) -> None:
-        """Of some 20 KB: it stays in the page cache until it is removed."""
-        path = os.path.join(self._directory, "state")
+        """Of some 20 KB: it stays in memory until it is removed."""
         try:
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(self._exchange.inside(STATE), flags, 0o600), "wb") as file:
                 os.fchown(file.fileno(), *self._owner)
                 file.write(state)
         except OSError as error:
-            raise ResourceError(f"writing the state to {path}: {error.strerror}") from error
+            raise ResourceError(f"the state for Firecracker cannot be written: {error.strerror}") from error
 
     def remove(self) -> None:
         """Twice does no harm."""
-        self.listener.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-
-def _api_socket_of(pid: int, api_socket: str) -> str:
-    """What Firecracker itself calls its API socket: its root directory may be another one than ours."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return api_socket
-    said = DEFAULT_API_SOCKET
-    for word, after in zip(words, [*words[1:], b""], strict=True):
-        if word == b"--api-sock":
-            said = os.fsdecode(after)
-        elif word.startswith(b"--api-sock="):
-            said = os.fsdecode(word.partition(b"=")[2])
-    return said if os.path.basename(said) == os.path.basename(api_socket) else api_socket
+        if self.listener.fileno() >= 0:
+            self.listener.close()
+            for name in (STATE, SOCKET):
+                with contextlib.suppress(OSError):
+                    os.unlink(self._exchange.inside(name))
+            self._exchange.close()
 
 
 def _another_root(pid: int) -> bool:
@@ -537,15 +508,9 @@ def _another_root(pid: int) -> bool:
         return False
 
 
-def _minor(version: str) -> tuple[int, int]:
-    major, _, rest = version.partition(".")
-    minor = rest.partition(".")[0]
-    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
-
-
 def _format_of(version: str) -> tuple[int, int]:
     """By which states of versions can be compared; of one that is not known yet its own number, which is larger."""
-    major, minor = _minor(version)
+    major, minor = version_of(version)
     return major, _FORMATS.get(minor, minor) if major == 1 else minor
 
 

@@ -292,9 +292,12 @@ def mapped_page_bytes(uffd: int, address: int) -> int:
             result = lib.pc_uffd_register(uffd, address, size_bytes, RegisterMode.MISSING, ioctls)
         if result == 0:
             return size_bytes
+        if result in (-errno.ESRCH, -errno.ENOMEM):  # the kernel says ENOMEM where there is no memory map any more
+            raise ConnectionLost("the process has ended")
         if result != -errno.EINVAL:
-            reason = "the process has ended" if result == -errno.ESRCH else os.strerror(-result)
-            raise ProtocolError(f"the region at {address:#x} of the handshake cannot be registered: {reason}")
+            raise ProtocolError(
+                f"the region at {address:#x} of the handshake cannot be registered: {os.strerror(-result)}"
+            )
     raise ProtocolError(
         f"there is no memory at {address:#x}, where the handshake has a region, that its userfaultfd can guard"
     )

@@ -290,11 +290,10 @@ def serving_engine(keeper: int) -> int:
     has not. Waits until there is one; `MigrationError`."""
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
-        children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
-        for child in children:
+        for child in Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split():
             with contextlib.suppress(OSError):  # one that ends
-                for fd in os.scandir(f"/proc/{child}/fd"):
-                    if os.readlink(fd.path) == "anon_inode:[userfaultfd]":
-                        return int(child)
+                fds = Path(f"/proc/{child}/fd")
+                if any(os.readlink(fds / name) == "anon_inode:[userfaultfd]" for name in os.listdir(fds)):
+                    return int(child)
         time.sleep(0.001)
     raise MigrationError(f"no process of the pager {keeper} has a userfaultfd")

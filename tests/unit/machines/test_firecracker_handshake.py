@@ -26,6 +26,7 @@ from postcopy.machines.firecracker.handshake import (
     Handshake,
     Region,
     check_regions,
+    consume_handshake,
     peer_credentials,
     receive_handshake,
 )
@@ -85,6 +86,8 @@ def open_descriptors() -> int:
 )
 async def test_each_generation_is_understood(peer: Peer, fields: dict[str, Any]) -> None:
     peer.send([peer.region(**fields)], peer.uffd.fileno())
+    for _ in range(2):  # it stays for another process
+        (await receive_handshake(peer.connection, IN_TIME_S, peek=True)).close()
     with await receive_handshake(peer.connection, IN_TIME_S) as received:
         assert received.regions == (Region(peer.address, PAGES * PAGE, 0, PAGE),)
         assert received.features == UffdFeature.EVENT_REMOVE
@@ -94,21 +97,28 @@ async def test_each_generation_is_understood(peer: Peer, fields: dict[str, Any])
 
 
 @pytest.mark.needs("uffd")
-async def test_a_message_in_parts_is_put_together(peer: Peer) -> None:
+@pytest.mark.parametrize("peek", [False, True])
+async def test_a_message_in_parts_is_put_together(peer: Peer, peek: bool) -> None:
     text = json.dumps([peer.region(page_size=4096)]).encode()
     received: list[Handshake] = []
 
     async def receive() -> None:
-        received.append(await receive_handshake(peer.connection, IN_TIME_S))
+        received.append(await receive_handshake(peer.connection, IN_TIME_S, peek=peek))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(receive)
         socket.send_fds(peer.socket, [text[:1]], [peer.uffd.fileno()])
         for at in range(1, len(text)):
-            await trio.testing.wait_all_tasks_blocked()
+            if not peek:
+                await trio.testing.wait_all_tasks_blocked()
             peer.socket.send(text[at : at + 1])
     assert received[0].regions[0].address == peer.address
     received[0].close()
+    before = open_descriptors()
+    consume_handshake(peer.connection)
+    assert open_descriptors() == before
+    with pytest.raises(PeerError, match="no handshake"):
+        await receive_handshake(peer.connection, 0.01)
 
 
 @pytest.mark.needs("uffd")
