@@ -22,6 +22,7 @@
  *              `missing` counts the pages without it.
  *   zero       received, and zero: nothing was placed. A fault on it is answered here with UFFDIO_ZEROPAGE.
  *   lost       requested on a channel that was lost, and to be requested again ahead of any fault. The fault thread's own
+ *   local      its content can be read here, and is never requested (local.c); of no meaning for a page that is claimed
  *
  * A fault sets `requested`, then looks at `received`; a placement sets `received`, then looks at `requested`. Both are
  * sequentially consistent, so at least one of the two sees the other, and no thread is forgotten. A thread that places a page
@@ -56,8 +57,8 @@
  * Nothing of lower priority may stand in the way of a fault. All that a shard keeps of its faults and its channel belongs to its
  * fault thread, which takes no lock and no memory on its way: other threads leave *commands* in a list that is pushed to and emptied
  * by single atomic instructions, its tables have their size from the beginning, and its counters are read as they are
- * (metrics.h). Three locks it may meet, all with priority inheritance and held for microseconds: the gate, that of the events
- * (rare), and watch_lock (only while there is a watch).
+ * (metrics.h). Four locks it may meet, all with priority inheritance and held for microseconds: the gate, that of the events
+ * (rare), watch_lock (only while there is a watch), and that of the readers (a local page that is not in the page cache).
  *
  * What the peer may cost
  * ----------------------
@@ -68,7 +69,8 @@
  * The files
  * ---------
  * pager.h (all records and their owners), registry.c (blocks, shards, arming), faults.c (events, who waits), urgent.c (the fault
- * thread's loop and channel), prefetch.c (requests before a fault), placement.c (frames become pages), bulk.c, watch.c, metrics.c.
+ * thread's loop and channel), prefetch.c (requests before a fault), placement.c (frames become pages), local.c (pages that are on this
+ * host), removed.c (memory that was taken away), bulk.c, watch.c, metrics.c.
  * This file makes, asks and frees a pager as a whole: callers only.
  */
 #include <errno.h>
