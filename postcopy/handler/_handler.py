@@ -580,7 +580,7 @@ class Handler:
             case "end":
                 return self._end(name, bool(arguments.get("force")))
             case "upgrade":
-                return await self._upgrade(arguments.get("command"))
+                return await self._upgrade(arguments.get("program"))
             case "quit":
                 return self._quit(bool(arguments.get("force")))
         raise ControlError("CommandNotFound", f"{request.command} has no meaning for a pager")
@@ -595,12 +595,9 @@ class Handler:
             raise ControlError("Failed", why)
         return EndedMachine(machine=vm.about.name)
 
-    async def _upgrade(self, command: str | None) -> Record:
-        arguments = sys.argv[1:]
-        if command is None:
-            await self._store.upgrade([sys.executable, *sys.orig_argv[1:]])
-        else:
-            await self._store.upgrade([absolute(command), *arguments])
+    async def _upgrade(self, program: str | None) -> Record:
+        command = [sys.executable, *sys.orig_argv[1:]] if program is None else [absolute(program), *sys.argv[1:]]
+        await self._store.upgrade(command)
         return Done()
 
     def _quit(self, force: bool) -> Record:
