@@ -141,7 +141,8 @@ int pc_remote_present(const struct pc_remote *remote, uint64_t *words)
     uint64_t first = 0, bytes, address;
     int result = 0;
 
-    for (; !result && (bytes = pc_unknown_bytes(remote->size_bytes, remote->page_bytes, words, &first)); first += bytes) {
+    for (; !result && (bytes = pc_unknown_bytes(remote->size_bytes, remote->page_bytes, words, &first, PC_MAPPED_BETWEEN));
+         first += bytes) {
         bytes = pc_remote_part(remote, first, bytes, &address);
         result = pc_mapping_present(remote->pagemap, address - first, address, bytes, remote->page_bytes, words);
     }
