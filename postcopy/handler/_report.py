@@ -28,9 +28,7 @@ def latency_record(latency: Histogram) -> Latency:
 
 def latency_distribution(latency: Histogram) -> list[int]:
     """The buckets of QEMU's ``postcopy-latency-dist``."""
-    below = [latency.below_about(1000 << number) for number in range(1, LATENCY_BUCKETS)]
-    below.append(latency.count)
-    return [high - low for low, high in zip([0, *below], below, strict=False)]
+    return latency.between([1000 << number for number in range(1, LATENCY_BUCKETS)])
 
 
 def vm_record(vm: Vm, deaths: int) -> records.Vm:
