@@ -277,7 +277,7 @@ class Handler:
                     else:
                         self._announce(path)
             for path in list(self._listening):
-                if os.path.basename(path).removesuffix(SOCKET_SUFFIX) not in found:
+                if path in self._own and os.path.basename(path).removesuffix(SOCKET_SUFFIX) not in found:
                     await self._close_socket(path)
             told &= found
             await trio.sleep(SCAN_S)
