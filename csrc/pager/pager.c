@@ -49,6 +49,7 @@
  * it has not; so a placement that was decided before the read must not happen after it. Hence the gate: a placement holds it from
  * looking at `received` to setting it, the fault thread holds it from the read until what it read is in the maps. It is the one lock
  * between bulk and fault thread, only for shards with such events, held for one run of pages at a time, and inherits priority.
+ * What is read goes straight into a journal that outlives the pager (removed.c), for the process goes on whoever has read it.
  * EAGAIN is never retried on the spot: it may be that only reading ends it, or that it ends without any event; the fault thread
  * goes back to its loop, where it reads, and tries again then or after a moment.
  *
@@ -68,7 +69,7 @@
  *
  * The files
  * ---------
- * pager.h (all records and their owners), registry.c (blocks, shards, arming), faults.c (events, who waits), urgent.c (the fault
+ * pager.h (all records and their owners), registry.c (blocks, shards, arming), faults.c (events, who waits), removed.c (what is taken away), urgent.c (the fault
  * thread's loop and channel), prefetch.c (requests before a fault), placement.c (frames become pages), local.c (pages that are on this
  * host), removed.c (memory that was taken away), bulk.c, watch.c, metrics.c.
  * This file makes, asks and frees a pager as a whole: callers only.
