@@ -23,6 +23,7 @@ import signal
 import socket
 import stat
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -254,11 +255,20 @@ class Handler:
             return
         told: set[str] = set()
         while True:
-            found = await run_sync(_names_in, absolute(self._config.images))
+            try:
+                found = await run_sync(_names_in, absolute(self._config.images))
+            except PostcopyError as error:
+                if str(error) not in told:
+                    told.add(str(error))
+                    log.error("%s", error)
+                await trio.sleep(SCAN_S)
+                continue
             directory = absolute(self._config.socket or self._config.images)
             for name in sorted(found):
                 path = os.path.join(directory, name + SOCKET_SUFFIX)
-                if path not in self._listening and name not in told:
+                if path in self._listening:
+                    self._own.add(path)  # of a process before this one, too
+                elif name not in told:
                     try:
                         await self._listen(f"images.{name}", path)
                     except PostcopyError as error:
@@ -267,7 +277,7 @@ class Handler:
                     else:
                         self._announce(path)
             for path in list(self._listening):
-                if os.path.basename(path).removesuffix(SOCKET_SUFFIX) not in found:
+                if path in self._own and os.path.basename(path).removesuffix(SOCKET_SUFFIX) not in found:
                     await self._close_socket(path)
             told &= found
             await trio.sleep(SCAN_S)
@@ -563,8 +573,10 @@ class Handler:
 
     async def _tell_progress(self) -> None:
         while True:
+            began_s = time.monotonic()
             self._output.emit("progress", self.status())
-            await trio.sleep(PROGRESS_S)
+            # A thousand of them are told of less often: it takes a twentieth of a processor at most.
+            await trio.sleep(max(PROGRESS_S, 20 * (time.monotonic() - began_s)))
 
     def make_metrics(self) -> VmMetrics:
         from postcopy.handler._metrics import VmMetrics  # megabytes, where they are not asked for

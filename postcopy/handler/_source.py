@@ -7,6 +7,7 @@ Each virtual machine has a source of its own, which is closed with it.
 from __future__ import annotations
 
 import abc
+import errno
 import logging
 import os
 import socket
@@ -61,7 +62,8 @@ class Source(abc.ABC):
     def take(self, event: Event, vm: Vm) -> None:
         """An event of the pager about where its pages come from."""
         if event.type in (EventType.FATAL, EventType.CHANNEL_DOWN):
-            vm.lose(event.text or os.strerror(event.error))
+            # (what the client has registered cannot be served: no source would help)
+            vm.lose(event.text or os.strerror(event.error), for_good=event.error == errno.EOPNOTSUPP)
 
     @abc.abstractmethod
     def prefetch_all(self, pager: Pager) -> None:

@@ -257,7 +257,7 @@ class Vm:
                     self.ended = str(end)
                     nursery.cancel_scope.cancel()
                 except PostcopyError as error:
-                    self.lose(str(error))
+                    self.lose(str(error), for_good=True)
                     self.served.set()  # as far as it will be
                     if self.fds.pidfd < 0:
                         nursery.cancel_scope.cancel()
@@ -319,11 +319,12 @@ class Vm:
             if event.type is EventType.COMPLETE:
                 self._options.changed()
 
-    def lose(self, reason: str) -> None:
-        """Its pages cannot be had any more, for now."""
+    def lose(self, reason: str, *, for_good: bool = False) -> None:
+        """Its pages cannot be had any more, for now, or `for_good`."""
         if self.error is None:
             self.error = reason
-            self.lost.set()
+            if not for_good:
+                self.lost.set()
             self._options.lost(self)
 
     def found_again(self) -> None:

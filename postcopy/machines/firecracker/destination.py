@@ -239,15 +239,12 @@ class ArrivingFirecracker(FirecrackerMachine):
             },
             nets=self._offered.nets | dict(self._host.nets),
         )
-        return dict(msgspec.to_builtins(here))
+        return {name: value for name, value in msgspec.to_builtins(here).items() if value is not None}
 
     # ---- its state
 
     async def load_state(self, state: bytes) -> None:
-        raise ConfigurationError(
-            "a Firecracker cannot be started from here: a salvage that `postcopy merge --into DIR` has made is a"
-            " snapshot of its own (PUT /snapshot/load with snapshot_path DIR/state, mem_backend File DIR/00.memory)"
-        )
+        raise MigrationError("a microVM is loaded only where its userfaultfd is served (load_and_map)")
 
     async def load_and_map(self, state: bytes, adopt: Adopt) -> None:
         files, failures, answered = self._files, list[PostcopyError](), trio.Event()
