@@ -48,10 +48,19 @@ static struct {
     struct message inbox;
 } keeper;
 
-static void end(int status)
+/* `how`: what it ends with. */
+static void end(int status, const char *how)
 {
+    uint32_t vms = 0;
+
     keeper.ending = true;
     keeper.status = status;
+    for (uint32_t i = 0; i < keeper.store.end; i++)
+        vms += keeper.store.entries[i].name[0] && !keeper.store.entries[i].listens;
+    if (vms && keeper.store.systemd >= 0)
+        say(INFO, "%s, and this process with it; systemd keeps what belongs to %u VMs", how, vms);
+    else if (vms)
+        say(WARNING, "%s, and this process with it: VMs that are still there wait for ever for pages that they lack", how);
 }
 
 /* How an engine has ended, for a person. */
@@ -337,7 +346,7 @@ static void spare_has_ended(void)
         keeper.upgrading = false;
         keeper.spare_after_ns = 0;
     } else if (!keeper.ever_ready) {
-        end(status_of(spare)); /* it has said why */
+        end(status_of(spare), how); /* it has said why */
     } else {
         keeper.spare_failures++;
         keeper.spare_after_ns = pc_now_ns() + delay_ns(keeper.spare_failures);
@@ -375,9 +384,7 @@ static void serving_has_ended(void)
                  : WIFEXITED(serving->wait_status) ? !WEXITSTATUS(serving->wait_status) || keeper.stop_signal
                                                    : WTERMSIG(serving->wait_status) == keeper.stop_signal));
     if (in_order) {
-        end(status_of(serving));
-        if (keeper.store.used > keeper.store.listeners)
-            say(WARNING, "%s, and this process with it: VMs that are still there wait for ever for pages that they lack", describe(serving));
+        end(status_of(serving), describe(serving));
     } else if (serving->leave) {
         (void)snprintf(keeper.reason, sizeof(keeper.reason), "engine %d was replaced", (int)serving->pid);
         say(INFO, "%s, engine %d goes on", keeper.reason, (int)keeper.spare.pid);
@@ -506,9 +513,7 @@ static void on_signal(int number)
         if (keeper.serving.go_told) /* else it gets what stops it then */
             engine_signal(&keeper.serving, number);
     } else if (stops && (keeper.stop_signal || !keeper.ever_ready)) {
-        if (keeper.store.used > keeper.store.listeners)
-            say(WARNING, "ended while no engine serves: VMs that are still there wait for ever for pages that they lack");
-        end(128 + number);
+        end(128 + number, "it was told to end while no engine serves");
     } else if (stops) {
         keeper.stop_signal = number; /* for the next one, which serves at once */
         keeper.promote_after_ns = keeper.spare_after_ns = 0;

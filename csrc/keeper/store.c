@@ -34,12 +34,12 @@ __attribute__((format(printf, 3, 4))) static int refuse(int error, char *why, co
 
 void store_connect_systemd(struct store *store)
 {
-    const char *path = getenv("NOTIFY_SOCKET");
+    const char *path = getenv("NOTIFY_SOCKET"), *room = getenv("FDSTORE"); /* since systemd 254; before, the unit says it */
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     size_t bytes = path ? strlen(path) : 0;
 
     store->systemd = -1;
-    if (!bytes || bytes >= sizeof(address.sun_path) || (path[0] != '/' && path[0] != '@'))
+    if (!room || strtol(room, NULL, 10) <= 0 || !bytes || bytes >= sizeof(address.sun_path) || (path[0] != '/' && path[0] != '@'))
         return;
     memcpy(address.sun_path, path, bytes);
     if (path[0] == '@')

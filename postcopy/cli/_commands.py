@@ -67,7 +67,7 @@ COMMANDS: Mapping[str, Command] = {
             ("Serve a snapshot's memory file:", "postcopy pager --socket /run/vm.sock --image vm.mem"),
             (
                 "Place what an earlier run has touched first, and kill what cannot be served:",
-                "postcopy pager --socket vm.sock --image vm.mem --working-set vm.ws --on-lost kill",
+                "postcopy pager --socket vm.sock --image vm.mem --working-set vm.ws \\\n  --on-lost kill",
             ),
             ("From a process on another host:", "postcopy pager --socket vm.sock --connect host-a:7777"),
         ),

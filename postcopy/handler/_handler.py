@@ -111,7 +111,6 @@ class Handler:
         self._listening: dict[str, str] = {}  # by path: the name in the store
         self._own: set[str] = set()  # paths of those that are removed at the end
         self._refused = self._ended = self._served = self._left = 0
-        self._deaths: dict[Vm, int] = {}
 
     # ---- its life
 
@@ -338,7 +337,7 @@ class Handler:
         if not_served := UffdFeature(handshake.features) & _NOT_SERVED:
             raise ProtocolError(f"its userfaultfd has {not_served.name}, which cannot be served from outside")
         image = self._image_of(path)
-        about = About.of(handshake, peer, self._name(image, peer), path, image)
+        about = About.of(handshake, peer, self._name(image, peer), path, image, self._store.deaths)
         source = await self._open_source(about)
         try:
             source.check(about)
@@ -431,7 +430,6 @@ class Handler:
                 return
         self._promised_bytes += about.memory_bytes
         vm = self._new(key, descriptors, about, source)
-        self._deaths[vm] = self._store.deaths
 
         async def serve() -> None:
             try:
@@ -489,7 +487,6 @@ class Handler:
             self._promised_bytes -= about.memory_bytes
             _close_source(vm.source)
             self._finished(vm)
-            self._deaths.pop(vm, None)
             self._changed()
 
     def _finished(self, vm: Vm) -> None:
@@ -530,7 +527,7 @@ class Handler:
     # ---- what is shown
 
     def _record(self, vm: Vm) -> records.Vm:
-        return vm_record(vm, self._store.deaths - self._deaths.get(vm, self._store.deaths))
+        return vm_record(vm, self._store.deaths - vm.about.deaths)
 
     def status(self, name: str | None = None) -> records.PagerStatus:
         """Of the process and all virtual machines, or of the one with this name."""
@@ -580,7 +577,7 @@ class Handler:
             case "end":
                 return self._end(name, bool(arguments.get("force")))
             case "upgrade":
-                return await self._upgrade(arguments.get("command"))
+                return await self._upgrade(arguments.get("program"))
             case "quit":
                 return self._quit(bool(arguments.get("force")))
         raise ControlError("CommandNotFound", f"{request.command} has no meaning for a pager")
@@ -595,12 +592,9 @@ class Handler:
             raise ControlError("Failed", why)
         return EndedMachine(machine=vm.about.name)
 
-    async def _upgrade(self, command: str | None) -> Record:
-        arguments = sys.argv[1:]
-        if command is None:
-            await self._store.upgrade([sys.executable, *sys.orig_argv[1:]])
-        else:
-            await self._store.upgrade([absolute(command), *arguments])
+    async def _upgrade(self, program: str | None) -> Record:
+        command = [sys.executable, *sys.orig_argv[1:]] if program is None else [absolute(program), *sys.argv[1:]]
+        await self._store.upgrade(command)
         return Done()
 
     def _quit(self, force: bool) -> Record:

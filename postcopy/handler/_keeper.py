@@ -64,6 +64,12 @@ def in_keeper() -> bool:
     return ENVIRONMENT in os.environ
 
 
+def systemd_keeps() -> bool:
+    """Whether systemd has a copy of all that the keeper has, so that another process goes on after this unit was
+    restarted."""
+    return os.environ.get("FDSTORE", "0") not in ("", "0") and "NOTIFY_SOCKET" in os.environ
+
+
 def passed_listeners() -> dict[str, list[int]]:
     """The listening sockets that systemd has passed to this process (sd_listen_fds(3)), which stay as they are: `keep`
     takes them along."""
@@ -218,7 +224,8 @@ class KeeperStore:
             raise ConfigurationError(f"no other engine goes on from here ({shlex.join(command)}): {why}")
 
     def status(self) -> dict[str, object]:
-        return {"store": "keeper", "deaths": self.deaths, "spare": self._spare}
+        kind = "keeper and systemd" if systemd_keeps() else "keeper"
+        return {"store": kind, "deaths": self.deaths, "spare": self._spare}
 
     # -- its life
 
@@ -332,6 +339,9 @@ class KeeperStore:
 
     async def _replace_keeper(self) -> Callable[[], Awaitable[None]]:
         """Returns what gives everything to the next one, to be run while this process hears it."""
+        if systemd_keeps():
+            log.error("the keeper has ended; systemd has all that it had, and ends this process too")
+            os._exit(1)
         log.error("the keeper has ended; until there is another one nothing outlives this process")
         self._spare = False
         while (sock := self._start_keeper()) is None:  # noqa: ASYNC110  # nothing says when it can be

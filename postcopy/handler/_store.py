@@ -82,7 +82,8 @@ class Store(Protocol):
         ...
 
     def status(self) -> dict[str, object]:
-        """For people: ``store``, ``deaths``, ``spare`` (whether an engine waits to go on)."""
+        """For people: ``store`` (who keeps it: ``none``, ``keeper``, ``keeper and systemd``), ``deaths``, ``spare``
+        (whether an engine waits to go on)."""
         ...
 
 

@@ -74,9 +74,12 @@ class About(msgspec.Struct, frozen=True):
     features: int
     regions: list[tuple[int, int, int]]  # address, bytes, offset
     connected_ns: int  # CLOCK_MONOTONIC of this host
+    deaths: int  # of processes that have served, before it connected
 
     @classmethod
-    def of(cls, handshake: Handshake, peer: Credentials, name: str, socket_path: str, image: str | None) -> About:
+    def of(
+        cls, handshake: Handshake, peer: Credentials, name: str, socket_path: str, image: str | None, deaths: int
+    ) -> About:
         return cls(
             version=_RECORD_VERSION,
             name=name,
@@ -89,6 +92,7 @@ class About(msgspec.Struct, frozen=True):
             features=handshake.features,
             regions=[(region.address, region.size_bytes, region.offset) for region in handshake.regions],
             connected_ns=time.monotonic_ns(),
+            deaths=deaths,
         )
 
     @property

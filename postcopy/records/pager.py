@@ -112,7 +112,7 @@ class Vm(Record, kw_only=True):
     ] = None  # fmt: skip
     engine_deaths: Annotated[
         int,
-        doc("How often the process that serves it has ended and another one went on.", "processes",
+        doc("How often the process that served it has died, and another one went on.", "processes",
             label="Engine deaths", metric="postcopy_vm_engine_deaths_total"),
     ]  # fmt: skip
 
@@ -123,7 +123,7 @@ class Keeper(Record, kw_only=True):
     store: Annotated[str, doc("What it is; none: nothing outlives the process.")]
     deaths: Annotated[
         int,
-        doc("Processes that have served before this one.", "processes", metric="postcopy_pager_engine_deaths_total"),
+        doc("Processes that have died while they served.", "processes", metric="postcopy_pager_engine_deaths_total"),
     ]
     spare: Annotated[bool, doc("Whether another process waits to go on.")]
 

@@ -431,8 +431,8 @@ PREFETCH = choice("prefetch", ("none", "all", "working-set"), "place pages behin
 SET_FILE = path("working-set", "place these pages first, which --record-working-set has written; with --images: NAME.ws"
                 " in this directory")
 RECORD_SET = path("record-working-set", "write which pages a virtual machine touches, and in what order, to FILE when"
-                  " it ends, or after --record-for; with --images: to NAME.ws in this directory")
-RECORD_FOR = seconds("record-for", "how long it is recorded", forever=True)
+                  " it ends; with --images: to NAME.ws in this directory")
+RECORD_FOR = seconds("record-for", "how long that is recorded; the file is written then", forever=True)
 PAGER_LOST = choice("on-lost", {"hold": False, "kill": True}, "when pages cannot be had any more: hold the virtual"
                     " machine where it needs them, or kill its process", "kill_when_lost")
 ALLOW_UID = Option("allow-uid", "take virtual machines of these users too, beside those of this user and root",

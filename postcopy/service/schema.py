@@ -156,13 +156,13 @@ COMMANDS: Mapping[str, Command] = {
         "pager: have another process go on with the virtual machines, of this or of another installation",
         (
             Option(
-                "command",
+                "program",
                 "what to start in place of `postcopy`, as the program of another installation"
                 " (default: what this one was started with)",
                 "PROGRAM",
             ),
         ),
-        bare="command",
+        bare="program",
         example="postcopy ctl --control ./pager.ctl upgrade /opt/postcopy-0.2/bin/postcopy",
     ),
     "quit": Command("shut down cleanly", (_FORCE,), example="postcopy ctl quit"),

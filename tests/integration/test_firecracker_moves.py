@@ -55,7 +55,7 @@ class Host:
             file.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
             file.flush()
             file.readline()
-            answer = parse_control_line(file.readline(), command)
+            answer: dict[str, Json] = parse_control_line(file.readline(), command)
             assert "return" in answer, answer
             return answer["return"]
 
@@ -114,20 +114,33 @@ def test_ten_moves_there_and_back(daemon: Callable[..., Any], operator: Callable
     check_went_on(seen, at.wait_pass(seen["number"] + 1))  # and so it does
 
 
-def test_cut_after_it_was_given_away(
-    daemon: Callable[..., Any], operator: Callable[[str], Any], tmp_path: Path
+def test_a_load_that_fails_and_a_cut_later(
+    side: Callable[..., Any], daemon: Callable[..., Any], operator: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    """It waits for pages that do not come, and goes on when they do; the source's is killed only then."""
+    """It goes on at the source where it cannot be loaded. Given away, it waits for pages that do not come, and goes on
+    when they do; the source's Firecracker is killed only then."""
     at, to = Host("a", tmp_path, daemon, operator), Host("b", tmp_path, daemon, operator)
 
-    def wait_status(host: Host, status: str) -> Json:
-        return host.at.wait(
+    def wait_status(host: Host, status: str) -> dict[str, Json]:
+        machines: dict[str, Json] = host.at.wait(
             status, lambda machines: (machines.get("vm", {}).get("migration") or {}).get("status") == status
         )
+        return machines
 
     with Firecracker.start() as first:
-        seen = boot(first, "pages=2048 spread=1")
+        boot(first)
         at.ask("start", kind="firecracker", name="vm", **{"api-socket": first.api_path})
+
+        small = tmp_path / "small-firecracker"  # in which 64 MiB have no room
+        small.write_text(f'#!/bin/sh\nulimit -v 60000\nexec {find()} "$@"\n')
+        small.chmod(0o755)
+        dest = side("dest", "--json", "--listen", "127.0.0.1:0", "--firecracker", small)
+        _, why = at.at.ask("migrate", dest.address, "--machine", "vm", status=1)
+        assert "Load snapshot error" in why
+        assert first.state() == "Running"
+        values = first.wait_passes(2)[-1].values
+        seen = {"number": values["pass"], **values}
+
         at.ask("set", **{"max-bandwidth": "1MiB/s"})
         at.ask("migrate", to=to.address, machine="vm")
         wait_status(at, "postcopy-active")

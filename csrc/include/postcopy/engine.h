@@ -74,18 +74,22 @@ int pc_pager_new_with_metrics(int metrics_fd, struct pc_pager **pager);
  * of the block are then where pc_pager_arm_at says, once for each part of it. Locks. */
 int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory);
 /* The same with states that outlive this pager: what they say is known is not missing. memory->base may be an address of
- * another process, of which this one has a userfaultfd (pc_pager_adopt_shard); this pager touches no memory through it.
- * Locks. */
+ * another process then, of which this one has a userfaultfd (pc_pager_adopt_shard); this pager touches no memory through it. The pager
+ * that had them before has ended: its process has been waited for, or its pidfd says so. What it had under way counts as missing where
+ * memory->fd is -1 (private memory); else pc_states_settle comes first (-EUCLEAN). What it had read of memory that was taken away is
+ * applied by arming; a shard's is in the states of the block that it is armed with first, so arm in the same order. Locks. */
 int pc_pager_add_block_with_states(struct pc_pager *pager, const struct pc_memory *memory, int states_fd);
 /* Pages of a block that are zero at the source: a fault on them is answered here. At any time: what has been placed stays. */
 int pc_pager_set_zero(struct pc_pager *pager, uint32_t block, const uint64_t *zero_words);
 /* Opens a userfaultfd with its fault thread (index returned). busy_poll_us: how long the thread busy-waits after each
  * event before it sleeps. The thread runs from now on, with or without a channel. Locks. */
 int pc_pager_add_shard(struct pc_pager *pager, int how, uint32_t busy_poll_us, char *error, size_t error_bytes);
-/* The same around a userfaultfd that exists, of this or another process, with the features that it was opened with. The
- * descriptor becomes the pager's, also on failure; who made it keeps a copy, or nothing stops zeros when this process dies.
- * With EVENT_REMOVE or EVENT_UNMAP what its process throws away is zero from then on. EVENT_FORK, EVENT_REMAP and SIGBUS are
- * refused (-EOPNOTSUPP), as is what is blocking, is no userfaultfd, or has not had its UFFDIO_API (-EINVAL). Locks. */
+/* The same around a userfaultfd that exists, of this or another process. Its features are asked of /proc; `features` are those that it
+ * has where /proc is not there. The descriptor becomes the pager's, also on failure; who made it keeps a copy, or nothing stops zeros when
+ * this process dies. With EVENT_REMOVE or EVENT_UNMAP what its process throws away is zero from then on, also when it does so before the
+ * memory is armed here. EVENT_FORK, EVENT_REMAP and SIGBUS are refused (-EOPNOTSUPP), as is what is blocking, is no userfaultfd, or has
+ * not had its UFFDIO_API (-EINVAL). Of private memory a page that is there already counts as received, and one that has left the
+ * userfaultfd as zero. When its process has ended that is PC_EVENT_FATAL with ESRCH, by the first placement that meets it. Locks. */
 int pc_pager_adopt_shard(struct pc_pager *pager, int uffd, uint64_t features, uint32_t busy_poll_us, char *error,
                          size_t error_bytes);
 /* The features that pc_pager_add_shard asks for, of those `available`. */
@@ -180,7 +184,8 @@ int pc_pager_disconnect(struct pc_pager *pager);
 /* Precopy, before the machine runs here: these pages have changed at the source. Those that are received are missing again (and COMPLETE
  * will be announced again); the others stay as they are. What they hold is discarded by pc_memory_discard_pages, *after* this, in the
  * process that has the memory. No page of the block may be under way, since it would count as the new one: each bulk channel has ended
- * its push (PC_EVENT_BULK_END), and nothing is requested. -EBUSY while there is a watch. Locks. */
+ * its push (PC_EVENT_BULK_END), and nothing is requested. -EBUSY while there is a watch, and when a block without an address has been
+ * armed: nobody can discard what it holds. What is staged is removed here, and blocks for that. Locks. */
 int pc_pager_forget(struct pc_pager *pager, uint32_t block, const uint64_t *stale_words);
 /* Another push begins: each bulk channel may end once more. (A second END in one push ends its channel: -EBADMSG in the event.) */
 int pc_pager_expect_push(struct pc_pager *pager);

@@ -767,6 +767,7 @@ static void with_systemd(void)
     memcpy(address.sun_path + 1, path + 1, strlen(path) - 1);
     CHECK_SYS(bind(manager, (struct sockaddr *)&address, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(path))));
     setenv("NOTIFY_SOCKET", path, 1);
+    setenv("FDSTORE", "100", 1);
     open_listener();
     manager = CHECK_SYS(fcntl(manager, F_DUPFD_CLOEXEC, 130));
     CHECK_SYS(dup2(rig.listener, 3)); /* the socket of the unit */

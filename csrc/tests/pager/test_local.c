@@ -482,7 +482,8 @@ static void *remove_some(void *argument)
     struct looker *looker = argument;
 
     for (uint64_t page = 0; page < looker->parts->third; page += 5)
-        CHECK_SYS(madvise((void *)(uintptr_t)(looker->parts->apart + page * looker->rig->page_bytes), looker->rig->page_bytes, MADV_DONTNEED));
+        CHECK_SYS(madvise((void *)(uintptr_t)(looker->parts->apart + page * looker->rig->page_bytes), looker->rig->page_bytes,
+                          MADV_DONTNEED));
     return NULL;
 }
 

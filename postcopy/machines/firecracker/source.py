@@ -222,6 +222,10 @@ class FirecrackerMachine(Machine):
             said["vsock"] = config.vsock.uds_path
         return said
 
+    @property
+    def process(self) -> tuple[int, str] | None:
+        return (self._pid, self._api.path) if self._pid else None
+
     def statistics(self) -> MachineStatistics:
         state, text = self._state, ""
         if state is not MachineState.CREATED and not self._is_alive():

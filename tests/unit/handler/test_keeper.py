@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,7 +53,7 @@ class Toy:
     def poll(self, condition: Callable[[], bool], what: str) -> None:
         deadline_s = time.monotonic() + DEADLINE_S
         while not condition():
-            assert time.monotonic() < deadline_s, f"{what}\n{self.child.errors()}"
+            assert time.monotonic() < deadline_s, f"{what}\n{self.child.errors() if self.child else ''}"
             time.sleep(0.01)
 
     def wait_spare(self) -> dict[str, Any]:
@@ -155,7 +157,7 @@ def test_another_version_goes_on(toy: Callable[..., Toy]) -> None:
 
 def test_an_engine_ends_in_order(toy: Callable[..., Toy]) -> None:
     here = toy()
-    here.ask("exit", status=0)
+    here.ask("exit")
     assert here.child.wait(DEADLINE_S).returncode == 0
 
 
@@ -184,3 +186,76 @@ def test_what_systemd_passes(run_in_child: Callable[..., Any]) -> None:
     result = run_in_child(_passed)
     assert result.value == {"postcopy.socket": [3]}, result.stderr
     assert _keeper.passed_listeners() == {}
+
+
+# ---- systemd
+
+
+class _Systemd:
+    """As much of it as there is for one service: a socket, and what FDSTORE=1 has brought."""
+
+    def __init__(self, path: Path) -> None:
+        self.environment = {**os.environ, "NOTIFY_SOCKET": str(path / "notify"), "FDSTORE": "100"}
+        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._notify.bind(str(path / "notify"))
+        self._notify.setblocking(False)
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(path / "toy.sock"))
+        self.listener.listen()
+        self.stored: list[tuple[str, int]] = []
+
+    def hear(self) -> None:
+        """All that has been said."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                data, fds, _, _ = socket.recv_fds(self._notify, 4096, 16)
+                said = dict(line.split("=", 1) for line in data.decode().splitlines())
+                if said.get("FDSTORE") == "1":
+                    assert said["FDPOLL"] == "0"
+                    self.stored += [(said["FDNAME"], fd) for fd in fds]
+                elif said.get("FDSTOREREMOVE") == "1":
+                    for name, fd in self.stored:
+                        if name == said["FDNAME"]:
+                            os.close(fd)
+                    self.stored = [one for one in self.stored if one[0] != said["FDNAME"]]
+
+    def close(self) -> None:
+        self._notify.close()
+        self.listener.close()
+        for _, fd in self.stored:
+            os.close(fd)
+
+    def start(self, marker: str) -> subprocess.Popen[bytes]:
+        passed = [("pager.socket", self.listener.fileno()), *self.stored]
+        fds, names = [fd for _, fd in passed], ":".join(name for name, _ in passed)
+        command = [sys.executable, "-P", str(TOY), marker, "--passed"]
+        program = f"import sys; sys.path.insert(0, {str(TOY.parent)!r}); import toy_engine as t; "
+        program += f"t.become({fds}, {names!r}, {command})"
+        return subprocess.Popen([sys.executable, "-c", program], pass_fds=fds, env=self.environment)
+
+
+def test_systemd_has_everything_when_the_keeper_is_killed(tmp_path: Path) -> None:
+    systemd, path = _Systemd(tmp_path), tmp_path / "toy.sock"
+    main = systemd.start(str(path))
+    try:
+        here = Toy(None, path)
+        vm = here.ask("put", count=2)
+        assert vm["listeners"] == ["pager.socket"]
+        assert vm["store"] == "keeper and systemd"
+        for signum, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)):
+            main.send_signal(signum)
+            assert main.wait(DEADLINE_S) == status
+            kill_all(str(path))  # all that is left in the unit's control group
+            systemd.hear()
+            assert [name for name, _ in systemd.stored] == [vm["name"]] * 3
+            main = systemd.start(str(path))
+            again = here.ask("tell")
+            assert again["taken"] == {vm["name"]: ["memfd:toy-0", "memfd:toy-1", "socket"]}
+            assert again["keeper"] == main.pid
+        here.ask("drop", name=vm["name"])
+        systemd.hear()
+        assert vm["name"] not in dict(systemd.stored)
+    finally:
+        kill_all(str(path))
+        main.wait(DEADLINE_S)
+        systemd.close()

@@ -26,8 +26,10 @@ from postcopy.handler._metrics import VmMetrics
 from postcopy.handler._store import LocalStore
 from postcopy.lazy._source import SourceBlock
 from postcopy.machines.firecracker.handshake import Credentials
+from postcopy.output._view import View
 from postcopy.records import Json, Record, as_json
 from postcopy.service.config import PagerConfig
+from postcopy.service.render import render
 from postcopy.service.schema import ControlError, Request
 
 PAGES = 256
@@ -171,6 +173,11 @@ async def test_a_vm_has_the_pages_of_the_image(tmp_path: Path, image: Path) -> N
             figures = await pager.until(lambda vm: vm["status"] == "complete")
             assert figures["demand-pages"] + figures["zero-pages"] >= PAGES
             assert figures["faults"] >= PAGES
+            shown = render(await pager.ask("status"))
+            assert f"process {vmm.pid}" in shown
+            assert "Resident:          1 MiB" in shown
+            header, rows = View().machines(await pager.ask("status"))
+            assert (rows[0][2], len(rows[0])) == ("complete", len(header))
             assert sum(figures["postcopy-latency-dist"]) == figures["fault-latency-us"]["count"]
             # What it throws away is zero from then on.
             await vmm.ask("remove", 8, 4)
@@ -370,6 +377,7 @@ async def test_another_process_goes_on(tmp_path: Path, image: Path) -> None:
             figures = await after.figures()
             assert figures["faults"] > before["faults"]
             assert figures["name"] == before["name"]
+            assert (before["engine-deaths"], figures["engine-deaths"]) == (0, 1)
             async with start_vmm(after.socket, PAGES) as new:
                 assert await new.reads(content(2), 0, 8)
         nursery.cancel_scope.cancel()

@@ -21,7 +21,7 @@ from postcopy.handler._keeper import in_keeper, keep, open_store
 from postcopy.handler._store import Store, kind_of
 
 
-async def answer(store: Store, name: str, sock: trio.socket.SocketType) -> None:
+async def answer(store: Store, name: str, sock: trio.socket.SocketType, leave: trio.Event) -> None:
     data = await sock.recv(4096)
     if not data:  # the engine before this one has answered, and died before it dropped the name
         sock.close()
@@ -55,27 +55,42 @@ async def answer(store: Store, name: str, sock: trio.socket.SocketType) -> None:
     if request["do"] != "put" or "name" in request:
         await store.drop(name)
     if request["do"] == "exit":
-        raise SystemExit(request["status"])
+        leave.set()
 
 
 async def engine() -> None:
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
         async with open_store(spare="--no-spare" not in sys.argv) as store, trio.open_nursery() as nursery:
+            leave = trio.Event()
+
+            @nursery.start_soon
+            async def replaced() -> None:
+                await store.leave.wait()
+                leave.set()
 
             @nursery.start_soon
             async def end() -> None:
-                await store.leave.wait()
+                await leave.wait()
                 nursery.cancel_scope.cancel()
 
             @nursery.start_soon
             async def stop() -> None:
                 async for _ in signals:
-                    nursery.cancel_scope.cancel()
+                    leave.set()
 
             await store.ready()
             while True:
                 name, fd = await store.accept()
-                nursery.start_soon(answer, store, name, trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
+                nursery.start_soon(answer, store, name, trio.socket.from_stdlib_socket(socket.socket(fileno=fd)), leave)
+
+
+def become(fds: list[int], names: str, command: list[str]) -> None:
+    """As systemd starts a service that it has descriptors for."""
+    high = [os.dup2(fd, 100 + index, inheritable=False) for index, fd in enumerate(fds)]
+    for index, fd in enumerate(high):
+        os.dup2(fd, 3 + index)
+    os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(fds)), "LISTEN_FDNAMES": names}
+    os.execv(command[0], command)
 
 
 def main() -> None:
@@ -83,11 +98,13 @@ def main() -> None:
         logging.basicConfig(level=logging.INFO)
         trio.run(engine)
         return
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(sys.argv[1])
-    listener.listen()
+    listeners = {}
+    if "--passed" not in sys.argv:
+        listener = listeners["pager"] = socket.socket(socket.AF_UNIX)
+        listener.bind(sys.argv[1])
+        listener.listen()
     command = [sys.executable, "-P", os.path.abspath(__file__), *sys.argv[1:]]
-    keep(command, {"pager": listener}, spare="--no-spare" not in sys.argv, burst=1000)
+    keep(command, listeners, spare="--no-spare" not in sys.argv, burst=1000)
 
 
 if __name__ == "__main__":
