@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--firecracker", metavar="BINARY", help="default: the one in PATH")
     options = parser.parse_args(arguments)
     with Firecracker.start(binary=options.firecracker) as here, Firecracker.start(binary=options.firecracker) as there:
-        here.boot(options.memory, "pages=4096 spread=1")
+        here.boot(options.memory, "pages=2048 spread=1")
         here.wait_ready()
         before = here.wait_passes(2)[-1].values
         print(f"here:  pass {before['pass']}, {before['errors']} errors", flush=True)

@@ -146,12 +146,16 @@ static int read_pagemap(int pagemap, uint64_t origin, uint64_t address, uint64_t
     return 0;
 }
 
-uint64_t pc_unknown_bytes(uint64_t size_bytes, uint64_t page_bytes, const uint64_t *words, uint64_t *first)
+uint64_t pc_unknown_bytes(uint64_t size_bytes, uint64_t page_bytes, const uint64_t *words, uint64_t *first, uint64_t between)
 {
-    uint64_t pages = size_bytes / page_bytes, page = pc_bitmap_next(words, pages, *first / page_bytes, 0);
+    uint64_t pages = size_bytes / page_bytes, page = pc_bitmap_next(words, pages, *first / page_bytes, 0), end = page, next = page;
 
     *first = page * page_bytes;
-    return page < pages ? (pc_bitmap_next(words, pages, page, 1) - page) * page_bytes : 0;
+    while (next < pages && (next == page || next - end < between)) {
+        end = pc_bitmap_next(words, pages, next, 1);
+        next = pc_bitmap_next(words, pages, end, 0);
+    }
+    return (end - page) * page_bytes;
 }
 
 int pc_mapping_present(int pagemap, uint64_t origin, uint64_t address, uint64_t bytes, uint64_t page_bytes, uint64_t *words)
@@ -173,7 +177,8 @@ static int mapping_present(const struct pc_memory *memory, uint64_t *words)
 
     if (pagemap < 0)
         return -errno;
-    for (; !result && (bytes = pc_unknown_bytes(memory->size_bytes, memory->page_bytes, words, &first)); first += bytes)
+    for (; !result && (bytes = pc_unknown_bytes(memory->size_bytes, memory->page_bytes, words, &first, PC_MAPPED_BETWEEN));
+         first += bytes)
         result = pc_mapping_present(pagemap, base, base + first, bytes, memory->page_bytes, words);
     close(pagemap);
     return result;
@@ -185,7 +190,7 @@ static int memfd_present(const struct pc_memory *memory, uint64_t *words)
     uint64_t first = 0, bytes;
     int result = pc_file_holds(memory->fd, memory->size_bytes, memory->page_bytes);
 
-    for (; !result && (bytes = pc_unknown_bytes(memory->size_bytes, memory->page_bytes, words, &first)); first += bytes)
+    for (; !result && (bytes = pc_unknown_bytes(memory->size_bytes, memory->page_bytes, words, &first, 1)); first += bytes)
         result = pc_range_present(memory->fd, 0, first, bytes, memory->page_bytes, words);
     return result;
 }

@@ -15,13 +15,13 @@
  * it is not. That changes nothing where it was. One page, so that it can be locked. */
 #define PC_JOURNAL_EVENTS 64
 #define PC_JOURNAL_EXTENTS 64
-struct pc_extent { /* of addresses; end 0: none */
+struct pc_journal_extent { /* of addresses; end 0: none */
     uint64_t start, end;
 };
 struct pc_journal {
     struct uffd_msg events[PC_JOURNAL_EVENTS];
-    struct pc_extent early[PC_JOURNAL_EXTENTS];      /* what was taken away of memory that is not armed yet */
-    struct pc_extent registered[PC_JOURNAL_EXTENTS]; /* by the first pager: another one registers nothing that has left since */
+    struct pc_journal_extent early[PC_JOURNAL_EXTENTS];      /* what was taken away of memory that is not armed yet */
+    struct pc_journal_extent registered[PC_JOURNAL_EXTENTS]; /* by the first pager: another one registers nothing that has left since */
 };
 
 struct pc_states {

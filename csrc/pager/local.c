@@ -76,7 +76,7 @@ struct readers {
     bool sweeping, sweep_again;
     uint32_t sweep_block;
     uint64_t sweep_page;
-    uint32_t busy; /* threads with a piece */
+    uint32_t busy; /* threads with a piece; read without the lock */
 };
 
 struct touches { /* in a memfd */
@@ -172,12 +172,23 @@ static int place_patiently(struct pc_pager *pager, uint32_t index, uint64_t firs
     }
 }
 
+/* A real-time thread is worth its price where others of this pager want the processor. Where nobody does, it is a fifth of a fault that
+ * no network is part of: in a virtual machine each change between it and a thread of the fair class programs a timer. */
+static void schedule_for(struct shard *shard, bool background)
+{
+    if (shard->busy_poll_ns || shard->fair != background)
+        return;
+    shard->fair = !background;
+    pc_thread_prompt(shard->fair);
+}
+
 bool pc_local_serve(struct shard *shard, uint32_t index, uint64_t page)
 {
     struct pc_pager *pager = shard->pager;
     const struct block *block = pager->blocks[index];
     struct placed placed = {0};
 
+    schedule_for(shard, __atomic_load_n(&pager->readers->busy, __ATOMIC_RELAXED) || shard->stream.fd >= 0);
     if (read_pages(block, page, 1, shard->page, __atomic_load_n(&block->local.now, __ATOMIC_RELAXED)) ||
         place(pager, &shard->channel, index, page, 1, shard->page, PC_FRAME_DEMAND, &placed))
         return false;
@@ -419,9 +430,9 @@ static uint64_t place_zero_pages(struct pc_pager *pager, const struct piece *pie
         page = first + done / page_bytes;
         if (error == -EEXIST)
             page++; /* the machine has it already */
-        else if (pc_is_temporary(error) && !done)
+        else if (error == -EAGAIN && !done)
             pc_sleep_ns(RETRY_NS);
-        else if (error && !pc_is_temporary(error))
+        else if (error && error != -EAGAIN)
             break;
     }
     return count;
@@ -490,12 +501,12 @@ static void *background_thread(void *argument)
             pthread_cond_wait(&readers->work, &readers->background_lock);
             continue;
         }
-        readers->busy++;
+        __atomic_store_n(&readers->busy, readers->busy + 1, __ATOMIC_RELAXED);
         pthread_mutex_unlock(&readers->background_lock);
         do_piece(reader, &piece);
         pc_background_pause(&background, __atomic_load_n(&pager->metrics.map->count.faults, __ATOMIC_RELAXED));
         pthread_mutex_lock(&readers->background_lock);
-        readers->busy--;
+        __atomic_store_n(&readers->busy, readers->busy - 1, __ATOMIC_RELAXED);
     }
     pthread_mutex_unlock(&readers->background_lock);
     return NULL;
@@ -530,7 +541,7 @@ struct readers *pc_readers_new(void)
     pthread_mutex_init(&readers->background_lock, NULL);
     pthread_cond_init(&readers->work, NULL);
     readers->wanted[DEMAND] = 2;
-    readers->wanted[BACKGROUND] = 1;
+    readers->wanted[BACKGROUND] = 2; /* while one reads, the other places */
     return readers;
 }
 

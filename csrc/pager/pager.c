@@ -22,6 +22,7 @@
  *              `missing` counts the pages without it.
  *   zero       received, and zero: nothing was placed. A fault on it is answered here with UFFDIO_ZEROPAGE.
  *   lost       requested on a channel that was lost, and to be requested again ahead of any fault. The fault thread's own
+ *   local      its content can be read here, and is never requested (local.c); of no meaning for a page that is claimed
  *
  * A fault sets `requested`, then looks at `received`; a placement sets `received`, then looks at `requested`. Both are
  * sequentially consistent, so at least one of the two sees the other, and no thread is forgotten. A thread that places a page
@@ -48,6 +49,7 @@
  * it has not; so a placement that was decided before the read must not happen after it. Hence the gate: a placement holds it from
  * looking at `received` to setting it, the fault thread holds it from the read until what it read is in the maps. It is the one lock
  * between bulk and fault thread, only for shards with such events, held for one run of pages at a time, and inherits priority.
+ * What is read goes straight into a journal that outlives the pager (removed.c), for the process goes on whoever has read it.
  * EAGAIN is never retried on the spot: it may be that only reading ends it, or that it ends without any event; the fault thread
  * goes back to its loop, where it reads, and tries again then or after a moment.
  *
@@ -56,8 +58,8 @@
  * Nothing of lower priority may stand in the way of a fault. All that a shard keeps of its faults and its channel belongs to its
  * fault thread, which takes no lock and no memory on its way: other threads leave *commands* in a list that is pushed to and emptied
  * by single atomic instructions, its tables have their size from the beginning, and its counters are read as they are
- * (metrics.h). Three locks it may meet, all with priority inheritance and held for microseconds: the gate, that of the events
- * (rare), and watch_lock (only while there is a watch).
+ * (metrics.h). Four locks it may meet, all with priority inheritance and held for microseconds: the gate, that of the events
+ * (rare), watch_lock (only while there is a watch), and that of the readers (a local page that is not in the page cache).
  *
  * What the peer may cost
  * ----------------------
@@ -67,8 +69,9 @@
  *
  * The files
  * ---------
- * pager.h (all records and their owners), registry.c (blocks, shards, arming), faults.c (events, who waits), urgent.c (the fault
- * thread's loop and channel), prefetch.c (requests before a fault), placement.c (frames become pages), bulk.c, watch.c, metrics.c.
+ * pager.h (all records and their owners), registry.c (blocks, shards, arming), faults.c (events, who waits), removed.c (what is taken away), urgent.c (the fault
+ * thread's loop and channel), prefetch.c (requests before a fault), placement.c (frames become pages), local.c (pages that are on this
+ * host), removed.c (memory that was taken away), bulk.c, watch.c, metrics.c.
  * This file makes, asks and frees a pager as a whole: callers only.
  */
 #include <errno.h>

@@ -147,6 +147,7 @@ struct shard {
     pthread_mutex_t gate;
     struct pc_journal *journal; /* what is read of it, removed.c; with the gate: `own_journal`, or in the states of the block armed first */
     struct pc_journal own_journal;
+    bool disarmed; /* with the gate: what is taken away is nobody's affair here any more */
     pthread_t thread;
 
     /* Shared, atomic: from other threads to the fault thread. */
@@ -170,6 +171,7 @@ struct shard {
     bool meddled_with; /* another process has made the userfaultfd a blocking one */
     uint32_t uffd_watched, stream_watched; /* for what epoll(7) looks at them; 0: not at all */
     uint32_t busy_turns;
+    bool fair; /* its thread is no real-time one, see pc_local_serve */
 
     /* Its channel (urgent.c): */
     struct pc_stream stream;
@@ -380,7 +382,8 @@ void pc_journal_open(struct shard *shard, const struct block *block);
 bool pc_journal_knows(const struct shard *shard, const struct range *range);
 void pc_journal_registered(struct shard *shard, const struct range *range);
 void pc_journal_apply(struct shard *shard); /* with the gate: what has been taken away of the range that was added */
-void pc_journal_unregistered(struct shard *shard);
+void pc_journal_disarmed(struct shard *shard); /* all of it has been unregistered */
+void pc_drain_removals(struct shard *shard); /* the fault thread, last of all */
 
 /* faults.c: the shard's fault thread, but the first. */
 void pc_recheck_page(struct shard *shard, uint32_t block, uint64_t page); /* any thread: the faults on it are looked at, soon */

@@ -398,10 +398,11 @@ void pc_shard_unregister(struct pc_pager *pager, struct shard *shard)
         if (!shard->ranges[i].bytes)
             continue;
         (void)pc_uffd_unregister(shard->uffd, shard->ranges[i].address, shard->ranges[i].bytes);
-        pc_journal_unregistered(shard);
         __atomic_store_n(&shard->ranges[i].bytes, 0, __ATOMIC_RELAXED);
     }
+    pc_journal_disarmed(shard);
     pthread_mutex_unlock(&pager->lock);
+    pc_shard_notify(shard);
 }
 
 int pc_pager_disarm(struct pc_pager *pager)

@@ -15,6 +15,8 @@
 #include "pager/pager.h"
 #include "uffd/uffd_abi.h"
 
+#define DRAIN_NS UINT64_C(5000000000) /* for memory that is being taken away while the pager ends */
+
 /* Pages of a range are zero from now on: what is missing of them will never be requested, what is under way for them will be dropped. */
 static void remove_pages(struct shard *shard, const struct range *range, uint64_t offset, uint64_t pages)
 {
@@ -75,10 +77,10 @@ static bool apply(struct shard *shard, uint64_t start, uint64_t end)
 /* Keeps it for what is armed later, as one with what it touches. Each store leaves something that was taken away. False: there is no room. */
 static bool keep(struct pc_journal *journal, uint64_t start, uint64_t end)
 {
-    struct pc_extent *unused = NULL;
+    struct pc_journal_extent *unused = NULL;
 
     for (size_t i = 0; i < PC_JOURNAL_EXTENTS; i++) {
-        struct pc_extent *extent = &journal->early[i];
+        struct pc_journal_extent *extent = &journal->early[i];
 
         if (!extent->end) {
             unused = extent;
@@ -111,7 +113,7 @@ static void apply_events(struct shard *shard, size_t count)
 
         if (!tells_removal(message))
             continue;
-        if (end <= start || apply(shard, start, end) || keep(shard->journal, start, end))
+        if (end <= start || apply(shard, start, end) || shard->disarmed || keep(shard->journal, start, end))
             __atomic_store_n(&message->event, 0, __ATOMIC_SEQ_CST);
         else
             __atomic_store_n(&shard->journal_full, true, __ATOMIC_SEQ_CST);
@@ -144,7 +146,7 @@ void pc_journal_open(struct shard *shard, const struct block *block)
 bool pc_journal_knows(const struct shard *shard, const struct range *range)
 {
     for (size_t i = 0; i < PC_JOURNAL_EXTENTS; i++) {
-        const struct pc_extent *extent = &shard->journal->registered[i];
+        const struct pc_journal_extent *extent = &shard->journal->registered[i];
 
         if (extent->start == range->address && extent->end == range->address + range->bytes)
             return true;
@@ -155,7 +157,7 @@ bool pc_journal_knows(const struct shard *shard, const struct range *range)
 void pc_journal_registered(struct shard *shard, const struct range *range)
 {
     for (size_t i = 0; i < PC_JOURNAL_EXTENTS; i++) {
-        struct pc_extent *extent = &shard->journal->registered[i];
+        struct pc_journal_extent *extent = &shard->journal->registered[i];
 
         if (extent->end)
             continue;
@@ -165,17 +167,37 @@ void pc_journal_registered(struct shard *shard, const struct range *range)
     }
 }
 
-void pc_journal_unregistered(struct shard *shard)
+void pc_journal_disarmed(struct shard *shard)
 {
+    pthread_mutex_lock(&shard->gate);
+    shard->disarmed = true;
+    __atomic_store_n(&shard->journal_full, false, __ATOMIC_SEQ_CST);
     for (size_t i = 0; i < PC_JOURNAL_EXTENTS; i++)
         __atomic_store_n(&shard->journal->registered[i].end, 0, __ATOMIC_SEQ_CST);
+    pthread_mutex_unlock(&shard->gate);
+}
+
+/* Who had begun to take memory away when it was unregistered tells of it, and waits until that is read, which nobody does later. As long
+ * as there is one the kernel refuses changes. */
+void pc_drain_removals(struct shard *shard)
+{
+    uint64_t end_ns = pc_now_ns() + DRAIN_NS;
+    const struct range *range = &shard->ranges[0];
+
+    if (!shard->gated || !shard->disarmed)
+        return;
+    while (pc_uffd_writeprotect(shard->uffd, range->address, shard->pager->blocks[range->block]->memory.page_bytes, 0) == -EAGAIN &&
+           pc_now_ns() < end_ns)
+        if (!pc_read_events(shard))
+            pc_sleep_ns(RETRY_NS);
 }
 
 void pc_journal_apply(struct shard *shard)
 {
+    shard->disarmed = false;
     __atomic_store_n(&shard->journal_full, false, __ATOMIC_SEQ_CST);
     for (size_t i = 0; i < PC_JOURNAL_EXTENTS; i++) {
-        struct pc_extent *extent = &shard->journal->early[i];
+        struct pc_journal_extent *extent = &shard->journal->early[i];
 
         if (extent->end && (extent->end <= extent->start || apply(shard, extent->start, extent->end)))
             __atomic_store_n(&extent->end, 0, __ATOMIC_SEQ_CST);

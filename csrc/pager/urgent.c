@@ -457,5 +457,6 @@ void *pc_fault_thread(void *argument)
     }
     if (shard->stream.fd >= 0)
         close_stream(shard, 0, NULL);
+    pc_drain_removals(shard);
     return NULL;
 }

@@ -127,6 +127,7 @@ class Pager(CoreDataPlane, PagerCounters):
         else:
             super().__init__(metrics_fd, made_by="new_with_metrics")
         self._counters = self._struct
+        self._staged: set[int] = set()  # blocks
 
     # ---- setting it up
 
@@ -202,10 +203,11 @@ class Pager(CoreDataPlane, PagerCounters):
         once they are armed, it is placed. What the memfd holds now counts as staged: pass the same one to a pager that
         takes over. The descriptor stays the caller's."""
         self._call("giving the pager a file to stage pages in", "stage", block, fd)
+        self._staged.add(block)
 
     def set_readers(self, demand: int, background: int) -> None:
-        """How many threads read local pages that the page cache does not have, and how many prefetch; at first 2 and 1.
-        `BusyError` once there are any."""
+        """How many threads read local pages that the page cache does not have, and how many prefetch; at first 2 of
+        each. `BusyError` once there are any."""
         self._call("setting the number of readers", "set_readers", demand, background)
 
     def record_touches(self, fd: int) -> None:
@@ -223,7 +225,14 @@ class Pager(CoreDataPlane, PagerCounters):
         self._call("accepting compression", "accept_compression", ways.value)
 
     async def _forget(self, block: int, stale: Bitmap) -> None:
-        self._call("forgetting pages", "forget", block, stale.words)
+        what = "forgetting pages"
+        if block not in self._staged or stale.count() <= DISCARDED_AT_ONCE:
+            self._call(what, "forget", block, stale.words)
+            return
+        async with self._ending:  # they are removed from the staging file
+            self._check_open()
+            struct = self._struct
+            check(await run_to_end(lambda: lib.pc_pager_forget(struct, block, stale.words), what), what)
 
     def attach_urgent(self, shard: int, fd: int) -> None:
         """Gives a shard its connected socket, the core's from now on. After the old one went down: all that is pending

@@ -201,6 +201,11 @@ class Machine(abc.ABC):
         """Where it can be reached, for a report: `net`, `mac`, `address`. None when it has no network."""
         return None
 
+    @property
+    def process(self) -> tuple[int, str] | None:
+        """Of one that `outlives`, once it is known: the number of its process, and the path of its API socket."""
+        return None
+
     async def claim_network(self) -> None:  # noqa: B027 -- most machines have none
         """Destination, once it runs here: the link goes up, and it is announced where the machine now is. Raises
         nothing that is a matter of the network: a machine without one runs on."""

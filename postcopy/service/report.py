@@ -198,7 +198,8 @@ def _nonce(nonce: int) -> str | None:
 def guest(machine: AnyMachine, statistics: MachineStatistics) -> Guest:
     """What the machine says of itself."""
     if not machine.live or machine.outlives:  # which says no more
-        return Guest(state=statistics.state.value)
+        pid, api_socket = machine.process or (None, None)
+        return Guest(state=statistics.state.value, pid=pid, api_socket=api_socket)
     network = machine.network
     return Guest(
         state=statistics.state.value,

@@ -127,6 +127,12 @@ class Source(Service):
             )
         for doubt in found.doubts:
             self.output.say(f"source: in doubt: {doubt}")
+        if found.salvage.manifest.machine == "firecracker":
+            raise ConfigurationError(
+                f"--from {origin.path}: a microVM is not started from here: what the directory has is a snapshot, which"
+                f" a Firecracker loads (PUT /snapshot/load, snapshot_path {origin.path}/state, mem_backend File"
+                f" {origin.path}/00.memory)"
+            )
         options = config.machine
         make = partial(create_destination, backing=options.backing or "memfd", disk=options.disk, net=options.net)
         machine = await salvage.restore(found, make)

@@ -40,7 +40,9 @@ class Orders:
     config: dict[str, Any] = field(default_factory=dict)  # what else GET /vm/config says
     fault: str = NO_MEMORY_FILE  # of a snapshot; "": it succeeds
     writes: str = "state"  # or: nothing, damaged, long, link
+    load: str = ""  # why it loads no snapshot; "": it says that it has, and asks nobody for memory; or: dies
     hangs: list[str] = field(default_factory=list)  # requests that are never answered, as "PATCH Paused"
+    drops: list[str] = field(default_factory=list)  # requests whose connection it closes instead
     signature_at: int = -1  # where the first mapping has the guest's ACPI pointer
 
 
@@ -118,6 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
                 file.write(what + "\n")
         if what in orders.hangs:
             signal.pause()
+        if what in orders.drops:
+            self.close_connection = True
+            return
         if what == "GET /":
             self._answer(200, {"id": "fake", "state": state, "vmm_version": orders.version, "app_name": "Firecracker"})
         elif what == "GET /vm/config":
@@ -126,6 +131,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/vm":
             _Handler.state = {"Paused": "Paused", "Resumed": "Running"}[body["state"]]
             self._answer(204)
+        elif self.path == "/snapshot/load" and orders.load == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.path == "/snapshot/load":
+            self._answer(*((400, {"fault_message": orders.load}) if orders.load else (204,)))
         elif self.path == "/snapshot/create":
             assert not os.path.exists(os.path.dirname(body["mem_file_path"]))
             self._write(orders, body["snapshot_path"])

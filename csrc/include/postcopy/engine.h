@@ -56,6 +56,7 @@ struct pc_pager_stats {
     uint64_t local_waits;                    /* faults whose page a reader had to fetch: it was not in the page cache */
     uint64_t removes, removed_pages;         /* REMOVE and UNMAP events, and pages that they took away */
     uint64_t retries;                        /* placements that the kernel refused for the moment */
+    uint64_t first_fault_ns, fault_100_ns, fault_1000_ns, fault_10000_ns; /* when a shard had served so many, by CLOCK_MONOTONIC */
 };
 int pc_pager_new(struct pc_pager **pager); /* free with pc_pager_free */
 /* What a pager has counted, where it outlives the pager: made and read by one process, counted by the pagers of another one, one
@@ -74,18 +75,22 @@ int pc_pager_new_with_metrics(int metrics_fd, struct pc_pager **pager);
  * of the block are then where pc_pager_arm_at says, once for each part of it. Locks. */
 int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory);
 /* The same with states that outlive this pager: what they say is known is not missing. memory->base may be an address of
- * another process, of which this one has a userfaultfd (pc_pager_adopt_shard); this pager touches no memory through it.
- * Locks. */
+ * another process then, of which this one has a userfaultfd (pc_pager_adopt_shard); this pager touches no memory through it. The pager
+ * that had them before has ended: its process has been waited for, or its pidfd says so. What it had under way counts as missing where
+ * memory->fd is -1 (private memory); else pc_states_settle comes first (-EUCLEAN). What it had read of memory that was taken away is
+ * applied by arming; a shard's is in the states of the block that it is armed with first, so arm in the same order. Locks. */
 int pc_pager_add_block_with_states(struct pc_pager *pager, const struct pc_memory *memory, int states_fd);
 /* Pages of a block that are zero at the source: a fault on them is answered here. At any time: what has been placed stays. */
 int pc_pager_set_zero(struct pc_pager *pager, uint32_t block, const uint64_t *zero_words);
 /* Opens a userfaultfd with its fault thread (index returned). busy_poll_us: how long the thread busy-waits after each
  * event before it sleeps. The thread runs from now on, with or without a channel. Locks. */
 int pc_pager_add_shard(struct pc_pager *pager, int how, uint32_t busy_poll_us, char *error, size_t error_bytes);
-/* The same around a userfaultfd that exists, of this or another process, with the features that it was opened with. The
- * descriptor becomes the pager's, also on failure; who made it keeps a copy, or nothing stops zeros when this process dies.
- * With EVENT_REMOVE or EVENT_UNMAP what its process throws away is zero from then on. EVENT_FORK, EVENT_REMAP and SIGBUS are
- * refused (-EOPNOTSUPP), as is what is blocking, is no userfaultfd, or has not had its UFFDIO_API (-EINVAL). Locks. */
+/* The same around a userfaultfd that exists, of this or another process. Its features are asked of /proc; `features` are those that it
+ * has where /proc is not there. The descriptor becomes the pager's, also on failure; who made it keeps a copy, or nothing stops zeros when
+ * this process dies. With EVENT_REMOVE or EVENT_UNMAP what its process throws away is zero from then on, also when it does so before the
+ * memory is armed here. EVENT_FORK, EVENT_REMAP and SIGBUS are refused (-EOPNOTSUPP), as is what is blocking, is no userfaultfd, or has
+ * not had its UFFDIO_API (-EINVAL). Of private memory a page that is there already counts as received, and one that has left the
+ * userfaultfd as zero. When its process has ended that is PC_EVENT_FATAL with ESRCH, by the first placement that meets it. Locks. */
 int pc_pager_adopt_shard(struct pc_pager *pager, int uffd, uint64_t features, uint32_t busy_poll_us, char *error,
                          size_t error_bytes);
 /* The features that pc_pager_add_shard asks for, of those `available`. */
@@ -129,8 +134,8 @@ void pc_pager_unwatch(struct pc_pager *pager, int64_t ticket);
  * answered by the fault thread where the page cache has the page, else by a reader thread, so that a slow disk delays only those who
  * wait for it. Holes of the file are zero, as are pages that hold nothing but zeros. A file that ends too early, now or later, and I/O
  * errors are FATAL events; who waits goes on waiting, and is served when this is called again, with the same file or a repaired
- * one. The descriptor is duplicated. At any time. -ENODATA: the file is too short; -EBUSY: the block has pc_pager_stage. Blocks while
- * it looks for holes. */
+ * one. The descriptor is duplicated; its file offset moves. At any time. -ENODATA: the file is too short; -EBUSY: the block has
+ * pc_pager_stage. Blocks while it looks for holes. */
 int pc_pager_set_local(struct pc_pager *pager, uint32_t block, int fd, uint64_t offset, const uint64_t *words, char *error,
                        size_t error_bytes);
 /* What arrives for pages of this block that are not armed is written to this memfd, as large as the block, and is a local page from then
@@ -139,7 +144,7 @@ int pc_pager_set_local(struct pc_pager *pager, uint32_t block, int fd, uint64_t 
  * first page arrives. The descriptor is duplicated. -EINVAL: it is too small, -EBUSY: the block has a local source. */
 int pc_pager_stage(struct pc_pager *pager, uint32_t block, int fd);
 /* How many threads read what the page cache does not have for those who wait, and how many read and place what is prefetched; at first
- * 2 and 1. They start when they are first needed. -EBUSY after that, -EINVAL above PC_MAX_READERS or for 0. */
+ * 2 of each. They start when they are first needed. -EBUSY after that, -EINVAL above PC_MAX_READERS or for 0. */
 #define PC_MAX_READERS 16
 int pc_pager_set_readers(struct pc_pager *pager, uint32_t demand, uint32_t background);
 /* Places all local pages that are armed, in the background: in runs, behind what threads wait for, after the working set. */
@@ -180,7 +185,8 @@ int pc_pager_disconnect(struct pc_pager *pager);
 /* Precopy, before the machine runs here: these pages have changed at the source. Those that are received are missing again (and COMPLETE
  * will be announced again); the others stay as they are. What they hold is discarded by pc_memory_discard_pages, *after* this, in the
  * process that has the memory. No page of the block may be under way, since it would count as the new one: each bulk channel has ended
- * its push (PC_EVENT_BULK_END), and nothing is requested. -EBUSY while there is a watch. Locks. */
+ * its push (PC_EVENT_BULK_END), and nothing is requested. -EBUSY while there is a watch, and when a block without an address has been
+ * armed: nobody can discard what it holds. What is staged is removed here, and blocks for that. Locks. */
 int pc_pager_forget(struct pc_pager *pager, uint32_t block, const uint64_t *stale_words);
 /* Another push begins: each bulk channel may end once more. (A second END in one push ends its channel: -EBADMSG in the event.) */
 int pc_pager_expect_push(struct pc_pager *pager);

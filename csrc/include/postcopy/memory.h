@@ -77,6 +77,9 @@ struct pc_remote_extent {
 int pc_remote_new(int pid, int pidfd, const struct pc_remote_extent *extents, uint32_t count, uint64_t page_bytes,
                   struct pc_remote **remote, char *error, size_t error_bytes);
 void pc_remote_free(struct pc_remote *remote);
+/* Whether pages that are absent there are elsewhere (with another pager that has not brought them, in a file that is mapped): all of
+ * them count as present then. At first not. Alone, but for pc_remote_read. */
+void pc_remote_set_incomplete(struct pc_remote *remote, int incomplete);
 /* 0 when all was read, else -errno: -ESRCH when the process has ended, -EFAULT where it has no memory, -EPERM without the right. Blocks
  * while a page is missing there. */
 int pc_remote_read(const struct pc_remote *remote, uint64_t first_byte, void *buffer, uint64_t bytes);
@@ -120,15 +123,15 @@ void pc_dirty_log_free(struct pc_dirty_log *log);
 
 /* ---- page states ---- */
 /* What has become of each page of a RAM block, in a sealed memfd that a pager writes and that outlives it: when the pager's process
- * dies, the process that has the machine (and a copy of the userfaultfd) settles what was under way and gives both to the next
+ * dies, the process that has the machine, or a copy of its userfaultfd, settles what was under way and gives both to the next
  * pager. csrc/memory/states.c says why no page is lost, placed twice or filled with zeros by that. */
 int pc_states_new(uint64_t pages); /* the descriptor, or -errno */
 /* Copies the map of pages that were received or are known to be zero; -EINVAL when fd is not the states of as many pages. Any process, any time. */
 int pc_states_received(int fd, uint64_t pages, uint64_t *words);
 /* How many pages of the map are there; the same errors. */
 int64_t pc_states_count(int fd, uint64_t pages);
-/* To be called after a pager has died (its process has been waited for), before the next one has the states, in the process
- * that has the memory mapped at memory->base. How many pages were under way, or -errno; then nothing may go on. -ENOTRECOVERABLE: a
+/* For memory with a descriptor: to be called after a pager has died (its process has been waited for), before the next one has the
+ * states, in the process that has the memory mapped at memory->base. How many pages were under way, or -errno; then nothing may go on. -ENOTRECOVERABLE: a
  * page of shared memory may have been placed and swapped out; fetching it again would undo what the machine has written to it. */
 int64_t pc_states_settle(int fd, const struct pc_memory *memory);
 /* ==== end cffi ==== */

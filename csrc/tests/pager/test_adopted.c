@@ -20,7 +20,7 @@
 
 /* ---- the VMM ------------------------------------------------------------------------------------------------------ */
 
-enum op { IDLE, READ, WRITE, REMOVE, REPLACE, PROTECT, MEDDLE, DONE };
+enum op { IDLE, READ, WRITE, REMOVE, REMOVE_EACH, REPLACE, PROTECT, MEDDLE, DONE };
 enum seen { SEEN_ZERO, SEEN_SOURCE, SEEN_OWN, SEEN_ELSE };
 
 struct order {
@@ -77,6 +77,10 @@ static void obey(const struct vmm *vmm, struct order *order)
         break;
     case REMOVE:
         CHECK_SYS(madvise(at, bytes, MADV_DONTNEED));
+        break;
+    case REMOVE_EACH: /* in many system calls */
+        for (uint64_t i = 0; i < 100 * order->pages; i++)
+            CHECK_SYS(madvise(vmm_page(vmm, order->page + i % order->pages), vmm->page_bytes, MADV_DONTNEED));
         break;
     case REPLACE: /* new memory, that no userfaultfd knows of */
         CHECK(mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == at);
@@ -425,7 +429,7 @@ static void what_a_dead_pager_had_read(bool huge)
     journal->events[3].event = UFFD_EVENT_REMOVE;
     journal->events[3].arg.remove.start = address + 2 * page_bytes - edge; /* pages 2 and 3, and not what is around them */
     journal->events[3].arg.remove.end = address + 4 * page_bytes + edge;
-    journal->early[7] = (struct pc_extent){.start = address + 6 * page_bytes, .end = address + 7 * page_bytes};
+    journal->early[7] = (struct pc_journal_extent){.start = address + 6 * page_bytes, .end = address + 7 * page_bytes};
     pc_bitmap_set_range(states.claimed, 5, 3); /* and what was under way: nothing of it had been placed */
     open_adopted(&rig, &guest);
     fd = script_urgent(&rig, 0);
@@ -536,6 +540,47 @@ static void left_without_a_word(void)
     CHECK_EQ(pc_pager_free(next.pager), 0);
     end_vmm(&guest);
     CHECK_EQ(pc_pager_free(rig.pager), 0);
+}
+
+static struct guest *gives_back; /* when its pager ends */
+
+void __real_pc_drain_removals(struct shard *shard);
+void __wrap_pc_drain_removals(struct shard *shard);
+
+void __wrap_pc_drain_removals(struct shard *shard)
+{
+    if (gives_back) {
+        start_order(gives_back, 1, REMOVE, 100, 1);
+        CHECK(speaks(gives_back->uffd, PATIENCE_MS));
+    }
+    __real_pc_drain_removals(shard);
+}
+
+/* The VMM gives memory back all the time, while the pager, which is done, ends: nobody waits for it afterwards. Nor does he who told of
+ * it when everything was unregistered already and the thread had read for the last time, as is arranged by memory that was never armed. */
+static void taken_away_while_the_pager_ends(void)
+{
+    uint64_t rest[2] = {0, ~UINT64_C(0)};
+    struct guest guest;
+    struct rig rig;
+    int fd;
+
+    start_vmm(&guest, (struct vmm){.features = EVENT_REMOVE, .pages = 128});
+    open_adopted(&rig, &guest);
+    CHECK_EQ(pc_pager_set_zero(rig.pager, 0, rest), 0);
+    arm(&rig, 0, 0, 0, 64);
+    fd = script_urgent(&rig, 0);
+    serve_all(&rig, fd);
+    close(fd);
+    for (int i = 2; i < WORKERS; i++)
+        start_order(&guest, i, REMOVE_EACH, (uint64_t)i, 10);
+    WAIT_UNTIL(pager_stats(&rig).removes > WORKERS); /* it has begun */
+    CHECK_EQ(pc_pager_disarm(rig.pager), 0);
+    gives_back = &guest;
+    CHECK_EQ(pc_pager_free(rig.pager), 0);
+    for (int i = 1; i < WORKERS; i++)
+        (void)finish_order(&guest, i);
+    end_vmm(&guest);
 }
 
 static void vmm_ends(void)
@@ -890,6 +935,7 @@ int main(int argc, char **argv)
     RUN_CASE(what_a_dead_pager_had_read_huge);
     RUN_CASE(placed_and_not_known);
     RUN_CASE(left_without_a_word);
+    RUN_CASE(taken_away_while_the_pager_ends);
     RUN_CASE(vmm_ends);
     RUN_CASE(write_protected_by_its_owner);
     RUN_CASE(minor_faults_that_nobody_asked_for);

@@ -432,6 +432,7 @@ static void a_working_set(void)
     close_rig(&rig);
 
     open_pager(&rig, PC_MEMORY_ANON, 1, pages);
+    CHECK_EQ(pc_pager_set_readers(rig.pager, 1, 1), 0); /* of several, each has its own turn */
     set_local(&rig, fd);
     arm_all(&rig, 0);
     atomic_store(&pages_read, 0);
@@ -482,7 +483,8 @@ static void *remove_some(void *argument)
     struct looker *looker = argument;
 
     for (uint64_t page = 0; page < looker->parts->third; page += 5)
-        CHECK_SYS(madvise((void *)(uintptr_t)(looker->parts->apart + page * looker->rig->page_bytes), looker->rig->page_bytes, MADV_DONTNEED));
+        CHECK_SYS(madvise((void *)(uintptr_t)(looker->parts->apart + page * looker->rig->page_bytes), looker->rig->page_bytes,
+                          MADV_DONTNEED));
     return NULL;
 }
 

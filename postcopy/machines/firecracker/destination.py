@@ -60,7 +60,9 @@ START_S = 10.0
 LOAD_S = 10.0
 """How long it may take to load the state; it takes some 10 ms."""
 RESUME_S = 2.0
-"""How long it may take to resume, or to say how it is; a few tenths of a millisecond, unless it waits for a page."""
+"""How long it may take to resume; half a millisecond, unless it waits for a page."""
+ANSWER_S = 1.0
+"""How long one request of that may take."""
 KILL_S = 5.0
 POLL_S = 0.005
 STATE, SOCKET = "state", "memory.sock"
@@ -114,6 +116,7 @@ class ArrivingFirecracker(FirecrackerMachine):
         self._own: _Started | None = None
         self._files: _Files | None = None
         self._process: Process | None = None
+        self._connection: trio.socket.SocketType | None = None  # on which its memory came
         self._touched = False  # it has been told something
         self._whole = False
         self._unconfirmed = False  # it was told to resume, and has not answered
@@ -153,6 +156,7 @@ class ArrivingFirecracker(FirecrackerMachine):
             self._api = Api(self._own.api_socket)
             await self._until_it_answers(self._own)
         process = self._process = await self._api.process()
+        self._pidfd = process.pidfd
         said = await self._api.get("/")
         if said.get("state") != "Not started":
             raise ConfigurationError(
@@ -214,13 +218,13 @@ class ArrivingFirecracker(FirecrackerMachine):
                     f"interface {name}: there is no TAP device {tap!r} on this host; make it (ip tuntap add {tap} mode"
                     f" tap), or name another one with --net {name}=TAP"
                 )
-        if (path := self._offered.vsock) is not None:
-            if os.path.lexists(root + path):
+        if (vsock := self._offered.vsock) is not None:
+            if os.path.lexists(root + vsock):
                 raise ConfigurationError(
-                    f"vsock: {path} exists on this host, and Firecracker would have to make it; remove it"
+                    f"vsock: {vsock} exists on this host, and Firecracker would have to make it; remove it"
                 )
-            if not os.path.isdir(os.path.dirname(root + path)):
-                raise ConfigurationError(f"vsock: {path}: there is no such directory on this host; make it")
+            if not os.path.isdir(os.path.dirname(root + vsock)):
+                raise ConfigurationError(f"vsock: {vsock}: there is no such directory on this host; make it")
 
     def _path_here(self, drive: str) -> str:
         return self._host.drives.get(drive, self._offered.drives[drive].path)
@@ -235,18 +239,15 @@ class ArrivingFirecracker(FirecrackerMachine):
             },
             nets=self._offered.nets | dict(self._host.nets),
         )
-        return dict(msgspec.to_builtins(here))
+        return {name: value for name, value in msgspec.to_builtins(here).items() if value is not None}
 
     # ---- its state
 
     async def load_state(self, state: bytes) -> None:
-        raise ConfigurationError(
-            "a Firecracker cannot be started from here: a salvage that `postcopy merge --into DIR` has made is a"
-            " snapshot of its own (PUT /snapshot/load with snapshot_path DIR/state, mem_backend File DIR/00.memory)"
-        )
+        raise MigrationError("a microVM is loaded only where its userfaultfd is served (load_and_map)")
 
     async def load_and_map(self, state: bytes, adopt: Adopt) -> None:
-        files, failures = self._files, list[PostcopyError]()
+        files, failures, answered = self._files, list[PostcopyError](), trio.Event()
         assert files is not None
         assert self._process is not None
         disks = {drive.path: self._path_here(name) for name, drive in self._offered.drives.items()}
@@ -260,6 +261,7 @@ class ArrivingFirecracker(FirecrackerMachine):
                 async def load() -> None:
                     try:
                         await self._api.put("/snapshot/load", self._load_request(files), LOAD_S)
+                        answered.set()
                     except PostcopyError as error:
                         failures.append(error)
                         nursery.cancel_scope.cancel()
@@ -276,9 +278,9 @@ class ArrivingFirecracker(FirecrackerMachine):
         if failures:
             raise MigrationError(f"{failures[0]}; {self._what_is_left()}") from failures[0]
         if deadline.cancelled_caught:
+            why = "it has not asked for its memory" if answered.is_set() else "a page that it needs has not come"
             raise MigrationError(
-                f"Firecracker has not loaded the state within {LOAD_S:g} s; a page that it needs may not have come;"
-                f" {self._what_is_left()}"
+                f"Firecracker has not loaded the state within {LOAD_S:g} s: {why}; {self._what_is_left()}"
             )
         files.remove()
         self._state = MachineState.PAUSED
@@ -308,8 +310,8 @@ class ArrivingFirecracker(FirecrackerMachine):
         self._connection = connection  # its end is that of the process (from 1.12 on)
         with await receive_handshake(connection, LOAD_S) as handshake:
             self._check_regions(handshake)
-            pidfd, uffd = FdHolder.duplicate(process.pidfd.fileno()), FdHolder.duplicate(handshake.uffd)
-            self.found(process.pid, pidfd, handshake.regions, self.blocks[0].memory.page_bytes, uffd)
+            uffd = FdHolder.duplicate(handshake.uffd)
+            self.found(process.pid, process.pidfd, handshake.regions, self.blocks[0].memory.page_bytes, uffd)
             extents = [
                 Extent(0, region.offset // region.page_bytes, region.size_bytes // region.page_bytes, region.address)
                 for region in handshake.regions
@@ -354,9 +356,9 @@ class ArrivingFirecracker(FirecrackerMachine):
         """None: it runs. Else whether it has to be told (again)."""
         try:
             if tell:
-                await self._api.patch("/vm", {"state": "Resumed"}, RESUME_S)
+                await self._api.patch("/vm", {"state": "Resumed"}, ANSWER_S)
                 return None
-            said = (await self._api.get("/", RESUME_S)).get("state")
+            said = (await self._api.get("/", ANSWER_S)).get("state")
             return None if said == "Running" else said == "Paused"
         except FirecrackerUnreachable as error:
             if not self._is_alive():
@@ -390,9 +392,6 @@ class ArrivingFirecracker(FirecrackerMachine):
     async def destroy(self) -> None:
         own, self._own, self._touched = self._own, None, False
         with trio.CancelScope(shield=True):  # bounded
-            if self._process is not None and not self._process.pidfd.closed:
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(self._process.pidfd.fd, signal.SIGKILL)
             self._let_go()
             await super().destroy()
             if own is not None:
@@ -401,8 +400,8 @@ class ArrivingFirecracker(FirecrackerMachine):
     def _let_go(self) -> None:
         if self._files is not None:
             self._files.remove()
-        if self._process is not None:
-            self._process.pidfd.close()
+        if self._connection is not None:
+            self._connection.close()
 
 
 class _Started:
@@ -419,7 +418,7 @@ class _Started:
         """`ConfigurationError` when it cannot be started. What it says, and the guest on its serial port, goes to this
         process's standard error."""
         directory = tempfile.mkdtemp(prefix="postcopy-fc-", dir=os.environ.get("XDG_RUNTIME_DIR") or None)
-        command = [os.path.abspath(binary), "--api-sock", os.path.join(directory, "api.sock")]
+        command = [os.path.abspath(binary), "--level", "Warning", "--api-sock", os.path.join(directory, "api.sock")]
         try:
             pid = os.posix_spawn(
                 command[0],
