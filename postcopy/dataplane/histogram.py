@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from postcopy._native import ffi, lib
@@ -49,6 +51,18 @@ class Histogram:
         if not 5 <= exponent <= 63:
             raise ValueError(f"no bucket ends at 2^{exponent}")
         return sum(self._struct.buckets[0 : (exponent - 4) * 32])
+
+    def between(self, limits_ns: Sequence[int]) -> list[int]:
+        """How many values are less than the first of these rising limits (of 64 ns or more), how many from there to the
+        next one, and so on; the last number is of those above all. A limit is taken to be the edge of a bucket that is
+        nearest: 2 % off at most."""
+        counts: list[int] = ffi.unpack(self._struct.buckets, len(self._struct.buckets))
+        ends = [0]
+        for limit_ns in limits_ns:
+            exponent = limit_ns.bit_length() - 1
+            ends.append((exponent - 4) * 32 + round((limit_ns - (1 << exponent)) * 32 / (1 << exponent)))
+        ends.append(len(counts))
+        return [sum(counts[low:high]) for low, high in pairwise(ends)]
 
     def __repr__(self) -> str:
         return f"<Histogram: {self.count} values, p50 {self.percentile(50)} ns, max {self.max_ns} ns>"

@@ -170,7 +170,7 @@ async def test_cancel_before_the_point_of_no_return_only(state: State, class_of_
 
 async def test_quit_loses_no_machine_unasked() -> None:
     daemon = _daemon()
-    daemon._add("a", Phase.HERE).machine = Mock(spec=Machine, live=True)
+    daemon._add("a", Phase.HERE).machine = Mock(spec=Machine, live=True, outlives=False)
     with pytest.raises(ControlError, match=r"a: the machine runs only here: .* or say quit --force"):
         await ControlHandler(daemon).execute(Request("quit", {}))
     assert not daemon.stop.is_set()

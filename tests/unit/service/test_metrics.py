@@ -40,7 +40,7 @@ MIB = 1 << 20
 
 
 def _machine() -> Mock:
-    machine = Mock(spec=Machine)
+    machine = Mock(spec=Machine, outlives=False)
     machine.live, machine.kind, machine.network = True, "kvm", None
     machine.memory_bytes = 64 * MIB
     vcpu = VcpuStatistics(tid=1, activity=Activity.GUEST, exits=1, reports=2, operations=700, failures=0)

@@ -70,7 +70,7 @@ async def test_one_that_is_lost_when_all_are_served(monkeypatch: pytest.MonkeyPa
 
     config = SourceConfig("image", MachineOptions(), SourceOptions())
     source = Source(config, Output(False, None, io.StringIO()))
-    machine = Mock(spec=Machine, live=False, kind="image")
+    machine = Mock(spec=Machine, live=False, outlives=False, process=None, kind="image")
     source.machines.append(Owned("image", Phase.HERE, machine))
     done = False
     with trio.fail_after(30):

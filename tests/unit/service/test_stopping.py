@@ -38,7 +38,7 @@ class Stopping:
     def arriving(self, name: str) -> Owned:
         """One whose pages are missing."""
         owned = self.daemon._add(name, Phase.ARRIVING)
-        machine = Mock(spec=Machine, live=True)
+        machine = Mock(spec=Machine, live=True, outlives=False)
         machine.statistics.return_value.state = MachineState.RUNNING
         owned.migration = Mock(
             spec=DestinationMigration, machine=machine, state=State.POSTCOPY, status="postcopy-active",
