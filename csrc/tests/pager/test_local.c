@@ -196,7 +196,7 @@ static void a_slow_disk(void)
         touch_one(&other, &rig, 0, next_data_page(&rig, &page));
         join_toucher(&other);
     }
-    CHECK_EQ(pager_stats(&rig).pending_faults, 1);
+    wait_pending(&rig, 1);
     CHECK_EQ(pc_pager_prefetch_all(rig.pager), 0); /* behind demand: it does not begin */
     pc_sleep_ns(SERVED_MS * UINT64_C(1000000));
     CHECK_EQ(atomic_load(&reading), 1);
@@ -432,6 +432,7 @@ static void a_working_set(void)
     close_rig(&rig);
 
     open_pager(&rig, PC_MEMORY_ANON, 1, pages);
+    CHECK_EQ(pc_pager_set_readers(rig.pager, 1, 1), 0); /* of several, each has its own turn */
     set_local(&rig, fd);
     arm_all(&rig, 0);
     atomic_store(&pages_read, 0);
