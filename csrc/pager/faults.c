@@ -15,6 +15,7 @@
 #include "pager/pager.h"
 #include "uffd/uffd_abi.h"
 
+#define LET_RUN_NS 16000
 #define UNPOLLABLE_NS 100000000 /* a userfaultfd that cannot be polled is looked at so often */
 
 /* ---- the pending table -------------------------------------------------------------------------------------------- */
@@ -539,7 +540,10 @@ bool pc_read_events(struct shard *shard)
     for (size_t i = 0; i < count; i++)
         if (__atomic_load_n(&journal->events[i].event, __ATOMIC_RELAXED) == UFFD_EVENT_PAGEFAULT)
             handle_fault(shard, &journal->events[i], now_ns);
-    if (removals && shard->retry_at_ns) { /* what had to wait may have waited for this */
+    /* The kernel refuses placements until who is told that his event is read has run, and one who takes away page after page begins the
+     * next one microseconds later. He is let run, for a time that is never the same, or he and what is refused might keep in step. */
+    if (removals && shard->retry_at_ns) {
+        pc_sleep_ns(LET_RUN_NS / 16 + now_ns * UINT64_C(0x9E3779B97F4A7C15) % LET_RUN_NS);
         shard->retry_at_ns = now_ns;
         shard->retry_ns = 0;
     }

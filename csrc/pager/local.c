@@ -168,7 +168,8 @@ static int place_patiently(struct pc_pager *pager, uint32_t index, uint64_t firs
         if (is_ending(pager->readers))
             return -ECANCELED;
         pc_sleep_ns(wait_ns);
-        wait_ns = wait_ns < RETRY_MAX_NS ? wait_ns * 2 : RETRY_MAX_NS;
+        if (wait_ns < (flags & PC_FRAME_DEMAND ? 4 * RETRY_NS : RETRY_MAX_NS))
+            wait_ns *= 2;
     }
 }
 

@@ -17,6 +17,13 @@
 
 #define DRAIN_NS UINT64_C(5000000000) /* for memory that is being taken away while the pager ends */
 
+/* Whether a thread takes memory away: it has said so, or is about to, and has not run again since that was read. The kernel refuses every
+ * change of the memory meanwhile; it looks at that before it looks at the address, where there is nothing to change. */
+static bool is_taken_away(const struct shard *shard)
+{
+    return pc_uffd_writeprotect(shard->uffd, 0, pc_page_bytes(), 0) == -EAGAIN;
+}
+
 /* Pages of a range are zero from now on: what is missing of them will never be requested, what is under way for them will be dropped. */
 static void remove_pages(struct shard *shard, const struct range *range, uint64_t offset, uint64_t pages)
 {
@@ -182,12 +189,10 @@ void pc_journal_disarmed(struct shard *shard)
 void pc_drain_removals(struct shard *shard)
 {
     uint64_t end_ns = pc_now_ns() + DRAIN_NS;
-    const struct range *range = &shard->ranges[0];
 
-    if (!shard->gated || !shard->disarmed || !pc_range_count(shard))
+    if (!shard->gated || !shard->disarmed)
         return;
-    while (pc_uffd_writeprotect(shard->uffd, range->address, shard->pager->blocks[range->block]->memory.page_bytes, 0) == -EAGAIN &&
-           pc_now_ns() < end_ns)
+    while (is_taken_away(shard) && pc_now_ns() < end_ns)
         if (!pc_read_events(shard))
             pc_sleep_ns(RETRY_NS);
 }

@@ -542,6 +542,45 @@ static void left_without_a_word(void)
     CHECK_EQ(pc_pager_free(rig.pager), 0);
 }
 
+/* Faults between thousands of removals of one page: what the kernel refuses meanwhile is tried again, and all of it is served. */
+static void faults_in_a_flood(void)
+{
+    struct pc_histogram latency;
+    struct pc_frame frame;
+    struct guest guest;
+    struct rig rig;
+    int fd;
+
+    start_vmm(&guest, (struct vmm){.features = EVENT_REMOVE, .pages = 400});
+    open_adopted(&rig, &guest);
+    arm(&rig, 0, 0, 0, 400);
+    fd = script_urgent(&rig, 0);
+    start_order(&guest, 1, REMOVE_EACH, 300, 100);
+    for (uint64_t page = 0; page < 200; page++) {
+        bool removed = page % 4 == 3;
+
+        start_order(&guest, 0, READ, removed ? 300 + page / 4 : page, 1);
+        if (!removed) {
+            CHECK(receive_frame(fd, &frame));
+            serve_page(&rig, fd, 0, frame.first_page);
+        }
+        while (removed && !is_done(&guest, 0)) /* it may have been there before it was removed */
+            if (speaks(fd, 1)) {
+                CHECK(receive_frame(fd, &frame));
+                serve_page(&rig, fd, 0, frame.first_page);
+            }
+        (void)finish_order(&guest, 0);
+    }
+    (void)finish_order(&guest, 1);
+    CHECK_EQ(pager_stats(&rig).removes, 10000);
+    CHECK_EQ(pc_pager_latency(rig.pager, PC_STAGE_TOTAL, &latency), 0);
+    (void)printf("     slowest fault %llu us, %llu retries\n", (unsigned long long)latency.max_ns / 1000,
+                 (unsigned long long)pager_stats(&rig).retries);
+    serve_all(&rig, fd);
+    close(fd);
+    close_adopted(&rig, &guest);
+}
+
 static struct guest *gives_back; /* when its pager ends */
 
 void __real_pc_drain_removals(struct shard *shard);
@@ -948,6 +987,7 @@ int main(int argc, char **argv)
     RUN_CASE(what_a_dead_pager_had_read_huge);
     RUN_CASE(placed_and_not_known);
     RUN_CASE(left_without_a_word);
+    RUN_CASE(faults_in_a_flood);
     RUN_CASE(taken_away_while_the_pager_ends);
     RUN_CASE(ends_before_it_is_armed);
     RUN_CASE(vmm_ends);
