@@ -37,7 +37,7 @@ async def _run(config: PagerConfig, operating: OperatingOptions, output: Output,
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    async with open_store(log_json=log_json) as store:
+    async with open_store(log_json=log_json, burst=config.restart_burst) as store:
         handler = Handler(config, output, store)
         patient = bool(store.deaths or store.taken)
         return await Operation(handler, operating, output, patient=patient).run(stop)

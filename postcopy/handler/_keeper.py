@@ -95,17 +95,18 @@ def keep(
     """Becomes the keeper, which runs `command` (the absolute path of a program first) as its engine. With these
     listening sockets, and those of `passed_listeners`; with a `spare` engine while one serves. After `burst` deaths in
     short order the next engine has to wait."""
-    arguments = [program(), "--burst", str(burst)]
+    arguments = [program()]
     for name, sock in listeners.items():
         os.set_inheritable(sock.fileno(), True)
         arguments += ["--listen", f"{check_name(name)}={sock.fileno()}"]
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(arguments[0], [*arguments, *_options(spare, log_json), "--", *command])
+    os.execv(arguments[0], [*arguments, *_options(spare, log_json, burst), "--", *command])
 
 
-def _options(spare: bool, log_json: bool) -> list[str]:
-    return ([] if spare else ["--no-spare"]) + (["--log-json", str(VERSION)] if log_json else [])
+def _options(spare: bool, log_json: bool, burst: int) -> list[str]:
+    options = ["--burst", str(burst)] + ([] if spare else ["--no-spare"])
+    return options + (["--log-json", str(VERSION)] if log_json else [])
 
 
 # ---- in an engine
@@ -118,11 +119,12 @@ async def open_store(
     formats: tuple[int, int] = (1, 1),
     spare: bool = True,
     log_json: bool = False,
+    burst: int = 5,
 ) -> AsyncIterator[Store]:
     """The store of this process, from when it is to serve: under a keeper it waits here until no other engine does.
 
     `formats`: which formats of records it reads, the oldest, and the one that it writes. `listeners` are for a process
-    without a keeper. `spare` and `log_json` as for `keep`, for a keeper that has to be replaced.
+    without a keeper. `spare`, `log_json` and `burst` as for `keep`, for a keeper that has to be replaced.
     """
     if not in_keeper():
         local = LocalStore(listeners or {})
@@ -131,7 +133,7 @@ async def open_store(
         return
     fd = int(os.environ.pop(ENVIRONMENT))
     os.set_inheritable(fd, False)
-    store = KeeperStore(socket.socket(fileno=fd), formats, _options(spare, log_json))
+    store = KeeperStore(socket.socket(fileno=fd), formats, _options(spare, log_json, burst))
     try:
         await store.take()
         async with _running(store.run):

@@ -45,7 +45,9 @@ class RemoteMemory(Memory):
     def found(self, pid: int, pidfd: int, extents: Sequence[Extent]) -> None:
         """Where it lies. Once. `ResourceError` without the right to look at that process, `MigrationError` when it has
         ended."""
-        pieces = ffi.new("struct pc_remote_extent[]", [(one.address, one.first_byte, one.size_bytes) for one in extents])
+        pieces = ffi.new(
+            "struct pc_remote_extent[]", [(one.address, one.first_byte, one.size_bytes) for one in extents]
+        )
         pointer: Any = ffi.new("struct pc_remote **")
         line = ErrorLine()
         result = lib.pc_remote_new(pid, pidfd, pieces, len(extents), self.page_bytes, pointer, line.buffer, line.size)
