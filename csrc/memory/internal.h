@@ -60,6 +60,7 @@ int pc_mapping_present(int pagemap, uint64_t origin, uint64_t address, uint64_t 
 struct pc_remote {
     int pid, pidfd, pagemap;
     uint32_t count;
+    int incomplete;
     uint64_t size_bytes, page_bytes;
     struct pc_remote_extent extents[PC_REMOTE_EXTENTS];
 };

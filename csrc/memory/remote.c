@@ -97,6 +97,11 @@ void pc_remote_free(struct pc_remote *remote)
     free(remote);
 }
 
+void pc_remote_set_incomplete(struct pc_remote *remote, int incomplete)
+{
+    remote->incomplete = incomplete;
+}
+
 int pc_remote_descriptor(int pidfd, int fd)
 {
     int got = (int)syscall(SYS_pidfd_getfd, pidfd, fd, 0);
@@ -141,6 +146,8 @@ int pc_remote_present(const struct pc_remote *remote, uint64_t *words)
     uint64_t first = 0, bytes, address;
     int result = 0;
 
+    if (remote->incomplete)
+        pc_bitmap_set_range(words, 0, remote->size_bytes / remote->page_bytes);
     for (; !result && (bytes = pc_unknown_bytes(remote->size_bytes, remote->page_bytes, words, &first, PC_MAPPED_BETWEEN));
          first += bytes) {
         bytes = pc_remote_part(remote, first, bytes, &address);

@@ -37,8 +37,7 @@ class RemoteMemory(Memory):
         """`page_bytes`: as mapped there."""
         kind = MemoryKind.ANON if page_bytes == int(lib.pc_page_bytes()) else MemoryKind.HUGETLB
         self._remote: Any = ffi.NULL
-        self.incomplete = False
-        """Whether pages that are absent may not have arrived yet: then none counts as zero."""
+        self._incomplete = False
         struct = ffi.new("struct pc_memory *", [ffi.NULL, checked_size(size_bytes), page_bytes, CORE_KINDS[kind], -1])
         super().__init__(struct, kind, size_bytes, mapped=False)
 
@@ -64,6 +63,18 @@ class RemoteMemory(Memory):
             lib.pc_remote_free(pointer[0])
             raise ValueError("the extents are not as large as the memory")
         self._remote = self.struct.remote = pointer[0]
+        self.incomplete = self._incomplete
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether pages that are absent are elsewhere (have not arrived yet, or are in a file): none counts as zero."""
+        return self._incomplete
+
+    @incomplete.setter
+    def incomplete(self, incomplete: bool) -> None:
+        self._incomplete = incomplete
+        if self._remote:
+            lib.pc_remote_set_incomplete(self._remote, incomplete)
 
     @property
     def remote(self) -> Any:
@@ -73,7 +84,7 @@ class RemoteMemory(Memory):
         return self._remote
 
     def present(self, page_bytes: int | None = None, known: Bitmap | None = None) -> Bitmap:
-        if self.incomplete or not self._remote:
+        if not self._remote:
             return Bitmap.full(self.size_bytes // (page_bytes or self.page_bytes))
         return super().present(page_bytes, known)
 
@@ -106,6 +117,11 @@ class WriteLog(DirtyLog):
         memory.acquire("write log")
         try:
             result = lib.pc_write_log_new(uffd, memory.remote, pointer, line.buffer, line.size)
+            if result == -errno.ENOTTY:
+                raise ResourceError(
+                    "this kernel cannot tell what is written (PAGEMAP_SCAN, Linux 6.7)",
+                    "use a kernel from 6.7 on, or --precopy off",
+                )
             line.check(result, "logging what is written")
         except BaseException:
             memory.release("write log")

@@ -146,9 +146,43 @@ async def test_a_paused_one_is_all_there(tmp_path: Path) -> None:
     await check(state, tmp_path / "memory", passes - 1)
 
 
+async def test_one_that_was_restored_from_a_file_has_what_it_never_touched(tmp_path: Path) -> None:
+    state_path, memory_path = await snapshot(tmp_path, "wait=1 pages=512")
+    async with running() as vm:
+        await in_thread(partial(vm.load, state_path, memory=memory_path, resume=True))
+        async with source_of(vm) as machine:
+            assert machine.blocks[0].memory.present().count() == (64 << 20) // PAGE
+            with pytest.raises(ResourceError, match="not restored through a userfaultfd"):
+                machine.dirty_log()
+            await machine.pause()
+            state = await machine.save_state()
+            await machine.dump(tmp_path / "memory")
+    (tmp_path / "state").write_bytes(state)
+    async with running() as vm:
+        await in_thread(partial(vm.load, tmp_path / "state", memory=tmp_path / "memory", resume=True))
+        line = await in_thread(vm.order, "r")
+        assert (line.values["touched"], line.values["errors"]) == (512, 0)
+
+
+async def test_one_with_two_regions_is_all_there(tmp_path: Path) -> None:
+    """The kernel shows them as one mapping, the second below the first."""
+    async with running() as vm:
+        await in_thread(vm.boot, 3584, "wait=1 pages=512 spread=1")
+        await in_thread(vm.wait_ready)
+        async with source_of(vm) as machine:
+            assert machine.config()["regions"] == [3328 << 20, 256 << 20]
+            await machine.pause()
+            state = await machine.save_state()
+            await machine.dump(tmp_path / "memory")
+    (tmp_path / "state").write_bytes(state)
+    async with running() as vm:
+        await in_thread(partial(vm.load, tmp_path / "state", memory=tmp_path / "memory", resume=True))
+        assert (await in_thread(vm.order, "r")).values["errors"] == 0
+
+
 async def test_one_that_was_restored_is_copied_while_it_runs(tmp_path: Path) -> None:
     """Precopy in small: all pages, then those that were written or given back, until it is paused."""
-    state_path, memory_path = await snapshot(tmp_path, "pages=2048", balloon=True)
+    state_path, memory_path = await snapshot(tmp_path, "pages=512", balloon=True)
     copy = tmp_path / "copy"
     async with running() as vm:
         (await restore(vm, state_path, memory_path)).close()
@@ -158,7 +192,7 @@ async def test_one_that_was_restored_is_copied_while_it_runs(tmp_path: Path) -> 
             with log:
                 await in_thread(copy_pages, machine, memory.present(), copy)
                 dirty = []
-                for mib in (0, 2, 4, 0, 1, 0):
+                for mib in (0, 1, 0, 1):
                     await in_thread(vm.inflate, mib)
                     await in_thread(vm.wait_passes, 1)
                     written = await in_thread(log.collect, 0)

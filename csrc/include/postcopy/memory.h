@@ -77,6 +77,9 @@ struct pc_remote_extent {
 int pc_remote_new(int pid, int pidfd, const struct pc_remote_extent *extents, uint32_t count, uint64_t page_bytes,
                   struct pc_remote **remote, char *error, size_t error_bytes);
 void pc_remote_free(struct pc_remote *remote);
+/* Whether pages that are absent there are elsewhere (with another pager that has not brought them, in a file that is mapped): all of
+ * them count as present then. At first not. Alone, but for pc_remote_read. */
+void pc_remote_set_incomplete(struct pc_remote *remote, int incomplete);
 /* 0 when all was read, else -errno: -ESRCH when the process has ended, -EFAULT where it has no memory, -EPERM without the right. Blocks
  * while a page is missing there. */
 int pc_remote_read(const struct pc_remote *remote, uint64_t first_byte, void *buffer, uint64_t bytes);

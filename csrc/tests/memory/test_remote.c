@@ -296,6 +296,9 @@ static void what_is_there_is_read(void)
     tell(&other, WRITE, mapped(511), 1);
     CHECK_EQ(pc_memory_present(&other.memory, words), 0);
     CHECK_PAGES(words, "0 383 384 511 ");
+    pc_remote_set_incomplete(other.remote, 1);
+    CHECK_EQ(pc_memory_present(&other.memory, words), 0);
+    CHECK_EQ(pc_bitmap_count(words, PAGES), PAGES);
     CHECK_EQ(pc_remote_read(other.remote, 0, content, PAGES * page), 0);
     for (uint64_t i = 0; i < PAGES * page; i++)
         CHECK_EQ(content[i], i % page == 0 && (i / page == 0 || i / page == 383 || i / page == 384 || i / page == 511));

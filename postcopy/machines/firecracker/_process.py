@@ -30,7 +30,8 @@ _GIB = 1 << 30
 _RSDP = (0xE0000, b"RSD PTR ")  # what Firecracker puts into the first region: the ACPI tables' pointer, from 1.8 on,
 _MP_TABLE = (0x9FC00, b"_MP_")  # and the MultiProcessor table, before
 
-_AREA = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (....) ")
+_AREA = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (....) \S+ \S+ (\d+) *(.*)")
+_HUGE_PAGES = "/anon_hugepage"  # the name of memory of huge pages, which is in no file
 
 
 # ---- the guest's memory
@@ -43,7 +44,8 @@ class Area:
     start: int
     end: int
     page_bytes: int
-    guarded: frozenset[str]  # by a userfaultfd: "um" missing pages, "uw" writes
+    absent: frozenset[str]  # where pages that are absent are: at a page fault handler ("um", "ui"), in a "file"
+    protected: bool  # writes are told to a userfaultfd
 
     @property
     def size_bytes(self) -> int:
@@ -88,16 +90,18 @@ def _lines(pid: int) -> Iterator[str]:
 
 def _areas(lines: Iterable[str]) -> Iterator[Area]:
     start = end = page_bytes = 0
-    rights = ""
+    rights, of_file = "", False
     for line in lines:
         if match := _AREA.match(line):
             start, end, rights = int(match[1], 16), int(match[2], 16), match[3]
+            of_file = match[4] != "0" and not match[5].startswith(_HUGE_PAGES)
         elif line.startswith("KernelPageSize:"):
             page_bytes = int(line.split()[1]) * 1024
         elif line.startswith("VmFlags:"):
             flags = set(line.split()[1:])
             if rights == "rw-p" and "nr" in flags:
-                yield Area(start, end, page_bytes, frozenset(flags & {"um", "uw", "ui"}))
+                absent = flags & {"um", "ui"} | ({"file"} if of_file else set())
+                yield Area(start, end, page_bytes, frozenset(absent), "uw" in flags)
 
 
 def _joined(areas: Iterable[Area]) -> Iterator[Area]:
@@ -105,7 +109,8 @@ def _joined(areas: Iterable[Area]) -> Iterator[Area]:
     last: Area | None = None
     for area in areas:
         if last is not None and (last.end, last.page_bytes) == (area.start, area.page_bytes):
-            area = Area(last.start, area.end, area.page_bytes, last.guarded | area.guarded)
+            absent, protected = last.absent | area.absent, last.protected or area.protected
+            area = Area(last.start, area.end, area.page_bytes, absent, protected)
         elif last is not None:
             yield last
         last = area

@@ -5,8 +5,9 @@ Firecracker is driven over its API and watched from outside: it is not changed, 
 than the one that its user has over it.
 
 **Memory** is read by another process, this one, while Firecracker knows nothing of it (`RemoteMemory`). What is there
-is told by its page tables. Where a page fault handler still serves it (the pages that are absent have not arrived
-yet), all pages count as there, and one that is read is brought by that handler.
+is told by its page tables. Where a page fault handler still serves it, or it was restored from a memory file, the pages
+that are absent are there: all pages count as present then, and one that is read is brought by that handler, or by the
+kernel. A handler that does not bring it keeps the thread that reads waiting, as it does the guest.
 
 **State.** Firecracker has no call that writes the state of a microVM alone. It writes the state file first and the
 memory file then; so it is told a memory file that cannot be opened: it refuses, and the state file is complete. That
@@ -163,14 +164,13 @@ class FirecrackerMachine(Machine):
             regions = find_regions(process.pid, sizes, areas)
             if self._memory is None:
                 self._memory = RemoteMemory(sum(sizes), regions[0].page_bytes)
-            guarded = frozenset().union(*(area.guarded for area in areas))
-            self._memory.incomplete = bool(guarded & {"um", "ui"})
+            self._memory.incomplete = any(area.absent for area in areas)
             if (userfaultfd := await run_sync(userfaultfd_of, process.pid, process.pidfd.fileno())) is not None:
                 owned.callback(userfaultfd.close)
             self.found(process.pid, process.pidfd, regions, regions[0].page_bytes, userfaultfd)
             owned.pop_all()
         await run_sync(self._open_exchange)
-        if "uw" in guarded and not self._memory.incomplete:
+        if any(area.protected for area in areas) and not self._memory.incomplete:
             # Nobody else is its source: one that was has died, and nobody answers who writes.
             log.warning("a source of this microVM has died and left its memory write-protected: that is lifted")
             await run_sync(lambda: self._open_log().close())
@@ -377,15 +377,15 @@ class FirecrackerMachine(Machine):
     def dirty_log(self) -> DirtyLog:
         assert self._memory is not None
         leave_it_out = "leave precopy out (--precopy off)"
+        if self._uffd is None:
+            raise ResourceError(
+                "this microVM was not restored through a userfaultfd: what it writes cannot be seen from outside",
+                leave_it_out,
+            )
         if self._memory.incomplete:
             raise ResourceError(
                 "the memory of this microVM is still served by a page fault handler, which alone is told what is"
                 " written",
-                leave_it_out,
-            )
-        if self._uffd is None:
-            raise ResourceError(
-                "this microVM was not restored through a userfaultfd: what it writes cannot be seen from outside",
                 leave_it_out,
             )
         if version_of(self._version) < FIRST_WITH_REMOVE_EVENTS:

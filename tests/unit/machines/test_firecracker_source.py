@@ -248,8 +248,6 @@ async def test_while_it_is_served_no_page_counts_as_absent(tmp_path: Path) -> No
         memory.incomplete = True
         assert memory.present().count() == memory.pages
         assert memory.present(2 * PAGE).count() == memory.pages // 2
-        with pytest.raises(ResourceError, match="still served"):
-            machine.dirty_log()
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="how x86-64 lays out a guest")
@@ -268,7 +266,7 @@ def test_regions_by_version(version: tuple[int, int], gib: float, sizes: list[fl
 
 
 def area(start_mib: int, mib: int) -> Area:
-    return Area(start_mib * MIB, (start_mib + mib) * MIB, PAGE, frozenset())
+    return Area(start_mib * MIB, (start_mib + mib) * MIB, PAGE, frozenset(), False)
 
 
 def test_regions_that_are_apart_are_told_by_their_sizes() -> None:
