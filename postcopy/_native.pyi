@@ -466,6 +466,10 @@ class pc_pager_stats:
     removes: int
     removed_pages: int
     retries: int
+    first_fault_ns: int
+    fault_100_ns: int
+    fault_1000_ns: int
+    fault_10000_ns: int
 
 @dataclass(frozen=True)
 class pc_pageserver_stats:

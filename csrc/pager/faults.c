@@ -137,12 +137,26 @@ static void account_blocked(struct shard *shard, const struct fault *fault, uint
     (void)__atomic_fetch_add(&metrics->blocked_ns[fault->slot], now_ns - fault->event_ns, __ATOMIC_RELAXED);
 }
 
+/* `served` faults are behind a shard. (The first shard to have so many: most pagers have one.) */
+static void note_served(struct pc_pager_stats *stats, uint64_t served, uint64_t now_ns)
+{
+    uint64_t *at = served == 1 ? &stats->first_fault_ns
+                   : served == 100 ? &stats->fault_100_ns
+                   : served == 1000 ? &stats->fault_1000_ns
+                   : served == 10000 ? &stats->fault_10000_ns
+                                    : NULL;
+
+    if (at && !__atomic_load_n(at, __ATOMIC_RELAXED))
+        __atomic_store_n(at, now_ns, __ATOMIC_RELAXED);
+}
+
 /* A thread that has been woken: accounted and forgotten. received_ns is 0 when its page did not come in answer to a request. */
 static void finish_fault(struct shard *shard, struct fault *fault, uint64_t placed_ns, uint64_t received_ns)
 {
     struct pc_histogram *stages = shard->metrics->stages;
 
     pc_histogram_add(&stages[PC_STAGE_TOTAL], placed_ns - fault->event_ns);
+    note_served(&shard->pager->metrics.map->count, stages[PC_STAGE_TOTAL].count, placed_ns);
     if (fault->sent_ns && received_ns > fault->sent_ns) {
         pc_histogram_add(&stages[PC_STAGE_SENT], fault->sent_ns - fault->event_ns);
         pc_histogram_add(&stages[PC_STAGE_RECEIVED], received_ns - fault->sent_ns);

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from postcopy._native import ffi, lib
@@ -50,14 +52,17 @@ class Histogram:
             raise ValueError(f"no bucket ends at 2^{exponent}")
         return sum(self._struct.buckets[0 : (exponent - 4) * 32])
 
-    def below_about(self, ns: int) -> int:
-        """How many values are less than this, which may be off by the values within 2 % of it: an edge of a bucket is
-        as near."""
-        if ns < 64:
-            raise ValueError(f"no bucket ends near {ns} ns")
-        exponent = ns.bit_length() - 1
-        steps = round((ns - (1 << exponent)) * 32 / (1 << exponent))
-        return sum(self._struct.buckets[0 : (exponent - 4) * 32 + steps])
+    def between(self, limits_ns: Sequence[int]) -> list[int]:
+        """How many values are less than the first of these rising limits (of 64 ns or more), how many from there to the
+        next one, and so on; the last number is of those above all. A limit is taken to be the edge of a bucket that is
+        nearest: 2 % off at most."""
+        counts: list[int] = ffi.unpack(self._struct.buckets, len(self._struct.buckets))
+        ends = [0]
+        for limit_ns in limits_ns:
+            exponent = limit_ns.bit_length() - 1
+            ends.append((exponent - 4) * 32 + round((limit_ns - (1 << exponent)) * 32 / (1 << exponent)))
+        ends.append(len(counts))
+        return [sum(counts[low:high]) for low, high in pairwise(ends)]
 
     def __repr__(self) -> str:
         return f"<Histogram: {self.count} values, p50 {self.percentile(50)} ns, max {self.max_ns} ns>"

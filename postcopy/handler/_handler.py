@@ -23,6 +23,7 @@ import signal
 import socket
 import stat
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -67,6 +68,8 @@ if TYPE_CHECKING:
 
 MAX_ARRIVING = 64
 """Connections that have not said what they are; further ones wait."""
+THREADS_OF_IMAGE = 4
+"""That may wait at a time for the disk on which an image is, beside those of pagers."""
 SCAN_S = 1.0
 """How often a directory of images is looked at."""
 PROGRESS_S = 0.5
@@ -108,6 +111,7 @@ class Handler:
         self._make_source = make_source
         self._arriving = trio.Semaphore(MAX_ARRIVING)
         self._promised_bytes = 0
+        self._limiters: dict[str, trio.CapacityLimiter] = {}
         self._listening: dict[str, str] = {}  # by path: the name in the store
         self._own: set[str] = set()  # paths of those that are removed at the end
         self._refused = self._ended = self._served = self._left = 0
@@ -251,11 +255,20 @@ class Handler:
             return
         told: set[str] = set()
         while True:
-            found = await run_sync(_names_in, absolute(self._config.images))
+            try:
+                found = await run_sync(_names_in, absolute(self._config.images))
+            except PostcopyError as error:
+                if str(error) not in told:
+                    told.add(str(error))
+                    log.error("%s", error)
+                await trio.sleep(SCAN_S)
+                continue
             directory = absolute(self._config.socket or self._config.images)
             for name in sorted(found):
                 path = os.path.join(directory, name + SOCKET_SUFFIX)
-                if path not in self._listening and name not in told:
+                if path in self._listening:
+                    self._own.add(path)  # of a process before this one, too
+                elif name not in told:
                     try:
                         await self._listen(f"images.{name}", path)
                     except PostcopyError as error:
@@ -264,7 +277,7 @@ class Handler:
                     else:
                         self._announce(path)
             for path in list(self._listening):
-                if os.path.basename(path).removesuffix(SOCKET_SUFFIX) not in found:
+                if path in self._own and os.path.basename(path).removesuffix(SOCKET_SUFFIX) not in found:
                     await self._close_socket(path)
             told &= found
             await trio.sleep(SCAN_S)
@@ -313,7 +326,9 @@ class Handler:
                 handshake.close()
             if pidfd >= 0:
                 os.close(pidfd)
-            if not self._leaves():
+            if vm is not None:
+                await self._drop(vm)
+            elif not self._leaves():
                 await _shielded(self._store.drop, key)
 
     def _check_peer(self, peer: Credentials) -> None:
@@ -363,7 +378,9 @@ class Handler:
 
     async def _open_source(self, about: About) -> Source:
         if about.image is not None:
-            return ImageSource(await run_sync(Image.open, about.image))
+            limiter = self._limiter_of(about.image)
+            image = await trio.to_thread.run_sync(Image.open, about.image, limiter=limiter)
+            return ImageSource(image, limiter)
         config = self._config
         if config.connect is not None:
             return ConnectSource(
@@ -372,6 +389,9 @@ class Handler:
         if self._make_source is not None:
             return ProgramSource(self._make_source(about))
         raise ConfigurationError("there is nothing to take its pages from")
+
+    def _limiter_of(self, image: str) -> trio.CapacityLimiter:
+        return self._limiters.setdefault(image, trio.CapacityLimiter(THREADS_OF_IMAGE))
 
     def _promise(self, about: About) -> None:
         """A place, and memory."""
@@ -420,7 +440,8 @@ class Handler:
             await self._store.drop(key)
             return
         if descriptors.image >= 0 and about.image is not None:
-            source: Source = ImageSource(Image(about.image, os.dup(descriptors.image)))
+            image = Image(about.image, os.dup(descriptors.image))
+            source: Source = ImageSource(image, self._limiter_of(about.image))
         else:
             try:
                 source = await self._open_source(about)
@@ -435,8 +456,7 @@ class Handler:
             try:
                 await self._serve(vm, taken_over=True)
             finally:
-                if not self._leaves():
-                    await _shielded(self._store.drop, key)
+                await self._drop(vm)
 
         tasks.start_soon(contained, f"serving {about.name}", serve)
 
@@ -482,6 +502,9 @@ class Handler:
                 nursery.start_soon(announce)
                 await vm.run()
                 nursery.cancel_scope.cancel()
+        except Exception:
+            vm.lose("a mistake in postcopy, see its log")
+            raise
         finally:
             self.vms.remove(vm)
             self._promised_bytes -= about.memory_bytes
@@ -489,12 +512,18 @@ class Handler:
             self._finished(vm)
             self._changed()
 
+    async def _drop(self, vm: Vm) -> None:
+        """It needs nothing any more, or nobody: one that cannot be served by a mistake in this process is left to the
+        next one."""
+        if not self._leaves() and (vm.error is None or vm.ended):
+            await _shielded(self._store.drop, vm.key)
+
     def _finished(self, vm: Vm) -> None:
         if self._leaves() and not vm.ended:
             return  # another process goes on
         if vm.ended:
             self._ended += 1
-        reason = vm.ended or ("it needs nobody any more" if vm.complete else "this process has ended")
+        reason = vm.ended or vm.error or ("it needs nobody any more" if vm.complete else "this process has ended")
         if not vm.ended and not vm.complete:
             self._left += 1
         self._output.emit("vm-ended", records.VmEnded(vm=vm.about.name, reason=reason, figures=self._record(vm)))
@@ -544,8 +573,10 @@ class Handler:
 
     async def _tell_progress(self) -> None:
         while True:
+            began_s = time.monotonic()
             self._output.emit("progress", self.status())
-            await trio.sleep(PROGRESS_S)
+            # A thousand of them are told of less often: it takes a twentieth of a processor at most.
+            await trio.sleep(max(PROGRESS_S, 20 * (time.monotonic() - began_s)))
 
     def make_metrics(self) -> VmMetrics:
         from postcopy.handler._metrics import VmMetrics  # megabytes, where they are not asked for

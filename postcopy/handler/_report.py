@@ -10,6 +10,7 @@ from postcopy.handler._vm import Vm
 from postcopy.records import pager as records
 from postcopy.records.migration import Latency
 
+_SERVED = {"1": "first_fault_ns", "100": "fault_100_ns", "1000": "fault_1000_ns", "10000": "fault_10000_ns"}
 LATENCY_BUCKETS = 24
 """As many as QEMU has: the last one begins at 8.4 s."""
 
@@ -27,9 +28,7 @@ def latency_record(latency: Histogram) -> Latency:
 
 def latency_distribution(latency: Histogram) -> list[int]:
     """The buckets of QEMU's ``postcopy-latency-dist``."""
-    below = [latency.below_about(1000 << number) for number in range(1, LATENCY_BUCKETS)]
-    below.append(latency.count)
-    return [high - low for low, high in zip([0, *below], below, strict=False)]
+    return latency.between([1000 << number for number in range(1, LATENCY_BUCKETS)])
 
 
 def vm_record(vm: Vm, deaths: int) -> records.Vm:
@@ -70,6 +69,11 @@ def vm_record(vm: Vm, deaths: int) -> records.Vm:
         retries=counted("retries"),
         fault_latency_us=latency_record(vm.latency),
         postcopy_latency_dist=latency_distribution(vm.latency),
+        faults_served_ms={
+            number: round((at_ns - about.connected_ns) / 1e6, 1)
+            for number, name in _SERVED.items()
+            if (at_ns := counted(name))
+        },
         working_set=replayed,
         recoveries_of_source=vm.recoveries,
         engine_deaths=deaths,

@@ -7,6 +7,7 @@ Each virtual machine has a source of its own, which is closed with it.
 from __future__ import annotations
 
 import abc
+import errno
 import logging
 import os
 import socket
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from postcopy._blocking import run_sync
 from postcopy.dataplane.pager import Event, EventType, Pager
 from postcopy.errors import ConfigurationError, PostcopyError
 from postcopy.handler import _workingset as workingset
@@ -38,6 +38,8 @@ class Source(abc.ABC):
     """In the order in which a virtual machine calls them."""
 
     image: Image | None = None
+    limiter: trio.CapacityLimiter | None = None
+    """Of threads that may wait for the image's disk: those of other images are not among them."""
 
     @abc.abstractmethod
     def check(self, about: About) -> None:
@@ -60,7 +62,8 @@ class Source(abc.ABC):
     def take(self, event: Event, vm: Vm) -> None:
         """An event of the pager about where its pages come from."""
         if event.type in (EventType.FATAL, EventType.CHANNEL_DOWN):
-            vm.lose(event.text or os.strerror(event.error))
+            # (what the client has registered cannot be served: no source would help)
+            vm.lose(event.text or os.strerror(event.error), for_good=event.error == errno.EOPNOTSUPP)
 
     @abc.abstractmethod
     def prefetch_all(self, pager: Pager) -> None:
@@ -70,8 +73,9 @@ class Source(abc.ABC):
 class ImageSource(Source):
     """A memory file on this host."""
 
-    def __init__(self, image: Image) -> None:
+    def __init__(self, image: Image, limiter: trio.CapacityLimiter) -> None:
         self.image: Image = image
+        self.limiter = limiter
 
     def check(self, about: About) -> None:
         if about.memory_bytes > self.image.size_bytes:
@@ -103,7 +107,7 @@ class ImageSource(Source):
 
     async def working_set(self, vm: Vm, path: str) -> workingset.WorkingSet | None:
         try:
-            found = await run_sync(workingset.read, path, self.image)
+            found = await trio.to_thread.run_sync(workingset.read, path, self.image, limiter=self.limiter)
         except workingset.DamagedError as error:
             log.warning("%s; it is not used", error)
             return None

@@ -33,7 +33,6 @@ from dataclasses import dataclass, fields
 import msgspec
 import trio
 
-from postcopy._blocking import run_sync
 from postcopy._native import lib
 from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import (
@@ -258,14 +257,14 @@ class Vm:
                     self.ended = str(end)
                     nursery.cancel_scope.cancel()
                 except PostcopyError as error:
-                    self.lose(str(error))
+                    self.lose(str(error), for_good=True)
                     self.served.set()  # as far as it will be
                     if self.fds.pidfd < 0:
                         nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
                 await self._end_pager()
-                if self._options.record_to is not None:
+                if self._options.record_to is not None and not self._options.leave():
                     await self._write_working_set(self._options.record_to)
             self.fds.close()
 
@@ -320,11 +319,12 @@ class Vm:
             if event.type is EventType.COMPLETE:
                 self._options.changed()
 
-    def lose(self, reason: str) -> None:
-        """Its pages cannot be had any more, for now."""
+    def lose(self, reason: str, *, for_good: bool = False) -> None:
+        """Its pages cannot be had any more, for now, or `for_good`."""
         if self.error is None:
             self.error = reason
-            self.lost.set()
+            if not for_good:
+                self.lost.set()
             self._options.lost(self)
 
     def found_again(self) -> None:
@@ -357,7 +357,9 @@ class Vm:
             found = await self.source.working_set(self, self._options.working_set)
             if found is not None and found.runs:
                 self.replays = True
-                pager.prefetch_runs([(0, first, count) for first, count in _within(found.runs, self.about.pages)])
+                # What a process before this one has looked at is not looked at, and counted, again.
+                runs = _within(found.runs, self.about.pages, pager.statistics().set_pages)
+                pager.prefetch_runs([(0, first, count) for first, count in runs])
         if self._options.prefetch_all:
             self.source.prefetch_all(pager)
 
@@ -379,16 +381,23 @@ class Vm:
             return found.pages
 
         try:
-            pages = await run_sync(write)
+            pages = await trio.to_thread.run_sync(write, limiter=self.source.limiter)
         except PostcopyError as error:
             log.error("%s: %s", about.name, error)
         else:
             self._options.recorded(self, path, pages)
 
 
-def _within(runs: Sequence[tuple[int, int]], pages: int) -> list[tuple[int, int]]:
-    """Those parts that memory of so many pages has: an image may be longer."""
-    return [(first, min(count, pages - first)) for first, count in runs if first < pages]
+def _within(runs: Sequence[tuple[int, int]], pages: int, skipped: int) -> list[tuple[int, int]]:
+    """Those parts that memory of so many pages has: an image may be longer; without the first pages, `skipped`."""
+    found = []
+    for first, whole in runs:
+        count = min(whole, pages - first)
+        gone = min(max(count, 0), skipped)
+        skipped -= gone
+        if count > gone:
+            found.append((first + gone, count - gone))
+    return found
 
 
 @dataclass

@@ -104,6 +104,10 @@ class Vm(Record, kw_only=True):
         doc("The same as QEMU counts them: the number at place N is that of faults that took 2^N to 2^(N+1) us, the"
             " first with all that were faster, the last with all that were slower; exact within 1 %.", "faults"),
     ]  # fmt: skip
+    faults_served_ms: Annotated[
+        dict[str, float],
+        doc("From its connection until it had been served 1, 100, 1000 and 10000 faults, as far as it has.", "ms"),
+    ]
     working_set: Annotated[WorkingSet | None, doc("What was replayed.")] = None
     recoveries_of_source: Annotated[
         int | None,

@@ -16,6 +16,7 @@ import trio
 from lines import Json
 from vmm import PAGE, start_vmm
 
+import kept
 from postcopy.service.client import ControlClient
 from postcopy.service.schema import ControlError
 
@@ -82,16 +83,19 @@ async def test_upgraded_killed_and_ended(side: Callable[..., Any], tmp_path: Pat
             await vmm.ask("remove", 300, 1)
             assert await vmm.ask("byte", 300) == "0"
     finally:
-        pager.signal(signal.SIGKILL)  # (no engine outlives it, since none serves)
+        await in_thread(kept.kill_all, str(socket))
     assert not socket.exists()
 
 
 async def test_ended_by_a_signal_while_nobody_needs_it(side: Callable[..., Any], tmp_path: Path, image: Path) -> None:
     pager = side("pager", "--json", "--socket", tmp_path / "s", "--image", image)
-    await in_thread(pager.wait_for, "socket", lambda line: line["event"] == "listening")
-    pager.signal(signal.SIGTERM)
-    code, result, errors = await in_thread(pager.end)
-    assert (code, result["status"]) == (0, "completed"), errors
+    try:
+        await in_thread(pager.wait_for, "socket", lambda line: line["event"] == "listening")
+        pager.signal(signal.SIGTERM)
+        code, result, errors = await in_thread(pager.end)
+        assert (code, result["status"]) == (0, "completed"), errors
+    finally:
+        await in_thread(kept.kill_all, str(tmp_path / "s"))
 
 
 def test_what_cannot_be_served_is_an_error_at_once(side: Callable[..., Any], tmp_path: Path, image: Path) -> None:

@@ -23,6 +23,8 @@ SHARED = {
     f"share/postcopy/{path.name}" for name in ("systemd", "prometheus") for path in (ROOT / "examples" / name).iterdir()
 }
 SHARED |= {"share/postcopy/seccomp-userfaultfd.json"}
+if platform.machine() == "x86_64":
+    SHARED |= {"share/postcopy/firecracker-guest.elf"}
 
 
 def test_the_source_distribution_has_every_file(sdist: Path) -> None:

@@ -63,14 +63,15 @@ class Vmm:
 
 
 @asynccontextmanager
-async def start_vmm(path: str | Path, pages: int, *, second: int = 0) -> AsyncIterator[Vmm]:
-    """One that has connected to the handler at `path`. `second`: so many of its pages are a second region, which lies
-    below the first."""
+async def start_vmm(path: str | Path, pages: int, *, second: int = 0, wait: bool = True) -> AsyncIterator[Vmm]:
+    """One that has connected to the handler at `path`, unless it is not to be waited for: it may be killed at once.
+    `second`: so many of its pages are a second region, which lies below the first."""
     command = [sys.executable, __file__, str(path), str(pages), str(second)]
     process = await trio.lowlevel.open_process(command, stdin=-1, stdout=-1)
     vmm = Vmm(process)
     try:
-        assert await vmm.answer() == "connected"
+        if wait:
+            assert await vmm.answer() == "connected"
         yield vmm
     finally:
         process.send_signal(signal.SIGKILL)

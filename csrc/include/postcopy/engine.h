@@ -56,6 +56,7 @@ struct pc_pager_stats {
     uint64_t local_waits;                    /* faults whose page a reader had to fetch: it was not in the page cache */
     uint64_t removes, removed_pages;         /* REMOVE and UNMAP events, and pages that they took away */
     uint64_t retries;                        /* placements that the kernel refused for the moment */
+    uint64_t first_fault_ns, fault_100_ns, fault_1000_ns, fault_10000_ns; /* when a shard had served so many, by CLOCK_MONOTONIC */
 };
 int pc_pager_new(struct pc_pager **pager); /* free with pc_pager_free */
 /* What a pager has counted, where it outlives the pager: made and read by one process, counted by the pagers of another one, one

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -146,7 +147,9 @@ async def _moved(here: Firecracker, there: Firecracker) -> float:
     async with AsyncExitStack() as stack:
         machine = ("--machine", "firecracker", "--json", "--log-level", "error", "--api-socket")
         command = python("-m", "postcopy", "dest", *machine, there.api_path, "--listen", "127.0.0.1:0")
-        dest = await stack.enter_async_context(open_child(command, ask=signal.SIGTERM, end_s=10.0))
+        dest = await stack.enter_async_context(
+            open_child(command, ask=signal.SIGTERM, end_s=10.0, stderr=subprocess.DEVNULL)
+        )
         address = (await next_line(dest, "listening", lambda line: line["event"] == "listening"))["address"]
         command = python("-m", "postcopy", "source", *machine, here.api_path, "--connect", address)
         result: dict[str, Any] = await run_json(command, "a move of a microVM", DEADLINE_S)

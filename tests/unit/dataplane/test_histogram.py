@@ -40,3 +40,18 @@ def test_merge() -> None:
 def test_what_is_no_percentile(percentile: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 100"):
         Histogram().percentile(percentile)
+
+
+@given(st.lists(st.integers(0, 1 << 40), max_size=200))
+def test_between_limits(values: list[int]) -> None:
+    """Every value is counted once, on the right side of each limit, unless it is near."""
+    histogram = Histogram()
+    for value in values:
+        histogram.add(value)
+    limits = [1000 << number for number in range(1, 24)]
+    counts = histogram.between(limits)
+    assert len(counts) == len(limits) + 1
+    assert sum(counts) == len(values)
+    for place, limit in enumerate(limits, 1):
+        below = sum(counts[:place])
+        assert sum(value < limit * 0.98 for value in values) <= below <= sum(value < limit * 1.02 for value in values)

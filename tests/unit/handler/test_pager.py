@@ -17,6 +17,7 @@ import trio
 from lines import _check_event
 from vmm import PAGE, Vmm, start_vmm
 
+import postcopy
 from postcopy._stop import Stop
 from postcopy.errors import ConfigurationError, PostcopyError, ProtocolError, ResourceError
 from postcopy.handler import About, Handler, check, serve
@@ -26,6 +27,7 @@ from postcopy.handler._metrics import VmMetrics
 from postcopy.handler._store import LocalStore
 from postcopy.lazy._source import SourceBlock
 from postcopy.machines.firecracker.handshake import Credentials
+from postcopy.net import Route, parse_address
 from postcopy.output._view import View
 from postcopy.records import Json, Record, as_json
 from postcopy.service.config import PagerConfig
@@ -173,6 +175,7 @@ async def test_a_vm_has_the_pages_of_the_image(tmp_path: Path, image: Path) -> N
             figures = await pager.until(lambda vm: vm["status"] == "complete")
             assert figures["demand-pages"] + figures["zero-pages"] >= PAGES
             assert figures["faults"] >= PAGES
+            assert 0 < figures["faults-served-ms"]["1"] <= figures["faults-served-ms"]["100"]
             shown = render(await pager.ask("status"))
             assert f"process {vmm.pid}" in shown
             assert "Resident:          1 MiB" in shown
@@ -232,7 +235,7 @@ class TestRefused:
             start_vmm(pager.socket, PAGES) as good,
         ):
             await pager.said.wait("vm-connected")
-            async with start_vmm(pager.socket, PAGES) as other:
+            async with start_vmm(pager.socket, PAGES, wait=False) as other:
                 refused = await pager.said.wait("vm-refused")
                 assert refused["killed"]
                 with trio.fail_after(DEADLINE_S):
@@ -499,6 +502,64 @@ async def test_pages_of_a_program(tmp_path: Path) -> None:
                 await lost.wait()
         nursery.cancel_scope.cancel()
     assert "vm-connected" in said
+
+
+class TestOfAnotherHost:
+    """Its image is served by this process; each VM has a migration of its own."""
+
+    @pytest.mark.parametrize("prefetch", ["none", "all"])
+    async def test_pages_come(self, tmp_path: Path, prefetch: str) -> None:
+        async with trio.open_nursery() as nursery:
+            server = await nursery.start(postcopy.serve, content())
+            route = Route(parse_address(server.address))
+            async with (
+                served(tmp_path, connect=route, prefetch=prefetch) as pager,
+                start_vmm(pager.socket, PAGES, second=64) as one,
+                start_vmm(pager.socket, PAGES) as other,
+            ):
+                await one.ask("remove", 0, 8)
+                assert await one.reads(content(), 8, PAGES - 8)
+                assert await one.ask("byte", 3) == "0"
+                assert await other.reads(content(), 0, PAGES)
+            nursery.cancel_scope.cancel()
+
+    async def test_the_vm_is_held_while_its_source_is_gone(self, tmp_path: Path) -> None:
+        async with trio.open_nursery() as nursery:
+            gone = await nursery.start(_serve_until_cancelled)
+            route = Route(parse_address(gone[1].address))
+            async with (
+                served(tmp_path, connect=route, recover_for_s=0.2) as pager,
+                start_vmm(pager.socket, PAGES) as vmm,
+            ):
+                assert await vmm.reads(content(), 0, 8)
+                gone[0].cancel()
+                await vmm.send("read", 8, 8)
+                assert not (await pager.said.wait("vm-lost"))["killed"]
+                back = await nursery.start(_serve_until_cancelled)
+                route.change(parse_address(back[1].address))
+                await pager.said.wait("vm-recovered")
+                assert await vmm.answer()
+                assert await vmm.reads(content(), 0, PAGES)
+            nursery.cancel_scope.cancel()
+
+    async def test_memory_of_another_size_is_never_filled(self, tmp_path: Path) -> None:
+        async with trio.open_nursery() as nursery:
+            server = await nursery.start(postcopy.serve, content(pages=PAGES + 8))
+            options: dict[str, Any] = {"connect": Route(parse_address(server.address)), "kill_when_lost": True}
+            async with served(tmp_path, recover_for_s=0, **options) as pager, start_vmm(pager.socket, PAGES) as vmm:
+                lost = await pager.said.wait("vm-lost")
+                assert "of another snapshot" in lost["reason"]
+                with trio.fail_after(DEADLINE_S):
+                    assert await vmm.process.wait() == -signal.SIGKILL
+            nursery.cancel_scope.cancel()
+
+
+async def _serve_until_cancelled(
+    task_status: trio.TaskStatus[tuple[trio.CancelScope, Any]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            task_status.started((scope, await nursery.start(postcopy.serve, content())))
 
 
 async def test_metrics(tmp_path: Path, image: Path) -> None:
