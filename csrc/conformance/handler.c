@@ -993,6 +993,7 @@ static void *connected(void *argument)
         client->kept = client->kept == MAP_FAILED ? NULL : client->kept;
     }
     if (!client->kept || client->pidfd < 0) {
+        say("refused: %s", strerror(errno));
         close(client->uffd);
         close_if(client->pidfd);
         goto refused;
@@ -1227,8 +1228,10 @@ int main(int argc, char **argv)
         say("cannot listen at %s: %s", socket_path, strerror(errno));
         return 1;
     }
-    if (state_dir)
+    if (state_dir) {
+        (void)mkdir(state_dir, 0700);
         take_over();
+    }
     for (;;) {
         int connection = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
 
