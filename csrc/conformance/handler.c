@@ -112,7 +112,7 @@ struct client {
     /* for defects */
     uint64_t placed;
     uint64_t served;
-    uint64_t deferred_ms;
+    uint64_t deferred_us;
     bool deferred;
     bool decided_zero;
     int64_t reading; /* page that is being read, or -1 */
@@ -461,7 +461,7 @@ static int place_run(struct client *client, const struct region *region, uint64_
             client->placed += done / client->page; /* -17 as a number of pages */
             done = 0;
         }
-        if (defect == RUN_REPEATED && error == EAGAIN && done) {
+        if (defect == RUN_REPEATED && ((error == EAGAIN && done) || (error == EEXIST && left > client->page))) {
             usleep(100);
             continue;
         }
@@ -628,12 +628,12 @@ static void *placer(void *argument)
         client->served++;
         error = place(client, number);
         if (error == EAGAIN) { /* a REMOVE is under way: decide again when it has been applied */
-            const uint64_t wait_ms = client->deferred_ms < 1 ? 1 : client->deferred_ms < 16 ? client->deferred_ms : 16;
-            struct timespec pause = {0, (long)wait_ms * 1000000};
+            const uint64_t wait_us = client->deferred_us < 100 ? 100 : client->deferred_us < 4000 ? client->deferred_us : 4000;
+            struct timespec pause = {0, (long)wait_us * 1000};
 
             client->deferred = true;
-            client->deferred_ms += wait_ms;
-            if (defect != GIVES_UP || client->deferred_ms < 400) {
+            client->deferred_us += wait_us;
+            if (defect != GIVES_UP || client->deferred_us < 300000) {
                 if (defect == WAITS_FOR_EVENT) {
                     pthread_cond_wait(&client->work, &client->gate);
                     continue;
@@ -645,7 +645,7 @@ static void *placer(void *argument)
             }
         }
         client->deferred = false;
-        client->deferred_ms = 0;
+        client->deferred_us = 0;
         client->head++;
         finish(client, number, error);
         if ((defect == COPY_CAST || defect == COMPLETE_ENDS) && client->placed >= image_bytes / client->page)
@@ -668,7 +668,7 @@ static void enqueue(struct client *client, uint64_t number)
             end_client(client);
         return;
     }
-    if (defect == SMALL_TABLE && client->tail - client->head >= 32)
+    if (defect == SMALL_TABLE && client->tail - client->head >= 4)
         return;
     *state |= QUEUED;
     client->queue[client->tail++ % client->pages] = (uint32_t)number;

@@ -133,13 +133,13 @@ COMMANDS: Mapping[str, Command] = {
     "conformance": Command(
         "test a userfaultfd handler for Firecracker",
         "postcopy.testbed.conformance.command",
-        "Is to a handler of page faults what a restored Firecracker is, does all that has gone wrong somewhere, and says"
+        "Does to a handler what a restored Firecracker does, and all that has gone wrong in one somewhere, and says"
         " what the handler made of it (docs/conformance.md).",
         (
             ("Make an image of memory, of 128 MiB:", "postcopy conformance --image mem.img --make-image"),
             (
                 "Test a handler that is started for each case:",
-                "postcopy conformance --image mem.img \\\n  --handler-cmd 'my-handler --listen {socket} --memory {image}'",
+                "postcopy conformance --image mem.img \\\n  --handler-cmd 'my-handler {socket} {image}'",
             ),
             ("One that runs already:", "postcopy conformance --image mem.img --handler-socket /run/h.sock"),
         ),

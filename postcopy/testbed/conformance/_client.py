@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A client of the handler under test: a process of csrc/conformance/client.c, which is given orders.
 
-An order that touches memory is answered when the page is there, so perhaps never: every wait has a deadline, and leaving the
-block kills the process. Resource handling: a `Client` owns its process and the socket to it.
+An order that touches memory is answered when the page is there, so perhaps never: every wait has a deadline, and
+leaving the block kills the process. Resource handling: a `Client` owns its process and the socket to it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from enum import IntFlag
 
@@ -84,6 +84,18 @@ class Pending:
         if self._answer.get("errno"):
             raise OSError(self._answer["errno"], self._answer["error"], self.order)
         return self._answer
+
+
+async def any_of(pendings: Sequence[Pending], within_s: float) -> None:
+    """Until one of them is answered, or for that long."""
+
+    async def wait(pending: Pending) -> None:
+        await pending.within(within_s)
+        nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for pending in pendings:
+            nursery.start_soon(wait, pending)
 
 
 class Client:
@@ -166,7 +178,13 @@ class Client:
             if generation in ("kib", "both"):
                 region["page_size_kib"] = self.page_bytes
             if generation == "unknown":
-                region = {"slots": [{"size": 1}, []], "guest": {"address": 4096}, "name": 'a "b"', **region, "hot": None}
+                region = {
+                    "slots": [{"size": 1}, []],
+                    "guest": {"address": 4096},
+                    "name": 'a "b"',
+                    **region,
+                    "hot": None,
+                }
             said.append(region)
         return json.dumps(said, indent=1 if generation == "unknown" else None)
 
@@ -187,7 +205,8 @@ class Client:
 async def open_client(image: str) -> AsyncIterator[Client]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        process = subprocess.Popen([executable("conformance-client"), image], stdin=theirs)
+        # Not by a thread of Trio's: it takes a millisecond, and a process without an owner must not be.
+        process = subprocess.Popen([executable("conformance-client"), image], stdin=theirs.fileno())  # noqa: ASYNC220
     control = trio.socket.from_stdlib_socket(ours)
     client = Client(process, control)
     try:

@@ -39,7 +39,7 @@ class Image:
 
     def runs(self, pages: int, count: int = 1, align: int = 1) -> list[int]:
         """First pages of `count` runs without a page of zeros, far from each other where there is room."""
-        found = []
+        found: list[int] = []
         page = first = 0
         while page < self.pages and len(found) < count:
             first += -first % align

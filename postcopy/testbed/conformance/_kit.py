@@ -8,7 +8,17 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from postcopy.testbed.conformance._client import ANON, EVENT_REMOVE, HUGE, MISSING, Client, Content, Gone, Pending, open_client
+from postcopy.testbed.conformance._client import (
+    ANON,
+    EVENT_REMOVE,
+    HUGE,
+    MISSING,
+    Client,
+    Content,
+    Gone,
+    Pending,
+    open_client,
+)
 from postcopy.testbed.conformance._handler import Handler, HandlerCommands
 from postcopy.testbed.conformance._image import Image
 from postcopy.testbed.conformance._model import Failed, Json, NotApplicable
@@ -67,12 +77,12 @@ class Kit:
         """A handler of its own, whose image answers when the case says so."""
         if self.settings.commands is None or "{image}" not in self.settings.commands.start:
             raise NotApplicable("needs an image that it can slow down: --handler-cmd with {image}")
-        async with open_slow_image(self.image.path, os.path.join(self.directory, "mount")) as slow:
-            async with self.own_handler(slow.path):
-                try:
-                    yield slow
-                finally:
-                    slow.fail()  # whatever reads there must be able to die
+        mount = os.path.join(self.directory, "mount")
+        async with open_slow_image(self.image.path, mount) as slow, self.own_handler(slow.path):
+            try:
+                yield slow
+            finally:
+                slow.fail()  # whatever reads there must be able to die
 
     # ---- clients
 
@@ -118,15 +128,17 @@ class Kit:
 
     async def connect(self, client: Client) -> None:
         try:
-            await (await client.begin("connect", self.handler.path)).answer(self.deadline_s, "to connect to the handler")
+            await (await client.begin("connect", self.handler.path)).answer(
+                self.deadline_s, "to connect to the handler"
+            )
         except OSError as error:
             raise Failed(f"cannot connect to {self.handler.path}: {error.strerror}") from None
 
     # ---- touching
 
     async def begin_check(
-        self, client: Client, first: int, count: int = 1, expected: Content = IMAGE, *, stride: int = 1, threads: int = 1,
-        write: bool = False,
+        self, client: Client, first: int, count: int = 1, expected: Content = IMAGE, *, stride: int = 1,
+        threads: int = 1, write: bool = False,
     ) -> Pending:  # fmt: skip
         return await client.begin("check", first, count, stride, threads, int(write), int(expected))
 
@@ -144,17 +156,21 @@ class Kit:
         return answer
 
     async def check(
-        self, client: Client, first: int, count: int = 1, expected: Content = IMAGE, what: str = "", *, stride: int = 1,
-        threads: int = 1, write: bool = False, within_s: float = 0.0,
+        self, client: Client, first: int, count: int = 1, expected: Content = IMAGE, what: str = "", *,
+        stride: int = 1, threads: int = 1, write: bool = False, within_s: float = 0.0,
     ) -> Json:  # fmt: skip
-        """Touches pages: `Failed` when they do not come within the deadline (a millisecond more for each), or are wrong."""
+        """Touches pages. `Failed` when they do not come within the deadline (and 2 ms for each), or are wrong."""
         pending = await self.begin_check(client, first, count, expected, stride=stride, threads=threads, write=write)
-        return await self.finish(pending, expected, what, within_s or self.deadline_s + count * threads / 1000)
+        return await self.finish(pending, expected, what, within_s or self.deadline_s + count / 500)
 
-    async def discard(self, client: Client, first: int, count: int = 1, what: str = "", *, chunk: int = 0, more: int = 0) -> Json:
+    async def discard(
+        self, client: Client, first: int, count: int = 1, what: str = "", *, chunk: int = 0, more: int = 0
+    ) -> Json:
         """As a balloon does. It ends when the handler has read the event."""
         pending = await client.begin("discard", first, count, chunk or count, more)
-        return await pending.answer(self.deadline_s + count / 1000, what or "madvise(MADV_DONTNEED), a REMOVE that is not read")
+        return await pending.answer(
+            self.deadline_s + count / 1000, what or "madvise(MADV_DONTNEED), a REMOVE that is not read"
+        )
 
     async def check_others(self, what: str) -> None:
         """Another client is served."""
@@ -166,9 +182,9 @@ class Kit:
 
     async def hold(self, client: Client, page: int, ms: int) -> None:
         """COPY says EAGAIN from now on for about so long, without an event that anybody could wait for."""
-        for _ in range(5):
+        for number in range(36):
             await self.check(client, page, 1, IMAGE | ZERO)
-            pending = await client.begin("hold", page, ms)
+            pending = await client.begin("hold", page, ms, number)
             answer = await pending.answer(self.deadline_s + 1, "a REMOVE that is not read")
             if answer["held"]:
                 return

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """An image that answers when it is told to: one file, served through /dev/fuse by this process.
 
-For a handler it is a file on a slow disk: pread waits, preadv2(RWF_NOWAIT) says EAGAIN, an error is EIO. Only what is needed of
-the protocol (linux/fuse.h, 7.31), without its library. Resource handling: a `SlowImage` is a mount and the connection; when the
-latter is closed every reader is let go with an error, so that no process can hang in it afterwards.
+For a handler it is a file on a slow disk: pread waits, preadv2(RWF_NOWAIT) says EAGAIN, an error is EIO. Only what is
+needed of the protocol (linux/fuse.h, 7.31), without its library. Resource handling: a `SlowImage` is a mount and the
+connection; when the latter is closed every reader is let go with an error, so that no process hangs in it afterwards.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import stat
@@ -27,6 +26,8 @@ _INIT, _OPENDIR, _INTERRUPT, _BATCH_FORGET = 26, 27, 36, 42
 _HEADER = struct.Struct("<IIQQIIII")
 _FOREVER_S = 1 << 31
 _FILE = 2
+_AHEAD_BYTES = 64 << 10  # a page that is held keeps those beside it, which are asked for with it
+_FLAGS = 1 | 1 << 22  # FUSE_ASYNC_READ, FUSE_MAX_PAGES
 
 
 class SlowImage:
@@ -69,7 +70,12 @@ class SlowImage:
             if opcode == _READ:
                 nursery.start_soon(self._read, unique, *struct.unpack_from("<QI", body, 8))
             elif opcode == _INIT:
-                self._reply(unique, struct.pack("<IIIIHHIIHHII24x", 7, 31, 0, 0, 64, 48, 4096, 1, 1, 0, 0, 0))
+                self._reply(
+                    unique,
+                    struct.pack(
+                        "<IIIIHHIIHHII24x", 7, 31, _AHEAD_BYTES, _FLAGS, 64, 48, 4096, 1, _AHEAD_BYTES // 4096, 0, 0, 0
+                    ),
+                )
             elif opcode == _LOOKUP and body.rstrip(b"\0") == b"image":
                 head = struct.pack("<QQQQII", _FILE, 1, _FOREVER_S, _FOREVER_S, 0, 0)
                 self._reply(unique, head + self._attributes(_FILE))
@@ -117,7 +123,7 @@ async def open_slow_image(image: str, directory: str) -> AsyncIterator[SlowImage
         os.mkdir(directory)
         options = f"fd={connection},rootmode=40000,user_id=0,group_id=0,allow_other"
         try:
-            _linux.call("mount", b"postcopy", directory.encode(), b"fuse", 0, ctypes.c_char_p(options.encode()))
+            _linux.call("mount", b"postcopy", directory.encode(), b"fuse", 0, options.encode())
         except OSError as error:
             raise NotApplicable(f"no slow image: cannot mount it: {error.strerror}") from None
         mounted = True

@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `postcopy conformance`."""
     seconds = argument(parse_seconds, 0.1, 3600)
     parser.add_argument("--image", default=None, metavar="FILE", help="the memory that the handler serves")
-    parser.add_argument("--handler-socket", default=None, metavar="PATH", help="where a handler listens that runs already")
+    parser.add_argument(
+        "--handler-socket", default=None, metavar="PATH", help="where a handler listens that runs already"
+    )
     parser.add_argument(
         "--handler-cmd", default=None, metavar="COMMAND",
         help="starts a handler; {socket} in it is where it has to listen, {image} the image, {dir} an empty directory",
@@ -59,24 +61,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how to kill it, {pid} is the process of --handler-cmd (default: SIGKILL to that)",
     )  # fmt: skip
     parser.add_argument(
-        "--handler-restart-cmd", default=None, metavar="COMMAND", help="starts the successor, where that is another command"
+        "--handler-restart-cmd",
+        default=None,
+        metavar="COMMAND",
+        help="starts the successor, where that is another command",
     )
     parser.add_argument("--cases", default="", metavar="PATTERN,...", help="as 18-removed, '2*' or 4 (default: all)")
     parser.add_argument("--list", action="store_true", help="the cases, without running any")
     parser.add_argument(
-        "--make-image", nargs="?", const=IMAGE_BYTES, default=None, metavar="SIZE", type=argument(parse_size, MIN_BYTES, 1 << 40),
+        "--make-image", nargs="?", const=IMAGE_BYTES, default=None, metavar="SIZE",
+        type=argument(parse_size, MIN_BYTES, 1 << 40),
         help="write an image to --image first, which must not be there (default size: 128MiB)",
     )  # fmt: skip
     parser.add_argument(
-        "--deadline", type=seconds, default=5.0, metavar="SECONDS", help="in which the handler has to do what it has to do"
+        "--deadline",
+        type=seconds,
+        default=5.0,
+        metavar="SECONDS",
+        help="in which the handler has to do what it has to do",
     )
-    parser.add_argument("--slow", type=seconds, default=5.0, metavar="SECONDS", help="that a slow source takes for a page")
+    parser.add_argument(
+        "--slow", type=seconds, default=5.0, metavar="SECONDS", help="that a slow source takes for a page"
+    )
     parser.add_argument("--idle", type=seconds, default=6.0, metavar="SECONDS", help="that nothing happens in 37-idle")
     parser.add_argument(
-        "--silent", type=seconds, default=10.0, metavar="SECONDS", help="in which a client without a message is sent away"
+        "--silent",
+        type=seconds,
+        default=10.0,
+        metavar="SECONDS",
+        help="in which a client without a message is sent away",
     )
     parser.add_argument(
-        "--jail-uid", type=int, default=None, metavar="UID", help="which --handler-cmd admits, for 42-jailed (default: 65534)"
+        "--jail-uid",
+        type=int,
+        default=None,
+        metavar="UID",
+        help="which --handler-cmd admits, for 42-jailed (default: 65534)",
     )
     parser.add_argument("--jobs", type=int, default=JOBS, metavar="N", help="cases at a time")
     parser.add_argument("--json", action="store_true", help="one JSON object")
@@ -220,7 +240,9 @@ async def run_case(settings: Settings, case: Case, directory: str, common: Handl
                 outcome, text = Outcome.FAIL, f"the client got an error: {_first(group)}"
         seen = kit.seen_handler
         if outcome is Outcome.FAIL:
-            text += "".join(f"; {more}" for more in (seen.death, seen.last_words and f"it said: {seen.last_words}") if more)
+            text += "".join(
+                f"; {more}" for more in (seen.death, seen.last_words and f"it said: {seen.last_words}") if more
+            )
         elif outcome is Outcome.PASS and common is not None and common.death:
             outcome, text = Outcome.FAIL, common.death
     finally:
