@@ -356,6 +356,7 @@ struct walk {
     uint64_t stride;
     uint64_t threads;
     bool write;
+    bool apart; /* each thread has pages of its own; else each touches all, in an order of its own */
     int expected; /* enum content, or'ed */
     atomic_uint next_thread;
     _Atomic uint64_t done;
@@ -375,12 +376,14 @@ static void *walk_thread(void *argument)
 {
     struct walk *walk = argument;
     const uint64_t thread = atomic_fetch_add(&walk->next_thread, 1);
-    uint64_t step = walk->threads > 1 ? 2654435761u % walk->count + 2 * thread + 1 : 1;
-    uint64_t index = walk->threads > 1 ? thread * 977 % walk->count : 0;
+    const bool in_order = walk->threads == 1 || walk->apart;
+    const uint64_t count = walk->apart ? walk->count / walk->threads : walk->count;
+    uint64_t step = in_order ? 1 : 2654435761u % walk->count + 2 * thread + 1;
+    uint64_t index = walk->apart ? thread * count : in_order ? 0 : thread * 977 % walk->count;
 
     while (common_divisor(step, walk->count) != 1)
         step++;
-    for (uint64_t i = 0; i < walk->count; i++, index = (index + step) % walk->count) {
+    for (uint64_t i = 0; i < count; i++, index = (index + step) % walk->count) {
         const uint64_t number = walk->first + index * walk->stride;
         uint8_t *page = at(number);
         uint64_t began_ns = pc_now_ns(), ns;
@@ -409,10 +412,10 @@ static void *walk_thread(void *argument)
 
 static void do_check(const struct order *order)
 {
-    /* FIRST COUNT STRIDE THREADS WRITE EXPECTED */
+    /* FIRST COUNT STRIDE THREADS HOW EXPECTED; HOW: 1 write, 2 each thread its own pages */
     const uint64_t *argument = order->argument;
     struct walk walk = {.first = argument[0], .count = argument[1], .stride = argument[2], .threads = argument[3],
-                        .write = argument[4], .expected = (int)argument[5]};
+                        .write = argument[4] & 1, .apart = argument[4] & 2, .expected = (int)argument[5]};
     pthread_t threads[MAX_THREADS];
     uint64_t began_ns = pc_now_ns(), started = 0;
 
@@ -561,8 +564,10 @@ static void *touching_thread(void *argument)
 
         if (order == UINT64_MAX)
             return NULL;
-        if (order == last || !order)
+        if (order == last || !order) {
+            sched_yield();
             continue;
+        }
         last = order;
         atomic_store(&touch_found, content_of(at(order - 1), order - 1));
         atomic_store(&touch_done, order);
@@ -624,7 +629,7 @@ static void do_race(const struct order *order)
                 wrong++;
             break;
         case RACE_STEAL: /* reads the event a moment later: the handler is awake by then, and finds nothing */
-            for (uint64_t spin_ns = pc_now_ns() + tried * 977 % 60 * 1000; seen && pc_now_ns() < spin_ns;)
+            for (uint64_t spin_ns = pc_now_ns() + tried * 977 % 150 * 1000; seen && pc_now_ns() < spin_ns;)
                 ;
             hit = seen && read(uffd, &event, sizeof(event)) == sizeof(event);
             wake_page(number);
@@ -741,6 +746,8 @@ static void do_hold(const struct order *order)
 
 static void do_hold_end(const struct order *order)
 {
+    /* Now, where MS has not passed. */
+    atomic_store(&hold_cancelled, true);
     pthread_join(hold_threads[0], NULL);
     pthread_join(hold_threads[1], NULL);
     answer(order->id, "\"ms\":%.3f", (double)hold_lasted_ns / 1e6);

@@ -16,8 +16,10 @@
 #include <limits.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -102,6 +104,7 @@ struct client {
     uint64_t kept_bytes;
     char kept_path[PATH_MAX];
     pthread_mutex_t gate;
+    atomic_bool waiting; /* the placer, for the gate: in a flood of events it would hardly ever get it */
     pthread_cond_t work;
     uint32_t *queue; /* page numbers, each at most once: QUEUED */
     uint64_t head;
@@ -113,6 +116,7 @@ struct client {
     uint64_t placed;
     uint64_t served;
     uint64_t deferred_us;
+    uint64_t tries;
     bool deferred;
     bool decided_zero;
     int64_t reading; /* page that is being read, or -1 */
@@ -442,7 +446,7 @@ static int fill(const struct client *client, uint64_t address, const void *sourc
                                client->write_protect ? UFFDIO_COPY_MODE_WP : 0, 0};
 
     error = ioctl(client->uffd, UFFDIO_COPY, &copy) < 0 ? errno : 0;
-    *done = defect == COPY_CAST ? (uint64_t)copy.copy : copy.copy > 0 ? (uint64_t)copy.copy : 0;
+    *done = defect == COPY_CAST && copy.copy == -EEXIST ? (uint64_t)copy.copy : copy.copy > 0 ? (uint64_t)copy.copy : 0;
     return error;
 }
 
@@ -515,6 +519,13 @@ static bool read_image(uint64_t first, uint64_t pages, uint64_t page_bytes, uint
     return true;
 }
 
+static void lock_for_placer(struct client *client)
+{
+    atomic_store(&client->waiting, true);
+    pthread_mutex_lock(&client->gate);
+    atomic_store(&client->waiting, false);
+}
+
 /* One fault: the pages around it, as far as they are of its region, missing and not removed; zeros where it was removed. */
 static int place(struct client *client, uint64_t number)
 {
@@ -545,7 +556,7 @@ static int place(struct client *client, uint64_t number)
         readable = read_image(first, end - first, client->page, client->buffer);
         if (!readable && end - first > 1) /* what is beside the page is not asked for */
             readable = read_image(number, 1, client->page, client->buffer + (number - first) * client->page);
-        pthread_mutex_lock(&client->gate);
+        lock_for_placer(client);
         client->reading = -1;
         if (!readable && defect == ERROR_ZEROS)
             removed = true;
@@ -604,6 +615,8 @@ static void finish(struct client *client, uint64_t number, int error)
     }
 }
 
+static bool read_events(struct client *client);
+
 /* Takes the pages from the queue. */
 static void *placer(void *argument)
 {
@@ -628,24 +641,29 @@ static void *placer(void *argument)
         client->served++;
         error = place(client, number);
         if (error == EAGAIN) { /* a REMOVE is under way: decide again when it has been applied */
-            const uint64_t wait_us = client->deferred_us < 100 ? 100 : client->deferred_us < 4000 ? client->deferred_us : 4000;
+            const uint64_t wait_us = client->deferred_us < 20 ? 20 : client->deferred_us < 2000 ? client->deferred_us : 2000;
             struct timespec pause = {0, (long)wait_us * 1000};
 
             client->deferred = true;
-            client->deferred_us += wait_us;
+            client->deferred_us += client->tries < 64 ? 0 : wait_us;
             if (defect != GIVES_UP || client->deferred_us < 300000) {
                 if (defect == WAITS_FOR_EVENT) {
                     pthread_cond_wait(&client->work, &client->gate);
                     continue;
                 }
+                if (client->tries++ < 64) { /* in a flood there are only moments without a REMOVE: read, and be there */
+                    read_events(client);
+                    continue;
+                }
                 pthread_mutex_unlock(&client->gate);
                 nanosleep(&pause, NULL);
-                pthread_mutex_lock(&client->gate);
+                lock_for_placer(client);
                 continue;
             }
         }
         client->deferred = false;
         client->deferred_us = 0;
+        client->tries = 0;
         client->head++;
         finish(client, number, error);
         if ((defect == COPY_CAST || defect == COMPLETE_ENDS) && client->placed >= image_bytes / client->page)
@@ -845,6 +863,8 @@ static void serve(struct client *client)
         }
         if (defect == EAGAIN_ENDS)
             usleep(100);
+        while (atomic_load(&client->waiting))
+            sched_yield();
         pthread_mutex_lock(&client->gate);
         if (!read_events(client))
             client->ending = true;
@@ -853,7 +873,7 @@ static void serve(struct client *client)
             uint64_t done;
 
             clock_gettime(CLOCK_MONOTONIC, &now);
-            if (now.tv_sec - client->since.tv_sec > 1) {
+            if ((now.tv_sec - client->since.tv_sec) * 1000 + (now.tv_nsec - client->since.tv_nsec) / 1000000 > 1000) {
                 const struct region *region = region_of_page(client, (uint64_t)client->reading);
 
                 fill(client, address_of(region, client, (uint64_t)client->reading), NULL, client->page, &done);

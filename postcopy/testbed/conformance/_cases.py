@@ -338,6 +338,7 @@ async def storm(kit: Kit) -> None:
     async with kit.client() as vm:
         known = kit.settings.commands is not None
         before = kit.handler.private_bytes() if known else 0
+        await kit.check(vm, kit.image.pages // 4, count // 2, threads=64, apart=True, what="each thread its own pages")
         await kit.check(vm, kit.image.pages // 4, count, threads=64)
         if known and kit.handler.private_bytes() - before > max(64 << 20, 2 * count * 4096):
             raise Failed(f"the handler took {(kit.handler.private_bytes() - before) >> 20} MiB for {count} pages")
@@ -442,14 +443,17 @@ def held_for(answer: Json) -> str:
 
 
 @case(
-    "16-long-eagain", "COPY says EAGAIN for a second, with 64 threads that wait", "bounded backoff, then all are served"
+    "16-long-eagain", "COPY says EAGAIN for a second, with 32 threads that wait", "bounded backoff, then all are served"
 )
 async def long_eagain(kit: Kit) -> str:
-    held, *firsts = kit.image.runs(256, 5)
+    held, *firsts = kit.image.runs(640, 5)
     async with kit.client() as vm:
         for first in firsts:  # until the scheduler has let it last
             await kit.hold(vm, held, 1000)
-            await kit.check(vm, first, 256, threads=64, within_s=kit.deadline_s + 2, what="a second of EAGAIN")
+            # far from each other: none must be served with another one
+            await kit.check(
+                vm, first, 32, stride=20, threads=32, apart=True, within_s=kit.deadline_s + 2, what="a second of EAGAIN"
+            )
             answer = await vm.do("hold-end")
             if answer["ms"] > 500:
                 break
@@ -462,7 +466,7 @@ async def prefetch(kit: Kit) -> None:
     first += 256
     async with kit.client() as vm:
         await kit.hold(vm, held, 50)
-        await kit.check(vm, first)
+        await kit.check(vm, first)  # when it is over
         await vm.do("hold-end")
         await kit.check(vm, first - 256, 512, what="the pages around one whose COPY said EAGAIN")
 
@@ -579,9 +583,9 @@ async def decided(kit: Kit) -> None:
     held, *pages = kit.image.runs(1, 4)
     async with kit.client() as vm:
         for page in pages:
-            await kit.hold(vm, held, 60)
+            await kit.hold(vm, held, 1000)
             touched = await kit.begin_check(vm, page, 1, IMAGE | ZERO)
-            await trio.sleep(0.01)  # the handler has decided by then
+            await trio.sleep(0.05)  # the handler has decided by then
             await kit.discard(vm, page)
             await vm.do("hold-end")
             await kit.finish(touched, IMAGE | ZERO, "a page that was removed while its COPY said EAGAIN")
@@ -765,8 +769,9 @@ async def takeover(kit: Kit) -> None:
     async with kit.own_handler() as handler, kit.client() as vm:
         need_takeover(kit)
         held, first, second = kit.image.runs(256, 3)
-        await kit.hold(vm, held, 300)  # what is read now cannot be answered
-        waiting = await kit.begin_check(vm, first, 256, threads=32)
+        await kit.hold(vm, held, 2000)  # what is read now cannot be answered
+        waiting = await kit.begin_check(vm, first, 256, threads=32, apart=True)
+        await trio.sleep(0.05)  # until they have touched their pages
         await vm.do("read", 1000)
         await handler.kill()
         await handler.restart()
@@ -890,8 +895,9 @@ async def blocking(kit: Kit) -> None:
 async def spurious(kit: Kit) -> str:
     first, count = longest(kit, 4096)
     async with kit.client() as vm:
-        answer = await race(kit, vm, c.RACE_STEAL, first, count, count, 1000, "events that are gone when they are read")
+        answer = await race(kit, vm, c.RACE_STEAL, first, count, 40, 4000, "events that are gone when they are read")
         await kit.check(vm, kit.image.pages - 64, 64, what="after events that were gone when they were read")
+    need_hits(answer)
     return f"{answer['hits']} times"
 
 

@@ -66,6 +66,8 @@ class Image:
 
 def make_image(path: str, size_bytes: int) -> None:
     """Each page another content; a hole of 2 MiB, and a page of zeros here and there."""
+    if os.path.lexists(path):
+        raise ConfigurationError(f"--make-image: {path!r} is there already")
     check_new_file("--make-image", path)
     hole = int(size_bytes * _HOLE_AT) // HUGE_BYTES * HUGE_BYTES
     with replacing(path, 0o600) as fd:

@@ -138,9 +138,9 @@ class Kit:
 
     async def begin_check(
         self, client: Client, first: int, count: int = 1, expected: Content = IMAGE, *, stride: int = 1,
-        threads: int = 1, write: bool = False,
+        threads: int = 1, write: bool = False, apart: bool = False,
     ) -> Pending:  # fmt: skip
-        return await client.begin("check", first, count, stride, threads, int(write), int(expected))
+        return await client.begin("check", first, count, stride, threads, write | apart << 1, int(expected))
 
     def judge(self, answer: Json, expected: Content, what: str) -> None:
         if answer["wrong"]:
@@ -157,10 +157,12 @@ class Kit:
 
     async def check(
         self, client: Client, first: int, count: int = 1, expected: Content = IMAGE, what: str = "", *,
-        stride: int = 1, threads: int = 1, write: bool = False, within_s: float = 0.0,
+        stride: int = 1, threads: int = 1, write: bool = False, apart: bool = False, within_s: float = 0.0,
     ) -> Json:  # fmt: skip
         """Touches pages. `Failed` when they do not come within the deadline (and 2 ms for each), or are wrong."""
-        pending = await self.begin_check(client, first, count, expected, stride=stride, threads=threads, write=write)
+        pending = await self.begin_check(
+            client, first, count, expected, stride=stride, threads=threads, write=write, apart=apart
+        )
         return await self.finish(pending, expected, what, within_s or self.deadline_s + count / 500)
 
     async def discard(
