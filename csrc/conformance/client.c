@@ -70,6 +70,7 @@ static int memory_fd = -1;
 static int uffd = -1;
 static int connection = -1;
 static int pipe_end = -1;
+static atomic_uint touching; /* threads of `check` that wait for a page, or are about to */
 static _Atomic uint64_t progress_page; /* of the order that runs: where a hang is */
 static atomic_bool signalled;
 
@@ -391,10 +392,12 @@ static void *walk_thread(void *argument)
 
         atomic_store(&progress_page, number);
         page += number * 977 % page_bytes; /* not always at its start */
+        atomic_fetch_add(&touching, 1);
         if (walk->write)
             __atomic_fetch_or(page, 0, __ATOMIC_SEQ_CST);
         else
             (void)*(volatile uint8_t *)page;
+        atomic_fetch_sub(&touching, 1);
         ns = pc_now_ns() - began_ns;
         for (uint64_t slowest = atomic_load(&walk->slowest_ns); ns > slowest;)
             if (atomic_compare_exchange_weak(&walk->slowest_ns, &slowest, ns))
@@ -962,11 +965,14 @@ static void do_pending(const struct order *order)
 
 static void do_read(const struct order *order)
 {
-    /* MS: whether all events are read within that time */
+    /* MS THREADS: whether so many threads wait for a page and all events are read within that time */
     const uint64_t until_ns = pc_now_ns() + order->argument[0] * 1000000;
     struct pollfd fd = {uffd, POLLIN, 0};
     bool pending;
 
+    while (atomic_load(&touching) < order->argument[1] && pc_now_ns() < until_ns)
+        pc_sleep_ns(1000000);
+    pc_sleep_ns(20000000); /* from there to the fault */
     while ((pending = poll(&fd, 1, 0) > 0) && pc_now_ns() < until_ns)
         pc_sleep_ns(200000);
     answer(order->id, "\"read\":%s", pending ? "false" : "true");

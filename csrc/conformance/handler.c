@@ -114,13 +114,13 @@ struct client {
     pthread_t placer;
     /* for defects */
     uint64_t placed;
-    uint64_t served;
     uint64_t deferred_us;
     uint64_t tries;
     bool deferred;
     bool decided_zero;
     int64_t reading; /* page that is being read, or -1 */
-    struct timespec since;
+    struct timespec since; /* it is read */
+    struct timespec deferred_since;
     uint64_t removes;
 };
 
@@ -519,6 +519,14 @@ static bool read_image(uint64_t first, uint64_t pages, uint64_t page_bytes, uint
     return true;
 }
 
+static int64_t milliseconds_since(const struct timespec *then)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (now.tv_sec - then->tv_sec) * 1000 + (now.tv_nsec - then->tv_nsec) / 1000000;
+}
+
 static void lock_for_placer(struct client *client)
 {
     atomic_store(&client->waiting, true);
@@ -638,15 +646,16 @@ static void *placer(void *argument)
             wake(client, address_of(region_of_page(client, number), client, number), client->page);
             continue;
         }
-        client->served++;
         error = place(client, number);
         if (error == EAGAIN) { /* a REMOVE is under way: decide again when it has been applied */
             const uint64_t wait_us = client->deferred_us < 20 ? 20 : client->deferred_us < 2000 ? client->deferred_us : 2000;
             struct timespec pause = {0, (long)wait_us * 1000};
 
             client->deferred = true;
-            client->deferred_us += client->tries < 64 ? 0 : wait_us;
-            if (defect != GIVES_UP || client->deferred_us < 300000) {
+            client->deferred_us += wait_us;
+            if (client->deferred_us == wait_us)
+                clock_gettime(CLOCK_MONOTONIC, &client->deferred_since);
+            if (defect != GIVES_UP || milliseconds_since(&client->deferred_since) < 200) {
                 if (defect == WAITS_FOR_EVENT) {
                     pthread_cond_wait(&client->work, &client->gate);
                     continue;
@@ -668,7 +677,7 @@ static void *placer(void *argument)
         finish(client, number, error);
         if ((defect == COPY_CAST || defect == COMPLETE_ENDS) && client->placed >= image_bytes / client->page)
             break;
-        if (defect == LIMITED && client->served >= 20000)
+        if (defect == LIMITED && client->placed >= 12000)
             break;
     }
     pthread_mutex_unlock(&client->gate);
@@ -869,11 +878,9 @@ static void serve(struct client *client)
         if (!read_events(client))
             client->ending = true;
         if (defect == TIMEOUT_ZEROS && client->reading >= 0) {
-            struct timespec now;
             uint64_t done;
 
-            clock_gettime(CLOCK_MONOTONIC, &now);
-            if ((now.tv_sec - client->since.tv_sec) * 1000 + (now.tv_nsec - client->since.tv_nsec) / 1000000 > 1000) {
+            if (milliseconds_since(&client->since) > 1000) {
                 const struct region *region = region_of_page(client, (uint64_t)client->reading);
 
                 fill(client, address_of(region, client, (uint64_t)client->reading), NULL, client->page, &done);

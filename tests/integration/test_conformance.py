@@ -31,7 +31,7 @@ IMAGE_BYTES = 64 << 20
 ZERO_PAGES = 7  # beside the hole
 PATIENT_S = 25.0
 """For what has to come: no busy host takes longer."""
-DEADLINES_S = (2.0, 6.0, PATIENT_S)
+DEADLINES_S = (2.0, 4.0, 8.0, PATIENT_S, PATIENT_S)
 """A wrong handler is caught, mostly, by a fault that is never answered. With the first of these that is soon; a host
 that is so busy that something else was late gets the others."""
 JOBS = 12
@@ -89,9 +89,9 @@ DEFECTS = {
     "pollerr-ends": ("35-blocking", "after O_NONBLOCK was cleared: no end", ""),
     "eagain-ends": ("36-spurious", "no end", "*"),
     "idle-ends": ("37-idle", "the first touch", "32-slow"),
-    "limited": ("38-snapshot", "a Full snapshot: no end", "40-complete"),
+    "limited": ("38-snapshot", "a Full snapshot: no end", "28-killed 40-complete"),
     "serial": ("39-ten", "no end", "04-* 05-* 28-* 32-* 34-* 37-* 39-*"),
-    "complete-ends": ("40-complete", "image", "38-snapshot"),
+    "complete-ends": ("40-complete", "removed after all pages were placed: no end", ""),
     "wp-forgotten": ("41-handler-protects", "are not protected", ""),
     "own-uid-only": ("42-jailed", "a jailed client: no end", ""),
     "fork-kept": ("43-fork", "a forked child that touches a page: no end", ""),
@@ -138,7 +138,9 @@ def test_the_handler_that_is_right_passes(run_in_child: Callable[..., Any], imag
     left = {name: text for name, (outcome, text) in found.items() if outcome is Outcome.NOT_APPLICABLE}
     assert left.pop("41-handler-protects") == "this handler does not write-protect its clients' memory"
     if os.geteuid() == 0 and os.path.exists("/dev/fuse"):
-        assert {name for name in left if "huge" not in name} == set()
+        # (on a busy host a race that the handler always wins proves nothing: that is not a failure)
+        races = {name for name, text in left.items() if "could not be tried" in text or "scheduler" in text}
+        assert {name for name in left if "huge" not in name} <= races
 
 
 async def catches(image: str, defect: str) -> str:

@@ -771,8 +771,7 @@ async def takeover(kit: Kit) -> None:
         held, first, second = kit.image.runs(256, 3)
         await kit.hold(vm, held, 2000)  # what is read now cannot be answered
         waiting = await kit.begin_check(vm, first, 256, threads=32, apart=True)
-        await trio.sleep(0.05)  # until they have touched their pages
-        await vm.do("read", 1000)
+        await vm.do("read", 2000, 32)
         await handler.kill()
         await handler.restart()
         await vm.do("hold-end")
