@@ -33,6 +33,8 @@ from typing import IO, Any
 
 import pytest
 
+from fetch_firecracker import NotFetched, fetch
+
 CHILD = Path(__file__).with_name("support") / "child.py"
 KILL_TIMEOUT_S = 20.0
 """How long a killed process may take to go: one that does not answer SIGKILL hangs in the kernel."""
@@ -70,6 +72,25 @@ def _qemu() -> str | None:
     return None
 
 
+def _firecracker() -> str | None:
+    from postcopy.errors import ResourceError
+    from postcopy.testbed import firecracker
+
+    if reason := missing("kvm") or missing("uffd"):
+        return reason
+    if "POSTCOPY_FIRECRACKER" not in os.environ:
+        try:
+            fetch(Path(sys.executable).parent)
+        except (NotFetched, OSError) as error:
+            return str(error)
+    try:
+        firecracker.version_of(firecracker.find())
+        firecracker.guest_path()
+    except ResourceError as error:
+        return str(error)
+    return None
+
+
 def _command(name: str, package: str) -> Callable[[], str | None]:
     return lambda: None if shutil.which(name) else f"no {name} command: install {package}"
 
@@ -92,9 +113,12 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "fish": _command("fish", "fish"),
     "man": _command("man", "man-db"),
     "qemu": _qemu,  # that postcopy is measured beside
+    "firecracker": _firecracker,  # a real one, with our guest for it; fetched where it is not here
 }
 
 
+# Fetched by the first test that needs it, and so not asked for in the header.
+FETCHED = {"firecracker"}
 # What only the C tests can lack (csrc/tests/support/test.h reads the same variable), and the name of all at once.
 C_CAPABILITIES = frozenset({"uffd-kernel", "uffd-features", "uffd-syscall", "holes"})
 ALL = "all"
@@ -162,7 +186,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_report_header() -> str:
-    states = (f"{name} {'no' if missing(name) else 'yes'}{'!' if name in required() else ''}" for name in CAPABILITIES)
+    states = (
+        f"{name} {'no' if missing(name) else 'yes'}{'!' if name in required() else ''}"
+        for name in CAPABILITIES
+        if name not in FETCHED
+    )
     return f"capabilities (! required): {', '.join(states)}"
 
 

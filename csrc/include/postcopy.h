@@ -26,5 +26,6 @@
 #include "postcopy/bench.h"
 #include "postcopy/machine.h"
 #include "postcopy/faultpaths.h"
+#include "postcopy/keeper.h"
 
 #endif

@@ -25,16 +25,23 @@
 
 typedef int visit_fn(void *context, uint64_t offset, const uint8_t *data, uint64_t bytes);
 
+struct origin { /* where offset 0 is: at an address, or in another process, where these are not NULL, else in a file */
+    int fd;
+    uint64_t file_offset;
+    const uint8_t *address;
+    const struct pc_remote *remote;
+};
+
 /* Shows `visit` everything that may not be zero, in order, in pieces that begin at a multiple of BLOCK_BYTES; zeros follow the
- * last byte of an odd size up to the block's end. Offset 0 is at `file_offset` of `fd`, or at `address` where that is not NULL. */
-static int walk(int fd, uint64_t file_offset, const uint8_t *address, uint64_t size_bytes, uint64_t page_bytes,
-                const uint64_t *present, visit_fn *visit, void *context)
+ * last byte of an odd size up to the block's end. */
+static int walk(const struct origin *origin, uint64_t size_bytes, uint64_t page_bytes, const uint64_t *present, visit_fn *visit,
+                void *context)
 {
     uint64_t pages = size_bytes / page_bytes + (size_bytes % page_bytes != 0), first = 0, stop_page;
     uint8_t *chunk = NULL;
     int result = 0;
 
-    if (!address) {
+    if (!origin->address) {
         chunk = aligned_alloc(BLOCK_BYTES, CHUNK_BYTES);
         if (!chunk)
             return -ENOMEM;
@@ -44,11 +51,13 @@ static int walk(int fd, uint64_t file_offset, const uint8_t *address, uint64_t s
         for (uint64_t offset = first * page_bytes, stop = pc_least(stop_page * page_bytes, size_bytes), bytes;
              offset < stop && !result; offset += bytes) {
             bytes = pc_least(CHUNK_BYTES, stop - offset);
-            if (address) {
-                result = visit(context, offset, address + offset, bytes);
+            if (origin->address) {
+                result = visit(context, offset, origin->address + offset, bytes);
                 continue;
             }
-            result = pc_read_full(fd, file_offset + offset, chunk, bytes, file_offset + size_bytes, page_bytes);
+            result = origin->remote ? pc_remote_read(origin->remote, offset, chunk, bytes)
+                                    : pc_read_full(origin->fd, origin->file_offset + offset, chunk, bytes,
+                                                   origin->file_offset + size_bytes, page_bytes);
             if (result)
                 break;
             if (bytes % BLOCK_BYTES)
@@ -63,6 +72,7 @@ static int walk(int fd, uint64_t file_offset, const uint8_t *address, uint64_t s
 
 static int walk_file(int fd, uint64_t file_offset, uint64_t bytes, uint64_t page_bytes, visit_fn *visit, void *context)
 {
+    struct origin origin = {.fd = fd, .file_offset = file_offset};
     uint64_t *present = pc_map_new(bytes / page_bytes + 1);
     int result;
 
@@ -70,14 +80,16 @@ static int walk_file(int fd, uint64_t file_offset, uint64_t bytes, uint64_t page
         return -ENOMEM;
     result = pc_range_present(fd, file_offset, file_offset, bytes, page_bytes, present);
     if (!result)
-        result = walk(fd, file_offset, NULL, bytes, page_bytes, present, visit, context);
+        result = walk(&origin, bytes, page_bytes, present, visit, context);
     free(present);
     return result;
 }
 
 static int walk_memory(const struct pc_memory *memory, visit_fn *visit, void *context)
 {
-    const uint8_t *address = memory->kind == PC_MEMORY_ANON ? memory->base : NULL;
+    struct origin origin = {.fd = memory->fd,
+                            .address = memory->kind == PC_MEMORY_ANON ? memory->base : NULL,
+                            .remote = memory->remote};
     uint64_t *present = pc_map_new(memory->size_bytes / memory->page_bytes);
     int result;
 
@@ -85,7 +97,7 @@ static int walk_memory(const struct pc_memory *memory, visit_fn *visit, void *co
         return -ENOMEM;
     result = pc_memory_present(memory, present);
     if (!result)
-        result = walk(memory->fd, 0, address, memory->size_bytes, memory->page_bytes, present, visit, context);
+        result = walk(&origin, memory->size_bytes, memory->page_bytes, present, visit, context);
     free(present);
     return result;
 }

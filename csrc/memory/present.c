@@ -146,14 +146,25 @@ static int read_pagemap(int pagemap, uint64_t origin, uint64_t address, uint64_t
     return 0;
 }
 
-/* The next bytes, from *first on, of pages whose bit is not set: how many, 0 for none. */
-static uint64_t unknown_bytes(const struct pc_memory *memory, const uint64_t *words, uint64_t *first)
+uint64_t pc_unknown_bytes(uint64_t size_bytes, uint64_t page_bytes, const uint64_t *words, uint64_t *first, uint64_t between)
 {
-    uint64_t pages = memory->size_bytes / memory->page_bytes;
-    uint64_t page = pc_bitmap_next(words, pages, *first / memory->page_bytes, 0);
+    uint64_t pages = size_bytes / page_bytes, page = pc_bitmap_next(words, pages, *first / page_bytes, 0), end = page, next = page;
 
-    *first = page * memory->page_bytes;
-    return page < pages ? (pc_bitmap_next(words, pages, page, 1) - page) * memory->page_bytes : 0;
+    *first = page * page_bytes;
+    while (next < pages && (next == page || next - end < between)) {
+        end = pc_bitmap_next(words, pages, next, 1);
+        next = pc_bitmap_next(words, pages, end, 0);
+    }
+    return (end - page) * page_bytes;
+}
+
+int pc_mapping_present(int pagemap, uint64_t origin, uint64_t address, uint64_t bytes, uint64_t page_bytes, uint64_t *words)
+{
+    int result = scan_mapping(pagemap, origin, address, bytes, page_bytes, words);
+
+    if (result == -ENOTTY || result == -EINVAL)
+        result = read_pagemap(pagemap, origin, address, bytes, page_bytes, words);
+    return result;
 }
 
 /* Pages in the page tables of this process. Without /proc: -errno. (mincore(2) is no substitute: it calls a page that was
@@ -166,11 +177,9 @@ static int mapping_present(const struct pc_memory *memory, uint64_t *words)
 
     if (pagemap < 0)
         return -errno;
-    for (; !result && (bytes = unknown_bytes(memory, words, &first)); first += bytes) {
-        result = scan_mapping(pagemap, base, base + first, bytes, memory->page_bytes, words);
-        if (result == -ENOTTY || result == -EINVAL)
-            result = read_pagemap(pagemap, base, base + first, bytes, memory->page_bytes, words);
-    }
+    for (; !result && (bytes = pc_unknown_bytes(memory->size_bytes, memory->page_bytes, words, &first, PC_MAPPED_BETWEEN));
+         first += bytes)
+        result = pc_mapping_present(pagemap, base, base + first, bytes, memory->page_bytes, words);
     close(pagemap);
     return result;
 }
@@ -181,7 +190,7 @@ static int memfd_present(const struct pc_memory *memory, uint64_t *words)
     uint64_t first = 0, bytes;
     int result = pc_file_holds(memory->fd, memory->size_bytes, memory->page_bytes);
 
-    for (; !result && (bytes = unknown_bytes(memory, words, &first)); first += bytes)
+    for (; !result && (bytes = pc_unknown_bytes(memory->size_bytes, memory->page_bytes, words, &first, 1)); first += bytes)
         result = pc_range_present(memory->fd, 0, first, bytes, memory->page_bytes, words);
     return result;
 }
@@ -225,6 +234,8 @@ static int huge_present(const struct pc_memory *memory, uint64_t *words)
 
 int pc_memory_present(const struct pc_memory *memory, uint64_t *present_words)
 {
+    if (memory->remote)
+        return pc_remote_present(memory->remote, present_words);
     switch (memory->kind) {
     case PC_MEMORY_MEMFD:
         return memfd_present(memory, present_words);
@@ -243,7 +254,7 @@ int pc_memory_resident(const struct pc_memory *memory, uint64_t *resident_bytes)
     struct stat stat;
     int result;
 
-    if (memory->kind != PC_MEMORY_ANON) {
+    if (memory->kind != PC_MEMORY_ANON && !memory->remote) {
         if (fstat(memory->fd, &stat))
             return -errno;
         *resident_bytes = (uint64_t)stat.st_blocks * 512;

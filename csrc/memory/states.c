@@ -8,7 +8,11 @@
  * migration, which has lost nothing yet.) But between `claimed` and `received` lies the placement itself, and a pager that died there
  * leaves pages of which the map alone does not tell whether they were placed.
  *
- * Those are settled by looking at the machine's page table. UFFDIO_COPY puts content and page table entry there together, in
+ * Private memory: nothing needs to be known. Such a page is fetched again, and UFFDIO_COPY says EEXIST where it is there, placed before
+ * and perhaps written to; only what was never placed is placed then. (What its process threw away in between is in the journal, see
+ * states.h.) So its claims are taken back, from any process: pc_states_unclaim.
+ *
+ * Pages of shared memory are settled by looking at the machine's page table. UFFDIO_COPY puts content and page table entry there together, in
  * one step that a SIGKILL does not interrupt, and only it (or CONTINUE, after the content) does so, as every access by anyone else
  * to a page that is not received waits. Hence: an entry is there, mapped or swapped out, and the page was placed.
  *
@@ -31,7 +35,7 @@
 #include "postcopy/core.h"
 #include "postcopy/memory.h"
 
-#define MAGIC UINT64_C(0x3173657461747370) /* "pstates1", little endian */
+#define MAGIC UINT64_C(0x3273657461747370) /* "pstates2", little endian */
 #define HEADER_BYTES 4096
 #define PAGEMAP_THERE (UINT64_C(3) << 62) /* present, or swapped out */
 
@@ -40,9 +44,18 @@ struct header {
     uint64_t pages;
 };
 
+_Static_assert(sizeof(struct pc_journal) == HEADER_BYTES, "a journal is a page");
+
+static uint64_t journals_at(uint64_t pages)
+{
+    uint64_t end = HEADER_BYTES + 3 * pc_bitmap_words(pages) * sizeof(uint64_t);
+
+    return (end + HEADER_BYTES - 1) / HEADER_BYTES * HEADER_BYTES;
+}
+
 static uint64_t file_bytes(uint64_t pages)
 {
-    return HEADER_BYTES + 3 * pc_bitmap_words(pages) * sizeof(uint64_t);
+    return journals_at(pages) + PC_MAX_SHARDS * sizeof(struct pc_journal);
 }
 
 int pc_states_new(uint64_t pages)
@@ -81,7 +94,18 @@ int pc_states_map(int fd, uint64_t pages, struct pc_states *states)
     states->claimed = (uint64_t *)base + HEADER_BYTES / sizeof(uint64_t);
     states->received = states->claimed + words;
     states->zero = states->received + words;
+    states->journals = (struct pc_journal *)((uint8_t *)base + journals_at(pages));
     return 0;
+}
+
+void pc_states_unclaim(const struct pc_states *states, uint64_t pages)
+{
+    for (uint64_t word = 0; word < pc_bitmap_words(pages); word++) {
+        uint64_t doubtful = states->claimed[word] & ~states->received[word];
+
+        if (doubtful)
+            pc_atomic_clear(states->claimed, word, doubtful);
+    }
 }
 
 int pc_states_received(int fd, uint64_t pages, uint64_t *words)

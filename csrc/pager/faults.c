@@ -9,12 +9,12 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include "pager/pager.h"
 #include "uffd/uffd_abi.h"
 
-#define EVENTS_PER_READ 64
 #define UNPOLLABLE_NS 100000000 /* a userfaultfd that cannot be polled is looked at so often */
 
 /* ---- the pending table -------------------------------------------------------------------------------------------- */
@@ -137,12 +137,26 @@ static void account_blocked(struct shard *shard, const struct fault *fault, uint
     (void)__atomic_fetch_add(&metrics->blocked_ns[fault->slot], now_ns - fault->event_ns, __ATOMIC_RELAXED);
 }
 
+/* `served` faults are behind a shard. (The first shard to have so many: most pagers have one.) */
+static void note_served(struct pc_pager_stats *stats, uint64_t served, uint64_t now_ns)
+{
+    uint64_t *at = served == 1 ? &stats->first_fault_ns
+                   : served == 100 ? &stats->fault_100_ns
+                   : served == 1000 ? &stats->fault_1000_ns
+                   : served == 10000 ? &stats->fault_10000_ns
+                                    : NULL;
+
+    if (at && !__atomic_load_n(at, __ATOMIC_RELAXED))
+        __atomic_store_n(at, now_ns, __ATOMIC_RELAXED);
+}
+
 /* A thread that has been woken: accounted and forgotten. received_ns is 0 when its page did not come in answer to a request. */
 static void finish_fault(struct shard *shard, struct fault *fault, uint64_t placed_ns, uint64_t received_ns)
 {
     struct pc_histogram *stages = shard->metrics->stages;
 
     pc_histogram_add(&stages[PC_STAGE_TOTAL], placed_ns - fault->event_ns);
+    note_served(&shard->pager->metrics.map->count, stages[PC_STAGE_TOTAL].count, placed_ns);
     if (fault->sent_ns && received_ns > fault->sent_ns) {
         pc_histogram_add(&stages[PC_STAGE_SENT], fault->sent_ns - fault->event_ns);
         pc_histogram_add(&stages[PC_STAGE_RECEIVED], received_ns - fault->sent_ns);
@@ -213,15 +227,33 @@ static struct fault *add_pending(struct shard *shard, uint32_t block, uint64_t p
     return fault;
 }
 
+/* Threads that wait for pages which other threads have received, or for what can be tried again, are found by *marks*: one for each
+ * bucket of pages. */
+static void mark_bucket(struct shard *shard, uint32_t bucket)
+{
+    (void)pc_atomic_test_and_set_bit(shard->pending->marks, bucket);
+}
+
 /* ---- requests for those who wait ---------------------------------------------------------------------------------- */
 
-/* Requests the page of a thread that waits, unless it is claimed: then a request would bring it twice. */
+/* Requests the page of a thread that waits, of the readers or of the source, unless it is claimed: then a request would bring it twice. */
 static void request_page(struct shard *shard, struct fault *fault)
 {
+    const struct block *block = shard->pager->blocks[fault->block];
     struct pending *pending = shard->pending;
 
     fault->unrequested = true;
-    if (shard->stream.fd < 0 || pc_bits_test(shard->pager->blocks[fault->block]->claimed, fault->page))
+    if (pc_bits_test(block->claimed, fault->page))
+        return;
+    if (pc_is_local(block, fault->page)) {
+        fault->unrequested = !pc_local_request(shard->pager, fault->block, fault->page);
+        if (fault->unrequested) {
+            mark_bucket(shard, page_bucket(fault->block, fault->page));
+            pc_retry_later(shard);
+        }
+        return;
+    }
+    if (shard->stream.fd < 0)
         return;
     if (!pc_queue_request(shard, fault->block, fault->page, 0)) {
         shard->send_full = true;
@@ -314,12 +346,6 @@ void pc_request_again(struct shard *shard)
 
 /* ---- pages that are there ----------------------------------------------------------------------------------------- */
 
-/* Threads that wait for pages which other threads have received are found by *marks*: one for each bucket of pages. */
-static void mark_bucket(struct shard *shard, uint32_t bucket)
-{
-    (void)pc_atomic_test_and_set_bit(shard->pending->marks, bucket);
-}
-
 void pc_recheck_page(struct shard *shard, uint32_t block, uint64_t page)
 {
     mark_bucket(shard, page_bucket(block, page));
@@ -342,6 +368,7 @@ static bool resolve_or_retry(struct shard *shard, uint32_t index, uint64_t page,
     int error = pc_resolve(shard, shard->pager->blocks[index], page, minor);
 
     if (pc_is_temporary(error)) {
+        COUNT(shard->pager, retries, 1);
         mark_bucket(shard, page_bucket(index, page));
         pc_retry_later(shard);
         return false;
@@ -438,7 +465,14 @@ static void handle_fault(struct shard *shard, const struct uffd_msg *message, ui
     block = pager->blocks[range->block];
     page = range->first_page + (address - range->address) / block->memory.page_bytes;
     if (message->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP) { /* another owner of the descriptor has registered for that: nothing is missing */
-        (void)pc_uffd_writeprotect(shard->uffd, pc_page_address(block, page), block->memory.page_bytes, 0);
+        if (pc_uffd_writeprotect(shard->uffd, pc_page_address(block, page), block->memory.page_bytes, 0))
+            pc_wake_pages(shard, block, page, 1); /* EAGAIN: an event is unread. It faults anew */
+        return;
+    }
+    if (minor && !(shard->api.features & (UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_MINOR_HUGETLBFS))) {
+        /* Nor for this; what the page has in it is not ours to say. */
+        (void)pc_pager_fatal(pager, -EOPNOTSUPP, "the userfaultfd was not opened for minor faults, of which there is one on", range->block,
+                             page);
         return;
     }
     received = pc_bits_test(block->received, page);
@@ -446,6 +480,8 @@ static void handle_fault(struct shard *shard, const struct uffd_msg *message, ui
         fresh = !pc_atomic_test_and_set_bit(block->requested, page);
     if (received ? !pc_bits_test(block->zero, page) : !fresh)
         COUNT(pager, repeated_faults, 1);
+    if (received ? pc_bits_test(block->zero, page) : fresh)
+        pc_touch(pager, range->block, page);
     if (received && resolve_or_retry(shard, range->block, page, minor))
         return;
     fault = add_pending(shard, range->block, page, tid, now_ns, &again);
@@ -458,83 +494,55 @@ static void handle_fault(struct shard *shard, const struct uffd_msg *message, ui
     }
     fault->minor = minor;
     fault->unresolved = fault->unresolved || received;
+    if (fresh && pc_is_local(block, page) && pc_local_serve(shard, range->block, page))
+        return;
     if (fresh)
         request_page(shard, fault);
     if (!received && pc_bits_test(block->received, page))
         pc_recheck_page(shard, range->block, page);
 }
 
-/* Memory that has been taken away is zero from now on: what is missing of it will never be requested, what is under way for it
- * will be dropped. With the gate held. */
-static void handle_removal(struct shard *shard, uint64_t start, uint64_t end)
+/* Never waits: a userfaultfd that was made a blocking one once may be so again, at any time, by its process. */
+static ssize_t read_uffd(const struct shard *shard, struct pc_journal *journal)
 {
-    struct pc_pager *pager = shard->pager;
-    uint32_t count = pc_range_count(shard);
+    struct iovec all = {.iov_base = journal->events, .iov_len = sizeof(journal->events)};
+    ssize_t got;
 
-    for (uint32_t i = 0; i < count; i++) {
-        const struct range *range = &shard->ranges[i];
-        struct block *block = pager->blocks[range->block];
-        uint64_t page_bytes = block->memory.page_bytes, bytes = __atomic_load_n(&range->bytes, __ATOMIC_RELAXED), fresh_pages = 0;
-        uint64_t low = start > range->address ? start - range->address : 0, high, first, pages;
-
-        if (!bytes || end <= range->address || low >= bytes)
-            continue;
-        high = end - range->address < bytes ? end - range->address : bytes;
-        /* Of a page of which only a part was taken away, as may happen with huge ones, nothing is. */
-        low = (low + page_bytes - 1) / page_bytes;
-        high /= page_bytes;
-        if (low >= high)
-            continue;
-        first = range->first_page + low;
-        pages = high - low;
-        for (uint64_t word = first / 64; word * 64 < first + pages; word++) {
-            uint64_t fresh = pc_bits_mask(word, first, pages) & ~pc_bits_word(block->received, word);
-
-            if (!fresh)
-                continue;
-            (void)pc_atomic_set(block->claimed, word, fresh);
-            (void)pc_atomic_set(block->zero, word, fresh);
-            fresh_pages += pc_bits_popcount(pc_atomic_set(block->received, word, fresh));
-        }
-        /* Who waits there: with an entry it is shown zeros, without one it comes again. */
-        for (uint64_t word = 0; word < PENDING_BUCKETS / 64; word++)
-            (void)pc_atomic_set(shard->pending->marks, word, ~UINT64_C(0));
-        __atomic_store_n(&shard->recheck, true, __ATOMIC_SEQ_CST);
-        if (pc_bits_any(block->requested, first, pages))
-            pc_wake_pages(shard, block, first, pages);
-        pc_count_received(block, fresh_pages);
-        COUNT(pager, zero_pages, fresh_pages);
-        pc_announce_received(pager, fresh_pages);
+    if (shard->meddled_with) {
+        got = preadv2(shard->uffd, &all, 1, -1, RWF_NOWAIT);
+        if (got >= 0 || errno != EOPNOTSUPP) /* before Linux 6.10 */
+            return got;
     }
+    return read(shard->uffd, all.iov_base, all.iov_len);
 }
 
 /* Handles as many events as one read gives; the loop comes back for more. Whether there were any. */
 bool pc_read_events(struct shard *shard)
 {
-    struct uffd_msg messages[EVENTS_PER_READ];
+    struct pc_journal *journal = shard->journal;
+    size_t count, removals = 0;
     uint64_t now_ns;
-    size_t count;
     ssize_t got;
 
     if (shard->gated)
         pthread_mutex_lock(&shard->gate);
-    got = read(shard->uffd, messages, sizeof(messages));
-    count = got > 0 ? (size_t)got / sizeof(*messages) : 0; /* EAGAIN: the fault went away before it was read */
-    /* The kernel gives faults before events that came first. */
-    for (size_t i = 0; i < count; i++)
-        if (messages[i].event == UFFD_EVENT_REMOVE || messages[i].event == UFFD_EVENT_UNMAP)
-            handle_removal(shard, messages[i].arg.remove.start, messages[i].arg.remove.end);
-    if (shard->gated)
+    got = read_uffd(shard, journal);
+    count = got > 0 ? (size_t)got / sizeof(journal->events[0]) : 0; /* EAGAIN: the fault went away before it was read */
+    if (shard->gated) {
+        removals = pc_apply_removals(shard, count); /* the kernel gives faults before events that came first */
         pthread_mutex_unlock(&shard->gate);
+    }
     if (!count)
         return false;
     now_ns = pc_now_ns();
     COUNT(shard->pager, event_reads, 1);
     for (size_t i = 0; i < count; i++)
-        if (messages[i].event == UFFD_EVENT_PAGEFAULT)
-            handle_fault(shard, &messages[i], now_ns);
-    if (shard->gated && shard->retry_at_ns)
-        shard->retry_at_ns = now_ns; /* what had to wait may have waited for this */
+        if (__atomic_load_n(&journal->events[i].event, __ATOMIC_RELAXED) == UFFD_EVENT_PAGEFAULT)
+            handle_fault(shard, &journal->events[i], now_ns);
+    if (removals && shard->retry_at_ns) { /* what had to wait may have waited for this */
+        shard->retry_at_ns = now_ns;
+        shard->retry_ns = 0;
+    }
     return true;
 }
 
@@ -543,6 +551,7 @@ void pc_uffd_unpollable(struct shard *shard)
 {
     int flags = fcntl(shard->uffd, F_GETFL);
 
+    shard->meddled_with = true;
     if (flags >= 0 && !(flags & O_NONBLOCK) && !fcntl(shard->uffd, F_SETFL, flags | O_NONBLOCK))
         return;
     shard->unpollable_until_ns = pc_now_ns() + UNPOLLABLE_NS;

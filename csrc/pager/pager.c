@@ -22,6 +22,7 @@
  *              `missing` counts the pages without it.
  *   zero       received, and zero: nothing was placed. A fault on it is answered here with UFFDIO_ZEROPAGE.
  *   lost       requested on a channel that was lost, and to be requested again ahead of any fault. The fault thread's own
+ *   local      its content can be read here, and is never requested (local.c); of no meaning for a page that is claimed
  *
  * A fault sets `requested`, then looks at `received`; a placement sets `received`, then looks at `requested`. Both are
  * sequentially consistent, so at least one of the two sees the other, and no thread is forgotten. A thread that places a page
@@ -48,6 +49,7 @@
  * it has not; so a placement that was decided before the read must not happen after it. Hence the gate: a placement holds it from
  * looking at `received` to setting it, the fault thread holds it from the read until what it read is in the maps. It is the one lock
  * between bulk and fault thread, only for shards with such events, held for one run of pages at a time, and inherits priority.
+ * What is read goes straight into a journal that outlives the pager (removed.c), for the process goes on whoever has read it.
  * EAGAIN is never retried on the spot: it may be that only reading ends it, or that it ends without any event; the fault thread
  * goes back to its loop, where it reads, and tries again then or after a moment.
  *
@@ -56,8 +58,8 @@
  * Nothing of lower priority may stand in the way of a fault. All that a shard keeps of its faults and its channel belongs to its
  * fault thread, which takes no lock and no memory on its way: other threads leave *commands* in a list that is pushed to and emptied
  * by single atomic instructions, its tables have their size from the beginning, and its counters are read as they are
- * (metrics.h). Three locks it may meet, all with priority inheritance and held for microseconds: the gate, that of the events
- * (rare), and watch_lock (only while there is a watch).
+ * (metrics.h). Four locks it may meet, all with priority inheritance and held for microseconds: the gate, that of the events
+ * (rare), watch_lock (only while there is a watch), and that of the readers (a local page that is not in the page cache).
  *
  * What the peer may cost
  * ----------------------
@@ -67,8 +69,9 @@
  *
  * The files
  * ---------
- * pager.h (all records and their owners), registry.c (blocks, shards, arming), faults.c (events, who waits), urgent.c (the fault
- * thread's loop and channel), prefetch.c (requests before a fault), placement.c (frames become pages), bulk.c, watch.c, metrics.c.
+ * pager.h (all records and their owners), registry.c (blocks, shards, arming), faults.c (events, who waits), removed.c (what is taken away), urgent.c (the fault
+ * thread's loop and channel), prefetch.c (requests before a fault), placement.c (frames become pages), local.c (pages that are on this
+ * host), removed.c (memory that was taken away), bulk.c, watch.c, metrics.c.
  * This file makes, asks and frees a pager as a whole: callers only.
  */
 #include <errno.h>
@@ -81,16 +84,21 @@
 int pc_pager_fatal(struct pc_pager *pager, int error, const char *what, uint32_t block, uint64_t page)
 {
     pc_events_push(&pager->events, PC_EVENT_FATAL, 0, 0, -error, "%s page %llu of RAM block %u: %s", what,
-                   (unsigned long long)page, block, strerror(-error));
+                   (unsigned long long)page, block, error == -ESRCH ? "the process that it belongs to has ended" : strerror(-error));
     return error;
 }
 
 static int new_pager(const struct pc_metrics *metrics, struct pc_pager **out)
 {
     struct pc_pager *pager = calloc(1, sizeof(*pager));
-    int error = pager ? pc_events_init(&pager->events) : -ENOMEM;
+    struct readers *readers = pager ? pc_readers_new() : NULL;
+    int error = readers ? pc_events_init(&pager->events) : -ENOMEM;
 
+    if (pager)
+        pager->readers = readers;
     if (error) {
+        if (readers)
+            pc_readers_free(pager);
         free(pager);
         pc_buffer_free(metrics->map, sizeof(*metrics->map));
         return error;
@@ -159,6 +167,8 @@ int pc_pager_forget(struct pc_pager *pager, uint32_t index, const uint64_t *stal
     if (pager->watch_count) /* of the pages that it has passed it looks at none again */
         error = -EBUSY;
     pthread_mutex_unlock(&pager->watch_lock);
+    if (!block->memory.base && __atomic_load_n(&block->segment_count, __ATOMIC_SEQ_CST)) /* nobody discards here what that process has */
+        error = -EBUSY;
     if (error || !stale)
         return error;
     /* As if all of them were forgotten, then what is not: `missing` is never less than what is missing. */
@@ -177,6 +187,7 @@ int pc_pager_forget(struct pc_pager *pager, uint32_t index, const uint64_t *stal
         pc_atomic_clear(block->claimed, word, here);
         forgotten += pc_bits_popcount(here);
     }
+    pc_local_forget(block, stale_words);
     COUNT(pager, zero_pages, -zeros);
     pc_count_received(block, stale - forgotten);
     pc_announce_received(pager, stale - forgotten);
@@ -243,9 +254,16 @@ int pc_pager_blocktime(struct pc_pager *pager, uint64_t *blocktime_ns, uint32_t 
 
 int pc_pager_received(struct pc_pager *pager, uint32_t block, uint64_t *words)
 {
+    const uint64_t *staged;
+
     if (block >= pc_block_count(pager))
         return -EINVAL;
-    pc_bits_copy(words, pager->blocks[block]->received, pc_bitmap_words(pager->blocks[block]->pages));
+    /* Before `received`: a page that leaves the one is in the other already. */
+    staged = pc_staged(pager->blocks[block]);
+    for (uint64_t word = 0; word < pc_bitmap_words(pager->blocks[block]->pages); word++) {
+        words[word] = staged ? pc_bits_word(staged, word) : 0;
+        words[word] |= pc_bits_word(pager->blocks[block]->received, word);
+    }
     return 0;
 }
 
@@ -282,21 +300,13 @@ int pc_pager_disconnect(struct pc_pager *pager)
     return 0;
 }
 
-int pc_pager_free(struct pc_pager *pager)
+/* After channels and readers: ends the fault threads, and frees all there is. */
+static int free_pager(struct pc_pager *pager)
 {
-    uint32_t shards = pager->shard_count;
-    bool missing = __atomic_load_n(&pager->missing, __ATOMIC_SEQ_CST) > 0;
-
-    (void)pc_pager_disconnect(pager);
-    for (uint32_t i = 0; i < shards && missing; i++)
-        if (pc_shard_poison(pager, pager->shards[i]))
-            return -EBUSY; /* kept whole, on purpose: see the header */
-    for (uint32_t i = 0; i < shards; i++) {
+    for (uint32_t i = 0; i < pager->shard_count; i++) {
         struct shard *shard = pager->shards[i];
         struct command stop = {.kind = COMMAND_STOP};
 
-        if (!missing)
-            pc_shard_unregister(pager, shard);
         pc_command_send(shard, &stop);
         pthread_join(shard->thread, NULL);
         pc_shard_free(shard);
@@ -304,6 +314,7 @@ int pc_pager_free(struct pc_pager *pager)
     pc_commands_free(&pager->finished);
     for (uint32_t i = 0; i < pager->block_count; i++)
         pc_block_free(pager->blocks[i]);
+    pc_readers_free(pager);
     pc_buffer_free(pager->zero_page, PC_FRAME_MAX_PAYLOAD_BYTES);
     pc_events_destroy(&pager->events);
     for (size_t i = pager->watch_count; i-- > 0;)
@@ -316,4 +327,26 @@ int pc_pager_free(struct pc_pager *pager)
     pc_buffer_free(pager->metrics.map, sizeof(*pager->metrics.map));
     free(pager);
     return 0;
+}
+
+int pc_pager_free(struct pc_pager *pager)
+{
+    bool missing;
+
+    (void)pc_pager_disconnect(pager);
+    pc_readers_end(pager);
+    missing = __atomic_load_n(&pager->missing, __ATOMIC_SEQ_CST) > 0;
+    for (uint32_t i = 0; i < pager->shard_count && missing; i++)
+        if (pc_shard_poison(pager, pager->shards[i]))
+            return -EBUSY; /* kept whole, on purpose: see the header */
+    for (uint32_t i = 0; i < pager->shard_count && !missing; i++)
+        pc_shard_unregister(pager, pager->shards[i]);
+    return free_pager(pager);
+}
+
+int pc_pager_leave(struct pc_pager *pager)
+{
+    (void)pc_pager_disconnect(pager);
+    pc_readers_end(pager);
+    return free_pager(pager);
 }

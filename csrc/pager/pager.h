@@ -48,9 +48,18 @@
 
 /* ---- memory: written by callers under pc_pager.lock, read by all ---- */
 
-struct segment { /* part of a block guarded by one shard */
-    uint64_t first_page, pages; /* no pages: arming it has failed */
+struct segment { /* part of a block, in one piece of its process's memory and guarded by one shard */
+    uint64_t first_page, pages;
+    uint64_t address;
     uint32_t shard;
+};
+
+struct local { /* where pages of a block can be read here (local.c) */
+    uint64_t *pages; /* atomic: which; published after the rest. NULL: none */
+    uint64_t offset; /* of the block's content in the file */
+    int fd;
+    int now;      /* atomic: flags for preadv2(2) with which it does not wait for a disk */
+    bool staging; /* what arrives for pages that are not armed is written there */
 };
 
 /* The maps change by atomic instructions only; the head of pager.c says what they mean. */
@@ -61,6 +70,7 @@ struct block {
     uint64_t *requested, *claimed, *received, *zero, *lost;
     uint64_t maps_bytes; /* of one buffer, which `requested` begins and which has those that are not in `states`: */
     struct pc_states states; /* claimed, received and zero, when they are to outlive this pager */
+    struct local local;
     struct segment segments[MAX_SEGMENTS];
     uint32_t segment_count; /* published after the segment */
 };
@@ -135,6 +145,9 @@ struct shard {
     struct pc_uffd_api api;
     bool gated; /* its userfaultfd tells what is taken away */
     pthread_mutex_t gate;
+    struct pc_journal *journal; /* what is read of it, removed.c; with the gate: `own_journal`, or in the states of the block armed first */
+    struct pc_journal own_journal;
+    bool disarmed; /* with the gate: what is taken away is nobody's affair here any more */
     pthread_t thread;
 
     /* Shared, atomic: from other threads to the fault thread. */
@@ -144,6 +157,7 @@ struct shard {
     bool recheck;            /* pages that threads wait for have been received, or may be requested again */
     bool answers_dropped;    /* set before `recheck`: answers to requests may have been */
     bool sweep_again;        /* more missing pages may be requested */
+    bool journal_full;       /* nothing is read before more memory is armed */
 
     /* The fault thread's own from here on. Who waits (faults.c): */
     struct pc_shard_metrics *metrics;
@@ -154,8 +168,10 @@ struct shard {
     uint64_t retry_at_ns, retry_ns; /* something could not be placed or resolved for the moment; 0: nothing */
     uint64_t unpollable_until_ns;
     bool unpollable_reported;
+    bool meddled_with; /* another process has made the userfaultfd a blocking one */
     uint32_t uffd_watched, stream_watched; /* for what epoll(7) looks at them; 0: not at all */
     uint32_t busy_turns;
+    bool fair; /* its thread is no real-time one, see pc_local_serve */
 
     /* Its channel (urgent.c): */
     struct pc_stream stream;
@@ -167,6 +183,7 @@ struct shard {
     bool frames_left;      /* more of them than the turn could take */
     bool stalled;          /* it waits for retry_at_ns */
     uint64_t useless_ns, read_at_ns;
+    uint8_t *page; /* what is read of a local source */
     uint8_t *send;
     size_t send_bytes, send_done;
     uint32_t next_request;
@@ -222,6 +239,8 @@ struct pc_pager {
     uint64_t missing;    /* atomic: the sum of those of the blocks, or some more for a moment; the thread that makes it 0 announces COMPLETE */
     uint64_t sweep_left; /* atomic: missing pages that all shards together may request */
     uint64_t pushes; /* atomic: how many the source may have begun */
+    struct readers *readers; /* local.c */
+    struct touches *touches; /* the log of first touches, or NULL; published */
     uint32_t accepted_compression; /* atomic: a set of enum pc_compression */
     struct pc_metrics metrics;
 };
@@ -261,9 +280,49 @@ static inline void pc_count_received(struct block *block, uint64_t pages)
     (void)__atomic_fetch_sub(&block->missing, pages, __ATOMIC_SEQ_CST);
 }
 
+/* What has an armed page; NULL: it is not armed. *pages is cut to what follows in the same segment. */
+static inline const struct segment *pc_find_segment(const struct block *block, uint64_t page, uint64_t *pages)
+{
+    uint32_t count = __atomic_load_n(&block->segment_count, __ATOMIC_SEQ_CST);
+
+    for (uint32_t i = 0; i < count; i++) {
+        const struct segment *segment = &block->segments[i];
+        uint64_t at = page - segment->first_page;
+
+        if (at < segment->pages) {
+            if (*pages > segment->pages - at)
+                *pages = segment->pages - at;
+            return segment;
+        }
+    }
+    return NULL;
+}
+
+/* Of an armed page; what follows it in the same segment follows it there. */
 static inline uint64_t pc_page_address(const struct block *block, uint64_t page)
 {
-    return (uint64_t)(uintptr_t)block->memory.base + page * block->memory.page_bytes;
+    uint64_t one = 1;
+    const struct segment *segment = pc_find_segment(block, page, &one);
+
+    if (!segment)
+        return 0;
+    return segment->address + (page - segment->first_page) * block->memory.page_bytes;
+}
+
+/* Which pages are staged, or NULL. */
+static inline const uint64_t *pc_staged(const struct block *block)
+{
+    const uint64_t *local = __atomic_load_n(&block->local.pages, __ATOMIC_ACQUIRE);
+
+    return local && block->local.staging ? local : NULL;
+}
+
+/* Whether the content of a page that is missing can be read here. */
+static inline bool pc_is_local(const struct block *block, uint64_t page)
+{
+    const uint64_t *local = __atomic_load_n(&block->local.pages, __ATOMIC_ACQUIRE);
+
+    return local && pc_bits_test(local, page);
 }
 
 static inline void pc_wake_pages(const struct shard *shard, const struct block *block, uint64_t first, uint64_t pages)
@@ -274,6 +333,12 @@ static inline void pc_wake_pages(const struct shard *shard, const struct block *
 static inline void pc_spend(struct progress *progress, uint64_t ns)
 {
     progress->work_ns -= progress->work_ns < ns ? progress->work_ns : ns;
+}
+
+/* The memory may be another process's, with pages in it and out of it of which nobody here knows. */
+static inline bool pc_is_adopted(const struct shard *shard)
+{
+    return !shard->api.how;
 }
 
 /* The kernel refused, and has woken no thread: the same again, later. */
@@ -308,6 +373,18 @@ int pc_check_payload(const struct pc_frame *frame, const uint8_t *payload, struc
 int pc_handle_frame(struct pc_pager *pager, struct channel *channel, const struct pc_frame *frame, const uint8_t *payload,
                     struct progress *progress);
 
+/* removed.c: with the gate, but for those that callers use to arm. */
+/* Fault thread. Puts into the maps what the first events of the journal say was taken away; how many say so. */
+size_t pc_apply_removals(struct shard *shard, size_t count);
+/* Arming, in this order. Before anything is armed: which journal it is. */
+void pc_journal_open(struct shard *shard, const struct block *block);
+/* Whether an earlier pager has registered this range: what has left the userfaultfd since is not ours any more. */
+bool pc_journal_knows(const struct shard *shard, const struct range *range);
+void pc_journal_registered(struct shard *shard, const struct range *range);
+void pc_journal_apply(struct shard *shard); /* with the gate: what has been taken away of the range that was added */
+void pc_journal_disarmed(struct shard *shard); /* all of it has been unregistered */
+void pc_drain_removals(struct shard *shard); /* the fault thread, last of all */
+
 /* faults.c: the shard's fault thread, but the first. */
 void pc_recheck_page(struct shard *shard, uint32_t block, uint64_t page); /* any thread: the faults on it are looked at, soon */
 bool pc_read_events(struct shard *shard);
@@ -337,6 +414,22 @@ void *pc_fault_thread(void *shard);
 void pc_prefetch_add(struct shard *shard, struct command *command);
 void pc_cursor_restart(const struct shard *shard, struct cursor *cursor);
 void pc_request_ahead(struct shard *shard);
+
+/* local.c: fault thread. Serves a fault on a local page at once; false: it has not. */
+bool pc_local_serve(struct shard *shard, uint32_t index, uint64_t page);
+/* Fault thread. Leaves a local page that a thread waits for to the readers; false: there is no room. */
+bool pc_local_request(struct pc_pager *pager, uint32_t index, uint64_t page);
+/* Any thread that has claimed these pages, which were not armed a moment ago: stages their content. The claims are to be taken back. 0 or
+ * -errno. */
+int pc_local_stage(struct pc_pager *pager, uint32_t index, uint64_t first, uint64_t pages, const uint8_t *content);
+/* Callers. Memory with staged pages has been armed. */
+void pc_local_armed(struct pc_pager *pager, const struct block *block);
+void pc_local_forget(struct block *block, const uint64_t *stale_words);
+void pc_local_block_free(struct block *block);
+struct readers *pc_readers_new(void); /* NULL without memory */
+void pc_readers_end(struct pc_pager *pager); /* they place nothing from here on */
+void pc_readers_free(struct pc_pager *pager);
+void pc_touch(struct pc_pager *pager, uint32_t block, uint64_t page); /* any thread */
 
 /* bulk.c: callers with channel_lock, or while `disconnecting` is theirs. */
 void pc_bulk_reap(struct bulk *bulk);

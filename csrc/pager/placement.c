@@ -38,6 +38,8 @@ int pc_resolve(struct shard *shard, const struct block *block, uint64_t page, bo
     uint64_t address = pc_page_address(block, page), bytes = block->memory.page_bytes, done;
     int error;
 
+    if (!address)
+        return 0; /* being armed, which wakes all who wait */
     if (minor)
         error = pc_uffd_continue(shard->uffd, address, bytes, 0, &done);
     else if (block->memory.kind == PC_MEMORY_HUGETLB)
@@ -49,9 +51,8 @@ int pc_resolve(struct shard *shard, const struct block *block, uint64_t page, bo
     /* Whatever else the kernel says, let the thread look again: if the page still is not there, it faults anew. */
     if (error)
         pc_wake_pages(shard, block, page, 1);
-    /* EFAULT from CONTINUE: thrown away again since the fault, which comes back as a missing one. ENOENT, ESRCH: the memory, or its
-     * process, has gone. */
-    return error == -EEXIST || (minor && error == -EFAULT) || error == -ENOENT || error == -ESRCH ? 0 : error;
+    /* EFAULT from CONTINUE: thrown away again since the fault, which comes back as a missing one. ENOENT: the memory has gone. */
+    return error == -EEXIST || (minor && error == -EFAULT) || error == -ENOENT ? 0 : error;
 }
 
 /* Changes a page in the page cache without going through the machine's mapping. */
@@ -76,7 +77,9 @@ static int overwrite_page(const struct block *block, uint64_t page, const uint8_
 static int place_over(struct shard *shard, const struct block *block, uint64_t page, const uint8_t *content)
 {
     uint64_t address = pc_page_address(block, page), bytes = block->memory.page_bytes, done;
-    int error = -EEXIST; /* anonymous memory is not shared: a page there is a mistake worth stopping for */
+    /* Private memory is not shared: a page there is a mistake worth stopping for. Unless it is another process's: then an earlier pager may
+     * have placed it, or its process, and it has been written to since. */
+    int error = pc_is_adopted(shard) ? 0 : -EEXIST;
 
     if (block->memory.fd >= 0) {
         error = overwrite_page(block, page, content);
@@ -96,13 +99,13 @@ static int place_over(struct shard *shard, const struct block *block, uint64_t p
 static int place_run(struct shard *shard, struct block *block, uint64_t first, uint64_t pages, const uint8_t *content,
                      uint64_t *placed)
 {
-    uint64_t page_bytes = block->memory.page_bytes, bytes = pages * page_bytes, at = 0;
+    uint64_t page_bytes = block->memory.page_bytes, bytes = pages * page_bytes, at = 0, most = bytes;
     int error = 0;
 
     while (at < bytes && !error) {
-        uint64_t done = 0;
+        uint64_t page = first + at / page_bytes, done = 0;
 
-        error = pc_uffd_copy(shard->uffd, pc_page_address(block, first) + at, content + at, bytes - at, 0, &done);
+        error = pc_uffd_copy(shard->uffd, pc_page_address(block, page), content + at, bytes - at < most ? bytes - at : most, 0, &done);
         at += done;
         if (error == -EEXIST && at < bytes) {
             error = place_over(shard, block, first + at / page_bytes, content + at);
@@ -110,10 +113,19 @@ static int place_run(struct shard *shard, struct block *block, uint64_t first, u
                 at += page_bytes;
         } else if (error == -EAGAIN && done) {
             error = 0; /* the kernel stopped half way: go on from where it stopped */
+        } else if (error == -ENOENT && most > page_bytes) {
+            most = page_bytes; /* it says so of a run with an edge of two mappings in it, too */
+            error = 0;
+        } else if (error == -ENOENT) { /* the page has left the userfaultfd: who waited there is to look again */
+            pc_wake_pages(shard, block, page, 1);
+            if (pc_is_adopted(shard)) { /* its process needs nobody for it any more */
+                (void)pc_atomic_set(block->zero, page / 64, UINT64_C(1) << (page % 64));
+                COUNT(shard->pager, removed_pages, 1);
+                at += page_bytes;
+                error = 0;
+            }
         }
     }
-    if (error == -ENOENT) /* the range has left the userfaultfd: who waited there is to look again */
-        pc_wake_pages(shard, block, first + at / page_bytes, 1);
     *placed = at / page_bytes;
     return at < bytes ? error : 0;
 }
@@ -139,6 +151,25 @@ static void after_placing(struct shard *shard, const struct channel *channel, ui
             pc_recheck_page(shard, index, pc_bits_lowest(word, wanted));
 }
 
+/* Takes back a claim: another thread may bring what this one could not place. A thread that began to wait meanwhile has not requested
+ * it; one that requested it before may have had its answer dropped as a duplicate, unless the content is kept for another try. */
+static void unclaim(struct pc_pager *pager, const struct channel *channel, uint32_t index, uint64_t word, uint64_t pages, bool kept)
+{
+    struct block *block = pager->blocks[index];
+
+    pc_atomic_clear(block->claimed, word, pages);
+    for (uint64_t wanted = pages & pc_bits_word(block->requested, word); wanted; wanted &= wanted - 1) {
+        uint64_t page = pc_bits_lowest(word, wanted), one = 1;
+        struct shard *shard = pc_find_shard(pager, block, page, &one);
+
+        if (!shard)
+            continue;
+        if (!kept && shard != channel->own) /* its own channel ends by this: all of it is requested again on the next one */
+            __atomic_store_n(&shard->answers_dropped, true, __ATOMIC_SEQ_CST);
+        pc_recheck_page(shard, index, page);
+    }
+}
+
 /* Places those pages of one word of the maps that this thread has claimed: *mine, from which what is dealt with is taken. How many
  * were placed in *placed. */
 static int place_word(struct pc_pager *pager, const struct channel *channel, const struct pc_frame *frame, const uint8_t *content,
@@ -152,8 +183,16 @@ static int place_word(struct pc_pager *pager, const struct channel *channel, con
         uint64_t count = ~shifted ? (uint64_t)__builtin_ctzll(~shifted) : 64;
         struct shard *shard = pc_find_shard(pager, block, first, &count);
 
-        if (!shard)
-            return -ENOENT;
+        if (!shard) { /* it has no memory yet: staged, its claim is taken back */
+            uint64_t mask = pc_bits_mask(word, first, count);
+
+            error = pc_local_stage(pager, frame->block, first, count, content + (first - frame->first_page) * block->memory.page_bytes);
+            if (!error) {
+                unclaim(pager, channel, frame->block, word, mask, false);
+                *mine &= ~mask;
+            }
+            continue;
+        }
         if (shard->gated) {
             uint64_t removed;
 
@@ -181,25 +220,6 @@ static int place_word(struct pc_pager *pager, const struct channel *channel, con
     return error;
 }
 
-/* Takes back a claim: another thread may bring what this one could not place. A thread that began to wait meanwhile has not requested
- * it; one that requested it before may have had its answer dropped as a duplicate, unless the content is kept for another try. */
-static void unclaim(struct pc_pager *pager, const struct channel *channel, uint32_t index, uint64_t word, uint64_t pages, bool kept)
-{
-    struct block *block = pager->blocks[index];
-
-    pc_atomic_clear(block->claimed, word, pages);
-    for (uint64_t wanted = pages & pc_bits_word(block->requested, word); wanted; wanted &= wanted - 1) {
-        uint64_t page = pc_bits_lowest(word, wanted), one = 1;
-        struct shard *shard = pc_find_shard(pager, block, page, &one);
-
-        if (!shard)
-            continue;
-        if (!kept && shard != channel->own) /* its own channel ends by this: all of it is requested again on the next one */
-            __atomic_store_n(&shard->answers_dropped, true, __ATOMIC_SEQ_CST);
-        pc_recheck_page(shard, index, page);
-    }
-}
-
 /* Claims each page of a frame and places those that were not claimed. Goes on at progress->done, and stops there when the turn's work is used
  * up, or at -EAGAIN. Any other error has a line in progress->text. */
 static int place_pages(struct pc_pager *pager, const struct channel *channel, const struct pc_frame *frame,
@@ -221,7 +241,9 @@ static int place_pages(struct pc_pager *pager, const struct channel *channel, co
             unclaim(pager, channel, frame->block, word, mine, error == -EAGAIN);
             mask &= (UINT64_C(1) << (failed % 64)) - 1; /* what is dealt with */
             progress->done = failed - frame->first_page;
-            if (error != -EAGAIN) {
+            if (error == -EAGAIN) {
+                COUNT(pager, retries, 1);
+            } else {
                 (void)pc_fail(-error, progress->text, sizeof(progress->text), "cannot place page %llu of RAM block %u: %s",
                               (unsigned long long)failed, frame->block, strerror(-error));
                 if (!may_heal(error))

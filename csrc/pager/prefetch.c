@@ -38,16 +38,20 @@ void pc_cursor_restart(const struct shard *shard, struct cursor *cursor)
         cursor->left += shard->ranges[i].pages;
 }
 
-/* Moves *page to the first one before `end` that is missing and not requested, of all or of those in `only`. False: there is none, or
- * *words, from which each word looked at is taken, are used up. */
+/* Moves *page to the first one before `end` that is missing, not local and not requested, of all or of those in `only`. False: there is
+ * none, or *words, from which each word looked at is taken, are used up. */
 static bool find_wanted(const struct block *block, const uint64_t *only, uint64_t *page, uint64_t end, uint64_t *words)
 {
+    const uint64_t *local = __atomic_load_n(&block->local.pages, __ATOMIC_ACQUIRE);
+
     while (*page < end && *words) {
         uint64_t word = *page / 64, wanted = pc_bits_mask(word, *page, end - *page);
 
         wanted &= ~(pc_bits_word(block->claimed, word) | pc_bits_word(block->requested, word));
         if (only)
             wanted &= pc_bits_word(only, word);
+        if (local)
+            wanted &= ~pc_bits_word(local, word);
         --*words;
         if (wanted) {
             *page = pc_bits_lowest(word, wanted);
@@ -153,7 +157,7 @@ int64_t pc_pager_request_missing(struct pc_pager *pager, uint64_t limit)
         __atomic_store_n(&pager->shards[i]->sweep_again, true, __ATOMIC_SEQ_CST);
         pc_shard_notify(pager->shards[i]);
     }
-    return (int64_t)(missing < limit ? missing : limit);
+    return shards ? (int64_t)(missing < limit ? missing : limit) : 0;
 }
 
 int64_t pc_pager_request_range(struct pc_pager *pager, uint32_t index, uint64_t first_page, uint64_t pages)
@@ -169,7 +173,7 @@ int64_t pc_pager_request_range(struct pc_pager *pager, uint32_t index, uint64_t 
     segments = missing ? __atomic_load_n(&block->segment_count, __ATOMIC_ACQUIRE) : 0;
     for (uint32_t i = 0; i < segments; i++) {
         const struct segment *segment = &block->segments[i];
-        uint64_t low = segment->first_page, high = low + __atomic_load_n(&segment->pages, __ATOMIC_RELAXED);
+        uint64_t low = segment->first_page, high = low + segment->pages;
         uint64_t no_limit = UINT64_MAX;
         struct command *command;
 

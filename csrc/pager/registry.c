@@ -19,21 +19,9 @@
 
 struct shard *pc_find_shard(struct pc_pager *pager, const struct block *block, uint64_t page, uint64_t *pages)
 {
-    uint32_t count = __atomic_load_n(&block->segment_count, __ATOMIC_ACQUIRE);
+    const struct segment *segment = pc_find_segment(block, page, pages);
 
-    for (uint32_t i = 0; i < count; i++) {
-        const struct segment *segment = &block->segments[i];
-        uint64_t guarded = __atomic_load_n(&segment->pages, __ATOMIC_RELAXED);
-
-        if (page - segment->first_page < guarded) {
-            uint64_t rest = guarded - (page - segment->first_page);
-
-            if (*pages > rest)
-                *pages = rest;
-            return pager->shards[segment->shard];
-        }
-    }
-    return NULL;
+    return segment ? pager->shards[segment->shard] : NULL;
 }
 
 /* ---- blocks ------------------------------------------------------------------------------------------------------- */
@@ -42,6 +30,7 @@ void pc_block_free(struct block *block)
 {
     pc_buffer_free(block->requested, block->maps_bytes);
     pc_buffer_free(block->states.base, block->states.bytes);
+    pc_local_block_free(block);
     free(block);
 }
 
@@ -67,6 +56,8 @@ static int make_maps(struct block *block, int states_fd)
     block->claimed = block->states.claimed;
     block->received = block->states.received;
     block->zero = block->states.zero;
+    if (block->memory.fd < 0)
+        pc_states_unclaim(&block->states, block->pages);
     for (uint64_t word = 0; word < words; word++)
         if (block->claimed[word] & ~block->received[word])
             return -EUCLEAN; /* pc_states_settle comes first */
@@ -78,7 +69,7 @@ static int add_block(struct pc_pager *pager, const struct pc_memory *memory, int
     struct block *block;
     int index = -ENOSPC, error;
 
-    if (!memory->base || !memory->page_bytes || !memory->size_bytes || memory->size_bytes % memory->page_bytes ||
+    if (!memory->page_bytes || !memory->size_bytes || memory->size_bytes % memory->page_bytes ||
         memory->page_bytes > PC_FRAME_MAX_PAYLOAD_BYTES) /* no frame could ever bring such a page */
         return -EINVAL;
     block = calloc(1, sizeof(*block));
@@ -86,6 +77,7 @@ static int add_block(struct pc_pager *pager, const struct pc_memory *memory, int
         return -ENOMEM;
     block->memory = *memory;
     block->pages = memory->size_bytes / memory->page_bytes;
+    block->local.fd = -1;
     error = make_maps(block, states_fd);
     if (error) {
         pc_block_free(block);
@@ -146,6 +138,7 @@ void pc_shard_free(struct shard *shard)
     if (shard->poll_fd >= 0)
         close(shard->poll_fd);
     pc_buffer_free(shard->receive, RECEIVE_BYTES);
+    pc_buffer_free(shard->page, PC_FRAME_MAX_PAYLOAD_BYTES);
     pc_buffer_free(shard->send, SEND_BYTES);
     pc_buffer_free(shard->pending, sizeof(*shard->pending));
     pc_buffer_free(shard->ranges, MAX_RANGES * sizeof(*shard->ranges));
@@ -168,6 +161,7 @@ static struct shard *new_shard(struct pc_pager *pager, int uffd, const struct pc
     shard->pager = pager;
     shard->uffd = uffd;
     shard->poll_fd = -1;
+    shard->journal = &shard->own_journal;
     shard->api = *api;
     shard->stream.fd = -1;
     shard->busy_poll_ns = (uint64_t)busy_poll_us * 1000;
@@ -175,10 +169,11 @@ static struct shard *new_shard(struct pc_pager *pager, int uffd, const struct pc
     shard->channel = (struct channel){.own = shard, .kind = PC_CHANNEL_URGENT};
     shard->send = pc_buffer_new(SEND_BYTES);
     shard->receive = pc_buffer_new(RECEIVE_BYTES);
+    shard->page = pc_buffer_new(PC_FRAME_MAX_PAYLOAD_BYTES); /* memory is taken as far as it is used */
     shard->pending = pc_buffer_new(sizeof(*shard->pending));
     shard->ranges = pc_buffer_new(MAX_RANGES * sizeof(*shard->ranges));
     shard->control_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-    if (shard->send && shard->receive && shard->pending && shard->ranges && shard->control_fd >= 0 &&
+    if (shard->send && shard->receive && shard->page && shard->pending && shard->ranges && shard->control_fd >= 0 &&
         pc_loop_init(shard))
         return shard;
     error = errno;
@@ -254,8 +249,11 @@ static int check_uffd(int uffd, uint64_t features, char *error, size_t error_byt
 int pc_pager_adopt_shard(struct pc_pager *pager, int uffd, uint64_t features, uint32_t busy_poll_us, char *error,
                          size_t error_bytes)
 {
-    const struct pc_uffd_api api = {.features = features};
-    int result = check_uffd(uffd, features, error, error_bytes);
+    struct pc_uffd_api api = {.features = features};
+    int result;
+
+    (void)pc_uffd_features(uffd, &api.features); /* what it has, where that can be known, and not what somebody says */
+    result = check_uffd(uffd, api.features, error, error_bytes);
 
     if (result) {
         if (result != -EBADF)
@@ -287,32 +285,37 @@ static int drop_unplaced(const struct block *block, uint64_t first, uint64_t pag
     return 0;
 }
 
-/* Publishes segment and range, then registers: the first fault may come before this thread is back from the kernel. */
-static int register_range(struct shard *shard, struct block *block, struct range new_range, uint64_t mode)
+/* Registers, then publishes: range and segment at once with what was taken away of it already. */
+static int register_range(struct shard *shard, struct block *block, const struct range *range, uint64_t mode)
 {
     const uint64_t needed = UINT64_C(1) << PC_UFFD_IOCTL_COPY | UINT64_C(1) << PC_UFFD_IOCTL_WAKE;
-    struct segment *segment = &block->segments[block->segment_count];
-    struct range *range = &shard->ranges[shard->range_count];
     uint64_t ioctls = 0;
     int error;
 
-    *segment = (struct segment){.first_page = new_range.first_page, .pages = new_range.pages, .shard = shard->index};
-    __atomic_store_n(&block->segment_count, block->segment_count + 1, __ATOMIC_RELEASE);
-    *range = new_range;
+    pc_journal_open(shard, block);
+    if (!pc_journal_knows(shard, range)) {
+        error = pc_uffd_register(shard->uffd, range->address, range->bytes, mode, &ioctls);
+        if (!error && (ioctls & needed) != needed) {
+            (void)pc_uffd_unregister(shard->uffd, range->address, range->bytes);
+            error = -EOPNOTSUPP;
+        }
+        if (error)
+            return error;
+        pc_journal_registered(shard, range);
+    }
+    pthread_mutex_lock(&shard->gate);
+    shard->ranges[shard->range_count] = *range;
     __atomic_store_n(&shard->range_count, shard->range_count + 1, __ATOMIC_RELEASE);
-    error = pc_uffd_register(shard->uffd, range->address, range->bytes, mode, &ioctls);
-    if (!error && (ioctls & needed) != needed) {
-        (void)pc_uffd_unregister(shard->uffd, range->address, range->bytes);
-        error = -EOPNOTSUPP;
-    }
-    if (error) { /* other threads may be reading both: they stay, empty */
-        __atomic_store_n(&range->bytes, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&segment->pages, 0, __ATOMIC_RELAXED);
-    } else {
-        /* Faults that an earlier pager has read, those that it has not, and those that came before this: they happen again. */
-        (void)pc_uffd_wake(shard->uffd, range->address, range->bytes);
-    }
-    return error;
+    if (shard->gated)
+        pc_journal_apply(shard);
+    block->segments[block->segment_count] =
+        (struct segment){.first_page = range->first_page, .pages = range->pages, .address = range->address, .shard = shard->index};
+    __atomic_store_n(&block->segment_count, block->segment_count + 1, __ATOMIC_SEQ_CST); /* see pc_local_stage */
+    pthread_mutex_unlock(&shard->gate);
+    /* Faults that an earlier pager has read, those that it has not, and those that came before this: they happen again. */
+    (void)pc_uffd_wake(shard->uffd, range->address, range->bytes);
+    pc_shard_notify(shard); /* it looks at its userfaultfd from now on */
+    return 0;
 }
 
 /* With the lock. */
@@ -331,24 +334,42 @@ static int arm(struct shard *shard, struct block *block, const struct range *ran
             return pc_fail(EBUSY, error, error_bytes, "pages %llu+%llu of RAM block %u are armed already",
                            (unsigned long long)first, (unsigned long long)range->pages, range->block);
     }
+    for (uint32_t i = 0; i < shard->range_count; i++) {
+        const struct range *other = &shard->ranges[i];
+
+        if (range->address < other->address + other->bytes && other->address < range->address + range->bytes)
+            return pc_fail(EBUSY, error, error_bytes, "the addresses of pages %llu+%llu of RAM block %u are armed already",
+                           (unsigned long long)first, (unsigned long long)range->pages, range->block);
+    }
     if (block->segment_count == MAX_SEGMENTS || shard->range_count == MAX_RANGES)
         return pc_fail(ENOSPC, error, error_bytes, "RAM block %u is armed in too many parts", range->block);
     if (!(mode & PC_UFFD_MINOR))
         result = drop_unplaced(block, first, range->pages);
     if (result)
         return pc_fail(-result, error, error_bytes, "cannot empty RAM block %u: %s", range->block, strerror(-result));
-    result = register_range(shard, block, *range, mode);
+    result = register_range(shard, block, range, mode);
     if (result)
         return pc_fail(-result, error, error_bytes, "cannot register RAM block %u with a userfaultfd: %s", range->block,
                        strerror(-result));
     return 0;
 }
 
-int pc_pager_arm(struct pc_pager *pager, uint32_t shard_index, uint32_t block_index, uint64_t first_page, uint64_t pages,
-                 char *error, size_t error_bytes)
+int pc_pager_arm(struct pc_pager *pager, uint32_t shard, uint32_t block, uint64_t first_page, uint64_t pages, char *error,
+                 size_t error_bytes)
+{
+    const struct pc_memory *memory = block < pc_block_count(pager) ? &pager->blocks[block]->memory : NULL;
+
+    if (memory && !memory->base)
+        return pc_fail(EINVAL, error, error_bytes, "RAM block %u has no address", block);
+    return pc_pager_arm_at(pager, shard, block, first_page, pages,
+                           memory ? (uint64_t)(uintptr_t)memory->base + first_page * memory->page_bytes : 0, error, error_bytes);
+}
+
+int pc_pager_arm_at(struct pc_pager *pager, uint32_t shard_index, uint32_t block_index, uint64_t first_page, uint64_t pages,
+                    uint64_t address, char *error, size_t error_bytes)
 {
     struct shard *shard = pc_shard_at(pager, shard_index);
-    struct range range = {.first_page = first_page, .pages = pages, .block = block_index};
+    struct range range = {.address = address, .first_page = first_page, .pages = pages, .block = block_index};
     struct block *block;
     int result;
 
@@ -358,11 +379,15 @@ int pc_pager_arm(struct pc_pager *pager, uint32_t shard_index, uint32_t block_in
         return pc_fail(EINVAL, error, error_bytes, "RAM block %u has no pages %llu+%llu", block_index,
                        (unsigned long long)first_page, (unsigned long long)pages);
     block = pager->blocks[block_index];
-    range.address = pc_page_address(block, first_page);
     range.bytes = pages * block->memory.page_bytes;
+    if (address > UINT64_MAX - range.bytes || address % block->memory.page_bytes)
+        return pc_fail(EINVAL, error, error_bytes, "pages of RAM block %u cannot be at 0x%llx", block_index,
+                       (unsigned long long)address);
     pthread_mutex_lock(&pager->lock);
     result = arm(shard, block, &range, error, error_bytes);
     pthread_mutex_unlock(&pager->lock);
+    if (!result)
+        pc_local_armed(pager, block);
     return result;
 }
 
@@ -375,7 +400,9 @@ void pc_shard_unregister(struct pc_pager *pager, struct shard *shard)
         (void)pc_uffd_unregister(shard->uffd, shard->ranges[i].address, shard->ranges[i].bytes);
         __atomic_store_n(&shard->ranges[i].bytes, 0, __ATOMIC_RELAXED);
     }
+    pc_journal_disarmed(shard);
     pthread_mutex_unlock(&pager->lock);
+    pc_shard_notify(shard);
 }
 
 int pc_pager_disarm(struct pc_pager *pager)
@@ -405,8 +432,8 @@ int pc_shard_poison(struct pc_pager *pager, struct shard *shard)
             page = pc_bits_next(block->received, end, first, 1);
             bytes = (page - first) * block->memory.page_bytes;
             while (at < bytes) {
-                uint64_t done = 0;
-                int error = pc_uffd_poison(shard->uffd, pc_page_address(block, first) + at, bytes - at, 0, &done);
+                uint64_t address = pc_page_address(block, first) + at, done = 0;
+                int error = pc_uffd_poison(shard->uffd, address, bytes - at, 0, &done);
 
                 at += done;
                 if (error == -ESRCH)

@@ -366,7 +366,7 @@ static uint32_t wait_for_work(struct shard *shard, uint64_t spin_until_ns)
     uint64_t now_ns = shard->retry_at_ns || shard->read_at_ns || shard->unpollable_until_ns || spin_until_ns ? pc_now_ns() : 0;
     uint64_t deadline_ns = 0;
     struct epoll_event events[3];
-    bool reading = !shard->frames_left && !shard->stalled, resting, spinning, watched;
+    bool reading = !shard->frames_left && !shard->stalled, resting, spinning, deaf, watched;
     uint32_t wanted = 0, ready = 0;
     int timeout_ms = -1, count;
 
@@ -382,7 +382,8 @@ static uint32_t wait_for_work(struct shard *shard, uint64_t spin_until_ns)
     spinning = now_ns < spin_until_ns && !resting;
     if (spinning && shard->api.how) /* opened here: no other process makes a blocking one of it */
         return look_busily(shard);
-    watched = watch_fd(shard, shard->uffd, READY_UFFD, &shard->uffd_watched, shard->unpollable_until_ns || resting ? 0 : EPOLLIN);
+    deaf = shard->unpollable_until_ns || resting || !pc_range_count(shard) || __atomic_load_n(&shard->journal_full, __ATOMIC_SEQ_CST);
+    watched = watch_fd(shard, shard->uffd, READY_UFFD, &shard->uffd_watched, deaf ? 0 : EPOLLIN);
     if (shard->stream.fd >= 0)
         watched = watch_fd(shard, shard->stream.fd, READY_CHANNEL, &shard->stream_watched, wanted) && watched;
     if (!watched) {
@@ -456,5 +457,6 @@ void *pc_fault_thread(void *argument)
     }
     if (shard->stream.fd >= 0)
         close_stream(shard, 0, NULL);
+    pc_drain_removals(shard);
     return NULL;
 }

@@ -47,6 +47,13 @@ const uint8_t *pc_page_content(struct channel *channel, struct batch *batch, con
     }
     staging = channel->staging + batch->staged;
     batch->staged += bytes;
+    if (block->memory.remote) {
+        *error = pc_remote_read(block->memory.remote, offset, staging, bytes);
+        if (*error)
+            (void)pc_fail(-*error, text, text_bytes, "the memory of the machine's process cannot be read: %s",
+                          *error == -ESRCH ? "it has ended" : strerror(-*error));
+        return *error ? NULL : staging;
+    }
     /* The last page of a file may be a part of one: the rest of it is zeros. */
     file_bytes = offset < block->memory.size_bytes ? block->memory.size_bytes - offset : 0;
     if (file_bytes > bytes)

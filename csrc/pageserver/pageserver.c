@@ -114,9 +114,9 @@ int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory
     struct source_block *block;
     int index = -ENOSPC;
 
-    if ((!memory->base && memory->fd < 0) || !memory->size_bytes || page_bytes < 1024 ||
+    if ((!memory->base && !memory->remote && memory->fd < 0) || !memory->size_bytes || page_bytes < 1024 ||
         page_bytes > PC_FRAME_MAX_PAYLOAD_BYTES || page_bytes & (page_bytes - 1) ||
-        (memory->base && memory->size_bytes % page_bytes) || memory->size_bytes / page_bytes >= PLACE_PAGES_MAX)
+        ((memory->base || memory->remote) && memory->size_bytes % page_bytes) || memory->size_bytes / page_bytes >= PLACE_PAGES_MAX)
         return -EINVAL;
     block = calloc(1, sizeof(*block));
     if (!block)

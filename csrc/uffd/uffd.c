@@ -10,6 +10,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdbool.h>
+#include <stdio.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -48,6 +50,7 @@ _Static_assert((uint64_t)PC_UFFD_FAULT_WRITE == UFFD_PAGEFAULT_FLAG_WRITE &&
                "bits of pc_uffd_fault_flags are the kernel's");
 
 #define EVENTS_PER_READ 64
+#define UFFD_INITIALIZED (UINT64_C(1) << 31) /* the kernel keeps it among the features: UFFDIO_API has been called */
 
 static int uffd_ioctl(int uffd, unsigned long request, void *argument)
 {
@@ -134,6 +137,27 @@ int pc_uffd_probe(int how, struct pc_uffd_api *api)
     if (fd < 0)
         return fd;
     close(fd);
+    return 0;
+}
+
+int pc_uffd_features(int uffd, uint64_t *features)
+{
+    char path[32], text[512], *found;
+    unsigned long long bits;
+    ssize_t got;
+    int fd;
+
+    (void)snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", uffd);
+    fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    got = read(fd, text, sizeof(text) - 1);
+    close(fd);
+    text[got > 0 ? got : 0] = '\0';
+    found = strstr(text, "API:\t");
+    if (!found || sscanf(found, "API:\t%*x:%llx:", &bits) != 1)
+        return -EINVAL;
+    *features = bits & ~UFFD_INITIALIZED;
     return 0;
 }
 

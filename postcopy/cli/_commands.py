@@ -57,8 +57,23 @@ COMMANDS: Mapping[str, Command] = {
             ("Wait for machines of other hosts:", "postcopy daemon --listen :7777"),
         ),
     ),
+    "pager": Command(
+        "serve the page faults of Firecracker's virtual machines",
+        "postcopy.cli.pager",
+        "Serves the page faults of virtual machines that are restored from a snapshot: Firecracker connects to --socket"
+        " when it loads one with mem_backend Uffd, and each page comes when it is touched. Any number of virtual"
+        " machines share one page cache. The process may be killed or upgraded while they run.",
+        (
+            ("Serve a snapshot's memory file:", "postcopy pager --socket /run/vm.sock --image vm.mem"),
+            (
+                "Place what an earlier run has touched first, and kill what cannot be served:",
+                "postcopy pager --socket vm.sock --image vm.mem --working-set vm.ws \\\n  --on-lost kill",
+            ),
+            ("From a process on another host:", "postcopy pager --socket vm.sock --connect host-a:7777"),
+        ),
+    ),
     "ctl": Command(
-        "control a running daemon, source or destination",
+        "control a running daemon, source, destination or pager",
         "postcopy.cli.ctl",
         "Sends one request to a running process, through its control socket, and shows the answer."
         " `postcopy ctl REQUEST --help` describes a request.",

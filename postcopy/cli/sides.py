@@ -73,6 +73,18 @@ def _sending(given: dict[str, Any]) -> SourceOptions:
 def _dest(given: dict[str, Any], output: Output) -> Service:
     from postcopy.service.destination import Destination
 
+    loads = [option for option in (options.API_SOCKET, options.FIRECRACKER) if option.key in given]
+    if len(loads) > 1 or (given.get("takes") == "firecracker" and not loads):
+        raise ConfigurationError(
+            "--machine firecracker: say where it is loaded, --api-socket PATH of one that was started and told nothing"
+            " yet, or --firecracker BINARY to have it started; one of both"
+        )
+    for option in (options.RUN_FOR, options.DUMP, options.VERIFY):
+        if loads and given.get(option.key):
+            raise ConfigurationError(
+                f"--{option.name} does not go with --{loads[0].name}: a microVM runs on when it is here, and this"
+                " command ends"
+            )
     return Destination(record(DestinationConfig, given, arrival=record(ArrivalOptions, given)), output)
 
 
@@ -85,7 +97,7 @@ def _daemon(given: dict[str, Any], output: Output) -> Service:
         given,
         machine=record(MachineOptions, given) if "kind" in given else None,
         migration=options.sending(given),
-        arrival=record(ArrivalOptions, given),
+        arrival=record(ArrivalOptions, given, api_socket=None),  # that is of the machine to begin with
         side=given["command"],
     )
     return Daemon(config, output)

@@ -34,8 +34,8 @@ from postcopy.memory.bitmap import Bitmap
 
 @dataclass(frozen=True)
 class ForeignMemory:
-    """Memory of another process: where it is there, and the memfd it is made of (-1: anonymous), which stays the
-    caller's."""
+    """Memory of another process: where it is there (0: where `Pager.arm_at` says), and the memfd it is made of (-1:
+    anonymous), which stays the caller's."""
 
     address: int
     size_bytes: int
@@ -178,10 +178,12 @@ class CoreDataPlane(DataPlane):
 
     PREFIX: ClassVar[str]  # of the struct's name and its functions'
 
-    def __init__(self, *arguments: int) -> None:
+    _end_by = "free"
+
+    def __init__(self, *arguments: int, made_by: str = "new") -> None:
         pointer: Any = ffi.new(f"struct {self.PREFIX} **")
         what = f"making a {self.NAME}"
-        check(self._function("new")(*arguments, pointer), what)
+        check(self._function(made_by)(*arguments, pointer), what)
         try:
             self._event_fd = FdHolder.duplicate(self._function("event_fd")(pointer[0]))
         except OSError as error:
@@ -209,7 +211,7 @@ class CoreDataPlane(DataPlane):
     async def _end(self) -> None:
         self._closed = True  # before another thread frees what the other methods use
         self._event_fd.close()
-        await self._run("free", f"ending the {self.NAME}")
+        await self._run(self._end_by, f"ending the {self.NAME}")
 
     # ---- calling the core
 

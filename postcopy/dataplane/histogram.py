@@ -50,5 +50,14 @@ class Histogram:
             raise ValueError(f"no bucket ends at 2^{exponent}")
         return sum(self._struct.buckets[0 : (exponent - 4) * 32])
 
+    def below_about(self, ns: int) -> int:
+        """How many values are less than this, which may be off by the values within 2 % of it: an edge of a bucket is
+        as near."""
+        if ns < 64:
+            raise ValueError(f"no bucket ends near {ns} ns")
+        exponent = ns.bit_length() - 1
+        steps = round((ns - (1 << exponent)) * 32 / (1 << exponent))
+        return sum(self._struct.buckets[0 : (exponent - 4) * 32 + steps])
+
     def __repr__(self) -> str:
         return f"<Histogram: {self.count} values, p50 {self.percentile(50)} ns, max {self.max_ns} ns>"

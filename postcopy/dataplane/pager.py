@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import abc
 import enum
+import os
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import trio
@@ -21,7 +23,7 @@ from postcopy.dataplane._events import ChannelKind, Event, EventStream, EventTyp
 from postcopy.dataplane.compression import Compression
 from postcopy.dataplane.counters import PagerStatistics, read
 from postcopy.dataplane.histogram import Histogram
-from postcopy.errors import PostcopyError, check
+from postcopy.errors import ErrorLine, PostcopyError, check
 from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.uffd import How, parse_how, probe
@@ -29,7 +31,20 @@ from postcopy.uffd import How, parse_how, probe
 DISCARDED_AT_ONCE = 64
 """Discarding so many pages takes no longer than having another thread do it, and the machine may be waiting for it."""
 
-__all__ = ["ChannelKind", "Event", "EventStream", "EventType", "ForeignMemory", "Pager", "PagerStatistics", "Stage"]
+__all__ = [
+    "ChannelKind",
+    "Event",
+    "EventStream",
+    "EventType",
+    "ForeignMemory",
+    "Pager",
+    "PagerStatistics",
+    "Stage",
+    "new_metrics",
+    "new_states",
+    "new_touches",
+    "read_touches",
+]
 
 
 class Stage(enum.IntEnum):
@@ -59,9 +74,9 @@ class PagerCounters(DataPlane):
         """
         self._check_length(block, stale)
         memory = self._block(block).memory
-        if not isinstance(memory, Memory):
-            raise ValueError("memory of another process cannot be discarded here")
         await self._forget(block, stale)
+        if not isinstance(memory, Memory) or memory.struct.base == ffi.NULL:
+            return  # nothing of it has been placed (the core has checked that): it is not armed
         # After it: a pager that dies in between has content too much, which stops it, and never too little.
         if stale.count() <= DISCARDED_AT_ONCE:
             memory.discard_pages(stale)
@@ -105,9 +120,14 @@ class Pager(CoreDataPlane, PagerCounters):
 
     PREFIX = COUNTERS = "pc_pager"
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, metrics_fd: int = -1) -> None:
+        """`metrics_fd`: where it counts (`new_metrics`), so that its successor goes on counting; stays the caller's."""
+        if metrics_fd < 0:
+            super().__init__()
+        else:
+            super().__init__(metrics_fd, made_by="new_with_metrics")
         self._counters = self._struct
+        self._staged: set[int] = set()  # blocks
 
     # ---- setting it up
 
@@ -151,6 +171,49 @@ class Pager(CoreDataPlane, PagerCounters):
         """Registers pages with a shard: from here on the first touch of a missing one waits for it."""
         self._call_explained("registering memory with a userfaultfd", "arm", shard, block, first_page, pages)
 
+    def arm_at(self, shard: int, block: int, first_page: int, pages: int, address: int) -> None:
+        """The same where they lie at `address` of the process whose userfaultfd the shard has: a block that was added
+        without an address (`ForeignMemory.address` 0) may lie there in several parts. `BusyError` where the pages, or
+        the addresses, are armed already."""
+        what = "registering memory with a userfaultfd"
+        self._call_explained(what, "arm_at", shard, block, first_page, pages, address)
+
+    async def set_local(self, block: int, fd: int, offset: int = 0, pages: Bitmap | None = None) -> None:
+        """Says that pages of a block (all, or those of `pages`) are read from a file, in which the block's content
+        begins at `offset`; they are never requested. Its holes, and pages of zeros, are zero. The descriptor stays the
+        caller's, and `O_RDONLY` is enough. At any time.
+
+        A file that is too short is a `CoreError` (`ENODATA`). When it cannot be read later that is `EventType.FATAL`;
+        who waits goes on waiting, until `set_local` is called again. Runs in a worker thread, seen through."""
+        if pages is not None:
+            self._check_length(block, pages)
+        self._block(block)
+        line = ErrorLine()
+        words = ffi.NULL if pages is None else pages.words
+        arguments = (self._struct, block, fd, offset, words, line.buffer, line.size)
+        async with self._ending:
+            self._check_open()
+            line.check(
+                await run_to_end(lambda: lib.pc_pager_set_local(*arguments), "looking at a memory file"),
+                "giving the pager a file to read from",
+            )
+
+    def stage(self, block: int, fd: int) -> None:
+        """What arrives for pages of this block that are not armed waits in this memfd, which is as large as the block;
+        once they are armed, it is placed. What the memfd holds now counts as staged: pass the same one to a pager that
+        takes over. The descriptor stays the caller's."""
+        self._call("giving the pager a file to stage pages in", "stage", block, fd)
+        self._staged.add(block)
+
+    def set_readers(self, demand: int, background: int) -> None:
+        """How many threads read local pages that the page cache does not have, and how many prefetch; at first 2 of
+        each. `BusyError` once there are any."""
+        self._call("setting the number of readers", "set_readers", demand, background)
+
+    def record_touches(self, fd: int) -> None:
+        """Logs each page at its first demand fault, in a memfd from `new_touches`, which stays the caller's."""
+        self._call("recording first touches", "record_touches", fd)
+
     def expect_push(self) -> None:
         """The source may begin another push: each bulk channel may end once more. One that ends twice in one push goes
         down."""
@@ -162,7 +225,14 @@ class Pager(CoreDataPlane, PagerCounters):
         self._call("accepting compression", "accept_compression", ways.value)
 
     async def _forget(self, block: int, stale: Bitmap) -> None:
-        self._call("forgetting pages", "forget", block, stale.words)
+        what = "forgetting pages"
+        if block not in self._staged or stale.count() <= DISCARDED_AT_ONCE:
+            self._call(what, "forget", block, stale.words)
+            return
+        async with self._ending:  # they are removed from the staging file
+            self._check_open()
+            struct = self._struct
+            check(await run_to_end(lambda: lib.pc_pager_forget(struct, block, stale.words), what), what)
 
     def attach_urgent(self, shard: int, fd: int) -> None:
         """Gives a shard its connected socket, the core's from now on. After the old one went down: all that is pending
@@ -191,6 +261,25 @@ class Pager(CoreDataPlane, PagerCounters):
         time beside what threads wait for; how many of the range are not there yet."""
         self._check_range(block, first_page, pages)
         return self._call("requesting pages", "request_range", block, first_page, pages)
+
+    def prefetch_all(self) -> None:
+        """Places all local pages that are armed, in the background, behind what threads wait for."""
+        self._call("prefetching", "prefetch_all")
+
+    def prefetch_runs(self, runs: Sequence[tuple[int, int, int]]) -> None:
+        """Places the local pages of these runs, each ``(block, first page, pages)``, in their order and ahead of
+        `prefetch_all`: a working set. Zero pages among them are placed too, and cost no fault then."""
+        array: Any = ffi.new("struct pc_page_run[]", [(first_page, pages, block) for block, first_page, pages in runs])
+        self._call("prefetching", "prefetch_runs", array, len(runs))
+
+    def prefetch_stop(self) -> None:
+        """Ends both; pages that are staged are placed none the less."""
+        self._call("ending the prefetch", "prefetch_stop")
+
+    @property
+    def prefetching(self) -> bool:
+        """Whether something is being placed in the background, or will be."""
+        return bool(self._call("looking at the prefetch", "prefetching"))
 
     def watch(self, block: int, first_page: int, pages: int, event_fd: int) -> int:
         """Has 1 added to an eventfd, once, when every page of a range is there; requests nothing. A ticket for
@@ -232,3 +321,40 @@ class Pager(CoreDataPlane, PagerCounters):
         kernel cannot poison, the userfaultfds stay open, the memory stays in use, and `BusyError` says so.
         """
         await super().close()
+
+    async def leave(self) -> None:
+        """Ends all threads and frees the pager, as `close`, but memory stays registered and nothing is poisoned: others
+        hold the userfaultfds, and what waits for a page waits for the next pager that has them. Nothing is being placed
+        from here on. Closed already: no effect."""
+        self._end_by = "leave"
+        await self.close()
+
+
+def new_metrics() -> int:
+    """A memfd for what pagers count, one after the other, which outlives them."""
+    pointer: Any = ffi.new("struct pc_metrics **")
+    check(lib.pc_metrics_new(pointer), "making counters")
+    try:
+        return os.dup(lib.pc_metrics_fd(pointer[0]))
+    finally:
+        lib.pc_metrics_free(pointer[0])
+
+
+def new_states(pages: int) -> int:
+    """A memfd for the states of so many pages, which outlives pagers."""
+    return check(lib.pc_states_new(pages), "making page states")
+
+
+def new_touches(pages: int) -> int:
+    """A memfd for the order in which pages are first touched (`Pager.record_touches`), which outlives pagers; `pages`:
+    of all blocks together."""
+    return check(lib.pc_touches_new(pages), "making a log of first touches")
+
+
+def read_touches(fd: int) -> list[tuple[int, int]]:
+    """Blocks and pages in the order in which they were first touched. A page may be in it twice when a pager died: the
+    first one counts."""
+    count = check(int(lib.pc_touches_read(fd, ffi.NULL, 0)), "reading the log of first touches")
+    words: Any = ffi.new("uint64_t[]", max(1, count))
+    count = check(int(lib.pc_touches_read(fd, words, count)), "reading the log of first touches")
+    return [(words[i] >> 40, words[i] & (1 << 40) - 1) for i in range(count)]

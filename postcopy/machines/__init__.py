@@ -6,8 +6,10 @@ from __future__ import annotations
 
 from postcopy.machines.base import (
     Activity,
+    Adopt,
     BlockLayout,
     Check,
+    Extent,
     Machine,
     MachineState,
     MachineStatistics,
@@ -17,8 +19,10 @@ from postcopy.machines.base import (
 
 __all__ = [
     "Activity",
+    "Adopt",
     "BlockLayout",
     "Check",
+    "Extent",
     "Machine",
     "MachineState",
     "MachineStatistics",

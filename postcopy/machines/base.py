@@ -22,9 +22,9 @@ from __future__ import annotations
 import abc
 import enum
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from postcopy._blocking import run_sync
 from postcopy._files import replacing
@@ -51,6 +51,21 @@ class BlockLayout:
     name: str
     size_bytes: int
     page_bytes: int  # of the source's memory
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where pages of a block are mapped in the process that runs the machine."""
+
+    block: int
+    first_page: int
+    pages: int
+    address: int
+
+
+Adopt = Callable[[int, int, Sequence[Extent]], Awaitable[None]]
+"""Takes a userfaultfd (the descriptor is the callee's from then on), the features that it was opened with, and the
+memory that it guards: from its return on every page that is missing there is brought."""
 
 
 class MachineState(enum.StrEnum):
@@ -135,6 +150,15 @@ class Machine(abc.ABC):
     kernel_faults: bool
     """Whether the kernel touches missing memory on its behalf, as KVM does: a userfaultfd for user-mode faults only,
     which every user may have, is then not enough."""
+    outlives: ClassVar[bool] = False
+    """Whether it is a process of its own, which runs on when this one lets go of it (`close`), until `destroy`."""
+    maps_late: ClassVar[bool] = False
+    """Whether a destination's memory is mapped, and its userfaultfd made, only while the state is loaded
+    (`load_and_map`): its blocks have sizes until then, and no address."""
+
+    async def prepare(self) -> None:  # noqa: B027 -- most machines are there when they have been made
+        """What takes time, or waits for others, before anything depends on it: at the source before `blocks` are looked
+        at, at the destination before the offer is accepted. Once. Cancellable. Errors as for making the machine."""
 
     @property
     @abc.abstractmethod
@@ -177,6 +201,11 @@ class Machine(abc.ABC):
         """Where it can be reached, for a report: `net`, `mac`, `address`. None when it has no network."""
         return None
 
+    @property
+    def process(self) -> tuple[int, str] | None:
+        """Of one that `outlives`, once it is known: the number of its process, and the path of its API socket."""
+        return None
+
     async def claim_network(self) -> None:  # noqa: B027 -- most machines have none
         """Destination, once it runs here: the link goes up, and it is announced where the machine now is. Raises
         nothing that is a matter of the network: a machine without one runs on."""
@@ -207,6 +236,13 @@ class Machine(abc.ABC):
         runs in the Trio thread, and is bounded in time (`MigrationError`); cancellable at once, what hangs is left to
         `close`."""
 
+    async def load_and_map(self, state: bytes, adopt: Adopt) -> None:
+        """`load_state` of one that `maps_late`, which gives its userfaultfd away as soon as there is one."""
+        await self.load_state(state)
+
+    def made_whole(self) -> None:  # noqa: B027
+        """Destination: every page is there, and nothing depends on the pager any more."""
+
     @abc.abstractmethod
     def vcpu_threads(self) -> list[int]:
         """Kernel thread ids, by vCPU number; for `Pager.track_thread`."""
@@ -234,6 +270,11 @@ class Machine(abc.ABC):
         """Ends it and lets go of its memory (see the order above). Twice does no harm. Shielded from cancellation,
         bounded in time; `MigrationError` when a thread of it does not end within `timeout_s`, whatever it may still
         touch is then kept, and it can be called again."""
+
+    async def destroy(self) -> None:
+        """The end of a machine that has left this host, or that nobody wants any more: `close`, and nothing of it runs
+        on."""
+        await self.close()
 
     @property
     def dump_bytes(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from postcopy.errors import ConfigurationError, ProtocolError
 from postcopy.machines.base import BlockLayout, Machine
 from postcopy.machines.image import ImageMachine, ImageOptions
-from postcopy.machines.toy.machine import KVM, RV64, ToyMachine, ToyOptions
+from postcopy.machines.toy.machine import KVM, RV64, Engine, ToyMachine, ToyOptions
 from postcopy.memory import MemoryKind
 from postcopy.memory._admission import PROMISES
 
@@ -34,6 +34,24 @@ class MachineOptions:
     net: str | None = None  # tap:NAME
     net_mac: int | None = None
     net_address: int | None = None  # IPv4
+    api_socket: str | None = None  # path
+
+
+@dataclass(frozen=True)
+class HostOptions:
+    """What a machine that comes finds on this host; None is "not said". A kind ignores what it has no use for."""
+
+    backing: str = "memfd"
+    disk: str | None = None
+    net: str | None = None  # tap:NAME, or for firecracker IFACE=TAP,...
+    api_socket: str | None = None  # firecracker: path, of one that was told nothing yet
+    firecracker: str | None = None  # path of the binary, which is started for each machine
+    drive: str | None = None  # firecracker: ID=PATH,...
+
+
+@dataclass(frozen=True)
+class FirecrackerOptions:
+    api_socket: str = ""
 
 
 def _image_from_file(options: ImageOptions) -> Machine:
@@ -42,18 +60,47 @@ def _image_from_file(options: ImageOptions) -> Machine:
     return ImageMachine.from_file(options.image)
 
 
+def _firecracker_source(options: FirecrackerOptions) -> Machine:
+    from postcopy.machines.firecracker.source import FirecrackerMachine  # with what only it needs
+
+    if not options.api_socket:
+        raise ConfigurationError("--machine firecracker needs --api-socket PATH")
+    return FirecrackerMachine.create(options.api_socket)
+
+
+def _firecracker_destination(config: Mapping[str, Any], layout: Sequence[BlockLayout], host: HostOptions) -> Machine:
+    from postcopy.machines.firecracker.destination import ArrivingFirecracker, FirecrackerHost
+
+    drives, nets = parse_pairs(host.drive or "", "--drive ID=PATH"), parse_pairs(host.net or "", "--net IFACE=TAP")
+    return ArrivingFirecracker.for_destination(
+        config, layout, FirecrackerHost(host.api_socket, host.firecracker, drives, nets)
+    )
+
+
 @dataclass(frozen=True)
 class _Kind:
-    machine: type[Machine]
+    live: bool
     options: type[Any]  # a dataclass: what may be said about such a machine
     source: Callable[[Any], Machine]
-    destination: Callable[..., Machine]  # config, layout, backing, disk, net
+    destination: Callable[[Mapping[str, Any], Sequence[BlockLayout], HostOptions], Machine]
+
+
+def _toy(engine: Engine) -> _Kind:
+    def destination(config: Mapping[str, Any], layout: Sequence[BlockLayout], host: HostOptions) -> Machine:
+        return ToyMachine.for_destination(engine, config, layout, host.backing, host.disk, host.net)
+
+    return _Kind(ToyMachine.live, ToyOptions, partial(ToyMachine.create, engine), destination)
+
+
+def _image_destination(config: Mapping[str, Any], layout: Sequence[BlockLayout], host: HostOptions) -> Machine:
+    return ImageMachine.for_destination(config, layout, host.backing)
 
 
 _KINDS = {
-    "kvm": _Kind(ToyMachine, ToyOptions, partial(ToyMachine.create, KVM), partial(ToyMachine.for_destination, KVM)),
-    "rv64": _Kind(ToyMachine, ToyOptions, partial(ToyMachine.create, RV64), partial(ToyMachine.for_destination, RV64)),
-    "image": _Kind(ImageMachine, ImageOptions, _image_from_file, ImageMachine.for_destination),
+    "kvm": _toy(KVM),
+    "rv64": _toy(RV64),
+    "image": _Kind(ImageMachine.live, ImageOptions, _image_from_file, _image_destination),
+    "firecracker": _Kind(True, FirecrackerOptions, _firecracker_source, _firecracker_destination),
 }
 
 KINDS = tuple(_KINDS)
@@ -61,7 +108,7 @@ KINDS = tuple(_KINDS)
 
 def is_live(kind: str) -> bool:
     """Whether machines of this kind run (`Machine.live`). One that is not known is refused where it is made."""
-    return kind not in _KINDS or _KINDS[kind].machine.live
+    return kind not in _KINDS or _KINDS[kind].live
 
 
 def create_source(kind: str, options: MachineOptions) -> Machine:
@@ -86,10 +133,12 @@ def create_destination(
     *,
     disk: str | None = None,
     net: str | None = None,
+    host: HostOptions | None = None,
 ) -> Machine:
     """The twin of the machine that a source offers, its memory empty. `backing` is this side's own choice; `disk` is
     where the machine's disk is on this host, which one that has a disk needs; it is as long as the source says.
-    `net` is where its network device is attached here, which a machine that has one needs.
+    `net` is where its network device is attached here, which a machine that has one needs. `host`: all of that, and
+    what a Firecracker needs.
 
     Takes milliseconds. What the peer says is checked: `ProtocolError` for an offer that makes no sense, `ResourceError`
     and `ConfigurationError` for one that cannot be taken here. Its memory is this machine's from now on until it is
@@ -97,7 +146,20 @@ def create_destination(
     """
     if kind not in _KINDS:
         raise ProtocolError(f"the source offers an unknown kind of machine {kind[:40]!r}")
-    return _promised(_KINDS[kind].destination(config, block_layout, backing, disk, net))
+    host = host or HostOptions(backing, disk, net)
+    return _promised(_KINDS[kind].destination(config, block_layout, host))
+
+
+def parse_pairs(text: str, what: str) -> dict[str, str]:
+    """``ID=VALUE``, several with commas between them; `what` it is, to a person. `ConfigurationError` for anything
+    else."""
+    pairs: dict[str, str] = {}
+    for part in text.split(",") if text else ():
+        name, _, value = part.partition("=")
+        if not name or not value or name in pairs or not part.isprintable():
+            raise ConfigurationError(f"{part[:80]!r}: write {what}, several with commas between them, each once")
+        pairs[name] = value
+    return pairs
 
 
 def _promised(machine: Machine) -> Machine:

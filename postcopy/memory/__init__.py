@@ -9,8 +9,9 @@ call them as ``await trio.to_thread.run_sync(memory.digest)``.
 A `Memory` counts its users. `close()` refuses with `BusyError` while a pager, a page server or a machine works on it,
 or while a call is still running in another thread: what the core may still write to is never unmapped.
 
-Modules: `_memory` the memory itself, `bitmap` a bit for each page, `_dirty` which of them were written, `_admission`
-what machines of this process have been promised. Above `postcopy.uffd`, below everything that moves memory.
+Modules: `_memory` the memory itself, `bitmap` a bit for each page, `_dirty` which of them were written, `_remote`
+memory of another process, `_admission` what machines of this process have been promised. Above `postcopy.uffd`, below
+everything that moves memory.
 """
 
 from __future__ import annotations
@@ -18,6 +19,17 @@ from __future__ import annotations
 from postcopy.memory._admission import check_memory
 from postcopy.memory._dirty import DirtyLog
 from postcopy.memory._memory import Memory, MemoryKind, page_bytes_of
+from postcopy.memory._remote import Extent, RemoteMemory, WriteLog
 from postcopy.memory.bitmap import Bitmap
 
-__all__ = ["Bitmap", "DirtyLog", "Memory", "MemoryKind", "check_memory", "page_bytes_of"]
+__all__ = [
+    "Bitmap",
+    "DirtyLog",
+    "Extent",
+    "Memory",
+    "MemoryKind",
+    "RemoteMemory",
+    "WriteLog",
+    "check_memory",
+    "page_bytes_of",
+]

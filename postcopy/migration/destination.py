@@ -2,11 +2,13 @@
 """The destination's engine: one machine received, from the offer until its last page is here.
 
 The plan: make the machine that is offered, or say why not; connect the data channels; take the page maps, and register
-all memory with userfaultfds. In each round that follows pages come, and those that have changed since are forgotten:
-they are missing again, so that no old page is ever seen. Then take the state, with all pages that are to be here before
-the machine runs, and say `prepared`. From then on this side waits for a decision that is not its own. On `commit` the
-machine runs, and every page comes: because it was touched, because the source pushed it, or because this side asked for
-what was left when the source had nothing more to push.
+all memory with userfaultfds. (A machine whose memory is mapped only while its state is loaded has its pages staged
+until then, and gives its userfaultfd away in the middle of that: `Machine.load_and_map`.) In each round that follows
+pages come, and those that have changed since are forgotten: they are missing again, so that no old page is ever seen.
+Then take the state, with all pages that are to be here before the machine runs, and say `prepared`. From then on this
+side waits for a decision that is not its own. On `commit` the machine runs, and every page comes: because it was
+touched, because the source pushed it, or because this side asked for what was left when the source had nothing more to
+push.
 
 Resource handling: machine and pager belong to the engine. `close` ends them in the order that the state demands: a
 machine whose memory is not complete is closed first, since its vCPUs may be blocked on pages that only the pager can
@@ -26,17 +28,20 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import trio
 
 from postcopy import wire
 from postcopy._blocking import run_sync
+from postcopy._fd import FdHolder
 from postcopy.dataplane import compression
 from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import ChannelKind, Event, EventType
 from postcopy.errors import MigrationError, PostcopyError, ProtocolError
-from postcopy.machines import BlockLayout, Machine, MachineState, MachineStatistics
+from postcopy.machines import BlockLayout, Extent, Machine, MachineState, MachineStatistics
+from postcopy.memory import Memory
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration.acknowledgements import PlacedReporter
 from postcopy.migration.connection import HEARTBEAT_S, MISSED_HEARTBEATS, STEP_TIMEOUT_S, Control
@@ -126,6 +131,8 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         self._bulk_channels = 0
         self._pushing: set[int] = set()  # bulk channels that have not sent the `end` of this push
         self._doubt_for_s = doubt_for_s
+        self._mapped = False  # memory that is mapped late
+        self._held: dict[int, FdHolder] = {}  # urgent connections of userfaultfds that there are not yet, by shard
         self._last_word_s = LAST_WORD_S if link.version >= 3 else ACK_TIMEOUT_S
 
     # ---- looking at it
@@ -268,6 +275,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         offer = await control.receive(wire.Offer, STEP_TIMEOUT_S)
         try:
             machine, pager = self._take_offer(link, offer)
+            await machine.prepare()
         except Exception as error:  # noqa: BLE001  # `explained` logs what it does not know
             # Kept as the reason first: the source may hang up, and that be noticed, before the sending has returned.
             refusal = self._scope.failure = explained(error)
@@ -309,7 +317,22 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
     async def _attach_all(self, open_channels: OpenChannels, machine: Machine, pager: AnyPager) -> None:
         """What is pending is requested (again) at once."""
         self._pushing = set(range(self._bulk_channels))
-        await self._attach(open_channels, machine.shards, self._bulk_channels, pager.attach_urgent, pager.attach_bulk)
+        late = machine.maps_late and not self._mapped
+        urgent = self._hold_urgent if late else pager.attach_urgent
+        await self._attach(open_channels, machine.shards, self._bulk_channels, urgent, pager.attach_bulk)
+
+    def _hold_urgent(self, shard: int, fd: int) -> None:
+        self._held[shard] = FdHolder(fd)
+
+    async def _adopt(self, pager: AnyPager, uffd: int, features: int, extents: Sequence[Extent]) -> None:
+        """The machine's memory is there, and is registered with a userfaultfd of its own."""
+        pager = cast("Pager", pager)  # one in a process of its own is not for such machines
+        shard = pager.adopt_shard(uffd, features, self._busy_poll_us)
+        for extent in extents:
+            pager.arm_at(shard, extent.block, extent.first_page, extent.pages, extent.address)
+        self._mapped = True
+        pager.attach_urgent(shard, self._held.pop(shard).detach())
+        await pager.confirm()
 
     async def _start(self, control: Control[DestinationProtocol], machine: Machine) -> None:
         """The machine has been committed to us."""
@@ -347,6 +370,8 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             now = now_ns()
             await pager.disarm()
             self.completed_ns = now
+            assert self.machine is not None
+            self.machine.made_whole()
             self._searching_since_s = None  # the source is looked for anew, for `_last_word_s`
         if self._protocol.state is State.PAUSED:
             self._protocol.every_page_is_here()
@@ -357,7 +382,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         pager = self._data = self._make_pager()
         for block in machine.blocks:
             pager.add_block(block.memory)
-        for _ in range(machine.shards):
+        for _ in range(0 if machine.maps_late else machine.shards):
             # ANY prefers one that stops the kernel's faults too; a machine that needs that has refused a host without.
             pager.add_shard(self._how, self._busy_poll_us)
         self._placed_every_s = offer.placed_every_ms / 1000
@@ -382,11 +407,10 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
         assert isinstance(message, wire.Switchover)
         self._forgets = False
         armed_ns = now_ns()
-        if message.whole:
+        await machine.load_and_map(message.state, partial(self._adopt, pager))
+        self.breakdown = Breakdown(arm_ns=armed_ns - began_ns, load_ns=now_ns() - armed_ns)
+        if message.whole:  # after it: pages that were staged can be placed only now
             await self._gather(pager)
-        gathered_ns = now_ns()
-        await machine.load_state(message.state)
-        self.breakdown = Breakdown(arm_ns=armed_ns - began_ns, load_ns=now_ns() - gathered_ns)
 
     async def _arm(self, machine: Machine, pager: AnyPager, present: Sequence[Bitmap]) -> None:
         """From here on every page that is missing would fault."""
@@ -395,7 +419,11 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             pager.set_zero(number, bitmap)
         self._zero = zero
         for number, block in enumerate(machine.blocks):
-            pager.arm(block.shard, number, 0, block.memory.pages)
+            if machine.maps_late:
+                with Memory.create("memfd", block.memory.size_bytes) as staged:
+                    cast("Pager", pager).stage(number, staged.fd)
+            else:
+                pager.arm(block.shard, number, 0, block.memory.pages)
         for vcpu, tid in enumerate(machine.vcpu_threads()):
             pager.track_thread(vcpu, tid)
         await pager.confirm()  # before the first touch, and before anything is promised
@@ -528,6 +556,8 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
             _ = self.pager_process
             machine, pager = self.machine, self._data
             self._data = None  # `statistics` has the last numbers meanwhile
+            while self._held:
+                self._held.popitem()[1].close()
             # Again after the pager, which has freed whatever waited for a page; closing twice does no harm.
             for what in (pager, machine) if self.complete else (machine, pager, machine):
                 if what is not None:

@@ -782,6 +782,11 @@ def offered(machine: Machine) -> Statistics:
 
 def check_releasable(machine: Machine) -> None:
     """`ConfigurationError` unless the memory is the machine's own, to be thrown away when it is elsewhere."""
+    if machine.outlives:
+        raise ConfigurationError(
+            f"--release-ram: the memory of a machine of kind {machine.kind} belongs to another process, which gives it"
+            " back as a whole when all of it has arrived; leave the option out"
+        )
     if any(block.memory.kind is MemoryKind.FILE for block in machine.blocks):
         raise ConfigurationError(
             f"--release-ram: the memory of a machine of kind {machine.kind} is a file of yours, which stays as it is;"

@@ -232,7 +232,7 @@ class Output:
             assert self._console is not None
             lines = [row(Span(label, "strong"), text) for label, text in self.view.rows(now)]
             parts = table_parts((), lines, self._console.width)
-            if now.get("machines"):
+            if now.get("machines") or now.get("vms"):
                 header, machines = self.view.machines(now)
                 parts += table_parts(header, [row(*cells) for cells in machines], self._console.width)
             live.update(Group(*parts), refresh=True)

@@ -20,6 +20,7 @@ from postcopy.units import format_size
 
 LIVE_PERIOD_S = 0.1
 _BAR = 30
+_VMS = ("virtual machine", "memory", "status", "resident", "faults", "fault p99", "hit rate")
 _MACHINES = ("machine", "memory", "state", "migration", "arrived", "rate", "remaining", "faults", "fault p99")
 
 
@@ -36,6 +37,8 @@ class View:
 
     def machines(self, now: Json) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """The machines of a process, as `status` has them: a header, and a row for each."""
+        if "vms" in now:
+            return _VMS, [self._vm(vm) for vm in now["vms"]]
         rows: list[tuple[str, ...]] = []
         before, self._rates = self._rates, {}
         for machine in now["machines"]:
@@ -68,8 +71,23 @@ class View:
             )
         return _MACHINES, rows
 
+    @staticmethod
+    def _vm(vm: Json) -> tuple[str, ...]:
+        latency, replayed = vm["fault-latency-us"], vm.get("working-set") or {}
+        return (
+            str(vm["name"]),
+            format_size(vm["memory"]),
+            str(vm["status"]),
+            f"{100 * vm['resident'] / vm['memory']:.0f} %",
+            str(vm["faults"]) + (f" ({vm['pending-faults']} waiting)" if vm["pending-faults"] else ""),
+            format_duration(latency["p99"] / 1e6) if latency["count"] else "",
+            f"{replayed['hit-rate']:.0f} %" if replayed.get("hit-rate") is not None else "",
+        )
+
     def rows(self, now: Json) -> list[tuple[str, str]]:
         """The live view: a label and its text for each line. The first one says what is done."""
+        if "vms" in now:
+            return [(str(now["side"]), format_count(len(now["vms"]), "virtual machine"))]
         if "machines" in now:
             return [(str(now["side"]), count_machines(now))]
         side, ram, guest = str(now["side"]), now.get("ram") or {}, now.get("guest") or {}

@@ -9,6 +9,7 @@ from msgspec import field
 
 from postcopy.records._base import Record, Schema, doc
 from postcopy.records.migration import Machine, Name, Process
+from postcopy.records.pager import PagerStatus
 
 Id = Annotated[object, doc("What the request had as its id; not there where it had none.")]
 
@@ -100,7 +101,7 @@ class Greeted(Record, kw_only=True):
 
     version: Annotated[str, doc("Of postcopy.")]
     schema: Schema
-    side: Process
+    side: Annotated[str, doc("What the process is.", of="source|dest|daemon|pager")]
     pid: Annotated[int, doc("Of the process.")]
 
 
@@ -135,19 +136,20 @@ class Timestamp(Record, kw_only=True):
     microseconds: Annotated[int, doc("... and the rest.", "us")]
 
 
-ANSWERS: dict[str, type[Record]] = {
-    "commands": Commands,
-    "status": ProcessStatus,
-    "events": Subscription,
-    "start": Machine,
-    "end": EndedMachine,
-    "migrate": Steered,
-    "migrate-pause": AllSteered,
-    "migrate-recover": AllSteered,
-    "switchover": AllSteered,
-    "set": Settings,
-    "migrate-cancel": AllSteered,
-    "reclaim": Reclaimed,
-    "quit": Done,
+ANSWERS: dict[str, tuple[type[Record], ...]] = {
+    "commands": (Commands,),
+    "status": (ProcessStatus, PagerStatus),
+    "events": (Subscription,),
+    "start": (Machine,),
+    "end": (EndedMachine,),
+    "migrate": (Steered,),
+    "migrate-pause": (AllSteered,),
+    "migrate-recover": (AllSteered,),
+    "switchover": (AllSteered,),
+    "set": (Settings,),
+    "migrate-cancel": (AllSteered,),
+    "reclaim": (Reclaimed,),
+    "upgrade": (Done,),
+    "quit": (Done,),
 }
-"""What `return` has, by request."""
+"""What `return` has, by request: one of these."""

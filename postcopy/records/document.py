@@ -6,6 +6,7 @@ Only `postcopy schema` and tests import it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 from msgspec import json
@@ -14,6 +15,7 @@ from postcopy.records import commands, control, events, log
 from postcopy.records._base import VERSION, Json, Record
 from postcopy.records.figures import OF_PROCESS, Metric, figures, metrics
 from postcopy.records.migration import STATUSES, Machine
+from postcopy.records.pager import PagerStatus
 from postcopy.records.reports import REPORTS
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -52,9 +54,11 @@ def document(version: str) -> Json:
     defs["Answer"] = {
         "title": "An answer of the control socket",
         "description": "What `return` has depends on the request, and `postcopy ctl REQUEST --json` prints only that: "
-        + ", ".join(f"{request}: {record.__name__}" for request, record in control.ANSWERS.items())
+        + ", ".join(
+            f"{request}: {' or '.join(kind.__name__ for kind in kinds)}" for request, kinds in control.ANSWERS.items()
+        )
         + ".",
-        **_object({"return": {"anyOf": _refs(control.ANSWERS.values())}, "id": {}}, ["return"]),
+        **_object({"return": {"anyOf": _refs(itertools.chain(*control.ANSWERS.values()))}, "id": {}}, ["return"]),
     }
     lines = ("Event", "LogLine", "Greeting", "Answer", "Refusal", "ControlEvent")
     return {
@@ -80,7 +84,7 @@ def definitions() -> Json:
 
 
 def all_metrics() -> list[Metric]:
-    return [*OF_PROCESS, *metrics(Machine)]
+    return [*OF_PROCESS, *metrics(Machine), *metrics(PagerStatus)]
 
 
 def _refs(records: Iterable[type[Record]]) -> list[Json]:
@@ -161,8 +165,9 @@ def _page() -> Iterator[str]:
     yield ""
     yield "| request | `return` | what it says |"
     yield "|---|---|---|"
-    for request, kind in control.ANSWERS.items():
-        yield f"| `{request}` | {_link(kind)} | {_first_sentence(kind)} |"
+    for request, kinds in control.ANSWERS.items():
+        for kind in kinds:
+            yield f"| `{request}` | {_link(kind)} | {_first_sentence(kind)} |"
     yield from ("", "## Reports", "")
     yield from (*_REPORTS_HEAD.splitlines(), "")
     yield from ("| record | |", "|---|---|")
@@ -224,9 +229,8 @@ def all_records() -> list[type[Record]]:
                     add(figure.record)
 
     greeting = (control.Greeting, control.Refusal, control.Timestamp)
-    for kinds in (*EVENTS.values(), control.ANSWERS.values(), greeting, (log.LogLine,), REPORTS):
-        for kind in kinds:
-            add(kind)
+    for kind in itertools.chain(*EVENTS.values(), *control.ANSWERS.values(), greeting, (log.LogLine,), REPORTS):
+        add(kind)
     return list(found)
 
 

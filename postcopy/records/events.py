@@ -7,6 +7,7 @@ from typing import Annotated
 
 from msgspec import field
 
+from postcopy.records import pager
 from postcopy.records._base import Record, doc
 from postcopy.records.control import ProcessStatus
 from postcopy.records.migration import (
@@ -149,7 +150,7 @@ class DaemonResult(Record, kw_only=True):
     machines_received: Annotated[int, doc("Since it began.", "machines")]
 
 
-EVENTS: dict[str, tuple[type[Record], ...]] = {
+_OF_MACHINES: dict[str, tuple[type[Record], ...]] = {
     "listening": (Listening,),
     "metrics": (MetricsAddress,),
     "progress": (Progress, ProcessStatus),
@@ -162,4 +163,5 @@ EVENTS: dict[str, tuple[type[Record], ...]] = {
     "output-dropped": (OutputDropped,),
     "result": (SourceResult, DestResult, DaemonResult),
 }
-"""The records that an event of `source`, `dest` and `daemon` may have."""
+EVENTS = {event: (*_OF_MACHINES.get(event, ()), *pager.EVENTS.get(event, ())) for event in _OF_MACHINES | pager.EVENTS}
+"""The records that an event of `source`, `dest`, `daemon` and `pager` may have."""

@@ -27,6 +27,8 @@ class Metric:
 
     @property
     def all_labels(self) -> list[str]:
+        if self.name.startswith("postcopy_vm_"):
+            return ["vm", *self.labels]
         if not self.name.startswith(("postcopy_migration_", "postcopy_guest_", "postcopy_machine_")):
             return list(self.labels)
         own = ["machine", "direction"] if self.name.startswith("postcopy_migration_") else ["machine"]

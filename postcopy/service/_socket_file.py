@@ -28,19 +28,19 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 LOCK_TIMEOUT_S = 5.0
 
 
-async def listen(path: str) -> socket.socket:
-    """A socket that listens there. `ConfigurationError` for a path that cannot be one, `ResourceError` where it cannot
-    be had."""
-    check_control_path(path)
+async def listen(path: str, what: str = "--control", mode: int = 0o600) -> socket.socket:
+    """A socket that listens there, of this mode. `ConfigurationError` for a path that cannot be one, `ResourceError`
+    where it cannot be had; `what` is the option that it was given to."""
+    check_control_path(path, what)
     directory = _directory(path)
     try:
         lock = _open_default(directory) if _is_default(path) else os.open(directory, _DIRECTORY)
     except OSError as error:
         where = os.path.dirname(directory) if _is_default(path) else directory
-        raise ConfigurationError(f"--control {path}: {explain_unwritable(error, where)}") from error
+        raise ConfigurationError(f"{what} {path}: {explain_unwritable(error, where)}") from error
     try:
-        await _lock(lock, directory)
-        return _listen(path)
+        await _lock(lock, directory, what)
+        return _listen(path, what, mode)
     finally:
         os.close(lock)
 
@@ -81,7 +81,7 @@ def identity(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-async def _lock(directory_fd: int, directory: str) -> None:
+async def _lock(directory_fd: int, directory: str, what: str) -> None:
     with trio.move_on_after(LOCK_TIMEOUT_S):
         while True:
             try:
@@ -91,48 +91,48 @@ async def _lock(directory_fd: int, directory: str) -> None:
                 await trio.sleep(0.01)
             except OSError as error:
                 raise ResourceError(f"cannot lock {directory}: {error.strerror}") from error
-    raise ResourceError(f"another process has locked {directory}", "choose another directory for --control")
+    raise ResourceError(f"another process has locked {directory}", f"choose another directory for {what}")
 
 
-def _listen(path: str) -> socket.socket:
+def _listen(path: str, what: str, mode: int) -> socket.socket:
     """The listening socket, in place of a dead one. Under the lock."""
     with contextlib.suppress(FileNotFoundError):
         try:
             if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                raise ConfigurationError(f"--control {path}: there is something that is not a socket")
+                raise ConfigurationError(f"{what} {path}: there is something that is not a socket")
             if _answers(path):
                 raise ResourceError(
-                    f"--control {path}: a running process has this socket", "choose another path, or end that process"
+                    f"{what} {path}: a running process has this socket", "choose another path, or end that process"
                 )
             os.unlink(path)
         except OSError as error:
             if isinstance(error, FileNotFoundError):
                 raise
-            raise ResourceError(f"--control {path}: {error.strerror}") from error
+            raise ResourceError(f"{what} {path}: {error.strerror}") from error
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         # Before bind: Linux makes the socket's file with the socket's mode, less the umask, which must not take the
         # owner's part away. So there is no instant at which others may connect, and no chmod by a name that could mean
         # another file by then.
-        os.fchmod(listener.fileno(), 0o600)
-        before = os.umask(0o177)
+        os.fchmod(listener.fileno(), mode)
+        before = os.umask(0o777 & ~mode)
         try:
             listener.bind(path)
         finally:
             os.umask(before)
-        if stat.S_IMODE(os.lstat(path).st_mode) & 0o077:
+        if stat.S_IMODE(os.lstat(path).st_mode) & ~mode:
             os.unlink(path)
             raise ResourceError(
-                f"--control {path}: other users could connect: this file system gives a socket no mode of its own",
+                f"{what} {path}: other users could connect: this file system gives a socket no mode of its own",
                 "choose a directory on another one, such as /run",
             )
         listener.listen(BACKLOG)  # before which no client can connect
     except BaseException as error:
         listener.close()
         if isinstance(error, PermissionError):
-            raise ConfigurationError(f"--control {path}: {explain_unwritable(error, _directory(path))}") from error
+            raise ConfigurationError(f"{what} {path}: {explain_unwritable(error, _directory(path))}") from error
         if isinstance(error, OSError):
-            raise ResourceError(f"--control {path}: {error.strerror}") from error
+            raise ResourceError(f"{what} {path}: {error.strerror}") from error
         raise
     return listener
 

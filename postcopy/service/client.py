@@ -81,7 +81,7 @@ class ControlClient:
                     self._events.append(line)
                 elif line.get("id") in (self._requests, None):
                     value = self._value(line)
-                    self._check(f"the answer to {command}", value, [ANSWERS[command]] if command in ANSWERS else [])
+                    self._check(f"the answer to {command}", value, ANSWERS.get(command, ()))
                     return value
         raise PeerError(f"{self._path}: {command} was not answered within {timeout_s:g} s")
 

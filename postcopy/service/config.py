@@ -27,10 +27,13 @@ class ArrivalOptions:
 
     backing: str = "memfd"
     disk: str | None = None
-    net: str | None = None  # tap:NAME, where the network device of a machine that has one is attached
+    net: str | None = None  # tap:NAME or IFACE=TAP,...: where network devices are attached
     busy_poll_us: int = 0
     pager_process: bool = False  # the pager in a process of its own
     kill_when_lost: bool = False
+    api_socket: str | None = None  # where a microVM is loaded: that of a Firecracker which was told nothing yet,
+    firecracker: str | None = None  # or the binary, which is started
+    drive: str | None = None  # ID=PATH,...
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class DestinationConfig:
     """One arrival, and what is done with the machine when all of it is here: either `listen` or `connect`."""
 
     arrival: ArrivalOptions
+    takes: str | None = None  # machines of this kind only
     listen: Address | None = None
     connect: Route | None = None
     heartbeat_s: float = HEARTBEAT_S
@@ -75,6 +79,30 @@ class DaemonConfig:
     machine: MachineOptions | None = None
     name: str | None = None
     side: str = "daemon"  # what it is called; `source --hold` is one that takes no machines
+
+
+@dataclass(frozen=True)
+class PagerConfig:
+    """A process that serves the page faults of virtual machines: pages of `image`, of the files in `images`, or of the
+    source at `connect`. None of them: of a program."""
+
+    socket: str | None = None  # path; with `images` a directory of sockets. None: as the service manager gives them
+    image: str | None = None
+    images: str | None = None
+    connect: Route | None = None
+    prefetch: str | None = None  # None: working-set where there is one, else none
+    working_set: str | None = None  # path; with `images` a directory
+    record_working_set: str | None = None  # the same
+    record_for_s: float = math.inf
+    kill_when_lost: bool = False
+    allow_uid: tuple[int, ...] = ()  # beside root and this process's user
+    max_vms: int = 1000
+    max_memory_bytes: int | None = None  # of all virtual machines together
+    readers: int = 2
+    busy_poll_us: int = 0
+    recover_for_s: float = math.inf
+    keeper: bool = True
+    restart_burst: int = 5
 
 
 @dataclass(frozen=True)

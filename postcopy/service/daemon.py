@@ -130,6 +130,8 @@ class Daemon(Service):
                     await self._drain()
                     if here := [owned.name for owned in self.machines if owned.loses]:
                         self.output.say(f"{self.side}: machines that end with this process: {', '.join(here)}")
+                    if live := [one.name for one in self.machines if one.machine is not None and one.machine.outlives]:
+                        self.output.say(f"{self.side}: machines that run on without this process: {', '.join(live)}")
                     nursery.cancel_scope.cancel()
             done = True
         finally:
@@ -194,6 +196,7 @@ class Daemon(Service):
         owned = self._add(name, Phase.STARTING)
         try:
             owned.machine = create_source(kind, options)
+            await owned.machine.prepare()
             await owned.machine.boot()
             await owned.machine.resume()
             owned.phase = Phase.HERE
@@ -390,7 +393,8 @@ class Daemon(Service):
     async def _request_end(self, arguments: Json) -> EndedMachine:
         owned = find(self.machines, arguments.get("machine"))
         while True:
-            if not arguments.get("force") and (lost := owned.loses):
+            lost = owned.loses or ("it runs" if owned.machine is not None and owned.machine.outlives else "")
+            if not arguments.get("force") and lost:
                 raise ControlError(
                     "NotNow", f"{owned.name}: {lost}, and would be destroyed: wait, send it away, or say end --force"
                 )
@@ -401,6 +405,8 @@ class Daemon(Service):
         if owned.phase is Phase.HERE:
             owned.phase = Phase.ENDING  # so that no other request sends it away, or ends it, meanwhile
             try:
+                if owned.machine is not None:
+                    await contained(f"the end of {owned.name}", owned.machine.destroy)
                 await self._close(owned)
             finally:  # it has ended, also when the client has left meanwhile
                 self.output.emit("machine-ended", MachineEnded(machine=owned.name))

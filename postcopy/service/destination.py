@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
-from typing import ClassVar
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, ClassVar
 
 import trio
 
 from postcopy._files import check_new_file
 from postcopy._stop import Stop
-from postcopy.errors import MigrationError, PeerError, PostcopyError
+from postcopy.errors import ConfigurationError, MigrationError, PeerError, PostcopyError
 from postcopy.machines import Check, Machine
 from postcopy.migration import salvage
 from postcopy.migration.destination import DestinationMigration
@@ -106,6 +106,8 @@ class Destination(Service):
         if done:
             what = describe(machine) if machine is not None else "no machine"
             verified = "all of its memory is as it must be" if result.verified else "its memory was not verified"
+            if machine is not None and machine.process is not None:
+                verified = "it runs on as process {}, with its API at {}".format(*machine.process)
             self.output.say(f"dest: {what}: {result.status}; {verified}", about=migration)
 
     def _progress(self) -> Progress:
@@ -115,6 +117,11 @@ class Destination(Service):
         return report.progress("dest", machine, migration)
 
     # ---- arriving
+
+    def name_arriving(self, owned: Owned, kind: str, config: Mapping[str, Any]) -> str:
+        if self._config.takes not in (None, kind):
+            raise ConfigurationError(f"this side takes a machine of kind {self._config.takes}, this one is {kind[:40]}")
+        return super().name_arriving(owned, kind, config)
 
     async def _accept(self, acceptor: Acceptor) -> DestinationMigration:
         """The first migration that was decided, or was cancelled here. One that failed before is its source's affair,
@@ -236,6 +243,8 @@ class Destination(Service):
         """Lets it run as long as was asked, looks at it, writes it out."""
         config = self._config
         in_time = True
+        if machine.outlives:  # nothing of it depends on this process any more
+            return True
         if machine.live:
             ran_s = (now_ns() - migration.running_ns) / 1e9
             with trio.move_on_after(float("inf") if config.run_for_s is None else max(0.0, config.run_for_s - ran_s)):

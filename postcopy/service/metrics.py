@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 from postcopy import __version__
 from postcopy._blocking import Workers
 from postcopy._files import check_new_file, replacing, write_all
+from postcopy.dataplane.histogram import Histogram
 from postcopy.errors import ConfigurationError, PostcopyError, ResourceError
 from postcopy.machines import Machine as AnyMachine
 from postcopy.migration.destination import DestinationMigration
@@ -65,7 +66,7 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Family | HistogramMetricFamily]:
         """For the registry."""
-        info, ended = map(_family, OF_PROCESS)
+        info, ended = map(family_of, OF_PROCESS)
         info.add_metric([__version__], 1)
         for direction in ("incoming", "outgoing"):
             for status in ENDS:
@@ -84,7 +85,7 @@ class _Families:
         named = {metric.name: metric for metric in metrics(Machine)}
         latency = named.pop("postcopy_migration_fault_latency_seconds")
         self._latency = HistogramMetricFamily(latency.name, latency.help, labels=latency.all_labels)
-        self._by_name = {name: _family(metric) for name, metric in named.items()}
+        self._by_name = {name: family_of(metric) for name, metric in named.items()}
         self._seen: set[tuple[str, ...]] = set()
 
     def __iter__(self) -> Iterator[Family | HistogramMetricFamily]:
@@ -126,16 +127,22 @@ class _Families:
                 self._by_name[figure.metric.name].add_metric([*labels, *words], figure.base(value))
 
     def _add_latency(self, labels: list[str], job: DestinationMigration) -> None:
-        buckets: list[tuple[str, float]] = [
-            (f"{(1 << exponent) / 1e9:g}", job.latency.below(exponent))
-            for exponent in range(_FIRST_EXPONENT, _LAST_EXPONENT + 1)
-        ]
-        # The count is that of the buckets: a value may have been added while they were read.
-        everything = max(job.latency.count, int(buckets[-1][1]))
-        self._latency.add_metric(labels, [*buckets, ("+Inf", everything)], sum_value=job.latency.sum_ns / 1e9)
+        buckets, everything, sum_s = buckets_of(job.latency)
+        self._latency.add_metric(labels, [*buckets, ("+Inf", everything)], sum_value=sum_s)
 
 
-def _family(metric: Metric) -> Family:
+def buckets_of(latency: Histogram) -> tuple[list[tuple[str, float]], int, float]:
+    """Of a Prometheus histogram, without the last one; how many values, and their sum in seconds."""
+    buckets: list[tuple[str, float]] = [
+        (f"{(1 << exponent) / 1e9:g}", latency.below(exponent))
+        for exponent in range(_FIRST_EXPONENT, _LAST_EXPONENT + 1)
+    ]
+    # The count is that of the buckets: a value may have been added while they were read.
+    return buckets, max(latency.count, int(buckets[-1][1])), latency.sum_ns / 1e9
+
+
+def family_of(metric: Metric) -> Family:
+    """Without values."""
     kind = CounterMetricFamily if metric.type == "counter" else GaugeMetricFamily
     return kind(metric.name.removesuffix("_total"), metric.help, labels=metric.all_labels)
 

@@ -4,42 +4,76 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
 from postcopy._stop import Stop
+from postcopy.errors import PostcopyError
 from postcopy.net import everywhere
 from postcopy.output import Output, count_machines
+from postcopy.output.words import format_count
+from postcopy.records import Record
 from postcopy.records.events import MetricsAddress
 from postcopy.service import notify
 from postcopy.service._contain import contained, contained_call
 from postcopy.service.config import OperatingOptions
 from postcopy.service.control import ControlHandler
 from postcopy.service.report import Json
+from postcopy.service.schema import Request
 from postcopy.service.server import ControlServer
 from postcopy.service.service import Service
 
 if TYPE_CHECKING:
-    from postcopy.service.metrics import Metrics, MetricsFile
+    from postcopy.service.metrics import MetricsFile
 
+Task = Callable[[], Awaitable[None]]
 
+OPEN_AGAIN_S = 1.0
 EXTEND_S = 60.0
 EXTEND_EVERY_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class Operated(Protocol):
+    """What is operated as a `Service` is, and is none."""
+
+    side: str
+    listens: bool
+    control: str | None
+
+    async def run(self, stop: Stop) -> bool: ...
+    def needed(self) -> str: ...
+    async def execute(self, request: Request) -> Record: ...
+    def make_metrics(self) -> PageOfMetrics: ...
+
+
+class PageOfMetrics(Protocol):
+    """As `metrics.Metrics`."""
+
+    def text(self) -> bytes: ...
+    def ended(self, direction: str, status: str) -> None: ...
 
 
 class Operation:
     """Its `run` is what the command line runs in place of the service's own."""
 
-    def __init__(self, service: Service, options: OperatingOptions, output: Output) -> None:
+    def __init__(
+        self, service: Service | Operated, options: OperatingOptions, output: Output, *, patient: bool = False
+    ) -> None:
+        """`patient`: something depends on the service already, so it runs in any case, and at once; what is around it
+        comes when it can be had."""
         self._service = service
+        self._patient = patient
         self._side = service.side
         self._output = output
         self._options = options
         self._server: ControlServer | None = None
-        self._metrics: Metrics | None = None
+        self._metrics: PageOfMetrics | None = None
         self._file: MetricsFile | None = None
         self._notifier = notify.Notifier()
         self._last_status = ""
@@ -50,20 +84,19 @@ class Operation:
         options = self._options
         done = False
         async with contextlib.AsyncExitStack() as stack:
-            tasks: list[Callable[[], Awaitable[None]]] = [partial(self._say_stopping, stop)]
+            tasks: list[Task] = [partial(self._say_stopping, stop)]
+            parts: list[Callable[[], Awaitable[list[Task]]]] = []
             if options.control is not None:
                 self._service.control = options.control
-                execute = ControlHandler(self._service).execute
-                self._server = await ControlServer.open(options.control, self._side, execute)
-                stack.callback(self._server.close)
-                tasks.append(self._server.serve)
+                parts.append(partial(self._open_control, options.control, stack))
             if options.metrics is not None or options.metrics_file is not None:
-                tasks += await self._open_metrics()
+                parts.append(self._open_metrics)
+            for part in parts:
+                tasks += [partial(self._run_when_open, part)] if self._patient else await part()
             self._output.listeners.append(self._on_event)
             stack.callback(self._output.listeners.remove, self._on_event)
             stack.callback(self._notifier.close)
-            if self._file is not None:
-                stack.push_async_callback(self._file.close)
+            stack.push_async_callback(self._close_file)
             async with trio.open_nursery() as nursery:
                 for task in tasks:
                     # What only shows the process must not end it.
@@ -72,13 +105,40 @@ class Operation:
                 nursery.cancel_scope.cancel()
         return done
 
-    async def _open_metrics(self) -> list[Callable[[], Awaitable[None]]]:
+    async def _run_when_open(self, part: Callable[[], Awaitable[list[Task]]]) -> None:
+        told = ""
+        while True:
+            try:
+                tasks = await part()
+                break
+            except PostcopyError as error:
+                if str(error) != told:
+                    told = str(error)
+                    log.error("%s; trying again", error)
+                await trio.sleep(OPEN_AGAIN_S)
+        async with trio.open_nursery() as nursery:
+            for task in tasks:
+                nursery.start_soon(contained, "the service around the command", task)
+
+    async def _open_control(self, path: str, stack: contextlib.AsyncExitStack) -> list[Task]:
+        service = self._service
+        execute = ControlHandler(service).execute if isinstance(service, Service) else service.execute
+        self._server = await ControlServer.open(path, self._side, execute)
+        stack.callback(self._server.close)
+        return [self._server.serve]
+
+    async def _close_file(self) -> None:
+        if self._file is not None:
+            await self._file.close()
+
+    async def _open_metrics(self) -> list[Task]:
         # Loaded only where they are asked for: a daemon's megabytes are counted.
         from postcopy.service.http import HttpServer, parse_metrics_address
         from postcopy.service.metrics import CONTENT_TYPE, Metrics, MetricsFile
 
-        self._metrics = Metrics(self._service.all_rows)
-        tasks: list[Callable[[], Awaitable[None]]] = []
+        service = self._service
+        self._metrics = Metrics(service.all_rows) if isinstance(service, Service) else service.make_metrics()
+        tasks: list[Task] = []
         if self._options.metrics_file is not None:
             self._file = MetricsFile(self._options.metrics_file)
             tasks.append(self._file.run)
@@ -113,6 +173,8 @@ class Operation:
 
     def _publish(self, event: str, fields: Json) -> None:
         status = count_machines(fields) if "machines" in fields else str(fields.get("status", ""))
+        if "vms" in fields:
+            status = format_count(len(fields["vms"]), "virtual machine")
         if event == ("listening" if self._service.listens else "progress"):  # the process can be used
             self._notifier.ready()
         if event == "progress" and status != self._last_status and not self._ending:
@@ -120,7 +182,7 @@ class Operation:
             self._last_status = status
         if self._server is not None:
             self._server.publish(event, fields)
-        if self._metrics is not None and event in ("migration-ended", "result"):
+        if self._metrics is not None and event in ("migration-ended", "vm-ended", "result"):
             if event == "migration-ended":
                 self._metrics.ended(str(fields["direction"]), status)
             if self._file is not None:

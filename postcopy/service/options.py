@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of `source`, `dest` and `daemon` and of the control socket's requests, each described once.
+"""The options of `source`, `dest`, `daemon` and `pager`, and of the control socket's requests, each described once.
 
 From this table are made the parsers of the command line (`postcopy.cli`), the records that say what a command is to do
 (`record`), the arguments of the requests on the control socket (`schema`), and the command lines of the two sides that
@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 
 from postcopy._files import explain_bad_name
 from postcopy.errors import ConfigurationError
-from postcopy.machines.kinds import BACKINGS, KINDS, is_live
+from postcopy.machines.kinds import BACKINGS, KINDS, is_live, parse_pairs
 from postcopy.machines.toy.machine import WORKLOADS, ToyOptions
 from postcopy.machines.toy.tap import format_ipv4, format_mac, parse_ipv4, parse_mac, parse_net
 from postcopy.migration.channels import bulk_channels_for_host
@@ -28,7 +28,7 @@ from postcopy.migration.connection import MISSED_HEARTBEATS
 from postcopy.migration.precopy import Mode
 from postcopy.migration.source import SourceOptions
 from postcopy.net import parse_address
-from postcopy.service.config import ArrivalOptions, DaemonConfig, DestinationConfig, SourceConfig
+from postcopy.service.config import ArrivalOptions, DaemonConfig, DestinationConfig, PagerConfig, SourceConfig
 from postcopy.units import (
     FOREVER,
     MAX_SECONDS,
@@ -231,6 +231,21 @@ def _check_net(text: str) -> str:
     return text
 
 
+def _check_nets(text: str) -> str:
+    """Of any kind of machine."""
+    if "=" not in text:
+        return _check_net(text)
+    for tap in parse_pairs(text, "tap:NAME, or IFACE=TAP").values():
+        parse_net(f"tap:{tap}")
+    return text
+
+
+def _check_drives(text: str) -> str:
+    for path in parse_pairs(text, "ID=PATH").values():
+        parse_path(path)
+    return text
+
+
 def check_address(text: str, *, listening: bool = False) -> str:
     """It is looked up when it is needed."""
     parse_address(text, listening=listening)
@@ -265,6 +280,14 @@ def _parse_bulk_channels(text: str) -> int:
         return parse_whole(text, 1, MAX_BULK_CHANNELS)
     except ConfigurationError as error:
         raise ConfigurationError(f"{error}, or auto") from None
+
+
+def _parse_uids(text: str) -> tuple[int, ...]:
+    return tuple(parse_whole(part.strip(), 0, 2**32 - 2) for part in text.split(","))
+
+
+def _format_uids(uids: tuple[int, ...]) -> str:
+    return ",".join(map(str, uids))
 
 
 def _parse_serve(text: str) -> float:
@@ -320,14 +343,19 @@ SEED = whole("seed", "kvm, rv64: makes the content of the memory the same in eac
 DISK = path("disk", "workload disk: file of the guest's disk, which both hosts must have (default: a temporary file)")
 IMAGE = path("image", "image: memory image to serve")
 NET = Option("net", "workload echo: TAP device of the guest's network device", "tap:NAME", _check_net)
+API_SOCKET = path("api-socket", "firecracker: its API socket", "PATH")
 LIVE_MACHINE = (
     MEMORY, VCPUS, WORKLOAD, WORKING_SET, SEED, DISK, NET,
     Option("net-mac", "workload echo: MAC address of the guest (default: made from the seed)", "MAC",
            parse_mac, format_mac),
     Option("net-address", "workload echo: IPv4 address of the guest (default: made from the seed)", "IPV4",
            parse_ipv4, format_ipv4),
+    API_SOCKET,
 )
 MACHINE = (*LIVE_MACHINE, IMAGE)
+FIRECRACKER = path("firecracker", "firecracker: start this binary for a machine that comes", "BINARY")
+DRIVE = Option("drive", "firecracker: where a disk is on this host, if not under the name that it has at the source",
+               "ID=PATH[,...]", _check_drives)
 NAME = Option("name", "name of that machine (default: its kind and random digits)", "NAME", parse_name)
 FROM = path("from", "start the machine that DIR holds, which --salvage or `postcopy merge --into` has written", "DIR",
             "path")
@@ -389,6 +417,35 @@ VERIFY = Option("verify", "at the end, verify all of the machine's memory", flag
 USER = Option("user", "as root: open the devices, then become this user and give up all rights, before anything is"
               " received", "NAME[:GROUP]")
 
+PAGER_SOCKET = path("socket", "listen on this Unix socket, for Firecracker's mem_backend; with --images: on NAME.sock"
+                    " in this directory for each NAME.mem (default: as systemd gives it)", "PATH")
+PAGER_SOURCE = OneOf(
+    path("image", "memory file of a snapshot: all virtual machines have its pages"),
+    path("images", "directory of memory files NAME.mem, each with a socket of its own; new ones are found while it"
+         " runs", "DIR"),
+    replace(CONNECT, help="get the pages from a `postcopy source --machine image --listen` or `postcopy.serve`, which"
+            " listens at this address"),
+)
+PREFETCH = choice("prefetch", ("none", "all", "working-set"), "place pages behind those that are waited for: none, the"
+                  " working set, or that and then all (default: working-set where there is one, else none)")
+SET_FILE = path("working-set", "place these pages first, which --record-working-set has written; with --images: NAME.ws"
+                " in this directory")
+RECORD_SET = path("record-working-set", "write which pages a virtual machine touches, and in what order, to FILE when"
+                  " it ends; with --images: to NAME.ws in this directory")
+RECORD_FOR = seconds("record-for", "how long that is recorded; the file is written then", forever=True)
+PAGER_LOST = choice("on-lost", {"hold": False, "kill": True}, "when pages cannot be had any more: hold the virtual"
+                    " machine where it needs them, or kill its process", "kill_when_lost")
+ALLOW_UID = Option("allow-uid", "take virtual machines of these users too, beside those of this user and root",
+                   "UID[,UID]...", _parse_uids, _format_uids)
+MAX_VMS = whole("max-vms", "number of virtual machines at the same time", 1, 100_000)
+MAX_MEMORY = size("max-memory", "memory of all virtual machines together (default: no limit)")
+READERS = whole("readers", "threads for each virtual machine that read its image from disk, and again as many that"
+                " prefetch", 1, 16)
+RESTART_BURST = whole("restart-burst", "how many deaths of this process in short order are followed by the next one at"
+                      " once; one is forgotten every 2 s", 1, 1_000_000)
+KEEPER = Option("keeper", "have a small process hold the virtual machines, so that they survive the death and the"
+                " upgrade of this one", flag="set or not")
+
 # ---- The commands
 
 _ROOT_CONTROL = "/run/postcopy/control.sock"
@@ -422,6 +479,8 @@ OUTPUT = Group(
     choice("log-level", ("debug", "info", "warning", "error"), f"lowest severity to log (default: {LOG_LEVEL})"),
     flag("log-json", "log one JSON object per line on stderr, with the id of the migration"),
 )
+_NETS = replace(NET, help="workload echo: TAP device on this host; firecracker: that of each interface, where it is"
+                " another one than at the source", metavar="tap:NAME|IFACE=TAP[,...]", parse=_check_nets)
 _LOST = Group("when the network fails", HEARTBEAT, RECOVER_FOR, SALVAGE)
 COMMANDS: Mapping[str, tuple[Group, ...]] = {
     "source": (
@@ -435,9 +494,11 @@ COMMANDS: Mapping[str, tuple[Group, ...]] = {
     "dest": (
         Group("source", OneOf(LISTEN, CONNECT, PEER_FILE)),
         Group("machine",
+              replace(KIND, help="take a machine of this kind only (default: any)", field="takes"),
               replace(DISK, help="workload disk: file of the guest's disk on this host"),
-              replace(NET, help="workload echo: TAP device on this host"),
-              RUN_FOR, DUMP, VERIFY),
+              _NETS,
+              replace(API_SOCKET, help="firecracker: API socket of one that was started and told nothing yet"),
+              FIRECRACKER, DRIVE, RUN_FOR, DUMP, VERIFY),
         Group("migration", BACKING, BUSY_POLL, PAGER),
         Group("when the network fails", HEARTBEAT, RECOVER_FOR, ON_LOST, SALVAGE),
         _operating("none"), OUTPUT,
@@ -445,16 +506,24 @@ COMMANDS: Mapping[str, tuple[Group, ...]] = {
     "daemon": (
         Group("other hosts", replace(LISTEN, help="receive machines at this address; without HOST, as [::], at every"
                                      " address of this host; port 0: any free port")),
-        Group("machine to begin with", LIVE_KIND, NAME, *LIVE_MACHINE),
+        Group("machine to begin with", LIVE_KIND, NAME, *(_NETS if each is NET else each for each in LIVE_MACHINE)),
+        Group("machines that come", FIRECRACKER, DRIVE),
         Group("migration", BACKING, BUSY_POLL, PAGER, *SENDING),
         Group("when the network fails", HEARTBEAT, RECOVER_FOR),
         _operating(DEFAULT_CONTROL), OUTPUT,
+    ),
+    "pager": (
+        Group("virtual machines", PAGER_SOCKET, PAGER_SOURCE, ALLOW_UID, MAX_VMS, MAX_MEMORY),
+        Group("pages", PREFETCH, SET_FILE, RECORD_SET, RECORD_FOR, READERS, BUSY_POLL),
+        Group("when something fails", PAGER_LOST, RECOVER_FOR, KEEPER, RESTART_BURST),
+        _operating("none"), OUTPUT,
     ),
 }
 _RECORDS: Mapping[str, tuple[Callable[..., Any], ...]] = {
     "source": (SourceConfig, ToyOptions, SourceOptions),
     "dest": (DestinationConfig, ArrivalOptions),
     "daemon": (DaemonConfig, ToyOptions, SourceOptions, ArrivalOptions),
+    "pager": (PagerConfig,),
 }
 
 

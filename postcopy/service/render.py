@@ -10,6 +10,7 @@ from postcopy.records import Json, Record
 from postcopy.records.figures import figures
 from postcopy.records.migration import LOST
 from postcopy.records.migration import Migration as MigrationRecord
+from postcopy.records.pager import Vm
 from postcopy.units import format_size
 
 _LABEL_WIDTH = 18
@@ -35,6 +36,8 @@ def render_answer(request: str, answer: Json) -> str:
 
 def render(status: Json) -> str:
     """A process's status as lines; an empty line between machines."""
+    if "vms" in status:
+        return "\n\n".join([_rows(_pager_rows(status)), *(_rows(_vm_rows(vm)) for vm in status["vms"])])
     parts = [_rows(_process_rows(status))]
     parts += [_rows(_machine_rows(machine)) for machine in status.get("machines", [])]
     return "\n\n".join(parts)
@@ -49,6 +52,29 @@ def _process_rows(status: Json) -> list[tuple[str, str]]:
     rows += [("Listening on", str(address)) for address in status.get("listening", [])]
     rows += _setting_rows(status.get("settings", {}))
     rows.append(("Machines", str(len(status.get("machines", [])))))
+    return rows
+
+
+def _pager_rows(status: Json) -> list[tuple[str, str]]:
+    keeper = status["keeper"]
+    kept = "none: nothing outlives this process" if keeper["store"] == "none" else str(keeper["store"])
+    if keeper["deaths"]:
+        kept += f", {keeper['deaths']} deaths before this process"
+    rows = [("Side", str(status["side"])), ("Process", str(status["pid"]))]
+    rows += [("Listening on", path) for path in status["listening"]]
+    return [*rows, ("Keeper", kept), ("Virtual machines", str(len(status["vms"])))]
+
+
+def _vm_rows(vm: Json) -> list[tuple[str, str]]:
+    rows = [("Virtual machine", f"{vm['name']}, process {vm['pid']}"), ("Status", str(vm["status"]))]
+    if vm.get("error"):
+        rows.append(("Error", str(vm["error"])))
+    if vm.get("image"):
+        rows.append(("Image", str(vm["image"])))
+    rows += _figure_rows(Vm, vm)
+    if vm["fault-latency-us"]["count"]:
+        median, most = (format_duration(vm["fault-latency-us"][key] / 1e6) for key in ("p50", "p99"))
+        rows.append(("Fault latency", f"median {median}, 99 % within {most}"))
     return rows
 
 

@@ -74,9 +74,10 @@ _TO = Option("to", "where the other host takes machines", "HOST:PORT", check_add
 _TO_NOW = replace(_TO, help="new address of the other side (default: as before)")
 _NEW_MACHINE = (
     replace(options.NAME, help="name of the machine (default: its kind and random digits)"),
-    replace(options.LIVE_KIND, name="kind", help="kind of machine: kvm or rv64", metavar="KIND"),
+    replace(options.LIVE_KIND, name="kind", help="kind of machine: kvm, rv64 or firecracker", metavar="KIND"),
     *(options.MEMORY, options.VCPUS, options.WORKLOAD, options.WORKING_SET, options.SEED, options.BACKING),
     options.DISK,
+    replace(options.API_SOCKET, help="firecracker: API socket of the one that runs it, which is taken over"),
 )
 SETTINGS = (  # each is a field of `SourceOptions`
     options.MAX_BANDWIDTH,
@@ -108,7 +109,11 @@ COMMANDS: Mapping[str, Command] = {
         bare="kind",
         example="postcopy ctl start kvm --name vm1 --memory 1GiB",
     ),
-    "end": Command("stop a machine and remove it", (_MACHINE, _FORCE), example="postcopy ctl end --machine vm1"),
+    "end": Command(
+        "stop a machine and remove it; pager: kill the process of a virtual machine",
+        (_MACHINE, _FORCE),
+        example="postcopy ctl end --machine vm1",
+    ),
     "migrate": Command(
         "migrate a machine to another host",
         (_MACHINE, _TO, *options.ONE_WAY),
@@ -146,6 +151,19 @@ COMMANDS: Mapping[str, Command] = {
         "run a machine here again whose destination is dead for good",
         (_MACHINE, _FORCE),
         example="postcopy ctl reclaim --machine vm1",
+    ),
+    "upgrade": Command(
+        "pager: have another process go on with the virtual machines, of this or of another installation",
+        (
+            Option(
+                "program",
+                "what to start in place of `postcopy`, as the program of another installation"
+                " (default: what this one was started with)",
+                "PROGRAM",
+            ),
+        ),
+        bare="program",
+        example="postcopy ctl --control ./pager.ctl upgrade /opt/postcopy-0.2/bin/postcopy",
     ),
     "quit": Command("shut down cleanly", (_FORCE,), example="postcopy ctl quit"),
 }

@@ -27,7 +27,7 @@ import secrets
 import shlex
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -45,7 +45,7 @@ from postcopy.errors import (
     out_of_memory,
 )
 from postcopy.machines import BlockLayout, Machine, MachineState
-from postcopy.machines.kinds import create_destination
+from postcopy.machines.kinds import HostOptions, create_destination
 from postcopy.memory.bitmap import Bitmap
 from postcopy.migration import salvage
 from postcopy.migration.destination import DestinationMigration
@@ -204,7 +204,8 @@ class Owned:
         if machine is None or self.has_left or not machine.live or _is_dead(machine):
             return ""
         if job is None or job.state in OVER or job.cancellable:
-            return "the machine runs only here" if self.machine is not None else ""
+            # (a process of its own runs on)
+            return "the machine runs only here" if self.machine is not None and not machine.outlives else ""
         return still_missing(job)
 
 
@@ -497,7 +498,14 @@ class Service(abc.ABC):
         """The machine that a source offers. Errors as for `create_destination`."""
         arrival = self.arrival
         owned.name = self.name_arriving(owned, kind, config)
-        return create_destination(kind, config, layout, arrival.backing, disk=arrival.disk, net=arrival.net)
+        host = HostOptions(**{item.name: getattr(arrival, item.name) for item in fields(HostOptions)})
+        machine = create_destination(kind, config, layout, host=host)
+        if machine.maps_late and arrival.pager_process:
+            raise ConfigurationError(
+                f"--pager process: a machine of kind {kind} is a process of its own, which lives when this one crashes;"
+                " leave it out"
+            )
+        return machine
 
     def name_arriving(self, owned: Owned, kind: str, config: Mapping[str, Any]) -> str:
         """`ConfigurationError` for a machine that cannot be taken."""
@@ -581,10 +589,10 @@ class Service(abc.ABC):
         )
 
     async def close_machine(self, owned: Owned) -> None:
-        """Raises nothing that is a matter of the machine."""
+        """Lets go of it, and ends it where it has left. Raises nothing that is a matter of the machine."""
         if owned.machine is not None:
             try:
-                await owned.machine.close()
+                await (owned.machine.destroy() if owned.has_left else owned.machine.close())
             except PostcopyError as error:
                 log.error("%s: %s", owned.name, error)
 

@@ -112,7 +112,14 @@ class Source(Service):
     async def _make_machine(self) -> Machine:
         config, origin = self._config, self._config.origin
         if origin is None:
-            return create_source(config.kind, config.machine)
+            machine = create_source(config.kind, config.machine)
+            try:
+                await machine.prepare()
+            except BaseException:
+                with trio.CancelScope(shield=True):  # bounded
+                    await machine.close()
+                raise
+            return machine
         found = await run_sync(partial(salvage.examine, origin.path, reclaim=origin.reclaim, is_live=is_live))
         if found.doubts and not origin.force:
             raise ConfigurationError(
@@ -120,6 +127,12 @@ class Source(Service):
             )
         for doubt in found.doubts:
             self.output.say(f"source: in doubt: {doubt}")
+        if found.salvage.manifest.machine == "firecracker":
+            raise ConfigurationError(
+                f"--from {origin.path}: a microVM is not started from here: what the directory has is a snapshot, which"
+                f" a Firecracker loads (PUT /snapshot/load, snapshot_path {origin.path}/state, mem_backend File"
+                f" {origin.path}/00.memory)"
+            )
         options = config.machine
         make = partial(create_destination, backing=options.backing or "memfd", disk=options.disk, net=options.net)
         machine = await salvage.restore(found, make)
@@ -209,7 +222,9 @@ class Source(Service):
             self.failure = why_not_completed(migration)
             was_ready = self._was_ready or migration.ready_ns > 0  # in any attempt
             keep = reclaimed or (migration.may_run and was_ready and self._config.keep)
-            if keep and machine.live and not self.stop.is_set():
+            if machine.outlives and migration.may_run:
+                self.output.say(f"source: migration failed: {self.failure}; the machine goes on", about=migration)
+            elif keep and machine.live and not self.stop.is_set():
                 if not reclaimed:
                     self.output.say(
                         f"source: migration failed: {self.failure}; the machine goes on here until interrupted",

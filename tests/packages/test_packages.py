@@ -23,6 +23,8 @@ SHARED = {
     f"share/postcopy/{path.name}" for name in ("systemd", "prometheus") for path in (ROOT / "examples" / name).iterdir()
 }
 SHARED |= {"share/postcopy/seccomp-userfaultfd.json"}
+if platform.machine() == "x86_64":
+    SHARED |= {"share/postcopy/firecracker-guest.elf"}
 
 
 def test_the_source_distribution_has_every_file(sdist: Path) -> None:
@@ -43,6 +45,10 @@ def test_the_wheel_has_the_package_and_what_is_shared(wheel: Path) -> None:
     info, data = f"postcopy-{VERSION}.dist-info", f"postcopy-{VERSION}.data/data"
     assert {"postcopy/_native.abi3.so", "postcopy/_native.pyi", "postcopy/py.typed"} <= names
     assert [file for file in names if file.endswith((".so", ".a"))] == ["postcopy/_native.abi3.so"]
+    with zipfile.ZipFile(wheel) as archive:
+        keeper = archive.getinfo("postcopy/postcopy-keeper")
+        assert archive.read(keeper)[:4] == b"\x7fELF"
+        assert keeper.external_attr >> 16 & 0o111 == 0o111  # pip makes it executable then
     assert {file.partition("/")[0] for file in names} == {"postcopy", info, f"postcopy-{VERSION}.data"}
     assert f"{info}/licenses/LICENSE" in names
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "postcopy").rglob("*.py")}

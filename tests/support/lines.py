@@ -64,7 +64,7 @@ def parse_control_line(text: str | bytes, request: str = "") -> Json:
         convert(line["timestamp"], Timestamp)
         _check_event(line["event"], line["data"])
     elif line.keys() - {"id"} == {"return"}:
-        convert(line["return"], ANSWERS[request])
+        _check(line["return"], ANSWERS[request], f"answer to {request}")
     else:
         raise ValidationError(f"no line of the control socket: {line}")
     return line
@@ -76,7 +76,7 @@ def parse_answer(text: str | bytes, request: Sequence[str]) -> Json:
     if request[0] == "migrate" and "--detach" not in request:
         _check_event("migration-ended", answer)
     else:
-        convert(answer, ANSWERS[request[0]])
+        _check(answer, ANSWERS[request[0]], f"answer to {request[0]}")
     return answer
 
 

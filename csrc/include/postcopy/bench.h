@@ -33,6 +33,18 @@ int pc_bench_floor_place(int uffd, int fd, void *base, uint64_t bytes);
 int64_t pc_bench_claim(uint64_t pages, uint64_t claims);
 /* The least a program can do that serves faults of its own process: poll, read one event, COPY, `count` times. */
 int pc_bench_uffd_serve(int uffd, const void *page, uint64_t page_bytes, uint64_t count);
+/* A piece of a VMM's memory, as its handshake has it: `offset` in the image file. */
+struct pc_bench_region {
+    uint64_t address;
+    uint64_t bytes;
+    uint64_t offset;
+};
+/* The least that serves a VMM from an image file: mmap, then poll, read one event, COPY of one page, until `connection` says something
+ * (it has ended). `example`: reads until there is no event, as the example of Firecracker's documentation. 0 or -errno. */
+int pc_bench_image_serve(int uffd, int connection, int image_fd, uint64_t image_bytes, const struct pc_bench_region *regions, unsigned count,
+                         int example);
+/* How fast a part of an image can be placed: COPY in runs, from a mapping that is populated. 0 or -errno. */
+int pc_bench_image_place(int uffd, int image_fd, uint64_t offset, uint64_t address, uint64_t bytes, uint64_t run_bytes);
 /* ==== end cffi ==== */
 
 #ifdef __cplusplus

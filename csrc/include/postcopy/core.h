@@ -21,9 +21,11 @@ extern "C" {
 
 const char *pc_version(void);
 
-/* ---- crc32c ---- */
+/* ---- checksums ---- */
 /* CRC-32C (Castagnoli, reflected, as in RFC 3720); `crc` is 0 to begin and the last result to continue. */
 uint32_t pc_crc32c(uint32_t crc, const void *data, size_t bytes);
+/* CRC-64 (Jones, reflected), as snapshots of Firecracker have it at their end; begun and continued in the same way. */
+uint64_t pc_crc64(uint64_t crc, const void *data, size_t bytes);
 /* 1 when every byte is zero. */
 int pc_is_zero(const void *data, size_t bytes);
 

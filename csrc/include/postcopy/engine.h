@@ -49,6 +49,14 @@ struct pc_pager_stats {
     uint64_t pending_faults;                 /* threads blocked now, as far as events were read */
     uint64_t oldest_pending_ns;              /* for how long the first of them has been; 0 when there is none */
     uint64_t frames_refused;                 /* bad frames: each ended its channel */
+    uint64_t local_pages;                    /* placed from a local source, on demand or before */
+    uint64_t prefetched_pages;               /* of them, and of zero pages, placed before a fault asked */
+    uint64_t set_pages;                      /* of working sets that were asked for (pc_pager_prefetch_runs) and looked at */
+    uint64_t set_hits;                       /* of them, placed before a fault asked */
+    uint64_t local_waits;                    /* faults whose page a reader had to fetch: it was not in the page cache */
+    uint64_t removes, removed_pages;         /* REMOVE and UNMAP events, and pages that they took away */
+    uint64_t retries;                        /* placements that the kernel refused for the moment */
+    uint64_t first_fault_ns, fault_100_ns, fault_1000_ns, fault_10000_ns; /* when a shard had served so many, by CLOCK_MONOTONIC */
 };
 int pc_pager_new(struct pc_pager **pager); /* free with pc_pager_free */
 /* What a pager has counted, where it outlives the pager: made and read by one process, counted by the pagers of another one, one
@@ -63,21 +71,26 @@ int pc_metrics_latency(struct pc_metrics *metrics, int stage, struct pc_histogra
 int pc_metrics_blocktime(struct pc_metrics *metrics, uint64_t *blocktime_ns, uint32_t slots);
 /* A pager that counts there. The descriptor stays the caller's. */
 int pc_pager_new_with_metrics(int metrics_fd, struct pc_pager **pager);
-/* Adds the next RAM block (index returned). The memory stays the caller's and must outlive the pager. Locks. */
+/* Adds the next RAM block (index returned). The memory stays the caller's and must outlive the pager. memory->base may be NULL: pages
+ * of the block are then where pc_pager_arm_at says, once for each part of it. Locks. */
 int pc_pager_add_block(struct pc_pager *pager, const struct pc_memory *memory);
 /* The same with states that outlive this pager: what they say is known is not missing. memory->base may be an address of
- * another process then, of which this one has a userfaultfd (pc_pager_adopt_shard); this pager touches no memory through it.
- * Locks. */
+ * another process then, of which this one has a userfaultfd (pc_pager_adopt_shard); this pager touches no memory through it. The pager
+ * that had them before has ended: its process has been waited for, or its pidfd says so. What it had under way counts as missing where
+ * memory->fd is -1 (private memory); else pc_states_settle comes first (-EUCLEAN). What it had read of memory that was taken away is
+ * applied by arming; a shard's is in the states of the block that it is armed with first, so arm in the same order. Locks. */
 int pc_pager_add_block_with_states(struct pc_pager *pager, const struct pc_memory *memory, int states_fd);
 /* Pages of a block that are zero at the source: a fault on them is answered here. At any time: what has been placed stays. */
 int pc_pager_set_zero(struct pc_pager *pager, uint32_t block, const uint64_t *zero_words);
 /* Opens a userfaultfd with its fault thread (index returned). busy_poll_us: how long the thread busy-waits after each
  * event before it sleeps. The thread runs from now on, with or without a channel. Locks. */
 int pc_pager_add_shard(struct pc_pager *pager, int how, uint32_t busy_poll_us, char *error, size_t error_bytes);
-/* The same around a userfaultfd that exists, of this or another process, with the features that it was opened with. The
- * descriptor becomes the pager's, also on failure; who made it keeps a copy, or nothing stops zeros when this process dies.
- * With EVENT_REMOVE or EVENT_UNMAP what its process throws away is zero from then on. EVENT_FORK, EVENT_REMAP and SIGBUS are
- * refused (-EOPNOTSUPP), as is what is blocking, is no userfaultfd, or has not had its UFFDIO_API (-EINVAL). Locks. */
+/* The same around a userfaultfd that exists, of this or another process. Its features are asked of /proc; `features` are those that it
+ * has where /proc is not there. The descriptor becomes the pager's, also on failure; who made it keeps a copy, or nothing stops zeros when
+ * this process dies. With EVENT_REMOVE or EVENT_UNMAP what its process throws away is zero from then on, also when it does so before the
+ * memory is armed here. EVENT_FORK, EVENT_REMAP and SIGBUS are refused (-EOPNOTSUPP), as is what is blocking, is no userfaultfd, or has
+ * not had its UFFDIO_API (-EINVAL). Of private memory a page that is there already counts as received, and one that has left the
+ * userfaultfd as zero. When its process has ended that is PC_EVENT_FATAL with ESRCH, by the first placement that meets it. Locks. */
 int pc_pager_adopt_shard(struct pc_pager *pager, int uffd, uint64_t features, uint32_t busy_poll_us, char *error,
                          size_t error_bytes);
 /* The features that pc_pager_add_shard asks for, of those `available`. */
@@ -87,6 +100,10 @@ uint64_t pc_pager_features(uint64_t available);
  * range has in the page cache, and blocks for that. */
 int pc_pager_arm(struct pc_pager *pager, uint32_t shard, uint32_t block, uint64_t first_page, uint64_t pages, char *error,
                  size_t error_bytes);
+/* The same at an address of the process whose userfaultfd the shard has, whatever the block's base is: a block may lie in several
+ * parts, in any order. Pages that are never armed are never placed. -EBUSY where the pages, or the addresses, are armed already. */
+int pc_pager_arm_at(struct pc_pager *pager, uint32_t shard, uint32_t block, uint64_t first_page, uint64_t pages, uint64_t address,
+                    char *error, size_t error_bytes);
 /* Gives a shard its urgent channel (again, after the old one went down: everything pending is requested anew). -EBUSY while
  * pc_pager_disconnect runs, here and for bulk channels. A channel goes down, and no more than that, when a page cannot be placed
  * for want of memory or of its address range (ENOMEM, ENOENT in the event): attach it again. Locks. */
@@ -112,6 +129,48 @@ int64_t pc_pager_request_range(struct pc_pager *pager, uint32_t block, uint64_t 
 int64_t pc_pager_watch(struct pc_pager *pager, uint32_t block, uint64_t first_page, uint64_t pages, int event_fd);
 /* From its return on nothing is written any more. Harmless for a ticket that is used up. */
 void pc_pager_unwatch(struct pc_pager *pager, int64_t ticket);
+/* ---- pages that are here ---- */
+/* Pages that are read here and never requested: those of `words`, NULL for all, whose content begins at `offset` of a file. A fault is
+ * answered by the fault thread where the page cache has the page, else by a reader thread, so that a slow disk delays only those who
+ * wait for it. Holes of the file are zero, as are pages that hold nothing but zeros. A file that ends too early, now or later, and I/O
+ * errors are FATAL events; who waits goes on waiting, and is served when this is called again, with the same file or a repaired
+ * one. The descriptor is duplicated. At any time. -ENODATA: the file is too short; -EBUSY: the block has pc_pager_stage. Blocks while
+ * it looks for holes. */
+int pc_pager_set_local(struct pc_pager *pager, uint32_t block, int fd, uint64_t offset, const uint64_t *words, char *error,
+                       size_t error_bytes);
+/* What arrives for pages of this block that are not armed is written to this memfd, as large as the block, and is a local page from then
+ * on: placed, by demand and in the background, once it is armed, and then removed from the memfd. What the memfd holds now, and is not
+ * received, is taken as staged: a successor of a pager that died passes the same one. pc_pager_forget clears what is staged. Before the
+ * first page arrives. The descriptor is duplicated. -EINVAL: it is too small, -EBUSY: the block has a local source. */
+int pc_pager_stage(struct pc_pager *pager, uint32_t block, int fd);
+/* How many threads read what the page cache does not have for those who wait, and how many read and place what is prefetched; at first
+ * 2 of each. They start when they are first needed. -EBUSY after that, -EINVAL above PC_MAX_READERS or for 0. */
+#define PC_MAX_READERS 16
+int pc_pager_set_readers(struct pc_pager *pager, uint32_t demand, uint32_t background);
+/* Places all local pages that are armed, in the background: in runs, behind what threads wait for, after the working set. */
+int pc_pager_prefetch_all(struct pc_pager *pager);
+/* Places the local pages of these runs, in their order and ahead of pc_pager_prefetch_all; zero pages among them are placed too, so
+ * that they cost no fault. Pages that are not armed are skipped. In addition to runs that are left of an earlier call. -EINVAL for pages
+ * that there are not, -ENOMEM. Locks. */
+struct pc_page_run {
+    uint64_t first_page;
+    uint32_t pages, block;
+};
+int pc_pager_prefetch_runs(struct pc_pager *pager, const struct pc_page_run *runs, uint64_t count);
+/* Ends both; pages that are staged are placed none the less. */
+int pc_pager_prefetch_stop(struct pc_pager *pager);
+/* 1 while a background thread has, or will have, something to place; else 0. It ends by itself where the host is short of memory. */
+int pc_pager_prefetching(struct pc_pager *pager);
+/* A memfd for the order of first touch, that outlives pagers: room for as many pages as all blocks together have. The descriptor or
+ * -errno. */
+int pc_touches_new(uint64_t pages);
+/* Logs there each page at its first demand fault, zero pages too, behind what it holds; what finds no room is not logged. The
+ * descriptor is duplicated. Before memory is armed. -EINVAL: it is something else. */
+int pc_pager_record_touches(struct pc_pager *pager, int fd);
+/* Copies them in their order, as block << 40 | page, and not more than `capacity`; how many, or -EINVAL. Any process, any time. A page may
+ * come twice when a pager died: the first one counts. */
+int64_t pc_touches_read(int fd, uint64_t *touches, uint64_t capacity);
+
 int pc_pager_event_fd(struct pc_pager *pager); /* eventfd: readable when pc_pager_next_event has something */
 int pc_pager_next_event(struct pc_pager *pager, struct pc_event *event); /* 1, or 0 when there is none. Locks, for microseconds */
 /* The next four take no lock and stand in the way of no fault; figures that belong together may be one apart. */
@@ -126,7 +185,8 @@ int pc_pager_disconnect(struct pc_pager *pager);
 /* Precopy, before the machine runs here: these pages have changed at the source. Those that are received are missing again (and COMPLETE
  * will be announced again); the others stay as they are. What they hold is discarded by pc_memory_discard_pages, *after* this, in the
  * process that has the memory. No page of the block may be under way, since it would count as the new one: each bulk channel has ended
- * its push (PC_EVENT_BULK_END), and nothing is requested. -EBUSY while there is a watch. Locks. */
+ * its push (PC_EVENT_BULK_END), and nothing is requested. -EBUSY while there is a watch, and when a block without an address has been
+ * armed: nobody can discard what it holds. What is staged is removed here, and blocks for that. Locks. */
 int pc_pager_forget(struct pc_pager *pager, uint32_t block, const uint64_t *stale_words);
 /* Another push begins: each bulk channel may end once more. (A second END in one push ends its channel: -EBADMSG in the event.) */
 int pc_pager_expect_push(struct pc_pager *pager);
@@ -136,6 +196,10 @@ int pc_pager_disarm(struct pc_pager *pager);
  * without POISON, the userfaultfd is deliberately left open: -EBUSY), since closing it would turn them into zeros. Alone, and last;
  * blocks until the threads have ended. */
 int pc_pager_free(struct pc_pager *pager);
+/* The same without poisoning or unregistering anything: others hold the userfaultfds, and what waits for a page waits for the next
+ * pager that has them. No placement is under way when it returns; states that outlive the pager are settled. Alone, and last; blocks
+ * until the threads have ended: at most for one read of a local file. */
+int pc_pager_leave(struct pc_pager *pager);
 
 /* ---- page server ---- */
 /* The source's side: answers requests, pushes the rest. See csrc/pageserver/server.h. */
@@ -155,7 +219,8 @@ struct pc_pageserver_stats {
 };
 /* The limit is for bulk only; 0: none. */
 int pc_pageserver_new(uint64_t max_bandwidth_bytes_per_s, struct pc_pageserver **server);
-/* Adds the next RAM block (index returned): memory->base is read where it is not NULL, else memory->fd by pread.
+/* Adds the next RAM block (index returned): memory->base is read where it is not NULL, else memory->remote
+ * (another process) where that is not, else memory->fd by pread.
  * page_bytes is the unit of transfer; present_words (copied) has a bit for each page that may be non-zero. Locks. */
 int pc_pageserver_add_block(struct pc_pageserver *server, const struct pc_memory *memory, uint64_t page_bytes);
 /* Locks, as do the next calls and pc_pageserver_set_bandwidth: for as long as a bulk thread looks for its next run. -EBUSY after
@@ -185,7 +250,7 @@ int pc_pageserver_start(struct pc_pageserver *server);
 /* The destination has these pages for good: bit i of `words` is page first_page + i. None of them is read again, and their
  * memory is given back, except for those that a channel is sending right now and those that share a larger page of memory
  * with one that is not released: later calls see to them. A request for a released page is never answered with content.
- * -EBUSY before pc_pageserver_serve, -ENOTSUP for memory that is a file. Blocks for as long as the kernel takes. */
+ * -EBUSY before pc_pageserver_serve, -ENOTSUP for memory that is a file or another process's. Blocks for as long as the kernel takes. */
 int pc_pageserver_release(struct pc_pageserver *server, uint32_t block, uint64_t first_page, uint64_t pages,
                           const uint64_t *words);
 /* Copies of two maps, either of which may be NULL: pages that are released, and those of them whose memory is gone. */

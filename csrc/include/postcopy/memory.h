@@ -19,12 +19,14 @@ extern "C" {
 /* ==== begin cffi ==== */
 /* ---- memory ---- */
 enum pc_memory_kind { PC_MEMORY_MEMFD = 1, PC_MEMORY_ANON = 2, PC_MEMORY_HUGETLB = 3 };
+struct pc_remote;
 struct pc_memory {
-    void *base;          /* mapping the machine uses; NULL when there is none */
+    void *base;          /* mapping the machine uses; NULL when there is none here */
     uint64_t size_bytes; /* multiple of page_bytes */
     uint64_t page_bytes; /* what one fault brings: the system's page, or the huge page */
     int kind;            /* enum pc_memory_kind */
     int fd;              /* memfd, or -1 */
+    const struct pc_remote *remote; /* where it lies in another process, from which it is read then; else NULL */
 };
 uint64_t pc_page_bytes(void);
 uint64_t pc_huge_page_bytes(void); /* default huge page size, 0 when the kernel has none */
@@ -61,6 +63,40 @@ int pc_memory_resident(const struct pc_memory *memory, uint64_t *resident_bytes)
 /* memcpy for callers who may not touch memory themselves, since a page of it may be missing; blocks until it is there. */
 void pc_bytes_copy(uint64_t to_address, uint64_t from_address, uint64_t bytes);
 
+/* ---- memory of another process ---- */
+/* Looked at and read from outside, while that process knows nothing of it (csrc/memory/remote.c). Reading takes the right to trace
+ * it. Reading a page that its process waits for too, since another pager has not brought it yet, waits as well. */
+struct pc_remote_extent {
+    uint64_t address;    /* in that process */
+    uint64_t first_byte; /* of the memory */
+    uint64_t bytes;
+};
+#define PC_REMOTE_EXTENTS 64
+/* Extents in the order of the memory, which they make up without a gap, in whole pages. pidfd, which is duplicated, is that of `pid`:
+ * so that nothing is read of a process that has its number later. 0 or -errno with a line in `error`. */
+int pc_remote_new(int pid, int pidfd, const struct pc_remote_extent *extents, uint32_t count, uint64_t page_bytes,
+                  struct pc_remote **remote, char *error, size_t error_bytes);
+void pc_remote_free(struct pc_remote *remote);
+/* 0 when all was read, else -errno: -ESRCH when the process has ended, -EFAULT where it has no memory, -EPERM without the right. Blocks
+ * while a page is missing there. */
+int pc_remote_read(const struct pc_remote *remote, uint64_t first_byte, void *buffer, uint64_t bytes);
+/* A descriptor of another process, duplicated into this one (pidfd_getfd), or -errno. */
+int pc_remote_descriptor(int pidfd, int fd);
+
+/* Which pages of it are written while its threads run, by way of its own userfaultfd, with nothing but mode WP (csrc/memory/
+ * writelog.c). A thread here answers each first write to a page. */
+struct pc_write_log;
+/* The memory is registered from here on. Every page of it must have arrived, and no other program may read that userfaultfd: else
+ * what is missing would become zeros. The descriptor is duplicated. 0 or -errno with a line in `error`: -EBUSY where another
+ * userfaultfd has a part of the memory. Blocks for as long as the kernel walks the page tables. */
+int pc_write_log_new(int uffd, const struct pc_remote *remote, struct pc_write_log **log, char *error, size_t error_bytes);
+/* Adds to `words` the pages that were written, became present or were given back since the last call, or since the log was made;
+ * how many it added, or -errno, after which nothing is known. Never one too few. `stopped`: nobody writes meanwhile, nor after; they
+ * are then not protected again. One caller at a time. */
+int64_t pc_write_log_collect(struct pc_write_log *log, uint64_t *words, int stopped);
+/* Ends the logging: all is as it was before, nobody waits, and writes cost nothing any more. Alone, and last. */
+void pc_write_log_free(struct pc_write_log *log);
+
 /* ---- dirty log ---- */
 /* Which pages of a machine were written, while it runs: by its threads, by KVM for its vCPUs, by system calls (csrc/memory/dirty.c).
  * It takes no more than the right to a userfaultfd, be it one with UFFD_USER_MODE_ONLY. */
@@ -84,15 +120,15 @@ void pc_dirty_log_free(struct pc_dirty_log *log);
 
 /* ---- page states ---- */
 /* What has become of each page of a RAM block, in a sealed memfd that a pager writes and that outlives it: when the pager's process
- * dies, the process that has the machine (and a copy of the userfaultfd) settles what was under way and gives both to the next
+ * dies, the process that has the machine, or a copy of its userfaultfd, settles what was under way and gives both to the next
  * pager. csrc/memory/states.c says why no page is lost, placed twice or filled with zeros by that. */
 int pc_states_new(uint64_t pages); /* the descriptor, or -errno */
 /* Copies the map of pages that were received or are known to be zero; -EINVAL when fd is not the states of as many pages. Any process, any time. */
 int pc_states_received(int fd, uint64_t pages, uint64_t *words);
 /* How many pages of the map are there; the same errors. */
 int64_t pc_states_count(int fd, uint64_t pages);
-/* To be called after a pager has died (its process has been waited for), before the next one has the states, in the process
- * that has the memory mapped at memory->base. How many pages were under way, or -errno; then nothing may go on. -ENOTRECOVERABLE: a
+/* For memory with a descriptor: to be called after a pager has died (its process has been waited for), before the next one has the
+ * states, in the process that has the memory mapped at memory->base. How many pages were under way, or -errno; then nothing may go on. -ENOTRECOVERABLE: a
  * page of shared memory may have been placed and swapped out; fetching it again would undo what the machine has written to it. */
 int64_t pc_states_settle(int fd, const struct pc_memory *memory);
 /* ==== end cffi ==== */

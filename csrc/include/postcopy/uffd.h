@@ -67,6 +67,8 @@ int pc_uffd_probe(int how, struct pc_uffd_api *api);
 /* A new userfaultfd, non-blocking and close-on-exec, with `features` enabled. The fd, or -errno:
  * -EINVAL when the kernel lacks a feature, -EPERM/-EACCES when the user may not, -ENOSYS/-ENOENT when there is none. */
 int pc_uffd_open(int how, uint64_t features, struct pc_uffd_api *api);
+/* The features that a userfaultfd of any process was opened with, as /proc tells. 0, -EINVAL when it is none, or -errno. */
+int pc_uffd_features(int uffd, uint64_t *features);
 /* UFFDIO_REGISTER (*ioctls: what the range allows), UFFDIO_UNREGISTER, UFFDIO_WAKE: 0 or -errno. */
 int pc_uffd_register(int uffd, uint64_t address, uint64_t bytes, uint64_t mode, uint64_t *ioctls);
 int pc_uffd_unregister(int uffd, uint64_t address, uint64_t bytes);

@@ -11,6 +11,19 @@
 #include "postcopy/core.h"
 #include "tests/support/test.h"
 
+/* ---- crc64 ---- */
+
+static void crc64_has_the_known_values(void)
+{
+    const char digits[] = "123456789";
+    uint64_t crc = pc_crc64(0, digits, 9);
+
+    CHECK(crc == UINT64_C(0xe9c6d914c4b8d9ca));
+    CHECK(pc_crc64(pc_crc64(0, digits, 4), digits + 4, 5) == crc);
+    CHECK_EQ(pc_crc64(crc, &crc, sizeof(crc)), 0); /* little endian, as it is written: of all that is there it is 0 */
+    CHECK_EQ(pc_crc64(0, "", 0), 0);
+}
+
 /* ---- crc32c ---- */
 
 static uint32_t crc_by_bits(uint32_t crc, const uint8_t *data, size_t bytes)
@@ -539,6 +552,7 @@ static void summary_finds_what_is_not_full(void)
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
+    RUN(crc64_has_the_known_values);
     RUN(crc_has_the_vectors_of_rfc_3720);
     RUN(crc_paths_agree);
     RUN(crc_continues);

@@ -407,7 +407,7 @@ static void strangers_are_refused(void)
     CHECK_EQ(pc_states_received(other, 100, word), -EINVAL); /* empty */
     CHECK_SYS(ftruncate(other, 8192));
     CHECK_EQ(pc_states_received(other, 100, word), -EINVAL); /* zeros */
-    CHECK_EQ(pwrite(other, "pstates1d\0\0\0\0\0\0", 16, 0), 16);
+    CHECK_EQ(pwrite(other, "pstates2d\0\0\0\0\0\0", 16, 0), 16);
     CHECK_EQ(pc_states_received(other, 100, word), -EINVAL); /* another size, and not sealed */
     CHECK_EQ(pc_states_received(-1, 100, word), -EBADF);
 

@@ -126,8 +126,6 @@ static void misuse_is_refused(void)
     odd = rig.dest[0];
     odd.size_bytes -= 1;
     CHECK_EQ(pc_pager_add_block(rig.pager, &odd), -EINVAL);
-    odd = (struct pc_memory){.size_bytes = 4096, .page_bytes = 4096, .fd = -1};
-    CHECK_EQ(pc_pager_add_block(rig.pager, &odd), -EINVAL);
     odd = rig.dest[0];
     odd.page_bytes = odd.size_bytes = UINT64_C(2) * PC_FRAME_MAX_PAYLOAD_BYTES; /* could never be sent */
     CHECK_EQ(pc_pager_add_block(rig.pager, &odd), -EINVAL);
@@ -136,6 +134,8 @@ static void misuse_is_refused(void)
     CHECK_EQ(pc_pager_arm(rig.pager, 0, 1, 0, 1, message, sizeof(message)), -EINVAL);
     CHECK_EQ(pc_pager_arm(rig.pager, 0, 0, 200, 1, NULL, 0), -EINVAL);
     CHECK_EQ(pc_pager_arm(rig.pager, 0, 0, 1, UINT64_MAX, NULL, 0), -EINVAL);
+    CHECK_EQ(pc_pager_arm_at(rig.pager, 0, 0, 0, 1, 1, NULL, 0), -EINVAL);
+    CHECK_EQ(pc_pager_arm_at(rig.pager, 0, 0, 0, 2, UINT64_MAX - 4095, NULL, 0), -EINVAL);
     CHECK_EQ(pc_pager_arm(rig.pager, 0, 0, 0, 0, NULL, 0), -EINVAL);
     arm(&rig, 0, 0, 10, 10);
     CHECK_EQ(pc_pager_arm(rig.pager, 0, 0, 0, 11, message, sizeof(message)), -EBUSY);

@@ -2,6 +2,9 @@
  *
  * The page server alone, the test being the destination: requests, bulk, bandwidth, images, connections.
  */
+#include <sys/mman.h>
+#include <sys/socket.h>
+
 #include "tests/support/server_rig.h"
 
 static void server_refuses_nonsense(void)
@@ -268,6 +271,157 @@ static void image_file(uint64_t page_bytes)
     free(content);
 }
 
+/* Memory of another process, a child: the fork has made it a copy of `memory`, the second half of which it has below the first. One
+ * page of it is missing there, and the userfaultfd that guards it is ours too. */
+struct other {
+    pid_t pid;
+    int pidfd, uffd;
+    struct pc_remote *remote;
+    uint64_t base, size_bytes;
+};
+
+static uint64_t other_address(const struct other *other, uint64_t offset)
+{
+    return other->base + (offset + other->size_bytes / 2) % other->size_bytes;
+}
+
+static void start_other(struct other *other, const struct pc_memory *memory, uint64_t missing)
+{
+    uint64_t half = memory->size_bytes / 2;
+    uint8_t *there = mmap(NULL, memory->size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    struct pc_remote_extent extents[2];
+    int pair[2], uffd = -1;
+
+    CHECK(there != MAP_FAILED);
+    CHECK_SYS(madvise(there, memory->size_bytes, MADV_NOHUGEPAGE));
+    for (uint64_t page = 0; page < memory->size_bytes / memory->page_bytes; page++)
+        if (content_of(0, page) == DATA && page != missing)
+            make_page(0, page, memory->page_bytes, there + (page * memory->page_bytes + half) % memory->size_bytes);
+    other->base = (uintptr_t)there;
+    other->size_bytes = memory->size_bytes;
+    CHECK_SYS(socketpair(AF_UNIX, SOCK_STREAM, 0, pair));
+    other->pid = fork();
+    CHECK(other->pid >= 0);
+    if (!other->pid) {
+        struct pc_uffd_api api;
+
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        uffd = pc_uffd_open(PC_UFFD_ANY, 0, &api);
+        if (uffd >= 0 && pc_uffd_register(uffd, other_address(other, missing * memory->page_bytes), memory->page_bytes,
+                                          PC_UFFD_MISSING, NULL))
+            uffd = -1;
+        (void)!write(pair[1], &uffd, sizeof(uffd));
+        for (;;)
+            pause();
+    }
+    CHECK_EQ(read(pair[0], &uffd, sizeof(uffd)), sizeof(uffd));
+    close(pair[0]);
+    close(pair[1]);
+    munmap(there, memory->size_bytes);
+    if (uffd < 0)
+        SKIP("uffd", "the other process may not have a userfaultfd");
+    other->pidfd = (int)syscall(SYS_pidfd_open, other->pid, 0);
+    other->uffd = pc_remote_descriptor(other->pidfd, uffd);
+    CHECK(other->pidfd >= 0 && other->uffd >= 0);
+    extents[0] = (struct pc_remote_extent){other->base + half, 0, half};
+    extents[1] = (struct pc_remote_extent){other->base, half, half};
+    if (pc_remote_new(other->pid, other->pidfd, extents, 2, memory->page_bytes, &other->remote, message, sizeof(message)))
+        FAIL("%s", message);
+}
+
+/* Of another process: read from there, in two pieces; a page that is missing there comes when it does, and others meanwhile; and when
+ * the process ends, that is said, and nothing invented. */
+static void memory_of_another_process(void)
+{
+    const uint64_t pages = 200, page_bytes = pc_page_bytes();
+    struct pc_memory memory = {.size_bytes = pages * page_bytes, .page_bytes = page_bytes, .kind = PC_MEMORY_ANON, .fd = -1};
+    uint8_t *content = calloc(1, PC_FRAME_MAX_PAYLOAD_BYTES);
+    uint64_t missing = 0, pushed = 0, words[4] = {1};
+    struct rig rig = {.page_bytes = page_bytes};
+    struct pc_frame frame;
+    struct pc_event event;
+    struct other other;
+    int fd, beside;
+
+    CHECK(content != NULL);
+    for (uint64_t page = 10; page < pages; page++)
+        missing = content_of(0, page) == DATA ? page : missing;
+    start_other(&other, &memory, missing);
+    memory.remote = other.remote;
+    CHECK_EQ(pc_pageserver_new(0, &rig.server), 0);
+    rig.from_server =
+        (struct inbox){.owner = rig.server, .fd = pc_pageserver_event_fd(rig.server), .next = next_server_event};
+    CHECK_EQ(pc_pageserver_add_block(rig.server, &memory, page_bytes), 0);
+    CHECK_EQ(pc_pageserver_start(rig.server), 0);
+    CHECK_EQ(pc_pageserver_release(rig.server, 0, 0, pages, words), -ENOTSUP);
+    fd = client(&rig, PC_CHANNEL_URGENT, 0);
+    beside = client(&rig, PC_CHANNEL_URGENT, 1);
+    CHECK(request(fd, 0, missing, 1, 99));
+    for (uint64_t page = 0; page < pages; page++) {
+        if (page == missing)
+            continue;
+        CHECK(request(beside, 0, page, 1, (uint32_t)page));
+        expect_answer(beside, page_bytes, &frame, content);
+        CHECK_EQ(frame.first_page, page);
+    }
+    CHECK(!speaks(fd, 0));
+    make_page(0, missing, page_bytes, content);
+    CHECK_EQ(pc_uffd_copy(other.uffd, other_address(&other, missing * page_bytes), content, page_bytes, 0, NULL), 0);
+    expect_answer(fd, page_bytes, &frame, content);
+    CHECK_EQ(frame.request_id, 99);
+    CHECK(request(fd, 0, 0, (uint32_t)pages, 5)); /* across the border of the pieces */
+    for (uint64_t page = 0; page < pages; page++) {
+        expect_answer(fd, page_bytes, &frame, content);
+        CHECK_EQ(frame.first_page, page);
+    }
+    CHECK_SYS(kill(other.pid, SIGKILL));
+    CHECK_EQ(waitpid(other.pid, NULL, 0), other.pid);
+    CHECK(request(fd, 0, 7, 1, 123));
+    CHECK(receive_frame(fd, &frame));
+    CHECK_EQ(frame.type, PC_FRAME_ERROR);
+    CHECK(receive_bytes(fd, content, frame.payload_bytes));
+    content[frame.payload_bytes] = 0;
+    CHECK(strstr((char *)content, "it has ended") != NULL);
+    EXPECT_EVENT(&rig.from_server, PC_EVENT_FATAL, PC_CHANNEL_URGENT, 0, &event);
+    CHECK_EQ(event.error, ESRCH);
+    close(fd);
+    close(beside);
+    pc_pageserver_free(rig.server);
+    pc_remote_free(other.remote);
+
+    /* By push, while it may be written and after. */
+    start_other(&other, &memory, missing);
+    CHECK_EQ(pc_uffd_unregister(other.uffd, other_address(&other, missing * page_bytes), page_bytes), 0); /* zeros, then */
+    memory.remote = other.remote;
+    CHECK_EQ(pc_pageserver_new(0, &rig.server), 0);
+    rig.from_server =
+        (struct inbox){.owner = rig.server, .fd = pc_pageserver_event_fd(rig.server), .next = next_server_event};
+    CHECK_EQ(pc_pageserver_add_block(rig.server, &memory, page_bytes), 0);
+    fd = client(&rig, PC_CHANNEL_BULK, 0);
+    CHECK_EQ(pc_pageserver_push(rig.server), 0);
+    while (receive_frame(fd, &frame) && frame.type != PC_FRAME_END) {
+        CHECK(receive_bytes(fd, content, frame.payload_bytes));
+        for (uint64_t i = 0; i < frame.pages && frame.payload_bytes; i++)
+            CHECK(is_page(0, frame.first_page + i, page_bytes, content + i * page_bytes));
+        for (uint64_t i = 0; i < frame.pages && !frame.payload_bytes; i++)
+            CHECK(frame.first_page + i == missing || content_of(0, frame.first_page + i) != DATA);
+        pushed += frame.pages;
+    }
+    CHECK_EQ(pushed, pages);
+    EXPECT_EVENT(&rig.from_server, PC_EVENT_BULK_END, PC_CHANNEL_BULK, 0, &event);
+    CHECK_SYS(kill(other.pid, SIGKILL));
+    CHECK_EQ(waitpid(other.pid, NULL, 0), other.pid);
+    words[0] = 6;
+    CHECK_EQ(pc_pageserver_set_stale(rig.server, 0, words), 0);
+    CHECK_EQ(pc_pageserver_start(rig.server), 0);
+    EXPECT_EVENT(&rig.from_server, PC_EVENT_FATAL, PC_CHANNEL_BULK, 0, &event);
+    CHECK(strstr(event.text, "it has ended") != NULL);
+    close(fd);
+    pc_pageserver_free(rig.server);
+    pc_remote_free(other.remote);
+    free(content);
+}
+
 static void image_of_small_pages(void)
 {
     image_file(4096);
@@ -443,6 +597,7 @@ int main(int argc, char **argv)
     RUN_CASE(ten_thousand_requests_at_once);
     RUN_CASE(image_of_small_pages);
     RUN_CASE(image_of_larger_pages);
+    RUN_CASE(memory_of_another_process);
     RUN_CASE(bandwidth_is_kept);
     RUN_CASE(server_disconnects_and_goes_on);
     RUN_CASE(push_follows_the_faults);

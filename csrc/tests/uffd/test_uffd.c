@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 
@@ -187,6 +188,18 @@ static void features_are_checked(void)
     CHECK(api.features & UFFD_FEATURE_MISSING_SHMEM);
     /* The answer has all the kernel's bits, not the wanted ones only. */
     CHECK(api.features & ~UFFD_FEATURE_MISSING_SHMEM);
+}
+
+static void proc_tells_the_features(void)
+{
+    uint64_t features = 0;
+    int uffd = open_uffd(PC_UFFD_ANY, UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_THREAD_ID), other = CHECK_SYS(eventfd(0, EFD_CLOEXEC));
+
+    CHECK_EQ(pc_uffd_features(uffd, &features), 0);
+    CHECK_EQ(features, UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_THREAD_ID);
+    CHECK_EQ(pc_uffd_features(other, &features), -EINVAL);
+    close(other);
+    CHECK_EQ(pc_uffd_features(other, &features), -ENOENT);
 }
 
 static void takes_one_handshake_only(void)
@@ -611,6 +624,7 @@ int main(int argc, char **argv)
     test_begin(argc, argv);
     RUN(opens_in_every_way);
     RUN(features_are_checked);
+    RUN(proc_tells_the_features);
     RUN(takes_one_handshake_only);
     RUN(poll_needs_nonblocking);
     RUN(register_tells_what_anonymous_memory_can);

@@ -22,12 +22,23 @@ from postcopy.machines.kinds import MachineOptions
 from postcopy.migration.source import SourceOptions
 from postcopy.output import Output
 from postcopy.service import options, schema
-from postcopy.service.config import ArrivalOptions, DaemonConfig, DestinationConfig, OperatingOptions, SourceConfig
+from postcopy.service.config import (
+    ArrivalOptions,
+    DaemonConfig,
+    DestinationConfig,
+    OperatingOptions,
+    PagerConfig,
+    SourceConfig,
+)
 from postcopy.service.options import Group, Option, record, to_arguments
 from postcopy.testbed.demo import DemoCommand
 
 # A value of every option that has one, as a user writes it, and what it is to a record.
 WRITTEN: dict[str, tuple[str, Any]] = {
+    "allow-uid": ("4,65534", (4, 65534)),
+    "api-socket": ("fc.sock", "fc.sock"),
+    "drive": ("root=/a,b=/c", "root=/a,b=/c"),
+    "firecracker": ("fc", "fc"),
     "backing": ("anon", "anon"),
     "bulk-channels": ("3", 3),
     "busy-poll": ("20", 20),
@@ -41,6 +52,7 @@ WRITTEN: dict[str, tuple[str, Any]] = {
     "heartbeat": ("300ms", 0.3),
     "image": ("i.img", "i.img"),
     "kind": ("rv64", "rv64"),
+    "images": ("snapshots", "snapshots"),
     "into": ("whole", "whole"),
     "listen": ("127.0.0.1:0", None),
     "log-level": ("debug", "debug"),
@@ -48,6 +60,8 @@ WRITTEN: dict[str, tuple[str, Any]] = {
     "compress": ("zstd", "zstd"),
     "max-bandwidth": ("8mbit", 1_000_000),
     "max-downtime": ("50ms", 0.05),
+    "max-memory": ("8GiB", 8 << 30),
+    "max-vms": ("10", 10),
     "memory": ("64MiB", 64 << 20),
     "metrics": (":9100", ":9100"),
     "metrics-file": ("x.prom", "x.prom"),
@@ -64,18 +78,27 @@ WRITTEN: dict[str, tuple[str, Any]] = {
     "peer-file": ("peer", "peer"),
     "precopy": ("auto", math.inf),
     "precopy-rounds": ("7", 7),
+    "program": ("/opt/bin/postcopy", "/opt/bin/postcopy"),
+    "prefetch": ("all", "all"),
+    "readers": ("3", 3),
+    "record-for": ("2.5", 2.5),
+    "record-working-set": ("new.ws", "new.ws"),
     "recover-for": ("forever", math.inf),
+    "restart-burst": ("9", 9),
     "run-for": ("1.5", 1.5),
     "salvage": ("s", "s"),
     "seed": ("18446744073709551615", 2**64 - 1),
     "serve": ("forever", math.inf),
+    "socket": ("s.sock", "s.sock"),
     "to": ("host:7", None),
     "user": ("nobody:users", "nobody:users"),
     "vcpus": ("2", 2),
     "workload": ("idle", "idle"),
     "working-set": ("1.5MiB", 3 << 19),
 }
-TABLES = ("source", "dest", "daemon", "demo", "merge", "chaos")
+WRITTEN_OF: dict[tuple[str, str], tuple[str, Any]] = {("pager", "working-set"): ("vm.ws", "vm.ws")}
+"""Of one command only."""
+TABLES = ("source", "dest", "daemon", "pager", "demo", "merge", "chaos")
 
 
 def table(command: str) -> tuple[Group, ...]:
@@ -160,7 +183,7 @@ def test_what_is_written_is_read(command: str, option: Option) -> None:
     if option.flag:
         assert option.to_arguments(True) == [f"--{option.name}"]
         return
-    text, value = WRITTEN[option.name]
+    text, value = WRITTEN_OF.get((command, option.name)) or WRITTEN[option.name]
     read = option.parse(text)
     assert value is None or read == pytest.approx(value)
     name, again = option.to_arguments(read)
@@ -190,6 +213,7 @@ RECORDS: dict[str, Sequence[type[Any]]] = {
     "source": (SourceConfig, MachineOptions, SourceOptions, OperatingOptions),
     "dest": (DestinationConfig, ArrivalOptions, OperatingOptions),
     "daemon": (DaemonConfig, MachineOptions, SourceOptions, ArrivalOptions, OperatingOptions),
+    "pager": (PagerConfig, OperatingOptions),
 }
 
 

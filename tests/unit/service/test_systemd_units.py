@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,7 +43,33 @@ def test_stopping_loses_nothing(unit: Path) -> None:
 
 
 def test_there_are_units() -> None:
-    assert len(UNITS) >= 2
+    assert len(UNITS) >= 3
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze: install systemd")
+def test_systemd_takes_them(tmp_path: Path) -> None:
+    names = []
+    program = Path(sys.executable).with_name("postcopy")
+    for unit in sorted(UNITS[0].parent.iterdir()):
+        name = unit.name.replace("@.", "@7777.")
+        (tmp_path / name).write_text(unit.read_text().replace("/usr/local/bin/postcopy", str(program)))
+        names += [name] if unit.suffix in (".service", ".socket") else []
+    command = ["systemd-analyze", "verify", *(f"./{name}" for name in names)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    about_ours = [line for line in done.stderr.splitlines() if "postcopy" in line]
+    assert (done.returncode, about_ours) == (0, [])
+
+
+def test_the_pager_comes_back_with_its_virtual_machines() -> None:
+    (unit,) = [unit for unit in UNITS if unit.stem == "postcopy-pager"]
+    settings = dict(_settings(unit))
+    assert settings["NotifyAccess"] == "all"  # its main process is the keeper, and what says READY=1 an engine
+    assert settings["Environment"] == f"FDSTORE={settings['FileDescriptorStoreMax']}"
+    assert settings["Restart"] == "on-failure"
+    assert int(settings["LimitNOFILE"]) > int(settings["FileDescriptorStoreMax"])
+    sockets = dict(_settings(unit.with_suffix(".socket")))
+    own = f"/run/{settings['RuntimeDirectory']}/"  # which goes with the service
+    assert not sockets["ListenStream"].startswith(own)
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)

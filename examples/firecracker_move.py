@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moves a running microVM from one Firecracker to another one, on this machine.
+
+    python examples/firecracker_move.py [--memory MIB] [--firecracker BINARY]
+
+Needs this package, Firecracker's binary (in PATH, or named), /dev/kvm and /dev/userfaultfd, and nothing else: the guest
+comes with the package. It writes a count into every page it works on, and looks for it again in each pass; a page that
+was lost, old or another one would be an error in its lines.
+
+The two sides are the commands that one would type on two hosts. They, and Firecracker's API, are all that is used here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from postcopy.testbed.firecracker import Firecracker
+
+POSTCOPY = (sys.executable, "-m", "postcopy")
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([*POSTCOPY, *arguments, "--json"], stdout=subprocess.PIPE, text=True)
+
+
+def lines_until(process: subprocess.Popen[str], event: str) -> dict[str, object]:
+    """The first line of JSON with this event."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        record = json.loads(line)
+        if record["event"] == event:
+            return dict(record)
+    raise SystemExit(f"a side ended before it said {event}: its error is above")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--memory", type=int, default=128, metavar="MIB", help="of the microVM (default: 128)")
+    parser.add_argument("--firecracker", metavar="BINARY", help="default: the one in PATH")
+    options = parser.parse_args(arguments)
+    with Firecracker.start(binary=options.firecracker) as here, Firecracker.start(binary=options.firecracker) as there:
+        here.boot(options.memory, "pages=2048 spread=1")
+        here.wait_ready()
+        before = here.wait_passes(2)[-1].values
+        print(f"here:  pass {before['pass']}, {before['errors']} errors", flush=True)
+
+        dest = start("dest", "--machine", "firecracker", "--api-socket", there.api_path, "--listen", "127.0.0.1:0")
+        address = str(lines_until(dest, "listening")["address"])
+        source = start("source", "--machine", "firecracker", "--api-socket", here.api_path, "--connect", address)
+        result = lines_until(source, "result")
+        if source.wait() or dest.wait():
+            return 1
+        after = there.wait_passes(2)[-1].values
+        print(f"moved: {result['status']}, it stood still for {result['downtime-ms']} ms")
+        print(f"there: pass {after['pass']}, {after['errors']} errors")
+        return 1 if after["errors"] or after["pass"] <= before["pass"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

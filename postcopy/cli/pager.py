@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`postcopy pager`: from what was given to the service that runs, with or without a keeper around it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from functools import partial
+from typing import Any
+
+from postcopy._stop import Stop
+from postcopy.cli.sides import Run
+from postcopy.handler import Handler, check, in_keeper, keep, open_store
+from postcopy.output import Output
+from postcopy.service.config import OperatingOptions, PagerConfig
+from postcopy.service.operation import Operation
+from postcopy.service.options import record
+
+KEEPS_MACHINES = True
+"""A closed terminal does not end them."""
+
+
+def make(given: dict[str, Any], output: Output) -> Run:
+    """With a keeper this process becomes it, and the command is run again as its engine."""
+    config = record(PagerConfig, given)
+    check(config)
+    if config.keeper and not in_keeper():
+        keep([sys.executable, *sys.orig_argv[1:]], {}, log_json="log_json" in given, burst=config.restart_burst)
+    operating = record(OperatingOptions, given)
+    if operating.metrics is not None or operating.metrics_file is not None:
+        import postcopy.handler._metrics  # noqa: F401  # before there is a virtual machine that waits for it
+    return partial(_run, config, operating, output, "log_json" in given)
+
+
+async def _run(config: PagerConfig, operating: OperatingOptions, output: Output, log_json: bool, stop: Stop) -> bool:
+    # Each virtual machine has some twenty descriptors here.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    async with open_store(log_json=log_json) as store:
+        handler = Handler(config, output, store)
+        patient = bool(store.deaths or store.taken)
+        return await Operation(handler, operating, output, patient=patient).run(stop)

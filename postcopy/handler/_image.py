@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory file of a snapshot, and how it is known again.
+
+It is opened anew for each virtual machine, so that a file which was replaced since is what the next one gets; those
+that run keep the file that they began with, also when its name is gone. All of them share the page cache of the host.
+
+Resource handling: an `Image` owns its descriptor until `close`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+
+from postcopy.errors import ConfigurationError
+from postcopy.memory import Memory
+
+SAMPLES = 256
+"""Pieces of the file that are looked at to know it again."""
+SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Identity:
+    """By which an image is known again: on another host too, where it was copied with its time (``cp -p``)."""
+
+    size_bytes: int
+    mtime_s: int  # whole seconds, as archives keep it
+    sample: bytes  # SHA-256 of pieces of its content
+
+
+class Image:
+    """One that is open."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        """The descriptor is this object's from now on."""
+        self.path = path
+        self.fd = fd
+        status = os.fstat(fd)
+        self.size_bytes = status.st_size
+        self._mtime_ns = status.st_mtime_ns
+
+    @classmethod
+    def open(cls, path: str) -> Image:
+        """`ConfigurationError` for anything but a regular file with something in it."""
+        with Memory.from_file(path) as memory:
+            return cls(path, os.dup(memory.fd))
+
+    @property
+    def changed(self) -> bool:
+        """Whether it has been written to since it was opened here."""
+        status = os.fstat(self.fd)
+        return (status.st_size, status.st_mtime_ns) != (self.size_bytes, self._mtime_ns)
+
+    def identify(self) -> Identity:
+        """Reads a sample of it. Blocks on I/O. `ConfigurationError` when it cannot be read."""
+        digest = hashlib.sha256()
+        step = max(SAMPLE_BYTES, self.size_bytes // SAMPLES // SAMPLE_BYTES * SAMPLE_BYTES)
+        try:
+            for offset in range(0, self.size_bytes, step):
+                digest.update(os.pread(self.fd, SAMPLE_BYTES, offset))
+        except OSError as error:
+            raise ConfigurationError(f"image {self.path}: {error.strerror}") from error
+        return Identity(self.size_bytes, self._mtime_ns // 1_000_000_000, digest.digest())
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One virtual machine: its descriptors, its pager, and its end.
+
+All that is needed to serve it lies in descriptors (`Descriptors`), which the store holds a copy of before its first
+fault is answered: the userfaultfd, page states, counters, the order of first touch, a record of what it is, its
+process, the connection it came by, and its image. So another process goes on from them at any instant, and `Vm` does
+not know whether it is the first one.
+
+**Threads.** Each virtual machine has a pager of its own, with threads of its own in C; a slow image, or a virtual
+machine that faults without end, delays no other one.
+
+**The end.** Its process ends (by the pidfd, or the kernel says so to the pager): then all of it is closed. This process
+ends: where no page is missing, the memory is unregistered, and the virtual machine needs nobody any more. Else it is
+left as it is (`Pager.leave`): it waits where it needs a page, until another process serves it.
+
+**Lost.** An image that cannot be read never turns into zeros. The virtual machine is killed, or held: then the image is
+looked at again every few seconds, and when it can be read all that wait go on.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import msgspec
+import trio
+
+from postcopy._native import lib
+from postcopy.dataplane.histogram import Histogram
+from postcopy.dataplane.pager import (
+    EventType,
+    ForeignMemory,
+    Pager,
+    PagerStatistics,
+    new_metrics,
+    new_states,
+    new_touches,
+    read_touches,
+)
+from postcopy.errors import BusyError, ConnectionLost, CoreError, PostcopyError, ProtocolError
+from postcopy.handler import _workingset as workingset
+from postcopy.handler._source import Source
+from postcopy.handler._store import kind_of
+from postcopy.machines.firecracker.handshake import Credentials, Handshake
+
+_SO_PEERPIDFD = 77  # <asm-generic/socket.h>, Linux 6.5
+_RECORD = "postcopy-vm"
+_RECORD_VERSION = 1
+_MAX_RECORD_BYTES = 64 << 10
+
+log = logging.getLogger(__name__)
+
+
+class About(msgspec.Struct, frozen=True):
+    """What a virtual machine is, as it is kept beside its descriptors."""
+
+    version: int
+    name: str
+    pid: int
+    uid: int
+    socket: str
+    image: str | None
+    page_bytes: int
+    memory_bytes: int
+    features: int
+    regions: list[tuple[int, int, int]]  # address, bytes, offset
+    connected_ns: int  # CLOCK_MONOTONIC of this host
+    deaths: int  # of processes that have served, before it connected
+
+    @classmethod
+    def of(
+        cls, handshake: Handshake, peer: Credentials, name: str, socket_path: str, image: str | None, deaths: int
+    ) -> About:
+        return cls(
+            version=_RECORD_VERSION,
+            name=name,
+            pid=peer.pid,
+            uid=peer.uid,
+            socket=socket_path,
+            image=image,
+            page_bytes=handshake.regions[0].page_bytes,
+            memory_bytes=handshake.memory_bytes,
+            features=handshake.features,
+            regions=[(region.address, region.size_bytes, region.offset) for region in handshake.regions],
+            connected_ns=time.monotonic_ns(),
+            deaths=deaths,
+        )
+
+    @property
+    def pages(self) -> int:
+        return self.memory_bytes // self.page_bytes
+
+
+@dataclass
+class Descriptors:
+    """Those of a virtual machine; -1: it has none. `close` closes them."""
+
+    uffd: int = -1
+    states: int = -1
+    metrics: int = -1
+    touches: int = -1
+    record: int = -1
+    pidfd: int = -1
+    image: int = -1
+    connection: int = -1
+
+    @classmethod
+    def make(cls, about: About, uffd: int, pidfd: int, image: int, connection: int) -> Descriptors:
+        """Those that were given, which belong to it from now on, also when this raises, and the others."""
+        made = cls(uffd=uffd, pidfd=pidfd, image=image, connection=connection)
+        try:
+            made.states = new_states(about.pages)
+            made.metrics = new_metrics()
+            made.touches = new_touches(about.pages)
+            made.record = os.memfd_create(_RECORD, os.MFD_CLOEXEC)
+            os.pwrite(made.record, msgspec.json.encode(about), 0)
+        except OSError as error:
+            made.close()
+            raise CoreError(error.errno or 0, "making what outlives this process") from error
+        except BaseException:
+            made.close()
+            raise
+        return made
+
+    @classmethod
+    def sort(cls, fds: Sequence[int]) -> tuple[Descriptors, About]:
+        """Those that another process has made, which belong to it from now on. `ProtocolError` where some are missing;
+        then all are closed."""
+        known = {
+            "userfaultfd": "uffd",
+            "memfd:postcopy-states": "states",
+            "memfd:postcopy-metrics": "metrics",
+            "memfd:postcopy-touches": "touches",
+            f"memfd:{_RECORD}": "record",
+            "pidfd": "pidfd",
+            "socket": "connection",
+        }
+        found = cls()
+        for fd in fds:
+            name = known.get(kind_of(fd), "image")
+            if getattr(found, name) >= 0:
+                os.close(fd)
+            else:
+                setattr(found, name, fd)
+        try:
+            if min(found.uffd, found.states, found.metrics, found.touches, found.record) < 0:
+                raise ValueError("descriptors are missing")
+            about = msgspec.json.decode(os.pread(found.record, _MAX_RECORD_BYTES, 0), type=About)
+            if about.version != _RECORD_VERSION:
+                raise ValueError(f"its record is of version {about.version}")
+        except (ValueError, OSError) as error:
+            found.close()
+            raise ProtocolError(f"a virtual machine cannot be taken over: {error}") from error
+        return found, about
+
+    @property
+    def kept(self) -> list[int]:
+        """What the store is to hold beside the connection."""
+        return [fd for fd in (getattr(self, item.name) for item in fields(self)) if fd not in (-1, self.connection)]
+
+    def close(self) -> None:
+        for item in fields(self):
+            fd = getattr(self, item.name)
+            setattr(self, item.name, -1)
+            if fd >= 0:
+                os.close(fd)
+
+
+def open_peer(connection: socket.socket | trio.socket.SocketType, peer: Credentials) -> int:
+    """A pidfd of the process at the other end of a connection. -1 where there can be none, since it is outside of this
+    process's pid namespace. `ConnectionLost` when it has ended."""
+    try:
+        (fd,) = array.array("i", connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4))
+    except OSError as error:
+        if error.errno in (errno.ESRCH, errno.EINVAL):
+            raise ConnectionLost("the process has ended") from error
+        if peer.pid <= 0:
+            return -1
+        try:  # before Linux 6.5: by its number, which it still has if it has not ended
+            return os.pidfd_open(peer.pid)
+        except ProcessLookupError as gone:
+            raise ConnectionLost("the process has ended") from gone
+        except OSError as failed:
+            raise CoreError(failed.errno or 0, "opening the process of a virtual machine") from failed
+    return int(fd)
+
+
+class Ended(Exception):
+    """Its process has ended."""
+
+
+class Vm:
+    """`run` it in a task. What happens is told to `tell`, with one of its methods' names of `Events`."""
+
+    def __init__(self, key: str, descriptors: Descriptors, about: About, source: Source, options: VmOptions) -> None:
+        """`key`: its name in the store. The descriptors belong to it."""
+        self.key = key
+        self.about = about
+        self.fds = descriptors
+        self.error: str | None = None
+        self.ended = ""  # why it is not served any more
+        self.killed = False
+        self.lost = trio.Event()  # replaced when it can be served again
+        self.served = trio.Event()  # its faults are answered, from now on
+        self.recoveries: int | None = None
+        self.source = source
+        self._options = options
+        self._pager: Pager | None = None
+        self._statistics: PagerStatistics | None = None
+        self._latency = Histogram()
+        self.replays = False
+
+    # ---- what is shown
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of its memory is there."""
+        count = self.statistics()
+        return count is not None and 0 < count.total_pages == count.resident_pages
+
+    @property
+    def status(self) -> str:
+        if self.ended:
+            return "ended"
+        return "lost" if self.error else "complete" if self.complete else "serving"
+
+    def statistics(self) -> PagerStatistics | None:
+        """None before its pager is there."""
+        if self._pager is not None:
+            self._statistics = self._pager.statistics()
+            self._latency = self._pager.latency()
+        return self._statistics
+
+    @property
+    def latency(self) -> Histogram:
+        return self._latency
+
+    # ---- its life
+
+    async def run(self) -> None:
+        """Until its process has ended, or cancelled. Closes everything. Never raises for what happens to it."""
+        try:
+            async with trio.open_nursery() as nursery:
+                if self.fds.pidfd >= 0:
+                    nursery.start_soon(self._watch_process, nursery.cancel_scope)
+                try:
+                    await self._serve(nursery)
+                except Ended as end:
+                    self.ended = str(end)
+                    nursery.cancel_scope.cancel()
+                except PostcopyError as error:
+                    self.lose(str(error), for_good=True)
+                    self.served.set()  # as far as it will be
+                    if self.fds.pidfd < 0:
+                        nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._end_pager()
+                if self._options.record_to is not None and not self._options.leave():
+                    await self._write_working_set(self._options.record_to)
+            self.fds.close()
+
+    def kill(self) -> str:
+        """Kills its process; what is in the way of that, or nothing."""
+        if self.fds.pidfd < 0:
+            return "its process is outside of this process's pid namespace" if not self.ended else ""
+        try:
+            signal.pidfd_send_signal(self.fds.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        except OSError as error:
+            return f"its process {self.about.pid} cannot be killed: {error.strerror}"
+        self.killed = True
+        return ""
+
+    async def _watch_process(self, scope: trio.CancelScope) -> None:
+        await trio.lowlevel.wait_readable(self.fds.pidfd)
+        self.ended = "its process was killed" if self.killed else "its process has ended"
+        scope.cancel()
+
+    async def _serve(self, nursery: trio.Nursery) -> None:
+        about = self.about
+        kind = lib.PC_MEMORY_ANON if about.page_bytes == int(lib.pc_page_bytes()) else lib.PC_MEMORY_HUGETLB
+        pager = Pager(self.fds.metrics)
+        self._pager = pager
+        try:
+            pager.set_readers(self._options.readers, self._options.readers)
+            pager.add_block(ForeignMemory(0, about.memory_bytes, about.page_bytes, kind), self.fds.states)
+            pager.record_touches(self.fds.touches)
+            try:
+                await self.source.prepare(pager)
+            except CoreError as error:
+                self.lose(str(error))
+            shard = pager.adopt_shard(os.dup(self.fds.uffd), about.features, self._options.busy_poll_us)
+            self.source.attach(pager, shard)
+            for address, size_bytes, offset in about.regions:
+                pager.arm_at(shard, 0, offset // about.page_bytes, size_bytes // about.page_bytes, address)
+        except CoreError as error:
+            if error.errno == errno.ESRCH:
+                raise Ended("its process has ended") from error
+            raise
+        self.served.set()
+        nursery.start_soon(self.source.run, self, pager)
+        nursery.start_soon(self._prefetch, pager)
+        if self._options.record_to is not None and self._options.record_for_s < float("inf"):
+            nursery.start_soon(self._record_for_a_while)
+        async for event in pager.events():
+            if event.error == errno.ESRCH:
+                raise Ended("its process has ended")
+            self.source.take(event, self)
+            if event.type is EventType.COMPLETE:
+                self._options.changed()
+
+    def lose(self, reason: str, *, for_good: bool = False) -> None:
+        """Its pages cannot be had any more, for now, or `for_good`."""
+        if self.error is None:
+            self.error = reason
+            if not for_good:
+                self.lost.set()
+            self._options.lost(self)
+
+    def found_again(self) -> None:
+        if self.error is not None:
+            self.error = None
+            self.lost = trio.Event()
+            self._options.recovered(self)
+
+    async def _end_pager(self) -> None:
+        pager = self._pager
+        if pager is None:
+            return
+        self.statistics()
+        self._pager = None
+        try:
+            if not self.ended and not self._options.leave():
+                with contextlib.suppress(BusyError):  # a page is missing
+                    await pager.disarm()
+        except PostcopyError as error:
+            log.warning("%s: its memory stays registered: %s", self.about.name, error)
+        try:
+            await pager.leave()
+        except PostcopyError as error:
+            log.error("%s: %s", self.about.name, error)
+
+    # ---- working sets
+
+    async def _prefetch(self, pager: Pager) -> None:
+        if self._options.working_set is not None:
+            found = await self.source.working_set(self, self._options.working_set)
+            if found is not None and found.runs:
+                self.replays = True
+                # What a process before this one has looked at is not looked at, and counted, again.
+                runs = _within(found.runs, self.about.pages, pager.statistics().set_pages)
+                pager.prefetch_runs([(0, first, count) for first, count in runs])
+        if self._options.prefetch_all:
+            self.source.prefetch_all(pager)
+
+    async def _record_for_a_while(self) -> None:
+        since_s = (time.monotonic_ns() - self.about.connected_ns) / 1e9
+        await trio.sleep(max(0.0, self._options.record_for_s - since_s))
+        path, self._options.record_to = self._options.record_to, None
+        if path is not None:
+            await self._write_working_set(path)
+
+    async def _write_working_set(self, path: str) -> None:
+        about, touches, image = self.about, self.fds.touches, self.source.image
+        if image is None:
+            return
+
+        def write() -> int:
+            found = workingset.collect(about.page_bytes, (page for _, page in read_touches(touches)))
+            workingset.write(path, found, image.identify())
+            return found.pages
+
+        try:
+            pages = await trio.to_thread.run_sync(write, limiter=self.source.limiter)
+        except PostcopyError as error:
+            log.error("%s: %s", about.name, error)
+        else:
+            self._options.recorded(self, path, pages)
+
+
+def _within(runs: Sequence[tuple[int, int]], pages: int, skipped: int) -> list[tuple[int, int]]:
+    """Those parts that memory of so many pages has: an image may be longer; without the first pages, `skipped`."""
+    found = []
+    for first, whole in runs:
+        count = min(whole, pages - first)
+        gone = min(max(count, 0), skipped)
+        skipped -= gone
+        if count > gone:
+            found.append((first + gone, count - gone))
+    return found
+
+
+@dataclass
+class VmOptions:
+    """How it is served, and whom to tell."""
+
+    readers: int
+    busy_poll_us: int
+    prefetch_all: bool
+    working_set: str | None
+    record_to: str | None
+    record_for_s: float
+    changed: Callable[[], None]
+    lost: Callable[[Vm], None]
+    recovered: Callable[[Vm], None]
+    recorded: Callable[[Vm, str, int], None]
+    leave: Callable[[], bool]
+    """Whether this process ends so that another one goes on."""

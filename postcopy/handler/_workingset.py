@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Working sets: which pages of an image a virtual machine has touched, in the order of first touch, as a file.
+
+The format, version 1 (docs/firecracker.md has it too): 8 bytes ``pcwset01``; the CRC32C of all that follows, as 4
+bytes, the lowest first; a map in MessagePack:
+
+| key | value |
+|---|---|
+| ``image-bytes``, ``image-mtime``, ``image-sample`` | which image it is of: its size, the time of its last change in whole seconds since 1970, the SHA-256 of up to 257 pieces of 4096 bytes at equal distances |
+| ``page-bytes`` | the unit of what follows: 4096, or 2097152 |
+| ``pages`` | how many pages there are in it |
+| ``runs`` | bytes: for each run of pages two numbers, where it begins, counted from the end of the run before (from page 0 at first), and how many pages it has. Each number is in LEB128; the first one of a run may be negative, and is doubled, less one if it is negative, before (zigzag) |
+
+No page comes twice. The distance between two pieces of the sample is the 256th part of the image, in whole pieces, and
+at least 4096 bytes.
+
+Whoever wrote the file is not trusted: size, number of runs and every page are checked before a page is used.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import msgspec
+
+from postcopy._files import read_regular, replacing, write_all
+from postcopy._native import ffi, lib
+from postcopy.errors import ConfigurationError, PostcopyError, ResourceError
+from postcopy.handler._image import Identity, Image
+
+MAGIC = b"pcwset01"
+MAX_FILE_BYTES = 64 << 20
+_HEADER_BYTES = len(MAGIC) + 4
+
+
+class DamagedError(PostcopyError):
+    """A file that is not, or not whole, what was written."""
+
+
+class _File(msgspec.Struct, rename="kebab"):
+    image_bytes: int
+    image_mtime: int
+    image_sample: bytes
+    page_bytes: int
+    pages: int
+    runs: bytes
+
+
+@dataclass(frozen=True)
+class WorkingSet:
+    """Runs of pages, each (first page, pages), in the order of first touch."""
+
+    page_bytes: int
+    runs: tuple[tuple[int, int], ...]
+
+    @property
+    def pages(self) -> int:
+        return sum(count for _, count in self.runs)
+
+    def in_pages_of(self, page_bytes: int) -> WorkingSet:
+        """The same for memory that has pages of another size: all that have a part of it."""
+        if page_bytes == self.page_bytes:
+            return self
+        pages: list[int] = []
+        for first, count in self.runs:
+            start, end = first * self.page_bytes, (first + count) * self.page_bytes
+            pages.extend(range(start // page_bytes, -(-end // page_bytes)))
+        return collect(page_bytes, pages)
+
+
+def collect(page_bytes: int, touches: Iterable[int]) -> WorkingSet:
+    """Of pages in the order in which they were touched; of one that comes again the first time counts."""
+    runs: list[tuple[int, int]] = []
+    seen: set[int] = set()
+    first = end = -1
+    for page in touches:
+        if page in seen:
+            continue
+        seen.add(page)
+        if page != end:
+            if end > first:
+                runs.append((first, end - first))
+            first = page
+        end = page + 1
+    if end > first:
+        runs.append((first, end - first))
+    return WorkingSet(page_bytes, tuple(runs))
+
+
+def write(path: str, found: WorkingSet, image: Identity) -> None:
+    """The whole file, or none; what was there before is replaced. Blocks on I/O. `ResourceError` when it cannot be."""
+    body = msgspec.msgpack.encode(
+        _File(
+            image_bytes=image.size_bytes,
+            image_mtime=image.mtime_s,
+            image_sample=image.sample,
+            page_bytes=found.page_bytes,
+            pages=found.pages,
+            runs=_pack(found.runs),
+        )
+    )
+    try:
+        with replacing(path) as fd:
+            write_all(fd, MAGIC + _crc(body) + body)
+    except OSError as error:
+        raise ResourceError(f"--record-working-set {path}: {error.strerror}") from error
+
+
+def read(path: str, image: Image) -> WorkingSet:
+    """One that was written for this image. Blocks on I/O. `ConfigurationError` when it was written for another one, or
+    is not there; `DamagedError` when it is damaged."""
+    try:
+        data = read_regular(path, MAX_FILE_BYTES)
+    except OSError as error:
+        raise ConfigurationError(f"working set {path}: {error.strerror}") from error
+    content = decode(data, path)
+    identity = image.identify()
+    differs = [
+        name
+        for name, one, other in (
+            ("size", content.image_bytes, identity.size_bytes),
+            ("time of last change", content.image_mtime, identity.mtime_s),
+            ("content", content.image_sample, identity.sample),
+        )
+        if one != other
+    ]
+    if differs:
+        raise ConfigurationError(
+            f"working set {path}: it is of another image than {image.path}, which differs in {' and '.join(differs)};"
+            " record it again (an image that was copied needs its time too: cp -p)"
+        )
+    return WorkingSet(content.page_bytes, _unpack(content, path))
+
+
+def decode(data: bytes, path: str) -> _File:
+    """What a file has, but for its runs. `DamagedError`."""
+    body = data[_HEADER_BYTES:]
+    if not data.startswith(MAGIC):
+        known = data.startswith(MAGIC[:-2])
+        raise DamagedError(
+            f"working set {path}: {'a version that is not known here' if known else 'this is no working set'}"
+        )
+    if data[len(MAGIC) : _HEADER_BYTES] != _crc(body):
+        raise DamagedError(f"working set {path}: the checksum is wrong: it is damaged, or not whole")
+    try:
+        content = msgspec.msgpack.decode(body, type=_File)
+    except ValueError as error:
+        raise DamagedError(f"working set {path}: not what was written: {error}") from error
+    if content.page_bytes not in (4096, 2 << 20, 1 << 30) or content.image_bytes <= 0:
+        raise DamagedError(f"working set {path}: pages of {content.page_bytes} bytes make no sense")
+    return content
+
+
+def _crc(body: bytes) -> bytes:
+    return int(lib.pc_crc32c(0, ffi.from_buffer("char[]", body), len(body))).to_bytes(4, "little")
+
+
+def _pack(runs: Iterable[tuple[int, int]]) -> bytes:
+    out = bytearray()
+    end = 0
+    for first, count in runs:
+        step = first - end
+        for number in (2 * step if step >= 0 else -2 * step - 1, count):
+            while number > 0x7F:
+                out.append(number & 0x7F | 0x80)
+                number >>= 7
+            out.append(number)
+        end = first + count
+    return bytes(out)
+
+
+def _unpack(content: _File, path: str) -> tuple[tuple[int, int], ...]:
+    limit = -(-content.image_bytes // content.page_bytes)
+    runs: list[tuple[int, int]] = []
+    end = pages = 0
+    numbers = _numbers(content.runs)
+    try:
+        for step in numbers:
+            count = next(numbers)
+            first = end + (step >> 1 if step & 1 == 0 else -((step + 1) >> 1))
+            end = first + count
+            pages += count
+            if first < 0 or count < 1 or end > limit or pages > content.pages:
+                raise ValueError
+            runs.append((first, count))
+        if pages != content.pages or pages > limit:
+            raise ValueError
+    except (ValueError, StopIteration):
+        raise DamagedError(f"working set {path}: its pages make no sense") from None
+    return tuple(runs)
+
+
+def _numbers(packed: bytes) -> Iterator[int]:
+    """ValueError for a number that is too long, or not whole."""
+    number = shift = 0
+    for byte in packed:
+        number |= (byte & 0x7F) << shift
+        shift += 7
+        if shift > 63:
+            raise ValueError
+        if byte < 0x80:
+            yield number
+            number = shift = 0
+    if shift:
+        raise ValueError

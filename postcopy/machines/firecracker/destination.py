@@ -1,0 +1,526 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A microVM that arrives: loaded into a Firecracker that was started and told nothing yet, or into one that we start.
+
+| step | what is done |
+|---|---|
+| `prepare` | it is found, or started; what its state will name must be here; a socket listens for its page faults |
+| `load_and_map` | ``PUT /snapshot/load``: it hands over its userfaultfd, and touches a page before it answers |
+| `resume` | ``PATCH /vm`` Resumed |
+| `made_whole` | its memory is complete and not registered any more: Firecracker runs on without us |
+
+What it needs as files, the state and the socket, is in a directory of our own until it has loaded, inside its root
+directory: a jailed one sees no other.
+
+Resource handling: a Firecracker that has begun to load and is not whole is killed by `close`, whoever has started it.
+It could not be used for anything else, and resumed by mistake it would be a second one. One that we have started runs
+on when it is whole; its directory stays, since its API socket is there, until `destroy`.
+
+**Trust.** Firecracker opens the disks that the state names, as its user. That a source is not trusted with that is a
+matter of the jailer, and of `--drive`, which says where a disk is here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import stat
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import msgspec
+import trio
+from msgspec import Meta
+
+from postcopy._blocking import run_sync
+from postcopy._fd import FdHolder
+from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
+from postcopy.machines.base import CLOSE_TIMEOUT_S, Adopt, BlockLayout, Extent, MachineState
+from postcopy.machines.firecracker._process import Exchange
+from postcopy.machines.firecracker.api import (
+    Api,
+    FirecrackerInDoubt,
+    FirecrackerUnreachable,
+    Process,
+)
+from postcopy.machines.firecracker.handshake import Handshake, peer_credentials, receive_handshake
+from postcopy.machines.firecracker.source import BLOCK_NAME, FirecrackerMachine, version_of
+from postcopy.machines.firecracker.state import with_disks
+from postcopy.memory import check_memory
+from postcopy.units import did_you_mean, format_size
+
+START_S = 10.0
+"""How long one that we start may take to answer."""
+LOAD_S = 10.0
+"""How long it may take to load the state; it takes some 10 ms."""
+RESUME_S = 2.0
+"""How long it may take to resume; half a millisecond, unless it waits for a page."""
+ANSWER_S = 1.0
+"""How long one request of that may take."""
+KILL_S = 5.0
+POLL_S = 0.005
+STATE, SOCKET = "state", "memory.sock"
+PAGE_SIZES = {4096: "anon", 2 << 20: "hugetlb"}
+MAX_REGIONS = 32
+
+# Version of the state's format by that of Firecracker; one that is newer is not loaded.
+_FORMATS = {7: 1, 8: 2, 9: 3, 10: 3, 11: 5, 12: 6, 13: 8, 14: 8, 15: 9, 16: 10}
+
+log = logging.getLogger(__name__)
+
+_Path = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"\A[^\x00-\x1f]+\Z")]
+_Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"\A[!-.0-~]+\Z")]
+
+
+class _Drive(msgspec.Struct, rename="kebab"):
+    path: _Path
+    read_only: bool
+
+
+class Config(msgspec.Struct):
+    """What an offer says of a microVM (`FirecrackerMachine.config`). What is not known is ignored."""
+
+    regions: Annotated[list[Annotated[int, Meta(ge=4096, le=1 << 44)]], Meta(min_length=1, max_length=MAX_REGIONS)]
+    version: Annotated[str, Meta(max_length=64, pattern=r"\A[0-9]+\.[0-9]+(\.[!-~]*)?\Z")]
+    drives: Annotated[dict[_Name, _Drive], Meta(max_length=64)] = {}
+    nets: Annotated[dict[_Name, _Name], Meta(max_length=64)] = {}
+    vsock: _Path | None = None
+    vcpus: Annotated[int, Meta(ge=0, le=1024)] = 0
+
+
+@dataclass(frozen=True)
+class FirecrackerHost:
+    """What a microVM that comes finds on this host."""
+
+    api_socket: str | None = None  # of a Firecracker that was told nothing yet
+    binary: str | None = None  # started for each one that comes
+    drives: Mapping[str, str] = field(default_factory=dict)  # path by drive's id, where it is another one here
+    nets: Mapping[str, str] = field(default_factory=dict)  # TAP by interface's id
+
+
+class ArrivingFirecracker(FirecrackerMachine):
+    """Made by `for_destination`; once it is whole it can leave again, as any `FirecrackerMachine`."""
+
+    maps_late = True
+
+    def __init__(self, config: Config, page_bytes: int, host: FirecrackerHost) -> None:
+        super().__init__(host.api_socket or "", sum(config.regions), page_bytes)
+        self._offered = config
+        self._host = host
+        self._own: _Started | None = None
+        self._files: _Files | None = None
+        self._process: Process | None = None
+        self._connection: trio.socket.SocketType | None = None  # on which its memory came
+        self._touched = False  # it has been told something
+        self._whole = False
+        self._unconfirmed = False  # it was told to resume, and has not answered
+
+    @classmethod
+    def for_destination(
+        cls, config: Mapping[str, Any], layout: Sequence[BlockLayout], host: FirecrackerHost
+    ) -> ArrivingFirecracker:
+        """`ProtocolError` for an offer that makes no sense, `ConfigurationError` and `ResourceError` for one that
+        cannot be taken here."""
+        try:
+            known = msgspec.convert(config, Config)
+        except msgspec.ValidationError as error:
+            raise ProtocolError(f"the offer of a Firecracker makes no sense: {str(error)[:200]}") from error
+        if len(layout) != 1 or layout[0].name != BLOCK_NAME:
+            raise ProtocolError(f"the offer of a Firecracker must have one block, {BLOCK_NAME!r}")
+        (block,) = layout
+        if (kind := PAGE_SIZES.get(block.page_bytes)) is None:
+            raise ProtocolError(f"the offer of a Firecracker has pages of {block.page_bytes} bytes")
+        if any(size % block.page_bytes for size in known.regions) or sum(known.regions) != block.size_bytes:
+            raise ProtocolError("the offer of a Firecracker has regions that do not make up its memory")
+        if (host.api_socket is None) is (host.binary is None):
+            raise ConfigurationError(
+                "this side has no Firecracker to load it into: say --api-socket PATH of one that was started and told"
+                " nothing yet, or --firecracker BINARY to have it started"
+            )
+        _check_names("--drive", host.drives, known.drives)
+        _check_names("--net", host.nets, known.nets)
+        check_memory(kind, block.size_bytes)
+        return cls(known, block.page_bytes, host)
+
+    # ---- before anything is accepted
+
+    async def prepare(self) -> None:
+        if self._host.binary is not None:
+            self._own = await run_sync(_Started.start, self._host.binary)
+            self._api = Api(self._own.api_socket)
+            await self._until_it_answers(self._own)
+        process = self._process = await self._api.process()
+        self._pidfd = process.pidfd
+        said = await self._api.get("/")
+        if said.get("state") != "Not started":
+            raise ConfigurationError(
+                f"the Firecracker at {self._api.path} is {said.get('state')!s:.40}: a state can be loaded only into one"
+                " that was told nothing yet; start a new one there"
+            )
+        self._check_version(str(said.get("vmm_version", "")))
+        self._files = await run_sync(_Files.make, process)
+        await run_sync(self._check_devices, process)
+
+    async def _until_it_answers(self, own: _Started) -> None:
+        with trio.move_on_after(START_S):
+            while True:
+                with contextlib.suppress(FirecrackerUnreachable):
+                    await self._api.get("/")
+                    return
+                if (status := own.ended()) is not None:
+                    raise ConfigurationError(
+                        f"--firecracker {self._host.binary}: it has ended with status {status} before it took a"
+                        " request; what it said is on standard error"
+                    )
+                await trio.sleep(POLL_S)
+        raise ConfigurationError(f"--firecracker {self._host.binary}: it took no request within {START_S:g} s")
+
+    def _check_version(self, here: str) -> None:
+        there = self._offered.version
+        self._version = here or there
+        if _format_of(here) < _format_of(there):
+            raise ConfigurationError(
+                f"the source's Firecracker is of version {there}, the one here of {here or 'an unknown one'}, which"
+                f" does not load its state; use {there} or a newer one here"
+            )
+        if self._offered.nets and self._host.nets and version_of(here) < (1, 12):
+            raise ConfigurationError(
+                f"--net: Firecracker {here} cannot be given other TAPs than at the source; that is possible from 1.12"
+                " on"
+            )
+
+    def _check_devices(self, process: Process) -> None:
+        """What the state names must be there: a load that fails in the pause costs the pause."""
+        root = f"/proc/{process.pid}/root" if _another_root(process.pid) else ""
+        for name, drive in self._offered.drives.items():
+            path = self._path_here(name)
+            try:
+                status = os.stat(root + path)
+            except OSError as error:
+                raise ConfigurationError(
+                    f"drive {name}: {path}: {error.strerror}; the disk must be on this host, under the same name or"
+                    f" where --drive {name}=PATH says"
+                ) from error
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+                raise ConfigurationError(f"drive {name}: {path} is neither a file nor a block device")
+            if not root and not os.access(path, os.R_OK if drive.read_only else os.R_OK | os.W_OK):
+                raise ConfigurationError(f"drive {name}: {path}: this user may not use it; Firecracker must")
+        for name, there in self._offered.nets.items():
+            tap = self._host.nets.get(name, there)
+            if not os.path.exists(f"/sys/class/net/{tap}/tun_flags"):
+                raise ConfigurationError(
+                    f"interface {name}: there is no TAP device {tap!r} on this host; make it (ip tuntap add {tap} mode"
+                    f" tap), or name another one with --net {name}=TAP"
+                )
+        if (vsock := self._offered.vsock) is not None:
+            if os.path.lexists(root + vsock):
+                raise ConfigurationError(
+                    f"vsock: {vsock} exists on this host, and Firecracker would have to make it; remove it"
+                )
+            if not os.path.isdir(os.path.dirname(root + vsock)):
+                raise ConfigurationError(f"vsock: {vsock}: there is no such directory on this host; make it")
+
+    def _path_here(self, drive: str) -> str:
+        return self._host.drives.get(drive, self._offered.drives[drive].path)
+
+    def config(self) -> dict[str, Any]:
+        """What is true here: it may leave again."""
+        here = msgspec.structs.replace(
+            self._offered,
+            version=self._version,
+            drives={
+                name: _Drive(self._path_here(name), drive.read_only) for name, drive in self._offered.drives.items()
+            },
+            nets=self._offered.nets | dict(self._host.nets),
+        )
+        return {name: value for name, value in msgspec.to_builtins(here).items() if value is not None}
+
+    # ---- its state
+
+    async def load_state(self, state: bytes) -> None:
+        raise MigrationError("a microVM is loaded only where its userfaultfd is served (load_and_map)")
+
+    async def load_and_map(self, state: bytes, adopt: Adopt) -> None:
+        files, failures, answered = self._files, list[PostcopyError](), trio.Event()
+        assert files is not None
+        assert self._process is not None
+        disks = {drive.path: self._path_here(name) for name, drive in self._offered.drives.items()}
+        if moved := {old: new for old, new in disks.items() if old != new}:
+            state = with_disks(state, moved)
+        files.write_state(state)
+        self._touched = True
+        with trio.move_on_after(LOAD_S) as deadline:
+            async with trio.open_nursery() as nursery:
+
+                async def load() -> None:
+                    try:
+                        await self._api.put("/snapshot/load", self._load_request(files), LOAD_S)
+                        answered.set()
+                    except PostcopyError as error:
+                        failures.append(error)
+                        nursery.cancel_scope.cancel()
+
+                async def take() -> None:
+                    try:
+                        await self._take_memory(files, adopt)
+                    except PostcopyError as error:
+                        failures.append(error)
+                        nursery.cancel_scope.cancel()
+
+                nursery.start_soon(load)
+                nursery.start_soon(take)
+        if failures:
+            raise MigrationError(f"{failures[0]}; {self._what_is_left()}") from failures[0]
+        if deadline.cancelled_caught:
+            why = "it has not asked for its memory" if answered.is_set() else "a page that it needs has not come"
+            raise MigrationError(
+                f"Firecracker has not loaded the state within {LOAD_S:g} s: {why}; {self._what_is_left()}"
+            )
+        files.remove()
+        self._state = MachineState.PAUSED
+
+    def _what_is_left(self) -> str:
+        return "start a new one here for another attempt" if self._own is None else "it is ended"
+
+    def _load_request(self, files: _Files) -> dict[str, object]:
+        request: dict[str, object] = {
+            "snapshot_path": files.state_path,
+            "mem_backend": {"backend_type": "Uffd", "backend_path": files.socket_path},
+            "resume_vm": False,
+        }
+        if other := {name: tap for name, tap in self._host.nets.items() if self._offered.nets[name] != tap}:
+            request["network_overrides"] = [{"iface_id": name, "host_dev_name": tap} for name, tap in other.items()]
+        return request
+
+    async def _take_memory(self, files: _Files, adopt: Adopt) -> None:
+        """The handshake that comes in the middle of the load."""
+        process = self._process
+        assert process is not None
+        while True:
+            connection, _ = await files.listener.accept()
+            if peer_credentials(connection).pid == process.pid:
+                break
+            connection.close()
+        self._connection = connection  # its end is that of the process (from 1.12 on)
+        with await receive_handshake(connection, LOAD_S) as handshake:
+            self._check_regions(handshake)
+            uffd = FdHolder.duplicate(handshake.uffd)
+            self.found(process.pid, process.pidfd, handshake.regions, self.blocks[0].memory.page_bytes, uffd)
+            extents = [
+                Extent(0, region.offset // region.page_bytes, region.size_bytes // region.page_bytes, region.address)
+                for region in handshake.regions
+            ]
+            await adopt(handshake.detach(), handshake.features, extents)
+
+    def _check_regions(self, handshake: Handshake) -> None:
+        expected, offset = [], 0
+        for size in self._offered.regions:
+            expected.append((offset, size, self.blocks[0].memory.page_bytes))
+            offset += size
+        found = [(region.offset, region.size_bytes, region.page_bytes) for region in handshake.regions]
+        if found != expected:
+            raise ProtocolError(
+                f"Firecracker has loaded memory of other regions than were offered: {_shown(found)}, not"
+                f" {_shown(expected)} (size and pages)"
+            )
+
+    # ---- running
+
+    async def resume(self) -> None:
+        """A request that is not answered may have been done: Firecracker is asked how it is, and told again when it is
+        paused. One that does not say so in time waits for a page, which the network may have lost: it has been told,
+        and `wait_changed` sees to it that it runs when the page has come."""
+        if self._whole:
+            await super().resume()
+            return
+        if self._state is MachineState.RUNNING:
+            return
+        tell: bool | None = True
+        with trio.move_on_after(RESUME_S) as deadline:
+            while tell is not None:
+                tell = await self._told_to_run(tell)
+        self._unconfirmed = deadline.cancelled_caught
+        if self._unconfirmed:
+            log.warning(
+                "Firecracker was told to resume, and has not answered within %g s: it waits for a page", RESUME_S
+            )
+        self._runs()
+
+    async def _told_to_run(self, tell: bool) -> bool | None:
+        """None: it runs. Else whether it has to be told (again)."""
+        try:
+            if tell:
+                await self._api.patch("/vm", {"state": "Resumed"}, ANSWER_S)
+                return None
+            said = (await self._api.get("/", ANSWER_S)).get("state")
+            return None if said == "Running" else said == "Paused"
+        except FirecrackerUnreachable as error:
+            if not self._is_alive():
+                raise MigrationError(
+                    f"the microVM was given to this host, and its Firecracker has ended: {error}"
+                ) from error
+        except FirecrackerInDoubt as error:
+            log.warning("%s", error)
+        await trio.sleep(POLL_S)
+        return False
+
+    async def wait_changed(self) -> None:
+        tell: bool | None = False
+        while self._unconfirmed and tell is not None and self._is_alive():
+            tell = await self._told_to_run(tell)
+        self._unconfirmed = False
+        await super().wait_changed()
+
+    def made_whole(self) -> None:
+        self._whole = True
+
+    # ---- the end
+
+    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        if not self._whole and (self._touched or self._own is not None):
+            await self.destroy()
+            return
+        self._let_go()
+        await super().close(timeout_s)
+
+    async def destroy(self) -> None:
+        own, self._own, self._touched = self._own, None, False
+        with trio.CancelScope(shield=True):  # bounded
+            self._let_go()
+            await super().destroy()
+            if own is not None:
+                await run_sync(own.remove)
+
+    def _let_go(self) -> None:
+        if self._files is not None:
+            self._files.remove()
+        if self._connection is not None:
+            self._connection.close()
+
+
+class _Started:
+    """A Firecracker that we have started, in a session of its own: what ends this process does not end it."""
+
+    def __init__(self, directory: str, pid: int) -> None:
+        self.directory = directory
+        self.api_socket = os.path.join(directory, "api.sock")
+        self._pid = pid
+        self._status: int | None = None
+
+    @classmethod
+    def start(cls, binary: str) -> _Started:
+        """`ConfigurationError` when it cannot be started. What it says, and the guest on its serial port, goes to this
+        process's standard error."""
+        directory = tempfile.mkdtemp(prefix="postcopy-fc-", dir=os.environ.get("XDG_RUNTIME_DIR") or None)
+        command = [os.path.abspath(binary), "--level", "Warning", "--api-sock", os.path.join(directory, "api.sock")]
+        try:
+            pid = os.posix_spawn(
+                command[0],
+                command,
+                os.environ,
+                file_actions=[
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    (os.POSIX_SPAWN_DUP2, 2, 1),
+                ],
+                setsid=True,
+                setsigmask=(),
+                setsigdef=(signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+            )
+        except OSError as error:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise ConfigurationError(f"--firecracker {binary}: {error.strerror}") from error
+        return cls(directory, pid)
+
+    def ended(self) -> int | None:
+        """Its status, once it has ended."""
+        if self._status is None:
+            with contextlib.suppress(ChildProcessError):
+                pid, status = os.waitpid(self._pid, os.WNOHANG)
+                self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status
+
+    def remove(self) -> None:
+        """Kills it, and removes its directory. Blocks until it is gone, for `KILL_S` at most."""
+        deadline_s = time.monotonic() + KILL_S
+        while self.ended() is None and time.monotonic() < deadline_s:
+            os.kill(self._pid, signal.SIGKILL)  # not waited for: its number is its own
+            time.sleep(POLL_S)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class _Files:
+    """What Firecracker is told to open: the state, and the socket on which it asks for its memory. Until `remove`."""
+
+    def __init__(self, exchange: Exchange, listener: socket.socket, owner: tuple[int, int]) -> None:
+        self._exchange = exchange
+        self._owner = owner
+        self.listener = trio.socket.from_stdlib_socket(listener)
+        self.state_path = f"{exchange.path}/{STATE}"  # as Firecracker sees it
+        self.socket_path = f"{exchange.path}/{SOCKET}"
+
+    @classmethod
+    def make(cls, process: Process) -> _Files:
+        exchange = Exchange.open(process.pid)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        owner = (process.uid, process.gid) if os.geteuid() == 0 else (-1, -1)
+        try:
+            path = exchange.inside(SOCKET)
+            listener.bind(path)
+            os.chown(path, *owner)
+            listener.listen(4)
+        except OSError as error:
+            listener.close()
+            exchange.close()
+            raise ResourceError(f"a socket for Firecracker (process {process.pid}): {error.strerror}") from error
+        return cls(exchange, listener, owner)
+
+    def write_state(self, state: bytes) -> None:
+        """Of some 20 KB: it stays in memory until it is removed."""
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(self._exchange.inside(STATE), flags, 0o600), "wb") as file:
+                os.fchown(file.fileno(), *self._owner)
+                file.write(state)
+        except OSError as error:
+            raise ResourceError(f"the state for Firecracker cannot be written: {error.strerror}") from error
+
+    def remove(self) -> None:
+        """Twice does no harm."""
+        if self.listener.fileno() >= 0:
+            self.listener.close()
+            for name in (STATE, SOCKET):
+                with contextlib.suppress(OSError):
+                    os.unlink(self._exchange.inside(name))
+            self._exchange.close()
+
+
+def _another_root(pid: int) -> bool:
+    try:
+        return not os.path.samefile(f"/proc/{pid}/root", "/")
+    except OSError:
+        return False
+
+
+def _format_of(version: str) -> tuple[int, int]:
+    """By which states of versions can be compared; of one that is not known yet its own number, which is larger."""
+    major, minor = version_of(version)
+    return major, _FORMATS.get(minor, minor) if major == 1 else minor
+
+
+def _check_names(option: str, given: Mapping[str, str], known: Mapping[str, object]) -> None:
+    for name in given:
+        if name not in known:
+            has = f"it has {', '.join(sorted(known))}" if known else "it has none"
+            raise ConfigurationError(
+                f"{option} {name}=...: the microVM has no {name!r}; {has}{did_you_mean(name, known)}"
+            )
+
+
+def _shown(regions: Sequence[tuple[int, int, int]]) -> str:
+    return ", ".join(f"{format_size(size)} of {format_size(page)}" for _, size, page in regions)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`postcopy pager` as a user starts it, with a process that is a VMM: its keeper, an upgrade, deaths, its ends."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from lines import Json
+from vmm import PAGE, start_vmm
+
+from postcopy.service.client import ControlClient
+from postcopy.service.schema import ControlError
+
+pytestmark = pytest.mark.needs("uffd")
+
+PAGES = 512
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "vm.mem"
+    path.write_bytes(random.Random(7).randbytes(PAGES * PAGE))
+    return path
+
+
+async def in_thread(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    return await trio.to_thread.run_sync(partial(function, *arguments, **keywords), abandon_on_cancel=True)
+
+
+async def ask(control: Path, request: str, **arguments: Any) -> Json:
+    """Without a process in between."""
+    async with ControlClient.open(str(control), checks=True) as client:
+        return await client.execute(request, arguments)
+
+
+async def test_upgraded_killed_and_ended(side: Callable[..., Any], tmp_path: Path, image: Path) -> None:
+    content = image.read_bytes()  # noqa: ASYNC240
+    socket, control = tmp_path / "vm.sock", tmp_path / "c"
+    pager = side("pager", "--json", "--socket", socket, "--image", image, "--control", control)
+    try:
+        await in_thread(pager.wait_for, "socket", lambda line: line["event"] == "listening")
+        async with start_vmm(socket, PAGES) as vmm:
+            assert await vmm.reads(content, 0, 128)
+            await vmm.ask("write", 5, 77)
+            await vmm.ask("remove", 16, 8)
+
+            # Another process goes on.
+            await ask(control, "upgrade")
+            taken = await in_thread(pager.wait_for, "a successor", lambda line: line.get("taken-over") is True)
+            assert taken["pid"] == vmm.pid
+            assert await vmm.reads(content, 128, 64)
+            with pytest.raises(ControlError, match="no other engine goes on"):
+                await ask(control, "upgrade", program=str(tmp_path / "nothing"))
+
+            # It is killed, while the VMM asks for a page.
+            status = await ask(control, "status")
+            await vmm.send("read", 192, 64)
+            os.kill(status["pid"], signal.SIGKILL)
+            assert await vmm.answer()
+            assert await vmm.reads(content, 192, 64)
+            assert [await vmm.ask("byte", page) for page in (5, 16, 23)] == ["77", "0", "0"]
+            after = await ask(control, "status")
+            assert after["pid"] != status["pid"]
+            assert after["vms"][0]["engine-deaths"] == 1
+            assert after["vms"][0]["faults"] >= 256 - 8
+
+            # It would freeze the VMM to end; unless that has all of its memory.
+            with pytest.raises(ControlError, match="1 virtual machine with missing pages"):
+                await ask(control, "quit")
+            assert await vmm.reads(content, 256, PAGES - 256)
+            await ask(control, "quit")
+            code, result, errors = await in_thread(pager.end)
+            assert (code, result["left"]) == (0, 0), errors
+            await vmm.ask("remove", 300, 1)
+            assert await vmm.ask("byte", 300) == "0"
+    finally:
+        pager.signal(signal.SIGKILL)  # (no engine outlives it, since none serves)
+    assert not socket.exists()
+
+
+async def test_ended_by_a_signal_while_nobody_needs_it(side: Callable[..., Any], tmp_path: Path, image: Path) -> None:
+    pager = side("pager", "--json", "--socket", tmp_path / "s", "--image", image)
+    await in_thread(pager.wait_for, "socket", lambda line: line["event"] == "listening")
+    pager.signal(signal.SIGTERM)
+    code, result, errors = await in_thread(pager.end)
+    assert (code, result["status"]) == (0, "completed"), errors
+
+
+def test_what_cannot_be_served_is_an_error_at_once(side: Callable[..., Any], tmp_path: Path, image: Path) -> None:
+    for more, words in (
+        (("--image", tmp_path / "none"), "No such file"),
+        (("--image", image, "--control", "/nowhere/c"), "/nowhere"),
+    ):
+        code, _, errors = side("pager", "--socket", tmp_path / "s", *more).end()
+        assert code == 2, errors
+        assert words in errors
+        assert errors.count("\n") <= 2, errors

@@ -1,0 +1,529 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The service behind `postcopy pager`, with processes that are VMMs to it, and no keeper."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from lines import _check_event
+from vmm import PAGE, Vmm, start_vmm
+
+from postcopy._stop import Stop
+from postcopy.errors import ConfigurationError, PostcopyError, ProtocolError, ResourceError
+from postcopy.handler import About, Handler, check, serve
+from postcopy.handler import _workingset as workingset
+from postcopy.handler._image import Image
+from postcopy.handler._metrics import VmMetrics
+from postcopy.handler._store import LocalStore
+from postcopy.lazy._source import SourceBlock
+from postcopy.machines.firecracker.handshake import Credentials
+from postcopy.output._view import View
+from postcopy.records import Json, Record, as_json
+from postcopy.service.config import PagerConfig
+from postcopy.service.render import render
+from postcopy.service.schema import ControlError, Request
+
+PAGES = 256
+DEADLINE_S = 30.0
+
+pytestmark = pytest.mark.needs("uffd")
+
+
+def content(seed: int = 1, pages: int = PAGES) -> bytes:
+    """No page is zero, but for every eighth one."""
+    draw = random.Random(seed)
+    return b"".join(bytes(PAGE) if page % 8 == 7 else draw.randbytes(PAGE - 1) + b"\1" for page in range(pages))
+
+
+def write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+class Said:
+    """What a handler tells."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, Json]] = []
+        self._news = trio.Event()
+
+    def say(self, text: str) -> None:
+        assert text.isprintable()
+
+    def kick(self) -> None:
+        pass
+
+    def emit(self, event: str, record: Record) -> None:
+        fields = as_json(record)
+        _check_event(event, fields)
+        self.events.append((event, fields))
+        self._news.set()
+        self._news = trio.Event()
+
+    async def wait(self, event: str, count: int = 1) -> Json:
+        """The one of this number among those of this name."""
+        with trio.fail_after(DEADLINE_S):
+            while len(found := [fields for name, fields in self.events if name == event]) < count:
+                await self._news.wait()
+        return found[count - 1]
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Looks again and again: what is counted in C tells nobody."""
+    with trio.fail_after(DEADLINE_S):
+        while not await condition():  # noqa: ASYNC110
+            await trio.sleep(0.01)
+
+
+class Served:
+    """A handler that runs."""
+
+    def __init__(self, handler: Handler, said: Said, stop: Stop, socket: Path) -> None:
+        self.handler, self.said, self.stop, self.socket = handler, said, stop, socket
+
+    async def ask(self, command: str, **arguments: Any) -> Json:
+        return as_json(await self.handler.execute(Request(command, arguments)))
+
+    async def figures(self) -> Json:
+        (vm,) = (await self.ask("status"))["vms"]
+        return dict(vm)
+
+    async def until(self, condition: Callable[[Json], bool]) -> Json:
+        await self.said.wait("vm-connected")
+        found: list[Json] = []
+
+        async def look() -> bool:
+            found[:] = [await self.figures()]
+            return condition(found[0])
+
+        await until(look)
+        return found[0]
+
+
+class KeptStore(LocalStore):
+    """Keeps copies, as a keeper does."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.kept: dict[str, list[int]] = {}
+
+    async def put(self, name: str, fds: Sequence[int]) -> None:
+        self.kept.setdefault(name, []).extend(os.dup(fd) for fd in fds)
+        await super().put(name, fds)
+
+    async def drop(self, name: str) -> None:
+        for fd in self.kept.pop(name, []):
+            os.close(fd)
+        await super().drop(name)
+
+
+@asynccontextmanager
+async def served(directory: Path, store: LocalStore | None = None, **options: Any) -> AsyncIterator[Served]:
+    socket = directory / "s"
+    config = PagerConfig(socket=str(socket), **options)
+    check(config)
+    said, stop = Said(), Stop()
+    store = LocalStore({}) if store is None else store
+    async with trio.open_nursery() as nursery:
+        await nursery.start(store.run)
+        handler = Handler(config, said, store)
+        ended = trio.Event()
+
+        async def run() -> None:
+            try:
+                assert await handler.run(stop)
+            finally:
+                ended.set()
+
+        nursery.start_soon(run)
+        await said.wait("listening")
+        try:
+            yield Served(handler, said, stop, socket)
+        finally:
+            if not store.leave.is_set():
+                stop.insist()
+            with trio.CancelScope(shield=True):
+                await ended.wait()
+            nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "vm.mem"
+    path.write_bytes(content())
+    return path
+
+
+async def test_a_vm_has_the_pages_of_the_image(tmp_path: Path, image: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    async with served(tmp_path, image=str(image)) as pager:
+        async with start_vmm(pager.socket, PAGES, second=64) as vmm:
+            connected = await pager.said.wait("vm-connected")
+            assert connected["pid"] == vmm.pid
+            assert connected["memory"] == PAGES * PAGE
+            assert await vmm.reads(content(), 0, PAGES)
+            figures = await pager.until(lambda vm: vm["status"] == "complete")
+            assert figures["demand-pages"] + figures["zero-pages"] >= PAGES
+            assert figures["faults"] >= PAGES
+            assert 0 < figures["faults-served-ms"]["1"] <= figures["faults-served-ms"]["100"]
+            shown = render(await pager.ask("status"))
+            assert f"process {vmm.pid}" in shown
+            assert "Resident:          1 MiB" in shown
+            header, rows = View().machines(await pager.ask("status"))
+            assert (rows[0][2], len(rows[0])) == ("complete", len(header))
+            assert sum(figures["postcopy-latency-dist"]) == figures["fault-latency-us"]["count"]
+            # What it throws away is zero from then on.
+            await vmm.ask("remove", 8, 4)
+            assert await vmm.ask("byte", 9) == "0"
+            assert await vmm.reads(content(), 16, 8)
+        ended = await pager.said.wait("vm-ended")
+        assert ended["reason"] == "its process has ended"
+        assert ended["figures"]["removes"] == 4
+        status = await pager.ask("status")
+        assert (status["vms"], status["ended"]) == ([], 1)
+    assert not pager.socket.exists()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_what_is_thrown_away_before_it_came_is_zero(tmp_path: Path, image: Path) -> None:
+    async with served(tmp_path, image=str(image)) as pager, start_vmm(pager.socket, PAGES) as vmm:
+        await vmm.ask("remove", 0, 16)
+        assert [await vmm.ask("byte", page) for page in (0, 3, 15)] == ["0"] * 3
+        assert await vmm.reads(content(), 16, 16)
+
+
+async def test_vms_do_not_touch_each_other(tmp_path: Path, image: Path) -> None:
+    async with (
+        served(tmp_path, image=str(image)) as pager,
+        start_vmm(pager.socket, PAGES) as one,
+        start_vmm(pager.socket, PAGES) as other,
+    ):
+        await one.ask("write", 5, 77)
+        assert await other.reads(content(), 0, 32)
+        await other.ask("remove", 0, 8)
+        assert await one.ask("byte", 5) == "77"
+        one.process.send_signal(signal.SIGKILL)
+        await pager.said.wait("vm-ended")
+        assert await other.reads(content(), 32, 32)
+        assert len((await pager.ask("status"))["vms"]) == 1
+
+
+class TestRefused:
+    async def test_memory_that_the_image_has_not(self, tmp_path: Path, image: Path) -> None:
+        async with served(tmp_path, image=str(image)) as pager, start_vmm(pager.socket, PAGES) as good:
+            async with start_vmm(pager.socket, PAGES + 8):
+                refused = await pager.said.wait("vm-refused")
+                assert "another snapshot" in refused["reason"]
+                assert not refused["killed"]
+            assert await good.reads(content(), 0, 8)
+            assert (await pager.ask("status"))["refused"] == 1
+
+    async def test_one_more_than_allowed_is_killed_where_that_is_the_policy(self, tmp_path: Path, image: Path) -> None:
+        options: dict[str, Any] = {"max_vms": 1, "kill_when_lost": True}
+        async with (
+            served(tmp_path, image=str(image), **options) as pager,
+            start_vmm(pager.socket, PAGES) as good,
+        ):
+            await pager.said.wait("vm-connected")
+            async with start_vmm(pager.socket, PAGES, wait=False) as other:
+                refused = await pager.said.wait("vm-refused")
+                assert refused["killed"]
+                with trio.fail_after(DEADLINE_S):
+                    assert await other.process.wait() == -signal.SIGKILL
+            assert await good.reads(content(), 0, 8)
+
+    async def test_more_memory_than_allowed(self, tmp_path: Path, image: Path) -> None:
+        async with served(tmp_path, image=str(image), max_memory_bytes=3 * PAGES * PAGE // 2) as pager:
+            async with start_vmm(pager.socket, PAGES):
+                await pager.said.wait("vm-connected")
+                async with start_vmm(pager.socket, PAGES):
+                    assert "--max-memory" in (await pager.said.wait("vm-refused"))["reason"]
+            await pager.said.wait("vm-ended")
+            async with start_vmm(pager.socket, PAGES):  # there is room again
+                await pager.said.wait("vm-connected", 2)
+
+    async def test_another_user(self, tmp_path: Path, image: Path) -> None:
+        async with served(tmp_path, image=str(image), allow_uid=(4001,)) as pager:
+            assert pager.socket.stat().st_mode & 0o777 == 0o666
+            pager.handler._check_peer(Credentials(1, 4001, 1))
+            with pytest.raises(ProtocolError, match="--allow-uid"):
+                pager.handler._check_peer(Credentials(1, 4002, 1))
+            pager.stop.set()
+            with pytest.raises(ResourceError, match="ending"):
+                pager.handler._check_peer(Credentials(1, 4001, 1))
+        async with served(tmp_path, image=str(image)) as pager:
+            assert pager.socket.stat().st_mode & 0o777 == 0o600
+
+    async def test_nonsense_hurts_nobody(self, tmp_path: Path, image: Path) -> None:
+        async with served(tmp_path, image=str(image)) as pager, start_vmm(pager.socket, PAGES) as good:
+            for number, text in enumerate((b"hello", b"[]", b'[{"size": 1}]'), 1):
+                async with await trio.open_unix_socket(str(pager.socket)) as stream:
+                    await stream.send_all(text)
+                    await pager.said.wait("vm-refused", number)
+            async with await trio.open_unix_socket(str(pager.socket)):
+                assert await good.reads(content(), 0, PAGES)
+
+
+class TestLost:
+    async def test_a_file_that_is_cut_short_holds_the_vm_until_it_is_whole(self, tmp_path: Path, image: Path) -> None:
+        async with served(tmp_path, image=str(image)) as pager, start_vmm(pager.socket, PAGES) as vmm:
+            assert await vmm.reads(content(), 0, 8)
+            os.truncate(image, 16 * PAGE)
+            await vmm.send("read", 128, 8)
+            lost = await pager.said.wait("vm-lost")
+            assert not lost["killed"]
+            assert (await pager.figures())["status"] == "lost"
+            write(image, content())
+            await pager.said.wait("vm-recovered")
+            assert await vmm.answer()
+            assert await vmm.reads(content(), 0, PAGES)
+
+    async def test_or_it_is_killed(self, tmp_path: Path, image: Path) -> None:
+        async with served(tmp_path, image=str(image), kill_when_lost=True) as pager:
+            async with start_vmm(pager.socket, PAGES) as vmm:
+                assert await vmm.reads(content(), 0, 8)
+                os.truncate(image, 16 * PAGE)
+                await vmm.send("read", 128, 8)
+                assert (await pager.said.wait("vm-lost"))["killed"]
+                with trio.fail_after(DEADLINE_S):
+                    assert await vmm.process.wait() == -signal.SIGKILL
+            assert (await pager.said.wait("vm-ended"))["reason"] == "its process was killed"
+
+
+class TestEnd:
+    async def test_a_vm_that_has_all_of_its_memory_needs_nobody(self, tmp_path: Path, image: Path) -> None:
+        async with trio.open_nursery() as nursery:
+            vms: list[Vmm] = []
+            async with served(tmp_path, image=str(image)) as pager:
+                vmm = await _hold(nursery, pager.socket)
+                vms.append(vmm)
+                assert await vmm.reads(content(), 0, PAGES)
+                await pager.until(lambda vm: vm["status"] == "complete")
+                with pytest.raises(ControlError, match="no meaning for a pager"):
+                    await pager.ask("migrate")
+                assert await pager.ask("quit") == {}
+                assert (await pager.said.wait("vm-ended"))["reason"] == "it needs nobody any more"
+            await vms[0].ask("remove", 0, 8)
+            assert await vms[0].ask("byte", 3) == "0"
+            assert (await pager.said.wait("result"))["left"] == 0
+            nursery.cancel_scope.cancel()
+
+    async def test_one_that_has_not_is_waited_for_until_that_is_insisted_on(self, tmp_path: Path, image: Path) -> None:
+        async with served(tmp_path, image=str(image)) as pager, start_vmm(pager.socket, PAGES) as vmm:
+            assert await vmm.reads(content(), 0, 8)
+            with pytest.raises(ControlError, match="1 virtual machine with missing pages"):
+                await pager.ask("quit")
+            pager.stop.set()
+            await trio.testing.wait_all_tasks_blocked(0.02)
+            assert await vmm.reads(content(), 8, 8)
+            assert await pager.ask("quit", force=True) == {}
+            assert (await pager.said.wait("result"))["left"] == 1
+
+    async def test_ctl_end(self, tmp_path: Path, image: Path) -> None:
+        async with served(tmp_path, image=str(image)) as pager, start_vmm(pager.socket, PAGES) as vmm:
+            name = (await pager.said.wait("vm-connected"))["vm"]
+            with pytest.raises(ControlError, match="--force"):
+                await pager.ask("end", machine=name)
+            with pytest.raises(ControlError, match="no virtual machine"):
+                await pager.ask("end", machine="other")
+            assert await pager.ask("end", machine=name, force=True) == {"machine": name}
+            with trio.fail_after(DEADLINE_S):
+                assert await vmm.process.wait() == -signal.SIGKILL
+            await pager.said.wait("vm-ended")
+
+
+async def _hold(nursery: trio.Nursery, socket: Path) -> Vmm:
+    """A VMM that outlives the block in which it was made."""
+
+    async def run(task_status: trio.TaskStatus[Vmm] = trio.TASK_STATUS_IGNORED) -> None:
+        async with start_vmm(socket, PAGES) as vmm:
+            task_status.started(vmm)
+            await trio.sleep_forever()
+
+    vmm: Vmm = await nursery.start(run)
+    return vmm
+
+
+async def test_another_process_goes_on(tmp_path: Path, image: Path) -> None:
+    """With what the first one has put into the store; the image's name is gone meanwhile."""
+    async with trio.open_nursery() as nursery:
+        store = KeptStore()
+        async with served(tmp_path, store, image=str(image)) as first:
+            vmm = await _hold(nursery, first.socket)
+            assert await vmm.reads(content(), 0, 64)
+            await vmm.ask("write", 5, 77)
+            await vmm.ask("remove", 16, 8)
+            before = await first.figures()
+            store.leave.set()
+        assert "result" not in [event for event, _ in first.said.events]
+        (kept,) = (fds for name, fds in store.kept.items() if len(fds) > 1)
+        os.unlink(image)
+        write(image, content(2))
+        second = LocalStore({})
+        second.taken, second.deaths, store.kept = {"vm": kept}, 1, {}
+        os.unlink(tmp_path / "s")
+        async with served(tmp_path, second, image=str(image)) as after:
+            assert (await after.said.wait("vm-connected"))["taken-over"]
+            assert await vmm.ask("byte", 5) == "77"
+            assert await vmm.ask("byte", 17) == "0"
+            assert await vmm.reads(content(), 64, PAGES - 64)
+            figures = await after.figures()
+            assert figures["faults"] > before["faults"]
+            assert figures["name"] == before["name"]
+            assert (before["engine-deaths"], figures["engine-deaths"]) == (0, 1)
+            async with start_vmm(after.socket, PAGES) as new:
+                assert await new.reads(content(2), 0, 8)
+        nursery.cancel_scope.cancel()
+
+
+class TestWorkingSets:
+    async def test_recorded_and_replayed(self, tmp_path: Path, image: Path) -> None:
+        path = tmp_path / "vm.ws"
+        touched = [40, 41, 42, 7, 100, 9]
+        async with served(tmp_path, image=str(image), record_working_set=str(path)) as pager:
+            async with start_vmm(pager.socket, PAGES) as vmm:
+                for page in touched:
+                    await vmm.ask("byte", page)
+            assert (await pager.said.wait("working-set"))["set-pages"] == len(touched)
+        opened = Image.open(str(image))
+        assert workingset.read(str(path), opened).runs == ((40, 3), (7, 1), (100, 1), (9, 1))
+        opened.close()
+        async with (
+            served(tmp_path, image=str(image), working_set=str(path)) as pager,
+            start_vmm(pager.socket, PAGES) as vmm,
+        ):
+            figures = await pager.until(lambda vm: vm.get("working-set", {}).get("set-pages") == len(touched))
+            for page in touched:
+                await vmm.ask("byte", page)
+            assert figures["working-set"]["hit-rate"] == 100
+            assert (await pager.figures())["faults"] == 0
+            assert await vmm.reads(content(), 0, PAGES)
+
+    async def test_all_is_placed_behind(self, tmp_path: Path, image: Path) -> None:
+        async with served(tmp_path, image=str(image), prefetch="all") as pager, start_vmm(pager.socket, PAGES) as vmm:
+            figures = await pager.until(lambda vm: vm["status"] == "complete")
+            assert figures["prefetched-pages"] > 0
+            assert await vmm.reads(content(), 0, PAGES)
+
+    async def test_one_of_another_image_is_refused(self, tmp_path: Path, image: Path) -> None:
+        path, opened = tmp_path / "vm.ws", Image.open(str(image))
+        workingset.write(str(path), workingset.WorkingSet(PAGE, ((0, 4),)), opened.identify())
+        opened.close()
+        write(image, content(3))
+        with pytest.RaisesGroup(pytest.RaisesExc(ConfigurationError, match="another image"), flatten_subgroups=True):
+            async with served(tmp_path, image=str(image), working_set=str(path)):
+                pass
+
+    async def test_a_damaged_one_is_ignored(
+        self, tmp_path: Path, image: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        path = tmp_path / "vm.ws"
+        path.write_bytes(workingset.MAGIC + b"nothing of the kind")
+        async with (
+            served(tmp_path, image=str(image), working_set=str(path)) as pager,
+            start_vmm(pager.socket, PAGES) as vmm,
+        ):
+            assert await vmm.reads(content(), 0, 8)
+            assert "working-set" not in await pager.figures()
+        assert "the checksum is wrong" in caplog.text
+
+
+async def test_a_directory_of_images(tmp_path: Path) -> None:
+    images, sockets = tmp_path / "images", tmp_path / "sockets"
+    images.mkdir()
+    sockets.mkdir()
+    (images / "one.mem").write_bytes(content(1))
+    (images / "other.txt").write_bytes(content(1))
+    said, stop, store = Said(), Stop(), LocalStore({})
+    config = PagerConfig(socket=str(sockets), images=str(images))
+    check(config)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(store.run)
+        nursery.start_soon(Handler(config, said, store).run, stop)
+        assert (await said.wait("listening"))["image"] == str(images / "one.mem")
+        (images / "two.mem").write_bytes(content(2))
+        await said.wait("listening", 2)
+        async with start_vmm(sockets / "one.sock", PAGES) as one, start_vmm(sockets / "two.sock", PAGES) as two:
+            assert await one.reads(content(1), 0, 8)
+            assert await two.reads(content(2), 0, 8)
+        (images / "two.mem").unlink()
+
+        async def gone() -> bool:
+            return "two.sock" not in os.listdir(sockets)
+
+        await until(gone)
+        stop.insist()
+        await said.wait("result")
+        nursery.cancel_scope.cancel()
+    assert list(sockets.iterdir()) == []
+
+
+class Pages:
+    """A page source."""
+
+    def __init__(self, about: About) -> None:
+        self.blocks = (SourceBlock("memory", about.memory_bytes, about.page_bytes),)
+
+    async def fetch(self, block: int, first_page: int, count: int) -> bytes:
+        await trio.lowlevel.checkpoint()
+        if first_page >= 128:
+            raise OSError("gone")
+        return content()[first_page * PAGE : (first_page + count) * PAGE]
+
+
+async def test_pages_of_a_program(tmp_path: Path) -> None:
+    said: list[str] = []
+    lost = trio.Event()
+
+    def on_event(event: str, fields: Json) -> None:
+        said.append(event)
+        if event == "vm-lost":
+            lost.set()
+
+    async with trio.open_nursery() as nursery:
+        serving: Callable[..., Any] = serve
+        await nursery.start(
+            lambda task_status: serving(str(tmp_path / "s"), Pages, on_event=on_event, task_status=task_status)
+        )
+        async with start_vmm(tmp_path / "s", PAGES) as vmm:
+            assert await vmm.reads(content(), 0, 64)
+            await vmm.send("read", 128, 1)
+            with trio.fail_after(DEADLINE_S):
+                await lost.wait()
+        nursery.cancel_scope.cancel()
+    assert "vm-connected" in said
+
+
+async def test_metrics(tmp_path: Path, image: Path) -> None:
+    async with served(tmp_path, image=str(image)) as pager, start_vmm(pager.socket, PAGES) as vmm:
+        assert await vmm.reads(content(), 0, 8)
+        name = (await pager.figures())["name"]
+        page: VmMetrics = pager.handler.make_metrics()
+        text = page.text().decode()
+        assert f'postcopy_vm_memory_bytes{{vm="{name}"}} 1.048576e+06' in text
+        assert f'postcopy_vm_fault_latency_seconds_count{{vm="{name}"}}' in text
+        assert f'postcopy_vm_pages_total{{kind="demand",vm="{name}"}}' in text
+        assert "postcopy_pager_engine_deaths_total 0.0" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"image": "/nowhere/x"}, "No such file"),
+        ({"images": "/nowhere"}, "--images /nowhere"),
+        ({"image": "IMAGE", "prefetch": "working-set"}, "--working-set FILE"),
+        ({"image": "IMAGE", "record_for_s": 3.0}, "--record-for goes with"),
+        ({"image": "IMAGE", "record_working_set": "/nowhere/x"}, "--record-working-set"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_at_once(image: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(PostcopyError, match=words):
+        check(replace(PagerConfig(), **options | ({"image": str(image)} if options.get("image") == "IMAGE" else {})))

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A toy in place of `postcopy pager`: the command that becomes a keeper, and the engine that this runs.
+
+Each connection is one request, a JSON line, and is answered by one, with what the engine knows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+import trio
+
+from postcopy.errors import PostcopyError
+from postcopy.handler._keeper import in_keeper, keep, open_store
+from postcopy.handler._store import Store, kind_of
+
+
+async def answer(store: Store, name: str, sock: trio.socket.SocketType, leave: trio.Event) -> None:
+    data = await sock.recv(4096)
+    if not data:  # the engine before this one has answered, and died before it dropped the name
+        sock.close()
+        await store.drop(name)
+        return
+    request = json.loads(data)
+    known: dict[str, Any] = {"error": ""}
+    try:
+        match request["do"]:
+            case "put":
+                memories = [os.memfd_create(f"toy-{index}") for index in range(request["count"])]
+                await store.put(request.get("name", name), memories)
+                for memory in memories:
+                    os.close(memory)
+            case "drop":
+                await store.drop(request["name"])
+            case "upgrade":
+                await store.upgrade(request["command"])
+            case "listen":
+                listener = socket.socket(socket.AF_UNIX)
+                listener.bind(request["at"])
+                listener.listen()
+                await store.put(request["name"], [listener.fileno()])
+    except PostcopyError as error:
+        known["error"] = str(error)
+    known["taken"] = {other: sorted(map(kind_of, fds)) for other, fds in store.taken.items()}
+    known |= {"pid": os.getpid(), "keeper": os.getppid(), "name": name, "deaths": store.deaths, "reason": store.reason}
+    known |= {"arguments": sys.argv[1:], "listeners": sorted(store.listeners), **store.status()}
+    await sock.send(json.dumps(known).encode())
+    sock.close()
+    if request["do"] != "put" or "name" in request:
+        await store.drop(name)
+    if request["do"] == "exit":
+        leave.set()
+
+
+async def engine() -> None:
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        async with open_store(spare="--no-spare" not in sys.argv) as store, trio.open_nursery() as nursery:
+            leave = trio.Event()
+
+            @nursery.start_soon
+            async def replaced() -> None:
+                await store.leave.wait()
+                leave.set()
+
+            @nursery.start_soon
+            async def end() -> None:
+                await leave.wait()
+                nursery.cancel_scope.cancel()
+
+            @nursery.start_soon
+            async def stop() -> None:
+                async for _ in signals:
+                    leave.set()
+
+            await store.ready()
+            while True:
+                name, fd = await store.accept()
+                nursery.start_soon(answer, store, name, trio.socket.from_stdlib_socket(socket.socket(fileno=fd)), leave)
+
+
+def become(fds: list[int], names: str, command: list[str]) -> None:
+    """As systemd starts a service that it has descriptors for."""
+    high = [os.dup2(fd, 100 + index, inheritable=False) for index, fd in enumerate(fds)]
+    for index, fd in enumerate(high):
+        os.dup2(fd, 3 + index)
+    os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(fds)), "LISTEN_FDNAMES": names}
+    os.execv(command[0], command)
+
+
+def main() -> None:
+    if in_keeper():
+        logging.basicConfig(level=logging.INFO)
+        trio.run(engine)
+        return
+    listeners = {}
+    if "--passed" not in sys.argv:
+        listener = listeners["pager"] = socket.socket(socket.AF_UNIX)
+        listener.bind(sys.argv[1])
+        listener.listen()
+    command = [sys.executable, "-P", os.path.abspath(__file__), *sys.argv[1:]]
+    keep(command, listeners, spare="--no-spare" not in sys.argv, burst=1000)
+
+
+if __name__ == "__main__":
+    main()

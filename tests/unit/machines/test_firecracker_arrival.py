@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A microVM that arrives, by a Firecracker that is none: what an offer may say, what must be there before it is
+accepted, and how a load and a resume may go wrong."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from fake_firecracker import STATE, FakeFirecracker, Orders, _crc64, fake_firecracker
+
+from postcopy._native import ffi, lib
+from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError
+from postcopy.machines import BlockLayout, Extent, MachineState
+from postcopy.machines.firecracker import destination
+from postcopy.machines.firecracker.destination import ArrivingFirecracker, FirecrackerHost
+from postcopy.machines.firecracker.state import with_disks
+from postcopy.machines.kinds import HostOptions, create_destination, parse_pairs
+
+MIB = 1 << 20
+OFFER: dict[str, Any] = {"regions": [8 * MIB], "version": "1.12.1", "vcpus": 1, "drives": {}, "nets": {}}
+LAYOUT = [BlockLayout("memory", 8 * MIB, 4096)]
+EMPTY = Orders(state="Not started")
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[FakeFirecracker]:
+    with fake_firecracker(tmp_path, EMPTY) as one:
+        yield one
+
+
+def arriving(
+    fake: FakeFirecracker | None, offer: dict[str, Any] = OFFER, drive: str = "", net: str = ""
+) -> ArrivingFirecracker:
+    host = HostOptions(api_socket=str(fake.api_socket if fake is not None else "x"), drive=drive, net=net)
+    machine = create_destination("firecracker", offer, LAYOUT, host=host)
+    assert isinstance(machine, ArrivingFirecracker)
+    return machine
+
+
+async def adopt(uffd: int, features: int, extents: Sequence[Extent]) -> None:
+    raise AssertionError("there was a userfaultfd")
+
+
+@pytest.mark.parametrize(
+    ("change", "layout"),
+    [
+        ({"regions": [4 * MIB]}, LAYOUT),
+        ({"regions": [8 * MIB - 512, 512]}, LAYOUT),
+        ({"regions": []}, LAYOUT),
+        ({"regions": [-8 * MIB, 16 * MIB]}, LAYOUT),
+        ({"regions": "all"}, LAYOUT),
+        ({"version": "newest"}, LAYOUT),
+        ({"version": None}, LAYOUT),
+        ({"drives": {"root": {"path": "/a\0b", "read-only": False}}}, LAYOUT),
+        ({"drives": {"root": "/a"}}, LAYOUT),
+        ({"nets": {"eth0": "../tap"}}, LAYOUT),
+        ({"vsock": ""}, LAYOUT),
+        ({}, [BlockLayout("memory", 8 * MIB, 8192)]),
+        ({}, [BlockLayout("other", 8 * MIB, 4096)]),
+        ({}, LAYOUT * 2),
+    ],
+)
+def test_offers_that_make_no_sense(change: dict[str, Any], layout: list[BlockLayout]) -> None:
+    with pytest.raises(ProtocolError, match="offer of a Firecracker"):
+        ArrivingFirecracker.for_destination(OFFER | change, layout, FirecrackerHost("x"))
+
+
+def test_what_a_host_must_say() -> None:
+    for host in (FirecrackerHost(), FirecrackerHost("socket", "binary")):
+        with pytest.raises(ConfigurationError, match="--api-socket PATH"):
+            ArrivingFirecracker.for_destination(OFFER, LAYOUT, host)
+    with pytest.raises(ConfigurationError, match=r"--drive rot=.*it has root.*root"):
+        arriving(None, OFFER | {"drives": {"root": {"path": "/a", "read-only": False}}}, drive="rot=/b")
+    assert parse_pairs("a=/x=y,b=/z", "") == {"a": "/x=y", "b": "/z"}
+    for wrong in ("a", "=b", "a=", "a=b,a=c", "a=b,", "a=\n"):
+        with pytest.raises(ConfigurationError, match="write ID"):
+            parse_pairs(wrong, "ID=PATH")
+
+
+REFUSED: list[tuple[Orders, dict[str, Any], dict[str, str], str]] = [
+    (replace(EMPTY, state="Running"), {}, {}, "Running: .*start a new one"),
+    (replace(EMPTY, version="1.11.0"), {}, {}, "1.12.1.*1.11.0.*use 1.12.1 or a newer one"),
+    (EMPTY, {"drives": {"root": {"path": "/missing", "read-only": True}}}, {}, "--drive root=PATH"),
+    (EMPTY, {"drives": {"root": {"path": "/a", "read-only": True}}}, {"drive": "root=/proc"}, "/proc is neither"),
+    (EMPTY, {"nets": {"eth0": "no-such-tap"}}, {}, "no TAP device 'no-such-tap'.*--net eth0=TAP"),
+    (EMPTY, {"nets": {"eth0": "tap0"}}, {"net": "eth0=no-such-tap"}, "'no-such-tap'"),
+    (EMPTY, {"vsock": "/proc/version"}, {}, "/proc/version exists.*remove it"),
+    (EMPTY, {"vsock": "/missing/v.sock"}, {}, "no such directory.*make it"),
+]
+
+
+async def test_what_must_be_there_before_it_is_accepted(fake: FakeFirecracker) -> None:
+    """And a Firecracker that was told nothing is left as it was."""
+    for orders, change, options, why in REFUSED:
+        fake.order(orders)
+        machine = arriving(fake, OFFER | change, **options)
+        with pytest.raises(ConfigurationError, match=why):
+            await machine.prepare()
+        await machine.close()
+        assert fake.process.poll() is None
+        assert fake.was_told() == []
+
+
+@pytest.mark.parametrize(
+    ("orders", "why"),
+    [
+        (replace(EMPTY, load="Load snapshot error: Cannot restore devices"), "Cannot restore devices.*start a new one"),
+        (EMPTY, "has not asked for its memory"),
+        (replace(EMPTY, load="dies"), "has closed the connection"),
+        (replace(EMPTY, hangs=["PUT /snapshot/load"]), "has not"),
+    ],
+    ids=["refuses", "asks nobody", "dies", "hangs"],
+)
+async def test_a_load_that_fails(
+    fake: FakeFirecracker, orders: Orders, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of it is killed: it may hold half a machine, and nobody else could use it."""
+    monkeypatch.setattr(destination, "LOAD_S", 0.3)
+    machine = arriving(fake)
+    await machine.prepare()
+    fake.order(orders)
+    with pytest.raises(MigrationError, match=why):
+        await machine.load_and_map(b"state", adopt)
+    await machine.close()
+    assert fake.process.wait(30) == -signal.SIGKILL
+
+
+async def test_a_resume_that_is_not_answered_and_was_done(fake: FakeFirecracker) -> None:
+    machine = arriving(fake)
+    await machine.prepare()
+    fake.order(replace(EMPTY, state="Running", drops=["PATCH Resumed"]))
+    await machine.resume()
+    assert machine.statistics().state is MachineState.RUNNING
+    assert fake.was_told() == ["PATCH Resumed"]
+    await machine.close()
+
+
+async def test_a_resume_that_is_not_answered_and_was_not_done(
+    fake: FakeFirecracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told again, for a time; from then on it counts as running, and is told until it does."""
+    monkeypatch.setattr(destination, "RESUME_S", 0.3)
+    machine = arriving(fake)
+    await machine.prepare()
+    fake.order(replace(EMPTY, state="Paused", drops=["PATCH Resumed"]))
+    await machine.resume()
+    assert machine.statistics().state is MachineState.RUNNING
+    told = len(fake.was_told())
+    assert told > 1
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(machine.wait_changed)
+            while len(fake.was_told()) <= told:  # noqa: ASYNC110 -- another process
+                await trio.sleep(0.01)
+            fake.order(replace(EMPTY, state="Paused"))
+            while (await machine._api.get("/"))["state"] != "Running":  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+    await machine.close()
+
+
+async def test_a_resume_of_one_that_has_ended(fake: FakeFirecracker) -> None:
+    machine = arriving(fake)
+    await machine.prepare()
+    fake.process.kill()
+    fake.process.wait()
+    with pytest.raises(PostcopyError, match="ended"):
+        await machine.resume()
+    await machine.close()
+
+
+def test_disks_are_moved_in_the_state() -> None:
+    def with_crc(body: bytes) -> bytes:
+        return body + _crc64(body).to_bytes(8, "little")
+
+    def name(path: bytes) -> bytes:
+        return len(path).to_bytes(8, "little") + path
+
+    before = with_crc(STATE + name(b"/a") + b"and" + name(b"/disks/b") + b"end")
+    after = with_disks(before, {"/a": "/a/much/longer/name", "/disks/b": "/a"})
+    assert after == with_crc(STATE + name(b"/a/much/longer/name") + b"and" + name(b"/a") + b"end")
+    assert lib.pc_crc64(0, ffi.from_buffer("char[]", after), len(after)) == 0
+    with pytest.raises(ProtocolError, match="names the disk /c 0 times"):
+        with_disks(before, {"/c": "/d"})
+    with pytest.raises(ProtocolError, match="damaged"):
+        with_disks(before[:-1] + b"x", {"/a": "/d"})
