@@ -240,19 +240,16 @@ static void do_uffd(const struct order *order)
 
 static void do_connect(const struct order *order)
 {
-    /* PATH: as long as nobody listens there it is tried again; who asked has the deadline */
+    /* PATH: who asked tries again while nobody listens there */
     struct sockaddr_un address = {.sun_family = AF_UNIX};
 
     snprintf(address.sun_path, sizeof(address.sun_path), "%.107s", order->text);
-    connection = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    while (connect(connection, (struct sockaddr *)&address, sizeof(address)) < 0) {
-        if (errno != ENOENT && errno != ECONNREFUSED && errno != EAGAIN && errno != EINTR) {
-            answer_error(order->id, errno);
-            return;
-        }
-        pc_sleep_ns(2000000);
-    }
-    answer_done(order->id);
+    if (connection < 0)
+        connection = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (connect(connection, (struct sockaddr *)&address, sizeof(address)) < 0)
+        answer_error(order->id, errno);
+    else
+        answer_done(order->id);
 }
 
 static void do_send(const struct order *order)
@@ -990,7 +987,7 @@ static const struct {
     void (*function)(const struct order *);
     bool in_main; /* does not touch memory, does not wait */
 } orders[] = {
-    {"map", do_map, true},           {"uffd", do_uffd, true},         {"connect", do_connect, false},
+    {"map", do_map, true},           {"uffd", do_uffd, true},         {"connect", do_connect, true},
     {"send", do_send, true},         {"hang-up", do_hang_up, true},   {"closed", do_closed, false},
     {"pipe-closed", do_pipe_closed, false}, {"close-uffd", do_close_uffd, true}, {"block", do_block, true},
     {"become", do_become, true},     {"check", do_check, false},      {"fill", do_fill, false},

@@ -35,6 +35,7 @@ DEADLINES_S = (2.0, 4.0, 8.0, PATIENT_S, PATIENT_S)
 """A wrong handler is caught, mostly, by a fault that is never answered. With the first of these that is soon; a host
 that is so busy that something else was late gets the others."""
 JOBS = 12
+PAGER_JOBS = 4
 
 # A defect that is planted in csrc/conformance/handler.c; the case that is there for it; words that this case says then;
 # and the other cases that fail with it too, since they need the same thing to go right.
@@ -141,6 +142,28 @@ def test_the_handler_that_is_right_passes(run_in_child: Callable[..., Any], imag
         # (on a busy host a race that the handler always wins proves nothing: that is not a failure)
         races = {name for name, text in left.items() if "could not be tried" in text or "scheduler" in text}
         assert {name for name in left if "huge" not in name} <= races
+
+
+def pager_outcomes(image: str) -> dict[str, tuple[Outcome, str]]:
+    """Of `postcopy pager`, with its keeper; what is killed is what the keeper keeps: the engine and its spare."""
+    words = [sys.executable, "-m", "postcopy", "pager", "--socket", "{socket}", "--image", "{image}"]
+    start = " ".join([*words, "--control", "{dir}/c", "--allow-uid", "65534"])
+    kill = "sh -c 'kill -KILL $(cat /proc/{pid}/task/{pid}/children)'"
+    chosen = replace(settings(image), commands=HandlerCommands(start, kill=kill, takes_over=True))
+
+    async def run() -> list[Result]:
+        return await command.run_cases(chosen, CASES, PAGER_JOBS, True, lambda case: None)
+
+    return {result.case.name: (result.outcome, result.text) for result in trio.run(run)}
+
+
+@pytest.mark.needs("uffd")
+@pytest.mark.slow
+def test_our_own_pager_passes(run_in_child: Callable[..., Any], image: str) -> None:
+    found = run_in_child(pager_outcomes, image, deadline_s=115.0).value
+    assert not {name: text for name, (outcome, text) in found.items() if outcome is Outcome.FAIL}
+    passed = {name for name, (outcome, _) in found.items() if outcome is Outcome.PASS}
+    assert len(passed) > len(CASES) // 2  # the rest needs root, a mount, or was too fast to race with
 
 
 async def catches(image: str, defect: str) -> str:

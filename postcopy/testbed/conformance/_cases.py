@@ -253,8 +253,8 @@ async def stranger(kit: Kit) -> str | None:
     async with kit.mapped_client() as vm:
         await vm.do("become", STRANGER_UID)
         try:
-            await (await vm.begin("connect", kit.handler.path)).answer(kit.deadline_s)
-        except (OSError, Failed):
+            await vm.connect(kit.handler.path, kit.deadline_s)
+        except PermissionError:
             return "the socket's permissions keep it out"
         try:
             await vm.send(vm.message())
@@ -380,7 +380,7 @@ async def eexist(kit: Kit) -> str:
     first, count = longest(kit, 2048)
     async with kit.client() as vm:
         words = "a thread sleeps for ever at a page that is there: EEXIST needs a WAKE"
-        answer = await race(kit, vm, c.RACE_PLACE, first, count, 1, 3000, words)
+        answer = await race(kit, vm, c.RACE_PLACE, first, count, 1, 6000, words)
     need_hits(answer)
     return f"after {answer['tried']} tries"
 
@@ -413,7 +413,7 @@ async def partial(kit: Kit) -> None:
 async def negative(kit: Kit) -> str:
     first, count = longest(kit, 2048)
     async with kit.client() as vm:
-        answer = await race(kit, vm, c.RACE_PLACE_WAKE, first, count, 3, 3000, "a race for pages")
+        answer = await race(kit, vm, c.RACE_PLACE_WAKE, first, count, 3, 6000, "a race for pages")
         await kit.check(vm, kit.image.pages - 256, 256, what="after COPY had said EEXIST")
     need_hits(answer)
     return f"{answer['hits']} times"
@@ -707,7 +707,7 @@ async def left(kit: Kit) -> str:
         await kit.check(vm, apart + 4, 4, ZERO)
         await kit.check(vm, apart + 8, 8, what="beside pages that have left the userfaultfd")
         words = "a thread sleeps for ever at a page that has left the userfaultfd: ENOENT needs a WAKE"
-        answer = await race(kit, vm, c.RACE_REPLACE, first, count, 2, 3000, words)
+        answer = await race(kit, vm, c.RACE_REPLACE, first, count, 2, 6000, words)
         await kit.check(vm, kit.image.pages // 2, 64, what="after COPY had said ENOENT")
     need_hits(answer)
     return f"after {answer['tried']} tries"
@@ -894,7 +894,7 @@ async def blocking(kit: Kit) -> None:
 async def spurious(kit: Kit) -> str:
     first, count = longest(kit, 4096)
     async with kit.client() as vm:
-        answer = await race(kit, vm, c.RACE_STEAL, first, count, 40, 4000, "events that are gone when they are read")
+        answer = await race(kit, vm, c.RACE_STEAL, first, count, 40, 6000, "events that are gone when they are read")
         await kit.check(vm, kit.image.pages - 64, 64, what="after events that were gone when they were read")
     need_hits(answer)
     return f"{answer['hits']} times"
@@ -1006,7 +1006,7 @@ async def handler_protects(kit: Kit) -> None:
             raise NotApplicable("this handler does not write-protect its clients' memory")
         if answer["protected"] != 64:
             raise Failed(f"{64 - answer['protected']} of 64 pages were placed without protection")
-        raced = await race(kit, vm, c.RACE_PLACE_WAKE, first, count, 3, 3000, "a race for pages")
+        raced = await race(kit, vm, c.RACE_PLACE_WAKE, first, count, 3, 6000, "a race for pages")
         need_hits(raced)
         await kit.check(vm, first, raced["tried"])
         with trio.move_on_after(kit.deadline_s):
@@ -1030,7 +1030,7 @@ async def jailed(kit: Kit) -> str | None:
             os.chmod(path, 0o755)
         os.chown(handler.path, uid, uid)
         await vm.do("become", uid, directory)
-        await (await vm.begin("connect", f"/{name}")).answer(kit.deadline_s, "a jailed client that connects")
+        await vm.connect(f"/{name}", kit.deadline_s)
         await vm.send(vm.message())
         if kit.settings.jail_uid is None and await vm.closed(0.5):
             raise NotApplicable(f"the handler refuses uid {uid}: --jail-uid says which one it admits")

@@ -8,6 +8,7 @@ leaving the block kills the process. Resource handling: a `Client` owns its proc
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -187,6 +188,20 @@ class Client:
                 }
             said.append(region)
         return json.dumps(said, indent=1 if generation == "unknown" else None)
+
+    async def connect(self, path: str, within_s: float) -> None:
+        """Tries again while nobody listens there yet."""
+        until_s = trio.current_time() + within_s
+        while True:
+            try:
+                await self.do("connect", path)
+            except OSError as error:
+                waiting = error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN)
+                if not waiting or trio.current_time() > until_s:
+                    raise
+                await trio.sleep(0.005)
+            else:
+                return
 
     async def send(self, text: str, fds: str = "u") -> None:
         await self.do("send", fds, text)

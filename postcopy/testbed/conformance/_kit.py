@@ -128,9 +128,7 @@ class Kit:
 
     async def connect(self, client: Client) -> None:
         try:
-            await (await client.begin("connect", self.handler.path)).answer(
-                self.deadline_s, "to connect to the handler"
-            )
+            await client.connect(self.handler.path, self.deadline_s)
         except OSError as error:
             raise Failed(f"cannot connect to {self.handler.path}: {error.strerror}") from None
 
