@@ -68,7 +68,7 @@ DEFECTS = {
     "copy-cast": ("13-negative", "no end", "10-* 11-* 12-partial 14-unread 16-* 39-* 40-*"),
     "spins-unread": ("14-unread", "no end", "20-batch 22-decided 24-flood 39-*"),
     "waits-for-event": ("15-eagain", "EAGAIN that ends without an event", "14-* 16-* 2* 39-*"),
-    "gives-up": ("16-long-eagain", "a second of EAGAIN: no end", "24-flood 30-takeover"),
+    "gives-up": ("16-long-eagain", "a second of EAGAIN: no end", "15-eagain 24-flood 30-takeover"),
     "prefetch-marks": ("17-prefetch", "the pages around one whose COPY said EAGAIN: no end", "14-* 2* 39-*"),
     "placed-kept": ("18-removed", "image instead of zero", "08-huge-zeros 2* 30-takeover 35-blocking 40-complete"),
     "missing-kept": ("19-never-placed", "image instead of zero", "14-* 19-* 2* 35-blocking"),

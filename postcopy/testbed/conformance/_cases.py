@@ -429,13 +429,17 @@ async def unread(kit: Kit) -> None:
         await kit.check(vm, 0, 64, ZERO, "removed")
 
 
-@case("15-eagain", "COPY says EAGAIN for 30 ms, and no event comes that ends it", "retried within milliseconds")
+@case("15-eagain", "COPY says EAGAIN for 100 ms, and no event comes that ends it", "retried within milliseconds")
 async def eagain(kit: Kit) -> str:
-    held, page = kit.image.runs(1, 2)
+    held, *pages = kit.image.runs(1, 8)
     async with kit.client() as vm:
-        await kit.hold(vm, held, 30)
-        await kit.check(vm, page, what="EAGAIN that ends without an event")
-        return held_for(await vm.do("hold-end"))
+        for page in pages:
+            await kit.hold(vm, held, 100)
+            answer = await kit.check(vm, page, what="EAGAIN that ends without an event")
+            ended = await vm.do("hold-end")
+            if answer["slowest_ms"] > 5:  # else it was over before the fault came
+                return held_for(ended)
+    raise NotApplicable("EAGAIN was over before the fault came, each time: it could not be tried")
 
 
 def held_for(answer: Json) -> str:
