@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The handler under test: a socket, and where it was given a command the processes of that.
 
-Resource handling: a `Handler` owns what it has started: `end` kills every process below the command, whatever sessions
-they have moved to.
+Resource handling: a `Handler` owns what it has started: `end` kills every process that came of the command, whatever
+session or parent it has by now.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from postcopy.testbed import _linux
 from postcopy.testbed.conformance._model import NotApplicable
 
 END_S = 10.0
+_MARK = "POSTCOPY_CONFORMANCE"
+"""In the environment of all processes of a handler: its directory."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Handler:
         self._image = image
         self.path = path if path is not None else os.path.join(directory, "s")
         self._process: subprocess.Popen[bytes] | None = None
+        self._mark = f"{_MARK}={directory}".encode()
         self._log_path = os.path.join(directory, "log")
 
     def _expand(self, text: str) -> list[str]:
@@ -59,7 +62,12 @@ class Handler:
         with open(self._log_path, "ab") as log:
             try:
                 self._process = subprocess.Popen(
-                    words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                    words,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    env={**os.environ, _MARK: self._directory},
                 )
             except OSError as error:
                 raise ConfigurationError(f"--handler-cmd: cannot start {words[0]!r}: {error.strerror}") from None
@@ -80,11 +88,13 @@ class Handler:
         return self._commands is not None and (self._commands.takes_over or self._commands.restart is not None)
 
     def processes(self) -> list[int]:
-        """The command's process and all below it."""
-        found = [self._need().pid]
-        for pid in found:
-            with contextlib.suppress(OSError):
-                found += _linux.pids_with(_linux.PARENT, pid)
+        """The command's process and all that came of it, whoever their parent is by now: by their environment."""
+        self._need()
+        found = []
+        for pid in _linux.all_pids():
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as environment:
+                if self._mark in environment.read().split(b"\0"):
+                    found.append(pid)
         return found
 
     def stop(self) -> None:
@@ -131,9 +141,12 @@ class Handler:
         """Shielded and bounded. What reads from an image that is held must have been let go before."""
         if self._process is None:
             return
-        for pid in self.processes():
-            _signal(pid, signal.SIGKILL)
-        with trio.CancelScope(shield=True):
+        with trio.CancelScope(shield=True), trio.move_on_after(END_S):
+            # Again, since one of them may be there to start others: none may be left.
+            while found := self.processes():
+                for pid in found:
+                    _signal(pid, signal.SIGKILL)
+                await trio.sleep(0.002)
             await self.ended(END_S)
 
     # ---- what can be seen
