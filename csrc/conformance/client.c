@@ -972,7 +972,7 @@ static void do_read(const struct order *order)
     pc_sleep_ns(20000000); /* from there to the fault */
     while ((pending = poll(&fd, 1, 0) > 0) && pc_now_ns() < until_ns)
         pc_sleep_ns(200000);
-    answer(order->id, "\"read\":%s", pending ? "false" : "true");
+    answer(order->id, "\"read\":%s,\"held\":%s", pending ? "false" : "true", atomic_load(&hold_over) ? "false" : "true");
 }
 
 static void do_progress(const struct order *order)

@@ -41,7 +41,7 @@
 #define MAX_FDS 4
 #define EVENTS 64
 #define HUGE_BYTES ((uint64_t)2 << 20)
-#define SILENT_S 3 /* for a message to come after a connection */
+#define SILENT_S 8 /* for a message to come after a connection */
 
 /* Each is one mistake; docs/conformance.md says who made it. */
 static const char *const defect_names[] = {
