@@ -145,6 +145,20 @@ COMMANDS: Mapping[str, Command] = {
             ("Some, with the page on another host:", "postcopy faultpaths --remote --only pin,futex"),
         ),
     ),
+    "conformance": Command(
+        "test a userfaultfd handler for Firecracker",
+        "postcopy.testbed.conformance.command",
+        "Does to a handler what a restored Firecracker does, and all that has gone wrong in one somewhere, and says"
+        " what the handler made of it (docs/conformance.md).",
+        (
+            ("Make an image of memory, of 128 MiB:", "postcopy conformance --image mem.img --make-image"),
+            (
+                "Test a handler that is started for each case:",
+                "postcopy conformance --image mem.img \\\n  --handler-cmd 'my-handler {socket} {image}'",
+            ),
+            ("One that runs already:", "postcopy conformance --image mem.img --handler-socket /run/h.sock"),
+        ),
+    ),
     "bench": Command(
         "measure how fast postcopy is, against what this host can do",
         "postcopy.testbed.bench",

@@ -5,6 +5,7 @@
 - `lab`: hosts as network namespaces, with cables between them. `postcopy lab`.
 - `probe`: what this kernel, this user and this container allow. `postcopy probe`.
 - `faultpaths`: which ways of the kernel wait for a missing page. `postcopy faultpaths`.
+- `conformance`: is a page-fault handler for Firecracker right? `postcopy conformance`.
 - `bench`: the figures that the documentation quotes. `postcopy bench`.
 - `demo`: both sides of a migration on this host, verified. `postcopy demo`.
 - `pinger`, `soak`: a stream of echoes to a machine; migration after migration over a bad network.

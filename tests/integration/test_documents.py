@@ -63,6 +63,7 @@ PAGES = [
 ELSEWHERE = {  # page: the tests that do what it says; that its commands and options are there, test_docs.py tests
     "CONTRIBUTING.md": "make test",
     "docs/chaos.md": "tests/integration/test_chaos.py",
+    "docs/conformance.md": "tests/integration/test_conformance.py",
     "docs/containers.md": "tests/containers/test_containers.py",
     "docs/faultpaths.md": "tests/integration/test_faultpaths.py",
     "docs/firecracker.md": "tests/integration/test_firecracker_page.py",
