@@ -26,7 +26,9 @@ Process = Annotated[str, doc("What the process is; `source` with --hold, too.", 
 Name = Annotated[
     str, doc("The machine's name; in `source` and `dest`, where machines have none, its kind; empty until it is known.")
 ]
-Kind = Annotated[str | None, doc("Kind of the machine: `kvm`, `rv64`, `image` or `firecracker`; null where none has come.")]
+Kind = Annotated[
+    str | None, doc("Kind of the machine: `kvm`, `rv64`, `image` or `firecracker`; null where none has come.")
+]
 MigrationId = Annotated[str, doc("Of the migration: 32 hexadecimal digits, the same on both hosts.")]
 Peer = Annotated[str, doc("Address of the other side, as HOST:PORT.")]
 Direction = Annotated[str, doc("Whether the machine leaves or comes.", of="outgoing|incoming")]
