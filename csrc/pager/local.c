@@ -430,9 +430,9 @@ static uint64_t place_zero_pages(struct pc_pager *pager, const struct piece *pie
         page = first + done / page_bytes;
         if (error == -EEXIST)
             page++; /* the machine has it already */
-        else if (pc_is_temporary(error) && !done)
+        else if (error == -EAGAIN && !done)
             pc_sleep_ns(RETRY_NS);
-        else if (error && !pc_is_temporary(error))
+        else if (error && error != -EAGAIN)
             break;
     }
     return count;

@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
 from postcopy._stop import Stop
-from postcopy.cli.sides import Run
-from postcopy.handler import Handler, check, in_keeper, keep, open_store
+from postcopy.handler import RECORD_VERSION, Handler, check, in_keeper, keep, open_store
 from postcopy.output import Output
 from postcopy.service.config import OperatingOptions, PagerConfig
 from postcopy.service.operation import Operation
 from postcopy.service.options import record
 
+Run = Callable[[Stop], Awaitable[bool]]
 KEEPS_MACHINES = True
 """A closed terminal does not end them."""
 
@@ -37,7 +38,8 @@ async def _run(config: PagerConfig, operating: OperatingOptions, output: Output,
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    async with open_store(log_json=log_json, burst=config.restart_burst) as store:
+    formats = (RECORD_VERSION, RECORD_VERSION)
+    async with open_store(formats=formats, log_json=log_json, burst=config.restart_burst) as store:
         handler = Handler(config, output, store)
         patient = bool(store.deaths or store.taken)
         return await Operation(handler, operating, output, patient=patient).run(stop)

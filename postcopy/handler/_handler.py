@@ -124,14 +124,15 @@ class Handler:
         async with trio.open_nursery() as tasks:
             for key, fds in list(self._store.taken.items()):
                 await self._take_over(tasks, key, fds)
-            await self._store.ready()
             try:
+                if not self.vms:
+                    self._check_working_set()
                 await self._open_socket()
-                self._check_working_set()
             except PostcopyError as error:
                 if not self.vms:
-                    raise
+                    raise  # before `ready`: a keeper ends with it then
                 log.error("%s", error)  # those that are here are served in any case
+            await self._store.ready()
             tasks.start_soon(contained, "watching the directory of images", self._watch_images)
             tasks.start_soon(contained, "telling progress", self._tell_progress)
             tasks.start_soon(self._accept, tasks)

@@ -53,7 +53,9 @@ from postcopy.machines.firecracker.handshake import Credentials, Handshake
 
 _SO_PEERPIDFD = 77  # <asm-generic/socket.h>, Linux 6.5
 _RECORD = "postcopy-vm"
-_RECORD_VERSION = 1
+RECORD_VERSION = 1
+"""Of all that is kept: of `About`, and of the page states, counters and touches, as C lays them out. An engine that
+knows another one is refused as a successor."""
 _MAX_RECORD_BYTES = 64 << 10
 
 log = logging.getLogger(__name__)
@@ -80,7 +82,7 @@ class About(msgspec.Struct, frozen=True):
         cls, handshake: Handshake, peer: Credentials, name: str, socket_path: str, image: str | None, deaths: int
     ) -> About:
         return cls(
-            version=_RECORD_VERSION,
+            version=RECORD_VERSION,
             name=name,
             pid=peer.pid,
             uid=peer.uid,
@@ -154,7 +156,7 @@ class Descriptors:
             if min(found.uffd, found.states, found.metrics, found.touches, found.record) < 0:
                 raise ValueError("descriptors are missing")
             about = msgspec.json.decode(os.pread(found.record, _MAX_RECORD_BYTES, 0), type=About)
-            if about.version != _RECORD_VERSION:
+            if about.version != RECORD_VERSION:
                 raise ValueError(f"its record is of version {about.version}")
         except (ValueError, OSError) as error:
             found.close()

@@ -229,7 +229,10 @@ def all_records() -> list[type[Record]]:
                     add(figure.record)
 
     greeting = (control.Greeting, control.Refusal, control.Timestamp)
-    for kind in itertools.chain(*EVENTS.values(), *control.ANSWERS.values(), greeting, (log.LogLine,), REPORTS):
+    kinds: Iterable[type[Record]] = itertools.chain(
+        *EVENTS.values(), *control.ANSWERS.values(), greeting, (log.LogLine,), REPORTS
+    )
+    for kind in kinds:
         add(kind)
     return list(found)
 

@@ -101,7 +101,7 @@ async def test_ended_by_a_signal_while_nobody_needs_it(side: Callable[..., Any],
 def test_what_cannot_be_served_is_an_error_at_once(side: Callable[..., Any], tmp_path: Path, image: Path) -> None:
     for more, words in (
         (("--image", tmp_path / "none"), "No such file"),
-        (("--image", image, "--control", "/nowhere/c"), "/nowhere"),
+        (("--image", image, "--socket", "/nowhere/s"), "/nowhere"),
     ):
         code, _, errors = side("pager", "--socket", tmp_path / "s", *more).end()
         assert code == 2, errors

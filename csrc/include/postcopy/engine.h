@@ -134,8 +134,8 @@ void pc_pager_unwatch(struct pc_pager *pager, int64_t ticket);
  * answered by the fault thread where the page cache has the page, else by a reader thread, so that a slow disk delays only those who
  * wait for it. Holes of the file are zero, as are pages that hold nothing but zeros. A file that ends too early, now or later, and I/O
  * errors are FATAL events; who waits goes on waiting, and is served when this is called again, with the same file or a repaired
- * one. The descriptor is duplicated. At any time. -ENODATA: the file is too short; -EBUSY: the block has pc_pager_stage. Blocks while
- * it looks for holes. */
+ * one. The descriptor is duplicated; its file offset moves. At any time. -ENODATA: the file is too short; -EBUSY: the block has
+ * pc_pager_stage. Blocks while it looks for holes. */
 int pc_pager_set_local(struct pc_pager *pager, uint32_t block, int fd, uint64_t offset, const uint64_t *words, char *error,
                        size_t error_bytes);
 /* What arrives for pages of this block that are not armed is written to this memfd, as large as the block, and is a local page from then

@@ -432,6 +432,7 @@ static void a_working_set(void)
     close_rig(&rig);
 
     open_pager(&rig, PC_MEMORY_ANON, 1, pages);
+    CHECK_EQ(pc_pager_set_readers(rig.pager, 1, 1), 0); /* of several, each has its own turn */
     set_local(&rig, fd);
     arm_all(&rig, 0);
     atomic_store(&pages_read, 0);

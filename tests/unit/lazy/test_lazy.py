@@ -634,7 +634,8 @@ def test_case(passes: Passes, case: Callable[..., Any]) -> None:
 @pytest.mark.needs("uffd", "uffd-poison")
 def test_a_blocked_thread_dies_with_a_closed_memory(run_in_child: Callable[..., Any]) -> None:
     result = run_in_child(a_blocked_thread_dies_with_a_closed_memory, deadline_s=60)
-    assert result.returncode == -signal.SIGBUS, result.stderr
+    # A thread that is woken and runs only after the memory has been unmapped meets no poison, and no zeros either.
+    assert result.returncode in (-signal.SIGBUS, -signal.SIGSEGV), result.stderr
 
 
 # ---- without faults
