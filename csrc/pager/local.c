@@ -126,11 +126,12 @@ struct placed { /* pages that were not there before */
     uint64_t pages, zeros;
 };
 
-/* Places what was read, as far as nobody else has: 0, or why it could not. */
-static int place(struct pc_pager *pager, struct channel *channel, uint32_t index, uint64_t first, uint64_t pages,
+/* Places what was read, as far as nobody else has: 0, or why it could not. `own`: the shard of the calling fault thread. */
+static int place(struct pc_pager *pager, struct shard *own, uint32_t index, uint64_t first, uint64_t pages,
                  const uint8_t *content, uint8_t flags, struct placed *placed)
 {
     uint64_t page_bytes = pager->blocks[index]->memory.page_bytes;
+    struct channel channel = {.own = own, .local = true};
     int error = 0;
 
     for (uint64_t at = 0, end; at < pages && !error; at = end) {
@@ -146,7 +147,7 @@ static int place(struct pc_pager *pager, struct channel *channel, uint32_t index
         frame.pages = (uint32_t)(end - at);
         progress.done = progress.fresh = 0;
         progress.work_ns = UINT64_MAX;
-        error = pc_handle_frame(pager, channel, &frame, content + at * page_bytes, &progress);
+        error = pc_handle_frame(pager, &channel, &frame, content + at * page_bytes, &progress);
         *(zero ? &placed->zeros : &placed->pages) += progress.fresh;
     }
     return error;
@@ -156,12 +157,11 @@ static int place(struct pc_pager *pager, struct channel *channel, uint32_t index
 static int place_patiently(struct pc_pager *pager, uint32_t index, uint64_t first, uint64_t pages, const uint8_t *content,
                            uint8_t flags, bool without_memory, struct placed *placed)
 {
-    struct channel none = {0};
     uint64_t wait_ns = RETRY_NS;
 
     for (;;) {
         /* What is placed already counts as a duplicate then, and is left alone. */
-        int error = place(pager, &none, index, first, pages, content, flags, placed);
+        int error = place(pager, NULL, index, first, pages, content, flags, placed);
 
         if (error != -EAGAIN && !(error == -ENOMEM && without_memory))
             return error;
@@ -184,16 +184,13 @@ static void schedule_for(struct shard *shard, bool background)
 
 bool pc_local_serve(struct shard *shard, uint32_t index, uint64_t page)
 {
-    struct pc_pager *pager = shard->pager;
-    const struct block *block = pager->blocks[index];
+    const struct block *block = shard->pager->blocks[index];
     struct placed placed = {0};
 
-    schedule_for(shard, __atomic_load_n(&pager->readers->busy, __ATOMIC_RELAXED) || shard->stream.fd >= 0);
+    schedule_for(shard, __atomic_load_n(&shard->pager->readers->busy, __ATOMIC_RELAXED) || shard->stream.fd >= 0);
     if (read_pages(block, page, 1, shard->page, __atomic_load_n(&block->local.now, __ATOMIC_RELAXED)) ||
-        place(pager, &shard->channel, index, page, 1, shard->page, PC_FRAME_DEMAND, &placed))
+        place(shard->pager, shard, index, page, 1, shard->page, PC_FRAME_DEMAND, &placed))
         return false;
-    if (placed.pages)
-        COUNT(pager, local_pages, placed.pages);
     return placed.pages || placed.zeros; /* else another thread is about to */
 }
 
@@ -232,8 +229,6 @@ static void serve_request(struct reader *reader, const struct request *request)
         return; /* pc_pager_set_local has it requested again */
     }
     error = place_patiently(pager, request->block, request->page, 1, reader->buffer, PC_FRAME_DEMAND, true, &placed);
-    if (placed.pages)
-        COUNT(pager, local_pages, placed.pages);
     if (error == -ENOENT) /* its memory has gone; should it be back one day, a fault begins anew */
         pc_atomic_clear_bit(block->requested, request->page);
 }
@@ -463,16 +458,14 @@ static void do_piece(struct reader *reader, const struct piece *piece)
         if (error == -ENOENT)
             error = 0; /* its memory has gone */
     }
-    if (placed.pages)
-        COUNT(pager, local_pages, placed.pages);
     if (piece->set && !error)
         zeros = place_zero_pages(pager, piece);
     if (piece->set) {
         COUNT(pager, set_pages, piece->pages);
         COUNT(pager, set_hits, placed.pages + zeros);
     }
-    if (placed.pages + zeros)
-        COUNT(pager, prefetched_pages, placed.pages + zeros);
+    if (zeros)
+        COUNT(pager, prefetched_pages, zeros);
     if (block->local.staging)
         drop_staged(block, block->received, piece->first, piece->pages);
     if (error) { /* the file, the host's memory, or the machine has failed: it does not pay any more */

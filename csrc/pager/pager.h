@@ -120,6 +120,7 @@ struct channel { /* what urgent and bulk have in common; its thread's own */
     int kind;
     uint32_t index;
     uint64_t ended;      /* the last push that it has ended */
+    bool local;          /* no connection: what is placed was read on this host (local.c) */
     bool error_reported; /* that the source could not serve a page of it: once */
 };
 

@@ -260,6 +260,10 @@ static int place_pages(struct pc_pager *pager, const struct channel *channel, co
             COUNT(pager, demand_pages, placed);
         else
             COUNT(pager, background_pages, placed);
+        if (channel->local)
+            COUNT(pager, local_pages, placed);
+        if (channel->local && !(frame->flags & PC_FRAME_DEMAND))
+            COUNT(pager, prefetched_pages, placed);
         pc_announce_received(pager, placed);
         progress->fresh += placed;
         pc_spend(progress, WORD_NS + placed * (PLACE_NS + block->memory.page_bytes / BYTES_PER_NS));

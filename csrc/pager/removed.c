@@ -184,7 +184,7 @@ void pc_drain_removals(struct shard *shard)
     uint64_t end_ns = pc_now_ns() + DRAIN_NS;
     const struct range *range = &shard->ranges[0];
 
-    if (!shard->gated || !shard->disarmed)
+    if (!shard->gated || !shard->disarmed || !pc_range_count(shard))
         return;
     while (pc_uffd_writeprotect(shard->uffd, range->address, shard->pager->blocks[range->block]->memory.page_bytes, 0) == -EAGAIN &&
            pc_now_ns() < end_ns)

@@ -403,10 +403,9 @@ class Daemon(Service):
             owned.stop.set()
             await self.changes.wait()
         if owned.phase is Phase.HERE:
+            owned.unwanted = True
             owned.phase = Phase.ENDING  # so that no other request sends it away, or ends it, meanwhile
             try:
-                if owned.machine is not None:
-                    await contained(f"the end of {owned.name}", owned.machine.destroy)
                 await self._close(owned)
             finally:  # it has ended, also when the client has left meanwhile
                 self.output.emit("machine-ended", MachineEnded(machine=owned.name))

@@ -101,6 +101,7 @@ class Owned:
         self.sending: SourceOptions | None = None  # how it was sent away last
         self.attempts: Attempts | None = None  # of a migration that calls its destination
         self.stop = trio.Event()  # gives the migration up, whatever is lost by it
+        self.unwanted = False  # an operator ends it: nothing of it is to run on
         self.announced = ""  # the migration's status, as it was last announced
 
     @property
@@ -589,10 +590,11 @@ class Service(abc.ABC):
         )
 
     async def close_machine(self, owned: Owned) -> None:
-        """Lets go of it, and ends it where it has left. Raises nothing that is a matter of the machine."""
+        """Lets go of it, and ends it where it has left or is not wanted any more. Raises nothing that is a matter of
+        the machine."""
         if owned.machine is not None:
             try:
-                await (owned.machine.destroy() if owned.has_left else owned.machine.close())
+                await (owned.machine.destroy() if owned.has_left or owned.unwanted else owned.machine.close())
             except PostcopyError as error:
                 log.error("%s: %s", owned.name, error)
 

@@ -5,11 +5,12 @@ counts, never sees that it was somewhere else."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,13 @@ class Host:
 
     def runs(self) -> list[int]:
         """The Firecrackers that it has started and that have not ended."""
-        return [int(file.name) for file in self._serial.iterdir() if Path("/proc", file.name).exists()]
+        return [pid for pid in map(int, os.listdir(self._serial)) if self._is_one(pid)]
+
+    def _is_one(self, pid: int) -> bool:
+        try:
+            return b"--api-sock" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            return False
 
     def ask(self, command: str, **arguments: Any) -> Json:
         """Without a process in between."""
@@ -71,6 +78,21 @@ class Host:
             time.sleep(0.01)
 
 
+@pytest.fixture
+def host(daemon: Callable[..., Any], operator: Callable[[str], Any], tmp_path: Path) -> Iterator[Callable[[str], Host]]:
+    """``host(name)``: a `Host`, whose Firecrackers end with the test: they live on without it."""
+    hosts: list[Host] = []
+
+    def start(name: str) -> Host:
+        hosts.append(Host(name, tmp_path, daemon, operator))
+        return hosts[-1]
+
+    yield start
+    for one in hosts:
+        for pid in one.runs():
+            os.kill(pid, signal.SIGKILL)
+
+
 def check_went_on(before: Pass, now: Pass) -> None:
     assert (now["errors"], now["stale"]) == (0, 0)
     assert now["touched"] > before["touched"]
@@ -86,9 +108,9 @@ def boot(vm: Firecracker, arguments: str = "pages=1024 spread=1", memory_mib: in
 MODES: list[Json] = [{}, {"precopy": "auto"}, {"mode": "precopy"}, {"mode": "stop-and-copy"}, {"precopy": 0.05}]
 
 
-def test_ten_moves_there_and_back(daemon: Callable[..., Any], operator: Callable[[str], Any], tmp_path: Path) -> None:
+def test_ten_moves_there_and_back(host: Callable[[str], Host]) -> None:
     """In every mode: once it has been restored by a pager, what it writes is known."""
-    at, to = Host("a", tmp_path, daemon, operator), Host("b", tmp_path, daemon, operator)
+    at, to = host("a"), host("b")
     with Firecracker.start() as first:
         seen = boot(first)
         at.ask("start", kind="firecracker", name="vm", **{"api-socket": first.api_path})
@@ -115,14 +137,14 @@ def test_ten_moves_there_and_back(daemon: Callable[..., Any], operator: Callable
 
 
 def test_a_load_that_fails_and_a_cut_later(
-    side: Callable[..., Any], daemon: Callable[..., Any], operator: Callable[[str], Any], tmp_path: Path
+    side: Callable[..., Any], host: Callable[[str], Host], tmp_path: Path
 ) -> None:
     """It goes on at the source where it cannot be loaded. Given away, it waits for pages that do not come, and goes on
     when they do; the source's Firecracker is killed only then."""
-    at, to = Host("a", tmp_path, daemon, operator), Host("b", tmp_path, daemon, operator)
+    at, to = host("a"), host("b")
 
-    def wait_status(host: Host, status: str) -> dict[str, Json]:
-        machines: dict[str, Json] = host.at.wait(
+    def wait_status(one: Host, status: str) -> dict[str, Json]:
+        machines: dict[str, Json] = one.at.wait(
             status, lambda machines: (machines.get("vm", {}).get("migration") or {}).get("status") == status
         )
         return machines

@@ -583,6 +583,19 @@ static void taken_away_while_the_pager_ends(void)
     end_vmm(&guest);
 }
 
+static void ends_before_it_is_armed(void)
+{
+    struct guest guest;
+    struct pc_pager *pager;
+
+    start_vmm(&guest, (struct vmm){.features = EVENT_REMOVE, .pages = 64});
+    CHECK_EQ(pc_pager_new(&pager), 0);
+    CHECK_EQ(pc_pager_adopt_shard(pager, CHECK_SYS(fcntl(guest.uffd, F_DUPFD_CLOEXEC, 0)), 0, 0, message, sizeof(message)), 0);
+    CHECK_EQ(pc_pager_disarm(pager), 0);
+    CHECK_EQ(pc_pager_free(pager), 0);
+    end_vmm(&guest);
+}
+
 static void vmm_ends(void)
 {
     struct pc_frame frame;
@@ -936,6 +949,7 @@ int main(int argc, char **argv)
     RUN_CASE(placed_and_not_known);
     RUN_CASE(left_without_a_word);
     RUN_CASE(taken_away_while_the_pager_ends);
+    RUN_CASE(ends_before_it_is_armed);
     RUN_CASE(vmm_ends);
     RUN_CASE(write_protected_by_its_owner);
     RUN_CASE(minor_faults_that_nobody_asked_for);

@@ -196,7 +196,7 @@ static void a_slow_disk(void)
         touch_one(&other, &rig, 0, next_data_page(&rig, &page));
         join_toucher(&other);
     }
-    CHECK_EQ(pager_stats(&rig).pending_faults, 1);
+    wait_pending(&rig, 1);
     CHECK_EQ(pc_pager_prefetch_all(rig.pager), 0); /* behind demand: it does not begin */
     pc_sleep_ns(SERVED_MS * UINT64_C(1000000));
     CHECK_EQ(atomic_load(&reading), 1);
