@@ -14,6 +14,7 @@
 #ifndef PC_MEMORY_INTERNAL_H
 #define PC_MEMORY_INTERNAL_H
 
+#include <stdbool.h>
 #include <stdlib.h>
 
 #include "core/util.h"
@@ -66,6 +67,7 @@ struct pc_remote {
 };
 /* The part of [first_byte, first_byte + bytes) in its first extent: where that is, and how long. */
 uint64_t pc_remote_part(const struct pc_remote *remote, uint64_t first_byte, uint64_t bytes, uint64_t *address);
+bool pc_remote_has_ended(const struct pc_remote *remote);
 int pc_remote_present(const struct pc_remote *remote, uint64_t *words);
 
 #endif

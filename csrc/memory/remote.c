@@ -39,7 +39,7 @@ static bool make_up_memory(const struct pc_remote_extent *extents, uint32_t coun
     return count;
 }
 
-static bool has_ended(const struct pc_remote *remote)
+bool pc_remote_has_ended(const struct pc_remote *remote)
 {
     struct pollfd pidfd = {.fd = remote->pidfd, .events = POLLIN};
 
@@ -75,7 +75,7 @@ int pc_remote_new(int pid, int pidfd, const struct pc_remote_extent *extents, ui
 
         if (right >= 0)
             close(right);
-        code = has_ended(remote) ? ESRCH : right == -EPERM ? EPERM : 0;
+        code = pc_remote_has_ended(remote) ? ESRCH : right == -EPERM ? EPERM : 0;
         if (!code) {
             *out = remote;
             return 0;
@@ -133,12 +133,12 @@ int pc_remote_read(const struct pc_remote *remote, uint64_t first_byte, void *bu
         if (got < 0 && errno == EINTR)
             continue;
         if (got <= 0)
-            return has_ended(remote) ? -ESRCH : got ? -errno : -EFAULT;
+            return pc_remote_has_ended(remote) ? -ESRCH : got ? -errno : -EFAULT;
         to += got;
         first_byte += (uint64_t)got;
         bytes -= (uint64_t)got;
     }
-    return has_ended(remote) ? -ESRCH : 0;
+    return pc_remote_has_ended(remote) ? -ESRCH : 0;
 }
 
 int pc_remote_present(const struct pc_remote *remote, uint64_t *words)
