@@ -275,8 +275,13 @@ class KeeperStore:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))] if fds else []
         sock = self._socket
         async with self._sending:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError, trio.ClosedResourceError):
+            try:
                 await sock.sendmsg([_HEAD.pack(kind, value), text], ancillary)
+            except trio.ClosedResourceError:
+                pass
+            except OSError as error:
+                if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EBADF):  # the last one: closed meanwhile
+                    raise
 
     async def _send_hello(self) -> None:
         await self._send(lib.PC_KEEPER_HELLO, lib.PC_KEEPER_PROTOCOL, struct.pack("=ii", *self._formats))

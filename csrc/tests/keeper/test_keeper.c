@@ -471,6 +471,18 @@ static struct report wait_spare(void)
     return report;
 }
 
+/* What the engine says that comes after so many deaths: the ones before may still answer. */
+static struct report ask_after(int deaths)
+{
+    struct report report;
+
+    do
+        report = ask('i');
+    while (report.deaths < deaths);
+    CHECK_EQ(report.deaths, deaths);
+    return report;
+}
+
 static int open_fds(void)
 {
     char path[64], command[128];
@@ -530,8 +542,7 @@ static void what_was_sent_before_a_death_counts(void)
     start("1", "1000", false);
     CHECK_EQ(ask('i').fds, 0);
     close(call('d'));
-    report = ask('i');
-    CHECK_EQ(report.deaths, 1);
+    report = ask_after(1);
     CHECK_EQ(report.fds, 2);
 }
 
@@ -559,12 +570,12 @@ static void wrong_messages(void)
     start("1", "5", false);
     (void)ask('i');
     before = open_fds();
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 10; i++) {
         report = ask('w');
         CHECK_EQ(report.error, 0); /* none was taken */
     }
     CHECK_EQ(ask('i').deaths, 0);
-    CHECK_EQ(open_fds(), before);
+    CHECK(open_fds() <= before + 3); /* the last connections may not have been dropped yet */
     CHECK(has_said("means nothing here"));
 }
 
@@ -575,8 +586,7 @@ static void a_flood(void)
     start("1", "1000", true);
     (void)wait_spare();
     close(call('f'));
-    report = ask('i');
-    CHECK_EQ(report.deaths, 1);
+    report = ask_after(1);
     CHECK(report.fds <= PC_KEEPER_FDS + 1);
 }
 
@@ -655,7 +665,7 @@ static void a_status_that_is_no_order(void)
     start("1", "5", true);
     (void)wait_spare();
     close(call('y'));
-    CHECK_EQ(ask('i').deaths, 1);
+    (void)ask_after(1);
     CHECK(has_said("has ended with status 3"));
 }
 

@@ -116,26 +116,25 @@ def test_other_listening_sockets(toy: Callable[..., Toy], tmp_path: Path) -> Non
 
 def test_the_keeper_is_killed(toy: Callable[..., Toy]) -> None:
     """The engine gives everything to another one, and that one has another engine when this one dies."""
-    here = toy()
-    vm, keeper = here.ask("put", count=3), here.child.pid
-    one = here.wait_spare()
-    for deaths in range(2):
+    here = toy("--no-spare")
+    vm, first = here.ask("put", count=3), here.child.pid
+
+    def replaced(keeper: int) -> int:
+        said = here.child.errors().count("the new keeper has all")
         os.kill(keeper, signal.SIGKILL)
-        here.poll(lambda: "the new keeper has all" in here.child.errors(), "there is no new keeper")
-        found = re.findall(r"process (\d+) is the keeper now", here.child.errors())
-        assert len(found) == deaths + 1
-        keeper = int(found[-1])
-        assert here.wait_spare()["pid"] == one["pid"]
-        os.kill(one["pid"], signal.SIGKILL)
-        one = here.ask("tell")
-        assert one["deaths"] == deaths + 1
-        assert one["keeper"] == keeper
-        assert len(one["taken"][vm["name"]]) == 4
-        if not deaths:
-            here.child.wait(DEADLINE_S)  # the first keeper
-            here.wait_spare()
-            break
-    os.kill(keeper, signal.SIGTERM)
+        here.poll(lambda: here.child.errors().count("the new keeper has all") > said, "there is no new keeper")
+        return int(re.findall(r"process (\d+) is the keeper now", here.child.errors())[-1])
+
+    second = replaced(first)
+    here.child.wait(DEADLINE_S)
+    assert here.ask("tell")["pid"] == vm["pid"]
+    os.kill(vm["pid"], signal.SIGKILL)
+    one = here.ask("tell")
+    assert (one["deaths"], one["keeper"]) == (1, second)
+    assert len(one["taken"][vm["name"]]) == 4
+    third = replaced(second)
+    assert here.ask("tell")["pid"] == one["pid"]
+    os.kill(third, signal.SIGTERM)
     here.poll(lambda: not processes(str(here.path)), "they do not end")
 
 
@@ -156,7 +155,7 @@ def test_another_version_goes_on(toy: Callable[..., Toy]) -> None:
 
 
 def test_an_engine_ends_in_order(toy: Callable[..., Toy]) -> None:
-    here = toy()
+    here = toy("--no-spare")
     here.ask("exit")
     assert here.child.wait(DEADLINE_S).returncode == 0
 
@@ -228,7 +227,7 @@ class _Systemd:
     def start(self, marker: str) -> subprocess.Popen[bytes]:
         passed = [("pager.socket", self.listener.fileno()), *self.stored]
         fds, names = [fd for _, fd in passed], ":".join(name for name, _ in passed)
-        command = [sys.executable, "-P", str(TOY), marker, "--passed"]
+        command = [sys.executable, "-P", str(TOY), marker, "--passed", "--no-spare"]
         program = f"import sys; sys.path.insert(0, {str(TOY.parent)!r}); import toy_engine as t; "
         program += f"t.become({fds}, {names!r}, {command})"
         return subprocess.Popen([sys.executable, "-c", program], pass_fds=fds, env=self.environment)
