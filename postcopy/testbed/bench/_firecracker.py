@@ -131,7 +131,7 @@ class Handler:
 
 
 @asynccontextmanager
-async def floor(snapshot: Snapshot, what: str) -> AsyncIterator[Handler]:
+async def _floor(snapshot: Snapshot, what: str) -> AsyncIterator[Handler]:
     """``plain`` or ``example``, see the head of this file; ``place N``: puts all of the image there, by N threads."""
     with tempfile.TemporaryDirectory(dir=snapshot.directory) as directory:
         path = f"{directory}/socket"
@@ -164,7 +164,7 @@ async def next_line(child: Child, what: str, found: Callable[[dict[str, Any]], b
 
 
 def main(path: str, image: str, what: str) -> None:
-    """A handler of one microVM; see `floor`."""
+    """A handler of one microVM; see `_floor`."""
     with socket.socket(socket.AF_UNIX) as listener, open(image, "rb") as file:
         listener.bind(path)
         listener.listen()
@@ -239,8 +239,8 @@ async def _faults(rounds: int, snapshot: Snapshot) -> list[Figure]:
     """First accesses of the guest, by who serves it; and what a working set is worth: each round records one."""
     working_set = str(snapshot.directory / "working-set")
     ways = {
-        "c": partial(floor, snapshot, "plain"),
-        "example": partial(floor, snapshot, "example"),
+        "c": partial(_floor, snapshot, "plain"),
+        "example": partial(_floor, snapshot, "example"),
         "ours": partial(_pager, snapshot, "--record-working-set", working_set),
         "ours, all": partial(_pager, snapshot, "--prefetch", "all"),
         "ours, working set": partial(_pager, snapshot, "--working-set", working_set),
@@ -322,8 +322,8 @@ def _resident(pid: int) -> int:
 
 async def _populate(rounds: int, snapshot: Snapshot) -> list[Figure]:
     ways = {
-        "1 thread": partial(floor, snapshot, "place 1"),
-        "2 threads": partial(floor, snapshot, "place 2"),
+        "1 thread": partial(_floor, snapshot, "place 1"),
+        "2 threads": partial(_floor, snapshot, "place 2"),
         "ours": partial(_pager, snapshot, "--prefetch", "all"),
     }
     turns: Rounds = []

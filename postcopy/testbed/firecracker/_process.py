@@ -93,7 +93,7 @@ class Firecracker:
         (directory / "log").touch()
         (directory / "log").chmod(0o666)
         command = [*prefix, binary, "--api-sock", str(directory / "api.sock"), "--id", "postcopy"]
-        command += ["--log-path", str(directory / "log"), "--level", "Warning", *arguments]
+        command += ["--log-path", str(directory / "log"), "--level", "Info", *arguments]
         with open(directory / "serial", "wb") as serial:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=serial, stderr=subprocess.STDOUT)
         self = cls(process, directory, owns)
