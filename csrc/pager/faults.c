@@ -9,7 +9,6 @@
  */
 #include <errno.h>
 #include <fcntl.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include "pager/pager.h"
@@ -503,20 +502,6 @@ static void handle_fault(struct shard *shard, const struct uffd_msg *message, ui
         pc_recheck_page(shard, range->block, page);
 }
 
-/* Never waits: a userfaultfd that was made a blocking one once may be so again, at any time, by its process. */
-static ssize_t read_uffd(const struct shard *shard, struct pc_journal *journal)
-{
-    struct iovec all = {.iov_base = journal->events, .iov_len = sizeof(journal->events)};
-    ssize_t got;
-
-    if (shard->meddled_with) {
-        got = preadv2(shard->uffd, &all, 1, -1, RWF_NOWAIT);
-        if (got >= 0 || errno != EOPNOTSUPP) /* before Linux 6.10 */
-            return got;
-    }
-    return read(shard->uffd, all.iov_base, all.iov_len);
-}
-
 /* Handles as many events as one read gives; the loop comes back for more. Whether there were any. */
 bool pc_read_events(struct shard *shard)
 {
@@ -527,7 +512,8 @@ bool pc_read_events(struct shard *shard)
 
     if (shard->gated)
         pthread_mutex_lock(&shard->gate);
-    got = read_uffd(shard, journal);
+    got = shard->may_block ? pc_uffd_read_now(shard->uffd, journal->events, sizeof(journal->events))
+                           : read(shard->uffd, journal->events, sizeof(journal->events));
     count = got > 0 ? (size_t)got / sizeof(journal->events[0]) : 0; /* EAGAIN: the fault went away before it was read */
     if (shard->gated) {
         removals = pc_apply_removals(shard, count); /* the kernel gives faults before events that came first */
@@ -555,7 +541,7 @@ void pc_uffd_unpollable(struct shard *shard)
 {
     int flags = fcntl(shard->uffd, F_GETFL);
 
-    shard->meddled_with = true;
+    shard->may_block = true;
     if (flags >= 0 && !(flags & O_NONBLOCK) && !fcntl(shard->uffd, F_SETFL, flags | O_NONBLOCK))
         return;
     shard->unpollable_until_ns = pc_now_ns() + UNPOLLABLE_NS;

@@ -169,7 +169,7 @@ struct shard {
     uint64_t retry_at_ns, retry_ns; /* something could not be placed or resolved for the moment; 0: nothing */
     uint64_t unpollable_until_ns;
     bool unpollable_reported;
-    bool meddled_with; /* another process has made the userfaultfd a blocking one */
+    bool may_block; /* the userfaultfd may have become a blocking one: another process has it too */
     uint32_t uffd_watched, stream_watched; /* for what epoll(7) looks at them; 0: not at all */
     uint32_t busy_turns;
     bool fair; /* its thread is no real-time one, see pc_local_serve */

@@ -165,6 +165,7 @@ static struct shard *new_shard(struct pc_pager *pager, int uffd, const struct pc
     shard->api = *api;
     shard->stream.fd = -1;
     shard->busy_poll_ns = (uint64_t)busy_poll_us * 1000;
+    shard->may_block = pc_is_adopted(shard);
     shard->gated = api->features & (UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP);
     shard->channel = (struct channel){.own = shard, .kind = PC_CHANNEL_URGENT};
     shard->send = pc_buffer_new(SEND_BYTES);

@@ -22,6 +22,8 @@ static atomic_ulong order[MAX_PAGES]; /* in which order, as offsets */
 
 ssize_t __wrap_preadv2(int fd, const struct iovec *parts, int count, off_t offset, int flags)
 {
+    if (offset < 0) /* a userfaultfd */
+        return __real_preadv2(fd, parts, count, offset, flags);
     if (flags & RWF_NOWAIT && atomic_load(&uncached)) {
         errno = EAGAIN;
         return -1;
