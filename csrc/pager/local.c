@@ -14,9 +14,9 @@
  * error here and never a SIGBUS.
  *
  * Staging: what arrives for a page that is not armed, as its machine has no memory yet, is written to a memfd and is local from then
- * on. The thread that stages sets the page's bit in local.pages, then looks for segments; arming publishes the segment, then has the
- * sweep look at local.pages: one of the two sees the other. A staged page is removed from the memfd when it is received, so that the
- * memfd itself tells a later pager what is staged.
+ * on. The thread that stages sets the page's bit in local.pages, takes back its claim, then looks for segments; arming publishes the
+ * segment, then has the sweep look at local.pages and at claims: one of the two sees the other. A staged page is removed from the memfd
+ * when it is received, so that the memfd itself tells a later pager what is staged.
  *
  * Owns local.pages, the readers and what they are to do, and the log of first touches.
  */
@@ -855,9 +855,13 @@ int pc_local_stage(struct pc_pager *pager, uint32_t index, uint64_t first, uint6
         return error;
     for (uint64_t word = first / 64; word * 64 < first + pages; word++)
         (void)pc_atomic_set(local, word, pc_bits_mask(word, first, pages));
+    return 0;
+}
+
+void pc_local_staged(struct pc_pager *pager, const struct block *block)
+{
     if (__atomic_load_n(&block->segment_count, __ATOMIC_SEQ_CST)) /* it may have been armed meanwhile, and swept already */
         sweep_again(pager);
-    return 0;
 }
 
 void pc_local_armed(struct pc_pager *pager, const struct block *block)

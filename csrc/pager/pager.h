@@ -420,9 +420,10 @@ void pc_request_ahead(struct shard *shard);
 bool pc_local_serve(struct shard *shard, uint32_t index, uint64_t page);
 /* Fault thread. Leaves a local page that a thread waits for to the readers; false: there is no room. */
 bool pc_local_request(struct pc_pager *pager, uint32_t index, uint64_t page);
-/* Any thread that has claimed these pages, which were not armed a moment ago: stages their content. The claims are to be taken back. 0 or
- * -errno. */
+/* Any thread that has claimed these pages, which were not armed a moment ago: stages their content. 0, and the claims are to be taken back,
+ * then pc_local_staged called; or -errno. */
 int pc_local_stage(struct pc_pager *pager, uint32_t index, uint64_t first, uint64_t pages, const uint8_t *content);
+void pc_local_staged(struct pc_pager *pager, const struct block *block);
 /* Callers. Memory with staged pages has been armed. */
 void pc_local_armed(struct pc_pager *pager, const struct block *block);
 void pc_local_forget(struct block *block, const uint64_t *stale_words);

@@ -189,6 +189,7 @@ static int place_word(struct pc_pager *pager, const struct channel *channel, con
             error = pc_local_stage(pager, frame->block, first, count, content + (first - frame->first_page) * block->memory.page_bytes);
             if (!error) {
                 unclaim(pager, channel, frame->block, word, mask, false);
+                pc_local_staged(pager, block);
                 *mine &= ~mask;
             }
             continue;

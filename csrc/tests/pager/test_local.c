@@ -635,7 +635,7 @@ static void *push(void *argument)
     return NULL;
 }
 
-static void staged_while_it_is_armed(void)
+static void stage_and_arm(bool look)
 {
     uint64_t zero[MAX_PAGES / 64] = {0};
     struct pusher pushers[2];
@@ -655,8 +655,10 @@ static void staged_while_it_is_armed(void)
     }
     WAIT_UNTIL(data_bytes(fd) > test_below(200) * rig.page_bytes);
     arm_parts(&rig, &parts, uffd, GATED);
-    look_at_parts(&rig, &parts);
+    if (look)
+        look_at_parts(&rig, &parts);
     EXPECT_EVENT(&rig.from_pager, PC_EVENT_COMPLETE, 0, 0, NULL);
+    look_at_parts(&rig, &parts);
     WAIT_UNTIL(!pc_pager_prefetching(rig.pager));
     for (int i = 0; i < 2; i++) {
         CHECK_EQ(pthread_join(threads[i], NULL), 0);
@@ -665,6 +667,18 @@ static void staged_while_it_is_armed(void)
     CHECK_EQ(pc_pager_free(rig.pager), 0);
     close(uffd);
     close(fd);
+}
+
+static void staged_while_it_is_armed(void)
+{
+    stage_and_arm(true);
+}
+
+/* No thread asks for a page: the background alone finds all of them. */
+static void staged_while_it_is_armed_and_idle(void)
+{
+    for (int turn = 0; turn < 5; turn++)
+        stage_and_arm(false);
 }
 
 /* ---- leaving ------------------------------------------------------------------------------------------------------ */
@@ -754,6 +768,7 @@ int main(int argc, char **argv)
     RUN_CASE(everything_at_once);
     RUN_CASE(staged_before_there_is_memory);
     RUN_CASE(staged_while_it_is_armed);
+    RUN_CASE(staged_while_it_is_armed_and_idle);
     RUN_CASE(leaves_an_image);
     RUN_CASE(leaves_what_is_staged);
     return test_end();
