@@ -38,8 +38,6 @@ int pc_resolve(struct shard *shard, const struct block *block, uint64_t page, bo
     uint64_t address = pc_page_address(block, page), bytes = block->memory.page_bytes, done;
     int error;
 
-    if (!address)
-        return 0; /* being armed, which wakes all who wait */
     if (minor)
         error = pc_uffd_continue(shard->uffd, address, bytes, 0, &done);
     else if (block->memory.kind == PC_MEMORY_HUGETLB)
