@@ -52,9 +52,10 @@ struct request {
     uint32_t block;
 };
 
-struct piece { /* of background work */
-    uint64_t first, pages;
-    uint32_t block;
+#define PIECE_RUNS 64
+struct piece { /* of background work: at most BATCH_BYTES, or one page */
+    struct pc_page_run runs[PIECE_RUNS];
+    uint32_t count;
     bool set; /* of a working set */
 };
 
@@ -305,13 +306,21 @@ static uint64_t next_idle(const struct block *block, uint64_t from, uint64_t end
     return end;
 }
 
-/* Removes pages that are received from the memfd in which they were staged. */
+static void punch_staged(const struct block *block, uint64_t from, uint64_t end)
+{
+    uint64_t page_bytes = block->memory.page_bytes;
+
+    if (from < end)
+        (void)fallocate(block->local.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(from * page_bytes),
+                        (off_t)((end - from) * page_bytes));
+}
+
+/* Removes those pages of [first, first + pages) that `which` names from the memfd in which they were staged. */
 static void drop_staged(struct block *block, const uint64_t *which, uint64_t first, uint64_t pages)
 {
-    uint64_t *local = local_pages(block), end = first + pages, page_bytes = block->memory.page_bytes;
-    uint64_t from = 0, until = 0; /* a run that is to be removed */
+    uint64_t *local = local_pages(block), from = 0, until = 0; /* a run that is to be removed */
 
-    for (uint64_t word = first / 64; word * 64 < end; word++) {
+    for (uint64_t word = first / 64; word * 64 < first + pages; word++) {
         uint64_t gone = pc_bits_word(local, word) & pc_bits_word(which, word) & pc_bits_mask(word, first, pages);
 
         if (gone)
@@ -319,47 +328,60 @@ static void drop_staged(struct block *block, const uint64_t *which, uint64_t fir
         for (; gone; gone &= gone - 1) {
             uint64_t page = pc_bits_lowest(word, gone);
 
-            if (page != until && until)
-                (void)fallocate(block->local.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(from * page_bytes),
-                                (off_t)((until - from) * page_bytes));
-            if (page != until || !until)
+            if (page != until) {
+                punch_staged(block, from, until);
                 from = page;
+            }
             until = page + 1;
         }
     }
-    if (until)
-        (void)fallocate(block->local.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(from * page_bytes),
-                        (off_t)((until - from) * page_bytes));
+    punch_staged(block, from, until);
 }
 
+static uint64_t batch_pages(const struct block *block)
+{
+    uint64_t pages = BATCH_BYTES / block->memory.page_bytes;
+
+    return pages ? pages : 1;
+}
+
+/* A working set may be nothing but single pages in no order: as many of them as make up a piece of the usual size. A piece costs two turns
+ * at the lock, and now and then the processor (pc_background_pause). */
 static bool next_of_runs(struct readers *readers, const struct pc_pager *pager, struct piece *piece)
 {
-    const struct pc_page_run *run;
-    uint64_t batch;
+    uint64_t room = 0;
 
-    if (readers->run_next == readers->run_count)
-        return false;
-    run = &readers->runs[readers->run_next];
-    batch = BATCH_BYTES / pager->blocks[run->block]->memory.page_bytes;
-    *piece = (struct piece){.first = run->first_page + readers->run_done,
-                            .pages = run->pages - readers->run_done,
-                            .block = run->block,
-                            .set = true};
-    if (piece->pages > (batch ? batch : 1))
-        piece->pages = batch ? batch : 1;
-    readers->run_done += piece->pages;
-    if (readers->run_done == run->pages) {
-        readers->run_next++;
-        readers->run_done = 0;
+    piece->count = 0;
+    piece->set = true;
+    while (readers->run_next < readers->run_count && piece->count < PIECE_RUNS) {
+        const struct pc_page_run *run = &readers->runs[readers->run_next];
+        struct pc_page_run *part = &piece->runs[piece->count];
+
+        if (!piece->count)
+            room = batch_pages(pager->blocks[run->block]);
+        else if (run->block != piece->runs[0].block || !room)
+            break;
+        *part = (struct pc_page_run){.first_page = run->first_page + readers->run_done,
+                                     .pages = run->pages - (uint32_t)readers->run_done,
+                                     .block = run->block};
+        if (part->pages > room)
+            part->pages = (uint32_t)room;
+        room -= part->pages;
+        piece->count++;
+        readers->run_done += part->pages;
+        if (readers->run_done == run->pages) {
+            readers->run_next++;
+            readers->run_done = 0;
+        }
     }
-    return true;
+    return piece->count;
 }
 
 static bool next_of_sweep(struct readers *readers, struct pc_pager *pager, struct piece *piece)
 {
     while (readers->sweeping) {
         struct block *block;
-        uint64_t batch;
+        uint64_t first = 0, pages = 0;
 
         if (readers->sweep_block == pc_block_count(pager)) {
             readers->sweeping = readers->sweep_again;
@@ -369,14 +391,13 @@ static bool next_of_sweep(struct readers *readers, struct pc_pager *pager, struc
             continue;
         }
         block = pager->blocks[readers->sweep_block];
-        piece->pages = 0;
-        batch = BATCH_BYTES / block->memory.page_bytes;
         if (local_pages(block) && (readers->all || block->local.staging))
-            piece->first = next_idle(block, readers->sweep_page, block->pages, batch ? batch : 1, &piece->pages);
-        if (piece->pages) {
-            piece->block = readers->sweep_block;
+            first = next_idle(block, readers->sweep_page, block->pages, batch_pages(block), &pages);
+        if (pages) {
+            piece->runs[0] = (struct pc_page_run){.first_page = first, .pages = (uint32_t)pages, .block = readers->sweep_block};
+            piece->count = 1;
             piece->set = false;
-            readers->sweep_page = piece->first + piece->pages;
+            readers->sweep_page = first + pages;
             return true;
         }
         if (pc_staged(block)) /* those that the fault thread has placed */
@@ -397,10 +418,10 @@ static void stop_prefetch(struct readers *readers)
 }
 
 /* Places the zero pages of a working set that nothing is placed for otherwise. How many. */
-static uint64_t place_zero_pages(struct pc_pager *pager, const struct piece *piece)
+static uint64_t place_zero_pages(struct pc_pager *pager, const struct pc_page_run *run)
 {
-    const struct block *block = pager->blocks[piece->block];
-    uint64_t page_bytes = block->memory.page_bytes, end = piece->first + piece->pages, count = 0, page = piece->first;
+    const struct block *block = pager->blocks[run->block];
+    uint64_t page_bytes = block->memory.page_bytes, end = run->first_page + run->pages, count = 0, page = run->first_page;
 
     while (page < end && !is_ending(pager->readers)) {
         uint64_t first = pc_bits_next(block->zero, end, page, true), pages, done = 0;
@@ -434,12 +455,13 @@ static uint64_t place_zero_pages(struct pc_pager *pager, const struct piece *pie
     return count;
 }
 
-static void do_piece(struct reader *reader, const struct piece *piece)
+/* 0, or why no more is to be prefetched: the file, the host's memory, or the machine has failed. */
+static int do_run(struct reader *reader, const struct pc_page_run *run, bool set)
 {
     struct pc_pager *pager = reader->pager;
     struct readers *readers = pager->readers;
-    struct block *block = pager->blocks[piece->block];
-    uint64_t end = piece->first + piece->pages, page = piece->first, zeros = 0;
+    struct block *block = pager->blocks[run->block];
+    uint64_t end = run->first_page + run->pages, page = run->first_page, zeros = 0;
     struct placed placed = {0};
     int error = 0;
 
@@ -447,29 +469,39 @@ static void do_piece(struct reader *reader, const struct piece *piece)
         uint64_t pages, first;
 
         wait_for_demand(readers);
-        first = next_idle(block, page, end, piece->pages, &pages);
+        first = next_idle(block, page, end, run->pages, &pages);
         if (!pages)
             break;
         page = first + pages;
         error = read_pages(block, first, pages, reader->buffer, 0);
         if (error)
-            report_unreadable(pager, piece->block, first, pages, error);
+            report_unreadable(pager, run->block, first, pages, error);
         else
-            error = place_patiently(pager, piece->block, first, pages, reader->buffer, 0, block->local.staging, &placed);
+            error = place_patiently(pager, run->block, first, pages, reader->buffer, 0, block->local.staging, &placed);
         if (error == -ENOENT)
             error = 0; /* its memory has gone */
     }
-    if (piece->set && !error)
-        zeros = place_zero_pages(pager, piece);
-    if (piece->set) {
-        COUNT(pager, set_pages, piece->pages);
+    if (set && !error)
+        zeros = place_zero_pages(pager, run);
+    if (set) {
+        COUNT(pager, set_pages, run->pages);
         COUNT(pager, set_hits, placed.pages + zeros);
     }
     if (zeros)
         COUNT(pager, prefetched_pages, zeros);
     if (block->local.staging)
-        drop_staged(block, block->received, piece->first, piece->pages);
-    if (error) { /* the file, the host's memory, or the machine has failed: it does not pay any more */
+        drop_staged(block, block->received, run->first_page, run->pages);
+    return error;
+}
+
+static void do_piece(struct reader *reader, const struct piece *piece)
+{
+    struct readers *readers = reader->pager->readers;
+    int error = 0;
+
+    for (uint32_t i = 0; i < piece->count && !error && !is_ending(readers); i++)
+        error = do_run(reader, &piece->runs[i], piece->set);
+    if (error) {
         pthread_mutex_lock(&readers->background_lock);
         stop_prefetch(readers);
         pthread_mutex_unlock(&readers->background_lock);
