@@ -174,14 +174,17 @@ static int place_patiently(struct pc_pager *pager, uint32_t index, uint64_t firs
     }
 }
 
-/* A real-time thread is worth its price where others of this pager want the processor. Where nobody does, it is a fifth of a fault that
- * no network is part of: in a virtual machine each change between it and a thread of the fair class programs a timer. */
-static void schedule_for(struct shard *shard, bool background)
+/* The fault thread is a real-time thread where other threads of this pager want the processor: those that prefetch, or a network's. Where
+ * there are none it is of the fair class: in a virtual machine each switch from or to a real-time thread programs a timer, which is a fifth
+ * of a fault on a page of the page cache. */
+void pc_local_schedule(struct shard *shard)
 {
-    if (shard->busy_poll_ns || shard->fair != background)
+    bool alone = shard->stream.fd < 0 && !__atomic_load_n(&shard->pager->readers->busy, __ATOMIC_RELAXED);
+
+    if (shard->busy_poll_ns || shard->fair == alone)
         return;
-    shard->fair = !background;
-    pc_thread_prompt(shard->fair);
+    shard->fair = alone;
+    pc_thread_prompt(alone);
 }
 
 bool pc_local_serve(struct shard *shard, uint32_t index, uint64_t page)
@@ -189,7 +192,7 @@ bool pc_local_serve(struct shard *shard, uint32_t index, uint64_t page)
     const struct block *block = shard->pager->blocks[index];
     struct placed placed = {0};
 
-    schedule_for(shard, __atomic_load_n(&shard->pager->readers->busy, __ATOMIC_RELAXED) || shard->stream.fd >= 0);
+    pc_local_schedule(shard);
     if (read_pages(block, page, 1, shard->page, __atomic_load_n(&block->local.now, __ATOMIC_RELAXED)) ||
         place(shard->pager, shard, index, page, 1, shard->page, PC_FRAME_DEMAND, &placed))
         return false;

@@ -172,7 +172,7 @@ struct shard {
     bool may_block; /* the userfaultfd may have become a blocking one: another process has it too */
     uint32_t uffd_watched, stream_watched; /* for what epoll(7) looks at them; 0: not at all */
     uint32_t busy_turns;
-    bool fair; /* its thread is no real-time one, see pc_local_serve */
+    bool fair; /* its thread is no real-time one, see pc_local_schedule */
 
     /* Its channel (urgent.c): */
     struct pc_stream stream;
@@ -416,7 +416,9 @@ void pc_prefetch_add(struct shard *shard, struct command *command);
 void pc_cursor_restart(const struct shard *shard, struct cursor *cursor);
 void pc_request_ahead(struct shard *shard);
 
-/* local.c: fault thread. Serves a fault on a local page at once; false: it has not. */
+/* local.c: fault thread. Gives itself the scheduling class that its work needs now: where it may have changed. */
+void pc_local_schedule(struct shard *shard);
+/* Fault thread. Serves a fault on a local page at once; false: it has not. */
 bool pc_local_serve(struct shard *shard, uint32_t index, uint64_t page);
 /* Fault thread. Leaves a local page that a thread waits for to the readers; false: there is no room. */
 bool pc_local_request(struct pc_pager *pager, uint32_t index, uint64_t page);
