@@ -526,8 +526,9 @@ bool pc_read_events(struct shard *shard)
     for (size_t i = 0; i < count; i++)
         if (__atomic_load_n(&journal->events[i].event, __ATOMIC_RELAXED) == UFFD_EVENT_PAGEFAULT)
             handle_fault(shard, &journal->events[i], now_ns);
-    /* The kernel refuses placements until who is told that his event is read has run, and one who takes away page after page begins the
-     * next one microseconds later. He is let run, for a time that is never the same, or he and what is refused might keep in step. */
+    /* The kernel refuses placements until the thread that takes memory away has run again after its event was read, and one that takes away
+     * page after page begins with the next one microseconds later. So that thread gets time to run; the time varies, or each new try might
+     * fall into the next removal. */
     if (removals && shard->retry_at_ns) {
         pc_sleep_ns(LET_RUN_NS / 16 + now_ns * UINT64_C(0x9E3779B97F4A7C15) % LET_RUN_NS);
         shard->retry_at_ns = now_ns;

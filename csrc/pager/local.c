@@ -6,8 +6,8 @@
  * (placement.c), for what is read here is given to placement as a frame. Three ways lead there:
  *
  *   the fault thread   reads what the page cache has without waiting (RWF_NOWAIT) and places it at once: no other thread takes part
- *   demand readers     read what it has not for those who wait, first come, first served: a slow disk stops nobody else
- *   background readers read and place runs of pages that nobody waits for: first the working set, in its order, then a *sweep* over all
+ *   demand readers     read pages that it has not and that threads wait for, in the order of the faults: a slow disk delays no other fault
+ *   background readers read and place runs of pages that no thread waits for: first the working set, in its order, then a *sweep* over all
  *                      local pages. Before each run they wait until no demand is left
  *
  * Where the image is in the page cache already, machines share it there; nothing is mapped, so that a file which is cut short is an
@@ -127,7 +127,7 @@ struct placed { /* pages that were not there before */
     uint64_t pages, zeros;
 };
 
-/* Places what was read, as far as nobody else has: 0, or why it could not. `own`: the shard of the calling fault thread. */
+/* Places those pages of what was read that no other thread has claimed: 0, or why it could not. `own`: the shard of the calling fault thread. */
 static int place(struct pc_pager *pager, struct shard *own, uint32_t index, uint64_t first, uint64_t pages,
                  const uint8_t *content, uint8_t flags, struct placed *placed)
 {
@@ -226,7 +226,7 @@ static void serve_request(struct reader *reader, const struct request *request)
     struct placed placed = {0};
     int error;
 
-    if (pc_bits_test(block->claimed, request->page)) /* who has claimed it sees that it is requested */
+    if (pc_bits_test(block->claimed, request->page)) /* the thread that has claimed it sees that it is requested */
         return;
     error = read_pages(block, request->page, 1, reader->buffer, 0);
     if (error) {
@@ -280,7 +280,7 @@ static void wait_for_demand(struct readers *readers)
     pthread_mutex_unlock(&readers->lock);
 }
 
-/* Those pages of a word that are local, missing and waited for by nobody. */
+/* Those pages of a word that are local and missing, and that no thread waits for. */
 static uint64_t idle_word(const struct block *block, const uint64_t *local, uint64_t word)
 {
     return pc_bits_word(local, word) & ~(pc_bits_word(block->claimed, word) | pc_bits_word(block->requested, word));

@@ -148,7 +148,7 @@ struct shard {
     pthread_mutex_t gate;
     struct pc_journal *journal; /* what is read of it, removed.c; with the gate: `own_journal`, or in the states of the block armed first */
     struct pc_journal own_journal;
-    bool disarmed; /* with the gate: what is taken away is nobody's affair here any more */
+    bool disarmed; /* with the gate: nothing is armed any more, and what is taken away does not matter here */
     pthread_t thread;
 
     /* Shared, atomic: from other threads to the fault thread. */
@@ -336,7 +336,7 @@ static inline void pc_spend(struct progress *progress, uint64_t ns)
     progress->work_ns -= progress->work_ns < ns ? progress->work_ns : ns;
 }
 
-/* The memory may be another process's, with pages in it and out of it of which nobody here knows. */
+/* The memory may be another process's: pages may come and go there of which this pager is not told. */
 static inline bool pc_is_adopted(const struct shard *shard)
 {
     return !shard->api.how;

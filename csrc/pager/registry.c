@@ -253,7 +253,7 @@ int pc_pager_adopt_shard(struct pc_pager *pager, int uffd, uint64_t features, ui
     struct pc_uffd_api api = {.features = features};
     int result;
 
-    (void)pc_uffd_features(uffd, &api.features); /* what it has, where that can be known, and not what somebody says */
+    (void)pc_uffd_features(uffd, &api.features); /* those it has, where /proc tells, and not those that the caller says */
     result = check_uffd(uffd, api.features, error, error_bytes);
 
     if (result) {

@@ -165,7 +165,7 @@ int pc_pager_prefetching(struct pc_pager *pager);
  * -errno. */
 int pc_touches_new(uint64_t pages);
 /* Logs there each page at its first demand fault, zero pages too, behind what it holds; what finds no room is not logged. The
- * descriptor is duplicated. Before memory is armed. -EINVAL: it is something else. */
+ * descriptor stays the caller's. Before memory is armed. -EINVAL: it is something else. */
 int pc_pager_record_touches(struct pc_pager *pager, int fd);
 /* Copies them in their order, as block << 40 | page, and not more than `capacity`; how many, or -EINVAL. Any process, any time. A page may
  * come twice when a pager died: the first one counts. */
