@@ -3,7 +3,8 @@
  * Pages that are here: memory in several parts at addresses that are told late, image files, staging, what is prefetched, and a
  * pager that leaves.
  *
- * Linked with --wrap of preadv2(2), by which a case decides what the page cache has, what a disk says and when.
+ * Linked with --wrap of preadv2(2), by which a case decides what the page cache has, what a disk says and when; and of pc_local_stage, after
+ * which it may have a thread wait that still has its claim.
  */
 #include <sys/uio.h>
 
@@ -39,6 +40,21 @@ ssize_t __wrap_preadv2(int fd, const struct iovec *parts, int count, off_t offse
         }
     }
     return __real_preadv2(fd, parts, count, offset, flags);
+}
+
+int __real_pc_local_stage(struct pc_pager *pager, uint32_t index, uint64_t first, uint64_t pages, const uint8_t *content);
+int __wrap_pc_local_stage(struct pc_pager *pager, uint32_t index, uint64_t first, uint64_t pages, const uint8_t *content);
+
+static atomic_bool stays_claimed;
+static atomic_int staged; /* runs of pages */
+
+int __wrap_pc_local_stage(struct pc_pager *pager, uint32_t index, uint64_t first, uint64_t pages, const uint8_t *content)
+{
+    int error = __real_pc_local_stage(pager, index, first, pages, content);
+
+    atomic_fetch_add(&staged, 1);
+    WAIT_UNTIL(!atomic_load(&stays_claimed));
+    return error;
 }
 
 /* ---- images ------------------------------------------------------------------------------------------------------- */
@@ -635,7 +651,7 @@ static void *push(void *argument)
     return NULL;
 }
 
-static void stage_and_arm(bool look)
+static void staged_while_it_is_armed(void)
 {
     uint64_t zero[MAX_PAGES / 64] = {0};
     struct pusher pushers[2];
@@ -655,10 +671,8 @@ static void stage_and_arm(bool look)
     }
     WAIT_UNTIL(data_bytes(fd) > test_below(200) * rig.page_bytes);
     arm_parts(&rig, &parts, uffd, GATED);
-    if (look)
-        look_at_parts(&rig, &parts);
-    EXPECT_EVENT(&rig.from_pager, PC_EVENT_COMPLETE, 0, 0, NULL);
     look_at_parts(&rig, &parts);
+    EXPECT_EVENT(&rig.from_pager, PC_EVENT_COMPLETE, 0, 0, NULL);
     WAIT_UNTIL(!pc_pager_prefetching(rig.pager));
     for (int i = 0; i < 2; i++) {
         CHECK_EQ(pthread_join(threads[i], NULL), 0);
@@ -669,16 +683,34 @@ static void stage_and_arm(bool look)
     close(fd);
 }
 
-static void staged_while_it_is_armed(void)
+/* The sweep that arming begins comes by while a page is staged and still claimed. No thread asks for it: the background alone places it. */
+static void staged_and_still_claimed(void)
 {
-    stage_and_arm(true);
-}
+    uint64_t zero[MAX_PAGES / 64] = {0}, page = 0;
+    struct parts parts;
+    struct rig rig;
+    int uffd = open_parts(&rig, &parts, &nowhere, GATED), fd = make_staging(&rig), bulk;
 
-/* No thread asks for a page: the background alone finds all of them. */
-static void staged_while_it_is_armed_and_idle(void)
-{
-    for (int turn = 0; turn < 5; turn++)
-        stage_and_arm(false);
+    page = next_data_page(&rig, &page);
+    pc_bitmap_set_range(zero, 0, rig.pages[0]);
+    pc_bitmap_clear_range(zero, page, 1);
+    CHECK_EQ(pc_pager_stage(rig.pager, 0, fd), 0);
+    CHECK_EQ(pc_pager_set_zero(rig.pager, 0, zero), 0);
+    atomic_store(&stays_claimed, true);
+    atomic_store(&staged, 0);
+    bulk = script_bulk(&rig, 0);
+    serve_page(&rig, bulk, 0, page);
+    WAIT_UNTIL(atomic_load(&staged));
+    arm_parts(&rig, &parts, uffd, GATED);
+    WAIT_UNTIL(!pc_pager_prefetching(rig.pager));
+    atomic_store(&stays_claimed, false);
+    EXPECT_EVENT(&rig.from_pager, PC_EVENT_COMPLETE, 0, 0, NULL);
+    CHECK_EQ(pager_stats(&rig).faults, 0);
+    CHECK(is_page(0, page, rig.page_bytes, part_page(&rig, &parts, page)));
+    CHECK_EQ(pc_pager_free(rig.pager), 0);
+    close(bulk);
+    close(uffd);
+    close(fd);
 }
 
 /* ---- leaving ------------------------------------------------------------------------------------------------------ */
@@ -768,7 +800,7 @@ int main(int argc, char **argv)
     RUN_CASE(everything_at_once);
     RUN_CASE(staged_before_there_is_memory);
     RUN_CASE(staged_while_it_is_armed);
-    RUN_CASE(staged_while_it_is_armed_and_idle);
+    RUN_CASE(staged_and_still_claimed);
     RUN_CASE(leaves_an_image);
     RUN_CASE(leaves_what_is_staged);
     return test_end();
