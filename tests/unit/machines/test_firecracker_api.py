@@ -9,10 +9,12 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from postcopy.machines.firecracker.api import (
     MAX_ANSWER_BYTES,
@@ -27,6 +29,37 @@ from postcopy.machines.firecracker.api import (
 )
 
 BOUND_S = 20.0
+
+
+async def test_too_many_wait(tmp_path: Path) -> None:
+    """For a Firecracker that takes no connection: nothing was asked, and it is asked when there is room."""
+    path = tmp_path / "api.sock"
+    with socket.socket(socket.AF_UNIX) as listening, trio.fail_after(BOUND_S):
+        listening.bind(str(path))
+        listening.listen(0)
+        waiting = []
+        with pytest.raises(BlockingIOError):
+            while True:
+                waiting.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+                waiting[-1].connect(str(path))
+        with pytest.raises(FirecrackerUnreachable, match="too many wait"):
+            await Api(path).get("/", 0.05)
+        with pytest.raises(FirecrackerUnreachable, match="too many wait"):
+            await Api(path).process(0.05)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(Api(path).get, "/", BOUND_S))
+            await trio.testing.wait_all_tasks_blocked()
+            for one in waiting:
+                one.close()
+            listening.setblocking(False)
+            accepted = trio.socket.from_stdlib_socket(listening.dup())
+            with accepted:
+                while True:
+                    connection, _ = await accepted.accept()
+                    with connection:
+                        if (await connection.recv(4096)).startswith(b"GET / "):
+                            await connection.send(answered("204"))
+                            break
 
 
 def answered(status: str, body: bytes = b"") -> bytes:
