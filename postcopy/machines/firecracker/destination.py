@@ -30,8 +30,9 @@ import socket
 import stat
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -69,8 +70,8 @@ STATE, SOCKET = "state", "memory.sock"
 PAGE_SIZES = {4096: "anon", 2 << 20: "hugetlb"}
 MAX_REGIONS = 32
 
-# Version of the state's format by that of Firecracker; one that is newer is not loaded.
-_FORMATS = {7: 1, 8: 2, 9: 3, 10: 3, 11: 5, 12: 6, 13: 8, 14: 8, 15: 9, 16: 10}
+# The state's format by Firecracker's version: a state of any other format is not loaded, be it older or newer.
+_FORMATS = dict(zip([(1, minor) for minor in range(7, 17)], [1, 2, 3, 3, 5, 6, 8, 8, 9, 10], strict=True))
 
 log = logging.getLogger(__name__)
 
@@ -155,8 +156,7 @@ class ArrivingFirecracker(FirecrackerMachine):
             self._own = await run_sync(_Started.start, self._host.binary)
             self._api = Api(self._own.api_socket)
             await self._until_it_answers(self._own)
-        process = self._process = await self._api.process()
-        self._pidfd = process.pidfd
+        process = self._process = await self._hold_process()
         said = await self._api.get("/")
         if said.get("state") != "Not started":
             raise ConfigurationError(
@@ -184,10 +184,10 @@ class ArrivingFirecracker(FirecrackerMachine):
     def _check_version(self, here: str) -> None:
         there = self._offered.version
         self._version = here or there
-        if _format_of(here) < _format_of(there):
+        if not _loads(version_of(here), version_of(there)):
             raise ConfigurationError(
                 f"the source's Firecracker is of version {there}, the one here of {here or 'an unknown one'}, which"
-                f" does not load its state; use {there} or a newer one here"
+                f" does not load its state; use {there} here"
             )
         if self._offered.nets and self._host.nets and version_of(here) < (1, 12):
             raise ConfigurationError(
@@ -213,7 +213,7 @@ class ArrivingFirecracker(FirecrackerMachine):
                 raise ConfigurationError(f"drive {name}: {path}: this user may not use it; Firecracker must")
         for name, there in self._offered.nets.items():
             tap = self._host.nets.get(name, there)
-            if not os.path.exists(f"/sys/class/net/{tap}/tun_flags"):
+            if not _has_tap(process.pid, tap):
                 raise ConfigurationError(
                     f"interface {name}: there is no TAP device {tap!r} on this host; make it (ip tuntap add {tap} mode"
                     f" tap), or name another one with --net {name}=TAP"
@@ -247,7 +247,7 @@ class ArrivingFirecracker(FirecrackerMachine):
         raise MigrationError("a microVM is loaded only where its userfaultfd is served (load_and_map)")
 
     async def load_and_map(self, state: bytes, adopt: Adopt) -> None:
-        files, failures, answered = self._files, list[PostcopyError](), trio.Event()
+        files, failures, answered = self._files, list[PostcopyError | OSError](), trio.Event()
         assert files is not None
         assert self._process is not None
         disks = {drive.path: self._path_here(name) for name, drive in self._offered.drives.items()}
@@ -258,23 +258,19 @@ class ArrivingFirecracker(FirecrackerMachine):
         with trio.move_on_after(LOAD_S) as deadline:
             async with trio.open_nursery() as nursery:
 
+                async def step(function: Callable[[], Awaitable[None]]) -> None:
+                    try:
+                        await function()
+                    except (PostcopyError, OSError) as error:  # of the system: no descriptor is left
+                        failures.append(error)
+                        nursery.cancel_scope.cancel()
+
                 async def load() -> None:
-                    try:
-                        await self._api.put("/snapshot/load", self._load_request(files), LOAD_S)
-                        answered.set()
-                    except PostcopyError as error:
-                        failures.append(error)
-                        nursery.cancel_scope.cancel()
+                    await self._api.put("/snapshot/load", self._load_request(files), LOAD_S)
+                    answered.set()
 
-                async def take() -> None:
-                    try:
-                        await self._take_memory(files, adopt)
-                    except PostcopyError as error:
-                        failures.append(error)
-                        nursery.cancel_scope.cancel()
-
-                nursery.start_soon(load)
-                nursery.start_soon(take)
+                nursery.start_soon(step, load)
+                nursery.start_soon(step, partial(self._take_memory, files, adopt))
         if failures:
             raise MigrationError(f"{failures[0]}; {self._what_is_left()}") from failures[0]
         if deadline.cancelled_caught:
@@ -310,8 +306,7 @@ class ArrivingFirecracker(FirecrackerMachine):
         self._connection = connection  # its end is that of the process (from 1.12 on)
         with await receive_handshake(connection, LOAD_S) as handshake:
             self._check_regions(handshake)
-            uffd = FdHolder.duplicate(handshake.uffd)
-            self.found(process.pid, process.pidfd, handshake.regions, self.blocks[0].memory.page_bytes, uffd)
+            self.found(handshake.regions, FdHolder.duplicate(handshake.uffd))
             extents = [
                 Extent(0, region.offset // region.page_bytes, region.size_bytes // region.page_bytes, region.address)
                 for region in handshake.regions
@@ -417,7 +412,10 @@ class _Started:
     def start(cls, binary: str) -> _Started:
         """`ConfigurationError` when it cannot be started. What it says, and the guest on its serial port, goes to this
         process's standard error."""
-        directory = tempfile.mkdtemp(prefix="postcopy-fc-", dir=os.environ.get("XDG_RUNTIME_DIR") or None)
+        try:
+            directory = tempfile.mkdtemp(prefix="postcopy-fc-", dir=os.environ.get("XDG_RUNTIME_DIR") or None)
+        except OSError as error:
+            raise ResourceError(f"a directory for the Firecracker that is started: {error}") from error
         command = [os.path.abspath(binary), "--level", "Warning", "--api-sock", os.path.join(directory, "api.sock")]
         try:
             pid = os.posix_spawn(
@@ -507,10 +505,20 @@ def _another_root(pid: int) -> bool:
         return False
 
 
-def _format_of(version: str) -> tuple[int, int]:
-    """By which states of versions can be compared; of one that is not known yet its own number, which is larger."""
-    major, minor = version_of(version)
-    return major, _FORMATS.get(minor, minor) if major == 1 else minor
+def _has_tap(pid: int, name: str) -> bool:
+    """In the network namespace of that process. What its devices are can be seen only in that of this one."""
+    with contextlib.suppress(OSError):
+        if os.path.samefile(f"/proc/{pid}/ns/net", "/proc/self/ns/net"):
+            return os.path.exists(f"/sys/class/net/{name}/tun_flags")
+        with open(f"/proc/{pid}/net/dev") as file:
+            return any(line.partition(":")[0].strip() == name for line in file)
+    return False
+
+
+def _loads(here: tuple[int, int], there: tuple[int, int]) -> bool:
+    """Whether a Firecracker of one version loads a state of the other one, as far as that is known before it tries."""
+    formats = _FORMATS.get(here), _FORMATS.get(there)
+    return here >= there if None in formats else formats[0] == formats[1]
 
 
 def _check_names(option: str, given: Mapping[str, str], known: Mapping[str, object]) -> None:

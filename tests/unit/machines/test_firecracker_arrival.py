@@ -4,7 +4,9 @@ accepted, and how a load and a resume may go wrong."""
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import trio
 from fake_firecracker import STATE, FakeFirecracker, Orders, _crc64, fake_firecracker
 
 from postcopy._native import ffi, lib
-from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError
+from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
 from postcopy.machines import BlockLayout, Extent, MachineState
 from postcopy.machines.firecracker import destination
 from postcopy.machines.firecracker.destination import ArrivingFirecracker, FirecrackerHost
@@ -85,7 +87,9 @@ def test_what_a_host_must_say() -> None:
 
 REFUSED: list[tuple[Orders, dict[str, Any], dict[str, str], str]] = [
     (replace(EMPTY, state="Running"), {}, {}, "Running: .*start a new one"),
-    (replace(EMPTY, version="1.11.0"), {}, {}, "1.12.1.*1.11.0.*use 1.12.1 or a newer one"),
+    (replace(EMPTY, version="1.11.0"), {}, {}, "1.12.1.*1.11.0.*use 1.12.1 here"),
+    (replace(EMPTY, version="1.13.1"), {}, {}, "1.12.1.*1.13.1.*use 1.12.1 here"),
+    (replace(EMPTY, version="1.17.0"), {"version": "1.18.0"}, {}, "1.18.0.*1.17.0.*use 1.18.0 here"),
     (EMPTY, {"drives": {"root": {"path": "/missing", "read-only": True}}}, {}, "--drive root=PATH"),
     (EMPTY, {"drives": {"root": {"path": "/a", "read-only": True}}}, {"drive": "root=/proc"}, "/proc is neither"),
     (EMPTY, {"nets": {"eth0": "no-such-tap"}}, {}, "no TAP device 'no-such-tap'.*--net eth0=TAP"),
@@ -111,7 +115,7 @@ async def test_what_must_be_there_before_it_is_accepted(fake: FakeFirecracker) -
     ("orders", "why"),
     [
         (replace(EMPTY, load="Load snapshot error: Cannot restore devices"), "Cannot restore devices.*start a new one"),
-        (EMPTY, "has not asked for its memory"),
+        (EMPTY, "has not asked for its memory|a page that it needs has not come"),  # the latter on a busy host
         (replace(EMPTY, load="dies"), "has closed the connection"),
         (replace(EMPTY, hangs=["PUT /snapshot/load"]), "has not"),
     ],
@@ -121,7 +125,7 @@ async def test_a_load_that_fails(
     fake: FakeFirecracker, orders: Orders, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is left of it is killed: it may hold half a machine, and nobody else could use it."""
-    monkeypatch.setattr(destination, "LOAD_S", 0.3)
+    monkeypatch.setattr(destination, "LOAD_S", 0.5 if why.startswith("has not") else 60.0)
     machine = arriving(fake)
     await machine.prepare()
     fake.order(orders)
@@ -131,7 +135,11 @@ async def test_a_load_that_fails(
     assert fake.process.wait(30) == -signal.SIGKILL
 
 
-async def test_a_resume_that_is_not_answered_and_was_done(fake: FakeFirecracker) -> None:
+async def test_a_resume_that_is_not_answered_and_was_done(
+    fake: FakeFirecracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RESUME_S", "ANSWER_S"):
+        monkeypatch.setattr(destination, name, 60.0)
     machine = arriving(fake)
     await machine.prepare()
     fake.order(replace(EMPTY, state="Running", drops=["PATCH Resumed"]))
@@ -152,11 +160,10 @@ async def test_a_resume_that_is_not_answered_and_was_not_done(
     await machine.resume()
     assert machine.statistics().state is MachineState.RUNNING
     told = len(fake.was_told())
-    assert told > 1
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(machine.wait_changed)
-            while len(fake.was_told()) <= told:  # noqa: ASYNC110 -- another process
+            while len(fake.was_told()) <= told + 1:  # noqa: ASYNC110 -- another process
                 await trio.sleep(0.01)
             fake.order(replace(EMPTY, state="Paused"))
             while (await machine._api.get("/"))["state"] != "Running":  # noqa: ASYNC110
@@ -172,6 +179,39 @@ async def test_a_resume_of_one_that_has_ended(fake: FakeFirecracker) -> None:
     fake.process.wait()
     with pytest.raises(PostcopyError, match="ended"):
         await machine.resume()
+    await machine.close()
+
+
+@pytest.mark.parametrize(("here", "there"), [("1.10.1", "1.9.0"), ("1.13.0", "1.14.2"), ("1.18.0", "1.17.0")])
+async def test_versions_whose_states_are_alike(fake: FakeFirecracker, here: str, there: str) -> None:
+    fake.order(replace(EMPTY, version=here))
+    machine = arriving(fake, OFFER | {"version": there})
+    await machine.prepare()
+    assert machine.config()["version"] == here
+    await machine.close()
+
+
+@pytest.mark.needs("root")
+def test_taps_are_looked_for_where_firecracker_is() -> None:
+    """Its jailer may have given it a network namespace of its own. (`lo` is in every one, and is no TAP.)"""
+    assert not destination._has_tap(os.getpid(), "lo")
+    with subprocess.Popen(["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b".")
+        process.stdin.flush()
+        process.stdout.read(1)  # it is there
+        assert destination._has_tap(process.pid, "lo")
+        assert not destination._has_tap(process.pid, "tap0")
+        process.stdin.close()
+    assert not destination._has_tap(process.pid, "lo")
+
+
+async def test_no_directory_for_one_that_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "none"))
+    machine = ArrivingFirecracker.for_destination(OFFER, LAYOUT, FirecrackerHost(binary="/bin/true"))
+    with pytest.raises(ResourceError, match="a directory for the Firecracker"):
+        await machine.prepare()
     await machine.close()
 
 
