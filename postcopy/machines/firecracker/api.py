@@ -149,6 +149,13 @@ class Api:
     async def get(self, path: str, timeout_s: float = REQUEST_TIMEOUT_S) -> Any:
         return await self.request("GET", path, None, timeout_s)
 
+    async def instance(self, timeout_s: float = REQUEST_TIMEOUT_S) -> tuple[str, str]:
+        """The state of its microVM, as "Not started", "Running" or "Paused", and the version of Firecracker."""
+        said = await self.get("/", timeout_s)
+        if not isinstance(said, dict) or not isinstance(said.get("state"), str):
+            raise FirecrackerAnswer(f"what answers GET / at {self.path} is no Firecracker")
+        return _line(said["state"]), _line(said.get("vmm_version", ""))
+
     async def put(self, path: str, body: object, timeout_s: float = REQUEST_TIMEOUT_S) -> Any:
         return await self.request("PUT", path, body, timeout_s)
 
@@ -205,7 +212,7 @@ class Api:
             # (trio's own takes EAGAIN, of a listener for which too many wait, for a connection that is being made)
             with trio.fail_at(deadline):
                 await trio.lowlevel.checkpoint()
-                while not _connected(connection, path):
+                while not _connected(connection, path):  # noqa: ASYNC110 -- nothing tells when there is room
                     await trio.sleep(_CONNECT_AGAIN_S)
         except trio.TooSlowError:
             connection.close()
@@ -279,7 +286,7 @@ def _decoded(request: str, content: bytes) -> Any:
         return None
     try:
         return msgspec.json.decode(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FirecrackerAnswer(f"Firecracker's answer to {request} is not JSON") from error
 
 
