@@ -211,7 +211,6 @@ class Api:
                 path = f"/proc/self/fd/{directory}/{os.path.basename(path)}"
             # (trio's own takes EAGAIN, of a listener for which too many wait, for a connection that is being made)
             with trio.fail_at(deadline):
-                await trio.lowlevel.checkpoint()
                 while not _connected(connection, path):  # noqa: ASYNC110 -- nothing tells when there is room
                     await trio.sleep(_CONNECT_AGAIN_S)
         except trio.TooSlowError:

@@ -78,6 +78,8 @@ async def test_it_is_paused_with_its_state_and_goes_on(tmp_path: Path) -> None:
         assert machine._exchange is not None
         directory = machine._exchange.path
         assert os.listdir(directory) == []
+        await machine.before_pause()
+        assert fake.was_told() == []
         for _ in range(3):
             await machine.pause()
             assert machine.statistics().state is MachineState.PAUSED
