@@ -208,14 +208,17 @@ class Handler:
             self._announce(path)
 
     async def _listen(self, name: str, path: str) -> None:
+        if path not in self._listening:
+            listener = await listen(path, "--socket", 0o666 if self._config.allow_uid else 0o600)
+            with listener:
+                listener.setblocking(False)
+                try:
+                    await self._store.put(name, [listener.fileno()])
+                except PostcopyError:
+                    _remove_socket(path)  # nobody will ever accept there
+                    raise
+            self._listening[path] = name
         self._own.add(path)
-        if path in self._listening:
-            return
-        listener = await listen(path, "--socket", 0o666 if self._config.allow_uid else 0o600)
-        with listener:
-            listener.setblocking(False)
-            await self._store.put(name, [listener.fileno()])
-        self._listening[path] = name
 
     def _announce(self, path: str) -> None:
         image = self._image_of(path)
@@ -269,14 +272,16 @@ class Handler:
                 path = os.path.join(directory, name + SOCKET_SUFFIX)
                 if path in self._listening:
                     self._own.add(path)  # of a process before this one, too
-                elif name not in told:
-                    try:
-                        await self._listen(f"images.{name}", path)
-                    except PostcopyError as error:
+                    continue
+                try:
+                    await self._listen(f"images.{name}", path)
+                except PostcopyError as error:  # tried again, and told once
+                    if name not in told:
                         told.add(name)
                         log.error("%s: %s", name, error)
-                    else:
-                        self._announce(path)
+                else:
+                    told.discard(name)
+                    self._announce(path)
             for path in list(self._listening):
                 if path in self._own and os.path.basename(path).removesuffix(SOCKET_SUFFIX) not in found:
                     await self._close_socket(path)

@@ -443,6 +443,8 @@ async def test_a_directory_of_images(tmp_path: Path) -> None:
     images.mkdir()
     sockets.mkdir()
     (images / "one.mem").write_bytes(content(1))
+    (images / "last.mem").write_bytes(content(3))
+    (sockets / "last.sock").touch()  # in the way
     (images / "other.txt").write_bytes(content(1))
     said, stop, store = Said(), Stop(), LocalStore({})
     config = PagerConfig(socket=str(sockets), images=str(images))
@@ -453,6 +455,8 @@ async def test_a_directory_of_images(tmp_path: Path) -> None:
         assert (await said.wait("listening"))["image"] == str(images / "one.mem")
         (images / "two.mem").write_bytes(content(2))
         await said.wait("listening", 2)
+        (sockets / "last.sock").unlink()
+        await said.wait("listening", 3)
         async with start_vmm(sockets / "one.sock", PAGES) as one, start_vmm(sockets / "two.sock", PAGES) as two:
             assert await one.reads(content(1), 0, 8)
             assert await two.reads(content(2), 0, 8)
