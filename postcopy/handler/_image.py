@@ -9,6 +9,7 @@ Resource handling: an `Image` owns its descriptor until `close`.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from dataclasses import dataclass
@@ -47,11 +48,11 @@ class Image:
         with Memory.from_file(path) as memory:
             return cls(path, os.dup(memory.fd))
 
-    @property
-    def changed(self) -> bool:
-        """Whether it has been written to since it was opened here."""
-        status = os.fstat(self.fd)
-        return (status.st_size, status.st_mtime_ns) != (self.size_bytes, self._mtime_ns)
+    def copy(self) -> Image:
+        """The same with a descriptor of its own. OSError."""
+        image = copy.copy(self)
+        image.fd = os.dup(self.fd)
+        return image
 
     def identify(self) -> Identity:
         """Reads a sample of it. Blocks on I/O. `ConfigurationError` when it cannot be read."""

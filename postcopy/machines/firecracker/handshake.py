@@ -50,7 +50,7 @@ _MAX_DESCRIPTORS = 8  # so many are received, to be counted
 _ADDRESSES = 1 << 57  # of a process, with five levels of page tables
 _PAGE_SIZES = (4 << 10, 2 << 20, 1 << 30)
 _SO_PEEK_OFF = 42  # <asm-generic/socket.h>
-_PEEK_AGAIN_S = 0.005
+_PEEK_AGAIN_S, _PEEK_AGAIN_MAX_S = 0.005, 0.2
 _KERNEL_FEATURES = 1 << 31  # not a feature: that there was a UFFDIO_API
 
 
@@ -162,12 +162,14 @@ def consume_handshake(connection: trio.socket.SocketType) -> None:
 
 
 async def _receive(connection: trio.socket.SocketType, descriptors: list[int], peek: bool) -> bytes:
+    pause_s = _PEEK_AGAIN_S
     while True:
         await trio.lowlevel.wait_readable(connection)
         try:
             return _receive_now(connection, descriptors, socket.MSG_PEEK if peek else 0)
         except BlockingIOError:  # (what was looked at already makes it readable)
-            await trio.sleep(_PEEK_AGAIN_S)
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _PEEK_AGAIN_MAX_S)
 
 
 def _receive_now(connection: trio.socket.SocketType, descriptors: list[int], flags: int) -> bytes:
