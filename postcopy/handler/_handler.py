@@ -123,6 +123,7 @@ class Handler:
         self._make_source = make_source
         self._arriving = trio.Semaphore(MAX_ARRIVING)
         self._places: dict[str, int] = {}  # by name of a virtual machine, from when it is promised one: its memory
+        self._sets = workingset.Sets()
         self._limiters: dict[str, trio.CapacityLimiter] = {}
         self._listening: dict[str, str] = {}  # by path: the name in the store
         self._not_listening: set[str] = set()  # images that have no socket, and why, as it was said last
@@ -282,7 +283,7 @@ class Handler:
         image = Image.open(config.image)
         try:
             with contextlib.suppress(workingset.DamagedError):  # said when it would be used
-                workingset.read(config.working_set, image)
+                self._sets.read(config.working_set, image)
         finally:
             image.close()
 
@@ -345,7 +346,6 @@ class Handler:
                     pidfd = open_peer(connection, peer)
                     handshake = await receive_handshake(connection, peek=True)
                     vm = await self._make(key, connection, handshake, peer, pidfd, path)
-                    consume_handshake(connection)
             finally:
                 self._arriving.release()
             await self._serve(vm)
@@ -400,6 +400,7 @@ class Handler:
             )
             try:
                 await self._store.put(key, fds.kept)
+                consume_handshake(connection)
             except BaseException:
                 fds.close()
                 raise
@@ -414,7 +415,7 @@ class Handler:
         if about.image is not None:
             limiter = self._limiter_of(about.image)
             image = await trio.to_thread.run_sync(Image.open, about.image, limiter=limiter)
-            return ImageSource(image, limiter)
+            return ImageSource(image, limiter, self._sets)
         config = self._config
         if config.connect is not None:
             return ConnectSource(
@@ -475,13 +476,12 @@ class Handler:
         try:
             descriptors, about = Descriptors.sort(fds)
         except PostcopyError as error:
-            log.error("%s: %s", key, error)
-            await self._store.drop(key)
+            log.error("%s: %s; it is left to another version of postcopy", key, error)
             return
         try:
             if descriptors.image >= 0 and about.image is not None:
                 image = Image(about.image, os.dup(descriptors.image))
-                source: Source = ImageSource(image, self._limiter_of(about.image))
+                source: Source = ImageSource(image, self._limiter_of(about.image), self._sets)
             else:
                 source = await self._open_source(about)
         except (PostcopyError, OSError) as error:
@@ -597,7 +597,8 @@ class Handler:
     # ---- what is shown
 
     def _record(self, vm: Vm) -> records.Vm:
-        return vm_record(vm, self._store.deaths - vm.about.deaths)
+        # (a keeper that systemd has started anew counts from 0)
+        return vm_record(vm, max(0, self._store.deaths - vm.about.deaths))
 
     def status(self, name: str | None = None) -> records.PagerStatus:
         """Of the process and all virtual machines, or of the one with this name."""

@@ -9,7 +9,6 @@ Resource handling: an `Image` owns its descriptor until `close`.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 from dataclasses import dataclass
@@ -48,11 +47,11 @@ class Image:
         with Memory.from_file(path) as memory:
             return cls(path, os.dup(memory.fd))
 
-    def copy(self) -> Image:
-        """The same with a descriptor of its own. OSError."""
-        image = copy.copy(self)
-        image.fd = os.dup(self.fd)
-        return image
+    @property
+    def stamp(self) -> tuple[int, ...]:
+        """The same for as long as it is the same file, and was not written to."""
+        status = os.fstat(self.fd)
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
     def identify(self) -> Identity:
         """Reads a sample of it. Blocks on I/O. `ConfigurationError` when it cannot be read."""

@@ -76,9 +76,10 @@ class Source(abc.ABC):
 class ImageSource(Source):
     """A memory file on this host."""
 
-    def __init__(self, image: Image, limiter: trio.CapacityLimiter) -> None:
+    def __init__(self, image: Image, limiter: trio.CapacityLimiter, sets: workingset.Sets) -> None:
         self.image: Image = image
         self.limiter = limiter
+        self._sets = sets
 
     def check(self, about: About) -> None:
         if about.memory_bytes > self.image.size_bytes:
@@ -110,7 +111,7 @@ class ImageSource(Source):
 
     async def working_set(self, vm: Vm, path: str) -> workingset.WorkingSet | None:
         try:
-            found = await trio.to_thread.run_sync(workingset.read, path, self.image, limiter=self.limiter)
+            found = await trio.to_thread.run_sync(self._sets.read, path, self.image, limiter=self.limiter)
         except workingset.DamagedError as error:
             log.warning("%s; it is not used", error)
             return None

@@ -236,6 +236,8 @@ class Vm:
         self._statistics: PagerStatistics | None = None
         self._latency = Histogram()
         self.replays = False
+        self._set: workingset.WorkingSet | None = None
+        self._set_is_read = trio.Event()
 
     # ---- what is shown
 
@@ -310,6 +312,8 @@ class Vm:
 
     async def _serve(self, nursery: trio.Nursery) -> None:
         pager = self._pager = Pager(self.fds.metrics)
+        if self._options.working_set is not None:  # read while the rest is set up
+            nursery.start_soon(self._read_working_set, self._options.working_set)
         try:
             await self._set_up(pager)
         except CoreError as error:
@@ -387,6 +391,10 @@ class Vm:
 
     # ---- working sets
 
+    async def _read_working_set(self, path: str) -> None:
+        self._set = await self.source.working_set(self, path)
+        self._set_is_read.set()
+
     async def _prefetch(self, pager: Pager) -> None:
         try:
             await self._begin_prefetch(pager)
@@ -395,7 +403,8 @@ class Vm:
 
     async def _begin_prefetch(self, pager: Pager) -> None:
         if self._options.working_set is not None:
-            found = await self.source.working_set(self, self._options.working_set)
+            await self._set_is_read.wait()
+            found = self._set
             if found is not None and found.runs:
                 self.replays = True
                 # What a process before this one has looked at is not looked at, and counted, again.
@@ -417,20 +426,12 @@ class Vm:
         about, image = self.about, self.source.image
         if image is None:
             return
-        try:
-            touches, image = os.dup(self.fds.touches), image.copy()
-        except OSError as error:
-            log.error("%s: --record-working-set %s: %s", about.name, path, error.strerror)
-            return
 
         def write() -> int:
-            try:
-                found = workingset.collect(about.page_bytes, (page for _, page in read_touches(touches)))
-                workingset.write(path, found, image.identify())
-                return found.pages
-            finally:
-                os.close(touches)
-                image.close()
+            # Abandoned, it finds that both descriptors are -1.
+            found = workingset.collect(about.page_bytes, (page for _, page in read_touches(self.fds.touches)))
+            workingset.write(path, found, image.identify())
+            return found.pages
 
         with trio.move_on_after(WRITE_S) as scope:
             try:
