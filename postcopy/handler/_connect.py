@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 AGAIN_S, AGAIN_MAX_S = 0.1, 5.0
 """Between attempts to connect, twice as long each time."""
 CONNECT_S = 10.0
+HOSTS = 16
+"""So many times the memory of this host a virtual machine may have."""
 MAX_EVENTS = 1024
 """Of a pager, that no migration has looked at."""
 
@@ -155,9 +157,15 @@ class ConnectSource(Source):
         self._recoveries = 0  # of migrations before the present one
 
     def check(self, about: About) -> None:
-        """How much the source has is known when it offers it. Until then nothing else bounds what is set up here."""
+        """How much the source has is known when it offers it. What is set up before costs a 16,000th of the memory that
+        the virtual machine says it has, and it may have mapped what no host has."""
         if about.memory_bytes != sum(size_bytes for _, size_bytes, _ in about.regions):
             raise ConfigurationError("its regions are not the whole of a memory file: there are gaps between offsets")
+        limit_bytes = HOSTS * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if about.memory_bytes > limit_bytes:
+            raise ConfigurationError(
+                f"it has {format_size(about.memory_bytes)} of memory, more than {HOSTS} times what this host has"
+            )
 
     async def run(self, vm: Vm, pager: Pager) -> None:
         """One migration after the other, until one has brought everything."""

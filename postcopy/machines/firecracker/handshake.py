@@ -236,6 +236,8 @@ def _check(descriptors: list[int], sent: list[_Region]) -> Handshake:
         Region(region.address, region.size_bytes, region.offset, mapped_page_bytes(uffd, region.address))
         for region in _check_pages(sent)
     )
+    for region in regions:  # so that a region is not said to be larger than it is: that costs memory here
+        mapped_page_bytes(uffd, region.address + region.size_bytes - region.page_bytes)
     os.set_blocking(uffd, False)  # of the open file, so that it holds for the peer too, which wants it as well
     handshake = Handshake(uffd, regions, features)
     descriptors.clear()

@@ -792,10 +792,11 @@ class TestOfAnotherHost:
                 await offer(other)
         assert known == [True, True]
 
-    async def test_gaps_between_regions_are_refused(self) -> None:
-        about = About(1, "vm", 1, 0, "/s", None, PAGE, 1 << 56, 0, [(0, PAGE, (1 << 56) - PAGE)], 0, 0)
-        with pytest.raises(ConfigurationError, match="gaps"):
-            ConnectSource(Route(parse_address("[::1]:1")), recover_for_s=0, background=False).check(about)
+    async def test_memory_that_no_host_has_is_refused(self) -> None:
+        source = ConnectSource(Route(parse_address("[::1]:1")), recover_for_s=0, background=False)
+        for region, words in (((0, PAGE, (1 << 56) - PAGE), "gaps"), ((0, 1 << 56, 0), "16 times what this host has")):
+            with pytest.raises(ConfigurationError, match=words):
+                source.check(About(1, "vm", 1, 0, "/s", None, PAGE, 1 << 56, 0, [region], 0, 0))
 
     async def test_memory_of_another_size_is_never_filled(self, tmp_path: Path) -> None:
         async with trio.open_nursery() as nursery:
