@@ -661,6 +661,12 @@ def check(config: PagerConfig) -> None:
             raise ConfigurationError(f"--{name} {path}: with --images it is a directory, which must exist")
     if config.record_working_set is not None and config.images is None:
         check_new_file("--record-working-set", config.record_working_set)
+        with contextlib.suppress(FileNotFoundError):
+            if config.image is not None and os.path.samefile(config.image, config.record_working_set):
+                raise ConfigurationError(
+                    f"--record-working-set {config.record_working_set}: that is the image, which would be replaced;"
+                    " name another file"
+                )
     if config.prefetch == "working-set" and config.working_set is None:
         raise ConfigurationError("--prefetch working-set: say which one with --working-set FILE")
     if not math.isinf(config.record_for_s) and config.record_working_set is None:

@@ -586,8 +586,13 @@ async def test_metrics(tmp_path: Path, image: Path) -> None:
         ({"image": "IMAGE", "prefetch": "working-set"}, "--working-set FILE"),
         ({"image": "IMAGE", "record_for_s": 3.0}, "--record-for goes with"),
         ({"image": "IMAGE", "record_working_set": "/nowhere/x"}, "--record-working-set"),
+        ({"image": "IMAGE", "record_working_set": "IMAGE"}, "which would be replaced"),
     ],
 )
 def test_what_cannot_be_served_is_refused_at_once(image: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(PostcopyError, match=words):
-        check(replace(PagerConfig(), **options | ({"image": str(image)} if options.get("image") == "IMAGE" else {})))
+        check(
+            replace(
+                PagerConfig(), **{name: str(image) if value == "IMAGE" else value for name, value in options.items()}
+            )
+        )
