@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import shlex
+import shutil
 import signal
 import socket
 import stat
@@ -630,7 +631,12 @@ class Handler:
         return EndedMachine(machine=vm.about.name)
 
     async def _upgrade(self, program: str | None) -> Record:
-        command = [sys.executable, *sys.orig_argv[1:]] if program is None else [absolute(program), *sys.argv[1:]]
+        if program is None:
+            command = [sys.executable, *sys.orig_argv[1:]]
+        else:
+            command = [absolute(program), *sys.argv[1:]]
+            if shutil.which(command[0]) is None:
+                raise ControlError("BadArguments", f"{command[0]}: there is no program that this user may run")
         await self._store.upgrade(command)
         return Done()
 
