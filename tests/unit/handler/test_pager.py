@@ -590,9 +590,6 @@ async def test_metrics(tmp_path: Path, image: Path) -> None:
     ],
 )
 def test_what_cannot_be_served_is_refused_at_once(image: Path, options: dict[str, Any], words: str) -> None:
+    given: dict[str, Any] = {name: str(image) if value == "IMAGE" else value for name, value in options.items()}
     with pytest.raises(PostcopyError, match=words):
-        check(
-            replace(
-                PagerConfig(), **{name: str(image) if value == "IMAGE" else value for name, value in options.items()}
-            )
-        )
+        check(replace(PagerConfig(), **given))
