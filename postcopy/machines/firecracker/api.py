@@ -148,6 +148,13 @@ class Api:
     async def get(self, path: str, timeout_s: float = REQUEST_TIMEOUT_S) -> Any:
         return await self.request("GET", path, None, timeout_s)
 
+    async def instance(self, timeout_s: float = REQUEST_TIMEOUT_S) -> tuple[str, str]:
+        """The state of its microVM, as "Not started", "Running" or "Paused", and the version of Firecracker."""
+        said = await self.get("/", timeout_s)
+        if not isinstance(said, dict) or not isinstance(said.get("state"), str):
+            raise FirecrackerAnswer(f"what answers GET / at {self.path} is no Firecracker")
+        return _line(said["state"]), _line(said.get("vmm_version", ""))
+
     async def put(self, path: str, body: object, timeout_s: float = REQUEST_TIMEOUT_S) -> Any:
         return await self.request("PUT", path, body, timeout_s)
 
@@ -267,7 +274,7 @@ def _decoded(request: str, content: bytes) -> Any:
         return None
     try:
         return msgspec.json.decode(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FirecrackerAnswer(f"Firecracker's answer to {request} is not JSON") from error
 
 

@@ -46,8 +46,10 @@ from postcopy.machines.firecracker._process import Exchange
 from postcopy.machines.firecracker.api import (
     Api,
     FirecrackerInDoubt,
+    FirecrackerRefused,
     FirecrackerUnreachable,
     Process,
+    Refusal,
 )
 from postcopy.machines.firecracker.handshake import Handshake, peer_credentials, receive_handshake
 from postcopy.machines.firecracker.source import BLOCK_NAME, FirecrackerMachine, version_of
@@ -68,6 +70,8 @@ POLL_S = 0.005
 STATE, SOCKET = "state", "memory.sock"
 PAGE_SIZES = {4096: "anon", 2 << 20: "hugetlb"}
 MAX_REGIONS = 32
+NOTHING_LOADED = (Refusal.ALREADY_STARTED, Refusal.CONFIGURED)
+"""Refusals of a load after which Firecracker is as it was: it may have a microVM of somebody else."""
 
 # Version of the state's format by that of Firecracker; one that is newer is not loaded.
 _FORMATS = {7: 1, 8: 2, 9: 3, 10: 3, 11: 5, 12: 6, 13: 8, 14: 8, 15: 9, 16: 10}
@@ -157,13 +161,13 @@ class ArrivingFirecracker(FirecrackerMachine):
             await self._until_it_answers(self._own)
         process = self._process = await self._api.process()
         self._pidfd = process.pidfd
-        said = await self._api.get("/")
-        if said.get("state") != "Not started":
+        state, version = await self._api.instance()
+        if state != "Not started":
             raise ConfigurationError(
-                f"the Firecracker at {self._api.path} is {said.get('state')!s:.40}: a state can be loaded only into one"
+                f"the Firecracker at {self._api.path} is {state[:40]}: a state can be loaded only into one"
                 " that was told nothing yet; start a new one there"
             )
-        self._check_version(str(said.get("vmm_version", "")))
+        self._check_version(version)
         self._files = await run_sync(_Files.make, process)
         await run_sync(self._check_devices, process)
 
@@ -198,10 +202,14 @@ class ArrivingFirecracker(FirecrackerMachine):
     def _check_devices(self, process: Process) -> None:
         """What the state names must be there: a load that fails in the pause costs the pause."""
         root = f"/proc/{process.pid}/root" if _another_root(process.pid) else ""
+
+        def seen(path: str) -> str:  # by Firecracker, whose current directory is not ours
+            return root + path if os.path.isabs(path) else f"/proc/{process.pid}/cwd/{path}"
+
         for name, drive in self._offered.drives.items():
             path = self._path_here(name)
             try:
-                status = os.stat(root + path)
+                status = os.stat(seen(path))
             except OSError as error:
                 raise ConfigurationError(
                     f"drive {name}: {path}: {error.strerror}; the disk must be on this host, under the same name or"
@@ -209,7 +217,7 @@ class ArrivingFirecracker(FirecrackerMachine):
                 ) from error
             if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
                 raise ConfigurationError(f"drive {name}: {path} is neither a file nor a block device")
-            if not root and not os.access(path, os.R_OK if drive.read_only else os.R_OK | os.W_OK):
+            if not root and not os.access(seen(path), os.R_OK if drive.read_only else os.R_OK | os.W_OK):
                 raise ConfigurationError(f"drive {name}: {path}: this user may not use it; Firecracker must")
         for name, there in self._offered.nets.items():
             tap = self._host.nets.get(name, there)
@@ -219,11 +227,11 @@ class ArrivingFirecracker(FirecrackerMachine):
                     f" tap), or name another one with --net {name}=TAP"
                 )
         if (vsock := self._offered.vsock) is not None:
-            if os.path.lexists(root + vsock):
+            if os.path.lexists(seen(vsock)):
                 raise ConfigurationError(
                     f"vsock: {vsock} exists on this host, and Firecracker would have to make it; remove it"
                 )
-            if not os.path.isdir(os.path.dirname(root + vsock)):
+            if not os.path.isdir(os.path.dirname(seen(vsock))):
                 raise ConfigurationError(f"vsock: {vsock}: there is no such directory on this host; make it")
 
     def _path_here(self, drive: str) -> str:
@@ -263,6 +271,8 @@ class ArrivingFirecracker(FirecrackerMachine):
                         await self._api.put("/snapshot/load", self._load_request(files), LOAD_S)
                         answered.set()
                     except PostcopyError as error:
+                        if isinstance(error, FirecrackerRefused) and error.refusal in NOTHING_LOADED:
+                            self._touched = False
                         failures.append(error)
                         nursery.cancel_scope.cancel()
 
@@ -358,8 +368,8 @@ class ArrivingFirecracker(FirecrackerMachine):
             if tell:
                 await self._api.patch("/vm", {"state": "Resumed"}, ANSWER_S)
                 return None
-            said = (await self._api.get("/", ANSWER_S)).get("state")
-            return None if said == "Running" else said == "Paused"
+            state, _ = await self._api.instance(ANSWER_S)
+            return None if state == "Running" else state == "Paused"
         except FirecrackerUnreachable as error:
             if not self._is_alive():
                 raise MigrationError(
@@ -472,7 +482,7 @@ class _Files:
         try:
             path = exchange.inside(SOCKET)
             listener.bind(path)
-            os.chown(path, *owner)
+            os.chown(path, *owner, follow_symlinks=False)  # in a directory of another user, who may replace it
             listener.listen(4)
         except OSError as error:
             listener.close()

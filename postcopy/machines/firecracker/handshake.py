@@ -216,6 +216,8 @@ def _decode(received: bytes | bytearray) -> list[_Region] | None:
         return msgspec.json.decode(received, type=list[_Region])
     except msgspec.ValidationError as error:
         raise ProtocolError(f"the handshake is wrong: {_printable(str(error))}") from error
+    except RecursionError as error:  # a field that is not known is skipped, however deep
+        raise ProtocolError("the handshake is not the JSON that Firecracker sends: it is nested too deep") from error
     except ValueError as error:  # as msgspec's and UnicodeDecodeError are
         if "truncated" in str(error) and len(received) < MAX_MESSAGE_BYTES:
             return None

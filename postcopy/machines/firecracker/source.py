@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import select
 import signal
 import time
@@ -149,9 +150,7 @@ class FirecrackerMachine(Machine):
         process = await self._api.process()
         with contextlib.ExitStack() as owned:
             owned.callback(process.pidfd.close)
-            said = await self._api.get("/")
-            state = said.get("state") if isinstance(said, dict) else None
-            self._version = str(said.get("vmm_version", "")) if isinstance(said, dict) else ""
+            state, self._version = await self._api.instance()
             _check_runs(state)
             number = version_of(self._version)
             if number < OLDEST:
@@ -304,8 +303,7 @@ class FirecrackerMachine(Machine):
         except FirecrackerInDoubt:
             if not self._is_alive():
                 raise MigrationError(f"Firecracker (process {self._pid}) has ended") from None
-            said = await self._api.get("/", timeout_s)
-            if not isinstance(said, dict) or said.get("state") != "Running":
+            if (await self._api.instance(timeout_s))[0] != "Running":
                 await self._api.patch("/vm", {"state": "Resumed"}, timeout_s)
 
     async def pause(self, timeout_s: float = 10.0) -> None:
@@ -435,12 +433,11 @@ class FirecrackerMachine(Machine):
 
 def version_of(text: str) -> tuple[int, int]:
     """Major and minor; (0, 0) for what is no version."""
-    major, _, rest = text.removeprefix("v").partition(".")
-    minor = rest.partition(".")[0]
-    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
+    found = re.match(r"v?([0-9]{1,9})\.([0-9]{1,9})(?![0-9])", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-def _check_runs(state: object) -> None:
+def _check_runs(state: str) -> None:
     if state == "Running":
         return
     if state == "Paused":
@@ -448,7 +445,7 @@ def _check_runs(state: object) -> None:
             "the microVM is paused; resume it first (PATCH /vm, state Resumed), if you know that it does not run"
             " elsewhere: one that was moved, and whose source has died, is left paused"
         )
-    raise ConfigurationError(f"there is no microVM that runs in that Firecracker: it is {str(state)[:40]!r}")
+    raise ConfigurationError(f"there is no microVM that runs in that Firecracker: it is {state[:40]!r}")
 
 
 def _checked_config(said: object) -> _Config:

@@ -163,6 +163,7 @@ def test_a_memory_file_is_told_from_a_state_file() -> None:
     [
         pytest.param(b"SSH-2.0-OpenSSH_9.2\r\n\r\n", id="not HTTP"),
         pytest.param(answered("200", b"{"), id="not JSON"),
+        pytest.param(answered("200", 100_000 * b"["), id="nested too deep"),
         pytest.param(answered("200", b'"' + b"x" * (MAX_ANSWER_BYTES + 9) + b'"'), id="too long"),
         pytest.param(b"HTTP/1.1 200\r\n" + b"A: " + b"x" * (1 << 20), id="a header without an end"),
     ],
@@ -171,6 +172,13 @@ async def test_what_is_no_answer_of_firecracker_is_said(tmp_path: Path, answer: 
     async with server(tmp_path / "api", answer):
         with pytest.raises(FirecrackerAnswer):
             await Api(tmp_path / "api").get("/")
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b'"Running"', b"{}", b'{"state": 1}'])
+async def test_what_is_no_firecracker_is_told(tmp_path: Path, content: bytes) -> None:
+    async with server(tmp_path / "api", answered("200", content)):
+        with pytest.raises(FirecrackerAnswer, match="no Firecracker"):
+            await Api(tmp_path / "api").instance()
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 \r\nContent-Length: 100\r\n\r\n{"])

@@ -4,6 +4,7 @@ accepted, and how a load and a resume may go wrong."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from postcopy._native import ffi, lib
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError
 from postcopy.machines import BlockLayout, Extent, MachineState
 from postcopy.machines.firecracker import destination
+from postcopy.machines.firecracker.api import Api
 from postcopy.machines.firecracker.destination import ArrivingFirecracker, FirecrackerHost
 from postcopy.machines.firecracker.state import with_disks
 from postcopy.machines.kinds import HostOptions, create_destination, parse_pairs
@@ -129,6 +131,62 @@ async def test_a_load_that_fails(
         await machine.load_and_map(b"state", adopt)
     await machine.close()
     assert fake.process.wait(30) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The requested operation is not supported after starting the microVM.",
+        "Loading a microVM snapshot not allowed after configuring boot-specific resources.",
+    ],
+)
+async def test_one_that_has_another_machine_is_left_alone(fake: FakeFirecracker, text: str) -> None:
+    """It was told nothing when it was looked at, and something since: it is not ours to kill."""
+    machine = arriving(fake)
+    await machine.prepare()
+    fake.order(replace(EMPTY, load=text))
+    with pytest.raises(MigrationError, match="not"):
+        await machine.load_and_map(b"state", adopt)
+    await machine.close()
+    assert fake.process.poll() is None
+
+
+async def test_relative_paths_are_those_of_firecracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It opens them in its own current directory."""
+    (tmp_path / "disk").touch()
+    (tmp_path / "elsewhere").mkdir()
+    offer = OFFER | {"vsock": "v.sock", "drives": {"root": {"path": "disk", "read-only": False}}}
+    monkeypatch.chdir(tmp_path)
+    with fake_firecracker(tmp_path, EMPTY) as fake:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        async with arriving(fake, offer) as machine:
+            await machine.prepare()
+        (tmp_path / "v.sock").touch()
+        async with arriving(fake, offer) as machine:
+            with pytest.raises(ConfigurationError, match=r"v\.sock exists"):
+                await machine.prepare()
+
+
+@pytest.mark.needs("root")
+async def test_the_owner_of_no_other_file_is_changed(
+    fake: FakeFirecracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory is the Firecracker's user's, who may put a link in place of the socket."""
+    other = tmp_path / "other"
+    other.touch()
+    chown = os.chown
+
+    def replaced(path: Any, *arguments: Any, **options: Any) -> None:
+        if str(path).endswith(destination.SOCKET):
+            os.unlink(path)
+            os.symlink(other, path)
+        chown(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "chown", replaced)
+    process = await Api(fake.api_socket).process()
+    destination._Files.make(replace(process, uid=65534, gid=65534)).remove()
+    process.pidfd.close()
+    assert other.stat().st_uid == 0
 
 
 async def test_a_resume_that_is_not_answered_and_was_done(fake: FakeFirecracker) -> None:

@@ -311,5 +311,6 @@ async def test_regions_that_are_adjacent_are_told_by_what_begins_a_guest(
 def test_versions() -> None:
     assert version_of("1.12.1") == (1, 12)
     assert version_of("v1.13.0-dev") == (1, 13)
-    assert version_of("2") == (0, 0)
+    for wrong in ("2", "1.", "1.\u00b2", "1." + 5000 * "1", "x1.12"):
+        assert version_of(wrong) == (0, 0)
     assert version_of("") == (0, 0)
