@@ -51,9 +51,11 @@ class Store(Protocol):
     listeners: dict[str, int]
     """The listening sockets. The store accepts on them; the engine must not."""
     deaths: int
-    """How many engines have died, been killed or been replaced before this one."""
+    """How many engines have died or been killed before this one."""
     reason: str
     """Why the one before this ended, for a person; empty for the first."""
+    outlives: bool
+    """Whether what is kept is there for another process when this one and its keeper have ended in order."""
     leave: trio.Event
     """Set when another engine is to go on from here: let go of everything as it is (`pc_pager_leave`) and end the
     process with status 0."""
@@ -128,6 +130,7 @@ class LocalStore:
         self.listeners = {check_name(name): sock.fileno() for name, sock in listeners.items()}
         self.deaths = 0
         self.reason = ""
+        self.outlives = False
         self.leave = trio.Event()
         self._numbers = itertools.count(1)
         self._send, self._receive = trio.open_memory_channel[tuple[str, int]](0)
