@@ -200,12 +200,11 @@ static void hear(struct engine *engine, struct message *message, bool dead)
 
     switch (message->head.kind) {
     case PC_KEEPER_PUT:
-        if (!serves || message->cut || strlen(message->text) != message->text_bytes) {
-            error = serves ? (message->cut ? EMFILE : EINVAL) : EPERM;
-            (void)snprintf(why, sizeof(why), error == EMFILE ? "more than %d descriptors, or too many are open: ulimit -Hn, LimitNOFILE=" : "not now, or no name",
-                           PC_KEEPER_FDS);
+        if (message->cut)
+            (void)snprintf(why, sizeof(why), "more than %d descriptors, or too many are open: ulimit -Hn, LimitNOFILE=", PC_KEEPER_FDS);
+        error = !serves ? EPERM : message->cut ? EMFILE : strlen(message->text) != message->text_bytes ? EINVAL : 0;
+        if (error)
             break;
-        }
         error = store_put(&keeper.store, message->text, message->fds, message->fd_count, true, why);
         message->fd_count = 0; /* they are the store's, or closed */
         break;
@@ -468,7 +467,8 @@ static void step(void)
         keeper.spare.deadline_ns = NEVER;
     }
     if (now_ns >= keeper.serving.deadline_ns) {
-        say(WARNING, "engine %d takes too long to %s, and is killed", (int)keeper.serving.pid, keeper.serving.leave || keeper.serving.closed ? "end" : "serve");
+        say(WARNING, "engine %d takes too long to %s, and is killed", (int)keeper.serving.pid,
+            keeper.serving.leave || keeper.serving.closed ? "end" : "serve");
         engine_signal(&keeper.serving, SIGKILL);
         keeper.serving.deadline_ns = NEVER;
     }

@@ -5,19 +5,20 @@
  * memory of its own beyond one static structure, and it reads nothing but messages of its engine, in a fixed form.
  *
  * What it does not trust. An engine handles what VMMs and networks send, so it may be taken over by one of them. What it sends
- * is checked: lengths, names, the number of names and descriptors (so few that the next engine can have all of them), kinds of files. One message of an engine is read a turn, and only when the answer to the last one has left: a flood fills the
- * engine's own socket. Nothing that an engine sends ends the keeper but END, which is its part of ending in order.
+ * is checked: lengths, names, kinds of files, the number of names and descriptors (so few that the next engine can have all of them).
+ * One message of an engine is read a turn, and only when the answer to the last one has left: a flood fills the engine's own socket.
+ * Only one message ends the keeper: END, by which an engine ends in order.
  *
  * The life of an engine. Each one begins as a spare: it is started, imports what it needs, says HELLO and waits. When there is none
  * that serves, it is told all entries, and GO. The first one serves at once; another is started when it is READY. So a death
- * costs no start of a process. All that is to be told is state (`told`, `go_told`, ...) and no queue: whoever is told, is
- * told from the start.
+ * costs no start of a process. What an engine is to be told is kept as flags (`told`, `go_told`, ...) and not in a queue, so the next
+ * one is told everything by clearing them.
  *
  *     start() -> STARTING --HELLO--> WAITING --promote()--> SERVING --READY--> (a spare is started)
  *
- * An engine ends: in order (exit status 0, END, or by the signal that it was told to end by), and the keeper with it; since it
- * was told LEAVE; or it has died, by which every other end is meant, and the spare goes on. An end before any engine was READY
- * ends the keeper with its status: that is a wrong option, not a crash. Engines that die again and again wait longer each time.
+ * An engine ends in order (exit status 0, END, the signal that it was told to end by), and the keeper with it; or because it was told
+ * LEAVE; every other end is a death, and the spare goes on. An end before any engine was READY ends the keeper with its status: that
+ * is a wrong option, not a crash. Engines that die again and again wait longer each time.
  */
 #ifndef PC_KEEPER_INTERNAL_H
 #define PC_KEEPER_INTERNAL_H

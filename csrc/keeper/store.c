@@ -190,7 +190,7 @@ static int add(struct store *store, const char *name, const int *fds, uint32_t c
     if (store->listeners + listening > LISTENERS)
         return refuse(ENOSPC, why, "%d listening sockets are kept already", LISTENERS);
     if (!passed && store->fds + count > store->max_fds)
-        return refuse(EMFILE, why, "%u descriptors are kept already; allow more open files (ulimit -Hn, LimitNOFILE=, FileDescriptorStoreMax=)",
+        return refuse(EMFILE, why, "%u descriptors are kept already; allow more: ulimit -Hn, LimitNOFILE=, FileDescriptorStoreMax=",
                       store->fds);
     if (!entry) {
         entry = unused(store);

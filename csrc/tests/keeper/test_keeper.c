@@ -686,9 +686,11 @@ static void no_more_than_systemd_keeps(void)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     int manager = CHECK_SYS(socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0));
+    size_t bytes;
 
     (void)snprintf(address.sun_path + 1, sizeof(address.sun_path) - 1, "postcopy-test-%d", getpid());
-    CHECK_SYS(bind(manager, (struct sockaddr *)&address, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + strlen(address.sun_path + 1))));
+    bytes = offsetof(struct sockaddr_un, sun_path) + 1 + strlen(address.sun_path + 1);
+    CHECK_SYS(bind(manager, (struct sockaddr *)&address, (socklen_t)bytes));
     address.sun_path[0] = '@';
     setenv("NOTIFY_SOCKET", address.sun_path, 1);
     setenv("FDSTORE", "5", 1);
