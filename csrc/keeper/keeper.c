@@ -264,7 +264,7 @@ static bool listen_to(struct engine *engine, bool dead)
 
 static bool is_waiting(void)
 {
-    return keeper.spare.state == WAITING && !keeper.spare.closed && !keeper.spare.ended;
+    return keeper.spare.state == WAITING && !keeper.spare.closed && !keeper.spare.replaced && !keeper.spare.ended;
 }
 
 static bool has_news(const struct engine *engine)
@@ -362,6 +362,15 @@ static void spare_has_ended(void)
     engine_forget(spare);
 }
 
+/* VMs wait for an engine now, and the other command may never say HELLO. */
+static void cancel_upgrade(void)
+{
+    if (keeper.spare.state == STARTING && keeper.spare.command != keeper.current)
+        kill_spare("the engine that it was to replace has died");
+    else
+        keeper.upgrading = false;
+}
+
 /* Sets how long the next engine has to wait, after a death. */
 static void count_death(void)
 {
@@ -406,6 +415,8 @@ static void serving_has_ended(void)
         say(WARNING, "%s; %s, with %u names kept%s", keeper.reason,
             keeper.promote_after_ns > pc_now_ns() ? "they die again and again, so the next one waits a while" : "another one goes on",
             keeper.store.used, keeper.trial ? "; back to the command before" : "");
+        if (keeper.upgrading && !is_waiting())
+            cancel_upgrade();
     }
     keeper.trial = false;
     engine_forget(serving);

@@ -294,6 +294,12 @@ static void act(const struct heard *connection)
     case 'q':
         CHECK(ask_beside_an_upgrade() > 0);
         break;
+    case 'b': /* dies while another command is started, which never says HELLO */
+        CHECK(say_to(PC_KEEPER_FD, PC_KEEPER_UPGRADE, 21, "/proc/self/exe\0engine\0b", 24, NULL, 0, 0) > 0);
+        CHECK(say_to(PC_KEEPER_FD, PC_KEEPER_DROP, 1, "nobody", 6, NULL, 0, 0) > 0);
+        CHECK_EQ(answer_of(1), 0);
+        (void)raise(SIGKILL);
+        break;
     case 'z': /* goes on when it is told to end */
         (void)signal(SIGTERM, SIG_IGN);
         break;
@@ -327,6 +333,8 @@ __attribute__((noreturn)) static void be_engine(const char *mode)
 
     if (*mode == 'e')
         _exit(4); /* before it has said anything */
+    while (*mode == 'b')
+        pause();
     (void)signal(SIGTERM, stop);
     toy.report.pid = getpid();
     toy.report.mode = *mode;
@@ -818,6 +826,10 @@ static void a_version_that_does_not_come(void)
     CHECK_EQ(report.fds, 3);
     CHECK(strstr(report.why, "before it served"));
     CHECK(has_said("back to the command before"));
+    (void)wait_spare();
+    close(call('b'));
+    report = ask_after(2);
+    CHECK_EQ(report.mode, '1');
 }
 
 /* This process is the engine, whose keeper has ended. */
