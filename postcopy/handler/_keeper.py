@@ -162,6 +162,7 @@ class KeeperStore:
         self.listeners: dict[str, int] = {}
         self.deaths = 0
         self.reason = ""
+        self.outlives = systemd_keeps()
         self.leave = trio.Event()
         self._formats, self._options = formats, options
         self._kept: dict[str, list[int]] = {}  # copies of what the keeper has, for the one after it
@@ -214,7 +215,7 @@ class KeeperStore:
             raise ConfigurationError(f"no other engine goes on from here ({shlex.join(command)}): {why}")
 
     def status(self) -> dict[str, object]:
-        kind = "keeper and systemd" if systemd_keeps() else "keeper"
+        kind = "keeper and systemd" if self.outlives else "keeper"
         return {"store": kind, "deaths": self.deaths, "spare": self._spare}
 
     # -- its life
@@ -334,7 +335,7 @@ class KeeperStore:
 
     async def _replace_keeper(self) -> Callable[[], Awaitable[None]]:
         """Returns what gives everything to the next one, to be run while this process hears it."""
-        if systemd_keeps():
+        if self.outlives:
             log.error("the keeper has ended; systemd has all that it had, and ends this process too")
             os._exit(1)
         log.error("the keeper has ended; until there is another one nothing outlives this process")

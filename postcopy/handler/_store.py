@@ -54,6 +54,8 @@ class Store(Protocol):
     replaced is not counted."""
     reason: str
     """Why the one before this ended, for a person; empty for the first."""
+    outlives: bool
+    """Whether what is kept is there for another process when this one and its keeper have ended in order."""
     leave: trio.Event
     """Set when another engine is to go on from here: let go of everything as it is (`pc_pager_leave`) and end the
     process with status 0."""
@@ -128,6 +130,7 @@ class LocalStore:
         self.listeners = {check_name(name): sock.fileno() for name, sock in listeners.items()}
         self.deaths = 0
         self.reason = ""
+        self.outlives = False
         self.leave = trio.Event()
         self._numbers = itertools.count(1)
         self._send, self._receive = trio.open_memory_channel[tuple[str, int]](0)

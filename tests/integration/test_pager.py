@@ -52,6 +52,7 @@ async def test_upgraded_killed_and_ended(side: Callable[..., Any], tmp_path: Pat
             assert await vmm.reads(content, 0, 128)
             await vmm.ask("write", 5, 77)
             await vmm.ask("remove", 16, 8)
+            os.unlink(image)  # those that run keep it, in each process that comes
 
             # Another process goes on.
             await ask(control, "upgrade")

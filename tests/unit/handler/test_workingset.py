@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -127,6 +128,38 @@ def test_of_which_image_it_is(path: Path, image_path: Path, tmp_path: Path) -> N
         load(path, copy)
 
 
+def test_one_that_was_read_is_read_again_when_it_or_its_image_has_changed(
+    path: Path, image_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets, reads = workingset.Sets(), []
+    once = workingset.read
+
+    def read(*arguments: Any) -> WorkingSet:
+        reads.append(arguments)
+        return once(*arguments)
+
+    monkeypatch.setattr(workingset, "read", read)
+
+    def have() -> WorkingSet:
+        image = Image.open(str(image_path))
+        try:
+            return sets.read(str(path), image)
+        finally:
+            image.close()
+
+    save(path, image_path, collect(PAGE, [5]))
+    assert [have().runs for _ in range(3)] == [((5, 1),)] * 3
+    assert len(reads) == 1
+    save(path, image_path, collect(PAGE, [7]))
+    assert have().runs == ((7, 1),)
+    os.utime(image_path, ns=(0, 10**18))
+    with pytest.raises(ConfigurationError, match="another image"):
+        have()
+    path.unlink()
+    with pytest.raises(ConfigurationError, match="No such file"):
+        have()
+
+
 def test_a_file_that_is_not_there_or_cannot_be_made(path: Path, image_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="No such file"):
         load(path, image_path)
@@ -146,7 +179,6 @@ def test_a_large_image_is_sampled(tmp_path: Path) -> None:
             file.seek(offset)
             file.write(b"x")
         assert (image.identify().sample != before.sample) is seen
-    assert image.changed
     image.close()
 
 
