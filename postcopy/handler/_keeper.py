@@ -403,9 +403,7 @@ class KeeperStore:
                 log.error("no keeper can be started: %s; it is tried again", error)
                 ours.close()
                 return None
-        log.warning(
-            "process %d is the keeper now: what is for this service, such as a signal, is for it", self._keeper.pid
-        )
+        log.warning("process %d is the keeper now: send signals for this service to it", self._keeper.pid)
         return ours
 
 
