@@ -54,7 +54,8 @@ DEFECTS = {
     "overlap": ("04-overlap", "is not refused", ""),
     "beyond-image": ("04-too-big", "is not refused", ""),
     "garbage-waits": ("04-garbage", "is not refused", "04-deep"),
-    "silent-blocks": ("05-silent", "another client is not served", "04-* 05-dies 28-* 32-* 34-* 37-* 39-*"),
+    "drips-kept": ("05-drips", "has no end is still connected", ""),
+    "silent-blocks": ("05-silent", "another client is not served", "04-* 05-* 28-* 32-* 34-* 37-* 39-*"),
     "connection-kept": ("05-dies", "connections of dead clients are kept", "46-connections"),
     "any-uid": ("05-uid", "is not refused", ""),
     "one-base": ("06-below", "the last page of the region below: no end", ""),
@@ -77,7 +78,7 @@ DEFECTS = {
     "in-flight": ("21-in-flight", "image instead of zero", "20-batch 22-decided"),
     "old-decision": ("22-decided", "image instead of zero", "20-batch 14-* 24-*"),
     "rounded-out": ("23-partly", "zeros instead of image", "14-* 18-* 19-* 2* 3* 40-*"),
-    "quadratic": ("24-flood", "", "14-unread 39-*"),
+    "quadratic": ("24-flood", "are quadratic work", "14-unread 39-*"),
     "reads-inline": ("25-unreachable", "a REMOVE while the source does not answer: no end", "21-in-flight"),
     "removes-lost": ("26-recovered", "image instead of zero", "30-takeover"),
     "enoent-asleep": ("27-left", "ENOENT needs a WAKE", ""),
@@ -136,14 +137,17 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_handler_that_is_right_passes(run_in_child: Callable[..., Any], image: str) -> None:
-    found = run_in_child(outcomes, image, deadline_s=280.0).value
+    check_all_passed(run_in_child(outcomes, image, deadline_s=280.0).value)
+
+
+def check_all_passed(found: dict[str, tuple[Outcome, str]]) -> None:
     assert not {name: text for name, (outcome, text) in found.items() if outcome is Outcome.FAIL}
     left = {name: text for name, (outcome, text) in found.items() if outcome is Outcome.NOT_APPLICABLE}
     assert left.pop("41-handler-protects") == "this handler does not write-protect its clients' memory"
+    # On a busy host a race that the handler always wins proves nothing: that is not a failure.
+    other = {name: text for name, text in left.items() if "could not be tried" not in text and "scheduler" not in text}
     if os.geteuid() == 0 and os.path.exists("/dev/fuse"):
-        # (on a busy host a race that the handler always wins proves nothing: that is not a failure)
-        races = {name for name, text in left.items() if "could not be tried" in text or "scheduler" in text}
-        assert {name for name in left if "huge" not in name} <= races
+        assert not {name: text for name, text in other.items() if "huge" not in name}
 
 
 def pager_outcomes(image: str) -> dict[str, tuple[Outcome, str]]:
@@ -163,10 +167,7 @@ def pager_outcomes(image: str) -> dict[str, tuple[Outcome, str]]:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_our_own_pager_passes(run_in_child: Callable[..., Any], image: str) -> None:
-    found = run_in_child(pager_outcomes, image, deadline_s=280.0).value
-    assert not {name: text for name, (outcome, text) in found.items() if outcome is Outcome.FAIL}
-    passed = {name for name, (outcome, _) in found.items() if outcome is Outcome.PASS}
-    assert len(passed) > len(CASES) // 2  # the rest needs root, a mount, or was too fast to race with
+    check_all_passed(run_in_child(pager_outcomes, image, deadline_s=280.0).value)
 
 
 async def catches(image: str, defect: str) -> str:
@@ -175,7 +176,7 @@ async def catches(image: str, defect: str) -> str:
     chosen = settings(image, "--defect", defect, *(["--write-protect"] if defect == "wp-forgotten" else []))
     failing = {case.name for pattern in [expected, *others.split()] for case in command.chosen(pattern)}
     for deadline_s in DEADLINES_S:
-        result = await run_one(replace(chosen, deadline_s=deadline_s), expected)
+        result = await run_one(replace(chosen, deadline_s=deadline_s, silent_s=4 * deadline_s), expected)
         if result.outcome is Outcome.FAIL and words in result.text:
             break
         if result.outcome is Outcome.NOT_APPLICABLE and result.case.needs & {"root", "slow", "huge"}:

@@ -41,6 +41,11 @@ class Settings:
     """Within which a client that says nothing is sent away."""
     jail_uid: int | None
 
+    @property
+    def case_s(self) -> float:
+        """After which a case is given up, whatever it waits for."""
+        return 30 + 6 * self.deadline_s + self.slow_s + self.idle_s + self.silent_s
+
 
 class Kit:
     """Of one case."""
@@ -62,7 +67,7 @@ class Kit:
         if self.settings.commands is None:
             raise NotApplicable("needs a handler that it can start: --handler-cmd")
         directory = os.path.join(self.directory, "own")
-        os.mkdir(directory)
+        make_directory(directory)
         before, self.handler = self.handler, Handler(self.settings.commands, directory, image or self.image.path)
         try:
             self.handler.start()
@@ -172,7 +177,7 @@ class Kit:
             self.deadline_s + count / 1000, what or "madvise(MADV_DONTNEED), a REMOVE that is not read"
         )
 
-    async def check_others(self, what: str) -> None:
+    async def check_others(self, what: str = "nothing has happened yet") -> None:
         """Another client is served."""
         async with self.client() as other:
             try:
@@ -192,4 +197,10 @@ class Kit:
         raise NotApplicable("the kernel did not say EAGAIN: this host's scheduler did not keep a thread from running")
 
 
-__all__ = ["ANON", "HUGE", "IMAGE", "OWN", "ZERO", "Gone", "Kit", "Settings"]
+def make_directory(path: str) -> None:
+    """Through which clients of other users get to the socket, whatever the umask is."""
+    os.mkdir(path)
+    os.chmod(path, 0o755)
+
+
+__all__ = ["ANON", "HUGE", "IMAGE", "OWN", "ZERO", "Gone", "Kit", "Settings", "make_directory"]
