@@ -278,6 +278,7 @@ def test_a_handler_that_runs_already(run_in_child: Callable[..., Any], spawn_chi
         ("--image IMAGE --handler-socket s --handler-cmd {socket}", "--handler-socket PATH or --handler-cmd"),
         ("--image IMAGE --handler-cmd handler", "without {socket}"),
         ("--image IMAGE --handler-cmd handler --cases 99", "there is no '99'"),
+        (f"--image IMAGE --handler-socket /{'s' * 107}", "is no address"),
         ("--image IMAGE --make-image 32MiB", "IMAGE"),
         ("--image SHORT --handler-socket s", "at least 32 MiB"),
     ],
@@ -297,6 +298,33 @@ def test_a_handler_that_cannot_be_started(image: str, tmp_path: Path) -> None:
     handler = Handler(HandlerCommands("/nowhere/handler {socket}"), str(tmp_path), image)
     with pytest.raises(ConfigurationError, match="cannot start '/nowhere/handler'"):
         handler.start()
+
+
+def test_nothing_passed_is_no_success(run_in_child: Callable[..., Any], image: str) -> None:
+    done = run_in_child([*CONFORMANCE, "--image", image, "--handler-socket", "/nowhere", "--cases", "28", "--json"])
+    assert done.returncode == 1, done.stderr
+    assert json.loads(done.stdout)["not-applicable"] == 1
+
+
+def test_processes_of_a_handler_that_hide_their_environment(image: str, tmp_path: Path) -> None:
+    """As sudo does. A command that should kill them and does not is no reason to go on as if it had."""
+
+    async def run() -> None:
+        handler = Handler(
+            HandlerCommands("env -i sleep 1000", kill="sh -c 'echo not I >&2; exit 3'"), str(tmp_path), image
+        )
+        handler.start()
+        try:
+            assert handler.processes() != []
+            with pytest.raises(NotApplicable, match="status 3: not I"):
+                await handler.kill()
+            assert handler.death == ""
+        finally:
+            await handler.end()
+        assert handler.processes() == []
+        assert "SIGKILL" in handler.death
+
+    trio.run(run)
 
 
 # ---- the image
