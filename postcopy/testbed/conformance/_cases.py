@@ -275,6 +275,7 @@ async def eventually(kit: Kit, condition: Callable[[], bool], words: Callable[[]
 )
 async def stranger(kit: Kit) -> str | None:
     need_root()
+    await kit.check_others()
     async with kit.mapped_client() as vm:
         await vm.do("become", STRANGER_UID)
         try:
