@@ -96,7 +96,7 @@ DEFECTS = {
     "serial": ("39-ten", "no end", "04-* 05-* 28-* 32-* 34-* 37-* 39-*"),
     "complete-ends": ("40-complete", "removed after all pages were placed: no end", ""),
     "wp-forgotten": ("41-handler-protects", "are not protected", ""),
-    "own-uid-only": ("42-jailed", "a jailed client: no end", ""),
+    "own-uid-only": ("42-jailed", "a jailed client", ""),
     "fork-kept": ("43-fork", "a forked child that touches a page: no end", ""),
     "unmap-ends": ("44-unmap", "beside memory that was unmapped: no end", ""),
     "remap-ignored": ("45-remap", "no end", ""),

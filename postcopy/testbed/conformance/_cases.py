@@ -1079,9 +1079,15 @@ async def jailed(kit: Kit) -> str | None:
         os.chown(handler.path, uid, uid)
         await vm.do("become", uid, directory)
         await vm.connect(f"/{name}", kit.deadline_s)
-        await vm.send(vm.message())
-        if kit.settings.jail_uid is None and await vm.closed(0.5):
+        try:
+            await vm.send(vm.message())
+            refused = await vm.closed(0.5)
+        except OSError:
+            refused = True
+        if refused and kit.settings.jail_uid is None:
             raise NotApplicable(f"the handler refuses uid {uid}: --jail-uid says which one it admits")
+        if refused:
+            raise Failed("a jailed client is refused")
         await kit.check(vm, kit.image.runs(4)[0], 4, what="a jailed client")
     return None
 

@@ -7,6 +7,7 @@ import argparse
 import fnmatch
 import os
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -208,12 +209,23 @@ async def run_cases(
         try:
             if shared:
                 common.start()
-            async with trio.open_nursery() as nursery:
-                for number, case in sorted(enumerate(cases), key=lambda pair: pair[1].name not in _LONG):
-                    await nursery.start(one, number, case)
+            async with trio.open_nursery() as signals:
+                await signals.start(_end_at_sigterm)
+                async with trio.open_nursery() as nursery:
+                    for number, case in sorted(enumerate(cases), key=lambda pair: pair[1].name not in _LONG):
+                        await nursery.start(one, number, case)
+                signals.cancel_scope.cancel()
         finally:
             await common.end()
     return [results[case.name] for case in cases]
+
+
+async def _end_at_sigterm(task_status: trio.TaskStatus[None]) -> None:
+    """As by Ctrl-C: there are mounts and processes to end."""
+    with trio.open_signal_receiver(signal.SIGTERM) as received:
+        task_status.started()
+        async for _ in received:
+            raise KeyboardInterrupt
 
 
 _LONG = ("05-silent", "05-drips", "37-idle", "32-slow", "30-takeover", "30-frozen", "33-lost", "34-truncated")
