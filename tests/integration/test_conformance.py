@@ -35,7 +35,7 @@ DEADLINES_S = (2.0, 4.0, 8.0, PATIENT_S, PATIENT_S)
 """A wrong handler is caught, mostly, by a fault that is never answered. With the first of these that is soon; a host
 that is so busy that something else was late gets the others."""
 JOBS = 12
-DEFECT_JOBS = 24  # most of what they do is to wait for an answer that does not come
+DEFECT_JOBS = 12  # more of them, and those that keep a processor busy disturb the others
 PAGER_JOBS = 4
 
 # A defect that is planted in csrc/conformance/handler.c; the case that is there for it; words that this case says then;
