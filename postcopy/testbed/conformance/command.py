@@ -126,7 +126,15 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigurationError("--jobs: at least 1")
     settings = settings_of(args)
     with _progress(len(cases)) as progress:
-        results = _processes.run(run_cases, settings, cases, args.jobs, args.shared, progress)
+
+        async def until_told_to_end() -> list[Result]:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(_end_at_sigterm)
+                results = await run_cases(settings, cases, args.jobs, args.shared, progress)
+                nursery.cancel_scope.cancel()
+            return results
+
+        results = _processes.run(until_told_to_end)
     report(results, settings, as_json=args.json)
     outcomes = {result.outcome for result in results}
     return 0 if Outcome.PASS in outcomes and Outcome.FAIL not in outcomes else 1
@@ -175,6 +183,14 @@ def settings_of(args: argparse.Namespace) -> Settings:
     )
 
 
+async def _end_at_sigterm(task_status: trio.TaskStatus[None]) -> None:
+    """As by Ctrl-C: there are mounts and processes to end."""
+    with trio.open_signal_receiver(signal.SIGTERM) as received:
+        task_status.started()
+        async for _ in received:
+            raise KeyboardInterrupt
+
+
 Progress = Callable[[Case], None]
 
 
@@ -209,23 +225,12 @@ async def run_cases(
         try:
             if shared:
                 common.start()
-            async with trio.open_nursery() as signals:
-                await signals.start(_end_at_sigterm)
-                async with trio.open_nursery() as nursery:
-                    for number, case in sorted(enumerate(cases), key=lambda pair: pair[1].name not in _LONG):
-                        await nursery.start(one, number, case)
-                signals.cancel_scope.cancel()
+            async with trio.open_nursery() as nursery:
+                for number, case in sorted(enumerate(cases), key=lambda pair: pair[1].name not in _LONG):
+                    await nursery.start(one, number, case)
         finally:
             await common.end()
     return [results[case.name] for case in cases]
-
-
-async def _end_at_sigterm(task_status: trio.TaskStatus[None]) -> None:
-    """As by Ctrl-C: there are mounts and processes to end."""
-    with trio.open_signal_receiver(signal.SIGTERM) as received:
-        task_status.started()
-        async for _ in received:
-            raise KeyboardInterrupt
 
 
 _LONG = ("05-silent", "05-drips", "37-idle", "32-slow", "30-takeover", "30-frozen", "33-lost", "34-truncated")
