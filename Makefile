@@ -74,7 +74,6 @@ test-1:
 	$(STEP) 600 --log $(LOGS)/sanitize.log "C tests, sanitized" $(MAKE) --no-print-directory sanitize || failed=1; \
 	$(STEP) 180 --log $(LOGS)/fuzz.log "fuzz targets: corpus and a short run" $(MAKE) --no-print-directory fuzz-replay || failed=1; \
 	$(STEP) 500 --log $(LOGS)/containers.log "containers" $(MAKE) --no-print-directory test-containers OR_SKIP=--or-skip PYTEST_ARGS= || failed=1; \
-	$(STEP) 400 --log $(LOGS)/hostile.log "hostile peers" $(MAKE) --no-print-directory check-hostile PYTEST_ARGS= || failed=1; \
 	$(STEP) 600 --log $(LOGS)/packages.log "packages" $(MAKE) --no-print-directory check-packages PYTEST_ARGS= || failed=1; \
 	[ -z "$$failed" ]
 test-2:
@@ -82,6 +81,7 @@ test-2:
 	$(STEP) 300 --log $(LOGS)/lint.log "lint" $(MAKE) --no-print-directory lint || failed=1; \
 	$(STEP) 200 --log $(LOGS)/docs.log "documentation" $(MAKE) --no-print-directory docs || failed=1; \
 	$(STEP) 1200 --log $(LOGS)/pytest.log "pytest" $(MAKE) --no-print-directory check-python || failed=1; \
+	$(STEP) 400 --log $(LOGS)/hostile.log "hostile peers" $(MAKE) --no-print-directory check-hostile PYTEST_ARGS= || failed=1; \
 	[ -z "$$failed" ]
 
 lint: setup $(B)-plain ## ruff, mypy --strict, the rooms' imports, the C core with all warnings as errors
@@ -141,7 +141,7 @@ test-containers: setup ## migrate between containers; as root it starts its own 
 	$(BIN)/python tools/containers.py test $(OR_SKIP) -- $(PYTEST_ARGS)
 
 check-python: setup ## pytest, PYTEST_JOBS (3) at a time, without the containers and the hostile peers
-	$(ONCE_MORE) $(BIN)/pytest -n $(PYTEST_JOBS) --dist worksteal --ignore=tests/hostile --ignore=tests/packages --ignore=tests/containers --durations=25 $(PYTEST_ARGS)
+	$(ONCE_MORE) $(BIN)/pytest -v -n $(PYTEST_JOBS) --dist worksteal --ignore=tests/hostile --ignore=tests/packages --ignore=tests/containers --durations=25 $(PYTEST_ARGS)
 
 # POSTCOPY_COMMAND: attack another installation than the one here. POSTCOPY_SEED=N: repeat a fuzz test.
 hostile: setup ## attack the installed program from outside, all of it; SECONDS (60) for each fuzz test

@@ -16,15 +16,24 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+from postcopy.errors import PostcopyError
 from postcopy.testbed.firecracker import Firecracker
 
 POSTCOPY = (sys.executable, "-m", "postcopy")
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([*POSTCOPY, *arguments, "--json"], stdout=subprocess.PIPE, text=True)
+@contextmanager
+def side(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen([*POSTCOPY, *arguments, "--json"], stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()  # harmless when it has ended
+        process.wait()
 
 
 def lines_until(process: subprocess.Popen[str], event: str) -> dict[str, object]:
@@ -48,12 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         before = here.wait_passes(2)[-1].values
         print(f"here:  pass {before['pass']}, {before['errors']} errors", flush=True)
 
-        dest = start("dest", "--machine", "firecracker", "--api-socket", there.api_path, "--listen", "127.0.0.1:0")
-        address = str(lines_until(dest, "listening")["address"])
-        source = start("source", "--machine", "firecracker", "--api-socket", here.api_path, "--connect", address)
-        result = lines_until(source, "result")
-        if source.wait() or dest.wait():
-            return 1
+        machine = ("--machine", "firecracker", "--api-socket")
+        with side("dest", *machine, there.api_path, "--listen", "127.0.0.1:0") as dest:
+            address = str(lines_until(dest, "listening")["address"])
+            # What else it says has to be read too: a pipe that is full would stop it.
+            threading.Thread(target=lambda: list(dest.stdout or ())).start()
+            with side("source", *machine, here.api_path, "--connect", address) as source:
+                result = lines_until(source, "result")
+                if source.wait() or dest.wait():
+                    return 1
         after = there.wait_passes(2)[-1].values
         print(f"moved: {result['status']}, it stood still for {result['downtime-ms']} ms")
         print(f"there: pass {after['pass']}, {after['errors']} errors")
@@ -61,4 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except PostcopyError as error:
+        sys.exit(f"firecracker_move: {error}")

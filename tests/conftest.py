@@ -78,15 +78,16 @@ def _firecracker() -> str | None:
 
     if reason := missing("kvm") or missing("uffd"):
         return reason
-    if "POSTCOPY_FIRECRACKER" not in os.environ:
-        try:
-            fetch(Path(sys.executable).parent)
-        except (NotFetched, OSError) as error:
-            return str(error)
     try:
-        firecracker.version_of(firecracker.find())
+        try:
+            binary = firecracker.find()
+        except ResourceError:
+            if firecracker.BINARY in os.environ:
+                raise
+            binary = str(fetch(Path(sys.executable).parent))
+        firecracker.version_of(binary)
         firecracker.guest_path()
-    except ResourceError as error:
+    except (ResourceError, NotFetched, OSError) as error:
         return str(error)
     return None
 

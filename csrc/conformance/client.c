@@ -45,7 +45,7 @@
 #define HUGE_BYTES ((uint64_t)2 << 20)
 #define PM_UFFD_WP ((uint64_t)1 << 57) /* of /proc/PID/pagemap */
 
-enum kind { ANON, HUGE, MEMFD, PRIVATE_OVER };
+enum kind { ANON, HUGE, MEMFD };
 
 struct region {
     uint8_t *address;
@@ -72,7 +72,6 @@ static int connection = -1;
 static int pipe_end = -1;
 static atomic_uint touching; /* threads of `check` that wait for a page, or are about to */
 static _Atomic uint64_t progress_page; /* of the order that runs: where a hang is */
-static atomic_bool signalled;
 
 /* ---- answers */
 
@@ -243,7 +242,11 @@ static void do_connect(const struct order *order)
     /* PATH: who asked tries again while nobody listens there */
     struct sockaddr_un address = {.sun_family = AF_UNIX};
 
-    snprintf(address.sun_path, sizeof(address.sun_path), "%.107s", order->text);
+    if (strlen(order->text) >= sizeof(address.sun_path)) {
+        answer_error(order->id, ENAMETOOLONG);
+        return;
+    }
+    memcpy(address.sun_path, order->text, strlen(order->text));
     if (connection < 0)
         connection = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (connect(connection, (struct sockaddr *)&address, sizeof(address)) < 0)
@@ -362,7 +365,6 @@ struct walk {
     _Atomic uint64_t wrong_page;
     atomic_int wrong_content;
     _Atomic uint64_t slowest_ns;
-    _Atomic int seen; /* contents, or'ed */
 };
 
 static uint64_t common_divisor(uint64_t a, uint64_t b)
@@ -400,7 +402,6 @@ static void *walk_thread(void *argument)
             if (atomic_compare_exchange_weak(&walk->slowest_ns, &slowest, ns))
                 break;
         found = content_of(at(number), number);
-        atomic_fetch_or(&walk->seen, found);
         if (!(found & walk->expected) && atomic_fetch_add(&walk->wrong, 1) == 0) {
             atomic_store(&walk->wrong_page, number);
             atomic_store(&walk->wrong_content, found);
@@ -424,10 +425,14 @@ static void do_check(const struct order *order)
         started++;
     for (uint64_t i = 0; i < started; i++)
         pthread_join(threads[i], NULL);
+    if (started < walk.threads) {
+        answer_error(order->id, EAGAIN);
+        return;
+    }
     answer(order->id,
-           "\"pages\":%" PRIu64 ",\"wrong\":%" PRIu64 ",\"page\":%" PRIu64 ",\"found\":\"%s\",\"slowest_ms\":%.3f,\"ms\":%.3f,\"seen\":%d",
+           "\"pages\":%" PRIu64 ",\"wrong\":%" PRIu64 ",\"page\":%" PRIu64 ",\"found\":\"%s\",\"slowest_ms\":%.3f,\"ms\":%.3f",
            walk.done, walk.wrong, walk.wrong_page, name_of(walk.wrong_content), (double)walk.slowest_ns / 1e6,
-           (double)(pc_now_ns() - began_ns) / 1e6, walk.seen);
+           (double)(pc_now_ns() - began_ns) / 1e6);
 }
 
 static void do_fill(const struct order *order)
@@ -440,22 +445,43 @@ static void do_fill(const struct order *order)
     answer_done(order->id);
 }
 
+static int by_size(const void *a, const void *b)
+{
+    const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+
+    return (x > y) - (x < y);
+}
+
+/* Sorts them. A thread that is not run for a while makes single calls long: the median does not know. */
+static double median_us(uint64_t *took_ns, uint64_t count)
+{
+    qsort(took_ns, count, sizeof(*took_ns), by_size);
+    return count ? (double)took_ns[count / 2] / 1e3 : 0.0;
+}
+
 static void do_discard(const struct order *order)
 {
-    /* FIRST COUNT CHUNK: as a balloon does, CHUNK pages at a time; bytes for the last argument: an odd length */
-    const uint64_t first = order->argument[0], chunk = order->argument[2];
-    uint64_t began_ns = pc_now_ns(), half_ns = 0;
+    /* FIRST COUNT CHUNK MORE: as a balloon does, CHUNK pages at a time, and MORE bytes. first_us, last_us: the median of the calls of
+     * the first and of the last eighth */
+    const uint64_t first = order->argument[0], chunk = order->argument[2], calls = (order->argument[1] + chunk - 1) / chunk;
+    uint64_t *took_ns = calloc(calls, sizeof(*took_ns));
+    uint64_t began_ns = pc_now_ns();
+    int error = took_ns ? 0 : ENOMEM;
 
-    for (uint64_t i = 0; i < order->argument[1]; i += chunk) {
-        atomic_store(&progress_page, first + i);
-        if (madvise(at(first + i), chunk * page_bytes + order->argument[3], MADV_DONTNEED) < 0) {
-            answer_error(order->id, errno);
-            return;
-        }
-        if (i <= order->argument[1] / 2)
-            half_ns = pc_now_ns() - began_ns;
+    for (uint64_t i = 0; i < calls && !error; i++) {
+        const uint64_t call_ns = pc_now_ns();
+
+        atomic_store(&progress_page, first + i * chunk);
+        if (madvise(at(first + i * chunk), chunk * page_bytes + order->argument[3], MADV_DONTNEED) < 0)
+            error = errno;
+        took_ns[i] = pc_now_ns() - call_ns;
     }
-    answer(order->id, "\"ms\":%.3f,\"half_ms\":%.3f", (double)(pc_now_ns() - began_ns) / 1e6, (double)half_ns / 1e6);
+    if (error)
+        answer_error(order->id, error);
+    else
+        answer(order->id, "\"ms\":%.3f,\"first_us\":%.1f,\"last_us\":%.1f", (double)(pc_now_ns() - began_ns) / 1e6,
+               median_us(took_ns, calls / 8), median_us(took_ns + calls - calls / 8, calls / 8));
+    free(took_ns);
 }
 
 static void do_replace(const struct order *order)
@@ -815,8 +841,7 @@ static void do_readv(const struct order *order)
 
 static void on_signal(int number)
 {
-    (void)number;
-    atomic_store(&signalled, true);
+    (void)number; /* it is there to interrupt system calls */
 }
 
 static void *signalling_thread(void *argument)
@@ -873,6 +898,7 @@ static void do_fork(const struct order *order)
     child = fork();
     if (child == 0) {
         close(0);
+        prctl(PR_SET_PDEATHSIG, SIGKILL); /* its page may never come */
         _exit(content_of(at(number), number));
     }
     if (child < 0) {
@@ -894,9 +920,12 @@ static void do_clone(const struct order *order)
     } arguments = {.exit_signal = SIGCHLD, .set_tid = (uint64_t)(uintptr_t)&pid, .set_tid_size = 1};
 
     child = (pid_t)syscall(SYS_clone3, &arguments, sizeof(arguments));
-    if (child == 0)
+    if (child == 0) {
+        close(0);
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
         for (;;)
             pause();
+    }
     if (child < 0)
         answer_error(order->id, errno);
     else
@@ -962,13 +991,17 @@ static void do_pending(const struct order *order)
 
 static void do_read(const struct order *order)
 {
-    /* MS THREADS: whether so many threads wait for a page and all events are read within that time */
+    /* MS THREADS: whether within that time so many threads wait for a page, and their events are read */
     const uint64_t until_ns = pc_now_ns() + order->argument[0] * 1000000;
     struct pollfd fd = {uffd, POLLIN, 0};
     bool pending;
 
     while (atomic_load(&touching) < order->argument[1] && pc_now_ns() < until_ns)
         pc_sleep_ns(1000000);
+    if (atomic_load(&touching) < order->argument[1]) {
+        answer(order->id, "\"read\":false,\"held\":%s", atomic_load(&hold_over) ? "false" : "true");
+        return;
+    }
     pc_sleep_ns(20000000); /* from there to the fault */
     while ((pending = poll(&fd, 1, 0) > 0) && pc_now_ns() < until_ns)
         pc_sleep_ns(200000);

@@ -1,14 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The smallest userfaultfd handler for Firecracker that is right, to read and to measure against; and, with --defect, one that is
- * wrong in one way, for the tests of `postcopy conformance`.
+ * The smallest userfaultfd handler for Firecracker that is right, to read; and, with --defect, one that is wrong in one way, for the
+ * tests of `postcopy conformance`.
  *
  * A thread for each client reads its events, another one reads the image and places pages. The *gate*, a lock, makes it right: the
  * first takes it before it reads events and until every REMOVE has been applied; the second takes it around "decide and COPY". So no
  * page is placed by a decision that was made before a REMOVE. COPY that says EAGAIN is decided again a little later.
- *
- * --plain is something else: mmap and UFFDIO_COPY, one page a fault, one thread, one client after the other. What it does for a fault
- * is the least that can be done; it ignores most of what the other one is right about.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -41,7 +38,7 @@
 #define MAX_FDS 4
 #define EVENTS 64
 #define HUGE_BYTES ((uint64_t)2 << 20)
-#define SILENT_S 8 /* for a message to come after a connection */
+#define SILENT_S 5 /* from a connection to its whole message */
 
 /* Each is one mistake; docs/conformance.md says who made it. */
 static const char *const defect_names[] = {
@@ -54,7 +51,7 @@ static const char *const defect_names[] = {
     "quadratic",      "reads-inline",    "removes-lost",    "enoent-asleep",   "death-ignored",      "kills-pid",
     "takeover-asleep", "end-unregisters", "timeout-zeros",   "error-zeros",     "mapped-image",       "pollerr-ends",
     "eagain-ends",    "idle-ends",       "limited",         "serial",          "complete-ends",      "wp-forgotten",
-    "own-uid-only",   "fork-kept",       "remap-ignored",   "not-uffd",        "unmap-ends",
+    "own-uid-only",   "fork-kept",       "remap-ignored",   "not-uffd",        "unmap-ends",         "drips-kept",
 };
 enum defect {
     NONE, WRITE_IGNORED, WP_COPIED, MINOR_IGNORED, PAGE_SIZE_KIB, ENDS_AT_EOF,
@@ -66,7 +63,7 @@ enum defect {
     QUADRATIC, READS_INLINE, REMOVES_LOST, ENOENT_ASLEEP, DEATH_IGNORED, KILLS_PID,
     TAKEOVER_ASLEEP, END_UNREGISTERS, TIMEOUT_ZEROS, ERROR_ZEROS, MAPPED_IMAGE, POLLERR_ENDS,
     EAGAIN_ENDS, IDLE_ENDS, LIMITED, SERIAL, COMPLETE_ENDS, WP_FORGOTTEN,
-    OWN_UID_ONLY, FORK_KEPT, REMAP_IGNORED, NOT_UFFD, UNMAP_ENDS,
+    OWN_UID_ONLY, FORK_KEPT, REMAP_IGNORED, NOT_UFFD, UNMAP_ENDS, DRIPS_KEPT,
     DEFECTS
 };
 _Static_assert(sizeof(defect_names) / sizeof(defect_names[0]) == DEFECTS, "a name for each defect");
@@ -309,6 +306,14 @@ static bool is_userfaultfd(int dir, const char *name)
     return !strcmp(target, "anon_inode:[userfaultfd]");
 }
 
+static int64_t milliseconds_since(const struct timespec *then)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (now.tv_sec - then->tv_sec) * 1000 + (now.tv_nsec - then->tv_nsec) / 1000000;
+}
+
 /* Reads the message and its descriptor. 1: a client; 0: gone without a message; -1: refused, which has been said. */
 static int receive(int connection, struct kept *kept, int *uffd)
 {
@@ -316,21 +321,20 @@ static int receive(int connection, struct kept *kept, int *uffd)
     const char *wrong = NULL;
     size_t bytes = 0;
     int fds[MAX_FDS], count = 0;
+    struct timespec began;
     char path[32];
 
+    clock_gettime(CLOCK_MONOTONIC, &began);
     for (;;) {
         char control[CMSG_SPACE(sizeof(fds))];
         struct iovec iov = {text + bytes, sizeof(text) - bytes};
         struct msghdr message = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof(control)};
         ssize_t got = recvmsg(connection, &message, MSG_CMSG_CLOEXEC);
 
+        if (got == 0 && !bytes && !count)
+            return 0;
         if (got <= 0) {
-            if (bytes == 0 || got < 0)
-                wrong = got < 0 ? "no message came in time" : NULL;
-            else
-                wrong = "the message has no end";
-            if (!bytes && !count && got == 0)
-                return 0;
+            wrong = got < 0 ? "no message came in time" : "the message has no end";
             break;
         }
         for (struct cmsghdr *header = CMSG_FIRSTHDR(&message); header; header = CMSG_NXTHDR(&message, header)) {
@@ -351,6 +355,8 @@ static int receive(int connection, struct kept *kept, int *uffd)
         bytes += (size_t)got;
         wrong = wrong ? wrong : parse(text, bytes, kept);
         if (!wrong || bytes == sizeof(text) || text[bytes - 1] == ']' || text[0] != '[')
+            break;
+        if (milliseconds_since(&began) > SILENT_S * 1000 && defect != DRIPS_KEPT) /* said byte by byte */
             break;
         wrong = NULL;
     }
@@ -517,14 +523,6 @@ static bool read_image(uint64_t first, uint64_t pages, uint64_t page_bytes, uint
         bytes -= (uint64_t)got;
     }
     return true;
-}
-
-static int64_t milliseconds_since(const struct timespec *then)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (now.tv_sec - then->tv_sec) * 1000 + (now.tv_nsec - then->tv_nsec) / 1000000;
 }
 
 static void lock_for_placer(struct client *client)
@@ -729,7 +727,7 @@ static void remove_range(struct client *client, uint64_t start, uint64_t end)
         }
     }
     if (defect == QUADRATIC) /* a list of ranges that is walked and joined from its start, again and again */
-        for (volatile uint64_t i = 0, n = ++client->removes * 200; i < n; i++)
+        for (volatile uint64_t i = 0, n = ++client->removes * 60; i < n; i++)
             ;
 }
 
@@ -1021,6 +1019,10 @@ static void *connected(void *argument)
     }
     if (!client->kept || client->pidfd < 0) {
         say("refused: %s", strerror(errno));
+        if (client->kept)
+            munmap(client->kept, client->kept_bytes);
+        if (client->kept_path[0])
+            unlink(client->kept_path);
         close(client->uffd);
         close_if(client->pidfd);
         goto refused;
@@ -1126,50 +1128,6 @@ static void take_over(void)
         closedir(dir);
 }
 
-/* ---- the smallest one */
-
-static void plain(int connection)
-{
-    struct kept kept;
-    int uffd;
-
-    memset(&kept, 0, sizeof(kept));
-    if (receive(connection, &kept, &uffd) <= 0)
-        return;
-    for (;;) {
-        struct pollfd fds[] = {{uffd, POLLIN, 0}, {connection, 0, 0}};
-        struct uffd_msg event;
-
-        if (poll(fds, 2, -1) < 0 || fds[1].revents)
-            break;
-        if (read(uffd, &event, sizeof(event)) != sizeof(event))
-            continue;
-        for (uint32_t i = 0; i < kept.regions; i++) {
-            const struct region *region = &kept.region[i];
-            uint64_t address = event.arg.pagefault.address & ~(region->page - 1);
-
-            if (address < region->base || address - region->base >= region->size)
-                continue;
-            if (event.event == UFFD_EVENT_PAGEFAULT) {
-                struct uffdio_copy copy = {address, (uint64_t)(uintptr_t)image_map + region->offset + (address - region->base),
-                                           region->page, 0, 0};
-                struct uffdio_range range = {address, region->page};
-
-                if (ioctl(uffd, UFFDIO_COPY, &copy) < 0 && errno == ESRCH)
-                    goto end;
-                if (copy.copy != (int64_t)region->page)
-                    ioctl(uffd, UFFDIO_WAKE, &range);
-            } else if (event.event == UFFD_EVENT_REMOVE) { /* zeros by the kernel from now on */
-                struct uffdio_range range = {event.arg.remove.start, event.arg.remove.end - event.arg.remove.start};
-
-                ioctl(uffd, UFFDIO_UNREGISTER, &range);
-            }
-        }
-    }
-end:
-    close(uffd);
-}
-
 /* ---- */
 
 static void ended(int number)
@@ -1199,7 +1157,7 @@ static int listen_at(const char *path)
 
 static int usage(void)
 {
-    fprintf(stderr, "usage: handler --socket PATH --image FILE [--plain] [--around PAGES] [--write-protect] [--state DIR]\n"
+    fprintf(stderr, "usage: handler --socket PATH --image FILE [--around PAGES] [--write-protect] [--state DIR]\n"
                     "               [--allow-uid UID] [--defect NAME] [--list-defects]\n");
     return 2;
 }
@@ -1207,13 +1165,12 @@ static int usage(void)
 int main(int argc, char **argv)
 {
     static const struct option options[] = {
-        {"socket", required_argument, NULL, 's'},  {"image", required_argument, NULL, 'i'}, {"plain", no_argument, NULL, 'p'},
+        {"socket", required_argument, NULL, 's'},  {"image", required_argument, NULL, 'i'},
         {"around", required_argument, NULL, 'a'},  {"write-protect", no_argument, NULL, 'w'},
         {"state", required_argument, NULL, 'd'},   {"allow-uid", required_argument, NULL, 'u'},
         {"defect", required_argument, NULL, 'x'},  {"list-defects", no_argument, NULL, 'l'}, {NULL, 0, NULL, 0},
     };
     const char *socket_path = NULL, *image = NULL;
-    bool is_plain = false;
     struct stat about;
     int option, listener;
 
@@ -1221,7 +1178,6 @@ int main(int argc, char **argv)
         switch (option) {
         case 's': socket_path = optarg; break;
         case 'i': image = optarg; break;
-        case 'p': is_plain = true; break;
         case 'a': around = strtoul(optarg, NULL, 10); break;
         case 'w': write_protect = true; break;
         case 'd': state_dir = optarg; break;
@@ -1264,13 +1220,9 @@ int main(int argc, char **argv)
 
         if (connection < 0)
             continue;
-        if (is_plain) {
-            plain(connection);
-            close(connection);
-        } else if (defect == SERIAL || defect == SILENT_BLOCKS) {
+        if (defect == SERIAL || defect == SILENT_BLOCKS)
             connected((void *)(intptr_t)connection);
-        } else {
+        else
             start(connected, (void *)(intptr_t)connection);
-        }
     }
 }

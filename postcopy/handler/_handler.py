@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import shlex
+import shutil
 import signal
 import socket
 import stat
@@ -666,7 +667,12 @@ class Handler:
         return EndedMachine(machine=vm.about.name)
 
     async def _upgrade(self, program: str | None) -> Record:
-        command = [sys.executable, *sys.orig_argv[1:]] if program is None else [absolute(program), *sys.argv[1:]]
+        if program is None:
+            command = [sys.executable, *sys.orig_argv[1:]]
+        else:
+            command = [absolute(program), *sys.argv[1:]]
+            if shutil.which(command[0]) is None:
+                raise ControlError("BadArguments", f"{command[0]}: there is no program that this user may run")
         await self._store.upgrade(command)
         return Done()
 
@@ -698,6 +704,12 @@ def check(config: PagerConfig) -> None:
             raise ConfigurationError(f"--{name} {path}: with --images it is a directory, which must exist")
     if config.record_working_set is not None and config.images is None:
         check_new_file("--record-working-set", config.record_working_set)
+        with contextlib.suppress(FileNotFoundError):
+            if config.image is not None and os.path.samefile(config.image, config.record_working_set):
+                raise ConfigurationError(
+                    f"--record-working-set {config.record_working_set}: that is the image, which would be replaced;"
+                    " name another file"
+                )
     if config.prefetch == "working-set" and config.working_set is None:
         raise ConfigurationError("--prefetch working-set: say which one with --working-set FILE")
     if not math.isinf(config.record_for_s) and config.record_working_set is None:

@@ -208,10 +208,10 @@ def _unpack(content: _File, path: str) -> tuple[tuple[int, int], ...]:
             first = end + (step >> 1 if step & 1 == 0 else -((step + 1) >> 1))
             end = first + count
             pages += count
-            if first < 0 or count < 1 or end > limit or pages > content.pages:
+            if first < 0 or count < 1 or end > limit or pages > min(content.pages, limit):
                 raise ValueError
             runs.append((first, count))
-        if pages != content.pages or pages > limit:
+        if pages != content.pages:
             raise ValueError
     except (ValueError, StopIteration):
         raise DamagedError(f"working set {path}: its pages make no sense") from None

@@ -181,6 +181,8 @@ def test_command_line(start: Start, tmp_path: Path, node: Callable[[str, int], P
             program.signal(15)
         status = program.end(30)
         said = program.errors()
+        if status == -15 and said.count("\n") == 1:
+            continue  # on a busy host: the signal met the interpreter at its end, after what was wrong had been said
         assert status in (0, 1, 2), f"{line}: {status}\n{said}"
         if status == 2:
             assert said.count("\n") == 1, f"{line}:\n{said}"

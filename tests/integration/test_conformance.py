@@ -24,7 +24,7 @@ from postcopy.testbed.conformance._client import executable
 from postcopy.testbed.conformance._handler import Handler, HandlerCommands
 from postcopy.testbed.conformance._image import Image, make_image
 from postcopy.testbed.conformance._kit import Settings
-from postcopy.testbed.conformance._model import NotApplicable, Outcome, Result
+from postcopy.testbed.conformance._model import Case, NotApplicable, Outcome, Result
 
 CONFORMANCE = [sys.executable, "-m", "postcopy", "conformance"]
 IMAGE_BYTES = 64 << 20
@@ -35,73 +35,71 @@ DEADLINES_S = (2.0, 4.0, 8.0, PATIENT_S, PATIENT_S)
 """A wrong handler is caught, mostly, by a fault that is never answered. With the first of these that is soon; a host
 that is so busy that something else was late gets the others."""
 JOBS = 12
-DEFECT_JOBS = 24  # most of what they do is to wait for an answer that does not come
-PAGER_JOBS = 4
+DEFECT_JOBS = 12  # more of them, and those that keep a processor busy disturb the others
+PAGER_JOBS = 5  # of each of two runs beside each other
 
-# A defect that is planted in csrc/conformance/handler.c; the case that is there for it; words that this case says then;
-# and the other cases that fail with it too, since they need the same thing to go right.
+# A defect that is planted in csrc/conformance/handler.c; the case that is there for it; words that this case says then.
 DEFECTS = {
-    "write-ignored": ("01-missing", "a write fault: no end", "08-huge 26-recovered"),
-    "wp-copied": ("01-write-protect", "a write to a page that it has protected: no end", ""),
-    "minor-ignored": ("01-minor", "neither answered nor refused", ""),
-    "page-size-kib": ("02-kib", "a fault is not answered", "03-old"),
-    "ends-at-eof": ("03-eof", "the handler has ended (status 1)", "05-dies 46-connections"),
-    "close-is-death": ("03-old", "after the connection was closed: no end", ""),
-    "no-fd-waits": ("04-no-fd", "is not refused", ""),
-    "two-fds": ("04-two-fds", "is not refused", ""),
-    "not-uffd": ("04-not-uffd", "is not refused", ""),
-    "zero-size": ("04-zero-size", "is not refused", ""),
-    "overlap": ("04-overlap", "is not refused", ""),
-    "beyond-image": ("04-too-big", "is not refused", ""),
-    "garbage-waits": ("04-garbage", "is not refused", "04-deep"),
-    "silent-blocks": ("05-silent", "another client is not served", "04-* 05-dies 28-* 32-* 34-* 37-* 39-*"),
-    "connection-kept": ("05-dies", "connections of dead clients are kept", "46-connections"),
-    "any-uid": ("05-uid", "is not refused", ""),
-    "one-base": ("06-below", "the last page of the region below: no end", ""),
-    "unclipped": ("07-clipped", "a fault is not answered", "24-flood 26-recovered 27-left 44-unmap"),
-    "huge-small": ("08-huge", "a page of 2 MiB: no end", "08-huge-zeros 23-partly-huge"),
-    "huge-zeropage": ("08-huge-zeros", "a page of 2 MiB that was removed: no end", "23-partly-huge"),
-    "address-exact": ("09-exact", "a fault is not answered", ""),
-    "small-table": ("10-storm", "each thread its own pages: no end", "16-long-eagain 39-*"),
-    "repeat-fatal": ("10-same", "a fault is not answered", "10-storm 14-unread 16-* 28-* 30-* 39-* 40-*"),
-    "eexist-asleep": ("11-eexist", "EEXIST needs a WAKE", "10-* 40-complete"),
-    "run-repeated": ("12-partial", "a run with pages in it that were there: no end", "10-storm 11-eexist 13-negative"),
-    "copy-cast": ("13-negative", "no end", "10-* 11-* 12-partial 14-unread 16-* 39-* 40-*"),
-    "spins-unread": ("14-unread", "no end", "20-batch 22-decided 24-flood 39-*"),
-    "waits-for-event": ("15-eagain", "EAGAIN that ends without an event", "14-* 16-* 2* 39-*"),
-    "gives-up": ("16-long-eagain", "a second of EAGAIN: no end", "15-eagain 24-flood 30-takeover"),
-    "prefetch-marks": ("17-prefetch", "the pages around one whose COPY said EAGAIN: no end", "14-* 2* 39-*"),
-    "placed-kept": ("18-removed", "image instead of zero", "08-huge-zeros 2* 30-takeover 35-blocking 40-complete"),
-    "missing-kept": ("19-never-placed", "image instead of zero", "14-* 19-* 2* 35-blocking"),
-    "batch-order": ("20-batch", "image instead of zero", "14-unread 24-flood 26-* 30-*"),
-    "in-flight": ("21-in-flight", "image instead of zero", "20-batch 22-decided"),
-    "old-decision": ("22-decided", "image instead of zero", "20-batch 14-* 24-*"),
-    "rounded-out": ("23-partly", "zeros instead of image", "14-* 18-* 19-* 2* 3* 40-*"),
-    "quadratic": ("24-flood", "", "14-unread 39-*"),
-    "reads-inline": ("25-unreachable", "a REMOVE while the source does not answer: no end", "21-in-flight"),
-    "removes-lost": ("26-recovered", "image instead of zero", "30-takeover"),
-    "enoent-asleep": ("27-left", "ENOENT needs a WAKE", ""),
-    "death-ignored": ("28-killed", "is still open in the handler", ""),
-    "kills-pid": ("29-pid", "the handler killed a process", "28-killed"),
-    "takeover-asleep": ("30-takeover", "when it was killed: no end", ""),
-    "end-unregisters": ("31-ended", "zeros instead of image", ""),
-    "timeout-zeros": ("32-slow", "zeros instead of image", "39-stuck"),
-    "error-zeros": ("33-lost", "zeros instead of image", "34-truncated"),
-    "mapped-image": ("34-truncated", "SIGBUS", "33-lost"),
-    "pollerr-ends": ("35-blocking", "after O_NONBLOCK was cleared: no end", ""),
-    "eagain-ends": ("36-spurious", "no end", "*"),
-    "idle-ends": ("37-idle", "the first touch", "32-slow"),
-    "limited": ("38-snapshot", "a Full snapshot: no end", "28-killed 40-complete"),
-    "serial": ("39-ten", "no end", "04-* 05-* 28-* 32-* 34-* 37-* 39-*"),
-    "complete-ends": ("40-complete", "removed after all pages were placed: no end", ""),
-    "wp-forgotten": ("41-handler-protects", "are not protected", ""),
-    "own-uid-only": ("42-jailed", "a jailed client: no end", ""),
-    "fork-kept": ("43-fork", "a forked child that touches a page: no end", ""),
-    "unmap-ends": ("44-unmap", "beside memory that was unmapped: no end", ""),
-    "remap-ignored": ("45-remap", "no end", ""),
+    "write-ignored": ("01-missing", "a write fault: no end"),
+    "wp-copied": ("01-write-protect", "a write to a page that it has protected: no end"),
+    "minor-ignored": ("01-minor", "neither answered nor refused"),
+    "page-size-kib": ("02-kib", "a fault is not answered"),
+    "ends-at-eof": ("03-eof", "the handler has ended (status 1)"),
+    "close-is-death": ("03-old", "after the connection was closed: no end"),
+    "no-fd-waits": ("04-no-fd", "is not refused"),
+    "two-fds": ("04-two-fds", "is not refused"),
+    "not-uffd": ("04-not-uffd", "is not refused"),
+    "zero-size": ("04-zero-size", "is not refused"),
+    "overlap": ("04-overlap", "is not refused"),
+    "beyond-image": ("04-too-big", "is not refused"),
+    "garbage-waits": ("04-garbage", "is not refused"),
+    "drips-kept": ("05-drips", "has no end is still connected"),
+    "silent-blocks": ("05-silent", "another client is not served"),
+    "connection-kept": ("05-dies", "connections of dead clients are kept"),
+    "any-uid": ("05-uid", "is not refused"),
+    "one-base": ("06-below", "the last page of the region below: no end"),
+    "unclipped": ("07-clipped", "a fault is not answered"),
+    "huge-small": ("08-huge", "a page of 2 MiB: no end"),
+    "huge-zeropage": ("08-huge-zeros", "a page of 2 MiB that was removed: no end"),
+    "address-exact": ("09-exact", "a fault is not answered"),
+    "small-table": ("10-storm", "each thread its own pages: no end"),
+    "repeat-fatal": ("10-same", "a fault is not answered"),
+    "eexist-asleep": ("11-eexist", "EEXIST needs a WAKE"),
+    "run-repeated": ("12-partial", "a run with pages in it that were there: no end"),
+    "copy-cast": ("13-negative", "no end"),
+    "spins-unread": ("14-unread", "no end"),
+    "waits-for-event": ("15-eagain", "EAGAIN that ends without an event"),
+    "gives-up": ("16-long-eagain", "a second of EAGAIN: no end"),
+    "prefetch-marks": ("17-prefetch", "the pages around one whose COPY said EAGAIN: no end"),
+    "placed-kept": ("18-removed", "image instead of zero"),
+    "missing-kept": ("19-never-placed", "image instead of zero"),
+    "batch-order": ("20-batch", "image instead of zero"),
+    "in-flight": ("21-in-flight", "image instead of zero"),
+    "old-decision": ("22-decided", "image instead of zero"),
+    "rounded-out": ("23-partly", "zeros instead of image"),
+    "quadratic": ("24-flood", "are quadratic work"),
+    "reads-inline": ("25-unreachable", "a REMOVE while the source does not answer: no end"),
+    "removes-lost": ("26-recovered", "image instead of zero"),
+    "enoent-asleep": ("27-left", "ENOENT needs a WAKE"),
+    "death-ignored": ("28-killed", "is still open in the handler"),
+    "kills-pid": ("29-pid", "the handler killed a process"),
+    "takeover-asleep": ("30-takeover", "when it was killed: no end"),
+    "end-unregisters": ("31-ended", "zeros instead of image"),
+    "timeout-zeros": ("32-slow", "zeros instead of image"),
+    "error-zeros": ("33-lost", "zeros instead of image"),
+    "mapped-image": ("34-truncated", "SIGBUS"),
+    "pollerr-ends": ("35-blocking", "after O_NONBLOCK was cleared: no end"),
+    "eagain-ends": ("36-spurious", "no end"),
+    "idle-ends": ("37-idle", "the first touch"),
+    "limited": ("38-snapshot", "a Full snapshot: no end"),
+    "serial": ("39-ten", "no end"),
+    "complete-ends": ("40-complete", "removed after all pages were placed: no end"),
+    "wp-forgotten": ("41-handler-protects", "are not protected"),
+    "own-uid-only": ("42-jailed", "a jailed client"),
+    "fork-kept": ("43-fork", "a forked child that touches a page: no end"),
+    "unmap-ends": ("44-unmap", "beside memory that was unmapped: no end"),
+    "remap-ignored": ("45-remap", "no end"),
 }
-QUICK = ["01-missing", "02-unknown", "03-eof", "04-deep", "06-below", "09-exact", "12-partial", "18-removed", "47-more"]
-"""Of these one is run with each defect that is not about it: a case that fails for no reason catches nothing."""
 
 
 def settings(image: str, *options: str) -> Settings:
@@ -136,59 +134,64 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_handler_that_is_right_passes(run_in_child: Callable[..., Any], image: str) -> None:
-    found = run_in_child(outcomes, image, deadline_s=280.0).value
+    check_all_passed(run_in_child(outcomes, image, deadline_s=280.0).value)
+
+
+def check_all_passed(found: dict[str, tuple[Outcome, str]]) -> None:
     assert not {name: text for name, (outcome, text) in found.items() if outcome is Outcome.FAIL}
     left = {name: text for name, (outcome, text) in found.items() if outcome is Outcome.NOT_APPLICABLE}
     assert left.pop("41-handler-protects") == "this handler does not write-protect its clients' memory"
+    # On a busy host a race that the handler always wins proves nothing: that is not a failure.
+    other = {name: text for name, text in left.items() if "could not be tried" not in text and "scheduler" not in text}
     if os.geteuid() == 0 and os.path.exists("/dev/fuse"):
-        # (on a busy host a race that the handler always wins proves nothing: that is not a failure)
-        races = {name for name, text in left.items() if "could not be tried" in text or "scheduler" in text}
-        assert {name for name in left if "huge" not in name} <= races
+        assert not {name: text for name, text in other.items() if "huge" not in name}
 
 
 def pager_outcomes(image: str) -> dict[str, tuple[Outcome, str]]:
-    """Of `postcopy pager`, with its keeper; what is killed is what the keeper keeps: the engine and its spare."""
+    """Of `postcopy pager`. With its keeper where that takes part: what is killed then is what the keeper keeps, the
+    engine and its spare. Other cases that start one of their own have none, since a spare takes as long to start."""
     words = [sys.executable, "-m", "postcopy", "pager", "--socket", "{socket}", "--image", "{image}"]
     start = " ".join([*words, "--control", "{dir}/c", "--allow-uid", "65534"])
     kill = "sh -c 'kill -KILL $(cat /proc/{pid}/task/{pid}/children)'"
-    chosen = replace(settings(image), commands=HandlerCommands(start, kill=kill, takes_over=True))
+    kept = replace(settings(image), commands=HandlerCommands(start, kill=kill, takes_over=True))
+    alone = replace(kept, commands=HandlerCommands(f"{start} --no-keeper"))
+    keeper = command.chosen("05-dies,26,27-recovered,28,30,31,46")
+    results: list[Result] = []
 
-    async def run() -> list[Result]:
-        return await command.run_cases(chosen, CASES, PAGER_JOBS, True, lambda case: None)
+    async def run_some(chosen: Settings, cases: list[Case]) -> None:
+        results.extend(await command.run_cases(chosen, cases, PAGER_JOBS, True, lambda case: None))
 
-    return {result.case.name: (result.outcome, result.text) for result in trio.run(run)}
+    async def run() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(
+                run_some, kept, [case for case in CASES if "command" not in case.needs or case in keeper]
+            )
+            nursery.start_soon(
+                run_some, alone, [case for case in CASES if "command" in case.needs and case not in keeper]
+            )
+
+    trio.run(run)
+    return {result.case.name: (result.outcome, result.text) for result in results}
 
 
 @pytest.mark.needs("uffd")
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_our_own_pager_passes(run_in_child: Callable[..., Any], image: str) -> None:
-    found = run_in_child(pager_outcomes, image, deadline_s=280.0).value
-    assert not {name: text for name, (outcome, text) in found.items() if outcome is Outcome.FAIL}
-    passed = {name for name, (outcome, _) in found.items() if outcome is Outcome.PASS}
-    assert len(passed) > len(CASES) // 2  # the rest needs root, a mount, or was too fast to race with
+    check_all_passed(run_in_child(pager_outcomes, image, deadline_s=280.0).value)
 
 
 async def catches(image: str, defect: str) -> str:
-    """Empty, or what is wrong with the case, or with another one."""
-    expected, words, others = DEFECTS[defect]
+    """Empty, or what the case said instead."""
+    expected, words = DEFECTS[defect]
     chosen = settings(image, "--defect", defect, *(["--write-protect"] if defect == "wp-forgotten" else []))
-    failing = {case.name for pattern in [expected, *others.split()] for case in command.chosen(pattern)}
     for deadline_s in DEADLINES_S:
-        result = await run_one(replace(chosen, deadline_s=deadline_s), expected)
+        result = await run_one(replace(chosen, deadline_s=deadline_s, silent_s=4 * deadline_s), expected)
         if result.outcome is Outcome.FAIL and words in result.text:
-            break
+            return ""
         if result.outcome is Outcome.NOT_APPLICABLE and result.case.needs & {"root", "slow", "huge"}:
-            break  # the test above says what may be missing here
-    else:
-        return f"{defect}: {result.outcome}: {result.text}"
-    fine = [name for name in QUICK if name not in failing]
-    start = list(DEFECTS).index(defect)
-    if fine:
-        result = await run_one(chosen, fine[start % len(fine)])
-        if result.outcome is not Outcome.PASS:
-            return f"{defect}: also {result.case.name}: {result.outcome}: {result.text}"
-    return ""
+            return ""  # the tests above say what may be missing here
+    return f"{defect}: {result.outcome}: {result.text}"
 
 
 async def catch_all(image: str) -> list[str]:
@@ -216,7 +219,7 @@ def test_each_planted_defect_is_caught_by_its_case(run_in_child: Callable[..., A
 def test_each_defect_and_each_number_is_in_the_table(run_in_child: Callable[..., Any]) -> None:
     listed = run_in_child([executable("conformance-handler"), "--list-defects"]).stdout.split()
     assert sorted(listed) == sorted(DEFECTS)
-    caught = {name.split("-")[0] for name, _, _ in DEFECTS.values()}
+    caught = {name.split("-")[0] for name, _ in DEFECTS.values()}
     assert {f"{number:02d}" for number in range(1, 46)} == caught
 
 
@@ -277,6 +280,7 @@ def test_a_handler_that_runs_already(run_in_child: Callable[..., Any], spawn_chi
         ("--image IMAGE --handler-socket s --handler-cmd {socket}", "--handler-socket PATH or --handler-cmd"),
         ("--image IMAGE --handler-cmd handler", "without {socket}"),
         ("--image IMAGE --handler-cmd handler --cases 99", "there is no '99'"),
+        (f"--image IMAGE --handler-socket /{'s' * 107}", "is no address"),
         ("--image IMAGE --make-image 32MiB", "IMAGE"),
         ("--image SHORT --handler-socket s", "at least 32 MiB"),
     ],
@@ -296,6 +300,33 @@ def test_a_handler_that_cannot_be_started(image: str, tmp_path: Path) -> None:
     handler = Handler(HandlerCommands("/nowhere/handler {socket}"), str(tmp_path), image)
     with pytest.raises(ConfigurationError, match="cannot start '/nowhere/handler'"):
         handler.start()
+
+
+def test_nothing_passed_is_no_success(run_in_child: Callable[..., Any], image: str) -> None:
+    done = run_in_child([*CONFORMANCE, "--image", image, "--handler-socket", "/nowhere", "--cases", "28", "--json"])
+    assert done.returncode == 1, done.stderr
+    assert json.loads(done.stdout)["not-applicable"] == 1
+
+
+def test_processes_of_a_handler_that_hide_their_environment(image: str, tmp_path: Path) -> None:
+    """As sudo does. A command that should kill them and does not is no reason to go on as if it had."""
+
+    async def run() -> None:
+        handler = Handler(
+            HandlerCommands("env -i sleep 1000", kill="sh -c 'echo not I >&2; exit 3'"), str(tmp_path), image
+        )
+        handler.start()
+        try:
+            assert handler.processes() != []
+            with pytest.raises(NotApplicable, match="status 3: not I"):
+                await handler.kill()
+            assert handler.death == ""
+        finally:
+            await handler.end()
+        assert handler.processes() == []
+        assert "SIGKILL" in handler.death
+
+    trio.run(run)
 
 
 # ---- the image

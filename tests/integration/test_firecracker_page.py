@@ -29,7 +29,7 @@ DEADLINE_S = 60.0
 
 def typed() -> list[str]:
     """Line by line; one that ends with a backslash goes on in the next one. What is typed on two hosts is not for here:
-    tests/integration/test_firecracker_move.py."""
+    tests/integration/test_firecracker_moves.py."""
     blocks = re.findall(r"^```sh\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     lines = re.split(r"(?<!\\)\n", "".join(textwrap.dedent(block) for block in blocks))
     return [line for line in lines if line.strip() and not line.startswith(("#", "host-"))]

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import msgspec
 import trio
 
-from postcopy._blocking import run_sync
+from postcopy._blocking import run_briefly
 from postcopy._fd import FdHolder
 from postcopy._native import ffi, lib
 from postcopy.errors import ConnectionLost, PeerError, ProtocolError
@@ -146,7 +146,7 @@ async def receive_handshake(
                     f"{len(descriptors)} descriptors came with the handshake where one was expected, the userfaultfd:"
                     " this protocol is not that of Firecracker's releases"
                 )
-            return await run_sync(_check, descriptors, sent, abandon_on_cancel=False)
+            return await run_briefly(_check, descriptors, sent)
         raise PeerError(f"no handshake has come within {timeout_s:g} s")
     finally:
         _close(descriptors)
@@ -216,6 +216,8 @@ def _decode(received: bytes | bytearray) -> list[_Region] | None:
         return msgspec.json.decode(received, type=list[_Region])
     except msgspec.ValidationError as error:
         raise ProtocolError(f"the handshake is wrong: {_printable(str(error))}") from error
+    except RecursionError as error:  # a field that is not known is skipped, however deep
+        raise ProtocolError("the handshake is not the JSON that Firecracker sends: it is nested too deep") from error
     except ValueError as error:  # as msgspec's and UnicodeDecodeError are
         if "truncated" in str(error) and len(received) < MAX_MESSAGE_BYTES:
             return None

@@ -16,11 +16,14 @@ from postcopy.testbed.conformance import _client as c
 from postcopy.testbed.conformance._client import HUGE_BYTES, Client, Gone, Pending, any_of
 from postcopy.testbed.conformance._kit import IMAGE, OWN, ZERO, Kit
 from postcopy.testbed.conformance._model import Case, Failed, Json, NotApplicable
+from postcopy.testbed.conformance._slow import SlowImage
 
 CASES: list[Case] = []
 STRANGER_UID = 65533
 JAILED_UID = 65534
 HUGE_PAGES = HUGE_BYTES // 4096
+OTHER_FDS = 12
+"""Sockets that a handler may open meanwhile, as for another process that it starts."""
 Run = Callable[[Kit], Awaitable[str | None]]
 
 
@@ -115,7 +118,7 @@ for _name, _what in GENERATIONS.items():
 @case("03-early", "the message is sent before the handler accepts", "it is read then", "command")
 async def early(kit: Kit) -> None:
     async with kit.own_handler() as handler:
-        await kit.check_others("")
+        await kit.check_others()
         handler.stop()
         try:
             async with kit.client() as vm:
@@ -145,7 +148,7 @@ async def eof(kit: Kit) -> None:
 async def old(kit: Kit) -> None:
     async with kit.client(generation="kib") as vm:
         await vm.do("hang-up")
-        await trio.sleep(0.1)  # the handler sees that, and what it does about it
+        await trio.sleep(0.5)  # the handler sees that, and what it does about it
         await kit.check(vm, kit.image.runs(64)[0], 64, what="after the connection was closed")
 
 
@@ -217,19 +220,41 @@ async def silent(kit: Kit) -> None:
             raise Failed(f"a client that says nothing is still connected after {kit.settings.silent_s:g} s")
 
 
-@case("05-dies", "a client is killed before its message", "its connection is freed, the next is accepted", "command")
+@case(
+    "05-drips",
+    "a client says its message a byte every half second, without end",
+    "others are served meanwhile; it is sent away in bounded time",
+)
+async def drips(kit: Kit) -> None:
+    async with kit.bare_client() as vm:
+        await kit.connect(vm)
+        with trio.move_on_after(kit.settings.silent_s):
+            await vm.send('[{"size":1', "-")
+            await kit.check_others("a client says its message byte by byte")
+            while not await vm.closed(0.5):
+                try:
+                    await vm.send("0", "-")
+                except OSError:
+                    return
+            return
+        raise Failed(f"a client whose message has no end is still connected after {kit.settings.silent_s:g} s")
+
+
+@case(
+    "05-dies", "clients are killed before their message", "their connections are freed, the next is accepted", "command"
+)
 async def dies(kit: Kit) -> None:
     async with kit.own_handler() as handler, kit.client() as other:
         await kit.check(other, kit.image.runs(1)[0])
         before = handler.sockets()
-        for _ in range(8):
+        for _ in range(2 * OTHER_FDS):
             async with kit.bare_client() as vm:
                 await kit.connect(vm)
                 vm.kill()
         await kit.check_others("clients died before their message")
         await eventually(
             kit,
-            lambda: handler.sockets() <= before,
+            lambda: handler.sockets() <= before + OTHER_FDS,
             lambda: f"{handler.sockets() - before} connections of dead clients are kept",
         )
 
@@ -250,6 +275,7 @@ async def eventually(kit: Kit, condition: Callable[[], bool], words: Callable[[]
 )
 async def stranger(kit: Kit) -> str | None:
     need_root()
+    await kit.check_others()
     async with kit.mapped_client() as vm:
         await vm.do("become", STRANGER_UID)
         try:
@@ -566,7 +592,7 @@ async def in_flight(kit: Kit) -> None:
         await kit.check(vm, held)
         slow.hold(page)
         touched = await kit.begin_check(vm, page, 1, IMAGE | ZERO)
-        await arrives(kit, slow.waiting)
+        await arrives(kit, slow, touched)
         removing = await vm.begin("discard", page, 1, 1, 0)
         await removing.within(1.0)
         slow.release()
@@ -575,9 +601,13 @@ async def in_flight(kit: Kit) -> None:
         await kit.check(vm, page, 1, ZERO, "a page that was removed while its data was on the way")
 
 
-async def arrives(kit: Kit, waiting: trio.Event) -> None:
+async def arrives(kit: Kit, slow: SlowImage, touched: Pending) -> None:
+    """Until the handler reads a page that is held, for one that is touched."""
     with trio.move_on_after(kit.deadline_s):
-        await waiting.wait()
+        while not slow.waiting.is_set():
+            if await touched.within(0.01):
+                await kit.finish(touched, what="before the source had answered")
+                raise NotApplicable("the handler had read the page before it could be held: it prefetches")
         return
     raise Failed("a page fault does not read the image")
 
@@ -627,21 +657,28 @@ async def partly_huge(kit: Kit) -> None:
         await kit.check(vm, 1, what="the page of 2 MiB of which half was to be removed")
 
 
-@case("24-flood", "16384 REMOVEs of one page, with faults between", "faults stay fast, no quadratic work")
+@case("24-flood", "thousands of REMOVEs of one page, with faults between", "faults stay fast, no quadratic work")
 async def flood(kit: Kit) -> str:
     count = min(16384, kit.image.pages // 2)
     rest = kit.image.pages - count
     async with kit.client() as vm:
-        removing = await vm.begin("discard", 0, count, 1, 0)
-        slowest = 0.0
+        removing = await vm.begin("discard", 0, count // 4, 1, 0)
+        took_ms = []
         for page in range(count, kit.image.pages, max(1, rest // 64)):
-            slowest = max(slowest, (await kit.check(vm, page, what="a fault within a flood of REMOVEs"))["slowest_ms"])
-        answer = await removing.answer(kit.deadline_s * 2, f"{count} REMOVEs")
-        if answer["ms"] > 2000 and answer["ms"] - answer["half_ms"] > 6 * answer["half_ms"]:
-            late_ms = answer["ms"] - answer["half_ms"]
-            raise Failed(f"the second half of {count} REMOVEs took {late_ms:.0f} of {answer['ms']:.0f} ms")
+            took_ms.append((await kit.check(vm, page, what="a fault within a flood of REMOVEs"))["slowest_ms"])
+        took_ms.sort()
+        if (median_ms := took_ms[len(took_ms) // 2]) > kit.deadline_s * 200:
+            raise Failed(f"half of the faults within a flood of REMOVEs took {median_ms:.0f} ms and more")
+        first_us = (await removing.answer(4 * kit.deadline_s, f"{count // 4} REMOVEs beside faults"))["first_us"]
+        removing = await vm.begin("discard", 0, count, 1, 0)
+        answer = await removing.answer(4 * kit.deadline_s, f"{count} REMOVEs")
+        if answer["last_us"] > max(100, 4 * first_us):
+            raise Failed(
+                f"REMOVEs are quadratic work: each took {first_us:.0f} us at first, and"
+                f" {answer['last_us']:.0f} us after {count}"
+            )
         await kit.check(vm, count // 2, 64, ZERO, "pages of a flood of REMOVEs")
-    return f"{answer['ms'] / count * 1000:.0f} us a REMOVE, slowest fault {slowest:.1f} ms"
+    return f"{answer['ms'] / count * 1000:.0f} us a REMOVE, slowest fault {took_ms[-1]:.1f} ms"
 
 
 @case(
@@ -658,7 +695,7 @@ async def unreachable(kit: Kit) -> None:
         await kit.check(vm, other)
         slow.hold(page)
         touched = await kit.begin_check(vm, page)
-        await arrives(kit, slow.waiting)
+        await arrives(kit, slow, touched)
         await kit.discard(vm, other, 8, "a REMOVE while the source does not answer")
         slow.release()
         await kit.finish(touched, what="a page of a source that was slow")
@@ -811,7 +848,7 @@ async def frozen(kit: Kit) -> str:
 async def waits_or_right(kit: Kit, pending: Pending, what: str) -> str:
     """What a client may meet whose pages cannot be had. `Failed` for content that is not the image's."""
     try:
-        if not await pending.within(1.0):
+        if not await pending.within(kit.settings.slow_s):
             return "waits"
         await kit.finish(pending, IMAGE, unwanted(what))
     except OSError:
@@ -846,7 +883,7 @@ async def slow_source(kit: Kit) -> None:
         await kit.check(vm, other)
         slow.hold(page)
         touched = await kit.begin_check(vm, page)
-        await arrives(kit, slow.waiting)
+        await arrives(kit, slow, touched)
         await kit.check(beside, other, 64, what="another client, while a page takes seconds")
         if await touched.within(kit.settings.slow_s):
             await kit.finish(touched, what="before the source had answered")
@@ -928,7 +965,8 @@ async def idle(kit: Kit) -> None:
 async def snapshot(kit: Kit) -> str:
     count = min(27671, kit.image.pages)
     async with kit.client() as vm:
-        answer = await (await vm.begin("snapshot", count)).answer(kit.deadline_s + count / 1000, "a Full snapshot")
+        within_s = kit.deadline_s * (1 + count / 8192)
+        answer = await (await vm.begin("snapshot", count)).answer(within_s, "a Full snapshot")
         kit.judge(answer, IMAGE, "a Full snapshot")
     return f"{count} pages"
 
@@ -987,8 +1025,7 @@ async def ten_stuck(kit: Kit) -> str:
 
         async def stuck(vm: Client) -> None:
             slow.hold(page)
-            await kit.begin_check(vm, page)
-            await arrives(kit, slow.waiting)
+            await arrives(kit, slow, await kit.begin_check(vm, page))
 
         return await _crowd(kit, stuck)
 
@@ -1035,16 +1072,22 @@ async def jailed(kit: Kit) -> str | None:
     need_root()
     uid = kit.settings.jail_uid if kit.settings.jail_uid is not None else JAILED_UID
     async with kit.own_handler() as handler, kit.mapped_client() as vm:
-        await kit.check_others("")
+        await kit.check_others()
         directory, name = os.path.split(handler.path)
         for path in (kit.directory, directory):
             os.chmod(path, 0o755)
         os.chown(handler.path, uid, uid)
         await vm.do("become", uid, directory)
         await vm.connect(f"/{name}", kit.deadline_s)
-        await vm.send(vm.message())
-        if kit.settings.jail_uid is None and await vm.closed(0.5):
+        try:
+            await vm.send(vm.message())
+            refused = await vm.closed(0.5)
+        except OSError:
+            refused = True
+        if refused and kit.settings.jail_uid is None:
             raise NotApplicable(f"the handler refuses uid {uid}: --jail-uid says which one it admits")
+        if refused:
+            raise Failed("a jailed client is refused")
         await kit.check(vm, kit.image.runs(4)[0], 4, what="a jailed client")
     return None
 
@@ -1071,9 +1114,9 @@ async def refused(kit: Kit, vm: Client, page: int) -> bool:
     """Whether the handler closes the connection instead of serving a page. `Failed` when it does neither."""
     touched = await kit.begin_check(vm, page)
     closed = await vm.begin("closed", int(kit.deadline_s * 1000))
-    await any_of([touched, closed], kit.deadline_s)
-    if closed.done and not touched.done:
-        return bool((await closed.answer(1.0))["closed"])
+    await any_of([touched, closed], kit.deadline_s + 1)
+    if not touched.done and (await closed.answer(1.0))["closed"]:
+        return True
     await kit.finish(touched, what="a fault of a client that has more events")
     return False
 
@@ -1115,7 +1158,7 @@ async def connections(kit: Kit) -> None:
         await kit.check(vm, later, 4)
         await eventually(
             kit,
-            lambda: handler.descriptors(lambda link: True) <= before + 4,
+            lambda: handler.descriptors(lambda link: True) <= before + 4 * OTHER_FDS,
             lambda: f"{handler.descriptors(lambda link: True) - before} descriptors more after 100 connections",
         )
 

@@ -32,6 +32,10 @@ ANON, HUGE, MEMFD = 0, 1, 2
 RACE_PLACE, RACE_PLACE_WAKE, RACE_REPLACE, RACE_STEAL, RACE_DISCARD = range(5)
 
 
+NOT_YET = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN)
+"""Of connect(2): nobody listens there yet, or too many want to connect."""
+
+
 class Content(IntFlag):
     """What a page may hold."""
 
@@ -196,8 +200,7 @@ class Client:
             try:
                 await self.do("connect", path)
             except OSError as error:
-                waiting = error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN)
-                if not waiting or trio.current_time() > until_s:
+                if error.errno not in NOT_YET or trio.current_time() > until_s:
                     raise
                 await trio.sleep(0.005)
             else:

@@ -2,7 +2,7 @@
 """The handler under test: a socket, and where it was given a command the processes of that.
 
 Resource handling: a `Handler` owns what it has started: `end` kills every process that came of the command, whatever
-session or parent it has by now.
+its parent is by now. One is known by its environment, or, where that was emptied (sudo), by its session.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Handler:
         self._image = image
         self.path = path if path is not None else os.path.join(directory, "s")
         self._process: subprocess.Popen[bytes] | None = None
+        self._sessions: set[int] = set()
         self._mark = f"{_MARK}={directory}".encode()
         self._log_path = os.path.join(directory, "log")
 
@@ -71,6 +72,7 @@ class Handler:
                 )
             except OSError as error:
                 raise ConfigurationError(f"--handler-cmd: cannot start {words[0]!r}: {error.strerror}") from None
+        self._sessions.add(self._process.pid)
 
     def start(self) -> None:
         if self._commands is not None:
@@ -88,14 +90,18 @@ class Handler:
         return self._commands is not None and (self._commands.takes_over or self._commands.restart is not None)
 
     def processes(self) -> list[int]:
-        """The command's process and all that came of it, whoever their parent is by now: by their environment."""
+        """The command's process and all that came of it."""
         self._need()
-        found = []
-        for pid in _linux.all_pids():
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as environment:
-                if self._mark in environment.read().split(b"\0"):
-                    found.append(pid)
-        return found
+        return [pid for pid in _linux.all_pids() if self._is_one(_linux.stat_of(pid), pid)]
+
+    def _is_one(self, stat: list[bytes], pid: int) -> bool:
+        if not stat or stat[_linux.STATE] == b"Z":
+            return False
+        if int(stat[_linux.SESSION]) in self._sessions:
+            return True
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as environment:
+            return self._mark in environment.read().split(b"\0")
+        return False
 
     def stop(self) -> None:
         for pid in self.processes():
@@ -106,14 +112,21 @@ class Handler:
             _signal(pid, signal.SIGCONT)
 
     async def kill(self) -> None:
-        """As if it had been killed."""
+        """As if it had been killed. `NotApplicable` when the command for that has failed: nothing was tried then."""
         process = self._need()
         assert self._commands is not None
         if self._commands.kill is None:
             process.kill()
             await self.ended(END_S)
         else:
-            await trio.run_process(self._expand(self._commands.kill), check=False, capture_stderr=True)
+            words = self._expand(self._commands.kill)
+            try:
+                done = await trio.run_process(words, check=False, capture_stdout=True, capture_stderr=True)
+            except OSError as error:
+                raise ConfigurationError(f"--handler-kill-cmd: cannot start {words[0]!r}: {error.strerror}") from None
+            if done.returncode:
+                said = done.stderr.decode("utf-8", "replace").strip()
+                raise NotApplicable(f"--handler-kill-cmd ended with status {done.returncode}: {said[-200:]}")
 
     async def restart(self) -> None:
         """The successor, after `kill`."""

@@ -8,11 +8,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import trio
+
 from postcopy.testbed.conformance._client import (
     ANON,
     EVENT_REMOVE,
     HUGE,
     MISSING,
+    NOT_YET,
     Client,
     Content,
     Gone,
@@ -25,6 +28,8 @@ from postcopy.testbed.conformance._model import Failed, Json, NotApplicable
 from postcopy.testbed.conformance._slow import SlowImage, open_slow_image
 
 IMAGE, ZERO, OWN = Content.IMAGE, Content.ZERO, Content.OWN
+START_S = 30.0
+"""In which a handler that was started has to listen: many are started at once."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,11 @@ class Settings:
     silent_s: float
     """Within which a client that says nothing is sent away."""
     jail_uid: int | None
+
+    @property
+    def case_s(self) -> float:
+        """After which a case is given up, whatever it waits for."""
+        return 30 + START_S + 6 * self.deadline_s + self.slow_s + self.idle_s + self.silent_s
 
 
 class Kit:
@@ -62,7 +72,7 @@ class Kit:
         if self.settings.commands is None:
             raise NotApplicable("needs a handler that it can start: --handler-cmd")
         directory = os.path.join(self.directory, "own")
-        os.mkdir(directory)
+        make_directory(directory)
         before, self.handler = self.handler, Handler(self.settings.commands, directory, image or self.image.path)
         try:
             self.handler.start()
@@ -127,10 +137,16 @@ class Kit:
             yield client
 
     async def connect(self, client: Client) -> None:
-        try:
-            await client.connect(self.handler.path, self.deadline_s)
-        except OSError as error:
-            raise Failed(f"cannot connect to {self.handler.path}: {error.strerror}") from None
+        """To a handler that may only just have been started."""
+        began_s = trio.current_time()
+        while True:
+            try:
+                return await client.connect(self.handler.path, 0.1)
+            except OSError as error:
+                starting = self.settings.commands is not None and not self.handler.death
+                patience_s = max(self.deadline_s, START_S) if starting else self.deadline_s
+                if error.errno not in NOT_YET or trio.current_time() - began_s > patience_s:
+                    raise Failed(f"cannot connect to {self.handler.path}: {error.strerror}") from None
 
     # ---- touching
 
@@ -172,7 +188,7 @@ class Kit:
             self.deadline_s + count / 1000, what or "madvise(MADV_DONTNEED), a REMOVE that is not read"
         )
 
-    async def check_others(self, what: str) -> None:
+    async def check_others(self, what: str = "nothing has happened yet") -> None:
         """Another client is served."""
         async with self.client() as other:
             try:
@@ -192,4 +208,10 @@ class Kit:
         raise NotApplicable("the kernel did not say EAGAIN: this host's scheduler did not keep a thread from running")
 
 
-__all__ = ["ANON", "HUGE", "IMAGE", "OWN", "ZERO", "Gone", "Kit", "Settings"]
+def make_directory(path: str) -> None:
+    """Through which clients of other users get to the socket, whatever the umask is."""
+    os.mkdir(path)
+    os.chmod(path, 0o755)
+
+
+__all__ = ["ANON", "HUGE", "IMAGE", "OWN", "ZERO", "Gone", "Kit", "Settings", "make_directory"]

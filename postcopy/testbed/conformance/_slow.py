@@ -97,9 +97,13 @@ class SlowImage:
 
     async def _read(self, unique: int, offset: int, size: int) -> None:
         pages = set(range(offset // 4096, (offset + size + 4095) // 4096))
-        while pages & self._held and not self.failing:
-            self.waiting.set()
-            await self._changed.wait()
+        try:
+            while pages & self._held and not self.failing:
+                self.waiting.set()
+                await self._changed.wait()
+        except trio.Cancelled:
+            self._reply(unique, b"", errno.EIO)  # a process whose request is not answered cannot even be killed
+            raise
         if self.failing:
             self._reply(unique, b"", errno.EIO)
         else:

@@ -19,8 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from postcopy.errors import MigrationError
-from postcopy.testbed.firecracker._find import find, guest_path
+from postcopy.errors import MigrationError, ResourceError
+from postcopy.testbed.firecracker._find import REMEDY, find, guest_path
 
 START_S = 30.0
 API_S = 60.0
@@ -83,7 +83,8 @@ class Firecracker:
         arguments: Sequence[str] = (),
     ) -> Firecracker:
         """One that was told nothing yet. `directory`: of its own, for sockets and logs; else a new one, which goes with
-        it. `prefix`: of its command, as ``setpriv`` with its arguments. `MigrationError` when it does not start."""
+        it. `prefix`: of its command, as ``setpriv`` with its arguments. `ResourceError` when it cannot be started,
+        `MigrationError` when it does not come up."""
         binary = binary or find()
         owns = directory is None
         directory = Path(tempfile.mkdtemp(prefix="postcopy-fc-")) if directory is None else directory
@@ -94,8 +95,13 @@ class Firecracker:
         (directory / "log").chmod(0o666)
         command = [*prefix, binary, "--api-sock", str(directory / "api.sock"), "--id", "postcopy"]
         command += ["--log-path", str(directory / "log"), "--level", "Info", *arguments]
-        with open(directory / "serial", "wb") as serial:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=serial, stderr=subprocess.STDOUT)
+        try:
+            with open(directory / "serial", "wb") as serial:
+                process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=serial, stderr=subprocess.STDOUT)
+        except OSError as error:
+            if owns:
+                shutil.rmtree(directory, ignore_errors=True)
+            raise ResourceError(f"{command[0]} cannot be started: {error.strerror}", REMEDY) from None
         self = cls(process, directory, owns)
         try:
             self._until("its API socket", self._answers, START_S)

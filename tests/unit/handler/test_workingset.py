@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,24 @@ def _forged(runs: bytes, pages: int = 2, page_bytes: int = PAGE) -> bytes:
 def test_a_forged_one_names_no_page_that_there_is_not(data: bytes) -> None:
     with pytest.raises(DamagedError, match="make no sense"):
         workingset._unpack(workingset.decode(data, "x"), "x")
+
+
+def test_a_forged_one_is_not_read_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One page again and again: it is refused when there are more pages than the image has, whatever it says."""
+    read = 0
+    numbers = workingset._numbers
+
+    def counted(packed: bytes) -> Iterator[int]:
+        nonlocal read
+        for number in numbers(packed):
+            read += 1
+            yield number
+
+    monkeypatch.setattr(workingset, "_numbers", counted)
+    data = _forged(b"\x00\x01" + b"\x01\x01" * (10 * PAGES), pages=1 << 60)
+    with pytest.raises(DamagedError, match="make no sense"):
+        workingset._unpack(workingset.decode(data, "x"), "x")
+    assert read == 2 * (PAGES + 1)
 
 
 def test_of_which_image_it_is(path: Path, image_path: Path, tmp_path: Path) -> None:

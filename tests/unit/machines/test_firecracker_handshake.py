@@ -171,6 +171,7 @@ def _wrong(peer: Peer) -> dict[str, tuple[Any, str]]:
         "no JSON": (b"hello there", "not the JSON"),
         "more than one": (b"[] []", "not the JSON"),
         "no UTF-8": (b'[{"\xff": 1}]', "handshake"),
+        "nested deep": (b'[{"new": ' + 4000 * b"[", "nested too deep"),
     }
 
 
@@ -178,6 +179,7 @@ WRONG = (
     "no region", "many regions", "size 0", "negative", "past the end", "page size in KiB", "no whole page",
     "offset of no page", "overlap in memory", "overlap in the file", "a field is missing", "a field of another type",
     "a number too large", "an object", "nothing mapped", "more than is mapped", "no JSON", "more than one", "no UTF-8",
+    "nested deep",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from postcopy.cli import main
 from postcopy.errors import MigrationError
 from postcopy.testbed.bench import FIGURES, _measurement, _plot, _text
 from postcopy.testbed.bench._common import Figure
+from postcopy.testbed.bench._firecracker_move import _calls_ms
 
 
 def figures() -> list[Figure]:
@@ -42,6 +43,24 @@ def test_a_plot_in_a_narrow_terminal() -> None:
     assert max(map(len, lines)) <= 80
     assert lines[0].endswith("ratio")
     assert all(line.split()[-1] == f"{float(line.split()[-1]):.2f}" for line in lines[1:])
+
+
+LOG = """\
+2026-11-28T21:03:10.349824335 [vm:fc_api] The API server received a Patch request on "/vm" with body "{}".
+2026-11-28T21:03:10.349997632 [vm:main] 'pause vm' VMM action took 133 us.
+2026-11-28T21:03:10.350010220 [vm:fc_api] The request was executed successfully. Status code: 204 No Content.
+2026-11-28T21:03:10.350013986 [vm:fc_api] 'pause vm' API request took 198 us.
+2026-11-28T21:03:10.350100000 [vm:fc_api] The API server received a Get request on "/".
+2026-11-28T21:03:10.350300000 [vm:fc_api] The request was executed successfully. Status code: 200 OK.
+2026-11-28T21:03:10.350423944 [vm:fc_api] The API server received a Put request on "/snapshot/create" with body "{}".
+2026-11-28T21:03:10.365607734 [vm:fc_api] Received Error. Status code: 400 Bad Request. Message: Create snapshot error
+"""
+
+
+def test_what_calls_of_firecracker_took() -> None:
+    assert _calls_ms(LOG, 2) == pytest.approx(0.186 + 15.184)
+    with pytest.raises(MigrationError, match="2 of at least 3 calls"):
+        _calls_ms(LOG, 3)
 
 
 def test_a_figure_in_words() -> None:
