@@ -141,7 +141,7 @@ test-containers: setup ## migrate between containers; as root it starts its own 
 	$(BIN)/python tools/containers.py test $(OR_SKIP) -- $(PYTEST_ARGS)
 
 check-python: setup ## pytest, PYTEST_JOBS (3) at a time, without the containers and the hostile peers
-	$(ONCE_MORE) $(BIN)/pytest -n $(PYTEST_JOBS) --dist worksteal --ignore=tests/hostile --ignore=tests/packages --ignore=tests/containers --durations=25 $(PYTEST_ARGS)
+	$(ONCE_MORE) $(BIN)/pytest -v -n $(PYTEST_JOBS) --dist worksteal --ignore=tests/hostile --ignore=tests/packages --ignore=tests/containers --durations=25 $(PYTEST_ARGS)
 
 # POSTCOPY_COMMAND: attack another installation than the one here. POSTCOPY_SEED=N: repeat a fuzz test.
 hostile: setup ## attack the installed program from outside, all of it; SECONDS (60) for each fuzz test

@@ -26,7 +26,6 @@ __attribute__((noreturn)) static void become(int fd, char *const argv[])
 
     (void)setpgid(0, 0);
     (void)signal(SIGPIPE, SIG_DFL);
-    (void)signal(SIGTTOU, SIG_IGN); /* it may write to the terminal all the same */
     (void)sigemptyset(&none);
     (void)sigprocmask(SIG_SETMASK, &none, NULL);
     if (fd == PC_KEEPER_FD ? fcntl(fd, F_SETFD, 0) : dup2(fd, PC_KEEPER_FD) < 0)
@@ -85,11 +84,12 @@ int engine_receive(struct engine *engine, struct message *message)
 
     message->head.kind = 0;
     message->fd_count = message->text_bytes = 0;
+    /* ECONNRESET: it ended with something of ours unread. That is told once, before what it had sent. */
     do
         bytes = recvmsg(engine->socket, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-    while (bytes < 0 && errno == EINTR);
+    while (bytes < 0 && (errno == EINTR || errno == ECONNRESET));
     if (bytes < 0)
-        return errno == EAGAIN ? EAGAIN : ESHUTDOWN; /* ECONNRESET: it ended with something of ours unread */
+        return errno == EAGAIN ? EAGAIN : ESHUTDOWN;
     for (struct cmsghdr *part = CMSG_FIRSTHDR(&header); part; part = CMSG_NXTHDR(&header, part)) {
         size_t count = (part->cmsg_len - CMSG_LEN(0)) / sizeof(int);
 
@@ -140,10 +140,8 @@ int engine_send(struct engine *engine, uint32_t kind, int32_t value, const void 
     return errno == ETOOMANYREFS || errno == ENOBUFS || errno == ENOMEM ? EBUSY : errno;
 }
 
-void engine_answer(struct engine *engine, int32_t id, int error, const char *why)
+void answer_with(struct answer *answer, int32_t id, int error, const char *why)
 {
-    engine->answering = true;
-    engine->answer_id = id;
-    engine->answer_error = error;
-    (void)snprintf(engine->answer, sizeof(engine->answer), "%s", why);
+    *answer = (struct answer){.due = true, .id = id, .error = error};
+    (void)snprintf(answer->why, sizeof(answer->why), "%s", why);
 }

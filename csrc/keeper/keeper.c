@@ -39,7 +39,8 @@ static struct {
     int32_t format; /* of the records that are kept */
     uint32_t deaths, burst;
     char reason[256], refusal[256]; /* why the last engine has ended; why a spare is being killed */
-    int stop_signal;
+    int stop_signal; /* the last one that told an engine to end */
+    uint32_t stops;
     uint64_t spare_after_ns, promote_after_ns, accept_after_ns;
     uint32_t spare_failures;
     uint64_t heat_ms, died_ns;
@@ -111,7 +112,8 @@ static void hear_hello(struct engine *engine, const struct message *message)
     if (message->head.value != PC_KEEPER_PROTOCOL || message->text_bytes != sizeof(formats)) {
         (void)snprintf(why, sizeof(why), "it speaks version %d with its keeper, which is of version %d: start that anew",
                        message->head.value, PC_KEEPER_PROTOCOL);
-        kill_spare(why);
+        if (engine->state == STARTING)
+            kill_spare(why);
         return;
     }
     memcpy(formats, message->text, sizeof(formats));
@@ -131,7 +133,7 @@ static void hear_hello(struct engine *engine, const struct message *message)
     engine->deadline_ns = NEVER;
     keeper.spare_failures = 0;
     if (keeper.upgrading && engine->command != keeper.current && keeper.serving.state == SERVING) {
-        engine_answer(&keeper.serving, keeper.upgrade_id, 0, "");
+        answer_with(&keeper.serving.upgrade_answer, keeper.upgrade_id, 0, "");
         keeper.serving.leave = true;
         keeper.serving.deadline_ns = pc_now_ns() + LEAVE_NS;
     }
@@ -144,6 +146,10 @@ static int hear_upgrade(const struct message *message, char *why, size_t why_byt
 
     if (keeper.upgrading || keeper.trial || !keeper.serving.ready || keeper.serving.leave) {
         (void)snprintf(why, why_bytes, "an engine is being replaced already");
+        return EBUSY;
+    }
+    if (keeper.stop_signal) {
+        (void)snprintf(why, why_bytes, "it was told to end, by signal %d", keeper.stop_signal);
         return EBUSY;
     }
     if (message->cut || !message->text_bytes || message->text[message->text_bytes - 1] || message->text[0] != '/') {
@@ -188,18 +194,17 @@ static void hear_ready(struct engine *engine)
 /* `dead`: nobody hears an answer. */
 static void hear(struct engine *engine, struct message *message, bool dead)
 {
-    char why[sizeof(engine->answer)] = "";
+    char why[sizeof(engine->answer.why)] = "";
     int error = 0;
     bool answered = true, serves = engine->state == SERVING;
 
     switch (message->head.kind) {
     case PC_KEEPER_PUT:
-        if (!serves || message->cut || strlen(message->text) != message->text_bytes) {
-            error = serves ? (message->cut ? EMFILE : EINVAL) : EPERM;
-            (void)snprintf(why, sizeof(why), error == EMFILE ? "more than %d descriptors, or too many are open: ulimit -Hn, LimitNOFILE=" : "not now, or no name",
-                           PC_KEEPER_FDS);
+        if (message->cut)
+            (void)snprintf(why, sizeof(why), "more than %d descriptors, or too many are open: ulimit -Hn, LimitNOFILE=", PC_KEEPER_FDS);
+        error = !serves ? EPERM : message->cut ? EMFILE : strlen(message->text) != message->text_bytes ? EINVAL : 0;
+        if (error)
             break;
-        }
         error = store_put(&keeper.store, message->text, message->fds, message->fd_count, true, why);
         message->fd_count = 0; /* they are the store's, or closed */
         break;
@@ -233,7 +238,7 @@ static void hear(struct engine *engine, struct message *message, bool dead)
     for (uint32_t i = 0; i < message->fd_count; i++)
         close(message->fds[i]);
     if (answered && !dead)
-        engine_answer(engine, message->head.value, error, why);
+        answer_with(&engine->answer, message->head.value, error, why);
 }
 
 /* One message; false when there is none. */
@@ -250,7 +255,6 @@ static bool listen_to(struct engine *engine, bool dead)
         bool told = engine->ordered || engine->leave || keeper.stop_signal || !keeper.ever_ready;
 
         engine->closed = true;
-        engine->answering = false;
         engine->deadline_ns = pc_now_ns() + (told ? LEAVE_NS : CLOSED_NS);
     }
     return false;
@@ -260,14 +264,14 @@ static bool listen_to(struct engine *engine, bool dead)
 
 static bool is_waiting(void)
 {
-    return keeper.spare.state == WAITING && !keeper.spare.ended;
+    return keeper.spare.state == WAITING && !keeper.spare.closed && !keeper.spare.replaced && !keeper.spare.ended;
 }
 
 static bool has_news(const struct engine *engine)
 {
     if (engine->closed || engine->state == NONE)
         return false;
-    if (engine->answering)
+    if (engine->answer.due || engine->upgrade_answer.due)
         return true;
     return engine->state == SERVING && (keeper.store.untold || !engine->go_told || (engine->leave && !engine->leave_told) ||
                                         (engine->ready && engine->spare_told != is_waiting()));
@@ -276,16 +280,17 @@ static bool has_news(const struct engine *engine)
 /* The next thing, when there is one: 0, or the errno of its sending. */
 static int tell_next(struct engine *engine)
 {
+    struct answer *answer = engine->answer.due ? &engine->answer : &engine->upgrade_answer;
     int error = 0;
 
-    if (engine->answering) {
-        char text[sizeof(int32_t) + sizeof(engine->answer)];
-        size_t bytes = strlen(engine->answer);
+    if (answer->due) {
+        char text[sizeof(int32_t) + sizeof(answer->why)];
+        size_t bytes = strlen(answer->why);
 
-        memcpy(text, &engine->answer_error, sizeof(int32_t));
-        memcpy(text + sizeof(int32_t), engine->answer, bytes);
-        error = engine_send(engine, PC_KEEPER_ANSWER, engine->answer_id, text, sizeof(int32_t) + bytes, NULL, 0);
-        engine->answering = error != 0;
+        memcpy(text, &answer->error, sizeof(int32_t));
+        memcpy(text + sizeof(int32_t), answer->why, bytes);
+        error = engine_send(engine, PC_KEEPER_ANSWER, answer->id, text, sizeof(int32_t) + bytes, NULL, 0);
+        answer->due = error != 0;
     } else if (keeper.store.untold) {
         for (uint32_t i = 0; i < keeper.store.end && !error; i++) {
             struct entry *entry = &keeper.store.entries[i];
@@ -324,7 +329,7 @@ static void tell(struct engine *engine)
     if (error == EBUSY)
         engine->send_after_ns = pc_now_ns() + 2 * MS;
     else if (error && error != EAGAIN)
-        engine->answering = false; /* it has ended, as will be seen */
+        engine->answer.due = false; /* it has ended, as will be seen when its socket is read */
 }
 
 /* ---- ends of engines ---- */
@@ -342,7 +347,7 @@ static void spare_has_ended(void)
     } else if (upgrade) {
         say(WARNING, "not replaced by another command: %s", why);
         if (keeper.serving.state == SERVING && !keeper.serving.leave)
-            engine_answer(&keeper.serving, keeper.upgrade_id, ECHILD, why);
+            answer_with(&keeper.serving.upgrade_answer, keeper.upgrade_id, ECHILD, why);
         keeper.upgrading = false;
         keeper.spare_after_ns = 0;
     } else if (!keeper.ever_ready) {
@@ -355,6 +360,15 @@ static void spare_has_ended(void)
     }
     keeper.refusal[0] = '\0';
     engine_forget(spare);
+}
+
+/* VMs wait for an engine now, and the other command may never say HELLO. */
+static void cancel_upgrade(void)
+{
+    if (keeper.spare.state == STARTING && keeper.spare.command != keeper.current)
+        kill_spare("the engine that it was to replace has died");
+    else
+        keeper.upgrading = false;
 }
 
 /* Sets how long the next engine has to wait, after a death. */
@@ -370,6 +384,15 @@ static void count_death(void)
     keeper.promote_after_ns = now_ns + (times > keeper.burst ? delay_ns(times - keeper.burst) : 0);
 }
 
+/* By a child's wait status: with 0, by the signal that it was told to end by, or with any status when it was told so more than
+ * once. One that was told once may go on to serve for hours, and what ends it then is a crash. */
+static bool ends_in_order(int status)
+{
+    if (WIFSIGNALED(status))
+        return WTERMSIG(status) == keeper.stop_signal;
+    return !WEXITSTATUS(status) || keeper.stops > 1;
+}
+
 static void serving_has_ended(void)
 {
     struct engine *serving = &keeper.serving;
@@ -379,15 +402,12 @@ static void serving_has_ended(void)
     for (int i = 0; i < DRAIN && listen_to(serving, true); i++) {
     }
     in_order = !keeper.trial && !serving->leave &&
-               (serving->ordered || !keeper.ever_ready ||
-                (serving->pidfd >= 0 ? keeper.stop_signal != 0
-                 : WIFEXITED(serving->wait_status) ? !WEXITSTATUS(serving->wait_status) || keeper.stop_signal
-                                                   : WTERMSIG(serving->wait_status) == keeper.stop_signal));
+               (serving->ordered || !keeper.ever_ready || (serving->pidfd < 0 && ends_in_order(serving->wait_status)));
     if (in_order) {
         end(status_of(serving), describe(serving));
     } else if (serving->leave) {
         (void)snprintf(keeper.reason, sizeof(keeper.reason), "engine %d was replaced", (int)serving->pid);
-        say(INFO, "%s, engine %d goes on", keeper.reason, (int)keeper.spare.pid);
+        say(INFO, "%s, another one goes on", keeper.reason);
         keeper.promote_after_ns = 0;
     } else {
         (void)snprintf(keeper.reason, sizeof(keeper.reason), "%s%s", describe(serving), keeper.trial ? " before it served" : "");
@@ -395,6 +415,8 @@ static void serving_has_ended(void)
         say(WARNING, "%s; %s, with %u names kept%s", keeper.reason,
             keeper.promote_after_ns > pc_now_ns() ? "they die again and again, so the next one waits a while" : "another one goes on",
             keeper.store.used, keeper.trial ? "; back to the command before" : "");
+        if (keeper.upgrading && !is_waiting())
+            cancel_upgrade();
     }
     keeper.trial = false;
     engine_forget(serving);
@@ -433,7 +455,7 @@ static bool wants_engine(void)
     if (keeper.spare.state != NONE)
         return false;
     return keeper.serving.state == NONE ||
-           (keeper.serving.ready && !keeper.stop_signal && (keeper.want_spare || keeper.upgrading));
+           (keeper.serving.ready && (keeper.upgrading || (keeper.want_spare && !keeper.stop_signal)));
 }
 
 static bool can_promote(void)
@@ -456,7 +478,8 @@ static void step(void)
         keeper.spare.deadline_ns = NEVER;
     }
     if (now_ns >= keeper.serving.deadline_ns) {
-        say(WARNING, "engine %d takes too long to %s, and is killed", (int)keeper.serving.pid, keeper.serving.leave || keeper.serving.closed ? "end" : "serve");
+        say(WARNING, "engine %d takes too long to %s, and is killed", (int)keeper.serving.pid,
+            keeper.serving.leave || keeper.serving.closed ? "end" : "serve");
         engine_signal(&keeper.serving, SIGKILL);
         keeper.serving.deadline_ns = NEVER;
     }
@@ -510,12 +533,14 @@ static void on_signal(int number)
         reap();
     } else if (keeper.serving.state == SERVING) {
         keeper.stop_signal = stops ? number : keeper.stop_signal;
+        keeper.stops += stops;
         if (keeper.serving.go_told) /* else it gets what stops it then */
             engine_signal(&keeper.serving, number);
     } else if (stops && (keeper.stop_signal || !keeper.ever_ready)) {
         end(128 + number, "it was told to end while no engine serves");
     } else if (stops) {
         keeper.stop_signal = number; /* for the next one, which serves at once */
+        keeper.stops++;
         keeper.promote_after_ns = keeper.spare_after_ns = 0;
     }
 }
@@ -543,7 +568,7 @@ static void watch(struct pollfd *poll_fd, const struct engine *engine)
     if (engine->state == NONE || engine->closed)
         return;
     poll_fd->fd = engine->socket;
-    poll_fd->events = (short)((engine->answering ? 0 : POLLIN) | (has_news(engine) && !engine->send_after_ns ? POLLOUT : 0));
+    poll_fd->events = (short)((engine->answer.due ? 0 : POLLIN) | (has_news(engine) && !engine->send_after_ns ? POLLOUT : 0));
 }
 
 /* Sleeps until something has happened, and takes note of it. */
@@ -599,6 +624,7 @@ static int open_signals(void)
         (void)sigaddset(&set, numbers[i]);
     (void)signal(SIGCHLD, SIG_DFL); /* where it is ignored, the kernel forgets how children end */
     (void)signal(SIGPIPE, SIG_IGN);
+    (void)signal(SIGTTOU, SIG_IGN); /* it writes to the terminal also from the background; engines inherit this */
     (void)sigprocmask(SIG_SETMASK, &set, NULL);
     return signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
 }
@@ -612,7 +638,7 @@ static void allow_files(void)
     limit.rlim_cur = limit.rlim_max;
     if (setrlimit(RLIMIT_NOFILE, &limit))
         (void)getrlimit(RLIMIT_NOFILE, &limit);
-    keeper.store.max_fds = limit.rlim_cur > 2 * RESERVE ? (uint32_t)(limit.rlim_cur > 1u << 20 ? 1u << 20 : limit.rlim_cur) - RESERVE : RESERVE;
+    keeper.store.max_fds = (uint32_t)((limit.rlim_cur > 1u << 20 ? 1u << 20 : limit.rlim_cur) / ENGINE_FDS);
 }
 
 static void adopt(const struct options *options)

@@ -5,20 +5,20 @@
  * memory of its own beyond one static structure, and it reads nothing but messages of its engine, in a fixed form.
  *
  * What it does not trust. An engine handles what VMMs and networks send, so it may be taken over by one of them. What it sends
- * is checked: lengths, names, the number of names and descriptors (a reserve is kept for the keeper itself), kinds of files (none whose
- * close could wait). One message of an engine is read a turn, and only when the answer to the last one has left: a flood fills the
- * engine's own socket. Nothing that an engine sends ends the keeper but END, which is its part of ending in order.
+ * is checked: lengths, names, kinds of files, the number of names and descriptors (so few that the next engine can have all of them).
+ * One message of an engine is read a turn, and only when the answer to the last one has left: a flood fills the engine's own socket.
+ * Only one message ends the keeper: END, by which an engine ends in order.
  *
  * The life of an engine. Each one begins as a spare: it is started, imports what it needs, says HELLO and waits. When there is none
  * that serves, it is told all entries, and GO. The first one serves at once; another is started when it is READY. So a death
- * costs no start of a process. All that is to be told is state (`told`, `go_told`, ...) and no queue: whoever is told, is
- * told from the start.
+ * costs no start of a process. What an engine is to be told is kept as flags (`told`, `go_told`, ...) and not in a queue, so the next
+ * one is told everything by clearing them.
  *
  *     start() -> STARTING --HELLO--> WAITING --promote()--> SERVING --READY--> (a spare is started)
  *
- * An engine ends: in order (exit status 0, END, or any exit after it was asked to by a signal), and the keeper with it; since it
- * was told LEAVE; or it has died, by which every other end is meant, and the spare goes on. An end before any engine was READY
- * ends the keeper with its status: that is a wrong option, not a crash. Engines that die again and again wait longer each time.
+ * An engine ends in order (exit status 0, END, the signal that it was told to end by), and the keeper with it; or because it was told
+ * LEAVE; every other end is a death, and the spare goes on. An end before any engine was READY ends the keeper with its status: that
+ * is a wrong option, not a crash. Engines that die again and again wait longer each time.
  */
 #ifndef PC_KEEPER_INTERNAL_H
 #define PC_KEEPER_INTERNAL_H
@@ -35,7 +35,7 @@
 #define NEVER UINT64_MAX
 #define LISTENERS 256 /* descriptors that are accepted on */
 #define FRESH 256     /* connections that no engine has put anything to */
-#define RESERVE 64    /* descriptors that are not for entries */
+#define ENGINE_FDS 4  /* descriptors that an engine may need for each one that is kept; its limit is the keeper's */
 #define WORDS 256     /* of a command */
 
 /* ---- what is kept (store.c) ---- */
@@ -66,6 +66,11 @@ void store_import(struct store *store);
 void store_connect_systemd(struct store *store);
 
 /* ---- engines, as processes and sockets (engine.c) ---- */
+struct answer {
+    bool due; /* has not left */
+    int32_t id, error;
+    char why[256];
+};
 enum engine_state { NONE, STARTING, WAITING, SERVING };
 struct engine {
     enum engine_state state;
@@ -85,9 +90,7 @@ struct engine {
     bool go_told, leave, leave_told;
     int spare_told;
     uint64_t send_after_ns;
-    bool answering; /* the answer to its last message has not left */
-    int32_t answer_id, answer_error;
-    char answer[256];
+    struct answer answer, upgrade_answer; /* to its last message, and to UPGRADE, which is answered later than those after it */
 };
 struct message {
     struct {
@@ -107,7 +110,7 @@ void engine_forget(struct engine *engine);
 int engine_receive(struct engine *engine, struct message *message);
 /* 0 or an errno: EAGAIN until the socket is writable, EBUSY when it is and that is not enough. */
 int engine_send(struct engine *engine, uint32_t kind, int32_t value, const void *text, size_t bytes, const int *fds, uint32_t count);
-void engine_answer(struct engine *engine, int32_t id, int error, const char *why);
+void answer_with(struct answer *answer, int32_t id, int error, const char *why);
 
 /* ---- messages for people (say.c) ---- */
 enum level { INFO, WARNING, ERROR };

@@ -17,7 +17,7 @@
 #include "keeper/keeper.h"
 
 #define FIRST_PASSED_FD 3 /* SD_LISTEN_FDS_START */
-#define WHY_BYTES sizeof(((struct engine *)NULL)->answer)
+#define WHY_BYTES sizeof(((struct answer *)NULL)->why)
 #define ENTRY_OF_CONNECTION "%.42s.%llu" /* fits into a name */
 
 __attribute__((format(printf, 3, 4))) static int refuse(int error, char *why, const char *format, ...)
@@ -47,6 +47,8 @@ void store_connect_systemd(struct store *store)
     store->systemd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     if (store->systemd < 0)
         return;
+    if (strtol(room, NULL, 10) < (long)store->max_fds) /* it would silently forget what is more */
+        store->max_fds = (uint32_t)strtol(room, NULL, 10);
     /* A service manager that takes nothing must not stop this process. */
     (void)setsockopt(store->systemd, SOL_SOCKET, SO_SNDTIMEO, &(struct timeval){.tv_usec = 200000}, sizeof(struct timeval));
     if (connect(store->systemd, (struct sockaddr *)&address, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + bytes))) {
@@ -99,8 +101,7 @@ static bool has_option(int fd, int option, int value)
     return !getsockopt(fd, SOL_SOCKET, option, &found, &(socklen_t){sizeof(found)}) && found == value;
 }
 
-/* Files whose last close returns at once: local sockets, regular and memory files, and what has no file system (userfaultfd, eventfd,
- * pidfd). */
+/* Local sockets, regular and memory files, and what has no file system (userfaultfd, eventfd, pidfd): others may wait in close(). */
 static bool can_be_kept(int fd)
 {
     struct stat status;
@@ -110,6 +111,26 @@ static bool can_be_kept(int fd)
     if (S_ISSOCK(status.st_mode))
         return has_option(fd, SO_DOMAIN, AF_UNIX);
     return S_ISREG(status.st_mode) || (status.st_mode & S_IFMT) == 0;
+}
+
+/* The last close of a connection also closes what was sent to it and not received. A client may have sent anything, such as a TCP socket
+ * whose close waits for its peer (SO_LINGER). An exit does not wait for that: so the last one to have them is a process that exits. */
+static void close_all(const int *fds, uint32_t count)
+{
+    int gate[2] = {-1, -1};
+    bool connected = false;
+
+    for (uint32_t i = 0; i < count; i++)
+        connected = connected || has_option(fds[i], SO_DOMAIN, AF_UNIX);
+    if (connected && !pipe2(gate, O_CLOEXEC) && !fork()) {
+        close(gate[1]);
+        (void)!read(gate[0], &(char){0}, 1); /* until the keeper has closed them, or has ended */
+        _exit(0);
+    }
+    for (uint32_t i = 0; i < count; i++)
+        close(fds[i]);
+    for (int i = 0; i < 2 && gate[i] >= 0; i++)
+        close(gate[i]);
 }
 
 /* ---- entries ---- */
@@ -168,8 +189,9 @@ static int add(struct store *store, const char *name, const int *fds, uint32_t c
         return refuse(EINVAL, why, "the name is that of a listening socket");
     if (store->listeners + listening > LISTENERS)
         return refuse(ENOSPC, why, "%d listening sockets are kept already", LISTENERS);
-    if (store->fds + count > store->max_fds)
-        return refuse(EMFILE, why, "%u descriptors are kept already; allow more open files: ulimit -Hn, LimitNOFILE=", store->fds);
+    if (!passed && store->fds + count > store->max_fds)
+        return refuse(EMFILE, why, "%u descriptors are kept already; allow more: ulimit -Hn, LimitNOFILE=, FileDescriptorStoreMax=",
+                      store->fds);
     if (!entry) {
         entry = unused(store);
         if (!entry)
@@ -199,8 +221,8 @@ int store_put(struct store *store, const char *name, const int *fds, uint32_t co
 {
     int error = add(store, name, fds, count, told, false, why);
 
-    for (uint32_t i = 0; error && i < count; i++)
-        close(fds[i]);
+    if (error)
+        close_all(fds, count);
     return error;
 }
 
@@ -211,8 +233,7 @@ void store_drop(struct store *store, const char *name)
     if (!entry)
         return;
     tell_systemd(store, "FDSTOREREMOVE", entry->name, NULL, 0);
-    for (uint32_t i = 0; i < entry->count; i++)
-        close(entry->fds[i]);
+    close_all(entry->fds, entry->count);
     store->fds -= entry->count;
     store->listeners -= entry->listens ? entry->count : 0;
     store->fresh -= entry->fresh;

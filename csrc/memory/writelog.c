@@ -15,13 +15,13 @@
  * Looking takes some nanoseconds a page, so that is not done where nothing can have changed: in a chunk of pages that all were there
  * and protected after the last look, of which none was lifted or told of since. The thread notes and then lifts, and reads events and
  * notes them, under `lock`; `collect` takes the notes under it before it looks. What was done before is in them, then; what comes
- * later is in the next ones. Who has written, or given back, has waited for the thread before.
+ * later is in the next ones. A thread that has written, or given back, has waited for the log's thread before.
  *
  * While such an event has not been read, and for a moment after, no protection changes (EAGAIN): the thread keeps what it could not
  * lift and reads on; `collect` tries again.
  *
- * The end. Unregistering lifts every protection, but wakes nobody who waits for a write, so all are woken. One who had begun to
- * give memory back may tell only then, and would wait for ever: the kernel's EAGAIN says that there is one.
+ * The end. Unregistering lifts every protection, but wakes no thread that waits to write, so all are woken. A thread that had begun to
+ * give memory back may send its event only then, and would wait for ever: the kernel's EAGAIN says that there is one.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -114,7 +114,7 @@ static int read_events(struct pc_write_log *log, struct waiting *waiting)
     struct pc_uffd_event events[EVENTS];
     int count;
 
-    pthread_mutex_lock(&log->lock); /* before the read, which lets who gives memory back go on */
+    pthread_mutex_lock(&log->lock); /* before the read, after which the thread that gives memory back goes on */
     count = pc_uffd_read(log->uffd, events, EVENTS);
     for (int i = 0; i < count; i++) {
         const struct pc_uffd_event *event = &events[i];
@@ -132,7 +132,7 @@ static int read_events(struct pc_write_log *log, struct waiting *waiting)
     return count;
 }
 
-/* Answers those who wait; what cannot be answered now stays. */
+/* Lets threads go on that wait to write; what cannot be answered now stays. */
 static int answer(struct pc_write_log *log, struct waiting *waiting)
 {
     uint32_t kept = 0;
@@ -171,7 +171,7 @@ static void *log_thread(void *argument)
         int error = 0;
 
         (void)poll(ready, ending ? 1 : 2, ending || waiting.count || waiting.more ? RETRY_MS : -1);
-        if (ready[0].revents & POLLERR) /* someone has made it blocking: it is shared with the other process */
+        if (ready[0].revents & POLLERR) /* it is a blocking one now: the other process, which shares it, has made it one */
             (void)fcntl(log->uffd, F_SETFL, fcntl(log->uffd, F_GETFL) | O_NONBLOCK);
         while ((error = read_events(log, &waiting)) == EVENTS && waiting.count < PENDING)
             ;
@@ -185,7 +185,7 @@ static void *log_thread(void *argument)
             waiting.count = waiting.more = 0; /* all were woken */
         if (!ending)
             continue;
-        /* Until nobody is about to say that memory is given back. */
+        /* Until no thread is about to say that it gives memory back. */
         until_ns = until_ns ? until_ns : pc_now_ns() + PATIENCE_NS;
         if (pc_uffd_writeprotect(log->uffd, log->remote->extents[0].address, log->remote->page_bytes, 0) != -EAGAIN ||
             pc_now_ns() > until_ns)

@@ -9,7 +9,6 @@
  */
 #include <errno.h>
 #include <fcntl.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include "pager/pager.h"
@@ -503,20 +502,6 @@ static void handle_fault(struct shard *shard, const struct uffd_msg *message, ui
         pc_recheck_page(shard, range->block, page);
 }
 
-/* Never waits: a userfaultfd that was made a blocking one once may be so again, at any time, by its process. */
-static ssize_t read_uffd(const struct shard *shard, struct pc_journal *journal)
-{
-    struct iovec all = {.iov_base = journal->events, .iov_len = sizeof(journal->events)};
-    ssize_t got;
-
-    if (shard->meddled_with) {
-        got = preadv2(shard->uffd, &all, 1, -1, RWF_NOWAIT);
-        if (got >= 0 || errno != EOPNOTSUPP) /* before Linux 6.10 */
-            return got;
-    }
-    return read(shard->uffd, all.iov_base, all.iov_len);
-}
-
 /* Handles as many events as one read gives; the loop comes back for more. Whether there were any. */
 bool pc_read_events(struct shard *shard)
 {
@@ -527,7 +512,8 @@ bool pc_read_events(struct shard *shard)
 
     if (shard->gated)
         pthread_mutex_lock(&shard->gate);
-    got = read_uffd(shard, journal);
+    got = shard->may_block ? pc_uffd_read_now(shard->uffd, journal->events, sizeof(journal->events))
+                           : read(shard->uffd, journal->events, sizeof(journal->events));
     count = got > 0 ? (size_t)got / sizeof(journal->events[0]) : 0; /* EAGAIN: the fault went away before it was read */
     if (shard->gated) {
         removals = pc_apply_removals(shard, count); /* the kernel gives faults before events that came first */
@@ -540,8 +526,9 @@ bool pc_read_events(struct shard *shard)
     for (size_t i = 0; i < count; i++)
         if (__atomic_load_n(&journal->events[i].event, __ATOMIC_RELAXED) == UFFD_EVENT_PAGEFAULT)
             handle_fault(shard, &journal->events[i], now_ns);
-    /* The kernel refuses placements until who is told that his event is read has run, and one who takes away page after page begins the
-     * next one microseconds later. He is let run, for a time that is never the same, or he and what is refused might keep in step. */
+    /* The kernel refuses placements until the thread that takes memory away has run again after its event was read, and one that takes away
+     * page after page begins with the next one microseconds later. So that thread gets time to run; the time varies, or each new try might
+     * fall into the next removal. */
     if (removals && shard->retry_at_ns) {
         pc_sleep_ns(LET_RUN_NS / 16 + now_ns * UINT64_C(0x9E3779B97F4A7C15) % LET_RUN_NS);
         shard->retry_at_ns = now_ns;
@@ -555,7 +542,7 @@ void pc_uffd_unpollable(struct shard *shard)
 {
     int flags = fcntl(shard->uffd, F_GETFL);
 
-    shard->meddled_with = true;
+    shard->may_block = true;
     if (flags >= 0 && !(flags & O_NONBLOCK) && !fcntl(shard->uffd, F_SETFL, flags | O_NONBLOCK))
         return;
     shard->unpollable_until_ns = pc_now_ns() + UNPOLLABLE_NS;

@@ -6,17 +6,17 @@
  * (placement.c), for what is read here is given to placement as a frame. Three ways lead there:
  *
  *   the fault thread   reads what the page cache has without waiting (RWF_NOWAIT) and places it at once: no other thread takes part
- *   demand readers     read what it has not for those who wait, first come, first served: a slow disk stops nobody else
- *   background readers read and place runs of pages that nobody waits for: first the working set, in its order, then a *sweep* over all
+ *   demand readers     read pages that it has not and that threads wait for, in the order of the faults: a slow disk delays no other fault
+ *   background readers read and place runs of pages that no thread waits for: first the working set, in its order, then a *sweep* over all
  *                      local pages. Before each run they wait until no demand is left
  *
  * Where the image is in the page cache already, machines share it there; nothing is mapped, so that a file which is cut short is an
  * error here and never a SIGBUS.
  *
  * Staging: what arrives for a page that is not armed, as its machine has no memory yet, is written to a memfd and is local from then
- * on. The thread that stages sets the page's bit in local.pages, then looks for segments; arming publishes the segment, then has the
- * sweep look at local.pages: one of the two sees the other. A staged page is removed from the memfd when it is received, so that the
- * memfd itself tells a later pager what is staged.
+ * on. The thread that stages sets the page's bit in local.pages, takes back its claim, then looks for segments; arming publishes the
+ * segment, then has the sweep look at local.pages and at claims: one of the two sees the other. A staged page is removed from the memfd
+ * when it is received, so that the memfd itself tells a later pager what is staged.
  *
  * Owns local.pages, the readers and what they are to do, and the log of first touches.
  */
@@ -52,9 +52,10 @@ struct request {
     uint32_t block;
 };
 
-struct piece { /* of background work */
-    uint64_t first, pages;
-    uint32_t block;
+#define PIECE_RUNS 64
+struct piece { /* of background work: at most BATCH_BYTES, or one page */
+    struct pc_page_run runs[PIECE_RUNS];
+    uint32_t count;
     bool set; /* of a working set */
 };
 
@@ -126,7 +127,7 @@ struct placed { /* pages that were not there before */
     uint64_t pages, zeros;
 };
 
-/* Places what was read, as far as nobody else has: 0, or why it could not. `own`: the shard of the calling fault thread. */
+/* Places those pages of what was read that no other thread has claimed: 0, or why it could not. `own`: the shard of the calling fault thread. */
 static int place(struct pc_pager *pager, struct shard *own, uint32_t index, uint64_t first, uint64_t pages,
                  const uint8_t *content, uint8_t flags, struct placed *placed)
 {
@@ -173,14 +174,17 @@ static int place_patiently(struct pc_pager *pager, uint32_t index, uint64_t firs
     }
 }
 
-/* A real-time thread is worth its price where others of this pager want the processor. Where nobody does, it is a fifth of a fault that
- * no network is part of: in a virtual machine each change between it and a thread of the fair class programs a timer. */
-static void schedule_for(struct shard *shard, bool background)
+/* The fault thread is a real-time thread where other threads of this pager want the processor: those that prefetch, or a network's. Where
+ * there are none it is of the fair class: in a virtual machine each switch from or to a real-time thread programs a timer, which is a fifth
+ * of a fault on a page of the page cache. */
+void pc_local_schedule(struct shard *shard)
 {
-    if (shard->busy_poll_ns || shard->fair != background)
+    bool alone = shard->stream.fd < 0 && !__atomic_load_n(&shard->pager->readers->busy, __ATOMIC_RELAXED);
+
+    if (shard->busy_poll_ns || shard->fair == alone)
         return;
-    shard->fair = !background;
-    pc_thread_prompt(shard->fair);
+    shard->fair = alone;
+    pc_thread_prompt(alone);
 }
 
 bool pc_local_serve(struct shard *shard, uint32_t index, uint64_t page)
@@ -188,7 +192,7 @@ bool pc_local_serve(struct shard *shard, uint32_t index, uint64_t page)
     const struct block *block = shard->pager->blocks[index];
     struct placed placed = {0};
 
-    schedule_for(shard, __atomic_load_n(&shard->pager->readers->busy, __ATOMIC_RELAXED) || shard->stream.fd >= 0);
+    pc_local_schedule(shard);
     if (read_pages(block, page, 1, shard->page, __atomic_load_n(&block->local.now, __ATOMIC_RELAXED)) ||
         place(shard->pager, shard, index, page, 1, shard->page, PC_FRAME_DEMAND, &placed))
         return false;
@@ -222,7 +226,7 @@ static void serve_request(struct reader *reader, const struct request *request)
     struct placed placed = {0};
     int error;
 
-    if (pc_bits_test(block->claimed, request->page)) /* who has claimed it sees that it is requested */
+    if (pc_bits_test(block->claimed, request->page)) /* the thread that has claimed it sees that it is requested */
         return;
     error = read_pages(block, request->page, 1, reader->buffer, 0);
     if (error) {
@@ -276,7 +280,7 @@ static void wait_for_demand(struct readers *readers)
     pthread_mutex_unlock(&readers->lock);
 }
 
-/* Those pages of a word that are local, missing and waited for by nobody. */
+/* Those pages of a word that are local and missing, and that no thread waits for. */
 static uint64_t idle_word(const struct block *block, const uint64_t *local, uint64_t word)
 {
     return pc_bits_word(local, word) & ~(pc_bits_word(block->claimed, word) | pc_bits_word(block->requested, word));
@@ -305,13 +309,21 @@ static uint64_t next_idle(const struct block *block, uint64_t from, uint64_t end
     return end;
 }
 
-/* Removes pages that are received from the memfd in which they were staged. */
+static void punch_staged(const struct block *block, uint64_t from, uint64_t end)
+{
+    uint64_t page_bytes = block->memory.page_bytes;
+
+    if (from < end)
+        (void)fallocate(block->local.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(from * page_bytes),
+                        (off_t)((end - from) * page_bytes));
+}
+
+/* Removes those pages of [first, first + pages) that `which` names from the memfd in which they were staged. */
 static void drop_staged(struct block *block, const uint64_t *which, uint64_t first, uint64_t pages)
 {
-    uint64_t *local = local_pages(block), end = first + pages, page_bytes = block->memory.page_bytes;
-    uint64_t from = 0, until = 0; /* a run that is to be removed */
+    uint64_t *local = local_pages(block), from = 0, until = 0; /* a run that is to be removed */
 
-    for (uint64_t word = first / 64; word * 64 < end; word++) {
+    for (uint64_t word = first / 64; word * 64 < first + pages; word++) {
         uint64_t gone = pc_bits_word(local, word) & pc_bits_word(which, word) & pc_bits_mask(word, first, pages);
 
         if (gone)
@@ -319,47 +331,60 @@ static void drop_staged(struct block *block, const uint64_t *which, uint64_t fir
         for (; gone; gone &= gone - 1) {
             uint64_t page = pc_bits_lowest(word, gone);
 
-            if (page != until && until)
-                (void)fallocate(block->local.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(from * page_bytes),
-                                (off_t)((until - from) * page_bytes));
-            if (page != until || !until)
+            if (page != until) {
+                punch_staged(block, from, until);
                 from = page;
+            }
             until = page + 1;
         }
     }
-    if (until)
-        (void)fallocate(block->local.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(from * page_bytes),
-                        (off_t)((until - from) * page_bytes));
+    punch_staged(block, from, until);
 }
 
+static uint64_t batch_pages(const struct block *block)
+{
+    uint64_t pages = BATCH_BYTES / block->memory.page_bytes;
+
+    return pages ? pages : 1;
+}
+
+/* A working set may be nothing but single pages in no order: as many of them as make up a piece of the usual size. A piece costs two turns
+ * at the lock, and now and then the processor (pc_background_pause). */
 static bool next_of_runs(struct readers *readers, const struct pc_pager *pager, struct piece *piece)
 {
-    const struct pc_page_run *run;
-    uint64_t batch;
+    uint64_t room = 0;
 
-    if (readers->run_next == readers->run_count)
-        return false;
-    run = &readers->runs[readers->run_next];
-    batch = BATCH_BYTES / pager->blocks[run->block]->memory.page_bytes;
-    *piece = (struct piece){.first = run->first_page + readers->run_done,
-                            .pages = run->pages - readers->run_done,
-                            .block = run->block,
-                            .set = true};
-    if (piece->pages > (batch ? batch : 1))
-        piece->pages = batch ? batch : 1;
-    readers->run_done += piece->pages;
-    if (readers->run_done == run->pages) {
-        readers->run_next++;
-        readers->run_done = 0;
+    piece->count = 0;
+    piece->set = true;
+    while (readers->run_next < readers->run_count && piece->count < PIECE_RUNS) {
+        const struct pc_page_run *run = &readers->runs[readers->run_next];
+        struct pc_page_run *part = &piece->runs[piece->count];
+
+        if (!piece->count)
+            room = batch_pages(pager->blocks[run->block]);
+        else if (run->block != piece->runs[0].block || !room)
+            break;
+        *part = (struct pc_page_run){.first_page = run->first_page + readers->run_done,
+                                     .pages = run->pages - (uint32_t)readers->run_done,
+                                     .block = run->block};
+        if (part->pages > room)
+            part->pages = (uint32_t)room;
+        room -= part->pages;
+        piece->count++;
+        readers->run_done += part->pages;
+        if (readers->run_done == run->pages) {
+            readers->run_next++;
+            readers->run_done = 0;
+        }
     }
-    return true;
+    return piece->count;
 }
 
 static bool next_of_sweep(struct readers *readers, struct pc_pager *pager, struct piece *piece)
 {
     while (readers->sweeping) {
         struct block *block;
-        uint64_t batch;
+        uint64_t first = 0, pages = 0;
 
         if (readers->sweep_block == pc_block_count(pager)) {
             readers->sweeping = readers->sweep_again;
@@ -369,14 +394,13 @@ static bool next_of_sweep(struct readers *readers, struct pc_pager *pager, struc
             continue;
         }
         block = pager->blocks[readers->sweep_block];
-        piece->pages = 0;
-        batch = BATCH_BYTES / block->memory.page_bytes;
         if (local_pages(block) && (readers->all || block->local.staging))
-            piece->first = next_idle(block, readers->sweep_page, block->pages, batch ? batch : 1, &piece->pages);
-        if (piece->pages) {
-            piece->block = readers->sweep_block;
+            first = next_idle(block, readers->sweep_page, block->pages, batch_pages(block), &pages);
+        if (pages) {
+            piece->runs[0] = (struct pc_page_run){.first_page = first, .pages = (uint32_t)pages, .block = readers->sweep_block};
+            piece->count = 1;
             piece->set = false;
-            readers->sweep_page = piece->first + piece->pages;
+            readers->sweep_page = first + pages;
             return true;
         }
         if (pc_staged(block)) /* those that the fault thread has placed */
@@ -397,10 +421,10 @@ static void stop_prefetch(struct readers *readers)
 }
 
 /* Places the zero pages of a working set that nothing is placed for otherwise. How many. */
-static uint64_t place_zero_pages(struct pc_pager *pager, const struct piece *piece)
+static uint64_t place_zero_pages(struct pc_pager *pager, const struct pc_page_run *run)
 {
-    const struct block *block = pager->blocks[piece->block];
-    uint64_t page_bytes = block->memory.page_bytes, end = piece->first + piece->pages, count = 0, page = piece->first;
+    const struct block *block = pager->blocks[run->block];
+    uint64_t page_bytes = block->memory.page_bytes, end = run->first_page + run->pages, count = 0, page = run->first_page;
 
     while (page < end && !is_ending(pager->readers)) {
         uint64_t first = pc_bits_next(block->zero, end, page, true), pages, done = 0;
@@ -434,12 +458,13 @@ static uint64_t place_zero_pages(struct pc_pager *pager, const struct piece *pie
     return count;
 }
 
-static void do_piece(struct reader *reader, const struct piece *piece)
+/* 0, or why no more is to be prefetched: the file, the host's memory, or the machine has failed. */
+static int do_run(struct reader *reader, const struct pc_page_run *run, bool set)
 {
     struct pc_pager *pager = reader->pager;
     struct readers *readers = pager->readers;
-    struct block *block = pager->blocks[piece->block];
-    uint64_t end = piece->first + piece->pages, page = piece->first, zeros = 0;
+    struct block *block = pager->blocks[run->block];
+    uint64_t end = run->first_page + run->pages, page = run->first_page, zeros = 0;
     struct placed placed = {0};
     int error = 0;
 
@@ -447,29 +472,39 @@ static void do_piece(struct reader *reader, const struct piece *piece)
         uint64_t pages, first;
 
         wait_for_demand(readers);
-        first = next_idle(block, page, end, piece->pages, &pages);
+        first = next_idle(block, page, end, run->pages, &pages);
         if (!pages)
             break;
         page = first + pages;
         error = read_pages(block, first, pages, reader->buffer, 0);
         if (error)
-            report_unreadable(pager, piece->block, first, pages, error);
+            report_unreadable(pager, run->block, first, pages, error);
         else
-            error = place_patiently(pager, piece->block, first, pages, reader->buffer, 0, block->local.staging, &placed);
+            error = place_patiently(pager, run->block, first, pages, reader->buffer, 0, block->local.staging, &placed);
         if (error == -ENOENT)
             error = 0; /* its memory has gone */
     }
-    if (piece->set && !error)
-        zeros = place_zero_pages(pager, piece);
-    if (piece->set) {
-        COUNT(pager, set_pages, piece->pages);
+    if (set && !error)
+        zeros = place_zero_pages(pager, run);
+    if (set) {
+        COUNT(pager, set_pages, run->pages);
         COUNT(pager, set_hits, placed.pages + zeros);
     }
     if (zeros)
         COUNT(pager, prefetched_pages, zeros);
     if (block->local.staging)
-        drop_staged(block, block->received, piece->first, piece->pages);
-    if (error) { /* the file, the host's memory, or the machine has failed: it does not pay any more */
+        drop_staged(block, block->received, run->first_page, run->pages);
+    return error;
+}
+
+static void do_piece(struct reader *reader, const struct piece *piece)
+{
+    struct readers *readers = reader->pager->readers;
+    int error = 0;
+
+    for (uint32_t i = 0; i < piece->count && !error && !is_ending(readers); i++)
+        error = do_run(reader, &piece->runs[i], piece->set);
+    if (error) {
         pthread_mutex_lock(&readers->background_lock);
         stop_prefetch(readers);
         pthread_mutex_unlock(&readers->background_lock);
@@ -855,9 +890,13 @@ int pc_local_stage(struct pc_pager *pager, uint32_t index, uint64_t first, uint6
         return error;
     for (uint64_t word = first / 64; word * 64 < first + pages; word++)
         (void)pc_atomic_set(local, word, pc_bits_mask(word, first, pages));
+    return 0;
+}
+
+void pc_local_staged(struct pc_pager *pager, const struct block *block)
+{
     if (__atomic_load_n(&block->segment_count, __ATOMIC_SEQ_CST)) /* it may have been armed meanwhile, and swept already */
         sweep_again(pager);
-    return 0;
 }
 
 void pc_local_armed(struct pc_pager *pager, const struct block *block)

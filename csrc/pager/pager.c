@@ -49,7 +49,8 @@
  * it has not; so a placement that was decided before the read must not happen after it. Hence the gate: a placement holds it from
  * looking at `received` to setting it, the fault thread holds it from the read until what it read is in the maps. It is the one lock
  * between bulk and fault thread, only for shards with such events, held for one run of pages at a time, and inherits priority.
- * What is read goes straight into a journal that outlives the pager (removed.c), for the process goes on whoever has read it.
+ * What is read goes straight into a journal that outlives the pager (removed.c): the process goes on once its event was read, also when
+ * the pager dies at that instant.
  * EAGAIN is never retried on the spot: it may be that only reading ends it, or that it ends without any event; the fault thread
  * goes back to its loop, where it reads, and tries again then or after a moment.
  *
@@ -69,9 +70,9 @@
  *
  * The files
  * ---------
- * pager.h (all records and their owners), registry.c (blocks, shards, arming), faults.c (events, who waits), removed.c (what is taken away), urgent.c (the fault
- * thread's loop and channel), prefetch.c (requests before a fault), placement.c (frames become pages), local.c (pages that are on this
- * host), removed.c (memory that was taken away), bulk.c, watch.c, metrics.c.
+ * pager.h (all records and their owners), registry.c (blocks, shards, arming), faults.c (events, waiting threads), removed.c (memory that
+ * was taken away), urgent.c (the fault thread's loop and channel), prefetch.c (requests before a fault), placement.c (frames become pages),
+ * local.c (pages that are on this host), bulk.c, watch.c, metrics.c.
  * This file makes, asks and frees a pager as a whole: callers only.
  */
 #include <errno.h>
@@ -167,7 +168,7 @@ int pc_pager_forget(struct pc_pager *pager, uint32_t index, const uint64_t *stal
     if (pager->watch_count) /* of the pages that it has passed it looks at none again */
         error = -EBUSY;
     pthread_mutex_unlock(&pager->watch_lock);
-    if (!block->memory.base && __atomic_load_n(&block->segment_count, __ATOMIC_SEQ_CST)) /* nobody discards here what that process has */
+    if (!block->memory.base && __atomic_load_n(&block->segment_count, __ATOMIC_SEQ_CST)) /* what is placed there cannot be discarded from here */
         error = -EBUSY;
     if (error || !stale)
         return error;

@@ -148,7 +148,7 @@ struct shard {
     pthread_mutex_t gate;
     struct pc_journal *journal; /* what is read of it, removed.c; with the gate: `own_journal`, or in the states of the block armed first */
     struct pc_journal own_journal;
-    bool disarmed; /* with the gate: what is taken away is nobody's affair here any more */
+    bool disarmed; /* with the gate: nothing is armed any more, and what is taken away does not matter here */
     pthread_t thread;
 
     /* Shared, atomic: from other threads to the fault thread. */
@@ -169,10 +169,10 @@ struct shard {
     uint64_t retry_at_ns, retry_ns; /* something could not be placed or resolved for the moment; 0: nothing */
     uint64_t unpollable_until_ns;
     bool unpollable_reported;
-    bool meddled_with; /* another process has made the userfaultfd a blocking one */
+    bool may_block; /* the userfaultfd may have become a blocking one: another process has it too */
     uint32_t uffd_watched, stream_watched; /* for what epoll(7) looks at them; 0: not at all */
     uint32_t busy_turns;
-    bool fair; /* its thread is no real-time one, see pc_local_serve */
+    bool fair; /* its thread is no real-time one, see pc_local_schedule */
 
     /* Its channel (urgent.c): */
     struct pc_stream stream;
@@ -336,7 +336,7 @@ static inline void pc_spend(struct progress *progress, uint64_t ns)
     progress->work_ns -= progress->work_ns < ns ? progress->work_ns : ns;
 }
 
-/* The memory may be another process's, with pages in it and out of it of which nobody here knows. */
+/* The memory may be another process's: pages may come and go there of which this pager is not told. */
 static inline bool pc_is_adopted(const struct shard *shard)
 {
     return !shard->api.how;
@@ -416,13 +416,16 @@ void pc_prefetch_add(struct shard *shard, struct command *command);
 void pc_cursor_restart(const struct shard *shard, struct cursor *cursor);
 void pc_request_ahead(struct shard *shard);
 
-/* local.c: fault thread. Serves a fault on a local page at once; false: it has not. */
+/* local.c: fault thread. Gives itself the scheduling class that its work needs now: where it may have changed. */
+void pc_local_schedule(struct shard *shard);
+/* Fault thread. Serves a fault on a local page at once; false: it has not. */
 bool pc_local_serve(struct shard *shard, uint32_t index, uint64_t page);
 /* Fault thread. Leaves a local page that a thread waits for to the readers; false: there is no room. */
 bool pc_local_request(struct pc_pager *pager, uint32_t index, uint64_t page);
-/* Any thread that has claimed these pages, which were not armed a moment ago: stages their content. The claims are to be taken back. 0 or
- * -errno. */
+/* Any thread that has claimed these pages, which were not armed a moment ago: stages their content. 0, and the claims are to be taken back,
+ * then pc_local_staged called; or -errno. */
 int pc_local_stage(struct pc_pager *pager, uint32_t index, uint64_t first, uint64_t pages, const uint8_t *content);
+void pc_local_staged(struct pc_pager *pager, const struct block *block);
 /* Callers. Memory with staged pages has been armed. */
 void pc_local_armed(struct pc_pager *pager, const struct block *block);
 void pc_local_forget(struct block *block, const uint64_t *stale_words);

@@ -38,8 +38,6 @@ int pc_resolve(struct shard *shard, const struct block *block, uint64_t page, bo
     uint64_t address = pc_page_address(block, page), bytes = block->memory.page_bytes, done;
     int error;
 
-    if (!address)
-        return 0; /* being armed, which wakes all who wait */
     if (minor)
         error = pc_uffd_continue(shard->uffd, address, bytes, 0, &done);
     else if (block->memory.kind == PC_MEMORY_HUGETLB)
@@ -116,9 +114,9 @@ static int place_run(struct shard *shard, struct block *block, uint64_t first, u
         } else if (error == -ENOENT && most > page_bytes) {
             most = page_bytes; /* it says so of a run with an edge of two mappings in it, too */
             error = 0;
-        } else if (error == -ENOENT) { /* the page has left the userfaultfd: who waited there is to look again */
+        } else if (error == -ENOENT) { /* the page has left the userfaultfd: threads that waited there look again */
             pc_wake_pages(shard, block, page, 1);
-            if (pc_is_adopted(shard)) { /* its process needs nobody for it any more */
+            if (pc_is_adopted(shard)) { /* the kernel answers later faults there itself */
                 (void)pc_atomic_set(block->zero, page / 64, UINT64_C(1) << (page % 64));
                 COUNT(shard->pager, removed_pages, 1);
                 at += page_bytes;
@@ -189,6 +187,7 @@ static int place_word(struct pc_pager *pager, const struct channel *channel, con
             error = pc_local_stage(pager, frame->block, first, count, content + (first - frame->first_page) * block->memory.page_bytes);
             if (!error) {
                 unclaim(pager, channel, frame->block, word, mask, false);
+                pc_local_staged(pager, block);
                 *mine &= ~mask;
             }
             continue;

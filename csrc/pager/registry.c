@@ -165,6 +165,7 @@ static struct shard *new_shard(struct pc_pager *pager, int uffd, const struct pc
     shard->api = *api;
     shard->stream.fd = -1;
     shard->busy_poll_ns = (uint64_t)busy_poll_us * 1000;
+    shard->may_block = pc_is_adopted(shard);
     shard->gated = api->features & (UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP);
     shard->channel = (struct channel){.own = shard, .kind = PC_CHANNEL_URGENT};
     shard->send = pc_buffer_new(SEND_BYTES);
@@ -252,7 +253,7 @@ int pc_pager_adopt_shard(struct pc_pager *pager, int uffd, uint64_t features, ui
     struct pc_uffd_api api = {.features = features};
     int result;
 
-    (void)pc_uffd_features(uffd, &api.features); /* what it has, where that can be known, and not what somebody says */
+    (void)pc_uffd_features(uffd, &api.features); /* those it has, where /proc tells, and not those that the caller says */
     result = check_uffd(uffd, api.features, error, error_bytes);
 
     if (result) {
@@ -285,7 +286,8 @@ static int drop_unplaced(const struct block *block, uint64_t first, uint64_t pag
     return 0;
 }
 
-/* Registers, then publishes: range and segment at once with what was taken away of it already. */
+/* Registers, then publishes: first the segment, so that what the fault thread finds as a range has an address. With the gate nothing is placed
+ * there before what was taken away of it already is in the maps. */
 static int register_range(struct shard *shard, struct block *block, const struct range *range, uint64_t mode)
 {
     const uint64_t needed = UINT64_C(1) << PC_UFFD_IOCTL_COPY | UINT64_C(1) << PC_UFFD_IOCTL_WAKE;
@@ -304,13 +306,13 @@ static int register_range(struct shard *shard, struct block *block, const struct
         pc_journal_registered(shard, range);
     }
     pthread_mutex_lock(&shard->gate);
+    block->segments[block->segment_count] =
+        (struct segment){.first_page = range->first_page, .pages = range->pages, .address = range->address, .shard = shard->index};
+    __atomic_store_n(&block->segment_count, block->segment_count + 1, __ATOMIC_SEQ_CST); /* see pc_local_staged */
     shard->ranges[shard->range_count] = *range;
     __atomic_store_n(&shard->range_count, shard->range_count + 1, __ATOMIC_RELEASE);
     if (shard->gated)
         pc_journal_apply(shard);
-    block->segments[block->segment_count] =
-        (struct segment){.first_page = range->first_page, .pages = range->pages, .address = range->address, .shard = shard->index};
-    __atomic_store_n(&block->segment_count, block->segment_count + 1, __ATOMIC_SEQ_CST); /* see pc_local_stage */
     pthread_mutex_unlock(&shard->gate);
     /* Faults that an earlier pager has read, those that it has not, and those that came before this: they happen again. */
     (void)pc_uffd_wake(shard->uffd, range->address, range->bytes);

@@ -46,7 +46,7 @@ static void remove_pages(struct shard *shard, const struct range *range, uint64_
         for (; wanted; wanted &= wanted - 1)
             pc_recheck_page(shard, range->block, pc_bits_lowest(word, wanted));
     }
-    /* Who waits there: with an entry it is shown zeros, without one it comes again. */
+    /* A thread that waits there and has an entry is shown zeros; one that has none faults again. */
     if (waiting)
         (void)pc_uffd_wake(shard->uffd, range->address + offset * page_bytes, pages * page_bytes);
     pc_count_received(block, fresh_pages);
@@ -184,8 +184,8 @@ void pc_journal_disarmed(struct shard *shard)
     pthread_mutex_unlock(&shard->gate);
 }
 
-/* Who had begun to take memory away when it was unregistered tells of it, and waits until that is read, which nobody does later. As long
- * as there is one the kernel refuses changes. */
+/* A thread that had begun to take memory away when that was unregistered still sends its event, and waits until it is read: that is done here,
+ * as no other thread will. As long as there is one the kernel refuses changes. */
 void pc_drain_removals(struct shard *shard)
 {
     uint64_t end_ns = pc_now_ns() + DRAIN_NS;

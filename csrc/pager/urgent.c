@@ -281,6 +281,7 @@ static void adopt_stream(struct shard *shard, const struct pc_stream *stream)
         close_stream(shard, 0, NULL);
     shard->stream = *stream;
     shard->channel.error_reported = false;
+    pc_local_schedule(shard);
     pc_request_again(shard);
     shard->ahead_in_flight = 0;
     pc_cursor_restart(shard, &shard->sweep);

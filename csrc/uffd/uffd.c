@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include "core/clock.h"
@@ -272,6 +273,16 @@ static struct pc_uffd_event event_of(const struct uffd_msg *message)
     return event;
 }
 
+ssize_t pc_uffd_read_now(int uffd, void *messages, size_t bytes)
+{
+    struct iovec all = {.iov_base = messages, .iov_len = bytes};
+    ssize_t got = preadv2(uffd, &all, 1, -1, RWF_NOWAIT);
+
+    if (got < 0 && errno == EOPNOTSUPP) /* before Linux 6.10 */
+        got = read(uffd, messages, bytes);
+    return got;
+}
+
 int pc_uffd_read(int uffd, struct pc_uffd_event *events, uint32_t capacity)
 {
     struct uffd_msg messages[EVENTS_PER_READ];
@@ -282,7 +293,7 @@ int pc_uffd_read(int uffd, struct pc_uffd_event *events, uint32_t capacity)
     if (capacity > EVENTS_PER_READ)
         capacity = EVENTS_PER_READ;
     do
-        got = read(uffd, messages, capacity * sizeof(*messages));
+        got = pc_uffd_read_now(uffd, messages, capacity * sizeof(*messages));
     while (got < 0 && errno == EINTR);
     if (got < 0)
         return errno == EAGAIN ? 0 : -errno;

@@ -17,6 +17,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/ioctl.h>
+#include <sys/types.h>
 
 #define UFFD_API ((uint64_t)0xAA)
 #define UFFD_USER_MODE_ONLY 1 /* flag of userfaultfd(2), Linux 5.11 */
@@ -206,5 +207,9 @@ _Static_assert(UFFDIO_CONTINUE == 0xC020AA07, "UFFDIO_CONTINUE");
 _Static_assert(UFFDIO_POISON == 0xC020AA08, "UFFDIO_POISON");
 _Static_assert(USERFAULTFD_IOC_NEW == 0x0000AA00, "USERFAULTFD_IOC_NEW");
 #endif
+
+/* uffd.c: as read(2), but it never waits, also where another process has made the userfaultfd that they share a blocking one. (Before Linux
+ * 6.10 it does then.) */
+ssize_t pc_uffd_read_now(int uffd, void *messages, size_t bytes);
 
 #endif

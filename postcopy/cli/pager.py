@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from postcopy._stop import Stop
-from postcopy.handler import RECORD_VERSION, Handler, check, in_keeper, keep, open_store
+from postcopy.handler import RECORD_VERSION, Handler, in_keeper, keep, open_store
 from postcopy.output import Output
 from postcopy.service.config import OperatingOptions, PagerConfig
 from postcopy.service.operation import Operation
@@ -24,7 +24,6 @@ KEEPS_MACHINES = True
 def make(given: dict[str, Any], output: Output) -> Run:
     """With a keeper this process becomes it, and the command is run again as its engine."""
     config = record(PagerConfig, given)
-    check(config)
     if config.keeper and not in_keeper():
         keep([sys.executable, *sys.orig_argv[1:]], {}, log_json="log_json" in given, burst=config.restart_burst)
     operating = record(OperatingOptions, given)

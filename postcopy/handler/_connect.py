@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -26,7 +27,7 @@ from postcopy.handler._source import Source
 from postcopy.machines import BlockLayout, Machine
 from postcopy.machines.image import ImageMachine
 from postcopy.memory import Memory
-from postcopy.migration.destination import DestinationMigration
+from postcopy.migration.destination import IN_DOUBT_FOR_S, DestinationMigration
 from postcopy.net import CallingLink, Route
 from postcopy.units import format_size
 from postcopy.wire import State
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 AGAIN_S, AGAIN_MAX_S = 0.1, 5.0
 """Between attempts to connect, twice as long each time."""
 CONNECT_S = 10.0
+HOSTS = 16
+"""So many times the memory of this host a virtual machine may have."""
 MAX_EVENTS = 1024
 """Of a pager, that no migration has looked at."""
 
@@ -46,9 +49,12 @@ log = logging.getLogger(__name__)
 class _LentPager:
     """A pager as a migration has it: set up already, and not ended with it. All else is the pager's."""
 
-    def __init__(self, pager: Pager) -> None:
+    def __init__(self, pager: Pager, take: Callable[[Event], None]) -> None:
+        """`take`: how the virtual machine takes an event that it has not read yet."""
         self._pager = pager
+        self._take = take
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self._held: list[tuple[Callable[[int, int], None], int, int]] | None = []
         self._arrived = trio.Event()
 
     def __getattr__(self, name: str) -> Any:
@@ -72,7 +78,29 @@ class _LentPager:
         return EventStream(self.take_event, self.wait_event)
 
     def drain_events(self) -> list[Event]:
+        for event in self._pager.drain_events():
+            self._take(event)  # which passes it on
         return list(iter(self.take_event, None))
+
+    # ---- connections: until it is known that the image is the right one, no page is asked for, or taken
+
+    def attach_urgent(self, shard: int, fd: int) -> None:
+        self._attach(self._pager.attach_urgent, shard, fd)
+
+    def attach_bulk(self, channel: int, fd: int) -> None:
+        self._attach(self._pager.attach_bulk, channel, fd)
+
+    def _attach(self, attach: Callable[[int, int], None], index: int, fd: int) -> None:
+        if self._held is None:
+            attach(index, fd)
+        else:
+            self._held.append((attach, index, fd))
+
+    def image_is_known(self) -> None:
+        while self._held:
+            attach, index, fd = self._held.pop(0)
+            attach(index, fd)
+        self._held = None
 
     # ---- what has been done already, and what is not the migration's to do
 
@@ -90,7 +118,28 @@ class _LentPager:
         await trio.lowlevel.checkpoint()
 
     async def close(self) -> None:
+        for _, _, fd in self._held or ():
+            os.close(fd)
+        self._held = []
         await self._pager.disconnect()
+        self.drain_events()  # the end of these channels is not that of the next migration's
+
+
+class _KnownImage(ImageMachine):
+    """What a source offers. It must be what it has offered before: pages of two images would make no memory."""
+
+    def __init__(self, about: About, digests: set[int | None], known: Callable[[], None]) -> None:
+        """`digests`: of what has been taken from it. `known`: called when this is the same."""
+        memory = Memory.without_content(about.memory_bytes, about.page_bytes)
+        super().__init__(memory, about.memory_bytes, False, "")
+        self._digests, self._known = digests, known
+
+    async def load_state(self, state: bytes) -> None:
+        await super().load_state(state)
+        if self._digests - {self.digest}:
+            raise ConfigurationError("the source has another image than before: have it serve that one again")
+        self._digests.add(self.digest)
+        self._known()
 
 
 class ConnectSource(Source):
@@ -102,37 +151,48 @@ class ConnectSource(Source):
         self._recover_for_s = recover_for_s
         self._background = background
         self._lent: _LentPager | None = None
-        self._connected = False  # whether the present migration has brought pages
         self._lost_at = math.inf  # since when there is none that does
         self._pause_s = AGAIN_S
+        self._digests: set[int | None] = set()
+        self._recoveries = 0  # of migrations before the present one
 
     def check(self, about: About) -> None:
-        """When there is an offer."""
+        """How much the source has is known when it offers it. What is set up before costs a 16,000th of the memory that
+        the virtual machine says it has, and it may have mapped what no host has."""
+        if about.memory_bytes != sum(size_bytes for _, size_bytes, _ in about.regions):
+            raise ConfigurationError("its regions are not the whole of a memory file: there are gaps between offsets")
+        limit_bytes = HOSTS * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if about.memory_bytes > limit_bytes:
+            raise ConfigurationError(
+                f"it has {format_size(about.memory_bytes)} of memory, more than {HOSTS} times what this host has"
+            )
 
     async def run(self, vm: Vm, pager: Pager) -> None:
         """One migration after the other, until one has brought everything."""
-        lent = self._lent = _LentPager(pager)
-        while True:
-            lost_at = trio.current_time()
+        lent = self._lent = _LentPager(pager, vm.take)
+        self._lost_at = trio.current_time()
+        while not vm.complete:
+            began_at = trio.current_time()
             failure = await self._migrate(vm, lent)
             if failure is None:
-                await trio.sleep_forever()
-            if self._connected:  # which has then looked for its source for as long as it should
-                lost_at = -math.inf
-                self._pause_s = AGAIN_S
-            self._lost_at = min(self._lost_at, lost_at)
-            if trio.current_time() - self._lost_at >= self._recover_for_s:
+                return
+            self._note_loss()
+            if trio.current_time() - self._lost_at >= self._recover_for_s and not vm.complete:
                 vm.lose(str(failure))
             log.info("%s: %s; trying again", vm.about.name, failure)
+            if trio.current_time() - began_at > AGAIN_MAX_S:  # it has been of use, or waited long enough
+                self._pause_s = AGAIN_S
             await trio.sleep(self._pause_s)
             self._pause_s = min(2 * self._pause_s, AGAIN_MAX_S)
 
+    def _note_loss(self) -> None:
+        self._lost_at = min(self._lost_at, trio.current_time())
+
     async def _migrate(self, vm: Vm, lent: _LentPager) -> PostcopyError | None:
         """One migration; why it has ended, None when it is complete."""
-        self._connected = False
         try:
             with trio.fail_after(CONNECT_S):
-                link = await CallingLink.open(self._route, "dest")
+                link = await CallingLink.open(self._route, "dest", replaceable=True)
         except trio.TooSlowError:
             return PeerError(f"{self._route.address}: no answer within {CONNECT_S:g} s")
         except PostcopyError as error:
@@ -140,10 +200,11 @@ class ConnectSource(Source):
 
         def changed() -> None:
             if migration.running_ns and migration.state is State.POSTCOPY:
-                self._connected = True
                 self._lost_at = math.inf
-                vm.recoveries = migration.recoveries.count
+                vm.recoveries = self._recoveries + migration.recoveries.count
                 vm.found_again()
+            else:
+                self._note_loss()
 
         migration = self._make(link, vm, lent, changed)
         try:
@@ -151,6 +212,8 @@ class ConnectSource(Source):
         except PostcopyError as error:
             return error
         finally:
+            if migration.running_ns:
+                self._recoveries += migration.recoveries.count + 1  # the next one replaces its last connection
             await migration.close()
         if migration.complete:
             return None
@@ -170,13 +233,13 @@ class ConnectSource(Source):
                     f"{self._route.address}: its image has {format_size(layout[0].size_bytes)}, and the virtual machine"
                     f" {format_size(about.memory_bytes)}: it is of another snapshot"
                 )
-            memory = Memory.without_content(about.memory_bytes, about.page_bytes)
-            return ImageMachine(memory, about.memory_bytes, False, "")
+            return _KnownImage(about, self._digests, lent.image_is_known)
 
         return DestinationMigration(
             link,
             background=self._background,
             recover_for_s=self._recover_for_s,
+            doubt_for_s=min(IN_DOUBT_FOR_S, self._recover_for_s),
             kill_when_lost=True,  # the migration ends then; what becomes of the virtual machine is told by `Vm.lose`
             make_machine=make_machine,
             make_pager=lambda: cast(Pager, lent),

@@ -19,12 +19,13 @@ import logging
 import math
 import os
 import shlex
+import shutil
 import signal
 import socket
 import stat
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -33,7 +34,14 @@ import trio
 from postcopy._blocking import run_sync
 from postcopy._files import absolute, check_new_file
 from postcopy._stop import INSIST_S, Stop
-from postcopy.errors import ConfigurationError, ConnectionLost, PostcopyError, ProtocolError, ResourceError
+from postcopy.errors import (
+    ConfigurationError,
+    ConnectionLost,
+    PeerError,
+    PostcopyError,
+    ProtocolError,
+    ResourceError,
+)
 from postcopy.handler import _workingset as workingset
 from postcopy.handler._connect import ConnectSource
 from postcopy.handler._image import Image
@@ -73,6 +81,11 @@ THREADS_OF_IMAGE = 4
 SCAN_S = 1.0
 """How often a directory of images is looked at."""
 PROGRESS_S = 0.5
+END_S = 10.0
+"""How long the store may take for what is let go of at an end."""
+OWN = "own."
+"""What the names begin with that the store has for sockets made here. They end with "@", which no name of a connection
+does (NAME.NUMBER): so an image called a.1 does not share one with a connection to the socket of image a."""
 IMAGE_SUFFIX, SOCKET_SUFFIX, SET_SUFFIX = ".mem", ".sock", ".ws"
 _MAX_STEM_CHARS = 40
 
@@ -95,13 +108,13 @@ class Handler:
     """Make it, `run` it."""
 
     side = "pager"
-    listens = True
 
     def __init__(
         self, config: PagerConfig, output: Teller, store: Store, make_source: MakeSource | None = None
     ) -> None:
         """`make_source`: what gives a virtual machine its pages, where no image does."""
         self.control: str | None = None
+        self.listens = config.images is None  # else there may be no image yet
         self.stop = Stop()
         self.vms: list[Vm] = []
         self.changes = trio.Event()  # replaced when one has come or gone, or become complete
@@ -110,10 +123,12 @@ class Handler:
         self._store = store
         self._make_source = make_source
         self._arriving = trio.Semaphore(MAX_ARRIVING)
-        self._promised_bytes = 0
+        self._places: dict[str, int] = {}  # by name of a virtual machine, from when it is promised one: its memory
+        self._sets = workingset.Sets()
         self._limiters: dict[str, trio.CapacityLimiter] = {}
         self._listening: dict[str, str] = {}  # by path: the name in the store
-        self._own: set[str] = set()  # paths of those that are removed at the end
+        self._not_listening: set[str] = set()  # images that have no socket, and why, as it was said last
+        self._quits = False  # by request: no other process is to go on
         self._refused = self._ended = self._served = self._left = 0
 
     # ---- its life
@@ -121,29 +136,21 @@ class Handler:
     async def run(self, stop: Stop) -> bool:
         """Until `stop`, or the store says `leave`."""
         self.stop = stop
-        async with trio.open_nursery() as tasks:
-            for key, fds in list(self._store.taken.items()):
-                await self._take_over(tasks, key, fds)
-            try:
-                if not self.vms:
-                    self._check_working_set()
-                await self._open_socket()
-            except PostcopyError as error:
-                if not self.vms:
-                    raise  # before `ready`: a keeper ends with it then
-                log.error("%s", error)  # those that are here are served in any case
-            await self._store.ready()
-            tasks.start_soon(contained, "watching the directory of images", self._watch_images)
-            tasks.start_soon(contained, "telling progress", self._tell_progress)
-            tasks.start_soon(self._accept, tasks)
-            await self._until_end()
-            if self._config.kill_when_lost and not self._leaves():
-                for vm in self.vms:
-                    if not vm.complete:
-                        vm.kill()
-            tasks.cancel_scope.cancel()
-        if not self._leaves():
-            await self._close_sockets()
+        done = False
+        try:
+            async with trio.open_nursery() as tasks:
+                await self._begin(tasks)
+                await self._until_end()
+                if self._config.kill_when_lost and not self._leaves():
+                    for vm in self.vms:
+                        if not vm.complete:
+                            vm.kill()
+                tasks.cancel_scope.cancel()
+            done = True
+        finally:
+            # (Not after a mistake here: another process goes on where there is a keeper.)
+            if (done or trio.current_effective_deadline() == -math.inf) and not self._leaves():
+                await _shielded(self._close_sockets)
         if not self._store.leave.is_set():
             self._output.emit(
                 "result",
@@ -152,6 +159,25 @@ class Handler:
                 ),
             )
         return True
+
+    async def _begin(self, tasks: trio.Nursery) -> None:
+        for key, fds in list(self._store.taken.items()):
+            await self._take_over(tasks, key, fds)
+        try:
+            if not self.vms:
+                check(self._config)
+                self._check_working_set()
+            await self._open_sockets()
+        except PostcopyError as error:
+            # Those that are here are served in any case, also when an option makes no sense any more. Where there are
+            # none, a keeper ends with this process, which has not said `ready`.
+            if not self.vms:
+                raise
+            log.error("%s", error)
+        await self._store.ready()
+        tasks.start_soon(contained, "watching the directory of images", self._watch_images)
+        tasks.start_soon(contained, "telling progress", self._tell_progress)
+        tasks.start_soon(self._accept, tasks)
 
     async def _until_end(self) -> None:
         async def see_through() -> None:
@@ -166,9 +192,10 @@ class Handler:
         await first_of(see_through, self._store.leave.wait)
 
     def needed(self) -> str:
-        """By whom this process is; empty when nobody would miss it."""
-        if self._leaves():
-            return ""
+        """Which virtual machines need this process; empty when none does, or another process goes on with them."""
+        return "" if self._leaves() else self._incomplete()
+
+    def _incomplete(self) -> str:
         waiting = [vm.about.name for vm in self.vms if not vm.complete]
         if not waiting:
             return ""
@@ -177,7 +204,7 @@ class Handler:
 
     def _leaves(self) -> bool:
         """Whether this process leaves its virtual machines as they are, for another one, if it ends now."""
-        return self._store.leave.is_set() or "systemd" in str(self._store.status()["store"])
+        return self._store.leave.is_set() or (self._store.outlives and not self._quits)
 
     def _how_to_insist(self) -> str:
         way = f"{self.stop.by} again within {INSIST_S:g} s" if self.stop.by else ""
@@ -194,28 +221,39 @@ class Handler:
 
     # ---- sockets and images
 
-    async def _open_socket(self) -> None:
-        """That of ``--socket``, or those that a service manager has given."""
+    async def _open_sockets(self) -> None:
+        """That of ``--socket``, those that a service manager has given, and those of images."""
         for name, fd in self._store.listeners.items():
             self._listening[_path_of(fd)] = name
+        before = list(self._listening)
         if self._config.images is not None:
-            return  # see `_watch_images`
-        if self._config.socket is not None:
+            await self._look_for_images()
+        elif self._config.socket is not None:
             await self._listen("socket", absolute(self._config.socket))
-        elif not self._listening:
+        elif not before:
             raise ConfigurationError("--socket PATH is missing: systemd has given no socket to listen on")
-        for path in self._listening:
-            self._announce(path)
+        for path in before:
+            if path in self._listening:
+                self._announce(path)
 
     async def _listen(self, name: str, path: str) -> None:
-        self._own.add(path)
         if path in self._listening:
             return
+        name = f"{OWN}{name}@"
         listener = await listen(path, "--socket", 0o666 if self._config.allow_uid else 0o600)
         with listener:
             listener.setblocking(False)
-            await self._store.put(name, [listener.fileno()])
+            try:
+                await self._store.put(name, [listener.fileno()])
+            except PostcopyError:
+                _remove_socket(path)
+                raise
         self._listening[path] = name
+        self._announce(path)
+
+    def _is_own(self, path: str) -> bool:
+        """Whether its socket was made by this process, or one before it, and is removed at the end."""
+        return self._listening[path].startswith(OWN)
 
     def _announce(self, path: str) -> None:
         image = self._image_of(path)
@@ -225,7 +263,7 @@ class Handler:
         self._output.say(f"{self.side}: listening on {path} for virtual machines with the pages of {of}")
 
     def _image_of(self, path: str) -> str | None:
-        """The image whose pages are served at a socket. `ConfigurationError` for one that belongs to none."""
+        """The image whose pages are served at a socket; None where a host or a program has them."""
         config = self._config
         if config.images is None:
             return None if config.image is None else absolute(config.image)
@@ -246,51 +284,44 @@ class Handler:
         image = Image.open(config.image)
         try:
             with contextlib.suppress(workingset.DamagedError):  # said when it would be used
-                workingset.read(config.working_set, image)
+                self._sets.read(config.working_set, image)
         finally:
             image.close()
 
     async def _watch_images(self) -> None:
-        """Has a socket for each image, as long as there is one."""
-        if self._config.images is None:
-            return
-        told: set[str] = set()
-        while True:
-            try:
-                found = await run_sync(_names_in, absolute(self._config.images))
-            except PostcopyError as error:
-                if str(error) not in told:
-                    told.add(str(error))
-                    log.error("%s", error)
-                await trio.sleep(SCAN_S)
-                continue
-            directory = absolute(self._config.socket or self._config.images)
-            for name in sorted(found):
-                path = os.path.join(directory, name + SOCKET_SUFFIX)
-                if path in self._listening:
-                    self._own.add(path)  # of a process before this one, too
-                elif name not in told:
-                    try:
-                        await self._listen(f"images.{name}", path)
-                    except PostcopyError as error:
-                        told.add(name)
-                        log.error("%s: %s", name, error)
-                    else:
-                        self._announce(path)
-            for path in list(self._listening):
-                if path in self._own and os.path.basename(path).removesuffix(SOCKET_SUFFIX) not in found:
-                    await self._close_socket(path)
-            told &= found
+        while self._config.images is not None:
             await trio.sleep(SCAN_S)
+            await self._look_for_images()
+
+    async def _look_for_images(self) -> None:
+        """Has a socket for each image, as long as there is one. What does not work is tried again the next time."""
+        config, failures = self._config, set[str]()
+        assert config.images is not None
+        directory = absolute(config.socket or config.images)
+        try:
+            names = await run_sync(_names_in, absolute(config.images))
+        except PostcopyError as error:
+            failures.add(str(error))
+        else:
+            paths = {os.path.join(directory, name + SOCKET_SUFFIX): name for name in names}
+            for path in [path for path in self._listening if self._is_own(path) and path not in paths]:
+                await self._close_socket(path)
+            for path, name in sorted(paths.items()):
+                try:
+                    await self._listen(name, path)
+                except PostcopyError as error:
+                    failures.add(f"{name}: {error}")
+        for failure in sorted(failures - self._not_listening):
+            log.error("%s", failure)
+        self._not_listening = failures
 
     async def _close_socket(self, path: str) -> None:
         await self._store.drop(self._listening.pop(path))
-        self._own.discard(path)
         _remove_socket(path)
 
     async def _close_sockets(self) -> None:
         for path in list(self._listening):
-            if path in self._own:
+            if self._is_own(path):
                 await self._close_socket(path)
 
     # ---- arrivals
@@ -307,6 +338,7 @@ class Handler:
         handshake: Handshake | None = None
         peer, pidfd, path = Credentials(0, -1, -1), -1, ""
         vm: Vm | None = None
+        keep = False
         try:
             try:
                 with connection:
@@ -315,13 +347,14 @@ class Handler:
                     pidfd = open_peer(connection, peer)
                     handshake = await receive_handshake(connection, peek=True)
                     vm = await self._make(key, connection, handshake, peer, pidfd, path)
-                    pidfd = -1
-                    consume_handshake(connection)
             finally:
                 self._arriving.release()
             await self._serve(vm)
         except PostcopyError as error:
             self._refuse(error, handshake is not None, peer, pidfd, path)
+        except trio.Cancelled:
+            keep = self._leaves()
+            raise
         finally:
             if handshake is not None:
                 handshake.close()
@@ -329,7 +362,7 @@ class Handler:
                 os.close(pidfd)
             if vm is not None:
                 await self._drop(vm)
-            elif not self._leaves():
+            elif not keep:
                 await _shielded(self._store.drop, key)
 
     def _check_peer(self, peer: Credentials) -> None:
@@ -347,73 +380,80 @@ class Handler:
         pidfd: int,
         path: str,
     ) -> Vm:
-        """What the store has all of. The pidfd belongs to it then."""
+        """What the store has all of. It has copies of the descriptors."""
         if len({region.page_bytes for region in handshake.regions}) > 1:
             raise ProtocolError("its regions have pages of different sizes")
         if not_served := UffdFeature(handshake.features) & _NOT_SERVED:
             raise ProtocolError(f"its userfaultfd has {not_served.name}, which cannot be served from outside")
         image = self._image_of(path)
         about = About.of(handshake, peer, self._name(image, peer), path, image, self._store.deaths)
-        source = await self._open_source(about)
+        self._promise(about)
+        source: Source | None = None
         try:
+            source = await self._open_source(about)
             source.check(about)
-            self._promise(about)
+            fds = Descriptors.make(
+                about,
+                uffd=handshake.uffd,
+                pidfd=pidfd,
+                image=-1 if source.image is None else source.image.fd,
+                connection=connection.fileno(),
+            )
             try:
-                image_fd = -1 if source.image is None else os.dup(source.image.fd)
-                copies = os.dup(handshake.uffd), os.dup(pidfd) if pidfd >= 0 else -1, os.dup(connection.fileno())
-                fds = Descriptors.make(about, copies[0], copies[1], image_fd, copies[2])
-                try:
-                    await self._store.put(key, fds.kept)
-                except BaseException:
-                    fds.close()
-                    raise
+                await self._store.put(key, fds.kept)
+                consume_handshake(connection)
             except BaseException:
-                self._promised_bytes -= about.memory_bytes
+                fds.close()
                 raise
         except BaseException:
-            _close_source(source)
+            del self._places[about.name]
+            if source is not None:
+                source.close()
             raise
-        if pidfd >= 0:
-            os.close(pidfd)
         return self._new(key, fds, about, source)
 
     async def _open_source(self, about: About) -> Source:
         if about.image is not None:
             limiter = self._limiter_of(about.image)
             image = await trio.to_thread.run_sync(Image.open, about.image, limiter=limiter)
-            return ImageSource(image, limiter)
+            return ImageSource(image, limiter, self._sets)
         config = self._config
         if config.connect is not None:
             return ConnectSource(
                 config.connect, recover_for_s=config.recover_for_s, background=config.prefetch == "all"
             )
         if self._make_source is not None:
-            return ProgramSource(self._make_source(about))
+            try:
+                return ProgramSource(self._make_source(about))
+            except PostcopyError:
+                raise
+            except Exception as error:  # the program's code: whatever it raises is the reason
+                raise PeerError(f"its page source cannot be made: {type(error).__name__}: {error}") from error
         raise ConfigurationError("there is nothing to take its pages from")
 
     def _limiter_of(self, image: str) -> trio.CapacityLimiter:
         return self._limiters.setdefault(image, trio.CapacityLimiter(THREADS_OF_IMAGE))
 
     def _promise(self, about: About) -> None:
-        """A place, and memory."""
-        config = self._config
-        if len(self.vms) >= config.max_vms:
-            raise ResourceError(f"there are {len(self.vms)} virtual machines", "allow more: --max-vms")
+        """A place, and memory, from here on. `ResourceError` where there is no more."""
+        config, promised_bytes = self._config, sum(self._places.values())
+        if len(self._places) >= config.max_vms:
+            raise ResourceError(f"there are {len(self._places)} virtual machines", "allow more: --max-vms")
         limit = math.inf if config.max_memory_bytes is None else config.max_memory_bytes
-        if self._promised_bytes + about.memory_bytes > limit:
+        if promised_bytes + about.memory_bytes > limit:
             raise ResourceError(
-                f"the virtual machines have {format_size(self._promised_bytes)} of memory, and this one"
+                f"the virtual machines have {format_size(promised_bytes)} of memory, and this one"
                 f" {format_size(about.memory_bytes)}",
                 "allow more: --max-memory",
             )
-        self._promised_bytes += about.memory_bytes
+        self._places[about.name] = about.memory_bytes
 
     def _name(self, image: str | None, peer: Credentials) -> str:
         """One that no other one has."""
         stem = os.path.basename(image or "vm").partition(".")[0][:_MAX_STEM_CHARS]
         base = f"{stem if is_name(stem) else 'vm'}-{peer.pid}"
         name, number = base, 1
-        while any(vm.about.name == name for vm in self.vms):
+        while name in self._places:
             number += 1
             name = f"{base}.{number}"
         return name
@@ -437,20 +477,19 @@ class Handler:
         try:
             descriptors, about = Descriptors.sort(fds)
         except PostcopyError as error:
-            log.error("%s: %s", key, error)
-            await self._store.drop(key)
+            log.error("%s: %s; it is left to another version of postcopy", key, error)
             return
-        if descriptors.image >= 0 and about.image is not None:
-            image = Image(about.image, os.dup(descriptors.image))
-            source: Source = ImageSource(image, self._limiter_of(about.image))
-        else:
-            try:
+        try:
+            if descriptors.image >= 0 and about.image is not None:
+                image = Image(about.image, os.dup(descriptors.image))
+                source: Source = ImageSource(image, self._limiter_of(about.image), self._sets)
+            else:
                 source = await self._open_source(about)
-            except PostcopyError as error:
-                log.error("%s: %s", about.name, error)
-                descriptors.close()
-                return
-        self._promised_bytes += about.memory_bytes
+        except (PostcopyError, OSError) as error:
+            log.error("%s: it is not served: %s", about.name, error)
+            descriptors.close()
+            return
+        self._places[about.name] = about.memory_bytes
         vm = self._new(key, descriptors, about, source)
 
         async def serve() -> None:
@@ -508,15 +547,15 @@ class Handler:
             raise
         finally:
             self.vms.remove(vm)
-            self._promised_bytes -= about.memory_bytes
-            _close_source(vm.source)
+            del self._places[about.name]
+            vm.source.close()
             self._finished(vm)
             self._changed()
 
     async def _drop(self, vm: Vm) -> None:
         """It needs nothing any more, or nobody: one that cannot be served by a mistake in this process is left to the
         next one."""
-        if not self._leaves() and (vm.error is None or vm.ended):
+        if vm.ended or (vm.error is None and not self._leaves()):
             await _shielded(self._store.drop, vm.key)
 
     def _finished(self, vm: Vm) -> None:
@@ -525,7 +564,9 @@ class Handler:
         if vm.ended:
             self._ended += 1
         reason = vm.ended or vm.error or ("it needs nobody any more" if vm.complete else "this process has ended")
-        if not vm.ended and not vm.complete:
+        if vm.killed and not vm.ended:  # at this process's end
+            reason = "its process was killed"
+        elif not vm.ended and not vm.complete:
             self._left += 1
         self._output.emit("vm-ended", records.VmEnded(vm=vm.about.name, reason=reason, figures=self._record(vm)))
         self._output.say(f"{self.side}: {vm.about.name}: {reason}")
@@ -557,7 +598,8 @@ class Handler:
     # ---- what is shown
 
     def _record(self, vm: Vm) -> records.Vm:
-        return vm_record(vm, self._store.deaths - vm.about.deaths)
+        # (a keeper that systemd has started anew counts from 0)
+        return vm_record(vm, max(0, self._store.deaths - vm.about.deaths))
 
     def status(self, name: str | None = None) -> records.PagerStatus:
         """Of the process and all virtual machines, or of the one with this name."""
@@ -625,15 +667,21 @@ class Handler:
         return EndedMachine(machine=vm.about.name)
 
     async def _upgrade(self, program: str | None) -> Record:
-        command = [sys.executable, *sys.orig_argv[1:]] if program is None else [absolute(program), *sys.argv[1:]]
+        if program is None:
+            command = [sys.executable, *sys.orig_argv[1:]]
+        else:
+            command = [absolute(program), *sys.argv[1:]]
+            if shutil.which(command[0]) is None:
+                raise ControlError("BadArguments", f"{command[0]}: there is no program that this user may run")
         await self._store.upgrade(command)
         return Done()
 
     def _quit(self, force: bool) -> Record:
+        if not force and (needed := "" if self._store.leave.is_set() else self._incomplete()):
+            raise ControlError("NotNow", f"still needed: {needed}; wait, or say quit --force")
+        self._quits = True
         if force:
             self.stop.insist()
-        elif needed := self.needed():
-            raise ControlError("NotNow", f"still needed: {needed}; wait, or say quit --force")
         else:
             self.stop.set()
         return Done()
@@ -656,6 +704,12 @@ def check(config: PagerConfig) -> None:
             raise ConfigurationError(f"--{name} {path}: with --images it is a directory, which must exist")
     if config.record_working_set is not None and config.images is None:
         check_new_file("--record-working-set", config.record_working_set)
+        with contextlib.suppress(FileNotFoundError):
+            if config.image is not None and os.path.samefile(config.image, config.record_working_set):
+                raise ConfigurationError(
+                    f"--record-working-set {config.record_working_set}: that is the image, which would be replaced;"
+                    " name another file"
+                )
     if config.prefetch == "working-set" and config.working_set is None:
         raise ConfigurationError("--prefetch working-set: say which one with --working-set FILE")
     if not math.isinf(config.record_for_s) and config.record_working_set is None:
@@ -686,11 +740,6 @@ def _remove_socket(path: str) -> None:
             os.unlink(path)
 
 
-def _close_source(source: Source) -> None:
-    if source.image is not None:
-        source.image.close()
-
-
 def _kill(pidfd: int) -> bool:
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
@@ -699,6 +748,6 @@ def _kill(pidfd: int) -> bool:
     return True
 
 
-async def _shielded(function: Callable[..., object], *arguments: object) -> None:
-    with trio.CancelScope(shield=True):
-        await function(*arguments)  # type: ignore[misc]
+async def _shielded(function: Callable[..., Awaitable[None]], *arguments: object) -> None:
+    with trio.move_on_after(END_S, shield=True):  # (a keeper that does not answer)
+        await function(*arguments)

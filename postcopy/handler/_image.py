@@ -48,10 +48,10 @@ class Image:
             return cls(path, os.dup(memory.fd))
 
     @property
-    def changed(self) -> bool:
-        """Whether it has been written to since it was opened here."""
+    def stamp(self) -> tuple[int, ...]:
+        """The same for as long as it is the same file, and was not written to."""
         status = os.fstat(self.fd)
-        return (status.st_size, status.st_mtime_ns) != (self.size_bytes, self._mtime_ns)
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
     def identify(self) -> Identity:
         """Reads a sample of it. Blocks on I/O. `ConfigurationError` when it cannot be read."""

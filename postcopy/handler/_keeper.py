@@ -39,7 +39,7 @@ from postcopy.records import VERSION
 
 ENVIRONMENT = "POSTCOPY_KEEPER"
 RESTART_S = 1.0
-"""Between attempts to start another keeper."""
+"""At least, between the starts of two keepers."""
 _HEAD = struct.Struct("=Ii")
 _INT = struct.Struct("=i")
 _MESSAGE_BYTES: int = _HEAD.size + lib.PC_KEEPER_TEXT_BYTES
@@ -70,20 +70,6 @@ def systemd_keeps() -> bool:
     return os.environ.get("FDSTORE", "0") not in ("", "0") and "NOTIFY_SOCKET" in os.environ
 
 
-def passed_listeners() -> dict[str, list[int]]:
-    """The listening sockets that systemd has passed to this process (sd_listen_fds(3)), which stay as they are: `keep`
-    takes them along."""
-    passed: dict[str, list[int]] = {}
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
-        return passed
-    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-    for index in range(int(os.environ.get("LISTEN_FDS", "0"))):
-        with contextlib.suppress(OSError):
-            if is_listening(3 + index):
-                passed.setdefault(names[index] if index < len(names) else "unknown", []).append(3 + index)
-    return passed
-
-
 def keep(
     command: Sequence[str],
     listeners: Mapping[str, socket.socket],
@@ -93,8 +79,8 @@ def keep(
     burst: int = 5,
 ) -> NoReturn:
     """Becomes the keeper, which runs `command` (the absolute path of a program first) as its engine. With these
-    listening sockets, and those of `passed_listeners`; with a `spare` engine while one serves. After `burst` deaths in
-    short order the next engine has to wait."""
+    listening sockets, and those that systemd has passed; with a `spare` engine while one serves. After `burst` deaths
+    in short order the next engine has to wait."""
     arguments = [program()]
     for name, sock in listeners.items():
         os.set_inheritable(sock.fileno(), True)
@@ -176,6 +162,7 @@ class KeeperStore:
         self.listeners: dict[str, int] = {}
         self.deaths = 0
         self.reason = ""
+        self.outlives = systemd_keeps()
         self.leave = trio.Event()
         self._formats, self._options = formats, options
         self._kept: dict[str, list[int]] = {}  # copies of what the keeper has, for the one after it
@@ -184,6 +171,7 @@ class KeeperStore:
         self._spare = False
         self._serves = False
         self._keeper: subprocess.Popen[bytes] | None = None  # one that this process has started
+        self._start_at_s = -math.inf  # not before, the next one
         self._arrived, self._connections = trio.open_memory_channel[tuple[str, int]](math.inf)  # the keeper has a limit
         self._sending = trio.Lock()
         self._connect(sock)
@@ -212,6 +200,7 @@ class KeeperStore:
             )
 
     async def drop(self, name: str) -> None:
+        self.listeners.pop(name, None)
         _close(self._kept.pop(name, []))
         await self._call(lib.PC_KEEPER_DROP, name.encode())
 
@@ -226,7 +215,7 @@ class KeeperStore:
             raise ConfigurationError(f"no other engine goes on from here ({shlex.join(command)}): {why}")
 
     def status(self) -> dict[str, object]:
-        kind = "keeper and systemd" if systemd_keeps() else "keeper"
+        kind = "keeper and systemd" if self.outlives else "keeper"
         return {"store": kind, "deaths": self.deaths, "spare": self._spare}
 
     # -- its life
@@ -302,8 +291,8 @@ class KeeperStore:
             data, ancillary, flags, _ = await self._socket.recvmsg(
                 _MESSAGE_BYTES, socket.CMSG_SPACE(MAX_FDS * _FD_BYTES), socket.MSG_CMSG_CLOEXEC
             )
-        except ConnectionResetError:
-            return False
+        except ConnectionResetError:  # it has not read all; this comes once, before what it had sent
+            return True
         fds: list[int] = []
         for level, kind, payload in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
@@ -333,10 +322,10 @@ class KeeperStore:
         return True
 
     def _enter(self, name: str, fds: list[int]) -> None:
-        self._kept.setdefault(name, []).extend(_duplicate(fds, name))
-        if is_listening(fds[0]):
+        listens = is_listening(fds[0])
+        self._kept.setdefault(name, []).extend(fds if listens else _duplicate(fds, name))
+        if listens:
             self.listeners[name] = fds[0]
-            _close(fds[1:])
         elif len(fds) == 1 and kind_of(fds[0]) == "socket":
             self._arrived.send_nowait((name, fds[0]))
         else:
@@ -346,17 +335,22 @@ class KeeperStore:
 
     async def _replace_keeper(self) -> Callable[[], Awaitable[None]]:
         """Returns what gives everything to the next one, to be run while this process hears it."""
-        if systemd_keeps():
+        if self.outlives:
             log.error("the keeper has ended; systemd has all that it had, and ends this process too")
             os._exit(1)
         log.error("the keeper has ended; until there is another one nothing outlives this process")
         self._spare = False
-        while (sock := self._start_keeper()) is None:  # noqa: ASYNC110  # nothing says when it can be
-            await trio.sleep(RESTART_S)
+        sock = None
+        while sock is None:
+            await trio.sleep_until(self._start_at_s)
+            self._start_at_s = trio.current_time() + RESTART_S
+            sock = self._start_keeper()
         self._socket.close()
         self._connect(sock)
-        # What is put or dropped from here on goes to the new one; all else is in these.
-        kept = {name: tuple(fds) for name, fds in self._kept.items()}
+        # What is put or dropped from here on goes to the new one; all else is in these. Listening sockets come last: it
+        # accepts on them at once, and must know which names of connections are taken.
+        names = sorted(self._kept, key=lambda name: is_listening(self._kept[name][0]))
+        kept = {name: tuple(self._kept[name]) for name in names}
         return partial(self._give_everything, self._socket, kept, list(self._calls.values()))
 
     async def _give_everything(
@@ -369,7 +363,11 @@ class KeeperStore:
                 return  # that one has ended too
             if not still:
                 continue
-            call = await self._call(lib.PC_KEEPER_PUT, name.encode(), still)
+            copies = _duplicate(still, name)  # it may be dropped, and its descriptors closed, before this is sent
+            try:
+                call = await self._call(lib.PC_KEEPER_PUT, name.encode(), copies)
+            finally:
+                _close(copies)
             if call.error:
                 log.error("the new keeper does not take what belongs to %s: %s", name, call.why)
         if self._socket is sock:
@@ -405,9 +403,7 @@ class KeeperStore:
                 log.error("no keeper can be started: %s; it is tried again", error)
                 ours.close()
                 return None
-        log.warning(
-            "process %d is the keeper now: what is for this service, such as a signal, is for it", self._keeper.pid
-        )
+        log.warning("process %d is the keeper now: send signals for this service to it", self._keeper.pid)
         return ours
 
 

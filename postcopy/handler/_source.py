@@ -69,13 +69,17 @@ class Source(abc.ABC):
     def prefetch_all(self, pager: Pager) -> None:
         """Behind demand."""
 
+    def close(self) -> None:  # noqa: B027
+        """Twice does no harm."""
+
 
 class ImageSource(Source):
     """A memory file on this host."""
 
-    def __init__(self, image: Image, limiter: trio.CapacityLimiter) -> None:
+    def __init__(self, image: Image, limiter: trio.CapacityLimiter, sets: workingset.Sets) -> None:
         self.image: Image = image
         self.limiter = limiter
+        self._sets = sets
 
     def check(self, about: About) -> None:
         if about.memory_bytes > self.image.size_bytes:
@@ -89,10 +93,11 @@ class ImageSource(Source):
 
     async def run(self, vm: Vm, pager: Pager) -> None:
         """Looks at an image again that could not be read."""
-        pause_s = RETRY_IMAGE_S
+        pause_s, found_at = RETRY_IMAGE_S, trio.current_time()
         while True:
             await vm.lost.wait()
-            lost_at = trio.current_time()
+            if trio.current_time() - found_at > RETRY_IMAGE_MAX_S:
+                pause_s = RETRY_IMAGE_S
             while vm.error is not None:
                 await trio.sleep(pause_s)
                 pause_s = min(2 * pause_s, RETRY_IMAGE_MAX_S)
@@ -102,22 +107,26 @@ class ImageSource(Source):
                     log.debug("%s: %s", vm.about.name, error)
                 else:
                     vm.found_again()
-            if trio.current_time() - lost_at > RETRY_IMAGE_MAX_S:
-                pause_s = RETRY_IMAGE_S
+            found_at = trio.current_time()
 
     async def working_set(self, vm: Vm, path: str) -> workingset.WorkingSet | None:
         try:
-            found = await trio.to_thread.run_sync(workingset.read, path, self.image, limiter=self.limiter)
+            found = await trio.to_thread.run_sync(self._sets.read, path, self.image, limiter=self.limiter)
         except workingset.DamagedError as error:
             log.warning("%s; it is not used", error)
             return None
         except ConfigurationError as error:
-            log.error("%s: %s", vm.about.name, error)
+            # (in a directory of them, an image need not have one)
+            absent = isinstance(error.__cause__, FileNotFoundError)
+            log.log(logging.INFO if absent else logging.ERROR, "%s: %s", vm.about.name, error)
             return None
         return found.in_pages_of(vm.about.page_bytes)
 
     def prefetch_all(self, pager: Pager) -> None:
         pager.prefetch_all()
+
+    def close(self) -> None:
+        self.image.close()
 
 
 class ProgramSource(Source):
@@ -130,6 +139,7 @@ class ProgramSource(Source):
         self._source = source
         self._layout = check_layout(source.blocks)
         self._stream: trio.SocketStream | None = None
+        self._pages = 0  # of the virtual machine: the source may have more
 
     def check(self, about: About) -> None:
         (block, *others) = self._layout
@@ -138,6 +148,7 @@ class ProgramSource(Source):
                 f"the page source must have one block, of at least {about.pages} pages of {about.page_bytes} bytes: it"
                 f" has {', '.join(f'{block.pages} of {block.unit_bytes}' for block in self._layout)}"
             )
+        self._pages = about.pages
 
     def attach(self, pager: Pager, shard: int) -> None:
         ours, theirs = socket.socketpair()
@@ -161,4 +172,8 @@ class ProgramSource(Source):
                 vm.lose(str(error))
 
     def prefetch_all(self, pager: Pager) -> None:
-        pager.request_range(0, 0, self._layout[0].pages)
+        pager.request_range(0, 0, self._pages)
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.socket.close()

@@ -6,12 +6,11 @@ files and other descriptors, and a `Store` holds a copy of each, so that the nex
 two: that of the keeper, a small process which runs the engine (`postcopy.handler._keeper`), and `LocalStore` for a
 process without one, where nothing outlives anything.
 
-**Ownership.** Descriptors in `taken`, `listeners` and those that `accept` returns are the caller's, to close. `put`
-stores copies; the caller keeps its own.
+**Ownership.** Descriptors in `taken` and those that `accept` returns are the caller's, to close; those in `listeners`
+are the store's. `put` stores copies; the caller keeps its own.
 
-**Names** have letters, digits, ``.``, ``_``, ``-``, ``@`` and a backslash (units of systemd have such names), at most
-`MAX_NAME_BYTES` of them. A connection that was accepted has a name already, under which the store holds it: what
-belongs to its VM is `put` to the same name.
+**Names** are of printable ASCII without space and colon, and have at most `MAX_NAME_BYTES`. A connection that was
+accepted has a name already, under which the store holds it: what belongs to its VM is `put` to the same name.
 
 **The order that loses nothing.** A connection is in the store before the engine sees it. Its first message, with the
 userfaultfd, is looked at with MSG_PEEK, which gives a copy of the descriptor too; then everything is `put` in one call;
@@ -39,7 +38,7 @@ MAX_NAME_BYTES: int = lib.PC_KEEPER_NAME_BYTES
 MAX_FDS: int = lib.PC_KEEPER_FDS
 """Of one `put`, and of one name."""
 
-_NAME = re.compile(rf"[A-Za-z0-9._@\\-]{{1,{MAX_NAME_BYTES}}}")
+_NAME = re.compile(rf"[!-9;-~]{{1,{MAX_NAME_BYTES}}}")
 
 
 class Store(Protocol):
@@ -51,16 +50,19 @@ class Store(Protocol):
     listeners: dict[str, int]
     """The listening sockets. The store accepts on them; the engine must not."""
     deaths: int
-    """How many engines have died, been killed or been replaced before this one."""
+    """How many engines have died or been killed before this one, since the keeper was started. One that an upgrade has
+    replaced is not counted."""
     reason: str
     """Why the one before this ended, for a person; empty for the first."""
+    outlives: bool
+    """Whether what is kept is there for another process when this one and its keeper have ended in order."""
     leave: trio.Event
     """Set when another engine is to go on from here: let go of everything as it is (`pc_pager_leave`) and end the
     process with status 0."""
 
     async def accept(self) -> tuple[str, int]:
         """The next connection, in the store already: its name, and a descriptor of it (with O_NONBLOCK and O_CLOEXEC).
-        Also those that an engine before this one has accepted, and died before it had `put` anything to their names."""
+        Also those that an engine before this one had accepted when it died, and had not `put` anything to."""
         ...
 
     async def put(self, name: str, fds: Sequence[int]) -> None:
@@ -128,6 +130,7 @@ class LocalStore:
         self.listeners = {check_name(name): sock.fileno() for name, sock in listeners.items()}
         self.deaths = 0
         self.reason = ""
+        self.outlives = False
         self.leave = trio.Event()
         self._numbers = itertools.count(1)
         self._send, self._receive = trio.open_memory_channel[tuple[str, int]](0)

@@ -33,9 +33,11 @@ from dataclasses import dataclass, fields
 import msgspec
 import trio
 
+from postcopy._blocking import run_sync
 from postcopy._native import lib
 from postcopy.dataplane.histogram import Histogram
 from postcopy.dataplane.pager import (
+    Event,
     EventType,
     ForeignMemory,
     Pager,
@@ -45,7 +47,15 @@ from postcopy.dataplane.pager import (
     new_touches,
     read_touches,
 )
-from postcopy.errors import BusyError, ConnectionLost, CoreError, PostcopyError, ProtocolError
+from postcopy.errors import (
+    NO_FILES,
+    BusyError,
+    ConnectionLost,
+    CoreError,
+    PostcopyError,
+    ProtocolError,
+    out_of_files,
+)
 from postcopy.handler import _workingset as workingset
 from postcopy.handler._source import Source
 from postcopy.handler._store import kind_of
@@ -57,6 +67,8 @@ RECORD_VERSION = 1
 """Of all that is kept: of `About`, and of the page states, counters and touches, as C lays them out. An engine that
 knows another one is refused as a successor."""
 _MAX_RECORD_BYTES = 64 << 10
+WRITE_S = 30.0
+"""How long writing a working set may take."""
 
 log = logging.getLogger(__name__)
 
@@ -115,20 +127,22 @@ class Descriptors:
     connection: int = -1
 
     @classmethod
-    def make(cls, about: About, uffd: int, pidfd: int, image: int, connection: int) -> Descriptors:
-        """Those that were given, which belong to it from now on, also when this raises, and the others."""
-        made = cls(uffd=uffd, pidfd=pidfd, image=image, connection=connection)
+    def make(cls, about: About, **given: int) -> Descriptors:
+        """Copies of those that were given, and the others. `ResourceError` or `CoreError` when there cannot be one."""
+        made = cls()
         try:
+            for name, fd in given.items():
+                if fd >= 0:
+                    setattr(made, name, os.dup(fd))
             made.states = new_states(about.pages)
             made.metrics = new_metrics()
             made.touches = new_touches(about.pages)
             made.record = os.memfd_create(_RECORD, os.MFD_CLOEXEC)
             os.pwrite(made.record, msgspec.json.encode(about), 0)
-        except OSError as error:
+        except BaseException as error:
             made.close()
-            raise CoreError(error.errno or 0, "making what outlives this process") from error
-        except BaseException:
-            made.close()
+            if isinstance(error, OSError):
+                raise _explained(error, "making what outlives this process") from error
             raise
         return made
 
@@ -195,12 +209,14 @@ def open_peer(connection: socket.socket | trio.socket.SocketType, peer: Credenti
     return int(fd)
 
 
-class Ended(Exception):
-    """Its process has ended."""
+def _explained(error: OSError, what: str) -> PostcopyError:
+    if error.errno in NO_FILES:
+        return out_of_files(error.errno, what)
+    return CoreError(error.errno or 0, what)
 
 
 class Vm:
-    """`run` it in a task. What happens is told to `tell`, with one of its methods' names of `Events`."""
+    """`run` it in a task. What happens is told by the calls that `VmOptions` names."""
 
     def __init__(self, key: str, descriptors: Descriptors, about: About, source: Source, options: VmOptions) -> None:
         """`key`: its name in the store. The descriptors belong to it."""
@@ -216,9 +232,12 @@ class Vm:
         self.source = source
         self._options = options
         self._pager: Pager | None = None
+        self._scope = trio.CancelScope()  # of all that serves it
         self._statistics: PagerStatistics | None = None
         self._latency = Histogram()
         self.replays = False
+        self._set: workingset.WorkingSet | None = None
+        self._set_is_read = trio.Event()
 
     # ---- what is shown
 
@@ -250,23 +269,22 @@ class Vm:
     async def run(self) -> None:
         """Until its process has ended, or cancelled. Closes everything. Never raises for what happens to it."""
         try:
-            async with trio.open_nursery() as nursery:
-                if self.fds.pidfd >= 0:
-                    nursery.start_soon(self._watch_process, nursery.cancel_scope)
-                try:
-                    await self._serve(nursery)
-                except Ended as end:
-                    self.ended = str(end)
-                    nursery.cancel_scope.cancel()
-                except PostcopyError as error:
-                    self.lose(str(error), for_good=True)
-                    self.served.set()  # as far as it will be
-                    if self.fds.pidfd < 0:
-                        nursery.cancel_scope.cancel()
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    if self.fds.pidfd >= 0:
+                        nursery.start_soon(self._watch_process)
+                    try:
+                        await self._serve(nursery)
+                    except PostcopyError as error:
+                        if not self.ended:
+                            self.lose(str(error), for_good=True)
+                            self.served.set()  # as far as it will be
+                            if self.fds.pidfd < 0:
+                                self._scope.cancel()
         finally:
-            with trio.CancelScope(shield=True):
+            with trio.CancelScope(shield=True):  # each step of it is bounded
                 await self._end_pager()
-                if self._options.record_to is not None and not self._options.leave():
+                if self._options.record_to is not None and (self.ended or not self._options.leave()):
                     await self._write_working_set(self._options.record_to)
             self.fds.close()
 
@@ -283,43 +301,62 @@ class Vm:
         self.killed = True
         return ""
 
-    async def _watch_process(self, scope: trio.CancelScope) -> None:
+    async def _watch_process(self) -> None:
         await trio.lowlevel.wait_readable(self.fds.pidfd)
+        self._end()
+
+    def _end(self) -> None:
+        """Its process has ended."""
         self.ended = "its process was killed" if self.killed else "its process has ended"
-        scope.cancel()
+        self._scope.cancel()
 
     async def _serve(self, nursery: trio.Nursery) -> None:
-        about = self.about
-        kind = lib.PC_MEMORY_ANON if about.page_bytes == int(lib.pc_page_bytes()) else lib.PC_MEMORY_HUGETLB
-        pager = Pager(self.fds.metrics)
-        self._pager = pager
+        pager = self._pager = Pager(self.fds.metrics)
+        if self._options.working_set is not None:  # read while the rest is set up
+            nursery.start_soon(self._read_working_set, self._options.working_set)
         try:
-            pager.set_readers(self._options.readers, self._options.readers)
-            pager.add_block(ForeignMemory(0, about.memory_bytes, about.page_bytes, kind), self.fds.states)
-            pager.record_touches(self.fds.touches)
-            try:
-                await self.source.prepare(pager)
-            except CoreError as error:
-                self.lose(str(error))
-            shard = pager.adopt_shard(os.dup(self.fds.uffd), about.features, self._options.busy_poll_us)
-            self.source.attach(pager, shard)
-            for address, size_bytes, offset in about.regions:
-                pager.arm_at(shard, 0, offset // about.page_bytes, size_bytes // about.page_bytes, address)
+            await self._set_up(pager)
         except CoreError as error:
             if error.errno == errno.ESRCH:
-                raise Ended("its process has ended") from error
+                self._end()
             raise
+        except OSError as error:
+            raise _explained(error, "serving a virtual machine") from error
         self.served.set()
         nursery.start_soon(self.source.run, self, pager)
         nursery.start_soon(self._prefetch, pager)
         if self._options.record_to is not None and self._options.record_for_s < float("inf"):
             nursery.start_soon(self._record_for_a_while)
         async for event in pager.events():
-            if event.error == errno.ESRCH:
-                raise Ended("its process has ended")
-            self.source.take(event, self)
-            if event.type is EventType.COMPLETE:
-                self._options.changed()
+            self.take(event)
+
+    async def _set_up(self, pager: Pager) -> None:
+        about = self.about
+        kind = lib.PC_MEMORY_ANON if about.page_bytes == int(lib.pc_page_bytes()) else lib.PC_MEMORY_HUGETLB
+        pager.set_readers(self._options.readers, self._options.readers)
+        pager.add_block(ForeignMemory(0, about.memory_bytes, about.page_bytes, kind), self.fds.states)
+        pager.record_touches(self.fds.touches)
+        try:
+            await self.source.prepare(pager)
+        except CoreError as error:
+            self.lose(str(error))
+        shard = pager.adopt_shard(os.dup(self.fds.uffd), about.features, self._options.busy_poll_us)
+        self.source.attach(pager, shard)
+
+        def arm() -> None:
+            for address, size_bytes, offset in about.regions:
+                pager.arm_at(shard, 0, offset // about.page_bytes, size_bytes // about.page_bytes, address)
+
+        await run_sync(arm)  # which waits for as long as the process's memory map is locked
+
+    def take(self, event: Event) -> None:
+        """An event of its pager."""
+        if event.error == errno.ESRCH:
+            self._end()
+            return
+        self.source.take(event, self)
+        if event.type is EventType.COMPLETE:
+            self._options.changed()
 
     def lose(self, reason: str, *, for_good: bool = False) -> None:
         """Its pages cannot be had any more, for now, or `for_good`."""
@@ -354,9 +391,20 @@ class Vm:
 
     # ---- working sets
 
+    async def _read_working_set(self, path: str) -> None:
+        self._set = await self.source.working_set(self, path)
+        self._set_is_read.set()
+
     async def _prefetch(self, pager: Pager) -> None:
+        try:
+            await self._begin_prefetch(pager)
+        except PostcopyError as error:  # as when there can be no thread: pages still come when they are touched
+            log.warning("%s: nothing is prefetched: %s", self.about.name, error)
+
+    async def _begin_prefetch(self, pager: Pager) -> None:
         if self._options.working_set is not None:
-            found = await self.source.working_set(self, self._options.working_set)
+            await self._set_is_read.wait()
+            found = self._set
             if found is not None and found.runs:
                 self.replays = True
                 # What a process before this one has looked at is not looked at, and counted, again.
@@ -366,28 +414,34 @@ class Vm:
             self.source.prefetch_all(pager)
 
     async def _record_for_a_while(self) -> None:
+        path, for_s = self._options.record_to, self._options.record_for_s
         since_s = (time.monotonic_ns() - self.about.connected_ns) / 1e9
-        await trio.sleep(max(0.0, self._options.record_for_s - since_s))
-        path, self._options.record_to = self._options.record_to, None
-        if path is not None:
+        await trio.sleep(max(0.0, for_s - since_s))
+        self._options.record_to = None
+        if path is not None and since_s < for_s:  # else a process before this one has written it
             await self._write_working_set(path)
 
     async def _write_working_set(self, path: str) -> None:
-        about, touches, image = self.about, self.fds.touches, self.source.image
+        """Bounded in time: a disk may hang."""
+        about, image = self.about, self.source.image
         if image is None:
             return
 
         def write() -> int:
-            found = workingset.collect(about.page_bytes, (page for _, page in read_touches(touches)))
+            # Abandoned, it finds that both descriptors are -1.
+            found = workingset.collect(about.page_bytes, (page for _, page in read_touches(self.fds.touches)))
             workingset.write(path, found, image.identify())
             return found.pages
 
-        try:
-            pages = await trio.to_thread.run_sync(write, limiter=self.source.limiter)
-        except PostcopyError as error:
-            log.error("%s: %s", about.name, error)
-        else:
-            self._options.recorded(self, path, pages)
+        with trio.move_on_after(WRITE_S) as scope:
+            try:
+                pages = await trio.to_thread.run_sync(write, limiter=self.source.limiter, abandon_on_cancel=True)
+            except PostcopyError as error:
+                log.error("%s: %s", about.name, error)
+            else:
+                self._options.recorded(self, path, pages)
+        if scope.cancelled_caught:
+            log.error("%s: --record-working-set %s: not written within %g s", about.name, path, WRITE_S)
 
 
 def _within(runs: Sequence[tuple[int, int]], pages: int, skipped: int) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ bytes, the lowest first; a map in MessagePack:
 
 | key | value |
 |---|---|
-| ``image-bytes``, ``image-mtime``, ``image-sample`` | which image it is of: its size, the time of its last change in whole seconds since 1970, the SHA-256 of up to 257 pieces of 4096 bytes at equal distances |
+| ``image-bytes``, ``image-mtime``, ``image-sample`` | which image it is of: its size, the time of its last change in whole seconds since 1970, the SHA-256 of pieces of 4096 bytes at equal distances (at most 511) |
 | ``page-bytes`` | the unit of what follows: 4096, or 2097152 |
 | ``pages`` | how many pages there are in it |
 | ``runs`` | bytes: for each run of pages two numbers, where it begins, counted from the end of the run before (from page 0 at first), and how many pages it has. Each number is in LEB128; the first one of a run may be negative, and is doubled, less one if it is negative, before (zigzag) |
@@ -14,11 +14,12 @@ bytes, the lowest first; a map in MessagePack:
 No page comes twice. The distance between two pieces of the sample is the 256th part of the image, in whole pieces, and
 at least 4096 bytes.
 
-Whoever wrote the file is not trusted: size, number of runs and every page are checked before a page is used.
+The file is not trusted: its size, number of runs and every page are checked before a page is used.
 """  # noqa: E501
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -133,6 +134,32 @@ def read(path: str, image: Image) -> WorkingSet:
     return WorkingSet(content.page_bytes, _unpack(content, path))
 
 
+class Sets:
+    """Those that were read, each as long as neither its file nor its image has changed: to read one takes as long as
+    hundreds of faults, and the next virtual machine wants the same. To be used from any thread."""
+
+    MAX = 16
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[tuple[int, ...], WorkingSet]] = {}
+
+    def read(self, path: str, image: Image) -> WorkingSet:
+        """As `read`."""
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise ConfigurationError(f"working set {path}: {error.strerror}") from error
+        stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, *image.stamp)
+        known = self._known.get(path)
+        if known is not None and known[0] == stamp:
+            return known[1]
+        found = read(path, image)
+        if len(self._known) >= self.MAX:
+            self._known.clear()
+        self._known[path] = stamp, found
+        return found
+
+
 def decode(data: bytes, path: str) -> _File:
     """What a file has, but for its runs. `DamagedError`."""
     body = data[_HEADER_BYTES:]
@@ -181,10 +208,10 @@ def _unpack(content: _File, path: str) -> tuple[tuple[int, int], ...]:
             first = end + (step >> 1 if step & 1 == 0 else -((step + 1) >> 1))
             end = first + count
             pages += count
-            if first < 0 or count < 1 or end > limit or pages > content.pages:
+            if first < 0 or count < 1 or end > limit or pages > min(content.pages, limit):
                 raise ValueError
             runs.append((first, count))
-        if pages != content.pages or pages > limit:
+        if pages != content.pages:
             raise ValueError
     except (ValueError, StopIteration):
         raise DamagedError(f"working set {path}: its pages make no sense") from None

@@ -191,6 +191,9 @@ class Machine(abc.ABC):
     async def resume(self) -> None:
         """Lets it run. Does nothing when it runs already."""
 
+    async def before_pause(self) -> None:  # noqa: B027
+        """Source: a `pause` follows at once. Does what would make that longer. Cancellable; bounded in time."""
+
     @abc.abstractmethod
     async def pause(self, timeout_s: float = 10.0) -> None:
         """Stops it; when this returns nothing changes its memory or state any more. `MigrationError` when it does not

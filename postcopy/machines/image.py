@@ -103,6 +103,11 @@ class ImageMachine(Machine):
         return self._file_bytes
 
     @property
+    def digest(self) -> int | None:
+        """Of the source's file; None: it has not said it (yet)."""
+        return self._digest
+
+    @property
     def dump_bytes(self) -> int:
         return self._file_bytes
 

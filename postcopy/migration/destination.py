@@ -238,7 +238,7 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
                 await machine.release_network()
             except PostcopyError as error:
                 log.error("the machine is ended, since it does not stop: %s", error)
-                await machine.close()
+                await machine.destroy()  # also one that would live on without this process
 
     def _while_lost(self) -> Sequence[Callable[[], Awaitable[None]]]:
         """A pager that dies is replaced, for the pages that need no source."""

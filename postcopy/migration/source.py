@@ -600,6 +600,7 @@ class SourceMigration(Engine[SourceProtocol, PageServer]):
         """In the pause nothing is done that could be done before or after: no statistics, no callback."""
         machine, protocol, options = self.machine, self._protocol, self._options
         assert self._accepted is not None
+        await machine.before_pause()
         control.hurry()
         parts = {"paused": now_ns()}
         self.paused_ns = parts["paused"]

@@ -43,7 +43,15 @@ RECONNECT_ATTEMPT_S = 1.0
 
 
 class CallingLink(Link):
-    def __init__(self, control: trio.SocketStream, route: Route, asked: Address, side: str, version: int) -> None:
+    def __init__(
+        self,
+        control: trio.SocketStream,
+        route: Route,
+        asked: Address,
+        side: str,
+        version: int,
+        replaceable: bool = False,
+    ) -> None:
         """`asked`: the address of the route that has answered. `PeerError` when the peer is gone already; the stream
         is then closed."""
         try:
@@ -53,12 +61,17 @@ class CallingLink(Link):
             raise
         self._route = route
         self._side = side
+        self._replaceable = replaceable
         route.answered(asked, self.peer)
 
     @classmethod
-    async def open(cls, where: Address | Route, side: str, instance: bytes = b"") -> CallingLink:
+    async def open(
+        cls, where: Address | Route, side: str, instance: bytes = b"", *, replaceable: bool = False
+    ) -> CallingLink:
         """Connects to a listening peer. `side` is what we are: ``source`` or ``dest``. `instance`: that of the
-        `Acceptor` of the same process, where there is one; `ConfigurationError` when it is what answers."""
+        `Acceptor` of the same process, where there is one; `ConfigurationError` when it is what answers. `replaceable`:
+        a new migration is as good as this one, so that a peer which does not know it, as one that was started anew,
+        ends it."""
         route = where if isinstance(where, Route) else Route(where)
         asked = route.address
         try:
@@ -69,7 +82,7 @@ class CallingLink(Link):
                     f"{asked}: this address is this daemon itself; name the address of another host"
                 ) from error
             raise
-        return cls(stream, route, asked, side, version)
+        return cls(stream, route, asked, side, version, replaceable)
 
     def reconnect_to(self, address: Address) -> None:
         self._route.change(address)
@@ -80,7 +93,7 @@ class CallingLink(Link):
 
     @contextlib.contextmanager
     def reconnector(self, session: Session) -> Iterator[Reconnector]:
-        yield CallingReconnector(self._route, self._side, session, self.version)
+        yield CallingReconnector(self._route, self._side, session, self.version, self._replaceable)
 
     async def _open_channels(self, session: Session, shards: int, bulk_channels: int) -> dict[ChannelKey, FdHolder]:
         opened: dict[ChannelKey, FdHolder] = {}
@@ -100,12 +113,13 @@ class CallingLink(Link):
 
 
 class CallingReconnector(Reconnector):
-    def __init__(self, route: Route, side: str, session: Session, version: int) -> None:
+    def __init__(self, route: Route, side: str, session: Session, version: int, replaceable: bool = False) -> None:
         super().__init__()
         self._route = route
         self._side = side
         self._session = session
         self._version = version
+        self._replaceable = replaceable
         self._pause_s = 0.0  # before the next attempt
         self._lost_s = math.inf  # when the search began
         self._log_limit = backoff.LogLimit()
@@ -128,7 +142,7 @@ class CallingReconnector(Reconnector):
             if stream is None:
                 continue
             with contextlib.suppress(PeerError):
-                link = CallingLink(stream, self._route, asked, self._side, self._version)
+                link = CallingLink(stream, self._route, asked, self._side, self._version, self._replaceable)
                 self._lengthen_pause(backoff.PATIENT_CAP_S)  # no success yet: see `went_on`
                 return link, self._session
 
@@ -175,6 +189,8 @@ class CallingReconnector(Reconnector):
         if isinstance(error, RefusedError):
             if error.ended is not None:
                 raise EndedElsewhere(error.ended, str(error)) from error
+            if self._replaceable and error.code == Code.UNKNOWN:
+                raise error
             if error.proven:
                 self.answered.set()
             wrong = error.reason != PAUSED_BY_OPERATOR

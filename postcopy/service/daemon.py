@@ -128,10 +128,10 @@ class Daemon(Service):
                     nursery.start_soon(_for_ever, "giving up migrations", self.see_through)
                     await stop.wait()
                     await self._drain()
-                    if here := [owned.name for owned in self.machines if owned.loses]:
+                    if here := [owned.name for owned in self.machines if owned.loses and not owned.stays]:
                         self.output.say(f"{self.side}: machines that end with this process: {', '.join(here)}")
-                    if live := [one.name for one in self.machines if one.machine is not None and one.machine.outlives]:
-                        self.output.say(f"{self.side}: machines that run on without this process: {', '.join(live)}")
+                    if live := [f"{owned.name} ({owned.stays})" for owned in self.machines if owned.stays]:
+                        self.output.say(f"{self.side}: machines that stay without this process: {', '.join(live)}")
                     nursery.cancel_scope.cancel()
             done = True
         finally:
@@ -393,7 +393,7 @@ class Daemon(Service):
     async def _request_end(self, arguments: Json) -> EndedMachine:
         owned = find(self.machines, arguments.get("machine"))
         while True:
-            lost = owned.loses or ("it runs" if owned.machine is not None and owned.machine.outlives else "")
+            lost = owned.loses or (f"it is {owned.stays}" if owned.stays else "")
             if not arguments.get("force") and lost:
                 raise ControlError(
                     "NotNow", f"{owned.name}: {lost}, and would be destroyed: wait, send it away, or say end --force"

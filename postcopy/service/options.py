@@ -18,7 +18,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from postcopy._files import explain_bad_name
+from postcopy._files import absolute, explain_bad_name
 from postcopy.errors import ConfigurationError
 from postcopy.machines.kinds import BACKINGS, KINDS, is_live, parse_pairs
 from postcopy.machines.toy.machine import WORKLOADS, ToyOptions
@@ -83,7 +83,10 @@ class Option:
         return [f"--{self.name}", self.format(value)]
 
     def to_json(self, value: Any) -> Any:
-        """What `from_json` reads: a value as JSON has it, which knows no infinity."""
+        """What `from_json` reads: a value as JSON has it, which knows no infinity. For another process, whose current
+        directory is not ours."""
+        if self.parse is parse_path:
+            return absolute(value)
         return self.format(value) if isinstance(value, float) and math.isinf(value) else value
 
     def from_json(self, value: object) -> Any:

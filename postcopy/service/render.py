@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from postcopy.output.words import AT_DESTINATION, AT_SOURCE, format_duration, format_parts, in_round
+from postcopy.output.words import AT_DESTINATION, AT_SOURCE, format_count, format_duration, format_parts, in_round
 from postcopy.records import Json, Record
 from postcopy.records.figures import figures
 from postcopy.records.migration import LOST
@@ -59,7 +59,7 @@ def _pager_rows(status: Json) -> list[tuple[str, str]]:
     keeper = status["keeper"]
     kept = "none: nothing outlives this process" if keeper["store"] == "none" else str(keeper["store"])
     if keeper["deaths"]:
-        kept += f", {keeper['deaths']} deaths before this process"
+        kept += f", {format_count(keeper['deaths'], 'death')} before this process"
     rows = [("Side", str(status["side"])), ("Process", str(status["pid"]))]
     rows += [("Listening on", path) for path in status["listening"]]
     return [*rows, ("Keeper", kept), ("Virtual machines", str(len(status["vms"])))]

@@ -155,7 +155,7 @@ COMMANDS: Mapping[str, Command] = {
     "upgrade": Command(
         "pager: have another process go on with the virtual machines, of this or of another installation",
         (
-            Option(
+            options.path(
                 "program",
                 "what to start in place of `postcopy`, as the program of another installation"
                 " (default: what this one was started with)",

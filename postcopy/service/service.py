@@ -209,6 +209,15 @@ class Owned:
             return "the machine runs only here" if self.machine is not None and not machine.outlives else ""
         return still_missing(job)
 
+    @property
+    def stays(self) -> str:
+        """As what a machine that is a process of its own stays here when this process ends: its state; empty for all
+        others."""
+        machine = self.machine
+        if machine is None or not machine.outlives or self.has_left or _is_dead(machine):
+            return ""
+        return machine.statistics().state.value
+
 
 def _is_dead(machine: Machine) -> bool:
     """Whether it has failed, or was closed."""

@@ -132,7 +132,7 @@ def test_ten_moves_there_and_back(host: Callable[[str], Host]) -> None:
     at.daemon.signal(signal.SIGTERM)
     status, _, errors = at.daemon.end()
     assert status == 0
-    assert "run on without this process: vm" in errors
+    assert "machines that stay without this process: vm (running)" in errors
     check_went_on(seen, at.wait_pass(seen["number"] + 1))  # and so it does
 
 

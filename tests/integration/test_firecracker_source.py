@@ -202,9 +202,6 @@ async def test_one_that_was_restored_is_copied_while_it_runs(tmp_path: Path) -> 
                 await machine.pause()
                 state = await machine.save_state()
                 await in_thread(copy_pages, machine, await in_thread(log.collect, 0), copy)
-                assert (
-                    await in_thread(log.collect, 0)
-                ).count() >= 0  # nothing is protected any more, it may be named again
                 with Memory.from_file(copy) as copied:
                     assert await in_thread(memory.digest) == await in_thread(copied.digest)
             await machine.resume()  # the attempt is given up: nobody waits for an answer

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -52,14 +53,17 @@ async def test_upgraded_killed_and_ended(side: Callable[..., Any], tmp_path: Pat
             assert await vmm.reads(content, 0, 128)
             await vmm.ask("write", 5, 77)
             await vmm.ask("remove", 16, 8)
+            os.unlink(image)  # those that run keep it, in each process that comes
 
             # Another process goes on.
             await ask(control, "upgrade")
             taken = await in_thread(pager.wait_for, "a successor", lambda line: line.get("taken-over") is True)
             assert taken["pid"] == vmm.pid
             assert await vmm.reads(content, 128, 64)
-            with pytest.raises(ControlError, match="no other engine goes on"):
+            with pytest.raises(ControlError, match="no program that this user may run"):
                 await ask(control, "upgrade", program=str(tmp_path / "nothing"))
+            with pytest.raises(ControlError, match=r"no other engine goes on.*status 0 before it could serve"):
+                await ask(control, "upgrade", program=shutil.which("true"))
 
             # It is killed, while the VMM asks for a page.
             status = await ask(control, "status")
@@ -77,6 +81,9 @@ async def test_upgraded_killed_and_ended(side: Callable[..., Any], tmp_path: Pat
             with pytest.raises(ControlError, match="1 virtual machine with missing pages"):
                 await ask(control, "quit")
             assert await vmm.reads(content, 256, PAGES - 256)
+            with trio.fail_after(30):  # a page is counted after its reader was woken
+                while (await ask(control, "status"))["vms"][0]["status"] != "complete":  # noqa: ASYNC110 -- another process
+                    await trio.sleep(0.01)
             await ask(control, "quit")
             code, result, errors = await in_thread(pager.end)
             assert (code, result["left"]) == (0, 0), errors

@@ -34,3 +34,12 @@ def kill_all(marker: str) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
+
+
+def become(fds: list[int], names: str, command: list[str]) -> None:
+    """As systemd starts a service that it has descriptors for."""
+    high = [os.dup2(fd, 100 + index, inheritable=False) for index, fd in enumerate(fds)]
+    for index, fd in enumerate(high):
+        os.dup2(fd, 3 + index)
+    os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(fds)), "LISTEN_FDNAMES": names}
+    os.execv(command[0], command)

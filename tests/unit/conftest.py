@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 
 # Hypothesis would fail an example that took more than 200 ms, as any may on a busy host.
-hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
 
 

@@ -131,9 +131,9 @@ int64_t pc_pager_watch(struct pc_pager *pager, uint32_t block, uint64_t first_pa
 void pc_pager_unwatch(struct pc_pager *pager, int64_t ticket);
 /* ---- pages that are here ---- */
 /* Pages that are read here and never requested: those of `words`, NULL for all, whose content begins at `offset` of a file. A fault is
- * answered by the fault thread where the page cache has the page, else by a reader thread, so that a slow disk delays only those who
+ * answered by the fault thread where the page cache has the page, else by a reader thread, so that a slow disk delays only threads that
  * wait for it. Holes of the file are zero, as are pages that hold nothing but zeros. A file that ends too early, now or later, and I/O
- * errors are FATAL events; who waits goes on waiting, and is served when this is called again, with the same file or a repaired
+ * errors are FATAL events; threads that wait go on waiting, and are served when this is called again, with the same file or a repaired
  * one. The descriptor is duplicated; its file offset moves. At any time. -ENODATA: the file is too short; -EBUSY: the block has
  * pc_pager_stage. Blocks while it looks for holes. */
 int pc_pager_set_local(struct pc_pager *pager, uint32_t block, int fd, uint64_t offset, const uint64_t *words, char *error,
@@ -143,7 +143,7 @@ int pc_pager_set_local(struct pc_pager *pager, uint32_t block, int fd, uint64_t 
  * received, is taken as staged: a successor of a pager that died passes the same one. pc_pager_forget clears what is staged. Before the
  * first page arrives. The descriptor is duplicated. -EINVAL: it is too small, -EBUSY: the block has a local source. */
 int pc_pager_stage(struct pc_pager *pager, uint32_t block, int fd);
-/* How many threads read what the page cache does not have for those who wait, and how many read and place what is prefetched; at first
+/* How many threads read pages that the page cache does not have and that threads wait for, and how many read and place what is prefetched; at first
  * 2 of each. They start when they are first needed. -EBUSY after that, -EINVAL above PC_MAX_READERS or for 0. */
 #define PC_MAX_READERS 16
 int pc_pager_set_readers(struct pc_pager *pager, uint32_t demand, uint32_t background);
@@ -165,7 +165,7 @@ int pc_pager_prefetching(struct pc_pager *pager);
  * -errno. */
 int pc_touches_new(uint64_t pages);
 /* Logs there each page at its first demand fault, zero pages too, behind what it holds; what finds no room is not logged. The
- * descriptor is duplicated. Before memory is armed. -EINVAL: it is something else. */
+ * descriptor stays the caller's. Before memory is armed. -EINVAL: it is something else. */
 int pc_pager_record_touches(struct pc_pager *pager, int fd);
 /* Copies them in their order, as block << 40 | page, and not more than `capacity`; how many, or -EINVAL. Any process, any time. A page may
  * come twice when a pager died: the first one counts. */

@@ -4,6 +4,7 @@
  * the letter says that a client has sent on a connection, and answers with a struct report.
  */
 #include <fcntl.h>
+#include <netinet/in.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -201,6 +202,25 @@ static void upgrade(const char *word, const char *mode)
     toy.report.error = answer_of(21);
 }
 
+/* Everything that is asked while another command is started is answered; how many answers there were. */
+static int ask_beside_an_upgrade(void)
+{
+    const char word[] = "/nonexistent/engine";
+    int sent = 0, answers = 0;
+    bool refused = false;
+    struct heard heard;
+
+    CHECK(say_to(PC_KEEPER_FD, PC_KEEPER_UPGRADE, 21, word, sizeof(word), NULL, 0, 0) > 0);
+    while (!refused || answers < sent) {
+        for (; !refused && sent - answers < 4; sent++)
+            CHECK(say_to(PC_KEEPER_FD, PC_KEEPER_DROP, 100, "nobody", 6, NULL, 0, 0) > 0);
+        CHECK(hear(PC_KEEPER_FD, &heard));
+        answers += heard.head.kind == PC_KEEPER_ANSWER && heard.head.value == 100;
+        refused = refused || (heard.head.kind == PC_KEEPER_ANSWER && heard.head.value == 21);
+    }
+    return answers;
+}
+
 static void act(const struct heard *connection)
 {
     int memory = memfd_create("toy", MFD_CLOEXEC);
@@ -271,6 +291,18 @@ static void act(const struct heard *connection)
     case 'T': /* it dies when it is to serve */
         upgrade("/proc/self/exe", "t");
         break;
+    case 'q':
+        CHECK(ask_beside_an_upgrade() > 0);
+        break;
+    case 'b': /* dies while another command is started, which never says HELLO */
+        CHECK(say_to(PC_KEEPER_FD, PC_KEEPER_UPGRADE, 21, "/proc/self/exe\0engine\0b", 24, NULL, 0, 0) > 0);
+        CHECK(say_to(PC_KEEPER_FD, PC_KEEPER_DROP, 1, "nobody", 6, NULL, 0, 0) > 0);
+        CHECK_EQ(answer_of(1), 0);
+        (void)raise(SIGKILL);
+        break;
+    case 'z': /* goes on when it is told to end */
+        (void)signal(SIGTERM, SIG_IGN);
+        break;
     case 'x':
         _exit(0);
     case 'y':
@@ -290,6 +322,7 @@ static void act(const struct heard *connection)
 static void stop(int number)
 {
     (void)number;
+    (void)say_to(PC_KEEPER_FD, PC_KEEPER_END, 5, "", 0, NULL, 0, 0);
     _exit(5);
 }
 
@@ -300,6 +333,8 @@ __attribute__((noreturn)) static void be_engine(const char *mode)
 
     if (*mode == 'e')
         _exit(4); /* before it has said anything */
+    while (*mode == 'b')
+        pause();
     (void)signal(SIGTERM, stop);
     toy.report.pid = getpid();
     toy.report.mode = *mode;
@@ -619,12 +654,57 @@ static void few_descriptors(void)
     CHECK_EQ(report.error, EMFILE);
     CHECK(strstr(report.why, "ulimit -Hn"));
     fds = report.fds;
-    CHECK(fds >= 100);
+    CHECK(fds >= 40); /* a quarter: the next engine has to have them too */
     /* There is room for another engine, if not for a connection. */
     CHECK_SYS(kill(report.pid, SIGKILL));
     report = ask('i');
     CHECK_EQ(report.deaths, 1);
     CHECK_EQ(report.fds, fds);
+}
+
+/* What a client has sent, and nobody has received, is closed with its connection. */
+static void a_close_that_would_wait(void)
+{
+    struct linger linger = {.l_onoff = 1, .l_linger = 3600};
+    struct sockaddr_in loopback = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t bytes = sizeof(loopback);
+    static char much[65536];
+    struct report report;
+    int listener, lingers, sock;
+
+    start("1", "5", false);
+    listener = CHECK_SYS(socket(AF_INET, SOCK_STREAM, 0)); /* not before: the keeper would have it too */
+    lingers = CHECK_SYS(socket(AF_INET, SOCK_STREAM, 0));
+    CHECK_SYS(bind(listener, (struct sockaddr *)&loopback, bytes));
+    CHECK_SYS(getsockname(listener, (struct sockaddr *)&loopback, &bytes));
+    CHECK_SYS(listen(listener, 1));
+    CHECK_SYS(connect(lingers, (struct sockaddr *)&loopback, bytes));
+    while (send(lingers, much, sizeof(much), MSG_DONTWAIT) > 0) {
+    }
+    CHECK_SYS(setsockopt(lingers, SOL_SOCKET, SO_LINGER, &linger, sizeof(linger)));
+    sock = call('i');
+    CHECK_EQ(send_raw(sock, "x", 1, &lingers, 1, 0), 1);
+    close(lingers);
+    CHECK(answered(sock, &report));
+    CHECK_EQ(ask('i').pid, report.pid);
+    CHECK_EQ(ask('i').pid, report.pid);
+}
+
+static void no_more_than_systemd_keeps(void)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    int manager = CHECK_SYS(socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0));
+    size_t bytes;
+
+    (void)snprintf(address.sun_path + 1, sizeof(address.sun_path) - 1, "postcopy-test-%d", getpid());
+    bytes = offsetof(struct sockaddr_un, sun_path) + 1 + strlen(address.sun_path + 1);
+    CHECK_SYS(bind(manager, (struct sockaddr *)&address, (socklen_t)bytes));
+    address.sun_path[0] = '@';
+    setenv("NOTIFY_SOCKET", address.sun_path, 1);
+    setenv("FDSTORE", "5", 1);
+    start("1", "5", false);
+    CHECK_EQ(ask('p').error, 0); /* the listening socket, the connection, and two */
+    CHECK_EQ(ask('p').error, EMFILE);
 }
 
 static void many_names(void)
@@ -633,8 +713,8 @@ static void many_names(void)
     struct report report;
 
     CHECK_SYS(getrlimit(RLIMIT_NOFILE, &limit));
-    if (limit.rlim_max < PC_KEEPER_ENTRIES + 200)
-        SKIP("files", "a process may not have %d open files here", PC_KEEPER_ENTRIES + 200);
+    if (limit.rlim_max / ENGINE_FDS < PC_KEEPER_ENTRIES + 10)
+        SKIP("files", "a process may not have %d open files here", ENGINE_FDS * (PC_KEEPER_ENTRIES + 10));
     start("1", "5", false);
     report = ask('n');
     CHECK_EQ(report.error, ENOSPC);
@@ -667,6 +747,31 @@ static void a_status_that_is_no_order(void)
     close(call('y'));
     (void)ask_after(1);
     CHECK(has_said("has ended with status 3"));
+}
+
+/* It was told to end, had something to see through, and crashed: VMs still wait for it. */
+static void a_crash_before_the_end(void)
+{
+    struct report report;
+
+    start("1", "5", true);
+    (void)ask('z');
+    CHECK_SYS(kill(rig.pid, SIGTERM));
+    (void)ask('i');
+    report = ask('u');
+    CHECK_EQ(report.error, EBUSY);
+    CHECK(strstr(report.why, "told to end, by signal 15"));
+    close(call('y'));
+    CHECK_EQ(wait_status(), 5); /* the next one was told so too */
+    CHECK(has_said("has ended with status 3; another one goes on"));
+    run_keeper("1", "5", true, 0, NULL);
+    (void)ask('z');
+    CHECK_SYS(kill(rig.pid, SIGTERM));
+    (void)ask('i');
+    CHECK_SYS(kill(rig.pid, SIGTERM)); /* once more: somebody insists */
+    (void)ask('i');
+    close(call('y'));
+    CHECK_EQ(wait_status(), 3);
 }
 
 static void dies_again_and_again(void)
@@ -713,6 +818,7 @@ static void a_version_that_does_not_come(void)
     CHECK(strstr(report.why, "it reads records of formats 8 to 9, and those of the VMs here are of format 3"));
     CHECK_EQ(ask('i').pid, old.pid);
     (void)wait_spare();
+    CHECK_EQ(ask('q').error, 0);
     /* One that says it could serve, and cannot. */
     CHECK_EQ(ask('T').error, 0);
     report = ask('i');
@@ -720,6 +826,10 @@ static void a_version_that_does_not_come(void)
     CHECK_EQ(report.fds, 3);
     CHECK(strstr(report.why, "before it served"));
     CHECK(has_said("back to the command before"));
+    (void)wait_spare();
+    close(call('b'));
+    report = ask_after(2);
+    CHECK_EQ(report.mode, '1');
 }
 
 /* This process is the engine, whose keeper has ended. */
@@ -842,9 +952,12 @@ int main(int argc, char **argv)
     RUN(a_flood);
     RUN(an_engine_without_its_senses);
     RUN(few_descriptors);
+    RUN(a_close_that_would_wait);
+    RUN(no_more_than_systemd_keeps);
     RUN_FOR(many_names, 60);
     RUN(ends_in_order);
     RUN(a_status_that_is_no_order);
+    RUN(a_crash_before_the_end);
     RUN(dies_again_and_again);
     RUN(another_version);
     RUN(a_version_that_does_not_come);

@@ -3,7 +3,8 @@
  * Pages that are here: memory in several parts at addresses that are told late, image files, staging, what is prefetched, and a
  * pager that leaves.
  *
- * Linked with --wrap of preadv2(2), by which a case decides what the page cache has, what a disk says and when.
+ * Linked with --wrap of preadv2(2), by which a case decides what the page cache has, what a disk says and when; and of pc_local_stage, after
+ * which it may have a thread wait that still has its claim.
  */
 #include <sys/uio.h>
 
@@ -22,6 +23,8 @@ static atomic_ulong order[MAX_PAGES]; /* in which order, as offsets */
 
 ssize_t __wrap_preadv2(int fd, const struct iovec *parts, int count, off_t offset, int flags)
 {
+    if (offset < 0) /* a userfaultfd */
+        return __real_preadv2(fd, parts, count, offset, flags);
     if (flags & RWF_NOWAIT && atomic_load(&uncached)) {
         errno = EAGAIN;
         return -1;
@@ -37,6 +40,21 @@ ssize_t __wrap_preadv2(int fd, const struct iovec *parts, int count, off_t offse
         }
     }
     return __real_preadv2(fd, parts, count, offset, flags);
+}
+
+int __real_pc_local_stage(struct pc_pager *pager, uint32_t index, uint64_t first, uint64_t pages, const uint8_t *content);
+int __wrap_pc_local_stage(struct pc_pager *pager, uint32_t index, uint64_t first, uint64_t pages, const uint8_t *content);
+
+static atomic_bool stays_claimed;
+static atomic_int staged; /* runs of pages */
+
+int __wrap_pc_local_stage(struct pc_pager *pager, uint32_t index, uint64_t first, uint64_t pages, const uint8_t *content)
+{
+    int error = __real_pc_local_stage(pager, index, first, pages, content);
+
+    atomic_fetch_add(&staged, 1);
+    WAIT_UNTIL(!atomic_load(&stays_claimed));
+    return error;
 }
 
 /* ---- images ------------------------------------------------------------------------------------------------------- */
@@ -665,6 +683,36 @@ static void staged_while_it_is_armed(void)
     close(fd);
 }
 
+/* The sweep that arming begins comes by while a page is staged and still claimed. No thread asks for it: the background alone places it. */
+static void staged_and_still_claimed(void)
+{
+    uint64_t zero[MAX_PAGES / 64] = {0}, page = 0;
+    struct parts parts;
+    struct rig rig;
+    int uffd = open_parts(&rig, &parts, &nowhere, GATED), fd = make_staging(&rig), bulk;
+
+    page = next_data_page(&rig, &page);
+    pc_bitmap_set_range(zero, 0, rig.pages[0]);
+    pc_bitmap_clear_range(zero, page, 1);
+    CHECK_EQ(pc_pager_stage(rig.pager, 0, fd), 0);
+    CHECK_EQ(pc_pager_set_zero(rig.pager, 0, zero), 0);
+    atomic_store(&stays_claimed, true);
+    atomic_store(&staged, 0);
+    bulk = script_bulk(&rig, 0);
+    serve_page(&rig, bulk, 0, page);
+    WAIT_UNTIL(atomic_load(&staged));
+    arm_parts(&rig, &parts, uffd, GATED);
+    WAIT_UNTIL(!pc_pager_prefetching(rig.pager));
+    atomic_store(&stays_claimed, false);
+    EXPECT_EVENT(&rig.from_pager, PC_EVENT_COMPLETE, 0, 0, NULL);
+    CHECK_EQ(pager_stats(&rig).faults, 0);
+    CHECK(is_page(0, page, rig.page_bytes, part_page(&rig, &parts, page)));
+    CHECK_EQ(pc_pager_free(rig.pager), 0);
+    close(bulk);
+    close(uffd);
+    close(fd);
+}
+
 /* ---- leaving ------------------------------------------------------------------------------------------------------ */
 
 /* A pager leaves while threads wait and others are served; the next one has the same userfaultfd and states, and goes on. Staged pages that
@@ -752,6 +800,7 @@ int main(int argc, char **argv)
     RUN_CASE(everything_at_once);
     RUN_CASE(staged_before_there_is_memory);
     RUN_CASE(staged_while_it_is_armed);
+    RUN_CASE(staged_and_still_claimed);
     RUN_CASE(leaves_an_image);
     RUN_CASE(leaves_what_is_staged);
     return test_end();

@@ -9,6 +9,7 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 
 #include "core/util.h"
 #include "postcopy/core.h"
@@ -200,6 +201,19 @@ static void proc_tells_the_features(void)
     CHECK_EQ(pc_uffd_features(other, &features), -EINVAL);
     close(other);
     CHECK_EQ(pc_uffd_features(other, &features), -ENOENT);
+}
+
+/* Another process that shares it may have made it a blocking one. */
+static void a_read_never_waits(void)
+{
+    struct pc_uffd_event event;
+    int uffd = open_uffd(PC_UFFD_ANY, 0);
+    struct iovec part = {.iov_base = &event, .iov_len = sizeof(event)};
+
+    if (preadv2(uffd, &part, 1, -1, RWF_NOWAIT) < 0 && errno == EOPNOTSUPP)
+        SKIP("uffd-features", "a read of a blocking userfaultfd waits before Linux 6.10");
+    CHECK_SYS(fcntl(uffd, F_SETFL, fcntl(uffd, F_GETFL) & ~O_NONBLOCK));
+    CHECK_EQ(pc_uffd_read(uffd, &event, 1), 0);
 }
 
 static void takes_one_handshake_only(void)
@@ -625,6 +639,7 @@ int main(int argc, char **argv)
     RUN(opens_in_every_way);
     RUN(features_are_checked);
     RUN(proc_tells_the_features);
+    RUN(a_read_never_waits);
     RUN(takes_one_handshake_only);
     RUN(poll_needs_nonblocking);
     RUN(register_tells_what_anonymous_memory_can);

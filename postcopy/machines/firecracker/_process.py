@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from postcopy._fd import FdHolder
 from postcopy._native import lib
-from postcopy.errors import BusyError, CoreError, MigrationError, PostcopyError, ResourceError
+from postcopy.errors import BusyError, CoreError, MigrationError, PostcopyError, ResourceError, out_of_files
 from postcopy.machines.firecracker.handshake import Region
 from postcopy.units import format_size
 
@@ -193,22 +193,26 @@ def userfaultfd_of(pid: int, pidfd: int) -> FdHolder | None:
     return FdHolder(got)
 
 
-# ---- one source at a time
+# ---- one migration at a time
 
 
 def claim(pid: int) -> FdHolder:
-    """Keeps other processes of this package from being the source of the same Firecracker, until it is closed.
-    `BusyError` when there is one."""
+    """Keeps all others of this package from moving the same Firecracker, or into it, until it is closed. `BusyError`
+    when there is one."""
     try:
         holder = FdHolder(os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise out_of_files(error.errno, f"Firecracker (process {pid})") from error
         raise MigrationError(f"Firecracker (process {pid}) has ended") from error
     try:
         fcntl.flock(holder.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         holder.close()
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise BusyError(f"another postcopy has this Firecracker (process {pid}) as its source") from error
+            raise BusyError(
+                f"Firecracker (process {pid}) belongs to another postcopy, or to another machine of this one"
+            ) from error
         return FdHolder(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))  # a /proc without locks
     return holder
 

@@ -39,6 +39,7 @@ REQUEST_TIMEOUT_S = 10.0
 """How long Firecracker has for a request that does little."""
 MAX_ANSWER_BYTES = 1 << 20
 _READ_BYTES = 64 << 10
+_CONNECT_AGAIN_S = 0.01
 _MAX_SOCKET_PATH_BYTES = 107  # unix(7)
 _SO_PEERPIDFD = 77  # Linux 6.5
 
@@ -148,6 +149,13 @@ class Api:
     async def get(self, path: str, timeout_s: float = REQUEST_TIMEOUT_S) -> Any:
         return await self.request("GET", path, None, timeout_s)
 
+    async def instance(self, timeout_s: float = REQUEST_TIMEOUT_S) -> tuple[str, str]:
+        """The state of its microVM, as "Not started", "Running" or "Paused", and the version of Firecracker."""
+        said = await self.get("/", timeout_s)
+        if not isinstance(said, dict) or not isinstance(said.get("state"), str):
+            raise FirecrackerAnswer(f"what answers GET / at {self.path} is no Firecracker")
+        return _line(said["state"]), _line(said.get("vmm_version", ""))
+
     async def put(self, path: str, body: object, timeout_s: float = REQUEST_TIMEOUT_S) -> Any:
         return await self.request("PUT", path, body, timeout_s)
 
@@ -158,13 +166,11 @@ class Api:
         """What it answers, decoded; None for an answer without content. `body`: what JSON can say, or None for none.
         Raises a `FirecrackerError`. Cancelled, it is in doubt whether it was done."""
         request = f"{method} {path}"
+        deadline = trio.current_time() + timeout_s
+        stream = await self._connect(deadline)
         try:
-            with trio.fail_after(timeout_s):
-                stream = await self._connect()
-                try:
-                    status, content = await _exchange(stream, method, path, body)
-                finally:
-                    stream.socket.close()
+            with trio.fail_at(deadline):
+                status, content = await _exchange(stream, method, path, body)
         except trio.TooSlowError:
             raise FirecrackerInDoubt(
                 f"Firecracker ({self.path}) has not answered {request} within {timeout_s:g} s; its one thread may wait"
@@ -176,6 +182,8 @@ class Api:
             ) from error
         except h11.RemoteProtocolError as error:
             raise FirecrackerAnswer(f"what answers {request} at {self.path} does not speak HTTP/1.1") from error
+        finally:
+            stream.socket.close()
         answer = _decoded(request, content)
         if 200 <= status < 300:
             return answer
@@ -184,19 +192,15 @@ class Api:
 
     async def process(self, timeout_s: float = REQUEST_TIMEOUT_S) -> Process:
         """The process that listens there, as the kernel says. The pidfd is the caller's."""
-        try:
-            with trio.fail_after(timeout_s):
-                stream = await self._connect()
-        except trio.TooSlowError:
-            raise FirecrackerUnreachable(f"Firecracker ({self.path}) takes no connection: too many wait") from None
+        stream = await self._connect(trio.current_time() + timeout_s)
         try:
             return _process_of(stream.socket, self.path)
         finally:
             stream.socket.close()
 
-    async def _connect(self) -> trio.SocketStream:
+    async def _connect(self, deadline: float) -> trio.SocketStream:
         try:
-            connection = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         except OSError as error:
             raise out_of_files(error.errno or 0, "connecting to Firecracker") from error
         directory = -1
@@ -205,7 +209,13 @@ class Api:
             if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:  # as those of jailed ones often are
                 directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
                 path = f"/proc/self/fd/{directory}/{os.path.basename(path)}"
-            await connection.connect(path)
+            # (trio's own takes EAGAIN, of a listener for which too many wait, for a connection that is being made)
+            with trio.fail_at(deadline):
+                while not _connected(connection, path):  # noqa: ASYNC110 -- nothing tells when there is room
+                    await trio.sleep(_CONNECT_AGAIN_S)
+        except trio.TooSlowError:
+            connection.close()
+            raise FirecrackerUnreachable(f"Firecracker ({self.path}) takes no connection: too many wait") from None
         except (OSError, ValueError) as error:
             connection.close()
             raise self._unreachable(error) from error
@@ -215,7 +225,7 @@ class Api:
         finally:
             if directory >= 0:
                 os.close(directory)
-        return trio.SocketStream(connection)
+        return trio.SocketStream(trio.socket.from_stdlib_socket(connection))
 
     def _unreachable(self, error: OSError | ValueError) -> FirecrackerUnreachable:
         number = error.errno if isinstance(error, OSError) else None
@@ -226,6 +236,14 @@ class Api:
         else:
             why = (error.strerror if isinstance(error, OSError) else None) or str(error)
         return FirecrackerUnreachable(f"Firecracker ({self.path}): {why}")
+
+
+def _connected(connection: socket.socket, path: str) -> bool:
+    try:
+        connection.connect(path)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class _ClosedEarly(Exception):
@@ -267,7 +285,7 @@ def _decoded(request: str, content: bytes) -> Any:
         return None
     try:
         return msgspec.json.decode(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FirecrackerAnswer(f"Firecracker's answer to {request} is not JSON") from error
 
 

@@ -30,8 +30,9 @@ import socket
 import stat
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -46,8 +47,10 @@ from postcopy.machines.firecracker._process import Exchange
 from postcopy.machines.firecracker.api import (
     Api,
     FirecrackerInDoubt,
+    FirecrackerRefused,
     FirecrackerUnreachable,
     Process,
+    Refusal,
 )
 from postcopy.machines.firecracker.handshake import Handshake, peer_credentials, receive_handshake
 from postcopy.machines.firecracker.source import BLOCK_NAME, FirecrackerMachine, version_of
@@ -68,9 +71,11 @@ POLL_S = 0.005
 STATE, SOCKET = "state", "memory.sock"
 PAGE_SIZES = {4096: "anon", 2 << 20: "hugetlb"}
 MAX_REGIONS = 32
+NOTHING_LOADED = (Refusal.ALREADY_STARTED, Refusal.CONFIGURED)
+"""Refusals of a load after which Firecracker is as it was: it may have a microVM of somebody else."""
 
-# Version of the state's format by that of Firecracker; one that is newer is not loaded.
-_FORMATS = {7: 1, 8: 2, 9: 3, 10: 3, 11: 5, 12: 6, 13: 8, 14: 8, 15: 9, 16: 10}
+# The state's format by Firecracker's version: a state of any other format is not loaded, be it older or newer.
+_FORMATS = dict(zip([(1, minor) for minor in range(7, 17)], [1, 2, 3, 3, 5, 6, 8, 8, 9, 10], strict=True))
 
 log = logging.getLogger(__name__)
 
@@ -155,15 +160,14 @@ class ArrivingFirecracker(FirecrackerMachine):
             self._own = await run_sync(_Started.start, self._host.binary)
             self._api = Api(self._own.api_socket)
             await self._until_it_answers(self._own)
-        process = self._process = await self._api.process()
-        self._pidfd = process.pidfd
-        said = await self._api.get("/")
-        if said.get("state") != "Not started":
+        process = self._process = await self._hold_process()
+        state, version = await self._api.instance()
+        if state != "Not started":
             raise ConfigurationError(
-                f"the Firecracker at {self._api.path} is {said.get('state')!s:.40}: a state can be loaded only into one"
+                f"the Firecracker at {self._api.path} is {state[:40]}: a state can be loaded only into one"
                 " that was told nothing yet; start a new one there"
             )
-        self._check_version(str(said.get("vmm_version", "")))
+        self._check_version(version)
         self._files = await run_sync(_Files.make, process)
         await run_sync(self._check_devices, process)
 
@@ -184,10 +188,10 @@ class ArrivingFirecracker(FirecrackerMachine):
     def _check_version(self, here: str) -> None:
         there = self._offered.version
         self._version = here or there
-        if _format_of(here) < _format_of(there):
+        if not _loads(version_of(here), version_of(there)):
             raise ConfigurationError(
                 f"the source's Firecracker is of version {there}, the one here of {here or 'an unknown one'}, which"
-                f" does not load its state; use {there} or a newer one here"
+                f" does not load its state; use {there} here"
             )
         if self._offered.nets and self._host.nets and version_of(here) < (1, 12):
             raise ConfigurationError(
@@ -198,10 +202,14 @@ class ArrivingFirecracker(FirecrackerMachine):
     def _check_devices(self, process: Process) -> None:
         """What the state names must be there: a load that fails in the pause costs the pause."""
         root = f"/proc/{process.pid}/root" if _another_root(process.pid) else ""
+
+        def seen(path: str) -> str:  # by Firecracker, whose current directory is not ours
+            return root + path if os.path.isabs(path) else f"/proc/{process.pid}/cwd/{path}"
+
         for name, drive in self._offered.drives.items():
             path = self._path_here(name)
             try:
-                status = os.stat(root + path)
+                status = os.stat(seen(path))
             except OSError as error:
                 raise ConfigurationError(
                     f"drive {name}: {path}: {error.strerror}; the disk must be on this host, under the same name or"
@@ -209,21 +217,21 @@ class ArrivingFirecracker(FirecrackerMachine):
                 ) from error
             if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
                 raise ConfigurationError(f"drive {name}: {path} is neither a file nor a block device")
-            if not root and not os.access(path, os.R_OK if drive.read_only else os.R_OK | os.W_OK):
+            if not root and not os.access(seen(path), os.R_OK if drive.read_only else os.R_OK | os.W_OK):
                 raise ConfigurationError(f"drive {name}: {path}: this user may not use it; Firecracker must")
         for name, there in self._offered.nets.items():
             tap = self._host.nets.get(name, there)
-            if not os.path.exists(f"/sys/class/net/{tap}/tun_flags"):
+            if not _has_tap(process.pid, tap):
                 raise ConfigurationError(
                     f"interface {name}: there is no TAP device {tap!r} on this host; make it (ip tuntap add {tap} mode"
                     f" tap), or name another one with --net {name}=TAP"
                 )
         if (vsock := self._offered.vsock) is not None:
-            if os.path.lexists(root + vsock):
+            if os.path.lexists(seen(vsock)):
                 raise ConfigurationError(
                     f"vsock: {vsock} exists on this host, and Firecracker would have to make it; remove it"
                 )
-            if not os.path.isdir(os.path.dirname(root + vsock)):
+            if not os.path.isdir(os.path.dirname(seen(vsock))):
                 raise ConfigurationError(f"vsock: {vsock}: there is no such directory on this host; make it")
 
     def _path_here(self, drive: str) -> str:
@@ -247,7 +255,7 @@ class ArrivingFirecracker(FirecrackerMachine):
         raise MigrationError("a microVM is loaded only where its userfaultfd is served (load_and_map)")
 
     async def load_and_map(self, state: bytes, adopt: Adopt) -> None:
-        files, failures, answered = self._files, list[PostcopyError](), trio.Event()
+        files, failures, answered = self._files, list[PostcopyError | OSError](), trio.Event()
         assert files is not None
         assert self._process is not None
         disks = {drive.path: self._path_here(name) for name, drive in self._offered.drives.items()}
@@ -258,23 +266,23 @@ class ArrivingFirecracker(FirecrackerMachine):
         with trio.move_on_after(LOAD_S) as deadline:
             async with trio.open_nursery() as nursery:
 
+                async def step(function: Callable[[], Awaitable[None]]) -> None:
+                    try:
+                        await function()
+                    except (PostcopyError, OSError) as error:  # of the system: no descriptor is left
+                        failures.append(error)
+                        nursery.cancel_scope.cancel()
+
                 async def load() -> None:
                     try:
                         await self._api.put("/snapshot/load", self._load_request(files), LOAD_S)
-                        answered.set()
-                    except PostcopyError as error:
-                        failures.append(error)
-                        nursery.cancel_scope.cancel()
+                    except FirecrackerRefused as error:
+                        self._touched = error.refusal not in NOTHING_LOADED
+                        raise
+                    answered.set()
 
-                async def take() -> None:
-                    try:
-                        await self._take_memory(files, adopt)
-                    except PostcopyError as error:
-                        failures.append(error)
-                        nursery.cancel_scope.cancel()
-
-                nursery.start_soon(load)
-                nursery.start_soon(take)
+                nursery.start_soon(step, load)
+                nursery.start_soon(step, partial(self._take_memory, files, adopt))
         if failures:
             raise MigrationError(f"{failures[0]}; {self._what_is_left()}") from failures[0]
         if deadline.cancelled_caught:
@@ -310,8 +318,7 @@ class ArrivingFirecracker(FirecrackerMachine):
         self._connection = connection  # its end is that of the process (from 1.12 on)
         with await receive_handshake(connection, LOAD_S) as handshake:
             self._check_regions(handshake)
-            uffd = FdHolder.duplicate(handshake.uffd)
-            self.found(process.pid, process.pidfd, handshake.regions, self.blocks[0].memory.page_bytes, uffd)
+            self.found(handshake.regions, FdHolder.duplicate(handshake.uffd))
             extents = [
                 Extent(0, region.offset // region.page_bytes, region.size_bytes // region.page_bytes, region.address)
                 for region in handshake.regions
@@ -358,8 +365,8 @@ class ArrivingFirecracker(FirecrackerMachine):
             if tell:
                 await self._api.patch("/vm", {"state": "Resumed"}, ANSWER_S)
                 return None
-            said = (await self._api.get("/", ANSWER_S)).get("state")
-            return None if said == "Running" else said == "Paused"
+            state, _ = await self._api.instance(ANSWER_S)
+            return None if state == "Running" else state == "Paused"
         except FirecrackerUnreachable as error:
             if not self._is_alive():
                 raise MigrationError(
@@ -417,7 +424,10 @@ class _Started:
     def start(cls, binary: str) -> _Started:
         """`ConfigurationError` when it cannot be started. What it says, and the guest on its serial port, goes to this
         process's standard error."""
-        directory = tempfile.mkdtemp(prefix="postcopy-fc-", dir=os.environ.get("XDG_RUNTIME_DIR") or None)
+        try:
+            directory = tempfile.mkdtemp(prefix="postcopy-fc-", dir=os.environ.get("XDG_RUNTIME_DIR") or None)
+        except OSError as error:
+            raise ResourceError(f"a directory for the Firecracker that is started: {error}") from error
         command = [os.path.abspath(binary), "--level", "Warning", "--api-sock", os.path.join(directory, "api.sock")]
         try:
             pid = os.posix_spawn(
@@ -472,7 +482,7 @@ class _Files:
         try:
             path = exchange.inside(SOCKET)
             listener.bind(path)
-            os.chown(path, *owner)
+            os.chown(path, *owner, follow_symlinks=False)  # in a directory of another user, who may replace it
             listener.listen(4)
         except OSError as error:
             listener.close()
@@ -507,10 +517,20 @@ def _another_root(pid: int) -> bool:
         return False
 
 
-def _format_of(version: str) -> tuple[int, int]:
-    """By which states of versions can be compared; of one that is not known yet its own number, which is larger."""
-    major, minor = version_of(version)
-    return major, _FORMATS.get(minor, minor) if major == 1 else minor
+def _has_tap(pid: int, name: str) -> bool:
+    """In the network namespace of that process. What its devices are can be seen only in that of this one."""
+    with contextlib.suppress(OSError):
+        if os.path.samefile(f"/proc/{pid}/ns/net", "/proc/self/ns/net"):
+            return os.path.exists(f"/sys/class/net/{name}/tun_flags")
+        with open(f"/proc/{pid}/net/dev") as file:
+            return any(line.partition(":")[0].strip() == name for line in file)
+    return False
+
+
+def _loads(here: tuple[int, int], there: tuple[int, int]) -> bool:
+    """Whether a Firecracker of one version loads a state of the other one, as far as that is known before it tries."""
+    formats = _FORMATS.get(here), _FORMATS.get(there)
+    return here >= there if None in formats else formats[0] == formats[1]
 
 
 def _check_names(option: str, given: Mapping[str, str], known: Mapping[str, object]) -> None:

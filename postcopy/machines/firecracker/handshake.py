@@ -29,6 +29,7 @@ import itertools
 import os
 import socket
 import struct
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ from typing import Any, NamedTuple
 import msgspec
 import trio
 
-from postcopy._blocking import run_sync
+from postcopy._blocking import run_briefly
 from postcopy._fd import FdHolder
 from postcopy._native import ffi, lib
 from postcopy.errors import ConnectionLost, PeerError, ProtocolError
@@ -50,7 +51,8 @@ _MAX_DESCRIPTORS = 8  # so many are received, to be counted
 _ADDRESSES = 1 << 57  # of a process, with five levels of page tables
 _PAGE_SIZES = (4 << 10, 2 << 20, 1 << 30)
 _SO_PEEK_OFF = 42  # <asm-generic/socket.h>
-_PEEK_AGAIN_S = 0.005
+_PEEK_AGAIN_S, _PEEK_AGAIN_MAX_S = 0.005, 0.2
+_USERFAULTFD = "anon_inode:[userfaultfd]"
 _KERNEL_FEATURES = 1 << 31  # not a feature: that there was a UFFDIO_API
 
 
@@ -144,11 +146,10 @@ async def receive_handshake(
                     f"{len(descriptors)} descriptors came with the handshake where one was expected, the userfaultfd:"
                     " this protocol is not that of Firecracker's releases"
                 )
-            return await run_sync(_check, descriptors, sent, abandon_on_cancel=False)
+            return await run_briefly(_check, descriptors, sent)
         raise PeerError(f"no handshake has come within {timeout_s:g} s")
     finally:
-        for fd in descriptors:
-            os.close(fd)
+        _close(descriptors)
 
 
 def consume_handshake(connection: trio.socket.SocketType) -> None:
@@ -157,17 +158,30 @@ def consume_handshake(connection: trio.socket.SocketType) -> None:
     with contextlib.suppress(BlockingIOError, ProtocolError, ConnectionLost):
         while True:
             _receive_now(connection, descriptors, 0)
+    others = []  # which a peer has sent since
     for fd in descriptors:
+        if os.readlink(f"/proc/self/fd/{fd}") == _USERFAULTFD:
+            os.close(fd)
+        else:
+            others.append(fd)
+    if others:  # to close the last copy of a socket may take long (SO_LINGER)
+        threading.Thread(target=_close, args=(others,), name="pc-close", daemon=True).start()
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
         os.close(fd)
 
 
 async def _receive(connection: trio.socket.SocketType, descriptors: list[int], peek: bool) -> bytes:
+    pause_s = _PEEK_AGAIN_S
     while True:
         await trio.lowlevel.wait_readable(connection)
         try:
             return _receive_now(connection, descriptors, socket.MSG_PEEK if peek else 0)
         except BlockingIOError:  # (what was looked at already makes it readable)
-            await trio.sleep(_PEEK_AGAIN_S)
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _PEEK_AGAIN_MAX_S)
 
 
 def _receive_now(connection: trio.socket.SocketType, descriptors: list[int], flags: int) -> bytes:
@@ -202,6 +216,8 @@ def _decode(received: bytes | bytearray) -> list[_Region] | None:
         return msgspec.json.decode(received, type=list[_Region])
     except msgspec.ValidationError as error:
         raise ProtocolError(f"the handshake is wrong: {_printable(str(error))}") from error
+    except RecursionError as error:  # a field that is not known is skipped, however deep
+        raise ProtocolError("the handshake is not the JSON that Firecracker sends: it is nested too deep") from error
     except ValueError as error:  # as msgspec's and UnicodeDecodeError are
         if "truncated" in str(error) and len(received) < MAX_MESSAGE_BYTES:
             return None
@@ -222,6 +238,8 @@ def _check(descriptors: list[int], sent: list[_Region]) -> Handshake:
         Region(region.address, region.size_bytes, region.offset, mapped_page_bytes(uffd, region.address))
         for region in _check_pages(sent)
     )
+    for region in regions:  # so that a region is not said to be larger than it is: that costs memory here
+        mapped_page_bytes(uffd, region.address + region.size_bytes - region.page_bytes)
     os.set_blocking(uffd, False)  # of the open file, so that it holds for the peer too, which wants it as well
     handshake = Handshake(uffd, regions, features)
     descriptors.clear()
@@ -267,7 +285,7 @@ def userfaultfd_features(fd: int) -> int:
     """The features (`UffdFeature`) that a userfaultfd was opened with. `ProtocolError` for any other descriptor, and
     for one that has had no UFFDIO_API."""
     try:
-        if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[userfaultfd]":
+        if os.readlink(f"/proc/self/fd/{fd}") != _USERFAULTFD:
             raise ProtocolError("the descriptor that came with the handshake is not a userfaultfd")
         lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
         (api,) = (line for line in lines if line.startswith("API:"))

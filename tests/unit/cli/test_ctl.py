@@ -65,6 +65,15 @@ async def migrate(*events: tuple[str, dict[str, Any]], **given: Any) -> str:
     return stderr.getvalue()
 
 
+async def test_names_of_files_are_those_of_this_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that is asked has another one."""
+    monkeypatch.chdir(tmp_path)
+    for request, name in (("upgrade", "program"), ("start", "api-socket"), ("start", "disk")):
+        command = CtlCommand({"request": request, "control": "x", name: "a/../b"}, Output(False, None, io.StringIO()))
+        assert command._arguments == {name: str(tmp_path / "b")}
+        command._output.close()
+
+
 async def test_progress_of_a_migration(capsys: pytest.CaptureFixture[str]) -> None:
     ram = {"total": 64 << 20, "page-size": 4096, "transferred": 16 << 20, "demand-pages": 96, "background-pages": 4000}
     job = OF | {"status": "postcopy-active", "ram": ram}

@@ -4,22 +4,28 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+import trio.testing
 
+import kept
 from kept import kill_all, processes
 from postcopy import _native
+from postcopy._native import lib
 from postcopy.errors import ResourceError
 from postcopy.handler import _keeper
 
@@ -110,8 +116,12 @@ def test_other_listening_sockets(toy: Callable[..., Toy], tmp_path: Path) -> Non
     os.kill(here.ask("tell")["pid"], signal.SIGKILL)
     assert here.ask("tell", path=path)["listeners"] == ["images.a", "pager"]
     here.ask("drop", name="images.a")
-    with socket.socket(socket.AF_UNIX) as sock:
-        here.poll(lambda: sock.connect_ex(str(path)) != 0, "it still listens")  # the engine's copies are closed too
+
+    def refused() -> bool:
+        with socket.socket(socket.AF_UNIX) as sock:
+            return sock.connect_ex(str(path)) == errno.ECONNREFUSED
+
+    here.poll(refused, "it still listens")  # the engine's copies are closed too
 
 
 def test_the_keeper_is_killed(toy: Callable[..., Toy]) -> None:
@@ -154,12 +164,6 @@ def test_another_version_goes_on(toy: Callable[..., Toy]) -> None:
     assert new["reason"] == f"engine {vm['pid']} was replaced"
 
 
-def test_an_engine_ends_in_order(toy: Callable[..., Toy]) -> None:
-    here = toy("--no-spare")
-    here.ask("exit")
-    assert here.child.wait(DEADLINE_S).returncode == 0
-
-
 # ---- without a process
 
 
@@ -170,21 +174,97 @@ def test_a_keeper_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         _keeper.program()
 
 
-def _passed() -> dict[str, list[int]]:
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind("")
+HEAD = struct.Struct("=Ii")
+
+
+class FakeKeeper:
+    """The keeper's end, of a store in this process."""
+
+    def __init__(self) -> None:
+        self.theirs, self.sock = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def send(self, kind: int, text: str = "", fds: Sequence[int] = ()) -> None:
+        socket.send_fds(self.sock, [HEAD.pack(kind, 0) + text.encode()], fds)
+
+    async def answer_puts(self, count: int) -> list[str]:
+        """Their names."""
+        names: list[str] = []
+        sock = trio.socket.from_stdlib_socket(self.sock)
+        self.sock.setblocking(False)
+        while len(names) < count:
+            data, ancillary, _, _ = await sock.recvmsg(4096, socket.CMSG_SPACE(64))
+            for _, _, payload in ancillary:
+                for (fd,) in struct.iter_unpack("=i", payload):
+                    os.close(fd)
+            kind, number = HEAD.unpack_from(data)
+            if kind == lib.PC_KEEPER_PUT:
+                names.append(data[HEAD.size :].decode())
+                await sock.send(HEAD.pack(lib.PC_KEEPER_ANSWER, number) + bytes(4))
+        return names
+
+
+async def _store_of(keeper: FakeKeeper, entries: Sequence[tuple[str, socket.socket]] = ()) -> _keeper.KeeperStore:
+    store = _keeper.KeeperStore(keeper.theirs, (1, 1), [])
+    for name, sock in entries:
+        keeper.send(lib.PC_KEEPER_ENTRY, name, [sock.fileno()])
+    keeper.send(lib.PC_KEEPER_GO)
+    await store.take()
+    return store
+
+
+async def test_what_a_keeper_has_sent_before_it_was_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper, ends = FakeKeeper(), socket.socketpair()
+    store = await _store_of(keeper)
+    monkeypatch.setattr(store, "_start_keeper", lambda: None)
+    keeper.send(lib.PC_KEEPER_ENTRY, "pager.1", [ends[0].fileno()])
+    keeper.sock.close()  # with the engine's HELLO unread
+    with contextlib.closing(store), ends[0], ends[1], trio.fail_after(DEADLINE_S):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(store.run)
+            name, fd = await store.accept()
+            os.close(fd)
+            nursery.cancel_scope.cancel()
+    assert name == "pager.1"
+
+
+async def test_a_new_keeper_knows_all_names_before_it_accepts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first, second, ends = FakeKeeper(), FakeKeeper(), socket.socketpair()
+    with socket.socket(socket.AF_UNIX) as listener, ends[0], ends[1]:
+        listener.bind(str(tmp_path / "pager"))
         listener.listen()
-        memory = os.memfd_create("vm")
-        for fd, target in ((listener.fileno(), 3), (memory, 4)):
-            os.dup2(os.dup(fd), target)
-        os.environ |= {"LISTEN_FDS": "2", "LISTEN_FDNAMES": "postcopy.socket:vm-1", "LISTEN_PID": str(os.getpid())}
-        return _keeper.passed_listeners()
+        store = await _store_of(first, [("pager", listener), ("pager.1", ends[0])])
+        monkeypatch.setattr(store, "_start_keeper", lambda: second.theirs)
+        first.sock.close()
+        with contextlib.closing(store), second.sock, trio.fail_after(DEADLINE_S):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(store.run)
+                names = await second.answer_puts(2)
+                nursery.cancel_scope.cancel()
+    assert names == ["pager.1", "pager"]
 
 
-def test_what_systemd_passes(run_in_child: Callable[..., Any]) -> None:
-    result = run_in_child(_passed)
-    assert result.value == {"postcopy.socket": [3]}, result.stderr
-    assert _keeper.passed_listeners() == {}
+async def test_keepers_that_end_at_once(monkeypatch: pytest.MonkeyPatch, mock_clock: trio.testing.MockClock) -> None:
+    keeper, starts = FakeKeeper(), 0
+
+    def start() -> socket.socket:
+        nonlocal starts
+        starts += 1
+        assert starts < 10
+        another = FakeKeeper()
+        another.sock.close()
+        return another.theirs
+
+    store = await _store_of(keeper)
+    monkeypatch.setattr(store, "_start_keeper", start)
+    keeper.sock.close()
+    with contextlib.closing(store):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(store.run)
+            for expected in (1, 2, 3):
+                await trio.testing.wait_all_tasks_blocked()
+                assert starts == expected
+                mock_clock.jump(_keeper.RESTART_S)
+            nursery.cancel_scope.cancel()
 
 
 # ---- systemd
@@ -227,10 +307,10 @@ class _Systemd:
     def start(self, marker: str) -> subprocess.Popen[bytes]:
         passed = [("pager.socket", self.listener.fileno()), *self.stored]
         fds, names = [fd for _, fd in passed], ":".join(name for name, _ in passed)
-        command = [sys.executable, "-P", str(TOY), marker, "--passed", "--no-spare"]
-        program = f"import sys; sys.path.insert(0, {str(TOY.parent)!r}); import toy_engine as t; "
-        program += f"t.become({fds}, {names!r}, {command})"
-        return subprocess.Popen([sys.executable, "-c", program], pass_fds=fds, env=self.environment)
+        command = [_keeper.program(), "--no-spare", "--", sys.executable, "-P", str(TOY), marker, "--no-spare"]
+        program = f"import sys; sys.path.insert(0, {str(Path(kept.__file__).parent)!r}); import kept; "
+        program += f"kept.become({fds}, {names!r}, {command})"
+        return subprocess.Popen([sys.executable, "-S", "-c", program], pass_fds=fds, env=self.environment)
 
 
 def test_systemd_has_everything_when_the_keeper_is_killed(tmp_path: Path) -> None:

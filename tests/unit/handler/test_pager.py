@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import pytest
 import trio
 from lines import _check_event
@@ -19,12 +20,16 @@ from vmm import PAGE, Vmm, start_vmm
 
 import postcopy
 from postcopy._stop import Stop
-from postcopy.errors import ConfigurationError, PostcopyError, ProtocolError, ResourceError
-from postcopy.handler import About, Handler, check, serve
+from postcopy.dataplane.pager import ChannelKind, Event, EventType, Pager
+from postcopy.errors import ConfigurationError, CoreError, PostcopyError, ProtocolError, ResourceError
+from postcopy.handler import About, Handler, _handler, serve
 from postcopy.handler import _workingset as workingset
+from postcopy.handler._connect import ConnectSource, _KnownImage, _LentPager
+from postcopy.handler._handler import check
 from postcopy.handler._image import Image
 from postcopy.handler._metrics import VmMetrics
 from postcopy.handler._store import LocalStore
+from postcopy.handler._vm import Descriptors
 from postcopy.lazy._source import SourceBlock
 from postcopy.machines.firecracker.handshake import Credentials
 from postcopy.net import Route, parse_address
@@ -113,15 +118,22 @@ class Served:
 class KeptStore(LocalStore):
     """Keeps copies, as a keeper does."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, outlives: bool = False) -> None:
         super().__init__({})
+        self.outlives = outlives
         self.kept: dict[str, list[int]] = {}
+        self.dropped: list[str] = []
+        self.takes = trio.Event()  # virtual machines
+        self.takes.set()
 
     async def put(self, name: str, fds: Sequence[int]) -> None:
+        if len(fds) > 1:
+            await self.takes.wait()
         self.kept.setdefault(name, []).extend(os.dup(fd) for fd in fds)
         await super().put(name, fds)
 
     async def drop(self, name: str) -> None:
+        self.dropped.append(name)
         for fd in self.kept.pop(name, []):
             os.close(fd)
         await super().drop(name)
@@ -131,7 +143,6 @@ class KeptStore(LocalStore):
 async def served(directory: Path, store: LocalStore | None = None, **options: Any) -> AsyncIterator[Served]:
     socket = directory / "s"
     config = PagerConfig(socket=str(socket), **options)
-    check(config)
     said, stop = Said(), Stop()
     store = LocalStore({}) if store is None else store
     async with trio.open_nursery() as nursery:
@@ -242,6 +253,19 @@ class TestRefused:
                     assert await other.process.wait() == -signal.SIGKILL
             assert await good.reads(content(), 0, 8)
 
+    async def test_two_at_once_where_one_is_allowed(self, tmp_path: Path, image: Path) -> None:
+        store = KeptStore()
+        store.takes = trio.Event()
+        async with (
+            served(tmp_path, store, image=str(image), max_vms=1) as pager,
+            start_vmm(pager.socket, PAGES),
+            start_vmm(pager.socket, PAGES),
+        ):
+            assert "--max-vms" in (await pager.said.wait("vm-refused"))["reason"]
+            store.takes.set()
+            await pager.said.wait("vm-connected")
+            assert len((await pager.ask("status"))["vms"]) == 1
+
     async def test_more_memory_than_allowed(self, tmp_path: Path, image: Path) -> None:
         async with served(tmp_path, image=str(image), max_memory_bytes=3 * PAGES * PAGE // 2) as pager:
             async with start_vmm(pager.socket, PAGES):
@@ -329,6 +353,18 @@ class TestEnd:
             assert await pager.ask("quit", force=True) == {}
             assert (await pager.said.wait("result"))["left"] == 1
 
+    async def test_or_it_is_killed_and_not_left(self, tmp_path: Path, image: Path) -> None:
+        async with (
+            served(tmp_path, image=str(image), kill_when_lost=True) as pager,
+            start_vmm(pager.socket, PAGES) as vmm,
+        ):
+            assert await vmm.reads(content(), 0, 8)
+            assert await pager.ask("quit", force=True) == {}
+            assert (await pager.said.wait("vm-ended"))["reason"] == "its process was killed"
+            assert (await pager.said.wait("result"))["left"] == 0
+            with trio.fail_after(DEADLINE_S):
+                assert await vmm.process.wait() == -signal.SIGKILL
+
     async def test_ctl_end(self, tmp_path: Path, image: Path) -> None:
         async with served(tmp_path, image=str(image)) as pager, start_vmm(pager.socket, PAGES) as vmm:
             name = (await pager.said.wait("vm-connected"))["vm"]
@@ -368,12 +404,12 @@ async def test_another_process_goes_on(tmp_path: Path, image: Path) -> None:
         assert "result" not in [event for event, _ in first.said.events]
         (kept,) = (fds for name, fds in store.kept.items() if len(fds) > 1)
         os.unlink(image)
-        write(image, content(2))
         second = LocalStore({})
         second.taken, second.deaths, store.kept = {"vm": kept}, 1, {}
         os.unlink(tmp_path / "s")
         async with served(tmp_path, second, image=str(image)) as after:
             assert (await after.said.wait("vm-connected"))["taken-over"]
+            write(image, content(2))
             assert await vmm.ask("byte", 5) == "77"
             assert await vmm.ask("byte", 17) == "0"
             assert await vmm.reads(content(), 64, PAGES - 64)
@@ -386,7 +422,69 @@ async def test_another_process_goes_on(tmp_path: Path, image: Path) -> None:
         nursery.cancel_scope.cancel()
 
 
+async def test_a_store_that_outlives_the_process_keeps_nothing_of_those_that_are_gone(
+    tmp_path: Path, image: Path
+) -> None:
+    """As systemd's: what is left to the next process is what runs when this one ends, and nothing else."""
+    store, path = KeptStore(outlives=True), tmp_path / "vm.ws"
+    async with trio.open_nursery() as nursery:
+        async with served(tmp_path, store, image=str(image), record_working_set=str(path)) as pager:
+            async with start_vmm(pager.socket, PAGES + 8):
+                await pager.said.wait("vm-refused")
+                await until(lambda: _async(len(store.dropped) == 1))
+            async with start_vmm(pager.socket, PAGES) as vmm:
+                assert await vmm.reads(content(), 0, 8)
+            await pager.said.wait("vm-ended")
+            await until(lambda: _async(len(store.dropped) == 2))
+            assert path.exists()
+            vmm = await _hold(nursery, pager.socket)
+            assert await vmm.reads(content(), 0, 8)
+            with pytest.raises(ControlError, match="1 virtual machine with missing pages"):
+                await pager.ask("quit")  # which is no restart
+            pager.stop.set()
+            await pager.said.wait("result")
+        assert len(store.dropped) == 2
+        assert sorted(len(fds) for fds in store.kept.values()) == [1, 7]  # the listening socket, and the one that runs
+        nursery.cancel_scope.cancel()
+    for name in list(store.kept):
+        await store.drop(name)
+
+
+async def _async(value: bool) -> bool:
+    return value
+
+
+def test_descriptors_are_made_as_a_whole_or_not_at_all() -> None:
+    about = About(1, "vm", 1, 0, "/s", None, PAGE, PAGES * PAGE, 0, [(0, PAGES * PAGE, 0)], 0, 0)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(CoreError, match="Bad file descriptor"):
+        Descriptors.make(about, uffd=0, pidfd=1, image=1_000_000, connection=2)
+    assert os.listdir("/proc/self/fd") == before
+
+
 class TestWorkingSets:
+    async def test_a_recording_that_is_over_is_left_alone_by_the_next_process(
+        self, tmp_path: Path, image: Path
+    ) -> None:
+        path, store = tmp_path / "vm.ws", KeptStore()
+        options: dict[str, Any] = {"image": str(image), "record_working_set": str(path), "record_for_s": 0.05}
+        async with trio.open_nursery() as nursery:
+            async with served(tmp_path, store, **options) as first:
+                vmm = await _hold(nursery, first.socket)
+                await first.said.wait("working-set")
+                store.leave.set()
+            path.unlink()
+            (kept,) = (fds for fds in store.kept.values() if len(fds) > 1)
+            second = LocalStore({})
+            second.taken, store.kept = {"vm": kept}, {}
+            os.unlink(tmp_path / "s")
+            async with served(tmp_path, second, **options) as after:
+                assert await vmm.reads(content(), 0, 8)
+                vmm.process.kill()
+                await after.said.wait("vm-ended")
+            assert not path.exists()
+            nursery.cancel_scope.cancel()
+
     async def test_recorded_and_replayed(self, tmp_path: Path, image: Path) -> None:
         path = tmp_path / "vm.ws"
         touched = [40, 41, 42, 7, 100, 9]
@@ -438,21 +536,25 @@ class TestWorkingSets:
         assert "the checksum is wrong" in caplog.text
 
 
-async def test_a_directory_of_images(tmp_path: Path) -> None:
+async def test_a_directory_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_handler, "SCAN_S", 0.01)
     images, sockets = tmp_path / "images", tmp_path / "sockets"
     images.mkdir()
     sockets.mkdir()
     (images / "one.mem").write_bytes(content(1))
+    (images / "last.mem").write_bytes(content(3))
+    (sockets / "last.sock").touch()  # in the way
     (images / "other.txt").write_bytes(content(1))
     said, stop, store = Said(), Stop(), LocalStore({})
     config = PagerConfig(socket=str(sockets), images=str(images))
-    check(config)
     async with trio.open_nursery() as nursery:
         await nursery.start(store.run)
         nursery.start_soon(Handler(config, said, store).run, stop)
         assert (await said.wait("listening"))["image"] == str(images / "one.mem")
         (images / "two.mem").write_bytes(content(2))
         await said.wait("listening", 2)
+        (sockets / "last.sock").unlink()
+        await said.wait("listening", 3)
         async with start_vmm(sockets / "one.sock", PAGES) as one, start_vmm(sockets / "two.sock", PAGES) as two:
             assert await one.reads(content(1), 0, 8)
             assert await two.reads(content(2), 0, 8)
@@ -502,6 +604,90 @@ async def test_pages_of_a_program(tmp_path: Path) -> None:
                 await lost.wait()
         nursery.cancel_scope.cancel()
     assert "vm-connected" in said
+    assert not (tmp_path / "s").exists()
+
+
+class MorePages(Pages):
+    """It has more than the virtual machine."""
+
+    def __init__(self, about: About) -> None:
+        self.blocks = (SourceBlock("memory", about.memory_bytes + 8 * PAGE, about.page_bytes),)
+
+    async def fetch(self, block: int, first_page: int, count: int) -> bytes:
+        await trio.lowlevel.checkpoint()
+        return content()[first_page * PAGE : (first_page + count) * PAGE]
+
+
+async def test_pages_of_a_program_that_are_prefetched(tmp_path: Path) -> None:
+    serving: Callable[..., Any] = serve
+    async with trio.open_nursery() as nursery:
+        await nursery.start(
+            lambda task_status: serving(str(tmp_path / "s"), MorePages, prefetch="all", task_status=task_status)
+        )
+        async with start_vmm(tmp_path / "s", PAGES) as vmm:
+            assert await vmm.reads(content(), 0, PAGES)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_page_source_that_cannot_be_made(tmp_path: Path) -> None:
+    refused = trio.Event()
+    said: list[Json] = []
+
+    def on_event(event: str, fields: Json) -> None:
+        if event == "vm-refused":
+            said.append(fields)
+            refused.set()
+
+    def make(about: About) -> Pages:
+        raise LookupError("no such snapshot")
+
+    serving: Callable[..., Any] = serve
+    async with trio.open_nursery() as nursery:
+        await nursery.start(
+            lambda task_status: serving(str(tmp_path / "s"), make, on_event=on_event, task_status=task_status)
+        )
+        async with start_vmm(tmp_path / "s", PAGES):
+            with trio.fail_after(DEADLINE_S):
+                await refused.wait()
+        nursery.cancel_scope.cancel()
+    assert "LookupError: no such snapshot" in said[0]["reason"]
+
+
+async def test_the_end_of_a_connection_is_not_that_of_the_next_one() -> None:
+    """What the virtual machine has not read yet goes through it all the same."""
+    down, complete = Event(EventType.CHANNEL_DOWN, ChannelKind.URGENT), Event(EventType.COMPLETE)
+    taken: list[Event] = []
+    attached: list[int] = []
+
+    class Fake:
+        async def disconnect(self) -> None:
+            await trio.lowlevel.checkpoint()
+
+        def drain_events(self) -> list[Event]:
+            return [down, complete]
+
+        def attach_urgent(self, shard: int, fd: int) -> None:
+            attached.append(fd)
+            os.close(fd)
+
+    def take(event: Event) -> None:
+        taken.append(event)
+        lent.pass_on(event)
+
+    lent = _LentPager(cast(Pager, Fake()), take)
+    lent.pass_on(down)
+    held = os.dup(0)
+    lent.attach_urgent(0, held)
+    await lent.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(held)
+    assert taken == [down, complete]
+    assert lent.take_event() is None
+    again = os.dup(0)
+    lent.attach_urgent(0, again)
+    assert attached == []
+    lent.image_is_known()
+    assert attached == [again]
 
 
 class TestOfAnotherHost:
@@ -541,6 +727,71 @@ class TestOfAnotherHost:
                 assert await vmm.answer()
                 assert await vmm.reads(content(), 0, PAGES)
             nursery.cancel_scope.cancel()
+
+    async def test_a_source_that_is_started_anew_costs_no_vm(self, tmp_path: Path) -> None:
+        """The migration before has ended for good then."""
+        async with trio.open_nursery() as nursery:
+            gone = await nursery.start(_serve_until_cancelled)
+            route = Route(parse_address(gone[1].address))
+            async with (
+                served(tmp_path, connect=route, kill_when_lost=True) as pager,
+                start_vmm(pager.socket, PAGES) as vmm,
+            ):
+                assert await vmm.reads(content(), 0, 8)
+                gone[0].cancel()
+                await vmm.send("read", 8, 8)
+                back = await nursery.start(_serve_until_cancelled)
+                route.change(parse_address(back[1].address))
+                assert await vmm.answer()
+                assert await vmm.reads(content(), 0, PAGES)
+                assert "vm-lost" not in [event for event, _ in pager.said.events]
+            nursery.cancel_scope.cancel()
+
+    async def test_one_that_is_complete_needs_no_source(self, tmp_path: Path) -> None:
+        """Also in the next process, when the source has ended."""
+        store = KeptStore()
+        async with trio.open_nursery() as nursery:
+            server = await nursery.start(_serve_until_cancelled)
+            options: dict[str, Any] = {"connect": Route(parse_address(server[1].address)), "kill_when_lost": True}
+            async with served(tmp_path, store, recover_for_s=0, **options) as first:
+                vmm = await _hold(nursery, first.socket)
+                assert await vmm.reads(content(), 0, PAGES)
+                await first.until(lambda vm: vm["status"] == "complete")
+                store.leave.set()
+            server[0].cancel()
+            (kept,) = (fds for fds in store.kept.values() if len(fds) > 1)
+            second = LocalStore({})
+            second.taken, store.kept = {"vm": kept}, {}
+            os.unlink(tmp_path / "s")
+            async with served(tmp_path, second, recover_for_s=0, **options) as after:
+                await after.said.wait("vm-connected")
+                await trio.testing.wait_all_tasks_blocked(0.1)
+                assert "vm-lost" not in [event for event, _ in after.said.events]
+                assert await vmm.reads(content(), 0, PAGES)
+            nursery.cancel_scope.cancel()
+
+    async def test_the_image_is_the_one_that_it_was(self) -> None:
+        """Nothing is asked of a source, or taken from it, before that is known."""
+        about = About(1, "vm", 1, 0, "/s", None, PAGE, PAGES * PAGE, 0, [(0, PAGES * PAGE, 0)], 0, 0)
+        digests: set[int | None] = set()
+        known: list[bool] = []
+
+        async def offer(digest: int | None) -> None:
+            machine = _KnownImage(about, digests, lambda: known.append(True))
+            await machine.load_state(msgspec.msgpack.encode({"digest": digest}))
+
+        await offer(7)
+        await offer(7)
+        for other in (8, None):
+            with pytest.raises(ConfigurationError, match="another image"):
+                await offer(other)
+        assert known == [True, True]
+
+    async def test_memory_that_no_host_has_is_refused(self) -> None:
+        source = ConnectSource(Route(parse_address("[::1]:1")), recover_for_s=0, background=False)
+        for region, words in (((0, PAGE, (1 << 56) - PAGE), "gaps"), ((0, 1 << 56, 0), "16 times what this host has")):
+            with pytest.raises(ConfigurationError, match=words):
+                source.check(About(1, "vm", 1, 0, "/s", None, PAGE, 1 << 56, 0, [region], 0, 0))
 
     async def test_memory_of_another_size_is_never_filled(self, tmp_path: Path) -> None:
         async with trio.open_nursery() as nursery:
@@ -582,8 +833,10 @@ async def test_metrics(tmp_path: Path, image: Path) -> None:
         ({"image": "IMAGE", "prefetch": "working-set"}, "--working-set FILE"),
         ({"image": "IMAGE", "record_for_s": 3.0}, "--record-for goes with"),
         ({"image": "IMAGE", "record_working_set": "/nowhere/x"}, "--record-working-set"),
+        ({"image": "IMAGE", "record_working_set": "IMAGE"}, "which would be replaced"),
     ],
 )
 def test_what_cannot_be_served_is_refused_at_once(image: Path, options: dict[str, Any], words: str) -> None:
+    given: dict[str, Any] = {name: str(image) if value == "IMAGE" else value for name, value in options.items()}
     with pytest.raises(PostcopyError, match=words):
-        check(replace(PagerConfig(), **options | ({"image": str(image)} if options.get("image") == "IMAGE" else {})))
+        check(replace(PagerConfig(), **given))

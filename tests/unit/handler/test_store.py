@@ -15,7 +15,7 @@ from postcopy.handler._keeper import open_store
 from postcopy.handler._store import MAX_NAME_BYTES, check_name, is_listening, kind_of
 
 
-@pytest.mark.parametrize("name", ["a", "pager.1", "postcopy-pager@x.socket", r"a\x2db", "n" * MAX_NAME_BYTES])
+@pytest.mark.parametrize("name", ["a", "pager.1", "postcopy-pager@x.socket", r"a\x2db", "a+b", "n" * MAX_NAME_BYTES])
 def test_names(name: str) -> None:
     assert check_name(name) == name
 

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -107,6 +109,24 @@ def test_a_forged_one_names_no_page_that_there_is_not(data: bytes) -> None:
         workingset._unpack(workingset.decode(data, "x"), "x")
 
 
+def test_a_forged_one_is_not_read_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One page again and again: it is refused when there are more pages than the image has, whatever it says."""
+    read = 0
+    numbers = workingset._numbers
+
+    def counted(packed: bytes) -> Iterator[int]:
+        nonlocal read
+        for number in numbers(packed):
+            read += 1
+            yield number
+
+    monkeypatch.setattr(workingset, "_numbers", counted)
+    data = _forged(b"\x00\x01" + b"\x01\x01" * (10 * PAGES), pages=1 << 60)
+    with pytest.raises(DamagedError, match="make no sense"):
+        workingset._unpack(workingset.decode(data, "x"), "x")
+    assert read == 2 * (PAGES + 1)
+
+
 def test_of_which_image_it_is(path: Path, image_path: Path, tmp_path: Path) -> None:
     save(path, image_path, collect(PAGE, [5]))
     stamp = image_path.stat().st_mtime_ns
@@ -125,6 +145,38 @@ def test_of_which_image_it_is(path: Path, image_path: Path, tmp_path: Path) -> N
     os.utime(copy, ns=(stamp, stamp))
     with pytest.raises(ConfigurationError, match="differs in size"):
         load(path, copy)
+
+
+def test_one_that_was_read_is_read_again_when_it_or_its_image_has_changed(
+    path: Path, image_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets, reads = workingset.Sets(), []
+    once = workingset.read
+
+    def read(*arguments: Any) -> WorkingSet:
+        reads.append(arguments)
+        return once(*arguments)
+
+    monkeypatch.setattr(workingset, "read", read)
+
+    def have() -> WorkingSet:
+        image = Image.open(str(image_path))
+        try:
+            return sets.read(str(path), image)
+        finally:
+            image.close()
+
+    save(path, image_path, collect(PAGE, [5]))
+    assert [have().runs for _ in range(3)] == [((5, 1),)] * 3
+    assert len(reads) == 1
+    save(path, image_path, collect(PAGE, [7]))
+    assert have().runs == ((7, 1),)
+    os.utime(image_path, ns=(0, 10**18))
+    with pytest.raises(ConfigurationError, match="another image"):
+        have()
+    path.unlink()
+    with pytest.raises(ConfigurationError, match="No such file"):
+        have()
 
 
 def test_a_file_that_is_not_there_or_cannot_be_made(path: Path, image_path: Path) -> None:
@@ -146,7 +198,6 @@ def test_a_large_image_is_sampled(tmp_path: Path) -> None:
             file.seek(offset)
             file.write(b"x")
         assert (image.identify().sample != before.sample) is seen
-    assert image.changed
     image.close()
 
 

@@ -12,16 +12,23 @@ import os
 import signal
 import socket
 import sys
+import types
 from typing import Any
 
 import trio
 
+import postcopy
 from postcopy.errors import PostcopyError
-from postcopy.handler._keeper import in_keeper, keep, open_store
-from postcopy.handler._store import Store, kind_of
+
+# The room's own `__init__` imports the whole pager, three times what a toy needs, and a test starts a dozen of them.
+sys.modules["postcopy.handler"] = room = types.ModuleType("postcopy.handler")
+room.__path__ = [os.path.join(postcopy.__path__[0], "handler")]
+
+from postcopy.handler._keeper import in_keeper, keep, open_store  # noqa: E402
+from postcopy.handler._store import Store, kind_of  # noqa: E402
 
 
-async def answer(store: Store, name: str, sock: trio.socket.SocketType, leave: trio.Event) -> None:
+async def answer(store: Store, name: str, sock: trio.socket.SocketType) -> None:
     data = await sock.recv(4096)
     if not data:  # the engine before this one has answered, and died before it dropped the name
         sock.close()
@@ -54,8 +61,6 @@ async def answer(store: Store, name: str, sock: trio.socket.SocketType, leave: t
     sock.close()
     if request["do"] != "put" or "name" in request:
         await store.drop(name)
-    if request["do"] == "exit":
-        leave.set()
 
 
 async def engine() -> None:
@@ -81,16 +86,7 @@ async def engine() -> None:
             await store.ready()
             while True:
                 name, fd = await store.accept()
-                nursery.start_soon(answer, store, name, trio.socket.from_stdlib_socket(socket.socket(fileno=fd)), leave)
-
-
-def become(fds: list[int], names: str, command: list[str]) -> None:
-    """As systemd starts a service that it has descriptors for."""
-    high = [os.dup2(fd, 100 + index, inheritable=False) for index, fd in enumerate(fds)]
-    for index, fd in enumerate(high):
-        os.dup2(fd, 3 + index)
-    os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(fds)), "LISTEN_FDNAMES": names}
-    os.execv(command[0], command)
+                nursery.start_soon(answer, store, name, trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
 
 
 def main() -> None:
@@ -98,13 +94,11 @@ def main() -> None:
         logging.basicConfig(level=logging.INFO)
         trio.run(engine)
         return
-    listeners = {}
-    if "--passed" not in sys.argv:
-        listener = listeners["pager"] = socket.socket(socket.AF_UNIX)
-        listener.bind(sys.argv[1])
-        listener.listen()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(sys.argv[1])
+    listener.listen()
     command = [sys.executable, "-P", os.path.abspath(__file__), *sys.argv[1:]]
-    keep(command, listeners, spare="--no-spare" not in sys.argv, burst=1000)
+    keep(command, {"pager": listener}, spare="--no-spare" not in sys.argv, burst=1000)
 
 
 if __name__ == "__main__":

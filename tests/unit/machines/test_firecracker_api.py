@@ -8,11 +8,13 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from postcopy.machines.firecracker.api import (
     MAX_ANSWER_BYTES,
@@ -27,6 +29,37 @@ from postcopy.machines.firecracker.api import (
 )
 
 BOUND_S = 20.0
+
+
+async def test_too_many_wait(tmp_path: Path) -> None:
+    """For a Firecracker that takes no connection: nothing was asked, and it is asked when there is room."""
+    path = tmp_path / "api.sock"
+    with socket.socket(socket.AF_UNIX) as listening, trio.fail_after(BOUND_S):
+        listening.bind(str(path))
+        listening.listen(0)
+        waiting: list[socket.socket] = []
+        with suppress(BlockingIOError):
+            while True:
+                waiting.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+                waiting[-1].connect(str(path))
+        with pytest.raises(FirecrackerUnreachable, match="too many wait"):
+            await Api(path).get("/", 0.05)
+        with pytest.raises(FirecrackerUnreachable, match="too many wait"):
+            await Api(path).process(0.05)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(Api(path).get, "/", BOUND_S))
+            await trio.testing.wait_all_tasks_blocked()
+            for one in waiting:
+                one.close()
+            listening.setblocking(False)
+            accepted = trio.socket.from_stdlib_socket(listening.dup())
+            with accepted:
+                while True:
+                    connection, _ = await accepted.accept()
+                    with connection:
+                        if (await connection.recv(4096)).startswith(b"GET / "):
+                            await connection.send(answered("204"))
+                            break
 
 
 def answered(status: str, body: bytes = b"") -> bytes:
@@ -163,6 +196,7 @@ def test_a_memory_file_is_told_from_a_state_file() -> None:
     [
         pytest.param(b"SSH-2.0-OpenSSH_9.2\r\n\r\n", id="not HTTP"),
         pytest.param(answered("200", b"{"), id="not JSON"),
+        pytest.param(answered("200", 100_000 * b"["), id="nested too deep"),
         pytest.param(answered("200", b'"' + b"x" * (MAX_ANSWER_BYTES + 9) + b'"'), id="too long"),
         pytest.param(b"HTTP/1.1 200\r\n" + b"A: " + b"x" * (1 << 20), id="a header without an end"),
     ],
@@ -171,6 +205,13 @@ async def test_what_is_no_answer_of_firecracker_is_said(tmp_path: Path, answer: 
     async with server(tmp_path / "api", answer):
         with pytest.raises(FirecrackerAnswer):
             await Api(tmp_path / "api").get("/")
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b'"Running"', b"{}", b'{"state": 1}'])
+async def test_what_is_no_firecracker_is_told(tmp_path: Path, content: bytes) -> None:
+    async with server(tmp_path / "api", answered("200", content)):
+        with pytest.raises(FirecrackerAnswer, match="no Firecracker"):
+            await Api(tmp_path / "api").instance()
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 \r\nContent-Length: 100\r\n\r\n{"])

@@ -167,16 +167,19 @@ def _wrong(peer: Peer) -> dict[str, tuple[Any, str]]:
         "a number too large": ([peer.region(size=1 << 70)], "handshake"),
         "an object": (peer.region(), "Expected"),
         "nothing mapped": ([peer.region(base_host_virt_addr=PAGE)], "no memory at"),
+        "more than is mapped": ([peer.region(size=1 << 40)], "no memory at"),
         "no JSON": (b"hello there", "not the JSON"),
         "more than one": (b"[] []", "not the JSON"),
         "no UTF-8": (b'[{"\xff": 1}]', "handshake"),
+        "nested deep": (b'[{"new": ' + 4000 * b"[", "nested too deep"),
     }
 
 
 WRONG = (
     "no region", "many regions", "size 0", "negative", "past the end", "page size in KiB", "no whole page",
     "offset of no page", "overlap in memory", "overlap in the file", "a field is missing", "a field of another type",
-    "a number too large", "an object", "nothing mapped", "no JSON", "more than one", "no UTF-8",
+    "a number too large", "an object", "nothing mapped", "more than is mapped", "no JSON", "more than one", "no UTF-8",
+    "nested deep",
 )  # fmt: skip
 
 

@@ -14,12 +14,15 @@ import pytest
 import trio
 from fake_firecracker import MIB, STATE, FakeFirecracker, Orders, fake_firecracker
 
+from postcopy._fd import FdHolder
 from postcopy.errors import BusyError, ConfigurationError, MigrationError, PostcopyError, ResourceError
-from postcopy.machines import MachineState
+from postcopy.machines import BlockLayout, MachineState
 from postcopy.machines.firecracker import source
 from postcopy.machines.firecracker._process import Area, find_regions, region_sizes
 from postcopy.machines.firecracker.api import FirecrackerInDoubt
+from postcopy.machines.firecracker.destination import ArrivingFirecracker, FirecrackerHost
 from postcopy.machines.firecracker.source import FirecrackerMachine, version_of
+from postcopy.memory import RemoteMemory
 
 BOUND_S = 30.0
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -75,6 +78,8 @@ async def test_it_is_paused_with_its_state_and_goes_on(tmp_path: Path) -> None:
         assert machine._exchange is not None
         directory = machine._exchange.path
         assert os.listdir(directory) == []
+        await machine.before_pause()
+        assert fake.was_told() == []
         for _ in range(3):
             await machine.pause()
             assert machine.statistics().state is MachineState.PAUSED
@@ -164,11 +169,21 @@ async def test_what_cannot_be_moved_is_refused_by_name(tmp_path: Path, name: str
         assert fake.was_told() == []
 
 
-async def test_a_firecracker_has_one_source_at_a_time(tmp_path: Path) -> None:
+async def test_a_firecracker_belongs_to_one_machine_at_a_time(tmp_path: Path) -> None:
     async with prepared(tmp_path, Orders()) as (fake, machine):
         async with FirecrackerMachine.create(str(fake.api_socket)) as second:
             with pytest.raises(BusyError, match="another postcopy"):
                 await second.prepare()
+        fake.order(Orders(state="Not started"))
+        arriving = ArrivingFirecracker.for_destination(
+            {"regions": [8 * MIB], "version": "1.12.1"},
+            [BlockLayout("memory", 8 * MIB, PAGE)],
+            FirecrackerHost(str(fake.api_socket)),
+        )
+        with pytest.raises(BusyError, match="another postcopy"):
+            await arriving.prepare()
+        await arriving.close()
+        fake.order(Orders())
         await machine.close()
         async with FirecrackerMachine.create(str(fake.api_socket)) as third:
             await third.prepare()
@@ -233,6 +248,21 @@ async def test_a_resume_without_an_answer_is_looked_into(tmp_path: Path, monkeyp
         assert asked == ["PATCH", "GET"]
         assert machine.statistics().state is MachineState.RUNNING
         assert fake.was_told()[-1] == "PATCH Resumed"
+
+
+async def test_its_userfaultfd_is_closed_where_its_memory_cannot_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*_: object) -> None:
+        raise MigrationError("it has ended")
+
+    holder = FdHolder(os.open(os.devnull, os.O_RDONLY))
+    monkeypatch.setattr(source, "userfaultfd_of", lambda *_: holder)
+    monkeypatch.setattr(RemoteMemory, "found", ended)
+    with pytest.raises(MigrationError, match="it has ended"):
+        async with prepared(tmp_path, Orders()):
+            pass
+    assert holder.closed
 
 
 async def test_without_a_userfaultfd_it_cannot_be_sent_while_it_runs(tmp_path: Path) -> None:
@@ -311,5 +341,6 @@ async def test_regions_that_are_adjacent_are_told_by_what_begins_a_guest(
 def test_versions() -> None:
     assert version_of("1.12.1") == (1, 12)
     assert version_of("v1.13.0-dev") == (1, 13)
-    assert version_of("2") == (0, 0)
+    for wrong in ("2", "1.", "1.\u00b2", "1." + 5000 * "1", "x1.12"):
+        assert version_of(wrong) == (0, 0)
     assert version_of("") == (0, 0)

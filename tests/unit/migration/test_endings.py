@@ -149,6 +149,44 @@ async def test_a_destination_that_comes_back_to_a_reclaimed_machine_stops_its_ow
     assert pair.twin.network_log == ["claimed", "released"]
 
 
+async def test_the_machine_runs_while_its_pause_is_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = make_pair()
+    found: list[tuple[MachineState, int]] = []
+
+    async def before_pause() -> None:
+        await trio.lowlevel.checkpoint()
+        found.append((pair.machine.state, pair.source.paused_ns))
+
+    monkeypatch.setattr(pair.machine, "before_pause", before_pause)
+    running_as = pair.machine.state
+    async with running(pair):
+        await pair.move()
+        pair.pager.channel.tell(EventType.COMPLETE)
+    assert found == [(running_as, 0)]
+
+
+async def test_one_that_does_not_stop_then_is_destroyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is a process of its own would run on when it is only let go."""
+    pair = make_pair()
+    destroyed = 0
+
+    async def hangs(timeout_s: float = 0.0) -> None:
+        raise MigrationError("it waits for a page")
+
+    async def destroy() -> None:
+        nonlocal destroyed
+        destroyed += 1
+
+    async with running(pair):
+        await lose(pair)
+        monkeypatch.setattr(pair.twin, "pause", hangs)
+        monkeypatch.setattr(pair.twin, "destroy", destroy)
+        pair.stop_source.set()
+        pair.meeting.refuse(EndedElsewhere(Ended.RECLAIMED))
+        pair.meeting.open.set()
+    assert destroyed == 1
+
+
 @pytest.mark.parametrize("how", [Ended.COMPLETED, Ended.ABORTED, Ended.LOST])
 async def test_how_it_has_ended_at_the_destination(how: Ended) -> None:
     """Every page is there; it never heard `commit`; it was given up."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 import pytest
@@ -27,11 +27,21 @@ class Side:
         self.control = Control(trio.SocketStream(trio.socket.from_stdlib_socket(here)), self.protocol)
         self.peer = there
         self.steps = 0  # of the other tasks of this thread
+        self.at_a_step: Callable[[], None] = lambda: None
 
     async def others(self) -> None:
         while True:
             await trio.lowlevel.checkpoint()
             self.steps += 1
+            self.at_a_step()
+
+    async def wait_until_others_run(self) -> None:
+        """Waits for a message, in place as long as it likes."""
+        with trio.CancelScope() as scope:
+            self.at_a_step = scope.cancel
+            await self.control.receive(p.Commit)
+        self.at_a_step = lambda: None
+        assert self.steps > 0
 
 
 @pytest.fixture(autouse=True)
@@ -139,9 +149,7 @@ async def test_what_is_no_message_is_refused() -> None:
 async def test_a_peer_that_says_nothing_is_waited_for_as_ever(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, limit, 0.002)
     async with in_a_hurry() as side:
-        with trio.move_on_after(0.01):
-            await side.control.receive(p.Commit)
-        assert side.steps > 0
+        await side.wait_until_others_run()
         side.peer.send(p.encode(p.Commit()))
         await side.control.receive(p.Commit)
 
@@ -150,8 +158,7 @@ async def test_patience_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer that has this side hurry again and again does not keep its thread."""
     monkeypatch.setattr(connection, "PATIENCE_S", 0.002)
     async with in_a_hurry() as side:
-        with trio.move_on_after(0.01):
-            await side.control.receive(p.Commit)
+        await side.wait_until_others_run()
         assert side.control._patience_s <= 0
         side.control.hurry()
         before = side.steps

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 
 from postcopy.errors import ConfigurationError, ConnectionLost, PostcopyError
-from postcopy.machines import BlockLayout, Machine
+from postcopy.machines import BlockLayout, Machine, MachineState
 from postcopy.migration.destination import DestinationMigration
 from postcopy.migration.precopy import Mode
 from postcopy.migration.source import SourceMigration, SourceOptions
@@ -179,6 +179,25 @@ async def test_quit_loses_no_machine_unasked() -> None:
     with pytest.raises(ControlError, match="about to end"):
         await ControlHandler(daemon).execute(Request("start", {"kind": "rv64"}))
     assert daemon._why_refused(0)
+
+
+async def test_a_process_of_its_own_is_ended_by_force_only() -> None:
+    """Also one that is paused, since its destination was lost: it may be the only one."""
+    daemon = _daemon()
+    job = _move(daemon, "a", State.ABORTED)
+    (owned,) = daemon.machines
+    owned.machine = machine = Mock(spec=Machine, live=True, outlives=True)
+    for state in (MachineState.RUNNING, MachineState.PAUSED):
+        machine.statistics.return_value.state = state
+        assert owned.stays == state.value
+        with pytest.raises(ControlError, match=f"a: it is {state.value}, and would be destroyed"):
+            await ControlHandler(daemon).execute(Request("end", {"machine": "a"}))
+    owned.phase = Phase.HERE
+    await ControlHandler(daemon).execute(Request("end", {"machine": "a", "force": True}))
+    assert machine.destroy.called
+    assert not machine.close.called
+    job.state = State.COMPLETED
+    assert not owned.stays
 
 
 def test_what_has_left_is_kept_for_metrics_and_bounded() -> None:
