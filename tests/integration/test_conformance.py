@@ -7,8 +7,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -306,6 +308,29 @@ def test_nothing_passed_is_no_success(run_in_child: Callable[..., Any], image: s
     done = run_in_child([*CONFORMANCE, "--image", image, "--handler-socket", "/nowhere", "--cases", "28", "--json"])
     assert done.returncode == 1, done.stderr
     assert json.loads(done.stdout)["not-applicable"] == 1
+
+
+@pytest.mark.needs("uffd", "root")
+@pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="no /dev/fuse")
+def test_one_that_is_told_to_end_leaves_no_mount(image: str) -> None:
+    """In the middle of a read that is not answered."""
+    handler = f"{executable('conformance-handler')} --socket {{socket}} --image {{image}}"
+    with tempfile.TemporaryDirectory() as directory:
+        line = ["--image", image, "--handler-cmd", handler, "--cases", "32-slow", "--slow", "1000"]
+        environment = {**os.environ, "TMPDIR": directory}
+        with subprocess.Popen([*CONFORMANCE, *line], env=environment, stderr=subprocess.DEVNULL) as kit:
+            try:
+                deadline_s = time.monotonic() + PATIENT_S
+                while directory not in Path("/proc/mounts").read_text():
+                    assert kit.poll() is None
+                    assert time.monotonic() < deadline_s
+                    time.sleep(0.005)
+                kit.terminate()
+                kit.wait(PATIENT_S)
+            finally:
+                kit.kill()
+        assert directory not in Path("/proc/mounts").read_text()
+        assert os.listdir(directory) == []
 
 
 def test_processes_of_a_handler_that_hide_their_environment(image: str, tmp_path: Path) -> None:

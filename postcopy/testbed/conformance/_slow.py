@@ -37,6 +37,7 @@ class SlowImage:
         self._connection = connection
         self._held: set[int] = set()
         self._changed = trio.Event()
+        self._serving = trio.CancelScope(shield=True)
         self.failing = False
         self.waiting = trio.Event()
         """Somebody reads a page that is held."""
@@ -56,7 +57,17 @@ class SlowImage:
         self.failing = True
         self.release()
 
+    def end(self) -> None:
+        """Nobody has the file open any more."""
+        self._serving.cancel()
+
     async def serve(self, nursery: trio.Nursery) -> None:
+        """Until `end`, also when cancelled: a process that is killed closes its files, and cannot end before that is
+        answered."""
+        with self._serving:
+            await self._serve(nursery)
+
+    async def _serve(self, nursery: trio.Nursery) -> None:
         while True:
             await trio.lowlevel.wait_readable(self._connection)
             try:
@@ -134,8 +145,11 @@ async def open_slow_image(image: str, directory: str) -> AsyncIterator[SlowImage
         async with trio.open_nursery() as nursery:
             slow = SlowImage(original, connection, os.path.join(directory, "image"))
             nursery.start_soon(slow.serve, nursery)
-            yield slow
-            nursery.cancel_scope.cancel()
+            try:
+                yield slow
+            finally:
+                slow.end()
+                nursery.cancel_scope.cancel()
     finally:
         trio.lowlevel.notify_closing(connection)
         os.close(connection)
