@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     from postcopy.handler._metrics import VmMetrics
 
 MAX_ARRIVING = 64
-"""Connections that have not said what they are; further ones wait."""
+"""Connections that are not virtual machines yet."""
 THREADS_OF_IMAGE = 4
 """That may wait at a time for the disk on which an image is, beside those of pagers."""
 SCAN_S = 1.0
@@ -123,6 +123,9 @@ class Handler:
         self._store = store
         self._make_source = make_source
         self._arriving = trio.Semaphore(MAX_ARRIVING)
+        self._silent: dict[
+            str, trio.CancelScope
+        ] = {}  # those that have said nothing, the longest first
         self._places: dict[str, int] = {}  # by name of a virtual machine, from when it is promised one: its memory
         self._sets = workingset.Sets()
         self._limiters: dict[str, trio.CapacityLimiter] = {}
@@ -328,9 +331,15 @@ class Handler:
 
     async def _accept(self, tasks: trio.Nursery) -> None:
         while True:
-            await self._arriving.acquire()
             key, fd = await self._store.accept()
             connection = trio.socket.from_stdlib_socket(socket.socket(fileno=fd))
+            try:
+                if not self._arriving.value and self._silent:
+                    self._silent.pop(next(iter(self._silent))).cancel()
+                await self._arriving.acquire()
+            except trio.Cancelled:
+                connection.close()
+                raise
             tasks.start_soon(contained, f"serving {key}", partial(self._arrive, key, connection))
 
     async def _arrive(self, key: str, connection: trio.socket.SocketType) -> None:
@@ -345,7 +354,7 @@ class Handler:
                     peer, path = peer_credentials(connection), _path_of(connection.fileno())
                     self._check_peer(peer)
                     pidfd = open_peer(connection, peer)
-                    handshake = await receive_handshake(connection, peek=True)
+                    handshake = await self._hear(key, connection)
                     vm = await self._make(key, connection, handshake, peer, pidfd, path)
             finally:
                 self._arriving.release()
@@ -364,6 +373,16 @@ class Handler:
                 await self._drop(vm)
             elif not keep:
                 await _shielded(self._store.drop, key)
+
+    async def _hear(self, key: str, connection: trio.socket.SocketType) -> Handshake:
+        """What it says. When all places are taken, the one that has been silent for longest makes room."""
+        with trio.CancelScope() as silent:
+            self._silent[key] = silent
+            try:
+                return await receive_handshake(connection, peek=True)
+            finally:
+                self._silent.pop(key, None)
+        raise ProtocolError("it had said nothing yet when its place was needed for another one")
 
     def _check_peer(self, peer: Credentials) -> None:
         if peer.uid not in (0, os.geteuid(), *self._config.allow_uid):

@@ -288,6 +288,18 @@ class TestRefused:
         async with served(tmp_path, image=str(image)) as pager:
             assert pager.socket.stat().st_mode & 0o777 == 0o600
 
+    async def test_the_silent_make_room(self, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_handler, "MAX_ARRIVING", 2)
+        async with served(tmp_path, image=str(image)) as pager:
+            silent = []
+            for _ in range(3):
+                silent.append(await trio.open_unix_socket(pager.socket))
+            assert "needed" in (await pager.said.wait("vm-refused"))["reason"]
+            async with start_vmm(pager.socket, PAGES) as good:
+                assert await good.reads(content(), 0, 8)
+            for stream in silent:
+                await stream.aclose()
+
     async def test_nonsense_hurts_nobody(self, tmp_path: Path, image: Path) -> None:
         async with served(tmp_path, image=str(image)) as pager, start_vmm(pager.socket, PAGES) as good:
             for number, text in enumerate((b"hello", b"[]", b'[{"size": 1}]'), 1):
