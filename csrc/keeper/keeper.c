@@ -656,7 +656,7 @@ static void adopt(const struct options *options)
     keeper.serving.pidfd = options->adopt_pidfd;
     keeper.serving.ready = keeper.serving.go_told = keeper.ever_ready = true;
     keeper.deaths = (uint32_t)options->deaths;
-    say(INFO, "goes on for the keeper of engine %d, which has ended", (int)peer.pid);
+    say(INFO, "takes the place of a keeper that has ended; engine %d serves", (int)peer.pid);
 }
 
 int keeper_run(const struct options *options)

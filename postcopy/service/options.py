@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
@@ -186,6 +187,13 @@ def parse_path(text: str) -> str:
     return text
 
 
+def parse_program(text: str) -> str:
+    """The absolute path of a program, which is looked for in PATH as a shell does."""
+    if (found := shutil.which(parse_path(text))) is None:
+        raise ConfigurationError(f"{text!r}: there is no program of this name that this user may run")
+    return absolute(found)
+
+
 def default_control() -> str:
     """The control socket of a process that this user has started without ``--control``, and where `ctl` looks for it.
     Root's does not depend on XDG_RUNTIME_DIR, which a shell has and a system service has not."""
@@ -356,7 +364,7 @@ LIVE_MACHINE = (
     API_SOCKET,
 )
 MACHINE = (*LIVE_MACHINE, IMAGE)
-FIRECRACKER = path("firecracker", "firecracker: start this binary for a machine that comes", "BINARY")
+FIRECRACKER = Option("firecracker", "firecracker: start this binary for a machine that comes", "BINARY", parse_program)
 DRIVE = Option("drive", "firecracker: where a disk is on this host, if not under the name that it has at the source",
                "ID=PATH[,...]", _check_drives)
 NAME = Option("name", "name of that machine (default: its kind and random digits)", "NAME", parse_name)

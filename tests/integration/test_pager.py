@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ from lines import Json
 from vmm import PAGE, start_vmm
 
 import kept
+import postcopy
 from postcopy.service.client import ControlClient
 from postcopy.service.schema import ControlError
 
@@ -43,6 +46,23 @@ async def ask(control: Path, request: str, **arguments: Any) -> Json:
         return await client.execute(request, arguments)
 
 
+def another_installation(directory: Path) -> Path:
+    """The command of a copy of this package; the Python and the other packages are the same."""
+    for path in postcopy.__path__:
+        shutil.copytree(path, directory / "site" / "postcopy", dirs_exist_ok=True)
+    search = [str(directory / "site"), str(Path(trio.__file__).parents[1])]
+    program = directory / "postcopy"
+    code = f"import sys; sys.path[:0] = {search}; from postcopy.__main__ import main; sys.exit(main())"
+    # -S: where this package is installed for editing, its own finder comes before all paths.
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S -P -c {shlex.quote(code)} "$@"\n')
+    program.chmod(0o755)
+    return program
+
+
+def runs_copy(pid: int, directory: Path) -> bool:
+    return f"{directory}/site/postcopy/_native" in Path(f"/proc/{pid}/maps").read_text()
+
+
 async def test_upgraded_killed_and_ended(side: Callable[..., Any], tmp_path: Path, image: Path) -> None:
     content = image.read_bytes()  # noqa: ASYNC240
     socket, control = tmp_path / "vm.sock", tmp_path / "c"
@@ -55,8 +75,8 @@ async def test_upgraded_killed_and_ended(side: Callable[..., Any], tmp_path: Pat
             await vmm.ask("remove", 16, 8)
             os.unlink(image)  # those that run keep it, in each process that comes
 
-            # Another process goes on.
-            await ask(control, "upgrade")
+            # Another process goes on, of another installation.
+            await ask(control, "upgrade", program=str(another_installation(tmp_path)))
             taken = await in_thread(pager.wait_for, "a successor", lambda line: line.get("taken-over") is True)
             assert taken["pid"] == vmm.pid
             assert await vmm.reads(content, 128, 64)
@@ -67,6 +87,7 @@ async def test_upgraded_killed_and_ended(side: Callable[..., Any], tmp_path: Pat
 
             # It is killed, while the VMM asks for a page.
             status = await ask(control, "status")
+            assert runs_copy(status["pid"], tmp_path)
             await vmm.send("read", 192, 64)
             os.kill(status["pid"], signal.SIGKILL)
             assert await vmm.answer()
@@ -74,6 +95,7 @@ async def test_upgraded_killed_and_ended(side: Callable[..., Any], tmp_path: Pat
             assert [await vmm.ask("byte", page) for page in (5, 16, 23)] == ["77", "0", "0"]
             after = await ask(control, "status")
             assert after["pid"] != status["pid"]
+            assert runs_copy(after["pid"], tmp_path)
             assert after["vms"][0]["engine-deaths"] == 1
             assert after["vms"][0]["faults"] >= 256 - 8
 

@@ -870,7 +870,7 @@ static void a_keeper_for_an_engine_that_has_none(void)
     report = ask('i');
     CHECK_EQ(report.deaths, 1);
     CHECK_EQ(report.fds, 2);
-    wait_said("goes on for the keeper of engine");
+    wait_said("takes the place of a keeper that has ended; engine");
     (void)answered(call('x'), &report); /* ends both */
     wait_said("and this process with it: VMs that are still there wait for ever");
 }

@@ -8,8 +8,10 @@ import math
 import os
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,7 +40,7 @@ WRITTEN: dict[str, tuple[str, Any]] = {
     "allow-uid": ("4,65534", (4, 65534)),
     "api-socket": ("fc.sock", "fc.sock"),
     "drive": ("root=/a,b=/c", "root=/a,b=/c"),
-    "firecracker": ("fc", "fc"),
+    "firecracker": (sys.executable, sys.executable),
     "backing": ("anon", "anon"),
     "bulk-channels": ("3", 3),
     "busy-poll": ("20", 20),
@@ -259,6 +261,18 @@ def test_ctl_takes_what_a_request_takes(request_name: str, capsys: pytest.Captur
     for option in command.options if request_name != "events" else ():
         assert option.help in text
         assert (f"--{option.name}" in text) is (option.name != command.bare)
+
+
+def test_a_program_is_looked_for_as_a_shell_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "fc"
+    program.touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigurationError, match="no program of this name"):  # it cannot be run
+        options.parse_program("fc")
+    program.chmod(0o700)
+    monkeypatch.chdir(tmp_path.parent)
+    for written in ("fc", str(program), f"{tmp_path.name}/fc"):
+        assert options.parse_program(written) == str(program)
 
 
 def test_ctl_sends_numbers() -> None:
