@@ -185,7 +185,7 @@ class Handler:
         for pid in self.processes():
             try:
                 names = os.listdir(f"/proc/{pid}/fd")
-            except ProcessLookupError:
+            except (ProcessLookupError, FileNotFoundError):  # it has ended meanwhile
                 continue
             except OSError as error:
                 raise NotApplicable(f"cannot look into /proc/{pid}/fd: {error.strerror}") from None
