@@ -74,14 +74,14 @@ test-1:
 	$(STEP) 600 --log $(LOGS)/sanitize.log "C tests, sanitized" $(MAKE) --no-print-directory sanitize || failed=1; \
 	$(STEP) 180 --log $(LOGS)/fuzz.log "fuzz targets: corpus and a short run" $(MAKE) --no-print-directory fuzz-replay || failed=1; \
 	$(STEP) 500 --log $(LOGS)/containers.log "containers" $(MAKE) --no-print-directory test-containers OR_SKIP=--or-skip PYTEST_ARGS= || failed=1; \
+	$(STEP) 400 --log $(LOGS)/hostile.log "hostile peers" $(MAKE) --no-print-directory check-hostile PYTEST_ARGS= || failed=1; \
 	$(STEP) 600 --log $(LOGS)/packages.log "packages" $(MAKE) --no-print-directory check-packages PYTEST_ARGS= || failed=1; \
 	[ -z "$$failed" ]
 test-2:
 	@failed=; \
 	$(STEP) 300 --log $(LOGS)/lint.log "lint" $(MAKE) --no-print-directory lint || failed=1; \
 	$(STEP) 200 --log $(LOGS)/docs.log "documentation" $(MAKE) --no-print-directory docs || failed=1; \
-	$(STEP) 1200 --log $(LOGS)/pytest.log "pytest" $(MAKE) --no-print-directory check-python || failed=1; \
-	$(STEP) 400 --log $(LOGS)/hostile.log "hostile peers" $(MAKE) --no-print-directory check-hostile PYTEST_ARGS= || failed=1; \
+	$(STEP) 1300 --log $(LOGS)/pytest.log "pytest" $(MAKE) --no-print-directory check-python || failed=1; \
 	[ -z "$$failed" ]
 
 lint: setup $(B)-plain ## ruff, mypy --strict, the rooms' imports, the C core with all warnings as errors
