@@ -33,8 +33,6 @@ from typing import IO, Any
 
 import pytest
 
-from fetch_firecracker import NotFetched, fetch
-
 CHILD = Path(__file__).with_name("support") / "child.py"
 KILL_TIMEOUT_S = 20.0
 """How long a killed process may take to go: one that does not answer SIGKILL hangs in the kernel."""
@@ -73,6 +71,7 @@ def _qemu() -> str | None:
 
 
 def _firecracker() -> str | None:
+    from fetch_firecracker import NotFetched, fetch
     from postcopy.errors import ResourceError
     from postcopy.testbed import firecracker
 

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
+from postcopy._child import python
 from postcopy._stop import Stop
 from postcopy.handler import RECORD_VERSION, Handler, in_keeper, keep, open_store
 from postcopy.output import Output
@@ -25,7 +26,7 @@ def make(given: dict[str, Any], output: Output) -> Run:
     """With a keeper this process becomes it, and the command is run again as its engine."""
     config = record(PagerConfig, given)
     if config.keeper and not in_keeper():
-        keep([sys.executable, *sys.orig_argv[1:]], {}, log_json="log_json" in given, burst=config.restart_burst)
+        keep(python(*sys.orig_argv[1:]), {}, log_json="log_json" in given, burst=config.restart_burst)
     operating = record(OperatingOptions, given)
     if operating.metrics is not None or operating.metrics_file is not None:
         import postcopy.handler._metrics  # noqa: F401  # before there is a virtual machine that waits for it

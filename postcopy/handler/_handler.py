@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from postcopy._blocking import run_sync
+from postcopy._child import python
 from postcopy._files import absolute, check_new_file
 from postcopy._stop import INSIST_S, Stop
 from postcopy.errors import (
@@ -123,9 +124,7 @@ class Handler:
         self._store = store
         self._make_source = make_source
         self._arriving = trio.Semaphore(MAX_ARRIVING)
-        self._silent: dict[
-            str, trio.CancelScope
-        ] = {}  # those that have said nothing, the longest first
+        self._silent: dict[str, trio.CancelScope] = {}  # those that have said nothing, the longest first
         self._places: dict[str, int] = {}  # by name of a virtual machine, from when it is promised one: its memory
         self._sets = workingset.Sets()
         self._limiters: dict[str, trio.CapacityLimiter] = {}
@@ -542,6 +541,7 @@ class Handler:
 
     async def _serve(self, vm: Vm, *, taken_over: bool = False) -> None:
         about = vm.about
+        vm.taken_over = taken_over
         self._served += 1
         self._changed()
 
@@ -687,7 +687,7 @@ class Handler:
 
     async def _upgrade(self, program: str | None) -> Record:
         if program is None:
-            command = [sys.executable, *sys.orig_argv[1:]]
+            command = python(*sys.orig_argv[1:])
         else:
             command = [absolute(program), *sys.argv[1:]]
             if shutil.which(command[0]) is None:

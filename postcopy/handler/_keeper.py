@@ -32,6 +32,7 @@ from typing import NoReturn
 import trio
 
 from postcopy import _native
+from postcopy._child import python
 from postcopy._native import lib
 from postcopy.errors import NO_FILES, ConfigurationError, ResourceError, out_of_files
 from postcopy.handler._store import MAX_FDS, LocalStore, Store, check_name, is_listening, kind_of
@@ -390,7 +391,7 @@ class KeeperStore:
                 pidfd = os.pidfd_open(os.getpid())
                 try:
                     adopt = ["--adopt", f"{theirs.fileno()},{pidfd}", "--deaths", str(self.deaths)]
-                    command = [sys.executable, *sys.orig_argv[1:]]
+                    command = python(*sys.orig_argv[1:])
                     self._keeper = subprocess.Popen(
                         [program(), *adopt, *self._options, "--", *command],
                         stdin=subprocess.DEVNULL,

@@ -226,6 +226,7 @@ class Vm:
         self.error: str | None = None
         self.ended = ""  # why it is not served any more
         self.killed = False
+        self.taken_over = False  # from a process before this one
         self.lost = trio.Event()  # replaced when it can be served again
         self.served = trio.Event()  # its faults are answered, from now on
         self.recoveries: int | None = None
@@ -418,7 +419,7 @@ class Vm:
         since_s = (time.monotonic_ns() - self.about.connected_ns) / 1e9
         await trio.sleep(max(0.0, for_s - since_s))
         self._options.record_to = None
-        if path is not None and since_s < for_s:  # else a process before this one has written it
+        if path is not None and (since_s < for_s or not self.taken_over):  # else a process before this one has
             await self._write_working_set(path)
 
     async def _write_working_set(self, path: str) -> None:
