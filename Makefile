@@ -67,10 +67,10 @@ test: setup ## everything CI runs: lint, C tests, sanitizers, fuzzing, pytest, h
 	@rm -f $(LOGS)/unstable.log
 	@status=0; $(MAKE) --no-print-directory -j2 test-1 test-2 || status=$$?; cat $(LOGS)/unstable.log 2>/dev/null; exit $$status
 
-# All steps of a lane, whatever fails: one run shows all that is wrong.
+# All steps of a lane, whatever fails: one run shows all that is wrong. (Slow C tests run under both kinds of sanitizers only.)
 test-1:
 	@failed=; \
-	$(STEP) 300 --log $(LOGS)/c.log "C tests" $(MAKE) --no-print-directory check-c || failed=1; \
+	$(STEP) 300 --log $(LOGS)/c.log "C tests" ctest --test-dir $(B)-plain --output-on-failure -L unit -LE slow -j2 || failed=1; \
 	$(STEP) 600 --log $(LOGS)/sanitize.log "C tests, sanitized" $(MAKE) --no-print-directory sanitize || failed=1; \
 	$(STEP) 180 --log $(LOGS)/fuzz.log "fuzz targets: corpus and a short run" $(MAKE) --no-print-directory fuzz-replay || failed=1; \
 	$(STEP) 500 --log $(LOGS)/containers.log "containers" $(MAKE) --no-print-directory test-containers OR_SKIP=--or-skip PYTEST_ARGS= || failed=1; \
