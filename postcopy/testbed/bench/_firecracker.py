@@ -331,6 +331,8 @@ async def _populate(rounds: int, snapshot: Snapshot) -> list[Figure]:
         turn: dict[str, float] = {}
         for name in sorted(ways, reverse=bool(number % 2)):
             async with ways[name]() as handler:
+                if name == "ours":
+                    await _has_spare(handler)
                 turn[name] = await thread(_rate, snapshot, handler.path)
         turns.append(turn | {"ceiling": max(turn["1 thread"], turn["2 threads"])})
     name = f"memory of {POPULATED_MIB} MiB, populated / UFFDIO_COPY"
@@ -340,15 +342,18 @@ async def _populate(rounds: int, snapshot: Snapshot) -> list[Figure]:
 # ---- when the engine dies
 
 
+async def _has_spare(handler: Handler) -> None:
+    """The next engine has been started, which takes a processor for half a second."""
+    await next_line(handler.child, "spare", lambda line: line["event"] == "progress" and bool(line["keeper"]["spare"]))
+
+
 async def _killed(snapshot: Snapshot, handler: Handler) -> list[float]:
     """Milliseconds of the longest access of the guest, for each time that the engine was killed."""
     longest = []
     with Firecracker.start() as vm:
         await thread(partial(vm.load, uffd=handler.path, resume=True), snapshot.state)
         for _ in range(KILLS):
-            await next_line(
-                handler.child, "spare", lambda line: line["event"] == "progress" and bool(line["keeper"]["spare"])
-            )
+            await _has_spare(handler)
             line = await thread(_kill, vm, handler.child.pid)
             longest.append(line.values["max"] / snapshot.ticks_per_us / 1e3)
     return longest
