@@ -348,15 +348,15 @@ class Handler:
         vm: Vm | None = None
         keep = False
         try:
-            try:
-                with connection:
+            with connection:
+                try:
                     peer, path = peer_credentials(connection), _path_of(connection.fileno())
                     self._check_peer(peer)
                     pidfd = open_peer(connection, peer)
                     handshake = await self._hear(key, connection)
-                    vm = await self._make(key, connection, handshake, peer, pidfd, path)
-            finally:
-                self._arriving.release()
+                finally:
+                    self._arriving.release()  # its image may be on a disk that hangs: --max-vms bounds those
+                vm = await self._make(key, connection, handshake, peer, pidfd, path)
             await self._serve(vm)
         except PostcopyError as error:
             self._refuse(error, handshake is not None, peer, pidfd, path)
@@ -386,7 +386,7 @@ class Handler:
     def _check_peer(self, peer: Credentials) -> None:
         if peer.uid not in (0, os.geteuid(), *self._config.allow_uid):
             raise ProtocolError(f"it is of user {peer.uid}, whom --allow-uid does not name")
-        if self.stop.is_set():
+        if self.stop.is_set() and not self._leaves():
             raise ResourceError("this process is ending")
 
     async def _make(

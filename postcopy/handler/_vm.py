@@ -283,11 +283,13 @@ class Vm:
                             if self.fds.pidfd < 0:
                                 self._scope.cancel()
         finally:
-            with trio.CancelScope(shield=True):  # each step of it is bounded
-                await self._end_pager()
-                if self._options.record_to is not None and (self.ended or not self._options.leave()):
-                    await self._write_working_set(self._options.record_to)
-            self.fds.close()
+            try:
+                with trio.CancelScope(shield=True):  # each step of it is bounded
+                    await self._end_pager()
+                    if self._options.record_to is not None and (self.ended or not self._options.leave()):
+                        await self._write_working_set(self._options.record_to)
+            finally:
+                self.fds.close()
 
     def kill(self) -> str:
         """Kills its process; what is in the way of that, or nothing."""
@@ -393,7 +395,10 @@ class Vm:
     # ---- working sets
 
     async def _read_working_set(self, path: str) -> None:
-        self._set = await self.source.working_set(self, path)
+        try:
+            self._set = await self.source.working_set(self, path)
+        except (RuntimeError, MemoryError) as error:  # no thread can be started: the microVM is served all the same
+            log.warning("%s: --working-set %s is not read: %s", self.about.name, path, error)
         self._set_is_read.set()
 
     async def _prefetch(self, pager: Pager) -> None:
@@ -437,7 +442,7 @@ class Vm:
         with trio.move_on_after(WRITE_S) as scope:
             try:
                 pages = await trio.to_thread.run_sync(write, limiter=self.source.limiter, abandon_on_cancel=True)
-            except PostcopyError as error:
+            except (PostcopyError, RuntimeError, MemoryError) as error:  # the latter: no thread can be started
                 log.error("%s: %s", about.name, error)
             else:
                 self._options.recorded(self, path, pages)
