@@ -211,7 +211,7 @@ bool pc_local_request(struct pc_pager *pager, uint32_t index, uint64_t page)
     if (room) {
         readers->requests[(readers->first + readers->count) % MAX_REQUESTS] = (struct request){.page = page, .block = index};
         __atomic_store_n(&readers->count, readers->count + 1, __ATOMIC_RELAXED);
-        pthread_cond_signal(&readers->demanded);
+        pthread_cond_broadcast(&readers->demanded); /* a signal may wake none of several: glibc bug 25847, up to 2.40 */
     }
     pthread_mutex_unlock(&readers->lock);
     if (room)
