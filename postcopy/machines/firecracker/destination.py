@@ -42,6 +42,7 @@ from msgspec import Meta
 from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
+from postcopy.machines._peer import Process
 from postcopy.machines.base import CLOSE_TIMEOUT_S, Adopt, BlockLayout, Extent, MachineState
 from postcopy.machines.firecracker._process import Exchange
 from postcopy.machines.firecracker.api import (
@@ -49,7 +50,6 @@ from postcopy.machines.firecracker.api import (
     FirecrackerInDoubt,
     FirecrackerRefused,
     FirecrackerUnreachable,
-    Process,
     Refusal,
 )
 from postcopy.machines.firecracker.handshake import Handshake, peer_credentials, receive_handshake

@@ -42,6 +42,7 @@ from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy._native import ffi, lib
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ResourceError
+from postcopy.machines._peer import Process
 from postcopy.machines.base import CLOSE_TIMEOUT_S, Check, Machine, MachineState, MachineStatistics, RamBlock
 from postcopy.machines.firecracker._process import (
     Exchange,
@@ -56,7 +57,6 @@ from postcopy.machines.firecracker.api import (
     Api,
     FirecrackerInDoubt,
     FirecrackerRefused,
-    Process,
     Refusal,
 )
 from postcopy.machines.firecracker.handshake import Region
