@@ -42,10 +42,10 @@ from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy._native import ffi, lib
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ResourceError
+from postcopy.machines._claim import claim
 from postcopy.machines.base import CLOSE_TIMEOUT_S, Check, Machine, MachineState, MachineStatistics, RamBlock
 from postcopy.machines.firecracker._process import (
     Exchange,
-    claim,
     find_regions,
     guest_areas,
     region_sizes,
@@ -175,7 +175,7 @@ class FirecrackerMachine(Machine):
         it."""
         process = await self._api.process()
         self._pid, self._pidfd = process.pid, process.pidfd
-        self._claim = claim(process.pid)
+        self._claim = claim(process.pid, "Firecracker")
         return process
 
     def found(self, regions: Sequence[Region], uffd: FdHolder | None) -> None:
