@@ -17,23 +17,19 @@ page of guest memory.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import errno
 import os
 import re
-import signal
 import socket
-import struct
-from dataclasses import dataclass
 from typing import Any
 
 import h11
 import msgspec
 import trio
 
-from postcopy._fd import FdHolder
-from postcopy.errors import MigrationError, ResourceError, out_of_files
+from postcopy.errors import MigrationError, out_of_files
+from postcopy.machines.process import Process
 
 REQUEST_TIMEOUT_S = 10.0
 """How long Firecracker has for a request that does little."""
@@ -41,7 +37,6 @@ MAX_ANSWER_BYTES = 1 << 20
 _READ_BYTES = 64 << 10
 _CONNECT_AGAIN_S = 0.01
 _MAX_SOCKET_PATH_BYTES = 107  # unix(7)
-_SO_PEERPIDFD = 77  # Linux 6.5
 
 
 class Refusal(enum.StrEnum):
@@ -125,21 +120,6 @@ def refusal_of(fault_message: str) -> Refusal:
     return next((refusal for refusal, text in _REFUSALS if re.search(text, fault_message)), Refusal.OTHER)
 
 
-@dataclass(frozen=True)
-class Process:
-    """The process that serves an API socket."""
-
-    pid: int
-    uid: int
-    gid: int
-    pidfd: FdHolder
-
-    def kill(self) -> None:
-        """Ends it, if it has not ended: never another one that has its number."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd.fileno(), signal.SIGKILL)
-
-
 class Api:
     """The API of one Firecracker. Holds nothing open between two requests; any number of tasks may use it."""
 
@@ -194,7 +174,7 @@ class Api:
         """The process that listens there, as the kernel says. The pidfd is the caller's."""
         stream = await self._connect(trio.current_time() + timeout_s)
         try:
-            return _process_of(stream.socket, self.path)
+            return Process.behind(stream.socket, f"Firecracker ({self.path})")
         finally:
             stream.socket.close()
 
@@ -293,26 +273,3 @@ def _line(text: object) -> str:
     """For an error message: of one line, and not too long."""
     shown = "".join(char if char.isprintable() else " " for char in str(text))
     return re.sub(" +", " ", shown).strip()[:500]
-
-
-def _process_of(connection: trio.socket.SocketType, path: str) -> Process:
-    credentials = struct.Struct("3i")
-    pid, uid, gid = credentials.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))
-    if pid <= 0:
-        raise FirecrackerUnreachable(
-            f"Firecracker ({path}) is in a pid namespace that is not seen from here; run this in the one it was"
-            " started from"
-        )
-    try:
-        # The process that listens, even if its number has been given to another one meanwhile.
-        pidfd = struct.unpack("i", connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4))[0]
-    except OSError as error:
-        if error.errno != errno.ENOPROTOOPT:
-            raise FirecrackerUnreachable(f"Firecracker ({path}) has ended") from error
-        try:
-            pidfd = os.pidfd_open(pid)
-        except OSError as failure:
-            if failure.errno == errno.ESRCH:
-                raise FirecrackerUnreachable(f"Firecracker ({path}) has ended") from failure
-            raise ResourceError(f"Firecracker ({path}): no pidfd of its process: {failure.strerror}") from failure
-    return Process(pid, uid, gid, FdHolder(pidfd))
