@@ -283,7 +283,7 @@ def test_a_peer_cannot_name_a_file_to_write_to(tmp_path: Path) -> None:
 def test_unknown_kinds_of_machines_are_the_peers_mistake() -> None:
     with pytest.raises(ProtocolError):
         create_destination("z80", {}, [])
-    assert machines.KINDS == ("kvm", "rv64", "image", "firecracker")
+    assert machines.KINDS == ("kvm", "rv64", "image", "firecracker", "qemu", "program")
 
 
 def test_a_failed_creation_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
