@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines that are processes of their own (`Machine.outlives`): who is behind a socket, one of them held for as long
-as it is moved, and one that we start ourselves.
+"""Machines that are processes of their own (`Machine.outlives`), held for as long as they are moved, and the start of
+one.
 
 Nothing here ends a process by its number alone: another one may have that meanwhile.
 """
@@ -8,74 +8,29 @@ Nothing here ends a process by its number alone: another one may have that meanw
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import select
 import shutil
 import signal
-import socket
-import struct
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 import trio
 
 from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
-from postcopy.errors import ConfigurationError, MigrationError, ResourceError
+from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.machines._claim import claim
+from postcopy.machines._peer import Process
 from postcopy.machines.base import CLOSE_TIMEOUT_S, Check, Machine, MachineState, MachineStatistics
 
 KILL_TIMEOUT_S = 5.0
 _POLL_S = 0.005
-_SO_PEERPIDFD = 77  # Linux 6.5
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Process:
-    """The process that serves a socket."""
-
-    pid: int
-    uid: int
-    gid: int
-    pidfd: FdHolder
-
-    @classmethod
-    def behind(cls, connection: socket.socket | trio.socket.SocketType, name: str) -> Process:
-        """The one that listens at the other end of an AF_UNIX connection, as the kernel says; the pidfd is the
-        caller's. `name` says what it is, to a person. `MigrationError` when it has ended or is not seen from here."""
-        credentials = struct.Struct("3i")
-        pid, uid, gid = credentials.unpack(
-            connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
-        )
-        if pid <= 0:
-            raise MigrationError(
-                f"{name} is in a pid namespace that is not seen from here; run this in the one it was started from"
-            )
-        try:
-            # The process that listens, even if its number has been given to another one meanwhile.
-            pidfd = struct.unpack("i", connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4))[0]
-        except OSError as error:
-            if error.errno != errno.ENOPROTOOPT:
-                raise MigrationError(f"{name} has ended") from error
-            try:
-                pidfd = os.pidfd_open(pid)
-            except OSError as failure:
-                if failure.errno == errno.ESRCH:
-                    raise MigrationError(f"{name} has ended") from failure
-                raise ResourceError(f"{name}: no pidfd of its process: {failure.strerror}") from failure
-        return cls(pid, uid, gid, FdHolder(pidfd))
-
-    def kill(self) -> None:
-        """Ends it, if it has not ended."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd.fileno(), signal.SIGKILL)
 
 
 class ProcessMachine(Machine):

@@ -18,25 +18,21 @@ page of guest memory.
 from __future__ import annotations
 
 import enum
-import errno
 import os
 import re
-import socket
 from typing import Any
 
 import h11
 import msgspec
 import trio
 
-from postcopy.errors import MigrationError, out_of_files
-from postcopy.machines.process import Process
+from postcopy.errors import MigrationError
+from postcopy.machines._peer import Process, Unreachable, connect, one_line, process_of
 
 REQUEST_TIMEOUT_S = 10.0
 """How long Firecracker has for a request that does little."""
 MAX_ANSWER_BYTES = 1 << 20
 _READ_BYTES = 64 << 10
-_CONNECT_AGAIN_S = 0.01
-_MAX_SOCKET_PATH_BYTES = 107  # unix(7)
 
 
 class Refusal(enum.StrEnum):
@@ -93,7 +89,7 @@ class FirecrackerError(MigrationError):
     fault_message: str = ""
 
 
-class FirecrackerUnreachable(FirecrackerError):
+class FirecrackerUnreachable(FirecrackerError, Unreachable):
     """Nobody takes connections there: nothing was asked."""
 
 
@@ -134,7 +130,7 @@ class Api:
         said = await self.get("/", timeout_s)
         if not isinstance(said, dict) or not isinstance(said.get("state"), str):
             raise FirecrackerAnswer(f"what answers GET / at {self.path} is no Firecracker")
-        return _line(said["state"]), _line(said.get("vmm_version", ""))
+        return one_line(said["state"]), one_line(said.get("vmm_version", ""))
 
     async def put(self, path: str, body: object, timeout_s: float = REQUEST_TIMEOUT_S) -> Any:
         return await self.request("PUT", path, body, timeout_s)
@@ -168,62 +164,23 @@ class Api:
         if 200 <= status < 300:
             return answer
         fault_message = answer.get("fault_message", "") if isinstance(answer, dict) else ""
-        raise FirecrackerRefused(request, status, _line(fault_message))
+        raise FirecrackerRefused(request, status, one_line(fault_message))
 
     async def process(self, timeout_s: float = REQUEST_TIMEOUT_S) -> Process:
         """The process that listens there, as the kernel says. The pidfd is the caller's."""
         stream = await self._connect(trio.current_time() + timeout_s)
         try:
-            return Process.behind(stream.socket, f"Firecracker ({self.path})")
+            return process_of(stream.socket, self.path, "Firecracker")
+        except Unreachable as error:
+            raise FirecrackerUnreachable(str(error)) from error
         finally:
             stream.socket.close()
 
     async def _connect(self, deadline: float) -> trio.SocketStream:
         try:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        except OSError as error:
-            raise out_of_files(error.errno or 0, "connecting to Firecracker") from error
-        directory = -1
-        try:
-            path = self.path
-            if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:  # as those of jailed ones often are
-                directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-                path = f"/proc/self/fd/{directory}/{os.path.basename(path)}"
-            # (trio's own takes EAGAIN, of a listener for which too many wait, for a connection that is being made)
-            with trio.fail_at(deadline):
-                while not _connected(connection, path):  # noqa: ASYNC110 -- nothing tells when there is room
-                    await trio.sleep(_CONNECT_AGAIN_S)
-        except trio.TooSlowError:
-            connection.close()
-            raise FirecrackerUnreachable(f"Firecracker ({self.path}) takes no connection: too many wait") from None
-        except (OSError, ValueError) as error:
-            connection.close()
-            raise self._unreachable(error) from error
-        except BaseException:
-            connection.close()
-            raise
-        finally:
-            if directory >= 0:
-                os.close(directory)
-        return trio.SocketStream(trio.socket.from_stdlib_socket(connection))
-
-    def _unreachable(self, error: OSError | ValueError) -> FirecrackerUnreachable:
-        number = error.errno if isinstance(error, OSError) else None
-        if number in (errno.ENOENT, errno.ECONNREFUSED):
-            why = "no Firecracker serves that socket; start one with --api-sock, or name its socket"
-        elif number in (errno.EACCES, errno.EPERM):
-            why = "this user may not connect; run as the user of that Firecracker, or as root"
-        else:
-            why = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        return FirecrackerUnreachable(f"Firecracker ({self.path}): {why}")
-
-
-def _connected(connection: socket.socket, path: str) -> bool:
-    try:
-        connection.connect(path)
-    except BlockingIOError:
-        return False
-    return True
+            return await connect(self.path, deadline, "Firecracker", "start one with --api-sock")
+        except Unreachable as error:
+            raise FirecrackerUnreachable(str(error)) from error
 
 
 class _ClosedEarly(Exception):
@@ -267,9 +224,3 @@ def _decoded(request: str, content: bytes) -> Any:
         return msgspec.json.decode(content)
     except (ValueError, RecursionError) as error:
         raise FirecrackerAnswer(f"Firecracker's answer to {request} is not JSON") from error
-
-
-def _line(text: object) -> str:
-    """For an error message: of one line, and not too long."""
-    shown = "".join(char if char.isprintable() else " " for char in str(text))
-    return re.sub(" +", " ", shown).strip()[:500]

@@ -39,6 +39,7 @@ from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy._files import absolute
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
+from postcopy.machines._peer import Process
 from postcopy.machines.base import CLOSE_TIMEOUT_S, Adopt, BlockLayout, Extent, MachineState
 from postcopy.machines.firecracker._process import Exchange
 from postcopy.machines.firecracker.api import (
@@ -51,7 +52,7 @@ from postcopy.machines.firecracker.api import (
 from postcopy.machines.firecracker.handshake import Handshake, peer_credentials, receive_handshake
 from postcopy.machines.firecracker.source import BLOCK_NAME, FirecrackerMachine, version_of
 from postcopy.machines.firecracker.state import with_disks
-from postcopy.machines.process import Process, Started
+from postcopy.machines.process import Started
 from postcopy.memory import check_memory
 from postcopy.units import did_you_mean, format_size
 

@@ -39,6 +39,7 @@ from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
 from postcopy._native import ffi, lib
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ResourceError
+from postcopy.machines._peer import Process
 from postcopy.machines.base import MachineState, RamBlock
 from postcopy.machines.firecracker._process import (
     Exchange,
@@ -55,7 +56,7 @@ from postcopy.machines.firecracker.api import (
     Refusal,
 )
 from postcopy.machines.firecracker.handshake import Region
-from postcopy.machines.process import Process, ProcessMachine
+from postcopy.machines.process import ProcessMachine
 from postcopy.memory import DirtyLog, Extent, RemoteMemory, WriteLog
 from postcopy.units import format_size
 
