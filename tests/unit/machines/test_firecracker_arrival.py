@@ -18,7 +18,7 @@ from fake_firecracker import STATE, FakeFirecracker, Orders, _crc64, fake_firecr
 
 from postcopy._native import ffi, lib
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
-from postcopy.machines import BlockLayout, Extent, MachineState
+from postcopy.machines import BlockLayout, Extent, MachineState, process
 from postcopy.machines.firecracker import destination
 from postcopy.machines.firecracker.api import Api
 from postcopy.machines.firecracker.destination import ArrivingFirecracker, FirecrackerHost
@@ -210,7 +210,7 @@ async def test_a_resume_that_is_not_answered_and_was_not_done(
     fake: FakeFirecracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is told again, for a time; from then on it counts as running, and is told until it does."""
-    monkeypatch.setattr(destination, "RESUME_S", 0.3)
+    monkeypatch.setattr(process, "RESUME_S", 0.3)
     machine = arriving(fake)
     await machine.prepare()
     fake.order(replace(EMPTY, state="Paused", drops=["PATCH Resumed"]))
