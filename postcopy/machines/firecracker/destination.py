@@ -112,7 +112,7 @@ class FirecrackerHost:
 class ArrivingFirecracker(FirecrackerMachine):
     """Made by `for_destination`; once it is whole it can leave again, as any `FirecrackerMachine`."""
 
-    maps_late = True
+    lends = True
 
     def __init__(self, config: Config, page_bytes: int, host: FirecrackerHost) -> None:
         super().__init__(host.api_socket or "", sum(config.regions), page_bytes)
@@ -384,7 +384,7 @@ class ArrivingFirecracker(FirecrackerMachine):
         self._unconfirmed = False
         await super().wait_changed()
 
-    def made_whole(self) -> None:
+    async def made_whole(self) -> None:
         self._whole = True
 
     # ---- the end
