@@ -249,7 +249,7 @@ class ArrivingProcess(ProcessMachine):
         self._unconfirmed = False
         await super().wait_changed()
 
-    def made_whole(self) -> None:
+    async def made_whole(self) -> None:
         self._whole = True
 
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:

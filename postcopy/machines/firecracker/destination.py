@@ -103,7 +103,7 @@ class FirecrackerHost:
 class ArrivingFirecracker(ArrivingProcess, FirecrackerMachine):
     """Made by `for_destination`; once it is whole it can leave again, as any `FirecrackerMachine`."""
 
-    maps_late = True
+    lends = True
 
     def __init__(self, config: Config, page_bytes: int, host: FirecrackerHost) -> None:
         super().__init__(host.api_socket or "", sum(config.regions), page_bytes)
