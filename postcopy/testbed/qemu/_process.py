@@ -55,7 +55,7 @@ class Monitor:
         self.execute("qmp_capabilities")
 
     def execute(self, command: str, *, timeout_s: float = ANSWER_S, fd: int | None = None, **arguments: Any) -> Any:
-        """The answer, `QmpError` where it is refused. Underscores in names of arguments are hyphens; `fd` is sent too."""
+        """The answer, `QmpError` where it is refused. Underscores in names are hyphens; `fd` is sent along."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         request = json.dumps({"execute": command, "arguments": named}).encode() + b"\n"
         deadline = time.monotonic() + timeout_s
