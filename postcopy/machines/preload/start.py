@@ -11,10 +11,11 @@ import resource
 import signal
 import socket
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from postcopy import _native
+from postcopy._fd import FdHolder
 from postcopy._files import absolute, explain_unwritable
 from postcopy.errors import ConfigurationError, ResourceError
 from postcopy.machines.preload.client import VARIABLE
@@ -39,28 +40,39 @@ def library() -> str:
 
 
 def start(command: Sequence[str], path: str | None = None, *, lazy: bool = False) -> NoReturn:
-    """This process becomes `command`, its socket at `path`. The first word is looked for in PATH.
+    """This process becomes `command`, whose first word is looked for in PATH. Errors of `environment`, and
+    `ConfigurationError` for a command that cannot be run."""
+    with environment(path or _default_path(), lazy=lazy) as variables:
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)  # which Python ignores
+        try:
+            os.execvpe(command[0], list(command), variables)
+        except OSError as error:
+            raise ConfigurationError(f"cannot run {command[0]}: {error.strerror}") from error
 
-    `lazy`: whatever file in memory it maps, it waits for the content from its first touch on. `ResourceError`, with the
-    remedy, where this user may have no full userfaultfd; `ConfigurationError` for a command that cannot be run."""
+
+@contextlib.contextmanager
+def environment(path: str, *, lazy: bool = False) -> Iterator[dict[str, str]]:
+    """The environment in which a program is started, with descriptors that it inherits: until the block is left.
+
+    Its socket will be at `path`, from its first mapping of a file in memory on. `lazy`: it waits for the content of
+    such a mapping from the first touch on. `ResourceError`, with the remedy, where this user may have no full
+    userfaultfd; `ConfigurationError` for a path that cannot be a socket's."""
     if unavailable := explain_unavailable():
         raise unavailable
-    path = absolute(path) if path else _default_path()
+    path = absolute(path)
     if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
         raise ConfigurationError(f"--socket {path}: the path of a socket has at most {MAX_SOCKET_PATH_BYTES} bytes")
     _clear(path)
     preloaded = [library(), *filter(None, [os.environ.get("LD_PRELOAD")])]
-    environment = {**os.environ, "LD_PRELOAD": ":".join(preloaded), VARIABLE: path}
-    with contextlib.suppress(OSError):  # there are other ways to a userfaultfd
-        environment[f"{VARIABLE}_UFFD"] = str(_inherited())
+    variables = {**os.environ, "LD_PRELOAD": ":".join(preloaded), VARIABLE: path}
     if lazy:
-        environment[f"{VARIABLE}_LAZY"] = hex((_LAZY | _LAZY_HUGE) & probe(How.ANY).features)
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(number, signal.SIG_DFL)  # which Python ignores
-    try:
-        os.execvpe(command[0], list(command), environment)
-    except OSError as error:
-        raise ConfigurationError(f"cannot run {command[0]}: {error.strerror}") from error
+        variables[f"{VARIABLE}_LAZY"] = hex((_LAZY | _LAZY_HUGE) & probe(How.ANY).features)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # there are other ways to a userfaultfd
+            device = stack.enter_context(FdHolder(_inherited()))
+            variables[f"{VARIABLE}_UFFD"] = str(device.fd)
+        yield variables
 
 
 def _default_path() -> str:
