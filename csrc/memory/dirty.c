@@ -85,6 +85,26 @@ int pc_dirty_log_new_of(int uffd, int pagemap, struct pc_dirty_log **out, char *
     return pc_fail(result, error, error_bytes, "dirty log: %s", strerror(result));
 }
 
+/* The process, or the program that it was. There is no memory at address 0: this changes nothing. */
+static bool has_ended(const struct pc_dirty_log *log)
+{
+    return pc_uffd_writeprotect(log->uffd, 0, pc_page_bytes(), 0) == -ESRCH;
+}
+
+/* Whether memory that is registered is in the page tables that the log looks at: 0, or -EPERM, where they are another process's. */
+static int look_for(const struct pc_dirty_log *log, const struct logged *logged)
+{
+    struct pc_pagemap_query query = {.start = logged->address,
+                                     .end = logged->address + logged->memory.page_bytes,
+                                     .all_of = PC_PAGE_WPALLOWED,
+                                     .returned = PC_PAGE_WPALLOWED};
+    struct pc_pagemap_region region;
+    uint64_t walk_end;
+    int64_t found = pc_pagemap_scan(log->pagemap, &query, &region, 1, &walk_end);
+
+    return found < 0 ? (int)found : found ? 0 : -EPERM;
+}
+
 /* Write-protects what was written of a part of a memory, and adds it to `words` unless that is NULL. */
 static int scan_part(const struct pc_dirty_log *log, const struct logged *logged, uint64_t first_byte, uint64_t bytes,
                      struct pc_pagemap_region *regions, uint64_t *words)
@@ -147,8 +167,7 @@ static int scan(const struct pc_dirty_log *log, const struct logged *logged, uin
         error = scan_part(log, logged, first, end - first, regions, words);
     }
     free(regions);
-    /* There is no memory at address 0: this changes nothing. */
-    return !error && pc_uffd_writeprotect(log->uffd, 0, pc_page_bytes(), 0) == -ESRCH ? -ESRCH : error;
+    return !error && has_ended(log) ? -ESRCH : error;
 }
 
 /* What the first memory of a log needs. 0, or an error with its line. */
@@ -181,10 +200,14 @@ static int protect(const struct pc_dirty_log *log, const struct logged *logged, 
 
     if (result == -EBUSY)
         return pc_fail(EBUSY, error, error_bytes, "dirty log: a part of the memory is registered with another userfaultfd");
+    if (result && has_ended(log))
+        return pc_fail(ESRCH, error, error_bytes, "dirty log: the process has ended");
     if (result)
         return pc_fail(-result, error, error_bytes, "dirty log: cannot register the memory with a userfaultfd: %s",
                        strerror(-result));
-    result = scan(log, logged, NULL);
+    result = look_for(log, logged);
+    if (!result)
+        result = scan(log, logged, NULL);
     if (!result)
         return 0;
     (void)pc_uffd_unregister(log->uffd, logged->address, bytes);

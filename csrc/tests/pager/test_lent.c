@@ -5,6 +5,7 @@
  * file, of which nothing tells, and then MADV_DONTNEED, of which an event does.
  */
 #include "tests/support/huge_pool.h"
+#include "tests/support/owner.h"
 #include "tests/support/rig.h"
 
 #define MISSING_SHMEM (UINT64_C(1) << 5)
@@ -13,55 +14,21 @@
 #define MINOR_HUGE (UINT64_C(1) << 9)
 #define EVENT_REMOVE (UINT64_C(1) << 3)
 #define FEATURES (MISSING_SHMEM | MINOR_SHMEM | MISSING_HUGE | MINOR_HUGE | EVENT_REMOVE)
-#define WORKERS 3
 #define PAGES 192
 #define ROUNDS (3000 / SLOW)
 
-enum op { IDLE, READ, WRITE, PUNCH, DONTNEED, DISCARD, WORK, DONE };
-
-/* Shared by both processes. */
-struct owner {
-    struct pc_memory memory;
-    uint64_t address, pages;
-    pid_t pid;
-    int uffd;
-    atomic_bool ready, stop;
-    atomic_ulong steps;
-    struct {
-        atomic_int op;
-        uint64_t page, value;
-    } orders[WORKERS];
-};
-
-struct worker {
-    struct owner *owner;
-    uint64_t number;
-    pthread_t thread;
-};
-
-static volatile uint64_t *owner_page(const struct owner *owner, uint64_t page)
+static void discard(const struct owner *owner, uint64_t page)
 {
-    return (volatile uint64_t *)(uintptr_t)(owner->address + page * owner->memory.page_bytes);
-}
-
-static void punch(const struct owner *owner, uint64_t page)
-{
-    CHECK_SYS(fallocate(owner->memory.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(page * owner->memory.page_bytes),
-                        (off_t)owner->memory.page_bytes));
-}
-
-static void dontneed(const struct owner *owner, uint64_t page)
-{
-    if (owner->memory.kind != PC_MEMORY_HUGETLB) /* of which QEMU gives nothing back so */
-        CHECK_SYS(madvise((void *)(uintptr_t)owner_page(owner, page), owner->memory.page_bytes, MADV_DONTNEED));
+    owner_punch(owner, page);
+    if (owner->memory.kind != PC_MEMORY_HUGETLB) /* of which QEMU tells nothing */
+        owner_dontneed(owner, page);
 }
 
 /* At random, each worker on pages of its own, of which it knows what must be in them. */
-static void work_at_random(const struct worker *worker)
+static void work_at_random(struct owner *owner, uint64_t number)
 {
-    struct owner *owner = worker->owner;
-    uint64_t words = owner->memory.page_bytes / sizeof(uint64_t), own = owner->pages / WORKERS;
-    uint64_t random = mix(test_.seed + worker->number);
+    uint64_t words = owner->memory.page_bytes / sizeof(uint64_t);
+    uint64_t own = owner->memory.size_bytes / owner->memory.page_bytes / OWNER_THREADS, random = mix(test_.seed + number);
     struct {
         uint64_t first;
         bool written, zero;
@@ -76,7 +43,7 @@ static void work_at_random(const struct worker *worker)
 
             random = mix(random);
             one = last ? i : random % own;
-            page = one * WORKERS + worker->number;
+            page = one * OWNER_THREADS + number;
             at = owner_page(owner, page);
             word = (random >> 20) % words;
             blind = !last && (random >> 40 & 7) == 2 && owner->memory.kind == PC_MEMORY_MEMFD; /* it may not have come yet */
@@ -92,8 +59,7 @@ static void work_at_random(const struct worker *worker)
                 models[one].written = true;
                 break;
             case 2:
-                punch(owner, page);
-                dontneed(owner, page);
+                discard(owner, page);
                 models[one].written = false;
                 models[one].zero = true;
                 break;
@@ -105,138 +71,39 @@ static void work_at_random(const struct worker *worker)
     } while (!last);
 }
 
-_Noreturn static void *work(void *argument)
-{
-    struct worker *worker = argument;
-    struct owner *owner = worker->owner;
-
-    for (;;) {
-        int op = atomic_load(&owner->orders[worker->number].op);
-        uint64_t page = owner->orders[worker->number].page;
-
-        switch (op) {
-        case READ:
-            owner->orders[worker->number].value = owner_page(owner, page)[1];
-            break;
-        case WRITE:
-            owner_page(owner, page)[1] = owner->orders[worker->number].value;
-            break;
-        case PUNCH:
-            punch(owner, page);
-            break;
-        case DONTNEED:
-            dontneed(owner, page);
-            break;
-        case DISCARD:
-            punch(owner, page);
-            dontneed(owner, page);
-            break;
-        case WORK:
-            work_at_random(worker);
-            break;
-        default:
-            pc_sleep_ns(50000);
-            continue;
-        }
-        atomic_store(&owner->orders[worker->number].op, DONE);
-    }
-}
-
-_Noreturn static void be_owner(struct owner *owner)
-{
-    uint64_t bytes = owner->pages * owner->memory.page_bytes;
-    struct worker workers[WORKERS];
-    void *base;
-
-    (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
-    base = CHECK_SYS(mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, owner->memory.fd, 0));
-    owner->address = (uint64_t)(uintptr_t)base;
-    (void)madvise(base, bytes, MADV_NOHUGEPAGE);
-    owner->uffd = pc_uffd_open(PC_UFFD_ANY, FEATURES, NULL);
-    if (owner->uffd < 0)
-        test_exit_(TEST_SKIPPED);
-    for (uint64_t i = 0; i < WORKERS; i++) {
-        workers[i] = (struct worker){.owner = owner, .number = i};
-        CHECK_EQ(pthread_create(&workers[i].thread, NULL, work, &workers[i]), 0);
-    }
-    atomic_store(&owner->ready, true);
-    (void)pthread_join(workers[0].thread, NULL);
-    test_exit_(0);
-}
-
 /* A pager and a page server (or the test, as a script), and the process that lends memory: nothing is armed yet. */
 static struct owner *lend(struct rig *rig, int kind)
 {
-    struct owner *owner = CHECK_SYS(mmap(NULL, sizeof(*owner), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
-    int pidfd, status, uffd;
-    pid_t pid;
+    struct owner *owner;
 
     need_uffd();
     memset(rig, 0, sizeof(*rig));
     rig->kind = kind;
     rig->page_bytes = kind_page_bytes(kind);
     rig->blocks = 1;
-    rig->pages[0] = owner->pages = kind == PC_MEMORY_HUGETLB ? 2 * WORKERS : PAGES;
+    rig->pages[0] = kind == PC_MEMORY_HUGETLB ? 2 * OWNER_THREADS : PAGES;
     rig->dest[0] = make_memory(kind, rig->pages[0]);
     CHECK_SYS(munmap(rig->dest[0].base, rig->dest[0].size_bytes));
     rig->dest[0].base = NULL;
-    owner->memory = rig->dest[0];
-    pid = CHECK_SYS(fork());
-    if (!pid)
-        be_owner(owner);
-    owner->pid = pid;
-    while (!atomic_load(&owner->ready)) {
-        if (waitpid(pid, &status, WNOHANG) > 0)
-            SKIP("uffd-features", "no userfaultfd with minor faults and REMOVE");
-        pc_sleep_ns(100000);
-    }
-    pidfd = CHECK_SYS((int)syscall(SYS_pidfd_open, pid, 0));
-    uffd = CHECK_SYS((int)syscall(SYS_pidfd_getfd, pidfd, owner->uffd, 0));
-    close(pidfd);
+    owner = start_owner(&rig->dest[0], FEATURES, work_at_random);
     CHECK_EQ(pc_pager_new(&rig->pager), 0);
     rig->from_pager = (struct inbox){.owner = rig->pager, .fd = pc_pager_event_fd(rig->pager), .next = next_pager_event};
     CHECK_EQ(pc_pager_add_block(rig->pager, &rig->dest[0]), 0);
-    if (pc_pager_adopt_shard(rig->pager, uffd, FEATURES, 0, message, sizeof(message)))
+    if (pc_pager_adopt_shard(rig->pager, owner->uffd, FEATURES, 0, message, sizeof(message)))
         FAIL("%s", message);
     return owner;
 }
 
 static void arm_lent(struct rig *rig, const struct owner *owner)
 {
-    if (pc_pager_arm_at(rig->pager, 0, 0, 0, owner->pages, owner->address, message, sizeof(message)))
+    if (pc_pager_arm_at(rig->pager, 0, 0, 0, rig->pages[0], owner->address, message, sizeof(message)))
         FAIL("%s", message);
-}
-
-static void give(struct owner *owner, uint64_t worker, enum op op, uint64_t page)
-{
-    owner->orders[worker].page = page;
-    atomic_store(&owner->orders[worker].op, op);
-}
-
-static bool is_done(struct owner *owner, uint64_t worker)
-{
-    return atomic_load(&owner->orders[worker].op) == DONE;
-}
-
-static uint64_t finish(struct owner *owner, uint64_t worker)
-{
-    WAIT_UNTIL(is_done(owner, worker));
-    return owner->orders[worker].value;
-}
-
-static uint64_t order(struct owner *owner, enum op op, uint64_t page)
-{
-    give(owner, 0, op, page);
-    return finish(owner, 0);
 }
 
 static void end_lent(struct rig *rig, struct owner *owner)
 {
-    int status;
-
     EXPECT_NO_EVENT(&rig->from_pager, PC_EVENT_FATAL);
-    (void)kill(owner->pid, SIGKILL);
-    CHECK_SYS(waitpid(owner->pid, &status, 0));
+    end_owner(owner);
     close_rig(rig);
 }
 
@@ -266,8 +133,7 @@ static void pages_come(int kind)
     CHECK_EQ(((volatile uint64_t *)peek)[1], word_of(0, 0, 1)); /* the same page */
     serve_page(&rig, bulk, 0, other);
     CHECK_EQ(order(owner, READ, other), word_of(0, other, 1));
-    owner->orders[0].value = 77;
-    (void)order(owner, WRITE, other);
+    order_write(owner, WRITE, other, 77);
     serve_page(&rig, bulk, 0, other); /* again, and too late */
     serve_page(&rig, bulk, 0, 1); /* (zeros, as content) */
     WAIT_UNTIL(pager_stats(&rig).resident_pages == 3);
@@ -326,13 +192,15 @@ static void given_back(void)
     urgent = script_urgent(&rig, 0);
     bulk = script_bulk(&rig, 0);
 
-    (void)order(owner, DISCARD, before);
+    (void)order(owner, PUNCH, before);
+    (void)order(owner, DONTNEED, before);
     serve_page(&rig, bulk, 0, before);
     serve_page(&rig, bulk, 0, after);
     WAIT_UNTIL(pager_stats(&rig).background_pages + pager_stats(&rig).demand_pages == 1);
     CHECK_EQ(order(owner, READ, before), 0);
     CHECK_EQ(order(owner, READ, after), word_of(0, after, 1));
-    (void)order(owner, DISCARD, after);
+    (void)order(owner, PUNCH, after);
+    (void)order(owner, DONTNEED, after);
     CHECK_EQ(order(owner, READ, after), 0);
 
     (void)order(owner, PUNCH, between);
@@ -360,15 +228,15 @@ static void given_back_after_the_end(void)
     for (uint64_t page = 0; page < rig.pages[0]; page++)
         serve_page(&rig, urgent, 0, page);
     EXPECT_EVENT(&rig.from_pager, PC_EVENT_COMPLETE, 0, 0, NULL);
-    for (uint64_t worker = 0; worker < WORKERS; worker++)
-        give(owner, worker, DISCARD, worker); /* in this moment */
+    for (uint64_t worker = 0; worker < OWNER_THREADS; worker++)
+        give(owner, worker, DONTNEED, worker); /* in this moment */
     CHECK_EQ(pc_pager_disarm(rig.pager), 0);
-    for (uint64_t worker = 0; worker < WORKERS; worker++)
+    for (uint64_t worker = 0; worker < OWNER_THREADS; worker++)
         (void)finish(owner, worker);
-    (void)order(owner, DISCARD, 5);
+    (void)order(owner, PUNCH, 5);
+    (void)order(owner, DONTNEED, 5);
     CHECK_EQ(order(owner, READ, 5), 0);
-    owner->orders[0].value = 5;
-    (void)order(owner, WRITE, 5);
+    order_write(owner, WRITE, 5, 5);
     (void)order(owner, DONTNEED, 5); /* which alone changes nothing */
     CHECK_EQ(order(owner, READ, 5), 5);
     close(urgent);
@@ -407,7 +275,7 @@ static void at_random(int kind)
     connect_urgent(&rig, 0, NULL);
     connect_bulk(&rig, 0, NULL);
     CHECK_EQ(pthread_create(&reader, NULL, peek_about, &rig), 0);
-    for (uint64_t worker = 0; worker < WORKERS; worker++)
+    for (uint64_t worker = 0; worker < OWNER_THREADS; worker++)
         give(owner, worker, WORK, 0);
     WAIT_UNTIL(pager_stats(&rig).faults > 0);
     CHECK_EQ(pc_pageserver_start(rig.server), 0);
@@ -420,7 +288,7 @@ static void at_random(int kind)
     seen = atomic_load(&owner->steps);
     WAIT_UNTIL(atomic_load(&owner->steps) > seen + ROUNDS);
     atomic_store(&owner->stop, true);
-    for (uint64_t worker = 0; worker < WORKERS; worker++)
+    for (uint64_t worker = 0; worker < OWNER_THREADS; worker++)
         (void)finish(owner, worker);
     end_lent(&rig, owner);
 }
