@@ -19,7 +19,10 @@
 
 #define HELLO_NS (60000 * MS) /* in which an engine has imported what it needs, on a busy host */
 #define TRIAL_NS (60000 * MS) /* in which one of another version serves */
-#define LEAVE_NS (30000 * MS) /* in which one has let go of everything */
+/* In which one has let go of everything for another one: until then no page is served. One whose image is on a disk that hangs cannot,
+ * and is killed, which loses nothing. */
+#define LEAVE_NS (3000 * MS)
+#define END_NS (30000 * MS)   /* in which one has ended that was told to */
 #define CLOSED_NS (1000 * MS) /* in which one has ended that does not talk to the keeper any more */
 #define FIRST_DELAY_NS (100 * MS)
 #define LONGEST_DELAY_NS (10000 * MS)
@@ -255,7 +258,7 @@ static bool listen_to(struct engine *engine, bool dead)
         bool told = engine->ordered || engine->leave || keeper.stop_signal || !keeper.ever_ready;
 
         engine->closed = true;
-        engine->deadline_ns = pc_now_ns() + (told ? LEAVE_NS : CLOSED_NS);
+        engine->deadline_ns = pc_now_ns() + (told ? END_NS : CLOSED_NS);
     }
     return false;
 }

@@ -369,6 +369,8 @@ __attribute__((noreturn)) static void be_engine(const char *mode)
         }
         act(&heard);
     }
+    while (*mode == 'h') /* as one whose disk hangs */
+        pause();
     _exit(0);
 }
 
@@ -803,6 +805,21 @@ static void another_version(void)
     CHECK_EQ(ask('i').mode, '2');
 }
 
+static void an_engine_that_cannot_leave(void)
+{
+    struct report report;
+
+    start("h", "5", true);
+    CHECK_EQ(ask('p').error, 0);
+    (void)wait_spare();
+    CHECK_EQ(ask('u').error, 0);
+    report = ask('i');
+    CHECK(has_said("takes too long to end, and is killed"));
+    CHECK_EQ(report.mode, '2');
+    CHECK_EQ(report.fds, 3);
+    CHECK_EQ(report.deaths, 0);
+}
+
 static void a_version_that_does_not_come(void)
 {
     struct report old, report;
@@ -960,6 +977,7 @@ int main(int argc, char **argv)
     RUN(a_crash_before_the_end);
     RUN(dies_again_and_again);
     RUN(another_version);
+    RUN(an_engine_that_cannot_leave);
     RUN(a_version_that_does_not_come);
     RUN(a_keeper_for_an_engine_that_has_none);
     RUN(with_systemd);

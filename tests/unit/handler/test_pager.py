@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -434,6 +435,58 @@ async def test_another_process_goes_on(tmp_path: Path, image: Path) -> None:
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("kill", [False, True])
+async def test_one_that_cannot_be_taken_over(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, kill: bool
+) -> None:
+    """It is held, for the process after this one, or killed, as for every other reason."""
+    async with trio.open_nursery() as nursery:
+        store = KeptStore()
+        async with served(tmp_path, store, image=str(image)) as first:
+            vmm = await _hold(nursery, first.socket)
+            await first.said.wait("vm-connected")
+            store.leave.set()
+        (kept,) = (fds for fds in store.kept.values() if len(fds) > 1)
+        second = KeptStore()
+        second.taken, store.kept = {"vm": kept}, {}
+        os.unlink(tmp_path / "s")
+
+        def broken(*_: object) -> None:
+            raise ResourceError("no more of them")
+
+        monkeypatch.setattr(_handler, "ImageSource", broken)
+        async with served(tmp_path, second, image=str(image), kill_when_lost=kill) as after:
+            lost = await after.said.wait("vm-lost")
+            assert (lost["killed"], lost["reason"]) == (kill, "no more of them")
+            if kill:
+                with trio.fail_after(DEADLINE_S):
+                    assert await vmm.process.wait() == -signal.SIGKILL
+            assert second.dropped == (["vm"] if kill else [])
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_image_on_a_disk_that_hangs_keeps_no_process_from_its_end(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    opening, answers = threading.Event(), threading.Event()
+    real = Image.open
+
+    def hangs(path: str) -> Image:
+        opening.set()
+        answers.wait(DEADLINE_S)
+        return real(path)
+
+    async with served(tmp_path, image=str(image)) as pager:
+        monkeypatch.setattr(Image, "open", hangs)
+        async with start_vmm(pager.socket, PAGES):
+            await until(lambda: _async(opening.is_set()))
+            assert await pager.ask("quit", force=True) == {}
+            await pager.said.wait("result")
+    answers.set()
+    await until(lambda: _async(len(os.listdir("/proc/self/fd")) == before))
+
+
 async def test_a_store_that_outlives_the_process_keeps_nothing_of_those_that_are_gone(
     tmp_path: Path, image: Path
 ) -> None:
@@ -496,6 +549,29 @@ class TestWorkingSets:
                 await after.said.wait("vm-ended")
             assert not path.exists()
             nursery.cancel_scope.cancel()
+
+    async def test_a_vm_that_ends_while_its_recording_is_written(
+        self, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, writing, answers = tmp_path / "vm.ws", threading.Event(), threading.Event()
+        real = workingset.write
+
+        def slow(*arguments: Any) -> None:
+            if not writing.is_set():
+                writing.set()
+                answers.wait(DEADLINE_S)
+                raise ResourceError("the first one is abandoned")
+            real(*arguments)
+
+        monkeypatch.setattr(workingset, "write", slow)
+        options: dict[str, Any] = {"record_working_set": str(path), "record_for_s": 0.05}
+        async with served(tmp_path, image=str(image), **options) as pager:
+            async with start_vmm(pager.socket, PAGES) as vmm:
+                assert await vmm.reads(content(), 0, 8)
+                await until(lambda: _async(writing.is_set()))
+            assert (await pager.said.wait("working-set"))["set-pages"] == 8
+            assert path.exists()
+            answers.set()
 
     async def test_recorded_and_replayed(self, tmp_path: Path, image: Path) -> None:
         path = tmp_path / "vm.ws"
