@@ -684,9 +684,12 @@ static void a_close_that_would_wait(void)
     while (send(lingers, much, sizeof(much), MSG_DONTWAIT) > 0) {
     }
     CHECK_SYS(setsockopt(lingers, SOL_SOCKET, SO_LINGER, &linger, sizeof(linger)));
+    report = ask('i');
+    CHECK_SYS(kill(report.pid, SIGSTOP)); /* until all is sent */
     sock = call('i');
     CHECK_EQ(send_raw(sock, "x", 1, &lingers, 1, 0), 1);
     close(lingers);
+    CHECK_SYS(kill(report.pid, SIGCONT));
     CHECK(answered(sock, &report));
     CHECK_EQ(ask('i').pid, report.pid);
     CHECK_EQ(ask('i').pid, report.pid);
