@@ -469,12 +469,13 @@ async def test_an_image_on_a_disk_that_hangs_keeps_no_process_from_its_end(
     tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    opening, answers = threading.Event(), threading.Event()
+    opening, answers, opened = threading.Event(), threading.Event(), threading.Event()
     real = Image.open
 
     def hangs(path: str) -> Image:
         opening.set()
         answers.wait(DEADLINE_S)
+        opened.set()
         return real(path)
 
     async with served(tmp_path, image=str(image)) as pager:
@@ -483,6 +484,7 @@ async def test_an_image_on_a_disk_that_hangs_keeps_no_process_from_its_end(
             await until(lambda: _async(opening.is_set()))
             assert await pager.ask("quit", force=True) == {}
             await pager.said.wait("result")
+    assert not opened.is_set()
     answers.set()
     await until(lambda: _async(len(os.listdir("/proc/self/fd")) == before))
 
