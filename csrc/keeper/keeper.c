@@ -664,7 +664,7 @@ static void adopt(const struct options *options)
 
 int keeper_run(const struct options *options)
 {
-    char why[256], number[16];
+    char number[16];
     int signals = open_signals();
 
     if (signals < 0) {
@@ -678,14 +678,6 @@ int keeper_run(const struct options *options)
     allow_files();
     store_connect_systemd(&keeper.store);
     store_import(&keeper.store);
-    for (uint32_t i = 0; i < options->listeners; i++) {
-        int error = store_put(&keeper.store, options->listen[i].name, &options->listen[i].fd, 1, false, why);
-
-        if (error) {
-            say(ERROR, "%s cannot be kept: %s", options->listen[i].name, why);
-            return 1;
-        }
-    }
     if (options->adopt_socket >= 0)
         adopt(options);
     (void)snprintf(number, sizeof(number), "%d", PC_KEEPER_FD);

@@ -71,24 +71,14 @@ def systemd_keeps() -> bool:
     return os.environ.get("FDSTORE", "0") not in ("", "0") and "NOTIFY_SOCKET" in os.environ
 
 
-def keep(
-    command: Sequence[str],
-    listeners: Mapping[str, socket.socket],
-    *,
-    spare: bool = True,
-    log_json: bool = False,
-    burst: int = 5,
-) -> NoReturn:
-    """Becomes the keeper, which runs `command` (the absolute path of a program first) as its engine. With these
-    listening sockets, and those that systemd has passed; with a `spare` engine while one serves. After `burst` deaths
-    in short order the next engine has to wait."""
-    arguments = [program()]
-    for name, sock in listeners.items():
-        os.set_inheritable(sock.fileno(), True)
-        arguments += ["--listen", f"{check_name(name)}={sock.fileno()}"]
+def keep(command: Sequence[str], *, spare: bool = True, log_json: bool = False, burst: int = 5) -> NoReturn:
+    """Becomes the keeper, which runs `command` (the absolute path of a program first) as its engine. With the listening
+    sockets that systemd has passed; with a `spare` engine while one serves. After `burst` deaths in short order the
+    next engine has to wait."""
+    keeper = program()
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(arguments[0], [*arguments, *_options(spare, log_json, burst), "--", *command])
+    os.execv(keeper, [keeper, *_options(spare, log_json, burst), "--", *command])
 
 
 def _options(spare: bool, log_json: bool, burst: int) -> list[str]:
@@ -101,20 +91,15 @@ def _options(spare: bool, log_json: bool, burst: int) -> list[str]:
 
 @asynccontextmanager
 async def open_store(
-    listeners: Mapping[str, socket.socket] | None = None,
-    *,
-    formats: tuple[int, int] = (1, 1),
-    spare: bool = True,
-    log_json: bool = False,
-    burst: int = 5,
+    *, formats: tuple[int, int] = (1, 1), spare: bool = True, log_json: bool = False, burst: int = 5
 ) -> AsyncIterator[Store]:
     """The store of this process, from when it is to serve: under a keeper it waits here until no other engine does.
 
-    `formats`: which formats of records it reads, the oldest, and the one that it writes. `listeners` are for a process
-    without a keeper. `spare`, `log_json` and `burst` as for `keep`, for a keeper that has to be replaced.
+    `formats`: which formats of records it reads, the oldest, and the one that it writes. `spare`, `log_json` and
+    `burst` as for `keep`, for a keeper that has to be replaced.
     """
     if not in_keeper():
-        local = LocalStore(listeners or {})
+        local = LocalStore()
         async with _running(local.run):
             yield local
         return

@@ -399,27 +399,25 @@ static void open_listener(void)
     close(low);
 }
 
-/* `passed`: that many descriptors from 3 on are passed as by systemd, with these names. */
+/* `passed`: that many descriptors from 3 on are passed as by systemd, with these names; the listening socket alone when it is 0. */
 static void run_keeper(const char *mode, const char *burst, bool spare, int passed, const char *names)
 {
-    char listen_[32], number[16];
+    char number[16];
 
     (void)fflush(stdout);
     rig.pid = CHECK_SYS(fork());
     if (rig.pid)
         return;
     CHECK_SYS(dup2(rig.errors, STDERR_FILENO));
-    if (passed) {
-        (void)snprintf(number, sizeof(number), "%d", getpid());
-        setenv("LISTEN_PID", number, 1);
-        (void)snprintf(number, sizeof(number), "%d", passed);
-        setenv("LISTEN_FDS", number, 1);
-        setenv("LISTEN_FDNAMES", names, 1);
-    }
-    (void)snprintf(listen_, sizeof(listen_), "pager=%d", rig.listener);
+    if (!passed)
+        CHECK_SYS(dup2(rig.listener, 3));
+    (void)snprintf(number, sizeof(number), "%d", getpid());
+    setenv("LISTEN_PID", number, 1);
+    (void)snprintf(number, sizeof(number), "%d", passed ? passed : 1);
+    setenv("LISTEN_FDS", number, 1);
+    setenv("LISTEN_FDNAMES", passed ? names : "pager", 1);
     {
-        char none[] = "--no-spare", burst_[] = "--burst", burst_n[8], listen_option[] = "--listen", end[] = "--",
-             self[] = "/proc/self/exe", engine[] = "engine", mode_[8], *words[16];
+        char none[] = "--no-spare", burst_[] = "--burst", burst_n[8], end[] = "--", self[] = "/proc/self/exe", engine[] = "engine", mode_[8], *words[16];
         int count = 1;
 
         (void)snprintf(burst_n, sizeof(burst_n), "%s", burst);
@@ -429,10 +427,6 @@ static void run_keeper(const char *mode, const char *burst, bool spare, int pass
         words[count++] = burst_n;
         if (!spare)
             words[count++] = none;
-        if (!passed) {
-            words[count++] = listen_option;
-            words[count++] = listen_;
-        }
         words[count++] = end;
         words[count++] = self;
         words[count++] = engine;

@@ -120,7 +120,7 @@ class KeptStore(LocalStore):
     """Keeps copies, as a keeper does."""
 
     def __init__(self, *, outlives: bool = False) -> None:
-        super().__init__({})
+        super().__init__()
         self.outlives = outlives
         self.kept: dict[str, list[int]] = {}
         self.dropped: list[str] = []
@@ -145,7 +145,7 @@ async def served(directory: Path, store: LocalStore | None = None, **options: An
     socket = directory / "s"
     config = PagerConfig(socket=str(socket), **options)
     said, stop = Said(), Stop()
-    store = LocalStore({}) if store is None else store
+    store = LocalStore() if store is None else store
     async with trio.open_nursery() as nursery:
         await nursery.start(store.run)
         handler = Handler(config, said, store)
@@ -417,7 +417,7 @@ async def test_another_process_goes_on(tmp_path: Path, image: Path) -> None:
         assert "result" not in [event for event, _ in first.said.events]
         (kept,) = (fds for name, fds in store.kept.items() if len(fds) > 1)
         os.unlink(image)
-        second = LocalStore({})
+        second = LocalStore()
         second.taken, second.deaths, store.kept = {"vm": kept}, 1, {}
         os.unlink(tmp_path / "s")
         async with served(tmp_path, second, image=str(image)) as after:
@@ -542,7 +542,7 @@ class TestWorkingSets:
                 store.leave.set()
             path.unlink()
             (kept,) = (fds for fds in store.kept.values() if len(fds) > 1)
-            second = LocalStore({})
+            second = LocalStore()
             second.taken, store.kept = {"vm": kept}, {}
             os.unlink(tmp_path / "s")
             async with served(tmp_path, second, **options) as after:
@@ -635,7 +635,7 @@ async def test_a_directory_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (images / "last.mem").write_bytes(content(3))
     (sockets / "last.sock").touch()  # in the way
     (images / "other.txt").write_bytes(content(1))
-    said, stop, store = Said(), Stop(), LocalStore({})
+    said, stop, store = Said(), Stop(), LocalStore()
     config = PagerConfig(socket=str(sockets), images=str(images))
     async with trio.open_nursery() as nursery:
         await nursery.start(store.run)
@@ -850,7 +850,7 @@ class TestOfAnotherHost:
                 store.leave.set()
             server[0].cancel()
             (kept,) = (fds for fds in store.kept.values() if len(fds) > 1)
-            second = LocalStore({})
+            second = LocalStore()
             second.taken, store.kept = {"vm": kept}, {}
             os.unlink(tmp_path / "s")
             async with served(tmp_path, second, recover_for_s=0, **options) as after:
