@@ -25,12 +25,8 @@ static int got[PRELOAD_MAPPINGS]; /* descriptors of the last reply */
 
 static void begin(uint64_t lazy_features)
 {
-    struct rlimit files;
     char lazy[32];
 
-    CHECK_SYS(getrlimit(RLIMIT_NOFILE, &files)); /* so that the library's descriptors are from 1024 on */
-    files.rlim_cur = files.rlim_max < 4096 ? files.rlim_max : 4096;
-    CHECK_SYS(setrlimit(RLIMIT_NOFILE, &files));
     (void)snprintf(path.sun_path, sizeof(path.sun_path), "/tmp/pc-preload-%d.sock", (int)getpid());
     (void)unlink(path.sun_path);
     CHECK(!setenv("POSTCOPY_PRELOAD", path.sun_path, 1));
@@ -38,6 +34,15 @@ static void begin(uint64_t lazy_features)
     CHECK(!setenv("POSTCOPY_PRELOAD_LAZY", lazy_features ? lazy : "", 1));
     CHECK(!setenv("LD_PRELOAD", "/a/libone.so /x/libpostcopy-preload.so:/b/libtwo.so", 1));
     preload_begin();
+}
+
+/* The least number of a descriptor of the library. */
+static int lowest(void)
+{
+    struct rlimit limit;
+
+    CHECK_SYS(getrlimit(RLIMIT_NOFILE, &limit));
+    return limit.rlim_cur < 2048 ? (int)limit.rlim_cur / 2 : 1024;
 }
 
 static int memory_file(size_t bytes)
@@ -255,11 +260,11 @@ static void keeps_no_file_that_is_unmapped(void)
 
     begin(0);
     (void)map_new(BYTES);
-    fd = CHECK_SYS(fcntl(0, F_DUPFD, 1024)); /* the lowest number of ours that is free, before and after */
+    fd = CHECK_SYS(fcntl(0, F_DUPFD, lowest())); /* the lowest number of ours that is free, before and after */
     CHECK_SYS(close(fd));
     for (int i = 0; i < 1000; i++)
         CHECK_SYS(preload_munmap(map_new(BYTES), BYTES));
-    CHECK_EQ(fcntl(0, F_DUPFD, 1024), fd);
+    CHECK_EQ(fcntl(0, F_DUPFD, lowest()), fd);
     CHECK_EQ(list(), 1);
 }
 
@@ -285,9 +290,9 @@ static void takes_no_descriptor_of_the_program_for_its_own(void)
     begin(0);
     base = map_new(BYTES);
     CHECK_EQ(list(), 1);
-    CHECK_SYS(close_range(500, ~0U, 0)); /* as a program that closes all it has */
+    CHECK_SYS(close_range((unsigned)lowest(), ~0U, 0)); /* as a program that closes all it has */
     for (int i = 0; i < 64; i++)
-        others[i] = CHECK_SYS(fcntl(zero, F_DUPFD, i < 32 ? 1024 : 512)); /* and opens others */
+        others[i] = CHECK_SYS(fcntl(zero, F_DUPFD, lowest())); /* and opens others */
     CHECK_SYS(preload_munmap(base, BYTES));
     for (int i = 0; i < 64; i++)
         CHECK(fcntl(others[i], F_GETFD) >= 0);
