@@ -32,7 +32,6 @@ class Orders:
 
     version: list[int] = field(default_factory=lambda: [7, 2, 22])
     greeting: str | None = None  # in place of its own; "": none
-    status: str = "running"  # at its start
     mib: dict[str, int] = field(default_factory=lambda: {"ram0": 8})  # shared files, mapped
     ramblock: str = ""  # more lines of "info ramblock"
     says: dict[str, Any] = field(default_factory=dict)  # other answers, by "COMMAND" or "COMMAND ARGUMENT"
@@ -41,7 +40,6 @@ class Orders:
     hangs: list[str] = field(default_factory=list)  # commands that are never answered
     drops: list[str] = field(default_factory=list)  # commands at which it closes the connection
     dies: list[str] = field(default_factory=list)
-    capabilities: list[str] = field(default_factory=lambda: list(CAPABILITIES))
     migrates: str = "completed"  # or: failed, endless, silent, dies, unstopped, unread
     events: int = 0  # other ones, before each answer
     state: int = len(STATE)  # how much of it
@@ -106,8 +104,8 @@ class _Qemu:
     def __init__(self, directory: Path, orders: Path) -> None:
         self._directory, self._orders_path = directory, orders
         self._told = open(directory / "told", "a", buffering=1)  # noqa: SIM115 -- as long as the process
-        self.status = self._orders.status
-        self._capabilities = dict.fromkeys(self._orders.capabilities, False)
+        self.status = "running"
+        self._capabilities = dict.fromkeys(CAPABILITIES, False)
         self._parameters = {"max-bandwidth": 1 << 27, "downtime-limit": 300, "announce-rounds": 5}
         self._refused: dict[str, int] = {}
         self._lock = threading.Lock()
