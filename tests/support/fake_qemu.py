@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ class Orders:
     drops: list[str] = field(default_factory=list)  # commands at which it closes the connection
     dies: list[str] = field(default_factory=list)
     migrates: str = "completed"  # or: failed, endless, silent, dies, unstopped, unread
+    clock_us: int = 0  # of its events; 0: the true one
     events: int = 0  # other ones, before each answer
     state: int = len(STATE)  # how much of it
 
@@ -168,7 +170,8 @@ class _Qemu:
         self._write(json.dumps(message).encode() + b"\r\n")
 
     def event(self, name: str, **data: Any) -> None:
-        self._say({"event": name, "data": data, "timestamp": {"seconds": 1, "microseconds": 2}})
+        seconds, microseconds = divmod(self._orders.clock_us or time.time_ns() // 1000, 10**6)
+        self._say({"event": name, "data": data, "timestamp": {"seconds": seconds, "microseconds": microseconds}})
 
     def _answer(self, request: dict[str, Any], fds: list[int]) -> bool:
         """Whether the connection goes on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -117,6 +118,15 @@ async def test_it_is_paused_with_its_state_and_goes_on(tmp_path: Path) -> None:
         assert fake.was_told() == [*SET_UP, "cont", *WAY_BACK] * 3
         parameters = await machine._execute("query-migrate-parameters")
         assert parameters == {"max-bandwidth": 1 << 27, "downtime-limit": 300, "announce-rounds": 5}
+
+
+@pytest.mark.parametrize("clock_us", [0, 1, 1 << 62])
+async def test_the_pause_begins_when_qemu_says(clock_us: int, tmp_path: Path) -> None:
+    """Unless its clock makes no sense."""
+    async with prepared(tmp_path, Orders(clock_us=clock_us)) as (_, machine):
+        before_ns = time.monotonic_ns()
+        await machine.before_pause()
+        assert before_ns < machine.statistics().paused_ns <= time.monotonic_ns()
 
 
 async def test_the_pause_without_what_comes_before(tmp_path: Path) -> None:
