@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import os
 import platform
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 
 from postcopy._fd import FdHolder
 from postcopy._native import lib
-from postcopy.errors import BusyError, CoreError, MigrationError, PostcopyError, ResourceError, out_of_files
+from postcopy.errors import CoreError, MigrationError, PostcopyError, ResourceError
 from postcopy.machines.firecracker.handshake import Region
 from postcopy.units import format_size
 
@@ -191,30 +190,6 @@ def userfaultfd_of(pid: int, pidfd: int) -> FdHolder | None:
     if got < 0:
         raise CoreError(-got, f"taking the userfaultfd of Firecracker (process {pid})")
     return FdHolder(got)
-
-
-# ---- one migration at a time
-
-
-def claim(pid: int) -> FdHolder:
-    """Keeps all others of this package from moving the same Firecracker, or into it, until it is closed. `BusyError`
-    when there is one."""
-    try:
-        holder = FdHolder(os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise out_of_files(error.errno, f"Firecracker (process {pid})") from error
-        raise MigrationError(f"Firecracker (process {pid}) has ended") from error
-    try:
-        fcntl.flock(holder.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder.close()
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise BusyError(
-                f"Firecracker (process {pid}) belongs to another postcopy, or to another machine of this one"
-            ) from error
-        return FdHolder(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))  # a /proc without locks
-    return holder
 
 
 # ---- files that it writes

@@ -24,12 +24,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
-import signal
 import socket
 import stat
-import tempfile
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,7 +37,9 @@ from msgspec import Meta
 
 from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
+from postcopy._files import absolute
 from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ProtocolError, ResourceError
+from postcopy.machines._peer import Process
 from postcopy.machines.base import CLOSE_TIMEOUT_S, Adopt, BlockLayout, Extent, MachineState
 from postcopy.machines.firecracker._process import Exchange
 from postcopy.machines.firecracker.api import (
@@ -49,12 +47,12 @@ from postcopy.machines.firecracker.api import (
     FirecrackerInDoubt,
     FirecrackerRefused,
     FirecrackerUnreachable,
-    Process,
     Refusal,
 )
 from postcopy.machines.firecracker.handshake import Handshake, peer_credentials, receive_handshake
 from postcopy.machines.firecracker.source import BLOCK_NAME, FirecrackerMachine, version_of
 from postcopy.machines.firecracker.state import with_disks
+from postcopy.machines.process import Started
 from postcopy.memory import check_memory
 from postcopy.units import did_you_mean, format_size
 
@@ -66,9 +64,8 @@ RESUME_S = 2.0
 """How long it may take to resume; half a millisecond, unless it waits for a page."""
 ANSWER_S = 1.0
 """How long one request of that may take."""
-KILL_S = 5.0
 POLL_S = 0.005
-STATE, SOCKET = "state", "memory.sock"
+STATE, SOCKET, API = "state", "memory.sock", "api.sock"
 PAGE_SIZES = {4096: "anon", 2 << 20: "hugetlb"}
 MAX_REGIONS = 32
 NOTHING_LOADED = (Refusal.ALREADY_STARTED, Refusal.CONFIGURED)
@@ -118,7 +115,7 @@ class ArrivingFirecracker(FirecrackerMachine):
         super().__init__(host.api_socket or "", sum(config.regions), page_bytes)
         self._offered = config
         self._host = host
-        self._own: _Started | None = None
+        self._own: Started | None = None
         self._files: _Files | None = None
         self._process: Process | None = None
         self._connection: trio.socket.SocketType | None = None  # on which its memory came
@@ -157,9 +154,12 @@ class ArrivingFirecracker(FirecrackerMachine):
 
     async def prepare(self) -> None:
         if self._host.binary is not None:
-            self._own = await run_sync(_Started.start, self._host.binary)
-            self._api = Api(self._own.api_socket)
-            await self._until_it_answers(self._own)
+            name, binary = f"--firecracker {self._host.binary}", absolute(self._host.binary)
+            self._own = await Started.start(
+                name, lambda directory: [binary, "--level", "Warning", "--api-sock", f"{directory}/{API}"]
+            )
+            self._api = Api(self._own.path(API))
+            await self._own.until_it_answers(name, self._answers, START_S)
         process = self._process = await self._hold_process()
         state, version = await self._api.instance()
         if state != "Not started":
@@ -171,19 +171,11 @@ class ArrivingFirecracker(FirecrackerMachine):
         self._files = await run_sync(_Files.make, process)
         await run_sync(self._check_devices, process)
 
-    async def _until_it_answers(self, own: _Started) -> None:
-        with trio.move_on_after(START_S):
-            while True:
-                with contextlib.suppress(FirecrackerUnreachable):
-                    await self._api.get("/")
-                    return
-                if (status := own.ended()) is not None:
-                    raise ConfigurationError(
-                        f"--firecracker {self._host.binary}: it has ended with status {status} before it took a"
-                        " request; what it said is on standard error"
-                    )
-                await trio.sleep(POLL_S)
-        raise ConfigurationError(f"--firecracker {self._host.binary}: it took no request within {START_S:g} s")
+    async def _answers(self) -> bool:
+        with contextlib.suppress(FirecrackerUnreachable):
+            await self._api.get("/")
+            return True
+        return False
 
     def _check_version(self, here: str) -> None:
         there = self._offered.version
@@ -402,66 +394,13 @@ class ArrivingFirecracker(FirecrackerMachine):
             self._let_go()
             await super().destroy()
             if own is not None:
-                await run_sync(own.remove)
+                await own.remove()
 
     def _let_go(self) -> None:
         if self._files is not None:
             self._files.remove()
         if self._connection is not None:
             self._connection.close()
-
-
-class _Started:
-    """A Firecracker that we have started, in a session of its own: what ends this process does not end it."""
-
-    def __init__(self, directory: str, pid: int) -> None:
-        self.directory = directory
-        self.api_socket = os.path.join(directory, "api.sock")
-        self._pid = pid
-        self._status: int | None = None
-
-    @classmethod
-    def start(cls, binary: str) -> _Started:
-        """`ConfigurationError` when it cannot be started. What it says, and the guest on its serial port, goes to this
-        process's standard error."""
-        try:
-            directory = tempfile.mkdtemp(prefix="postcopy-fc-", dir=os.environ.get("XDG_RUNTIME_DIR") or None)
-        except OSError as error:
-            raise ResourceError(f"a directory for the Firecracker that is started: {error}") from error
-        command = [os.path.abspath(binary), "--level", "Warning", "--api-sock", os.path.join(directory, "api.sock")]
-        try:
-            pid = os.posix_spawn(
-                command[0],
-                command,
-                os.environ,
-                file_actions=[
-                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                    (os.POSIX_SPAWN_DUP2, 2, 1),
-                ],
-                setsid=True,
-                setsigmask=(),
-                setsigdef=(signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
-            )
-        except OSError as error:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise ConfigurationError(f"--firecracker {binary}: {error.strerror}") from error
-        return cls(directory, pid)
-
-    def ended(self) -> int | None:
-        """Its status, once it has ended."""
-        if self._status is None:
-            with contextlib.suppress(ChildProcessError):
-                pid, status = os.waitpid(self._pid, os.WNOHANG)
-                self._status = os.waitstatus_to_exitcode(status) if pid else None
-        return self._status
-
-    def remove(self) -> None:
-        """Kills it, and removes its directory. Blocks until it is gone, for `KILL_S` at most."""
-        deadline_s = time.monotonic() + KILL_S
-        while self.ended() is None and time.monotonic() < deadline_s:
-            os.kill(self._pid, signal.SIGKILL)  # not waited for: its number is its own
-            time.sleep(POLL_S)
-        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 class _Files:

@@ -41,7 +41,7 @@ def arriving(
     fake: FakeFirecracker | None, offer: dict[str, Any] = OFFER, drive: str = "", net: str = ""
 ) -> ArrivingFirecracker:
     host = HostOptions(api_socket=str(fake.api_socket if fake is not None else "x"), drive=drive, net=net)
-    machine = create_destination("firecracker", offer, LAYOUT, host=host)
+    machine = create_destination("firecracker", offer, LAYOUT, host)
     assert isinstance(machine, ArrivingFirecracker)
     return machine
 
@@ -267,7 +267,7 @@ def test_taps_are_looked_for_where_firecracker_is() -> None:
 async def test_no_directory_for_one_that_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "none"))
     machine = ArrivingFirecracker.for_destination(OFFER, LAYOUT, FirecrackerHost(binary="/bin/true"))
-    with pytest.raises(ResourceError, match="a directory for the Firecracker"):
+    with pytest.raises(ResourceError, match="--firecracker .*: a directory for it"):
         await machine.prepare()
     await machine.close()
 
