@@ -7,6 +7,7 @@ Nothing here ends a process by its number alone: another one may have that meanw
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import logging
 import os
@@ -16,18 +17,22 @@ import signal
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import trio
 
 from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
-from postcopy.errors import ConfigurationError, ResourceError
+from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ResourceError
 from postcopy.machines._claim import claim
 from postcopy.machines._peer import Process
 from postcopy.machines.base import CLOSE_TIMEOUT_S, Check, Machine, MachineState, MachineStatistics
 
 KILL_TIMEOUT_S = 5.0
+RESUME_S = 2.0
+"""How long one that arrives may take to run; a millisecond, unless it waits for a page."""
+ANSWER_S = 1.0
+"""How long one request of that may take."""
 _POLL_S = 0.005
 
 log = logging.getLogger(__name__)
@@ -165,6 +170,97 @@ class ProcessMachine(Machine):
         return not scope.cancelled_caught
 
 
+class ArrivingProcess(ProcessMachine):
+    """One that arrives, loaded into a process that was there or that we start: before a kind's own class among the
+    bases of one.
+
+    Resource handling: a process that has begun to load (`_touched`) and is not whole is killed by `close`, whoever has
+    started it: it could not be used for anything else, and resumed by mistake it would be a second one. One that we
+    have started (`_own`) runs on when it is whole; its directory stays, for its sockets, until `destroy`."""
+
+    UNANSWERED: ClassVar[tuple[type[MigrationError], ...]]
+    """Errors of `_tell_to_run` and `_is_running` after which it is asked again."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._own: Started | None = None
+        self._touched = False
+        self._whole = False
+        self._unconfirmed = False  # it was told to run, and has not answered
+
+    @abc.abstractmethod
+    async def _tell_to_run(self, timeout_s: float) -> None: ...
+
+    @abc.abstractmethod
+    async def _is_running(self, timeout_s: float) -> bool | None:
+        """None: neither that, nor paused."""
+
+    async def resume(self) -> None:
+        """A request that is not answered may have been done: it is asked how it is, and told again when it is paused.
+        One that does not say so in time waits for a page, which the network may have lost: it has been told, and
+        `wait_changed` sees to it that it runs when the page has come."""
+        if self._whole:
+            await super().resume()  # type: ignore[safe-super]  # the kind's own
+            return
+        if self._state is MachineState.RUNNING:
+            return
+        tell: bool | None = True
+        with trio.move_on_after(RESUME_S) as deadline:
+            while tell is not None:
+                tell = await self._told_to_run(tell)
+        self._unconfirmed = deadline.cancelled_caught
+        if self._unconfirmed:
+            log.warning(
+                "%s was told to run, and has not answered within %g s: it waits for a page", self._name, RESUME_S
+            )
+        self._runs()
+
+    async def _told_to_run(self, tell: bool) -> bool | None:
+        """None: it runs. Else whether it has to be told (again)."""
+        try:
+            if tell:
+                await self._tell_to_run(ANSWER_S)
+                return None
+            running = await self._is_running(ANSWER_S)
+            return None if running else running is False
+        except self.UNANSWERED as error:
+            if not self._is_alive():
+                raise MigrationError(f"the machine was given to this host, and {self._name} has ended") from error
+            log.warning("%s", error)
+        await trio.sleep(_POLL_S)
+        return False
+
+    async def wait_changed(self) -> None:
+        tell: bool | None = False
+        while self._unconfirmed and tell is not None and self._is_alive():
+            tell = await self._told_to_run(tell)
+        self._unconfirmed = False
+        await super().wait_changed()
+
+    async def made_whole(self) -> None:
+        self._whole = True
+
+    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        if not self._whole and (self._touched or self._own is not None):
+            await self.destroy()
+        else:
+            await super().close(timeout_s)
+
+    async def destroy(self) -> None:
+        own, self._own, self._touched = self._own, None, False
+        with trio.CancelScope(shield=True):  # bounded
+            await super().destroy()
+            if own is not None:
+                await own.remove()
+
+
+Environment = contextlib.AbstractContextManager[Mapping[str, str]]
+
+
+def _as_it_is(_: str) -> Environment:
+    return contextlib.nullcontext(os.environ)
+
+
 class Started:
     """A process that we have started for a machine, in a session of its own: what ends this process does not end it.
     It has a directory of our own, for its sockets."""
@@ -176,36 +272,42 @@ class Started:
 
     @classmethod
     async def start(
-        cls, name: str, command: Callable[[str], list[str]], environment: Mapping[str, str] = os.environ
+        cls, name: str, command: Callable[[str], list[str]], environment: Callable[[str], Environment] = _as_it_is
     ) -> Started:
-        """`command` makes its command line of the directory's path; its first word is the path of a program. What it
-        writes, and its guest on a serial port, goes to this process's standard error. `name` is what the user calls it.
+        """`command` makes its command line of the directory's path; its first word is the path of a program.
+        `environment` makes its environment of that, and has what it needs until it has been started. What it writes,
+        and its guest on a serial port, goes to this process's standard error. `name` is what the user calls it.
         `ConfigurationError` when it cannot be started."""
         return await run_sync(cls._start, name, command, environment)
 
     @classmethod
-    def _start(cls, name: str, command: Callable[[str], list[str]], environment: Mapping[str, str]) -> Started:
+    def _start(
+        cls, name: str, command: Callable[[str], list[str]], environment: Callable[[str], Environment]
+    ) -> Started:
         try:
             directory = tempfile.mkdtemp(prefix="postcopy-", dir=os.environ.get("XDG_RUNTIME_DIR") or None)
         except OSError as error:
             raise ResourceError(f"{name}: a directory for it: {error.strerror or error}") from error
         words = command(directory)
         try:
-            pid = os.posix_spawn(
-                words[0],
-                words,
-                environment,
-                file_actions=[
-                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                    (os.POSIX_SPAWN_DUP2, 2, 1),
-                ],
-                setsid=True,
-                setsigmask=(),
-                setsigdef=(signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
-            )
-        except OSError as error:
+            with environment(directory) as variables:
+                pid = os.posix_spawn(
+                    words[0],
+                    words,
+                    variables,
+                    file_actions=[
+                        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                        (os.POSIX_SPAWN_DUP2, 2, 1),
+                    ],
+                    setsid=True,
+                    setsigmask=(),
+                    setsigdef=(signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+                )
+        except BaseException as error:
             shutil.rmtree(directory, ignore_errors=True)
-            raise ConfigurationError(f"{name}: {error.strerror}") from error
+            if isinstance(error, OSError) and not isinstance(error, PostcopyError):
+                raise ConfigurationError(f"{name}: {error.strerror}") from error
+            raise
         return cls(directory, pid)
 
     def path(self, name: str) -> str:
@@ -240,7 +342,7 @@ class Started:
     def _remove(self) -> None:
         deadline_s = time.monotonic() + KILL_TIMEOUT_S
         while self.ended() is None and time.monotonic() < deadline_s:
-            os.kill(self._pid, signal.SIGKILL)  # not waited for: its number is its own
+            os.killpg(self._pid, signal.SIGKILL)  # not waited for: its number is its own
             time.sleep(_POLL_S)
         shutil.rmtree(self.directory, ignore_errors=True)
 
