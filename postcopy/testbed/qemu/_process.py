@@ -18,7 +18,7 @@ from typing import Any
 
 from postcopy.errors import MigrationError, ResourceError
 from postcopy.testbed import _linux
-from postcopy.testbed._guest import WAIT_S, GuestProcess
+from postcopy.testbed._guest import WAIT_S, GuestLine, GuestProcess
 from postcopy.testbed.qemu._find import QEMU, REMEDY, guest_path
 
 START_S = 30.0
@@ -71,16 +71,16 @@ class Monitor:
             if "return" in message:
                 return message["return"]
 
-    def wait_event(self, name: str, status: str | None = None, *, deadline_s: float = WAIT_S) -> dict[str, Any]:
-        """The first event with that name (and that `status` in its data), also one that came before."""
-        what = name if status is None else f"{name} {status}"
+    def wait_event(self, name: str, *statuses: str, deadline_s: float = WAIT_S) -> dict[str, Any]:
+        """The first event with that name (and one of these `statuses` in its data), also one that came before."""
+        what = " ".join([name, *statuses])
         deadline = time.monotonic() + deadline_s
         at = 0
         while True:
             while at == len(self.events):
                 self._read(deadline, f"event {what}")
             event = self.events[at]
-            if event["event"] == name and status in (None, event.get("data", {}).get("status")):
+            if event["event"] == name and (not statuses or event.get("data", {}).get("status") in statuses):
                 return event
             at += 1
 
@@ -234,9 +234,9 @@ class Qemu(GuestProcess):
         """As `Monitor.execute`."""
         return self.monitor.execute(command, timeout_s=timeout_s, fd=fd, **arguments)
 
-    def wait_event(self, name: str, status: str | None = None, *, deadline_s: float = WAIT_S) -> dict[str, Any]:
+    def wait_event(self, name: str, *statuses: str, deadline_s: float = WAIT_S) -> dict[str, Any]:
         """As `Monitor.wait_event`."""
-        return self.monitor.wait_event(name, status, deadline_s=deadline_s)
+        return self.monitor.wait_event(name, *statuses, deadline_s=deadline_s)
 
     def status(self) -> str:
         """As ``running``, ``paused``, ``inmigrate``, ``postmigrate``."""
@@ -246,6 +246,24 @@ class Qemu(GuestProcess):
         """To so much that the balloon has in all; the guest follows before its next pass."""
         size = int(self.execute("query-memory-size-summary")["base-memory"])
         self.execute("balloon", value=size - (mib << 20))
+
+    def ask(self, command: str, *, deadline_s: float = WAIT_S) -> GuestLine:
+        """What a Linux guest (`linux`) answers between two passes: to ``status``, ``check`` (it looks at all of its
+        memory), or ``sh WORDS``."""
+        kind = command.split()[0]
+        before = len(self.lines())
+        self.send(f"{command}\n")
+        return self.wait_line(f"answer to {kind}", lambda line: line.kind == kind, after=before, deadline_s=deadline_s)
+
+    def shell(self, words: str, *, deadline_s: float = WAIT_S) -> str:
+        """What the shell of a Linux guest writes; `MigrationError` when it says that this has failed."""
+        before = self.serial_path.stat().st_size
+        result = self.ask(f"sh {words}", deadline_s=deadline_s).values["exit"]
+        text = self.serial_path.read_bytes()[before:].decode(errors="replace").partition("guest: sh exit=")[0]
+        text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("guest: "))
+        if result:
+            raise MigrationError(f"{words}: exit status {result} in the guest: {text}")
+        return text
 
     def capabilities(self, *names: str) -> None:
         """Says what a migration is to be capable of."""
