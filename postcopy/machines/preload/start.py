@@ -11,7 +11,7 @@ import resource
 import signal
 import socket
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from postcopy import _native
@@ -39,28 +39,42 @@ def library() -> str:
 
 
 def start(command: Sequence[str], path: str | None = None, *, lazy: bool = False) -> NoReturn:
-    """This process becomes `command`, its socket at `path`. The first word is looked for in PATH.
+    """This process becomes `command`, its socket at `path`. The first word is looked for in PATH. Errors as for
+    `environment`; `ConfigurationError` for a command that cannot be run."""
+    with environment(absolute(path) if path else _default_path(), lazy=lazy) as variables:
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)  # which Python ignores
+        try:
+            os.execvpe(command[0], list(command), variables)
+        except OSError as error:
+            raise ConfigurationError(f"cannot run {command[0]}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def environment(path: str, *, lazy: bool = False) -> Iterator[dict[str, str]]:
+    """That of a program which has the library, its socket at `path`, an absolute one. It inherits a descriptor that is
+    open until the end of this.
 
     `lazy`: whatever file in memory it maps, it waits for the content from its first touch on. `ResourceError`, with the
-    remedy, where this user may have no full userfaultfd; `ConfigurationError` for a command that cannot be run."""
+    remedy, where this user may have no full userfaultfd."""
     if unavailable := explain_unavailable():
         raise unavailable
-    path = absolute(path) if path else _default_path()
     if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
         raise ConfigurationError(f"--socket {path}: the path of a socket has at most {MAX_SOCKET_PATH_BYTES} bytes")
     _clear(path)
     preloaded = [library(), *filter(None, [os.environ.get("LD_PRELOAD")])]
-    environment = {**os.environ, "LD_PRELOAD": ":".join(preloaded), VARIABLE: path}
-    with contextlib.suppress(OSError):  # there are other ways to a userfaultfd
-        environment[f"{VARIABLE}_UFFD"] = str(_inherited())
+    variables = {**os.environ, "LD_PRELOAD": ":".join(preloaded), VARIABLE: path}
     if lazy:
-        environment[f"{VARIABLE}_LAZY"] = hex((_LAZY | _LAZY_HUGE) & probe(How.ANY).features)
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(number, signal.SIG_DFL)  # which Python ignores
+        variables[f"{VARIABLE}_LAZY"] = hex((_LAZY | _LAZY_HUGE) & probe(How.ANY).features)
     try:
-        os.execvpe(command[0], list(command), environment)
-    except OSError as error:
-        raise ConfigurationError(f"cannot run {command[0]}: {error.strerror}") from error
+        inherited = _inherited()
+    except OSError:  # there are other ways to a userfaultfd
+        yield variables
+        return
+    try:
+        yield {**variables, f"{VARIABLE}_UFFD": str(inherited)}
+    finally:
+        os.close(inherited)
 
 
 def _default_path() -> str:
