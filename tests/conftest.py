@@ -61,10 +61,10 @@ def _netns() -> str | None:
 
 def _qemu() -> str | None:
     from postcopy.errors import ResourceError
-    from postcopy.testbed.bench._qemu import check_qemu
+    from postcopy.testbed import qemu
 
     try:
-        check_qemu()
+        qemu.check()
     except ResourceError as error:
         return str(error)
     return None
@@ -112,7 +112,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "zsh": _command("zsh", "zsh"),
     "fish": _command("fish", "fish"),
     "man": _command("man", "man-db"),
-    "qemu": _qemu,  # that postcopy is measured beside
+    "qemu": _qemu,  # that is moved, and that postcopy is measured beside
     "firecracker": _firecracker,  # a real one, with our guest for it; fetched where it is not here
 }
 

@@ -1,23 +1,26 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The guest of a Firecracker: it fills its memory, then goes through it in passes without end, and says a line on the
+ * The guest of a Firecracker or a QEMU: it fills its memory, then goes through it in passes without end, and says a line on the
  * serial port after each. Every page of `pages` holds words that only this page has, and a count of the times that it was
  * written; a table elsewhere in memory has the same count. So a page that comes late, twice, from the past or from
  * another place shows, and so does one that holds old content after the balloon has had it.
  *
  *   guest: ready pages=8192 ballooned=0 ...        memory is filled
- *   guest: pass=1 errors=0 stale=0 touched=8192 ballooned=0 tsc=... ticks=... p50=... p99=... max=...
+ *   guest: pass=1 errors=0 stale=0 touched=8192 ballooned=0 saved=0 loaded=0 tsc=... ticks=... p50=... p99=... max=...
  *   guest: wrong page=17 word=0 expected=... found=...           the first of them only
  *
- * errors: words that were not as they must be; stale: pages that came back from the balloon with anything but zeros.
+ * errors: words that were not as they must be, and requests that the disk has refused; stale: pages that came back from the
+ * balloon with anything but zeros; saved and loaded: pages that went to the disk and came from it, see there.
  * ticks, p50, p99 and max are of what the first access to a page took in this pass, by the time stamp counter `tsc`.
  *
  * On the kernel's command line: pages=N (to work on; all by default), spread=1 (these are spread over all memory),
  * touches=N (pages a pass; all), stride=N (1: in order of address; else scattered, each once), write=0 (only looks),
- * wait=1 (a pass begins with a byte on the serial port: r looks only, w writes too).
+ * disk=N (requests a pass, where there is a disk; 64), wait=1 (a pass begins with a byte on the serial port: r looks only,
+ * w writes too).
  *
  * One instruction takes about a microsecond where KVM is emulated: three words of each page are enough.
  */
+#include <stddef.h>
 #include <stdint.h>
 
 #include "arch_x86.h"
@@ -26,20 +29,25 @@
 #define WORDS        (PAGE_BYTES / 8)
 #define GIB          ((uint64_t)1 << 30)
 #define WORK_BEGIN   0x200000u
-#define COMMAND_LINE ((const char *)0x20000)
-#define BOOT_ENTRIES 0x1e8u /* of boot_params: how many e820 entries, and where they are */
-#define BOOT_E820    0x2d0u
+#define PVH_MAGIC    0x336ec578u
 #define COM1         0x3f8
 #define MAX_EXTENTS  4
 #define MAX_GIB      64u
 #define MAX_SHOWN    8u
 
-static uint64_t directories[MAX_GIB][WORDS] __attribute__((aligned(PAGE_BYTES)));
+uint64_t directories[MAX_GIB][WORDS] __attribute__((aligned(PAGE_BYTES)));
 static struct {
     uint64_t address, pages;
 } extents[MAX_EXTENTS];
 static uint32_t *written; /* for each page how often it was written */
 static uint64_t pages, step = 1, ballooned, errors, stale, touched;
+
+/* What the VMM says: Firecracker in Linux' boot_params, QEMU in the start info of PVH. */
+static struct {
+    const char *command_line;
+    const uint8_t *entries; /* of e820: address, bytes, and 32 bits of type */
+    unsigned count, entry_bytes;
+} vmm;
 
 /* ---- serial port */
 
@@ -73,9 +81,9 @@ static void say_value(const char *name, uint64_t value)
 
 static uint64_t option(const char *name, uint64_t otherwise)
 {
-    for (const char *p = COMMAND_LINE; *p; p++) {
+    for (const char *p = vmm.command_line; *p; p++) {
         const char *a = p, *b = name;
-        if (p != COMMAND_LINE && p[-1] != ' ')
+        if (p != vmm.command_line && p[-1] != ' ')
             continue;
         while (*b && *a == *b)
             a++, b++;
@@ -91,7 +99,7 @@ static uint64_t option(const char *name, uint64_t otherwise)
 
 /* ---- memory */
 
-/* Firecracker maps the first GiB. Devices are above its memory and below 4 GiB: not cached. */
+/* Who comes here has mapped the first GiB. Devices are above its memory and below 4 GiB: not cached. */
 static void map_gib(uint64_t gib, uint64_t uncached_from)
 {
     uint64_t cr3;
@@ -106,13 +114,28 @@ static void map_gib(uint64_t gib, uint64_t uncached_from)
     __asm__ volatile("mov %0, %%cr3" ::"r"(cr3) : "memory");
 }
 
+static void look_at(const uint8_t *boot)
+{
+    if (*(const uint32_t *)boot == PVH_MAGIC) {
+        vmm.command_line = *(const char *const *)(boot + 24);
+        vmm.entries = *(const uint8_t *const *)(boot + 40);
+        vmm.count = *(const uint32_t *)(boot + 48);
+        vmm.entry_bytes = 24;
+    } else {
+        vmm.command_line = (const char *)(uintptr_t)*(const uint32_t *)(boot + 0x228);
+        vmm.entries = boot + 0x2d0;
+        vmm.count = boot[0x1e8];
+        vmm.entry_bytes = 20;
+    }
+}
+
 /* All memory from WORK_BEGIN on, with what is above the hole below 4 GiB. */
-static uint64_t find_memory(const uint8_t *boot)
+static uint64_t find_memory(void)
 {
     uint64_t total = 0, below = 0, used = 0;
 
-    for (unsigned i = 0; i < boot[BOOT_ENTRIES]; i++) {
-        const uint8_t *entry = boot + BOOT_E820 + 20 * i;
+    for (unsigned i = 0; i < vmm.count; i++) {
+        const uint8_t *entry = vmm.entries + (size_t)vmm.entry_bytes * i;
         uint64_t address = *(const uint64_t *)entry, end = address + *(const uint64_t *)(entry + 8);
         if (*(const uint32_t *)(entry + 16) != 1 || end <= WORK_BEGIN || used == MAX_EXTENTS)
             continue;
@@ -214,10 +237,10 @@ static uint64_t percentile(uint64_t of, unsigned percent)
     return 0;
 }
 
-/* ---- balloon: a driver that polls. It takes pages from the end of those that are worked on. */
+/* ---- virtio-mmio, by drivers that poll */
 
-#define QUEUE_SIZE 4u
-#define BATCH      256u
+#define QUEUE_SIZE 32u
+#define QUEUES     2u
 
 struct queue {
     struct {
@@ -226,88 +249,100 @@ struct queue {
         uint16_t flags, next;
     } descriptors[QUEUE_SIZE];
     uint16_t flags, available, ring[QUEUE_SIZE];
-    uint16_t pad[2];
-    volatile uint16_t used_flags, used;
+    volatile uint16_t used_flags __attribute__((aligned(4))), used;
     struct {
         uint32_t id, bytes;
     } used_ring[QUEUE_SIZE];
 } __attribute__((aligned(64)));
 
-static struct queue queues[2];
-static uint32_t frames[BATCH];
-static uint64_t device;
+struct device {
+    uint64_t address; /* 0: there is none */
+    struct queue queues[QUEUES];
+};
 
-static inline uint32_t get(unsigned offset)
+static struct device balloon, disk;
+
+static inline uint32_t get(const struct device *d, unsigned offset)
 {
     uint32_t value;
-    __asm__ volatile("movl (%1), %0" : "=r"(value) : "r"(device + offset) : "memory");
+    __asm__ volatile("movl (%1), %0" : "=r"(value) : "r"(d->address + offset) : "memory");
     return value;
 }
 
-static inline void put(unsigned offset, uint32_t value)
+static inline void put(const struct device *d, unsigned offset, uint32_t value)
 {
-    __asm__ volatile("movl %0, (%1)" ::"r"(value), "r"(device + offset) : "memory");
+    __asm__ volatile("movl %0, (%1)" ::"r"(value), "r"(d->address + offset) : "memory");
 }
 
-static void find_balloon(void)
+static void find_device(struct device *d, uint32_t id, unsigned queues)
 {
-    /* Devices are one page each, from where each version of Firecracker has begun. */
-    static const uint64_t begins[] = { 0xd0000000, 0xc0001000 };
+    /* From where each version of Firecracker has begun, and QEMU's microvm. */
+    static const struct {
+        uint64_t begin;
+        unsigned bytes, count;
+    } places[] = { { 0xd0000000, 4096, 8 }, { 0xc0001000, 4096, 8 }, { 0xfeb00000, 512, 24 } };
 
-    for (unsigned i = 0; i < 2 * 8; i++) {
-        device = begins[i / 8] + i % 8 * PAGE_BYTES;
-        if (device >= extents[0].address && device < extents[0].address + extents[0].pages * PAGE_BYTES)
-            continue; /* memory */
-        if (get(0) == 0x74726976 && get(8) == 5)
-            break;
-        device = 0;
+    for (unsigned place = 0; place < 3; place++)
+        for (unsigned i = 0; i < places[place].count; i++) {
+            d->address = places[place].begin + (uint64_t)i * places[place].bytes;
+            if (d->address >= extents[0].address && d->address < extents[0].address + extents[0].pages * PAGE_BYTES)
+                continue; /* memory */
+            if (get(d, 0) == 0x74726976 && get(d, 4) == 2 && get(d, 8) == id)
+                goto found;
+        }
+    d->address = 0;
+    return;
+found:
+    put(d, 0x70, 0);
+    put(d, 0x70, 1);
+    put(d, 0x70, 3);
+    put(d, 0x24, 0);
+    put(d, 0x20, 0);
+    put(d, 0x24, 1);
+    put(d, 0x20, 1); /* VERSION_1, nothing else */
+    put(d, 0x70, 11);
+    for (unsigned i = 0; i < queues; i++) {
+        struct queue *q = &d->queues[i];
+        q->flags = 1; /* no interrupts */
+        put(d, 0x30, i);
+        put(d, 0x38, QUEUE_SIZE);
+        put(d, 0x80, (uint32_t)(uint64_t)q->descriptors);
+        put(d, 0x84, 0);
+        put(d, 0x90, (uint32_t)(uint64_t)&q->flags);
+        put(d, 0x94, 0);
+        put(d, 0xa0, (uint32_t)(uint64_t)&q->used_flags);
+        put(d, 0xa4, 0);
+        put(d, 0x44, 1);
     }
-    if (!device)
-        return;
-    put(0x70, 1);
-    put(0x70, 3);
-    put(0x24, 0);
-    put(0x20, 0);
-    put(0x24, 1);
-    put(0x20, 1); /* VERSION_1, nothing else */
-    put(0x70, 11);
-    for (unsigned i = 0; i < 2; i++) {
-        uint64_t driver = (uint64_t)&queues[i].flags, used = (uint64_t)&queues[i].used_flags;
-        queues[i].flags = 1; /* no interrupts */
-        put(0x30, i);
-        put(0x38, QUEUE_SIZE);
-        put(0x80, (uint32_t)(uint64_t)queues[i].descriptors);
-        put(0x84, 0);
-        put(0x90, (uint32_t)driver);
-        put(0x94, 0);
-        put(0xa0, (uint32_t)used);
-        put(0xa4, 0);
-        put(0x44, 1);
-    }
-    put(0x70, 15);
+    put(d, 0x70, 15);
 }
 
-/* Gives the device so many frames on queue 0 (inflate) or 1 (deflate), and waits until it has them. */
-static void hand_over(unsigned which, unsigned count)
+/* The device is given this many chains of so many descriptors each, from the first one on; returns when all are done. */
+static void hand_over(struct device *d, unsigned which, unsigned chains, unsigned length)
 {
-    struct queue *q = &queues[which];
+    struct queue *q = &d->queues[which];
 
-    q->descriptors[0].address = (uint64_t)frames;
-    q->descriptors[0].bytes = count * 4;
-    q->ring[q->available % QUEUE_SIZE] = 0;
+    for (unsigned i = 0; i < chains; i++)
+        q->ring[(uint16_t)(q->available + i) % QUEUE_SIZE] = (uint16_t)(i * length);
     release_barrier();
-    q->available++;
+    q->available = (uint16_t)(q->available + chains);
     release_barrier();
-    put(0x50, which);
+    put(d, 0x50, which);
     while (q->used != q->available)
         relax();
 }
 
+/* ---- balloon: it takes pages from the end of those that are worked on */
+
+#define BATCH 256u
+
+static uint32_t frames[BATCH];
+
 static void follow_balloon(void)
 {
-    if (!device)
+    if (!balloon.address)
         return;
-    uint64_t wanted = get(0x100);
+    uint64_t wanted = get(&balloon, 0x100);
     if (wanted > pages - 1)
         wanted = pages - 1;
     if (wanted == ballooned)
@@ -319,7 +354,10 @@ static void follow_balloon(void)
             uint64_t page = inflate ? pages - ++ballooned : pages - ballooned--;
             frames[count++] = (uint32_t)((uint64_t)page_at(page) / PAGE_BYTES);
         }
-        hand_over(inflate ? 0 : 1, count);
+        unsigned which = inflate ? 0 : 1;
+        balloon.queues[which].descriptors[0].address = (uint64_t)frames;
+        balloon.queues[which].descriptors[0].bytes = count * 4;
+        hand_over(&balloon, which, 1, 1);
         for (uint64_t page = first; !inflate && page < first + count; page++) {
             volatile uint64_t *words = page_at(page);
             for (unsigned i = 0; i < WORDS; i += WORDS / 2 - 1)
@@ -331,7 +369,72 @@ static void follow_balloon(void)
             fill(page);
         }
     }
-    put(0x104, (uint32_t)ballooned);
+    put(&balloon, 0x104, (uint32_t)ballooned);
+}
+
+/*
+ * ---- disk: pages go to it and come from it without the processor having touched them before, so that it is the device that
+ * meets those which are not there. A page has its place on the disk. Saving it notes its count; loading it makes that its count
+ * again, which the next pass looks for. By turns, in an order of its own.
+ */
+
+#define REQUESTS 8u
+#define NONE     UINT32_MAX
+
+static struct {
+    uint32_t type, reserved;
+    uint64_t sector;
+} headers[REQUESTS];
+static volatile uint8_t states[REQUESTS];
+static uint32_t *kept; /* for each page the count that is on the disk, NONE: it is not there */
+static uint64_t disk_pages, disk_cursor, disk_stride, saved, loaded;
+
+static void use_disk(uint64_t requests)
+{
+    struct queue *q = &disk.queues[0];
+    uint64_t chosen[REQUESTS];
+
+    while (disk_pages && requests) {
+        unsigned count = 0;
+        /* Fewer looks than pages: what is chosen in one batch differs. */
+        for (unsigned look = 0; look < 2 * REQUESTS && count < REQUESTS && requests; look++) {
+            disk_cursor = (disk_cursor + disk_stride) % disk_pages;
+            if (disk_cursor >= pages - ballooned)
+                continue;
+            uint64_t page = chosen[count] = disk_cursor;
+            int load = kept[page] != NONE && kept[page] != written[page];
+            headers[count].type = !load;
+            headers[count].sector = page * (PAGE_BYTES / 512);
+            states[count] = 0xff;
+            for (unsigned i = 0; i < 3; i++) {
+                unsigned at = 3 * count + i;
+                const volatile void *where[] = { &headers[count], page_at(page), &states[count] };
+                static const uint32_t bytes[] = { sizeof headers[0], PAGE_BYTES, 1 };
+                q->descriptors[at].address = (uint64_t)where[i];
+                q->descriptors[at].bytes = bytes[i];
+                q->descriptors[at].flags = (i < 2 ? 1 : 0) | (i == 2 || (i == 1 && load) ? 2 : 0);
+                q->descriptors[at].next = (uint16_t)(at + 1);
+            }
+            count++;
+            requests--;
+        }
+        if (!count)
+            return;
+        hand_over(&disk, 0, count, 3);
+        for (unsigned i = 0; i < count; i++) {
+            uint64_t page = chosen[i];
+            if (states[i]) {
+                wrong("refused", page, headers[i].type, 0, states[i]);
+                errors++;
+            } else if (headers[i].type) {
+                kept[page] = written[page];
+                saved++;
+            } else {
+                written[page] = kept[page];
+                loaded++;
+            }
+        }
+    }
 }
 
 /* ---- passes */
@@ -343,6 +446,8 @@ static void report(const char *what, uint64_t of)
     say_value(" stale=", stale);
     say_value(" touched=", touched);
     say_value(" ballooned=", ballooned);
+    say_value(" saved=", saved);
+    say_value(" loaded=", loaded);
     say_value(" pages=", pages);
     say_value(" tsc=", rdtsc());
     say_value(" ticks=", ticks);
@@ -391,30 +496,49 @@ static uint64_t common_divisor(uint64_t a, uint64_t b)
 
 void guest_main(const uint8_t *boot) __attribute__((noreturn));
 
+static uint64_t stride_over(uint64_t count, uint64_t stride)
+{
+    while (common_divisor(stride, count) != 1)
+        stride++;
+    return stride;
+}
+
 void guest_main(const uint8_t *boot)
 {
-    uint64_t total = find_memory(boot);
+    look_at(boot);
+    uint64_t total = find_memory();
     uint64_t table_pages = (total * 4 + PAGE_BYTES - 1) / PAGE_BYTES;
 
-    /* The table is below the pages; page_at() goes on where it ends. */
+    /* The tables are below the pages; page_at() goes on where they end. */
     written = (uint32_t *)(uintptr_t)extents[0].address;
-    extents[0].address += table_pages * PAGE_BYTES;
-    extents[0].pages -= table_pages;
-    total -= table_pages;
+    kept = (uint32_t *)(uintptr_t)(extents[0].address + table_pages * PAGE_BYTES);
+    extents[0].address += 2 * table_pages * PAGE_BYTES;
+    extents[0].pages -= 2 * table_pages;
+    total -= 2 * table_pages;
     pages = option("pages=", total);
     if (pages > total || pages < 2)
         pages = total;
     if (option("spread=", 0))
         step = total / pages;
-    uint64_t touches = option("touches=", pages), stride = option("stride=", 0), cursor = 0;
+    uint64_t touches = option("touches=", pages), stride = option("stride=", 0), requests = option("disk=", 64), cursor = 0;
     int waits = option("wait=", 0) != 0, writes = option("write=", 1) != 0;
-    if (!stride)
-        stride = pages * 5 / 8;
-    while (common_divisor(stride, pages) != 1)
-        stride++;
-    find_balloon();
-    for (uint64_t page = 0; page < pages; page++)
+    stride = stride_over(pages, stride ? stride : pages * 5 / 8);
+    find_device(&balloon, 5, 2);
+    find_device(&disk, 2, 1);
+    if (disk.address) {
+        disk_pages = (get(&disk, 0x100) | (uint64_t)get(&disk, 0x104) << 32) / (PAGE_BYTES / 512);
+        if (disk_pages > pages)
+            disk_pages = pages;
+        if (disk_pages <= 2 * REQUESTS)
+            disk_pages = 0;
+        else
+            disk_stride = stride_over(disk_pages, disk_pages * 3 / 8);
+    }
+    for (uint64_t page = 0; page < pages; page++) {
         fill(page);
+        if (page < disk_pages)
+            kept[page] = NONE;
+    }
     report("guest: ready", 0);
     for (uint64_t pass = 1;; pass++) {
         uint8_t order = 0;
@@ -427,6 +551,7 @@ void guest_main(const uint8_t *boot)
             buckets[i] = 0;
         longest = ticks = 0;
         uint64_t before = touched;
+        use_disk(requests);
         for (uint64_t i = 0; i < touches; i++) {
             cursor += stride;
             while (cursor >= pages)
