@@ -71,16 +71,16 @@ class Monitor:
             if "return" in message:
                 return message["return"]
 
-    def wait_event(self, name: str, status: str | None = None, *, deadline_s: float = WAIT_S) -> dict[str, Any]:
-        """The first event with that name (and that `status` in its data), also one that came before."""
-        what = name if status is None else f"{name} {status}"
+    def wait_event(self, name: str, *statuses: str, deadline_s: float = WAIT_S) -> dict[str, Any]:
+        """The first event with that name (and one of these as ``status`` in its data), also one that came before."""
+        what = f"{name} {' or '.join(statuses)}".rstrip()
         deadline = time.monotonic() + deadline_s
         at = 0
         while True:
             while at == len(self.events):
                 self._read(deadline, f"event {what}")
             event = self.events[at]
-            if event["event"] == name and status in (None, event.get("data", {}).get("status")):
+            if event["event"] == name and (not statuses or event.get("data", {}).get("status") in statuses):
                 return event
             at += 1
 
@@ -234,9 +234,9 @@ class Qemu(GuestProcess):
         """As `Monitor.execute`."""
         return self.monitor.execute(command, timeout_s=timeout_s, fd=fd, **arguments)
 
-    def wait_event(self, name: str, status: str | None = None, *, deadline_s: float = WAIT_S) -> dict[str, Any]:
+    def wait_event(self, name: str, *statuses: str, deadline_s: float = WAIT_S) -> dict[str, Any]:
         """As `Monitor.wait_event`."""
-        return self.monitor.wait_event(name, status, deadline_s=deadline_s)
+        return self.monitor.wait_event(name, *statuses, deadline_s=deadline_s)
 
     def status(self) -> str:
         """As ``running``, ``paused``, ``inmigrate``, ``postmigrate``."""

@@ -98,6 +98,12 @@ def event_us(qemu: Qemu, name: str, *statuses: str) -> int:
 # ---- its trace
 
 
+def quit(qemu: Qemu) -> None:
+    """Ends it in order, so that its trace is whole."""
+    qemu.execute("quit")
+    qemu.process.wait(ANSWER_S)
+
+
 def tracing(log: Path) -> list[str]:
     """Arguments of a destination whose faults are to be found in `log`. Each page that is placed is a line there, which
     costs time."""
