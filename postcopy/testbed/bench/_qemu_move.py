@@ -30,7 +30,7 @@ from postcopy.errors import MigrationError
 from postcopy.service.client import ControlClient
 from postcopy.testbed import qemu
 from postcopy.testbed._processes import Child, open_child
-from postcopy.testbed.bench._common import DEADLINE_S, Figure, Rounds, ratio
+from postcopy.testbed.bench._common import DEADLINE_S, Figure, ratio
 from postcopy.testbed.bench._firecracker import next_line, thread
 from postcopy.testbed.chaos import ChaosProxy, open_chaos_proxy
 from postcopy.testbed.qemu import Qemu, own
@@ -51,7 +51,8 @@ WAITS_S = 3.0
 LOOK_S = 0.005
 MODES = {"qemu": False, "preempt": True}
 """QEMU's own ways, and whether it has a connection of its own for pages that are waited for."""
-MOVE = ("-m", "postcopy")
+FAULTS = {"ours": "ours", "preempt": "traced"}
+"""Whose faults, and of which part."""
 
 STANDS = "by QEMU's events STOP at the source and RESUME at the destination; QEMU's: the better of its two ways"
 TOTAL = "from the request to migrate until the source has completed; QEMU's: the better of its two ways"
@@ -87,10 +88,7 @@ async def compare(rounds: int, memory_mib: int) -> list[Figure]:
         return ratio(f"{what}, {size} / QEMU's", found, "ours", "allowed", goal, note=note, unit=unit)
 
     size = format_size(memory_mib << 20)
-    faults = [
-        {f"{name} {p}": turn[part][p] for name, part in (("ours", "ours"), ("preempt", "traced")) for p in ("p50", "p99")}
-        for turn in turns
-    ]
+    faults = [{f"{who} {p}": turn[part][p] for who, part in FAULTS.items() for p in ("p50", "p99")} for turn in turns]
     return [
         figure(f"stop to run, against QEMU's and {MARGIN_MS:g} ms", "stop-to-run-ms", 1.0, STANDS, margin=MARGIN_MS),
         ratio(f"fault p50, {size} / QEMU's with preempt", faults, "ours p50", "preempt p50", 0.25, note=FAULT),
@@ -133,9 +131,8 @@ async def _works(source: Qemu, dest: Qemu) -> None:
     before = source.passes()[-1].values["pass"]
     after = (await thread(dest.wait_passes, 2))[-1].values
     if after["errors"] or after["pass"] <= before:
-        raise MigrationError(
-            f"the guest found {after['errors']} wrong words in pass {after['pass']}, after {before} passes\n{dest.said()}"
-        )
+        found = f"{after['errors']} wrong words in pass {after['pass']}, before the move it was in pass {before}"
+        raise MigrationError(f"the guest found {found}\n{dest.said()}")
 
 
 # ---- by QEMU itself
@@ -185,11 +182,12 @@ async def _own_cut(memory_mib: int) -> dict[str, float]:
 async def _cut(proxy: ChaosProxy, memory_mib: int) -> float:
     """When so much has passed; when that was."""
     with trio.move_on_after(DEADLINE_S):
-        while proxy.statistics.bytes_out < CUT_AT * (memory_mib << 20):
+        while True:
+            if proxy.statistics.bytes_out >= CUT_AT * (memory_mib << 20):
+                proxy.refuse()
+                proxy.cut()
+                return trio.current_time()
             await trio.sleep(LOOK_S)
-        proxy.refuse()
-        proxy.cut()
-        return trio.current_time()
     raise MigrationError(f"a third of the memory had not passed after {DEADLINE_S:g} s: {proxy.statistics}")
 
 
@@ -243,13 +241,13 @@ async def _sides(source: Qemu, dest: Qemu, *arguments: str) -> AsyncIterator[tup
     """A daemon that has the one, by its control socket; a `dest` for the other one, and where that listens.
     `arguments`: more of the daemon."""
     end = {"ask": signal.SIGTERM, "end_s": 10.0, "stderr": subprocess.DEVNULL}
-    common = ("--json", "--machine", "qemu", "--qmp")
+    common = ("--listen", "127.0.0.1:0", "--json", "--machine", "qemu", "--qmp")
     control = str(source.directory / "control")
-    daemon = python(*MOVE, "daemon", *common, source.qmp_path, "--listen", "127.0.0.1:0", "--control", control, *arguments)
-    twin = python(*MOVE, "dest", *common, dest.qmp_path, "--listen", "127.0.0.1:0")
+    daemon = (*common, source.qmp_path, "--control", control, *arguments)
     async with AsyncExitStack() as stack:
-        leaves = await stack.enter_async_context(open_child(daemon, **end))
+        leaves = await stack.enter_async_context(open_child(python("-m", "postcopy", "daemon", *daemon), **end))
         await next_line(leaves, "listening", lambda line: line["event"] == "listening")
+        twin = python("-m", "postcopy", "dest", *common, dest.qmp_path)
         arrives = await stack.enter_async_context(open_child(twin, **end))
         address = (await next_line(arrives, "listening", lambda line: line["event"] == "listening"))["address"]
         nursery = await stack.enter_async_context(trio.open_nursery())

@@ -56,9 +56,10 @@ def begin(source: Qemu, address: str) -> None:
 
 
 def outcome(*qemus: Qemu) -> str:
-    """Waits until all of them say ``completed``, or all ``postcopy-paused``: the connection was cut, and they wait for an
-    operator. `MigrationError` when it fails."""
-    found = {qemu.wait_event("MIGRATION", "completed", "postcopy-paused", "failed")["data"]["status"] for qemu in qemus}
+    """Waits until all of them say ``completed``, or all ``postcopy-paused``: the connection was cut, and they wait for
+    an operator. `MigrationError` when it fails."""
+    ends = ("completed", "postcopy-paused", "failed")
+    found = {qemu.wait_event("MIGRATION", *ends)["data"]["status"] for qemu in qemus}
     if len(found) > 1 or "failed" in found:
         raise MigrationError(f"a migration of QEMU's own is {' and '.join(sorted(found))}")
     return found.pop()
