@@ -127,6 +127,7 @@ class DemoQemu(Record, kw_only=True):
     """Both moves of `demo --machine qemu`: the same virtual machine, by postcopy and by QEMU's own postcopy."""
 
     version: Annotated[str, doc("Of QEMU.")]
+    guest: Annotated[str, doc("What it runs, with its version.")]
     postcopy: Annotated[DemoMove, doc("The move by postcopy.")]
     own: Annotated[DemoMove, doc("The move by QEMU's own postcopy, with postcopy-preempt.")]
 

@@ -21,16 +21,19 @@ import trio
 from msgspec.structs import replace
 
 from postcopy._child import python
+from postcopy.errors import ConfigurationError
 from postcopy.output.tables import Row, Span, row
 from postcopy.output.words import format_count, format_duration
 from postcopy.records.commands import DemoMove, DemoQemu, DemoResult
 from postcopy.records.migration import Check
 from postcopy.testbed.chaos import ChaosPlan, open_chaos_proxy
 from postcopy.testbed.qemu import Qemu, linux, own
+from postcopy.testbed.qemu import check as check_qemu
 from postcopy.units import format_size
 
 thread = trio.to_thread.run_sync
 MEMORY_BYTES = 256 << 20
+OTHER_MIB = 128  # of the memory are not the guest's program's
 DISK_BYTES = 64 << 20
 TRACE = "trace"  # of the destination
 PASSES = 3  # of the guest, before it moves
@@ -54,14 +57,20 @@ Move = Callable[[str, str], Awaitable[DemoResult]]
 
 class QemuDemo:
     def __init__(self, memory_bytes: int | None, cpus: int | None) -> None:
-        """Of the virtual machine; None: not said."""
+        """Of the virtual machine; None: not said. `ResourceError` without QEMU, `ConfigurationError` for too little
+        memory."""
+        check_qemu()
         self.memory_bytes = memory_bytes or MEMORY_BYTES
+        self._mib = self.memory_bytes >> 20
         self._cpus = cpus or 1
+        if self._mib < linux.MEMORY_MIB:
+            raise ConfigurationError(f"--memory: this Linux needs at least {format_size(linux.MEMORY_MIB << 20)}")
         self.subject = f"qemu, {format_size(self.memory_bytes)}, {format_count(self._cpus, 'vCPU')}, Linux"
 
     async def both(self, directory: Path, move: Move, bandwidth: int, plan: ChaosPlan | None) -> DemoResult:
         """The result of `move`, with what was verified, and both moves. `bandwidth` (bytes/s, 0: no limit) and `plan`:
-        of the network."""
+        of the network. `ResourceError` where Debian's packages cannot be had."""
+        self._linux = await thread(linux.build)
         async with self._open_pair(directory, "ours", by_qemu=False) as pair:
             result = await move(pair.source.qmp_path, pair.dest.qmp_path)
             ours = await _examine(pair, result)
@@ -69,7 +78,8 @@ class QemuDemo:
         result.verified = result.status == COMPLETED and all(item.ok for item in result.verification)
         async with self._open_pair(directory, "own", by_qemu=True) as pair:
             theirs = await _move_by_qemu(pair, directory / TRACE, bandwidth, plan)
-        result.qemu = DemoQemu(version="{major}.{minor}.{micro}".format(**said), postcopy=ours, own=theirs)
+        version = "{major}.{minor}.{micro}".format(**said)
+        result.qemu = DemoQemu(version=version, guest=f"Linux {self._linux.version}", postcopy=ours, own=theirs)
         return result
 
     @asynccontextmanager
@@ -77,7 +87,8 @@ class QemuDemo:
         """Both end with the block. `by_qemu`: without our library, and with a trace at the destination."""
         disk = directory / f"{name}.img"
         await thread(_make_disk, disk)
-        start = partial(Qemu.start, self.memory_bytes >> 20, cpus=self._cpus, disk=disk, **await thread(linux.options))
+        guest = self._linux.boot(f"work={self._mib - OTHER_MIB}")
+        start = partial(Qemu.start, self._mib, machine="pc", cpus=self._cpus, disk=disk, **guest)
         if by_qemu:
             # Without -S: the machine is to run there as soon as it can.
             twin = partial(start, arguments=("-incoming", "defer", *own.tracing(directory / TRACE)))
@@ -227,6 +238,7 @@ def table(found: DemoQemu) -> tuple[tuple[str, ...], list[Row]]:
 
     moves = (ours, theirs)
     rows = [
+        each("guest", found.guest, "the same"),
         row("migration", *map(words, moves)),
         each("guest stood still", *(time(move.stop_to_run_ms, 1e-3) for move in moves)),
         each("until all memory had come", *(time(move.total_ms, 1e-3) for move in moves)),
