@@ -23,7 +23,7 @@ import trio
 
 from postcopy._blocking import run_sync
 from postcopy._fd import FdHolder
-from postcopy.errors import ConfigurationError, MigrationError, ResourceError
+from postcopy.errors import ConfigurationError, MigrationError, PostcopyError, ResourceError
 from postcopy.machines._claim import claim
 from postcopy.machines._peer import Process
 from postcopy.machines.base import CLOSE_TIMEOUT_S, Check, Machine, MachineState, MachineStatistics
@@ -134,18 +134,6 @@ class ProcessMachine(Machine):
         """It runs already."""
         await trio.lowlevel.checkpoint()
 
-    async def resume(self) -> None:
-        """Only what was paused here."""
-        if self._state is MachineState.PAUSED:
-            await self._set_running()
-            self._runs()
-        else:
-            await trio.lowlevel.checkpoint()
-
-    @abc.abstractmethod
-    async def _set_running(self) -> None:
-        """One that is paused. An error when it does not say whether it runs."""
-
     # ---- the end
 
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
@@ -212,7 +200,7 @@ class ArrivingProcess(ProcessMachine):
         One that does not say so in time waits for a page, which the network may have lost: it has been told, and
         `wait_changed` sees to it that it runs when the page has come."""
         if self._whole:
-            await super().resume()
+            await super().resume()  # type: ignore[safe-super]  # the kind's own
             return
         if self._state is MachineState.RUNNING:
             return
@@ -266,6 +254,13 @@ class ArrivingProcess(ProcessMachine):
                 await own.remove()
 
 
+Environment = contextlib.AbstractContextManager[Mapping[str, str]]
+
+
+def _as_it_is(_: str) -> Environment:
+    return contextlib.nullcontext(os.environ)
+
+
 class Started:
     """A process that we have started for a machine, in a session of its own: what ends this process does not end it.
     It has a directory of our own, for its sockets."""
@@ -277,36 +272,42 @@ class Started:
 
     @classmethod
     async def start(
-        cls, name: str, command: Callable[[str], list[str]], environment: Mapping[str, str] = os.environ
+        cls, name: str, command: Callable[[str], list[str]], environment: Callable[[str], Environment] = _as_it_is
     ) -> Started:
-        """`command` makes its command line of the directory's path; its first word is the path of a program. What it
-        writes, and its guest on a serial port, goes to this process's standard error. `name` is what the user calls it.
+        """`command` makes its command line of the directory's path; its first word is the path of a program.
+        `environment` makes its environment of that, and has what it needs until it has been started. What it writes,
+        and its guest on a serial port, goes to this process's standard error. `name` is what the user calls it.
         `ConfigurationError` when it cannot be started."""
         return await run_sync(cls._start, name, command, environment)
 
     @classmethod
-    def _start(cls, name: str, command: Callable[[str], list[str]], environment: Mapping[str, str]) -> Started:
+    def _start(
+        cls, name: str, command: Callable[[str], list[str]], environment: Callable[[str], Environment]
+    ) -> Started:
         try:
             directory = tempfile.mkdtemp(prefix="postcopy-", dir=os.environ.get("XDG_RUNTIME_DIR") or None)
         except OSError as error:
             raise ResourceError(f"{name}: a directory for it: {error.strerror or error}") from error
         words = command(directory)
         try:
-            pid = os.posix_spawn(
-                words[0],
-                words,
-                environment,
-                file_actions=[
-                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                    (os.POSIX_SPAWN_DUP2, 2, 1),
-                ],
-                setsid=True,
-                setsigmask=(),
-                setsigdef=(signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
-            )
-        except OSError as error:
+            with environment(directory) as variables:
+                pid = os.posix_spawn(
+                    words[0],
+                    words,
+                    variables,
+                    file_actions=[
+                        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                        (os.POSIX_SPAWN_DUP2, 2, 1),
+                    ],
+                    setsid=True,
+                    setsigmask=(),
+                    setsigdef=(signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+                )
+        except BaseException as error:
             shutil.rmtree(directory, ignore_errors=True)
-            raise ConfigurationError(f"{name}: {error.strerror}") from error
+            if isinstance(error, OSError) and not isinstance(error, PostcopyError):
+                raise ConfigurationError(f"{name}: {error.strerror}") from error
+            raise
         return cls(directory, pid)
 
     def path(self, name: str) -> str:
@@ -341,7 +342,7 @@ class Started:
     def _remove(self) -> None:
         deadline_s = time.monotonic() + KILL_TIMEOUT_S
         while self.ended() is None and time.monotonic() < deadline_s:
-            os.kill(self._pid, signal.SIGKILL)  # not waited for: its number is its own
+            os.killpg(self._pid, signal.SIGKILL)  # not waited for: its number is its own
             time.sleep(_POLL_S)
         shutil.rmtree(self.directory, ignore_errors=True)
 

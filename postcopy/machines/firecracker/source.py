@@ -214,7 +214,15 @@ class FirecrackerMachine(ProcessMachine):
         if self._log is not None:
             self._log.stopped = False
 
-    async def _set_running(self, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
+    async def resume(self) -> None:
+        """Only what was paused here. `FirecrackerInDoubt` when it does not say whether it runs."""
+        if self._state is not MachineState.PAUSED:
+            await trio.lowlevel.checkpoint()
+            return
+        await self._set_running(REQUEST_TIMEOUT_S)
+        self._runs()
+
+    async def _set_running(self, timeout_s: float) -> None:
         try:
             await self._api.patch("/vm", {"state": "Resumed"}, timeout_s)
         except FirecrackerInDoubt:
