@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import trio
 from msgspec.structs import replace
@@ -34,9 +34,10 @@ from postcopy.units import format_size
 thread = trio.to_thread.run_sync
 MEMORY_BYTES = 256 << 20
 OTHER_MIB = 128  # of the memory are not the guest's program's
-DISK_BYTES = 64 << 20
+DISK_BYTES = 4 << 20
+REQUESTS = 256  # of each pass to the disk: it is full after four of them, and from then on is read, too
 TRACE = "trace"  # of the destination
-PASSES = 3  # of the guest, before it moves
+PASSES = 6  # of the guest, before it moves
 WAITS_S = 3.0  # so long after the network is whole again QEMU's own migration is looked at: it waits for an operator
 ENDS_S = 10.0  # for the source's QEMU to end, which has been told so
 COMPLETED, PAUSED = "completed", "postcopy-paused"
@@ -87,7 +88,7 @@ class QemuDemo:
         """Both end with the block. `by_qemu`: without our library, and with a trace at the destination."""
         disk = directory / f"{name}.img"
         await thread(_make_disk, disk)
-        guest = self._linux.boot(f"work={self._mib - OTHER_MIB}")
+        guest: dict[str, Any] = self._linux.boot(f"work={self._mib - OTHER_MIB} disk={REQUESTS}")
         start = partial(Qemu.start, self._mib, machine="pc", cpus=self._cpus, disk=disk, **guest)
         if by_qemu:
             # Without -S: the machine is to run there as soon as it can.
@@ -200,13 +201,13 @@ async def _move_by_qemu(pair: Pair, trace: Path, bandwidth: int, plan: ChaosPlan
             proxy = await stack.enter_async_context(open_chaos_proxy(address, plan, begin=switched))
             address = str(proxy.address)
         await thread(own.begin, source, address)
-        await thread(own.event_us, source, "STOP")
+        stood_ms = await thread(own.stop_to_run_ms, source, dest)
         switched.set()
         status = await thread(own.outcome, source, dest)
         if status == PAUSED:
             await trio.sleep(WAITS_S)
-            status = (await thread(source.execute, "query-migrate"))["status"]
-    move = DemoMove(status=status, stop_to_run_ms=await thread(own.stop_to_run_ms, source, dest))
+            status = (await thread(dest.execute, "query-migrate"))["status"]
+    move = DemoMove(status=status, stop_to_run_ms=stood_ms)
     if status != COMPLETED:
         return move
     times = await thread(own.completed, source, dest)
