@@ -107,7 +107,6 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
         self._command = host.command
         self._library: Preload | None = None
         self._guard: Userfaultfd | None = None  # a copy of what guards its memory
-        self._extents: tuple[Extent, ...] = ()
         self._takes_disks_late = False
 
     @classmethod
@@ -117,9 +116,9 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
             known = msgspec.convert(config, Config)
         except msgspec.ValidationError as error:
             raise ProtocolError(f"the offer of a QEMU makes no sense: {str(error)[:200]}") from error
-        names = {block.name for block in layout}
-        if not layout or len(names) != len(layout) or len(known.files) != len(layout):
-            raise ProtocolError("the offer of a QEMU must have blocks, each with a name and a file of its own")
+        names = [block.name for block in layout]
+        if not names or names != sorted(set(names)) or len(known.files) != len(names):
+            raise ProtocolError("the offer of a QEMU must have blocks by name, each with a file of its own")
         if any(block.page_bytes not in PAGE_SIZES for block in layout):
             raise ProtocolError("the offer of a QEMU has pages of a size that is not known here")
         if (host.qmp is None) is (host.command is None):
@@ -207,27 +206,25 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
         """Empties its memory, and guards it: whoever touches it from now on waits."""
 
         async def arm() -> Armed:
-            return await library.arm(
-                mappings, features=FEATURES, mode=RegisterMode.MISSING, keep=True, empty=True
-            )
+            return await library.arm(mappings, features=FEATURES, mode=RegisterMode.MISSING, keep=True, empty=True)
 
         try:
             armed = await arm()
         except BusyError:
-            # Whoever guarded it has ended, since nobody else has this QEMU; and has told it nothing.
-            with await library.take() as left:
-                _unregister(Userfaultfd.adopt(os.dup(left.uffd.fileno())), mappings)
-            await library.disarm()
+            # Whoever guarded it has ended, since nobody else has this QEMU, and has told it nothing.
+            left = await library.take()
+            with Userfaultfd.adopt(left.uffd.detach()) as guard:
+                await self._stop_guarding(library, guard)
             armed = await arm()
-        self._extents = tuple(
-            Extent(number, 0, mapping.size_bytes // mapping.page_bytes, mapping.address)
-            for number, mapping in enumerate(mappings)
-        )
         return armed.uffd.detach(), int(armed.features)
 
     async def lend(self, adopt: Adopt) -> None:
         assert self._guard is not None
-        await adopt(os.dup(self._guard.fileno()), self._guard.features, self._extents)
+        extents = [
+            Extent(number, 0, backend.size_bytes // backend.page_bytes, backend.address)
+            for number, backend in enumerate(self._seen.backends)
+        ]
+        await adopt(os.dup(self._guard.fileno()), self._guard.features, extents)
 
     # ---- its state
 
@@ -293,12 +290,16 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
     # ---- running
 
     async def _tell_to_run(self, timeout_s: float) -> None:
-        await self._reconnect()
+        assert self._monitor is not None
+        await self._monitor.mend()
         await self._execute("cont", timeout_s=timeout_s)
 
     async def _is_running(self, timeout_s: float) -> bool | None:
-        await self._reconnect()
-        return {"paused": False, "inmigrate": None}.get(await self._status(timeout_s), True)
+        assert self._monitor is not None
+        await self._monitor.mend()
+        with trio.move_on_after(timeout_s):
+            return {"paused": False, "inmigrate": None}.get(await self._status(), True)
+        return None
 
     async def claim_network(self) -> None:
         try:
@@ -314,19 +315,19 @@ class ArrivingQemu(ArrivingProcess, QemuMachine):
 
     async def _release(self) -> None:
         if self._guard is not None:
-            if not self._whole and self._is_alive():
-                await self._stop_guarding(self._guard)
+            if not self._whole and self._is_alive() and self._library is not None:
+                try:
+                    await self._stop_guarding(self._library, self._guard)
+                except PostcopyError as error:
+                    log.error("%s waits at its memory, and cannot be used: end it (%s)", self._name, error)
             self._guard.close()
         await super()._release()
 
-    async def _stop_guarding(self, guard: Userfaultfd) -> None:
-        """It was told nothing, and has touched nothing."""
-        assert self._library is not None
-        try:
-            _unregister(guard, self._extents)
-            await self._library.disarm()
-        except PostcopyError as error:
-            log.error("%s waits at its memory, and cannot be used: end it (%s)", self._name, error)
+    async def _stop_guarding(self, library: Preload, guard: Userfaultfd) -> None:
+        """It was told nothing, and has touched nothing: it can be used again."""
+        for backend in self._seen.backends:
+            guard.unregister(backend.address, backend.size_bytes)
+        await library.disarm()
 
 
 def _check_fits(seen: Look, offered: Config, layout: Sequence[BlockLayout], qmp: str) -> None:
@@ -337,11 +338,10 @@ def _check_fits(seen: Look, offered: Config, layout: Sequence[BlockLayout], qmp:
             f"the QEMU at {qmp} has its memory in the same file as the one that is to be moved here: give each a"
             " mem-path of its own"
         )
-    if (mine := _version(here.version)) < (theirs := _version(offered.version)):
+    if _version(here.version) < _version(offered.version):
         raise ConfigurationError(
-            f"the source's QEMU is of version {offered.version}, the one here of {here.version}: QEMU loads the state of"
-            f" the same version or an older one; use {'.'.join(map(str, theirs))} or newer here, not"
-            f" {'.'.join(map(str, mine))}"
+            f"the source's QEMU is of version {offered.version}, the one here of {here.version}: QEMU loads no state of"
+            " a newer version than its own; use at least the same here"
         )
     for what, option, there, mine_is in (
         ("machine type", "-machine", offered.machine, here.machine),
@@ -363,10 +363,10 @@ def _check_fits(seen: Look, offered: Config, layout: Sequence[BlockLayout], qmp:
                 f"only {which} has the memory backend {_shown(name)}: start the one here with the same -object and"
                 " -device options, also for what was plugged in meanwhile"
             )
-        there, mine_has = wanted[name], found[name]
-        if (there.size_bytes, there.page_bytes) != (mine_has.size_bytes, mine_has.page_bytes):
+        block, backend = wanted[name], found[name]
+        if (block.size_bytes, block.page_bytes) != (backend.size_bytes, backend.page_bytes):
             raise ConfigurationError(
-                f"memory backend {_shown(name)} has {_size(there)} at the source, and {_size(mine_has)} here: start the"
+                f"memory backend {_shown(name)} has {_size(block)} at the source, and {_size(backend)} here: start the"
                 " one here with the same size=, and a mem-path= of the same kind"
             )
 
@@ -404,10 +404,6 @@ def _check_file_system(name: str, fd: int, size_bytes: int) -> None:
             f"memory backend {name}: its file system has {format_size(available)} left for {format_size(size_bytes)}",
             "remove files there that are not used any more, or mount it larger (-o remount,size=...)",
         )
-
-
-def _unregister(guard: Userfaultfd, ranges: Sequence[Mapped] | Sequence[Extent]) -> None:
-    raise NotImplementedError
 
 
 def _pipe() -> tuple[FdHolder, FdHolder]:

@@ -194,6 +194,18 @@ class Monitor:
             raise
         return monitor
 
+    async def mend(self, timeout_s: float = GREETING_TIMEOUT_S) -> None:
+        """A new connection with the same QEMU, where the one that there was is of no use any more."""
+        if self._broken is None:
+            return
+        self._stream.socket.close()
+        fresh = await Monitor.open(self.path, timeout_s)
+        with fresh.process.pidfd:
+            if fresh.process.pid != self.process.pid:
+                fresh.close()
+                raise QemuUnreachable(f"another QEMU (process {fresh.process.pid}) has the monitor {self.path} now")
+        self._stream, self._protocol, self._broken = fresh._stream, fresh._protocol, None
+
     async def _greet(self, timeout_s: float) -> None:
         try:
             await self.wait_until(lambda: self._protocol.version is not None, timeout_s)
