@@ -70,6 +70,19 @@ def _qemu() -> str | None:
     return None
 
 
+def _linux_guest() -> str | None:
+    from postcopy.errors import ResourceError
+    from postcopy.testbed.qemu import linux
+
+    if reason := missing("qemu"):
+        return reason
+    try:
+        linux.build()
+    except ResourceError as error:
+        return str(error)
+    return None
+
+
 def _firecracker() -> str | None:
     from fetch_firecracker import NotFetched, fetch
     from postcopy.errors import ResourceError
@@ -113,12 +126,13 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "fish": _command("fish", "fish"),
     "man": _command("man", "man-db"),
     "qemu": _qemu,  # that is moved, and that postcopy is measured beside
+    "linux-guest": _linux_guest,  # a kernel of Debian's with our first process, for QEMU; made where it is not here
     "firecracker": _firecracker,  # a real one, with our guest for it; fetched where it is not here
 }
 
 
 # Fetched by the first test that needs it, and so not asked for in the header.
-FETCHED = {"firecracker"}
+FETCHED = {"firecracker", "linux-guest"}
 # What only the C tests can lack (csrc/tests/support/test.h reads the same variable), and the name of all at once.
 C_CAPABILITIES = frozenset({"uffd-kernel", "uffd-features", "uffd-syscall", "holes"})
 ALL = "all"

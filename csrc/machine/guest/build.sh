@@ -27,3 +27,6 @@ for vmm in firecracker qemu; do
 	# shellcheck disable=SC2086
 	${CC:-gcc} $flags -Wl,-s -T "$src/vmm.ld" -o "$out/$vmm-guest.elf" "$src/${vmm}_start.S" "$src/vmm.c"
 done
+# A program of Linux' own, which a guest of QEMU has as its first process.
+# shellcheck disable=SC2086
+${CC:-gcc} $flags -Wl,-s -o "$out/linux-guest" "$src/linux.c"

@@ -1,46 +1,22 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The guest of a Firecracker or a QEMU: it fills its memory, then goes through it in passes without end, and says a line on the
- * serial port after each. Every page of `pages` holds words that only this page has, and a count of the times that it was
- * written; a table elsewhere in memory has the same count. So a page that comes late, twice, from the past or from
- * another place shows, and so does one that holds old content after the balloon has had it.
- *
- *   guest: ready pages=8192 ballooned=0 ...        memory is filled
- *   guest: pass=1 errors=0 stale=0 touched=8192 ballooned=0 saved=0 loaded=0 tsc=... ticks=... p50=... p99=... max=...
- *   guest: wrong page=17 word=0 expected=... found=...           the first of them only
- *
- * errors: words that were not as they must be, and requests that the disk has refused; stale: pages that came back from the
- * balloon with anything but zeros; saved and loaded: pages that went to the disk and came from it, see there.
- * ticks, p50, p99 and max are of what the first access to a page took in this pass, by the time stamp counter `tsc`.
- *
- * On the kernel's command line: pages=N (to work on; all by default), spread=1 (these are spread over all memory),
- * touches=N (pages a pass; all), stride=N (1: in order of address; else scattered, each once), write=0 (only looks),
- * disk=N (requests a pass, where there is a disk; 64), wait=1 (a pass begins with a byte on the serial port: r looks only,
- * w writes too).
- *
- * One instruction takes about a microsecond where KVM is emulated: three words of each page are enough.
+ * The guest of a Firecracker or a QEMU, without an operating system: it works on its memory as pattern.h has it, and on a
+ * virtio disk and balloon where there are any (not on PCI), and says what it finds on the serial port. Besides, on the
+ * command line: write=0 (only looks), wait=1 (a pass begins with a byte on the serial port: r looks only, w writes too).
  */
-#include <stddef.h>
-#include <stdint.h>
+#include "pattern.h"
 
-#include "arch_x86.h"
-
-#define PAGE_BYTES   4096u
-#define WORDS        (PAGE_BYTES / 8)
 #define GIB          ((uint64_t)1 << 30)
 #define WORK_BEGIN   0x200000u
 #define PVH_MAGIC    0x336ec578u
 #define COM1         0x3f8
 #define MAX_EXTENTS  4
 #define MAX_GIB      64u
-#define MAX_SHOWN    8u
 
 uint64_t directories[MAX_GIB][WORDS] __attribute__((aligned(PAGE_BYTES)));
 static struct {
     uint64_t address, pages;
 } extents[MAX_EXTENTS];
-static uint32_t *written; /* for each page how often it was written */
-static uint64_t pages, step = 1, ballooned, errors, stale, touched;
 
 /* What the VMM says: Firecracker in Linux' boot_params, QEMU in the start info of PVH. */
 static struct {
@@ -62,39 +38,6 @@ static void say(const char *text)
 {
     while (*text)
         out8(COM1, (uint8_t)*text++);
-}
-
-static void say_value(const char *name, uint64_t value)
-{
-    char digits[24], *p = digits + sizeof digits - 1;
-
-    *p = 0;
-    do {
-        *--p = (char)('0' + value % 10);
-        value /= 10;
-    } while (value);
-    say(name);
-    say(p);
-}
-
-/* ---- command line */
-
-static uint64_t option(const char *name, uint64_t otherwise)
-{
-    for (const char *p = vmm.command_line; *p; p++) {
-        const char *a = p, *b = name;
-        if (p != vmm.command_line && p[-1] != ' ')
-            continue;
-        while (*b && *a == *b)
-            a++, b++;
-        if (*b)
-            continue;
-        uint64_t value = 0;
-        while (*a >= '0' && *a <= '9')
-            value = value * 10 + (uint64_t)(*a++ - '0');
-        return value;
-    }
-    return otherwise;
 }
 
 /* ---- memory */
@@ -166,75 +109,6 @@ static volatile uint64_t *page_at(uint64_t page)
     while (page >= extents[i].pages)
         page -= extents[i++].pages;
     return (volatile uint64_t *)(extents[i].address + page * PAGE_BYTES);
-}
-
-static inline uint64_t content(uint64_t page)
-{
-    return (page + 1) * 0x9e3779b97f4a7c15u;
-}
-
-/* Where a page has its word, besides its first and its last one, which have the count too. */
-static inline uint64_t middle_of(uint64_t word)
-{
-    return 1 + (word >> 40) % (WORDS - 2);
-}
-
-/* Of a page of zeros. */
-static void fill(uint64_t page)
-{
-    volatile uint64_t *words = page_at(page);
-    uint64_t word = content(page);
-
-    words[0] = word;
-    words[middle_of(word)] = word;
-    words[WORDS - 1] = ~word;
-    written[page] = 0;
-}
-
-static void wrong(const char *what, uint64_t page, uint64_t word, uint64_t expected, uint64_t found)
-{
-    if (errors + stale >= MAX_SHOWN)
-        return;
-    say("guest: ");
-    say(what);
-    say_value(" page=", page);
-    say_value(" word=", word);
-    say_value(" expected=", expected);
-    say_value(" found=", found);
-    say("\n");
-}
-
-/* ---- what accesses took: a histogram with 64 buckets for each power of two */
-
-#define STEPS        64u
-#define FIRST_POWER  6u
-#define BUCKETS      (STEPS * 24u)
-
-static uint32_t buckets[BUCKETS];
-static uint64_t longest, ticks;
-
-static void note(uint64_t took)
-{
-    unsigned power = took < STEPS ? FIRST_POWER : 63 - (unsigned)__builtin_clzll(took);
-    unsigned bucket = (power - FIRST_POWER) * STEPS + ((took >> (power - FIRST_POWER)) & (STEPS - 1));
-
-    buckets[bucket < BUCKETS ? bucket : BUCKETS - 1]++;
-    ticks += took;
-    if (took > longest)
-        longest = took;
-}
-
-static uint64_t percentile(uint64_t of, unsigned percent)
-{
-    uint64_t seen = 0;
-
-    if (of)
-        for (unsigned i = 0; i < BUCKETS; i++) {
-            seen += buckets[i];
-            if (seen * 100 >= of * percent)
-                return (uint64_t)(STEPS + i % STEPS) << (i / STEPS);
-        }
-    return 0;
 }
 
 /* ---- virtio-mmio, by drivers that poll */
@@ -372,194 +246,62 @@ static void follow_balloon(void)
     put(&balloon, 0x104, (uint32_t)ballooned);
 }
 
-/*
- * ---- disk: pages go to it and come from it without the processor having touched them before, so that it is the device that
- * meets those which are not there. A page has its place on the disk. Saving it notes its count; loading it makes that its count
- * again, which the next pass looks for. By turns, in an order of its own.
- */
-
-#define REQUESTS 8u
-#define NONE     UINT32_MAX
+/* ---- disk */
 
 static struct {
     uint32_t type, reserved;
     uint64_t sector;
 } headers[REQUESTS];
 static volatile uint8_t states[REQUESTS];
-static uint32_t *kept; /* for each page the count that is on the disk, NONE: it is not there */
-static uint64_t disk_pages, disk_cursor, disk_stride, saved, loaded;
 
-static void use_disk(uint64_t requests)
+static void transfer(struct request *requests, unsigned count)
 {
+    static const uint32_t bytes[] = { sizeof headers[0], PAGE_BYTES, 1 };
     struct queue *q = &disk.queues[0];
-    uint64_t chosen[REQUESTS];
 
-    while (disk_pages && requests) {
-        unsigned count = 0;
-        /* Fewer looks than pages: what is chosen in one batch differs. */
-        for (unsigned look = 0; look < 2 * REQUESTS && count < REQUESTS && requests; look++) {
-            disk_cursor = (disk_cursor + disk_stride) % disk_pages;
-            if (disk_cursor >= pages - ballooned)
-                continue;
-            uint64_t page = chosen[count] = disk_cursor;
-            int load = kept[page] != NONE && kept[page] != written[page];
-            headers[count].type = !load;
-            headers[count].sector = page * (PAGE_BYTES / 512);
-            states[count] = 0xff;
-            for (unsigned i = 0; i < 3; i++) {
-                unsigned at = 3 * count + i;
-                const volatile void *where[] = { &headers[count], page_at(page), &states[count] };
-                static const uint32_t bytes[] = { sizeof headers[0], PAGE_BYTES, 1 };
-                q->descriptors[at].address = (uint64_t)where[i];
-                q->descriptors[at].bytes = bytes[i];
-                q->descriptors[at].flags = (i < 2 ? 1 : 0) | (i == 2 || (i == 1 && load) ? 2 : 0);
-                q->descriptors[at].next = (uint16_t)(at + 1);
-            }
-            count++;
-            requests--;
-        }
-        if (!count)
-            return;
-        hand_over(&disk, 0, count, 3);
-        for (unsigned i = 0; i < count; i++) {
-            uint64_t page = chosen[i];
-            if (states[i]) {
-                wrong("refused", page, headers[i].type, 0, states[i]);
-                errors++;
-            } else if (headers[i].type) {
-                kept[page] = written[page];
-                saved++;
-            } else {
-                written[page] = kept[page];
-                loaded++;
-            }
+    for (unsigned i = 0; i < count; i++) {
+        const volatile void *where[] = { &headers[i], page_at(requests[i].page), &states[i] };
+        headers[i].type = !requests[i].load;
+        headers[i].sector = requests[i].page * (PAGE_BYTES / 512);
+        states[i] = 0xff;
+        for (unsigned part = 0; part < 3; part++) {
+            unsigned at = 3 * i + part, to_memory = part == 2 || (part == 1 && requests[i].load);
+            q->descriptors[at].address = (uint64_t)where[part];
+            q->descriptors[at].bytes = bytes[part];
+            q->descriptors[at].flags = (uint16_t)((part < 2) | to_memory << 1);
+            q->descriptors[at].next = (uint16_t)(at + 1);
         }
     }
-}
-
-/* ---- passes */
-
-static void report(const char *what, uint64_t of)
-{
-    say(what);
-    say_value(" errors=", errors);
-    say_value(" stale=", stale);
-    say_value(" touched=", touched);
-    say_value(" ballooned=", ballooned);
-    say_value(" saved=", saved);
-    say_value(" loaded=", loaded);
-    say_value(" pages=", pages);
-    say_value(" tsc=", rdtsc());
-    say_value(" ticks=", ticks);
-    say_value(" p50=", percentile(of, 50));
-    say_value(" p99=", percentile(of, 99));
-    say_value(" max=", longest);
-    say("\n");
-}
-
-static void touch(uint64_t page, int writes)
-{
-    volatile uint64_t *words = page_at(page);
-    uint64_t word = content(page), begin = rdtsc(), first = words[0];
-
-    note(rdtsc() - begin);
-    uint64_t count = written[page], middle = middle_of(word);
-    if (first != word + count) {
-        wrong("wrong", page, 0, word + count, first);
-        errors++;
-    }
-    if (words[WORDS - 1] != ~(word + count)) {
-        wrong("wrong", page, WORDS - 1, ~(word + count), words[WORDS - 1]);
-        errors++;
-    }
-    if (words[middle] != word) {
-        wrong("wrong", page, middle, word, words[middle]);
-        errors++;
-    }
-    touched++;
-    if (!writes)
-        return;
-    written[page] = (uint32_t)++count;
-    words[0] = word + count;
-    words[WORDS - 1] = ~(word + count);
-}
-
-static uint64_t common_divisor(uint64_t a, uint64_t b)
-{
-    while (b) {
-        uint64_t rest = a % b;
-        a = b;
-        b = rest;
-    }
-    return a;
+    hand_over(&disk, 0, count, 3);
+    for (unsigned i = 0; i < count; i++)
+        requests[i].failed = states[i];
 }
 
 void guest_main(const uint8_t *boot) __attribute__((noreturn));
-
-static uint64_t stride_over(uint64_t count, uint64_t stride)
-{
-    while (common_divisor(stride, count) != 1)
-        stride++;
-    return stride;
-}
 
 void guest_main(const uint8_t *boot)
 {
     look_at(boot);
     uint64_t total = find_memory();
     uint64_t table_pages = (total * 4 + PAGE_BYTES - 1) / PAGE_BYTES;
+    int waits = option(vmm.command_line, "wait=", 0) != 0, writes = option(vmm.command_line, "write=", 1) != 0;
 
     /* The tables are below the pages; page_at() goes on where they end. */
     written = (uint32_t *)(uintptr_t)extents[0].address;
     kept = (uint32_t *)(uintptr_t)(extents[0].address + table_pages * PAGE_BYTES);
     extents[0].address += 2 * table_pages * PAGE_BYTES;
     extents[0].pages -= 2 * table_pages;
-    total -= 2 * table_pages;
-    pages = option("pages=", total);
-    if (pages > total || pages < 2)
-        pages = total;
-    if (option("spread=", 0))
-        step = total / pages;
-    uint64_t touches = option("touches=", pages), stride = option("stride=", 0), requests = option("disk=", 64), cursor = 0;
-    int waits = option("wait=", 0) != 0, writes = option("write=", 1) != 0;
-    stride = stride_over(pages, stride ? stride : pages * 5 / 8);
     find_device(&balloon, 5, 2);
     find_device(&disk, 2, 1);
-    if (disk.address) {
-        disk_pages = (get(&disk, 0x100) | (uint64_t)get(&disk, 0x104) << 32) / (PAGE_BYTES / 512);
-        if (disk_pages > pages)
-            disk_pages = pages;
-        if (disk_pages <= 2 * REQUESTS)
-            disk_pages = 0;
-        else
-            disk_stride = stride_over(disk_pages, disk_pages * 3 / 8);
-    }
-    for (uint64_t page = 0; page < pages; page++) {
-        fill(page);
-        if (page < disk_pages)
-            kept[page] = NONE;
-    }
-    report("guest: ready", 0);
-    for (uint64_t pass = 1;; pass++) {
+    begin(vmm.command_line, total - 2 * table_pages,
+        disk.address ? (get(&disk, 0x100) | (uint64_t)get(&disk, 0x104) << 32) * 512 : 0);
+    for (;;) {
         uint8_t order = 0;
         do {
             if (waits && in8(COM1 + 5) & 1)
                 order = in8(COM1);
             follow_balloon(); /* last: what was wanted before the order came is done when the pass begins */
         } while (waits && order != 'r' && order != 'w');
-        for (unsigned i = 0; i < BUCKETS; i++)
-            buckets[i] = 0;
-        longest = ticks = 0;
-        uint64_t before = touched;
-        use_disk(requests);
-        for (uint64_t i = 0; i < touches; i++) {
-            cursor += stride;
-            while (cursor >= pages)
-                cursor -= pages;
-            if (cursor < pages - ballooned)
-                touch(cursor, waits ? order == 'w' : writes);
-        }
-        say_value("guest: pass=", pass);
-        report("", touched - before);
+        pass(waits ? order == 'w' : writes);
     }
 }

@@ -18,7 +18,7 @@ from typing import Any
 
 from postcopy.errors import MigrationError, ResourceError
 from postcopy.testbed import _linux
-from postcopy.testbed._guest import WAIT_S, GuestProcess
+from postcopy.testbed._guest import WAIT_S, GuestLine, GuestProcess
 from postcopy.testbed.qemu._find import QEMU, REMEDY, guest_path
 
 START_S = 30.0
@@ -72,8 +72,8 @@ class Monitor:
                 return message["return"]
 
     def wait_event(self, name: str, *statuses: str, deadline_s: float = WAIT_S) -> dict[str, Any]:
-        """The first event with that name (and one of these as ``status`` in its data), also one that came before."""
-        what = f"{name} {' or '.join(statuses)}".rstrip()
+        """The first event with that name (and one of these `statuses` in its data), also one that came before."""
+        what = " ".join([name, *statuses])
         deadline = time.monotonic() + deadline_s
         at = 0
         while True:
@@ -246,6 +246,24 @@ class Qemu(GuestProcess):
         """To so much that the balloon has in all; the guest follows before its next pass."""
         size = int(self.execute("query-memory-size-summary")["base-memory"])
         self.execute("balloon", value=size - (mib << 20))
+
+    def ask(self, command: str, *, deadline_s: float = WAIT_S) -> GuestLine:
+        """What a Linux guest (`linux`) answers between two passes: to ``status``, ``check`` (it looks at all of its
+        memory), or ``sh WORDS``."""
+        kind = command.split()[0]
+        before = len(self.lines())
+        self.send(f"{command}\n")
+        return self.wait_line(f"answer to {kind}", lambda line: line.kind == kind, after=before, deadline_s=deadline_s)
+
+    def shell(self, words: str, *, deadline_s: float = WAIT_S) -> str:
+        """What the shell of a Linux guest writes; `MigrationError` when it says that this has failed."""
+        before = self.serial_path.stat().st_size
+        result = self.ask(f"sh {words}", deadline_s=deadline_s).values["exit"]
+        text = self.serial_path.read_bytes()[before:].decode(errors="replace").partition("guest: sh exit=")[0]
+        text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("guest: "))
+        if result:
+            raise MigrationError(f"{words}: exit status {result} in the guest: {text}")
+        return text
 
     def capabilities(self, *names: str) -> None:
         """Says what a migration is to be capable of."""
