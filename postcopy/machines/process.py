@@ -249,6 +249,8 @@ class ArrivingProcess(ProcessMachine):
     async def destroy(self) -> None:
         own, self._own, self._touched = self._own, None, False
         with trio.CancelScope(shield=True):  # bounded
+            if not self._whole:
+                await self._kill()  # it is not asked: it may wait for a page
             await super().destroy()
             if own is not None:
                 await own.remove()

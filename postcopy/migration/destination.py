@@ -566,7 +566,10 @@ class DestinationMigration(Engine[DestinationProtocol, AnyPager]):
                 self._held.popitem()[1].close()
             # Again after the pager, which has freed whatever waited for a page; closing twice does no harm.
             for what in (pager, machine) if self.complete else (machine, pager, machine):
-                if what is not None:
+                if what is pager and self._lent and not self.complete:
+                    # Nothing is poisoned: its process has ended, or has its memory back, or keeps what guards it.
+                    await self._contained(cast("Pager", pager).leave)
+                elif what is not None:
                     await self._contained(what.close)
 
     def check_machine(self) -> None:

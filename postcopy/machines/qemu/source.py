@@ -11,9 +11,9 @@ state and has *completed*; what the pipe holds then is all of the state. Memory 
 device may still write to it while it is saved. QEMU is not asked to wait in between (``pause-before-switchover``): that
 would be one more round trip in the pause, and there would be two ways back in place of one.
 
-**The way back** is the same from everywhere (`_go_on`): a migration that is under way is cancelled, and what does not
-run is told to (``cont``). QEMU itself refuses that while the destination has locked a disk of the guest: so two of them
-never run on one disk.
+**The way back** is the same from everywhere (`_set_running`), and asks QEMU where it is: a migration that is under way
+is cancelled, and a guest that does not run is told to (``cont``). QEMU itself refuses that while the destination has
+locked a disk of it (not every version does lock it).
 
 **While it runs** (precopy) what it writes is told by the kernel, through the preload library. What a disk writes to
 pages that were pinned before (O_DIRECT) shows in no page table: a QEMU with such disks is stopped for each look, which
@@ -58,7 +58,7 @@ GO_ON_TIMEOUT_S = 8.0
 """How long it may take until a guest runs that was told to."""
 RESTORE_TIMEOUT_S = 2.0
 QUIT_TIMEOUT_S = 2.0
-_AGAIN_S = 0.05
+_AGAIN_S = 0.01
 _PIPE_BYTES = 1 << 20
 _NO_LIMIT = 1 << 40  # of bandwidth, bytes/s
 _LEFT_MS = 2000  # what may be left of QEMU's own blocks when it stops the guest: some ROMs
@@ -137,8 +137,7 @@ class QemuMachine(ProcessMachine):
 
     async def _check_migration(self) -> None:
         """That QEMU does not migrate, and could."""
-        said = await self._execute("query-migrate")
-        said = said if isinstance(said, dict) else {}
+        said = await self._query_migrate()
         status = said.get("status", "")
         if status in _UNDER_WAY:
             raise BusyError(
@@ -244,7 +243,7 @@ class QemuMachine(ProcessMachine):
 
     async def before_pause(self) -> None:
         """Has QEMU migrate, until it has stopped the guest."""
-        if self._stream is not None or self._state is MachineState.PAUSED:
+        if self._state is MachineState.PAUSED:
             return
         await self._check_is_as_found()
         try:
@@ -257,6 +256,7 @@ class QemuMachine(ProcessMachine):
         except BaseException as error:
             await self._undo(error)
             raise
+        self._state = MachineState.PAUSED
 
     async def _check_is_as_found(self) -> None:
         assert self._monitor is not None
@@ -283,19 +283,29 @@ class QemuMachine(ProcessMachine):
         """Takes what QEMU writes, until `done`, and then what the pipe holds."""
         assert self._monitor is not None
         assert self._stream is not None
-        stream = self._stream
+        stream, failed = self._stream, None
         try:
             with trio.fail_after(timeout_s):
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(stream.take_all)
-                    ended = await outcome.acapture(self._monitor.wait_until, done, math.inf)
+
+                    async def take() -> None:
+                        await stream.take_all()
+                        if stream.too_long:
+                            nursery.cancel_scope.cancel()
+
+                    nursery.start_soon(take)
+                    try:
+                        await self._monitor.wait_until(done, math.inf)
+                    except QemuError as error:
+                        failed = error
                     nursery.cancel_scope.cancel()
         except trio.TooSlowError:
             raise MigrationError(
                 f"{self._name} has not stopped its guest and saved its state within {timeout_s:g} s (its migration is"
                 f" {self._migration or 'not begun'}); it may wait for a page of the guest's memory, or for a disk"
             ) from None
-        ended.unwrap()
+        if failed is not None:
+            raise failed
         stream.take()
         if stream.too_long:
             raise MigrationError(
@@ -305,12 +315,10 @@ class QemuMachine(ProcessMachine):
 
     async def pause(self, timeout_s: float = 10.0) -> None:
         """Until QEMU has saved its state. When that fails the guest is told to run again."""
-        if self._state is MachineState.PAUSED:
-            await trio.lowlevel.checkpoint()
-            return
         with trio.CancelScope(shield=True):
             await self.before_pause()
-            assert self._stream is not None
+            if self._stream is None:
+                return
             try:
                 await self._stream_until(lambda: self._is_over, timeout_s)
                 if self._migration != "completed" or not self._stopped:
@@ -321,51 +329,45 @@ class QemuMachine(ProcessMachine):
                 raise
             self._stream.close()
             self._stream = None
-            self._state = MachineState.PAUSED
             self._tell()
         await trio.lowlevel.checkpoint_if_cancelled()
 
     async def _why_not(self) -> str:
         if self._migration == "completed":
             return f"the guest of {self._name} was stopped by somebody else meanwhile"
-        said = await self._execute("query-migrate")
-        why = said.get("error-desc", "") if isinstance(said, dict) else ""
+        why = (await self._query_migrate()).get("error-desc", "")
         return f"{self._name} cannot save its state ({self._migration}){': ' if why else ''}{str(why)[:300]}"
 
     async def _undo(self, why: BaseException) -> None:
         """The pause has failed: the guest runs on, and QEMU is as it was."""
         with trio.CancelScope(shield=True):
             try:
-                await self._go_on()
+                await self._set_running()
+                self._state = MachineState.RUNNING
             except PostcopyError as error:
-                log.error("%s; tell it to run (cont), if it does not: %s", why, error)
+                if self._is_alive():
+                    log.error("%s; tell it to run (cont), if it does not: %s", why, error)
 
-    async def resume(self) -> None:
-        """Only what was paused here."""
-        if self._state is not MachineState.PAUSED and self._stream is None:
-            await trio.lowlevel.checkpoint()
-            return
-        await self._go_on()
-        self._runs()
-
-    async def _go_on(self) -> None:
+    async def _set_running(self) -> None:
         """Whatever has become of the pause, the guest runs. `MigrationError` when that cannot be, with the reason."""
-        stream, self._stream = self._stream, None
-        self._saved = None
-        try:
-            if stream is not None and not self._is_over:
-                with contextlib.suppress(QemuError):
-                    await self._execute("migrate_cancel")
-            if stream is not None:
-                stream.close()  # a write that nobody reads ends, too
-                with contextlib.suppress(trio.TooSlowError):
-                    assert self._monitor is not None
-                    await self._monitor.wait_until(lambda: self._is_over or not self._migration, GO_ON_TIMEOUT_S)
-            await self._run()
-        finally:
-            if stream is not None:
-                stream.close()
+        stream, self._stream, self._saved = self._stream, None, None
+        if stream is not None:
+            stream.close()  # a write that nobody reads ends, too
+        deadline = trio.current_time() + GO_ON_TIMEOUT_S
+        cancelled = False
+        while (status := (await self._query_migrate()).get("status")) in _UNDER_WAY:
+            if trio.current_time() > deadline:
+                raise MigrationError(f"the migration of {self._name} does not end ({status}): migrate_cancel, and cont")
+            if not cancelled:
+                cancelled = True
+                await self._execute("migrate_cancel")
+            await trio.sleep(_AGAIN_S)
+        await self._run()
         await self._restore()
+
+    async def _query_migrate(self) -> dict[str, Any]:
+        said = await self._execute("query-migrate")
+        return said if isinstance(said, dict) else {}
 
     async def _run(self) -> None:
         """``cont``, until the guest runs. QEMU refuses that while another one has locked a disk of it."""
@@ -427,8 +429,8 @@ class QemuMachine(ProcessMachine):
             block.memory.drop()
 
     async def destroy(self) -> None:
-        """Ends it: it runs elsewhere, or nobody wants it any more. The files of its memory and its sockets stay."""
-        if self._monitor is not None and not self._closed and self._is_alive():
+        """Ends it: it runs elsewhere, or nobody wants it any more. The files of its memory stay."""
+        if self._saved is not None and not self._closed and self._is_alive():
             with trio.CancelScope(shield=True), contextlib.suppress(QemuError):
                 await self._execute("quit", timeout_s=QUIT_TIMEOUT_S)
                 await self._ends_within(QUIT_TIMEOUT_S)
